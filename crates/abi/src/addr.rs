@@ -1,0 +1,100 @@
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// An IP address as 16 bytes in network order; IPv4 as the IPv4-mapped `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2).
+///
+/// Four words instead of sixteen bytes, so that the programs compare and copy it in registers. Each word
+/// holds four bytes of the address *in memory order* (network order), whatever the machine's own order.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Addr(pub [u32; 4]);
+
+impl Addr {
+    /// The unspecified address `::` (also the state of a field that is not used).
+    pub const UNSPECIFIED: Self = Self([0; 4]);
+
+    /// From 16 bytes in network order.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_bytes(b: [u8; 16]) -> Self {
+        Self([
+            u32::from_ne_bytes([b[0], b[1], b[2], b[3]]),
+            u32::from_ne_bytes([b[4], b[5], b[6], b[7]]),
+            u32::from_ne_bytes([b[8], b[9], b[10], b[11]]),
+            u32::from_ne_bytes([b[12], b[13], b[14], b[15]]),
+        ])
+    }
+
+    /// From the four bytes of an IPv4 address in network order.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_v4(b: [u8; 4]) -> Self {
+        Self::from_v4_word(u32::from_ne_bytes(b))
+    }
+
+    /// From the word that holds an IPv4 address in memory order.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_v4_word(word: u32) -> Self {
+        Self([0, 0, u32::from_ne_bytes([0, 0, 0xff, 0xff]), word])
+    }
+
+    /// The 16 bytes in network order.
+    #[inline(always)]
+    #[must_use]
+    pub const fn bytes(self) -> [u8; 16] {
+        let (a, b, c, d) =
+            (self.0[0].to_ne_bytes(), self.0[1].to_ne_bytes(), self.0[2].to_ne_bytes(), self.0[3].to_ne_bytes());
+        [
+            a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3],
+        ]
+    }
+
+    /// Whether this is an IPv4-mapped address.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_v4(self) -> bool {
+        self.0[0] == 0 && self.0[1] == 0 && self.0[2] == u32::from_ne_bytes([0, 0, 0xff, 0xff])
+    }
+}
+
+impl From<core::net::IpAddr> for Addr {
+    fn from(ip: core::net::IpAddr) -> Self {
+        match ip {
+            core::net::IpAddr::V4(v4) => Self::from_v4(v4.octets()),
+            core::net::IpAddr::V6(v6) => Self::from_bytes(v6.octets()),
+        }
+    }
+}
+
+impl From<Addr> for core::net::IpAddr {
+    fn from(addr: Addr) -> Self {
+        let b = addr.bytes();
+        if addr.is_v4() {
+            core::net::IpAddr::V4(core::net::Ipv4Addr::new(b[12], b[13], b[14], b[15]))
+        } else {
+            core::net::IpAddr::V6(core::net::Ipv6Addr::from(b))
+        }
+    }
+}
+
+/// Key of the prefix trie. `length` counts from the first bit of the 16-byte address: an IPv4 prefix /n is 96 + n.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct PrefixKey {
+    /// Bits that count, 0 to 128 (machine order, as the kernel wants it).
+    pub length: u32,
+    /// The prefix; bits past `length` are zero.
+    pub addr: Addr,
+}
+
+/// Who an address is. Value of the ipcache and of the prefix trie.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct IpcacheEntry {
+    /// Numeric identity, see [`crate::identity`].
+    pub identity: u32,
+    /// The endpoint on this node that owns the address, 0 if none does. The node itself is an endpoint too.
+    pub endpoint: u16,
+    /// None defined yet; zero.
+    pub flags: u16,
+}

@@ -1,0 +1,120 @@
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::Addr;
+
+/// Key of a connection as one endpoint sees it. The same for both directions: local is the endpoint's side.
+///
+/// A connection between two endpoints of this node has two entries, one for each endpoint's policy.
+/// ICMP echo: `local_port` is the echo identifier, `remote_port` is 0 if the endpoint asked, 1 if the other
+/// end did (so that a request never passes as the answer to another). Protocols without ports: both 0.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct CtKey {
+    /// The endpoint's address.
+    pub local: Addr,
+    /// The other end's address.
+    pub remote: Addr,
+    /// The endpoint's port (machine order).
+    pub local_port: u16,
+    /// The other end's port (machine order).
+    pub remote_port: u16,
+    /// The endpoint.
+    pub endpoint: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub zero: u8,
+}
+
+/// Flags of a [`CtEntry`].
+pub mod ct_flags {
+    /// The other end opened the flow: it is ingress for the endpoint.
+    pub const INGRESS: u8 = 1;
+    /// Passes only because of audit mode.
+    pub const AUDIT: u8 = 2;
+    /// A packet of the other direction has been seen.
+    pub const REPLIED: u8 = 4;
+    /// Made from the kernel's own tables when Palisade first attached, not from a packet.
+    pub const SEEDED: u8 = 8;
+    /// The other end is this node itself: on an endpoint's interface the node's policy is asked too.
+    pub const REMOTE_IS_HOST: u8 = 16;
+    /// The other end is an endpoint of this node (or the node): never valid on a NIC.
+    pub const REMOTE_IS_LOCAL: u8 = 32;
+    /// First seen in mid-stream (TCP without SYN).
+    pub const MIDSTREAM: u8 = 64;
+    /// The end of the flow has been reported.
+    pub const CLOSED: u8 = 128;
+}
+
+/// State of a TCP connection, from the flags both sides sent.
+pub type TcpState = u8;
+
+/// A connection.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct CtEntry {
+    /// Dead after this time, ns of the coarse monotonic clock.
+    pub expires: u64,
+    /// When it was made, same clock.
+    pub created: u64,
+    /// When it was last reported, same clock.
+    pub reported: u64,
+    /// From the side that opened it.
+    pub forward_packets: u64,
+    /// From the side that opened it, from the network header on.
+    pub forward_bytes: u64,
+    /// From the other side.
+    pub reply_packets: u64,
+    /// From the other side.
+    pub reply_bytes: u64,
+    /// [`crate::EndpointState::revision`] under which it was judged.
+    pub revision: u32,
+    /// The rule that let it through.
+    pub rule: u32,
+    /// Identity of the other end when it was judged.
+    pub remote_identity: u32,
+    /// Interface on which it was first seen.
+    pub ifindex: u32,
+    /// [`ct_flags`].
+    pub flags: u8,
+    /// TCP flags seen from the side that opened it, or-ed (FIN 1, SYN 2, RST 4, ACK 16).
+    pub forward_tcp: u8,
+    /// TCP flags seen from the other side, or-ed.
+    pub reply_tcp: u8,
+    /// [`crate::MatchKind`] of the rule.
+    pub match_kind: u8,
+    /// Zero.
+    pub zero: u32,
+}
+
+/// Key of a fragmented datagram whose first fragment has been seen (RFC 791, 3.2; RFC 8200, 4.5).
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct FragmentKey {
+    /// Source address.
+    pub source: Addr,
+    /// Destination address.
+    pub destination: Addr,
+    /// Identification, IPv4 in the low 16 bits.
+    pub id: u32,
+    /// Interface and hook it was seen at: `ifindex << 1 | egress`, so that nobody speaks for another interface.
+    pub hook: u32,
+    /// IP protocol.
+    pub protocol: u32,
+}
+
+/// Ports of a fragmented datagram.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct FragmentPorts {
+    /// Forgotten after this time, ns of the coarse monotonic clock.
+    pub expires: u64,
+    /// Source port (ICMP: the type), machine order.
+    pub source: u16,
+    /// Destination port (ICMP: the echo identifier), machine order.
+    pub destination: u16,
+    /// TCP flags of the first fragment.
+    pub tcp_flags: u8,
+    /// Zero.
+    pub zero: [u8; 3],
+}

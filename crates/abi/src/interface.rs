@@ -1,0 +1,100 @@
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Roles of a guarded interface.
+pub mod role {
+    /// Not guarded. A program that finds this drops ([`crate::Reason::NoInterface`]).
+    pub const NONE: u8 = 0;
+    /// A NIC of this node: what enters is for the node or forwarded; what leaves likewise.
+    pub const HOST: u8 = 1;
+    /// The host side of a workload's veth: what enters comes *from* the endpoint, what leaves goes *to* it.
+    pub const ENDPOINT: u8 = 2;
+}
+
+/// Flags of an [`Interface`].
+pub mod interface_flags {
+    /// Frames carry no Ethernet header (a tunnel or another layer-3 device).
+    pub const LAYER3: u8 = 1;
+}
+
+/// A guarded interface. Lives at slot `ifindex & 0xffff`; another ifindex in the slot means "not ours".
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Interface {
+    /// The interface's index.
+    pub ifindex: u32,
+    /// The endpoint behind it (role endpoint) or the node's own endpoint (role host).
+    pub endpoint: u16,
+    /// [`role`].
+    pub role: u8,
+    /// [`interface_flags`].
+    pub flags: u8,
+}
+
+/// What changes about an endpoint while traffic flows. Written by one 8-byte store for the first two fields
+/// (through the memory-mapped array), so that no packet sees a policy with another policy's revision.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct EndpointState {
+    /// The policy table that judges it. 0: none yet, everything is dropped ([`crate::Reason::NoPolicy`]).
+    pub policy: u32,
+    /// Changes with every change of its policy or of any identity; conntrack entries of another are judged again.
+    pub revision: u32,
+    /// The endpoint's own identity.
+    pub identity: u32,
+    /// Zero.
+    pub zero: u32,
+}
+
+/// Packets and bytes.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Counter {
+    /// Packets (a super-frame counts once).
+    pub packets: u64,
+    /// Bytes, from the network header on.
+    pub bytes: u64,
+}
+
+/// Token bucket of one CPU for one kind of event.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct RateBudget {
+    /// When the bucket was last filled, ns of the coarse monotonic clock.
+    pub filled_at: u64,
+    /// Events that may still be sent in this period.
+    pub tokens: u64,
+    /// Events that were not sent since the maps were made, for want of tokens.
+    pub suppressed: u64,
+    /// Events that were not sent because the ring was full.
+    pub lost: u64,
+}
+
+/// What the programs are told at run time. Times in ns.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Config {
+    /// TCP connection of which only one side has been heard.
+    pub tcp_opening: u64,
+    /// TCP connection in use.
+    pub tcp_established: u64,
+    /// TCP connection that was reset or closed by both sides.
+    pub tcp_closing: u64,
+    /// UDP flow, and every other protocol with ports.
+    pub udp: u64,
+    /// ICMP echo and protocols without ports.
+    pub other: u64,
+    /// Ports of a fragmented datagram.
+    pub fragment: u64,
+    /// A flow in use is reported at most this often; 0: never.
+    pub trace_interval: u64,
+    /// Events of one kind and reason that one CPU may send in a second.
+    pub events_per_second: u64,
+    /// The node's own endpoint id.
+    pub host_endpoint: u32,
+    /// What an address is that neither the ipcache nor the trie knows, IPv4.
+    pub world_ipv4: u32,
+    /// The same for IPv6.
+    pub world_ipv6: u32,
+    /// Entries in the RULES map.
+    pub rules: u32,
+}

@@ -1,0 +1,86 @@
+//! What the BPF programs (`xdp/`) and user space agree on.
+//!
+//! Everything here is plain data with a fixed layout: map keys and values, event records, verdicts and
+//! reasons. No behaviour beyond constructors. The layouts derive `zerocopy` traits, so a hidden padding
+//! byte (which the verifier would refuse to read and a hash map would compare) does not compile.
+//!
+//! [`VERSION`] changes whenever a layout or a meaning does; pinned maps of another version are never reused.
+#![no_std]
+
+mod addr;
+mod class;
+mod conntrack;
+mod event;
+mod interface;
+mod policy;
+mod reason;
+
+pub use addr::{Addr, IpcacheEntry, PrefixKey};
+pub use class::{
+    CLASS_ANY, CLASS_UNKNOWN, CLASS_SLOTS, Class, FIRST_DYNAMIC_CLASS, ICMP_SLOTS, PORT_SLOTS, PROTOCOL_SLOTS, class_slot,
+    class_slot_unknown_port,
+};
+pub use conntrack::{CtEntry, CtKey, FragmentKey, FragmentPorts, TcpState, ct_flags};
+pub use event::{Event, EventKind, MatchKind, TracePoint, event_flags};
+pub use interface::{Config, Counter, EndpointState, Interface, RateBudget, interface_flags, role};
+pub use policy::{Decision, DIRECTIONS, Direction, Identity, Inspector, PolicyEntry, PolicyKey, entry_flags, identity};
+pub use reason::Reason;
+
+/// Version of every layout in this crate. Part of the pin directory's name.
+pub const VERSION: u32 = 1;
+
+/// IP protocol numbers (IANA) that the programs treat by name.
+pub mod protocol {
+    /// Internet Control Message Protocol, RFC 792.
+    pub const ICMP: u8 = 1;
+    /// Internet Group Management Protocol, RFC 3376.
+    pub const IGMP: u8 = 2;
+    /// Transmission Control Protocol, RFC 9293.
+    pub const TCP: u8 = 6;
+    /// User Datagram Protocol, RFC 768.
+    pub const UDP: u8 = 17;
+    /// ICMP for IPv6, RFC 4443.
+    pub const ICMPV6: u8 = 58;
+    /// Stream Control Transmission Protocol, RFC 9260.
+    pub const SCTP: u8 = 132;
+}
+
+/// Names of the BPF maps, as they are declared in `xdp/` and pinned by `datapath`.
+pub mod maps {
+    /// `ARRAY[65536]` slot `ifindex & 0xffff` -> [`crate::Interface`].
+    pub const INTERFACES: &str = "INTERFACES";
+    /// `ARRAY[65536]`, memory-mapped, endpoint id -> [`crate::EndpointState`].
+    pub const ENDPOINTS: &str = "ENDPOINTS";
+    /// `HASH` [`crate::Addr`] -> [`crate::IpcacheEntry`]: full-length addresses.
+    pub const IPCACHE: &str = "IPCACHE";
+    /// `LPM_TRIE` [`crate::PrefixKey`] -> [`crate::IpcacheEntry`]: everything shorter.
+    pub const PREFIXES: &str = "PREFIXES";
+    /// `ARRAY[1]`, memory-mapped: [`crate::CLASS_SLOTS`] × `u16`, see [`crate::class_slot`].
+    pub const CLASSES: &str = "CLASSES";
+    /// `HASH` [`crate::PolicyKey`] -> [`crate::PolicyEntry`].
+    pub const POLICY: &str = "POLICY";
+    /// `LRU_HASH` [`crate::CtKey`] -> [`crate::CtEntry`].
+    pub const CONNTRACK: &str = "CONNTRACK";
+    /// `LRU_HASH` [`crate::FragmentKey`] -> [`crate::FragmentPorts`].
+    pub const FRAGMENTS: &str = "FRAGMENTS";
+    /// `RINGBUF` of [`crate::Event`].
+    pub const EVENTS: &str = "EVENTS";
+    /// `PERCPU_ARRAY` [`crate::EventKind`] × 256 + reason -> [`crate::RateBudget`].
+    pub const BUDGETS: &str = "BUDGETS";
+    /// `PERCPU_ARRAY[512]` reason × 2 + direction -> [`crate::Counter`].
+    pub const COUNTERS: &str = "COUNTERS";
+    /// `PERCPU_ARRAY` rule id -> [`crate::Counter`]; ids beyond its size count at 0.
+    pub const RULES: &str = "RULES";
+    /// `ARRAY[1]` [`crate::Config`].
+    pub const CONFIG: &str = "CONFIG";
+}
+
+/// Names of the programs in the object.
+pub mod programs {
+    /// XDP, ingress of an interface of either role.
+    pub const XDP_INGRESS: &str = "palisade_xdp";
+    /// tc classifier (tcx or clsact), ingress of an interface of either role.
+    pub const TC_INGRESS: &str = "palisade_in";
+    /// tc classifier (tcx or clsact), egress of an interface of either role.
+    pub const TC_EGRESS: &str = "palisade_out";
+}

@@ -1,0 +1,113 @@
+//! Why a packet was let through or dropped. Numbers from 130 to 205 are those that flow clients know;
+//! Palisade's own are 210 and up; what is forwarded is below 130.
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $name:ident = $number:literal, $text:literal;)*) => {
+        /// Reason of a verdict.
+        #[repr(u8)]
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+        pub enum Reason {
+            $($(#[$doc])* $name = $number,)*
+        }
+
+        impl Reason {
+            /// All of them, by number.
+            pub const ALL: &[Self] = &[$(Self::$name,)*];
+
+            /// From its number.
+            #[must_use]
+            pub const fn from_u8(n: u8) -> Option<Self> {
+                match n { $($number => Some(Self::$name),)* _ => None }
+            }
+
+            /// The text that people and flow clients read.
+            #[must_use]
+            pub const fn text(self) -> &'static str {
+                match self { $(Self::$name => $text,)* }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// Let through by a rule, or because nothing is enforced.
+    Allowed = 0, "Allowed";
+    /// Let through: an established flow, either direction.
+    Established = 1, "Established";
+    /// Let through: an ICMP error about an established flow.
+    Related = 2, "Related";
+    /// Let through: ARP, neighbour discovery, multicast listener reports, link control.
+    LinkControl = 3, "Link control";
+    /// Let through by audit mode.
+    Audited = 4, "Audited";
+    /// Let through: forwarded by this node, not for it; judged at the endpoint's interface if it has one.
+    Forwarded = 5, "Forwarded";
+
+    /// The source address is not one the sender may use.
+    InvalidSourceIp = 132, "Invalid source ip";
+    /// Nothing allows it.
+    PolicyDenied = 133, "Policy denied";
+    /// Truncated, or a length that does not fit.
+    InvalidPacket = 134, "Invalid packet";
+    /// TCP flags that no connection has, or a packet that no connection of this state sends.
+    CtInvalidHeader = 135, "CT: Truncated or invalid header";
+    /// An unknown L4 protocol where one is needed.
+    UnknownL4 = 137, "CT: Unknown L4 protocol";
+    /// Neither IPv4, IPv6 nor one of the few link protocols that pass.
+    UnsupportedL3 = 139, "Unsupported L3 protocol";
+    /// The conntrack map took no entry.
+    CtInsertionFailed = 155, "CT: Map insertion failed";
+    /// IPv6 extension headers that cannot be followed: too many, or of an unknown kind.
+    InvalidIpv6Extension = 156, "Invalid IPv6 extension header";
+    /// A later fragment, its first fragment was not seen, and no rule covers every port.
+    FragmentNotFound = 157, "IP fragmentation not supported";
+    /// A fragment that hides or overlaps its transport header (RFC 1858, RFC 3128, RFC 5722).
+    InvalidFragment = 175, "First logical datagram fragment not found";
+    /// A deny rule names it.
+    PolicyDeniedByDenylist = 181, "Policy denied by denylist";
+    /// The rule wants authentication, and nobody can authenticate yet.
+    AuthRequired = 189, "Authentication required";
+
+    /// The program runs on an interface that nobody configured.
+    NoInterface = 210, "Interface not configured";
+    /// The endpoint has no policy table yet.
+    NoPolicy = 211, "No policy loaded";
+    /// The policy wants the flow inspected as HTTP, and there is no inspector for it.
+    NoHttpInspector = 212, "No inspector: HTTP";
+    /// The policy wants the flow inspected as DNS, and there is no inspector for it.
+    NoDnsInspector = 213, "No inspector: DNS";
+    /// The policy wants the flow inspected as TLS, and there is no inspector for it.
+    NoTlsInspector = 214, "No inspector: TLS";
+    /// The policy wants the flow inspected as Kafka, and there is no inspector for it.
+    NoKafkaInspector = 215, "No inspector: Kafka";
+    /// The policy sends the flow to a listener, and there is none.
+    NoListener = 216, "No listener";
+    /// The policy wants TLS terminated, and nothing does that.
+    NoTlsTermination = 217, "No inspector: TLS termination";
+    /// IPv4 header: bad version, length or total length.
+    InvalidIpv4 = 220, "Invalid IPv4 header";
+    /// IPv6 header: bad version or payload length.
+    InvalidIpv6 = 221, "Invalid IPv6 header";
+    /// Transport header cut short.
+    TruncatedL4 = 222, "Truncated transport header";
+    /// More than two VLAN tags.
+    TooManyVlans = 223, "Too many VLAN tags";
+    /// Ethernet header cut short.
+    TruncatedL2 = 224, "Truncated Ethernet header";
+    /// Network header cut short.
+    TruncatedL3 = 225, "Truncated network header";
+    /// An ICMP error that quotes no flow of the endpoint, where no rule allows its type.
+    UnrelatedIcmp = 226, "ICMP error for no known flow";
+    /// A reply-direction packet that no state of the connection explains.
+    CtInvalidState = 227, "CT: Invalid state";
+    /// The packet's headers could not be made readable.
+    PullFailed = 228, "Packet data not accessible";
+}
+
+impl Reason {
+    /// Whether packets with this reason are dropped.
+    #[must_use]
+    pub const fn is_drop(self) -> bool {
+        self as u8 >= 130
+    }
+}

@@ -1,0 +1,11 @@
+//! Policies as people write them, to the table of verdicts that the BPF programs look up.
+//!
+//! ```text
+//! YAML ── parse ──> rule::Policy ── compile ──> table::Table ── datapath ──> BPF maps
+//!         (FILE:LINE:COL errors)    (selectors, identities, precedence)
+//! ```
+//!
+//! Pure: no I/O, no maps, no clock. The same compiler answers `palisade policy test` and fills the maps.
+#![forbid(unsafe_code)]
+
+pub mod rule;
