@@ -5,7 +5,21 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 /// Four words instead of sixteen bytes, so that the programs compare and copy it in registers. Each word
 /// holds four bytes of the address *in memory order* (network order), whatever the machine's own order.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    PartialOrd,
+    Ord,
+    Debug,
+    Default,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+)]
 pub struct Addr(pub [u32; 4]);
 
 impl Addr {
@@ -42,8 +56,12 @@ impl Addr {
     #[inline(always)]
     #[must_use]
     pub const fn bytes(self) -> [u8; 16] {
-        let (a, b, c, d) =
-            (self.0[0].to_ne_bytes(), self.0[1].to_ne_bytes(), self.0[2].to_ne_bytes(), self.0[3].to_ne_bytes());
+        let (a, b, c, d) = (
+            self.0[0].to_ne_bytes(),
+            self.0[1].to_ne_bytes(),
+            self.0[2].to_ne_bytes(),
+            self.0[3].to_ne_bytes(),
+        );
         [
             a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3],
         ]

@@ -17,13 +17,15 @@ mod reason;
 
 pub use addr::{Addr, IpcacheEntry, PrefixKey};
 pub use class::{
-    CLASS_ANY, CLASS_UNKNOWN, CLASS_SLOTS, Class, FIRST_DYNAMIC_CLASS, ICMP_SLOTS, PORT_SLOTS, PROTOCOL_SLOTS, class_slot,
-    class_slot_unknown_port,
+    CLASS_ANY, CLASS_SLOTS, CLASS_UNKNOWN, Class, FIRST_DYNAMIC_CLASS, ICMP_SLOTS, PORT_SLOTS,
+    PROTOCOL_SLOTS, class_slot, class_slot_unknown_port,
 };
 pub use conntrack::{CtEntry, CtKey, FragmentKey, FragmentPorts, TcpState, ct_flags};
 pub use event::{Event, EventKind, MatchKind, TracePoint, event_flags};
 pub use interface::{Config, Counter, EndpointState, Interface, RateBudget, interface_flags, role};
-pub use policy::{Decision, DIRECTIONS, Direction, Identity, Inspector, PolicyEntry, PolicyKey, entry_flags, identity};
+pub use policy::{
+    DIRECTIONS, Decision, Direction, Identity, Inspector, PolicyEntry, PolicyKey, entry_flags, identity,
+};
 pub use reason::Reason;
 
 /// Version of every layout in this crate. Part of the pin directory's name.

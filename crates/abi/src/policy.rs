@@ -60,7 +60,9 @@ pub const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
 /// The compiler has resolved precedence so that the first hit is the verdict; the last key exists for every
 /// policy id and direction. If none exists the packet is dropped ([`crate::Reason::NoPolicy`]).
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 pub struct PolicyKey {
     /// The policy: one compiled table, shared by the endpoints it is the same for. Never 0.
     pub policy: u32,

@@ -8,4 +8,6 @@
 //! Pure: no I/O, no maps, no clock. The same compiler answers `palisade policy test` and fills the maps.
 #![forbid(unsafe_code)]
 
+pub mod diagnostic;
+pub mod parse;
 pub mod rule;

@@ -447,6 +447,10 @@ pub struct Label {
 impl fmt::Display for Label {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.source, self.key)?;
-        if self.value.is_empty() { Ok(()) } else { write!(f, "={}", self.value) }
+        if self.value.is_empty() {
+            Ok(())
+        } else {
+            write!(f, "={}", self.value)
+        }
     }
 }
