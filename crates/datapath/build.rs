@@ -1,0 +1,41 @@
+//! Compiles `xdp/` for the BPF target and leaves the object in `OUT_DIR`.
+//!
+//! The toolchain for that target is named by `PALISADE_BPF_TOOLCHAIN`; without it, the one that
+//! `scripts/setup` makes from Debian's packages.
+
+use anyhow::Context as _;
+
+/// The toolchain of `scripts/setup`: a stable compiler with a ready-made `core` for the BPF target.
+const DEBIAN_TOOLCHAIN: &str = "palisade-bpf";
+
+fn main() -> anyhow::Result<()> {
+    println!("cargo:rerun-if-env-changed=PALISADE_BPF_TOOLCHAIN");
+    let toolchain = std::env::var("PALISADE_BPF_TOOLCHAIN").unwrap_or_else(|_| DEBIAN_TOOLCHAIN.into());
+    // SAFETY: a build script has one thread here.
+    unsafe {
+        if toolchain == DEBIAN_TOOLCHAIN {
+            // aya-ebpf needs one unstable feature (BPF inline assembly); only that crate gets it. Not "1": that
+            // would switch on build-std, for which this toolchain has no sources.
+            std::env::set_var("RUSTC_BOOTSTRAP", "aya_ebpf");
+        }
+        // Otherwise cargo repeats every "Compiling ..." line of the inner build as a warning at every build.
+        std::env::set_var("CARGO_TERM_QUIET", "true");
+    }
+
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../../xdp");
+    for shared in ["abi", "packet"] {
+        println!(
+            "cargo:rerun-if-changed={}/../{shared}/src",
+            env!("CARGO_MANIFEST_DIR")
+        );
+    }
+    // aya-build looks the package up from the current directory.
+    std::env::set_current_dir(root).with_context(|| format!("the BPF programs are not at {root}"))?;
+    aya_build::build_ebpf(
+        [aya_build::Package { name: "palisade-xdp", root_dir: root, ..Default::default() }],
+        aya_build::Toolchain::Custom(&toolchain),
+    )
+    .with_context(|| {
+        format!("building the BPF programs with the rustup toolchain `{toolchain}`: run scripts/setup, or name another in PALISADE_BPF_TOOLCHAIN")
+    })
+}

@@ -1,0 +1,5 @@
+//! Loads and attaches the BPF programs and owns every map.
+
+mod object;
+
+pub use object::OBJECT;

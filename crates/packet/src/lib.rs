@@ -1,0 +1,3 @@
+//! The packet decoder.
+#![no_std]
+#![forbid(unsafe_code)]

@@ -1,0 +1,59 @@
+//! The maps, under the names of `palisade_abi::maps`. Sizes are what an object has that nobody configured;
+//! the loader sets those that depend on the node.
+
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
+use aya_ebpf::macros::btf_map;
+use palisade_abi::{
+    Addr, CLASS_SLOTS, Config, Counter, CtEntry, CtKey, EndpointState, FragmentKey, FragmentPorts, Interface,
+    IpcacheEntry, PolicyEntry, PolicyKey, RateBudget,
+};
+
+const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
+const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
+
+/// Slots of the arrays that are indexed by an interface index or an endpoint id.
+pub const SLOTS: usize = 65_536;
+/// Entries of COUNTERS: reason × direction.
+pub const COUNTER_SLOTS: usize = 512;
+/// Entries of BUDGETS: kind of event × reason.
+pub const BUDGET_SLOTS: usize = 768;
+
+#[btf_map]
+pub static INTERFACES: Array<Interface, SLOTS> = Array::new();
+
+#[btf_map]
+pub static ENDPOINTS: Array<EndpointState, SLOTS, MMAPABLE> = Array::new();
+
+#[btf_map]
+pub static IPCACHE: HashMap<Addr, IpcacheEntry, 262_144, NO_PREALLOC> = HashMap::new();
+
+#[btf_map]
+pub static PREFIXES: LpmTrie<Addr, IpcacheEntry, 262_144> = LpmTrie::new();
+
+#[btf_map]
+pub static CLASSES: Array<[u16; CLASS_SLOTS], 1, MMAPABLE> = Array::new();
+
+#[btf_map]
+pub static POLICY: HashMap<PolicyKey, PolicyEntry, 1_048_576, NO_PREALLOC> = HashMap::new();
+
+#[btf_map]
+pub static CONNTRACK: LruHashMap<CtKey, CtEntry, 262_144> = LruHashMap::new();
+
+#[btf_map]
+pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, 8_192> = LruHashMap::new();
+
+#[btf_map]
+pub static EVENTS: RingBuf<(), 1_048_576> = RingBuf::new();
+
+#[btf_map]
+pub static BUDGETS: PerCpuArray<RateBudget, BUDGET_SLOTS> = PerCpuArray::new();
+
+#[btf_map]
+pub static COUNTERS: PerCpuArray<Counter, COUNTER_SLOTS> = PerCpuArray::new();
+
+#[btf_map]
+pub static RULES: PerCpuArray<Counter, 65_536> = PerCpuArray::new();
+
+#[btf_map]
+pub static CONFIG: Array<Config, 1> = Array::new();
