@@ -9,5 +9,8 @@
 #![forbid(unsafe_code)]
 
 pub mod diagnostic;
+pub mod labels;
 pub mod parse;
+pub mod plan;
 pub mod rule;
+pub mod snapshot;

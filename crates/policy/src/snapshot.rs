@@ -1,0 +1,333 @@
+//! What a compilation comes to: everything the BPF maps are to hold, and what the numbers in them mean.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    sync::Arc,
+};
+
+use palisade_abi::{
+    Addr, CLASS_ANY, Class, Direction, EndpointState, Identity, Inspector, IpcacheEntry, PolicyEntry,
+    PolicyKey, PrefixKey, identity,
+};
+
+use crate::{
+    diagnostic::Diagnostic,
+    labels::Labels,
+    rule::{FqdnPattern, HttpRule, KafkaRule, Listener, Location, PolicyKind, TlsContext},
+};
+
+/// The state of the node: what the maps hold once a plan has been carried out.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// Every identity in use, by number.
+    pub identities: Arc<BTreeMap<Identity, Labels>>,
+    /// Full-length addresses (the ipcache map).
+    pub addresses: Arc<HashMap<Addr, IpcacheEntry>>,
+    /// Shorter prefixes (the trie).
+    pub prefixes: Arc<HashMap<PrefixKey, IpcacheEntry>>,
+    /// The class of every slot; [`palisade_abi::CLASS_SLOTS`] of them.
+    pub classes: Arc<Vec<Class>>,
+    /// The compiled tables by policy id.
+    pub tables: BTreeMap<u32, Arc<Table>>,
+    /// The state of every endpoint (the node among them) by its id.
+    pub endpoints: BTreeMap<u16, EndpointState>,
+    /// What rule ids stand for. Ids of rules that are gone may linger, so that late events can still be named.
+    pub rules: Arc<BTreeMap<u32, Arc<RuleInfo>>>,
+    /// Application rules by the id that [`PolicyEntry::ruleset`] holds.
+    pub rulesets: Arc<BTreeMap<u32, Arc<RuleSet>>>,
+    /// What an address is that no prefix knows, IPv4.
+    pub world_ipv4: Identity,
+    /// The same for IPv6.
+    pub world_ipv6: Identity,
+    /// What there is to say about the policies as a whole: ports nobody has, conflicts, services nobody resolves.
+    pub diagnostics: Vec<Diagnostic>,
+}
+
+/// A key of a [`Table`]: a [`PolicyKey`] without the policy id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TableKey {
+    /// 0 ingress, 1 egress, as [`Direction`].
+    pub direction: u8,
+    /// Identity of the other end, [`identity::ANY`] for every one.
+    pub identity: Identity,
+    /// Class of protocol and port, [`CLASS_ANY`] for every one.
+    pub class: Class,
+}
+
+impl TableKey {
+    /// The key as the map has it.
+    #[must_use]
+    pub const fn with_policy(self, policy: u32) -> PolicyKey {
+        PolicyKey {
+            policy,
+            identity: self.identity,
+            class: self.class,
+            direction: self.direction,
+            zero: 0,
+        }
+    }
+}
+
+impl From<PolicyKey> for TableKey {
+    fn from(key: PolicyKey) -> Self {
+        Self {
+            direction: key.direction,
+            identity: key.identity,
+            class: key.class,
+        }
+    }
+}
+
+/// The verdicts of one subject, or of several that cannot be told apart.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Table {
+    /// Sorted by direction, identity, class, so that an identity's entries are neighbours.
+    pub entries: BTreeMap<TableKey, PolicyEntry>,
+}
+
+impl Table {
+    /// What the programs find: the first key that exists of (identity, class), (identity, any), (any, class),
+    /// (any, any).
+    #[must_use]
+    pub fn lookup(&self, direction: Direction, identity: Identity, class: Class) -> Option<&PolicyEntry> {
+        let direction = direction as u8;
+        [
+            (identity, class),
+            (identity, CLASS_ANY),
+            (identity::ANY, class),
+            (identity::ANY, CLASS_ANY),
+        ]
+        .into_iter()
+        .find_map(|(identity, class)| {
+            self.entries.get(&TableKey {
+                direction,
+                identity,
+                class,
+            })
+        })
+    }
+}
+
+/// Which section of a spec a rule stands in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[allow(missing_docs, reason = "the names are the language's own")]
+pub enum Section {
+    Ingress,
+    IngressDeny,
+    Egress,
+    EgressDeny,
+}
+
+impl Section {
+    /// The direction it is about.
+    #[must_use]
+    pub const fn direction(self) -> Direction {
+        match self {
+            Self::Ingress | Self::IngressDeny => Direction::Ingress,
+            Self::Egress | Self::EgressDeny => Direction::Egress,
+        }
+    }
+
+    /// Whether its rules deny.
+    #[must_use]
+    pub const fn denies(self) -> bool {
+        matches!(self, Self::IngressDeny | Self::EgressDeny)
+    }
+
+    /// As it is written in a policy.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::IngressDeny => "ingressDeny",
+            Self::Egress => "egress",
+            Self::EgressDeny => "egressDeny",
+        }
+    }
+}
+
+/// A place in a policy: what a rule id stands for if it stands for a rule.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RulePlace {
+    /// What kind of resource.
+    pub kind: PolicyKind,
+    /// `namespace/name` of the policy.
+    pub policy: Arc<str>,
+    /// Which of its specs, from 0.
+    pub spec: u32,
+    /// Which section.
+    pub section: Section,
+    /// Which rule of the section, from 0.
+    pub index: u32,
+}
+
+/// What a rule id stands for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum RuleKey {
+    /// A rule of a policy.
+    Rule(RulePlace),
+    /// Denied because a policy has a section for the direction and nothing allows the packet.
+    DefaultDeny {
+        /// The direction, as [`Direction`].
+        direction: u8,
+        /// `namespace/name` of the policies that cause it, by name.
+        policies: Arc<[Arc<str>]>,
+    },
+    /// Allowed because the policies of the direction say `enableDefaultDeny: false`.
+    DefaultAllow {
+        /// The direction, as [`Direction`].
+        direction: u8,
+        /// `namespace/name` of a policy that says so (the first by name).
+        policy: Arc<str>,
+    },
+    /// Denied because enforcement is `always` and nothing allows the packet.
+    AlwaysEnforced {
+        /// The direction, as [`Direction`].
+        direction: u8,
+    },
+    /// Allowed because no policy enforces the direction, or enforcement is `never`.
+    NotEnforced {
+        /// The direction, as [`Direction`].
+        direction: u8,
+    },
+    /// Allowed because the node may always reach its workloads (`allow_localhost = "always"`).
+    LocalhostAlways,
+    /// Denied because the endpoint's labels are not known yet.
+    InitEndpoint {
+        /// The direction, as [`Direction`].
+        direction: u8,
+    },
+}
+
+/// A rule id explained.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RuleInfo {
+    /// The id; never 0.
+    pub id: u32,
+    /// What it stands for.
+    pub key: RuleKey,
+    /// Where the rule, or the policy, is written; for the first policy of a default-deny.
+    pub location: Option<Location>,
+    /// `description` of the spec, if it has one.
+    pub description: String,
+}
+
+impl fmt::Display for RuleInfo {
+    /// `policy default/web ingress rule 2 (web.yaml:12:5)`, or in words what decided if no rule did.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let direction = |d: u8| {
+            if d == Direction::Ingress as u8 {
+                "ingress"
+            } else {
+                "egress"
+            }
+        };
+        match &self.key {
+            RuleKey::Rule(place) => {
+                write!(f, "policy {}", place.policy)?;
+                if place.spec > 0 {
+                    write!(f, " spec {}", place.spec + 1)?;
+                }
+                write!(f, " {} rule {}", place.section.name(), place.index + 1)?;
+            }
+            RuleKey::DefaultDeny {
+                direction: d,
+                policies,
+            } => {
+                write!(f, "default deny of {}", direction(*d))?;
+                if let Some(first) = policies.first() {
+                    write!(f, " by policy {first}")?;
+                    match policies.len() - 1 {
+                        0 => {}
+                        1 => write!(f, " and 1 other")?,
+                        n => write!(f, " and {n} others")?,
+                    }
+                }
+            }
+            RuleKey::DefaultAllow { direction: d, policy } => {
+                write!(f, "enableDefaultDeny.{}: false of policy {policy}", direction(*d))?;
+            }
+            RuleKey::AlwaysEnforced { direction: d } => {
+                write!(f, "{} denied by enforcement mode always", direction(*d))?;
+            }
+            RuleKey::NotEnforced { direction: d } => write!(f, "no policy enforces {}", direction(*d))?,
+            RuleKey::LocalhostAlways => f.write_str("the node may always reach its workloads")?,
+            RuleKey::InitEndpoint { direction: d } => {
+                write!(f, "{} of an endpoint whose labels are not known", direction(*d))?;
+            }
+        }
+        if let Some(location) = &self.location
+            && location.line > 0
+        {
+            write!(f, " ({}:{})", location.file, location.line)?;
+        }
+        Ok(())
+    }
+}
+
+/// The application rules of an `inspect` entry: a request passes if one of them matches.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct RuleSet {
+    /// Its id; never 0.
+    pub id: u32,
+    /// The alternatives, each with the rule it came from.
+    pub alternatives: Vec<Alternative>,
+    /// `terminatingTLS` of the entry.
+    pub terminating_tls: Option<TlsContext>,
+    /// `originatingTLS` of the entry.
+    pub originating_tls: Option<TlsContext>,
+    /// `listener` of the entry.
+    pub listener: Option<Listener>,
+}
+
+/// One way to pass.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Alternative {
+    /// The rule it came from.
+    pub rule: u32,
+    /// What a request must be like.
+    pub matcher: Matcher,
+}
+
+/// What a request must be like.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Matcher {
+    /// Everything passes (and is read all the same): a plain allow beside application rules, or an empty list.
+    Everything,
+    /// An http rule.
+    Http(HttpRule),
+    /// A name that may be asked for.
+    Dns(FqdnPattern),
+    /// A server name of TLS.
+    ServerName(FqdnPattern),
+    /// A kafka rule.
+    Kafka(KafkaRule),
+    /// A rule of another parser, by its name.
+    Generic {
+        /// The parser.
+        parser: String,
+        /// Keys and values.
+        rule: Vec<(String, String)>,
+    },
+}
+
+/// The name of an inspector in reports and case files.
+#[must_use]
+pub const fn inspector_name(inspector: u8) -> &'static str {
+    const HTTP: u8 = Inspector::Http as u8;
+    const DNS: u8 = Inspector::Dns as u8;
+    const TLS: u8 = Inspector::Tls as u8;
+    const KAFKA: u8 = Inspector::Kafka as u8;
+    const LISTENER: u8 = Inspector::Listener as u8;
+    const TERMINATE: u8 = Inspector::TlsTerminate as u8;
+    match inspector {
+        HTTP => "http",
+        DNS => "dns",
+        TLS => "tls",
+        KAFKA => "kafka",
+        LISTENER => "listener",
+        TERMINATE => "tls-terminate",
+        _ => "none",
+    }
+}
