@@ -1,0 +1,154 @@
+//! What an interface really saw: the last word on whether something got through.
+
+use std::{
+    io,
+    net::IpAddr,
+    os::fd::AsRawFd,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
+
+use crate::{
+    ns::{Ns, wait_until},
+    packet::{Packet, parse},
+};
+
+const ETH_P_ALL: u16 = 0x0003;
+
+/// Packets of one interface, both directions, from its start on.
+#[derive(Debug)]
+pub struct Capture {
+    packets: Arc<Mutex<Vec<Packet>>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Capture {
+    /// Starts to capture the IP packets on `interface` of `ns`.
+    pub fn start(ns: &Ns, interface: &str) -> Result<Self> {
+        Self::start_where(ns, interface, |_| true)
+    }
+
+    /// Starts to capture the IP packets on `interface` of `ns` that `wanted` says yes to.
+    pub fn start_where(
+        ns: &Ns,
+        interface: &str,
+        wanted: impl Fn(&Packet) -> bool + Send + 'static,
+    ) -> Result<Self> {
+        let index = ns.ifindex(interface)?;
+        let socket = ns.enter(|| open(index)).context("packet socket")?;
+        let packets = Arc::new(Mutex::new(Vec::new()));
+        let stop = Arc::new(AtomicBool::new(false));
+        let thread = thread::spawn({
+            let (packets, stop) = (packets.clone(), stop.clone());
+            move || receive(&socket, &wanted, &packets, &stop)
+        });
+        Ok(Self {
+            packets,
+            stop,
+            thread: Some(thread),
+        })
+    }
+
+    /// What was seen so far.
+    #[must_use]
+    pub fn packets(&self) -> Vec<Packet> {
+        self.packets
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// How many packets `wanted` says yes to.
+    pub fn count(&self, wanted: impl Fn(&Packet) -> bool) -> usize {
+        self.packets
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .filter(|p| wanted(p))
+            .count()
+    }
+
+    /// How many packets came in from `source`.
+    #[must_use]
+    pub fn received_from(&self, source: IpAddr) -> usize {
+        self.count(|p| !p.outgoing && p.source == source)
+    }
+
+    /// Waits for a packet that `wanted` says yes to.
+    pub fn wait(&self, what: &str, timeout: Duration, wanted: impl Fn(&Packet) -> bool) -> Result<()> {
+        wait_until(what, timeout, || self.count(&wanted) > 0)
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn open(index: u32) -> io::Result<Socket> {
+    let socket = Socket::new(
+        Domain::PACKET,
+        Type::RAW,
+        Some(Protocol::from(i32::from(ETH_P_ALL.to_be()))),
+    )?;
+    let mut storage = SockAddrStorage::zeroed();
+    // SAFETY: sockaddr_ll is a valid view of the storage that a packet socket's address is kept in.
+    let address = unsafe { storage.view_as::<libc::sockaddr_ll>() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = ETH_P_ALL.to_be();
+    address.sll_ifindex = index.cast_signed();
+    // SAFETY: the storage holds a sockaddr_ll of that size, filled in above.
+    let address = unsafe { SockAddr::new(storage, size_of::<libc::sockaddr_ll>() as libc::socklen_t) };
+    socket.bind(&address)?;
+    // best effort: the default holds some hundred packets
+    let _ = socket.set_recv_buffer_size(8 << 20);
+    socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+    Ok(socket)
+}
+
+fn receive(
+    socket: &Socket,
+    wanted: &dyn Fn(&Packet) -> bool,
+    packets: &Mutex<Vec<Packet>>,
+    stop: &AtomicBool,
+) {
+    let mut buffer = vec![0u8; 1 << 16];
+    while !stop.load(Ordering::Relaxed) {
+        let mut from = std::mem::MaybeUninit::<libc::sockaddr_ll>::zeroed();
+        let mut length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+        // SAFETY: buffer and address are valid for writes of the lengths given, and outlive the call.
+        let n = unsafe {
+            libc::recvfrom(
+                socket.as_raw_fd(),
+                buffer.as_mut_ptr().cast(),
+                buffer.len(),
+                0,
+                from.as_mut_ptr().cast(),
+                &raw mut length,
+            )
+        };
+        let Ok(n) = usize::try_from(n) else { continue };
+        // SAFETY: it was zeroed, and the kernel wrote at most its length.
+        let from = unsafe { from.assume_init() };
+        if let Some(packet) = parse(&buffer[..n], from.sll_pkttype == libc::PACKET_OUTGOING)
+            && wanted(&packet)
+        {
+            packets
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(packet);
+        }
+    }
+}

@@ -1,0 +1,26 @@
+//! Network namespaces, veth, real servers and clients: what tests, benches and the demo stand on.
+//!
+//! Nothing here touches the machine's own interfaces, routes or firewall. Everything lives in namespaces whose
+//! names carry the pid of the process that made them (`pal-<pid>-<n>-<label>`), goes when it is dropped (also
+//! by a panic), and is swept by the next process that starts a testbed if its own process was killed.
+//!
+//! ```text
+//!   workload ns            node ns                         internet ns
+//!   eth0 10.0.1.10 ── veth-<name> 10.0.1.1    nic0 ── eth0 198.51.100.2
+//!        fd00:1::10               fd00:1::1   198.51.100.1      2001:db8:f::2
+//!                                             2001:db8:f::1
+//! ```
+
+pub mod capture;
+pub mod load;
+pub mod ns;
+pub mod packet;
+pub mod probe;
+pub mod process;
+pub mod server;
+pub mod topology;
+
+pub use ns::Ns;
+pub use probe::Outcome;
+pub use process::{Process, output};
+pub use topology::{Topology, Workload};

@@ -1,0 +1,302 @@
+//! One network namespace.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd},
+        unix::{fs::MetadataExt, process::CommandExt},
+    },
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{
+        Arc, Once,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    errno::Errno,
+    sched::{CloneFlags, setns},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::process::output;
+
+/// Where `ip netns` keeps its names.
+const NAMES: &str = "/run/netns";
+const PREFIX: &str = "pal-";
+/// Where test daemons pin; names below it are `palisade-test-<pid>-<n>`.
+const BPFFS: &str = "/sys/fs/bpf";
+const PIN_PREFIX: &str = "palisade-test-";
+const TOOL_TIMEOUT: Duration = Duration::from_secs(20);
+
+static SERIAL: AtomicU32 = AtomicU32::new(0);
+
+/// A number that this process has not used yet.
+#[must_use]
+pub fn serial() -> u32 {
+    SERIAL.fetch_add(1, Ordering::Relaxed)
+}
+
+/// A directory name for the pins of one daemon, unique on this machine.
+#[must_use]
+pub fn pin_dir() -> PathBuf {
+    Path::new(BPFFS).join(format!("{PIN_PREFIX}{}-{}", std::process::id(), serial()))
+}
+
+/// A network namespace with its loopback up. Clones name the same one; the last to go removes it, with every
+/// process that still runs in it.
+#[derive(Clone, Debug)]
+pub struct Ns(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    name: String,
+    file: File,
+}
+
+impl Ns {
+    /// A new namespace.
+    pub fn new(label: &str) -> Result<Self> {
+        ensure_root()?;
+        static SWEEP: Once = Once::new();
+        SWEEP.call_once(sweep);
+        let name = format!("{PREFIX}{}-{}-{label}", std::process::id(), serial());
+        tool(Command::new("ip").args(["netns", "add", &name]), b"")?;
+        let path = Path::new(NAMES).join(&name);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) => {
+                remove_name(&name);
+                return Err(error).with_context(|| format!("{}", path.display()));
+            }
+        };
+        let ns = Self(Arc::new(Inner { name, file }));
+        ns.ip("link set lo up")?;
+        Ok(ns)
+    }
+
+    /// Its name, as `ip netns` knows it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// Its file, for setns.
+    #[must_use]
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.0.file.as_fd()
+    }
+
+    /// Runs `f` in a thread that stands in the namespace. Sockets that it opens stay in the namespace.
+    ///
+    /// # Panics
+    /// If the namespace cannot be entered, and if `f` panics.
+    pub fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+        thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                self.join().expect("setns into a namespace of the testbed");
+                f()
+            });
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Moves the calling thread into the namespace, for good.
+    pub fn join(&self) -> Result<()> {
+        setns(&self.0.file, CloneFlags::CLONE_NEWNET).with_context(|| format!("setns {}", self.name()))
+    }
+
+    /// A command that will run in the namespace. Mounts stay those of the machine (`ip netns exec` would hide
+    /// the BPF file system). It dies with the *thread* that spawned it, and does not hear the terminal's Ctrl-C.
+    #[must_use]
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = Command::new(program);
+        let fd = self.0.file.as_raw_fd();
+        let keep = self.0.clone();
+        let parent = Pid::this();
+        command.process_group(0);
+        // SAFETY: between fork and exec the closure makes system calls only; it neither allocates nor locks
+        // (`keep` is only held, so that the descriptor stays open as long as the command exists).
+        unsafe {
+            command.pre_exec(move || {
+                let _open = &keep.file;
+                let ns = BorrowedFd::borrow_raw(fd);
+                setns(ns, CloneFlags::CLONE_NEWNET)?;
+                die_with(parent)
+            });
+        }
+        command
+    }
+
+    /// Runs `ip` commands, one a line, as one batch.
+    pub fn ip(&self, lines: &str) -> Result<()> {
+        tool(
+            Command::new("ip").args(["-n", self.name(), "-batch", "-"]),
+            lines.as_bytes(),
+        )
+        .with_context(|| format!("in {}:\n{lines}", self.name()))
+        .map(drop)
+    }
+
+    /// Runs a program to its end in the namespace and returns what it printed; an exit other than 0 is an error.
+    pub fn run(&self, program: &str, args: &[&str]) -> Result<String> {
+        tool(self.command(program).args(args), b"").with_context(|| format!("in {}", self.name()))
+    }
+
+    /// Loads an nftables script.
+    pub fn nft(&self, script: &str) -> Result<()> {
+        tool(
+            self.command("nft").args(["-f", "-"]),
+            format!("{script}\n").as_bytes(),
+        )
+        .map(drop)
+    }
+
+    /// Sets a value below `/proc/sys/net`, named by its path there: `ipv4/ip_forward`.
+    pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
+        let path = Path::new("/proc/sys/net").join(key);
+        self.enter(|| fs::write(&path, value))
+            .with_context(|| format!("{} = {value}", path.display()))
+    }
+
+    /// The index of one of its interfaces.
+    pub fn ifindex(&self, interface: &str) -> Result<u32> {
+        self.enter(|| nix::net::if_::if_nametoindex(interface))
+            .with_context(|| format!("{interface} in {}", self.name()))
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if let Ok(meta) = self.file.metadata() {
+            kill_inside(meta.dev(), meta.ino());
+        }
+        remove_name(&self.name);
+    }
+}
+
+/// In the child, before exec: end with the parent, also if it has gone already.
+pub(crate) fn die_with(parent: Pid) -> io::Result<()> {
+    // SAFETY: PR_SET_PDEATHSIG takes a signal number and touches no memory.
+    if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if Pid::parent() != parent {
+        return Err(io::Error::from_raw_os_error(libc::ESRCH));
+    }
+    Ok(())
+}
+
+/// Runs a tool with `input` as its standard input; its output if it exits with 0.
+pub(crate) fn tool(command: &mut Command, input: &[u8]) -> Result<String> {
+    let out = crate::process::output_with_input(command, input, TOOL_TIMEOUT)?;
+    ensure!(
+        out.status.success(),
+        "{command:?}: {}: {}{}",
+        out.status,
+        String::from_utf8_lossy(&out.stderr),
+        String::from_utf8_lossy(&out.stdout)
+    );
+    Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+}
+
+fn ensure_root() -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!("network namespaces need root");
+    }
+    Ok(())
+}
+
+fn remove_name(name: &str) {
+    let _ = output(Command::new("ip").args(["netns", "del", name]), TOOL_TIMEOUT);
+}
+
+/// Kills what runs in the namespace with this inode: a program may have left a child behind.
+fn kill_inside(dev: u64, ino: u64) {
+    let Ok(processes) = fs::read_dir("/proc") else {
+        return;
+    };
+    for entry in processes.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else {
+            continue;
+        };
+        if pid == std::process::id().cast_signed() {
+            continue;
+        }
+        if fs::metadata(entry.path().join("ns/net")).is_ok_and(|m| m.ino() == ino && m.dev() == dev) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
+
+/// Removes what processes that are gone have left: namespaces and pins with our prefixes and a dead pid.
+pub fn sweep() {
+    for (dir, prefix) in [(NAMES, PREFIX), (BPFFS, PIN_PREFIX)] {
+        let Ok(entries) = fs::read_dir(dir) else { continue };
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let pid = name
+                .strip_prefix(prefix)
+                .and_then(|rest| rest.split('-').next()?.parse::<i32>().ok());
+            let Some(pid) = pid.filter(|pid| *pid > 1) else {
+                continue;
+            };
+            if kill(Pid::from_raw(pid), None) != Err(Errno::ESRCH) {
+                continue;
+            }
+            if dir == NAMES {
+                if let Ok(meta) = fs::metadata(entry.path()) {
+                    kill_inside(meta.dev(), meta.ino());
+                }
+                remove_name(&name);
+            } else {
+                remove_pins(&entry.path());
+            }
+        }
+    }
+}
+
+/// Removes a directory of pins: its programs go when nothing else holds them.
+pub fn remove_pins(dir: &Path) {
+    let _ = fs::remove_dir_all(dir);
+}
+
+/// Mounts the BPF file system where it belongs, unless it is there.
+pub fn ensure_bpffs() -> Result<()> {
+    const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+    let mounted = || -> Result<bool> {
+        let stat = nix::sys::statfs::statfs(BPFFS).context(BPFFS)?;
+        Ok(i64::from(stat.filesystem_type().0) == BPF_FS_MAGIC)
+    };
+    if mounted()? {
+        return Ok(());
+    }
+    nix::mount::mount(
+        Some("bpf"),
+        BPFFS,
+        Some("bpf"),
+        nix::mount::MsFlags::empty(),
+        None::<&str>,
+    )
+    .with_context(|| format!("mounting the BPF file system at {BPFFS}"))
+}
+
+/// Asks `done` until it says yes.
+pub fn wait_until(what: &str, timeout: Duration, mut done: impl FnMut() -> bool) -> Result<()> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        if done() {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{what}: not within {timeout:?}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}

@@ -1,0 +1,302 @@
+//! Who answers: echo servers in threads, and the real programs.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use tempfile::TempDir;
+
+use crate::{
+    Outcome,
+    ns::{Ns, wait_until},
+    probe::connect,
+    process::Process,
+};
+
+const START: Duration = Duration::from_secs(10);
+const TICK: Duration = Duration::from_millis(50);
+
+/// Something that reached an echo server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Contact {
+    /// Who.
+    pub from: SocketAddr,
+    /// At which of the server's addresses.
+    pub to: SocketAddr,
+    /// By TCP; else a datagram.
+    pub tcp: bool,
+}
+
+/// Echoes TCP streams and UDP datagrams on several addresses and ports of one namespace.
+#[derive(Debug)]
+pub struct Echo {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    stop: AtomicBool,
+    contacts: Mutex<Vec<Contact>>,
+    streams: Mutex<Vec<TcpStream>>,
+}
+
+impl Echo {
+    /// Listens on each of `tcp` and `udp` at each of `addresses`.
+    pub fn start(ns: &Ns, addresses: &[IpAddr], tcp: &[u16], udp: &[u16]) -> Result<Self> {
+        let mut echo = Self {
+            shared: Arc::default(),
+            threads: Vec::new(),
+        };
+        for address in addresses {
+            for port in tcp {
+                let at = SocketAddr::new(*address, *port);
+                let listener = ns
+                    .enter(|| TcpListener::bind(at))
+                    .with_context(|| format!("tcp {at}"))?;
+                listener.set_nonblocking(true)?;
+                let shared = echo.shared.clone();
+                echo.threads
+                    .push(thread::spawn(move || accept(&listener, at, &shared)));
+            }
+            for port in udp {
+                let at = SocketAddr::new(*address, *port);
+                let socket = ns
+                    .enter(|| UdpSocket::bind(at))
+                    .with_context(|| format!("udp {at}"))?;
+                socket.set_read_timeout(Some(TICK))?;
+                let shared = echo.shared.clone();
+                echo.threads
+                    .push(thread::spawn(move || answer(&socket, at, &shared)));
+            }
+        }
+        Ok(echo)
+    }
+
+    /// Everything that reached it so far.
+    #[must_use]
+    pub fn contacts(&self) -> Vec<Contact> {
+        self.shared
+            .contacts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// How often `from` reached `to`, in either way.
+    #[must_use]
+    pub fn reached(&self, from: IpAddr, to: SocketAddr) -> usize {
+        self.contacts()
+            .iter()
+            .filter(|c| c.from.ip() == from && c.to == to)
+            .count()
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+        for stream in self
+            .shared
+            .streams
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .drain(..)
+        {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+impl Shared {
+    fn note(&self, contact: Contact) {
+        self.contacts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(contact);
+    }
+}
+
+fn accept(listener: &TcpListener, at: SocketAddr, shared: &Arc<Shared>) {
+    use nix::poll::{PollFd, PollFlags, poll};
+    use std::os::fd::AsFd;
+    while !shared.stop.load(Ordering::Relaxed) {
+        let mut ready = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut ready, TICK.as_millis() as u16) != Ok(1) {
+            continue;
+        }
+        let Ok((stream, from)) = listener.accept() else {
+            continue;
+        };
+        shared.note(Contact {
+            from,
+            to: at,
+            tcp: true,
+        });
+        let (Ok(()), Ok(other)) = (stream.set_nonblocking(false), stream.try_clone()) else {
+            continue;
+        };
+        shared
+            .streams
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(other);
+        thread::spawn(move || echo_stream(stream));
+    }
+}
+
+fn echo_stream(mut stream: TcpStream) {
+    let mut buffer = vec![0; 1 << 16];
+    while let Ok(n @ 1..) = stream.read(&mut buffer) {
+        if stream.write_all(&buffer[..n]).is_err() {
+            break;
+        }
+    }
+    let _ = stream.shutdown(Shutdown::Both);
+}
+
+fn answer(socket: &UdpSocket, at: SocketAddr, shared: &Shared) {
+    let mut buffer = vec![0; 1 << 16];
+    while !shared.stop.load(Ordering::Relaxed) {
+        if let Ok((n, from)) = socket.recv_from(&mut buffer) {
+            shared.note(Contact {
+                from,
+                to: at,
+                tcp: false,
+            });
+            // an answer that the policy stops is none of the server's business
+            let _ = socket.send_to(&buffer[..n], from);
+        }
+    }
+}
+
+/// nginx with a configuration of its own; answers every path with its name.
+#[derive(Debug)]
+pub struct Nginx {
+    _process: Process,
+    _dir: TempDir,
+}
+
+impl Nginx {
+    /// Listens on `ports`, IPv4 and IPv6, and says `hello from <name>`; `/big` has `big` bytes.
+    pub fn start(ns: &Ns, name: &str, ports: &[u16], big: usize) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("palisade-nginx-").tempdir()?;
+        let root = dir.path();
+        fs::write(root.join("big"), vec![b'x'; big])?;
+        let listen: String = ports
+            .iter()
+            .map(|port| format!("    listen {port};\n    listen [::]:{port};\n"))
+            .collect();
+        let conf = format!(
+            "master_process off;\ndaemon off;\npid {0}/nginx.pid;\nerror_log stderr;\n\
+             events {{ worker_connections 256; }}\n\
+             http {{\n  access_log off;\n\
+             client_body_temp_path {0}/body; proxy_temp_path {0}/proxy; fastcgi_temp_path {0}/fastcgi;\n\
+             uwsgi_temp_path {0}/uwsgi; scgi_temp_path {0}/scgi;\n\
+             server {{\n{listen}    root {0};\n\
+             location = /big {{ }}\n    location / {{ return 200 \"hello from {name}\\n\"; }}\n  }}\n}}\n",
+            root.display()
+        );
+        let file = root.join("nginx.conf");
+        fs::write(&file, conf)?;
+        // the worker must be able to read what the test made, whoever it runs as
+        set_mode(root, 0o755)?;
+        let mut command = ns.command("nginx");
+        command
+            .args(["-e", "stderr", "-p"])
+            .arg(root)
+            .arg("-c")
+            .arg(&file);
+        let mut process = Process::spawn("nginx", command, root)?;
+        for port in ports {
+            ready(ns, &mut process, SocketAddr::new([127, 0, 0, 1].into(), *port))?;
+        }
+        Ok(Self {
+            _process: process,
+            _dir: dir,
+        })
+    }
+}
+
+fn set_mode(path: &Path, mode: u32) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).with_context(|| path.display().to_string())
+}
+
+/// An iperf3 server.
+#[derive(Debug)]
+pub struct Iperf3 {
+    _process: Process,
+    _dir: TempDir,
+}
+
+impl Iperf3 {
+    /// Listens on `port`.
+    pub fn start(ns: &Ns, port: u16) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("palisade-iperf3-").tempdir()?;
+        let mut command = ns.command("iperf3");
+        command.args(["-s", "--forceflush", "-p", &port.to_string()]);
+        let process = Process::spawn("iperf3", command, dir.path())?;
+        // iperf3 takes one client at a time: asking by a connection would keep the first real one out
+        wait_until("iperf3 listens", START, || process.log().contains("listening"))?;
+        Ok(Self {
+            _process: process,
+            _dir: dir,
+        })
+    }
+}
+
+/// Any program that listens.
+#[derive(Debug)]
+pub struct Program {
+    /// The process.
+    pub process: Process,
+    dir: TempDir,
+}
+
+impl Program {
+    /// Starts it in the namespace and waits until `at` accepts a connection, if it is given.
+    pub fn start(ns: &Ns, program: &str, args: &[&str], at: Option<SocketAddr>) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("palisade-program-").tempdir()?;
+        let mut command = ns.command(program);
+        command.args(args).current_dir(dir.path());
+        let mut process = Process::spawn(program, command, dir.path())?;
+        if let Some(at) = at {
+            ready(ns, &mut process, at)?;
+        }
+        Ok(Self { process, dir })
+    }
+
+    /// Its working directory.
+    #[must_use]
+    pub fn dir(&self) -> PathBuf {
+        self.dir.path().into()
+    }
+}
+
+/// Waits until a server accepts connections, seen from its own namespace.
+fn ready(ns: &Ns, process: &mut Process, at: SocketAddr) -> Result<()> {
+    let mut ended = None;
+    wait_until(&format!("{at} accepts connections"), START, || {
+        ended = process.exited().ok().flatten();
+        ended.is_some() || connect(ns, at, Duration::from_secs(1)) == Outcome::Open
+    })
+    .with_context(|| process.log())?;
+    match ended {
+        None => Ok(()),
+        Some(status) => anyhow::bail!("ended at once, {status}: {}", process.log()),
+    }
+}

@@ -1,0 +1,344 @@
+//! A node with workloads behind veths and an internet behind its NIC.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::Path,
+};
+
+use anyhow::{Context, Result, ensure};
+use tempfile::TempDir;
+
+use crate::ns::Ns;
+
+/// The node's NIC.
+pub const NIC: &str = "nic0";
+/// The inner end of every other veth.
+pub const INNER: &str = "eth0";
+/// The node's own addresses on its NIC.
+pub const NODE_V4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+/// See [`NODE_V4`].
+pub const NODE_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xf, 0, 0, 0, 0, 1);
+/// The internet's addresses on the link to the node.
+pub const INTERNET_V4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
+/// See [`INTERNET_V4`].
+pub const INTERNET_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xf, 0, 0, 0, 0, 2);
+
+/// Either family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+/// Both, for loops.
+pub const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+
+/// What a workload is, before it is plugged in.
+#[derive(Clone, Debug)]
+pub struct WorkloadSpec {
+    name: String,
+    namespace: String,
+    labels: BTreeMap<String, String>,
+    named_ports: BTreeMap<String, String>,
+}
+
+impl WorkloadSpec {
+    /// A workload of the namespace `default` without labels.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.into(),
+            namespace: "default".into(),
+            labels: BTreeMap::new(),
+            named_ports: BTreeMap::new(),
+        }
+    }
+
+    /// Puts it into a namespace (of policies).
+    #[must_use]
+    pub fn namespace(mut self, namespace: &str) -> Self {
+        self.namespace = namespace.into();
+        self
+    }
+
+    /// Adds a label.
+    #[must_use]
+    pub fn label(mut self, key: &str, value: &str) -> Self {
+        self.labels.insert(key.into(), value.into());
+        self
+    }
+
+    /// Adds a named port: `("http", "80/TCP")`.
+    #[must_use]
+    pub fn port(mut self, name: &str, port: &str) -> Self {
+        self.named_ports.insert(name.into(), port.into());
+        self
+    }
+}
+
+/// A workload in its namespace.
+#[derive(Clone, Debug)]
+pub struct Workload {
+    /// Where it runs.
+    pub ns: Ns,
+    /// Its name.
+    pub name: String,
+    /// Its policy namespace.
+    pub namespace: String,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Its named ports.
+    pub named_ports: BTreeMap<String, String>,
+    /// The host side of its veth, in the node's namespace.
+    pub interface: String,
+    /// Its address.
+    pub v4: Ipv4Addr,
+    /// Its address.
+    pub v6: Ipv6Addr,
+    /// The node's address on its link.
+    pub gateway_v4: Ipv4Addr,
+    /// The node's address on its link.
+    pub gateway_v6: Ipv6Addr,
+}
+
+impl Workload {
+    /// Its address of one family.
+    #[must_use]
+    pub fn addr(&self, family: Family) -> IpAddr {
+        match family {
+            Family::V4 => self.v4.into(),
+            Family::V6 => self.v6.into(),
+        }
+    }
+
+    /// The node's address on its link.
+    #[must_use]
+    pub fn gateway(&self, family: Family) -> IpAddr {
+        match family {
+            Family::V4 => self.gateway_v4.into(),
+            Family::V6 => self.gateway_v6.into(),
+        }
+    }
+}
+
+/// The node, its workloads, and the internet.
+#[derive(Debug)]
+pub struct Topology {
+    workloads: Vec<Workload>,
+    declared: Vec<Workload>,
+    /// The node's namespace: it forwards, and has no filter of its own.
+    pub node: Ns,
+    /// What is behind the NIC.
+    pub internet: Ns,
+    dir: TempDir,
+}
+
+impl Topology {
+    /// A node with its NIC and the internet; no workloads yet.
+    pub fn new() -> Result<Self> {
+        let node = prepared("node")?;
+        let internet = prepared("internet")?;
+        for (key, value) in [
+            ("ipv4/ip_forward", "1"),
+            ("ipv6/conf/all/forwarding", "1"),
+            ("ipv4/conf/all/rp_filter", "1"),
+            ("ipv4/conf/default/rp_filter", "1"),
+        ] {
+            node.sysctl(key, value)?;
+        }
+        node.ip(&format!(
+            "link add {NIC} type veth peer name {INNER} netns {}\n\
+             addr add {NODE_V4}/24 dev {NIC}\n\
+             addr add {NODE_V6}/64 dev {NIC} nodad\n\
+             link set {NIC} up\n",
+            internet.name()
+        ))?;
+        internet.ip(&format!(
+            "addr add {INTERNET_V4}/24 dev {INNER}\n\
+             addr add {INTERNET_V6}/64 dev {INNER} nodad\n\
+             link set {INNER} up\n\
+             route add 10.0.0.0/8 via {NODE_V4}\n\
+             route add fd00::/16 via {NODE_V6}\n"
+        ))?;
+        node.ip(&format!(
+            "route add default via {INTERNET_V4}\n\
+             route add default via {INTERNET_V6}\n"
+        ))?;
+        let dir = tempfile::Builder::new().prefix("palisade-testbed-").tempdir()?;
+        Ok(Self {
+            workloads: Vec::new(),
+            declared: Vec::new(),
+            node,
+            internet,
+            dir,
+        })
+    }
+
+    /// Adds a workload, plugged in.
+    pub fn workload(mut self, spec: WorkloadSpec) -> Result<Self> {
+        let name = spec.name.clone();
+        self.declare(spec)?;
+        self.plug(&name)?;
+        Ok(self)
+    }
+
+    /// Adds workloads by their names, each with the label `app: <name>`.
+    pub fn apps(mut self, names: &[&str]) -> Result<Self> {
+        for name in names {
+            self = self.workload(WorkloadSpec::new(name).label("app", name))?;
+        }
+        Ok(self)
+    }
+
+    /// Adds a workload that is known (it has addresses, and is in the configuration) but has no interface yet.
+    pub fn declare(&mut self, spec: WorkloadSpec) -> Result<()> {
+        let n = self.workloads.len() + self.declared.len() + 1;
+        let octet = u8::try_from(n).context("at most 255 workloads")?;
+        let interface = format!("veth-{}", spec.name);
+        ensure!(
+            interface.len() <= 15,
+            "{interface}: the kernel takes 15 characters"
+        );
+        let group = u16::from(octet);
+        self.declared.push(Workload {
+            ns: prepared(&spec.name)?,
+            name: spec.name,
+            namespace: spec.namespace,
+            labels: spec.labels,
+            named_ports: spec.named_ports,
+            interface,
+            v4: Ipv4Addr::new(10, 0, octet, 10),
+            v6: Ipv6Addr::new(0xfd00, group, 0, 0, 0, 0, 0, 0x10),
+            gateway_v4: Ipv4Addr::new(10, 0, octet, 1),
+            gateway_v6: Ipv6Addr::new(0xfd00, group, 0, 0, 0, 0, 0, 1),
+        });
+        Ok(())
+    }
+
+    /// Gives a declared workload its interface.
+    pub fn plug(&mut self, name: &str) -> Result<()> {
+        let at = self
+            .declared
+            .iter()
+            .position(|w| w.name == name)
+            .with_context(|| format!("no workload {name}"))?;
+        let w = self.declared.remove(at);
+        self.node.ip(&format!(
+            "link add {0} type veth peer name {INNER} netns {1}\n\
+             addr add {2}/24 dev {0}\n\
+             addr add {3}/64 dev {0} nodad\n\
+             link set {0} up\n",
+            w.interface,
+            w.ns.name(),
+            w.gateway_v4,
+            w.gateway_v6
+        ))?;
+        w.ns.ip(&format!(
+            "addr add {}/24 dev {INNER}\n\
+             addr add {}/64 dev {INNER} nodad\n\
+             link set {INNER} up\n\
+             route add default via {}\n\
+             route add default via {}\n",
+            w.v4, w.v6, w.gateway_v4, w.gateway_v6
+        ))?;
+        self.workloads.push(w);
+        Ok(())
+    }
+
+    /// Removes a workload's interface; the workload stays declared.
+    pub fn unplug(&mut self, name: &str) -> Result<()> {
+        let at = self
+            .workloads
+            .iter()
+            .position(|w| w.name == name)
+            .with_context(|| format!("no workload {name}"))?;
+        let w = self.workloads.remove(at);
+        self.node.ip(&format!("link del {}", w.interface))?;
+        self.declared.push(w);
+        Ok(())
+    }
+
+    /// Gives the internet further addresses, reachable from the node through the NIC.
+    pub fn internet_addresses(self, addresses: &[&str]) -> Result<Self> {
+        let mut lines = String::new();
+        for address in addresses {
+            let ip: IpAddr = address.parse().with_context(|| (*address).to_owned())?;
+            let (length, flag) = if ip.is_ipv4() { (32, "") } else { (128, " nodad") };
+            let _ = writeln!(lines, "addr add {ip}/{length} dev lo{flag}");
+        }
+        self.internet.ip(&lines)?;
+        Ok(self)
+    }
+
+    /// Has the node track connections, as any node with a stateful firewall or NAT does (else nobody loads the
+    /// kernel's conntrack in a fresh namespace).
+    pub fn track_connections(&self) -> Result<()> {
+        self.node.nft(
+            "table inet tracking {\n\
+             chain forward { type filter hook forward priority 0; ct state established accept; }\n\
+             chain input { type filter hook input priority 0; ct state established accept; }\n\
+             chain output { type filter hook output priority 0; ct state established accept; }\n\
+             }\n",
+        )
+    }
+
+    /// A plugged-in workload by its name.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[must_use]
+    pub fn get(&self, name: &str) -> &Workload {
+        self.workloads
+            .iter()
+            .find(|w| w.name == name)
+            .unwrap_or_else(|| panic!("the testbed has no workload {name}"))
+    }
+
+    /// All workloads, plugged in or only declared.
+    pub fn all(&self) -> impl Iterator<Item = &Workload> {
+        self.workloads.iter().chain(&self.declared)
+    }
+
+    /// The namespace of a name: a workload, `node` or `internet`.
+    #[must_use]
+    pub fn ns(&self, name: &str) -> &Ns {
+        match name {
+            "node" => &self.node,
+            "internet" => &self.internet,
+            _ => &self.get(name).ns,
+        }
+    }
+
+    /// The address of a name: a workload, `node` (at its NIC) or `internet`.
+    #[must_use]
+    pub fn addr(&self, name: &str, family: Family) -> IpAddr {
+        match (name, family) {
+            ("node", Family::V4) => NODE_V4.into(),
+            ("node", Family::V6) => NODE_V6.into(),
+            ("internet", Family::V4) => INTERNET_V4.into(),
+            ("internet", Family::V6) => INTERNET_V6.into(),
+            _ => self.get(name).addr(family),
+        }
+    }
+
+    /// A temporary directory that goes with the testbed.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+}
+
+/// A namespace whose IPv6 neither waits for duplicate address detection nor asks for routers.
+fn prepared(label: &str) -> Result<Ns> {
+    let ns = Ns::new(label)?;
+    for conf in ["all", "default"] {
+        ns.sysctl(&format!("ipv6/conf/{conf}/accept_dad"), "0")?;
+        ns.sysctl(&format!("ipv6/conf/{conf}/accept_ra"), "0")?;
+        ns.sysctl(&format!("ipv6/conf/{conf}/router_solicitations"), "0")?;
+    }
+    Ok(ns)
+}
