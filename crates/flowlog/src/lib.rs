@@ -1,0 +1,18 @@
+//! Seeing: flow records made from the events of the BPF programs, a ring of recent ones, filters, text and JSON.
+//!
+//! Pure: no I/O, no clock. The daemon implements [`Names`], makes flows with [`Flow::from_event`] and keeps them
+//! in a [`Ring`]; a reader takes a [`Cursor`], a [`Filters`] (built from flags by [`FilterBuilder`]) and a
+//! [`format::Format`].
+
+pub mod filter;
+pub mod flow;
+pub mod format;
+mod resolve;
+mod ring;
+mod time;
+
+pub use filter::{FilterBuilder, FilterError, Filters, FlowFilter};
+pub use flow::Flow;
+pub use resolve::{Names, Owner, RuleInfo};
+pub use ring::{Cursor, Next, Ring};
+pub use time::{ParseTimeError, Timestamp};

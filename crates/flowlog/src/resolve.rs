@@ -1,0 +1,412 @@
+//! From an event of the BPF programs to a flow record: numbers become names.
+
+use std::{net::IpAddr, sync::Arc};
+
+use palisade_abi::{Event, EventKind, Reason, TracePoint as AbiTracePoint, event_flags, identity, protocol};
+
+use crate::{
+    Timestamp,
+    flow::{
+        DropReason, Endpoint, Ethernet, EventType, Extra, Flow, FlowType, Ip, IpVersion, Layer4, Mac, Moment,
+        NetworkInterface, Policy, Progress, Rule, TcpFlags, TracePoint, TrafficDirection, Verdict,
+        event_type,
+    },
+};
+
+/// Who has an address: an endpoint of this node (the node itself too), or a peer that has a name.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Owner {
+    /// The endpoint of this node; 0: a peer.
+    pub endpoint: u16,
+    /// Its identity.
+    pub identity: u32,
+    /// Its namespace, empty if it has none.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub name: Arc<str>,
+}
+
+/// What is known of a rule by its number in the policy table.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct RuleInfo {
+    /// The policy it stands in, or that causes the default deny; none if no policy had a say.
+    pub policy: Option<Policy>,
+    /// The rule in words.
+    pub text: Arc<str>,
+    /// `FILE:LINE`, empty if it is written nowhere.
+    pub location: Arc<str>,
+    /// It stands for "no rule allows it".
+    pub default_deny: bool,
+}
+
+/// What the daemon knows about the numbers in an event. Called for every event: answers should be clones of
+/// shared strings, not made anew.
+pub trait Names {
+    /// Name of this node.
+    fn node(&self) -> Arc<str>;
+    /// Labels of an identity, `source:key=value`, sorted.
+    fn labels(&self, identity: u32) -> Option<Arc<[Arc<str>]>>;
+    /// An endpoint of this node by its number.
+    fn endpoint(&self, id: u16) -> Option<Owner>;
+    /// Who has exactly this address.
+    fn address(&self, address: IpAddr) -> Option<Owner>;
+    /// A rule by its number. Rules that were replaced a moment ago should still be known: events lag behind.
+    fn rule(&self, id: u32) -> Option<RuleInfo>;
+    /// Name of an interface.
+    fn interface(&self, ifindex: u32) -> Option<Arc<str>>;
+}
+
+impl Flow {
+    /// The record of an event.
+    ///
+    /// `clock_offset` is what has to be added to the monotonic clock, in which events are stamped, to have the
+    /// time since 1970, in ns.
+    #[must_use]
+    pub fn from_event(event: &Event, names: &impl Names, clock_offset: i64) -> Self {
+        let flag = |bit| event.flags & bit != 0;
+        let egress = flag(event_flags::EGRESS);
+        let flow_egress = flag(event_flags::FLOW_EGRESS);
+        let kind = kind_of(event.kind);
+        let reason = Reason::from_u8(event.reason);
+        let dropped = kind == EventKind::Drop || reason.is_some_and(Reason::is_drop);
+        let audit = flag(event_flags::AUDIT);
+        let verdict = match kind {
+            EventKind::Drop => Verdict::Dropped,
+            EventKind::PolicyVerdict if audit => Verdict::Audit,
+            EventKind::PolicyVerdict if dropped => Verdict::Dropped,
+            EventKind::PolicyVerdict | EventKind::Trace => Verdict::Forwarded,
+        };
+        let is_ip = event.ether_type == 0;
+        let own = names.endpoint(event.endpoint);
+        let own_is_host = own.as_ref().is_some_and(|o| o.identity == identity::HOST);
+        let (own_source, own_destination) = if egress { (own, None) } else { (None, own) };
+        let trace_point = match (kind, egress, own_is_host) {
+            (EventKind::PolicyVerdict | EventKind::Drop, ..) => TracePoint::Unknown,
+            (EventKind::Trace, true, true) => TracePoint::ToNetwork,
+            (EventKind::Trace, true, false) => TracePoint::ToStack,
+            (EventKind::Trace, false, true) => TracePoint::ToHost,
+            (EventKind::Trace, false, false) => TracePoint::ToEndpoint,
+        };
+        let drop_reason = DropReason(if dropped { event.reason } else { 0 });
+        let rule = (event.rule != 0).then(|| names.rule(event.rule).unwrap_or_default());
+        let mut flow = Self {
+            time: Timestamp(
+                i64::try_from(event.time)
+                    .unwrap_or(i64::MAX)
+                    .saturating_add(clock_offset),
+            ),
+            verdict,
+            drop_reason: drop_reason.0.into(),
+            ethernet: (event.source_mac != [0; 6] || event.destination_mac != [0; 6]).then_some(Ethernet {
+                source: Mac(event.source_mac),
+                destination: Mac(event.destination_mac),
+            }),
+            ip: is_ip.then(|| Ip {
+                source: event.source.into(),
+                destination: event.destination.into(),
+                version: if flag(event_flags::IPV6) {
+                    IpVersion::V6
+                } else {
+                    IpVersion::V4
+                },
+            }),
+            l4: layer4(event),
+            source: end(names, is_ip, event.source, event.source_identity, own_source),
+            destination: end(
+                names,
+                is_ip,
+                event.destination,
+                event.destination_identity,
+                own_destination,
+            ),
+            flow_type: FlowType::L3L4,
+            node_name: names.node(),
+            is_reply: (!flag(event_flags::REPLY_UNKNOWN)).then_some(flag(event_flags::REPLY)),
+            event_type: match kind {
+                EventKind::Drop => EventType {
+                    kind: event_type::DROP,
+                    sub_type: event.reason.into(),
+                },
+                EventKind::Trace => EventType {
+                    kind: event_type::TRACE,
+                    sub_type: trace_point.sub_type(),
+                },
+                EventKind::PolicyVerdict => EventType {
+                    kind: event_type::POLICY_VERDICT,
+                    sub_type: 0,
+                },
+            },
+            traffic_direction: if flow_egress {
+                TrafficDirection::Egress
+            } else {
+                TrafficDirection::Ingress
+            },
+            policy_match_type: match kind {
+                EventKind::PolicyVerdict => event.match_kind.into(),
+                EventKind::Drop | EventKind::Trace => 0,
+            },
+            trace_observation_point: trace_point,
+            drop_reason_desc: drop_reason,
+            interface: (event.ifindex != 0).then(|| NetworkInterface {
+                index: event.ifindex,
+                name: names.interface(event.ifindex).unwrap_or_default(),
+            }),
+            palisade: Extra {
+                reason: reason.map_or_else(|| event.reason.to_string().into(), |r| r.text().into()),
+                rule: rule.as_ref().map(|info| Rule {
+                    id: event.rule,
+                    text: Arc::clone(&info.text),
+                    location: Arc::clone(&info.location),
+                    default_deny: info.default_deny,
+                    policy: info
+                        .policy
+                        .as_ref()
+                        .map(Policy::qualified_name)
+                        .unwrap_or_default(),
+                }),
+                audit,
+                protocol: event.protocol,
+                ether_type: event.ether_type,
+                length: event.length,
+                fragment: flag(event_flags::FRAGMENT),
+                related: flag(event_flags::RELATED),
+                progress: progress(event, kind),
+            },
+            ..Self::default()
+        };
+        if let Some(policy) = rule.and_then(|info| info.policy) {
+            let denied = dropped || audit;
+            let list = match (flow_egress, denied) {
+                (true, true) => &mut flow.egress_denied_by,
+                (true, false) => &mut flow.egress_allowed_by,
+                (false, true) => &mut flow.ingress_denied_by,
+                (false, false) => &mut flow.ingress_allowed_by,
+            };
+            list.push(policy);
+        }
+        flow.summary = summary(&flow);
+        flow
+    }
+}
+
+/// An unknown kind is shown as what it can least be taken for by mistake: a trace names no verdict of a rule.
+const fn kind_of(kind: u8) -> EventKind {
+    match kind {
+        k if k == EventKind::PolicyVerdict as u8 => EventKind::PolicyVerdict,
+        k if k == EventKind::Drop as u8 => EventKind::Drop,
+        _ => EventKind::Trace,
+    }
+}
+
+fn end(
+    names: &impl Names,
+    is_ip: bool,
+    address: palisade_abi::Addr,
+    seen_identity: u32,
+    endpoint: Option<Owner>,
+) -> Endpoint {
+    let by_endpoint = endpoint.is_some();
+    let owner = endpoint
+        .or_else(|| is_ip.then(|| names.address(address.into())).flatten())
+        .unwrap_or_default();
+    // What the program saw counts, also where the address has another owner by now. Where it looked nobody up,
+    // only the endpoint whose interface this is can be named for certain.
+    let identity = match seen_identity {
+        0 if by_endpoint => owner.identity,
+        seen => seen,
+    };
+    Endpoint {
+        id: owner.endpoint.into(),
+        identity,
+        namespace: owner.namespace,
+        labels: if identity == 0 {
+            Arc::default()
+        } else {
+            names.labels(identity).unwrap_or_default()
+        },
+        pod_name: owner.name,
+    }
+}
+
+fn layer4(event: &Event) -> Option<Layer4> {
+    if event.ether_type != 0 || event.flags & event_flags::FRAGMENT != 0 {
+        return None;
+    }
+    let (source_port, destination_port) = (event.source_port, event.destination_port);
+    // Type and code are a byte each.
+    let (kind, code) = (source_port as u8, destination_port as u8);
+    Some(match event.protocol {
+        protocol::TCP => Layer4::Tcp {
+            source_port,
+            destination_port,
+            flags: TcpFlags(event.tcp_flags),
+        },
+        protocol::UDP => Layer4::Udp {
+            source_port,
+            destination_port,
+        },
+        protocol::SCTP => Layer4::Sctp {
+            source_port,
+            destination_port,
+        },
+        protocol::ICMP => Layer4::Icmpv4 { kind, code },
+        protocol::ICMPV6 => Layer4::Icmpv6 { kind, code },
+        _ => return None,
+    })
+}
+
+fn progress(event: &Event, kind: EventKind) -> Option<Progress> {
+    if kind != EventKind::Trace {
+        return None;
+    }
+    let at = match event.trace_point {
+        p if p == AbiTracePoint::Start as u8 => Moment::Start,
+        p if p == AbiTracePoint::Interval as u8 => Moment::Interval,
+        p if p == AbiTracePoint::End as u8 => Moment::End,
+        _ => return None,
+    };
+    Some(Progress {
+        at,
+        forward_packets: event.forward_packets,
+        forward_bytes: event.forward_bytes,
+        reply_packets: event.reply_packets,
+        reply_bytes: event.reply_bytes,
+    })
+}
+
+fn summary(flow: &Flow) -> String {
+    match flow.l4 {
+        Some(Layer4::Tcp { flags, .. }) => {
+            let names: Vec<_> = flags.names().collect();
+            format!("TCP Flags: {}", names.join(", "))
+        }
+        Some(Layer4::Udp { .. }) => "UDP".into(),
+        Some(Layer4::Sctp { .. }) => "SCTP".into(),
+        Some(Layer4::Icmpv4 { kind, code }) => format!("ICMPv4 {}", icmpv4_text(kind, code)),
+        Some(Layer4::Icmpv6 { kind, code }) => format!("ICMPv6 {}", icmpv6_text(kind, code)),
+        None if flow.ip.is_none() => ether_type_text(flow.palisade.ether_type),
+        None if flow.palisade.fragment => format!("{} fragment", protocol_text(flow.palisade.protocol)),
+        None => protocol_text(flow.palisade.protocol),
+    }
+}
+
+fn ether_type_text(number: u16) -> String {
+    // IEEE 802 numbers, IANA.
+    match number {
+        0x0806 => "ARP".into(),
+        0x8100 | 0x88a8 => "VLAN".into(),
+        0x88cc => "LLDP".into(),
+        0x8847 | 0x8848 => "MPLS".into(),
+        other => format!("EtherType {other:#06x}"),
+    }
+}
+
+/// A protocol by the name that flow clients and IANA use.
+fn protocol_text(number: u8) -> String {
+    match number {
+        protocol::TCP => "TCP",
+        protocol::UDP => "UDP",
+        protocol::SCTP => "SCTP",
+        protocol::ICMP => "ICMPv4",
+        protocol::ICMPV6 => "ICMPv6",
+        protocol::IGMP => "IGMP",
+        4 => "IPIP",
+        41 => "IPv6-in-IP",
+        47 => "GRE",
+        50 => "ESP",
+        51 => "AH",
+        112 => "VRRP",
+        other => return format!("IP protocol {other}"),
+    }
+    .into()
+}
+
+/// Type and code in the words of flow clients: `EchoRequest`, `DestinationUnreachable(Port)` (RFC 792).
+fn icmpv4_text(kind: u8, code: u8) -> String {
+    const UNREACHABLE: [&str; 16] = [
+        "Net",
+        "Host",
+        "Protocol",
+        "Port",
+        "FragmentationNeeded",
+        "SourceRoutingFailed",
+        "NetUnknown",
+        "HostUnknown",
+        "SourceIsolated",
+        "NetAdminProhibited",
+        "HostAdminProhibited",
+        "NetTOS",
+        "HostTOS",
+        "CommAdminProhibited",
+        "HostPrecedence",
+        "PrecedenceCutoff",
+    ];
+    let (name, codes): (&str, &[&str]) = match kind {
+        0 => ("EchoReply", &[]),
+        3 => ("DestinationUnreachable", &UNREACHABLE),
+        4 => ("SourceQuench", &[]),
+        5 => ("Redirect", &["Net", "Host", "TOS+Net", "TOS+Host"]),
+        8 => ("EchoRequest", &[]),
+        9 => ("RouterAdvertisement", &[]),
+        10 => ("RouterSolicitation", &[]),
+        11 => ("TimeExceeded", &["TTLExceeded", "FragmentReassemblyTimeExceeded"]),
+        12 => (
+            "ParameterProblem",
+            &["PointerIndicatesError", "MissingOption", "BadLength"],
+        ),
+        13 => ("TimestampRequest", &[]),
+        14 => ("TimestampReply", &[]),
+        _ => return format!("{kind}({code})"),
+    };
+    with_code(name, codes, code)
+}
+
+/// The same for IPv6 (RFC 4443, RFC 4861, RFC 3810).
+fn icmpv6_text(kind: u8, code: u8) -> String {
+    const UNREACHABLE: [&str; 7] = [
+        "NoRouteToDst",
+        "AdminProhibited",
+        "BeyondScopeOfSrc",
+        "Address",
+        "Port",
+        "SrcAddressFailedPolicy",
+        "RejectRouteToDst",
+    ];
+    let (name, codes): (&str, &[&str]) = match kind {
+        1 => ("DestinationUnreachable", &UNREACHABLE),
+        2 => ("PacketTooBig", &[]),
+        3 => (
+            "TimeExceeded",
+            &["HopLimitExceeded", "FragmentReassemblyTimeExceeded"],
+        ),
+        4 => (
+            "ParameterProblem",
+            &[
+                "ErroneousHeader",
+                "UnrecognizedNextHeader",
+                "UnrecognizedIPv6Option",
+            ],
+        ),
+        128 => ("EchoRequest", &[]),
+        129 => ("EchoReply", &[]),
+        130 => ("MLDv1MulticastListenerQueryMessage", &[]),
+        131 => ("MLDv1MulticastListenerReportMessage", &[]),
+        132 => ("MLDv1MulticastListenerDoneMessage", &[]),
+        133 => ("RouterSolicitation", &[]),
+        134 => ("RouterAdvertisement", &[]),
+        135 => ("NeighborSolicitation", &[]),
+        136 => ("NeighborAdvertisement", &[]),
+        137 => ("Redirect", &[]),
+        143 => ("MLDv2MulticastListenerReportMessageV2", &[]),
+        _ => return format!("{kind}({code})"),
+    };
+    with_code(name, codes, code)
+}
+
+fn with_code(name: &str, codes: &[&str], code: u8) -> String {
+    match codes.get(usize::from(code)) {
+        Some(text) => format!("{name}({text})"),
+        None if codes.is_empty() && code == 0 => name.into(),
+        None => format!("{name}(Code: {code})"),
+    }
+}
