@@ -26,7 +26,7 @@ pub use interface::{Config, Counter, EndpointState, Interface, RateBudget, inter
 pub use policy::{
     DIRECTIONS, Decision, Direction, Identity, Inspector, PolicyEntry, PolicyKey, entry_flags, identity,
 };
-pub use reason::Reason;
+pub use reason::{Reason, counter_slot};
 
 /// Version of every layout in this crate. Part of the pin directory's name.
 pub const VERSION: u32 = 1;
@@ -61,7 +61,8 @@ pub mod maps {
     pub const CLASSES: &str = "CLASSES";
     /// `HASH` [`crate::PolicyKey`] -> [`crate::PolicyEntry`].
     pub const POLICY: &str = "POLICY";
-    /// `LRU_HASH` [`crate::CtKey`] -> [`crate::CtEntry`].
+    /// `LRU_HASH` [`crate::CtKey`] -> [`crate::CtEntry`]. Only user space deletes from it; an entry that the programs
+    /// make (for a new key) counts at [`crate::counter_slot::CONNTRACK_MADE`].
     pub const CONNTRACK: &str = "CONNTRACK";
     /// `LRU_HASH` [`crate::FragmentKey`] -> [`crate::FragmentPorts`].
     pub const FRAGMENTS: &str = "FRAGMENTS";
@@ -69,7 +70,7 @@ pub mod maps {
     pub const EVENTS: &str = "EVENTS";
     /// `PERCPU_ARRAY` [`crate::EventKind`] × 256 + reason -> [`crate::RateBudget`].
     pub const BUDGETS: &str = "BUDGETS";
-    /// `PERCPU_ARRAY[512]` reason × 2 + direction -> [`crate::Counter`].
+    /// `PERCPU_ARRAY[512]` reason × 2 + direction -> [`crate::Counter`]; and [`crate::counter_slot`].
     pub const COUNTERS: &str = "COUNTERS";
     /// `PERCPU_ARRAY` rule id -> [`crate::Counter`]; ids beyond its size count at 0.
     pub const RULES: &str = "RULES";

@@ -111,3 +111,11 @@ impl Reason {
         self as u8 >= 130
     }
 }
+
+/// Slots of the COUNTERS map that are not about a reason: numbers 253 and up are no reason's.
+pub mod counter_slot {
+    /// `packets`: conntrack entries that the programs made.
+    pub const CONNTRACK_MADE: u32 = 510;
+    /// Written by user space only. `packets`: conntrack entries it swept; `bytes`: entries it seeded.
+    pub const CONNTRACK_SWEPT: u32 = 511;
+}
