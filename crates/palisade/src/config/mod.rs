@@ -1,0 +1,770 @@
+//! The configuration: `/etc/palisade/palisade.toml`.
+
+mod reader;
+mod suggest;
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fs,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use palisade_policy::{
+    labels::{self, Labels},
+    rule::Label,
+};
+pub use reader::ConfigError;
+use reader::{At, Reader, Section};
+use toml::de::DeTable;
+
+/// Where the configuration is looked for if nobody says where.
+pub const DEFAULT_PATH: &str = "/etc/palisade/palisade.toml";
+/// Where links and maps are pinned.
+pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/palisade";
+/// Where the daemon listens for the command line.
+pub const DEFAULT_SOCKET: &str = "/run/palisade/palisade.sock";
+
+/// The label that says in which namespace an endpoint is.
+const NAMESPACE_LABEL: &str = "io.kubernetes.pod.namespace";
+/// What the labels of an endpoint's namespace start with among its own.
+const NAMESPACE_LABELS: &str = "io.cilium.k8s.namespace.labels.";
+/// The label that every Kubernetes namespace has: its name.
+const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
+/// Sources that are Palisade's own to give.
+const OWN_SOURCES: [&str; 5] = ["reserved", "cidr", "cidrgroup", "fqdn", "any"];
+
+/// Everything the configuration says, validated, defaults filled in.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// The file it was read from.
+    pub path: PathBuf,
+    /// `[node]`.
+    pub node: Node,
+    /// `[policy]`.
+    pub policy: Policy,
+    /// `[limits]`.
+    pub limits: Limits,
+    /// `[timeouts]`.
+    pub timeouts: Timeouts,
+    /// `[[interface]]`.
+    pub interfaces: Vec<Interface>,
+    /// `[[endpoint]]`.
+    pub endpoints: Vec<Endpoint>,
+    /// `[[peer]]`.
+    pub peers: Vec<Peer>,
+}
+
+/// `[node]`: this machine.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Node {
+    /// How flows and reports name it.
+    pub name: String,
+    /// The node's labels, without `reserved:host`.
+    pub labels: Vec<Label>,
+    /// Addresses of the node beside those its interfaces have.
+    pub addresses: Vec<IpAddr>,
+    /// Where links and maps are pinned.
+    pub pin_dir: PathBuf,
+    /// Where identities, rule ids and the last good policies are kept.
+    pub state_dir: PathBuf,
+    /// The control socket.
+    pub socket: PathBuf,
+}
+
+/// `[policy]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Policy {
+    /// The folder with the policy files.
+    pub dir: PathBuf,
+    /// When a direction of an endpoint is denied by default.
+    pub enforcement: Enforcement,
+    /// What would be dropped passes and is reported, everywhere.
+    pub audit: bool,
+    /// The node may always reach its workloads.
+    pub allow_localhost: bool,
+    /// How long the folder must be quiet before a change is read.
+    pub debounce: Duration,
+}
+
+/// When a direction of an endpoint is denied by default.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Enforcement {
+    /// As soon as a policy has a section for the direction.
+    Default,
+    /// Always.
+    Always,
+    /// Never: nothing is enforced.
+    Never,
+}
+
+impl Enforcement {
+    /// As it is written.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Default => "default",
+            Self::Always => "always",
+            Self::Never => "never",
+        }
+    }
+}
+
+/// `[limits]`: sizes of maps, and what may be used up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections.
+    pub conntrack: u32,
+    /// Entries of all policy tables together.
+    pub policy: u32,
+    /// Full-length addresses, and as many shorter prefixes.
+    pub ipcache: u32,
+    /// Rules with counters of their own.
+    pub rules: u32,
+    /// Datagrams in fragments.
+    pub fragments: u32,
+    /// Events of one kind and reason that one CPU may send in a second.
+    pub events_per_second: u32,
+    /// Flows kept for `observe`.
+    pub flows: u32,
+}
+
+/// `[timeouts]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// TCP connection of which only one side has been heard.
+    pub tcp_opening: Duration,
+    /// TCP connection in use.
+    pub tcp_established: Duration,
+    /// TCP connection that was reset or closed by both sides.
+    pub tcp_closing: Duration,
+    /// UDP flow, and every other protocol with ports.
+    pub udp: Duration,
+    /// ICMP echo and protocols without ports.
+    pub other: Duration,
+    /// Ports of a fragmented datagram.
+    pub fragment: Duration,
+    /// A flow in use is reported at most this often; zero: never.
+    pub trace_interval: Duration,
+    /// How often dead connections are swept out.
+    pub sweep: Duration,
+}
+
+/// How the programs are attached to an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    /// Which hook stands at ingress.
+    pub ingress: IngressHook,
+    /// Mode of XDP.
+    pub xdp_mode: XdpMode,
+    /// How tc programs are attached.
+    pub tc: TcHook,
+}
+
+/// Which hook stands at ingress.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IngressHook {
+    /// What is faster for the role.
+    Auto,
+    /// XDP.
+    Xdp,
+    /// tc.
+    Tc,
+}
+
+/// Mode of XDP. Never chosen silently: what the driver cannot do is an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XdpMode {
+    /// In the driver.
+    Native,
+    /// Generic, after the kernel has made its packet buffer.
+    Skb,
+}
+
+/// How tc programs are attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TcHook {
+    /// tcx where the kernel has it, else clsact.
+    Auto,
+    /// tcx (from Linux 6.6).
+    Tcx,
+    /// A clsact queueing discipline with a filter.
+    Clsact,
+}
+
+/// `[[interface]]`: a NIC of this node.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Interface {
+    /// Its name.
+    pub name: String,
+    /// How the programs are attached.
+    pub attachment: Attachment,
+}
+
+/// `[[endpoint]]`: a workload behind the host side of a veth.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Endpoint {
+    /// Its name.
+    pub name: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// The host side of its veth.
+    pub interface: String,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// All its labels, those of its namespace too.
+    pub labels: Labels,
+    /// Names of its ports.
+    pub named_ports: BTreeMap<String, NamedPort>,
+    /// The network namespace of the workload, from which connections are seeded.
+    pub netns: Option<PathBuf>,
+    /// How the programs are attached.
+    pub attachment: Attachment,
+}
+
+impl Endpoint {
+    /// `namespace/name`: how reports name it, and what its id is kept under.
+    pub fn qualified_name(&self) -> String {
+        format!("{}/{}", self.namespace, self.name)
+    }
+}
+
+/// A port with a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NamedPort {
+    /// IP protocol number.
+    pub protocol: u8,
+    /// The port.
+    pub port: u16,
+}
+
+/// `[[peer]]`: somebody who is not on this node.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Peer {
+    /// Its name.
+    pub name: String,
+    /// Its addresses and prefixes.
+    pub addresses: Vec<IpNet>,
+    /// Its labels, those of the entity or the namespace too.
+    pub labels: Labels,
+}
+
+impl Config {
+    /// Reads and validates a file.
+    pub fn load(path: &Path) -> Result<Self, Vec<ConfigError>> {
+        let text = fs::read_to_string(path).map_err(|error| {
+            let hint = if error.kind() == std::io::ErrorKind::NotFound {
+                "; name the file with --config, or start from the config/palisade.toml that comes with Palisade"
+            } else {
+                ""
+            };
+            vec![ConfigError {
+                file: path.display().to_string(),
+                line: 0,
+                column: 0,
+                message: format!("cannot be read: {error}{hint}"),
+            }]
+        })?;
+        Self::parse(path, &text)
+    }
+
+    /// Validates a text; `path` is how messages name it and what a relative policy folder is relative to.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, Vec<ConfigError>> {
+        let file = path.display().to_string();
+        let reader = Reader::new(&file, text);
+        let (table, syntax) = DeTable::parse_recoverable(text);
+        if !syntax.is_empty() {
+            for error in syntax {
+                reader.error(error.span().map_or(0, |span| span.start), error.message());
+            }
+            return Err(reader.into_errors());
+        }
+        let config = read(path, &reader, table.get_ref());
+        let errors = reader.into_errors();
+        if errors.is_empty() {
+            Ok(config)
+        } else {
+            Err(errors)
+        }
+    }
+}
+
+fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Config {
+    let root = Section::root(reader, table);
+    let mut config = Config {
+        path: path.to_owned(),
+        node: node(root.table("node")),
+        policy: policy(root.table("policy"), path),
+        limits: limits(root.table("limits")),
+        timeouts: timeouts(root.table("timeouts")),
+        interfaces: Vec::new(),
+        endpoints: Vec::new(),
+        peers: Vec::new(),
+    };
+    let namespaces = namespaces(root.tables("namespace"));
+    let mut taken = Taken::default();
+    for address in &config.node.addresses {
+        taken
+            .addresses
+            .insert(IpNet::from(*address), "the node".to_owned());
+    }
+    for section in root.tables("interface") {
+        config.interfaces.extend(interface(section, &mut taken));
+    }
+    for section in root.tables("endpoint") {
+        config
+            .endpoints
+            .extend(endpoint(section, &namespaces, &mut taken));
+    }
+    for section in root.tables("peer") {
+        config.peers.extend(peer(section, &namespaces, &mut taken));
+    }
+    root.finish();
+    config
+}
+
+/// What may be there only once.
+#[derive(Default)]
+struct Taken {
+    interfaces: HashMap<String, String>,
+    names: HashSet<String>,
+    addresses: HashMap<IpNet, String>,
+}
+
+impl Taken {
+    fn interface(&mut self, section: &Section<'_, '_>, name: &At<String>, by: &str) {
+        if let Some(other) = self.interfaces.insert(name.value.clone(), by.to_owned()) {
+            section.error_at(
+                name.offset,
+                format!("interface {} belongs to {other} already", name.value),
+            );
+        }
+    }
+
+    fn name(&mut self, section: &Section<'_, '_>, name: &At<String>, qualified: &str) {
+        if !self.names.insert(qualified.to_owned()) {
+            section.error_at(name.offset, format!("there is another {qualified}"));
+        }
+    }
+
+    fn address(&mut self, section: &Section<'_, '_>, net: IpNet, offset: usize, by: &str) {
+        if let Some(other) = self.addresses.insert(net, by.to_owned()) {
+            let shown = if net.prefix_len() == net.max_prefix_len() {
+                net.addr().to_string()
+            } else {
+                net.to_string()
+            };
+            section.error_at(offset, format!("{shown} belongs to {other} already"));
+        }
+    }
+}
+
+fn node(section: Section<'_, '_>) -> Node {
+    let name = section.string("name").map(|at| at.value);
+    let node = Node {
+        name: name.filter(|name| !name.is_empty()).unwrap_or_else(host_name),
+        labels: own_labels(&section),
+        addresses: unique_addresses(&section)
+            .into_iter()
+            .map(|at| at.value)
+            .collect(),
+        pin_dir: section
+            .absolute_path("pin_dir")
+            .unwrap_or_else(|| DEFAULT_PIN_DIR.into()),
+        state_dir: section
+            .absolute_path("state_dir")
+            .unwrap_or_else(|| "/var/lib/palisade".into()),
+        socket: section
+            .absolute_path("socket")
+            .unwrap_or_else(|| DEFAULT_SOCKET.into()),
+    };
+    section.finish();
+    node
+}
+
+fn host_name() -> String {
+    nix::unistd::gethostname()
+        .ok()
+        .and_then(|name| name.into_string().ok())
+        .filter(|name| !name.is_empty())
+        .unwrap_or_else(|| "node".to_owned())
+}
+
+fn policy(section: Section<'_, '_>, config: &Path) -> Policy {
+    let dir = section.string("dir").map_or_else(
+        || PathBuf::from("/etc/palisade/policies.d"),
+        |at| config.parent().unwrap_or(Path::new("/")).join(at.value),
+    );
+    let enforcement = [
+        ("default", Enforcement::Default),
+        ("always", Enforcement::Always),
+        ("never", Enforcement::Never),
+    ];
+    let policy = Policy {
+        dir,
+        enforcement: section
+            .choice("enforcement", &enforcement)
+            .unwrap_or(Enforcement::Default),
+        audit: section.boolean("audit").unwrap_or(false),
+        allow_localhost: section
+            .choice("allow_localhost", &[("policy", false), ("always", true)])
+            .unwrap_or(false),
+        debounce: section
+            .duration("debounce", Duration::ZERO..Duration::from_secs(60))
+            .unwrap_or(Duration::from_millis(5)),
+    };
+    section.finish();
+    policy
+}
+
+fn limits(section: Section<'_, '_>) -> Limits {
+    let entries = |key, default: u32, least: u64| {
+        let asked = section.integer(key, least..(1 << 27));
+        asked.and_then(|n| u32::try_from(n).ok()).unwrap_or(default)
+    };
+    let limits = Limits {
+        conntrack: entries("conntrack", 262_144, 64),
+        policy: entries("policy", 1_048_576, 64),
+        ipcache: entries("ipcache", 262_144, 64),
+        rules: entries("rules", 65_536, 64),
+        fragments: entries("fragments", 8_192, 16),
+        events_per_second: entries("events_per_second", 1_000, 1),
+        flows: entries("flows", 16_384, 16),
+    };
+    section.finish();
+    limits
+}
+
+fn timeouts(section: Section<'_, '_>) -> Timeouts {
+    const MAX: Duration = Duration::from_secs(30 * 86_400);
+    let of = |key, default: u64| {
+        let asked = section.duration(key, Duration::from_millis(100)..MAX);
+        asked.unwrap_or(Duration::from_secs(default))
+    };
+    let timeouts = Timeouts {
+        tcp_opening: of("tcp_opening", 60),
+        tcp_established: of("tcp_established", 8_000),
+        tcp_closing: of("tcp_closing", 10),
+        udp: of("udp", 60),
+        other: of("other", 60),
+        fragment: of("fragment", 10),
+        trace_interval: section
+            .duration("trace_interval", Duration::ZERO..MAX)
+            .unwrap_or(Duration::from_secs(5)),
+        sweep: of("sweep", 10),
+    };
+    section.finish();
+    timeouts
+}
+
+fn attachment(section: &Section<'_, '_>) -> Attachment {
+    let hooks = [
+        ("auto", IngressHook::Auto),
+        ("xdp", IngressHook::Xdp),
+        ("tc", IngressHook::Tc),
+    ];
+    let tc = [
+        ("auto", TcHook::Auto),
+        ("tcx", TcHook::Tcx),
+        ("clsact", TcHook::Clsact),
+    ];
+    Attachment {
+        ingress: section.choice("ingress", &hooks).unwrap_or(IngressHook::Auto),
+        xdp_mode: section
+            .choice("xdp_mode", &[("native", XdpMode::Native), ("skb", XdpMode::Skb)])
+            .unwrap_or(XdpMode::Native),
+        tc: section.choice("tc", &tc).unwrap_or(TcHook::Auto),
+    }
+}
+
+fn interface(section: Section<'_, '_>, taken: &mut Taken) -> Option<Interface> {
+    let name = interface_name(&section, "name", "\"eth0\"");
+    if let Some(role) = section.string("role") {
+        match role.value.as_str() {
+            "host" => {}
+            "endpoint" => section.error_at(
+                role.offset,
+                "the interface of a workload is named by its [[endpoint]]: interface = \"...\"",
+            ),
+            other => section.error_at(role.offset, format!("role '{other}' is not known; it is host")),
+        }
+    }
+    let attachment = attachment(&section);
+    if let Some(name) = &name {
+        taken.interface(&section, name, "another [[interface]]");
+    }
+    section.finish();
+    Some(Interface {
+        name: name?.value,
+        attachment,
+    })
+}
+
+/// The kernel's rule for names of interfaces: 1 to 15 bytes, no slash, no white space, not a dot or two.
+fn interface_name(section: &Section<'_, '_>, key: &'static str, example: &str) -> Option<At<String>> {
+    let at = section.required_string(key, example)?;
+    let name = &at.value;
+    let wrong = name.len() > 15
+        || name == "."
+        || name == ".."
+        || name.chars().any(|c| c == '/' || c == ':' || c.is_whitespace());
+    if wrong {
+        section.error_at(
+            at.offset,
+            format!("'{name}' cannot be the name of an interface (at most 15 bytes, no '/', ':' or space)"),
+        );
+        return None;
+    }
+    Some(at)
+}
+
+/// The labels of each `[[namespace]]`, beside its name.
+fn namespaces(sections: Vec<Section<'_, '_>>) -> HashMap<String, Vec<Label>> {
+    let mut namespaces = HashMap::new();
+    for section in sections {
+        let name = dns_name(&section, "name", "\"prod\"");
+        let labels = own_labels(&section);
+        if let Some(name) = name
+            && namespaces.insert(name.value.clone(), labels).is_some()
+        {
+            section.error_at(name.offset, format!("there is another namespace {}", name.value));
+        }
+        section.finish();
+    }
+    namespaces
+}
+
+/// A name that may stand in `namespace/name` and in a label's value.
+fn dns_name(section: &Section<'_, '_>, key: &'static str, example: &str) -> Option<At<String>> {
+    let at = section.required_string(key, example)?;
+    if valid_name(&at.value) {
+        return Some(at);
+    }
+    section.error_at(
+        at.offset,
+        format!(
+            "'{}' cannot be a name: letters, digits, '-', '_' and '.', at most 253 of them",
+            at.value
+        ),
+    );
+    None
+}
+
+fn valid_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 253
+        && name
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+}
+
+fn namespace_of(section: &Section<'_, '_>) -> Option<String> {
+    let at = section.string("namespace")?;
+    if !valid_name(&at.value) {
+        section.error_at(at.offset, format!("'{}' cannot be a namespace", at.value));
+        return None;
+    }
+    Some(at.value)
+}
+
+/// `labels`, as they were written.
+fn own_labels(section: &Section<'_, '_>) -> Vec<Label> {
+    let mut list = Vec::new();
+    for (name, value) in section.strings("labels") {
+        let label = labels::parse_label(&format!("{}={}", name.value, value.value));
+        if name.value.is_empty() || label.key.is_empty() || name.value.contains(['=', ' ']) {
+            section.error_at(
+                name.offset,
+                format!("'{}' cannot be the key of a label", name.value),
+            );
+        } else if OWN_SOURCES.contains(&label.source.as_str()) {
+            section.error_at(
+                name.offset,
+                format!(
+                    "labels of source '{}' are given by Palisade and cannot be configured",
+                    label.source
+                ),
+            );
+        } else {
+            list.push(label);
+        }
+    }
+    list
+}
+
+/// The labels that being in a namespace means.
+fn namespace_labels(namespace: &str, namespaces: &HashMap<String, Vec<Label>>) -> Vec<Label> {
+    let k8s = |key: String, value: &str| Label {
+        source: "k8s".into(),
+        key,
+        value: value.to_owned(),
+    };
+    let mut list = vec![
+        k8s(NAMESPACE_LABEL.into(), namespace),
+        k8s(format!("{NAMESPACE_LABELS}{NAMESPACE_NAME}"), namespace),
+    ];
+    for label in namespaces.get(namespace).into_iter().flatten() {
+        list.push(k8s(format!("{NAMESPACE_LABELS}{}", label.key), &label.value));
+    }
+    list
+}
+
+/// `addresses` of an endpoint or of the node; each once, IPv4 as IPv4.
+fn unique_addresses(section: &Section<'_, '_>) -> Vec<At<IpAddr>> {
+    let mut list: Vec<At<IpAddr>> = Vec::new();
+    for mut at in section.addresses("addresses").unwrap_or_default() {
+        at.value = at.value.to_canonical();
+        if list.iter().any(|other| other.value == at.value) {
+            section.error_at(at.offset, format!("{} is there twice", at.value));
+        } else {
+            list.push(at);
+        }
+    }
+    list
+}
+
+fn endpoint(
+    section: Section<'_, '_>,
+    namespaces: &HashMap<String, Vec<Label>>,
+    taken: &mut Taken,
+) -> Option<Endpoint> {
+    let name = dns_name(&section, "name", "\"frontend\"");
+    let namespace = namespace_of(&section).unwrap_or_else(|| "default".to_owned());
+    let by = name.as_ref().map_or_else(
+        || "another [[endpoint]]".to_owned(),
+        |name| format!("endpoint {namespace}/{}", name.value),
+    );
+    let interface = interface_name(
+        &section,
+        "interface",
+        "\"veth-front\" (the host side of its veth)",
+    );
+    if let Some(interface) = &interface {
+        taken.interface(&section, interface, &by);
+    }
+    if let Some(name) = &name {
+        taken.name(&section, name, &format!("endpoint {namespace}/{}", name.value));
+    }
+    let addresses = unique_addresses(&section);
+    for at in &addresses {
+        taken.address(&section, IpNet::from(at.value), at.offset, &by);
+    }
+    if addresses.is_empty() {
+        section
+            .error("[[endpoint]] needs addresses = [\"10.0.1.10\"]: what it sends from any other is dropped");
+    }
+    let mut all = namespace_labels(&namespace, namespaces);
+    all.extend(own_labels(&section));
+    let mut named_ports = BTreeMap::new();
+    for (name, value) in section.strings("named_ports") {
+        match named_port(&value.value) {
+            Ok(port) => {
+                named_ports.insert(name.value.to_ascii_lowercase(), port);
+            }
+            Err(message) => section.error_at(value.offset, message),
+        }
+    }
+    let netns = section.string("netns").map(|at| {
+        if at.value.contains('/') {
+            PathBuf::from(at.value)
+        } else {
+            // Where iproute2 keeps namespaces that have a name.
+            Path::new("/run/netns").join(at.value)
+        }
+    });
+    let attachment = attachment(&section);
+    section.finish();
+    Some(Endpoint {
+        name: name?.value,
+        namespace,
+        interface: interface?.value,
+        addresses: addresses.into_iter().map(|at| at.value).collect(),
+        labels: Labels::new(all),
+        named_ports,
+        netns,
+        attachment,
+    })
+}
+
+/// `8080/TCP`; without a protocol it is TCP, as in a container's ports.
+fn named_port(text: &str) -> Result<NamedPort, String> {
+    let (port, protocol) = text.split_once('/').unwrap_or((text, "TCP"));
+    let protocol = match protocol.to_ascii_uppercase().as_str() {
+        "TCP" => palisade_abi::protocol::TCP,
+        "UDP" => palisade_abi::protocol::UDP,
+        "SCTP" => palisade_abi::protocol::SCTP,
+        _ => {
+            return Err(format!(
+                "'{protocol}' is no protocol with ports: TCP, UDP or SCTP"
+            ));
+        }
+    };
+    match port.parse() {
+        Ok(port @ 1..) => Ok(NamedPort { protocol, port }),
+        _ => Err(format!("'{text}' is not a port: write \"8080/TCP\"")),
+    }
+}
+
+fn peer(
+    section: Section<'_, '_>,
+    namespaces: &HashMap<String, Vec<Label>>,
+    taken: &mut Taken,
+) -> Option<Peer> {
+    const ENTITIES: [(&str, &str); 6] = [
+        ("remote-node", "remote-node"),
+        ("kube-apiserver", "kube-apiserver"),
+        ("health", "health"),
+        ("ingress", "ingress"),
+        ("unmanaged", "unmanaged"),
+        ("init", "init"),
+    ];
+    let name = dns_name(&section, "name", "\"db-1\"");
+    let by = name.as_ref().map_or_else(
+        || "another [[peer]]".to_owned(),
+        |name| format!("peer {}", name.value),
+    );
+    if let Some(name) = &name {
+        taken.name(&section, name, &by);
+    }
+    let mut addresses = Vec::new();
+    for at in section.prefixes("addresses").unwrap_or_default() {
+        taken.address(&section, at.value, at.offset, &by);
+        addresses.push(at.value);
+    }
+    if addresses.is_empty() {
+        section.error("[[peer]] needs addresses = [\"10.0.9.5/32\"]");
+    }
+    let entity = section.choice("entity", &ENTITIES);
+    let namespace = namespace_of(&section);
+    let own = own_labels(&section);
+    let mut all = Vec::new();
+    match entity {
+        // Nodes and the like are in no namespace.
+        Some(entity) => {
+            if namespace.is_some() {
+                section.error("an entity is in no namespace: leave out one of entity and namespace");
+            }
+            all.push(labels::reserved(entity));
+        }
+        None => {
+            if own.is_empty() {
+                section.error("[[peer]] needs labels = { app = \"database\" } or entity = \"remote-node\"");
+            }
+            all.extend(namespace_labels(
+                namespace.as_deref().unwrap_or("default"),
+                namespaces,
+            ));
+        }
+    }
+    all.extend(own);
+    section.finish();
+    Some(Peer {
+        name: name?.value,
+        addresses,
+        labels: Labels::new(all),
+    })
+}
+
+#[cfg(test)]
+mod tests;

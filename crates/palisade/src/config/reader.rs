@@ -1,0 +1,436 @@
+//! TOML with positions: every value that is asked for is checked, every key that nobody asked for is an error,
+//! and all errors are found, not only the first.
+
+use std::{cell::RefCell, fmt, net::IpAddr, ops::Range, path::PathBuf, time::Duration};
+
+use ipnet::IpNet;
+use toml::de::{DeTable, DeValue};
+
+use super::suggest::suggestion;
+use crate::duration;
+
+/// Something wrong at a place of the configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    /// The file as it was named.
+    pub file: String,
+    /// Line, from 1.
+    pub line: usize,
+    /// Column in characters, from 1.
+    pub column: usize,
+    /// What, and what to write instead.
+    pub message: String,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}:{}: {}", self.file, self.line, self.column, self.message)
+    }
+}
+
+/// A text under reading, with the errors found in it so far.
+pub struct Reader<'a> {
+    file: &'a str,
+    text: &'a str,
+    errors: RefCell<Vec<(usize, ConfigError)>>,
+}
+
+impl<'a> Reader<'a> {
+    pub fn new(file: &'a str, text: &'a str) -> Self {
+        Self {
+            file,
+            text,
+            errors: RefCell::default(),
+        }
+    }
+
+    /// Notes an error at a byte offset.
+    pub fn error(&self, offset: usize, message: impl Into<String>) {
+        let before = self.text.get(..offset).unwrap_or(self.text);
+        let line_start = before.rfind('\n').map_or(0, |at| at + 1);
+        let error = ConfigError {
+            file: self.file.to_owned(),
+            line: before.matches('\n').count() + 1,
+            column: before[line_start..].chars().count() + 1,
+            message: message.into(),
+        };
+        self.errors.borrow_mut().push((offset, error));
+    }
+
+    /// All errors, in the order of the text.
+    pub fn into_errors(self) -> Vec<ConfigError> {
+        let mut errors = self.errors.into_inner();
+        errors.sort_by_key(|(offset, _)| *offset);
+        errors.into_iter().map(|(_, error)| error).collect()
+    }
+}
+
+/// A value that knows where it stands.
+#[derive(Clone, Debug)]
+pub struct At<T> {
+    pub value: T,
+    pub offset: usize,
+}
+
+/// One table of the text. Dropping it without [`Section::finish`] would leave unknown keys unreported.
+pub struct Section<'r, 'a> {
+    reader: &'r Reader<'a>,
+    name: String,
+    /// `None` for a section that is not written: every value has its default.
+    table: Option<&'r DeTable<'r>>,
+    span: Range<usize>,
+    asked: RefCell<Vec<&'static str>>,
+}
+
+impl<'r, 'a> Section<'r, 'a> {
+    /// The whole text.
+    pub fn root(reader: &'r Reader<'a>, table: &'r DeTable<'r>) -> Self {
+        Self {
+            reader,
+            name: String::new(),
+            table: Some(table),
+            span: 0..0,
+            asked: RefCell::default(),
+        }
+    }
+
+    /// Where the section begins.
+    pub fn offset(&self) -> usize {
+        self.span.start
+    }
+
+    /// Notes an error about this section as a whole.
+    pub fn error(&self, message: impl Into<String>) {
+        self.reader.error(self.span.start, message);
+    }
+
+    /// Notes an error at a value.
+    pub fn error_at(&self, offset: usize, message: impl Into<String>) {
+        self.reader.error(offset, message);
+    }
+
+    fn get(&self, key: &'static str) -> Option<(&'r DeValue<'r>, Range<usize>)> {
+        self.asked.borrow_mut().push(key);
+        let value = self.table?.get(key)?;
+        Some((value.get_ref(), value.span()))
+    }
+
+    fn path(&self, key: &str) -> String {
+        if self.name.is_empty() {
+            key.to_owned()
+        } else {
+            format!("{}.{key}", self.name)
+        }
+    }
+
+    fn wrong_type(&self, key: &str, wanted: &str, value: &DeValue<'_>, offset: usize) {
+        self.reader.error(
+            offset,
+            format!("{} must be {wanted}, not {}", self.path(key), described(value)),
+        );
+    }
+
+    /// A table; an absent one reads as empty.
+    pub fn table(&self, key: &'static str) -> Section<'r, 'a> {
+        let found = self.get(key).and_then(|(value, span)| match value {
+            DeValue::Table(table) => Some((table, span)),
+            other => {
+                self.wrong_type(key, &format!("a table: [{}]", self.path(key)), other, span.start);
+                None
+            }
+        });
+        let span = found.as_ref().map_or(0..0, |(_, span)| span.clone());
+        Section {
+            reader: self.reader,
+            name: self.path(key),
+            table: found.map(|(table, _)| table),
+            span,
+            asked: RefCell::default(),
+        }
+    }
+
+    /// An array of tables; an absent one reads as empty.
+    pub fn tables(&self, key: &'static str) -> Vec<Section<'r, 'a>> {
+        let Some((value, span)) = self.get(key) else {
+            return Vec::new();
+        };
+        let wanted = format!("a list of tables: [[{key}]]");
+        let DeValue::Array(array) = value else {
+            self.wrong_type(key, &wanted, value, span.start);
+            return Vec::new();
+        };
+        array
+            .iter()
+            .filter_map(|element| match element.get_ref() {
+                DeValue::Table(table) => Some(Section {
+                    reader: self.reader,
+                    name: key.to_owned(),
+                    table: Some(table),
+                    span: element.span(),
+                    asked: RefCell::default(),
+                }),
+                other => {
+                    self.wrong_type(key, &wanted, other, element.span().start);
+                    None
+                }
+            })
+            .collect()
+    }
+
+    /// A string that must be there and not be empty.
+    pub fn required_string(&self, key: &'static str, example: &str) -> Option<At<String>> {
+        let present = self.table.is_some_and(|table| table.contains_key(key));
+        match self.string(key) {
+            Some(at) if at.value.is_empty() => {
+                self.reader.error(
+                    at.offset,
+                    format!("{} is empty: write for example {example}", self.path(key)),
+                );
+                None
+            }
+            None if !present => {
+                self.error(format!("[[{}]] needs {key} = {example}", self.name));
+                None
+            }
+            found => found,
+        }
+    }
+
+    /// A string.
+    pub fn string(&self, key: &'static str) -> Option<At<String>> {
+        let (value, span) = self.get(key)?;
+        if let DeValue::String(text) = value {
+            return Some(At {
+                value: text.to_string(),
+                offset: span.start,
+            });
+        }
+        self.wrong_type(key, "a string", value, span.start);
+        None
+    }
+
+    /// true or false.
+    pub fn boolean(&self, key: &'static str) -> Option<bool> {
+        let (value, span) = self.get(key)?;
+        if let DeValue::Boolean(boolean) = value {
+            return Some(*boolean);
+        }
+        self.wrong_type(key, "true or false", value, span.start);
+        None
+    }
+
+    /// A whole number within bounds.
+    pub fn integer(&self, key: &'static str, bounds: Range<u64>) -> Option<u64> {
+        let (value, span) = self.get(key)?;
+        let DeValue::Integer(integer) = value else {
+            self.wrong_type(key, "a whole number", value, span.start);
+            return None;
+        };
+        let number = u64::from_str_radix(integer.as_str(), integer.radix()).ok();
+        let number = number.filter(|number| bounds.contains(number));
+        if number.is_none() {
+            self.reader.error(
+                span.start,
+                format!(
+                    "{} must be between {} and {}",
+                    self.path(key),
+                    bounds.start,
+                    bounds.end - 1
+                ),
+            );
+        }
+        number
+    }
+
+    /// A duration within bounds.
+    pub fn duration(&self, key: &'static str, bounds: Range<Duration>) -> Option<Duration> {
+        let at = self.string(key)?;
+        match duration::parse(&at.value) {
+            Ok(value) if bounds.contains(&value) => return Some(value),
+            Ok(_) => self.reader.error(
+                at.offset,
+                format!(
+                    "{} must be at least {} and less than {}",
+                    self.path(key),
+                    duration::format(bounds.start),
+                    duration::format(bounds.end)
+                ),
+            ),
+            Err(message) => self
+                .reader
+                .error(at.offset, format!("{}: {message}", self.path(key))),
+        }
+        None
+    }
+
+    /// An absolute path.
+    pub fn absolute_path(&self, key: &'static str) -> Option<PathBuf> {
+        let at = self.string(key)?;
+        let path = PathBuf::from(&at.value);
+        if path.is_absolute() {
+            return Some(path);
+        }
+        self.reader
+            .error(at.offset, format!("{} must be an absolute path", self.path(key)));
+        None
+    }
+
+    /// One of several words.
+    pub fn choice<T: Copy>(&self, key: &'static str, choices: &[(&'static str, T)]) -> Option<T> {
+        let at = self.string(key)?;
+        if let Some((_, value)) = choices.iter().find(|(name, _)| *name == at.value) {
+            return Some(*value);
+        }
+        let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
+        self.reader.error(
+            at.offset,
+            format!(
+                "{} cannot be '{}': it is one of {}{}",
+                self.path(key),
+                at.value,
+                names.join(", "),
+                suggestion(&at.value, names.iter().copied())
+            ),
+        );
+        None
+    }
+
+    /// A list of strings, each turned into something by `read`, which says what is wrong with it.
+    fn list<T>(
+        &self,
+        key: &'static str,
+        wanted: &str,
+        read: impl Fn(&str) -> Result<T, String>,
+    ) -> Option<Vec<At<T>>> {
+        let (value, span) = self.get(key)?;
+        let DeValue::Array(array) = value else {
+            self.wrong_type(key, wanted, value, span.start);
+            return None;
+        };
+        let mut list = Vec::new();
+        for element in array.iter() {
+            let offset = element.span().start;
+            match element.get_ref() {
+                DeValue::String(text) => match read(text) {
+                    Ok(value) => list.push(At { value, offset }),
+                    Err(message) => self
+                        .reader
+                        .error(offset, format!("{}: {message}", self.path(key))),
+                },
+                other => self.wrong_type(key, wanted, other, offset),
+            }
+        }
+        Some(list)
+    }
+
+    /// A list of IP addresses.
+    pub fn addresses(&self, key: &'static str) -> Option<Vec<At<IpAddr>>> {
+        self.list(
+            key,
+            "a list of IP addresses: [\"10.0.1.10\", \"fd00::10\"]",
+            |text| {
+                let bare = text.parse::<IpAddr>();
+                let address = bare.or_else(|error| match text.parse::<IpNet>() {
+                    // A full-length prefix is an address; anything shorter would be several endpoints.
+                    Ok(net) if net.prefix_len() == net.max_prefix_len() => Ok(net.addr()),
+                    Ok(_) => Err(format!("'{text}' is a prefix; an address is wanted")),
+                    Err(_) => Err(format!("'{text}' is no IP address ({error})")),
+                })?;
+                if address.is_unspecified() || address.is_multicast() {
+                    return Err(format!("'{text}' cannot be the address of anybody"));
+                }
+                Ok(address)
+            },
+        )
+    }
+
+    /// A list of prefixes; an address is the prefix of full length.
+    pub fn prefixes(&self, key: &'static str) -> Option<Vec<At<IpNet>>> {
+        self.list(
+            key,
+            "a list of addresses or prefixes: [\"10.0.9.0/24\"]",
+            |text| {
+                if let Ok(address) = text.parse::<IpAddr>() {
+                    return Ok(IpNet::from(address));
+                }
+                let net: IpNet = text.parse().map_err(|_| {
+                    format!("'{text}' is neither an IP address nor a prefix like 10.0.9.0/24")
+                })?;
+                if net.trunc() != net {
+                    return Err(format!(
+                        "'{text}' has bits set after the prefix: write {}",
+                        net.trunc()
+                    ));
+                }
+                Ok(net)
+            },
+        )
+    }
+
+    /// A table of strings, in the order of the text.
+    pub fn strings(&self, key: &'static str) -> Vec<(At<String>, At<String>)> {
+        let Some((value, span)) = self.get(key) else {
+            return Vec::new();
+        };
+        let DeValue::Table(table) = value else {
+            self.wrong_type(key, "a table of strings: { app = \"web\" }", value, span.start);
+            return Vec::new();
+        };
+        let mut list = Vec::new();
+        for (name, value) in table.iter() {
+            let offset = value.span().start;
+            match value.get_ref() {
+                DeValue::String(text) => list.push((
+                    At {
+                        value: name.get_ref().to_string(),
+                        offset: name.span().start,
+                    },
+                    At {
+                        value: text.to_string(),
+                        offset,
+                    },
+                )),
+                other => self.wrong_type(&format!("{key}.{}", name.get_ref()), "a string", other, offset),
+            }
+        }
+        list.sort_by_key(|(name, _)| name.offset);
+        list
+    }
+
+    /// Reports what nobody asked for.
+    pub fn finish(self) {
+        let asked = self.asked.into_inner();
+        for key in self.table.into_iter().flat_map(|table| table.keys()) {
+            let name = key.get_ref().as_ref();
+            if !asked.contains(&name) {
+                let place = if self.name.is_empty() {
+                    "at the top level".to_owned()
+                } else {
+                    format!("in {}", self.name)
+                };
+                let mut known = asked.clone();
+                known.sort_unstable();
+                self.reader.error(
+                    key.span().start,
+                    format!(
+                        "unknown key '{name}' {place}{}; known here: {}",
+                        suggestion(name, asked.iter().copied()),
+                        known.join(", ")
+                    ),
+                );
+            }
+        }
+    }
+}
+
+fn described(value: &DeValue<'_>) -> &'static str {
+    match value {
+        DeValue::String(_) => "a string",
+        DeValue::Integer(_) => "a whole number",
+        DeValue::Float(_) => "a number with a fraction",
+        DeValue::Boolean(_) => "true or false",
+        DeValue::Datetime(_) => "a date",
+        DeValue::Array(_) => "a list",
+        DeValue::Table(_) => "a table",
+    }
+}

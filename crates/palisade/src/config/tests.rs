@@ -1,0 +1,265 @@
+use super::*;
+
+fn errors(text: &str) -> Vec<String> {
+    Config::parse(Path::new("p.toml"), text)
+        .expect_err("accepted")
+        .iter()
+        .map(ToString::to_string)
+        .collect()
+}
+
+fn parsed(text: &str) -> Config {
+    Config::parse(Path::new("/etc/palisade/p.toml"), text).unwrap_or_else(|errors| panic!("{errors:#?}"))
+}
+
+const FULL: &str = r#"
+[node]
+name = "node1"
+labels = { "node-role.kubernetes.io/worker" = "" }
+pin_dir = "/sys/fs/bpf/x"
+
+[policy]
+dir = "policies.d"
+enforcement = "always"
+audit = true
+allow_localhost = "always"
+debounce = "20ms"
+
+[limits]
+conntrack = 1_000
+
+[timeouts]
+udp = "1m30s"
+
+[[namespace]]
+name = "prod"
+labels = { env = "production" }
+
+[[interface]]
+name = "eth0"
+role = "host"
+xdp_mode = "skb"
+
+[[endpoint]]
+name = "frontend"
+namespace = "prod"
+interface = "veth-front"
+addresses = ["10.0.1.10", "fd00:1::10/128"]
+labels = { app = "frontend", "container:tier" = "web" }
+named_ports = { http = "8080/TCP", DNS = "53/udp", ssh = "22" }
+netns = "front"
+tc = "clsact"
+
+[[peer]]
+name = "db-1"
+addresses = ["10.0.9.5", "10.0.10.0/24"]
+labels = { app = "database" }
+
+[[peer]]
+name = "node2"
+addresses = ["192.0.2.2"]
+entity = "remote-node"
+labels = { role = "worker" }
+"#;
+
+#[test]
+fn everything_is_read() {
+    let config = parsed(FULL);
+    assert_eq!(config.node.name, "node1");
+    assert_eq!(
+        config.node.labels[0].to_string(),
+        "k8s:node-role.kubernetes.io/worker"
+    );
+    assert_eq!(config.node.pin_dir, Path::new("/sys/fs/bpf/x"));
+    assert_eq!(config.node.socket, Path::new(DEFAULT_SOCKET));
+    assert_eq!(config.policy.dir, Path::new("/etc/palisade/policies.d"));
+    assert_eq!(config.policy.enforcement, Enforcement::Always);
+    assert!(config.policy.audit && config.policy.allow_localhost);
+    assert_eq!(config.policy.debounce, Duration::from_millis(20));
+    assert_eq!(config.limits.conntrack, 1_000);
+    assert_eq!(config.limits.rules, 65_536);
+    assert_eq!(config.timeouts.udp, Duration::from_secs(90));
+    assert_eq!(config.interfaces[0].attachment.xdp_mode, XdpMode::Skb);
+    let endpoint = &config.endpoints[0];
+    assert_eq!(endpoint.qualified_name(), "prod/frontend");
+    assert_eq!(
+        endpoint.labels.to_string(),
+        "container:tier=web,k8s:app=frontend,\
+         k8s:io.cilium.k8s.namespace.labels.env=production,\
+         k8s:io.cilium.k8s.namespace.labels.kubernetes.io/metadata.name=prod,\
+         k8s:io.kubernetes.pod.namespace=prod"
+    );
+    assert_eq!(endpoint.addresses.len(), 2);
+    assert_eq!(endpoint.netns.as_deref(), Some(Path::new("/run/netns/front")));
+    assert_eq!(endpoint.attachment.tc, TcHook::Clsact);
+    assert_eq!(
+        endpoint.named_ports["http"],
+        NamedPort {
+            protocol: 6,
+            port: 8080
+        }
+    );
+    assert_eq!(
+        endpoint.named_ports["dns"],
+        NamedPort {
+            protocol: 17,
+            port: 53
+        }
+    );
+    assert_eq!(
+        endpoint.named_ports["ssh"],
+        NamedPort {
+            protocol: 6,
+            port: 22
+        }
+    );
+    assert_eq!(config.peers[0].addresses[0].to_string(), "10.0.9.5/32");
+    assert!(config.peers[0].labels.get("k8s", NAMESPACE_LABEL) == Some("default"));
+    assert_eq!(
+        config.peers[1].labels.to_string(),
+        "k8s:role=worker,reserved:remote-node"
+    );
+}
+
+#[test]
+fn an_empty_file_is_a_node_without_endpoints() {
+    let config = parsed("");
+    assert_eq!(config.policy.dir, Path::new("/etc/palisade/policies.d"));
+    assert_eq!(config.policy.enforcement, Enforcement::Default);
+    assert!(config.endpoints.is_empty());
+    assert!(!config.node.name.is_empty());
+}
+
+#[test]
+fn the_shipped_configuration_is_valid() {
+    let path = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../config/palisade.toml"));
+    Config::load(path).unwrap_or_else(|errors| panic!("{errors:#?}"));
+}
+
+#[test]
+fn unknown_keys_are_found_everywhere_with_their_place() {
+    let found = errors(
+        "[node]\nnaem = \"x\"\n\n[polcy]\ndir = \"/x\"\n[[endpoint]]\nname = \"a\"\n  interfase = \"v\"\naddresses = [\"10.0.0.1\"]\ninterface = \"v\"\n",
+    );
+    assert_eq!(found.len(), 3, "{found:#?}");
+    assert!(
+        found[0].starts_with("p.toml:2:1: unknown key 'naem' in node; did you mean 'name'?"),
+        "{}",
+        found[0]
+    );
+    assert!(
+        found[1].starts_with("p.toml:4:2: unknown key 'polcy' at the top level; did you mean 'policy'?"),
+        "{}",
+        found[1]
+    );
+    assert!(
+        found[2].starts_with("p.toml:8:3: unknown key 'interfase' in endpoint; did you mean 'interface'?"),
+        "{}",
+        found[2]
+    );
+}
+
+#[test]
+fn every_wrong_value_is_named_with_its_place() {
+    let cases = [
+        (
+            "[policy]\nenforcement = \"allways\"",
+            "p.toml:2:15: policy.enforcement cannot be 'allways': it is one of default, always, never; did you mean 'always'?",
+        ),
+        (
+            "[policy]\naudit = \"yes\"",
+            "p.toml:2:9: policy.audit must be true or false, not a string",
+        ),
+        (
+            "[policy]\ndebounce = \"5\"",
+            "p.toml:2:12: policy.debounce: '5' is not a duration: write a number and a unit, like 500ms, 10s, 5m or 1h30m",
+        ),
+        (
+            "[limits]\nconntrack = 1",
+            "p.toml:2:13: limits.conntrack must be between 64 and 134217727",
+        ),
+        (
+            "[limits]\nrules = -1",
+            "p.toml:2:9: limits.rules must be between 64 and 134217727",
+        ),
+        (
+            "[timeouts]\nudp = \"1ms\"",
+            "p.toml:2:7: timeouts.udp must be at least 100ms and less than 30d",
+        ),
+        (
+            "[node]\npin_dir = \"bpf\"",
+            "p.toml:2:11: node.pin_dir must be an absolute path",
+        ),
+        (
+            "[node]\naddresses = [\"10.0.0.1\", \"10.0.0.0/24\"]",
+            "p.toml:2:26: node.addresses: '10.0.0.0/24' is a prefix; an address is wanted",
+        ),
+        (
+            "node = 1",
+            "p.toml:1:8: node must be a table: [node], not a whole number",
+        ),
+        (
+            "[endpoint]\nname = \"x\"",
+            "p.toml:1:1: endpoint must be a list of tables: [[endpoint]], not a table",
+        ),
+        (
+            "[[interface]]\nname = \"a-name-that-is-too-long\"",
+            "p.toml:2:8: 'a-name-that-is-too-long' cannot be the name of an interface (at most 15 bytes, no '/', ':' or space)",
+        ),
+        (
+            "[[interface]]\nrole = \"host\"",
+            "p.toml:1:1: [[interface]] needs name = \"eth0\"",
+        ),
+        (
+            "[[interface]]\nname = \"e\"\nrole = \"endpoint\"",
+            "p.toml:3:8: the interface of a workload is named by its [[endpoint]]: interface = \"...\"",
+        ),
+        (
+            "[[peer]]\nname = \"p\"\naddresses = [\"10.0.0.1/24\"]\nlabels = { a = \"b\" }",
+            "p.toml:3:14: peer.addresses: '10.0.0.1/24' has bits set after the prefix: write 10.0.0.0/24",
+        ),
+        (
+            "[[peer]]\nname = \"p\"\naddresses = [\"10.0.0.1\"]",
+            "p.toml:1:1: [[peer]] needs labels = { app = \"database\" } or entity = \"remote-node\"",
+        ),
+        (
+            "[[peer]]\nname = \"p\"\naddresses = [\"10.0.0.1\"]\nlabels = { \"reserved:host\" = \"\" }\nentity = \"health\"",
+            "p.toml:4:12: labels of source 'reserved' are given by Palisade and cannot be configured",
+        ),
+        (
+            "x = \n",
+            "p.toml:1:5: string values must be quoted, expected literal string",
+        ),
+    ];
+    for (text, expected) in cases {
+        let found = errors(text);
+        assert!(
+            found.iter().any(|error| error == expected),
+            "{text:?}\n wanted {expected}\n found {found:#?}"
+        );
+    }
+}
+
+#[test]
+fn what_may_be_there_only_once_is_there_only_once() {
+    let endpoint = |name: &str, interface: &str, address: &str| {
+        format!("[[endpoint]]\nname = \"{name}\"\ninterface = \"{interface}\"\naddresses = [\"{address}\"]\n")
+    };
+    let two = |second: String| errors(&(endpoint("a", "v1", "10.0.0.1") + &second));
+    assert_eq!(
+        two(endpoint("b", "v1", "10.0.0.2")),
+        ["p.toml:7:13: interface v1 belongs to endpoint default/a already"]
+    );
+    assert_eq!(
+        two(endpoint("b", "v2", "10.0.0.1")),
+        ["p.toml:8:14: 10.0.0.1 belongs to endpoint default/a already"]
+    );
+    assert_eq!(
+        two(endpoint("b", "v2", "::ffff:10.0.0.1")),
+        ["p.toml:8:14: 10.0.0.1 belongs to endpoint default/a already"]
+    );
+    assert_eq!(
+        two(endpoint("a", "v2", "10.0.0.2")),
+        ["p.toml:6:8: there is another endpoint default/a"]
+    );
+}
