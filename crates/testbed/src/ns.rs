@@ -271,10 +271,9 @@ pub fn remove_pins(dir: &Path) {
 
 /// Mounts the BPF file system where it belongs, unless it is there.
 pub fn ensure_bpffs() -> Result<()> {
-    const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
     let mounted = || -> Result<bool> {
         let stat = nix::sys::statfs::statfs(BPFFS).context(BPFFS)?;
-        Ok(i64::from(stat.filesystem_type().0) == BPF_FS_MAGIC)
+        Ok(stat.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC)
     };
     if mounted()? {
         return Ok(());

@@ -3,17 +3,22 @@
 use std::{
     fs,
     io::{Read, Write},
-    net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
     },
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
     thread::{self, JoinHandle},
     time::Duration,
 };
 
 use anyhow::{Context, Result};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
 use tempfile::TempDir;
 
 use crate::{
@@ -24,7 +29,6 @@ use crate::{
 };
 
 const START: Duration = Duration::from_secs(10);
-const TICK: Duration = Duration::from_millis(50);
 
 /// Something that reached an echo server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,24 +44,16 @@ pub struct Contact {
 /// Echoes TCP streams and UDP datagrams on several addresses and ports of one namespace.
 #[derive(Debug)]
 pub struct Echo {
-    shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
-}
-
-#[derive(Debug, Default)]
-struct Shared {
-    stop: AtomicBool,
-    contacts: Mutex<Vec<Contact>>,
-    streams: Mutex<Vec<TcpStream>>,
+    contacts: Arc<Mutex<Vec<Contact>>>,
+    /// Closed to stop the thread.
+    stop: Option<UnixStream>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Echo {
     /// Listens on each of `tcp` and `udp` at each of `addresses`.
     pub fn start(ns: &Ns, addresses: &[IpAddr], tcp: &[u16], udp: &[u16]) -> Result<Self> {
-        let mut echo = Self {
-            shared: Arc::default(),
-            threads: Vec::new(),
-        };
+        let mut sockets = Vec::new();
         for address in addresses {
             for port in tcp {
                 let at = SocketAddr::new(*address, *port);
@@ -65,29 +61,34 @@ impl Echo {
                     .enter(|| TcpListener::bind(at))
                     .with_context(|| format!("tcp {at}"))?;
                 listener.set_nonblocking(true)?;
-                let shared = echo.shared.clone();
-                echo.threads
-                    .push(thread::spawn(move || accept(&listener, at, &shared)));
+                sockets.push(Open::Listener(listener, at));
             }
             for port in udp {
                 let at = SocketAddr::new(*address, *port);
                 let socket = ns
                     .enter(|| UdpSocket::bind(at))
                     .with_context(|| format!("udp {at}"))?;
-                socket.set_read_timeout(Some(TICK))?;
-                let shared = echo.shared.clone();
-                echo.threads
-                    .push(thread::spawn(move || answer(&socket, at, &shared)));
+                socket.set_nonblocking(true)?;
+                sockets.push(Open::Datagrams(socket, at));
             }
         }
-        Ok(echo)
+        let (stop, stopped) = UnixStream::pair()?;
+        let contacts = Arc::new(Mutex::new(Vec::new()));
+        let thread = thread::spawn({
+            let contacts = contacts.clone();
+            move || echo(sockets, &stopped, &contacts)
+        });
+        Ok(Self {
+            contacts,
+            stop: Some(stop),
+            thread: Some(thread),
+        })
     }
 
     /// Everything that reached it so far.
     #[must_use]
     pub fn contacts(&self) -> Vec<Contact> {
-        self.shared
-            .contacts
+        self.contacts
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
@@ -105,81 +106,92 @@ impl Echo {
 
 impl Drop for Echo {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
-        for thread in self.threads.drain(..) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        for stream in self
-            .shared
-            .streams
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .drain(..)
-        {
-            let _ = stream.shutdown(Shutdown::Both);
+    }
+}
+
+enum Open {
+    Listener(TcpListener, SocketAddr),
+    Datagrams(UdpSocket, SocketAddr),
+    Stream(TcpStream),
+}
+
+impl AsFd for Open {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Listener(socket, _) => socket.as_fd(),
+            Self::Datagrams(socket, _) => socket.as_fd(),
+            Self::Stream(socket) => socket.as_fd(),
         }
     }
 }
 
-impl Shared {
-    fn note(&self, contact: Contact) {
-        self.contacts
+/// Serves all sockets until `stopped` is readable (its other end was closed).
+fn echo(mut sockets: Vec<Open>, stopped: &UnixStream, contacts: &Mutex<Vec<Contact>>) {
+    let mut buffer = vec![0; 1 << 16];
+    let note = |contact| {
+        contacts
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .push(contact);
-    }
-}
-
-fn accept(listener: &TcpListener, at: SocketAddr, shared: &Arc<Shared>) {
-    use nix::poll::{PollFd, PollFlags, poll};
-    use std::os::fd::AsFd;
-    while !shared.stop.load(Ordering::Relaxed) {
-        let mut ready = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
-        if poll(&mut ready, TICK.as_millis() as u16) != Ok(1) {
-            continue;
+            .push(contact)
+    };
+    loop {
+        let mut polled: Vec<_> = std::iter::once(stopped.as_fd())
+            .chain(sockets.iter().map(AsFd::as_fd))
+            .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
+            .collect();
+        let outcome = poll(&mut polled, PollTimeout::NONE);
+        let ready: Vec<bool> = polled.iter().map(|p| p.any().unwrap_or(true)).collect();
+        match outcome {
+            Err(Errno::EINTR) => continue,
+            Err(_) => return,
+            Ok(_) if ready[0] => return,
+            Ok(_) => {}
         }
-        let Ok((stream, from)) = listener.accept() else {
-            continue;
-        };
-        shared.note(Contact {
-            from,
-            to: at,
-            tcp: true,
+        let mut new = Vec::new();
+        let mut at = 0;
+        sockets.retain_mut(|socket| {
+            at += 1;
+            if !ready[at] {
+                return true;
+            }
+            match socket {
+                Open::Listener(listener, to) => {
+                    if let Ok((stream, from)) = listener.accept() {
+                        note(Contact {
+                            from,
+                            to: *to,
+                            tcp: true,
+                        });
+                        // an echo is small; a peer that does not read it must not hold up the others for long
+                        if stream.set_write_timeout(Some(Duration::from_secs(1))).is_ok() {
+                            new.push(Open::Stream(stream));
+                        }
+                    }
+                    true
+                }
+                Open::Datagrams(socket, to) => {
+                    if let Ok((n, from)) = socket.recv_from(&mut buffer) {
+                        note(Contact {
+                            from,
+                            to: *to,
+                            tcp: false,
+                        });
+                        // an answer that the policy stops is none of the server's business
+                        let _ = socket.send_to(&buffer[..n], from);
+                    }
+                    true
+                }
+                Open::Stream(stream) => match stream.read(&mut buffer) {
+                    Ok(n @ 1..) => stream.write_all(&buffer[..n]).is_ok(),
+                    _ => false,
+                },
+            }
         });
-        let (Ok(()), Ok(other)) = (stream.set_nonblocking(false), stream.try_clone()) else {
-            continue;
-        };
-        shared
-            .streams
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(other);
-        thread::spawn(move || echo_stream(stream));
-    }
-}
-
-fn echo_stream(mut stream: TcpStream) {
-    let mut buffer = vec![0; 1 << 16];
-    while let Ok(n @ 1..) = stream.read(&mut buffer) {
-        if stream.write_all(&buffer[..n]).is_err() {
-            break;
-        }
-    }
-    let _ = stream.shutdown(Shutdown::Both);
-}
-
-fn answer(socket: &UdpSocket, at: SocketAddr, shared: &Shared) {
-    let mut buffer = vec![0; 1 << 16];
-    while !shared.stop.load(Ordering::Relaxed) {
-        if let Ok((n, from)) = socket.recv_from(&mut buffer) {
-            shared.note(Contact {
-                from,
-                to: at,
-                tcp: false,
-            });
-            // an answer that the policy stops is none of the server's business
-            let _ = socket.send_to(&buffer[..n], from);
-        }
+        sockets.append(&mut new);
     }
 }
 
