@@ -613,6 +613,9 @@ impl FilterBuilder {
 
 impl FlowFilter {
     fn set(&mut self, flag: &str, value: &str) -> Result<(), FilterError> {
+        if !FLAGS.iter().any(|known| known.name == flag) {
+            return Err(FilterError::Unknown(flag.into()));
+        }
         let (side, member) = match flag.split_once('-') {
             Some(("from", member)) => (Side::Source, member),
             Some(("to", member)) => (Side::Destination, member),

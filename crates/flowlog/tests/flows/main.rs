@@ -1,0 +1,6 @@
+//! What the crate does, seen from outside.
+
+mod filters;
+mod lines;
+mod ring;
+mod world;
