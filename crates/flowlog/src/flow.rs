@@ -290,17 +290,17 @@ pub struct Flow {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub interface: Option<NetworkInterface>,
     /// The policy that let it leave the source.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub egress_allowed_by: Vec<Policy>,
+    #[serde(skip_serializing_if = "is_slice_empty")]
+    pub egress_allowed_by: Arc<[Policy]>,
     /// The policy that let it reach the destination.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub ingress_allowed_by: Vec<Policy>,
-    /// The policy that did not let it leave the source: by a deny rule, or as the cause of the default deny.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub egress_denied_by: Vec<Policy>,
-    /// The policy that did not let it reach the destination.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub ingress_denied_by: Vec<Policy>,
+    #[serde(skip_serializing_if = "is_slice_empty")]
+    pub ingress_allowed_by: Arc<[Policy]>,
+    /// The policies that did not let it leave the source: by a deny rule, or as the causes of the default deny.
+    #[serde(skip_serializing_if = "is_slice_empty")]
+    pub egress_denied_by: Arc<[Policy]>,
+    /// The policies that did not let it reach the destination.
+    #[serde(skip_serializing_if = "is_slice_empty")]
+    pub ingress_denied_by: Arc<[Policy]>,
     /// What the API has no field for.
     pub palisade: Extra,
     /// The packet in words.
@@ -351,18 +351,18 @@ pub struct Extra {
 pub struct Rule {
     /// Its number in the policy table.
     pub id: u32,
-    /// The rule in words.
+    /// What decided, in words.
     #[serde(skip_serializing_if = "is_empty")]
     pub text: Arc<str>,
     /// `FILE:LINE` where it is written.
     #[serde(skip_serializing_if = "is_empty")]
     pub location: Arc<str>,
-    /// No rule names it: the policy that is named makes everything denied that nothing allows.
+    /// No rule names it: the policies make everything denied that nothing allows.
     #[serde(skip_serializing_if = "is_default")]
     pub default_deny: bool,
-    /// The policy, as [`Policy::qualified_name`]; empty if no policy had a say.
-    #[serde(skip_serializing_if = "is_empty")]
-    pub policy: Arc<str>,
+    /// The policies, as [`Policy::qualified_name`]; empty if no policy had a say.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub policies: Vec<Arc<str>>,
 }
 
 /// How far a flow is, and what it has carried.

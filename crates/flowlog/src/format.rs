@@ -250,31 +250,21 @@ fn match_text(number: u32) -> String {
     known.map_or_else(|| format!("unknown ({number})"), |text| (*text).into())
 }
 
-/// What decided, as it is appended to a line: `[by default/backend: ingress from app=web, backend.yaml:12]`.
+/// What decided, as it is appended to a line: `[policy shop/web ingress rule 2, shop.yaml:12]`.
 fn why(flow: &Flow) -> Option<String> {
     let rule = flow.palisade.rule.as_ref()?;
-    let mut text = String::from("[");
-    text.push_str(match (rule.default_deny, rule.policy.is_empty()) {
-        (true, _) => "default deny",
-        (false, true) => "no policy",
-        (false, false) => "by",
-    });
-    if !rule.policy.is_empty() {
-        let _ = write!(
-            text,
-            "{} {}",
-            if rule.default_deny { " of" } else { "" },
-            rule.policy
-        );
-    }
-    if !rule.text.is_empty() {
-        let _ = write!(text, ": {}", rule.text);
-    }
-    if !rule.location.is_empty() {
-        let _ = write!(text, ", {}", rule.location);
-    }
-    text.push(']');
-    Some(text)
+    let unknown = || format!("rule {}", rule.id);
+    let text = if rule.text.is_empty() {
+        unknown()
+    } else {
+        rule.text.to_string()
+    };
+    let place = if rule.location.is_empty() {
+        String::new()
+    } else {
+        format!(", {}", rule.location)
+    };
+    Some(format!("[{text}{place}]"))
 }
 
 /// A flow as one line of JSON, with `flow`, `node_name` and `time`.

@@ -29,9 +29,9 @@ pub struct Owner {
 /// What is known of a rule by its number in the policy table.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct RuleInfo {
-    /// The policy it stands in, or that causes the default deny; none if no policy had a say.
-    pub policy: Option<Policy>,
-    /// The rule in words.
+    /// The policy it stands in, or those that cause the default deny; empty if no policy had a say.
+    pub policies: Arc<[Policy]>,
+    /// What decided, in words, without the place: `policy shop/web ingress rule 2`.
     pub text: Arc<str>,
     /// `FILE:LINE`, empty if it is written nowhere.
     pub location: Arc<str>,
@@ -158,11 +158,7 @@ impl Flow {
                     text: Arc::clone(&info.text),
                     location: Arc::clone(&info.location),
                     default_deny: info.default_deny,
-                    policy: info
-                        .policy
-                        .as_ref()
-                        .map(Policy::qualified_name)
-                        .unwrap_or_default(),
+                    policies: info.policies.iter().map(Policy::qualified_name).collect(),
                 }),
                 audit,
                 protocol: event.protocol,
@@ -174,7 +170,7 @@ impl Flow {
             },
             ..Self::default()
         };
-        if let Some(policy) = rule.and_then(|info| info.policy) {
+        if let Some(info) = rule {
             let denied = dropped || audit;
             let list = match (flow_egress, denied) {
                 (true, true) => &mut flow.egress_denied_by,
@@ -182,7 +178,7 @@ impl Flow {
                 (false, true) => &mut flow.ingress_denied_by,
                 (false, false) => &mut flow.ingress_allowed_by,
             };
-            list.push(policy);
+            *list = info.policies;
         }
         flow.summary = summary(&flow);
         flow

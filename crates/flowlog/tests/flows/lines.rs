@@ -166,14 +166,14 @@ fn the_rule_is_named_when_asked() {
         rules: true,
         ..Printer::default()
     };
-    assert!(with_rules.flow(&flow(&event())).ends_with(
-        "(TCP Flags: SYN) [by shop/allow-web: ingress from app=client to 80/TCP, shop.yaml:12]\n"
-    ));
     assert!(
         with_rules
-            .flow(&flow(&denied(EventKind::Drop)))
-            .ends_with("(TCP Flags: SYN) [default deny of shop/allow-web, shop.yaml:1]\n")
+            .flow(&flow(&event()))
+            .ends_with("(TCP Flags: SYN) [policy shop/allow-web ingress rule 1, shop.yaml:12]\n")
     );
+    assert!(with_rules.flow(&flow(&denied(EventKind::Drop))).ends_with(
+        "(TCP Flags: SYN) [default deny of egress by policy shop/allow-web and 1 other, shop.yaml:1]\n"
+    ));
     let unenforced = Event {
         rule: UNENFORCED,
         ..event()
@@ -181,7 +181,16 @@ fn the_rule_is_named_when_asked() {
     assert!(
         with_rules
             .flow(&flow(&unenforced))
-            .ends_with("(TCP Flags: SYN) [no policy: nothing is enforced]\n")
+            .ends_with("(TCP Flags: SYN) [no policy enforces ingress]\n")
+    );
+    let forgotten = Event {
+        rule: 4711,
+        ..event()
+    };
+    assert!(
+        with_rules
+            .flow(&flow(&forgotten))
+            .ends_with("(TCP Flags: SYN) [rule 4711]\n")
     );
     let no_rule = Event { rule: 0, ..event() };
     assert!(with_rules.flow(&flow(&no_rule)).ends_with("(TCP Flags: SYN)\n"));
@@ -223,7 +232,7 @@ DESTINATION: 151.101.3.5:80
        TYPE: Policy denied
     VERDICT: DROPPED
     SUMMARY: TCP Flags: SYN
-       RULE: [default deny of shop/allow-web, shop.yaml:1]
+       RULE: [default deny of egress by policy shop/allow-web and 1 other, shop.yaml:1]
 ------------
 "
     );
@@ -243,7 +252,7 @@ fn json_of_a_verdict() {
             r#""Type":"L3_L4","node_name":"node1","event_type":{"type":5},"traffic_direction":"INGRESS","policy_match_type":2,"#,
             r#""is_reply":false,"interface":{"index":5,"name":"veth-client"},"#,
             r#""ingress_allowed_by":[{"name":"allow-web","namespace":"shop","revision":"3","kind":"CiliumNetworkPolicy"}],"#,
-            r#""palisade":{"reason":"Allowed","rule":{"id":7,"text":"ingress from app=client to 80/TCP","location":"shop.yaml:12","policy":"shop/allow-web"},"protocol":6,"length":60},"#,
+            r#""palisade":{"reason":"Allowed","rule":{"id":7,"text":"policy shop/allow-web ingress rule 1","location":"shop.yaml:12","policies":["shop/allow-web"]},"protocol":6,"length":60},"#,
             r#""Summary":"TCP Flags: SYN"},"node_name":"node1","time":"2026-04-28T01:04:16.656Z"}"#,
             "\n"
         )
@@ -262,6 +271,7 @@ fn json_of_drops_and_traces() {
         serde_json::json!({"type": 1, "sub_type": 133})
     );
     assert_eq!(flow_of(&drop, "egress_denied_by")[0]["name"], "allow-web");
+    assert_eq!(flow_of(&drop, "egress_denied_by")[1]["name"], "isolate");
     assert_eq!(flow_of(&drop, "palisade")["rule"]["default_deny"], true);
     assert_eq!(flow_of(&drop, "is_reply"), serde_json::Value::Null);
 

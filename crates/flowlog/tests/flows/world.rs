@@ -77,19 +77,19 @@ impl Names for World {
         };
         Some(match id {
             ALLOW_WEB => RuleInfo {
-                policy: Some(policy("allow-web")),
-                text: "ingress from app=client to 80/TCP".into(),
+                policies: [policy("allow-web")].into(),
+                text: "policy shop/allow-web ingress rule 1".into(),
                 location: "shop.yaml:12".into(),
                 default_deny: false,
             },
             DEFAULT_DENY => RuleInfo {
-                policy: Some(policy("allow-web")),
-                text: Arc::default(),
+                policies: [policy("allow-web"), policy("isolate")].into(),
+                text: "default deny of egress by policy shop/allow-web and 1 other".into(),
                 location: "shop.yaml:1".into(),
                 default_deny: true,
             },
             UNENFORCED => RuleInfo {
-                text: "nothing is enforced".into(),
+                text: "no policy enforces ingress".into(),
                 ..RuleInfo::default()
             },
             _ => return None,
