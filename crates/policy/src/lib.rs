@@ -9,8 +9,10 @@
 #![forbid(unsafe_code)]
 
 pub mod diagnostic;
+pub mod identity;
 pub mod labels;
 pub mod parse;
 pub mod plan;
 pub mod rule;
 pub mod snapshot;
+pub mod world;

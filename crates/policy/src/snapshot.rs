@@ -171,8 +171,10 @@ pub enum RuleKey {
     DefaultDeny {
         /// The direction, as [`Direction`].
         direction: u8,
-        /// `namespace/name` of the policies that cause it, by name.
-        policies: Arc<[Arc<str>]>,
+        /// `namespace/name` of the policy that causes it, the first by name.
+        policy: Arc<str>,
+        /// How many others cause it too.
+        others: u32,
     },
     /// Allowed because the policies of the direction say `enableDefaultDeny: false`.
     DefaultAllow {
@@ -233,16 +235,14 @@ impl fmt::Display for RuleInfo {
             }
             RuleKey::DefaultDeny {
                 direction: d,
-                policies,
+                policy,
+                others,
             } => {
-                write!(f, "default deny of {}", direction(*d))?;
-                if let Some(first) = policies.first() {
-                    write!(f, " by policy {first}")?;
-                    match policies.len() - 1 {
-                        0 => {}
-                        1 => write!(f, " and 1 other")?,
-                        n => write!(f, " and {n} others")?,
-                    }
+                write!(f, "default deny of {} by policy {policy}", direction(*d))?;
+                match others {
+                    0 => {}
+                    1 => write!(f, " and 1 other")?,
+                    n => write!(f, " and {n} others")?,
                 }
             }
             RuleKey::DefaultAllow { direction: d, policy } => {
@@ -267,12 +267,15 @@ impl fmt::Display for RuleInfo {
 }
 
 /// The application rules of an `inspect` entry: a request passes if one of them matches.
-#[derive(Clone, Debug, PartialEq, Default)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
 pub struct RuleSet {
-    /// Its id; never 0.
-    pub id: u32,
+    /// What the traffic is read as ([`inspector_name`]); an [`Inspector`]. Differs from the entry's inspector where
+    /// TLS has to be terminated first.
+    pub reads: u8,
     /// The alternatives, each with the rule it came from.
     pub alternatives: Vec<Alternative>,
+    /// Where rules of another protocol stand beside `serverNames`: one of these must match too (none: not asked for).
+    pub server_names: Vec<FqdnPattern>,
     /// `terminatingTLS` of the entry.
     pub terminating_tls: Option<TlsContext>,
     /// `originatingTLS` of the entry.
@@ -282,7 +285,7 @@ pub struct RuleSet {
 }
 
 /// One way to pass.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Alternative {
     /// The rule it came from.
     pub rule: u32,
@@ -291,7 +294,7 @@ pub struct Alternative {
 }
 
 /// What a request must be like.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Matcher {
     /// Everything passes (and is read all the same): a plain allow beside application rules, or an empty list.
     Everything,

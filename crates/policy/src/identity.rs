@@ -1,0 +1,268 @@
+//! Numbers for label sets: kept as long as possible, so that a number seen in an old event still means the same.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use ipnet::IpNet;
+use palisade_abi::{Identity, identity};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    labels::{Labels, reserved},
+    rule::Label,
+    world::Options,
+};
+
+/// Gives a number to a set of labels, and the same one whenever it is asked again.
+///
+/// A number that is no longer in use stays with its labels until the range is exhausted; then the unused ones
+/// are given away, oldest range position first, so that a number comes back as late as possible.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Allocator {
+    numbers: HashMap<Labels, Identity>,
+    taken: HashSet<Identity>,
+    next_labels: Identity,
+    next_local: Identity,
+}
+
+/// What of an [`Allocator`] goes into the state file.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AllocatorState {
+    /// Number and labels.
+    pub identities: BTreeMap<Identity, Labels>,
+    /// Where the search for a free number of label sets goes on.
+    pub next_labels: Identity,
+    /// The same for prefixes and names.
+    pub next_local: Identity,
+}
+
+/// All numbers of a range are in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no identity left: more than {0} label sets or prefixes are in use at once")]
+pub struct Exhausted(u32);
+
+impl Allocator {
+    /// Goes on where a state file ends. Numbers outside the range of their labels and doubles are left out.
+    #[must_use]
+    pub fn from_state(state: &AllocatorState) -> Self {
+        let mut allocator = Self {
+            next_labels: state.next_labels,
+            next_local: state.next_local,
+            ..Self::default()
+        };
+        for (&number, labels) in &state.identities {
+            let (first, last) = range(labels);
+            if (first..=last).contains(&number)
+                && fixed(labels).is_none()
+                && !allocator.numbers.contains_key(labels)
+            {
+                allocator.numbers.insert(labels.clone(), number);
+                allocator.taken.insert(number);
+            }
+        }
+        allocator
+    }
+
+    /// What has to be kept for [`Self::from_state`].
+    #[must_use]
+    pub fn state(&self) -> AllocatorState {
+        AllocatorState {
+            identities: self
+                .numbers
+                .iter()
+                .map(|(labels, &number)| (number, labels.clone()))
+                .collect(),
+            next_labels: self.next_labels,
+            next_local: self.next_local,
+        }
+    }
+
+    /// The number of a set of labels. `in_use` says whether a number is referred to (asked only when the range
+    /// is exhausted).
+    pub fn number(
+        &mut self,
+        labels: &Labels,
+        in_use: &dyn Fn(Identity) -> bool,
+    ) -> Result<Identity, Exhausted> {
+        if let Some(number) = fixed(labels) {
+            return Ok(number);
+        }
+        if let Some(&number) = self.numbers.get(labels) {
+            return Ok(number);
+        }
+        let (first, last) = range(labels);
+        let local = first == identity::FIRST_LOCAL;
+        let start = if local { self.next_local } else { self.next_labels };
+        let start = if (first..=last).contains(&start) {
+            start
+        } else {
+            first
+        };
+        let size = last - first + 1;
+        let free = |taken: &HashSet<Identity>| {
+            if taken.len() < size as usize
+                || taken.iter().filter(|n| (first..=last).contains(*n)).count() < size as usize
+            {
+                (0..size)
+                    .map(|step| first + (start - first + step) % size)
+                    .find(|number| !taken.contains(number))
+            } else {
+                None
+            }
+        };
+        let number = match free(&self.taken) {
+            Some(number) => number,
+            None => {
+                self.numbers
+                    .retain(|_, number| !(first..=last).contains(number) || in_use(*number));
+                self.taken = self.numbers.values().copied().collect();
+                free(&self.taken).ok_or(Exhausted(size))?
+            }
+        };
+        let next = if number == last { first } else { number + 1 };
+        if local {
+            self.next_local = next;
+        } else {
+            self.next_labels = next;
+        }
+        self.numbers.insert(labels.clone(), number);
+        self.taken.insert(number);
+        Ok(number)
+    }
+}
+
+/// The range a label set gets its number from: what is made on this node (prefixes, names) has one of its own.
+fn range(labels: &Labels) -> (Identity, Identity) {
+    let local = labels.iter().any(|label| {
+        matches!(label.source.as_str(), "cidr" | "cidrgroup" | "fqdn")
+            || (label.source == "reserved" && label.key.starts_with("world"))
+    });
+    if local {
+        (identity::FIRST_LOCAL, identity::LAST_LOCAL)
+    } else {
+        (identity::FIRST_LABELS, identity::LAST_LABELS)
+    }
+}
+
+/// The number of the sets that consist of one reserved label.
+fn fixed(labels: &Labels) -> Option<Identity> {
+    let mut all = labels.iter();
+    let label = all.next()?;
+    if all.next().is_some() || label.source != "reserved" {
+        return None;
+    }
+    Some(match label.key.as_str() {
+        "host" => identity::HOST,
+        "world" => identity::WORLD,
+        "unmanaged" => identity::UNMANAGED,
+        "health" => identity::HEALTH,
+        "init" => identity::INIT,
+        "remote-node" => identity::REMOTE_NODE,
+        "kube-apiserver" => identity::KUBE_APISERVER,
+        "ingress" => identity::INGRESS,
+        "world-ipv4" => identity::WORLD_IPV4,
+        "world-ipv6" => identity::WORLD_IPV6,
+        _ => return None,
+    })
+}
+
+/// The label of a prefix: `cidr:10.0.0.0/8`.
+#[must_use]
+pub fn cidr_label(prefix: IpNet) -> Label {
+    Label {
+        source: "cidr".into(),
+        key: prefix.trunc().to_string(),
+        value: String::new(),
+    }
+}
+
+/// The prefix of a `cidr` label. The dashed form of IPv6 (`2001-db8--0/32`) is understood too.
+#[must_use]
+pub fn cidr_of(label: &Label) -> Option<IpNet> {
+    if label.source != "cidr" {
+        return None;
+    }
+    label
+        .key
+        .parse()
+        .or_else(|_| label.key.replace('-', ":").parse())
+        .ok()
+}
+
+/// The labels of an address that is only known by its longest prefix among those that policies mention.
+#[must_use]
+pub fn prefix_labels(prefix: IpNet, options: &Options) -> Labels {
+    let v6 = matches!(prefix, IpNet::V6(_));
+    if prefix.prefix_len() == 0 {
+        return options.world_labels(v6);
+    }
+    Labels::new(
+        options
+            .world_labels(v6)
+            .iter()
+            .cloned()
+            .chain([cidr_label(prefix)]),
+    )
+}
+
+/// The labels of an entity that a peer of the configuration can be.
+#[must_use]
+pub fn entity_labels(name: &str) -> Labels {
+    Labels::new([reserved(name)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::labels::parse_label;
+
+    fn labels(texts: &[&str]) -> Labels {
+        Labels::new(texts.iter().map(|text| parse_label(text)))
+    }
+
+    #[test]
+    fn numbers_stay_with_their_labels_over_a_restart() {
+        let mut allocator = Allocator::default();
+        let a = allocator.number(&labels(&["k8s:app=a"]), &|_| true).unwrap();
+        let b = allocator.number(&labels(&["k8s:app=b"]), &|_| true).unwrap();
+        let p = allocator
+            .number(
+                &prefix_labels("10.0.0.0/8".parse().unwrap(), &Options::default()),
+                &|_| true,
+            )
+            .unwrap();
+        assert_eq!((a, b, p), (256, 257, identity::FIRST_LOCAL));
+        let text = serde_json::to_string(&allocator.state()).unwrap();
+        let mut restarted = Allocator::from_state(&serde_json::from_str(&text).unwrap());
+        assert_eq!(restarted, allocator);
+        assert_eq!(restarted.number(&labels(&["k8s:app=b"]), &|_| true), Ok(b));
+        assert_eq!(restarted.number(&labels(&["k8s:app=c"]), &|_| true), Ok(258));
+        assert_eq!(
+            restarted.number(&labels(&["reserved:world"]), &|_| true),
+            Ok(identity::WORLD)
+        );
+    }
+
+    #[test]
+    fn a_number_is_given_away_only_when_nobody_uses_it_and_none_is_free() {
+        let mut allocator = Allocator::default();
+        for n in 0..=(identity::LAST_LABELS - identity::FIRST_LABELS) {
+            allocator
+                .number(&labels(&[&format!("k8s:n={n}")]), &|_| true)
+                .unwrap();
+        }
+        let more = labels(&["k8s:one=more"]);
+        assert!(allocator.number(&more, &|_| true).is_err());
+        assert_eq!(allocator.number(&more, &|number| number != 700), Ok(700));
+    }
+
+    #[test]
+    fn a_broken_state_gives_no_number_twice() {
+        let state: AllocatorState = serde_json::from_str(
+            r#"{"identities":{"2":["k8s:app=a"],"300":["k8s:app=b"],"301":["k8s:app=b"]},"next_labels":0,"next_local":0}"#,
+        )
+        .unwrap();
+        let mut allocator = Allocator::from_state(&state);
+        assert_eq!(allocator.number(&labels(&["k8s:app=a"]), &|_| true), Ok(256));
+        assert_eq!(allocator.number(&labels(&["k8s:app=b"]), &|_| true), Ok(300));
+    }
+}
