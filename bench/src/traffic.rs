@@ -1,0 +1,128 @@
+//! A stream of UDP frames out of an interface, as fast as one thread can send them.
+//!
+//! Frames are made once and sent through a packet socket, many with one system call. Over a veth, the kernel does all
+//! that follows (the receiving side, forwarding, filters) in the sending thread, before the next frame: what arrives
+//! in a second is what one processor can do.
+
+use std::{
+    io::IoSlice,
+    net::Ipv4Addr,
+    os::fd::{AsRawFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use nix::{
+    errno::Errno,
+    sys::socket::{
+        AddressFamily, LinkAddr, MsgFlags, MultiHeaders, SockFlag, SockType, bind, sendmmsg, socket,
+    },
+};
+use palisade_testbed::Ns;
+
+/// Frames for one system call.
+const BATCH: usize = 64;
+/// Bytes of a frame: the shortest that Ethernet has, without its checksum.
+const FRAME: usize = 60;
+
+/// A MAC address.
+pub type Mac = [u8; 6];
+
+/// What every frame has.
+#[derive(Clone, Copy, Debug)]
+pub struct Stream {
+    /// Sender's MAC address.
+    pub from_mac: Mac,
+    /// MAC address of the next hop.
+    pub to_mac: Mac,
+    /// Source address.
+    pub from: Ipv4Addr,
+    /// Destination address.
+    pub to: Ipv4Addr,
+    /// Destination port.
+    pub port: u16,
+    /// The first source port.
+    pub first_source_port: u16,
+    /// So many source ports follow each other: flows.
+    pub flows: u16,
+}
+
+impl Stream {
+    /// The frame of one flow: UDP without payload beyond the padding, no UDP checksum (RFC 768).
+    #[must_use]
+    pub fn frame(&self, flow: u16) -> [u8; FRAME] {
+        let mut frame = [0; FRAME];
+        frame[..6].copy_from_slice(&self.to_mac);
+        frame[6..12].copy_from_slice(&self.from_mac);
+        frame[12..14].copy_from_slice(&0x0800_u16.to_be_bytes());
+        let ip = &mut frame[14..];
+        ip[0] = 0x45;
+        ip[2..4].copy_from_slice(&((FRAME - 14) as u16).to_be_bytes());
+        ip[8] = 64;
+        ip[9] = 17;
+        ip[12..16].copy_from_slice(&self.from.octets());
+        ip[16..20].copy_from_slice(&self.to.octets());
+        let sum = palisade_testbed::packet::checksum(0, &ip[..20]);
+        ip[10..12].copy_from_slice(&sum.to_be_bytes());
+        let udp = &mut ip[20..];
+        udp[..2].copy_from_slice(&self.first_source_port.wrapping_add(flow).to_be_bytes());
+        udp[2..4].copy_from_slice(&self.port.to_be_bytes());
+        udp[4..6].copy_from_slice(&((FRAME - 34) as u16).to_be_bytes());
+        frame
+    }
+}
+
+/// A packet socket that only sends.
+pub struct Sender {
+    socket: OwnedFd,
+}
+
+impl Sender {
+    /// Out of `interface`. The calling thread must stand in its namespace.
+    pub fn open(interface: &str) -> Result<Self> {
+        // Protocol 0: it receives nothing, so that it costs the traffic nothing (packet(7)).
+        let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)
+            .context("a packet socket (needs root)")?;
+        bind(socket.as_raw_fd(), &link(interface)?).with_context(|| interface.to_owned())?;
+        Ok(Self { socket })
+    }
+
+    /// Sends the frames in turn until the time is over. How many were sent, and in what time.
+    pub fn send_for(&self, frames: &[[u8; FRAME]], duration: Duration) -> Result<(u64, Duration)> {
+        ensure!(!frames.is_empty(), "no frames");
+        let none: [Option<LinkAddr>; BATCH] = [None; BATCH];
+        let mut headers = MultiHeaders::preallocate(BATCH, None);
+        let mut turn = frames.iter().cycle();
+        let begin = Instant::now();
+        let mut sent = 0;
+        while begin.elapsed() < duration {
+            let batch: Vec<_> = turn
+                .by_ref()
+                .take(BATCH)
+                .map(|frame| [IoSlice::new(frame)])
+                .collect();
+            let fd = self.socket.as_raw_fd();
+            match sendmmsg(fd, &mut headers, &batch, none, [], MsgFlags::empty()) {
+                Ok(results) => sent += results.count() as u64,
+                Err(Errno::ENOBUFS | Errno::EAGAIN) => {}
+                Err(error) => return Err(error).context("sending frames"),
+            }
+        }
+        Ok((sent, begin.elapsed()))
+    }
+}
+
+/// The link-layer address of an interface of this thread's namespace.
+fn link(interface: &str) -> Result<LinkAddr> {
+    nix::ifaddrs::getifaddrs()?
+        .filter(|entry| entry.interface_name == interface)
+        .find_map(|entry| entry.address?.as_link_addr().copied())
+        .with_context(|| format!("no interface {interface}"))
+}
+
+/// The MAC address of an interface in a namespace.
+pub fn mac(ns: &Ns, interface: &str) -> Result<Mac> {
+    ns.enter(|| link(interface))?
+        .addr()
+        .with_context(|| format!("{interface} has no MAC address"))
+}
