@@ -71,7 +71,8 @@ impl Policy {
 pub struct Spec {
     /// Who it selects.
     pub subject: Subject,
-    /// Ingress rules that allow, in the order they were written. `None`: the section is absent or null.
+    /// Ingress rules that allow, in the order they were written. `None`: the section is absent, null or empty.
+    /// (A direction that a NetworkPolicy denies without any rule has one rule here, for nobody.)
     pub ingress: Option<Vec<Rule>>,
     /// Ingress rules that deny.
     pub ingress_deny: Option<Vec<Rule>>,
@@ -277,7 +278,7 @@ impl L7 {
     }
 }
 
-/// The `rules` member of toPorts. An empty list of rules is a list all the same (allows everything, but reads it).
+/// The `rules` member of toPorts. An empty list of rules is the same as none; only a parser by name needs no rules.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub enum L7Rules {
     /// None.

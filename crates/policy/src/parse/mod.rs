@@ -1,13 +1,42 @@
 //! The text of policy files to validated policies.
+//!
+//! ```text
+//! YAML text ── yaml ──┐                     ┌─ spec ── rules ──┬─ peers ── selector, cidr
+//!                     ├─> node ── resource ─┼─ network_policy  └─ ports ── l7 ── re2
+//! JSON value ─────────┘          (metadata) └─ cidr_group
+//! ```
+//!
+//! A tree whose every node knows its place is read with `reader`: members are taken by name, what nobody asked
+//! for is an unknown field. Reading goes on after an error, so that all of them are reported. What a policy of
+//! the language means is put into the form that [`rule`](crate::rule) documents: namespaces into selectors,
+//! empty forms into what they mean.
 
+mod cidr;
+mod cidr_group;
+mod l7;
+mod metadata;
+mod names;
+mod network_policy;
 mod node;
+mod peers;
+mod ports;
+mod re2;
+mod reader;
+mod resource;
+mod rules;
+mod selector;
+mod spec;
+#[cfg(test)]
+mod tests;
 mod yaml;
 
-use std::sync::Arc;
+use node::Node;
+use reader::{At, Context};
+use resource::Resources;
 
 use crate::{
     diagnostic::{Diagnostic, Severity},
-    rule::{CidrGroup, Location, Policy},
+    rule::{CidrGroup, Policy, PolicyKind},
 };
 
 /// What was read from a file.
@@ -37,12 +66,13 @@ impl Parsed {
 /// Reads the text of a YAML (or JSON) file; `file` is how messages name it.
 #[must_use]
 pub fn parse(file: &str, text: &str) -> Parsed {
-    let (_documents, errors) = yaml::documents(text);
-    let file: Arc<str> = file.into();
-    Parsed {
-        diagnostics: errors.into_iter().map(|error| error.diagnostic(&file)).collect(),
-        ..Parsed::default()
+    let context = Context::new(file);
+    let documents = documents(&context, text);
+    let mut resources = Resources::default();
+    for document in &documents {
+        resources.read(At::root(&context, document, ""));
     }
+    resources.into_parsed(context)
 }
 
 /// Reads what a case file holds: whole resources (`policies`) and bare specs (`rules`, to which no namespace
@@ -53,30 +83,69 @@ pub fn parse_rules_json(
     policies: Option<&serde_json::Value>,
     rules: Option<&serde_json::Value>,
 ) -> Parsed {
-    let _ = (case, policies, rules);
-    Parsed::default()
+    let context = Context::new(case);
+    let mut resources = Resources::default();
+    each(&context, "policies", policies, |_, at| resources.read(at));
+    each(&context, "rules", rules, |name, at| {
+        let errors = context.errors();
+        let spec = spec::read(at, PolicyKind::Raw, None);
+        if let (Some(spec), true) = (spec, context.errors() == errors) {
+            resources.policies.push(Policy {
+                kind: PolicyKind::Raw,
+                name: name.to_owned(),
+                namespace: None,
+                audit: false,
+                location: spec.location.clone(),
+                specs: vec![spec],
+            });
+        }
+    });
+    resources.into_parsed(context)
+}
+
+/// Calls `read` with each element of a list, and the name of the element.
+fn each(
+    context: &Context,
+    name: &'static str,
+    list: Option<&serde_json::Value>,
+    mut read: impl FnMut(&str, At<'_>),
+) {
+    match list {
+        None | Some(serde_json::Value::Null) => {}
+        Some(serde_json::Value::Array(items)) => {
+            for (index, item) in items.iter().enumerate() {
+                let name = format!("{name}[{index}]");
+                read(&name, At::root(context, &Node::from_json(item), &name));
+            }
+        }
+        Some(other) => {
+            let found = Node::from_json(other).describe();
+            let message = format!("{name} must be a list, found {found}");
+            context.say(Severity::Error, node::Position::default(), message);
+        }
+    }
 }
 
 /// The documents of a YAML text as JSON values, for files that are not policies (case files).
 pub fn yaml_to_json(file: &str, text: &str) -> Result<Vec<serde_json::Value>, Vec<Diagnostic>> {
-    let (documents, errors) = yaml::documents(text);
-    if errors.is_empty() {
-        return Ok(documents.iter().map(node::Node::to_json).collect());
+    let context = Context::new(file);
+    let documents = documents(&context, text);
+    if context.errors() == 0 {
+        Ok(documents.iter().map(Node::to_json).collect())
+    } else {
+        Err(context.into_diagnostics())
     }
-    let file: Arc<str> = file.into();
-    Err(errors.into_iter().map(|error| error.diagnostic(&file)).collect())
 }
 
-impl yaml::YamlError {
-    fn diagnostic(self, file: &Arc<str>) -> Diagnostic {
-        Diagnostic {
-            severity: Severity::Error,
-            location: Location {
-                file: Arc::clone(file),
-                line: self.position.line,
-                column: self.position.column,
-            },
-            message: self.message,
-        }
+/// Compiles a regular expression of an http rule: RE2 syntax, matching the whole of a text.
+pub fn http_regex(pattern: &str) -> Result<regex::bytes::Regex, String> {
+    re2::compile(pattern)
+}
+
+fn documents(context: &Context, text: &str) -> Vec<Node> {
+    let (documents, errors) = yaml::documents(text);
+    for error in errors {
+        context.say(Severity::Error, error.position, error.message);
     }
+    documents
 }

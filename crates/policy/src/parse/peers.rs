@@ -1,0 +1,221 @@
+//! Whom a rule is about: the from* and to* members.
+
+use super::{
+    cidr::{cidr_set_entry, net_or_address},
+    l7::fqdn_selector,
+    node::quoted,
+    reader::{At, List, Object, hint},
+    rules::{Direction, Section},
+    selector::{self, Keys},
+};
+use crate::rule::{CidrRule, Entity, Peer, Peers};
+
+/// The names of the members by direction.
+struct Names {
+    endpoints: &'static str,
+    nodes: &'static str,
+    cidr: &'static str,
+    cidr_set: &'static str,
+    entities: &'static str,
+    groups: &'static str,
+    requires: &'static str,
+}
+
+const INGRESS: Names = Names {
+    endpoints: "fromEndpoints",
+    nodes: "fromNodes",
+    cidr: "fromCIDR",
+    cidr_set: "fromCIDRSet",
+    entities: "fromEntities",
+    groups: "fromGroups",
+    requires: "fromRequires",
+};
+
+const EGRESS: Names = Names {
+    endpoints: "toEndpoints",
+    nodes: "toNodes",
+    cidr: "toCIDR",
+    cidr_set: "toCIDRSet",
+    entities: "toEntities",
+    groups: "toGroups",
+    requires: "toRequires",
+};
+
+/// The peers of a rule; none if it has no member about peers at all.
+pub(super) fn read(object: &Object<'_>, section: Section<'_>) -> Option<Peers> {
+    let egress = section.direction == Direction::Egress;
+    let names = if egress { EGRESS } else { INGRESS };
+    let mut members = Members {
+        object,
+        first: None,
+        any: false,
+        empty: false,
+        peers: Vec::new(),
+    };
+
+    members.read(names.endpoints, |at| {
+        selector::read(at, Keys::Sourced).map(|selector| Peer::Labels(section.scope.peer(selector)))
+    });
+    members.read(names.nodes, |at| {
+        selector::read(at, Keys::Sourced).map(Peer::Nodes)
+    });
+    members.read(names.cidr, |at| {
+        net_or_address(at).map(|cidr| {
+            Peer::Cidr(CidrRule {
+                cidr,
+                except: Vec::new(),
+            })
+        })
+    });
+    members.read(names.cidr_set, cidr_set_entry);
+    members.read(names.entities, |at| entity(at).map(Peer::Entity));
+    if egress {
+        if section.deny {
+            object.refuse(
+                "toFQDNs",
+                "cannot be part of a rule that denies; a name can have any address",
+            );
+        } else {
+            members.read("toFQDNs", |at| {
+                fqdn_selector(at, false)?.into_iter().next().map(Peer::Fqdn)
+            });
+        }
+    }
+    members.unresolvable(names.groups, section, "groups of a cloud provider", group);
+    if egress {
+        members.unresolvable("toServices", section, "services", service);
+    }
+    object.refuse(
+        names.requires,
+        "must be empty: Cilium removed it in 1.19; put its labels into the selectors of the rule",
+    );
+    members.finish()
+}
+
+/// The members as they are read, one after the other.
+struct Members<'o> {
+    object: &'o Object<'o>,
+    /// The first one that names somebody: there can be only one.
+    first: Option<&'static str>,
+    any: bool,
+    empty: bool,
+    peers: Vec<Peer>,
+}
+
+impl<'o> Members<'o> {
+    /// A list that is there, after it has been seen not to stand beside another.
+    fn list(&mut self, name: &'static str) -> Option<List<'o>> {
+        let list = self.object.field(name)?.list()?;
+        self.any = true;
+        if list.is_empty() {
+            self.empty = true;
+            return None;
+        }
+        match self.first {
+            Some(first) => self.object.error_at_key(
+                name,
+                format!("{name} and {first} cannot stand in one rule; write a rule for each"),
+            ),
+            None => self.first = Some(name),
+        }
+        Some(list)
+    }
+
+    fn read(&mut self, name: &'static str, element: impl FnMut(At<'_>) -> Option<Peer>) {
+        if let Some(list) = self.list(name) {
+            self.peers.extend(list.read(element));
+        }
+    }
+
+    /// Members that need a cluster or a cloud to be resolved: nobody, where they would let through.
+    fn unresolvable(
+        &mut self,
+        name: &'static str,
+        section: Section<'_>,
+        what: &str,
+        element: impl FnMut(At<'_>) -> Option<()>,
+    ) {
+        let Some(list) = self.list(name) else {
+            return;
+        };
+        list.read(element);
+        if section.deny {
+            let message =
+                format!("{name} cannot be resolved here, so it cannot deny: there are no {what} to look up");
+            self.object.error_at_key(name, message);
+        } else if let Some(at) = self.object.field(name) {
+            at.warning(format!("{name} selects nobody: there are no {what} to look up"));
+        }
+    }
+
+    /// An empty list selects nobody, whatever stands beside it.
+    fn finish(self) -> Option<Peers> {
+        match (self.any, self.empty || self.peers.is_empty()) {
+            (false, _) => None,
+            (true, true) => Some(Peers::Nobody),
+            (true, false) => Some(Peers::OneOf(self.peers)),
+        }
+    }
+}
+
+const ENTITIES: [(&str, Entity); 13] = [
+    ("all", Entity::All),
+    ("world", Entity::World),
+    ("world-ipv4", Entity::WorldIpv4),
+    ("world-ipv6", Entity::WorldIpv6),
+    ("cluster", Entity::Cluster),
+    ("host", Entity::Host),
+    ("remote-node", Entity::RemoteNode),
+    ("kube-apiserver", Entity::KubeApiserver),
+    ("health", Entity::Health),
+    ("init", Entity::Init),
+    ("unmanaged", Entity::Unmanaged),
+    ("ingress", Entity::Ingress),
+    ("none", Entity::None),
+];
+
+fn entity(at: At<'_>) -> Option<Entity> {
+    let text = at.string()?;
+    let entity = ENTITIES
+        .iter()
+        .find(|(name, _)| *name == text)
+        .map(|(_, entity)| *entity);
+    if entity.is_none() {
+        at.error(format!(
+            "unknown entity {}{}",
+            quoted(text),
+            hint(text, &ENTITIES.map(|(name, _)| name))
+        ));
+    }
+    entity
+}
+
+/// An element of fromGroups or toGroups.
+fn group(at: At<'_>) -> Option<()> {
+    let object = at.object()?;
+    if let Some(aws) = object.field("aws").and_then(|at| at.object()) {
+        aws.ignore(&["labels", "securityGroupsIds", "securityGroupsNames", "region"]);
+        aws.finish();
+    }
+    object.finish();
+    Some(())
+}
+
+/// An element of toServices.
+fn service(at: At<'_>) -> Option<()> {
+    let object = at.object()?;
+    if let Some(by_name) = object.field("k8sService").and_then(|at| at.object()) {
+        by_name.text("serviceName");
+        by_name.text("namespace");
+        by_name.finish();
+    }
+    if let Some(by_labels) = object.field("k8sServiceSelector").and_then(|at| at.object()) {
+        by_labels
+            .required("selector")
+            .and_then(|at| selector::read(at, Keys::Sourced));
+        by_labels.text("namespace");
+        by_labels.finish();
+    }
+    object.finish();
+    Some(())
+}

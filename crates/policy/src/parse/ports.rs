@@ -1,0 +1,498 @@
+//! Ports and protocols: `toPorts`, `icmps`, and the `ports` of a NetworkPolicy.
+
+use super::{
+    l7,
+    names::is_service_name,
+    node::{Value, quoted},
+    reader::{At, Object, hint, suggestion},
+    rules::Section,
+};
+use crate::rule::{L4Protocol, L7, L7Rules, PortRule, PortSpec};
+
+/// How many ports an entry of toPorts, or types an entry of icmps, may have.
+const MAX_PORTS: usize = 40;
+
+/// The protocols by name. Those without ports come with their IP numbers.
+const PROTOCOLS: [(&str, L4Protocol); 11] = [
+    ("ANY", L4Protocol::Any),
+    ("TCP", L4Protocol::Tcp),
+    ("UDP", L4Protocol::Udp),
+    ("SCTP", L4Protocol::Sctp),
+    ("VRRP", L4Protocol::Other(112)),
+    ("IGMP", L4Protocol::Other(2)),
+    ("GRE", L4Protocol::Other(47)),
+    ("IPIP", L4Protocol::Other(4)),
+    ("IPv6", L4Protocol::Other(41)),
+    ("ESP", L4Protocol::Other(50)),
+    ("AH", L4Protocol::Other(51)),
+];
+
+/// An entry of toPorts.
+pub(super) fn port_rule(at: At<'_>, section: Section<'_>) -> Option<PortRule> {
+    let object = at.object()?;
+    let (mut ports, mut given) = (Vec::new(), false);
+    if let Some(list) = object.field("ports").and_then(|at| at.list()) {
+        given = !list.is_empty();
+        if list.len() > MAX_PORTS {
+            at.error(format!(
+                "{} ports in one entry; at most {MAX_PORTS} are allowed, use several entries",
+                list.len()
+            ));
+        }
+        ports = list.read(port_and_protocol);
+    }
+    let l7 = if section.deny {
+        for name in [
+            "rules",
+            "serverNames",
+            "terminatingTLS",
+            "originatingTLS",
+            "listener",
+        ] {
+            object.refuse(
+                name,
+                "cannot be part of a rule that denies; deny the ports as a whole",
+            );
+        }
+        L7::default()
+    } else {
+        l7::read(&object, section)
+    };
+    object.finish();
+    check_l7_ports(&object, &l7, &ports, given);
+    if !given {
+        at.warning("an entry without ports matches nothing; for every port write port: \"0\"");
+    }
+    Some(PortRule {
+        ports: ports.into_iter().map(|port| port.spec).collect(),
+        l7,
+        location: at.location(),
+    })
+}
+
+/// What application rules ask of the ports they stand with.
+fn check_l7_ports(object: &Object<'_>, l7: &L7, ports: &[Port], given: bool) {
+    let dns = match &l7.rules {
+        L7Rules::None => return,
+        L7Rules::Dns(_) => true,
+        // A parser without rules of its own asks nothing of the ports.
+        L7Rules::Generic { rules, .. } if rules.is_empty() => return,
+        L7Rules::Http(_) | L7Rules::Kafka(_) | L7Rules::Generic { .. } => false,
+    };
+    if dns && !given {
+        object.error_at_key("rules", "dns rules need a port; write port: \"53\"");
+    }
+    for port in ports {
+        let say = |message: &str| object.error_at_key("rules", message);
+        match &port.spec {
+            PortSpec::Range { protocol, .. } | PortSpec::Named { protocol, .. }
+                if !dns && *protocol != L4Protocol::Tcp =>
+            {
+                say(&format!(
+                    "application rules other than dns need protocol: TCP, and a port of this entry has {}",
+                    protocol_name(*protocol)
+                ));
+            }
+            _ => {}
+        }
+        if port.is_zero {
+            say("application rules cannot be used with port 0");
+        }
+        if dns && port.is_range {
+            say("dns rules cannot be used with a range of ports");
+        }
+    }
+}
+
+fn protocol_name(protocol: L4Protocol) -> &'static str {
+    PROTOCOLS
+        .iter()
+        .find(|(_, known)| *known == protocol)
+        .map_or("another", |(name, _)| name)
+}
+
+/// A port as it was read, and what was special about it.
+pub(super) struct Port {
+    pub spec: PortSpec,
+    is_zero: bool,
+    is_range: bool,
+}
+
+fn port_and_protocol(at: At<'_>) -> Option<Port> {
+    let object = at.object()?;
+    let protocol = match object.field("protocol") {
+        Some(at) => protocol(at),
+        None => Some(L4Protocol::Any),
+    };
+    let end_port = match object.field("endPort") {
+        Some(at) => at.integer(0..=65535).map(|port| (at, port)),
+        None => None,
+    };
+    let port = match object.field("port") {
+        Some(port) => {
+            let text = match &port.node.value {
+                Value::Integer(number) => {
+                    port.error(format!("port must be a string; write port: \"{number}\""));
+                    None
+                }
+                _ => port.string(),
+            };
+            text.map(|text| (port, text))
+        }
+        None => None,
+    };
+    object.finish();
+    let protocol = protocol?;
+    let (port, text) = match port {
+        Some((port, text)) if !text.is_empty() => (port, text),
+        _ if object
+            .field("port")
+            .is_some_and(|port| port.node.as_str() != Some("")) =>
+        {
+            return None;
+        }
+        // Protocols without ports need not name one.
+        _ if matches!(protocol, L4Protocol::Other(_)) => {
+            return Some(Port {
+                spec: whole(protocol),
+                is_zero: true,
+                is_range: false,
+            });
+        }
+        _ => {
+            at.error("port is missing; for every port write port: \"0\"");
+            return None;
+        }
+    };
+    if matches!(protocol, L4Protocol::Other(_)) {
+        if text != "0" {
+            port.error(format!(
+                "{} has no ports; leave port out",
+                protocol_name(protocol)
+            ));
+            return None;
+        }
+        return Some(Port {
+            spec: whole(protocol),
+            is_zero: true,
+            is_range: false,
+        });
+    }
+    if is_service_name(text) {
+        if let Some((end, _)) = end_port.filter(|(_, end)| *end > 0) {
+            end.warning("endPort does nothing for a port by name");
+        }
+        if text.starts_with("0x") || text.starts_with("0b") || text.starts_with("0o") {
+            port.warning(format!("{} is the name of a port, not a number", quoted(text)));
+        }
+        let spec = PortSpec::Named {
+            protocol,
+            name: text.to_ascii_lowercase(),
+        };
+        return Some(Port {
+            spec,
+            is_zero: false,
+            is_range: false,
+        });
+    }
+    let first = number(port, text)?;
+    let (mut last, mut is_range) = (first, false);
+    if let Some((end, value)) = end_port.and_then(|(at, port)| Some((at, u16::try_from(port).ok()?))) {
+        if value > first {
+            (last, is_range) = (value, true);
+        } else if value != 0 && value < first {
+            end.warning(format!(
+                "endPort {value} is less than port {first}: only port {first} is meant"
+            ));
+        }
+    }
+    let spec = if last == 0 {
+        whole(protocol)
+    } else {
+        PortSpec::Range {
+            protocol,
+            first,
+            last,
+        }
+    };
+    Some(Port {
+        spec,
+        is_zero: first == 0,
+        is_range,
+    })
+}
+
+fn whole(protocol: L4Protocol) -> PortSpec {
+    PortSpec::Range {
+        protocol,
+        first: 0,
+        last: u16::MAX,
+    }
+}
+
+/// A port's number. A leading zero makes it octal, as in the original.
+fn number(at: At<'_>, text: &str) -> Option<u16> {
+    let octal = text.len() > 1 && text.starts_with('0');
+    let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    match u16::from_str_radix(text, if octal { 8 } else { 10 }) {
+        Ok(port) if digits => {
+            if octal {
+                at.warning(format!(
+                    "{} is read as an octal number: port {port}",
+                    quoted(text)
+                ));
+            }
+            Some(port)
+        }
+        _ => {
+            at.error(format!(
+                "{} is neither a port from 0 to 65535 nor the name of one",
+                quoted(text)
+            ));
+            None
+        }
+    }
+}
+
+fn protocol(at: At<'_>) -> Option<L4Protocol> {
+    let text = at.string()?;
+    if text.is_empty() {
+        return Some(L4Protocol::Any);
+    }
+    if let Some((_, protocol)) = PROTOCOLS.iter().find(|(name, _)| name.eq_ignore_ascii_case(text)) {
+        return Some(*protocol);
+    }
+    if text.eq_ignore_ascii_case("ICMP") || text.eq_ignore_ascii_case("ICMPv6") {
+        at.error(format!("{text} has no ports; use icmps in place of toPorts"));
+    } else {
+        at.error(format!(
+            "unknown protocol {}{}",
+            quoted(text),
+            hint(text, &PROTOCOLS.map(|(name, _)| name))
+        ));
+    }
+    None
+}
+
+/// An element of the `ports` of a NetworkPolicy's rule.
+pub(super) fn network_policy_port(at: At<'_>) -> Option<PortRule> {
+    let object = at.object()?;
+    let protocol = match object.field("protocol") {
+        Some(at) => {
+            let text = at.string()?;
+            match text {
+                "TCP" => Some(L4Protocol::Tcp),
+                "UDP" => Some(L4Protocol::Udp),
+                "SCTP" => Some(L4Protocol::Sctp),
+                _ => {
+                    at.error(format!(
+                        "unknown protocol {}{}",
+                        quoted(text),
+                        hint(text, &["TCP", "UDP", "SCTP"])
+                    ));
+                    None
+                }
+            }
+        }
+        None => Some(L4Protocol::Tcp),
+    };
+    let end_port = object.field("endPort").map(|at| (at, at.integer(1..=65535)));
+    let port = object.field("port");
+    object.finish();
+    let protocol = protocol?;
+    let spec = match port {
+        None => {
+            if let Some((at, _)) = end_port {
+                at.error("endPort needs port");
+                return None;
+            }
+            whole(protocol)
+        }
+        Some(port) => match &port.node.value {
+            Value::Integer(_) => {
+                let first = u16::try_from(port.integer(1..=65535)?).ok()?;
+                let last = match end_port {
+                    Some((at, last)) => {
+                        let last = u16::try_from(last?).ok()?;
+                        if last < first {
+                            at.error(format!("endPort {last} is less than port {first}"));
+                            return None;
+                        }
+                        last
+                    }
+                    None => first,
+                };
+                PortSpec::Range {
+                    protocol,
+                    first,
+                    last,
+                }
+            }
+            Value::String { text, .. } => {
+                if let Some((at, _)) = end_port {
+                    at.error("endPort needs a port that is a number");
+                    return None;
+                }
+                if !is_service_name(text) || text.bytes().any(|b| b.is_ascii_uppercase()) {
+                    let number = if text.bytes().all(|b| b.is_ascii_digit()) {
+                        "; a number has no quotes"
+                    } else {
+                        ""
+                    };
+                    port.error(format!("{} cannot be the name of a port{number}", quoted(text)));
+                    return None;
+                }
+                PortSpec::Named {
+                    protocol,
+                    name: text.clone(),
+                }
+            }
+            _ => {
+                port.error(format!(
+                    "port must be a number or a name, found {}",
+                    port.node.describe()
+                ));
+                return None;
+            }
+        },
+    };
+    Some(PortRule {
+        ports: vec![spec],
+        l7: L7::default(),
+        location: at.location(),
+    })
+}
+
+/// An entry of icmps.
+pub(super) fn icmp_rule(at: At<'_>) -> Option<PortRule> {
+    let object = at.object()?;
+    let (mut ports, mut given) = (Vec::new(), false);
+    if let Some(list) = object.field("fields").and_then(|at| at.list()) {
+        given = !list.is_empty();
+        if list.len() > MAX_PORTS {
+            at.error(format!(
+                "{} types in one entry; at most {MAX_PORTS} are allowed",
+                list.len()
+            ));
+        }
+        ports = list.read(icmp_field);
+    }
+    object.finish();
+    if !given {
+        at.warning("an entry without fields matches nothing");
+    }
+    Some(PortRule {
+        ports,
+        l7: L7::default(),
+        location: at.location(),
+    })
+}
+
+fn icmp_field(at: At<'_>) -> Option<PortSpec> {
+    let object = at.object()?;
+    let v6 = match object.field("family") {
+        Some(at) => match at.string()? {
+            "" | "IPv4" => Some(false),
+            "IPv6" => Some(true),
+            other => {
+                at.error(format!(
+                    "unknown family {}{}",
+                    quoted(other),
+                    hint(other, &["IPv4", "IPv6"])
+                ));
+                None
+            }
+        },
+        None => Some(false),
+    };
+    let kind = object.required("type");
+    object.finish();
+    let (v6, at) = (v6?, kind?);
+    let kind = match &at.node.value {
+        Value::Integer(_) => u8::try_from(at.integer(0..=255)?).ok()?,
+        _ => icmp_type(at, v6)?,
+    };
+    Some(PortSpec::Icmp { v6, kind })
+}
+
+/// A type by its name, or by a number in quotes.
+fn icmp_type(at: At<'_>, v6: bool) -> Option<u8> {
+    let text = at.string()?;
+    let number = text.bytes().all(|b| b.is_ascii_digit()) && (text == "0" || !text.starts_with('0'));
+    if number && let Ok(kind) = text.parse() {
+        return Some(kind);
+    }
+    let (types, other) = if v6 {
+        (ICMPV6_TYPES, ICMP_TYPES)
+    } else {
+        (ICMP_TYPES, ICMPV6_TYPES)
+    };
+    if let Some((_, kind)) = types.iter().find(|(name, _)| *name == text) {
+        return Some(*kind);
+    }
+    let family = if v6 { "IPv6" } else { "IPv4" };
+    let hint = if other.iter().any(|(name, _)| *name == text) {
+        format!(
+            "; for the other family write family: {}",
+            if v6 { "IPv4" } else { "IPv6" }
+        )
+    } else {
+        match suggestion(text, types.iter().map(|(name, _)| *name)) {
+            Some(name) => format!(", did you mean \"{name}\"?"),
+            None => "; a type is a number from 0 to 255 or a name like EchoRequest".into(),
+        }
+    };
+    at.error(format!("{} is no ICMP type of {family}{hint}", quoted(text)));
+    None
+}
+
+/// The names of ICMP types (IANA's, without spaces).
+const ICMP_TYPES: &[(&str, u8)] = &[
+    ("EchoReply", 0),
+    ("DestinationUnreachable", 3),
+    ("Redirect", 5),
+    ("Echo", 8),
+    ("EchoRequest", 8),
+    ("RouterAdvertisement", 9),
+    // The language's own slip of the pen for solicitation, and the right name.
+    ("RouterSelection", 10),
+    ("RouterSolicitation", 10),
+    ("TimeExceeded", 11),
+    ("ParameterProblem", 12),
+    ("Timestamp", 13),
+    ("TimestampReply", 14),
+    ("Photuris", 40),
+    ("ExtendedEchoRequest", 42),
+    ("ExtendedEchoReply", 43),
+];
+
+/// The names of ICMPv6 types.
+const ICMPV6_TYPES: &[(&str, u8)] = &[
+    ("DestinationUnreachable", 1),
+    ("PacketTooBig", 2),
+    ("TimeExceeded", 3),
+    ("ParameterProblem", 4),
+    ("EchoRequest", 128),
+    ("EchoReply", 129),
+    ("MulticastListenerQuery", 130),
+    ("MulticastListenerReport", 131),
+    ("MulticastListenerDone", 132),
+    ("RouterSolicitation", 133),
+    ("RouterAdvertisement", 134),
+    ("NeighborSolicitation", 135),
+    ("NeighborAdvertisement", 136),
+    ("RedirectMessage", 137),
+    ("RouterRenumbering", 138),
+    ("ICMPNodeInformationQuery", 139),
+    ("ICMPNodeInformationResponse", 140),
+    ("InverseNeighborDiscoverySolicitation", 141),
+    ("InverseNeighborDiscoveryAdvertisement", 142),
+    ("HomeAgentAddressDiscoveryRequest", 144),
+    ("HomeAgentAddressDiscoveryReply", 145),
+    ("MobilePrefixSolicitation", 146),
+    ("MobilePrefixAdvertisement", 147),
+    ("DuplicateAddressRequestCodeSuffix", 157),
+    ("DuplicateAddressConfirmationCodeSuffix", 158),
+    ("ExtendedEchoRequest", 160),
+    ("ExtendedEchoReply", 161),
+];

@@ -1,0 +1,297 @@
+//! Regular expressions of http rules.
+//!
+//! The language's are RE2's. The `regex` crate reads nearly the same, but gives a few things another meaning, so
+//! these are translated: classes like `\d` are ASCII, `[a&&b]` and `[[a]` are plain characters, `\<` is `<`, a `{`
+//! that begins no repetition is itself, repetitions of repetitions are errors.
+
+use regex::bytes::{Regex, RegexBuilder};
+
+/// What a compiled expression may take, in bytes: enough for any sensible one, too little to hurt.
+const SIZE_LIMIT: usize = 1 << 20;
+/// RE2's limit for a counted repetition.
+const MAX_REPEAT: u32 = 1000;
+
+/// Compiles an expression that has to match the whole of a text.
+pub(crate) fn compile(pattern: &str) -> Result<Regex, String> {
+    let translated = Translator::new(pattern).translate()?;
+    RegexBuilder::new(&format!(r"\A(?:{translated})\z"))
+        .size_limit(SIZE_LIMIT)
+        .build()
+        .map_err(|error| match error {
+            regex::Error::CompiledTooBig(_) => "it is too large".to_owned(),
+            // Of its several lines, the last one says what is wrong.
+            error => error
+                .to_string()
+                .lines()
+                .last()
+                .unwrap_or_default()
+                .trim_start_matches("error: ")
+                .trim()
+                .to_owned(),
+        })
+}
+
+/// What stands before the place that is being read, as far as repetition is concerned.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Before {
+    /// Nothing that could be repeated twice.
+    Other,
+    /// A repetition; `?` makes it lazy.
+    Repetition,
+    /// A lazy repetition.
+    Lazy,
+}
+
+struct Translator<'p> {
+    rest: &'p str,
+    out: String,
+    depth: usize,
+    before: Before,
+}
+
+impl<'p> Translator<'p> {
+    fn new(pattern: &'p str) -> Self {
+        Self {
+            rest: pattern,
+            out: String::with_capacity(pattern.len()),
+            depth: 0,
+            before: Before::Other,
+        }
+    }
+
+    fn next(&mut self) -> Option<char> {
+        let mut chars = self.rest.chars();
+        let next = chars.next();
+        self.rest = chars.as_str();
+        next
+    }
+
+    fn translate(mut self) -> Result<String, String> {
+        while let Some(character) = self.next() {
+            let repeats = match character {
+                '*' | '+' | '?' => {
+                    self.repetition(character)?;
+                    true
+                }
+                '{' => self.counted_repetition()?,
+                _ => false,
+            };
+            if repeats {
+                continue;
+            }
+            self.before = Before::Other;
+            match character {
+                '\\' => self.escape()?,
+                '[' => self.class()?,
+                '(' => self.group()?,
+                ')' => {
+                    self.depth = self.depth.checked_sub(1).ok_or("a \")\" without its \"(\"")?;
+                    self.out.push(')');
+                }
+                '{' | '}' | ']' => self.out.extend(['\\', character]),
+                other => self.out.push(other),
+            }
+        }
+        if self.depth > 0 {
+            return Err("a \"(\" without its \")\"".into());
+        }
+        Ok(self.out)
+    }
+
+    fn repetition(&mut self, operator: char) -> Result<(), String> {
+        self.before = match (self.before, operator) {
+            (Before::Other, _) => Before::Repetition,
+            (Before::Repetition, '?') => Before::Lazy,
+            _ => return Err(format!("\"{operator}\" repeats a repetition")),
+        };
+        self.out.push(operator);
+        Ok(())
+    }
+
+    /// `{n}`, `{n,}`, `{n,m}`, after the brace; anything else is a plain brace.
+    fn counted_repetition(&mut self) -> Result<bool, String> {
+        let Some((inside, rest)) = self.rest.split_once('}') else {
+            return Ok(false);
+        };
+        let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        let (least, most) = inside.split_once(',').unwrap_or((inside, ""));
+        if !digits(least) || !(most.is_empty() || digits(most)) {
+            return Ok(false);
+        }
+        let too_many = |text: &str| !text.is_empty() && text.parse().map_or(true, |n: u32| n > MAX_REPEAT);
+        if too_many(least) || too_many(most) {
+            return Err(format!("more than {MAX_REPEAT} repetitions"));
+        }
+        if self.before != Before::Other {
+            return Err("\"{\" repeats a repetition".into());
+        }
+        self.before = Before::Repetition;
+        self.out.push('{');
+        self.out.push_str(inside);
+        self.out.push('}');
+        self.rest = rest;
+        Ok(true)
+    }
+
+    fn escape(&mut self) -> Result<(), String> {
+        match self.next() {
+            None => return Err("a \"\\\" at the end".into()),
+            Some('Q') => {
+                let (literal, rest) = self.rest.split_once(r"\E").unwrap_or((self.rest, ""));
+                self.out.push_str(&regex::escape(literal));
+                self.rest = rest;
+            }
+            Some(class) if ascii_class(class).is_some() => {
+                self.out.push_str(ascii_class(class).unwrap_or_default());
+            }
+            Some(boundary @ ('b' | 'B')) => self.out.push_str(&format!(r"(?-u:\{boundary})")),
+            Some(letter @ ('C' | 'E' | 'u' | 'U')) => return Err(format!("unknown escape \"\\{letter}\"")),
+            Some(letter) if letter.is_ascii_alphanumeric() => self.out.extend(['\\', letter]),
+            Some(other) => self.out.push_str(&regex::escape(other.encode_utf8(&mut [0; 4]))),
+        }
+        Ok(())
+    }
+
+    fn group(&mut self) -> Result<(), String> {
+        self.depth += 1;
+        self.out.push('(');
+        let Some(rest) = self.rest.strip_prefix('?') else {
+            return Ok(());
+        };
+        if rest.starts_with("P<")
+            || rest.starts_with('<') && !rest.starts_with("<=") && !rest.starts_with("<!")
+        {
+            self.out.push('?');
+            self.rest = rest;
+            return Ok(());
+        }
+        let end = rest
+            .find(|c: char| !matches!(c, 'i' | 'm' | 's' | 'U' | '-'))
+            .unwrap_or(rest.len());
+        let (flags, rest) = rest.split_at(end);
+        match rest.chars().next() {
+            Some(close @ (':' | ')')) if close == ':' || !flags.is_empty() => {
+                self.out.push('?');
+                self.out.push_str(flags);
+                self.out.push(close);
+                self.depth -= usize::from(close == ')');
+                self.rest = &rest[1..];
+                Ok(())
+            }
+            _ => Err("unknown group \"(?\"; look-around is not part of RE2".into()),
+        }
+    }
+
+    fn class(&mut self) -> Result<(), String> {
+        const OPEN: &str = "a \"[\" without its \"]\"";
+        self.out.push('[');
+        if let Some(rest) = self.rest.strip_prefix('^') {
+            self.out.push('^');
+            self.rest = rest;
+        }
+        // At the start, "]" and "-" are themselves.
+        let mut start = true;
+        let mut after_hyphen = false;
+        loop {
+            let character = self.next().ok_or(OPEN)?;
+            let hyphen = character == '-' && !start && !after_hyphen;
+            match character {
+                ']' if !start => break,
+                '[' => match self.rest.strip_prefix(':').and_then(|rest| rest.split_once(":]")) {
+                    Some((name, rest)) => {
+                        self.out.push_str(&format!("[:{name}:]"));
+                        self.rest = rest;
+                    }
+                    None => self.out.push_str(r"\["),
+                },
+                '\\' => match self.next().ok_or(OPEN)? {
+                    class if ascii_class(class).is_some() => {
+                        self.out.push_str(ascii_class(class).unwrap_or_default());
+                    }
+                    other => self.out.extend(['\\', other]),
+                },
+                '-' if hyphen => self.out.push('-'),
+                ']' | '-' | '&' | '~' => self.out.extend(['\\', character]),
+                other => self.out.push(other),
+            }
+            after_hyphen = hyphen;
+            start = false;
+        }
+        self.out.push(']');
+        Ok(())
+    }
+}
+
+/// RE2's classes are of ASCII.
+fn ascii_class(letter: char) -> Option<&'static str> {
+    Some(match letter {
+        'd' => "[0-9]",
+        'D' => "[^0-9]",
+        's' => r"[\t\n\f\r ]",
+        'S' => r"[^\t\n\f\r ]",
+        'w' => "[0-9A-Za-z_]",
+        'W' => "[^0-9A-Za-z_]",
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn matches(pattern: &str, text: &str) -> bool {
+        compile(pattern)
+            .unwrap_or_else(|error| panic!("{pattern}: {error}"))
+            .is_match(text.as_bytes())
+    }
+
+    #[test]
+    fn the_whole_text_has_to_match() {
+        assert!(matches("/api/.*", "/api/x?y=1"));
+        assert!(!matches("/api", "/api/x"));
+        assert!(!matches("GET|HEAD", "GETS"));
+        assert!(matches("GET|HEAD", "HEAD"));
+    }
+
+    #[test]
+    fn what_rust_reads_otherwise_means_what_it_means_in_re2() {
+        assert!(!matches(r"\d", "٣"), "digits are ASCII");
+        assert!(matches(r"[\d]", "3") && matches(r"[^\D]", "3"));
+        assert!(matches("[a&&b]+", "a&b") && !matches("[a&&b]", "c"));
+        assert!(matches("[[a]+", "[a") && matches("[]a]+", "]a"));
+        assert!(matches("[--/]+", "./-"));
+        assert!(matches(r"\<a\>", "<a>"));
+        assert!(matches("/{id}", "/{id}") && matches("a{2}", "aa") && matches("a{,2}", "a{,2}"));
+        assert!(matches(r"\Q/a.b*\E+", "/a.b*"));
+        assert!(matches(r"(?i)get", "GET") && matches(r"(?P<n>a)(?:b)", "ab"));
+        assert!(matches(r"a\b.*", "a b"));
+        assert!(matches("[[:alpha:]-]+", "a-b"));
+        assert!(matches("a*?", "aa"));
+    }
+
+    #[test]
+    fn errors() {
+        for (pattern, message) in [
+            ("*", "missing expression"),
+            ("a**", "repeats a repetition"),
+            ("a*+", "repeats a repetition"),
+            ("a{2}{3}", "repeats a repetition"),
+            ("a{1001}", "more than 1000 repetitions"),
+            ("(", "without its"),
+            ("a)(b", "without its"),
+            ("[a", "without its"),
+            ("[a--]", "invalid character class range"),
+            ("(?=a)", "look-around"),
+            ("(?<=a)", "look-around"),
+            ("(?x)a", "look-around"),
+            (r"a\", "at the end"),
+            (r"\C", "unknown escape"),
+            (r"\1", "backreferences"),
+            ("(((a{1000}){1000}){1000})", "too large"),
+        ] {
+            let error = compile(pattern).expect_err(pattern);
+            assert!(error.contains(message), "{pattern}: {error}");
+        }
+    }
+}

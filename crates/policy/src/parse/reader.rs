@@ -1,0 +1,449 @@
+//! Reading a tree: a cursor that knows the way it came, objects whose members are taken by name, and the
+//! remarks that reading leaves behind.
+
+use std::{
+    cell::{Cell, RefCell},
+    fmt,
+    ops::RangeInclusive,
+    sync::Arc,
+};
+
+use super::node::{Entry, Node, Position, Value, quoted};
+use crate::{
+    diagnostic::{Diagnostic, Severity},
+    rule::Location,
+};
+
+/// What is common to everything that is read from one file: its name, and what was found wrong so far.
+pub(super) struct Context {
+    file: Arc<str>,
+    diagnostics: RefCell<Vec<Diagnostic>>,
+    errors: Cell<usize>,
+}
+
+impl Context {
+    pub fn new(file: &str) -> Self {
+        Self {
+            file: file.into(),
+            diagnostics: RefCell::default(),
+            errors: Cell::new(0),
+        }
+    }
+
+    /// How many errors there were so far: whether something that was just read is whole.
+    pub fn errors(&self) -> usize {
+        self.errors.get()
+    }
+
+    pub fn location(&self, position: Position) -> Location {
+        Location {
+            file: Arc::clone(&self.file),
+            line: position.line,
+            column: position.column,
+        }
+    }
+
+    pub fn say(&self, severity: Severity, position: Position, message: String) {
+        if severity == Severity::Error {
+            self.errors.set(self.errors.get() + 1);
+        }
+        let location = self.location(position);
+        self.diagnostics.borrow_mut().push(Diagnostic {
+            severity,
+            location,
+            message,
+        });
+    }
+
+    /// Everything that was said, in the order of the text.
+    pub fn into_diagnostics(self) -> Vec<Diagnostic> {
+        let mut diagnostics = self.diagnostics.into_inner();
+        diagnostics.sort_by_key(|diagnostic| (diagnostic.location.line, diagnostic.location.column));
+        diagnostics
+    }
+}
+
+/// One step of the way to a node.
+#[derive(Clone, Copy)]
+enum Step<'a> {
+    /// The start: a document, or an element of a list of resources.
+    Root(&'a str),
+    Member(&'a str),
+    Index(usize),
+}
+
+/// A node, and the way to it.
+#[derive(Clone, Copy)]
+pub(super) struct At<'a> {
+    pub context: &'a Context,
+    pub node: &'a Node,
+    parent: Option<&'a At<'a>>,
+    step: Step<'a>,
+}
+
+impl fmt::Display for At<'_> {
+    /// The way: `spec.egress[0].toPorts[1].ports[0].port`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(parent) = self.parent {
+            parent.fmt(f)?;
+        }
+        match self.step {
+            Step::Root(name) => f.write_str(name),
+            Step::Index(index) => write!(f, "[{index}]"),
+            Step::Member(name) => {
+                let first = self
+                    .parent
+                    .is_none_or(|parent| matches!(parent.step, Step::Root("")));
+                write!(f, "{}{name}", if first { "" } else { "." })
+            }
+        }
+    }
+}
+
+impl<'a> At<'a> {
+    /// The start of a tree. `name` stands before the way in messages that have no line; it may be empty.
+    pub fn root(context: &'a Context, node: &'a Node, name: &'a str) -> Self {
+        At {
+            context,
+            node,
+            parent: None,
+            step: Step::Root(name),
+        }
+    }
+
+    pub fn location(&self) -> Location {
+        self.context.location(self.node.position)
+    }
+
+    fn say(&self, severity: Severity, position: Position, message: &str) {
+        // Where the text is not there to point at, the way says where it is.
+        let way = if position.line == 0 {
+            self.to_string()
+        } else {
+            String::new()
+        };
+        let message = if way.is_empty() {
+            message.to_owned()
+        } else {
+            format!("{way}: {message}")
+        };
+        self.context.say(severity, position, message);
+    }
+
+    pub fn error(&self, message: impl AsRef<str>) {
+        self.say(Severity::Error, self.node.position, message.as_ref());
+    }
+
+    pub fn warning(&self, message: impl AsRef<str>) {
+        self.say(Severity::Warning, self.node.position, message.as_ref());
+    }
+
+    pub fn note(&self, message: impl AsRef<str>) {
+        self.say(Severity::Note, self.node.position, message.as_ref());
+    }
+
+    fn expected<T>(&self, what: &str) -> Option<T> {
+        self.error(format!(
+            "{} must be {what}, found {}",
+            self.name(),
+            self.node.describe()
+        ));
+        None
+    }
+
+    /// What to call it in a message.
+    fn name(&self) -> &str {
+        match self.step {
+            Step::Root(_) => "this",
+            Step::Member(name) => name,
+            Step::Index(_) => match self.parent {
+                Some(At {
+                    step: Step::Member(_),
+                    ..
+                }) => "this element",
+                _ => "this",
+            },
+        }
+    }
+
+    pub fn object(&self) -> Option<Object<'a>> {
+        match &self.node.value {
+            Value::Map(entries) => Some(Object {
+                at: *self,
+                entries,
+                known: RefCell::default(),
+            }),
+            _ => self.expected("an object"),
+        }
+    }
+
+    pub fn list(&self) -> Option<List<'a>> {
+        match &self.node.value {
+            Value::List(items) => Some(List { at: *self, items }),
+            _ => self.expected("a list"),
+        }
+    }
+
+    /// Whether it is a list without elements.
+    pub fn is_empty_list(&self) -> bool {
+        matches!(&self.node.value, Value::List(items) if items.is_empty())
+    }
+
+    pub fn string(&self) -> Option<&'a str> {
+        match &self.node.value {
+            Value::String { text, .. } => Some(text),
+            Value::Bool(_) | Value::Integer(_) | Value::Float(_) => {
+                let value = match &self.node.value {
+                    Value::Bool(value) => value.to_string(),
+                    Value::Integer(value) => value.to_string(),
+                    Value::Float(text) => text.clone(),
+                    _ => String::new(),
+                };
+                self.error(format!(
+                    "{} must be a string, found {}; put it in quotes: \"{value}\"",
+                    self.name(),
+                    self.node.describe()
+                ));
+                None
+            }
+            _ => self.expected("a string"),
+        }
+    }
+
+    pub fn boolean(&self) -> Option<bool> {
+        match &self.node.value {
+            Value::Bool(value) => Some(*value),
+            // Words of YAML 1.1, which Kubernetes' reader still takes.
+            Value::String { text, plain: true } => match text.to_ascii_lowercase().as_str() {
+                "yes" | "on" | "y" => Some(true),
+                "no" | "off" | "n" => Some(false),
+                _ => self.expected("true or false"),
+            },
+            _ => self.expected("true or false"),
+        }
+    }
+
+    pub fn integer(&self, range: RangeInclusive<i64>) -> Option<i64> {
+        let Value::Integer(value) = &self.node.value else {
+            return self.expected("a number");
+        };
+        match i64::try_from(*value) {
+            Ok(value) if range.contains(&value) => Some(value),
+            _ => {
+                self.error(format!(
+                    "{} must be a number from {} to {}, found {value}",
+                    self.name(),
+                    range.start(),
+                    range.end()
+                ));
+                None
+            }
+        }
+    }
+}
+
+/// A list at its place.
+pub(super) struct List<'a> {
+    at: At<'a>,
+    items: &'a [Node],
+}
+
+impl<'a> List<'a> {
+    pub fn len(&self) -> usize {
+        self.items.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
+
+    /// Reads every element; those that give nothing (they said why) are left out.
+    pub fn read<T>(&self, mut element: impl FnMut(At<'_>) -> Option<T>) -> Vec<T> {
+        let at = self.at;
+        self.items
+            .iter()
+            .enumerate()
+            .filter_map(|(index, node)| {
+                element(At {
+                    context: at.context,
+                    node,
+                    parent: Some(&at),
+                    step: Step::Index(index),
+                })
+            })
+            .collect()
+    }
+}
+
+/// An object whose members are asked for by name; what nobody asked for is not known to the language.
+pub(super) struct Object<'a> {
+    pub at: At<'a>,
+    entries: &'a [Entry],
+    known: RefCell<Vec<&'static str>>,
+}
+
+impl<'a> Object<'a> {
+    /// The member `name`, unless it is absent or null.
+    pub fn field(&self, name: &'static str) -> Option<At<'_>> {
+        self.field_or_null(name).filter(|at| !at.node.is_null())
+    }
+
+    /// The member `name`, unless it is absent.
+    pub fn field_or_null(&self, name: &'static str) -> Option<At<'_>> {
+        self.known.borrow_mut().push(name);
+        self.entry(name).map(|entry| At {
+            context: self.at.context,
+            node: &entry.value,
+            parent: Some(&self.at),
+            step: Step::Member(name),
+        })
+    }
+
+    /// A member that must be there.
+    pub fn required(&self, name: &'static str) -> Option<At<'_>> {
+        let field = self.field(name);
+        if field.is_none() {
+            self.at.error(format!("{name} is missing"));
+        }
+        field
+    }
+
+    /// A string that is not empty; the empty one counts as absent.
+    pub fn text(&self, name: &'static str) -> Option<&'a str> {
+        self.field(name)?.string()?;
+        self.entry(name)?.value.as_str().filter(|text| !text.is_empty())
+    }
+
+    /// A string that must be there and not be empty.
+    pub fn required_text(&self, name: &'static str) -> Option<&'a str> {
+        let field = self.required(name)?;
+        if field.string()?.is_empty() {
+            field.error(format!("{name} must not be empty"));
+            return None;
+        }
+        self.entry(name)?.value.as_str()
+    }
+
+    /// A member that is refused wherever it says something (null and an empty list say nothing).
+    pub fn refuse(&self, name: &'static str, why: &str) {
+        self.known.borrow_mut().push(name);
+        if let Some(entry) = self.entry(name) {
+            let says_nothing = match &entry.value.value {
+                Value::Null => true,
+                Value::List(items) => items.is_empty(),
+                _ => false,
+            };
+            if !says_nothing {
+                self.at
+                    .say(Severity::Error, entry.position, &format!("{name} {why}"));
+            }
+        }
+    }
+
+    /// Members that are there for others and are not looked into.
+    pub fn ignore(&self, names: &[&'static str]) {
+        self.known.borrow_mut().extend(names);
+    }
+
+    fn entry(&self, name: &str) -> Option<&'a Entry> {
+        self.entries.iter().find(|entry| entry.key == name)
+    }
+
+    /// Every member, whatever its name.
+    pub fn members(&self) -> impl Iterator<Item = (&'a str, At<'_>)> {
+        self.entries.iter().map(|entry| {
+            let at = At {
+                context: self.at.context,
+                node: &entry.value,
+                parent: Some(&self.at),
+                step: Step::Member(&entry.key),
+            };
+            (entry.key.as_str(), at)
+        })
+    }
+
+    /// Says something about the name of a member.
+    pub fn error_at_key(&self, key: &str, message: impl AsRef<str>) {
+        let position = self
+            .entry(key)
+            .map_or(self.at.node.position, |entry| entry.position);
+        self.at.say(Severity::Error, position, message.as_ref());
+    }
+
+    /// Says something about the value of a member.
+    pub fn error_at_value(&self, key: &str, message: impl AsRef<str>) {
+        let position = self
+            .entry(key)
+            .map_or(self.at.node.position, |entry| entry.value.position);
+        self.at.say(Severity::Error, position, message.as_ref());
+    }
+
+    /// To be called when everything has been asked for: the rest is unknown. True if there is no rest.
+    pub fn finish(&self) -> bool {
+        let known = self.known.borrow();
+        let mut all_known = true;
+        for entry in self
+            .entries
+            .iter()
+            .filter(|entry| !known.contains(&entry.key.as_str()))
+        {
+            all_known = false;
+            let mut message = format!("unknown field {}", quoted(&entry.key));
+            match suggestion(&entry.key, known.iter().copied()) {
+                Some(name) => message.push_str(&format!(", did you mean \"{name}\"?")),
+                None if !known.is_empty() => {
+                    let mut names = known.to_vec();
+                    names.sort_unstable();
+                    names.dedup();
+                    message.push_str(&format!("; known here: {}", names.join(", ")));
+                }
+                None => {}
+            }
+            self.at.say(Severity::Error, entry.position, &message);
+        }
+        all_known
+    }
+}
+
+/// Which of the names somebody may have meant: one that differs in case only, or by few letters.
+pub(super) fn suggestion<'n>(written: &str, names: impl IntoIterator<Item = &'n str>) -> Option<&'n str> {
+    let written = written.to_lowercase();
+    // Nobody means a short name with something long; and the distance costs length × length.
+    if written.chars().count() > 64 {
+        return None;
+    }
+    names
+        .into_iter()
+        .map(|name| (distance(&written, &name.to_lowercase()), name))
+        .filter(|(distance, name)| *distance <= (name.len() / 3).clamp(1, 4))
+        .min()
+        .map(|(_, name)| name)
+}
+
+/// ", did you mean X?", or what there is to choose from.
+pub(super) fn hint(written: &str, names: &[&str]) -> String {
+    match suggestion(written, names.iter().copied()) {
+        Some(name) => format!(", did you mean \"{name}\"?"),
+        None => format!("; known: {}", names.join(", ")),
+    }
+}
+
+/// How many letters to insert, remove, replace, or swap with their neighbour.
+fn distance(a: &str, b: &str) -> usize {
+    let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
+    let mut before_last: Vec<usize> = Vec::new();
+    let mut last: Vec<usize> = (0..=b.len()).collect();
+    for i in 1..=a.len() {
+        let mut row = vec![i];
+        for j in 1..=b.len() {
+            let replaced = last[j - 1] + usize::from(a[i - 1] != b[j - 1]);
+            let mut best = replaced.min(last[j] + 1).min(row[j - 1] + 1);
+            if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
+                best = best.min(before_last[j - 2] + 1);
+            }
+            row.push(best);
+        }
+        before_last = std::mem::replace(&mut last, row);
+    }
+    last.last().copied().unwrap_or(0)
+}

@@ -1,0 +1,102 @@
+//! The rules of a section: peers, ports, authentication.
+
+use super::{
+    peers,
+    ports::{icmp_rule, port_rule},
+    reader::{At, hint},
+    selector::Scope,
+};
+use crate::{
+    parse::node::quoted,
+    rule::{Peers, Ports, Rule},
+};
+
+/// Which way a section looks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Direction {
+    Ingress,
+    Egress,
+}
+
+/// The section that something stands in.
+#[derive(Clone, Copy)]
+pub(super) struct Section<'a> {
+    pub direction: Direction,
+    pub deny: bool,
+    pub scope: Scope<'a>,
+}
+
+/// One rule of ingress, ingressDeny, egress or egressDeny.
+pub(super) fn read(at: At<'_>, section: Section<'_>) -> Option<Rule> {
+    let object = at.object()?;
+    let peers = peers::read(&object, section);
+
+    let to_ports = object.field("toPorts").and_then(|at| at.list());
+    let icmps = object.field("icmps").and_then(|at| at.list());
+    let given = |list: &Option<super::reader::List<'_>>| list.as_ref().is_some_and(|list| !list.is_empty());
+    if given(&to_ports) && given(&icmps) {
+        object.error_at_key(
+            "icmps",
+            "icmps and toPorts cannot stand in one rule; write a rule for each",
+        );
+    }
+    let mut port_rules = Vec::new();
+    if let Some(list) = &to_ports {
+        port_rules.extend(list.read(|at| port_rule(at, section)));
+    }
+    if let Some(list) = &icmps {
+        port_rules.extend(list.read(icmp_rule));
+    }
+    let has_ports = given(&to_ports) || given(&icmps);
+    let ports = if has_ports {
+        Ports::OneOf(port_rules)
+    } else {
+        Ports::Any
+    };
+
+    let auth_required = if section.deny {
+        object.refuse("authentication", "cannot be part of a rule that denies");
+        false
+    } else {
+        object.field("authentication").is_some_and(authentication)
+    };
+    object.finish();
+
+    let peers = match peers {
+        Some(peers) => peers,
+        // Ports alone are about everybody; a rule that says nothing is about nobody.
+        None if has_ports => Peers::Any,
+        None => Peers::Nobody,
+    };
+    Some(Rule {
+        peers,
+        ports,
+        auth_required,
+        location: at.location(),
+    })
+}
+
+/// Whether traffic is let through only between ends that have authenticated.
+fn authentication(at: At<'_>) -> bool {
+    const MODES: [&str; 2] = ["disabled", "required"];
+    let Some(object) = at.object() else {
+        return false;
+    };
+    let mode = object.required_text("mode");
+    object.finish();
+    match mode {
+        Some("disabled") | None => false,
+        // The second one is meant to fail always, which is what the first does as long as nobody can authenticate.
+        Some("required" | "test-always-fail") => {
+            at.warning("nobody can authenticate yet; until then this traffic is dropped (reason 189)");
+            true
+        }
+        Some(other) => {
+            object.error_at_key(
+                "mode",
+                format!("unknown mode {}{}", quoted(other), hint(other, &MODES)),
+            );
+            false
+        }
+    }
+}

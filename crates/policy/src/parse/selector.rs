@@ -1,0 +1,244 @@
+//! Label selectors, and the namespaces that are put into them.
+
+use super::{
+    names::{check_label_key, check_label_value},
+    node::quoted,
+    reader::{At, hint},
+};
+use crate::rule::{LabelSource, PolicyKind, Requirement, Selector, Test};
+
+/// The label that says in which namespace an endpoint is.
+pub(super) const NAMESPACE: &str = "io.kubernetes.pod.namespace";
+/// What stands before the labels of an endpoint's namespace, among the labels of the endpoint.
+pub(super) const NAMESPACE_LABELS: &str = "io.cilium.k8s.namespace.labels";
+
+/// How the keys of a selector are to be read.
+#[derive(Clone, Copy)]
+pub(super) enum Keys {
+    /// `SOURCE:KEY`; without a source any one is meant; `$KEY` is `reserved:KEY`.
+    Sourced,
+    /// Keys have no source of their own; they are all of this one.
+    Of(&'static str),
+    /// Labels of the namespace that an endpoint is in.
+    Namespace,
+}
+
+/// A selector as it was written.
+pub(super) fn read(at: At<'_>, keys: Keys) -> Option<Selector> {
+    let (mut requirements, expressions) = read_parts(at, keys)?;
+    requirements.extend(expressions);
+    Some(Selector { requirements })
+}
+
+/// What matchLabels say, and what matchExpressions say.
+fn read_parts(at: At<'_>, keys: Keys) -> Option<(Vec<Requirement>, Vec<Requirement>)> {
+    let object = at.object()?;
+    let mut labels = Vec::new();
+    if let Some(members) = object.field("matchLabels").and_then(|at| at.object()) {
+        for (key, value) in members.members() {
+            let key = label_key(key, keys).map_err(|why| members.error_at_key(key, why));
+            let value = label_value(value);
+            if let (Ok((source, key)), Some(value)) = (key, value) {
+                labels.push(Requirement {
+                    source,
+                    key,
+                    test: Test::In(vec![value]),
+                });
+            }
+        }
+    }
+    let expressions = object
+        .field("matchExpressions")
+        .and_then(|at| at.list())
+        .map(|list| list.read(|at| expression(at, keys)))
+        .unwrap_or_default();
+    object.finish();
+    Some((labels, expressions))
+}
+
+const OPERATORS: [&str; 4] = ["In", "NotIn", "Exists", "DoesNotExist"];
+
+fn expression(at: At<'_>, keys: Keys) -> Option<Requirement> {
+    let object = at.object()?;
+    let key = object.required("key").and_then(|at| {
+        let text = at.string()?;
+        label_key(text, keys).map_err(|why| at.error(why)).ok()
+    });
+    let operator = object.required("operator").and_then(|at| {
+        let text = at.string()?;
+        if !OPERATORS.contains(&text) {
+            at.error(format!(
+                "unknown operator {}{}",
+                quoted(text),
+                hint(text, &OPERATORS)
+            ));
+            return None;
+        }
+        Some(text)
+    });
+    let values = object.field("values");
+    let list = match values {
+        Some(at) => at.list().map(|list| list.read(label_value)),
+        None => Some(Vec::new()),
+    };
+    object.finish();
+    let (source, key) = key?;
+    let (operator, list) = (operator?, list?);
+    let takes_values = matches!(operator, "In" | "NotIn");
+    let has_values = values.is_some_and(|at| at.list().is_some_and(|list| !list.is_empty()));
+    if takes_values && !has_values {
+        at.error(format!("{operator} needs values"));
+        return None;
+    }
+    if !takes_values && has_values {
+        values.unwrap_or(at).error(format!("{operator} takes no values"));
+        return None;
+    }
+    let test = match operator {
+        "In" => Test::In(list),
+        "NotIn" => Test::NotIn(list),
+        "Exists" => Test::Exists,
+        _ => Test::DoesNotExist,
+    };
+    Some(Requirement { source, key, test })
+}
+
+fn label_value(at: At<'_>) -> Option<String> {
+    if at.node.is_null() {
+        at.error("a label's value must be a string; for the empty one write \"\"");
+        return None;
+    }
+    let text = at.string()?;
+    match check_label_value(text) {
+        Ok(()) => Some(text.to_owned()),
+        Err(why) => {
+            at.error(format!("{} cannot be a label's value: {why}", quoted(text)));
+            None
+        }
+    }
+}
+
+fn label_key(text: &str, keys: Keys) -> Result<(LabelSource, String), String> {
+    let (source, key) = match keys {
+        Keys::Of(source) => (Some(source), text),
+        Keys::Namespace => (Some("k8s"), text),
+        Keys::Sourced => match text.strip_prefix('$').or_else(|| text.strip_prefix("reserved.")) {
+            Some(key) => (Some("reserved"), key),
+            None => match text.split_once(':') {
+                Some((source, key)) => (Some(source), key),
+                None => (None, text),
+            },
+        },
+    };
+    if let Some(source) = source
+        && (source.is_empty() || !source.bytes().all(|b| b.is_ascii_alphanumeric()))
+    {
+        return Err(format!(
+            "{} cannot be a label's key: what stands before the \":\" is no source",
+            quoted(text)
+        ));
+    }
+    check_label_key(key).map_err(|why| format!("{} cannot be a label's key: {why}", quoted(text)))?;
+    let source = match source {
+        None | Some("any") => LabelSource::Any,
+        Some(source) => LabelSource::Named(source.to_owned()),
+    };
+    let key = match keys {
+        // Every namespace of Kubernetes carries its own name under this label; an endpoint has it directly.
+        Keys::Namespace if key == "kubernetes.io/metadata.name" => NAMESPACE.to_owned(),
+        Keys::Namespace => format!("{NAMESPACE_LABELS}.{key}"),
+        _ => key.to_owned(),
+    };
+    Ok((source, key))
+}
+
+/// What the resource that a selector stands in says about namespaces.
+#[derive(Clone, Copy)]
+pub(super) struct Scope<'a> {
+    pub kind: PolicyKind,
+    pub namespace: Option<&'a str>,
+    /// The policy is about endpoints that have no labels yet (`reserved:init`), so not of a namespace either.
+    pub selects_init: bool,
+}
+
+impl Scope<'_> {
+    /// The subject of a policy of a namespace is in that namespace, whatever its matchLabels say.
+    pub fn subject(&self, at: At<'_>, keys: Keys) -> Option<Selector> {
+        let (mut requirements, expressions) = read_parts(at, keys)?;
+        if let (PolicyKind::Cnp | PolicyKind::Knp, Some(namespace)) = (self.kind, self.namespace) {
+            requirements.retain(|requirement| {
+                let of_namespace = is_k8s(&requirement.source) && requirement.key == NAMESPACE;
+                if of_namespace && requirement.test != Test::In(vec![namespace.to_owned()]) {
+                    at.warning(format!(
+                        "a policy selects endpoints of its own namespace, {namespace}; the other one is ignored"
+                    ));
+                }
+                !of_namespace
+            });
+            requirements.push(in_namespace(namespace));
+        }
+        requirements.extend(expressions);
+        Some(Selector { requirements })
+    }
+
+    /// The peers of a policy are of its namespace, unless they say something else about namespaces.
+    pub fn peer(&self, mut selector: Selector) -> Selector {
+        let names_reserved = selector
+            .requirements
+            .iter()
+            .any(|requirement| is_reserved(&requirement.source));
+        let names_namespace = selector
+            .requirements
+            .iter()
+            .any(|requirement| is_k8s_or_any(&requirement.source) && requirement.key == NAMESPACE);
+        let names_namespace_labels = selector.requirements.iter().any(|requirement| {
+            is_k8s_or_any(&requirement.source) && requirement.key.starts_with(NAMESPACE_LABELS)
+        });
+        match (self.kind, self.namespace) {
+            _ if names_reserved || names_namespace => {}
+            (PolicyKind::Cnp, Some(namespace)) if !names_namespace_labels => {
+                selector.requirements.push(in_namespace(namespace));
+            }
+            // Else an empty selector would mean the world too.
+            (PolicyKind::Ccnp, _) if !self.selects_init => selector.requirements.push(has_namespace()),
+            _ => {}
+        }
+        selector
+    }
+}
+
+pub(super) fn in_namespace(namespace: &str) -> Requirement {
+    Requirement {
+        source: LabelSource::Named("k8s".into()),
+        key: NAMESPACE.into(),
+        test: Test::In(vec![namespace.to_owned()]),
+    }
+}
+
+pub(super) fn has_namespace() -> Requirement {
+    Requirement {
+        source: LabelSource::Named("k8s".into()),
+        key: NAMESPACE.into(),
+        test: Test::Exists,
+    }
+}
+
+/// Whether a selector names `reserved:init`.
+pub(super) fn names_init(selector: &Selector) -> bool {
+    selector
+        .requirements
+        .iter()
+        .any(|requirement| is_reserved(&requirement.source) && requirement.key == "init")
+}
+
+fn is_k8s(source: &LabelSource) -> bool {
+    matches!(source, LabelSource::Named(name) if name == "k8s")
+}
+
+fn is_k8s_or_any(source: &LabelSource) -> bool {
+    *source == LabelSource::Any || is_k8s(source)
+}
+
+fn is_reserved(source: &LabelSource) -> bool {
+    matches!(source, LabelSource::Named(name) if name == "reserved")
+}

@@ -1,0 +1,109 @@
+//! `spec` of a CiliumNetworkPolicy or CiliumClusterwideNetworkPolicy, and the bare rules of case files.
+
+use super::{
+    reader::{At, Object},
+    rules::{self, Direction, Section},
+    selector::{self, Keys, Scope},
+};
+use crate::rule::{PolicyKind, Rule, Spec, Subject};
+
+/// Reads a spec of a policy of this kind and namespace.
+pub(super) fn read(at: At<'_>, kind: PolicyKind, namespace: Option<&str>) -> Option<Spec> {
+    let object = at.object()?;
+    let mut scope = Scope {
+        kind,
+        namespace,
+        selects_init: false,
+    };
+    let subject = subject(&object, scope);
+    if let Some(Subject::Endpoints(selector)) = &subject {
+        scope.selects_init = selector::names_init(selector);
+    }
+
+    let section = |name, direction, deny| {
+        rules_of(
+            &object,
+            name,
+            Section {
+                direction,
+                deny,
+                scope,
+            },
+        )
+    };
+    let ingress = section("ingress", Direction::Ingress, false);
+    let ingress_deny = section("ingressDeny", Direction::Ingress, true);
+    let egress = section("egress", Direction::Egress, false);
+    let egress_deny = section("egressDeny", Direction::Egress, true);
+
+    let (mut default_deny_ingress, mut default_deny_egress) = (None, None);
+    if let Some(switch) = object.field("enableDefaultDeny").and_then(|at| at.object()) {
+        default_deny_ingress = switch.field("ingress").and_then(|at| at.boolean());
+        default_deny_egress = switch.field("egress").and_then(|at| at.boolean());
+        switch.finish();
+    }
+    let description = object
+        .field("description")
+        .and_then(|at| at.string())
+        .unwrap_or_default()
+        .to_owned();
+    // For whoever sorts rules by labels, and for flow logs; neither has a say in verdicts.
+    object.ignore(&["labels", "log"]);
+    let all_known = object.finish();
+
+    let sections = ["ingress", "ingressDeny", "egress", "egressDeny"];
+    let says_nothing = |name| object.field(name).is_none_or(|at| at.is_empty_list());
+    // An unknown field may be the section that is missing.
+    if all_known && sections.into_iter().all(says_nothing) {
+        at.error(
+            "one of ingress, ingressDeny, egress and egressDeny must hold a rule; \
+             to deny everything of a direction write the empty rule, as in ingress: [{}]",
+        );
+    }
+    Some(Spec {
+        subject: subject?,
+        ingress,
+        ingress_deny,
+        egress,
+        egress_deny,
+        default_deny_ingress,
+        default_deny_egress,
+        description,
+        location: at.location(),
+    })
+}
+
+fn subject(object: &Object<'_>, scope: Scope<'_>) -> Option<Subject> {
+    let endpoints = object.field("endpointSelector");
+    let node = object.field("nodeSelector");
+    match (endpoints, node) {
+        (Some(_), Some(at)) => {
+            at.error(
+                "endpointSelector and nodeSelector cannot stand in one spec; write a spec for each (specs)",
+            );
+            None
+        }
+        (Some(at), None) => scope.subject(at, Keys::Sourced).map(Subject::Endpoints),
+        (None, Some(at)) => {
+            if scope.kind == PolicyKind::Cnp {
+                at.error("nodeSelector is for a CiliumClusterwideNetworkPolicy: nodes have no namespace");
+            }
+            selector::read(at, Keys::Sourced).map(Subject::Node)
+        }
+        (None, None) => {
+            object
+                .at
+                .error("one of endpointSelector and nodeSelector is needed; {} selects every endpoint");
+            None
+        }
+    }
+}
+
+/// A section; an empty one is the same as none.
+fn rules_of(object: &Object<'_>, name: &'static str, section: Section<'_>) -> Option<Vec<Rule>> {
+    let list = object.field(name)?.list()?;
+    if list.is_empty() {
+        return None;
+    }
+    Some(list.read(|at| rules::read(at, section)))
+}

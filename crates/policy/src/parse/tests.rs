@@ -1,0 +1,1 @@
+//! Every object of the language, every error, and texts that mean harm.
