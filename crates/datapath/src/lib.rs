@@ -1,5 +1,44 @@
-//! Loads and attaches the BPF programs and owns every map.
+//! Loads and attaches the BPF programs and owns every map. The only crate that knows aya.
+//!
+//! ```text
+//! <pin_dir>/v1/POLICY, CONNTRACK, ...      maps, of one version of palisade_abi
+//! <pin_dir>/links/<ifindex>/xdp, ...       what holds the programs at an interface
+//! ```
+//!
+//! What is attached keeps enforcing when the process ends, by whatever end. A later [`Datapath::open`] finds the
+//! maps again, and [`Datapath::attach`] puts its own programs in the place of the old ones without an instant in
+//! which there is none.
+//!
+//! One process at a time may hold a pin directory; the daemon guards that by a lock on its run file. Network
+//! interfaces are those of the network namespace of the calling thread; bpffs belongs to the mount namespace, so
+//! daemons of several network namespaces need a `pin_dir` each.
 
+mod apply;
+mod attach;
+mod clock;
+mod conntrack;
+mod counters;
+mod dump;
+mod events;
+mod loader;
+mod maps;
 mod object;
+mod seed;
+mod support;
+mod sys;
 
+pub use apply::ApplyError;
+pub use attach::{AttachError, Attached, Attachment, Hook, HookKind, Role, TcMode, XdpMode, detach_all};
+pub use clock::{Clock, monotonic_coarse};
+pub use conntrack::{Conntrack, ConntrackCounts, Ended, Sweep};
+pub use counters::{Counters, EventBudget};
+pub use dump::Dump;
+pub use events::EventReader;
+pub use loader::{Datapath, Limits, OpenError, Options};
+pub use maps::MapError;
 pub use object::OBJECT;
+pub use seed::{
+    Connection, End, LocalEndpoints, Progress, SeedError, connections, connections_of_netns, seeds,
+};
+pub use support::{Support, XdpSupport, support, xdp_support};
+pub use sys::SyscallError;

@@ -1,0 +1,141 @@
+//! Carries out the steps of a plan, in their order.
+
+use palisade_abi::{Addr, IpcacheEntry, PrefixKey};
+use palisade_policy::plan::Op;
+
+use crate::{Datapath, MapError};
+
+/// A plan that was not carried out to its end. The steps before are done, and what was enforced stays enforced.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// A map refused.
+    #[error("step {step} of {steps} ({what}): {source}")]
+    Map {
+        /// Number of the step, from 0.
+        step: usize,
+        /// Steps of the plan.
+        steps: usize,
+        /// What the step does.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: MapError,
+    },
+    /// A step is about something that no map has.
+    #[error("step {step} of {steps}: there is no class slot {slot}")]
+    NoSuchSlot {
+        /// Number of the step, from 0.
+        step: usize,
+        /// Steps of the plan.
+        steps: usize,
+        /// The slot.
+        slot: u32,
+    },
+}
+
+impl ApplyError {
+    /// Number of the step that failed, from 0.
+    #[must_use]
+    pub fn step(&self) -> usize {
+        match self {
+            Self::Map { step, .. } | Self::NoSuchSlot { step, .. } => *step,
+        }
+    }
+}
+
+impl Datapath {
+    /// Carries out a plan. Steps of one kind that follow each other (addresses, prefixes) go to the kernel
+    /// together, in their order.
+    ///
+    /// # Errors
+    /// Stops at the first step that fails.
+    pub fn apply(&self, ops: &[Op]) -> Result<(), ApplyError> {
+        let mut step = 0;
+        while step < ops.len() {
+            let failed = |source| ApplyError::Map {
+                step,
+                steps: ops.len(),
+                what: describe(&ops[step]),
+                source,
+            };
+            let rest = &ops[step..];
+            step += match &ops[step] {
+                Op::PolicyPut(entries) => {
+                    self.policy.insert_all(entries).map_err(failed)?;
+                    1
+                }
+                Op::PolicyDelete(keys) => {
+                    self.policy.remove_all(keys).map_err(failed)?;
+                    1
+                }
+                Op::ClassPut(slots) => {
+                    for &(slot, class) in slots {
+                        if !self.classes.set(slot, class) {
+                            return Err(ApplyError::NoSuchSlot {
+                                step,
+                                steps: ops.len(),
+                                slot,
+                            });
+                        }
+                    }
+                    1
+                }
+                Op::AddressPut(..) => {
+                    let entries: Vec<(Addr, IpcacheEntry)> = run(rest, |op| match op {
+                        Op::AddressPut(addr, entry) => Some((*addr, *entry)),
+                        _ => None,
+                    });
+                    self.ipcache.insert_all(&entries).map_err(failed)?;
+                    entries.len()
+                }
+                Op::AddressDelete(_) => {
+                    let keys: Vec<Addr> = run(rest, |op| match op {
+                        Op::AddressDelete(addr) => Some(*addr),
+                        _ => None,
+                    });
+                    self.ipcache.remove_all(&keys).map_err(failed)?;
+                    keys.len()
+                }
+                Op::PrefixPut(..) => {
+                    let entries: Vec<(PrefixKey, IpcacheEntry)> = run(rest, |op| match op {
+                        Op::PrefixPut(key, entry) => Some((*key, *entry)),
+                        _ => None,
+                    });
+                    self.prefixes.insert_all(&entries).map_err(failed)?;
+                    entries.len()
+                }
+                Op::PrefixDelete(_) => {
+                    let keys: Vec<PrefixKey> = run(rest, |op| match op {
+                        Op::PrefixDelete(key) => Some(*key),
+                        _ => None,
+                    });
+                    self.prefixes.remove_all(&keys).map_err(failed)?;
+                    keys.len()
+                }
+                Op::EndpointPut(endpoint, state) => {
+                    self.endpoints.set(*endpoint, *state);
+                    1
+                }
+            };
+        }
+        Ok(())
+    }
+}
+
+/// What `pick` takes of the beginning of `ops`, up to the first that it does not.
+fn run<T>(ops: &[Op], pick: impl FnMut(&Op) -> Option<T>) -> Vec<T> {
+    ops.iter().map_while(pick).collect()
+}
+
+fn describe(op: &Op) -> &'static str {
+    match op {
+        Op::PolicyPut(_) => "write policy entries",
+        Op::PolicyDelete(_) => "delete policy entries",
+        Op::ClassPut(_) => "write port classes",
+        Op::AddressPut(..) => "write addresses",
+        Op::AddressDelete(_) => "delete addresses",
+        Op::PrefixPut(..) => "write prefixes",
+        Op::PrefixDelete(_) => "delete prefixes",
+        Op::EndpointPut(..) => "switch an endpoint",
+    }
+}

@@ -1,0 +1,60 @@
+//! The clocks of the programs, and what time it is for people.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+fn read(clock: libc::clockid_t) -> u64 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the struct is valid for the call. The clocks used here exist on every Linux, so it cannot fail.
+    unsafe { libc::clock_gettime(clock, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+/// Now on the coarse monotonic clock, ns: the clock of conntrack entries (`bpf_ktime_get_coarse_ns`).
+#[must_use]
+pub fn monotonic_coarse() -> u64 {
+    read(libc::CLOCK_MONOTONIC_COARSE)
+}
+
+/// The difference between the monotonic and the wall clock at one moment.
+///
+/// To be renewed now and then: the wall clock may be set, the monotonic one stands still while the machine sleeps.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    wall_at_zero: u128,
+}
+
+impl Clock {
+    /// The difference now.
+    #[must_use]
+    pub fn now() -> Self {
+        let monotonic = u128::from(read(libc::CLOCK_MONOTONIC));
+        let wall = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |d| d.as_nanos());
+        Self {
+            wall_at_zero: wall.saturating_sub(monotonic),
+        }
+    }
+
+    /// The wall-clock time of a monotonic one (coarse or not).
+    #[must_use]
+    pub fn wall(&self, monotonic: u64) -> SystemTime {
+        let nanos = self.wall_at_zero + u128::from(monotonic);
+        UNIX_EPOCH + Duration::new((nanos / 1_000_000_000) as u64, (nanos % 1_000_000_000) as u32)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn coarse_now_is_now_on_the_wall() {
+        let wall = Clock::now().wall(monotonic_coarse());
+        let difference = SystemTime::now().duration_since(wall).unwrap_or_default();
+        assert!(difference < Duration::from_secs(1), "{difference:?}");
+    }
+}

@@ -1,0 +1,128 @@
+//! The counters of the programs, summed over the CPUs.
+
+use std::collections::BTreeMap;
+
+use palisade_abi::{Counter, DIRECTIONS, Direction, EventKind, RateBudget, Reason};
+
+use crate::{Datapath, MapError, maps::PerCpuArray};
+
+/// Reads counters.
+#[derive(Debug)]
+pub struct Counters<'a> {
+    counters: &'a PerCpuArray<Counter>,
+    rules: &'a PerCpuArray<Counter>,
+    budgets: &'a PerCpuArray<RateBudget>,
+}
+
+/// Events that were not sent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct EventBudget {
+    /// For want of tokens (rate limit).
+    pub suppressed: u64,
+    /// Because the ring was full.
+    pub lost: u64,
+}
+
+impl Datapath {
+    /// The counters.
+    #[must_use]
+    pub fn counters(&self) -> Counters<'_> {
+        Counters {
+            counters: &self.counters,
+            rules: &self.rules,
+            budgets: &self.budgets,
+        }
+    }
+}
+
+impl Counters<'_> {
+    /// Packets and bytes by reason and direction, those that are not zero.
+    ///
+    /// # Errors
+    /// If the map cannot be read.
+    pub fn reasons(&self) -> Result<Vec<(Reason, Direction, Counter)>, MapError> {
+        let mut found = Vec::new();
+        self.counters.for_each(|slot, values| {
+            let (number, direction) = (slot / 2, DIRECTIONS[slot as usize % 2]);
+            let Some(reason) = u8::try_from(number).ok().and_then(Reason::from_u8) else {
+                return;
+            };
+            let total = sum(values);
+            if total.packets != 0 {
+                found.push((reason, direction, total));
+            }
+        })?;
+        found.sort_by_key(|&(reason, direction, _)| (reason, direction));
+        Ok(found)
+    }
+
+    /// Packets and bytes of one rule. Rules beyond the size of the map have none of their own.
+    ///
+    /// # Errors
+    /// If the map cannot be read.
+    pub fn rule(&self, rule: u32) -> Result<Counter, MapError> {
+        if rule >= self.rules.len() {
+            return Ok(Counter::default());
+        }
+        Ok(sum(&mut self.rules.get(rule)?.into_iter()))
+    }
+
+    /// Packets and bytes of all rules that are not zero. Rule 0: those beyond the size of the map.
+    ///
+    /// # Errors
+    /// If the map cannot be read.
+    pub fn rules(&self) -> Result<BTreeMap<u32, Counter>, MapError> {
+        let mut found = BTreeMap::new();
+        self.rules.for_each(|rule, values| {
+            let total = sum(values);
+            if total.packets != 0 {
+                found.insert(rule, total);
+            }
+        })?;
+        Ok(found)
+    }
+
+    /// Sets the counters of rules to zero: their numbers are given to other rules.
+    ///
+    /// # Errors
+    /// If the map refuses.
+    pub fn reset_rules(&self, rules: impl IntoIterator<Item = u32>) -> Result<(), MapError> {
+        for rule in rules {
+            if rule < self.rules.len() {
+                self.rules.set(rule, &Counter::default())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Events that were not sent, by kind and reason, those that are not zero.
+    ///
+    /// # Errors
+    /// If the map cannot be read.
+    pub fn unsent_events(&self) -> Result<Vec<(EventKind, Reason, EventBudget)>, MapError> {
+        const KINDS: [EventKind; 3] = [EventKind::PolicyVerdict, EventKind::Drop, EventKind::Trace];
+        let mut found = Vec::new();
+        self.budgets.for_each(|slot, values| {
+            let kind = KINDS.get(slot as usize / 256);
+            let (Some(&kind), Some(reason)) = (kind, Reason::from_u8((slot % 256) as u8)) else {
+                return;
+            };
+            let mut total = EventBudget::default();
+            for budget in values {
+                total.suppressed += budget.suppressed;
+                total.lost += budget.lost;
+            }
+            if total != EventBudget::default() {
+                found.push((kind, reason, total));
+            }
+        })?;
+        Ok(found)
+    }
+}
+
+pub(crate) fn sum(values: &mut dyn Iterator<Item = Counter>) -> Counter {
+    values.fold(Counter::default(), |a, b| Counter {
+        packets: a.packets.wrapping_add(b.packets),
+        bytes: a.bytes.wrapping_add(b.bytes),
+    })
+}
