@@ -807,9 +807,7 @@ fn our_filter(device: &Device, direction: Direction) -> Result<bool> {
 }
 
 fn on_tcx(ifindex: u32, direction: Direction, link_id: u32) -> std::result::Result<bool, SyscallError> {
-    Ok(bpf::tcx_query(ifindex, tcx_type(direction))?
-        .iter()
-        .any(|a| a.link_id == link_id))
+    Ok(bpf::tcx_query(ifindex, tcx_type(direction))?.contains(&link_id))
 }
 
 /// The link that is pinned at a path, if it still holds an interface. One whose interface is gone is unpinned.
