@@ -99,7 +99,8 @@ pub struct FragmentKey {
     pub id: u32,
     /// Interface and hook it was seen at: `ifindex << 1 | egress`, so that nobody speaks for another interface.
     pub hook: u32,
-    /// IP protocol.
+    /// IP protocol. IPv6: 44, the fragment header itself, since the fragments of one datagram may name different
+    /// protocols and only the first one's counts (RFC 8200, 4.5).
     pub protocol: u32,
 }
 
@@ -115,6 +116,8 @@ pub struct FragmentPorts {
     pub destination: u16,
     /// TCP flags of the first fragment.
     pub tcp_flags: u8,
+    /// IP protocol of the datagram.
+    pub protocol: u8,
     /// Zero.
-    pub zero: [u8; 3],
+    pub zero: [u8; 2],
 }

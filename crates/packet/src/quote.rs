@@ -1,0 +1,89 @@
+use palisade_abi::{Addr, Reason, protocol};
+
+use crate::{Bytes, MAX_EXTENSIONS, Packet, flags, icmp, icmpv6, ip, is_icmp, take};
+
+/// The packet that an ICMP error is about, as far as it is quoted (RFC 792; RFC 4443, 3).
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Quote {
+    /// Source address: who is told of the error.
+    pub source: Addr,
+    /// Destination address.
+    pub destination: Addr,
+    /// Source port; 0 if the protocol has none.
+    pub source_port: u16,
+    /// Destination port; 0 if the protocol has none.
+    pub destination_port: u16,
+    /// ICMP echo: the identifier.
+    pub echo_id: u16,
+    /// IP protocol.
+    pub protocol: u8,
+    /// [`flags::ECHO_REQUEST`] or [`flags::ECHO_REPLY`], or 0.
+    pub flags: u8,
+}
+
+/// Decodes what an ICMP error quotes into `quote`, which must be [`Quote::default`].
+///
+/// # Errors
+/// [`Reason::UnrelatedIcmp`] if what is quoted belongs to no flow that could be known: cut short before its
+/// ports, a later fragment, an ICMP message that is not echo. [`Reason::PullFailed`] as in [`crate::decode`].
+#[inline(always)]
+pub fn decode_quote<B: Bytes + ?Sized>(bytes: &B, packet: &Packet, quote: &mut Quote) -> Result<(), Reason> {
+    let short = Reason::UnrelatedIcmp;
+    let end = packet.end();
+    let mut offset = u32::from(packet.transport_offset) + 8;
+    let ipv6 = packet.is(flags::IPV6);
+    if ipv6 {
+        let header = take::<40, B>(bytes, offset, end, short)?;
+        quote.source = ip::v6_addr(header, 8);
+        quote.destination = ip::v6_addr(header, 24);
+        quote.protocol = header[6];
+        if header[0] >> 4 != 6 {
+            return Err(short);
+        }
+        offset += 40;
+        for _ in 0..MAX_EXTENSIONS {
+            if !ip::is_extension(quote.protocol) {
+                break;
+            }
+            let extension = ip::extension(bytes, quote.protocol, offset, end, short)?;
+            if matches!(extension.fragment, Some((fragment_offset, _, _)) if fragment_offset != 0) {
+                return Err(short);
+            }
+            quote.protocol = extension.next;
+            offset = extension.offset;
+        }
+        if ip::is_extension(quote.protocol) {
+            return Err(short);
+        }
+    } else {
+        let header = take::<20, B>(bytes, offset, end, short)?;
+        quote.source = ip::v4_addr(header, 12);
+        quote.destination = ip::v4_addr(header, 16);
+        quote.protocol = header[9];
+        let header_length = u32::from(header[0] & 15) * 4;
+        let fragment_offset = u16::from_be_bytes([header[6], header[7]]) & 0x1fff;
+        if header[0] >> 4 != 4 || header_length < 20 || fragment_offset != 0 {
+            return Err(short);
+        }
+        offset += header_length;
+    }
+    match quote.protocol {
+        protocol::TCP | protocol::UDP | protocol::SCTP => {
+            let b = take::<4, B>(bytes, offset, end, short)?;
+            quote.source_port = u16::from_be_bytes([b[0], b[1]]);
+            quote.destination_port = u16::from_be_bytes([b[2], b[3]]);
+        }
+        p if is_icmp(p, ipv6) => {
+            let b = take::<8, B>(bytes, offset, end, short)?;
+            quote.echo_id = u16::from_be_bytes([b[4], b[5]]);
+            quote.flags = match (ipv6, b[0]) {
+                (false, icmp::ECHO_REQUEST) | (true, icmpv6::ECHO_REQUEST) => flags::ECHO_REQUEST,
+                (false, icmp::ECHO_REPLY) | (true, icmpv6::ECHO_REPLY) => flags::ECHO_REPLY,
+                _ => return Err(short),
+            };
+        }
+        _ => {}
+    }
+    Ok(())
+}

@@ -1,0 +1,156 @@
+use palisade_abi::{Reason, protocol};
+
+use crate::{Bytes, Packet, flags, is_icmp, take};
+
+/// No more data from the sender.
+pub const TCP_FIN: u8 = 1;
+/// Synchronize sequence numbers.
+pub const TCP_SYN: u8 = 2;
+/// Reset.
+pub const TCP_RST: u8 = 4;
+/// The acknowledgment field counts.
+pub const TCP_ACK: u8 = 16;
+
+/// ICMP types (RFC 792).
+pub mod icmp {
+    /// Echo reply.
+    pub const ECHO_REPLY: u8 = 0;
+    /// Destination unreachable.
+    pub const UNREACHABLE: u8 = 3;
+    /// Echo request.
+    pub const ECHO_REQUEST: u8 = 8;
+    /// Time exceeded.
+    pub const TIME_EXCEEDED: u8 = 11;
+    /// Parameter problem.
+    pub const PARAMETER_PROBLEM: u8 = 12;
+}
+
+/// ICMPv6 types (RFC 4443, RFC 4861, RFC 2710, RFC 3810).
+pub mod icmpv6 {
+    /// Destination unreachable: the first of the errors.
+    pub const UNREACHABLE: u8 = 1;
+    /// Parameter problem: the last of the errors.
+    pub const PARAMETER_PROBLEM: u8 = 4;
+    /// Echo request.
+    pub const ECHO_REQUEST: u8 = 128;
+    /// Echo reply.
+    pub const ECHO_REPLY: u8 = 129;
+    /// Multicast listener query.
+    pub const LISTENER_QUERY: u8 = 130;
+    /// Multicast listener done.
+    pub const LISTENER_DONE: u8 = 132;
+    /// Router solicitation.
+    pub const ROUTER_SOLICITATION: u8 = 133;
+    /// Router advertisement.
+    pub const ROUTER_ADVERTISEMENT: u8 = 134;
+    /// Neighbour solicitation.
+    pub const NEIGHBOUR_SOLICITATION: u8 = 135;
+    /// Neighbour advertisement.
+    pub const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
+    /// Version 2 multicast listener report.
+    pub const LISTENER_REPORT_V2: u8 = 143;
+}
+
+/// Whether a connection ever sends this combination of TCP flags (RFC 9293, 3.5 and 3.10; PSH, URG and the
+/// congestion flags say nothing about state).
+#[inline(always)]
+#[must_use]
+pub const fn valid_tcp_flags(tcp_flags: u8) -> bool {
+    const VALID: u32 = 1 << TCP_SYN
+        | 1 << (TCP_SYN | TCP_ACK)
+        | 1 << TCP_RST
+        | 1 << (TCP_RST | TCP_ACK)
+        | 1 << (TCP_FIN | TCP_ACK)
+        | 1 << TCP_ACK;
+    VALID >> (tcp_flags & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK)) & 1 != 0
+}
+
+/// Reads the transport header, unless this is a later fragment.
+#[inline(always)]
+pub(crate) fn decode<B: Bytes + ?Sized>(bytes: &B, packet: &mut Packet) -> Result<(), Reason> {
+    let ipv6 = packet.is(flags::IPV6);
+    let of_other_family = is_icmp(packet.protocol, !ipv6);
+    if of_other_family {
+        return Err(Reason::UnknownL4);
+    }
+    if packet.is(flags::FRAGMENT_LATER) {
+        return Ok(());
+    }
+    let first = packet.is(flags::FRAGMENT_FIRST);
+    let short = if first {
+        Reason::InvalidFragment
+    } else {
+        Reason::TruncatedL4
+    };
+    let (offset, end) = (u32::from(packet.transport_offset), packet.end());
+    match packet.protocol {
+        protocol::TCP => {
+            let header = take::<20, B>(bytes, offset, end, short)?;
+            ports(packet, [header[0], header[1], header[2], header[3]]);
+            packet.tcp_flags = header[13];
+            let length = u32::from(header[12] >> 4) * 4;
+            if length < 20 {
+                return Err(Reason::CtInvalidHeader);
+            }
+            if offset + length > end {
+                return Err(short);
+            }
+            if !valid_tcp_flags(packet.tcp_flags) {
+                return Err(Reason::CtInvalidHeader);
+            }
+        }
+        protocol::UDP => {
+            let header = take::<8, B>(bytes, offset, end, short)?;
+            ports(packet, [header[0], header[1], header[2], header[3]]);
+            let length = u32::from(u16::from_be_bytes([header[4], header[5]]));
+            // Zero is the length of a datagram too long to state it (RFC 2675); a first fragment states that of
+            // the whole datagram.
+            if length < 8 && !(length == 0 && end - offset > 65_535) {
+                return Err(Reason::CtInvalidHeader);
+            }
+            if !first && offset + length > end {
+                return Err(Reason::TruncatedL4);
+            }
+        }
+        protocol::SCTP => {
+            let header = take::<12, B>(bytes, offset, end, short)?;
+            ports(packet, [header[0], header[1], header[2], header[3]]);
+        }
+        protocol::ICMP | protocol::ICMPV6 => {
+            let header = take::<8, B>(bytes, offset, end, short)?;
+            packet.source_port = u16::from(header[0]);
+            packet.destination_port = u16::from(header[1]);
+            packet.echo_id = u16::from_be_bytes([header[4], header[5]]);
+            packet.flags |= icmp_kind(ipv6, header[0]);
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn ports(packet: &mut Packet, b: [u8; 4]) {
+    packet.source_port = u16::from_be_bytes([b[0], b[1]]);
+    packet.destination_port = u16::from_be_bytes([b[2], b[3]]);
+}
+
+/// The flags of an ICMP message of a type. Redirects and source quench are no errors here: they change what a
+/// host does, so a rule must allow them (RFC 6633, RFC 4861, 8.1).
+#[inline(always)]
+pub(crate) const fn icmp_kind(ipv6: bool, kind: u8) -> u8 {
+    if ipv6 {
+        match kind {
+            icmpv6::UNREACHABLE..=icmpv6::PARAMETER_PROBLEM => flags::ICMP_ERROR,
+            icmpv6::ECHO_REQUEST => flags::ECHO_REQUEST,
+            icmpv6::ECHO_REPLY => flags::ECHO_REPLY,
+            _ => 0,
+        }
+    } else {
+        match kind {
+            icmp::UNREACHABLE | icmp::TIME_EXCEEDED | icmp::PARAMETER_PROBLEM => flags::ICMP_ERROR,
+            icmp::ECHO_REQUEST => flags::ECHO_REQUEST,
+            icmp::ECHO_REPLY => flags::ECHO_REPLY,
+            _ => 0,
+        }
+    }
+}
