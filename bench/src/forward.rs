@@ -1,17 +1,21 @@
-//! Packets a second through a node: plain forwarding, Palisade, nftables.
+//! Packets a second through a node to a workload: plain forwarding, Palisade, nftables.
 
 use std::{fmt::Write as _, fs, time::Duration};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use palisade_testbed::{
     Ns, Topology,
+    ns::wait_until,
     topology::{INNER, INTERNET_V4, NIC, WorkloadSpec},
 };
 
 use crate::{
-    Effort, progress,
-    report::{Goal, Measure, Plot, Samples, Table},
-    traffic::{Sender, Stream, mac},
+    Effort,
+    node::{Daemon, Nic},
+    policies::{files, nobody},
+    progress,
+    report::{Goal, Measure, Plot, Samples, Table, number},
+    traffic::{Frame, Sender, Stream, mac},
 };
 
 /// Port of the traffic.
@@ -24,83 +28,141 @@ const FLOWS: u16 = 64;
 enum Filter {
     /// None at all.
     None,
+    /// Palisade on the workload's interface.
+    Palisade,
+    /// Palisade on the workload's interface, and on the NIC by tc.
+    PalisadeNicTc,
+    /// Palisade on the workload's interface, and on the NIC by XDP.
+    PalisadeNicXdp,
     /// One rule with a set of N (address, port) pairs.
     NftSet,
+    /// The same behind connection tracking: what is established is accepted first.
+    NftSetConntrack,
     /// N rules, the last of which matches.
     NftLinear,
 }
 
 impl Filter {
+    const ALL: [Self; 7] = [
+        Self::None,
+        Self::Palisade,
+        Self::PalisadeNicTc,
+        Self::PalisadeNicXdp,
+        Self::NftSet,
+        Self::NftSetConntrack,
+        Self::NftLinear,
+    ];
+
     const fn name(self) -> &'static str {
         match self {
             Self::None => "kernel forward",
+            Self::Palisade => "Palisade",
+            Self::PalisadeNicTc => "Palisade, NIC too (tc)",
+            Self::PalisadeNicXdp => "Palisade, NIC too (XDP)",
             Self::NftSet => "nft set",
+            Self::NftSetConntrack => "nft set, conntrack",
             Self::NftLinear => "nft linear",
         }
     }
 }
 
-/// The n-th of the addresses that rules name and nobody has: 172.16.0.0/12.
-fn other_address(n: usize) -> String {
-    format!("172.{}.{}.{}", 16 + (n >> 16), (n >> 8) & 255, n & 255)
-}
-
 /// nftables rules that allow the traffic by the last of `n` rules or elements and drop everything else.
 fn nft_rules(filter: Filter, n: usize) -> String {
-    let sources = (0..n - 1).map(other_address).chain([INTERNET_V4.to_string()]);
-    let mut script = String::from("table ip bench {\n");
-    let mut rules = String::new();
-    match filter {
-        Filter::None => {}
-        Filter::NftSet => {
-            script.push_str("set allowed { type ipv4_addr . inet_service; elements = {\n");
-            for source in sources {
-                let _ = writeln!(script, "{source} . {PORT},");
-            }
-            script.push_str("} }\n");
-            rules.push_str("ip saddr . udp dport @allowed accept\n");
+    let sources = (0..n - 1).map(nobody).chain([INTERNET_V4.to_string()]);
+    let (mut sets, mut rules) = (String::new(), String::new());
+    if filter == Filter::NftLinear {
+        for source in sources {
+            let _ = writeln!(rules, "ip saddr {source} udp dport {PORT} accept");
         }
-        Filter::NftLinear => {
-            for source in sources {
-                let _ = writeln!(rules, "ip saddr {source} udp dport {PORT} accept");
-            }
+    } else {
+        let elements: Vec<_> = sources.map(|source| format!("{source} . {PORT}")).collect();
+        sets = format!(
+            "set allowed {{ type ipv4_addr . inet_service; elements = {{ {} }} }}\n",
+            elements.join(", ")
+        );
+        if filter == Filter::NftSetConntrack {
+            rules.push_str("ct state established,related accept\n");
         }
+        rules.push_str("ip saddr . udp dport @allowed accept\n");
     }
-    let _ = write!(
-        script,
-        "chain forward {{ type filter hook forward priority 0; policy drop;\n{rules}}}\n}}\n"
-    );
-    script
+    // The way back is open in all of them, as it is for answers in Palisade.
+    let _ = writeln!(rules, "ip daddr {INTERNET_V4} accept");
+    format!(
+        "table ip bench {{\n{sets}chain forward {{ type filter hook forward priority 0; policy drop;\n{rules}}}\n}}\n"
+    )
 }
 
-/// A node between the internet and one workload, and the traffic from the one to the other.
+/// A node with one filter between the internet and one workload, and the traffic from the one to the other.
 struct Path {
+    filter: Filter,
     topology: Topology,
-    frames: Vec<[u8; 60]>,
+    frames: Vec<Frame>,
+    answers: Vec<Frame>,
+    daemon: Option<Daemon>,
 }
 
 impl Path {
-    fn new() -> Result<Self> {
+    fn new(filter: Filter) -> Result<Self> {
         let topology = Topology::new()?.workload(WorkloadSpec::new("server").label("app", "server"))?;
         let server = topology.get("server");
-        let stream = Stream {
+        let there = Stream {
             from_mac: mac(&topology.internet, INNER)?,
             to_mac: mac(&topology.node, NIC)?,
             from: INTERNET_V4,
             to: server.v4,
-            port: PORT,
-            first_source_port: 20_000,
-            flows: FLOWS,
         };
-        // The server is sent frames for a neighbour: it counts and drops them before it would answer.
+        let back = Stream {
+            from_mac: mac(&server.ns, INNER)?,
+            to_mac: mac(&topology.node, &server.interface)?,
+            from: server.v4,
+            to: INTERNET_V4,
+        };
+        // The server gets frames that are addressed to a neighbour: it counts them and drops them at once.
         topology.node.ip(&format!(
             "neigh replace {} lladdr 02:00:5e:00:53:ff dev {} nud permanent\n",
             server.v4, server.interface
         ))?;
+        let ports = 20_000..20_000 + FLOWS;
         Ok(Self {
+            filter,
+            frames: ports.clone().map(|port| there.frame(port, PORT)).collect(),
+            answers: ports.map(|port| back.frame(PORT, port)).collect(),
             topology,
-            frames: (0..FLOWS).map(|flow| stream.frame(flow)).collect(),
+            daemon: None,
         })
+    }
+
+    /// Sets the filter up for `n` rules, and lets every flow be established: a packet each way.
+    fn prepare(&mut self, n: usize) -> Result<()> {
+        let server = self.topology.get("server");
+        let node = &self.topology.node;
+        let nic = match self.filter {
+            Filter::None => return Ok(()),
+            Filter::NftSet | Filter::NftSetConntrack | Filter::NftLinear => {
+                node.nft("flush ruleset")?;
+                node.nft(&nft_rules(self.filter, n))?;
+                None
+            }
+            Filter::Palisade => Some(Nic::Open),
+            Filter::PalisadeNicTc => Some(Nic::Tc),
+            Filter::PalisadeNicXdp => Some(Nic::Xdp),
+        };
+        if let Some(nic) = nic {
+            self.daemon = None; // first away with the old one
+            let policies = files(n, "server", &INTERNET_V4.to_string(), PORT);
+            self.daemon = Some(Daemon::start(&self.topology, server, nic, &policies)?);
+        }
+        let before = self.received()?;
+        self.topology
+            .internet
+            .enter(|| Sender::open(INNER)?.send(&self.frames))?;
+        let every_flow = || self.received().is_ok_and(|now| now >= before + u64::from(FLOWS));
+        wait_until(
+            "the first packet of every flow arrives",
+            Duration::from_secs(2),
+            every_flow,
+        )?;
+        server.ns.enter(|| Sender::open(INNER)?.send(&self.answers))
     }
 
     fn received(&self) -> Result<u64> {
@@ -116,9 +178,10 @@ impl Path {
             .enter(|| Sender::open(INNER)?.send_for(&self.frames, duration))?;
         std::thread::sleep(Duration::from_millis(20));
         let arrived = self.received()? - before;
-        anyhow::ensure!(
+        ensure!(
             arrived * 10 >= sent * 9,
-            "{sent} packets were sent and {arrived} arrived: the filter does not let the traffic through"
+            "{}: {sent} packets were sent and {arrived} arrived",
+            self.filter.name()
         );
         Ok(arrived as f64 / took.as_secs_f64())
     }
@@ -136,37 +199,86 @@ fn packets_received(ns: &Ns, interface: &str) -> Result<u64> {
 /// Runs it.
 pub fn measure(effort: Effort) -> Result<Measure> {
     let sizes: &[usize] = effort.pick(&[10, 1_000, 10_000], &[10, 100, 1_000, 10_000]);
-    let rounds = effort.pick(3, 7);
-    let duration = effort.pick(Duration::from_millis(300), Duration::from_secs(1));
-    let path = Path::new()?;
-    let filters = [Filter::None, Filter::NftSet, Filter::NftLinear];
-    let mut table = Table::new(
-        "Packets a second",
-        &["rules", "kernel forward", "nft set", "nft linear"],
-    );
+    let rounds = effort.pick(5, 11);
+    let duration = effort.pick(Duration::from_millis(200), Duration::from_millis(500));
+    let mut paths = Filter::ALL
+        .into_iter()
+        .map(Path::new)
+        .collect::<Result<Vec<_>>>()?;
+    let columns: Vec<_> = std::iter::once("rules")
+        .chain(Filter::ALL.map(Filter::name))
+        .collect();
+    let mut table = Table::new("Packets a second that arrive", &columns);
+    let mut curves: Vec<_> = Filter::ALL
+        .iter()
+        .map(|f| (f.name().to_owned(), Vec::new()))
+        .collect();
+    let mut spread: f64 = 0.0;
     for &n in sizes {
-        progress(format_args!("forward: {n} rules"));
-        let mut samples = filters.map(|_| Samples::default());
+        progress(format_args!(
+            "forward: {n} rules, {rounds} rounds of {} ways",
+            paths.len()
+        ));
+        for path in &mut paths {
+            path.prepare(n)
+                .with_context(|| format!("{}, {n} rules", path.filter.name()))?;
+        }
+        let mut samples = vec![Samples::new(); paths.len()];
         for _ in 0..rounds {
-            for (filter, samples) in filters.iter().zip(&mut samples) {
-                let node = &path.topology.node;
-                node.nft("flush ruleset")?;
-                if *filter != Filter::None {
-                    node.nft(&nft_rules(*filter, n))?;
-                }
+            for (path, samples) in paths.iter().zip(&mut samples) {
                 samples.push(path.sample(duration)?);
             }
         }
-        table.row(n.to_string(), &samples.each_ref().map(Samples::median));
+        let medians: Vec<_> = samples.iter().map(Samples::median).collect();
+        for (curve, median) in curves.iter_mut().zip(&medians) {
+            curve.1.push((n as f64, *median));
+        }
+        spread = samples.iter().map(Samples::spread).fold(spread, f64::max);
+        table.row(number(n as f64), &medians);
     }
-    let _ = Filter::name;
+    let of = |filter: Filter| &curves[Filter::ALL.iter().position(|f| *f == filter).unwrap_or(0)].1;
+    let ours = of(Filter::Palisade);
+    let flat =
+        ours.iter().map(|p| p.1).fold(f64::INFINITY, f64::min) / ours.iter().map(|p| p.1).fold(0.0, f64::max);
+    let ahead = |other: Filter| {
+        let quotients = ours.iter().zip(of(other)).map(|(a, b)| a.1 / b.1);
+        quotients.fold(f64::INFINITY, f64::min)
+    };
+    let goals = vec![
+        Goal::at_least(
+            "packets/s, Palisade flat in the number of rules: slowest size against fastest",
+            0.9,
+            flat,
+            " ×",
+        ),
+        Goal::at_least(
+            "packets/s, Palisade ahead of nft set (no connection tracking), at every size",
+            1.0,
+            ahead(Filter::NftSet),
+            " ×",
+        ),
+        Goal::at_least(
+            "packets/s, Palisade ahead of nft set with connection tracking, at every size",
+            1.0,
+            ahead(Filter::NftSetConntrack),
+            " ×",
+        ),
+    ];
     Ok(Measure {
         name: "forward",
         title: "Packets a second through namespaces",
-        method: String::new(),
-        goals: Vec::<Goal>::new(),
+        method: format!(
+            "{FLOWS} UDP flows of 60-byte frames from a packet socket behind the node's NIC, forwarded by the node to a workload, which counts them. All of it runs on the sender's processor, so the figure is the whole cost of a packet: making it, two veths, forwarding, and the filter. Each way has a node of its own; {rounds} rounds of {} ms take them in turn. The rule that matches is the last of N; Palisade judges by N policies, each a file. Samples lie within {:.0} % of their medians (half the distance of the quartiles, worst case).",
+            duration.as_millis(),
+            spread * 100.0
+        ),
+        goals,
         tables: vec![table],
-        plot: None::<Plot>,
+        plot: Some(Plot {
+            x: "rules",
+            y: "packets a second",
+            curves,
+        }),
         notes: Vec::new(),
     })
 }

@@ -4,8 +4,12 @@
 //! again, so that whatever else the machine does meets all of them, and reports medians. Traffic only flows in
 //! network namespaces that the measure has made.
 
+pub mod bulk;
+pub mod commit;
 pub mod forward;
 pub mod machine;
+pub mod node;
+pub mod policies;
 pub mod report;
 pub mod traffic;
 

@@ -1,18 +1,42 @@
 //! Runs measures and writes the report.
 
-use std::{fs, path::PathBuf, time::SystemTime};
+use std::{
+    fs,
+    path::PathBuf,
+    time::{Instant, SystemTime},
+};
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 use clap::Parser;
-use palisade_bench::{Effort, forward, machine::Machine, report::Report};
+use palisade_bench::{
+    Effort, bulk, commit, forward,
+    machine::Machine,
+    node, progress,
+    report::{Measure, Report},
+};
 use palisade_flowlog::Timestamp;
+
+/// A measure: its name, and what runs it.
+type Entry = (&'static str, fn(Effort) -> Result<Measure>);
+
+/// All of them, in the order in which they run.
+const MEASURES: &[Entry] = &[
+    ("forward", forward::measure),
+    ("bulk", bulk::measure),
+    ("commit", commit::measure),
+];
 
 /// What the packet path and the policy compiler cost.
 #[derive(Parser)]
 struct Args {
+    /// Which measures; all if none is named.
+    names: Vec<String>,
     /// Fewer and shorter samples, fewer sizes.
     #[arg(long)]
     quick: bool,
+    /// The program that is measured.
+    #[arg(long, default_value = "target/release/palisade")]
+    palisade: PathBuf,
     /// Where the report goes: latest.md, latest.json and plots.
     #[arg(long, default_value = "bench/results")]
     out: PathBuf,
@@ -20,15 +44,54 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    let known = || {
+        MEASURES
+            .iter()
+            .map(|(name, _)| *name)
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
+    if let Some(name) = args
+        .names
+        .iter()
+        .find(|name| !MEASURES.iter().any(|(known, _)| known == name))
+    {
+        bail!("no measure is called {name}; there are {}", known());
+    }
+    node::set_program(args.palisade);
     let machine = Machine::here();
-    let measures = vec![forward::measure(Effort { quick: args.quick })?];
+    progress(format_args!("{machine}"));
+
+    let mut measures = Vec::new();
+    for (name, run) in MEASURES {
+        if !args.names.is_empty() && !args.names.iter().any(|wanted| wanted == name) {
+            continue;
+        }
+        let begin = Instant::now();
+        measures.push(run(Effort { quick: args.quick }).with_context(|| format!("measure {name}"))?);
+        progress(format_args!(
+            "{name}: done in {:.0} s",
+            begin.elapsed().as_secs_f64()
+        ));
+    }
+
     let report = Report {
         date: Timestamp::from_system_time(SystemTime::now()).to_string(),
         quick: args.quick,
         machine,
         measures,
     };
-    fs::create_dir_all(&args.out)?;
+    fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
+    fs::write(args.out.join("latest.md"), report.markdown())?;
+    fs::write(
+        args.out.join("latest.json"),
+        format!("{}\n", serde_json::to_string_pretty(&report)?),
+    )?;
+    for measure in &report.measures {
+        if let Some(plot) = &measure.plot {
+            fs::write(args.out.join(format!("{}.svg", measure.name)), plot.svg())?;
+        }
+    }
     println!("{}", report.markdown());
     Ok(())
 }

@@ -64,6 +64,17 @@ impl Goal {
         }
     }
 
+    /// `value` must be below `bound`.
+    #[must_use]
+    pub fn below(what: impl Into<String>, bound: f64, value: f64, unit: &str) -> Self {
+        Self {
+            what: what.into(),
+            reach: format!("below {}{unit}", number(bound)),
+            measured: format!("{}{unit}", number(value)),
+            reached: Some(value < bound),
+        }
+    }
+
     /// `value` must be at least `bound`.
     #[must_use]
     pub fn at_least(what: impl Into<String>, bound: f64, value: f64, unit: &str) -> Self {
@@ -121,6 +132,12 @@ impl Table {
 pub struct Samples(Vec<f64>);
 
 impl Samples {
+    /// None yet.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self(Vec::new())
+    }
+
     /// Adds one.
     pub fn push(&mut self, value: f64) {
         self.0.push(value);

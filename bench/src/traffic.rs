@@ -15,7 +15,7 @@ use anyhow::{Context, Result, ensure};
 use nix::{
     errno::Errno,
     sys::socket::{
-        AddressFamily, LinkAddr, MsgFlags, MultiHeaders, SockFlag, SockType, bind, sendmmsg, socket,
+        AddressFamily, LinkAddr, MsgFlags, MultiHeaders, SockFlag, SockType, bind, send, sendmmsg, socket,
     },
 };
 use palisade_testbed::Ns;
@@ -24,6 +24,9 @@ use palisade_testbed::Ns;
 const BATCH: usize = 64;
 /// Bytes of a frame: the shortest that Ethernet has, without its checksum.
 const FRAME: usize = 60;
+
+/// A frame that can be sent.
+pub type Frame = [u8; FRAME];
 
 /// A MAC address.
 pub type Mac = [u8; 6];
@@ -39,18 +42,12 @@ pub struct Stream {
     pub from: Ipv4Addr,
     /// Destination address.
     pub to: Ipv4Addr,
-    /// Destination port.
-    pub port: u16,
-    /// The first source port.
-    pub first_source_port: u16,
-    /// So many source ports follow each other: flows.
-    pub flows: u16,
 }
 
 impl Stream {
-    /// The frame of one flow: UDP without payload beyond the padding, no UDP checksum (RFC 768).
+    /// A UDP frame, filled with zeros, without a UDP checksum (RFC 768 lets IPv4 go without).
     #[must_use]
-    pub fn frame(&self, flow: u16) -> [u8; FRAME] {
+    pub fn frame(&self, from_port: u16, to_port: u16) -> Frame {
         let mut frame = [0; FRAME];
         frame[..6].copy_from_slice(&self.to_mac);
         frame[6..12].copy_from_slice(&self.from_mac);
@@ -65,8 +62,8 @@ impl Stream {
         let sum = palisade_testbed::packet::checksum(0, &ip[..20]);
         ip[10..12].copy_from_slice(&sum.to_be_bytes());
         let udp = &mut ip[20..];
-        udp[..2].copy_from_slice(&self.first_source_port.wrapping_add(flow).to_be_bytes());
-        udp[2..4].copy_from_slice(&self.port.to_be_bytes());
+        udp[..2].copy_from_slice(&from_port.to_be_bytes());
+        udp[2..4].copy_from_slice(&to_port.to_be_bytes());
         udp[4..6].copy_from_slice(&((FRAME - 34) as u16).to_be_bytes());
         frame
     }
@@ -87,8 +84,16 @@ impl Sender {
         Ok(Self { socket })
     }
 
+    /// Sends each frame once.
+    pub fn send(&self, frames: &[Frame]) -> Result<()> {
+        for frame in frames {
+            send(self.socket.as_raw_fd(), frame, MsgFlags::empty()).context("sending a frame")?;
+        }
+        Ok(())
+    }
+
     /// Sends the frames in turn until the time is over. How many were sent, and in what time.
-    pub fn send_for(&self, frames: &[[u8; FRAME]], duration: Duration) -> Result<(u64, Duration)> {
+    pub fn send_for(&self, frames: &[Frame], duration: Duration) -> Result<(u64, Duration)> {
         ensure!(!frames.is_empty(), "no frames");
         let none: [Option<LinkAddr>; BATCH] = [None; BATCH];
         let mut headers = MultiHeaders::preallocate(BATCH, None);

@@ -1,0 +1,135 @@
+//! One TCP connection's throughput to and from a workload: behind an `endpoint` interface, and with no firewall.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use palisade_testbed::{
+    Topology, output,
+    server::Iperf3,
+    topology::{INTERNET_V4, WorkloadSpec},
+};
+use serde_json::Value;
+
+use crate::{
+    Effort,
+    node::{Daemon, Nic},
+    progress,
+    report::{Goal, Measure, Samples, Table},
+};
+
+const PORT: u16 = 5_201;
+
+const POLICY: &str = "\
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata:
+  name: iperf3
+spec:
+  endpointSelector:
+    matchLabels:
+      app: server
+  ingress:
+  - fromCIDR: [198.51.100.0/24]
+    toPorts:
+    - ports:
+      - port: \"5201\"
+        protocol: TCP
+";
+
+struct Path {
+    topology: Topology,
+    _server: Iperf3,
+    _daemon: Option<Daemon>,
+}
+
+impl Path {
+    fn new(guarded: bool) -> Result<Self> {
+        let topology = Topology::new()?.workload(WorkloadSpec::new("server").label("app", "server"))?;
+        let workload = topology.get("server");
+        let server = Iperf3::start(&workload.ns, PORT)?;
+        let policies = [(
+            "iperf3.yaml".to_owned(),
+            POLICY.replace("198.51.100.0/24", &format!("{INTERNET_V4}/32")),
+        )];
+        let daemon = guarded
+            .then(|| Daemon::start(&topology, workload, Nic::Open, &policies))
+            .transpose()?;
+        Ok(Self {
+            topology,
+            _server: server,
+            _daemon: daemon,
+        })
+    }
+
+    /// Gbit/s that arrived.
+    fn sample(&self, reverse: bool, seconds: u32) -> Result<f64> {
+        let address = self.topology.get("server").v4.to_string();
+        let mut command = self.topology.internet.command("iperf3");
+        command.args([
+            "-J",
+            "-c",
+            &address,
+            "-p",
+            &PORT.to_string(),
+            "-t",
+            &seconds.to_string(),
+        ]);
+        if reverse {
+            command.arg("-R");
+        }
+        let out = output(&mut command, Duration::from_secs(u64::from(seconds) + 20))?;
+        let report: Value = serde_json::from_slice(&out.stdout).context("iperf3's report")?;
+        let rate = report["end"]["sum_received"]["bits_per_second"].as_f64();
+        ensure!(out.status.success() && rate.is_some(), "iperf3: {report}");
+        Ok(rate.unwrap_or(f64::NAN) / 1e9)
+    }
+}
+
+/// Runs it.
+pub fn measure(effort: Effort) -> Result<Measure> {
+    let (rounds, seconds) = effort.pick((5, 1), (11, 2));
+    progress(format_args!("bulk: {rounds} rounds of {seconds} s, both ways"));
+    let (open, guarded) = (Path::new(false)?, Path::new(true)?);
+    let mut table = Table::new(
+        "Gbit/s",
+        &[
+            "direction",
+            "no firewall",
+            "Palisade",
+            "Palisade / no firewall",
+            "spread",
+        ],
+    );
+    let mut goals = Vec::new();
+    for (name, reverse) in [("to the workload", false), ("from the workload", true)] {
+        let [mut plain, mut filtered, mut ratio] = [const { Samples::new() }; 3];
+        for _ in 0..rounds {
+            let (a, b) = (open.sample(reverse, seconds)?, guarded.sample(reverse, seconds)?);
+            plain.push(a);
+            filtered.push(b);
+            ratio.push(b / a);
+        }
+        let quotient = filtered.median() / plain.median();
+        table.row(
+            name,
+            &[plain.median(), filtered.median(), quotient, ratio.spread()],
+        );
+        goals.push(Goal::at_least(
+            format!("TCP bulk {name} through an endpoint interface against no firewall"),
+            0.9,
+            quotient,
+            " ×",
+        ));
+    }
+    Ok(Measure {
+        name: "bulk",
+        title: "TCP bulk through an endpoint interface",
+        method: format!(
+            "iperf3, one connection, {rounds} runs of {seconds} s each way, between the network behind the NIC and a workload; the two nodes in turn."
+        ),
+        goals,
+        tables: vec![table],
+        plot: None,
+        notes: Vec::new(),
+    })
+}

@@ -1,0 +1,104 @@
+//! Policies by the thousand.
+
+use std::fmt::Write as _;
+
+/// The n-th of the addresses that rules name and nobody has: 172.16.0.0/12.
+#[must_use]
+pub fn nobody(n: usize) -> String {
+    format!("172.{}.{}.{}", 16 + (n >> 16), (n >> 8) & 255, n & 255)
+}
+
+/// A policy that lets an address reach the workload `app` at a UDP port.
+#[must_use]
+pub fn allow(name: &str, app: &str, from: &str, port: u16) -> String {
+    format!(
+        "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata:\n  name: {name}\nspec:\n  endpointSelector:\n    matchLabels:\n      app: {app}\n  ingress:\n  - fromCIDR:\n    - {from}/32\n    toPorts:\n    - ports:\n      - port: \"{port}\"\n        protocol: UDP\n"
+    )
+}
+
+/// `count` files with a policy each; the last of them lets `from` in, the others let in who is not there.
+#[must_use]
+pub fn files(count: usize, app: &str, from: &str, port: u16) -> Vec<(String, String)> {
+    (0..count)
+        .map(|n| {
+            let from = if n + 1 == count {
+                from.to_owned()
+            } else {
+                nobody(n)
+            };
+            let name = format!("rule-{n}");
+            (format!("{name}.yaml"), allow(&name, app, &from, port))
+        })
+        .collect()
+}
+
+/// Workloads that [`mixed`] policies are about.
+pub const APPS: usize = 200;
+
+/// `count` policies such as people write, about [`APPS`] workloads of four tiers: labels, ports and ranges, prefixes with
+/// exceptions, the world, denials. The same for the same count.
+#[must_use]
+pub fn mixed(count: usize) -> String {
+    let mut text = String::new();
+    for n in 0..count {
+        // Numbers that are spread but always the same (Knuth's multiplicative hash).
+        let pick = |salt: usize, below: usize| ((n * 31 + salt).wrapping_mul(2_654_435_761) >> 7) % below;
+        let _ = write!(
+            text,
+            "---\napiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata:\n  name: policy-{n}\n  namespace: default\nspec:\n  endpointSelector:\n    matchLabels:\n      app: app-{}\n",
+            n % APPS
+        );
+        let ports = |text: &mut String, port: usize| {
+            let _ = write!(
+                text,
+                "    toPorts:\n    - ports:\n      - port: \"{port}\"\n        protocol: TCP\n"
+            );
+            if n.is_multiple_of(4) {
+                let _ = write!(
+                    text,
+                    "      - port: \"{}\"\n        endPort: {}\n        protocol: UDP\n",
+                    port,
+                    port + 500
+                );
+            }
+        };
+        text.push_str("  ingress:\n");
+        let _ = write!(
+            text,
+            "  - fromEndpoints:\n    - matchLabels:\n        app: app-{}\n",
+            pick(1, APPS)
+        );
+        ports(&mut text, 1_000 + 10 * pick(2, 200));
+        if n.is_multiple_of(3) {
+            let _ = write!(
+                text,
+                "  - fromEndpoints:\n    - matchExpressions:\n      - key: tier\n        operator: In\n        values: [tier-{}, tier-{}]\n",
+                pick(3, 4),
+                pick(4, 4)
+            );
+            ports(&mut text, 80);
+        }
+        if n.is_multiple_of(5) {
+            let _ = write!(
+                text,
+                "  - fromCIDRSet:\n    - cidr: 10.{}.0.0/16\n      except: [10.{}.{}.0/24]\n",
+                100 + pick(5, 50),
+                100 + pick(5, 50),
+                pick(6, 256)
+            );
+            ports(&mut text, 443);
+        }
+        if n.is_multiple_of(7) {
+            text.push_str("  egress:\n  - toEntities: [world]\n");
+            ports(&mut text, 443);
+        }
+        if n.is_multiple_of(11) {
+            let _ = write!(
+                text,
+                "  ingressDeny:\n  - fromEndpoints:\n    - matchLabels:\n        app: app-{}\n",
+                pick(7, APPS)
+            );
+        }
+    }
+    text
+}
