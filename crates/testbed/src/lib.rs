@@ -12,6 +12,7 @@
 //! ```
 
 pub mod capture;
+pub mod daemon;
 pub mod load;
 pub mod ns;
 pub mod packet;
@@ -20,6 +21,7 @@ pub mod process;
 pub mod server;
 pub mod topology;
 
+pub use daemon::Daemon;
 pub use ns::Ns;
 pub use probe::Outcome;
 pub use process::{Process, output};

@@ -127,6 +127,74 @@ pub fn icmp(kind: u8, code: u8, body: &[u8]) -> Vec<u8> {
     message
 }
 
+/// A whole UDP datagram with its network header. Without checksum over IPv4; over IPv6 it must have one.
+#[must_use]
+pub fn whole_udp(source: IpAddr, destination: IpAddr, from: u16, to: u16, contents: &[u8]) -> Vec<u8> {
+    let length = 8 + contents.len() as u16;
+    let mut datagram = Vec::new();
+    for field in [from, to, length, 0] {
+        datagram.extend_from_slice(&field.to_be_bytes());
+    }
+    datagram.extend_from_slice(contents);
+    let mut packet = Vec::new();
+    match (source, destination) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            packet.extend_from_slice(&[0x45, 0]);
+            packet.extend_from_slice(&(20 + length).to_be_bytes());
+            packet.extend_from_slice(&[0, 0, 0, 0, 64, protocol::UDP, 0, 0]);
+            packet.extend_from_slice(&source.octets());
+            packet.extend_from_slice(&destination.octets());
+        }
+        (IpAddr::V6(source), IpAddr::V6(destination)) => {
+            packet.extend_from_slice(&[0x60, 0, 0, 0]);
+            packet.extend_from_slice(&length.to_be_bytes());
+            packet.extend_from_slice(&[protocol::UDP, 64]);
+            packet.extend_from_slice(&source.octets());
+            packet.extend_from_slice(&destination.octets());
+            // RFC 8200, 8.1: over the addresses, the length and the protocol as well
+            let sum = checksum(
+                u32::from(length) + u32::from(protocol::UDP),
+                &[&packet[8..], &datagram].concat(),
+            );
+            datagram[6..8].copy_from_slice(&sum.to_be_bytes());
+        }
+        _ => {}
+    }
+    packet.extend_from_slice(&datagram);
+    packet
+}
+
+/// A fragment of a UDP datagram that is not its first: contents from byte `offset` (a multiple of 8) on, and it
+/// says that no more follow (RFC 791, 3.1; RFC 8200, 4.5).
+#[must_use]
+pub fn later_fragment(source: IpAddr, destination: IpAddr, id: u32, offset: u16, contents: &[u8]) -> Vec<u8> {
+    let mut packet = Vec::new();
+    match (source, destination) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            packet.extend_from_slice(&[0x45, 0]);
+            packet.extend_from_slice(&(20 + contents.len() as u16).to_be_bytes());
+            packet.extend_from_slice(&(id as u16).to_be_bytes());
+            packet.extend_from_slice(&(offset / 8).to_be_bytes());
+            packet.extend_from_slice(&[64, protocol::UDP, 0, 0]);
+            packet.extend_from_slice(&source.octets());
+            packet.extend_from_slice(&destination.octets());
+        }
+        (IpAddr::V6(source), IpAddr::V6(destination)) => {
+            packet.extend_from_slice(&[0x60, 0, 0, 0]);
+            packet.extend_from_slice(&(8 + contents.len() as u16).to_be_bytes());
+            packet.extend_from_slice(&[44, 64]);
+            packet.extend_from_slice(&source.octets());
+            packet.extend_from_slice(&destination.octets());
+            packet.extend_from_slice(&[protocol::UDP, 0]);
+            packet.extend_from_slice(&offset.to_be_bytes());
+            packet.extend_from_slice(&id.to_be_bytes());
+        }
+        _ => {}
+    }
+    packet.extend_from_slice(contents);
+    packet
+}
+
 /// An SCTP INIT (RFC 9260, 3.3.2).
 #[must_use]
 pub fn sctp_init(source: u16, destination: u16) -> Vec<u8> {

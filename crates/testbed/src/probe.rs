@@ -221,3 +221,27 @@ pub fn send_raw(ns: &Ns, source: Option<IpAddr>, to: IpAddr, protocol: u8, paylo
     })
     .with_context(|| format!("raw packet of protocol {protocol} to {to}"))
 }
+
+/// Sends one packet with its network header as given (the kernel fills in IPv4's checksum, and an identification
+/// that is 0).
+pub fn send_ip(ns: &Ns, to: IpAddr, packet: &[u8]) -> Result<()> {
+    ns.enter(|| -> io::Result<()> {
+        let to = SocketAddr::new(to, 0);
+        let socket = Socket::new(
+            Domain::for_address(to),
+            Type::RAW,
+            Some(Protocol::from(libc::IPPROTO_RAW)),
+        )?;
+        if to.is_ipv6() {
+            socket.set_header_included_v6(true)?;
+        }
+        socket.send_to(packet, &to.into())?;
+        Ok(())
+    })
+    .with_context(|| format!("packet to {to}"))
+}
+
+/// The hop limit of what an IPv6 socket sends.
+pub fn set_hop_limit_v6(socket: &std::net::UdpSocket, hops: u32) -> io::Result<()> {
+    socket2::SockRef::from(socket).set_unicast_hops_v6(hops)
+}

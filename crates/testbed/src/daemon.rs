@@ -1,0 +1,465 @@
+//! The real daemon on a testbed's node.
+
+use std::{
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{
+    ns::{Ns, ensure_bpffs, pin_dir, remove_pins, serial, wait_until},
+    process::{Process, output},
+    topology::{NIC, Topology},
+};
+
+/// How long anything that the daemon is asked for may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Where the programs stand, as the configuration names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hooks {
+    /// `ingress` of workloads: `auto`, `xdp` or `tc`.
+    pub endpoint: &'static str,
+    /// `ingress` of the NIC.
+    pub host: &'static str,
+    /// `tc` of both: `auto`, `tcx` or `clsact`.
+    pub tc: &'static str,
+}
+
+impl Default for Hooks {
+    fn default() -> Self {
+        Self {
+            endpoint: "auto",
+            host: "auto",
+            tc: "auto",
+        }
+    }
+}
+
+/// What differs from the default configuration.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// `[policy] enforcement`.
+    pub enforcement: &'static str,
+    /// `[policy] audit`.
+    pub audit: bool,
+    /// `[policy] allow_localhost`.
+    pub allow_localhost: &'static str,
+    /// Where the programs stand.
+    pub hooks: Hooks,
+    /// Whether the daemon is told the workloads' namespaces, from which it takes over open connections.
+    pub seed: bool,
+    /// Further tables: `[limits]`, `[timeouts]`, `[[peer]]`, `[[namespace]]`.
+    pub tables: String,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            enforcement: "default",
+            audit: false,
+            allow_localhost: "policy",
+            hooks: Hooks::default(),
+            seed: true,
+            tables: String::new(),
+        }
+    }
+}
+
+/// A daemon with its own configuration, policies, pins and state.
+#[derive(Debug)]
+pub struct Daemon {
+    binary: PathBuf,
+    node: Ns,
+    process: Option<Process>,
+    pins: PathBuf,
+    dir: TempDir,
+}
+
+impl Daemon {
+    /// Writes configuration and policies (`(file name, contents)`), starts the daemon and waits until it enforces.
+    pub fn start(topology: &Topology, settings: &Settings, policies: &[(&str, &str)]) -> Result<Self> {
+        let mut daemon = Self::prepare(topology, settings, policies)?;
+        daemon.spawn()?;
+        daemon.wait()?;
+        Ok(daemon)
+    }
+
+    /// The same without starting it.
+    pub fn prepare(topology: &Topology, settings: &Settings, policies: &[(&str, &str)]) -> Result<Self> {
+        ensure_bpffs()?;
+        let dir = tempfile::Builder::new().prefix("palisade-daemon-").tempdir()?;
+        let daemon = Self {
+            binary: binary()?,
+            node: topology.node.clone(),
+            process: None,
+            pins: pin_dir(),
+            dir,
+        };
+        fs::create_dir(daemon.policies())?;
+        for (name, contents) in policies {
+            daemon.write(name, contents)?;
+        }
+        daemon.configure(topology, settings)?;
+        Ok(daemon)
+    }
+
+    /// Writes the configuration; the daemon reads it when it starts.
+    pub fn configure(&self, topology: &Topology, settings: &Settings) -> Result<()> {
+        let text = self.configuration(topology, settings);
+        fs::write(self.config(), text).with_context(|| self.config().display().to_string())
+    }
+
+    fn configuration(&self, topology: &Topology, settings: &Settings) -> String {
+        let path = |name: &str| self.dir.path().join(name);
+        let Hooks { endpoint, host, tc } = settings.hooks;
+        let mut text = format!(
+            "[node]\nname = \"node1\"\nlabels = {{ \"node-role.kubernetes.io/worker\" = \"\" }}\n\
+             pin_dir = {:?}\nstate_dir = {:?}\nsocket = {:?}\n\n\
+             [policy]\ndir = {:?}\nenforcement = {:?}\naudit = {}\nallow_localhost = {:?}\n\n\
+             [[interface]]\nname = {NIC:?}\nrole = \"host\"\ningress = {host:?}\ntc = {tc:?}\n",
+            self.pins,
+            path("state"),
+            self.socket(),
+            self.policies(),
+            settings.enforcement,
+            settings.audit,
+            settings.allow_localhost,
+        );
+        let table = |pairs: &std::collections::BTreeMap<String, String>| {
+            let pairs: Vec<_> = pairs.iter().map(|(k, v)| format!("{k:?} = {v:?}")).collect();
+            format!("{{ {} }}", pairs.join(", "))
+        };
+        for w in topology.all() {
+            let _ = writeln!(
+                text,
+                "\n[[endpoint]]\nname = {:?}\nnamespace = {:?}\ninterface = {:?}\naddresses = [\"{}\", \"{}\"]\n\
+                 labels = {}\nnamed_ports = {}\ningress = {endpoint:?}\ntc = {tc:?}",
+                w.name,
+                w.namespace,
+                w.interface,
+                w.v4,
+                w.v6,
+                table(&w.labels),
+                table(&w.named_ports),
+            );
+            if settings.seed {
+                let _ = writeln!(text, "netns = {:?}", w.ns.name());
+            }
+        }
+        text.push('\n');
+        text.push_str(&settings.tables);
+        text
+    }
+
+    /// The configuration file.
+    #[must_use]
+    pub fn config(&self) -> PathBuf {
+        self.dir.path().join("palisade.toml")
+    }
+
+    /// The folder with the policies.
+    #[must_use]
+    pub fn policies(&self) -> PathBuf {
+        self.dir.path().join("policies.d")
+    }
+
+    /// The control socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("palisade.sock")
+    }
+
+    /// Where it pins.
+    #[must_use]
+    pub fn pins(&self) -> &Path {
+        &self.pins
+    }
+
+    /// Its process id, while it runs.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Process::pid)
+    }
+
+    /// Starts the process; it may not enforce yet.
+    pub fn spawn(&mut self) -> Result<()> {
+        let mut command = self.node.command(&self.binary);
+        command.arg("run").arg("--config").arg(self.config());
+        self.process = Some(Process::spawn("palisade", command, self.dir.path())?);
+        Ok(())
+    }
+
+    /// Waits until everything is attached and enforced.
+    pub fn wait(&mut self) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            let out = self.try_cli(&["status", "--wait", "5s"])?;
+            if out.status.success() {
+                return Ok(());
+            }
+            if let Some(status) = self.process.as_mut().map(Process::exited).transpose()?.flatten() {
+                bail!("the daemon has ended, {status}:\n{}", self.log());
+            }
+            ensure!(
+                start.elapsed() < PATIENCE,
+                "not enforcing after {PATIENCE:?}: {}{}\n{}",
+                String::from_utf8_lossy(&out.stdout),
+                String::from_utf8_lossy(&out.stderr),
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// What the daemon has printed.
+    #[must_use]
+    pub fn log(&self) -> String {
+        fs::read(self.dir.path().join("palisade.log"))
+            .map(|b| String::from_utf8_lossy(&b).into_owned())
+            .unwrap_or_default()
+    }
+
+    /// A command of the command line, not run yet.
+    #[must_use]
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = self.node.command(&self.binary);
+        command.args(args).arg("--socket").arg(self.socket());
+        command
+    }
+
+    /// Runs the command line to its end, whatever comes of it.
+    pub fn try_cli(&self, args: &[&str]) -> Result<Output> {
+        output(&mut self.command(args), PATIENCE)
+    }
+
+    /// Runs the command line; its standard output.
+    pub fn cli(&self, args: &[&str]) -> Result<String> {
+        let out = self.try_cli(args)?;
+        ensure!(
+            out.status.success(),
+            "palisade {}: {}: {}{}",
+            args.join(" "),
+            out.status,
+            String::from_utf8_lossy(&out.stderr),
+            String::from_utf8_lossy(&out.stdout)
+        );
+        String::from_utf8(out.stdout).context("output is not UTF-8")
+    }
+
+    /// Runs the command line with `-o json`.
+    pub fn json(&self, args: &[&str]) -> Result<Value> {
+        let mut args = args.to_vec();
+        args.extend(["-o", "json"]);
+        let text = self.cli(&args)?;
+        serde_json::from_str(&text).with_context(|| format!("palisade {}: {text}", args.join(" ")))
+    }
+
+    /// Writes one policy file, atomically; does not wait.
+    pub fn write(&self, name: &str, contents: &str) -> Result<()> {
+        let mut file = tempfile::NamedTempFile::new_in(self.dir.path())?;
+        std::io::Write::write_all(&mut file, contents.as_bytes())?;
+        file.persist(self.policies().join(name))?;
+        Ok(())
+    }
+
+    /// Makes the folder hold exactly these policies, and waits until they are enforced.
+    ///
+    /// The files get names that were never there before, so that what the daemon says of its files cannot be
+    /// about their predecessors.
+    pub fn apply(&self, policies: &[(&str, &str)]) -> Result<()> {
+        let n = serial();
+        let old: Vec<PathBuf> = fs::read_dir(self.policies())?
+            .map(|entry| Ok(entry?.path()))
+            .collect::<Result<_>>()?;
+        for (name, contents) in policies {
+            self.write(&format!("{n}-{name}"), contents)?;
+        }
+        for path in old {
+            fs::remove_file(path)?;
+        }
+        self.settle()
+    }
+
+    /// Waits until the daemon has read all files that the folder holds now, and no others.
+    pub fn settle(&self) -> Result<()> {
+        let mut wanted: Vec<String> = fs::read_dir(self.policies())?
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect::<Result<_>>()?;
+        wanted.sort();
+        self.wait_status("the files of the folder are read", |status| {
+            let mut read: Vec<&str> = status["policy_files"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(|f| f["file"].as_str())
+                .collect();
+            read.sort_unstable();
+            read == wanted
+        })
+        .map(drop)
+    }
+
+    /// `palisade status -o json`.
+    pub fn status(&self) -> Result<Value> {
+        self.json(&["status"])
+    }
+
+    /// Waits until the status satisfies `wanted`, and returns it.
+    pub fn wait_status(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
+        let mut status = Value::Null;
+        wait_until(what, PATIENCE, || {
+            status = self.status().unwrap_or_default();
+            wanted(&status)
+        })
+        .with_context(|| format!("{status:#}"))?;
+        Ok(status)
+    }
+
+    /// `kill -9`: what is attached stays.
+    pub fn kill9(&mut self) -> Result<()> {
+        let mut process = self.process.take().context("the daemon does not run")?;
+        process.kill9()
+    }
+
+    /// SIGTERM, and waits for the end: what is attached stays.
+    pub fn terminate(&mut self) -> Result<()> {
+        let mut process = self.process.take().context("the daemon does not run")?;
+        let status = process.terminate(PATIENCE)?;
+        ensure!(
+            status.success(),
+            "the daemon ended with {status}:\n{}",
+            self.log()
+        );
+        Ok(())
+    }
+
+    /// Starts it again and waits until it enforces.
+    pub fn restart(&mut self) -> Result<()> {
+        self.spawn()?;
+        self.wait()
+    }
+
+    /// `palisade stop --detach`, and waits for the end of the process.
+    pub fn detach(&mut self) -> Result<()> {
+        self.cli(&["stop", "--detach"])?;
+        if let Some(mut process) = self.process.take() {
+            let status = process.wait(PATIENCE)?;
+            ensure!(
+                status.success(),
+                "the daemon ended with {status}:\n{}",
+                self.log()
+            );
+        }
+        Ok(())
+    }
+
+    /// What is worth knowing when something went wrong.
+    #[must_use]
+    pub fn report(&self) -> String {
+        let mut text = String::new();
+        for args in [
+            &["status"][..],
+            &["endpoint", "list"],
+            &["observe", "--last", "25"],
+        ] {
+            let shown = match self.try_cli(args) {
+                Ok(out) => format!(
+                    "{}{}",
+                    String::from_utf8_lossy(&out.stdout),
+                    String::from_utf8_lossy(&out.stderr)
+                ),
+                Err(error) => format!("{error:#}"),
+            };
+            let _ = writeln!(text, "--- palisade {}\n{shown}", args.join(" "));
+        }
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        let _ = writeln!(
+            text,
+            "--- log\n{}",
+            lines[lines.len().saturating_sub(40)..].join("\n")
+        );
+        text
+    }
+
+    /// Waits until the flows that `observe` knows satisfy `wanted`; they come in batches.
+    pub fn wait_flows(
+        &self,
+        args: &[&str],
+        what: &str,
+        wanted: impl Fn(&[Value]) -> bool,
+    ) -> Result<Vec<Value>> {
+        let mut flows = Vec::new();
+        let found = wait_until(what, Duration::from_secs(5), || {
+            flows = self.flows(args).unwrap_or_default();
+            wanted(&flows)
+        });
+        found.with_context(|| format!("{flows:#?}"))?;
+        Ok(flows)
+    }
+
+    /// The flows that `observe` knows, as JSON objects.
+    pub fn flows(&self, args: &[&str]) -> Result<Vec<Value>> {
+        let mut all = vec!["observe", "-o", "json"];
+        all.extend(args);
+        let text = self.cli(&all)?;
+        text.lines()
+            .map(|line| {
+                let value: Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
+                Ok(value.get("flow").cloned().unwrap_or(value))
+            })
+            .collect()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.report());
+        }
+        if self.process.is_none() || self.cli(&["stop", "--detach"]).is_err() {
+            self.process = None; // killed
+        }
+        if let Some(mut process) = self.process.take() {
+            let _ = process.wait(Duration::from_secs(5));
+        }
+        remove_pins(&self.pins);
+    }
+}
+
+/// The daemon's program: `PALISADE_BIN`, or the one that cargo has built beside this program; built if there is none.
+fn binary() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os("PALISADE_BIN") {
+        return Ok(path.into());
+    }
+    let own = std::env::current_exe()?;
+    let dir = own
+        .ancestors()
+        .skip(1)
+        .find(|dir| !dir.ends_with("deps"))
+        .context("where cargo has built")?;
+    let path = dir.join("palisade");
+    if !path.exists() {
+        let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        build
+            .args(["build", "--package", "palisade"])
+            .current_dir(env!("CARGO_MANIFEST_DIR"));
+        if dir.ends_with("release") {
+            build.arg("--release");
+        }
+        let status = build.status().context("cargo build --package palisade")?;
+        ensure!(
+            status.success() && path.exists(),
+            "{} was not built; or name it in PALISADE_BIN",
+            path.display()
+        );
+    }
+    Ok(path)
+}
