@@ -4,7 +4,7 @@ mod reader;
 mod suggest;
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     fs,
     net::IpAddr,
     path::{Path, PathBuf},
@@ -15,6 +15,7 @@ use ipnet::IpNet;
 use palisade_policy::{
     labels::{self, Labels},
     rule::Label,
+    world::{Enforcement, NamedPort, NamedPorts},
 };
 pub use reader::ConfigError;
 use reader::{At, Reader, Section};
@@ -87,28 +88,6 @@ pub struct Policy {
     pub allow_localhost: bool,
     /// How long the folder must be quiet before a change is read.
     pub debounce: Duration,
-}
-
-/// When a direction of an endpoint is denied by default.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Enforcement {
-    /// As soon as a policy has a section for the direction.
-    Default,
-    /// Always.
-    Always,
-    /// Never: nothing is enforced.
-    Never,
-}
-
-impl Enforcement {
-    /// As it is written.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Default => "default",
-            Self::Always => "always",
-            Self::Never => "never",
-        }
-    }
 }
 
 /// `[limits]`: sizes of maps, and what may be used up.
@@ -216,7 +195,7 @@ pub struct Endpoint {
     /// All its labels, those of its namespace too.
     pub labels: Labels,
     /// Names of its ports.
-    pub named_ports: BTreeMap<String, NamedPort>,
+    pub named_ports: NamedPorts,
     /// The network namespace of the workload, from which connections are seeded.
     pub netns: Option<PathBuf>,
     /// How the programs are attached.
@@ -228,15 +207,6 @@ impl Endpoint {
     pub fn qualified_name(&self) -> String {
         format!("{}/{}", self.namespace, self.name)
     }
-}
-
-/// A port with a name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NamedPort {
-    /// IP protocol number.
-    pub protocol: u8,
-    /// The port.
-    pub port: u16,
 }
 
 /// `[[peer]]`: somebody who is not on this node.
@@ -656,7 +626,7 @@ fn endpoint(
     }
     let mut all = namespace_labels(&namespace, namespaces);
     all.extend(own_labels(&section));
-    let mut named_ports = BTreeMap::new();
+    let mut named_ports = NamedPorts::new();
     for (name, value) in section.strings("named_ports") {
         match named_port(&value.value) {
             Ok(port) => {

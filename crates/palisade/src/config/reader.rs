@@ -94,11 +94,6 @@ impl<'r, 'a> Section<'r, 'a> {
         }
     }
 
-    /// Where the section begins.
-    pub fn offset(&self) -> usize {
-        self.span.start
-    }
-
     /// Notes an error about this section as a whole.
     pub fn error(&self, message: impl Into<String>) {
         self.reader.error(self.span.start, message);

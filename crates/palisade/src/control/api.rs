@@ -1,0 +1,411 @@
+//! What can be asked, and the shapes of the answers (which are also what `-o json` prints).
+
+use std::collections::BTreeMap;
+
+use palisade_flowlog::Flow;
+use serde::{Deserialize, Serialize};
+
+/// A request.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// [`Status`].
+    Status,
+    /// Ends the daemon; with `detach` everything that it attached goes too.
+    Stop { detach: bool },
+    /// The configuration is read again.
+    Reload,
+    /// [`PolicySummary`] of one policy or of all.
+    PolicyGet { name: Option<String> },
+    /// [`SelectorRow`]s.
+    PolicySelectors,
+    /// [`TraceAnswer`].
+    PolicyTrace(TraceRequest),
+    /// [`Endpoint`]s.
+    EndpointList,
+    /// An [`Endpoint`], by number, name or address.
+    EndpointGet { endpoint: String },
+    /// Sets options of an endpoint; answers all of them by name.
+    EndpointConfig {
+        endpoint: String,
+        options: BTreeMap<String, bool>,
+    },
+    /// [`IdentityRow`]s.
+    IdentityList,
+    /// An [`IdentityRow`].
+    IdentityGet { identity: u32 },
+    /// [`PolicyRow`]s of an endpoint.
+    BpfPolicyGet { endpoint: String },
+    /// [`ConnectionRow`]s.
+    BpfCtList,
+    /// [`IpcacheRow`]s.
+    BpfIpcacheList,
+    /// A stream of [`Answer::Flow`].
+    Observe(ObserveRequest),
+}
+
+/// Which flows, and how many.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ObserveRequest {
+    /// Flags of `palisade observe` and their values, in their order.
+    pub filters: Vec<(String, String)>,
+    /// Go on with what comes.
+    pub follow: bool,
+    /// The last so many that pass; `None`: all there are.
+    pub last: Option<usize>,
+}
+
+/// One packet described by hand.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TraceRequest {
+    /// Who sends: endpoint, peer, address, `labels:...` or a reserved name.
+    pub from: String,
+    /// Who receives.
+    pub to: String,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Destination port, or the ICMP type; 0 where the protocol has none.
+    pub port: u16,
+}
+
+/// A line of the daemon's answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Answer {
+    /// The answer, or the end of a stream.
+    Ok(serde_json::Value),
+    /// Nothing was done.
+    Error(String),
+    /// One flow of a stream.
+    Flow(Box<Flow>),
+    /// So many flows were overwritten before this client could read them.
+    Lost(u64),
+}
+
+/// What `palisade status` shows.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Of the daemon.
+    pub version: String,
+    /// Name of the node.
+    pub node: String,
+    /// Of the daemon.
+    pub pid: u32,
+    /// Since when the daemon runs, seconds.
+    pub uptime: u64,
+    /// Everything is attached and enforced.
+    pub ready: bool,
+    /// What is missing for that.
+    pub missing: Vec<String>,
+    /// What an operator should look at, though what can be enforced is enforced.
+    pub warnings: Vec<String>,
+    /// `[policy] enforcement`.
+    pub enforcement: String,
+    /// `[policy] audit`.
+    pub audit: bool,
+    /// Counts the changes that were put in force.
+    pub revision: u64,
+    /// How long the last of them took, from reading the files to the last map entry, ms.
+    pub last_change_ms: f64,
+    /// Guarded interfaces.
+    pub interfaces: Vec<InterfaceStatus>,
+    /// Endpoints of this node.
+    pub endpoints: Vec<Endpoint>,
+    /// The folder of policies.
+    pub policy_dir: String,
+    /// Its files.
+    pub policy_files: Vec<PolicyFile>,
+    /// Kinds of inspection that policies want and nobody does yet.
+    pub missing_inspectors: Vec<MissingInspector>,
+    /// Fill levels.
+    pub maps: Vec<MapFill>,
+    /// Connections.
+    pub conntrack: ConntrackStatus,
+    /// Events.
+    pub events: EventStatus,
+    /// Drops since the maps were made.
+    pub drops: Vec<DropCount>,
+}
+
+/// An interface that is to be guarded.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct InterfaceStatus {
+    /// Its name.
+    pub name: String,
+    /// Its index, 0 if it is not there.
+    pub ifindex: u32,
+    /// host or endpoint.
+    pub role: String,
+    /// Number of the endpoint behind it.
+    pub endpoint: u16,
+    /// What stands at ingress, as it was got: `xdp (native)`, `xdp (skb)`, `tcx`, `clsact`.
+    pub ingress: Option<String>,
+    /// What stands at egress.
+    pub egress: Option<String>,
+    /// Why it is not guarded.
+    pub problem: Option<String>,
+}
+
+/// An endpoint of this node.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// Its number.
+    pub id: u16,
+    /// `namespace/name`.
+    pub name: String,
+    /// Its identity.
+    pub identity: u32,
+    /// Labels of the identity.
+    pub labels: Vec<String>,
+    /// Its addresses.
+    pub addresses: Vec<String>,
+    /// Its interface; none for the node.
+    pub interface: Option<String>,
+    /// Enabled, Disabled, or either with (Audit).
+    pub ingress_enforcement: String,
+    /// The same for egress.
+    pub egress_enforcement: String,
+    /// The table that judges it.
+    pub policy: u32,
+    /// Of its policy.
+    pub revision: u32,
+    /// Policies that select it.
+    pub policies: Vec<String>,
+    /// ready, or what it waits for.
+    pub state: String,
+    /// Options by name.
+    pub options: BTreeMap<String, bool>,
+}
+
+/// A file of the policy folder.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PolicyFile {
+    /// Its name within the folder.
+    pub file: String,
+    /// Whether what is in force is what the file says now.
+    pub state: PolicyFileState,
+    /// Policies of it in force.
+    pub policies: usize,
+    /// `FILE:LINE:COL: message`.
+    pub diagnostics: Vec<String>,
+}
+
+/// How what a file says and what is in force go together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PolicyFileState {
+    /// The same.
+    #[default]
+    InForce,
+    /// The file is broken; what it said before is in force.
+    LastGood,
+    /// The file is broken and never was good: nothing of it is in force.
+    Unused,
+}
+
+/// A kind of inspection that policies want and nobody does.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MissingInspector {
+    /// http, dns, tls, kafka, listener, tls-terminate.
+    pub inspector: String,
+    /// The policies.
+    pub policies: Vec<String>,
+}
+
+/// How full a map is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MapFill {
+    /// Its name.
+    pub map: String,
+    /// Entries in it.
+    pub entries: u64,
+    /// Entries it can have.
+    pub capacity: u64,
+}
+
+/// Connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConntrackStatus {
+    /// In the map.
+    pub entries: u64,
+    /// The map can have.
+    pub capacity: u64,
+    /// Made by packets.
+    pub made: u64,
+    /// Made from the kernel's own tables when Palisade was first attached.
+    pub seeded: u64,
+    /// Taken out because they were dead.
+    pub swept: u64,
+    /// Pushed out by the kernel because the map was full.
+    pub evicted: u64,
+}
+
+/// Events.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventStatus {
+    /// Read by this daemon.
+    pub read: u64,
+    /// Not sent: rate limit.
+    pub suppressed: u64,
+    /// Not sent: the ring was full.
+    pub lost: u64,
+    /// Clients of `observe` that were cut off because they did not read.
+    pub slow_clients: u64,
+}
+
+/// Packets dropped for a reason.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DropCount {
+    /// The reason's number.
+    pub reason: u8,
+    /// The reason in words.
+    pub text: String,
+    /// ingress or egress.
+    pub direction: String,
+    /// How many.
+    pub packets: u64,
+    /// How long together.
+    pub bytes: u64,
+}
+
+/// A policy in force.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PolicySummary {
+    /// `namespace/name`.
+    pub name: String,
+    /// The resource's kind.
+    pub kind: String,
+    /// Where it is written.
+    pub location: String,
+    /// Only reported, not enforced.
+    pub audit: bool,
+    /// Endpoints of this node that it selects, by name.
+    pub endpoints: Vec<String>,
+    /// Its rules.
+    pub rules: Vec<RuleSummary>,
+}
+
+/// A rule of a policy.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RuleSummary {
+    /// Its number in the maps; 0 if no table has it.
+    pub id: u32,
+    /// In words.
+    pub rule: String,
+    /// Packets that it decided.
+    pub packets: u64,
+    /// Their length together.
+    pub bytes: u64,
+}
+
+/// A selector of a policy.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SelectorRow {
+    /// As it would be written.
+    pub selector: String,
+    /// The policies that have it.
+    pub policies: Vec<String>,
+    /// How many rules have it.
+    pub users: usize,
+    /// Whom it selects.
+    pub identities: Vec<u32>,
+}
+
+/// What would happen to a packet.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct TraceAnswer {
+    /// Whether it would arrive.
+    pub verdict: String,
+    /// How that comes, line by line.
+    pub explanation: Vec<String>,
+}
+
+/// An identity.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct IdentityRow {
+    /// Its number.
+    pub id: u32,
+    /// Its labels.
+    pub labels: Vec<String>,
+}
+
+/// An entry of a policy table.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PolicyRow {
+    /// Allow, Deny, Inspect, Auth.
+    pub policy: String,
+    /// Ingress or Egress.
+    pub direction: String,
+    /// Of the other end; 0: anybody.
+    pub identity: u32,
+    /// Labels of the other end; ANY for anybody.
+    pub labels: Vec<String>,
+    /// `80/TCP`, `8000-8999/TCP`, `ANY`, ...
+    pub ports: Vec<String>,
+    /// Who reads the traffic; none if nobody does.
+    pub inspector: Option<String>,
+    /// Whether the ends have to authenticate.
+    pub auth: bool,
+    /// Dropped only in name: audit mode.
+    pub audit: bool,
+    /// The deciding rule's number.
+    pub rule: u32,
+    /// The deciding rule in words.
+    pub decided_by: String,
+    /// Bytes that the rule decided, all its entries together.
+    pub bytes: u64,
+    /// Packets that the rule decided, all its entries together.
+    pub packets: u64,
+}
+
+/// A connection.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ConnectionRow {
+    /// TCP, UDP, ...
+    pub protocol: String,
+    /// IN: the other end opened it. OUT: the endpoint did.
+    pub direction: String,
+    /// Who opened it, with port where there is one.
+    pub source: String,
+    /// Whom, with port where there is one.
+    pub destination: String,
+    /// The endpoint, by number.
+    pub endpoint: u16,
+    /// Seconds from now on; negative: dead, not swept yet.
+    pub expires: i64,
+    /// From the side that opened it.
+    pub forward_packets: u64,
+    /// From the side that opened it.
+    pub forward_bytes: u64,
+    /// From the other side.
+    pub reply_packets: u64,
+    /// From the other side.
+    pub reply_bytes: u64,
+    /// TCP flags seen from the side that opened it.
+    pub forward_tcp: u8,
+    /// TCP flags seen from the other side.
+    pub reply_tcp: u8,
+    /// Of the other end.
+    pub identity: u32,
+    /// Of the policy under which it was judged.
+    pub revision: u32,
+    /// The rule that let it through.
+    pub rule: u32,
+    /// Audit, Replied, Seeded, Midstream, Closed.
+    pub flags: Vec<String>,
+}
+
+/// Who an address is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct IpcacheRow {
+    /// Prefix.
+    pub prefix: String,
+    /// Its identity.
+    pub identity: u32,
+    /// The endpoint of this node that has it; 0: none.
+    pub endpoint: u16,
+    /// Labels of the identity.
+    pub labels: Vec<String>,
+}

@@ -1,0 +1,17 @@
+//! Between the command line and the daemon: a unix socket, one request a connection, JSON lines both ways.
+//!
+//! ```text
+//! -> {"command":"endpoint-get","endpoint":"default/web"}
+//! <- {"ok":{...}}                                    or {"error":"..."}
+//! -> {"command":"observe","filters":[["to-port","80"]],"follow":true}
+//! <- {"flow":{...}}   {"lost":12}   ...              until {"ok":null}, {"error":"..."} or one side closes
+//! ```
+
+pub mod api;
+pub mod client;
+pub mod server;
+
+/// The longest line that either side takes. A listing is one line: a table of a million entries has to fit.
+pub const MAX_ANSWER: usize = 1 << 30;
+/// The longest request: filters and trace descriptions are short.
+pub const MAX_REQUEST: usize = 64 * 1024;

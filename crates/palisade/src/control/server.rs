@@ -1,0 +1,425 @@
+//! The daemon's side of the control socket: root only, a bounded number of clients, each with a deadline.
+
+use std::{
+    fs, io,
+    io::{BufRead as _, BufReader, Write as _},
+    os::fd::AsRawFd as _,
+    os::unix::{
+        fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt as _},
+        net::{UnixListener, UnixStream},
+    },
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    sys::socket::{MsgFlags, getsockopt, recv, sockopt::PeerCredentials},
+};
+use tracing::{debug, warn};
+
+use super::{
+    MAX_REQUEST,
+    api::{Answer, Request},
+};
+
+/// Clients at the same time. One thread each.
+const MAX_CLIENTS: usize = 64;
+/// A client must have sent its request by then.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
+/// So much is sent at a time.
+const PIECE: usize = 64 * 1024;
+/// A client must take a piece of what it is sent by then.
+const WRITE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Writes the lines of an answer.
+pub trait Sink {
+    /// Sends a line now.
+    fn send(&mut self, answer: &Answer) -> io::Result<()>;
+    /// Puts a line into the buffer; it goes out with the next [`Sink::send`] or [`Sink::flush`], or when the
+    /// buffer is full.
+    fn queue(&mut self, answer: &Answer) -> io::Result<()>;
+    /// Sends what is in the buffer.
+    fn flush(&mut self) -> io::Result<()>;
+    /// Whether the client has gone.
+    fn closed(&self) -> bool;
+}
+
+/// Answers requests. Called on a thread of the client's own.
+pub trait Handler: Send + Sync + 'static {
+    /// Answers by at least one line.
+    fn handle(&self, request: Request, sink: &mut dyn Sink) -> io::Result<()>;
+}
+
+/// What the server did so far.
+#[derive(Debug, Default)]
+pub struct Counts {
+    clients: AtomicUsize,
+    /// Clients cut off because they did not read.
+    pub slow: AtomicU64,
+    /// Clients turned away because there were too many.
+    pub refused: AtomicU64,
+}
+
+/// Removes the socket when it goes.
+#[derive(Debug)]
+pub struct Socket {
+    path: PathBuf,
+    /// What the server did so far.
+    pub counts: Arc<Counts>,
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // Somebody else may have removed it: there is nothing left to do then.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Listens, and serves on threads of its own from now on.
+///
+/// The caller holds the lock that makes it the only daemon, so a socket that is there already is a dead one's.
+pub fn listen(path: &Path, handler: Arc<impl Handler>) -> io::Result<Socket> {
+    if let Some(parent) = path.parent() {
+        fs::DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
+    }
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.file_type().is_socket() => fs::remove_file(path)?,
+        Ok(_) => return Err(io::Error::other("is there already and is not a socket")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    // Bound under a name that nobody knows, made private, and only then put in its place: there is no moment
+    // in which others may connect.
+    let private = path.with_extension(format!("{}", std::process::id()));
+    let _ = fs::remove_file(&private);
+    let listener = UnixListener::bind(&private)?;
+    fs::set_permissions(&private, fs::Permissions::from_mode(0o600))?;
+    fs::rename(&private, path)?;
+    let counts = Arc::new(Counts::default());
+    let socket = Socket {
+        path: path.to_owned(),
+        counts: Arc::clone(&counts),
+    };
+    thread::Builder::new().name("control".into()).spawn(move || {
+        for stream in listener.incoming() {
+            match stream {
+                Ok(stream) => accept(stream, &handler, &counts),
+                Err(error) => {
+                    warn!("control socket: {error}");
+                    // Out of file descriptors, most likely: trying at once would only spin.
+                    thread::sleep(Duration::from_millis(100));
+                }
+            }
+        }
+    })?;
+    Ok(socket)
+}
+
+fn accept<H: Handler>(stream: UnixStream, handler: &Arc<H>, counts: &Arc<Counts>) {
+    // The file's mode keeps others out; the kernel's word for who it is counts all the same.
+    let root = getsockopt(&stream, PeerCredentials).is_ok_and(|credentials| credentials.uid() == 0);
+    if !root {
+        refuse(stream, "only root may talk to the daemon");
+        return;
+    }
+    if counts.clients.fetch_add(1, Ordering::SeqCst) >= MAX_CLIENTS {
+        counts.clients.fetch_sub(1, Ordering::SeqCst);
+        counts.refused.fetch_add(1, Ordering::Relaxed);
+        refuse(stream, "too many clients at the same time; try again");
+        return;
+    }
+    let (handler, counts_of_client) = (Arc::clone(handler), Arc::clone(counts));
+    let spawned = thread::Builder::new().name("client".into()).spawn(move || {
+        if let Err(error) = serve(stream, handler.as_ref()) {
+            if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) {
+                counts_of_client.slow.fetch_add(1, Ordering::Relaxed);
+            }
+            debug!("client: {error}");
+        }
+        counts_of_client.clients.fetch_sub(1, Ordering::SeqCst);
+    });
+    if let Err(error) = spawned {
+        counts.clients.fetch_sub(1, Ordering::SeqCst);
+        warn!("no thread for a client: {error}");
+    }
+}
+
+fn refuse(stream: UnixStream, why: &str) {
+    let mut line = serde_json::to_vec(&Answer::Error(why.to_owned())).unwrap_or_default();
+    line.push(b'\n');
+    // Best effort: whoever is turned away may have gone.
+    let _ = write_all(&stream, &line, Duration::from_millis(100));
+}
+
+fn serve(stream: UnixStream, handler: &impl Handler) -> io::Result<()> {
+    let line = read_request(&stream)?;
+    let mut sink = StreamSink {
+        stream,
+        buffer: Vec::new(),
+    };
+    match line {
+        Line::Request(line) => match serde_json::from_slice::<Request>(&line) {
+            Ok(request) => handler.handle(request, &mut sink),
+            Err(error) => sink.send(&Answer::Error(format!(
+                "the request cannot be read ({error}); are the command and the daemon of the same version?"
+            ))),
+        },
+        Line::TooLong => sink.send(&Answer::Error(format!(
+            "the request is longer than {MAX_REQUEST} bytes"
+        ))),
+        Line::Closed => Ok(()),
+    }
+}
+
+enum Line {
+    Request(Vec<u8>),
+    TooLong,
+    Closed,
+}
+
+/// One line, within the deadline as a whole: a byte now and then does not prolong it.
+fn read_request(stream: &UnixStream) -> io::Result<Line> {
+    let deadline = Instant::now() + REQUEST_DEADLINE;
+    let mut line = Vec::new();
+    let mut reader = BufReader::new(stream);
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        let buffer = reader.fill_buf()?;
+        if buffer.is_empty() {
+            return Ok(Line::Closed);
+        }
+        let end = buffer.iter().position(|byte| *byte == b'\n');
+        let taken = end.map_or(buffer.len(), |end| end + 1);
+        if line.len() + taken > MAX_REQUEST {
+            return Ok(Line::TooLong);
+        }
+        line.extend_from_slice(&buffer[..taken]);
+        reader.consume(taken);
+        if end.is_some() {
+            return Ok(Line::Request(line));
+        }
+    }
+}
+
+/// Writes all of it, a piece at a time, each within the deadline as a whole: a client that takes a byte now and
+/// then is slow all the same.
+fn write_all(mut stream: &UnixStream, bytes: &[u8], deadline: Duration) -> io::Result<()> {
+    for piece in bytes.chunks(PIECE) {
+        let until = Instant::now() + deadline;
+        let mut rest = piece;
+        while !rest.is_empty() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            stream.set_write_timeout(Some(left))?;
+            match stream.write(rest) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => rest = &rest[written..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(())
+}
+
+struct StreamSink {
+    stream: UnixStream,
+    buffer: Vec<u8>,
+}
+
+impl Sink for StreamSink {
+    fn send(&mut self, answer: &Answer) -> io::Result<()> {
+        self.queue(answer)?;
+        self.flush()
+    }
+
+    fn queue(&mut self, answer: &Answer) -> io::Result<()> {
+        serde_json::to_writer(&mut self.buffer, answer)?;
+        self.buffer.push(b'\n');
+        if self.buffer.len() >= PIECE {
+            self.flush()
+        } else {
+            Ok(())
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let written = write_all(&self.stream, &self.buffer, WRITE_DEADLINE);
+        self.buffer.clear();
+        written
+    }
+
+    fn closed(&self) -> bool {
+        // A client has nothing more to say: anything it sends now is the end of the stream.
+        let nothing = recv(
+            self.stream.as_raw_fd(),
+            &mut [0; 1],
+            MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK,
+        );
+        nothing != Err(Errno::EAGAIN)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Read as _, sync::Mutex};
+
+    use super::*;
+    use crate::control::client::{self, Client, ClientError};
+
+    struct Echo(Mutex<Vec<Request>>);
+
+    impl Handler for Echo {
+        fn handle(&self, request: Request, sink: &mut dyn Sink) -> io::Result<()> {
+            let flood = matches!(&request, Request::Observe(_));
+            self.0.lock().unwrap().push(request);
+            if flood {
+                let big = Answer::Ok("x".repeat(1 << 16).into());
+                while !sink.closed() {
+                    sink.send(&big)?;
+                }
+            }
+            sink.send(&Answer::Ok(serde_json::json!({"answer": 42})))
+        }
+    }
+
+    fn server() -> (tempfile::TempDir, PathBuf, Arc<Echo>, Socket) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("palisade.sock");
+        let handler = Arc::new(Echo(Mutex::default()));
+        let socket = listen(&path, Arc::clone(&handler)).unwrap();
+        (dir, path, handler, socket)
+    }
+
+    fn raw(path: &Path, bytes: &[u8]) -> String {
+        let mut stream = UnixStream::connect(path).unwrap();
+        // The server may have answered and closed before everything was sent.
+        let _ = stream.write_all(bytes);
+        let mut answer = String::new();
+        let _ = stream.read_to_string(&mut answer);
+        answer
+    }
+
+    #[test]
+    fn a_request_is_answered_and_the_socket_is_private() {
+        let (_dir, path, handler, socket) = server();
+        let answer: serde_json::Value = client::ask(&path, &Request::IdentityGet { identity: 7 }).unwrap();
+        assert_eq!(answer["answer"], 42);
+        assert_eq!(*handler.0.lock().unwrap(), [Request::IdentityGet { identity: 7 }]);
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        drop(socket);
+        assert!(!path.exists());
+        let error = client::ask::<()>(&path, &Request::Status).unwrap_err();
+        assert!(matches!(error, ClientError::NotRunning { .. }), "{error}");
+    }
+
+    #[test]
+    fn garbage_and_endless_lines_are_refused_and_the_server_goes_on() {
+        let (_dir, path, handler, _socket) = server();
+        let too_long = vec![b'x'; MAX_REQUEST * 2];
+        for (hostile, wanted) in [
+            (&b"\n"[..], "cannot be read"),
+            (
+                b"{\"command\":\"identity-get\",\"identity\":-1}\n",
+                "cannot be read",
+            ),
+            (b"{\"command\":\"format-disk\"}\n", "cannot be read"),
+            (b"\xff\xfe\x00\n", "cannot be read"),
+            (b"[[[[[[[[[[[[[[[[[[[[[[[[[\n", "cannot be read"),
+            (&too_long, "longer than"),
+            (&[b'['; 60_000], ""),
+        ] {
+            let stream_answer = if wanted.is_empty() {
+                let mut stream = UnixStream::connect(&path).unwrap();
+                stream.write_all(hostile).unwrap();
+                stream.shutdown(std::net::Shutdown::Write).unwrap();
+                let mut answer = String::new();
+                stream.read_to_string(&mut answer).unwrap();
+                answer
+            } else {
+                raw(&path, hostile)
+            };
+            assert!(stream_answer.contains(wanted), "{stream_answer:?}");
+        }
+        assert!(handler.0.lock().unwrap().is_empty());
+        client::ask::<serde_json::Value>(&path, &Request::Status).unwrap();
+    }
+
+    #[test]
+    fn a_deeply_nested_request_does_not_overflow_the_stack() {
+        let (_dir, path, _handler, _socket) = server();
+        let mut nested = vec![b'['; 60_000];
+        nested.push(b'\n');
+        assert!(raw(&path, &nested).contains("cannot be read"));
+    }
+
+    #[test]
+    fn more_clients_than_allowed_are_turned_away() {
+        let (_dir, path, _handler, socket) = server();
+        let idle: Vec<UnixStream> = (0..MAX_CLIENTS)
+            .map(|_| UnixStream::connect(&path).unwrap())
+            .collect();
+        let error = client::ask::<()>(&path, &Request::Status).unwrap_err();
+        assert!(error.to_string().contains("too many clients"), "{error}");
+        assert_eq!(socket.counts.refused.load(Ordering::Relaxed), 1);
+        drop(idle);
+        let until = Instant::now() + Duration::from_secs(5);
+        while client::ask::<serde_json::Value>(&path, &Request::Status).is_err() {
+            assert!(
+                Instant::now() < until,
+                "the places of clients that went are not free"
+            );
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    #[test]
+    fn a_client_that_does_not_read_is_cut_off_and_counted() {
+        let (_dir, path, _handler, socket) = server();
+        let client = Client::send(&path, &Request::Observe(Default::default())).unwrap();
+        let until = Instant::now() + WRITE_DEADLINE + Duration::from_secs(5);
+        while socket.counts.slow.load(Ordering::Relaxed) == 0 {
+            assert!(Instant::now() < until, "it was not cut off");
+            thread::sleep(Duration::from_millis(50));
+        }
+        drop(client);
+    }
+
+    #[test]
+    fn a_client_that_says_nothing_is_cut_off() {
+        let (_dir, path, _handler, socket) = server();
+        let mut stream = UnixStream::connect(&path).unwrap();
+        stream.write_all(b"{").unwrap();
+        let begun = Instant::now();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, "");
+        assert!(begun.elapsed() < REQUEST_DEADLINE + Duration::from_secs(3));
+        let until = Instant::now() + Duration::from_secs(5);
+        while socket.counts.slow.load(Ordering::Relaxed) == 0 {
+            assert!(Instant::now() < until, "it was not counted");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_no_socket_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("precious");
+        fs::write(&path, "data").unwrap();
+        assert!(listen(&path, Arc::new(Echo(Mutex::default()))).is_err());
+        assert_eq!(fs::read(&path).unwrap(), b"data");
+    }
+}
