@@ -1,0 +1,304 @@
+//! The command line.
+
+use std::{ffi::OsString, path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::{config, duration};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done; for validate, test and --check-config: nothing wrong
+  1  the answer is no: errors in a file, failed checks, not ready in time, denied (trace)
+  2  the command line cannot be understood
+  3  the daemon is not running, or cannot be asked
+  4  something else failed";
+
+/// Identity firewall for bare-metal nodes.
+#[derive(Debug, Parser)]
+#[command(name = "palisade", version, about, after_help = EXIT_CODES, propagate_version = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// The configuration.
+    #[arg(long, global = true, value_name = "FILE", default_value = config::DEFAULT_PATH, env = "PALISADE_CONFIG")]
+    pub config: PathBuf,
+    /// The daemon's control socket; by default the one of the configuration.
+    #[arg(long, global = true, value_name = "PATH", env = "PALISADE_SOCKET")]
+    pub socket: Option<PathBuf>,
+}
+
+/// How a listing is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Default)]
+pub enum Output {
+    /// For people.
+    #[default]
+    Table,
+    /// For programs.
+    Json,
+}
+
+/// `-o` of the listings.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct OutputArgs {
+    /// How it is written.
+    #[arg(short, long, value_enum, default_value_t)]
+    pub output: Output,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the daemon: fill the maps, attach, watch policies and interfaces.
+    #[command(after_help = "Examples:
+  palisade run
+  palisade run --config ./palisade.toml --check-config
+
+Signals: TERM and INT end the daemon, what it attached keeps enforcing; HUP reads the configuration again.
+Log: to stderr; PALISADE_LOG=debug for more.")]
+    Run {
+        /// Only say what is wrong with the configuration.
+        #[arg(long)]
+        check_config: bool,
+    },
+    /// Show what is attached, enforced, full, lost and wrong.
+    #[command(after_help = "Examples:
+  palisade status
+  palisade status --wait 10s && echo enforced")]
+    Status {
+        /// Return when everything is attached and enforced; exit 1 if it is not by then, and say what is missing.
+        #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
+        wait: Option<Duration>,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// End the daemon. What it attached keeps enforcing unless --detach is given.
+    #[command(after_help = "Examples:
+  palisade stop             the last policy stays enforced
+  palisade stop --detach    nothing is left in the kernel; works also if the daemon is dead")]
+    Stop {
+        /// Detach all programs and remove all maps: nothing is enforced any more.
+        #[arg(long)]
+        detach: bool,
+    },
+    /// Policies: check, test, explain, list.
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Endpoints of this node.
+    #[command(subcommand)]
+    Endpoint(EndpointCommand),
+    /// Security identities.
+    #[command(subcommand)]
+    Identity(IdentityCommand),
+    /// What the BPF maps hold.
+    #[command(subcommand)]
+    Bpf(BpfCommand),
+    /// Show flows.
+    #[command(disable_help_flag = true)]
+    Observe(FlowArgs),
+    /// Show single events as the programs send them.
+    #[command(disable_help_flag = true)]
+    Monitor(FlowArgs),
+}
+
+/// Flags of observe and monitor: their order matters (`--not`), so they are read by hand.
+#[derive(Debug, Args)]
+pub struct FlowArgs {
+    /// Flags.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub flags: Vec<OsString>,
+}
+
+/// `palisade policy`.
+#[derive(Debug, Subcommand)]
+pub enum PolicyCommand {
+    /// Check policy files. Needs neither daemon nor root.
+    #[command(after_help = "Examples:
+  palisade policy validate web.yaml
+  palisade policy validate /etc/palisade/policies.d
+
+Prints FILE:LINE:COL: MESSAGE for each error, warning and note, and exits 1 if there is an error.")]
+    Validate {
+        /// Files, or folders of which every *.yaml, *.yml and *.json is checked.
+        #[arg(required = true, value_name = "PATH")]
+        paths: Vec<PathBuf>,
+        /// Only errors.
+        #[arg(short, long)]
+        quiet: bool,
+    },
+    /// Run case files: unit tests for policies. Needs neither daemon nor root.
+    #[command(after_help = "Examples:
+  palisade policy test cases.jsonl
+  palisade policy test tests/cases/*.yaml
+
+A case file has one JSON object a line, or YAML documents. Prints a line for each check that differs, with the
+deciding rule, then `N passed, M failed`, and exits 1 if a check failed.")]
+    Test {
+        /// Case files.
+        #[arg(required = true, value_name = "CASES")]
+        paths: Vec<PathBuf>,
+    },
+    /// Explain what would happen to a packet, and by which rules. Asks the daemon, or, with policy files named, works off-line.
+    #[command(after_help = "Examples:
+  palisade policy trace --from default/frontend --to default/backend --port 8080
+  palisade policy trace --from world --to host --port 22
+  palisade policy trace --from 192.0.2.7 --to default/web --port 443/tcp
+  palisade policy trace --from default/a --to 10.0.9.5 --protocol icmp --port 8
+  palisade policy trace --config palisade.toml --policies policies.d --from default/a --to default/b --port 53/udp
+
+An end is an endpoint or a peer by name, an endpoint's number, an address, or a reserved name (host, world,
+world-ipv4, world-ipv6, remote-node, ...).
+Exits 0 if the packet would be allowed (or inspected), 1 if it would be dropped.")]
+    Trace {
+        /// Who sends.
+        #[arg(long, visible_alias = "src", value_name = "END")]
+        from: String,
+        /// Who receives.
+        #[arg(long, visible_alias = "dst", value_name = "END")]
+        to: String,
+        /// tcp, udp, sctp, icmp, icmpv6, or a number.
+        #[arg(long, value_name = "PROTOCOL")]
+        protocol: Option<String>,
+        /// Destination port, with or without protocol (8080, 53/udp); for ICMP the type.
+        #[arg(long, visible_alias = "dport", value_name = "PORT[/PROTOCOL]")]
+        port: Option<String>,
+        /// Work off-line: with these policy files or folders, and the endpoints and peers of --config.
+        #[arg(long, value_name = "PATH", num_args = 1..)]
+        policies: Vec<PathBuf>,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// List the policies in force; one by name with its rules and their counters.
+    Get {
+        /// `namespace/name`, or the name of a cluster-wide policy.
+        name: Option<String>,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// List the selectors of the policies, and whom they select.
+    Selectors {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+}
+
+/// `palisade endpoint`.
+#[derive(Debug, Subcommand)]
+pub enum EndpointCommand {
+    /// List the endpoints.
+    List {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Show one endpoint.
+    Get {
+        /// Number, name or address.
+        endpoint: String,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Show or set options of an endpoint. They are kept over a restart.
+    #[command(after_help = "Examples:
+  palisade endpoint config 2
+  palisade endpoint config default/frontend PolicyAuditMode=Enabled
+
+Options:
+  PolicyAuditMode    what would be dropped passes and is reported")]
+    Config {
+        /// Number, name or address.
+        endpoint: String,
+        /// OPTION=Enabled or OPTION=Disabled.
+        #[arg(value_name = "OPTION=VALUE")]
+        options: Vec<String>,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+}
+
+/// `palisade identity`.
+#[derive(Debug, Subcommand)]
+pub enum IdentityCommand {
+    /// List the identities in use.
+    List {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Show one identity.
+    Get {
+        /// Its number.
+        identity: u32,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+}
+
+/// `palisade bpf`.
+#[derive(Debug, Subcommand)]
+pub enum BpfCommand {
+    /// The policy tables.
+    #[command(subcommand)]
+    Policy(BpfPolicyCommand),
+    /// The connections.
+    #[command(subcommand)]
+    Ct(BpfCtCommand),
+    /// The identities of addresses.
+    #[command(subcommand)]
+    Ipcache(BpfIpcacheCommand),
+}
+
+/// `palisade bpf policy`.
+#[derive(Debug, Subcommand)]
+pub enum BpfPolicyCommand {
+    /// Show the table of an endpoint.
+    Get {
+        /// Number, name or address.
+        endpoint: String,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+}
+
+/// `palisade bpf ct`.
+#[derive(Debug, Subcommand)]
+pub enum BpfCtCommand {
+    /// List all connections.
+    List {
+        /// There is one table for all endpoints: `global` says so.
+        #[arg(value_parser = ["global"], hide = true)]
+        scope: Option<String>,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+}
+
+/// `palisade bpf ipcache`.
+#[derive(Debug, Subcommand)]
+pub enum BpfIpcacheCommand {
+    /// List all addresses and prefixes.
+    List {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_of_observe_are_left_to_it() {
+        let cli = Cli::try_parse_from(["palisade", "observe", "--not", "--to-port", "80", "-f"]).unwrap();
+        let Command::Observe(args) = cli.command else {
+            panic!("{cli:?}")
+        };
+        assert_eq!(args.flags, ["--not", "--to-port", "80", "-f"]);
+    }
+}

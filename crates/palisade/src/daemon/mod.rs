@@ -1,0 +1,6 @@
+//! The daemon.
+
+mod files;
+mod network;
+mod policies;
+mod watcher;

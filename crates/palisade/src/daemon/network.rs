@@ -1,0 +1,182 @@
+//! The interfaces and addresses of this network namespace, and every change of them (rtnetlink).
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::IpAddr,
+    thread,
+    time::Duration,
+};
+
+use netlink_packet_core::{
+    NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    address::{AddressAttribute, AddressMessage},
+    link::{LinkAttribute, LinkMessage},
+};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use tracing::warn;
+
+/// Multicast groups of rtnetlink (linux/rtnetlink.h): links, IPv4 addresses, IPv6 addresses.
+const GROUPS: u32 = 0x1 | 0x10 | 0x100;
+/// After a message, more are awaited for so long: a veth pair with addresses comes as a dozen.
+const SETTLE: Duration = Duration::from_millis(5);
+
+/// What there is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Network {
+    /// Index of every interface by its name.
+    pub links: BTreeMap<String, u32>,
+    /// Addresses of this node, without loopback's own.
+    pub addresses: BTreeSet<IpAddr>,
+}
+
+/// Reads what there is now.
+pub fn read() -> io::Result<Network> {
+    let mut network = Network::default();
+    dump(RouteNetlinkMessage::GetLink(LinkMessage::default()), |message| {
+        if let RouteNetlinkMessage::NewLink(link) = message {
+            let name = link.attributes.into_iter().find_map(|attribute| match attribute {
+                LinkAttribute::IfName(name) => Some(name),
+                _ => None,
+            });
+            if let Some(name) = name {
+                network.links.insert(name, link.header.index);
+            }
+        }
+    })?;
+    dump(
+        RouteNetlinkMessage::GetAddress(AddressMessage::default()),
+        |message| {
+            if let RouteNetlinkMessage::NewAddress(address) = message {
+                network.addresses.extend(own_address(&address.attributes));
+            }
+        },
+    )?;
+    Ok(network)
+}
+
+/// On a point-to-point interface `Address` is the other end and `Local` is ours; elsewhere they are the same, and
+/// IPv6 has no `Local`.
+fn own_address(attributes: &[AddressAttribute]) -> Option<IpAddr> {
+    let local = attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Local(address) => Some(*address),
+        _ => None,
+    });
+    let address = attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Address(address) => Some(*address),
+        _ => None,
+    });
+    local.or(address).filter(|address| !address.is_loopback())
+}
+
+fn dump(request: RouteNetlinkMessage, mut each: impl FnMut(RouteNetlinkMessage)) -> io::Result<()> {
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    let mut packet = NetlinkMessage::new(NetlinkHeader::default(), NetlinkPayload::from(request));
+    packet.header.flags = NLM_F_DUMP | NLM_F_REQUEST;
+    packet.finalize();
+    let mut bytes = vec![0; packet.buffer_len()];
+    packet.serialize(&mut bytes);
+    socket.send(&bytes, 0)?;
+    let mut interrupted = false;
+    loop {
+        let (received, _) = socket.recv_from_full()?;
+        let mut rest = received.as_slice();
+        while !rest.is_empty() {
+            let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
+                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+            interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
+            // Messages are aligned to four bytes; the last one's padding may be missing.
+            let length = (message.header.length as usize)
+                .next_multiple_of(4)
+                .clamp(4, rest.len());
+            rest = &rest[length..];
+            match message.payload {
+                NetlinkPayload::Done(_) if interrupted => return Err(io::ErrorKind::Interrupted.into()),
+                NetlinkPayload::Done(_) => return Ok(()),
+                NetlinkPayload::Error(error) => return Err(error.to_io()),
+                NetlinkPayload::InnerMessage(message) => each(message),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Reads what there is until a reading was not disturbed by a change.
+fn read_whole() -> io::Result<Network> {
+    loop {
+        match read() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => thread::sleep(SETTLE),
+            other => return other,
+        }
+    }
+}
+
+/// Answers what there is, and from now on gives `changed` what there is whenever that is something else.
+/// Runs on a thread of its own until `changed` answers false.
+pub fn watch(mut changed: impl FnMut(Network) -> bool + Send + 'static) -> io::Result<Network> {
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    socket.bind(&SocketAddr::new(0, GROUPS))?;
+    // Told first, read then: what happens in between is told.
+    let first = read_whole()?;
+    let mut known = first.clone();
+    thread::Builder::new().name("network".into()).spawn(move || {
+        loop {
+            // What changed is not in the message but in the next dump: messages get lost when many come
+            // (ENOBUFS), a dump is whole.
+            if let Err(error) = socket.recv_from_full()
+                && error.raw_os_error() != Some(nix::errno::Errno::ENOBUFS as i32)
+            {
+                warn!("watching interfaces: {error}");
+                thread::sleep(Duration::from_secs(1));
+            }
+            thread::sleep(SETTLE);
+            if socket.set_non_blocking(true).is_ok() {
+                while socket.recv_from_full().is_ok() {}
+                let _ = socket.set_non_blocking(false);
+            }
+            match read_whole() {
+                Ok(network) if network != known => {
+                    known = network.clone();
+                    if !changed(network) {
+                        return;
+                    }
+                }
+                Ok(_) => {}
+                Err(error) => warn!("reading interfaces: {error}"),
+            }
+        }
+    })?;
+    Ok(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use super::*;
+
+    #[test]
+    fn the_loopback_interface_is_found_and_its_addresses_are_not_the_nodes() {
+        let network = read_whole().unwrap();
+        assert!(network.links.contains_key("lo"), "{network:?}");
+        assert!(network.addresses.iter().all(|address| !address.is_loopback()));
+    }
+
+    #[test]
+    fn the_nodes_side_of_a_point_to_point_link_counts() {
+        let v4 = |n| IpAddr::from(Ipv4Addr::new(192, 0, 2, n));
+        let both = [AddressAttribute::Address(v4(2)), AddressAttribute::Local(v4(1))];
+        assert_eq!(own_address(&both), Some(v4(1)));
+        let v6 = IpAddr::from("2001:db8::1".parse::<Ipv6Addr>().unwrap());
+        assert_eq!(own_address(&[AddressAttribute::Address(v6)]), Some(v6));
+        assert_eq!(
+            own_address(&[AddressAttribute::Local(Ipv4Addr::LOCALHOST.into())]),
+            None
+        );
+    }
+}

@@ -1,0 +1,325 @@
+//! The folder of policies: which files changed, a batch at a time (inotify).
+
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent},
+};
+use tracing::warn;
+
+/// Of two changes, the later one prolongs the wait only so many times.
+const LONGEST_WAIT: u32 = 10;
+/// How often a folder that vanished is looked for.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Whether a file of this name is a policy file. Editors' temporary and backup files are not.
+pub fn is_policy_file(name: &str) -> bool {
+    let hidden = name.starts_with(['.', '#']);
+    let extension = Path::new(name)
+        .extension()
+        .and_then(|extension| extension.to_str());
+    !hidden && matches!(extension, Some("yaml" | "yml" | "json"))
+}
+
+/// What changed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Files by name.
+    pub files: BTreeSet<String>,
+    /// Anything may have changed.
+    pub rescan: bool,
+}
+
+impl Changes {
+    /// Everything has to be read again.
+    pub fn all() -> Self {
+        Self {
+            files: BTreeSet::new(),
+            rescan: true,
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.files.is_empty() && !self.rescan
+    }
+}
+
+/// Changes that wait for the folder to be quiet.
+#[derive(Debug)]
+struct Batch {
+    changes: Changes,
+    debounce: Duration,
+    first: Option<Instant>,
+    last: Option<Instant>,
+}
+
+impl Batch {
+    fn new(debounce: Duration) -> Self {
+        Self {
+            changes: Changes::default(),
+            debounce,
+            first: None,
+            last: None,
+        }
+    }
+
+    fn file(&mut self, name: &str, now: Instant) {
+        self.changes.files.insert(name.to_owned());
+        self.touch(now);
+    }
+
+    fn rescan(&mut self, now: Instant) {
+        self.changes.rescan = true;
+        self.touch(now);
+    }
+
+    fn touch(&mut self, now: Instant) {
+        self.first.get_or_insert(now);
+        self.last = Some(now);
+    }
+
+    /// How long to wait for more; `None`: for ever, there is nothing to tell.
+    fn wait(&self, now: Instant) -> Option<Duration> {
+        let quiet = self.last? + self.debounce;
+        let patience = self.first? + self.debounce * LONGEST_WAIT;
+        Some(quiet.min(patience).saturating_duration_since(now))
+    }
+
+    /// What there is to tell now.
+    fn take(&mut self, now: Instant) -> Option<Changes> {
+        let due = !self.changes.is_empty() && self.wait(now).is_some_and(|left| left.is_zero());
+        due.then(|| {
+            (self.first, self.last) = (None, None);
+            std::mem::take(&mut self.changes)
+        })
+    }
+}
+
+fn events_of_folder() -> AddWatchFlags {
+    // A file counts once its writer closed it or it was moved here whole. A link is whole when it is made.
+    AddWatchFlags::IN_CLOSE_WRITE
+        | AddWatchFlags::IN_MOVED_TO
+        | AddWatchFlags::IN_MOVED_FROM
+        | AddWatchFlags::IN_DELETE
+        | AddWatchFlags::IN_CREATE
+        | AddWatchFlags::IN_DELETE_SELF
+        | AddWatchFlags::IN_MOVE_SELF
+        | AddWatchFlags::IN_ONLYDIR
+}
+
+fn note(batch: &mut Batch, dir: &Path, event: &InotifyEvent, now: Instant) {
+    let Some(name) = &event.name else {
+        // The folder itself, or more than the kernel could keep (IN_Q_OVERFLOW).
+        batch.rescan(now);
+        return;
+    };
+    let name = name.to_string_lossy();
+    if !is_policy_file(&name) {
+        // A mounted volume changes by exchanging the link `..data`, through which all files go.
+        if name.starts_with("..") {
+            batch.rescan(now);
+        }
+        return;
+    }
+    if event.mask.contains(AddWatchFlags::IN_CREATE) {
+        // A new file is empty yet and will be told of when it is closed; a new link is complete.
+        let link = fs::symlink_metadata(dir.join(&*name))
+            .is_ok_and(|metadata| metadata.file_type().is_symlink() || metadata.nlink() > 1);
+        if !link {
+            return;
+        }
+    }
+    batch.file(&name, now);
+}
+
+/// Tells `changed` of every change of the folder from now on, on a thread of its own, until it answers false.
+/// If the folder is not there, it is waited for.
+pub fn watch(
+    dir: PathBuf,
+    debounce: Duration,
+    mut changed: impl FnMut(Changes) -> bool + Send + 'static,
+) -> io::Result<()> {
+    let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+    let mut watched = inotify.add_watch(&dir, events_of_folder()).ok();
+    thread::Builder::new().name("policies".into()).spawn(move || {
+        let mut batch = Batch::new(debounce);
+        loop {
+            let now = Instant::now();
+            if watched.is_none() {
+                watched = inotify.add_watch(&dir, events_of_folder()).ok();
+                if watched.is_some() {
+                    batch.rescan(now);
+                }
+            }
+            let look_again = watched.is_none().then_some(LOOK_AGAIN);
+            let wait = [batch.wait(now), look_again].into_iter().flatten().min();
+            // Rounded up: woken a moment too early, it would spin for the rest of the millisecond.
+            let timeout = wait.map_or(PollTimeout::NONE, |wait| {
+                PollTimeout::try_from(wait.as_micros().div_ceil(1_000)).unwrap_or(PollTimeout::MAX)
+            });
+            let mut fds = [PollFd::new(inotify.as_fd(), PollFlags::POLLIN)];
+            if let Err(error) = poll(&mut fds, timeout)
+                && error != Errno::EINTR
+            {
+                warn!("watching {}: {error}", dir.display());
+                thread::sleep(LOOK_AGAIN);
+            }
+            let now = Instant::now();
+            // EAGAIN: no events yet.
+            for event in inotify.read_events().unwrap_or_default() {
+                note(&mut batch, &dir, &event, now);
+                let gone = AddWatchFlags::IN_IGNORED | AddWatchFlags::IN_MOVE_SELF;
+                if event.mask.intersects(gone) && watched == Some(event.wd) {
+                    if event.mask.contains(AddWatchFlags::IN_MOVE_SELF) {
+                        // It is the folder of this name that counts, not the one that had it.
+                        let _ = inotify.rm_watch(event.wd);
+                    }
+                    watched = None;
+                }
+            }
+            if let Some(changes) = batch.take(now)
+                && !changed(changes)
+            {
+                return;
+            }
+        }
+    })?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::fs::symlink, sync::mpsc};
+
+    use super::*;
+
+    #[test]
+    fn what_editors_leave_behind_is_no_policy() {
+        for name in ["web.yaml", "a.b.yml", "x.json"] {
+            assert!(is_policy_file(name), "{name}");
+        }
+        for name in [
+            ".web.yaml.swp",
+            "web.yaml~",
+            "4913",
+            ".#web.yaml",
+            "#web.yaml#",
+            "web.yaml.tmp",
+            "web.txt",
+            ".yaml",
+            "yaml",
+            "..data",
+        ] {
+            assert!(!is_policy_file(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_batch_waits_for_quiet_but_not_for_ever() {
+        let ms = Duration::from_millis;
+        let start = Instant::now();
+        let mut batch = Batch::new(ms(5));
+        assert_eq!(batch.wait(start), None);
+        assert_eq!(batch.take(start + ms(100)), None);
+        batch.file("a.yaml", start);
+        batch.file("b.yaml", start + ms(3));
+        batch.file("a.yaml", start + ms(4));
+        assert_eq!(batch.take(start + ms(8)), None);
+        let changes = batch.take(start + ms(9)).unwrap();
+        assert_eq!(
+            changes.files.into_iter().collect::<Vec<_>>(),
+            ["a.yaml", "b.yaml"]
+        );
+        assert_eq!(batch.wait(start), None);
+        // Somebody writes without a pause: told all the same after ten times the quiet.
+        for n in 0..100 {
+            batch.file("a.yaml", start + ms(n));
+            let told = batch.take(start + ms(n)).is_some();
+            assert_eq!(told, n == 50, "{n}");
+            if told {
+                break;
+            }
+        }
+    }
+
+    fn watched(dir: &Path) -> mpsc::Receiver<Changes> {
+        let (sender, receiver) = mpsc::channel();
+        watch(dir.to_owned(), Duration::from_millis(5), move |changes| {
+            sender.send(changes).is_ok()
+        })
+        .unwrap();
+        receiver
+    }
+
+    fn next(receiver: &mpsc::Receiver<Changes>) -> Changes {
+        receiver
+            .recv_timeout(Duration::from_secs(5))
+            .expect("nothing was told")
+    }
+
+    fn files(names: &[&str]) -> Changes {
+        Changes {
+            files: names.iter().map(ToString::to_string).collect(),
+            rescan: false,
+        }
+    }
+
+    #[test]
+    fn writing_renaming_linking_and_removing_are_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let told = watched(dir.path());
+        fs::write(dir.path().join("a.yaml"), "a").unwrap();
+        assert_eq!(next(&told), files(&["a.yaml"]));
+        // As editors and deployments replace a file.
+        fs::write(dir.path().join(".a.yaml.tmp"), "b").unwrap();
+        fs::rename(dir.path().join(".a.yaml.tmp"), dir.path().join("a.yaml")).unwrap();
+        assert_eq!(next(&told), files(&["a.yaml"]));
+        symlink("a.yaml", dir.path().join("b.yaml")).unwrap();
+        assert_eq!(next(&told), files(&["b.yaml"]));
+        fs::rename(dir.path().join("a.yaml"), dir.path().join("a.yaml.off")).unwrap();
+        fs::remove_file(dir.path().join("b.yaml")).unwrap();
+        let mut seen = next(&told).files;
+        if seen.len() < 2 {
+            seen.extend(next(&told).files);
+        }
+        assert_eq!(seen, files(&["a.yaml", "b.yaml"]).files);
+        fs::write(dir.path().join("notes.txt"), "x").unwrap();
+        symlink("x", dir.path().join("..data")).unwrap();
+        assert_eq!(next(&told), Changes::all());
+    }
+
+    #[test]
+    fn a_file_counts_when_it_is_closed_not_when_it_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let told = watched(dir.path());
+        let file = fs::File::create(dir.path().join("a.yaml")).unwrap();
+        assert!(told.recv_timeout(Duration::from_millis(200)).is_err());
+        drop(file);
+        assert_eq!(next(&told), files(&["a.yaml"]));
+    }
+
+    #[test]
+    fn a_folder_that_is_exchanged_is_watched_again() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = parent.path().join("policies.d");
+        fs::create_dir(&dir).unwrap();
+        let told = watched(&dir);
+        fs::rename(&dir, parent.path().join("old")).unwrap();
+        assert_eq!(next(&told), Changes::all());
+        fs::create_dir(&dir).unwrap();
+        assert_eq!(next(&told), Changes::all());
+        fs::write(dir.join("a.yaml"), "a").unwrap();
+        assert_eq!(next(&told), files(&["a.yaml"]));
+        fs::write(parent.path().join("old/b.yaml"), "b").unwrap();
+        assert!(told.recv_timeout(Duration::from_millis(200)).is_err());
+    }
+}
