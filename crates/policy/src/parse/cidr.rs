@@ -92,7 +92,6 @@ pub(super) fn cidr_set_entry(at: At<'_>) -> Option<Peer> {
         .count();
     let except = |within| excepts(&object, within);
     let peer = if given == 0 {
-        at.error("one of cidr, cidrGroupRef and cidrGroupSelector is needed");
         None
     } else if given > 1 {
         at.error("only one of cidr, cidrGroupRef and cidrGroupSelector can be given");
@@ -115,7 +114,9 @@ pub(super) fn cidr_set_entry(at: At<'_>) -> Option<Peer> {
     if peer.is_none() {
         object.ignore(&["except"]);
     }
-    object.finish();
+    if object.finish() && given == 0 {
+        at.error("one of cidr, cidrGroupRef and cidrGroupSelector is needed");
+    }
     peer
 }
 

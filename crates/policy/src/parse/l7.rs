@@ -381,12 +381,12 @@ pub(super) fn fqdn_selector(at: At<'_>, both: bool) -> Option<Vec<FqdnPattern>> 
     };
     let name = read("matchName", false).map(FqdnPattern::Name);
     let pattern = read("matchPattern", true).map(FqdnPattern::Pattern);
-    object.finish();
+    let all_known = object.finish();
     let given = [object.text("matchName"), object.text("matchPattern")]
         .iter()
         .flatten()
         .count();
-    if given == 0 {
+    if given == 0 && all_known {
         at.error("one of matchName and matchPattern is needed");
     } else if given == 2 && !both {
         at.error("only one of matchName and matchPattern can be given; write an element for each");

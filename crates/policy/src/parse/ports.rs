@@ -58,9 +58,9 @@ pub(super) fn port_rule(at: At<'_>, section: Section<'_>) -> Option<PortRule> {
     } else {
         l7::read(&object, section)
     };
-    object.finish();
+    let all_known = object.finish();
     check_l7_ports(&object, &l7, &ports, given);
-    if !given {
+    if !given && all_known {
         at.warning("an entry without ports matches nothing; for every port write port: \"0\"");
     }
     Some(PortRule {
@@ -124,48 +124,16 @@ fn port_and_protocol(at: At<'_>) -> Option<Port> {
         Some(at) => protocol(at),
         None => Some(L4Protocol::Any),
     };
-    let end_port = match object.field("endPort") {
-        Some(at) => at.integer(0..=65535).map(|port| (at, port)),
-        None => None,
+    let end = object.field("endPort");
+    let last = match end {
+        Some(at) => at.integer(0..=65535).and_then(|port| u16::try_from(port).ok()),
+        None => Some(0),
     };
-    let port = match object.field("port") {
-        Some(port) => {
-            let text = match &port.node.value {
-                Value::Integer(number) => {
-                    port.error(format!("port must be a string; write port: \"{number}\""));
-                    None
-                }
-                _ => port.string(),
-            };
-            text.map(|text| (port, text))
-        }
-        None => None,
-    };
+    let port = object.field("port").filter(|port| port.node.as_str() != Some(""));
     object.finish();
-    let protocol = protocol?;
-    let (port, text) = match port {
-        Some((port, text)) if !text.is_empty() => (port, text),
-        _ if object
-            .field("port")
-            .is_some_and(|port| port.node.as_str() != Some("")) =>
-        {
-            return None;
-        }
-        // Protocols without ports need not name one.
-        _ if matches!(protocol, L4Protocol::Other(_)) => {
-            return Some(Port {
-                spec: whole(protocol),
-                is_zero: true,
-                is_range: false,
-            });
-        }
-        _ => {
-            at.error("port is missing; for every port write port: \"0\"");
-            return None;
-        }
-    };
-    if matches!(protocol, L4Protocol::Other(_)) {
-        if text != "0" {
+    // A protocol without ports need not name one.
+    if let Some(protocol @ L4Protocol::Other(_)) = protocol {
+        if let Some(port) = port.filter(|port| port.node.as_str() != Some("0")) {
             port.error(format!(
                 "{} has no ports; leave port out",
                 protocol_name(protocol)
@@ -178,15 +146,24 @@ fn port_and_protocol(at: At<'_>) -> Option<Port> {
             is_range: false,
         });
     }
+    let Some(port) = port else {
+        at.error("port is missing; for every port write port: \"0\"");
+        return None;
+    };
+    if let Value::Integer(number) = &port.node.value {
+        port.error(format!("port must be a string; write port: \"{number}\""));
+        return None;
+    }
+    let text = port.string()?;
     if is_service_name(text) {
-        if let Some((end, _)) = end_port.filter(|(_, end)| *end > 0) {
+        if let (Some(end), Some(1..)) = (end, last) {
             end.warning("endPort does nothing for a port by name");
         }
         if text.starts_with("0x") || text.starts_with("0b") || text.starts_with("0o") {
             port.warning(format!("{} is the name of a port, not a number", quoted(text)));
         }
         let spec = PortSpec::Named {
-            protocol,
+            protocol: protocol?,
             name: text.to_ascii_lowercase(),
         };
         return Some(Port {
@@ -196,24 +173,27 @@ fn port_and_protocol(at: At<'_>) -> Option<Port> {
         });
     }
     let first = number(port, text)?;
-    let (mut last, mut is_range) = (first, false);
-    if let Some((end, value)) = end_port.and_then(|(at, port)| Some((at, u16::try_from(port).ok()?))) {
-        if value > first {
-            (last, is_range) = (value, true);
-        } else if value != 0 && value < first {
-            end.warning(format!(
-                "endPort {value} is less than port {first}: only port {first} is meant"
-            ));
-        }
+    let (protocol, last) = (protocol?, last?);
+    if let Some(end) = end
+        && (1..first).contains(&last)
+    {
+        end.warning(format!(
+            "endPort {last} is less than port {first}: only port {first} is meant"
+        ));
     }
-    let spec = if last == 0 {
-        whole(protocol)
-    } else {
-        PortSpec::Range {
+    let is_range = last > first;
+    let spec = match (first, is_range) {
+        (0, false) => whole(protocol),
+        (_, false) => PortSpec::Range {
+            protocol,
+            first,
+            last: first,
+        },
+        (_, true) => PortSpec::Range {
             protocol,
             first,
             last,
-        }
+        },
     };
     Some(Port {
         spec,
@@ -377,8 +357,7 @@ pub(super) fn icmp_rule(at: At<'_>) -> Option<PortRule> {
         }
         ports = list.read(icmp_field);
     }
-    object.finish();
-    if !given {
+    if object.finish() && !given {
         at.warning("an entry without fields matches nothing");
     }
     Some(PortRule {

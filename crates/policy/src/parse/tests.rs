@@ -1,1 +1,0 @@
-//! Every object of the language, every error, and texts that mean harm.

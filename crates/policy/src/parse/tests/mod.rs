@@ -1,0 +1,96 @@
+//! What is read, what is refused and where, and texts that mean harm.
+
+mod cases;
+mod errors;
+mod hostile;
+mod meaning;
+mod network_policy;
+mod resources;
+mod yaml;
+
+use super::{Parsed, parse};
+use crate::rule::{LabelSource, PortRule, PortSpec, Requirement, Rule, Selector, Spec, Test};
+
+/// A CiliumNetworkPolicy of the namespace `shop` for every endpoint, with `spec` as the rest of its spec.
+fn cnp(spec: &str) -> String {
+    format!(
+        "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {{name: p, namespace: shop}}\nspec:\n  endpointSelector: {{}}\n{spec}"
+    )
+}
+
+/// What is said about a text, a line each, without the file's name.
+fn said(text: &str) -> Vec<String> {
+    parse("f", text)
+        .diagnostics
+        .iter()
+        .map(|diagnostic| diagnostic.to_string().trim_start_matches("f:").to_owned())
+        .collect()
+}
+
+/// The one spec of a text that has nothing wrong with it.
+#[track_caller]
+fn spec(text: &str) -> Spec {
+    let parsed = parse("f", text);
+    assert!(!parsed.has_errors(), "{:#?}", parsed.diagnostics);
+    let mut specs: Vec<Spec> = parsed
+        .policies
+        .into_iter()
+        .flat_map(|policy| policy.specs)
+        .collect();
+    assert_eq!(specs.len(), 1);
+    specs.remove(0)
+}
+
+/// The one egress rule of a CiliumNetworkPolicy.
+#[track_caller]
+fn egress(rule: &str) -> Rule {
+    let mut rules = spec(&cnp(&format!("  egress:\n  - {rule}\n")))
+        .egress
+        .expect("a section");
+    assert_eq!(rules.len(), 1);
+    rules.remove(0)
+}
+
+/// The one entry of toPorts of an egress rule.
+#[track_caller]
+fn port_rule(entry: &str) -> PortRule {
+    match egress(&format!("toPorts: [{entry}]")).ports {
+        crate::rule::Ports::OneOf(mut rules) if rules.len() == 1 => rules.remove(0),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn requirement(source: &str, key: &str, test: Test) -> Requirement {
+    let source = if source == "any" {
+        LabelSource::Any
+    } else {
+        LabelSource::Named(source.into())
+    };
+    Requirement {
+        source,
+        key: key.into(),
+        test,
+    }
+}
+
+fn is(source: &str, key: &str, value: &str) -> Requirement {
+    requirement(source, key, Test::In(vec![value.into()]))
+}
+
+fn in_namespace(namespace: &str) -> Requirement {
+    is("k8s", "io.kubernetes.pod.namespace", namespace)
+}
+
+fn all(requirements: impl Into<Vec<Requirement>>) -> Selector {
+    Selector {
+        requirements: requirements.into(),
+    }
+}
+
+fn ports(rule: PortRule) -> Vec<PortSpec> {
+    rule.ports
+}
+
+fn errors_of(parsed: &Parsed) -> Vec<String> {
+    parsed.diagnostics.iter().map(ToString::to_string).collect()
+}
