@@ -13,7 +13,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
-    ns::{Ns, ensure_bpffs, pin_dir, remove_pins, serial, wait_until},
+    ns::{Ns, ensure_bpffs, pin_dir, remove_pins, serial, temp_dir, wait_until},
     process::{Process, output},
     topology::{NIC, Topology},
 };
@@ -94,7 +94,7 @@ impl Daemon {
     /// The same without starting it.
     pub fn prepare(topology: &Topology, settings: &Settings, policies: &[(&str, &str)]) -> Result<Self> {
         ensure_bpffs()?;
-        let dir = tempfile::Builder::new().prefix("palisade-daemon-").tempdir()?;
+        let dir = temp_dir("daemon")?;
         let daemon = Self {
             binary: binary()?,
             node: topology.node.clone(),

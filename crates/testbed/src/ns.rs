@@ -24,6 +24,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use tempfile::TempDir;
 
 use crate::process::output;
 
@@ -33,6 +34,7 @@ const PREFIX: &str = "pal-";
 /// Where test daemons pin; names below it are `palisade-test-<pid>-<n>`.
 const BPFFS: &str = "/sys/fs/bpf";
 const PIN_PREFIX: &str = "palisade-test-";
+const TEMP_PREFIX: &str = "palisade-testbed-";
 const TOOL_TIMEOUT: Duration = Duration::from_secs(20);
 
 static SERIAL: AtomicU32 = AtomicU32::new(0);
@@ -237,22 +239,38 @@ fn kill_inside(dev: u64, ino: u64) {
     }
 }
 
-/// Removes what processes that are gone have left: namespaces and pins with our prefixes and a dead pid.
+/// Removes what processes that are gone have left: namespaces, pins and temporary directories with our prefixes
+/// and the pid of a process that is no more.
 pub fn sweep() {
-    for (dir, prefix) in [(NAMES, PREFIX), (BPFFS, PIN_PREFIX)] {
+    remove_where(|pid| kill(pid, None) == Err(Errno::ESRCH));
+}
+
+/// Removes everything of this process, whoever still holds it. For a process that is about to end, and cannot
+/// wait for its destructors.
+pub fn remove_own() {
+    remove_where(|pid| pid == Pid::this());
+}
+
+fn remove_where(wanted: impl Fn(Pid) -> bool) {
+    let temporary = std::env::temp_dir();
+    for (dir, prefix) in [
+        (Path::new(NAMES), PREFIX),
+        (Path::new(BPFFS), PIN_PREFIX),
+        (&temporary, TEMP_PREFIX),
+    ] {
         let Ok(entries) = fs::read_dir(dir) else { continue };
         for entry in entries.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             let pid = name
                 .strip_prefix(prefix)
                 .and_then(|rest| rest.split('-').next()?.parse::<i32>().ok());
-            let Some(pid) = pid.filter(|pid| *pid > 1) else {
+            let Some(pid) = pid.filter(|pid| *pid > 1).map(Pid::from_raw) else {
                 continue;
             };
-            if kill(Pid::from_raw(pid), None) != Err(Errno::ESRCH) {
+            if !wanted(pid) {
                 continue;
             }
-            if dir == NAMES {
+            if prefix == PREFIX {
                 if let Ok(meta) = fs::metadata(entry.path()) {
                     kill_inside(meta.dev(), meta.ino());
                 }
@@ -264,8 +282,18 @@ pub fn sweep() {
     }
 }
 
+/// A temporary directory that goes when it is dropped, or is swept like everything else.
+pub fn temp_dir(label: &str) -> Result<TempDir> {
+    let prefix = format!("{TEMP_PREFIX}{}-{label}-", std::process::id());
+    tempfile::Builder::new()
+        .prefix(&prefix)
+        .tempdir()
+        .context("temporary directory")
+}
+
 /// Removes a directory of pins: its programs go when nothing else holds them.
 pub fn remove_pins(dir: &Path) {
+    // best effort: it may never have been there
     let _ = fs::remove_dir_all(dir);
 }
 

@@ -23,7 +23,7 @@ use tempfile::TempDir;
 
 use crate::{
     Outcome,
-    ns::{Ns, wait_until},
+    ns::{Ns, temp_dir, wait_until},
     probe::connect,
     process::Process,
 };
@@ -205,7 +205,7 @@ pub struct Nginx {
 impl Nginx {
     /// Listens on `ports`, IPv4 and IPv6, and says `hello from <name>`; `/big` has `big` bytes.
     pub fn start(ns: &Ns, name: &str, ports: &[u16], big: usize) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("palisade-nginx-").tempdir()?;
+        let dir = temp_dir("nginx")?;
         let root = dir.path();
         fs::write(root.join("big"), vec![b'x'; big])?;
         let listen: String = ports
@@ -258,7 +258,7 @@ pub struct Iperf3 {
 impl Iperf3 {
     /// Listens on `port`.
     pub fn start(ns: &Ns, port: u16) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("palisade-iperf3-").tempdir()?;
+        let dir = temp_dir("iperf3")?;
         let mut command = ns.command("iperf3");
         command.args(["-s", "--forceflush", "-p", &port.to_string()]);
         let process = Process::spawn("iperf3", command, dir.path())?;
@@ -282,7 +282,7 @@ pub struct Program {
 impl Program {
     /// Starts it in the namespace and waits until `at` accepts a connection, if it is given.
     pub fn start(ns: &Ns, program: &str, args: &[&str], at: Option<SocketAddr>) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("palisade-program-").tempdir()?;
+        let dir = temp_dir("program")?;
         let mut command = ns.command(program);
         command.args(args).current_dir(dir.path());
         let mut process = Process::spawn(program, command, dir.path())?;

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
-use crate::ns::Ns;
+use crate::ns::{Ns, temp_dir};
 
 /// The node's NIC.
 pub const NIC: &str = "nic0";
@@ -168,7 +168,7 @@ impl Topology {
             "route add default via {INTERNET_V4}\n\
              route add default via {INTERNET_V6}\n"
         ))?;
-        let dir = tempfile::Builder::new().prefix("palisade-testbed-").tempdir()?;
+        let dir = temp_dir("topology")?;
         Ok(Self {
             workloads: Vec::new(),
             declared: Vec::new(),

@@ -1,0 +1,555 @@
+//! `scripts/demo`: real programs in network namespaces talk or are stopped, as the policies of `config/examples` say.
+
+use std::{
+    fs,
+    io::IsTerminal,
+    net::{IpAddr, SocketAddr},
+    path::Path,
+    process::{Command, ExitCode},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{SigSet, Signal};
+use palisade_testbed::{
+    Daemon, Ns, Topology,
+    daemon::Settings,
+    output,
+    server::{Iperf3, Nginx},
+    topology::{FAMILIES, Family, WorkloadSpec},
+};
+use serde_json::Value;
+
+/// How long an attempt waits for an answer. What is dropped costs as much.
+const PATIENCE: Duration = Duration::from_millis(1500);
+
+/// Who is behind the NIC: name, IPv4, IPv6.
+const OUTSIDE: &[(&str, &str, &str)] = &[
+    ("internet", "192.0.2.10", "2001:db8:1::10"),
+    ("partner", "203.0.113.10", "2001:db8:a::10"),
+    ("partner-lab", "203.0.113.66", "2001:db8:a:ff::66"),
+    ("blocked", "192.0.2.66", "2001:db8:bad::66"),
+];
+
+/// The program that tries.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Program {
+    Curl(u16),
+    Ping,
+    Iperf3,
+}
+
+/// What is to come of it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Allowed,
+    Denied,
+    Audited,
+}
+
+impl Verdict {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Allowed => "allowed",
+            Self::Denied => "denied",
+            Self::Audited => "audited",
+        }
+    }
+}
+
+use Program::{Curl, Iperf3 as Iperf, Ping};
+use Verdict::{Allowed, Audited, Denied};
+
+type Attempt = (&'static str, &'static str, Program, Verdict);
+
+/// Who, whom, by what, what is expected.
+const ATTEMPTS: &[Attempt] = &[
+    ("internet", "frontend", Curl(80), Allowed),
+    ("internet", "frontend", Ping, Allowed),
+    ("internet", "frontend", Curl(8080), Denied),
+    ("internet", "backend", Curl(8080), Denied),
+    ("internet", "database", Curl(5432), Denied),
+    ("blocked", "frontend", Curl(80), Denied),
+    ("blocked", "frontend", Ping, Denied),
+    ("frontend", "backend", Curl(8080), Allowed),
+    ("frontend", "backend", Curl(9090), Audited),
+    ("frontend", "backend", Ping, Denied),
+    ("frontend", "database", Curl(5432), Denied),
+    ("frontend", "partner", Curl(443), Allowed),
+    ("frontend", "partner", Curl(80), Denied),
+    ("frontend", "partner-lab", Curl(443), Denied),
+    ("frontend", "internet", Curl(443), Denied),
+    ("backend", "database", Curl(5432), Allowed),
+    ("backend", "database", Ping, Denied),
+    ("backend", "internet", Curl(80), Denied),
+    ("database", "backend", Curl(8080), Denied),
+    ("database", "internet", Ping, Denied),
+    ("internet", "node", Curl(22), Allowed),
+    ("internet", "node", Curl(80), Denied),
+    ("internet", "node", Ping, Allowed),
+    ("node", "internet", Curl(443), Allowed),
+    ("node", "backend", Curl(8080), Denied),
+    ("frontend", "backend", Iperf, Allowed),
+];
+
+fn main() -> ExitCode {
+    let verbose = match std::env::args().nth(1).as_deref() {
+        None => false,
+        Some("--verbose") => true,
+        Some(other) => {
+            eprintln!("demo: {other} is no option of mine; there is --verbose");
+            return ExitCode::from(2);
+        }
+    };
+    match clean_up_on_signals().and_then(|()| demo(verbose)) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("demo: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Ctrl-C and SIGTERM end the demo, but not before everything that it made is gone.
+fn clean_up_on_signals() -> Result<()> {
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        set.add(signal);
+    }
+    // before any other thread exists, so that all of them leave these signals to the one that waits for them
+    set.thread_block()?;
+    thread::spawn(move || {
+        if let Ok(signal) = set.wait() {
+            eprintln!("\ndemo: {signal}: cleaning up");
+            palisade_testbed::ns::remove_own();
+            std::process::exit(128 + signal as i32);
+        }
+    });
+    Ok(())
+}
+
+/// How it is written: colours on a terminal, plain text in a log.
+struct Style {
+    color: bool,
+}
+
+impl Style {
+    fn paint(&self, code: &str, text: &str) -> String {
+        if self.color {
+            format!("\x1b[{code}m{text}\x1b[0m")
+        } else {
+            text.to_owned()
+        }
+    }
+
+    fn heading(&self, text: &str) {
+        println!("\n{}", self.paint("1", text));
+    }
+}
+
+struct World {
+    topology: Topology,
+}
+
+impl World {
+    fn ns(&self, name: &str) -> &Ns {
+        if OUTSIDE.iter().any(|(n, ..)| *n == name) {
+            &self.topology.internet
+        } else {
+            self.topology.ns(name)
+        }
+    }
+
+    fn addr(&self, name: &str, family: Family) -> Result<IpAddr> {
+        Ok(match (OUTSIDE.iter().find(|(n, ..)| *n == name), family) {
+            (Some((_, v4, _)), Family::V4) => v4.parse()?,
+            (Some((_, _, v6)), Family::V6) => v6.parse()?,
+            (None, _) => self.topology.addr(name, family),
+        })
+    }
+
+    /// The address from which somebody speaks to somebody.
+    fn source(&self, from: &str, to: &str, family: Family) -> Result<IpAddr> {
+        if from == "node" && self.topology.all().any(|w| w.name == to) {
+            return Ok(self.topology.get(to).gateway(family));
+        }
+        self.addr(from, family)
+    }
+}
+
+/// How many attempts came out differently.
+fn demo(verbose: bool) -> Result<usize> {
+    let start = Instant::now();
+    let style = Style {
+        color: std::io::stdout().is_terminal(),
+    };
+    style.heading("Network namespaces");
+    let workload = |name: &str| WorkloadSpec::new(name).namespace("shop").label("app", name);
+    let addresses: Vec<&str> = OUTSIDE.iter().flat_map(|(_, v4, v6)| [*v4, *v6]).collect();
+    let topology = Topology::new()?
+        .workload(workload("frontend"))?
+        .workload(workload("backend"))?
+        .workload(workload("database").port("sql", "5432/TCP"))?
+        .internet_addresses(&addresses)?;
+    let world = World { topology };
+    draw(&world)?;
+    let _servers = [
+        Nginx::start(world.ns("frontend"), "frontend", &[80, 8080], 1)?,
+        Nginx::start(world.ns("backend"), "backend", &[8080, 9090], 1)?,
+        Nginx::start(world.ns("database"), "database", &[5432], 1)?,
+        Nginx::start(world.ns("internet"), "internet", &[80, 443], 1)?,
+        Nginx::start(world.ns("node"), "node", &[22, 80], 1)?,
+    ];
+    let _iperf = Iperf3::start(world.ns("backend"), 5201)?;
+
+    let policies = examples()?;
+    let borrowed: Vec<(&str, &str)> = policies.iter().map(|(n, c)| (n.as_str(), c.as_str())).collect();
+    style.heading("Palisade");
+    let daemon = Daemon::start(&world.topology, &Settings::default(), &borrowed)?;
+    println!(
+        "policies   {}",
+        policies
+            .iter()
+            .map(|(n, _)| n.as_str())
+            .collect::<Vec<_>>()
+            .join("  ")
+    );
+    let status = daemon.status()?;
+    for interface in status["interfaces"].as_array().into_iter().flatten() {
+        let text = |key: &str| interface[key].as_str().unwrap_or("-").to_owned();
+        println!(
+            "attached   {:<14} {:<9} ingress {:<13} egress {}",
+            text("name"),
+            text("role"),
+            text("ingress"),
+            text("egress")
+        );
+    }
+
+    style.heading("Who reaches whom");
+    let rows = attempt_all(&world)?;
+    let different = show(&world, &daemon, &style, &rows)?;
+
+    style.heading("What was seen: palisade observe --verdict DROPPED,AUDIT --last 12");
+    print!(
+        "{}",
+        daemon.cli(&["observe", "--verdict", "DROPPED,AUDIT", "--last", "12"])?
+    );
+    if verbose {
+        style.heading("The daemon's log");
+        print!("{}", daemon.log());
+    }
+    let total = rows.len() * FAMILIES.len();
+    println!();
+    if different == 0 {
+        let ok = style.paint("32", "ok");
+        println!(
+            "{ok}: {total} attempts, all as the policies say, in {:.1} s",
+            start.elapsed().as_secs_f64()
+        );
+    } else {
+        let failed = style.paint("31", "FAILED");
+        println!(
+            "{failed}: {different} of {total} attempts came out differently\n{}",
+            daemon.report()
+        );
+    }
+    Ok(different)
+}
+
+/// The files of `config/examples`, by name.
+fn examples() -> Result<Vec<(String, String)>> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../config/examples");
+    let mut policies = Vec::new();
+    for entry in fs::read_dir(&dir).with_context(|| dir.display().to_string())? {
+        let path = entry?.path();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        policies.push((
+            name,
+            fs::read_to_string(&path).with_context(|| path.display().to_string())?,
+        ));
+    }
+    policies.sort();
+    Ok(policies)
+}
+
+fn draw(world: &World) -> Result<()> {
+    for name in [
+        "frontend",
+        "backend",
+        "database",
+        "node",
+        "internet",
+        "partner",
+        "partner-lab",
+        "blocked",
+    ] {
+        let (v4, v6) = (world.addr(name, Family::V4)?, world.addr(name, Family::V6)?);
+        let place = match world.topology.all().find(|w| w.name == name) {
+            Some(workload) => format!("behind {} of the node", workload.interface),
+            None if name == "node" => "forwards between all of them".to_owned(),
+            None => "behind nic0 of the node".to_owned(),
+        };
+        println!("{name:<12} {:<13} {:<18} {place}", v4.to_string(), v6.to_string());
+    }
+    Ok(())
+}
+
+/// What came of one attempt in both families: whether an answer came, and what the program measured.
+type Row = [(bool, String); 2];
+
+fn attempt_all(world: &World) -> Result<Vec<Row>> {
+    let try_both = |(from, to, program, _): &Attempt| -> Result<Row> {
+        Ok([
+            attempt(world, from, to, *program, Family::V4)?,
+            attempt(world, from, to, *program, Family::V6)?,
+        ])
+    };
+    let mut rows: Vec<Option<Result<Row>>> = thread::scope(|scope| {
+        let running: Vec<_> = ATTEMPTS
+            .iter()
+            .map(|a| (a.2 != Iperf).then(|| scope.spawn(move || try_both(a))))
+            .collect();
+        running.into_iter().map(|thread| thread?.join().ok()).collect()
+    });
+    // alone, so that its figure means something
+    for (row, a) in rows.iter_mut().zip(ATTEMPTS).filter(|(_, a)| a.2 == Iperf) {
+        *row = Some(try_both(a));
+    }
+    rows.into_iter()
+        .map(|row| row.context("an attempt broke off")?)
+        .collect()
+}
+
+fn attempt(world: &World, from: &str, to: &str, program: Program, family: Family) -> Result<(bool, String)> {
+    let ns = world.ns(from);
+    let source = world.source(from, to, family)?.to_string();
+    let address = world.addr(to, family)?;
+    let seconds = PATIENCE.as_secs_f64().to_string();
+    let mut command: Command;
+    match program {
+        Curl(port) => {
+            command = ns.command("curl");
+            command.args(["-sS", "-m", &seconds, "--interface", &source]);
+            command.arg(format!("http://{}/", SocketAddr::new(address, port)));
+        }
+        Ping => {
+            command = ns.command("ping");
+            command.args([
+                "-n",
+                "-c",
+                "1",
+                "-W",
+                &seconds,
+                "-I",
+                &source,
+                &address.to_string(),
+            ]);
+        }
+        Iperf => {
+            command = ns.command("iperf3");
+            command.args([
+                "-c",
+                &address.to_string(),
+                "-t",
+                "1",
+                "-J",
+                "--connect-timeout",
+                "3000",
+            ]);
+        }
+    }
+    let out = output(&mut command, PATIENCE + Duration::from_secs(10))?;
+    if !out.status.success() {
+        return Ok((false, String::new()));
+    }
+    let said = String::from_utf8_lossy(&out.stdout);
+    let measured = match program {
+        Curl(_) => {
+            let who = if OUTSIDE.iter().any(|(n, ..)| *n == to) {
+                "internet"
+            } else {
+                to
+            };
+            ensure!(
+                said.trim() == format!("hello from {who}"),
+                "{from} -> {to}: {said}"
+            );
+            String::new()
+        }
+        Ping => {
+            let time = said
+                .split("time=")
+                .nth(1)
+                .and_then(|rest| rest.split(" ms").next());
+            format!("{} ms", time.unwrap_or("?"))
+        }
+        Iperf => {
+            let report: Value = serde_json::from_str(&said)?;
+            let rate = report["end"]["sum_received"]["bits_per_second"]
+                .as_f64()
+                .unwrap_or(0.0);
+            format!("{:.1} Gbit/s", rate / 1e9)
+        }
+    };
+    Ok((true, measured))
+}
+
+/// Prints the table; how many attempts differ.
+fn show(world: &World, daemon: &Daemon, style: &Style, rows: &[Row]) -> Result<usize> {
+    let mut table = vec![["WHO", "WHOM", "BY", "EXPECTED", "IPv4", "IPv6", "DECIDED BY"].map(str::to_owned)];
+    let mut as_expected = vec![[true; 2]];
+    for ((from, to, program, expected), row) in ATTEMPTS.iter().zip(rows) {
+        let mut cells = [String::new(), String::new()];
+        let mut good = [true; 2];
+        let mut decided: Vec<String> = Vec::new();
+        for (n, family) in FAMILIES.into_iter().enumerate() {
+            let (answered, measured) = &row[n];
+            let (audited, deciders) = deciding(world, daemon, from, to, *program, family)?;
+            let verdict = match (answered, audited) {
+                (false, _) => Denied,
+                (true, true) => Audited,
+                (true, false) => Allowed,
+            };
+            good[n] = verdict == *expected && !deciders.is_empty();
+            cells[n] = format!("{} {measured}", verdict.name()).trim_end().to_owned();
+            decided.extend(deciders);
+        }
+        let mut unique: Vec<String> = Vec::new();
+        for name in decided {
+            if !unique.contains(&name) {
+                unique.push(name);
+            }
+        }
+        if unique.is_empty() {
+            unique.push("(no flow was reported)".to_owned());
+        }
+        let by = match program {
+            Curl(port) => format!("curl :{port}"),
+            Ping => "ping".to_owned(),
+            Iperf => "iperf3 :5201".to_owned(),
+        };
+        let [v4, v6] = cells;
+        let expected = expected.name().to_owned();
+        table.push([
+            (*from).to_owned(),
+            (*to).to_owned(),
+            by,
+            expected,
+            v4,
+            v6,
+            unique.join(", "),
+        ]);
+        as_expected.push(good);
+    }
+    let mut widths = [0; 7];
+    for row in &table {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.len());
+        }
+    }
+    for (n, (row, good)) in table.iter().zip(&as_expected).enumerate() {
+        let mut line = String::new();
+        for (column, (cell, width)) in row.iter().zip(widths).enumerate() {
+            let padded = if column + 1 == row.len() {
+                cell.clone()
+            } else {
+                format!("{cell:<width$}  ")
+            };
+            line.push_str(&match (n, column) {
+                (0, _) => style.paint("1", &padded),
+                (_, 4 | 5) if !good[column - 4] => style.paint("1;31", &padded),
+                (_, 4 | 5) => style.paint(color_of(cell), &padded),
+                _ => padded,
+            });
+        }
+        println!("{line}");
+    }
+    Ok(as_expected.iter().flatten().filter(|good| !**good).count())
+}
+
+fn color_of(cell: &str) -> &'static str {
+    match cell.split(' ').next() {
+        Some("allowed") => "32",
+        Some("audited") => "33",
+        _ => "2",
+    }
+}
+
+/// Whether an attempt passed by audit only, and who decided about it, as the daemon's flows say.
+fn deciding(
+    world: &World,
+    daemon: &Daemon,
+    from: &str,
+    to: &str,
+    program: Program,
+    family: Family,
+) -> Result<(bool, Vec<String>)> {
+    let source = world.source(from, to, family)?.to_string();
+    let destination = world.addr(to, family)?.to_string();
+    let port = match program {
+        Curl(port) => port.to_string(),
+        Iperf => "5201".to_owned(),
+        Ping => String::new(),
+    };
+    let mut filters = vec![
+        "--from-ip",
+        &source,
+        "--to-ip",
+        &destination,
+        "--type",
+        "policy-verdict",
+    ];
+    if port.is_empty() {
+        filters.extend(["--protocol", "icmp"]);
+    } else {
+        filters.extend(["--to-port", &port]);
+    }
+    // the flows of the last attempts may still be on their way
+    let mut flows = Vec::new();
+    for _ in 0..40 {
+        flows = daemon.flows(&filters)?;
+        if !flows.is_empty() {
+            break;
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    let audited = flows.iter().any(|f| f["verdict"] == "AUDIT");
+    // where somebody stopped or would have stopped it, that is who decided
+    let stopped = |f: &&Value| f["verdict"] == "DROPPED" || f["verdict"] == "AUDIT";
+    let relevant: Vec<&Value> = if flows.iter().any(|f| stopped(&f)) {
+        flows.iter().filter(stopped).collect()
+    } else {
+        flows.iter().collect()
+    };
+    Ok((
+        audited,
+        relevant.into_iter().map(decision).collect::<Result<_>>()?,
+    ))
+}
+
+/// `shop/backend (ingress)`; for a default deny, the policies that caused it.
+fn decision(flow: &Value) -> Result<String> {
+    let direction = flow["traffic_direction"].as_str().unwrap_or("?").to_lowercase();
+    let rule = &flow["palisade"]["rule"];
+    if rule.is_null() {
+        bail!("a flow without a rule: {flow}");
+    }
+    let policies: Vec<&str> = rule["policies"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
+    Ok(match (policies.is_empty(), rule["default_deny"] == true) {
+        (true, _) => format!("no policy ({direction})"),
+        (false, true) => format!("default deny of {} ({direction})", policies.join(" + ")),
+        (false, false) => format!("{} ({direction})", policies.join(" + ")),
+    })
+}
