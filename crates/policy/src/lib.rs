@@ -8,11 +8,16 @@
 //! Pure: no I/O, no maps, no clock. The same compiler answers `palisade policy test` and fills the maps.
 #![forbid(unsafe_code)]
 
+pub mod classes;
+pub mod compile;
 pub mod diagnostic;
 pub mod identity;
 pub mod labels;
+pub mod lookup;
 pub mod parse;
 pub mod plan;
 pub mod rule;
+mod select;
 pub mod snapshot;
+mod table;
 pub mod world;

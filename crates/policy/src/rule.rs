@@ -127,7 +127,7 @@ pub enum Peers {
 }
 
 /// One L3 member.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Peer {
     /// fromEndpoints / toEndpoints, namespace scoping already put in.
     Labels(Selector),

@@ -40,6 +40,8 @@ pub struct Snapshot {
     pub world_ipv4: Identity,
     /// The same for IPv6.
     pub world_ipv6: Identity,
+    /// The highest revision that an endpoint has or had. The number before it is free.
+    pub revision: u32,
     /// What there is to say about the policies as a whole: ports nobody has, conflicts, services nobody resolves.
     pub diagnostics: Vec<Diagnostic>,
 }
@@ -87,6 +89,16 @@ pub struct Table {
 }
 
 impl Table {
+    /// The entries of one direction and identity.
+    pub fn row(&self, direction: u8, identity: Identity) -> impl Iterator<Item = (&TableKey, &PolicyEntry)> {
+        let key = |class| TableKey {
+            direction,
+            identity,
+            class,
+        };
+        self.entries.range(key(CLASS_ANY)..=key(Class::MAX))
+    }
+
     /// What the programs find: the first key that exists of (identity, class), (identity, any), (any, class),
     /// (any, any).
     #[must_use]

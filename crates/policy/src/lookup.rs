@@ -1,0 +1,82 @@
+//! What the programs find in a [`Snapshot`]: the same lookups in the same order.
+
+use std::net::IpAddr;
+
+use palisade_abi::{
+    Addr, Direction, Identity, IpcacheEntry, PolicyEntry, PrefixKey, class_slot, class_slot_unknown_port,
+};
+
+use crate::snapshot::Snapshot;
+
+impl Snapshot {
+    /// Who an address is: the exact address, else the longest prefix, else the world.
+    #[must_use]
+    pub fn identity_of(&self, address: IpAddr) -> IpcacheEntry {
+        let key = Addr::from(address);
+        self.ipcache(key).unwrap_or(IpcacheEntry {
+            identity: if key.is_v4() {
+                self.world_ipv4
+            } else {
+                self.world_ipv6
+            },
+            ..IpcacheEntry::default()
+        })
+    }
+
+    /// The entry that an address finds; none if no prefix knows it.
+    #[must_use]
+    pub fn ipcache(&self, address: Addr) -> Option<IpcacheEntry> {
+        self.addresses
+            .get(&address)
+            .copied()
+            .or_else(|| self.longest_prefix(address, 128))
+    }
+
+    /// The entry of the longest prefix that an address is in, among those of at most `longest` bits.
+    #[must_use]
+    pub(crate) fn longest_prefix(&self, address: Addr, longest: u32) -> Option<IpcacheEntry> {
+        if self.prefixes.is_empty() {
+            return None;
+        }
+        (0..=longest.min(128)).rev().find_map(|length| {
+            self.prefixes
+                .get(&PrefixKey {
+                    length,
+                    addr: mask(address, length),
+                })
+                .copied()
+        })
+    }
+
+    /// The verdict on the first packet of a flow, seen from an endpoint. `port`: destination port, or type of ICMP;
+    /// `None` if it cannot be known (a later fragment).
+    #[must_use]
+    pub fn judge(
+        &self,
+        endpoint: u16,
+        direction: Direction,
+        other: Identity,
+        protocol: u8,
+        port: Option<u16>,
+    ) -> Option<PolicyEntry> {
+        let table = self.tables.get(&self.endpoints.get(&endpoint)?.policy)?;
+        let slot = match port {
+            Some(port) => class_slot(protocol, port),
+            None => class_slot_unknown_port(protocol),
+        };
+        let class = *self.classes.get(slot as usize)?;
+        table.lookup(direction, other, class).copied()
+    }
+}
+
+/// The first `length` bits of an address.
+#[must_use]
+pub(crate) fn mask(address: Addr, length: u32) -> Addr {
+    let bits = u128::from_be_bytes(address.bytes());
+    let kept = match length {
+        0 => 0,
+        1..=127 => bits & (u128::MAX << (128 - length)),
+        _ => bits,
+    };
+    Addr::from_bytes(kept.to_be_bytes())
+}
