@@ -8,10 +8,12 @@
 //! Pure: no I/O, no maps, no clock. The same compiler answers `palisade policy test` and fills the maps.
 #![forbid(unsafe_code)]
 
+pub mod cases;
 pub mod classes;
 pub mod compile;
 pub mod diagnostic;
 pub mod identity;
+pub mod l7;
 pub mod labels;
 pub mod lookup;
 pub mod parse;

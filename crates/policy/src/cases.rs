@@ -1,0 +1,597 @@
+//! Case files: unit tests for firewalls. Each case names policies, endpoints, peers, and checks; the verdicts come
+//! from the compiled table, found by the lookups that the programs do.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+};
+
+use ipnet::IpNet;
+use palisade_abi::{Decision, Direction, Identity, PolicyEntry, entry_flags, protocol};
+use serde::Deserialize;
+
+use crate::{
+    compile::{Changes, Compiler, CompilerState, FileContent, conflicts},
+    diagnostic::{Diagnostic, Severity},
+    l7::{HttpRequest, KafkaRequest, Request, passing},
+    labels::{Labels, parse_label},
+    parse::{parse_rules_json, yaml_to_json},
+    snapshot::{Snapshot, inspector_name},
+    world::{Endpoint, Enforcement, NamedPort, NamedPorts, Options, Peer, World},
+};
+
+/// What came of a case file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// A line for each check that differs, and for each case that cannot be run.
+    pub lines: Vec<String>,
+    /// Checks that were as expected.
+    pub passed: usize,
+    /// Checks that were not.
+    pub failed: usize,
+}
+
+impl Report {
+    /// Adds another report.
+    pub fn add(&mut self, other: Self) {
+        self.lines.extend(other.lines);
+        self.passed += other.passed;
+        self.failed += other.failed;
+    }
+
+    /// `N passed, M failed`.
+    #[must_use]
+    pub fn summary(&self) -> String {
+        format!("{} passed, {} failed", self.passed, self.failed)
+    }
+
+    fn fail(&mut self, line: String) {
+        self.lines.push(line);
+        self.failed += 1;
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Case {
+    #[serde(default)]
+    id: String,
+    #[serde(default)]
+    config: CaseConfig,
+    policies: Option<serde_json::Value>,
+    rules: Option<serde_json::Value>,
+    #[serde(default)]
+    endpoints: BTreeMap<String, Named>,
+    #[serde(default)]
+    peers: BTreeMap<String, Named>,
+    #[serde(default)]
+    checks: Vec<Check>,
+    #[serde(default)]
+    error: bool,
+    #[serde(default, rename = "description")]
+    _description: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct CaseConfig {
+    #[serde(default = "default_word")]
+    enforcement: String,
+    #[serde(default = "policy_word")]
+    allow_localhost: String,
+    #[serde(default = "yes")]
+    dual_stack: bool,
+    #[serde(default)]
+    audit: bool,
+}
+
+impl Default for CaseConfig {
+    fn default() -> Self {
+        Self {
+            enforcement: default_word(),
+            allow_localhost: policy_word(),
+            dual_stack: true,
+            audit: false,
+        }
+    }
+}
+
+fn default_word() -> String {
+    "default".into()
+}
+
+fn policy_word() -> String {
+    "policy".into()
+}
+
+const fn yes() -> bool {
+    true
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Named {
+    #[serde(default)]
+    labels: Vec<String>,
+    #[serde(default)]
+    named_ports: BTreeMap<String, String>,
+    #[serde(default)]
+    addresses: Vec<String>,
+    #[serde(default)]
+    audit: bool,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Check {
+    subject: String,
+    direction: String,
+    peer: String,
+    protocol: String,
+    #[serde(default)]
+    port: u16,
+    expect: String,
+    http: Option<HttpFacts>,
+    dns: Option<NameFacts>,
+    tls: Option<NameFacts>,
+    kafka: Option<KafkaFacts>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct HttpFacts {
+    #[serde(default)]
+    method: String,
+    #[serde(default)]
+    path: String,
+    #[serde(default)]
+    host: String,
+    #[serde(default)]
+    headers: BTreeMap<String, String>,
+}
+
+/// A name, alone or in an object that says what it is.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum NameFacts {
+    Name(String),
+    Object {
+        #[serde(alias = "query", alias = "serverName", alias = "sni", alias = "matchName")]
+        name: String,
+    },
+}
+
+impl NameFacts {
+    fn name(&self) -> String {
+        match self {
+            Self::Name(name) | Self::Object { name } => name.clone(),
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct KafkaFacts {
+    #[serde(default)]
+    api_key: Number,
+    api_version: Option<Number>,
+    #[serde(alias = "clientID")]
+    client_id: Option<String>,
+    topic: Option<String>,
+    #[serde(default)]
+    topics: Vec<String>,
+}
+
+/// A number, or its name, or the number as a text.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Number {
+    Number(i16),
+    Text(String),
+}
+
+impl Default for Number {
+    fn default() -> Self {
+        Self::Number(0)
+    }
+}
+
+impl Number {
+    fn value(&self) -> Result<i16, String> {
+        match self {
+            Self::Number(number) => Ok(*number),
+            Self::Text(text) => text
+                .parse()
+                .ok()
+                .or_else(|| kafka_api_key(text))
+                .ok_or_else(|| format!("{text:?} is not a number or an API key of Kafka")),
+        }
+    }
+}
+
+/// The API keys of Kafka by name, as policies name them.
+fn kafka_api_key(name: &str) -> Option<i16> {
+    const NAMES: [&str; 34] = [
+        "produce",
+        "fetch",
+        "offsets",
+        "metadata",
+        "leaderandisr",
+        "stopreplica",
+        "updatemetadata",
+        "controlledshutdown",
+        "offsetcommit",
+        "offsetfetch",
+        "findcoordinator",
+        "joingroup",
+        "heartbeat",
+        "leavegroup",
+        "syncgroup",
+        "describegroups",
+        "listgroups",
+        "saslhandshake",
+        "apiversions",
+        "createtopics",
+        "deletetopics",
+        "deleterecords",
+        "initproducerid",
+        "offsetforleaderepoch",
+        "addpartitionstotxn",
+        "addoffsetstotxn",
+        "endtxn",
+        "writetxnmarkers",
+        "txnoffsetcommit",
+        "describeacls",
+        "createacls",
+        "deleteacls",
+        "describeconfigs",
+        "alterconfigs",
+    ];
+    let name = name.to_ascii_lowercase();
+    NAMES.iter().position(|known| *known == name).map(|at| at as i16)
+}
+
+/// Runs the cases of a file: one JSON object a line, or YAML documents. `file` is how lines name it.
+#[must_use]
+pub fn run(file: &str, text: &str) -> Report {
+    let mut report = Report::default();
+    if is_json_lines(text) {
+        for (number, line) in text.lines().enumerate() {
+            if line.trim().is_empty() {
+                continue;
+            }
+            let place = format!("{file}:{}", number + 1);
+            match serde_json::from_str::<Case>(line) {
+                Ok(case) => report.add(run_case(&place, &case)),
+                Err(error) => report.fail(format!("{place}:{}: {error}", error.column())),
+            }
+        }
+        return report;
+    }
+    match yaml_to_json(file, text) {
+        Ok(documents) => {
+            for (number, document) in documents.into_iter().enumerate() {
+                if document.is_null() {
+                    continue;
+                }
+                let place = format!("{file}: document {}", number + 1);
+                match serde_json::from_value::<Case>(document) {
+                    Ok(case) => report.add(run_case(&place, &case)),
+                    Err(error) => report.fail(format!("{place}: {error}")),
+                }
+            }
+        }
+        Err(errors) => {
+            for error in errors {
+                report.fail(error.to_string());
+            }
+        }
+    }
+    report
+}
+
+/// Whether the first line with anything on it is a JSON object by itself.
+fn is_json_lines(text: &str) -> bool {
+    text.lines()
+        .find(|line| !line.trim().is_empty())
+        .is_some_and(|line| serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(line).is_ok())
+}
+
+fn run_case(place: &str, case: &Case) -> Report {
+    let mut report = Report::default();
+    let place = if case.id.is_empty() {
+        place.to_owned()
+    } else {
+        format!("{place}: {}", case.id)
+    };
+    let parsed = parse_rules_json(
+        if case.id.is_empty() { &place } else { &case.id },
+        case.policies.as_ref(),
+        case.rules.as_ref(),
+    );
+    let mut errors: Vec<Diagnostic> = parsed
+        .diagnostics
+        .iter()
+        .filter(|diagnostic| diagnostic.severity == Severity::Error)
+        .cloned()
+        .collect();
+    errors.extend(conflicts(&parsed.policies));
+    let world = match world(case) {
+        Ok(world) => world,
+        Err(error) => {
+            report.fail(format!("{place}: {error}"));
+            return report;
+        }
+    };
+    let mut compiler = Compiler::new(&CompilerState::default());
+    let content = FileContent {
+        policies: parsed.policies,
+        cidr_groups: parsed.cidr_groups,
+    };
+    let changes = Changes {
+        world: Some(world),
+        files: BTreeMap::from([(place.clone(), Some(content))]),
+    };
+    if errors.is_empty()
+        && let Err(found) = compiler.update(changes)
+    {
+        errors = found;
+    }
+    if case.error {
+        if errors.is_empty() {
+            report.fail(format!(
+                "{place}: expected the rules to be rejected, and they are valid"
+            ));
+        } else {
+            report.passed += 1;
+        }
+        return report;
+    }
+    if !errors.is_empty() {
+        for error in errors {
+            report.lines.push(format!("{place}: {error}"));
+        }
+        report.failed += case.checks.len().max(1);
+        return report;
+    }
+
+    let snapshot = compiler.snapshot();
+    let names = Names::new(compiler.world(), snapshot);
+    for (number, check) in case.checks.iter().enumerate() {
+        match run_check(snapshot, &names, check) {
+            Ok(None) => report.passed += 1,
+            Ok(Some(difference)) => report.fail(format!(
+                "{place}: check {}: {} {} {} {}/{}: {difference}",
+                number + 1,
+                check.subject,
+                check.direction,
+                check.peer,
+                check.protocol,
+                check.port,
+            )),
+            Err(error) => report.fail(format!("{place}: check {}: {error}", number + 1)),
+        }
+    }
+    report
+}
+
+/// Whom the names of a case stand for.
+struct Names<'a> {
+    endpoints: HashMap<&'a str, u16>,
+    identities: HashMap<&'a str, Identity>,
+}
+
+impl<'a> Names<'a> {
+    fn new(world: &'a World, snapshot: &Snapshot) -> Self {
+        let numbers: HashMap<&Labels, Identity> = snapshot
+            .identities
+            .iter()
+            .map(|(number, labels)| (labels, *number))
+            .collect();
+        let mut names = Self {
+            endpoints: HashMap::new(),
+            identities: HashMap::new(),
+        };
+        for peer in &world.peers {
+            if let Some(number) = numbers.get(&peer.labels) {
+                names.identities.insert(&peer.name, *number);
+            }
+        }
+        for endpoint in &world.endpoints {
+            names.endpoints.insert(&endpoint.name, endpoint.id);
+            if let Some(state) = snapshot.endpoints.get(&endpoint.id) {
+                names.identities.insert(&endpoint.name, state.identity);
+            }
+        }
+        names
+    }
+}
+
+/// `None`: as expected. Else what was found instead, and why.
+fn run_check(snapshot: &Snapshot, names: &Names<'_>, check: &Check) -> Result<Option<String>, String> {
+    let subject = *names
+        .endpoints
+        .get(check.subject.as_str())
+        .ok_or_else(|| format!("subject {:?} is not one of the endpoints", check.subject))?;
+    let direction = match check.direction.to_ascii_lowercase().as_str() {
+        "ingress" => Direction::Ingress,
+        "egress" => Direction::Egress,
+        other => return Err(format!("direction {other:?} is neither ingress nor egress")),
+    };
+    let peer = match names.identities.get(check.peer.as_str()) {
+        Some(number) => *number,
+        None => {
+            let address: IpAddr = check.peer.parse().map_err(|_| {
+                format!(
+                    "peer {:?} is neither a name of the case nor an address",
+                    check.peer
+                )
+            })?;
+            snapshot.identity_of(address).identity
+        }
+    };
+    let protocol = protocol_number(&check.protocol)?;
+    let entry = snapshot
+        .judge(subject, direction, peer, protocol, Some(check.port))
+        .ok_or("the compiled policy has no verdict")?;
+    let request = request(check)?;
+    let (got, rule) = outcome(snapshot, &entry, &request);
+    let expected = check.expect.as_str();
+    if !matches!(expected, "allow" | "deny" | "audit") && !expected.starts_with("l7:") {
+        return Err(format!(
+            "expect {expected:?} is none of allow, deny, audit, l7:http, l7:dns, l7:tls, l7:kafka"
+        ));
+    }
+    if got == expected || (got == "audit" && expected == "allow") {
+        return Ok(None);
+    }
+    let because = match snapshot.rules.get(&rule) {
+        Some(info) => info.to_string(),
+        None => format!("rule {rule}"),
+    };
+    Ok(Some(format!("expected {expected}, got {got}: {because}")))
+}
+
+fn outcome(snapshot: &Snapshot, entry: &PolicyEntry, request: &Request) -> (String, u32) {
+    let denied = || {
+        let audited = entry.flags & entry_flags::AUDIT != 0;
+        if audited {
+            "audit".to_owned()
+        } else {
+            "deny".to_owned()
+        }
+    };
+    match Decision::from_u8(entry.decision) {
+        Decision::Allow => ("allow".into(), entry.rule),
+        Decision::Deny | Decision::DenyExplicit | Decision::AuthRequired => (denied(), entry.rule),
+        Decision::Inspect => {
+            let Some(set) = snapshot.rulesets.get(&entry.ruleset) else {
+                return ("deny".into(), entry.rule);
+            };
+            if request.is_empty() {
+                return (format!("l7:{}", inspector_name(set.reads)), entry.rule);
+            }
+            match passing(set, request) {
+                Some(alternative) => ("allow".into(), alternative.rule),
+                None => ("deny".into(), entry.rule),
+            }
+        }
+    }
+}
+
+fn request(check: &Check) -> Result<Request, String> {
+    let http = check.http.as_ref().map(|http| HttpRequest {
+        method: http.method.clone(),
+        path: http.path.clone(),
+        host: http.host.clone(),
+        headers: http.headers.iter().map(|(n, v)| (n.clone(), v.clone())).collect(),
+    });
+    let kafka = match &check.kafka {
+        None => None,
+        Some(kafka) => Some(KafkaRequest {
+            api_key: kafka.api_key.value()?,
+            api_version: kafka.api_version.as_ref().map(Number::value).transpose()?,
+            client_id: kafka.client_id.clone(),
+            topics: kafka.topic.iter().chain(&kafka.topics).cloned().collect(),
+        }),
+    };
+    Ok(Request {
+        http,
+        dns: check.dns.as_ref().map(NameFacts::name),
+        tls: check.tls.as_ref().map(NameFacts::name),
+        kafka,
+    })
+}
+
+/// The IP protocol number of a name of the policy language, or of a number.
+pub fn protocol_number(name: &str) -> Result<u8, String> {
+    Ok(match name.to_ascii_uppercase().as_str() {
+        "TCP" => protocol::TCP,
+        "UDP" => protocol::UDP,
+        "SCTP" => protocol::SCTP,
+        "ICMP" | "ICMPV4" => protocol::ICMP,
+        "ICMPV6" => protocol::ICMPV6,
+        "IGMP" => protocol::IGMP,
+        "VRRP" => 112,
+        "GRE" => 47,
+        "ESP" => 50,
+        "AH" => 51,
+        other => other
+            .parse()
+            .map_err(|_| format!("protocol {name:?} is not known; a number (0 to 255) can be given"))?,
+    })
+}
+
+fn world(case: &Case) -> Result<World, String> {
+    let options = Options {
+        enforcement: match case.config.enforcement.as_str() {
+            "default" => Enforcement::Default,
+            "always" => Enforcement::Always,
+            "never" => Enforcement::Never,
+            other => return Err(format!("enforcement {other:?} is none of default, always, never")),
+        },
+        allow_localhost: match case.config.allow_localhost.as_str() {
+            "policy" => false,
+            "always" => true,
+            other => return Err(format!("allowLocalhost {other:?} is neither policy nor always")),
+        },
+        dual_stack: case.config.dual_stack,
+        audit: case.config.audit,
+    };
+    let labels = |named: &Named| Labels::new(named.labels.iter().map(|text| parse_label(text)));
+    let mut endpoints = Vec::new();
+    for (number, (name, named)) in case.endpoints.iter().enumerate() {
+        let labels = labels(named);
+        let addresses = named.addresses.iter().map(|text| {
+            text.parse()
+                .map_err(|_| format!("endpoint {name}: {text:?} is not an address"))
+        });
+        endpoints.push(Endpoint {
+            id: u16::try_from(number + 1).map_err(|_| "too many endpoints".to_owned())?,
+            name: name.clone(),
+            namespace: labels
+                .get("k8s", "io.kubernetes.pod.namespace")
+                .unwrap_or_default()
+                .to_owned(),
+            labels,
+            named_ports: named_ports(name, named)?,
+            addresses: addresses.collect::<Result<_, _>>()?,
+            audit: named.audit,
+        });
+    }
+    let mut peers = Vec::new();
+    for (name, named) in &case.peers {
+        let prefixes = named.addresses.iter().map(|text| {
+            text.parse::<IpNet>()
+                .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
+                .map_err(|_| format!("peer {name}: {text:?} is neither an address nor a prefix"))
+        });
+        peers.push(Peer {
+            name: name.clone(),
+            labels: labels(named),
+            named_ports: named_ports(name, named)?,
+            prefixes: prefixes.collect::<Result<_, _>>()?,
+        });
+    }
+    Ok(World {
+        options,
+        endpoints,
+        peers,
+    })
+}
+
+/// `{"http": "8080/TCP"}`; without a protocol the name holds for each.
+fn named_ports(whose: &str, named: &Named) -> Result<NamedPorts, String> {
+    let mut ports = NamedPorts::new();
+    for (name, text) in &named.named_ports {
+        let (port, protocol) = match text.split_once('/') {
+            Some((port, protocol)) => (port, protocol_number(protocol)?),
+            None => (text.as_str(), 0),
+        };
+        let port = port
+            .parse()
+            .map_err(|_| format!("{whose}: named port {name}: {text:?} is not like \"8080/TCP\""))?;
+        ports.insert(name.to_ascii_lowercase(), NamedPort { protocol, port });
+    }
+    Ok(ports)
+}
