@@ -603,6 +603,9 @@ impl Wanted {
 
     /// Copies what fits. What must not be lost, and does not fit, is an error.
     fn migrate(&self, from: &RawMap, to: &RawMap) -> Result<()> {
+        if self.map_type == map_type::RINGBUF {
+            return Ok(());
+        }
         let keeps_all = matches!(self.map_type, map_type::HASH | map_type::LPM_TRIE);
         if keeps_all && self.max_entries < from.info.max_entries {
             let present = from.count()?;

@@ -3,12 +3,11 @@
 //! Sizes are checked once, when a map is opened; after that a buffer of the wrong size cannot be made.
 
 use std::{
-    cell::Cell,
     io,
     marker::PhantomData,
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
     ptr::NonNull,
-    sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering},
     time::Duration,
 };
 
@@ -92,7 +91,7 @@ pub(crate) struct RawMap {
     pub info: bpf::MapInfo,
     /// Bytes of a value as the system call moves it: per-CPU maps have one value per possible CPU, each rounded up to 8.
     pub value_stride: usize,
-    batches: Cell<bool>,
+    batches: AtomicBool,
 }
 
 impl RawMap {
@@ -108,7 +107,7 @@ impl RawMap {
             name: name.to_owned(),
             info,
             value_stride,
-            batches: Cell::new(true),
+            batches: AtomicBool::new(true),
         })
     }
 
@@ -161,7 +160,7 @@ impl RawMap {
         let total = keys.len() / k;
         let mut done = 0;
         let mut tries = 0;
-        while self.batches.get() && done < total {
+        while self.batches.load(Ordering::Relaxed) && done < total {
             let count = (total - done).min(BATCH);
             let outcome = bpf::update_batch(
                 self.fd.as_fd(),
@@ -172,7 +171,7 @@ impl RawMap {
             done += outcome.done.min(count);
             match outcome.error {
                 None => tries = 0,
-                Some(e) if no_batches(&e) => self.batches.set(false),
+                Some(e) if no_batches(&e) => self.batches.store(false, Ordering::Relaxed),
                 Some(e) if transient(&e) && tries < 20 => {
                     tries += 1;
                     std::thread::sleep(Duration::from_micros(50 * tries));
@@ -193,13 +192,13 @@ impl RawMap {
         let total = keys.len() / k;
         let mut done = 0;
         let mut tries = 0;
-        while self.batches.get() && done < total {
+        while self.batches.load(Ordering::Relaxed) && done < total {
             let count = (total - done).min(BATCH);
             let outcome = bpf::delete_batch(self.fd.as_fd(), &keys[done * k..], count as u32);
             done += outcome.done.min(count);
             match outcome.error {
                 None => tries = 0,
-                Some(e) if no_batches(&e) => self.batches.set(false),
+                Some(e) if no_batches(&e) => self.batches.store(false, Ordering::Relaxed),
                 Some(e) if e.errno() == libc::ENOENT => done += 1,
                 Some(e) if transient(&e) && tries < 20 => {
                     tries += 1;
@@ -216,10 +215,7 @@ impl RawMap {
 
     /// Walks all elements. While others write, an element may be missed or seen twice.
     pub fn for_each(&self, mut each: impl FnMut(&[u8], &[u8])) -> Result<()> {
-        if self.info.map_type == map_type::RINGBUF {
-            return Ok(());
-        }
-        if self.batches.get() && self.walk_by_batches(&mut each)? {
+        if self.batches.load(Ordering::Relaxed) && self.walk_by_batches(&mut each)? {
             return Ok(());
         }
         self.walk_by_keys(&mut each)
@@ -255,7 +251,7 @@ impl RawMap {
                     continue;
                 }
                 Some(e) if first && no_batches(&e) => {
-                    self.batches.set(false);
+                    self.batches.store(false, Ordering::Relaxed);
                     return Ok(false);
                 }
                 Some(source) => {
@@ -678,7 +674,7 @@ mod tests {
     fn walking_by_keys_sees_the_same() {
         let fd = bpf::map_create("T", map_type::HASH, 4, 8, 1000, 1).unwrap();
         let map = Map::<u32, u64>::new(RawMap::new("POLICY", fd).unwrap()).unwrap();
-        map.raw.batches.set(false);
+        map.raw.batches.store(false, Ordering::Relaxed);
         let entries: Vec<_> = (0..500_u32).map(|i| (i, u64::from(i))).collect();
         map.insert_all(&entries).unwrap();
         map.remove_all(&[1, 2, 1000]).unwrap();

@@ -1,0 +1,285 @@
+//! Attaching, replacing and removing programs, on veths in namespaces.
+
+mod common;
+
+use std::{fs, path::Path};
+
+use common::*;
+use palisade_abi::{Decision, role};
+use palisade_datapath::{AttachError, Attachment, Hook, HookKind, Role, TcMode};
+
+#[test]
+fn every_mode_is_what_it_says_and_goes_without_a_trace() {
+    let world = World::new();
+    let datapath = world.open_with(Decision::Allow);
+    let ifindex = world.ifindex();
+    for case in &CASES {
+        let attached = datapath.attach(&attachment(&world, case)).unwrap();
+        assert_eq!(
+            (attached.ingress, attached.egress),
+            (Some(case.4), Some(case.5)),
+            "{case:?}"
+        );
+        assert_eq!(attached.name, "v0");
+        assert_eq!(
+            datapath.attachments().unwrap(),
+            std::slice::from_ref(&attached),
+            "{case:?}"
+        );
+        assert_eq!(
+            attached.interface.role,
+            if case.0 == Role::Host {
+                role::HOST
+            } else {
+                role::ENDPOINT
+            }
+        );
+
+        let link = world
+            .node
+            .run("ip", &["-d", "link", "show", "dev", "v0"])
+            .unwrap();
+        assert_eq!(
+            link.contains("xdpgeneric"),
+            case.4 == HookKind::XdpGeneric,
+            "{case:?} {link}"
+        );
+        assert_eq!(
+            link.contains("prog/xdp"),
+            matches!(case.4, HookKind::XdpGeneric | HookKind::XdpNative),
+            "{case:?} {link}"
+        );
+        assert_eq!(
+            world.tc_show("qdisc").contains("clsact"),
+            case.5 == HookKind::Clsact,
+            "{case:?}"
+        );
+        assert_eq!(world.lost(5), 0, "{case:?}");
+
+        datapath.detach(ifindex).unwrap();
+        assert!(datapath.attachments().unwrap().is_empty(), "{case:?}");
+        assert!(datapath.interfaces().unwrap().is_empty(), "{case:?}");
+        assert!(!world.tc_show("qdisc").contains("clsact"), "{case:?}");
+        let link = world
+            .node
+            .run("ip", &["-d", "link", "show", "dev", "v0"])
+            .unwrap();
+        assert!(!link.contains("prog/xdp"), "{case:?}");
+    }
+}
+
+#[test]
+fn the_programs_of_a_process_that_is_gone_are_still_there() {
+    let world = World::new();
+    for case in &CASES[..4] {
+        let datapath = world.open_with(Decision::Allow);
+        let attached = datapath.attach(&attachment(&world, case)).unwrap();
+        drop(datapath);
+        let datapath = world.open();
+        assert!(!datapath.is_fresh());
+        assert_eq!(datapath.attachments().unwrap(), [attached]);
+        assert_eq!(world.lost(3), 0);
+        datapath.detach_all().unwrap();
+        assert!(!world.options.pin_dir.exists());
+    }
+}
+
+/// Every few milliseconds another process's programs take the place of the old ones, and the modes change.
+#[test]
+fn replacing_programs_loses_no_packet() {
+    let world = World::new();
+    drop(world.open_with(Decision::Allow));
+    // Somebody's qdisc that stays: adding or removing one stops the interface for an instant, whoever does it
+    // (the kernel's qdisc_graft calls dev_deactivate). XDP coming and going does so to a veth's queues, too.
+    world
+        .node
+        .run("tc", &["qdisc", "add", "dev", "v0", "clsact"])
+        .unwrap();
+    for cases in [&CASES[..1], &CASES[1..3], &CASES[2..3]] {
+        world.open().attach(&attachment(&world, &cases[0])).unwrap();
+        assert_eq!(world.lost(3), 0);
+        let mut pings = world.start_pings(1000);
+        let mut times = 0;
+        while pings.running() {
+            let case = &cases[times % cases.len()];
+            let attached = world.open().attach(&attachment(&world, case)).unwrap();
+            assert_eq!((attached.ingress, attached.egress), (Some(case.4), Some(case.5)));
+            times += 1;
+        }
+        assert!(times > 5, "{times}");
+        assert_eq!(pings.lost(), 0, "{cases:?} after {times} replacements");
+    }
+}
+
+#[test]
+fn two_interfaces_in_one_slot_are_an_error() {
+    let world = World::new();
+    world
+        .node
+        .ip("link add a0 index 1234 type veth peer name a1\nlink add b0 index 66770 type veth peer name b1")
+        .unwrap();
+    let datapath = world.open();
+    let first = Attachment {
+        ifindex: 1234,
+        ..world.attachment(Role::Endpoint, Hook::Auto, TcMode::Auto)
+    };
+    datapath.attach(&first).unwrap();
+    let second = Attachment {
+        ifindex: 66_770,
+        ..first.clone()
+    };
+    let error = datapath.attach(&second).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            AttachError::SlotCollision {
+                ifindex: 66_770,
+                other: 1234,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    // Once the other one is gone the slot is free.
+    world.node.ip("link del a0").unwrap();
+    datapath.attach(&second).unwrap();
+    assert_eq!(
+        datapath.interfaces().unwrap(),
+        [interface(66_770, WORKLOAD, role::ENDPOINT)]
+    );
+}
+
+#[test]
+fn interfaces_that_are_gone_are_forgotten() {
+    let world = World::new();
+    let datapath = world.open();
+    world.node.ip("link add a0 type veth peer name a1").unwrap();
+    let gone = world.node.ifindex("a0").unwrap();
+    datapath
+        .attach(&world.attachment(Role::Endpoint, Hook::Auto, TcMode::Auto))
+        .unwrap();
+    let links = world.options.pin_dir.join("links");
+    for tc in [TcMode::Tcx, TcMode::Clsact] {
+        let wanted = Attachment {
+            ifindex: gone,
+            ..world.attachment(Role::Endpoint, Hook::Auto, tc)
+        };
+        datapath.attach(&wanted).unwrap();
+    }
+    assert!(datapath.forget_dead().unwrap().is_empty());
+    world.node.ip("link del a0").unwrap();
+    assert_eq!(datapath.forget_dead().unwrap(), [gone]);
+    assert!(!links.join(gone.to_string()).exists());
+    assert_eq!(datapath.interfaces().unwrap().len(), 1);
+    assert_eq!(datapath.attachments().unwrap().len(), 1);
+    let error = datapath
+        .attach(&Attachment {
+            ifindex: gone,
+            ..world.attachment(Role::Host, Hook::Auto, TcMode::Auto)
+        })
+        .unwrap_err();
+    assert!(matches!(error, AttachError::NoSuchInterface { .. }), "{error}");
+}
+
+#[test]
+fn another_ones_xdp_program_is_named_and_left_alone() {
+    let world = World::new();
+    let beside = world.beside();
+    let theirs = beside.open_with(Decision::Allow);
+    theirs
+        .attach(&world.attachment(Role::Host, Hook::Xdp, TcMode::Auto))
+        .unwrap();
+
+    let ours = world.open_with(Decision::Allow);
+    let error = ours
+        .attach(&world.attachment(Role::Host, Hook::Auto, TcMode::Auto))
+        .unwrap_err();
+    assert!(matches!(error, AttachError::ForeignXdp { .. }), "{error}");
+    let text = error.to_string();
+    assert!(
+        text.contains("palisade_xdp") && text.contains("ingress = \"tc\""),
+        "{text}"
+    );
+    let attached = ours
+        .attach(&world.attachment(Role::Host, Hook::Tc, TcMode::Auto))
+        .unwrap();
+    assert_eq!(attached.ingress, Some(HookKind::Tcx));
+    assert_eq!(
+        theirs.attachments().unwrap()[0].ingress,
+        Some(HookKind::XdpNative)
+    );
+}
+
+#[test]
+fn a_pin_of_another_namespace_is_not_taken_over() {
+    let here = World::new();
+    let datapath = here.open();
+    let index = "link add same index 4321 type veth peer name other";
+    here.node.ip(index).unwrap();
+    let wanted = Attachment {
+        ifindex: 4321,
+        ..here.attachment(Role::Host, Hook::Auto, TcMode::Auto)
+    };
+    datapath.attach(&wanted).unwrap();
+    here.peer.ip(index).unwrap();
+    here.peer.join().unwrap();
+    let error = datapath.attach(&wanted).unwrap_err();
+    assert!(matches!(error, AttachError::PinnedElsewhere { .. }), "{error}");
+    assert!(error.to_string().contains("pin_dir"), "{error}");
+}
+
+#[test]
+fn somebody_elses_clsact_things_stay() {
+    let world = World::new();
+    let datapath = world.open_with(Decision::Allow);
+    let tc = |args: &str| {
+        world
+            .node
+            .run("tc", &args.split(' ').collect::<Vec<_>>())
+            .unwrap()
+    };
+    let wanted = world.attachment(Role::Endpoint, Hook::Tc, TcMode::Clsact);
+
+    tc("qdisc add dev v0 ingress");
+    let error = datapath.attach(&wanted).unwrap_err();
+    assert!(matches!(error, AttachError::IngressQdisc { .. }), "{error}");
+    tc("qdisc del dev v0 ingress");
+
+    tc("qdisc add dev v0 clsact");
+    tc("filter add dev v0 egress prio 1 u32 match u32 0 0 flowid 1:1");
+    let error = datapath.attach(&wanted).unwrap_err();
+    assert!(
+        matches!(&error, AttachError::ForeignFilter { kind, .. } if kind == "u32"),
+        "{error}"
+    );
+    tc("filter del dev v0 egress");
+
+    tc("filter add dev v0 egress prio 7 u32 match u32 0 0 flowid 1:1");
+    datapath.attach(&wanted).unwrap();
+    assert_eq!(world.lost(3), 0);
+    datapath.detach(world.ifindex()).unwrap();
+    assert!(world.tc_show("qdisc").contains("clsact"));
+    assert!(
+        world
+            .node
+            .run("tc", &["filter", "show", "dev", "v0", "egress"])
+            .unwrap()
+            .contains("pref 7")
+    );
+}
+
+#[test]
+fn detach_all_leaves_nothing_and_needs_no_maps() {
+    let world = World::new();
+    let datapath = world.open_with(Decision::Deny);
+    datapath.attach(&attachment(&world, &CASES[3])).unwrap();
+    drop(datapath);
+    // Maps of another version are removed, too.
+    let other = world.options.pin_dir.join("v999");
+    fs::create_dir(&other).unwrap();
+    palisade_datapath::detach_all(&world.options.pin_dir).unwrap();
+    assert!(pins_below(&world.options.pin_dir).is_empty());
+    assert!(!world.options.pin_dir.exists());
+    assert_eq!(world.lost(3), 0);
+    palisade_datapath::detach_all(Path::new("/sys/fs/bpf/palisade-test-none")).unwrap();
+}

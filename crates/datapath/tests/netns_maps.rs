@@ -1,0 +1,295 @@
+//! Maps over restarts, changed sizes, plans and connections.
+
+mod common;
+
+use common::*;
+use palisade_abi::{
+    Addr, CtEntry, CtKey, Decision, EndpointState, IpcacheEntry, PolicyEntry, PolicyKey, PrefixKey,
+    class_slot, protocol,
+};
+use palisade_datapath::{Datapath, Hook, Limits, OpenError, Options, Role, TcMode, monotonic_coarse};
+use palisade_policy::plan::Op;
+
+fn entry(rule: u32) -> PolicyEntry {
+    PolicyEntry {
+        decision: Decision::Allow as u8,
+        flags: 0,
+        inspector: 0,
+        match_kind: 0,
+        rule,
+        ruleset: 0,
+    }
+}
+
+fn key(policy: u32, identity: u32) -> PolicyKey {
+    PolicyKey {
+        policy,
+        identity,
+        class: 0,
+        direction: 0,
+        zero: 0,
+    }
+}
+
+fn ct_key(n: u16) -> CtKey {
+    CtKey {
+        local: Addr::from_v4(NODE_ADDR),
+        remote: Addr::from_v4(PEER_ADDR),
+        local_port: n,
+        remote_port: 1,
+        endpoint: HOST_ENDPOINT,
+        protocol: protocol::TCP,
+        zero: 0,
+    }
+}
+
+#[test]
+fn a_plan_is_read_back_as_it_was_written() {
+    let world = World::new();
+    let datapath = world.open();
+    assert!(datapath.is_fresh());
+    let address = |n: u8| Addr::from_v4([10, 1, 0, n]);
+    let prefix = |n: u8| PrefixKey {
+        length: 96 + 24,
+        addr: Addr::from_v4([10, n, 0, 0]),
+    };
+    let info = |identity| IpcacheEntry {
+        identity,
+        endpoint: 3,
+        flags: 0,
+    };
+    let state = EndpointState {
+        policy: 4,
+        revision: 9,
+        identity: 300,
+        zero: 0,
+    };
+    let plan = [
+        Op::PolicyPut((1..=100).map(|i| (key(4, i), entry(i))).collect()),
+        Op::ClassPut(vec![
+            (class_slot(protocol::TCP, 80), 7),
+            (class_slot(protocol::UDP, 53), 8),
+        ]),
+        Op::AddressPut(address(1), info(256)),
+        Op::AddressPut(address(2), info(257)),
+        // Later in the run: the last one counts.
+        Op::AddressPut(address(1), info(258)),
+        Op::PrefixPut(prefix(1), info(1 << 24)),
+        Op::PrefixPut(prefix(2), info(2 << 24)),
+        Op::EndpointPut(3, state),
+        Op::PolicyDelete(vec![key(4, 50), key(4, 1000)]),
+        Op::AddressDelete(address(2)),
+        Op::PrefixDelete(prefix(2)),
+    ];
+    datapath.apply(&plan).unwrap();
+    drop(datapath);
+
+    let datapath = world.open();
+    assert!(!datapath.is_fresh());
+    let dump = datapath.dump().unwrap();
+    assert_eq!(dump.policy.len(), 99);
+    assert!(
+        dump.policy
+            .iter()
+            .all(|(k, e)| k.identity == e.rule && k.identity != 50)
+    );
+    assert_eq!(dump.addresses, [(address(1), info(258))]);
+    assert_eq!(dump.prefixes, [(prefix(1), info(1 << 24))]);
+    assert_eq!(dump.endpoints.into_iter().collect::<Vec<_>>(), [(3, state)]);
+    assert_eq!(dump.classes.iter().filter(|&&c| c != 0).count(), 2);
+    assert_eq!(dump.classes[class_slot(protocol::UDP, 53) as usize], 8);
+}
+
+#[test]
+fn a_step_that_fails_is_named_and_those_before_it_are_done() {
+    let world = World::new();
+    let datapath = world.open();
+    let plan = [
+        Op::EndpointPut(
+            3,
+            EndpointState {
+                policy: 1,
+                revision: 1,
+                identity: 1,
+                zero: 0,
+            },
+        ),
+        Op::PolicyPut((0..2000).map(|i| (key(1, i), entry(1))).collect()),
+        Op::EndpointPut(3, EndpointState::default()),
+    ];
+    let error = datapath.apply(&plan).unwrap_err();
+    assert_eq!(error.step(), 1);
+    let text = error.to_string();
+    assert_eq!(
+        text,
+        "step 1 of 3 (write policy entries): policy map full: 1024 of 1024 entries; raise [limits] policy_entries"
+    );
+    assert_eq!(datapath.endpoint_states().len(), 1);
+    let error = datapath.apply(&[Op::ClassPut(vec![(u32::MAX, 1)])]).unwrap_err();
+    assert!(error.to_string().contains("no class slot"), "{error}");
+}
+
+#[test]
+fn stores_into_mapped_memory_are_what_the_kernel_reads() {
+    let world = World::new();
+    let datapath = world.open();
+    let state = EndpointState {
+        policy: 11,
+        revision: 22,
+        identity: 33,
+        zero: 0,
+    };
+    datapath
+        .apply(&[Op::EndpointPut(65_535, state), Op::ClassPut(vec![(0, 5)])])
+        .unwrap();
+    // A second process has mappings of its own.
+    let other = world.open();
+    assert_eq!(
+        other.endpoint_states().into_iter().collect::<Vec<_>>(),
+        [(65_535, state)]
+    );
+    assert_eq!(other.dump().unwrap().classes[0], 5);
+}
+
+#[test]
+fn changed_sizes_keep_what_is_in_the_maps() {
+    let mut world = World::new();
+    let datapath = world.open();
+    datapath
+        .apply(&[Op::PolicyPut((0..1000).map(|i| (key(1, i), entry(i))).collect())])
+        .unwrap();
+    datapath.set_config(&config()).unwrap();
+    let alive = CtEntry {
+        expires: u64::MAX,
+        created: 7,
+        ..CtEntry::default()
+    };
+    datapath.conntrack().seed(&[(ct_key(1), alive)]).unwrap();
+    let before = datapath.conntrack();
+
+    world.options.limits = Limits {
+        policy_entries: 999,
+        ..world.options.limits
+    };
+    let error = Datapath::open(&world.options).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            OpenError::TooSmall {
+                limit: 999,
+                present: 1000,
+                ..
+            }
+        ),
+        "{error}"
+    );
+
+    let limits = Limits {
+        policy_entries: 5000,
+        conntrack_entries: 8192,
+        rules: 2048,
+        ..world.options.limits
+    };
+    world.options.limits = Limits {
+        event_ring_bytes: 1 << 17,
+        ..limits
+    };
+    let resized = world.open();
+    let mut names = resized.resized().to_vec();
+    names.sort();
+    assert_eq!(names, ["CONNTRACK", "EVENTS", "POLICY", "RULES"]);
+    assert_eq!(resized.policy_entries().unwrap().len(), 1000);
+    assert_eq!(resized.config().unwrap(), Some(config()));
+    assert_eq!(resized.conntrack().entries().unwrap(), [(ct_key(1), alive)]);
+    assert_eq!(resized.conntrack().counts().unwrap().max_entries, 8192);
+
+    // Old programs are still attached somewhere and track a connection; attaching the new ones brings it over.
+    before.seed(&[(ct_key(2), alive)]).unwrap();
+    assert_eq!(resized.conntrack().entries().unwrap().len(), 1);
+    resized
+        .attach(&world.attachment(Role::Host, Hook::Auto, TcMode::Auto))
+        .unwrap();
+    assert_eq!(resized.conntrack().entries().unwrap().len(), 2);
+
+    // And the next one finds all as it should be.
+    drop(resized);
+    assert!(world.open().resized().is_empty());
+}
+
+#[test]
+fn a_map_of_another_layout_is_refused_with_the_fix() {
+    let world = World::new();
+    drop(world.open());
+    let maps = world.options.pin_dir.join(format!("v{}", palisade_abi::VERSION));
+    std::fs::remove_file(maps.join("POLICY")).unwrap();
+    std::fs::rename(maps.join("IPCACHE"), maps.join("POLICY")).unwrap();
+    let error = Datapath::open(&world.options).unwrap_err();
+    assert!(matches!(error, OpenError::Layout { .. }), "{error}");
+    assert!(error.to_string().contains("palisade stop --detach"), "{error}");
+}
+
+#[test]
+fn a_directory_that_is_no_bpffs_is_refused() {
+    let options = Options {
+        pin_dir: "/tmp/palisade-none".into(),
+        ..Options::default()
+    };
+    assert!(matches!(
+        Datapath::open(&options),
+        Err(OpenError::NotBpffs { .. })
+    ));
+}
+
+#[test]
+fn the_sweep_takes_the_dead_and_counts() {
+    let world = World::new();
+    let datapath = world.open();
+    let now = monotonic_coarse();
+    let flow = |n, expires| {
+        (
+            ct_key(n),
+            CtEntry {
+                expires,
+                ..CtEntry::default()
+            },
+        )
+    };
+    let flows: Vec<_> = (0..300)
+        .map(|n| flow(n, if n % 3 == 0 { now } else { now + 1_000_000_000 }))
+        .collect();
+    let conntrack = datapath.conntrack();
+    assert_eq!(conntrack.seed(&flows).unwrap(), 300);
+    assert_eq!(conntrack.seed(&flows[..10]).unwrap(), 0);
+    let sweep = conntrack.sweep(now).unwrap();
+    assert_eq!((sweep.ended.len(), sweep.present), (100, 200));
+    assert!(sweep.ended.iter().all(|e| e.key.local_port % 3 == 0));
+    let counts = conntrack.counts().unwrap();
+    assert_eq!(
+        (counts.seeded, counts.swept, counts.present, counts.evicted),
+        (300, 100, 200, 0)
+    );
+    let gone = conntrack
+        .remove_if(|key, _| key.endpoint == HOST_ENDPOINT)
+        .unwrap();
+    assert_eq!(gone.ended.len(), 200);
+    // The numbers outlive the process.
+    drop(datapath);
+    let counts = world.open().conntrack().counts().unwrap();
+    assert_eq!((counts.seeded, counts.swept, counts.present), (300, 300, 0));
+}
+
+#[test]
+fn a_full_conntrack_map_shows_what_was_evicted() {
+    let world = World::new();
+    let datapath = world.open();
+    let alive = CtEntry {
+        expires: u64::MAX,
+        ..CtEntry::default()
+    };
+    let flows: Vec<_> = (0..6000).map(|n| (ct_key(n), alive)).collect();
+    datapath.conntrack().seed(&flows).unwrap();
+    let counts = datapath.conntrack().counts().unwrap();
+    assert_eq!(counts.seeded, 6000);
+    assert!(counts.present <= counts.max_entries, "{counts:?}");
+    assert!(counts.evicted >= 6000 - counts.max_entries, "{counts:?}");
+}
