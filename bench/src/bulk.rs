@@ -4,16 +4,16 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use palisade_testbed::{
-    Topology, output,
+    Topology,
+    daemon::{Daemon, Settings},
+    output,
     server::Iperf3,
-    topology::{INTERNET_V4, WorkloadSpec},
+    topology::WorkloadSpec,
 };
 use serde_json::Value;
 
 use crate::{
-    Effort,
-    node::{Daemon, Nic},
-    progress,
+    Effort, progress,
     report::{Goal, Measure, Samples, Table},
 };
 
@@ -29,7 +29,7 @@ spec:
     matchLabels:
       app: server
   ingress:
-  - fromCIDR: [198.51.100.0/24]
+  - fromCIDR: [198.51.100.2/32]
     toPorts:
     - ports:
       - port: \"5201\"
@@ -47,12 +47,12 @@ impl Path {
         let topology = Topology::new()?.workload(WorkloadSpec::new("server").label("app", "server"))?;
         let workload = topology.get("server");
         let server = Iperf3::start(&workload.ns, PORT)?;
-        let policies = [(
-            "iperf3.yaml".to_owned(),
-            POLICY.replace("198.51.100.0/24", &format!("{INTERNET_V4}/32")),
-        )];
+        let unguarded_nic = Settings {
+            nic: false,
+            ..Settings::default()
+        };
         let daemon = guarded
-            .then(|| Daemon::start(&topology, workload, Nic::Open, &policies))
+            .then(|| Daemon::start(&topology, &unguarded_nic, &[("iperf3.yaml", POLICY)]))
             .transpose()?;
         Ok(Self {
             topology,

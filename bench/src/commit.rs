@@ -1,9 +1,7 @@
 //! From the moment a policy file is renamed into place to the first packet that is judged by it.
 
 use std::{
-    fs,
     net::{SocketAddr, UdpSocket},
-    path::Path,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -15,12 +13,12 @@ use std::{
 use anyhow::{Result, ensure};
 use palisade_testbed::{
     Topology,
+    daemon::{Daemon, Settings},
     topology::{INTERNET_V4, WorkloadSpec},
 };
 
 use crate::{
     Effort,
-    node::{Daemon, Nic},
     policies::{allow, files, nobody},
     progress,
     report::{Goal, Measure, Samples, Table, number},
@@ -116,14 +114,6 @@ impl Probes {
     }
 }
 
-/// Puts a policy in place as an editor or a configuration manager does: written beside it, then renamed.
-fn commit(folder: &Path, name: &str, text: &str) -> Result<()> {
-    let draft = folder.join(format!(".{name}.new"));
-    fs::write(&draft, text)?;
-    fs::rename(draft, folder.join(name))?;
-    Ok(())
-}
-
 /// Runs it.
 pub fn measure(effort: Effort) -> Result<Measure> {
     let sizes: &[usize] = effort.pick(&[10, 10_000], &[10, 100, 1_000, 10_000]);
@@ -179,12 +169,16 @@ pub fn measure(effort: Effort) -> Result<Measure> {
 fn changes_among(count: usize, changes: usize) -> Result<(Samples, Samples, Samples)> {
     let topology = Topology::new()?.workload(WorkloadSpec::new("server").label("app", "server"))?;
     let server = topology.get("server");
-    let daemon = Daemon::start(
-        &topology,
-        server,
-        Nic::Open,
-        &files(count, "server", &nobody(count), PORT),
-    )?;
+    let files = files(count, "server", &nobody(count), PORT);
+    let policies: Vec<_> = files
+        .iter()
+        .map(|(name, text)| (name.as_str(), text.as_str()))
+        .collect();
+    let unguarded_nic = Settings {
+        nic: false,
+        ..Settings::default()
+    };
+    let daemon = Daemon::start(&topology, &unguarded_nic, &policies)?;
     let to = SocketAddr::new(server.v4.into(), PORT);
     let receiver = server.ns.enter(|| UdpSocket::bind(to))?;
     receiver.set_read_timeout(Some(Duration::from_millis(50)))?;
@@ -209,7 +203,7 @@ fn changes_among(count: usize, changes: usize) -> Result<(Samples, Samples, Samp
                 };
                 let text = allow(&name, "server", &from, PORT);
                 let since = probes.begin.elapsed();
-                commit(daemon.policies(), &format!("{name}.yaml"), &text)?;
+                daemon.write(&format!("{name}.yaml"), &text)?;
                 let effect = if allow_it {
                     probes.allowed_since(since)?
                 } else {

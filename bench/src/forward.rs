@@ -5,13 +5,13 @@ use std::{fmt::Write as _, fs, time::Duration};
 use anyhow::{Context, Result, ensure};
 use palisade_testbed::{
     Ns, Topology,
+    daemon::{Daemon, Hooks, Settings},
     ns::wait_until,
     topology::{INNER, INTERNET_V4, NIC, WorkloadSpec},
 };
 
 use crate::{
     Effort,
-    node::{Daemon, Nic},
     policies::{files, nobody},
     progress,
     report::{Goal, Measure, Plot, Samples, Table, number},
@@ -132,26 +132,42 @@ impl Path {
         })
     }
 
-    /// Sets the filter up for `n` rules, and lets every flow be established: a packet each way.
+    /// Sets the filter up for `n` rules, with all flows established.
     fn prepare(&mut self, n: usize) -> Result<()> {
-        let server = self.topology.get("server");
         let node = &self.topology.node;
-        let nic = match self.filter {
+        let (nic, host) = match self.filter {
             Filter::None => return Ok(()),
             Filter::NftSet | Filter::NftSetConntrack | Filter::NftLinear => {
                 node.nft("flush ruleset")?;
                 node.nft(&nft_rules(self.filter, n))?;
-                None
+                return self.establish();
             }
-            Filter::Palisade => Some(Nic::Open),
-            Filter::PalisadeNicTc => Some(Nic::Tc),
-            Filter::PalisadeNicXdp => Some(Nic::Xdp),
+            Filter::Palisade => (false, "auto"),
+            Filter::PalisadeNicTc => (true, "tc"),
+            Filter::PalisadeNicXdp => (true, "xdp"),
         };
-        if let Some(nic) = nic {
-            self.daemon = None; // first away with the old one
-            let policies = files(n, "server", &INTERNET_V4.to_string(), PORT);
-            self.daemon = Some(Daemon::start(&self.topology, server, nic, &policies)?);
-        }
+        self.daemon = None; // away with the old one first
+        let files = files(n, "server", &INTERNET_V4.to_string(), PORT);
+        let policies: Vec<_> = files
+            .iter()
+            .map(|(name, text)| (name.as_str(), text.as_str()))
+            .collect();
+        let hooks = Hooks {
+            host,
+            ..Hooks::default()
+        };
+        let settings = Settings {
+            nic,
+            hooks,
+            ..Settings::default()
+        };
+        self.daemon = Some(Daemon::start(&self.topology, &settings, &policies)?);
+        self.establish()
+    }
+
+    /// A packet each way for every flow.
+    fn establish(&self) -> Result<()> {
+        let server = self.topology.get("server");
         let before = self.received()?;
         self.topology
             .internet

@@ -8,8 +8,8 @@ pub mod bulk;
 pub mod commit;
 pub mod forward;
 pub mod machine;
-pub mod node;
 pub mod policies;
+pub mod program;
 pub mod report;
 pub mod traffic;
 

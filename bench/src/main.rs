@@ -11,7 +11,7 @@ use clap::Parser;
 use palisade_bench::{
     Effort, bulk, commit, forward,
     machine::Machine,
-    node, progress,
+    program, progress,
     report::{Measure, Report},
 };
 use palisade_flowlog::Timestamp;
@@ -21,6 +21,8 @@ type Entry = (&'static str, fn(Effort) -> Result<Measure>);
 
 /// All of them, in the order in which they run.
 const MEASURES: &[Entry] = &[
+    ("established", program::established),
+    ("new-flow", program::new_flow),
     ("forward", forward::measure),
     ("bulk", bulk::measure),
     ("commit", commit::measure),
@@ -34,9 +36,6 @@ struct Args {
     /// Fewer and shorter samples, fewer sizes.
     #[arg(long)]
     quick: bool,
-    /// The program that is measured.
-    #[arg(long, default_value = "target/release/palisade")]
-    palisade: PathBuf,
     /// Where the report goes: latest.md, latest.json and plots.
     #[arg(long, default_value = "bench/results")]
     out: PathBuf,
@@ -58,7 +57,6 @@ fn main() -> Result<()> {
     {
         bail!("no measure is called {name}; there are {}", known());
     }
-    node::set_program(args.palisade);
     let machine = Machine::here();
     progress(format_args!("{machine}"));
 

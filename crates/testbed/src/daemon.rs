@@ -51,6 +51,8 @@ pub struct Settings {
     pub audit: bool,
     /// `[policy] allow_localhost`.
     pub allow_localhost: &'static str,
+    /// Whether the node's NIC is guarded, and the node with it.
+    pub nic: bool,
     /// Where the programs stand.
     pub hooks: Hooks,
     /// Whether the daemon is told the workloads' namespaces, from which it takes over open connections.
@@ -65,6 +67,7 @@ impl Default for Settings {
             enforcement: "default",
             audit: false,
             allow_localhost: "policy",
+            nic: true,
             hooks: Hooks::default(),
             seed: true,
             tables: String::new(),
@@ -122,8 +125,7 @@ impl Daemon {
         let mut text = format!(
             "[node]\nname = \"node1\"\nlabels = {{ \"node-role.kubernetes.io/worker\" = \"\" }}\n\
              pin_dir = {:?}\nstate_dir = {:?}\nsocket = {:?}\n\n\
-             [policy]\ndir = {:?}\nenforcement = {:?}\naudit = {}\nallow_localhost = {:?}\n\n\
-             [[interface]]\nname = {NIC:?}\nrole = \"host\"\ningress = {host:?}\ntc = {tc:?}\n",
+             [policy]\ndir = {:?}\nenforcement = {:?}\naudit = {}\nallow_localhost = {:?}\n",
             self.pins,
             path("state"),
             self.socket(),
@@ -132,6 +134,12 @@ impl Daemon {
             settings.audit,
             settings.allow_localhost,
         );
+        if settings.nic {
+            let _ = writeln!(
+                text,
+                "\n[[interface]]\nname = {NIC:?}\nrole = \"host\"\ningress = {host:?}\ntc = {tc:?}"
+            );
+        }
         let table = |pairs: &std::collections::BTreeMap<String, String>| {
             let pairs: Vec<_> = pairs.iter().map(|(k, v)| format!("{k:?} = {v:?}")).collect();
             format!("{{ {} }}", pairs.join(", "))

@@ -1,0 +1,434 @@
+//! What one packet costs in the programs themselves, by BPF_PROG_TEST_RUN: no driver, no network stack.
+//!
+//! The programs run with maps of their own, filled by hand with as many rules and identities as a measure wants.
+//! Nothing is attached to anything.
+
+use std::net::Ipv4Addr;
+
+use anyhow::{Context, Result, bail, ensure};
+use aya::{
+    Ebpf, EbpfLoader, Pod,
+    maps::{Array, HashMap, MapData},
+    programs::{Program, SchedClassifier, TestRun, TestRunOptions, Xdp},
+};
+use palisade_abi::{
+    Addr, CLASS_SLOTS, Class, Config, CtKey, DIRECTIONS, Decision, EndpointState, Interface, IpcacheEntry,
+    MatchKind, PolicyEntry, PolicyKey, class_slot, identity, maps, programs, protocol, role,
+};
+use zerocopy::{Immutable, IntoBytes};
+
+use crate::{
+    Effort, progress,
+    report::{Goal, Measure, Samples, Table, number},
+    traffic::{Frame, Stream},
+};
+
+/// The loopback interface: where the kernel says that test packets are.
+const IFINDEX: u32 = 1;
+/// The endpoint that is guarded: a workload, or the node.
+const ENDPOINT: u16 = 7;
+const GUARDED: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 10);
+const POLICY: u32 = 3;
+const PORT: u16 = 80;
+const SECOND: u64 = 1_000_000_000;
+
+/// Programs that parse a packet and look one connection up.
+const BASELINE_XDP: &str = "bench_baseline";
+const BASELINE_TC: &str = "bench_baseline_tc";
+
+/// Return values of a program that drops.
+const XDP_DROP: u32 = 1;
+const TC_ACT_SHOT: u32 = 2;
+
+/// The n-th of the other ends.
+fn peer(n: u32) -> Ipv4Addr {
+    Ipv4Addr::from(0x0a80_0000 + n)
+}
+
+const fn peer_identity(n: u32) -> u32 {
+    identity::FIRST_LOCAL + n
+}
+
+/// A program, where it stands, and which way the packets go that it judges.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    name: &'static str,
+    program: &'static str,
+    role: u8,
+    to_endpoint: bool,
+}
+
+const PLACES: [Place; 3] = [
+    Place {
+        name: "XDP, host: to the node",
+        program: programs::XDP_INGRESS,
+        role: role::HOST,
+        to_endpoint: true,
+    },
+    Place {
+        name: "tc, endpoint: to the workload",
+        program: programs::TC_EGRESS,
+        role: role::ENDPOINT,
+        to_endpoint: true,
+    },
+    Place {
+        name: "tc, endpoint: from the workload",
+        program: programs::TC_INGRESS,
+        role: role::ENDPOINT,
+        to_endpoint: false,
+    },
+];
+
+impl Place {
+    /// A UDP packet between the guarded endpoint and a peer, of one of the flows that they can have.
+    fn frame(&self, other: u32, flow: u16) -> Frame {
+        let peer = peer(other);
+        let stream = |from, to| Stream {
+            from_mac: [2, 0, 0, 0, 0, 1],
+            to_mac: [2, 0, 0, 0, 0, 2],
+            from,
+            to,
+        };
+        if self.to_endpoint {
+            stream(peer, GUARDED).frame(flow, PORT)
+        } else {
+            stream(GUARDED, peer).frame(flow, PORT)
+        }
+    }
+
+    fn key(&self, other: u32, flow: u16) -> CtKey {
+        let (local_port, remote_port) = if self.to_endpoint {
+            (PORT, flow)
+        } else {
+            (flow, PORT)
+        };
+        CtKey {
+            local: Addr::from_v4(GUARDED.octets()),
+            remote: Addr::from_v4(peer(other).octets()),
+            local_port,
+            remote_port,
+            endpoint: ENDPOINT,
+            protocol: protocol::UDP,
+            zero: 0,
+        }
+    }
+}
+
+/// The programs with maps of their own.
+struct Loaded(Ebpf);
+
+fn raw<const N: usize>(value: &(impl IntoBytes + Immutable)) -> Result<[u8; N]> {
+    <[u8; N]>::try_from(value.as_bytes()).context("a key or value has not the size that is taken here")
+}
+
+impl Loaded {
+    /// With `rules` rules about `peers` identities: rule r lets peer r mod `peers` use port class 1 + r / `peers`. The
+    /// port of the traffic is of class 1.
+    fn new(rules: u32, peers: u32) -> Result<Self> {
+        let mut ebpf = EbpfLoader::new()
+            .load(palisade_datapath::OBJECT)
+            .context("loading the BPF object")?;
+        for (name, program) in ebpf.programs_mut() {
+            match program {
+                Program::Xdp(program) => program.load(),
+                Program::SchedClassifier(program) => program.load(),
+                _ => bail!("{name}: neither XDP nor tc"),
+            }
+            .with_context(|| name.to_owned())?;
+        }
+        let mut loaded = Self(ebpf);
+        loaded.fill(rules, peers)?;
+        Ok(loaded)
+    }
+
+    fn hash<const K: usize, const V: usize>(
+        &mut self,
+        name: &str,
+    ) -> Result<HashMap<&mut MapData, [u8; K], [u8; V]>>
+    where
+        [u8; K]: Pod,
+        [u8; V]: Pod,
+    {
+        Ok(HashMap::try_from(
+            self.0.map_mut(name).with_context(|| name.to_owned())?,
+        )?)
+    }
+
+    fn array<const V: usize>(&mut self, name: &str) -> Result<Array<&mut MapData, [u8; V]>>
+    where
+        [u8; V]: Pod,
+    {
+        Ok(Array::try_from(
+            self.0.map_mut(name).with_context(|| name.to_owned())?,
+        )?)
+    }
+
+    fn fill(&mut self, rules: u32, peers: u32) -> Result<()> {
+        let config = Config {
+            tcp_opening: 60 * SECOND,
+            tcp_established: 3_600 * SECOND,
+            tcp_closing: 10 * SECOND,
+            udp: 3_600 * SECOND,
+            other: 60 * SECOND,
+            fragment: 5 * SECOND,
+            trace_interval: 0,
+            // The cost of an event is not what is measured; as in any flood, nearly all of them are suppressed.
+            events_per_second: 1,
+            host_endpoint: 1,
+            world_ipv4: identity::WORLD_IPV4,
+            world_ipv6: identity::WORLD_IPV6,
+            rules: 65_536,
+        };
+        self.array::<{ size_of::<Config>() }>(maps::CONFIG)?
+            .set(0, raw(&config)?, 0)?;
+        let state = EndpointState {
+            policy: POLICY,
+            revision: 1,
+            identity: identity::FIRST_LABELS,
+            zero: 0,
+        };
+        self.array::<{ size_of::<EndpointState>() }>(maps::ENDPOINTS)?
+            .set(ENDPOINT.into(), raw(&state)?, 0)?;
+
+        let mut classes = vec![0_u8; 2 * CLASS_SLOTS];
+        for (port, class) in
+            std::iter::once((PORT, 1)).chain((2..=1 + rules / peers).map(|c| (10_000 + c as u16, c)))
+        {
+            let at = 2 * class_slot(protocol::UDP, port) as usize;
+            classes[at..at + 2].copy_from_slice(&(class as Class).to_ne_bytes());
+        }
+        let classes: Box<[u8; 2 * CLASS_SLOTS]> = classes
+            .into_boxed_slice()
+            .try_into()
+            .ok()
+            .context("the class table")?;
+        self.array::<{ 2 * CLASS_SLOTS }>(maps::CLASSES)?
+            .set(0, *classes, 0)?;
+
+        let mut ipcache = self.hash::<{ size_of::<Addr>() }, { size_of::<IpcacheEntry>() }>(maps::IPCACHE)?;
+        let mut known = |ip: Ipv4Addr, identity, endpoint| -> Result<()> {
+            let entry = IpcacheEntry {
+                identity,
+                endpoint,
+                flags: 0,
+            };
+            Ok(ipcache.insert(raw(&Addr::from_v4(ip.octets()))?, raw(&entry)?, 0)?)
+        };
+        known(GUARDED, identity::FIRST_LABELS, ENDPOINT)?;
+        for n in 0..peers {
+            known(peer(n), peer_identity(n), 0)?;
+        }
+
+        let mut policy =
+            self.hash::<{ size_of::<PolicyKey>() }, { size_of::<PolicyEntry>() }>(maps::POLICY)?;
+        let mut entry = |identity, class, decision: Decision, rule| -> Result<()> {
+            for direction in DIRECTIONS {
+                let key = PolicyKey {
+                    policy: POLICY,
+                    identity,
+                    class,
+                    direction: direction as u8,
+                    zero: 0,
+                };
+                let kind = if decision == Decision::Allow {
+                    MatchKind::L3L4
+                } else {
+                    MatchKind::None
+                };
+                let value = PolicyEntry {
+                    decision: decision as u8,
+                    flags: 0,
+                    inspector: 0,
+                    match_kind: kind as u8,
+                    rule,
+                    ruleset: 0,
+                };
+                policy.insert(raw(&key)?, raw(&value)?, 0)?;
+            }
+            Ok(())
+        };
+        entry(identity::ANY, palisade_abi::CLASS_ANY, Decision::Deny, 1)?;
+        for rule in 0..rules {
+            let class = Class::try_from(1 + rule / peers).context("more classes than there can be")?;
+            entry(peer_identity(rule % peers), class, Decision::Allow, 2 + rule)?;
+        }
+        Ok(())
+    }
+
+    fn stand_at(&mut self, place: &Place) -> Result<()> {
+        let interface = Interface {
+            ifindex: IFINDEX,
+            endpoint: ENDPOINT,
+            role: place.role,
+            flags: 0,
+        };
+        Ok(self
+            .array::<{ size_of::<Interface>() }>(maps::INTERFACES)?
+            .set(IFINDEX, raw(&interface)?, 0)?)
+    }
+
+    /// Mean time of `repeat` runs in ns, and whether the packet passes.
+    fn run(&self, program: &str, frame: &Frame, repeat: u32) -> Result<f64> {
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(frame);
+        options.repeat = repeat;
+        let (result, drop) = match self.0.program(program).with_context(|| program.to_owned())? {
+            Program::Xdp(xdp) => (Xdp::test_run(xdp, options)?, XDP_DROP),
+            Program::SchedClassifier(tc) => (SchedClassifier::test_run(tc, options)?, TC_ACT_SHOT),
+            _ => bail!("{program}: neither XDP nor tc"),
+        };
+        ensure!(
+            result.return_value != drop,
+            "{program} drops the packet that is measured"
+        );
+        Ok(result.duration.as_nanos() as f64)
+    }
+
+    fn forget(&mut self, key: &CtKey) -> Result<()> {
+        const VALUE: usize = size_of::<palisade_abi::CtEntry>();
+        Ok(self
+            .hash::<{ size_of::<CtKey>() }, VALUE>(maps::CONNTRACK)?
+            .remove(&raw(key)?)?)
+    }
+}
+
+/// An established flow against a program that parses and does one lookup in an LRU hash.
+pub fn established(effort: Effort) -> Result<Measure> {
+    let (rounds, repeat) = effort.pick((11, 200_000), (31, 1_000_000));
+    progress(format_args!(
+        "established: {rounds} rounds of {repeat} packets at {} places",
+        PLACES.len()
+    ));
+    let columns = [
+        "program",
+        "baseline, ns",
+        "established flow, ns",
+        "ratio",
+        "spread",
+    ];
+    let mut table = Table::new("Time in the program for one packet", &columns);
+    let mut goals = Vec::new();
+    let mut loaded = Loaded::new(10, 10)?;
+    for place in &PLACES {
+        let baseline = match place.program {
+            programs::XDP_INGRESS => BASELINE_XDP,
+            _ => BASELINE_TC,
+        };
+        loaded.stand_at(place)?;
+        let frame = place.frame(0, 30_000);
+        let [mut least, mut ours, mut ratio] = [const { Samples::new() }; 3];
+        for _ in 0..rounds {
+            let (a, b) = (
+                loaded.run(baseline, &frame, repeat)?,
+                loaded.run(place.program, &frame, repeat)?,
+            );
+            least.push(a);
+            ours.push(b);
+            ratio.push(b / a);
+        }
+        table.row(
+            place.name,
+            &[least.median(), ours.median(), ratio.median(), ratio.spread()],
+        );
+        goals.push(Goal::at_most(
+            format!("established flow, {}", place.name),
+            1.3,
+            ratio.median(),
+            " ×",
+        ));
+    }
+    Ok(Measure {
+        name: "established",
+        title: "An established flow, in the program",
+        method: format!(
+            "BPF_PROG_TEST_RUN, a UDP packet of 60 bytes, IPv4, {repeat} repetitions; baseline and program in turn, {rounds} rounds."
+        ),
+        goals,
+        tables: vec![table],
+        plot: None,
+        notes: Vec::new(),
+    })
+}
+
+/// The first packet of a flow, over numbers of rules and of identities.
+pub fn new_flow(effort: Effort) -> Result<Measure> {
+    let packets = effort.pick(20_000, 100_000);
+    let sizes: [(u32, u32); 3] = [(10, 10), (100_000, 10), (100_000, 100_000)];
+    progress(format_args!(
+        "new-flow: {packets} packets each at {} places",
+        PLACES.len()
+    ));
+    let mut loaded = sizes
+        .iter()
+        .map(|(rules, peers)| Loaded::new(*rules, *peers))
+        .collect::<Result<Vec<_>>>()?;
+    let mut tables = Vec::new();
+    let mut goals = Vec::new();
+    for place in &PLACES {
+        let columns = [
+            "rules, identities",
+            "one peer, ns",
+            "against the first",
+            "peers at random, ns",
+            "against the first",
+        ];
+        let mut table = Table::new(place.name, &columns);
+        let mut medians = Vec::new();
+        let mut samples = vec![[const { Samples::new() }; 2]; sizes.len()];
+        for one in &mut loaded {
+            one.stand_at(place)?;
+        }
+        for n in 0..packets {
+            for ((one, samples), (_, peers)) in loaded.iter_mut().zip(&mut samples).zip(sizes) {
+                // Numbers that lie far apart but are the same in every run (Knuth's multiplicative hash).
+                let random = (n as u32).wrapping_mul(2_654_435_761) % peers;
+                for (other, samples) in [0, random].into_iter().zip(samples) {
+                    let flow = 1_024 + (n % 60_000) as u16;
+                    samples.push(one.run(place.program, &place.frame(other, flow), 1)?);
+                    one.forget(&place.key(other, flow))?;
+                }
+            }
+        }
+        for ((rules, peers), [same, random]) in sizes.iter().zip(&samples) {
+            medians.push((same.median(), random.median()));
+            let (first_same, first_random) = medians[0];
+            table.row(
+                format!("{}, {}", number(f64::from(*rules)), number(f64::from(*peers))),
+                &[
+                    same.median(),
+                    same.median() / first_same,
+                    random.median(),
+                    random.median() / first_random,
+                ],
+            );
+        }
+        tables.push(table);
+        let ratio = |at: usize| medians[at].0 / medians[0].0;
+        goals.push(Goal::at_most(
+            format!("new flow at 100,000 rules against 10, {}", place.name),
+            1.15,
+            ratio(1),
+            " ×",
+        ));
+        goals.push(Goal::at_most(
+            format!(
+                "new flow at 100,000 identities (and as many rules) against 10, {}",
+                place.name
+            ),
+            1.15,
+            ratio(2),
+            " ×",
+        ));
+    }
+    Ok(Measure {
+        name: "new-flow",
+        title: "The first packet of a flow, in the program",
+        method: format!(
+            "BPF_PROG_TEST_RUN of one packet, {packets} times for each figure, sizes in turn; after each packet its conntrack entry is deleted. Events are suppressed as they are in a flood. \"One peer\" opens all flows; \"peers at random\" are spread over all identities, so that their entries are rarely in a processor's cache."
+        ),
+        goals,
+        tables,
+        plot: None,
+        notes: Vec::new(),
+    })
+}
