@@ -238,7 +238,12 @@ impl Daemon {
     #[must_use]
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = self.node.command(&self.binary);
-        command.args(args).arg("--socket").arg(self.socket());
+        command
+            .args(args)
+            .arg("--config")
+            .arg(self.config())
+            .arg("--socket")
+            .arg(self.socket());
         command
     }
 
@@ -417,6 +422,9 @@ impl Daemon {
     pub fn flows(&self, args: &[&str]) -> Result<Vec<Value>> {
         let mut all = vec!["observe", "-o", "json"];
         all.extend(args);
+        if !args.contains(&"--last") {
+            all.push("--all");
+        }
         let text = self.cli(&all)?;
         text.lines()
             .map(|line| {
@@ -432,7 +440,7 @@ impl Drop for Daemon {
         if std::thread::panicking() {
             eprintln!("{}", self.report());
         }
-        if self.process.is_none() || self.cli(&["stop", "--detach"]).is_err() {
+        if self.cli(&["stop", "--detach"]).is_err() {
             self.process = None; // killed
         }
         if let Some(mut process) = self.process.take() {
