@@ -28,7 +28,10 @@ fn nesting_is_bounded() {
         assert_eq!(said.len(), 1, "{said:?}");
         // The YAML parser has a limit of its own for what stands in brackets.
         let refused = ["nested deeper than 64 levels", "recursion limit exceeded"];
-        assert!(refused.iter().any(|message| said[0].contains(message)), "{said:?}");
+        assert!(
+            refused.iter().any(|message| said[0].contains(message)),
+            "{said:?}"
+        );
     }
     let mut deep = String::new();
     for level in 0..1000 {
