@@ -176,7 +176,7 @@ pub enum OpenError {
         what: String,
     },
     /// A system call failed.
-    #[error(transparent)]
+    #[error("{0}{hint}", hint = kernel_hint())]
     Syscall(#[from] SyscallError),
     /// A map operation failed.
     #[error(transparent)]
@@ -188,7 +188,7 @@ pub enum OpenError {
     #[error("the BPF object cannot be loaded: {0}")]
     Load(#[from] aya::EbpfError),
     /// A program was refused.
-    #[error("program {program}: the kernel refused it: {source}")]
+    #[error("program {program}: the kernel refused it{}: {source}", kernel_hint())]
     Program {
         /// Which one.
         program: &'static str,
@@ -472,11 +472,15 @@ fn check_limits(limits: &Limits) -> Result<()> {
     Ok(())
 }
 
+/// The part of a path that exists.
+fn existing(path: &Path) -> &Path {
+    path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"))
+}
+
 /// Whether a path, or what of it exists, is on a bpffs.
 pub(crate) fn is_on_bpffs(path: &Path) -> io::Result<bool> {
     use std::os::unix::ffi::OsStrExt as _;
-    let existing = path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
-    let c_path = std::ffi::CString::new(existing.as_os_str().as_bytes())?;
+    let c_path = std::ffi::CString::new(existing(path).as_os_str().as_bytes())?;
     // SAFETY: all zero is a value of the plain struct.
     let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: both pointers are valid for the call.
@@ -487,11 +491,13 @@ pub(crate) fn is_on_bpffs(path: &Path) -> io::Result<bool> {
 }
 
 fn check_bpffs(pin_dir: &Path) -> Result<()> {
-    let bad = || OpenError::BadPinDir {
-        path: pin_dir.to_owned(),
-    };
-    if !pin_dir.is_absolute() || pin_dir.to_str().is_none_or(|p| p.contains('.')) {
-        return Err(bad());
+    // Dots are refused in what is made on the bpffs; the mount itself may be anywhere.
+    let dots = |p: &Path| p.to_str().is_none_or(|p| p.contains('.'));
+    let to_be_made = pin_dir.strip_prefix(existing(pin_dir)).unwrap_or(pin_dir);
+    if !pin_dir.is_absolute() || dots(to_be_made) {
+        return Err(OpenError::BadPinDir {
+            path: pin_dir.to_owned(),
+        });
     }
     match is_on_bpffs(pin_dir) {
         Ok(true) => Ok(()),
@@ -503,6 +509,23 @@ fn check_bpffs(pin_dir: &Path) -> Result<()> {
             source,
         }),
     }
+}
+
+/// What a refusal of maps and programs may come from.
+fn kernel_hint() -> &'static str {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    if is_too_old(&release) {
+        "; this kernel is older than the 6.1 that Palisade needs"
+    } else {
+        ""
+    }
+}
+
+fn is_too_old(release: &str) -> bool {
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|n| n.parse::<u32>().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) < (6, 1)
 }
 
 /// Before Linux 5.11 maps count against this limit, which is 64 kB by default. Later it has no effect; a refusal
@@ -715,11 +738,28 @@ mod tests {
     fn a_pin_directory_elsewhere_is_refused_with_the_fix() {
         let error = check_bpffs(Path::new("/tmp/palisade")).unwrap_err().to_string();
         assert!(error.contains("mount -t bpf"), "{error}");
-        for bad in ["relative/dir", "/sys/fs/bpf/pali.sade"] {
+        for bad in [
+            "relative/dir",
+            "/sys/fs/bpf/pali.sade",
+            "/sys/fs/bpf/palisade/../x",
+        ] {
             assert!(
                 matches!(check_bpffs(Path::new(bad)), Err(OpenError::BadPinDir { .. })),
                 "{bad}"
             );
+        }
+    }
+
+    #[test]
+    fn old_kernels_are_known_by_their_release() {
+        for (release, old) in [
+            ("5.15.0-91-generic", true),
+            ("6.0.19", true),
+            ("6.1.0-13-amd64", false),
+            ("6.18.44", false),
+            ("7.0", false),
+        ] {
+            assert_eq!(is_too_old(release), old, "{release}");
         }
     }
 

@@ -6,7 +6,7 @@ use std::{fs, path::Path};
 
 use common::*;
 use palisade_abi::{Decision, role};
-use palisade_datapath::{AttachError, Attachment, Hook, HookKind, Role, TcMode};
+use palisade_datapath::{AttachError, Attachment, Hook, HookKind, Role, TcMode, XdpMode, XdpSupport};
 
 #[test]
 fn every_mode_is_what_it_says_and_goes_without_a_trace() {
@@ -282,4 +282,58 @@ fn detach_all_leaves_nothing_and_needs_no_maps() {
     assert!(!world.options.pin_dir.exists());
     assert_eq!(world.lost(3), 0);
     palisade_datapath::detach_all(Path::new("/sys/fs/bpf/palisade-test-none")).unwrap();
+}
+
+#[test]
+fn what_the_kernel_and_the_interface_can_do() {
+    let world = World::new();
+    let support = palisade_datapath::support(&world.options.pin_dir);
+    assert!(support.bpffs);
+    assert!(!palisade_datapath::support(Path::new("/tmp")).bpffs);
+    assert!(!support.kernel.is_empty());
+    let attached = world
+        .open()
+        .attach(&world.attachment(Role::Host, Hook::Auto, TcMode::Auto))
+        .unwrap();
+    assert_eq!(support.tcx, Some(attached.egress == Some(HookKind::Tcx)));
+    // A veth takes native XDP; the loopback has the generic way only. Kernels before 6.3 do not tell.
+    assert_ne!(
+        palisade_datapath::xdp_support(world.ifindex()),
+        XdpSupport::Generic
+    );
+    assert_ne!(palisade_datapath::xdp_support(1), XdpSupport::Native);
+}
+
+#[test]
+fn a_driver_without_xdp_is_told_and_tc_takes_over_if_nothing_was_insisted_on() {
+    let world = World::new();
+    // A veth whose other end has a larger MTU than XDP can take refuses native XDP.
+    world.node.ip("link set v0 mtu 9000").unwrap();
+    world.peer.ip("link set eth0 mtu 9000").unwrap();
+    let datapath = world.open_with(Decision::Allow);
+    let auto = world.attachment(Role::Host, Hook::Auto, TcMode::Auto);
+    let attached = datapath.attach(&auto).unwrap();
+    if attached.ingress == Some(HookKind::XdpNative) {
+        // The program takes frames of several buffers.
+        return;
+    }
+    assert_eq!(attached.ingress, Some(HookKind::Tcx));
+    assert!(attached.note.unwrap().contains("native XDP"));
+    let error = datapath
+        .attach(&Attachment {
+            ingress: Hook::Xdp,
+            ..auto.clone()
+        })
+        .unwrap_err();
+    assert!(matches!(error, AttachError::NativeRefused { .. }), "{error}");
+    assert!(error.to_string().contains("MTU"), "{error}");
+    let either = Attachment {
+        ingress: Hook::Xdp,
+        xdp_mode: XdpMode::NativeOrGeneric,
+        ..auto
+    };
+    assert_eq!(
+        datapath.attach(&either).unwrap().ingress,
+        Some(HookKind::XdpGeneric)
+    );
 }

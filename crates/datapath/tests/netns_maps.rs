@@ -293,3 +293,12 @@ fn a_full_conntrack_map_shows_what_was_evicted() {
     assert!(counts.present <= counts.max_entries, "{counts:?}");
     assert!(counts.evicted >= 6000 - counts.max_entries, "{counts:?}");
 }
+
+/// The daemon may keep it in one thread and read counters in another.
+#[test]
+fn the_data_path_may_move_between_threads() {
+    fn shared<T: Send + Sync>() {}
+    fn moved<T: Send>() {}
+    shared::<Datapath>();
+    moved::<palisade_datapath::EventReader>();
+}
