@@ -12,7 +12,7 @@ use std::{
 
 use ipnet::IpNet;
 use palisade_abi::{
-    Addr, Direction, EndpointState, Identity, IpcacheEntry, PolicyEntry, PrefixKey, identity, protocol,
+    Addr, Direction, EndpointState, Identity, IpcacheEntry, PrefixKey, identity, protocol,
 };
 use serde::{Deserialize, Serialize};
 
@@ -512,6 +512,22 @@ impl Compiler {
                 }
             }
         }
+        // An endpoint that changes its subject must not meet the old table changing under it, nor change the table
+        // of others by joining them: then the subjects it leaves and joins get tables of their own.
+        let before = &self.snapshot.endpoints;
+        let changed: HashSet<u32> = subjects
+            .iter()
+            .flat_map(|subject| subject.endpoints.iter().map(|(id, _)| (id, subject.policy)))
+            .filter_map(|(id, policy)| before.get(id).map(|state| (state.policy, policy)))
+            .filter(|(old, new)| old != new)
+            .flat_map(|(old, new)| [old, new])
+            .collect();
+        for subject in subjects
+            .iter_mut()
+            .filter(|subject| changed.contains(&subject.policy))
+        {
+            subject.policy = 0;
+        }
         self.subjects = subjects;
         progress.dirty = (0..self.subjects.len()).collect();
 
@@ -880,10 +896,9 @@ impl Compiler {
         }
         for at in &progress.dirty {
             match self.compile_subject(*at) {
-                Ok((entries, remarks)) => {
+                Ok((table, remarks)) => {
                     let subject = &mut self.subjects[*at];
                     subject.remarks = remarks;
-                    let table = Table { entries };
                     if subject.policy == 0 || *subject.table != table {
                         if subject.policy == 0 || !small_step(&subject.table, &table) {
                             subject.policy = self.next_policy;
@@ -1051,10 +1066,7 @@ impl Compiler {
         }
     }
 
-    fn compile_subject(
-        &mut self,
-        at: usize,
-    ) -> Result<(BTreeMap<TableKey, PolicyEntry>, Vec<Diagnostic>), Vec<Diagnostic>> {
+    fn compile_subject(&mut self, at: usize) -> Result<(Table, Vec<Diagnostic>), Vec<Diagnostic>> {
         let mut entries = Vec::new();
         let mut remarks = Vec::new();
         let mut errors = Vec::new();
@@ -1104,7 +1116,8 @@ impl Compiler {
             return Err(errors);
         }
         entries.sort_unstable_by_key(|(key, _)| *key);
-        Ok((entries.into_iter().collect(), remarks))
+        let entries = entries.into_iter().collect();
+        Ok((Table { entries }, remarks))
     }
 
     /// The rules of one direction, in their order, with everything looked up.
@@ -1329,11 +1342,14 @@ impl Compiler {
     }
 }
 
+/// Ports as they are written, one protocol of them, and a peer (`None`: everybody): what L7 rules are merged by.
+type Spot<'a> = (&'a PortSpec, L4Protocol, Option<&'a Peer>);
+
 /// Finds what [`Reading::conflict`] finds, over several specs.
 #[derive(Default)]
 struct ConflictFinder<'a> {
-    seen: HashMap<(&'a PortSpec, L4Protocol, Option<&'a Peer>), Vec<(Reading, String, &'a Location)>>,
-    denied: HashSet<(&'a PortSpec, L4Protocol, Option<&'a Peer>)>,
+    seen: HashMap<Spot<'a>, Vec<(Reading, String, &'a Location)>>,
+    denied: HashSet<Spot<'a>>,
     errors: Vec<Diagnostic>,
 }
 
@@ -1377,13 +1393,7 @@ impl<'a> ConflictFinder<'a> {
         }
     }
 
-    fn check(
-        &mut self,
-        key: (&'a PortSpec, L4Protocol, Option<&'a Peer>),
-        reading: &Reading,
-        policy: &str,
-        location: &'a Location,
-    ) {
+    fn check(&mut self, key: Spot<'a>, reading: &Reading, policy: &str, location: &'a Location) {
         // Denied before it is read: nothing to disagree about.
         if self.denied.contains(&key) {
             return;

@@ -238,7 +238,7 @@ impl Builder<'_> {
         {
             everybody.add(rule);
         }
-        let default = self.decide(&everybody.every_class.iter().copied().collect::<Vec<_>>());
+        let default = self.decide(&everybody.every_class.to_vec());
         put(identity::ANY, CLASS_ANY, default);
         let mut wild: BTreeMap<Class, PolicyEntry> = BTreeMap::new();
         // Classes whose verdict towards everybody a plain allow towards somebody would not settle.
