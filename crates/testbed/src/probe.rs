@@ -76,19 +76,26 @@ impl Probe {
     }
 }
 
-/// Tries all of them at the same time; each has its own deadline.
+/// Tries all of them, many at the same time; each has its own deadline.
 #[must_use]
 pub fn run_all(probes: &[(Probe, Duration)]) -> Vec<Outcome> {
-    thread::scope(|scope| {
-        let threads: Vec<_> = probes
-            .iter()
-            .map(|(probe, timeout)| scope.spawn(|| probe.run(*timeout)))
-            .collect();
-        threads
-            .into_iter()
-            .map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect()
-    })
+    // more than a neighbour's queue holds while its address is being resolved would lose datagrams
+    const AT_ONCE: usize = 48;
+    let mut outcomes = Vec::with_capacity(probes.len());
+    for some in probes.chunks(AT_ONCE) {
+        thread::scope(|scope| {
+            let threads: Vec<_> = some
+                .iter()
+                .map(|(probe, timeout)| scope.spawn(|| probe.run(*timeout)))
+                .collect();
+            outcomes.extend(
+                threads
+                    .into_iter()
+                    .map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))),
+            );
+        });
+    }
+    outcomes
 }
 
 fn any_of(address: IpAddr) -> IpAddr {
