@@ -6,8 +6,10 @@
 
 pub mod bulk;
 pub mod commit;
+pub mod compile;
 pub mod forward;
 pub mod machine;
+pub mod memory;
 pub mod policies;
 pub mod program;
 pub mod report;

@@ -9,18 +9,23 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use palisade_bench::{
-    Effort, bulk, commit, forward,
+    Effort, bulk, commit, compile, forward,
     machine::Machine,
+    memory::Counting,
     program, progress,
     report::{Measure, Report},
 };
 use palisade_flowlog::Timestamp;
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
 
 /// A measure: its name, and what runs it.
 type Entry = (&'static str, fn(Effort) -> Result<Measure>);
 
 /// All of them, in the order in which they run.
 const MEASURES: &[Entry] = &[
+    ("compile", compile::measure),
     ("established", program::established),
     ("new-flow", program::new_flow),
     ("forward", forward::measure),

@@ -35,70 +35,74 @@ pub fn files(count: usize, app: &str, from: &str, port: u16) -> Vec<(String, Str
 /// Workloads that [`mixed`] policies are about.
 pub const APPS: usize = 200;
 
-/// `count` policies such as people write, about [`APPS`] workloads of four tiers: labels, ports and ranges, prefixes with
-/// exceptions, the world, denials. The same for the same count.
+/// `count` policies such as people write, a file each, about [`APPS`] workloads of four tiers: labels, ports and ranges,
+/// prefixes with exceptions, the world, denials. Always the same.
 #[must_use]
-pub fn mixed(count: usize) -> String {
+pub fn mixed(count: usize) -> Vec<(String, String)> {
+    (0..count)
+        .map(|n| (format!("policy-{n}.yaml"), mixed_policy(n)))
+        .collect()
+}
+
+fn mixed_policy(n: usize) -> String {
     let mut text = String::new();
-    for n in 0..count {
-        // Numbers that are spread but always the same (Knuth's multiplicative hash).
-        let pick = |salt: usize, below: usize| ((n * 31 + salt).wrapping_mul(2_654_435_761) >> 7) % below;
+    // Numbers that are spread but always the same (Knuth's multiplicative hash).
+    let pick = |salt: usize, below: usize| ((n * 31 + salt).wrapping_mul(2_654_435_761) >> 7) % below;
+    let _ = write!(
+        text,
+        "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata:\n  name: policy-{n}\n  namespace: default\nspec:\n  endpointSelector:\n    matchLabels:\n      app: app-{}\n",
+        n % APPS
+    );
+    let ports = |text: &mut String, port: usize| {
         let _ = write!(
             text,
-            "---\napiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata:\n  name: policy-{n}\n  namespace: default\nspec:\n  endpointSelector:\n    matchLabels:\n      app: app-{}\n",
-            n % APPS
+            "    toPorts:\n    - ports:\n      - port: \"{port}\"\n        protocol: TCP\n"
         );
-        let ports = |text: &mut String, port: usize| {
+        if n.is_multiple_of(4) {
             let _ = write!(
                 text,
-                "    toPorts:\n    - ports:\n      - port: \"{port}\"\n        protocol: TCP\n"
+                "      - port: \"{}\"\n        endPort: {}\n        protocol: UDP\n",
+                port,
+                port + 500
             );
-            if n.is_multiple_of(4) {
-                let _ = write!(
-                    text,
-                    "      - port: \"{}\"\n        endPort: {}\n        protocol: UDP\n",
-                    port,
-                    port + 500
-                );
-            }
-        };
-        text.push_str("  ingress:\n");
+        }
+    };
+    text.push_str("  ingress:\n");
+    let _ = write!(
+        text,
+        "  - fromEndpoints:\n    - matchLabels:\n        app: app-{}\n",
+        pick(1, APPS)
+    );
+    ports(&mut text, 1_000 + 10 * pick(2, 200));
+    if n.is_multiple_of(3) {
         let _ = write!(
             text,
-            "  - fromEndpoints:\n    - matchLabels:\n        app: app-{}\n",
-            pick(1, APPS)
+            "  - fromEndpoints:\n    - matchExpressions:\n      - key: tier\n        operator: In\n        values: [tier-{}, tier-{}]\n",
+            pick(3, 4),
+            pick(4, 4)
         );
-        ports(&mut text, 1_000 + 10 * pick(2, 200));
-        if n.is_multiple_of(3) {
-            let _ = write!(
-                text,
-                "  - fromEndpoints:\n    - matchExpressions:\n      - key: tier\n        operator: In\n        values: [tier-{}, tier-{}]\n",
-                pick(3, 4),
-                pick(4, 4)
-            );
-            ports(&mut text, 80);
-        }
-        if n.is_multiple_of(5) {
-            let _ = write!(
-                text,
-                "  - fromCIDRSet:\n    - cidr: 10.{}.0.0/16\n      except: [10.{}.{}.0/24]\n",
-                100 + pick(5, 50),
-                100 + pick(5, 50),
-                pick(6, 256)
-            );
-            ports(&mut text, 443);
-        }
-        if n.is_multiple_of(7) {
-            text.push_str("  egress:\n  - toEntities: [world]\n");
-            ports(&mut text, 443);
-        }
-        if n.is_multiple_of(11) {
-            let _ = write!(
-                text,
-                "  ingressDeny:\n  - fromEndpoints:\n    - matchLabels:\n        app: app-{}\n",
-                pick(7, APPS)
-            );
-        }
+        ports(&mut text, 80);
+    }
+    if n.is_multiple_of(5) {
+        let _ = write!(
+            text,
+            "  - fromCIDRSet:\n    - cidr: 10.{}.0.0/16\n      except: [10.{}.{}.0/24]\n",
+            100 + pick(5, 50),
+            100 + pick(5, 50),
+            pick(6, 256)
+        );
+        ports(&mut text, 443);
+    }
+    if n.is_multiple_of(7) {
+        text.push_str("  egress:\n  - toEntities: [world]\n");
+        ports(&mut text, 443);
+    }
+    if n.is_multiple_of(11) {
+        let _ = write!(
+            text,
+            "  ingressDeny:\n  - fromEndpoints:\n    - matchLabels:\n        app: app-{}\n",
+            pick(7, APPS)
+        );
     }
     text
 }

@@ -1,0 +1,51 @@
+//! Memory in use, counted at the allocator.
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    sync::atomic::{AtomicBool, AtomicIsize, Ordering::Relaxed},
+};
+
+static COUNTING: AtomicBool = AtomicBool::new(false);
+static NOW: AtomicIsize = AtomicIsize::new(0);
+static PEAK: AtomicIsize = AtomicIsize::new(0);
+
+/// The system's allocator; counts while [`count`] runs, and else costs a load and a branch.
+pub struct Counting;
+
+fn add(bytes: isize) {
+    if COUNTING.load(Relaxed) {
+        let now = NOW.fetch_add(bytes, Relaxed) + bytes;
+        PEAK.fetch_max(now, Relaxed);
+    }
+}
+
+// SAFETY: every call is passed on to the system's allocator as it came; counting neither allocates nor panics.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        add(layout.size().cast_signed());
+        // SAFETY: the caller keeps the contract of `alloc`.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        add(-layout.size().cast_signed());
+        // SAFETY: the pointer came from `alloc` of this allocator, so from the system's.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        add(size.cast_signed() - layout.size().cast_signed());
+        // SAFETY: as above; the caller keeps the contract of `realloc`.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+/// Bytes in use after `f`, and at most during it, beyond those before; of all threads. With what `f` gave.
+pub fn count<T>(f: impl FnOnce() -> T) -> (T, f64, f64) {
+    NOW.store(0, Relaxed);
+    PEAK.store(0, Relaxed);
+    COUNTING.store(true, Relaxed);
+    let value = f();
+    COUNTING.store(false, Relaxed);
+    (value, NOW.load(Relaxed) as f64, PEAK.load(Relaxed) as f64)
+}
