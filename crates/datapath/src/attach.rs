@@ -178,7 +178,7 @@ pub enum AttachError {
     },
     /// The driver does not take the program.
     #[error(
-        "{name}: the driver refuses native XDP ({source}); set `ingress = \"tc\"` or `xdp_mode = \"generic\"` for \
+        "{name}: the driver refuses native XDP ({source}); set `ingress = \"tc\"` or `xdp_mode = \"skb\"` for \
          this interface{}", mtu_hint(.source)
     )]
     NativeRefused {

@@ -302,3 +302,20 @@ fn the_data_path_may_move_between_threads() {
     shared::<Datapath>();
     moved::<palisade_datapath::EventReader>();
 }
+
+#[test]
+fn maps_of_other_versions_go_when_they_are_no_longer_needed() {
+    let world = World::new();
+    let datapath = world.open();
+    let own = world.options.pin_dir.join(format!("v{}", palisade_abi::VERSION));
+    let other = world.options.pin_dir.join("v0");
+    std::fs::create_dir(&other).unwrap();
+    std::fs::rename(own.join("FRAGMENTS"), other.join("FRAGMENTS")).unwrap();
+    datapath
+        .attach(&world.attachment(Role::Host, Hook::Auto, TcMode::Auto))
+        .unwrap();
+    datapath.retire_other_versions().unwrap();
+    assert!(!other.exists());
+    assert!(own.join("POLICY").exists());
+    assert_eq!(datapath.attachments().unwrap().len(), 1);
+}
