@@ -7,6 +7,8 @@ use palisade_policy::{
     compile::{Changes, Compiler, CompilerState, FileContent},
     labels::{Labels, parse_label},
     parse::parse,
+    plan::plan,
+    snapshot::Snapshot,
     world::{Endpoint, NamedPorts, Options, Peer, World},
 };
 
@@ -95,7 +97,9 @@ pub fn measure(effort: Effort) -> Result<Measure> {
         "policies",
         "read, ms",
         "compile, ms",
-        "one file changed, ms",
+        "plan, ms",
+        "one file changed: compile, ms",
+        "plan, ms",
         "entries",
         "kept, MiB",
         "peak, MiB",
@@ -110,11 +114,17 @@ pub fn measure(effort: Effort) -> Result<Measure> {
     ]
     .map(|name| (name.to_owned(), Vec::new()))
     .into();
-    let mut last = [f64::NAN; 5];
+    let mut last = [f64::NAN; 7];
     for &count in sizes {
         progress(format_args!("compile: {count} policies, {rounds} rounds"));
         let files = mixed(count);
-        let [mut reading, mut compiling, mut changing] = [const { Samples::new() }; 3];
+        let [
+            mut reading,
+            mut compiling,
+            mut planning,
+            mut changing,
+            mut replanning,
+        ] = [const { Samples::new() }; 5];
         let mut entries = 0;
         for round in 0..rounds {
             let begin = Instant::now();
@@ -124,6 +134,10 @@ pub fn measure(effort: Effort) -> Result<Measure> {
             let begin = Instant::now();
             let mut compiler = full(changes)?;
             compiling.push(ms(begin));
+            let begin = Instant::now();
+            let steps = plan(&Snapshot::default(), compiler.snapshot());
+            planning.push(ms(begin));
+            drop(steps);
             entries = compiler
                 .snapshot()
                 .tables
@@ -135,11 +149,16 @@ pub fn measure(effort: Effort) -> Result<Measure> {
             let (at, other) = ((round * 7) % count, (round * 7 + APPS) % count);
             for text in [&files[other].1, &files[at].1] {
                 let change = read(&[(files[at].0.clone(), text.clone())])?;
+                let before = compiler.snapshot().clone();
                 let begin = Instant::now();
                 if let Err(errors) = compiler.update(change) {
                     bail!("{errors:?}");
                 }
                 changing.push(ms(begin));
+                let begin = Instant::now();
+                let steps = plan(&before, compiler.snapshot());
+                replanning.push(ms(begin));
+                drop(steps);
             }
         }
         let (compiler, kept, peak) = memory::count(|| full(read(&files)?));
@@ -147,7 +166,9 @@ pub fn measure(effort: Effort) -> Result<Measure> {
         last = [
             reading.median(),
             compiling.median(),
+            planning.median(),
             changing.median(),
+            replanning.median(),
             kept / MIB,
             peak / MIB,
         ];
@@ -156,7 +177,16 @@ pub fn measure(effort: Effort) -> Result<Measure> {
         }
         table.row(
             number(count as f64),
-            &[last[0], last[1], last[2], entries as f64, last[3], last[4]],
+            &[
+                last[0],
+                last[1],
+                last[2],
+                last[3],
+                last[4],
+                entries as f64,
+                last[5],
+                last[6],
+            ],
         );
     }
     let reported = |what: &str, measured: String| Goal {
@@ -169,7 +199,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
         name: "compile",
         title: "Full compile",
         method: format!(
-            "Policies in a file each (labels, expressions, ports and ranges, prefixes with exceptions, the world, denials) about {APPS} workloads, {HERE} of them on the node. \"Read\" is YAML to rules, \"compile\" is rules to tables, \"one file changed\" is a change of one policy to new tables. Kept and peak: bytes at the allocator for reading and compiling together. Medians of {rounds} rounds."
+            "Policies in a file each (labels, expressions, ports and ranges, prefixes with exceptions, the world, denials) about {APPS} workloads, {HERE} of them on the node. \"Read\" is YAML to rules, \"compile\" is rules to tables, \"plan\" is the list of map operations from one state to the next (at first from nothing); then the same for a change of one of the files. Kept and peak: bytes at the allocator for reading and compiling together. Medians of {rounds} rounds."
         ),
         goals: vec![
             reported(
@@ -178,7 +208,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
             ),
             reported(
                 "memory for 10,000 policies",
-                format!("{} MiB kept, {} MiB at most", number(last[3]), number(last[4])),
+                format!("{} MiB kept, {} MiB at most", number(last[5]), number(last[6])),
             ),
         ],
         tables: vec![table],
