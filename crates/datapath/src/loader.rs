@@ -188,13 +188,12 @@ pub enum OpenError {
     #[error("the BPF object cannot be loaded: {0}")]
     Load(#[from] aya::EbpfError),
     /// A program was refused.
-    #[error("program {program}: the kernel refused it{}: {source}", kernel_hint())]
+    #[error("program {program}: the kernel refused it{}: {}", kernel_hint(), refusal(.error))]
     Program {
         /// Which one.
         program: &'static str,
-        /// What the verifier says.
-        #[source]
-        source: Box<ProgramError>,
+        /// What the verifier says, all of it.
+        error: Box<ProgramError>,
     },
 }
 
@@ -511,6 +510,24 @@ fn check_bpffs(pin_dir: &Path) -> Result<()> {
     }
 }
 
+/// Why a program was refused: the verifier's reason stands at the end of its log, which may have a million lines.
+fn refusal(error: &ProgramError) -> String {
+    const LINES: usize = 12;
+    let ProgramError::LoadError {
+        io_error,
+        verifier_log,
+    } = error
+    else {
+        return error.to_string();
+    };
+    let log = verifier_log.to_string();
+    let lines: Vec<_> = log.lines().collect();
+    format!(
+        "{io_error}\n{}",
+        lines[lines.len().saturating_sub(LINES)..].join("\n")
+    )
+}
+
 /// What a refusal of maps and programs may come from.
 fn kernel_hint() -> &'static str {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
@@ -678,9 +695,9 @@ fn load_programs(map_dir: &Path, maps: &BTreeMap<String, RawMap>) -> Result<Prog
         let program = ebpf.program_mut(name).ok_or_else(|| OpenError::Missing {
             what: format!("program {name}"),
         })?;
-        let refused = |source| OpenError::Program {
+        let refused = |error| OpenError::Program {
             program: name,
-            source: Box::new(source),
+            error: Box::new(error),
         };
         if name == programs::XDP_INGRESS {
             let xdp: &mut Xdp = program.try_into().map_err(refused)?;
