@@ -1,53 +1,174 @@
-//! The BPF programs. Built for the BPF target by `crates/datapath/build.rs`.
+//! The BPF programs: one verdict function for XDP and tc (docs/ARCHITECTURE.md, "The packet path"). Built for
+//! the BPF target by `crates/datapath/build.rs`.
+//!
+//! Functions that are called are `#[inline(never)]` where the verifier would otherwise walk their paths once
+//! for every path that leads to them. They take pointers and return one word: an aggregate that is returned
+//! through memory loses what the verifier knows of it.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
+mod conntrack;
+mod counters;
+mod ctx;
+mod event;
+mod fragment;
+mod frame;
+mod identity;
+mod link;
 mod maps;
+mod policy;
+mod verdict;
 
-use aya_ebpf::bindings::{TC_ACT_UNSPEC, xdp_action};
+use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
 use aya_ebpf::macros::{classifier, xdp};
 use aya_ebpf::programs::{TcContext, XdpContext};
-use maps::*;
+use palisade_abi::{EventKind, Reason, TracePoint, ct_flags, interface_flags, protocol, role};
+use palisade_packet::{Packet, Start, decode, flags};
 
-#[xdp]
+use crate::ctx::{Context, Skb, Xdp};
+use crate::frame::{Frame, place};
+use crate::maps::{CONFIG, INTERFACES, SLOTS};
+
+/// XDP, ingress of an interface of either role.
+#[xdp(frags)]
 pub fn palisade_xdp(ctx: XdpContext) -> u32 {
-    touch(ctx.ingress_ifindex() as u32);
-    xdp_action::XDP_PASS
-}
-
-#[classifier]
-pub fn palisade_in(_: TcContext) -> i32 {
-    TC_ACT_UNSPEC
-}
-
-#[classifier]
-pub fn palisade_out(_: TcContext) -> i32 {
-    TC_ACT_UNSPEC
-}
-
-#[inline(always)]
-fn touch(slot: u32) {
-    let addr = palisade_abi::Addr([slot; 4]);
-    let _ = INTERFACES.get_ptr(slot);
-    let _ = ENDPOINTS.get_ptr(slot);
-    let _ = IPCACHE.get_ptr(&addr);
-    let _ = PREFIXES.get(&aya_ebpf::btf_maps::lpm_trie::Key::new(128, addr));
-    let _ = CLASSES.get_ptr(slot);
-    let _ = CONFIG.get_ptr(slot);
-    let _ = RULES.get_ptr(slot);
-    let _ = COUNTERS.get_ptr(slot);
-    let _ = BUDGETS.get_ptr(slot);
-    if let Some(entry) = EVENTS.reserve_untyped::<palisade_abi::Event>(0) {
-        entry.discard(0);
+    if passes(Xdp(ctx.ctx), false) {
+        xdp_action::XDP_PASS
+    } else {
+        xdp_action::XDP_DROP
     }
-    let _ = CONNTRACK.get_ptr(&palisade_abi::CtKey::default());
-    let _ = FRAGMENTS.get_ptr(&palisade_abi::FragmentKey::default());
-    let _ = POLICY.get_ptr(&palisade_abi::PolicyKey {
-        policy: slot,
-        identity: 0,
-        class: 0,
-        direction: 0,
-        zero: 0,
-    });
+}
+
+/// tc, ingress of an interface of either role. What passes goes on to the next program of the hook.
+#[classifier]
+pub fn palisade_in(ctx: TcContext) -> i32 {
+    if passes(Skb(ctx.skb.skb), false) {
+        TC_ACT_UNSPEC
+    } else {
+        TC_ACT_SHOT
+    }
+}
+
+/// tc, egress of an interface of either role.
+#[classifier]
+pub fn palisade_out(ctx: TcContext) -> i32 {
+    if passes(Skb(ctx.skb.skb), true) {
+        TC_ACT_UNSPEC
+    } else {
+        TC_ACT_SHOT
+    }
+}
+
+/// What a verdict costs at the least: decode and one lookup in the connection table. The yardstick of the
+/// benchmark; never attached.
+#[xdp(frags)]
+pub fn bench_baseline(ctx: XdpContext) -> u32 {
+    let ctx = Xdp(ctx.ctx);
+    let mut frame = Frame::new(ctx.ifindex());
+    decode_once(ctx, &mut frame, 0);
+    if frame.reason != 0 {
+        return xdp_action::XDP_DROP;
+    }
+    conntrack::write_key(&mut frame.key, 1, true, conntrack::ends(&frame.packet));
+    match conntrack::find(&frame.key, 0) {
+        Some(_) => xdp_action::XDP_PASS,
+        None => xdp_action::XDP_DROP,
+    }
+}
+
+/// Judges, counts, and reports a drop.
+#[inline(always)]
+fn passes<C: Context>(ctx: C, egress: bool) -> bool {
+    let mut frame = Frame::new(ctx.ifindex());
+    frame.now = conntrack::now();
+    frame.direction = u8::from(egress);
+    verdict(ctx, &mut frame, u32::from(egress));
+    counters::reason(
+        u32::from(frame.reason),
+        u32::from(frame.direction & 1),
+        frame.packet.length,
+    );
+    if !frame.is_dropped() {
+        return true;
+    }
+    event::send(
+        ctx,
+        &frame,
+        event::what(EventKind::Drop, TracePoint::None),
+        core::ptr::null(),
+    );
+    false
+}
+
+#[inline(never)]
+fn verdict<C: Context>(ctx: C, frame: &mut Frame, egress: u32) {
+    let egress = egress != 0;
+    let interface = match INTERFACES.get(frame.ifindex & (SLOTS as u32 - 1)) {
+        Some(interface) if interface.ifindex == frame.ifindex && interface.role != role::NONE => interface,
+        _ => return frame.set(Reason::NoInterface),
+    };
+    let is_workload = interface.role == role::ENDPOINT;
+    frame.endpoint = u32::from(interface.endpoint);
+    frame.layer3 = interface.flags & interface_flags::LAYER3;
+    // From a workload's interface comes what leaves the workload.
+    frame.direction = u8::from(is_workload != egress);
+    frame.place = match (is_workload, egress) {
+        (false, false) => place::NIC_IN,
+        (false, true) => place::NIC_OUT,
+        (true, false) => place::FROM_WORKLOAD,
+        (true, true) => place::TO_WORKLOAD,
+    };
+    if let Some(config) = CONFIG.get(0) {
+        frame.host = config.host_endpoint;
+    }
+    decode_once(ctx, frame, 0);
+    if frame.reason != 0 {
+        if ctx.widen() {
+            decode_once(ctx, frame, 1);
+        }
+        if frame.reason != 0 {
+            return;
+        }
+    }
+    if frame.packet.is(flags::NOT_IP) {
+        let passes = link::passes_frame(ctx, frame);
+        return frame.set(if passes {
+            Reason::LinkControl
+        } else {
+            Reason::UnsupportedL3
+        });
+    }
+    if matches!(frame.packet.protocol, protocol::ICMPV6 | protocol::IGMP) && link::passes_packet(frame) {
+        return frame.set(Reason::LinkControl);
+    }
+    if frame.packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER) {
+        fragment::resolve(frame, (frame.ifindex << 1) | u32::from(egress));
+    }
+    verdict::judge(ctx, frame);
+    if frame.is_dropped() || !is_workload || frame.flow_flags & ct_flags::REMOTE_IS_HOST == 0 {
+        return;
+    }
+    // The other end is the node: what leaves the workload enters the node, and the other way round.
+    frame.endpoint = frame.host;
+    frame.direction ^= 1;
+    frame.place = place::NODE;
+    verdict::judge(ctx, frame);
+}
+
+/// Decodes the frame; the reason is 0 if that works.
+#[inline(never)]
+fn decode_once<C: Context>(ctx: C, frame: &mut Frame, whole: u32) {
+    frame.packet = Packet::default();
+    let start = if frame.layer3 != 0 {
+        Start::Network
+    } else {
+        Start::Ethernet {
+            tags_removed: ctx.tags_removed(),
+        }
+    };
+    match decode(&ctx.bytes(whole != 0), start, &mut frame.packet) {
+        Ok(()) => frame.reason = 0,
+        Err(reason) => frame.set(reason),
+    }
 }
 
 #[cfg(not(target_arch = "bpf"))]

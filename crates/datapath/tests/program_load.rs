@@ -9,6 +9,7 @@ fn loads() {
     for name in [programs::TC_INGRESS, programs::TC_EGRESS] {
         let program: &mut SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
         program.load().unwrap();
+        println!("{name}: {:?}", program.info().unwrap().verified_instruction_count());
     }
     let program: &mut Xdp = ebpf
         .program_mut(programs::XDP_INGRESS)
@@ -16,6 +17,7 @@ fn loads() {
         .try_into()
         .unwrap();
     program.load().unwrap();
+    println!("xdp: {:?}", program.info().unwrap().verified_instruction_count());
     for (name, map) in ebpf.maps() {
         println!("{name}: {map:?}");
     }

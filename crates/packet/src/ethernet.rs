@@ -26,13 +26,17 @@ pub(crate) fn decode<B: Bytes + ?Sized>(
     let header = take::<14, B>(bytes, 0, bytes.len(), Reason::TruncatedL2)?;
     let mut ether_type = u16::from_be_bytes([header[12], header[13]]);
     let mut offset = 14;
-    let mut tags = tags_removed;
-    while matches!(ether_type, ETHER_TYPE_VLAN | ETHER_TYPE_SERVICE_VLAN) {
-        if tags >= MAX_TAGS {
+    let mut tags_left = MAX_TAGS.saturating_sub(tags_removed);
+    // Counted, although what is left of the tags bounds it already: so the verifier sees the bound.
+    for _ in 0..=MAX_TAGS {
+        if !matches!(ether_type, ETHER_TYPE_VLAN | ETHER_TYPE_SERVICE_VLAN) {
+            break;
+        }
+        if tags_left == 0 {
             packet.ether_type = ether_type;
             return Err(Reason::TooManyVlans);
         }
-        tags += 1;
+        tags_left -= 1;
         let tag = take::<4, B>(bytes, offset, bytes.len(), Reason::TruncatedL2)?;
         ether_type = u16::from_be_bytes([tag[2], tag[3]]);
         offset += 4;

@@ -12,17 +12,17 @@ const HOST_IDENTITY: u8 = 139;
 const SHIM6: u8 = 140;
 
 #[inline(always)]
-pub(crate) fn v4_addr(b: &[u8; 20], at: usize) -> Addr {
-    Addr::from_v4([b[at], b[at + 1], b[at + 2], b[at + 3]])
+pub(crate) fn v4_addr<B: Bytes + ?Sized>(header: &[u8; 20], at: usize) -> Addr {
+    Addr::from_v4_word(B::word(header, at))
 }
 
 #[inline(always)]
-pub(crate) fn v6_addr(b: &[u8; 40], at: usize) -> Addr {
+pub(crate) fn v6_addr<B: Bytes + ?Sized>(header: &[u8; 40], at: usize) -> Addr {
     Addr([
-        u32::from_ne_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]]),
-        u32::from_ne_bytes([b[at + 4], b[at + 5], b[at + 6], b[at + 7]]),
-        u32::from_ne_bytes([b[at + 8], b[at + 9], b[at + 10], b[at + 11]]),
-        u32::from_ne_bytes([b[at + 12], b[at + 13], b[at + 14], b[at + 15]]),
+        B::word(header, at),
+        B::word(header, at + 4),
+        B::word(header, at + 8),
+        B::word(header, at + 12),
     ])
 }
 
@@ -32,8 +32,8 @@ pub(crate) fn decode_v4<B: Bytes + ?Sized>(bytes: &B, packet: &mut Packet) -> Re
     let available = bytes.len().saturating_sub(offset);
     packet.length = available;
     let header = take::<20, B>(bytes, offset, bytes.len(), Reason::TruncatedL3)?;
-    packet.source = v4_addr(header, 12);
-    packet.destination = v4_addr(header, 16);
+    packet.source = v4_addr::<B>(header, 12);
+    packet.destination = v4_addr::<B>(header, 16);
     packet.protocol = header[9];
     packet.hop_limit = header[8];
     let header_length = u32::from(header[0] & 15) * 4;
@@ -66,8 +66,8 @@ pub(crate) fn decode_v6<B: Bytes + ?Sized>(bytes: &B, packet: &mut Packet) -> Re
     let available = bytes.len().saturating_sub(offset);
     packet.length = available;
     let header = take::<40, B>(bytes, offset, bytes.len(), Reason::TruncatedL3)?;
-    packet.source = v6_addr(header, 8);
-    packet.destination = v6_addr(header, 24);
+    packet.source = v6_addr::<B>(header, 8);
+    packet.destination = v6_addr::<B>(header, 24);
     packet.protocol = header[6];
     packet.hop_limit = header[7];
     let stated = u32::from(u16::from_be_bytes([header[4], header[5]]));
@@ -112,97 +112,128 @@ pub(crate) const fn is_extension(next: u8) -> bool {
     )
 }
 
-/// One extension header.
-pub(crate) struct Extension {
-    /// What follows it.
+/// A walk along extension headers.
+///
+/// Its state is in memory, and each step is a call: the verifier then takes every step for itself, where it would
+/// otherwise follow every sequence of headers to its end. (It forgets values that are not at a multiple of eight
+/// when they are stored; hence the first field.)
+#[repr(C)]
+#[derive(Default)]
+pub(crate) struct Chain {
+    zero: u16,
+    /// Where the next header starts.
+    pub offset: u16,
+    /// What it is.
     pub next: u8,
-    /// Where that starts.
-    pub offset: u32,
-    /// Offset in bytes, more-fragments bit and identification, if it is a fragment header.
-    pub fragment: Option<(u32, bool, u32)>,
+    /// How many fragment headers have been passed.
+    pub fragments: u8,
+    /// Offset in bytes and more-fragments bit of the fragment header, 0 without one.
+    pub fragment: u16,
+    /// Its identification.
+    pub id: u32,
 }
 
-/// Reads the extension header of kind `kind` at `offset`.
-#[inline(always)]
-pub(crate) fn extension<B: Bytes + ?Sized>(
-    bytes: &B,
-    kind: u8,
-    offset: u32,
-    end: u32,
-    short: Reason,
-) -> Result<Extension, Reason> {
-    if offset > MAX_HEADERS - 64 {
-        return Err(Reason::InvalidIpv6Extension);
+impl Chain {
+    #[inline(always)]
+    pub(crate) fn new(next: u8, offset: u32) -> Self {
+        Self {
+            next,
+            offset: offset as u16,
+            ..Self::default()
+        }
     }
-    let header = take::<8, B>(bytes, offset, end, short)?;
-    let length = match kind {
-        FRAGMENT => 8,
-        AUTHENTICATION => (u32::from(header[1]) + 2) * 4,
-        _ => (u32::from(header[1]) + 1) * 8,
-    };
-    // A routing header of type 0 sends the packet somewhere else than its destination says: RFC 5095.
-    if kind == ROUTING && header[2] == 0 && header[3] != 0 {
-        return Err(Reason::InvalidIpv6Extension);
+
+    /// Offset in bytes of the fragment; 0 of a first or only one.
+    #[inline(always)]
+    pub(crate) const fn fragment_offset(&self) -> u32 {
+        (self.fragment & 0xfff8) as u32
     }
-    let fragment = if kind == FRAGMENT {
-        let field = u32::from(u16::from_be_bytes([header[2], header[3]]));
-        let id = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
-        Some((field & 0xfff8, field & 1 != 0, id))
-    } else {
-        None
-    };
-    Ok(Extension {
-        next: header[0],
-        offset: offset + length,
-        fragment,
-    })
+
+    /// Whether further fragments follow.
+    #[inline(always)]
+    const fn more(&self) -> bool {
+        self.fragment & 1 != 0
+    }
+
+    /// Passes the header at `offset`, the `position`th of a packet that ends at `end`.
+    #[inline(never)]
+    pub(crate) fn step<B: Bytes + ?Sized>(
+        &mut self,
+        bytes: &B,
+        end: u32,
+        position: u32,
+    ) -> Result<(), Reason> {
+        let offset = u32::from(self.offset);
+        if offset > MAX_HEADERS - 64 {
+            return Err(Reason::InvalidIpv6Extension);
+        }
+        let kind = self.next;
+        // Hop-by-hop options come first or not at all (RFC 8200, 4.1).
+        if kind == HOP_BY_HOP && position != 0 {
+            return Err(Reason::InvalidIpv6Extension);
+        }
+        let header = take::<8, B>(bytes, offset, end, Reason::TruncatedL3)?;
+        let length = match kind {
+            FRAGMENT => 8,
+            AUTHENTICATION => (u32::from(header[1]) + 2) * 4,
+            _ => (u32::from(header[1]) + 1) * 8,
+        };
+        // A routing header of type 0 sends the packet somewhere else than its destination says: RFC 5095.
+        if kind == ROUTING && header[2] == 0 && header[3] != 0 {
+            return Err(Reason::InvalidIpv6Extension);
+        }
+        if kind == FRAGMENT {
+            self.fragments += 1;
+            self.fragment = u16::from_be_bytes([header[2], header[3]]) & 0xfff9;
+            self.id = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
+        }
+        self.next = header[0];
+        self.offset = (offset + length) as u16;
+        if offset + length > end {
+            return Err(Reason::TruncatedL3);
+        }
+        Ok(())
+    }
 }
 
 /// Follows the extension headers to the transport header.
 #[inline(always)]
 fn extensions<B: Bytes + ?Sized>(bytes: &B, packet: &mut Packet) -> Result<(), Reason> {
     let end = packet.end();
-    let mut next = packet.protocol;
-    let mut offset = u32::from(packet.transport_offset);
-    let mut short = Reason::TruncatedL3;
-    let mut fragmented = false;
+    let mut chain = Chain::new(packet.protocol, u32::from(packet.transport_offset));
     for position in 0..MAX_EXTENSIONS {
-        // Hop-by-hop options come first or not at all (RFC 8200, 4.1).
-        if next == HOP_BY_HOP {
-            if position != 0 {
-                return Err(Reason::InvalidIpv6Extension);
-            }
-            packet.flags |= flags::HOP_BY_HOP;
+        if !is_extension(chain.next) || chain.fragment_offset() != 0 {
+            break;
         }
-        let header = extension(bytes, next, offset, end, short)?;
-        next = header.next;
-        offset = header.offset;
-        packet.protocol = next;
-        if offset > end {
-            return Err(short);
-        }
-        if let Some((fragment_offset, more, id)) = header.fragment {
-            if fragmented {
-                return Err(Reason::InvalidIpv6Extension);
-            }
-            fragmented = true;
-            // Offset 0 and no more to come: a whole packet with a fragment header (RFC 6946).
-            if more || fragment_offset != 0 {
-                short = Reason::InvalidFragment;
-                packet.transport_offset = offset as u16;
-                fragment::note(packet, id, next, fragment_offset, more, end - offset)?;
-                if fragment_offset != 0 {
-                    return Ok(());
-                }
-            }
-        }
-        if !is_extension(next) {
-            if offset > MAX_HEADERS - 64 {
-                return Err(Reason::InvalidIpv6Extension);
-            }
-            packet.transport_offset = offset as u16;
-            return Ok(());
+        if let Err(reason) = chain.step(bytes, end, position) {
+            // A first fragment has all headers (RFC 7112).
+            let cut = reason == Reason::TruncatedL3 && chain.more();
+            return Err(if cut { Reason::InvalidFragment } else { reason });
         }
     }
-    Err(Reason::InvalidIpv6Extension)
+    packet.protocol = chain.next;
+    packet.transport_offset = chain.offset;
+    // Offset 0 and no more to come: a whole packet with a fragment header (RFC 6946).
+    if chain.fragment != 0 {
+        let payload = end - u32::from(chain.offset);
+        fragment::note(
+            packet,
+            chain.id,
+            chain.next,
+            chain.fragment_offset(),
+            chain.more(),
+            payload,
+        )?;
+        if chain.fragment_offset() != 0 {
+            return if chain.fragments > 1 {
+                Err(Reason::InvalidIpv6Extension)
+            } else {
+                Ok(())
+            };
+        }
+    }
+    if is_extension(chain.next) || chain.fragments > 1 || u32::from(chain.offset) > MAX_HEADERS - 64 {
+        return Err(Reason::InvalidIpv6Extension);
+    }
+    Ok(())
 }

@@ -19,7 +19,7 @@ use palisade_abi::{Addr, Reason, protocol};
 
 pub use ethernet::{ETHER_TYPE_ARP, ETHER_TYPE_IPV4, ETHER_TYPE_IPV6};
 pub use quote::{Quote, decode_quote};
-pub use transport::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, icmp, icmpv6, valid_tcp_flags};
+pub use transport::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, icmp, icmp_kind, icmpv6, valid_tcp_flags};
 
 /// How far into a frame headers may reach. What lies beyond is not followed: an IPv6 extension header chain
 /// that long is dropped, a quoted packet that far is related to nothing.
@@ -40,6 +40,13 @@ pub trait Bytes {
 
     /// `N` bytes at `offset`; none if they are not (all) readable in place.
     fn array<const N: usize>(&self, offset: u32) -> Option<&[u8; N]>;
+
+    /// Four bytes at `at` (at most `N - 4`, and even) of a header that [`Self::array`] gave, in memory order.
+    #[inline(always)]
+    #[must_use]
+    fn word<const N: usize>(header: &[u8; N], at: usize) -> u32 {
+        u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
+    }
 }
 
 impl Bytes for [u8] {
@@ -73,8 +80,6 @@ pub mod flags {
     pub const ECHO_REPLY: u8 = 32;
     /// An ICMP or ICMPv6 error: it quotes a packet.
     pub const ICMP_ERROR: u8 = 64;
-    /// Has a hop-by-hop options header.
-    pub const HOP_BY_HOP: u8 = 128;
 }
 
 /// What a verdict needs to know of a packet.
@@ -150,8 +155,9 @@ pub fn decode<B: Bytes + ?Sized>(bytes: &B, start: Start, packet: &mut Packet) -
     match start {
         Start::Ethernet { tags_removed } => ethernet::decode(bytes, tags_removed, packet)?,
         Start::Network => {
-            let first = take::<1, B>(bytes, 0, bytes.len(), Reason::TruncatedL3)?;
-            packet.ether_type = match first[0] >> 4 {
+            // The shortest header there is. (One byte at offset 0 is what the verifier cannot follow.)
+            let header = take::<20, B>(bytes, 0, bytes.len(), Reason::TruncatedL3)?;
+            packet.ether_type = match header[0] >> 4 {
                 4 => ETHER_TYPE_IPV4,
                 6 => ETHER_TYPE_IPV6,
                 _ => 0,

@@ -35,31 +35,29 @@ pub fn decode_quote<B: Bytes + ?Sized>(bytes: &B, packet: &Packet, quote: &mut Q
     let ipv6 = packet.is(flags::IPV6);
     if ipv6 {
         let header = take::<40, B>(bytes, offset, end, short)?;
-        quote.source = ip::v6_addr(header, 8);
-        quote.destination = ip::v6_addr(header, 24);
+        quote.source = ip::v6_addr::<B>(header, 8);
+        quote.destination = ip::v6_addr::<B>(header, 24);
         quote.protocol = header[6];
         if header[0] >> 4 != 6 {
             return Err(short);
         }
         offset += 40;
-        for _ in 0..MAX_EXTENSIONS {
-            if !ip::is_extension(quote.protocol) {
+        let mut chain = ip::Chain::new(quote.protocol, offset);
+        for position in 0..MAX_EXTENSIONS {
+            if !ip::is_extension(chain.next) {
                 break;
             }
-            let extension = ip::extension(bytes, quote.protocol, offset, end, short)?;
-            if matches!(extension.fragment, Some((fragment_offset, _, _)) if fragment_offset != 0) {
-                return Err(short);
-            }
-            quote.protocol = extension.next;
-            offset = extension.offset;
+            chain.step(bytes, end, position)?;
         }
-        if ip::is_extension(quote.protocol) {
+        if ip::is_extension(chain.next) || chain.fragment_offset() != 0 {
             return Err(short);
         }
+        quote.protocol = chain.next;
+        offset = u32::from(chain.offset);
     } else {
         let header = take::<20, B>(bytes, offset, end, short)?;
-        quote.source = ip::v4_addr(header, 12);
-        quote.destination = ip::v4_addr(header, 16);
+        quote.source = ip::v4_addr::<B>(header, 12);
+        quote.destination = ip::v4_addr::<B>(header, 16);
         quote.protocol = header[9];
         let header_length = u32::from(header[0] & 15) * 4;
         let fragment_offset = u16::from_be_bytes([header[6], header[7]]) & 0x1fff;

@@ -134,10 +134,11 @@ fn ports(packet: &mut Packet, b: [u8; 4]) {
     packet.destination_port = u16::from_be_bytes([b[2], b[3]]);
 }
 
-/// The flags of an ICMP message of a type. Redirects and source quench are no errors here: they change what a
+/// The [`flags`] of an ICMP or ICMPv6 message by its type. Redirects and source quench are no errors here: they change what a
 /// host does, so a rule must allow them (RFC 6633, RFC 4861, 8.1).
 #[inline(always)]
-pub(crate) const fn icmp_kind(ipv6: bool, kind: u8) -> u8 {
+#[must_use]
+pub const fn icmp_kind(ipv6: bool, kind: u8) -> u8 {
     if ipv6 {
         match kind {
             icmpv6::UNREACHABLE..=icmpv6::PARAMETER_PROBLEM => flags::ICMP_ERROR,

@@ -1,0 +1,275 @@
+//! Connections. One entry for both directions of a flow, for each endpoint whose policy lets it through.
+//!
+//! Entries are changed in place without atomics: when two CPUs handle one flow a count may get lost, and the
+//! last one's time and flags stay. Nothing that a verdict depends on is written so, but the TCP flags, and a
+//! connection whose end was overlooked by that dies of its timeout.
+
+use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
+use palisade_abi::{Config, CtEntry, CtKey, EventKind, Reason, TracePoint, ct_flags, event_flags, protocol};
+use palisade_packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, flags};
+
+use crate::counters;
+use crate::ctx::Context;
+use crate::event;
+use crate::frame::Frame;
+use crate::maps::{CONFIG, CONNTRACK};
+
+/// The flags that say something about a connection's state.
+const STATE_FLAGS: u8 = TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK;
+
+/// The clock of all timeouts.
+#[inline(always)]
+pub fn now() -> u64 {
+    // SAFETY: takes and changes nothing.
+    unsafe { bpf_ktime_get_coarse_ns() }
+}
+
+/// One end of a flow in each role, as a packet or a quoted packet names them.
+#[derive(Clone, Copy)]
+pub struct Ends<'a> {
+    /// Addresses.
+    pub source: &'a palisade_abi::Addr,
+    /// Addresses.
+    pub destination: &'a palisade_abi::Addr,
+    /// Ports.
+    pub source_port: u16,
+    /// Ports.
+    pub destination_port: u16,
+    /// ICMP echo identifier.
+    pub echo_id: u16,
+    /// IP protocol.
+    pub protocol: u8,
+    /// `palisade_packet::flags`.
+    pub flags: u8,
+}
+
+/// Writes the key of a packet that goes to (`ingress`) or comes from `endpoint`.
+#[inline(always)]
+pub fn write_key(key: &mut CtKey, endpoint: u32, ingress: bool, ends: Ends<'_>) {
+    key.endpoint = endpoint as u16;
+    key.protocol = ends.protocol;
+    let (mut source_port, mut destination_port) = match ends.protocol {
+        protocol::TCP | protocol::UDP | protocol::SCTP => (ends.source_port, ends.destination_port),
+        _ => (0, 0),
+    };
+    if ends.flags & (flags::ECHO_REQUEST | flags::ECHO_REPLY) != 0 {
+        // The second port says who asked: 0 the endpoint, 1 the other end.
+        let asked_by_other = u16::from((ends.flags & flags::ECHO_REQUEST != 0) == ingress);
+        (source_port, destination_port) = if ingress {
+            (asked_by_other, ends.echo_id)
+        } else {
+            (ends.echo_id, asked_by_other)
+        };
+    }
+    if ingress {
+        key.local = *ends.destination;
+        key.remote = *ends.source;
+        key.local_port = destination_port;
+        key.remote_port = source_port;
+    } else {
+        key.local = *ends.source;
+        key.remote = *ends.destination;
+        key.local_port = source_port;
+        key.remote_port = destination_port;
+    }
+}
+
+/// The ends of a packet.
+#[inline(always)]
+pub fn ends(packet: &Packet) -> Ends<'_> {
+    Ends {
+        source: &packet.source,
+        destination: &packet.destination,
+        source_port: packet.source_port,
+        destination_port: packet.destination_port,
+        echo_id: packet.echo_id,
+        protocol: packet.protocol,
+        flags: packet.flags,
+    }
+}
+
+/// The live entry of a key.
+#[inline(always)]
+pub fn find(key: &CtKey, now: u64) -> Option<&'static mut CtEntry> {
+    let entry = CONNTRACK.get_ptr_mut(key)?;
+    // SAFETY: a value of an LRU map stays readable and writable while the program runs (RCU); if it is given to
+    // another key meanwhile, what is written is overwritten or is a wrong count of a new entry.
+    let entry = unsafe { &mut *entry };
+    if entry.expires > now { Some(entry) } else { None }
+}
+
+/// Whether a packet with the entry's direction `ingress` answers the flow.
+#[inline(always)]
+pub fn is_reply(entry: &CtEntry, ingress: bool) -> bool {
+    (entry.flags & ct_flags::INGRESS != 0) != ingress
+}
+
+/// Whether a connection has been reset, or closed by both sides.
+#[inline(always)]
+fn is_closing(forward: u8, reply: u8) -> bool {
+    (forward | reply) & TCP_RST != 0 || forward & reply & TCP_FIN != 0
+}
+
+/// Whether the packet begins another connection than the one of the entry it hits.
+///
+/// A bare SYN on a connection that is over re-uses its ports. A bare SYN of the answering side is a connection
+/// in the other direction, unless both sides open at the same time (RFC 9293, 3.5, figure 7).
+#[inline(always)]
+pub fn begins_another(entry: &CtEntry, packet: &Packet, ingress: bool) -> bool {
+    if packet.protocol != protocol::TCP
+        || packet.tcp_flags & (TCP_SYN | TCP_ACK) != TCP_SYN
+        || packet.is(flags::FRAGMENT_LATER)
+    {
+        return false;
+    }
+    if is_closing(entry.forward_tcp, entry.reply_tcp) {
+        return true;
+    }
+    is_reply(entry, ingress) && (entry.forward_tcp | entry.reply_tcp) & TCP_ACK != 0
+}
+
+/// How long a flow in this state lives without a packet.
+#[inline(always)]
+fn timeout(config: &Config, protocol: u8, flow_flags: u8, forward_tcp: u8, reply_tcp: u8) -> u64 {
+    match protocol {
+        protocol::TCP if is_closing(forward_tcp, reply_tcp) => config.tcp_closing,
+        protocol::TCP if flow_flags & ct_flags::REPLIED != 0 => config.tcp_established,
+        protocol::TCP => config.tcp_opening,
+        protocol::UDP | protocol::SCTP => config.udp,
+        _ => config.other,
+    }
+}
+
+/// Notes a packet of a flow that is let through.
+#[inline(always)]
+pub fn note<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
+    let Some(config) = CONFIG.get(0) else { return };
+    let packet = &frame.packet;
+    let reply = is_reply(entry, frame.is_ingress());
+    let mut flow_flags = entry.flags;
+    if reply {
+        flow_flags |= ct_flags::REPLIED;
+        entry.reply_packets += 1;
+        entry.reply_bytes += u64::from(packet.length);
+    } else {
+        entry.forward_packets += 1;
+        entry.forward_bytes += u64::from(packet.length);
+    }
+    let (mut forward_tcp, mut reply_tcp) = (0, 0);
+    if packet.protocol == protocol::TCP && !packet.is(flags::FRAGMENT_LATER) {
+        (forward_tcp, reply_tcp) = (entry.forward_tcp, entry.reply_tcp);
+        // A side that goes on sending has not reset the connection: somebody else claimed that it had. So a
+        // forged reset shortens a timeout until the next packet, and a real one until the entry is gone.
+        let seen = packet.tcp_flags & STATE_FLAGS;
+        if reply {
+            reply_tcp = (reply_tcp & !TCP_RST) | seen;
+            entry.reply_tcp = reply_tcp;
+        } else {
+            forward_tcp = (forward_tcp & !TCP_RST) | seen;
+            entry.forward_tcp = forward_tcp;
+        }
+    }
+    let ended = flow_flags & ct_flags::CLOSED == 0 && is_closing(forward_tcp, reply_tcp);
+    if ended {
+        flow_flags |= ct_flags::CLOSED;
+    }
+    if flow_flags != entry.flags {
+        entry.flags = flow_flags;
+    }
+    entry.expires = frame.now + timeout(config, packet.protocol, flow_flags, forward_tcp, reply_tcp);
+    let interval = config.trace_interval;
+    if ended || (interval != 0 && frame.now - entry.reported >= interval) {
+        entry.reported = frame.now;
+        trace(
+            ctx,
+            frame,
+            entry,
+            if ended {
+                TracePoint::End
+            } else {
+                TracePoint::Interval
+            },
+        );
+    }
+}
+
+/// Reports a flow.
+#[inline(always)]
+fn trace<C: Context>(ctx: C, frame: &mut Frame, entry: &CtEntry, point: TracePoint) {
+    frame.rule = entry.rule;
+    frame.match_kind = entry.match_kind;
+    frame.remote_identity = entry.remote_identity;
+    frame.event_flags = direction_flags(entry, frame.is_ingress());
+    frame.set(Reason::Established);
+    event::send(ctx, frame, event::what(EventKind::Trace, point), entry);
+}
+
+/// The event flags that an entry gives a packet.
+#[inline(always)]
+pub fn direction_flags(entry: &CtEntry, ingress: bool) -> u8 {
+    let mut out = 0;
+    if is_reply(entry, ingress) {
+        out |= event_flags::REPLY;
+    }
+    if entry.flags & ct_flags::INGRESS == 0 {
+        out |= event_flags::FLOW_EGRESS;
+    }
+    if entry.flags & ct_flags::AUDIT != 0 {
+        out |= event_flags::AUDIT;
+    }
+    out
+}
+
+/// Makes the entry of a flow whose first packet is `frame`'s, and reports it. The verdict changes only if the map
+/// takes nothing.
+#[inline(never)]
+pub fn insert<C: Context>(ctx: C, frame: &mut Frame) {
+    let Some(config) = CONFIG.get(0) else {
+        return frame.set(Reason::CtInsertionFailed);
+    };
+    let packet = &frame.packet;
+    let mut flow_flags = frame.flow_flags;
+    let mut forward_tcp = 0;
+    if packet.protocol == protocol::TCP {
+        forward_tcp = packet.tcp_flags & STATE_FLAGS;
+        if forward_tcp != TCP_SYN {
+            flow_flags |= ct_flags::MIDSTREAM;
+        }
+    }
+    if frame.is_ingress() {
+        flow_flags |= ct_flags::INGRESS;
+    }
+    let entry = CtEntry {
+        expires: frame.now + timeout(config, packet.protocol, flow_flags, forward_tcp, 0),
+        created: frame.now,
+        reported: frame.now,
+        forward_packets: 1,
+        forward_bytes: u64::from(packet.length),
+        reply_packets: 0,
+        reply_bytes: 0,
+        revision: frame.revision,
+        rule: frame.rule,
+        remote_identity: frame.remote_identity,
+        ifindex: frame.ifindex,
+        flags: flow_flags,
+        forward_tcp,
+        reply_tcp: 0,
+        match_kind: frame.match_kind,
+        zero: 0,
+    };
+    if CONNTRACK.insert(&frame.key, &entry, 0).is_err() {
+        return frame.set(Reason::CtInsertionFailed);
+    }
+    event::send(
+        ctx,
+        frame,
+        event::what(EventKind::Trace, TracePoint::Start),
+        &entry,
+    );
+}
+
+/// Counts a packet of a flow to the flow's rule.
+#[inline(always)]
+pub fn count(entry: &CtEntry, packet: &Packet) {
+    counters::rule(entry.rule, packet.length);
+}

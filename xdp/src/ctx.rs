@@ -1,0 +1,191 @@
+//! Access to a packet: what differs between XDP and tc.
+
+use aya_ebpf::bindings::{__sk_buff, bpf_fib_lookup, xdp_md};
+use aya_ebpf::helpers::generated::{bpf_fib_lookup as fib_lookup, bpf_skb_pull_data, bpf_xdp_get_buff_len};
+use palisade_packet::{Bytes, MAX_HEADERS};
+
+/// The readable part of a frame, by direct packet access.
+pub struct Linear {
+    start: usize,
+    end: usize,
+    len: u32,
+}
+
+impl Bytes for Linear {
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        self.len
+    }
+
+    #[inline(always)]
+    fn array<const N: usize>(&self, offset: u32) -> Option<&[u8; N]> {
+        // The verifier wants the offset bounded before it is added to a packet pointer.
+        if offset > MAX_HEADERS {
+            return None;
+        }
+        let at = self.start + offset as usize;
+        if at + N > self.end {
+            return None;
+        }
+        // SAFETY: the N bytes at `at` are within the packet, as just compared; the verifier checks it again. They
+        // are plain bytes, and nobody writes them while the program runs.
+        Some(unsafe { &*(at as *const [u8; N]) })
+    }
+
+    /// In two halves: a frame starts at an even address, and every header is an even number of bytes long. (The
+    /// compiler would read byte by byte. Its feature `allows-misaligned-mem-access` is no way out: it then also
+    /// writes misaligned words to the stack, which the verifier refuses.)
+    #[inline(always)]
+    fn word<const N: usize>(header: &[u8; N], at: usize) -> u32 {
+        assert!(at + 4 <= N);
+        // SAFETY: within the array, as just compared (at compile time: both are constants), and even.
+        let [low, high] = unsafe { *header.as_ptr().add(at).cast::<[u16; 2]>() };
+        let (low, high) = (low.to_ne_bytes(), high.to_ne_bytes());
+        u32::from_ne_bytes([low[0], low[1], high[0], high[1]])
+    }
+}
+
+/// Reads a packet pointer from the context. Volatile, or the compiler reads it in the caller and hands it to the
+/// function that wants it as a 32-bit number, which the verifier then takes for arithmetic on a pointer.
+///
+/// # Safety
+/// `at` is a field of the context of the running program.
+#[inline(always)]
+unsafe fn field(at: *const u32) -> usize {
+    // SAFETY: as the caller promises.
+    unsafe { core::ptr::read_volatile(at) as usize }
+}
+
+/// A program's context.
+pub trait Context: Copy {
+    /// The frame. `whole` asks for its true length even where that costs a call.
+    fn bytes(self, whole: bool) -> Linear;
+    /// The interface the program runs on.
+    fn ifindex(self) -> u32;
+    /// Whether the packet was made on this machine rather than received.
+    fn is_local(self) -> bool;
+    /// VLAN tags that the kernel keeps beside the frame.
+    fn tags_removed(self) -> u32;
+    /// Makes more of the frame readable, or its true length known. Whether that changed anything.
+    fn widen(self) -> bool;
+    /// `bpf_fib_lookup`.
+    fn route(self, question: &mut bpf_fib_lookup) -> i64;
+}
+
+/// Context of an XDP program.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct Xdp(pub *mut xdp_md);
+
+// SAFETY (every block below): the context pointer is the one the kernel gave the program, valid while it runs.
+impl Context for Xdp {
+    #[inline(always)]
+    fn bytes(self, whole: bool) -> Linear {
+        // SAFETY: see above the impl.
+        let (start, end) = unsafe {
+            (
+                field(&raw const (*self.0).data),
+                field(&raw const (*self.0).data_end),
+            )
+        };
+        let len = if whole {
+            // SAFETY: see above the impl.
+            unsafe { bpf_xdp_get_buff_len(self.0) as u32 }
+        } else {
+            (end - start) as u32
+        };
+        Linear { start, end, len }
+    }
+
+    #[inline(always)]
+    fn ifindex(self) -> u32 {
+        // SAFETY: see above the impl.
+        unsafe { (*self.0).ingress_ifindex }
+    }
+
+    #[inline(always)]
+    fn is_local(self) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn tags_removed(self) -> u32 {
+        0
+    }
+
+    /// A frame of several buffers (jumbo frames) is longer than its readable part.
+    #[inline(always)]
+    fn widen(self) -> bool {
+        let linear = self.bytes(false).len;
+        self.bytes(true).len > linear
+    }
+
+    #[inline(always)]
+    fn route(self, question: &mut bpf_fib_lookup) -> i64 {
+        let size = size_of::<bpf_fib_lookup>() as i32;
+        // SAFETY: see above the impl; the size is that of the parameter block.
+        unsafe { fib_lookup(self.0.cast(), question, size, 0) }
+    }
+}
+
+/// Context of a tc program.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct Skb(pub *mut __sk_buff);
+
+// SAFETY (every block below): the context pointer is the one the kernel gave the program, valid while it runs.
+impl Context for Skb {
+    #[inline(always)]
+    fn bytes(self, _: bool) -> Linear {
+        // SAFETY: see above the impl.
+        unsafe {
+            let skb = self.0;
+            Linear {
+                start: field(&raw const (*skb).data),
+                end: field(&raw const (*skb).data_end),
+                len: (*skb).len,
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn ifindex(self) -> u32 {
+        // SAFETY: see above the impl.
+        unsafe { (*self.0).ifindex }
+    }
+
+    #[inline(always)]
+    fn is_local(self) -> bool {
+        // SAFETY: see above the impl.
+        unsafe { (*self.0).ingress_ifindex == 0 }
+    }
+
+    #[inline(always)]
+    fn tags_removed(self) -> u32 {
+        // SAFETY: see above the impl.
+        unsafe { (*self.0).vlan_present }
+    }
+
+    /// Headers may lie in the pages of a socket buffer instead of its linear part.
+    #[inline(always)]
+    fn widen(self) -> bool {
+        let bytes = self.bytes(false);
+        let wanted = if bytes.len > MAX_HEADERS {
+            MAX_HEADERS
+        } else {
+            bytes.len
+        };
+        if bytes.end - bytes.start >= wanted as usize {
+            return false;
+        }
+        // SAFETY: see above the impl.
+        unsafe { bpf_skb_pull_data(self.0, wanted) == 0 }
+    }
+
+    #[inline(always)]
+    fn route(self, question: &mut bpf_fib_lookup) -> i64 {
+        let size = size_of::<bpf_fib_lookup>() as i32;
+        // SAFETY: see above the impl; the size is that of the parameter block.
+        unsafe { fib_lookup(self.0.cast(), question, size, 0) }
+    }
+}

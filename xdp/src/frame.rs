@@ -1,0 +1,120 @@
+use palisade_abi::{CtKey, Decision, MatchKind, Reason};
+use palisade_packet::Packet;
+
+/// Where a packet is: role of the interface, hook, and whose policy is asked.
+pub mod place {
+    /// Enters by a NIC.
+    pub const NIC_IN: u8 = 0;
+    /// Leaves by a NIC.
+    pub const NIC_OUT: u8 = 1;
+    /// Enters by a workload's interface: comes from the workload.
+    pub const FROM_WORKLOAD: u8 = 2;
+    /// Leaves by a workload's interface: goes to the workload.
+    pub const TO_WORKLOAD: u8 = 3;
+    /// On a workload's interface, when the node's own policy is asked.
+    pub const NODE: u8 = 4;
+}
+
+/// One packet on its way through the verdict function.
+///
+/// The functions hand on what they find in the bytes below, not by their results. A byte that is not at a
+/// multiple of eight is one whose value the verifier forgets when it is stored; a result that is a constant it
+/// remembers, and walks everything behind once for every reason there is.
+#[repr(C)]
+pub struct Frame {
+    /// What was decoded.
+    pub packet: Packet,
+    /// Its connection, as the asked endpoint sees it.
+    pub key: CtKey,
+    /// Coarse monotonic clock, ns.
+    pub now: u64,
+    /// The other end's exact ipcache entry, see [`crate::identity::Known`].
+    pub known: u64,
+    /// The interface.
+    pub ifindex: u32,
+    /// The endpoint whose policy is asked.
+    pub endpoint: u32,
+    /// The endpoint's policy table.
+    pub policy: u32,
+    /// The endpoint's revision.
+    pub revision: u32,
+    /// The node's own endpoint; 0 if nobody said which it is.
+    pub host: u32,
+    /// The rule that decided.
+    pub rule: u32,
+    /// Identity of the other end, 0 if not looked up.
+    pub remote_identity: u32,
+    /// [`palisade_abi::event_flags`] known so far.
+    pub event_flags: u8,
+    /// Why the packet is let through or dropped: [`Reason`].
+    pub reason: u8,
+    /// Direction of the packet, seen from the endpoint: [`palisade_abi::Direction`].
+    pub direction: u8,
+    /// See [`place`].
+    pub place: u8,
+    /// [`palisade_abi::ct_flags`] of the flow.
+    pub flow_flags: u8,
+    /// Where the frame starts: 0 with Ethernet, 1 with the network header.
+    pub layer3: u8,
+    /// A later fragment whose ports nobody knows.
+    pub ports_unknown: bool,
+    /// Whether the packet may begin a flow.
+    pub stateful: bool,
+    /// [`Decision`] of the policy entry.
+    pub decision: u8,
+    /// [`MatchKind`] of the policy entry.
+    pub match_kind: u8,
+    /// [`palisade_abi::Inspector`] of the policy entry.
+    pub inspector: u8,
+    /// [`palisade_abi::entry_flags`] of the policy entry.
+    pub entry_flags: u8,
+}
+
+impl Frame {
+    #[inline(always)]
+    pub fn new(ifindex: u32) -> Self {
+        Self {
+            packet: Packet::default(),
+            key: CtKey::default(),
+            now: 0,
+            known: 0,
+            ifindex,
+            endpoint: 0,
+            policy: 0,
+            revision: 0,
+            host: 0,
+            rule: 0,
+            remote_identity: 0,
+            event_flags: 0,
+            reason: Reason::Allowed as u8,
+            direction: 0,
+            place: 0,
+            flow_flags: 0,
+            layer3: 0,
+            ports_unknown: false,
+            stateful: false,
+            decision: Decision::Deny as u8,
+            match_kind: MatchKind::None as u8,
+            inspector: 0,
+            entry_flags: 0,
+        }
+    }
+
+    /// Whether the packet goes to the endpoint whose policy is asked.
+    #[inline(always)]
+    pub fn is_ingress(&self) -> bool {
+        self.direction == 0
+    }
+
+    /// Whether the packet is dropped, as far as is known.
+    #[inline(always)]
+    pub fn is_dropped(&self) -> bool {
+        self.reason >= 130
+    }
+
+    /// Sets the verdict.
+    #[inline(always)]
+    pub fn set(&mut self, reason: Reason) {
+        self.reason = reason as u8;
+    }
+}

@@ -1,0 +1,115 @@
+//! Who an address is, and whether an address is this node's.
+
+use aya_ebpf::bindings::bpf_fib_lookup;
+use aya_ebpf::btf_maps::lpm_trie::Key;
+use palisade_abi::{Addr, IpcacheEntry};
+use palisade_packet::flags;
+
+use crate::ctx::Context;
+use crate::frame::Frame;
+use crate::maps::{CONFIG, IPCACHE, PREFIXES};
+
+/// What the ipcache knows of an address.
+#[derive(Clone, Copy)]
+pub struct Known(u64);
+
+impl Known {
+    const NOTHING: Self = Self(0);
+
+    #[inline(always)]
+    fn new(entry: &IpcacheEntry) -> Self {
+        Self((u64::from(entry.endpoint) << 32) | u64::from(entry.identity))
+    }
+
+    /// The endpoint of this node that owns it; 0 if none does.
+    #[inline(always)]
+    pub fn endpoint(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+
+    /// Its identity; 0 if the ipcache does not know it.
+    #[inline(always)]
+    pub fn identity(self) -> u32 {
+        self.0 as u32
+    }
+}
+
+/// The exact address.
+#[inline(always)]
+pub fn exact(addr: &Addr) -> Known {
+    Known(exact_word(addr))
+}
+
+// Returns one word: an aggregate would come back through memory, which the verifier follows less well.
+#[inline(never)]
+fn exact_word(addr: &Addr) -> u64 {
+    // SAFETY: user space replaces an element, it never changes one in place; the copy is taken at once.
+    match unsafe { IPCACHE.get(addr) } {
+        Some(entry) => Known::new(entry).0,
+        None => Known::NOTHING.0,
+    }
+}
+
+/// The identity of an address whose exact entry is `known`: that, or the longest prefix, or the world.
+#[inline(never)]
+pub fn identity(addr: &Addr, known: u64) -> u32 {
+    let identity = Known(known).identity();
+    if identity != 0 {
+        return identity;
+    }
+    if let Some(entry) = PREFIXES.get(&Key::new(128, *addr)) {
+        return entry.identity;
+    }
+    match CONFIG.get(0) {
+        Some(config) if addr.is_v4() => config.world_ipv4,
+        Some(config) => config.world_ipv6,
+        None => 0,
+    }
+}
+
+impl From<Known> for u64 {
+    #[inline(always)]
+    fn from(known: Known) -> Self {
+        known.0
+    }
+}
+
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+
+/// Whether the kernel would send the packet on rather than take it itself. Multicast and broadcast it takes.
+///
+/// The ipcache knows the addresses of the node that the configuration and the daemon know; the routing table
+/// knows all, also one that appeared a moment ago. Anything but a clear answer counts as "takes it".
+#[inline(always)]
+pub fn is_forwarded<C: Context>(ctx: C, frame: &Frame) -> bool {
+    routed(ctx, frame) != 0
+}
+
+#[inline(never)]
+fn routed<C: Context>(ctx: C, frame: &Frame) -> u32 {
+    let packet = &frame.packet;
+    let ipv6 = packet.is(flags::IPV6);
+    let first = packet.destination.bytes()[if ipv6 { 0 } else { 12 }];
+    if if ipv6 { first == 0xff } else { first >= 224 } {
+        return 0;
+    }
+    // SAFETY: the parameter block is plain integers and arrays of them, for which zero is a value.
+    let mut question: bpf_fib_lookup = unsafe { core::mem::zeroed() };
+    question.family = if ipv6 { AF_INET6 } else { AF_INET };
+    question.l4_protocol = packet.protocol;
+    question.ifindex = frame.ifindex;
+    if ipv6 {
+        question.__bindgen_anon_3.ipv6_src = packet.source.0;
+        question.__bindgen_anon_4.ipv6_dst = packet.destination.0;
+    } else {
+        question.__bindgen_anon_3.ipv4_src = packet.source.0[3];
+        question.__bindgen_anon_4.ipv4_dst = packet.destination.0[3];
+    }
+    // BPF_FIB_LKUP_RET_*: 0 a route, 1 to 3 the kernel refuses, 4 for this machine, 5 forwarding is off,
+    // 6 an encapsulating route, 7 a route whose neighbour is not resolved, 8 too long for the next link.
+    match ctx.route(&mut question) {
+        0..=3 | 6..=8 => 1,
+        _ => 0,
+    }
+}

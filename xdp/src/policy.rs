@@ -1,0 +1,109 @@
+//! The policy table.
+
+use palisade_abi::{
+    CLASS_ANY, CLASS_SLOTS, Decision, Inspector, PolicyEntry, PolicyKey, Reason, entry_flags, identity,
+};
+
+use crate::frame::Frame;
+use crate::maps::{CLASSES, POLICY};
+
+/// The class of a slot.
+#[inline(always)]
+fn class(slot: u32) -> u16 {
+    match CLASSES.get(0) {
+        Some(classes) if (slot as usize) < CLASS_SLOTS => classes[slot as usize],
+        _ => CLASS_ANY,
+    }
+}
+
+/// Judges `frame` by its policy: (identity, class), (identity, any), (any, class), (any, any). The verdict and
+/// what decided it are written into `frame`.
+#[inline(never)]
+pub fn judge(frame: &mut Frame, identity: u32, slot: u32, direction: u32) {
+    frame.remote_identity = identity;
+    frame.set(Reason::NoPolicy);
+    let policy = frame.policy;
+    if policy == 0 {
+        return;
+    }
+    let class = class(slot);
+    let direction = direction as u8;
+    let _ = find(
+        frame,
+        PolicyKey {
+            policy,
+            identity,
+            class,
+            direction,
+            zero: 0,
+        },
+    ) || find(
+        frame,
+        PolicyKey {
+            policy,
+            identity,
+            class: CLASS_ANY,
+            direction,
+            zero: 0,
+        },
+    ) || find(
+        frame,
+        PolicyKey {
+            policy,
+            identity: identity::ANY,
+            class,
+            direction,
+            zero: 0,
+        },
+    ) || find(
+        frame,
+        PolicyKey {
+            policy,
+            identity: identity::ANY,
+            class: CLASS_ANY,
+            direction,
+            zero: 0,
+        },
+    );
+}
+
+#[inline(always)]
+fn find(frame: &mut Frame, key: PolicyKey) -> bool {
+    // SAFETY: entries are replaced, never changed in place; what is needed is copied at once.
+    let Some(entry) = (unsafe { POLICY.get(key) }) else {
+        return false;
+    };
+    frame.rule = entry.rule;
+    frame.decision = entry.decision;
+    frame.match_kind = entry.match_kind;
+    frame.inspector = entry.inspector;
+    frame.entry_flags = entry.flags;
+    let reason = reason(entry);
+    frame.set(reason);
+    true
+}
+
+/// What an entry does with a packet.
+#[inline(always)]
+fn reason(entry: &PolicyEntry) -> Reason {
+    let decision = Decision::from_u8(entry.decision);
+    if decision == Decision::Allow {
+        return Reason::Allowed;
+    }
+    if entry.flags & entry_flags::AUDIT != 0 {
+        return Reason::Audited;
+    }
+    match decision {
+        Decision::DenyExplicit => Reason::PolicyDeniedByDenylist,
+        Decision::AuthRequired => Reason::AuthRequired,
+        Decision::Inspect => match entry.inspector {
+            n if n == Inspector::Dns as u8 => Reason::NoDnsInspector,
+            n if n == Inspector::Tls as u8 => Reason::NoTlsInspector,
+            n if n == Inspector::Kafka as u8 => Reason::NoKafkaInspector,
+            n if n == Inspector::Listener as u8 => Reason::NoListener,
+            n if n == Inspector::TlsTerminate as u8 => Reason::NoTlsTermination,
+            _ => Reason::NoHttpInspector,
+        },
+        _ => Reason::PolicyDenied,
+    }
+}

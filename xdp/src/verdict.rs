@@ -1,0 +1,319 @@
+//! The verdict function: one for XDP and tc, for both roles and both directions.
+
+use palisade_abi::{
+    CtEntry, EventKind, Reason, TracePoint, class_slot, class_slot_unknown_port, ct_flags, event_flags,
+    protocol,
+};
+use palisade_packet::{Quote, TCP_ACK, TCP_RST, TCP_SYN, decode_quote, flags, icmp, icmpv6};
+
+use crate::conntrack::{self, Ends};
+use crate::counters;
+use crate::ctx::Context;
+use crate::event;
+use crate::frame::{Frame, place};
+use crate::identity;
+use crate::maps::ENDPOINTS;
+use crate::policy;
+
+/// Judges `frame` by the policy of `frame.endpoint`.
+#[inline(never)]
+pub fn judge<C: Context>(ctx: C, frame: &mut Frame) {
+    let Some(state) = ENDPOINTS.get_ptr(frame.endpoint & 0xffff) else {
+        return frame.set(Reason::NoPolicy);
+    };
+    // Policy and revision are stored by one 8-byte store, and so they are read.
+    // SAFETY: a map value of 16 bytes, aligned to 8; user space may write it meanwhile, hence volatile.
+    let word = unsafe { core::ptr::read_volatile(state.cast::<u64>()) }.to_ne_bytes();
+    frame.policy = u32::from_ne_bytes([word[0], word[1], word[2], word[3]]);
+    frame.revision = u32::from_ne_bytes([word[4], word[5], word[6], word[7]]);
+    frame.event_flags = event_flags::REPLY_UNKNOWN;
+    frame.stateful = !frame.ports_unknown && !is_plain_icmp(frame);
+    if frame.packet.is(flags::ICMP_ERROR) {
+        related(ctx, frame);
+        if frame.reason != Reason::UnrelatedIcmp as u8 {
+            return;
+        }
+    }
+    if frame.stateful {
+        let ingress = frame.is_ingress();
+        conntrack::write_key(
+            &mut frame.key,
+            frame.endpoint,
+            ingress,
+            conntrack::ends(&frame.packet),
+        );
+        if let Some(entry) = conntrack::find(&frame.key, frame.now)
+            && !conntrack::begins_another(entry, &frame.packet, ingress)
+        {
+            if !admits(ctx, frame, entry) {
+                return;
+            }
+            conntrack::note(ctx, frame, entry);
+            conntrack::count(entry, &frame.packet);
+            frame.flow_flags = entry.flags;
+            return frame.set(Reason::Established);
+        }
+    }
+    judge_packet(ctx, frame);
+}
+
+/// Whether a live entry still lets its flow through; else the verdict is set.
+#[inline(always)]
+fn admits<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) -> bool {
+    if entry.revision != frame.revision {
+        judge_flow(ctx, frame, entry);
+        if frame.is_dropped() {
+            return false;
+        }
+    }
+    if entry.flags & ct_flags::REMOTE_IS_LOCAL != 0 && frame.place == place::NIC_IN {
+        frame.set(Reason::InvalidSourceIp);
+        return false;
+    }
+    true
+}
+
+/// An ICMP message that is neither echo nor error: judged by its type, packet by packet.
+#[inline(always)]
+fn is_plain_icmp(frame: &Frame) -> bool {
+    matches!(frame.packet.protocol, protocol::ICMP | protocol::ICMPV6)
+        && !frame.packet.is(flags::ECHO_REQUEST | flags::ECHO_REPLY)
+}
+
+/// The slot of the class table for a packet that opens a flow.
+#[inline(always)]
+fn slot(frame: &Frame) -> u32 {
+    let packet = &frame.packet;
+    match packet.protocol {
+        p if frame.ports_unknown => class_slot_unknown_port(p),
+        p @ (protocol::ICMP | protocol::ICMPV6) => class_slot(p, packet.source_port),
+        p => class_slot(p, packet.destination_port),
+    }
+}
+
+/// Judges a packet that belongs to no live flow.
+#[inline(never)]
+fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
+    if !enter(ctx, frame) {
+        return;
+    }
+    let ingress = frame.is_ingress();
+    let other = if ingress {
+        &frame.packet.source
+    } else {
+        &frame.packet.destination
+    };
+    let identity = identity::identity(other, frame.known);
+    let slot = slot(frame);
+    policy::judge(frame, identity, slot, u32::from(frame.direction));
+    let packet = &frame.packet;
+    let tcp_flags = packet.tcp_flags & (TCP_SYN | TCP_RST | TCP_ACK);
+    let is_tcp = packet.protocol == protocol::TCP;
+    // Nothing allows it; that it comes at all says more.
+    if frame.reason == Reason::PolicyDenied as u8 {
+        if frame.ports_unknown {
+            frame.set(Reason::FragmentNotFound);
+        } else if packet.is(flags::ICMP_ERROR) {
+            frame.set(Reason::UnrelatedIcmp);
+        } else if is_tcp && tcp_flags == TCP_SYN | TCP_ACK {
+            frame.set(Reason::CtInvalidState);
+        }
+    }
+    let packet = &frame.packet;
+    if !ingress {
+        frame.event_flags |= event_flags::FLOW_EGRESS;
+    }
+    if frame.reason == Reason::Audited as u8 {
+        frame.event_flags |= event_flags::AUDIT;
+        frame.flow_flags |= ct_flags::AUDIT;
+    }
+    if frame.rule != 0 {
+        counters::rule(frame.rule, packet.length);
+    }
+    // Neither a reset nor an answer to an echo begins a flow.
+    let begins = frame.stateful && !packet.is(flags::ECHO_REPLY) && !(is_tcp && tcp_flags & TCP_RST != 0);
+    if begins && !frame.is_dropped() {
+        conntrack::insert(ctx, frame);
+        if frame.is_dropped() {
+            return;
+        }
+    }
+    event::send(
+        ctx,
+        frame,
+        event::what(EventKind::PolicyVerdict, TracePoint::None),
+        core::ptr::null(),
+    );
+}
+
+/// Checks the source address, and whether the packet concerns the endpoint at all; else the verdict is set. What
+/// is known of the other end is written into `frame`.
+#[inline(always)]
+fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
+    const LOCAL: u8 = ct_flags::REMOTE_IS_LOCAL;
+    const HOST: u8 = ct_flags::REMOTE_IS_HOST;
+    let source = identity::exact(&frame.packet.source);
+    let destination = identity::exact(&frame.packet.destination);
+    let from = source.endpoint();
+    let to = destination.endpoint();
+    let from_host = from != 0 && from == frame.host;
+    let to_host = to != 0 && to == frame.host;
+    frame.known = if frame.is_ingress() {
+        source.into()
+    } else {
+        destination.into()
+    };
+    match frame.place {
+        place::NIC_IN => {
+            frame.flow_flags = 0;
+            if from != 0 {
+                frame.set(Reason::InvalidSourceIp);
+                return false;
+            }
+            if !to_host && (to != 0 || identity::is_forwarded(ctx, frame)) {
+                frame.set(Reason::Forwarded);
+                return false;
+            }
+        }
+        place::NIC_OUT => {
+            if !from_host && !ctx.is_local() {
+                frame.set(Reason::Forwarded);
+                return false;
+            }
+            frame.flow_flags = if to != 0 { LOCAL } else { 0 };
+        }
+        place::FROM_WORKLOAD => {
+            if from == 0 || from != frame.endpoint {
+                frame.set(Reason::InvalidSourceIp);
+                return false;
+            }
+            frame.flow_flags = if to_host {
+                HOST | LOCAL
+            } else if to != 0 {
+                LOCAL
+            } else if identity::is_forwarded(ctx, frame) {
+                0
+            } else {
+                HOST
+            };
+        }
+        place::TO_WORKLOAD => {
+            frame.flow_flags = if from_host || (from == 0 && ctx.is_local()) {
+                HOST | LOCAL
+            } else if from != 0 {
+                LOCAL
+            } else {
+                0
+            };
+        }
+        _ => frame.flow_flags = LOCAL,
+    }
+    true
+}
+
+/// Judges a live flow by a policy that is not the one it was let through by: the flow in its own direction,
+/// whatever direction this packet has. A denied flow keeps its entry, so that it stays denied both ways until
+/// it is over: without one the answering side's next packet would be judged as a flow of its own.
+#[inline(never)]
+fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
+    let known = identity::exact(&frame.key.remote);
+    let identity = identity::identity(&frame.key.remote, known.into());
+    let ingress = entry.flags & ct_flags::INGRESS != 0;
+    let key = &frame.key;
+    let port = match key.protocol {
+        protocol::ICMP => u16::from(icmp::ECHO_REQUEST),
+        protocol::ICMPV6 => u16::from(icmpv6::ECHO_REQUEST),
+        _ if ingress => key.local_port,
+        _ => key.remote_port,
+    };
+    let slot = class_slot(key.protocol, port);
+    policy::judge(frame, identity, slot, u32::from(!ingress));
+    let mut flow_flags = entry.flags & !(ct_flags::AUDIT | ct_flags::REMOTE_IS_LOCAL);
+    if frame.reason == Reason::Audited as u8 {
+        flow_flags |= ct_flags::AUDIT;
+    }
+    if known.endpoint() != 0 || frame.place == place::NODE {
+        flow_flags |= ct_flags::REMOTE_IS_LOCAL;
+    }
+    if known.endpoint() != 0 && known.endpoint() == frame.host {
+        flow_flags |= ct_flags::REMOTE_IS_HOST;
+    }
+    let changed = entry.rule != frame.rule || (entry.flags ^ flow_flags) & ct_flags::AUDIT != 0;
+    entry.rule = frame.rule;
+    entry.match_kind = frame.match_kind;
+    entry.remote_identity = identity;
+    entry.flags = flow_flags;
+    frame.event_flags = conntrack::direction_flags(entry, frame.is_ingress());
+    if frame.is_dropped() {
+        counters::rule(frame.rule, frame.packet.length);
+    } else {
+        entry.revision = frame.revision;
+    }
+    if changed {
+        let what = event::what(EventKind::PolicyVerdict, TracePoint::None);
+        event::send(ctx, frame, what, core::ptr::null());
+    }
+}
+
+/// Judges an ICMP error by the packet it quotes: [`Reason::UnrelatedIcmp`] if that belongs to no live flow.
+#[inline(never)]
+fn related<C: Context>(ctx: C, frame: &mut Frame) {
+    let mut quote = Quote::default();
+    read_quote(ctx, frame, &mut quote);
+    if frame.reason != 0 {
+        return frame.set(Reason::UnrelatedIcmp);
+    }
+    frame.set(Reason::UnrelatedIcmp);
+    // An error goes to who sent the packet (RFC 1122, 3.2.2; RFC 4443, 2.2).
+    if quote.source != frame.packet.destination {
+        return;
+    }
+    // A spoofed error is no better than another spoofed packet.
+    let source = identity::exact(&frame.packet.source).endpoint();
+    match frame.place {
+        place::NIC_IN if source != 0 => return frame.set(Reason::InvalidSourceIp),
+        place::FROM_WORKLOAD if source == 0 || source != frame.endpoint => {
+            return frame.set(Reason::InvalidSourceIp);
+        }
+        _ => {}
+    }
+    // The quoted packet went the other way.
+    let ends = Ends {
+        source: &quote.source,
+        destination: &quote.destination,
+        source_port: quote.source_port,
+        destination_port: quote.destination_port,
+        echo_id: quote.echo_id,
+        protocol: quote.protocol,
+        flags: quote.flags,
+    };
+    let quoted_ingress = !frame.is_ingress();
+    conntrack::write_key(&mut frame.key, frame.endpoint, quoted_ingress, ends);
+    let Some(entry) = conntrack::find(&frame.key, frame.now) else {
+        return;
+    };
+    if !admits(ctx, frame, entry) {
+        return;
+    }
+    conntrack::count(entry, &frame.packet);
+    frame.flow_flags = entry.flags;
+    frame.set(Reason::Related);
+}
+
+/// Reads what an ICMP error quotes; the reason is 0 if that is a packet of a flow.
+#[inline(always)]
+fn read_quote<C: Context>(ctx: C, frame: &mut Frame, quote: &mut Quote) {
+    quote_once(ctx, frame, quote);
+    if frame.reason == Reason::PullFailed as u8 && ctx.widen() {
+        quote_once(ctx, frame, quote);
+    }
+}
+
+#[inline(never)]
+fn quote_once<C: Context>(ctx: C, frame: &mut Frame, quote: &mut Quote) {
+    *quote = Quote::default();
+    match decode_quote(&ctx.bytes(true), &frame.packet, quote) {
+        Ok(()) => frame.reason = 0,
+        Err(reason) => frame.set(reason),
+    }
+}
