@@ -6,6 +6,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::Path,
     process::{Command, ExitCode},
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -20,6 +21,9 @@ use palisade_testbed::{
     topology::{FAMILIES, Family, WorkloadSpec},
 };
 use serde_json::Value;
+
+/// A signal has come: the thread that waits for signals ends the process.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// How long an attempt waits for an answer. What is dropped costs as much.
 const PATIENCE: Duration = Duration::from_millis(1500);
@@ -102,7 +106,12 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match clean_up_on_signals().and_then(|()| demo(verbose)) {
+    let outcome = clean_up_on_signals().and_then(|()| demo(verbose));
+    while INTERRUPTED.load(Ordering::SeqCst) {
+        // whatever came of it: the process ends when everything has been removed
+        thread::park();
+    }
+    match outcome {
         Ok(0) => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => {
@@ -122,6 +131,7 @@ fn clean_up_on_signals() -> Result<()> {
     set.thread_block()?;
     thread::spawn(move || {
         if let Ok(signal) = set.wait() {
+            INTERRUPTED.store(true, Ordering::SeqCst);
             eprintln!("\ndemo: {signal}: cleaning up");
             palisade_testbed::ns::remove_own();
             std::process::exit(128 + signal as i32);
