@@ -106,3 +106,30 @@ fn mixed_policy(n: usize) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_policy_can_be_read() {
+        let some = mixed(400)
+            .into_iter()
+            .chain(files(3, "server", "198.51.100.2", 5_000));
+        for (name, text) in some {
+            let parsed = palisade_policy::parse::parse(&name, &text);
+            assert!(parsed.diagnostics.is_empty(), "{:?}\n{text}", parsed.diagnostics);
+            assert_eq!(parsed.policies.len(), 1);
+        }
+    }
+
+    #[test]
+    fn nobody_is_somebody_else_each_time() {
+        let all: std::collections::HashSet<_> = (0..100_000).map(nobody).collect();
+        assert_eq!(all.len(), 100_000);
+        assert!(
+            all.iter()
+                .all(|address| address.parse::<std::net::Ipv4Addr>().is_ok())
+        );
+    }
+}

@@ -311,6 +311,7 @@ impl Plot {
         );
         let _ = writeln!(svg, "<text x=\"{}\" y=\"12\">{}</text>", LEFT, self.y);
         for (n, (name, points)) in self.curves.iter().enumerate() {
+            let points: Vec<_> = points.iter().filter(|p| p.0 > 0.0 && p.1 > 0.0).collect();
             let colour = COLOURS[n % COLOURS.len()];
             let path: Vec<_> = points
                 .iter()
@@ -321,7 +322,7 @@ impl Plot {
                 "<path d=\"M{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>",
                 path.join("L")
             );
-            for p in points {
+            for p in &points {
                 let _ = writeln!(
                     svg,
                     "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"3\" fill=\"{colour}\"/>",
@@ -364,5 +365,69 @@ impl Axis {
 
     fn part(&self, value: f64) -> f64 {
         (value.log10() - f64::from(self.first)) / f64::from(self.last - self.first)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_the_digits_that_are_read() {
+        for (value, text) in [
+            (0.0, "0"),
+            (0.123, "0.12"),
+            (1.3, "1.30"),
+            (20.0, "20"),
+            (12.34, "12.3"),
+            (123.4, "123"),
+            (1_234.0, "1,234"),
+            (1_234_567.0, "1,234,567"),
+            (-12_345.0, "-12,345"),
+        ] {
+            assert_eq!(number(value), text);
+        }
+    }
+
+    #[test]
+    fn medians_and_quantiles() {
+        let mut samples = Samples::new();
+        assert!(samples.median().is_nan());
+        for value in [5.0, 1.0, 3.0, 2.0, 4.0] {
+            samples.push(value);
+        }
+        assert_eq!(
+            (samples.median(), samples.quantile(0.99), samples.quantile(0.0)),
+            (3.0, 5.0, 1.0)
+        );
+        assert!((samples.spread() - 1.0 / 3.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_goal_that_is_missed_is_seen() {
+        assert_eq!(Goal::at_most("", 1.3, 1.31, "").reached, Some(false));
+        assert_eq!(Goal::at_least("", 0.9, 0.9, "").reached, Some(true));
+        assert_eq!(Goal::below("", 20.0, 20.0, "").reached, Some(false));
+        // Nothing was measured: not reached.
+        assert_eq!(Goal::at_most("", 1.3, f64::NAN, "").reached, Some(false));
+    }
+
+    #[test]
+    fn a_plot_has_every_curve() {
+        let curves = vec![
+            ("a".to_owned(), vec![(10.0, 1.0), (10_000.0, 900.0)]),
+            ("b".to_owned(), vec![(10.0, f64::NAN)]),
+        ];
+        let svg = Plot {
+            x: "x",
+            y: "y",
+            curves,
+        }
+        .svg();
+        assert!(svg.contains(">a</text>") && svg.contains(">b</text>") && svg.ends_with("</svg>\n"));
+        assert!(
+            svg.contains("M80.0 300.0L440.0"),
+            "from the lower left corner to the right edge: {svg}"
+        );
     }
 }

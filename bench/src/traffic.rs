@@ -131,3 +131,28 @@ pub fn mac(ns: &Ns, interface: &str) -> Result<Mac> {
         .addr()
         .with_context(|| format!("{interface} has no MAC address"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_frame_says_what_it_is_asked_to() {
+        let stream = Stream {
+            from_mac: [2, 0, 0, 0, 0, 1],
+            to_mac: [2, 0, 0, 0, 0, 2],
+            from: Ipv4Addr::new(198, 51, 100, 2),
+            to: Ipv4Addr::new(10, 0, 1, 10),
+        };
+        let frame = stream.frame(20_001, 5_000);
+        let packet = palisade_testbed::packet::parse(&frame, false).expect("a packet");
+        assert_eq!(packet.source, stream.from);
+        assert_eq!(packet.destination, stream.to);
+        assert_eq!(
+            palisade_testbed::packet::checksum(0, &frame[14..34]),
+            0,
+            "the header's checksum"
+        );
+        assert_eq!(frame[34..38], [78, 33, 19, 136]);
+    }
+}
