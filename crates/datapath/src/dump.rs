@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use palisade_abi::{
-    Addr, Class, Config, EndpointState, Interface, IpcacheEntry, PolicyEntry, PolicyKey, PrefixKey, role,
+    Addr, Class, Config, EndpointState, Interface, IpcacheEntry, PolicyEntry, PolicyKey, PrefixKey, maps as names, role,
 };
 
 use crate::{Datapath, MapError};
@@ -27,7 +27,35 @@ pub struct Dump {
     pub config: Option<Config>,
 }
 
+/// How full a map is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fill {
+    /// Its name, of [`palisade_abi::maps`].
+    pub map: &'static str,
+    /// Entries in it.
+    pub entries: u64,
+    /// Entries that it can have.
+    pub max_entries: u64,
+}
+
 impl Datapath {
+    /// How full the maps are that refuse entries when they are full. Walks them.
+    ///
+    /// # Errors
+    /// If a map cannot be read.
+    pub fn fill_levels(&self) -> Result<Vec<Fill>, MapError> {
+        let level = |map, entries: usize, max_entries: u32| Fill {
+            map,
+            entries: entries as u64,
+            max_entries: u64::from(max_entries),
+        };
+        Ok(vec![
+            level(names::POLICY, self.policy.count()?, self.policy.max_entries()),
+            level(names::IPCACHE, self.ipcache.count()?, self.ipcache.max_entries()),
+            level(names::PREFIXES, self.prefixes.count()?, self.prefixes.max_entries()),
+        ])
+    }
+
     /// Reads everything back.
     ///
     /// # Errors

@@ -32,7 +32,7 @@ pub use attach::{AttachError, Attached, Attachment, Hook, HookKind, Role, TcMode
 pub use clock::{Clock, monotonic_coarse};
 pub use conntrack::{Conntrack, ConntrackCounts, Ended, Sweep};
 pub use counters::{Counters, EventBudget};
-pub use dump::Dump;
+pub use dump::{Dump, Fill};
 pub use events::EventReader;
 pub use loader::{Datapath, Limits, OpenError, Options};
 pub use maps::MapError;

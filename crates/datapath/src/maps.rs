@@ -329,6 +329,11 @@ where
         self.raw.info.max_entries
     }
 
+    /// Entries in the map. Walks it.
+    pub fn count(&self) -> Result<usize> {
+        self.raw.count()
+    }
+
     pub fn get(&self, key: &K) -> Result<Option<V>> {
         let mut value = V::new_zeroed();
         let found =

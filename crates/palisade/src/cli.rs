@@ -1,8 +1,15 @@
 //! The command line.
 
-use std::{ffi::OsString, path::PathBuf, time::Duration};
+use std::{io::IsTerminal as _, path::PathBuf, time::Duration};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{
+    Arg, ArgAction, ArgMatches, Args, ColorChoice, FromArgMatches, Parser, Subcommand, ValueEnum,
+    value_parser,
+};
+use palisade_flowlog::{
+    filter::FLAGS,
+    format::{Format, Printer},
+};
 
 use crate::{config, duration};
 
@@ -82,7 +89,7 @@ Log: to stderr; PALISADE_LOG=debug for more.")]
         #[arg(long)]
         detach: bool,
     },
-    /// Policies: check, test, explain, list.
+    /// Policies: check, test, list.
     #[command(subcommand)]
     Policy(PolicyCommand),
     /// Endpoints of this node.
@@ -95,19 +102,153 @@ Log: to stderr; PALISADE_LOG=debug for more.")]
     #[command(subcommand)]
     Bpf(BpfCommand),
     /// Show flows.
-    #[command(disable_help_flag = true)]
-    Observe(FlowArgs),
-    /// Show single events as the programs send them.
-    #[command(disable_help_flag = true)]
-    Monitor(FlowArgs),
+    #[command(after_help = "Examples:
+  palisade observe                                          the last 20 flows
+  palisade observe --follow --verdict dropped
+  palisade observe --since 5m --to-port 443 --not --from-ip 10.0.0.0/8
+  palisade observe --last 100 --label app=web -o json
+
+Filters of one kind are alternatives, filters of different kinds must all match; --not reverses the next one.")]
+    Observe(ObserveArgs),
+    /// Show events as they come: one line for each that the programs send.
+    #[command(after_help = "Examples:
+  palisade monitor --type drop
+  palisade monitor --type drop,policy-verdict --related-to default/frontend")]
+    Monitor {
+        /// Only these: drop, policy-verdict, trace, l7.
+        #[arg(short = 't', long = "type", value_name = "TYPE", value_delimiter = ',',
+              value_parser = ["drop", "policy-verdict", "trace", "l7"])]
+        types: Vec<String>,
+        /// Only of an endpoint: number or name.
+        #[arg(long, value_name = "ENDPOINT")]
+        related_to: Option<String>,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
 }
 
-/// Flags of observe and monitor: their order matters (`--not`), so they are read by hand.
-#[derive(Debug, Args)]
-pub struct FlowArgs {
-    /// Flags.
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    pub flags: Vec<OsString>,
+/// Flags of `palisade observe`. The filters are those of [`palisade_flowlog::filter::FLAGS`], in the order in which
+/// they were given.
+#[derive(Clone, Debug, Default)]
+pub struct ObserveArgs {
+    /// Filters and their values.
+    pub filters: Vec<(String, String)>,
+    /// Go on with what comes.
+    pub follow: bool,
+    /// The last so many.
+    pub last: Option<usize>,
+    /// All there are.
+    pub all: bool,
+    /// How they are written.
+    pub printer: Printer,
+}
+
+impl FromArgMatches for ObserveArgs {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut filters = Vec::new();
+        for flag in FLAGS {
+            let values = matches.get_many::<String>(flag.name).into_iter().flatten();
+            let places = matches.indices_of(flag.name).into_iter().flatten();
+            filters.extend(
+                places
+                    .zip(values)
+                    .map(|(place, value)| (place, flag.name.to_owned(), value.clone())),
+            );
+        }
+        filters.sort();
+        let colour = match matches.get_one::<ColorChoice>("color") {
+            Some(ColorChoice::Always) => true,
+            Some(ColorChoice::Never) => false,
+            _ => std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none(),
+        };
+        Ok(Self {
+            filters: filters
+                .into_iter()
+                .map(|(_, flag, value)| (flag, value))
+                .collect(),
+            follow: matches.get_flag("follow"),
+            last: matches.get_one("last").copied(),
+            all: matches.get_flag("all"),
+            printer: Printer {
+                format: match matches.get_one::<String>("output").map(String::as_str) {
+                    Some("dict") => Format::Dict,
+                    Some("json" | "jsonpb") => Format::Json,
+                    _ => Format::Compact,
+                },
+                colour,
+                node: matches.get_flag("print-node-name"),
+                rules: matches.get_flag("rules"),
+                numeric: matches.get_flag("numeric"),
+            },
+        })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Args for ObserveArgs {
+    fn augment_args(mut command: clap::Command) -> clap::Command {
+        let switch = |name: &'static str, help: &'static str| {
+            Arg::new(name).long(name).help(help).action(ArgAction::SetTrue)
+        };
+        command = command
+            .arg(switch("follow", "Go on with what comes").short('f'))
+            .arg(
+                Arg::new("last")
+                    .long("last")
+                    .value_name("COUNT")
+                    .value_parser(value_parser!(usize))
+                    .help("The last so many that pass the filters [default: 20, or 0 with --follow]"),
+            )
+            .arg(switch("all", "All flows that are still known").conflicts_with("last"))
+            .arg(
+                Arg::new("output")
+                    .short('o')
+                    .long("output")
+                    .value_name("FORMAT")
+                    .value_parser(["compact", "dict", "json", "jsonpb"])
+                    .default_value("compact")
+                    .help("How they are written"),
+            )
+            .arg(
+                Arg::new("color")
+                    .long("color")
+                    .value_name("WHEN")
+                    .value_parser(value_parser!(ColorChoice))
+                    .default_value("auto")
+                    .help("With colours"),
+            )
+            .arg(switch("print-node-name", "With the node's name"))
+            .arg(switch(
+                "rules",
+                "With the rule that decided, and where it is written",
+            ))
+            .arg(switch("numeric", "Addresses only, no names"));
+        for flag in FLAGS {
+            let mut arg = Arg::new(flag.name)
+                .long(flag.name)
+                .help(flag.help)
+                .help_heading("Filters")
+                .action(ArgAction::Append);
+            if let Some(short) = flag.short {
+                arg = arg.short(short);
+            }
+            arg = if flag.value.is_empty() {
+                arg.num_args(0).default_missing_value("")
+            } else {
+                arg.value_name(flag.value)
+            };
+            command = command.arg(arg);
+        }
+        command
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
 }
 
 /// `palisade policy`.
@@ -138,36 +279,6 @@ deciding rule, then `N passed, M failed`, and exits 1 if a check failed.")]
         /// Case files.
         #[arg(required = true, value_name = "CASES")]
         paths: Vec<PathBuf>,
-    },
-    /// Explain what would happen to a packet, and by which rules. Asks the daemon, or, with policy files named, works off-line.
-    #[command(after_help = "Examples:
-  palisade policy trace --from default/frontend --to default/backend --port 8080
-  palisade policy trace --from world --to host --port 22
-  palisade policy trace --from 192.0.2.7 --to default/web --port 443/tcp
-  palisade policy trace --from default/a --to 10.0.9.5 --protocol icmp --port 8
-  palisade policy trace --config palisade.toml --policies policies.d --from default/a --to default/b --port 53/udp
-
-An end is an endpoint or a peer by name, an endpoint's number, an address, or a reserved name (host, world,
-world-ipv4, world-ipv6, remote-node, ...).
-Exits 0 if the packet would be allowed (or inspected), 1 if it would be dropped.")]
-    Trace {
-        /// Who sends.
-        #[arg(long, visible_alias = "src", value_name = "END")]
-        from: String,
-        /// Who receives.
-        #[arg(long, visible_alias = "dst", value_name = "END")]
-        to: String,
-        /// tcp, udp, sctp, icmp, icmpv6, or a number.
-        #[arg(long, value_name = "PROTOCOL")]
-        protocol: Option<String>,
-        /// Destination port, with or without protocol (8080, 53/udp); for ICMP the type.
-        #[arg(long, visible_alias = "dport", value_name = "PORT[/PROTOCOL]")]
-        port: Option<String>,
-        /// Work off-line: with these policy files or folders, and the endpoints and peers of --config.
-        #[arg(long, value_name = "PATH", num_args = 1..)]
-        policies: Vec<PathBuf>,
-        #[command(flatten)]
-        output: OutputArgs,
     },
     /// List the policies in force; one by name with its rules and their counters.
     Get {
@@ -293,12 +404,54 @@ mod tests {
         Cli::command().debug_assert();
     }
 
-    #[test]
-    fn flags_of_observe_are_left_to_it() {
-        let cli = Cli::try_parse_from(["palisade", "observe", "--not", "--to-port", "80", "-f"]).unwrap();
-        let Command::Observe(args) = cli.command else {
-            panic!("{cli:?}")
+    fn observe(args: &[&str]) -> Result<ObserveArgs, clap::Error> {
+        let all = ["palisade", "observe"].iter().chain(args);
+        let Command::Observe(args) = Cli::try_parse_from(all)?.command else {
+            panic!("another command");
         };
-        assert_eq!(args.flags, ["--not", "--to-port", "80", "-f"]);
+        Ok(args)
+    }
+
+    #[test]
+    fn filters_keep_their_order() {
+        let args = observe(&[
+            "--not",
+            "--to-port",
+            "80",
+            "-f",
+            "--from-ip",
+            "10.0.0.1",
+            "--not",
+            "--to-port=443",
+        ])
+        .unwrap();
+        let filters: Vec<_> = args
+            .filters
+            .iter()
+            .map(|(flag, value)| (flag.as_str(), value.as_str()))
+            .collect();
+        assert_eq!(
+            filters,
+            [
+                ("not", ""),
+                ("to-port", "80"),
+                ("from-ip", "10.0.0.1"),
+                ("not", ""),
+                ("to-port", "443")
+            ]
+        );
+        assert!(args.follow);
+    }
+
+    #[test]
+    fn wrong_flags_of_observe_are_refused() {
+        assert!(
+            observe(&["--to-prt", "80"])
+                .unwrap_err()
+                .to_string()
+                .contains("--to-port")
+        );
+        assert!(observe(&["--last", "x"]).is_err());
+        assert!(observe(&["-o", "xml"]).is_err());
     }
 }

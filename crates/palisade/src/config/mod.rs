@@ -157,6 +157,8 @@ pub enum IngressHook {
 pub enum XdpMode {
     /// In the driver.
     Native,
+    /// In the driver, or generic if the driver has none; which it is gets reported.
+    Auto,
     /// Generic, after the kernel has made its packet buffer.
     Skb,
 }
@@ -434,6 +436,11 @@ fn attachment(section: &Section<'_, '_>) -> Attachment {
         ("xdp", IngressHook::Xdp),
         ("tc", IngressHook::Tc),
     ];
+    let modes = [
+        ("native", XdpMode::Native),
+        ("auto", XdpMode::Auto),
+        ("skb", XdpMode::Skb),
+    ];
     let tc = [
         ("auto", TcHook::Auto),
         ("tcx", TcHook::Tcx),
@@ -441,9 +448,7 @@ fn attachment(section: &Section<'_, '_>) -> Attachment {
     ];
     Attachment {
         ingress: section.choice("ingress", &hooks).unwrap_or(IngressHook::Auto),
-        xdp_mode: section
-            .choice("xdp_mode", &[("native", XdpMode::Native), ("skb", XdpMode::Skb)])
-            .unwrap_or(XdpMode::Native),
+        xdp_mode: section.choice("xdp_mode", &modes).unwrap_or(XdpMode::Native),
         tc: section.choice("tc", &tc).unwrap_or(TcHook::Auto),
     }
 }

@@ -19,8 +19,6 @@ pub enum Request {
     PolicyGet { name: Option<String> },
     /// [`SelectorRow`]s.
     PolicySelectors,
-    /// [`TraceAnswer`].
-    PolicyTrace(TraceRequest),
     /// [`Endpoint`]s.
     EndpointList,
     /// An [`Endpoint`], by number, name or address.
@@ -54,20 +52,6 @@ pub struct ObserveRequest {
     pub follow: bool,
     /// The last so many that pass; `None`: all there are.
     pub last: Option<usize>,
-}
-
-/// One packet described by hand.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TraceRequest {
-    /// Who sends: endpoint, peer, address, `labels:...` or a reserved name.
-    pub from: String,
-    /// Who receives.
-    pub to: String,
-    /// IP protocol number.
-    pub protocol: u8,
-    /// Destination port, or the ICMP type; 0 where the protocol has none.
-    pub port: u16,
 }
 
 /// A line of the daemon's answer.
@@ -144,6 +128,8 @@ pub struct InterfaceStatus {
     pub ingress: Option<String>,
     /// What stands at egress.
     pub egress: Option<String>,
+    /// Why it is not guarded as was asked for first.
+    pub note: Option<String>,
     /// Why it is not guarded.
     pub problem: Option<String>,
 }
@@ -311,15 +297,6 @@ pub struct SelectorRow {
     pub users: usize,
     /// Whom it selects.
     pub identities: Vec<u32>,
-}
-
-/// What would happen to a packet.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct TraceAnswer {
-    /// Whether it would arrive.
-    pub verdict: String,
-    /// How that comes, line by line.
-    pub explanation: Vec<String>,
 }
 
 /// An identity.

@@ -1,6 +1,81 @@
-//! The daemon.
+//! The daemon. One thread, the control thread, owns the compiler and changes the maps; all others send it messages
+//! or read what it has published.
+//!
+//! ```text
+//! policies (inotify) ─┐
+//! network (rtnetlink) ┼─ Message ─> control thread ─ publishes ─> View <─ events, clients
+//! signals, clients  ──┘              compile, plan, apply, attach
+//! events (BPF ring) ──> flow ring <── clients (observe)        sweeper ──> conntrack map
+//! ```
 
+mod answers;
+mod control;
+mod engine;
+mod events;
 mod files;
+mod guard;
 mod network;
 mod policies;
+mod selector_text;
+mod state;
+mod sweeper;
+mod view;
 mod watcher;
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::OpenOptionsExt as _,
+    path::Path,
+};
+
+use anyhow::{Context as _, bail};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
+pub use policies::policy_file_names;
+
+use crate::config::Config;
+
+/// Runs the daemon until it is told to end.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    control::run(config)
+}
+
+/// The right to be the only one who changes the maps of a node. Lasts as long as the value.
+pub fn lock(state_dir: &Path) -> anyhow::Result<Flock<File>> {
+    fs::create_dir_all(state_dir).with_context(|| state_dir.display().to_string())?;
+    let path = state_dir.join("lock");
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .with_context(|| path.display().to_string())?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(lock),
+        Err((_, Errno::EWOULDBLOCK)) => bail!(
+            "{}: another palisade daemon runs with this state directory; end it with `palisade stop`",
+            path.display()
+        ),
+        Err((_, error)) => Err(io::Error::from(error)).with_context(|| path.display().to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_one_daemon_for_a_state_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("state");
+        let first = lock(&state).unwrap();
+        let error = lock(&state).unwrap_err().to_string();
+        assert!(error.contains("another palisade daemon"), "{error}");
+        drop(first);
+        lock(&state).unwrap();
+    }
+}

@@ -1,16 +1,17 @@
 //! The policy files: what each says, what of it is in force, and its last good content on disk.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use palisade_policy::{
+    compile::FileContent,
     diagnostic::{Diagnostic, Severity},
     parse::{Parsed, parse},
-    rule::{CidrGroup, Location, Policy, PolicyKind},
+    rule::Location,
 };
 use tracing::{error, info, warn};
 
@@ -23,6 +24,9 @@ use crate::control::api::{PolicyFile, PolicyFileState};
 /// A larger file is no policy somebody wrote.
 const MAX_FILE: u64 = 64 << 20;
 
+/// Files as the compiler is to have them, by name; `None`: gone.
+pub type Offers = BTreeMap<String, Option<FileContent>>;
+
 /// The files of the folder.
 #[derive(Debug)]
 pub struct PolicyFiles {
@@ -30,46 +34,55 @@ pub struct PolicyFiles {
     /// Where the last good content of each file is kept.
     good_dir: PathBuf,
     files: BTreeMap<String, File>,
+    /// Files that are gone, of which the compiler has not been told.
+    removed: BTreeSet<String>,
     /// Why the folder could not be read last time.
     folder_problem: Option<String>,
 }
 
-#[derive(Debug)]
+/// One file.
+#[derive(Debug, Default)]
 struct File {
-    /// What the file said when it was last without errors.
+    /// What of it is in force.
     good: Option<Good>,
+    /// What is to be in force.
+    candidate: Option<Candidate>,
+    /// Free of errors by itself, but not together with the others; tried again whenever something changes.
+    rejected: Option<Arc<str>>,
     /// What there is to say about its present content.
     diagnostics: Vec<Diagnostic>,
     /// Its present content cannot be used.
     broken: bool,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Good {
     text: Arc<str>,
-    parsed: Arc<Parsed>,
+    policies: usize,
     saved: bool,
 }
 
-impl File {
-    fn kept(good: Good, broken: bool) -> Self {
-        Self {
-            diagnostics: good.parsed.diagnostics.clone(),
-            good: Some(good),
-            broken,
-        }
-    }
+#[derive(Debug)]
+struct Candidate {
+    text: Arc<str>,
+    policies: usize,
+    /// `None` once it has been offered.
+    content: Option<FileContent>,
+    saved: bool,
 }
 
-/// What the files say together.
-#[derive(Debug, Default)]
-pub struct Collected {
-    /// Every policy, in the order of the files' names.
-    pub policies: Vec<Policy>,
-    /// Every group of prefixes.
-    pub cidr_groups: Vec<CidrGroup>,
-    /// Resources that are there twice, by file: the later ones are not used.
-    pub doubles: BTreeMap<String, Vec<Diagnostic>>,
+impl Candidate {
+    fn new(text: Arc<str>, parsed: Parsed, saved: bool) -> Self {
+        Self {
+            text,
+            policies: parsed.policies.len(),
+            content: Some(FileContent {
+                policies: parsed.policies,
+                cidr_groups: parsed.cidr_groups,
+            }),
+            saved,
+        }
+    }
 }
 
 impl PolicyFiles {
@@ -79,6 +92,7 @@ impl PolicyFiles {
             dir: dir.to_owned(),
             good_dir: state_dir.join("policies"),
             files: BTreeMap::new(),
+            removed: BTreeSet::new(),
             folder_problem: None,
         }
     }
@@ -88,24 +102,29 @@ impl PolicyFiles {
     /// # Errors
     /// If the folder cannot be read and nothing is known of what it held before.
     pub fn load(&mut self) -> io::Result<()> {
-        let kept = policy_file_names(&self.good_dir).unwrap_or_default();
         match policy_file_names(&self.dir) {
             Ok(names) => {
                 for name in names {
-                    if kept.contains(&name)
-                        && let Some(good) = self.read_kept(&name)
-                    {
-                        self.files.insert(name.clone(), File::kept(good, false));
-                    }
                     self.read(&name);
+                    if self.files.get(&name).is_some_and(|file| file.broken) {
+                        let kept = self.kept(&name);
+                        self.files.entry(name.clone()).or_default().candidate = kept;
+                        self.say_broken(&name);
+                    }
                 }
             }
-            Err(error) if kept.is_empty() => return Err(error),
             Err(error) => {
+                let kept = policy_file_names(&self.good_dir).unwrap_or_default();
+                if kept.is_empty() {
+                    return Err(error);
+                }
                 for name in kept {
-                    if let Some(good) = self.read_kept(&name) {
-                        self.files.insert(name, File::kept(good, true));
-                    }
+                    let file = File {
+                        candidate: self.kept(&name),
+                        broken: true,
+                        ..File::default()
+                    };
+                    self.files.insert(name, file);
                 }
                 self.folder_failed(&error);
             }
@@ -113,7 +132,7 @@ impl PolicyFiles {
         Ok(())
     }
 
-    /// Reads what changed. Answers whether what the files say together may be something else now.
+    /// Reads what changed. Answers whether there is something to offer.
     pub fn update(&mut self, changes: &Changes) -> bool {
         let mut names = changes.files.clone();
         if changes.rescan {
@@ -123,114 +142,99 @@ impl PolicyFiles {
                     names.extend(found);
                     names.extend(self.files.keys().cloned());
                 }
-                Err(error) => {
-                    self.folder_failed(&error);
-                    return false;
+                Err(error) => self.folder_failed(&error),
+            }
+        }
+        if self.folder_problem.is_none() {
+            for name in &names {
+                self.read(name);
+                if self.files.get(name).is_some_and(|file| file.broken) {
+                    self.say_broken(name);
                 }
             }
         }
-        // Every one has to be read, whatever came of those before.
-        names
-            .iter()
-            .fold(false, |changed, name| self.read(name) || changed)
+        let candidates = self.files.values().filter_map(|file| file.candidate.as_ref());
+        !self.removed.is_empty()
+            || candidates
+                .into_iter()
+                .any(|candidate| candidate.content.is_some())
     }
 
     /// An unreadable folder is not an empty one: what was in force stays.
     fn folder_failed(&mut self, problem: &io::Error) {
-        error!(
+        let text = format!(
             "{}: {problem}; the policies that were read last stay in force",
             self.dir.display()
         );
-        self.folder_problem = Some(format!(
-            "{}: {problem}; the policies that were read last stay in force",
-            self.dir.display()
-        ));
+        error!("{text}");
+        self.folder_problem = Some(text);
     }
 
-    fn read(&mut self, name: &str) -> bool {
+    fn read(&mut self, name: &str) {
         let path = self.dir.join(name);
         let shown = path.display().to_string();
-        let text = match read_text(&path) {
-            Ok(text) => text,
+        let text: Arc<str> = match read_text(&path) {
+            Ok(text) => text.into(),
             Err(problem) if problem.kind() == io::ErrorKind::NotFound && !is_dangling(&path) => {
-                return match self.files.remove(name) {
-                    Some(file) => {
-                        info!("{shown}: removed");
-                        file.good.is_some()
+                if let Some(file) = self.files.remove(name) {
+                    info!("{shown}: removed");
+                    if file.good.is_some() {
+                        self.removed.insert(name.to_owned());
                     }
-                    None => false,
-                };
+                }
+                return;
             }
             Err(problem) => {
-                self.broken(name, vec![problem_of_file(&shown, &problem)]);
-                return false;
+                let file = self.files.entry(name.to_owned()).or_default();
+                file.candidate = None;
+                file.rejected = None;
+                file.diagnostics = vec![problem_of_file(&shown, &problem)];
+                file.broken = true;
+                return;
             }
         };
-        let known = self.files.get(name);
-        if let Some(File {
-            good: Some(good),
-            broken: false,
-            ..
-        }) = known
-            && *good.text == *text
-            && good.saved
-        {
-            return false;
+        let file = self.files.entry(name.to_owned()).or_default();
+        let unchanged = file.good.as_ref().is_some_and(|good| good.text == text);
+        if unchanged && !file.broken && file.candidate.is_none() {
+            return;
         }
         let parsed = parse(&shown, &text);
-        if parsed.has_errors() {
-            self.broken(name, parsed.diagnostics);
-            return false;
-        }
-        for diagnostic in &parsed.diagnostics {
-            match diagnostic.severity {
-                Severity::Note => info!("{diagnostic}"),
-                Severity::Warning | Severity::Error => warn!("{diagnostic}"),
+        file.rejected = None;
+        file.candidate = None;
+        file.broken = parsed.has_errors();
+        file.diagnostics.clone_from(&parsed.diagnostics);
+        if !file.broken {
+            self.removed.remove(name);
+            for diagnostic in &parsed.diagnostics {
+                match diagnostic.severity {
+                    Severity::Note => info!("{diagnostic}"),
+                    Severity::Warning | Severity::Error => warn!("{diagnostic}"),
+                }
+            }
+            if !unchanged {
+                file.candidate = Some(Candidate::new(text, parsed, false));
             }
         }
-        let same = known
-            .and_then(|file| file.good.as_ref())
-            .is_some_and(|good| *good.text == *text);
-        let saved = same
-            && known
-                .and_then(|file| file.good.as_ref())
-                .is_some_and(|good| good.saved);
-        let diagnostics = parsed.diagnostics.clone();
-        self.files.insert(
-            name.to_owned(),
-            File {
-                good: Some(Good {
-                    text: text.into(),
-                    parsed: Arc::new(parsed),
-                    saved,
-                }),
-                diagnostics,
-                broken: false,
-            },
-        );
-        !same
     }
 
-    fn broken(&mut self, name: &str, diagnostics: Vec<Diagnostic>) {
-        let file = self.files.entry(name.to_owned()).or_insert_with(|| File {
-            good: None,
-            diagnostics: Vec::new(),
-            broken: true,
-        });
-        for diagnostic in &diagnostics {
+    fn say_broken(&self, name: &str) {
+        let Some(file) = self.files.get(name) else { return };
+        for diagnostic in &file.diagnostics {
             error!("{diagnostic}");
         }
-        if file.good.is_some() {
+        if file.good.is_some() || file.candidate.is_some() {
             error!("{name}: broken; what it said before stays in force");
         } else {
             error!("{name}: broken, and it never was good: NOTHING of this file is in force");
         }
-        file.diagnostics = diagnostics;
-        file.broken = true;
     }
 
-    fn read_kept(&self, name: &str) -> Option<Good> {
+    /// What was last good of a file.
+    fn kept(&self, name: &str) -> Option<Candidate> {
         let path = self.good_dir.join(name);
+        if !path.exists() {
+            return None;
+        }
         let text = read_text(&path)
             .inspect_err(|problem| warn!("{}: {problem}", path.display()))
             .ok()?;
@@ -243,53 +247,79 @@ impl PolicyFiles {
             );
             return None;
         }
-        Some(Good {
-            text: text.into(),
-            parsed: Arc::new(parsed),
-            saved: true,
-        })
+        Some(Candidate::new(text.into(), parsed, true))
     }
 
-    /// What is to be in force.
-    pub fn collect(&self) -> Collected {
-        let mut collected = Collected::default();
-        let mut policies: HashMap<(PolicyKind, Option<String>, String), Location> = HashMap::new();
-        let mut groups: HashMap<String, Location> = HashMap::new();
-        for (name, file) in &self.files {
-            let Some(good) = &file.good else { continue };
-            let mut doubles = Vec::new();
-            for policy in &good.parsed.policies {
-                let key = (policy.kind, policy.namespace.clone(), policy.name.clone());
-                match policies.get(&key) {
-                    Some(first) => doubles.push(double(
-                        &policy.location,
-                        &format!("policy {}", policy.qualified_name()),
-                        first,
-                    )),
-                    None => {
-                        policies.insert(key, policy.location.clone());
-                        collected.policies.push(policy.clone());
-                    }
-                }
+    /// What the compiler is to take: everything that has changed, and what it did not take before.
+    pub fn offers(&mut self) -> Offers {
+        let mut offers = Offers::new();
+        for name in std::mem::take(&mut self.removed) {
+            offers.insert(name, None);
+        }
+        for (name, file) in &mut self.files {
+            if file.candidate.is_none()
+                && let Some(text) = file.rejected.take()
+            {
+                let parsed = parse(&self.dir.join(name).display().to_string(), &text);
+                file.candidate = Some(Candidate::new(text, parsed, false));
             }
-            for group in &good.parsed.cidr_groups {
-                match groups.get(&group.name) {
-                    Some(first) => doubles.push(double(
-                        &group.location,
-                        &format!("CiliumCIDRGroup {}", group.name),
-                        first,
-                    )),
-                    None => {
-                        groups.insert(group.name.clone(), group.location.clone());
-                        collected.cidr_groups.push(group.clone());
-                    }
-                }
-            }
-            if !doubles.is_empty() {
-                collected.doubles.insert(name.clone(), doubles);
+            if let Some(content) = file
+                .candidate
+                .as_mut()
+                .and_then(|candidate| candidate.content.take())
+            {
+                offers.insert(name.clone(), Some(content));
             }
         }
-        collected
+        offers
+    }
+
+    /// What was offered of a file, once more; `None`: it is gone.
+    pub fn offered(&self, name: &str) -> Option<FileContent> {
+        let candidate = self.files.get(name)?.candidate.as_ref()?;
+        let parsed = parse(&self.dir.join(name).display().to_string(), &candidate.text);
+        Candidate::new(Arc::clone(&candidate.text), parsed, candidate.saved).content
+    }
+
+    /// The compiler has taken what was offered of a file.
+    pub fn accepted(&mut self, name: &str) {
+        let Some(file) = self.files.get_mut(name) else {
+            return;
+        };
+        if let Some(candidate) = file.candidate.take() {
+            file.good = Some(Good {
+                text: candidate.text,
+                policies: candidate.policies,
+                saved: candidate.saved,
+            });
+        }
+    }
+
+    /// The compiler has not taken what was offered of a file, and says why. Answers what can be offered instead:
+    /// what was last good of it, if nothing of the file is in force.
+    pub fn rejected(&mut self, name: &str, problems: Vec<Diagnostic>) -> Option<FileContent> {
+        let kept = match self.files.get(name) {
+            Some(file) if file.good.is_none() && !file.broken => self.kept(name),
+            _ => None,
+        };
+        let Some(file) = self.files.get_mut(name) else {
+            // A removal that is refused: what the file said stays in force until it works.
+            self.removed.insert(name.to_owned());
+            return None;
+        };
+        let refused = file.candidate.take()?;
+        if !file.broken {
+            file.rejected = Some(Arc::clone(&refused.text));
+        }
+        file.broken = true;
+        file.diagnostics.extend(problems);
+        file.candidate = kept.filter(|kept| kept.text != refused.text);
+        let instead = file
+            .candidate
+            .as_mut()
+            .and_then(|candidate| candidate.content.take());
+        self.say_broken(name);
+        instead
     }
 
     /// Keeps the content of good files for a restart that finds them broken, and forgets files that are gone.
@@ -304,7 +334,7 @@ impl PolicyFiles {
             }
         }
         for name in policy_file_names(&self.good_dir)? {
-            if !self.files.contains_key(&name) {
+            if !self.files.contains_key(&name) && !self.removed.contains(&name) {
                 fs::remove_file(self.good_dir.join(name))?;
             }
         }
@@ -312,46 +342,24 @@ impl PolicyFiles {
     }
 
     /// The files, for `status`.
-    pub fn report(&self, doubles: &BTreeMap<String, Vec<Diagnostic>>) -> Vec<PolicyFile> {
-        let mut report = Vec::new();
-        for (name, file) in &self.files {
-            let doubles = doubles.get(name).map_or(&[][..], Vec::as_slice);
-            report.push(PolicyFile {
-                file: name.clone(),
-                state: match (&file.good, file.broken) {
-                    (_, false) => PolicyFileState::InForce,
-                    (Some(_), true) => PolicyFileState::LastGood,
-                    (None, true) => PolicyFileState::Unused,
-                },
-                policies: file
-                    .good
-                    .as_ref()
-                    .map_or(0, |good| good.parsed.policies.len().saturating_sub(doubles.len())),
-                diagnostics: file
-                    .diagnostics
-                    .iter()
-                    .chain(doubles)
-                    .map(ToString::to_string)
-                    .collect(),
-            });
-        }
-        report
+    pub fn report(&self) -> Vec<PolicyFile> {
+        let report = self.files.iter().map(|(name, file)| PolicyFile {
+            file: name.clone(),
+            state: match (&file.good, file.broken) {
+                (_, false) => PolicyFileState::InForce,
+                (Some(_), true) => PolicyFileState::LastGood,
+                (None, true) => PolicyFileState::Unused,
+            },
+            policies: file.good.as_ref().map_or(0, |good| good.policies),
+            diagnostics: file.diagnostics.iter().map(ToString::to_string).collect(),
+        });
+        report.collect()
     }
 
     /// Why the folder could not be read last time.
     pub fn folder_problem(&self) -> Option<&str> {
         self.folder_problem.as_deref()
     }
-}
-
-fn double(location: &Location, what: &str, first: &Location) -> Diagnostic {
-    let diagnostic = Diagnostic {
-        severity: Severity::Error,
-        location: location.clone(),
-        message: format!("{what} is in {first} already; this one is not used: give it another name"),
-    };
-    error!("{diagnostic}");
-    diagnostic
 }
 
 fn problem_of_file(file: &str, problem: &io::Error) -> Diagnostic {
@@ -422,15 +430,69 @@ mod tests {
             PolicyFiles::new(&self.dir, &self.state)
         }
 
-        fn loaded(&self) -> PolicyFiles {
+        fn loaded(&self) -> Compiled {
             let mut files = self.files();
             files.load().unwrap();
-            files
+            let mut compiled = Compiled {
+                files,
+                taken: BTreeMap::new(),
+            };
+            compiled.take();
+            compiled
         }
 
         fn write(&self, name: &str, text: &str) -> Changes {
             fs::write(self.dir.join(name), text).unwrap();
             changed(name)
+        }
+    }
+
+    /// The files with a compiler that takes every policy but those named `refused`.
+    struct Compiled {
+        files: PolicyFiles,
+        taken: BTreeMap<String, Vec<String>>,
+    }
+
+    impl Compiled {
+        fn take(&mut self) {
+            for (name, content) in self.files.offers() {
+                let mut content = content;
+                loop {
+                    let names = |content: &FileContent| -> Vec<String> {
+                        content
+                            .policies
+                            .iter()
+                            .map(|policy| policy.name.clone())
+                            .collect()
+                    };
+                    match content {
+                        None => drop(self.taken.remove(&name)),
+                        Some(content) if !names(&content).contains(&"refused".to_owned()) => {
+                            self.taken.insert(name.clone(), names(&content));
+                        }
+                        Some(_) => {
+                            let problem = problem_of_file("x", &io::Error::other("conflict"));
+                            content = self.files.rejected(&name, vec![problem]);
+                            if content.is_none() {
+                                break;
+                            }
+                            continue;
+                        }
+                    }
+                    self.files.accepted(&name);
+                    break;
+                }
+            }
+        }
+
+        fn update(&mut self, changes: &Changes) -> bool {
+            let changed = self.files.update(changes);
+            self.take();
+            changed
+        }
+
+        fn save(&mut self) -> io::Result<()> {
+            self.files.save()
         }
     }
 
@@ -450,17 +512,12 @@ mod tests {
 
     const BROKEN: &str = "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: [\n";
 
-    fn names(files: &PolicyFiles) -> Vec<String> {
-        files
-            .collect()
-            .policies
-            .iter()
-            .map(|policy| policy.name.clone())
-            .collect()
+    fn names(files: &Compiled) -> Vec<String> {
+        files.taken.values().flatten().cloned().collect()
     }
 
-    fn state(files: &PolicyFiles, name: &str) -> PolicyFileState {
-        let report = files.report(&BTreeMap::new());
+    fn state(files: &Compiled, name: &str) -> PolicyFileState {
+        let report = files.files.report();
         report.iter().find(|file| file.file == name).unwrap().state
     }
 
@@ -474,7 +531,7 @@ mod tests {
         assert!(!files.update(&folder.write("a.yaml", BROKEN)));
         assert_eq!(names(&files), ["a"]);
         assert_eq!(state(&files, "a.yaml"), PolicyFileState::LastGood);
-        let report = files.report(&BTreeMap::new());
+        let report = files.files.report();
         let expected = format!("{}:4:1: ", folder.dir.join("a.yaml").display());
         assert!(report[0].diagnostics[0].starts_with(&expected), "{report:?}");
 
@@ -543,14 +600,14 @@ mod tests {
         fs::rename(&folder.dir, &away).unwrap();
         assert!(!files.update(&Changes::all()));
         assert_eq!(names(&files), ["a"]);
-        assert!(files.folder_problem().is_some());
+        assert!(files.files.folder_problem().is_some());
         // Nor at the next start.
         let mut files = folder.loaded();
         assert_eq!(names(&files), ["a"]);
         fs::rename(&away, &folder.dir).unwrap();
         files.update(&Changes::all());
         assert_eq!(
-            (names(&files), files.folder_problem()),
+            (names(&files), files.files.folder_problem()),
             (vec!["a".to_owned()], None)
         );
         assert_eq!(state(&files, "a.yaml"), PolicyFileState::InForce);
@@ -561,19 +618,29 @@ mod tests {
     }
 
     #[test]
-    fn of_two_policies_with_a_name_the_later_is_an_error() {
+    fn what_the_compiler_refuses_does_not_replace_what_is_in_force_and_is_tried_again() {
         let folder = folder();
-        folder.write("a.yaml", &policy("same"));
-        folder.write("b.yaml", &format!("{}---\n{}", policy("same"), policy("other")));
-        let files = folder.loaded();
-        let collected = files.collect();
-        assert_eq!(names(&files), ["same", "other"]);
-        let report = files.report(&collected.doubles);
-        assert_eq!((report[0].policies, report[1].policies), (1, 1));
+        folder.write("a.yaml", &policy("a"));
+        let mut files = folder.loaded();
+        files.save().unwrap();
+        files.update(&folder.write("a.yaml", &policy("refused")));
+        assert_eq!(names(&files), ["a"]);
+        assert_eq!(state(&files, "a.yaml"), PolicyFileState::LastGood);
+        assert!(files.files.report()[0].diagnostics[0].contains("conflict"));
+        files.save().unwrap();
+        // At the next start it is the kept content that counts.
+        let mut files = folder.loaded();
+        assert_eq!(names(&files), ["a"]);
+        assert_eq!(state(&files, "a.yaml"), PolicyFileState::LastGood);
         assert!(
-            report[1].diagnostics[0].contains("policy default/same is in"),
-            "{report:?}"
+            files.files.offers().contains_key("a.yaml"),
+            "it is not tried again"
         );
+        // Without any, the file is not in force.
+        fs::remove_dir_all(&folder.state).unwrap();
+        let files = folder.loaded();
+        assert!(names(&files).is_empty());
+        assert_eq!(state(&files, "a.yaml"), PolicyFileState::Unused);
     }
 
     #[test]

@@ -1,0 +1,100 @@
+//! `palisade observe` and `palisade monitor`.
+
+use std::{
+    io::{self, Write as _},
+    path::Path,
+    time::SystemTime,
+};
+
+use anyhow::{Context as _, bail};
+use palisade_flowlog::{FilterBuilder, Timestamp, format};
+
+use super::DONE;
+use crate::{
+    cli::{ObserveArgs, Output},
+    control::{
+        api::{Answer, ObserveRequest, Request},
+        client::Client,
+    },
+};
+
+/// So many are shown if nobody says how many.
+const USUAL_COUNT: usize = 20;
+
+/// `palisade observe`.
+pub fn observe(socket: &Path, args: &ObserveArgs) -> anyhow::Result<u8> {
+    // The daemon builds the filters; here they are only checked, so that what is wrong is said without it.
+    let mut builder = FilterBuilder::new(Timestamp::from_system_time(SystemTime::now()));
+    for (flag, value) in &args.filters {
+        builder.flag(flag, value)?;
+    }
+    builder.finish()?;
+    let in_time = args.filters.iter().any(|(flag, _)| flag == "since");
+    let last = match args.last {
+        Some(last) => Some(last),
+        None if args.all || in_time => None,
+        None if args.follow => Some(0),
+        None => Some(USUAL_COUNT),
+    };
+    let request = ObserveRequest {
+        filters: args.filters.clone(),
+        follow: args.follow,
+        last,
+    };
+    stream(socket, request, |flow| args.printer.flow(flow))
+}
+
+/// `palisade monitor`.
+pub fn monitor(
+    socket: &Path,
+    types: &[String],
+    related_to: Option<&str>,
+    output: Output,
+) -> anyhow::Result<u8> {
+    let mut filters: Vec<(String, String)> = Vec::new();
+    filters.extend(types.iter().map(|kind| ("type".to_owned(), kind.clone())));
+    filters.extend(related_to.map(|endpoint| ("endpoint".to_owned(), endpoint.to_owned())));
+    let request = ObserveRequest {
+        filters,
+        follow: true,
+        last: Some(0),
+    };
+    stream(socket, request, |flow| match output {
+        Output::Table => format::monitor(flow),
+        Output::Json => format::json(flow),
+    })
+}
+
+fn stream(
+    socket: &Path,
+    request: ObserveRequest,
+    write: impl Fn(&palisade_flowlog::Flow) -> String,
+) -> anyhow::Result<u8> {
+    let follow = request.follow;
+    let mut client = Client::send(socket, &Request::Observe(request))?;
+    let mut out = io::stdout().lock();
+    loop {
+        match client.next()? {
+            Some(Answer::Flow(flow)) => {
+                let text = write(&flow);
+                out.write_all(text.as_bytes())?;
+                if !text.ends_with('\n') {
+                    out.write_all(b"\n")?;
+                }
+                if follow {
+                    out.flush()?;
+                }
+            }
+            Some(Answer::Lost(count)) => {
+                out.flush()?;
+                eprintln!("palisade: {count} flows were overwritten before they could be shown");
+            }
+            Some(Answer::Ok(_)) => return Ok(DONE),
+            Some(Answer::Error(message)) => bail!(message),
+            None if follow => {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof)).context("the daemon has ended");
+            }
+            None => bail!("the daemon cut the answer off"),
+        }
+    }
+}

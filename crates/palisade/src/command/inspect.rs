@@ -1,0 +1,319 @@
+//! The listings.
+
+use std::{collections::BTreeMap, path::Path};
+
+use anyhow::bail;
+
+use super::show;
+use crate::{
+    cli::Output,
+    control::{
+        api::{
+            ConnectionRow, Endpoint, IdentityRow, IpcacheRow, PolicyRow, PolicySummary, Request, SelectorRow,
+        },
+        client::ask,
+    },
+    table::Table,
+};
+
+/// The options of an endpoint.
+pub const OPTIONS: [&str; 1] = ["PolicyAuditMode"];
+
+pub fn policies(socket: &Path, name: Option<&str>, output: Output) -> anyhow::Result<u8> {
+    let request = Request::PolicyGet {
+        name: name.map(ToOwned::to_owned),
+    };
+    let answer: Vec<PolicySummary> = ask(socket, &request)?;
+    let one = name.is_some();
+    show(&answer, output, |policies, out| {
+        if one {
+            for policy in policies {
+                writeln!(out, "Policy:     {} ({})", policy.name, policy.kind)?;
+                writeln!(out, "Written in: {}", policy.location)?;
+                writeln!(
+                    out,
+                    "Selects:    {}",
+                    list_or(&policy.endpoints, "no endpoint of this node")
+                )?;
+                if policy.audit {
+                    writeln!(out, "Audit:      what it would drop passes and is reported")?;
+                }
+                writeln!(out)?;
+                let mut table = Table::new(&["ID", "RULE", "PACKETS", "BYTES"]);
+                for rule in &policy.rules {
+                    table.row([
+                        rule.id.to_string(),
+                        rule.rule.clone(),
+                        rule.packets.to_string(),
+                        rule.bytes.to_string(),
+                    ]);
+                }
+                write!(out, "{table}")?;
+            }
+            return Ok(());
+        }
+        let mut table = Table::new(&["POLICY", "KIND", "RULES", "ENDPOINTS", "WRITTEN IN"]);
+        for policy in policies {
+            let audit = if policy.audit { " (audit)" } else { "" };
+            table.row([
+                policy.name.clone(),
+                format!("{}{audit}", policy.kind),
+                policy.rules.len().to_string(),
+                list_or(&policy.endpoints, "-"),
+                policy.location.clone(),
+            ]);
+        }
+        write!(out, "{table}")
+    })
+}
+
+pub fn selectors(socket: &Path, output: Output) -> anyhow::Result<u8> {
+    let answer: Vec<SelectorRow> = ask(socket, &Request::PolicySelectors)?;
+    show(&answer, output, |rows, out| {
+        let mut table = Table::new(&["SELECTOR", "LABELS", "USERS", "IDENTITIES"]);
+        for row in rows {
+            table.row([
+                row.selector.clone(),
+                row.policies.join("\n"),
+                row.users.to_string(),
+                lines(&row.identities),
+            ]);
+        }
+        write!(out, "{table}")
+    })
+}
+
+pub fn endpoints(socket: &Path, output: Output) -> anyhow::Result<u8> {
+    let answer: Vec<Endpoint> = ask(socket, &Request::EndpointList)?;
+    show(&answer, output, |endpoints, out| {
+        write!(out, "{}", endpoint_table(endpoints))
+    })
+}
+
+/// As `endpoint list` and `status` show them.
+pub fn endpoint_table(endpoints: &[Endpoint]) -> Table {
+    let mut table = Table::new(&[
+        "ENDPOINT",
+        "POLICY (ingress) ENFORCEMENT",
+        "POLICY (egress) ENFORCEMENT",
+        "IDENTITY",
+        "LABELS (source:key[=value])",
+        "IPv6",
+        "IPv4",
+        "STATUS",
+        "NAME",
+    ]);
+    for endpoint in endpoints {
+        let (v6, v4): (Vec<_>, Vec<_>) = endpoint
+            .addresses
+            .iter()
+            .partition(|address| address.contains(':'));
+        table.row([
+            endpoint.id.to_string(),
+            endpoint.ingress_enforcement.clone(),
+            endpoint.egress_enforcement.clone(),
+            endpoint.identity.to_string(),
+            endpoint.labels.join("\n"),
+            lines(&v6),
+            lines(&v4),
+            endpoint.state.clone(),
+            endpoint.name.clone(),
+        ]);
+    }
+    table
+}
+
+pub fn endpoint(socket: &Path, endpoint: &str, output: Output) -> anyhow::Result<u8> {
+    let request = Request::EndpointGet {
+        endpoint: endpoint.to_owned(),
+    };
+    let answer: Endpoint = ask(socket, &request)?;
+    show(&answer, output, |endpoint, out| {
+        writeln!(out, "Endpoint:    {}", endpoint.id)?;
+        writeln!(out, "Name:        {}", endpoint.name)?;
+        writeln!(out, "Status:      {}", endpoint.state)?;
+        writeln!(
+            out,
+            "Interface:   {}",
+            endpoint.interface.as_deref().unwrap_or("-")
+        )?;
+        writeln!(out, "Addresses:   {}", list_or(&endpoint.addresses, "-"))?;
+        writeln!(out, "Identity:    {}", endpoint.identity)?;
+        for label in &endpoint.labels {
+            writeln!(out, "             {label}")?;
+        }
+        writeln!(out, "Ingress:     {}", endpoint.ingress_enforcement)?;
+        writeln!(out, "Egress:      {}", endpoint.egress_enforcement)?;
+        writeln!(
+            out,
+            "Policy:      table {}, revision {}",
+            endpoint.policy, endpoint.revision
+        )?;
+        writeln!(out, "Selected by: {}", list_or(&endpoint.policies, "no policy"))?;
+        for (name, enabled) in &endpoint.options {
+            writeln!(out, "{name}: {}", on_off(*enabled))?;
+        }
+        Ok(())
+    })
+}
+
+pub fn endpoint_config(
+    socket: &Path,
+    endpoint: &str,
+    options: &[String],
+    output: Output,
+) -> anyhow::Result<u8> {
+    let mut wanted = BTreeMap::new();
+    for option in options {
+        let Some((name, value)) = option.split_once('=') else {
+            bail!("'{option}': write OPTION=Enabled or OPTION=Disabled");
+        };
+        let Some(name) = OPTIONS.iter().find(|known| known.eq_ignore_ascii_case(name)) else {
+            bail!("there is no option '{name}'; there is {}", OPTIONS.join(", "));
+        };
+        let enabled = match value.to_ascii_lowercase().as_str() {
+            "enabled" | "enable" | "true" | "on" => true,
+            "disabled" | "disable" | "false" | "off" => false,
+            _ => bail!("{name} is Enabled or Disabled, not '{value}'"),
+        };
+        wanted.insert((*name).to_owned(), enabled);
+    }
+    let request = Request::EndpointConfig {
+        endpoint: endpoint.to_owned(),
+        options: wanted,
+    };
+    let answer: BTreeMap<String, bool> = ask(socket, &request)?;
+    show(&answer, output, |options, out| {
+        for (name, enabled) in options {
+            writeln!(out, "{name} : {}", on_off(*enabled))?;
+        }
+        Ok(())
+    })
+}
+
+pub fn identities(socket: &Path, output: Output) -> anyhow::Result<u8> {
+    let answer: Vec<IdentityRow> = ask(socket, &Request::IdentityList)?;
+    show(&answer, output, |rows, out| {
+        write!(out, "{}", identity_table(rows))
+    })
+}
+
+pub fn identity(socket: &Path, identity: u32, output: Output) -> anyhow::Result<u8> {
+    let answer: IdentityRow = ask(socket, &Request::IdentityGet { identity })?;
+    show(&answer, output, |row, out| {
+        write!(out, "{}", identity_table(std::slice::from_ref(row)))
+    })
+}
+
+fn identity_table(rows: &[IdentityRow]) -> Table {
+    let mut table = Table::new(&["ID", "LABELS"]);
+    for row in rows {
+        table.row([row.id.to_string(), row.labels.join("\n")]);
+    }
+    table
+}
+
+pub fn policy_table(socket: &Path, endpoint: &str, output: Output) -> anyhow::Result<u8> {
+    let request = Request::BpfPolicyGet {
+        endpoint: endpoint.to_owned(),
+    };
+    let answer: Vec<PolicyRow> = ask(socket, &request)?;
+    show(&answer, output, |rows, out| {
+        let mut table = Table::new(&[
+            "POLICY",
+            "DIRECTION",
+            "LABELS (source:key[=value])",
+            "PORT/PROTO",
+            "PROXY PORT",
+            "AUTH TYPE",
+            "BYTES",
+            "PACKETS",
+            "DECIDED BY",
+        ]);
+        for row in rows {
+            let audit = if row.audit { " (Audit)" } else { "" };
+            table.row([
+                format!("{}{audit}", row.policy),
+                row.direction.clone(),
+                row.labels.join("\n"),
+                row.ports.join("\n"),
+                row.inspector.clone().unwrap_or_else(|| "NONE".to_owned()),
+                if row.auth { "required" } else { "disabled" }.to_owned(),
+                row.bytes.to_string(),
+                row.packets.to_string(),
+                row.decided_by.clone(),
+            ]);
+        }
+        write!(out, "{table}")
+    })
+}
+
+pub fn connections(socket: &Path, output: Output) -> anyhow::Result<u8> {
+    let answer: Vec<ConnectionRow> = ask(socket, &Request::BpfCtList)?;
+    show(&answer, output, |rows, out| {
+        for row in rows {
+            writeln!(
+                out,
+                "{} {} {} -> {} expires={} Packets={} Bytes={} ReplyPackets={} ReplyBytes={} \
+                 TxFlagsSeen={:#04x} RxFlagsSeen={:#04x} Flags=[ {} ] Endpoint={} Identity={} Revision={} Rule={}",
+                row.protocol,
+                row.direction,
+                row.source,
+                row.destination,
+                row.expires,
+                row.forward_packets,
+                row.forward_bytes,
+                row.reply_packets,
+                row.reply_bytes,
+                row.forward_tcp,
+                row.reply_tcp,
+                row.flags.join(" "),
+                row.endpoint,
+                row.identity,
+                row.revision,
+                row.rule,
+            )?;
+        }
+        Ok(())
+    })
+}
+
+pub fn ipcache(socket: &Path, output: Output) -> anyhow::Result<u8> {
+    let answer: Vec<IpcacheRow> = ask(socket, &Request::BpfIpcacheList)?;
+    show(&answer, output, |rows, out| {
+        let mut table = Table::new(&["IP PREFIX/ADDRESS", "IDENTITY", "ENDPOINT", "LABELS"]);
+        for row in rows {
+            let endpoint = if row.endpoint == 0 {
+                "-".to_owned()
+            } else {
+                row.endpoint.to_string()
+            };
+            table.row([
+                row.prefix.clone(),
+                row.identity.to_string(),
+                endpoint,
+                row.labels.join(","),
+            ]);
+        }
+        write!(out, "{table}")
+    })
+}
+
+fn on_off(enabled: bool) -> &'static str {
+    if enabled { "Enabled" } else { "Disabled" }
+}
+
+fn list_or(list: &[String], nothing: &str) -> String {
+    if list.is_empty() {
+        nothing.to_owned()
+    } else {
+        list.join(", ")
+    }
+}
+
+fn lines<T: ToString>(list: &[T]) -> String {
+    list.iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join("\n")
+}

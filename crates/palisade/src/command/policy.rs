@@ -1,0 +1,158 @@
+//! Commands about policies that need no daemon.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{self, Write as _},
+    path::PathBuf,
+};
+
+use anyhow::Context as _;
+use palisade_policy::{
+    cases::{self, Report},
+    compile::conflicts,
+    diagnostic::{Diagnostic, Severity},
+    parse::{Parsed, parse},
+    rule::Policy,
+};
+
+use super::{DONE, NO};
+use crate::daemon::policy_file_names;
+
+/// `palisade policy validate`.
+pub fn validate(paths: &[PathBuf], quiet: bool) -> anyhow::Result<u8> {
+    let files = read(paths)?;
+    let mut counts: BTreeMap<Severity, usize> = BTreeMap::new();
+    let (mut policies, mut groups) = (0, 0);
+    let mut out = io::stdout().lock();
+    for (_, parsed) in &files {
+        policies += parsed.policies.len();
+        groups += parsed.cidr_groups.len();
+        for diagnostic in &parsed.diagnostics {
+            *counts.entry(diagnostic.severity).or_default() += 1;
+            if !quiet || diagnostic.severity == Severity::Error {
+                writeln!(out, "{diagnostic}")?;
+            }
+        }
+    }
+    let all: Vec<Policy> = files
+        .iter()
+        .flat_map(|(_, parsed)| parsed.policies.iter().cloned())
+        .collect();
+    for diagnostic in conflicts(&all) {
+        *counts.entry(diagnostic.severity).or_default() += 1;
+        writeln!(out, "{diagnostic}")?;
+    }
+    for diagnostic in doubles(&files) {
+        *counts.entry(diagnostic.severity).or_default() += 1;
+        if !quiet {
+            writeln!(out, "{diagnostic}")?;
+        }
+    }
+    let count = |severity| counts.get(&severity).copied().unwrap_or(0);
+    let errors = count(Severity::Error);
+    if !quiet {
+        writeln!(
+            out,
+            "{}, {}, {}: {}, {}",
+            plural(files.len(), "file"),
+            plural(policies, "policy"),
+            plural(groups, "CIDR group"),
+            plural(errors, "error"),
+            plural(count(Severity::Warning), "warning"),
+        )?;
+    }
+    Ok(if errors == 0 { DONE } else { NO })
+}
+
+/// `palisade policy test`.
+pub fn test(paths: &[PathBuf]) -> anyhow::Result<u8> {
+    let mut out = io::stdout().lock();
+    let mut total = Report::default();
+    for path in paths {
+        let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+        let report = cases::run(&path.display().to_string(), &text);
+        for line in &report.lines {
+            writeln!(out, "{line}")?;
+        }
+        total.passed += report.passed;
+        total.failed += report.failed;
+    }
+    writeln!(out, "{}", total.summary())?;
+    Ok(if total.failed == 0 { DONE } else { NO })
+}
+
+fn plural(count: usize, what: &str) -> String {
+    match (count, what.strip_suffix('y')) {
+        (1, _) => format!("1 {what}"),
+        (_, Some(stem)) => format!("{count} {stem}ies"),
+        (_, None) => format!("{count} {what}s"),
+    }
+}
+
+/// Reads and parses files, and the policy files of folders.
+pub fn read(paths: &[PathBuf]) -> anyhow::Result<Vec<(PathBuf, Parsed)>> {
+    let mut files = Vec::new();
+    for path in paths {
+        if path.is_dir() {
+            let names = policy_file_names(path).with_context(|| path.display().to_string())?;
+            for name in names {
+                files.push(read_file(path.join(name))?);
+            }
+        } else {
+            files.push(read_file(path.clone())?);
+        }
+    }
+    Ok(files)
+}
+
+fn read_file(path: PathBuf) -> anyhow::Result<(PathBuf, Parsed)> {
+    let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let parsed = parse(&path.display().to_string(), &text);
+    Ok((path, parsed))
+}
+
+/// Resources of which there are two: both count, but it is hardly meant.
+fn doubles(files: &[(PathBuf, Parsed)]) -> Vec<Diagnostic> {
+    let mut seen = BTreeMap::new();
+    let mut found = Vec::new();
+    for (_, parsed) in files {
+        let policies = parsed.policies.iter().map(|policy| {
+            let what = format!("{:?} {}", policy.kind, policy.qualified_name());
+            (
+                what,
+                format!("policy {}", policy.qualified_name()),
+                &policy.location,
+            )
+        });
+        let groups = parsed.cidr_groups.iter().map(|group| {
+            let what = format!("CiliumCIDRGroup {}", group.name);
+            (what.clone(), what, &group.location)
+        });
+        for (key, what, location) in policies.chain(groups) {
+            match seen.get(&key) {
+                Some(first) => found.push(Diagnostic {
+                    severity: Severity::Warning,
+                    location: location.clone(),
+                    message: format!("{what} is in {first} already; both are in force"),
+                }),
+                None => {
+                    seen.insert(key, location.clone());
+                }
+            }
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_counted() {
+        assert_eq!(plural(1, "policy"), "1 policy");
+        assert_eq!(plural(2, "policy"), "2 policies");
+        assert_eq!(plural(0, "file"), "0 files");
+    }
+}

@@ -1,0 +1,249 @@
+//! `palisade run`, `status` and `stop`.
+
+use std::{
+    io::{self, Write},
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use tracing::Level;
+
+use super::{DONE, FAILED, NO, inspect::endpoint_table, load_config, show};
+use crate::{
+    cli::Output,
+    control::{
+        api::{PolicyFileState, Request, Status},
+        client::{Client, ClientError, ask},
+    },
+    daemon, duration,
+    table::Table,
+};
+
+/// Between two questions whether everything is ready.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
+/// The daemon has ended by then, or will not.
+const STOP_DEADLINE: Duration = Duration::from_secs(60);
+
+/// `palisade run`.
+pub fn run(path: &Path) -> anyhow::Result<u8> {
+    let level = std::env::var("PALISADE_LOG")
+        .ok()
+        .and_then(|level| level.parse().ok());
+    let level: Level = level.unwrap_or(Level::INFO);
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(io::stderr)
+        .with_target(false)
+        .init();
+    let Some(config) = load_config(path) else {
+        return Ok(NO);
+    };
+    daemon::run(config)?;
+    Ok(DONE)
+}
+
+/// `palisade status`.
+pub fn status(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::Result<u8> {
+    let Some(wait) = wait else {
+        let status: Status = ask(socket, &Request::Status)?;
+        return show(&status, output, write_status);
+    };
+    let until = Instant::now() + wait;
+    loop {
+        let answer = ask::<Status>(socket, &Request::Status);
+        let late = Instant::now() >= until;
+        match answer {
+            Ok(status) if status.ready => return show(&status, output, write_status),
+            Ok(status) if late => {
+                eprintln!(
+                    "palisade: not everything is attached and enforced after {}:",
+                    duration::format(wait)
+                );
+                for missing in &status.missing {
+                    eprintln!("  {missing}");
+                }
+                return Ok(NO);
+            }
+            // The daemon may be about to start.
+            Err(ClientError::NotRunning { .. } | ClientError::Broken(_)) if !late => {}
+            Err(error) => return Err(error.into()),
+            Ok(_) => {}
+        }
+        thread::sleep(ASK_AGAIN.min(until.saturating_duration_since(Instant::now())));
+    }
+}
+
+/// `palisade stop`.
+pub fn stop(config: &Path, socket: &Path, detach: bool) -> anyhow::Result<u8> {
+    match Client::send(socket, &Request::Stop { detach }) {
+        Ok(client) => {
+            client.set_timeout(STOP_DEADLINE)?;
+            client.answer::<serde_json::Value>()?;
+            daemon_ended(socket)
+        }
+        Err(error @ ClientError::NotRunning { .. }) if !detach => Err(error.into()),
+        Err(ClientError::NotRunning { .. }) => {
+            let Some(config) = load_config(config) else {
+                return Ok(NO);
+            };
+            detach_without_daemon(&config)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Its last act is to remove the socket.
+fn daemon_ended(socket: &Path) -> anyhow::Result<u8> {
+    let until = Instant::now() + STOP_DEADLINE;
+    while socket.exists() {
+        if Instant::now() >= until {
+            eprintln!("palisade: the daemon has agreed to end but is still there");
+            return Ok(FAILED);
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(DONE)
+}
+
+fn detach_without_daemon(config: &crate::config::Config) -> anyhow::Result<u8> {
+    // Held until the end, so that no daemon starts in the middle of it.
+    let _lock = daemon::lock(&config.node.state_dir)?;
+    let pins = &config.node.pin_dir;
+    if !pins.exists() {
+        writeln!(
+            io::stdout(),
+            "the daemon is not running, and nothing is pinned in {}",
+            pins.display()
+        )?;
+        return Ok(DONE);
+    }
+    palisade_datapath::detach_all(pins).with_context(|| pins.display().to_string())?;
+    writeln!(
+        io::stdout(),
+        "the daemon is not running; everything that {} kept attached is detached",
+        pins.display()
+    )?;
+    Ok(DONE)
+}
+
+fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
+    let ready = if status.ready {
+        "ready: everything is attached and enforced"
+    } else {
+        "NOT READY"
+    };
+    writeln!(out, "Node:        {} ({ready})", status.node)?;
+    writeln!(
+        out,
+        "Daemon:      palisade {}, process {}, up {}",
+        status.version,
+        status.pid,
+        duration::format(Duration::from_secs(status.uptime))
+    )?;
+    let audit = if status.audit {
+        ", audit: what would be dropped passes"
+    } else {
+        ""
+    };
+    writeln!(out, "Enforcement: {}{audit}", status.enforcement)?;
+    writeln!(
+        out,
+        "Changes:     {} put in force, the last one in {:.1} ms",
+        status.revision, status.last_change_ms
+    )?;
+    for (title, list) in [("Missing", &status.missing), ("Warnings", &status.warnings)] {
+        if !list.is_empty() {
+            writeln!(out, "\n{title}:")?;
+            for line in list {
+                writeln!(out, "  {line}")?;
+            }
+        }
+    }
+    let mut table = Table::new(&["INTERFACE", "ROLE", "ENDPOINT", "INGRESS", "EGRESS", "PROBLEM"]);
+    for interface in &status.interfaces {
+        let hook = |hook: &Option<String>| hook.clone().unwrap_or_else(|| "-".to_owned());
+        table.row([
+            interface.name.clone(),
+            interface.role.clone(),
+            interface.endpoint.to_string(),
+            hook(&interface.ingress),
+            hook(&interface.egress),
+            interface.problem.clone().unwrap_or_default(),
+        ]);
+    }
+    section(out, "Interfaces", &table, "none configured")?;
+    section(out, "Endpoints", &endpoint_table(&status.endpoints), "none")?;
+    let mut table = Table::new(&["FILE", "POLICIES", "STATE"]);
+    for file in &status.policy_files {
+        let state = match file.state {
+            PolicyFileState::InForce => "in force",
+            PolicyFileState::LastGood => "BROKEN: what it said before is in force",
+            PolicyFileState::Unused => "BROKEN: nothing of it is in force",
+        };
+        let mut cell = state.to_owned();
+        for diagnostic in &file.diagnostics {
+            cell += &format!("\n{diagnostic}");
+        }
+        table.row([file.file.clone(), file.policies.to_string(), cell]);
+    }
+    section(
+        out,
+        &format!("Policy files in {}", status.policy_dir),
+        &table,
+        "none",
+    )?;
+    if !status.missing_inspectors.is_empty() {
+        writeln!(
+            out,
+            "\nInspectors that policies want and that do not exist yet (the traffic is dropped):"
+        )?;
+        for missing in &status.missing_inspectors {
+            writeln!(out, "  {}: {}", missing.inspector, missing.policies.join(", "))?;
+        }
+    }
+    let mut table = Table::new(&["MAP", "ENTRIES", "CAPACITY", "FULL"]);
+    for map in &status.maps {
+        table.row([
+            map.map.clone(),
+            map.entries.to_string(),
+            map.capacity.to_string(),
+            format!("{}%", (map.entries * 100).checked_div(map.capacity).unwrap_or(0)),
+        ]);
+    }
+    section(out, "Maps", &table, "none")?;
+    let conntrack = &status.conntrack;
+    writeln!(
+        out,
+        "\nConnections: {} present, {} made, {} seeded, {} swept, {} evicted because the map was full",
+        conntrack.entries, conntrack.made, conntrack.seeded, conntrack.swept, conntrack.evicted
+    )?;
+    let events = &status.events;
+    writeln!(
+        out,
+        "Events:      {} read, {} suppressed by the rate limit, {} lost because the ring was full, {} slow clients cut off",
+        events.read, events.suppressed, events.lost, events.slow_clients
+    )?;
+    let mut table = Table::new(&["REASON", "DIRECTION", "PACKETS", "BYTES"]);
+    for drop in &status.drops {
+        table.row([
+            format!("{} ({})", drop.text, drop.reason),
+            drop.direction.clone(),
+            drop.packets.to_string(),
+            drop.bytes.to_string(),
+        ]);
+    }
+    section(out, "Drops", &table, "none")
+}
+
+fn section(out: &mut dyn Write, title: &str, table: &Table, nothing: &str) -> io::Result<()> {
+    if table.is_empty() {
+        return writeln!(out, "\n{title}: {nothing}");
+    }
+    writeln!(out, "\n{title}:")?;
+    for line in table.to_string().lines() {
+        writeln!(out, "  {line}")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,666 @@
+//! What clients ask for.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::IpAddr,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+        mpsc::{self, Sender},
+    },
+    time::{Duration, SystemTime},
+};
+
+use palisade_abi::{
+    CLASS_ANY, Counter, Decision, Direction, EventKind, Identity, ct_flags, entry_flags, identity, maps,
+    protocol,
+};
+use palisade_datapath::{Datapath, MapError, monotonic_coarse};
+use palisade_flowlog::{FilterBuilder, Next, Ring, Timestamp};
+use palisade_policy::{
+    rule::{Peer, Policy},
+    snapshot::{RuleKey, TableKey, inspector_name},
+    world::{Endpoint as WorldEndpoint, Enforcement},
+};
+use serde::Serialize;
+use serde_json::Value;
+
+use super::{
+    control::{Answer, Control, Message},
+    selector_text::peer_text,
+    view::{Shared, View, class_names, kind_name, prefix_text},
+};
+use crate::control::{
+    api::{
+        self, ConnectionRow, ConntrackStatus, DropCount, Endpoint, IdentityRow, IpcacheRow, MapFill,
+        MissingInspector, ObserveRequest, PolicyRow, PolicySummary, Request, RuleSummary, SelectorRow,
+        Status,
+    },
+    server::{Counts, Handler, Sink},
+};
+
+/// The control thread answers by then, or something is very wrong.
+const CONTROL_DEADLINE: Duration = Duration::from_secs(60);
+/// A client that follows is looked after so often when nothing happens.
+const FOLLOW_POLL: Duration = Duration::from_millis(250);
+
+/// Answers clients, each on a thread of its own: what can be read without the control thread is.
+pub struct Clients {
+    pub control: Sender<Message>,
+    pub datapath: Arc<Datapath>,
+    pub shared: Arc<Shared>,
+    pub ring: Arc<Ring>,
+    /// Events read so far.
+    pub events: Arc<AtomicU64>,
+    /// The server's own counts, once it runs.
+    pub server: OnceLock<Arc<Counts>>,
+}
+
+impl Handler for Clients {
+    fn handle(&self, request: Request, sink: &mut dyn Sink) -> io::Result<()> {
+        let answer = match request {
+            Request::Observe(request) => return self.observe(&request, sink),
+            Request::Status => self.status(),
+            Request::PolicyGet { name } => self.policies(name),
+            Request::IdentityList => to_value(&self.identities()),
+            Request::IdentityGet { identity } => self.identity(identity),
+            Request::BpfPolicyGet { endpoint } => self.policy_table(endpoint),
+            Request::BpfCtList => self.connections(),
+            Request::BpfIpcacheList => self.ipcache(),
+            other => self.ask(other),
+        };
+        sink.send(&match answer {
+            Ok(value) => api::Answer::Ok(value),
+            Err(message) => api::Answer::Error(message),
+        })
+    }
+}
+
+fn to_value<T: Serialize>(value: &T) -> Answer {
+    serde_json::to_value(value).map_err(|error| error.to_string())
+}
+
+fn from_value<T: serde::de::DeserializeOwned>(value: Value) -> Result<T, String> {
+    serde_json::from_value(value).map_err(|error| error.to_string())
+}
+
+fn map_error(error: MapError) -> String {
+    error.to_string()
+}
+
+impl Clients {
+    /// Asks the control thread.
+    fn ask(&self, request: Request) -> Answer {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let gone = || "the daemon is ending".to_owned();
+        self.control
+            .send(Message::Ask(request, sender))
+            .map_err(|_| gone())?;
+        match receiver.recv_timeout(CONTROL_DEADLINE) {
+            Ok(answer) => answer,
+            Err(mpsc::RecvTimeoutError::Timeout) => Err("the daemon is busy".to_owned()),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Err(gone()),
+        }
+    }
+
+    fn observe(&self, request: &ObserveRequest, sink: &mut dyn Sink) -> io::Result<()> {
+        let mut builder = FilterBuilder::new(Timestamp::from_system_time(SystemTime::now()));
+        let built = request
+            .filters
+            .iter()
+            .try_for_each(|(flag, value)| builder.flag(flag, value))
+            .and_then(|()| builder.finish());
+        let filters = match built {
+            Ok(filters) => filters,
+            Err(error) => return sink.send(&api::Answer::Error(error.to_string())),
+        };
+        let (flows, mut cursor) = self.ring.last(request.last.unwrap_or(usize::MAX), &filters);
+        for flow in flows {
+            sink.queue(&api::Answer::Flow(Box::new((*flow).clone())))?;
+        }
+        sink.flush()?;
+        while request.follow {
+            while let Some(next) = cursor.read() {
+                match next {
+                    Next::Flow(flow) if filters.matches(&flow) => {
+                        sink.queue(&api::Answer::Flow(Box::new((*flow).clone())))?;
+                    }
+                    Next::Flow(_) => {}
+                    Next::Lost(count) => sink.queue(&api::Answer::Lost(count))?,
+                }
+            }
+            sink.flush()?;
+            if !cursor.wait(FOLLOW_POLL) && sink.closed() {
+                return Ok(());
+            }
+        }
+        sink.send(&api::Answer::Ok(Value::Null))
+    }
+
+    fn status(&self) -> Answer {
+        let mut status: Status = from_value(self.ask(Request::Status)?)?;
+        let conntrack = self.datapath.conntrack().counts().map_err(map_error)?;
+        status.conntrack = ConntrackStatus {
+            entries: conntrack.present,
+            capacity: conntrack.max_entries,
+            made: conntrack.made,
+            seeded: conntrack.seeded,
+            swept: conntrack.swept,
+            evicted: conntrack.evicted,
+        };
+        let fills = self.datapath.fill_levels().map_err(map_error)?;
+        status.maps = fills
+            .into_iter()
+            .map(|fill| MapFill {
+                map: fill.map.to_lowercase(),
+                entries: fill.entries,
+                capacity: fill.max_entries,
+            })
+            .collect();
+        for map in &status.maps {
+            // The conntrack map may be full: the oldest flow makes room. The others refuse.
+            if map.map != maps::CONNTRACK.to_lowercase() && map.entries * 10 > map.capacity * 9 {
+                status.warnings.push(format!(
+                    "map {} is {}% full: raise its [limits]",
+                    map.map,
+                    (map.entries * 100).checked_div(map.capacity).unwrap_or(0)
+                ));
+            }
+        }
+        let counters = self.datapath.counters();
+        for (kind, _, budget) in counters.unsent_events().map_err(map_error)? {
+            let (EventKind::PolicyVerdict | EventKind::Drop | EventKind::Trace) = kind;
+            status.events.suppressed += budget.suppressed;
+            status.events.lost += budget.lost;
+        }
+        status.events.read = self.events.load(Ordering::Relaxed);
+        status.events.slow_clients = self
+            .server
+            .get()
+            .map_or(0, |counts| counts.slow.load(Ordering::Relaxed));
+        for (reason, direction, count) in counters.reasons().map_err(map_error)? {
+            if reason.is_drop() {
+                status.drops.push(DropCount {
+                    reason: reason as u8,
+                    text: reason.text().to_owned(),
+                    direction: direction_name(direction).to_owned(),
+                    packets: count.packets,
+                    bytes: count.bytes,
+                });
+            }
+        }
+        to_value(&status)
+    }
+
+    fn policies(&self, name: Option<String>) -> Answer {
+        let mut policies: Vec<PolicySummary> = from_value(self.ask(Request::PolicyGet { name })?)?;
+        let counters = self.datapath.counters().rules().map_err(map_error)?;
+        for rule in policies.iter_mut().flat_map(|policy| &mut policy.rules) {
+            let Counter { packets, bytes } = counters.get(&rule.id).copied().unwrap_or_default();
+            (rule.packets, rule.bytes) = (packets, bytes);
+        }
+        to_value(&policies)
+    }
+
+    fn identities(&self) -> Vec<IdentityRow> {
+        let view = self.shared.get();
+        let row = |id: &Identity| IdentityRow {
+            id: *id,
+            labels: view.labels(*id),
+        };
+        view.snapshot.identities.keys().map(row).collect()
+    }
+
+    fn identity(&self, identity: Identity) -> Answer {
+        let view = self.shared.get();
+        if !view.snapshot.identities.contains_key(&identity) {
+            return Err(format!(
+                "identity {identity} is not in use; `palisade identity list` shows which are"
+            ));
+        }
+        to_value(&IdentityRow {
+            id: identity,
+            labels: view.labels(identity),
+        })
+    }
+
+    fn policy_table(&self, endpoint: String) -> Answer {
+        let endpoint: Endpoint = from_value(self.ask(Request::EndpointGet { endpoint })?)?;
+        let view = self.shared.get();
+        let states = self.datapath.endpoint_states();
+        let Some(state) = states.get(&endpoint.id) else {
+            return Err(format!("endpoint {} has no policy table yet", endpoint.id));
+        };
+        let mut entries = self.datapath.policy_entries().map_err(map_error)?;
+        entries.retain(|(key, _)| key.policy == state.policy);
+        entries.sort_by_key(|(key, _)| (key.direction, key.identity, key.class));
+        let counters = self.datapath.counters().rules().map_err(map_error)?;
+        let classes = class_names(&view.snapshot.classes);
+        let rows: Vec<PolicyRow> = entries
+            .into_iter()
+            .map(|(key, entry)| {
+                let decision = Decision::from_u8(entry.decision);
+                let count = counters.get(&entry.rule).copied().unwrap_or_default();
+                PolicyRow {
+                    policy: decision_name(decision).to_owned(),
+                    direction: if key.direction == Direction::Ingress as u8 {
+                        "Ingress"
+                    } else {
+                        "Egress"
+                    }
+                    .to_owned(),
+                    identity: key.identity,
+                    labels: if key.identity == identity::ANY {
+                        vec!["ANY".to_owned()]
+                    } else {
+                        known_or_number(&view, key.identity)
+                    },
+                    ports: classes
+                        .get(&key.class)
+                        .cloned()
+                        .unwrap_or_else(|| vec![format!("class {}", key.class)]),
+                    inspector: (decision == Decision::Inspect)
+                        .then(|| inspector_name(entry.inspector).to_owned()),
+                    auth: decision == Decision::AuthRequired,
+                    audit: entry.flags & entry_flags::AUDIT != 0 && !matches!(decision, Decision::Allow),
+                    rule: entry.rule,
+                    decided_by: view.rule(entry.rule),
+                    bytes: count.bytes,
+                    packets: count.packets,
+                }
+            })
+            .collect();
+        to_value(&rows)
+    }
+
+    fn connections(&self) -> Answer {
+        let mut entries = self.datapath.conntrack().entries().map_err(map_error)?;
+        entries.sort_by_key(|(key, _)| (key.endpoint, key.protocol, key.local, key.local_port, key.remote));
+        let now = monotonic_coarse();
+        let rows: Vec<ConnectionRow> = entries
+            .into_iter()
+            .map(|(key, entry)| {
+                let end = |address, port: u16| {
+                    let address = IpAddr::from(address);
+                    match (address, key.protocol) {
+                        (address, protocol::ICMP | protocol::ICMPV6) => address.to_string(),
+                        (IpAddr::V4(address), _) => format!("{address}:{port}"),
+                        (IpAddr::V6(address), _) => format!("[{address}]:{port}"),
+                    }
+                };
+                let ingress = entry.flags & ct_flags::INGRESS != 0;
+                let (local, remote) = (end(key.local, key.local_port), end(key.remote, key.remote_port));
+                let (source, destination) = if ingress { (remote, local) } else { (local, remote) };
+                let flags = [
+                    (ct_flags::AUDIT, "Audit"),
+                    (ct_flags::REPLIED, "Replied"),
+                    (ct_flags::SEEDED, "Seeded"),
+                    (ct_flags::MIDSTREAM, "Midstream"),
+                    (ct_flags::CLOSED, "Closed"),
+                ];
+                ConnectionRow {
+                    protocol: protocol_name(key.protocol),
+                    direction: if ingress { "IN" } else { "OUT" }.to_owned(),
+                    source,
+                    destination,
+                    endpoint: key.endpoint,
+                    expires: seconds_until(entry.expires, now),
+                    forward_packets: entry.forward_packets,
+                    forward_bytes: entry.forward_bytes,
+                    reply_packets: entry.reply_packets,
+                    reply_bytes: entry.reply_bytes,
+                    forward_tcp: entry.forward_tcp,
+                    reply_tcp: entry.reply_tcp,
+                    identity: entry.remote_identity,
+                    revision: entry.revision,
+                    rule: entry.rule,
+                    flags: flags
+                        .into_iter()
+                        .filter(|(bit, _)| entry.flags & bit != 0)
+                        .map(|(_, name)| name.to_owned())
+                        .collect(),
+                }
+            })
+            .collect();
+        to_value(&rows)
+    }
+
+    fn ipcache(&self) -> Answer {
+        let view = self.shared.get();
+        let mut rows = Vec::new();
+        let mut addresses = self.datapath.addresses().map_err(map_error)?;
+        addresses.sort_by_key(|(address, _)| IpAddr::from(*address));
+        for (address, entry) in addresses {
+            let address = IpAddr::from(address);
+            let length = if address.is_ipv4() { 32 } else { 128 };
+            rows.push((format!("{address}/{length}"), entry));
+        }
+        let mut prefixes = self.datapath.prefixes().map_err(map_error)?;
+        prefixes.sort_by_key(|(key, _)| (IpAddr::from(key.addr), key.length));
+        rows.extend(prefixes.into_iter().map(|(key, entry)| (prefix_text(key), entry)));
+        let rows: Vec<IpcacheRow> = rows
+            .into_iter()
+            .map(|(prefix, entry)| IpcacheRow {
+                prefix,
+                identity: entry.identity,
+                endpoint: entry.endpoint,
+                labels: view.labels(entry.identity),
+            })
+            .collect();
+        to_value(&rows)
+    }
+}
+
+fn known_or_number(view: &View, identity: Identity) -> Vec<String> {
+    let labels = view.labels(identity);
+    if labels.is_empty() {
+        vec![format!("identity {identity}")]
+    } else {
+        labels
+    }
+}
+
+fn seconds_until(time: u64, now: u64) -> i64 {
+    let difference = i128::from(time) - i128::from(now);
+    i64::try_from(difference / 1_000_000_000).unwrap_or(i64::MAX)
+}
+
+const fn direction_name(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Ingress => "ingress",
+        Direction::Egress => "egress",
+    }
+}
+
+const fn decision_name(decision: Decision) -> &'static str {
+    match decision {
+        Decision::Allow => "Allow",
+        Decision::Inspect => "Inspect",
+        Decision::AuthRequired => "Auth",
+        Decision::Deny | Decision::DenyExplicit => "Deny",
+    }
+}
+
+fn protocol_name(number: u8) -> String {
+    match number {
+        protocol::TCP => "TCP".to_owned(),
+        protocol::UDP => "UDP".to_owned(),
+        protocol::SCTP => "SCTP".to_owned(),
+        protocol::ICMP => "ICMP".to_owned(),
+        protocol::ICMPV6 => "ICMPv6".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+/// As it is written in the configuration.
+pub const fn enforcement_name(enforcement: Enforcement) -> &'static str {
+    match enforcement {
+        Enforcement::Default => "default",
+        Enforcement::Always => "always",
+        Enforcement::Never => "never",
+    }
+}
+
+impl Control {
+    /// Answers what only the control thread knows or does.
+    pub fn answer(&mut self, request: Request) -> Answer {
+        match request {
+            Request::Status => to_value(&self.status()),
+            Request::Reload => {
+                self.reload()?;
+                Ok(Value::Null)
+            }
+            Request::PolicyGet { name } => self.policy_summaries(name.as_deref()),
+            Request::PolicySelectors => to_value(&self.selectors()),
+            Request::EndpointList => to_value(&self.endpoints()),
+            Request::EndpointGet { endpoint } => to_value(&self.endpoint(self.find_endpoint(&endpoint)?)),
+            Request::EndpointConfig { endpoint, options } => {
+                let found = self.find_endpoint(&endpoint)?;
+                let name = full_name(found);
+                for (option, enabled) in options {
+                    if option != "PolicyAuditMode" {
+                        return Err(format!("there is no option '{option}'"));
+                    }
+                    self.set_audit(name.clone(), enabled)?;
+                }
+                to_value(&self.audit_options(&name))
+            }
+            Request::Stop { .. }
+            | Request::IdentityList
+            | Request::IdentityGet { .. }
+            | Request::BpfPolicyGet { .. }
+            | Request::BpfCtList
+            | Request::BpfIpcacheList
+            | Request::Observe(_) => Err("answered elsewhere".to_owned()),
+        }
+    }
+
+    /// By number, name or address.
+    fn find_endpoint(&self, wanted: &str) -> Result<&WorldEndpoint, String> {
+        let endpoints = &self.engine.compiler.world().endpoints;
+        let number = wanted.parse::<u16>().ok();
+        let address = wanted
+            .parse::<IpAddr>()
+            .ok()
+            .map(|address| address.to_canonical());
+        let exact = endpoints.iter().find(|endpoint| {
+            number == Some(endpoint.id)
+                || address.is_some_and(|address| endpoint.addresses.contains(&address))
+                || full_name(endpoint) == wanted
+        });
+        if let Some(found) = exact {
+            return Ok(found);
+        }
+        let mut by_name = endpoints
+            .iter()
+            .filter(|endpoint| endpoint.name == wanted || (wanted == "host" && endpoint.is_node()));
+        match (by_name.next(), by_name.next()) {
+            (Some(found), None) => Ok(found),
+            (Some(one), Some(other)) => Err(format!(
+                "there is {} and {}: say which",
+                full_name(one),
+                full_name(other)
+            )),
+            (None, _) => Err(format!(
+                "there is no endpoint '{wanted}'; `palisade endpoint list` shows which there are"
+            )),
+        }
+    }
+
+    /// Every endpoint, the node first.
+    pub fn endpoints(&self) -> Vec<Endpoint> {
+        let world = self.engine.compiler.world();
+        world
+            .endpoints
+            .iter()
+            .map(|endpoint| self.endpoint(endpoint))
+            .collect()
+    }
+
+    fn endpoint(&self, endpoint: &WorldEndpoint) -> Endpoint {
+        let snapshot = self.engine.compiler.snapshot();
+        let state = snapshot.endpoints.get(&endpoint.id).copied().unwrap_or_default();
+        let enforcement = |direction: Direction| {
+            let otherwise = TableKey {
+                direction: direction as u8,
+                identity: identity::ANY,
+                class: CLASS_ANY,
+            };
+            let entry = snapshot
+                .tables
+                .get(&state.policy)
+                .and_then(|table| table.entries.get(&otherwise));
+            let audit = endpoint.audit || self.config.policy.audit;
+            match entry {
+                Some(entry) if entry.flags & entry_flags::UNENFORCED != 0 => "Disabled",
+                // As people know it: nothing is enforced, but what would be is reported.
+                _ if audit => "Disabled (Audit)",
+                _ => "Enabled",
+            }
+            .to_owned()
+        };
+        let name = full_name(endpoint);
+        let configured = self
+            .config
+            .endpoints
+            .iter()
+            .find(|configured| configured.qualified_name() == name);
+        let interface = configured.map(|configured| configured.interface.clone());
+        let unguarded = self
+            .guard
+            .report()
+            .into_iter()
+            .find(|status| Some(&status.name) == interface.as_ref())
+            .and_then(|status| status.problem);
+        Endpoint {
+            id: endpoint.id,
+            identity: state.identity,
+            labels: endpoint.labels.iter().map(ToString::to_string).collect(),
+            addresses: endpoint.addresses.iter().map(ToString::to_string).collect(),
+            interface,
+            ingress_enforcement: enforcement(Direction::Ingress),
+            egress_enforcement: enforcement(Direction::Egress),
+            policy: state.policy,
+            revision: state.revision,
+            policies: self
+                .engine
+                .compiler
+                .policies_of(endpoint.id)
+                .iter()
+                .map(|policy| policy.qualified_name())
+                .collect(),
+            state: match unguarded {
+                None => "ready".to_owned(),
+                Some(_) => "waiting for its interface".to_owned(),
+            },
+            options: self.audit_options(&name),
+            name,
+        }
+    }
+
+    /// Kinds of inspection that policies want, with the policies.
+    pub fn missing_inspectors(&self) -> Vec<MissingInspector> {
+        let snapshot = self.engine.compiler.snapshot();
+        let mut wanted: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+        for entry in snapshot.tables.values().flat_map(|table| table.entries.values()) {
+            if Decision::from_u8(entry.decision) == Decision::Inspect {
+                let policies = wanted.entry(inspector_name(entry.inspector)).or_default();
+                if let Some(rule) = snapshot.rules.get(&entry.rule)
+                    && let RuleKey::Rule(place) = &rule.key
+                {
+                    policies.insert(place.policy.to_string());
+                }
+            }
+        }
+        wanted
+            .into_iter()
+            .map(|(inspector, policies)| MissingInspector {
+                inspector: inspector.to_owned(),
+                policies: policies.into_iter().collect(),
+            })
+            .collect()
+    }
+
+    fn policy_summaries(&self, name: Option<&str>) -> Answer {
+        let compiler = &self.engine.compiler;
+        let mut selected: BTreeMap<*const Policy, Vec<String>> = BTreeMap::new();
+        for endpoint in &compiler.world().endpoints {
+            for policy in compiler.policies_of(endpoint.id) {
+                selected
+                    .entry(std::ptr::from_ref(policy))
+                    .or_default()
+                    .push(full_name(endpoint));
+            }
+        }
+        let mut rules: BTreeMap<(&str, &str), Vec<RuleSummary>> = BTreeMap::new();
+        for (id, rule) in &*compiler.snapshot().rules {
+            if let RuleKey::Rule(place) = &rule.key
+                && let Some(location) = &rule.location
+            {
+                rules
+                    .entry((&*location.file, &*place.policy))
+                    .or_default()
+                    .push(RuleSummary {
+                        id: *id,
+                        rule: rule.to_string(),
+                        ..RuleSummary::default()
+                    });
+            }
+        }
+        let mut summaries = Vec::new();
+        for (_, content) in compiler.files() {
+            for policy in &content.policies {
+                let qualified = policy.qualified_name();
+                if name.is_some_and(|name| name != qualified && name != policy.name) {
+                    continue;
+                }
+                summaries.push(PolicySummary {
+                    kind: kind_name(policy.kind).to_owned(),
+                    location: policy.location.to_string(),
+                    audit: policy.audit,
+                    endpoints: selected
+                        .get(&std::ptr::from_ref(policy))
+                        .cloned()
+                        .unwrap_or_default(),
+                    rules: rules
+                        .get(&(&*policy.location.file, qualified.as_str()))
+                        .cloned()
+                        .unwrap_or_default(),
+                    name: qualified,
+                });
+            }
+        }
+        match name {
+            Some(name) if summaries.is_empty() => Err(format!(
+                "there is no policy '{name}'; `palisade policy get` shows which there are"
+            )),
+            _ => to_value(&summaries),
+        }
+    }
+
+    fn selectors(&self) -> Vec<SelectorRow> {
+        let compiler = &self.engine.compiler;
+        let mut users: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for policy in compiler.files().flat_map(|(_, content)| &content.policies) {
+            for peer in policy.specs.iter().flat_map(peers_of) {
+                users
+                    .entry(peer_text(peer))
+                    .or_default()
+                    .insert(policy.qualified_name());
+            }
+        }
+        let rows = compiler.selectors().map(|(peer, count, identities)| {
+            let selector = peer_text(peer);
+            SelectorRow {
+                policies: users.get(&selector).into_iter().flatten().cloned().collect(),
+                users: count as usize,
+                identities: identities.iter().copied().collect(),
+                selector,
+            }
+        });
+        let mut rows: Vec<SelectorRow> = rows.collect();
+        rows.sort_by(|a, b| a.selector.cmp(&b.selector));
+        rows
+    }
+}
+
+fn peers_of(spec: &palisade_policy::rule::Spec) -> impl Iterator<Item = &Peer> {
+    [&spec.ingress, &spec.ingress_deny, &spec.egress, &spec.egress_deny]
+        .into_iter()
+        .flatten()
+        .flatten()
+        .flat_map(|rule| match &rule.peers {
+            palisade_policy::rule::Peers::OneOf(peers) => peers.as_slice(),
+            palisade_policy::rule::Peers::Any | palisade_policy::rule::Peers::Nobody => &[],
+        })
+}
+
+/// `namespace/name`; the node has no namespace.
+fn full_name(endpoint: &WorldEndpoint) -> String {
+    if endpoint.namespace.is_empty() {
+        endpoint.name.clone()
+    } else {
+        format!("{}/{}", endpoint.namespace, endpoint.name)
+    }
+}

@@ -1,0 +1,581 @@
+//! The control thread.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        mpsc::{self, Receiver, RecvTimeoutError, SyncSender},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use nix::fcntl::Flock;
+use palisade_abi::{Config as Told, identity};
+use palisade_datapath::{Datapath, Options, detach_all};
+use palisade_flowlog::Ring;
+use palisade_policy::compile::{Compiler, CompilerState};
+use sd_notify::NotifyState;
+use serde_json::Value;
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGTERM},
+    iterator::Signals,
+};
+use tracing::{error, info, warn};
+
+use super::{
+    answers::Clients,
+    engine::{Engine, world},
+    events,
+    guard::Guard,
+    network::{self, Network},
+    policies::PolicyFiles,
+    state::{NODE, StateFile},
+    sweeper::{self, Interval},
+    view::{Shared, View},
+    watcher::{self, Changes},
+};
+use crate::{
+    config::Config,
+    control::{
+        api::{PolicyFileState, Request, Status},
+        server,
+    },
+};
+
+/// What failed is tried again so often.
+const TRY_AGAIN: Duration = Duration::from_secs(2);
+/// What outlives the daemon is written once nothing has changed for so long.
+const SAVE_AFTER: Duration = Duration::from_millis(500);
+
+/// The answer to a request: what it is, or why there is none.
+pub type Answer = Result<Value, String>;
+
+/// What other threads tell the control thread.
+pub enum Message {
+    /// The folder of policies has changed.
+    Policies(Changes),
+    /// Interfaces or addresses have changed.
+    Network(Network),
+    /// A signal.
+    Signal(i32),
+    /// A request whose answer the compiler has, or that changes something.
+    Ask(Request, SyncSender<Answer>),
+}
+
+/// Everything that the control thread owns.
+pub struct Control {
+    pub config: Config,
+    pub state: StateFile<CompilerState>,
+    pub engine: Engine,
+    pub files: PolicyFiles,
+    pub guard: Guard,
+    pub network: Network,
+    datapath: Arc<Datapath>,
+    shared: Arc<Shared>,
+    sweep: Interval,
+    started: Instant,
+    /// Changes that were put in force.
+    changes: u64,
+    last_change: Duration,
+    /// When something was changed that has to be saved; `None`: nothing.
+    unsaved: Option<Instant>,
+    /// Why the configuration could not be read again.
+    reload_problem: Option<String>,
+    /// What an operator should look at since the start.
+    notes: Vec<String>,
+}
+
+/// Runs the daemon until it is told to end.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    let started = Instant::now();
+    let _lock: Flock<_> = super::lock(&config.node.state_dir)?;
+    let (sender, messages) = mpsc::channel();
+    // Before anything is attached: a signal that comes while everything is being set up ends the daemon in order.
+    forward_signals(sender.clone())?;
+
+    let state = StateFile::<CompilerState>::load(&config.node.state_dir)
+        .with_context(|| config.node.state_dir.display().to_string())?;
+    let datapath = Arc::new(open(&config)?);
+    if !datapath.resized().is_empty() {
+        info!("maps of another size now: {}", datapath.resized().join(", "));
+    }
+    let engine = Engine::new(Compiler::new(&state.state.compiler), &datapath)?;
+    if !datapath.is_fresh() {
+        info!("a node that is guarded already: what is attached goes on enforcing the last policy");
+    }
+
+    // Watched first, read then: what changes in between is told.
+    let mut files = PolicyFiles::new(&config.policy.dir, &config.node.state_dir);
+    watch_policies(&config, sender.clone())?;
+    files.load().with_context(|| {
+        format!(
+            "[policy] dir {}: make the folder, or name another",
+            config.policy.dir.display()
+        )
+    })?;
+    let network = {
+        let sender = sender.clone();
+        network::watch(move |network| sender.send(Message::Network(network)).is_ok())
+            .context("watching interfaces")?
+    };
+
+    let shared = Arc::new(Shared::default());
+    let ring = Ring::new(config.limits.flows as usize);
+    let sweep = Interval::new(config.timeouts.sweep);
+    let mut control = Control {
+        state,
+        engine,
+        files,
+        guard: Guard::default(),
+        network,
+        datapath: Arc::clone(&datapath),
+        shared: Arc::clone(&shared),
+        sweep: sweep.clone(),
+        started,
+        changes: 0,
+        last_change: Duration::ZERO,
+        unsaved: None,
+        reload_problem: None,
+        notes: Vec::new(),
+        config,
+    };
+    // The maps first, then the programs: nothing is ever judged by half a policy.
+    control.tell_programs()?;
+    control.new_world(started)?;
+    if let Some(problem) = &control.engine.problem
+        && datapath.is_fresh()
+    {
+        anyhow::bail!("the maps cannot be filled: {problem}");
+    }
+    control.attach();
+    control.retire_old_maps();
+
+    let read = events::read(datapath.events()?, Arc::clone(&ring), Arc::clone(&shared))?;
+    sweeper::run(
+        Arc::clone(&datapath),
+        sweep,
+        Arc::clone(&ring),
+        Arc::clone(&shared),
+    )?;
+    let clients = Clients {
+        control: sender,
+        datapath,
+        shared,
+        ring,
+        events: read,
+        server: std::sync::OnceLock::new(),
+    };
+    let path = control.config.node.socket.clone();
+    let clients = Arc::new(clients);
+    let socket = server::listen(&path, Arc::clone(&clients))
+        .with_context(|| format!("control socket {}", path.display()))?;
+    // Nobody else sets it.
+    let _ = clients.server.set(Arc::clone(&socket.counts));
+    control.save();
+    info!(
+        "running: {} policies in force, ready in {:?}",
+        control.policy_count(),
+        started.elapsed()
+    );
+    notify(&[NotifyState::Ready]);
+    let end = control.serve(&messages);
+    notify(&[NotifyState::Stopping]);
+    control.save();
+    if let End::Detach(answer) = end {
+        let done = detach_all(&control.config.node.pin_dir).map_err(|problem| problem.to_string());
+        match &done {
+            Ok(()) => info!("everything is detached"),
+            Err(problem) => error!("detaching: {problem}"),
+        }
+        // The client may have gone.
+        let _ = answer.send(done.clone().map(|()| Value::Null));
+        if let Err(problem) = done {
+            anyhow::bail!("not everything could be detached: {problem}");
+        }
+        // Its answer is on its way, by a thread that ends with this process.
+        thread::sleep(Duration::from_millis(50));
+    } else {
+        info!("ended; what is attached goes on enforcing the last policy");
+    }
+    drop(socket);
+    Ok(())
+}
+
+/// How the daemon is to end.
+enum End {
+    /// What is attached stays.
+    Stay,
+    /// Nothing stays; the answer goes to whoever asked for that.
+    Detach(SyncSender<Answer>),
+}
+
+fn forward_signals(sender: mpsc::Sender<Message>) -> anyhow::Result<()> {
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signals")?;
+    thread::Builder::new().name("signals".into()).spawn(move || {
+        for signal in &mut signals {
+            if sender.send(Message::Signal(signal)).is_err() {
+                return;
+            }
+        }
+    })?;
+    Ok(())
+}
+
+fn watch_policies(config: &Config, sender: mpsc::Sender<Message>) -> anyhow::Result<()> {
+    let (dir, debounce) = (config.policy.dir.clone(), config.policy.debounce);
+    watcher::watch(dir, debounce, move |changes| {
+        sender.send(Message::Policies(changes)).is_ok()
+    })
+    .context("watching policies")
+}
+
+fn open(config: &Config) -> anyhow::Result<Datapath> {
+    let limits = palisade_datapath::Limits {
+        conntrack_entries: config.limits.conntrack,
+        fragment_entries: config.limits.fragments,
+        policy_entries: config.limits.policy,
+        ipcache_entries: config.limits.ipcache,
+        prefix_entries: config.limits.ipcache,
+        rules: config.limits.rules,
+        ..palisade_datapath::Limits::default()
+    };
+    let options = Options {
+        pin_dir: config.node.pin_dir.clone(),
+        limits,
+    };
+    Ok(Datapath::open(&options)?)
+}
+
+/// Tells systemd, if it started us.
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(problem) = sd_notify::notify(states) {
+        warn!("telling the service manager: {problem}");
+    }
+}
+
+impl Control {
+    /// Does what it is told until it is told to end.
+    fn serve(&mut self, messages: &Receiver<Message>) -> End {
+        loop {
+            let message = match messages.recv_timeout(self.patience()) {
+                Ok(message) => message,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.idle();
+                    continue;
+                }
+                // The control thread itself holds no sender, but the clients do for as long as the daemon runs.
+                Err(RecvTimeoutError::Disconnected) => return End::Stay,
+            };
+            match message {
+                Message::Policies(changes) => self.policies_changed(&changes),
+                Message::Network(network) => self.network_changed(network),
+                Message::Signal(SIGHUP) => {
+                    if let Err(problem) = self.reload() {
+                        error!("{problem}");
+                    }
+                }
+                Message::Signal(_) => return End::Stay,
+                Message::Ask(Request::Stop { detach: true }, answer) => return End::Detach(answer),
+                Message::Ask(Request::Stop { detach: false }, answer) => {
+                    let _ = answer.send(Ok(Value::Null));
+                    return End::Stay;
+                }
+                Message::Ask(request, answer) => {
+                    // A client that has gone needs no answer.
+                    let _ = answer.send(self.answer(request));
+                }
+            }
+        }
+    }
+
+    /// How long to wait for a message.
+    fn patience(&self) -> Duration {
+        let save = self
+            .unsaved
+            .map(|since| SAVE_AFTER.saturating_sub(since.elapsed()));
+        let again = (self.engine.problem.is_some() || self.guard.has_failures()).then_some(TRY_AGAIN);
+        [save, again]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or(Duration::from_secs(3_600))
+    }
+
+    /// Nothing has happened for a while.
+    fn idle(&mut self) {
+        if self.unsaved.is_some() {
+            self.save();
+        }
+        if self.engine.problem.is_some() {
+            self.enforce(Instant::now());
+        }
+        if self.guard.has_failures() {
+            self.attach();
+        }
+    }
+
+    fn policies_changed(&mut self, changes: &Changes) {
+        let begun = Instant::now();
+        let offers = self.files.update(changes);
+        if offers {
+            self.engine.compile(None, &mut self.files);
+            self.enforce(begun);
+        }
+        self.unsaved = Some(Instant::now());
+    }
+
+    fn network_changed(&mut self, network: Network) {
+        let begun = Instant::now();
+        let addresses = network.addresses != self.network.addresses;
+        self.network = network;
+        if addresses {
+            if let Err(problem) = self.new_world(begun) {
+                error!("{problem:#}");
+            }
+        } else {
+            self.publish();
+        }
+        self.attach();
+    }
+
+    /// Has everything compiled that depends on endpoints, peers and options, and puts it in force.
+    fn new_world(&mut self, begun: Instant) -> anyhow::Result<()> {
+        let world = world(&self.config, &self.network, &mut self.state.state)?;
+        let world = (world != *self.engine.compiler.world()).then_some(world);
+        self.guard.configure(&self.config, &self.state.state);
+        self.engine.compile(world, &mut self.files);
+        self.enforce(begun);
+        Ok(())
+    }
+
+    fn enforce(&mut self, begun: Instant) {
+        let gone = self.gone_endpoints();
+        if self.engine.enforce(&self.datapath) {
+            self.changes += 1;
+            self.last_change = begun.elapsed();
+        }
+        self.forget_connections(&gone);
+        self.publish();
+        self.unsaved = Some(Instant::now());
+    }
+
+    /// Endpoints that are in force and will not be any more.
+    fn gone_endpoints(&self) -> Vec<u16> {
+        let view = self.shared.get();
+        let wanted = &self.engine.compiler.snapshot().endpoints;
+        let known = view.snapshot.endpoints.keys().copied();
+        known.filter(|id| !wanted.contains_key(id)).collect()
+    }
+
+    /// Another endpoint may get the number one day; it must not inherit connections.
+    fn forget_connections(&self, endpoints: &[u16]) {
+        if endpoints.is_empty() {
+            return;
+        }
+        let outcome = self
+            .datapath
+            .conntrack()
+            .remove_if(|key, _| endpoints.contains(&key.endpoint));
+        if let Err(problem) = outcome {
+            warn!("forgetting connections of endpoints that are gone: {problem}");
+        }
+    }
+
+    /// Lets everybody else see what is in force.
+    fn publish(&self) {
+        self.shared.set(View::new(
+            &self.config.node.name,
+            self.engine.compiler.snapshot().clone(),
+            self.engine.compiler.world(),
+            &self.network.links,
+        ));
+    }
+
+    fn attach(&mut self) {
+        let world = self.engine.compiler.world();
+        self.guard
+            .reconcile(&self.datapath, &self.network, &self.config, world);
+    }
+
+    /// Maps of an older version serve until every interface has this version's programs.
+    fn retire_old_maps(&self) {
+        if !self.guard.has_failures()
+            && let Err(problem) = self.datapath.retire_other_versions()
+        {
+            warn!("removing maps of another version: {problem}");
+        }
+    }
+
+    fn tell_programs(&self) -> anyhow::Result<()> {
+        let nanoseconds = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+        let timeouts = &self.config.timeouts;
+        let told = Told {
+            tcp_opening: nanoseconds(timeouts.tcp_opening),
+            tcp_established: nanoseconds(timeouts.tcp_established),
+            tcp_closing: nanoseconds(timeouts.tcp_closing),
+            udp: nanoseconds(timeouts.udp),
+            other: nanoseconds(timeouts.other),
+            fragment: nanoseconds(timeouts.fragment),
+            trace_interval: nanoseconds(timeouts.trace_interval),
+            events_per_second: u64::from(self.config.limits.events_per_second),
+            host_endpoint: u32::from(NODE),
+            world_ipv4: identity::WORLD_IPV4,
+            world_ipv6: identity::WORLD_IPV6,
+            rules: self.config.limits.rules,
+        };
+        self.datapath.set_config(&told)?;
+        Ok(())
+    }
+
+    /// Reads the configuration and the policies again.
+    pub fn reload(&mut self) -> Result<(), String> {
+        let begun = Instant::now();
+        let mut config = Config::load(&self.config.path).map_err(|errors| {
+            let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
+            let problem = format!("the configuration stays as it was: {}", lines.join("; "));
+            self.reload_problem = Some(problem.clone());
+            problem
+        })?;
+        self.reload_problem = None;
+        // What the process was started with stays until it is started again.
+        let (old, new) = (&self.config, &mut config);
+        let mut fixed: Vec<&str> = Vec::new();
+        let mut keep = |changed: bool, what: &'static str| {
+            if changed {
+                fixed.push(what);
+            }
+        };
+        keep(old.node.pin_dir != new.node.pin_dir, "[node] pin_dir");
+        keep(old.node.state_dir != new.node.state_dir, "[node] state_dir");
+        keep(old.node.socket != new.node.socket, "[node] socket");
+        keep(old.policy.dir != new.policy.dir, "[policy] dir");
+        keep(old.policy.debounce != new.policy.debounce, "[policy] debounce");
+        let sizes = |limits: crate::config::Limits| crate::config::Limits {
+            events_per_second: 0,
+            ..limits
+        };
+        keep(sizes(old.limits) != sizes(new.limits), "[limits]");
+        self.notes.clear();
+        if !fixed.is_empty() {
+            let note = format!("changed, but only used after a restart: {}", fixed.join(", "));
+            warn!("{note}");
+            self.notes.push(note);
+        }
+        new.node.pin_dir.clone_from(&old.node.pin_dir);
+        new.node.state_dir.clone_from(&old.node.state_dir);
+        new.node.socket.clone_from(&old.node.socket);
+        new.policy.dir.clone_from(&old.policy.dir);
+        new.policy.debounce = old.policy.debounce;
+        new.limits = crate::config::Limits {
+            events_per_second: new.limits.events_per_second,
+            ..old.limits
+        };
+        self.config = config;
+        self.sweep.set(self.config.timeouts.sweep);
+        self.tell_programs().map_err(|problem| format!("{problem:#}"))?;
+        self.files.update(&Changes::all());
+        self.new_world(begun).map_err(|problem| format!("{problem:#}"))?;
+        self.attach();
+        info!("the configuration was read again");
+        Ok(())
+    }
+
+    fn save(&mut self) {
+        self.unsaved = None;
+        self.state.state.compiler = self.engine.compiler.state();
+        if let Err(problem) = self.state.save() {
+            error!("{}: state.json: {problem}", self.config.node.state_dir.display());
+        }
+        if let Err(problem) = self.files.save() {
+            error!(
+                "{}: keeping the last good policies: {problem}",
+                self.config.node.state_dir.display()
+            );
+        }
+    }
+
+    fn policy_count(&self) -> usize {
+        self.engine
+            .compiler
+            .files()
+            .map(|(_, content)| content.policies.len())
+            .sum()
+    }
+
+    /// Sets audit mode of an endpoint.
+    pub fn set_audit(&mut self, name: String, audit: bool) -> Result<(), String> {
+        let changed = if audit {
+            self.state.state.audit.insert(name)
+        } else {
+            self.state.state.audit.remove(&name)
+        };
+        if changed {
+            self.new_world(Instant::now())
+                .map_err(|problem| format!("{problem:#}"))?;
+            // Whoever sets it relies on it from now on.
+            self.save();
+        }
+        Ok(())
+    }
+
+    /// `palisade status`, as far as the control thread knows it.
+    pub fn status(&self) -> Status {
+        let policy_files = self.files.report();
+        let interfaces = self.guard.report();
+        let mut missing: Vec<String> = Vec::new();
+        if let Some(problem) = &self.engine.problem {
+            missing.push(format!("the last change is not in force: {problem}"));
+        }
+        for interface in &interfaces {
+            if let Some(problem) = &interface.problem {
+                missing.push(format!("interface {}: {problem}", interface.name));
+            }
+        }
+        let mut warnings = self.notes.clone();
+        warnings.extend(self.reload_problem.clone());
+        warnings.extend(self.files.folder_problem().map(ToOwned::to_owned));
+        for file in &policy_files {
+            match file.state {
+                PolicyFileState::InForce => {}
+                PolicyFileState::LastGood => {
+                    warnings.push(format!("{}: broken; what it said before is in force", file.file));
+                }
+                PolicyFileState::Unused => {
+                    missing.push(format!("{}: broken; nothing of it is in force", file.file));
+                }
+            }
+        }
+        let remarks = &self.engine.compiler.snapshot().diagnostics;
+        warnings.extend(remarks.iter().map(ToString::to_string));
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            node: self.config.node.name.clone(),
+            pid: std::process::id(),
+            uptime: self.started.elapsed().as_secs(),
+            ready: missing.is_empty(),
+            missing,
+            warnings,
+            enforcement: super::answers::enforcement_name(self.config.policy.enforcement).to_owned(),
+            audit: self.config.policy.audit,
+            revision: self.changes,
+            last_change_ms: self.last_change.as_secs_f64() * 1_000.0,
+            interfaces,
+            endpoints: self.endpoints(),
+            policy_dir: self.config.policy.dir.display().to_string(),
+            policy_files,
+            missing_inspectors: self.missing_inspectors(),
+            ..Status::default()
+        }
+    }
+
+    /// The tables in force by number, for whom they are.
+    pub fn audit_options(&self, name: &str) -> BTreeMap<String, bool> {
+        [(
+            "PolicyAuditMode".to_owned(),
+            self.state.state.audit.contains(name),
+        )]
+        .into()
+    }
+}

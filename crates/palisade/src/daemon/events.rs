@@ -1,0 +1,175 @@
+//! The event ring of the programs, read into the ring of flows.
+
+use std::{
+    io,
+    os::fd::AsFd as _,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant, UNIX_EPOCH},
+};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use palisade_abi::{Decision, Event, EventKind, Reason, TracePoint, ct_flags, event_flags};
+use palisade_datapath::{Clock, Ended, EventReader};
+use palisade_flowlog::{Flow, Ring};
+use tracing::error;
+
+use super::view::{EventNames, Shared};
+
+/// Events between two looks at what is in force.
+const BATCH: usize = 512;
+/// The wall clock is looked at so often.
+const CLOCK_AGE: Duration = Duration::from_secs(1);
+
+/// Reads events for ever, on a thread of its own; counts them.
+pub fn read(mut reader: EventReader, ring: Arc<Ring>, shared: Arc<Shared>) -> io::Result<Arc<AtomicU64>> {
+    let count = Arc::new(AtomicU64::new(0));
+    let counter = Arc::clone(&count);
+    thread::Builder::new().name("events".into()).spawn(move || {
+        let mut names = EventNames::new(shared.get());
+        let mut clock = (clock_offset(), Instant::now());
+        loop {
+            let mut fds = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
+            if let Err(problem) = poll(&mut fds, PollTimeout::NONE)
+                && problem != nix::errno::Errno::EINTR
+            {
+                error!("waiting for events: {problem}");
+                thread::sleep(Duration::from_secs(1));
+            }
+            loop {
+                let view = shared.get();
+                if !names.is_of(&view) {
+                    names = EventNames::new(view);
+                }
+                if clock.1.elapsed() > CLOCK_AGE {
+                    clock = (clock_offset(), Instant::now());
+                }
+                let read = reader.drain(BATCH, |event| {
+                    ring.push(Flow::from_event(event, &names, clock.0));
+                });
+                counter.fetch_add(read as u64, Ordering::Relaxed);
+                if read < BATCH {
+                    break;
+                }
+            }
+        }
+    })?;
+    Ok(count)
+}
+
+/// What is to be added to the monotonic clock to have the time since 1970, ns.
+pub fn clock_offset() -> i64 {
+    let zero = Clock::now().wall(0);
+    match zero.duration_since(UNIX_EPOCH) {
+        Ok(after) => i64::try_from(after.as_nanos()).unwrap_or(i64::MAX),
+        Err(before) => -i64::try_from(before.duration().as_nanos()).unwrap_or(i64::MAX),
+    }
+}
+
+/// The end of a flow that nobody closed, as the programs would have told it: silence is only noticed by the sweep.
+pub fn ended(ended: &Ended, now: u64) -> Option<Event> {
+    let (key, entry) = (&ended.key, &ended.entry);
+    if entry.flags & ct_flags::CLOSED != 0 {
+        return None;
+    }
+    let ingress = entry.flags & ct_flags::INGRESS != 0;
+    let mut flags = 0;
+    if !ingress {
+        flags |= event_flags::FLOW_EGRESS | event_flags::EGRESS;
+    }
+    if entry.flags & ct_flags::AUDIT != 0 {
+        flags |= event_flags::AUDIT;
+    }
+    if !key.local.is_v4() {
+        flags |= event_flags::IPV6;
+    }
+    let local = (key.local, key.local_port, 0);
+    let remote = (key.remote, key.remote_port, entry.remote_identity);
+    let (from, to) = if ingress { (remote, local) } else { (local, remote) };
+    Some(Event {
+        time: now,
+        source: from.0,
+        destination: to.0,
+        source_port: from.1,
+        destination_port: to.1,
+        source_identity: from.2,
+        destination_identity: to.2,
+        rule: entry.rule,
+        ifindex: entry.ifindex,
+        length: 0,
+        endpoint: key.endpoint,
+        kind: EventKind::Trace as u8,
+        reason: Reason::Established as u8,
+        flags,
+        protocol: key.protocol,
+        tcp_flags: entry.forward_tcp,
+        match_kind: entry.match_kind,
+        trace_point: TracePoint::End as u8,
+        decision: Decision::Allow as u8,
+        ether_type: 0,
+        source_mac: [0; 6],
+        destination_mac: [0; 6],
+        forward_packets: entry.forward_packets,
+        forward_bytes: entry.forward_bytes,
+        reply_packets: entry.reply_packets,
+        reply_bytes: entry.reply_bytes,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::IpAddr, time::SystemTime};
+
+    use palisade_abi::{CtEntry, CtKey};
+
+    use super::*;
+
+    fn flow(flags: u8) -> Ended {
+        let addr = |text: &str| text.parse::<IpAddr>().unwrap().into();
+        Ended {
+            key: CtKey {
+                local: addr("10.0.0.1"),
+                remote: addr("10.0.0.2"),
+                local_port: 53,
+                remote_port: 4711,
+                endpoint: 7,
+                protocol: 17,
+                zero: 0,
+            },
+            entry: CtEntry {
+                flags,
+                remote_identity: 300,
+                rule: 9,
+                forward_packets: 3,
+                ..CtEntry::default()
+            },
+        }
+    }
+
+    #[test]
+    fn the_opener_is_the_source() {
+        let event = ended(&flow(ct_flags::INGRESS), 1).unwrap();
+        assert_eq!((event.source_port, event.destination_port), (4711, 53));
+        assert_eq!((event.source_identity, event.destination_identity), (300, 0));
+        assert_eq!(event.flags & event_flags::FLOW_EGRESS, 0);
+        let event = ended(&flow(0), 1).unwrap();
+        assert_eq!((event.source_port, event.destination_port), (53, 4711));
+        assert_ne!(event.flags & event_flags::FLOW_EGRESS, 0);
+    }
+
+    #[test]
+    fn an_end_is_told_once() {
+        assert!(ended(&flow(ct_flags::CLOSED), 1).is_none());
+    }
+
+    #[test]
+    fn the_offset_leads_from_the_monotonic_clock_to_now() {
+        let monotonic = i64::try_from(palisade_datapath::monotonic_coarse()).unwrap();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
+        let off = i128::from(monotonic + clock_offset()) - i128::try_from(now).unwrap();
+        assert!(off.abs() < 1_000_000_000, "{off}");
+    }
+}

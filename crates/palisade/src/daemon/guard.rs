@@ -1,0 +1,277 @@
+//! Which interfaces are to be guarded, and which are.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use palisade_abi::Addr;
+use palisade_datapath::{
+    Attached, Attachment, Datapath, Hook, HookKind, LocalEndpoints, Role, TcMode, XdpMode, connections,
+    connections_of_netns, monotonic_coarse, seeds,
+};
+use palisade_policy::world::World;
+use tracing::{error, info, warn};
+
+use super::{
+    network::Network,
+    state::{NODE, State},
+};
+use crate::{
+    config::{self, Config},
+    control::api::InterfaceStatus,
+};
+
+/// An interface that is to be guarded.
+#[derive(Clone, Debug)]
+struct Wanted {
+    role: Role,
+    endpoint: u16,
+    how: config::Attachment,
+}
+
+/// What came of it.
+#[derive(Clone, Debug)]
+enum Outcome {
+    Guarded(Attachment, Attached),
+    Failed(String),
+}
+
+/// The guarded interfaces, by name.
+#[derive(Debug, Default)]
+pub struct Guard {
+    wanted: BTreeMap<String, Wanted>,
+    outcomes: BTreeMap<String, Outcome>,
+    /// Index of each as it was when it was looked at last; none: it was not there.
+    present: BTreeMap<String, u32>,
+}
+
+impl Guard {
+    /// Takes over what the configuration wants. The endpoints have their numbers already.
+    pub fn configure<C>(&mut self, config: &Config, state: &State<C>) {
+        self.wanted.clear();
+        for interface in &config.interfaces {
+            let wanted = Wanted {
+                role: Role::Host,
+                endpoint: NODE,
+                how: interface.attachment,
+            };
+            self.wanted.insert(interface.name.clone(), wanted);
+        }
+        for endpoint in &config.endpoints {
+            let Some(id) = state.endpoints.get(&endpoint.qualified_name()) else {
+                continue;
+            };
+            let wanted = Wanted {
+                role: Role::Endpoint,
+                endpoint: *id,
+                how: endpoint.attachment,
+            };
+            self.wanted.insert(endpoint.interface.clone(), wanted);
+        }
+    }
+
+    /// Guards what is there and wanted, and nothing else. What is guarded as it should be is left alone; what
+    /// failed before is tried again. Answers whether anything is different now.
+    pub fn reconcile(
+        &mut self,
+        datapath: &Datapath,
+        network: &Network,
+        config: &Config,
+        world: &World,
+    ) -> bool {
+        let mut changed = self.release(datapath, network);
+        let mut seeded = false;
+        for (name, wanted) in &self.wanted {
+            let Some(ifindex) = network.links.get(name).copied() else {
+                changed |= self.outcomes.remove(name).is_some();
+                self.present.remove(name);
+                continue;
+            };
+            self.present.insert(name.clone(), ifindex);
+            let attachment = attachment(ifindex, wanted);
+            if matches!(self.outcomes.get(name), Some(Outcome::Guarded(known, _)) if *known == attachment) {
+                continue;
+            }
+            if !seeded && !is_guarded(datapath, ifindex) {
+                // Before the first packet is judged: who opened a connection that exists cannot be seen from its
+                // packets.
+                seed(datapath, config, world);
+                seeded = true;
+            }
+            let outcome = match datapath.attach(&attachment) {
+                Ok(attached) => {
+                    info!(
+                        "{name}: guarded as {}, ingress by {}, egress by {}",
+                        role_name(wanted.role),
+                        hook_text(attached.ingress),
+                        hook_text(attached.egress)
+                    );
+                    if let Some(note) = &attached.note {
+                        warn!("{name}: {note}");
+                    }
+                    changed = true;
+                    Outcome::Guarded(attachment, attached)
+                }
+                Err(problem) => {
+                    let text = problem.to_string();
+                    // The same failure is not told again at every try.
+                    if !matches!(self.outcomes.get(name), Some(Outcome::Failed(known)) if *known == text) {
+                        error!("{name}: NOT guarded: {text}");
+                        changed = true;
+                    }
+                    Outcome::Failed(text)
+                }
+            };
+            self.outcomes.insert(name.clone(), outcome);
+        }
+        changed
+    }
+
+    /// Stops guarding what is no longer wanted, and forgets interfaces that are gone.
+    fn release(&mut self, datapath: &Datapath, network: &Network) -> bool {
+        if let Err(problem) = datapath.forget_dead() {
+            warn!("forgetting interfaces that are gone: {problem}");
+        }
+        let wanted: BTreeSet<u32> = self
+            .wanted
+            .keys()
+            .filter_map(|name| network.links.get(name).copied())
+            .collect();
+        let guarded = datapath.attachments().unwrap_or_else(|problem| {
+            warn!("what is guarded cannot be read: {problem}");
+            Vec::new()
+        });
+        let mut changed = false;
+        for attached in guarded {
+            if !wanted.contains(&attached.ifindex) {
+                match datapath.detach(attached.ifindex) {
+                    Ok(()) => info!("{}: no longer guarded: it is not configured", attached.name),
+                    Err(problem) => error!("{}: cannot be released: {problem}", attached.name),
+                }
+                changed = true;
+            }
+        }
+        self.outcomes.retain(|name, _| self.wanted.contains_key(name));
+        self.present.retain(|name, _| self.wanted.contains_key(name));
+        changed
+    }
+
+    /// Whether something has to be tried again.
+    pub fn has_failures(&self) -> bool {
+        self.outcomes
+            .values()
+            .any(|outcome| matches!(outcome, Outcome::Failed(_)))
+    }
+
+    /// For `status`.
+    pub fn report(&self) -> Vec<InterfaceStatus> {
+        let report = self.wanted.iter().map(|(name, wanted)| {
+            let mut status = InterfaceStatus {
+                name: name.clone(),
+                ifindex: self.present.get(name).copied().unwrap_or(0),
+                role: role_name(wanted.role).to_owned(),
+                endpoint: wanted.endpoint,
+                ..InterfaceStatus::default()
+            };
+            match self.outcomes.get(name) {
+                Some(Outcome::Guarded(_, attached)) => {
+                    status.ingress = attached.ingress.map(hook_name);
+                    status.egress = attached.egress.map(hook_name);
+                    status.note.clone_from(&attached.note);
+                }
+                Some(Outcome::Failed(problem)) => status.problem = Some(problem.clone()),
+                None => status.problem = Some("there is no such interface yet".to_owned()),
+            }
+            status
+        });
+        report.collect()
+    }
+}
+
+fn attachment(ifindex: u32, wanted: &Wanted) -> Attachment {
+    Attachment {
+        ifindex,
+        role: wanted.role,
+        endpoint: wanted.endpoint,
+        ingress: match wanted.how.ingress {
+            config::IngressHook::Auto => Hook::Auto,
+            config::IngressHook::Xdp => Hook::Xdp,
+            config::IngressHook::Tc => Hook::Tc,
+        },
+        xdp_mode: match wanted.how.xdp_mode {
+            config::XdpMode::Native => XdpMode::Native,
+            config::XdpMode::Auto => XdpMode::NativeOrGeneric,
+            config::XdpMode::Skb => XdpMode::Generic,
+        },
+        tc: match wanted.how.tc {
+            config::TcHook::Auto => TcMode::Auto,
+            config::TcHook::Tcx => TcMode::Tcx,
+            config::TcHook::Clsact => TcMode::Clsact,
+        },
+    }
+}
+
+fn is_guarded(datapath: &Datapath, ifindex: u32) -> bool {
+    datapath
+        .attachments()
+        .is_ok_and(|all| all.iter().any(|attached| attached.ifindex == ifindex))
+}
+
+const fn role_name(role: Role) -> &'static str {
+    match role {
+        Role::Host => "host",
+        Role::Endpoint => "endpoint",
+    }
+}
+
+/// The names of the configuration.
+fn hook_name(kind: HookKind) -> String {
+    match kind {
+        HookKind::XdpNative => "xdp (native)",
+        HookKind::XdpGeneric => "xdp (skb)",
+        HookKind::Tcx => "tcx",
+        HookKind::Clsact => "clsact",
+    }
+    .to_owned()
+}
+
+fn hook_text(kind: Option<HookKind>) -> String {
+    kind.map_or_else(|| "nothing".to_owned(), hook_name)
+}
+
+/// Takes over the connections that the kernel knows of already.
+fn seed(datapath: &Datapath, config: &Config, world: &World) {
+    let mut found = connections().unwrap_or_else(|problem| {
+        warn!("{problem}; connections of the node that exist already are judged by their next packet");
+        Vec::new()
+    });
+    for endpoint in &config.endpoints {
+        let Some(netns) = &endpoint.netns else { continue };
+        match connections_of_netns(netns) {
+            Ok(more) => found.extend(more),
+            Err(problem) => warn!(
+                "endpoint {}: {problem}; its connections that exist already are judged by their next packet",
+                endpoint.qualified_name()
+            ),
+        }
+    }
+    let addresses = world.endpoints.iter().flat_map(|endpoint| {
+        let id = endpoint.id;
+        endpoint
+            .addresses
+            .iter()
+            .map(move |address| (Addr::from(*address), id))
+    });
+    let local = LocalEndpoints {
+        addresses: addresses.collect(),
+        host: NODE,
+    };
+    let seeded = datapath.config().and_then(|told| {
+        let Some(told) = told else { return Ok(0) };
+        let entries = seeds(&found, &local, &told, monotonic_coarse());
+        datapath.conntrack().seed(&entries)
+    });
+    match seeded {
+        Ok(0) => {}
+        Ok(count) => info!("{count} connections that exist already were taken over"),
+        Err(problem) => warn!("connections that exist already: {problem}"),
+    }
+}

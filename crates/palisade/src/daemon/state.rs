@@ -1,0 +1,175 @@
+//! What outlives the daemon: numbers that must not change, and settings made at run time.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+use tracing::{error, warn};
+
+use super::files::write_atomic;
+
+/// The node's own endpoint. Always the same, so that it never has to be looked up.
+pub const NODE: u16 = 1;
+/// The first number of a workload.
+const FIRST_WORKLOAD: u16 = 2;
+/// Of the layout of the file.
+const VERSION: u32 = 1;
+
+/// The state file's content.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct State<C> {
+    version: u32,
+    /// Numbers of endpoints by `namespace/name`; also of endpoints that are gone, until the numbers are needed.
+    pub endpoints: BTreeMap<String, u16>,
+    /// Endpoints in audit mode by `palisade endpoint config`.
+    pub audit: BTreeSet<String>,
+    /// What the policy compiler wants to have again: identities, rule numbers.
+    pub compiler: C,
+}
+
+/// The state and its file.
+#[derive(Debug)]
+pub struct StateFile<C> {
+    path: PathBuf,
+    /// As it is on the disk.
+    saved: Option<State<C>>,
+    /// As it is now.
+    pub state: State<C>,
+}
+
+impl<C> StateFile<C>
+where
+    C: Clone + Default + PartialEq + Serialize + for<'de> Deserialize<'de>,
+{
+    /// Reads the file. One that cannot be understood is put aside: numbers change then, and audit mode is off.
+    pub fn load(dir: &Path) -> io::Result<Self> {
+        let path = dir.join("state.json");
+        let read = match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice::<State<C>>(&bytes).map_err(|error| error.to_string()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(State::default()),
+            Err(error) => return Err(error),
+        };
+        let read = read.and_then(|state| match state.version {
+            0 | VERSION => Ok(state),
+            other => Err(format!("version {other}, this is version {VERSION}")),
+        });
+        let mut state = match read {
+            Ok(state) => state,
+            Err(problem) => {
+                let aside = path.with_extension("json.broken");
+                error!(
+                    "{}: {problem}; put aside as {}: identities get new numbers, endpoints set to audit mode \
+                     are enforced",
+                    path.display(),
+                    aside.display()
+                );
+                fs::rename(&path, &aside)?;
+                State::default()
+            }
+        };
+        state.version = VERSION;
+        Ok(Self {
+            path,
+            saved: None,
+            state,
+        })
+    }
+
+    /// Writes the file if it would be another.
+    pub fn save(&mut self) -> io::Result<()> {
+        if self.saved.as_ref() == Some(&self.state) {
+            return Ok(());
+        }
+        write_atomic(&self.path, &serde_json::to_vec(&self.state)?)?;
+        self.saved = Some(self.state.clone());
+        Ok(())
+    }
+}
+
+impl<C> State<C> {
+    /// The number of an endpoint, the same one whenever it is asked. `configured` says which names must keep
+    /// theirs when all numbers are taken.
+    pub fn endpoint(&mut self, name: &str, configured: impl Fn(&str) -> bool) -> Option<u16> {
+        if let Some(id) = self.endpoints.get(name) {
+            return Some(*id);
+        }
+        let free = |taken: &BTreeMap<String, u16>| {
+            // The number after the last one given comes first: a number is used again as late as possible.
+            let taken: BTreeSet<u16> = taken.values().copied().collect();
+            let after = taken.last().copied().unwrap_or(0).max(FIRST_WORKLOAD - 1);
+            (after..u16::MAX)
+                .map(|n| n + 1)
+                .chain(FIRST_WORKLOAD..=u16::MAX)
+                .find(|id| !taken.contains(id))
+        };
+        let id = free(&self.endpoints).or_else(|| {
+            warn!("every endpoint number was given once; those of endpoints that are gone are given again");
+            self.endpoints.retain(|name, _| configured(name));
+            free(&self.endpoints)
+        })?;
+        self.endpoints.insert(name.to_owned(), id);
+        Some(id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Numbers = BTreeMap<String, u32>;
+
+    #[test]
+    fn everything_is_there_again_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut file = StateFile::<Numbers>::load(dir.path()).unwrap();
+        assert_eq!(file.state.endpoint("default/a", |_| true), Some(2));
+        assert_eq!(file.state.endpoint("default/b", |_| true), Some(3));
+        file.state.audit.insert("default/a".into());
+        file.state.compiler.insert("app=a".into(), 256);
+        file.save().unwrap();
+        let mut again = StateFile::<Numbers>::load(dir.path()).unwrap();
+        assert_eq!(again.state, file.state);
+        assert_eq!(again.state.endpoint("default/b", |_| true), Some(3));
+        assert_eq!(again.state.endpoint("default/c", |_| true), Some(4));
+    }
+
+    #[test]
+    fn an_unchanged_state_is_not_written_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut file = StateFile::<Numbers>::load(dir.path()).unwrap();
+        file.save().unwrap();
+        fs::remove_file(dir.path().join("state.json")).unwrap();
+        file.save().unwrap();
+        assert!(!dir.path().join("state.json").exists());
+    }
+
+    #[test]
+    fn a_state_that_cannot_be_understood_is_put_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        for text in [
+            "{\"version\":1,\"endp",
+            "{\"version\":9,\"endpoints\":{},\"audit\":[],\"compiler\":{}}",
+            "",
+        ] {
+            fs::write(dir.path().join("state.json"), text).unwrap();
+            let file = StateFile::<Numbers>::load(dir.path()).unwrap();
+            assert!(file.state.endpoints.is_empty());
+            assert_eq!(
+                fs::read_to_string(dir.path().join("state.json.broken")).unwrap(),
+                text
+            );
+        }
+    }
+
+    #[test]
+    fn numbers_of_endpoints_that_are_gone_are_given_again_only_in_need() {
+        let mut state = State::<Numbers>::default();
+        let all = FIRST_WORKLOAD..=u16::MAX;
+        state.endpoints = all.map(|n| (format!("x/{n}"), n)).collect();
+        assert_eq!(state.endpoint("x/new", |_| true), None);
+        assert_eq!(state.endpoint("x/new", |name| name != "x/700"), Some(700));
+    }
+}

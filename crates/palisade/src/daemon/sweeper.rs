@@ -1,0 +1,71 @@
+//! Removes dead connections now and then, on a thread of its own: a walk through a large map takes its time.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use palisade_datapath::{Datapath, monotonic_coarse};
+use palisade_flowlog::{Flow, Ring};
+use tracing::error;
+
+use super::{
+    events,
+    view::{EventNames, Shared},
+};
+
+/// Ends of flows told of after one sweep; more would push everything else out of the ring.
+const TOLD: usize = 1_000;
+
+/// How often; can be changed while the sweeper runs.
+#[derive(Clone, Debug)]
+pub struct Interval(Arc<AtomicU64>);
+
+impl Interval {
+    pub fn new(interval: Duration) -> Self {
+        let new = Self(Arc::default());
+        new.set(interval);
+        new
+    }
+
+    pub fn set(&self, interval: Duration) {
+        let milliseconds = u64::try_from(interval.as_millis()).unwrap_or(u64::MAX);
+        self.0.store(milliseconds, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> Duration {
+        Duration::from_millis(self.0.load(Ordering::Relaxed))
+    }
+}
+
+/// Sweeps for ever.
+pub fn run(
+    datapath: Arc<Datapath>,
+    interval: Interval,
+    ring: Arc<Ring>,
+    shared: Arc<Shared>,
+) -> io::Result<()> {
+    thread::Builder::new().name("sweeper".into()).spawn(move || {
+        loop {
+            thread::sleep(interval.get());
+            let now = monotonic_coarse();
+            match datapath.conntrack().sweep(now) {
+                Ok(sweep) => {
+                    let names = EventNames::new(shared.get());
+                    let offset = events::clock_offset();
+                    let ends = sweep.ended.iter().filter_map(|ended| events::ended(ended, now));
+                    for event in ends.take(TOLD) {
+                        ring.push(Flow::from_event(&event, &names, offset));
+                    }
+                }
+                Err(problem) => error!("sweeping dead connections: {problem}"),
+            }
+        }
+    })?;
+    Ok(())
+}

@@ -1,0 +1,351 @@
+//! What is in force, for those who read: names for the numbers in events, maps explained for listings.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+    sync::{Arc, PoisonError, RwLock},
+};
+
+use ipnet::IpNet;
+use palisade_abi::{CLASS_ANY, CLASS_SLOTS, Class, Identity, protocol};
+use palisade_flowlog::{Names, Owner, RuleInfo as FlowRule, flow::Policy as FlowPolicy};
+use palisade_policy::{
+    rule::PolicyKind,
+    snapshot::{RuleInfo, RuleKey, Snapshot},
+    world::World,
+};
+
+/// The state that is in force.
+#[derive(Debug, Default)]
+pub struct View {
+    /// Name of the node.
+    pub node: Arc<str>,
+    /// What the maps hold.
+    pub snapshot: Snapshot,
+    /// Names of interfaces by index.
+    pub interfaces: BTreeMap<u32, Arc<str>>,
+    owners: HashMap<u16, Owner>,
+    addresses: HashMap<IpAddr, Owner>,
+}
+
+impl View {
+    /// The view of a state.
+    pub fn new(node: &str, snapshot: Snapshot, world: &World, links: &BTreeMap<String, u32>) -> Self {
+        let mut owners = HashMap::new();
+        let mut addresses = HashMap::new();
+        for peer in &world.peers {
+            let owner = Owner {
+                name: peer.name.as_str().into(),
+                namespace: peer
+                    .labels
+                    .get("k8s", "io.kubernetes.pod.namespace")
+                    .unwrap_or_default()
+                    .into(),
+                ..Owner::default()
+            };
+            for prefix in &peer.prefixes {
+                if prefix.prefix_len() == prefix.max_prefix_len() {
+                    let identity = snapshot.identity_of(prefix.addr()).identity;
+                    addresses.insert(
+                        prefix.addr(),
+                        Owner {
+                            identity,
+                            ..owner.clone()
+                        },
+                    );
+                }
+            }
+        }
+        for endpoint in &world.endpoints {
+            let owner = Owner {
+                endpoint: endpoint.id,
+                identity: snapshot
+                    .endpoints
+                    .get(&endpoint.id)
+                    .map_or(0, |state| state.identity),
+                namespace: endpoint.namespace.as_str().into(),
+                name: endpoint.name.as_str().into(),
+            };
+            for address in &endpoint.addresses {
+                addresses.insert(*address, owner.clone());
+            }
+            owners.insert(endpoint.id, owner);
+        }
+        Self {
+            node: node.into(),
+            snapshot,
+            interfaces: links
+                .iter()
+                .map(|(name, index)| (*index, name.as_str().into()))
+                .collect(),
+            owners,
+            addresses,
+        }
+    }
+
+    /// Labels of an identity, `source:key=value`.
+    pub fn labels(&self, identity: Identity) -> Vec<String> {
+        let labels = self.snapshot.identities.get(&identity);
+        labels.map_or_else(Vec::new, |labels| {
+            labels.iter().map(ToString::to_string).collect()
+        })
+    }
+
+    /// What decided, in words.
+    pub fn rule(&self, id: u32) -> String {
+        self.snapshot
+            .rules
+            .get(&id)
+            .map_or_else(|| format!("rule {id}"), ToString::to_string)
+    }
+}
+
+/// The view that counts now. Readers take what is there and are not held up.
+#[derive(Debug, Default)]
+pub struct Shared(RwLock<Arc<View>>);
+
+impl Shared {
+    /// What is in force.
+    pub fn get(&self) -> Arc<View> {
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Replaces it.
+    pub fn set(&self, view: View) {
+        let view = Arc::new(view);
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = view;
+    }
+}
+
+/// Names for the numbers in events, remembered while the view is the same.
+pub struct EventNames {
+    view: Arc<View>,
+    labels: RefCell<HashMap<Identity, Arc<[Arc<str>]>>>,
+    rules: RefCell<HashMap<u32, FlowRule>>,
+}
+
+impl EventNames {
+    pub fn new(view: Arc<View>) -> Self {
+        Self {
+            view,
+            labels: RefCell::default(),
+            rules: RefCell::default(),
+        }
+    }
+
+    /// Whether this is the view that it has the names of.
+    pub fn is_of(&self, view: &Arc<View>) -> bool {
+        Arc::ptr_eq(&self.view, view)
+    }
+}
+
+impl Names for EventNames {
+    fn node(&self) -> Arc<str> {
+        Arc::clone(&self.view.node)
+    }
+
+    fn labels(&self, identity: u32) -> Option<Arc<[Arc<str>]>> {
+        if let Some(known) = self.labels.borrow().get(&identity) {
+            return Some(Arc::clone(known));
+        }
+        let labels = self.view.snapshot.identities.get(&identity)?;
+        let texts: Arc<[Arc<str>]> = labels.iter().map(|label| label.to_string().into()).collect();
+        self.labels.borrow_mut().insert(identity, Arc::clone(&texts));
+        Some(texts)
+    }
+
+    fn endpoint(&self, id: u16) -> Option<Owner> {
+        self.view.owners.get(&id).cloned()
+    }
+
+    fn address(&self, address: IpAddr) -> Option<Owner> {
+        self.view.addresses.get(&address).cloned()
+    }
+
+    fn rule(&self, id: u32) -> Option<FlowRule> {
+        if let Some(known) = self.rules.borrow().get(&id) {
+            return Some(known.clone());
+        }
+        let rule = flow_rule(self.view.snapshot.rules.get(&id)?);
+        self.rules.borrow_mut().insert(id, rule.clone());
+        Some(rule)
+    }
+
+    fn interface(&self, ifindex: u32) -> Option<Arc<str>> {
+        self.view.interfaces.get(&ifindex).cloned()
+    }
+}
+
+/// The name of a policy's kind, as it is written in files.
+pub const fn kind_name(kind: PolicyKind) -> &'static str {
+    match kind {
+        PolicyKind::Cnp => "CiliumNetworkPolicy",
+        PolicyKind::Ccnp => "CiliumClusterwideNetworkPolicy",
+        PolicyKind::Knp => "NetworkPolicy",
+        PolicyKind::Raw => "rule",
+    }
+}
+
+fn flow_rule(rule: &RuleInfo) -> FlowRule {
+    let policy = |qualified: &str, kind: &str| {
+        let (namespace, name) = qualified.split_once('/').unwrap_or(("", qualified));
+        FlowPolicy {
+            name: name.into(),
+            namespace: namespace.into(),
+            kind: kind.into(),
+            ..FlowPolicy::default()
+        }
+    };
+    let default_deny = matches!(
+        rule.key,
+        RuleKey::DefaultDeny { .. } | RuleKey::AlwaysEnforced { .. } | RuleKey::InitEndpoint { .. }
+    );
+    let policies = match &rule.key {
+        RuleKey::Rule(place) => vec![policy(&place.policy, kind_name(place.kind))],
+        RuleKey::DefaultDeny { policy: name, .. } | RuleKey::DefaultAllow { policy: name, .. } => {
+            vec![policy(name, "")]
+        }
+        RuleKey::AlwaysEnforced { .. }
+        | RuleKey::NotEnforced { .. }
+        | RuleKey::LocalhostAlways
+        | RuleKey::InitEndpoint { .. } => Vec::new(),
+    };
+    let location = rule.location.as_ref().filter(|location| location.line > 0);
+    FlowRule {
+        policies: policies.into(),
+        text: RuleInfo {
+            location: None,
+            ..rule.clone()
+        }
+        .to_string()
+        .into(),
+        location: location.map_or_else(Arc::default, |at| format!("{}:{}", at.file, at.line).into()),
+        default_deny,
+    }
+}
+
+/// What each class of a class table means, in the form `80/TCP`, `8000-8999/UDP`, `ANY/SCTP`, `ICMP 8`.
+pub fn class_names(classes: &[Class]) -> HashMap<Class, Vec<String>> {
+    let mut names: HashMap<Class, Vec<String>> = HashMap::new();
+    names.insert(CLASS_ANY, vec!["ANY".to_owned()]);
+    if classes.len() != CLASS_SLOTS {
+        return names;
+    }
+    for (number, name) in [
+        (protocol::TCP, "TCP"),
+        (protocol::UDP, "UDP"),
+        (protocol::SCTP, "SCTP"),
+    ] {
+        let class = |port: u16| classes[palisade_abi::class_slot(number, port) as usize];
+        for (class, first, last) in runs(class, u16::MAX) {
+            let ports = match (first, last) {
+                (0, u16::MAX) => "ANY".to_owned(),
+                (first, last) if first == last => first.to_string(),
+                (first, last) => format!("{first}-{last}"),
+            };
+            names.entry(class).or_default().push(format!("{ports}/{name}"));
+        }
+    }
+    for (number, name) in [(protocol::ICMP, "ICMP"), (protocol::ICMPV6, "ICMPv6")] {
+        let class = |kind: u16| classes[palisade_abi::class_slot(number, kind) as usize];
+        for (class, first, last) in runs(class, 255) {
+            let kinds = match (first, last) {
+                (0, 255) => format!("ANY/{name}"),
+                (first, last) if first == last => format!("{name} {first}"),
+                (first, last) => format!("{name} {first}-{last}"),
+            };
+            names.entry(class).or_default().push(kinds);
+        }
+    }
+    let with_slots_of_their_own = [
+        protocol::TCP,
+        protocol::UDP,
+        protocol::SCTP,
+        protocol::ICMP,
+        protocol::ICMPV6,
+    ];
+    let class = |number: u16| {
+        let number = u8::try_from(number).unwrap_or(u8::MAX);
+        if with_slots_of_their_own.contains(&number) {
+            CLASS_ANY
+        } else {
+            classes[palisade_abi::class_slot(number, 0) as usize]
+        }
+    };
+    for (class, first, last) in runs(class, 255) {
+        if class != CLASS_ANY {
+            let protocols = if first == last {
+                format!("protocol {first}")
+            } else {
+                format!("protocols {first}-{last}")
+            };
+            names.entry(class).or_default().push(protocols);
+        }
+    }
+    names
+}
+
+/// Stretches of the same class: class, first, last.
+fn runs(class: impl Fn(u16) -> Class, last: u16) -> Vec<(Class, u16, u16)> {
+    let mut runs: Vec<(Class, u16, u16)> = Vec::new();
+    for at in 0..=last {
+        let class = class(at);
+        match runs.last_mut() {
+            Some(run) if run.0 == class => run.2 = at,
+            _ => runs.push((class, at, at)),
+        }
+    }
+    runs
+}
+
+/// A prefix of the trie as people write it.
+pub fn prefix_text(key: palisade_abi::PrefixKey) -> String {
+    let address = IpAddr::from(key.addr);
+    let length = match address {
+        IpAddr::V4(_) => key.length.saturating_sub(96),
+        IpAddr::V6(_) => key.length,
+    };
+    let length = u8::try_from(length).unwrap_or(u8::MAX);
+    IpNet::new(address, length).map_or_else(|_| format!("{address}/{length}"), |net| net.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use palisade_abi::{PrefixKey, class_slot};
+
+    use super::*;
+
+    #[test]
+    fn classes_are_named_by_their_ports() {
+        let mut classes = vec![1; CLASS_SLOTS];
+        let mut set = |protocol, port, class| classes[class_slot(protocol, port) as usize] = class;
+        set(protocol::TCP, 80, 2);
+        for port in 8_000..=8_999 {
+            set(protocol::TCP, port, 3);
+        }
+        set(protocol::UDP, 53, 2);
+        set(protocol::ICMP, 8, 4);
+        set(112, 0, 5);
+        let names = class_names(&classes);
+        assert_eq!(names[&CLASS_ANY], ["ANY"]);
+        assert_eq!(names[&2], ["80/TCP", "53/UDP"]);
+        assert_eq!(names[&3], ["8000-8999/TCP"]);
+        assert_eq!(names[&4], ["ICMP 8"]);
+        assert_eq!(names[&5], ["protocol 112"]);
+        assert!(names[&1].contains(&"ANY/SCTP".to_owned()));
+        assert!(names[&1].contains(&"0-79/TCP".to_owned()));
+    }
+
+    #[test]
+    fn prefixes_are_written_in_their_family() {
+        let key = |addr: &str, length| PrefixKey {
+            length,
+            addr: addr.parse::<IpAddr>().unwrap().into(),
+        };
+        assert_eq!(prefix_text(key("10.0.0.0", 104)), "10.0.0.0/8");
+        assert_eq!(prefix_text(key("2001:db8::", 32)), "2001:db8::/32");
+        // The IPv6 prefix that all of mapped IPv4 is in.
+        assert_eq!(prefix_text(key("::", 0)), "::/0");
+    }
+}
