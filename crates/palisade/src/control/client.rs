@@ -19,27 +19,25 @@ use super::{
 pub enum ClientError {
     /// Nobody listens.
     #[error(
-        "the daemon is not running ({socket}: {source}); start it with `systemctl start palisade` or `palisade run`"
+        "the daemon is not running ({socket}: {error}); start it with `systemctl start palisade` or `palisade run`"
     )]
     NotRunning {
         /// The socket.
         socket: PathBuf,
         /// What connecting gave.
-        #[source]
-        source: io::Error,
+        error: io::Error,
     },
     /// The socket is not for this user.
-    #[error("{socket}: {source}; the daemon answers only root: use sudo")]
+    #[error("{socket}: {error}; the daemon answers only root: use sudo")]
     NotPermitted {
         /// The socket.
         socket: PathBuf,
         /// What connecting gave.
-        #[source]
-        source: io::Error,
+        error: io::Error,
     },
     /// The connection broke, or what came is not the protocol.
     #[error("the daemon's answer cannot be read: {0}")]
-    Broken(#[source] io::Error),
+    Broken(io::Error),
     /// The daemon says what is wrong with the request.
     #[error("{0}")]
     Refused(String),
@@ -54,11 +52,11 @@ pub struct Client {
 impl Client {
     /// Connects and sends the request.
     pub fn send(socket: &Path, request: &Request) -> Result<Self, ClientError> {
-        let stream = UnixStream::connect(socket).map_err(|source| {
+        let stream = UnixStream::connect(socket).map_err(|error| {
             let socket = socket.to_owned();
-            match source.kind() {
-                io::ErrorKind::PermissionDenied => ClientError::NotPermitted { socket, source },
-                _ => ClientError::NotRunning { socket, source },
+            match error.kind() {
+                io::ErrorKind::PermissionDenied => ClientError::NotPermitted { socket, error },
+                _ => ClientError::NotRunning { socket, error },
             }
         })?;
         let mut line = serde_json::to_vec(request).map_err(|error| ClientError::Broken(error.into()))?;
