@@ -1,7 +1,7 @@
 //! `palisade run`, `status` and `stop`.
 
 use std::{
-    io::{self, Write},
+    io::{self, IsTerminal as _, Write},
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -35,6 +35,7 @@ pub fn run(path: &Path) -> anyhow::Result<u8> {
     tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
         .with_target(false)
         .init();
     let Some(config) = load_config(path) else {

@@ -143,7 +143,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     };
     // The maps first, then the programs: nothing is ever judged by half a policy.
     control.tell_programs()?;
-    control.new_world(started)?;
+    control.new_world(Instant::now())?;
     if let Some(problem) = &control.engine.problem
         && datapath.is_fresh()
     {
