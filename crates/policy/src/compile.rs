@@ -11,9 +11,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use palisade_abi::{
-    Addr, Direction, EndpointState, Identity, IpcacheEntry, PrefixKey, identity, protocol,
-};
+use palisade_abi::{Addr, Direction, EndpointState, Identity, IpcacheEntry, PrefixKey, identity, protocol};
 use serde::{Deserialize, Serialize};
 
 use crate::{

@@ -1,0 +1,206 @@
+//! The compiled table against the rules themselves, and plans against every packet after every single write.
+
+mod support;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+};
+
+use palisade_abi::{Decision, PolicyEntry, entry_flags};
+use palisade_policy::{
+    compile::{Changes, Compiler, CompilerState, FileContent},
+    plan::plan,
+    snapshot::{RuleKey, Snapshot, inspector_name},
+    world::World,
+};
+use proptest::prelude::*;
+use support::{
+    maps::Maps,
+    naive::{Judged, Naive, Verdict},
+    random::{ADDRESSES, Packet, Tape, file, files, packets, world},
+};
+
+fn changes(world: Option<World>, files: &BTreeMap<String, FileContent>) -> Changes {
+    Changes {
+        world,
+        files: files
+            .iter()
+            .map(|(name, content)| (name.clone(), Some(content.clone())))
+            .collect(),
+    }
+}
+
+fn judged(snapshot: &Snapshot, packet: &Packet) -> Option<(Judged, PolicyEntry)> {
+    let other = snapshot.identity_of(packet.remote).identity;
+    let entry = snapshot.judge(
+        packet.endpoint,
+        packet.direction,
+        other,
+        packet.protocol,
+        packet.port,
+    )?;
+    let verdict = match Decision::from_u8(entry.decision) {
+        Decision::Allow => Verdict::Allow,
+        Decision::Deny => Verdict::Deny,
+        Decision::DenyExplicit => Verdict::DenyExplicit,
+        Decision::AuthRequired => Verdict::Auth,
+        Decision::Inspect => Verdict::Inspect(inspector_name(snapshot.rulesets[&entry.ruleset].reads)),
+    };
+    Some(((verdict, entry.flags & entry_flags::AUDIT != 0), entry))
+}
+
+/// What a packet notices of an entry.
+fn noticed(entry: Option<PolicyEntry>) -> Option<(u8, u8, u8)> {
+    entry.map(|entry| (entry.decision, entry.flags & entry_flags::AUDIT, entry.inspector))
+}
+
+/// The packets, their verdicts in two states, and a look at all of them in between.
+struct Watch {
+    packets: Vec<(Packet, [Option<(u8, u8, u8)>; 2])>,
+}
+
+impl Watch {
+    fn new(old: &Maps, new: &Snapshot) -> Self {
+        Self {
+            packets: packets()
+                .into_iter()
+                .map(|packet| {
+                    let new = judged(new, &packet).map(|(_, entry)| entry);
+                    (packet, [noticed(old.judge(&packet)), noticed(new)])
+                })
+                .collect(),
+        }
+    }
+
+    fn look(&self, maps: &Maps, step: usize) {
+        let others: HashMap<IpAddr, u32> = ADDRESSES
+            .iter()
+            .filter_map(|text| text.parse::<IpAddr>().ok())
+            .map(|address| (address, maps.identity(address.into())))
+            .collect();
+        for (packet, allowed) in &self.packets {
+            let now = noticed(maps.judge_from(others[&packet.remote], packet));
+            assert!(
+                allowed.contains(&now),
+                "step {step}: {packet:?} gets {now:?}, neither {:?} (old) nor {:?} (new)",
+                allowed[0],
+                allowed[1]
+            );
+        }
+    }
+}
+
+fn carry_out(maps: &mut Maps, old: &Snapshot, new: &Snapshot) {
+    let watch = Watch::new(maps, new);
+    for (step, op) in plan(old, new).iter().enumerate() {
+        maps.apply(op, |maps| watch.look(maps, step));
+    }
+    maps.assert_equal(new);
+}
+
+fn tape(length: usize) -> impl Strategy<Value = Vec<u8>> {
+    proptest::collection::vec(any::<u8>(), 0..length)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, max_shrink_iters: 200, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_table_says_what_the_rules_say(bytes in tape(500)) {
+        let mut tape = Tape::new(&bytes);
+        let world = world(&mut tape);
+        let files = files(&mut tape);
+        let mut compiler = Compiler::new(&CompilerState::default());
+        if compiler.update(changes(Some(world.clone()), &files)).is_err() {
+            // Rules that exclude each other.
+            return Ok(());
+        }
+        let snapshot = compiler.snapshot();
+        let naive = Naive::new(&world, &files);
+        for packet in packets() {
+            let table = judged(snapshot, &packet);
+            prop_assert_eq!(table.map(|(verdict, _)| verdict), naive.judge(&packet), "{:?}", packet);
+            if let Some(((verdict, _), entry)) = table {
+                let info = snapshot.rules.get(&entry.rule);
+                prop_assert!(info.is_some(), "rule {} is not known", entry.rule);
+                let names_denial = matches!(&info.unwrap().key, RuleKey::Rule(place) if place.section.denies());
+                prop_assert_eq!(names_denial, verdict == Verdict::DenyExplicit);
+            }
+        }
+    }
+
+    #[test]
+    fn no_packet_notices_a_change(bytes in tape(900), restart in any::<bool>()) {
+        let mut tape = Tape::new(&bytes);
+        let mut the_world = world(&mut tape);
+        let mut the_files = files(&mut tape);
+        let dual_stack = the_world.options.dual_stack;
+        let mut compiler = Compiler::new(&CompilerState::default());
+        if compiler.update(changes(Some(the_world.clone()), &the_files)).is_err() {
+            return Ok(());
+        }
+        let snapshot = compiler.snapshot().clone();
+        let mut maps = Maps::empty(snapshot.world_ipv4, snapshot.world_ipv6);
+        let mut old = maps.read_back();
+        carry_out(&mut maps, &old, &snapshot);
+        old = snapshot;
+        for _ in 0..3 {
+            let mut change = Changes::default();
+            if tape.pick(2) == 1 {
+                the_world = world(&mut tape);
+                // Who the world is belongs to the configuration of the programs, which no plan changes.
+                the_world.options.dual_stack = dual_stack;
+                change.world = Some(the_world.clone());
+            }
+            for _ in 0..tape.pick(3) {
+                let name = format!("{}.yaml", tape.pick(5));
+                if tape.pick(4) == 3 {
+                    the_files.remove(&name);
+                    change.files.insert(name, None);
+                } else {
+                    let content = file(&mut tape, &name);
+                    the_files.insert(name.clone(), content.clone());
+                    change.files.insert(name, Some(content));
+                }
+            }
+            if restart {
+                let state = serde_json::to_string(&compiler.state()).unwrap();
+                compiler = Compiler::new(&serde_json::from_str(&state).unwrap());
+                old = maps.read_back();
+                compiler.avoid(&old);
+                change = changes(Some(the_world.clone()), &the_files);
+            }
+            if compiler.update(change).is_err() {
+                // What was there stays.
+                if restart {
+                    return Ok(());
+                }
+                prop_assert!(plan(&old, compiler.snapshot()).is_empty());
+                return Ok(());
+            }
+            let new = compiler.snapshot().clone();
+            let before: Vec<_> = packets().iter().map(|packet| (*packet, noticed(maps.judge(packet)))).collect();
+            let revisions: Vec<_> = (0..10).map(|id| maps.endpoint(id).map(|state| state.revision)).collect();
+            carry_out(&mut maps, &old, &new);
+            // Flows of an endpoint whose verdicts have changed are judged again.
+            for (packet, verdict) in before {
+                let state = maps.endpoint(packet.endpoint);
+                if verdict.is_some() && verdict != noticed(maps.judge(&packet)) && let Some(state) = state {
+                    prop_assert_ne!(Some(state.revision), revisions[usize::from(packet.endpoint)]);
+                }
+            }
+            // What is compiled step by step is what is compiled at once.
+            let mut at_once = Compiler::new(&CompilerState::default());
+            prop_assert!(at_once.update(changes(Some(the_world.clone()), &the_files)).is_ok());
+            for packet in packets() {
+                prop_assert_eq!(
+                    judged(&new, &packet).map(|(verdict, _)| verdict),
+                    judged(at_once.snapshot(), &packet).map(|(verdict, _)| verdict),
+                    "{:?}", packet
+                );
+            }
+            old = new;
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! The BPF maps as ordinary ones, and the lookups of the programs over them.
+
+use std::collections::HashMap;
+
+use palisade_abi::{
+    Addr, CLASS_ANY, CLASS_SLOTS, Class, EndpointState, IpcacheEntry, PolicyEntry, PolicyKey, PrefixKey,
+    class_slot, class_slot_unknown_port, identity,
+};
+use palisade_policy::{
+    plan::{MapContents, Op},
+    snapshot::Snapshot,
+};
+
+use super::random::Packet;
+
+#[derive(Clone, Default)]
+pub struct Maps {
+    addresses: HashMap<Addr, IpcacheEntry>,
+    prefixes: HashMap<PrefixKey, IpcacheEntry>,
+    classes: Vec<Class>,
+    policy: HashMap<PolicyKey, PolicyEntry>,
+    endpoints: HashMap<u16, EndpointState>,
+    /// From the configuration of the programs.
+    world: (u32, u32),
+}
+
+impl Maps {
+    pub fn empty(world_ipv4: u32, world_ipv6: u32) -> Self {
+        Self {
+            classes: vec![0; CLASS_SLOTS],
+            world: (world_ipv4, world_ipv6),
+            ..Self::default()
+        }
+    }
+
+    /// Carries out a step, and calls `look` after every single write.
+    pub fn apply(&mut self, op: &Op, mut look: impl FnMut(&Self)) {
+        match op {
+            Op::PolicyPut(entries) => {
+                for (key, entry) in entries {
+                    self.policy.insert(*key, *entry);
+                    look(self);
+                }
+            }
+            Op::PolicyDelete(keys) => {
+                for key in keys {
+                    self.policy.remove(key);
+                    look(self);
+                }
+            }
+            Op::ClassPut(slots) => {
+                for (slot, class) in slots {
+                    self.classes[*slot as usize] = *class;
+                }
+                look(self);
+            }
+            Op::AddressPut(addr, entry) => {
+                self.addresses.insert(*addr, *entry);
+            }
+            Op::AddressDelete(addr) => {
+                self.addresses.remove(addr);
+            }
+            Op::PrefixPut(key, entry) => {
+                self.prefixes.insert(*key, *entry);
+            }
+            Op::PrefixDelete(key) => {
+                self.prefixes.remove(key);
+            }
+            Op::EndpointPut(id, state) => {
+                if *state == EndpointState::default() {
+                    self.endpoints.remove(id);
+                } else {
+                    self.endpoints.insert(*id, *state);
+                }
+            }
+        }
+        look(self);
+    }
+
+    /// Who an address is.
+    pub fn identity(&self, address: Addr) -> u32 {
+        if let Some(entry) = self.addresses.get(&address) {
+            return entry.identity;
+        }
+        let inside = |key: &PrefixKey| {
+            let shift = 128 - key.length;
+            let bits = |addr: Addr| u128::from_be_bytes(addr.bytes()).checked_shr(shift).unwrap_or(0);
+            bits(key.addr) == bits(address)
+        };
+        let longest = self
+            .prefixes
+            .iter()
+            .filter(|(key, _)| inside(key))
+            .max_by_key(|(key, _)| key.length);
+        match longest {
+            Some((_, entry)) => entry.identity,
+            None if address.is_v4() => self.world.0,
+            None => self.world.1,
+        }
+    }
+
+    /// What the programs decide; `None`: no policy, dropped.
+    pub fn judge(&self, packet: &Packet) -> Option<PolicyEntry> {
+        self.judge_from(self.identity(packet.remote.into()), packet)
+    }
+
+    /// The same, when it is known who the other end is.
+    pub fn judge_from(&self, other: u32, packet: &Packet) -> Option<PolicyEntry> {
+        let state = self.endpoints.get(&packet.endpoint)?;
+        let slot = match packet.port {
+            Some(port) => class_slot(packet.protocol, port),
+            None => class_slot_unknown_port(packet.protocol),
+        };
+        let class = self.classes[slot as usize];
+        [
+            (other, class),
+            (other, CLASS_ANY),
+            (identity::ANY, class),
+            (identity::ANY, CLASS_ANY),
+        ]
+        .into_iter()
+        .find_map(|(identity, class)| {
+            self.policy
+                .get(&PolicyKey {
+                    policy: state.policy,
+                    identity,
+                    class,
+                    direction: packet.direction as u8,
+                    zero: 0,
+                })
+                .copied()
+        })
+    }
+
+    /// As they are read back after a restart.
+    pub fn read_back(&self) -> Snapshot {
+        Snapshot::from_maps(MapContents {
+            addresses: self.addresses.clone(),
+            prefixes: self.prefixes.clone(),
+            classes: self.classes.clone(),
+            policy: self.policy.iter().map(|(key, entry)| (*key, *entry)).collect(),
+            endpoints: self.endpoints.iter().map(|(id, state)| (*id, *state)).collect(),
+            world_ipv4: self.world.0,
+            world_ipv6: self.world.1,
+        })
+    }
+
+    /// Panics where they hold anything else than a snapshot says.
+    pub fn assert_equal(&self, snapshot: &Snapshot) {
+        assert_eq!(self.addresses, *snapshot.addresses);
+        assert_eq!(self.prefixes, *snapshot.prefixes);
+        assert!(self.classes == *snapshot.classes, "classes differ");
+        let mut policy = HashMap::new();
+        for (id, table) in &snapshot.tables {
+            for (key, entry) in &table.entries {
+                policy.insert(key.with_policy(*id), *entry);
+            }
+        }
+        assert_eq!(self.policy, policy);
+        assert_eq!(
+            self.endpoints,
+            snapshot.endpoints.iter().map(|(id, s)| (*id, *s)).collect()
+        );
+    }
+
+    pub fn endpoint(&self, id: u16) -> Option<EndpointState> {
+        self.endpoints.get(&id).copied()
+    }
+}

@@ -1,0 +1,433 @@
+//! The rules read one by one, as the language describes them: no identities, no classes, no table.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use ipnet::IpNet;
+use palisade_abi::Direction;
+use palisade_policy::{
+    compile::FileContent,
+    labels::Labels,
+    rule::{
+        CidrGroup, CidrRule, Entity, L4Protocol, L7, L7Rules, LabelSource, Peer, Peers, Policy, PortSpec,
+        Ports, Requirement, Rule, Selector, Spec, Subject, Test,
+    },
+    world::{Endpoint, Enforcement, World},
+};
+
+use super::random::Packet;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Allow,
+    Deny,
+    DenyExplicit,
+    Auth,
+    Inspect(&'static str),
+}
+
+/// A verdict, and whether it passes by audit mode.
+pub type Judged = (Verdict, bool);
+
+/// The other end: its labels, and for an address of the world the longest prefix that anybody mentions.
+struct Other {
+    labels: Labels,
+    prefix: Option<IpNet>,
+}
+
+pub struct Naive<'a> {
+    world: &'a World,
+    policies: Vec<&'a Policy>,
+    groups: Vec<&'a CidrGroup>,
+}
+
+impl<'a> Naive<'a> {
+    pub fn new(world: &'a World, files: &'a BTreeMap<String, FileContent>) -> Self {
+        Self {
+            world,
+            policies: files.values().flat_map(|file| &file.policies).collect(),
+            groups: files.values().flat_map(|file| &file.cidr_groups).collect(),
+        }
+    }
+
+    fn cidr_rules(&self, peer: &Peer) -> Vec<CidrRule> {
+        let groups = |chosen: &dyn Fn(&CidrGroup) -> bool, except: &Vec<IpNet>| {
+            self.groups
+                .iter()
+                .filter(|group| chosen(group))
+                .flat_map(|group| &group.cidrs)
+                .map(|cidr| CidrRule {
+                    cidr: *cidr,
+                    except: except.clone(),
+                })
+                .collect()
+        };
+        match peer {
+            Peer::Cidr(rule) => vec![rule.clone()],
+            Peer::CidrGroup { name, except } => groups(&|group| group.name == *name, except),
+            // The only group selector that is made asks for kind=lab.
+            Peer::CidrGroupSelector { except, .. } => groups(
+                &|group| group.labels.contains(&("kind".into(), "lab".into())),
+                except,
+            ),
+            _ => Vec::new(),
+        }
+    }
+
+    fn rules(&self) -> impl Iterator<Item = &'a Rule> {
+        self.policies
+            .iter()
+            .flat_map(|policy| &policy.specs)
+            .flat_map(|spec| [&spec.ingress, &spec.ingress_deny, &spec.egress, &spec.egress_deny])
+            .flatten()
+            .flatten()
+    }
+
+    fn who(&self, address: IpAddr) -> Other {
+        let endpoints = &self.world.endpoints;
+        if let Some(endpoint) = endpoints
+            .iter()
+            .find(|endpoint| endpoint.addresses.contains(&address))
+        {
+            return Other {
+                labels: endpoint.labels.clone(),
+                prefix: None,
+            };
+        }
+        let is_world = |labels: &Labels| {
+            labels
+                .iter()
+                .any(|l| l.source == "reserved" && l.key.starts_with("world"))
+        };
+        let peer = self
+            .world
+            .peers
+            .iter()
+            .flat_map(|peer| peer.prefixes.iter().map(move |prefix| (prefix, peer)))
+            .filter(|(prefix, _)| prefix.contains(&address))
+            .max_by_key(|(prefix, _)| prefix.prefix_len());
+        let labelled = |inner: &IpNet| {
+            let peers = self.world.peers.iter().filter(|peer| !is_world(&peer.labels));
+            peers
+                .flat_map(|peer| &peer.prefixes)
+                .any(|outer| outer.contains(inner))
+        };
+        let mentioned = self
+            .rules()
+            .filter_map(|rule| match &rule.peers {
+                Peers::OneOf(peers) => Some(peers),
+                _ => None,
+            })
+            .flatten()
+            .flat_map(|peer| self.cidr_rules(peer))
+            .flat_map(|rule| rule.except.into_iter().chain([rule.cidr]))
+            .filter(|prefix| prefix.contains(&address) && prefix.prefix_len() > 0 && !labelled(prefix))
+            .max_by_key(IpNet::prefix_len);
+        let peer_length = peer.map_or(0, |(prefix, _)| prefix.prefix_len());
+        match (peer, mentioned) {
+            (Some((prefix, peer)), mentioned) if mentioned.is_none_or(|m| m.prefix_len() <= peer_length) => {
+                Other {
+                    labels: peer.labels.clone(),
+                    prefix: is_world(&peer.labels).then_some(*prefix),
+                }
+            }
+            (_, mentioned) => Other {
+                labels: self.world.options.world_labels(address.is_ipv6()),
+                prefix: mentioned,
+            },
+        }
+    }
+
+    pub fn judge(&self, packet: &Packet) -> Option<Judged> {
+        let subject = self
+            .world
+            .endpoints
+            .iter()
+            .find(|endpoint| endpoint.id == packet.endpoint)?;
+        let other = self.who(packet.remote);
+        Some(self.judge_other(subject, packet, &other))
+    }
+
+    fn judge_other(&self, subject: &Endpoint, packet: &Packet, other: &Other) -> Judged {
+        let options = self.world.options;
+        if options.enforcement == Enforcement::Never {
+            return (Verdict::Allow, false);
+        }
+        let selected: Vec<(&Policy, &Spec)> = self
+            .policies
+            .iter()
+            .flat_map(|policy| policy.specs.iter().map(move |spec| (*policy, spec)))
+            .filter(|(_, spec)| match &spec.subject {
+                Subject::Endpoints(selector) => !subject.is_node() && selects(selector, &subject.labels),
+                Subject::Node(selector) => subject.is_node() && selects(selector, &subject.labels),
+            })
+            .collect();
+        let ingress = packet.direction == Direction::Ingress;
+        let sections = |spec: &'a Spec| -> (&'a [Rule], &'a [Rule]) {
+            let (allow, deny) = if ingress {
+                (&spec.ingress, &spec.ingress_deny)
+            } else {
+                (&spec.egress, &spec.egress_deny)
+            };
+            (
+                allow.as_deref().unwrap_or_default(),
+                deny.as_deref().unwrap_or_default(),
+            )
+        };
+        let default_deny = |spec: &Spec| {
+            if ingress {
+                spec.default_deny_ingress
+            } else {
+                spec.default_deny_egress
+            }
+            .unwrap_or(true)
+        };
+        let with_rules: Vec<(&Policy, &Spec)> = selected
+            .iter()
+            .map(|(policy, spec)| (*policy, *spec))
+            .filter(|(_, spec)| {
+                let (allow, deny) = if ingress {
+                    (&spec.ingress, &spec.ingress_deny)
+                } else {
+                    (&spec.egress, &spec.egress_deny)
+                };
+                !allow.as_deref().unwrap_or_default().is_empty()
+                    || !deny.as_deref().unwrap_or_default().is_empty()
+            })
+            .collect();
+        let denying: Vec<&Policy> = with_rules
+            .iter()
+            .filter(|(_, spec)| default_deny(spec))
+            .map(|(policy, _)| *policy)
+            .collect();
+        let strict = options.enforcement == Enforcement::Always
+            || subject.labels.iter().any(|label| label.key == "init");
+        if with_rules.is_empty() && !strict {
+            return (Verdict::Allow, false);
+        }
+        let audit_all = options.audit || subject.audit;
+        let default_allow = !strict && denying.is_empty();
+
+        let mut deny_enforced = false;
+        let mut deny_audited = false;
+        let mut allows: Vec<(&Policy, &Rule, &L7)> = Vec::new();
+        let mut plain = default_allow;
+        static NONE: L7 = L7 {
+            rules: L7Rules::None,
+            server_names: Vec::new(),
+            terminating_tls: None,
+            originating_tls: None,
+            listener: None,
+        };
+        for (policy, spec) in self.spec_refs(&selected) {
+            let (allow, deny) = sections(spec);
+            for rule in deny {
+                if self.rule_matches(rule, subject, packet, other).next().is_some() {
+                    if policy.audit {
+                        deny_audited = true
+                    } else {
+                        deny_enforced = true
+                    }
+                }
+            }
+            for rule in allow {
+                for l7 in self.rule_matches(rule, subject, packet, other) {
+                    allows.push((policy, rule, l7.unwrap_or(&NONE)));
+                }
+            }
+        }
+        if ingress
+            && options.allow_localhost
+            && !subject.is_node()
+            && other
+                .labels
+                .iter()
+                .any(|l| l.source == "reserved" && l.key == "host")
+        {
+            plain = true;
+        }
+        if deny_enforced {
+            return (Verdict::DenyExplicit, audit_all);
+        }
+        let kinds = ["http", "kafka", "tls", "dns"];
+        let kind = |l7: &L7| match l7.rules {
+            L7Rules::Http(_) => Some("http"),
+            L7Rules::Dns(_) => Some("dns"),
+            L7Rules::Kafka(_) => Some("kafka"),
+            _ if !l7.server_names.is_empty() => Some("tls"),
+            _ => None,
+        };
+        let read = kinds
+            .into_iter()
+            .find(|wanted| allows.iter().any(|(_, _, l7)| kind(l7) == Some(*wanted)));
+        let rest = if allows
+            .iter()
+            .any(|(policy, rule, _)| rule.auth_required && !policy.audit)
+        {
+            (Verdict::Auth, audit_all)
+        } else if allows.iter().any(|(_, rule, _)| rule.auth_required) {
+            (Verdict::Auth, true)
+        } else if let Some(kind) = read {
+            (Verdict::Inspect(kind), false)
+        } else if plain || !allows.is_empty() {
+            (Verdict::Allow, false)
+        } else {
+            let audited = !strict && denying.iter().all(|policy| policy.audit);
+            (Verdict::Deny, audit_all || audited)
+        };
+        if deny_audited && (rest.1 || rest.0 == Verdict::Allow) {
+            return (Verdict::DenyExplicit, true);
+        }
+        rest
+    }
+
+    fn spec_refs(&self, selected: &[(&Policy, &Spec)]) -> Vec<(&'a Policy, &'a Spec)> {
+        self.policies
+            .iter()
+            .flat_map(|policy| policy.specs.iter().map(move |spec| (*policy, spec)))
+            .filter(|(_, spec)| selected.iter().any(|(_, other)| std::ptr::eq(*other, *spec)))
+            .collect()
+    }
+
+    /// For each port entry that matches (one if the rule is about every port): its L7 rules.
+    fn rule_matches<'r>(
+        &self,
+        rule: &'r Rule,
+        subject: &Endpoint,
+        packet: &Packet,
+        other: &Other,
+    ) -> std::vec::IntoIter<Option<&'r L7>> {
+        let peer = match &rule.peers {
+            Peers::Any => true,
+            Peers::Nobody => false,
+            Peers::OneOf(peers) => peers.iter().any(|peer| self.peer_matches(peer, other)),
+        };
+        let mut found = Vec::new();
+        if peer {
+            match &rule.ports {
+                Ports::Any => found.push(None),
+                Ports::OneOf(entries) => {
+                    for entry in entries {
+                        if entry
+                            .ports
+                            .iter()
+                            .any(|port| self.port_matches(port, subject, packet))
+                        {
+                            found.push(Some(&entry.l7));
+                        }
+                    }
+                }
+            }
+        }
+        found.into_iter()
+    }
+
+    fn port_matches(&self, port: &PortSpec, subject: &Endpoint, packet: &Packet) -> bool {
+        let is = |protocol: L4Protocol| match protocol {
+            L4Protocol::Any => matches!(packet.protocol, 6 | 17 | 132),
+            L4Protocol::Tcp => packet.protocol == 6,
+            L4Protocol::Udp => packet.protocol == 17,
+            L4Protocol::Sctp => packet.protocol == 132,
+            L4Protocol::Other(number) => packet.protocol == number,
+        };
+        match port {
+            PortSpec::Range {
+                protocol,
+                first,
+                last,
+            } => {
+                is(*protocol)
+                    && ((*first, *last) == (0, u16::MAX)
+                        || packet.port.is_some_and(|port| (*first..=*last).contains(&port)))
+            }
+            PortSpec::Icmp { v6, kind } => {
+                packet.protocol == if *v6 { 58 } else { 1 } && packet.port == Some(u16::from(*kind))
+            }
+            PortSpec::Named { protocol, name } => {
+                let mut ports: Vec<u16> = Vec::new();
+                for endpoint in &self.world.endpoints {
+                    if packet.direction == Direction::Ingress && endpoint.id != subject.id {
+                        continue;
+                    }
+                    let named = endpoint.named_ports.get(name);
+                    if let Some(named) = named.filter(|n| n.protocol == 0 || n.protocol == packet.protocol) {
+                        ports.push(named.port);
+                    }
+                }
+                ports.sort_unstable();
+                ports.dedup();
+                is(*protocol) && matches!(ports[..], [one] if packet.port == Some(one))
+            }
+        }
+    }
+
+    fn peer_matches(&self, peer: &Peer, other: &Other) -> bool {
+        let reserved = |key: &str| {
+            other
+                .labels
+                .iter()
+                .any(|label| label.source == "reserved" && label.key == key)
+        };
+        match peer {
+            Peer::Labels(selector) => selects(selector, &other.labels),
+            Peer::Nodes(selector) => {
+                (reserved("host") || reserved("remote-node")) && selects(selector, &other.labels)
+            }
+            Peer::Entity(entity) => match entity {
+                Entity::All => true,
+                Entity::World => reserved("world") || reserved("world-ipv4") || reserved("world-ipv6"),
+                Entity::WorldIpv4 => reserved("world-ipv4"),
+                Entity::Cluster => {
+                    ["host", "remote-node", "init", "kube-apiserver"]
+                        .into_iter()
+                        .any(reserved)
+                        || other.labels.iter().any(|label| label.source == "k8s")
+                }
+                Entity::Host => reserved("host"),
+                Entity::RemoteNode => reserved("remote-node"),
+                Entity::KubeApiserver => reserved("kube-apiserver"),
+                Entity::Init => reserved("init"),
+                _ => false,
+            },
+            Peer::Cidr(_) | Peer::CidrGroup { .. } | Peer::CidrGroupSelector { .. } => {
+                let inside = |prefix: &IpNet| {
+                    let v6 = matches!(prefix, IpNet::V6(_));
+                    other.prefix.is_some_and(|inner| prefix.contains(&inner))
+                        || (prefix.prefix_len() == 0
+                            && (reserved("world")
+                                || (reserved("world-ipv4") && !v6)
+                                || (reserved("world-ipv6") && v6)))
+                };
+                self.cidr_rules(peer)
+                    .iter()
+                    .any(|rule| inside(&rule.cidr) && !rule.except.iter().any(inside))
+            }
+            Peer::Fqdn(_) => other.labels.iter().any(|label| label.source == "fqdn"),
+        }
+    }
+}
+
+fn selects(selector: &Selector, labels: &Labels) -> bool {
+    selector
+        .requirements
+        .iter()
+        .all(|requirement| holds(requirement, labels))
+}
+
+fn holds(requirement: &Requirement, labels: &Labels) -> bool {
+    let value = labels
+        .iter()
+        .find(|label| {
+            label.key == requirement.key
+                && match &requirement.source {
+                    LabelSource::Any => true,
+                    LabelSource::Named(source) => label.source == *source,
+                }
+        })
+        .map(|label| &label.value);
+    match &requirement.test {
+        Test::In(values) => value.is_some_and(|value| values.contains(value)),
+        Test::NotIn(values) => !value.is_some_and(|value| values.contains(value)),
+        Test::Exists => value.is_some(),
+        Test::DoesNotExist => value.is_none(),
+    }
+}
