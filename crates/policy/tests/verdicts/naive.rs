@@ -14,7 +14,7 @@ use palisade_policy::{
     world::{Endpoint, Enforcement, World},
 };
 
-use super::random::Packet;
+use crate::random::Packet;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
