@@ -11,9 +11,10 @@ use palisade_datapath::{AttachError, Attachment, Hook, HookKind, Role, TcMode, X
 #[test]
 fn every_mode_is_what_it_says_and_goes_without_a_trace() {
     let world = World::new();
-    let datapath = world.open_with(Decision::Allow);
+    let datapath = world.open_with(CASES[0].0, Decision::Allow);
     let ifindex = world.ifindex();
     for case in &CASES {
+        datapath.apply(&whole_policy(1, case.0, Decision::Allow)).unwrap();
         let attached = datapath.attach(&attachment(&world, case)).unwrap();
         assert_eq!(
             (attached.ingress, attached.egress),
@@ -71,24 +72,28 @@ fn every_mode_is_what_it_says_and_goes_without_a_trace() {
 #[test]
 fn the_programs_of_a_process_that_is_gone_are_still_there() {
     let world = World::new();
-    for case in &CASES[..4] {
-        let datapath = world.open_with(Decision::Allow);
-        let attached = datapath.attach(&attachment(&world, case)).unwrap();
-        drop(datapath);
-        let datapath = world.open();
-        assert!(!datapath.is_fresh());
-        assert_eq!(datapath.attachments().unwrap(), [attached]);
-        assert_eq!(world.lost(3), 0);
-        datapath.detach_all().unwrap();
-        assert!(!world.options.pin_dir.exists());
-    }
+    let datapath = world.open_with(Role::Endpoint, Decision::Allow);
+    // XDP by link, clsact without.
+    let attached = datapath.attach(&attachment(&world, &CASES[3])).unwrap();
+    drop(datapath);
+    assert_eq!(world.lost(3), 0);
+    let link = world
+        .node
+        .run("ip", &["-d", "link", "show", "dev", "v0"])
+        .unwrap();
+    assert!(link.contains("prog/xdp"), "{link}");
+    let datapath = world.open();
+    assert!(!datapath.is_fresh());
+    assert_eq!(datapath.attachments().unwrap(), [attached]);
+    datapath.detach_all().unwrap();
+    assert!(!world.options.pin_dir.exists());
 }
 
-/// Every few milliseconds another process's programs take the place of the old ones, and the modes change.
+/// Every few milliseconds the programs of another loading take the place of those that are there.
 #[test]
 fn replacing_programs_loses_no_packet() {
     let world = World::new();
-    drop(world.open_with(Decision::Allow));
+    let loadings = [world.open_with(CASES[0].0, Decision::Allow), world.open()];
     // Somebody's qdisc that stays: adding or removing one stops the interface for an instant, whoever does it
     // (the kernel's qdisc_graft calls dev_deactivate). XDP coming and going does so to a veth's queues, too.
     world
@@ -96,17 +101,21 @@ fn replacing_programs_loses_no_packet() {
         .run("tc", &["qdisc", "add", "dev", "v0", "clsact"])
         .unwrap();
     for cases in [&CASES[..1], &CASES[1..3], &CASES[2..3]] {
-        world.open().attach(&attachment(&world, &cases[0])).unwrap();
+        loadings[1]
+            .apply(&whole_policy(1, cases[0].0, Decision::Allow))
+            .unwrap();
+        loadings[1].attach(&attachment(&world, &cases[0])).unwrap();
         assert_eq!(world.lost(3), 0);
         let mut pings = world.start_pings(1000);
         let mut times = 0;
         while pings.running() {
             let case = &cases[times % cases.len()];
-            let attached = world.open().attach(&attachment(&world, case)).unwrap();
+            let attached = loadings[times % 2].attach(&attachment(&world, case)).unwrap();
             assert_eq!((attached.ingress, attached.egress), (Some(case.4), Some(case.5)));
             times += 1;
+            std::thread::sleep(std::time::Duration::from_millis(5));
         }
-        assert!(times > 5, "{times}");
+        assert!(times > 20, "{times}");
         assert_eq!(pings.lost(), 0, "{cases:?} after {times} replacements");
     }
 }
@@ -185,12 +194,12 @@ fn interfaces_that_are_gone_are_forgotten() {
 fn another_ones_xdp_program_is_named_and_left_alone() {
     let world = World::new();
     let beside = world.beside();
-    let theirs = beside.open_with(Decision::Allow);
+    let theirs = beside.open_with(Role::Host, Decision::Allow);
     theirs
         .attach(&world.attachment(Role::Host, Hook::Xdp, TcMode::Auto))
         .unwrap();
 
-    let ours = world.open_with(Decision::Allow);
+    let ours = world.open_with(Role::Host, Decision::Allow);
     let error = ours
         .attach(&world.attachment(Role::Host, Hook::Auto, TcMode::Auto))
         .unwrap_err();
@@ -231,7 +240,7 @@ fn a_pin_of_another_namespace_is_not_taken_over() {
 #[test]
 fn somebody_elses_clsact_things_stay() {
     let world = World::new();
-    let datapath = world.open_with(Decision::Allow);
+    let datapath = world.open_with(Role::Endpoint, Decision::Allow);
     let tc = |args: &str| {
         world
             .node
@@ -271,7 +280,7 @@ fn somebody_elses_clsact_things_stay() {
 #[test]
 fn detach_all_leaves_nothing_and_needs_no_maps() {
     let world = World::new();
-    let datapath = world.open_with(Decision::Deny);
+    let datapath = world.open_with(Role::Endpoint, Decision::Deny);
     datapath.attach(&attachment(&world, &CASES[3])).unwrap();
     drop(datapath);
     // Maps of another version are removed, too.
@@ -310,7 +319,7 @@ fn a_driver_without_xdp_is_told_and_tc_takes_over_if_nothing_was_insisted_on() {
     // A veth whose other end has a larger MTU than XDP can take refuses native XDP.
     world.node.ip("link set v0 mtu 9000").unwrap();
     world.peer.ip("link set eth0 mtu 9000").unwrap();
-    let datapath = world.open_with(Decision::Allow);
+    let datapath = world.open_with(Role::Host, Decision::Allow);
     let auto = world.attachment(Role::Host, Hook::Auto, TcMode::Auto);
     let attached = datapath.attach(&auto).unwrap();
     if attached.ingress == Some(HookKind::XdpNative) {

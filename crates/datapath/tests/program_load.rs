@@ -9,7 +9,10 @@ fn loads() {
     for name in [programs::TC_INGRESS, programs::TC_EGRESS] {
         let program: &mut SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
         program.load().unwrap();
-        println!("{name}: {:?}", program.info().unwrap().verified_instruction_count());
+        println!(
+            "{name}: {:?}",
+            program.info().unwrap().verified_instruction_count()
+        );
     }
     let program: &mut Xdp = ebpf
         .program_mut(programs::XDP_INGRESS)

@@ -80,11 +80,11 @@ impl World {
         Datapath::open(&self.options).unwrap()
     }
 
-    /// A data path that lets everything pass, or nothing.
-    pub fn open_with(&self, decision: Decision) -> Datapath {
+    /// A data path that lets everything pass, or nothing, at a veth that has this role.
+    pub fn open_with(&self, role: Role, decision: Decision) -> Datapath {
         let datapath = self.open();
         datapath.set_config(&config()).unwrap();
-        datapath.apply(&whole_policy(1, decision)).unwrap();
+        datapath.apply(&whole_policy(1, role, decision)).unwrap();
         datapath
     }
 
@@ -186,8 +186,9 @@ pub fn config() -> Config {
     }
 }
 
-/// One policy for everybody, and the two endpoints under it.
-pub fn whole_policy(policy: u32, decision: Decision) -> Vec<Op> {
+/// One policy for everybody, and the node and the peer under it: the peer is a workload if the veth has that role,
+/// and somebody else's host if the veth is a NIC.
+pub fn whole_policy(policy: u32, role: Role, decision: Decision) -> Vec<Op> {
     let entry = PolicyEntry {
         decision: decision as u8,
         flags: 0,
@@ -234,7 +235,7 @@ pub fn whole_policy(policy: u32, decision: Decision) -> Vec<Op> {
     vec![
         Op::PolicyPut(entries),
         address(NODE_ADDR, identity::HOST, HOST_ENDPOINT),
-        address(PEER_ADDR, 256, WORKLOAD),
+        address(PEER_ADDR, 256, if role == Role::Endpoint { WORKLOAD } else { 0 }),
         endpoint(HOST_ENDPOINT, identity::HOST),
         endpoint(WORKLOAD, 256),
     ]

@@ -1,0 +1,123 @@
+//! The programs do what the maps say, at every instant.
+
+mod common;
+
+use std::{
+    io::{Read as _, Write as _},
+    net::TcpStream,
+};
+
+use common::*;
+use palisade_abi::Decision;
+use palisade_datapath::{Hook, Role, TcMode, connections, monotonic_coarse, seeds};
+use palisade_policy::plan::Op;
+
+/// The other half: nothing that is denied slips through while programs and modes are exchanged.
+#[test]
+fn replacing_programs_leaks_no_packet() {
+    let world = World::new();
+    let loadings = [world.open_with(Role::Endpoint, Decision::Deny), world.open()];
+    // Neighbour discovery passes, so every request would get an answer if there were no program for an instant.
+    loadings[0].attach(&attachment(&world, &CASES[1])).unwrap();
+    let count = 1000;
+    let mut pings = world.start_pings(count);
+    let mut times = 0;
+    while pings.running() {
+        // Every case, native to generic XDP and back included. (What takes either keeps what is there.)
+        let case = &CASES[..5][times % 5];
+        let attached = loadings[times % 2].attach(&attachment(&world, case)).unwrap();
+        assert_eq!((attached.ingress, attached.egress), (Some(case.4), Some(case.5)));
+        times += 1;
+    }
+    assert!(times > 7, "{times}");
+    assert_eq!(pings.lost(), count, "after {times} replacements");
+}
+
+/// The first packet that a program judges by a policy that was switched on by one store.
+#[test]
+fn a_store_switches_what_the_program_does() {
+    let world = World::new();
+    let datapath = world.open_with(Role::Host, Decision::Allow);
+    datapath
+        .attach(&world.attachment(Role::Host, Hook::Auto, TcMode::Auto))
+        .unwrap();
+    assert_eq!(world.lost(2), 0);
+    datapath
+        .apply(&whole_policy(2, Role::Host, Decision::Deny))
+        .unwrap();
+    assert_eq!(world.lost(2), 2);
+    let denied = datapath.counters().rule(1).unwrap();
+    assert!(denied.packets >= 4, "{denied:?}");
+    datapath
+        .apply(&whole_policy(3, Role::Host, Decision::Allow))
+        .unwrap();
+    assert_eq!(world.lost(2), 0);
+    let mut events = Vec::new();
+    datapath
+        .events()
+        .unwrap()
+        .drain(1000, |event| events.push(*event));
+    assert!(
+        events
+            .iter()
+            .any(|e| e.reason == palisade_abi::Reason::PolicyDenied as u8),
+        "{events:?}"
+    );
+}
+
+/// Two connections that are there before the programs. The policy allows what the node opened and denies what the
+/// other end opened: the one lives, the other is cut, whichever end sends first.
+#[test]
+fn a_seeded_connection_lives_if_its_direction_is_allowed() {
+    for node_sends_first in [true, false] {
+        let world = World::new();
+        let mut live = Live::new(&world);
+        let datapath = world.open_with(Role::Host, Decision::Allow);
+        datapath.apply(&egress_only()).unwrap();
+        let entries = seeds(
+            &connections().unwrap(),
+            &endpoints(),
+            &config(),
+            monotonic_coarse(),
+        );
+        assert!(datapath.conntrack().seed(&entries).unwrap() >= 2);
+        datapath
+            .attach(&world.attachment(Role::Host, Hook::Auto, TcMode::Auto))
+            .unwrap();
+
+        let talk = |from: &mut TcpStream, to: &mut TcpStream| {
+            from.write_all(b"palisade").unwrap();
+            let timeout = Some(std::time::Duration::from_millis(700));
+            to.set_read_timeout(timeout).unwrap();
+            let mut buffer = [0; 8];
+            to.read_exact(&mut buffer).is_ok()
+        };
+        let (ours, theirs) = (&mut live.outgoing.0, &mut live.outgoing.1);
+        let alive = if node_sends_first {
+            talk(ours, theirs)
+        } else {
+            talk(theirs, ours)
+        };
+        assert!(alive, "node first: {node_sends_first}");
+        let (ours, theirs) = (&mut live.incoming.0, &mut live.incoming.1);
+        let alive = if node_sends_first {
+            talk(ours, theirs)
+        } else {
+            talk(theirs, ours)
+        };
+        assert!(!alive, "node first: {node_sends_first}");
+    }
+}
+
+/// Everybody may be asked, nobody may ask.
+fn egress_only() -> Vec<palisade_policy::plan::Op> {
+    let mut ops = whole_policy(9, Role::Host, Decision::Allow);
+    if let Op::PolicyPut(entries) = &mut ops[0] {
+        for (key, entry) in entries {
+            if key.direction == 0 {
+                entry.decision = Decision::Deny as u8;
+            }
+        }
+    }
+    ops
+}
