@@ -201,7 +201,7 @@ fn trace<C: Context>(ctx: C, frame: &mut Frame, entry: &CtEntry, point: TracePoi
     frame.remote_identity = entry.remote_identity;
     frame.event_flags = direction_flags(entry, frame.is_ingress());
     frame.set(Reason::Established);
-    event::send(ctx, frame, event::what(EventKind::Trace, point), entry);
+    ctx.send(frame, event::what(EventKind::Trace, point), entry);
 }
 
 /// The event flags that an entry gives a packet.
@@ -260,12 +260,7 @@ pub fn insert<C: Context>(ctx: C, frame: &mut Frame) {
     if CONNTRACK.insert(&frame.key, &entry, 0).is_err() {
         return frame.set(Reason::CtInsertionFailed);
     }
-    event::send(
-        ctx,
-        frame,
-        event::what(EventKind::Trace, TracePoint::Start),
-        &entry,
-    );
+    ctx.send(frame, event::what(EventKind::Trace, TracePoint::Start), &entry);
 }
 
 /// Counts a packet of a flow to the flow's rule.

@@ -2,7 +2,11 @@
 
 use aya_ebpf::bindings::{__sk_buff, bpf_fib_lookup, xdp_md};
 use aya_ebpf::helpers::generated::{bpf_fib_lookup as fib_lookup, bpf_skb_pull_data, bpf_xdp_get_buff_len};
+use palisade_abi::CtEntry;
 use palisade_packet::{Bytes, MAX_HEADERS};
+
+use crate::frame::Frame;
+use crate::{event, verdict};
 
 /// The readable part of a frame, by direct packet access.
 pub struct Linear {
@@ -70,6 +74,144 @@ pub trait Context: Copy {
     fn widen(self) -> bool;
     /// `bpf_fib_lookup`.
     fn route(self, question: &mut bpf_fib_lookup) -> i64;
+    /// [`crate::decode`].
+    fn decode(self, frame: &mut Frame);
+    /// [`crate::verdict::judge`].
+    fn judge(self, frame: &mut Frame);
+    /// [`crate::verdict::judge_packet`].
+    fn judge_packet(self, frame: &mut Frame);
+    /// [`crate::verdict::judge_flow`].
+    fn judge_flow(self, frame: &mut Frame, entry: &mut CtEntry);
+    /// [`crate::verdict::related`].
+    fn related(self, frame: &mut Frame);
+    /// [`crate::event::send`].
+    fn send(self, frame: &Frame, what: u32, flow: *const CtEntry);
+}
+
+/// Functions with C linkage: global functions of the program, which the verifier takes once and by their types,
+/// whatever calls them. A global function gets memory whose content is unknown and which may be missing, and returns
+/// a number.
+macro_rules! global_functions {
+    ($context:ident, $raw:ty, $decode:ident, $judge:ident, $judge_packet:ident, $judge_flow:ident,
+     $related:ident, $send:ident) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $decode(ctx: *mut $raw, frame: *mut Frame) -> u32 {
+            // SAFETY: the callers below pass references; the verifier wants the comparison with null.
+            let Some(frame) = (unsafe { frame.as_mut() }) else {
+                return 0;
+            };
+            crate::decode_frame($context(ctx), frame);
+            0
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $judge(ctx: *mut $raw, frame: *mut Frame) -> u32 {
+            // SAFETY: see the first function.
+            let Some(frame) = (unsafe { frame.as_mut() }) else {
+                return 0;
+            };
+            verdict::judge($context(ctx), frame);
+            0
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $judge_packet(ctx: *mut $raw, frame: *mut Frame) -> u32 {
+            // SAFETY: see the first function.
+            let Some(frame) = (unsafe { frame.as_mut() }) else {
+                return 0;
+            };
+            verdict::judge_packet($context(ctx), frame);
+            0
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $judge_flow(ctx: *mut $raw, frame: *mut Frame, entry: *mut CtEntry) -> u32 {
+            // SAFETY: see the first function.
+            let (Some(frame), Some(entry)) = (unsafe { (frame.as_mut(), entry.as_mut()) }) else {
+                return 0;
+            };
+            verdict::judge_flow($context(ctx), frame, entry);
+            0
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $related(ctx: *mut $raw, frame: *mut Frame) -> u32 {
+            // SAFETY: see the first function.
+            let Some(frame) = (unsafe { frame.as_mut() }) else {
+                return 0;
+            };
+            verdict::related($context(ctx), frame);
+            0
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $send(ctx: *mut $raw, frame: *const Frame, what: u32, flow: *const CtEntry) -> u32 {
+            // SAFETY: see the first function.
+            let Some(frame) = (unsafe { frame.as_ref() }) else {
+                return 0;
+            };
+            // SAFETY: a live entry, or null.
+            event::send($context(ctx), frame, what, unsafe { flow.as_ref() });
+            0
+        }
+    };
+}
+
+global_functions!(
+    Xdp,
+    xdp_md,
+    xdp_decode,
+    xdp_judge,
+    xdp_judge_packet,
+    xdp_judge_flow,
+    xdp_related,
+    xdp_send
+);
+global_functions!(
+    Skb,
+    __sk_buff,
+    tc_decode,
+    tc_judge,
+    tc_judge_packet,
+    tc_judge_flow,
+    tc_related,
+    tc_send
+);
+
+/// The methods of [`Context`] that call the global functions.
+macro_rules! calls {
+    ($decode:ident, $judge:ident, $judge_packet:ident, $judge_flow:ident, $related:ident, $send:ident) => {
+        #[inline(always)]
+        fn decode(self, frame: &mut Frame) {
+            $decode(self.0, frame);
+        }
+        #[inline(always)]
+        fn judge(self, frame: &mut Frame) {
+            $judge(self.0, frame);
+        }
+        #[inline(always)]
+        fn judge_packet(self, frame: &mut Frame) {
+            $judge_packet(self.0, frame);
+        }
+        #[inline(always)]
+        fn judge_flow(self, frame: &mut Frame, entry: &mut CtEntry) {
+            $judge_flow(self.0, frame, entry);
+        }
+        #[inline(always)]
+        fn related(self, frame: &mut Frame) {
+            $related(self.0, frame);
+        }
+        #[inline(always)]
+        fn send(self, frame: &Frame, what: u32, flow: *const CtEntry) {
+            $send(self.0, frame, what, flow);
+        }
+    };
 }
 
 /// Context of an XDP program.
@@ -79,6 +221,15 @@ pub struct Xdp(pub *mut xdp_md);
 
 // SAFETY (every block below): the context pointer is the one the kernel gave the program, valid while it runs.
 impl Context for Xdp {
+    calls!(
+        xdp_decode,
+        xdp_judge,
+        xdp_judge_packet,
+        xdp_judge_flow,
+        xdp_related,
+        xdp_send
+    );
+
     #[inline(always)]
     fn bytes(self, whole: bool) -> Linear {
         // SAFETY: see above the impl.
@@ -135,6 +286,15 @@ pub struct Skb(pub *mut __sk_buff);
 
 // SAFETY (every block below): the context pointer is the one the kernel gave the program, valid while it runs.
 impl Context for Skb {
+    calls!(
+        tc_decode,
+        tc_judge,
+        tc_judge_packet,
+        tc_judge_flow,
+        tc_related,
+        tc_send
+    );
+
     #[inline(always)]
     fn bytes(self, _: bool) -> Linear {
         // SAFETY: see above the impl.

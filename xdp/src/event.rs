@@ -38,19 +38,19 @@ fn may_send(slot: u32, now: u64) -> bool {
 }
 
 /// Sends an event about `frame` if there is budget for it. `flow` gives a trace its numbers.
-#[inline(never)]
-pub fn send<C: Context>(ctx: C, frame: &Frame, what: u32, flow: *const CtEntry) -> u32 {
+#[inline(always)]
+pub fn send<C: Context>(ctx: C, frame: &Frame, what: u32, flow: Option<&CtEntry>) {
     let kind = what >> 8;
     let slot = kind * 256 + u32::from(frame.reason);
     if !may_send(slot, frame.now) {
-        return 0;
+        return;
     }
     let Some(mut record) = EVENTS.reserve_untyped::<Event>(0) else {
         if let Some(budget) = BUDGETS.get_ptr_mut(slot) {
             // SAFETY: a map value of this CPU, which lives as long as the map.
             unsafe { (*budget).lost += 1 };
         }
-        return 0;
+        return;
     };
     let packet = &frame.packet;
     // The endpoint that is asked has no identity in the ipcache lookups of the packet path: it has it here.
@@ -109,18 +109,17 @@ pub fn send<C: Context>(ctx: C, frame: &Frame, what: u32, flow: *const CtEntry) 
             (*event).destination_mac = [mac[0], mac[1], mac[2], mac[3], mac[4], mac[5]];
             (*event).source_mac = [mac[6], mac[7], mac[8], mac[9], mac[10], mac[11]];
         }
-        if flow.is_null() {
+        if let Some(flow) = flow {
+            (*event).forward_packets = flow.forward_packets;
+            (*event).forward_bytes = flow.forward_bytes;
+            (*event).reply_packets = flow.reply_packets;
+            (*event).reply_bytes = flow.reply_bytes;
+        } else {
             (*event).forward_packets = 0;
             (*event).forward_bytes = 0;
             (*event).reply_packets = 0;
             (*event).reply_bytes = 0;
-        } else {
-            (*event).forward_packets = (*flow).forward_packets;
-            (*event).forward_bytes = (*flow).forward_bytes;
-            (*event).reply_packets = (*flow).reply_packets;
-            (*event).reply_bytes = (*flow).reply_bytes;
         }
     }
     record.submit(0);
-    0
 }

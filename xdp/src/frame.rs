@@ -60,6 +60,8 @@ pub struct Frame {
     pub ports_unknown: bool,
     /// Whether the packet may begin a flow.
     pub stateful: bool,
+    /// Decode by the frame's true length, not that of its readable part.
+    pub whole: bool,
     /// [`Decision`] of the policy entry.
     pub decision: u8,
     /// [`MatchKind`] of the policy entry.
@@ -93,6 +95,7 @@ impl Frame {
             layer3: 0,
             ports_unknown: false,
             stateful: false,
+            whole: false,
             decision: Decision::Deny as u8,
             match_kind: MatchKind::None as u8,
             inspector: 0,

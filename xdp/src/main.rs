@@ -1,9 +1,8 @@
 //! The BPF programs: one verdict function for XDP and tc (docs/ARCHITECTURE.md, "The packet path"). Built for
 //! the BPF target by `crates/datapath/build.rs`.
 //!
-//! Functions that are called are `#[inline(never)]` where the verifier would otherwise walk their paths once
-//! for every path that leads to them. They take pointers and return one word: an aggregate that is returned
-//! through memory loses what the verifier knows of it.
+//! The parts are global functions (`ctx.rs`): the verifier takes each once. Where a path is short and hot it is
+//! inlined.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
 mod conntrack;
@@ -82,7 +81,7 @@ pub fn bench_baseline_tc(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn is_known<C: Context>(ctx: C) -> bool {
     let mut frame = Frame::new(ctx.ifindex());
-    decode_once(ctx, &mut frame, 0);
+    ctx.decode(&mut frame);
     if frame.reason != 0 {
         return false;
     }
@@ -105,8 +104,7 @@ fn passes<C: Context>(ctx: C, egress: bool) -> bool {
     if !frame.is_dropped() {
         return true;
     }
-    event::send(
-        ctx,
+    ctx.send(
         &frame,
         event::what(EventKind::Drop, TracePoint::None),
         core::ptr::null(),
@@ -135,10 +133,11 @@ fn verdict<C: Context>(ctx: C, frame: &mut Frame, egress: u32) {
     if let Some(config) = CONFIG.get(0) {
         frame.host = config.host_endpoint;
     }
-    decode_once(ctx, frame, 0);
+    ctx.decode(frame);
     if frame.reason != 0 {
         if ctx.widen() {
-            decode_once(ctx, frame, 1);
+            frame.whole = true;
+            ctx.decode(frame);
         }
         if frame.reason != 0 {
             return;
@@ -158,7 +157,7 @@ fn verdict<C: Context>(ctx: C, frame: &mut Frame, egress: u32) {
     if frame.packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER) {
         fragment::resolve(frame, (frame.ifindex << 1) | u32::from(egress));
     }
-    verdict::judge(ctx, frame);
+    ctx.judge(frame);
     if frame.is_dropped() || !is_workload || frame.flow_flags & ct_flags::REMOTE_IS_HOST == 0 {
         return;
     }
@@ -166,12 +165,12 @@ fn verdict<C: Context>(ctx: C, frame: &mut Frame, egress: u32) {
     frame.endpoint = frame.host;
     frame.direction ^= 1;
     frame.place = place::NODE;
-    verdict::judge(ctx, frame);
+    ctx.judge(frame);
 }
 
 /// Decodes the frame; the reason is 0 if that works.
-#[inline(never)]
-fn decode_once<C: Context>(ctx: C, frame: &mut Frame, whole: u32) {
+#[inline(always)]
+fn decode_frame<C: Context>(ctx: C, frame: &mut Frame) {
     frame.packet = Packet::default();
     let start = if frame.layer3 != 0 {
         Start::Network
@@ -180,7 +179,7 @@ fn decode_once<C: Context>(ctx: C, frame: &mut Frame, whole: u32) {
             tags_removed: ctx.tags_removed(),
         }
     };
-    match decode(&ctx.bytes(whole != 0), start, &mut frame.packet) {
+    match decode(&ctx.bytes(frame.whole), start, &mut frame.packet) {
         Ok(()) => frame.reason = 0,
         Err(reason) => frame.set(reason),
     }

@@ -28,51 +28,14 @@ pub fn judge(frame: &mut Frame, identity: u32, slot: u32, direction: u32) {
     }
     let class = class(slot);
     let direction = direction as u8;
-    let _ = find(
-        frame,
-        PolicyKey {
-            policy,
-            identity,
-            class,
-            direction,
-            zero: 0,
-        },
-    ) || find(
-        frame,
-        PolicyKey {
-            policy,
-            identity,
-            class: CLASS_ANY,
-            direction,
-            zero: 0,
-        },
-    ) || find(
-        frame,
-        PolicyKey {
-            policy,
-            identity: identity::ANY,
-            class,
-            direction,
-            zero: 0,
-        },
-    ) || find(
-        frame,
-        PolicyKey {
-            policy,
-            identity: identity::ANY,
-            class: CLASS_ANY,
-            direction,
-            zero: 0,
-        },
-    );
-}
-
-#[inline(always)]
-fn find(frame: &mut Frame, key: PolicyKey) -> bool {
-    // SAFETY: entries are replaced, never changed in place; what is needed is copied at once.
-    let Some(entry) = (unsafe { POLICY.get(key) }) else {
-        return false;
+    let mut key = PolicyKey {
+        policy,
+        identity,
+        class,
+        direction,
+        zero: 0,
     };
+    let Some(entry) = find(&mut key) else { return };
     frame.rule = entry.rule;
     frame.decision = entry.decision;
     frame.match_kind = entry.match_kind;
@@ -80,7 +43,30 @@ fn find(frame: &mut Frame, key: PolicyKey) -> bool {
     frame.entry_flags = entry.flags;
     let reason = reason(entry);
     frame.set(reason);
-    true
+}
+
+/// The entry that decides. Changes the key on its way.
+#[inline(never)]
+fn find(key: &mut PolicyKey) -> Option<&'static PolicyEntry> {
+    let class = key.class;
+    // SAFETY (all four): entries are replaced, never changed in place.
+    if let Some(entry) = unsafe { POLICY.get(&*key) } {
+        return Some(entry);
+    }
+    key.class = CLASS_ANY;
+    // SAFETY: see above.
+    if let Some(entry) = unsafe { POLICY.get(&*key) } {
+        return Some(entry);
+    }
+    key.identity = identity::ANY;
+    key.class = class;
+    // SAFETY: see above.
+    if let Some(entry) = unsafe { POLICY.get(&*key) } {
+        return Some(entry);
+    }
+    key.class = CLASS_ANY;
+    // SAFETY: see above.
+    unsafe { POLICY.get(&*key) }
 }
 
 /// What an entry does with a packet.

@@ -16,7 +16,7 @@ use crate::maps::ENDPOINTS;
 use crate::policy;
 
 /// Judges `frame` by the policy of `frame.endpoint`.
-#[inline(never)]
+#[inline(always)]
 pub fn judge<C: Context>(ctx: C, frame: &mut Frame) {
     let Some(state) = ENDPOINTS.get_ptr(frame.endpoint & 0xffff) else {
         return frame.set(Reason::NoPolicy);
@@ -29,7 +29,7 @@ pub fn judge<C: Context>(ctx: C, frame: &mut Frame) {
     frame.event_flags = event_flags::REPLY_UNKNOWN;
     frame.stateful = !frame.ports_unknown && !is_plain_icmp(frame);
     if frame.packet.is(flags::ICMP_ERROR) {
-        related(ctx, frame);
+        ctx.related(frame);
         if frame.reason != Reason::UnrelatedIcmp as u8 {
             return;
         }
@@ -54,14 +54,14 @@ pub fn judge<C: Context>(ctx: C, frame: &mut Frame) {
             return frame.set(Reason::Established);
         }
     }
-    judge_packet(ctx, frame);
+    ctx.judge_packet(frame);
 }
 
 /// Whether a live entry still lets its flow through; else the verdict is set.
 #[inline(always)]
 fn admits<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) -> bool {
     if entry.revision != frame.revision {
-        judge_flow(ctx, frame, entry);
+        ctx.judge_flow(frame, entry);
         if frame.is_dropped() {
             return false;
         }
@@ -92,8 +92,8 @@ fn slot(frame: &Frame) -> u32 {
 }
 
 /// Judges a packet that belongs to no live flow.
-#[inline(never)]
-fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
+#[inline(always)]
+pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
     if !enter(ctx, frame) {
         return;
     }
@@ -138,8 +138,7 @@ fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
             return;
         }
     }
-    event::send(
-        ctx,
+    ctx.send(
         frame,
         event::what(EventKind::PolicyVerdict, TracePoint::None),
         core::ptr::null(),
@@ -214,8 +213,8 @@ fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
 /// Judges a live flow by a policy that is not the one it was let through by: the flow in its own direction,
 /// whatever direction this packet has. A denied flow keeps its entry, so that it stays denied both ways until
 /// it is over: without one the answering side's next packet would be judged as a flow of its own.
-#[inline(never)]
-fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
+#[inline(always)]
+pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
     let known = identity::exact(&frame.key.remote);
     let identity = identity::identity(&frame.key.remote, known.into());
     let ingress = entry.flags & ct_flags::INGRESS != 0;
@@ -251,19 +250,20 @@ fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
     }
     if changed {
         let what = event::what(EventKind::PolicyVerdict, TracePoint::None);
-        event::send(ctx, frame, what, core::ptr::null());
+        ctx.send(frame, what, core::ptr::null());
     }
 }
 
 /// Judges an ICMP error by the packet it quotes: [`Reason::UnrelatedIcmp`] if that belongs to no live flow.
-#[inline(never)]
-fn related<C: Context>(ctx: C, frame: &mut Frame) {
+#[inline(always)]
+pub fn related<C: Context>(ctx: C, frame: &mut Frame) {
     let mut quote = Quote::default();
-    read_quote(ctx, frame, &mut quote);
-    if frame.reason != 0 {
-        return frame.set(Reason::UnrelatedIcmp);
-    }
     frame.set(Reason::UnrelatedIcmp);
+    // Errors are few: made readable always rather than when it turns out to be needed.
+    ctx.widen();
+    if decode_quote(&ctx.bytes(true), &frame.packet, &mut quote).is_err() {
+        return;
+    }
     // An error goes to who sent the packet (RFC 1122, 3.2.2; RFC 4443, 2.2).
     if quote.source != frame.packet.destination {
         return;
@@ -298,22 +298,4 @@ fn related<C: Context>(ctx: C, frame: &mut Frame) {
     conntrack::count(entry, &frame.packet);
     frame.flow_flags = entry.flags;
     frame.set(Reason::Related);
-}
-
-/// Reads what an ICMP error quotes; the reason is 0 if that is a packet of a flow.
-#[inline(always)]
-fn read_quote<C: Context>(ctx: C, frame: &mut Frame, quote: &mut Quote) {
-    quote_once(ctx, frame, quote);
-    if frame.reason == Reason::PullFailed as u8 && ctx.widen() {
-        quote_once(ctx, frame, quote);
-    }
-}
-
-#[inline(never)]
-fn quote_once<C: Context>(ctx: C, frame: &mut Frame, quote: &mut Quote) {
-    *quote = Quote::default();
-    match decode_quote(&ctx.bytes(true), &frame.packet, quote) {
-        Ok(()) => frame.reason = 0,
-        Err(reason) => frame.set(reason),
-    }
 }

@@ -117,7 +117,7 @@ pub(crate) const fn is_extension(next: u8) -> bool {
 /// Its state is in memory, and each step is a call: the verifier then takes every step for itself, where it would
 /// otherwise follow every sequence of headers to its end. (It forgets values that are not at a multiple of eight
 /// when they are stored; hence the first field.)
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Default)]
 pub(crate) struct Chain {
     zero: u16,
