@@ -6,11 +6,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    net::IpAddr,
+    net::{IpAddr, Ipv6Addr},
     sync::Arc,
 };
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv6Net};
 use palisade_abi::{Addr, Direction, EndpointState, Identity, IpcacheEntry, PrefixKey, identity, protocol};
 use serde::{Deserialize, Serialize};
 
@@ -280,8 +280,18 @@ impl PeerCache {
 struct Progress {
     /// Subjects to compile again.
     dirty: BTreeSet<usize>,
-    /// Whether a prefix that policies mention came or went.
-    prefixes: bool,
+    /// Prefixes that policies mention and did not before (or the other way round).
+    prefixes: BTreeMap<IpNet, i8>,
+}
+
+impl Progress {
+    fn prefix(&mut self, prefix: IpNet, step: i8) {
+        let sum = self.prefixes.entry(prefix).or_insert(0);
+        *sum += step;
+        if *sum == 0 {
+            self.prefixes.remove(&prefix);
+        }
+    }
 }
 
 impl Compiler {
@@ -383,6 +393,50 @@ impl Compiler {
         policies
     }
 
+    /// The rules that match a packet of an endpoint, whatever they come to together, each with what it says by itself.
+    #[must_use]
+    pub fn matching_rules(
+        &self,
+        endpoint: u16,
+        direction: Direction,
+        other: Identity,
+        protocol: u8,
+        port: u16,
+    ) -> Vec<(u32, String)> {
+        let subject = self
+            .subjects
+            .iter()
+            .position(|subject| subject.endpoints.iter().any(|(id, _)| *id == endpoint));
+        let Some(at) = subject.filter(|_| self.world.options.enforcement != Enforcement::Never) else {
+            return Vec::new();
+        };
+        let mut found = Vec::new();
+        for rule in self.table_rules(at, direction, &mut Vec::new()) {
+            let named = match &rule.members {
+                Members::Everybody => true,
+                Members::Of(peers) => peers.iter().any(|(_, members)| members.contains(&other)),
+            };
+            let ports = rule
+                .ports
+                .iter()
+                .filter(|ports| ports.set.contains(protocol, Some(port)));
+            for ports in ports.filter(|_| named) {
+                let effect = match &ports.reading {
+                    _ if rule.denies => "deny".to_owned(),
+                    _ if rule.auth_required => "authenticate".to_owned(),
+                    Some(reading) => {
+                        format!("inspect {}", crate::snapshot::inspector_name(reading.kind as u8))
+                    }
+                    None => "allow".to_owned(),
+                };
+                if !found.contains(&(rule.id, effect.clone())) {
+                    found.push((rule.id, effect));
+                }
+            }
+        }
+        found
+    }
+
     /// Takes the changes in. On errors (each with its place) everything stays as it was.
     pub fn update(&mut self, changes: Changes) -> Result<&Snapshot, Vec<Diagnostic>> {
         let undo = Changes {
@@ -456,7 +510,7 @@ impl Compiler {
                     self.add_file(&name, Arc::new(content), &groups, &mut progress);
                 }
             }
-            if progress.prefixes {
+            if !progress.prefixes.is_empty() {
                 self.refresh_identities(&mut progress)?;
             }
         }
@@ -595,7 +649,7 @@ impl Compiler {
                             *users -= 1;
                             if *users == 0 {
                                 self.prefixes.remove(&prefix);
-                                progress.prefixes = true;
+                                progress.prefix(prefix, -1);
                             }
                         }
                     }
@@ -654,7 +708,7 @@ impl Compiler {
                                             for prefix in slot.meaning.prefixes() {
                                                 let users =
                                                     self.prefixes.entry(prefix).or_insert_with(|| {
-                                                        progress.prefixes = true;
+                                                        progress.prefix(prefix, 1);
                                                         0
                                                     });
                                                 *users += 1;
@@ -746,7 +800,15 @@ impl Compiler {
             .iter()
             .map(|prefix| (matches!(prefix, IpNet::V6(_)), prefix.prefix_len()))
             .collect();
+        let mapped = IpNet::V6(V4_MAPPED);
         for prefix in self.prefixes.keys().filter(|prefix| prefix.prefix_len() > 0) {
+            // In the trie IPv4 addresses are mapped ones. No packet has such an address as IPv6.
+            if mapped.contains(prefix) {
+                continue;
+            }
+            if prefix.contains(&mapped) {
+                put(mapped, entry(number(&options.world_labels(false))?, 0));
+            }
             // An address of a labelled peer is the peer, however narrow a prefix a policy mentions.
             let v6 = matches!(prefix, IpNet::V6(_));
             let shadowed = lengths
@@ -1539,6 +1601,9 @@ fn is_world(labels: &Labels) -> bool {
         .iter()
         .any(|key| labels.has_reserved(key))
 }
+
+/// Where IPv4 addresses are among the IPv6 ones (RFC 4291, 2.5.5.2).
+const V4_MAPPED: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0, 0), 96);
 
 const fn entry(identity: Identity, endpoint: u16) -> IpcacheEntry {
     IpcacheEntry {

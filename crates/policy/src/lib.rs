@@ -22,4 +22,5 @@ pub mod rule;
 mod select;
 pub mod snapshot;
 mod table;
+pub mod trace;
 pub mod world;

@@ -53,9 +53,12 @@ fn noticed(entry: Option<PolicyEntry>) -> Option<(u8, u8, u8)> {
     entry.map(|entry| (entry.decision, entry.flags & entry_flags::AUDIT, entry.inspector))
 }
 
+/// What may be noticed: under the old rules, under the new ones.
+type Allowed = [Option<(u8, u8, u8)>; 2];
+
 /// The packets, their verdicts in two states, and a look at all of them in between.
 struct Watch {
-    packets: Vec<(Packet, [Option<(u8, u8, u8)>; 2])>,
+    packets: Vec<(Packet, Allowed)>,
 }
 
 impl Watch {

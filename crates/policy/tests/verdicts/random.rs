@@ -51,7 +51,8 @@ fn labels(texts: &[&str]) -> Labels {
     Labels::new(texts.iter().map(|text| parse_label(text)))
 }
 
-const PREFIXES: [&str; 10] = [
+const PREFIXES: [&str; 11] = [
+    "::/1",
     "10.1.0.0/16",
     "10.1.2.0/24",
     "10.1.2.3/32",
