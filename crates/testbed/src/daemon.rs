@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// How long anything that the daemon is asked for may take.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where the programs stand, as the configuration names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -14,7 +14,7 @@ use crate::duration;
 pub struct ConfigError {
     /// The file as it was named.
     pub file: String,
-    /// Line, from 1.
+    /// Line, from 1; 0: the file as a whole.
     pub line: usize,
     /// Column in characters, from 1.
     pub column: usize,
@@ -24,7 +24,10 @@ pub struct ConfigError {
 
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}:{}: {}", self.file, self.line, self.column, self.message)
+        match self.line {
+            0 => write!(f, "{}: {}", self.file, self.message),
+            line => write!(f, "{}:{line}:{}: {}", self.file, self.column, self.message),
+        }
     }
 }
 

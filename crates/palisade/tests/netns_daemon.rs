@@ -1,0 +1,248 @@
+//! The daemon's life on a node of network namespaces: start, reload, crash, restart, broken files, detach.
+
+use std::{fs, net::SocketAddr, time::Duration};
+
+use palisade_testbed::{
+    Outcome, Topology,
+    daemon::{Daemon, Settings},
+    ns::wait_until,
+    probe,
+    server::Echo,
+    topology::{Family, WorkloadSpec},
+};
+use serde_json::Value;
+
+const SHORT: Duration = Duration::from_millis(400);
+
+fn policy(from: &str, port: u16) -> String {
+    format!(
+        "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata:\n  name: web\nspec:\n  \
+         endpointSelector:\n    matchLabels:\n      app: web\n  ingress:\n  - fromEndpoints:\n    - matchLabels:\n        \
+         app: {from}\n    toPorts:\n    - ports:\n      - port: \"{port}\"\n        protocol: TCP\n"
+    )
+}
+
+/// Workloads `client` and `web`, the latter with echo servers at two ports.
+struct Node {
+    topology: Topology,
+    _echo: Echo,
+}
+
+impl Node {
+    fn new() -> Self {
+        let topology = Topology::new().unwrap().apps(&["client", "web"]).unwrap();
+        let web = topology.get("web");
+        let addresses = [web.addr(Family::V4), web.addr(Family::V6)];
+        let echo = Echo::start(&web.ns, &addresses, &[80, 81], &[]).unwrap();
+        Self {
+            topology,
+            _echo: echo,
+        }
+    }
+
+    fn at(&self, port: u16, family: Family) -> SocketAddr {
+        (self.topology.get("web").addr(family), port).into()
+    }
+
+    fn reach(&self, port: u16, family: Family) -> Outcome {
+        probe::connect(&self.topology.get("client").ns, self.at(port, family), SHORT)
+    }
+
+    /// Port 80 is reached and 81 is not, or the other way round.
+    fn only(&self, open: u16, when: &str) {
+        for family in [Family::V4, Family::V6] {
+            let shut = if open == 80 { 81 } else { 80 };
+            assert_eq!(
+                self.reach(open, family),
+                Outcome::Open,
+                "{when}: {open}, {family:?}"
+            );
+            assert_eq!(
+                self.reach(shut, family),
+                Outcome::TimedOut,
+                "{when}: {shut}, {family:?}"
+            );
+        }
+    }
+}
+
+fn file<'a>(status: &'a Value, name: &str) -> &'a Value {
+    let files = status["policy_files"].as_array().unwrap();
+    files.iter().find(|file| file["file"] == name).unwrap()
+}
+
+#[test]
+fn a_policy_is_enforced_from_the_start_over_a_crash_and_a_broken_file_until_detached() {
+    let node = Node::new();
+    let mut daemon = Daemon::start(
+        &node.topology,
+        &Settings::default(),
+        &[("web.yaml", &policy("client", 80))],
+    )
+    .unwrap();
+    node.only(80, "started");
+    let status = daemon.status().unwrap();
+    for interface in status["interfaces"].as_array().unwrap() {
+        assert!(
+            interface["ingress"].is_string() && interface["egress"].is_string(),
+            "{interface}"
+        );
+    }
+
+    // Another policy: enforced within moments, without a restart.
+    let revision = status["revision"].as_u64().unwrap();
+    daemon.write("web.yaml", &policy("client", 81)).unwrap();
+    daemon
+        .wait_status("the change is in force", |status| {
+            status["revision"].as_u64() > Some(revision)
+        })
+        .unwrap();
+    node.only(81, "changed");
+
+    // A broken file changes nothing, and is told of with its place.
+    daemon
+        .write(
+            "web.yaml",
+            "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nspec: [\n",
+        )
+        .unwrap();
+    let status = daemon
+        .wait_status("the broken file is noticed", |status| {
+            file(status, "web.yaml")["state"] == "last-good"
+        })
+        .unwrap();
+    let message = file(&status, "web.yaml")["diagnostics"][0].as_str().unwrap();
+    assert!(message.contains("web.yaml:4:1: "), "{message}");
+    assert_eq!(status["ready"], true, "{status:#}");
+    node.only(81, "broken");
+
+    // Killed: what is attached goes on. A connection that is open stays open, also over the restart.
+    let mut open = probe::open(
+        &node.topology.get("client").ns,
+        None,
+        node.at(81, Family::V4),
+        Duration::from_secs(2),
+    )
+    .unwrap();
+    daemon.kill9().unwrap();
+    node.only(81, "killed");
+    assert_eq!(probe::exchange(&mut open, SHORT), Outcome::Open);
+    daemon.restart().unwrap();
+    node.only(81, "restarted with the file still broken");
+    assert_eq!(probe::exchange(&mut open, SHORT), Outcome::Open);
+    assert_eq!(file(&daemon.status().unwrap(), "web.yaml")["state"], "last-good");
+
+    // Ended in order: the same.
+    daemon.terminate().unwrap();
+    node.only(81, "ended");
+    daemon.restart().unwrap();
+
+    // A removed file is no policy any more.
+    fs::remove_file(daemon.policies().join("web.yaml")).unwrap();
+    wait_until("nothing is enforced", Duration::from_secs(10), || {
+        node.reach(80, Family::V4) == Outcome::Open
+    })
+    .unwrap();
+
+    daemon.write("web.yaml", &policy("client", 80)).unwrap();
+    wait_until("enforced again", Duration::from_secs(10), || {
+        node.reach(81, Family::V4) == Outcome::TimedOut
+    })
+    .unwrap();
+    daemon.detach().unwrap();
+    assert_eq!(node.reach(81, Family::V4), Outcome::Open);
+    assert!(!daemon.pins().exists(), "pins are left");
+}
+
+#[test]
+fn a_dead_daemon_can_be_detached_and_a_second_one_is_refused() {
+    let node = Node::new();
+    let mut daemon = Daemon::start(
+        &node.topology,
+        &Settings::default(),
+        &[("web.yaml", &policy("nobody", 80))],
+    )
+    .unwrap();
+    let second = daemon.try_cli(&["run"]).unwrap();
+    assert_eq!(second.status.code(), Some(4));
+    let error = String::from_utf8(second.stderr).unwrap();
+    assert!(error.contains("another palisade daemon"), "{error}");
+
+    daemon.kill9().unwrap();
+    assert_eq!(node.reach(80, Family::V4), Outcome::TimedOut);
+    // Without a daemon nobody answers, and the exit code says so.
+    let out = daemon.try_cli(&["endpoint", "list"]).unwrap();
+    assert_eq!(out.status.code(), Some(3));
+    daemon.detach().unwrap();
+    assert_eq!(node.reach(80, Family::V4), Outcome::Open);
+    assert!(!daemon.pins().exists(), "pins are left");
+}
+
+#[test]
+fn an_interface_that_appears_later_is_guarded_and_audit_mode_is_kept() {
+    let mut node = Node::new();
+    node.topology
+        .declare(WorkloadSpec::new("late").label("app", "late"))
+        .unwrap();
+    let text = format!(
+        "{}---\n{}",
+        policy("client", 80),
+        policy("client", 80).replace("web", "late")
+    );
+    let settings = Settings {
+        seed: false,
+        ..Settings::default()
+    };
+    let mut daemon = Daemon::prepare(&node.topology, &settings, &[("web.yaml", &text)]).unwrap();
+    daemon.spawn().unwrap();
+    daemon
+        .wait_status("only the interface is missing", |status| {
+            let missing = status["missing"].as_array();
+            missing.is_some_and(|missing| {
+                missing.len() == 1
+                    && missing[0]
+                        .as_str()
+                        .is_some_and(|m| m.contains("no such interface"))
+            })
+        })
+        .unwrap();
+    let wait = daemon.try_cli(&["status", "--wait", "100ms"]).unwrap();
+    assert_eq!(wait.status.code(), Some(1));
+    assert!(
+        String::from_utf8_lossy(&wait.stderr).contains("no such interface"),
+        "{wait:?}"
+    );
+
+    node.topology.plug("late").unwrap();
+    daemon.wait().unwrap();
+    let late = node.topology.get("late");
+    let _echo = Echo::start(&late.ns, &[late.addr(Family::V4)], &[80, 81], &[]).unwrap();
+    let reach = |port| {
+        let to = (late.addr(Family::V4), port).into();
+        probe::connect(&node.topology.get("client").ns, to, SHORT)
+    };
+    assert_eq!((reach(80), reach(81)), (Outcome::Open, Outcome::TimedOut));
+
+    let set = daemon
+        .cli(&["endpoint", "config", "default/late", "PolicyAuditMode=Enabled"])
+        .unwrap();
+    assert_eq!(set.trim(), "PolicyAuditMode : Enabled");
+    assert_eq!(reach(81), Outcome::Open);
+    let before = daemon.json(&["endpoint", "get", "default/late"]).unwrap();
+    assert_eq!(before["ingress_enforcement"], "Disabled (Audit)");
+    daemon.kill9().unwrap();
+    daemon.restart().unwrap();
+    let after = daemon.json(&["endpoint", "get", "default/late"]).unwrap();
+    for member in ["id", "identity", "ingress_enforcement"] {
+        assert_eq!(
+            after[member], before[member],
+            "{member} is not the same after a restart"
+        );
+    }
+    assert_eq!(reach(81), Outcome::Open);
+    daemon
+        .cli(&["endpoint", "config", "default/late", "PolicyAuditMode=Disabled"])
+        .unwrap();
+    assert_eq!(reach(81), Outcome::TimedOut);
+    daemon.detach().unwrap();
+}
