@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use palisade_abi::{
-    Addr, Class, Config, EndpointState, Interface, IpcacheEntry, PolicyEntry, PolicyKey, PrefixKey, maps as names, role,
+    Addr, Class, Config, EndpointState, Interface, IpcacheEntry, PolicyEntry, PolicyKey, PrefixKey,
+    maps as names, role,
 };
 
 use crate::{Datapath, MapError};
@@ -52,7 +53,11 @@ impl Datapath {
         Ok(vec![
             level(names::POLICY, self.policy.count()?, self.policy.max_entries()),
             level(names::IPCACHE, self.ipcache.count()?, self.ipcache.max_entries()),
-            level(names::PREFIXES, self.prefixes.count()?, self.prefixes.max_entries()),
+            level(
+                names::PREFIXES,
+                self.prefixes.count()?,
+                self.prefixes.max_entries(),
+            ),
         ])
     }
 

@@ -691,39 +691,59 @@ fn load_programs(map_dir: &Path, maps: &BTreeMap<String, RawMap>) -> Result<Prog
             .map_max_entries(name, map.info.max_entries);
     }
     let mut ebpf = loader.load(OBJECT)?;
-    let mut load = |name: &'static str| -> Result<Program> {
-        let program = ebpf.program_mut(name).ok_or_else(|| OpenError::Missing {
-            what: format!("program {name}"),
-        })?;
-        let refused = |error| OpenError::Program {
-            program: name,
-            error: Box::new(error),
-        };
-        if name == programs::XDP_INGRESS {
-            let xdp: &mut Xdp = program.try_into().map_err(refused)?;
-            xdp.load().map_err(refused)?;
-        } else {
-            let classifier: &mut SchedClassifier = program.try_into().map_err(refused)?;
-            classifier.load().map_err(refused)?;
+    // Most of the time goes to the verifier, which works on one thread for each program.
+    let mut loaded = BTreeMap::new();
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = ebpf
+            .programs_mut()
+            .filter_map(|(name, program)| {
+                let name = PROGRAMS.into_iter().find(|known| *known == name)?;
+                Some(scope.spawn(move || load_program(name, program)))
+            })
+            .collect();
+        for thread in threads {
+            let program = thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            loaded.insert(program.name, program);
         }
-        let program = ebpf.program(name).ok_or_else(|| OpenError::Missing {
+        Ok::<_, OpenError>(())
+    })?;
+    let mut take = |name: &'static str| {
+        loaded.remove(name).ok_or_else(|| OpenError::Missing {
             what: format!("program {name}"),
-        })?;
-        let instructions = program
-            .info()
-            .ok()
-            .and_then(|info| info.verified_instruction_count());
-        let fd = bpf::duplicate(program.fd().map_err(refused)?)?;
-        Ok(Program {
-            name,
-            fd,
-            instructions,
         })
     };
     Ok(Programs {
-        xdp: load(programs::XDP_INGRESS)?,
-        tc_ingress: load(programs::TC_INGRESS)?,
-        tc_egress: load(programs::TC_EGRESS)?,
+        xdp: take(programs::XDP_INGRESS)?,
+        tc_ingress: take(programs::TC_INGRESS)?,
+        tc_egress: take(programs::TC_EGRESS)?,
+    })
+}
+
+const PROGRAMS: [&str; 3] = [programs::XDP_INGRESS, programs::TC_INGRESS, programs::TC_EGRESS];
+
+fn load_program(name: &'static str, program: &mut aya::programs::Program) -> Result<Program> {
+    let refused = |error| OpenError::Program {
+        program: name,
+        error: Box::new(error),
+    };
+    if name == programs::XDP_INGRESS {
+        let xdp: &mut Xdp = program.try_into().map_err(refused)?;
+        xdp.load().map_err(refused)?;
+    } else {
+        let classifier: &mut SchedClassifier = program.try_into().map_err(refused)?;
+        classifier.load().map_err(refused)?;
+    }
+    let instructions = program
+        .info()
+        .ok()
+        .and_then(|info| info.verified_instruction_count());
+    let fd = bpf::duplicate(program.fd().map_err(refused)?)?;
+    Ok(Program {
+        name,
+        fd,
+        instructions,
     })
 }
 
