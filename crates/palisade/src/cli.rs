@@ -89,7 +89,7 @@ Log: to stderr; PALISADE_LOG=debug for more.")]
         #[arg(long)]
         detach: bool,
     },
-    /// Policies: check, test, list.
+    /// Policies: check, test, explain, list.
     #[command(subcommand)]
     Policy(PolicyCommand),
     /// Endpoints of this node.
@@ -279,6 +279,36 @@ deciding rule, then `N passed, M failed`, and exits 1 if a check failed.")]
         /// Case files.
         #[arg(required = true, value_name = "CASES")]
         paths: Vec<PathBuf>,
+    },
+    /// Explain what would happen to a packet, and by which rules. Asks the daemon, or, with policy files named, works off-line.
+    #[command(after_help = "Examples:
+  palisade policy trace --from default/frontend --to default/backend --port 8080
+  palisade policy trace --from world-ipv4 --to host --port 22
+  palisade policy trace --from 192.0.2.7 --to default/web --port 443/tcp
+  palisade policy trace --from default/a --to 10.0.9.5 --protocol icmp --port 8
+  palisade policy trace --config palisade.toml --policies policies.d --from default/a --to default/b --port 53/udp
+
+An end is an endpoint or a peer by name, an endpoint's number, an address, or a reserved identity that is in use
+(host, world-ipv4, world-ipv6, remote-node, ...).
+Exits 0 if the packet would pass (also by audit mode, or once it was inspected), 1 if it would be dropped.")]
+    Trace {
+        /// Who sends.
+        #[arg(long, visible_alias = "src", value_name = "END")]
+        from: String,
+        /// Who receives.
+        #[arg(long, visible_alias = "dst", value_name = "END")]
+        to: String,
+        /// tcp, udp, sctp, icmp, icmpv6, or a number.
+        #[arg(long, value_name = "PROTOCOL")]
+        protocol: Option<String>,
+        /// Destination port, with or without protocol (8080, 53/udp); for ICMP the type.
+        #[arg(long, visible_alias = "dport", value_name = "PORT[/PROTOCOL]")]
+        port: Option<String>,
+        /// Work off-line: with these policy files or folders, and the endpoints and peers of --config.
+        #[arg(long, value_name = "PATH", num_args = 1..)]
+        policies: Vec<PathBuf>,
+        #[command(flatten)]
+        output: OutputArgs,
     },
     /// List the policies in force; one by name with its rules and their counters.
     Get {

@@ -14,7 +14,8 @@ use crate::{
 /// A packet that somebody asks about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Question {
-    /// An endpoint (`name` or `namespace/name`), a peer, or an address.
+    /// An endpoint (`name`, `namespace/name` or its number; `host` for the node), a peer, an address, or a reserved
+    /// identity by name.
     pub source: String,
     /// The same for where it goes.
     pub destination: String,
@@ -187,8 +188,28 @@ fn end(compiler: &Compiler, text: &str) -> Result<End, String> {
         };
         return Ok(found(identity, None));
     }
+    let number = text.parse::<u16>().ok();
+    let by_number = world
+        .endpoints
+        .iter()
+        .find(|endpoint| Some(endpoint.id) == number || (text == "host" && endpoint.is_node()));
+    if let Some(endpoint) = by_number {
+        let state = snapshot.endpoints.get(&endpoint.id);
+        return Ok(found(state.map_or(0, |state| state.identity), Some(endpoint.id)));
+    }
+    let reserved = Labels::reserved(text.strip_prefix("reserved:").unwrap_or(text));
+    if let Some((number, _)) = snapshot
+        .identities
+        .iter()
+        .find(|(_, labels)| **labels == reserved)
+    {
+        return Ok(found(*number, None));
+    }
     let address: IpAddr = text.parse().map_err(|_| {
-        format!("{text:?} is not an endpoint, a peer or an address; see `palisade endpoint list`")
+        format!(
+            "{text:?} is not an endpoint, a peer, an address or a reserved identity in use (host, world-ipv4, \
+             world-ipv6, ...); see `palisade endpoint list`"
+        )
     })?;
     let entry = snapshot.identity_of(address);
     Ok(found(entry.identity, Some(entry.endpoint)))
@@ -407,6 +428,14 @@ spec:
             text.contains("  matches: allow: policy default/web ingress rule 1 (web.yaml:7)"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn ends_are_also_numbers_and_reserved_names() {
+        let answer = ask("world-ipv4", "2", 81);
+        assert_eq!(answer.source.identity, palisade_abi::identity::WORLD_IPV4);
+        assert_eq!(answer.sides[0].name, "default/web");
+        assert_eq!(answer.verdict, Outcome::Denied);
     }
 
     #[test]

@@ -64,6 +64,17 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
         Command::Policy(command) => match command {
             PolicyCommand::Validate { paths, quiet } => policy::validate(paths, *quiet),
             PolicyCommand::Test { paths } => policy::test(paths),
+            PolicyCommand::Trace {
+                from,
+                to,
+                protocol,
+                port,
+                policies,
+                output,
+            } => {
+                let request = policy::trace_request(from, to, protocol.as_deref(), port.as_deref())?;
+                policy::trace(&cli.config, &socket(), request, policies, output.output)
+            }
             PolicyCommand::Get { name, output } => {
                 inspect::policies(&socket(), name.as_deref(), output.output)
             }

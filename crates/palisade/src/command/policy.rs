@@ -4,20 +4,27 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{self, Write as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use palisade_policy::{
     cases::{self, Report},
-    compile::conflicts,
+    compile::{FileContent, conflicts},
     diagnostic::{Diagnostic, Severity},
     parse::{Parsed, parse},
     rule::Policy,
 };
 
-use super::{DONE, NO};
-use crate::daemon::policy_file_names;
+use super::{DONE, NO, load_config, show};
+use crate::{
+    cli::Output,
+    control::{
+        api::{Request, TraceAnswer, TraceRequest},
+        client::ask,
+    },
+    daemon::{self, policy_file_names},
+};
 
 /// `palisade policy validate`.
 pub fn validate(paths: &[PathBuf], quiet: bool) -> anyhow::Result<u8> {
@@ -80,6 +87,85 @@ pub fn test(paths: &[PathBuf]) -> anyhow::Result<u8> {
     }
     writeln!(out, "{}", total.summary())?;
     Ok(if total.failed == 0 { DONE } else { NO })
+}
+
+/// The packet that is asked about. Without a protocol it is TCP.
+pub fn trace_request(
+    from: &str,
+    to: &str,
+    protocol: Option<&str>,
+    port: Option<&str>,
+) -> anyhow::Result<TraceRequest> {
+    let (port, with_port) = match port.map(|port| port.split_once('/').unwrap_or((port, ""))) {
+        None => (None, None),
+        Some((port, protocol)) => (Some(port), Some(protocol).filter(|name| !name.is_empty())),
+    };
+    let name = match (protocol, with_port) {
+        (Some(one), Some(other)) if !one.eq_ignore_ascii_case(other) => {
+            bail!("--protocol {one} and --port .../{other}: say one of them")
+        }
+        (Some(name), _) | (None, Some(name)) => name,
+        (None, None) => "TCP",
+    };
+    let protocol = cases::protocol_number(&name.to_ascii_uppercase()).map_err(anyhow::Error::msg)?;
+    let port = match port {
+        Some(port) => port
+            .parse()
+            .with_context(|| format!("--port {port}: write a number, like 8080 or 53/udp"))?,
+        None => {
+            use palisade_abi::protocol::{ICMP, ICMPV6, SCTP, TCP, UDP};
+            if [TCP, UDP, SCTP, ICMP, ICMPV6].contains(&protocol) {
+                bail!("{name} needs --port (for ICMP the type: 8 is an IPv4 ping, 128 an IPv6 one)");
+            }
+            0
+        }
+    };
+    Ok(TraceRequest {
+        from: from.to_owned(),
+        to: to.to_owned(),
+        protocol,
+        port,
+    })
+}
+
+/// `palisade policy trace`.
+pub fn trace(
+    config: &Path,
+    socket: &Path,
+    request: TraceRequest,
+    policies: &[PathBuf],
+    output: Output,
+) -> anyhow::Result<u8> {
+    let answer: TraceAnswer = if policies.is_empty() {
+        ask(socket, &Request::PolicyTrace(request))?
+    } else {
+        let Some(config) = load_config(config) else {
+            return Ok(NO);
+        };
+        let mut errors = 0;
+        let mut files = BTreeMap::new();
+        for (path, parsed) in read(policies)? {
+            for diagnostic in &parsed.diagnostics {
+                eprintln!("{diagnostic}");
+            }
+            errors += usize::from(parsed.has_errors());
+            let content = FileContent {
+                policies: parsed.policies,
+                cidr_groups: parsed.cidr_groups,
+            };
+            files.insert(path.display().to_string(), Some(content));
+        }
+        if errors > 0 {
+            bail!("the policies have errors; a packet is only explained by policies that could be in force");
+        }
+        daemon::trace_offline(&config, files, &request)?
+    };
+    let passes = answer.passes;
+    match output {
+        Output::Json => show(&answer.trace, output, |_, _| Ok(()))?,
+        Output::Table => show(&answer, output, |answer, out| writeln!(out, "{}", answer.text))?,
+    };
+    Ok(if passes { DONE } else { NO })
 }
 
 fn plural(count: usize, what: &str) -> String {
@@ -148,6 +234,21 @@ fn doubles(files: &[(PathBuf, Parsed)]) -> Vec<Diagnostic> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn packets_are_described_in_several_ways() {
+        let read = |protocol, port| {
+            trace_request("a", "b", protocol, port).map(|request| (request.protocol, request.port))
+        };
+        assert_eq!(read(None, Some("80")).unwrap(), (6, 80));
+        assert_eq!(read(None, Some("53/udp")).unwrap(), (17, 53));
+        assert_eq!(read(Some("icmp"), Some("8")).unwrap(), (1, 8));
+        assert_eq!(read(Some("112"), None).unwrap(), (112, 0));
+        assert!(read(None, None).is_err());
+        assert!(read(Some("tcp"), Some("53/udp")).is_err());
+        assert!(read(None, Some("http")).is_err());
+        assert!(read(Some("quic"), Some("443")).is_err());
+    }
 
     #[test]
     fn words_are_counted() {

@@ -19,6 +19,8 @@ pub enum Request {
     PolicyGet { name: Option<String> },
     /// [`SelectorRow`]s.
     PolicySelectors,
+    /// [`TraceAnswer`].
+    PolicyTrace(TraceRequest),
     /// [`Endpoint`]s.
     EndpointList,
     /// An [`Endpoint`], by number, name or address.
@@ -52,6 +54,20 @@ pub struct ObserveRequest {
     pub follow: bool,
     /// The last so many that pass; `None`: all there are.
     pub last: Option<usize>,
+}
+
+/// One packet described by hand.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TraceRequest {
+    /// Who sends: endpoint, peer, address, or a reserved identity.
+    pub from: String,
+    /// Who receives.
+    pub to: String,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Destination port, or the ICMP type; 0 where the protocol has none.
+    pub port: u16,
 }
 
 /// A line of the daemon's answer.
@@ -297,6 +313,17 @@ pub struct SelectorRow {
     pub users: usize,
     /// Whom it selects.
     pub identities: Vec<u32>,
+}
+
+/// What would happen to a packet.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct TraceAnswer {
+    /// Whether it would arrive.
+    pub passes: bool,
+    /// How that comes, in words.
+    pub text: String,
+    /// The same for programs.
+    pub trace: serde_json::Value,
 }
 
 /// An identity.

@@ -19,8 +19,10 @@ use palisade_abi::{
 use palisade_datapath::{Datapath, MapError, monotonic_coarse};
 use palisade_flowlog::{FilterBuilder, Next, Ring, Timestamp};
 use palisade_policy::{
+    compile::Compiler,
     rule::{Peer, Policy},
     snapshot::{RuleKey, TableKey, inspector_name},
+    trace::{self, Outcome, Question},
     world::{Endpoint as WorldEndpoint, Enforcement},
 };
 use serde::Serialize;
@@ -35,7 +37,7 @@ use crate::control::{
     api::{
         self, ConnectionRow, ConntrackStatus, DropCount, Endpoint, IdentityRow, IpcacheRow, MapFill,
         MissingInspector, ObserveRequest, PolicyRow, PolicySummary, Request, RuleSummary, SelectorRow,
-        Status,
+        Status, TraceAnswer, TraceRequest,
     },
     server::{Counts, Handler, Sink},
 };
@@ -120,7 +122,10 @@ impl Clients {
             sink.queue(&api::Answer::Flow(Box::new((*flow).clone())))?;
         }
         sink.flush()?;
-        while request.follow {
+        if !request.follow {
+            return sink.send(&api::Answer::Ok(Value::Null));
+        }
+        loop {
             while let Some(next) = cursor.read() {
                 match next {
                     Next::Flow(flow) if filters.matches(&flow) => {
@@ -135,7 +140,6 @@ impl Clients {
                 return Ok(());
             }
         }
-        sink.send(&api::Answer::Ok(Value::Null))
     }
 
     fn status(&self) -> Answer {
@@ -352,6 +356,22 @@ impl Clients {
     }
 }
 
+/// Explains a packet.
+pub fn trace(compiler: &Compiler, request: &TraceRequest) -> Result<TraceAnswer, String> {
+    let question = Question {
+        source: request.from.clone(),
+        destination: request.to.clone(),
+        protocol: request.protocol,
+        port: request.port,
+    };
+    let trace = trace::trace(compiler, &question)?;
+    Ok(TraceAnswer {
+        passes: trace.verdict != Outcome::Denied,
+        text: trace.to_string(),
+        trace: to_value(&trace)?,
+    })
+}
+
 fn known_or_number(view: &View, identity: Identity) -> Vec<String> {
     let labels = view.labels(identity);
     if labels.is_empty() {
@@ -413,6 +433,7 @@ impl Control {
             }
             Request::PolicyGet { name } => self.policy_summaries(name.as_deref()),
             Request::PolicySelectors => to_value(&self.selectors()),
+            Request::PolicyTrace(request) => to_value(&trace(&self.engine.compiler, &request)?),
             Request::EndpointList => to_value(&self.endpoints()),
             Request::EndpointGet { endpoint } => to_value(&self.endpoint(self.find_endpoint(&endpoint)?)),
             Request::EndpointConfig { endpoint, options } => {

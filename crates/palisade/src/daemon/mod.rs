@@ -30,17 +30,40 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use network::Network;
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
 };
+use palisade_policy::compile::Compiler;
+use policies::Offers;
 pub use policies::policy_file_names;
+use state::State;
 
-use crate::config::Config;
+use crate::{
+    config::Config,
+    control::api::{TraceAnswer, TraceRequest},
+};
 
 /// Runs the daemon until it is told to end.
 pub fn run(config: Config) -> anyhow::Result<()> {
     control::run(config)
+}
+
+/// Explains a packet by policies that are not in force, with the endpoints and peers of a configuration.
+pub fn trace_offline(config: &Config, files: Offers, request: &TraceRequest) -> anyhow::Result<TraceAnswer> {
+    let mut state = State::<()>::default();
+    let world = engine::world(config, &Network::default(), &mut state)?;
+    let mut compiler = Compiler::default();
+    let changes = palisade_policy::compile::Changes {
+        world: Some(world),
+        files,
+    };
+    if let Err(problems) = compiler.update(changes) {
+        let lines: Vec<String> = problems.iter().map(ToString::to_string).collect();
+        bail!("{}", lines.join("\n"));
+    }
+    answers::trace(&compiler, request).map_err(anyhow::Error::msg)
 }
 
 /// The right to be the only one who changes the maps of a node. Lasts as long as the value.
