@@ -4,6 +4,7 @@
 //! last one's time and flags stay. Nothing that a verdict depends on is written so, but the TCP flags, and a
 //! connection whose end was overlooked by that dies of its timeout.
 
+use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use palisade_abi::{Config, CtEntry, CtKey, EventKind, Reason, TracePoint, ct_flags, event_flags, protocol};
 use palisade_packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, flags};
@@ -257,7 +258,13 @@ pub fn insert<C: Context>(ctx: C, frame: &mut Frame) {
         match_kind: frame.match_kind,
         zero: 0,
     };
-    if CONNTRACK.insert(&frame.key, &entry, 0).is_err() {
+    // What takes the place of a flow that is over adds nothing to the map.
+    if CONNTRACK
+        .insert(&frame.key, &entry, u64::from(BPF_NOEXIST))
+        .is_ok()
+    {
+        counters::conntrack_made();
+    } else if CONNTRACK.insert(&frame.key, &entry, 0).is_err() {
         return frame.set(Reason::CtInsertionFailed);
     }
     ctx.send(frame, event::what(EventKind::Trace, TracePoint::Start), &entry);

@@ -1,7 +1,7 @@
 //! Counters. All are per CPU and plain: a program is not interrupted by another of its CPU (softirqs are off
 //! while it runs), and where it can be (PREEMPT_RT) a lost count does no harm.
 
-use palisade_abi::Counter;
+use palisade_abi::{Counter, counter_slot};
 
 use crate::maps::{COUNTERS, RULES};
 
@@ -20,6 +20,14 @@ pub fn rule(rule: u32, bytes: u32) {
         add(counter, bytes);
     } else if let Some(counter) = RULES.get_ptr_mut(0) {
         add(counter, bytes);
+    }
+}
+
+/// Counts an entry that was added to the conntrack map.
+#[inline(always)]
+pub fn conntrack_made() {
+    if let Some(counter) = COUNTERS.get_ptr_mut(counter_slot::CONNTRACK_MADE) {
+        add(counter, 0);
     }
 }
 

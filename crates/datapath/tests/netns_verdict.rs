@@ -65,6 +65,34 @@ fn a_store_switches_what_the_program_does() {
     );
 }
 
+/// More flows than the map holds: the kernel throws old ones out, and that can be seen.
+#[test]
+fn flows_that_the_kernel_evicts_are_counted() {
+    let world = World::new();
+    let datapath = world.open_with(Role::Host, Decision::Allow);
+    datapath
+        .attach(&world.attachment(Role::Host, Hook::Auto, TcMode::Auto))
+        .unwrap();
+    let flows = 3 * u64::from(world.options.limits.conntrack_entries);
+    world.peer.enter(|| {
+        let socket = std::net::UdpSocket::bind("10.0.0.2:7").unwrap();
+        for port in 0..flows {
+            // Where nobody listens the node answers with an ICMP error, which the next call reports.
+            let _ = socket.send_to(b"x", ("10.0.0.1", 1000 + port as u16));
+        }
+    });
+    let counts = datapath.conntrack().counts().unwrap();
+    assert!(counts.made >= flows - 100, "{counts:?}");
+    assert!(counts.present <= counts.max_entries, "{counts:?}");
+    assert_eq!(counts.evicted, counts.made - counts.present, "{counts:?}");
+    // What a sweep removes is not evicted.
+    let before = counts.evicted;
+    let sweep = datapath.conntrack().sweep(u64::MAX).unwrap();
+    assert_eq!(sweep.ended.len() as u64, counts.present);
+    let after = datapath.conntrack().counts().unwrap();
+    assert_eq!((after.present, after.evicted), (0, before));
+}
+
 /// Two connections that are there before the programs. The policy allows what the node opened and denies what the
 /// other end opened: the one lives, the other is cut, whichever end sends first.
 #[test]
