@@ -37,6 +37,9 @@ const PIECE: usize = 64 * 1024;
 /// A client must take a piece of what it is sent by then.
 const WRITE_DEADLINE: Duration = Duration::from_secs(5);
 
+/// Clients that follow flows would keep the daemon from ending.
+const LAST_MOMENT: Duration = Duration::from_millis(300);
+
 /// Writes the lines of an answer.
 pub trait Sink {
     /// Sends a line now.
@@ -72,6 +75,16 @@ pub struct Socket {
     path: PathBuf,
     /// What the server did so far.
     pub counts: Arc<Counts>,
+}
+
+impl Socket {
+    /// Gives clients a moment to get their last answer (their threads end with the process), and removes the socket.
+    pub fn close(self) {
+        let until = Instant::now() + LAST_MOMENT;
+        while self.counts.clients.load(Ordering::SeqCst) > 0 && Instant::now() < until {
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
 }
 
 impl Drop for Socket {

@@ -35,9 +35,9 @@ use super::{
 };
 use crate::control::{
     api::{
-        self, ConnectionRow, ConntrackStatus, DropCount, Endpoint, IdentityRow, IpcacheRow, MapFill,
-        MissingInspector, ObserveRequest, PolicyRow, PolicySummary, Request, RuleSummary, SelectorRow,
-        Status, TraceAnswer, TraceRequest,
+        self, ConnectionRow, ConntrackStatus, DropCount, Endpoint, IdentityRow, InterfaceStatus, IpcacheRow,
+        MapFill, MissingInspector, ObserveRequest, PolicyRow, PolicySummary, Request, RuleSummary,
+        SelectorRow, Status, TraceAnswer, TraceRequest,
     },
     server::{Counts, Handler, Sink},
 };
@@ -435,7 +435,9 @@ impl Control {
             Request::PolicySelectors => to_value(&self.selectors()),
             Request::PolicyTrace(request) => to_value(&trace(&self.engine.compiler, &request)?),
             Request::EndpointList => to_value(&self.endpoints()),
-            Request::EndpointGet { endpoint } => to_value(&self.endpoint(self.find_endpoint(&endpoint)?)),
+            Request::EndpointGet { endpoint } => {
+                to_value(&self.endpoint(self.find_endpoint(&endpoint)?, &self.guard.report(&self.datapath)))
+            }
             Request::EndpointConfig { endpoint, options } => {
                 let found = self.find_endpoint(&endpoint)?;
                 let name = full_name(found);
@@ -490,16 +492,20 @@ impl Control {
     }
 
     /// Every endpoint, the node first.
-    pub fn endpoints(&self) -> Vec<Endpoint> {
+    fn endpoints(&self) -> Vec<Endpoint> {
+        self.endpoints_with(&self.guard.report(&self.datapath))
+    }
+
+    /// The same, given the state of the interfaces.
+    pub fn endpoints_with(&self, interfaces: &[InterfaceStatus]) -> Vec<Endpoint> {
         let world = self.engine.compiler.world();
-        world
-            .endpoints
-            .iter()
-            .map(|endpoint| self.endpoint(endpoint))
+        let endpoints = world.endpoints.iter();
+        endpoints
+            .map(|endpoint| self.endpoint(endpoint, interfaces))
             .collect()
     }
 
-    fn endpoint(&self, endpoint: &WorldEndpoint) -> Endpoint {
+    fn endpoint(&self, endpoint: &WorldEndpoint, interfaces: &[InterfaceStatus]) -> Endpoint {
         let snapshot = self.engine.compiler.snapshot();
         let state = snapshot.endpoints.get(&endpoint.id).copied().unwrap_or_default();
         let enforcement = |direction: Direction| {
@@ -522,18 +528,11 @@ impl Control {
             .to_owned()
         };
         let name = full_name(endpoint);
-        let configured = self
-            .config
-            .endpoints
+        let guarded = interfaces
             .iter()
-            .find(|configured| configured.qualified_name() == name);
-        let interface = configured.map(|configured| configured.interface.clone());
-        let unguarded = self
-            .guard
-            .report()
-            .into_iter()
-            .find(|status| Some(&status.name) == interface.as_ref())
-            .and_then(|status| status.problem);
+            .find(|status| status.endpoint == endpoint.id && !endpoint.is_node());
+        let interface = guarded.map(|status| status.name.clone());
+        let unguarded = guarded.is_some_and(|status| status.problem.is_some());
         Endpoint {
             id: endpoint.id,
             identity: state.identity,
@@ -551,10 +550,12 @@ impl Control {
                 .iter()
                 .map(|policy| policy.qualified_name())
                 .collect(),
-            state: match unguarded {
-                None => "ready".to_owned(),
-                Some(_) => "waiting for its interface".to_owned(),
-            },
+            state: if unguarded {
+                "waiting for its interface"
+            } else {
+                "ready"
+            }
+            .to_owned(),
             options: self.audit_options(&name),
             name,
         }

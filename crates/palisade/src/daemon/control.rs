@@ -44,6 +44,8 @@ use crate::{
     },
 };
 
+/// Whether everything is still attached is looked at so often.
+const LOOK_AFTER: Duration = Duration::from_secs(15);
 /// What failed is tried again so often.
 const TRY_AGAIN: Duration = Duration::from_secs(2);
 /// What outlives the daemon is written once nothing has changed for so long.
@@ -72,7 +74,7 @@ pub struct Control {
     pub files: PolicyFiles,
     pub guard: Guard,
     pub network: Network,
-    datapath: Arc<Datapath>,
+    pub datapath: Arc<Datapath>,
     shared: Arc<Shared>,
     sweep: Interval,
     started: Instant,
@@ -194,12 +196,10 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         if let Err(problem) = done {
             anyhow::bail!("not everything could be detached: {problem}");
         }
-        // Its answer is on its way, by a thread that ends with this process.
-        thread::sleep(Duration::from_millis(50));
     } else {
         info!("ended; what is attached goes on enforcing the last policy");
     }
-    drop(socket);
+    socket.close();
     Ok(())
 }
 
@@ -296,11 +296,7 @@ impl Control {
             .unsaved
             .map(|since| SAVE_AFTER.saturating_sub(since.elapsed()));
         let again = (self.engine.problem.is_some() || self.guard.has_failures()).then_some(TRY_AGAIN);
-        [save, again]
-            .into_iter()
-            .flatten()
-            .min()
-            .unwrap_or(Duration::from_secs(3_600))
+        [save, again].into_iter().flatten().min().unwrap_or(LOOK_AFTER)
     }
 
     /// Nothing has happened for a while.
@@ -311,9 +307,7 @@ impl Control {
         if self.engine.problem.is_some() {
             self.enforce(Instant::now());
         }
-        if self.guard.has_failures() {
-            self.attach();
-        }
+        self.attach();
     }
 
     fn policies_changed(&mut self, changes: &Changes) {
@@ -523,7 +517,7 @@ impl Control {
     /// `palisade status`, as far as the control thread knows it.
     pub fn status(&self) -> Status {
         let policy_files = self.files.report();
-        let interfaces = self.guard.report();
+        let interfaces = self.guard.report(&self.datapath);
         let mut missing: Vec<String> = Vec::new();
         if let Some(problem) = &self.engine.problem {
             missing.push(format!("the last change is not in force: {problem}"));
@@ -561,8 +555,8 @@ impl Control {
             audit: self.config.policy.audit,
             revision: self.changes,
             last_change_ms: self.last_change.as_secs_f64() * 1_000.0,
+            endpoints: self.endpoints_with(&interfaces),
             interfaces,
-            endpoints: self.endpoints(),
             policy_dir: self.config.policy.dir.display().to_string(),
             policy_files,
             missing_inspectors: self.missing_inspectors(),

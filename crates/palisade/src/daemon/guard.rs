@@ -77,7 +77,7 @@ impl Guard {
         config: &Config,
         world: &World,
     ) -> bool {
-        let mut changed = self.release(datapath, network);
+        let (guarded, mut changed) = self.release(datapath, network);
         let mut seeded = false;
         for (name, wanted) in &self.wanted {
             let Some(ifindex) = network.links.get(name).copied() else {
@@ -87,10 +87,16 @@ impl Guard {
             };
             self.present.insert(name.clone(), ifindex);
             let attachment = attachment(ifindex, wanted);
-            if matches!(self.outcomes.get(name), Some(Outcome::Guarded(known, _)) if *known == attachment) {
-                continue;
+            let in_kernel = guarded.iter().find(|attached| attached.ifindex == ifindex);
+            if let Some(Outcome::Guarded(known, _)) = self.outcomes.get(name)
+                && *known == attachment
+            {
+                if in_kernel.is_some_and(is_whole) {
+                    continue;
+                }
+                error!("{name}: somebody has removed our programs; putting them back");
             }
-            if !seeded && !is_guarded(datapath, ifindex) {
+            if !seeded && in_kernel.is_none() {
                 // Before the first packet is judged: who opened a connection that exists cannot be seen from its
                 // packets.
                 seed(datapath, config, world);
@@ -125,8 +131,9 @@ impl Guard {
         changed
     }
 
-    /// Stops guarding what is no longer wanted, and forgets interfaces that are gone.
-    fn release(&mut self, datapath: &Datapath, network: &Network) -> bool {
+    /// Stops guarding what is no longer wanted, and forgets interfaces that are gone. Answers what the kernel has
+    /// now, and whether that is different.
+    fn release(&mut self, datapath: &Datapath, network: &Network) -> (Vec<Attached>, bool) {
         if let Err(problem) = datapath.forget_dead() {
             warn!("forgetting interfaces that are gone: {problem}");
         }
@@ -140,7 +147,7 @@ impl Guard {
             Vec::new()
         });
         let mut changed = false;
-        for attached in guarded {
+        for attached in &guarded {
             if !wanted.contains(&attached.ifindex) {
                 match datapath.detach(attached.ifindex) {
                     Ok(()) => info!("{}: no longer guarded: it is not configured", attached.name),
@@ -151,7 +158,7 @@ impl Guard {
         }
         self.outcomes.retain(|name, _| self.wanted.contains_key(name));
         self.present.retain(|name, _| self.wanted.contains_key(name));
-        changed
+        (guarded, changed)
     }
 
     /// Whether something has to be tried again.
@@ -161,8 +168,9 @@ impl Guard {
             .any(|outcome| matches!(outcome, Outcome::Failed(_)))
     }
 
-    /// For `status`.
-    pub fn report(&self) -> Vec<InterfaceStatus> {
+    /// For `status`: what was attached, and whether the kernel still has it.
+    pub fn report(&self, datapath: &Datapath) -> Vec<InterfaceStatus> {
+        let kernel = datapath.attachments();
         let report = self.wanted.iter().map(|(name, wanted)| {
             let mut status = InterfaceStatus {
                 name: name.clone(),
@@ -173,6 +181,12 @@ impl Guard {
             };
             match self.outcomes.get(name) {
                 Some(Outcome::Guarded(_, attached)) => {
+                    let now = kernel
+                        .as_ref()
+                        .map(|all| all.iter().find(|now| now.ifindex == attached.ifindex));
+                    if !now.is_ok_and(|now| now.is_some_and(is_whole)) {
+                        status.problem = Some("somebody has removed our programs".to_owned());
+                    }
                     status.ingress = attached.ingress.map(hook_name);
                     status.egress = attached.egress.map(hook_name);
                     status.note.clone_from(&attached.note);
@@ -209,10 +223,9 @@ fn attachment(ifindex: u32, wanted: &Wanted) -> Attachment {
     }
 }
 
-fn is_guarded(datapath: &Datapath, ifindex: u32) -> bool {
-    datapath
-        .attachments()
-        .is_ok_and(|all| all.iter().any(|attached| attached.ifindex == ifindex))
+/// Whether something judges packets in both directions.
+const fn is_whole(attached: &Attached) -> bool {
+    attached.ingress.is_some() && attached.egress.is_some()
 }
 
 const fn role_name(role: Role) -> &'static str {

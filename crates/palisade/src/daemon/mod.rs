@@ -27,6 +27,8 @@ use std::{
     io,
     os::unix::fs::OpenOptionsExt as _,
     path::Path,
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail};
@@ -44,6 +46,9 @@ use crate::{
     config::Config,
     control::api::{TraceAnswer, TraceRequest},
 };
+
+/// A daemon that was just told to end may hold its lock for a moment still.
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Runs the daemon until it is told to end.
 pub fn run(config: Config) -> anyhow::Result<()> {
@@ -70,20 +75,29 @@ pub fn trace_offline(config: &Config, files: Offers, request: &TraceRequest) -> 
 pub fn lock(state_dir: &Path) -> anyhow::Result<Flock<File>> {
     fs::create_dir_all(state_dir).with_context(|| state_dir.display().to_string())?;
     let path = state_dir.join("lock");
-    let file = OpenOptions::new()
+    let mut file = OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(false)
         .mode(0o600)
         .open(&path)
         .with_context(|| path.display().to_string())?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(lock),
-        Err((_, Errno::EWOULDBLOCK)) => bail!(
-            "{}: another palisade daemon runs with this state directory; end it with `palisade stop`",
-            path.display()
-        ),
-        Err((_, error)) => Err(io::Error::from(error)).with_context(|| path.display().to_string()),
+    let until = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((same, Errno::EWOULDBLOCK)) if Instant::now() < until => {
+                file = same;
+                thread::sleep(Duration::from_millis(10));
+            }
+            Err((_, Errno::EWOULDBLOCK)) => bail!(
+                "{}: another palisade daemon runs with this state directory; end it with `palisade stop`",
+                path.display()
+            ),
+            Err((_, error)) => {
+                return Err(io::Error::from(error)).with_context(|| path.display().to_string());
+            }
+        }
     }
 }
 
