@@ -4,6 +4,10 @@
 //! The parts are global functions (`ctx.rs`): the verifier takes each once. Where a path is short and hot it is
 //! inlined.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![allow(
+    clippy::needless_borrows_for_generic_args,
+    reason = "a key that is handed over by value is copied to the stack, of which there are 512 bytes"
+)]
 
 mod conntrack;
 mod counters;

@@ -49,7 +49,7 @@ pub fn judge(frame: &mut Frame, identity: u32, slot: u32, direction: u32) {
 #[inline(never)]
 fn find(key: &mut PolicyKey) -> Option<&'static PolicyEntry> {
     let class = key.class;
-    // SAFETY (all four): entries are replaced, never changed in place.
+    // SAFETY: entries are replaced, never changed in place; and so below.
     if let Some(entry) = unsafe { POLICY.get(&*key) } {
         return Some(entry);
     }

@@ -1,0 +1,474 @@
+//! A node without interfaces: the programs and their maps, filled by hand, run by BPF_PROG_TEST_RUN in a network
+//! namespace of the test's thread.
+#![allow(dead_code, reason = "each test file uses a part")]
+
+pub mod packets;
+pub mod sys;
+
+use std::net::IpAddr;
+use std::os::fd::{AsFd as _, BorrowedFd};
+
+use aya::maps::{Map, RingBuf};
+use aya::programs::{Program, SchedClassifier, Xdp};
+use aya::{Ebpf, EbpfLoader};
+use palisade_abi::{
+    Addr, CLASS_SLOTS, Config, Counter, CtEntry, CtKey, Decision, Direction, EndpointState, Event, EventKind,
+    Interface, IpcacheEntry, MatchKind, PolicyEntry, PolicyKey, PrefixKey, Reason, identity, maps, programs,
+    role,
+};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// BPF_PROG_TEST_RUN gives a packet the loopback device.
+pub const IFINDEX: u32 = 1;
+
+/// The node's endpoint.
+pub const HOST: u16 = 1;
+/// A workload.
+pub const A: u16 = 2;
+/// Another one.
+pub const B: u16 = 3;
+
+pub const HOST_V4: &str = "10.0.0.1";
+pub const HOST_V6: &str = "fd00::1";
+pub const A_V4: &str = "10.0.1.10";
+pub const A_V6: &str = "fd00:1::10";
+pub const B_V4: &str = "10.0.1.20";
+pub const B_V6: &str = "fd00:1::20";
+/// Outside, of no known identity.
+pub const WORLD_V4: &str = "192.0.2.7";
+pub const WORLD_V6: &str = "2001:db8::7";
+/// Outside, in a prefix that has an identity.
+pub const PREFIX_V4: &str = "198.51.100.9";
+pub const PREFIX_V6: &str = "2001:db8:1::9";
+
+pub const A_IDENTITY: u32 = 1000;
+pub const B_IDENTITY: u32 = 2000;
+pub const PREFIX_IDENTITY: u32 = identity::FIRST_LOCAL;
+
+/// Which program runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Hook {
+    Xdp,
+    TcIn,
+    TcOut,
+}
+
+/// Both hooks at which a packet enters.
+pub const ENTRIES: [Hook; 2] = [Hook::Xdp, Hook::TcIn];
+
+/// What a packet met.
+#[derive(Debug)]
+pub struct Outcome {
+    pub passed: bool,
+    pub reason: Reason,
+    pub direction: Direction,
+    pub events: Vec<Event>,
+}
+
+impl Outcome {
+    pub fn event(&self, kind: EventKind) -> Option<&Event> {
+        self.events.iter().find(|event| event.kind == kind as u8)
+    }
+}
+
+/// An entry of the policy table.
+pub fn entry(decision: Decision, rule: u32) -> PolicyEntry {
+    PolicyEntry {
+        decision: decision as u8,
+        flags: 0,
+        inspector: 0,
+        match_kind: MatchKind::L3L4 as u8,
+        rule,
+        ruleset: 0,
+    }
+}
+
+pub struct World {
+    ebpf: Ebpf,
+    events: RingBuf<aya::maps::MapData>,
+    counters: Vec<u64>,
+}
+
+impl World {
+    /// Endpoints, identities and a class for ports 80 (class 5) and ICMP echo requests (class 6); everything is
+    /// denied by rule 1. The program stands at the interface of role `role` of `endpoint`.
+    pub fn new(role: u8, endpoint: u16) -> Self {
+        Self::with_conntrack(role, endpoint, 1024)
+    }
+
+    pub fn with_conntrack(role: u8, endpoint: u16, conntrack: u32) -> Self {
+        own_network();
+        let mut ebpf = EbpfLoader::new()
+            .map_max_entries(maps::CONNTRACK, conntrack)
+            .map_max_entries(maps::POLICY, 4096)
+            .map_max_entries(maps::IPCACHE, 4096)
+            .map_max_entries(maps::PREFIXES, 4096)
+            .map_max_entries(maps::RULES, 64)
+            .load(palisade_datapath::OBJECT)
+            .unwrap();
+        for (_, program) in ebpf.programs_mut() {
+            match program {
+                Program::Xdp(program) => program.load().unwrap(),
+                Program::SchedClassifier(program) => program.load().unwrap(),
+                _ => panic!("a program of another type"),
+            }
+        }
+        let events = RingBuf::try_from(ebpf.take_map(maps::EVENTS).unwrap()).unwrap();
+        let mut world = Self {
+            ebpf,
+            events,
+            counters: Vec::new(),
+        };
+        world.config(|_| ());
+        world.interface(role, endpoint, 0);
+        for (addr, endpoint, identity) in [
+            (HOST_V4, HOST, identity::HOST),
+            (HOST_V6, HOST, identity::HOST),
+            (A_V4, A, A_IDENTITY),
+            (A_V6, A, A_IDENTITY),
+            (B_V4, B, B_IDENTITY),
+            (B_V6, B, B_IDENTITY),
+        ] {
+            let value = IpcacheEntry {
+                identity,
+                endpoint,
+                flags: 0,
+            };
+            sys::update(
+                world.map(maps::IPCACHE),
+                addr_of(addr).as_bytes(),
+                value.as_bytes(),
+            )
+            .unwrap();
+        }
+        for (prefix, length) in [("198.51.100.0", 96 + 24), ("2001:db8:1::", 48)] {
+            let key = PrefixKey {
+                length,
+                addr: addr_of(prefix),
+            };
+            let value = IpcacheEntry {
+                identity: PREFIX_IDENTITY,
+                endpoint: 0,
+                flags: 0,
+            };
+            sys::update(world.map(maps::PREFIXES), key.as_bytes(), value.as_bytes()).unwrap();
+        }
+        world.classes(&[
+            (palisade_abi::class_slot(6, 80), 5),
+            (palisade_abi::class_slot(17, 80), 5),
+            (palisade_abi::class_slot(132, 80), 5),
+            (palisade_abi::class_slot(1, 8), 6),
+            (palisade_abi::class_slot(58, 128), 6),
+        ]);
+        for (endpoint, identity) in [(HOST, identity::HOST), (A, A_IDENTITY), (B, B_IDENTITY)] {
+            world.state(endpoint, u32::from(endpoint), 1, identity);
+            for direction in [Direction::Ingress, Direction::Egress] {
+                world.rule(endpoint, direction, identity::ANY, 0, entry(Decision::Deny, 1));
+            }
+        }
+        world
+    }
+
+    fn map(&self, name: &str) -> BorrowedFd<'_> {
+        match self.ebpf.map(name).unwrap() {
+            Map::Array(map)
+            | Map::HashMap(map)
+            | Map::LruHashMap(map)
+            | Map::PerCpuArray(map)
+            | Map::LpmTrie(map) => map.fd().as_fd(),
+            _ => panic!("{name} is of another type"),
+        }
+    }
+
+    /// Changes the configuration.
+    pub fn config(&self, change: impl FnOnce(&mut Config)) {
+        let mut config = Config {
+            tcp_opening: 60_000_000_000,
+            tcp_established: 3_600_000_000_000,
+            tcp_closing: 10_000_000_000,
+            udp: 60_000_000_000,
+            other: 30_000_000_000,
+            fragment: 5_000_000_000,
+            trace_interval: 0,
+            events_per_second: 1000,
+            host_endpoint: u32::from(HOST),
+            world_ipv4: identity::WORLD_IPV4,
+            world_ipv6: identity::WORLD_IPV6,
+            rules: 64,
+        };
+        change(&mut config);
+        sys::update(self.map(maps::CONFIG), 0u32.as_bytes(), config.as_bytes()).unwrap();
+    }
+
+    /// The interface that packets of these tests have.
+    pub fn interface(&self, role: u8, endpoint: u16, flags: u8) {
+        let interface = Interface {
+            ifindex: IFINDEX,
+            endpoint,
+            role,
+            flags,
+        };
+        sys::update(
+            self.map(maps::INTERFACES),
+            IFINDEX.as_bytes(),
+            interface.as_bytes(),
+        )
+        .unwrap();
+    }
+
+    /// An endpoint's policy and revision.
+    pub fn state(&self, endpoint: u16, policy: u32, revision: u32, identity: u32) {
+        let state = EndpointState {
+            policy,
+            revision,
+            identity,
+            zero: 0,
+        };
+        sys::update(
+            self.map(maps::ENDPOINTS),
+            u32::from(endpoint).as_bytes(),
+            state.as_bytes(),
+        )
+        .unwrap();
+    }
+
+    /// Port classes, by slot; every other slot has class 0.
+    pub fn classes(&self, slots: &[(u32, u16)]) {
+        let mut table = vec![0u16; CLASS_SLOTS];
+        for &(slot, class) in slots {
+            table[slot as usize] = class;
+        }
+        sys::update(self.map(maps::CLASSES), 0u32.as_bytes(), table.as_bytes()).unwrap();
+    }
+
+    /// A policy entry. Here the policy of an endpoint has the endpoint's number.
+    pub fn rule(&self, policy: u16, direction: Direction, identity: u32, class: u16, entry: PolicyEntry) {
+        let key = PolicyKey {
+            policy: u32::from(policy),
+            identity,
+            class,
+            direction: direction as u8,
+            zero: 0,
+        };
+        sys::update(self.map(maps::POLICY), key.as_bytes(), entry.as_bytes()).unwrap();
+    }
+
+    pub fn remove_rule(&self, policy: u16, direction: Direction, identity: u32, class: u16) {
+        let key = PolicyKey {
+            policy: u32::from(policy),
+            identity,
+            class,
+            direction: direction as u8,
+            zero: 0,
+        };
+        sys::delete(self.map(maps::POLICY), key.as_bytes()).unwrap();
+    }
+
+    pub fn forget_address(&self, addr: &str) {
+        sys::delete(self.map(maps::IPCACHE), addr_of(addr).as_bytes()).unwrap();
+    }
+
+    pub fn program(&self, hook: Hook) -> BorrowedFd<'_> {
+        self.program_named(match hook {
+            Hook::Xdp => programs::XDP_INGRESS,
+            Hook::TcIn => programs::TC_INGRESS,
+            Hook::TcOut => programs::TC_EGRESS,
+        })
+    }
+
+    pub fn program_named(&self, name: &str) -> BorrowedFd<'_> {
+        match self.ebpf.program(name).unwrap() {
+            Program::Xdp(program) => program.fd().unwrap().as_fd(),
+            Program::SchedClassifier(program) => program.fd().unwrap().as_fd(),
+            _ => panic!("{name} is of another type"),
+        }
+    }
+
+    /// Verified instructions of every program.
+    pub fn verified(&self) -> Vec<(String, u32)> {
+        let mut counts: Vec<_> = self
+            .ebpf
+            .programs()
+            .map(|(name, program)| {
+                let info = match program {
+                    Program::Xdp(program) => Xdp::info(program),
+                    Program::SchedClassifier(program) => SchedClassifier::info(program),
+                    _ => panic!("{name} is of another type"),
+                };
+                (
+                    name.to_owned(),
+                    info.unwrap().verified_instruction_count().unwrap(),
+                )
+            })
+            .collect();
+        counts.sort();
+        counts
+    }
+
+    /// Runs a packet that was received on the interface it came by.
+    pub fn run(&mut self, hook: Hook, frame: &[u8]) -> Outcome {
+        self.run_from(hook, frame, IFINDEX)
+    }
+
+    /// Runs a packet that this machine made itself.
+    pub fn run_local(&mut self, frame: &[u8]) -> Outcome {
+        self.run_from(Hook::TcOut, frame, 0)
+    }
+
+    fn run_from(&mut self, hook: Hook, frame: &[u8], origin: u32) -> Outcome {
+        // struct __sk_buff: ingress_ifindex is the tenth word.
+        let mut skb = [0u32; 48];
+        skb[9] = origin;
+        let context = if hook == Hook::Xdp {
+            &[][..]
+        } else {
+            skb.as_bytes()
+        };
+        self.take_counters();
+        let before = self.counters.clone();
+        let (retval, _) = sys::test_run(self.program(hook), frame, context, 1).unwrap();
+        let passed = match (hook, retval) {
+            (Hook::Xdp, 2) | (Hook::TcIn | Hook::TcOut, 0xffff_ffff) => true,
+            (Hook::Xdp, 1) | (Hook::TcIn | Hook::TcOut, 2) => false,
+            _ => panic!("{hook:?} returned {retval}"),
+        };
+        self.take_counters();
+        let counted: Vec<_> = (0..self.counters.len())
+            .filter(|&slot| self.counters[slot] != before[slot])
+            .collect();
+        assert_eq!(counted.len(), 1, "one packet counts once: {counted:?}");
+        assert_eq!(self.counters[counted[0]], before[counted[0]] + 1);
+        let reason = Reason::from_u8((counted[0] / 2) as u8).unwrap();
+        assert_eq!(passed, !reason.is_drop(), "{reason:?}");
+        let direction = if counted[0] % 2 == 0 {
+            Direction::Ingress
+        } else {
+            Direction::Egress
+        };
+        Outcome {
+            passed,
+            reason,
+            direction,
+            events: self.take_events(),
+        }
+    }
+
+    fn take_counters(&mut self) {
+        self.counters = (0..512)
+            .map(|slot| self.counter(maps::COUNTERS, slot).packets)
+            .collect();
+    }
+
+    pub fn take_events(&mut self) -> Vec<Event> {
+        let mut events = Vec::new();
+        while let Some(record) = self.events.next() {
+            events.push(Event::read_from_bytes(&record).unwrap());
+        }
+        events
+    }
+
+    fn counter(&self, map: &str, slot: u32) -> Counter {
+        let size = size_of::<Counter>();
+        let values = sys::lookup(self.map(map), slot.as_bytes(), size * sys::possible_cpus()).unwrap();
+        values
+            .chunks(size)
+            .map(|value| Counter::read_from_bytes(value).unwrap())
+            .fold(Counter::default(), |sum, value| Counter {
+                packets: sum.packets + value.packets,
+                bytes: sum.bytes + value.bytes,
+            })
+    }
+
+    /// Packets and bytes of a rule.
+    pub fn rule_counter(&self, rule: u32) -> Counter {
+        self.counter(maps::RULES, rule)
+    }
+
+    /// Suppressed events of a kind and reason.
+    pub fn suppressed(&self, kind: EventKind, reason: Reason) -> u64 {
+        let slot = kind as u32 * 256 + reason as u32;
+        let values = sys::lookup(
+            self.map(maps::BUDGETS),
+            slot.as_bytes(),
+            32 * sys::possible_cpus(),
+        )
+        .unwrap();
+        values
+            .chunks(32)
+            .map(|value| u64::from_ne_bytes(value[16..24].try_into().unwrap()))
+            .sum()
+    }
+
+    pub fn flow(&self, key: &CtKey) -> Option<CtEntry> {
+        sys::lookup(self.map(maps::CONNTRACK), key.as_bytes(), size_of::<CtEntry>())
+            .map(|value| CtEntry::read_from_bytes(&value).unwrap())
+    }
+
+    pub fn set_flow(&self, key: &CtKey, entry: &CtEntry) {
+        sys::update(self.map(maps::CONNTRACK), key.as_bytes(), entry.as_bytes()).unwrap();
+    }
+
+    pub fn flows(&self) -> Vec<CtKey> {
+        sys::keys(self.map(maps::CONNTRACK), size_of::<CtKey>())
+            .iter()
+            .map(|key| CtKey::read_from_bytes(key).unwrap())
+            .collect()
+    }
+}
+
+pub fn addr_of(text: &str) -> Addr {
+    text.parse::<IpAddr>().unwrap().into()
+}
+
+/// Key of a flow as `endpoint` sees it.
+pub fn key(endpoint: u16, protocol: u8, local: (&str, u16), remote: (&str, u16)) -> CtKey {
+    CtKey {
+        local: addr_of(local.0),
+        remote: addr_of(remote.0),
+        local_port: local.1,
+        remote_port: remote.1,
+        endpoint,
+        protocol,
+        zero: 0,
+    }
+}
+
+/// A network namespace of the calling thread's, in which loopback has the node's addresses and a default route, so
+/// that the routing table knows what is local and what is forwarded.
+fn own_network() {
+    // SAFETY: takes no pointer; only the calling thread changes its namespace.
+    let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+    assert_eq!(
+        result,
+        0,
+        "unshare: {} (these tests need root)",
+        std::io::Error::last_os_error()
+    );
+    for family in ["ipv4", "ipv6"] {
+        std::fs::write(format!("/proc/sys/net/{family}/conf/all/forwarding"), "1").unwrap();
+    }
+    std::fs::write("/proc/sys/net/ipv6/conf/lo/forwarding", "1").unwrap();
+    for arguments in [
+        "link set lo up",
+        "addr add 10.0.0.1/32 dev lo",
+        "addr add 10.0.0.99/32 dev lo",
+        "addr add fd00::1/128 dev lo",
+        "addr add fd00::99/128 dev lo",
+        "route add default dev lo",
+        "-6 route add default dev lo",
+    ] {
+        let output = std::process::Command::new("ip")
+            .args(arguments.split(' '))
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "ip {arguments}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+}
+
+/// Roles, for the tests.
+pub const NIC: u8 = role::HOST;
+pub const WORKLOAD: u8 = role::ENDPOINT;

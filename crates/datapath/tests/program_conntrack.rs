@@ -1,0 +1,381 @@
+//! Connections: states, timeouts, re-judging.
+
+mod program;
+
+use palisade_abi::{
+    CtEntry, Decision, Direction, EventKind, PolicyEntry, Reason, TracePoint, ct_flags, entry_flags,
+    event_flags, identity,
+};
+use program::packets::*;
+use program::*;
+
+const INGRESS: Direction = Direction::Ingress;
+const EGRESS: Direction = Direction::Egress;
+const SERVER: (&str, u16) = (HOST_V4, 80);
+const CLIENT: (&str, u16) = (WORLD_V4, 4000);
+
+/// A node whose port 80 is open, and nothing else, in either direction.
+fn server() -> World {
+    let world = World::new(NIC, HOST);
+    world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
+    world
+}
+
+fn to_server(world: &mut World, flags: u8) -> Outcome {
+    world.run(Hook::Xdp, &tcp(CLIENT, SERVER, flags))
+}
+
+fn from_server(world: &mut World, flags: u8) -> Outcome {
+    world.run_local(&tcp(SERVER, CLIENT, flags))
+}
+
+fn flow(world: &World) -> CtEntry {
+    world.flow(&key(HOST, 6, SERVER, CLIENT)).unwrap()
+}
+
+/// Seconds that a flow which was used just now has left.
+fn seconds_left(entry: &CtEntry) -> u64 {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: fills the structure it is given.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &mut now) };
+    let left = entry.expires - (now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64);
+    left.div_ceil(1_000_000_000)
+}
+
+#[test]
+fn a_connection_from_begin_to_end() {
+    let mut world = server();
+    assert_eq!(to_server(&mut world, SYN).reason, Reason::Allowed);
+    assert_eq!(seconds_left(&flow(&world)), 60);
+    assert_eq!(from_server(&mut world, SYN | ACK).reason, Reason::Established);
+    assert_eq!(to_server(&mut world, ACK).reason, Reason::Established);
+    let entry = flow(&world);
+    assert_eq!(seconds_left(&entry), 3600);
+    assert_eq!(entry.flags, ct_flags::INGRESS | ct_flags::REPLIED);
+    assert_eq!((entry.forward_packets, entry.reply_packets), (2, 1));
+    assert_eq!((entry.forward_bytes, entry.reply_bytes), (80, 40));
+    assert_eq!((entry.forward_tcp, entry.reply_tcp), (SYN | ACK, SYN | ACK));
+    // Half closed: still in use.
+    assert!(to_server(&mut world, FIN | ACK).events.is_empty());
+    assert_eq!(seconds_left(&flow(&world)), 3600);
+    let got = from_server(&mut world, FIN | ACK);
+    assert_eq!(seconds_left(&flow(&world)), 10);
+    let trace = got.event(EventKind::Trace).unwrap();
+    assert_eq!(trace.trace_point, TracePoint::End as u8);
+    assert_eq!((trace.forward_packets, trace.reply_packets), (3, 2));
+    assert_eq!(
+        trace.flags & (event_flags::REPLY | event_flags::EGRESS),
+        event_flags::REPLY | event_flags::EGRESS
+    );
+    // The last acknowledgment: passes, and the end is reported once.
+    let got = to_server(&mut world, ACK);
+    assert_eq!(got.reason, Reason::Established);
+    assert!(got.events.is_empty());
+}
+
+#[test]
+fn a_simultaneous_close() {
+    let mut world = server();
+    to_server(&mut world, SYN);
+    from_server(&mut world, SYN | ACK);
+    to_server(&mut world, ACK);
+    for _ in 0..2 {
+        assert!(to_server(&mut world, FIN | ACK).passed);
+        assert!(from_server(&mut world, FIN | ACK).passed);
+    }
+    assert!(from_server(&mut world, ACK).passed);
+    assert_eq!(seconds_left(&flow(&world)), 10);
+}
+
+#[test]
+fn a_reset_shortens_the_timeout_and_a_forged_one_not_for_long() {
+    let mut world = server();
+    to_server(&mut world, SYN);
+    from_server(&mut world, SYN | ACK);
+    to_server(&mut world, ACK);
+    assert_eq!(to_server(&mut world, RST | ACK).reason, Reason::Established);
+    assert_eq!(seconds_left(&flow(&world)), 10);
+    // The other side may still send what it had under way.
+    assert!(from_server(&mut world, ACK).passed);
+    assert_eq!(seconds_left(&flow(&world)), 10);
+    // Who sends on has not reset.
+    assert!(to_server(&mut world, ACK).passed);
+    assert_eq!(seconds_left(&flow(&world)), 3600);
+}
+
+#[test]
+fn ports_are_used_again() {
+    let mut world = server();
+    to_server(&mut world, SYN);
+    from_server(&mut world, RST | ACK);
+    let got = to_server(&mut world, SYN);
+    assert_eq!(got.reason, Reason::Allowed);
+    assert!(got.event(EventKind::PolicyVerdict).is_some());
+    let entry = flow(&world);
+    assert_eq!(
+        (entry.forward_packets, entry.reply_packets, entry.reply_tcp),
+        (1, 0, 0)
+    );
+    // Judged by the rules of now: on an entry that is over, a denied SYN is dropped.
+    from_server(&mut world, RST | ACK);
+    world.rule(HOST, INGRESS, identity::ANY, 5, entry_denied(9));
+    assert_eq!(to_server(&mut world, SYN).reason, Reason::PolicyDenied);
+}
+
+fn entry_denied(rule: u32) -> PolicyEntry {
+    entry(Decision::Deny, rule)
+}
+
+#[test]
+fn a_repeated_syn_is_no_new_connection() {
+    let mut world = server();
+    to_server(&mut world, SYN);
+    assert_eq!(to_server(&mut world, SYN).reason, Reason::Established);
+    from_server(&mut world, SYN | ACK);
+    to_server(&mut world, ACK);
+    // A challenge is the server's affair (RFC 5961, 4).
+    assert_eq!(to_server(&mut world, SYN).reason, Reason::Established);
+    assert_eq!(flow(&world).forward_packets, 4);
+}
+
+#[test]
+fn a_syn_of_the_answering_side_is_judged_for_itself() {
+    let mut world = server();
+    to_server(&mut world, SYN);
+    from_server(&mut world, SYN | ACK);
+    to_server(&mut world, ACK);
+    assert_eq!(from_server(&mut world, SYN).reason, Reason::PolicyDenied);
+    // The connection has not suffered.
+    assert_eq!(from_server(&mut world, ACK).reason, Reason::Established);
+    // Allowed, it is a connection of its own.
+    world.rule(HOST, EGRESS, identity::ANY, 0, entry(Decision::Allow, 8));
+    assert_eq!(from_server(&mut world, SYN).reason, Reason::Allowed);
+    assert_eq!(flow(&world).flags & ct_flags::INGRESS, 0);
+}
+
+#[test]
+fn both_sides_open_at_once() {
+    let mut world = server();
+    to_server(&mut world, SYN);
+    assert_eq!(from_server(&mut world, SYN).reason, Reason::Established);
+    assert_eq!(to_server(&mut world, SYN | ACK).reason, Reason::Established);
+    assert_eq!(from_server(&mut world, SYN | ACK).reason, Reason::Established);
+    assert_eq!(seconds_left(&flow(&world)), 3600);
+    // Opened now: another SYN of the answering side is no part of it.
+    assert_eq!(from_server(&mut world, SYN).reason, Reason::PolicyDenied);
+}
+
+#[test]
+fn packets_without_a_flow() {
+    let mut world = server();
+    // In mid-stream where a rule allows it: a flow that was forgotten goes on.
+    assert_eq!(to_server(&mut world, ACK).reason, Reason::Allowed);
+    assert_eq!(flow(&world).flags & ct_flags::MIDSTREAM, ct_flags::MIDSTREAM);
+    // Where none does: denied, an answer to nothing with a reason that says so.
+    assert_eq!(
+        world.run_local(&tcp((HOST_V4, 81), CLIENT, ACK)).reason,
+        Reason::PolicyDenied
+    );
+    assert_eq!(
+        world.run_local(&tcp((HOST_V4, 81), CLIENT, SYN | ACK)).reason,
+        Reason::CtInvalidState
+    );
+    // A reset makes no flow.
+    let got = world.run(Hook::Xdp, &tcp((WORLD_V4, 5000), SERVER, RST));
+    assert_eq!(got.reason, Reason::Allowed);
+    assert!(world.flow(&key(HOST, 6, SERVER, (WORLD_V4, 5000))).is_none());
+}
+
+#[test]
+fn what_is_over_is_over() {
+    let mut world = server();
+    to_server(&mut world, SYN);
+    let mut entry = flow(&world);
+    entry.expires = 1;
+    world.set_flow(&key(HOST, 6, SERVER, CLIENT), &entry);
+    assert_eq!(from_server(&mut world, ACK).reason, Reason::PolicyDenied);
+    assert_eq!(to_server(&mut world, ACK).reason, Reason::Allowed);
+}
+
+#[test]
+fn flows_without_states() {
+    for (client, server) in [(WORLD_V4, HOST_V4), (WORLD_V6, HOST_V6)] {
+        let mut world = World::new(NIC, HOST);
+        world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
+        world.rule(HOST, INGRESS, identity::ANY, 6, entry(Decision::Allow, 8));
+        // UDP.
+        assert_eq!(
+            world
+                .run(Hook::Xdp, &udp((client, 4000), (server, 80), &[1]))
+                .reason,
+            Reason::Allowed
+        );
+        assert_eq!(
+            world.run_local(&udp((server, 80), (client, 4000), &[1])).reason,
+            Reason::Established
+        );
+        assert_eq!(
+            world.run_local(&udp((server, 80), (client, 4001), &[1])).reason,
+            Reason::PolicyDenied
+        );
+        assert_eq!(
+            seconds_left(&world.flow(&key(HOST, 17, (server, 80), (client, 4000))).unwrap()),
+            60
+        );
+        // SCTP.
+        let sctp = |source: u16, destination: u16| {
+            let mut chunk = [0; 12];
+            chunk[..2].copy_from_slice(&source.to_be_bytes());
+            chunk[2..4].copy_from_slice(&destination.to_be_bytes());
+            chunk
+        };
+        let got = world.run(Hook::Xdp, &raw(client, server, 132, 64, &sctp(4000, 80)));
+        assert_eq!(got.reason, Reason::Allowed);
+        let got = world.run_local(&raw(server, client, 132, 64, &sctp(80, 4000)));
+        assert_eq!(got.reason, Reason::Established);
+        // Echo: an answer to a question, and only that; a question never passes as an answer.
+        assert_eq!(
+            world.run_local(&echo(server, client, 9, true)).reason,
+            Reason::PolicyDenied
+        );
+        assert_eq!(
+            world.run(Hook::Xdp, &echo(client, server, 9, false)).reason,
+            Reason::Allowed
+        );
+        assert_eq!(
+            world.run_local(&echo(server, client, 9, true)).reason,
+            Reason::Established
+        );
+        assert_eq!(
+            world.run_local(&echo(server, client, 10, true)).reason,
+            Reason::PolicyDenied
+        );
+        assert_eq!(
+            world.run_local(&echo(server, client, 9, false)).reason,
+            Reason::PolicyDenied
+        );
+        let icmp_protocol = if client.contains(':') { 58 } else { 1 };
+        let entry_key = key(HOST, icmp_protocol, (server, 9), (client, 1));
+        assert_eq!(seconds_left(&world.flow(&entry_key).unwrap()), 30);
+        // A protocol without ports.
+        world.rule(HOST, EGRESS, identity::ANY, 0, entry(Decision::Allow, 9));
+        assert_eq!(
+            world.run(Hook::Xdp, &raw(client, server, 47, 64, &[0; 8])).reason,
+            Reason::PolicyDenied
+        );
+        assert_eq!(
+            world.run_local(&raw(server, client, 47, 64, &[0; 8])).reason,
+            Reason::Allowed
+        );
+        assert_eq!(
+            world.run(Hook::Xdp, &raw(client, server, 47, 64, &[0; 8])).reason,
+            Reason::Established
+        );
+    }
+}
+
+#[test]
+fn a_new_policy_judges_live_flows_in_their_own_direction() {
+    for changed in ["rule", "deny", "audit"] {
+        let mut world = server();
+        to_server(&mut world, SYN);
+        from_server(&mut world, SYN | ACK);
+        // Egress is allowed altogether; that must not help a flow that is ingress.
+        world.rule(HOST, EGRESS, identity::ANY, 0, entry(Decision::Allow, 20));
+        // The same rule under a new revision: nothing to tell.
+        world.state(HOST, u32::from(HOST), 2, identity::HOST);
+        let got = from_server(&mut world, ACK);
+        assert_eq!(got.reason, Reason::Established);
+        assert!(got.events.is_empty());
+        assert_eq!(flow(&world).revision, 2);
+        let new = match changed {
+            "rule" => entry(Decision::Allow, 30),
+            "deny" => entry(Decision::Deny, 30),
+            _ => PolicyEntry {
+                flags: entry_flags::AUDIT,
+                ..entry(Decision::Deny, 30)
+            },
+        };
+        world.rule(HOST, INGRESS, identity::ANY, 5, new);
+        // Without a new revision the flow goes on.
+        assert_eq!(from_server(&mut world, ACK).reason, Reason::Established);
+        world.state(HOST, u32::from(HOST), 3, identity::HOST);
+        let got = from_server(&mut world, ACK);
+        let verdict = *got.event(EventKind::PolicyVerdict).unwrap();
+        assert_eq!((verdict.rule, verdict.decision), (30, new.decision));
+        assert_eq!(verdict.flags & event_flags::REPLY, event_flags::REPLY);
+        assert_eq!(verdict.flags & event_flags::FLOW_EGRESS, 0);
+        if changed == "deny" {
+            for _ in 0..2 {
+                let got = from_server(&mut world, ACK);
+                assert_eq!(got.reason, Reason::PolicyDenied);
+                assert!(got.event(EventKind::PolicyVerdict).is_none(), "told once");
+                assert_eq!(to_server(&mut world, ACK).reason, Reason::PolicyDenied);
+            }
+            // Allowed again, it goes on.
+            world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
+            world.state(HOST, u32::from(HOST), 4, identity::HOST);
+            assert_eq!(to_server(&mut world, ACK).reason, Reason::Established);
+        } else {
+            assert_eq!(got.reason, Reason::Established);
+            let entry = flow(&world);
+            assert_eq!((entry.revision, entry.rule), (3, 30));
+            assert_eq!(entry.flags & ct_flags::AUDIT != 0, changed == "audit");
+        }
+    }
+}
+
+#[test]
+fn a_flow_in_use_is_reported_at_intervals() {
+    let mut world = server();
+    world.config(|config| config.trace_interval = 1_000_000_000);
+    to_server(&mut world, SYN);
+    assert!(to_server(&mut world, ACK).events.is_empty());
+    let mut entry = flow(&world);
+    entry.reported -= 2_000_000_000;
+    world.set_flow(&key(HOST, 6, SERVER, CLIENT), &entry);
+    let got = to_server(&mut world, ACK);
+    let trace = got.event(EventKind::Trace).unwrap();
+    assert_eq!(
+        (trace.trace_point, trace.forward_packets),
+        (TracePoint::Interval as u8, 3)
+    );
+    assert_eq!((trace.rule, trace.source_identity), (7, identity::WORLD_IPV4));
+    assert!(to_server(&mut world, ACK).events.is_empty());
+}
+
+#[test]
+fn a_full_table_forgets_and_never_lets_through() {
+    let mut world = server();
+    let room = 64;
+    let mut world_small = World::with_conntrack(NIC, HOST, room);
+    world_small.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
+    for port in 0..4 * room as u16 {
+        let got = world_small.run(Hook::Xdp, &udp((WORLD_V4, 10_000 + port), (HOST_V4, 80), &[]));
+        // Never by any other way than a rule; where the map has no room for a moment the packet is dropped.
+        assert!(
+            matches!(got.reason, Reason::Allowed | Reason::CtInsertionFailed),
+            "{:?}",
+            got.reason
+        );
+    }
+    assert!(world_small.flows().len() <= room as usize);
+    // What was forgotten is not an answer any more; what is remembered is.
+    let (mut answered, mut denied) = (0, 0);
+    for port in 0..4 * room as u16 {
+        match world_small
+            .run_local(&udp((HOST_V4, 80), (WORLD_V4, 10_000 + port), &[]))
+            .reason
+        {
+            Reason::Established => answered += 1,
+            Reason::PolicyDenied => denied += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(answered > 0 && answered <= room, "{answered}");
+    assert_eq!(answered + denied, 4 * room);
+    assert!(to_server(&mut world, SYN).passed);
+}
