@@ -801,6 +801,14 @@ mod tests {
     }
 
     #[test]
+    fn every_endpoint_and_every_interface_has_a_slot() {
+        let object = aya_obj::Object::parse(OBJECT).unwrap();
+        for name in [names::ENDPOINTS, names::INTERFACES] {
+            assert_eq!(object.maps[name].max_entries(), 1 << 16, "{name}");
+        }
+    }
+
+    #[test]
     fn the_default_limits_are_those_of_the_object() {
         let object = aya_obj::Object::parse(OBJECT).unwrap();
         for (name, definition) in &object.maps {

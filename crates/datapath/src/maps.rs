@@ -485,6 +485,12 @@ fn check_layout(raw: &RawMap, want_key: usize, want_value: usize) -> Result<()> 
     })
 }
 
+/// What the memory of a map may be seen as: every bit pattern is a value, and others may write it meanwhile.
+trait Atomic {}
+impl Atomic for AtomicU16 {}
+impl Atomic for AtomicU32 {}
+impl Atomic for AtomicU64 {}
+
 /// A map's memory, shared with the programs.
 #[derive(Debug)]
 struct Shared {
@@ -529,7 +535,7 @@ impl Shared {
     }
 
     /// The atomic of type `A` at a byte offset.
-    fn at<A>(&self, offset: usize) -> &A {
+    fn at<A: Atomic>(&self, offset: usize) -> &A {
         assert!(offset + size_of::<A>() <= self.length && offset.is_multiple_of(align_of::<A>()));
         // SAFETY: inside the mapping and aligned (the mapping begins at a page); callers use atomics only, for
         // which every bit pattern is a value, and everybody else (programs) writes whole words.

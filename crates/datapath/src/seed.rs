@@ -733,6 +733,11 @@ mod tests {
     }
 
     #[test]
+    fn a_kernel_that_tracks_nothing_or_not_by_netlink_is_no_error() {
+        tracked_by_netlink().unwrap();
+    }
+
+    #[test]
     fn who_listens_was_called() {
         let socket = |protocol, state, local, remote| InetSocket {
             protocol,
