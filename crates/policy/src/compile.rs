@@ -11,11 +11,14 @@ use std::{
 };
 
 use ipnet::{IpNet, Ipv6Net};
-use palisade_abi::{Addr, Direction, EndpointState, Identity, IpcacheEntry, PrefixKey, identity, protocol};
+use palisade_abi::{
+    Addr, Class, Direction, EndpointState, Identity, IpcacheEntry, PrefixKey, identity, protocol,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     classes::{Classes, PortSet},
+    conflict::ConflictFinder,
     diagnostic::{Diagnostic, Severity},
     identity::{Allocator, AllocatorState, cidr_label, prefix_labels},
     labels::Labels,
@@ -28,6 +31,8 @@ use crate::{
     table::{Builder, Members, Otherwise, Reading, RuleSets, TablePorts, TableRule},
     world::{Enforcement, NamedPort, NamedPorts, World},
 };
+
+pub use crate::conflict::conflicts;
 
 /// What is in one policy file.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -73,7 +78,7 @@ pub struct Compiler {
     /// Prefixes that policies mention, and how often.
     prefixes: BTreeMap<IpNet, u32>,
     peers: PeerCache,
-    specs: BTreeMap<SpecKey, SpecUnit>,
+    specs: BTreeMap<SpecKey, Arc<SpecUnit>>,
     subjects: Vec<Subject>,
     /// Ports by name over all endpoints and peers.
     named_ports: BTreeMap<String, BTreeSet<NamedPort>>,
@@ -91,14 +96,17 @@ struct SpecKey {
     position: (u32, u32),
 }
 
+/// A spec with its peers looked up.
 #[derive(Clone, Debug)]
 struct SpecUnit {
     content: Arc<FileContent>,
     /// Which policy of the file.
     policy: usize,
     spec: usize,
-    /// By section in the order of [`SECTIONS`]: rule ids and the peers looked up.
+    /// By section in the order of [`SECTIONS`].
     sections: [Vec<UnitRule>; 4],
+    /// Whether a rule asks for traffic to be read.
+    reads: bool,
     subjects: Vec<usize>,
 }
 
@@ -133,7 +141,7 @@ const SECTIONS: [Section; 4] = [
     Section::EgressDeny,
 ];
 
-fn section_rules(spec: &Spec, section: Section) -> &[Rule] {
+pub(crate) fn section_rules(spec: &Spec, section: Section) -> &[Rule] {
     match section {
         Section::Ingress => &spec.ingress,
         Section::IngressDeny => &spec.ingress_deny,
@@ -144,10 +152,11 @@ fn section_rules(spec: &Spec, section: Section) -> &[Rule] {
     .unwrap_or_default()
 }
 
-fn sections_of(direction: Direction) -> [usize; 2] {
+/// The sections of a direction: what allows, what denies.
+pub(crate) const fn sections_of(direction: Direction) -> [Section; 2] {
     match direction {
-        Direction::Ingress => [0, 1],
-        Direction::Egress => [2, 3],
+        Direction::Ingress => [Section::Ingress, Section::IngressDeny],
+        Direction::Egress => [Section::Egress, Section::EgressDeny],
     }
 }
 
@@ -160,12 +169,64 @@ struct Subject {
     node: bool,
     /// Endpoint ids with their identity.
     endpoints: Vec<(u16, Identity)>,
-    specs: BTreeSet<SpecKey>,
-    /// Port sets held in [`Classes`].
-    ports: Vec<PortSet>,
+    specs: BTreeMap<SpecKey, Selecting>,
+    /// Specs that do not select it any more, since the table was made.
+    retired: Vec<Selecting>,
+    /// For each direction what the table was made with.
+    otherwise: [Option<Otherwise>; 2],
     policy: u32,
     table: Arc<Table>,
+}
+
+impl Subject {
+    fn selecting(&self) -> impl Iterator<Item = (&SpecKey, &Selecting)> {
+        self.specs.iter()
+    }
+}
+
+/// A spec as it applies to a subject.
+#[derive(Clone, Debug)]
+struct Selecting {
+    unit: Arc<SpecUnit>,
+    /// Whether `rules` are still to be made from it (they are of before).
+    stale: bool,
+    /// By direction.
+    rules: [Vec<TableRule>; 2],
+    /// Port sets held in [`Classes`].
+    sets: Vec<PortSet>,
     remarks: Vec<Diagnostic>,
+}
+
+/// The rows of a table that a change may touch.
+enum Touched {
+    Everything,
+    Only(BTreeSet<Identity>),
+}
+
+impl Touched {
+    /// More rows than this are not worth picking out.
+    const MANY: usize = 64;
+
+    /// Verdicts change towards whom the rules mean.
+    fn add(&mut self, rules: &[Vec<TableRule>; 2]) {
+        for rule in rules.iter().flatten() {
+            let Self::Only(identities) = self else {
+                return;
+            };
+            match &rule.members {
+                Members::Everybody => *self = Self::Everything,
+                Members::Of(peers) => {
+                    for (_, members) in peers {
+                        if identities.len() + members.len() > Self::MANY {
+                            *self = Self::Everything;
+                            return;
+                        }
+                        identities.extend(members.iter().copied());
+                    }
+                }
+            }
+        }
+    }
 }
 
 #[derive(Clone, Debug, Default)]
@@ -273,6 +334,12 @@ impl PeerCache {
         self.free.push(number);
         Some(slot.meaning)
     }
+}
+
+/// [`Changes`], with the contents shared.
+struct Intake {
+    world: Option<World>,
+    files: BTreeMap<String, Option<Arc<FileContent>>>,
 }
 
 /// What went on during one update.
@@ -384,8 +451,8 @@ impl Compiler {
             return Vec::new();
         };
         let mut policies: Vec<&Policy> = Vec::new();
-        for unit in subject.specs.iter().filter_map(|key| self.specs.get(key)) {
-            let policy = unit.policy();
+        for (_, selecting) in subject.selecting() {
+            let policy = selecting.unit.policy();
             if policies.last().is_none_or(|last| !std::ptr::eq(*last, policy)) {
                 policies.push(policy);
             }
@@ -411,7 +478,10 @@ impl Compiler {
             return Vec::new();
         };
         let mut found = Vec::new();
-        for rule in self.table_rules(at, direction, &mut Vec::new()) {
+        for rule in self.subjects[at]
+            .selecting()
+            .flat_map(|(_, selecting)| &selecting.rules[direction as usize])
+        {
             let named = match &rule.members {
                 Members::Everybody => true,
                 Members::Of(peers) => peers.iter().any(|(_, members)| members.contains(&other)),
@@ -439,21 +509,24 @@ impl Compiler {
 
     /// Takes the changes in. On errors (each with its place) everything stays as it was.
     pub fn update(&mut self, changes: Changes) -> Result<&Snapshot, Vec<Diagnostic>> {
-        let undo = Changes {
-            world: changes.world.as_ref().map(|_| self.world.clone()),
+        let intake = Intake {
+            world: changes.world,
             files: changes
                 .files
+                .into_iter()
+                .map(|(name, content)| (name, content.map(Arc::new)))
+                .collect(),
+        };
+        let undo = Intake {
+            world: intake.world.as_ref().map(|_| self.world.clone()),
+            files: intake
+                .files
                 .keys()
-                .map(|name| {
-                    (
-                        name.clone(),
-                        self.files.get(name).map(|content| (**content).clone()),
-                    )
-                })
+                .map(|name| (name.clone(), self.files.get(name).cloned()))
                 .collect(),
         };
         let before = self.snapshot.clone();
-        match self.take_in(changes) {
+        match self.take_in(intake) {
             Ok(()) => {}
             Err(errors) => {
                 // What was there before compiled; it compiles again.
@@ -483,7 +556,7 @@ impl Compiler {
         self.snapshot = before;
     }
 
-    fn take_in(&mut self, changes: Changes) -> Result<(), Vec<Diagnostic>> {
+    fn take_in(&mut self, changes: Intake) -> Result<(), Vec<Diagnostic>> {
         let mut progress = Progress::default();
         let groups_change = changes.files.iter().any(|(name, content)| {
             let before = self.files.get(name).map(|content| content.cidr_groups.as_slice());
@@ -496,7 +569,7 @@ impl Compiler {
             }
             for (name, content) in changes.files {
                 match content {
-                    Some(content) => self.files.insert(name, Arc::new(content)),
+                    Some(content) => self.files.insert(name, content),
                     None => self.files.remove(&name),
                 };
             }
@@ -507,7 +580,7 @@ impl Compiler {
             for (name, content) in changes.files {
                 self.remove_file(&name, &mut progress);
                 if let Some(content) = content {
-                    self.add_file(&name, Arc::new(content), &groups, &mut progress);
+                    self.add_file(&name, content, &groups, &mut progress);
                 }
             }
             if !progress.prefixes.is_empty() {
@@ -535,8 +608,11 @@ impl Compiler {
         }
 
         let mut before: Vec<Subject> = std::mem::take(&mut self.subjects);
-        for subject in &before {
-            self.classes.release(&subject.ports);
+        for selecting in before
+            .iter()
+            .flat_map(|subject| subject.specs.values().chain(&subject.retired))
+        {
+            self.classes.release(&selecting.sets);
         }
         let mut subjects: Vec<Subject> = Vec::new();
         for endpoint in &self.world.endpoints {
@@ -555,11 +631,11 @@ impl Compiler {
                         audit: endpoint.audit,
                         node: endpoint.is_node(),
                         endpoints: vec![(endpoint.id, 0)],
-                        specs: BTreeSet::new(),
-                        ports: Vec::new(),
+                        specs: BTreeMap::new(),
+                        retired: Vec::new(),
+                        otherwise: [None, None],
                         policy: known.as_ref().map_or(0, |known| known.policy),
                         table: known.map(|known| known.table).unwrap_or_default(),
-                        remarks: Vec::new(),
                     });
                 }
             }
@@ -632,9 +708,10 @@ impl Compiler {
             let Some(unit) = self.specs.remove(&key) else {
                 continue;
             };
-            for subject in unit.subjects {
-                self.subjects[subject].specs.remove(&key);
-                progress.dirty.insert(subject);
+            for at in &unit.subjects {
+                let subject = &mut self.subjects[*at];
+                subject.retired.extend(subject.specs.remove(&key));
+                progress.dirty.insert(*at);
             }
             for rule in unit.sections.iter().flatten() {
                 let UnitPeers::OneOf(peers) = &rule.peers else {
@@ -672,10 +749,6 @@ impl Compiler {
             let subjects: Vec<usize> = (0..self.subjects.len())
                 .filter(|at| selects(&spec.subject, &self.subjects[*at].labels, self.subjects[*at].node))
                 .collect();
-            for at in &subjects {
-                self.subjects[*at].specs.insert(key.clone());
-                progress.dirty.insert(*at);
-            }
             let sections = SECTIONS.map(|section| {
                 let rules = section_rules(spec, section).iter().enumerate();
                 rules
@@ -724,13 +797,32 @@ impl Compiler {
                     })
                     .collect()
             });
-            let unit = SpecUnit {
+            let reads = SECTIONS
+                .iter()
+                .flat_map(|section| section_rules(spec, *section))
+                .any(|rule| match &rule.ports {
+                    Ports::Any => false,
+                    Ports::OneOf(entries) => entries.iter().any(|entry| !entry.l7.is_none()),
+                });
+            let unit = Arc::new(SpecUnit {
                 content: Arc::clone(&content),
                 policy: policy_at,
                 spec: spec_at,
                 sections,
+                reads,
                 subjects,
-            };
+            });
+            for at in &unit.subjects {
+                let selecting = Selecting {
+                    unit: Arc::clone(&unit),
+                    stale: true,
+                    rules: Default::default(),
+                    sets: Vec::new(),
+                    remarks: Vec::new(),
+                };
+                self.subjects[*at].specs.insert(key.clone(), selecting);
+                progress.dirty.insert(*at);
+            }
             self.specs.insert(key, unit);
         }
         self.files.insert(name.to_owned(), content);
@@ -905,13 +997,18 @@ impl Compiler {
                 }
             }
             if !changed.is_empty() {
-                for unit in self.specs.values() {
+                for (key, unit) in &self.specs {
                     let touched = unit.sections.iter().flatten().any(|rule| match &rule.peers {
                         UnitPeers::OneOf(peers) => peers.iter().any(|number| changed.contains(number)),
                         _ => false,
                     });
                     if touched {
-                        progress.dirty.extend(unit.subjects.iter().copied());
+                        for at in &unit.subjects {
+                            if let Some(selecting) = self.subjects[*at].specs.get_mut(key) {
+                                selecting.stale = true;
+                            }
+                            progress.dirty.insert(*at);
+                        }
                     }
                 }
             }
@@ -930,35 +1027,20 @@ impl Compiler {
     fn compile(&mut self, mut progress: Progress) -> Result<(), Vec<Diagnostic>> {
         let before = self.snapshot.clone();
         let mut errors: Vec<Diagnostic> = Vec::new();
-        for at in &progress.dirty {
-            let ports = self.ports_of(*at);
-            self.classes.retain(&ports);
-            let subject = &mut self.subjects[*at];
-            let released = std::mem::replace(&mut subject.ports, ports);
-            self.classes.release(&released);
-        }
+        self.hold_port_sets(&progress.dirty);
+        let mut touched: BTreeMap<usize, Touched> = BTreeMap::new();
         match self.classes.refresh() {
             Ok(protocols) if protocols.is_empty() => {}
-            Ok(protocols) => {
-                for (at, subject) in self.subjects.iter().enumerate() {
-                    let touched = subject.ports.iter().any(|set| match set {
-                        PortSet::All => false,
-                        PortSet::Protocol(protocol) | PortSet::Range { protocol, .. } => {
-                            protocols.contains(protocol)
-                        }
-                    });
-                    if touched {
-                        progress.dirty.insert(at);
-                    }
-                }
-            }
+            Ok(protocols) => self.follow_classes(&protocols, &mut progress.dirty, &mut touched),
             Err(error) => errors.push(problem(Location::default(), error.to_string())),
         }
         for at in &progress.dirty {
-            match self.compile_subject(*at) {
-                Ok((table, remarks)) => {
+            let rows = touched
+                .remove(at)
+                .unwrap_or_else(|| Touched::Only(BTreeSet::new()));
+            match self.compile_subject(*at, rows) {
+                Ok(table) => {
                     let subject = &mut self.subjects[*at];
-                    subject.remarks = remarks;
                     if subject.policy == 0 || *subject.table != table {
                         if subject.policy == 0 || !small_step(&subject.table, &table) {
                             subject.policy = self.next_policy;
@@ -975,7 +1057,80 @@ impl Compiler {
             errors.dedup();
             return Err(errors);
         }
+        self.finish(before);
+        Ok(())
+    }
 
+    /// The port sets of specs that are new to a subject are held, those of specs that are gone released.
+    fn hold_port_sets(&mut self, dirty: &BTreeSet<usize>) {
+        for at in dirty {
+            let subject = &self.subjects[*at];
+            let new: Vec<(SpecKey, Vec<PortSet>)> = subject
+                .selecting()
+                .filter(|(_, selecting)| selecting.stale)
+                .map(|(key, selecting)| (key.clone(), self.port_sets(&selecting.unit, &subject.named_ports)))
+                .collect();
+            let subject = &mut self.subjects[*at];
+            for (key, sets) in new {
+                self.classes.retain(&sets);
+                if let Some(selecting) = subject.specs.get_mut(&key) {
+                    self.classes
+                        .release(&std::mem::replace(&mut selecting.sets, sets));
+                }
+            }
+            for selecting in &mut subject.retired {
+                self.classes.release(&std::mem::take(&mut selecting.sets));
+            }
+        }
+    }
+
+    /// Gives the rules their new classes where slots have changed.
+    fn follow_classes(
+        &mut self,
+        protocols: &[u8],
+        dirty: &mut BTreeSet<usize>,
+        touched: &mut BTreeMap<usize, Touched>,
+    ) {
+        let mut known: HashMap<PortSet, Option<Arc<[Class]>>> = HashMap::new();
+        for (at, subject) in self.subjects.iter_mut().enumerate() {
+            for selecting in subject.specs.values_mut().filter(|selecting| !selecting.stale) {
+                let concerned = selecting.sets.iter().any(|set| match set {
+                    PortSet::All => false,
+                    PortSet::Protocol(protocol) | PortSet::Range { protocol, .. } => {
+                        protocols.contains(protocol)
+                    }
+                });
+                if !concerned {
+                    continue;
+                }
+                let mut changed = false;
+                for ports in selecting
+                    .rules
+                    .iter_mut()
+                    .flatten()
+                    .flat_map(|rule| &mut rule.ports)
+                {
+                    let classes = known
+                        .entry(ports.set)
+                        .or_insert_with(|| self.classes.of(ports.set));
+                    if ports.classes != *classes {
+                        ports.classes = classes.clone();
+                        changed = true;
+                    }
+                }
+                if changed {
+                    dirty.insert(at);
+                    touched
+                        .entry(at)
+                        .or_insert_with(|| Touched::Only(BTreeSet::new()))
+                        .add(&selecting.rules);
+                }
+            }
+        }
+    }
+
+    /// Makes the snapshot from the compiled subjects.
+    fn finish(&mut self, before: Snapshot) {
         self.snapshot.classes = Arc::clone(self.classes.slots());
         self.snapshot.rules = Arc::clone(&self.rule_ids.infos);
         self.snapshot.rulesets = Arc::clone(&self.rulesets.sets);
@@ -1031,27 +1186,24 @@ impl Compiler {
         let mut remarks: Vec<Diagnostic> = self
             .subjects
             .iter()
-            .flat_map(|subject| subject.remarks.iter().cloned())
+            .flat_map(|subject| subject.specs.values())
+            .flat_map(|selecting| selecting.remarks.iter().cloned())
             .collect();
         remarks.sort_by(|a, b| (&a.location, &a.message).cmp(&(&b.location, &b.message)));
         remarks.dedup();
         self.snapshot.diagnostics = remarks;
-        Ok(())
     }
 
-    /// The port sets that the rules of a subject use.
-    fn ports_of(&self, at: usize) -> Vec<PortSet> {
-        let subject = &self.subjects[at];
+    /// The port sets that the rules of a spec use.
+    fn port_sets(&self, unit: &SpecUnit, own: &NamedPorts) -> Vec<PortSet> {
         let mut sets: HashSet<PortSet> = HashSet::new();
-        for unit in subject.specs.iter().filter_map(|key| self.specs.get(key)) {
-            for section in SECTIONS {
-                for rule in section_rules(unit.spec(), section) {
-                    let Ports::OneOf(entries) = &rule.ports else {
-                        continue;
-                    };
-                    for spec in entries.iter().flat_map(|entry| &entry.ports) {
-                        sets.extend(self.resolve(spec, section.direction(), &subject.named_ports));
-                    }
+        for section in SECTIONS {
+            for rule in section_rules(unit.spec(), section) {
+                let Ports::OneOf(entries) = &rule.ports else {
+                    continue;
+                };
+                for spec in entries.iter().flat_map(|entry| &entry.ports) {
+                    sets.extend(self.resolve(spec, section.direction(), own));
                 }
             }
         }
@@ -1126,154 +1278,223 @@ impl Compiler {
         }
     }
 
-    fn compile_subject(&mut self, at: usize) -> Result<(Table, Vec<Diagnostic>), Vec<Diagnostic>> {
-        let mut entries = Vec::new();
-        let mut remarks = Vec::new();
-        let mut errors = Vec::new();
-        for direction in palisade_abi::DIRECTIONS {
-            let enforced = self.world.options.enforcement != Enforcement::Never;
-            let mut rules = if enforced {
-                self.table_rules(at, direction, &mut remarks)
-            } else {
-                Vec::new()
-            };
-            if let Err(mut conflicts) = self.conflicts(at, direction) {
-                errors.append(&mut conflicts);
-                continue;
+    /// The table of a subject. Of a table that is there, only the rows that a change touches are made anew.
+    fn compile_subject(&mut self, at: usize, mut touched: Touched) -> Result<Table, Vec<Diagnostic>> {
+        // Specs that are new, or whose peers mean others now: towards whom they meant and whom they mean.
+        let subject = &self.subjects[at];
+        let mut made: Vec<(SpecKey, [Vec<TableRule>; 2], Vec<Diagnostic>)> = Vec::new();
+        let mut classes = HashMap::new();
+        for (key, selecting) in subject.selecting().filter(|(_, selecting)| selecting.stale) {
+            let mut remarks = Vec::new();
+            let rules = palisade_abi::DIRECTIONS.map(|direction| {
+                self.table_rules(subject, key, selecting, direction, &mut classes, &mut remarks)
+            });
+            touched.add(&rules);
+            touched.add(&selecting.rules);
+            made.push((key.clone(), rules, remarks));
+        }
+        let subject = &mut self.subjects[at];
+        for (key, rules, remarks) in made {
+            if let Some(selecting) = subject.specs.get_mut(&key) {
+                selecting.stale = false;
+                selecting.rules = rules;
+                selecting.remarks = remarks;
             }
-            let otherwise = self.otherwise(at, direction);
-            let subject = &self.subjects[at];
+        }
+        for selecting in subject.retired.drain(..) {
+            touched.add(&selecting.rules);
+        }
+
+        if subject.specs.values().any(|selecting| selecting.unit.reads) {
+            let mut errors = Vec::new();
+            for direction in palisade_abi::DIRECTIONS {
+                let mut finder = ConflictFinder::default();
+                for (key, selecting) in self.subjects[at].selecting() {
+                    finder.add(&key.policy, selecting.unit.spec(), direction);
+                }
+                if let Err(mut conflicts) = finder.finish() {
+                    errors.append(&mut conflicts);
+                }
+            }
+            if !errors.is_empty() {
+                // The next table is made from the ground up.
+                self.subjects[at].otherwise = [None, None];
+                return Err(errors);
+            }
+        }
+
+        let otherwise = palisade_abi::DIRECTIONS.map(|direction| self.otherwise(at, direction));
+        let options = self.world.options;
+        let localhost = TableRule {
+            id: self.rule_ids.number("", plain(RuleKey::LocalhostAlways)),
+            denies: false,
+            audit: false,
+            auth_required: false,
+            members: Members::Of(vec![(u32::MAX, Arc::new(BTreeSet::from([identity::HOST])))]),
+            ports: vec![TablePorts {
+                set: PortSet::All,
+                classes: None,
+                reading: None,
+            }],
+        };
+        let subject = &self.subjects[at];
+        if subject.otherwise != otherwise.map(Some) {
+            touched = Touched::Everything;
+        }
+        let rows = match &touched {
+            Touched::Everything => None,
+            Touched::Only(identities) => Some(identities),
+        };
+        let mut entries = Vec::new();
+        for direction in palisade_abi::DIRECTIONS {
+            let otherwise = otherwise[direction as usize];
+            let mut rules: Vec<&TableRule> = Vec::new();
+            if options.enforcement != Enforcement::Never {
+                rules.extend(
+                    subject
+                        .specs
+                        .values()
+                        .flat_map(|selecting| &selecting.rules[direction as usize]),
+                );
+            }
             if direction == Direction::Ingress
-                && self.world.options.allow_localhost
+                && options.allow_localhost
                 && !subject.node
                 && !otherwise.unenforced
             {
-                let id = self.rule_ids.number("", plain(RuleKey::LocalhostAlways));
-                rules.push(TableRule {
-                    id,
-                    denies: false,
-                    audit: false,
-                    auth_required: false,
-                    members: Members::Of(vec![(u32::MAX, Arc::new(BTreeSet::from([identity::HOST])))]),
-                    ports: vec![TablePorts {
-                        set: PortSet::All,
-                        classes: None,
-                        reading: None,
-                    }],
-                });
+                rules.push(&localhost);
             }
-            let audit = self.world.options.audit || self.subjects[at].audit;
             Builder {
                 direction,
                 rules: &rules,
+                rows,
                 otherwise,
-                audit,
+                audit: options.audit || subject.audit,
                 rulesets: &mut self.rulesets,
             }
             .build(&mut entries);
         }
-        if !errors.is_empty() {
-            return Err(errors);
-        }
-        entries.sort_unstable_by_key(|(key, _)| *key);
-        let entries = entries.into_iter().collect();
-        Ok((Table { entries }, remarks))
+        let table = match rows {
+            None => {
+                entries.sort_unstable_by_key(|(key, _)| *key);
+                Table {
+                    entries: entries.into_iter().collect(),
+                }
+            }
+            Some(identities) => {
+                let mut table = (*subject.table).clone();
+                for identity in identities.iter().chain([&identity::ANY]) {
+                    for direction in palisade_abi::DIRECTIONS {
+                        let old: Vec<TableKey> = table
+                            .row(direction as u8, *identity)
+                            .map(|(key, _)| *key)
+                            .collect();
+                        for key in old {
+                            table.entries.remove(&key);
+                        }
+                    }
+                }
+                table.entries.extend(entries);
+                table
+            }
+        };
+        self.subjects[at].otherwise = otherwise.map(Some);
+        Ok(table)
     }
 
-    /// The rules of one direction, in their order, with everything looked up.
-    fn table_rules(&self, at: usize, direction: Direction, remarks: &mut Vec<Diagnostic>) -> Vec<TableRule> {
-        let subject = &self.subjects[at];
+    /// The rules of one spec and direction, in their order, with everything looked up.
+    fn table_rules(
+        &self,
+        subject: &Subject,
+        key: &SpecKey,
+        selecting: &Selecting,
+        direction: Direction,
+        classes: &mut HashMap<PortSet, Option<Arc<[Class]>>>,
+        remarks: &mut Vec<Diagnostic>,
+    ) -> Vec<TableRule> {
+        let unit = &selecting.unit;
+        let spec = unit.spec();
+        let lenient = match direction {
+            Direction::Ingress => spec.default_deny_ingress,
+            Direction::Egress => spec.default_deny_egress,
+        } == Some(false);
         let mut rules = Vec::new();
-        let mut classes: HashMap<PortSet, Option<Arc<[u16]>>> = HashMap::new();
-        for (key, unit) in subject
-            .specs
-            .iter()
-            .filter_map(|key| Some((key, self.specs.get(key)?)))
-        {
-            let spec = unit.spec();
-            for number in sections_of(direction) {
-                let section = SECTIONS[number];
-                for (rule, looked_up) in section_rules(spec, section).iter().zip(&unit.sections[number]) {
-                    if rule.auth_required && !section.denies() {
-                        remarks.push(Diagnostic {
-                            severity: Severity::Warning,
-                            location: rule.location.clone(),
-                            message: "authentication is required, and nobody can authenticate yet: \
-                                      what this rule allows is dropped (189)"
-                                .into(),
-                        });
-                    }
-                    let members = match &looked_up.peers {
-                        UnitPeers::Nobody => continue,
-                        UnitPeers::Everybody => Members::Everybody,
-                        UnitPeers::OneOf(peers) => {
-                            let slots = peers
-                                .iter()
-                                .filter_map(|number| Some((*number, self.peers.slot(*number)?)));
-                            let mut members = Vec::with_capacity(peers.len());
-                            let mut everybody = false;
-                            for (number, slot) in slots {
-                                everybody |= matches!(slot.meaning, Meaning::Everybody);
-                                members.push((number, Arc::clone(&slot.members)));
-                            }
-                            if everybody {
-                                Members::Everybody
-                            } else {
-                                Members::Of(members)
-                            }
+        for section in sections_of(direction) {
+            let looked_up = &unit.sections[section as usize];
+            for (rule, looked_up) in section_rules(spec, section).iter().zip(looked_up) {
+                if rule.auth_required && !section.denies() {
+                    remarks.push(Diagnostic {
+                        severity: Severity::Warning,
+                        location: rule.location.clone(),
+                        message: "authentication is required, and nobody can authenticate yet: \
+                                  what this rule allows is dropped (189)"
+                            .into(),
+                    });
+                }
+                let members = match &looked_up.peers {
+                    UnitPeers::Nobody => continue,
+                    UnitPeers::Everybody => Members::Everybody,
+                    UnitPeers::OneOf(peers) => {
+                        let slots = peers
+                            .iter()
+                            .filter_map(|number| Some((*number, self.peers.slot(*number)?)));
+                        let mut members = Vec::with_capacity(peers.len());
+                        let mut everybody = false;
+                        for (number, slot) in slots {
+                            everybody |= matches!(slot.meaning, Meaning::Everybody);
+                            members.push((number, Arc::clone(&slot.members)));
                         }
-                    };
-                    let lenient = match direction {
-                        Direction::Ingress => spec.default_deny_ingress,
-                        Direction::Egress => spec.default_deny_egress,
-                    } == Some(false);
-                    let mut ports = Vec::new();
-                    match &rule.ports {
-                        Ports::Any => ports.push(TablePorts {
-                            set: PortSet::All,
-                            classes: None,
-                            reading: None,
-                        }),
-                        Ports::OneOf(list) => {
-                            for entry in list {
-                                let reading = Reading::of(&entry.l7, lenient).map(Arc::new);
-                                for spec in &entry.ports {
-                                    let sets = self.resolve(spec, direction, &subject.named_ports);
-                                    if sets.is_empty()
-                                        && let PortSpec::Named { name, .. } = spec
-                                    {
-                                        remarks.push(self.unresolved(
-                                            name,
-                                            direction,
-                                            key,
-                                            &entry.location,
-                                            subject,
-                                        ));
-                                    }
-                                    for set in sets {
-                                        let classes = classes
-                                            .entry(set)
-                                            .or_insert_with(|| self.classes.of(set))
-                                            .clone();
-                                        ports.push(TablePorts {
-                                            set,
-                                            classes,
-                                            reading: reading.clone(),
-                                        });
-                                    }
+                        if everybody {
+                            Members::Everybody
+                        } else {
+                            Members::Of(members)
+                        }
+                    }
+                };
+                let mut ports = Vec::new();
+                match &rule.ports {
+                    Ports::Any => ports.push(TablePorts {
+                        set: PortSet::All,
+                        classes: None,
+                        reading: None,
+                    }),
+                    Ports::OneOf(list) => {
+                        for entry in list {
+                            let reading = Reading::of(&entry.l7, lenient).map(Arc::new);
+                            for port in &entry.ports {
+                                let sets = self.resolve(port, direction, &subject.named_ports);
+                                if sets.is_empty()
+                                    && let PortSpec::Named { name, .. } = port
+                                {
+                                    remarks.push(self.unresolved(
+                                        name,
+                                        direction,
+                                        key,
+                                        &entry.location,
+                                        subject,
+                                    ));
+                                }
+                                for set in sets {
+                                    let classes =
+                                        classes.entry(set).or_insert_with(|| self.classes.of(set)).clone();
+                                    ports.push(TablePorts {
+                                        set,
+                                        classes,
+                                        reading: reading.clone(),
+                                    });
                                 }
                             }
                         }
                     }
-                    rules.push(TableRule {
-                        id: looked_up.id,
-                        denies: section.denies(),
-                        audit: unit.policy().audit,
-                        auth_required: rule.auth_required,
-                        members,
-                        ports,
-                    });
                 }
+                rules.push(TableRule {
+                    id: looked_up.id,
+                    denies: section.denies(),
+                    audit: unit.policy().audit,
+                    auth_required: rule.auth_required,
+                    members,
+                    ports,
+                });
             }
         }
         rules
@@ -1312,15 +1533,11 @@ impl Compiler {
         let subject = &self.subjects[at];
         let mut any_rules: Option<&SpecKey> = None;
         let mut denying: Vec<(&SpecKey, bool)> = Vec::new();
-        for (key, unit) in subject
-            .specs
-            .iter()
-            .filter_map(|key| Some((key, self.specs.get(key)?)))
-        {
+        for (key, Selecting { unit, .. }) in subject.selecting() {
             let spec = unit.spec();
             if sections_of(direction)
                 .iter()
-                .all(|section| section_rules(spec, SECTIONS[*section]).is_empty())
+                .all(|section| section_rules(spec, *section).is_empty())
             {
                 continue;
             }
@@ -1387,140 +1604,6 @@ impl Compiler {
             audit: !allow && audit,
         }
     }
-
-    /// Rules about the same peer and port that ask for traffic to be read in ways that exclude each other.
-    fn conflicts(&self, at: usize, direction: Direction) -> Result<(), Vec<Diagnostic>> {
-        let mut seen = ConflictFinder::default();
-        for (key, unit) in self.subjects[at]
-            .specs
-            .iter()
-            .filter_map(|key| Some((key, self.specs.get(key)?)))
-        {
-            seen.add(&key.policy, unit.spec(), direction);
-        }
-        seen.finish()
-    }
-}
-
-/// Ports as they are written, one protocol of them, and a peer (`None`: everybody): what L7 rules are merged by.
-type Spot<'a> = (&'a PortSpec, L4Protocol, Option<&'a Peer>);
-
-/// Finds what [`Reading::conflict`] finds, over several specs.
-#[derive(Default)]
-struct ConflictFinder<'a> {
-    seen: HashMap<Spot<'a>, Vec<(Reading, String, &'a Location)>>,
-    denied: HashSet<Spot<'a>>,
-    errors: Vec<Diagnostic>,
-}
-
-impl<'a> ConflictFinder<'a> {
-    fn add(&mut self, policy: &str, spec: &'a Spec, direction: Direction) {
-        for number in sections_of(direction) {
-            let section = SECTIONS[number];
-            for rule in section_rules(spec, section) {
-                let Ports::OneOf(entries) = &rule.ports else {
-                    continue;
-                };
-                let peers: Vec<Option<&Peer>> = match &rule.peers {
-                    Peers::Nobody => continue,
-                    Peers::Any => vec![None],
-                    // Everybody is one peer, in whatever way it is written.
-                    Peers::OneOf(peers) => peers
-                        .iter()
-                        .map(|peer| (Meaning::of(peer, &[]) != Meaning::Everybody).then_some(peer))
-                        .collect(),
-                };
-                for entry in entries {
-                    let reading = Reading::of(&entry.l7, false);
-                    if reading.is_none() && !section.denies() {
-                        continue;
-                    }
-                    for port in &entry.ports {
-                        for protocol in each_protocol(port) {
-                            for peer in &peers {
-                                let key = (port, protocol, *peer);
-                                match &reading {
-                                    None => {
-                                        self.denied.insert(key);
-                                    }
-                                    Some(reading) => self.check(key, reading, policy, &entry.location),
-                                }
-                            }
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    fn check(&mut self, key: Spot<'a>, reading: &Reading, policy: &str, location: &'a Location) {
-        // Denied before it is read: nothing to disagree about.
-        if self.denied.contains(&key) {
-            return;
-        }
-        let seen = self.seen.entry(key).or_default();
-        for (other, other_policy, other_location) in seen.iter() {
-            if let Some(what) = reading.conflict(other) {
-                self.errors.push(problem(
-                    location.clone(),
-                    format!(
-                        "policy {policy} and policy {other_policy} ({other_location}) disagree about the same peer and \
-                         port: {what}; give one of them other ports or peers"
-                    ),
-                ));
-                return;
-            }
-        }
-        if !seen.iter().any(|(other, _, _)| other == reading) {
-            seen.push((reading.clone(), policy.to_owned(), location));
-        }
-    }
-
-    fn finish(self) -> Result<(), Vec<Diagnostic>> {
-        if self.errors.is_empty() {
-            Ok(())
-        } else {
-            Err(self.errors)
-        }
-    }
-}
-
-/// The protocols of a port, so that the same port of `ANY` and of `TCP` is recognised.
-fn each_protocol(port: &PortSpec) -> Vec<L4Protocol> {
-    match port {
-        PortSpec::Range { protocol, .. } | PortSpec::Named { protocol, .. } => match protocol {
-            L4Protocol::Any => vec![L4Protocol::Tcp, L4Protocol::Udp, L4Protocol::Sctp],
-            one => vec![*one],
-        },
-        PortSpec::Icmp { .. } => vec![L4Protocol::Other(0)],
-    }
-}
-
-/// Conflicts between policies that are about the same subjects by the way they are written, whether or not anybody
-/// here is such a subject. (The compiler finds those between all policies of each endpoint.)
-pub fn conflicts(policies: &[Policy]) -> Vec<Diagnostic> {
-    let mut errors = Vec::new();
-    let mut subjects: Vec<&SpecSubject> = Vec::new();
-    for spec in policies.iter().flat_map(|policy| &policy.specs) {
-        if !subjects.contains(&&spec.subject) {
-            subjects.push(&spec.subject);
-        }
-    }
-    for subject in subjects {
-        for direction in palisade_abi::DIRECTIONS {
-            let mut finder = ConflictFinder::default();
-            for policy in policies {
-                let name = policy.qualified_name();
-                for spec in policy.specs.iter().filter(|spec| spec.subject == *subject) {
-                    finder.add(&name, spec, direction);
-                }
-            }
-            if let Err(mut found) = finder.finish() {
-                errors.append(&mut found);
-            }
-        }
-    }
-    errors
 }
 
 /// Whether a spec is about somebody with these labels.
@@ -1588,7 +1671,7 @@ fn plain(key: RuleKey) -> RuleInfo {
     }
 }
 
-fn problem(location: Location, message: String) -> Diagnostic {
+pub(crate) fn problem(location: Location, message: String) -> Diagnostic {
     Diagnostic {
         severity: Severity::Error,
         location,

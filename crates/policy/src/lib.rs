@@ -11,6 +11,7 @@
 pub mod cases;
 pub mod classes;
 pub mod compile;
+mod conflict;
 pub mod diagnostic;
 pub mod identity;
 pub mod l7;

@@ -158,7 +158,7 @@ pub(crate) struct TablePorts {
 }
 
 /// What holds where no rule matches.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Otherwise {
     pub(crate) allow: bool,
     /// Nothing is enforced in this direction.
@@ -177,7 +177,9 @@ pub(crate) trait RuleSets {
 /// The entries of one direction.
 pub(crate) struct Builder<'a> {
     pub(crate) direction: Direction,
-    pub(crate) rules: &'a [TableRule],
+    pub(crate) rules: &'a [&'a TableRule],
+    /// Towards whom entries are made, beside those towards everybody; `None`: towards whom a rule names.
+    pub(crate) rows: Option<&'a BTreeSet<Identity>>,
     pub(crate) otherwise: Otherwise,
     /// Whether denials pass and are reported, whoever causes them.
     pub(crate) audit: bool,
@@ -264,10 +266,19 @@ impl Builder<'_> {
             if rule.ports.is_empty() {
                 continue;
             }
-            for identity in peers.iter().flat_map(|(_, members)| members.iter()) {
-                let list = named.entry(*identity).or_default();
+            let mut name = |identity: Identity| {
+                let list = named.entry(identity).or_default();
                 if list.last() != Some(&(number as u32)) {
                     list.push(number as u32);
+                }
+            };
+            for (_, members) in peers {
+                match self.rows {
+                    None => members.iter().for_each(|identity| name(*identity)),
+                    Some(rows) => rows
+                        .iter()
+                        .filter(|identity| members.contains(identity))
+                        .for_each(|identity| name(*identity)),
                 }
             }
         }
@@ -281,7 +292,7 @@ impl Builder<'_> {
         for (list, identities) in groups {
             let mut row = Row::default();
             for number in &list {
-                row.add(&rules[*number as usize]);
+                row.add(rules[*number as usize]);
             }
             let mut entries: Vec<(Class, PolicyEntry)> = Vec::new();
             let any_class = if row.every_class.is_empty() {

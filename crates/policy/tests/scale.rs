@@ -39,7 +39,11 @@ fn world(endpoints: u16, peers: u32) -> World {
                 name: format!("p{n}"),
                 labels: labels(&[format!("k8s:app=a{n}"), namespace.clone()]),
                 named_ports: BTreeMap::new(),
-                prefixes: vec![format!("10.{}.{}.{}/32", 64 + (n >> 16), (n >> 8) & 255, n & 255).parse().unwrap()],
+                prefixes: vec![
+                    format!("10.{}.{}.{}/32", 64 + (n >> 16), (n >> 8) & 255, n & 255)
+                        .parse()
+                        .unwrap(),
+                ],
             })
             .collect(),
     }
@@ -89,7 +93,12 @@ fn measure(policies: usize, endpoints: u16, ports: usize) {
             .unwrap();
     });
     let (ops, _) = timed("  full plan", || plan(&Snapshot::default(), compiler.snapshot()));
-    let entries: usize = compiler.snapshot().tables.values().map(|table| table.entries.len()).sum();
+    let entries: usize = compiler
+        .snapshot()
+        .tables
+        .values()
+        .map(|table| table.entries.len())
+        .sum();
     println!("  {} steps, {entries} entries", ops.len());
     let mut worst = Duration::ZERO;
     for round in 0..20 {
