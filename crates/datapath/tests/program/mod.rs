@@ -13,8 +13,8 @@ use aya::programs::{Program, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use palisade_abi::{
     Addr, CLASS_SLOTS, Config, Counter, CtEntry, CtKey, Decision, Direction, EndpointState, Event, EventKind,
-    Interface, IpcacheEntry, MatchKind, PolicyEntry, PolicyKey, PrefixKey, Reason, identity, maps, programs,
-    role,
+    Interface, IpcacheEntry, MatchKind, PolicyEntry, PolicyKey, PrefixKey, Reason, counter_slot, identity,
+    maps, programs, role,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -114,7 +114,7 @@ impl World {
             }
         }
         let events = RingBuf::try_from(ebpf.take_map(maps::EVENTS).unwrap()).unwrap();
-        let mut world = Self {
+        let world = Self {
             ebpf,
             events,
             counters: Vec::new(),
@@ -354,7 +354,7 @@ impl World {
     }
 
     fn take_counters(&mut self) {
-        self.counters = (0..512)
+        self.counters = (0..counter_slot::CONNTRACK_MADE)
             .map(|slot| self.counter(maps::COUNTERS, slot).packets)
             .collect();
     }
