@@ -9,6 +9,9 @@ use std::{
 
 use anyhow::Context as _;
 use tracing::Level;
+use tracing_subscriber::{
+    Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+};
 
 use super::{DONE, FAILED, NO, inspect::endpoint_table, load_config, show};
 use crate::{
@@ -32,11 +35,16 @@ pub fn run(path: &Path) -> anyhow::Result<u8> {
         .ok()
         .and_then(|level| level.parse().ok());
     let level: Level = level.unwrap_or(Level::INFO);
-    tracing_subscriber::fmt()
-        .with_max_level(level)
+    // Libraries have less to say.
+    let targets = Targets::new()
+        .with_target("palisade", level)
+        .with_default(level.min(Level::INFO));
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
-        .with_target(false)
+        .with_target(false);
+    tracing_subscriber::registry()
+        .with(lines.with_filter(targets))
         .init();
     let Some(config) = load_config(path) else {
         return Ok(NO);

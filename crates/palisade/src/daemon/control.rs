@@ -22,7 +22,7 @@ use signal_hook::{
     consts::{SIGHUP, SIGINT, SIGTERM},
     iterator::Signals,
 };
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::{
     answers::Clients,
@@ -50,6 +50,9 @@ const LOOK_AFTER: Duration = Duration::from_secs(15);
 const TRY_AGAIN: Duration = Duration::from_secs(2);
 /// What outlives the daemon is written once nothing has changed for so long.
 const SAVE_AFTER: Duration = Duration::from_millis(500);
+
+/// And at the latest after so long.
+const SAVE_AT_LAST: Duration = Duration::from_secs(10);
 
 /// The answer to a request: what it is, or why there is none.
 pub type Answer = Result<Value, String>;
@@ -81,8 +84,8 @@ pub struct Control {
     /// Changes that were put in force.
     changes: u64,
     last_change: Duration,
-    /// When something was changed that has to be saved; `None`: nothing.
-    unsaved: Option<Instant>,
+    /// When something was changed first and last that has to be saved; `None`: nothing.
+    unsaved: Option<(Instant, Instant)>,
     /// Why the configuration could not be read again.
     reload_problem: Option<String>,
     /// What an operator should look at since the start.
@@ -175,7 +178,6 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         .with_context(|| format!("control socket {}", path.display()))?;
     // Nobody else sets it.
     let _ = clients.server.set(Arc::clone(&socket.counts));
-    control.save();
     info!(
         "running: {} policies in force, ready in {:?}",
         control.policy_count(),
@@ -259,6 +261,13 @@ impl Control {
     /// Does what it is told until it is told to end.
     fn serve(&mut self, messages: &Receiver<Message>) -> End {
         loop {
+            // Also when messages come without a pause.
+            if self
+                .unsaved
+                .is_some_and(|(first, _)| first.elapsed() > SAVE_AT_LAST)
+            {
+                self.save();
+            }
             let message = match messages.recv_timeout(self.patience()) {
                 Ok(message) => message,
                 Err(RecvTimeoutError::Timeout) => {
@@ -292,11 +301,18 @@ impl Control {
 
     /// How long to wait for a message.
     fn patience(&self) -> Duration {
-        let save = self
-            .unsaved
-            .map(|since| SAVE_AFTER.saturating_sub(since.elapsed()));
+        let save = self.unsaved.map(|(first, last)| {
+            let quiet = SAVE_AFTER.saturating_sub(last.elapsed());
+            quiet.min(SAVE_AT_LAST.saturating_sub(first.elapsed()))
+        });
         let again = (self.engine.problem.is_some() || self.guard.has_failures()).then_some(TRY_AGAIN);
         [save, again].into_iter().flatten().min().unwrap_or(LOOK_AFTER)
+    }
+
+    /// Something was changed that has to be saved.
+    fn changed(&mut self) {
+        let now = Instant::now();
+        self.unsaved = Some((self.unsaved.map_or(now, |(first, _)| first), now));
     }
 
     /// Nothing has happened for a while.
@@ -313,11 +329,19 @@ impl Control {
     fn policies_changed(&mut self, changes: &Changes) {
         let begun = Instant::now();
         let offers = self.files.update(changes);
+        let read = begun.elapsed();
         if offers {
             self.engine.compile(None, &mut self.files);
+            let compiled = begun.elapsed();
             self.enforce(begun);
+            debug!(
+                "policies changed: read in {read:?}, compiled in {:?}, in force after {:?}, all done after {:?}",
+                compiled.saturating_sub(read),
+                self.last_change,
+                begun.elapsed()
+            );
         }
-        self.unsaved = Some(Instant::now());
+        self.changed();
     }
 
     fn network_changed(&mut self, network: Network) {
@@ -352,7 +376,7 @@ impl Control {
         }
         self.forget_connections(&gone);
         self.publish();
-        self.unsaved = Some(Instant::now());
+        self.changed();
     }
 
     /// Endpoints that are in force and will not be any more.

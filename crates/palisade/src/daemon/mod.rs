@@ -14,6 +14,7 @@ mod engine;
 mod events;
 mod files;
 mod guard;
+mod kept;
 mod network;
 mod policies;
 mod selector_text;

@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ffi::OsStr,
     fs, io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -17,7 +16,7 @@ use palisade_policy::{
 use tracing::{error, info, warn};
 
 use super::{
-    files::write_all_atomic,
+    kept,
     watcher::{Changes, is_policy_file},
 };
 use crate::control::api::{PolicyFile, PolicyFileState};
@@ -236,7 +235,7 @@ impl PolicyFiles {
         if !path.exists() {
             return None;
         }
-        let text = read_text(&path)
+        let text = kept::read(&path)
             .inspect_err(|problem| warn!("{}: {problem}", path.display()))
             .ok()?;
         // Under the name of the file it was, so that rules are where people look for them.
@@ -326,18 +325,11 @@ impl PolicyFiles {
     /// Keeps the content of good files for a restart that finds them broken, and forgets files that are gone.
     pub fn save(&mut self) -> io::Result<()> {
         fs::create_dir_all(&self.good_dir)?;
-        let unsaved = |file: &File| file.good.as_ref().is_some_and(|good| !good.saved);
-        let texts = self
-            .files
-            .iter()
-            .filter(|(_, file)| unsaved(file))
-            .filter_map(|(name, file)| {
-                let good = file.good.as_ref()?;
-                Some((OsStr::new(name), good.text.as_bytes()))
-            });
-        write_all_atomic(&self.good_dir, texts)?;
-        for file in self.files.values_mut() {
-            if let Some(good) = &mut file.good {
+        for (name, file) in &mut self.files {
+            if let Some(good) = &mut file.good
+                && !good.saved
+            {
+                kept::write(&self.good_dir.join(name), &good.text)?;
                 good.saved = true;
             }
         }
