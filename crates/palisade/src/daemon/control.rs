@@ -187,6 +187,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let end = control.serve(&messages);
     notify(&[NotifyState::Stopping]);
     control.save();
+    control.state.flush();
     if let End::Detach(answer) = end {
         let done = detach_all(&control.config.node.pin_dir).map_err(|problem| problem.to_string());
         match &done {
@@ -503,9 +504,7 @@ impl Control {
     fn save(&mut self) {
         self.unsaved = None;
         self.state.state.compiler = self.engine.compiler.state();
-        if let Err(problem) = self.state.save() {
-            error!("{}: state.json: {problem}", self.config.node.state_dir.display());
-        }
+        self.state.save();
         if let Err(problem) = self.files.save() {
             error!(
                 "{}: keeping the last good policies: {problem}",
@@ -534,6 +533,7 @@ impl Control {
                 .map_err(|problem| format!("{problem:#}"))?;
             // Whoever sets it relies on it from now on.
             self.save();
+            self.state.flush();
         }
         Ok(())
     }

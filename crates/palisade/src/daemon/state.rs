@@ -2,8 +2,10 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
-    path::{Path, PathBuf},
+    fs, io, iter,
+    path::Path,
+    sync::mpsc,
+    thread,
 };
 
 use serde::{Deserialize, Serialize};
@@ -30,14 +32,23 @@ pub struct State<C> {
     pub compiler: C,
 }
 
-/// The state and its file.
+/// The state and its file. A thread of its own writes it: bringing a file to the disk may take long, when others use
+/// the disk, and a change of policies must not wait for that.
 #[derive(Debug)]
 pub struct StateFile<C> {
-    path: PathBuf,
-    /// As it is on the disk.
-    saved: Option<State<C>>,
+    writer: mpsc::Sender<Write>,
+    /// As it was last given to the writer.
+    given: Option<State<C>>,
     /// As it is now.
     pub state: State<C>,
+}
+
+/// What the writer is to do.
+#[derive(Debug)]
+enum Write {
+    Content(Vec<u8>),
+    /// Tell when everything before this is on the disk.
+    Flush(mpsc::Sender<()>),
 }
 
 impl<C> StateFile<C>
@@ -71,21 +82,62 @@ where
             }
         };
         state.version = VERSION;
+        let (writer, orders) = mpsc::channel();
+        thread::Builder::new()
+            .name("state".into())
+            .spawn(move || write(&path, &orders))?;
         Ok(Self {
-            path,
-            saved: None,
+            writer,
+            given: None,
             state,
         })
     }
 
-    /// Writes the file if it would be another.
-    pub fn save(&mut self) -> io::Result<()> {
-        if self.saved.as_ref() == Some(&self.state) {
-            return Ok(());
+    /// Has the file written if it would be another.
+    pub fn save(&mut self) {
+        if self.given.as_ref() == Some(&self.state) {
+            return;
         }
-        write_atomic(&self.path, &serde_json::to_vec(&self.state)?)?;
-        self.saved = Some(self.state.clone());
-        Ok(())
+        match serde_json::to_vec(&self.state) {
+            Ok(content) => {
+                // The writer lives as long as this value.
+                let _ = self.writer.send(Write::Content(content));
+                self.given = Some(self.state.clone());
+            }
+            Err(problem) => error!("state.json: {problem}"),
+        }
+    }
+
+    /// Waits until what was saved is on the disk.
+    pub fn flush(&self) {
+        let (done, wait) = mpsc::channel();
+        if self.writer.send(Write::Flush(done)).is_ok() {
+            // An end without an answer: nothing is left to wait for.
+            let _ = wait.recv();
+        }
+    }
+}
+
+/// Writes what it is given, the latest of it first: what was overtaken needs no writing.
+fn write(path: &Path, orders: &mpsc::Receiver<Write>) {
+    while let Ok(order) = orders.recv() {
+        let mut content = None;
+        let mut waiting = Vec::new();
+        for order in iter::once(order).chain(orders.try_iter()) {
+            match order {
+                Write::Content(new) => content = Some(new),
+                Write::Flush(done) => waiting.push(done),
+            }
+        }
+        if let Some(content) = content
+            && let Err(problem) = write_atomic(path, &content)
+        {
+            error!("{}: {problem}", path.display());
+        }
+        for done in waiting {
+            // Whoever waited may have gone.
+            let _ = done.send(());
+        }
     }
 }
 
@@ -129,7 +181,8 @@ mod tests {
         assert_eq!(file.state.endpoint("default/b", |_| true), Some(3));
         file.state.audit.insert("default/a".into());
         file.state.compiler.insert("app=a".into(), 256);
-        file.save().unwrap();
+        file.save();
+        file.flush();
         let mut again = StateFile::<Numbers>::load(dir.path()).unwrap();
         assert_eq!(again.state, file.state);
         assert_eq!(again.state.endpoint("default/b", |_| true), Some(3));
@@ -140,9 +193,11 @@ mod tests {
     fn an_unchanged_state_is_not_written_again() {
         let dir = tempfile::tempdir().unwrap();
         let mut file = StateFile::<Numbers>::load(dir.path()).unwrap();
-        file.save().unwrap();
+        file.save();
+        file.flush();
         fs::remove_file(dir.path().join("state.json")).unwrap();
-        file.save().unwrap();
+        file.save();
+        file.flush();
         assert!(!dir.path().join("state.json").exists());
     }
 
