@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use palisade_abi::{
@@ -117,26 +117,33 @@ struct Boundary {
     users: u32,
 }
 
+/// The class of every slot where there are no rules; made once.
+static SLOTS: OnceLock<Arc<Vec<Class>>> = OnceLock::new();
+
+fn slots_without_rules() -> Vec<Class> {
+    let mut slots = vec![CLASS_UNKNOWN; CLASS_SLOTS];
+    for number in 0..=u8::MAX {
+        match base(number) {
+            None => slots[class_slot(number, 0) as usize] = OTHER,
+            Some(class) => {
+                for port in 0..=u16::MAX {
+                    slots[class_slot(number, port) as usize] = class;
+                }
+                slots[class_slot_unknown_port(number) as usize] = class;
+            }
+        }
+    }
+    // Past the last protocol there is a slot that no packet reaches.
+    for slot in &mut slots {
+        if *slot == CLASS_UNKNOWN {
+            *slot = OTHER;
+        }
+    }
+    slots
+}
+
 impl Default for Classes {
     fn default() -> Self {
-        let mut slots = vec![CLASS_UNKNOWN; CLASS_SLOTS];
-        for number in 0..=u8::MAX {
-            match base(number) {
-                None => slots[class_slot(number, 0) as usize] = OTHER,
-                Some(class) => {
-                    for port in 0..=u16::MAX {
-                        slots[class_slot(number, port) as usize] = class;
-                    }
-                    slots[class_slot_unknown_port(number) as usize] = class;
-                }
-            }
-        }
-        // Past the last protocol there is a slot that no packet reaches.
-        for slot in &mut slots {
-            if *slot == CLASS_UNKNOWN {
-                *slot = OTHER;
-            }
-        }
         Self {
             cuts: HashMap::new(),
             boundaries: BTreeMap::new(),
@@ -145,7 +152,7 @@ impl Default for Classes {
             taken: HashSet::new(),
             stale: Vec::new(),
             next: FIRST_FREE,
-            slots: Arc::new(slots),
+            slots: Arc::clone(SLOTS.get_or_init(|| Arc::new(slots_without_rules()))),
         }
     }
 }

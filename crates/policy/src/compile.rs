@@ -107,6 +107,10 @@ struct SpecUnit {
     sections: [Vec<UnitRule>; 4],
     /// Whether a rule asks for traffic to be read.
     reads: bool,
+    /// The policy is in audit mode.
+    audit: bool,
+    /// By direction: whether it denies by default; none without rules.
+    denies: [Option<bool>; 2],
     subjects: Vec<usize>,
 }
 
@@ -810,6 +814,8 @@ impl Compiler {
                 spec: spec_at,
                 sections,
                 reads,
+                audit: policy.audit,
+                denies: palisade_abi::DIRECTIONS.map(|direction| default_deny(spec, direction)),
                 subjects,
             });
             for at in &unit.subjects {
@@ -1490,7 +1496,7 @@ impl Compiler {
                 rules.push(TableRule {
                     id: looked_up.id,
                     denies: section.denies(),
-                    audit: unit.policy().audit,
+                    audit: unit.audit,
                     auth_required: rule.auth_required,
                     members,
                     ports,
@@ -1534,20 +1540,12 @@ impl Compiler {
         let mut any_rules: Option<&SpecKey> = None;
         let mut denying: Vec<(&SpecKey, bool)> = Vec::new();
         for (key, Selecting { unit, .. }) in subject.selecting() {
-            let spec = unit.spec();
-            if sections_of(direction)
-                .iter()
-                .all(|section| section_rules(spec, *section).is_empty())
-            {
+            let Some(denies) = unit.denies[direction as usize] else {
                 continue;
-            }
-            any_rules.get_or_insert(key);
-            let denies = match direction {
-                Direction::Ingress => spec.default_deny_ingress,
-                Direction::Egress => spec.default_deny_egress,
             };
-            if denies.unwrap_or(true) {
-                denying.push((key, unit.policy().audit));
+            any_rules.get_or_insert(key);
+            if denies {
+                denying.push((key, unit.audit));
             }
         }
         let enforcement = self.world.options.enforcement;
@@ -1643,6 +1641,16 @@ fn small_step(old: &Table, new: &Table) -> bool {
         note(key, true);
     }
     only_new_identities || (size >= LARGE && changed <= size / 8)
+}
+
+/// Whether a spec denies by default in a direction; none if it has no rules for it.
+fn default_deny(spec: &Spec, direction: Direction) -> Option<bool> {
+    let rules = sections_of(direction).map(|section| section_rules(spec, section).len());
+    let denies = match direction {
+        Direction::Ingress => spec.default_deny_ingress,
+        Direction::Egress => spec.default_deny_egress,
+    };
+    (rules != [0, 0]).then_some(denies.unwrap_or(true))
 }
 
 fn spec_keys(file: &str, content: &FileContent) -> Vec<SpecKey> {
