@@ -23,8 +23,8 @@ use crate::{
     identity::{Allocator, AllocatorState, cidr_label, prefix_labels},
     labels::Labels,
     rule::{
-        CidrGroup, L4Protocol, Location, Peer, Peers, Policy, PolicyKind, PortSpec, Ports, Rule, Selector,
-        Spec, Subject as SpecSubject,
+        CidrGroup, Entity, L4Protocol, Location, Peer, Peers, Policy, PolicyKind, PortSpec, Ports, Rule,
+        Selector, Spec, Subject as SpecSubject,
     },
     select::{Known, Meaning},
     snapshot::{RuleInfo, RuleKey, RulePlace, RuleSet, Section, Snapshot, Table, TableKey},
@@ -947,6 +947,10 @@ impl Compiler {
                 put(IpNet::from(*address), entry(identity, endpoint.id));
             }
         }
+        if let Some(labels) = &node_labels {
+            // A peer that is only called `reserved:host` is the node too.
+            wanted.insert(identity::HOST, labels.clone());
+        }
         let world = |v6| number(&options.world_labels(v6));
         let [world_ipv4, world_ipv6] = [false, true].map(world);
         self.snapshot.world_ipv4 = world_ipv4?;
@@ -1336,7 +1340,10 @@ impl Compiler {
             denies: false,
             audit: false,
             auth_required: false,
-            members: Members::Of(vec![(u32::MAX, Arc::new(BTreeSet::from([identity::HOST])))]),
+            members: Members::Of(vec![(
+                u32::MAX,
+                Arc::new(self.known.select(&Meaning::Entity(Entity::Host))),
+            )]),
             ports: vec![TablePorts {
                 set: PortSet::All,
                 classes: None,
@@ -1448,6 +1455,7 @@ impl Compiler {
                         let mut everybody = false;
                         for (number, slot) in slots {
                             everybody |= matches!(slot.meaning, Meaning::Everybody);
+                            remarks.extend(self.missing_group(slot, &rule.location));
                             members.push((number, Arc::clone(&slot.members)));
                         }
                         if everybody {
@@ -1504,6 +1512,20 @@ impl Compiler {
             }
         }
         rules
+    }
+
+    /// A remark about a group of prefixes by name that does not exist, or is empty.
+    fn missing_group(&self, slot: &PeerSlot, location: &Location) -> Option<Diagnostic> {
+        match (&slot.peer, &slot.meaning) {
+            (Peer::CidrGroup { name, .. }, Meaning::Cidrs(rules)) if rules.is_empty() => Some(Diagnostic {
+                severity: Severity::Warning,
+                location: location.clone(),
+                message: format!(
+                    "there is no CiliumCIDRGroup {name} with prefixes; the reference means nobody"
+                ),
+            }),
+            _ => None,
+        }
     }
 
     fn unresolved(

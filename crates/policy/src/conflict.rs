@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use palisade_abi::Direction;
+use palisade_abi::{Direction, protocol};
 
 use crate::{
     compile::{problem, section_rules, sections_of},
@@ -13,7 +13,15 @@ use crate::{
 };
 
 /// Ports as they are written, one protocol of them, and a peer (`None`: everybody): what L7 rules are merged by.
-type Spot<'a> = (&'a PortSpec, L4Protocol, Option<&'a Peer>);
+type Spot<'a> = (Port<'a>, L4Protocol, Option<&'a Peer>);
+
+/// A port as it is written, without its protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Port<'a> {
+    Range(u16, u16),
+    Named(&'a str),
+    Icmp(u8),
+}
 
 /// Finds what [`Reading::conflict`] finds, over several specs.
 #[derive(Default)]
@@ -48,7 +56,8 @@ impl<'a> ConflictFinder<'a> {
                         continue;
                     }
                     for port in &entry.ports {
-                        for protocol in each_protocol(port) {
+                        let (port, protocols) = split(port);
+                        for protocol in protocols {
                             for peer in &peers {
                                 let key = (port, protocol, *peer);
                                 match &reading {
@@ -97,14 +106,23 @@ impl<'a> ConflictFinder<'a> {
     }
 }
 
-/// The protocols of a port, so that the same port of `ANY` and of `TCP` is recognised.
-fn each_protocol(port: &PortSpec) -> Vec<L4Protocol> {
+/// Port and protocols, so that the same port of `ANY` and of `TCP` is recognised.
+fn split(port: &PortSpec) -> (Port<'_>, Vec<L4Protocol>) {
+    let each = |protocol: L4Protocol| match protocol {
+        L4Protocol::Any => vec![L4Protocol::Tcp, L4Protocol::Udp, L4Protocol::Sctp],
+        one => vec![one],
+    };
     match port {
-        PortSpec::Range { protocol, .. } | PortSpec::Named { protocol, .. } => match protocol {
-            L4Protocol::Any => vec![L4Protocol::Tcp, L4Protocol::Udp, L4Protocol::Sctp],
-            one => vec![*one],
-        },
-        PortSpec::Icmp { .. } => vec![L4Protocol::Other(0)],
+        PortSpec::Range {
+            protocol,
+            first,
+            last,
+        } => (Port::Range(*first, *last), each(*protocol)),
+        PortSpec::Named { protocol, name } => (Port::Named(name), each(*protocol)),
+        PortSpec::Icmp { v6, kind } => {
+            let protocol = if *v6 { protocol::ICMPV6 } else { protocol::ICMP };
+            (Port::Icmp(*kind), vec![L4Protocol::Other(protocol)])
+        }
     }
 }
 
@@ -133,4 +151,64 @@ pub fn conflicts(policies: &[Policy]) -> Vec<Diagnostic> {
         }
     }
     errors
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::parse::parse_rules_json;
+
+    /// Two toPorts entries of two rules about the same peers; what is wrong with them together.
+    fn together(a: &str, b: &str) -> Vec<String> {
+        let rules = format!(
+            r#"[{{"endpointSelector":{{}},"egress":[{{"toEntities":["world"],"toPorts":[{a}]}}]}},
+                {{"endpointSelector":{{}},"egress":[{{"toEntities":["world"],"toPorts":[{b}]}}]}}]"#
+        );
+        let parsed = parse_rules_json("case", None, Some(&serde_json::from_str(&rules).unwrap()));
+        assert!(!parsed.has_errors(), "{:?}", parsed.diagnostics);
+        conflicts(&parsed.policies)
+            .iter()
+            .map(ToString::to_string)
+            .collect()
+    }
+
+    const NAMES: &str = r#"{"ports":[{"port":"443"}],"serverNames":["a.test"]}"#;
+    const HTTP: &str = r#"{"ports":[{"port":"443","protocol":"TCP"}],"rules":{"http":[{"method":"GET"}]}}"#;
+    const DNS: &str = r#"{"ports":[{"port":"443","protocol":"ANY"}],"rules":{"dns":[{"matchPattern":"*"}]}}"#;
+    const PLAIN: &str = r#"{"ports":[{"port":"443","protocol":"TCP"}]}"#;
+    const ELSEWHERE: &str =
+        r#"{"ports":[{"port":"80","protocol":"TCP"}],"rules":{"http":[{"method":"GET"}]}}"#;
+
+    #[test]
+    fn kinds_of_reading_exclude_each_other_on_one_port() {
+        for (a, b) in [(NAMES, HTTP), (HTTP, DNS), (NAMES, DNS)] {
+            let errors = together(a, b);
+            assert!(!errors.is_empty(), "{a} {b}");
+            assert!(
+                errors[0].contains("policy rules[1] and policy rules[0]"),
+                "{}",
+                errors[0]
+            );
+        }
+        for (a, b) in [
+            (NAMES, NAMES),
+            (HTTP, HTTP),
+            (HTTP, PLAIN),
+            (NAMES, ELSEWHERE),
+            (DNS, ELSEWHERE),
+        ] {
+            assert_eq!(together(a, b), [] as [String; 0]);
+        }
+    }
+
+    #[test]
+    fn server_names_go_with_http_where_tls_is_terminated() {
+        let tls = r#""terminatingTLS":{"secret":{"namespace":"n","name":"s"}}"#;
+        let http = format!(
+            r#"{{"ports":[{{"port":"443","protocol":"TCP"}}],{tls},"rules":{{"http":[{{"method":"GET"}}]}}}}"#
+        );
+        assert_eq!(together(NAMES, &http), [] as [String; 0]);
+        let other = http.replace("\"name\":\"s\"", "\"name\":\"other\"");
+        assert!(together(&other, &http)[0].contains("terminatingTLS"));
+    }
 }

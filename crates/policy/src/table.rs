@@ -98,7 +98,22 @@ impl Reading {
     /// What of a rule's reading cannot be combined with another's on the same peer and port, in words.
     pub(crate) fn conflict(&self, other: &Self) -> Option<String> {
         let name = |reading: &Self| crate::snapshot::inspector_name(reading.kind as u8);
-        if self.kind != other.kind {
+        // Server names can stand beside rules about what is inside, if that can be seen.
+        let names = |reading: &Self| {
+            let names = reading
+                .matchers
+                .iter()
+                .any(|matcher| matches!(matcher, Matcher::ServerName(_)));
+            names || !reading.server_names.is_empty()
+        };
+        let can_join = |outer: &Self, inner: &Self| {
+            outer.kind == Inspector::Tls
+                && matches!(inner.kind, Inspector::Http | Inspector::Kafka)
+                && (outer.terminating_tls.is_some()
+                    || inner.terminating_tls.is_some()
+                    || !(names(outer) || names(inner)))
+        };
+        if self.kind != other.kind && !can_join(self, other) && !can_join(other, self) {
             return Some(format!("{} and {} cannot both be read", name(self), name(other)));
         }
         if let (Some(a), Some(b)) = (&self.listener, &other.listener)
