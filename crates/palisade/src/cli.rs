@@ -80,6 +80,11 @@ Log: to stderr; PALISADE_LOG=debug for more.")]
         #[command(flatten)]
         output: OutputArgs,
     },
+    /// Have the daemon read the configuration and all policies again. If the configuration has errors, nothing changes.
+    #[command(
+        after_help = "The same as SIGHUP, but says what is wrong. What only a restart changes is named by `palisade status`."
+    )]
+    Reload,
     /// End the daemon. What it attached keeps enforcing unless --detach is given.
     #[command(after_help = "Examples:
   palisade stop             the last policy stays enforced

@@ -1,6 +1,6 @@
 //! The daemon's life on a node of network namespaces: start, reload, crash, restart, broken files, detach.
 
-use std::{fs, net::SocketAddr, time::Duration};
+use std::{fs, net::SocketAddr, process::Command, time::Duration};
 
 use palisade_testbed::{
     Outcome, Topology,
@@ -244,5 +244,44 @@ fn an_interface_that_appears_later_is_guarded_and_audit_mode_is_kept() {
         .cli(&["endpoint", "config", "default/late", "PolicyAuditMode=Disabled"])
         .unwrap();
     assert_eq!(reach(81), Outcome::TimedOut);
+    daemon.detach().unwrap();
+}
+
+#[test]
+fn the_configuration_is_read_again_when_asked_and_a_broken_one_changes_nothing() {
+    let node = Node::new();
+    let mut daemon = Daemon::start(
+        &node.topology,
+        &Settings::default(),
+        &[("web.yaml", &policy("nobody", 80))],
+    )
+    .unwrap();
+    assert_eq!(node.reach(80, Family::V4), Outcome::TimedOut);
+    let good = fs::read_to_string(daemon.config()).unwrap();
+    fs::write(daemon.config(), format!("{good}\n[polcy]\n")).unwrap();
+    let out = daemon.try_cli(&["reload"]).unwrap();
+    assert_eq!(out.status.code(), Some(1));
+    let error = String::from_utf8(out.stderr).unwrap();
+    assert!(error.contains("did you mean 'policy'?"), "{error}");
+    assert_eq!(node.reach(80, Family::V4), Outcome::TimedOut);
+
+    fs::write(daemon.config(), good.replace("audit = false", "audit = true")).unwrap();
+    daemon.cli(&["reload"]).unwrap();
+    assert_eq!(daemon.status().unwrap()["audit"], true);
+    assert_eq!(node.reach(80, Family::V4), Outcome::Open);
+
+    fs::write(daemon.config(), good).unwrap();
+    let pid = daemon.pid().unwrap().to_string();
+    assert!(
+        Command::new("kill")
+            .args(["-HUP", &pid])
+            .status()
+            .unwrap()
+            .success()
+    );
+    daemon
+        .wait_status("it is enforced again", |status| status["audit"] == false)
+        .unwrap();
+    assert_eq!(node.reach(80, Family::V4), Outcome::TimedOut);
     daemon.detach().unwrap();
 }

@@ -60,6 +60,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
         Command::Run { check_config: true } => check_config(&cli.config),
         Command::Run { check_config: false } => service::run(&cli.config),
         Command::Status { wait, output } => service::status(&socket(), *wait, output.output),
+        Command::Reload => service::reload(&cli.config, &socket()),
         Command::Stop { detach } => service::stop(&cli.config, &socket(), *detach),
         Command::Policy(command) => match command {
             PolicyCommand::Validate { paths, quiet } => policy::validate(paths, *quiet),

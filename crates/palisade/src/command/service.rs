@@ -84,6 +84,22 @@ pub fn status(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::
     }
 }
 
+/// `palisade reload`.
+pub fn reload(config: &Path, socket: &Path) -> anyhow::Result<u8> {
+    // The daemon reads the file it was started with; if this is it, errors are better shown one a line.
+    if config.exists() && load_config(config).is_none() {
+        return Ok(NO);
+    }
+    match ask::<serde_json::Value>(socket, &Request::Reload) {
+        Ok(_) => Ok(DONE),
+        Err(ClientError::Refused(problem)) => {
+            eprintln!("palisade: {problem}");
+            Ok(NO)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// `palisade stop`.
 pub fn stop(config: &Path, socket: &Path, detach: bool) -> anyhow::Result<u8> {
     match Client::send(socket, &Request::Stop { detach }) {

@@ -1,0 +1,175 @@
+//! Commands that need neither daemon nor root, as a person types them.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output},
+};
+
+const WEB: &str = "\
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: web}
+spec:
+  endpointSelector: {matchLabels: {app: web}}
+  ingress:
+  - fromEndpoints: [{matchLabels: {app: front}}]
+    toPorts:
+    - ports: [{port: '80', protocol: TCP}]
+";
+
+const CONFIG: &str = "\
+[[endpoint]]
+name = \"front\"
+interface = \"v1\"
+addresses = [\"10.0.0.2\"]
+labels = { app = \"front\" }
+[[endpoint]]
+name = \"web\"
+interface = \"v2\"
+addresses = [\"10.0.0.3\"]
+labels = { app = \"web\" }
+";
+
+fn palisade(dir: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_palisade"))
+        .current_dir(dir)
+        .args(args)
+        .output()
+        .unwrap()
+}
+
+fn texts(output: &Output) -> (Option<i32>, String, String) {
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, text) in files {
+        fs::write(dir.path().join(name), text).unwrap();
+    }
+    dir
+}
+
+#[test]
+fn validate_names_every_error_with_its_place() {
+    let broken = WEB
+        .replace("fromEndpoints", "fromEndpoint")
+        .replace("'80'", "'99999'");
+    let dir = folder(&[
+        ("web.yaml", WEB),
+        ("broken.yaml", &broken),
+        ("notes.txt", "not a policy"),
+    ]);
+    let (code, out, _) = texts(&palisade(dir.path(), &["policy", "validate", "web.yaml"]));
+    assert_eq!(code, Some(0), "{out}");
+    assert!(
+        out.contains("1 file, 1 policy, 0 CIDR groups: 0 errors, 0 warnings"),
+        "{out}"
+    );
+    let (code, out, _) = texts(&palisade(dir.path(), &["policy", "validate", "--quiet", "."]));
+    assert_eq!(code, Some(1), "{out}");
+    let lines: Vec<&str> = out.lines().collect();
+    assert_eq!(lines.len(), 2, "{out}");
+    assert!(lines[0].starts_with("./broken.yaml:7:5: "), "{out}");
+    assert!(lines[1].starts_with("./broken.yaml:9:"), "{out}");
+    let (code, _, error) = texts(&palisade(dir.path(), &["policy", "validate", "missing.yaml"]));
+    assert_eq!(code, Some(4));
+    assert!(error.contains("missing.yaml: No such file"), "{error}");
+}
+
+#[test]
+fn test_runs_case_files() {
+    let case = |expect: &str| {
+        format!(
+            r#"{{"id":"c","policies":[{{"apiVersion":"cilium.io/v2","kind":"CiliumNetworkPolicy","metadata":{{"name":"p"}},"spec":{{"endpointSelector":{{}},"ingress":[{{}}]}}}}],"endpoints":{{"a":{{"labels":["k8s:app=a","k8s:io.kubernetes.pod.namespace=default"]}}}},"peers":{{}},"checks":[{{"subject":"a","direction":"ingress","peer":"192.0.2.7","protocol":"TCP","port":80,"expect":"{expect}"}}]}}"#
+        )
+    };
+    let dir = folder(&[("good.jsonl", &case("deny")), ("bad.jsonl", &case("allow"))]);
+    let (code, out, _) = texts(&palisade(dir.path(), &["policy", "test", "good.jsonl"]));
+    assert_eq!((code, out.as_str()), (Some(0), "1 passed, 0 failed\n"));
+    let (code, out, _) = texts(&palisade(
+        dir.path(),
+        &["policy", "test", "good.jsonl", "bad.jsonl"],
+    ));
+    assert_eq!(code, Some(1));
+    assert!(out.ends_with("1 passed, 1 failed\n"), "{out}");
+}
+
+#[test]
+fn trace_explains_without_a_daemon() {
+    let dir = folder(&[("web.yaml", WEB), ("p.toml", CONFIG)]);
+    let trace = |from: &str, port: &str| {
+        let args = [
+            "policy",
+            "trace",
+            "--config",
+            "p.toml",
+            "--policies",
+            "web.yaml",
+            "--to",
+            "default/web",
+        ];
+        texts(&palisade(
+            dir.path(),
+            &[&args[..], &["--from", from, "--port", port]].concat(),
+        ))
+    };
+    let (code, out, _) = trace("front", "80");
+    assert_eq!(code, Some(0), "{out}");
+    assert!(
+        out.contains("policy default/web ingress rule 1 (web.yaml:7)"),
+        "{out}"
+    );
+    let (code, out, _) = trace("192.0.2.7", "80/tcp");
+    assert_eq!(code, Some(1), "{out}");
+    assert!(
+        out.contains("default deny of ingress by policy default/web"),
+        "{out}"
+    );
+    let (code, _, error) = trace("nobody", "80");
+    assert_eq!(code, Some(4));
+    assert!(error.contains("\"nobody\" is not an endpoint"), "{error}");
+}
+
+#[test]
+fn a_configuration_is_checked_without_running_it() {
+    let broken = CONFIG.replace("interface = \"v2\"", "interfce = \"v2\"");
+    let dir = folder(&[("good.toml", CONFIG), ("broken.toml", &broken)]);
+    let check = |file: &str| {
+        texts(&palisade(
+            dir.path(),
+            &["run", "--check-config", "--config", file],
+        ))
+    };
+    let (code, out, _) = check("good.toml");
+    assert_eq!(code, Some(0));
+    assert_eq!(out, "good.toml: valid: 0 interfaces, 2 endpoints, 0 peers\n");
+    let (code, _, error) = check("broken.toml");
+    assert_eq!(code, Some(1));
+    assert!(
+        error.contains("broken.toml:8:1: unknown key 'interfce' in endpoint; did you mean 'interface'?"),
+        "{error}"
+    );
+    let (code, _, error) = check("missing.toml");
+    assert_eq!(code, Some(1));
+    assert!(error.starts_with("missing.toml: cannot be read"), "{error}");
+}
+
+#[test]
+fn without_a_daemon_listings_say_how_to_start_one() {
+    let dir = folder(&[]);
+    for args in [&["status"][..], &["endpoint", "list"], &["observe"], &["stop"]] {
+        let args = [args, &["--socket", "palisade.sock"]].concat();
+        let (code, out, error) = texts(&palisade(dir.path(), &args));
+        assert_eq!((code, out.as_str()), (Some(3), ""), "{args:?}");
+        assert!(
+            error.contains("the daemon is not running") && error.contains("palisade run"),
+            "{error}"
+        );
+    }
+    let (code, _, error) = texts(&palisade(dir.path(), &["observe", "--to-port", "http"]));
+    assert_eq!(code, Some(4));
+    assert!(error.contains("to-port"), "{error}");
+}
