@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd as _, BorrowedFd};
 
 use aya::maps::{Map, RingBuf};
-use aya::programs::{Program, SchedClassifier, Xdp};
+use aya::programs::{Program, ProgramError, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use palisade_abi::{
     Addr, CLASS_SLOTS, Config, Counter, CtEntry, CtKey, Decision, Direction, EndpointState, Event, EventKind,
@@ -107,11 +107,18 @@ impl World {
             .load(palisade_datapath::OBJECT)
             .unwrap();
         for (_, program) in ebpf.programs_mut() {
-            match program {
-                Program::Xdp(program) => program.load().unwrap(),
-                Program::SchedClassifier(program) => program.load().unwrap(),
+            let mut load = || match program {
+                Program::Xdp(program) => program.load(),
+                Program::SchedClassifier(program) => program.load(),
                 _ => panic!("a program of another type"),
+            };
+            // The verifier gives up with EAGAIN when a signal arrives (here: that a child has ended).
+            let is_interrupted = |error: &ProgramError| matches!(error, ProgramError::LoadError { io_error, .. } if io_error.raw_os_error() == Some(libc::EAGAIN));
+            let mut loaded = load();
+            while loaded.as_ref().is_err_and(is_interrupted) {
+                loaded = load();
             }
+            loaded.unwrap();
         }
         let events = RingBuf::try_from(ebpf.take_map(maps::EVENTS).unwrap()).unwrap();
         let world = Self {
