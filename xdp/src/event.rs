@@ -24,7 +24,7 @@ fn may_send(slot: u32, now: u64) -> bool {
     };
     // SAFETY: a map value of this CPU, which lives as long as the map.
     unsafe {
-        if now - (*budget).filled_at >= SECOND {
+        if now.saturating_sub((*budget).filled_at) >= SECOND {
             (*budget).filled_at = now;
             (*budget).tokens = config.events_per_second;
         }

@@ -38,8 +38,6 @@ pub struct Frame {
     pub policy: u32,
     /// The endpoint's revision.
     pub revision: u32,
-    /// The node's own endpoint; 0 if nobody said which it is.
-    pub host: u32,
     /// The rule that decided.
     pub rule: u32,
     /// Identity of the other end, 0 if not looked up.
@@ -84,7 +82,6 @@ impl Frame {
             endpoint: 0,
             policy: 0,
             revision: 0,
-            host: 0,
             rule: 0,
             remote_identity: 0,
             event_flags: 0,

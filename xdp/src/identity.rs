@@ -34,6 +34,15 @@ impl Known {
     }
 }
 
+/// The node's own endpoint; 0 if nobody said which it is.
+#[inline(always)]
+pub fn host_endpoint() -> u32 {
+    match CONFIG.get(0) {
+        Some(config) => config.host_endpoint,
+        None => 0,
+    }
+}
+
 /// The exact address.
 #[inline(always)]
 pub fn exact(addr: &Addr) -> Known {

@@ -29,7 +29,7 @@ use palisade_packet::{Packet, Start, decode, flags};
 
 use crate::ctx::{Context, Skb, Xdp};
 use crate::frame::{Frame, place};
-use crate::maps::{CONFIG, INTERFACES, SLOTS};
+use crate::maps::{INTERFACES, SLOTS};
 
 /// XDP, ingress of an interface of either role.
 #[xdp(frags)]
@@ -116,7 +116,7 @@ fn passes<C: Context>(ctx: C, egress: bool) -> bool {
     false
 }
 
-#[inline(never)]
+#[inline(always)]
 fn verdict<C: Context>(ctx: C, frame: &mut Frame, egress: u32) {
     let egress = egress != 0;
     let interface = match INTERFACES.get(frame.ifindex & (SLOTS as u32 - 1)) {
@@ -134,9 +134,6 @@ fn verdict<C: Context>(ctx: C, frame: &mut Frame, egress: u32) {
         (true, false) => place::FROM_WORKLOAD,
         (true, true) => place::TO_WORKLOAD,
     };
-    if let Some(config) = CONFIG.get(0) {
-        frame.host = config.host_endpoint;
-    }
     ctx.decode(frame);
     if frame.reason != 0 {
         if ctx.widen() {
@@ -166,7 +163,7 @@ fn verdict<C: Context>(ctx: C, frame: &mut Frame, egress: u32) {
         return;
     }
     // The other end is the node: what leaves the workload enters the node, and the other way round.
-    frame.endpoint = frame.host;
+    frame.endpoint = identity::host_endpoint();
     frame.direction ^= 1;
     frame.place = place::NODE;
     ctx.judge(frame);

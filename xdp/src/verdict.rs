@@ -155,8 +155,9 @@ fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
     let destination = identity::exact(&frame.packet.destination);
     let from = source.endpoint();
     let to = destination.endpoint();
-    let from_host = from != 0 && from == frame.host;
-    let to_host = to != 0 && to == frame.host;
+    let host = identity::host_endpoint();
+    let from_host = from != 0 && from == host;
+    let to_host = to != 0 && to == host;
     frame.known = if frame.is_ingress() {
         source.into()
     } else {
@@ -234,7 +235,7 @@ pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
     if known.endpoint() != 0 || frame.place == place::NODE {
         flow_flags |= ct_flags::REMOTE_IS_LOCAL;
     }
-    if known.endpoint() != 0 && known.endpoint() == frame.host {
+    if known.endpoint() != 0 && known.endpoint() == identity::host_endpoint() {
         flow_flags |= ct_flags::REMOTE_IS_HOST;
     }
     let changed = entry.rule != frame.rule || (entry.flags ^ flow_flags) & ct_flags::AUDIT != 0;

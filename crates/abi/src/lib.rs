@@ -26,7 +26,7 @@ pub use interface::{Config, Counter, EndpointState, Interface, RateBudget, inter
 pub use policy::{
     DIRECTIONS, Decision, Direction, Identity, Inspector, PolicyEntry, PolicyKey, entry_flags, identity,
 };
-pub use reason::{Reason, counter_slot};
+pub use reason::{Reason, budget_slot, counter_slot};
 
 /// Version of every layout in this crate. Part of the pin directory's name.
 pub const VERSION: u32 = 1;
@@ -68,7 +68,7 @@ pub mod maps {
     pub const FRAGMENTS: &str = "FRAGMENTS";
     /// `RINGBUF` of [`crate::Event`].
     pub const EVENTS: &str = "EVENTS";
-    /// `PERCPU_ARRAY` [`crate::EventKind`] × 256 + reason -> [`crate::RateBudget`].
+    /// `PERCPU_ARRAY` [`crate::EventKind`] × 256 + reason -> [`crate::RateBudget`]; and [`crate::budget_slot`].
     pub const BUDGETS: &str = "BUDGETS";
     /// `PERCPU_ARRAY[512]` reason × 2 + direction -> [`crate::Counter`]; and [`crate::counter_slot`].
     pub const COUNTERS: &str = "COUNTERS";

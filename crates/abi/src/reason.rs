@@ -119,3 +119,9 @@ pub mod counter_slot {
     /// Written by user space only. `packets`: conntrack entries it swept; `bytes`: entries it seeded.
     pub const CONNTRACK_SWEPT: u32 = 511;
 }
+
+/// Slots of the BUDGETS map that are not about a kind of event and a reason.
+pub mod budget_slot {
+    /// The programs' clock: `filled_at` is the coarse monotonic time, ns, and `tokens` the jiffy it was read in.
+    pub const CLOCK: u32 = 767;
+}

@@ -32,9 +32,9 @@ fn an_established_flow_against_the_baseline() {
         let tc = world.program(Hook::TcIn);
         assert_eq!(sys::test_run(baseline, &frame, &[], 1).unwrap().0, 2);
         let mut times = [Vec::new(), Vec::new(), Vec::new()];
-        for _ in 0..15 {
+        for _ in 0..7 {
             for (program, times) in [baseline, real, tc].into_iter().zip(&mut times) {
-                times.push(sys::test_run(program, &frame, &[], 200_000).unwrap().1);
+                times.push(sys::test_run(program, &frame, &[], 100_000).unwrap().1);
             }
         }
         let [baseline, real, tc] = times.map(median);
@@ -43,6 +43,6 @@ fn an_established_flow_against_the_baseline() {
             f64::from(real) / f64::from(baseline)
         );
         let flow: CtEntry = world.flow(&key(HOST, 6, (server, 80), (client, 4000))).unwrap();
-        assert!(flow.forward_packets > 1_000_000);
+        assert!(flow.forward_packets > 500_000);
     }
 }
