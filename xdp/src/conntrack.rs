@@ -25,18 +25,17 @@ const STATE_FLAGS: u8 = TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK;
 /// jiffy. It may lag by a tick.
 #[inline(always)]
 pub fn now() -> u64 {
-    // SAFETY (all three blocks): the helpers take and change nothing; the value is this CPU's, and lives as long as
-    // the map.
+    // SAFETY: takes and changes nothing.
     let jiffy = unsafe { bpf_jiffies64() };
     let clock = BUDGETS.get_ptr_mut(budget_slot::CLOCK);
     if let Some(clock) = clock {
-        // SAFETY: see above.
+        // SAFETY: a map value of this CPU, which lives as long as the map.
         let clock = unsafe { &*clock };
         if clock.tokens == jiffy {
             return clock.filled_at;
         }
     }
-    // SAFETY: see above.
+    // SAFETY: as above.
     unsafe {
         let now = bpf_ktime_get_coarse_ns();
         if let Some(clock) = clock {

@@ -158,7 +158,8 @@ fn verdict<C: Context>(ctx: C, frame: &mut Frame, egress: u32) {
     if frame.packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER) {
         fragment::resolve(frame, (frame.ifindex << 1) | u32::from(egress));
     }
-    ctx.judge(frame);
+    // Inlined here, called below: the first is every packet's way.
+    verdict::judge(ctx, frame);
     if frame.is_dropped() || !is_workload || frame.flow_flags & ct_flags::REMOTE_IS_HOST == 0 {
         return;
     }
