@@ -13,8 +13,8 @@ use aya::programs::{Program, ProgramError, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use palisade_abi::{
     Addr, CLASS_SLOTS, Config, Counter, CtEntry, CtKey, Decision, Direction, EndpointState, Event, EventKind,
-    Interface, IpcacheEntry, MatchKind, PolicyEntry, PolicyKey, PrefixKey, Reason, counter_slot, identity,
-    maps, programs, role,
+    Interface, IpcacheEntry, MatchKind, PolicyEntry, PolicyKey, PrefixKey, Reason, identity, maps, programs,
+    role,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -86,7 +86,7 @@ pub fn entry(decision: Decision, rule: u32) -> PolicyEntry {
 pub struct World {
     ebpf: Ebpf,
     events: RingBuf<aya::maps::MapData>,
-    counters: Vec<u64>,
+    counters: Vec<(u32, u64)>,
 }
 
 impl World {
@@ -331,8 +331,10 @@ impl World {
         } else {
             skb.as_bytes()
         };
-        self.take_counters();
-        let before = self.counters.clone();
+        if self.counters.is_empty() {
+            self.take_counters();
+        }
+        let before = std::mem::take(&mut self.counters);
         let (retval, _) = sys::test_run(self.program(hook), frame, context, 1).unwrap();
         let passed = match (hook, retval) {
             (Hook::Xdp, 2) | (Hook::TcIn | Hook::TcOut, 0xffff_ffff) => true,
@@ -340,14 +342,19 @@ impl World {
             _ => panic!("{hook:?} returned {retval}"),
         };
         self.take_counters();
-        let counted: Vec<_> = (0..self.counters.len())
-            .filter(|&slot| self.counters[slot] != before[slot])
+        let counted: Vec<_> = self
+            .counters
+            .iter()
+            .zip(&before)
+            .filter(|(after, before)| after.1 != before.1)
+            .map(|(after, before)| (after.0, after.1 - before.1))
             .collect();
-        assert_eq!(counted.len(), 1, "one packet counts once: {counted:?}");
-        assert_eq!(self.counters[counted[0]], before[counted[0]] + 1);
-        let reason = Reason::from_u8((counted[0] / 2) as u8).unwrap();
+        let [(slot, 1)] = counted[..] else {
+            panic!("one packet counts once: {counted:?}")
+        };
+        let reason = Reason::from_u8((slot / 2) as u8).unwrap();
         assert_eq!(passed, !reason.is_drop(), "{reason:?}");
-        let direction = if counted[0] % 2 == 0 {
+        let direction = if slot % 2 == 0 {
             Direction::Ingress
         } else {
             Direction::Egress
@@ -361,8 +368,10 @@ impl World {
     }
 
     fn take_counters(&mut self) {
-        self.counters = (0..counter_slot::CONNTRACK_MADE)
-            .map(|slot| self.counter(maps::COUNTERS, slot).packets)
+        self.counters = Reason::ALL
+            .iter()
+            .flat_map(|&reason| [reason as u32 * 2, reason as u32 * 2 + 1])
+            .map(|slot| (slot, self.counter(maps::COUNTERS, slot).packets))
             .collect();
     }
 
