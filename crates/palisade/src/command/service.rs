@@ -186,7 +186,7 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
             }
         }
     }
-    let mut table = Table::new(&["INTERFACE", "ROLE", "ENDPOINT", "INGRESS", "EGRESS", "PROBLEM"]);
+    let mut table = Table::new(&["INTERFACE", "ROLE", "ENDPOINT", "INGRESS", "EGRESS", "REMARK"]);
     for interface in &status.interfaces {
         let hook = |hook: &Option<String>| hook.clone().unwrap_or_else(|| "-".to_owned());
         table.row([
@@ -195,7 +195,11 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
             interface.endpoint.to_string(),
             hook(&interface.ingress),
             hook(&interface.egress),
-            interface.problem.clone().unwrap_or_default(),
+            interface
+                .problem
+                .clone()
+                .or_else(|| interface.note.clone())
+                .unwrap_or_default(),
         ]);
     }
     section(out, "Interfaces", &table, "none configured")?;

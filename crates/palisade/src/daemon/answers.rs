@@ -21,7 +21,7 @@ use palisade_flowlog::{FilterBuilder, Next, Ring, Timestamp};
 use palisade_policy::{
     compile::Compiler,
     rule::{Peer, Policy},
-    snapshot::{RuleKey, TableKey, inspector_name},
+    snapshot::{RuleKey, Snapshot, TableKey, inspector_name},
     trace::{self, Outcome, Question},
     world::{Endpoint as WorldEndpoint, Enforcement},
 };
@@ -172,6 +172,8 @@ impl Clients {
                 ));
             }
         }
+        // Not by the control thread: tables may be large.
+        status.missing_inspectors = missing_inspectors(&self.shared.get().snapshot);
         let counters = self.datapath.counters();
         for (kind, _, budget) in counters.unsent_events().map_err(map_error)? {
             let (EventKind::PolicyVerdict | EventKind::Drop | EventKind::Trace) = kind;
@@ -354,6 +356,28 @@ impl Clients {
             .collect();
         to_value(&rows)
     }
+}
+
+/// Kinds of inspection that policies want, with the policies.
+fn missing_inspectors(snapshot: &Snapshot) -> Vec<MissingInspector> {
+    let mut wanted: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+    for entry in snapshot.tables.values().flat_map(|table| table.entries.values()) {
+        if Decision::from_u8(entry.decision) == Decision::Inspect {
+            let policies = wanted.entry(inspector_name(entry.inspector)).or_default();
+            if let Some(rule) = snapshot.rules.get(&entry.rule)
+                && let RuleKey::Rule(place) = &rule.key
+            {
+                policies.insert(place.policy.to_string());
+            }
+        }
+    }
+    wanted
+        .into_iter()
+        .map(|(inspector, policies)| MissingInspector {
+            inspector: inspector.to_owned(),
+            policies: policies.into_iter().collect(),
+        })
+        .collect()
 }
 
 /// Explains a packet.
@@ -559,29 +583,6 @@ impl Control {
             options: self.audit_options(&name),
             name,
         }
-    }
-
-    /// Kinds of inspection that policies want, with the policies.
-    pub fn missing_inspectors(&self) -> Vec<MissingInspector> {
-        let snapshot = self.engine.compiler.snapshot();
-        let mut wanted: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
-        for entry in snapshot.tables.values().flat_map(|table| table.entries.values()) {
-            if Decision::from_u8(entry.decision) == Decision::Inspect {
-                let policies = wanted.entry(inspector_name(entry.inspector)).or_default();
-                if let Some(rule) = snapshot.rules.get(&entry.rule)
-                    && let RuleKey::Rule(place) = &rule.key
-                {
-                    policies.insert(place.policy.to_string());
-                }
-            }
-        }
-        wanted
-            .into_iter()
-            .map(|(inspector, policies)| MissingInspector {
-                inspector: inspector.to_owned(),
-                policies: policies.into_iter().collect(),
-            })
-            .collect()
     }
 
     fn policy_summaries(&self, name: Option<&str>) -> Answer {

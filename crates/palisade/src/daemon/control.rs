@@ -583,7 +583,6 @@ impl Control {
             interfaces,
             policy_dir: self.config.policy.dir.display().to_string(),
             policy_files,
-            missing_inspectors: self.missing_inspectors(),
             ..Status::default()
         }
     }

@@ -24,9 +24,9 @@ mod view;
 mod watcher;
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{DirBuilder, File, OpenOptions},
     io,
-    os::unix::fs::OpenOptionsExt as _,
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -74,7 +74,11 @@ pub fn trace_offline(config: &Config, files: Offers, request: &TraceRequest) -> 
 
 /// The right to be the only one who changes the maps of a node. Lasts as long as the value.
 pub fn lock(state_dir: &Path) -> anyhow::Result<Flock<File>> {
-    fs::create_dir_all(state_dir).with_context(|| state_dir.display().to_string())?;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(state_dir)
+        .with_context(|| state_dir.display().to_string())?;
     let path = state_dir.join("lock");
     let mut file = OpenOptions::new()
         .write(true)
