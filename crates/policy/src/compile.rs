@@ -78,6 +78,8 @@ pub struct Compiler {
     /// Prefixes that policies mention, and how often.
     prefixes: BTreeMap<IpNet, u32>,
     peers: PeerCache,
+    /// Prefixes and addresses that the world names.
+    named: NamedPrefixes,
     specs: BTreeMap<SpecKey, Arc<SpecUnit>>,
     subjects: Vec<Subject>,
     /// Ports by name over all endpoints and peers.
@@ -340,6 +342,49 @@ impl PeerCache {
     }
 }
 
+/// Prefixes and addresses that the world names.
+#[derive(Clone, Debug, Default)]
+struct NamedPrefixes {
+    all: HashSet<IpNet>,
+    /// Those of labelled peers that are not part of the world.
+    labelled: HashSet<IpNet>,
+    /// Family (is IPv6) and length of those.
+    lengths: BTreeSet<(bool, u8)>,
+}
+
+impl NamedPrefixes {
+    fn of(world: &World) -> Self {
+        let peers = |chosen: fn(&Labels) -> bool| {
+            world
+                .peers
+                .iter()
+                .filter(move |peer| chosen(&peer.labels))
+                .flat_map(|peer| peer.prefixes.iter().map(IpNet::trunc))
+        };
+        let addresses = world.endpoints.iter().flat_map(|endpoint| &endpoint.addresses);
+        let labelled: HashSet<IpNet> = peers(|labels| !is_world(labels)).collect();
+        Self {
+            all: peers(|_| true)
+                .chain(addresses.map(|address| IpNet::from(*address)))
+                .collect(),
+            lengths: labelled
+                .iter()
+                .map(|prefix| (matches!(prefix, IpNet::V6(_)), prefix.prefix_len()))
+                .collect(),
+            labelled,
+        }
+    }
+
+    /// An address of a labelled peer is the peer, however narrow a prefix a policy mentions.
+    fn shadows(&self, prefix: IpNet) -> bool {
+        let v6 = matches!(prefix, IpNet::V6(_));
+        self.lengths
+            .iter()
+            .filter(|(family, length)| *family == v6 && *length <= prefix.prefix_len())
+            .any(|(_, length)| shorten(prefix, *length).is_some_and(|wider| self.labelled.contains(&wider)))
+    }
+}
+
 /// [`Changes`], with the contents shared.
 struct Intake {
     world: Option<World>,
@@ -588,7 +633,7 @@ impl Compiler {
                 }
             }
             if !progress.prefixes.is_empty() {
-                self.refresh_identities(&mut progress)?;
+                self.refresh_prefixes(&mut progress)?;
             }
         }
         self.compile(progress)
@@ -600,6 +645,7 @@ impl Compiler {
         self.peers = PeerCache::default();
         self.prefixes.clear();
         self.known = Known::default();
+        self.named = NamedPrefixes::of(&self.world);
         self.named_ports.clear();
         let ports = self
             .world
@@ -887,17 +933,6 @@ impl Compiler {
         }
 
         // Later ones replace earlier ones: what policies mention, then peers, then what is on this node.
-        let shadows: HashSet<IpNet> = self
-            .world
-            .peers
-            .iter()
-            .filter(|peer| !is_world(&peer.labels))
-            .flat_map(|peer| peer.prefixes.iter().map(IpNet::trunc))
-            .collect();
-        let lengths: BTreeSet<(bool, u8)> = shadows
-            .iter()
-            .map(|prefix| (matches!(prefix, IpNet::V6(_)), prefix.prefix_len()))
-            .collect();
         let mapped = IpNet::V6(V4_MAPPED);
         for prefix in self.prefixes.keys().filter(|prefix| prefix.prefix_len() > 0) {
             // In the trie IPv4 addresses are mapped ones. No packet has such an address as IPv6.
@@ -907,13 +942,7 @@ impl Compiler {
             if prefix.contains(&mapped) {
                 put(mapped, entry(number(&options.world_labels(false))?, 0));
             }
-            // An address of a labelled peer is the peer, however narrow a prefix a policy mentions.
-            let v6 = matches!(prefix, IpNet::V6(_));
-            let shadowed = lengths
-                .iter()
-                .filter(|(family, length)| *family == v6 && *length <= prefix.prefix_len())
-                .any(|(_, length)| shorten(*prefix, *length).is_some_and(|wider| shadows.contains(&wider)));
-            if shadowed {
+            if self.named.shadows(*prefix) {
                 continue;
             }
             let labels = prefix_labels(*prefix, &options);
@@ -961,7 +990,6 @@ impl Compiler {
             }
         }
 
-        // What has changed, and which peers mean something else now.
         let gone: Vec<Identity> = self
             .known
             .labels()
@@ -974,54 +1002,8 @@ impl Compiler {
             .filter(|(number, labels)| self.known.labels().get(number) != Some(labels))
             .map(|(number, labels)| (*number, labels.clone()))
             .collect();
-        for number in &gone {
-            self.known.remove(*number);
-        }
-        for (number, labels) in &new {
-            self.known.add(*number, labels.clone());
-        }
-        if !gone.is_empty() || !new.is_empty() {
-            let mut changed: HashSet<u32> = HashSet::new();
-            for (number, slot) in self.peers.slots.iter_mut().enumerate() {
-                let Some(slot) = slot else { continue };
-                if matches!(slot.meaning, Meaning::Everybody) {
-                    continue;
-                }
-                let left: Vec<Identity> = gone
-                    .iter()
-                    .copied()
-                    .filter(|id| slot.members.contains(id))
-                    .collect();
-                let joined: Vec<Identity> = new
-                    .iter()
-                    .filter(|(_, labels)| slot.meaning.matches(labels))
-                    .map(|(id, _)| *id)
-                    .collect();
-                if !left.is_empty() || !joined.is_empty() {
-                    let members = Arc::make_mut(&mut slot.members);
-                    for id in left {
-                        members.remove(&id);
-                    }
-                    members.extend(joined);
-                    changed.insert(number as u32);
-                }
-            }
-            if !changed.is_empty() {
-                for (key, unit) in &self.specs {
-                    let touched = unit.sections.iter().flatten().any(|rule| match &rule.peers {
-                        UnitPeers::OneOf(peers) => peers.iter().any(|number| changed.contains(number)),
-                        _ => false,
-                    });
-                    if touched {
-                        for at in &unit.subjects {
-                            if let Some(selecting) = self.subjects[*at].specs.get_mut(key) {
-                                selecting.stale = true;
-                            }
-                            progress.dirty.insert(*at);
-                        }
-                    }
-                }
-            }
+        self.change_identities(&gone, &new, progress);
+        if *self.snapshot.identities != wanted {
             self.snapshot.identities = Arc::new(wanted);
         }
         if *self.snapshot.addresses != addresses {
@@ -1031,6 +1013,115 @@ impl Compiler {
             self.snapshot.prefixes = Arc::new(prefixes);
         }
         Ok(())
+    }
+
+    /// The same where only prefixes that policies mention came or went, and stand alone: what they add or take away.
+    fn refresh_prefixes(&mut self, progress: &mut Progress) -> Result<(), Vec<Diagnostic>> {
+        let mapped = IpNet::V6(V4_MAPPED);
+        let involved = |prefix: &IpNet| prefix.contains(&mapped) || self.named.all.contains(prefix);
+        if progress.prefixes.keys().any(involved) {
+            return self.refresh_identities(progress);
+        }
+        let mut gone: Vec<Identity> = Vec::new();
+        let mut new: Vec<(Identity, Labels)> = Vec::new();
+        let changes: Vec<(IpNet, i8)> = progress
+            .prefixes
+            .iter()
+            .map(|(prefix, step)| (*prefix, *step))
+            .filter(|(prefix, _)| {
+                prefix.prefix_len() > 0 && !mapped.contains(prefix) && !self.named.shadows(*prefix)
+            })
+            .collect();
+        for (prefix, step) in changes {
+            let labels = prefix_labels(prefix, &self.world.options);
+            let known = &self.snapshot.identities;
+            let identity = self
+                .identities
+                .number(&labels, &|number| known.contains_key(&number))
+                .map_err(|error| vec![problem(Location::default(), error.to_string())])?;
+            let identities = Arc::make_mut(&mut self.snapshot.identities);
+            if step > 0 {
+                identities.insert(identity, labels.clone());
+                new.push((identity, labels));
+            } else {
+                identities.remove(&identity);
+                gone.push(identity);
+            }
+            match full_length(prefix) {
+                Some(address) => {
+                    let addresses = Arc::make_mut(&mut self.snapshot.addresses);
+                    if step > 0 {
+                        addresses.insert(address, entry(identity, 0));
+                    } else {
+                        addresses.remove(&address);
+                    }
+                }
+                None => {
+                    let prefixes = Arc::make_mut(&mut self.snapshot.prefixes);
+                    if step > 0 {
+                        prefixes.insert(prefix_key(prefix), entry(identity, 0));
+                    } else {
+                        prefixes.remove(&prefix_key(prefix));
+                    }
+                }
+            }
+        }
+        self.change_identities(&gone, &new, progress);
+        Ok(())
+    }
+
+    /// Identities that exist no more, and others that do now: which peers mean somebody else?
+    fn change_identities(&mut self, gone: &[Identity], new: &[(Identity, Labels)], progress: &mut Progress) {
+        if gone.is_empty() && new.is_empty() {
+            return;
+        }
+        for number in gone {
+            self.known.remove(*number);
+        }
+        for (number, labels) in new {
+            self.known.add(*number, labels.clone());
+        }
+        let mut changed: HashSet<u32> = HashSet::new();
+        for (number, slot) in self.peers.slots.iter_mut().enumerate() {
+            let Some(slot) = slot else { continue };
+            if matches!(slot.meaning, Meaning::Everybody) {
+                continue;
+            }
+            let left: Vec<Identity> = gone
+                .iter()
+                .copied()
+                .filter(|id| slot.members.contains(id))
+                .collect();
+            let joined: Vec<Identity> = new
+                .iter()
+                .filter(|(_, labels)| slot.meaning.matches(labels))
+                .map(|(id, _)| *id)
+                .collect();
+            if !left.is_empty() || !joined.is_empty() {
+                let members = Arc::make_mut(&mut slot.members);
+                for id in left {
+                    members.remove(&id);
+                }
+                members.extend(joined);
+                changed.insert(number as u32);
+            }
+        }
+        if !changed.is_empty() {
+            for (key, unit) in &self.specs {
+                let touched = unit.sections.iter().flatten().any(|rule| match &rule.peers {
+                    UnitPeers::OneOf(peers) => peers.iter().any(|number| changed.contains(number)),
+                    _ => false,
+                });
+                if touched {
+                    for at in &unit.subjects {
+                        if let Some(selecting) = self.subjects[*at].specs.get_mut(key) {
+                            selecting.stale = true;
+                        }
+                        progress.dirty.insert(*at);
+                    }
+                }
+            }
+        }
     }
 
     /// Compiles the dirty subjects, and those whose port classes change with them, and makes the snapshot.
