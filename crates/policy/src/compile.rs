@@ -196,6 +196,8 @@ struct Selecting {
     unit: Arc<SpecUnit>,
     /// Whether `rules` are still to be made from it (they are of before).
     stale: bool,
+    /// Whether only its peers mean others than when `rules` were made.
+    regrouped: bool,
     /// By direction.
     rules: [Vec<TableRule>; 2],
     /// Port sets held in [`Classes`].
@@ -216,21 +218,21 @@ impl Touched {
     /// Verdicts change towards whom the rules mean.
     fn add(&mut self, rules: &[Vec<TableRule>; 2]) {
         for rule in rules.iter().flatten() {
-            let Self::Only(identities) = self else {
-                return;
-            };
             match &rule.members {
                 Members::Everybody => *self = Self::Everything,
                 Members::Of(peers) => {
                     for (_, members) in peers {
-                        if identities.len() + members.len() > Self::MANY {
-                            *self = Self::Everything;
-                            return;
-                        }
-                        identities.extend(members.iter().copied());
+                        self.add_identities(members.iter().copied());
                     }
                 }
             }
+        }
+    }
+
+    fn add_identities(&mut self, more: impl ExactSizeIterator<Item = Identity>) {
+        match self {
+            Self::Only(identities) if identities.len() + more.len() <= Self::MANY => identities.extend(more),
+            _ => *self = Self::Everything,
         }
     }
 }
@@ -396,6 +398,8 @@ struct Intake {
 struct Progress {
     /// Subjects to compile again.
     dirty: BTreeSet<usize>,
+    /// Identities that came or went.
+    moved: BTreeSet<Identity>,
     /// Prefixes that policies mention and did not before (or the other way round).
     prefixes: BTreeMap<IpNet, i8>,
 }
@@ -868,6 +872,7 @@ impl Compiler {
                 let selecting = Selecting {
                     unit: Arc::clone(&unit),
                     stale: true,
+                    regrouped: false,
                     rules: Default::default(),
                     sets: Vec::new(),
                     remarks: Vec::new(),
@@ -1075,6 +1080,9 @@ impl Compiler {
         if gone.is_empty() && new.is_empty() {
             return;
         }
+        progress
+            .moved
+            .extend(gone.iter().chain(new.iter().map(|(number, _)| number)));
         for number in gone {
             self.known.remove(*number);
         }
@@ -1115,7 +1123,7 @@ impl Compiler {
                 if touched {
                     for at in &unit.subjects {
                         if let Some(selecting) = self.subjects[*at].specs.get_mut(key) {
-                            selecting.stale = true;
+                            selecting.regrouped = true;
                         }
                         progress.dirty.insert(*at);
                     }
@@ -1139,7 +1147,7 @@ impl Compiler {
             let rows = touched
                 .remove(at)
                 .unwrap_or_else(|| Touched::Only(BTreeSet::new()));
-            match self.compile_subject(*at, rows) {
+            match self.compile_subject(*at, rows, &progress.moved) {
                 Ok(table) => {
                     let subject = &mut self.subjects[*at];
                     if subject.policy == 0 || *subject.table != table {
@@ -1380,24 +1388,37 @@ impl Compiler {
     }
 
     /// The table of a subject. Of a table that is there, only the rows that a change touches are made anew.
-    fn compile_subject(&mut self, at: usize, mut touched: Touched) -> Result<Table, Vec<Diagnostic>> {
+    fn compile_subject(
+        &mut self,
+        at: usize,
+        mut touched: Touched,
+        moved: &BTreeSet<Identity>,
+    ) -> Result<Table, Vec<Diagnostic>> {
         // Specs that are new, or whose peers mean others now: towards whom they meant and whom they mean.
         let subject = &self.subjects[at];
         let mut made: Vec<(SpecKey, [Vec<TableRule>; 2], Vec<Diagnostic>)> = Vec::new();
         let mut classes = HashMap::new();
-        for (key, selecting) in subject.selecting().filter(|(_, selecting)| selecting.stale) {
+        let remade = subject
+            .selecting()
+            .filter(|(_, selecting)| selecting.stale || selecting.regrouped);
+        for (key, selecting) in remade {
             let mut remarks = Vec::new();
             let rules = palisade_abi::DIRECTIONS.map(|direction| {
                 self.table_rules(subject, key, selecting, direction, &mut classes, &mut remarks)
             });
-            touched.add(&rules);
-            touched.add(&selecting.rules);
+            if selecting.stale {
+                touched.add(&rules);
+                touched.add(&selecting.rules);
+            } else {
+                touched.add_identities(moved.iter().copied());
+            }
             made.push((key.clone(), rules, remarks));
         }
         let subject = &mut self.subjects[at];
         for (key, rules, remarks) in made {
             if let Some(selecting) = subject.specs.get_mut(&key) {
                 selecting.stale = false;
+                selecting.regrouped = false;
                 selecting.rules = rules;
                 selecting.remarks = remarks;
             }
