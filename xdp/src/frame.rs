@@ -112,6 +112,15 @@ impl Frame {
         self.reason >= 130
     }
 
+    /// Forgets what another endpoint's policy said.
+    #[inline(always)]
+    pub fn forget_decision(&mut self) {
+        self.rule = 0;
+        self.remote_identity = 0;
+        self.decision = Decision::Deny as u8;
+        self.match_kind = MatchKind::None as u8;
+    }
+
     /// Sets the verdict.
     #[inline(always)]
     pub fn set(&mut self, reason: Reason) {

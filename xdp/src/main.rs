@@ -167,6 +167,7 @@ fn verdict<C: Context>(ctx: C, frame: &mut Frame, egress: u32) {
     frame.endpoint = identity::host_endpoint();
     frame.direction ^= 1;
     frame.place = place::NODE;
+    frame.forget_decision();
     ctx.judge(frame);
 }
 

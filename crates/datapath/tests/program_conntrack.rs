@@ -379,3 +379,42 @@ fn a_full_table_forgets_and_never_lets_through() {
     assert_eq!(answered + denied, 4 * room);
     assert!(to_server(&mut world, SYN).passed);
 }
+
+/// The object with every LRU hash as a plain hash, which refuses what an LRU hash makes room for. (The type of a map is
+/// the length of an array type in the BTF: `[i32; BPF_MAP_TYPE_LRU_HASH]`.)
+fn without_lru() -> Vec<u8> {
+    const ARRAY: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0];
+    const LRU_HASH: [u8; 4] = [9, 0, 0, 0];
+    const HASH: [u8; 4] = [1, 0, 0, 0];
+    let mut object = palisade_datapath::OBJECT.to_vec();
+    let mut changed = 0;
+    for at in (0..object.len() - 24).step_by(4) {
+        if object[at..at + 12] == ARRAY && object[at + 20..at + 24] == LRU_HASH {
+            object[at + 20..at + 24].copy_from_slice(&HASH);
+            changed += 1;
+        }
+    }
+    assert!(changed > 0);
+    object
+}
+
+#[test]
+fn a_flow_that_the_map_refuses_is_dropped() {
+    let mut world = World::of(&without_lru(), NIC, HOST, 2);
+    world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
+    let mut reasons = Vec::new();
+    for port in 4000..4004 {
+        let got = world.run(Hook::Xdp, &udp((WORLD_V4, port), (HOST_V4, 80), &[]));
+        assert_eq!(got.event(EventKind::Drop).is_some(), !got.passed);
+        reasons.push(got.reason);
+    }
+    let refused = Reason::CtInsertionFailed;
+    assert_eq!(reasons, [Reason::Allowed, Reason::Allowed, refused, refused]);
+    // Known flows go on.
+    assert_eq!(
+        world
+            .run(Hook::Xdp, &udp((WORLD_V4, 4001), (HOST_V4, 80), &[]))
+            .reason,
+        Reason::Established
+    );
+}

@@ -71,7 +71,7 @@ fn frames() -> impl Strategy<Value = Vec<u8>> {
             let field = match fragment {
                 0..3 => 0,
                 3 => 0x2000,
-                _ => fragment * 3 | u16::from(more) << 13,
+                _ => (fragment * 3) | (u16::from(more) << 13),
             };
             ip.extend_from_slice(&[0, 9]);
             ip.extend_from_slice(&field.to_be_bytes());

@@ -550,6 +550,19 @@ fn between_a_workload_and_the_node_both_are_asked() {
 }
 
 #[test]
+fn a_node_without_a_policy_is_closed_to_its_workloads() {
+    let mut world = World::new(WORKLOAD, A);
+    world.rule(A, EGRESS, identity::HOST, 5, entry(Decision::Allow, 7));
+    world.state(HOST, 0, 1, identity::HOST);
+    let got = world.run(Hook::TcIn, &udp((A_V4, 4000), (HOST_V4, 80), &[]));
+    assert_eq!(got.reason, Reason::NoPolicy);
+    // The workload's rule let it through and is not blamed for the drop.
+    let drop = got.event(EventKind::Drop).unwrap();
+    assert_eq!((drop.endpoint, drop.rule), (HOST, 0));
+    assert_eq!(world.rule_counter(7).packets, 1);
+}
+
+#[test]
 fn an_address_of_the_node_that_nobody_named_is_the_node() {
     let mut world = World::new(WORKLOAD, A);
     world.rule(A, EGRESS, identity::ANY, 5, entry(Decision::Allow, 7));

@@ -97,6 +97,10 @@ impl World {
     }
 
     pub fn with_conntrack(role: u8, endpoint: u16, conntrack: u32) -> Self {
+        Self::of(palisade_datapath::OBJECT, role, endpoint, conntrack)
+    }
+
+    pub fn of(object: &[u8], role: u8, endpoint: u16, conntrack: u32) -> Self {
         own_network();
         let mut ebpf = EbpfLoader::new()
             .map_max_entries(maps::CONNTRACK, conntrack)
@@ -104,7 +108,7 @@ impl World {
             .map_max_entries(maps::IPCACHE, 4096)
             .map_max_entries(maps::PREFIXES, 4096)
             .map_max_entries(maps::RULES, 64)
-            .load(palisade_datapath::OBJECT)
+            .load(object)
             .unwrap();
         for (_, program) in ebpf.programs_mut() {
             let mut load = || match program {
