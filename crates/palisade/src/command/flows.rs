@@ -6,7 +6,7 @@ use std::{
     time::SystemTime,
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use palisade_flowlog::{FilterBuilder, Timestamp, format};
 
 use super::DONE;
@@ -92,7 +92,7 @@ fn stream(
             Some(Answer::Ok(_)) => return Ok(DONE),
             Some(Answer::Error(message)) => bail!(message),
             None if follow => {
-                return Err(io::Error::from(io::ErrorKind::UnexpectedEof)).context("the daemon has ended");
+                bail!("the daemon has ended, or this command did not read fast enough and was cut off")
             }
             None => bail!("the daemon cut the answer off"),
         }
