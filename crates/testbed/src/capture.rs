@@ -84,7 +84,18 @@ impl Capture {
 
     /// Waits for a packet that `wanted` says yes to.
     pub fn wait(&self, what: &str, timeout: Duration, wanted: impl Fn(&Packet) -> bool) -> Result<()> {
-        wait_until(what, timeout, || self.count(&wanted) > 0)
+        self.wait_for(1, what, timeout, wanted)
+    }
+
+    /// Waits for so many packets that `wanted` says yes to.
+    pub fn wait_for(
+        &self,
+        count: usize,
+        what: &str,
+        timeout: Duration,
+        wanted: impl Fn(&Packet) -> bool,
+    ) -> Result<()> {
+        wait_until(what, timeout, || self.count(&wanted) >= count)
     }
 }
 

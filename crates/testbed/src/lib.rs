@@ -11,6 +11,7 @@
 //!                                             2001:db8:f::1
 //! ```
 
+pub mod attached;
 pub mod capture;
 pub mod daemon;
 pub mod load;

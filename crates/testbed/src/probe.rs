@@ -229,6 +229,50 @@ pub fn send_raw(ns: &Ns, source: Option<IpAddr>, to: IpAddr, protocol: u8, paylo
     .with_context(|| format!("raw packet of protocol {protocol} to {to}"))
 }
 
+/// What the network stack of a namespace gets of one protocol: behind every hook at its interfaces, where a
+/// [`crate::capture::Capture`] stands before those of tc.
+#[derive(Debug)]
+pub struct RawReceiver {
+    socket: Socket,
+}
+
+impl RawReceiver {
+    /// Listens from now on, to packets for `address`' family.
+    pub fn start(ns: &Ns, address: IpAddr, protocol: u8) -> Result<Self> {
+        let to = SocketAddr::new(address, 0);
+        let protocol = Protocol::from(i32::from(protocol));
+        let socket = ns.enter(|| Socket::new(Domain::for_address(to), Type::RAW, Some(protocol)))?;
+        Ok(Self { socket })
+    }
+
+    /// Whether a packet from `source` that starts with the byte `first` (after its network header) comes in time.
+    pub fn hears(&self, source: IpAddr, first: u8, timeout: Duration) -> Result<bool> {
+        let deadline = Instant::now() + timeout;
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            self.socket.set_read_timeout(Some(left))?;
+            let mut socket = &self.socket;
+            let Ok(n) = socket.read(&mut buffer) else { continue };
+            // raw(7): IPv4 packets come with their header, IPv6 ones without (and the source is not told here)
+            let (from, payload) = match source {
+                IpAddr::V4(_) => {
+                    let header = usize::from(buffer[0] & 15) * 4;
+                    let from: [u8; 4] = [buffer[12], buffer[13], buffer[14], buffer[15]];
+                    (Some(IpAddr::from(from)), &buffer[header.min(n)..n])
+                }
+                IpAddr::V6(_) => (None, &buffer[..n]),
+            };
+            if from.is_none_or(|from| from == source) && payload.first() == Some(&first) {
+                return Ok(true);
+            }
+        }
+    }
+}
+
 /// Sends one packet with its network header as given (the kernel fills in IPv4's checksum, and an identification
 /// that is 0).
 pub fn send_ip(ns: &Ns, to: IpAddr, packet: &[u8]) -> Result<()> {

@@ -245,7 +245,11 @@ fn connections_stay_open_and_raw_packets_and_fragments_are_seen() {
             probe::udp(t.ns("front"), None, SocketAddr::new(back, 53), 4000, LONG),
             Outcome::Open
         );
-        assert!(capture.count(|p| !p.outgoing && p.fragment && p.protocol == protocol::UDP) >= 3);
+        capture
+            .wait_for(3, "fragments", LONG, |p| {
+                !p.outgoing && p.fragment && p.protocol == protocol::UDP
+            })
+            .expect("seen");
         assert_eq!(exchange(&mut stream, LONG), Outcome::Open);
     }
 }

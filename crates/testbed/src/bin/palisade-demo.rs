@@ -402,6 +402,9 @@ fn attempt(world: &World, from: &str, to: &str, program: Program, family: Family
         }
         Iperf => {
             let report: Value = serde_json::from_str(&said)?;
+            if report["error"].is_string() {
+                return Ok((false, String::new())); // it exits with 0 all the same
+            }
             let rate = report["end"]["sum_received"]["bits_per_second"]
                 .as_f64()
                 .unwrap_or(0.0);

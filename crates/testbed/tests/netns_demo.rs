@@ -1,0 +1,77 @@
+//! The demo does what it says, and leaves nothing behind.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use palisade_testbed::{ns::wait_until, output};
+
+fn demo() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_palisade-demo"))
+}
+
+/// What a process has left in the places where a testbed puts things.
+fn left_of(pid: u32) -> Vec<String> {
+    let temporary = std::env::temp_dir();
+    let places = [
+        (Path::new("/run/netns"), format!("pal-{pid}-")),
+        (Path::new("/sys/fs/bpf"), format!("palisade-test-{pid}-")),
+        (temporary.as_path(), format!("palisade-testbed-{pid}-")),
+    ];
+    let mut found = Vec::new();
+    for (dir, prefix) in places {
+        for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.starts_with(&prefix) {
+                found.push(name);
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn everything_comes_out_as_the_example_policies_say() {
+    let out = output(&mut demo(), Duration::from_secs(90)).expect("demo");
+    let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{text}");
+    for part in [
+        "WHO",
+        "shop/backend (ingress)",
+        "blocklist (ingress)",
+        "audited",
+        "DROPPED",
+        "ok: 52 attempts",
+    ] {
+        assert!(text.contains(part), "{part} is not in:\n{text}");
+    }
+}
+
+#[test]
+fn ctrl_c_leaves_nothing_behind() {
+    for pause in [300, 1500, 2500] {
+        let mut child = demo()
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("demo");
+        wait_until("the demo has begun", Duration::from_secs(10), || {
+            !left_of(child.id()).is_empty()
+        })
+        .expect("namespaces");
+        thread::sleep(Duration::from_millis(pause));
+        // it may have ended by itself by now, on a fast machine
+        let _ = kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT);
+        let status = child.wait().expect("end");
+        assert!(matches!(status.code(), Some(130 | 0)), "{status}");
+        assert_eq!(left_of(child.id()), [""; 0], "after {pause} ms");
+    }
+}

@@ -1,0 +1,349 @@
+//! Running it: files that are broken, interfaces that come and go, and leaving no trace.
+
+use std::time::Duration;
+
+use palisade_testbed::{
+    attached,
+    daemon::{Hooks, Settings},
+    topology::WorkloadSpec,
+};
+use palisade_tests::{with_peers, world};
+use serde_json::Value;
+
+const FROM_FRONT: &str = "apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: from-front}
+spec:
+  endpointSelector: {matchLabels: {app: back}}
+  ingress:
+  - fromEndpoints: [{matchLabels: {app: front}}]
+";
+
+const ONLY_FRONT: &str = "front -> back tcp/80 open\ndb -> back tcp/80 drop";
+const ONLY_DB: &str = "front -> back tcp/80 drop\ndb -> back tcp/80 open";
+
+fn file<'a>(status: &'a Value, name: &str) -> &'a Value {
+    let files = status["policy_files"]
+        .as_array()
+        .map(Vec::as_slice)
+        .unwrap_or_default();
+    files.iter().find(|f| f["file"] == name).unwrap_or(&Value::Null)
+}
+
+#[test]
+fn a_broken_file_leaves_the_last_good_state_and_is_named_with_line_and_reason() {
+    let world = world();
+    let mut daemon = world
+        .daemon(Settings::default(), &[("front.yaml", FROM_FRONT)])
+        .expect("daemon");
+    world.expect(&daemon, ONLY_FRONT);
+
+    // the file itself breaks
+    let broken = FROM_FRONT.replace("fromEndpoints", "fromEndpoint");
+    daemon.write("front.yaml", &broken).expect("write");
+    let status = daemon
+        .wait_status("the broken file is seen", |s| {
+            file(s, "front.yaml")["state"] == "last-good"
+        })
+        .expect("status");
+    let said = file(&status, "front.yaml")["diagnostics"][0]
+        .as_str()
+        .unwrap_or_default();
+    assert!(
+        said.contains("front.yaml:7:") && said.contains("fromEndpoint"),
+        "{said}"
+    );
+    world.expect(&daemon, ONLY_FRONT);
+
+    // it is still the last good state after a restart, and with the daemon's text output it can be seen
+    daemon.kill9().expect("kill -9");
+    daemon.restart().expect("restart");
+    world.expect(&daemon, ONLY_FRONT);
+    let text = daemon.cli(&["status"]).expect("status");
+    assert!(text.contains("front.yaml:7:"), "{text}");
+
+    // another file that never was good does not stop the good ones from changing
+    daemon
+        .write(
+            "other.yaml",
+            "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nspec: [\n",
+        )
+        .expect("write");
+    daemon
+        .wait_status("the other file is seen", |s| {
+            file(s, "other.yaml")["state"] == "unused"
+        })
+        .expect("status");
+    daemon
+        .write("front.yaml", &FROM_FRONT.replace("app: front", "app: db"))
+        .expect("write");
+    daemon
+        .wait_status("the repaired file is in force", |s| {
+            file(s, "front.yaml")["state"] == "in-force"
+        })
+        .expect("status");
+    world.expect(&daemon, ONLY_DB);
+
+    // a file that goes takes its policies with it
+    daemon.apply(&[]).expect("apply");
+    world.expect(&daemon, "front -> back tcp/80 open\ndb -> back tcp/80 open");
+}
+
+#[test]
+fn many_files_changed_at_once_are_one_change() {
+    let world = world();
+    let daemon = world.daemon(Settings::default(), &[]).expect("daemon");
+    let before = daemon.status().expect("status")["revision"]
+        .as_u64()
+        .expect("revision");
+    let files: Vec<(String, String)> = (0..100)
+        .map(|n| {
+            (
+                format!("{n}.yaml"),
+                FROM_FRONT.replace("from-front", &format!("from-front-{n}")),
+            )
+        })
+        .collect();
+    let files: Vec<(&str, &str)> = files.iter().map(|(n, c)| (n.as_str(), c.as_str())).collect();
+    daemon.apply(&files).expect("apply");
+    let after = daemon.status().expect("status")["revision"]
+        .as_u64()
+        .expect("revision");
+    assert!(after > before && after - before < 20, "{before} -> {after}");
+    world.expect(&daemon, ONLY_FRONT);
+}
+
+#[test]
+fn an_interface_that_appears_later_is_attached_when_it_appears_and_again_when_it_comes_back() {
+    let mut world = world();
+    world
+        .topology
+        .declare(WorkloadSpec::new("late").label("app", "back"))
+        .expect("declare");
+    let daemon = palisade_testbed::Daemon::prepare(
+        &world.topology,
+        &with_peers(Settings::default()),
+        &[("front.yaml", FROM_FRONT)],
+    );
+    let mut daemon = daemon.expect("daemon");
+    daemon.spawn().expect("spawn");
+    let attached = |status: &Value| {
+        let interfaces = status["interfaces"]
+            .as_array()
+            .map(Vec::as_slice)
+            .unwrap_or_default();
+        interfaces
+            .iter()
+            .any(|i| i["name"] == "veth-late" && i["ingress"].is_string() && i["egress"].is_string())
+    };
+    let status = daemon
+        .wait_status("the others are attached", |s| {
+            let interfaces = s["interfaces"].as_array().map(Vec::as_slice).unwrap_or_default();
+            interfaces.iter().filter(|i| i["ingress"].is_string()).count() == 5
+        })
+        .expect("status");
+    assert!(!attached(&status));
+    world.expect(&daemon, ONLY_FRONT);
+    for _ in 0..2 {
+        world.topology.plug("late").expect("plug");
+        daemon
+            .wait_status("veth-late is attached", attached)
+            .expect("attached");
+        // nobody listens there: who gets through is refused, and so open
+        let at = |family| world.at("late", family, 80);
+        for family in palisade_testbed::topology::FAMILIES {
+            use palisade_testbed::{Outcome, probe::connect};
+            let patience = Duration::from_secs(5);
+            assert_eq!(
+                connect(world.ns("front"), at(family), patience),
+                Outcome::Refused,
+                "{}",
+                daemon.report()
+            );
+            assert_eq!(
+                connect(world.ns("db"), at(family), palisade_tests::CLOSED),
+                Outcome::TimedOut,
+                "{}",
+                daemon.report()
+            );
+        }
+        world.topology.unplug("late").expect("unplug");
+        daemon
+            .wait_status("veth-late is gone", |s| !attached(s))
+            .expect("gone");
+    }
+}
+
+const INTERFACES: [&str; 5] = ["nic0", "veth-front", "veth-back", "veth-db", "veth-pfront"];
+
+fn stop_leaves_all_and_detach_leaves_nothing(hooks: Hooks, host: [&str; 2], endpoint: [&str; 2]) {
+    let world = world();
+    let mut daemon = world
+        .daemon(
+            Settings {
+                hooks,
+                ..Settings::default()
+            },
+            &[("front.yaml", FROM_FRONT)],
+        )
+        .expect("daemon");
+    let node = &world.topology.node;
+    let attached = || INTERFACES.map(|name| attached::hooks(node, name).expect("hooks"));
+    let all = INTERFACES.map(|name| {
+        if name == "nic0" {
+            host.to_vec()
+        } else {
+            endpoint.to_vec()
+        }
+    });
+    assert_eq!(attached(), all);
+    daemon.cli(&["stop"]).expect("stop");
+    assert!(daemon.pins().exists());
+    assert_eq!(world.check(ONLY_FRONT).expect("check"), [""; 0]);
+    assert_eq!(attached(), all);
+    daemon.restart().expect("restart");
+    world.expect(&daemon, ONLY_FRONT);
+    assert_eq!(attached(), all);
+    daemon.detach().expect("stop --detach");
+    assert_eq!(attached(), [const { Vec::<&str>::new() }; 5]);
+    assert!(!daemon.pins().exists(), "pins are left");
+    let qdiscs = node.run("tc", &["qdisc", "show"]).expect("tc");
+    assert!(!qdiscs.contains("clsact"), "{qdiscs}");
+    assert_eq!(
+        world
+            .check("front -> back tcp/80 open\ndb -> back tcp/80 open\nfar -> back ping open")
+            .expect("check"),
+        [""; 0]
+    );
+}
+
+#[test]
+fn stop_leaves_the_policy_enforced_and_detach_removes_everything_tcx_and_xdp() {
+    stop_leaves_all_and_detach_leaves_nothing(
+        Hooks {
+            endpoint: "tc",
+            host: "xdp",
+            tc: "tcx",
+        },
+        ["xdp", "tcx egress"],
+        ["tcx ingress", "tcx egress"],
+    );
+}
+
+#[test]
+fn stop_leaves_the_policy_enforced_and_detach_removes_everything_clsact_and_xdp() {
+    stop_leaves_all_and_detach_leaves_nothing(
+        Hooks {
+            endpoint: "xdp",
+            host: "tc",
+            tc: "clsact",
+        },
+        ["clsact ingress", "clsact egress"],
+        ["xdp", "clsact egress"],
+    );
+}
+
+#[test]
+fn detach_works_when_the_daemon_is_dead() {
+    let world = world();
+    let mut daemon = world
+        .daemon(Settings::default(), &[("front.yaml", FROM_FRONT)])
+        .expect("daemon");
+    daemon.kill9().expect("kill -9");
+    world
+        .check(ONLY_FRONT)
+        .map(|failures| assert_eq!(failures, [""; 0]))
+        .expect("check");
+    daemon.cli(&["stop", "--detach"]).expect("stop --detach");
+    for name in INTERFACES {
+        assert_eq!(
+            attached::hooks(&world.topology.node, name).expect("hooks"),
+            [""; 0],
+            "{name}"
+        );
+    }
+    assert!(!daemon.pins().exists(), "pins are left");
+}
+
+#[test]
+fn status_says_at_which_hook_and_in_which_mode_it_stands() {
+    let world = world();
+    for (hooks, endpoint, host) in [
+        (
+            Hooks {
+                endpoint: "tc",
+                host: "xdp",
+                tc: "tcx",
+            },
+            ["tcx", "tcx"],
+            ["xdp (native)", "tcx"],
+        ),
+        (
+            Hooks {
+                endpoint: "xdp",
+                host: "tc",
+                tc: "clsact",
+            },
+            ["xdp (native)", "clsact"],
+            ["clsact", "clsact"],
+        ),
+        (Hooks::default(), ["tcx", "tcx"], ["xdp (native)", "tcx"]),
+    ] {
+        let daemon = world
+            .daemon(
+                Settings {
+                    hooks,
+                    ..Settings::default()
+                },
+                &[],
+            )
+            .expect("daemon");
+        let status = daemon.status().expect("status");
+        let interfaces = status["interfaces"].as_array().expect("interfaces");
+        assert_eq!(interfaces.len(), 5);
+        for interface in interfaces {
+            let expected = if interface["role"] == "host" {
+                host
+            } else {
+                endpoint
+            };
+            assert_eq!(
+                [&interface["ingress"], &interface["egress"]],
+                expected,
+                "{interface}"
+            );
+        }
+    }
+}
+
+#[test]
+fn identities_and_endpoint_numbers_are_the_same_after_a_restart() {
+    let world = world();
+    let mut daemon = world
+        .daemon(Settings::default(), &[("front.yaml", FROM_FRONT)])
+        .expect("daemon");
+    let numbers = |daemon: &palisade_testbed::Daemon| {
+        let list = daemon.json(&["endpoint", "list"]).expect("list");
+        let mut rows: Vec<_> = list
+            .as_array()
+            .expect("rows")
+            .iter()
+            .map(|e| format!("{} {} {}", e["name"], e["id"], e["identity"]))
+            .collect();
+        rows.sort();
+        rows
+    };
+    let before = numbers(&daemon);
+    assert!(before.len() >= 5, "{before:?}");
+    let identities = daemon.json(&["identity", "list"]).expect("identities");
+    daemon.kill9().expect("kill -9");
+    daemon
+        .write("a-first.yaml", &FROM_FRONT.replace("from-front", "first"))
+        .expect("write");
+    daemon.restart().expect("restart");
+    assert_eq!(numbers(&daemon), before);
+    assert_eq!(
+        daemon.json(&["identity", "list"]).expect("identities"),
+        identities
+    );
+}
