@@ -596,6 +596,26 @@ fn a_device_without_ethernet() {
 }
 
 #[test]
+fn a_frame_of_several_buffers() {
+    let mut world = World::new(NIC, HOST);
+    world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
+    for (source, destination, header) in [(WORLD_V4, HOST_V4, 20), (WORLD_V6, HOST_V6, 40)] {
+        let before = world.rule_counter(7).bytes;
+        let frame = udp((source, 4000), (destination, 80), &[1; 8900]);
+        assert_eq!(world.run(Hook::Xdp, &frame).reason, Reason::Allowed);
+        assert_eq!(world.run(Hook::Xdp, &frame).reason, Reason::Established);
+        assert_eq!(world.rule_counter(7).bytes - before, 2 * (header + 8 + 8900));
+        // Longer than it is.
+        let got = world.run(Hook::Xdp, &frame[..9000 - 100]);
+        assert!(
+            matches!(got.reason, Reason::InvalidIpv4 | Reason::InvalidIpv6),
+            "{:?}",
+            got.reason
+        );
+    }
+}
+
+#[test]
 fn events_have_a_budget() {
     let mut world = World::new(NIC, HOST);
     world.config(|config| config.events_per_second = 3);
