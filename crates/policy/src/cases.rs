@@ -68,7 +68,7 @@ struct Case {
     checks: Vec<Check>,
     #[serde(default)]
     error: bool,
-    #[serde(default, rename = "description")]
+    #[serde(default, rename = "description", alias = "comment")]
     _description: String,
 }
 
@@ -594,4 +594,89 @@ fn named_ports(whose: &str, named: &Named) -> Result<NamedPorts, String> {
         ports.insert(name.to_ascii_lowercase(), NamedPort { protocol, port });
     }
     Ok(ports)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const YAML: &str = "\
+id: web
+policies:
+- apiVersion: cilium.io/v2
+  kind: CiliumNetworkPolicy
+  metadata: {name: web, namespace: shop}
+  spec:
+    endpointSelector: {matchLabels: {app: web}}
+    ingress:
+    - fromEndpoints: [{matchLabels: {app: front}}]
+      toPorts:
+      - ports: [{port: http, protocol: TCP}]
+        rules: {http: [{method: GET, path: /public/.*}]}
+    egress:
+    - toPorts:
+      - ports: [{port: '53', protocol: ANY}]
+        rules: {dns: [{matchPattern: '*.test'}]}
+endpoints:
+  web: {labels: ['k8s:app=web', 'k8s:io.kubernetes.pod.namespace=shop'], namedPorts: {http: 8080/TCP}}
+peers:
+  front: {labels: ['k8s:app=front', 'k8s:io.kubernetes.pod.namespace=shop']}
+checks:
+- {subject: web, direction: ingress, peer: front, protocol: TCP, port: 8080, expect: 'l7:http'}
+- {subject: web, direction: ingress, peer: front, protocol: TCP, port: 8080, expect: allow,
+   http: {method: GET, path: /public/a}}
+- {subject: web, direction: ingress, peer: front, protocol: TCP, port: 8080, expect: deny,
+   http: {method: PUT, path: /public/a}}
+- {subject: web, direction: egress, peer: 192.0.2.1, protocol: UDP, port: 53, expect: allow, dns: {name: a.test}}
+- {subject: web, direction: egress, peer: 192.0.2.1, protocol: UDP, port: 53, expect: deny, dns: b.other}
+";
+
+    #[test]
+    fn yaml_documents_and_facts_about_requests() {
+        let report = run("web.yaml", YAML);
+        assert_eq!(report.lines, [] as [String; 0]);
+        assert_eq!(report.summary(), "5 passed, 0 failed");
+    }
+
+    #[test]
+    fn a_difference_names_the_deciding_rule() {
+        let wrong = YAML.replace(
+            "peer: front, protocol: TCP, port: 8080, expect: 'l7:http'",
+            "peer: front, protocol: TCP, port: 81, expect: allow",
+        );
+        let report = run("web.yaml", &wrong);
+        assert_eq!(report.summary(), "4 passed, 1 failed");
+        assert!(
+            report.lines[0].starts_with(
+                "web.yaml: document 1: web: check 1: web ingress front TCP/81: expected allow, got deny: default deny of \
+                 ingress by policy shop/web"
+            ),
+            "{}",
+            report.lines[0]
+        );
+    }
+
+    #[test]
+    fn rules_to_be_rejected_and_cases_that_cannot_be_read() {
+        let lines = concat!(
+            r#"{"id":"a","rules":[{"endpointSelector":{}}],"error":true}"#,
+            "\n",
+            r#"{"id":"b","rules":[{"endpointSelector":{},"ingress":[{}]}],"error":true}"#,
+            "\n\n",
+            r#"{"id":"c","cheks":[]}"#,
+            "\n",
+        );
+        let report = run("cases.jsonl", lines);
+        assert_eq!(report.summary(), "1 passed, 2 failed");
+        assert!(
+            report.lines[0].contains("cases.jsonl:2: b: expected the rules to be rejected"),
+            "{:?}",
+            report.lines
+        );
+        assert!(
+            report.lines[1].starts_with("cases.jsonl:4:"),
+            "{:?}",
+            report.lines
+        );
+    }
 }

@@ -27,7 +27,7 @@ use crate::{
         Selector, Spec, Subject as SpecSubject,
     },
     select::{Known, Meaning},
-    snapshot::{RuleInfo, RuleKey, RulePlace, RuleSet, Section, Snapshot, Table, TableKey},
+    snapshot::{RuleInfo, RuleKey, RulePlace, RuleSet, Section, Snapshot, Table, TableKey, differing},
     table::{Builder, Members, Otherwise, Reading, RuleSets, TablePorts, TableRule},
     world::{Enforcement, NamedPort, NamedPorts, World},
 };
@@ -1764,15 +1764,8 @@ fn small_step(old: &Table, new: &Table) -> bool {
         changed += 1;
         only_new_identities &= !in_old && changed < 64 && !known(key);
     };
-    for (key, entry) in &new.entries {
-        match old.entries.get(key) {
-            Some(found) if found == entry => {}
-            Some(_) => note(key, true),
-            None => note(key, false),
-        }
-    }
-    for key in old.entries.keys().filter(|key| !new.entries.contains_key(key)) {
-        note(key, true);
+    for (key, before, _) in differing(&old.entries, &new.entries) {
+        note(key, before.is_some());
     }
     only_new_identities || (size >= LARGE && changed <= size / 8)
 }

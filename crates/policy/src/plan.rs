@@ -28,7 +28,7 @@ use palisade_abi::{
     Addr, Class, EndpointState, Identity, IpcacheEntry, PolicyEntry, PolicyKey, PrefixKey, identity,
 };
 
-use crate::snapshot::{Snapshot, Table, TableKey};
+use crate::snapshot::{Snapshot, Table, TableKey, differing};
 
 /// One step. The data path carries them out in their order; within a step each element is atomic by itself,
 /// and the elements may be written in any order.
@@ -690,14 +690,12 @@ fn difference(
         2 * usize::from(key.identity != identity::ANY) + usize::from(key.class != palisade_abi::CLASS_ANY)
     };
     let mut puts: [Vec<(PolicyKey, PolicyEntry)>; 4] = Default::default();
-    for (key, entry) in new {
-        if old.get(key) != Some(entry) {
-            puts[level(key)].push((key.with_policy(policy), *entry));
-        }
-    }
     let mut deletes: [Vec<PolicyKey>; 4] = Default::default();
-    for key in old.keys().filter(|key| !new.contains_key(key)) {
-        deletes[level(key)].push(key.with_policy(policy));
+    for (key, _, wanted) in differing(old, new) {
+        match wanted {
+            Some(entry) => puts[level(key)].push((key.with_policy(policy), *entry)),
+            None => deletes[level(key)].push(key.with_policy(policy)),
+        }
     }
     ops.extend(
         puts.into_iter()

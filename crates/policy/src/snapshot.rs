@@ -1,6 +1,7 @@
 //! What a compilation comes to: everything the BPF maps are to hold, and what the numbers in them mean.
 
 use std::{
+    cmp::Ordering,
     collections::{BTreeMap, HashMap},
     fmt,
     sync::Arc,
@@ -119,6 +120,34 @@ impl Table {
             })
         })
     }
+}
+
+/// The keys whose entries differ, in their order, with the entry of each side. One walk along both.
+pub(crate) fn differing<'a>(
+    old: &'a BTreeMap<TableKey, PolicyEntry>,
+    new: &'a BTreeMap<TableKey, PolicyEntry>,
+) -> impl Iterator<Item = (&'a TableKey, Option<&'a PolicyEntry>, Option<&'a PolicyEntry>)> {
+    let (mut old, mut new) = (old.iter().peekable(), new.iter().peekable());
+    std::iter::from_fn(move || {
+        loop {
+            let order = match (old.peek(), new.peek()) {
+                (None, None) => return None,
+                (Some(_), None) => Ordering::Less,
+                (None, Some(_)) => Ordering::Greater,
+                (Some((a, _)), Some((b, _))) => a.cmp(b),
+            };
+            match order {
+                Ordering::Less => return old.next().map(|(key, entry)| (key, Some(entry), None)),
+                Ordering::Greater => return new.next().map(|(key, entry)| (key, None, Some(entry))),
+                Ordering::Equal => {
+                    let ((key, a), (_, b)) = (old.next()?, new.next()?);
+                    if a != b {
+                        return Some((key, Some(a), Some(b)));
+                    }
+                }
+            }
+        }
+    })
 }
 
 /// Which section of a spec a rule stands in.
