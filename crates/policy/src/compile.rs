@@ -1356,7 +1356,7 @@ impl Compiler {
                 first: u16::from(*kind),
                 last: u16::from(*kind),
             }],
-            PortSpec::Named { protocol, name } => {
+            PortSpec::Named { protocol, name, last } => {
                 let found: Vec<NamedPort> = match direction {
                     Direction::Ingress => own.get(name).copied().into_iter().collect(),
                     Direction::Egress => self
@@ -1380,7 +1380,7 @@ impl Compiler {
                         // Different ports of one name: nobody can say which is meant.
                         ports
                             .all(|other| other == port)
-                            .then(|| range(protocol, port, port))
+                            .then(|| range(protocol, port, port.max(*last)))
                     })
                     .collect()
             }

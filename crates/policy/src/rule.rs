@@ -230,6 +230,8 @@ pub enum PortSpec {
         protocol: L4Protocol,
         /// The name, lower case.
         name: String,
+        /// The end of a range that begins at the port of that name; there is none if it is not above (as 0 is not).
+        last: u16,
     },
     /// `icmps`: one type of one family.
     Icmp {

@@ -69,7 +69,14 @@ pub(super) fn net_or_address(at: At<'_>) -> Option<IpNet> {
     if text.contains('/') {
         return net(at);
     }
-    match parse_address(text) {
+    let address = match text.split_once('%') {
+        Some((address, zone)) if at.is_bare() && address.contains(':') && !zone.is_empty() => {
+            at.warning("the zone of the address says nothing here");
+            address
+        }
+        _ => text,
+    };
+    match parse_address(address) {
         Some(address) => Some(IpNet::from(address)),
         None => {
             at.error(format!("{} is neither an address nor a prefix", quoted(text)));

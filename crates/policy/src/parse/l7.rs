@@ -1,7 +1,7 @@
 //! Application rules: what stands beside `ports` in an entry of toPorts.
 
 use super::{
-    names::host_name,
+    names::{host_name, names_no_host},
     node::quoted,
     re2,
     reader::{At, Object, hint},
@@ -26,11 +26,7 @@ pub(super) fn read(object: &Object<'_>, section: Section<'_>) -> L7 {
         .and_then(|at| tls_context(at, section));
     let listener = object.field("listener").and_then(|at| listener(at, section));
 
-    let has_rules = match &rules {
-        L7Rules::None => false,
-        L7Rules::Generic { rules, .. } => !rules.is_empty(),
-        L7Rules::Http(_) | L7Rules::Dns(_) | L7Rules::Kafka(_) => true,
-    };
+    let has_rules = rules_of_its_own(&rules);
     if has_rules && !server_names.is_empty() && object.field("terminatingTLS").is_none() {
         object.error_at_key(
             "serverNames",
@@ -92,6 +88,10 @@ fn l7_rules(at: At<'_>, section: Section<'_>) -> L7Rules {
         return L7Rules::None;
     };
     let mut kinds = Vec::new();
+    let empty: Vec<&str> = ["http", "kafka", "dns"]
+        .into_iter()
+        .filter(|name| object.field(name).is_some_and(|at| at.is_empty_list()))
+        .collect();
     // An empty list is the same as none (`rules: {http: []}` asks for nothing).
     if let Some(list) = object
         .field("http")
@@ -120,7 +120,7 @@ fn l7_rules(at: At<'_>, section: Section<'_>) -> L7Rules {
     }
     let parser = object.text("l7proto");
     let generic = object.field("l7").and_then(|at| at.list());
-    if parser.is_none() && generic.is_some() {
+    if parser.is_none() && generic.as_ref().is_some_and(|list| !list.is_empty()) {
         object.error_at_key("l7", "l7 needs l7proto, the name of the parser");
     }
     if let Some(parser) = parser {
@@ -140,7 +140,25 @@ fn l7_rules(at: At<'_>, section: Section<'_>) -> L7Rules {
             format!("{second} and {first} cannot stand in one entry; write an entry for each"),
         );
     }
+    // Beside another kind an empty list is one kind too many all the same.
+    if let ([(first, rules), ..], [second, ..]) = (kinds.as_slice(), empty.as_slice())
+        && rules_of_its_own(rules)
+    {
+        object.error_at_key(
+            second,
+            format!("{second} and {first} cannot stand in one entry, even without rules; leave {second} out"),
+        );
+    }
     kinds.into_iter().next().map_or(L7Rules::None, |(_, rules)| rules)
+}
+
+/// Whether there is a rule: a parser may be named without any.
+fn rules_of_its_own(rules: &L7Rules) -> bool {
+    match rules {
+        L7Rules::None => false,
+        L7Rules::Generic { rules, .. } => !rules.is_empty(),
+        L7Rules::Http(_) | L7Rules::Dns(_) | L7Rules::Kafka(_) => true,
+    }
 }
 
 fn generic_rule(at: At<'_>) -> Option<Vec<(String, String)>> {
@@ -162,7 +180,12 @@ fn http_rule(at: At<'_>, section: Section<'_>) -> Option<HttpRule> {
     let pattern = |name| {
         let text = object.text(name)?;
         if let (Err(why), Some(at)) = (re2::compile(text), object.field(name)) {
-            at.error(format!("{} is no valid regular expression: {why}", quoted(text)));
+            let message = format!("{} is no valid regular expression: {why}", quoted(text));
+            if name == "host" {
+                at.unfit(message);
+            } else {
+                at.error(message);
+            }
         }
         Some(text.to_owned())
     };
@@ -193,11 +216,10 @@ fn header(at: At<'_>) -> Option<(String, Option<String>)> {
         None => (text, None),
     };
     if !is_header_name(name) {
-        at.error(format!(
+        at.unfit(format!(
             "{} names no header; write \"Name: value\", or \"Name\"",
             quoted(text)
         ));
-        return None;
     }
     Some((
         name.to_owned(),
@@ -221,7 +243,7 @@ fn header_match(at: At<'_>, section: Section<'_>) -> Option<HeaderMatch> {
         && !is_header_name(name)
         && let Some(at) = object.field("name")
     {
-        at.error(format!("{} cannot be the name of a header", quoted(name)));
+        at.unfit(format!("{} cannot be the name of a header", quoted(name)));
     }
     let value = object.text("value").map(str::to_owned);
     let secret = object.field("secret").and_then(|at| secret(at, section));
@@ -231,10 +253,14 @@ fn header_match(at: At<'_>, section: Section<'_>) -> Option<HeaderMatch> {
             "" => Some(MismatchAction::Fail),
             "LOG" => Some(MismatchAction::Log),
             action @ ("ADD" | "DELETE" | "REPLACE") => {
-                at.error(format!(
+                at.unfit(format!(
                     "mismatch: {action} is refused until requests can be changed"
                 ));
-                None
+                Some(match action {
+                    "ADD" => MismatchAction::Add,
+                    "DELETE" => MismatchAction::Delete,
+                    _ => MismatchAction::Replace,
+                })
             }
             other => {
                 at.error(format!(
@@ -370,7 +396,12 @@ pub(super) fn fqdn_selector(at: At<'_>, both: bool) -> Option<Vec<FqdnPattern>> 
     let read = |name, wildcards| {
         let text = object.text(name)?;
         match host_name(text, wildcards) {
-            Ok(host) => Some(host),
+            Ok(host) => {
+                if let (Some(why), Some(at)) = (names_no_host(text), object.field(name)) {
+                    at.unfit(format!("{} cannot be a {name}: {why}", quoted(text)));
+                }
+                Some(host)
+            }
             Err(why) => {
                 if let Some(at) = object.field(name) {
                     at.error(format!("{} cannot be a {name}: {why}", quoted(text)));
@@ -387,7 +418,7 @@ pub(super) fn fqdn_selector(at: At<'_>, both: bool) -> Option<Vec<FqdnPattern>> 
         .flatten()
         .count();
     if given == 0 && all_known {
-        at.error("one of matchName and matchPattern is needed");
+        at.unfit("one of matchName and matchPattern is needed");
     } else if given == 2 && !both {
         at.error("only one of matchName and matchPattern can be given; write an element for each");
     }
@@ -404,14 +435,18 @@ fn server_names(at: At<'_>) -> Vec<FqdnPattern> {
             at.error("a server name must not be empty");
             return None;
         }
-        match host_name(text, true) {
-            Ok(name) if name.contains('*') => Some(FqdnPattern::Pattern(name)),
-            Ok(name) => Some(FqdnPattern::Name(name)),
-            Err(why) => {
-                at.error(format!("{} cannot be a server name: {why}", quoted(text)));
-                None
-            }
+        let (name, why) = match host_name(text, true) {
+            Ok(name) => (name, names_no_host(text)),
+            Err(why) => (text.to_ascii_lowercase(), Some(why)),
+        };
+        if let Some(why) = why {
+            at.unfit(format!("{} cannot be a server name: {why}", quoted(text)));
         }
+        Some(if name.contains('*') {
+            FqdnPattern::Pattern(name)
+        } else {
+            FqdnPattern::Name(name)
+        })
     })
 }
 

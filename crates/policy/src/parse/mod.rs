@@ -86,6 +86,7 @@ pub fn parse_rules_json(
     let context = Context::new(case);
     let mut resources = Resources::default();
     each(&context, "policies", policies, |_, at| resources.read(at));
+    context.read_bare();
     each(&context, "rules", rules, |name, at| {
         let errors = context.errors();
         let spec = spec::read(at, PolicyKind::Raw, None);

@@ -77,11 +77,35 @@ pub(super) fn is_service_name(name: &str) -> bool {
         && !name.contains("--")
 }
 
+/// The port that a number stands for, and whether it was written with a base: as in the original `0x`, `0b`, `0o`
+/// and a mere `0` at the start give one, and `_` may stand between digits if there is one. (`0x50` alone is
+/// the *name* of a port, see [`is_service_name`].)
+pub(super) fn port_number(text: &str) -> Option<(u16, bool)> {
+    let lower = text.to_ascii_lowercase();
+    let (base, digits) = match lower.as_bytes() {
+        [b'0', b'x', ..] => (16, &lower[2..]),
+        [b'0', b'b', ..] => (2, &lower[2..]),
+        [b'0', b'o', ..] => (8, &lower[2..]),
+        [b'0', _, ..] => (8, &lower[1..]),
+        _ => (10, lower.as_str()),
+    };
+    let based = base != 10;
+    // After a base one more `_` may stand.
+    let plain = if based {
+        digits.strip_prefix('_').unwrap_or(digits)
+    } else {
+        digits
+    };
+    let digit = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric());
+    if !plain.split('_').all(digit) {
+        return None;
+    }
+    let port = u16::from_str_radix(&plain.replace('_', ""), base).ok()?;
+    Some((port, based || plain.contains('_')))
+}
+
 /// A host name or, with `wildcards`, a pattern of host names; given back in lower case without the last dot.
 pub(super) fn host_name(text: &str, wildcards: bool) -> Result<String, &'static str> {
-    if text.len() > MAX_DNS_NAME {
-        return Err("it is longer than 255 characters");
-    }
     let allowed =
         |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.') || wildcards && b == b'*';
     if !text.bytes().all(allowed) {
@@ -93,9 +117,21 @@ pub(super) fn host_name(text: &str, wildcards: bool) -> Result<String, &'static 
             "only letters, digits, \"-\", \"_\" and \".\" are allowed in it"
         });
     }
-    let name = text.strip_suffix('.').unwrap_or(text);
-    if name.split('.').any(str::is_empty) {
-        return Err("a name between two dots is empty");
+    Ok(text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase())
+}
+
+/// Why no host can have a name or pattern, whose letters are fine, all the same.
+pub(super) fn names_no_host(text: &str) -> Option<&'static str> {
+    if text.len() > MAX_DNS_NAME {
+        Some("it is longer than 255 characters")
+    } else if text
+        .strip_suffix('.')
+        .unwrap_or(text)
+        .split('.')
+        .any(str::is_empty)
+    {
+        Some("a name between two dots is empty")
+    } else {
+        None
     }
-    Ok(name.to_ascii_lowercase())
 }

@@ -2,12 +2,16 @@
 
 use super::{
     l7,
-    names::is_service_name,
+    names::{is_service_name, port_number},
     node::{Value, quoted},
     reader::{At, Object, hint, suggestion},
     rules::Section,
 };
 use crate::rule::{L4Protocol, L7, L7Rules, PortRule, PortSpec};
+
+/// The IP protocols of icmps.
+const ICMP: u8 = 1;
+const ICMPV6: u8 = 58;
 
 /// How many ports an entry of toPorts, or types an entry of icmps, may have.
 const MAX_PORTS: usize = 40;
@@ -125,10 +129,12 @@ fn port_and_protocol(at: At<'_>) -> Option<Port> {
         None => Some(L4Protocol::Any),
     };
     let end = object.field("endPort");
-    let last = match end {
-        Some(at) => at.integer(0..=65535).and_then(|port| u16::try_from(port).ok()),
+    let written_last = match end {
+        Some(at) => last_port(at),
         None => Some(0),
     };
+    // Of a number that is too large the original's agent keeps the lower half.
+    let last = written_last.map(|last| last as u16);
     let port = object.field("port").filter(|port| port.node.as_str() != Some(""));
     object.finish();
     // A protocol without ports need not name one.
@@ -156,15 +162,16 @@ fn port_and_protocol(at: At<'_>) -> Option<Port> {
     }
     let text = port.string()?;
     if is_service_name(text) {
-        if let (Some(end), Some(1..)) = (end, last) {
-            end.warning("endPort does nothing for a port by name");
-        }
         if text.starts_with("0x") || text.starts_with("0b") || text.starts_with("0o") {
             port.warning(format!("{} is the name of a port, not a number", quoted(text)));
+        }
+        if let (Some(end), Some(1..)) = (end, last) {
+            end.warning("the range begins at the port of that name, whichever it is");
         }
         let spec = PortSpec::Named {
             protocol: protocol?,
             name: text.to_ascii_lowercase(),
+            last: last?,
         };
         return Some(Port {
             spec,
@@ -173,7 +180,7 @@ fn port_and_protocol(at: At<'_>) -> Option<Port> {
         });
     }
     let first = number(port, text)?;
-    let (protocol, last) = (protocol?, last?);
+    let (protocol, last, written_last) = (protocol?, last?, written_last?);
     if let Some(end) = end
         && (1..first).contains(&last)
     {
@@ -181,8 +188,7 @@ fn port_and_protocol(at: At<'_>) -> Option<Port> {
             "endPort {last} is less than port {first}: only port {first} is meant"
         ));
     }
-    let is_range = last > first;
-    let spec = match (first, is_range) {
+    let spec = match (first, last > first) {
         (0, false) => whole(protocol),
         (_, false) => PortSpec::Range {
             protocol,
@@ -198,7 +204,7 @@ fn port_and_protocol(at: At<'_>) -> Option<Port> {
     Some(Port {
         spec,
         is_zero: first == 0,
-        is_range,
+        is_range: written_last > i32::from(first),
     })
 }
 
@@ -210,21 +216,35 @@ fn whole(protocol: L4Protocol) -> PortSpec {
     }
 }
 
+/// `endPort` as it was written: in a bare rule any number of 32 bits.
+fn last_port(at: At<'_>) -> Option<i32> {
+    if !at.is_bare() {
+        return at.integer(0..=65535).and_then(|port| i32::try_from(port).ok());
+    }
+    let port = at
+        .integer(i64::from(i32::MIN)..=i64::from(i32::MAX))
+        .and_then(|port| i32::try_from(port).ok())?;
+    if u16::try_from(port).is_err() {
+        at.warning(format!(
+            "endPort {port} is read as {}, its lower 16 bits",
+            port as u16
+        ));
+    }
+    Some(port)
+}
+
 /// A port's number. A leading zero makes it octal, as in the original.
 fn number(at: At<'_>, text: &str) -> Option<u16> {
-    let octal = text.len() > 1 && text.starts_with('0');
-    let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-    match u16::from_str_radix(text, if octal { 8 } else { 10 }) {
-        Ok(port) if digits => {
-            if octal {
-                at.warning(format!(
-                    "{} is read as an octal number: port {port}",
-                    quoted(text)
-                ));
+    match port_number(text) {
+        Some((port, based)) => {
+            if based {
+                let octal = text.starts_with('0') && text.bytes().all(|b| b.is_ascii_digit());
+                let what = if octal { "an octal number: port" } else { "port" };
+                at.warning(format!("{} is read as {what} {port}", quoted(text)));
             }
             Some(port)
         }
-        _ => {
+        None => {
             at.error(format!(
                 "{} is neither a port from 0 to 65535 nor the name of one",
                 quoted(text)
@@ -325,6 +345,7 @@ pub(super) fn network_policy_port(at: At<'_>) -> Option<PortRule> {
                 PortSpec::Named {
                     protocol,
                     name: text.clone(),
+                    last: 0,
                 }
             }
             _ => {
@@ -388,10 +409,25 @@ fn icmp_field(at: At<'_>) -> Option<PortSpec> {
     object.finish();
     let (v6, at) = (v6?, kind?);
     let kind = match &at.node.value {
+        Value::Integer(number) if at.is_bare() && !(0..=255).contains(number) => {
+            return odd_icmp_type(at, v6);
+        }
         Value::Integer(_) => u8::try_from(at.integer(0..=255)?).ok()?,
         _ => icmp_type(at, v6)?,
     };
     Some(PortSpec::Icmp { v6, kind })
+}
+
+/// A number in a bare rule that is no type: the original's agent looks for it among 16 bits, so it is none there
+/// either; one that is negative it cannot read, and takes for every type.
+fn odd_icmp_type(at: At<'_>, v6: bool) -> Option<PortSpec> {
+    let number = at.integer(i64::from(i32::MIN)..=i64::from(i32::MAX))?;
+    if number < 0 {
+        at.warning(format!("type {number} is read as every type"));
+        return Some(whole(L4Protocol::Other(if v6 { ICMPV6 } else { ICMP })));
+    }
+    at.warning(format!("there is no type {number}: it matches nothing"));
+    None
 }
 
 /// A type by its name, or by a number in quotes.

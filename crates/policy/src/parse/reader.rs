@@ -19,12 +19,16 @@ pub(super) struct Context {
     file: Arc<str>,
     diagnostics: RefCell<Vec<Diagnostic>>,
     errors: Cell<usize>,
+    /// What is being read is a bare rule of a case file. No schema of the API server guards those: they are taken
+    /// as the original's agent takes them, with a warning where a resource would be refused.
+    bare: Cell<bool>,
 }
 
 impl Context {
     pub fn new(file: &str) -> Self {
         Self {
             file: file.into(),
+            bare: Cell::new(false),
             diagnostics: RefCell::default(),
             errors: Cell::new(0),
         }
@@ -33,6 +37,11 @@ impl Context {
     /// How many errors there were so far: whether something that was just read is whole.
     pub fn errors(&self) -> usize {
         self.errors.get()
+    }
+
+    /// From here on bare rules are read.
+    pub fn read_bare(&self) {
+        self.bare.set(true);
     }
 
     pub fn location(&self, position: Position) -> Location {
@@ -138,6 +147,20 @@ impl<'a> At<'a> {
         self.say(Severity::Warning, self.node.position, message.as_ref());
     }
 
+    /// Whether it is part of a bare rule of a case file.
+    pub fn is_bare(&self) -> bool {
+        self.context.bare.get()
+    }
+
+    /// Something that the schema of a resource forbids, and nobody else: a mere warning in a bare rule.
+    pub fn unfit(&self, message: impl AsRef<str>) {
+        if self.is_bare() {
+            self.warning(message);
+        } else {
+            self.error(message);
+        }
+    }
+
     pub fn note(&self, message: impl AsRef<str>) {
         self.say(Severity::Note, self.node.position, message.as_ref());
     }
@@ -171,6 +194,11 @@ impl<'a> At<'a> {
             Value::Map(entries) => Some(Object {
                 at: *self,
                 entries,
+                known: RefCell::default(),
+            }),
+            Value::Null if self.is_bare() => Some(Object {
+                at: *self,
+                entries: &[],
                 known: RefCell::default(),
             }),
             _ => self.expected("an object"),

@@ -82,7 +82,11 @@ fn authentication(at: At<'_>) -> bool {
     let Some(object) = at.object() else {
         return false;
     };
-    let mode = object.required_text("mode");
+    let mode = if at.is_bare() {
+        object.text("mode")
+    } else {
+        object.required_text("mode")
+    };
     object.finish();
     match mode {
         Some("disabled") | None => false,
@@ -92,10 +96,12 @@ fn authentication(at: At<'_>) -> bool {
             true
         }
         Some(other) => {
-            object.error_at_key(
-                "mode",
-                format!("unknown mode {}{}", quoted(other), hint(other, &MODES)),
-            );
+            let message = format!("unknown mode {}{}", quoted(other), hint(other, &MODES));
+            if at.is_bare() {
+                at.warning(message);
+            } else {
+                object.error_at_key("mode", message);
+            }
             false
         }
     }

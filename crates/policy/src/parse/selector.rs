@@ -36,7 +36,7 @@ fn read_parts(at: At<'_>, keys: Keys) -> Option<(Vec<Requirement>, Vec<Requireme
     let mut labels = Vec::new();
     if let Some(members) = object.field("matchLabels").and_then(|at| at.object()) {
         for (key, value) in members.members() {
-            let key = label_key(key, keys).map_err(|why| members.error_at_key(key, why));
+            let key = label_key(key, keys, at.is_bare()).map_err(|why| members.error_at_key(key, why));
             let value = label_value(value);
             if let (Ok((source, key)), Some(value)) = (key, value) {
                 labels.push(Requirement {
@@ -62,7 +62,9 @@ fn expression(at: At<'_>, keys: Keys) -> Option<Requirement> {
     let object = at.object()?;
     let key = object.required("key").and_then(|at| {
         let text = at.string()?;
-        label_key(text, keys).map_err(|why| at.error(why)).ok()
+        label_key(text, keys, at.is_bare())
+            .map_err(|why| at.error(why))
+            .ok()
     });
     let operator = object.required("operator").and_then(|at| {
         let text = at.string()?;
@@ -118,7 +120,7 @@ fn label_value(at: At<'_>) -> Option<String> {
     }
 }
 
-fn label_key(text: &str, keys: Keys) -> Result<(LabelSource, String), String> {
+fn label_key(text: &str, keys: Keys, bare: bool) -> Result<(LabelSource, String), String> {
     let (source, key) = match keys {
         Keys::Of(source) => (Some(source), text),
         Keys::Namespace => (Some("k8s"), text),
@@ -130,17 +132,23 @@ fn label_key(text: &str, keys: Keys) -> Result<(LabelSource, String), String> {
             },
         },
     };
-    if let Some(source) = source
+    let refused = |why| format!("{} cannot be a label's key: {why}", quoted(text));
+    if !bare
+        && let Some(source) = source
         && (source.is_empty() || !source.bytes().all(|b| b.is_ascii_alphanumeric()))
     {
-        return Err(format!(
-            "{} cannot be a label's key: what stands before the \":\" is no source",
-            quoted(text)
-        ));
+        return Err(refused("what stands before the \":\" is no source"));
     }
-    check_label_key(key).map_err(|why| format!("{} cannot be a label's key: {why}", quoted(text)))?;
+    if !bare || key.is_empty() {
+        check_label_key(key).map_err(refused)?;
+    }
+    if let Keys::Sourced = keys {
+        // The original's agent holds it to the rules of Kubernetes in the form `SOURCE.KEY`.
+        let source = source.filter(|source| !source.is_empty()).unwrap_or("any");
+        check_label_key(&format!("{source}.{key}")).map_err(refused)?;
+    }
     let source = match source {
-        None | Some("any") => LabelSource::Any,
+        None | Some("any" | "") => LabelSource::Any,
         Some(source) => LabelSource::Named(source.to_owned()),
     };
     let key = match keys {

@@ -74,8 +74,16 @@ pub(super) fn read(at: At<'_>, kind: PolicyKind, namespace: Option<&str>) -> Opt
 }
 
 fn subject(object: &Object<'_>, scope: Scope<'_>) -> Option<Subject> {
-    let endpoints = object.field("endpointSelector");
-    let node = object.field("nodeSelector");
+    // `null` is everybody in a bare rule.
+    let selector = |name| {
+        if object.at.is_bare() {
+            object.field_or_null(name)
+        } else {
+            object.field(name)
+        }
+    };
+    let endpoints = selector("endpointSelector");
+    let node = selector("nodeSelector");
     match (endpoints, node) {
         (Some(_), Some(at)) => {
             at.error(

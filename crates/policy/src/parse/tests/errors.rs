@@ -469,7 +469,7 @@ fn ports() {
     );
     port(
         "port: http, endPort: 90",
-        "7:46: warning: endPort does nothing for a port by name",
+        "7:46: warning: the range begins at the port of that name, whichever it is",
     );
     assert_entry(
         "{}",

@@ -339,14 +339,16 @@ fn ports_and_protocols() {
         one("port: HTTP-2, protocol: TCP"),
         PortSpec::Named {
             protocol: Tcp,
-            name: "http-2".into()
+            name: "http-2".into(),
+            last: 0,
         }
     );
     assert_eq!(
         one("port: '0x50'"),
         PortSpec::Named {
             protocol: Any,
-            name: "0x50".into()
+            name: "0x50".into(),
+            last: 0,
         }
     );
     assert_eq!(one("protocol: VRRP"), range(Other(112), 0, 65535));

@@ -150,7 +150,8 @@ fn ports() {
             range(L4Protocol::Tcp, 80, 80),
             PortSpec::Named {
                 protocol: L4Protocol::Udp,
-                name: "dns".into()
+                name: "dns".into(),
+                last: 0,
             },
             range(L4Protocol::Sctp, 100, 200),
             range(L4Protocol::Udp, 0, 65535),
