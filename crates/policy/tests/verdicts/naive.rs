@@ -342,7 +342,7 @@ impl<'a> Naive<'a> {
             PortSpec::Icmp { v6, kind } => {
                 packet.protocol == if *v6 { 58 } else { 1 } && packet.port == Some(u16::from(*kind))
             }
-            PortSpec::Named { protocol, name } => {
+            PortSpec::Named { protocol, name, last } => {
                 let mut ports: Vec<u16> = Vec::new();
                 for endpoint in &self.world.endpoints {
                     if packet.direction == Direction::Ingress && endpoint.id != subject.id {
@@ -355,7 +355,10 @@ impl<'a> Naive<'a> {
                 }
                 ports.sort_unstable();
                 ports.dedup();
-                is(*protocol) && matches!(ports[..], [one] if packet.port == Some(one))
+                is(*protocol)
+                    && matches!(ports[..], [one] if packet.port.is_some_and(|port| {
+                        port == one || (one..=*last).contains(&port)
+                    }))
             }
         }
     }

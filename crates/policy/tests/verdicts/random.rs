@@ -313,6 +313,7 @@ fn port(tape: &mut Tape<'_>) -> PortSpec {
         5 => PortSpec::Named {
             protocol,
             name: tape.one(&["http", "dns", "nobody"]).into(),
+            last: tape.one(&[0, 0, 60, 9000]),
         },
         6 => PortSpec::Icmp {
             v6: tape.pick(2) == 1,
