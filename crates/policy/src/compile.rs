@@ -1427,7 +1427,9 @@ impl Compiler {
             touched.add(&selecting.rules);
         }
 
-        if subject.specs.values().any(|selecting| selecting.unit.reads) {
+        // Where nothing is enforced nothing is read either.
+        let enforced = self.world.options.enforcement != Enforcement::Never;
+        if enforced && subject.specs.values().any(|selecting| selecting.unit.reads) {
             let mut errors = Vec::new();
             for direction in palisade_abi::DIRECTIONS {
                 let mut finder = ConflictFinder::default();

@@ -1,19 +1,25 @@
 //! Rules about the same peer and port that ask for traffic to be read in ways that exclude each other.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    borrow::Cow,
+    collections::{HashMap, HashSet},
+};
 
 use palisade_abi::{Direction, protocol};
 
 use crate::{
     compile::{problem, section_rules, sections_of},
     diagnostic::Diagnostic,
-    rule::{L4Protocol, Location, Peer, Peers, Policy, PortSpec, Ports, Spec, Subject as SpecSubject},
+    rule::{
+        Entity, L4Protocol, LabelSource, Location, Peer, Peers, Policy, PortSpec, Ports, Requirement, Spec,
+        Subject as SpecSubject, Test,
+    },
     select::Meaning,
     table::Reading,
 };
 
 /// Ports as they are written, one protocol of them, and a peer (`None`: everybody): what L7 rules are merged by.
-type Spot<'a> = (Port<'a>, L4Protocol, Option<&'a Peer>);
+type Spot<'a> = (Port<'a>, L4Protocol, Option<Cow<'a, Peer>>);
 
 /// A port as it is written, without its protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -41,14 +47,13 @@ impl<'a> ConflictFinder<'a> {
                 if !section.denies() && entries.iter().all(|entry| entry.l7.is_none()) {
                     continue;
                 }
-                let peers: Vec<Option<&Peer>> = match &rule.peers {
+                // Everybody is one peer, in whatever way it is written and whoever is named beside.
+                let everybody = |peer: &Peer| Meaning::of(peer, &[]) == Meaning::Everybody;
+                let peers: Vec<Option<Cow<'_, Peer>>> = match &rule.peers {
                     Peers::Nobody => continue,
                     Peers::Any => vec![None],
-                    // Everybody is one peer, in whatever way it is written.
-                    Peers::OneOf(peers) => peers
-                        .iter()
-                        .map(|peer| (Meaning::of(peer, &[]) != Meaning::Everybody).then_some(peer))
-                        .collect(),
+                    Peers::OneOf(peers) if peers.iter().any(everybody) => vec![None],
+                    Peers::OneOf(peers) => peers.iter().flat_map(parts).map(Some).collect(),
                 };
                 for entry in entries {
                     let reading = Reading::of(&entry.l7, false);
@@ -59,7 +64,7 @@ impl<'a> ConflictFinder<'a> {
                         let (port, protocols) = split(port);
                         for protocol in protocols {
                             for peer in &peers {
-                                let key = (port, protocol, *peer);
+                                let key = (port, protocol, peer.clone());
                                 match &reading {
                                     None => {
                                         self.denied.insert(key);
@@ -106,6 +111,56 @@ impl<'a> ConflictFinder<'a> {
     }
 }
 
+/// The entities that another one is made of, and that one itself; everything else is one part. A selector for
+/// nothing but `reserved:X` is the entity X.
+fn parts(peer: &Peer) -> Vec<Cow<'_, Peer>> {
+    const CLUSTER: [Entity; 7] = [
+        Entity::Host,
+        Entity::RemoteNode,
+        Entity::Init,
+        Entity::Ingress,
+        Entity::Health,
+        Entity::Unmanaged,
+        Entity::KubeApiserver,
+    ];
+    const WORLD: [Entity; 2] = [Entity::WorldIpv4, Entity::WorldIpv6];
+    let made_of: &[Entity] = match peer {
+        Peer::Entity(Entity::Cluster) => &CLUSTER,
+        Peer::Entity(Entity::World) => &WORLD,
+        Peer::Labels(selector) => {
+            if let [requirement] = selector.requirements.as_slice()
+                && let Some(entity) = entity_of(requirement)
+            {
+                return vec![Cow::Owned(Peer::Entity(entity))];
+            }
+            &[]
+        }
+        _ => &[],
+    };
+    let made_of = made_of.iter().map(|entity| Cow::Owned(Peer::Entity(*entity)));
+    std::iter::once(Cow::Borrowed(peer)).chain(made_of).collect()
+}
+
+fn entity_of(requirement: &Requirement) -> Option<Entity> {
+    let reserved = matches!(&requirement.source, LabelSource::Named(source) if source == "reserved");
+    if !reserved || requirement.test != Test::In(vec![String::new()]) {
+        return None;
+    }
+    Some(match requirement.key.as_str() {
+        "host" => Entity::Host,
+        "remote-node" => Entity::RemoteNode,
+        "init" => Entity::Init,
+        "ingress" => Entity::Ingress,
+        "health" => Entity::Health,
+        "unmanaged" => Entity::Unmanaged,
+        "kube-apiserver" => Entity::KubeApiserver,
+        "world" => Entity::World,
+        "world-ipv4" => Entity::WorldIpv4,
+        "world-ipv6" => Entity::WorldIpv6,
+        _ => return None,
+    })
+}
+
 /// Port and protocols, so that the same port of `ANY` and of `TCP` is recognised.
 fn split(port: &PortSpec) -> (Port<'_>, Vec<L4Protocol>) {
     let each = |protocol: L4Protocol| match protocol {
@@ -118,7 +173,7 @@ fn split(port: &PortSpec) -> (Port<'_>, Vec<L4Protocol>) {
             first,
             last,
         } => (Port::Range(*first, *last), each(*protocol)),
-        PortSpec::Named { protocol, name } => (Port::Named(name), each(*protocol)),
+        PortSpec::Named { protocol, name, .. } => (Port::Named(name), each(*protocol)),
         PortSpec::Icmp { v6, kind } => {
             let protocol = if *v6 { protocol::ICMPV6 } else { protocol::ICMP };
             (Port::Icmp(*kind), vec![L4Protocol::Other(protocol)])

@@ -82,7 +82,7 @@ impl Meaning {
             }
             Self::Entity(entity) => entity_matches(*entity, labels),
             Self::Cidrs(rules) => rules.iter().any(|rule| {
-                covers(rule.cidr, labels) && !rule.except.iter().any(|except| covers(*except, labels))
+                covers(rule.cidr, labels) && !rule.except.iter().any(|except| contains(*except, labels))
             }),
             Self::Fqdn(name) => labels
                 .iter()
@@ -104,22 +104,21 @@ fn normal_name(name: &str) -> String {
     name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase()
 }
 
+/// Whether the known prefix of an identity lies in another.
+fn contains(prefix: IpNet, labels: &Labels) -> bool {
+    labels
+        .iter()
+        .any(|label| cidr_of(label).is_some_and(|cidr| prefix.contains(&cidr)))
+}
+
 /// Whether the addresses of an identity lie in a prefix. A world without a known prefix lies in its `/0` only.
 fn covers(prefix: IpNet, labels: &Labels) -> bool {
-    let v6 = matches!(prefix, IpNet::V6(_));
-    labels.iter().any(|label| match label.source.as_str() {
-        "cidr" => cidr_of(label).is_some_and(|cidr| prefix.contains(&cidr)),
-        "reserved" => {
-            prefix.prefix_len() == 0
-                && match label.key.as_str() {
-                    "world" => true,
-                    "world-ipv4" => !v6,
-                    "world-ipv6" => v6,
-                    _ => false,
-                }
-        }
-        _ => false,
-    })
+    let own_world = match prefix {
+        IpNet::V4(_) => "world-ipv4",
+        IpNet::V6(_) => "world-ipv6",
+    };
+    contains(prefix, labels)
+        || (prefix.prefix_len() == 0 && (labels.has_reserved("world") || labels.has_reserved(own_world)))
 }
 
 fn entity_matches(entity: Entity, labels: &Labels) -> bool {
