@@ -34,8 +34,13 @@ pub fn passes_packet(frame: &Frame) -> bool {
         return false;
     }
     match packet.protocol {
-        // RFC 3376, 4: sent with a TTL of 1.
-        protocol::IGMP => !packet.is(flags::IPV6) && packet.hop_limit == 1,
+        // RFC 3376, 4: sent with a TTL of 1; and to a group, which is not routed here. (A packet to one address that
+        // had a TTL of 2 on the way has one of 1 when it is sent on.)
+        protocol::IGMP => {
+            !packet.is(flags::IPV6)
+                && packet.hop_limit == 1
+                && packet.destination.0[3].to_ne_bytes()[0] & 0xf0 == 224
+        }
         protocol::ICMPV6 => match packet.source_port as u8 {
             icmpv6::NEIGHBOUR_SOLICITATION
             | icmpv6::NEIGHBOUR_ADVERTISEMENT
