@@ -234,7 +234,7 @@ fn link_control_passes_by_rule() {
         ("IGMP", raw(WORLD_V4, "224.0.0.22", 2, 1, &[0x22; 8]), true, true),
         (
             "IGMP to one address",
-            raw(WORLD_V4, B_V4, 2, 1, &[0x22; 8]),
+            raw(WORLD_V4, HOST_V4, 2, 1, &[0x22; 8]),
             false,
             false,
         ),
