@@ -1,16 +1,28 @@
-//! The verdicts of the original engine, case by case.
+//! Verdicts case by case.
 
 use palisade_policy::cases::run;
 
-#[test]
-fn verdicts_are_those_of_the_original_engine() {
-    let text = include_str!("../../../tests/cases/policy-cases.jsonl");
-    let report = run("policy-cases.jsonl", text);
+fn all_pass(file: &str, text: &str, count: usize) {
+    let report = run(file, text);
     assert!(
         report.failed == 0,
         "{}\n{}",
         report.lines.join("\n"),
         report.summary()
     );
-    assert_eq!(report.passed, 2335 + 10);
+    assert_eq!(report.passed, count);
+}
+
+#[test]
+fn verdicts_are_those_of_the_original_engine() {
+    let text = include_str!("../../../tests/cases/policy-cases.jsonl");
+    all_pass("policy-cases.jsonl", text, 2335 + 10);
+}
+
+/// One behaviour a case, named by its id: what the original refuses (`err-`) and what it takes for all that it looks
+/// odd (`ok-`), read from its sources; then precedence, default deny, empty forms, scoping, conflicts.
+#[test]
+fn each_behaviour_is_as_in_the_original() {
+    let text = include_str!("../../../tests/cases/semantics.jsonl");
+    all_pass("semantics.jsonl", text, 462);
 }
