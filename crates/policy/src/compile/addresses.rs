@@ -1,0 +1,356 @@
+//! Who exists, and who has which address.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    net::{IpAddr, Ipv6Addr},
+    sync::Arc,
+};
+
+use ipnet::{IpNet, Ipv6Net};
+use palisade_abi::{Addr, Identity, IpcacheEntry, PrefixKey, identity};
+
+use super::{Compiler, Progress, UnitPeers, problem};
+use crate::{
+    diagnostic::Diagnostic,
+    identity::{cidr_label, prefix_labels},
+    labels::Labels,
+    rule::Location,
+    select::Meaning,
+    world::World,
+};
+
+/// Prefixes and addresses that the world names.
+#[derive(Clone, Debug, Default)]
+pub(super) struct NamedPrefixes {
+    pub(super) all: HashSet<IpNet>,
+    /// Those of labelled peers that are not part of the world.
+    pub(super) labelled: HashSet<IpNet>,
+    /// Family (is IPv6) and length of those.
+    pub(super) lengths: BTreeSet<(bool, u8)>,
+}
+
+impl NamedPrefixes {
+    pub(super) fn of(world: &World) -> Self {
+        let peers = |chosen: fn(&Labels) -> bool| {
+            world
+                .peers
+                .iter()
+                .filter(move |peer| chosen(&peer.labels))
+                .flat_map(|peer| peer.prefixes.iter().map(IpNet::trunc))
+        };
+        let addresses = world.endpoints.iter().flat_map(|endpoint| &endpoint.addresses);
+        let labelled: HashSet<IpNet> = peers(|labels| !is_world(labels)).collect();
+        Self {
+            all: peers(|_| true)
+                .chain(addresses.map(|address| IpNet::from(*address)))
+                .collect(),
+            lengths: labelled
+                .iter()
+                .map(|prefix| (matches!(prefix, IpNet::V6(_)), prefix.prefix_len()))
+                .collect(),
+            labelled,
+        }
+    }
+
+    /// An address of a labelled peer is the peer, however narrow a prefix a policy mentions.
+    pub(super) fn shadows(&self, prefix: IpNet) -> bool {
+        let v6 = matches!(prefix, IpNet::V6(_));
+        self.lengths
+            .iter()
+            .filter(|(family, length)| *family == v6 && *length <= prefix.prefix_len())
+            .any(|(_, length)| shorten(prefix, *length).is_some_and(|wider| self.labelled.contains(&wider)))
+    }
+}
+
+impl Compiler {
+    /// Who exists, who has which address; what peers mean if that has changed.
+    pub(super) fn refresh_identities(&mut self, progress: &mut Progress) -> Result<(), Vec<Diagnostic>> {
+        let mut wanted: BTreeMap<Identity, Labels> = BTreeMap::new();
+        let mut addresses: HashMap<Addr, IpcacheEntry> = HashMap::new();
+        let mut prefixes: HashMap<PrefixKey, IpcacheEntry> = HashMap::new();
+        let options = self.world.options;
+
+        // The node's own labels have the node's own number, whatever they are.
+        let node_labels = self
+            .world
+            .endpoints
+            .iter()
+            .find(|endpoint| endpoint.is_node())
+            .map(|endpoint| &endpoint.labels)
+            .or_else(|| {
+                let peers = self.world.peers.iter().map(|peer| &peer.labels);
+                peers.into_iter().find(|labels| labels.has_reserved("host"))
+            })
+            .cloned();
+        let in_use: HashSet<Identity> = self.snapshot.identities.keys().copied().collect();
+        let identities = &mut self.identities;
+        let mut number = |labels: &Labels| -> Result<Identity, Vec<Diagnostic>> {
+            if node_labels.as_ref() == Some(labels) {
+                return Ok(identity::HOST);
+            }
+            let number = identities
+                .number(labels, &|number| in_use.contains(&number))
+                .map_err(|error| vec![problem(Location::default(), error.to_string())])?;
+            Ok(number)
+        };
+        let mut put = |prefix: IpNet, entry: IpcacheEntry| match full_length(prefix) {
+            Some(address) => {
+                addresses.insert(address, entry);
+            }
+            None => {
+                prefixes.insert(prefix_key(prefix), entry);
+            }
+        };
+
+        let families: &[bool] = if options.dual_stack {
+            &[false, true]
+        } else {
+            &[false]
+        };
+        for v6 in families {
+            let labels = options.world_labels(*v6);
+            wanted.insert(number(&labels)?, labels);
+        }
+        if node_labels.is_none() {
+            wanted.insert(identity::HOST, Labels::reserved("host"));
+        }
+
+        // Later ones replace earlier ones: what policies mention, then peers, then what is on this node.
+        let mapped = IpNet::V6(V4_MAPPED);
+        for prefix in self.prefixes.keys().filter(|prefix| prefix.prefix_len() > 0) {
+            // In the trie IPv4 addresses are mapped ones. No packet has such an address as IPv6.
+            if mapped.contains(prefix) {
+                continue;
+            }
+            if prefix.contains(&mapped) {
+                put(mapped, entry(number(&options.world_labels(false))?, 0));
+            }
+            if self.named.shadows(*prefix) {
+                continue;
+            }
+            let labels = prefix_labels(*prefix, &options);
+            let identity = number(&labels)?;
+            wanted.insert(identity, labels);
+            put(*prefix, entry(identity, 0));
+        }
+        for peer in &self.world.peers {
+            if peer.prefixes.is_empty() || !is_world(&peer.labels) {
+                let identity = number(&peer.labels)?;
+                wanted.insert(identity, peer.labels.clone());
+                for prefix in &peer.prefixes {
+                    put(prefix.trunc(), entry(identity, 0));
+                }
+            } else {
+                // Part of the world, with labels on top: prefixes of policies mean it too.
+                for prefix in &peer.prefixes {
+                    let labels = Labels::new(peer.labels.iter().cloned().chain([cidr_label(*prefix)]));
+                    let identity = number(&labels)?;
+                    wanted.insert(identity, labels);
+                    put(prefix.trunc(), entry(identity, 0));
+                }
+            }
+        }
+        let mut of_endpoint: HashMap<u16, Identity> = HashMap::new();
+        for endpoint in &self.world.endpoints {
+            let identity = number(&endpoint.labels)?;
+            wanted.insert(identity, endpoint.labels.clone());
+            of_endpoint.insert(endpoint.id, identity);
+            for address in &endpoint.addresses {
+                put(IpNet::from(*address), entry(identity, endpoint.id));
+            }
+        }
+        if let Some(labels) = &node_labels {
+            // A peer that is only called `reserved:host` is the node too.
+            wanted.insert(identity::HOST, labels.clone());
+        }
+        let world = |v6| number(&options.world_labels(v6));
+        let [world_ipv4, world_ipv6] = [false, true].map(world);
+        self.snapshot.world_ipv4 = world_ipv4?;
+        self.snapshot.world_ipv6 = world_ipv6?;
+        for subject in &mut self.subjects {
+            for (id, identity) in &mut subject.endpoints {
+                *identity = of_endpoint.get(id).copied().unwrap_or(0);
+            }
+        }
+
+        let gone: Vec<Identity> = self
+            .known
+            .labels()
+            .iter()
+            .filter(|(number, labels)| wanted.get(number) != Some(labels))
+            .map(|(number, _)| *number)
+            .collect();
+        let new: Vec<(Identity, Labels)> = wanted
+            .iter()
+            .filter(|(number, labels)| self.known.labels().get(number) != Some(labels))
+            .map(|(number, labels)| (*number, labels.clone()))
+            .collect();
+        self.change_identities(&gone, &new, progress);
+        if *self.snapshot.identities != wanted {
+            self.snapshot.identities = Arc::new(wanted);
+        }
+        if *self.snapshot.addresses != addresses {
+            self.snapshot.addresses = Arc::new(addresses);
+        }
+        if *self.snapshot.prefixes != prefixes {
+            self.snapshot.prefixes = Arc::new(prefixes);
+        }
+        Ok(())
+    }
+
+    /// The same where only prefixes that policies mention came or went, and stand alone: what they add or take away.
+    pub(super) fn refresh_prefixes(&mut self, progress: &mut Progress) -> Result<(), Vec<Diagnostic>> {
+        let mapped = IpNet::V6(V4_MAPPED);
+        let involved = |prefix: &IpNet| prefix.contains(&mapped) || self.named.all.contains(prefix);
+        if progress.prefixes.keys().any(involved) {
+            return self.refresh_identities(progress);
+        }
+        let mut gone: Vec<Identity> = Vec::new();
+        let mut new: Vec<(Identity, Labels)> = Vec::new();
+        let changes: Vec<(IpNet, i8)> = progress
+            .prefixes
+            .iter()
+            .map(|(prefix, step)| (*prefix, *step))
+            .filter(|(prefix, _)| {
+                prefix.prefix_len() > 0 && !mapped.contains(prefix) && !self.named.shadows(*prefix)
+            })
+            .collect();
+        for (prefix, step) in changes {
+            let labels = prefix_labels(prefix, &self.world.options);
+            let known = &self.snapshot.identities;
+            let identity = self
+                .identities
+                .number(&labels, &|number| known.contains_key(&number))
+                .map_err(|error| vec![problem(Location::default(), error.to_string())])?;
+            let identities = Arc::make_mut(&mut self.snapshot.identities);
+            if step > 0 {
+                identities.insert(identity, labels.clone());
+                new.push((identity, labels));
+            } else {
+                identities.remove(&identity);
+                gone.push(identity);
+            }
+            match full_length(prefix) {
+                Some(address) => {
+                    let addresses = Arc::make_mut(&mut self.snapshot.addresses);
+                    if step > 0 {
+                        addresses.insert(address, entry(identity, 0));
+                    } else {
+                        addresses.remove(&address);
+                    }
+                }
+                None => {
+                    let prefixes = Arc::make_mut(&mut self.snapshot.prefixes);
+                    if step > 0 {
+                        prefixes.insert(prefix_key(prefix), entry(identity, 0));
+                    } else {
+                        prefixes.remove(&prefix_key(prefix));
+                    }
+                }
+            }
+        }
+        self.change_identities(&gone, &new, progress);
+        Ok(())
+    }
+
+    /// Identities that exist no more, and others that do now: which peers mean somebody else?
+    pub(super) fn change_identities(
+        &mut self,
+        gone: &[Identity],
+        new: &[(Identity, Labels)],
+        progress: &mut Progress,
+    ) {
+        if gone.is_empty() && new.is_empty() {
+            return;
+        }
+        progress
+            .moved
+            .extend(gone.iter().chain(new.iter().map(|(number, _)| number)));
+        for number in gone {
+            self.known.remove(*number);
+        }
+        for (number, labels) in new {
+            self.known.add(*number, labels.clone());
+        }
+        let mut changed: HashSet<u32> = HashSet::new();
+        for (number, slot) in self.peers.slots.iter_mut().enumerate() {
+            let Some(slot) = slot else { continue };
+            if matches!(slot.meaning, Meaning::Everybody) {
+                continue;
+            }
+            let left: Vec<Identity> = gone
+                .iter()
+                .copied()
+                .filter(|id| slot.members.contains(id))
+                .collect();
+            let joined: Vec<Identity> = new
+                .iter()
+                .filter(|(_, labels)| slot.meaning.matches(labels))
+                .map(|(id, _)| *id)
+                .collect();
+            if !left.is_empty() || !joined.is_empty() {
+                let members = Arc::make_mut(&mut slot.members);
+                for id in left {
+                    members.remove(&id);
+                }
+                members.extend(joined);
+                changed.insert(number as u32);
+            }
+        }
+        if !changed.is_empty() {
+            for (key, unit) in &self.specs {
+                let touched = unit.sections.iter().flatten().any(|rule| match &rule.peers {
+                    UnitPeers::OneOf(peers) => peers.iter().any(|number| changed.contains(number)),
+                    _ => false,
+                });
+                if touched {
+                    for at in &unit.subjects {
+                        if let Some(selecting) = self.subjects[*at].specs.get_mut(key) {
+                            selecting.regrouped = true;
+                        }
+                        progress.dirty.insert(*at);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn is_world(labels: &Labels) -> bool {
+    ["world", "world-ipv4", "world-ipv6"]
+        .iter()
+        .any(|key| labels.has_reserved(key))
+}
+
+/// Where IPv4 addresses are among the IPv6 ones (RFC 4291, 2.5.5.2).
+const V4_MAPPED: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0, 0), 96);
+
+const fn entry(identity: Identity, endpoint: u16) -> IpcacheEntry {
+    IpcacheEntry {
+        identity,
+        endpoint,
+        flags: 0,
+    }
+}
+
+fn full_length(prefix: IpNet) -> Option<Addr> {
+    (prefix.prefix_len() == prefix.max_prefix_len()).then(|| Addr::from(prefix.addr()))
+}
+
+fn shorten(prefix: IpNet, length: u8) -> Option<IpNet> {
+    IpNet::new(prefix.addr(), length).ok().map(|net| net.trunc())
+}
+
+/// A prefix as the trie has it.
+#[must_use]
+pub fn prefix_key(prefix: IpNet) -> PrefixKey {
+    let shift = match prefix {
+        IpNet::V4(_) => 96,
+        IpNet::V6(_) => 0,
+    };
+    let network: IpAddr = prefix.network();
+    PrefixKey {
+        length: shift + u32::from(prefix.prefix_len()),
+        addr: Addr::from(network),
+    }
+}

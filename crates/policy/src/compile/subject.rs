@@ -1,0 +1,746 @@
+//! The tables of subjects: which rules apply to them, what of a table a change touches.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    sync::Arc,
+};
+
+use palisade_abi::{Class, Direction, EndpointState, Identity, identity, protocol};
+
+use super::{
+    Compiler, Progress, SECTIONS, SpecKey, SpecUnit, UnitPeers, peers::PeerSlot, problem, section_rules,
+    sections_of,
+};
+use crate::{
+    classes::PortSet,
+    conflict::ConflictFinder,
+    diagnostic::{Diagnostic, Severity},
+    labels::Labels,
+    rule::{Entity, L4Protocol, Location, Peer, PortSpec, Ports, Spec},
+    select::Meaning,
+    snapshot::{RuleInfo, RuleKey, Snapshot, Table, TableKey, differing},
+    table::{Builder, Members, Otherwise, Reading, TablePorts, TableRule},
+    world::{Enforcement, NamedPort, NamedPorts},
+};
+
+/// Endpoints that policies cannot tell apart.
+#[derive(Clone, Debug)]
+pub(super) struct Subject {
+    pub(super) labels: Labels,
+    pub(super) named_ports: NamedPorts,
+    pub(super) audit: bool,
+    pub(super) node: bool,
+    /// Endpoint ids with their identity.
+    pub(super) endpoints: Vec<(u16, Identity)>,
+    pub(super) specs: BTreeMap<SpecKey, Selecting>,
+    /// Specs that do not select it any more, since the table was made.
+    pub(super) retired: Vec<Selecting>,
+    /// For each direction what the table was made with.
+    pub(super) otherwise: [Option<Otherwise>; 2],
+    pub(super) policy: u32,
+    pub(super) table: Arc<Table>,
+}
+
+impl Subject {
+    pub(super) fn selecting(&self) -> impl Iterator<Item = (&SpecKey, &Selecting)> {
+        self.specs.iter()
+    }
+}
+
+/// A spec as it applies to a subject.
+#[derive(Clone, Debug)]
+pub(super) struct Selecting {
+    pub(super) unit: Arc<SpecUnit>,
+    /// Whether `rules` are still to be made from it (they are of before).
+    pub(super) stale: bool,
+    /// Whether only its peers mean others than when `rules` were made.
+    pub(super) regrouped: bool,
+    /// By direction.
+    pub(super) rules: [Vec<TableRule>; 2],
+    /// Port sets held in [`Classes`].
+    pub(super) sets: Vec<PortSet>,
+    pub(super) remarks: Vec<Diagnostic>,
+}
+
+/// The rows of a table that a change may touch.
+pub(super) enum Touched {
+    Everything,
+    Only(BTreeSet<Identity>),
+}
+
+impl Touched {
+    /// More rows than this are not worth picking out.
+    const MANY: usize = 64;
+
+    /// Verdicts change towards whom the rules mean.
+    pub(super) fn add(&mut self, rules: &[Vec<TableRule>; 2]) {
+        for rule in rules.iter().flatten() {
+            match &rule.members {
+                Members::Everybody => *self = Self::Everything,
+                Members::Of(peers) => {
+                    for (_, members) in peers {
+                        self.add_identities(members.iter().copied());
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) fn add_identities(&mut self, more: impl ExactSizeIterator<Item = Identity>) {
+        match self {
+            Self::Only(identities) if identities.len() + more.len() <= Self::MANY => identities.extend(more),
+            _ => *self = Self::Everything,
+        }
+    }
+}
+
+impl Compiler {
+    /// Compiles the dirty subjects, and those whose port classes change with them, and makes the snapshot.
+    pub(super) fn compile(&mut self, mut progress: Progress) -> Result<(), Vec<Diagnostic>> {
+        let before = self.snapshot.clone();
+        let mut errors: Vec<Diagnostic> = Vec::new();
+        self.hold_port_sets(&progress.dirty);
+        let mut touched: BTreeMap<usize, Touched> = BTreeMap::new();
+        match self.classes.refresh() {
+            Ok(protocols) if protocols.is_empty() => {}
+            Ok(protocols) => self.follow_classes(&protocols, &mut progress.dirty, &mut touched),
+            Err(error) => errors.push(problem(Location::default(), error.to_string())),
+        }
+        for at in &progress.dirty {
+            let rows = touched
+                .remove(at)
+                .unwrap_or_else(|| Touched::Only(BTreeSet::new()));
+            match self.compile_subject(*at, rows, &progress.moved) {
+                Ok(table) => {
+                    let subject = &mut self.subjects[*at];
+                    if subject.policy == 0 || *subject.table != table {
+                        if subject.policy == 0 || !small_step(&subject.table, &table) {
+                            subject.policy = self.next_policy;
+                            self.next_policy = self.next_policy.wrapping_add(1).max(1);
+                        }
+                        subject.table = Arc::new(table);
+                    }
+                }
+                Err(mut conflicts) => errors.append(&mut conflicts),
+            }
+        }
+        if !errors.is_empty() {
+            errors.sort_by(|a, b| (&a.location, &a.message).cmp(&(&b.location, &b.message)));
+            errors.dedup();
+            return Err(errors);
+        }
+        self.finish(before);
+        Ok(())
+    }
+
+    /// The port sets of specs that are new to a subject are held, those of specs that are gone released.
+    pub(super) fn hold_port_sets(&mut self, dirty: &BTreeSet<usize>) {
+        for at in dirty {
+            let subject = &self.subjects[*at];
+            let new: Vec<(SpecKey, Vec<PortSet>)> = subject
+                .selecting()
+                .filter(|(_, selecting)| selecting.stale)
+                .map(|(key, selecting)| (key.clone(), self.port_sets(&selecting.unit, &subject.named_ports)))
+                .collect();
+            let subject = &mut self.subjects[*at];
+            for (key, sets) in new {
+                self.classes.retain(&sets);
+                if let Some(selecting) = subject.specs.get_mut(&key) {
+                    self.classes
+                        .release(&std::mem::replace(&mut selecting.sets, sets));
+                }
+            }
+            for selecting in &mut subject.retired {
+                self.classes.release(&std::mem::take(&mut selecting.sets));
+            }
+        }
+    }
+
+    /// Gives the rules their new classes where slots have changed.
+    pub(super) fn follow_classes(
+        &mut self,
+        protocols: &[u8],
+        dirty: &mut BTreeSet<usize>,
+        touched: &mut BTreeMap<usize, Touched>,
+    ) {
+        let mut known: HashMap<PortSet, Option<Arc<[Class]>>> = HashMap::new();
+        for (at, subject) in self.subjects.iter_mut().enumerate() {
+            for selecting in subject.specs.values_mut().filter(|selecting| !selecting.stale) {
+                let concerned = selecting.sets.iter().any(|set| match set {
+                    PortSet::All => false,
+                    PortSet::Protocol(protocol) | PortSet::Range { protocol, .. } => {
+                        protocols.contains(protocol)
+                    }
+                });
+                if !concerned {
+                    continue;
+                }
+                let mut changed = false;
+                for ports in selecting
+                    .rules
+                    .iter_mut()
+                    .flatten()
+                    .flat_map(|rule| &mut rule.ports)
+                {
+                    let classes = known
+                        .entry(ports.set)
+                        .or_insert_with(|| self.classes.of(ports.set));
+                    if ports.classes != *classes {
+                        ports.classes = classes.clone();
+                        changed = true;
+                    }
+                }
+                if changed {
+                    dirty.insert(at);
+                    touched
+                        .entry(at)
+                        .or_insert_with(|| Touched::Only(BTreeSet::new()))
+                        .add(&selecting.rules);
+                }
+            }
+        }
+    }
+
+    /// Makes the snapshot from the compiled subjects.
+    pub(super) fn finish(&mut self, before: Snapshot) {
+        self.snapshot.classes = Arc::clone(self.classes.slots());
+        self.snapshot.rules = Arc::clone(&self.rule_ids.infos);
+        self.snapshot.rulesets = Arc::clone(&self.rulesets.sets);
+        self.snapshot.tables = self
+            .subjects
+            .iter()
+            .map(|subject| (subject.policy, Arc::clone(&subject.table)))
+            .collect();
+        // Who an address is has changed, so any flow may have to be judged anew.
+        let moved = !Arc::ptr_eq(&before.addresses, &self.snapshot.addresses)
+            || !Arc::ptr_eq(&before.prefixes, &self.snapshot.prefixes);
+        // Two at a time: a plan may need one in between.
+        let revision = before.revision.wrapping_add(2);
+        let mut used = false;
+        self.snapshot.endpoints = self
+            .subjects
+            .iter()
+            .flat_map(|subject| {
+                let policy = subject.policy;
+                subject
+                    .endpoints
+                    .iter()
+                    .map(move |(id, identity)| (*id, policy, *identity))
+            })
+            .map(|(id, policy, identity)| {
+                let known = before.endpoints.get(&id);
+                let same_table = || match (before.tables.get(&policy), self.snapshot.tables.get(&policy)) {
+                    (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+                    _ => false,
+                };
+                let keep = known.filter(|state| {
+                    !moved && state.policy == policy && state.identity == identity && same_table()
+                });
+                let revision = keep.map_or_else(
+                    || {
+                        used = true;
+                        revision
+                    },
+                    |state| state.revision,
+                );
+                let state = EndpointState {
+                    policy,
+                    revision,
+                    identity,
+                    zero: 0,
+                };
+                (id, state)
+            })
+            .collect();
+        if used {
+            self.snapshot.revision = revision;
+        }
+        let mut remarks: Vec<Diagnostic> = self
+            .subjects
+            .iter()
+            .flat_map(|subject| subject.specs.values())
+            .flat_map(|selecting| selecting.remarks.iter().cloned())
+            .collect();
+        remarks.sort_by(|a, b| (&a.location, &a.message).cmp(&(&b.location, &b.message)));
+        remarks.dedup();
+        self.snapshot.diagnostics = remarks;
+    }
+
+    /// The port sets that the rules of a spec use.
+    pub(super) fn port_sets(&self, unit: &SpecUnit, own: &NamedPorts) -> Vec<PortSet> {
+        let mut sets: HashSet<PortSet> = HashSet::new();
+        for section in SECTIONS {
+            for rule in section_rules(unit.spec(), section) {
+                let Ports::OneOf(entries) = &rule.ports else {
+                    continue;
+                };
+                for spec in entries.iter().flat_map(|entry| &entry.ports) {
+                    sets.extend(self.resolve(spec, section.direction(), own));
+                }
+            }
+        }
+        sets.into_iter().collect()
+    }
+
+    /// A port of a rule with its name looked up: for ingress among the subject's own, for egress among everybody's.
+    pub(super) fn resolve(&self, spec: &PortSpec, direction: Direction, own: &NamedPorts) -> Vec<PortSet> {
+        let protocols = |wanted: L4Protocol| -> Vec<u8> {
+            match wanted {
+                L4Protocol::Any => vec![protocol::TCP, protocol::UDP, protocol::SCTP],
+                L4Protocol::Tcp => vec![protocol::TCP],
+                L4Protocol::Udp => vec![protocol::UDP],
+                L4Protocol::Sctp => vec![protocol::SCTP],
+                L4Protocol::Other(number) => vec![number],
+            }
+        };
+        let range = |protocol: u8, first: u16, last: u16| {
+            let with_ports = matches!(protocol, protocol::TCP | protocol::UDP | protocol::SCTP);
+            if (first == 0 && last == u16::MAX) || !with_ports {
+                PortSet::Protocol(protocol)
+            } else {
+                PortSet::Range {
+                    protocol,
+                    first,
+                    last,
+                }
+            }
+        };
+        match spec {
+            PortSpec::Range {
+                protocol,
+                first,
+                last,
+            } => protocols(*protocol)
+                .into_iter()
+                .map(|protocol| range(protocol, *first, *last))
+                .collect(),
+            PortSpec::Icmp { v6, kind } => vec![PortSet::Range {
+                protocol: if *v6 { protocol::ICMPV6 } else { protocol::ICMP },
+                first: u16::from(*kind),
+                last: u16::from(*kind),
+            }],
+            PortSpec::Named { protocol, name, last } => {
+                let found: Vec<NamedPort> = match direction {
+                    Direction::Ingress => own.get(name).copied().into_iter().collect(),
+                    Direction::Egress => self
+                        .named_ports
+                        .get(name)
+                        .into_iter()
+                        .flatten()
+                        .copied()
+                        .collect(),
+                };
+                protocols(*protocol)
+                    .into_iter()
+                    .filter_map(|protocol| {
+                        let mut ports = found
+                            .iter()
+                            .filter(|port| {
+                                port.port != 0 && (port.protocol == 0 || port.protocol == protocol)
+                            })
+                            .map(|port| port.port);
+                        let port = ports.next()?;
+                        // Different ports of one name: nobody can say which is meant.
+                        ports
+                            .all(|other| other == port)
+                            .then(|| range(protocol, port, port.max(*last)))
+                    })
+                    .collect()
+            }
+        }
+    }
+
+    /// The table of a subject. Of a table that is there, only the rows that a change touches are made anew.
+    pub(super) fn compile_subject(
+        &mut self,
+        at: usize,
+        mut touched: Touched,
+        moved: &BTreeSet<Identity>,
+    ) -> Result<Table, Vec<Diagnostic>> {
+        // Specs that are new, or whose peers mean others now: towards whom they meant and whom they mean.
+        let subject = &self.subjects[at];
+        let mut made: Vec<(SpecKey, [Vec<TableRule>; 2], Vec<Diagnostic>)> = Vec::new();
+        let mut classes = HashMap::new();
+        let remade = subject
+            .selecting()
+            .filter(|(_, selecting)| selecting.stale || selecting.regrouped);
+        for (key, selecting) in remade {
+            let mut remarks = Vec::new();
+            let rules = palisade_abi::DIRECTIONS.map(|direction| {
+                self.table_rules(subject, key, selecting, direction, &mut classes, &mut remarks)
+            });
+            if selecting.stale {
+                touched.add(&rules);
+                touched.add(&selecting.rules);
+            } else {
+                touched.add_identities(moved.iter().copied());
+            }
+            made.push((key.clone(), rules, remarks));
+        }
+        let subject = &mut self.subjects[at];
+        for (key, rules, remarks) in made {
+            if let Some(selecting) = subject.specs.get_mut(&key) {
+                selecting.stale = false;
+                selecting.regrouped = false;
+                selecting.rules = rules;
+                selecting.remarks = remarks;
+            }
+        }
+        for selecting in subject.retired.drain(..) {
+            touched.add(&selecting.rules);
+        }
+
+        // Where nothing is enforced nothing is read either.
+        let enforced = self.world.options.enforcement != Enforcement::Never;
+        if enforced && subject.specs.values().any(|selecting| selecting.unit.reads) {
+            let mut errors = Vec::new();
+            for direction in palisade_abi::DIRECTIONS {
+                let mut finder = ConflictFinder::default();
+                for (key, selecting) in self.subjects[at].selecting() {
+                    finder.add(&key.policy, selecting.unit.spec(), direction);
+                }
+                if let Err(mut conflicts) = finder.finish() {
+                    errors.append(&mut conflicts);
+                }
+            }
+            if !errors.is_empty() {
+                // The next table is made from the ground up.
+                self.subjects[at].otherwise = [None, None];
+                return Err(errors);
+            }
+        }
+
+        let otherwise = palisade_abi::DIRECTIONS.map(|direction| self.otherwise(at, direction));
+        let options = self.world.options;
+        let localhost = TableRule {
+            id: self.rule_ids.number("", plain(RuleKey::LocalhostAlways)),
+            denies: false,
+            audit: false,
+            auth_required: false,
+            members: Members::Of(vec![(
+                u32::MAX,
+                Arc::new(self.known.select(&Meaning::Entity(Entity::Host))),
+            )]),
+            ports: vec![TablePorts {
+                set: PortSet::All,
+                classes: None,
+                reading: None,
+            }],
+        };
+        let subject = &self.subjects[at];
+        if subject.otherwise != otherwise.map(Some) {
+            touched = Touched::Everything;
+        }
+        let rows = match &touched {
+            Touched::Everything => None,
+            Touched::Only(identities) => Some(identities),
+        };
+        let mut entries = Vec::new();
+        for direction in palisade_abi::DIRECTIONS {
+            let otherwise = otherwise[direction as usize];
+            let mut rules: Vec<&TableRule> = Vec::new();
+            if options.enforcement != Enforcement::Never {
+                rules.extend(
+                    subject
+                        .specs
+                        .values()
+                        .flat_map(|selecting| &selecting.rules[direction as usize]),
+                );
+            }
+            if direction == Direction::Ingress
+                && options.allow_localhost
+                && !subject.node
+                && !otherwise.unenforced
+            {
+                rules.push(&localhost);
+            }
+            Builder {
+                direction,
+                rules: &rules,
+                rows,
+                otherwise,
+                audit: options.audit || subject.audit,
+                rulesets: &mut self.rulesets,
+            }
+            .build(&mut entries);
+        }
+        let table = match rows {
+            None => {
+                entries.sort_unstable_by_key(|(key, _)| *key);
+                Table {
+                    entries: entries.into_iter().collect(),
+                }
+            }
+            Some(identities) => {
+                let mut table = (*subject.table).clone();
+                for identity in identities.iter().chain([&identity::ANY]) {
+                    for direction in palisade_abi::DIRECTIONS {
+                        let old: Vec<TableKey> = table
+                            .row(direction as u8, *identity)
+                            .map(|(key, _)| *key)
+                            .collect();
+                        for key in old {
+                            table.entries.remove(&key);
+                        }
+                    }
+                }
+                table.entries.extend(entries);
+                table
+            }
+        };
+        self.subjects[at].otherwise = otherwise.map(Some);
+        Ok(table)
+    }
+
+    /// The rules of one spec and direction, in their order, with everything looked up.
+    pub(super) fn table_rules(
+        &self,
+        subject: &Subject,
+        key: &SpecKey,
+        selecting: &Selecting,
+        direction: Direction,
+        classes: &mut HashMap<PortSet, Option<Arc<[Class]>>>,
+        remarks: &mut Vec<Diagnostic>,
+    ) -> Vec<TableRule> {
+        let unit = &selecting.unit;
+        let spec = unit.spec();
+        let lenient = match direction {
+            Direction::Ingress => spec.default_deny_ingress,
+            Direction::Egress => spec.default_deny_egress,
+        } == Some(false);
+        let mut rules = Vec::new();
+        for section in sections_of(direction) {
+            let looked_up = &unit.sections[section as usize];
+            for (rule, looked_up) in section_rules(spec, section).iter().zip(looked_up) {
+                if rule.auth_required && !section.denies() {
+                    remarks.push(Diagnostic {
+                        severity: Severity::Warning,
+                        location: rule.location.clone(),
+                        message: "authentication is required, and nobody can authenticate yet: \
+                                  what this rule allows is dropped (189)"
+                            .into(),
+                    });
+                }
+                let members = match &looked_up.peers {
+                    UnitPeers::Nobody => continue,
+                    UnitPeers::Everybody => Members::Everybody,
+                    UnitPeers::OneOf(peers) => {
+                        let slots = peers
+                            .iter()
+                            .filter_map(|number| Some((*number, self.peers.slot(*number)?)));
+                        let mut members = Vec::with_capacity(peers.len());
+                        let mut everybody = false;
+                        for (number, slot) in slots {
+                            everybody |= matches!(slot.meaning, Meaning::Everybody);
+                            remarks.extend(self.missing_group(slot, &rule.location));
+                            members.push((number, Arc::clone(&slot.members)));
+                        }
+                        if everybody {
+                            Members::Everybody
+                        } else {
+                            Members::Of(members)
+                        }
+                    }
+                };
+                let mut ports = Vec::new();
+                match &rule.ports {
+                    Ports::Any => ports.push(TablePorts {
+                        set: PortSet::All,
+                        classes: None,
+                        reading: None,
+                    }),
+                    Ports::OneOf(list) => {
+                        for entry in list {
+                            let reading = Reading::of(&entry.l7, lenient).map(Arc::new);
+                            for port in &entry.ports {
+                                let sets = self.resolve(port, direction, &subject.named_ports);
+                                if sets.is_empty()
+                                    && let PortSpec::Named { name, .. } = port
+                                {
+                                    remarks.push(self.unresolved(
+                                        name,
+                                        direction,
+                                        key,
+                                        &entry.location,
+                                        subject,
+                                    ));
+                                }
+                                for set in sets {
+                                    let classes =
+                                        classes.entry(set).or_insert_with(|| self.classes.of(set)).clone();
+                                    ports.push(TablePorts {
+                                        set,
+                                        classes,
+                                        reading: reading.clone(),
+                                    });
+                                }
+                            }
+                        }
+                    }
+                }
+                rules.push(TableRule {
+                    id: looked_up.id,
+                    denies: section.denies(),
+                    audit: unit.audit,
+                    auth_required: rule.auth_required,
+                    members,
+                    ports,
+                });
+            }
+        }
+        rules
+    }
+
+    /// A remark about a group of prefixes by name that does not exist, or is empty.
+    pub(super) fn missing_group(&self, slot: &PeerSlot, location: &Location) -> Option<Diagnostic> {
+        match (&slot.peer, &slot.meaning) {
+            (Peer::CidrGroup { name, .. }, Meaning::Cidrs(rules)) if rules.is_empty() => Some(Diagnostic {
+                severity: Severity::Warning,
+                location: location.clone(),
+                message: format!(
+                    "there is no CiliumCIDRGroup {name} with prefixes; the reference means nobody"
+                ),
+            }),
+            _ => None,
+        }
+    }
+
+    pub(super) fn unresolved(
+        &self,
+        name: &str,
+        direction: Direction,
+        key: &SpecKey,
+        location: &Location,
+        subject: &Subject,
+    ) -> Diagnostic {
+        let whom = match direction {
+            Direction::Ingress => {
+                let endpoint = subject.endpoints.first().map(|(id, _)| *id);
+                let endpoint = self.world.endpoints.iter().find(|e| Some(e.id) == endpoint);
+                let endpoint = endpoint.map_or("", |endpoint| endpoint.name.as_str());
+                format!("endpoint {endpoint} has no port of that name and protocol")
+            }
+            Direction::Egress if self.named_ports.contains_key(name) => {
+                "endpoints disagree about it, or have it for another protocol".into()
+            }
+            Direction::Egress => "no endpoint has a port of that name".into(),
+        };
+        Diagnostic {
+            severity: Severity::Warning,
+            location: location.clone(),
+            message: format!("policy {}: port {name:?} has no effect: {whom}", key.policy),
+        }
+    }
+
+    /// What holds for a direction of a subject where no rule matches.
+    pub(super) fn otherwise(&mut self, at: usize, direction: Direction) -> Otherwise {
+        let number = direction as u8;
+        let subject = &self.subjects[at];
+        let mut any_rules: Option<&SpecKey> = None;
+        let mut denying: Vec<(&SpecKey, bool)> = Vec::new();
+        for (key, Selecting { unit, .. }) in subject.selecting() {
+            let Some(denies) = unit.denies[direction as usize] else {
+                continue;
+            };
+            any_rules.get_or_insert(key);
+            if denies {
+                denying.push((key, unit.audit));
+            }
+        }
+        let enforcement = self.world.options.enforcement;
+        let init = subject.labels.has_reserved("init");
+        let not_enforced = enforcement == Enforcement::Never
+            || (enforcement == Enforcement::Default && !init && any_rules.is_none());
+        let strict = enforcement == Enforcement::Always || init;
+        let audit = !strict && denying.iter().all(|(_, audit)| *audit);
+        // Who really denies is named first: policies in audit mode only if all are.
+        denying.retain(|(_, in_audit)| audit || !*in_audit);
+        let mut policies: Vec<&SpecKey> = denying.into_iter().map(|(key, _)| key).collect();
+        policies.dedup_by(|a, b| (&a.policy, a.kind, &a.file) == (&b.policy, b.kind, &b.file));
+
+        let mut location = None;
+        let mut file = Arc::<str>::from("");
+        let (allow, key) = if not_enforced {
+            (true, RuleKey::NotEnforced { direction: number })
+        } else if let Some(first) = policies.first() {
+            location = self.specs.get(*first).map(|unit| unit.policy().location.clone());
+            file = Arc::clone(&first.file);
+            let key = RuleKey::DefaultDeny {
+                direction: number,
+                policy: Arc::clone(&first.policy),
+                others: (policies.len() - 1) as u32,
+            };
+            (false, key)
+        } else if init {
+            (false, RuleKey::InitEndpoint { direction: number })
+        } else if enforcement == Enforcement::Always {
+            (false, RuleKey::AlwaysEnforced { direction: number })
+        } else {
+            let first = any_rules.map_or_else(|| Arc::from(""), |key| Arc::clone(&key.policy));
+            location = any_rules
+                .and_then(|key| self.specs.get(key))
+                .map(|unit| unit.policy().location.clone());
+            file = any_rules.map_or_else(|| Arc::from(""), |key| Arc::clone(&key.file));
+            let key = RuleKey::DefaultAllow {
+                direction: number,
+                policy: first,
+            };
+            (true, key)
+        };
+        let rule = self.rule_ids.number(
+            &file,
+            RuleInfo {
+                location,
+                ..plain(key)
+            },
+        );
+        Otherwise {
+            allow,
+            unenforced: not_enforced,
+            rule,
+            audit: !allow && audit,
+        }
+    }
+}
+
+/// Whether the difference is better written into the live table, entry by entry, than as a table of its own: it
+/// is small, and the table is large. Each packet finds one verdict, the old or the new one, either way (see
+/// `plan`); a table of its own makes them change all at once.
+pub(super) fn small_step(old: &Table, new: &Table) -> bool {
+    const LARGE: usize = 2048;
+    let size = old.entries.len().max(new.entries.len());
+    let known = |key: &TableKey| {
+        palisade_abi::DIRECTIONS
+            .iter()
+            .any(|direction| old.row(*direction as u8, key.identity).next().is_some())
+    };
+    let mut changed = 0usize;
+    let mut only_new_identities = true;
+    let mut note = |key: &TableKey, in_old: bool| {
+        changed += 1;
+        only_new_identities &= !in_old && changed < 64 && !known(key);
+    };
+    for (key, before, _) in differing(&old.entries, &new.entries) {
+        note(key, before.is_some());
+    }
+    only_new_identities || (size >= LARGE && changed <= size / 8)
+}
+
+/// Whether a spec denies by default in a direction; none if it has no rules for it.
+pub(super) fn default_deny(spec: &Spec, direction: Direction) -> Option<bool> {
+    let rules = sections_of(direction).map(|section| section_rules(spec, section).len());
+    let denies = match direction {
+        Direction::Ingress => spec.default_deny_ingress,
+        Direction::Egress => spec.default_deny_egress,
+    };
+    (rules != [0, 0]).then_some(denies.unwrap_or(true))
+}
+
+pub(super) fn plain(key: RuleKey) -> RuleInfo {
+    RuleInfo {
+        id: 0,
+        key,
+        location: None,
+        description: String::new(),
+    }
+}
