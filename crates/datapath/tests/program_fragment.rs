@@ -226,6 +226,14 @@ fn errors_about_flows_are_related() {
                 let got = world.run(hook, &unreachable(router, server_addr, quoted));
                 assert_eq!(got.reason, Reason::UnrelatedIcmp);
             }
+            // To another of the node's addresses than the one that sent what is quoted.
+            let other = if client.contains(':') {
+                "fd00::99"
+            } else {
+                "10.0.0.99"
+            };
+            let got = world.run(hook, &unreachable(router, other, &answer));
+            assert_eq!(got.reason, Reason::UnrelatedIcmp);
             // Cut short before the ports.
             let header = if client.contains(':') { 40 } else { 20 };
             let got = world.run(
