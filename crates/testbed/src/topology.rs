@@ -5,12 +5,18 @@ use std::{
     fmt::Write as _,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::Path,
+    thread,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
-use crate::ns::{Ns, temp_dir};
+use crate::{
+    Outcome,
+    ns::{Ns, temp_dir},
+    probe::ping,
+};
 
 /// The node's NIC.
 pub const NIC: &str = "nic0";
@@ -260,6 +266,31 @@ impl Topology {
         self.node.ip(&format!("link del {}", w.interface))?;
         self.declared.push(w);
         Ok(())
+    }
+
+    /// Waits until everybody knows the hardware address of its router: in the first moments of a new interface,
+    /// IPv6 may take a second for that (RFC 4861, RETRANS_TIMER).
+    pub fn meet(&self) -> Result<()> {
+        let links = self
+            .workloads
+            .iter()
+            .map(|w| (&w.ns, FAMILIES.map(|f| w.gateway(f))));
+        let links = links.chain([(&self.internet, [NODE_V4.into(), NODE_V6.into()])]);
+        thread::scope(|scope| {
+            let threads: Vec<_> = links
+                .flat_map(|(ns, routers)| routers.map(|router| (ns, router)))
+                .map(|(ns, router)| {
+                    scope.spawn(move || (router, ping(ns, None, router, 8, Duration::from_secs(5))))
+                })
+                .collect();
+            for thread in threads {
+                let (router, outcome) = thread
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                ensure!(outcome == Outcome::Open, "{router} does not answer: {outcome:?}");
+            }
+            Ok(())
+        })
     }
 
     /// Gives the internet further addresses, reachable from the node through the NIC.

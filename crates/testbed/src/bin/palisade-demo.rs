@@ -205,6 +205,7 @@ fn demo(verbose: bool) -> Result<usize> {
         .internet_addresses(&addresses)?;
     let world = World { topology };
     draw(&world)?;
+    world.topology.meet()?;
     let _servers = [
         Nginx::start(world.ns("frontend"), "frontend", &[80, 8080], 1)?,
         Nginx::start(world.ns("backend"), "backend", &[8080, 9090], 1)?,
