@@ -208,10 +208,66 @@ pub fn conflicts(policies: &[Policy]) -> Vec<Diagnostic> {
     errors
 }
 
+/// Conflicts between any two specs that could be about the same endpoint, for a world without endpoints.
+pub(crate) fn possible_conflicts(policies: &[Policy]) -> Vec<Diagnostic> {
+    let specs: Vec<(String, &Spec)> = policies
+        .iter()
+        .flat_map(|policy| policy.specs.iter().map(|spec| (policy.qualified_name(), spec)))
+        .collect();
+    let mut errors = Vec::new();
+    for (number, (policy, spec)) in specs.iter().enumerate() {
+        for (other_policy, other) in &specs[number..] {
+            if !can_overlap(&spec.subject, &other.subject) {
+                continue;
+            }
+            for direction in palisade_abi::DIRECTIONS {
+                let mut finder = ConflictFinder::default();
+                finder.add(policy, spec, direction);
+                if !std::ptr::eq(*spec, *other) {
+                    finder.add(other_policy, other, direction);
+                }
+                if let Err(mut found) = finder.finish() {
+                    errors.append(&mut found);
+                }
+            }
+        }
+    }
+    errors
+}
+
+/// Whether there can be labels that both subjects select. Sources of labels are not told apart.
+fn can_overlap(a: &SpecSubject, b: &SpecSubject) -> bool {
+    let (a, b) = match (a, b) {
+        (SpecSubject::Endpoints(a), SpecSubject::Endpoints(b))
+        | (SpecSubject::Node(a), SpecSubject::Node(b)) => (a, b),
+        _ => return false,
+    };
+    let all = || a.requirements.iter().chain(&b.requirements);
+    all().all(|one| {
+        let about_it = || {
+            all()
+                .filter(|other| other.key == one.key)
+                .map(|other| &other.test)
+        };
+        match &one.test {
+            Test::In(values) => values.iter().any(|value| {
+                about_it().all(|test| match test {
+                    Test::In(values) => values.contains(value),
+                    Test::NotIn(values) => !values.contains(value),
+                    Test::Exists => true,
+                    Test::DoesNotExist => false,
+                })
+            }),
+            Test::Exists => about_it().all(|test| *test != Test::DoesNotExist),
+            Test::NotIn(_) | Test::DoesNotExist => true,
+        }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::parse::parse_rules_json;
+    use crate::{parse::parse_rules_json, rule::Selector};
 
     /// Two toPorts entries of two rules about the same peers; what is wrong with them together.
     fn together(a: &str, b: &str) -> Vec<String> {
@@ -265,5 +321,37 @@ mod tests {
         assert_eq!(together(NAMES, &http), [] as [String; 0]);
         let other = http.replace("\"name\":\"s\"", "\"name\":\"other\"");
         assert!(together(&other, &http)[0].contains("terminatingTLS"));
+    }
+
+    #[test]
+    fn subjects_overlap_unless_a_label_cannot_be_both() {
+        let subject = |key: &str, test: Test| {
+            SpecSubject::Endpoints(Selector {
+                requirements: vec![Requirement {
+                    source: LabelSource::Any,
+                    key: key.into(),
+                    test,
+                }],
+            })
+        };
+        let is = |value: &str| Test::In(vec![value.into()]);
+        let a = subject("app", is("a"));
+        assert!(can_overlap(&a, &subject("tier", is("b"))));
+        assert!(can_overlap(
+            &a,
+            &subject("app", Test::In(vec!["b".into(), "a".into()]))
+        ));
+        assert!(can_overlap(&a, &subject("app", Test::NotIn(vec!["b".into()]))));
+        for test in [is("b"), Test::NotIn(vec!["a".into()]), Test::DoesNotExist] {
+            assert!(!can_overlap(&a, &subject("app", test)));
+        }
+        assert!(!can_overlap(
+            &subject("app", Test::Exists),
+            &subject("app", Test::DoesNotExist)
+        ));
+        let SpecSubject::Endpoints(selector) = a.clone() else {
+            return;
+        };
+        assert!(!can_overlap(&a, &SpecSubject::Node(selector)));
     }
 }
