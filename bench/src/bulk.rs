@@ -109,7 +109,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
             filtered.push(b);
             ratio.push(b / a);
         }
-        let quotient = filtered.median() / plain.median();
+        let quotient = ratio.median();
         table.row(
             name,
             &[plain.median(), filtered.median(), quotient, ratio.spread()],

@@ -167,6 +167,12 @@ impl Samples {
         (self.quantile(0.75) - self.quantile(0.25)) / 2.0 / self.median()
     }
 
+    /// This one's samples as parts of another's that were taken in the same rounds.
+    #[must_use]
+    pub fn against(&self, other: &Self) -> Self {
+        Self(self.0.iter().zip(&other.0).map(|(a, b)| a / b).collect())
+    }
+
     /// How many.
     #[must_use]
     pub fn len(&self) -> usize {
