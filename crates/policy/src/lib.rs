@@ -1,8 +1,9 @@
 //! Policies as people write them, to the table of verdicts that the BPF programs look up.
 //!
 //! ```text
-//! YAML ── parse ──> rule::Policy ── compile ──> table::Table ── datapath ──> BPF maps
-//!         (FILE:LINE:COL errors)    (selectors, identities, precedence)
+//! YAML ── parse ──> rule::Policy ── compile ──> Snapshot ── plan ──> Op… ── datapath ──> BPF maps
+//!         (FILE:LINE:COL errors)    (selectors, identities, (an order in which
+//!                                    precedence)             no packet notices)
 //! ```
 //!
 //! Pure: no I/O, no maps, no clock. The same compiler answers `palisade policy test` and fills the maps.
