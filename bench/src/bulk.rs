@@ -61,8 +61,8 @@ impl Path {
         })
     }
 
-    /// Gbit/s that arrived.
-    fn sample(&self, reverse: bool, seconds: u32) -> Result<f64> {
+    /// Gbit/s that arrived, and Gbit for a second of a processor, of both iperf3s together.
+    fn sample(&self, reverse: bool, seconds: u32) -> Result<(f64, f64)> {
         let address = self.topology.get("server").v4.to_string();
         let mut command = self.topology.internet.command("iperf3");
         command.args([
@@ -81,7 +81,9 @@ impl Path {
         let report: Value = serde_json::from_slice(&out.stdout).context("iperf3's report")?;
         let rate = report["end"]["sum_received"]["bits_per_second"].as_f64();
         ensure!(out.status.success() && rate.is_some(), "iperf3: {report}");
-        Ok(rate.unwrap_or(f64::NAN) / 1e9)
+        let gbit = rate.unwrap_or(f64::NAN) / 1e9;
+        let used = |side: &str| report["end"]["cpu_utilization_percent"][side].as_f64().unwrap_or(f64::NAN);
+        Ok((gbit, gbit * 100.0 / (used("host_total") + used("remote_total"))))
     }
 }
 
