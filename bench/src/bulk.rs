@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::{
     Effort, progress,
-    report::{Goal, Measure, Samples, Table},
+    report::{Goal, Measure, Samples, Table, number},
 };
 
 const PORT: u16 = 5_201;
@@ -82,7 +82,11 @@ impl Path {
         let rate = report["end"]["sum_received"]["bits_per_second"].as_f64();
         ensure!(out.status.success() && rate.is_some(), "iperf3: {report}");
         let gbit = rate.unwrap_or(f64::NAN) / 1e9;
-        let used = |side: &str| report["end"]["cpu_utilization_percent"][side].as_f64().unwrap_or(f64::NAN);
+        let used = |side: &str| {
+            report["end"]["cpu_utilization_percent"][side]
+                .as_f64()
+                .unwrap_or(f64::NAN)
+        };
         Ok((gbit, gbit * 100.0 / (used("host_total") + used("remote_total"))))
     }
 }
@@ -92,30 +96,45 @@ pub fn measure(effort: Effort) -> Result<Measure> {
     let (rounds, seconds) = effort.pick((5, 1), (11, 2));
     progress(format_args!("bulk: {rounds} rounds of {seconds} s, both ways"));
     let (open, guarded) = (Path::new(false)?, Path::new(true)?);
-    let mut table = Table::new(
-        "Gbit/s",
-        &[
-            "direction",
-            "no firewall",
-            "Palisade",
-            "Palisade / no firewall",
-            "spread",
-        ],
+    let columns = [
+        "direction",
+        "no firewall",
+        "Palisade",
+        "Palisade / no firewall",
+        "spread",
+    ];
+    let mut table = Table::new("Gbit/s", &columns);
+    let mut costs = Table::new(
+        "Gbit for a second of a processor, both iperf3s and what the kernel does in them",
+        &columns,
     );
     let mut goals = Vec::new();
     for (name, reverse) in [("to the workload", false), ("from the workload", true)] {
-        let [mut plain, mut filtered, mut ratio] = [const { Samples::new() }; 3];
+        let [mut plain, mut filtered, mut cheap, mut cost] = [const { Samples::new() }; 4];
         for _ in 0..rounds {
-            let (a, b) = (open.sample(reverse, seconds)?, guarded.sample(reverse, seconds)?);
-            plain.push(a);
-            filtered.push(b);
-            ratio.push(b / a);
+            let (without, with) = (open.sample(reverse, seconds)?, guarded.sample(reverse, seconds)?);
+            plain.push(without.0);
+            filtered.push(with.0);
+            cheap.push(without.1);
+            cost.push(with.1);
         }
+        let ratio = filtered.against(&plain);
         let quotient = ratio.median();
         table.row(
             name,
             &[plain.median(), filtered.median(), quotient, ratio.spread()],
         );
+        let by_cost = cost.against(&cheap);
+        costs.row(
+            name,
+            &[cheap.median(), cost.median(), by_cost.median(), by_cost.spread()],
+        );
+        goals.push(Goal {
+            what: format!("the same {name} by processor time"),
+            reach: "reported".into(),
+            measured: format!("{} ×", number(by_cost.median())),
+            reached: None,
+        });
         goals.push(Goal::at_least(
             format!("TCP bulk {name} through an endpoint interface against no firewall"),
             0.9,
@@ -130,7 +149,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
             "iperf3, one connection, {rounds} runs of {seconds} s each way, between the network behind the NIC and a workload; the two nodes in turn."
         ),
         goals,
-        tables: vec![table],
+        tables: vec![table, costs],
         plot: None,
         notes: Vec::new(),
     })
