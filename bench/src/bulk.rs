@@ -129,18 +129,18 @@ pub fn measure(effort: Effort) -> Result<Measure> {
             name,
             &[cheap.median(), cost.median(), by_cost.median(), by_cost.spread()],
         );
-        goals.push(Goal {
-            what: format!("the same {name} by processor time"),
-            reach: "reported".into(),
-            measured: format!("{} ×", number(by_cost.median())),
-            reached: None,
-        });
         goals.push(Goal::at_least(
             format!("TCP bulk {name} through an endpoint interface against no firewall"),
             0.9,
             quotient,
             " ×",
         ));
+        goals.push(Goal {
+            what: format!("the same {name} by processor time"),
+            reach: "reported".into(),
+            measured: format!("{} ×", number(by_cost.median())),
+            reached: None,
+        });
     }
     Ok(Measure {
         name: "bulk",
