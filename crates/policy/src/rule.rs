@@ -108,6 +108,9 @@ pub struct Rule {
     pub peers: Peers,
     /// What traffic it is about.
     pub ports: Ports,
+    /// fromRequires / toRequires: every selector of endpoints in this section of every policy of the subject must
+    /// match these too. Lets nobody in by itself.
+    pub requires: Vec<Selector>,
     /// `authentication.mode: required`.
     pub auth_required: bool,
     /// Where it starts.

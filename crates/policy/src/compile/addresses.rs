@@ -272,6 +272,11 @@ impl Compiler {
         for (number, labels) in new {
             self.known.add(*number, labels.clone());
         }
+        for (at, subject) in self.subjects.iter().enumerate() {
+            if subject.requires_something() {
+                progress.dirty.insert(at);
+            }
+        }
         let mut changed: HashSet<u32> = HashSet::new();
         for (number, slot) in self.peers.slots.iter_mut().enumerate() {
             let Some(slot) = slot else { continue };

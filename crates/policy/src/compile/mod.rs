@@ -465,6 +465,7 @@ impl Compiler {
                 None => {
                     let known = before.iter().position(same).map(|at| before.swap_remove(at));
                     subjects.push(Subject {
+                        required: Default::default(),
                         labels: endpoint.labels.clone(),
                         named_ports: endpoint.named_ports.clone(),
                         audit: endpoint.audit,

@@ -16,7 +16,7 @@ use crate::{
     conflict::ConflictFinder,
     diagnostic::{Diagnostic, Severity},
     labels::Labels,
-    rule::{Entity, L4Protocol, Location, Peer, PortSpec, Ports, Spec},
+    rule::{Entity, L4Protocol, Location, Peer, PortSpec, Ports, Selector, Spec},
     select::Meaning,
     snapshot::{RuleInfo, RuleKey, Snapshot, Table, TableKey, differing},
     table::{Builder, Members, Otherwise, Reading, TablePorts, TableRule},
@@ -35,6 +35,8 @@ pub(super) struct Subject {
     pub(super) specs: BTreeMap<SpecKey, Selecting>,
     /// Specs that do not select it any more, since the table was made.
     pub(super) retired: Vec<Selecting>,
+    /// What the specs require of the endpoints that rules select, by section in the order of [`SECTIONS`].
+    pub(super) required: [Selector; 4],
     /// For each direction what the table was made with.
     pub(super) otherwise: [Option<Otherwise>; 2],
     pub(super) policy: u32,
@@ -42,6 +44,29 @@ pub(super) struct Subject {
 }
 
 impl Subject {
+    /// Takes down what the specs require now. Returns whether every rule has to be looked at again for it.
+    fn renew_required(&mut self) -> bool {
+        let required = SECTIONS.map(|section| Selector {
+            requirements: self
+                .specs
+                .values()
+                .flat_map(|selecting| section_rules(selecting.unit.spec(), section))
+                .flat_map(|rule| &rule.requires)
+                .flat_map(|selector| selector.requirements.iter().cloned())
+                .collect(),
+        });
+        let changed = self.required != required;
+        self.required = required;
+        changed || self.requires_something()
+    }
+
+    /// Whether any spec has requirements.
+    pub(super) fn requires_something(&self) -> bool {
+        self.required
+            .iter()
+            .any(|selector| !selector.requirements.is_empty())
+    }
+
     pub(super) fn selecting(&self) -> impl Iterator<Item = (&SpecKey, &Selecting)> {
         self.specs.iter()
     }
@@ -357,6 +382,14 @@ impl Compiler {
         mut touched: Touched,
         moved: &BTreeSet<Identity>,
     ) -> Result<Table, Vec<Diagnostic>> {
+        // A requirement of one spec is one of all of them. Few have any, so all is made anew where one has.
+        let subject = &mut self.subjects[at];
+        if subject.renew_required() {
+            for selecting in subject.specs.values_mut() {
+                selecting.stale = true;
+            }
+            touched = Touched::Everything;
+        }
         // Specs that are new, or whose peers mean others now: towards whom they meant and whom they mean.
         let subject = &self.subjects[at];
         let mut made: Vec<(SpecKey, [Vec<TableRule>; 2], Vec<Diagnostic>)> = Vec::new();
@@ -530,7 +563,19 @@ impl Compiler {
                             .filter_map(|number| Some((*number, self.peers.slot(*number)?)));
                         let mut members = Vec::with_capacity(peers.len());
                         let mut everybody = false;
+                        let required = &subject.required[section as usize];
                         for (number, slot) in slots {
+                            if let Peer::Labels(selector) = &slot.peer
+                                && !required.requirements.is_empty()
+                            {
+                                let mut narrowed = selector.clone();
+                                narrowed
+                                    .requirements
+                                    .extend(required.requirements.iter().cloned());
+                                let meaning = Meaning::of(&Peer::Labels(narrowed), &[]);
+                                members.push((number, Arc::new(self.known.select(&meaning))));
+                                continue;
+                            }
                             everybody |= matches!(slot.meaning, Meaning::Everybody);
                             remarks.extend(self.missing_group(slot, &rule.location));
                             members.push((number, Arc::clone(&slot.members)));

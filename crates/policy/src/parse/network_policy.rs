@@ -84,6 +84,7 @@ fn section(object: &Object<'_>, name: &'static str, concerned: bool, rules: Vec<
             Some(vec![Rule {
                 peers: Peers::Nobody,
                 ports: Ports::Any,
+                requires: Vec::new(),
                 auth_required: false,
                 location,
             }])
@@ -115,6 +116,7 @@ fn rule(at: At<'_>, peers_name: &'static str, namespace: &str) -> Option<Rule> {
     Some(Rule {
         peers,
         ports,
+        requires: Vec::new(),
         auth_required: false,
         location: at.location(),
     })

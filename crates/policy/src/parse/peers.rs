@@ -8,7 +8,7 @@ use super::{
     rules::{Direction, Section},
     selector::{self, Keys},
 };
-use crate::rule::{CidrRule, Entity, Peer, Peers};
+use crate::rule::{CidrRule, Entity, Peer, Peers, Selector};
 
 /// The names of the members by direction.
 struct Names {
@@ -85,11 +85,30 @@ pub(super) fn read(object: &Object<'_>, section: Section<'_>) -> Option<Peers> {
     if egress {
         members.unresolvable("toServices", section, "services", service);
     }
-    object.refuse(
-        names.requires,
-        "must be empty: Cilium removed it in 1.19; put its labels into the selectors of the rule",
-    );
     members.finish()
+}
+
+/// fromRequires or toRequires: what the endpoints that a rule selects must be besides.
+///
+/// Resources may have them, as in the versions of the language before 1.19. Bare rules are those of 1.19, which
+/// refuses them.
+pub(super) fn requirements(object: &Object<'_>, section: Section<'_>) -> Vec<Selector> {
+    let name = if section.direction == Direction::Egress {
+        EGRESS.requires
+    } else {
+        INGRESS.requires
+    };
+    if object.at.is_bare() {
+        object.refuse(
+            name,
+            "must be empty: Cilium removed it in 1.19; put its labels into the selectors of the rule",
+        );
+        return Vec::new();
+    }
+    let Some(list) = object.field(name).and_then(|at| at.list()) else {
+        return Vec::new();
+    };
+    list.read(|at| selector::read(at, Keys::Sourced).map(|selector| section.scope.peer(selector)))
 }
 
 /// The members as they are read, one after the other.

@@ -60,6 +60,7 @@ pub(super) fn read(at: At<'_>, section: Section<'_>) -> Option<Rule> {
     } else {
         object.field("authentication").is_some_and(authentication)
     };
+    let requires = peers::requirements(&object, section);
     object.finish();
 
     let peers = match peers {
@@ -71,6 +72,7 @@ pub(super) fn read(at: At<'_>, section: Section<'_>) -> Option<Rule> {
     Some(Rule {
         peers,
         ports,
+        requires,
         auth_required,
         location: at.location(),
     })

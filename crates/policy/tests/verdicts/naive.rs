@@ -218,10 +218,23 @@ impl<'a> Naive<'a> {
             originating_tls: None,
             listener: None,
         };
-        for (policy, spec) in self.spec_refs(&selected) {
+        let specs = self.spec_refs(&selected);
+        let required = |of_deny: bool| -> Vec<&Selector> {
+            let rules = specs.iter().flat_map(|(_, spec)| {
+                let (allow, deny) = sections(spec);
+                if of_deny { deny } else { allow }
+            });
+            rules.flat_map(|rule| &rule.requires).collect()
+        };
+        let (allow_required, deny_required) = (required(false), required(true));
+        for (policy, spec) in specs.iter().copied() {
             let (allow, deny) = sections(spec);
             for rule in deny {
-                if self.rule_matches(rule, subject, packet, other).next().is_some() {
+                if self
+                    .rule_matches(rule, &deny_required, subject, packet, other)
+                    .next()
+                    .is_some()
+                {
                     if policy.audit {
                         deny_audited = true
                     } else {
@@ -230,7 +243,7 @@ impl<'a> Naive<'a> {
                 }
             }
             for rule in allow {
-                for l7 in self.rule_matches(rule, subject, packet, other) {
+                for l7 in self.rule_matches(rule, &allow_required, subject, packet, other) {
                     allows.push((policy, rule, l7.unwrap_or(&NONE)));
                 }
             }
@@ -292,6 +305,7 @@ impl<'a> Naive<'a> {
     fn rule_matches<'r>(
         &self,
         rule: &'r Rule,
+        required: &[&Selector],
         subject: &Endpoint,
         packet: &Packet,
         other: &Other,
@@ -299,7 +313,11 @@ impl<'a> Naive<'a> {
         let peer = match &rule.peers {
             Peers::Any => true,
             Peers::Nobody => false,
-            Peers::OneOf(peers) => peers.iter().any(|peer| self.peer_matches(peer, other)),
+            Peers::OneOf(peers) => peers.iter().any(|peer| {
+                self.peer_matches(peer, other)
+                    && (!matches!(peer, Peer::Labels(_))
+                        || required.iter().all(|selector| selects(selector, &other.labels)))
+            }),
         };
         let mut found = Vec::new();
         if peer {

@@ -268,6 +268,11 @@ fn rule(tape: &mut Tape<'_>, location: &Location, allows: bool) -> Rule {
     Rule {
         peers,
         ports,
+        requires: if tape.once_in(12) {
+            vec![selector(tape)]
+        } else {
+            Vec::new()
+        },
         auth_required: allows && tape.once_in(16),
         location: location.clone(),
     }

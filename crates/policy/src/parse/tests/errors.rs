@@ -284,12 +284,8 @@ fn peers() {
         "7:18: unknown entity \"World\", did you mean \"world\"?",
     );
     assert_ingress(
-        "fromRequires: [{matchLabels: {a: b}}]",
-        "7:5: fromRequires must be empty: Cilium removed it in 1.19; put its labels into the selectors of the rule",
-    );
-    assert_egress(
-        "toRequires: [{}]",
-        "7:5: toRequires must be empty: Cilium removed it in 1.19; put its labels into the selectors of the rule",
+        "fromRequires: [{matchLabel: {a: b}}]",
+        "7:21: unknown field \"matchLabel\", did you mean \"matchLabels\"?",
     );
     assert_deny(
         "toServices: [{k8sService: {serviceName: a}}]",
