@@ -28,7 +28,7 @@ impl MessageReader {
     ///
     /// # Errors
     /// On a length that no message has: the stream cannot be read any further, and must be cut.
-    pub fn next<'a>(&'a mut self, input: &mut &'a [u8]) -> Result<Option<&'a [u8]>, Refusal> {
+    pub fn next<'s, 'i: 's>(&'s mut self, input: &mut &'i [u8]) -> Result<Option<&'s [u8]>, Refusal> {
         if self.spent {
             self.held.clear();
             self.spent = false;
