@@ -1,4 +1,4 @@
-//! A DNS message, as query, as answer and as a TCP stream. Run: `cargo +nightly fuzz run dns corpus/dns` in tests/.
+//! A DNS message, as query, as answer and as a TCP stream. Run: `cargo +nightly fuzz run dns` in tests/.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -71,7 +71,7 @@ refusals! {
     BadSvcParams = "malformed service parameters";
     /// A second OPT record, or one that does not stand at the root, or options that do not fit (RFC 6891, 6.1.1).
     BadOpt = "malformed EDNS record";
-    /// More aliases than [`super::Limits::aliases`].
+    /// More than sixteen CNAME records.
     TooManyAliases = "too many aliases";
     /// Aliases in a circle.
     AliasLoop = "aliases in a circle";

@@ -15,8 +15,6 @@ pub struct Limits {
     pub records: u32,
     /// Compression pointers followed in all names together.
     pub pointers: u32,
-    /// CNAME records in the answer section.
-    pub aliases: usize,
 }
 
 impl Limits {
@@ -25,14 +23,12 @@ impl Limits {
         message: 4096,
         records: 8,
         pointers: 64,
-        aliases: 0,
     };
     /// For answers, also over TCP: a round-robin set of a thousand addresses still passes.
     pub const ANSWER: Self = Self {
         message: 65_535,
         records: 2048,
         pointers: 16_384,
-        aliases: 16,
     };
 }
 
@@ -193,13 +189,16 @@ pub struct Answer {
     pub ttl: Option<u32>,
     /// EDNS, if the resolver sent it.
     pub edns: Option<Edns>,
-    cnames: Vec<Cname>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// CNAME records that an answer section may have.
+const ALIASES: usize = 16;
+
+/// Where the names of a CNAME record stand.
+#[derive(Clone, Copy, Default)]
 struct Cname {
-    owner: Name,
-    target: Name,
+    owner: usize,
+    target: usize,
     ttl: u32,
 }
 
@@ -226,7 +225,6 @@ impl Answer {
     /// If the message is no answer, or not well-formed to its last byte. The value is empty then.
     pub fn read(&mut self, message: &[u8], limits: &Limits) -> Result<(), Refusal> {
         let result = self.read_sections(message, limits);
-        self.cnames.clear();
         if result.is_err() {
             self.clear();
         }
@@ -239,7 +237,6 @@ impl Answer {
         self.addresses.clear();
         self.ttl = None;
         self.edns = None;
-        self.cnames.clear();
     }
 
     fn read_sections(&mut self, message: &[u8], limits: &Limits) -> Result<(), Refusal> {
@@ -271,6 +268,7 @@ impl Answer {
         // first walk: everything to the last byte, and the aliases, which may stand in any order
         let section = reader.at;
         let mut addresses = 0_u32;
+        let (mut cnames, mut aliases) = ([Cname::default(); ALIASES], 0);
         for _ in 0..header.answers {
             let owner = reader.at;
             reader.skip_name()?;
@@ -279,22 +277,19 @@ impl Answer {
                 rtype::OPT => return Err(Refusal::BadOpt),
                 _ if record.class != CLASS_IN => {}
                 rtype::CNAME => {
-                    if self.cnames.len() == limits.aliases {
-                        return Err(Refusal::TooManyAliases);
-                    }
+                    let slot = cnames.get_mut(aliases).ok_or(Refusal::TooManyAliases)?;
+                    *slot = Cname {
+                        owner,
+                        target: record.data,
+                        ttl: record.ttl,
+                    };
+                    aliases += 1;
                     let end = reader.at;
-                    reader.at = owner;
-                    let owner = reader.name()?;
                     reader.at = record.data;
-                    let target = reader.name()?;
+                    reader.name()?;
                     if reader.at != end {
                         return Err(Refusal::BadRdata);
                     }
-                    self.cnames.push(Cname {
-                        owner,
-                        target,
-                        ttl: record.ttl,
-                    });
                 }
                 rtype::A | rtype::AAAA | rtype::SVCB | rtype::HTTPS => addresses += 1,
                 _ => {}
@@ -305,7 +300,11 @@ impl Answer {
         self.add_rcode_high();
         reader.end()?;
 
-        self.follow_aliases(&question)?;
+        self.follow_aliases(
+            &mut reader,
+            &question.name,
+            cnames.get(..aliases).unwrap_or_default(),
+        )?;
 
         // second walk: the addresses of the names that the question leads to
         if addresses > 0 && question.class == CLASS_IN {
@@ -333,18 +332,27 @@ impl Answer {
     }
 
     /// A name has one CNAME (RFC 2181, 10.1): of several the first counts.
-    fn follow_aliases(&mut self, question: &Question) -> Result<(), Refusal> {
-        loop {
-            let current = self.aliases.last().unwrap_or(&question.name);
-            let Some(next) = self.cnames.iter().find(|cname| cname.owner == *current) else {
-                return Ok(());
-            };
-            if next.target == question.name || self.aliases.contains(&next.target) {
-                return Err(Refusal::AliasLoop);
+    fn follow_aliases(
+        &mut self,
+        reader: &mut Reader<'_>,
+        asked: &Name,
+        cnames: &[Cname],
+    ) -> Result<(), Refusal> {
+        'chain: loop {
+            let current = self.aliases.last().unwrap_or(asked);
+            for cname in cnames {
+                if reader.name_at(cname.owner)? != *current {
+                    continue;
+                }
+                let target = reader.name_at(cname.target)?;
+                if target == *asked || self.aliases.contains(&target) {
+                    return Err(Refusal::AliasLoop);
+                }
+                self.aliases.push(target);
+                self.lower_ttl(cname.ttl);
+                continue 'chain;
             }
-            let (target, ttl) = (next.target.clone(), next.ttl);
-            self.aliases.push(target);
-            self.lower_ttl(ttl);
+            return Ok(());
         }
     }
 
@@ -553,6 +561,11 @@ impl<'a> Reader<'a> {
                 _ => return Err(Refusal::LabelType),
             }
         }
+    }
+
+    fn name_at(&mut self, at: usize) -> Result<Name, Refusal> {
+        self.at = at;
+        self.name()
     }
 
     /// Where the pointer at `at` leads to, which must be before `start`.
