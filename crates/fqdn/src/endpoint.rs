@@ -143,7 +143,7 @@ impl Endpoint {
     }
 
     pub(crate) fn mark(&mut self, address: IpAddr) {
-        if let Some(entry) = self.addresses.get_mut(&address) {
+        if let Some(entry) = self.addresses.get_mut(&address).filter(|entry| entry.names > 0) {
             entry.used = self.round;
         }
     }
@@ -320,6 +320,9 @@ impl Endpoint {
         self.exhausted = false;
         if let Some(entry) = self.addresses.get_mut(&address) {
             entry.names -= 1;
+            if entry.names == 0 {
+                entry.used = 0;
+            }
             for selector in &name.selectors {
                 entry.release(address, *selector, sink);
             }
