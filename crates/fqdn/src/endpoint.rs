@@ -171,7 +171,7 @@ impl Endpoint {
                     key.clone(),
                     NameEntry {
                         selectors,
-                        pairs: Vec::new(),
+                        pairs: Vec::with_capacity(addresses.len().min(config.addresses_per_name)),
                         age: 0,
                     },
                 );
@@ -544,6 +544,10 @@ impl AddressEntry {
     /// One more name of the address matches the selector.
     fn acquire(&mut self, address: IpAddr, selector: SelectorId, sink: &mut Sink<'_>) {
         let at = self.find(selector).unwrap_or_else(|at| {
+            // most addresses have one
+            if self.triples.is_empty() {
+                self.triples.reserve_exact(1);
+            }
             self.triples.insert(
                 at,
                 Triple {

@@ -273,7 +273,7 @@ impl World {
         let Some(next) = self.queue.pop_front() else {
             return Ok(());
         };
-        self.apply(&next.changes().to_vec());
+        self.apply(next.changes());
         let (pending, endpoint, taught) = match next {
             InFlight::Update(update) => {
                 self.cache.written(update);

@@ -567,6 +567,7 @@ fn any_record() -> impl Strategy<Value = Record> {
 }
 
 type LabelList = Vec<Vec<u8>>;
+type Told = (IpAddr, u32, Source);
 
 fn lower(name: &HickoryName) -> LabelList {
     name.to_lowercase().iter().map(<[u8]>::to_vec).collect()
@@ -577,7 +578,7 @@ fn labels(name: &Name) -> LabelList {
 }
 
 /// What hickory's reading of the message says of the asked name: names of the chain, addresses.
-fn by_hickory(message: &Message) -> Option<(Vec<LabelList>, Vec<(IpAddr, u32, Source)>)> {
+fn by_hickory(message: &Message) -> Option<(Vec<LabelList>, Vec<Told>)> {
     let class_in = |record: &&Record| record.dns_class == DNSClass::IN;
     let cap = |ttl: u32| if ttl > i32::MAX as u32 { 0 } else { ttl };
     let mut chain = vec![lower(&message.queries[0].name)];
