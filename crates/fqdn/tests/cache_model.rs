@@ -500,7 +500,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig::with_cases(ProptestConfig::default().cases.max(600)))]
     #[test]
     fn nothing_is_released_before_the_maps_hold_it(
         aliases in any::<bool>(),
