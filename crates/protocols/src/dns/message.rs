@@ -341,10 +341,11 @@ impl Answer {
         'chain: loop {
             let current = self.aliases.last().unwrap_or(asked);
             for cname in cnames {
-                if reader.name_at(cname.owner)? != *current {
+                if !reader.name_is(cname.owner, current)? {
                     continue;
                 }
-                let target = reader.name_at(cname.target)?;
+                reader.at = cname.target;
+                let target = reader.name()?;
                 if target == *asked || self.aliases.contains(&target) {
                     return Err(Refusal::AliasLoop);
                 }
@@ -563,9 +564,33 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn name_at(&mut self, at: usize) -> Result<Name, Refusal> {
-        self.at = at;
-        self.name()
+    /// Whether the name at `at` is this one; compares in place and stops at the first difference.
+    fn name_is(&mut self, mut at: usize, name: &Name) -> Result<bool, Refusal> {
+        let mut start = at;
+        let mut rest = name.wire();
+        loop {
+            let &length = self.message.get(at).ok_or(Refusal::Truncated)?;
+            if length >= 0xc0 {
+                at = self.pointer(at, start)?;
+                start = at;
+                self.pointers = self.pointers.checked_sub(1).ok_or(Refusal::TooManyPointers)?;
+                continue;
+            }
+            // a label or the root, with its length
+            let end = at + 1 + usize::from(length);
+            let label = self.message.get(at..end).ok_or(Refusal::Truncated)?;
+            let Some((expected, tail)) = rest.split_at_checked(label.len()) else {
+                return Ok(false);
+            };
+            if !label.eq_ignore_ascii_case(expected) {
+                return Ok(false);
+            }
+            if length == 0 {
+                return Ok(true);
+            }
+            at = end;
+            rest = tail;
+        }
     }
 
     /// Where the pointer at `at` leads to, which must be before `start`.
@@ -612,8 +637,15 @@ impl<'a> Reader<'a> {
             self.at += 2;
             return Ok(true);
         }
-        let owner = self.name()?;
-        Ok(owner == *asked || aliases.contains(&owner))
+        let owner = self.at;
+        self.skip_name()?;
+        // addresses stand at the end of the chain
+        for name in aliases.iter().rev().chain([asked]) {
+            if self.name_is(owner, name)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn skip_records(&mut self, count: u16) -> Result<(), Refusal> {

@@ -1,4 +1,8 @@
-use std::{collections::HashMap, fmt};
+use std::{
+    collections::HashMap,
+    fmt,
+    hash::{Hash, Hasher},
+};
 
 use palisade_policy::rule::FqdnPattern;
 
@@ -96,12 +100,20 @@ const PREFIX: u8 = 1;
 const SUFFIX: u8 = 2;
 
 /// Key of a child: node, kind, bytes. In place, so that looking up allocates nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Key {
     node: u32,
     kind: u8,
     len: u8,
     bytes: [u8; MAX_LABEL],
+}
+
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        // what stands behind `len` is zero in every key
+        state.write_u64(u64::from(self.node) << 16 | u64::from(self.kind) << 8 | u64::from(self.len));
+        state.write(self.bytes.get(..usize::from(self.len)).unwrap_or_default());
+    }
 }
 
 impl Key {
