@@ -6,14 +6,17 @@ use std::{
     cell::Cell,
 };
 
-use palisade_fqdn::{Flow, TrackLimits, Tracker};
+use palisade_fqdn::{Cache, Config, Flow, SelectorId, Selectors, TrackLimits, Tracker};
 use palisade_policy::rule::FqdnPattern;
-use palisade_protocols::dns::{Answer, Limits, MessageReader, NameSet, Query, Rcode, reply};
+use palisade_protocols::dns::{
+    Address, Answer, Limits, MessageReader, NameSet, Query, Question, Rcode, Source, reply,
+};
 
 struct Counting;
 
 thread_local! {
     static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+    static BYTES: Cell<isize> = const { Cell::new(0) };
 }
 
 // SAFETY: every call goes on to the system's allocator unchanged; counting touches a thread-local without a
@@ -21,11 +24,13 @@ thread_local! {
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        BYTES.set(BYTES.get() + layout.size() as isize);
         // SAFETY: the caller's promises are those that the system's allocator wants.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        BYTES.set(BYTES.get() - layout.size() as isize);
         // SAFETY: the block is from `alloc` above, which is the system's.
         unsafe { System.dealloc(block, layout) }
     }
@@ -93,4 +98,39 @@ fn questions_and_answers_in_the_steady_state() {
     };
     assert!(allocations(|| round(0)) > 0, "the count must count");
     assert_eq!(allocations(|| (1..1000).for_each(round)), 0);
+}
+
+#[test]
+fn the_memory_that_the_cache_reports_is_what_it_takes() {
+    let pattern = FqdnPattern::Pattern("*.hosts.test".to_owned());
+    let selectors = Selectors::new([(SelectorId(1), &pattern)]).unwrap();
+    let mut cache = Cache::new(Config::default());
+    let update = cache.set_selectors(1, std::sync::Arc::new(selectors));
+    cache.written(update);
+    let before = BYTES.get();
+    for host in 0..20_000_u32 {
+        let ip = std::net::IpAddr::from((0x0a00_0000 + host).to_be_bytes());
+        let name = format!("h{host}.hosts.test").parse().unwrap();
+        let answer = Answer {
+            question: Some(Question {
+                name,
+                rtype: 1,
+                class: 1,
+            }),
+            addresses: vec![Address {
+                ip,
+                ttl: 60,
+                source: Source::Record,
+            }],
+            ttl: Some(60),
+            ..Answer::default()
+        };
+        let pending = cache.learn(1, &answer, 0);
+        assert!(cache.commit(pending).is_ok());
+    }
+    let asked_for = (BYTES.get() - before) as usize;
+    let memory = cache.memory();
+    // the report adds what the allocator itself takes for each block
+    let range = asked_for..asked_for * 5 / 4;
+    assert!(range.contains(&memory.bytes), "{memory:?}, asked for {asked_for}");
 }
