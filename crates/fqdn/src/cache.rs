@@ -1,0 +1,500 @@
+use std::{collections::HashMap, mem::size_of, net::IpAddr, sync::Arc};
+
+use palisade_protocols::dns::{Answer, CLASS_IN, Name, NameError};
+use serde::Serialize;
+
+use crate::{
+    EndpointId, Millis, SelectorId, Selectors,
+    change::{Change, Committed, Pending, Uncommitted, Update},
+    endpoint::{AddressEntry, Endpoint, NameEntry, Pair, Sink, Triple},
+    saved::{SavedAddress, SavedName},
+};
+
+/// How much is learned, and for how long.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The least time that an address is kept, whatever the answer says: the connection that follows an answer
+    /// with a time to live of 0 has to come through.
+    pub min_ttl: Millis,
+    /// The longest time that an answer can ask for.
+    pub max_ttl: Millis,
+    /// Addresses of one name that an endpoint keeps.
+    pub addresses_per_name: usize,
+    /// Addresses of all names together that an endpoint keeps.
+    pub addresses_per_endpoint: usize,
+    /// Whether addresses are learned for the aliases on the way too, not only for the name that was asked.
+    pub aliases: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            min_ttl: 30_000,
+            max_ttl: 7 * 86_400_000,
+            addresses_per_name: 1000,
+            addresses_per_endpoint: 100_000,
+            aliases: false,
+        }
+    }
+}
+
+/// What has happened so far, in addresses of names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize)]
+pub struct Stats {
+    /// Learned anew.
+    pub learned: u64,
+    /// Told again.
+    pub refreshed: u64,
+    /// Removed because of a limit.
+    pub evicted: u64,
+    /// Not learned because of a limit, everything being in use.
+    pub refused: u64,
+    /// Removed after they expired and were seen unused.
+    pub expired: u64,
+    /// Removed by an operator.
+    pub cleaned: u64,
+    /// Answers that could not be released, because an address of theirs was removed before.
+    pub superseded: u64,
+    /// Answers that were aborted.
+    pub aborted: u64,
+}
+
+/// What the cache holds, and what that takes. The bytes are computed from the capacities of its tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize)]
+pub struct Memory {
+    /// Endpoints.
+    pub endpoints: usize,
+    /// Names, of all endpoints.
+    pub names: usize,
+    /// Addresses of names.
+    pub addresses: usize,
+    /// (endpoint, selector, address).
+    pub triples: usize,
+    /// Bytes.
+    pub bytes: usize,
+}
+
+/// A name as `fqdn cache list` shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CachedName {
+    /// Who learned it.
+    pub endpoint: EndpointId,
+    /// The name, as people write it.
+    pub name: String,
+    /// The selectors it matches.
+    pub selectors: Vec<SelectorId>,
+    /// Its addresses.
+    pub addresses: Vec<CachedAddress>,
+}
+
+/// An address of a [`CachedName`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CachedAddress {
+    /// The address.
+    pub ip: IpAddr,
+    /// Milliseconds until it expires; none if it has.
+    pub left: Option<Millis>,
+    /// Whether a connection was seen to use it.
+    pub in_use: bool,
+}
+
+/// The names that the endpoints have learned.
+#[derive(Debug, Default)]
+pub struct Cache {
+    config: Config,
+    endpoints: HashMap<EndpointId, Endpoint>,
+    /// Counts learnings.
+    learnings: u64,
+    /// Counts turns of triples, to live and to gone.
+    turns: u64,
+    stats: Stats,
+}
+
+impl Cache {
+    /// An empty cache.
+    #[must_use]
+    pub fn new(config: Config) -> Self {
+        Self {
+            config,
+            ..Self::default()
+        }
+    }
+
+    /// Learns what an answer tells an endpoint. Only answers without an error, of the Internet class, teach
+    /// something; but the answer is released by [`Cache::commit`] in any case.
+    pub fn learn(&mut self, endpoint: EndpointId, answer: &Answer, now: Millis) -> Pending {
+        self.learnings += 1;
+        let number = self.learnings;
+        let mut pending = Pending {
+            number,
+            endpoint,
+            changes: Vec::new(),
+            pairs: Vec::new(),
+            refused: 0,
+        };
+        let question = answer
+            .question
+            .as_ref()
+            .filter(|question| question.class == CLASS_IN);
+        let (Some(question), 0, Some(ttl)) = (question, answer.rcode, answer.ttl) else {
+            return pending;
+        };
+        let ttl = (Millis::from(ttl) * 1000)
+            .min(self.config.max_ttl)
+            .max(self.config.min_ttl);
+        let mut addresses: Vec<(IpAddr, Millis)> = Vec::with_capacity(answer.addresses.len());
+        // a connection to ::ffff:192.0.2.1 leaves as one to 192.0.2.1 (RFC 4291, 2.5.5.2)
+        addresses.extend(
+            answer
+                .addresses
+                .iter()
+                .map(|a| (a.ip.to_canonical(), now.saturating_add(ttl))),
+        );
+        addresses.sort_unstable();
+        addresses.dedup();
+        if addresses.is_empty() {
+            return pending;
+        }
+        let aliases = if self.config.aliases {
+            &answer.aliases[..]
+        } else {
+            &[]
+        };
+        let state = self.endpoints.entry(endpoint).or_default();
+        let mut sink = Sink {
+            endpoint,
+            changes: &mut pending.changes,
+            turns: &mut self.turns,
+            stats: &mut self.stats,
+        };
+        for name in std::iter::once(&question.name).chain(aliases) {
+            state.learn(
+                name,
+                &addresses,
+                number,
+                &self.config,
+                &mut sink,
+                |key, address, taken| {
+                    if taken {
+                        pending.pairs.push((key.clone(), address));
+                    } else {
+                        pending.refused += 1;
+                    }
+                },
+            );
+        }
+        pending
+    }
+
+    /// Takes note that the changes of an answer are in the maps. If these hold everything that the answer implies
+    /// now, it may be released.
+    ///
+    /// # Errors
+    /// If it may not be released, or not yet: see [`Uncommitted`].
+    pub fn commit(&mut self, mut pending: Pending) -> Result<Committed, Uncommitted> {
+        self.note_written(&pending.changes);
+        pending.changes.clear();
+        let number = pending.number;
+        if pending.pairs.is_empty() {
+            return Ok(Committed { number });
+        }
+        let Some(state) = self.endpoints.get_mut(&pending.endpoint) else {
+            self.stats.superseded += 1;
+            return Err(Uncommitted::Superseded);
+        };
+        let mut sink = Sink {
+            endpoint: pending.endpoint,
+            changes: &mut pending.changes,
+            turns: &mut self.turns,
+            stats: &mut self.stats,
+        };
+        let mut complete = true;
+        for (key, address) in &pending.pairs {
+            match state.check(key, *address, &mut sink) {
+                Some(there) => complete &= there,
+                None => {
+                    self.stats.superseded += 1;
+                    return Err(Uncommitted::Superseded);
+                }
+            }
+        }
+        if complete {
+            Ok(Committed { number })
+        } else {
+            Err(Uncommitted::Missing(pending))
+        }
+    }
+
+    /// Gives up an answer that is not going to be released. What only it told is forgotten; the changes that
+    /// follow from that come with the next sweep.
+    pub fn abort(&mut self, pending: Pending) {
+        self.stats.aborted += 1;
+        let Some(state) = self.endpoints.get_mut(&pending.endpoint) else {
+            return;
+        };
+        let mut changes = Vec::new();
+        let mut sink = Sink {
+            endpoint: pending.endpoint,
+            changes: &mut changes,
+            turns: &mut self.turns,
+            stats: &mut self.stats,
+        };
+        for (key, address) in &pending.pairs {
+            state.unlearn(pending.number, key, *address, &mut sink);
+        }
+    }
+
+    /// Takes note that the changes of an update are in the maps.
+    pub fn written(&mut self, update: Update) {
+        self.note_written(&update.changes);
+    }
+
+    fn note_written(&mut self, changes: &[Change]) {
+        for change in changes {
+            if let Some(state) = self.endpoints.get_mut(&change.endpoint) {
+                state.written(change);
+                if state.is_empty() {
+                    self.endpoints.remove(&change.endpoint);
+                }
+            }
+        }
+    }
+
+    /// Gives an endpoint the selectors of its policy. Names that it learned before count.
+    pub fn set_selectors(&mut self, endpoint: EndpointId, selectors: Arc<Selectors>) -> Update {
+        self.endpoints.entry(endpoint).or_default();
+        self.update(endpoint, |state, sink| state.set_selectors(Some(selectors), sink))
+    }
+
+    /// Forgets an endpoint.
+    pub fn remove_endpoint(&mut self, endpoint: EndpointId) -> Update {
+        let update = self.update(endpoint, |state, sink| {
+            state.clean(|_| true, sink);
+            state.selectors = None;
+        });
+        if self.endpoints.get(&endpoint).is_some_and(Endpoint::is_empty) {
+            self.endpoints.remove(&endpoint);
+        }
+        update
+    }
+
+    /// Tells which addresses live connections of an endpoint use. For a sweep to be right, it must be told all of
+    /// them since the last one.
+    pub fn mark_in_use(&mut self, endpoint: EndpointId, addresses: impl IntoIterator<Item = IpAddr>) {
+        if let Some(state) = self.endpoints.get_mut(&endpoint) {
+            addresses
+                .into_iter()
+                .for_each(|address| state.mark(address.to_canonical()));
+        }
+    }
+
+    /// Removes what has expired and was not in use in this sweep nor in the one before; hands out again the
+    /// changes that were not written.
+    pub fn sweep(&mut self, endpoint: EndpointId, now: Millis) -> Update {
+        self.update(endpoint, |state, sink| state.sweep(now, sink))
+    }
+
+    /// Forgets names, whether they are in use or not: of one endpoint or of all, those that `filter` takes.
+    pub fn clean(&mut self, endpoint: Option<EndpointId>, mut filter: impl FnMut(&Name) -> bool) -> Update {
+        let mut changes = Vec::new();
+        for id in self.select(endpoint) {
+            let mut cleaned = 0;
+            let mut update = self.update(id, |state, sink| cleaned = state.clean(&mut filter, sink));
+            self.stats.cleaned += cleaned as u64;
+            changes.append(&mut update.changes);
+        }
+        Update { changes }
+    }
+
+    fn update(&mut self, endpoint: EndpointId, change: impl FnOnce(&mut Endpoint, &mut Sink<'_>)) -> Update {
+        let mut changes = Vec::new();
+        if let Some(state) = self.endpoints.get_mut(&endpoint) {
+            let mut sink = Sink {
+                endpoint,
+                changes: &mut changes,
+                turns: &mut self.turns,
+                stats: &mut self.stats,
+            };
+            change(state, &mut sink);
+        }
+        Update { changes }
+    }
+
+    fn select(&self, endpoint: Option<EndpointId>) -> Vec<EndpointId> {
+        let mut all: Vec<_> = self
+            .endpoints
+            .keys()
+            .copied()
+            .filter(|id| endpoint.is_none_or(|wanted| wanted == *id))
+            .collect();
+        all.sort_unstable();
+        all
+    }
+
+    /// The endpoints that have selectors or names.
+    #[must_use]
+    pub fn endpoints(&self) -> Vec<EndpointId> {
+        self.select(None)
+    }
+
+    /// What is cached, of one endpoint or of all, by endpoint and name.
+    #[must_use]
+    pub fn list(&self, endpoint: Option<EndpointId>, now: Millis) -> Vec<CachedName> {
+        let mut list = Vec::new();
+        for id in self.select(endpoint) {
+            let Some(state) = self.endpoints.get(&id) else {
+                continue;
+            };
+            let first = list.len();
+            list.extend(state.names.iter().map(|(key, entry)| {
+                CachedName {
+                    endpoint: id,
+                    name: text(key),
+                    selectors: entry.selectors.to_vec(),
+                    addresses: entry
+                        .pairs
+                        .iter()
+                        .map(|pair| CachedAddress {
+                            ip: pair.address,
+                            left: pair.expires.checked_sub(now).filter(|left| *left > 0),
+                            in_use: state.in_use(pair.address),
+                        })
+                        .collect(),
+                }
+            }));
+            list[first..].sort_by(|a, b| a.name.cmp(&b.name));
+        }
+        list
+    }
+
+    /// The name by which an endpoint learned an address last, for reports.
+    #[must_use]
+    pub fn name_of(&self, endpoint: EndpointId, address: IpAddr) -> Option<Name> {
+        let entry = self
+            .endpoints
+            .get(&endpoint)?
+            .addresses
+            .get(&address.to_canonical())?;
+        Name::from_wire(&entry.name).ok()
+    }
+
+    /// Everything, to be kept over a restart.
+    pub fn save(&self, now: Millis) -> impl Iterator<Item = SavedName> + '_ {
+        self.endpoints.iter().flat_map(move |(&endpoint, state)| {
+            state.names.iter().map(move |(key, entry)| SavedName {
+                endpoint,
+                name: text(key),
+                addresses: entry.pairs.iter().map(|pair| saved(pair, now)).collect(),
+            })
+        })
+    }
+
+    /// What an answer taught, to be appended to a journal before it is released: read after the last whole save,
+    /// it brings back what was learned since.
+    #[must_use]
+    pub fn journal(&self, pending: &Pending, now: Millis) -> Vec<SavedName> {
+        let Some(state) = self.endpoints.get(&pending.endpoint) else {
+            return Vec::new();
+        };
+        let mut lines: Vec<SavedName> = Vec::new();
+        let mut last = None;
+        for (key, address) in &pending.pairs {
+            let pairs = state.names.get(key).map_or(&[][..], |entry| &entry.pairs);
+            let Some(pair) = pairs.iter().find(|pair| pair.address == *address) else {
+                continue;
+            };
+            if last != Some(key) {
+                lines.push(SavedName {
+                    endpoint: pending.endpoint,
+                    name: text(key),
+                    addresses: Vec::new(),
+                });
+                last = Some(key);
+            }
+            if let Some(line) = lines.last_mut() {
+                line.addresses.push(saved(pair, now));
+            }
+        }
+        lines
+    }
+
+    /// Brings back what was saved `elapsed` milliseconds ago. What has expired meanwhile comes back too: a
+    /// connection may have lived through the restart; sweeps find out. The limits hold.
+    ///
+    /// # Errors
+    /// If the name is none.
+    pub fn restore(&mut self, saved: &SavedName, elapsed: Millis, now: Millis) -> Result<Update, NameError> {
+        let name: Name = saved.name.parse()?;
+        self.learnings += 1;
+        let number = self.learnings;
+        let addresses: Vec<_> = saved
+            .addresses
+            .iter()
+            .map(|address| {
+                let left = address.left.min(self.config.max_ttl).saturating_sub(elapsed);
+                (address.ip.to_canonical(), now.saturating_add(left))
+            })
+            .collect();
+        let config = self.config.clone();
+        self.endpoints.entry(saved.endpoint).or_default();
+        let update = self.update(saved.endpoint, |state, sink| {
+            state.learn(&name, &addresses, number, &config, sink, |_, _, _| {});
+        });
+        Ok(update)
+    }
+
+    /// What has happened so far.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.stats
+    }
+
+    /// What is held, and what it takes.
+    #[must_use]
+    pub fn memory(&self) -> Memory {
+        // a table has a byte of control for each place, and is at most seven eighths full
+        let table = |capacity: usize, entry: usize| (capacity * 8 / 7) * (entry + 1);
+        // what an allocation takes besides its bytes, and how these are rounded
+        let heap = |bytes: usize| {
+            if bytes == 0 {
+                0
+            } else {
+                (bytes + 8).next_multiple_of(16).max(32)
+            }
+        };
+        let mut memory = Memory {
+            endpoints: self.endpoints.len(),
+            bytes: table(self.endpoints.capacity(), size_of::<(EndpointId, Endpoint)>()),
+            ..Memory::default()
+        };
+        for state in self.endpoints.values() {
+            memory.names += state.names.len();
+            memory.addresses += state.pairs;
+            memory.bytes += table(state.names.capacity(), size_of::<(Arc<[u8]>, NameEntry)>())
+                + table(state.addresses.capacity(), size_of::<(IpAddr, AddressEntry)>())
+                // the nodes of a B-tree are about two thirds full
+                + state.names.len() * size_of::<(u64, Arc<[u8]>)>() * 3 / 2;
+            for (key, entry) in &state.names {
+                memory.bytes += heap(2 * size_of::<usize>() + key.len())
+                    + heap(size_of_val(&entry.selectors[..]))
+                    + heap(entry.pairs.capacity() * size_of::<Pair>());
+            }
+            for entry in state.addresses.values() {
+                memory.triples += entry.triples.len();
+                memory.bytes += heap(entry.triples.capacity() * size_of::<Triple>());
+            }
+        }
+        memory
+    }
+}
+
+fn text(key: &[u8]) -> String {
+    Name::from_wire(key).unwrap_or_default().to_string()
+}
+
+fn saved(pair: &Pair, now: Millis) -> SavedAddress {
+    SavedAddress {
+        ip: pair.address,
+        left: pair.expires.saturating_sub(now),
+    }
+}

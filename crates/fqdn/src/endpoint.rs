@@ -1,0 +1,582 @@
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use palisade_protocols::dns::Name;
+
+use crate::{
+    Config, EndpointId, Millis, SelectorId, Selectors, Stats,
+    change::{Change, ChangeKind},
+};
+
+/// Sweeps that an expired address must be seen unused before it goes.
+const IDLE_SWEEPS: u8 = 2;
+
+/// What one endpoint has learned.
+#[derive(Debug)]
+pub(crate) struct Endpoint {
+    pub(crate) selectors: Option<Arc<Selectors>>,
+    pub(crate) names: HashMap<Arc<[u8]>, NameEntry>,
+    pub(crate) addresses: HashMap<IpAddr, AddressEntry>,
+    /// The names, the one that was learned longest ago first.
+    ages: BTreeMap<u64, Arc<[u8]>>,
+    /// Pairs of name and address.
+    pub(crate) pairs: usize,
+    /// Number of the round that the next sweep ends.
+    round: u64,
+    /// The limit was reached with everything in use; nothing was freed since.
+    exhausted: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct NameEntry {
+    pub(crate) selectors: Box<[SelectorId]>,
+    pub(crate) pairs: Vec<Pair>,
+    /// Key in [`Endpoint::ages`].
+    age: u64,
+}
+
+/// An address of a name.
+#[derive(Debug)]
+pub(crate) struct Pair {
+    pub(crate) address: IpAddr,
+    pub(crate) expires: Millis,
+    /// Number of the learning that told it last.
+    learned: u64,
+    /// Number of the learning that told it first.
+    born: u64,
+    /// Sweeps in a row that saw it expired and unused.
+    idle: u8,
+}
+
+#[derive(Debug)]
+pub(crate) struct AddressEntry {
+    /// Names that have it.
+    names: u32,
+    /// The name it was learned for last.
+    pub(crate) name: Arc<[u8]>,
+    /// The round in which it was last seen in use; 0: never.
+    used: u64,
+    /// By selector, ascending.
+    pub(crate) triples: Vec<Triple>,
+}
+
+/// A selector that an address belongs to.
+#[derive(Debug)]
+pub(crate) struct Triple {
+    selector: SelectorId,
+    /// Names of the address that match the selector. Live while there is one.
+    names: u32,
+    map: MapState,
+    /// Number of the last turn to live or to gone.
+    turn: u64,
+}
+
+/// What is known of the maps about a triple.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum MapState {
+    Absent,
+    Present,
+    /// A change was handed out, and is not known to be written.
+    Unsure,
+}
+
+/// Where changes go.
+pub(crate) struct Sink<'a> {
+    pub(crate) endpoint: EndpointId,
+    pub(crate) changes: &'a mut Vec<Change>,
+    /// Counts turns.
+    pub(crate) turns: &'a mut u64,
+    pub(crate) stats: &'a mut Stats,
+}
+
+impl Sink<'_> {
+    fn emit(&mut self, address: IpAddr, triple: &mut Triple) {
+        let kind = if triple.names > 0 {
+            ChangeKind::Live
+        } else {
+            ChangeKind::Gone
+        };
+        triple.map = MapState::Unsure;
+        self.changes.push(Change {
+            endpoint: self.endpoint,
+            selector: triple.selector,
+            address,
+            kind,
+            turn: triple.turn,
+        });
+    }
+
+    fn next_turn(&mut self) -> u64 {
+        *self.turns += 1;
+        *self.turns
+    }
+}
+
+impl Default for Endpoint {
+    fn default() -> Self {
+        Self {
+            selectors: None,
+            names: HashMap::new(),
+            addresses: HashMap::new(),
+            ages: BTreeMap::new(),
+            pairs: 0,
+            round: 1,
+            exhausted: false,
+        }
+    }
+}
+
+impl Endpoint {
+    /// Whether nothing is left of it.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.selectors.is_none() && self.names.is_empty() && self.addresses.is_empty()
+    }
+
+    /// Whether a connection was seen to use the address in this round or the last.
+    pub(crate) fn in_use(&self, address: IpAddr) -> bool {
+        self.addresses
+            .get(&address)
+            .is_some_and(|entry| entry.used > 0 && entry.used + 1 >= self.round)
+    }
+
+    pub(crate) fn mark(&mut self, address: IpAddr) {
+        if let Some(entry) = self.addresses.get_mut(&address).filter(|entry| entry.names > 0) {
+            entry.used = self.round;
+        }
+    }
+
+    /// Learns addresses of a name; gives the name's key, and tells for each address whether it was taken.
+    pub(crate) fn learn(
+        &mut self,
+        name: &Name,
+        addresses: &[(IpAddr, Millis)],
+        number: u64,
+        config: &Config,
+        sink: &mut Sink<'_>,
+        mut taken: impl FnMut(&Arc<[u8]>, IpAddr, bool),
+    ) {
+        let key = match self.names.get_key_value(name.wire()) {
+            Some((key, _)) => key.clone(),
+            None => {
+                let key: Arc<[u8]> = name.wire().into();
+                let selectors = self
+                    .selectors
+                    .as_ref()
+                    .map(|all| all.matching(name))
+                    .unwrap_or_default();
+                self.names.insert(
+                    key.clone(),
+                    NameEntry {
+                        selectors,
+                        pairs: Vec::with_capacity(addresses.len().min(config.addresses_per_name)),
+                        age: 0,
+                    },
+                );
+                key
+            }
+        };
+        let mut any = false;
+        for &(address, expires) in addresses {
+            let known = self.refresh(&key, address, expires, number, sink);
+            let ok = known || {
+                let room = self.make_room(&key, number, config, sink);
+                if room {
+                    self.add_pair(
+                        &key,
+                        Pair {
+                            address,
+                            expires,
+                            learned: number,
+                            born: number,
+                            idle: 0,
+                        },
+                        sink,
+                    );
+                }
+                room
+            };
+            any |= ok;
+            taken(&key, address, ok);
+        }
+        if any {
+            self.renew_age(&key, number);
+        }
+        self.drop_name_if_empty(&key);
+    }
+
+    /// A pair that is known lives on; what the maps are not known to hold is handed out again.
+    fn refresh(
+        &mut self,
+        key: &Arc<[u8]>,
+        address: IpAddr,
+        expires: Millis,
+        number: u64,
+        sink: &mut Sink<'_>,
+    ) -> bool {
+        let Some(name) = self.names.get_mut(key) else {
+            return false;
+        };
+        let Some(pair) = name.pairs.iter_mut().find(|pair| pair.address == address) else {
+            return false;
+        };
+        pair.expires = pair.expires.max(expires);
+        pair.learned = number;
+        pair.idle = 0;
+        if let Some(entry) = self.addresses.get_mut(&address) {
+            entry.name = key.clone();
+            entry.complete(address, &name.selectors, sink);
+        }
+        sink.stats.refreshed += 1;
+        true
+    }
+
+    /// Makes room for one more pair of the name, if need be by removing the oldest that is not in use. What this
+    /// learning itself told is not removed again.
+    fn make_room(&mut self, key: &Arc<[u8]>, number: u64, config: &Config, sink: &mut Sink<'_>) -> bool {
+        let full = self
+            .names
+            .get(key)
+            .is_some_and(|name| name.pairs.len() >= config.addresses_per_name);
+        if full {
+            let Some(victim) = self.victim_of(key, number) else {
+                sink.stats.refused += 1;
+                return false;
+            };
+            self.remove_pair(key, victim, sink);
+            sink.stats.evicted += 1;
+        }
+        if self.pairs < config.addresses_per_endpoint {
+            return true;
+        }
+        let victim = if self.exhausted {
+            None
+        } else {
+            self.ages
+                .values()
+                .find_map(|name| Some((name.clone(), self.victim_of(name, number)?)))
+        };
+        let Some((name, victim)) = victim else {
+            // what this learning told is spared only by this learning
+            self.exhausted = self
+                .names
+                .values()
+                .flat_map(|name| &name.pairs)
+                .all(|p| self.in_use(p.address));
+            sink.stats.refused += 1;
+            return false;
+        };
+        self.remove_pair(&name, victim, sink);
+        if name != *key {
+            self.drop_name_if_empty(&name);
+        }
+        sink.stats.evicted += 1;
+        true
+    }
+
+    /// The address of a name that was told longest ago, among those that no connection uses.
+    fn victim_of(&self, name: &Arc<[u8]>, number: u64) -> Option<IpAddr> {
+        let pairs = &self.names.get(name)?.pairs;
+        pairs
+            .iter()
+            .filter(|pair| pair.learned != number && !self.in_use(pair.address))
+            .min_by_key(|pair| pair.learned)
+            .map(|pair| pair.address)
+    }
+
+    fn add_pair(&mut self, key: &Arc<[u8]>, pair: Pair, sink: &mut Sink<'_>) {
+        let Some(name) = self.names.get_mut(key) else {
+            return;
+        };
+        let address = pair.address;
+        name.pairs.push(pair);
+        self.pairs += 1;
+        sink.stats.learned += 1;
+        let entry = self.addresses.entry(address).or_insert_with(|| AddressEntry {
+            names: 0,
+            name: key.clone(),
+            used: 0,
+            triples: Vec::new(),
+        });
+        entry.names += 1;
+        entry.name = key.clone();
+        for &selector in &name.selectors {
+            entry.acquire(address, selector, sink);
+        }
+    }
+
+    /// Removes an address of a name. The name stays, even without addresses.
+    fn remove_pair(&mut self, key: &Arc<[u8]>, address: IpAddr, sink: &mut Sink<'_>) {
+        let Some(name) = self.names.get_mut(key) else {
+            return;
+        };
+        let Some(at) = name.pairs.iter().position(|pair| pair.address == address) else {
+            return;
+        };
+        name.pairs.remove(at);
+        self.pairs -= 1;
+        self.exhausted = false;
+        if let Some(entry) = self.addresses.get_mut(&address) {
+            entry.names -= 1;
+            if entry.names == 0 {
+                entry.used = 0;
+            }
+            for selector in &name.selectors {
+                entry.release(address, *selector, sink);
+            }
+            self.drop_address_if_empty(address);
+        }
+    }
+
+    /// An address without names lives on while the maps may hold something of it.
+    fn drop_address_if_empty(&mut self, address: IpAddr) {
+        if self
+            .addresses
+            .get(&address)
+            .is_some_and(|entry| entry.names == 0 && entry.triples.is_empty())
+        {
+            self.addresses.remove(&address);
+        }
+    }
+
+    fn drop_name_if_empty(&mut self, key: &Arc<[u8]>) {
+        if self.names.get(key).is_some_and(|name| name.pairs.is_empty())
+            && let Some(name) = self.names.remove(key)
+        {
+            self.ages.remove(&name.age);
+        }
+    }
+
+    /// A learning tells several names when aliases count; their order among each other does not matter, but each
+    /// needs a key of its own.
+    fn renew_age(&mut self, key: &Arc<[u8]>, number: u64) {
+        let Some(name) = self.names.get_mut(key) else {
+            return;
+        };
+        self.ages.remove(&name.age);
+        let mut age = number << 8;
+        while self.ages.contains_key(&age) {
+            age += 1;
+        }
+        name.age = age;
+        self.ages.insert(age, key.clone());
+    }
+
+    /// Ends a round: what has expired and was seen unused often enough goes; what the maps are not known to hold
+    /// as they should is handed out again.
+    pub(crate) fn sweep(&mut self, now: Millis, sink: &mut Sink<'_>) {
+        let round = self.round;
+        let mut dead = Vec::new();
+        for (key, name) in &mut self.names {
+            for pair in &mut name.pairs {
+                let used = self
+                    .addresses
+                    .get(&pair.address)
+                    .is_some_and(|entry| entry.used == round);
+                if used || pair.expires > now {
+                    pair.idle = 0;
+                    continue;
+                }
+                pair.idle += 1;
+                if pair.idle >= IDLE_SWEEPS {
+                    dead.push((key.clone(), pair.address));
+                }
+            }
+        }
+        for (key, address) in dead {
+            self.remove_pair(&key, address, sink);
+            self.drop_name_if_empty(&key);
+            sink.stats.expired += 1;
+        }
+        self.round += 1;
+        self.exhausted = false;
+        self.repair(sink);
+    }
+
+    /// Hands out again whatever is not known to be written.
+    fn repair(&mut self, sink: &mut Sink<'_>) {
+        // each only once, also if it has just turned
+        let from = sink
+            .changes
+            .iter()
+            .map(|change| change.turn)
+            .collect::<std::collections::HashSet<_>>();
+        for (&address, entry) in &mut self.addresses {
+            for triple in &mut entry.triples {
+                if triple.map == MapState::Unsure && !from.contains(&triple.turn) {
+                    sink.emit(address, triple);
+                }
+            }
+        }
+    }
+
+    /// Another policy. What it adds comes before what it takes away, so that nothing that both allow is ever cut.
+    pub(crate) fn set_selectors(&mut self, selectors: Option<Arc<Selectors>>, sink: &mut Sink<'_>) {
+        let mut old = Vec::new();
+        for (key, name) in &mut self.names {
+            let Ok(text) = Name::from_wire(key) else { continue };
+            let new = selectors
+                .as_ref()
+                .map(|all| all.matching(&text))
+                .unwrap_or_default();
+            if new == name.selectors {
+                continue;
+            }
+            let before = std::mem::replace(&mut name.selectors, new);
+            for pair in &name.pairs {
+                let Some(entry) = self.addresses.get_mut(&pair.address) else {
+                    continue;
+                };
+                for &selector in name
+                    .selectors
+                    .iter()
+                    .filter(|id| before.binary_search(id).is_err())
+                {
+                    entry.acquire(pair.address, selector, sink);
+                }
+            }
+            old.push((key.clone(), before));
+        }
+        for (key, before) in old {
+            let Some(name) = self.names.get(&key) else {
+                continue;
+            };
+            for pair in &name.pairs {
+                let Some(entry) = self.addresses.get_mut(&pair.address) else {
+                    continue;
+                };
+                for &selector in before
+                    .iter()
+                    .filter(|id| name.selectors.binary_search(id).is_err())
+                {
+                    entry.release(pair.address, selector, sink);
+                }
+            }
+        }
+        self.selectors = selectors;
+    }
+
+    /// Forgets the names that `filter` takes, whether in use or not. Returns how many addresses went.
+    pub(crate) fn clean(&mut self, mut filter: impl FnMut(&Name) -> bool, sink: &mut Sink<'_>) -> usize {
+        let before = self.pairs;
+        let keys: Vec<_> = self
+            .names
+            .keys()
+            .filter(|key| Name::from_wire(key).is_ok_and(|name| filter(&name)))
+            .cloned()
+            .collect();
+        for key in keys {
+            while let Some(address) = self
+                .names
+                .get(&key)
+                .and_then(|name| name.pairs.last())
+                .map(|pair| pair.address)
+            {
+                self.remove_pair(&key, address, sink);
+            }
+            self.drop_name_if_empty(&key);
+        }
+        before - self.pairs
+    }
+
+    /// Takes back what a learning added, unless another has told it since.
+    pub(crate) fn unlearn(&mut self, number: u64, key: &Arc<[u8]>, address: IpAddr, sink: &mut Sink<'_>) {
+        let own = |pair: &Pair| pair.address == address && pair.born == number && pair.learned == number;
+        if self.names.get(key).is_some_and(|name| name.pairs.iter().any(own)) {
+            self.remove_pair(key, address, sink);
+            self.drop_name_if_empty(key);
+        }
+    }
+
+    /// A change is in the maps.
+    pub(crate) fn written(&mut self, change: &Change) {
+        let Some(entry) = self.addresses.get_mut(&change.address) else {
+            return;
+        };
+        let Ok(at) = entry.find(change.selector) else {
+            return;
+        };
+        let triple = &mut entry.triples[at];
+        triple.map = match change.kind {
+            // written later than a newer change: the maps may hold either
+            _ if triple.turn != change.turn => MapState::Unsure,
+            ChangeKind::Live => MapState::Present,
+            ChangeKind::Gone => MapState::Absent,
+        };
+        if triple.map == MapState::Absent {
+            entry.triples.remove(at);
+            self.drop_address_if_empty(change.address);
+        }
+    }
+
+    /// Whether a pair is there and the maps hold everything of it; hands out again what they do not. `None`: the
+    /// pair is gone.
+    pub(crate) fn check(&mut self, key: &Arc<[u8]>, address: IpAddr, sink: &mut Sink<'_>) -> Option<bool> {
+        let name = self.names.get(key)?;
+        name.pairs.iter().find(|pair| pair.address == address)?;
+        let entry = self.addresses.get_mut(&address)?;
+        Some(entry.complete(address, &name.selectors, sink))
+    }
+}
+
+impl AddressEntry {
+    fn find(&self, selector: SelectorId) -> Result<usize, usize> {
+        self.triples
+            .binary_search_by_key(&selector, |triple| triple.selector)
+    }
+
+    /// Whether the maps hold the address for all of the selectors; hands out again what they are not known to.
+    fn complete(&mut self, address: IpAddr, selectors: &[SelectorId], sink: &mut Sink<'_>) -> bool {
+        let mut complete = true;
+        for &selector in selectors {
+            if let Ok(at) = self.find(selector)
+                && self.triples[at].map != MapState::Present
+            {
+                complete = false;
+                sink.emit(address, &mut self.triples[at]);
+            }
+        }
+        complete
+    }
+
+    /// One more name of the address matches the selector.
+    fn acquire(&mut self, address: IpAddr, selector: SelectorId, sink: &mut Sink<'_>) {
+        let at = self.find(selector).unwrap_or_else(|at| {
+            // most addresses have one
+            if self.triples.is_empty() {
+                self.triples.reserve_exact(1);
+            }
+            self.triples.insert(
+                at,
+                Triple {
+                    selector,
+                    names: 0,
+                    map: MapState::Absent,
+                    turn: 0,
+                },
+            );
+            at
+        });
+        let triple = &mut self.triples[at];
+        if triple.names == 0 {
+            triple.turn = sink.next_turn();
+        }
+        triple.names += 1;
+        if triple.map != MapState::Present {
+            sink.emit(address, triple);
+        }
+    }
+
+    /// One name of the address less matches the selector.
+    fn release(&mut self, address: IpAddr, selector: SelectorId, sink: &mut Sink<'_>) {
+        let Ok(at) = self.find(selector) else { return };
+        let triple = &mut self.triples[at];
+        triple.names -= 1;
+        if triple.names == 0 {
+            triple.turn = sink.next_turn();
+            sink.emit(address, triple);
+        }
+    }
+}

@@ -1,0 +1,746 @@
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use super::{
+    CLASS_IN, HEADER_LEN, Refusal,
+    name::{MAX_LABEL, Name, NameBuilder},
+    rtype,
+};
+
+/// What a message may cost at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of a message.
+    pub message: usize,
+    /// Records of all sections together.
+    pub records: u32,
+    /// Compression pointers followed in all names together.
+    pub pointers: u32,
+}
+
+impl Limits {
+    /// For queries: one question, EDNS with padding (RFC 8467), perhaps a signature.
+    pub const QUERY: Self = Self {
+        message: 4096,
+        records: 8,
+        pointers: 64,
+    };
+    /// For answers, also over TCP: a round-robin set of a thousand addresses still passes.
+    pub const ANSWER: Self = Self {
+        message: 65_535,
+        records: 2048,
+        pointers: 16_384,
+    };
+}
+
+/// The second word of the header, without the response code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Flags(pub u16);
+
+impl Flags {
+    /// QR: an answer.
+    #[must_use]
+    pub const fn response(self) -> bool {
+        self.0 & 0x8000 != 0
+    }
+
+    /// What kind of query it is.
+    #[must_use]
+    pub const fn opcode(self) -> u8 {
+        (self.0 >> 11 & 15) as u8
+    }
+
+    /// AA: from an authority.
+    #[must_use]
+    pub const fn authoritative(self) -> bool {
+        self.0 & 0x0400 != 0
+    }
+
+    /// TC: the rest did not fit; ask again over TCP.
+    #[must_use]
+    pub const fn truncated(self) -> bool {
+        self.0 & 0x0200 != 0
+    }
+
+    /// RD: please ask others.
+    #[must_use]
+    pub const fn recursion_desired(self) -> bool {
+        self.0 & 0x0100 != 0
+    }
+
+    /// CD: no validation wanted (RFC 4035, 3.2.2).
+    #[must_use]
+    pub const fn checking_disabled(self) -> bool {
+        self.0 & 0x0010 != 0
+    }
+}
+
+/// What is asked.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Question {
+    /// The name.
+    pub name: Name,
+    /// The type of record, see [`rtype`].
+    pub rtype: u16,
+    /// The class, see [`CLASS_IN`].
+    pub class: u16,
+}
+
+/// The fixed part of an EDNS record (RFC 6891, 6.1.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Edns {
+    /// How large a UDP message the sender takes.
+    pub udp_payload: u16,
+    /// Upper eight bits of the response code.
+    pub rcode_high: u8,
+    /// The version; there is only 0.
+    pub version: u8,
+    /// DO: signatures wanted.
+    pub dnssec_ok: bool,
+}
+
+/// What a client asks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Query {
+    /// Number that the answer repeats.
+    pub id: u16,
+    /// Flags; the opcode is QUERY.
+    pub flags: Flags,
+    /// The one question.
+    pub question: Question,
+    /// EDNS, if the client has it.
+    pub edns: Option<Edns>,
+}
+
+impl Query {
+    /// Reads a query. Allocates nothing.
+    ///
+    /// # Errors
+    /// If the message is not one query with one question, well-formed to its last byte.
+    pub fn parse(message: &[u8], limits: &Limits) -> Result<Self, Refusal> {
+        let header = Header::parse(message, limits)?;
+        if header.flags.response() {
+            return Err(Refusal::WrongDirection);
+        }
+        header.check(limits)?;
+        if header.questions == 0 {
+            return Err(Refusal::NoQuestion);
+        }
+        let mut reader = Reader {
+            message,
+            at: HEADER_LEN,
+            pointers: limits.pointers,
+        };
+        let question = reader.question()?;
+        // an incremental transfer says in its authority section what it has (RFC 1995, 3)
+        if header.answers > 0 || header.authorities > 0 && question.rtype != rtype::IXFR {
+            return Err(Refusal::RecordsInQuery);
+        }
+        reader.skip_records(header.authorities)?;
+        let edns = reader.additionals(header.additionals)?;
+        reader.end()?;
+        Ok(Self {
+            id: header.id,
+            flags: header.flags,
+            question,
+            edns,
+        })
+    }
+}
+
+/// Where an address comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Source {
+    /// An A or AAAA record.
+    Record,
+    /// An address hint of an SVCB or HTTPS record (RFC 9460, 7.3).
+    Hint,
+}
+
+/// An address that an answer gives the asked name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Address {
+    /// The address.
+    pub ip: IpAddr,
+    /// Seconds that its record may be kept.
+    pub ttl: u32,
+    /// The kind of record it stood in.
+    pub source: Source,
+}
+
+/// What a resolver says about the asked name.
+///
+/// Its vectors keep their capacity: a reader that calls [`Answer::read`] on the same value allocates nothing in
+/// the long run.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Answer {
+    /// Number of the query.
+    pub id: u16,
+    /// Flags.
+    pub flags: Flags,
+    /// Response code, with the upper bits of EDNS.
+    pub rcode: u16,
+    /// The question repeated. Servers leave it out of some errors; an answer without it carries no records.
+    pub question: Option<Question>,
+    /// The names that the question leads to through CNAME records, in order, without the asked name.
+    pub aliases: Vec<Name>,
+    /// The addresses of the asked name and its aliases, in the order of the message.
+    pub addresses: Vec<Address>,
+    /// The least time to live of the aliases and addresses; `None` if there are none.
+    pub ttl: Option<u32>,
+    /// EDNS, if the resolver sent it.
+    pub edns: Option<Edns>,
+}
+
+/// CNAME records that an answer section may have.
+const ALIASES: usize = 16;
+
+/// Where the names of a CNAME record stand.
+#[derive(Clone, Copy, Default)]
+struct Cname {
+    owner: usize,
+    target: usize,
+    ttl: u32,
+}
+
+impl Answer {
+    /// Reads an answer into a new value.
+    ///
+    /// # Errors
+    /// As [`Answer::read`].
+    pub fn parse(message: &[u8], limits: &Limits) -> Result<Self, Refusal> {
+        let mut answer = Self::default();
+        answer.read(message, limits)?;
+        Ok(answer)
+    }
+
+    /// Whether the answer did not fit and the client will ask over TCP.
+    #[must_use]
+    pub fn truncated(&self) -> bool {
+        self.flags.truncated()
+    }
+
+    /// Reads an answer into this value, whatever it was before.
+    ///
+    /// # Errors
+    /// If the message is no answer, or not well-formed to its last byte. The value is empty then.
+    pub fn read(&mut self, message: &[u8], limits: &Limits) -> Result<(), Refusal> {
+        let result = self.read_sections(message, limits);
+        if result.is_err() {
+            self.clear();
+        }
+        result
+    }
+
+    fn clear(&mut self) {
+        self.question = None;
+        self.aliases.clear();
+        self.addresses.clear();
+        self.ttl = None;
+        self.edns = None;
+    }
+
+    fn read_sections(&mut self, message: &[u8], limits: &Limits) -> Result<(), Refusal> {
+        self.clear();
+        let header = Header::parse(message, limits)?;
+        self.id = header.id;
+        self.flags = header.flags;
+        self.rcode = header.rcode;
+        if !header.flags.response() {
+            return Err(Refusal::WrongDirection);
+        }
+        header.check(limits)?;
+        let mut reader = Reader {
+            message,
+            at: HEADER_LEN,
+            pointers: limits.pointers,
+        };
+        let question = if header.questions == 1 {
+            reader.question()?
+        } else if header.answers > 0 {
+            return Err(Refusal::NoQuestion);
+        } else {
+            reader.skip_records(header.authorities)?;
+            self.edns = reader.additionals(header.additionals)?;
+            self.add_rcode_high();
+            return reader.end();
+        };
+
+        // first walk: everything to the last byte, and the aliases, which may stand in any order
+        let section = reader.at;
+        let mut addresses = 0_u32;
+        let (mut cnames, mut aliases) = ([Cname::default(); ALIASES], 0);
+        for _ in 0..header.answers {
+            let owner = reader.at;
+            reader.skip_name()?;
+            let record = reader.record()?;
+            match record.rtype {
+                rtype::OPT => return Err(Refusal::BadOpt),
+                _ if record.class != CLASS_IN => {}
+                rtype::CNAME => {
+                    let slot = cnames.get_mut(aliases).ok_or(Refusal::TooManyAliases)?;
+                    *slot = Cname {
+                        owner,
+                        target: record.data,
+                        ttl: record.ttl,
+                    };
+                    aliases += 1;
+                    let end = reader.at;
+                    reader.at = record.data;
+                    reader.name()?;
+                    if reader.at != end {
+                        return Err(Refusal::BadRdata);
+                    }
+                }
+                rtype::A | rtype::AAAA | rtype::SVCB | rtype::HTTPS => addresses += 1,
+                _ => {}
+            }
+        }
+        reader.skip_records(header.authorities)?;
+        self.edns = reader.additionals(header.additionals)?;
+        self.add_rcode_high();
+        reader.end()?;
+
+        self.follow_aliases(
+            &mut reader,
+            &question.name,
+            cnames.get(..aliases).unwrap_or_default(),
+        )?;
+
+        // second walk: the addresses of the names that the question leads to
+        if addresses > 0 && question.class == CLASS_IN {
+            reader.at = section;
+            for _ in 0..header.answers {
+                let belongs = reader.owner_is_one_of(&question.name, &self.aliases)?;
+                let record = reader.record()?;
+                if record.class == CLASS_IN {
+                    self.take_addresses(&mut reader, &record, belongs)?;
+                }
+            }
+        }
+        self.question = Some(question);
+        Ok(())
+    }
+
+    fn add_rcode_high(&mut self) {
+        if let Some(edns) = self.edns {
+            self.rcode |= u16::from(edns.rcode_high) << 4;
+        }
+    }
+
+    fn lower_ttl(&mut self, ttl: u32) {
+        self.ttl = Some(self.ttl.map_or(ttl, |lowest| lowest.min(ttl)));
+    }
+
+    /// A name has one CNAME (RFC 2181, 10.1): of several the first counts.
+    fn follow_aliases(
+        &mut self,
+        reader: &mut Reader<'_>,
+        asked: &Name,
+        cnames: &[Cname],
+    ) -> Result<(), Refusal> {
+        'chain: loop {
+            let current = self.aliases.last().unwrap_or(asked);
+            for cname in cnames {
+                if !reader.name_is(cname.owner, current)? {
+                    continue;
+                }
+                reader.at = cname.target;
+                let target = reader.name()?;
+                if target == *asked || self.aliases.contains(&target) {
+                    return Err(Refusal::AliasLoop);
+                }
+                self.aliases.push(target);
+                self.lower_ttl(cname.ttl);
+                continue 'chain;
+            }
+            return Ok(());
+        }
+    }
+
+    /// Malformed data is refused also where it does not belong to the question: who knows what a client takes.
+    fn take_addresses(
+        &mut self,
+        reader: &mut Reader<'_>,
+        record: &Record,
+        belongs: bool,
+    ) -> Result<(), Refusal> {
+        let data = &reader.message[record.data..reader.at];
+        let Record { ttl, .. } = *record;
+        let mut add = |ip, source| {
+            if belongs {
+                self.addresses.push(Address { ip, ttl, source });
+            }
+        };
+        match record.rtype {
+            rtype::A => {
+                let octets: [u8; 4] = data.try_into().map_err(|_| Refusal::BadRdata)?;
+                add(Ipv4Addr::from(octets).into(), Source::Record);
+            }
+            rtype::AAAA => {
+                let octets: [u8; 16] = data.try_into().map_err(|_| Refusal::BadRdata)?;
+                add(Ipv6Addr::from(octets).into(), Source::Record);
+            }
+            rtype::SVCB | rtype::HTTPS => {
+                let end = reader.at;
+                reader.at = record.data;
+                let hints = reader.service_hints(end)?;
+                reader.at = end;
+                for octets in hints.v4 {
+                    add(Ipv4Addr::from(*octets).into(), Source::Hint);
+                }
+                for octets in hints.v6 {
+                    add(Ipv6Addr::from(*octets).into(), Source::Hint);
+                }
+                // without hints the record says nothing about addresses, and its time to live neither
+                if hints.v4.is_empty() && hints.v6.is_empty() {
+                    return Ok(());
+                }
+            }
+            _ => return Ok(()),
+        }
+        if belongs {
+            self.lower_ttl(ttl);
+        }
+        Ok(())
+    }
+}
+
+struct Header {
+    id: u16,
+    flags: Flags,
+    rcode: u16,
+    questions: u16,
+    answers: u16,
+    authorities: u16,
+    additionals: u16,
+}
+
+impl Header {
+    fn parse(message: &[u8], limits: &Limits) -> Result<Self, Refusal> {
+        let Some(header) = message.first_chunk::<HEADER_LEN>() else {
+            return Err(Refusal::Short);
+        };
+        if message.len() > limits.message {
+            return Err(Refusal::TooLong);
+        }
+        let word = |i: usize| u16::from_be_bytes([header[2 * i], header[2 * i + 1]]);
+        Ok(Self {
+            id: word(0),
+            flags: Flags(word(1) & 0xfff0),
+            rcode: word(1) & 15,
+            questions: word(2),
+            answers: word(3),
+            authorities: word(4),
+            additionals: word(5),
+        })
+    }
+
+    fn check(&self, limits: &Limits) -> Result<(), Refusal> {
+        if self.flags.opcode() != 0 {
+            return Err(Refusal::Opcode);
+        }
+        if self.questions > 1 {
+            return Err(Refusal::ManyQuestions);
+        }
+        let records = u32::from(self.answers) + u32::from(self.authorities) + u32::from(self.additionals);
+        if records > limits.records {
+            return Err(Refusal::TooManyRecords);
+        }
+        Ok(())
+    }
+}
+
+/// The part of a record after its owner. The reader stands behind the data.
+struct Record {
+    rtype: u16,
+    class: u16,
+    ttl: u32,
+    /// Where the data starts.
+    data: usize,
+}
+
+struct Hints<'a> {
+    v4: &'a [[u8; 4]],
+    v6: &'a [[u8; 16]],
+}
+
+struct Reader<'a> {
+    message: &'a [u8],
+    at: usize,
+    /// Compression pointers that may still be followed.
+    pointers: u32,
+}
+
+impl<'a> Reader<'a> {
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], Refusal> {
+        let rest = self.message.get(self.at..).ok_or(Refusal::Truncated)?;
+        let bytes = rest.first_chunk::<N>().ok_or(Refusal::Truncated)?;
+        self.at += N;
+        Ok(*bytes)
+    }
+
+    fn word(&mut self) -> Result<u16, Refusal> {
+        self.take().map(u16::from_be_bytes)
+    }
+
+    fn slice(&mut self, len: usize) -> Result<&'a [u8], Refusal> {
+        let slice = self
+            .message
+            .get(self.at..self.at + len)
+            .ok_or(Refusal::Truncated)?;
+        self.at += len;
+        Ok(slice)
+    }
+
+    fn end(&self) -> Result<(), Refusal> {
+        if self.at == self.message.len() {
+            Ok(())
+        } else {
+            Err(Refusal::TrailingBytes)
+        }
+    }
+
+    fn question(&mut self) -> Result<Question, Refusal> {
+        let name = self.name()?;
+        let [t0, t1, c0, c1] = self.take()?;
+        Ok(Question {
+            name,
+            rtype: u16::from_be_bytes([t0, t1]),
+            class: u16::from_be_bytes([c0, c1]),
+        })
+    }
+
+    fn record(&mut self) -> Result<Record, Refusal> {
+        let [t0, t1, c0, c1, a, b, c, d, l0, l1] = self.take()?;
+        let ttl = u32::from_be_bytes([a, b, c, d]);
+        let record = Record {
+            rtype: u16::from_be_bytes([t0, t1]),
+            class: u16::from_be_bytes([c0, c1]),
+            // the top bit set means zero (RFC 2181, 8)
+            ttl: if ttl > i32::MAX as u32 { 0 } else { ttl },
+            data: self.at,
+        };
+        self.slice(usize::from(u16::from_be_bytes([l0, l1])))?;
+        Ok(record)
+    }
+
+    /// Reads a name, following pointers. Every pointer must lead before everything that was read of the name so
+    /// far (RFC 1035, 4.1.4: to a prior occurrence), so no name can go in circles.
+    fn name(&mut self) -> Result<Name, Refusal> {
+        let mut builder = NameBuilder::new();
+        let mut at = self.at;
+        let mut start = at;
+        let mut jumped = false;
+        loop {
+            let &length = self.message.get(at).ok_or(Refusal::Truncated)?;
+            let length = usize::from(length);
+            match length {
+                0 => {
+                    if !jumped {
+                        self.at = at + 1;
+                    }
+                    return Ok(builder.finish());
+                }
+                1..=MAX_LABEL => {
+                    let label = self
+                        .message
+                        .get(at + 1..at + 1 + length)
+                        .ok_or(Refusal::Truncated)?;
+                    builder.push(label).map_err(|_| Refusal::NameTooLong)?;
+                    at += 1 + length;
+                }
+                0xc0.. => {
+                    let target = self.pointer(at, start)?;
+                    self.pointers = self.pointers.checked_sub(1).ok_or(Refusal::TooManyPointers)?;
+                    if !jumped {
+                        self.at = at + 2;
+                        jumped = true;
+                    }
+                    start = target;
+                    at = target;
+                }
+                _ => return Err(Refusal::LabelType),
+            }
+        }
+    }
+
+    /// Whether the name at `at` is this one; compares in place and stops at the first difference.
+    fn name_is(&mut self, mut at: usize, name: &Name) -> Result<bool, Refusal> {
+        let mut start = at;
+        let mut rest = name.wire();
+        loop {
+            let &length = self.message.get(at).ok_or(Refusal::Truncated)?;
+            if length >= 0xc0 {
+                at = self.pointer(at, start)?;
+                start = at;
+                self.pointers = self.pointers.checked_sub(1).ok_or(Refusal::TooManyPointers)?;
+                continue;
+            }
+            // a label or the root, with its length
+            let end = at + 1 + usize::from(length);
+            let label = self.message.get(at..end).ok_or(Refusal::Truncated)?;
+            let Some((expected, tail)) = rest.split_at_checked(label.len()) else {
+                return Ok(false);
+            };
+            if !label.eq_ignore_ascii_case(expected) {
+                return Ok(false);
+            }
+            if length == 0 {
+                return Ok(true);
+            }
+            at = end;
+            rest = tail;
+        }
+    }
+
+    /// Where the pointer at `at` leads to, which must be before `start`.
+    fn pointer(&self, at: usize, start: usize) -> Result<usize, Refusal> {
+        let &[high, low] = self
+            .message
+            .get(at..)
+            .and_then(|rest| rest.first_chunk())
+            .ok_or(Refusal::Truncated)?;
+        let target = usize::from(u16::from_be_bytes([high & 0x3f, low]));
+        if (HEADER_LEN..start).contains(&target) {
+            Ok(target)
+        } else {
+            Err(Refusal::BadPointer)
+        }
+    }
+
+    /// Steps over a name without following its pointer.
+    fn skip_name(&mut self) -> Result<(), Refusal> {
+        let start = self.at;
+        loop {
+            let &length = self.message.get(self.at).ok_or(Refusal::Truncated)?;
+            match usize::from(length) {
+                0 => {
+                    self.at += 1;
+                    return Ok(());
+                }
+                length @ 1..=MAX_LABEL => self.at += 1 + length,
+                0xc0.. => {
+                    self.pointer(self.at, start)?;
+                    self.at += 2;
+                    return Ok(());
+                }
+                _ => return Err(Refusal::LabelType),
+            }
+        }
+    }
+
+    /// Reads the owner of a record: whether it is the asked name or one of its aliases.
+    fn owner_is_one_of(&mut self, asked: &Name, aliases: &[Name]) -> Result<bool, Refusal> {
+        // by far the most frequent form: a pointer to the question
+        if self.message.get(self.at..).and_then(|rest| rest.first_chunk()) == Some(&[0xc0, HEADER_LEN as u8])
+        {
+            self.at += 2;
+            return Ok(true);
+        }
+        let owner = self.at;
+        self.skip_name()?;
+        // addresses stand at the end of the chain
+        for name in aliases.iter().rev().chain([asked]) {
+            if self.name_is(owner, name)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn skip_records(&mut self, count: u16) -> Result<(), Refusal> {
+        for _ in 0..count {
+            self.skip_name()?;
+            if self.record()?.rtype == rtype::OPT {
+                return Err(Refusal::BadOpt);
+            }
+        }
+        Ok(())
+    }
+
+    /// The additional section: steps over everything but EDNS.
+    fn additionals(&mut self, count: u16) -> Result<Option<Edns>, Refusal> {
+        let mut edns = None;
+        for _ in 0..count {
+            let owner = self.at;
+            self.skip_name()?;
+            let at_root = self.at == owner + 1;
+            let fixed = self.at;
+            let record = self.record()?;
+            if record.rtype != rtype::OPT {
+                continue;
+            }
+            if !at_root || edns.is_some() {
+                return Err(Refusal::BadOpt);
+            }
+            let end = self.at;
+            // the time to live holds code, version and flags; it is read anew because of the top bit
+            self.at = fixed + 4;
+            let [rcode_high, version, flags, _] = self.take()?;
+            edns = Some(Edns {
+                udp_payload: record.class,
+                rcode_high,
+                version,
+                dnssec_ok: flags & 0x80 != 0,
+            });
+            self.at = record.data;
+            while self.at < end {
+                self.word()?;
+                let len = self.word()?;
+                self.slice(usize::from(len))?;
+            }
+            if self.at != end {
+                return Err(Refusal::BadOpt);
+            }
+        }
+        Ok(edns)
+    }
+
+    /// The address hints of SVCB data that ends at `end` (RFC 9460, 2.2).
+    fn service_hints(&mut self, end: usize) -> Result<Hints<'a>, Refusal> {
+        const IPV4HINT: u16 = 4;
+        const IPV6HINT: u16 = 6;
+        let mut hints = Hints { v4: &[], v6: &[] };
+        if end - self.at < 3 {
+            return Err(Refusal::BadSvcParams);
+        }
+        let priority = self.word()?;
+        self.skip_name()?;
+        // alias mode: there are no parameters, or they are ignored (RFC 9460, 2.4.2)
+        if priority == 0 && self.at <= end {
+            return Ok(hints);
+        }
+        let mut last = None;
+        while self.at < end {
+            let key = self.word()?;
+            let len = self.word()?;
+            let value = self.slice(usize::from(len))?;
+            // strictly increasing keys; a key twice makes the record malformed
+            if last.is_some_and(|last| key <= last) || self.at > end {
+                return Err(Refusal::BadSvcParams);
+            }
+            last = Some(key);
+            let rest = match key {
+                IPV4HINT => {
+                    let (addresses, rest) = value.as_chunks();
+                    hints.v4 = addresses;
+                    rest
+                }
+                IPV6HINT => {
+                    let (addresses, rest) = value.as_chunks();
+                    hints.v6 = addresses;
+                    rest
+                }
+                _ => continue,
+            };
+            if value.is_empty() || !rest.is_empty() {
+                return Err(Refusal::BadSvcParams);
+            }
+        }
+        if self.at == end {
+            Ok(hints)
+        } else {
+            Err(Refusal::BadSvcParams)
+        }
+    }
+}

@@ -1,0 +1,309 @@
+use std::{
+    borrow::Borrow,
+    fmt,
+    hash::{Hash, Hasher},
+    str::FromStr,
+};
+
+/// Longest name on the wire, with the root label (RFC 1035, 3.1).
+pub(super) const MAX_NAME: usize = 255;
+/// Longest label (RFC 1035, 3.1).
+pub(super) const MAX_LABEL: usize = 63;
+
+/// A domain name in lower case, uncompressed, as it stands on the wire: length-prefixed labels and the root.
+///
+/// The wire form keeps apart what text confuses (a label with a dot in it is no two labels), and compares as one
+/// slice. It lives in place: making one allocates nothing.
+#[derive(Clone)]
+pub struct Name {
+    len: u8,
+    wire: [u8; MAX_NAME],
+}
+
+impl Name {
+    /// The root.
+    pub const ROOT: Self = Self {
+        len: 1,
+        wire: [0; MAX_NAME],
+    };
+
+    /// The bytes on the wire, root label included.
+    #[must_use]
+    pub fn wire(&self) -> &[u8] {
+        &self.wire[..usize::from(self.len)]
+    }
+
+    /// Whether it is the root.
+    #[must_use]
+    pub fn is_root(&self) -> bool {
+        self.len == 1
+    }
+
+    /// The labels from the left, without the root.
+    #[must_use]
+    pub fn labels(&self) -> Labels<'_> {
+        Labels { rest: self.wire() }
+    }
+
+    /// From the wire form, as [`Name::wire`] gives it.
+    ///
+    /// # Errors
+    /// If it is no uncompressed name.
+    pub fn from_wire(wire: &[u8]) -> Result<Self, NameError> {
+        let mut builder = NameBuilder::new();
+        let mut rest = wire;
+        loop {
+            match rest.split_first() {
+                Some((0, [])) => return Ok(builder.finish()),
+                Some((&n, tail)) if n > 0 && tail.len() >= usize::from(n) => {
+                    let (label, tail) = tail.split_at(usize::from(n));
+                    builder.push(label)?;
+                    rest = tail;
+                }
+                _ => return Err(NameError::NotWire),
+            }
+        }
+    }
+}
+
+impl Default for Name {
+    fn default() -> Self {
+        Self::ROOT
+    }
+}
+
+impl PartialEq for Name {
+    fn eq(&self, other: &Self) -> bool {
+        self.wire() == other.wire()
+    }
+}
+
+impl Eq for Name {}
+
+impl Hash for Name {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.wire().hash(state);
+    }
+}
+
+impl Borrow<[u8]> for Name {
+    fn borrow(&self) -> &[u8] {
+        self.wire()
+    }
+}
+
+impl fmt::Debug for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Name({self})")
+    }
+}
+
+/// Text without the trailing dot; the root is `.`. Bytes that text cannot hold are escaped (RFC 4343, 2.1).
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use fmt::Write as _;
+        if self.is_root() {
+            return f.write_char('.');
+        }
+        for (i, label) in self.labels().enumerate() {
+            if i > 0 {
+                f.write_char('.')?;
+            }
+            for &byte in label {
+                match byte {
+                    b'.' | b'\\' => write!(f, "\\{}", char::from(byte))?,
+                    0x21..=0x7e => f.write_char(char::from(byte))?,
+                    _ => write!(f, "\\{byte:03}")?,
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// From text, with or without the trailing dot, with the escapes that [`Name`] is displayed with.
+impl FromStr for Name {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        if text == "." {
+            return Ok(Self::ROOT);
+        }
+        let mut builder = NameBuilder::new();
+        let mut label = [0; MAX_LABEL];
+        let mut len = 0;
+        let mut bytes = text.bytes();
+        while let Some(byte) = bytes.next() {
+            let byte = match byte {
+                b'.' => {
+                    if len == 0 {
+                        return Err(NameError::EmptyLabel);
+                    }
+                    builder.push(&label[..len])?;
+                    len = 0;
+                    continue;
+                }
+                b'\\' => match bytes.next().ok_or(NameError::Escape)? {
+                    hundreds @ b'0'..=b'9' => {
+                        let mut value = u16::from(hundreds - b'0');
+                        for _ in 0..2 {
+                            let digit = bytes.next().filter(u8::is_ascii_digit).ok_or(NameError::Escape)?;
+                            value = value * 10 + u16::from(digit - b'0');
+                        }
+                        u8::try_from(value).map_err(|_| NameError::Escape)?
+                    }
+                    other => other,
+                },
+                other => other,
+            };
+            *label.get_mut(len).ok_or(NameError::LabelTooLong)? = byte;
+            len += 1;
+        }
+        if len > 0 {
+            builder.push(&label[..len])?;
+        } else if text.is_empty() {
+            return Err(NameError::EmptyLabel);
+        }
+        Ok(builder.finish())
+    }
+}
+
+/// The labels of a [`Name`], from the left.
+#[derive(Clone, Debug)]
+pub struct Labels<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Iterator for Labels<'a> {
+    type Item = &'a [u8];
+
+    fn next(&mut self) -> Option<&'a [u8]> {
+        let (&n, tail) = self.rest.split_first()?;
+        if n == 0 {
+            return None;
+        }
+        let (label, tail) = tail.split_at_checked(usize::from(n))?;
+        self.rest = tail;
+        Some(label)
+    }
+}
+
+/// Why a text or bytes are no name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NameError {
+    /// More than 255 bytes.
+    TooLong,
+    /// A label of more than 63 bytes.
+    LabelTooLong,
+    /// Two dots in a row, a dot in front, or no text at all.
+    EmptyLabel,
+    /// A backslash that is followed by neither a character nor three digits of a byte.
+    Escape,
+    /// Not the wire form of a name.
+    NotWire,
+}
+
+impl fmt::Display for NameError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::TooLong => "name longer than 255 bytes",
+            Self::LabelTooLong => "label longer than 63 bytes",
+            Self::EmptyLabel => "empty label",
+            Self::Escape => "bad escape",
+            Self::NotWire => "not a name on the wire",
+        })
+    }
+}
+
+impl std::error::Error for NameError {}
+
+/// Puts a name together from the left, label by label.
+pub(super) struct NameBuilder {
+    len: usize,
+    wire: [u8; MAX_NAME],
+}
+
+impl NameBuilder {
+    pub(super) fn new() -> Self {
+        Self {
+            len: 0,
+            wire: [0; MAX_NAME],
+        }
+    }
+
+    /// Appends a label of 1 to 63 bytes, in lower case.
+    pub(super) fn push(&mut self, label: &[u8]) -> Result<(), NameError> {
+        if label.len() > MAX_LABEL {
+            return Err(NameError::LabelTooLong);
+        }
+        let end = self.len + 1 + label.len();
+        // the root label needs a byte too
+        if end >= MAX_NAME {
+            return Err(NameError::TooLong);
+        }
+        let target = &mut self.wire[self.len..end];
+        target[0] = label.len() as u8;
+        target[1..].copy_from_slice(label);
+        target[1..].make_ascii_lowercase();
+        self.len = end;
+        Ok(())
+    }
+
+    pub(super) fn finish(self) -> Name {
+        // `push` left room for the root label, and the array was zero
+        Name {
+            len: (self.len + 1) as u8,
+            wire: self.wire,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_round_trip() {
+        for (text, shown) in [
+            ("Example.COM.", "example.com"),
+            ("example.com", "example.com"),
+            (".", "."),
+            ("a\\.b.c", "a\\.b.c"),
+            ("\\000\\255x.y", "\\000\\255x.y"),
+            ("_dns.resolver.arpa", "_dns.resolver.arpa"),
+        ] {
+            let name: Name = text.parse().unwrap();
+            assert_eq!(name.to_string(), shown);
+            assert_eq!(shown.parse::<Name>().unwrap(), name);
+            assert_eq!(Name::from_wire(name.wire()).unwrap(), name);
+        }
+    }
+
+    #[test]
+    fn a_dot_inside_a_label_is_no_separator() {
+        assert_ne!("a\\.b".parse::<Name>().unwrap(), "a.b".parse::<Name>().unwrap());
+    }
+
+    #[test]
+    fn limits() {
+        let label = "a".repeat(63);
+        assert_eq!(
+            format!("{label}a.x").parse::<Name>(),
+            Err(NameError::LabelTooLong)
+        );
+        // 3 × 64 + 62 + root = 255
+        let longest = format!("{label}.{label}.{label}.{}", "b".repeat(61));
+        assert_eq!(longest.parse::<Name>().unwrap().wire().len(), 255);
+        let over = format!("{label}.{label}.{label}.{}", "b".repeat(62));
+        assert_eq!(over.parse::<Name>(), Err(NameError::TooLong));
+        for bad in ["", "..", "a..b", ".a"] {
+            assert_eq!(bad.parse::<Name>(), Err(NameError::EmptyLabel), "{bad}");
+        }
+        for bad in ["\\", "\\25", "\\256", "\\2x5"] {
+            assert_eq!(bad.parse::<Name>(), Err(NameError::Escape), "{bad}");
+        }
+        for bad in [&b""[..], b"\x01a", b"\x00\x00", b"\x02a\x00", b"\xc0\x0c"] {
+            assert!(Name::from_wire(bad).is_err(), "{bad:?}");
+        }
+    }
+}

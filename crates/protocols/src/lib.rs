@@ -1,0 +1,7 @@
+//! Parsers of application protocols: bytes in, facts out.
+//!
+//! Every byte here comes from the network and is hostile. Nothing in this crate does I/O, looks at a clock or
+//! panics on input; what a parser does not take, it refuses with a kind that has a text and can be counted.
+#![forbid(unsafe_code)]
+
+pub mod dns;
