@@ -367,34 +367,18 @@ impl Compiler {
         match self.take_in(intake) {
             Ok(()) => {}
             Err(errors) => {
-                // What was there before compiled; it compiles again.
+                // What was there before compiled; it compiles again. It may come to other numbers (of port classes, of
+                // policies); they become visible with the next update, as its difference to what is in the maps.
                 let _ = self.take_in(undo);
-                self.restore(before);
+                self.snapshot = before;
                 return Err(errors);
             }
         }
         Ok(&self.snapshot)
     }
 
-    /// After a failed update: the tables, ids and revision that are in the maps.
-    fn restore(&mut self, before: Snapshot) {
-        for subject in &mut self.subjects {
-            let policy = subject
-                .endpoints
-                .first()
-                .and_then(|(id, _)| before.endpoints.get(id))
-                .map(|state| state.policy);
-            if let Some(policy) = policy
-                && let Some(table) = before.tables.get(&policy)
-            {
-                subject.policy = policy;
-                subject.table = Arc::clone(table);
-            }
-        }
-        self.snapshot = before;
-    }
-
     fn take_in(&mut self, changes: Intake) -> Result<(), Vec<Diagnostic>> {
+        let before = self.snapshot.clone();
         let mut progress = Progress::default();
         let groups_change = changes.files.iter().any(|(name, content)| {
             let before = self.files.get(name).map(|content| content.cidr_groups.as_slice());
@@ -425,7 +409,7 @@ impl Compiler {
                 self.refresh_prefixes(&mut progress)?;
             }
         }
-        self.compile(progress)
+        self.compile(progress, before)
     }
 
     /// Everything anew, but with the numbers and, where it comes to the same, the tables of before.

@@ -121,8 +121,11 @@ impl Touched {
 
 impl Compiler {
     /// Compiles the dirty subjects, and those whose port classes change with them, and makes the snapshot.
-    pub(super) fn compile(&mut self, mut progress: Progress) -> Result<(), Vec<Diagnostic>> {
-        let before = self.snapshot.clone();
+    pub(super) fn compile(
+        &mut self,
+        mut progress: Progress,
+        before: Snapshot,
+    ) -> Result<(), Vec<Diagnostic>> {
         let mut errors: Vec<Diagnostic> = Vec::new();
         self.hold_port_sets(&progress.dirty);
         let mut touched: BTreeMap<usize, Touched> = BTreeMap::new();

@@ -337,8 +337,8 @@ fn rules_that_exclude_each_other_leave_everything_as_it_was() {
     let mut node = Node::new(WIDE);
     let before = node.compiler.snapshot().clone();
     let conflicting = policy(
-        "  egress:\n  - toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {http: [{method: GET}]}}]\n  - toPorts: \
-         [{ports: [{port: '80', protocol: TCP}], serverNames: [a.test]}]",
+        "  egress:\n  - toPorts: [{ports: [{port: '8080', protocol: TCP}], rules: {http: [{method: GET}]}}]\n  - toPorts: \
+         [{ports: [{port: '8080', protocol: TCP}], serverNames: [a.test]}]",
     );
     let errors = node
         .compiler
@@ -354,6 +354,45 @@ fn rules_that_exclude_each_other_leave_everything_as_it_was() {
     );
     assert!(errors[0].location.line > 0);
     assert!(plan(&before, node.compiler.snapshot()).is_empty());
+    // The next change, of another file, builds on what was there.
+    let other = parse(
+        "q.yaml",
+        "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: q}\nspec:\n  endpointSelector: {matchLabels: \
+         {app: b}}\n  ingress: [{fromEntities: [world], toPorts: [{ports: [{port: '443', protocol: TCP}]}]}]\n",
+    );
+    node.change(Changes {
+        world: None,
+        files: BTreeMap::from([(
+            "q.yaml".into(),
+            Some(FileContent {
+                policies: other.policies,
+                cidr_groups: Vec::new(),
+            }),
+        )]),
+    });
+    assert!(node.allows(2, Direction::Egress, "10.1.2.3", 80));
+    assert!(!node.allows(2, Direction::Egress, "10.1.2.3", 443));
+    assert!(node.allows(3, Direction::Ingress, "10.1.2.3", 443));
     node.rules(WIDE_AND_NARROW);
     node.rules(WIDE);
+}
+
+#[test]
+fn flows_are_judged_again_when_an_address_becomes_somebody_else() {
+    let rules = "  egress:\n  - toEndpoints: [{matchLabels: {app: db}}]";
+    let mut node = Node::new(rules);
+    assert!(!node.allows(2, Direction::Egress, "10.1.2.3", 80));
+    let before = node.compiler.snapshot().clone();
+    let mut wider = world();
+    wider.peers[0].prefixes.push("10.1.2.3/32".parse().unwrap());
+    node.world(wider, rules);
+    assert!(node.allows(2, Direction::Egress, "10.1.2.3", 80));
+    let after = node.compiler.snapshot();
+    assert_eq!(
+        after.endpoints[&2].policy, before.endpoints[&2].policy,
+        "the rules are the same"
+    );
+    for id in [2, 3] {
+        assert_ne!(after.endpoints[&id].revision, before.endpoints[&id].revision);
+    }
 }
