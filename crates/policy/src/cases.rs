@@ -204,52 +204,10 @@ impl Number {
             Self::Text(text) => text
                 .parse()
                 .ok()
-                .or_else(|| kafka_api_key(text))
+                .or_else(|| crate::parse::kafka_api_key(text))
                 .ok_or_else(|| format!("{text:?} is not a number or an API key of Kafka")),
         }
     }
-}
-
-/// The API keys of Kafka by name, as policies name them.
-fn kafka_api_key(name: &str) -> Option<i16> {
-    const NAMES: [&str; 34] = [
-        "produce",
-        "fetch",
-        "offsets",
-        "metadata",
-        "leaderandisr",
-        "stopreplica",
-        "updatemetadata",
-        "controlledshutdown",
-        "offsetcommit",
-        "offsetfetch",
-        "findcoordinator",
-        "joingroup",
-        "heartbeat",
-        "leavegroup",
-        "syncgroup",
-        "describegroups",
-        "listgroups",
-        "saslhandshake",
-        "apiversions",
-        "createtopics",
-        "deletetopics",
-        "deleterecords",
-        "initproducerid",
-        "offsetforleaderepoch",
-        "addpartitionstotxn",
-        "addoffsetstotxn",
-        "endtxn",
-        "writetxnmarkers",
-        "txnoffsetcommit",
-        "describeacls",
-        "createacls",
-        "deleteacls",
-        "describeconfigs",
-        "alterconfigs",
-    ];
-    let name = name.to_ascii_lowercase();
-    NAMES.iter().position(|known| *known == name).map(|at| at as i16)
 }
 
 /// Runs the cases of a file: one JSON object a line, or YAML documents. `file` is how lines name it.

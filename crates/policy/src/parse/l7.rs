@@ -319,6 +319,13 @@ const KAFKA_KEYS: [&str; 34] = [
     "alterconfigs",
 ];
 
+/// The number of a Kafka request by its name, in any case.
+pub(crate) fn kafka_api_key(name: &str) -> Option<i16> {
+    let name = name.to_ascii_lowercase();
+    let at = KAFKA_KEYS.iter().position(|known| *known == name)?;
+    i16::try_from(at).ok()
+}
+
 /// What producing takes: produce, metadata, apiversions.
 const PRODUCE: [i16; 3] = [0, 3, 18];
 /// What consuming takes: fetch, offsets, metadata, the requests of a consumer group, apiversions.
@@ -343,11 +350,8 @@ fn kafka_rule(at: At<'_>) -> Option<KafkaRule> {
         }
     }
     if let (Some(key), Some(at)) = (key, object.field("apiKey")) {
-        match (0..)
-            .zip(KAFKA_KEYS)
-            .find(|(_, name)| name.eq_ignore_ascii_case(key))
-        {
-            Some((number, _)) => api_keys.push(number),
+        match kafka_api_key(key) {
+            Some(number) => api_keys.push(number),
             None => at.error(format!(
                 "unknown API key {}{}",
                 quoted(key),

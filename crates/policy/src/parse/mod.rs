@@ -30,6 +30,7 @@ mod spec;
 mod tests;
 mod yaml;
 
+pub(crate) use l7::kafka_api_key;
 use node::Node;
 use reader::{At, Context};
 use resource::Resources;
