@@ -193,6 +193,7 @@ impl Loaded {
             world_ipv4: identity::WORLD_IPV4,
             world_ipv6: identity::WORLD_IPV6,
             rules: 65_536,
+            ..Config::default()
         };
         self.array::<{ size_of::<Config>() }>(maps::CONFIG)?
             .set(0, raw(&config)?, 0)?;
@@ -204,7 +205,7 @@ impl Loaded {
             policy: POLICY,
             revision: 1,
             identity: identity::FIRST_LABELS,
-            zero: 0,
+            flags: 0,
         };
         self.array::<{ size_of::<EndpointState>() }>(maps::ENDPOINTS)?
             .set(ENDPOINT.into(), raw(&state)?, 0)?;

@@ -276,7 +276,12 @@ pub fn insert<C: Context>(ctx: C, frame: &mut Frame) {
         forward_tcp,
         reply_tcp: 0,
         match_kind: frame.match_kind,
-        zero: 0,
+        serial: 0,
+        ruleset: 0,
+        inspector: 0,
+        carry_flags: 0,
+        zero: [0; 2],
+        windows: [0; 4],
     };
     // What takes the place of a flow that is over adds nothing to the map.
     if CONNTRACK

@@ -83,8 +83,19 @@ pub struct CtEntry {
     pub reply_tcp: u8,
     /// [`crate::MatchKind`] of the rule.
     pub match_kind: u8,
+    /// Random: tells this connection from another one with the same key.
+    pub serial: u32,
+    /// The set of application rules, if an inspector reads the flow.
+    pub ruleset: u32,
+    /// [`crate::Inspector`] that reads the flow; 0: nobody does, or nobody needs to any more.
+    pub inspector: u8,
+    /// [`crate::carry_flags::AUDIT`] if what the application rules deny passes.
+    pub carry_flags: u8,
     /// Zero.
-    pub zero: u32,
+    pub zero: [u8; 2],
+    /// TCP sequence numbers that need no reading: from the side that opened it [0, 1), from the other side [2, 3).
+    /// Equal: none.
+    pub windows: [u32; 4],
 }
 
 /// Key of a fragmented datagram whose first fragment has been seen (RFC 791, 3.2; RFC 8200, 4.5).

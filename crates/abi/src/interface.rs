@@ -30,6 +30,18 @@ pub struct Interface {
     pub flags: u8,
 }
 
+/// Flags of an [`EndpointState`].
+pub mod endpoint_flags {
+    /// Its policy names peers by DNS names: addresses it has learned are looked up.
+    pub const LEARNS: u32 = 1;
+}
+
+/// Flags of a [`Config`].
+pub mod config_flags {
+    /// What cannot be carried because no worker lives passes unread instead of being dropped.
+    pub const PASS_WITHOUT_WORKER: u32 = 1;
+}
+
 /// What changes about an endpoint while traffic flows. Written by one 8-byte store for the first two fields
 /// (through the memory-mapped array), so that no packet sees a policy with another policy's revision.
 #[repr(C, align(8))]
@@ -41,8 +53,8 @@ pub struct EndpointState {
     pub revision: u32,
     /// The endpoint's own identity.
     pub identity: u32,
-    /// Zero.
-    pub zero: u32,
+    /// [`endpoint_flags`].
+    pub flags: u32,
 }
 
 /// Packets and bytes.
@@ -71,7 +83,7 @@ pub struct RateBudget {
 
 /// What the programs are told at run time. Times in ns.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Config {
     /// TCP connection of which only one side has been heard.
     pub tcp_opening: u64,
@@ -97,4 +109,16 @@ pub struct Config {
     pub world_ipv6: u32,
     /// Entries in the RULES map.
     pub rules: u32,
+    /// What proves that a packet on the carrier is ours; another one after each start.
+    pub cookie: u64,
+    /// A worker that has not said for so long that it lives is taken for dead.
+    pub worker_patience: u64,
+    /// The node's end of the carrier; 0: nothing is carried.
+    pub carrier: u32,
+    /// Workers, which is queues of the carrier.
+    pub workers: u32,
+    /// Mark of packets that come back to an interface where a tc program of ours stands. Never 0.
+    pub mark: u32,
+    /// [`config_flags`].
+    pub flags: u32,
 }

@@ -8,6 +8,7 @@
 #![no_std]
 
 mod addr;
+mod carry;
 mod class;
 mod conntrack;
 mod event;
@@ -16,20 +17,26 @@ mod policy;
 mod reason;
 
 pub use addr::{Addr, IpcacheEntry, PrefixKey};
+pub use carry::{
+    Carried, CarrySlot, FlowCommand, LearnedKey, MAX_WORKERS, Released, carry_flags, carry_hook, release,
+};
 pub use class::{
     CLASS_ANY, CLASS_SLOTS, CLASS_UNKNOWN, Class, FIRST_DYNAMIC_CLASS, ICMP_SLOTS, PORT_SLOTS,
     PROTOCOL_SLOTS, class_slot, class_slot_unknown_port,
 };
 pub use conntrack::{CtEntry, CtKey, FragmentKey, FragmentPorts, TcpState, ct_flags};
 pub use event::{Event, EventKind, MatchKind, TracePoint, event_flags};
-pub use interface::{Config, Counter, EndpointState, Interface, RateBudget, interface_flags, role};
+pub use interface::{
+    Config, Counter, EndpointState, Interface, RateBudget, config_flags, endpoint_flags, interface_flags,
+    role,
+};
 pub use policy::{
     DIRECTIONS, Decision, Direction, Identity, Inspector, PolicyEntry, PolicyKey, entry_flags, identity,
 };
 pub use reason::{Reason, budget_slot, counter_slot};
 
 /// Version of every layout in this crate. Part of the pin directory's name.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// IP protocol numbers (IANA) that the programs treat by name.
 pub mod protocol {
@@ -76,6 +83,13 @@ pub mod maps {
     pub const RULES: &str = "RULES";
     /// `ARRAY[1]` [`crate::Config`].
     pub const CONFIG: &str = "CONFIG";
+    /// `HASH` [`crate::LearnedKey`] -> `u32`: the identity that an address has for an endpoint that learned it by name.
+    pub const LEARNED: &str = "LEARNED";
+    /// `ARRAY[MAX_WORKERS]`, memory-mapped, queue -> `u64`: when the worker of the queue last said that it lives, ns of
+    /// the coarse monotonic clock.
+    pub const WORKERS: &str = "WORKERS";
+    /// `XSKMAP[MAX_WORKERS]` queue of the carrier -> socket.
+    pub const XSKS: &str = "XSKS";
 }
 
 /// Names of the programs in the object.
@@ -86,4 +100,8 @@ pub mod programs {
     pub const TC_INGRESS: &str = "palisade_in";
     /// tc classifier (tcx or clsact), egress of an interface of either role.
     pub const TC_EGRESS: &str = "palisade_out";
+    /// XDP at the workers' end of the carrier: packets to the sockets.
+    pub const CARRY: &str = "palisade_carry";
+    /// tc, ingress of the node's end of the carrier: packets that come back from the workers.
+    pub const BACK: &str = "palisade_back";
 }

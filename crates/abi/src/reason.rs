@@ -102,6 +102,44 @@ reasons! {
     CtInvalidState = 227, "CT: Invalid state";
     /// The packet's headers could not be made readable.
     PullFailed = 228, "Packet data not accessible";
+    /// It must be read, and no worker lives that could.
+    NoWorker = 230, "No worker";
+    /// It must be read, and could not be put on the carrier.
+    CarryFailed = 231, "Not carried";
+    /// It must be read, and comes by a device or under tags that the carrier does not know.
+    CarryUnsupported = 232, "Cannot be carried";
+    /// A frame on the carrier that nobody carried.
+    CarryForeign = 233, "Foreign frame on the carrier";
+    /// The worker has more to read than it can.
+    WorkerOverload = 234, "Worker overloaded";
+    /// The worker does not know the set of application rules.
+    UnknownRuleset = 235, "Unknown application rules";
+    /// The transport checksum is wrong; the receiver would drop it.
+    BadChecksum = 236, "Invalid L4 checksum";
+    /// Fragments of a packet that must be read whole did not all come.
+    FragmentsIncomplete = 237, "Fragments incomplete";
+    /// A limit of the inspection is reached.
+    InspectLimit = 238, "Inspection limit reached";
+    /// No verdict was possible in time.
+    InspectDeadline = 239, "No verdict in time";
+    /// The application rules do not allow it.
+    AppDenied = 240, "Denied by application rules";
+    /// Not what the rules say that it is, or malformed.
+    AppMalformed = 241, "Malformed application data";
+    /// A DNS answer that no query asked for.
+    DnsUnasked = 242, "DNS answer that nobody asked for";
+    /// A DNS answer whose addresses could not be made reachable.
+    DnsUncommitted = 243, "DNS answer not committed";
+    /// A TCP segment outside the receiver's window.
+    TcpOutOfWindow = 244, "TCP segment out of window";
+    /// A TCP retransmission that says something else.
+    TcpOverlap = 245, "TCP retransmission differs";
+    /// A TCP segment that receivers could read differently.
+    TcpInvalid = 246, "Ambiguous TCP segment";
+    /// A TCP connection that is older than its inspection.
+    TcpMidstream = 247, "TCP connection not seen from its start";
+    /// The application protocol has no reader yet.
+    AppUnsupported = 248, "Application protocol not supported";
 }
 
 impl Reason {

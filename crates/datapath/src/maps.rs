@@ -566,12 +566,15 @@ impl Endpoints {
         })
     }
 
-    /// Policy and revision change by one store, after the identity: whoever sees the new policy sees the identity too.
+    /// Policy and revision change by one store, after the identity and flags: whoever sees the new policy sees the identity too.
     pub fn set(&self, endpoint: u16, state: EndpointState) {
         let offset = usize::from(endpoint) * size_of::<EndpointState>();
         self.memory
             .at::<AtomicU32>(offset + 8)
             .store(state.identity, Ordering::Relaxed);
+        self.memory
+            .at::<AtomicU32>(offset + 12)
+            .store(state.flags, Ordering::Relaxed);
         self.memory
             .at::<AtomicU64>(offset)
             .store(policy_word(state.policy, state.revision), Ordering::Release);
@@ -590,7 +593,7 @@ impl Endpoints {
             policy: u32::from_ne_bytes([p0, p1, p2, p3]),
             revision: u32::from_ne_bytes([r0, r1, r2, r3]),
             identity,
-            zero: 0,
+            flags: self.memory.at::<AtomicU32>(offset + 12).load(Ordering::Relaxed),
         }
     }
 
@@ -648,7 +651,7 @@ mod tests {
             policy: 0x0102_0304,
             revision: 0x0506_0708,
             identity: 9,
-            zero: 0,
+            flags: 0,
         };
         assert_eq!(
             policy_word(state.policy, state.revision).to_ne_bytes(),

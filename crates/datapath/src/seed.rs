@@ -600,6 +600,7 @@ mod tests {
             world_ipv4: 0,
             world_ipv6: 0,
             rules: 0,
+            ..Config::default()
         }
     }
 

@@ -62,7 +62,7 @@ fn a_plan_is_read_back_as_it_was_written() {
         policy: 4,
         revision: 9,
         identity: 300,
-        zero: 0,
+        flags: 0,
     };
     let plan = [
         Op::PolicyPut((1..=100).map(|i| (key(4, i), entry(i))).collect()),
@@ -111,7 +111,7 @@ fn a_step_that_fails_is_named_and_those_before_it_are_done() {
                 policy: 1,
                 revision: 1,
                 identity: 1,
-                zero: 0,
+                flags: 0,
             },
         ),
         Op::PolicyPut((0..2000).map(|i| (key(1, i), entry(1))).collect()),
@@ -137,7 +137,7 @@ fn stores_into_mapped_memory_are_what_the_kernel_reads() {
         policy: 11,
         revision: 22,
         identity: 33,
-        zero: 0,
+        flags: 0,
     };
     datapath
         .apply(&[Op::EndpointPut(65_535, state), Op::ClassPut(vec![(0, 5)])])

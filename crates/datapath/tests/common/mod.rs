@@ -183,6 +183,7 @@ pub fn config() -> Config {
         world_ipv4: identity::WORLD,
         world_ipv6: identity::WORLD,
         rules: 1024,
+        ..Config::default()
     }
 }
 
@@ -228,7 +229,7 @@ pub fn whole_policy(policy: u32, role: Role, decision: Decision) -> Vec<Op> {
                 policy,
                 revision: policy,
                 identity,
-                zero: 0,
+                flags: 0,
             },
         )
     };

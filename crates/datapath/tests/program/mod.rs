@@ -206,6 +206,7 @@ impl World {
             world_ipv4: identity::WORLD_IPV4,
             world_ipv6: identity::WORLD_IPV6,
             rules: 64,
+            ..Config::default()
         };
         change(&mut config);
         sys::update(self.map(maps::CONFIG), 0u32.as_bytes(), config.as_bytes()).unwrap();
@@ -233,7 +234,7 @@ impl World {
             policy,
             revision,
             identity,
-            zero: 0,
+            flags: 0,
         };
         sys::update(
             self.map(maps::ENDPOINTS),

@@ -443,6 +443,8 @@ impl Control {
             world_ipv4: identity::WORLD_IPV4,
             world_ipv6: identity::WORLD_IPV6,
             rules: self.config.limits.rules,
+            // Nothing is carried yet.
+            ..Told::default()
         };
         self.datapath.set_config(&told)?;
         Ok(())

@@ -275,7 +275,7 @@ impl Compiler {
                     policy,
                     revision,
                     identity,
-                    zero: 0,
+                    flags: 0,
                 };
                 (id, state)
             })

@@ -1,0 +1,137 @@
+//! Packets on their way to a worker and back.
+//!
+//! A packet that must be read is sent through the *carrier*, a veth pair of Palisade's own: `<name>0` and
+//! `<name>1`. The programs put a [`Carried`] in front of it and redirect it to `<name>0`; at `<name>1` an XDP program
+//! gives it to the AF_XDP socket of its queue. A worker sends it back on the same socket with a [`Released`]
+//! behind it; the program at the ingress of `<name>0` takes that off and redirects the packet to where it was.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::{Addr, CtKey};
+
+/// Flags of a [`CarrySlot`].
+pub mod carry_flags {
+    /// The packet goes *to* the endpoint of the slot; else it comes from it.
+    pub const INGRESS: u8 = 1;
+    /// The packet is of the direction that answers the flow.
+    pub const REPLY: u8 = 2;
+    /// What the application rules deny passes, and is reported as AUDIT.
+    pub const AUDIT: u8 = 4;
+    /// The flow was first seen in mid-stream (TCP without SYN).
+    pub const MIDSTREAM: u8 = 8;
+    /// The flow was made by this very packet.
+    pub const NEW: u8 = 16;
+}
+
+/// Where a carried packet was caught. Its way on is the same hook of the same interface.
+pub mod carry_hook {
+    /// XDP at the ingress of the interface: goes on into the local stack.
+    pub const XDP_INGRESS: u8 = 1;
+    /// tc at the ingress of the interface: goes on into the local stack.
+    pub const TC_INGRESS: u8 = 2;
+    /// tc at the egress of the interface: goes on out of it.
+    pub const TC_EGRESS: u8 = 3;
+}
+
+/// Who wants a packet read, and by what.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct CarrySlot {
+    /// The deciding rule of the flow.
+    pub rule: u32,
+    /// The set of application rules.
+    pub ruleset: u32,
+    /// Identity of the other end.
+    pub remote_identity: u32,
+    /// The endpoint's revision.
+    pub revision: u32,
+    /// [`crate::CtEntry::serial`]: tells a connection from the next one with the same addresses and ports.
+    pub serial: u32,
+    /// The endpoint whose policy asks; 0: the slot is not used.
+    pub endpoint: u16,
+    /// [`crate::Inspector`].
+    pub inspector: u8,
+    /// [`carry_flags`].
+    pub flags: u8,
+}
+
+/// What stands in front of a carried packet, directly before its Ethernet header.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Carried {
+    /// [`crate::Config::cookie`]: nobody else puts packets on the carrier.
+    pub cookie: u64,
+    /// The interface where it was caught.
+    pub ifindex: u32,
+    /// The same for both directions of a flow as one endpoint sees it; chooses the worker (`hash % workers`).
+    pub hash: u32,
+    /// VLAN tag that the kernel kept beside the frame (TCI), if `vlan_protocol` is not 0.
+    pub vlan: u16,
+    /// EtherType of that tag, machine order.
+    pub vlan_protocol: u16,
+    /// [`carry_hook`].
+    pub hook: u8,
+    /// Zero.
+    pub zero: [u8; 3],
+    /// Whose policy asks: first the interface's endpoint, then the node, in the order in which they judge.
+    pub slots: [CarrySlot; 2],
+}
+
+/// What a [`Released`] asks for.
+pub mod release {
+    /// Into the local stack, as received on the interface.
+    pub const INGRESS: u8 = 1;
+    /// Out of the interface.
+    pub const EGRESS: u8 = 2;
+    /// Nowhere: only the commands count.
+    pub const NOWHERE: u8 = 3;
+
+    /// Flag: the tc program of that direction at the interface lets it pass by [`crate::Config::mark`]. Not where
+    /// no tc program of ours stands (XDP is the ingress hook): there nobody would take the mark off.
+    pub const MARK: u8 = 1;
+    /// Flag: a [`super::FlowCommand`] stands before this.
+    pub const COMMAND: u8 = 2;
+}
+
+/// What stands behind a released packet: the last bytes of the frame.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Released {
+    /// [`crate::Config::cookie`].
+    pub cookie: u64,
+    /// The interface it goes to.
+    pub ifindex: u32,
+    /// [`release`]: the way.
+    pub way: u8,
+    /// [`release`]: flags.
+    pub flags: u8,
+    /// Zero.
+    pub zero: [u8; 2],
+}
+
+/// What the programs are to do with a flow from now on. In force before the packet that carries it goes on.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct FlowCommand {
+    /// The flow.
+    pub key: CtKey,
+    /// Only if the entry still has this [`crate::CtEntry::serial`].
+    pub serial: u32,
+    /// 1: nothing needs reading any more (`windows` is ignored); 0: what lies in `windows` does not.
+    pub offload: u32,
+    /// See [`crate::CtEntry::windows`].
+    pub windows: [u32; 4],
+}
+
+/// Key of an address that an endpoint has learned by a name.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct LearnedKey {
+    /// The address.
+    pub addr: Addr,
+    /// The endpoint.
+    pub endpoint: u32,
+}
+
+/// Most workers that there can be: slots of the WORKERS and XSKS maps.
+pub const MAX_WORKERS: usize = 64;

@@ -1,0 +1,87 @@
+//! Reads application traffic and decides: hold, release, refuse, answer. Sans-IO: no sockets, no clock of its own.
+//!
+//! The worker gives [`Engine::packet`] each carried packet together with a handle `F` on its frame. The engine
+//! either gives the handle back to the [`Sink`] at once (release or discard), or keeps it until it can decide; held
+//! frames are bounded in number, bytes and time. What else is to happen goes to the sink too: packets that the engine
+//! makes, answers to be learned, records of what was seen.
+#![forbid(unsafe_code)]
+
+pub mod record;
+
+use palisade_abi::{CarrySlot, FlowCommand, Reason};
+use palisade_packet::Packet;
+use palisade_protocols::dns::Answer;
+
+/// Milliseconds of one monotonic clock.
+pub type Millis = u64;
+
+/// A carried packet, seen by the engine for one of its slots.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    /// Who asks for the reading, and by which rules.
+    pub slot: &'a CarrySlot,
+    /// The interface where it was caught.
+    pub ifindex: u32,
+    /// Where it was caught: [`palisade_abi::carry_hook`].
+    pub hook: u8,
+    /// What was decoded of `frame`.
+    pub packet: &'a Packet,
+    /// The frame from its Ethernet header on; its transport checksum is complete and right (a fragment's is not
+    /// known).
+    pub frame: &'a [u8],
+    /// Where in `frame` the network header starts.
+    pub network: usize,
+    /// Where in `frame` the transport header starts.
+    pub transport: usize,
+    /// Where in `frame` the transport's payload starts, and where it ends (a frame may be padded).
+    pub payload: (usize, usize),
+}
+
+/// Where a packet that the engine makes is to go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Route {
+    /// The interface of the packet that it is about.
+    pub ifindex: u32,
+    /// Where that was caught: [`palisade_abi::carry_hook`].
+    pub hook: u8,
+    /// Back to where that packet came from; else onward, as that packet would have gone.
+    pub back: bool,
+}
+
+/// An answer whose addresses have to be reachable before it may go on.
+#[derive(Debug)]
+pub struct Learn {
+    /// The engine's number for it; comes back in [`Learned`].
+    pub ticket: u64,
+    /// Who learns.
+    pub endpoint: u16,
+    /// What. Comes back, to be used again.
+    pub answer: Box<Answer>,
+}
+
+/// What became of a [`Learn`].
+#[derive(Debug)]
+pub struct Learned {
+    /// The number of the question.
+    pub ticket: u64,
+    /// Everything that the answer implies is in the maps: it may be released. Else it must not be.
+    pub committed: bool,
+    /// The same box.
+    pub answer: Box<Answer>,
+}
+
+/// What the engine wants done. Called in the order in which things are to happen.
+pub trait Sink<F> {
+    /// The packet goes on, unchanged.
+    fn release(&mut self, frame: F);
+    /// The packet goes on, unchanged, and with it what the programs are to do with its flow from now on.
+    fn release_with(&mut self, frame: F, command: &FlowCommand);
+    /// The packet ends here.
+    fn discard(&mut self, frame: F, reason: Reason);
+    /// A packet that the engine made: a whole Ethernet frame with right checksums.
+    fn emit(&mut self, frame: &[u8], route: Route);
+    /// Asks for an answer to be learned. False: the queue is full, nothing will come back.
+    fn learn(&mut self, learn: Learn) -> Result<(), Learn>;
+    /// Something to report.
+    fn record(&mut self, record: &record::Record);
+}

@@ -1,0 +1,122 @@
+//! Records of what was read: fixed in size, so that handing one on allocates nothing.
+
+use palisade_abi::{Addr, Reason};
+
+/// Longest text of a record; longer ones are cut.
+pub const TEXT: usize = 256;
+
+/// A text in a record.
+#[derive(Clone, Copy)]
+pub struct Text {
+    length: u16,
+    bytes: [u8; TEXT],
+}
+
+impl Default for Text {
+    fn default() -> Self {
+        Self {
+            length: 0,
+            bytes: [0; TEXT],
+        }
+    }
+}
+
+impl std::fmt::Debug for Text {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}", String::from_utf8_lossy(self.bytes()))
+    }
+}
+
+impl From<&[u8]> for Text {
+    fn from(from: &[u8]) -> Self {
+        let mut text = Self::default();
+        let length = from.len().min(TEXT);
+        text.bytes[..length].copy_from_slice(&from[..length]);
+        text.length = length as u16;
+        text
+    }
+}
+
+impl Text {
+    /// Its bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.length)]
+    }
+}
+
+/// Verdict of a record.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// Released.
+    Forwarded,
+    /// Refused, or never released.
+    Dropped,
+    /// Released because of audit mode.
+    Audit,
+}
+
+/// Something that was read.
+#[derive(Clone, Copy, Debug)]
+pub struct Record {
+    /// The endpoint whose policy asked.
+    pub endpoint: u16,
+    /// Whether the *packet* goes to that endpoint.
+    pub ingress: bool,
+    /// Whether the packet answers the flow.
+    pub reply: bool,
+    /// Source of the packet.
+    pub source: (Addr, u16),
+    /// Destination of the packet.
+    pub destination: (Addr, u16),
+    /// IP protocol.
+    pub protocol: u8,
+    /// Identity of the other end.
+    pub remote_identity: u32,
+    /// The interface.
+    pub ifindex: u32,
+    /// Verdict.
+    pub verdict: Verdict,
+    /// Why, if it was dropped (or would have been).
+    pub reason: Reason,
+    /// The rule that decided (of an application rule that matched: the rule it stands in), 0 if none did.
+    pub rule: u32,
+    /// Milliseconds from the request to this answer; answers only.
+    pub latency: Option<u32>,
+    /// What it is about.
+    pub what: What,
+}
+
+/// What a record is about.
+#[derive(Clone, Copy, Debug)]
+pub enum What {
+    /// A DNS query.
+    DnsQuery {
+        /// The name in text form, without the last dot unless it is the root.
+        name: Text,
+        /// QTYPE.
+        kind: u16,
+    },
+    /// A DNS answer.
+    DnsAnswer {
+        /// The name that was asked for.
+        name: Text,
+        /// QTYPE.
+        kind: u16,
+        /// RCODE.
+        rcode: u16,
+        /// The first addresses; `count` of them are set.
+        addresses: [Addr; 8],
+        /// How many addresses are set.
+        count: u8,
+        /// Lowest TTL, s.
+        ttl: u32,
+        /// Last name of the CNAME chain, empty if there is none.
+        cname: Text,
+    },
+    /// A packet that could not be read: `detail` says what was wrong.
+    Unreadable {
+        /// A fixed text.
+        detail: &'static str,
+    },
+}
