@@ -15,6 +15,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use palisade_abi::{Reason, identity, protocol};
+use regex::{Regex, RegexBuilder};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -108,7 +109,7 @@ pub const FLAGS: &[Flag] = &[
     flag(
         "protocol",
         "PROTOCOL",
-        "Flows of a protocol: tcp, udp, sctp, icmp, icmpv4, icmpv6, or a number",
+        "Flows of a protocol: tcp, udp, sctp, icmp, icmpv4, icmpv6, dns, or a number",
     ),
     flag(
         "verdict",
@@ -146,6 +147,26 @@ pub const FLAGS: &[Flag] = &[
         "interface",
         "NAME",
         "Flows seen on an interface, by name or index",
+    ),
+    flag(
+        "dns-query",
+        "REGEX",
+        "DNS messages about a name that matches ('example\\.com\\.?$')",
+    ),
+    flag(
+        "fqdn",
+        "NAME",
+        "Flows from or to an address that was learned for a name; * stands for any text",
+    ),
+    flag(
+        "from-fqdn",
+        "NAME",
+        "Flows from an address that was learned for a name",
+    ),
+    flag(
+        "to-fqdn",
+        "NAME",
+        "Flows to an address that was learned for a name",
     ),
     flag(
         "node-name",
@@ -246,8 +267,8 @@ pub struct FlowFilter {
     pub namespace: Sided<String>,
     /// Port.
     pub port: Sided<PortRange>,
-    /// IP protocol number.
-    pub protocol: Vec<u8>,
+    /// Protocol.
+    pub protocol: Vec<ProtocolFilter>,
     /// Verdict.
     pub verdict: Vec<Verdict>,
     /// Drop reason.
@@ -266,7 +287,61 @@ pub struct FlowFilter {
     pub interface: Vec<String>,
     /// Node, with `*` for any text.
     pub node_name: Vec<String>,
+    /// The name that a DNS message is about.
+    pub dns_query: Vec<QueryPattern>,
+    /// Name that an address was learned for, with `*` for any text.
+    pub fqdn: Sided<String>,
 }
+
+/// A protocol.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProtocolFilter {
+    /// By its IP protocol number.
+    Ip(u8),
+    /// DNS messages that were read.
+    Dns,
+}
+
+/// A regular expression, found anywhere in a name.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct QueryPattern(Regex);
+
+impl PartialEq for QueryPattern {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.as_str() == other.0.as_str()
+    }
+}
+
+impl TryFrom<String> for QueryPattern {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        Self::parse(&text)
+    }
+}
+
+impl From<QueryPattern> for String {
+    fn from(pattern: QueryPattern) -> Self {
+        pattern.0.as_str().into()
+    }
+}
+
+impl QueryPattern {
+    fn parse(text: &str) -> Result<Self, String> {
+        let regex = RegexBuilder::new(text)
+            .case_insensitive(true)
+            .size_limit(PATTERN_SIZE)
+            .build();
+        regex
+            .map(Self)
+            .map_err(|_| "not a regular expression, such as example\\.com".into())
+    }
+}
+
+/// What a compiled pattern may need: filters come from whoever may ask the daemon.
+const PATTERN_SIZE: usize = 1 << 20;
 
 /// Ports from one to another, both included.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -351,6 +426,7 @@ impl FlowFilter {
             |want: &PortRange, have: Option<u16>| have.is_some_and(|p| want.first <= p && p <= want.last);
         let (source, destination) = (&flow.source, &flow.destination);
         let ports = flow.l4.and_then(Layer4::ports);
+        let dns = flow.l7.as_ref().and_then(|l7| l7.dns.as_ref());
         let flags = match flow.l4 {
             Some(Layer4::Tcp { flags, .. }) => Some(flags.0),
             _ => None,
@@ -363,9 +439,18 @@ impl FlowFilter {
             && any(&self.drop_reason_desc, |want| *want == flow.drop_reason_desc)
             && any(&self.traffic_direction, |want| *want == flow.traffic_direction)
             && any(&self.reply, |want| Some(*want) == flow.is_reply)
-            && any(&self.protocol, |want| {
-                flow.ip.is_some() && *want == flow.palisade.protocol
+            && any(&self.protocol, |want| match want {
+                ProtocolFilter::Ip(number) => flow.ip.is_some() && *number == flow.palisade.protocol,
+                ProtocolFilter::Dns => dns.is_some(),
             })
+            && any(&self.dns_query, |want| {
+                dns.is_some_and(|dns| want.0.is_match(&dns.query))
+            })
+            && self
+                .fqdn
+                .matches(&flow.source_names, &flow.destination_names, |want, names| {
+                    names.iter().any(|name| matches_pattern(want, name))
+                })
             && any(&self.ip_version, |want| {
                 flow.ip.is_some_and(|ip| ip.version == *want)
             })
@@ -638,6 +723,8 @@ impl FlowFilter {
             "tcp-flags" => parse_tcp_flags(value).map(|flags| self.tcp_flags.push(flags)),
             "interface" => each(value, |v| Ok(v.to_owned()), &mut self.interface),
             "node-name" => each(value, |v| Ok(v.to_owned()), &mut self.node_name),
+            "fqdn" => each(value, parse_name, self.fqdn.side(side)),
+            "dns-query" => QueryPattern::parse(value).map(|pattern| self.dns_query.push(pattern)),
             _ => return Err(FilterError::Unknown(flag.into())),
         };
         result.map_err(|problem| FilterError::Value {
@@ -699,24 +786,33 @@ fn parse_port(text: &str) -> Result<PortRange, String> {
     }
 }
 
-fn parse_protocol(text: &str) -> Result<Vec<u8>, String> {
-    let mut numbers = Vec::new();
+fn parse_protocol(text: &str) -> Result<Vec<ProtocolFilter>, String> {
+    use ProtocolFilter::{Dns, Ip};
+    let mut wanted = Vec::new();
     for name in text.split(',') {
         match name.trim().to_ascii_lowercase().as_str() {
-            "tcp" => numbers.push(protocol::TCP),
-            "udp" => numbers.push(protocol::UDP),
-            "sctp" => numbers.push(protocol::SCTP),
-            "icmp" => numbers.extend([protocol::ICMP, protocol::ICMPV6]),
-            "icmpv4" => numbers.push(protocol::ICMP),
-            "icmpv6" => numbers.push(protocol::ICMPV6),
-            other => numbers.push(
-                other
-                    .parse()
-                    .map_err(|_| "none of tcp, udp, sctp, icmp, icmpv4, icmpv6, or an IP protocol number")?,
-            ),
+            "tcp" => wanted.push(Ip(protocol::TCP)),
+            "udp" => wanted.push(Ip(protocol::UDP)),
+            "sctp" => wanted.push(Ip(protocol::SCTP)),
+            "icmp" => wanted.extend([Ip(protocol::ICMP), Ip(protocol::ICMPV6)]),
+            "icmpv4" => wanted.push(Ip(protocol::ICMP)),
+            "icmpv6" => wanted.push(Ip(protocol::ICMPV6)),
+            "dns" => wanted.push(Dns),
+            other => wanted.push(Ip(other.parse().map_err(
+                |_| "none of tcp, udp, sctp, icmp, icmpv4, icmpv6, dns, or an IP protocol number",
+            )?)),
         }
     }
-    Ok(numbers)
+    Ok(wanted)
+}
+
+/// A name as flows have it: small letters, without its last dot.
+fn parse_name(text: &str) -> Result<String, String> {
+    let name = text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase();
+    if name.is_empty() {
+        return Err("a name is missing".into());
+    }
+    Ok(name)
 }
 
 fn parse_verdict(text: &str) -> Result<Verdict, String> {

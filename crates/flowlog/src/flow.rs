@@ -66,6 +66,21 @@ enumeration! {
         /// About packets.
         #[default]
         L3L4 = 1 "L3_L4",
+        /// About what was read of application traffic.
+        L7 = 2 "L7",
+    }
+}
+
+enumeration! {
+    /// Which side of an application's exchange a record is about.
+    L7Type {
+        /// Not known.
+        #[default]
+        Unknown = 0 "UNKNOWN_L7_TYPE",
+        /// What was asked.
+        Request = 1 "REQUEST",
+        /// What was answered.
+        Response = 2 "RESPONSE",
     }
 }
 
@@ -263,6 +278,15 @@ pub struct Flow {
     pub source: Endpoint,
     /// To whom.
     pub destination: Endpoint,
+    /// Names that the endpoint whose policy was asked got the source's address for.
+    #[serde(skip_serializing_if = "is_slice_empty")]
+    pub source_names: Arc<[Arc<str>]>,
+    /// Names that it got the destination's address for.
+    #[serde(skip_serializing_if = "is_slice_empty")]
+    pub destination_names: Arc<[Arc<str>]>,
+    /// What was read of application traffic.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub l7: Option<Box<Layer7>>,
     /// Kind of record.
     #[serde(rename = "Type")]
     pub flow_type: FlowType,
@@ -589,6 +613,51 @@ impl<'de> Deserialize<'de> for TcpFlags {
             .filter_map(|(name, _)| Self::from_name(name));
         Ok(Self(bits.fold(0, |flags, bit| flags | bit.0)))
     }
+}
+
+/// What was read of application traffic.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Layer7 {
+    /// Question or answer.
+    #[serde(rename = "type", skip_serializing_if = "is_default")]
+    pub kind: L7Type,
+    /// From the question to this answer, ns; of answers.
+    #[serde(with = "u64_text", skip_serializing_if = "is_default")]
+    pub latency_ns: u64,
+    /// A DNS message. Absent, as every other protocol: nothing could be read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dns: Option<Dns>,
+}
+
+/// A DNS message.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Dns {
+    /// The name that is asked for, with its last dot.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub query: String,
+    /// Addresses of the answer, the first of them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ips: Vec<IpAddr>,
+    /// Lowest time to live of the answer, s.
+    #[serde(skip_serializing_if = "is_default")]
+    pub ttl: u32,
+    /// Where the aliases of the name lead.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub cnames: Vec<String>,
+    /// Who saw it: `proxy`, what flow clients call everything that stands in the way and reads.
+    #[serde(skip_serializing_if = "is_empty")]
+    pub observation_source: Cow<'static, str>,
+    /// Response code.
+    #[serde(skip_serializing_if = "is_default")]
+    pub rcode: u32,
+    /// Types that are asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub qtypes: Vec<Cow<'static, str>>,
+    /// Types of the records that were answered.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rrtypes: Vec<Cow<'static, str>>,
 }
 
 /// One end of a flow.

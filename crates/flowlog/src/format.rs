@@ -6,7 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Timestamp,
-    flow::{Endpoint, EventType, Flow, Layer4, Moment, TrafficDirection, Verdict, event_type, reserved_name},
+    flow::{
+        Endpoint, EventType, Flow, L7Type, Layer4, Moment, TrafficDirection, Verdict, event_type,
+        reserved_name,
+    },
 };
 
 /// How flows are written.
@@ -144,14 +147,20 @@ impl Printer {
     fn host(&self, flow: &Flow, source: bool) -> String {
         let text = match (flow.ip, &flow.ethernet) {
             (Some(ip), _) => {
-                let (end, address) = if source {
-                    (&flow.source, ip.source)
+                let (end, names, address) = if source {
+                    (&flow.source, &flow.source_names, ip.source)
                 } else {
-                    (&flow.destination, ip.destination)
+                    (&flow.destination, &flow.destination_names, ip.destination)
                 };
                 let ports = flow.l4.and_then(Layer4::ports);
                 let port = ports.map(|(from, to)| if source { from } else { to });
-                self.host_and_port(end, address, port)
+                match names.first().filter(|_| end.pod_name.is_empty() && !self.numeric) {
+                    Some(name) => match port {
+                        Some(port) => format!("{name}:{port}"),
+                        None => name.to_string(),
+                    },
+                    None => self.host_and_port(end, address, port),
+                }
             }
             (None, Some(ethernet)) => if source {
                 ethernet.source
@@ -232,7 +241,27 @@ fn type_text(flow: &Flow) -> String {
                 flow.traffic_direction.name()
             )
         }
+        EventType {
+            kind: event_type::ACCESS_LOG,
+            ..
+        } => l7_text(flow),
         EventType { kind, .. } => format!("event {kind}"),
+    }
+}
+
+/// `dns-request proxy`, `dns-response proxy`; `l7-request` where nothing could be read.
+fn l7_text(flow: &Flow) -> String {
+    let Some(l7) = &flow.l7 else {
+        return "l7".into();
+    };
+    let side = match l7.kind {
+        L7Type::Request => "request",
+        L7Type::Response => "response",
+        L7Type::Unknown => "unknown",
+    };
+    match &l7.dns {
+        Some(dns) => format!("dns-{side} {}", dns.observation_source),
+        None => format!("l7-{side}"),
     }
 }
 
@@ -323,6 +352,20 @@ pub fn monitor(flow: &Flow) -> String {
                 match_text(flow.policy_match_type),
             )
         }
+        event_type::ACCESS_LOG => {
+            let what = match flow.verdict {
+                Verdict::Dropped => format!("dropped ({})", flow.drop_reason_desc.text()),
+                other => other.name().to_ascii_lowercase(),
+            };
+            format!(
+                "-> {} from endpoint {} to endpoint {}, {}, verdict {what}, {packet}: {}",
+                l7_text(flow),
+                flow.source.id,
+                flow.destination.id,
+                identities(),
+                flow.summary
+            )
+        }
         event_type::DROP => format!(
             "xx drop ({}) flow 0x0 to endpoint {}, ifindex {ifindex}, {}: {packet}",
             flow.drop_reason_desc.text(),
@@ -369,6 +412,7 @@ fn packet_text(flow: &Flow) -> String {
     };
     let (source, destination) = (numeric.host(flow, true), numeric.host(flow, false));
     let what = match flow.l4 {
+        Some(Layer4::Tcp { .. }) if flow.l7.is_some() => "tcp".into(),
         Some(Layer4::Tcp { flags, .. }) => format!("tcp {}", flags.names().collect::<Vec<_>>().join(", ")),
         Some(Layer4::Udp { .. }) => "udp".into(),
         Some(Layer4::Sctp { .. }) => "sctp".into(),

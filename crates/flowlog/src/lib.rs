@@ -1,12 +1,14 @@
-//! Seeing: flow records made from the events of the BPF programs, a ring of recent ones, filters, text and JSON.
+//! Seeing: flow records made from the events of the BPF programs and the records of the inspectors, a ring of recent
+//! ones, filters, text and JSON.
 //!
-//! Pure: no I/O, no clock. The daemon implements [`Names`], makes flows with [`Flow::from_event`] and keeps them
-//! in a [`Ring`]; a reader takes a [`Cursor`], a [`Filters`] (built from flags by [`FilterBuilder`]) and a
+//! Pure: no I/O, no clock. The daemon implements [`Names`], makes flows with [`Flow::from_event`] and
+//! [`Flow::from_record`] and keeps them in a [`Ring`]; a reader takes a [`Cursor`], a [`Filters`] (built from flags by [`FilterBuilder`]) and a
 //! [`format::Format`].
 
 pub mod filter;
 pub mod flow;
 pub mod format;
+mod record;
 mod resolve;
 mod ring;
 mod time;

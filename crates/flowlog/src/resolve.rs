@@ -54,6 +54,10 @@ pub trait Names {
     fn rule(&self, id: u32) -> Option<RuleInfo>;
     /// Name of an interface.
     fn interface(&self, ifindex: u32) -> Option<Arc<str>>;
+    /// The names for which an endpoint of this node was answered an address.
+    fn dns_names(&self, _endpoint: u16, _address: IpAddr) -> Arc<[Arc<str>]> {
+        Arc::default()
+    }
 }
 
 impl Flow {
@@ -153,13 +157,7 @@ impl Flow {
             }),
             palisade: Extra {
                 reason: reason.map_or_else(|| event.reason.to_string().into(), |r| r.text().into()),
-                rule: rule.as_ref().map(|info| Rule {
-                    id: event.rule,
-                    text: Arc::clone(&info.text),
-                    location: Arc::clone(&info.location),
-                    default_deny: info.default_deny,
-                    policies: info.policies.iter().map(Policy::qualified_name).collect(),
-                }),
+                rule: rule.as_ref().map(|info| rule_of(event.rule, info)),
                 audit,
                 protocol: event.protocol,
                 ether_type: event.ether_type,
@@ -171,17 +169,47 @@ impl Flow {
             ..Self::default()
         };
         if let Some(info) = rule {
-            let denied = dropped || audit;
-            let list = match (flow_egress, denied) {
-                (true, true) => &mut flow.egress_denied_by,
-                (true, false) => &mut flow.egress_allowed_by,
-                (false, true) => &mut flow.ingress_denied_by,
-                (false, false) => &mut flow.ingress_allowed_by,
-            };
-            *list = info.policies;
+            flow.decided_by(info.policies, dropped || audit);
+        }
+        if is_ip && event.endpoint != 0 {
+            flow.name_remote_end(names, event.endpoint, egress);
         }
         flow.summary = summary(&flow);
         flow
+    }
+
+    /// Puts the policies that decided where the API has them.
+    pub(crate) fn decided_by(&mut self, policies: Arc<[Policy]>, denied: bool) {
+        let egress = self.traffic_direction == TrafficDirection::Egress;
+        let list = match (egress, denied) {
+            (true, true) => &mut self.egress_denied_by,
+            (true, false) => &mut self.egress_allowed_by,
+            (false, true) => &mut self.ingress_denied_by,
+            (false, false) => &mut self.ingress_allowed_by,
+        };
+        *list = policies;
+    }
+
+    /// Names the end that is not the endpoint, as the endpoint has asked for it. `from_endpoint`: the endpoint sends
+    /// the packet.
+    pub(crate) fn name_remote_end(&mut self, names: &impl Names, endpoint: u16, from_endpoint: bool) {
+        let Some(ip) = self.ip else { return };
+        let (address, list) = if from_endpoint {
+            (ip.destination, &mut self.destination_names)
+        } else {
+            (ip.source, &mut self.source_names)
+        };
+        *list = names.dns_names(endpoint, address);
+    }
+}
+
+pub(crate) fn rule_of(id: u32, info: &RuleInfo) -> Rule {
+    Rule {
+        id,
+        text: Arc::clone(&info.text),
+        location: Arc::clone(&info.location),
+        default_deny: info.default_deny,
+        policies: info.policies.iter().map(Policy::qualified_name).collect(),
     }
 }
 
@@ -194,7 +222,7 @@ const fn kind_of(kind: u8) -> EventKind {
     }
 }
 
-fn end(
+pub(crate) fn end(
     names: &impl Names,
     is_ip: bool,
     address: palisade_abi::Addr,

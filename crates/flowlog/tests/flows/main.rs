@@ -2,5 +2,6 @@
 
 mod filters;
 mod lines;
+mod records;
 mod ring;
 mod world;

@@ -12,6 +12,7 @@ pub const DATABASE: u32 = 16777219;
 pub const ALLOW_WEB: u32 = 7;
 pub const DEFAULT_DENY: u32 = 8;
 pub const UNENFORCED: u32 = 9;
+pub const ALLOW_DNS: u32 = 10;
 
 /// 2026-04-28T01:04:16.656Z, as the monotonic clock's offset.
 pub const OFFSET: i64 = 1_777_338_256_656_000_000;
@@ -88,6 +89,12 @@ impl Names for World {
                 location: "shop.yaml:1".into(),
                 default_deny: true,
             },
+            ALLOW_DNS => RuleInfo {
+                policies: [policy("names")].into(),
+                text: "policy shop/names egress rule 1".into(),
+                location: "names.yaml:9".into(),
+                default_deny: false,
+            },
             UNENFORCED => RuleInfo {
                 text: "no policy enforces ingress".into(),
                 ..RuleInfo::default()
@@ -98,6 +105,13 @@ impl Names for World {
 
     fn interface(&self, ifindex: u32) -> Option<Arc<str>> {
         (ifindex == 5).then(|| "veth-client".into())
+    }
+
+    fn dns_names(&self, endpoint: u16, address: IpAddr) -> Arc<[Arc<str>]> {
+        match (endpoint, address.to_string().as_str()) {
+            (11, "34.117.118.44") => [Arc::from("ifconfig.me"), Arc::from("other.example")].into(),
+            _ => Arc::default(),
+        }
     }
 }
 

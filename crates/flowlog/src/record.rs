@@ -1,0 +1,234 @@
+//! From a record of what an inspector read to a flow record.
+
+use std::{borrow::Cow, fmt::Write as _, net::IpAddr};
+
+use palisade_abi::{Reason, protocol};
+use palisade_inspect::record::{Record, Text, Verdict as Seen, What};
+use palisade_protocols::dns::rtype;
+
+use crate::{
+    Names, Timestamp,
+    flow::{
+        Dns, DropReason, EventType, Extra, Flow, FlowType, Ip, IpVersion, L7Type, Layer4, Layer7,
+        NetworkInterface, TcpFlags, TrafficDirection, Verdict, event_type,
+    },
+    resolve::{end, rule_of},
+};
+
+/// What flow clients call the one who read it.
+const OBSERVER: &str = "proxy";
+
+impl Flow {
+    /// The flow record of something that was read at `time`.
+    #[must_use]
+    pub fn from_record(record: &Record, names: &impl Names, time: Timestamp) -> Self {
+        let verdict = match record.verdict {
+            Seen::Forwarded => Verdict::Forwarded,
+            Seen::Dropped => Verdict::Dropped,
+            Seen::Audit => Verdict::Audit,
+        };
+        let dropped = verdict == Verdict::Dropped;
+        let drop_reason = DropReason(if dropped { record.reason as u8 } else { 0 });
+        let (source, source_port) = record.source;
+        let (destination, destination_port) = record.destination;
+        // The connection is the endpoint's ingress if a question comes to it, or its answer leaves it.
+        let ingress = record.ingress != record.reply;
+        let own = names.endpoint(record.endpoint);
+        let (own_source, own_destination) = if record.ingress { (None, own) } else { (own, None) };
+        let (source_identity, destination_identity) = if record.ingress {
+            (record.remote_identity, 0)
+        } else {
+            (0, record.remote_identity)
+        };
+        let rule = (record.rule != 0).then(|| names.rule(record.rule).unwrap_or_default());
+        let (l7, summary) = layer7(record);
+        let mut flow = Self {
+            time,
+            verdict,
+            drop_reason: drop_reason.0.into(),
+            ip: Some(Ip {
+                source: source.into(),
+                destination: destination.into(),
+                version: if source.is_v4() {
+                    IpVersion::V4
+                } else {
+                    IpVersion::V6
+                },
+            }),
+            l4: match record.protocol {
+                protocol::UDP => Some(Layer4::Udp {
+                    source_port,
+                    destination_port,
+                }),
+                protocol::TCP => Some(Layer4::Tcp {
+                    source_port,
+                    destination_port,
+                    flags: TcpFlags::default(),
+                }),
+                _ => None,
+            },
+            source: end(names, true, source, source_identity, own_source),
+            destination: end(names, true, destination, destination_identity, own_destination),
+            l7: Some(Box::new(l7)),
+            flow_type: FlowType::L7,
+            node_name: names.node(),
+            event_type: EventType {
+                kind: event_type::ACCESS_LOG,
+                sub_type: 0,
+            },
+            traffic_direction: if ingress {
+                TrafficDirection::Ingress
+            } else {
+                TrafficDirection::Egress
+            },
+            drop_reason_desc: drop_reason,
+            is_reply: Some(record.reply),
+            interface: (record.ifindex != 0).then(|| NetworkInterface {
+                index: record.ifindex,
+                name: names.interface(record.ifindex).unwrap_or_default(),
+            }),
+            palisade: Extra {
+                reason: if verdict == Verdict::Forwarded && record.reason.is_drop() {
+                    Reason::Allowed.text().into()
+                } else {
+                    record.reason.text().into()
+                },
+                rule: rule.as_ref().map(|info| rule_of(record.rule, info)),
+                audit: verdict == Verdict::Audit,
+                protocol: record.protocol,
+                ..Extra::default()
+            },
+            summary,
+            ..Self::default()
+        };
+        if let Some(info) = rule {
+            flow.decided_by(info.policies, verdict != Verdict::Forwarded);
+        }
+        flow.name_remote_end(names, record.endpoint, !record.ingress);
+        flow
+    }
+}
+
+/// What was read, and the same in words, as flow clients say it.
+fn layer7(record: &Record) -> (Layer7, String) {
+    let kind = if record.reply {
+        L7Type::Response
+    } else {
+        L7Type::Request
+    };
+    let latency_ns = record.latency.map_or(0, |ms| u64::from(ms) * 1_000_000);
+    let (dns, summary) = match &record.what {
+        What::DnsQuery { name, kind } => {
+            let dns = Dns {
+                query: with_last_dot(name),
+                qtypes: vec![type_name(*kind)],
+                observation_source: OBSERVER.into(),
+                ..Dns::default()
+            };
+            let summary = format!("DNS Query {} {}", dns.query, type_name(*kind));
+            (Some(dns), summary)
+        }
+        What::DnsAnswer {
+            name,
+            kind,
+            rcode,
+            addresses,
+            count,
+            ttl,
+            cname,
+        } => {
+            let ips: Vec<IpAddr> = addresses
+                .iter()
+                .take((*count).into())
+                .map(|address| (*address).into())
+                .collect();
+            let cnames: Vec<String> = (!cname.bytes().is_empty())
+                .then(|| with_last_dot(cname))
+                .into_iter()
+                .collect();
+            let families = [
+                (!cnames.is_empty(), rtype::CNAME),
+                (ips.iter().any(IpAddr::is_ipv4), rtype::A),
+                (ips.iter().any(IpAddr::is_ipv6), rtype::AAAA),
+            ];
+            let dns = Dns {
+                query: with_last_dot(name),
+                ttl: *ttl,
+                rcode: (*rcode).into(),
+                qtypes: vec![type_name(*kind)],
+                rrtypes: families
+                    .into_iter()
+                    .filter(|(there, _)| *there)
+                    .map(|(_, rtype)| type_name(rtype))
+                    .collect(),
+                observation_source: OBSERVER.into(),
+                ips,
+                cnames,
+            };
+            let summary = answer_text(&dns);
+            (Some(dns), summary)
+        }
+        What::Unreadable { detail } => (None, format!("Unreadable: {detail}")),
+    };
+    let l7 = Layer7 {
+        kind,
+        latency_ns,
+        dns,
+    };
+    (l7, summary)
+}
+
+/// `DNS Answer "192.0.2.1" TTL: 30 CNAMEs: "a.example." (Proxy www.example. A)`.
+fn answer_text(dns: &Dns) -> String {
+    let mut text = String::from("DNS Answer ");
+    let quoted = |text: &mut String, list: &mut dyn Iterator<Item = String>| {
+        let list: Vec<_> = list.collect();
+        let _ = write!(text, "\"{}\" ", list.join(","));
+    };
+    if dns.rcode == 0 {
+        if !dns.ips.is_empty() {
+            quoted(&mut text, &mut dns.ips.iter().map(ToString::to_string));
+            let _ = write!(text, "TTL: {} ", dns.ttl);
+        }
+        if !dns.cnames.is_empty() {
+            text.push_str("CNAMEs: ");
+            quoted(&mut text, &mut dns.cnames.iter().cloned());
+        }
+    } else {
+        let _ = write!(text, "RCode: {} ", rcode_text(dns.rcode));
+    }
+    let _ = write!(text, "(Proxy {} {})", dns.query, dns.qtypes.join(","));
+    text
+}
+
+/// Response codes in the words of flow clients (RFC 1035, RFC 2136, RFC 6891).
+fn rcode_text(rcode: u32) -> Cow<'static, str> {
+    Cow::Borrowed(match rcode {
+        0 => "No Error",
+        1 => "Format Error",
+        2 => "Server Failure",
+        3 => "Non-Existent Domain",
+        4 => "Not Implemented",
+        5 => "Query Refused",
+        6 => "Name Exists when it should not",
+        7 => "RR Set Exists when it should not",
+        8 => "RR Set that should exist does not",
+        9 => "Server Not Authoritative for zone",
+        10 => "Name not contained in zone",
+        16 => "Bad OPT Version",
+        other => return Cow::Owned(other.to_string()),
+    })
+}
+
+/// A type by its name, or as RFC 3597 writes one that has none.
+fn type_name(number: u16) -> Cow<'static, str> {
+    rtype::name(number).map_or_else(|| Cow::Owned(format!("TYPE{number}")), Cow::Borrowed)
+}
+
+fn with_last_dot(name: &Text) -> String {
+    let mut text = String::from_utf8_lossy(name.bytes()).into_owned();
+    if !text.ends_with('.') {
+        text.push('.');
+    }
+    text
+}
