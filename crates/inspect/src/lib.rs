@@ -6,6 +6,7 @@
 //! makes, answers to be learned, records of what was seen.
 #![forbid(unsafe_code)]
 
+pub mod learning;
 pub mod record;
 
 use palisade_abi::{CarrySlot, FlowCommand, Reason};

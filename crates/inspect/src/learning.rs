@@ -1,0 +1,218 @@
+//! The way of a [`Learn`] from a worker to whoever writes the maps, and of the [`Learned`] back.
+//!
+//! One queue for all workers on the way there, one for each worker on the way back. Both are bounded, and neither
+//! end ever waits for the other: a worker has at most as many questions open as its way back can hold.
+
+use std::{fmt, sync::Arc};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
+
+use crate::{Learn, Learned};
+
+/// Wakes a worker that sleeps: something came back for it.
+pub type Wake = Arc<dyn Fn() + Send + Sync>;
+
+/// Makes [`Learner`]s.
+#[derive(Clone, Debug)]
+pub struct Learners(Sender<Lesson>);
+
+/// Where lessons arrive.
+#[derive(Debug)]
+pub struct Lessons(Receiver<Lesson>);
+
+/// A worker's end.
+#[derive(Debug)]
+pub struct Learner {
+    asks: Sender<Lesson>,
+    answers: Receiver<Learned>,
+    back: Back,
+    open: usize,
+    limit: usize,
+}
+
+/// Something to learn, and the way back to whoever waits for it.
+#[derive(Debug)]
+pub struct Lesson {
+    /// What.
+    pub learn: Learn,
+    back: Back,
+}
+
+/// The way back to a worker.
+#[derive(Clone)]
+struct Back(Arc<(Sender<Learned>, Wake)>);
+
+impl fmt::Debug for Back {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Back")
+    }
+}
+
+/// The queue for all workers together. `capacity`: questions that may wait in it.
+#[must_use]
+pub fn lessons(capacity: usize) -> (Learners, Lessons) {
+    let (sender, receiver) = bounded(capacity);
+    (Learners(sender), Lessons(receiver))
+}
+
+impl Learners {
+    /// The end of a worker that may have so many questions open. `wake` is called after something came back.
+    #[must_use]
+    pub fn learner(&self, limit: usize, wake: Wake) -> Learner {
+        let (sender, answers) = bounded(limit);
+        Learner {
+            asks: self.0.clone(),
+            answers,
+            back: Back(Arc::new((sender, wake))),
+            open: 0,
+            limit,
+        }
+    }
+}
+
+impl Learner {
+    /// Asks. Allocates nothing and never waits.
+    ///
+    /// # Errors
+    /// Gives the question back if there are too many, or nobody is there to answer any.
+    pub fn ask(&mut self, learn: Learn) -> Result<(), Learn> {
+        if self.open >= self.limit {
+            return Err(learn);
+        }
+        let lesson = Lesson {
+            learn,
+            back: self.back.clone(),
+        };
+        match self.asks.try_send(lesson) {
+            Ok(()) => {
+                self.open += 1;
+                Ok(())
+            }
+            Err(TrySendError::Full(lesson) | TrySendError::Disconnected(lesson)) => Err(lesson.learn),
+        }
+    }
+
+    /// What has come back, if something has.
+    pub fn take(&mut self) -> Option<Learned> {
+        let learned = self.answers.try_recv().ok()?;
+        self.open -= 1;
+        Some(learned)
+    }
+
+    /// Questions that have not come back.
+    #[must_use]
+    pub fn open(&self) -> usize {
+        self.open
+    }
+}
+
+impl Lessons {
+    /// Waits for the next one. `Ok(None)`: none came in time.
+    ///
+    /// # Errors
+    /// If there will never be another: nobody is left to ask.
+    pub fn wait(&self, patience: std::time::Duration) -> Result<Option<Lesson>, Gone> {
+        match self.0.recv_timeout(patience) {
+            Ok(lesson) => Ok(Some(lesson)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(Gone),
+        }
+    }
+
+    /// The next one, if it is there.
+    #[must_use]
+    pub fn next_waiting(&self) -> Option<Lesson> {
+        self.0.try_recv().ok()
+    }
+}
+
+/// Nobody is left to ask.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Gone;
+
+impl Lesson {
+    /// Says what became of it. A worker that has ended meanwhile is not told.
+    pub fn done(self, committed: bool) {
+        let Self { learn, back } = self;
+        let learned = Learned {
+            ticket: learn.ticket,
+            committed,
+            answer: learn.answer,
+        };
+        let (sender, wake) = &*back.0;
+        // It has room for all that its worker may have open.
+        if sender.try_send(learned).is_ok() {
+            wake();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::atomic::{AtomicUsize, Ordering},
+        time::Duration,
+    };
+
+    use super::*;
+
+    fn learn(ticket: u64) -> Learn {
+        Learn {
+            ticket,
+            endpoint: 7,
+            answer: Box::default(),
+        }
+    }
+
+    #[test]
+    fn what_is_asked_comes_back_to_who_asked_and_wakes_it() {
+        let (learners, lessons) = lessons(8);
+        let woken = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&woken);
+        let mut one = learners.learner(
+            2,
+            Arc::new(move || {
+                count.fetch_add(1, Ordering::Relaxed);
+            }),
+        );
+        let mut other = learners.learner(2, Arc::new(|| {}));
+        one.ask(learn(1)).unwrap();
+        one.ask(learn(2)).unwrap();
+        other.ask(learn(1)).unwrap();
+        assert_eq!(one.ask(learn(3)).unwrap_err().ticket, 3, "two may be open");
+        let first = lessons.wait(Duration::ZERO).unwrap().unwrap();
+        assert_eq!((first.learn.ticket, first.learn.endpoint), (1, 7));
+        first.done(true);
+        let back = one.take().unwrap();
+        assert_eq!(
+            (
+                back.ticket,
+                back.committed,
+                one.open(),
+                woken.load(Ordering::Relaxed)
+            ),
+            (1, true, 1, 1)
+        );
+        assert!(one.take().is_none() && other.take().is_none());
+        one.ask(learn(3)).unwrap();
+        lessons.next_waiting().unwrap().done(false);
+        assert!(!one.take().unwrap().committed);
+        // a worker that has ended
+        drop(other);
+        lessons.next_waiting().unwrap().done(true);
+        lessons.next_waiting().unwrap().done(true);
+        assert_eq!(one.take().unwrap().ticket, 3);
+        assert!(lessons.next_waiting().is_none());
+    }
+
+    #[test]
+    fn nobody_waits_for_a_queue_that_is_full_or_gone() {
+        let (learners, lessons) = lessons(1);
+        let mut one = learners.learner(9, Arc::new(|| {}));
+        one.ask(learn(1)).unwrap();
+        assert!(one.ask(learn(2)).is_err());
+        assert_eq!(one.open(), 1);
+        drop(lessons);
+        assert!(one.ask(learn(3)).is_err());
+    }
+}
