@@ -1,0 +1,174 @@
+use std::net::IpAddr;
+
+use super::Refusal;
+use crate::dns::Name;
+
+/// What a ClientHello says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientHello {
+    /// The highest version that is offered: 0x0303 is TLS 1.2, 0x0304 TLS 1.3.
+    pub version: u16,
+    /// Whom it asks for.
+    pub server_name: ServerName,
+    /// It carries an encrypted hello; the name is the outer one. Clients that only grease it look the same.
+    pub ech: bool,
+    /// It asks to go on with a session whose first bytes come with the hello (early data).
+    pub early_data: bool,
+}
+
+/// The name in a ClientHello.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one lives for each hello that is being judged; a box would be an allocation each"
+)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ServerName {
+    /// There is none.
+    Missing,
+    /// A host name, in lower case, without the last dot.
+    Name(Name),
+    /// An address in text form. No client should send one (RFC 6066, 3), some do.
+    Address(IpAddr),
+}
+
+const SERVER_NAME: u16 = 0;
+const EARLY_DATA: u16 = 42;
+const SUPPORTED_VERSIONS: u16 = 43;
+const ENCRYPTED_HELLO: u16 = 0xfe0d;
+/// Name type `host_name`.
+const HOST_NAME: u8 = 0;
+
+/// Most extensions that are looked at: each is compared with those before it.
+const MAX_EXTENSIONS: usize = 128;
+
+/// Takes big-endian numbers and length-prefixed vectors off the front of bytes.
+struct Cursor<'a>(&'a [u8]);
+
+impl<'a> Cursor<'a> {
+    fn take(&mut self, n: usize) -> Result<&'a [u8], Refusal> {
+        let (taken, rest) = self.0.split_at_checked(n).ok_or(Refusal::Malformed)?;
+        self.0 = rest;
+        Ok(taken)
+    }
+
+    fn u8(&mut self) -> Result<u8, Refusal> {
+        Ok(self.take(1)?[0])
+    }
+
+    fn u16(&mut self) -> Result<u16, Refusal> {
+        let bytes = self.take(2)?;
+        Ok(u16::from_be_bytes([bytes[0], bytes[1]]))
+    }
+
+    fn vector8(&mut self) -> Result<&'a [u8], Refusal> {
+        let length = self.u8()?;
+        self.take(usize::from(length))
+    }
+
+    fn vector16(&mut self) -> Result<&'a [u8], Refusal> {
+        let length = self.u16()?;
+        self.take(usize::from(length))
+    }
+
+    fn finish(self) -> Result<(), Refusal> {
+        if self.0.is_empty() {
+            Ok(())
+        } else {
+            Err(Refusal::Malformed)
+        }
+    }
+}
+
+impl ClientHello {
+    /// Reads the body of a ClientHello: what stands behind the four bytes of type and length.
+    pub(super) fn parse(body: &[u8]) -> Result<Self, Refusal> {
+        let mut cursor = Cursor(body);
+        let mut version = cursor.u16()?;
+        cursor.take(32)?;
+        if cursor.vector8()?.len() > 32 {
+            return Err(Refusal::Malformed);
+        }
+        let suites = cursor.vector16()?;
+        if suites.is_empty() || suites.len() % 2 != 0 {
+            return Err(Refusal::Malformed);
+        }
+        if cursor.vector8()?.is_empty() {
+            return Err(Refusal::Malformed);
+        }
+        let mut hello = Self {
+            version,
+            server_name: ServerName::Missing,
+            ech: false,
+            early_data: false,
+        };
+        // A hello may end here (RFC 5246, 7.4.1.2).
+        if cursor.0.is_empty() {
+            return Ok(hello);
+        }
+        let mut extensions = Cursor(cursor.vector16()?);
+        cursor.finish()?;
+        let mut seen = [0; MAX_EXTENSIONS];
+        let mut count = 0;
+        while !extensions.0.is_empty() {
+            let kind = extensions.u16()?;
+            let data = extensions.vector16()?;
+            if seen[..count].contains(&kind) {
+                return Err(Refusal::DuplicateExtension);
+            }
+            *seen.get_mut(count).ok_or(Refusal::Malformed)? = kind;
+            count += 1;
+            match kind {
+                SERVER_NAME => hello.server_name = server_name(data)?,
+                SUPPORTED_VERSIONS => version = version.max(highest_version(data)?),
+                EARLY_DATA => hello.early_data = true,
+                ENCRYPTED_HELLO => hello.ech = true,
+                _ => {}
+            }
+        }
+        hello.version = version;
+        Ok(hello)
+    }
+}
+
+fn server_name(data: &[u8]) -> Result<ServerName, Refusal> {
+    let mut cursor = Cursor(data);
+    let mut list = Cursor(cursor.vector16()?);
+    cursor.finish()?;
+    let kind = list.u8()?;
+    let text = list.vector16()?;
+    if kind != HOST_NAME || !list.0.is_empty() {
+        return Err(Refusal::SeveralNames);
+    }
+    let text = std::str::from_utf8(text).map_err(|_| Refusal::BadName)?;
+    if let Ok(address) = text.parse() {
+        return Ok(ServerName::Address(address));
+    }
+    if !text.bytes().all(is_host_byte) {
+        return Err(Refusal::BadName);
+    }
+    match text.parse::<Name>() {
+        Ok(name) if !name.is_root() => Ok(ServerName::Name(name)),
+        _ => Err(Refusal::BadName),
+    }
+}
+
+/// Bytes of host names as they are used: letters, digits, hyphens, underscores, and dots between labels. With
+/// anything else (an escape, a NUL) two readers could see two names.
+fn is_host_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.')
+}
+
+/// The highest version of a list, leaving out those that only test tolerance (GREASE, RFC 8701).
+fn highest_version(data: &[u8]) -> Result<u16, Refusal> {
+    let mut cursor = Cursor(data);
+    let list = cursor.vector8()?;
+    cursor.finish()?;
+    if list.is_empty() || list.len() % 2 != 0 {
+        return Err(Refusal::Malformed);
+    }
+    let versions = list.chunks_exact(2).map(|v| u16::from_be_bytes([v[0], v[1]]));
+    Ok(versions
+        .filter(|version| version & 0x0f0f != 0x0a0a)
+        .max()
+        .unwrap_or(0))
+}
