@@ -1,0 +1,960 @@
+//! DNS: a server that says what a test wants it to say, real servers, and real clients.
+
+use std::{
+    collections::BTreeMap,
+    ffi::{CStr, CString},
+    fs,
+    io::{self, Read, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::unix::{ffi::OsStrExt, process::CommandExt},
+    path::Path,
+    process::Command,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::CloneFlags,
+};
+use tempfile::TempDir;
+
+use crate::{
+    Outcome,
+    ns::{Ns, temp_dir, wait_until},
+    probe::connect,
+    process::{Process, output},
+};
+
+/// The port of all of them.
+pub const PORT: u16 = 53;
+const START: Duration = Duration::from_secs(10);
+/// How often a thread looks whether it is to stop.
+const TICK: Duration = Duration::from_millis(20);
+
+/// Numbers of record types.
+pub mod rtype {
+    /// IPv4 address.
+    pub const A: u16 = 1;
+    /// Name server.
+    pub const NS: u16 = 2;
+    /// Alias.
+    pub const CNAME: u16 = 5;
+    /// Text.
+    pub const TXT: u16 = 16;
+    /// IPv6 address.
+    pub const AAAA: u16 = 28;
+    /// Service binding.
+    pub const SVCB: u16 = 64;
+    /// Service binding of HTTP.
+    pub const HTTPS: u16 = 65;
+}
+
+/// A question that reached a server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// By whom.
+    pub from: SocketAddr,
+    /// At which address of the server.
+    pub to: SocketAddr,
+    /// Over TCP; else in a datagram.
+    pub tcp: bool,
+    /// For which name: small letters, no last dot.
+    pub name: String,
+    /// For which type.
+    pub kind: u16,
+}
+
+/// A message that the server sends when it is asked.
+#[derive(Clone, Debug, Default)]
+pub struct Said {
+    /// After how long.
+    pub delay: Duration,
+    /// Response code.
+    pub rcode: u8,
+    /// Answer section, each as a zone file has it: `www.example. 60 IN A 192.0.2.1`.
+    pub answer: Vec<String>,
+    /// Authority section.
+    pub authority: Vec<String>,
+    /// Additional section.
+    pub additional: Vec<String>,
+    /// The TC bit.
+    pub truncated: bool,
+    /// What the id differs by from the question's.
+    pub id_xor: u16,
+    /// The name that it says it answers, if it is another than was asked for.
+    pub question: Option<String>,
+    /// Sent from this port of the server instead of the one that was asked.
+    pub port: Option<u16>,
+    /// Sent from this address of the server instead of the one that was asked.
+    pub address: Option<IpAddr>,
+    /// Behind the header and question, in place of all sections: `(counts of the sections, bytes)`.
+    pub raw: Option<([u16; 3], Vec<u8>)>,
+}
+
+impl Said {
+    /// Records that answer.
+    #[must_use]
+    pub fn records<S: AsRef<str>>(records: &[S]) -> Self {
+        Self {
+            answer: records.iter().map(|r| r.as_ref().to_owned()).collect(),
+            ..Self::default()
+        }
+    }
+
+    /// No records, but a code.
+    #[must_use]
+    pub fn rcode(rcode: u8) -> Self {
+        Self {
+            rcode,
+            ..Self::default()
+        }
+    }
+}
+
+/// What a server says to a question.
+type Script = dyn Fn(&Asked) -> Vec<Said> + Send + Sync;
+
+/// A DNS server that says what a script has it say.
+#[derive(Debug)]
+pub struct Scripted {
+    asked: Arc<Mutex<Vec<Asked>>>,
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+    ns: Ns,
+}
+
+impl Scripted {
+    /// Listens on port 53 of each address, UDP and TCP.
+    pub fn start(
+        ns: &Ns,
+        addresses: &[IpAddr],
+        script: impl Fn(&Asked) -> Vec<Said> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let mut server = Self {
+            asked: Arc::default(),
+            stop: Arc::default(),
+            threads: Vec::new(),
+            ns: ns.clone(),
+        };
+        let script: Arc<Script> = Arc::new(script);
+        for address in addresses {
+            let at = SocketAddr::new(*address, PORT);
+            let (datagrams, listener) = ns
+                .enter(|| -> io::Result<_> { Ok((UdpSocket::bind(at)?, TcpListener::bind(at)?)) })
+                .with_context(|| format!("dns {at}"))?;
+            datagrams.set_read_timeout(Some(TICK))?;
+            listener.set_nonblocking(true)?;
+            let serving = Serving {
+                at,
+                asked: Arc::clone(&server.asked),
+                stop: Arc::clone(&server.stop),
+                script: Arc::clone(&script),
+                ns: ns.clone(),
+            };
+            let of_listener = serving.clone();
+            server
+                .threads
+                .push(thread::spawn(move || serving.datagrams(&datagrams)));
+            server
+                .threads
+                .push(thread::spawn(move || of_listener.listen(&listener)));
+        }
+        Ok(server)
+    }
+
+    /// Every question so far.
+    #[must_use]
+    pub fn asked(&self) -> Vec<Asked> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// How often a name was asked for.
+    #[must_use]
+    pub fn asked_for(&self, name: &str) -> usize {
+        self.asked().iter().filter(|asked| asked.name == name).count()
+    }
+
+    /// Sends a datagram that nobody has asked for, from a port of one of its addresses that it does not listen on.
+    pub fn push(&self, from: SocketAddr, to: SocketAddr, message: &[u8]) -> Result<()> {
+        send_from(&self.ns, from, to, message).with_context(|| format!("{from} -> {to}"))
+    }
+}
+
+impl Drop for Scripted {
+    fn drop(&mut self) {
+        self.stop.store(true, Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn send_from(ns: &Ns, from: SocketAddr, to: SocketAddr, message: &[u8]) -> io::Result<()> {
+    ns.enter(|| UdpSocket::bind(from)?.send_to(message, to).map(drop))
+}
+
+#[derive(Clone)]
+struct Serving {
+    at: SocketAddr,
+    asked: Arc<Mutex<Vec<Asked>>>,
+    stop: Arc<AtomicBool>,
+    script: Arc<Script>,
+    ns: Ns,
+}
+
+impl Serving {
+    fn note(&self, query: &Query, from: SocketAddr, tcp: bool) -> Asked {
+        let asked = Asked {
+            from,
+            to: self.at,
+            tcp,
+            name: query.name.clone(),
+            kind: query.kind,
+        };
+        self.asked
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(asked.clone());
+        asked
+    }
+
+    fn datagrams(&self, socket: &UdpSocket) {
+        let mut buffer = [0; 4096];
+        while !self.stop.load(Relaxed) {
+            let Ok((length, from)) = socket.recv_from(&mut buffer) else {
+                continue;
+            };
+            let Some(query) = Query::read(&buffer[..length]) else {
+                continue;
+            };
+            let asked = self.note(&query, from, false);
+            let said = (self.script)(&asked);
+            let is_slow = said
+                .iter()
+                .any(|one| !one.delay.is_zero() || one.port.is_some() || one.address.is_some());
+            let send = {
+                let (this, socket) = (self.clone(), socket.try_clone());
+                move || {
+                    for one in said {
+                        thread::sleep(one.delay);
+                        let Ok(message) = query.message(&one) else {
+                            continue;
+                        };
+                        let other = SocketAddr::new(
+                            one.address.unwrap_or(this.at.ip()),
+                            one.port.unwrap_or(this.at.port()),
+                        );
+                        // what the policy does with an answer is none of the server's business
+                        let _ = match &socket {
+                            Ok(socket) if other == this.at => socket.send_to(&message, from).map(drop),
+                            _ => send_from(&this.ns, other, from, &message),
+                        };
+                    }
+                }
+            };
+            if is_slow {
+                thread::spawn(send);
+            } else {
+                send();
+            }
+        }
+    }
+
+    fn listen(&self, listener: &TcpListener) {
+        while !self.stop.load(Relaxed) {
+            let Ok((stream, from)) = listener.accept() else {
+                thread::sleep(TICK / 4);
+                continue;
+            };
+            let this = self.clone();
+            thread::spawn(move || {
+                // the client may leave whenever it likes
+                let _ = this.stream(stream, from);
+            });
+        }
+    }
+
+    fn stream(&self, mut stream: TcpStream, from: SocketAddr) -> Result<()> {
+        stream.set_nonblocking(false)?;
+        stream.set_read_timeout(Some(START))?;
+        stream.set_write_timeout(Some(START))?;
+        stream.set_nodelay(true)?;
+        while !self.stop.load(Relaxed) {
+            let mut length = [0; 2];
+            stream.read_exact(&mut length)?;
+            let mut message = vec![0; u16::from_be_bytes(length).into()];
+            stream.read_exact(&mut message)?;
+            let query = Query::read(&message).context("no question")?;
+            let asked = self.note(&query, from, true);
+            for one in (self.script)(&asked) {
+                thread::sleep(one.delay);
+                stream.write_all(&framed(&query.message(&one)?))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A message as it travels over TCP: behind its length.
+#[must_use]
+pub fn framed(message: &[u8]) -> Vec<u8> {
+    let mut framed = (message.len() as u16).to_be_bytes().to_vec();
+    framed.extend(message);
+    framed
+}
+
+/// What a server needs to know of a query.
+struct Query {
+    id: u16,
+    flags: u16,
+    /// As it was written, for the echo.
+    question: Vec<u8>,
+    name: String,
+    kind: u16,
+}
+
+impl Query {
+    fn read(message: &[u8]) -> Option<Self> {
+        let word = |at: usize| Some(u16::from_be_bytes([*message.get(at)?, *message.get(at + 1)?]));
+        let mut at = 12;
+        let mut name = String::new();
+        loop {
+            let length = usize::from(*message.get(at)?);
+            at += 1;
+            if length == 0 {
+                break;
+            }
+            if length > 63 {
+                return None;
+            }
+            if !name.is_empty() {
+                name.push('.');
+            }
+            name.push_str(&String::from_utf8_lossy(message.get(at..at + length)?).to_ascii_lowercase());
+            at += length;
+        }
+        Some(Self {
+            id: word(0)?,
+            flags: word(2)?,
+            question: message.get(12..at + 4)?.to_vec(),
+            name,
+            kind: word(at)?,
+        })
+    }
+
+    fn message(&self, said: &Said) -> Result<Vec<u8>> {
+        let question = match &said.question {
+            Some(name) => question(name, self.kind),
+            None => self.question.clone(),
+        };
+        // QR, AA, RA; opcode and RD as asked
+        let flags = 0x8480 | self.flags & 0x7900 | u16::from(said.truncated) << 9 | u16::from(said.rcode);
+        let sections = [&said.answer, &said.authority, &said.additional];
+        let mut counts = sections.map(|records| records.len() as u16);
+        let mut body = Vec::new();
+        for line in sections.into_iter().flatten() {
+            write_record(line, &mut body).with_context(|| line.clone())?;
+        }
+        if let Some((raw_counts, raw)) = &said.raw {
+            (counts, body) = (*raw_counts, raw.clone());
+        }
+        let mut message = Vec::new();
+        for word in [self.id ^ said.id_xor, flags, 1].into_iter().chain(counts) {
+            message.extend(word.to_be_bytes());
+        }
+        message.extend(question);
+        message.extend(body);
+        Ok(message)
+    }
+}
+
+/// A name as it stands in a message.
+#[must_use]
+pub fn wire_name(name: &str) -> Vec<u8> {
+    let mut wire = Vec::new();
+    for label in name.split('.').filter(|label| !label.is_empty()) {
+        wire.push(label.len().min(63) as u8);
+        wire.extend(label.bytes().take(63));
+    }
+    wire.push(0);
+    wire
+}
+
+/// A question of the class Internet.
+#[must_use]
+pub fn question(name: &str, kind: u16) -> Vec<u8> {
+    let mut question = wire_name(name);
+    question.extend(kind.to_be_bytes());
+    question.extend(1_u16.to_be_bytes());
+    question
+}
+
+/// A query with these questions, recursion desired.
+#[must_use]
+pub fn query(id: u16, questions: &[(&str, u16)]) -> Vec<u8> {
+    let mut message = Vec::new();
+    for word in [id, 0x0100, questions.len() as u16, 0, 0, 0] {
+        message.extend(word.to_be_bytes());
+    }
+    for (name, kind) in questions {
+        message.extend(question(name, *kind));
+    }
+    message
+}
+
+/// An answer to a question, as a server would make it that was asked with this id.
+pub fn answer(id: u16, name: &str, kind: u16, records: &[&str]) -> Result<Vec<u8>> {
+    let asked = Query {
+        id,
+        flags: 0x0100,
+        question: question(name, kind),
+        name: name.into(),
+        kind,
+    };
+    asked.message(&Said::records(records))
+}
+
+/// `www.example. 60 IN A 192.0.2.1`
+fn write_record(line: &str, out: &mut Vec<u8>) -> Result<()> {
+    let mut words = line.split_whitespace();
+    let mut next = || words.next().context("NAME TTL IN TYPE DATA");
+    let (name, ttl, class, kind) = (next()?, next()?.parse::<u32>()?, next()?, next()?);
+    ensure!(class == "IN", "the class is IN");
+    let rest: Vec<&str> = words.collect();
+    let first = *rest.first().context("data is missing")?;
+    let (kind, data) = match kind {
+        "A" => (rtype::A, first.parse::<Ipv4Addr>()?.octets().to_vec()),
+        "AAAA" => (rtype::AAAA, first.parse::<Ipv6Addr>()?.octets().to_vec()),
+        "CNAME" => (rtype::CNAME, wire_name(first)),
+        "NS" => (rtype::NS, wire_name(first)),
+        "TXT" => {
+            let mut data = Vec::new();
+            for part in rest.join(" ").trim_matches('"').as_bytes().chunks(255) {
+                data.push(part.len() as u8);
+                data.extend(part);
+            }
+            (rtype::TXT, data)
+        }
+        "SVCB" => (rtype::SVCB, service(&rest)?),
+        "HTTPS" => (rtype::HTTPS, service(&rest)?),
+        other => bail!("{other} is no type that this server knows"),
+    };
+    out.extend(wire_name(name));
+    out.extend(kind.to_be_bytes());
+    out.extend(1_u16.to_be_bytes());
+    out.extend(ttl.to_be_bytes());
+    out.extend(u16::try_from(data.len())?.to_be_bytes());
+    out.extend(data);
+    Ok(())
+}
+
+/// `1 . ipv4hint=192.0.2.1,192.0.2.2 ipv6hint=2001:db8::1` (RFC 9460)
+fn service(words: &[&str]) -> Result<Vec<u8>> {
+    let [priority, target, parameters @ ..] = words else {
+        bail!("PRIORITY TARGET PARAMETERS");
+    };
+    let mut data = priority.parse::<u16>()?.to_be_bytes().to_vec();
+    data.extend(wire_name(target));
+    // in the order of their numbers, as the RFC demands
+    let mut values = BTreeMap::new();
+    for parameter in parameters {
+        let (key, value) = parameter.split_once('=').context("KEY=VALUE")?;
+        let mut bytes: Vec<u8> = Vec::new();
+        let key: u16 = match key {
+            "alpn" => {
+                for protocol in value.split(',') {
+                    bytes.push(protocol.len() as u8);
+                    bytes.extend(protocol.bytes());
+                }
+                1
+            }
+            "port" => {
+                bytes.extend(value.parse::<u16>()?.to_be_bytes());
+                3
+            }
+            "ipv4hint" => {
+                for address in value.split(',') {
+                    bytes.extend(address.parse::<Ipv4Addr>()?.octets());
+                }
+                4
+            }
+            "ipv6hint" => {
+                for address in value.split(',') {
+                    bytes.extend(address.parse::<Ipv6Addr>()?.octets());
+                }
+                6
+            }
+            other => bail!("{other} is no parameter that this server knows"),
+        };
+        values.insert(key, bytes);
+    }
+    for (key, bytes) in values {
+        data.extend(key.to_be_bytes());
+        data.extend(u16::try_from(bytes.len())?.to_be_bytes());
+        data.extend(bytes);
+    }
+    Ok(data)
+}
+
+/// A real DNS server.
+#[derive(Debug)]
+pub struct Server {
+    process: Process,
+    _dir: TempDir,
+}
+
+impl Server {
+    /// unbound with these records, as a zone file has them; authoritative for their last labels.
+    pub fn unbound(ns: &Ns, addresses: &[IpAddr], records: &[&str]) -> Result<Self> {
+        let mut more = String::new();
+        for zone in zones(records) {
+            more.push_str(&format!("    local-zone: \"{zone}\" static\n"));
+        }
+        for record in records {
+            more.push_str(&format!("    local-data: '{record}'\n"));
+        }
+        Self::start_unbound(ns, addresses, &more, "")
+    }
+
+    /// unbound that asks another server for everything, and keeps the answers for as long as they live.
+    pub fn unbound_forwarder(ns: &Ns, addresses: &[IpAddr], to: SocketAddr) -> Result<Self> {
+        Self::start_unbound(
+            ns,
+            addresses,
+            "    do-not-query-localhost: no\n",
+            &format!(
+                "forward-zone:\n    name: \".\"\n    forward-addr: {}@{}\n",
+                to.ip(),
+                to.port()
+            ),
+        )
+    }
+
+    fn start_unbound(ns: &Ns, addresses: &[IpAddr], in_server: &str, more: &str) -> Result<Self> {
+        let dir = temp_dir("unbound")?;
+        let mut conf = format!(
+            "server:\n    directory: {0:?}\n    chroot: \"\"\n    username: \"\"\n    pidfile: \"\"\n\
+             \x20   do-daemonize: no\n    use-syslog: no\n    logfile: \"\"\n    verbosity: 0\n\
+             \x20   num-threads: 1\n    module-config: \"iterator\"\n    minimal-responses: yes\n\
+             \x20   access-control: 0.0.0.0/0 allow\n    access-control: ::0/0 allow\n",
+            dir.path()
+        );
+        for address in addresses {
+            conf.push_str(&format!("    interface: {address}\n"));
+        }
+        conf.push_str(in_server);
+        conf.push_str("remote-control:\n    control-enable: no\n");
+        conf.push_str(more);
+        let file = dir.path().join("unbound.conf");
+        fs::write(&file, conf)?;
+        let mut command = ns.command("unbound");
+        command.arg("-d").arg("-p").arg("-c").arg(&file);
+        Self::run("unbound", ns, command, addresses, dir)
+    }
+
+    /// dnsmasq with these A, AAAA and CNAME records.
+    pub fn dnsmasq(ns: &Ns, addresses: &[IpAddr], records: &[&str]) -> Result<Self> {
+        let dir = temp_dir("dnsmasq")?;
+        let mut command = ns.command("dnsmasq");
+        command.args([
+            "--keep-in-foreground",
+            "--conf-file=/dev/null",
+            "--no-resolv",
+            "--no-hosts",
+            "--bind-interfaces",
+            "--user=root",
+            "--group=root",
+            "--pid-file=",
+            "--log-facility=-",
+        ]);
+        for address in addresses {
+            command.arg(format!("--listen-address={address}"));
+        }
+        for zone in zones(records) {
+            command.arg(format!("--local=/{}/", zone.trim_end_matches('.')));
+        }
+        for record in records {
+            let words: Vec<&str> = record.split_whitespace().collect();
+            let [name, ttl, "IN", kind, data] = words[..] else {
+                bail!("{record}: NAME TTL IN TYPE DATA");
+            };
+            let (name, data) = (name.trim_end_matches('.'), data.trim_end_matches('.'));
+            command.arg(match kind {
+                "A" | "AAAA" => format!("--host-record={name},{data},{ttl}"),
+                "CNAME" => format!("--cname={name},{data},{ttl}"),
+                _ => bail!("{record}: dnsmasq is given A, AAAA and CNAME here"),
+            });
+        }
+        Self::run("dnsmasq", ns, command, addresses, dir)
+    }
+
+    /// knotd with these records in a zone of their last label.
+    pub fn knot(ns: &Ns, addresses: &[IpAddr], records: &[&str]) -> Result<Self> {
+        let dir = temp_dir("knot")?;
+        let root = dir.path().display();
+        let listen: Vec<String> = addresses.iter().map(|a| format!("{a}@{PORT}")).collect();
+        let mut conf = format!(
+            "server:\n  rundir: \"{root}\"\n  listen: [ {} ]\n  udp-workers: 1\n  tcp-workers: 1\n\
+             \x20 background-workers: 1\n\
+             database:\n  storage: \"{root}\"\nlog:\n  - target: stderr\n    any: warning\nzone:\n",
+            listen.join(", ")
+        );
+        for zone in zones(records) {
+            let mut text = format!(
+                "{zone} 60 IN SOA ns.{zone} host.{zone} 1 3600 600 86400 60\n{zone} 60 IN NS ns.{zone}\n"
+            );
+            for record in records.iter().filter(|record| zone_of(record) == zone) {
+                text.push_str(record);
+                text.push('\n');
+            }
+            fs::write(dir.path().join(format!("{zone}zone")), text)?;
+            conf.push_str(&format!(
+                "  - domain: {zone}\n    storage: \"{root}\"\n    file: \"{zone}zone\"\n"
+            ));
+        }
+        let file = dir.path().join("knot.conf");
+        fs::write(&file, conf)?;
+        let mut command = ns.command("knotd");
+        command.arg("-c").arg(&file);
+        Self::run("knotd", ns, command, addresses, dir)
+    }
+
+    fn run(name: &str, ns: &Ns, command: Command, addresses: &[IpAddr], dir: TempDir) -> Result<Self> {
+        let mut process = Process::spawn(name, command, dir.path())?;
+        let mut ended = None;
+        for address in addresses {
+            let at = SocketAddr::new(*address, PORT);
+            wait_until(&format!("{name} answers at {at}"), START, || {
+                ended = process.exited().ok().flatten();
+                ended.is_some() || connect(ns, at, Duration::from_secs(1)) == Outcome::Open
+            })
+            .with_context(|| process.log())?;
+            if let Some(status) = ended {
+                bail!("{name} ended at once, {status}: {}", process.log());
+            }
+        }
+        Ok(Self { process, _dir: dir })
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// What it has printed.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.process.log()
+    }
+}
+
+/// The last label of a record's owner, as a zone: `example.`
+fn zone_of(record: &str) -> String {
+    let name = record.split_whitespace().next().unwrap_or_default();
+    let label = name.trim_end_matches('.').rsplit('.').next().unwrap_or_default();
+    format!("{label}.")
+}
+
+fn zones(records: &[&str]) -> Vec<String> {
+    let mut zones: Vec<String> = records.iter().map(|record| zone_of(record)).collect();
+    zones.sort();
+    zones.dedup();
+    zones
+}
+
+/// What `dig` got.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Dug {
+    /// `NOERROR`, `REFUSED`, ...; empty if nothing came.
+    pub status: String,
+    /// Flags, as they stand in a line: `qr aa rd`.
+    pub flags: String,
+    /// The question that was echoed: `www.example. IN A`.
+    pub question: String,
+    /// Data of the answer's records, in the order in which they stand there.
+    pub answers: Vec<String>,
+    /// Whether it came over TCP.
+    pub tcp: bool,
+    /// Everything that was printed.
+    pub text: String,
+}
+
+/// Asks by `dig`: `args` are the name and what else is wanted. One try, in datagrams unless `+tcp` or a truncated answer
+/// says otherwise.
+pub fn dig(ns: &Ns, server: IpAddr, args: &[&str]) -> Result<Dug> {
+    let mut command = ns.command("dig");
+    command
+        .arg(format!("@{server}"))
+        .args(["-r", "+tries=1", "+timeout=2", "+nottlunits"])
+        .args(args);
+    let out = output(&mut command, Duration::from_secs(8))?;
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let mut dug = Dug {
+        tcp: text.contains("(TCP)"),
+        text: text.clone(),
+        ..Dug::default()
+    };
+    let mut section = "";
+    for line in text.lines() {
+        if let Some(rest) = line.strip_prefix(";; ->>HEADER<<-") {
+            dug.status = between(rest, "status: ", ",").into();
+        } else if let Some(rest) = line.strip_prefix(";; flags: ") {
+            dug.flags = rest.split(';').next().unwrap_or_default().into();
+        } else if let Some(name) = line.strip_suffix(" SECTION:") {
+            section = name.trim_start_matches(";; ");
+        } else if line.is_empty() {
+            section = "";
+        } else if section == "QUESTION" {
+            let words: Vec<&str> = line.trim_start_matches(';').split_whitespace().collect();
+            dug.question = words.join(" ");
+        } else if section == "ANSWER" {
+            let data: Vec<&str> = line.split_whitespace().skip(4).collect();
+            dug.answers.push(data.join(" "));
+        }
+    }
+    Ok(dug)
+}
+
+fn between<'a>(text: &'a str, before: &str, after: &str) -> &'a str {
+    let rest = text.split_once(before).map_or("", |(_, rest)| rest);
+    rest.split_once(after).map_or(rest, |(part, _)| part)
+}
+
+/// Sends a datagram from a fresh port (or a given one) and collects everything that comes back to it within `wait`,
+/// whoever sends it.
+pub fn ask(
+    ns: &Ns,
+    source: SocketAddr,
+    server: SocketAddr,
+    message: &[u8],
+    wait: Duration,
+) -> Result<Vec<Vec<u8>>> {
+    let attempt = || -> io::Result<Vec<Vec<u8>>> {
+        let socket = UdpSocket::bind(source)?;
+        socket.send_to(message, server)?;
+        let deadline = Instant::now() + wait;
+        let mut buffer = vec![0; 1 << 16];
+        let mut answers = Vec::new();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(answers);
+            }
+            socket.set_read_timeout(Some(left))?;
+            match socket.recv_from(&mut buffer) {
+                Ok((length, _)) => answers.push(buffer[..length].to_vec()),
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    };
+    ns.enter(attempt).with_context(|| format!("{source} -> {server}"))
+}
+
+/// The response code of a message.
+#[must_use]
+pub fn rcode(message: &[u8]) -> Option<u8> {
+    message.get(3).map(|byte| byte & 15)
+}
+
+/// A command that will run in the namespace and finds `conf` as its `/etc/resolv.conf`; nobody else does.
+pub fn resolving(ns: &Ns, program: &str, conf: &Path) -> Result<Command> {
+    let c_path = |path: &Path| CString::new(path.as_os_str().as_bytes()).context("a path with a zero byte");
+    let (from, to) = (c_path(conf)?, c_path(Path::new("/etc/resolv.conf"))?);
+    let root = c_path(Path::new("/"))?;
+    let mut command = ns.command(program);
+    // no answers from before, and none from a cache of the machine
+    command.env_remove("RES_OPTIONS").env_remove("LOCALDOMAIN");
+    // SAFETY: between fork and exec the closure makes system calls only; the strings were made before.
+    unsafe {
+        command.pre_exec(move || {
+            const NONE: Option<&CStr> = None;
+            nix::sched::unshare(CloneFlags::CLONE_NEWNS)?;
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(NONE, root.as_c_str(), NONE, private, NONE)?;
+            mount(Some(from.as_c_str()), to.as_c_str(), NONE, MsFlags::MS_BIND, NONE)?;
+            Ok(())
+        });
+    }
+    Ok(command)
+}
+
+/// What Python's `socket.getaddrinfo` says to a name: addresses, sorted; none if it does not resolve.
+pub fn getaddrinfo(ns: &Ns, conf: &Path, name: &str) -> Result<Vec<IpAddr>> {
+    const SCRIPT: &str = "
+import socket, sys
+try:
+    found = socket.getaddrinfo(sys.argv[1], 80, type=socket.SOCK_STREAM)
+except socket.gaierror as error:
+    print('gaierror', error)
+    sys.exit(0)
+for address in sorted({entry[4][0] for entry in found}):
+    print(address)
+";
+    let mut command = resolving(ns, "/usr/bin/python3", conf)?;
+    command.args(["-c", SCRIPT, name]);
+    let out = output(&mut command, Duration::from_secs(15))?;
+    ensure!(
+        out.status.success(),
+        "{}: {}",
+        out.status,
+        String::from_utf8_lossy(&out.stderr)
+    );
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let mut addresses: Vec<IpAddr> = text.lines().filter_map(|line| line.parse().ok()).collect();
+    addresses.sort();
+    Ok(addresses)
+}
+
+/// What came of dnsperf.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Perf {
+    /// Queries that were sent.
+    pub sent: u64,
+    /// Those that were answered.
+    pub completed: u64,
+    /// Those that were not, in time.
+    pub lost: u64,
+    /// Answers by their code.
+    pub rcodes: BTreeMap<String, u64>,
+    /// Answers in a second.
+    pub rate: f64,
+    /// Half of the answers took no longer, s. 0 unless they were listed.
+    pub p50: f64,
+    /// 99 of 100 answers took no longer, s. 0 unless they were listed.
+    pub p99: f64,
+}
+
+/// How dnsperf asks.
+#[derive(Clone, Debug)]
+pub struct PerfPlan<'a> {
+    /// Whom.
+    pub server: SocketAddr,
+    /// `NAME TYPE` lines, over and over.
+    pub queries: &'a [String],
+    /// For how long, s.
+    pub seconds: u32,
+    /// By so many sockets at the same time.
+    pub clients: u32,
+    /// So many in a second at most.
+    pub rate: Option<u32>,
+    /// So many unanswered at the same time at most.
+    pub outstanding: u32,
+    /// Whether each latency is wanted, which costs.
+    pub listed: bool,
+    /// TCP.
+    pub tcp: bool,
+}
+
+impl PerfPlan<'_> {
+    /// dnsperf that runs in the namespace until [`Perfing::finish`].
+    pub fn start(&self, ns: &Ns) -> Result<Perfing> {
+        let dir = temp_dir("dnsperf")?;
+        let file = dir.path().join("queries");
+        fs::write(&file, self.queries.join("\n") + "\n")?;
+        let mut command = ns.command("dnsperf");
+        command
+            .args(["-s", &self.server.ip().to_string()])
+            .args(["-p", &self.server.port().to_string()])
+            .args(["-l", &self.seconds.to_string()])
+            .args(["-c", &self.clients.to_string()])
+            .args(["-q", &self.outstanding.to_string()])
+            .args(["-T", "1", "-t", "2"])
+            .arg("-d")
+            .arg(&file);
+        if let Some(rate) = self.rate {
+            command.args(["-Q", &rate.to_string()]);
+        }
+        if self.listed {
+            command.arg("-v");
+        }
+        if self.tcp {
+            command.args(["-m", "tcp"]);
+        }
+        let process = Process::spawn("dnsperf", command, dir.path())?;
+        Ok(Perfing {
+            process,
+            _dir: dir,
+            seconds: self.seconds,
+        })
+    }
+
+    /// Runs it to its end.
+    pub fn run(&self, ns: &Ns) -> Result<Perf> {
+        self.start(ns)?.finish()
+    }
+}
+
+/// dnsperf at work.
+#[derive(Debug)]
+pub struct Perfing {
+    process: Process,
+    _dir: TempDir,
+    seconds: u32,
+}
+
+impl Perfing {
+    /// Waits for its end.
+    pub fn finish(mut self) -> Result<Perf> {
+        let patience = Duration::from_secs(u64::from(self.seconds) + 10);
+        let status = self.process.wait(patience)?;
+        let text = self.process.log();
+        ensure!(status.success(), "dnsperf: {status}: {text}");
+        perf(&text)
+    }
+}
+
+fn perf(text: &str) -> Result<Perf> {
+    let mut perf = Perf::default();
+    let mut latencies = Vec::new();
+    for line in text.lines() {
+        if let Some(listed) = line.strip_prefix("> ") {
+            // `> NOERROR www.example A 0.000123`; `> T www.example A` for one that was lost
+            if let Some(Ok(latency)) = listed.split_whitespace().nth(3).map(str::parse::<f64>) {
+                latencies.push(latency);
+            }
+            continue;
+        }
+        let Some((key, value)) = line.trim().split_once(':') else {
+            continue;
+        };
+        let number = || {
+            let word = value.split_whitespace().next().unwrap_or_default();
+            word.parse::<f64>().with_context(|| line.to_owned())
+        };
+        match key {
+            "Queries sent" => perf.sent = number()? as u64,
+            "Queries completed" => perf.completed = number()? as u64,
+            "Queries lost" => perf.lost = number()? as u64,
+            "Queries per second" => perf.rate = number()?,
+            "Response codes" => {
+                for part in value.split(',') {
+                    let mut words = part.split_whitespace();
+                    if let (Some(code), Some(Ok(count))) = (words.next(), words.next().map(str::parse)) {
+                        perf.rcodes.insert(code.into(), count);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    ensure!(perf.sent > 0, "dnsperf said nothing of its queries: {text}");
+    latencies.sort_by(f64::total_cmp);
+    let at = |part: f64| {
+        let last = latencies.len().saturating_sub(1);
+        latencies
+            .get((last as f64 * part) as usize)
+            .copied()
+            .unwrap_or_default()
+    };
+    (perf.p50, perf.p99) = (at(0.5), at(0.99));
+    Ok(perf)
+}
