@@ -6,12 +6,24 @@
 //! makes, answers to be learned, records of what was seen.
 #![forbid(unsafe_code)]
 
+mod aged;
+mod build;
+mod dns;
+mod engine;
+mod fragments;
 pub mod learning;
 pub mod record;
+mod rules;
 
 use palisade_abi::{CarrySlot, FlowCommand, Reason};
 use palisade_packet::Packet;
 use palisade_protocols::dns::Answer;
+
+pub use dns::{Denial, DnsLimits, DnsStats};
+pub use engine::{Engine, Limits, Stats};
+pub use fragments::{FragmentLimits, FragmentStats};
+pub use palisade_fqdn::{TrackLimits, Unasked};
+pub use rules::{DnsRules, Problem, Rules};
 
 /// Milliseconds of one monotonic clock.
 pub type Millis = u64;
@@ -81,7 +93,10 @@ pub trait Sink<F> {
     fn discard(&mut self, frame: F, reason: Reason);
     /// A packet that the engine made: a whole Ethernet frame with right checksums.
     fn emit(&mut self, frame: &[u8], route: Route);
-    /// Asks for an answer to be learned. False: the queue is full, nothing will come back.
+    /// Asks for an answer to be learned.
+    ///
+    /// # Errors
+    /// The queue is full: nothing will come back.
     fn learn(&mut self, learn: Learn) -> Result<(), Learn>;
     /// Something to report.
     fn record(&mut self, record: &record::Record);

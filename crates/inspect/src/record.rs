@@ -1,6 +1,11 @@
 //! Records of what was read: fixed in size, so that handing one on allocates nothing.
 
-use palisade_abi::{Addr, Reason};
+use std::fmt::{self, Write as _};
+
+use palisade_abi::{Addr, Reason, carry_flags};
+use palisade_protocols::dns::Name;
+
+use crate::View;
 
 /// Longest text of a record; longer ones are cut.
 pub const TEXT: usize = 256;
@@ -21,8 +26,8 @@ impl Default for Text {
     }
 }
 
-impl std::fmt::Debug for Text {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Text {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?}", String::from_utf8_lossy(self.bytes()))
     }
 }
@@ -42,6 +47,28 @@ impl Text {
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         &self.bytes[..usize::from(self.length)]
+    }
+}
+
+/// What is written past the end is cut.
+impl fmt::Write for Text {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let at = usize::from(self.length);
+        let taken = text.len().min(TEXT - at);
+        self.bytes[at..at + taken].copy_from_slice(&text.as_bytes()[..taken]);
+        self.length += taken as u16;
+        Ok(())
+    }
+}
+
+impl Text {
+    /// A name as people write it.
+    #[must_use]
+    pub fn of(name: &Name) -> Self {
+        let mut text = Self::default();
+        // writing to a text does not fail
+        let _ = write!(text, "{name}");
+        text
     }
 }
 
@@ -87,7 +114,34 @@ pub struct Record {
     pub what: What,
 }
 
+impl Record {
+    /// Of a packet that passes, by no rule.
+    #[must_use]
+    pub fn of(view: &View<'_>, what: What) -> Self {
+        let View { slot, packet, .. } = view;
+        Self {
+            endpoint: slot.endpoint,
+            ingress: slot.flags & carry_flags::INGRESS != 0,
+            reply: slot.flags & carry_flags::REPLY != 0,
+            source: (packet.source, packet.source_port),
+            destination: (packet.destination, packet.destination_port),
+            protocol: packet.protocol,
+            remote_identity: slot.remote_identity,
+            ifindex: view.ifindex,
+            verdict: Verdict::Forwarded,
+            reason: Reason::Allowed,
+            rule: 0,
+            latency: None,
+            what,
+        }
+    }
+}
+
 /// What a record is about.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "fixed in size, so that nothing is allocated"
+)]
 #[derive(Clone, Copy, Debug)]
 pub enum What {
     /// A DNS query.

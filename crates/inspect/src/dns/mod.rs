@@ -1,0 +1,558 @@
+//! DNS: queries are judged by name, answers must be asked for, and what they teach is in the maps before they go on.
+
+use std::{collections::HashMap, net::SocketAddr};
+
+use palisade_abi::{Addr, CarrySlot, Reason, carry_flags};
+use palisade_fqdn::{Asked, Flow, TrackLimits, Tracker, Unasked};
+use palisade_protocols::dns::{Answer, Limits, Query, Rcode, Refusal, reply};
+
+use crate::{
+    Learn, Learned, Millis, Route, Rules, Sink, View,
+    aged::Aged,
+    build,
+    engine::{Frames, Spare},
+    record::{Record, Text, Verdict, What},
+};
+
+/// What a query for a name that is not allowed is answered with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Denial {
+    /// REFUSED: policy says no.
+    #[default]
+    Refused,
+    /// NXDOMAIN: there is no such name. Some clients stop asking others then.
+    NxDomain,
+}
+
+/// How much DNS inspection may hold, and for how long. Of one worker.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DnsLimits {
+    /// What a denied query is answered with.
+    pub denial: Denial,
+    /// Questions that are open.
+    pub track: TrackLimits,
+    /// Answers that wait until their addresses can be reached.
+    pub held: usize,
+    /// Of them, those of one endpoint.
+    pub held_per_endpoint: usize,
+    /// How long such an answer waits; then it is dropped.
+    pub deadline: Millis,
+}
+
+impl Default for DnsLimits {
+    fn default() -> Self {
+        Self {
+            denial: Denial::default(),
+            track: TrackLimits::default(),
+            held: 4096,
+            held_per_endpoint: 1024,
+            deadline: 2000,
+        }
+    }
+}
+
+/// What has happened so far.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DnsStats {
+    /// Queries that were read.
+    pub queries: u64,
+    /// Queries for a name that is not allowed.
+    pub denied: u64,
+    /// Queries that were not tracked because a limit is reached.
+    pub too_many: u64,
+    /// Queries and answers that were answered here.
+    pub replies: u64,
+    /// Answers that were read and asked for.
+    pub answers: u64,
+    /// Answers released after what they teach was committed.
+    pub committed: u64,
+    /// Answers whose learning failed, or could not be asked for.
+    pub uncommitted: u64,
+    /// Answers that waited too long.
+    pub overdue: u64,
+    /// Answers that were not held because a limit is reached.
+    pub not_held: u64,
+    /// Answers that wait now.
+    pub held: u64,
+    /// Messages that are not well-formed, by [`Refusal`].
+    pub malformed: [u64; Refusal::ALL.len()],
+    /// Answers that nobody asked for, by [`Unasked`].
+    pub unasked: [u64; Unasked::ALL.len()],
+    /// Packets that would have been refused and passed because of audit mode.
+    pub audited: u64,
+}
+
+impl Default for DnsStats {
+    fn default() -> Self {
+        Self {
+            queries: 0,
+            denied: 0,
+            too_many: 0,
+            replies: 0,
+            answers: 0,
+            committed: 0,
+            uncommitted: 0,
+            overdue: 0,
+            not_held: 0,
+            held: 0,
+            malformed: [0; _],
+            unasked: [0; _],
+            audited: 0,
+        }
+    }
+}
+
+/// What is noted with a question.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Note {
+    /// The rule that let it pass.
+    rule: u32,
+}
+
+/// An answer that waits.
+struct Held<F> {
+    frames: Frames<F>,
+    audit: bool,
+    record: Record,
+}
+
+/// What becomes of a query.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum QueryVerdict {
+    Pass,
+    Refuse(Reason, Option<Rcode>),
+}
+
+/// What becomes of an answer.
+#[derive(Debug)]
+pub(crate) enum AnswerVerdict {
+    Pass,
+    Refuse(Reason),
+    /// It teaches something: only when that is committed.
+    Learn(Box<Answer>, Asked<Note>),
+}
+
+pub(crate) struct Dns<F> {
+    limits: DnsLimits,
+    tracker: Tracker<Note>,
+    held: Aged<Held<F>>,
+    held_by: HashMap<u16, usize>,
+    #[expect(
+        clippy::vec_box,
+        reason = "the boxes travel: they go out with a `Learn` and come back"
+    )]
+    answers: Vec<Box<Answer>>,
+    out: Vec<u8>,
+    stats: DnsStats,
+}
+
+impl<F> Dns<F> {
+    pub(crate) fn new(limits: &DnsLimits) -> Self {
+        Self {
+            limits: *limits,
+            tracker: Tracker::new(limits.track),
+            held: Aged::new(),
+            held_by: HashMap::new(),
+            answers: Vec::new(),
+            out: Vec::new(),
+            stats: DnsStats::default(),
+        }
+    }
+
+    pub(crate) fn stats(&self) -> DnsStats {
+        DnsStats {
+            held: self.held.len() as u64,
+            ..self.stats
+        }
+    }
+
+    /// One datagram.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the engine's parts, each borrowed for itself"
+    )]
+    pub(crate) fn datagram(
+        &mut self,
+        now: Millis,
+        view: &View<'_>,
+        message: &[u8],
+        frames: Frames<F>,
+        rules: &Rules,
+        spare: &mut Spare<F>,
+        sink: &mut impl Sink<F>,
+    ) {
+        if view.slot.flags & carry_flags::REPLY == 0 {
+            match self.query(now, view, message, rules, sink) {
+                QueryVerdict::Pass => frames.release(spare, sink),
+                QueryVerdict::Refuse(reason, rcode) => {
+                    if let Some(rcode) = rcode {
+                        self.reply(view, message, rcode, sink);
+                    }
+                    frames.discard(reason, spare, sink);
+                }
+            }
+            return;
+        }
+        match self.answer(now, view, message, sink) {
+            AnswerVerdict::Pass => frames.release(spare, sink),
+            AnswerVerdict::Refuse(reason) => frames.discard(reason, spare, sink),
+            AnswerVerdict::Learn(answer, asked) => {
+                self.hold(now, view, answer, asked, frames, spare, sink);
+            }
+        }
+    }
+
+    /// Judges a query, and takes note of it if it passes.
+    pub(crate) fn query<S: Sink<F>>(
+        &mut self,
+        now: Millis,
+        view: &View<'_>,
+        message: &[u8],
+        rules: &Rules,
+        sink: &mut S,
+    ) -> QueryVerdict {
+        let Some(rules) = rules.dns(view.slot.ruleset) else {
+            let what = What::Unreadable {
+                detail: Reason::UnknownRuleset.text(),
+            };
+            return self.refuse_query(view, Record::of(view, what), Reason::UnknownRuleset, None, sink);
+        };
+        let query = match Query::parse(message, &Limits::QUERY) {
+            Ok(query) => query,
+            Err(refusal) => {
+                self.stats.malformed[refusal as usize] += 1;
+                let what = What::Unreadable {
+                    detail: refusal.text(),
+                };
+                return self.refuse_query(
+                    view,
+                    Record::of(view, what),
+                    Reason::AppMalformed,
+                    refusal.rcode(),
+                    sink,
+                );
+            }
+        };
+        self.stats.queries += 1;
+        let mut record = Record::of(
+            view,
+            What::DnsQuery {
+                name: Text::of(&query.question.name),
+                kind: query.question.rtype,
+            },
+        );
+        let allowed = rules.judge(&query.question.name);
+        if allowed.is_none() {
+            self.stats.denied += 1;
+            if !is_audit(view.slot) {
+                let rcode = match self.limits.denial {
+                    Denial::Refused => Rcode::Refused,
+                    Denial::NxDomain => Rcode::NxDomain,
+                };
+                return self.refuse_query(view, record, Reason::AppDenied, Some(rcode), sink);
+            }
+        }
+        let rule = allowed.unwrap_or(0);
+        let note = Note { rule };
+        if self
+            .tracker
+            .asked(flow(view), query.id, &query.question, note, now)
+            .is_err()
+        {
+            self.stats.too_many += 1;
+            return self.refuse_query(view, record, Reason::InspectLimit, None, sink);
+        }
+        if allowed.is_none() {
+            return self.refuse_query(view, record, Reason::AppDenied, None, sink);
+        }
+        record.rule = rule;
+        sink.record(&record);
+        QueryVerdict::Pass
+    }
+
+    fn refuse_query<S: Sink<F>>(
+        &mut self,
+        view: &View<'_>,
+        record: Record,
+        reason: Reason,
+        rcode: Option<Rcode>,
+        sink: &mut S,
+    ) -> QueryVerdict {
+        if self.refused(is_audit(view.slot), record, reason, sink) {
+            QueryVerdict::Refuse(reason, rcode)
+        } else {
+            QueryVerdict::Pass
+        }
+    }
+
+    /// Reports what is refused. False: audit mode lets it pass.
+    fn refused<S: Sink<F>>(&mut self, audit: bool, mut record: Record, reason: Reason, sink: &mut S) -> bool {
+        record.reason = reason;
+        record.verdict = if audit {
+            self.stats.audited += 1;
+            Verdict::Audit
+        } else {
+            Verdict::Dropped
+        };
+        sink.record(&record);
+        !audit
+    }
+
+    /// Answers a query that goes no further.
+    fn reply<S: Sink<F>>(&mut self, view: &View<'_>, query: &[u8], rcode: Rcode, sink: &mut S) {
+        let mut message = [0; 512];
+        if let Ok(length) = reply(query, rcode, &mut message)
+            && build::datagram_back(view, &message[..length], &mut self.out)
+        {
+            self.stats.replies += 1;
+            let route = Route {
+                ifindex: view.ifindex,
+                hook: view.hook,
+                back: true,
+            };
+            sink.emit(&self.out, route);
+        }
+    }
+
+    /// Judges an answer: somebody must have asked for it.
+    pub(crate) fn answer<S: Sink<F>>(
+        &mut self,
+        now: Millis,
+        view: &View<'_>,
+        message: &[u8],
+        sink: &mut S,
+    ) -> AnswerVerdict {
+        let mut answer = self.answers.pop().unwrap_or_default();
+        if let Err(refusal) = answer.read(message, &Limits::ANSWER) {
+            self.recycle(answer);
+            self.stats.malformed[refusal as usize] += 1;
+            let what = What::Unreadable {
+                detail: refusal.text(),
+            };
+            return self.refuse_answer(view, Record::of(view, what), Reason::AppMalformed, sink);
+        }
+        let asked = match self.tracker.answered(flow(view), &answer, now) {
+            Ok(asked) => asked,
+            Err(unasked) => {
+                self.stats.unasked[unasked as usize] += 1;
+                let record = Record::of(view, describe(&answer));
+                self.recycle(answer);
+                return self.refuse_answer(view, record, Reason::DnsUnasked, sink);
+            }
+        };
+        self.stats.answers += 1;
+        if !answer.addresses.is_empty() && endpoint_asks(view.slot) {
+            return AnswerVerdict::Learn(answer, asked);
+        }
+        sink.record(&answer_record(now, view, &answer, asked));
+        self.recycle(answer);
+        AnswerVerdict::Pass
+    }
+
+    fn refuse_answer<S: Sink<F>>(
+        &mut self,
+        view: &View<'_>,
+        record: Record,
+        reason: Reason,
+        sink: &mut S,
+    ) -> AnswerVerdict {
+        if self.refused(is_audit(view.slot), record, reason, sink) {
+            AnswerVerdict::Refuse(reason)
+        } else {
+            AnswerVerdict::Pass
+        }
+    }
+
+    /// Keeps an answer until what it teaches is committed.
+    #[expect(clippy::too_many_arguments, reason = "as `datagram`")]
+    fn hold(
+        &mut self,
+        now: Millis,
+        view: &View<'_>,
+        answer: Box<Answer>,
+        asked: Asked<Note>,
+        frames: Frames<F>,
+        spare: &mut Spare<F>,
+        sink: &mut impl Sink<F>,
+    ) {
+        let record = answer_record(now, view, &answer, asked);
+        let endpoint = view.slot.endpoint;
+        let by_endpoint = self.held_by.entry(endpoint).or_default();
+        if self.held.len() >= self.limits.held || *by_endpoint >= self.limits.held_per_endpoint {
+            if *by_endpoint == 0 {
+                self.held_by.remove(&endpoint);
+            }
+            self.recycle(answer);
+            self.stats.not_held += 1;
+            let audit = is_audit(view.slot);
+            self.drop_answer(
+                Held {
+                    frames,
+                    audit,
+                    record,
+                },
+                Reason::InspectLimit,
+                spare,
+                sink,
+            );
+            return;
+        }
+        *by_endpoint += 1;
+        let audit = is_audit(view.slot);
+        let ticket = self.held.push(
+            Held {
+                frames,
+                audit,
+                record,
+            },
+            now,
+        );
+        let learn = Learn {
+            ticket,
+            endpoint,
+            answer,
+        };
+        if let Err(learn) = sink.learn(learn) {
+            self.recycle(learn.answer);
+            if let Some(held) = self.held.remove(ticket) {
+                self.count_down(endpoint);
+                self.stats.uncommitted += 1;
+                self.drop_answer(held, Reason::DnsUncommitted, spare, sink);
+            }
+        }
+    }
+
+    /// What was asked to be learned is, or is not.
+    pub(crate) fn learned(&mut self, learned: Learned, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
+        self.recycle(learned.answer);
+        // none: it was overdue, or its endpoint is gone
+        let Some(held) = self.held.remove(learned.ticket) else {
+            return;
+        };
+        self.count_down(held.record.endpoint);
+        if learned.committed {
+            self.stats.committed += 1;
+            sink.record(&held.record);
+            held.frames.release(spare, sink);
+        } else {
+            self.stats.uncommitted += 1;
+            self.drop_answer(held, Reason::DnsUncommitted, spare, sink);
+        }
+    }
+
+    fn drop_answer(&mut self, held: Held<F>, reason: Reason, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
+        if self.refused(held.audit, held.record, reason, sink) {
+            held.frames.discard(reason, spare, sink);
+        } else {
+            held.frames.release(spare, sink);
+        }
+    }
+
+    pub(crate) fn tick(&mut self, now: Millis, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
+        self.tracker.expire(now);
+        let Some(limit) = now.checked_sub(self.limits.deadline) else {
+            return;
+        };
+        while let Some(held) = self.held.pop_since(limit) {
+            self.count_down(held.record.endpoint);
+            self.stats.overdue += 1;
+            self.drop_answer(held, Reason::DnsUncommitted, spare, sink);
+        }
+    }
+
+    pub(crate) fn deadline(&self) -> Option<Millis> {
+        self.held
+            .since()
+            .map(|since| since.saturating_add(self.limits.deadline))
+    }
+
+    /// Drops what is held of an endpoint (of all: `None`), whatever its mode: nobody may judge for it any more.
+    pub(crate) fn forget(&mut self, endpoint: Option<u16>, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
+        if let Some(endpoint) = endpoint {
+            self.tracker.remove_endpoint(endpoint);
+        }
+        while let Some(mut held) = self
+            .held
+            .pop_if(|held| endpoint.is_none_or(|endpoint| held.record.endpoint == endpoint))
+        {
+            self.count_down(held.record.endpoint);
+            held.audit = false;
+            self.drop_answer(held, Reason::DnsUncommitted, spare, sink);
+        }
+    }
+
+    fn count_down(&mut self, endpoint: u16) {
+        if let Some(count) = self.held_by.get_mut(&endpoint) {
+            *count -= 1;
+            if *count == 0 {
+                self.held_by.remove(&endpoint);
+            }
+        }
+    }
+
+    fn recycle(&mut self, mut answer: Box<Answer>) {
+        /// What an answer of common size needs.
+        const ADDRESSES: usize = 64;
+        if self.answers.len() < self.limits.held {
+            answer.addresses.clear();
+            answer.addresses.shrink_to(ADDRESSES);
+            self.answers.push(answer);
+        }
+    }
+}
+
+/// Whether the endpoint is the one who asks: then the answers teach it addresses. Else it is the one who is asked.
+const fn endpoint_asks(slot: &CarrySlot) -> bool {
+    (slot.flags & carry_flags::INGRESS != 0) == (slot.flags & carry_flags::REPLY != 0)
+}
+
+const fn is_audit(slot: &CarrySlot) -> bool {
+    slot.flags & carry_flags::AUDIT != 0
+}
+
+/// Between whom the packet goes.
+fn flow(view: &View<'_>) -> Flow {
+    let packet = view.packet;
+    let source = SocketAddr::new(packet.source.into(), packet.source_port);
+    let destination = SocketAddr::new(packet.destination.into(), packet.destination_port);
+    let (client, resolver) = if view.slot.flags & carry_flags::REPLY == 0 {
+        (source, destination)
+    } else {
+        (destination, source)
+    };
+    Flow {
+        endpoint: view.slot.endpoint,
+        tcp: packet.protocol == palisade_abi::protocol::TCP,
+        client,
+        resolver,
+    }
+}
+
+fn describe(answer: &Answer) -> What {
+    let mut addresses = [Addr::UNSPECIFIED; 8];
+    let mut count = 0;
+    for (slot, address) in addresses.iter_mut().zip(&answer.addresses) {
+        *slot = address.ip.into();
+        count += 1;
+    }
+    What::DnsAnswer {
+        name: answer
+            .question
+            .as_ref()
+            .map_or_else(Text::default, |question| Text::of(&question.name)),
+        kind: answer.question.as_ref().map_or(0, |question| question.rtype),
+        rcode: answer.rcode,
+        addresses,
+        count,
+        ttl: answer.ttl.unwrap_or(0),
+        cname: answer.aliases.last().map_or_else(Text::default, Text::of),
+    }
+}
+
+fn answer_record(now: Millis, view: &View<'_>, answer: &Answer, asked: Asked<Note>) -> Record {
+    Record {
+        rule: asked.note.rule,
+        latency: u32::try_from(now.saturating_sub(asked.at)).ok(),
+        ..Record::of(view, describe(answer))
+    }
+}

@@ -1,0 +1,183 @@
+use std::sync::Arc;
+
+use palisade_abi::{Inspector, Reason, carry_flags, protocol};
+use palisade_packet::flags;
+
+use crate::{
+    DnsLimits, DnsStats, FragmentLimits, FragmentStats, Learned, Millis, Rules, Sink, View,
+    dns::Dns,
+    record::{Record, Verdict, What},
+};
+
+/// What an engine may hold. Of one worker.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Limits {
+    /// DNS.
+    pub dns: DnsLimits,
+    /// Fragmented datagrams.
+    pub fragments: FragmentLimits,
+}
+
+/// What has happened so far.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Stats {
+    /// DNS.
+    pub dns: DnsStats,
+    /// Fragmented datagrams.
+    pub fragments: FragmentStats,
+    /// Packets of a protocol that no reader takes.
+    pub unsupported: u64,
+}
+
+/// The frames of one datagram: one, or one for each fragment, in the order in which they came.
+pub(crate) enum Frames<F> {
+    One(F),
+    #[expect(dead_code, reason = "fragments come next")]
+    Many(Vec<F>),
+}
+
+/// Vectors that have been used.
+pub(crate) struct Spare<F>(Vec<Vec<F>>);
+
+impl<F> Spare<F> {
+    /// More are not kept.
+    const KEPT: usize = 64;
+
+    fn give(&mut self, used: Vec<F>) {
+        if self.0.len() < Self::KEPT {
+            self.0.push(used);
+        }
+    }
+}
+
+impl<F> Frames<F> {
+    fn each(self, spare: &mut Spare<F>, mut f: impl FnMut(F)) {
+        match self {
+            Self::One(frame) => f(frame),
+            Self::Many(mut frames) => {
+                frames.drain(..).for_each(f);
+                spare.give(frames);
+            }
+        }
+    }
+
+    pub(crate) fn release(self, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
+        self.each(spare, |frame| sink.release(frame));
+    }
+
+    pub(crate) fn discard(self, reason: Reason, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
+        self.each(spare, |frame| sink.discard(frame, reason));
+    }
+}
+
+/// Reads what a worker is given, and decides. One for each worker.
+pub struct Engine<F> {
+    rules: Arc<Rules>,
+    dns: Dns<F>,
+    spare: Spare<F>,
+    unsupported: u64,
+}
+
+impl<F> Engine<F> {
+    /// Knows no rules yet.
+    #[must_use]
+    pub fn new(limits: &Limits) -> Self {
+        Self {
+            rules: Arc::default(),
+            dns: Dns::new(&limits.dns),
+            spare: Spare(Vec::new()),
+            unsupported: 0,
+        }
+    }
+
+    /// From now on these rules hold. To be called before a packet can name a set that is new in them.
+    pub fn set_rules(&mut self, rules: Arc<Rules>) {
+        self.rules = rules;
+    }
+
+    /// Whether a set of rules is known.
+    #[must_use]
+    pub fn knows(&self, ruleset: u32) -> bool {
+        self.rules.knows(ruleset)
+    }
+
+    /// A packet to be read for one slot. Its handle comes back to the sink: now, or later from any other call.
+    pub fn packet(&mut self, now: Millis, view: &View<'_>, frame: F, sink: &mut impl Sink<F>) {
+        if view.slot.inspector != Inspector::Dns as u8
+            || view.packet.protocol != protocol::UDP
+            || view.packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER)
+        {
+            self.unsupported += 1;
+            refuse(view, frame, Reason::AppUnsupported, sink);
+            return;
+        }
+        let Some(message) = datagram_payload(view) else {
+            refuse(view, frame, Reason::AppMalformed, sink);
+            return;
+        };
+        let frames = Frames::One(frame);
+        self.dns
+            .datagram(now, view, message, frames, &self.rules, &mut self.spare, sink);
+    }
+
+    /// What became of an answer that was to be learned.
+    pub fn learned(&mut self, _now: Millis, learned: Learned, sink: &mut impl Sink<F>) {
+        self.dns.learned(learned, &mut self.spare, sink);
+    }
+
+    /// Lets go what has waited too long. To be called when [`Engine::deadline`] has come; at any time, too.
+    pub fn tick(&mut self, now: Millis, sink: &mut impl Sink<F>) {
+        self.dns.tick(now, &mut self.spare, sink);
+    }
+
+    /// When [`Engine::tick`] has something to do, if nothing happens before.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Millis> {
+        self.dns.deadline()
+    }
+
+    /// Drops what is held of an endpoint that is no more, and forgets its questions.
+    pub fn forget_endpoint(&mut self, endpoint: u16, sink: &mut impl Sink<F>) {
+        self.dns.forget(Some(endpoint), &mut self.spare, sink);
+    }
+
+    /// Drops everything that is held: the worker ends.
+    pub fn drain(&mut self, sink: &mut impl Sink<F>) {
+        self.dns.forget(None, &mut self.spare, sink);
+    }
+
+    /// What has happened so far.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        Stats {
+            dns: self.dns.stats(),
+            fragments: FragmentStats::default(),
+            unsupported: self.unsupported,
+        }
+    }
+}
+
+/// What a UDP datagram carries, by its own length.
+fn datagram_payload<'a>(view: &View<'a>) -> Option<&'a [u8]> {
+    let datagram = view.frame.get(view.transport..)?;
+    let length = usize::from(u16::from_be_bytes(*datagram.get(4..6)?.first_chunk()?));
+    datagram.get(8..length)
+}
+
+/// Refuses a packet that cannot be read; audit mode lets it pass.
+fn refuse<F>(view: &View<'_>, frame: F, reason: Reason, sink: &mut impl Sink<F>) {
+    let audit = view.slot.flags & carry_flags::AUDIT != 0;
+    let what = What::Unreadable {
+        detail: reason.text(),
+    };
+    sink.record(&Record {
+        verdict: if audit { Verdict::Audit } else { Verdict::Dropped },
+        reason,
+        ..Record::of(view, what)
+    });
+    if audit {
+        sink.release(frame);
+    } else {
+        sink.discard(frame, reason);
+    }
+}

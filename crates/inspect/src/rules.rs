@@ -1,0 +1,130 @@
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use palisade_policy::snapshot::{Matcher, RuleSet};
+use palisade_protocols::dns::{Name, NameSet, PatternError};
+
+/// The application rules of a snapshot, in the form that traffic is judged by.
+#[derive(Debug, Default)]
+pub struct Rules {
+    sets: HashMap<u32, Prepared>,
+    problems: Vec<Problem>,
+}
+
+/// A pattern that could not be prepared. It matches nothing. Validation refuses such patterns, so this is a bug.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// The set of rules.
+    pub ruleset: u32,
+    /// What is wrong.
+    pub error: PatternError,
+}
+
+#[derive(Debug)]
+struct Prepared {
+    source: Arc<RuleSet>,
+    dns: Arc<DnsRules>,
+}
+
+impl Rules {
+    /// Prepares the rule sets of a snapshot. Those that `previous` has too are taken from there.
+    #[must_use]
+    pub fn prepare(sets: &BTreeMap<u32, Arc<RuleSet>>, previous: Option<&Self>) -> Self {
+        let mut rules = Self::default();
+        for (&id, source) in sets {
+            let known = previous
+                .and_then(|previous| previous.sets.get(&id))
+                .filter(|known| Arc::ptr_eq(&known.source, source) || known.source == *source);
+            let dns = match known {
+                Some(known) => known.dns.clone(),
+                None => Arc::new(DnsRules::prepare(source, |error| {
+                    rules.problems.push(Problem { ruleset: id, error });
+                })),
+            };
+            let source = source.clone();
+            rules.sets.insert(id, Prepared { source, dns });
+        }
+        rules
+    }
+
+    /// Whether a set of rules is known.
+    #[must_use]
+    pub fn knows(&self, ruleset: u32) -> bool {
+        self.sets.contains_key(&ruleset)
+    }
+
+    /// How DNS queries are judged by a set of rules.
+    #[must_use]
+    pub fn dns(&self, ruleset: u32) -> Option<&DnsRules> {
+        self.sets.get(&ruleset).map(|set| &*set.dns)
+    }
+
+    /// The rules as they were given.
+    #[must_use]
+    pub fn source(&self, ruleset: u32) -> Option<&Arc<RuleSet>> {
+        self.sets.get(&ruleset).map(|set| &set.source)
+    }
+
+    /// What could not be prepared of the sets that are new.
+    #[must_use]
+    pub fn problems(&self) -> &[Problem] {
+        &self.problems
+    }
+}
+
+/// The names that may be asked for.
+#[derive(Debug, Default)]
+pub struct DnsRules {
+    names: NameSet,
+    /// For each name or pattern: its place among the alternatives, and the rule that it stands in.
+    places: Vec<(usize, u32)>,
+    /// The first alternative that lets everything pass.
+    everything: Option<(usize, u32)>,
+}
+
+impl DnsRules {
+    fn prepare(set: &RuleSet, mut problem: impl FnMut(PatternError)) -> Self {
+        let mut patterns = Vec::new();
+        let mut rules = Self::default();
+        for (place, alternative) in set.alternatives.iter().enumerate() {
+            match &alternative.matcher {
+                Matcher::Everything => {
+                    rules.everything.get_or_insert((place, alternative.rule));
+                }
+                Matcher::Dns(pattern) => {
+                    patterns.push(pattern);
+                    rules.places.push((place, alternative.rule));
+                }
+                Matcher::Http(_) | Matcher::ServerName(_) | Matcher::Kafka(_) | Matcher::Generic { .. } => {}
+            }
+        }
+        loop {
+            match NameSet::new(patterns.iter().copied()) {
+                Ok(names) => {
+                    rules.names = names;
+                    return rules;
+                }
+                Err(error) => {
+                    patterns.remove(error.index);
+                    rules.places.remove(error.index);
+                    problem(error);
+                }
+            }
+        }
+    }
+
+    /// The rule that lets a name be asked for: that of the first alternative that matches.
+    #[must_use]
+    pub fn judge(&self, name: &Name) -> Option<u32> {
+        let named = self
+            .names
+            .first(name)
+            .and_then(|index| self.places.get(index).copied());
+        match (named, self.everything) {
+            (Some(named), Some(everything)) => Some(named.min(everything).1),
+            (one, other) => one.or(other).map(|(_, rule)| rule),
+        }
+    }
+}
