@@ -6,7 +6,7 @@ use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingB
 use aya_ebpf::macros::btf_map;
 use palisade_abi::{
     Addr, CLASS_SLOTS, Config, Counter, CtEntry, CtKey, EndpointState, FragmentKey, FragmentPorts, Interface,
-    IpcacheEntry, PolicyEntry, PolicyKey, RateBudget,
+    IpcacheEntry, LearnedKey, PolicyEntry, PolicyKey, RateBudget,
 };
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
@@ -30,6 +30,10 @@ pub static IPCACHE: HashMap<Addr, IpcacheEntry, 262_144, NO_PREALLOC> = HashMap:
 
 #[btf_map]
 pub static PREFIXES: LpmTrie<Addr, IpcacheEntry, 262_144> = LpmTrie::new();
+
+/// Identities of addresses that endpoints have learned by name.
+#[btf_map]
+pub static LEARNED: HashMap<LearnedKey, u32, 262_144, NO_PREALLOC> = HashMap::new();
 
 #[btf_map]
 pub static CLASSES: Array<[u16; CLASS_SLOTS], 1, MMAPABLE> = Array::new();

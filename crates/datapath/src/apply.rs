@@ -1,6 +1,6 @@
 //! Carries out the steps of a plan, in their order.
 
-use palisade_abi::{Addr, IpcacheEntry, PrefixKey};
+use palisade_abi::{Addr, Identity, IpcacheEntry, LearnedKey, PrefixKey};
 use palisade_policy::plan::Op;
 
 use crate::{Datapath, MapError};
@@ -112,6 +112,22 @@ impl Datapath {
                     self.prefixes.remove_all(&keys).map_err(failed)?;
                     keys.len()
                 }
+                Op::LearnedPut(..) => {
+                    let entries: Vec<(LearnedKey, Identity)> = run(rest, |op| match op {
+                        Op::LearnedPut(key, identity) => Some((*key, *identity)),
+                        _ => None,
+                    });
+                    self.put_learned(&entries).map_err(failed)?;
+                    entries.len()
+                }
+                Op::LearnedDelete(_) => {
+                    let keys: Vec<LearnedKey> = run(rest, |op| match op {
+                        Op::LearnedDelete(key) => Some(*key),
+                        _ => None,
+                    });
+                    self.remove_learned(&keys).map_err(failed)?;
+                    keys.len()
+                }
                 Op::EndpointPut(endpoint, state) => {
                     self.endpoints.set(*endpoint, *state);
                     1
@@ -136,6 +152,8 @@ fn describe(op: &Op) -> &'static str {
         Op::AddressDelete(_) => "delete addresses",
         Op::PrefixPut(..) => "write prefixes",
         Op::PrefixDelete(_) => "delete prefixes",
+        Op::LearnedPut(..) => "write learned addresses",
+        Op::LearnedDelete(_) => "delete learned addresses",
         Op::EndpointPut(..) => "switch an endpoint",
     }
 }

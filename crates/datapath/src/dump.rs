@@ -58,6 +58,7 @@ impl Datapath {
                 self.prefixes.count()?,
                 self.prefixes.max_entries(),
             ),
+            level(names::LEARNED, self.learned.count()?, self.learned.max_entries()),
         ])
     }
 

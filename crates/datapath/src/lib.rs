@@ -20,6 +20,7 @@ mod conntrack;
 mod counters;
 mod dump;
 mod events;
+mod learned;
 mod loader;
 mod maps;
 mod object;

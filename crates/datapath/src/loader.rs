@@ -15,8 +15,8 @@ use aya::{
     programs::{ProgramError, SchedClassifier, Xdp},
 };
 use palisade_abi::{
-    Addr, Config, Counter, CtEntry, CtKey, Interface, IpcacheEntry, PolicyEntry, PolicyKey, PrefixKey,
-    RateBudget, maps as names, programs,
+    Addr, Config, Counter, CtEntry, CtKey, Identity, Interface, IpcacheEntry, LearnedKey, PolicyEntry,
+    PolicyKey, PrefixKey, RateBudget, maps as names, programs,
 };
 
 use crate::{
@@ -63,6 +63,8 @@ pub struct Limits {
     pub ipcache_entries: u32,
     /// Prefixes with an identity.
     pub prefix_entries: u32,
+    /// Addresses that endpoints have learned by name.
+    pub learned_entries: u32,
     /// Rules that have a counter of their own.
     pub rules: u32,
     /// Bytes of the event ring: a power of two, at least a page.
@@ -77,6 +79,7 @@ impl Default for Limits {
             policy_entries: 1_048_576,
             ipcache_entries: 262_144,
             prefix_entries: 262_144,
+            learned_entries: 262_144,
             rules: 65_536,
             event_ring_bytes: 1_048_576,
         }
@@ -91,6 +94,7 @@ impl Limits {
             names::POLICY => self.policy_entries,
             names::IPCACHE => self.ipcache_entries,
             names::PREFIXES => self.prefix_entries,
+            names::LEARNED => self.learned_entries,
             names::RULES => self.rules,
             names::EVENTS => self.event_ring_bytes,
             _ => return None,
@@ -230,6 +234,7 @@ pub struct Datapath {
     pub(crate) endpoints: Endpoints,
     pub(crate) ipcache: Map<Addr, IpcacheEntry>,
     pub(crate) prefixes: Map<PrefixKey, IpcacheEntry>,
+    pub(crate) learned: Map<LearnedKey, Identity>,
     pub(crate) classes: Classes,
     pub(crate) policy: Map<PolicyKey, PolicyEntry>,
     pub(crate) conntrack: Map<CtKey, CtEntry>,
@@ -301,6 +306,7 @@ impl Datapath {
             endpoints: Endpoints::new(take(names::ENDPOINTS)?)?,
             ipcache: Map::new(take(names::IPCACHE)?)?,
             prefixes: Map::new(take(names::PREFIXES)?)?,
+            learned: Map::new(take(names::LEARNED)?)?,
             classes: Classes::new(&classes)?,
             policy: Map::new(take(names::POLICY)?)?,
             conntrack: Map::new(take(names::CONNTRACK)?)?,
@@ -448,6 +454,7 @@ fn check_limits(limits: &Limits) -> Result<()> {
         names::POLICY,
         names::IPCACHE,
         names::PREFIXES,
+        names::LEARNED,
         names::RULES,
     ] {
         let value = limits.of(map).unwrap_or(1);

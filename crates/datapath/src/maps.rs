@@ -77,6 +77,7 @@ pub(crate) fn limit_option(map: &str) -> &'static str {
         maps::POLICY => "policy_entries",
         maps::IPCACHE => "ipcache_entries",
         maps::PREFIXES => "prefix_entries",
+        maps::LEARNED => "learned_entries",
         maps::RULES => "rules",
         maps::EVENTS => "event_ring_bytes",
         _ => "(of fixed size)",

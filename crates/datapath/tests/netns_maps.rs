@@ -4,8 +4,8 @@ mod common;
 
 use common::*;
 use palisade_abi::{
-    Addr, CtEntry, CtKey, Decision, EndpointState, IpcacheEntry, PolicyEntry, PolicyKey, PrefixKey,
-    class_slot, protocol,
+    Addr, CtEntry, CtKey, Decision, EndpointState, IpcacheEntry, LearnedKey, PolicyEntry, PolicyKey,
+    PrefixKey, class_slot, protocol,
 };
 use palisade_datapath::{Datapath, Hook, Limits, OpenError, Options, Role, TcMode, monotonic_coarse};
 use palisade_policy::plan::Op;
@@ -58,6 +58,10 @@ fn a_plan_is_read_back_as_it_was_written() {
         endpoint: 3,
         flags: 0,
     };
+    let learned = |n: u8| LearnedKey {
+        addr: address(n),
+        endpoint: 3,
+    };
     let state = EndpointState {
         policy: 4,
         revision: 9,
@@ -76,16 +80,21 @@ fn a_plan_is_read_back_as_it_was_written() {
         Op::AddressPut(address(1), info(258)),
         Op::PrefixPut(prefix(1), info(1 << 24)),
         Op::PrefixPut(prefix(2), info(2 << 24)),
+        Op::LearnedPut(learned(1), 1 << 24),
+        Op::LearnedPut(learned(2), 3 << 24),
+        Op::LearnedPut(learned(1), 2 << 24),
         Op::EndpointPut(3, state),
         Op::PolicyDelete(vec![key(4, 50), key(4, 1000)]),
         Op::AddressDelete(address(2)),
         Op::PrefixDelete(prefix(2)),
+        Op::LearnedDelete(learned(2)),
     ];
     datapath.apply(&plan).unwrap();
     drop(datapath);
 
     let datapath = world.open();
     assert!(!datapath.is_fresh());
+    assert_eq!(datapath.learned().unwrap(), [(learned(1), 2 << 24)]);
     let dump = datapath.dump().unwrap();
     assert_eq!(dump.policy.len(), 99);
     assert!(

@@ -25,7 +25,8 @@ use std::{
 };
 
 use palisade_abi::{
-    Addr, Class, EndpointState, Identity, IpcacheEntry, PolicyEntry, PolicyKey, PrefixKey, identity,
+    Addr, Class, EndpointState, Identity, IpcacheEntry, LearnedKey, PolicyEntry, PolicyKey, PrefixKey,
+    identity,
 };
 
 use crate::snapshot::{Snapshot, Table, TableKey, differing};
@@ -48,6 +49,10 @@ pub enum Op {
     PrefixPut(PrefixKey, IpcacheEntry),
     /// Remove a prefix of the trie.
     PrefixDelete(PrefixKey),
+    /// Add or replace an address that an endpoint has learned.
+    LearnedPut(LearnedKey, Identity),
+    /// Remove an address that an endpoint had learned.
+    LearnedDelete(LearnedKey),
     /// Store the state of an endpoint. All zero: the endpoint is gone (everything of it is dropped).
     EndpointPut(u16, EndpointState),
 }
@@ -241,12 +246,16 @@ pub fn plan(old: &Snapshot, new: &Snapshot) -> Vec<Op> {
 enum AddressKey {
     Address(Addr),
     Prefix(PrefixKey),
+    /// Counts for one endpoint only. That is not told apart where numbers are chosen: a table that no packet of such
+    /// an address is judged by may then be held to more than it has to.
+    Learned(LearnedKey),
 }
 
 impl AddressKey {
     /// Bits that count; more is more specific.
     fn length(&self) -> u32 {
         match self {
+            Self::Learned(_) => 130,
             Self::Address(_) => 129,
             Self::Prefix(key) => key.length,
         }
@@ -256,6 +265,7 @@ impl AddressKey {
         match self {
             Self::Address(addr) => Op::AddressPut(addr, entry),
             Self::Prefix(key) => Op::PrefixPut(key, entry),
+            Self::Learned(key) => Op::LearnedPut(key, entry.identity),
         }
     }
 
@@ -263,6 +273,7 @@ impl AddressKey {
         match self {
             Self::Address(addr) => Op::AddressDelete(addr),
             Self::Prefix(key) => Op::PrefixDelete(key),
+            Self::Learned(key) => Op::LearnedDelete(key),
         }
     }
 
@@ -271,6 +282,11 @@ impl AddressKey {
         match self {
             Self::Address(addr) => in_state.addresses.get(&addr).copied(),
             Self::Prefix(key) => in_state.prefixes.get(&key).copied(),
+            Self::Learned(key) => in_state
+                .learned
+                .entries
+                .get(&key)
+                .map(|&identity| learned_entry(identity)),
         }
     }
 
@@ -279,6 +295,11 @@ impl AddressKey {
         let (addr, below) = match self {
             Self::Address(addr) => (addr, 128),
             Self::Prefix(key) => (key.addr, key.length),
+            Self::Learned(key) => {
+                return self
+                    .kept(in_state)
+                    .unwrap_or_else(|| learned_entry(Self::Address(key.addr).effective(in_state).identity));
+            }
         };
         self.kept(in_state)
             .or_else(|| in_state.longest_prefix(addr, below))
@@ -290,6 +311,14 @@ impl AddressKey {
                 },
                 ..IpcacheEntry::default()
             })
+    }
+}
+
+/// The map of learned addresses holds identities only.
+fn learned_entry(identity: Identity) -> IpcacheEntry {
+    IpcacheEntry {
+        identity,
+        ..IpcacheEntry::default()
     }
 }
 
@@ -340,6 +369,13 @@ fn changed_addresses(old: &Snapshot, new: &Snapshot) -> Vec<AddressChange> {
             .chain(new.prefixes.keys().filter(|key| !old.prefixes.contains_key(key)));
         keys.extend(all.map(|key| AddressKey::Prefix(*key)));
     }
+    let all = old.learned.entries.keys().chain(
+        new.learned
+            .entries
+            .keys()
+            .filter(|key| !old.learned.entries.contains_key(key)),
+    );
+    keys.extend(all.map(|key| AddressKey::Learned(*key)));
     let mut changes: Vec<AddressChange> = keys
         .into_iter()
         .map(|key| (key, key.kept(old), key.kept(new)))
@@ -585,8 +621,10 @@ impl Axis for IdentityAxis<'_> {
         let all = |state: &Snapshot| {
             let addresses = state.addresses.values().map(|entry| entry.identity);
             let prefixes = state.prefixes.values().map(|entry| entry.identity);
+            let learned = state.learned.entries.values().chain(&state.learned.others);
             addresses
                 .chain(prefixes)
+                .chain(learned.copied())
                 .chain([state.world_ipv4, state.world_ipv6])
                 .collect()
         };

@@ -2,14 +2,14 @@
 
 use std::{
     cmp::Ordering,
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
     sync::Arc,
 };
 
 use palisade_abi::{
-    Addr, CLASS_ANY, Class, Direction, EndpointState, Identity, Inspector, IpcacheEntry, PolicyEntry,
-    PolicyKey, PrefixKey, identity,
+    Addr, CLASS_ANY, Class, Direction, EndpointState, Identity, Inspector, IpcacheEntry, LearnedKey,
+    PolicyEntry, PolicyKey, PrefixKey, identity,
 };
 
 use crate::{
@@ -41,10 +41,22 @@ pub struct Snapshot {
     pub world_ipv4: Identity,
     /// The same for IPv6.
     pub world_ipv6: Identity,
+    /// Learned addresses, where a plan has to look at them. The compiler leaves it empty.
+    pub learned: Learned,
     /// The highest revision that an endpoint has or had. The number before it is free.
     pub revision: u32,
     /// What there is to say about the policies as a whole: ports nobody has, conflicts, services nobody resolves.
     pub diagnostics: Vec<Diagnostic>,
+}
+
+/// What endpoints have learned by names (the LEARNED map): only what differs between the two states of a plan has to
+/// be listed.
+#[derive(Clone, Debug, Default)]
+pub struct Learned {
+    /// Address of an endpoint -> its identity.
+    pub entries: BTreeMap<LearnedKey, Identity>,
+    /// Identities that learned addresses have which are not listed.
+    pub others: BTreeSet<Identity>,
 }
 
 /// A key of a [`Table`]: a [`PolicyKey`] without the policy id.

@@ -50,6 +50,7 @@ impl World {
             policy_entries: 1024,
             ipcache_entries: 1024,
             prefix_entries: 1024,
+            learned_entries: 1024,
             rules: 1024,
             event_ring_bytes: 1 << 16,
         };

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use palisade_abi::{
-    Addr, CLASS_ANY, CLASS_SLOTS, Class, EndpointState, IpcacheEntry, PolicyEntry, PolicyKey, PrefixKey,
-    class_slot, class_slot_unknown_port, identity,
+    Addr, CLASS_ANY, CLASS_SLOTS, Class, EndpointState, IpcacheEntry, LearnedKey, PolicyEntry, PolicyKey,
+    PrefixKey, class_slot, class_slot_unknown_port, identity,
 };
 use palisade_policy::{
     plan::{MapContents, Op},
@@ -17,6 +17,7 @@ use crate::random::Packet;
 pub struct Maps {
     addresses: HashMap<Addr, IpcacheEntry>,
     prefixes: HashMap<PrefixKey, IpcacheEntry>,
+    learned: HashMap<LearnedKey, u32>,
     classes: Vec<Class>,
     policy: HashMap<PolicyKey, PolicyEntry>,
     endpoints: HashMap<u16, EndpointState>,
@@ -70,6 +71,12 @@ impl Maps {
             }
             Op::PrefixDelete(key) => {
                 self.prefixes.remove(key);
+            }
+            Op::LearnedPut(key, identity) => {
+                self.learned.insert(*key, *identity);
+            }
+            Op::LearnedDelete(key) => {
+                self.learned.remove(key);
             }
             Op::EndpointPut(id, state) => {
                 if *state == EndpointState::default() {
