@@ -5,4 +5,5 @@
 #![forbid(unsafe_code)]
 
 pub mod dns;
+pub mod http1;
 pub mod tls;

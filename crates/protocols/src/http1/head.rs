@@ -1,0 +1,120 @@
+use super::Refusal;
+
+/// What a head may be at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Longest line, bytes, with its end.
+    pub line: usize,
+    /// Longest head, bytes, with the empty line.
+    pub block: usize,
+}
+
+impl Default for Limits {
+    /// Somewhat above what common servers take.
+    fn default() -> Self {
+        Self {
+            line: 16_384,
+            block: 65_536,
+        }
+    }
+}
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n";
+/// Empty lines that may stand before a request (RFC 9112, 2.2: at least one).
+const LEADING_LINES: usize = 4;
+
+/// Looks for the end of a head. Each byte is looked at once, however the stream is cut.
+#[derive(Clone, Debug, Default)]
+pub struct Head {
+    /// Bytes that have been looked at.
+    seen: usize,
+    /// Where the line at hand begins.
+    line: usize,
+    /// Empty lines before the first line.
+    leading: usize,
+    /// A first line has been seen.
+    begun: bool,
+    /// The last byte was a carriage return.
+    carriage: bool,
+}
+
+impl Head {
+    /// Looks at `stream`, the bytes from where the head begins, as far as they have come: each call with at least
+    /// what the last one had. Gives the length of the head once it is whole.
+    ///
+    /// # Errors
+    /// This is no head, whatever follows.
+    pub fn find(&mut self, stream: &[u8], limits: &Limits) -> Result<Option<usize>, Refusal> {
+        while let Some(&byte) = stream.get(self.seen) {
+            if self.seen >= limits.block {
+                return Err(Refusal::HeadTooLong);
+            }
+            if self.seen - self.line >= limits.line {
+                return Err(Refusal::LineTooLong);
+            }
+            let at = self.seen;
+            self.seen += 1;
+            if self.carriage {
+                self.carriage = false;
+                if byte != b'\n' {
+                    return Err(Refusal::BareLineEnd);
+                }
+                let empty = at - 1 == self.line;
+                self.line = self.seen;
+                if !empty {
+                    self.begun = true;
+                } else if self.begun {
+                    return Ok(Some(self.seen));
+                } else {
+                    self.leading += 1;
+                    if self.leading > LEADING_LINES {
+                        return Err(Refusal::NotHttp);
+                    }
+                }
+                continue;
+            }
+            match byte {
+                b'\r' => {
+                    if !self.begun && self.is_preface(stream, at) {
+                        return Err(Refusal::Http2);
+                    }
+                    self.carriage = true;
+                }
+                b'\n' => return Err(Refusal::BareLineEnd),
+                b' ' | b'\t' if at == self.line => {
+                    return Err(if self.begun {
+                        Refusal::Folding
+                    } else {
+                        Refusal::NotHttp
+                    });
+                }
+                // A method or a version is a token (RFC 9110, 5.6.2): what begins otherwise is something else.
+                _ if !self.begun && at == self.line && !is_token(byte) => return Err(Refusal::NotHttp),
+                b'\t' | 0x20..=0x7e | 0x80.. => {}
+                _ => {
+                    return Err(if self.begun {
+                        Refusal::ControlCharacter
+                    } else {
+                        Refusal::NotHttp
+                    });
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn is_preface(&self, stream: &[u8], end: usize) -> bool {
+        stream[self.line..end] == PREFACE[..PREFACE.len() - 2]
+    }
+
+    /// Empty lines that stood before the head, bytes.
+    #[must_use]
+    pub fn skipped(&self) -> usize {
+        self.leading * 2
+    }
+}
+
+/// Bytes of a token (RFC 9110, 5.6.2).
+pub(super) fn is_token(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
+}

@@ -1,0 +1,356 @@
+use std::str;
+
+use super::{Refusal, head::is_token};
+
+/// Most fields of a head.
+pub const MAX_HEADERS: usize = 128;
+
+/// How the body of a message is framed (RFC 9112, 6.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Body {
+    /// There is none.
+    None,
+    /// So many bytes.
+    Length(u64),
+    /// Chunks.
+    Chunked,
+    /// Everything until the connection is closed; answers only.
+    UntilClose,
+    /// No HTTP any more: the connection was handed over (101, or an answer to CONNECT).
+    Tunnel,
+}
+
+/// The form of a request's target (RFC 9112, 3.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A path.
+    Origin,
+    /// A whole URI, as proxies get it.
+    Absolute,
+    /// Host and port, of CONNECT.
+    Authority,
+    /// `*`, of OPTIONS.
+    Asterisk,
+}
+
+/// The fields of a head.
+#[derive(Clone, Copy, Debug)]
+pub struct Headers<'a> {
+    fields: [(&'a str, &'a [u8]); MAX_HEADERS],
+    count: usize,
+}
+
+impl<'a> Headers<'a> {
+    /// All fields in their order.
+    pub fn iter(&self) -> impl Iterator<Item = (&'a str, &'a [u8])> {
+        self.fields[..self.count].iter().copied()
+    }
+
+    /// The values of a field, whatever the case of its name.
+    pub fn values(&self, name: &str) -> impl Iterator<Item = &'a [u8]> {
+        self.iter()
+            .filter(move |(known, _)| known.eq_ignore_ascii_case(name))
+            .map(|(_, value)| value)
+    }
+
+    /// Whether a comma-separated field has an element, whatever its case.
+    #[must_use]
+    pub fn has(&self, name: &str, element: &str) -> bool {
+        self.values(name)
+            .flat_map(|value| value.split(|byte| *byte == b','))
+            .any(|part| part.trim_ascii().eq_ignore_ascii_case(element.as_bytes()))
+    }
+
+    fn take(&mut self, parsed: &[httparse::Header<'a>]) -> Result<(), Refusal> {
+        for header in parsed {
+            if header.name.is_empty() || !header.name.bytes().all(is_token) {
+                return Err(Refusal::BadName);
+            }
+            *self.fields.get_mut(self.count).ok_or(Refusal::TooManyHeaders)? = (header.name, header.value);
+            self.count += 1;
+        }
+        Ok(())
+    }
+
+    fn new() -> Self {
+        Self {
+            fields: [("", &[]); MAX_HEADERS],
+            count: 0,
+        }
+    }
+
+    /// How the fields frame a body, if they do.
+    fn framing(&self, version: u8) -> Result<Option<Body>, Refusal> {
+        let mut lengths = self.values("content-length");
+        let mut encodings = self.values("transfer-encoding");
+        let (length, encoding) = (lengths.next(), encodings.next());
+        match (length, encoding) {
+            (None, None) => Ok(None),
+            (Some(_), Some(_)) => Err(Refusal::LengthAndEncoding),
+            (Some(length), None) => {
+                if lengths.next().is_some() || length.is_empty() || !length.iter().all(u8::is_ascii_digit) {
+                    return Err(Refusal::BadLength);
+                }
+                let length = str::from_utf8(length)
+                    .ok()
+                    .and_then(|text| text.parse().ok())
+                    .ok_or(Refusal::BadLength)?;
+                Ok(Some(Body::Length(length)))
+            }
+            (None, Some(encoding)) => {
+                // RFC 9112, 6.1: a 1.0 message with a transfer coding is to be treated as faulty.
+                let alone = encodings.next().is_none() && encoding.eq_ignore_ascii_case(b"chunked");
+                if !alone || version == 0 {
+                    return Err(Refusal::BadEncoding);
+                }
+                Ok(Some(Body::Chunked))
+            }
+        }
+    }
+}
+
+/// The head of a request.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// Method, as sent.
+    pub method: &'a str,
+    /// Form of the target.
+    pub form: Target,
+    /// Path and query, as sent (`/` if an absolute URI has none; `*` of OPTIONS; empty of CONNECT).
+    pub path: &'a str,
+    /// Host, with its port if one was sent, as sent; empty if there is none (HTTP/1.0).
+    pub host: &'a str,
+    /// 0 or 1: the minor version.
+    pub version: u8,
+    /// How its body is framed.
+    pub body: Body,
+    /// Fields.
+    pub headers: Headers<'a>,
+}
+
+impl<'a> Request<'a> {
+    /// Reads a head that [`super::Head::find`] has found whole.
+    ///
+    /// # Errors
+    /// If it is malformed or ambiguous.
+    pub fn parse(head: &'a [u8]) -> Result<Self, Refusal> {
+        has_single_spaces(head)?;
+        let mut fields = [httparse::EMPTY_HEADER; MAX_HEADERS];
+        let mut parsed = httparse::Request::new(&mut fields);
+        match parsed.parse(head) {
+            Ok(httparse::Status::Complete(length)) if length == head.len() => {}
+            Ok(_) => return Err(Refusal::BadStartLine),
+            Err(error) => return Err(refusal(error)),
+        }
+        let (Some(method), Some(target), Some(version)) = (parsed.method, parsed.path, parsed.version) else {
+            return Err(Refusal::BadStartLine);
+        };
+        let mut headers = Headers::new();
+        headers.take(parsed.headers)?;
+        let body = headers.framing(version)?.unwrap_or(Body::None);
+        let mut hosts = headers.values("host");
+        let field = match (hosts.next(), hosts.next()) {
+            (_, Some(_)) => return Err(Refusal::SeveralHosts),
+            (Some(host), None) => {
+                let host = str::from_utf8(host).map_err(|_| Refusal::BadHost)?;
+                // It may be empty where the target has no authority (RFC 9110, 7.2).
+                if !host.bytes().all(is_host_byte) {
+                    return Err(Refusal::BadHost);
+                }
+                Some(host)
+            }
+            (None, None) if version == 1 => return Err(Refusal::NoHost),
+            (None, None) => None,
+        };
+        let (form, authority, path) = read_target(method, target)?;
+        let host = match (authority, field) {
+            (Some(authority), Some(host)) if !is_same_host(authority, host) => {
+                return Err(Refusal::HostDiffers);
+            }
+            (Some(authority), _) => authority,
+            (None, host) => host.unwrap_or_default(),
+        };
+        Ok(Self {
+            method,
+            form,
+            path,
+            host,
+            version,
+            body,
+            headers,
+        })
+    }
+
+    /// What the client wants to go over to, if it asks for that (RFC 9110, 7.8).
+    #[must_use]
+    pub fn upgrade(&self) -> Option<&'a [u8]> {
+        if self.version == 0 || !self.headers.has("connection", "upgrade") {
+            return None;
+        }
+        self.headers.values("upgrade").next()
+    }
+
+    /// Whether the connection may carry another request after this one (RFC 9112, 9.3).
+    #[must_use]
+    pub fn keeps_alive(&self) -> bool {
+        if self.version == 0 {
+            self.headers.has("connection", "keep-alive")
+        } else {
+            !self.headers.has("connection", "close")
+        }
+    }
+}
+
+/// The head of an answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Response<'a> {
+    /// Status code.
+    pub status: u16,
+    /// 0 or 1: the minor version.
+    pub version: u8,
+    /// How its body is framed.
+    pub body: Body,
+    /// Fields.
+    pub headers: Headers<'a>,
+}
+
+impl<'a> Response<'a> {
+    /// Reads a head that [`super::Head::find`] has found whole, of an answer to a request with `method`.
+    ///
+    /// # Errors
+    /// If it is malformed or ambiguous.
+    pub fn parse(head: &'a [u8], method: &str) -> Result<Self, Refusal> {
+        let mut fields = [httparse::EMPTY_HEADER; MAX_HEADERS];
+        let mut parsed = httparse::Response::new(&mut fields);
+        match parsed.parse(head) {
+            Ok(httparse::Status::Complete(length)) if length == head.len() => {}
+            Ok(_) => return Err(Refusal::BadStartLine),
+            Err(error) => return Err(refusal(error)),
+        }
+        let (Some(status), Some(version)) = (parsed.code, parsed.version) else {
+            return Err(Refusal::BadStartLine);
+        };
+        let mut headers = Headers::new();
+        headers.take(parsed.headers)?;
+        let framing = headers.framing(version)?;
+        let body = match status {
+            101 => Body::Tunnel,
+            100..200 | 204 | 304 => Body::None,
+            200..300 if method == "CONNECT" => Body::Tunnel,
+            _ if method == "HEAD" => Body::None,
+            _ => framing.unwrap_or(Body::UntilClose),
+        };
+        Ok(Self {
+            status,
+            version,
+            body,
+            headers,
+        })
+    }
+
+    /// Whether another answer to the same request follows (RFC 9110, 15.2). 101 is the last one.
+    #[must_use]
+    pub fn is_interim(&self) -> bool {
+        (100..200).contains(&self.status) && self.status != 101
+    }
+
+    /// Whether the connection may carry another answer after this one.
+    #[must_use]
+    pub fn keeps_alive(&self) -> bool {
+        self.body != Body::UntilClose
+            && if self.version == 0 {
+                self.headers.has("connection", "keep-alive")
+            } else {
+                !self.headers.has("connection", "close")
+            }
+    }
+}
+
+fn refusal(error: httparse::Error) -> Refusal {
+    match error {
+        httparse::Error::HeaderName => Refusal::BadName,
+        httparse::Error::HeaderValue => Refusal::ControlCharacter,
+        // Bare line ends do not get this far.
+        httparse::Error::NewLine => Refusal::BadStartLine,
+        httparse::Error::TooManyHeaders => Refusal::TooManyHeaders,
+        httparse::Error::Version => Refusal::Version,
+        httparse::Error::Status | httparse::Error::Token => Refusal::BadStartLine,
+    }
+}
+
+/// The request line has its two spaces and no other white space (RFC 9112, 3).
+fn has_single_spaces(head: &[u8]) -> Result<(), Refusal> {
+    let line = head
+        .split(|byte| *byte == b'\n')
+        .find(|line| line.len() > 1)
+        .unwrap_or_default();
+    let line = line.strip_suffix(b"\r").unwrap_or(line);
+    let white = line.iter().filter(|byte| matches!(byte, b' ' | b'\t')).count();
+    if white == 2 {
+        Ok(())
+    } else {
+        Err(Refusal::BadStartLine)
+    }
+}
+
+/// Form, authority and path of a target.
+fn read_target<'a>(method: &str, target: &'a str) -> Result<(Target, Option<&'a str>, &'a str), Refusal> {
+    // A fragment is never sent (RFC 9112, 3.2); what is no visible ASCII belongs in percent-encoding.
+    if !target.bytes().all(|byte| matches!(byte, 0x21..=0x7e)) || target.contains('#') {
+        return Err(Refusal::BadTarget);
+    }
+    if method == "CONNECT" {
+        let (host, port) = target.rsplit_once(':').ok_or(Refusal::BadTarget)?;
+        let is_port = !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
+        if host.is_empty() || !is_port || !host.bytes().all(is_host_byte) {
+            return Err(Refusal::BadTarget);
+        }
+        return Ok((Target::Authority, Some(target), ""));
+    }
+    if target == "*" {
+        return if method == "OPTIONS" {
+            Ok((Target::Asterisk, None, target))
+        } else {
+            Err(Refusal::BadTarget)
+        };
+    }
+    if target.starts_with('/') {
+        return Ok((Target::Origin, None, target));
+    }
+    let scheme = ["http://", "https://"]
+        .into_iter()
+        .find(|scheme| {
+            target
+                .get(..scheme.len())
+                .is_some_and(|begin| begin.eq_ignore_ascii_case(scheme))
+        })
+        .ok_or(Refusal::BadTarget)?;
+    let rest = &target[scheme.len()..];
+    let end = rest.find(['/', '?']).unwrap_or(rest.len());
+    let (authority, path) = rest.split_at(end);
+    if authority.is_empty() || !authority.bytes().all(is_host_byte) {
+        return Err(Refusal::BadTarget);
+    }
+    match path {
+        "" => Ok((Target::Absolute, Some(authority), "/")),
+        // An empty path before a query: servers differ in what they make of it.
+        _ if path.starts_with('?') => Err(Refusal::BadTarget),
+        _ => Ok((Target::Absolute, Some(authority), path)),
+    }
+}
+
+/// Bytes of a host with a port. No user information (RFC 9110, 4.2.4), no escapes.
+fn is_host_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.' | b':' | b'[' | b']')
+}
+
+/// Whether two authorities are one: whatever their case, with the default port or without.
+fn is_same_host(a: &str, b: &str) -> bool {
+    let bare = |host: &str| -> usize {
+        host.strip_suffix(":80")
+            .or_else(|| host.strip_suffix(":443"))
+            .unwrap_or(host)
+            .len()
+    };
+    a.eq_ignore_ascii_case(b) || a[..bare(a)].eq_ignore_ascii_case(&b[..bare(b)])
+}

@@ -1,0 +1,391 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn find(stream: &[u8]) -> Result<Option<usize>, Refusal> {
+    Head::default().find(stream, &Limits::default())
+}
+
+/// Finds and reads a request that is the whole of `text`.
+fn request(text: &str) -> Result<Request<'_>, Refusal> {
+    match find(text.as_bytes())? {
+        Some(length) if length == text.len() => Request::parse(text.as_bytes()),
+        other => panic!("head ends at {other:?} of {}", text.len()),
+    }
+}
+
+fn refused(text: &str) -> Refusal {
+    match request(text) {
+        Err(refusal) => refusal,
+        Ok(request) => panic!("{text:?} was taken: {request:?}"),
+    }
+}
+
+fn response<'a>(text: &'a str, method: &str) -> Result<Response<'a>, Refusal> {
+    assert_eq!(find(text.as_bytes())?, Some(text.len()));
+    Response::parse(text.as_bytes(), method)
+}
+
+#[test]
+fn requests_say_what_rules_ask_for() {
+    let get =
+        request("GET /a/b?c=d HTTP/1.1\r\nHost: Example.com:8080\r\nX-A: 1\r\nx-a:  2 \r\n\r\n").unwrap();
+    assert_eq!(
+        (get.method, get.path, get.host),
+        ("GET", "/a/b?c=d", "Example.com:8080")
+    );
+    assert_eq!((get.form, get.version, get.body), (Target::Origin, 1, Body::None));
+    let values: Vec<&[u8]> = get.headers.values("X-a").collect();
+    assert_eq!(values, [&b"1"[..], b"2"]);
+    assert!(get.keeps_alive() && get.upgrade().is_none());
+
+    let old = request("GET / HTTP/1.0\r\n\r\n").unwrap();
+    assert_eq!((old.host, old.version, old.keeps_alive()), ("", 0, false));
+    let kept = request("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n").unwrap();
+    assert!(kept.keeps_alive());
+    let closed = request("GET / HTTP/1.1\r\nHost: a\r\nConnection: foo, Close\r\n\r\n").unwrap();
+    assert!(!closed.keeps_alive());
+
+    let proxied = request("GET http://A.example/x?y HTTP/1.1\r\nHost: a.EXAMPLE:80\r\n\r\n").unwrap();
+    assert_eq!(
+        (proxied.form, proxied.host, proxied.path),
+        (Target::Absolute, "A.example", "/x?y")
+    );
+    let bare = request("GET http://a.example HTTP/1.1\r\nHost: a.example\r\n\r\n").unwrap();
+    assert_eq!(bare.path, "/");
+    let connect = request("CONNECT a.example:443 HTTP/1.1\r\nHost: a.example:443\r\n\r\n").unwrap();
+    assert_eq!((connect.form, connect.host), (Target::Authority, "a.example:443"));
+    let options = request("OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+    assert_eq!((options.form, options.path), (Target::Asterisk, "*"));
+    let socket =
+        "GET /chat HTTP/1.1\r\nHost: a\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n\r\n";
+    assert_eq!(request(socket).unwrap().upgrade(), Some(&b"websocket"[..]));
+}
+
+#[test]
+fn bodies_are_framed_by_what_all_read_alike() {
+    let body = |fields: &str| request(&format!("POST / HTTP/1.1\r\nHost: a\r\n{fields}\r\n")).map(|r| r.body);
+    assert_eq!(body(""), Ok(Body::None));
+    assert_eq!(body("Content-Length: 42\r\n"), Ok(Body::Length(42)));
+    assert_eq!(body("Transfer-Encoding: Chunked\r\n"), Ok(Body::Chunked));
+    for length in ["", "+1", "-1", "1,1", "0x1", "1 1", "99999999999999999999999"] {
+        assert_eq!(
+            body(&format!("Content-Length: {length}\r\n")),
+            Err(Refusal::BadLength),
+            "{length}"
+        );
+    }
+    assert_eq!(
+        body("Content-Length: 1\r\nContent-Length: 1\r\n"),
+        Err(Refusal::BadLength)
+    );
+    assert_eq!(
+        body("Content-Length: 1\r\nTransfer-Encoding: chunked\r\n"),
+        Err(Refusal::LengthAndEncoding)
+    );
+    for encoding in [
+        "gzip",
+        "gzip, chunked",
+        "chunked, chunked",
+        "xchunked",
+        "",
+        "identity",
+    ] {
+        assert_eq!(
+            body(&format!("Transfer-Encoding: {encoding}\r\n")),
+            Err(Refusal::BadEncoding),
+            "{encoding}"
+        );
+    }
+    assert_eq!(
+        body("Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n"),
+        Err(Refusal::BadEncoding)
+    );
+    assert_eq!(
+        refused("POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n"),
+        Refusal::BadEncoding
+    );
+}
+
+#[test]
+fn ambiguity_is_refused() {
+    for (text, refusal) in [
+        ("GET / HTTP/1.1\nHost: a\r\n\r\n", Refusal::BareLineEnd),
+        ("GET / HTTP/1.1\r\nHost: a\n\r\n", Refusal::BareLineEnd),
+        ("GET / HTTP/1.1\r\nHost: a\rb\r\n\r\n", Refusal::BareLineEnd),
+        ("GET / HTTP/1.1\r\nHost: a\r\n b\r\n\r\n", Refusal::Folding),
+        ("GET / HTTP/1.1\r\nHost: a\r\n\tb\r\n\r\n", Refusal::Folding),
+        ("GET / HTTP/1.1\r\nHost : a\r\n\r\n", Refusal::BadName),
+        ("GET / HTTP/1.1\r\nHost: a\r\nX Y: b\r\n\r\n", Refusal::BadName),
+        ("GET / HTTP/1.1\r\nHost: a\r\nnothing\r\n\r\n", Refusal::BadName),
+        ("GET / HTTP/1.1\r\nHost: a\r\n: b\r\n\r\n", Refusal::BadName),
+        ("GET / HTTP/1.1\r\nHost: a\0b\r\n\r\n", Refusal::ControlCharacter),
+        (
+            "GET / HTTP/1.1\r\nHost: a\r\nX: \x0b\r\n\r\n",
+            Refusal::ControlCharacter,
+        ),
+        ("GET / HTTP/1.1\r\n\r\n", Refusal::NoHost),
+        (
+            "GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n",
+            Refusal::SeveralHosts,
+        ),
+        ("GET / HTTP/1.1\r\nHost: a b\r\n\r\n", Refusal::BadHost),
+        ("GET / HTTP/1.1\r\nHost: a, b\r\n\r\n", Refusal::BadHost),
+        ("GET / HTTP/1.1\r\nHost: u@a\r\n\r\n", Refusal::BadHost),
+        ("GET http://a/ HTTP/1.1\r\nHost: b\r\n\r\n", Refusal::HostDiffers),
+        ("GET http://u@a/ HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadTarget),
+        ("GET http://a?x HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadTarget),
+        ("GET a HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadTarget),
+        ("GET * HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadTarget),
+        ("GET /#x HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadTarget),
+        ("CONNECT a HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadTarget),
+        ("CONNECT a:1x HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadTarget),
+        ("GET  / HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadStartLine),
+        ("GET /  HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadStartLine),
+        ("GET / HTTP/1.1 \r\nHost: a\r\n\r\n", Refusal::BadStartLine),
+        ("GET /a b HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadStartLine),
+        ("GET /\r\nHost: a\r\n\r\n", Refusal::BadStartLine),
+        ("GET / HTTP/2.0\r\nHost: a\r\n\r\n", Refusal::Version),
+        ("GET / HTTP/1.10\r\nHost: a\r\n\r\n", Refusal::BadStartLine),
+        ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Refusal::Http2),
+        ("\x16\x03\x01\x02\x00", Refusal::NotHttp),
+        (" GET / HTTP/1.1\r\n", Refusal::NotHttp),
+        ("\r\n\r\n\r\n\r\n\r\nGET", Refusal::NotHttp),
+    ] {
+        assert_eq!(refused(text), refusal, "{text:?}");
+    }
+    let many = format!(
+        "GET / HTTP/1.1\r\nHost: a\r\n{}\r\n",
+        "X: y\r\n".repeat(MAX_HEADERS)
+    );
+    assert_eq!(refused(&many), Refusal::TooManyHeaders);
+    let long = format!("GET /{} HTTP/1.1\r\n", "a".repeat(Limits::default().line));
+    assert_eq!(find(long.as_bytes()), Err(Refusal::LineTooLong));
+    let endless = format!("GET / HTTP/1.1\r\n{}", "X: y\r\n".repeat(11_000));
+    assert_eq!(find(endless.as_bytes()), Err(Refusal::HeadTooLong));
+}
+
+#[test]
+fn an_empty_line_before_a_request_is_not_one() {
+    let text = "\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n";
+    assert_eq!(request(text).unwrap().path, "/");
+    let mut head = Head::default();
+    head.find(text.as_bytes(), &Limits::default()).unwrap();
+    assert_eq!(head.skipped(), 2);
+}
+
+#[test]
+fn answers_are_framed_by_status_and_method() {
+    let length = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n";
+    assert_eq!(response(length, "GET").unwrap().body, Body::Length(5));
+    assert_eq!(response(length, "HEAD").unwrap().body, Body::None);
+    assert_eq!(response(length, "CONNECT").unwrap().body, Body::Tunnel);
+    let body = |text: &str| response(text, "GET").unwrap().body;
+    assert_eq!(body("HTTP/1.1 304 x\r\nContent-Length: 5\r\n\r\n"), Body::None);
+    assert_eq!(body("HTTP/1.1 204 x\r\n\r\n"), Body::None);
+    assert_eq!(body("HTTP/1.1 101 x\r\n\r\n"), Body::Tunnel);
+    assert_eq!(body("HTTP/1.1 200 \r\n\r\n"), Body::UntilClose);
+    assert_eq!(
+        body("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"),
+        Body::Chunked
+    );
+    assert!(
+        response("HTTP/1.1 100 Continue\r\n\r\n", "GET")
+            .unwrap()
+            .is_interim()
+    );
+    assert!(!response("HTTP/1.1 101 x\r\n\r\n", "GET").unwrap().is_interim());
+    assert!(!response("HTTP/1.1 200 OK\r\n\r\n", "GET").unwrap().keeps_alive());
+    assert!(response(length, "GET").unwrap().keeps_alive());
+    let both = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n";
+    assert_eq!(response(both, "GET").unwrap_err(), Refusal::LengthAndEncoding);
+    assert_eq!(
+        response("HTTP/1.1 2000 OK\r\n\r\n", "GET").unwrap_err(),
+        Refusal::BadStartLine
+    );
+}
+
+#[test]
+fn paths_are_resolved_as_servers_do() {
+    let mut out = Vec::new();
+    for (path, expected) in [
+        ("/", "/"),
+        ("/a/b", "/a/b"),
+        ("/a/b/", "/a/b/"),
+        ("/allowed/../denied", "/denied"),
+        ("/allowed/%2e%2e/denied", "/denied"),
+        ("/allowed/%2E./denied?x=/../y", "/denied?x=/../y"),
+        ("/allowed%2f..%2Fdenied", "/denied"),
+        ("/allowed\\..\\denied", "/denied"),
+        ("/allowed%5c..%5Cdenied", "/denied"),
+        ("/allowed/..;/denied", "/denied"),
+        ("/allowed/..;a=b/denied", "/denied"),
+        ("/allowed/%252e%252e/denied", "/denied"),
+        ("//a///b", "/a/b"),
+        ("/a/./b/.", "/a/b/"),
+        ("/a/b/..", "/a/"),
+        ("/../../a", "/a"),
+        ("/..", "/"),
+        ("/%61", "/a"),
+        ("/100%25", "/100%"),
+        ("/a;x=1/b", "/a;x=1/b"),
+        ("/...", "/..."),
+        ("*", "*"),
+        ("", ""),
+    ] {
+        resolved(path, &mut out).unwrap();
+        assert_eq!(str::from_utf8(&out).unwrap(), expected, "{path}");
+    }
+    for (path, error) in [
+        ("/a%00b", PathError::Nul),
+        ("/a%2500b", PathError::Nul),
+        ("/a%", PathError::BadEscape),
+        ("/a%4", PathError::BadEscape),
+        ("/a%zz", PathError::BadEscape),
+        ("/%2525252e", PathError::EncodedTooOften),
+    ] {
+        assert_eq!(resolved(path, &mut out), Err(error), "{path}");
+    }
+}
+
+/// What is left of a chunked body without its framing, and how many bytes it took, if it ends.
+fn unchunk(stream: &[u8], cut: usize) -> Result<(Vec<u8>, Option<usize>), Refusal> {
+    let mut chunks = Chunks::default();
+    let mut content = Vec::new();
+    let mut left = 0_u64;
+    let mut at = 0;
+    for part in stream.chunks(cut.max(1)) {
+        let mut input = part;
+        loop {
+            if left > 0 {
+                let taken = (left as usize).min(input.len());
+                content.extend_from_slice(&input[..taken]);
+                input = &input[taken..];
+                left -= taken as u64;
+                if left > 0 {
+                    break;
+                }
+            }
+            match chunks.next(&mut input)? {
+                Piece::More => break,
+                Piece::Content(size) => left = size,
+                Piece::End => return Ok((content, Some(at + part.len() - input.len()))),
+            }
+        }
+        at += part.len();
+    }
+    Ok((content, None))
+}
+
+#[test]
+fn chunks_are_followed_to_their_end() {
+    let body = b"4\r\nWiki\r\n6\r\npedia \r\nE\r\nin \r\n\r\nchunks.\r\n0\r\n\r\nGET";
+    for cut in [1, 2, 3, 7, 1000] {
+        let (content, end) = unchunk(body, cut).unwrap();
+        assert_eq!(content, b"Wikipedia in \r\n\r\nchunks.");
+        assert_eq!(end, Some(body.len() - 3));
+    }
+    let (content, end) = unchunk(b"1\r\na\r\n0\r\nX-Sum: 1\r\nExpires: x\r\n\r\n", 1).unwrap();
+    assert_eq!((content, end), (b"a".to_vec(), Some(33)));
+    assert_eq!(
+        unchunk(b"00000000000001\r\na\r\n", 1).unwrap(),
+        (b"a".to_vec(), None)
+    );
+    for (bad, refusal) in [
+        (&b"\r\n"[..], Refusal::BadChunk),
+        (b"g\r\n", Refusal::BadChunk),
+        (b" 1\r\n", Refusal::BadChunk),
+        (b"1 \r\n", Refusal::BadChunk),
+        (b"0x1\r\n", Refusal::BadChunk),
+        (b"+1\r\n", Refusal::BadChunk),
+        (b"1;a=b\r\n", Refusal::BadChunk),
+        (b"1\nab", Refusal::BadChunk),
+        (b"1\r\nab\r\n", Refusal::BadChunk),
+        (b"1\r\na\n", Refusal::BadChunk),
+        (b"ffffffffffffffff\r\n", Refusal::BadChunk),
+        (b"00000000000000001\r\n", Refusal::BadChunk),
+        (b"0\r\nContent-Length: 1\r\n\r\n", Refusal::BadTrailer),
+        (b"0\r\nhOST: a\r\n\r\n", Refusal::BadTrailer),
+        (b"0\r\n: a\r\n\r\n", Refusal::BadTrailer),
+        (b"0\r\n folded\r\n\r\n", Refusal::BadTrailer),
+        (b"0\r\nX: \0\r\n", Refusal::BadTrailer),
+    ] {
+        assert_eq!(
+            unchunk(bad, 1),
+            Err(refusal),
+            "{:?}",
+            String::from_utf8_lossy(bad)
+        );
+    }
+    let endless = [b"0\r\n".to_vec(), b"X: y\r\n".repeat(2_000)].concat();
+    assert_eq!(unchunk(&endless, 1), Err(Refusal::HeadTooLong));
+}
+
+proptest! {
+    #[test]
+    fn however_it_is_cut_a_head_ends_at_the_same_byte(
+        path in "/[a-z%./]{0,40}",
+        fields in prop::collection::vec(("[A-Za-z-]{1,10}", "[ -~]{0,30}"), 0..10),
+        noise in prop::option::of((0_usize..300, any::<u8>())),
+        tail in "[ -~]{0,20}",
+    ) {
+        let fields: String = fields.iter().map(|(n, v)| format!("{n}: {v}\r\n")).collect();
+        let mut stream = format!("GET {path} HTTP/1.1\r\nHost: a\r\n{fields}\r\n{tail}").into_bytes();
+        if let Some((at, byte)) = noise {
+            let at = at % stream.len();
+            stream[at] = byte;
+        }
+        let limits = Limits::default();
+        let mut head = Head::default();
+        let mut grown = Ok(None);
+        for end in 0..=stream.len() {
+            grown = head.find(&stream[..end], &limits);
+            if grown != Ok(None) { break; }
+        }
+        prop_assert_eq!(grown, find(&stream));
+        if let Ok(Some(length)) = grown {
+            let _ = Request::parse(&stream[..length]);
+        }
+    }
+
+    #[test]
+    fn chunked_bodies_come_out_as_they_went_in(
+        parts in prop::collection::vec(prop::collection::vec(any::<u8>(), 1..50), 0..10),
+        cut in 1_usize..20,
+    ) {
+        let mut stream = Vec::new();
+        for part in &parts {
+            stream.extend(format!("{:x}\r\n", part.len()).bytes());
+            stream.extend(part);
+            stream.extend(b"\r\n");
+        }
+        stream.extend(b"0\r\n\r\n");
+        let length = stream.len();
+        stream.extend(b"behind");
+        prop_assert_eq!(unchunk(&stream, cut), Ok((parts.concat(), Some(length))));
+    }
+
+    #[test]
+    fn a_resolved_path_has_no_dots_left_and_stays_as_it_is(path in "/[a-z./%2eEfF5cC;\\\\]{0,30}") {
+        let mut once = Vec::new();
+        if resolved(&path, &mut once).is_ok() && once.is_ascii() && !once.contains(&b'%') {
+            let mut segments = once.split(|byte| *byte == b'/');
+            prop_assert!(segments.all(|segment| {
+                let name = segment.split(|byte| *byte == b';').next().unwrap_or_default();
+                name != b"." && name != b".."
+            }), "{:?}", String::from_utf8_lossy(&once));
+            let mut twice = Vec::new();
+            prop_assert_eq!(resolved(str::from_utf8(&once).unwrap(), &mut twice), Ok(()));
+            prop_assert_eq!(once, twice);
+        }
+    }
+
+    #[test]
+    fn nothing_panics(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        let _ = find(&bytes);
+        let _ = Request::parse(&bytes);
+        let _ = Response::parse(&bytes, "GET");
+        let _ = unchunk(&bytes, 3);
+        let _ = resolved(&String::from_utf8_lossy(&bytes), &mut Vec::new());
+    }
+}
