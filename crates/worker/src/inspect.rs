@@ -1,0 +1,31 @@
+//! What a worker needs of an engine. A trait, so that the loop can be tested by itself.
+
+use std::sync::Arc;
+
+use palisade_inspect::{Learned, Millis, Sink, View};
+
+use crate::slab::Handle;
+
+/// Reads packets and decides. Without an engine of its own, a worker that died would take its flows into the next
+/// life; so there is one for each life.
+pub trait Inspect {
+    /// What it judges by.
+    type Rules: Send + Sync + 'static;
+
+    /// From now on these rules hold.
+    fn set_rules(&mut self, rules: Arc<Self::Rules>);
+    /// Whether a set of application rules is known.
+    fn knows(&self, ruleset: u32) -> bool;
+    /// A packet to be read for one slot.
+    fn packet(&mut self, now: Millis, view: &View<'_>, frame: Handle, sink: &mut impl Sink<Handle>);
+    /// What became of an answer that was to be learned.
+    fn learned(&mut self, now: Millis, learned: Learned, sink: &mut impl Sink<Handle>);
+    /// Lets go what has waited too long.
+    fn tick(&mut self, now: Millis, sink: &mut impl Sink<Handle>);
+    /// When [`Inspect::tick`] has something to do.
+    fn deadline(&self) -> Option<Millis>;
+    /// An endpoint is no more.
+    fn forget_endpoint(&mut self, endpoint: u16, sink: &mut impl Sink<Handle>);
+    /// Flows that it knows of.
+    fn flows(&self) -> usize;
+}

@@ -1,0 +1,780 @@
+//! The loop of one worker.
+
+use std::{
+    any::Any,
+    collections::VecDeque,
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use mio::{Events, Interest, Poll, Token, unix::SourceFd};
+use palisade_abi::{Carried, CarrySlot, FlowCommand, Reason, Released, carry_flags, release};
+use palisade_inspect::{
+    Learn, Millis, Route, Sink,
+    learning::{Learner, Learners, Wake},
+    record::{Record, Verdict, What},
+};
+use palisade_packet::Packet;
+use tracing::{error, info};
+
+use crate::{
+    Mode,
+    counters::{Counters, State},
+    fair::Fair,
+    handoff::{Giver, Taker},
+    header::{self, Ready},
+    inspect::Inspect,
+    mailbox::Reader,
+    port::{Port, PortStatistics},
+    queue,
+    slab::{Handle, Slab},
+};
+
+/// Packets that are taken from the ring at once.
+const BATCH: usize = 64;
+/// Packets of other workers that are taken at once.
+const HANDED: usize = 64;
+/// Packets that an engine may make in one go, in bytes.
+const MADE: usize = 256 * 1024;
+/// A worker says at least so often that it lives.
+const HEARTBEAT: Duration = Duration::from_millis(50);
+/// What the rings have lost is read so often, ns.
+const STATISTICS: u64 = 1_000_000_000;
+/// The longest that a worker looks for packets before it sleeps.
+const LONGEST_SPIN: Duration = Duration::from_micros(50);
+/// And the shortest, from which it starts anew.
+const SHORTEST_SPIN: Duration = Duration::from_micros(2);
+/// Tries to start again are so far apart, at first and at most.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// A worker that ran for so long was well.
+const WELL: Duration = Duration::from_secs(10);
+/// Reports of packets that the worker itself refuses, a second.
+const REPORTS: u32 = 200;
+
+const SOCKET: Token = Token(0);
+/// What wakes a worker that sleeps.
+pub const WAKER: Token = Token(1);
+
+/// What the control plane wants of a worker.
+#[derive(Debug)]
+pub struct Orders<R> {
+    /// The application rules.
+    pub rules: Arc<R>,
+    /// Interfaces at whose ingress stands XDP.
+    pub xdp: Arc<[u32]>,
+    /// Endpoints that are no more: to be forgotten once.
+    pub gone: Vec<u16>,
+}
+
+/// What stays when a worker has to begin anew.
+pub struct Post<R> {
+    pub number: usize,
+    pub workers: usize,
+    pub cookie: u64,
+    pub mode: Mode,
+    pub clock: fn() -> u64,
+    pub beat: Arc<dyn Fn(usize, u64) + Send + Sync>,
+    pub counters: Arc<Counters>,
+    pub stop: Arc<AtomicBool>,
+    pub orders: Reader<Orders<R>>,
+    /// To each other worker, by number; none to itself.
+    pub givers: Vec<Option<Giver>>,
+    pub takers: Vec<Option<Taker>>,
+    pub wakers: Vec<Arc<mio::Waker>>,
+    pub poll: Poll,
+    pub learners: Learners,
+    pub learns: usize,
+    pub records: queue::Sender<Record>,
+}
+
+/// What is known of a frame that a handle stands for.
+struct Caught<F> {
+    frame: F,
+    start: usize,
+    length: usize,
+    ifindex: u32,
+    hook: u8,
+    /// Who else asks for it to be read, once the first lets it go.
+    second: Option<CarrySlot>,
+}
+
+/// What an engine wants done, in its order.
+enum Wish {
+    Release(Handle, Option<FlowCommand>),
+    Discard(Handle, Reason),
+    /// So many bytes of those that were made, from there.
+    Emit(usize, usize, Route),
+}
+
+/// Takes down what an engine wants while it still looks at a frame.
+struct Wishes {
+    wishes: VecDeque<Wish>,
+    made: Vec<u8>,
+    learner: Learner,
+    records: queue::Sender<Record>,
+    counters: Arc<Counters>,
+}
+
+impl Sink<Handle> for Wishes {
+    fn release(&mut self, frame: Handle) {
+        self.wishes.push_back(Wish::Release(frame, None));
+    }
+
+    fn release_with(&mut self, frame: Handle, command: &FlowCommand) {
+        self.wishes.push_back(Wish::Release(frame, Some(*command)));
+    }
+
+    fn discard(&mut self, frame: Handle, reason: Reason) {
+        self.wishes.push_back(Wish::Discard(frame, reason));
+    }
+
+    fn emit(&mut self, frame: &[u8], route: Route) {
+        if self.made.len() + frame.len() > MADE || frame.len() < header::ETHERNET {
+            self.counters.unmade.add(1);
+            return;
+        }
+        let at = self.made.len();
+        self.made.extend_from_slice(frame);
+        self.wishes.push_back(Wish::Emit(at, frame.len(), route));
+    }
+
+    fn learn(&mut self, learn: Learn) -> Result<(), Learn> {
+        self.learner.ask(learn)
+    }
+
+    fn record(&mut self, record: &Record) {
+        if self.records.put(*record).is_err() {
+            self.counters.records_lost.add(1);
+        }
+    }
+}
+
+/// One life of a worker.
+pub struct Worker<'a, P: Port, E: Inspect> {
+    post: &'a mut Post<E::Rules>,
+    port: P,
+    engine: E,
+    slab: Slab<Caught<P::Frame>>,
+    wishes: Wishes,
+    batch: VecDeque<P::Frame>,
+    fair: Fair,
+    shed: Vec<bool>,
+    xdp: Arc<[u32]>,
+    /// ns of the coarse monotonic clock.
+    now: u64,
+    statistics: (u64, PortStatistics),
+    reports: (u64, u32),
+    handed: Vec<bool>,
+}
+
+impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
+    pub fn new(post: &'a mut Post<E::Rules>, port: P, mut engine: E, frames: usize) -> Self {
+        let (rules, xdp) = post.orders.read(|orders| {
+            orders.gone.clear();
+            (Arc::clone(&orders.rules), Arc::clone(&orders.xdp))
+        });
+        engine.set_rules(rules);
+        let waker = Arc::clone(&post.wakers[post.number]);
+        let wake: Wake = Arc::new(move || {
+            // Woken late, it finds the answer all the same.
+            let _ = waker.wake();
+        });
+        let wishes = Wishes {
+            wishes: VecDeque::with_capacity(frames),
+            made: Vec::with_capacity(MADE),
+            learner: post.learners.learner(post.learns, wake),
+            records: post.records.clone(),
+            counters: Arc::clone(&post.counters),
+        };
+        post.counters.frames.set(frames as u64);
+        let now = (post.clock)();
+        Self {
+            handed: vec![false; post.workers],
+            slab: Slab::new(frames),
+            batch: VecDeque::with_capacity(BATCH.max(port.capacity())),
+            fair: Fair::new(BATCH),
+            shed: Vec::with_capacity(BATCH),
+            statistics: (now, PortStatistics::default()),
+            reports: (now, REPORTS),
+            now,
+            post,
+            port,
+            engine,
+            wishes,
+            xdp,
+        }
+    }
+
+    fn millis(&self) -> Millis {
+        self.now / 1_000_000
+    }
+
+    /// Everything that there is to do now. Answers whether there was something.
+    pub fn turn(&mut self) -> io::Result<bool> {
+        self.now = (self.post.clock)();
+        (self.post.beat)(self.post.number, self.now);
+        self.read_orders();
+        self.fulfil();
+        let mut busy = self.port.receive(&mut self.batch, BATCH)? != 0;
+        let overloaded = self.port.waiting() + self.batch.len() > self.port.capacity() / 2;
+        self.fair.at(self.now);
+        if overloaded {
+            self.shed();
+        }
+        while let Some(frame) = self.batch.pop_front() {
+            self.received(frame);
+        }
+        busy |= self.take_handed();
+        busy |= self.take_learned();
+        let now = self.millis();
+        if self.engine.deadline().is_some_and(|deadline| deadline <= now) {
+            self.engine.tick(now, &mut self.wishes);
+            self.fulfil();
+        }
+        self.port.flush()?;
+        self.wake_others();
+        let counters = &self.post.counters;
+        counters.held.set(self.slab.len() as u64);
+        if self.now.saturating_sub(self.statistics.0) >= STATISTICS {
+            let now = self.port.statistics()?;
+            counters.set_ring(&self.statistics.1, &now);
+            counters.flows.set(self.engine.flows() as u64);
+            self.statistics = (self.now, now);
+        }
+        Ok(busy)
+    }
+
+    fn read_orders(&mut self) {
+        if !self.post.orders.changed() {
+            return;
+        }
+        let (rules, xdp, gone) = self.post.orders.read(|orders| {
+            let gone = std::mem::take(&mut orders.gone);
+            (Arc::clone(&orders.rules), Arc::clone(&orders.xdp), gone)
+        });
+        self.xdp = xdp;
+        self.engine.set_rules(rules);
+        for endpoint in gone {
+            self.engine.forget_endpoint(endpoint, &mut self.wishes);
+        }
+    }
+
+    /// Gives half of what has come to nobody, fairly between flows. That is quick, so the queue gets shorter.
+    fn shed(&mut self) {
+        let Self {
+            port,
+            batch,
+            fair,
+            shed,
+            ..
+        } = self;
+        shed.clear();
+        shed.resize(batch.len(), false);
+        fair.halve(
+            batch.iter().map(|frame| header::hash(port.data(frame))),
+            |place| {
+                shed[place] = true;
+            },
+        );
+        for place in 0..shed.len() {
+            let Some(frame) = batch.pop_front() else { break };
+            if shed[place] {
+                self.post.counters.packets_in.add(1);
+                self.post.counters.dropped(Reason::WorkerOverload);
+                port.give(frame);
+            } else {
+                batch.push_back(frame);
+            }
+        }
+    }
+
+    /// A frame that came in by this worker's queue.
+    fn received(&mut self, frame: P::Frame) {
+        let data = self.port.data(&frame);
+        let counters = &self.post.counters;
+        counters.packets_in.add(1);
+        counters
+            .bytes_in
+            .add(data.len().saturating_sub(header::CARRIED) as u64);
+        let carried = match header::carried(data, self.post.cookie) {
+            Ok(carried) => carried,
+            Err(reason) => {
+                counters.dropped(reason);
+                self.port.give(frame);
+                return;
+            }
+        };
+        let owner = carried.hash as usize % self.post.workers;
+        if owner != self.post.number {
+            let given = self.post.givers[owner]
+                .as_ref()
+                .is_some_and(|giver| giver.give(data));
+            if given {
+                counters.handed_on.add(1);
+                self.handed[owner] = true;
+            } else {
+                counters.dropped(Reason::WorkerOverload);
+            }
+            self.port.give(frame);
+            return;
+        }
+        self.own(frame, &carried);
+    }
+
+    /// A frame of a flow that this worker owns.
+    fn own(&mut self, mut frame: P::Frame, carried: &Carried) {
+        let length = self.port.data(&frame).len();
+        let room = self.port.room(&mut frame);
+        let ready = match header::prepare(&mut room[..length], carried) {
+            Ok(ready) => ready,
+            Err((reason, packet)) => {
+                self.refuse(carried, reason, &packet);
+                self.port.give(frame);
+                return;
+            }
+        };
+        let mut slots = carried.slots.iter().filter(|slot| slot.endpoint != 0);
+        let Some(first) = slots.next() else {
+            self.port.give(frame);
+            return;
+        };
+        let caught = Caught {
+            start: ready.start,
+            length: length - ready.start,
+            ifindex: carried.ifindex,
+            hook: carried.hook,
+            second: slots.next().copied(),
+            frame,
+        };
+        match self.slab.put(caught) {
+            Ok(handle) => self.read(handle, first, &ready),
+            Err(caught) => {
+                // There is a place for every frame that the socket has.
+                self.post.counters.dropped(Reason::WorkerOverload);
+                self.port.give(caught.frame);
+            }
+        }
+        self.fulfil();
+    }
+
+    /// Has the engine read a frame for a slot.
+    fn read(&mut self, handle: Handle, slot: &CarrySlot, ready: &Ready) {
+        if !self.engine.knows(slot.ruleset) {
+            // Rules come before the maps that name them, so they are here already; just not read.
+            self.read_orders();
+            if !self.engine.knows(slot.ruleset) {
+                self.wishes.discard(handle, Reason::UnknownRuleset);
+                return;
+            }
+        }
+        let Some(caught) = self.slab.get(&handle) else {
+            return;
+        };
+        let (ifindex, hook) = (caught.ifindex, caught.hook);
+        let Some(frame) = self
+            .port
+            .data(&caught.frame)
+            .get(caught.start..caught.start + caught.length)
+        else {
+            return;
+        };
+        let view = ready.view(slot, ifindex, hook, frame);
+        self.engine
+            .packet(self.now / 1_000_000, &view, handle, &mut self.wishes);
+    }
+
+    /// Does what the engine wanted.
+    fn fulfil(&mut self) {
+        while let Some(wish) = self.wishes.wishes.pop_front() {
+            match wish {
+                Wish::Release(handle, command) => self.release(handle, command.as_ref()),
+                Wish::Discard(handle, reason) => {
+                    if let Some(caught) = self.slab.take(handle) {
+                        self.post.counters.dropped(reason);
+                        self.port.give(caught.frame);
+                    }
+                }
+                Wish::Emit(at, length, route) => self.emit(at, length, route),
+            }
+        }
+        self.wishes.made.clear();
+    }
+
+    fn release(&mut self, handle: Handle, command: Option<&FlowCommand>) {
+        let second = match self.slab.get_mut(&handle) {
+            Some(caught) => caught.second.take(),
+            None => return,
+        };
+        if let Some(slot) = second {
+            // Each of the two has its own flow, and there is room behind the packet for one command.
+            if let Some(command) = command {
+                self.command(command);
+            }
+            let Some(caught) = self.slab.get(&handle) else {
+                return;
+            };
+            let start = caught.start;
+            let frame = self
+                .port
+                .data(&caught.frame)
+                .get(start..start + caught.length)
+                .unwrap_or_default();
+            match header::decode(frame) {
+                Ok(packet) => self.read(handle, &slot, &Ready { start, packet }),
+                // It could be decoded before.
+                Err((reason, _)) => self.wishes.discard(handle, reason),
+            }
+            return;
+        }
+        let Some(caught) = self.slab.take(handle) else {
+            return;
+        };
+        let route = Route {
+            ifindex: caught.ifindex,
+            hook: caught.hook,
+            back: false,
+        };
+        let released = self.released(route);
+        let length = caught.length as u64;
+        if self.send(caught.frame, caught.start, caught.length, &released, command) {
+            self.post.counters.packets_out.add(1);
+            self.post.counters.bytes_out.add(length);
+        }
+    }
+
+    fn released(&self, route: Route) -> Released {
+        header::released(self.post.cookie, route, self.xdp.contains(&route.ifindex))
+    }
+
+    /// Sends a frame with what belongs behind it.
+    fn send(
+        &mut self,
+        mut frame: P::Frame,
+        mut start: usize,
+        length: usize,
+        released: &Released,
+        command: Option<&FlowCommand>,
+    ) -> bool {
+        let room = self.port.room(&mut frame);
+        if room.len() - start < length + header::TRAILER && start > 0 {
+            // What stood in front of it has been read: there is room.
+            room.copy_within(start..start + length, 0);
+            start = 0;
+        }
+        let Some(whole) = header::append(&mut room[start..], length, released, command) else {
+            self.post.counters.dropped(Reason::CarryUnsupported);
+            self.port.give(frame);
+            return false;
+        };
+        match self.port.transmit(frame, start, whole) {
+            Ok(()) => true,
+            Err(frame) => {
+                self.post.counters.dropped(Reason::WorkerOverload);
+                self.port.give(frame);
+                false
+            }
+        }
+    }
+
+    fn emit(&mut self, at: usize, length: usize, route: Route) {
+        let released = self.released(route);
+        let Some(mut frame) = self.port.take() else {
+            self.post.counters.unmade.add(1);
+            return;
+        };
+        let room = self.port.room(&mut frame);
+        let made = self.wishes.made.get(at..at + length);
+        let sent = match (room.get_mut(..length), made) {
+            (Some(room), Some(made)) => {
+                room.copy_from_slice(made);
+                self.send(frame, 0, length, &released, None)
+            }
+            _ => {
+                self.port.give(frame);
+                false
+            }
+        };
+        let counters = &self.post.counters;
+        if sent {
+            counters.made.add(1);
+        } else {
+            counters.unmade.add(1);
+        }
+    }
+
+    /// Sends a command that no packet carries.
+    fn command(&mut self, command: &FlowCommand) {
+        let released = Released {
+            cookie: self.post.cookie,
+            ifindex: 0,
+            way: release::NOWHERE,
+            flags: 0,
+            zero: [0; 2],
+        };
+        // Without a free frame the flow goes on being read, which is slower and no worse.
+        if let Some(mut frame) = self.port.take() {
+            if let Some(head) = self.port.room(&mut frame).get_mut(..header::ETHERNET) {
+                head.fill(0);
+            }
+            self.send(frame, 0, header::ETHERNET, &released, Some(command));
+        }
+    }
+
+    /// A packet that no engine gets to see.
+    fn refuse(&mut self, carried: &Carried, reason: Reason, packet: &Packet) {
+        self.post.counters.dropped(reason);
+        if self.now.saturating_sub(self.reports.0) >= 1_000_000_000 {
+            self.reports = (self.now, REPORTS);
+        }
+        if self.reports.1 == 0 {
+            return;
+        }
+        self.reports.1 -= 1;
+        let Some(slot) = carried.slots.iter().find(|slot| slot.endpoint != 0) else {
+            return;
+        };
+        let record = unreadable(carried, slot, packet, reason);
+        self.wishes.record(&record);
+    }
+
+    fn take_handed(&mut self) -> bool {
+        let mut any = false;
+        for number in 0..self.post.workers {
+            for _ in 0..HANDED {
+                let Self { post, port, .. } = self;
+                let Some(taker) = &post.takers[number] else { break };
+                let mut got = None;
+                let there = taker.take(|bytes| {
+                    got = port.take().and_then(|mut frame| {
+                        match port.room(&mut frame).get_mut(..bytes.len()) {
+                            Some(room) => {
+                                room.copy_from_slice(bytes);
+                                Some((frame, bytes.len()))
+                            }
+                            None => {
+                                port.give(frame);
+                                None
+                            }
+                        }
+                    });
+                });
+                if !there {
+                    break;
+                }
+                any = true;
+                let Some((frame, length)) = got else {
+                    self.post.counters.dropped(Reason::WorkerOverload);
+                    continue;
+                };
+                self.post.counters.handed_in.add(1);
+                self.own_handed(frame, length);
+            }
+        }
+        any
+    }
+
+    fn own_handed(&mut self, mut frame: P::Frame, length: usize) {
+        self.port.set_length(&mut frame, length);
+        let data = self.port.data(&frame);
+        // The worker that handed it on has looked at it; the cookie is the same.
+        match header::carried(data, self.post.cookie) {
+            Ok(carried) => self.own(frame, &carried),
+            Err(reason) => {
+                self.post.counters.dropped(reason);
+                self.port.give(frame);
+            }
+        }
+    }
+
+    fn take_learned(&mut self) -> bool {
+        let mut any = false;
+        while let Some(learned) = self.wishes.learner.take() {
+            any = true;
+            let now = self.now / 1_000_000;
+            self.engine.learned(now, learned, &mut self.wishes);
+            self.fulfil();
+        }
+        any
+    }
+
+    fn wake_others(&mut self) {
+        self.wishes.records.wake();
+        for (handed, waker) in self.handed.iter_mut().zip(&self.post.wakers) {
+            if std::mem::take(handed) {
+                // It looks by itself soon, if this should fail.
+                let _ = waker.wake();
+            }
+        }
+    }
+
+    /// Carries packets until it is told to stop.
+    pub fn run(&mut self) -> io::Result<()> {
+        let mut events = Events::with_capacity(8);
+        let fd = self.port.fd();
+        if let Some(fd) = fd {
+            self.post
+                .poll
+                .registry()
+                .register(&mut SourceFd(&fd), SOCKET, Interest::READABLE)?;
+        }
+        let outcome = self.rounds(&mut events);
+        if let Some(fd) = fd {
+            // Its descriptor is closed with the socket in any case.
+            let _ = self.post.poll.registry().deregister(&mut SourceFd(&fd));
+        }
+        outcome
+    }
+
+    fn rounds(&mut self, events: &mut Events) -> io::Result<()> {
+        let mut spin = SHORTEST_SPIN;
+        let mut idle_since: Option<Instant> = None;
+        while !self.post.stop.load(Ordering::Relaxed) {
+            if self.turn()? {
+                if idle_since.take().is_some() {
+                    // Looking on paid: it may look longer next time.
+                    spin = (spin * 2).min(LONGEST_SPIN);
+                }
+                continue;
+            }
+            match self.post.mode {
+                Mode::Spin => std::hint::spin_loop(),
+                Mode::Poll | Mode::BusyPoll => {
+                    let since = *idle_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() < spin {
+                        if self.post.mode == Mode::BusyPoll {
+                            self.port.busy_poll()?;
+                        }
+                        std::hint::spin_loop();
+                        continue;
+                    }
+                    spin = (spin / 2).max(SHORTEST_SPIN);
+                    self.sleep(events)?;
+                    idle_since = None;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sleeps until something comes, but not longer than it may be silent, and not beyond what has to be done.
+    fn sleep(&mut self, events: &mut Events) -> io::Result<()> {
+        let mut patience = HEARTBEAT;
+        if let Some(deadline) = self.engine.deadline() {
+            let left = Duration::from_millis(deadline.saturating_sub(self.millis()));
+            patience = patience.min(left.max(Duration::from_millis(1)));
+        }
+        self.post.counters.sleeps.add(1);
+        match self.post.poll.poll(events, Some(patience)) {
+            Err(problem) if problem.kind() != io::ErrorKind::Interrupted => Err(problem),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The report of a packet that no engine gets to see.
+fn unreadable(carried: &Carried, slot: &CarrySlot, packet: &Packet, reason: Reason) -> Record {
+    Record {
+        endpoint: slot.endpoint,
+        ingress: slot.flags & carry_flags::INGRESS != 0,
+        reply: slot.flags & carry_flags::REPLY != 0,
+        source: (packet.source, packet.source_port),
+        destination: (packet.destination, packet.destination_port),
+        protocol: packet.protocol,
+        remote_identity: slot.remote_identity,
+        ifindex: carried.ifindex,
+        verdict: Verdict::Dropped,
+        reason,
+        rule: slot.rule,
+        latency: None,
+        what: What::Unreadable {
+            detail: reason.text(),
+        },
+    }
+}
+
+/// What makes sockets and engines for a worker.
+pub struct Makers<P, E> {
+    pub port: Arc<dyn Fn(usize) -> io::Result<(P, usize)> + Send + Sync>,
+    pub engine: Arc<dyn Fn(usize) -> E + Send + Sync>,
+}
+
+/// Lives one life after the other until it is told to stop.
+pub fn live<P: Port, E: Inspect>(mut post: Post<E::Rules>, makers: &Makers<P, E>) {
+    let mut pause = FIRST_PAUSE;
+    while !post.stop.load(Ordering::Relaxed) {
+        let begun = Instant::now();
+        let life = catch_unwind(AssertUnwindSafe(|| one_life(&mut post, makers)));
+        // Nothing is sent here as long as nobody takes it.
+        (post.beat)(post.number, 0);
+        let problem = match life {
+            Ok(Ok(())) => break,
+            Ok(Err(problem)) => problem.to_string(),
+            Err(panic) => format!("panic: {}", panic_text(&*panic)),
+        };
+        if begun.elapsed() > WELL {
+            pause = FIRST_PAUSE;
+        }
+        let before = post.counters.problem();
+        if before.as_ref() != Some(&problem) {
+            error!(
+                "worker {}: {problem}; its flows are cut, it is started again",
+                post.number
+            );
+        }
+        post.counters.held.set(0);
+        post.counters.flows.set(0);
+        post.counters.set_state(State::Down, Some(problem));
+        post.counters.restarts.add(1);
+        rest(&mut post, pause);
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+    (post.beat)(post.number, 0);
+    post.counters.set_state(State::Ended, None);
+}
+
+fn one_life<P: Port, E: Inspect>(post: &mut Post<E::Rules>, makers: &Makers<P, E>) -> io::Result<()> {
+    let (port, frames) = (makers.port)(post.number)?;
+    // What was meant for the life before.
+    for taker in post.takers.iter().flatten() {
+        while taker.take(|_| post.counters.dropped(Reason::NoWorker)) {}
+    }
+    let engine = (makers.engine)(post.number);
+    if post.counters.restarts.get() != 0 {
+        info!("worker {}: runs again", post.number);
+    }
+    let counters = Arc::clone(&post.counters);
+    let mut worker = Worker::new(post, port, engine, frames);
+    // First the sign of life: whoever waits for the state relies on it.
+    worker.turn()?;
+    counters.set_state(State::Running, None);
+    worker.run()
+}
+
+/// Waits, and ends early if all is to end.
+fn rest<R>(post: &mut Post<R>, pause: Duration) {
+    let until = Instant::now() + pause;
+    let mut events = Events::with_capacity(8);
+    while !post.stop.load(Ordering::Relaxed) {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() || post.poll.poll(&mut events, Some(left)).is_err() {
+            return;
+        }
+    }
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("of an unknown kind")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,690 @@
+//! The loop over a port that is no socket.
+
+use std::collections::HashMap;
+
+use palisade_abi::{CtKey, Inspector, carry_hook, protocol};
+use palisade_inspect::{Learned, View, learning::lessons};
+use proptest::prelude::*;
+use zerocopy::{FromBytes as _, IntoBytes as _};
+
+use super::*;
+use crate::mailbox::mailbox;
+
+const COOKIE: u64 = 0x1234_5678_9abc_def0;
+const CHUNK: usize = 2_048;
+const FRAMES: usize = 64;
+
+struct Fake {
+    chunks: Vec<Vec<u8>>,
+    free: Vec<usize>,
+    arriving: VecDeque<Vec<u8>>,
+    sent: Vec<Vec<u8>>,
+    /// Frames that may be sent until the next flush.
+    ring: usize,
+    in_ring: usize,
+    capacity: usize,
+}
+
+struct FakeFrame {
+    chunk: usize,
+    length: usize,
+}
+
+impl Fake {
+    fn new(arriving: Vec<Vec<u8>>) -> Self {
+        Self {
+            chunks: vec![vec![0xee; CHUNK]; FRAMES],
+            free: (0..FRAMES).collect(),
+            arriving: arriving.into(),
+            sent: Vec::new(),
+            ring: FRAMES,
+            in_ring: 0,
+            capacity: 1_024,
+        }
+    }
+}
+
+impl Port for Fake {
+    type Frame = FakeFrame;
+
+    fn receive(&mut self, into: &mut VecDeque<FakeFrame>, most: usize) -> io::Result<usize> {
+        let mut got = 0;
+        while got < most {
+            let Some(chunk) = self.free.pop() else { break };
+            let Some(bytes) = self.arriving.pop_front() else {
+                self.free.push(chunk);
+                break;
+            };
+            self.chunks[chunk][..bytes.len()].copy_from_slice(&bytes);
+            into.push_back(FakeFrame {
+                chunk,
+                length: bytes.len(),
+            });
+            got += 1;
+        }
+        Ok(got)
+    }
+
+    fn waiting(&self) -> usize {
+        self.arriving.len()
+    }
+
+    fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    fn data<'a>(&'a self, frame: &'a FakeFrame) -> &'a [u8] {
+        &self.chunks[frame.chunk][..frame.length]
+    }
+
+    fn room<'a>(&'a mut self, frame: &'a mut FakeFrame) -> &'a mut [u8] {
+        &mut self.chunks[frame.chunk]
+    }
+
+    fn set_length(&mut self, frame: &mut FakeFrame, length: usize) {
+        frame.length = length;
+    }
+
+    fn take(&mut self) -> Option<FakeFrame> {
+        self.free.pop().map(|chunk| FakeFrame { chunk, length: 0 })
+    }
+
+    fn give(&mut self, frame: FakeFrame) {
+        self.free.push(frame.chunk);
+    }
+
+    fn transmit(&mut self, frame: FakeFrame, start: usize, length: usize) -> Result<(), FakeFrame> {
+        if self.in_ring == self.ring {
+            return Err(frame);
+        }
+        self.in_ring += 1;
+        self.sent
+            .push(self.chunks[frame.chunk][start..start + length].to_vec());
+        self.free.push(frame.chunk);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.in_ring = 0;
+        Ok(())
+    }
+
+    fn fd(&self) -> Option<std::os::fd::RawFd> {
+        None
+    }
+
+    fn statistics(&mut self) -> io::Result<PortStatistics> {
+        Ok(PortStatistics::default())
+    }
+}
+
+/// What the engine of these tests does is said by the rule set of the slot.
+mod does {
+    pub const RELEASE: u32 = 0;
+    pub const HOLD: u32 = 1;
+    pub const DENY: u32 = 2;
+    pub const ANSWER: u32 = 3;
+    pub const COMMAND: u32 = 4;
+}
+
+#[derive(Default)]
+struct Script {
+    held: Vec<Handle>,
+    seen: Vec<(u16, Vec<u8>)>,
+    rules: u32,
+}
+
+fn command(endpoint: u16) -> FlowCommand {
+    FlowCommand {
+        key: CtKey {
+            endpoint,
+            ..CtKey::default()
+        },
+        serial: 77,
+        offload: 1,
+        windows: [0; 4],
+    }
+}
+
+impl Inspect for Script {
+    /// Sets below this are known.
+    type Rules = u32;
+
+    fn set_rules(&mut self, rules: Arc<u32>) {
+        self.rules = *rules;
+    }
+
+    fn knows(&self, ruleset: u32) -> bool {
+        ruleset < self.rules
+    }
+
+    fn packet(&mut self, _: Millis, view: &View<'_>, frame: Handle, sink: &mut impl Sink<Handle>) {
+        self.seen.push((view.slot.endpoint, view.frame.to_vec()));
+        match view.slot.ruleset {
+            does::RELEASE => sink.release(frame),
+            does::HOLD => self.held.push(frame),
+            does::DENY => sink.discard(frame, Reason::AppDenied),
+            does::ANSWER => {
+                sink.discard(frame, Reason::AppDenied);
+                let route = Route {
+                    ifindex: view.ifindex,
+                    hook: view.hook,
+                    back: true,
+                };
+                sink.emit(&view.frame[..30], route);
+            }
+            does::COMMAND => sink.release_with(frame, &command(view.slot.endpoint)),
+            other => panic!("rule set {other}"),
+        }
+    }
+
+    fn learned(&mut self, _: Millis, _: Learned, _: &mut impl Sink<Handle>) {}
+
+    fn tick(&mut self, _: Millis, sink: &mut impl Sink<Handle>) {
+        for frame in self.held.drain(..) {
+            sink.release(frame);
+        }
+    }
+
+    fn deadline(&self) -> Option<Millis> {
+        (!self.held.is_empty()).then_some(0)
+    }
+
+    fn forget_endpoint(&mut self, _: u16, sink: &mut impl Sink<Handle>) {
+        for frame in self.held.drain(..) {
+            sink.discard(frame, Reason::NoPolicy);
+        }
+    }
+
+    fn flows(&self) -> usize {
+        0
+    }
+}
+
+fn clock() -> u64 {
+    1_000_000_000
+}
+
+/// The end that gives orders to the worker of a test.
+type Chief = crate::mailbox::Writer<Orders<u32>>;
+
+fn post(number: usize, workers: usize) -> (Post<u32>, Chief, queue::Receiver<Record>) {
+    let (writer, orders) = mailbox(Orders {
+        rules: Arc::new(5),
+        xdp: [9].into(),
+        gone: Vec::new(),
+    });
+    let (records, seen) = queue::queue(1_000);
+    let poll = Poll::new().unwrap();
+    let waker = Arc::new(mio::Waker::new(poll.registry(), WAKER).unwrap());
+    let post = Post {
+        number,
+        workers,
+        cookie: COOKIE,
+        mode: Mode::Poll,
+        clock,
+        beat: Arc::new(|_, _| {}),
+        counters: Arc::default(),
+        stop: Arc::default(),
+        orders,
+        givers: (0..workers).map(|_| None).collect(),
+        takers: (0..workers).map(|_| None).collect(),
+        wakers: vec![waker; workers],
+        poll,
+        learners: lessons(4).0,
+        learns: 4,
+        records,
+    };
+    (post, writer, seen)
+}
+
+/// A packet as somebody sends it: with right checksums and its VLAN tags in it.
+#[derive(Clone, Debug)]
+struct Sent {
+    ipv6: bool,
+    tcp: bool,
+    tags: usize,
+    fragment: u16,
+    options: usize,
+    payload: Vec<u8>,
+    padding: usize,
+    no_checksum: bool,
+}
+
+fn naive_sum(parts: &[&[u8]]) -> u16 {
+    let mut total = 0u32;
+    for part in parts {
+        for pair in part.chunks(2) {
+            total += u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0));
+        }
+    }
+    while total > 0xffff {
+        total = (total & 0xffff) + (total >> 16);
+    }
+    total as u16
+}
+
+impl Sent {
+    fn number(&self) -> u8 {
+        if self.tcp { protocol::TCP } else { protocol::UDP }
+    }
+
+    /// The frame, and the frame with the checksum that a local sender leaves to its device.
+    fn frames(&self) -> (Vec<u8>, Vec<u8>) {
+        let mut segment = vec![0x30, 0x39, 0, 53];
+        if self.tcp {
+            segment.extend([0, 0, 0, 1, 0, 0, 0, 2, 0x50, 0x18, 0x10, 0, 0, 0, 0, 0]);
+        } else {
+            let length = 8 + self.payload.len() as u16;
+            segment.extend(length.to_be_bytes());
+            segment.extend([0, 0]);
+        }
+        segment.extend(&self.payload);
+        let mut ip = Vec::new();
+        if self.ipv6 {
+            let extension = if self.fragment == 0 { 0 } else { 8 };
+            ip.extend([0x60, 0, 0, 0]);
+            ip.extend(((segment.len() + extension) as u16).to_be_bytes());
+            ip.extend([if self.fragment == 0 { self.number() } else { 44 }, 64]);
+            ip.extend([0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+            ip.extend([0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 2]);
+            if self.fragment != 0 {
+                ip.extend([self.number(), 0]);
+                ip.extend((self.fragment & 0xfff8 | 1).to_be_bytes());
+                ip.extend([1, 2, 3, 4]);
+            }
+        } else {
+            let header = 20 + self.options * 4;
+            ip.extend([0x40 | (header / 4) as u8, 0]);
+            ip.extend(((header + segment.len()) as u16).to_be_bytes());
+            ip.extend([7, 7]);
+            let fragment = if self.fragment == 0 {
+                0x4000
+            } else {
+                0x2000 | self.fragment / 8
+            };
+            ip.extend(fragment.to_be_bytes());
+            ip.extend([64, self.number(), 0, 0, 10, 0, 0, 1, 10, 0, 255, 2]);
+            ip.extend(std::iter::repeat_n(1, self.options * 4));
+            let sum = !naive_sum(&[&ip]);
+            ip[10..12].copy_from_slice(&sum.to_be_bytes());
+        }
+        let addresses = if self.ipv6 { &ip[8..40] } else { &ip[12..20] };
+        let length = (segment.len() as u32).to_be_bytes();
+        let pseudo = [addresses, &length, &[0, self.number()]];
+        let at = if self.tcp { 16 } else { 6 };
+        let partial = naive_sum(&pseudo);
+        let full = match !naive_sum(&[addresses, &length, &[0, self.number()], &segment]) {
+            0 if !self.tcp => 0xffff,
+            sum => sum,
+        };
+        let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
+        for tag in 0..self.tags {
+            frame.extend([if tag == 0 && self.tags == 2 { 0x88 } else { 0x81 }]);
+            frame.extend([
+                if tag == 0 && self.tags == 2 { 0xa8 } else { 0 },
+                0x20,
+                5 + tag as u8,
+            ]);
+        }
+        frame.extend(if self.ipv6 { [0x86, 0xdd] } else { [8, 0] });
+        let with = |sum: u16| {
+            let mut whole = frame.clone();
+            whole.extend(&ip);
+            let mut segment = segment.clone();
+            segment[at..at + 2].copy_from_slice(&sum.to_be_bytes());
+            whole.extend(segment);
+            whole.extend(std::iter::repeat_n(0xaa, self.padding));
+            whole
+        };
+        if self.no_checksum && !self.tcp && !self.ipv6 {
+            (with(0), with(0))
+        } else {
+            (with(full), with(partial))
+        }
+    }
+}
+
+fn slot(endpoint: u16, ruleset: u32) -> CarrySlot {
+    CarrySlot {
+        endpoint,
+        ruleset,
+        inspector: Inspector::Dns as u8,
+        ..CarrySlot::default()
+    }
+}
+
+/// As the programs put it on the carrier. `beside`: the outermost tag is not in the frame but beside it.
+fn carry(frame: &[u8], beside: bool, hook: u8, hash: u32, slots: [CarrySlot; 2]) -> Vec<u8> {
+    let mut frame = frame.to_vec();
+    let (mut vlan, mut vlan_protocol) = (0, 0);
+    if beside {
+        let tag: Vec<u8> = frame.drain(12..16).collect();
+        vlan_protocol = u16::from_be_bytes([tag[0], tag[1]]);
+        vlan = u16::from_be_bytes([tag[2], tag[3]]);
+    }
+    let carried = Carried {
+        cookie: COOKIE,
+        ifindex: 7,
+        hash,
+        vlan,
+        vlan_protocol,
+        hook,
+        zero: [0; 3],
+        slots,
+    };
+    let mut bytes = carried.as_bytes().to_vec();
+    bytes.extend(frame);
+    bytes
+}
+
+/// Takes apart what was sent.
+fn apart(bytes: &[u8]) -> (Vec<u8>, Released, Option<FlowCommand>) {
+    let (rest, released) = Released::read_from_suffix(bytes).unwrap();
+    assert_eq!(released.cookie, COOKIE);
+    if released.flags & release::COMMAND == 0 {
+        return (rest.to_vec(), released, None);
+    }
+    let (rest, command) = FlowCommand::read_from_suffix(rest).unwrap();
+    (rest.to_vec(), released, Some(command))
+}
+
+fn udp() -> Sent {
+    Sent {
+        ipv6: false,
+        tcp: false,
+        tags: 0,
+        fragment: 0,
+        options: 0,
+        payload: b"a question".to_vec(),
+        padding: 0,
+        no_checksum: false,
+    }
+}
+
+/// Has a worker of its own do what there is to do with packets.
+fn work(arriving: Vec<Vec<u8>>) -> (Vec<Vec<u8>>, HashMap<u8, u64>, Vec<Record>) {
+    let (mut post, _chief, records) = post(0, 1);
+    let counters = Arc::clone(&post.counters);
+    let mut worker = Worker::new(&mut post, Fake::new(arriving), Script::default(), FRAMES);
+    for _ in 0..10 {
+        worker.turn().unwrap();
+    }
+    assert_eq!(worker.port.free.len(), FRAMES, "every frame comes back");
+    assert_eq!(worker.slab.len(), 0);
+    let sent = std::mem::take(&mut worker.port.sent);
+    drop(worker);
+    let mut told = Vec::new();
+    while let Ok(record) = records.try_next() {
+        told.push(record);
+    }
+    (sent, counters.drops().collect(), told)
+}
+
+prop_compose! {
+    fn any_sent()(
+        ipv6: bool,
+        tcp: bool,
+        tags in 0..=2usize,
+        fragment in prop_oneof![3 => Just(0u16), 1 => (3..100u16).prop_map(|n| n * 8)],
+        options in 0..=10usize,
+        mut payload in proptest::collection::vec(any::<u8>(), 1..1_200),
+        padding in 0..=20usize,
+        no_checksum in proptest::bool::weighted(0.1),
+    ) -> Sent {
+        if fragment != 0 {
+            payload.resize(payload.len().next_multiple_of(8) + if tcp { 4 } else { 0 }, 3);
+        }
+        Sent { ipv6, tcp, tags, fragment, options, payload, padding, no_checksum }
+    }
+}
+
+proptest! {
+    #[test]
+    fn packets_come_back_as_they_were_apart_from_completed_checksums(
+        packets in proptest::collection::vec(
+            (any_sent(), any::<bool>(), any::<bool>(), 1..=3u8, 0..=1u32, 0..=1u32, any::<bool>()),
+            1..40,
+        )
+    ) {
+        let mut arriving = Vec::new();
+        let mut expected = Vec::new();
+        for (sent, unfinished, beside, hook, first, second, two) in packets {
+            let (whole, partial) = sent.frames();
+            let unfinished = unfinished && sent.fragment == 0;
+            let slots = [slot(3, first), if two { slot(1, second) } else { CarrySlot::default() }];
+            let frame = if unfinished { &partial } else { &whole };
+            arriving.push(carry(frame, beside && sent.tags > 0, hook, 5, slots));
+            expected.push((whole, hook));
+        }
+        let (sent, drops, _) = work(arriving);
+        prop_assert_eq!(drops, HashMap::new());
+        let mut sent: Vec<_> = sent.iter().map(|bytes| {
+            let (frame, released, command) = apart(bytes);
+            assert!(command.is_none());
+            assert_eq!(released.ifindex, 7);
+            (frame, released.way, released.flags)
+        }).collect();
+        let mut expected: Vec<_> = expected.into_iter().map(|(frame, hook)| {
+            let (way, flags) = match hook {
+                carry_hook::XDP_INGRESS => (release::INGRESS, 0),
+                carry_hook::TC_INGRESS => (release::INGRESS, release::MARK),
+                _ => (release::EGRESS, release::MARK),
+            };
+            (frame, way, flags)
+        }).collect();
+        // Held ones go on later.
+        sent.sort();
+        expected.sort();
+        prop_assert_eq!(sent, expected);
+    }
+
+    #[test]
+    fn a_bit_that_fell_over_is_noticed(mut sent in any_sent(), at: prop::sample::Index, bit in 0..8u8) {
+        (sent.fragment, sent.no_checksum, sent.padding, sent.ipv6) = (0, false, 0, false);
+        let (whole, _) = sent.frames();
+        let network = 14 + sent.tags * 4;
+        let mut broken = whole.clone();
+        let at = network + at.index(whole.len() - network);
+        broken[at] ^= 1 << bit;
+        // The only bits that may make a datagram without a checksum of one that has it.
+        let field = network + 20 + sent.options * 4 + 6;
+        prop_assume!(sent.tcp || broken[field..field + 2] != [0, 0]);
+        let slots = [slot(3, does::RELEASE), CarrySlot::default()];
+        let (sent, drops, records) = work(vec![carry(&broken, false, 2, 0, slots)]);
+        prop_assert!(sent.is_empty());
+        prop_assert_eq!(drops.values().sum::<u64>(), 1);
+        prop_assert_eq!(records.len(), 1);
+        prop_assert_eq!(drops.keys().copied().collect::<Vec<_>>(), [records[0].reason as u8]);
+    }
+
+    #[test]
+    fn whatever_lies_on_the_carrier_is_no_more_than_dropped(
+        mut bytes in proptest::collection::vec(any::<u8>(), 0..300),
+        ours: bool,
+    ) {
+        if ours && bytes.len() >= 8 {
+            bytes[..8].copy_from_slice(&COOKIE.to_ne_bytes());
+        }
+        let (sent, drops, _) = work(vec![bytes]);
+        prop_assert!(sent.len() + drops.values().sum::<u64>() as usize >= 1);
+    }
+}
+
+#[test]
+fn both_slots_read_the_packet_in_their_order_and_either_may_keep_it() {
+    let (whole, partial) = udp().frames();
+    let run = |first, second| {
+        let slots = [slot(3, first), slot(1, second)];
+        let (mut post, _chief, _) = post(0, 1);
+        let fake = Fake::new(vec![carry(&partial, false, carry_hook::TC_EGRESS, 0, slots)]);
+        let mut worker = Worker::new(&mut post, fake, Script::default(), FRAMES);
+        for _ in 0..5 {
+            worker.turn().unwrap();
+        }
+        assert_eq!(worker.port.free.len(), FRAMES);
+        let sent: Vec<_> = worker.port.sent.iter().map(|bytes| apart(bytes)).collect();
+        for (_, frame) in &worker.engine.seen {
+            assert_eq!(frame, &whole, "both see the completed checksum");
+        }
+        let seen: Vec<u16> = worker.engine.seen.iter().map(|(endpoint, _)| *endpoint).collect();
+        (seen, sent)
+    };
+    let (seen, sent) = run(does::RELEASE, does::RELEASE);
+    assert_eq!((seen, sent.len()), (vec![3, 1], 1));
+    assert_eq!(run(does::DENY, does::RELEASE), (vec![3], vec![]));
+    assert_eq!(run(does::HOLD, does::DENY), (vec![3, 1], vec![]));
+    let (seen, sent) = run(does::COMMAND, does::COMMAND);
+    assert_eq!(seen, [3, 1]);
+    let [(nowhere, first, one), (frame, last, other)] = sent.as_slice() else {
+        panic!("{sent:?}");
+    };
+    assert_eq!(nowhere.len(), header::ETHERNET);
+    assert_eq!(first.way, release::NOWHERE);
+    assert_eq!(*one, Some(command(3)));
+    assert_eq!(frame, &whole);
+    assert_eq!(
+        (last.way, last.flags),
+        (release::EGRESS, release::MARK | release::COMMAND)
+    );
+    assert_eq!(*other, Some(command(1)));
+}
+
+#[test]
+fn what_the_engine_makes_goes_the_way_back() {
+    let (whole, _) = udp().frames();
+    let slots = [slot(3, does::ANSWER), CarrySlot::default()];
+    let (sent, drops, _) = work(vec![carry(&whole, false, carry_hook::TC_EGRESS, 0, slots)]);
+    assert_eq!(drops, [(Reason::AppDenied as u8, 1)].into());
+    let (frame, released, _) = apart(&sent[0]);
+    assert_eq!(frame, &whole[..30]);
+    assert_eq!((released.way, released.flags), (release::INGRESS, release::MARK));
+}
+
+#[test]
+fn rules_that_came_meanwhile_are_looked_for_before_a_packet_is_dropped() {
+    let (whole, _) = udp().frames();
+    let packet = || {
+        let slots = [slot(3, does::COMMAND), CarrySlot::default()];
+        carry(&whole, false, carry_hook::TC_INGRESS, 0, slots)
+    };
+    let (mut post, chief, _) = post(0, 1);
+    chief.change(|orders| orders.rules = Arc::new(2));
+    let counters = Arc::clone(&post.counters);
+    let mut worker = Worker::new(&mut post, Fake::new(vec![packet()]), Script::default(), FRAMES);
+    worker.turn().unwrap();
+    assert_eq!(worker.port.sent.len(), 0);
+    assert_eq!(
+        counters.drops().collect::<Vec<_>>(),
+        [(Reason::UnknownRuleset as u8, 1)]
+    );
+    // Between the look at the orders and the packet.
+    chief.change(|orders| orders.rules = Arc::new(5));
+    worker.port.arriving.push_back(packet());
+    worker.port.receive(&mut worker.batch, 1).unwrap();
+    let frame = worker.batch.pop_front().unwrap();
+    worker.received(frame);
+    assert_eq!(worker.port.sent.len(), 1);
+}
+
+#[test]
+fn an_endpoint_that_is_gone_takes_its_packets_along() {
+    let (whole, _) = udp().frames();
+    let slots = [slot(3, does::HOLD), CarrySlot::default()];
+    let (mut post, chief, _) = post(0, 1);
+    let counters = Arc::clone(&post.counters);
+    let fake = Fake::new(vec![carry(&whole, false, carry_hook::TC_INGRESS, 0, slots)]);
+    let mut worker = Worker::new(&mut post, fake, Script::default(), FRAMES);
+    worker.port.receive(&mut worker.batch, 1).unwrap();
+    let frame = worker.batch.pop_front().unwrap();
+    worker.received(frame);
+    assert_eq!(worker.slab.len(), 1);
+    chief.change(|orders| orders.gone.push(3));
+    worker.turn().unwrap();
+    assert_eq!(worker.slab.len(), 0);
+    assert_eq!(
+        counters.drops().collect::<Vec<_>>(),
+        [(Reason::NoPolicy as u8, 1)]
+    );
+}
+
+#[test]
+fn a_foreign_flow_is_read_by_its_owner() {
+    let (whole, partial) = udp().frames();
+    let slots = [slot(3, does::RELEASE), CarrySlot::default()];
+    let packet = carry(&partial, false, carry_hook::XDP_INGRESS, 7, slots);
+    let (mut first, _chief, _) = post(0, 2);
+    let (mut second, _other_chief, _) = post(1, 2);
+    let (giver, taker) = crate::handoff::ring(2, CHUNK);
+    first.givers[1] = Some(giver);
+    second.takers[0] = Some(taker);
+    let (counts, other_counts) = (Arc::clone(&first.counters), Arc::clone(&second.counters));
+    let mut first = Worker::new(&mut first, Fake::new(vec![packet; 3]), Script::default(), FRAMES);
+    let mut second = Worker::new(&mut second, Fake::new(vec![]), Script::default(), FRAMES);
+    first.turn().unwrap();
+    assert!(first.port.sent.is_empty() && first.engine.seen.is_empty());
+    assert_eq!(first.port.free.len(), FRAMES);
+    assert_eq!(counts.handed_on.get(), 2);
+    assert_eq!(
+        counts.drops().collect::<Vec<_>>(),
+        [(Reason::WorkerOverload as u8, 1)],
+        "there is room for two"
+    );
+    assert!(second.turn().unwrap());
+    assert_eq!(other_counts.handed_in.get(), 2);
+    assert_eq!(second.port.sent.len(), 2);
+    assert_eq!(apart(&second.port.sent[0]).0, whole);
+    assert_eq!(second.port.free.len(), FRAMES);
+}
+
+#[test]
+fn a_full_ring_costs_packets_and_no_frames() {
+    let (whole, _) = udp().frames();
+    let slots = [slot(3, does::RELEASE), CarrySlot::default()];
+    let packet = carry(&whole, false, carry_hook::TC_INGRESS, 0, slots);
+    let (mut post, _chief, _) = post(0, 1);
+    let counters = Arc::clone(&post.counters);
+    let mut fake = Fake::new(vec![packet; 10]);
+    fake.ring = 4;
+    let mut worker = Worker::new(&mut post, fake, Script::default(), FRAMES);
+    worker.turn().unwrap();
+    assert_eq!((worker.port.sent.len(), worker.port.free.len()), (4, FRAMES));
+    assert_eq!(counters.packets_out.get(), 4);
+    assert_eq!(
+        counters.drops().collect::<Vec<_>>(),
+        [(Reason::WorkerOverload as u8, 6)]
+    );
+}
+
+#[test]
+fn under_overload_a_small_flow_is_read_where_a_large_one_is_shed() {
+    let (whole, _) = udp().frames();
+    let packet = |hash, endpoint| {
+        let slots = [slot(endpoint, does::RELEASE), CarrySlot::default()];
+        carry(&whole, false, carry_hook::TC_INGRESS, hash, slots)
+    };
+    let mut arriving = Vec::new();
+    for n in 0..1_000u32 {
+        arriving.push(packet(1, 3));
+        if n % 20 == 0 {
+            arriving.push(packet(100 + n, 4));
+        }
+    }
+    let (mut post, _chief, _) = post(0, 1);
+    let counters = Arc::clone(&post.counters);
+    let mut fake = Fake::new(arriving);
+    fake.capacity = FRAMES;
+    let mut worker = Worker::new(&mut post, fake, Script::default(), FRAMES);
+    while worker.turn().unwrap() {}
+    let read = |endpoint| {
+        let seen = worker.engine.seen.iter();
+        seen.filter(|(by, _)| *by == endpoint).count()
+    };
+    assert!(read(4) >= 45, "{} of 50", read(4));
+    assert!(read(3) < 600, "{}", read(3));
+    let shed: HashMap<u8, u64> = counters.drops().collect();
+    assert_eq!(
+        shed[&(Reason::WorkerOverload as u8)] as usize,
+        1_050 - read(3) - read(4)
+    );
+}
