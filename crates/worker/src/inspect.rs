@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use palisade_inspect::{Learned, Millis, Sink, View};
+use palisade_inspect::{Engine, Learned, Millis, Rules, Sink, View};
 
 use crate::slab::Handle;
 
@@ -27,5 +27,39 @@ pub trait Inspect {
     /// An endpoint is no more.
     fn forget_endpoint(&mut self, endpoint: u16, sink: &mut impl Sink<Handle>);
     /// Flows that it knows of.
-    fn flows(&self) -> usize;
+    fn flows(&self) -> usize {
+        0
+    }
+}
+
+impl Inspect for Engine<Handle> {
+    type Rules = Rules;
+
+    fn set_rules(&mut self, rules: Arc<Rules>) {
+        Self::set_rules(self, rules);
+    }
+
+    fn knows(&self, ruleset: u32) -> bool {
+        Self::knows(self, ruleset)
+    }
+
+    fn packet(&mut self, now: Millis, view: &View<'_>, frame: Handle, sink: &mut impl Sink<Handle>) {
+        Self::packet(self, now, view, frame, sink);
+    }
+
+    fn learned(&mut self, now: Millis, learned: Learned, sink: &mut impl Sink<Handle>) {
+        Self::learned(self, now, learned, sink);
+    }
+
+    fn tick(&mut self, now: Millis, sink: &mut impl Sink<Handle>) {
+        Self::tick(self, now, sink);
+    }
+
+    fn deadline(&self) -> Option<Millis> {
+        Self::deadline(self)
+    }
+
+    fn forget_endpoint(&mut self, endpoint: u16, sink: &mut impl Sink<Handle>) {
+        Self::forget_endpoint(self, endpoint, sink);
+    }
 }
