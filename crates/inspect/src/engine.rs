@@ -6,6 +6,7 @@ use palisade_packet::flags;
 use crate::{
     DnsLimits, DnsStats, FragmentLimits, FragmentStats, Learned, Millis, Rules, Sink, View,
     dns::Dns,
+    fragments::Reassembler,
     record::{Record, Verdict, What},
 };
 
@@ -32,7 +33,6 @@ pub struct Stats {
 /// The frames of one datagram: one, or one for each fragment, in the order in which they came.
 pub(crate) enum Frames<F> {
     One(F),
-    #[expect(dead_code, reason = "fragments come next")]
     Many(Vec<F>),
 }
 
@@ -43,7 +43,11 @@ impl<F> Spare<F> {
     /// More are not kept.
     const KEPT: usize = 64;
 
-    fn give(&mut self, used: Vec<F>) {
+    pub(crate) fn take(&mut self) -> Vec<F> {
+        self.0.pop().unwrap_or_default()
+    }
+
+    pub(crate) fn give(&mut self, used: Vec<F>) {
         if self.0.len() < Self::KEPT {
             self.0.push(used);
         }
@@ -74,6 +78,7 @@ impl<F> Frames<F> {
 pub struct Engine<F> {
     rules: Arc<Rules>,
     dns: Dns<F>,
+    fragments: Reassembler<F>,
     spare: Spare<F>,
     unsupported: u64,
 }
@@ -85,6 +90,7 @@ impl<F> Engine<F> {
         Self {
             rules: Arc::default(),
             dns: Dns::new(&limits.dns),
+            fragments: Reassembler::new(&limits.fragments),
             spare: Spare(Vec::new()),
             unsupported: 0,
         }
@@ -103,21 +109,66 @@ impl<F> Engine<F> {
 
     /// A packet to be read for one slot. Its handle comes back to the sink: now, or later from any other call.
     pub fn packet(&mut self, now: Millis, view: &View<'_>, frame: F, sink: &mut impl Sink<F>) {
-        if view.slot.inspector != Inspector::Dns as u8
-            || view.packet.protocol != protocol::UDP
-            || view.packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER)
-        {
+        if view.packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER) {
+            self.fragment(now, view, frame, sink);
+            return;
+        }
+        if view.slot.inspector != Inspector::Dns as u8 || view.packet.protocol != protocol::UDP {
             self.unsupported += 1;
-            refuse(view, frame, Reason::AppUnsupported, sink);
+            refuse(
+                view,
+                Frames::One(frame),
+                Reason::AppUnsupported,
+                &mut self.spare,
+                sink,
+            );
             return;
         }
         let Some(message) = datagram_payload(view) else {
-            refuse(view, frame, Reason::AppMalformed, sink);
+            refuse(
+                view,
+                Frames::One(frame),
+                Reason::AppMalformed,
+                &mut self.spare,
+                sink,
+            );
             return;
         };
         let frames = Frames::One(frame);
         self.dns
             .datagram(now, view, message, frames, &self.rules, &mut self.spare, sink);
+    }
+
+    /// A fragment: once its datagram is complete, that is read like one that came in one piece.
+    fn fragment(&mut self, now: Millis, view: &View<'_>, frame: F, sink: &mut impl Sink<F>) {
+        let mut whole = match self.fragments.take(now, view, frame, &mut self.spare, sink) {
+            Ok(Some(whole)) => whole,
+            Ok(None) => return,
+            Err((frame, reason)) => {
+                refuse(view, Frames::One(frame), reason, &mut self.spare, sink);
+                return;
+            }
+        };
+        // the frame gives the link header; everything else is what the first fragment says
+        let view = View {
+            slot: &whole.slot,
+            packet: &whole.packet,
+            ..*view
+        };
+        let frames = Frames::Many(std::mem::take(&mut whole.frames));
+        if view.slot.inspector != Inspector::Dns as u8 || view.packet.protocol != protocol::UDP {
+            self.unsupported += 1;
+            refuse(&view, frames, Reason::AppUnsupported, &mut self.spare, sink);
+        } else {
+            match whole.message() {
+                Ok(message) => {
+                    self.dns
+                        .datagram(now, &view, message, frames, &self.rules, &mut self.spare, sink);
+                }
+                Err(reason) => refuse(&view, frames, reason, &mut self.spare, sink),
+            }
+        }
+        self.fragments.recycle(whole);
     }
 
     /// What became of an answer that was to be learned.
@@ -128,22 +179,28 @@ impl<F> Engine<F> {
     /// Lets go what has waited too long. To be called when [`Engine::deadline`] has come; at any time, too.
     pub fn tick(&mut self, now: Millis, sink: &mut impl Sink<F>) {
         self.dns.tick(now, &mut self.spare, sink);
+        self.fragments.tick(now, &mut self.spare, sink);
     }
 
     /// When [`Engine::tick`] has something to do, if nothing happens before.
     #[must_use]
     pub fn deadline(&self) -> Option<Millis> {
-        self.dns.deadline()
+        [self.dns.deadline(), self.fragments.deadline()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Drops what is held of an endpoint that is no more, and forgets its questions.
     pub fn forget_endpoint(&mut self, endpoint: u16, sink: &mut impl Sink<F>) {
         self.dns.forget(Some(endpoint), &mut self.spare, sink);
+        self.fragments.forget(Some(endpoint), &mut self.spare, sink);
     }
 
     /// Drops everything that is held: the worker ends.
     pub fn drain(&mut self, sink: &mut impl Sink<F>) {
         self.dns.forget(None, &mut self.spare, sink);
+        self.fragments.forget(None, &mut self.spare, sink);
     }
 
     /// What has happened so far.
@@ -151,7 +208,7 @@ impl<F> Engine<F> {
     pub fn stats(&self) -> Stats {
         Stats {
             dns: self.dns.stats(),
-            fragments: FragmentStats::default(),
+            fragments: self.fragments.stats(),
             unsupported: self.unsupported,
         }
     }
@@ -165,7 +222,13 @@ fn datagram_payload<'a>(view: &View<'a>) -> Option<&'a [u8]> {
 }
 
 /// Refuses a packet that cannot be read; audit mode lets it pass.
-fn refuse<F>(view: &View<'_>, frame: F, reason: Reason, sink: &mut impl Sink<F>) {
+fn refuse<F>(
+    view: &View<'_>,
+    frames: Frames<F>,
+    reason: Reason,
+    spare: &mut Spare<F>,
+    sink: &mut impl Sink<F>,
+) {
     let audit = view.slot.flags & carry_flags::AUDIT != 0;
     let what = What::Unreadable {
         detail: reason.text(),
@@ -176,8 +239,8 @@ fn refuse<F>(view: &View<'_>, frame: F, reason: Reason, sink: &mut impl Sink<F>)
         ..Record::of(view, what)
     });
     if audit {
-        sink.release(frame);
+        frames.release(spare, sink);
     } else {
-        sink.discard(frame, reason);
+        frames.discard(reason, spare, sink);
     }
 }

@@ -1,0 +1,454 @@
+//! An engine, packets for it, and a sink that remembers what it was told.
+#![allow(dead_code, reason = "not every test uses all of it")]
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_flags, carry_hook};
+use palisade_inspect::{
+    Engine, Learn, Learned, Limits, Millis, Route, Rules, Sink, View,
+    record::{Record, Verdict, What},
+};
+use palisade_packet::{Packet, Start, decode};
+use palisade_policy::{
+    rule::FqdnPattern,
+    snapshot::{Alternative, Matcher, RuleSet},
+};
+
+pub const IFINDEX: u32 = 7;
+/// Its rules: `allowed.test` by rule 41, `*.wild.test` by rule 42.
+pub const NAMES: u32 = 5;
+/// Its rules: everything by rule 51.
+pub const EVERYTHING: u32 = 6;
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Fate {
+    Released,
+    Discarded(Reason),
+}
+
+#[derive(Default)]
+pub struct Fake {
+    /// What became of each handle.
+    pub fates: HashMap<usize, Fate>,
+    /// Handles in the order of their release.
+    pub released: Vec<usize>,
+    pub emitted: Vec<(Vec<u8>, Route)>,
+    pub records: Vec<Record>,
+    pub learns: VecDeque<Learn>,
+    /// So many more can be learned.
+    pub room: Option<usize>,
+}
+
+impl Fake {
+    fn fate(&mut self, frame: usize, fate: Fate) {
+        assert!(
+            self.fates.insert(frame, fate).is_none(),
+            "handle {frame} came back twice"
+        );
+    }
+}
+
+impl Sink<usize> for Fake {
+    fn release(&mut self, frame: usize) {
+        self.released.push(frame);
+        self.fate(frame, Fate::Released);
+    }
+
+    fn release_with(&mut self, frame: usize, _command: &FlowCommand) {
+        self.release(frame);
+    }
+
+    fn discard(&mut self, frame: usize, reason: Reason) {
+        assert!(reason.is_drop(), "{reason:?} is no reason to drop");
+        self.fate(frame, Fate::Discarded(reason));
+    }
+
+    fn emit(&mut self, frame: &[u8], route: Route) {
+        self.emitted.push((frame.to_vec(), route));
+    }
+
+    fn learn(&mut self, learn: Learn) -> Result<(), Learn> {
+        if let Some(room) = &mut self.room {
+            if *room == 0 {
+                return Err(learn);
+            }
+            *room -= 1;
+        }
+        self.learns.push_back(learn);
+        Ok(())
+    }
+
+    fn record(&mut self, record: &Record) {
+        self.records.push(*record);
+    }
+}
+
+pub struct World {
+    pub engine: Engine<usize>,
+    pub sink: Fake,
+    pub now: Millis,
+    pub sent: usize,
+}
+
+impl World {
+    pub fn new(limits: &Limits) -> Self {
+        let mut engine = Engine::new(limits);
+        engine.set_rules(Arc::new(rules()));
+        Self {
+            engine,
+            sink: Fake::default(),
+            now: 1000,
+            sent: 0,
+        }
+    }
+
+    /// Gives the engine a frame; its handle is the number of the frame.
+    pub fn send(&mut self, slot: &CarrySlot, frame: &[u8]) -> usize {
+        let handle = self.sent;
+        self.sent += 1;
+        let mut packet = Packet::default();
+        decode(frame, Start::Ethernet { tags_removed: 0 }, &mut packet).unwrap();
+        let transport = usize::from(packet.transport_offset);
+        let end = usize::from(packet.network_offset) + packet.length as usize;
+        let view = View {
+            slot,
+            ifindex: IFINDEX,
+            hook: carry_hook::TC_EGRESS,
+            packet: &packet,
+            frame,
+            network: usize::from(packet.network_offset),
+            transport,
+            payload: (transport, end),
+        };
+        self.engine.packet(self.now, &view, handle, &mut self.sink);
+        handle
+    }
+
+    /// Says what became of the oldest question to learn.
+    pub fn learned(&mut self, committed: bool) {
+        let learn = self.sink.learns.pop_front().expect("something to learn");
+        self.learned_one(learn, committed);
+    }
+
+    pub fn learned_one(&mut self, learn: Learn, committed: bool) {
+        let learned = Learned {
+            ticket: learn.ticket,
+            committed,
+            answer: learn.answer,
+        };
+        self.engine.learned(self.now, learned, &mut self.sink);
+    }
+
+    pub fn wait(&mut self, time: Millis) {
+        self.now += time;
+        self.engine.tick(self.now, &mut self.sink);
+    }
+
+    pub fn fate(&self, handle: usize) -> Option<&Fate> {
+        self.sink.fates.get(&handle)
+    }
+
+    pub fn last(&self) -> &Record {
+        self.sink.records.last().expect("a record")
+    }
+
+    /// Verdict, reason and rule of the last record.
+    pub fn verdict(&self) -> (Verdict, Reason, u32) {
+        let last = self.last();
+        (last.verdict, last.reason, last.rule)
+    }
+
+    /// What was wrong with the last packet.
+    pub fn detail(&self) -> &'static str {
+        match self.last().what {
+            What::Unreadable { detail } => detail,
+            _ => panic!("{:?}", self.last()),
+        }
+    }
+
+    /// Ends it: every handle must have come back once.
+    pub fn end(mut self) {
+        self.engine.drain(&mut self.sink);
+        assert_eq!(self.sink.fates.len(), self.sent);
+        let stats = self.engine.stats();
+        assert_eq!((stats.dns.held, stats.fragments.held), (0, 0));
+        assert_eq!(self.engine.deadline(), None);
+    }
+}
+
+pub fn pattern(text: &str) -> FqdnPattern {
+    if text.contains('*') {
+        FqdnPattern::Pattern(text.into())
+    } else {
+        FqdnPattern::Name(text.into())
+    }
+}
+
+pub fn rule_set(alternatives: &[(u32, &str)]) -> Arc<RuleSet> {
+    Arc::new(RuleSet {
+        reads: Inspector::Dns as u8,
+        alternatives: alternatives
+            .iter()
+            .map(|&(rule, text)| Alternative {
+                rule,
+                matcher: if text.is_empty() {
+                    Matcher::Everything
+                } else {
+                    Matcher::Dns(pattern(text))
+                },
+            })
+            .collect(),
+        ..RuleSet::default()
+    })
+}
+
+pub fn rules() -> Rules {
+    let sets = BTreeMap::from([
+        (NAMES, rule_set(&[(41, "allowed.test"), (42, "*.wild.test")])),
+        (EVERYTHING, rule_set(&[(51, "")])),
+    ]);
+    Rules::prepare(&sets, None)
+}
+
+pub fn slot(endpoint: u16, flags: u8) -> CarrySlot {
+    CarrySlot {
+        rule: 9,
+        ruleset: NAMES,
+        remote_identity: 1234,
+        revision: 1,
+        serial: 99,
+        endpoint,
+        inspector: Inspector::Dns as u8,
+        flags,
+    }
+}
+
+/// The endpoint asks somebody.
+pub fn asks(endpoint: u16) -> CarrySlot {
+    slot(endpoint, 0)
+}
+
+/// Somebody answers the endpoint.
+pub fn is_told(endpoint: u16) -> CarrySlot {
+    slot(endpoint, carry_flags::INGRESS | carry_flags::REPLY)
+}
+
+/// Somebody asks the endpoint.
+pub fn is_asked(endpoint: u16) -> CarrySlot {
+    slot(endpoint, carry_flags::INGRESS)
+}
+
+/// The endpoint answers somebody.
+pub fn tells(endpoint: u16) -> CarrySlot {
+    slot(endpoint, carry_flags::REPLY)
+}
+
+pub fn audit(slot: CarrySlot) -> CarrySlot {
+    CarrySlot {
+        flags: slot.flags | carry_flags::AUDIT,
+        ..slot
+    }
+}
+
+/// A datagram to be.
+#[derive(Clone, Debug)]
+pub struct Udp {
+    pub source: (IpAddr, u16),
+    pub destination: (IpAddr, u16),
+    pub vlan: Option<u16>,
+    pub payload: Vec<u8>,
+}
+
+pub const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+pub const SERVER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
+
+/// From a client to its server, IPv4.
+pub fn to_server(port: u16, payload: &[u8]) -> Udp {
+    Udp {
+        source: ([10, 0, 0, 1].into(), port),
+        destination: ([10, 0, 0, 53].into(), 53),
+        vlan: None,
+        payload: payload.to_vec(),
+    }
+}
+
+/// Back.
+pub fn to_client(port: u16, payload: &[u8]) -> Udp {
+    to_server(port, payload).turned(payload)
+}
+
+impl Udp {
+    pub fn v6(self) -> Self {
+        let v6 = |ip: IpAddr| match ip {
+            IpAddr::V4(v4) => {
+                let [.., last] = v4.octets();
+                IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, u16::from(last)])
+            }
+            v6 => v6,
+        };
+        Self {
+            source: (v6(self.source.0), self.source.1),
+            destination: (v6(self.destination.0), self.destination.1),
+            ..self
+        }
+    }
+
+    pub fn turned(&self, payload: &[u8]) -> Self {
+        Self {
+            source: self.destination,
+            destination: self.source,
+            vlan: self.vlan,
+            payload: payload.to_vec(),
+        }
+    }
+
+    fn is_v6(&self) -> bool {
+        self.source.0.is_ipv6()
+    }
+
+    pub fn datagram(&self) -> Vec<u8> {
+        let mut udp = vec![];
+        udp.extend(self.source.1.to_be_bytes());
+        udp.extend(self.destination.1.to_be_bytes());
+        udp.extend((self.payload.len() as u16 + 8).to_be_bytes());
+        udp.extend([0, 0]);
+        udp.extend(&self.payload);
+        let sum = udp_sum(self.source.0, self.destination.0, &udp);
+        udp[6..8].copy_from_slice(&sum.to_be_bytes());
+        udp
+    }
+
+    fn link(&self) -> Vec<u8> {
+        let (from, to) = if self.destination.1 == 53 {
+            (CLIENT_MAC, SERVER_MAC)
+        } else {
+            (SERVER_MAC, CLIENT_MAC)
+        };
+        let mut frame = vec![];
+        frame.extend(to);
+        frame.extend(from);
+        if let Some(vlan) = self.vlan {
+            frame.extend([0x81, 0]);
+            frame.extend(vlan.to_be_bytes());
+        }
+        frame.extend(if self.is_v6() { [0x86, 0xdd] } else { [8, 0] });
+        frame
+    }
+
+    /// The frame around a part of the datagram. `fragment`: offset in bytes, whether more follows, identification.
+    pub fn around(&self, bytes: &[u8], fragment: Option<(usize, bool, u16)>) -> Vec<u8> {
+        let mut frame = self.link();
+        match (self.source.0, self.destination.0) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                let (word, id) = match fragment {
+                    Some((offset, more, id)) => ((offset / 8) as u16 | u16::from(more) << 13, id),
+                    None => (0, 0),
+                };
+                let mut header = vec![0x45, 0];
+                header.extend((bytes.len() as u16 + 20).to_be_bytes());
+                header.extend(id.to_be_bytes());
+                header.extend(word.to_be_bytes());
+                header.extend([64, 17, 0, 0]);
+                header.extend(source.octets());
+                header.extend(destination.octets());
+                let sum = naive_sum(&[&header]);
+                header[10..12].copy_from_slice(&sum.to_be_bytes());
+                frame.extend(header);
+            }
+            (IpAddr::V6(source), IpAddr::V6(destination)) => {
+                let extra = if fragment.is_some() { 8 } else { 0 };
+                frame.extend([0x60, 0, 0, 0]);
+                frame.extend((bytes.len() as u16 + extra).to_be_bytes());
+                frame.extend([if fragment.is_some() { 44 } else { 17 }, 64]);
+                frame.extend(source.octets());
+                frame.extend(destination.octets());
+                if let Some((offset, more, id)) = fragment {
+                    frame.extend([17, 0]);
+                    frame.extend((offset as u16 | u16::from(more)).to_be_bytes());
+                    frame.extend(u32::from(id).to_be_bytes());
+                }
+            }
+            _ => unreachable!("two families"),
+        }
+        frame.extend(bytes);
+        frame
+    }
+
+    pub fn frame(&self) -> Vec<u8> {
+        self.around(&self.datagram(), None)
+    }
+}
+
+/// The checksum as its definition has it: 16-bit words, end-around carry.
+pub fn naive_sum(parts: &[&[u8]]) -> u16 {
+    let bytes = parts.concat();
+    let mut sum = 0_u32;
+    for word in bytes.chunks(2) {
+        let word = u16::from_be_bytes([word[0], word.get(1).copied().unwrap_or(0)]);
+        sum += u32::from(word);
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
+}
+
+/// Of a datagram with its checksum in it: 0 if that is right.
+pub fn udp_sum(source: IpAddr, destination: IpAddr, udp: &[u8]) -> u16 {
+    let bytes = |ip: IpAddr| match ip {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    };
+    let length = (udp.len() as u16).to_be_bytes();
+    naive_sum(&[&bytes(source), &bytes(destination), &[0, 17], &length, udp])
+}
+
+/// A name on the wire.
+pub fn wire(name: &str) -> Vec<u8> {
+    let mut wire = vec![];
+    for label in name.split('.').filter(|label| !label.is_empty()) {
+        wire.push(label.len() as u8);
+        wire.extend(label.as_bytes());
+    }
+    wire.push(0);
+    wire
+}
+
+pub const A: u16 = 1;
+pub const CNAME: u16 = 5;
+pub const AAAA: u16 = 28;
+pub const HTTPS: u16 = 65;
+
+pub fn query(id: u16, name: &str, kind: u16) -> Vec<u8> {
+    let mut message = vec![];
+    message.extend(id.to_be_bytes());
+    message.extend([1, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
+    message.extend(wire(name));
+    message.extend(kind.to_be_bytes());
+    message.extend([0, 1]);
+    message
+}
+
+/// An answer with records: owner, type, TTL, data.
+pub fn answer(id: u16, name: &str, kind: u16, rcode: u8, records: &[(&str, u16, u32, &[u8])]) -> Vec<u8> {
+    let mut message = query(id, name, kind);
+    message[2] = 0x81;
+    message[3] = 0x80 | rcode;
+    message[6..8].copy_from_slice(&(records.len() as u16).to_be_bytes());
+    for (owner, kind, ttl, data) in records {
+        message.extend(wire(owner));
+        message.extend(kind.to_be_bytes());
+        message.extend([0, 1]);
+        message.extend(ttl.to_be_bytes());
+        message.extend((data.len() as u16).to_be_bytes());
+        message.extend(*data);
+    }
+    message
+}
+
+/// An answer with one address.
+pub fn address(id: u16, name: &str) -> Vec<u8> {
+    answer(id, name, A, 0, &[(name, A, 60, &[192, 0, 2, 1])])
+}
