@@ -7,6 +7,7 @@
 pub mod bulk;
 pub mod commit;
 pub mod compile;
+pub mod dns;
 pub mod forward;
 pub mod machine;
 pub mod memory;

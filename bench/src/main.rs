@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use palisade_bench::{
-    Effort, bulk, commit, compile, forward,
+    Effort, bulk, commit, compile, dns, forward,
     machine::Machine,
     memory::Counting,
     program, progress,
@@ -31,6 +31,8 @@ const MEASURES: &[Entry] = &[
     ("forward", forward::measure),
     ("bulk", bulk::measure),
     ("commit", commit::measure),
+    ("dns", dns::throughput),
+    ("committed", dns::committed),
 ];
 
 /// What the packet path and the policy compiler cost.

@@ -1,0 +1,472 @@
+//! DNS through policy: queries a second and their latency, against no firewall and against a resolver that forwards;
+//! and the time from an answer to its release, when all that it teaches is in the maps.
+
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use palisade_testbed::{
+    Topology,
+    daemon::{Daemon, Settings},
+    dns::{PORT, Perf, PerfPlan, Server, query, rtype},
+    topology::{INTERNET_V4, NODE_V4, WorkloadSpec},
+};
+
+use crate::{
+    Effort, progress,
+    report::{Goal, Measure, Samples, Table, number},
+};
+
+/// Names that are asked for, each with an address of its own.
+const NAMES: usize = 20_000;
+/// Questions a second at which latency is taken.
+const CALM: u32 = 2_000;
+
+/// Lets the client ask for everything below `bench.example`, and go where it leads; `selectors` names beside.
+fn policy(selectors: usize) -> String {
+    let mut text = String::from(
+        "\
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: names}
+spec:
+  endpointSelector: {matchLabels: {app: client}}
+  egress:
+  - toEntities: [world, host]
+    toPorts:
+    - ports: [{port: \"53\", protocol: ANY}]
+      rules:
+        dns: [{matchPattern: \"*.bench.example\"}]
+  - toFQDNs:
+    - matchPattern: \"*.bench.example\"
+",
+    );
+    for n in 1..selectors {
+        text.push_str(&format!("    - matchName: host-{n}.other.example\n"));
+    }
+    text.push_str("    toPorts: [{ports: [{port: \"443\", protocol: TCP}]}]\n");
+    text
+}
+
+fn topology() -> Result<Topology> {
+    let topology = Topology::new()?.workload(WorkloadSpec::new("client").label("app", "client"))?;
+    topology.meet()?;
+    Ok(topology)
+}
+
+fn guard(topology: &Topology, selectors: usize) -> Result<Daemon> {
+    let unguarded_nic = Settings {
+        nic: false,
+        ..Settings::default()
+    };
+    Daemon::start(topology, &unguarded_nic, &[("names.yaml", &policy(selectors))])
+}
+
+fn address(n: usize) -> Ipv4Addr {
+    Ipv4Addr::from(0x6440_0000 + n as u32)
+}
+
+/// What stands between the client and the name server.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Between {
+    Nothing,
+    Palisade,
+    /// unbound on the node asks the name server anew for each question.
+    Forwarder,
+    /// The same, and answers what it was asked before.
+    Cache,
+}
+
+impl Between {
+    const ALL: [Self; 4] = [Self::Nothing, Self::Palisade, Self::Forwarder, Self::Cache];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Nothing => "no firewall",
+            Self::Palisade => "Palisade",
+            Self::Forwarder => "unbound forwards",
+            Self::Cache => "unbound, from its cache",
+        }
+    }
+}
+
+/// A client, a name server, and what stands between them.
+struct Path {
+    topology: Topology,
+    asked: SocketAddr,
+    daemon: Option<Daemon>,
+    _server: Server,
+    _forwarder: Option<Server>,
+}
+
+impl Path {
+    fn new(between: Between) -> Result<Self> {
+        let topology = topology()?;
+        let upstream = IpAddr::from(INTERNET_V4);
+        // what a forwarder may not keep has no time to live
+        let ttl = if between == Between::Forwarder { 0 } else { 3600 };
+        let records: Vec<String> = (0..NAMES)
+            .map(|n| format!("h{n}.bench.example. {ttl} IN A {}", address(n)))
+            .collect();
+        let records: Vec<&str> = records.iter().map(String::as_str).collect();
+        let server = Server::knot(&topology.internet, &[upstream], &records)?;
+        let daemon = (between == Between::Palisade)
+            .then(|| guard(&topology, 10))
+            .transpose()?;
+        let forwards = matches!(between, Between::Forwarder | Between::Cache);
+        let node = IpAddr::from(NODE_V4);
+        let forwarder = forwards
+            .then(|| Server::unbound_forwarder(&topology.node, &[node], SocketAddr::new(upstream, PORT)))
+            .transpose()?;
+        Ok(Self {
+            topology,
+            asked: SocketAddr::new(if forwards { node } else { upstream }, PORT),
+            daemon,
+            _server: server,
+            _forwarder: forwarder,
+        })
+    }
+
+    fn ask(&self, queries: &[String], seconds: u32, rate: Option<u32>) -> Result<Perf> {
+        let plan = PerfPlan {
+            server: self.asked,
+            queries,
+            seconds,
+            clients: 4,
+            rate,
+            outstanding: 100,
+            listed: rate.is_some(),
+            tcp: false,
+        };
+        let perf = plan.run(self.topology.ns("client"))?;
+        ensure!(
+            perf.rcodes.get("NOERROR") == Some(&perf.completed),
+            "not all were answered: {perf:?}{}",
+            self.daemon.as_ref().map_or_else(String::new, Daemon::report)
+        );
+        Ok(perf)
+    }
+}
+
+/// Queries a second and latency.
+pub fn throughput(effort: Effort) -> Result<Measure> {
+    let (rounds, seconds) = effort.pick((3, 1), (9, 2));
+    progress(format_args!(
+        "dns: {rounds} rounds of {seconds} s, and as many of latency, {} ways",
+        Between::ALL.len()
+    ));
+    let queries: Vec<String> = (0..NAMES).map(|n| format!("h{n}.bench.example A")).collect();
+    let paths = Between::ALL
+        .map(|between| Path::new(between).with_context(|| between.name()))
+        .into_iter()
+        .collect::<Result<Vec<_>>>()?;
+    // everything is known to whoever keeps it, and learned
+    for path in &paths {
+        path.ask(&queries, seconds, None)?;
+    }
+    let mut rates = [const { Samples::new() }; 4];
+    let mut p50 = [const { Samples::new() }; 4];
+    let mut p99 = [const { Samples::new() }; 4];
+    let mut lost = [0_u64; 4];
+    for _ in 0..rounds {
+        for (n, path) in paths.iter().enumerate() {
+            let perf = path.ask(&queries, seconds, None)?;
+            rates[n].push(perf.rate);
+            lost[n] += perf.lost;
+        }
+        for (n, path) in paths.iter().enumerate() {
+            let perf = path.ask(&queries, seconds, Some(CALM))?;
+            p50[n].push(perf.p50 * 1e6);
+            p99[n].push(perf.p99 * 1e6);
+            lost[n] += perf.lost;
+        }
+    }
+    let mut table = Table::new(
+        format!("Queries a second with 100 open, and latency at {CALM} a second"),
+        &[
+            "between client and name server",
+            "queries/s",
+            "against none",
+            "spread",
+            "p50, µs",
+            "p99, µs",
+            "lost",
+        ],
+    );
+    for (n, between) in Between::ALL.into_iter().enumerate() {
+        let against = rates[n].against(&rates[0]);
+        table.row(
+            between.name(),
+            &[
+                rates[n].median(),
+                against.median(),
+                against.spread(),
+                p50[n].median(),
+                p99[n].median(),
+                lost[n] as f64,
+            ],
+        );
+    }
+    let ahead = rates[1].against(&rates[2]).median();
+    let goals = vec![
+        Goal::at_least(
+            "DNS queries/s through policy against unbound as a forwarder",
+            1.0,
+            ahead,
+            " ×",
+        ),
+        Goal {
+            what: "DNS queries/s through policy against none".into(),
+            reach: "reported".into(),
+            measured: format!("{} ×", number(rates[1].against(&rates[0]).median())),
+            reached: None,
+        },
+        Goal {
+            what: format!("DNS p99 at {CALM} queries/s through policy, none, unbound as a forwarder"),
+            reach: "reported".into(),
+            measured: format!(
+                "{}, {}, {} µs",
+                number(p99[1].median()),
+                number(p99[0].median()),
+                number(p99[2].median())
+            ),
+            reached: None,
+        },
+        Goal::at_most(
+            "DNS queries that were not answered, through policy",
+            0.0,
+            lost[1] as f64,
+            "",
+        ),
+    ];
+    Ok(Measure {
+        name: "dns",
+        title: "DNS through policy",
+        method: format!(
+            "dnsperf in a workload asks knot behind the NIC for {NAMES} names, each with an address of its own; {rounds} rounds of {seconds} s for each figure, the ways in turn. unbound runs on the node, with one thread; \"forwards\": it may keep nothing, so it asks knot for each question as Palisade lets each pass."
+        ),
+        goals,
+        tables: vec![table],
+        plot: None,
+        notes: Vec::new(),
+    })
+}
+
+/// A name server that stamps each answer in the moment in which it sends it.
+struct Stamping {
+    begin: Instant,
+    /// ns after the beginning.
+    sent: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// `a<first>-<count>.bench.example` has `count` addresses from `first` on.
+fn asked_range(message: &[u8]) -> Option<(usize, usize)> {
+    let length = usize::from(*message.get(12)?);
+    let label = std::str::from_utf8(message.get(13..13 + length)?).ok()?;
+    let (first, count) = label.strip_prefix('a')?.split_once('-')?;
+    Some((first.parse().ok()?, count.parse().ok()?))
+}
+
+fn answer(query: &[u8]) -> Option<Vec<u8>> {
+    let (first, count) = asked_range(query)?;
+    let name_end = 12 + query.get(12..)?.iter().position(|byte| *byte == 0)? + 5;
+    let mut message = query.get(..name_end)?.to_vec();
+    message[2..4].copy_from_slice(&[0x84, 0x80]);
+    message[6..8].copy_from_slice(&(count as u16).to_be_bytes());
+    message[8..12].copy_from_slice(&[0; 4]);
+    for n in first..first + count {
+        message.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0x0e, 0x10, 0, 4]);
+        message.extend(address(n).octets());
+    }
+    Some(message)
+}
+
+impl Stamping {
+    fn start(topology: &Topology) -> Result<Self> {
+        let socket = topology
+            .internet
+            .enter(|| UdpSocket::bind((INTERNET_V4, PORT)))
+            .context("name server")?;
+        socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+        let begin = Instant::now();
+        let (sent, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let thread = thread::spawn({
+            let (sent, stop) = (Arc::clone(&sent), Arc::clone(&stop));
+            move || {
+                let mut buffer = [0; 1500];
+                while !stop.load(SeqCst) {
+                    let Ok((length, from)) = socket.recv_from(&mut buffer) else {
+                        continue;
+                    };
+                    if let Some(message) = answer(&buffer[..length]) {
+                        sent.store(begin.elapsed().as_nanos() as u64, SeqCst);
+                        // one that is lost is asked for again, and counted
+                        let _ = socket.send_to(&message, from);
+                    }
+                }
+            }
+        });
+        Ok(Self {
+            begin,
+            sent,
+            stop,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Stamping {
+    fn drop(&mut self) {
+        self.stop.store(true, SeqCst);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A client that asks one question after the other.
+struct Asking {
+    topology: Topology,
+    server: Stamping,
+    socket: UdpSocket,
+    daemon: Option<Daemon>,
+    next: usize,
+}
+
+impl Asking {
+    fn new(selectors: Option<usize>) -> Result<Self> {
+        let topology = topology()?;
+        let server = Stamping::start(&topology)?;
+        let daemon = selectors
+            .map(|selectors| guard(&topology, selectors))
+            .transpose()?;
+        let client = topology.get("client");
+        let socket = client.ns.enter(|| UdpSocket::bind((client.v4, 0)))?;
+        socket.connect((INTERNET_V4, PORT))?;
+        socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+        Ok(Self {
+            topology,
+            server,
+            socket,
+            daemon,
+            next: 0,
+        })
+    }
+
+    /// Asks for a name with `count` addresses that nobody has heard of; from the moment in which the answer was sent to
+    /// that in which it is here, µs.
+    fn ask(&mut self, count: usize) -> Result<f64> {
+        let name = format!("a{}-{count}.bench.example", self.next);
+        self.next += count;
+        let message = query(self.next as u16, &[(&name, rtype::A)]);
+        self.socket.send(&message)?;
+        let mut buffer = [0; 1500];
+        let length = self.socket.recv(&mut buffer).with_context(|| {
+            let report = self.daemon.as_ref().map_or_else(String::new, Daemon::report);
+            format!("no answer for {name}\n{report}")
+        })?;
+        let now = self.server.begin.elapsed().as_nanos() as u64;
+        ensure!(
+            length > message.len() && buffer[..2] == message[..2] && buffer[3] & 15 == 0,
+            "another answer to {name}: {:?}",
+            &buffer[..length]
+        );
+        Ok((now - self.server.sent.load(SeqCst)) as f64 / 1e3)
+    }
+
+    /// Resident memory of the daemon, bytes.
+    fn memory(&self) -> Result<f64> {
+        let pid = self.daemon.as_ref().and_then(Daemon::pid).context("no daemon")?;
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
+        Ok(kib.context("VmRSS")? * 1024.0)
+    }
+}
+
+/// From an answer to its release.
+pub fn committed(effort: Effort) -> Result<Measure> {
+    // the rest of what an endpoint may learn is for the questions that are timed
+    const LEARNED: usize = 80_000;
+    const AT_ONCE: usize = 64;
+    let (rounds, questions) = effort.pick((5, 200), (20, 250));
+    progress(format_args!(
+        "committed: {} answers with nothing, 10 and 10,000 selectors, {LEARNED} addresses",
+        rounds * questions
+    ));
+    let names = [
+        "no firewall",
+        "10 selectors",
+        "10,000 selectors",
+        "10,000 selectors, 80,000 addresses",
+    ];
+    let mut ways = [None, Some(10), Some(10_000), Some(10_000)]
+        .into_iter()
+        .map(Asking::new)
+        .collect::<Result<Vec<_>>>()?;
+    let full = &mut ways[3];
+    let before = full.memory()?;
+    while full.next < LEARNED {
+        full.ask(AT_ONCE)?;
+    }
+    let each = (full.memory()? - before) / full.next as f64;
+    let mut samples = [const { Samples::new() }; 4];
+    for _ in 0..rounds {
+        for (way, samples) in ways.iter_mut().zip(&mut samples) {
+            for _ in 0..questions {
+                samples.push(way.ask(1)?);
+            }
+        }
+    }
+    for way in &ways {
+        way.topology.meet()?; // nobody has lost the way
+    }
+    let mut table = Table::new(
+        "From the server's sending of an answer to its arrival at the client, µs",
+        &["way", "median", "p99", "longest"],
+    );
+    for (name, samples) in names.iter().zip(&samples) {
+        table.row(
+            *name,
+            &[samples.median(), samples.quantile(0.99), samples.quantile(1.0)],
+        );
+    }
+    let p99 = |n: usize| samples[n].quantile(0.99);
+    let goal = |what: &str, measured: String| Goal {
+        what: what.into(),
+        reach: "reported".into(),
+        measured,
+        reached: None,
+    };
+    Ok(Measure {
+        name: "committed",
+        title: "From an answer to its release",
+        method: format!(
+            "A client asks one question after the other, each for a name of which nobody has heard, with an address of its own. The time is from the moment in which the server sends the answer to the moment in which the client has it: two veths, carrying, reading, learning, and writing the maps. {rounds} rounds of {questions}, the ways in turn."
+        ),
+        goals: vec![
+            goal(
+                "answer sent to answer released, p99, 10 and 10,000 selectors, 80,000 addresses beside",
+                format!("{}, {}, {} µs", number(p99(1)), number(p99(2)), number(p99(3))),
+            ),
+            goal("the same without a firewall", format!("{} µs", number(p99(0)))),
+            goal(
+                "memory of the daemon for a learned address, several to a name",
+                format!("{} bytes", number(each)),
+            ),
+        ],
+        tables: vec![table],
+        plot: None,
+        notes: Vec::new(),
+    })
+}
