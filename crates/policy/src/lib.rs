@@ -18,6 +18,7 @@ pub mod identity;
 pub mod l7;
 pub mod labels;
 pub mod lookup;
+pub mod names;
 pub mod parse;
 pub mod plan;
 pub mod rule;

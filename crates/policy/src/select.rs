@@ -71,6 +71,17 @@ impl Meaning {
             .flat_map(|rule| std::iter::once(rule.cidr).chain(rule.except.iter().copied()))
     }
 
+    /// Whether it has a requirement about a key for which `known` says so.
+    pub(crate) fn asks_for(&self, known: impl Fn(&str) -> bool) -> bool {
+        match self {
+            Self::Labels(selector) | Self::Nodes(selector) => selector
+                .requirements
+                .iter()
+                .any(|requirement| known(&requirement.key)),
+            _ => false,
+        }
+    }
+
     /// Whether it means an identity with these labels.
     pub(crate) fn matches(&self, labels: &Labels) -> bool {
         match self {

@@ -15,6 +15,7 @@ use palisade_abi::{
 use crate::{
     diagnostic::Diagnostic,
     labels::Labels,
+    names::{Names, SelectorList},
     rule::{FqdnPattern, HttpRule, KafkaRule, Listener, Location, PolicyKind, TlsContext},
 };
 
@@ -41,6 +42,10 @@ pub struct Snapshot {
     pub world_ipv4: Identity,
     /// The same for IPv6.
     pub world_ipv6: Identity,
+    /// The `toFQDNs` selectors that the egress rules of an endpoint use; endpoints without any are not listed.
+    pub fqdn: BTreeMap<u16, SelectorList>,
+    /// Who learned addresses are.
+    pub names: Names,
     /// Learned addresses, where a plan has to look at them. The compiler leaves it empty.
     pub learned: Learned,
     /// The highest revision that an endpoint has or had. The number before it is free.

@@ -11,7 +11,10 @@ use palisade_abi::{
 
 use crate::{
     classes::PortSet,
+    compile::{LearnedIdentity, LearnedRows},
+    names::SelectorNumber,
     rule::{FqdnPattern, L7, L7Rules, Listener, TlsContext},
+    select::Meaning,
     snapshot::{Alternative, Matcher, RuleSet, TableKey},
 };
 
@@ -147,8 +150,69 @@ impl Reading {
 pub(crate) enum Members {
     /// Everybody, known or not.
     Everybody,
-    /// The identities of each of its peers; the number names the peer, so that equal peers can be recognised.
-    Of(Vec<(u32, Arc<BTreeSet<Identity>>)>),
+    /// Whom one of its peers means.
+    Of(Vec<Member>),
+}
+
+/// A peer of a rule, looked up.
+#[derive(Clone, Debug)]
+pub(crate) struct Member {
+    /// Names the peer, so that equal peers can be recognised.
+    pub(crate) peer: u32,
+    /// The ordinary identities that it means.
+    pub(crate) members: Arc<BTreeSet<Identity>>,
+    /// Which identities of learned addresses it means.
+    pub(crate) learned: Learned,
+}
+
+/// Which identities of learned addresses a peer means.
+#[derive(Clone, Debug)]
+pub(crate) enum Learned {
+    /// Those whose base it means.
+    ByBase,
+    /// Those of a selector, and those whose base it means.
+    BySelector(SelectorNumber),
+    /// Those that meet the requirements of a label selector; they may ask for names.
+    ByLabels(Arc<Meaning>),
+}
+
+impl Member {
+    pub(crate) fn means(&self, identity: &LearnedIdentity) -> bool {
+        match &self.learned {
+            Learned::ByBase => self.members.contains(&identity.base),
+            Learned::BySelector(selector) => {
+                identity.selectors.binary_search(selector).is_ok() || self.members.contains(&identity.base)
+            }
+            Learned::ByLabels(meaning) => meaning.matches(&identity.labels),
+        }
+    }
+
+    /// The same for all that a subject can meet.
+    fn name_learned(&self, rows: &LearnedRows, mut name: impl FnMut(Identity)) {
+        let mut by_base = || {
+            for (base, identities) in &rows.by_base {
+                if self.members.contains(base) {
+                    identities.iter().for_each(|identity| name(*identity));
+                }
+            }
+        };
+        match &self.learned {
+            Learned::ByBase => by_base(),
+            Learned::BySelector(selector) => {
+                by_base();
+                let identities = rows.by_selector.get(selector).into_iter().flatten();
+                identities.for_each(|identity| name(*identity));
+            }
+            Learned::ByLabels(meaning) if !meaning.asks_for(|key| rows.texts.contains(key)) => by_base(),
+            Learned::ByLabels(meaning) => {
+                for (number, identity) in &rows.identities {
+                    if meaning.matches(&identity.labels) {
+                        name(*number);
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// A rule (of one direction) with everything looked up.
@@ -195,6 +259,8 @@ pub(crate) struct Builder<'a> {
     pub(crate) rules: &'a [&'a TableRule],
     /// Towards whom entries are made, beside those towards everybody; `None`: towards whom a rule names.
     pub(crate) rows: Option<&'a BTreeSet<Identity>>,
+    /// The learned identities that the subject can meet; none where it cannot (ingress).
+    pub(crate) learned: Option<&'a LearnedRows>,
     pub(crate) otherwise: Otherwise,
     /// Whether denials pass and are reported, whoever causes them.
     pub(crate) audit: bool,
@@ -287,13 +353,24 @@ impl Builder<'_> {
                     list.push(number as u32);
                 }
             };
-            for (_, members) in peers {
-                match self.rows {
-                    None => members.iter().for_each(|identity| name(*identity)),
-                    Some(rows) => rows
-                        .iter()
-                        .filter(|identity| members.contains(identity))
-                        .for_each(|identity| name(*identity)),
+            for peer in peers {
+                match (self.rows, self.learned) {
+                    (None, learned) => {
+                        peer.members.iter().for_each(|identity| name(*identity));
+                        if let Some(learned) = learned {
+                            peer.name_learned(learned, &mut name);
+                        }
+                    }
+                    (Some(rows), learned) => {
+                        for identity in rows {
+                            let learned = learned.and_then(|learned| learned.identities.get(identity));
+                            if peer.members.contains(identity)
+                                || learned.is_some_and(|learned| peer.means(learned))
+                            {
+                                name(*identity);
+                            }
+                        }
+                    }
                 }
             }
         }
@@ -530,7 +607,7 @@ fn named_elsewhere(hits: &[Hit<'_>], rule: &TableRule, ports: &TablePorts) -> bo
             && match (&other.members, &rule.members) {
                 (Members::Everybody, Members::Everybody) => true,
                 (Members::Of(a), Members::Of(b)) => {
-                    a.iter().any(|(peer, _)| b.iter().any(|(p, _)| p == peer))
+                    a.iter().any(|one| b.iter().any(|other| other.peer == one.peer))
                 }
                 _ => false,
             }

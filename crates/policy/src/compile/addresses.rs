@@ -186,6 +186,8 @@ impl Compiler {
             .map(|(number, labels)| (*number, labels.clone()))
             .collect();
         self.change_identities(&gone, &new, progress);
+        // Those of learned addresses come to them again.
+        self.names.changed = true;
         if *self.snapshot.identities != wanted {
             self.snapshot.identities = Arc::new(wanted);
         }
@@ -263,6 +265,7 @@ impl Compiler {
         if gone.is_empty() && new.is_empty() {
             return;
         }
+        self.names.changed = true;
         progress
             .moved
             .extend(gone.iter().chain(new.iter().map(|(number, _)| number)));
@@ -280,7 +283,7 @@ impl Compiler {
         let mut changed: HashSet<u32> = HashSet::new();
         for (number, slot) in self.peers.slots.iter_mut().enumerate() {
             let Some(slot) = slot else { continue };
-            if matches!(slot.meaning, Meaning::Everybody) {
+            if matches!(*slot.meaning, Meaning::Everybody) {
                 continue;
             }
             let left: Vec<Identity> = gone

@@ -18,6 +18,7 @@ use crate::{
     diagnostic::{Diagnostic, Severity},
     identity::{Allocator, AllocatorState},
     labels::Labels,
+    names::SelectorNumber,
     rule::{
         CidrGroup, Location, Peer, Peers, Policy, PolicyKind, Ports, Rule, Selector, Spec,
         Subject as SpecSubject,
@@ -29,6 +30,7 @@ use crate::{
 };
 
 mod addresses;
+mod learned;
 mod numbers;
 mod peers;
 mod subject;
@@ -36,6 +38,9 @@ mod subject;
 pub use crate::conflict::conflicts;
 use addresses::NamedPrefixes;
 pub use addresses::prefix_key;
+pub use learned::LearnedUpdate;
+pub(crate) use learned::{LearnedIdentity, LearnedRows};
+use learned::{LearnedNames, SubjectNames};
 use numbers::{RuleIds, RuleSetIds};
 use peers::PeerCache;
 use subject::{Selecting, Subject, default_deny};
@@ -87,6 +92,7 @@ pub struct Compiler {
     /// Prefixes and addresses that the world names.
     named: NamedPrefixes,
     specs: BTreeMap<SpecKey, Arc<SpecUnit>>,
+    names: LearnedNames,
     subjects: Vec<Subject>,
     /// Ports by name over all endpoints and peers.
     named_ports: BTreeMap<String, BTreeSet<NamedPort>>,
@@ -113,6 +119,8 @@ struct SpecUnit {
     spec: usize,
     /// By section in the order of [`SECTIONS`].
     sections: [Vec<UnitRule>; 4],
+    /// The `toFQDNs` selectors of its egress rules.
+    selectors: Vec<SelectorNumber>,
     /// Whether a rule asks for traffic to be read.
     reads: bool,
     /// The policy is in audit mode.
@@ -315,6 +323,7 @@ impl Compiler {
         let Some(at) = subject.filter(|_| self.world.options.enforcement != Enforcement::Never) else {
             return Vec::new();
         };
+        let learned = self.names.identities().get(&other);
         let mut found = Vec::new();
         for rule in self.subjects[at]
             .selecting()
@@ -322,7 +331,10 @@ impl Compiler {
         {
             let named = match &rule.members {
                 Members::Everybody => true,
-                Members::Of(peers) => peers.iter().any(|(_, members)| members.contains(&other)),
+                Members::Of(peers) => match &learned {
+                    Some(identity) => peers.iter().any(|peer| peer.means(identity)),
+                    None => peers.iter().any(|peer| peer.members.contains(&other)),
+                },
             };
             let ports = rule
                 .ports
@@ -458,6 +470,10 @@ impl Compiler {
                         specs: BTreeMap::new(),
                         retired: Vec::new(),
                         otherwise: [None, None],
+                        names: SubjectNames {
+                            learns: known.as_ref().is_some_and(|known| known.names.learns),
+                            ..SubjectNames::default()
+                        },
                         policy: known.as_ref().map_or(0, |known| known.policy),
                         table: known.map(|known| known.table).unwrap_or_default(),
                     });
@@ -481,6 +497,7 @@ impl Compiler {
             subject.policy = 0;
         }
         self.subjects = subjects;
+        self.names.forget_users();
         progress.dirty = (0..self.subjects.len()).collect();
 
         // Prefixes first, then identities, so that the peers are looked up once.
@@ -621,6 +638,19 @@ impl Compiler {
                     })
                     .collect()
             });
+            let selectors = [Section::Egress, Section::EgressDeny]
+                .iter()
+                .flat_map(|section| section_rules(spec, *section))
+                .filter_map(|rule| match &rule.peers {
+                    Peers::OneOf(peers) => Some(peers),
+                    Peers::Any | Peers::Nobody => None,
+                })
+                .flatten()
+                .filter_map(|peer| match peer {
+                    Peer::Fqdn(pattern) => Some(self.names.selector(pattern)),
+                    _ => None,
+                })
+                .collect();
             let reads = SECTIONS
                 .iter()
                 .flat_map(|section| section_rules(spec, *section))
@@ -633,6 +663,7 @@ impl Compiler {
                 policy: policy_at,
                 spec: spec_at,
                 sections,
+                selectors,
                 reads,
                 audit: policy.audit,
                 denies: palisade_abi::DIRECTIONS.map(|direction| default_deny(spec, direction)),

@@ -23,7 +23,7 @@ pub(super) struct PeerCache {
 #[derive(Clone, Debug)]
 pub(super) struct PeerSlot {
     pub(super) peer: Peer,
-    pub(super) meaning: Meaning,
+    pub(super) meaning: Arc<Meaning>,
     pub(super) members: Arc<BTreeSet<Identity>>,
     pub(super) users: u32,
 }
@@ -41,7 +41,7 @@ impl PeerCache {
             }
             return (number, false);
         }
-        let meaning = Meaning::of(peer, groups);
+        let meaning = Arc::new(Meaning::of(peer, groups));
         let slot = PeerSlot {
             peer: peer.clone(),
             members: Arc::new(known.select(&meaning)),
@@ -63,7 +63,7 @@ impl PeerCache {
     }
 
     /// Returns the meaning of the peer if this was its last user.
-    pub(super) fn release(&mut self, number: u32) -> Option<Meaning> {
+    pub(super) fn release(&mut self, number: u32) -> Option<Arc<Meaning>> {
         let entry = self.slots.get_mut(number as usize)?;
         let slot = entry.as_mut()?;
         slot.users -= 1;

@@ -5,11 +5,13 @@ use std::{
     sync::Arc,
 };
 
-use palisade_abi::{Class, Direction, EndpointState, Identity, identity, protocol};
+use palisade_abi::{
+    Class, Direction, EndpointState, Identity, PolicyEntry, endpoint_flags, identity, protocol,
+};
 
 use super::{
-    Compiler, Progress, SECTIONS, SpecKey, SpecUnit, UnitPeers, peers::PeerSlot, problem, section_rules,
-    sections_of,
+    Compiler, Progress, SECTIONS, SpecKey, SpecUnit, SubjectNames, UnitPeers, peers::PeerSlot, problem,
+    section_rules, sections_of,
 };
 use crate::{
     classes::PortSet,
@@ -19,7 +21,7 @@ use crate::{
     rule::{Entity, L4Protocol, Location, Peer, PortSpec, Ports, Selector, Spec},
     select::Meaning,
     snapshot::{RuleInfo, RuleKey, Snapshot, Table, TableKey, differing},
-    table::{Builder, Members, Otherwise, Reading, TablePorts, TableRule},
+    table::{Builder, Learned, Member, Members, Otherwise, Reading, TablePorts, TableRule},
     world::{Enforcement, NamedPort, NamedPorts},
 };
 
@@ -39,6 +41,7 @@ pub(super) struct Subject {
     pub(super) required: [Selector; 4],
     /// For each direction what the table was made with.
     pub(super) otherwise: [Option<Otherwise>; 2],
+    pub(super) names: SubjectNames,
     pub(super) policy: u32,
     pub(super) table: Arc<Table>,
 }
@@ -103,8 +106,8 @@ impl Touched {
             match &rule.members {
                 Members::Everybody => *self = Self::Everything,
                 Members::Of(peers) => {
-                    for (_, members) in peers {
-                        self.add_identities(members.iter().copied());
+                    for peer in peers {
+                        self.add_identities(peer.members.iter().copied());
                     }
                 }
             }
@@ -134,6 +137,13 @@ impl Compiler {
             Ok(protocols) => self.follow_classes(&protocols, &mut progress.dirty, &mut touched),
             Err(error) => errors.push(problem(Location::default(), error.to_string())),
         }
+        let learned = self.refresh_learned(&mut progress)?;
+        for (at, identities) in learned {
+            touched
+                .entry(at)
+                .or_insert_with(|| Touched::Only(BTreeSet::new()))
+                .add_identities(identities.into_iter());
+        }
         for at in &progress.dirty {
             let rows = touched
                 .remove(at)
@@ -141,8 +151,12 @@ impl Compiler {
             match self.compile_subject(*at, rows, &progress.moved) {
                 Ok(table) => {
                     let subject = &mut self.subjects[*at];
-                    if subject.policy == 0 || *subject.table != table {
-                        if subject.policy == 0 || !small_step(&subject.table, &table) {
+                    // Who begins to look at names (or ends) does so at once with the table made for that.
+                    let learns = !subject.names.selectors.is_empty();
+                    let anew = subject.policy == 0 || subject.names.learns != learns;
+                    subject.names.learns = learns;
+                    if anew || *subject.table != table {
+                        if anew || !small_step(&subject.table, &table) {
                             subject.policy = self.next_policy;
                             self.next_policy = self.next_policy.wrapping_add(1).max(1);
                         }
@@ -231,6 +245,7 @@ impl Compiler {
 
     /// Makes the snapshot from the compiled subjects.
     pub(super) fn finish(&mut self, before: Snapshot) {
+        self.finish_names(&before);
         self.snapshot.classes = Arc::clone(self.classes.slots());
         self.snapshot.rules = Arc::clone(&self.rule_ids.infos);
         self.snapshot.rulesets = Arc::clone(&self.rulesets.sets);
@@ -250,19 +265,28 @@ impl Compiler {
             .iter()
             .flat_map(|subject| {
                 let policy = subject.policy;
+                let flags = if subject.names.selectors.is_empty() {
+                    0
+                } else {
+                    endpoint_flags::LEARNS
+                };
                 subject
                     .endpoints
                     .iter()
-                    .map(move |(id, identity)| (*id, policy, *identity))
+                    .map(move |(id, identity)| (*id, policy, *identity, flags))
             })
-            .map(|(id, policy, identity)| {
+            .map(|(id, policy, identity, flags)| {
                 let known = before.endpoints.get(&id);
                 let same_table = || match (before.tables.get(&policy), self.snapshot.tables.get(&policy)) {
                     (Some(a), Some(b)) => Arc::ptr_eq(a, b),
                     _ => false,
                 };
                 let keep = known.filter(|state| {
-                    !moved && state.policy == policy && state.identity == identity && same_table()
+                    !moved
+                        && state.policy == policy
+                        && state.identity == identity
+                        && state.flags == flags
+                        && same_table()
                 });
                 let revision = keep.map_or_else(
                     || {
@@ -275,7 +299,7 @@ impl Compiler {
                     policy,
                     revision,
                     identity,
-                    flags: 0,
+                    flags,
                 };
                 (id, state)
             })
@@ -447,22 +471,6 @@ impl Compiler {
         }
 
         let otherwise = palisade_abi::DIRECTIONS.map(|direction| self.otherwise(at, direction));
-        let options = self.world.options;
-        let localhost = TableRule {
-            id: self.rule_ids.number("", plain(RuleKey::LocalhostAlways)),
-            denies: false,
-            audit: false,
-            auth_required: false,
-            members: Members::Of(vec![(
-                u32::MAX,
-                Arc::new(self.known.select(&Meaning::Entity(Entity::Host))),
-            )]),
-            ports: vec![TablePorts {
-                set: PortSet::All,
-                classes: None,
-                reading: None,
-            }],
-        };
         let subject = &self.subjects[at];
         if subject.otherwise != otherwise.map(Some) {
             touched = Touched::Everything;
@@ -473,33 +481,9 @@ impl Compiler {
         };
         let mut entries = Vec::new();
         for direction in palisade_abi::DIRECTIONS {
-            let otherwise = otherwise[direction as usize];
-            let mut rules: Vec<&TableRule> = Vec::new();
-            if options.enforcement != Enforcement::Never {
-                rules.extend(
-                    subject
-                        .specs
-                        .values()
-                        .flat_map(|selecting| &selecting.rules[direction as usize]),
-                );
-            }
-            if direction == Direction::Ingress
-                && options.allow_localhost
-                && !subject.node
-                && !otherwise.unenforced
-            {
-                rules.push(&localhost);
-            }
-            Builder {
-                direction,
-                rules: &rules,
-                rows,
-                otherwise,
-                audit: options.audit || subject.audit,
-                rulesets: &mut self.rulesets,
-            }
-            .build(&mut entries);
+            self.build(at, direction, otherwise[direction as usize], rows, &mut entries);
         }
+        let subject = &self.subjects[at];
         let table = match rows {
             None => {
                 entries.sort_unstable_by_key(|(key, _)| *key);
@@ -526,6 +510,63 @@ impl Compiler {
         };
         self.subjects[at].otherwise = otherwise.map(Some);
         Ok(table)
+    }
+
+    /// The entries of one direction: all of them, or those of some rows and those towards everybody.
+    pub(super) fn build(
+        &mut self,
+        at: usize,
+        direction: Direction,
+        otherwise: Otherwise,
+        rows: Option<&BTreeSet<Identity>>,
+        entries: &mut Vec<(TableKey, PolicyEntry)>,
+    ) {
+        let options = self.world.options;
+        let egress = direction == Direction::Egress;
+        let localhost =
+            (!egress && options.allow_localhost && !self.subjects[at].node && !otherwise.unenforced)
+                .then(|| self.localhost());
+        let subject = &self.subjects[at];
+        let mut rules: Vec<&TableRule> = Vec::new();
+        if options.enforcement != Enforcement::Never {
+            rules.extend(
+                subject
+                    .specs
+                    .values()
+                    .flat_map(|selecting| &selecting.rules[direction as usize]),
+            );
+        }
+        rules.extend(&localhost);
+        Builder {
+            direction,
+            rules: &rules,
+            rows,
+            learned: egress.then_some(&subject.names.rows),
+            otherwise,
+            audit: options.audit || subject.audit,
+            rulesets: &mut self.rulesets,
+        }
+        .build(entries);
+    }
+
+    /// The rule by which the node may always reach its workloads.
+    fn localhost(&mut self) -> TableRule {
+        TableRule {
+            id: self.rule_ids.number("", plain(RuleKey::LocalhostAlways)),
+            denies: false,
+            audit: false,
+            auth_required: false,
+            members: Members::Of(vec![Member {
+                peer: u32::MAX,
+                members: Arc::new(self.known.select(&Meaning::Entity(Entity::Host))),
+                learned: Learned::ByBase,
+            }]),
+            ports: vec![TablePorts {
+                set: PortSet::All,
+                classes: None,
+                reading: None,
+            }],
+        }
     }
 
     /// The rules of one spec and direction, in their order, with everything looked up.
@@ -576,12 +617,31 @@ impl Compiler {
                                     .requirements
                                     .extend(required.requirements.iter().cloned());
                                 let meaning = Meaning::of(&Peer::Labels(narrowed), &[]);
-                                members.push((number, Arc::new(self.known.select(&meaning))));
+                                members.push(Member {
+                                    peer: number,
+                                    members: Arc::new(self.known.select(&meaning)),
+                                    learned: Learned::ByLabels(Arc::new(meaning)),
+                                });
                                 continue;
                             }
-                            everybody |= matches!(slot.meaning, Meaning::Everybody);
+                            everybody |= matches!(*slot.meaning, Meaning::Everybody);
                             remarks.extend(self.missing_group(slot, &rule.location));
-                            members.push((number, Arc::clone(&slot.members)));
+                            let selector = match &*slot.meaning {
+                                Meaning::Fqdn(text) => self.names.selector_of(text),
+                                _ => None,
+                            };
+                            let learned = match (&*slot.meaning, selector) {
+                                (_, Some(selector)) => Learned::BySelector(selector),
+                                (Meaning::Labels(_) | Meaning::Nodes(_), _) => {
+                                    Learned::ByLabels(Arc::clone(&slot.meaning))
+                                }
+                                _ => Learned::ByBase,
+                            };
+                            members.push(Member {
+                                peer: number,
+                                members: Arc::clone(&slot.members),
+                                learned,
+                            });
                         }
                         if everybody {
                             Members::Everybody
@@ -641,7 +701,7 @@ impl Compiler {
 
     /// A remark about a group of prefixes by name that does not exist, or is empty.
     pub(super) fn missing_group(&self, slot: &PeerSlot, location: &Location) -> Option<Diagnostic> {
-        match (&slot.peer, &slot.meaning) {
+        match (&slot.peer, &*slot.meaning) {
             (Peer::CidrGroup { name, .. }, Meaning::Cidrs(rules)) if rules.is_empty() => Some(Diagnostic {
                 severity: Severity::Warning,
                 location: location.clone(),
