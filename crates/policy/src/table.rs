@@ -169,21 +169,21 @@ pub(crate) struct Member {
 #[derive(Clone, Debug)]
 pub(crate) enum Learned {
     /// Those whose base it means.
-    ByBase,
+    Base,
     /// Those of a selector, and those whose base it means.
-    BySelector(SelectorNumber),
+    Selector(SelectorNumber),
     /// Those that meet the requirements of a label selector; they may ask for names.
-    ByLabels(Arc<Meaning>),
+    Labels(Arc<Meaning>),
 }
 
 impl Member {
     pub(crate) fn means(&self, identity: &LearnedIdentity) -> bool {
         match &self.learned {
-            Learned::ByBase => self.members.contains(&identity.base),
-            Learned::BySelector(selector) => {
+            Learned::Base => self.members.contains(&identity.base),
+            Learned::Selector(selector) => {
                 identity.selectors.binary_search(selector).is_ok() || self.members.contains(&identity.base)
             }
-            Learned::ByLabels(meaning) => meaning.matches(&identity.labels),
+            Learned::Labels(meaning) => meaning.matches(&identity.labels),
         }
     }
 
@@ -197,14 +197,14 @@ impl Member {
             }
         };
         match &self.learned {
-            Learned::ByBase => by_base(),
-            Learned::BySelector(selector) => {
+            Learned::Base => by_base(),
+            Learned::Selector(selector) => {
                 by_base();
                 let identities = rows.by_selector.get(selector).into_iter().flatten();
                 identities.for_each(|identity| name(*identity));
             }
-            Learned::ByLabels(meaning) if !meaning.asks_for(|key| rows.texts.contains(key)) => by_base(),
-            Learned::ByLabels(meaning) => {
+            Learned::Labels(meaning) if !meaning.asks_for(|key| rows.texts.contains(key)) => by_base(),
+            Learned::Labels(meaning) => {
                 for (number, identity) in &rows.identities {
                     if meaning.matches(&identity.labels) {
                         name(*number);

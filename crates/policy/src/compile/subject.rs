@@ -559,7 +559,7 @@ impl Compiler {
             members: Members::Of(vec![Member {
                 peer: u32::MAX,
                 members: Arc::new(self.known.select(&Meaning::Entity(Entity::Host))),
-                learned: Learned::ByBase,
+                learned: Learned::Base,
             }]),
             ports: vec![TablePorts {
                 set: PortSet::All,
@@ -620,7 +620,7 @@ impl Compiler {
                                 members.push(Member {
                                     peer: number,
                                     members: Arc::new(self.known.select(&meaning)),
-                                    learned: Learned::ByLabels(Arc::new(meaning)),
+                                    learned: Learned::Labels(Arc::new(meaning)),
                                 });
                                 continue;
                             }
@@ -631,11 +631,11 @@ impl Compiler {
                                 _ => None,
                             };
                             let learned = match (&*slot.meaning, selector) {
-                                (_, Some(selector)) => Learned::BySelector(selector),
+                                (_, Some(selector)) => Learned::Selector(selector),
                                 (Meaning::Labels(_) | Meaning::Nodes(_), _) => {
-                                    Learned::ByLabels(Arc::clone(&slot.meaning))
+                                    Learned::Labels(Arc::clone(&slot.meaning))
                                 }
-                                _ => Learned::ByBase,
+                                _ => Learned::Base,
                             };
                             members.push(Member {
                                 peer: number,
