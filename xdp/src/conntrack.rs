@@ -5,7 +5,7 @@
 //! connection whose end was overlooked by that dies of its timeout.
 
 use aya_ebpf::bindings::BPF_NOEXIST;
-use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_coarse_ns};
+use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_jiffies64, bpf_ktime_get_coarse_ns};
 use palisade_abi::{
     Config, CtEntry, CtKey, EventKind, Reason, TracePoint, budget_slot, ct_flags, event_flags, protocol,
 };
@@ -248,6 +248,8 @@ pub fn insert<C: Context>(ctx: C, frame: &mut Frame) {
     let Some(config) = CONFIG.get(0) else {
         return frame.set(Reason::CtInsertionFailed);
     };
+    // SAFETY: takes and changes nothing.
+    frame.serial = unsafe { bpf_get_prandom_u32() };
     let packet = &frame.packet;
     let mut flow_flags = frame.flow_flags;
     let mut forward_tcp = 0;
@@ -276,10 +278,10 @@ pub fn insert<C: Context>(ctx: C, frame: &mut Frame) {
         forward_tcp,
         reply_tcp: 0,
         match_kind: frame.match_kind,
-        serial: 0,
-        ruleset: 0,
-        inspector: 0,
-        carry_flags: 0,
+        serial: frame.serial,
+        ruleset: frame.ruleset,
+        inspector: frame.inspector,
+        carry_flags: frame.carry_flags,
         zero: [0; 2],
         windows: [0; 4],
     };

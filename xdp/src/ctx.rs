@@ -1,8 +1,11 @@
 //! Access to a packet: what differs between XDP and tc.
 
-use aya_ebpf::bindings::{__sk_buff, bpf_fib_lookup, xdp_md};
-use aya_ebpf::helpers::generated::{bpf_fib_lookup as fib_lookup, bpf_skb_pull_data, bpf_xdp_get_buff_len};
-use palisade_abi::CtEntry;
+use aya_ebpf::bindings::{__sk_buff, TC_ACT_REDIRECT, bpf_fib_lookup, xdp_action, xdp_md};
+use aya_ebpf::helpers::generated::{
+    bpf_fib_lookup as fib_lookup, bpf_redirect, bpf_skb_change_head, bpf_skb_pull_data, bpf_skb_store_bytes,
+    bpf_skb_vlan_pop, bpf_xdp_adjust_head, bpf_xdp_get_buff_len,
+};
+use palisade_abi::{Carried, CtEntry, carry_hook};
 use palisade_packet::{Bytes, MAX_HEADERS};
 
 use crate::frame::Frame;
@@ -84,6 +87,13 @@ pub trait Context: Copy {
     fn judge_flow(self, frame: &mut Frame, entry: &mut CtEntry);
     /// [`crate::verdict::related`].
     fn related(self, frame: &mut Frame);
+    /// [`crate::carry::carry`].
+    fn carry(self, frame: &mut Frame);
+    /// What differs of [`crate::carry::carry`]: puts what stands before a packet there, and has it redirected. Whether
+    /// that worked.
+    fn push(self, carried: &mut Carried, queue: u32, carrier: u32) -> bool;
+    /// [`palisade_abi::carry_hook`].
+    fn hook(self, egress: bool) -> u8;
     /// [`crate::event::send`].
     fn send(self, frame: &Frame, what: u32, flow: *const CtEntry);
 }
@@ -93,7 +103,18 @@ pub trait Context: Copy {
 /// a number.
 macro_rules! global_functions {
     ($context:ident, $raw:ty, $decode:ident, $judge:ident, $judge_packet:ident, $judge_flow:ident,
-     $related:ident, $send:ident) => {
+     $related:ident, $carry:ident, $send:ident) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $carry(ctx: *mut $raw, frame: *mut Frame) -> u32 {
+            // SAFETY: see the next function.
+            let Some(frame) = (unsafe { frame.as_mut() }) else {
+                return 0;
+            };
+            crate::carry::carry($context(ctx), frame);
+            0
+        }
+
         #[unsafe(no_mangle)]
         #[inline(never)]
         extern "C" fn $decode(ctx: *mut $raw, frame: *mut Frame) -> u32 {
@@ -171,6 +192,7 @@ global_functions!(
     xdp_judge_packet,
     xdp_judge_flow,
     xdp_related,
+    xdp_carry,
     xdp_send
 );
 global_functions!(
@@ -181,12 +203,18 @@ global_functions!(
     tc_judge_packet,
     tc_judge_flow,
     tc_related,
+    tc_carry,
     tc_send
 );
 
 /// The methods of [`Context`] that call the global functions.
 macro_rules! calls {
-    ($decode:ident, $judge:ident, $judge_packet:ident, $judge_flow:ident, $related:ident, $send:ident) => {
+    ($decode:ident, $judge:ident, $judge_packet:ident, $judge_flow:ident, $related:ident, $carry:ident,
+     $send:ident) => {
+        #[inline(always)]
+        fn carry(self, frame: &mut Frame) {
+            $carry(self.0, frame);
+        }
         #[inline(always)]
         fn decode(self, frame: &mut Frame) {
             $decode(self.0, frame);
@@ -227,6 +255,7 @@ impl Context for Xdp {
         xdp_judge_packet,
         xdp_judge_flow,
         xdp_related,
+        xdp_carry,
         xdp_send
     );
 
@@ -277,6 +306,35 @@ impl Context for Xdp {
         // SAFETY: see above the impl; the size is that of the parameter block.
         unsafe { fib_lookup(self.0.cast(), question, size, 0) }
     }
+
+    /// The frame is copied where it lies: XDP leaves room for headers in front.
+    #[inline(always)]
+    fn push(self, carried: &mut Carried, _: u32, carrier: u32) -> bool {
+        const LENGTH: usize = size_of::<Carried>();
+        // SAFETY: see above the impl.
+        if unsafe { bpf_xdp_adjust_head(self.0, -(LENGTH as i32)) } != 0 {
+            return false;
+        }
+        let bytes = self.bytes(false);
+        if bytes.start + LENGTH > bytes.end {
+            return false;
+        }
+        // SAFETY: within the packet, as just compared, at an even address; written in halves of words for that.
+        unsafe {
+            let to = bytes.start as *mut u16;
+            let from = core::ptr::from_mut(carried).cast::<u16>();
+            for i in 0..LENGTH / 2 {
+                *to.add(i) = *from.add(i);
+            }
+        }
+        // SAFETY: takes and changes nothing but what becomes of this packet.
+        unsafe { bpf_redirect(carrier, 0) == i64::from(xdp_action::XDP_REDIRECT) }
+    }
+
+    #[inline(always)]
+    fn hook(self, _: bool) -> u8 {
+        carry_hook::XDP_INGRESS
+    }
 }
 
 /// Context of a tc program.
@@ -292,6 +350,7 @@ impl Context for Skb {
         tc_judge_packet,
         tc_judge_flow,
         tc_related,
+        tc_carry,
         tc_send
     );
 
@@ -347,5 +406,39 @@ impl Context for Skb {
         let size = size_of::<bpf_fib_lookup>() as i32;
         // SAFETY: see above the impl; the size is that of the parameter block.
         unsafe { fib_lookup(self.0.cast(), question, size, 0) }
+    }
+
+    /// The head grows in front of the Ethernet header; what is segmented later takes it along.
+    #[inline(always)]
+    fn push(self, carried: &mut Carried, queue: u32, carrier: u32) -> bool {
+        const LENGTH: u32 = size_of::<Carried>() as u32;
+        // SAFETY: see above the impl; `carried` is memory of `LENGTH` bytes.
+        unsafe {
+            let skb = self.0;
+            if (*skb).vlan_present != 0 {
+                carried.vlan = (*skb).vlan_tci as u16;
+                carried.vlan_protocol = u16::from_be((*skb).vlan_proto as u16);
+                if bpf_skb_vlan_pop(skb) != 0 {
+                    return false;
+                }
+            }
+            if bpf_skb_change_head(skb, LENGTH, 0) != 0
+                || bpf_skb_store_bytes(skb, 0, core::ptr::from_mut(carried).cast(), LENGTH, 0) != 0
+            {
+                return false;
+            }
+            // Of the queues of the carrier the kernel takes the one before this.
+            (*skb).queue_mapping = queue + 1;
+            bpf_redirect(carrier, 0) == i64::from(TC_ACT_REDIRECT)
+        }
+    }
+
+    #[inline(always)]
+    fn hook(self, egress: bool) -> u8 {
+        if egress {
+            carry_hook::TC_EGRESS
+        } else {
+            carry_hook::TC_INGRESS
+        }
     }
 }

@@ -42,6 +42,12 @@ pub struct Frame {
     pub rule: u32,
     /// Identity of the other end, 0 if not looked up.
     pub remote_identity: u32,
+    /// The set of application rules, if the flow is to be read.
+    pub ruleset: u32,
+    /// [`palisade_abi::CtEntry::serial`] of the flow.
+    pub serial: u32,
+    /// [`palisade_abi::Carried::hash`], once somebody asks.
+    pub hash: u32,
     /// [`palisade_abi::event_flags`] known so far.
     pub event_flags: u8,
     /// Why the packet is let through or dropped: [`Reason`].
@@ -54,6 +60,10 @@ pub struct Frame {
     pub flow_flags: u8,
     /// Where the frame starts: 0 with Ethernet, 1 with the network header.
     pub layer3: u8,
+    /// Not 0: an XDP program in generic mode judges what enters the interface.
+    pub generic: u8,
+    /// Not 0: the program stands at the egress of the interface.
+    pub egress: u8,
     /// A later fragment whose ports nobody knows.
     pub ports_unknown: bool,
     /// Whether the packet may begin a flow.
@@ -64,10 +74,16 @@ pub struct Frame {
     pub decision: u8,
     /// [`MatchKind`] of the policy entry.
     pub match_kind: u8,
-    /// [`palisade_abi::Inspector`] of the policy entry.
+    /// [`palisade_abi::Inspector`] that is to read the flow; 0: none.
     pub inspector: u8,
     /// [`palisade_abi::entry_flags`] of the policy entry.
     pub entry_flags: u8,
+    /// How many policies want the packet read.
+    pub asks: u8,
+    /// The endpoint has learned addresses by name.
+    pub learns: u8,
+    /// [`palisade_abi::carry_flags::AUDIT`] if the flow's application rules only audit.
+    pub carry_flags: u8,
 }
 
 impl Frame {
@@ -84,12 +100,17 @@ impl Frame {
             revision: 0,
             rule: 0,
             remote_identity: 0,
+            ruleset: 0,
+            serial: 0,
+            hash: 0,
             event_flags: 0,
             reason: Reason::Allowed as u8,
             direction: 0,
             place: 0,
             flow_flags: 0,
             layer3: 0,
+            generic: 0,
+            egress: 0,
             ports_unknown: false,
             stateful: false,
             whole: false,
@@ -97,6 +118,9 @@ impl Frame {
             match_kind: MatchKind::None as u8,
             inspector: 0,
             entry_flags: 0,
+            asks: 0,
+            learns: 0,
+            carry_flags: 0,
         }
     }
 
@@ -119,6 +143,9 @@ impl Frame {
         self.remote_identity = 0;
         self.decision = Decision::Deny as u8;
         self.match_kind = MatchKind::None as u8;
+        self.inspector = 0;
+        self.ruleset = 0;
+        self.carry_flags = 0;
     }
 
     /// Sets the verdict.

@@ -2,12 +2,13 @@
 
 use aya_ebpf::bindings::bpf_fib_lookup;
 use aya_ebpf::btf_maps::lpm_trie::Key;
-use palisade_abi::{Addr, IpcacheEntry};
+use palisade_abi::identity::FIRST_LOCAL;
+use palisade_abi::{Addr, IpcacheEntry, LearnedKey};
 use palisade_packet::flags;
 
 use crate::ctx::Context;
 use crate::frame::Frame;
-use crate::maps::{CONFIG, IPCACHE, PREFIXES};
+use crate::maps::{CONFIG, IPCACHE, LEARNED, PREFIXES};
 
 /// What the ipcache knows of an address.
 #[derive(Clone, Copy)]
@@ -57,6 +58,24 @@ fn exact_word(addr: &Addr) -> u64 {
         Some(entry) => Known::new(entry).0,
         None => Known::NOTHING.0,
     }
+}
+
+/// The identity of the other end of a flow that `endpoint` opens: what it has learned by a name goes before prefixes,
+/// but not before what has labels of its own.
+#[inline(never)]
+pub fn learned(addr: &Addr, known: u64, endpoint: u32) -> u32 {
+    let exact = Known(known).identity();
+    if exact == 0 || exact >= FIRST_LOCAL {
+        let key = LearnedKey {
+            addr: *addr,
+            endpoint,
+        };
+        // SAFETY: user space replaces an element, it never changes one in place; the copy is taken at once.
+        if let Some(identity) = unsafe { LEARNED.get(&key) } {
+            return *identity;
+        }
+    }
+    identity(addr, known)
 }
 
 /// The identity of an address whose exact entry is `known`: that, or the longest prefix, or the world.

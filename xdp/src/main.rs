@@ -9,6 +9,7 @@
     reason = "a key that is handed over by value is copied to the stack, of which there are 512 bytes"
 )]
 
+mod carry;
 mod conntrack;
 mod counters;
 mod ctx;
@@ -21,7 +22,7 @@ mod maps;
 mod policy;
 mod verdict;
 
-use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
+use aya_ebpf::bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
 use aya_ebpf::macros::{classifier, xdp};
 use aya_ebpf::programs::{TcContext, XdpContext};
 use palisade_abi::{EventKind, Reason, TracePoint, ct_flags, interface_flags, protocol, role};
@@ -34,30 +35,46 @@ use crate::maps::{INTERFACES, SLOTS};
 /// XDP, ingress of an interface of either role.
 #[xdp(frags)]
 pub fn palisade_xdp(ctx: XdpContext) -> u32 {
-    if passes(Xdp(ctx.ctx), false) {
-        xdp_action::XDP_PASS
-    } else {
-        xdp_action::XDP_DROP
+    match judge(Xdp(ctx.ctx), false) {
+        Way::On => xdp_action::XDP_PASS,
+        Way::Carrier => xdp_action::XDP_REDIRECT,
+        Way::Nowhere => xdp_action::XDP_DROP,
     }
 }
 
 /// tc, ingress of an interface of either role. What passes goes on to the next program of the hook.
 #[classifier]
 pub fn palisade_in(ctx: TcContext) -> i32 {
-    if passes(Skb(ctx.skb.skb), false) {
-        TC_ACT_UNSPEC
-    } else {
-        TC_ACT_SHOT
-    }
+    judge_skb(Skb(ctx.skb.skb), false)
 }
 
 /// tc, egress of an interface of either role.
 #[classifier]
 pub fn palisade_out(ctx: TcContext) -> i32 {
-    if passes(Skb(ctx.skb.skb), true) {
-        TC_ACT_UNSPEC
-    } else {
-        TC_ACT_SHOT
+    judge_skb(Skb(ctx.skb.skb), true)
+}
+
+/// XDP, ingress of the workers' end of the carrier.
+#[xdp(frags)]
+pub fn palisade_carry(ctx: XdpContext) -> u32 {
+    carry::to_worker(Xdp(ctx.ctx))
+}
+
+/// tc, ingress of the node's end of the carrier.
+#[classifier]
+pub fn palisade_back(ctx: TcContext) -> i32 {
+    carry::from_worker(Skb(ctx.skb.skb))
+}
+
+#[inline(always)]
+fn judge_skb(ctx: Skb, egress: bool) -> i32 {
+    if carry::is_back(ctx) {
+        return TC_ACT_UNSPEC;
+    }
+    match judge(ctx, egress) {
+        Way::On => TC_ACT_UNSPEC,
+        Way::Carrier => TC_ACT_REDIRECT,
+        Way::Nowhere => TC_ACT_SHOT,
     }
 }
 
@@ -93,27 +110,46 @@ fn is_known<C: Context>(ctx: C) -> bool {
     conntrack::find(&frame.key, 0).is_some()
 }
 
+/// Where a packet goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// On, as if there were no program.
+    On,
+    /// To a worker.
+    Carrier,
+    /// It is dropped.
+    Nowhere,
+}
+
 /// Judges, counts, and reports a drop.
 #[inline(always)]
-fn passes<C: Context>(ctx: C, egress: bool) -> bool {
+fn judge<C: Context>(ctx: C, egress: bool) -> Way {
     let mut frame = Frame::new(ctx.ifindex());
     frame.now = conntrack::now();
     frame.direction = u8::from(egress);
+    frame.egress = u8::from(egress);
     verdict(ctx, &mut frame, u32::from(egress));
+    let mut way = Way::On;
+    if frame.asks != 0 && !frame.is_dropped() {
+        ctx.carry(&mut frame);
+        if frame.reason != Reason::PassedUnread as u8 {
+            way = Way::Carrier;
+        }
+    }
     counters::reason(
         u32::from(frame.reason),
         u32::from(frame.direction & 1),
         frame.packet.length,
     );
     if !frame.is_dropped() {
-        return true;
+        return way;
     }
     ctx.send(
         &frame,
         event::what(EventKind::Drop, TracePoint::None),
         core::ptr::null(),
     );
-    false
+    Way::Nowhere
 }
 
 #[inline(always)]
@@ -126,6 +162,7 @@ fn verdict<C: Context>(ctx: C, frame: &mut Frame, egress: u32) {
     let is_workload = interface.role == role::ENDPOINT;
     frame.endpoint = u32::from(interface.endpoint);
     frame.layer3 = interface.flags & interface_flags::LAYER3;
+    frame.generic = interface.flags & interface_flags::XDP_GENERIC;
     // From a workload's interface comes what leaves the workload.
     frame.direction = u8::from(is_workload != egress);
     frame.place = match (is_workload, egress) {

@@ -2,11 +2,11 @@
 //! the loader sets those that depend on the node.
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, XskMap};
 use aya_ebpf::macros::btf_map;
 use palisade_abi::{
-    Addr, CLASS_SLOTS, Config, Counter, CtEntry, CtKey, EndpointState, FragmentKey, FragmentPorts, Interface,
-    IpcacheEntry, LearnedKey, PolicyEntry, PolicyKey, RateBudget,
+    Addr, CLASS_SLOTS, Carried, Config, Counter, CtEntry, CtKey, EndpointState, FragmentKey, FragmentPorts,
+    Interface, IpcacheEntry, LearnedKey, MAX_WORKERS, PolicyEntry, PolicyKey, RateBudget,
 };
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
@@ -61,3 +61,12 @@ pub static RULES: PerCpuArray<Counter, 65_536> = PerCpuArray::new();
 
 #[btf_map]
 pub static CONFIG: Array<Config, 1> = Array::new();
+
+#[btf_map]
+pub static WORKERS: Array<u64, MAX_WORKERS, MMAPABLE> = Array::new();
+
+#[btf_map]
+pub static CARRY: PerCpuArray<Carried, 1> = PerCpuArray::new();
+
+#[btf_map]
+pub static XSKS: XskMap<MAX_WORKERS> = XskMap::new();

@@ -1,11 +1,12 @@
 //! The policy table.
 
 use palisade_abi::{
-    CLASS_ANY, CLASS_SLOTS, Decision, Inspector, PolicyEntry, PolicyKey, Reason, entry_flags, identity,
+    CLASS_ANY, CLASS_SLOTS, Decision, Inspector, PolicyEntry, PolicyKey, Reason, carry_flags, entry_flags,
+    identity,
 };
 
 use crate::frame::Frame;
-use crate::maps::{CLASSES, POLICY};
+use crate::maps::{CLASSES, CONFIG, POLICY};
 
 /// The class of a slot.
 #[inline(always)]
@@ -39,8 +40,18 @@ pub fn judge(frame: &mut Frame, identity: u32, slot: u32, direction: u32) {
     frame.rule = entry.rule;
     frame.decision = entry.decision;
     frame.match_kind = entry.match_kind;
-    frame.inspector = entry.inspector;
     frame.entry_flags = entry.flags;
+    frame.inspector = 0;
+    frame.ruleset = 0;
+    frame.carry_flags = 0;
+    if entry.decision == Decision::Inspect as u8 && is_reader(entry.inspector) {
+        frame.inspector = entry.inspector;
+        frame.ruleset = entry.ruleset;
+        if entry.flags & entry_flags::AUDIT != 0 {
+            frame.carry_flags = carry_flags::AUDIT;
+        }
+        return frame.set(Reason::Allowed);
+    }
     let reason = reason(entry);
     frame.set(reason);
 }
@@ -69,7 +80,16 @@ fn find(key: &mut PolicyKey) -> Option<&'static PolicyEntry> {
     unsafe { POLICY.get(&*key) }
 }
 
-/// What an entry does with a packet.
+/// Whether there is a reader of this number.
+#[inline(always)]
+fn is_reader(inspector: u8) -> bool {
+    match CONFIG.get(0) {
+        Some(config) => config.workers != 0 && config.inspectors >> (inspector & 31) & 1 != 0,
+        None => false,
+    }
+}
+
+/// What an entry does with a packet that nobody is to read.
 #[inline(always)]
 fn reason(entry: &PolicyEntry) -> Reason {
     let decision = Decision::from_u8(entry.decision);

@@ -1,11 +1,12 @@
 //! The verdict function: one for XDP and tc, for both roles and both directions.
 
 use palisade_abi::{
-    CtEntry, EventKind, Reason, TracePoint, class_slot, class_slot_unknown_port, ct_flags, event_flags,
-    protocol,
+    CtEntry, EventKind, Reason, TracePoint, carry_flags, class_slot, class_slot_unknown_port, ct_flags,
+    endpoint_flags, event_flags, protocol,
 };
 use palisade_packet::{Quote, TCP_ACK, TCP_RST, TCP_SYN, decode_quote, flags, icmp, icmpv6};
 
+use crate::carry;
 use crate::conntrack::{self, Ends};
 use crate::counters;
 use crate::ctx::Context;
@@ -26,6 +27,9 @@ pub fn judge<C: Context>(ctx: C, frame: &mut Frame) {
     let word = unsafe { core::ptr::read_volatile(state.cast::<u64>()) }.to_ne_bytes();
     frame.policy = u32::from_ne_bytes([word[0], word[1], word[2], word[3]]);
     frame.revision = u32::from_ne_bytes([word[4], word[5], word[6], word[7]]);
+    // SAFETY: as above; it may change a moment later than the policy, in which case nothing has been learned yet.
+    frame.learns =
+        unsafe { core::ptr::read_volatile(&raw const (*state).flags) } as u8 & endpoint_flags::LEARNS as u8;
     frame.event_flags = event_flags::REPLY_UNKNOWN;
     frame.stateful = !frame.ports_unknown && !is_plain_icmp(frame);
     if frame.packet.is(flags::ICMP_ERROR) {
@@ -51,6 +55,9 @@ pub fn judge<C: Context>(ctx: C, frame: &mut Frame) {
             conntrack::note(ctx, frame, entry);
             conntrack::count(entry, &frame.packet);
             frame.flow_flags = entry.flags;
+            if entry.inspector != 0 {
+                carry::ask_again(frame, entry);
+            }
             return frame.set(Reason::Established);
         }
     }
@@ -103,7 +110,11 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
     } else {
         &frame.packet.destination
     };
-    let identity = identity::identity(other, frame.known);
+    let identity = if frame.learns != 0 && !ingress {
+        identity::learned(other, frame.known, frame.endpoint)
+    } else {
+        identity::identity(other, frame.known)
+    };
     let slot = slot(frame);
     policy::judge(frame, identity, slot, u32::from(frame.direction));
     let packet = &frame.packet;
@@ -132,10 +143,19 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
     }
     // Neither a reset nor an answer to an echo begins a flow.
     let begins = frame.stateful && !packet.is(flags::ECHO_REPLY) && !(is_tcp && tcp_flags & TCP_RST != 0);
+    // What belongs to no flow cannot be read.
+    if !begins && frame.inspector != 0 && !frame.is_dropped() {
+        frame.set(Reason::CtInvalidState);
+    }
     if begins && !frame.is_dropped() {
         conntrack::insert(ctx, frame);
         if frame.is_dropped() {
             return;
+        }
+        if frame.inspector != 0 {
+            let opens = !is_tcp || tcp_flags == TCP_SYN;
+            let midstream = if opens { 0 } else { carry_flags::MIDSTREAM };
+            carry::ask(frame, carry_flags::NEW | midstream);
         }
     }
     ctx.send(
@@ -217,8 +237,12 @@ fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
 #[inline(always)]
 pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
     let known = identity::exact(&frame.key.remote);
-    let identity = identity::identity(&frame.key.remote, known.into());
     let ingress = entry.flags & ct_flags::INGRESS != 0;
+    let identity = if frame.learns != 0 && !ingress {
+        identity::learned(&frame.key.remote, known.into(), frame.endpoint)
+    } else {
+        identity::identity(&frame.key.remote, known.into())
+    };
     let key = &frame.key;
     let port = match key.protocol {
         protocol::ICMP => u16::from(icmp::ECHO_REQUEST),
@@ -242,6 +266,13 @@ pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
     entry.rule = frame.rule;
     entry.match_kind = frame.match_kind;
     entry.remote_identity = identity;
+    if entry.inspector != frame.inspector || entry.ruleset != frame.ruleset {
+        // Other rules have other windows.
+        entry.windows = [0; 4];
+    }
+    entry.inspector = frame.inspector;
+    entry.ruleset = frame.ruleset;
+    entry.carry_flags = frame.carry_flags;
     entry.flags = flow_flags;
     frame.event_flags = conntrack::direction_flags(entry, frame.is_ingress());
     if frame.is_dropped() {

@@ -14,6 +14,8 @@ pub mod role {
 pub mod interface_flags {
     /// Frames carry no Ethernet header (a tunnel or another layer-3 device).
     pub const LAYER3: u8 = 1;
+    /// Its XDP program runs in generic mode, where a packet that comes back would meet it again, for ever.
+    pub const XDP_GENERIC: u8 = 2;
 }
 
 /// A guarded interface. Lives at slot `ifindex & 0xffff`; another ifindex in the slot means "not ours".
@@ -121,4 +123,9 @@ pub struct Config {
     pub mark: u32,
     /// [`config_flags`].
     pub flags: u32,
+    /// The readers that there are: bit n for the [`crate::Inspector`] with number n. What others should read is
+    /// dropped.
+    pub inspectors: u32,
+    /// Zero.
+    pub zero: u32,
 }

@@ -88,6 +88,8 @@ pub mod maps {
     /// `ARRAY[MAX_WORKERS]`, memory-mapped, queue -> `u64`: when the worker of the queue last said that it lives, ns of
     /// the coarse monotonic clock.
     pub const WORKERS: &str = "WORKERS";
+    /// `PERCPU_ARRAY[1]` [`crate::Carried`]: where a program writes what it puts in front of a packet.
+    pub const CARRY: &str = "CARRY";
     /// `XSKMAP[MAX_WORKERS]` queue of the carrier -> socket.
     pub const XSKS: &str = "XSKS";
 }
