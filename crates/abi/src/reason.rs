@@ -142,6 +142,8 @@ reasons! {
     TcpMidstream = 247, "TCP connection not seen from its start";
     /// The application protocol has no reader yet.
     AppUnsupported = 248, "Application protocol not supported";
+    /// A TCP segment of which nothing is new: the same bytes are held for a verdict.
+    TcpHeld = 249, "Retransmission of a held TCP segment";
 }
 
 impl Reason {

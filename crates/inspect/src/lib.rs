@@ -14,6 +14,8 @@ mod fragments;
 pub mod learning;
 pub mod record;
 mod rules;
+#[allow(dead_code, reason = "its readers come one after the other")]
+mod tcp;
 
 use palisade_abi::{CarrySlot, FlowCommand, Reason};
 use palisade_packet::Packet;
@@ -24,6 +26,7 @@ pub use engine::{Engine, Limits, Stats};
 pub use fragments::{FragmentLimits, FragmentStats};
 pub use palisade_fqdn::{TrackLimits, Unasked};
 pub use rules::{DnsRules, Problem, Rules};
+pub use tcp::{TcpLimits, TcpStats};
 
 /// Milliseconds of one monotonic clock.
 pub type Millis = u64;

@@ -1,0 +1,786 @@
+use palisade_abi::{CtKey, FlowCommand, Reason};
+
+use super::{
+    Reader, Shared, Side, Step,
+    half::{Arrival, Half, Held, Position, START},
+    segment::{Link, Make, Segment},
+};
+use crate::{Millis, Sink, View};
+
+/// Longest stretch that is given to the programs at once: sequence numbers are compared modulo 2^32.
+const LONGEST_WINDOW: u64 = 1 << 30;
+/// How often an answer is sent again, and after how long for the first time.
+const TRIES: u32 = 6;
+const FIRST_TRY: Millis = 250;
+
+/// What is being done with a connection.
+enum Phase {
+    Open,
+    /// An answer waits until the client has all that the server sent before.
+    Answering(Box<Answer>),
+    /// The answer has been sent.
+    Answered(Box<Answer>),
+    /// Nothing needs reading any more.
+    Offloaded,
+    /// It has been cut.
+    Cut(Reason),
+}
+
+struct Answer {
+    reason: Reason,
+    /// Who gets it.
+    to: Side,
+    bytes: Vec<u8>,
+    /// Where it stands in the stream to `to`.
+    start: Position,
+    /// What `to` has sent, to be acknowledged.
+    next: Position,
+    tries: u32,
+    again: Millis,
+}
+
+/// Both directions of a connection.
+pub(crate) struct Connection<F> {
+    halves: [Half<F>; 2],
+    phase: Phase,
+    key: CtKey,
+    serial: u32,
+    windows: [u32; 4],
+    /// To go with the next packet that is released.
+    command: bool,
+    /// What is left of a stretch that needs no reading, behind the part that was skipped.
+    rest: [u64; 2],
+    /// What of it is counted in [`Shared`]: bytes and packets.
+    counted: (u64, u64),
+    /// When a packet of it was last seen.
+    pub(super) seen: Millis,
+    /// A reset has gone through.
+    reset: bool,
+}
+
+impl<F> Connection<F> {
+    /// Of a connection whose first packet is just being looked at.
+    pub(super) fn new(key: CtKey, serial: u32) -> Self {
+        Self {
+            halves: [Half::new(), Half::new()],
+            phase: Phase::Open,
+            key,
+            serial,
+            windows: [0; 4],
+            command: false,
+            rest: [0; 2],
+            counted: (0, 0),
+            seen: 0,
+            reset: false,
+        }
+    }
+
+    pub(super) const fn serial(&self) -> u32 {
+        self.serial
+    }
+
+    fn half(&mut self, side: Side) -> &mut Half<F> {
+        &mut self.halves[side as usize]
+    }
+
+    /// Whether nothing more is expected of it.
+    pub(super) fn is_done(&self) -> bool {
+        self.reset
+            || !matches!(self.phase, Phase::Open | Phase::Answering(_))
+            || self
+                .halves
+                .iter()
+                .all(|half| half.fin.is_some_and(|fin| half.acked > fin))
+    }
+
+    /// When [`Connection::tick`] has something to do.
+    pub(super) fn deadline(&self, shared: &Shared) -> Millis {
+        let idle = if self.is_done() {
+            shared.limits.idle_closed
+        } else {
+            shared.limits.idle
+        };
+        let held = self
+            .halves
+            .iter()
+            .filter_map(|half| half.held.front())
+            .map(|held| held.since.saturating_add(shared.limits.deadline))
+            .min();
+        let again = match &self.phase {
+            Phase::Answering(answer) | Phase::Answered(answer) if answer.tries < TRIES => Some(answer.again),
+            _ => None,
+        };
+        [held, again]
+            .into_iter()
+            .flatten()
+            .fold(self.seen.saturating_add(idle), Millis::min)
+    }
+
+    /// Does what is due. False: the connection is to be forgotten.
+    pub(super) fn tick<S: Sink<F>>(&mut self, now: Millis, shared: &mut Shared, sink: &mut S) -> bool {
+        match std::mem::replace(&mut self.phase, Phase::Open) {
+            Phase::Answering(answer) if answer.again <= now => self.answer(now, answer, shared, sink),
+            Phase::Answered(mut answer) if answer.tries < TRIES && answer.again <= now => {
+                answer.tries += 1;
+                answer.again = now + (FIRST_TRY << answer.tries);
+                self.send_answer(&answer, shared, sink);
+                self.phase = Phase::Answered(answer);
+            }
+            other => self.phase = other,
+        }
+        let late = |half: &Half<F>| {
+            half.held
+                .front()
+                .is_some_and(|held| held.since.saturating_add(shared.limits.deadline) <= now)
+        };
+        if self.halves.iter().any(late) {
+            shared.stats.overdue += 1;
+            self.cut(Reason::InspectDeadline, shared, sink);
+        }
+        self.count(shared);
+        let idle = if self.is_done() {
+            shared.limits.idle_closed
+        } else {
+            shared.limits.idle
+        };
+        self.seen.saturating_add(idle) > now
+    }
+
+    /// Drops what is held.
+    pub(super) fn close<S: Sink<F>>(&mut self, reason: Reason, shared: &mut Shared, sink: &mut S) {
+        for half in &mut self.halves {
+            for held in half.held.drain(..) {
+                sink.discard(held.frame, reason);
+            }
+            half.clear();
+        }
+        self.count(shared);
+    }
+
+    /// Ends the connection for both sides.
+    pub(crate) fn cut<S: Sink<F>>(&mut self, reason: Reason, shared: &mut Shared, sink: &mut S) {
+        if matches!(self.phase, Phase::Cut(_)) {
+            return;
+        }
+        shared.stats.cut += 1;
+        self.reset_to(Side::Client, shared, sink);
+        self.reset_to(Side::Server, shared, sink);
+        self.phase = Phase::Cut(reason);
+        self.close(reason, shared, sink);
+    }
+
+    /// How packets to `side` look.
+    fn link_to(&self, side: Side) -> Option<Link> {
+        let from = self.halves[side.other() as usize].link;
+        from.or_else(|| self.halves[side as usize].link.map(|link| link.turned()))
+    }
+
+    fn emit<S: Sink<F>>(&self, to: Side, make: &Make<'_>, shared: &mut Shared, sink: &mut S) {
+        if let Some(link) = self.link_to(to) {
+            link.write(make, &mut shared.out);
+            sink.emit(&shared.out, link.route());
+        }
+    }
+
+    /// A reset to one side, as if from the other.
+    fn reset_to<S: Sink<F>>(&self, to: Side, shared: &mut Shared, sink: &mut S) {
+        let (from, own) = (&self.halves[to.other() as usize], &self.halves[to as usize]);
+        if to == Side::Server && from.sent == from.acked && own.isn.is_none() {
+            return;
+        }
+        let make = Make {
+            seq: from.isn.map_or(0, |_| from.seq(from.sent)),
+            ack: own.isn.map(|_| own.seq(own.next)),
+            rst: true,
+            ..Make::default()
+        };
+        self.emit(to, &make, shared, sink);
+    }
+
+    /// A reset in answer to a packet of a connection that is no more (RFC 9293, 3.10.7.1).
+    pub(super) fn refuse<S: Sink<F>>(view: &View<'_>, shared: &mut Shared, sink: &mut S) {
+        if let (Some(link), Some(segment)) = (Link::of(view), Segment::read(view))
+            && !segment.is_rst()
+        {
+            let length =
+                segment.payload.len() as u32 + u32::from(segment.is_syn()) + u32::from(segment.is_fin());
+            let make = Make {
+                seq: if segment.is_ack() { segment.ack } else { 0 },
+                ack: (!segment.is_ack()).then(|| segment.seq.wrapping_add(length)),
+                rst: true,
+                ..Make::default()
+            };
+            let back = link.turned();
+            back.write(&make, &mut shared.out);
+            sink.emit(&shared.out, back.route());
+        }
+    }
+
+    /// A reset onward, where a packet of a connection that is not known would have gone.
+    pub(super) fn abandon<S: Sink<F>>(view: &View<'_>, shared: &mut Shared, sink: &mut S) {
+        if let (Some(link), Some(segment)) = (Link::of(view), Segment::read(view)) {
+            let make = Make {
+                seq: segment.seq,
+                ack: segment.is_ack().then_some(segment.ack),
+                rst: true,
+                ..Make::default()
+            };
+            link.write(&make, &mut shared.out);
+            sink.emit(&shared.out, link.route());
+        }
+    }
+
+    /// Brings the counts of what is held up to date.
+    pub(super) fn settle(&mut self, shared: &mut Shared) {
+        self.count(shared);
+    }
+
+    fn count(&mut self, shared: &mut Shared) {
+        let bytes = self.halves.iter().map(|half| half.kept() as u64).sum();
+        let frames = self.halves.iter().map(|half| half.held.len() as u64).sum();
+        shared.stats.bytes = shared.stats.bytes + bytes - self.counted.0;
+        shared.stats.frames = shared.stats.frames + frames - self.counted.1;
+        self.counted = (bytes, frames);
+    }
+
+    /// A packet.
+    pub(super) fn packet<S: Sink<F>>(
+        &mut self,
+        now: Millis,
+        view: &View<'_>,
+        frame: F,
+        reader: &mut impl Reader<F>,
+        shared: &mut Shared,
+        sink: &mut S,
+    ) {
+        self.seen = now;
+        let side = Side::of(view.slot);
+        match &self.phase {
+            Phase::Offloaded => {
+                self.command = true;
+                self.release(frame, shared, sink);
+                return;
+            }
+            Phase::Cut(reason) => {
+                sink.discard(frame, *reason);
+                Self::refuse(view, shared, sink);
+                return;
+            }
+            _ => {}
+        }
+        let Some(segment) = Segment::read(view) else {
+            shared.stats.invalid += 1;
+            sink.discard(frame, Reason::TcpInvalid);
+            return;
+        };
+        if matches!(self.phase, Phase::Answered(_)) {
+            self.answered(side, view, &segment, frame, shared, sink);
+            return;
+        }
+        match self.arrive(now, side, view, &segment, frame, shared, sink) {
+            Ok(false) => {}
+            Ok(true) => self.read(now, reader, shared, sink),
+            Err((reason, frame)) => {
+                match reason {
+                    Reason::TcpOutOfWindow => shared.stats.out_of_window += 1,
+                    Reason::TcpOverlap => shared.stats.overlaps += 1,
+                    Reason::TcpHeld => shared.stats.retransmitted += 1,
+                    Reason::InspectLimit => shared.stats.limited += 1,
+                    _ => shared.stats.invalid += 1,
+                }
+                sink.discard(frame, reason);
+            }
+        }
+        self.count(shared);
+    }
+
+    /// Takes a packet into its place. Ok: whether there may be something to read.
+    #[expect(clippy::too_many_arguments, reason = "a packet and where it goes")]
+    fn arrive<S: Sink<F>>(
+        &mut self,
+        now: Millis,
+        side: Side,
+        view: &View<'_>,
+        segment: &Segment<'_>,
+        frame: F,
+        shared: &mut Shared,
+        sink: &mut S,
+    ) -> Result<bool, (Reason, F)> {
+        if segment.is_syn() {
+            return self
+                .open(side, view, segment, frame, shared, sink)
+                .map(|()| false);
+        }
+        let is_agreed = self.halves.iter().all(|half| half.has_timestamps);
+        let scales = self.halves.iter().all(|half| half.scale.is_some());
+        let [client, server] = &mut self.halves;
+        let (own, other) = match side {
+            Side::Client => (client, server),
+            Side::Server => (server, client),
+        };
+        if segment.is_rst() {
+            return self.reset(side, segment, frame, shared, sink).map(|()| false);
+        }
+        // Both have sent their SYN, and everything behind a SYN acknowledges something (RFC 9293, 3.10.7.4).
+        if own.isn.is_none() || other.isn.is_none() || !segment.is_ack() {
+            return Err((Reason::TcpInvalid, frame));
+        }
+        let start = own.position(segment.seq);
+        let end = start + segment.payload.len() as u64;
+        let behind = end + u64::from(segment.is_fin());
+        // One byte more is a probe of a closed window.
+        if start < own.oldest() || behind > own.edge + 1 {
+            return Err((Reason::TcpOutOfWindow, frame));
+        }
+        let acked = other.position(segment.ack);
+        if acked > other.sent || acked < other.oldest() {
+            return Err((Reason::TcpOutOfWindow, frame));
+        }
+        if is_agreed && segment.options.timestamp.is_none() {
+            return Err((Reason::TcpInvalid, frame));
+        }
+        for edge in segment.options.sack.iter().flatten() {
+            if other.position(*edge) > other.sent {
+                return Err((Reason::TcpInvalid, frame));
+            }
+        }
+        if own.is_stale(segment, start, is_agreed) {
+            return Err((Reason::TcpOutOfWindow, frame));
+        }
+        let shift = if scales { own.scale.unwrap_or(0) } else { 0 };
+        own.window = segment.window;
+        own.link = Link::of(view).or(own.link);
+        let judged = other.judged;
+        other.acknowledge(acked, u64::from(segment.window) << shift);
+        let progress = matches!(self.phase, Phase::Answering(_)) || judged != other.judged;
+        if behind == start {
+            self.release(frame, shared, sink);
+            return Ok(progress);
+        }
+        if own
+            .fin
+            .is_some_and(|fin| end > fin || (segment.is_fin() && end != fin))
+            || (segment.is_fin() && own.highest > end)
+        {
+            return Err((Reason::TcpOverlap, frame));
+        }
+        if behind <= own.acked {
+            // The receiver has it; this makes it say so again.
+            shared.stats.retransmitted += 1;
+            self.release(frame, shared, sink);
+            return Ok(progress);
+        }
+        let waits = behind > own.judged;
+        if end > own.reach(shared.limits.bytes_per_direction as u64)
+            || shared.stats.bytes > shared.limits.bytes as u64
+            || (waits
+                && (own.held.len() >= shared.limits.frames_per_direction
+                    || shared.stats.frames >= shared.limits.frames as u64))
+        {
+            return Err((Reason::InspectLimit, frame));
+        }
+        // What the receiver has is not compared: it takes nothing of it again.
+        let from = start.max(own.acked);
+        let fresh = match own.take(
+            from,
+            segment.payload.get((from - start) as usize..).unwrap_or_default(),
+        ) {
+            Arrival::Differs => return Err((Reason::TcpOverlap, frame)),
+            Arrival::New => true,
+            Arrival::Known => segment.is_fin() && own.fin.is_none(),
+        };
+        if segment.is_fin() {
+            own.fin = Some(end);
+        }
+        if !waits {
+            own.sent = own.sent.max(behind);
+            if !fresh {
+                shared.stats.retransmitted += 1;
+            }
+            self.release(frame, shared, sink);
+            return Ok(true);
+        }
+        if !fresh {
+            return Err((Reason::TcpHeld, frame));
+        }
+        own.hold(Held {
+            frame,
+            start,
+            end: behind,
+            since: now,
+        });
+        Ok(true)
+    }
+
+    /// A SYN.
+    fn open<S: Sink<F>>(
+        &mut self,
+        side: Side,
+        view: &View<'_>,
+        segment: &Segment<'_>,
+        frame: F,
+        shared: &mut Shared,
+        sink: &mut S,
+    ) -> Result<(), (Reason, F)> {
+        // Data in a SYN (RFC 7413) would have to be judged before there is a connection; without an answer the client
+        // sends it again in its place.
+        if !segment.payload.is_empty() || segment.is_fin() || segment.is_rst() {
+            return Err((Reason::TcpInvalid, frame));
+        }
+        let [client, server] = &mut self.halves;
+        let (own, other) = match side {
+            Side::Client => (client, server),
+            Side::Server => (server, client),
+        };
+        if segment.is_ack() {
+            let position = other.position(segment.ack);
+            if other.isn.is_none() || position != START + 1 {
+                return Err((Reason::TcpInvalid, frame));
+            }
+        } else if side == Side::Server && other.isn.is_none() {
+            return Err((Reason::TcpInvalid, frame));
+        }
+        // Another one may take the place of a SYN that nobody has answered.
+        let unanswered = own.acked == START && own.highest == START + 1 && own.sent == START + 1;
+        if own.isn != Some(segment.seq) {
+            if own.isn.is_some() && (!unanswered || (side == Side::Client && other.isn.is_some())) {
+                return Err((Reason::TcpInvalid, frame));
+            }
+            own.isn = Some(segment.seq);
+            own.scale = segment.options.scale;
+            own.mss = segment.options.mss.unwrap_or(536);
+            own.has_timestamps = segment.options.timestamp.is_some();
+            own.recent = segment.options.timestamp.map_or(0, |(value, _)| value);
+        } else if own.scale != segment.options.scale
+            || own.has_timestamps != segment.options.timestamp.is_some()
+        {
+            // A stack may give options up when nobody answers, before anybody has.
+            if !unanswered || other.isn.is_some() {
+                return Err((Reason::TcpInvalid, frame));
+            }
+            own.scale = segment.options.scale;
+            own.has_timestamps = segment.options.timestamp.is_some();
+        }
+        own.link = Link::of(view).or(own.link);
+        own.window = segment.window;
+        // The window of a SYN is never scaled (RFC 7323, 2.2).
+        let window = u64::from(segment.window);
+        if segment.is_ack() {
+            other.acknowledge(START + 1, window);
+        } else {
+            other.edge = other.edge.max(START + 1 + window);
+        }
+        self.release(frame, shared, sink);
+        Ok(())
+    }
+
+    /// A reset: believed if it names a byte that the receiver may be waiting for (RFC 5961, 3.2).
+    fn reset<S: Sink<F>>(
+        &mut self,
+        side: Side,
+        segment: &Segment<'_>,
+        frame: F,
+        shared: &mut Shared,
+        sink: &mut S,
+    ) -> Result<(), (Reason, F)> {
+        let other = &self.halves[side.other() as usize];
+        let own = &self.halves[side as usize];
+        if own.isn.is_none() {
+            // A refusal: it acknowledges the SYN.
+            let answers = other.isn.is_some() && segment.is_ack() && other.position(segment.ack) == START + 1;
+            if !answers {
+                return Err((Reason::TcpOutOfWindow, frame));
+            }
+            self.reset = true;
+            self.release(frame, shared, sink);
+            return Ok(());
+        }
+        let position = own.position(segment.seq);
+        if (own.acked..=own.sent).contains(&position) {
+            self.reset = true;
+            self.release(frame, shared, sink);
+            return Ok(());
+        }
+        if position != own.highest && own.fin.is_none_or(|fin| position != fin + 1) {
+            return Err((Reason::TcpOutOfWindow, frame));
+        }
+        // Behind bytes that are held: those never go on, so the receiver would not believe it.
+        sink.discard(frame, Reason::TcpHeld);
+        self.reset_to(side.other(), shared, sink);
+        self.reset = true;
+        self.phase = Phase::Cut(Reason::TcpHeld);
+        self.close(Reason::TcpHeld, shared, sink);
+        Ok(())
+    }
+
+    fn release<S: Sink<F>>(&mut self, frame: F, shared: &mut Shared, sink: &mut S) {
+        if !std::mem::take(&mut self.command) {
+            sink.release(frame);
+            return;
+        }
+        let offload = matches!(self.phase, Phase::Offloaded);
+        if !offload {
+            shared.stats.windows += 1;
+        }
+        let command = FlowCommand {
+            key: self.key,
+            serial: self.serial,
+            offload: u32::from(offload),
+            windows: self.windows,
+        };
+        sink.release_with(frame, &command);
+    }
+
+    /// Shows the reader what there is, until nothing more happens.
+    pub(super) fn read<S: Sink<F>>(
+        &mut self,
+        now: Millis,
+        reader: &mut impl Reader<F>,
+        shared: &mut Shared,
+        sink: &mut S,
+    ) {
+        if matches!(self.phase, Phase::Answering(_)) {
+            self.answer_when_due(now, shared, sink);
+            return;
+        }
+        let mut again = true;
+        while std::mem::take(&mut again) {
+            for side in [Side::Client, Side::Server] {
+                while matches!(self.phase, Phase::Open) && self.read_once(now, side, reader, shared, sink) {
+                    again = true;
+                }
+                self.flush(side, shared, sink);
+            }
+        }
+    }
+
+    /// Asks the reader once. Whether something came of it.
+    fn read_once<S: Sink<F>>(
+        &mut self,
+        now: Millis,
+        side: Side,
+        reader: &mut impl Reader<F>,
+        shared: &mut Shared,
+        sink: &mut S,
+    ) -> bool {
+        let half = &mut self.halves[side as usize];
+        let end = half.is_whole();
+        let bytes = half.unjudged();
+        let there = bytes.len();
+        if there == 0 && (!end || half.end_read || half.judged > half.next) {
+            return false;
+        }
+        let step = match std::mem::take(&mut self.rest[side as usize]) {
+            0 => reader.read(side, bytes, end, sink),
+            rest => Step::Skip(rest),
+        };
+        match step {
+            Step::More => false,
+            Step::Release(n) => {
+                half.pass(n.min(there) as u64);
+                if there == 0 {
+                    half.end_read = true;
+                    half.judged += 1;
+                    return true;
+                }
+                n > 0
+            }
+            Step::Skip(n) => {
+                self.skip(side, n, there as u64, shared);
+                n > 0
+            }
+            Step::Offload => {
+                shared.stats.offloaded += 1;
+                self.phase = Phase::Offloaded;
+                false
+            }
+            Step::Cut(reason) => {
+                self.cut(reason, shared, sink);
+                false
+            }
+            Step::Answer(reason, bytes) => {
+                self.phase = Phase::Answering(Box::new(Answer {
+                    reason,
+                    to: side,
+                    bytes,
+                    start: 0,
+                    next: 0,
+                    tries: 0,
+                    again: now.saturating_add(shared.limits.deadline / 2),
+                }));
+                self.answer_when_due(now, shared, sink);
+                false
+            }
+        }
+    }
+
+    fn skip(&mut self, side: Side, n: u64, there: u64, shared: &Shared) {
+        const SMALL: u64 = 4096;
+        let half = &mut self.halves[side as usize];
+        let taken = n.min(LONGEST_WINDOW);
+        if n <= there + SMALL {
+            half.pass(n);
+            return;
+        }
+        let from = half.seq(half.judged);
+        let is_apart = half.skip(taken);
+        self.rest[side as usize] = n - taken;
+        if is_apart && n - there >= shared.limits.window {
+            let at = side as usize * 2;
+            self.windows[at] = from;
+            self.windows[at + 1] = self.halves[side as usize].seq(self.halves[side as usize].judged);
+            self.command = true;
+        }
+    }
+
+    /// Lets go what may go.
+    fn flush<S: Sink<F>>(&mut self, side: Side, shared: &mut Shared, sink: &mut S) {
+        if matches!(self.phase, Phase::Offloaded) {
+            // The last one takes the command along: what the programs let pass from then on is not before these.
+            let mut rest = self.halves[0].held.len() + self.halves[1].held.len();
+            for side in [Side::Client, Side::Server] {
+                while let Some(held) = self.half(side).held.pop_front() {
+                    rest -= 1;
+                    self.command = rest == 0;
+                    self.release(held.frame, shared, sink);
+                }
+            }
+            self.close(Reason::Allowed, shared, sink);
+            return;
+        }
+        while let Some(held) = self.half(side).releasable() {
+            self.release(held.frame, shared, sink);
+        }
+    }
+
+    /// Answers if the client has all that the server sent.
+    fn answer_when_due<S: Sink<F>>(&mut self, now: Millis, shared: &mut Shared, sink: &mut S) {
+        if let Phase::Answering(answer) = &self.phase {
+            let before = &self.halves[answer.to.other() as usize];
+            if before.acked < before.sent {
+                return;
+            }
+        }
+        match std::mem::replace(&mut self.phase, Phase::Open) {
+            Phase::Answering(answer) => self.answer(now, answer, shared, sink),
+            other => self.phase = other,
+        }
+    }
+
+    fn answer<S: Sink<F>>(
+        &mut self,
+        now: Millis,
+        mut answer: Box<Answer>,
+        shared: &mut Shared,
+        sink: &mut S,
+    ) {
+        shared.stats.answered += 1;
+        self.reset_to(answer.to.other(), shared, sink);
+        answer.start = self.halves[answer.to.other() as usize].sent;
+        let own = &self.halves[answer.to as usize];
+        answer.next = own.next + u64::from(own.fin.is_some_and(|fin| fin == own.next));
+        answer.again = now + FIRST_TRY;
+        self.close(answer.reason, shared, sink);
+        self.half(answer.to).next = answer.next;
+        self.send_answer(&answer, shared, sink);
+        self.phase = Phase::Answered(answer);
+    }
+
+    /// Timestamps of a packet to one side.
+    fn timestamp(&self, to: Side) -> Option<(u32, u32)> {
+        let agreed = self.halves.iter().all(|half| half.has_timestamps);
+        agreed.then(|| {
+            (
+                self.halves[to.other() as usize].recent,
+                self.halves[to as usize].recent,
+            )
+        })
+    }
+
+    /// Sends what has not been acknowledged of an answer.
+    fn send_answer<S: Sink<F>>(&self, answer: &Answer, shared: &mut Shared, sink: &mut S) {
+        let to = answer.to;
+        let (from, own) = (&self.halves[to.other() as usize], &self.halves[to as usize]);
+        let timestamp = self.timestamp(to);
+        let length = usize::from(own.mss.clamp(64, 1460)) - timestamp.map_or(0, |_| 12);
+        let done = from.acked.saturating_sub(answer.start) as usize;
+        let mut at = done.min(answer.bytes.len());
+        if done > answer.bytes.len() {
+            return;
+        }
+        loop {
+            let end = (at + length).min(answer.bytes.len());
+            let make = Make {
+                seq: from.seq(answer.start + at as u64),
+                ack: Some(own.seq(answer.next)),
+                window: from.window,
+                fin: end == answer.bytes.len(),
+                timestamp,
+                payload: &answer.bytes[at..end],
+                ..Make::default()
+            };
+            self.emit(to, &make, shared, sink);
+            at = end;
+            if at == answer.bytes.len() {
+                return;
+            }
+        }
+    }
+
+    /// A packet of a connection that was answered here.
+    fn answered<S: Sink<F>>(
+        &mut self,
+        side: Side,
+        view: &View<'_>,
+        segment: &Segment<'_>,
+        frame: F,
+        shared: &mut Shared,
+        sink: &mut S,
+    ) {
+        let Phase::Answered(mut answer) = std::mem::replace(&mut self.phase, Phase::Open) else {
+            return;
+        };
+        sink.discard(frame, answer.reason);
+        if side != answer.to {
+            Self::refuse(view, shared, sink);
+            self.phase = Phase::Answered(answer);
+            return;
+        }
+        if segment.is_rst() {
+            self.phase = Phase::Cut(answer.reason);
+            return;
+        }
+        if let Some((value, _)) = segment.options.timestamp
+            && value.wrapping_sub(self.half(side).recent) as i32 > 0
+        {
+            self.half(side).recent = value;
+        }
+        let end = answer.start + answer.bytes.len() as u64 + 1;
+        let from = self.half(side.other());
+        let acked = from.position(segment.ack);
+        if segment.is_ack() && acked <= end {
+            from.acked = from.acked.max(acked);
+        }
+        if from.acked >= end {
+            answer.tries = TRIES;
+        }
+        let own = self.half(side);
+        let start = own.position(segment.seq);
+        let behind = start + segment.payload.len() as u64 + u64::from(segment.is_fin());
+        if behind > start {
+            if start <= answer.next && behind > answer.next {
+                answer.next = behind;
+                own.next = behind;
+            }
+            let make = Make {
+                seq: self.halves[side.other() as usize].seq(end),
+                ack: Some(self.halves[side as usize].seq(answer.next)),
+                window: self.halves[side.other() as usize].window,
+                timestamp: self.timestamp(side),
+                ..Make::default()
+            };
+            self.emit(side, &make, shared, sink);
+        }
+        self.phase = Phase::Answered(answer);
+    }
+}

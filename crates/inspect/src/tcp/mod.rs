@@ -1,0 +1,173 @@
+//! TCP connections that are read without being ended here: packets are held, go on unchanged, or are dropped.
+//!
+//! A [`Connection`] puts the bytes of both directions into their order and shows them to a [`Reader`]. A packet goes
+//! on when the reader has let go all of its bytes; it is never split. What was read is what the receiver gets: bytes
+//! that have been here are kept until the receiver has acknowledged them, and a packet that says something else at
+//! their place is dropped. So it does not matter whether the receiver took the first packet, and nothing about
+//! receivers has to be guessed: neither their windows, nor how they treat timestamps or short-lived packets.
+//!
+//! [`Connections`] holds them by their keys, with their limits and deadlines.
+
+mod connection;
+mod half;
+mod segment;
+mod table;
+#[cfg(test)]
+mod tests;
+
+use palisade_abi::{CarrySlot, Reason, carry_flags};
+
+pub(crate) use connection::Connection;
+#[allow(unused_imports, reason = "see above")]
+pub(crate) use table::{Connections, key};
+
+use crate::{Millis, Sink};
+
+/// One end of a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Side {
+    /// It opened the connection.
+    Client = 0,
+    /// The other.
+    Server = 1,
+}
+
+impl Side {
+    /// Who sent a packet.
+    pub(crate) const fn of(slot: &CarrySlot) -> Self {
+        if slot.flags & carry_flags::REPLY == 0 {
+            Self::Client
+        } else {
+            Self::Server
+        }
+    }
+
+    /// The other end.
+    #[must_use]
+    pub const fn other(self) -> Self {
+        match self {
+            Self::Client => Self::Server,
+            Self::Server => Self::Client,
+        }
+    }
+}
+
+/// What is to be done with bytes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Step {
+    /// Nothing can be said of the first of them yet. Asked again when more has come from either side, or by
+    /// [`Connections::resume`].
+    More,
+    /// The first so many may go.
+    Release(usize),
+    /// The first so many may go, and may be other bytes when they come again: nothing depends on what they are. May
+    /// be more than have come.
+    Skip(u64),
+    /// Nothing that either side sends needs reading from now on.
+    Offload,
+    /// No more of this connection goes on. It is reset.
+    Cut(Reason),
+    /// No more of what this side sends goes on. It gets these bytes as if from the other side, after what that
+    /// side has sent so far, and the end; the other side is reset.
+    Answer(Reason, Vec<u8>),
+}
+
+/// Reads what both sides of a connection send.
+pub(crate) trait Reader<F> {
+    /// Looks at the bytes of one side that have come and have not been let go. `end`: nothing follows them. With
+    /// `end` and no bytes, `Release(0)` lets the end go.
+    fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Step;
+}
+
+/// How much TCP inspection may hold, and for how long. Of one worker.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TcpLimits {
+    /// Connections.
+    pub connections: usize,
+    /// Bytes that are kept of one direction of a connection.
+    pub bytes_per_direction: usize,
+    /// Bytes of all connections.
+    pub bytes: usize,
+    /// Packets held of one direction of a connection.
+    pub frames_per_direction: usize,
+    /// Packets held of all connections.
+    pub frames: usize,
+    /// A connection is cut when a packet has waited so long for a verdict.
+    pub deadline: Millis,
+    /// A connection whose packets are not seen for so long is forgotten.
+    pub idle: Millis,
+    /// The same of one that is closed, cut, or not read any more.
+    pub idle_closed: Millis,
+    /// Bytes that need no reading are left to the programs if at least so many are to come.
+    pub window: u64,
+}
+
+impl Default for TcpLimits {
+    fn default() -> Self {
+        Self {
+            connections: 131_072,
+            bytes_per_direction: 1 << 20,
+            bytes: 256 << 20,
+            frames_per_direction: 512,
+            frames: 4096,
+            deadline: 30_000,
+            idle: 6 * 3600 * 1000,
+            idle_closed: 60_000,
+            window: u64::MAX,
+        }
+    }
+}
+
+/// What has happened so far.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct TcpStats {
+    /// Connections that were opened.
+    pub opened: u64,
+    /// Connections that are known now.
+    pub connections: u64,
+    /// Bytes that are kept now.
+    pub bytes: u64,
+    /// Packets that are held now.
+    pub frames: u64,
+    /// Packets whose bytes had all been here, the same.
+    pub retransmitted: u64,
+    /// Packets that said something else than what had been here.
+    pub overlaps: u64,
+    /// Packets outside the window.
+    pub out_of_window: u64,
+    /// Packets that receivers could read differently.
+    pub invalid: u64,
+    /// Packets of connections not seen from their start.
+    pub midstream: u64,
+    /// Packets that were not held because a limit is reached.
+    pub limited: u64,
+    /// Connections that were cut because a packet waited too long.
+    pub overdue: u64,
+    /// Connections that were cut.
+    pub cut: u64,
+    /// Connections that were ended with an answer.
+    pub answered: u64,
+    /// Connections that need no reading any more.
+    pub offloaded: u64,
+    /// Windows that were left to the programs.
+    pub windows: u64,
+    /// Acknowledgements that were made so that a sender whose bytes are held goes on.
+    pub acknowledged: u64,
+}
+
+/// What all connections share.
+pub(crate) struct Shared {
+    pub(crate) limits: TcpLimits,
+    pub(crate) stats: TcpStats,
+    out: Vec<u8>,
+}
+
+impl Shared {
+    pub(crate) fn new(limits: &TcpLimits) -> Self {
+        Self {
+            limits: *limits,
+            stats: TcpStats::default(),
+            out: Vec::new(),
+        }
+    }
+}

@@ -1,0 +1,223 @@
+use std::{
+    cmp::Reverse,
+    collections::{BinaryHeap, HashMap},
+};
+
+use palisade_abi::{CtKey, Reason, carry_flags, protocol};
+
+use super::{Connection, Reader, Shared, TcpLimits, TcpStats, segment::Segment};
+use crate::{Millis, Sink, View};
+
+/// A connection, and what its reader knows of it.
+struct Entry<F, T> {
+    connection: Connection<F>,
+    reader: T,
+    /// When it is looked at next, at the latest.
+    due: Millis,
+}
+
+/// The connections that are read by one kind of reader; `T` is what it keeps of each.
+pub(crate) struct Connections<F, T> {
+    entries: HashMap<CtKey, Box<Entry<F, T>>>,
+    /// When they are due. An entry may stand here more than once; the earliest counts.
+    due: BinaryHeap<Reverse<(Millis, Key)>>,
+    shared: Shared,
+}
+
+/// A key that has an order.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Key(CtKey);
+
+impl Ord for Key {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        let parts = |key: &CtKey| {
+            (
+                key.local.0,
+                key.remote.0,
+                key.local_port,
+                key.remote_port,
+                key.endpoint,
+            )
+        };
+        parts(&self.0).cmp(&parts(&other.0))
+    }
+}
+
+impl PartialOrd for Key {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+/// The conntrack key of a packet, as the slot's endpoint sees it.
+pub(crate) fn key(view: &View<'_>) -> CtKey {
+    let packet = view.packet;
+    let source = (packet.source, packet.source_port);
+    let destination = (packet.destination, packet.destination_port);
+    let (local, remote) = if view.slot.flags & carry_flags::INGRESS != 0 {
+        (destination, source)
+    } else {
+        (source, destination)
+    };
+    CtKey {
+        local: local.0,
+        remote: remote.0,
+        local_port: local.1,
+        remote_port: remote.1,
+        endpoint: view.slot.endpoint,
+        protocol: protocol::TCP,
+        zero: 0,
+    }
+}
+
+impl<F, T> Connections<F, T> {
+    pub(crate) fn new(limits: &TcpLimits) -> Self {
+        Self {
+            entries: HashMap::new(),
+            due: BinaryHeap::new(),
+            shared: Shared::new(limits),
+        }
+    }
+
+    pub(crate) fn stats(&self) -> TcpStats {
+        TcpStats {
+            connections: self.entries.len() as u64,
+            ..self.shared.stats
+        }
+    }
+
+    /// A packet. `make` makes what is kept of a new connection; `reader` a reader of it, for this call.
+    pub(crate) fn packet<'t, S: Sink<F>, R: Reader<F>>(
+        &'t mut self,
+        now: Millis,
+        view: &View<'_>,
+        frame: F,
+        make: impl FnOnce() -> T,
+        reader: impl FnOnce(&'t mut T) -> R,
+        sink: &mut S,
+    ) {
+        let key = key(view);
+        let opens = Segment::read(view).is_some_and(|s| s.is_syn() && !s.is_ack())
+            && view.slot.flags & carry_flags::REPLY == 0;
+        let serial = view.slot.serial;
+        if let Some(entry) = self.entries.get_mut(&key)
+            && (entry.connection.serial() != serial || (opens && entry.connection.is_done()))
+        {
+            entry
+                .connection
+                .close(Reason::TcpMidstream, &mut self.shared, sink);
+            self.entries.remove(&key);
+        }
+        if !self.entries.contains_key(&key) {
+            if !opens {
+                self.unknown(view, frame, sink);
+                return;
+            }
+            if self.entries.len() >= self.shared.limits.connections {
+                self.shared.stats.limited += 1;
+                sink.discard(frame, Reason::InspectLimit);
+                return;
+            }
+            self.shared.stats.opened += 1;
+            let entry = Entry {
+                connection: Connection::new(key, serial),
+                reader: make(),
+                due: Millis::MAX,
+            };
+            self.entries.insert(key, Box::new(entry));
+        }
+        let Some(entry) = self.entries.get_mut(&key) else {
+            return;
+        };
+        let mut reader = reader(&mut entry.reader);
+        entry
+            .connection
+            .packet(now, view, frame, &mut reader, &mut self.shared, sink);
+        let due = entry.connection.deadline(&self.shared);
+        if due < entry.due {
+            entry.due = due;
+            self.due.push(Reverse((due, Key(key))));
+        }
+    }
+
+    /// A packet of a connection that is not known: it is older than what is known, or was forgotten.
+    fn unknown<S: Sink<F>>(&mut self, view: &View<'_>, frame: F, sink: &mut S) {
+        let Some(segment) = Segment::read(view) else {
+            self.shared.stats.invalid += 1;
+            sink.discard(frame, Reason::TcpInvalid);
+            return;
+        };
+        self.shared.stats.midstream += 1;
+        sink.discard(frame, Reason::TcpMidstream);
+        if !segment.is_rst() {
+            Connection::<F>::refuse(view, &mut self.shared, sink);
+            Connection::<F>::abandon(view, &mut self.shared, sink);
+        }
+    }
+
+    /// Asks the reader of a connection again: something has changed that it waited for.
+    pub(crate) fn resume<'t, S: Sink<F>, R: Reader<F>>(
+        &'t mut self,
+        now: Millis,
+        key: &CtKey,
+        serial: u32,
+        reader: impl FnOnce(&'t mut T) -> R,
+        sink: &mut S,
+    ) {
+        let Some(entry) = self.entries.get_mut(key) else {
+            return;
+        };
+        if entry.connection.serial() != serial {
+            return;
+        }
+        let mut reader = reader(&mut entry.reader);
+        entry.connection.read(now, &mut reader, &mut self.shared, sink);
+        entry.connection.settle(&mut self.shared);
+        let due = entry.connection.deadline(&self.shared);
+        if due < entry.due {
+            entry.due = due;
+            self.due.push(Reverse((due, Key(*key))));
+        }
+    }
+
+    /// When [`Connections::tick`] has something to do.
+    pub(crate) fn deadline(&self) -> Option<Millis> {
+        self.due.peek().map(|Reverse((due, _))| *due)
+    }
+
+    /// Does what is due.
+    pub(crate) fn tick<S: Sink<F>>(&mut self, now: Millis, sink: &mut S) {
+        while let Some(&Reverse((due, key))) = self.due.peek()
+            && due <= now
+        {
+            self.due.pop();
+            let Some(entry) = self.entries.get_mut(&key.0) else {
+                continue;
+            };
+            if entry.due != due {
+                continue;
+            }
+            if entry.connection.tick(now, &mut self.shared, sink) {
+                entry.due = entry.connection.deadline(&self.shared).max(now + 1);
+                self.due.push(Reverse((entry.due, key)));
+            } else {
+                entry
+                    .connection
+                    .close(Reason::InspectDeadline, &mut self.shared, sink);
+                self.entries.remove(&key.0);
+            }
+        }
+    }
+
+    /// Forgets the connections of an endpoint, or all; what is held of them is dropped.
+    pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, sink: &mut S) {
+        let shared = &mut self.shared;
+        self.entries.retain(|key, entry| {
+            let stays = endpoint.is_some_and(|endpoint| endpoint != key.endpoint);
+            if !stays {
+                entry.connection.close(Reason::TcpMidstream, shared, sink);
+            }
+            stays
+        });
+    }
+}

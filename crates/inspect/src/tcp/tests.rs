@@ -1,0 +1,761 @@
+use std::collections::BTreeMap;
+
+use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_flags, carry_hook};
+use palisade_packet::{Packet, Start, decode};
+use proptest::prelude::*;
+
+use super::{Connections, Reader, Side, Step, TcpLimits};
+use crate::{Learn, Millis, Route, Sink, View, record::Record};
+
+const SYN: u8 = 2;
+const ACK: u8 = 16;
+const FIN: u8 = 1;
+const RST: u8 = 4;
+const URG: u8 = 32;
+const CLIENT_ISN: u32 = 0xffff_ff00;
+const SERVER_ISN: u32 = 0x7fff_fff0;
+
+/// A segment as its sender means it.
+#[derive(Clone, Debug)]
+struct Seg {
+    from: Side,
+    flags: u8,
+    seq: u32,
+    ack: u32,
+    window: u16,
+    options: Vec<u8>,
+    data: Vec<u8>,
+}
+
+impl Seg {
+    fn new(from: Side, flags: u8, seq: u32, ack: u32, data: &[u8]) -> Self {
+        Self {
+            from,
+            flags,
+            seq,
+            ack,
+            window: 60_000,
+            options: vec![],
+            data: data.to_vec(),
+        }
+    }
+
+    /// As a frame between 10.0.0.1:1000 and 10.0.0.2:80. Its checksums are not looked at.
+    fn frame(&self) -> Vec<u8> {
+        let mut f = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 8, 0];
+        let (a, b) = ([10, 0, 0, 1], [10, 0, 0, 2]);
+        let (mut ports, mut addrs) = ([3, 0xe8, 0, 80], [a, b]);
+        if self.from == Side::Server {
+            f[..12].rotate_left(6);
+            ports.rotate_left(2);
+            addrs.swap(0, 1);
+        }
+        let tcp = 20 + self.options.len() + self.data.len();
+        f.extend([0x45, 0]);
+        f.extend(((20 + tcp) as u16).to_be_bytes());
+        f.extend([0, 0, 0x40, 0, 64, 6, 0, 0]);
+        f.extend(addrs.concat());
+        f.extend(ports);
+        f.extend(self.seq.to_be_bytes());
+        f.extend(self.ack.to_be_bytes());
+        f.extend([((20 + self.options.len()) as u8) << 2, self.flags]);
+        f.extend(self.window.to_be_bytes());
+        f.extend([0; 4]);
+        f.extend(&self.options);
+        f.extend(&self.data);
+        f
+    }
+
+    fn read(frame: &[u8]) -> Self {
+        let word = |at: usize| u32::from_be_bytes(frame[at..at + 4].try_into().unwrap());
+        let header = usize::from(frame[46] >> 4) * 4;
+        Self {
+            from: if frame[29] == 1 {
+                Side::Client
+            } else {
+                Side::Server
+            },
+            flags: frame[47],
+            seq: word(38),
+            ack: word(42),
+            window: u16::from_be_bytes([frame[48], frame[49]]),
+            options: frame[54..34 + header].to_vec(),
+            data: frame[34 + header..].to_vec(),
+        }
+    }
+}
+
+#[derive(Default)]
+struct Out {
+    released: Vec<Seg>,
+    discarded: Vec<Reason>,
+    emitted: Vec<(Seg, Route)>,
+    commands: Vec<FlowCommand>,
+}
+
+impl Sink<Vec<u8>> for Out {
+    fn release(&mut self, frame: Vec<u8>) {
+        self.released.push(Seg::read(&frame));
+    }
+    fn release_with(&mut self, frame: Vec<u8>, command: &FlowCommand) {
+        self.commands.push(*command);
+        self.release(frame);
+    }
+    fn discard(&mut self, _: Vec<u8>, reason: Reason) {
+        self.discarded.push(reason);
+    }
+    fn emit(&mut self, frame: &[u8], route: Route) {
+        // What is made here has right sums.
+        let sum = |bytes: &[u8], start: u32| {
+            let mut sum = start;
+            for pair in bytes.chunks(2) {
+                sum += u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0));
+            }
+            while sum >> 16 != 0 {
+                sum = (sum & 0xffff) + (sum >> 16);
+            }
+            sum
+        };
+        assert_eq!(sum(&frame[14..34], 0), 0xffff);
+        let tcp = &frame[34..];
+        assert_eq!(sum(tcp, sum(&frame[26..34], 6 + tcp.len() as u32)), 0xffff);
+        self.emitted.push((Seg::read(frame), route));
+    }
+    fn learn(&mut self, learn: Learn) -> Result<(), Learn> {
+        Err(learn)
+    }
+    fn record(&mut self, _: &Record) {}
+}
+
+/// Messages with their length before them. One that begins with `X` is refused, `A` is answered, `O` ends the
+/// reading, `S` says that the following bytes (a number of 16 bits) are not to be read.
+#[derive(Default)]
+struct Messages;
+
+impl Reader<Vec<u8>> for &mut Messages {
+    fn read<S: Sink<Vec<u8>>>(&mut self, side: Side, bytes: &[u8], end: bool, _: &mut S) -> Step {
+        if side == Side::Server {
+            return Step::Release(bytes.len());
+        }
+        let Some((&length, rest)) = bytes.split_first() else {
+            return Step::Release(0);
+        };
+        let Some(message) = rest.get(..usize::from(length)) else {
+            return if end {
+                Step::Cut(Reason::AppMalformed)
+            } else {
+                Step::More
+            };
+        };
+        match message {
+            [b'X', ..] => Step::Cut(Reason::AppDenied),
+            [b'A', ..] => Step::Answer(Reason::AppDenied, b"no".repeat(400)),
+            [b'O', ..] => Step::Offload,
+            [b'S', high, low, ..] => {
+                let n = u64::from(*high) << 8 | u64::from(*low);
+                Step::Skip(1 + u64::from(length) + n)
+            }
+            _ => Step::Release(1 + usize::from(length)),
+        }
+    }
+}
+
+struct Bench {
+    table: Connections<Vec<u8>, Messages>,
+    out: Out,
+    now: Millis,
+}
+
+impl Bench {
+    fn new(limits: TcpLimits) -> Self {
+        Self {
+            table: Connections::new(&limits),
+            out: Out::default(),
+            now: 0,
+        }
+    }
+
+    /// One that has shaken hands.
+    fn open() -> Self {
+        let mut bench = Self::new(TcpLimits::default());
+        bench.handshake();
+        bench
+    }
+
+    fn handshake(&mut self) {
+        self.put(&Seg::new(Side::Client, SYN, CLIENT_ISN, 0, b""));
+        self.put(&Seg::new(
+            Side::Server,
+            SYN | ACK,
+            SERVER_ISN,
+            CLIENT_ISN.wrapping_add(1),
+            b"",
+        ));
+        self.put(&client(0, b""));
+        assert_eq!(self.out.released.len(), 3);
+        self.out = Out::default();
+    }
+
+    fn put(&mut self, seg: &Seg) {
+        let frame = seg.frame();
+        let mut packet = Packet::default();
+        decode(&frame[..], Start::Ethernet { tags_removed: 0 }, &mut packet).unwrap();
+        let slot = CarrySlot {
+            endpoint: 7,
+            serial: 99,
+            inspector: Inspector::Http as u8,
+            flags: carry_flags::INGRESS
+                | if seg.from == Side::Server {
+                    carry_flags::REPLY
+                } else {
+                    0
+                },
+            ..CarrySlot::default()
+        };
+        // Towards the endpoint is what the client sends.
+        let slot = CarrySlot {
+            flags: if seg.from == Side::Server {
+                slot.flags & !carry_flags::INGRESS
+            } else {
+                slot.flags
+            },
+            ..slot
+        };
+        let header = usize::from(frame[46] >> 4) * 4;
+        let view = View {
+            slot: &slot,
+            ifindex: 5,
+            hook: if seg.from == Side::Server {
+                carry_hook::TC_EGRESS
+            } else {
+                carry_hook::TC_INGRESS
+            },
+            packet: &packet,
+            frame: &frame,
+            network: 14,
+            transport: 34,
+            payload: (34 + header, frame.len()),
+        };
+        self.table.packet(
+            self.now,
+            &view,
+            frame.clone(),
+            Messages::default,
+            |m| m,
+            &mut self.out,
+        );
+        self.check();
+    }
+
+    /// What is counted is what there is.
+    fn check(&self) {
+        let stats = self.table.stats();
+        assert!(stats.frames < 10_000 && stats.bytes < 1 << 30);
+    }
+
+    fn tick(&mut self, now: Millis) {
+        self.now = now;
+        self.table.tick(now, &mut self.out);
+    }
+
+    fn take(&mut self) -> Out {
+        std::mem::take(&mut self.out)
+    }
+}
+
+fn client(at: u32, data: &[u8]) -> Seg {
+    Seg::new(
+        Side::Client,
+        ACK,
+        CLIENT_ISN.wrapping_add(1 + at),
+        SERVER_ISN.wrapping_add(1),
+        data,
+    )
+}
+
+fn server(acks: u32) -> Seg {
+    Seg::new(
+        Side::Server,
+        ACK,
+        SERVER_ISN.wrapping_add(1),
+        CLIENT_ISN.wrapping_add(1 + acks),
+        b"",
+    )
+}
+
+#[test]
+fn a_packet_waits_until_all_its_bytes_are_judged() {
+    let mut bench = Bench::open();
+    bench.put(&client(0, b"\x03ab"));
+    bench.put(&client(3, b"c\x02d"));
+    assert!(
+        bench.out.released.len() == 1,
+        "a frame that ends in a message waits"
+    );
+    assert_eq!(bench.table.stats().frames, 1);
+    bench.put(&client(6, b"e"));
+    let out = bench.take();
+    let data: Vec<_> = out.released.iter().map(|s| s.data.clone()).collect();
+    assert_eq!(data, [&b"\x03ab"[..], b"c\x02d", b"e"]);
+    assert!(out.discarded.is_empty() && out.emitted.is_empty());
+    assert_eq!(bench.table.stats().frames, 0);
+    bench.put(&server(7));
+    assert_eq!(bench.table.stats().bytes, 0, "what is acknowledged is not kept");
+}
+
+#[test]
+fn what_is_refused_resets_both_sides() {
+    let mut bench = Bench::open();
+    bench.put(&client(0, b"\x02ok\x03Xyz"));
+    let out = bench.take();
+    assert_eq!(
+        (out.released.len(), &out.discarded[..]),
+        (0, &[Reason::AppDenied][..])
+    );
+    let [(to_client, back), (to_server, on)] = &out.emitted[..] else {
+        panic!("{:?}", out.emitted)
+    };
+    assert_eq!(to_client.from, Side::Server);
+    assert_eq!(to_client.flags, RST | ACK);
+    assert_eq!(to_client.seq, SERVER_ISN.wrapping_add(1));
+    assert_eq!(to_client.ack, CLIENT_ISN.wrapping_add(1 + 7));
+    assert_eq!(
+        (back.ifindex, back.hook, back.back),
+        (5, carry_hook::TC_EGRESS, false)
+    );
+    assert_eq!((to_server.from, to_server.flags & RST), (Side::Client, RST));
+    assert_eq!(
+        to_server.seq,
+        CLIENT_ISN.wrapping_add(1),
+        "what the server expects next"
+    );
+    assert_eq!((on.hook, on.back), (carry_hook::TC_INGRESS, false));
+    // what comes later is refused, too
+    bench.put(&client(7, b"\x01a"));
+    let out = bench.take();
+    assert_eq!((out.released.len(), out.emitted.len()), (0, 1));
+    assert_eq!(out.emitted[0].0.seq, SERVER_ISN.wrapping_add(1));
+}
+
+#[test]
+fn retransmissions_say_the_same_or_nothing() {
+    let mut bench = Bench::open();
+    bench.put(&client(0, b"\x03ab"));
+    bench.put(&client(0, b"\x03ab"));
+    assert_eq!(bench.take().discarded, [Reason::TcpHeld]);
+    bench.put(&client(1, b"X"));
+    assert_eq!(bench.take().discarded, [Reason::TcpOverlap]);
+    bench.put(&client(3, b"c"));
+    assert_eq!(bench.take().released.len(), 2);
+    // released, not acknowledged: compared
+    bench.put(&client(1, b"abc"));
+    bench.put(&client(0, b"\x03Xbc"));
+    bench.put(&client(2, b"bX\x01d"));
+    let out = bench.take();
+    assert_eq!(
+        (out.released.len(), &out.discarded[..]),
+        (1, &[Reason::TcpOverlap; 2][..])
+    );
+    // acknowledged: the receiver takes nothing of it, but answers
+    bench.put(&server(4));
+    bench.put(&client(0, b"\x03Xbc"));
+    assert_eq!(bench.take().released.len(), 2);
+    bench.put(&client(2, b"zz\x01d"));
+    assert_eq!(bench.take().released.len(), 1, "what is new in it is judged");
+}
+
+#[test]
+fn nobody_sends_out_of_the_window_or_what_is_read_in_two_ways() {
+    let mut bench = Bench::open();
+    let mut far = client(70_000, b"a");
+    bench.put(&far);
+    far.seq = CLIENT_ISN.wrapping_sub(200_000);
+    bench.put(&far);
+    let mut early = client(0, b"\x01a");
+    early.ack = SERVER_ISN.wrapping_add(2);
+    bench.put(&early);
+    assert_eq!(bench.take().discarded, [Reason::TcpOutOfWindow; 3]);
+    let mut odd = client(0, b"\x01a");
+    odd.flags |= URG;
+    bench.put(&odd);
+    odd.flags = 0;
+    odd.flags = SYN;
+    bench.put(&odd);
+    let mut bad = client(0, b"\x01a");
+    bad.options = vec![2, 0, 0, 0];
+    bench.put(&bad);
+    // a selective acknowledgement of what was never sent
+    let mut sack = client(0, b"");
+    sack.options = [
+        &[1, 1, 5, 10][..],
+        &SERVER_ISN.to_be_bytes(),
+        &SERVER_ISN.wrapping_add(9).to_be_bytes(),
+    ]
+    .concat();
+    bench.put(&sack);
+    assert_eq!(bench.take().discarded, [Reason::TcpInvalid; 4]);
+    // after the end there is nothing
+    let mut end = client(0, b"\x01a");
+    end.flags |= FIN;
+    bench.put(&end);
+    assert_eq!(bench.take().released.len(), 1);
+    bench.put(&client(2, b"\x01b"));
+    end.data = b"\x01".to_vec();
+    bench.put(&end);
+    assert_eq!(bench.take().discarded, [Reason::TcpOverlap; 2]);
+}
+
+#[test]
+fn resets_name_the_byte_that_is_expected() {
+    let mut bench = Bench::open();
+    bench.put(&client(0, b"\x01a"));
+    bench.put(&client(2, b"\x01"));
+    bench.take();
+    let rst = |at: u32| Seg::new(Side::Client, RST, CLIENT_ISN.wrapping_add(1 + at), 0, b"");
+    bench.put(&rst(100));
+    assert_eq!(bench.take().discarded, [Reason::TcpOutOfWindow]);
+    bench.put(&rst(2));
+    assert_eq!(bench.take().released.len(), 1);
+    // behind what is held: the receiver gets one that it believes
+    bench.put(&rst(3));
+    let out = bench.take();
+    assert_eq!(out.discarded, [Reason::TcpHeld; 2]);
+    assert_eq!(out.emitted.len(), 1);
+    assert_eq!(out.emitted[0].0.seq, CLIENT_ISN.wrapping_add(3));
+    assert_eq!(bench.table.stats().frames, 0);
+}
+
+#[test]
+fn connections_are_seen_from_their_start_or_cut() {
+    let mut bench = Bench::new(TcpLimits::default());
+    bench.put(&client(0, b"\x01a"));
+    let out = bench.take();
+    assert_eq!(out.discarded, [Reason::TcpMidstream]);
+    assert_eq!(out.emitted.len(), 2);
+    assert!(out.emitted.iter().all(|(seg, _)| seg.flags & RST != 0));
+    assert_eq!(out.emitted[0].0.from, Side::Server);
+    assert!(out.emitted[0].1.back && !out.emitted[1].1.back);
+    // refused by the server
+    bench.put(&Seg::new(Side::Client, SYN, 7, 0, b""));
+    bench.put(&Seg::new(Side::Server, RST | ACK, 0, 8, b""));
+    assert_eq!(bench.take().released.len(), 2);
+    // and again, by the same ports
+    bench.put(&Seg::new(Side::Client, SYN, 900, 0, b""));
+    bench.put(&Seg::new(Side::Server, SYN | ACK, 5, 8, b""));
+    bench.put(&Seg::new(Side::Server, SYN | ACK, 5, 901, b""));
+    let out = bench.take();
+    assert_eq!(
+        (out.released.len(), &out.discarded[..]),
+        (2, &[Reason::TcpInvalid][..])
+    );
+    // data in a SYN
+    bench.put(&Seg::new(Side::Client, SYN, 900, 0, b"\x01a"));
+    assert_eq!(bench.take().discarded, [Reason::TcpInvalid]);
+}
+
+#[test]
+fn both_may_open() {
+    let mut bench = Bench::new(TcpLimits::default());
+    bench.put(&Seg::new(Side::Client, SYN, CLIENT_ISN, 0, b""));
+    bench.put(&Seg::new(Side::Server, SYN, SERVER_ISN, 0, b""));
+    let (c, s) = (CLIENT_ISN.wrapping_add(1), SERVER_ISN.wrapping_add(1));
+    bench.put(&Seg::new(Side::Client, SYN | ACK, CLIENT_ISN, s, b""));
+    bench.put(&Seg::new(Side::Server, SYN | ACK, SERVER_ISN, c, b""));
+    bench.put(&client(0, b"\x01a"));
+    let out = bench.take();
+    assert_eq!((out.released.len(), out.discarded.len()), (5, 0));
+}
+
+#[test]
+fn an_answer_comes_after_what_the_server_said_and_until_it_is_taken() {
+    let mut bench = Bench::open();
+    bench.put(&client(0, b"\x02hi"));
+    let mut hello = server(3);
+    hello.data = b"hello".to_vec();
+    bench.put(&hello);
+    bench.put(&client(3, b"\x02Ab"));
+    let out = bench.take();
+    assert_eq!(
+        (out.released.len(), out.emitted.len()),
+        (2, 0),
+        "the client has not said that it has the hello"
+    );
+    let mut ack = client(6, b"");
+    ack.ack = ack.ack.wrapping_add(5);
+    bench.put(&ack);
+    let out = bench.take();
+    let kinds: Vec<_> = out
+        .emitted
+        .iter()
+        .map(|(seg, _)| (seg.from, seg.flags & (RST | FIN), seg.data.len()))
+        .collect();
+    assert_eq!(
+        kinds,
+        [
+            (Side::Client, RST, 0),
+            (Side::Server, 0, 536),
+            (Side::Server, FIN, 264)
+        ]
+    );
+    assert_eq!(
+        out.emitted[0].0.seq,
+        CLIENT_ISN.wrapping_add(4),
+        "nothing of it reached the server"
+    );
+    assert_eq!(out.emitted[1].0.seq, SERVER_ISN.wrapping_add(6));
+    assert_eq!(out.emitted[1].0.ack, CLIENT_ISN.wrapping_add(7));
+    assert_eq!(out.discarded, [Reason::AppDenied]);
+    // half of it is lost
+    ack.ack = ack.ack.wrapping_add(536);
+    bench.put(&ack);
+    bench.tick(bench.table.deadline().unwrap());
+    let out = bench.take();
+    assert_eq!(out.emitted.len(), 1);
+    assert_eq!(
+        (out.emitted[0].0.data.len(), out.emitted[0].0.flags & FIN),
+        (264, FIN)
+    );
+    ack.ack = ack.ack.wrapping_add(265);
+    ack.flags |= FIN;
+    bench.put(&ack);
+    let out = bench.take();
+    assert_eq!(out.emitted.len(), 1);
+    assert_eq!(out.emitted[0].0.ack, CLIENT_ISN.wrapping_add(8));
+    bench.tick(20_000);
+    assert!(bench.take().emitted.is_empty());
+    bench.tick(120_000);
+    assert_eq!(bench.table.stats().connections, 0);
+}
+
+#[test]
+fn what_needs_no_reading_is_left_to_the_programs() {
+    let mut bench = Bench::open();
+    bench.put(&client(2, b"x"));
+    bench.put(&client(0, b"\x01O"));
+    let out = bench.take();
+    assert_eq!((out.released.len(), out.commands.len()), (2, 1));
+    let command = out.commands[0];
+    assert_eq!(
+        (command.offload, command.serial, command.key.endpoint),
+        (1, 99, 7)
+    );
+    assert_eq!((command.key.local_port, command.key.remote_port), (80, 1000));
+    bench.put(&client(3, b"\x01X"));
+    let out = bench.take();
+    assert_eq!((out.released.len(), out.commands.len()), (1, 1));
+    assert_eq!(bench.table.stats().bytes, 0);
+}
+
+#[test]
+fn stretches_that_need_no_reading_go_by_and_what_is_behind_is_read() {
+    let mut bench = Bench::new(TcpLimits {
+        window: 10_000,
+        ..TcpLimits::default()
+    });
+    bench.handshake();
+    // 20,000 bytes behind the message
+    bench.put(&client(0, b"\x03S\x4e\x20"));
+    let out = bench.take();
+    assert_eq!((out.released.len(), out.commands.len()), (1, 1));
+    let begin = CLIENT_ISN.wrapping_add(1);
+    assert_eq!(
+        (out.commands[0].offload, out.commands[0].windows),
+        (0, [begin, begin.wrapping_add(20_004), 0, 0])
+    );
+    bench.put(&client(1000, b"anything"));
+    bench.put(&client(1000, b"any-thing"));
+    bench.put(&client(20_004, b"\x02X"));
+    let out = bench.take();
+    assert_eq!(
+        (out.released.len(), bench.table.stats().frames),
+        (2, 1),
+        "its content is nobody's concern, what follows is"
+    );
+    bench.put(&client(1, b"Z\x4e\x20"));
+    assert_eq!(bench.take().released.len(), 1, "skipped with the rest");
+    bench.put(&client(20_006, b"y"));
+    assert_eq!(bench.take().discarded, [Reason::AppDenied; 2]);
+}
+
+#[test]
+fn nothing_waits_for_ever_and_what_is_held_is_bounded() {
+    let limits = TcpLimits {
+        frames_per_direction: 3,
+        bytes_per_direction: 100,
+        deadline: 1000,
+        ..TcpLimits::default()
+    };
+    let mut bench = Bench::new(limits);
+    bench.handshake();
+    for at in 0..4 {
+        bench.put(&client(at, b"\xff"));
+    }
+    bench.put(&client(50, &[1; 60]));
+    assert_eq!(bench.take().discarded, [Reason::InspectLimit; 2]);
+    assert_eq!(bench.table.deadline(), Some(1000));
+    bench.tick(1000);
+    let out = bench.take();
+    assert_eq!(out.discarded, [Reason::InspectDeadline; 3]);
+    assert_eq!(out.emitted.len(), 2);
+    assert_eq!((bench.table.stats().bytes, bench.table.stats().frames), (0, 0));
+    bench.table.forget(None, &mut bench.out);
+    assert_eq!(bench.table.stats().connections, 0);
+}
+
+/// What a receiver makes of the packets that reach it.
+struct Receiver {
+    bytes: BTreeMap<u32, u8>,
+    /// What comes later counts, else what came first.
+    last_wins: bool,
+}
+
+impl Receiver {
+    fn take(&mut self, seg: &Seg) {
+        let at = seg.seq.wrapping_sub(CLIENT_ISN.wrapping_add(1));
+        let next = self.next();
+        for (i, byte) in seg.data.iter().enumerate() {
+            let at = at.wrapping_add(i as u32);
+            // What was acknowledged is never changed.
+            if at < next || at > 1 << 30 {
+                continue;
+            }
+            if self.last_wins {
+                self.bytes.insert(at, *byte);
+            } else {
+                self.bytes.entry(at).or_insert(*byte);
+            }
+        }
+    }
+
+    fn next(&self) -> u32 {
+        (0..).find(|at| !self.bytes.contains_key(at)).unwrap_or_default()
+    }
+
+    fn stream(&self) -> Vec<u8> {
+        (0..self.next()).map(|at| self.bytes[&at]).collect()
+    }
+}
+
+/// How far a stream is let go: behind its last whole message that is not refused. And whether one is.
+fn allowed(stream: &[u8]) -> (usize, bool) {
+    let mut at = 0;
+    while let Some(&length) = stream.get(at) {
+        let Some(message) = stream.get(at + 1..at + 1 + usize::from(length)) else {
+            break;
+        };
+        if message.first() == Some(&b'X') {
+            return (at, true);
+        }
+        at += 1 + usize::from(length);
+    }
+    (at, false)
+}
+
+fn messages() -> impl Strategy<Value = Vec<u8>> {
+    let message = (
+        prop::collection::vec(b'a'..=b'e', 0..12),
+        prop::bool::weighted(0.05),
+    );
+    prop::collection::vec(message, 1..20).prop_map(|messages| {
+        messages
+            .into_iter()
+            .flat_map(|(mut message, bad)| {
+                if bad {
+                    message.insert(0, b'X');
+                }
+                message.insert(0, message.len() as u8);
+                message
+            })
+            .collect()
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    /// For any segmentation, order, duplication and loss the verdict is the same, and the receiver gets what was let
+    /// through, byte for byte.
+    #[test]
+    fn the_verdict_does_not_depend_on_how_bytes_come(
+        stream in messages(),
+        moves in prop::collection::vec((any::<prop::sample::Index>(), 1_usize..15, 0_u8..10, any::<bool>()), 0..60),
+        last_wins in any::<bool>(),
+    ) {
+        let (fine, refused) = allowed(&stream);
+        let mut bench = Bench::open();
+        let mut receiver = Receiver { bytes: BTreeMap::new(), last_wins };
+        let mut acknowledged = 0;
+        let mut send = |bench: &mut Bench, receiver: &mut Receiver, from: usize, to: usize, lost: bool, acks: bool| {
+            let mut seg = client(from as u32, &stream[from..to]);
+            if to == stream.len() { seg.flags |= FIN; }
+            bench.put(&seg);
+            let out = bench.take();
+            for seg in out.released.iter().filter(|_| !lost) {
+                receiver.take(seg);
+            }
+            for reason in out.discarded {
+                assert!(matches!(reason, Reason::TcpHeld | Reason::AppDenied), "{reason:?}");
+            }
+            if acks {
+                acknowledged = receiver.next();
+                bench.put(&server(acknowledged));
+                bench.take();
+            }
+        };
+        for (index, length, luck, acks) in moves {
+            let from = index.index(stream.len());
+            send(&mut bench, &mut receiver, from, (from + length).min(stream.len()), luck < 3, acks);
+        }
+        // The sender sends again what was not acknowledged, until it gets no further.
+        for _ in 0..3 {
+            let mut from = receiver.next() as usize;
+            while from < stream.len() {
+                let to = (from + 5).min(stream.len());
+                send(&mut bench, &mut receiver, from, to, false, true);
+                from = to;
+            }
+        }
+        let got = receiver.stream();
+        prop_assert_eq!(&got[..], &stream[..got.len()]);
+        prop_assert!(got.len() <= fine);
+        prop_assert_eq!(bench.table.stats().cut > 0, refused);
+        if !refused {
+            prop_assert_eq!(got.len(), stream.len());
+        }
+        if bench.table.stats().cut > 0 {
+            prop_assert_eq!(bench.table.stats().frames, 0);
+        }
+    }
+
+    /// Whatever a sender says at the same place, no receiver gets what is refused.
+    #[test]
+    fn no_receiver_gets_what_is_refused(
+        streams in prop::collection::vec(messages(), 2..4),
+        moves in prop::collection::vec(
+            (any::<prop::sample::Index>(), any::<prop::sample::Index>(), 1_usize..15, 0_u8..10, any::<bool>()), 0..80),
+        last_wins in any::<bool>(),
+    ) {
+        let mut bench = Bench::open();
+        let mut receiver = Receiver { bytes: BTreeMap::new(), last_wins };
+        for (which, index, length, luck, acks) in moves {
+            let stream = which.get(&streams);
+            let from = index.index(stream.len().min(40));
+            bench.put(&client(from as u32, &stream[from..(from + length).min(stream.len())]));
+            for seg in bench.take().released.iter().filter(|_| luck > 2) {
+                receiver.take(seg);
+            }
+            if acks {
+                let acks = receiver.next();
+                bench.put(&server(acks));
+                bench.take();
+            }
+            let got = receiver.stream();
+            let (_, refused) = allowed(&got);
+            prop_assert!(!refused, "{:?}", got);
+            let stats = bench.table.stats();
+            prop_assert!(stats.bytes < 1000 && stats.frames < 1000);
+        }
+        bench.table.forget(None, &mut bench.out);
+        prop_assert_eq!((bench.table.stats().bytes, bench.table.stats().frames), (0, 0));
+    }
+}
