@@ -106,7 +106,8 @@ pub struct Record {
     pub verdict: Verdict,
     /// Why, if it was dropped (or would have been).
     pub reason: Reason,
-    /// The rule that decided (of an application rule that matched: the rule it stands in), 0 if none did.
+    /// The rule that decided: of an application rule that matched, the rule it stands in; else the one that has the
+    /// flow read.
     pub rule: u32,
     /// Milliseconds from the request to this answer; answers only.
     pub latency: Option<u32>,
@@ -115,7 +116,8 @@ pub struct Record {
 }
 
 impl Record {
-    /// Of a packet that passes, by no rule.
+    /// Of a packet that passes, by the rule that has it read. Where no application rule matches, that is the one to be
+    /// named too: what it does not allow is denied.
     #[must_use]
     pub fn of(view: &View<'_>, what: What) -> Self {
         let View { slot, packet, .. } = view;
@@ -130,7 +132,7 @@ impl Record {
             ifindex: view.ifindex,
             verdict: Verdict::Forwarded,
             reason: Reason::Allowed,
-            rule: 0,
+            rule: slot.rule,
             latency: None,
             what,
         }

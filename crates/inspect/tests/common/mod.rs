@@ -21,6 +21,8 @@ use palisade_policy::{
 pub const IFINDEX: u32 = 7;
 /// Its rules: `allowed.test` by rule 41, `*.wild.test` by rule 42.
 pub const NAMES: u32 = 5;
+/// The rule that has flows read.
+pub const ASKING: u32 = 9;
 /// Its rules: everything by rule 51.
 pub const EVERYTHING: u32 = 6;
 
@@ -216,7 +218,7 @@ pub fn rules() -> Rules {
 
 pub fn slot(endpoint: u16, flags: u8) -> CarrySlot {
     CarrySlot {
-        rule: 9,
+        rule: ASKING,
         ruleset: NAMES,
         remote_identity: 1234,
         revision: 1,

@@ -103,7 +103,7 @@ fn a_denied_query_is_answered_and_goes_no_further() {
                     let asked = if v6 { asked.v6() } else { asked };
                     let frame = world.send(&asks(1), &asked.frame());
                     assert_eq!(world.fate(frame), Some(&Fate::Discarded(Reason::AppDenied)));
-                    assert_eq!(world.verdict(), (DROPPED, Reason::AppDenied, 0));
+                    assert_eq!(world.verdict(), (DROPPED, Reason::AppDenied, ASKING));
                     assert_eq!(check_reply(&world, &asked, 7), rcode);
                 }
             }
@@ -170,7 +170,7 @@ fn malformed_queries_are_refused_by_kind() {
             Some(&Fate::Discarded(Reason::AppMalformed)),
             "{refusal}"
         );
-        assert_eq!(world.verdict(), (DROPPED, Reason::AppMalformed, 0));
+        assert_eq!(world.verdict(), (DROPPED, Reason::AppMalformed, ASKING));
         assert_eq!(world.detail(), refusal.text());
         let stats = world.engine.stats().dns;
         assert_eq!(stats.malformed[refusal as usize], 1);
@@ -347,7 +347,7 @@ fn answers_that_nobody_asked_for_are_dropped() {
     ] {
         let frame = world.send(&is_told(1), &to_client(port, &message).frame());
         assert_eq!(world.fate(frame), Some(&Fate::Discarded(Reason::DnsUnasked)));
-        assert_eq!(world.verdict(), (DROPPED, Reason::DnsUnasked, 0));
+        assert_eq!(world.verdict(), (DROPPED, Reason::DnsUnasked, ASKING));
     }
     let elsewhere = Udp {
         source: ([10, 0, 0, 54].into(), 53),
@@ -444,7 +444,7 @@ fn rules_that_are_not_known_let_nothing_pass() {
     let ask = to_server(4000, &query(7, "allowed.test", A)).frame();
     let frame = world.send(&unknown(asks(1)), &ask);
     assert_eq!(world.fate(frame), Some(&Fate::Discarded(Reason::UnknownRuleset)));
-    assert_eq!(world.verdict(), (DROPPED, Reason::UnknownRuleset, 0));
+    assert_eq!(world.verdict(), (DROPPED, Reason::UnknownRuleset, ASKING));
     assert!(world.sink.emitted.is_empty());
     world.end();
 }
@@ -462,7 +462,7 @@ fn what_has_no_reader_is_dropped() {
     for (slot, frame) in [(http, ask.frame()), (asks(1), sctp)] {
         let frame = world.send(&slot, &frame);
         assert_eq!(world.fate(frame), Some(&Fate::Discarded(Reason::AppUnsupported)));
-        assert_eq!(world.verdict(), (DROPPED, Reason::AppUnsupported, 0));
+        assert_eq!(world.verdict(), (DROPPED, Reason::AppUnsupported, ASKING));
     }
     assert_eq!(world.engine.stats().unsupported, 2);
     world.end();

@@ -129,7 +129,7 @@ fn what_does_not_come_whole_in_time_goes_nowhere() {
     assert_eq!(world.fate(first), Some(&INCOMPLETE));
     assert_eq!(
         world.verdict(),
-        (Verdict::Dropped, Reason::FragmentsIncomplete, 0)
+        (Verdict::Dropped, Reason::FragmentsIncomplete, ASKING)
     );
     let second = world.send(&is_told(1), &frames[1]);
     assert_eq!(world.fate(second), None);
