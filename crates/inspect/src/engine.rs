@@ -4,8 +4,9 @@ use palisade_abi::{Inspector, Reason, carry_flags, protocol};
 use palisade_packet::flags;
 
 use crate::{
-    DnsLimits, DnsStats, FragmentLimits, FragmentStats, Learned, Millis, Rules, Sink, View,
-    dns::Dns,
+    DnsLimits, DnsStats, FragmentLimits, FragmentStats, Learned, Millis, Rules, Sink, StreamLimits,
+    StreamStats, View,
+    dns::{Dns, stream::Streams},
     fragments::Reassembler,
     record::{Record, Verdict, What},
 };
@@ -15,6 +16,8 @@ use crate::{
 pub struct Limits {
     /// DNS.
     pub dns: DnsLimits,
+    /// DNS over TCP.
+    pub streams: StreamLimits,
     /// Fragmented datagrams.
     pub fragments: FragmentLimits,
 }
@@ -24,6 +27,8 @@ pub struct Limits {
 pub struct Stats {
     /// DNS.
     pub dns: DnsStats,
+    /// DNS over TCP.
+    pub streams: StreamStats,
     /// Fragmented datagrams.
     pub fragments: FragmentStats,
     /// Packets of a protocol that no reader takes.
@@ -78,6 +83,7 @@ impl<F> Frames<F> {
 pub struct Engine<F> {
     rules: Arc<Rules>,
     dns: Dns<F>,
+    streams: Streams<F>,
     fragments: Reassembler<F>,
     spare: Spare<F>,
     unsupported: u64,
@@ -90,6 +96,7 @@ impl<F> Engine<F> {
         Self {
             rules: Arc::default(),
             dns: Dns::new(&limits.dns),
+            streams: Streams::new(&limits.streams),
             fragments: Reassembler::new(&limits.fragments),
             spare: Spare(Vec::new()),
             unsupported: 0,
@@ -113,7 +120,20 @@ impl<F> Engine<F> {
             self.fragment(now, view, frame, sink);
             return;
         }
-        if view.slot.inspector != Inspector::Dns as u8 || view.packet.protocol != protocol::UDP {
+        let is_dns = view.slot.inspector == Inspector::Dns as u8;
+        if is_dns && view.packet.protocol == protocol::TCP {
+            self.streams.segment(
+                now,
+                view,
+                frame,
+                &mut self.dns,
+                &self.rules,
+                &mut self.spare,
+                sink,
+            );
+            return;
+        }
+        if !is_dns || view.packet.protocol != protocol::UDP {
             self.unsupported += 1;
             refuse(
                 view,
@@ -174,32 +194,40 @@ impl<F> Engine<F> {
     /// What became of an answer that was to be learned.
     pub fn learned(&mut self, _now: Millis, learned: Learned, sink: &mut impl Sink<F>) {
         self.dns.learned(learned, &mut self.spare, sink);
+        self.streams.resolve(&mut self.dns, sink);
     }
 
     /// Lets go what has waited too long. To be called when [`Engine::deadline`] has come; at any time, too.
     pub fn tick(&mut self, now: Millis, sink: &mut impl Sink<F>) {
         self.dns.tick(now, &mut self.spare, sink);
+        self.streams.tick(now, &mut self.dns, sink);
         self.fragments.tick(now, &mut self.spare, sink);
     }
 
     /// When [`Engine::tick`] has something to do, if nothing happens before.
     #[must_use]
     pub fn deadline(&self) -> Option<Millis> {
-        [self.dns.deadline(), self.fragments.deadline()]
-            .into_iter()
-            .flatten()
-            .min()
+        [
+            self.dns.deadline(),
+            self.streams.deadline(),
+            self.fragments.deadline(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     /// Drops what is held of an endpoint that is no more, and forgets its questions.
     pub fn forget_endpoint(&mut self, endpoint: u16, sink: &mut impl Sink<F>) {
         self.dns.forget(Some(endpoint), &mut self.spare, sink);
+        self.streams.forget(Some(endpoint), &mut self.dns, sink);
         self.fragments.forget(Some(endpoint), &mut self.spare, sink);
     }
 
     /// Drops everything that is held: the worker ends.
     pub fn drain(&mut self, sink: &mut impl Sink<F>) {
         self.dns.forget(None, &mut self.spare, sink);
+        self.streams.forget(None, &mut self.dns, sink);
         self.fragments.forget(None, &mut self.spare, sink);
     }
 
@@ -208,6 +236,7 @@ impl<F> Engine<F> {
     pub fn stats(&self) -> Stats {
         Stats {
             dns: self.dns.stats(),
+            streams: self.streams.stats(),
             fragments: self.fragments.stats(),
             unsupported: self.unsupported,
         }

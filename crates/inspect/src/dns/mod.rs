@@ -6,6 +6,10 @@ use palisade_abi::{Addr, CarrySlot, Reason, carry_flags};
 use palisade_fqdn::{Asked, Flow, TrackLimits, Tracker, Unasked};
 use palisade_protocols::dns::{Answer, Limits, Query, Rcode, Refusal, reply};
 
+pub(crate) mod stream;
+
+use stream::Place;
+
 use crate::{
     Learn, Learned, Millis, Route, Rules, Sink, View,
     aged::Aged,
@@ -111,9 +115,26 @@ pub(crate) struct Note {
 
 /// An answer that waits.
 struct Held<F> {
-    frames: Frames<F>,
+    what: Waiting<F>,
     audit: bool,
     record: Record,
+}
+
+/// Where an answer stands.
+pub(crate) enum Waiting<F> {
+    /// In these frames.
+    Datagram(Frames<F>),
+    /// In a stream.
+    Stream(Place),
+}
+
+/// What became of an answer in a stream.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Resolved {
+    /// Which.
+    pub place: Place,
+    /// It may go on; else why not.
+    pub passes: Result<(), Reason>,
 }
 
 /// What becomes of a query.
@@ -142,6 +163,8 @@ pub(crate) struct Dns<F> {
         reason = "the boxes travel: they go out with a `Learn` and come back"
     )]
     answers: Vec<Box<Answer>>,
+    /// Of answers in streams: what became of them, for their streams to hear.
+    resolved: Vec<Resolved>,
     out: Vec<u8>,
     stats: DnsStats,
 }
@@ -154,6 +177,7 @@ impl<F> Dns<F> {
             held: Aged::new(),
             held_by: HashMap::new(),
             answers: Vec::new(),
+            resolved: Vec::new(),
             out: Vec::new(),
             stats: DnsStats::default(),
         }
@@ -197,7 +221,8 @@ impl<F> Dns<F> {
             AnswerVerdict::Pass => frames.release(spare, sink),
             AnswerVerdict::Refuse(reason) => frames.discard(reason, spare, sink),
             AnswerVerdict::Learn(answer, asked) => {
-                self.hold(now, view, answer, asked, frames, spare, sink);
+                let what = Waiting::Datagram(frames);
+                self.hold(now, view, answer, asked, what, spare, sink);
             }
         }
     }
@@ -286,7 +311,13 @@ impl<F> Dns<F> {
     }
 
     /// Reports what is refused. False: audit mode lets it pass.
-    fn refused<S: Sink<F>>(&mut self, audit: bool, mut record: Record, reason: Reason, sink: &mut S) -> bool {
+    pub(crate) fn refused<S: Sink<F>>(
+        &mut self,
+        audit: bool,
+        mut record: Record,
+        reason: Reason,
+        sink: &mut S,
+    ) -> bool {
         record.reason = reason;
         record.verdict = if audit {
             self.stats.audited += 1;
@@ -365,13 +396,13 @@ impl<F> Dns<F> {
 
     /// Keeps an answer until what it teaches is committed.
     #[expect(clippy::too_many_arguments, reason = "as `datagram`")]
-    fn hold(
+    pub(crate) fn hold(
         &mut self,
         now: Millis,
         view: &View<'_>,
         answer: Box<Answer>,
         asked: Asked<Note>,
-        frames: Frames<F>,
+        what: Waiting<F>,
         spare: &mut Spare<F>,
         sink: &mut impl Sink<F>,
     ) {
@@ -385,28 +416,12 @@ impl<F> Dns<F> {
             self.recycle(answer);
             self.stats.not_held += 1;
             let audit = is_audit(view.slot);
-            self.drop_answer(
-                Held {
-                    frames,
-                    audit,
-                    record,
-                },
-                Reason::InspectLimit,
-                spare,
-                sink,
-            );
+            self.drop_answer(Held { what, audit, record }, Reason::InspectLimit, spare, sink);
             return;
         }
         *by_endpoint += 1;
         let audit = is_audit(view.slot);
-        let ticket = self.held.push(
-            Held {
-                frames,
-                audit,
-                record,
-            },
-            now,
-        );
+        let ticket = self.held.push(Held { what, audit, record }, now);
         let learn = Learn {
             ticket,
             endpoint,
@@ -433,7 +448,7 @@ impl<F> Dns<F> {
         if learned.committed {
             self.stats.committed += 1;
             sink.record(&held.record);
-            held.frames.release(spare, sink);
+            self.settle(held.what, Ok(()), spare, sink);
         } else {
             self.stats.uncommitted += 1;
             self.drop_answer(held, Reason::DnsUncommitted, spare, sink);
@@ -441,11 +456,31 @@ impl<F> Dns<F> {
     }
 
     fn drop_answer(&mut self, held: Held<F>, reason: Reason, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
-        if self.refused(held.audit, held.record, reason, sink) {
-            held.frames.discard(reason, spare, sink);
+        let passes = if self.refused(held.audit, held.record, reason, sink) {
+            Err(reason)
         } else {
-            held.frames.release(spare, sink);
+            Ok(())
+        };
+        self.settle(held.what, passes, spare, sink);
+    }
+
+    fn settle(
+        &mut self,
+        what: Waiting<F>,
+        passes: Result<(), Reason>,
+        spare: &mut Spare<F>,
+        sink: &mut impl Sink<F>,
+    ) {
+        match (what, passes) {
+            (Waiting::Datagram(frames), Ok(())) => frames.release(spare, sink),
+            (Waiting::Datagram(frames), Err(reason)) => frames.discard(reason, spare, sink),
+            (Waiting::Stream(place), passes) => self.resolved.push(Resolved { place, passes }),
         }
+    }
+
+    /// What became of an answer in a stream, if there is news.
+    pub(crate) fn next_resolved(&mut self) -> Option<Resolved> {
+        self.resolved.pop()
     }
 
     pub(crate) fn tick(&mut self, now: Millis, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
@@ -506,12 +541,12 @@ const fn endpoint_asks(slot: &CarrySlot) -> bool {
     (slot.flags & carry_flags::INGRESS != 0) == (slot.flags & carry_flags::REPLY != 0)
 }
 
-const fn is_audit(slot: &CarrySlot) -> bool {
+pub(crate) const fn is_audit(slot: &CarrySlot) -> bool {
     slot.flags & carry_flags::AUDIT != 0
 }
 
 /// Between whom the packet goes.
-fn flow(view: &View<'_>) -> Flow {
+pub(crate) fn flow(view: &View<'_>) -> Flow {
     let packet = view.packet;
     let source = SocketAddr::new(packet.source.into(), packet.source_port);
     let destination = SocketAddr::new(packet.destination.into(), packet.destination_port);

@@ -454,3 +454,38 @@ pub fn answer(id: u16, name: &str, kind: u16, rcode: u8, records: &[(&str, u16, 
 pub fn address(id: u16, name: &str) -> Vec<u8> {
     answer(id, name, A, 0, &[(name, A, 60, &[192, 0, 2, 1])])
 }
+
+pub const FIN: u8 = 1;
+pub const SYN: u8 = 2;
+pub const RST: u8 = 4;
+pub const ACK: u8 = 16;
+pub const URG: u8 = 32;
+
+/// A segment to be.
+pub fn segment(addresses: &Udp, sequence: u32, acknowledgment: u32, flags: u8, payload: &[u8]) -> Vec<u8> {
+    let mut tcp = vec![];
+    tcp.extend(addresses.source.1.to_be_bytes());
+    tcp.extend(addresses.destination.1.to_be_bytes());
+    tcp.extend(sequence.to_be_bytes());
+    tcp.extend(acknowledgment.to_be_bytes());
+    tcp.extend([0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
+    tcp.extend(payload);
+    let mut frame = addresses.around(&tcp, None);
+    let protocol = if addresses.source.0.is_ipv4() {
+        14 + 9
+    } else {
+        14 + 6
+    };
+    frame[protocol] = 6;
+    frame
+}
+
+/// Messages as they stand in a stream.
+pub fn framed(messages: &[Vec<u8>]) -> Vec<u8> {
+    let mut stream = vec![];
+    for message in messages {
+        stream.extend((message.len() as u16).to_be_bytes());
+        stream.extend(message);
+    }
+    stream
+}

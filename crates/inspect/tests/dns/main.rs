@@ -7,3 +7,4 @@ mod datagrams;
 mod fragments;
 mod histories;
 mod rule_sets;
+mod streams;
