@@ -2,7 +2,8 @@
 //! queries goes on when every message in it is complete and judged; one with the end of an answer, when that is
 //! committed. A message that must not pass ends the connection, on both sides.
 //!
-//! What was released is kept until it is acknowledged, so that nobody says something else by saying it again.
+//! What was released is kept until it is acknowledged, and some of it longer: what is said again must be the same, also
+//! if the other side claims to have had it. What is older than that is not passed again.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -33,7 +34,7 @@ pub struct StreamLimits {
     pub streams: usize,
     /// Of them, those of one endpoint.
     pub streams_per_endpoint: usize,
-    /// Bytes of one direction that are not acknowledged.
+    /// Bytes of one direction that are not acknowledged, and an eighth of that which is.
     pub bytes: usize,
     /// Segments of one direction that wait.
     pub segments: usize,
@@ -106,7 +107,7 @@ struct Segment<F> {
 struct Half<F> {
     /// Sequence number of the first byte; none before the SYN.
     start: Option<u32>,
-    /// What has come and is not acknowledged or not read, from `base` on.
+    /// What has come, from `base` on.
     bytes: Vec<u8>,
     base: u64,
     /// Where the first message that is not complete begins.
@@ -178,14 +179,15 @@ impl<F> Half<F> {
         }
     }
 
-    /// The receiver says that it has everything up to here.
-    fn acknowledge(&mut self, place: i64) {
+    /// The receiver says that it has everything up to here. So many bytes before it are kept.
+    fn acknowledge(&mut self, place: i64, history: usize) {
         // a FIN counts one
         let place = (place.max(0) as u64).min(self.released);
         self.acknowledged = self.acknowledged.max(place);
-        let keep = self.acknowledged.min(self.parsed);
-        let spent = (keep - self.base.min(keep)) as usize;
-        if spent > 0 {
+        let keep = self.acknowledged.saturating_sub(history as u64).min(self.parsed);
+        // in large steps, since what stays is moved
+        let spent = keep.saturating_sub(self.base) as usize;
+        if spent > history / 4 {
             self.bytes.drain(..spent);
             self.base += spent as u64;
         }
@@ -768,7 +770,7 @@ impl<F> Stream<F> {
         if header.is(TCP_ACK)
             && let Some(place) = against.place(header.acknowledgment)
         {
-            against.acknowledge(place);
+            against.acknowledge(place, limits.bytes / 8);
         }
         let fin = header.is(TCP_FIN);
         if header.payload.is_empty() && !fin {
@@ -857,8 +859,11 @@ impl<F> Half<F> {
             stats.contradicting += 1;
             return refuse(frame, Reason::TcpInvalid);
         }
-        // what was said before: as far as it is known, it must be the same; what is not, the receiver has
-        let known = place.max(self.base as i64)..end.min(next as i64);
+        if place < self.base as i64 {
+            return refuse(frame, Reason::TcpOutOfWindow);
+        }
+        // what was said before
+        let known = place..end.min(next as i64);
         if known.start < known.end {
             let said = &self.bytes
                 [(known.start - self.base as i64) as usize..(known.end - self.base as i64) as usize];

@@ -312,10 +312,15 @@ fn what_is_said_again_must_be_the_same() {
     assert_eq!(it.fate(over), Some(&Fate::Discarded(Reason::TcpOverlap)));
     let early = it.client(asked + 1, ACK, &denied[1..]);
     assert_eq!(it.fate(early), Some(&Fate::Discarded(Reason::TcpOutOfWindow)));
-    // what the resolver has, it does not take again
+    // nor if the resolver claims to have it
     it.resolver_acknowledges(0, asked as u32, ACK, &[]);
     let acknowledged = it.client(0, ACK, &other);
-    assert_eq!(it.fate(acknowledged), Some(&Fate::Released));
+    assert_eq!(it.fate(acknowledged), Some(&Fate::Discarded(Reason::TcpOverlap)));
+    let before_all = it.client(-5, ACK, &said);
+    assert_eq!(
+        it.fate(before_all),
+        Some(&Fate::Discarded(Reason::TcpOutOfWindow))
+    );
     // what waits is not said again
     let part = it.client(asked, ACK, &denied[..9]);
     let part_again = it.client(asked, ACK, &denied[..9]);
@@ -325,7 +330,33 @@ fn what_is_said_again_must_be_the_same() {
         Some(&Fate::Discarded(Reason::InspectDeadline))
     );
     let stats = it.world.engine.stats().streams;
-    assert_eq!((stats.contradicting, stats.early, stats.held), (2, 1, 1));
+    assert_eq!((stats.contradicting, stats.early, stats.held), (3, 1, 1));
+    it.world.end();
+}
+
+#[test]
+fn what_is_long_gone_is_not_passed_again() {
+    let limits = Limits {
+        streams: StreamLimits {
+            bytes: 800,
+            ..StreamLimits::default()
+        },
+        ..Limits::default()
+    };
+    let mut it = Connection::with(&limits, false, [asks(1), is_told(1)]);
+    let mut at = 0;
+    // more than is kept
+    for id in 0..100 {
+        let query = framed(&[query(id, "allowed.test", A)]);
+        let handle = it.client(at, ACK, &query);
+        assert_eq!(it.fate(handle), Some(&Fate::Released), "{id}");
+        let again = it.client(at, ACK, &query);
+        assert_eq!(it.fate(again), Some(&Fate::Released), "{id}");
+        at += query.len() as i64;
+        it.resolver_acknowledges(0, at as u32, ACK, &[]);
+    }
+    let long_gone = it.client(0, ACK, &framed(&[query(0, "allowed.test", A)]));
+    assert_eq!(it.fate(long_gone), Some(&Fate::Discarded(Reason::TcpOutOfWindow)));
     it.world.end();
 }
 
@@ -457,7 +488,10 @@ fn limits_hold() {
     let mut at = 0;
     for number in 0..4 {
         let handle = it.client(at, ACK, &long[at as usize..][..10]);
-        assert_eq!(it.fate(handle), (number == 3).then_some(limit.unwrap()));
+        assert_eq!(
+            it.fate(handle),
+            (number == 3).then_some(&Fate::Discarded(Reason::InspectLimit))
+        );
         at += if number == 3 { 0 } else { 10 };
     }
     let mut it = Connection::with(&limits, false, [asks(1), is_told(1)]);
@@ -522,12 +556,13 @@ impl Receiver {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(500))]
 
-    /// Whatever is sent, in whatever pieces and order, and said differently again: the resolver gets what policy allows, byte for
-    /// byte, and of a denied query nothing but its length.
+    /// Whatever is sent, in whatever pieces and order, lost, and said differently again, and whatever the resolver claims
+    /// to have: it gets what policy allows, byte for byte, and of a denied query nothing but its length.
     #[test]
     fn the_resolver_gets_what_is_allowed_and_nothing_else(
         names in prop::collection::vec(prop::sample::select(vec!["allowed.test", "x.wild.test", "denied.test"]), 1..5),
-        pieces in prop::collection::vec((any::<prop::sample::Index>(), 1_usize..60, prop::bool::weighted(0.1), any::<bool>()), 0..60),
+        pieces in prop::collection::vec((any::<prop::sample::Index>(), 1_usize..60, prop::bool::weighted(0.1), any::<bool>(), any::<bool>()), 0..60),
+        lies in any::<bool>(),
     ) {
         let messages: Vec<_> = names.iter().enumerate().map(|(id, name)| query(id as u16, name, A)).collect();
         let stream = framed(&messages);
@@ -538,11 +573,11 @@ proptest! {
         let mut sent = vec![];
         let mut next = 0;
         // random pieces, then everything in order until it is through
-        let in_order = (0..2 * stream.len().div_ceil(20)).map(|number| (number * 20 % (stream.len().div_ceil(20) * 20), 20, false));
-        let random = pieces.iter().map(|(at, length, changed, follows)| {
-            (if *follows { usize::MAX } else { at.index(stream.len()) }, *length, *changed)
+        let in_order = (0..2 * stream.len().div_ceil(20)).map(|number| (number * 20 % (stream.len().div_ceil(20) * 20), 20, false, false));
+        let random = pieces.iter().map(|(at, length, changed, follows, lost)| {
+            (if *follows { usize::MAX } else { at.index(stream.len()) }, *length, *changed, *lost)
         });
-        for (at, length, changed) in random.chain(in_order) {
+        for (at, length, changed, lost) in random.chain(in_order) {
             let at = if at == usize::MAX { next } else { at };
             let end = (at + length).min(stream.len());
             if at >= end {
@@ -561,14 +596,15 @@ proptest! {
             sent.push((handle, at, payload));
             let released: Vec<_> = it.world.sink.released.drain(..).collect();
             for handle in released {
-                if let Some((_, at, payload)) = sent.iter().find(|(known, ..)| *known == handle) {
+                // lost: a released segment does not arrive
+                if !lost && let Some((_, at, payload)) = sent.iter().find(|(known, ..)| *known == handle) {
                     receiver.take(*at, payload);
                 }
             }
             let got = receiver.bytes.len();
             prop_assert_eq!(&receiver.bytes, &stream[..got]);
             prop_assert!(got <= allowed + 2 * usize::from(denied.is_some()), "{} bytes", got);
-            it.resolver_acknowledges(0, got as u32, ACK, &[]);
+            it.resolver_acknowledges(0, if lies { stream.len() } else { got } as u32, ACK, &[]);
         }
         if denied.is_none() {
             prop_assert_eq!(receiver.bytes.len(), stream.len());
