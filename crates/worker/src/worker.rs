@@ -282,9 +282,9 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
                 shed[place] = true;
             },
         );
-        for place in 0..shed.len() {
+        for refused in shed.iter() {
             let Some(frame) = batch.pop_front() else { break };
-            if shed[place] {
+            if *refused {
                 self.post.counters.packets_in.add(1);
                 self.post.counters.dropped(Reason::WorkerOverload);
                 port.give(frame);

@@ -255,7 +255,7 @@ fn naive_sum(parts: &[&[u8]]) -> u16 {
     let mut total = 0u32;
     for part in parts {
         for pair in part.chunks(2) {
-            total += u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0));
+            total += (u32::from(pair[0]) << 8) | u32::from(*pair.get(1).unwrap_or(&0));
         }
     }
     while total > 0xffff {
@@ -290,7 +290,7 @@ impl Sent {
             ip.extend([0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 2]);
             if self.fragment != 0 {
                 ip.extend([self.number(), 0]);
-                ip.extend((self.fragment & 0xfff8 | 1).to_be_bytes());
+                ip.extend(((self.fragment & 0xfff8) | 1).to_be_bytes());
                 ip.extend([1, 2, 3, 4]);
             }
         } else {
@@ -301,7 +301,7 @@ impl Sent {
             let fragment = if self.fragment == 0 {
                 0x4000
             } else {
-                0x2000 | self.fragment / 8
+                0x2000 | (self.fragment / 8)
             };
             ip.extend(fragment.to_be_bytes());
             ip.extend([64, self.number(), 0, 0, 10, 0, 0, 1, 10, 0, 255, 2]);

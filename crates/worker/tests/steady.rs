@@ -1,0 +1,411 @@
+//! Workers on threads of their own, over a port that is no socket: what a packet costs, and what a failure does.
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    cell::Cell,
+    collections::VecDeque,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use palisade_abi::{Carried, CarrySlot, Inspector, Reason, Released, carry_hook};
+use palisade_inspect::{Learned, Millis, Sink, View, record::Record};
+use palisade_worker::{Handle, Inspect, Mode, Pool, Port, PortStatistics, Setup, State};
+use zerocopy::{FromBytes as _, IntoBytes as _};
+
+thread_local! {
+    static ALLOCATED: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Counts what a thread allocates.
+struct Counting;
+
+// SAFETY: everything is done by the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // A thread that ends allocates without being counted.
+        let _ = ALLOCATED.try_with(|count| count.set(count.get() + 1));
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        let _ = ALLOCATED.try_with(|count| count.set(count.get() + 1));
+        // SAFETY: as the caller promises.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+const COOKIE: u64 = 99;
+const FRAMES: usize = 256;
+
+/// A port at which the same packets arrive over and over.
+struct Loop {
+    chunks: Vec<[u8; 2_048]>,
+    lengths: Vec<usize>,
+    free: Vec<usize>,
+    packets: Arc<Vec<Vec<u8>>>,
+    next: usize,
+    seen: Arc<Seen>,
+    /// Nothing arrives any more.
+    dry: Arc<AtomicBool>,
+    fail_at: Option<u64>,
+}
+
+#[derive(Default)]
+struct Seen {
+    sent: AtomicU64,
+    warm: AtomicU64,
+    /// Allocations of the thread since it was warm.
+    allocated: AtomicU64,
+    free: AtomicUsize,
+    wrong: AtomicU64,
+}
+
+impl Port for Loop {
+    type Frame = usize;
+
+    fn receive(&mut self, into: &mut VecDeque<usize>, most: usize) -> io::Result<usize> {
+        let sent = self.seen.sent.load(Ordering::Relaxed);
+        if self.fail_at.is_some_and(|at| sent >= at) {
+            return Err(io::Error::other("the socket is gone"));
+        }
+        if self.dry.load(Ordering::Relaxed) {
+            return Ok(0);
+        }
+        let mut got = 0;
+        while got < most.min(32) {
+            let Some(frame) = self.free.pop() else { break };
+            let packet = &self.packets[self.next % self.packets.len()];
+            self.next += 1;
+            self.chunks[frame][..packet.len()].copy_from_slice(packet);
+            self.lengths[frame] = packet.len();
+            into.push_back(frame);
+            got += 1;
+        }
+        Ok(got)
+    }
+
+    fn waiting(&self) -> usize {
+        0
+    }
+
+    fn capacity(&self) -> usize {
+        FRAMES
+    }
+
+    fn data<'a>(&'a self, frame: &'a usize) -> &'a [u8] {
+        &self.chunks[*frame][..self.lengths[*frame]]
+    }
+
+    fn room<'a>(&'a mut self, frame: &'a mut usize) -> &'a mut [u8] {
+        &mut self.chunks[*frame]
+    }
+
+    fn set_length(&mut self, frame: &mut usize, length: usize) {
+        self.lengths[*frame] = length;
+    }
+
+    fn take(&mut self) -> Option<usize> {
+        self.free.pop()
+    }
+
+    fn give(&mut self, frame: usize) {
+        self.free.push(frame);
+    }
+
+    fn transmit(&mut self, frame: usize, start: usize, length: usize) -> Result<(), usize> {
+        let bytes = &self.chunks[frame][start..start + length];
+        let right = Released::read_from_suffix(bytes)
+            .is_ok_and(|(_, released)| released.cookie == COOKIE && released.ifindex == 4);
+        self.seen.wrong.fetch_add(u64::from(!right), Ordering::Relaxed);
+        self.free.push(frame);
+        let sent = self.seen.sent.fetch_add(1, Ordering::Relaxed) + 1;
+        if sent == self.seen.warm.load(Ordering::Relaxed) {
+            ALLOCATED.with(|count| count.set(0));
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.seen.free.store(self.free.len(), Ordering::Relaxed);
+        self.seen
+            .allocated
+            .store(ALLOCATED.with(Cell::get), Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn fd(&self) -> Option<std::os::fd::RawFd> {
+        None
+    }
+
+    fn statistics(&mut self) -> io::Result<PortStatistics> {
+        Ok(PortStatistics {
+            rx_ring_full: 3,
+            ..PortStatistics::default()
+        })
+    }
+}
+
+/// Lets every packet go at once or after a while, every tenth never, and tells of all.
+struct Script {
+    held: VecDeque<Handle>,
+    count: u64,
+    panic_at: Option<u64>,
+}
+
+impl Inspect for Script {
+    type Rules = ();
+
+    fn set_rules(&mut self, _: Arc<()>) {}
+
+    fn knows(&self, _: u32) -> bool {
+        true
+    }
+
+    fn packet(&mut self, _: Millis, view: &View<'_>, frame: Handle, sink: &mut impl Sink<Handle>) {
+        self.count += 1;
+        assert!(self.panic_at.is_none_or(|at| self.count < at), "cannot go on");
+        let what = palisade_inspect::record::What::Unreadable { detail: "of a test" };
+        sink.record(&Record::of(view, what));
+        match self.count % 10 {
+            0 => sink.discard(frame, Reason::AppDenied),
+            1..4 => self.held.push_back(frame),
+            _ => sink.release(frame),
+        }
+        if self.held.len() > 50 {
+            self.held.drain(..).for_each(|frame| sink.release(frame));
+        }
+    }
+
+    fn learned(&mut self, _: Millis, _: Learned, _: &mut impl Sink<Handle>) {}
+
+    fn tick(&mut self, _: Millis, sink: &mut impl Sink<Handle>) {
+        self.held.drain(..).for_each(|frame| sink.release(frame));
+    }
+
+    fn deadline(&self) -> Option<Millis> {
+        (!self.held.is_empty()).then_some(u64::MAX)
+    }
+
+    fn forget_endpoint(&mut self, _: u16, sink: &mut impl Sink<Handle>) {
+        self.held
+            .drain(..)
+            .for_each(|frame| sink.discard(frame, Reason::NoPolicy));
+    }
+}
+
+/// A carried datagram without a checksum.
+fn packet(hash: u32, second: bool) -> Vec<u8> {
+    let slot = CarrySlot {
+        endpoint: 2,
+        inspector: Inspector::Dns as u8,
+        ..CarrySlot::default()
+    };
+    let carried = Carried {
+        cookie: COOKIE,
+        ifindex: 4,
+        hash,
+        hook: carry_hook::TC_INGRESS,
+        slots: [slot, if second { slot } else { CarrySlot::default() }],
+        ..Carried::default()
+    };
+    let mut bytes = carried.as_bytes().to_vec();
+    bytes.extend([2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0]);
+    bytes.extend([
+        0x45, 0, 0, 32, 0, 0, 0x40, 0, 64, 17, 0x26, 0xcb, 10, 0, 0, 1, 10, 0, 0, 2,
+    ]);
+    bytes.extend([0x30, 0x39, 0, 53, 0, 12, 0, 0, 1, 2, 3, 4]);
+    bytes
+}
+
+fn clock() -> u64 {
+    static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+    START.get_or_init(Instant::now).elapsed().as_nanos() as u64 + 1
+}
+
+struct Bench {
+    seen: Vec<Arc<Seen>>,
+    dry: Arc<AtomicBool>,
+    beats: Arc<Vec<AtomicU64>>,
+    pool: Pool<()>,
+    records: palisade_worker::Receiver<Record>,
+    lives: Arc<AtomicUsize>,
+}
+
+fn bench(workers: usize, warm: u64, fail_at: Option<u64>, panic_at: Option<u64>) -> Bench {
+    let seen: Vec<Arc<Seen>> = (0..workers)
+        .map(|_| {
+            Arc::new(Seen {
+                warm: warm.into(),
+                ..Seen::default()
+            })
+        })
+        .collect();
+    let dry = Arc::new(AtomicBool::new(false));
+    let lives = Arc::new(AtomicUsize::new(0));
+    let packets = Arc::new((0..8).map(|n| packet(n, n % 3 == 0)).collect::<Vec<_>>());
+    let beats: Arc<Vec<AtomicU64>> = Arc::new((0..workers).map(|_| AtomicU64::new(0)).collect());
+    let (pool, _, records) = Pool::start(Setup {
+        workers,
+        mode: Mode::Poll,
+        cookie: COOKIE,
+        clock,
+        largest: 2_048,
+        port: {
+            let (seen, dry, lives) = (seen.clone(), Arc::clone(&dry), Arc::clone(&lives));
+            Arc::new(move |number| {
+                // Only the first life fails.
+                let first = lives.fetch_add(1, Ordering::Relaxed) == 0;
+                let port = Loop {
+                    chunks: vec![[0; 2_048]; FRAMES],
+                    lengths: vec![0; FRAMES],
+                    free: (0..FRAMES).collect(),
+                    packets: Arc::clone(&packets),
+                    next: 0,
+                    seen: Arc::clone(&seen[number]),
+                    dry: Arc::clone(&dry),
+                    fail_at: fail_at.filter(|_| first),
+                };
+                Ok((port, FRAMES))
+            })
+        },
+        engine: {
+            let lives = Arc::clone(&lives);
+            Arc::new(move |_| Script {
+                held: VecDeque::with_capacity(FRAMES),
+                count: 0,
+                panic_at: panic_at.filter(|_| lives.load(Ordering::Relaxed) == 1),
+            })
+        },
+        beat: {
+            let beats = Arc::clone(&beats);
+            Arc::new(move |number, now| beats[number].store(now, Ordering::Relaxed))
+        },
+        rules: Arc::new(()),
+        learns: 4,
+        records: 64,
+    })
+    .unwrap();
+    Bench {
+        seen,
+        dry,
+        beats,
+        pool,
+        records,
+        lives,
+    }
+}
+
+fn until(what: &str, mut true_: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !true_() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{what}: not in time");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_packet_in_the_steady_state_allocates_nothing_and_every_frame_comes_back() {
+    let mut bench = bench(2, 20_000, None, None);
+    assert!(bench.pool.ready(Duration::from_secs(10)));
+    for seen in &bench.seen {
+        until("packets", || seen.sent.load(Ordering::Relaxed) > 60_000);
+    }
+    let mut records = 0;
+    while bench.records.try_next().is_ok() {
+        records += 1;
+    }
+    assert!(records > 0);
+    for (number, seen) in bench.seen.iter().enumerate() {
+        // After the last look, what was counted was counted since the twenty-thousandth packet.
+        assert_eq!(seen.allocated.load(Ordering::Relaxed), 0, "worker {number}");
+        assert_eq!(seen.wrong.load(Ordering::Relaxed), 0);
+    }
+    bench.dry.store(true, Ordering::Relaxed);
+    for (seen, counters) in bench.seen.iter().zip(bench.pool.counters()) {
+        until("frames", || {
+            // What the engines hold goes when their endpoint does.
+            bench.pool.forget_endpoints(&[2]);
+            seen.free.load(Ordering::Relaxed) == FRAMES && counters.held.get() == 0
+        });
+        assert!(counters.handed_on.get() > 1_000 && counters.handed_in.get() > 1_000);
+        assert_eq!(counters.packets_out.get(), seen.sent.load(Ordering::Relaxed));
+    }
+    // Every packet that came in is accounted for.
+    let total = |f: &dyn Fn(&palisade_worker::Counters) -> u64| -> u64 {
+        bench.pool.counters().iter().map(|counters| f(counters)).sum()
+    };
+    let dropped = total(&|counters| counters.drops().map(|(_, count)| count).sum());
+    assert_eq!(
+        total(&|counters| counters.packets_in.get()),
+        total(&|counters| counters.packets_out.get()) + dropped
+    );
+    bench.pool.end();
+    for (counters, beat) in bench.pool.counters().iter().zip(&*bench.beats) {
+        assert_eq!(counters.state(), State::Ended);
+        assert_eq!(beat.load(Ordering::Relaxed), 0, "nobody lives");
+    }
+}
+
+#[test]
+fn who_sleeps_says_all_the_same_that_it_lives() {
+    let bench = bench(1, 0, None, None);
+    assert!(bench.pool.ready(Duration::from_secs(10)));
+    bench.dry.store(true, Ordering::Relaxed);
+    let begun = Instant::now();
+    let mut last = bench.beats[0].load(Ordering::Relaxed);
+    let mut longest = 0;
+    while begun.elapsed() < Duration::from_secs(1) {
+        thread::sleep(Duration::from_millis(5));
+        let beat = bench.beats[0].load(Ordering::Relaxed);
+        longest = longest.max(beat - last);
+        last = beat;
+    }
+    let slept = bench.pool.counters()[0].sleeps.get();
+    assert!((10..200).contains(&slept), "{slept}");
+    // 50 ms, on a machine that has something else to do, too.
+    assert!(longest < 500_000_000, "{longest}");
+}
+
+#[test]
+fn a_worker_that_panics_is_cut_and_starts_again() {
+    let bench = bench(1, 0, None, Some(1_000));
+    let counters = Arc::clone(&bench.pool.counters()[0]);
+    until("a panic", || counters.restarts.get() == 1);
+    until("running again", || counters.state() == State::Running);
+    assert_eq!(bench.lives.load(Ordering::Relaxed), 2);
+    let before = counters.packets_out.get();
+    until("packets", || counters.packets_out.get() > before + 1_000);
+    assert_ne!(bench.beats[0].load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn a_worker_whose_socket_fails_gets_a_new_one() {
+    let bench = bench(1, 0, Some(500), None);
+    let counters = Arc::clone(&bench.pool.counters()[0]);
+    let mut problem = None;
+    until("a failure", || {
+        problem = problem.take().or_else(|| counters.problem());
+        problem.is_some()
+    });
+    assert_eq!(problem.as_deref(), Some("the socket is gone"));
+    until("running again", || counters.state() == State::Running);
+    assert_eq!((counters.restarts.get(), counters.problem()), (1, None));
+    let before = counters.packets_out.get();
+    until("packets", || counters.packets_out.get() > before + 1_000);
+    until("what the rings lost", || counters.ring().rx_ring_full == 3);
+}
