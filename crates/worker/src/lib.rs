@@ -1,7 +1,7 @@
 //! The threads that receive carried packets, have them read, and put them back.
 //!
 //! Each worker owns its socket with all its frames, its engine and its timers. What it shares are queues that nobody
-//! waits at: packets of other workers' flows ([`handoff`]), answers to be learned, records, and orders of the control
+//! waits at: packets of other workers' flows ([`palisade_xsk::handoff`]), answers to be learned, records, and orders of the control
 //! plane of which the last one counts. In the steady state a packet costs no lock, no allocation and no system call
 //! of its own.
 //!
@@ -13,7 +13,6 @@
 pub mod checksum;
 mod counters;
 mod fair;
-mod handoff;
 pub mod header;
 mod inspect;
 mod mailbox;
@@ -21,6 +20,7 @@ mod pool;
 mod port;
 mod queue;
 mod slab;
+mod socket;
 mod worker;
 
 pub use counters::{Count, Counters, State};

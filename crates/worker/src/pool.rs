@@ -15,10 +15,11 @@ use palisade_inspect::{
     record::Record,
 };
 
+use palisade_xsk::handoff;
+
 use crate::{
     Mode,
     counters::{Counters, State},
-    handoff,
     inspect::Inspect,
     mailbox::{self, Writer},
     port::Port,

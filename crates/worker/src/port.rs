@@ -27,7 +27,7 @@ pub trait Port {
     fn receive(&mut self, into: &mut VecDeque<Self::Frame>, most: usize) -> io::Result<usize>;
 
     /// Packets that have arrived and wait, as far as is known.
-    fn waiting(&self) -> usize;
+    fn waiting(&mut self) -> usize;
 
     /// As many can wait.
     fn capacity(&self) -> usize;
@@ -53,11 +53,11 @@ pub trait Port {
     /// There is no room in the ring: the frame comes back.
     fn transmit(&mut self, frame: Self::Frame, start: usize, length: usize) -> Result<(), Self::Frame>;
 
-    /// Gives the kernel what is to be sent and what it may fill, and takes back what has been sent.
+    /// Gives the kernel what is to be sent, and takes back what has been sent. Answers how much it has not taken.
     ///
     /// # Errors
     /// The socket is of no use any more.
-    fn flush(&mut self) -> io::Result<()>;
+    fn flush(&mut self) -> io::Result<usize>;
 
     /// Has the kernel look for packets at once.
     ///

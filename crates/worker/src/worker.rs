@@ -20,13 +20,13 @@ use palisade_inspect::{
     record::{Record, Verdict, What},
 };
 use palisade_packet::Packet;
+use palisade_xsk::handoff::{Giver, Taker};
 use tracing::{error, info};
 
 use crate::{
     Mode,
     counters::{Counters, State},
     fair::Fair,
-    handoff::{Giver, Taker},
     header::{self, Ready},
     inspect::Inspect,
     mailbox::Reader,
@@ -84,8 +84,8 @@ pub struct Post<R> {
     pub stop: Arc<AtomicBool>,
     pub orders: Reader<Orders<R>>,
     /// To each other worker, by number; none to itself.
-    pub givers: Vec<Option<Giver>>,
-    pub takers: Vec<Option<Taker>>,
+    pub givers: Vec<Option<Giver<()>>>,
+    pub takers: Vec<Option<Taker<()>>>,
     pub wakers: Vec<Arc<mio::Waker>>,
     pub poll: Poll,
     pub learners: Learners,
@@ -171,6 +171,8 @@ pub struct Worker<'a, P: Port, E: Inspect> {
     statistics: (u64, PortStatistics),
     reports: (u64, u32),
     handed: Vec<bool>,
+    /// The kernel has not taken all that is to be sent.
+    unsent: bool,
 }
 
 impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
@@ -196,6 +198,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         let now = (post.clock)();
         Self {
             handed: vec![false; post.workers],
+            unsent: false,
             slab: Slab::new(frames),
             batch: VecDeque::with_capacity(BATCH.max(port.capacity())),
             fair: Fair::new(BATCH),
@@ -237,7 +240,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             self.engine.tick(now, &mut self.wishes);
             self.fulfil();
         }
-        self.port.flush()?;
+        self.unsent = self.port.flush()? != 0;
         self.wake_others();
         let counters = &self.post.counters;
         counters.held.set(self.slab.len() as u64);
@@ -313,8 +316,8 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         let owner = carried.hash as usize % self.post.workers;
         if owner != self.post.number {
             let given = self.post.givers[owner]
-                .as_ref()
-                .is_some_and(|giver| giver.give(data));
+                .as_mut()
+                .is_some_and(|giver| giver.give((), data).is_ok());
             if given {
                 counters.handed_on.add(1);
                 self.handed[owner] = true;
@@ -548,11 +551,12 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         for number in 0..self.post.workers {
             for _ in 0..HANDED {
                 let Self { post, port, .. } = self;
-                let Some(taker) = &post.takers[number] else { break };
-                let mut got = None;
-                let there = taker.take(|bytes| {
-                    got = port.take().and_then(|mut frame| {
-                        match port.room(&mut frame).get_mut(..bytes.len()) {
+                let Some(taker) = &mut post.takers[number] else {
+                    break;
+                };
+                let taken = taker.take(|(), bytes| {
+                    port.take()
+                        .and_then(|mut frame| match port.room(&mut frame).get_mut(..bytes.len()) {
                             Some(room) => {
                                 room.copy_from_slice(bytes);
                                 Some((frame, bytes.len()))
@@ -561,14 +565,11 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
                                 port.give(frame);
                                 None
                             }
-                        }
-                    });
+                        })
                 });
-                if !there {
-                    break;
-                }
+                let Some(taken) = taken else { break };
                 any = true;
-                let Some((frame, length)) = got else {
+                let Some((frame, length)) = taken else {
                     self.post.counters.dropped(Reason::WorkerOverload);
                     continue;
                 };
@@ -664,7 +665,11 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
 
     /// Sleeps until something comes, but not longer than it may be silent, and not beyond what has to be done.
     fn sleep(&mut self, events: &mut Events) -> io::Result<()> {
-        let mut patience = HEARTBEAT;
+        let mut patience = if self.unsent {
+            Duration::from_millis(1)
+        } else {
+            HEARTBEAT
+        };
         if let Some(deadline) = self.engine.deadline() {
             let left = Duration::from_millis(deadline.saturating_sub(self.millis()));
             patience = patience.min(left.max(Duration::from_millis(1)));
@@ -741,8 +746,11 @@ pub fn live<P: Port, E: Inspect>(mut post: Post<E::Rules>, makers: &Makers<P, E>
 fn one_life<P: Port, E: Inspect>(post: &mut Post<E::Rules>, makers: &Makers<P, E>) -> io::Result<()> {
     let (port, frames) = (makers.port)(post.number)?;
     // What was meant for the life before.
-    for taker in post.takers.iter().flatten() {
-        while taker.take(|_| post.counters.dropped(Reason::NoWorker)) {}
+    for taker in post.takers.iter_mut().flatten() {
+        while taker
+            .take(|(), _| post.counters.dropped(Reason::NoWorker))
+            .is_some()
+        {}
     }
     let engine = (makers.engine)(post.number);
     if post.counters.restarts.get() != 0 {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use palisade_abi::{CtKey, Inspector, carry_hook, protocol};
 use palisade_inspect::{Learned, View, learning::lessons};
+use palisade_xsk::handoff;
 use proptest::prelude::*;
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
@@ -65,7 +66,7 @@ impl Port for Fake {
         Ok(got)
     }
 
-    fn waiting(&self) -> usize {
+    fn waiting(&mut self) -> usize {
         self.arriving.len()
     }
 
@@ -104,9 +105,9 @@ impl Port for Fake {
         Ok(())
     }
 
-    fn flush(&mut self) -> io::Result<()> {
+    fn flush(&mut self) -> io::Result<usize> {
         self.in_ring = 0;
-        Ok(())
+        Ok(0)
     }
 
     fn fd(&self) -> Option<std::os::fd::RawFd> {
@@ -615,7 +616,7 @@ fn a_foreign_flow_is_read_by_its_owner() {
     let packet = carry(&partial, false, carry_hook::XDP_INGRESS, 7, slots);
     let (mut first, _chief, _) = post(0, 2);
     let (mut second, _other_chief, _) = post(1, 2);
-    let (giver, taker) = crate::handoff::ring(2, CHUNK);
+    let (giver, taker) = handoff::ring(2, CHUNK);
     first.givers[1] = Some(giver);
     second.takers[0] = Some(taker);
     let (counts, other_counts) = (Arc::clone(&first.counters), Arc::clone(&second.counters));

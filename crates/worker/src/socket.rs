@@ -1,0 +1,77 @@
+//! The port that is a socket.
+
+use std::{
+    collections::VecDeque,
+    io,
+    os::fd::{AsRawFd as _, RawFd},
+};
+
+use palisade_xsk::{Frame, Socket};
+
+use crate::port::{Port, PortStatistics};
+
+impl Port for Socket {
+    type Frame = Frame;
+
+    fn receive(&mut self, into: &mut VecDeque<Frame>, most: usize) -> io::Result<usize> {
+        Self::receive(self, into, most)
+    }
+
+    fn waiting(&mut self) -> usize {
+        Self::waiting(self)
+    }
+
+    fn capacity(&self) -> usize {
+        Self::capacity(self)
+    }
+
+    fn data<'a>(&'a self, frame: &'a Frame) -> &'a [u8] {
+        frame.data()
+    }
+
+    fn room<'a>(&'a mut self, frame: &'a mut Frame) -> &'a mut [u8] {
+        frame.data_and_tail_mut()
+    }
+
+    fn set_length(&mut self, frame: &mut Frame, length: usize) {
+        // Whoever has written so much has seen that there is room.
+        let _ = frame.set_len(length);
+    }
+
+    fn take(&mut self) -> Option<Frame> {
+        Self::take(self)
+    }
+
+    fn give(&mut self, frame: Frame) {
+        drop(frame);
+    }
+
+    fn transmit(&mut self, mut frame: Frame, start: usize, length: usize) -> Result<(), Frame> {
+        if frame.set_len(start + length).is_err() || frame.strip(start).is_err() {
+            return Err(frame);
+        }
+        self.send(frame)
+    }
+
+    fn flush(&mut self) -> io::Result<usize> {
+        Self::flush(self)
+    }
+
+    fn busy_poll(&mut self) -> io::Result<()> {
+        self.look()
+    }
+
+    fn fd(&self) -> Option<RawFd> {
+        Some(self.as_raw_fd())
+    }
+
+    fn statistics(&mut self) -> io::Result<PortStatistics> {
+        let statistics = Self::statistics(self)?;
+        Ok(PortStatistics {
+            rx_dropped: statistics.rx_dropped,
+            rx_ring_full: statistics.rx_ring_full,
+            rx_fill_ring_empty: statistics.rx_fill_ring_empty,
+            invalid: statistics.rx_invalid + statistics.tx_invalid + statistics.strange,
+        })
+    }
+}
