@@ -277,7 +277,7 @@ impl<F> Dns<F> {
                 return self.refuse_query(view, record, Reason::AppDenied, Some(rcode), sink);
             }
         }
-        let rule = allowed.unwrap_or(0);
+        let rule = allowed.unwrap_or(view.slot.rule);
         let note = Note { rule };
         if self
             .tracker

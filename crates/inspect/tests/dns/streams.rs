@@ -507,7 +507,7 @@ fn audit_mode_lets_pass_what_it_reports() {
     let denied = framed(&[query(7, "denied.test", A)]);
     let asked = it.client(0, ACK, &denied);
     assert_eq!(it.fate(asked), Some(&Fate::Released));
-    assert_eq!(it.world.verdict(), (Verdict::Audit, Reason::AppDenied, 0));
+    assert_eq!(it.world.verdict(), (Verdict::Audit, Reason::AppDenied, ASKING));
     let told = it.resolver(0, ACK, &framed(&[address(7, "denied.test")]));
     assert_eq!(it.fate(told), None);
     it.world.learned(false);
@@ -515,7 +515,7 @@ fn audit_mode_lets_pass_what_it_reports() {
     // no message at all: from here on nothing is read
     let garbage = it.client(denied.len() as i64, ACK, &[0, 0, 0]);
     assert_eq!(it.fate(garbage), Some(&Fate::Released));
-    assert_eq!(it.world.verdict(), (Verdict::Audit, Reason::AppMalformed, 0));
+    assert_eq!(it.world.verdict(), (Verdict::Audit, Reason::AppMalformed, ASKING));
     let records = it.world.sink.records.len();
     let unread = it.client(9999, ACK, &denied);
     assert_eq!(it.fate(unread), Some(&Fate::Released));
