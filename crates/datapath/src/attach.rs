@@ -21,6 +21,7 @@ use palisade_abi::{Direction, Interface, interface_flags, programs, role};
 
 use crate::{
     Datapath, MapError, OpenError, SyscallError,
+    carrier::remove_carrier,
     loader::{Program, make_dir, remove_dir_of_pins, version_dirs},
     sys::{
         bpf::{self, AttachType},
@@ -313,7 +314,7 @@ impl Datapath {
     pub fn attach(&self, wanted: &Attachment) -> Result<Attached> {
         let ifindex = wanted.ifindex;
         let device = find_device(ifindex)?.ok_or(AttachError::NoSuchInterface { ifindex })?;
-        let interface = self.claim_slot(wanted, &device)?;
+        let mut interface = self.claim_slot(wanted, &device)?;
         make_dir(&self.link_dir(ifindex)).map_err(Box::new)?;
         let tc = resolve_tc(wanted.tc, &device)?;
 
@@ -331,6 +332,10 @@ impl Datapath {
             }
             (Hook::Auto | Hook::Tc, _) => self.attach_tc(&device, Direction::Ingress, tc)?,
         };
+        if ingress == HookKind::XdpGeneric && interface.flags & interface_flags::XDP_GENERIC == 0 {
+            interface.flags |= interface_flags::XDP_GENERIC;
+            self.interfaces.insert(&slot(ifindex), &interface)?;
+        }
         let egress = self.attach_tc(&device, Direction::Egress, tc)?;
 
         let in_use = |place| match place {
@@ -459,6 +464,8 @@ impl Datapath {
     /// Writes what the programs must know of the interface.
     fn claim_slot(&self, wanted: &Attachment, device: &Device) -> Result<Interface> {
         let slot = slot(wanted.ifindex);
+        let generic = wanted.xdp_mode == XdpMode::Generic
+            && (wanted.ingress == Hook::Xdp || wanted.ingress == Hook::Auto && wanted.role == Role::Host);
         let interface = Interface {
             ifindex: wanted.ifindex,
             endpoint: wanted.endpoint,
@@ -467,7 +474,7 @@ impl Datapath {
                 0
             } else {
                 interface_flags::LAYER3
-            },
+            } | if generic { interface_flags::XDP_GENERIC } else { 0 },
         };
         let present = self.interfaces.get(&slot)?.unwrap_or_default();
         if present.role != role::NONE && present.ifindex != wanted.ifindex {
@@ -622,7 +629,7 @@ impl Datapath {
     }
 }
 
-fn resolve_tc(mode: TcMode, device: &Device) -> Result<HookKind> {
+pub(crate) fn resolve_tc(mode: TcMode, device: &Device) -> Result<HookKind> {
     let has_tcx = || {
         bpf::has_tcx(device.ifindex).map_err(|source| AttachError::Syscall {
             name: device.name.clone(),
@@ -657,6 +664,7 @@ pub fn detach_all(pin_dir: &Path) -> Result<()> {
             ifindex,
         ));
     }
+    note(remove_carrier(pin_dir));
     for dir in version_dirs(pin_dir).map_err(Box::new)? {
         note(remove_dir_of_pins(&dir).map_err(|e| Box::new(e).into()));
     }
@@ -811,7 +819,7 @@ fn on_tcx(ifindex: u32, direction: Direction, link_id: u32) -> std::result::Resu
 }
 
 /// The link that is pinned at a path, if it still holds an interface. One whose interface is gone is unpinned.
-fn pinned_link(path: &Path, ifindex: u32) -> Result<Option<(OwnedFd, bpf::LinkInfo)>> {
+pub(crate) fn pinned_link(path: &Path, ifindex: u32) -> Result<Option<(OwnedFd, bpf::LinkInfo)>> {
     let syscall = |source| AttachError::Syscall {
         name: path.display().to_string(),
         source,
@@ -828,7 +836,7 @@ fn pinned_link(path: &Path, ifindex: u32) -> Result<Option<(OwnedFd, bpf::LinkIn
     Ok(Some((link, info)))
 }
 
-fn unpin(path: &Path) -> Result<()> {
+pub(crate) fn unpin(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(AttachError::Io {
             path: path.to_owned(),
@@ -848,7 +856,7 @@ fn remove_empty(path: &Path) -> Result<()> {
     }
 }
 
-fn find_device(ifindex: u32) -> Result<Option<Device>> {
+pub(crate) fn find_device(ifindex: u32) -> Result<Option<Device>> {
     device(ifindex).map_err(|source| AttachError::Syscall {
         name: format!("interface {ifindex}"),
         source,

@@ -15,6 +15,7 @@
 
 mod apply;
 mod attach;
+mod carrier;
 mod clock;
 mod conntrack;
 mod counters;
@@ -30,6 +31,7 @@ mod sys;
 
 pub use apply::ApplyError;
 pub use attach::{AttachError, Attached, Attachment, Hook, HookKind, Role, TcMode, XdpMode, detach_all};
+pub use carrier::Carrier;
 pub use clock::{Clock, monotonic_coarse};
 pub use conntrack::{Conntrack, ConntrackCounts, Ended, Sweep};
 pub use counters::{Counters, EventBudget};

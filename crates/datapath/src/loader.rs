@@ -217,12 +217,14 @@ impl Program {
     }
 }
 
-/// The three programs.
+/// The programs.
 #[derive(Debug)]
 pub(crate) struct Programs {
     pub xdp: Program,
     pub tc_ingress: Program,
     pub tc_egress: Program,
+    pub carry: Program,
+    pub back: Program,
 }
 
 /// The maps and programs of a node, open.
@@ -243,6 +245,8 @@ pub struct Datapath {
     pub(crate) counters: PerCpuArray<Counter>,
     pub(crate) rules: PerCpuArray<Counter>,
     config: Map<u32, Config>,
+    pub(crate) workers: RawMap,
+    pub(crate) sockets: RawMap,
     /// The conntrack map that programs attached before this one still write to, when its size was changed.
     pub(crate) old_conntrack: Option<Map<CtKey, CtEntry>>,
     fresh: bool,
@@ -315,6 +319,8 @@ impl Datapath {
             counters: PerCpuArray::new(take(names::COUNTERS)?)?,
             rules: PerCpuArray::new(take(names::RULES)?)?,
             config: Map::new(take(names::CONFIG)?)?,
+            workers: take(names::WORKERS)?,
+            sockets: take(names::XSKS)?,
             old_conntrack,
             fresh,
             resized,
@@ -356,8 +362,10 @@ impl Datapath {
             xdp,
             tc_ingress,
             tc_egress,
+            carry,
+            back,
         } = &self.programs;
-        [xdp, tc_ingress, tc_egress]
+        [xdp, tc_ingress, tc_egress, carry, back]
             .into_iter()
             .filter_map(|p| Some((p.name, p.instructions?)))
             .collect()
@@ -370,8 +378,10 @@ impl Datapath {
             xdp,
             tc_ingress,
             tc_egress,
+            carry,
+            back,
         } = &self.programs;
-        [xdp, tc_ingress, tc_egress]
+        [xdp, tc_ingress, tc_egress, carry, back]
             .into_iter()
             .find(|p| p.name == name)
             .map(Program::fd)
@@ -725,17 +735,25 @@ fn load_programs(map_dir: &Path, maps: &BTreeMap<String, RawMap>) -> Result<Prog
         xdp: take(programs::XDP_INGRESS)?,
         tc_ingress: take(programs::TC_INGRESS)?,
         tc_egress: take(programs::TC_EGRESS)?,
+        carry: take(programs::CARRY)?,
+        back: take(programs::BACK)?,
     })
 }
 
-const PROGRAMS: [&str; 3] = [programs::XDP_INGRESS, programs::TC_INGRESS, programs::TC_EGRESS];
+const PROGRAMS: [&str; 5] = [
+    programs::XDP_INGRESS,
+    programs::TC_INGRESS,
+    programs::TC_EGRESS,
+    programs::CARRY,
+    programs::BACK,
+];
 
 fn load_program(name: &'static str, program: &mut aya::programs::Program) -> Result<Program> {
     let refused = |error| OpenError::Program {
         program: name,
         error: Box::new(error),
     };
-    if name == programs::XDP_INGRESS {
+    if matches!(name, programs::XDP_INGRESS | programs::CARRY) {
         let xdp: &mut Xdp = program.try_into().map_err(refused)?;
         xdp.load().map_err(refused)?;
     } else {

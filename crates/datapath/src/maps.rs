@@ -551,6 +551,32 @@ impl Drop for Shared {
     }
 }
 
+/// WORKERS, memory-mapped.
+#[derive(Debug)]
+pub(crate) struct Heartbeats {
+    memory: Shared,
+    count: u32,
+}
+
+impl Heartbeats {
+    pub fn new(raw: &RawMap) -> Result<Self> {
+        check_layout(raw, size_of::<u32>(), size_of::<u64>())?;
+        Ok(Self {
+            memory: Shared::new(raw)?,
+            count: raw.info.max_entries,
+        })
+    }
+
+    /// Nothing for a queue that the map has no slot for.
+    pub fn beat(&self, queue: u32, now: u64) {
+        if queue < self.count {
+            self.memory
+                .at::<AtomicU64>(queue as usize * size_of::<u64>())
+                .store(now, Ordering::Relaxed);
+        }
+    }
+}
+
 /// ENDPOINTS, memory-mapped.
 #[derive(Debug)]
 pub(crate) struct Endpoints {

@@ -1,0 +1,377 @@
+//! The carrier: the veth pair on which packets go to the workers and come back.
+//!
+//! `<name>0` is the node's end: the programs redirect what is to be read to it, and `palisade_back` at its ingress
+//! takes what comes back. `<name>1` is the workers' end, with `palisade_carry` and one AF_XDP socket for each
+//! queue. The pair and the two links (below `<pin_dir>/carrier/`) outlive the daemon like everything else:
+//! without workers what must be read is dropped by the programs, which then see no sign of life.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
+    path::{Path, PathBuf},
+};
+
+use palisade_abi::MAX_WORKERS;
+
+use crate::{
+    AttachError, Datapath, HookKind, MapError, SyscallError, TcMode,
+    attach::{find_device, pinned_link, resolve_tc, unpin},
+    loader::make_dir,
+    maps::Heartbeats,
+    sys::{
+        bpf::{self, AttachType},
+        clsact,
+        netlink::{Request, Socket, find, text, u32_at},
+    },
+};
+use palisade_abi::Direction;
+
+type Result<T> = std::result::Result<T, AttachError>;
+
+/// Bytes of a packet that the carrier takes, from the network header on: what fits a page with everything that XDP
+/// puts around it.
+const MTU: u32 = 3_400;
+
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_AF_SPEC: u16 = 26;
+const IFLA_NUM_TX_QUEUES: u16 = 31;
+const IFLA_NUM_RX_QUEUES: u16 = 32;
+const IFLA_INFO_KIND: u16 = 1;
+const IFLA_INFO_DATA: u16 = 2;
+const VETH_INFO_PEER: u16 = 1;
+const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
+const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
+
+/// Names of the pins below `<pin_dir>/carrier/`.
+const XDP_PIN: &str = "xdp";
+const BACK_PIN: &str = "tcx_ingress";
+
+/// The carrier of a node, ready for sockets.
+#[derive(Debug)]
+pub struct Carrier {
+    ifindex: u32,
+    workers: u32,
+    sockets: std::os::fd::OwnedFd,
+    heartbeats: Heartbeats,
+}
+
+impl Carrier {
+    /// Index of the node's end.
+    #[must_use]
+    pub fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+
+    /// Queues, one for each worker.
+    #[must_use]
+    pub fn workers(&self) -> u32 {
+        self.workers
+    }
+
+    /// Gives a queue its AF_XDP socket. One that is closed leaves by itself.
+    ///
+    /// # Errors
+    /// If it is no socket of that queue of the workers' end.
+    pub fn insert_socket(&self, queue: u32, socket: BorrowedFd<'_>) -> std::result::Result<(), MapError> {
+        bpf::update(
+            self.sockets.as_fd(),
+            &queue.to_ne_bytes(),
+            &socket.as_raw_fd().to_ne_bytes(),
+            0,
+        )
+        .map_err(|source| MapError::Syscall {
+            map: "xsks".to_owned(),
+            source,
+        })
+    }
+
+    /// Says that the worker of a queue lives. `now`: coarse monotonic clock, ns.
+    pub fn beat(&self, queue: u32, now: u64) {
+        self.heartbeats.beat(queue, now);
+    }
+}
+
+impl Datapath {
+    /// Finds or makes the carrier with one queue for each worker, and attaches its programs. What a former daemon
+    /// left is used again if it has as many queues.
+    ///
+    /// # Errors
+    /// If the pair cannot be made or the programs not be attached.
+    pub fn carrier(&self, name: &str, workers: u32) -> Result<Carrier> {
+        let workers = workers.clamp(1, MAX_WORKERS as u32);
+        let [node_end, worker_end] = [format!("{name}0"), format!("{name}1")];
+        let failed = |source| AttachError::Syscall {
+            name: node_end.clone(),
+            source,
+        };
+        let usable = match (
+            link(&node_end).map_err(failed)?,
+            link(&worker_end).map_err(failed)?,
+        ) {
+            (Some(node), Some(worker)) if node.fits(workers) && worker.fits(workers) => true,
+            (None, None) => false,
+            (one, other) => {
+                if let Some(foreign) = [&one, &other]
+                    .into_iter()
+                    .flatten()
+                    .find(|link| link.kind != "veth")
+                {
+                    return Err(AttachError::Syscall {
+                        name: foreign.name.clone(),
+                        source: SyscallError::new(
+                            "an interface of this name is no carrier; set [worker] interface to another name",
+                            io::Error::from_raw_os_error(libc::EEXIST),
+                        ),
+                    });
+                }
+                for link in [one, other].into_iter().flatten() {
+                    delete(link.ifindex).map_err(failed)?;
+                }
+                false
+            }
+        };
+        if !usable {
+            create(&node_end, &worker_end, workers).map_err(failed)?;
+        }
+        let find_end = |name: &str| {
+            link(name).and_then(|link| {
+                link.ok_or_else(|| {
+                    SyscallError::new(
+                        format!("RTM_GETLINK of {name}"),
+                        io::Error::from_raw_os_error(libc::ENODEV),
+                    )
+                })
+            })
+        };
+        let node = find_end(&node_end).map_err(failed)?;
+        let worker = find_end(&worker_end).map_err(failed)?;
+        for end in [&node, &worker] {
+            set_quiet_and_up(end.ifindex).map_err(failed)?;
+        }
+        self.attach_carrier(&node, &worker)?;
+        Ok(Carrier {
+            ifindex: node.ifindex,
+            workers,
+            sockets: bpf::duplicate(&self.sockets.fd).map_err(failed)?,
+            heartbeats: Heartbeats::new(&self.workers)?,
+        })
+    }
+
+    fn attach_carrier(&self, node: &Link, worker: &Link) -> Result<()> {
+        let dir = carrier_dir(&self.pin_dir);
+        make_dir(&dir).map_err(Box::new)?;
+        let refused = |name: &str| {
+            let name = name.to_owned();
+            move |source| AttachError::Syscall { name, source }
+        };
+        let path = dir.join(XDP_PIN);
+        match pinned_link(&path, worker.ifindex)? {
+            Some((link, _)) => {
+                bpf::link_update(link.as_fd(), self.programs.carry.fd()).map_err(refused(&worker.name))?;
+            }
+            None => bpf::link_create(
+                self.programs.carry.fd(),
+                worker.ifindex,
+                AttachType::Xdp,
+                bpf::XDP_FLAGS_DRV_MODE,
+            )
+            .and_then(|link| bpf::pin(link.as_fd(), &path))
+            .map_err(refused(&worker.name))?,
+        }
+        let device = find_device(node.ifindex)?.ok_or(AttachError::NoSuchInterface {
+            ifindex: node.ifindex,
+        })?;
+        if resolve_tc(TcMode::Auto, &device)? == HookKind::Clsact {
+            if clsact::qdisc(node.ifindex)
+                .map_err(refused(&node.name))?
+                .is_none()
+            {
+                clsact::add_qdisc(node.ifindex).map_err(refused(&node.name))?;
+            }
+            return clsact::set_filter(
+                node.ifindex,
+                Direction::Ingress,
+                self.programs.back.fd(),
+                self.programs.back.name,
+            )
+            .map_err(refused(&node.name));
+        }
+        let path = dir.join(BACK_PIN);
+        match pinned_link(&path, node.ifindex)? {
+            Some((link, _)) => {
+                bpf::link_update(link.as_fd(), self.programs.back.fd()).map_err(refused(&node.name))
+            }
+            None => bpf::link_create(
+                self.programs.back.fd(),
+                node.ifindex,
+                AttachType::TcxIngress,
+                bpf::BPF_F_BEFORE,
+            )
+            .and_then(|link| bpf::pin(link.as_fd(), &path))
+            .map_err(refused(&node.name)),
+        }
+    }
+}
+
+fn carrier_dir(pin_dir: &Path) -> PathBuf {
+    pin_dir.join("carrier")
+}
+
+/// Removes the pair with its programs, and the pins.
+pub(crate) fn remove_carrier(pin_dir: &Path) -> Result<()> {
+    let dir = carrier_dir(pin_dir);
+    if !dir.is_dir() {
+        return Ok(());
+    }
+    for file in [XDP_PIN, BACK_PIN] {
+        let path = dir.join(file);
+        let failed = |source| AttachError::Syscall {
+            name: path.display().to_string(),
+            source,
+        };
+        let Some(link) = bpf::get_pinned(&path).map_err(failed)? else {
+            continue;
+        };
+        let info = bpf::link_info(link.as_fd()).map_err(failed)?;
+        bpf::link_detach(link.as_fd()).map_err(failed)?;
+        unpin(&path)?;
+        // The end of another network namespace's carrier may have the same index: the program tells.
+        if file == XDP_PIN
+            && let Some(device) = find_device(info.ifindex)?
+            && device.xdp.is_none()
+            && link_by_index(info.ifindex)
+                .map_err(failed)?
+                .is_some_and(|link| link.kind == "veth" && link.name.ends_with('1'))
+        {
+            delete(info.ifindex).map_err(failed)?;
+        }
+    }
+    fs::remove_dir(&dir).map_err(|source| AttachError::Io { path: dir, source })
+}
+
+/// What rtnetlink says of an end.
+#[derive(Debug)]
+struct Link {
+    ifindex: u32,
+    name: String,
+    kind: String,
+    tx_queues: u32,
+    rx_queues: u32,
+    mtu: u32,
+}
+
+impl Link {
+    fn fits(&self, workers: u32) -> bool {
+        self.kind == "veth" && self.tx_queues == workers && self.rx_queues == workers && self.mtu == MTU
+    }
+}
+
+fn ifinfo(ifindex: u32, flags: u32, change: u32) -> [u8; 16] {
+    let mut info = [0; 16];
+    info[4..8].copy_from_slice(&ifindex.to_ne_bytes());
+    info[8..12].copy_from_slice(&flags.to_ne_bytes());
+    info[12..16].copy_from_slice(&change.to_ne_bytes());
+    info
+}
+
+fn c_string(text: &str) -> Vec<u8> {
+    let mut bytes = text.as_bytes().to_vec();
+    bytes.push(0);
+    bytes
+}
+
+fn link(name: &str) -> std::result::Result<Option<Link>, SyscallError> {
+    ask(
+        Request::new(libc::RTM_GETLINK, 0)
+            .fixed(&ifinfo(0, 0, 0))
+            .attr(IFLA_IFNAME, &c_string(name)),
+        &format!("RTM_GETLINK of {name}"),
+    )
+}
+
+fn link_by_index(ifindex: u32) -> std::result::Result<Option<Link>, SyscallError> {
+    ask(
+        Request::new(libc::RTM_GETLINK, 0).fixed(&ifinfo(ifindex, 0, 0)),
+        &format!("RTM_GETLINK of interface {ifindex}"),
+    )
+}
+
+fn ask(request: Request, call: &str) -> std::result::Result<Option<Link>, SyscallError> {
+    let mut found = None;
+    let answer = Socket::open(libc::NETLINK_ROUTE)?.query(request, 0, call, &mut |kind, payload| {
+        if kind != libc::RTM_NEWLINK {
+            return;
+        }
+        let attributes = payload.get(16..).unwrap_or_default();
+        let number = |kind| find(attributes, kind).and_then(|v| u32_at(v, 0)).unwrap_or(0);
+        let info = find(attributes, IFLA_LINKINFO).unwrap_or_default();
+        found = u32_at(payload, 4).map(|ifindex| Link {
+            ifindex,
+            name: find(attributes, IFLA_IFNAME).map(text).unwrap_or_default(),
+            kind: find(info, IFLA_INFO_KIND).map(text).unwrap_or_default(),
+            tx_queues: number(IFLA_NUM_TX_QUEUES),
+            rx_queues: number(IFLA_NUM_RX_QUEUES),
+            mtu: number(IFLA_MTU),
+        });
+    });
+    match answer {
+        Ok(()) => Ok(found),
+        Err(e) if e.errno() == libc::ENODEV => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+fn create(node_end: &str, worker_end: &str, workers: u32) -> std::result::Result<(), SyscallError> {
+    let end = |request: Request, name: &str| {
+        request
+            .attr(IFLA_IFNAME, &c_string(name))
+            .attr(IFLA_MTU, &MTU.to_ne_bytes())
+            .attr(IFLA_NUM_TX_QUEUES, &workers.to_ne_bytes())
+            .attr(IFLA_NUM_RX_QUEUES, &workers.to_ne_bytes())
+    };
+    let request =
+        Request::new(libc::RTM_NEWLINK, libc::NLM_F_CREATE | libc::NLM_F_EXCL).fixed(&ifinfo(0, 0, 0));
+    let request = end(request, node_end).nested(IFLA_LINKINFO, |info| {
+        info.attr(IFLA_INFO_KIND, b"veth\0")
+            .nested(IFLA_INFO_DATA, |data| {
+                data.nested(VETH_INFO_PEER, |peer| {
+                    end(peer.fixed(&ifinfo(0, 0, 0)), worker_end)
+                })
+            })
+    });
+    Socket::open(libc::NETLINK_ROUTE)?
+        .execute(request, &format!("RTM_NEWLINK of {node_end} and {worker_end}"))
+}
+
+/// No addresses of its own making and no ARP: nobody but us sends on the carrier. Then up.
+fn set_quiet_and_up(ifindex: u32) -> std::result::Result<(), SyscallError> {
+    let call = format!("RTM_NEWLINK of interface {ifindex}");
+    let mut socket = Socket::open(libc::NETLINK_ROUTE)?;
+    let quiet = Request::new(libc::RTM_NEWLINK, 0)
+        .fixed(&ifinfo(ifindex, 0, 0))
+        .nested(IFLA_AF_SPEC, |families| {
+            families.nested(libc::AF_INET6 as u16, |family| {
+                family.attr(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE])
+            })
+        });
+    match socket.execute(quiet, &call) {
+        // A kernel without IPv6, or with it switched off.
+        Err(e) if matches!(e.errno(), libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL) => {}
+        other => other?,
+    }
+    let flags = (libc::IFF_UP | libc::IFF_NOARP) as u32;
+    let up = Request::new(libc::RTM_NEWLINK, 0).fixed(&ifinfo(ifindex, flags, flags));
+    socket.execute(up, &call)
+}
+
+fn delete(ifindex: u32) -> std::result::Result<(), SyscallError> {
+    let request = Request::new(libc::RTM_DELLINK, 0).fixed(&ifinfo(ifindex, 0, 0));
+    match Socket::open(libc::NETLINK_ROUTE)?.execute(request, &format!("RTM_DELLINK of interface {ifindex}"))
+    {
+        // Gone with its other end.
+        Err(e) if e.errno() == libc::ENODEV => Ok(()),
+        other => other,
+    }
+}
