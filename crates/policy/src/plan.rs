@@ -26,7 +26,7 @@ use std::{
 
 use palisade_abi::{
     Addr, Class, EndpointState, Identity, IpcacheEntry, LearnedKey, PolicyEntry, PolicyKey, PrefixKey,
-    identity,
+    endpoint_flags, identity,
 };
 
 use crate::snapshot::{Snapshot, Table, TableKey, differing};
@@ -117,9 +117,10 @@ pub fn plan(old: &Snapshot, new: &Snapshot) -> Vec<Op> {
     let changes = table_changes(old, new);
 
     let pairs: BTreeSet<(Identity, Identity)> = addresses.iter().filter_map(AddressChange::pair).collect();
-    let identities = choose(&IdentityAxis { old, new }, &pairs, &changes);
+    let contested = contested(&addresses, old, new);
+    let identities = choose(&IdentityAxis { old, new }, &pairs, &contested, &changes);
     let pairs: BTreeSet<(Class, Class)> = slots.iter().map(|(_, from, to)| (*from, *to)).collect();
-    let classes = choose(&ClassAxis { old, new }, &pairs, &changes);
+    let classes = choose(&ClassAxis { old, new }, &pairs, &BTreeSet::new(), &changes);
 
     let mut ops = Vec::new();
 
@@ -195,20 +196,32 @@ pub fn plan(old: &Snapshot, new: &Snapshot) -> Vec<Op> {
     let mut states: BTreeMap<u16, EndpointState> = old.endpoints.clone();
     for (id, state) in &new.endpoints {
         let before = old.endpoints.get(id);
-        let switched =
-            before.is_none_or(|before| before.policy != state.policy || before.identity != state.identity);
+        let flags = before.map_or(state.flags, |before| before.flags);
+        let switched = before.is_none_or(|before| {
+            before.policy != state.policy || before.identity != state.identity || before.flags != state.flags
+        });
         let rewritten = !switched && changes.new.contains(&state.policy);
         if switched || rewritten {
             // If numbers are still to settle, flows are judged again once more when they have.
-            let revision = if settle.is_empty() {
+            // The same where a program may still have read other flags than it read of the policy.
+            let revision = if settle.is_empty() && flags == state.flags {
                 state.revision
             } else {
                 state.revision.wrapping_sub(1)
             };
+            // As long as the old policy may judge, what was learned counts if it did. What learned addresses are in
+            // between is right by either policy, so it can end before they settle.
+            let both = EndpointState {
+                revision,
+                flags: state.flags | flags,
+                ..*state
+            };
             let state = EndpointState { revision, ..*state };
-            if before != Some(&state) {
-                ops.push(Op::EndpointPut(*id, state));
-                states.insert(*id, state);
+            for state in [both, state] {
+                if states.get(id) != Some(&state) {
+                    ops.push(Op::EndpointPut(*id, state));
+                    states.insert(*id, state);
+                }
             }
         }
     }
@@ -296,9 +309,12 @@ impl AddressKey {
             Self::Address(addr) => (addr, 128),
             Self::Prefix(key) => (key.addr, key.length),
             Self::Learned(key) => {
-                return self
-                    .kept(in_state)
-                    .unwrap_or_else(|| learned_entry(Self::Address(key.addr).effective(in_state).identity));
+                let otherwise = || learned_entry(Self::Address(key.addr).effective(in_state).identity);
+                let somebody = in_state.addresses.get(&key.addr).is_some_and(hides_learned);
+                if somebody || !learns(in_state, key) {
+                    return otherwise();
+                }
+                return self.kept(in_state).unwrap_or_else(otherwise);
             }
         };
         self.kept(in_state)
@@ -320,6 +336,32 @@ fn learned_entry(identity: Identity) -> IpcacheEntry {
         identity,
         ..IpcacheEntry::default()
     }
+}
+
+/// Whether the programs take an address for this before they look at what was learned.
+fn hides_learned(entry: &IpcacheEntry) -> bool {
+    entry.identity < identity::FIRST_LOCAL
+}
+
+/// Whether what the endpoint of a learned address has learned counts.
+fn learns(state: &Snapshot, key: LearnedKey) -> bool {
+    let endpoint = u16::try_from(key.endpoint).ok();
+    endpoint
+        .and_then(|id| state.endpoints.get(&id))
+        .is_some_and(|state| state.flags & endpoint_flags::LEARNS != 0)
+}
+
+/// The pairs of identities of addresses that someone has learned, where one of them hides what was learned. In
+/// between such an address must have a number that does not: who learned it has a way of its own from one to the other.
+fn contested(addresses: &[AddressChange], old: &Snapshot, new: &Snapshot) -> BTreeSet<(Identity, Identity)> {
+    let learned = || old.learned.entries.keys().chain(new.learned.entries.keys());
+    let addrs: HashSet<Addr> = learned().map(|key| key.addr).collect();
+    addresses
+        .iter()
+        .filter(|change| matches!(change.key, AddressKey::Address(addr) if addrs.contains(&addr)))
+        .filter_map(AddressChange::pair)
+        .filter(|(from, to)| *from < identity::FIRST_LOCAL || *to < identity::FIRST_LOCAL)
+        .collect()
 }
 
 /// A place where something else is kept, or found, afterwards.
@@ -378,14 +420,17 @@ fn changed_addresses(old: &Snapshot, new: &Snapshot) -> Vec<AddressChange> {
     keys.extend(all.map(|key| AddressKey::Learned(*key)));
     let mut changes: Vec<AddressChange> = keys
         .into_iter()
-        .map(|key| (key, key.kept(old), key.kept(new)))
-        .filter(|(_, found, wanted)| found != wanted)
-        .map(|(key, found, wanted)| AddressChange {
+        .map(|key| AddressChange {
             key,
-            found,
-            wanted,
+            found: key.kept(old),
+            wanted: key.kept(new),
             from: key.effective(old),
             to: key.effective(new),
+        })
+        // What was learned can also come to count, or not to, by what else changes.
+        .filter(|change| {
+            change.found != change.wanted
+                || (matches!(change.key, AddressKey::Learned(_)) && change.pair().is_some())
         })
         .collect();
     changes.sort_by_key(|change| std::cmp::Reverse(change.key.length()));
@@ -553,9 +598,11 @@ fn same<N: Copy + Ord + Hash>(lines: &[Lines<N>], a: N, b: N) -> bool {
     lines.iter().all(|lines| lines.get(&a) == lines.get(&b))
 }
 
+/// `apart`: pairs that need a number of their own.
 fn choose<A: Axis>(
     axis: &A,
     pairs: &BTreeSet<(A::Number, A::Number)>,
+    apart: &BTreeSet<(A::Number, A::Number)>,
     tables: &TableChanges<'_>,
 ) -> Choices<A::Number> {
     let mut choices = BTreeMap::new();
@@ -563,13 +610,17 @@ fn choose<A: Axis>(
         return Choices(choices);
     }
     let old_lines = A::lines(&tables.old_tables);
-    let (early, mut open): (Vec<_>, Vec<_>) =
-        pairs.iter().copied().partition(|(a, b)| same(&old_lines, *a, *b));
+    let (early, mut open): (Vec<_>, Vec<_>) = pairs
+        .iter()
+        .copied()
+        .partition(|pair| !apart.contains(pair) && same(&old_lines, pair.0, pair.1));
     choices.extend(early.into_iter().map(|pair| (pair, Choice::Early)));
     if !open.is_empty() {
         let new_lines = A::lines(&tables.new_tables);
         let late;
-        (late, open) = open.into_iter().partition(|(a, b)| same(&new_lines, *a, *b));
+        (late, open) = open
+            .into_iter()
+            .partition(|pair| !apart.contains(pair) && same(&new_lines, pair.0, pair.1));
         choices.extend(late.into_iter().map(|pair| (pair, Choice::Late)));
     }
     if open.is_empty() {
@@ -585,9 +636,10 @@ fn choose<A: Axis>(
     let mut used: BTreeSet<A::Number> = old.union(&new).copied().collect();
     let mut below = None;
     for (from, to) in open {
-        let choice = if origins.get(&to) == Some(&1) && !old.contains(&to) {
+        let alone = !apart.contains(&(from, to));
+        let choice = if alone && origins.get(&to) == Some(&1) && !old.contains(&to) {
             Choice::Fresh
-        } else if destinations.get(&from) == Some(&1) && !new.contains(&from) {
+        } else if alone && destinations.get(&from) == Some(&1) && !new.contains(&from) {
             Choice::Gone
         } else {
             match axis.spare(&used, below) {

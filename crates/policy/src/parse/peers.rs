@@ -70,10 +70,11 @@ pub(super) fn read(object: &Object<'_>, section: Section<'_>) -> Option<Peers> {
     members.read(names.cidr_set, cidr_set_entry);
     members.read(names.entities, |at| entity(at).map(Peer::Entity));
     if egress {
-        if section.deny {
+        // Further than the original. Bare rules are its own, and it refuses these.
+        if section.deny && object.at.is_bare() {
             object.refuse(
                 "toFQDNs",
-                "cannot be part of a rule that denies; a name can have any address",
+                "cannot be part of a bare rule that denies: Cilium refuses it; resources may have it",
             );
         } else {
             members.read("toFQDNs", |at| {

@@ -1,10 +1,10 @@
 //! The BPF maps as ordinary ones, and the lookups of the programs over them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use palisade_abi::{
-    Addr, CLASS_ANY, CLASS_SLOTS, Class, EndpointState, IpcacheEntry, LearnedKey, PolicyEntry, PolicyKey,
-    PrefixKey, class_slot, class_slot_unknown_port, identity,
+    Addr, CLASS_ANY, CLASS_SLOTS, Class, Direction, EndpointState, IpcacheEntry, LearnedKey, PolicyEntry,
+    PolicyKey, PrefixKey, class_slot, class_slot_unknown_port, endpoint_flags, identity,
 };
 use palisade_policy::{
     plan::{MapContents, Op},
@@ -17,7 +17,7 @@ use crate::random::Packet;
 pub struct Maps {
     addresses: HashMap<Addr, IpcacheEntry>,
     prefixes: HashMap<PrefixKey, IpcacheEntry>,
-    learned: HashMap<LearnedKey, u32>,
+    pub learned: BTreeMap<LearnedKey, u32>,
     classes: Vec<Class>,
     policy: HashMap<PolicyKey, PolicyEntry>,
     endpoints: HashMap<u16, EndpointState>,
@@ -116,8 +116,30 @@ impl Maps {
         self.judge_from(self.identity(packet.remote.into()), packet)
     }
 
-    /// The same, when it is known who the other end is.
+    /// Who the other end is for the endpoint of a packet, when it is known who it is for everybody.
+    fn as_learned(&self, other: u32, packet: &Packet) -> u32 {
+        let addr = Addr::from(packet.remote);
+        let learns = self
+            .endpoints
+            .get(&packet.endpoint)
+            .is_some_and(|state| state.flags & endpoint_flags::LEARNS != 0);
+        let somebody = self
+            .addresses
+            .get(&addr)
+            .is_some_and(|entry| entry.identity < identity::FIRST_LOCAL);
+        if packet.direction == Direction::Ingress || !learns || somebody {
+            return other;
+        }
+        let key = LearnedKey {
+            addr,
+            endpoint: packet.endpoint.into(),
+        };
+        self.learned.get(&key).copied().unwrap_or(other)
+    }
+
+    /// The same, when it is known who the other end is for everybody.
     pub fn judge_from(&self, other: u32, packet: &Packet) -> Option<PolicyEntry> {
+        let other = self.as_learned(other, packet);
         let state = self.endpoints.get(&packet.endpoint)?;
         let slot = match packet.port {
             Some(port) => class_slot(packet.protocol, port),
@@ -146,7 +168,7 @@ impl Maps {
 
     /// As they are read back after a restart.
     pub fn read_back(&self) -> Snapshot {
-        Snapshot::from_maps(MapContents {
+        let mut snapshot = Snapshot::from_maps(MapContents {
             addresses: self.addresses.clone(),
             prefixes: self.prefixes.clone(),
             classes: self.classes.clone(),
@@ -154,13 +176,16 @@ impl Maps {
             endpoints: self.endpoints.iter().map(|(id, state)| (*id, *state)).collect(),
             world_ipv4: self.world.0,
             world_ipv6: self.world.1,
-        })
+        });
+        snapshot.learned.entries.clone_from(&self.learned);
+        snapshot
     }
 
     /// Panics where they hold anything else than a snapshot says.
     pub fn assert_equal(&self, snapshot: &Snapshot) {
         assert_eq!(self.addresses, *snapshot.addresses);
         assert_eq!(self.prefixes, *snapshot.prefixes);
+        assert_eq!(self.learned, snapshot.learned.entries);
         assert!(self.classes == *snapshot.classes, "classes differ");
         let mut policy = HashMap::new();
         for (id, table) in &snapshot.tables {

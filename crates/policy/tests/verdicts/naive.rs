@@ -8,13 +8,13 @@ use palisade_policy::{
     compile::FileContent,
     labels::Labels,
     rule::{
-        CidrGroup, CidrRule, Entity, L4Protocol, L7, L7Rules, LabelSource, Peer, Peers, Policy, PortSpec,
-        Ports, Requirement, Rule, Selector, Spec, Subject, Test,
+        CidrGroup, CidrRule, Entity, FqdnPattern, L4Protocol, L7, L7Rules, LabelSource, Peer, Peers, Policy,
+        PortSpec, Ports, Requirement, Rule, Selector, Spec, Subject, Test,
     },
     world::{Endpoint, Enforcement, World},
 };
 
-use crate::random::Packet;
+use crate::random::{Fact, Packet};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -32,17 +32,21 @@ pub type Judged = (Verdict, bool);
 struct Other {
     labels: Labels,
     prefix: Option<IpNet>,
+    /// By which names the endpoint has learned it.
+    names: Vec<&'static str>,
 }
 
 pub struct Naive<'a> {
     world: &'a World,
     policies: Vec<&'a Policy>,
     groups: Vec<&'a CidrGroup>,
+    facts: &'a [Fact],
 }
 
 impl<'a> Naive<'a> {
-    pub fn new(world: &'a World, files: &'a BTreeMap<String, FileContent>) -> Self {
+    pub fn new(world: &'a World, files: &'a BTreeMap<String, FileContent>, facts: &'a [Fact]) -> Self {
         Self {
+            facts,
             world,
             policies: files.values().flat_map(|file| &file.policies).collect(),
             groups: files.values().flat_map(|file| &file.cidr_groups).collect(),
@@ -91,6 +95,7 @@ impl<'a> Naive<'a> {
             return Other {
                 labels: endpoint.labels.clone(),
                 prefix: None,
+                names: Vec::new(),
             };
         }
         let is_world = |labels: &Labels| {
@@ -128,11 +133,13 @@ impl<'a> Naive<'a> {
                 Other {
                     labels: peer.labels.clone(),
                     prefix: is_world(&peer.labels).then_some(*prefix),
+                    names: Vec::new(),
                 }
             }
             (_, mentioned) => Other {
                 labels: self.world.options.world_labels(address.is_ipv6()),
                 prefix: mentioned,
+                names: Vec::new(),
             },
         }
     }
@@ -143,7 +150,19 @@ impl<'a> Naive<'a> {
             .endpoints
             .iter()
             .find(|endpoint| endpoint.id == packet.endpoint)?;
-        let other = self.who(packet.remote);
+        let mut other = self.who(packet.remote);
+        // A name adds to an address of the world; whoever is somebody stays who they are.
+        let world = other
+            .labels
+            .iter()
+            .any(|label| label.source == "reserved" && label.key.starts_with("world"));
+        if world && packet.direction == Direction::Egress {
+            let learned = self
+                .facts
+                .iter()
+                .filter(|fact| fact.endpoint == packet.endpoint && fact.address == packet.remote);
+            other.names = learned.map(|fact| fact.name).collect();
+        }
         Some(self.judge_other(subject, packet, &other))
     }
 
@@ -422,8 +441,27 @@ impl<'a> Naive<'a> {
                     .iter()
                     .any(|rule| inside(&rule.cidr) && !rule.except.iter().any(inside))
             }
-            Peer::Fqdn(_) => other.labels.iter().any(|label| label.source == "fqdn"),
+            Peer::Fqdn(pattern) => {
+                let (FqdnPattern::Name(text) | FqdnPattern::Pattern(text)) = pattern;
+                let labelled = other
+                    .labels
+                    .iter()
+                    .any(|label| label.source == "fqdn" && label.key == *text);
+                labelled || other.names.iter().any(|name| name_fits(text, name))
+            }
         }
+    }
+}
+
+/// Whether a name is one that a pattern means; of those patterns that are made here.
+pub fn name_fits(pattern: &str, name: &str) -> bool {
+    match pattern.strip_prefix("*.") {
+        _ if pattern == "*" => true,
+        Some(end) => name
+            .strip_suffix(end)
+            .and_then(|start| start.strip_suffix('.'))
+            .is_some_and(|label| !label.contains('.')),
+        None => pattern == name,
     }
 }
 

@@ -1,19 +1,21 @@
 //! The compiled table against the rules themselves, and plans against every packet after every single write.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
 };
 
 use crate::{
     maps::Maps,
-    naive::{Judged, Naive, Verdict},
-    random::{ADDRESSES, Packet, Tape, file, files, packets, world},
+    naive::{Judged, Naive, Verdict, name_fits},
+    random::{ADDRESSES, Fact, Packet, Tape, fact, file, files, packets, world},
 };
-use palisade_abi::{Decision, PolicyEntry, entry_flags};
+use palisade_abi::{Decision, Direction, LearnedKey, PolicyEntry, entry_flags};
 use palisade_policy::{
-    compile::{Changes, Compiler, CompilerState, FileContent},
+    compile::{Changes, Compiler, CompilerState, FileContent, LearnedUpdate},
+    names::LearnedSet,
     plan::plan,
+    rule::FqdnPattern,
     snapshot::{RuleKey, Snapshot, inspector_name},
     world::World,
 };
@@ -29,8 +31,55 @@ fn changes(world: Option<World>, files: &BTreeMap<String, FileContent>) -> Chang
     }
 }
 
+/// The snapshot of a compiler after the endpoints have learned some facts, and what is new in it.
+fn taught(compiler: &mut Compiler, facts: &[Fact]) -> (Snapshot, LearnedUpdate) {
+    let names = compiler.snapshot().names.clone();
+    let lists = compiler.snapshot().fqdn.clone();
+    let mut learned: BTreeMap<(u16, IpAddr), BTreeSet<u32>> = BTreeMap::new();
+    for fact in facts {
+        for (number, pattern) in lists.get(&fact.endpoint).into_iter().flat_map(|list| list.iter()) {
+            let (FqdnPattern::Name(text) | FqdnPattern::Pattern(text)) = pattern;
+            if name_fits(text, fact.name) {
+                learned
+                    .entry((fact.endpoint, fact.address))
+                    .or_default()
+                    .insert(*number);
+            }
+        }
+    }
+    let learned: BTreeMap<(u16, IpAddr), Vec<u32>> = learned
+        .into_iter()
+        .map(|(key, selectors)| (key, selectors.into_iter().collect()))
+        .collect();
+    let wanted: BTreeSet<LearnedSet> = learned
+        .iter()
+        .filter_map(|((_, address), selectors)| names.set(*address, selectors))
+        .collect();
+    let update = compiler.learned(&wanted).unwrap();
+    assert_eq!(update.numbers.len(), wanted.len());
+    let mut snapshot = compiler.snapshot().clone();
+    snapshot.learned.entries = learned
+        .iter()
+        .map(|((endpoint, address), selectors)| {
+            let key = LearnedKey {
+                addr: (*address).into(),
+                endpoint: (*endpoint).into(),
+            };
+            (key, snapshot.names.identity(*address, selectors).unwrap())
+        })
+        .collect();
+    (snapshot, update)
+}
+
 fn judged(snapshot: &Snapshot, packet: &Packet) -> Option<(Judged, PolicyEntry)> {
-    let other = snapshot.identity_of(packet.remote).identity;
+    let key = LearnedKey {
+        addr: packet.remote.into(),
+        endpoint: packet.endpoint.into(),
+    };
+    let learned = snapshot.learned.entries.get(&key).copied();
+    let other = learned
+        .filter(|_| packet.direction == Direction::Egress)
+        .unwrap_or_else(|| snapshot.identity_of(packet.remote).identity);
     let entry = snapshot.judge(
         packet.endpoint,
         packet.direction,
@@ -130,13 +179,15 @@ proptest! {
         let mut tape = Tape::new(&bytes);
         let world = world(&mut tape);
         let files = files(&mut tape);
+        let facts: Vec<Fact> = (0..tape.pick(9)).map(|_| fact(&mut tape)).collect();
         let mut compiler = Compiler::new(&CompilerState::default());
         if compiler.update(changes(Some(world.clone()), &files)).is_err() {
             // Rules that exclude each other.
             return Ok(());
         }
-        let snapshot = compiler.snapshot();
-        let naive = Naive::new(&world, &files);
+        let (snapshot, _) = taught(&mut compiler, &facts);
+        let snapshot = &snapshot;
+        let naive = Naive::new(&world, &files, &facts);
         for packet in packets() {
             let table = judged(snapshot, &packet);
             prop_assert_eq!(table.map(|(verdict, _)| verdict), naive.judge(&packet), "{:?}", packet);
@@ -159,7 +210,8 @@ proptest! {
         if compiler.update(changes(Some(the_world.clone()), &the_files)).is_err() {
             return Ok(());
         }
-        let snapshot = compiler.snapshot().clone();
+        let mut facts: Vec<Fact> = (0..tape.pick(9)).map(|_| fact(&mut tape)).collect();
+        let (snapshot, _) = taught(&mut compiler, &facts);
         let mut maps = Maps::empty(snapshot.world_ipv4, snapshot.world_ipv6);
         for op in plan(&maps.read_back(), &snapshot) {
             maps.apply(&op, |_| {});
@@ -167,6 +219,20 @@ proptest! {
         maps.assert_equal(&snapshot);
         let mut old = snapshot;
         for _ in 0..3 {
+            // Answers: the new identities go into the tables as they are, then each address is mapped by itself.
+            for _ in 0..tape.pick(3) {
+                facts.push(fact(&mut tape));
+                let before: Vec<_> = packets().iter().map(|packet| noticed(maps.judge(packet))).collect();
+                let (new, update) = taught(&mut compiler, &facts);
+                for op in &update.ops {
+                    maps.apply(op, |_| {});
+                }
+                let same: Vec<_> = packets().iter().map(|packet| noticed(maps.judge(packet))).collect();
+                prop_assert!(before == same, "new identities of learned addresses were noticed");
+                maps.learned.clone_from(&new.learned.entries);
+                maps.assert_equal(&new);
+                old = new;
+            }
             let mut change = Changes::default();
             let unchanged = (the_world.clone(), the_files.clone());
             if tape.pick(2) == 1 {
@@ -198,11 +264,13 @@ proptest! {
                 if restart {
                     return Ok(());
                 }
-                prop_assert!(plan(&old, compiler.snapshot()).is_empty());
+                let mut same = compiler.snapshot().clone();
+                same.learned = old.learned.clone();
+                prop_assert!(plan(&old, &same).is_empty());
                 (the_world, the_files) = unchanged;
                 continue;
             }
-            let new = compiler.snapshot().clone();
+            let (new, _) = taught(&mut compiler, &facts);
             let before: Vec<_> = packets().iter().map(|packet| (*packet, noticed(maps.judge(packet)))).collect();
             let revisions: Vec<_> = (0..10).map(|id| maps.endpoint(id).map(|state| state.revision)).collect();
             carry_out(&mut maps, &old, &new);
@@ -216,10 +284,11 @@ proptest! {
             // What is compiled step by step is what is compiled at once.
             let mut at_once = Compiler::new(&CompilerState::default());
             prop_assert!(at_once.update(changes(Some(the_world.clone()), &the_files)).is_ok());
+            let (at_once, _) = taught(&mut at_once, &facts);
             for packet in packets() {
                 prop_assert_eq!(
                     judged(&new, &packet).map(|(verdict, _)| verdict),
-                    judged(at_once.snapshot(), &packet).map(|(verdict, _)| verdict),
+                    judged(&at_once, &packet).map(|(verdict, _)| verdict),
                     "{:?}", packet
                 );
             }

@@ -337,7 +337,7 @@ fn prefix(tape: &mut Tape<'_>) -> IpNet {
 }
 
 fn peer(tape: &mut Tape<'_>) -> Peer {
-    match tape.pick(10) {
+    match tape.pick(13) {
         0..=3 => Peer::Labels(selector(tape)),
         4 => Peer::Nodes(selector(tape)),
         5 => Peer::Entity(tape.one(&[
@@ -381,7 +381,12 @@ fn peer(tape: &mut Tape<'_>) -> Peer {
                 }
             }
         }
-        _ => Peer::Fqdn(FqdnPattern::Pattern("*.example.com".into())),
+        _ => Peer::Fqdn(tape.one(&[
+            FqdnPattern::Pattern("*.example.com".into()),
+            FqdnPattern::Name("api.example.com".into()),
+            FqdnPattern::Name("a.test".into()),
+            FqdnPattern::Pattern("*".into()),
+        ])),
     }
 }
 
@@ -406,6 +411,22 @@ fn selector(tape: &mut Tape<'_>) -> Selector {
         }
     });
     Selector { requirements }
+}
+
+/// What an endpoint was told: a name has an address.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Fact {
+    pub endpoint: u16,
+    pub address: IpAddr,
+    pub name: &'static str,
+}
+
+pub fn fact(tape: &mut Tape<'_>) -> Fact {
+    Fact {
+        endpoint: tape.one(&[1, 2, 9]),
+        address: tape.one(&ADDRESSES).parse().unwrap(),
+        name: tape.one(&["api.example.com", "www.example.com", "a.test", "b.c.example.com"]),
+    }
 }
 
 /// A packet, seen from an endpoint.

@@ -28,6 +28,7 @@ fn rejected_rules() {
             json!({"toPorts": [{"ports": [{"port": "53", "protocol": "UDP"}], "rules": {"dns": [{"matchPattern": "[a-z].com"}]}}]}),
         ),
         egress(json!({"toFQDNs": [{"matchPattern": "a+.io"}]})),
+        json!([{"endpointSelector": subject, "egressDeny": [{"toFQDNs": [{"matchName": "a.io"}]}]}]),
         json!([{"endpointSelector": {"matchExpressions": [{"key": "app", "operator": "In", "values": ["ok", "not ok"]}]},
                 "ingress": [{}]}]),
         json!({"endpointSelector": {}}),

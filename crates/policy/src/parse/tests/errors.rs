@@ -295,10 +295,6 @@ fn peers() {
         "toGroups: [{aws: {region: x}}]",
         "7:5: toGroups cannot be resolved here, so it cannot deny: there are no groups of a cloud provider to look up",
     );
-    assert_deny(
-        "toFQDNs: [{matchName: a.b}]",
-        "7:5: toFQDNs cannot be part of a rule that denies; a name can have any address",
-    );
     assert_egress(
         "toServices: [{k8sService: {serviceName: a}}]",
         "7:17: warning: toServices selects nobody: there are no services to look up",
