@@ -1,0 +1,165 @@
+//! Reading DNS allocates nothing once the tables have grown: queries, answers, replies, fragments, segments.
+
+mod common;
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    cell::Cell,
+    sync::Arc,
+};
+
+use common::{
+    A, ACK, SYN, Udp, address, answer, asks, framed, is_told, query, rules, segment, to_client, to_server,
+};
+use palisade_abi::{CarrySlot, FlowCommand, Reason, carry_hook};
+use palisade_inspect::{Engine, Learn, Learned, Limits, Route, Sink, View, record::Record};
+use palisade_packet::{Packet, Start, decode};
+
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: every call goes on to the system's allocator unchanged; counting touches a thread-local without a
+// destructor, which allocates nothing.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        // SAFETY: the caller's promises are those that the system's allocator wants.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        // SAFETY: the block is from `alloc` above, which is the system's.
+        unsafe { System.dealloc(block, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+#[derive(Default)]
+struct Counts {
+    learn: Option<Learn>,
+    released: usize,
+    discarded: usize,
+    emitted: usize,
+    records: usize,
+}
+
+impl Sink<u32> for Counts {
+    fn release(&mut self, _frame: u32) {
+        self.released += 1;
+    }
+
+    fn release_with(&mut self, _frame: u32, _command: &FlowCommand) {
+        self.released += 1;
+    }
+
+    fn discard(&mut self, _frame: u32, _reason: Reason) {
+        self.discarded += 1;
+    }
+
+    fn emit(&mut self, _frame: &[u8], _route: Route) {
+        self.emitted += 1;
+    }
+
+    fn learn(&mut self, learn: Learn) -> Result<(), Learn> {
+        self.learn = Some(learn);
+        Ok(())
+    }
+
+    fn record(&mut self, _record: &Record) {
+        self.records += 1;
+    }
+}
+
+/// Frames and the slots they are read for; after each, what is to be learned is.
+fn run(engine: &mut Engine<u32>, sink: &mut Counts, now: u64, frames: &[(CarrySlot, Vec<u8>)]) {
+    for (slot, frame) in frames {
+        let mut packet = Packet::default();
+        decode(&frame[..], Start::Ethernet { tags_removed: 0 }, &mut packet).unwrap();
+        let transport = usize::from(packet.transport_offset);
+        let view = View {
+            slot,
+            ifindex: 7,
+            hook: carry_hook::TC_EGRESS,
+            packet: &packet,
+            frame,
+            network: usize::from(packet.network_offset),
+            transport,
+            payload: (transport, frame.len()),
+        };
+        engine.packet(now, &view, 1, sink);
+        if let Some(learn) = sink.learn.take() {
+            let learned = Learned {
+                ticket: learn.ticket,
+                committed: true,
+                answer: learn.answer,
+            };
+            engine.learned(now, learned, sink);
+        }
+    }
+    engine.tick(now, sink);
+}
+
+#[test]
+fn nothing_in_the_steady_state() {
+    let mut engine = Engine::new(&Limits::default());
+    engine.set_rules(Arc::new(rules()));
+    let mut sink = Counts::default();
+    let records: Vec<_> = (0..40_u8).map(|n| [192, 0, 2, n]).collect();
+    let records: Vec<_> = records.iter().map(|ip| ("x.wild.test", A, 60, &ip[..])).collect();
+    let long = to_client(4001, &answer(8, "x.wild.test", A, 0, &records));
+    let cut = |udp: &Udp, id| {
+        let bytes = udp.datagram();
+        [
+            udp.around(&bytes[..400], Some((0, true, id))),
+            udp.around(&bytes[400..], Some((400, false, id))),
+        ]
+    };
+    let round = |round: u32| {
+        let id = round as u16;
+        let mut frames = vec![
+            (asks(1), to_server(4000, &query(id, "allowed.test", A)).frame()),
+            (is_told(1), to_client(4000, &address(id, "allowed.test")).frame()),
+            (asks(1), to_server(4000, &query(id, "denied.test", A)).frame()),
+            (is_told(1), to_client(4000, &address(id, "denied.test")).frame()),
+            (asks(1), to_server(4001, &query(8, "x.wild.test", A)).frame()),
+        ];
+        frames.extend(cut(&long, id).map(|frame| (is_told(1), frame)));
+        // a query and its answer in a connection, each acknowledging the one before
+        let asked = framed(&[query(id, "allowed.test", A)]);
+        let told = framed(&[address(id, "allowed.test")]);
+        let (at, back) = (1 + round * asked.len() as u32, 1 + round * told.len() as u32);
+        let there = to_server(4002, &[]);
+        frames.push((asks(1), segment(&there, at, back, ACK, &asked)));
+        let next = at + asked.len() as u32;
+        frames.push((is_told(1), segment(&there.turned(&[]), back, next, ACK, &told)));
+        frames
+    };
+    let there = to_server(4002, &[]);
+    let syn = vec![
+        (asks(1), segment(&there, 0, 0, SYN, &[])),
+        (is_told(1), segment(&there.turned(&[]), 0, 1, SYN | ACK, &[])),
+    ];
+    run(&mut engine, &mut sink, 0, &syn);
+    let mut now = 0;
+    let mut allocated = 0;
+    for number in 0..3000 {
+        let frames = round(number);
+        now += 3;
+        let before = ALLOCATIONS.get();
+        run(&mut engine, &mut sink, now, &frames);
+        if number >= 1500 {
+            allocated += ALLOCATIONS.get() - before;
+        }
+    }
+    assert_eq!(
+        (sink.released, sink.discarded, sink.emitted),
+        (3000 * 7 + 2, 3000 * 2, 3000)
+    );
+    assert_eq!(engine.stats().dns.committed, 3000 * 3);
+    assert_eq!(allocated, 0);
+}
