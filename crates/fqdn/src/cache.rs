@@ -367,6 +367,16 @@ impl Cache {
         list
     }
 
+    /// Whether an endpoint knows a name with this address.
+    #[must_use]
+    pub fn has(&self, endpoint: EndpointId, address: IpAddr) -> bool {
+        let entry = self
+            .endpoints
+            .get(&endpoint)
+            .and_then(|state| state.addresses.get(&address.to_canonical()));
+        entry.is_some_and(AddressEntry::is_named)
+    }
+
     /// The name by which an endpoint learned an address last, for reports.
     #[must_use]
     pub fn name_of(&self, endpoint: EndpointId, address: IpAddr) -> Option<Name> {

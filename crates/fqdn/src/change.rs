@@ -73,6 +73,17 @@ impl Pending {
         self.number
     }
 
+    /// Whose answer it is.
+    #[must_use]
+    pub fn endpoint(&self) -> EndpointId {
+        self.endpoint
+    }
+
+    /// The addresses that it taught, known ones too; one may come several times.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.pairs.iter().map(|(_, address)| *address)
+    }
+
     /// How many of the answer's addresses were not learned, because a limit is reached and everything is in use.
     #[must_use]
     pub fn refused(&self) -> usize {

@@ -522,6 +522,11 @@ impl Endpoint {
 }
 
 impl AddressEntry {
+    /// Whether a name has it still.
+    pub(crate) fn is_named(&self) -> bool {
+        self.names > 0
+    }
+
     fn find(&self, selector: SelectorId) -> Result<usize, usize> {
         self.triples
             .binary_search_by_key(&selector, |triple| triple.selector)

@@ -103,6 +103,9 @@ Log: to stderr; PALISADE_LOG=debug for more.")]
     /// Security identities.
     #[command(subcommand)]
     Identity(IdentityCommand),
+    /// What was learned of names.
+    #[command(subcommand)]
+    Fqdn(FqdnCommand),
     /// What the BPF maps hold.
     #[command(subcommand)]
     Bpf(BpfCommand),
@@ -376,6 +379,43 @@ pub enum IdentityCommand {
         identity: u32,
         #[command(flatten)]
         output: OutputArgs,
+    },
+}
+
+/// `palisade fqdn`.
+#[derive(Debug, Subcommand)]
+pub enum FqdnCommand {
+    /// The names that endpoints were answered, with their addresses.
+    #[command(subcommand)]
+    Cache(FqdnCacheCommand),
+}
+
+/// `palisade fqdn cache`.
+#[derive(Debug, Subcommand)]
+pub enum FqdnCacheCommand {
+    /// List names and addresses.
+    List {
+        /// Only of this endpoint (number, name or address).
+        #[arg(long, short)]
+        endpoint: Option<String>,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Forget names, in use or not: what is reached by them has to be asked for again, and connections are judged again.
+    #[command(after_help = "Examples:
+  palisade fqdn cache clean
+  palisade fqdn cache clean --endpoint default/frontend --name www.example.com
+  palisade fqdn cache clean --pattern '*.example.com'")]
+    Clean {
+        /// Only of this endpoint (number, name or address).
+        #[arg(long, short)]
+        endpoint: Option<String>,
+        /// Only this name.
+        #[arg(long)]
+        name: Option<String>,
+        /// Only names that match this pattern, as matchPattern has it.
+        #[arg(long, conflicts_with = "name")]
+        pattern: Option<String>,
     },
 }
 

@@ -9,7 +9,8 @@ use crate::{
     cli::Output,
     control::{
         api::{
-            ConnectionRow, Endpoint, IdentityRow, IpcacheRow, PolicyRow, PolicySummary, Request, SelectorRow,
+            ConnectionRow, Endpoint, FqdnRow, IdentityRow, IpcacheRow, PolicyRow, PolicySummary, Request,
+            SelectorRow,
         },
         client::ask,
     },
@@ -81,6 +82,54 @@ pub fn selectors(socket: &Path, output: Output) -> anyhow::Result<u8> {
         }
         write!(out, "{table}")
     })
+}
+
+pub fn names(socket: &Path, endpoint: Option<&str>, output: Output) -> anyhow::Result<u8> {
+    let request = Request::FqdnCacheList {
+        endpoint: endpoint.map(ToOwned::to_owned),
+    };
+    let answer: Vec<FqdnRow> = ask(socket, &request)?;
+    show(&answer, output, |rows, out| {
+        let mut table = Table::new(&[
+            "ENDPOINT",
+            "NAME",
+            "ADDRESS",
+            "SELECTORS",
+            "IDENTITY",
+            "TTL",
+            "STATE",
+            "SOURCE",
+        ]);
+        for row in rows {
+            table.row([
+                row.endpoint_name.clone(),
+                row.name.clone(),
+                row.address.clone(),
+                list_or(&row.selectors, "-"),
+                row.identity.to_string(),
+                row.ttl.to_string(),
+                row.state.clone(),
+                row.source.clone(),
+            ]);
+        }
+        write!(out, "{table}")
+    })
+}
+
+pub fn clean_names(
+    socket: &Path,
+    endpoint: Option<String>,
+    name: Option<String>,
+    pattern: Option<String>,
+) -> anyhow::Result<u8> {
+    let request = Request::FqdnCacheClean {
+        endpoint,
+        name,
+        pattern,
+    };
+    let cleaned: u64 = ask(socket, &request)?;
+    println!("{cleaned} addresses were forgotten");
+    Ok(super::DONE)
 }
 
 pub fn endpoints(socket: &Path, output: Output) -> anyhow::Result<u8> {

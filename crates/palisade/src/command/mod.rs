@@ -16,7 +16,7 @@ use serde::Serialize;
 use crate::{
     cli::{
         BpfCommand, BpfCtCommand, BpfIpcacheCommand, BpfPolicyCommand, Cli, Command, EndpointCommand,
-        IdentityCommand, Output, PolicyCommand,
+        FqdnCacheCommand, FqdnCommand, IdentityCommand, Output, PolicyCommand,
     },
     config::{self, Config, ConfigError},
     control::client::ClientError,
@@ -97,6 +97,16 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
             IdentityCommand::Get { identity, output } => {
                 inspect::identity(&socket(), *identity, output.output)
             }
+        },
+        Command::Fqdn(FqdnCommand::Cache(command)) => match command {
+            FqdnCacheCommand::List { endpoint, output } => {
+                inspect::names(&socket(), endpoint.as_deref(), output.output)
+            }
+            FqdnCacheCommand::Clean {
+                endpoint,
+                name,
+                pattern,
+            } => inspect::clean_names(&socket(), endpoint.clone(), name.clone(), pattern.clone()),
         },
         Command::Bpf(command) => match command {
             BpfCommand::Policy(BpfPolicyCommand::Get { endpoint, output }) => {

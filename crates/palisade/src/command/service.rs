@@ -254,6 +254,20 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
         "Events:      {} read, {} suppressed by the rate limit, {} lost because the ring was full, {} slow clients cut off",
         events.read, events.suppressed, events.lost, events.slow_clients
     )?;
+    let names = &status.names;
+    writeln!(
+        out,
+        "Names:       {} learned with {} addresses, {} in the map; {} answers released, {} withheld; {} addresses expired, \
+         {} pushed out, {} over the limit",
+        names.names,
+        names.addresses,
+        names.in_map,
+        names.committed,
+        names.refused,
+        names.expired,
+        names.evicted,
+        names.over_limit
+    )?;
     let mut table = Table::new(&["REASON", "DIRECTION", "PACKETS", "BYTES"]);
     for drop in &status.drops {
         table.row([

@@ -6,7 +6,7 @@ mod suggest;
 use std::{
     collections::{HashMap, HashSet},
     fs,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -50,6 +50,8 @@ pub struct Config {
     pub limits: Limits,
     /// `[timeouts]`.
     pub timeouts: Timeouts,
+    /// `[dns]`.
+    pub dns: Dns,
     /// `[[interface]]`.
     pub interfaces: Vec<Interface>,
     /// `[[endpoint]]`.
@@ -99,6 +101,8 @@ pub struct Limits {
     pub policy: u32,
     /// Full-length addresses, and as many shorter prefixes.
     pub ipcache: u32,
+    /// Addresses that endpoints have learned by name.
+    pub learned: u32,
     /// Rules with counters of their own.
     pub rules: u32,
     /// Datagrams in fragments.
@@ -128,6 +132,36 @@ pub struct Timeouts {
     pub trace_interval: Duration,
     /// How often dead connections are swept out.
     pub sweep: Duration,
+}
+
+/// `[dns]`: names that policies decide by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dns {
+    /// The least time that an answer's addresses can be reached.
+    pub min_ttl: Duration,
+    /// The longest time that an answer can ask for.
+    pub max_ttl: Duration,
+    /// Addresses of one name that an endpoint keeps.
+    pub addresses_per_name: u32,
+    /// Addresses that an endpoint keeps.
+    pub addresses_per_endpoint: u32,
+    /// A selector that matches an alias on the way to the addresses counts too.
+    pub follow_cname: bool,
+    /// What a question gets that no rule allows.
+    pub deny_answer: DenyAnswer,
+    /// Names that policies give in full are resolved ahead.
+    pub prefetch: bool,
+    /// Whom to ask for that; empty: the node's own servers.
+    pub servers: Vec<SocketAddr>,
+}
+
+/// What a question gets that no rule allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DenyAnswer {
+    /// REFUSED.
+    Refused,
+    /// NXDOMAIN, for clients that go on with the next name of their search list only then.
+    NxDomain,
 }
 
 /// How the programs are attached to an interface.
@@ -270,6 +304,7 @@ fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Config {
         policy: policy(root.table("policy"), path),
         limits: limits(root.table("limits")),
         timeouts: timeouts(root.table("timeouts")),
+        dns: dns(root.table("dns")),
         interfaces: Vec::new(),
         endpoints: Vec::new(),
         peers: Vec::new(),
@@ -399,6 +434,7 @@ fn limits(section: Section<'_, '_>) -> Limits {
         conntrack: entries("conntrack", 262_144, 64),
         policy: entries("policy", 1_048_576, 64),
         ipcache: entries("ipcache", 262_144, 64),
+        learned: entries("learned", 262_144, 64),
         rules: entries("rules", 65_536, 64),
         fragments: entries("fragments", 8_192, 16),
         events_per_second: entries("events_per_second", 1_000, 1),
@@ -406,6 +442,44 @@ fn limits(section: Section<'_, '_>) -> Limits {
     };
     section.finish();
     limits
+}
+
+fn dns(section: Section<'_, '_>) -> Dns {
+    const MAX: Duration = Duration::from_secs(30 * 86_400);
+    let count = |key, default: u32| {
+        let asked = section.integer(key, 1..(1 << 24));
+        asked.and_then(|n| u32::try_from(n).ok()).unwrap_or(default)
+    };
+    let answers = [
+        ("refused", DenyAnswer::Refused),
+        ("nxdomain", DenyAnswer::NxDomain),
+    ];
+    let dns = Dns {
+        min_ttl: section
+            .duration("min_ttl", Duration::from_secs(1)..MAX)
+            .unwrap_or(Duration::from_secs(30)),
+        max_ttl: section
+            .duration("max_ttl", Duration::from_secs(1)..MAX)
+            .unwrap_or(Duration::from_secs(7 * 86_400)),
+        addresses_per_name: count("addresses_per_name", 1_000),
+        addresses_per_endpoint: count("addresses_per_endpoint", 100_000),
+        follow_cname: section.boolean("follow_cname").unwrap_or(false),
+        deny_answer: section
+            .choice("deny_answer", &answers)
+            .unwrap_or(DenyAnswer::Refused),
+        prefetch: section.boolean("prefetch").unwrap_or(false),
+        servers: section
+            .servers("servers", 53)
+            .unwrap_or_default()
+            .into_iter()
+            .map(|at| at.value)
+            .collect(),
+    };
+    if dns.max_ttl < dns.min_ttl {
+        section.error("dns.max_ttl is less than dns.min_ttl");
+    }
+    section.finish();
+    dns
 }
 
 fn timeouts(section: Section<'_, '_>) -> Timeouts {

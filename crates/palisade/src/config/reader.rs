@@ -1,7 +1,14 @@
 //! TOML with positions: every value that is asked for is checked, every key that nobody asked for is an error,
 //! and all errors are found, not only the first.
 
-use std::{cell::RefCell, fmt, net::IpAddr, ops::Range, path::PathBuf, time::Duration};
+use std::{
+    cell::RefCell,
+    fmt,
+    net::{IpAddr, SocketAddr},
+    ops::Range,
+    path::PathBuf,
+    time::Duration,
+};
 
 use ipnet::IpNet;
 use toml::de::{DeTable, DeValue};
@@ -338,6 +345,21 @@ impl<'r, 'a> Section<'r, 'a> {
                     return Err(format!("'{text}' cannot be the address of anybody"));
                 }
                 Ok(address)
+            },
+        )
+    }
+
+    /// A list of IP addresses, each with a port if it is not the usual one.
+    pub fn servers(&self, key: &'static str, port: u16) -> Option<Vec<At<SocketAddr>>> {
+        self.list(
+            key,
+            "a list of addresses: [\"192.0.2.53\", \"[2001:db8::53]:5353\"]",
+            |text| {
+                let bare = text
+                    .parse::<IpAddr>()
+                    .map(|address| SocketAddr::new(address, port));
+                bare.or_else(|_| text.parse())
+                    .map_err(|_| format!("'{text}' is neither an IP address nor one with a port"))
             },
         )
     }

@@ -40,6 +40,14 @@ pub enum Request {
     BpfCtList,
     /// [`IpcacheRow`]s.
     BpfIpcacheList,
+    /// [`FqdnRow`]s, of one endpoint or of all.
+    FqdnCacheList { endpoint: Option<String> },
+    /// Forgets names: of one endpoint or of all, one name, those of a pattern or all. Answers how many addresses.
+    FqdnCacheClean {
+        endpoint: Option<String>,
+        name: Option<String>,
+        pattern: Option<String>,
+    },
     /// A stream of [`Answer::Flow`].
     Observe(ObserveRequest),
 }
@@ -125,6 +133,9 @@ pub struct Status {
     pub conntrack: ConntrackStatus,
     /// Events.
     pub events: EventStatus,
+    /// Learned names.
+    #[serde(default)]
+    pub names: NamesStatus,
     /// Drops since the maps were made.
     pub drops: Vec<DropCount>,
 }
@@ -255,6 +266,60 @@ pub struct EventStatus {
     pub lost: u64,
     /// Clients of `observe` that were cut off because they did not read.
     pub slow_clients: u64,
+}
+
+/// Learned names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamesStatus {
+    /// Names that are known, each endpoint's for itself.
+    pub names: usize,
+    /// Addresses of names.
+    pub addresses: usize,
+    /// Addresses in the map.
+    pub in_map: usize,
+    /// Addresses that the map does not hold as it should.
+    pub out_of_step: usize,
+    /// Bytes that the names take.
+    pub bytes: usize,
+    /// Answers that were released.
+    pub committed: u64,
+    /// Answers that were not, because the maps do not hold what they imply.
+    pub refused: u64,
+    /// Answers that had to wait for an identity.
+    pub waited: u64,
+    /// Addresses that a limit has pushed out.
+    pub evicted: u64,
+    /// Addresses that were not learned: the limit is reached, and all are in use.
+    pub over_limit: u64,
+    /// Addresses that expired unused.
+    pub expired: u64,
+    /// Writes that failed.
+    pub failures: u64,
+    /// Why the last one did, if it did.
+    pub failure: Option<String>,
+}
+
+/// An address that an endpoint has learned.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct FqdnRow {
+    /// The endpoint's number.
+    pub endpoint: u16,
+    /// The endpoint's name.
+    pub endpoint_name: String,
+    /// The name that was asked for.
+    pub name: String,
+    /// The address.
+    pub address: String,
+    /// Selectors of the endpoint's policies that the name matches.
+    pub selectors: Vec<String>,
+    /// The identity that the address has for the endpoint; 0: none by name.
+    pub identity: u32,
+    /// Seconds until it expires; 0: it has.
+    pub ttl: u64,
+    /// live, or expired-in-use, or expired (goes with one of the next sweeps).
+    pub state: String,
+    /// answer, prefetch or restored.
+    pub source: String,
 }
 
 /// Packets dropped for a reason.

@@ -13,31 +13,34 @@ use std::{
 };
 
 use palisade_abi::{
-    CLASS_ANY, Counter, Decision, Direction, EventKind, Identity, ct_flags, entry_flags, identity, maps,
-    protocol,
+    CLASS_ANY, Counter, Decision, Direction, EventKind, Identity, LearnedKey, ct_flags, entry_flags,
+    identity, maps, protocol,
 };
 use palisade_datapath::{Datapath, MapError, monotonic_coarse};
 use palisade_flowlog::{FilterBuilder, Next, Ring, Timestamp};
+use palisade_fqdn::{SelectorId, Selectors};
 use palisade_policy::{
     compile::Compiler,
-    rule::{Peer, Policy},
+    rule::{FqdnPattern, Peer, Policy},
     snapshot::{RuleKey, Snapshot, TableKey, inspector_name},
     trace::{self, Outcome, Question},
     world::{Endpoint as WorldEndpoint, Enforcement},
 };
+use palisade_protocols::dns::Name;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::{
     control::{Answer, Control, Message},
+    names::Names,
     selector_text::peer_text,
     view::{Shared, View, class_names, kind_name, prefix_text},
 };
 use crate::control::{
     api::{
-        self, ConnectionRow, ConntrackStatus, DropCount, Endpoint, IdentityRow, InterfaceStatus, IpcacheRow,
-        MapFill, MissingInspector, ObserveRequest, PolicyRow, PolicySummary, Request, RuleSummary,
-        SelectorRow, Status, TraceAnswer, TraceRequest,
+        self, ConnectionRow, ConntrackStatus, DropCount, Endpoint, FqdnRow, IdentityRow, InterfaceStatus,
+        IpcacheRow, MapFill, MissingInspector, NamesStatus, ObserveRequest, PolicyRow, PolicySummary,
+        Request, RuleSummary, SelectorRow, Status, TraceAnswer, TraceRequest,
     },
     server::{Counts, Handler, Sink},
 };
@@ -52,6 +55,7 @@ pub struct Clients {
     pub control: Sender<Message>,
     pub datapath: Arc<Datapath>,
     pub shared: Arc<Shared>,
+    pub names: Arc<Names>,
     pub ring: Arc<Ring>,
     /// Events read so far.
     pub events: Arc<AtomicU64>,
@@ -70,6 +74,12 @@ impl Handler for Clients {
             Request::BpfPolicyGet { endpoint } => self.policy_table(endpoint),
             Request::BpfCtList => self.connections(),
             Request::BpfIpcacheList => self.ipcache(),
+            Request::FqdnCacheList { endpoint } => self.learned_names(endpoint),
+            Request::FqdnCacheClean {
+                endpoint,
+                name,
+                pattern,
+            } => self.clean_names(endpoint, name, pattern),
             other => self.ask(other),
         };
         sink.send(&match answer {
@@ -179,6 +189,27 @@ impl Clients {
             let (EventKind::PolicyVerdict | EventKind::Drop | EventKind::Trace) = kind;
             status.events.suppressed += budget.suppressed;
             status.events.lost += budget.lost;
+        }
+        let names = self.names.counts();
+        status.names = NamesStatus {
+            names: names.names,
+            addresses: names.addresses,
+            in_map: names.in_map,
+            out_of_step: names.out_of_step,
+            bytes: names.bytes,
+            committed: names.committed,
+            refused: names.refused,
+            waited: names.waited,
+            evicted: names.stats.evicted,
+            over_limit: names.stats.refused,
+            expired: names.stats.expired,
+            failures: names.failures,
+            failure: names.failure.clone(),
+        };
+        if let Some(problem) = names.failure {
+            status.warnings.push(format!(
+                "learned addresses cannot be written, and their answers are withheld: {problem}"
+            ));
         }
         status.events.read = self.events.load(Ordering::Relaxed);
         status.events.slow_clients = self
@@ -332,6 +363,82 @@ impl Clients {
         to_value(&rows)
     }
 
+    /// The number of an endpoint, given by number, name or address.
+    fn endpoint_number(&self, endpoint: Option<String>) -> Result<Option<u16>, String> {
+        let Some(endpoint) = endpoint else { return Ok(None) };
+        let endpoint: Endpoint = from_value(self.ask(Request::EndpointGet { endpoint })?)?;
+        Ok(Some(endpoint.id))
+    }
+
+    fn learned_names(&self, endpoint: Option<String>) -> Answer {
+        let endpoint = self.endpoint_number(endpoint)?;
+        let endpoints: Vec<Endpoint> = from_value(self.ask(Request::EndpointList)?)?;
+        let view = self.shared.get();
+        let identities = self.names.identities();
+        let mut rows = Vec::new();
+        for (name, sources) in self.names.list(endpoint) {
+            let list = view.snapshot.fqdn.get(&name.endpoint);
+            let text = |selector: &SelectorId| {
+                let patterns = list.into_iter().flat_map(|list| list.iter());
+                let mut found = patterns.filter(|(number, _)| *number == selector.0);
+                found.next().map_or_else(
+                    || format!("selector {}", selector.0),
+                    |(_, pattern)| match pattern {
+                        FqdnPattern::Name(text) | FqdnPattern::Pattern(text) => text.clone(),
+                    },
+                )
+            };
+            let selectors: Vec<String> = name.selectors.iter().map(text).collect();
+            let mut owners = endpoints.iter().filter(|owner| owner.id == name.endpoint);
+            let owner = owners.next().map(|owner| owner.name.clone()).unwrap_or_default();
+            for (address, source) in name.addresses.iter().zip(sources) {
+                let key = LearnedKey {
+                    addr: address.ip.into(),
+                    endpoint: name.endpoint.into(),
+                };
+                rows.push(FqdnRow {
+                    endpoint: name.endpoint,
+                    endpoint_name: owner.clone(),
+                    name: name.name.clone(),
+                    address: address.ip.to_string(),
+                    selectors: selectors.clone(),
+                    identity: identities.get(&key).copied().unwrap_or_default(),
+                    ttl: address.left.map_or(0, |left| left.div_ceil(1_000)),
+                    state: match (address.left, address.in_use) {
+                        (Some(_), _) => "live",
+                        (None, true) => "expired-in-use",
+                        (None, false) => "expired",
+                    }
+                    .to_owned(),
+                    source: source.text().to_owned(),
+                });
+            }
+        }
+        to_value(&rows)
+    }
+
+    fn clean_names(&self, endpoint: Option<String>, name: Option<String>, pattern: Option<String>) -> Answer {
+        let endpoint = self.endpoint_number(endpoint)?;
+        let pattern = match (name, pattern) {
+            (Some(name), _) => Some(FqdnPattern::Name(name)),
+            (None, Some(pattern)) => Some(FqdnPattern::Pattern(pattern)),
+            (None, None) => None,
+        };
+        let filter = match &pattern {
+            Some(pattern) => {
+                let selectors = Selectors::new([(SelectorId(0), pattern)]);
+                Some(selectors.map_err(|error| error.to_string())?)
+            }
+            None => None,
+        };
+        let wanted = |name: &Name| {
+            filter
+                .as_ref()
+                .is_none_or(|filter| !filter.matching(name).is_empty())
+        };
+        to_value(&self.names.clean(endpoint, wanted))
+    }
+
     fn ipcache(&self) -> Answer {
         let view = self.shared.get();
         let mut rows = Vec::new();
@@ -479,6 +586,8 @@ impl Control {
             | Request::BpfPolicyGet { .. }
             | Request::BpfCtList
             | Request::BpfIpcacheList
+            | Request::FqdnCacheList { .. }
+            | Request::FqdnCacheClean { .. }
             | Request::Observe(_) => Err("answered elsewhere".to_owned()),
         }
     }

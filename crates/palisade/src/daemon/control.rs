@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    path::Path,
     sync::{
         Arc,
         mpsc::{self, Receiver, RecvTimeoutError, SyncSender},
@@ -15,6 +16,7 @@ use nix::fcntl::Flock;
 use palisade_abi::{Config as Told, identity};
 use palisade_datapath::{Datapath, Options, detach_all};
 use palisade_flowlog::Ring;
+use palisade_inspect::learning::{self, Learners};
 use palisade_policy::compile::{Compiler, CompilerState};
 use sd_notify::NotifyState;
 use serde_json::Value;
@@ -26,9 +28,10 @@ use tracing::{debug, error, info, warn};
 
 use super::{
     answers::Clients,
-    engine::{Engine, world},
+    engine::{Engine, endpoint_names, world},
     events,
     guard::Guard,
+    names::{Names, Prefetch, Targets, Wish, node_servers},
     network::{self, Network},
     policies::PolicyFiles,
     state::{NODE, StateFile},
@@ -37,7 +40,7 @@ use super::{
     watcher::{self, Changes},
 };
 use crate::{
-    config::Config,
+    config::{Config, Dns},
     control::{
         api::{PolicyFileState, Request, Status},
         server,
@@ -54,6 +57,9 @@ const SAVE_AFTER: Duration = Duration::from_millis(500);
 /// And at the latest after so long.
 const SAVE_AT_LAST: Duration = Duration::from_secs(10);
 
+/// Answers that may wait for being learned.
+const LESSONS: usize = 4_096;
+
 /// The answer to a request: what it is, or why there is none.
 pub type Answer = Result<Value, String>;
 
@@ -65,6 +71,8 @@ pub enum Message {
     Network(Network),
     /// A signal.
     Signal(i32),
+    /// Learned names need something.
+    Names(Wish),
     /// A request whose answer the compiler has, or that changes something.
     Ask(Request, SyncSender<Answer>),
 }
@@ -78,6 +86,10 @@ pub struct Control {
     pub guard: Guard,
     pub network: Network,
     pub datapath: Arc<Datapath>,
+    pub names: Arc<Names>,
+    /// For those who read answers.
+    pub learners: Learners,
+    prefetch: Option<Prefetch>,
     shared: Arc<Shared>,
     sweep: Interval,
     started: Instant,
@@ -126,6 +138,20 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             .context("watching interfaces")?
     };
 
+    let mut state = state;
+    let names = {
+        let sender = sender.clone();
+        // The control thread has ended: nothing is released any more.
+        let wish = move |wish| drop(sender.send(Message::Names(wish)));
+        let cache = names_config(&config.dns);
+        let mut names = Names::new(cache, datapath.learned()?, Arc::clone(&datapath), wish);
+        let endpoints = endpoint_names(&world(&config, &network, &mut state.state)?);
+        names
+            .remember(&config.node.state_dir, endpoints)
+            .context("learned names")?;
+        Arc::new(names)
+    };
+    let (learners, lessons) = learning::lessons(LESSONS);
     let shared = Arc::new(Shared::default());
     let ring = Ring::new(config.limits.flows as usize);
     let sweep = Interval::new(config.timeouts.sweep);
@@ -136,6 +162,9 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         guard: Guard::default(),
         network,
         datapath: Arc::clone(&datapath),
+        names: Arc::clone(&names),
+        learners,
+        prefetch: None,
         shared: Arc::clone(&shared),
         sweep: sweep.clone(),
         started,
@@ -154,6 +183,8 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     {
         anyhow::bail!("the maps cannot be filled: {problem}");
     }
+    // Before anything is attached that may have something to be learned.
+    names.serve(lessons)?;
     control.attach();
     control.retire_old_maps();
 
@@ -163,11 +194,13 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         sweep,
         Arc::clone(&ring),
         Arc::clone(&shared),
+        Arc::clone(&names),
     )?;
     let clients = Clients {
         control: sender,
         datapath,
         shared,
+        names: Arc::clone(&names),
         ring,
         events: read,
         server: std::sync::OnceLock::new(),
@@ -188,6 +221,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     notify(&[NotifyState::Stopping]);
     control.save();
     control.state.flush();
+    names.flush();
     if let End::Detach(answer) = end {
         let done = detach_all(&control.config.node.pin_dir).map_err(|problem| problem.to_string());
         match &done {
@@ -240,6 +274,7 @@ fn open(config: &Config) -> anyhow::Result<Datapath> {
         fragment_entries: config.limits.fragments,
         policy_entries: config.limits.policy,
         ipcache_entries: config.limits.ipcache,
+        learned_entries: config.limits.learned,
         prefix_entries: config.limits.ipcache,
         rules: config.limits.rules,
         ..palisade_datapath::Limits::default()
@@ -249,6 +284,18 @@ fn open(config: &Config) -> anyhow::Result<Datapath> {
         limits,
     };
     Ok(Datapath::open(&options)?)
+}
+
+/// How much is learned, and for how long.
+fn names_config(dns: &Dns) -> palisade_fqdn::Config {
+    let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    palisade_fqdn::Config {
+        min_ttl: milliseconds(dns.min_ttl),
+        max_ttl: milliseconds(dns.max_ttl),
+        addresses_per_name: dns.addresses_per_name as usize,
+        addresses_per_endpoint: dns.addresses_per_endpoint as usize,
+        aliases: dns.follow_cname,
+    }
 }
 
 /// Tells systemd, if it started us.
@@ -287,6 +334,17 @@ impl Control {
                     }
                 }
                 Message::Signal(_) => return End::Stay,
+                Message::Names(Wish::Identities) => {
+                    self.engine.extend(&self.datapath, &self.names);
+                    self.publish();
+                    self.changed();
+                }
+                Message::Names(Wish::Rejudge) => {
+                    self.names.heard(Wish::Rejudge);
+                    let endpoints = self.names.take_rejudged();
+                    self.engine.compiler.judge_again(endpoints);
+                    self.enforce(Instant::now());
+                }
                 Message::Ask(Request::Stop { detach: true }, answer) => return End::Detach(answer),
                 Message::Ask(Request::Stop { detach: false }, answer) => {
                     let _ = answer.send(Ok(Value::Null));
@@ -371,13 +429,35 @@ impl Control {
 
     fn enforce(&mut self, begun: Instant) {
         let gone = self.gone_endpoints();
-        if self.engine.enforce(&self.datapath) {
+        if self.engine.enforce(&self.datapath, &self.names) {
             self.changes += 1;
             self.last_change = begun.elapsed();
         }
         self.forget_connections(&gone);
         self.publish();
+        self.prefetch();
         self.changed();
+    }
+
+    /// Has names resolved ahead, as the configuration and the policies want it.
+    fn prefetch(&mut self) {
+        let dns = &self.config.dns;
+        if self.prefetch.is_none() && dns.prefetch {
+            match Prefetch::start(&self.names) {
+                Ok(prefetch) => self.prefetch = Some(prefetch),
+                Err(problem) => error!("[dns] prefetch: {problem}"),
+            }
+        }
+        let Some(prefetch) = &self.prefetch else { return };
+        let mut targets = Targets::default();
+        if dns.prefetch {
+            targets.names = self.engine.full_names();
+            targets.servers.clone_from(&dns.servers);
+            if targets.servers.is_empty() {
+                targets.servers = node_servers(Path::new("/etc/resolv.conf"));
+            }
+        }
+        prefetch.set(targets);
     }
 
     /// Endpoints that are in force and will not be any more.
@@ -409,6 +489,7 @@ impl Control {
             self.engine.compiler.snapshot().clone(),
             self.engine.compiler.world(),
             &self.network.links,
+            Some(Arc::clone(&self.names)),
         ));
     }
 
@@ -477,6 +558,10 @@ impl Control {
             events_per_second: 0,
             ..limits
         };
+        keep(
+            names_config(&old.dns) != names_config(&new.dns),
+            "[dns] min_ttl, max_ttl, addresses_per_name, addresses_per_endpoint, follow_cname",
+        );
         keep(sizes(old.limits) != sizes(new.limits), "[limits]");
         self.notes.clear();
         if !fixed.is_empty() {
@@ -488,6 +573,12 @@ impl Control {
         new.node.state_dir.clone_from(&old.node.state_dir);
         new.node.socket.clone_from(&old.node.socket);
         new.policy.dir.clone_from(&old.policy.dir);
+        new.dns = Dns {
+            prefetch: new.dns.prefetch,
+            servers: std::mem::take(&mut new.dns.servers),
+            deny_answer: new.dns.deny_answer,
+            ..old.dns.clone()
+        };
         new.policy.debounce = old.policy.debounce;
         new.limits = crate::config::Limits {
             events_per_second: new.limits.events_per_second,

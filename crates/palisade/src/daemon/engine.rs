@@ -1,22 +1,28 @@
 //! From policies and a world to what the maps hold, and from one such state to the next.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
+    sync::Arc,
 };
 
 use anyhow::Context as _;
-use palisade_datapath::{Datapath, Dump};
+use palisade_abi::Identity;
+use palisade_datapath::{ApplyError, Datapath, Dump};
+use palisade_fqdn::{EndpointId, SelectorId, Selectors};
 use palisade_policy::{
     compile::{Changes, Compiler},
     labels::{Labels, reserved},
+    names::{LearnedSet, Names as Meanings, SelectorList},
     plan::{MapContents, plan},
+    rule::{FqdnPattern, Peer as RulePeer, Peers},
     snapshot::Snapshot,
     world::{Endpoint, NamedPorts, Options, Peer, World},
 };
 use tracing::error;
 
 use super::{
+    names::{self, Meaning, Move, Names, Wish},
     network::Network,
     policies::PolicyFiles,
     state::{NODE, State},
@@ -30,6 +36,12 @@ pub struct Engine {
     pub compiler: Compiler,
     /// What the maps hold.
     in_maps: Snapshot,
+    /// The last state that they held as a whole.
+    good: Option<Snapshot>,
+    /// Sets of selectors that learned addresses belong to.
+    wanted: BTreeSet<LearnedSet>,
+    /// Selectors that were compiled, by the address of the list that they were compiled from.
+    compiled: HashMap<usize, (SelectorList, Arc<Selectors>)>,
     /// Why they do not hold what the compiler says.
     pub problem: Option<String>,
 }
@@ -42,6 +54,9 @@ impl Engine {
         Ok(Self {
             compiler,
             in_maps,
+            good: None,
+            wanted: BTreeSet::new(),
+            compiled: HashMap::new(),
             problem: None,
         })
     }
@@ -112,27 +127,228 @@ impl Engine {
         }
     }
 
-    /// Makes the maps hold what the compiler says, without a packet noticing. Answers whether anything changed.
-    /// If that fails, what the maps hold then is where the next try begins.
-    pub fn enforce(&mut self, datapath: &Datapath) -> bool {
-        let wanted = self.compiler.snapshot();
-        let steps = plan(&self.in_maps, wanted);
-        match datapath.apply(&steps) {
-            Ok(()) => {
+    /// Makes the maps hold what the compiler says, without a packet noticing, learned addresses included. Answers
+    /// whether anything changed. If that fails, what was enforced last is put back, and the next try begins there.
+    pub fn enforce(&mut self, datapath: &Datapath, names: &Names) -> bool {
+        let policy = self.names_policy();
+        let endpoints = endpoint_names(self.compiler.world());
+        let snapshot = self.compiler.snapshot();
+        let all = self.good.as_ref().is_none_or(|good| may_differ(good, snapshot));
+        // From here to the end no answer is committed.
+        let mut change = names.change(&policy, &endpoints, all);
+        let meaning = meaning(snapshot);
+        if all {
+            // Those that nobody has any more need not be made again.
+            let in_use = change.state.book.in_use();
+            self.wanted = in_use
+                .filter_map(|(address, set)| set_of(&meaning, address, set))
+                .collect();
+        }
+        let missing = change.missing(&meaning);
+        if !missing.is_empty() {
+            let sets = missing
+                .iter()
+                .filter_map(|(address, set)| set_of(&meaning, *address, set));
+            self.wanted.extend(sets);
+            if let Err(problems) = self.compiler.learned(&self.wanted) {
+                problems
+                    .iter()
+                    .for_each(|problem| error!("learned names: {}", problem.message));
+            }
+        }
+        let wanted = self.compiler.snapshot().clone();
+        let meaning = self::meaning(&wanted);
+        let way = change.plan(&meaning);
+        match self.go(datapath, &wanted, &way) {
+            Ok(changed) => {
                 self.problem = None;
-                self.in_maps = wanted.clone();
+                self.good = Some(wanted);
+                change.done(&way, Arc::new(meaning));
+                changed
             }
             Err(problem) => {
                 error!("the change is not in force, the last state stays: {problem}");
                 self.problem = Some(problem.to_string());
-                match datapath.dump() {
-                    Ok(dump) => self.in_maps = found(dump),
-                    Err(problem) => error!("reading the maps back: {problem}"),
+                self.read_back(datapath);
+                change.failed(&way);
+                if let Some(good) = self.good.clone() {
+                    let meaning = self::meaning(&good);
+                    let way = change.plan(&meaning);
+                    match self.go(datapath, &good, &way) {
+                        Ok(_) => change.done(&way, Arc::new(meaning)),
+                        Err(problem) => {
+                            error!("putting back what was enforced last: {problem}");
+                            self.read_back(datapath);
+                            change.failed(&way);
+                        }
+                    }
+                }
+                true
+            }
+        }
+    }
+
+    /// Goes from what the maps hold to another state.
+    fn go(&mut self, datapath: &Datapath, to: &Snapshot, way: &Move) -> Result<bool, ApplyError> {
+        let with = |snapshot: &Snapshot, learned: &palisade_policy::snapshot::Learned| Snapshot {
+            learned: learned.clone(),
+            ..snapshot.clone()
+        };
+        let steps = plan(&with(&self.in_maps, &way.old), &with(to, &way.new));
+        datapath.apply(&steps)?;
+        self.in_maps = to.clone();
+        Ok(!steps.is_empty())
+    }
+
+    fn read_back(&mut self, datapath: &Datapath) {
+        match datapath.dump() {
+            Ok(dump) => self.in_maps = found(dump),
+            Err(problem) => error!("reading the maps back: {problem}"),
+        }
+    }
+
+    /// Makes the identities that answers wait for. Costs what they cost, not what the policies do.
+    pub fn extend(&mut self, datapath: &Datapath, names: &Names) {
+        names.heard(Wish::Identities);
+        if self.problem.is_some() || self.good.is_none() {
+            self.enforce(datapath, names);
+            return;
+        }
+        let mut state = names.lock();
+        let before = meaning(self.compiler.snapshot());
+        let missing = state.book.missing(&state.view, false);
+        let sets = missing
+            .iter()
+            .filter_map(|(address, set)| set_of(&before, *address, set));
+        self.wanted.extend(sets);
+        let outcome = match self.compiler.learned(&self.wanted) {
+            Ok(update) => datapath.apply(&update.ops).map_err(|problem| problem.to_string()),
+            Err(problems) => Err(problems
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
+                .join("; ")),
+        };
+        match outcome {
+            Ok(()) => {
+                let now = self.compiler.snapshot().clone();
+                names.extended(&mut state, Arc::new(meaning(&now)));
+                self.in_maps = now.clone();
+                self.good = Some(now);
+            }
+            Err(problem) => {
+                error!("answers cannot be released: {problem}");
+                self.problem = Some(problem);
+                self.read_back(datapath);
+            }
+        }
+    }
+
+    /// The selectors of every endpoint, compiled.
+    fn names_policy(&mut self) -> names::Policy {
+        let snapshot = self.compiler.snapshot();
+        let mut policy = names::Policy::default();
+        let mut compiled = HashMap::new();
+        for (endpoint, list) in &snapshot.fqdn {
+            let at = Arc::as_ptr(list).cast::<u8>() as usize;
+            let selectors = match compiled.get(&at).or_else(|| self.compiled.get(&at)) {
+                Some((_, selectors)) => Arc::clone(selectors),
+                None => {
+                    let numbered = list
+                        .iter()
+                        .map(|(number, pattern)| (SelectorId(*number), pattern));
+                    match Selectors::new(numbered) {
+                        Ok(selectors) => Arc::new(selectors),
+                        Err(problem) => {
+                            error!("names of endpoint {endpoint}: {problem}");
+                            continue;
+                        }
+                    }
+                }
+            };
+            compiled.insert(at, (Arc::clone(list), Arc::clone(&selectors)));
+            policy.selectors.insert(*endpoint, selectors);
+            let denied = denied_patterns(&self.compiler, *endpoint);
+            let denied = list.iter().filter(|(_, pattern)| denied.contains(&pattern));
+            policy
+                .denied
+                .extend(denied.map(|(number, _)| (*endpoint, SelectorId(*number))));
+        }
+        self.compiled = compiled;
+        policy
+    }
+
+    /// Names that policies give in full, with the endpoints that they are given for.
+    pub fn full_names(&self) -> BTreeMap<String, BTreeSet<EndpointId>> {
+        let mut names: BTreeMap<String, BTreeSet<EndpointId>> = BTreeMap::new();
+        for (endpoint, list) in &self.compiler.snapshot().fqdn {
+            for (_, pattern) in list.iter() {
+                if let FqdnPattern::Name(name) = pattern {
+                    names.entry(name.clone()).or_default().insert(*endpoint);
                 }
             }
         }
-        !steps.is_empty()
+        names
     }
+}
+
+/// Names of endpoints by number.
+pub fn endpoint_names(world: &World) -> BTreeMap<EndpointId, String> {
+    let endpoints = world.endpoints.iter();
+    endpoints
+        .map(|endpoint| (endpoint.id, format!("{}/{}", endpoint.namespace, endpoint.name)))
+        .collect()
+}
+
+/// The names that deny rules of an endpoint have.
+fn denied_patterns(compiler: &Compiler, endpoint: EndpointId) -> Vec<&FqdnPattern> {
+    let policies = compiler.policies_of(endpoint);
+    let rules = policies.into_iter().flat_map(|policy| &policy.specs);
+    rules
+        .flat_map(|spec| spec.egress_deny.as_deref().unwrap_or_default())
+        .filter_map(|rule| match &rule.peers {
+            Peers::OneOf(peers) => Some(peers),
+            Peers::Any | Peers::Nobody => None,
+        })
+        .flatten()
+        .filter_map(|peer| match peer {
+            RulePeer::Fqdn(pattern) => Some(pattern),
+            _ => None,
+        })
+        .collect()
+}
+
+/// Who learned addresses are, by one state of the compiler.
+struct By(Meanings);
+
+fn meaning(snapshot: &Snapshot) -> By {
+    By(snapshot.names.clone())
+}
+
+fn numbers(selectors: &[SelectorId]) -> Vec<u32> {
+    selectors.iter().map(|id| id.0).collect()
+}
+
+fn set_of(meaning: &By, address: IpAddr, selectors: &[SelectorId]) -> Option<LearnedSet> {
+    meaning.0.set(address, &numbers(selectors))
+}
+
+impl Meaning for By {
+    fn identity(&self, address: IpAddr, selectors: &[SelectorId]) -> Option<Identity> {
+        // Nearly every address has one selector.
+        match selectors {
+            [one] => self.0.identity(address, &[one.0]),
+            several => self.0.identity(address, &numbers(several)),
+        }
+    }
+}
+
+/// Whether addresses whose names have not changed may have other identities.
+fn may_differ(old: &Snapshot, new: &Snapshot) -> bool {
+    !Arc::ptr_eq(&old.addresses, &new.addresses)
+        || !Arc::ptr_eq(&old.prefixes, &new.prefixes)
+        || !Arc::ptr_eq(&old.identities, &new.identities)
+        || (old.world_ipv4, old.world_ipv6) != (new.world_ipv4, new.world_ipv6)
 }
 
 /// The state that the maps hold.

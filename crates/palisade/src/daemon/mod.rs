@@ -15,6 +15,7 @@ mod events;
 mod files;
 mod guard;
 mod kept;
+mod names;
 mod network;
 mod policies;
 mod selector_text;

@@ -1,7 +1,9 @@
 //! Removes dead connections now and then, on a thread of its own: a walk through a large map takes its time.
 
 use std::{
+    collections::{HashMap, HashSet},
     io,
+    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -10,12 +12,14 @@ use std::{
     time::Duration,
 };
 
-use palisade_datapath::{Datapath, monotonic_coarse};
+use palisade_abi::ct_flags;
+use palisade_datapath::{Datapath, MapError, monotonic_coarse};
 use palisade_flowlog::{Flow, Ring};
 use tracing::error;
 
 use super::{
     events,
+    names::Names,
     view::{EventNames, Shared},
 };
 
@@ -43,12 +47,24 @@ impl Interval {
     }
 }
 
+/// The addresses that live connections of endpoints go to.
+fn in_use(datapath: &Datapath, now: u64) -> Result<HashMap<u16, HashSet<IpAddr>>, MapError> {
+    let mut in_use: HashMap<u16, HashSet<IpAddr>> = HashMap::new();
+    for (key, entry) in datapath.conntrack().entries()? {
+        if entry.expires > now && entry.flags & (ct_flags::INGRESS | ct_flags::CLOSED) == 0 {
+            in_use.entry(key.endpoint).or_default().insert(key.remote.into());
+        }
+    }
+    Ok(in_use)
+}
+
 /// Sweeps for ever.
 pub fn run(
     datapath: Arc<Datapath>,
     interval: Interval,
     ring: Arc<Ring>,
     shared: Arc<Shared>,
+    learned: Arc<Names>,
 ) -> io::Result<()> {
     thread::Builder::new().name("sweeper".into()).spawn(move || {
         loop {
@@ -64,6 +80,11 @@ pub fn run(
                     }
                 }
                 Err(problem) => error!("sweeping dead connections: {problem}"),
+            }
+            match in_use(&datapath, now) {
+                Ok(in_use) => learned.sweep(&in_use),
+                // Nothing is forgotten that may be in use.
+                Err(problem) => error!("learned names are not swept: {problem}"),
             }
         }
     })?;

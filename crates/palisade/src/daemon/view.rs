@@ -9,12 +9,14 @@ use std::{
 
 use ipnet::IpNet;
 use palisade_abi::{CLASS_ANY, CLASS_SLOTS, Class, Identity, protocol};
-use palisade_flowlog::{Names, Owner, RuleInfo as FlowRule, flow::Policy as FlowPolicy};
+use palisade_flowlog::{Names as FlowNames, Owner, RuleInfo as FlowRule, flow::Policy as FlowPolicy};
 use palisade_policy::{
     rule::PolicyKind,
     snapshot::{RuleInfo, RuleKey, Snapshot},
     world::World,
 };
+
+use super::names::Names;
 
 /// The state that is in force.
 #[derive(Debug, Default)]
@@ -25,13 +27,21 @@ pub struct View {
     pub snapshot: Snapshot,
     /// Names of interfaces by index.
     pub interfaces: BTreeMap<u32, Arc<str>>,
+    /// What endpoints have learned.
+    pub learned: Option<Arc<Names>>,
     owners: HashMap<u16, Owner>,
     addresses: HashMap<IpAddr, Owner>,
 }
 
 impl View {
     /// The view of a state.
-    pub fn new(node: &str, snapshot: Snapshot, world: &World, links: &BTreeMap<String, u32>) -> Self {
+    pub fn new(
+        node: &str,
+        snapshot: Snapshot,
+        world: &World,
+        links: &BTreeMap<String, u32>,
+        learned: Option<Arc<Names>>,
+    ) -> Self {
         let mut owners = HashMap::new();
         let mut addresses = HashMap::new();
         for peer in &world.peers {
@@ -79,6 +89,7 @@ impl View {
                 .iter()
                 .map(|(name, index)| (*index, name.as_str().into()))
                 .collect(),
+            learned,
             owners,
             addresses,
         }
@@ -140,7 +151,7 @@ impl EventNames {
     }
 }
 
-impl Names for EventNames {
+impl FlowNames for EventNames {
     fn node(&self) -> Arc<str> {
         Arc::clone(&self.view.node)
     }
@@ -170,6 +181,13 @@ impl Names for EventNames {
         let rule = flow_rule(self.view.snapshot.rules.get(&id)?);
         self.rules.borrow_mut().insert(id, rule.clone());
         Some(rule)
+    }
+
+    fn dns_names(&self, endpoint: u16, address: IpAddr) -> Arc<[Arc<str>]> {
+        let learned = self.view.learned.as_ref();
+        learned
+            .map(|names| names.names_of(endpoint, address))
+            .unwrap_or_default()
     }
 
     fn interface(&self, ifindex: u32) -> Option<Arc<str>> {

@@ -258,6 +258,18 @@ impl Compiler {
         self.snapshot.revision = revisions.max().unwrap_or(0).max(self.snapshot.revision);
     }
 
+    /// Has the connections of endpoints judged again: the next plan raises their revisions.
+    pub fn judge_again(&mut self, endpoints: impl IntoIterator<Item = u16>) {
+        // Two at a time: a plan may need one in between.
+        let revision = self.snapshot.revision.wrapping_add(2);
+        for endpoint in endpoints {
+            if let Some(state) = self.snapshot.endpoints.get_mut(&endpoint) {
+                state.revision = revision;
+                self.snapshot.revision = revision;
+            }
+        }
+    }
+
     /// The result of the last update.
     #[must_use]
     pub fn snapshot(&self) -> &Snapshot {

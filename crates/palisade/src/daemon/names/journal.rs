@@ -1,0 +1,386 @@
+//! What was learned, on the disk. One file: everything as it was when the file was begun, and behind it what was
+//! learned since, line by line. A thread of its own writes it; each line is given to the kernel at once, so that it
+//! outlives the daemon however that ends, and brought to the disk now and then.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File, OpenOptions},
+    io::{self, BufRead as _, BufReader, BufWriter, Write as _},
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc::{self, Receiver, RecvTimeoutError, Sender},
+    },
+    thread,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use palisade_fqdn::SavedName;
+use serde::{Deserialize, Serialize};
+use tracing::{error, info, warn};
+
+/// The file is brought to the disk so often.
+const SYNC: Duration = Duration::from_secs(5);
+/// A journal is begun anew when so much was appended, or as much as there was at its beginning, if that is more.
+const LEAST: u64 = 4 << 20;
+
+/// A line.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Line {
+    /// Names of endpoints by number: a number may have become another's since.
+    Endpoints(BTreeMap<u16, String>),
+    /// A name, and when that was, ms since 1970.
+    Name(u64, SavedName),
+}
+
+/// What was found on the disk.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// Names, with how many milliseconds ago they were written. In their order.
+    pub names: Vec<(SavedName, u64)>,
+    /// Lines that could not be read.
+    pub broken: usize,
+    /// Names of endpoints that are not the same any more.
+    pub strangers: usize,
+}
+
+/// The file, for those who have something to be written.
+#[derive(Clone, Debug)]
+pub struct Journal {
+    orders: Sender<Order>,
+    appended: Arc<AtomicU64>,
+    begun: Arc<AtomicU64>,
+}
+
+#[derive(Debug)]
+enum Order {
+    Append(u64, Vec<SavedName>),
+    Begin(u64, BTreeMap<u16, String>, Vec<SavedName>),
+    /// Tell when everything before this is on the disk.
+    Flush(Sender<()>),
+}
+
+fn path_of(dir: &Path) -> PathBuf {
+    dir.join("names.journal")
+}
+
+/// The file before the last one, there only if that was not brought to the disk to its end.
+fn old_path_of(dir: &Path) -> PathBuf {
+    dir.join("names.journal.old")
+}
+
+fn now() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Reads what there is. `endpoints`: their names now.
+pub fn read(dir: &Path, endpoints: &BTreeMap<u16, String>) -> io::Result<Found> {
+    let mut found = Found::default();
+    for path in [old_path_of(dir), path_of(dir)] {
+        match File::open(&path) {
+            Ok(file) => read_file(file, endpoints, &mut found)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    if found.broken > 0 {
+        warn!(
+            "learned names: {} lines of {} cannot be read; what the others say counts",
+            found.broken,
+            path_of(dir).display()
+        );
+    }
+    Ok(found)
+}
+
+fn read_file(file: File, endpoints: &BTreeMap<u16, String>, found: &mut Found) -> io::Result<()> {
+    let mut reader = BufReader::new(file);
+    let mut line = Vec::new();
+    let mut known = BTreeMap::new();
+    let now = now();
+    loop {
+        line.clear();
+        if reader.read_until(b'\n', &mut line)? == 0 {
+            return Ok(());
+        }
+        match serde_json::from_slice(&line) {
+            Ok(Line::Endpoints(names)) => known = names,
+            Ok(Line::Name(at, name)) => {
+                let before = known.get(&name.endpoint);
+                if before.is_some() && before == endpoints.get(&name.endpoint) {
+                    // A clock that was set back: as if it were now.
+                    found.names.push((name, now.saturating_sub(at)));
+                } else {
+                    found.strangers += 1;
+                }
+            }
+            Err(_) => found.broken += 1,
+        }
+    }
+}
+
+impl Journal {
+    /// Begins with what there is now.
+    pub fn begin(dir: &Path, endpoints: BTreeMap<u16, String>, all: Vec<SavedName>) -> io::Result<Self> {
+        let (orders, receiver) = mpsc::channel();
+        let journal = Self {
+            orders,
+            appended: Arc::default(),
+            begun: Arc::default(),
+        };
+        let mut file = Writing {
+            dir: dir.to_owned(),
+            file: None,
+            appended: Arc::clone(&journal.appended),
+            begun: Arc::clone(&journal.begun),
+            unsynced: None,
+        };
+        file.begin(now(), &endpoints, &all)?;
+        thread::Builder::new()
+            .name("names-journal".into())
+            .spawn(move || file.serve(&receiver))?;
+        Ok(journal)
+    }
+
+    /// Has names written behind the others.
+    pub fn append(&self, names: Vec<SavedName>) {
+        if !names.is_empty() {
+            // The writer lives as long as somebody has this.
+            let _ = self.orders.send(Order::Append(now(), names));
+        }
+    }
+
+    /// Whether so much was appended that it should begin anew.
+    pub fn is_long(&self) -> bool {
+        let begun = self.begun.load(Ordering::Relaxed);
+        self.appended.load(Ordering::Relaxed) > LEAST.max(begun)
+    }
+
+    /// Begins anew, with what there is now.
+    pub fn begin_anew(&self, endpoints: BTreeMap<u16, String>, all: Vec<SavedName>) {
+        self.appended.store(0, Ordering::Relaxed);
+        let _ = self.orders.send(Order::Begin(now(), endpoints, all));
+    }
+
+    /// Waits until everything is on the disk.
+    pub fn flush(&self) {
+        let (done, wait) = mpsc::channel();
+        if self.orders.send(Order::Flush(done)).is_ok() {
+            // An end without an answer: nothing is left to wait for.
+            let _ = wait.recv();
+        }
+    }
+}
+
+struct Writing {
+    dir: PathBuf,
+    file: Option<BufWriter<File>>,
+    appended: Arc<AtomicU64>,
+    begun: Arc<AtomicU64>,
+    /// Since when something is not on the disk.
+    unsynced: Option<Instant>,
+}
+
+impl Writing {
+    fn serve(mut self, orders: &Receiver<Order>) {
+        let mut failing = false;
+        loop {
+            let patience = self.unsynced.map_or(Duration::from_secs(3_600), |since| {
+                SYNC.saturating_sub(since.elapsed())
+            });
+            let outcome = match orders.recv_timeout(patience) {
+                Ok(Order::Append(at, names)) => self.append(at, &names),
+                Ok(Order::Begin(at, endpoints, all)) => self.begin(at, &endpoints, &all),
+                Ok(Order::Flush(done)) => {
+                    let outcome = self.sync();
+                    // Whoever waited may have gone.
+                    let _ = done.send(());
+                    outcome
+                }
+                Err(RecvTimeoutError::Timeout) => self.sync(),
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            match outcome {
+                Err(problem) if !failing => {
+                    error!(
+                        "{}: {problem}: what is learned now may not outlive a restart",
+                        path_of(&self.dir).display()
+                    );
+                    failing = true;
+                }
+                Ok(()) if failing && self.file.is_some() => {
+                    info!("{}: can be written again", path_of(&self.dir).display());
+                    failing = false;
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn append(&mut self, at: u64, names: &[SavedName]) -> io::Result<()> {
+        let Some(file) = &mut self.file else { return Ok(()) };
+        let mut bytes = Vec::new();
+        for name in names {
+            line(&mut bytes, &Line::Name(at, name.clone()))?;
+        }
+        self.appended.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.unsynced.get_or_insert_with(Instant::now);
+        file.write_all(&bytes)?;
+        file.flush()
+    }
+
+    fn begin(&mut self, at: u64, endpoints: &BTreeMap<u16, String>, all: &[SavedName]) -> io::Result<()> {
+        let (path, old) = (path_of(&self.dir), old_path_of(&self.dir));
+        let temporary = self.dir.join(".names.journal.tmp");
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&temporary)?;
+        let mut file = BufWriter::new(file);
+        let mut bytes = Vec::new();
+        let mut length = 0;
+        line(&mut bytes, &Line::Endpoints(endpoints.clone()))?;
+        for name in all {
+            line(&mut bytes, &Line::Name(at, name.clone()))?;
+            if bytes.len() > 1 << 16 {
+                length += bytes.len();
+                file.write_all(&bytes)?;
+                bytes.clear();
+            }
+        }
+        length += bytes.len();
+        file.write_all(&bytes)?;
+        file.flush()?;
+        // What was written before stays readable until this is on the disk.
+        if path.exists() {
+            fs::rename(&path, &old)?;
+        }
+        fs::rename(&temporary, &path)?;
+        self.begun.store(length as u64, Ordering::Relaxed);
+        self.file = Some(file);
+        self.sync()?;
+        match fs::remove_file(&old) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.unsynced = None;
+        match &self.file {
+            Some(file) => file.get_ref().sync_data(),
+            None => Ok(()),
+        }
+    }
+}
+
+fn line(bytes: &mut Vec<u8>, line: &Line) -> io::Result<()> {
+    serde_json::to_writer(&mut *bytes, line)?;
+    bytes.push(b'\n');
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use palisade_fqdn::SavedAddress;
+
+    use super::*;
+
+    fn name(endpoint: u16, name: &str) -> SavedName {
+        SavedName {
+            endpoint,
+            name: name.into(),
+            addresses: vec![SavedAddress {
+                ip: "192.0.2.1".parse().unwrap(),
+                left: 30_000,
+            }],
+        }
+    }
+
+    fn endpoints() -> BTreeMap<u16, String> {
+        [(2, "default/a".to_owned()), (3, "default/b".to_owned())].into()
+    }
+
+    fn names(found: &Found) -> Vec<&str> {
+        found.names.iter().map(|(name, _)| name.name.as_str()).collect()
+    }
+
+    #[test]
+    fn what_was_appended_is_there_again_without_an_end_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(read(dir.path(), &endpoints()).unwrap().names.is_empty());
+        let journal = Journal::begin(dir.path(), endpoints(), vec![name(2, "old.test")]).unwrap();
+        journal.append(vec![name(2, "a.test"), name(3, "b.test")]);
+        journal.append(vec![name(2, "c.test")]);
+        // Nothing was flushed: the writer alone has to bring it there.
+        let begun = Instant::now();
+        while read(dir.path(), &endpoints()).unwrap().names.len() < 4
+            && begun.elapsed() < Duration::from_secs(5)
+        {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let found = read(dir.path(), &endpoints()).unwrap();
+        assert_eq!(names(&found), ["old.test", "a.test", "b.test", "c.test"]);
+        assert!(found.names.iter().all(|(_, ago)| *ago < 60_000));
+        journal.begin_anew(endpoints(), vec![name(2, "new.test")]);
+        journal.append(vec![name(2, "after.test")]);
+        journal.flush();
+        let found = read(dir.path(), &endpoints()).unwrap();
+        assert_eq!((names(&found), found.broken), (vec!["new.test", "after.test"], 0));
+        assert!(!old_path_of(dir.path()).exists());
+    }
+
+    #[test]
+    fn the_good_part_of_a_broken_file_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::begin(
+            dir.path(),
+            endpoints(),
+            vec![name(2, "a.test"), name(2, "b.test")],
+        )
+        .unwrap();
+        journal.flush();
+        let path = path_of(dir.path());
+        let whole = fs::read(&path).unwrap();
+        for cut in 0..whole.len() {
+            fs::write(&path, &whole[..cut]).unwrap();
+            let found = read(dir.path(), &endpoints()).unwrap();
+            assert!(found.names.len() <= 2 && found.broken <= 1, "{cut}");
+        }
+        let mut bytes = whole.clone();
+        let at = whole.iter().position(|b| *b == b'\n').unwrap() + 3;
+        bytes[at] = 0xff;
+        fs::write(&path, &bytes).unwrap();
+        let found = read(dir.path(), &endpoints()).unwrap();
+        assert_eq!((names(&found), found.broken), (vec!["b.test"], 1));
+        // A file that was not brought to its end: the one before it counts too.
+        fs::write(old_path_of(dir.path()), &whole).unwrap();
+        fs::write(&path, b"").unwrap();
+        assert_eq!(
+            names(&read(dir.path(), &endpoints()).unwrap()),
+            ["a.test", "b.test"]
+        );
+    }
+
+    #[test]
+    fn a_number_that_is_another_endpoint_now_inherits_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::begin(
+            dir.path(),
+            endpoints(),
+            vec![name(2, "a.test"), name(3, "b.test")],
+        )
+        .unwrap();
+        journal.flush();
+        let now = [(2, "default/b".to_owned()), (3, "default/b".to_owned())].into();
+        let found = read(dir.path(), &now).unwrap();
+        assert_eq!((names(&found), found.strangers), (vec!["b.test"], 1));
+        assert_eq!(read(dir.path(), &BTreeMap::new()).unwrap().strangers, 2);
+    }
+}

@@ -1,0 +1,725 @@
+//! Learned names: no answer is released before the maps hold everything that it implies.
+//!
+//! ```text
+//! workers ── Learn ──> names thread: cache ─ changes ─> identities ─> LEARNED ─> commit ── Learned ──> workers
+//!                          │ an identity that nobody has needed yet         ▲
+//!                          └─> control thread: compile, plan, apply ────────┘
+//! ```
+//!
+//! Everything is behind one lock. The names thread takes it for an answer, the control thread for the time from
+//! planning a change of the maps to its end, so that every answer finds either the policy before or the one after.
+
+mod book;
+mod journal;
+mod prefetch;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    fmt, io,
+    net::IpAddr,
+    path::Path,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use book::Outcome;
+pub use book::{Book, Meaning, Move, Set, Writer};
+use journal::Journal;
+use palisade_abi::{Identity, LearnedKey};
+use palisade_datapath::Datapath;
+use palisade_fqdn::{
+    Cache, CachedName, ChangeKind, Config, EndpointId, Millis, Pending, SavedName, SelectorId, Selectors,
+    Stats, Update,
+};
+use palisade_inspect::learning::{Lesson, Lessons};
+use palisade_protocols::dns::{Answer, Name};
+pub use prefetch::{Prefetch, Targets, node_servers};
+use tracing::{error, info, trace};
+
+/// Answers that are dealt with under one lock.
+const BATCH: usize = 64;
+/// How long an answer may wait for an identity. Whoever holds the packet gives up at about that time too.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How often it is looked whether one has waited too long.
+const LOOK: Duration = Duration::from_millis(100);
+/// And how long the thread sleeps when nothing waits.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// Who a learned address is, by the policy in force.
+pub type View = Arc<dyn Meaning + Send + Sync>;
+
+/// From where it is known that a name has an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// From an answer that the endpoint got.
+    Answer,
+    /// Asked ahead by this daemon.
+    Prefetch,
+    /// From before a restart.
+    Restored,
+}
+
+impl Source {
+    /// As listings say it.
+    pub const fn text(self) -> &'static str {
+        match self {
+            Self::Answer => "answer",
+            Self::Prefetch => "prefetch",
+            Self::Restored => "restored",
+        }
+    }
+}
+
+/// What the names thread wants of the control thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wish {
+    /// Answers wait for identities that the policy in force does not have.
+    Identities,
+    /// Connections of endpoints have to be judged again: see [`Names::take_rejudged`].
+    Rejudge,
+}
+
+/// What the endpoints have learned. One for the daemon; all threads share it.
+pub struct Names {
+    state: Mutex<State>,
+    writer: Box<dyn Writer + Send + Sync>,
+    wish: Box<dyn Fn(Wish) + Send + Sync>,
+    /// One of each kind on its way is enough.
+    wished: [AtomicBool; 2],
+    journal: Option<Journal>,
+    known_as: RwLock<HashMap<(EndpointId, IpAddr), KnownAs>>,
+    start: Instant,
+    answers: Answers,
+}
+
+/// Counts.
+#[derive(Debug, Default)]
+struct Answers {
+    committed: AtomicU64,
+    refused: AtomicU64,
+    waited: AtomicU64,
+}
+
+#[derive(Clone, Debug)]
+struct KnownAs {
+    names: Arc<[Arc<str>]>,
+    source: Source,
+}
+
+impl fmt::Debug for Names {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Names")
+    }
+}
+
+/// What is behind the lock.
+pub struct State {
+    /// Names, addresses, and what of them is in the map.
+    pub book: Book,
+    /// By the policy in force.
+    pub view: View,
+    /// Selectors of the policy in force.
+    selectors: BTreeMap<EndpointId, Arc<Selectors>>,
+    /// Selectors that a deny rule of the endpoint has.
+    denied: HashSet<(EndpointId, SelectorId)>,
+    /// Names of endpoints by number.
+    endpoints: BTreeMap<EndpointId, String>,
+    waiting: Vec<Waiting>,
+    rejudge: BTreeSet<EndpointId>,
+}
+
+/// An answer that waits for an identity.
+struct Waiting {
+    since: Instant,
+    pending: Pending,
+    /// `None`: asked ahead, nobody waits.
+    lesson: Option<Lesson>,
+}
+
+/// Nobody has an identity.
+struct Nobody;
+
+impl Meaning for Nobody {
+    fn identity(&self, _: IpAddr, _: &[SelectorId]) -> Option<Identity> {
+        None
+    }
+}
+
+impl Meaning for View {
+    fn identity(&self, address: IpAddr, selectors: &[SelectorId]) -> Option<Identity> {
+        (**self).identity(address, selectors)
+    }
+}
+
+impl Writer for Arc<Datapath> {
+    fn put(&self, entries: &[(LearnedKey, Identity)]) -> Result<(), String> {
+        self.put_learned(entries).map_err(|problem| problem.to_string())
+    }
+
+    fn remove(&self, keys: &[LearnedKey]) -> Result<(), String> {
+        self.remove_learned(keys).map_err(|problem| problem.to_string())
+    }
+}
+
+impl Writer for Box<dyn Writer + Send + Sync> {
+    fn put(&self, entries: &[(LearnedKey, Identity)]) -> Result<(), String> {
+        (**self).put(entries)
+    }
+
+    fn remove(&self, keys: &[LearnedKey]) -> Result<(), String> {
+        (**self).remove(keys)
+    }
+}
+
+/// What the control thread knows of a policy's names.
+#[derive(Clone, Debug, Default)]
+pub struct Policy {
+    /// Selectors by endpoint; endpoints without any may be missing.
+    pub selectors: BTreeMap<EndpointId, Arc<Selectors>>,
+    /// Selectors that a deny rule of the endpoint has.
+    pub denied: HashSet<(EndpointId, SelectorId)>,
+}
+
+/// A change of the policy under way; see [`Names::change`].
+pub struct Change<'a> {
+    names: &'a Names,
+    /// What is locked.
+    pub state: MutexGuard<'a, State>,
+    updates: Vec<Update>,
+    before: Policy,
+    all: bool,
+}
+
+impl Names {
+    /// What is remembered from before, with the map as `found`.
+    pub fn new(
+        config: Config,
+        found: Vec<(LearnedKey, Identity)>,
+        writer: impl Writer + Send + Sync + 'static,
+        wish: impl Fn(Wish) + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            state: Mutex::new(State {
+                book: Book::new(Cache::new(config), found),
+                view: Arc::new(Nobody),
+                selectors: BTreeMap::new(),
+                denied: HashSet::new(),
+                endpoints: BTreeMap::new(),
+                waiting: Vec::new(),
+                rejudge: BTreeSet::new(),
+            }),
+            writer: Box::new(writer),
+            wish: Box::new(wish),
+            wished: Default::default(),
+            journal: None,
+            known_as: RwLock::default(),
+            start: Instant::now(),
+            answers: Answers::default(),
+        }
+    }
+
+    /// Brings back what was learned before a restart, and keeps what is learned from now on.
+    pub fn remember(&mut self, dir: &Path, endpoints: BTreeMap<EndpointId, String>) -> io::Result<()> {
+        let found = journal::read(dir, &endpoints)?;
+        let now = self.now();
+        let all = {
+            let mut state = self.lock();
+            for (name, ago) in &found.names {
+                // No endpoint has selectors yet: nothing changes in the map by that.
+                if let Err(problem) = state.book.cache.restore(name, *ago, now).map(drop) {
+                    error!("learned name {}: {problem}", name.name);
+                }
+            }
+            state.endpoints.clone_from(&endpoints);
+            let all: Vec<SavedName> = state.book.cache.save(now).collect();
+            all
+        };
+        for name in &all {
+            let addresses = name.addresses.iter().map(|address| address.ip);
+            self.known_as(name.endpoint, &name.name, addresses, Source::Restored);
+        }
+        if !found.names.is_empty() || found.strangers > 0 {
+            info!(
+                "{} learned names are remembered, {} belonged to endpoints that are gone",
+                all.len(),
+                found.strangers
+            );
+        }
+        self.journal = Some(Journal::begin(dir, endpoints, all)?);
+        Ok(())
+    }
+
+    /// The clock of the cache.
+    pub fn now(&self) -> Millis {
+        Millis::try_from(self.start.elapsed().as_millis()).unwrap_or(Millis::MAX)
+    }
+
+    /// The lock.
+    pub fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wish(&self, wish: Wish) {
+        if !self.wished[wish as usize].swap(true, Ordering::AcqRel) {
+            (self.wish)(wish);
+        }
+    }
+
+    /// A wish is being looked after: what comes from now on is another one.
+    pub fn heard(&self, wish: Wish) {
+        self.wished[wish as usize].store(false, Ordering::Release);
+    }
+
+    /// Answers the workers' questions until there is nobody left to ask.
+    pub fn serve(self: &Arc<Self>, lessons: Lessons) -> io::Result<()> {
+        let names = Arc::clone(self);
+        thread::Builder::new().name("names".into()).spawn(move || {
+            let mut batch = Vec::with_capacity(BATCH);
+            let mut waiting = false;
+            loop {
+                match lessons.wait(if waiting { LOOK } else { IDLE }) {
+                    Ok(first) => batch.extend(first),
+                    Err(_) => return,
+                }
+                while batch.len() < BATCH
+                    && let Some(next) = lessons.next_waiting()
+                {
+                    batch.push(next);
+                }
+                waiting = names.teach(&mut batch);
+            }
+        })?;
+        Ok(())
+    }
+
+    /// Deals with answers; says whether some of them (or of those before) wait.
+    pub fn teach(&self, batch: &mut Vec<Lesson>) -> bool {
+        let now = self.now();
+        let mut lines = Vec::new();
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        for lesson in batch.drain(..) {
+            let endpoint = lesson.learn.endpoint;
+            let pending = state.book.cache.learn(endpoint, &lesson.learn.answer, now);
+            self.tell_name(endpoint, &lesson.learn.answer, Source::Answer);
+            self.finish(state, pending, Some(lesson), None, now, &mut lines);
+        }
+        let late = |waiting: &mut Waiting| waiting.since.elapsed() > PATIENCE;
+        for given_up in state.waiting.extract_if(.., late) {
+            state.book.cache.abort(given_up.pending);
+            self.answers.refused.fetch_add(1, Ordering::Relaxed);
+            if let Some(lesson) = given_up.lesson {
+                lesson.done(false);
+            }
+        }
+        let waiting = !state.waiting.is_empty();
+        let rejudge = !state.rejudge.is_empty();
+        let again = self
+            .is_long()
+            .then(|| (state.endpoints.clone(), state.book.cache.save(now).collect()));
+        drop(guard);
+        if waiting {
+            self.wish(Wish::Identities);
+        }
+        if rejudge {
+            self.wish(Wish::Rejudge);
+        }
+        if let Some(journal) = &self.journal {
+            match again {
+                Some((endpoints, all)) => journal.begin_anew(endpoints, all),
+                None => journal.append(lines),
+            }
+        }
+        waiting
+    }
+
+    fn is_long(&self) -> bool {
+        self.journal.as_ref().is_some_and(Journal::is_long)
+    }
+
+    /// Takes an answer as far as it goes.
+    fn finish(
+        &self,
+        state: &mut State,
+        pending: Pending,
+        lesson: Option<Lesson>,
+        since: Option<Instant>,
+        now: Millis,
+        lines: &mut Vec<SavedName>,
+    ) {
+        let endpoint = pending.endpoint();
+        let hits = |change: &&palisade_fqdn::Change| {
+            change.kind == ChangeKind::Live && state.denied.contains(&(change.endpoint, change.selector))
+        };
+        let denied = !state.denied.is_empty() && pending.changes().iter().any(|change| hits(&change));
+        if self.journal.is_some() {
+            lines.extend(state.book.cache.journal(&pending, now));
+        }
+        let view = Arc::clone(&state.view);
+        let committed = match state.book.settle(pending, &view, &self.writer) {
+            Outcome::Committed(proof) => {
+                trace!(number = proof.number(), endpoint, "committed");
+                self.answers.committed.fetch_add(1, Ordering::Relaxed);
+                if denied {
+                    state.rejudge.insert(endpoint);
+                }
+                true
+            }
+            Outcome::Refused => {
+                self.answers.refused.fetch_add(1, Ordering::Relaxed);
+                false
+            }
+            Outcome::Waits(pending) => {
+                if since.is_none() {
+                    self.answers.waited.fetch_add(1, Ordering::Relaxed);
+                }
+                if denied {
+                    // Once the maps have it, which the control thread sees to next.
+                    state.rejudge.insert(endpoint);
+                }
+                state.waiting.push(Waiting {
+                    since: since.unwrap_or_else(Instant::now),
+                    pending,
+                    lesson,
+                });
+                return;
+            }
+        };
+        if let Some(lesson) = lesson {
+            lesson.done(committed);
+        }
+    }
+
+    /// Tries again what waits. Called when there may be identities for it.
+    fn finish_waiting(&self, state: &mut State) {
+        let now = self.now();
+        let mut lines = Vec::new();
+        for waiting in std::mem::take(&mut state.waiting) {
+            self.finish(
+                state,
+                waiting.pending,
+                waiting.lesson,
+                Some(waiting.since),
+                now,
+                &mut lines,
+            );
+        }
+        if let Some(journal) = &self.journal {
+            journal.append(lines);
+        }
+    }
+
+    /// Learns what the daemon itself asked for.
+    pub fn asked_ahead(&self, endpoints: &[EndpointId], answer: &Answer) {
+        let now = self.now();
+        let mut lines = Vec::new();
+        let mut guard = self.lock();
+        for endpoint in endpoints {
+            let pending = guard.book.cache.learn(*endpoint, answer, now);
+            self.tell_name(*endpoint, answer, Source::Prefetch);
+            self.finish(&mut guard, pending, None, None, now, &mut lines);
+        }
+        let waiting = !guard.waiting.is_empty();
+        let rejudge = !guard.rejudge.is_empty();
+        drop(guard);
+        if waiting {
+            self.wish(Wish::Identities);
+        }
+        if rejudge {
+            self.wish(Wish::Rejudge);
+        }
+        if let Some(journal) = &self.journal {
+            journal.append(lines);
+        }
+    }
+
+    fn tell_name(&self, endpoint: EndpointId, answer: &Answer, source: Source) {
+        if let Some(question) = &answer.question
+            && !answer.addresses.is_empty()
+        {
+            let addresses = answer.addresses.iter().map(|address| address.ip.to_canonical());
+            self.known_as(endpoint, &question.name.to_string(), addresses, source);
+        }
+    }
+
+    /// For reports: by which name an endpoint learned an address last.
+    fn known_as(
+        &self,
+        endpoint: EndpointId,
+        name: &str,
+        addresses: impl Iterator<Item = IpAddr>,
+        source: Source,
+    ) {
+        let mut shared: Option<Arc<[Arc<str>]>> = None;
+        let mut known = self.known_as.write().unwrap_or_else(PoisonError::into_inner);
+        for address in addresses {
+            let entry = known.entry((endpoint, address));
+            let names = || Arc::clone(shared.get_or_insert_with(|| [Arc::from(name)].into()));
+            match entry {
+                std::collections::hash_map::Entry::Occupied(mut known) => {
+                    let known = known.get_mut();
+                    known.source = source;
+                    if known.names.first().is_none_or(|first| **first != *name) {
+                        let mut names = names;
+                        known.names = names();
+                    }
+                }
+                std::collections::hash_map::Entry::Vacant(place) => {
+                    let mut names = names;
+                    place.insert(KnownAs {
+                        names: names(),
+                        source,
+                    });
+                }
+            }
+        }
+    }
+
+    /// The name by which an endpoint learned an address last.
+    pub fn names_of(&self, endpoint: EndpointId, address: IpAddr) -> Arc<[Arc<str>]> {
+        let known = self.known_as.read().unwrap_or_else(PoisonError::into_inner);
+        known
+            .get(&(endpoint, address.to_canonical()))
+            .map(|known| Arc::clone(&known.names))
+            .unwrap_or_default()
+    }
+
+    fn source_of(&self, endpoint: EndpointId, address: IpAddr) -> Source {
+        let known = self.known_as.read().unwrap_or_else(PoisonError::into_inner);
+        known
+            .get(&(endpoint, address))
+            .map_or(Source::Answer, |known| known.source)
+    }
+
+    /// Removes what has expired and is not in use. `in_use`: every address that a live connection of an endpoint has.
+    pub fn sweep(&self, in_use: &HashMap<EndpointId, HashSet<IpAddr>>) {
+        let endpoints = self.lock().book.cache.endpoints();
+        for endpoint in endpoints {
+            // The lock for each: an answer does not wait for all of them.
+            let mut guard = self.lock();
+            let state = &mut *guard;
+            let now = self.now();
+            if let Some(addresses) = in_use.get(&endpoint) {
+                state.book.cache.mark_in_use(endpoint, addresses.iter().copied());
+            }
+            let update = state.book.cache.sweep(endpoint, now);
+            let view = Arc::clone(&state.view);
+            state.book.update(update, &view, &self.writer);
+        }
+        let mut guard = self.lock();
+        let view = Arc::clone(&guard.view);
+        guard.book.retry(&view, &self.writer);
+        if !guard.book.missing(&view, false).is_empty() {
+            self.wish(Wish::Identities);
+        }
+        self.forget_names(&guard);
+    }
+
+    fn forget_names(&self, state: &State) {
+        let mut known = self.known_as.write().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|(endpoint, address), _| state.book.cache.has(*endpoint, *address));
+    }
+
+    /// Forgets names, in use or not; answers how many addresses. Their connections are judged again.
+    pub fn clean(&self, endpoint: Option<EndpointId>, filter: impl FnMut(&Name) -> bool) -> u64 {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let before = state.book.cache.stats().cleaned;
+        let update = state.book.cache.clean(endpoint, filter);
+        state
+            .rejudge
+            .extend(update.changes().iter().map(|change| change.endpoint));
+        let view = Arc::clone(&state.view);
+        state.book.update(update, &view, &self.writer);
+        let cleaned = state.book.cache.stats().cleaned - before;
+        let rejudge = !state.rejudge.is_empty();
+        self.forget_names(state);
+        let all = state.book.cache.save(self.now()).collect();
+        let endpoints = state.endpoints.clone();
+        drop(guard);
+        if let Some(journal) = &self.journal {
+            journal.begin_anew(endpoints, all);
+        }
+        if rejudge {
+            self.wish(Wish::Rejudge);
+        }
+        cleaned
+    }
+
+    /// The endpoints whose connections have to be judged again.
+    pub fn take_rejudged(&self) -> BTreeSet<EndpointId> {
+        std::mem::take(&mut self.lock().rejudge)
+    }
+
+    /// What is cached, with the source of each address.
+    pub fn list(&self, endpoint: Option<EndpointId>) -> Vec<(CachedName, Vec<Source>)> {
+        let list = self.lock().book.cache.list(endpoint, self.now());
+        let with_source = |name: CachedName| {
+            let sources = name
+                .addresses
+                .iter()
+                .map(|address| self.source_of(name.endpoint, address.ip));
+            let sources = sources.collect();
+            (name, sources)
+        };
+        list.into_iter().map(with_source).collect()
+    }
+
+    /// The identities that addresses have in the map.
+    pub fn identities(&self) -> BTreeMap<LearnedKey, Identity> {
+        self.lock().book.identities()
+    }
+
+    /// Has everything on the disk.
+    pub fn flush(&self) {
+        if let Some(journal) = &self.journal {
+            journal.flush();
+        }
+    }
+
+    /// How much there is, and what became of answers.
+    pub fn counts(&self) -> Counts {
+        let state = self.lock();
+        let memory = state.book.cache.memory();
+        Counts {
+            names: memory.names,
+            addresses: memory.addresses,
+            bytes: memory.bytes,
+            in_map: state.book.len(),
+            out_of_step: state.book.out_of_step(),
+            waiting: state.waiting.len(),
+            failures: state.book.failures,
+            failure: state.book.failure.clone(),
+            stats: state.book.cache.stats(),
+            committed: self.answers.committed.load(Ordering::Relaxed),
+            refused: self.answers.refused.load(Ordering::Relaxed),
+            waited: self.answers.waited.load(Ordering::Relaxed),
+        }
+    }
+
+    /// The policy in force has identities that it did not have.
+    pub fn extended(&self, state: &mut State, view: View) {
+        state.view = view;
+        let view = Arc::clone(&state.view);
+        state.book.retry(&view, &self.writer);
+        self.finish_waiting(state);
+    }
+
+    /// Begins a change of what the maps hold: nothing is committed until it is brought to its end. `all`: the
+    /// identities of addresses may be others afterwards, not only what names they belong to.
+    pub fn change(&self, policy: &Policy, endpoints: &BTreeMap<EndpointId, String>, all: bool) -> Change<'_> {
+        let mut state = self.lock();
+        let before = Policy {
+            selectors: state.selectors.clone(),
+            denied: std::mem::take(&mut state.denied),
+        };
+        let mut updates = Vec::new();
+        state.set_policy(policy, &mut updates);
+        for gone in state.book.cache.endpoints() {
+            if !endpoints.contains_key(&gone) {
+                let update = state.book.cache.remove_endpoint(gone);
+                state.book.note(update.changes());
+                updates.push(update);
+            }
+        }
+        if state.endpoints != *endpoints {
+            state.endpoints.clone_from(endpoints);
+            if let Some(journal) = &self.journal {
+                journal.begin_anew(endpoints.clone(), state.book.cache.save(self.now()).collect());
+            }
+        }
+        Change {
+            names: self,
+            state,
+            updates,
+            before,
+            all,
+        }
+    }
+}
+
+impl State {
+    fn set_policy(&mut self, policy: &Policy, updates: &mut Vec<Update>) {
+        let none: Arc<Selectors> = Arc::default();
+        let endpoints: BTreeSet<EndpointId> = self
+            .selectors
+            .keys()
+            .chain(policy.selectors.keys())
+            .copied()
+            .collect();
+        for endpoint in endpoints {
+            let (old, new) = (self.selectors.get(&endpoint), policy.selectors.get(&endpoint));
+            if let (Some(old), Some(new)) = (old, new)
+                && Arc::ptr_eq(old, new)
+            {
+                continue;
+            }
+            let update = match new {
+                Some(new) => self.book.cache.set_selectors(endpoint, Arc::clone(new)),
+                None => self.book.cache.set_selectors(endpoint, Arc::clone(&none)),
+            };
+            self.book.note(update.changes());
+            updates.push(update);
+        }
+        self.selectors.clone_from(&policy.selectors);
+        self.denied.clone_from(&policy.denied);
+    }
+}
+
+impl Change<'_> {
+    /// What of the learned addresses has no identity by the new policy.
+    pub fn missing(&self, meaning: &impl Meaning) -> Vec<(IpAddr, Set)> {
+        self.state.book.missing(meaning, self.all)
+    }
+
+    /// The way of the map.
+    pub fn plan(&self, meaning: &impl Meaning) -> Move {
+        self.state.book.plan(meaning, self.all)
+    }
+
+    /// The maps hold everything.
+    pub fn done(mut self, way: &Move, view: View) {
+        let state = &mut *self.state;
+        state.book.moved(way, &view, &self.names.writer);
+        for update in self.updates.drain(..) {
+            state.book.written(update);
+        }
+        state.view = view;
+        self.names.finish_waiting(state);
+    }
+
+    /// The maps hold some of it: what the policy before said counts on.
+    pub fn failed(&mut self, way: &Move) {
+        self.state.book.stuck(way);
+        // What they said comes again with the next sweep.
+        self.updates.clear();
+        let before = self.before.clone();
+        let mut updates = Vec::new();
+        self.state.set_policy(&before, &mut updates);
+        self.updates = updates;
+        self.all = false;
+    }
+}
+
+/// See [`Names::counts`].
+#[derive(Clone, Debug, Default)]
+pub struct Counts {
+    pub names: usize,
+    pub addresses: usize,
+    pub bytes: usize,
+    pub in_map: usize,
+    pub out_of_step: usize,
+    pub waiting: usize,
+    pub failures: u64,
+    pub failure: Option<String>,
+    pub stats: Stats,
+    pub committed: u64,
+    pub refused: u64,
+    pub waited: u64,
+}

@@ -1,0 +1,275 @@
+//! Names that policies give in full, resolved ahead: a client that answers itself from a cache of its own asks
+//! nothing that could be learned from. The questions are the node's own.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    net::{IpAddr, SocketAddr},
+    path::Path,
+    sync::{Arc, Weak},
+    thread,
+    time::Duration,
+};
+
+use hickory_resolver::{
+    Resolver, TokioResolver,
+    config::{
+        ConnectionConfig, NameServerConfig, ProtocolConfig, ResolveHosts, ResolverConfig, ResolverOpts,
+    },
+    net::runtime::TokioRuntimeProvider,
+    proto::rr::{RData, RecordType},
+};
+use palisade_fqdn::EndpointId;
+use palisade_protocols::dns::{Address, Answer, CLASS_IN, Name, Question, Source, rtype};
+use tokio::{sync::watch, task::JoinSet, time::Instant};
+use tracing::{debug, warn};
+
+use super::Names;
+
+/// Questions under way at a time.
+const AT_ONCE: usize = 16;
+/// A name is not asked for more often, whatever its time to live.
+const LEAST: Duration = Duration::from_secs(5);
+/// And at least so often: a cache of a day does not notice a move.
+const MOST: Duration = Duration::from_secs(3_600);
+/// A name that could not be resolved is asked for again after this, then after twice as long, and so on.
+const AGAIN: Duration = Duration::from_secs(5);
+/// Up to this.
+const AGAIN_AT_MOST: Duration = Duration::from_secs(300);
+/// The resolver gives up a question after so long.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// What is to be resolved.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Targets {
+    /// Names, and for whom.
+    pub names: BTreeMap<String, BTreeSet<EndpointId>>,
+    /// Whom to ask.
+    pub servers: Vec<SocketAddr>,
+}
+
+/// The thread that asks.
+#[derive(Debug)]
+pub struct Prefetch(watch::Sender<Targets>);
+
+impl Prefetch {
+    /// Begins with nothing to do.
+    pub fn start(names: &Arc<Names>) -> io::Result<Self> {
+        let (sender, targets) = watch::channel(Targets::default());
+        let names = Arc::downgrade(names);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        thread::Builder::new().name("prefetch".into()).spawn(move || {
+            runtime.block_on(run(targets, &names));
+        })?;
+        Ok(Self(sender))
+    }
+
+    /// From now on this.
+    pub fn set(&self, targets: Targets) {
+        self.0.send_if_modified(|now| {
+            let other = *now != targets;
+            *now = targets;
+            other
+        });
+    }
+}
+
+/// The servers that the node itself asks.
+pub fn node_servers(resolv_conf: &Path) -> Vec<SocketAddr> {
+    let text = fs::read_to_string(resolv_conf).unwrap_or_default();
+    let servers = text.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let address = (words.next() == Some("nameserver"))
+            .then(|| words.next())
+            .flatten()?;
+        address.parse::<IpAddr>().ok()
+    });
+    servers.map(|address| SocketAddr::new(address, 53)).collect()
+}
+
+/// One name.
+struct Plan {
+    due: Instant,
+    failures: u32,
+    asking: bool,
+}
+
+/// What one round of questions came to.
+struct Asked {
+    name: String,
+    answers: Vec<Answer>,
+}
+
+async fn run(mut targets: watch::Receiver<Targets>, names: &Weak<Names>) {
+    let mut plans: BTreeMap<String, Plan> = BTreeMap::new();
+    let mut asking: JoinSet<Asked> = JoinSet::new();
+    let mut resolver: Option<(Vec<SocketAddr>, TokioResolver)> = None;
+    loop {
+        let wanted = targets.borrow_and_update().clone();
+        if resolver
+            .as_ref()
+            .is_none_or(|(servers, _)| *servers != wanted.servers)
+        {
+            resolver = resolver_of(&wanted.servers).map(|resolver| (wanted.servers.clone(), resolver));
+        }
+        plans.retain(|name, plan| plan.asking || wanted.names.contains_key(name));
+        for name in wanted.names.keys() {
+            plans.entry(name.clone()).or_insert_with(|| Plan {
+                due: Instant::now(),
+                failures: 0,
+                asking: false,
+            });
+        }
+        // Until the targets are others.
+        loop {
+            let now = Instant::now();
+            if let Some((_, resolver)) = &resolver {
+                let due = plans.iter_mut().filter(|(name, plan)| {
+                    !plan.asking && plan.due <= now && wanted.names.contains_key(*name)
+                });
+                for (name, plan) in due.take(AT_ONCE.saturating_sub(asking.len())) {
+                    plan.asking = true;
+                    asking.spawn(ask(resolver.clone(), name.clone()));
+                }
+            }
+            let next = if asking.len() < AT_ONCE && resolver.is_some() {
+                let waiting = plans.values().filter(|plan| !plan.asking);
+                waiting.map(|plan| plan.due).min()
+            } else {
+                None
+            };
+            let next = next.unwrap_or(now + MOST);
+            tokio::select! {
+                changed = targets.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    break;
+                }
+                Some(asked) = asking.join_next(), if !asking.is_empty() => {
+                    let (Ok(asked), Some(names)) = (asked, names.upgrade()) else { continue };
+                    learned(&names, &wanted, &mut plans, &asked);
+                }
+                () = tokio::time::sleep_until(next) => {}
+            }
+        }
+    }
+}
+
+fn resolver_of(servers: &[SocketAddr]) -> Option<TokioResolver> {
+    let servers = servers.iter().map(|server| {
+        let connections = [ProtocolConfig::Udp, ProtocolConfig::Tcp].map(|protocol| {
+            let mut connection = ConnectionConfig::new(protocol);
+            connection.port = server.port();
+            connection
+        });
+        NameServerConfig::new(server.ip(), true, connections.into())
+    });
+    let servers: Vec<_> = servers.collect();
+    if servers.is_empty() {
+        return None;
+    }
+    let config = ResolverConfig::from_parts(None, Vec::new(), servers);
+    let mut builder = Resolver::builder_with_config(config, TokioRuntimeProvider::default());
+    let options: &mut ResolverOpts = builder.options_mut();
+    // Every question is asked: what has to be refreshed must not be answered from here.
+    options.cache_size = 0;
+    options.use_hosts_file = ResolveHosts::Never;
+    options.timeout = PATIENCE;
+    match builder.build() {
+        Ok(resolver) => Some(resolver),
+        Err(problem) => {
+            warn!("[dns] prefetch: {problem}");
+            None
+        }
+    }
+}
+
+async fn ask(resolver: TokioResolver, name: String) -> Asked {
+    let full = format!("{name}.");
+    let (v4, v6) = tokio::join!(
+        resolver.lookup(full.as_str(), RecordType::A),
+        resolver.lookup(full.as_str(), RecordType::AAAA)
+    );
+    let mut answers = Vec::new();
+    for (lookup, kind) in [(v4, rtype::A), (v6, rtype::AAAA)] {
+        match lookup {
+            Ok(lookup) => answers.extend(answer_of(&name, kind, lookup.answers())),
+            Err(problem) => debug!("[dns] prefetch: {name}: {problem}"),
+        }
+    }
+    Asked { name, answers }
+}
+
+/// The records as an answer that was read from the wire.
+fn answer_of(name: &str, kind: u16, records: &[hickory_resolver::proto::rr::Record]) -> Option<Answer> {
+    let mut answer = Answer {
+        question: Some(Question {
+            name: name.parse::<Name>().ok()?,
+            rtype: kind,
+            class: CLASS_IN,
+        }),
+        ..Answer::default()
+    };
+    let mut least = u32::MAX;
+    for record in records {
+        let ip = match &record.data {
+            RData::A(address) => IpAddr::from(address.0),
+            RData::AAAA(address) => IpAddr::from(address.0),
+            RData::CNAME(alias) => {
+                least = least.min(record.ttl);
+                answer.aliases.extend(alias.0.to_ascii().parse::<Name>());
+                continue;
+            }
+            _ => continue,
+        };
+        least = least.min(record.ttl);
+        answer.addresses.push(Address {
+            ip,
+            ttl: record.ttl,
+            source: Source::Record,
+        });
+    }
+    answer.ttl = (least < u32::MAX).then_some(least);
+    (!answer.addresses.is_empty()).then_some(answer)
+}
+
+fn learned(names: &Names, wanted: &Targets, plans: &mut BTreeMap<String, Plan>, asked: &Asked) {
+    let Some(plan) = plans.get_mut(&asked.name) else {
+        return;
+    };
+    plan.asking = false;
+    let Some(ttl) = asked.answers.iter().filter_map(|answer| answer.ttl).min() else {
+        let again = AGAIN.saturating_mul(1 << plan.failures.min(8)).min(AGAIN_AT_MOST);
+        plan.failures += 1;
+        plan.due = Instant::now() + again;
+        return;
+    };
+    plan.failures = 0;
+    plan.due = Instant::now() + Duration::from_secs(ttl.into()).clamp(LEAST, MOST);
+    let Some(endpoints) = wanted.names.get(&asked.name) else {
+        return;
+    };
+    let endpoints: Vec<EndpointId> = endpoints.iter().copied().collect();
+    for answer in &asked.answers {
+        names.asked_ahead(&endpoints, answer);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nodes_servers_are_those_of_its_resolver() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("resolv.conf");
+        let text = "# x\nsearch a.test\nnameserver 192.0.2.1\n nameserver  2001:db8::1 \nnameserver x\noptions ndots:5\n";
+        fs::write(&path, text).unwrap();
+        let servers: Vec<String> = node_servers(&path).iter().map(ToString::to_string).collect();
+        assert_eq!(servers, ["192.0.2.1:53", "[2001:db8::1]:53"]);
+        assert!(node_servers(&dir.path().join("none")).is_empty());
+    }
+}
