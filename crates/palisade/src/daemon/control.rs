@@ -16,7 +16,7 @@ use nix::fcntl::Flock;
 use palisade_abi::{Config as Told, identity};
 use palisade_datapath::{Datapath, Options, detach_all};
 use palisade_flowlog::Ring;
-use palisade_inspect::learning::{self, Learners};
+use palisade_inspect::learning;
 use palisade_policy::compile::{Compiler, CompilerState};
 use sd_notify::NotifyState;
 use serde_json::Value;
@@ -87,8 +87,6 @@ pub struct Control {
     pub network: Network,
     pub datapath: Arc<Datapath>,
     pub names: Arc<Names>,
-    /// For those who read answers.
-    pub learners: Learners,
     prefetch: Option<Prefetch>,
     shared: Arc<Shared>,
     sweep: Interval,
@@ -151,7 +149,8 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             .context("learned names")?;
         Arc::new(names)
     };
-    let (learners, lessons) = learning::lessons(LESSONS);
+    // Held to the end: the thread that answers is there before anybody asks.
+    let (_learners, lessons) = learning::lessons(LESSONS);
     let shared = Arc::new(Shared::default());
     let ring = Ring::new(config.limits.flows as usize);
     let sweep = Interval::new(config.timeouts.sweep);
@@ -163,7 +162,6 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         network,
         datapath: Arc::clone(&datapath),
         names: Arc::clone(&names),
-        learners,
         prefetch: None,
         shared: Arc::clone(&shared),
         sweep: sweep.clone(),
