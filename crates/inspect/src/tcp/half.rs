@@ -206,7 +206,7 @@ impl<F> Half<F> {
 
     /// Oldest position that a segment of it may have, and an acknowledgement of it may name.
     pub(super) fn oldest(&self) -> Position {
-        self.acked - self.widest.max(OLD).min(START / 2)
+        self.acked - self.widest.clamp(OLD, START / 2)
     }
 
     /// Takes what the receiver says in a segment of its own: what it has, and what it takes.
