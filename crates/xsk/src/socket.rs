@@ -1,6 +1,7 @@
 //! One socket with its four rings.
 
 use std::{
+    cell::Cell,
     ffi::CString,
     io,
     num::NonZeroU32,
@@ -153,7 +154,8 @@ impl From<Error> for io::Error {
 /// What a socket has lost since it was made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Statistics {
-    /// Packets dropped for another reason than those below: too large for a frame.
+    /// Packets dropped for another reason than a full ring: too large for a frame, or, if the kernel copies, without
+    /// one; then they are among those of `rx_fill_ring_empty` too.
     pub rx_dropped: u64,
     /// Packets dropped because the receive ring was full.
     pub rx_ring_full: u64,
@@ -189,6 +191,8 @@ pub struct Socket {
     tx_size: usize,
     fill_size: usize,
     strange: u64,
+    /// Why it is of no use any more: the kernel says it once.
+    gone: Cell<i32>,
     scratch: Box<[FrameDesc; BATCH]>,
 }
 
@@ -245,6 +249,7 @@ impl Socket {
             tx_size: frames as usize / 2,
             fill_size: frames as usize / 2,
             strange: 0,
+            gone: Cell::new(0),
             scratch: Box::new([FrameDesc::default(); BATCH]),
         };
         socket.zero_copy = socket.is_zero_copy();
@@ -457,11 +462,7 @@ impl Socket {
     /// # Errors
     /// The socket is of no use any more: its interface is gone, for example.
     pub fn statistics(&mut self) -> io::Result<Statistics> {
-        // A socket that only waits learns of its interface's end nowhere else.
-        let gone = self.option(libc::SOL_SOCKET, libc::SO_ERROR)?;
-        if gone != 0 {
-            return Err(io::Error::from_raw_os_error(gone));
-        }
+        self.check()?;
         let statistics = self.rx.fd().xdp_statistics()?;
         Ok(Statistics {
             rx_dropped: statistics.rx_dropped(),
@@ -579,15 +580,23 @@ impl Socket {
             }
             return Ok(false);
         }
-        if fd.revents & (libc::POLLERR | libc::POLLNVAL) != 0 {
-            let gone = self.option(libc::SOL_SOCKET, libc::SO_ERROR)?;
-            return Err(io::Error::from_raw_os_error(if gone == 0 {
-                libc::ENETDOWN
-            } else {
-                gone
-            }));
+        if fd.revents & libc::POLLIN == 0 {
+            // Nothing wakes who waits at an interface that has gone.
+            self.check()?;
         }
         Ok(fd.revents & libc::POLLIN != 0)
+    }
+
+    /// A socket that only waits learns of its interface's end nowhere else.
+    fn check(&self) -> io::Result<()> {
+        let problem = self.option(libc::SOL_SOCKET, libc::SO_ERROR)?;
+        if problem != 0 {
+            self.gone.set(problem);
+        }
+        match self.gone.get() {
+            0 => Ok(()),
+            problem => Err(io::Error::from_raw_os_error(problem)),
+        }
     }
 
     fn is_zero_copy(&self) -> bool {

@@ -85,9 +85,15 @@ fn what_cannot_be_handed_on_leaves_no_trace() {
     assert_eq!(giver.give(2, &[2; 4]), Ok(()));
     assert_eq!(giver.give(3, &[]), Ok(()));
     assert_eq!(giver.give(4, &[4; 4]), Err(NotGiven::Full));
-    assert_eq!(taker.take(|header, packet| (*header, packet.to_vec())), Some((2, vec![2; 4])));
+    assert_eq!(
+        taker.take(|header, packet| (*header, packet.to_vec())),
+        Some((2, vec![2; 4]))
+    );
     assert_eq!(taker.waiting(), 1);
-    assert_eq!(taker.take(|header, packet| (*header, packet.to_vec())), Some((3, vec![])));
+    assert_eq!(
+        taker.take(|header, packet| (*header, packet.to_vec())),
+        Some((3, vec![]))
+    );
     assert_eq!(taker.take(|header, _| *header), None);
 }
 

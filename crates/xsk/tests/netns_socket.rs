@@ -1,0 +1,470 @@
+//! Sockets at both ends of a veth pair with two queues, in a namespace of its own.
+#![cfg(not(loom))]
+
+use std::{
+    cell::RefCell,
+    collections::VecDeque,
+    io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use palisade_testbed::ns::Ns;
+use palisade_xsk::{Config, Error, Frame, Mode, NoRoom, Socket};
+use proptest::{prelude::*, test_runner::TestRunner};
+
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// An XDP program that gives the packets of a queue to the socket that the map has for it, and its map.
+struct Program {
+    map: OwnedFd,
+    _program: OwnedFd,
+    _link: OwnedFd,
+}
+
+fn bpf(command: libc::c_long, attributes: &mut [u8; 128]) -> io::Result<OwnedFd> {
+    // SAFETY: the attributes are as long as is said, and what they point to lives in the caller.
+    let outcome = unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_mut_ptr(), attributes.len()) };
+    if outcome < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: these commands answer with a new descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(outcome as i32) })
+}
+
+fn attributes(words: &[(usize, u32)]) -> [u8; 128] {
+    let mut bytes = [0; 128];
+    for (at, word) in words {
+        bytes[*at..*at + 4].copy_from_slice(&word.to_ne_bytes());
+    }
+    bytes
+}
+
+impl Program {
+    fn attach(ifindex: u32) -> Self {
+        const MAP_CREATE: libc::c_long = 0;
+        const PROG_LOAD: libc::c_long = 5;
+        const LINK_CREATE: libc::c_long = 28;
+        const XSKMAP: u32 = 17;
+        let map = bpf(
+            MAP_CREATE,
+            &mut attributes(&[(0, XSKMAP), (4, 4), (8, 4), (12, 4)]),
+        )
+        .unwrap();
+        let instruction = |code: u8, registers: u8, offset: i16, value: i32| {
+            let mut bytes = [code, registers, 0, 0, 0, 0, 0, 0];
+            bytes[2..4].copy_from_slice(&offset.to_ne_bytes());
+            bytes[4..].copy_from_slice(&value.to_ne_bytes());
+            bytes
+        };
+        let instructions = [
+            // r2 = context->rx_queue_index
+            instruction(0x61, 0x12, 16, 0),
+            // r1 = map
+            instruction(0x18, 0x11, 0, map.as_raw_fd()),
+            instruction(0, 0, 0, 0),
+            // r3 = XDP_DROP, if there is no socket
+            instruction(0xb7, 0x03, 0, 1),
+            // return bpf_redirect_map(r1, r2, r3)
+            instruction(0x85, 0, 0, 51),
+            instruction(0x95, 0, 0, 0),
+        ]
+        .concat();
+        let license = c"GPL";
+        let mut load = attributes(&[(0, 6), (4, instructions.len() as u32 / 8)]);
+        load[8..16].copy_from_slice(&(instructions.as_ptr() as u64).to_ne_bytes());
+        load[16..24].copy_from_slice(&(license.as_ptr() as u64).to_ne_bytes());
+        let program = bpf(PROG_LOAD, &mut load).unwrap();
+        // BPF_XDP, in native mode.
+        let link = [(0, program.as_raw_fd() as u32), (4, ifindex), (8, 37), (12, 4)];
+        let link = bpf(LINK_CREATE, &mut attributes(&link)).unwrap();
+        Self {
+            map,
+            _program: program,
+            _link: link,
+        }
+    }
+
+    fn set(&self, queue: u32, socket: &Socket) {
+        let value = socket.as_raw_fd();
+        let mut update = attributes(&[(0, self.map.as_raw_fd() as u32)]);
+        update[8..16].copy_from_slice(&(&raw const queue as u64).to_ne_bytes());
+        update[16..24].copy_from_slice(&(&raw const value as u64).to_ne_bytes());
+        // SAFETY: the attributes are as long as is said; key and value are on this stack.
+        let outcome =
+            unsafe { libc::syscall(libc::SYS_bpf, 2 as libc::c_long, update.as_ptr(), update.len()) };
+        assert_eq!(outcome, 0, "{}", io::Error::last_os_error());
+    }
+}
+
+/// The calling thread stands in a namespace with `a` and `b`, which are one veth pair.
+struct World {
+    ns: Ns,
+    a: Program,
+    b: Program,
+}
+
+impl World {
+    fn new() -> Self {
+        let ns = Ns::new("xsk").unwrap();
+        ns.sysctl("ipv6/conf/default/disable_ipv6", "1").unwrap();
+        ns.ip(
+            "link add name a numtxqueues 2 numrxqueues 2 type veth peer name b numtxqueues 2 numrxqueues 2\n\
+             link set dev a up\nlink set dev b up",
+        )
+        .unwrap();
+        ns.join().unwrap();
+        let a = Program::attach(ns.ifindex("a").unwrap());
+        let b = Program::attach(ns.ifindex("b").unwrap());
+        Self { ns, a, b }
+    }
+
+    fn socket(&self, config: &Config) -> Socket {
+        let socket = Socket::new(config).unwrap();
+        let program = if config.interface == "a" { &self.a } else { &self.b };
+        program.set(config.queue, &socket);
+        socket
+    }
+
+    fn pair(&self, queue: u32, frames: u32, mode: Mode) -> (Socket, Socket) {
+        let config = |interface| Config {
+            frames,
+            mode,
+            ..Config::new(interface, queue)
+        };
+        (self.socket(&config("a")), self.socket(&config("b")))
+    }
+}
+
+/// A frame that nothing on the way takes offence at.
+fn packet(number: u32, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length.max(18)];
+    bytes[..12].copy_from_slice(&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2]);
+    // An EtherType for experiments.
+    bytes[12..14].copy_from_slice(&[0x88, 0xb5]);
+    bytes[14..18].copy_from_slice(&number.to_be_bytes());
+    let mut state = number;
+    for byte in &mut bytes[18..] {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        *byte = (state >> 24) as u8;
+    }
+    bytes
+}
+
+fn send(socket: &mut Socket, packet: &[u8]) {
+    let until = Instant::now() + PATIENCE;
+    let mut frame = loop {
+        match socket.take() {
+            Some(frame) => break frame,
+            None => assert!(
+                Instant::now() < until,
+                "no frame comes back: {:?}",
+                socket.counts()
+            ),
+        }
+        socket.flush().unwrap();
+    };
+    frame.set(packet).unwrap();
+    while let Err(back) = socket.send(frame) {
+        assert!(Instant::now() < until, "the ring stays full");
+        frame = back;
+        socket.flush().unwrap();
+    }
+}
+
+fn receive(socket: &mut Socket, count: usize) -> VecDeque<Frame> {
+    let until = Instant::now() + PATIENCE;
+    let mut frames = VecDeque::with_capacity(count);
+    while frames.len() < count {
+        let left = count - frames.len();
+        socket.receive(&mut frames, left).unwrap();
+        if frames.len() < count && !socket.wait(Duration::from_millis(20)).unwrap() {
+            assert!(
+                Instant::now() < until,
+                "{} of {count}: {:?} {:?}",
+                frames.len(),
+                socket.counts(),
+                socket.statistics()
+            );
+        }
+    }
+    frames
+}
+
+fn all_come_home(socket: &mut Socket, frames: usize) {
+    let until = Instant::now() + PATIENCE;
+    while socket.counts().sending != 0 {
+        assert!(Instant::now() < until, "{:?}", socket.counts());
+        socket.flush().unwrap();
+    }
+    let counts = socket.counts();
+    assert_eq!((counts.held, counts.total()), (0, frames), "{counts:?}");
+    assert_eq!(socket.statistics().unwrap().strange, 0);
+}
+
+#[test]
+fn random_packets_there_and_back_byte_for_byte() {
+    for mode in [Mode::Poll, Mode::Spin, Mode::BusyPoll] {
+        let world = World::new();
+        let (a, b) = world.pair(0, 256, mode);
+        assert!(!a.zero_copy());
+        let sockets = RefCell::new((a, b));
+        let lengths = prop::collection::vec(18usize..1514, 1..60);
+        let mut runner = TestRunner::new(ProptestConfig {
+            cases: 24,
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        });
+        runner
+            .run(&lengths, |lengths| {
+                let (a, b) = &mut *sockets.borrow_mut();
+                let packets: Vec<_> = lengths
+                    .iter()
+                    .enumerate()
+                    .map(|(n, length)| packet(n as u32, *length))
+                    .collect();
+                packets.iter().for_each(|packet| send(a, packet));
+                a.flush().unwrap();
+                for (frame, packet) in receive(b, packets.len()).into_iter().zip(&packets) {
+                    prop_assert_eq!(frame.data(), &packet[..]);
+                    // The very frame goes back.
+                    b.send(frame).unwrap();
+                }
+                b.flush().unwrap();
+                for (frame, packet) in receive(a, packets.len()).into_iter().zip(&packets) {
+                    prop_assert_eq!(frame.data(), &packet[..]);
+                }
+                all_come_home(a, 256);
+                all_come_home(b, 256);
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+#[test]
+fn a_packet_is_changed_inside_of_its_frame() {
+    let world = World::new();
+    let (mut a, mut b) = world.pair(0, 64, Mode::Poll);
+    let sent = packet(7, 300);
+    let prefix = [9; 72];
+    send(&mut a, &[&sent[..14], &prefix, &sent[14..]].concat());
+    a.flush().unwrap();
+    let mut frame = receive(&mut b, 1).pop_front().unwrap();
+    assert_eq!(frame.len(), 372);
+    // In the end it is the packet again, but for what is behind it.
+    frame.strip(14 + 72).unwrap();
+    frame.prepend(&sent[..14]).unwrap();
+    frame.append(b"behind").unwrap();
+    assert_eq!(frame.data(), [&sent[..], b"behind"].concat());
+    b.send(frame).unwrap();
+    b.flush().unwrap();
+    let mut frame = receive(&mut a, 1).pop_front().unwrap();
+    assert_eq!(frame.data(), [&sent[..], b"behind"].concat());
+    // In front of everything the packet has to be moved.
+    frame.prepend(&prefix).unwrap();
+    assert_eq!(frame.data(), [&prefix[..], &sent, b"behind"].concat());
+    let tail = frame.tailroom();
+    frame.append(&vec![1; tail]).unwrap();
+    assert_eq!(frame.append(&[1]), Err(NoRoom));
+    assert_eq!(frame.prepend(&[1]), Err(NoRoom));
+    assert_eq!(frame.strip(frame.len() + 1), Err(NoRoom));
+    frame.strip(10).unwrap();
+    frame.append(&[2; 10]).unwrap();
+    assert!(frame.data().ends_with(&[1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]));
+    assert_eq!(frame.set(&[0; 4096]), Err(NoRoom));
+    assert_eq!(frame.set_len(4096), Err(NoRoom));
+    // Another socket does not take it.
+    let mut frame = b.send(frame).unwrap_err();
+    frame.set(&[]).unwrap();
+    drop(a.send(frame).unwrap_err());
+    all_come_home(&mut a, 64);
+    all_come_home(&mut b, 64);
+}
+
+#[test]
+fn who_holds_all_frames_loses_packets_that_are_counted_and_no_frame() {
+    let world = World::new();
+    let (mut a, mut b) = world.pair(0, 64, Mode::Poll);
+    let mut held = VecDeque::new();
+    for n in 0..200 {
+        send(&mut a, &packet(n, 64));
+        a.flush().unwrap();
+        b.wait(Duration::from_millis(5)).unwrap();
+        b.receive(&mut held, 64).unwrap();
+    }
+    let statistics = b.statistics().unwrap();
+    let received = held.len() as u64;
+    assert!(statistics.rx_fill_ring_empty > 0, "{statistics:?}");
+    assert_eq!(
+        received + statistics.rx_dropped + statistics.rx_ring_full,
+        200,
+        "{statistics:?}"
+    );
+    assert_eq!(statistics.rx_fill_ring_empty, statistics.rx_dropped);
+    assert_eq!((b.counts().held, b.counts().total()), (held.len(), 64));
+    // Some are kept for packets of our own.
+    let own = b.take().unwrap();
+    drop(own);
+    // They come in the order in which they were sent, and none twice.
+    for (n, frame) in held.iter().enumerate() {
+        assert_eq!(frame.data(), packet(n as u32, 64));
+    }
+    held.clear();
+    all_come_home(&mut b, 64);
+    b.receive(&mut held, 64).unwrap();
+    send(&mut a, &packet(1000, 64));
+    a.flush().unwrap();
+    assert_eq!(receive(&mut b, 1)[0].data(), packet(1000, 64));
+    all_come_home(&mut b, 64);
+}
+
+#[test]
+fn a_full_ring_gives_the_frame_back() {
+    let world = World::new();
+    let (mut a, mut b) = world.pair(0, 64, Mode::Poll);
+    send(&mut b, &packet(32, 100));
+    b.flush().unwrap();
+    let own = receive(&mut a, 1).pop_front().unwrap();
+    let mut sent = 0;
+    while let Some(mut frame) = a.take() {
+        frame.set(&packet(sent, 100)).unwrap();
+        a.send(frame).unwrap();
+        sent += 1;
+    }
+    // Half of the frames are there to be received.
+    assert_eq!((sent, a.unsent()), (32, 32));
+    let back = a.send(own).unwrap_err();
+    assert_eq!(back.data(), packet(32, 100));
+    assert_eq!(a.counts().sending, 32);
+    // More than the kernel takes at once, so it has to be told again.
+    assert_eq!(a.flush().unwrap(), 0);
+    a.send(back).unwrap();
+    a.flush().unwrap();
+    // As many can wait in the other's ring: the one more may have found no frame there.
+    let received = receive(&mut b, 32);
+    for (n, frame) in received.iter().enumerate() {
+        assert_eq!(frame.data(), packet(n as u32, 100));
+    }
+    drop(received);
+    all_come_home(&mut a, 64);
+    all_come_home(&mut b, 64);
+}
+
+#[test]
+fn each_queue_has_its_own_socket() {
+    let world = World::new();
+    let (mut a0, mut b0) = world.pair(0, 64, Mode::Poll);
+    let (mut a1, mut b1) = world.pair(1, 64, Mode::Poll);
+    for n in 0..20 {
+        send(&mut a0, &packet(n, 80));
+        send(&mut a1, &packet(1000 + n, 90));
+    }
+    a0.flush().unwrap();
+    a1.flush().unwrap();
+    for (n, (zero, one)) in receive(&mut b0, 20).iter().zip(&receive(&mut b1, 20)).enumerate() {
+        assert_eq!(zero.data(), packet(n as u32, 80));
+        assert_eq!(one.data(), packet(1000 + n as u32, 90));
+    }
+    assert_eq!((b0.waiting(), b1.waiting()), (0, 0));
+}
+
+#[test]
+fn a_queue_that_is_in_use_is_waited_for() {
+    let world = World::new();
+    let (_a, b) = world.pair(0, 64, Mode::Poll);
+    let config = Config {
+        frames: 64,
+        patience: Duration::from_millis(60),
+        ..Config::new("b", 0)
+    };
+    let begun = Instant::now();
+    let error = Socket::new(&config).unwrap_err();
+    assert!(matches!(error, Error::Busy { queue: 0, .. }), "{error}");
+    assert!(begun.elapsed() >= config.patience);
+    assert_eq!(io::Error::from(error).kind(), io::ErrorKind::ResourceBusy);
+
+    let config = Config {
+        patience: PATIENCE,
+        ..config
+    };
+    std::thread::scope(|scope| {
+        // A thread of this one's namespace.
+        let waiting = scope.spawn(|| Socket::new(&config).map(|_| ()));
+        std::thread::sleep(Duration::from_millis(100));
+        drop(b);
+        waiting.join().unwrap().unwrap();
+    });
+    // Packets come in by the new one.
+    let mut b = world.socket(&config);
+    // The first `a` goes with its frames, too.
+    drop(_a);
+    let mut a = world.socket(&Config {
+        interface: "a".into(),
+        ..config
+    });
+    send(&mut a, &packet(1, 60));
+    a.flush().unwrap();
+    assert_eq!(receive(&mut b, 1)[0].data(), packet(1, 60));
+}
+
+#[test]
+fn a_frame_keeps_its_memory_and_its_queue() {
+    let world = World::new();
+    let (mut a, mut b) = world.pair(0, 64, Mode::Poll);
+    send(&mut a, &packet(5, 500));
+    a.flush().unwrap();
+    let frame = receive(&mut b, 1).pop_front().unwrap();
+    drop(b);
+    assert_eq!(frame.data(), packet(5, 500));
+    let config = Config {
+        frames: 64,
+        patience: Duration::from_millis(20),
+        ..Config::new("b", 0)
+    };
+    assert!(matches!(Socket::new(&config), Err(Error::Busy { .. })));
+    drop(frame);
+    Socket::new(&Config {
+        patience: PATIENCE,
+        ..config
+    })
+    .unwrap();
+}
+
+#[test]
+fn what_cannot_be_is_said() {
+    let world = World::new();
+    let of = |interface: &str, queue, frames| {
+        Socket::new(&Config {
+            frames,
+            ..Config::new(interface, queue)
+        })
+        .unwrap_err()
+    };
+    assert!(matches!(of("b", 0, 100), Error::Frames(100)));
+    assert!(matches!(of("b", 0, 8), Error::Frames(8)));
+    assert!(matches!(of("", 0, 64), Error::Name(_)));
+    for error in [of("nobody", 0, 64), of("b", 2, 64)] {
+        assert!(matches!(error, Error::Bind { .. }), "{error}");
+    }
+    drop(world);
+}
+
+#[test]
+fn the_end_of_an_interface_is_noticed() {
+    let world = World::new();
+    let (mut a, mut b) = world.pair(0, 64, Mode::Poll);
+    assert!(!b.wait(Duration::from_millis(10)).unwrap());
+    world.ns.ip("link del dev a").unwrap();
+    let begun = Instant::now();
+    while b.wait(Duration::from_millis(20)).is_ok() {
+        assert!(begun.elapsed() < PATIENCE);
+    }
+    // And not only once.
+    assert!(b.wait(Duration::from_millis(1)).is_err());
+    assert!(b.statistics().is_err());
+    let mut frame = a.take().unwrap();
+    frame.set(&packet(1, 60)).unwrap();
+    a.send(frame).unwrap();
+    assert!(a.flush().is_err());
+}
