@@ -110,10 +110,20 @@ impl Book {
         book
     }
 
-    /// Brings an answer to an end, or as far as it goes.
-    pub fn settle(&mut self, mut pending: Pending, meaning: &impl Meaning, writer: &impl Writer) -> Outcome {
+    /// Brings an answer to an end, or as far as it goes. `again`: it has waited. What it changes was noted when it
+    /// came, and something newer may have been noted since.
+    pub fn settle(
+        &mut self,
+        mut pending: Pending,
+        again: bool,
+        meaning: &impl Meaning,
+        writer: &impl Writer,
+    ) -> Outcome {
+        let mut noted = again;
         for _ in 0..COMMITS {
-            self.note(pending.changes());
+            if !std::mem::take(&mut noted) {
+                self.note(pending.changes());
+            }
             let endpoint = pending.endpoint();
             let touched: Vec<LearnedKey> = pending
                 .addresses()

@@ -29,6 +29,8 @@ use std::{
 };
 
 use book::Outcome;
+#[cfg(test)]
+use book::key;
 pub use book::{Book, Meaning, Move, Set, Writer};
 use journal::Journal;
 use palisade_abi::{Identity, LearnedKey};
@@ -362,7 +364,7 @@ impl Names {
             lines.extend(state.book.cache.journal(&pending, now));
         }
         let view = Arc::clone(&state.view);
-        let committed = match state.book.settle(pending, &view, &self.writer) {
+        let committed = match state.book.settle(pending, since.is_some(), &view, &self.writer) {
             Outcome::Committed(proof) => {
                 trace!(number = proof.number(), endpoint, "committed");
                 self.answers.committed.fetch_add(1, Ordering::Relaxed);
