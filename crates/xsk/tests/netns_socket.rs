@@ -4,8 +4,9 @@
 use std::{
     cell::RefCell,
     collections::VecDeque,
-    io,
+    io::{self, BufRead, BufReader},
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    process::Stdio,
     time::{Duration, Instant},
 };
 
@@ -467,4 +468,49 @@ fn the_end_of_an_interface_is_noticed() {
     frame.set(&packet(1, 60)).unwrap();
     a.send(frame).unwrap();
     assert!(a.flush().is_err());
+}
+
+/// Not a test: what the next one kills.
+#[test]
+#[ignore = "runs as a child of another test"]
+fn child_that_holds_a_queue() {
+    let _socket = Socket::new(&Config::new("b", 0)).unwrap();
+    println!("bound");
+    std::thread::sleep(Duration::from_secs(60));
+}
+
+#[test]
+fn the_queue_of_a_process_that_was_killed_can_be_had() {
+    let world = World::new();
+    for _ in 0..3 {
+        let mut child = world
+            .ns
+            .command(std::env::current_exe().unwrap())
+            .args(["--exact", "child_that_holds_a_queue", "--ignored", "--nocapture"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        // The harness may print the test's name in front of it.
+        assert!(lines.any(|line| line.unwrap().ends_with("bound")));
+        let config = Config {
+            frames: 64,
+            patience: Duration::ZERO,
+            ..Config::new("b", 0)
+        };
+        assert!(matches!(Socket::new(&config), Err(Error::Busy { .. })));
+        child.kill().unwrap();
+        let mut b = world.socket(&Config {
+            patience: PATIENCE,
+            ..config
+        });
+        child.wait().unwrap();
+        let mut a = world.socket(&Config {
+            frames: 64,
+            ..Config::new("a", 0)
+        });
+        send(&mut a, &packet(3, 70));
+        a.flush().unwrap();
+        assert_eq!(receive(&mut b, 1)[0].data(), packet(3, 70));
+    }
 }
