@@ -1,6 +1,7 @@
 //! `palisade run`, `status` and `stop`.
 
 use std::{
+    collections::BTreeMap,
     io::{self, IsTerminal as _, Write},
     path::Path,
     thread,
@@ -17,7 +18,7 @@ use super::{DONE, FAILED, NO, inspect::endpoint_table, load_config, show};
 use crate::{
     cli::Output,
     control::{
-        api::{PolicyFileState, Request, Status},
+        api::{PolicyFileState, Request, Status, Workers},
         client::{Client, ClientError, ask},
     },
     daemon, duration,
@@ -232,6 +233,7 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
             writeln!(out, "  {}: {}", missing.inspector, missing.policies.join(", "))?;
         }
     }
+    workers(out, &status.workers)?;
     let mut table = Table::new(&["MAP", "ENTRIES", "CAPACITY", "FULL"]);
     for map in &status.maps {
         table.row([
@@ -287,6 +289,65 @@ fn section(out: &mut dyn Write, title: &str, table: &Table, nothing: &str) -> io
     writeln!(out, "\n{title}:")?;
     for line in table.to_string().lines() {
         writeln!(out, "  {line}")?;
+    }
+    Ok(())
+}
+
+/// The threads that read packets.
+fn workers(out: &mut dyn Write, workers: &Workers) -> io::Result<()> {
+    if let Some(problem) = &workers.problem {
+        writeln!(out, "\nNo workers: {problem}")?;
+        return Ok(());
+    }
+    let mut table = Table::new(&[
+        "WORKER",
+        "STATE",
+        "IN",
+        "OUT",
+        "MADE",
+        "DROPPED",
+        "HELD",
+        "FLOWS",
+        "HANDED",
+        "RESTARTS",
+        "RING LOST",
+    ]);
+    for worker in &workers.workers {
+        let ring = &worker.ring;
+        let state = match &worker.problem {
+            Some(problem) => format!("{}: {problem}", worker.state),
+            None => worker.state.clone(),
+        };
+        table.row([
+            worker.number.to_string(),
+            state,
+            worker.packets_in.to_string(),
+            worker.packets_out.to_string(),
+            worker.made.to_string(),
+            worker
+                .drops
+                .iter()
+                .map(|drop| drop.packets)
+                .sum::<u64>()
+                .to_string(),
+            format!("{}/{}", worker.held, worker.frames),
+            worker.flows.to_string(),
+            format!("{}/{}", worker.handed_on, worker.handed_in),
+            worker.restarts.to_string(),
+            (ring.rx_dropped + ring.rx_ring_full + ring.invalid).to_string(),
+        ]);
+    }
+    let title = format!(
+        "Workers ({}, on failure {}) at {}",
+        workers.mode, workers.on_failure, workers.carrier
+    );
+    section(out, &title, &table, "none")?;
+    let mut reasons = BTreeMap::new();
+    for drop in workers.workers.iter().flat_map(|worker| &worker.drops) {
+        *reasons.entry((drop.reason, drop.text.as_str())).or_insert(0u64) += drop.packets;
+    }
+    for ((reason, text), packets) in reasons {
+        writeln!(out, "  dropped: {text} ({reason}): {packets}")?;
     }
     Ok(())
 }

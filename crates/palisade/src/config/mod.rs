@@ -12,11 +12,13 @@ use std::{
 };
 
 use ipnet::IpNet;
+use palisade_abi::MAX_WORKERS;
 use palisade_policy::{
     labels::{self, Labels},
     rule::Label,
     world::{Enforcement, NamedPort, NamedPorts},
 };
+use palisade_worker::Mode;
 pub use reader::ConfigError;
 use reader::{At, Reader, Section};
 use toml::de::DeTable;
@@ -52,6 +54,8 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// `[dns]`.
     pub dns: Dns,
+    /// `[worker]`.
+    pub worker: Worker,
     /// `[[interface]]`.
     pub interfaces: Vec<Interface>,
     /// `[[endpoint]]`.
@@ -162,6 +166,30 @@ pub enum DenyAnswer {
     Refused,
     /// NXDOMAIN, for clients that go on with the next name of their search list only then.
     NxDomain,
+}
+
+/// `[worker]`: the threads that read what policies want read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Worker {
+    /// How many; 0: one for each CPU, eight at most.
+    pub threads: usize,
+    /// How they wait for packets.
+    pub mode: Mode,
+    /// What becomes of packets that no worker can read.
+    pub on_failure: OnFailure,
+    /// Frames of each worker's socket.
+    pub frames: u32,
+    /// What the names of the carrier's two ends start with.
+    pub interface: String,
+}
+
+/// What becomes of packets that must be read and cannot be, because no worker lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnFailure {
+    /// They are dropped.
+    Drop,
+    /// They pass unread.
+    Pass,
 }
 
 /// How the programs are attached to an interface.
@@ -305,12 +333,19 @@ fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Config {
         limits: limits(root.table("limits")),
         timeouts: timeouts(root.table("timeouts")),
         dns: dns(root.table("dns")),
+        worker: worker(root.table("worker")),
         interfaces: Vec::new(),
         endpoints: Vec::new(),
         peers: Vec::new(),
     };
     let namespaces = namespaces(root.tables("namespace"));
     let mut taken = Taken::default();
+    for end in ["0", "1"] {
+        let name = format!("{}{end}", config.worker.interface);
+        taken
+            .interfaces
+            .insert(name, "the carrier ([worker] interface)".to_owned());
+    }
     for address in &config.node.addresses {
         taken
             .addresses
@@ -504,6 +539,46 @@ fn timeouts(section: Section<'_, '_>) -> Timeouts {
     timeouts
 }
 
+fn worker(section: Section<'_, '_>) -> Worker {
+    let modes = [
+        ("poll", Mode::Poll),
+        ("spin", Mode::Spin),
+        ("busy-poll", Mode::BusyPoll),
+    ];
+    let failures = [("drop", OnFailure::Drop), ("pass", OnFailure::Pass)];
+    let threads = section.integer("threads", 0..MAX_WORKERS as u64 + 1);
+    // The rings of a socket have such sizes.
+    let frames = section.integer("frames", 256..(1 << 17) + 1).filter(|frames| {
+        let fits = frames.is_power_of_two();
+        if !fits {
+            section.error(format!("frames = {frames} must be a power of two"));
+        }
+        fits
+    });
+    let interface = section.string("interface").map(|at| {
+        // One byte is left for the number of the end.
+        if at.value.len() > 14 || !is_interface_name(&at.value) {
+            section.error_at(
+                at.offset,
+                format!(
+                    "'{}' cannot be the beginning of an interface's name (at most 14 bytes)",
+                    at.value
+                ),
+            );
+        }
+        at.value
+    });
+    let worker = Worker {
+        threads: threads.and_then(|n| usize::try_from(n).ok()).unwrap_or(0),
+        mode: section.choice("mode", &modes).unwrap_or(Mode::Poll),
+        on_failure: section.choice("on_failure", &failures).unwrap_or(OnFailure::Drop),
+        frames: frames.and_then(|n| u32::try_from(n).ok()).unwrap_or(4_096),
+        interface: interface.unwrap_or_else(|| "palisade".to_owned()),
+    };
+    section.finish();
+    worker
+}
+
 fn attachment(section: &Section<'_, '_>) -> Attachment {
     let hooks = [
         ("auto", IngressHook::Auto),
@@ -554,11 +629,7 @@ fn interface(section: Section<'_, '_>, taken: &mut Taken) -> Option<Interface> {
 fn interface_name(section: &Section<'_, '_>, key: &'static str, example: &str) -> Option<At<String>> {
     let at = section.required_string(key, example)?;
     let name = &at.value;
-    let wrong = name.len() > 15
-        || name == "."
-        || name == ".."
-        || name.chars().any(|c| c == '/' || c == ':' || c.is_whitespace());
-    if wrong {
+    if !is_interface_name(name) {
         section.error_at(
             at.offset,
             format!("'{name}' cannot be the name of an interface (at most 15 bytes, no '/', ':' or space)"),
@@ -566,6 +637,13 @@ fn interface_name(section: &Section<'_, '_>, key: &'static str, example: &str) -
         return None;
     }
     Some(at)
+}
+
+fn is_interface_name(name: &str) -> bool {
+    (1..=15).contains(&name.len())
+        && name != "."
+        && name != ".."
+        && !name.chars().any(|c| c == '/' || c == ':' || c.is_whitespace())
 }
 
 /// The labels of each `[[namespace]]`, beside its name.

@@ -129,6 +129,8 @@ pub struct Status {
     pub missing_inspectors: Vec<MissingInspector>,
     /// Fill levels.
     pub maps: Vec<MapFill>,
+    /// The threads that read packets.
+    pub workers: Workers,
     /// Connections.
     pub conntrack: ConntrackStatus,
     /// Events.
@@ -236,6 +238,88 @@ pub struct MapFill {
     pub entries: u64,
     /// Entries it can have.
     pub capacity: u64,
+}
+
+/// The threads that read packets.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Workers {
+    /// The carrier's end at the node; empty if there is no carrier.
+    pub carrier: String,
+    /// poll, spin, busy-poll.
+    pub mode: String,
+    /// What becomes of packets that no worker can read: drop or pass.
+    pub on_failure: String,
+    /// Why there are none.
+    pub problem: Option<String>,
+    /// Each of them.
+    pub workers: Vec<Worker>,
+}
+
+/// A thread that reads packets.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Worker {
+    /// Its number, which is that of its queue.
+    pub number: usize,
+    /// starting, running, down, ended.
+    pub state: String,
+    /// Why it is down.
+    pub problem: Option<String>,
+    /// Times that it was started again.
+    pub restarts: u64,
+    /// Packets that came in.
+    pub packets_in: u64,
+    /// Bytes of them.
+    pub bytes_in: u64,
+    /// Packets that went on.
+    pub packets_out: u64,
+    /// Bytes of them.
+    pub bytes_out: u64,
+    /// Packets that it made.
+    pub made: u64,
+    /// Packets that it could not make for want of a frame.
+    pub unmade: u64,
+    /// Packets that it handed to the worker that owns their flow.
+    pub handed_on: u64,
+    /// Packets that others handed to it.
+    pub handed_in: u64,
+    /// Packets that wait for a verdict.
+    pub held: u64,
+    /// Frames of its socket.
+    pub frames: u64,
+    /// Flows that it knows.
+    pub flows: u64,
+    /// Records that were lost because nobody took them.
+    pub records_lost: u64,
+    /// Times that it slept.
+    pub sleeps: u64,
+    /// What it dropped.
+    pub drops: Vec<WorkerDrops>,
+    /// What the rings of its sockets have lost.
+    pub ring: WorkerRing,
+}
+
+/// Packets that a worker dropped for a reason.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct WorkerDrops {
+    /// The reason's number.
+    pub reason: u8,
+    /// The reason in words.
+    pub text: String,
+    /// How many.
+    pub packets: u64,
+}
+
+/// What the rings of a worker's sockets have lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerRing {
+    /// Dropped for another reason than a full ring.
+    pub rx_dropped: u64,
+    /// Dropped because the receive ring was full.
+    pub rx_ring_full: u64,
+    /// Dropped because there was no frame for them.
+    pub rx_fill_ring_empty: u64,
+    /// Descriptors that were not valid.
+    pub invalid: u64,
 }
 
 /// Connections.

@@ -35,6 +35,7 @@ use super::{
     names::Names,
     selector_text::peer_text,
     view::{Shared, View, class_names, kind_name, prefix_text},
+    workers::READERS,
 };
 use crate::control::{
     api::{
@@ -469,7 +470,8 @@ impl Clients {
 fn missing_inspectors(snapshot: &Snapshot) -> Vec<MissingInspector> {
     let mut wanted: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
     for entry in snapshot.tables.values().flat_map(|table| table.entries.values()) {
-        if Decision::from_u8(entry.decision) == Decision::Inspect {
+        let read = READERS >> (entry.inspector & 31) & 1 != 0;
+        if Decision::from_u8(entry.decision) == Decision::Inspect && !read {
             let policies = wanted.entry(inspector_name(entry.inspector)).or_default();
             if let Some(rule) = snapshot.rules.get(&entry.rule)
                 && let RuleKey::Rule(place) = &rule.key

@@ -16,7 +16,6 @@ use nix::fcntl::Flock;
 use palisade_abi::{Config as Told, identity};
 use palisade_datapath::{Datapath, Options, detach_all};
 use palisade_flowlog::Ring;
-use palisade_inspect::learning;
 use palisade_policy::compile::{Compiler, CompilerState};
 use sd_notify::NotifyState;
 use serde_json::Value;
@@ -38,6 +37,7 @@ use super::{
     sweeper::{self, Interval},
     view::{Shared, View},
     watcher::{self, Changes},
+    workers::Workers,
 };
 use crate::{
     config::{Config, Dns},
@@ -56,9 +56,6 @@ const SAVE_AFTER: Duration = Duration::from_millis(500);
 
 /// And at the latest after so long.
 const SAVE_AT_LAST: Duration = Duration::from_secs(10);
-
-/// Answers that may wait for being learned.
-const LESSONS: usize = 4_096;
 
 /// The answer to a request: what it is, or why there is none.
 pub type Answer = Result<Value, String>;
@@ -90,6 +87,7 @@ pub struct Control {
     prefetch: Option<Prefetch>,
     shared: Arc<Shared>,
     sweep: Interval,
+    pub workers: Workers,
     started: Instant,
     /// Changes that were put in force.
     changes: u64,
@@ -149,11 +147,11 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             .context("learned names")?;
         Arc::new(names)
     };
-    // Held to the end: the thread that answers is there before anybody asks.
-    let (_learners, lessons) = learning::lessons(LESSONS);
     let shared = Arc::new(Shared::default());
     let ring = Ring::new(config.limits.flows as usize);
     let sweep = Interval::new(config.timeouts.sweep);
+    // Before any map says that a packet is to be read.
+    let (workers, output) = Workers::start(&config.worker, &config.dns, &datapath)?;
     let mut control = Control {
         state,
         engine,
@@ -165,6 +163,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         prefetch: None,
         shared: Arc::clone(&shared),
         sweep: sweep.clone(),
+        workers,
         started,
         changes: 0,
         last_change: Duration::ZERO,
@@ -182,11 +181,20 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         anyhow::bail!("the maps cannot be filled: {problem}");
     }
     // Before anything is attached that may have something to be learned.
-    names.serve(lessons)?;
+    let records = match output {
+        Some(output) => {
+            names.serve(output.lessons)?;
+            Some(output.records)
+        }
+        None => None,
+    };
     control.attach();
     control.retire_old_maps();
 
     let read = events::read(datapath.events()?, Arc::clone(&ring), Arc::clone(&shared))?;
+    if let Some(records) = records {
+        events::records(records, Arc::clone(&ring), Arc::clone(&shared))?;
+    }
     sweeper::run(
         Arc::clone(&datapath),
         sweep,
@@ -220,6 +228,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     control.save();
     control.state.flush();
     names.flush();
+    control.workers.end();
     if let End::Detach(answer) = end {
         let done = detach_all(&control.config.node.pin_dir).map_err(|problem| problem.to_string());
         match &done {
@@ -427,11 +436,14 @@ impl Control {
 
     fn enforce(&mut self, begun: Instant) {
         let gone = self.gone_endpoints();
+        // Before a map can name them.
+        self.workers.set_rules(&self.engine.compiler.snapshot().rulesets);
         if self.engine.enforce(&self.datapath, &self.names) {
             self.changes += 1;
             self.last_change = begun.elapsed();
         }
         self.forget_connections(&gone);
+        self.workers.forget_endpoints(&gone);
         self.publish();
         self.prefetch();
         self.changed();
@@ -495,6 +507,7 @@ impl Control {
         let world = self.engine.compiler.world();
         self.guard
             .reconcile(&self.datapath, &self.network, &self.config, world);
+        self.workers.set_attached(self.guard.attached());
     }
 
     /// Maps of an older version serve until every interface has this version's programs.
@@ -509,7 +522,7 @@ impl Control {
     fn tell_programs(&self) -> anyhow::Result<()> {
         let nanoseconds = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
         let timeouts = &self.config.timeouts;
-        let told = Told {
+        let mut told = Told {
             tcp_opening: nanoseconds(timeouts.tcp_opening),
             tcp_established: nanoseconds(timeouts.tcp_established),
             tcp_closing: nanoseconds(timeouts.tcp_closing),
@@ -522,9 +535,9 @@ impl Control {
             world_ipv4: identity::WORLD_IPV4,
             world_ipv6: identity::WORLD_IPV6,
             rules: self.config.limits.rules,
-            // Nothing is carried yet.
             ..Told::default()
         };
+        self.workers.tell(&mut told);
         self.datapath.set_config(&told)?;
         Ok(())
     }
@@ -561,6 +574,14 @@ impl Control {
             "[dns] min_ttl, max_ttl, addresses_per_name, addresses_per_endpoint, follow_cname",
         );
         keep(sizes(old.limits) != sizes(new.limits), "[limits]");
+        let started_with = |worker: &crate::config::Worker| crate::config::Worker {
+            on_failure: crate::config::OnFailure::Drop,
+            ..worker.clone()
+        };
+        keep(
+            started_with(&old.worker) != started_with(&new.worker),
+            "[worker] (but on_failure)",
+        );
         self.notes.clear();
         if !fixed.is_empty() {
             let note = format!("changed, but only used after a restart: {}", fixed.join(", "));
@@ -582,7 +603,12 @@ impl Control {
             events_per_second: new.limits.events_per_second,
             ..old.limits
         };
+        new.worker = crate::config::Worker {
+            on_failure: new.worker.on_failure,
+            ..old.worker.clone()
+        };
         self.config = config;
+        self.workers.set_on_failure(self.config.worker.on_failure);
         self.sweep.set(self.config.timeouts.sweep);
         self.tell_programs().map_err(|problem| format!("{problem:#}"))?;
         self.files.update(&Changes::all());
@@ -642,6 +668,7 @@ impl Control {
                 missing.push(format!("interface {}: {problem}", interface.name));
             }
         }
+        missing.extend(self.workers.missing());
         let mut warnings = self.notes.clone();
         warnings.extend(self.reload_problem.clone());
         warnings.extend(self.files.folder_problem().map(ToOwned::to_owned));
@@ -674,6 +701,7 @@ impl Control {
             interfaces,
             policy_dir: self.config.policy.dir.display().to_string(),
             policy_files,
+            workers: self.workers.report(),
             ..Status::default()
         }
     }

@@ -8,13 +8,15 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread,
-    time::{Duration, Instant, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use palisade_abi::{Decision, Event, EventKind, Reason, TracePoint, ct_flags, event_flags};
 use palisade_datapath::{Clock, Ended, EventReader};
-use palisade_flowlog::{Flow, Ring};
+use palisade_flowlog::{Flow, Ring, Timestamp};
+use palisade_inspect::record::Record;
+use palisade_worker::{Nothing, Receiver};
 use tracing::error;
 
 use super::view::{EventNames, Shared};
@@ -58,6 +60,27 @@ pub fn read(mut reader: EventReader, ring: Arc<Ring>, shared: Arc<Shared>) -> io
         }
     })?;
     Ok(count)
+}
+
+/// Takes what workers have seen into the ring of flows for as long as there are workers, on a thread of its own.
+pub fn records(records: Receiver<Record>, ring: Arc<Ring>, shared: Arc<Shared>) -> io::Result<()> {
+    thread::Builder::new().name("records".into()).spawn(move || {
+        let mut names = EventNames::new(shared.get());
+        loop {
+            let record = match records.next(Duration::from_secs(60)) {
+                Ok(record) => record,
+                Err(Nothing::Yet) => continue,
+                Err(Nothing::Ever) => return,
+            };
+            let view = shared.get();
+            if !names.is_of(&view) {
+                names = EventNames::new(view);
+            }
+            let now = Timestamp::from_system_time(SystemTime::now());
+            ring.push(Flow::from_record(&record, &names, now));
+        }
+    })?;
+    Ok(())
 }
 
 /// What is to be added to the monotonic clock to have the time since 1970, ns.
@@ -121,7 +144,7 @@ pub fn ended(ended: &Ended, now: u64) -> Option<Event> {
 
 #[cfg(test)]
 mod tests {
-    use std::{net::IpAddr, time::SystemTime};
+    use std::net::IpAddr;
 
     use palisade_abi::{CtEntry, CtKey};
 

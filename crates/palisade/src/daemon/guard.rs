@@ -161,6 +161,14 @@ impl Guard {
         (guarded, changed)
     }
 
+    /// The interfaces that are guarded, as they are.
+    pub fn attached(&self) -> impl Iterator<Item = &Attached> {
+        self.outcomes.values().filter_map(|outcome| match outcome {
+            Outcome::Guarded(_, attached) => Some(attached),
+            Outcome::Failed(_) => None,
+        })
+    }
+
     /// Whether something has to be tried again.
     pub fn has_failures(&self) -> bool {
         self.outcomes

@@ -6,6 +6,7 @@
 //! network (rtnetlink) ┼─ Message ─> control thread ─ publishes ─> View <─ events, clients
 //! signals, clients  ──┘              compile, plan, apply, attach
 //! events (BPF ring) ──> flow ring <── clients (observe)        sweeper ──> conntrack map
+//! workers (carrier) ──> records ─> flow ring; rules <── control thread
 //! ```
 
 mod answers;
@@ -23,6 +24,7 @@ mod state;
 mod sweeper;
 mod view;
 mod watcher;
+mod workers;
 
 use std::{
     fs::{DirBuilder, File, OpenOptions},

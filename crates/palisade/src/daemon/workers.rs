@@ -1,0 +1,333 @@
+//! The carrier and the workers at its end.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, Read as _},
+    os::fd::AsFd as _,
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use palisade_abi::{Config as Told, Inspector, Reason, config_flags};
+use palisade_datapath::{Attached, Carrier, Datapath, HookKind, monotonic_coarse};
+use palisade_inspect::{Denial, Engine, Limits, Rules, learning::Lessons, record::Record};
+use palisade_policy::snapshot::RuleSet;
+use palisade_worker::{Counters, Handle, Mode, Pool, Receiver, Setup, State};
+use palisade_xsk::{Config as SocketConfig, Socket};
+use tracing::{error, info};
+
+use crate::{
+    config::{DenyAnswer, Dns, OnFailure, Worker as Wanted},
+    control::api,
+};
+
+/// A worker that has not said for so long that it lives is taken for dead. It says so twenty times in that time.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// The sockets of all workers are there by then, or the daemon goes on without.
+const READY: Duration = Duration::from_secs(10);
+/// More workers than that are only for those who ask for them.
+const MOST_BY_ITSELF: usize = 8;
+/// What they read: a bit for each [`Inspector`].
+pub const READERS: u32 = 1 << Inspector::Dns as u32;
+/// Answers of one worker that may wait to be learned.
+const LEARNS: usize = 1_024;
+/// Records that may wait to be read.
+const RECORDS: usize = 2_048;
+
+/// The workers, or why there are none.
+#[derive(Debug)]
+pub struct Workers {
+    wanted: Wanted,
+    cookie: u64,
+    mark: u32,
+    running: Result<Running, String>,
+}
+
+#[derive(Debug)]
+struct Running {
+    // Ends before the carrier does.
+    pool: Pool<Rules>,
+    carrier: Arc<Carrier>,
+    rules: Arc<Rules>,
+    xdp: Vec<u32>,
+}
+
+/// What comes out of the workers beside packets.
+#[derive(Debug)]
+pub struct Output {
+    /// Answers to be learned.
+    pub lessons: Lessons,
+    /// What was seen.
+    pub records: Receiver<Record>,
+}
+
+impl Workers {
+    /// Makes the carrier and starts the workers. Without them, nothing that must be read passes; all else does, so
+    /// the daemon goes on.
+    pub fn start(wanted: &Wanted, dns: &Dns, datapath: &Datapath) -> anyhow::Result<(Self, Option<Output>)> {
+        let (cookie, mark) = secrets().context("/dev/urandom")?;
+        let started = start(wanted, dns, datapath, cookie);
+        let (running, output) = match started {
+            Ok((running, output)) => (Ok(running), Some(output)),
+            Err(problem) => {
+                let problem = format!("{problem:#}");
+                error!(
+                    "no workers: {problem}; what policies want read is {}",
+                    becomes(wanted.on_failure)
+                );
+                (Err(problem), None)
+            }
+        };
+        let workers = Self {
+            wanted: wanted.clone(),
+            cookie,
+            mark,
+            running,
+        };
+        Ok((workers, output))
+    }
+
+    /// What the programs are to know of the workers.
+    pub fn tell(&self, told: &mut Told) {
+        told.cookie = self.cookie;
+        told.mark = self.mark;
+        told.worker_patience = PATIENCE.as_nanos() as u64;
+        if self.wanted.on_failure == OnFailure::Pass {
+            told.flags |= config_flags::PASS_WITHOUT_WORKER;
+        }
+        if let Ok(running) = &self.running {
+            told.carrier = running.carrier.ifindex();
+            told.workers = running.pool.counters().len() as u32;
+            told.inspectors = READERS;
+        }
+    }
+
+    /// What becomes of packets that no worker can read, from now on (once the programs are told).
+    pub fn set_on_failure(&mut self, on_failure: OnFailure) {
+        self.wanted.on_failure = on_failure;
+    }
+
+    /// Gives the workers the application rules of a state that is going to be in force.
+    pub fn set_rules(&mut self, sets: &BTreeMap<u32, Arc<RuleSet>>) {
+        let Ok(running) = &mut self.running else { return };
+        let rules = Rules::prepare(sets, Some(&running.rules));
+        for problem in rules.problems() {
+            error!("application rules {}: {:?}", problem.ruleset, problem.error);
+        }
+        running.rules = Arc::new(rules);
+        running.pool.set_rules(&running.rules);
+    }
+
+    /// Tells the workers where XDP stands: packets that are sent in there must not carry the mark.
+    pub fn set_attached<'a>(&mut self, attached: impl Iterator<Item = &'a Attached>) {
+        let Ok(running) = &mut self.running else { return };
+        let is_xdp = |kind| matches!(kind, Some(HookKind::XdpNative | HookKind::XdpGeneric));
+        let mut xdp: Vec<u32> = attached
+            .filter(|attached| is_xdp(attached.ingress))
+            .map(|attached| attached.ifindex)
+            .collect();
+        xdp.sort_unstable();
+        if xdp != running.xdp {
+            running.pool.set_xdp(&xdp);
+            running.xdp = xdp;
+        }
+    }
+
+    /// Has everything dropped that is held of endpoints that are no more.
+    pub fn forget_endpoints(&self, endpoints: &[u16]) {
+        if let Ok(running) = &self.running
+            && !endpoints.is_empty()
+        {
+            running.pool.forget_endpoints(endpoints);
+        }
+    }
+
+    /// What is missing for everything that must be read to be read.
+    pub fn missing(&self) -> Option<String> {
+        match &self.running {
+            Ok(running) => {
+                let counters = running.pool.counters();
+                let down = counters
+                    .iter()
+                    .filter(|counters| counters.state() != State::Running)
+                    .count();
+                (down != 0).then(|| format!("{down} of {} workers do not run", counters.len()))
+            }
+            Err(problem) => Some(format!("no workers: {problem}")),
+        }
+    }
+
+    /// For `status`.
+    pub fn report(&self) -> api::Workers {
+        let mut report = api::Workers {
+            mode: match self.wanted.mode {
+                Mode::Poll => "poll",
+                Mode::Spin => "spin",
+                Mode::BusyPoll => "busy-poll",
+            }
+            .to_owned(),
+            on_failure: match self.wanted.on_failure {
+                OnFailure::Drop => "drop",
+                OnFailure::Pass => "pass",
+            }
+            .to_owned(),
+            ..api::Workers::default()
+        };
+        match &self.running {
+            Ok(running) => {
+                report.carrier = format!("{}0", self.wanted.interface);
+                let counters = running.pool.counters().iter().enumerate();
+                report.workers = counters
+                    .map(|(number, counters)| worker(number, counters))
+                    .collect();
+            }
+            Err(problem) => report.problem = Some(problem.clone()),
+        }
+        report
+    }
+
+    /// Ends the workers.
+    pub fn end(&mut self) {
+        if let Ok(running) = &mut self.running {
+            running.pool.end();
+        }
+    }
+}
+
+fn start(wanted: &Wanted, dns: &Dns, datapath: &Datapath, cookie: u64) -> anyhow::Result<(Running, Output)> {
+    let workers = match wanted.threads {
+        0 => thread::available_parallelism().map_or(1, |n| n.get().min(MOST_BY_ITSELF)),
+        threads => threads,
+    };
+    let carrier = datapath
+        .carrier(&wanted.interface, workers as u32)
+        .context("the carrier")?;
+    let carrier = Arc::new(carrier);
+    let rules = Arc::<Rules>::default();
+    let mut limits = Limits::default();
+    limits.dns.denial = match dns.deny_answer {
+        DenyAnswer::Refused => Denial::Refused,
+        DenyAnswer::NxDomain => Denial::NxDomain,
+    };
+    let (pool, lessons, records) = Pool::start(Setup {
+        workers,
+        mode: wanted.mode,
+        cookie,
+        clock: monotonic_coarse,
+        largest: 4_096,
+        port: socket_maker(wanted, &carrier),
+        engine: Arc::new(move |_| Engine::<Handle>::new(&limits)),
+        beat: {
+            let carrier = Arc::clone(&carrier);
+            Arc::new(move |number, now| carrier.beat(number as u32, now))
+        },
+        rules: Arc::clone(&rules),
+        learns: LEARNS,
+        records: RECORDS,
+    })
+    .context("starting threads")?;
+    if pool.ready(READY) {
+        info!("{workers} workers at {}1", wanted.interface);
+    } else {
+        let problems = pool.counters().iter().filter_map(|counters| counters.problem());
+        let problem = problems.last().unwrap_or_else(|| "not ready in time".to_owned());
+        error!("not all workers run: {problem}");
+    }
+    let running = Running {
+        pool,
+        carrier,
+        rules,
+        xdp: Vec::new(),
+    };
+    Ok((running, Output { lessons, records }))
+}
+
+/// What nobody else can know: the cookie of packets on the carrier, the mark of those that come back.
+fn secrets() -> io::Result<(u64, u32)> {
+    let mut random = File::open("/dev/urandom")?;
+    let (mut cookie, mut mark) = ([0; 8], [0; 4]);
+    random.read_exact(&mut cookie)?;
+    random.read_exact(&mut mark)?;
+    Ok((u64::from_ne_bytes(cookie).max(1), u32::from_ne_bytes(mark).max(1)))
+}
+
+const fn becomes(on_failure: OnFailure) -> &'static str {
+    match on_failure {
+        OnFailure::Drop => "dropped",
+        OnFailure::Pass => "passed unread",
+    }
+}
+
+fn worker(number: usize, counters: &Counters) -> api::Worker {
+    let ring = counters.ring();
+    api::Worker {
+        number,
+        state: match counters.state() {
+            State::Starting => "starting",
+            State::Running => "running",
+            State::Down => "down",
+            State::Ended => "ended",
+        }
+        .to_owned(),
+        problem: counters.problem(),
+        restarts: counters.restarts.get(),
+        packets_in: counters.packets_in.get(),
+        bytes_in: counters.bytes_in.get(),
+        packets_out: counters.packets_out.get(),
+        bytes_out: counters.bytes_out.get(),
+        made: counters.made.get(),
+        unmade: counters.unmade.get(),
+        handed_on: counters.handed_on.get(),
+        handed_in: counters.handed_in.get(),
+        held: counters.held.get(),
+        frames: counters.frames.get(),
+        flows: counters.flows.get(),
+        records_lost: counters.records_lost.get(),
+        sleeps: counters.sleeps.get(),
+        drops: counters
+            .drops()
+            .map(|(reason, packets)| api::WorkerDrops {
+                reason,
+                text: Reason::from_u8(reason).map_or_else(String::new, |reason| reason.text().to_owned()),
+                packets,
+            })
+            .collect(),
+        ring: api::WorkerRing {
+            rx_dropped: ring.rx_dropped,
+            rx_ring_full: ring.rx_ring_full,
+            rx_fill_ring_empty: ring.rx_fill_ring_empty,
+            invalid: ring.invalid,
+        },
+    }
+}
+
+/// Makes the socket of a worker, and puts it where the programs find it.
+fn socket_maker(
+    wanted: &Wanted,
+    carrier: &Arc<Carrier>,
+) -> Arc<dyn Fn(usize) -> io::Result<(Socket, usize)> + Send + Sync> {
+    let config = SocketConfig {
+        frames: wanted.frames,
+        mode: match wanted.mode {
+            Mode::Poll => palisade_xsk::Mode::Poll,
+            Mode::Spin => palisade_xsk::Mode::Spin,
+            Mode::BusyPoll => palisade_xsk::Mode::BusyPoll,
+        },
+        ..SocketConfig::new(&format!("{}1", wanted.interface), 0)
+    };
+    let carrier = Arc::clone(carrier);
+    Arc::new(move |number| {
+        let config = SocketConfig {
+            queue: number as u32,
+            ..config.clone()
+        };
+        let socket = Socket::new(&config)?;
+        carrier
+            .insert_socket(number as u32, socket.as_fd())
+            .map_err(io::Error::other)?;
+        Ok((socket, config.frames as usize))
+    })
+}
