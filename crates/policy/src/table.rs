@@ -466,7 +466,9 @@ impl Builder<'_> {
             };
             if let Some(hit) = narrowest(allows().filter(same)) {
                 let (inspector, set) = merge(hits, best, self.otherwise);
-                let mut entry = self.entry(Decision::Inspect, hit, false);
+                // What the application rules do not allow comes to what no rule allows.
+                let audit = self.otherwise.audit && !self.otherwise.allow;
+                let mut entry = self.entry(Decision::Inspect, hit, audit);
                 entry.inspector = inspector as u8;
                 entry.ruleset = self.rulesets.number(set);
                 return entry;
@@ -499,10 +501,7 @@ impl Builder<'_> {
     }
 
     fn entry(&self, decision: Decision, (rule, ports): &Hit<'_>, audit: bool) -> PolicyEntry {
-        let denied = matches!(
-            decision,
-            Decision::Deny | Decision::DenyExplicit | Decision::AuthRequired
-        );
+        let may_deny = decision != Decision::Allow;
         let everybody = matches!(rule.members, Members::Everybody);
         let match_kind = match (everybody, ports.set) {
             (true, PortSet::All) => MatchKind::All,
@@ -514,7 +513,7 @@ impl Builder<'_> {
         };
         PolicyEntry {
             decision: decision as u8,
-            flags: if denied && (audit || self.audit) {
+            flags: if may_deny && (audit || self.audit) {
                 entry_flags::AUDIT
             } else {
                 0

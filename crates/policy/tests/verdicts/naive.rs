@@ -299,7 +299,9 @@ impl<'a> Naive<'a> {
         } else if allows.iter().any(|(_, rule, _)| rule.auth_required) {
             (Verdict::Auth, true)
         } else if let Some(kind) = read {
-            (Verdict::Inspect(kind), false)
+            // what its rules do not allow is what nobody allows
+            let audited = !strict && !denying.is_empty() && denying.iter().all(|policy| policy.audit);
+            (Verdict::Inspect(kind), audit_all || audited)
         } else if plain || !allows.is_empty() {
             (Verdict::Allow, false)
         } else {
