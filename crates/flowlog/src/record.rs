@@ -168,6 +168,11 @@ fn layer7(record: &Record) -> (Layer7, String) {
             let summary = answer_text(&dns);
             (Some(dns), summary)
         }
+        What::TlsHello { name, version, .. } => {
+            let name = String::from_utf8_lossy(name.bytes());
+            let name = if name.is_empty() { "without a name" } else { &name };
+            (None, format!("TLS Hello {name} ({})", tls_version(*version)))
+        }
         What::Unreadable { detail } => (None, format!("Unreadable: {detail}")),
     };
     let l7 = Layer7 {
@@ -176,6 +181,17 @@ fn layer7(record: &Record) -> (Layer7, String) {
         dns,
     };
     (l7, summary)
+}
+
+/// A version of TLS as people write it.
+fn tls_version(version: u16) -> Cow<'static, str> {
+    Cow::Borrowed(match version {
+        0x0301 => "TLS 1.0",
+        0x0302 => "TLS 1.1",
+        0x0303 => "TLS 1.2",
+        0x0304 => "TLS 1.3",
+        other => return Cow::Owned(format!("version {other:#06x}")),
+    })
 }
 
 /// `DNS Answer "192.0.2.1" TTL: 30 CNAMEs: "a.example." (Proxy www.example. A)`.

@@ -5,10 +5,11 @@ use palisade_packet::flags;
 
 use crate::{
     DnsLimits, DnsStats, FragmentLimits, FragmentStats, Learned, Millis, Rules, Sink, StreamLimits,
-    StreamStats, View,
+    StreamStats, TlsLimits, TlsStats, View,
     dns::{Dns, stream::Streams},
     fragments::Reassembler,
     record::{Record, Verdict, What},
+    tls::Tls,
 };
 
 /// What an engine may hold. Of one worker.
@@ -18,6 +19,8 @@ pub struct Limits {
     pub dns: DnsLimits,
     /// DNS over TCP.
     pub streams: StreamLimits,
+    /// TLS.
+    pub tls: TlsLimits,
     /// Fragmented datagrams.
     pub fragments: FragmentLimits,
 }
@@ -29,6 +32,8 @@ pub struct Stats {
     pub dns: DnsStats,
     /// DNS over TCP.
     pub streams: StreamStats,
+    /// TLS.
+    pub tls: TlsStats,
     /// Fragmented datagrams.
     pub fragments: FragmentStats,
     /// Packets of a protocol that no reader takes.
@@ -84,6 +89,7 @@ pub struct Engine<F> {
     rules: Arc<Rules>,
     dns: Dns<F>,
     streams: Streams<F>,
+    tls: Tls<F>,
     fragments: Reassembler<F>,
     spare: Spare<F>,
     unsupported: u64,
@@ -97,6 +103,7 @@ impl<F> Engine<F> {
             rules: Arc::default(),
             dns: Dns::new(&limits.dns),
             streams: Streams::new(&limits.streams),
+            tls: Tls::new(&limits.tls),
             fragments: Reassembler::new(&limits.fragments),
             spare: Spare(Vec::new()),
             unsupported: 0,
@@ -131,6 +138,10 @@ impl<F> Engine<F> {
                 &mut self.spare,
                 sink,
             );
+            return;
+        }
+        if view.slot.inspector == Inspector::Tls as u8 && view.packet.protocol == protocol::TCP {
+            self.tls.packet(now, view, frame, &self.rules, sink);
             return;
         }
         if !is_dns || view.packet.protocol != protocol::UDP {
@@ -201,6 +212,7 @@ impl<F> Engine<F> {
     pub fn tick(&mut self, now: Millis, sink: &mut impl Sink<F>) {
         self.dns.tick(now, &mut self.spare, sink);
         self.streams.tick(now, &mut self.dns, sink);
+        self.tls.tick(now, sink);
         self.fragments.tick(now, &mut self.spare, sink);
     }
 
@@ -210,6 +222,7 @@ impl<F> Engine<F> {
         [
             self.dns.deadline(),
             self.streams.deadline(),
+            self.tls.deadline(),
             self.fragments.deadline(),
         ]
         .into_iter()
@@ -221,6 +234,7 @@ impl<F> Engine<F> {
     pub fn forget_endpoint(&mut self, endpoint: u16, sink: &mut impl Sink<F>) {
         self.dns.forget(Some(endpoint), &mut self.spare, sink);
         self.streams.forget(Some(endpoint), &mut self.dns, sink);
+        self.tls.forget(Some(endpoint), sink);
         self.fragments.forget(Some(endpoint), &mut self.spare, sink);
     }
 
@@ -228,6 +242,7 @@ impl<F> Engine<F> {
     pub fn drain(&mut self, sink: &mut impl Sink<F>) {
         self.dns.forget(None, &mut self.spare, sink);
         self.streams.forget(None, &mut self.dns, sink);
+        self.tls.forget(None, sink);
         self.fragments.forget(None, &mut self.spare, sink);
     }
 
@@ -237,6 +252,7 @@ impl<F> Engine<F> {
         Stats {
             dns: self.dns.stats(),
             streams: self.streams.stats(),
+            tls: self.tls.stats(),
             fragments: self.fragments.stats(),
             unsupported: self.unsupported,
         }

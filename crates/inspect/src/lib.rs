@@ -14,8 +14,8 @@ mod fragments;
 pub mod learning;
 pub mod record;
 mod rules;
-#[allow(dead_code, reason = "its readers come one after the other")]
 mod tcp;
+mod tls;
 
 use palisade_abi::{CarrySlot, FlowCommand, Reason};
 use palisade_packet::Packet;
@@ -28,8 +28,9 @@ pub use dns::{
 pub use engine::{Engine, Limits, Stats};
 pub use fragments::{FragmentLimits, FragmentStats};
 pub use palisade_fqdn::{TrackLimits, Unasked};
-pub use rules::{DnsRules, Problem, Rules};
+pub use rules::{DnsRules, Problem, Rules, TlsRules};
 pub use tcp::{TcpLimits, TcpStats};
+pub use tls::{Ech, TlsLimits, TlsStats};
 
 /// Milliseconds of one monotonic clock.
 pub type Millis = u64;

@@ -170,6 +170,15 @@ pub enum What {
         /// Last name of the CNAME chain, empty if there is none.
         cname: Text,
     },
+    /// A ClientHello.
+    TlsHello {
+        /// The server name in lower case, without its last dot; empty if there is none.
+        name: Text,
+        /// The highest version that is offered.
+        version: u16,
+        /// It carries an encrypted hello; the name is the outer one.
+        ech: bool,
+    },
     /// A packet that could not be read: `detail` says what was wrong.
     Unreadable {
         /// A fixed text.

@@ -3,7 +3,10 @@ use std::{
     sync::Arc,
 };
 
-use palisade_policy::snapshot::{Matcher, RuleSet};
+use palisade_policy::{
+    rule::FqdnPattern,
+    snapshot::{Matcher, RuleSet},
+};
 use palisade_protocols::dns::{Name, NameSet, PatternError};
 
 /// The application rules of a snapshot, in the form that traffic is judged by.
@@ -26,6 +29,7 @@ pub struct Problem {
 struct Prepared {
     source: Arc<RuleSet>,
     dns: Arc<DnsRules>,
+    tls: Arc<TlsRules>,
 }
 
 impl Rules {
@@ -37,14 +41,18 @@ impl Rules {
             let known = previous
                 .and_then(|previous| previous.sets.get(&id))
                 .filter(|known| Arc::ptr_eq(&known.source, source) || known.source == *source);
-            let dns = match known {
-                Some(known) => known.dns.clone(),
-                None => Arc::new(DnsRules::prepare(source, |error| {
-                    rules.problems.push(Problem { ruleset: id, error });
-                })),
+            let (dns, tls) = match known {
+                Some(known) => (known.dns.clone(), known.tls.clone()),
+                None => {
+                    let mut problem = |error| rules.problems.push(Problem { ruleset: id, error });
+                    (
+                        Arc::new(DnsRules::prepare(source, &mut problem)),
+                        Arc::new(TlsRules::prepare(source, &mut problem)),
+                    )
+                }
             };
             let source = source.clone();
-            rules.sets.insert(id, Prepared { source, dns });
+            rules.sets.insert(id, Prepared { source, dns, tls });
         }
         rules
     }
@@ -59,6 +67,12 @@ impl Rules {
     #[must_use]
     pub fn dns(&self, ruleset: u32) -> Option<&DnsRules> {
         self.sets.get(&ruleset).map(|set| &*set.dns)
+    }
+
+    /// How server names are judged by a set of rules.
+    #[must_use]
+    pub fn tls(&self, ruleset: u32) -> Option<&TlsRules> {
+        self.sets.get(&ruleset).map(|set| &*set.tls)
     }
 
     /// The rules as they were given.
@@ -76,7 +90,51 @@ impl Rules {
 
 /// The names that may be asked for.
 #[derive(Debug, Default)]
-pub struct DnsRules {
+pub struct DnsRules(NameRules);
+
+impl DnsRules {
+    fn prepare(set: &RuleSet, problem: impl FnMut(PatternError)) -> Self {
+        Self(NameRules::prepare(set, problem, |matcher| match matcher {
+            Matcher::Dns(pattern) => Some(pattern),
+            _ => None,
+        }))
+    }
+
+    /// The rule that lets a name be asked for: that of the first alternative that matches.
+    #[must_use]
+    pub fn judge(&self, name: &Name) -> Option<u32> {
+        self.0.judge(name)
+    }
+}
+
+/// The server names that may be connected to.
+#[derive(Debug, Default)]
+pub struct TlsRules(NameRules);
+
+impl TlsRules {
+    fn prepare(set: &RuleSet, problem: impl FnMut(PatternError)) -> Self {
+        Self(NameRules::prepare(set, problem, |matcher| match matcher {
+            Matcher::ServerName(pattern) => Some(pattern),
+            _ => None,
+        }))
+    }
+
+    /// The rule that lets a connection to a server name pass: that of the first alternative that matches.
+    #[must_use]
+    pub fn judge(&self, name: &Name) -> Option<u32> {
+        self.0.judge(name)
+    }
+
+    /// The rule that lets a connection pass whatever its server name, also without one.
+    #[must_use]
+    pub fn anyone(&self) -> Option<u32> {
+        self.0.everything.map(|(_, rule)| rule)
+    }
+}
+
+/// Names, and the rules that they stand in.
+#[derive(Debug, Default)]
+struct NameRules {
     names: NameSet,
     /// For each name or pattern: its place among the alternatives, and the rule that it stands in.
     places: Vec<(usize, u32)>,
@@ -84,20 +142,20 @@ pub struct DnsRules {
     everything: Option<(usize, u32)>,
 }
 
-impl DnsRules {
-    fn prepare(set: &RuleSet, mut problem: impl FnMut(PatternError)) -> Self {
+impl NameRules {
+    fn prepare(
+        set: &RuleSet,
+        mut problem: impl FnMut(PatternError),
+        pattern_of: impl Fn(&Matcher) -> Option<&FqdnPattern>,
+    ) -> Self {
         let mut patterns = Vec::new();
         let mut rules = Self::default();
         for (place, alternative) in set.alternatives.iter().enumerate() {
-            match &alternative.matcher {
-                Matcher::Everything => {
-                    rules.everything.get_or_insert((place, alternative.rule));
-                }
-                Matcher::Dns(pattern) => {
-                    patterns.push(pattern);
-                    rules.places.push((place, alternative.rule));
-                }
-                Matcher::Http(_) | Matcher::ServerName(_) | Matcher::Kafka(_) | Matcher::Generic { .. } => {}
+            if let Some(pattern) = pattern_of(&alternative.matcher) {
+                patterns.push(pattern);
+                rules.places.push((place, alternative.rule));
+            } else if alternative.matcher == Matcher::Everything {
+                rules.everything.get_or_insert((place, alternative.rule));
             }
         }
         loop {
@@ -115,9 +173,7 @@ impl DnsRules {
         }
     }
 
-    /// The rule that lets a name be asked for: that of the first alternative that matches.
-    #[must_use]
-    pub fn judge(&self, name: &Name) -> Option<u32> {
+    fn judge(&self, name: &Name) -> Option<u32> {
         let named = self
             .names
             .first(name)

@@ -230,11 +230,6 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Brings the counts of what is held up to date.
-    pub(super) fn settle(&mut self, shared: &mut Shared) {
-        self.count(shared);
-    }
-
     fn count(&mut self, shared: &mut Shared) {
         let bytes = self.halves.iter().map(|half| half.kept() as u64).sum();
         let frames = self.halves.iter().map(|half| half.held.len() as u64).sum();
@@ -532,7 +527,7 @@ impl<F> Connection<F> {
     }
 
     /// Shows the reader what there is, until nothing more happens.
-    pub(super) fn read<S: Sink<F>>(
+    fn read<S: Sink<F>>(
         &mut self,
         now: Millis,
         reader: &mut impl Reader<F>,

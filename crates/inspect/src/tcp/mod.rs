@@ -13,13 +13,12 @@ mod half;
 mod segment;
 mod table;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use palisade_abi::{CarrySlot, Reason, carry_flags};
 
 pub(crate) use connection::Connection;
-#[allow(unused_imports, reason = "see above")]
-pub(crate) use table::{Connections, key};
+pub(crate) use table::Connections;
 
 use crate::{Millis, Sink};
 
@@ -53,10 +52,10 @@ impl Side {
 }
 
 /// What is to be done with bytes.
+#[cfg_attr(not(test), expect(dead_code, reason = "what TLS does not ask for, HTTP will"))]
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Step {
-    /// Nothing can be said of the first of them yet. Asked again when more has come from either side, or by
-    /// [`Connections::resume`].
+    /// Nothing can be said of the first of them yet. Asked again when more has come from either side.
     More,
     /// The first so many may go.
     Release(usize),
@@ -151,8 +150,6 @@ pub struct TcpStats {
     pub offloaded: u64,
     /// Windows that were left to the programs.
     pub windows: u64,
-    /// Acknowledgements that were made so that a sender whose bytes are held goes on.
-    pub acknowledged: u64,
 }
 
 /// What all connections share.

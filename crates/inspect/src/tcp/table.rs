@@ -155,31 +155,6 @@ impl<F, T> Connections<F, T> {
         }
     }
 
-    /// Asks the reader of a connection again: something has changed that it waited for.
-    pub(crate) fn resume<'t, S: Sink<F>, R: Reader<F>>(
-        &'t mut self,
-        now: Millis,
-        key: &CtKey,
-        serial: u32,
-        reader: impl FnOnce(&'t mut T) -> R,
-        sink: &mut S,
-    ) {
-        let Some(entry) = self.entries.get_mut(key) else {
-            return;
-        };
-        if entry.connection.serial() != serial {
-            return;
-        }
-        let mut reader = reader(&mut entry.reader);
-        entry.connection.read(now, &mut reader, &mut self.shared, sink);
-        entry.connection.settle(&mut self.shared);
-        let due = entry.connection.deadline(&self.shared);
-        if due < entry.due {
-            entry.due = due;
-            self.due.push(Reverse((due, Key(*key))));
-        }
-    }
-
     /// When [`Connections::tick`] has something to do.
     pub(crate) fn deadline(&self) -> Option<Millis> {
         self.due.peek().map(|Reverse((due, _))| *due)

@@ -7,28 +7,28 @@ use proptest::prelude::*;
 use super::{Connections, Reader, Side, Step, TcpLimits};
 use crate::{Learn, Millis, Route, Sink, View, record::Record};
 
-const SYN: u8 = 2;
-const ACK: u8 = 16;
+pub(crate) const SYN: u8 = 2;
+pub(crate) const ACK: u8 = 16;
 const FIN: u8 = 1;
-const RST: u8 = 4;
+pub(crate) const RST: u8 = 4;
 const URG: u8 = 32;
 const CLIENT_ISN: u32 = 0xffff_ff00;
 const SERVER_ISN: u32 = 0x7fff_fff0;
 
 /// A segment as its sender means it.
 #[derive(Clone, Debug)]
-struct Seg {
-    from: Side,
-    flags: u8,
-    seq: u32,
-    ack: u32,
+pub(crate) struct Seg {
+    pub(crate) from: Side,
+    pub(crate) flags: u8,
+    pub(crate) seq: u32,
+    pub(crate) ack: u32,
     window: u16,
     options: Vec<u8>,
-    data: Vec<u8>,
+    pub(crate) data: Vec<u8>,
 }
 
 impl Seg {
-    fn new(from: Side, flags: u8, seq: u32, ack: u32, data: &[u8]) -> Self {
+    pub(crate) fn new(from: Side, flags: u8, seq: u32, ack: u32, data: &[u8]) -> Self {
         Self {
             from,
             flags,
@@ -66,6 +66,41 @@ impl Seg {
         f
     }
 
+    /// Shows it as a carried packet: towards the endpoint is what the client sends.
+    pub(crate) fn view(&self, slot: CarrySlot, f: impl FnOnce(&View<'_>, Vec<u8>)) {
+        let frame = self.frame();
+        let mut packet = Packet::default();
+        decode(&frame[..], Start::Ethernet { tags_removed: 0 }, &mut packet).unwrap();
+        let answers = self.from == Side::Server;
+        let slot = CarrySlot {
+            endpoint: 7,
+            serial: 99,
+            flags: slot.flags
+                | if answers {
+                    carry_flags::REPLY
+                } else {
+                    carry_flags::INGRESS
+                },
+            ..slot
+        };
+        let header = usize::from(frame[46] >> 4) * 4;
+        let view = View {
+            slot: &slot,
+            ifindex: 5,
+            hook: if answers {
+                carry_hook::TC_EGRESS
+            } else {
+                carry_hook::TC_INGRESS
+            },
+            packet: &packet,
+            frame: &frame,
+            network: 14,
+            transport: 34,
+            payload: (34 + header, frame.len()),
+        };
+        f(&view, frame.clone());
+    }
+
     fn read(frame: &[u8]) -> Self {
         let word = |at: usize| u32::from_be_bytes(frame[at..at + 4].try_into().unwrap());
         let header = usize::from(frame[46] >> 4) * 4;
@@ -86,11 +121,12 @@ impl Seg {
 }
 
 #[derive(Default)]
-struct Out {
-    released: Vec<Seg>,
-    discarded: Vec<Reason>,
-    emitted: Vec<(Seg, Route)>,
-    commands: Vec<FlowCommand>,
+pub(crate) struct Out {
+    pub(crate) released: Vec<Seg>,
+    pub(crate) discarded: Vec<Reason>,
+    pub(crate) emitted: Vec<(Seg, Route)>,
+    pub(crate) commands: Vec<FlowCommand>,
+    pub(crate) records: Vec<Record>,
 }
 
 impl Sink<Vec<u8>> for Out {
@@ -124,7 +160,9 @@ impl Sink<Vec<u8>> for Out {
     fn learn(&mut self, learn: Learn) -> Result<(), Learn> {
         Err(learn)
     }
-    fn record(&mut self, _: &Record) {}
+    fn record(&mut self, record: &Record) {
+        self.records.push(*record);
+    }
 }
 
 /// Messages with their length before them. One that begins with `X` is refused, `A` is answered, `O` ends the
@@ -197,53 +235,14 @@ impl Bench {
     }
 
     fn put(&mut self, seg: &Seg) {
-        let frame = seg.frame();
-        let mut packet = Packet::default();
-        decode(&frame[..], Start::Ethernet { tags_removed: 0 }, &mut packet).unwrap();
+        let (table, out, now) = (&mut self.table, &mut self.out, self.now);
         let slot = CarrySlot {
-            endpoint: 7,
-            serial: 99,
             inspector: Inspector::Http as u8,
-            flags: carry_flags::INGRESS
-                | if seg.from == Side::Server {
-                    carry_flags::REPLY
-                } else {
-                    0
-                },
             ..CarrySlot::default()
         };
-        // Towards the endpoint is what the client sends.
-        let slot = CarrySlot {
-            flags: if seg.from == Side::Server {
-                slot.flags & !carry_flags::INGRESS
-            } else {
-                slot.flags
-            },
-            ..slot
-        };
-        let header = usize::from(frame[46] >> 4) * 4;
-        let view = View {
-            slot: &slot,
-            ifindex: 5,
-            hook: if seg.from == Side::Server {
-                carry_hook::TC_EGRESS
-            } else {
-                carry_hook::TC_INGRESS
-            },
-            packet: &packet,
-            frame: &frame,
-            network: 14,
-            transport: 34,
-            payload: (34 + header, frame.len()),
-        };
-        self.table.packet(
-            self.now,
-            &view,
-            frame.clone(),
-            Messages::default,
-            |m| m,
-            &mut self.out,
-        );
+        seg.view(slot, |view, frame| {
+            table.packet(now, view, frame, Messages::default, |m| m, out);
+        });
         self.check();
     }
 

@@ -1,0 +1,250 @@
+use std::{collections::BTreeMap, sync::Arc};
+
+use palisade_abi::{CarrySlot, Inspector};
+use palisade_policy::{
+    rule::FqdnPattern,
+    snapshot::{Alternative, Matcher, RuleSet},
+};
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    Engine, Limits,
+    tcp::tests::{ACK, Out, RST, SYN, Seg},
+};
+
+const RULESET: u32 = 4;
+
+fn vector16(data: &[u8]) -> Vec<u8> {
+    [&(data.len() as u16).to_be_bytes()[..], data].concat()
+}
+
+fn record(kind: u8, data: &[u8]) -> Vec<u8> {
+    [&[kind, 3, 1][..], &vector16(data)].concat()
+}
+
+/// A hello, in records of at most so many bytes.
+fn hello(name: Option<&str>, cut: usize) -> Vec<u8> {
+    let mut body = vec![3, 3];
+    body.extend([7; 32]);
+    body.push(0);
+    body.extend(vector16(&[0x13, 1]));
+    body.extend([1, 0]);
+    let mut extensions = vec![0, 43, 0, 3, 2, 3, 4];
+    if let Some(name) = name {
+        let entry = [&[0][..], &vector16(name.as_bytes())].concat();
+        extensions.extend([0, 0]);
+        extensions.extend(vector16(&vector16(&entry)));
+    }
+    body.extend(vector16(&extensions));
+    let message = [&[1, 0][..], &vector16(&body)].concat();
+    message.chunks(cut).flat_map(|part| record(22, part)).collect()
+}
+
+/// A ServerHello; `again`: that asks for another hello.
+fn server_hello(again: bool) -> Vec<u8> {
+    let mut body = vec![3, 3];
+    if again {
+        body.extend([
+            0xcf, 0x21, 0xad, 0x74, 0xe5, 0x9a, 0x61, 0x11, 0xbe, 0x1d, 0x8c, 0x02, 0x1e, 0x65, 0xb8, 0x91,
+            0xc2, 0xa2, 0x11, 0x16, 0x7a, 0xbb, 0x8c, 0x5e, 0x07, 0x9e, 0x09, 0xe2, 0xc8, 0xa8, 0x33, 0x9c,
+        ]);
+    } else {
+        body.extend([9; 32]);
+    }
+    body.extend([0, 0x13, 1, 0]);
+    body.extend(vector16(&[0, 43, 0, 2, 3, 4]));
+    record(22, &[&[2, 0][..], &vector16(&body)].concat())
+}
+
+struct Talk {
+    engine: Engine<Vec<u8>>,
+    out: Out,
+    flags: u8,
+    sent: [u32; 2],
+}
+
+impl Talk {
+    fn new(everything: bool) -> Self {
+        let mut alternatives = vec![
+            Matcher::ServerName(FqdnPattern::Name("a.test".into())),
+            Matcher::ServerName(FqdnPattern::Pattern("*.b.test".into())),
+        ];
+        if everything {
+            alternatives.push(Matcher::Everything);
+        }
+        let set = RuleSet {
+            reads: Inspector::Tls as u8,
+            alternatives: (11..)
+                .zip(alternatives)
+                .map(|(rule, matcher)| Alternative { rule, matcher })
+                .collect(),
+            ..RuleSet::default()
+        };
+        let sets = BTreeMap::from([(RULESET, Arc::new(set))]);
+        let mut engine = Engine::new(&Limits::default());
+        engine.set_rules(Arc::new(Rules::prepare(&sets, None)));
+        let mut talk = Self {
+            engine,
+            out: Out::default(),
+            flags: 0,
+            sent: [0, 0],
+        };
+        talk.put(Side::Client, SYN, b"");
+        talk.put(Side::Server, SYN | ACK, b"");
+        talk.put(Side::Client, ACK, b"");
+        assert_eq!(talk.take().released.len(), 3);
+        talk
+    }
+
+    fn put(&mut self, side: Side, flags: u8, data: &[u8]) {
+        let seq = self.sent[side as usize];
+        let ack = if flags & ACK == 0 {
+            0
+        } else {
+            // What has been let go; the others do not acknowledge what was held.
+            self.sent[side.other() as usize]
+        };
+        let seg = Seg::new(side, flags, seq, ack, data);
+        self.sent[side as usize] += data.len() as u32 + u32::from(flags & SYN != 0);
+        let slot = CarrySlot {
+            inspector: Inspector::Tls as u8,
+            ruleset: RULESET,
+            rule: 3,
+            flags: self.flags,
+            ..CarrySlot::default()
+        };
+        let (engine, out) = (&mut self.engine, &mut self.out);
+        seg.view(slot, |view, frame| engine.packet(0, view, frame, out));
+    }
+
+    fn client(&mut self, data: &[u8]) -> Out {
+        self.put(Side::Client, ACK, data);
+        self.take()
+    }
+
+    fn server(&mut self, data: &[u8]) -> Out {
+        self.put(Side::Server, ACK, data);
+        self.take()
+    }
+
+    fn take(&mut self) -> Out {
+        std::mem::take(&mut self.out)
+    }
+}
+
+fn is_cut(out: &Out) -> bool {
+    out.released.is_empty()
+        && out.commands.is_empty()
+        && out.emitted.iter().filter(|(seg, _)| seg.flags & RST != 0).count() == 2
+}
+
+#[test]
+fn a_name_that_is_allowed_goes_on_and_is_no_longer_read_once_the_server_has_answered() {
+    let mut talk = Talk::new(false);
+    let out = talk.client(&hello(Some("A.test."), 10_000));
+    assert_eq!((out.released.len(), out.commands.len()), (1, 0));
+    assert!(matches!(
+        out.records[..],
+        [Record { rule: 11, verdict: Verdict::Forwarded, what: What::TlsHello { name, version: 0x304, ech: false }, .. }]
+            if name.bytes() == b"a.test"
+    ));
+    let out = talk.server(&server_hello(false));
+    assert_eq!((out.released.len(), out.commands.len()), (1, 1));
+    assert_eq!(
+        (
+            out.commands[0].offload,
+            out.commands[0].serial,
+            out.commands[0].key.endpoint
+        ),
+        (1, 99, 7)
+    );
+    assert_eq!(talk.engine.stats().tls.tcp.bytes, 0);
+}
+
+#[test]
+fn other_names_none_and_other_protocols_are_cut() {
+    for bytes in [
+        hello(Some("x.test"), 10_000),
+        hello(Some("x.y.b.test"), 10_000),
+        hello(Some("192.0.2.1"), 10_000),
+        hello(None, 10_000),
+        b"GET / HTTP/1.1\r\n".to_vec(),
+        [hello(Some("a.test"), 10_000), hello(Some("x.test"), 10_000)].concat(),
+    ] {
+        let mut talk = Talk::new(false);
+        let out = talk.client(&bytes);
+        assert!(is_cut(&out), "{bytes:?}");
+        let last = out.records.last().unwrap();
+        assert_eq!((last.verdict, last.rule), (Verdict::Dropped, 3));
+    }
+    let mut talk = Talk::new(true);
+    let out = talk.client(&hello(None, 10_000));
+    assert_eq!((out.released.len(), out.records[0].rule), (1, 13));
+    // a server that speaks first
+    let mut talk = Talk::new(true);
+    assert!(is_cut(&talk.server(b"220 hello\r\n")));
+}
+
+#[test]
+fn a_second_hello_is_judged_like_the_first() {
+    for (name, fine) in [("a.test", true), ("x.test", false)] {
+        let mut talk = Talk::new(false);
+        talk.client(&hello(Some("c.b.test"), 10_000));
+        let out = talk.server(&server_hello(true));
+        assert_eq!((out.released.len(), out.commands.len()), (1, 0));
+        let out = talk.client(&hello(Some(name), 10_000));
+        assert_eq!((out.released.len() == 1, is_cut(&out)), (fine, !fine));
+        if fine {
+            assert_eq!(talk.server(&server_hello(false)).commands.len(), 1);
+        }
+    }
+}
+
+#[test]
+fn audit_lets_it_go_on_and_says_so() {
+    let mut talk = Talk::new(false);
+    talk.flags = carry_flags::AUDIT;
+    let out = talk.client(&hello(Some("x.test"), 10_000));
+    assert_eq!((out.released.len(), out.commands.len()), (1, 1));
+    assert_eq!(
+        (out.records[0].verdict, out.records[0].reason),
+        (Verdict::Audit, Reason::AppDenied)
+    );
+}
+
+#[test]
+fn a_hello_that_does_not_end_is_cut_in_time() {
+    let mut talk = Talk::new(false);
+    let bytes = hello(Some("a.test"), 10_000);
+    assert!(talk.client(&bytes[..40]).released.is_empty());
+    let due = talk.engine.deadline().unwrap();
+    assert_eq!(due, 10_000);
+    talk.engine.tick(due, &mut talk.out);
+    let out = talk.take();
+    assert!(is_cut(&out));
+    assert_eq!(out.discarded, [Reason::InspectDeadline]);
+}
+
+proptest! {
+    #[test]
+    fn however_a_hello_is_cut_it_is_judged_by_its_name(
+        fine in any::<bool>(),
+        records in 1_usize..200,
+        packets in prop::collection::vec(1_usize..60, 1..40),
+    ) {
+        let bytes = hello(Some(if fine { "a.test" } else { "x.test" }), records);
+        let mut talk = Talk::new(false);
+        let (mut rest, mut sizes) = (&bytes[..], packets.iter().cycle());
+        let (mut released, mut resets) = (0, 0);
+        while !rest.is_empty() {
+            let (part, tail) = rest.split_at(rest.len().min(*sizes.next().unwrap()));
+            rest = tail;
+            let out = talk.client(part);
+            released += out.released.iter().map(|seg| seg.data.len()).sum::<usize>();
+            resets += out.emitted.len();
+            prop_assert!(released == 0 || rest.is_empty());
+        }
+        prop_assert_eq!((released, resets), if fine { (bytes.len(), 0) } else { (0, 2) });
+    }
+}
