@@ -136,15 +136,15 @@ pub fn run(bytes: &[u8]) {
             }
             sent += 1;
         }
-        if is(what::COMMIT) || is(what::ABORT) {
-            if let Some(learn) = sink.learns.pop() {
-                let learned = Learned {
-                    ticket: learn.ticket,
-                    committed: is(what::COMMIT),
-                    answer: learn.answer,
-                };
-                engine.learned(now, learned, &mut sink);
-            }
+        if (is(what::COMMIT) || is(what::ABORT))
+            && let Some(learn) = sink.learns.pop()
+        {
+            let learned = Learned {
+                ticket: learn.ticket,
+                committed: is(what::COMMIT),
+                answer: learn.answer,
+            };
+            engine.learned(now, learned, &mut sink);
         }
         if is(what::WAIT) {
             now += 1500;
