@@ -14,6 +14,7 @@
 //! `ping/BYTES`; and packets that only have to arrive: `sctp/PORT`, `icmp/TYPE`, `proto/NUMBER`.
 
 pub mod flows;
+pub mod names;
 
 use std::{
     fmt::{self, Write as _},

@@ -49,7 +49,10 @@ fn everything_comes_out_as_the_example_policies_say() {
         "blocklist (ingress)",
         "audited",
         "DROPPED",
-        "ok: 52 attempts",
+        "refused",
+        "shop/payments (egress)",
+        "dns-request proxy DROPPED (DNS Query tracker.example. A)",
+        "ok: 66 attempts",
     ] {
         assert!(text.contains(part), "{part} is not in:\n{text}");
     }

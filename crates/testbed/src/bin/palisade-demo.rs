@@ -16,6 +16,7 @@ use nix::sys::signal::{SigSet, Signal};
 use palisade_testbed::{
     Daemon, Ns, Topology,
     daemon::Settings,
+    dns::{Server, dig},
     output,
     server::{Iperf3, Nginx},
     topology::{FAMILIES, Family, WorkloadSpec},
@@ -34,12 +35,20 @@ const OUTSIDE: &[(&str, &str, &str)] = &[
     ("partner", "203.0.113.10", "2001:db8:a::10"),
     ("partner-lab", "203.0.113.66", "2001:db8:a:ff::66"),
     ("blocked", "192.0.2.66", "2001:db8:bad::66"),
+    ("resolver", "192.0.2.53", "2001:db8:1::53"),
+    ("payments", "198.18.0.10", "2001:db8:b::10"),
+    ("tracker", "198.18.0.66", "2001:db8:b::66"),
 ];
+
+/// What the resolver knows: name, and where it leads.
+const NAMES: &[(&str, &str)] = &[("api.pay.example", "payments"), ("tracker.example", "tracker")];
 
 /// The program that tries.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Program {
     Curl(u16),
+    /// Asks for the addresses of a name.
+    Dig(&'static str),
     Ping,
     Iperf3,
 }
@@ -49,6 +58,8 @@ enum Program {
 enum Verdict {
     Allowed,
     Denied,
+    /// Somebody said no.
+    Refused,
     Audited,
 }
 
@@ -57,13 +68,14 @@ impl Verdict {
         match self {
             Self::Allowed => "allowed",
             Self::Denied => "denied",
+            Self::Refused => "refused",
             Self::Audited => "audited",
         }
     }
 }
 
-use Program::{Curl, Iperf3 as Iperf, Ping};
-use Verdict::{Allowed, Audited, Denied};
+use Program::{Curl, Dig, Iperf3 as Iperf, Ping};
+use Verdict::{Allowed, Audited, Denied, Refused};
 
 type Attempt = (&'static str, &'static str, Program, Verdict);
 
@@ -95,6 +107,17 @@ const ATTEMPTS: &[Attempt] = &[
     ("node", "internet", Curl(443), Allowed),
     ("node", "backend", Curl(8080), Denied),
     ("frontend", "backend", Iperf, Allowed),
+];
+
+/// The same, one after the other: what was answered opens the way.
+const BY_NAME: &[Attempt] = &[
+    ("backend", "payments", Curl(443), Denied),
+    ("backend", "resolver", Dig("tracker.example"), Refused),
+    ("backend", "tracker", Curl(443), Denied),
+    ("backend", "resolver", Dig("api.pay.example"), Allowed),
+    ("backend", "payments", Curl(443), Allowed),
+    ("backend", "payments", Curl(80), Denied),
+    ("frontend", "payments", Curl(443), Denied),
 ];
 
 fn main() -> ExitCode {
@@ -189,6 +212,22 @@ impl World {
     }
 }
 
+/// The resolver of the internet: unbound, with [`NAMES`].
+fn resolver(world: &World) -> Result<Server> {
+    let mut records = Vec::new();
+    for (name, host) in NAMES {
+        for (family, kind) in FAMILIES.into_iter().zip(["A", "AAAA"]) {
+            records.push(format!("{name}. 60 IN {kind} {}", world.addr(host, family)?));
+        }
+    }
+    let addresses = [
+        world.addr("resolver", Family::V4)?,
+        world.addr("resolver", Family::V6)?,
+    ];
+    let records: Vec<&str> = records.iter().map(String::as_str).collect();
+    Server::unbound(world.ns("resolver"), &addresses, &records)
+}
+
 /// How many attempts came out differently.
 fn demo(verbose: bool) -> Result<usize> {
     let start = Instant::now();
@@ -213,6 +252,7 @@ fn demo(verbose: bool) -> Result<usize> {
         Nginx::start(world.ns("internet"), "internet", &[80, 443], 1)?,
         Nginx::start(world.ns("node"), "node", &[22, 80], 1)?,
     ];
+    let _resolver = resolver(&world)?;
     let _iperf = Iperf3::start(world.ns("backend"), 5201)?;
 
     let policies = examples()?;
@@ -240,9 +280,14 @@ fn demo(verbose: bool) -> Result<usize> {
     }
 
     style.heading("Who reaches whom");
-    let rows = attempt_all(&world)?;
-    let different = show(&world, &daemon, &style, &rows)?;
+    let rows = attempt_all(&world, &daemon)?;
+    let mut different = show(&style, ATTEMPTS, &rows);
+    style.heading("Where names lead, one attempt after the other");
+    let by_name = attempt_in_turn(&world, &daemon)?;
+    different += show(&style, BY_NAME, &by_name);
 
+    style.heading("What was asked: palisade observe --type l7");
+    print!("{}", daemon.cli(&["observe", "--type", "l7"])?);
     style.heading("What was seen: palisade observe --verdict DROPPED,AUDIT --last 12");
     print!(
         "{}",
@@ -252,7 +297,7 @@ fn demo(verbose: bool) -> Result<usize> {
         style.heading("The daemon's log");
         print!("{}", daemon.log());
     }
-    let total = rows.len() * FAMILIES.len();
+    let total = (rows.len() + by_name.len()) * FAMILIES.len();
     println!();
     if different == 0 {
         let ok = style.paint("32", "ok");
@@ -300,6 +345,9 @@ fn draw(world: &World) -> Result<()> {
         "partner",
         "partner-lab",
         "blocked",
+        "resolver",
+        "payments",
+        "tracker",
     ] {
         let (v4, v6) = (world.addr(name, Family::V4)?, world.addr(name, Family::V6)?);
         let place = match world.topology.all().find(|w| w.name == name) {
@@ -312,17 +360,31 @@ fn draw(world: &World) -> Result<()> {
     Ok(())
 }
 
-/// What came of one attempt in both families: whether an answer came, and what the program measured.
-type Row = [(bool, String); 2];
+/// What came back.
+#[derive(Clone, PartialEq, Eq)]
+enum Got {
+    Nothing,
+    /// A refusal in the words of the protocol.
+    No,
+    /// An answer, and what the program measured or learned.
+    Answer(String),
+}
 
-fn attempt_all(world: &World) -> Result<Vec<Row>> {
-    let try_both = |(from, to, program, _): &Attempt| -> Result<Row> {
-        Ok([
-            attempt(world, from, to, *program, Family::V4)?,
-            attempt(world, from, to, *program, Family::V6)?,
-        ])
+/// What came of one attempt in one family.
+struct Cell {
+    verdict: Verdict,
+    measured: String,
+    /// Who decided; nobody: no flow was reported.
+    deciders: Vec<String>,
+}
+
+type Row = [Cell; 2];
+
+fn attempt_all(world: &World, daemon: &Daemon) -> Result<Vec<Row>> {
+    let try_both = |a: &Attempt| -> Result<[Got; 2]> {
+        Ok([attempt(world, a, Family::V4)?, attempt(world, a, Family::V6)?])
     };
-    let mut rows: Vec<Option<Result<Row>>> = thread::scope(|scope| {
+    let mut got: Vec<Option<Result<[Got; 2]>>> = thread::scope(|scope| {
         let running: Vec<_> = ATTEMPTS
             .iter()
             .map(|a| (a.2 != Iperf).then(|| scope.spawn(move || try_both(a))))
@@ -330,15 +392,60 @@ fn attempt_all(world: &World) -> Result<Vec<Row>> {
         running.into_iter().map(|thread| thread?.join().ok()).collect()
     });
     // alone, so that its figure means something
-    for (row, a) in rows.iter_mut().zip(ATTEMPTS).filter(|(_, a)| a.2 == Iperf) {
-        *row = Some(try_both(a));
+    for (got, a) in got.iter_mut().zip(ATTEMPTS).filter(|(_, a)| a.2 == Iperf) {
+        *got = Some(try_both(a));
     }
-    rows.into_iter()
-        .map(|row| row.context("an attempt broke off")?)
-        .collect()
+    let mut rows = Vec::new();
+    for (got, a) in got.into_iter().zip(ATTEMPTS) {
+        let [v4, v6] = got.context("an attempt broke off")??;
+        rows.push([
+            judge(world, daemon, a, Family::V4, v4, 0)?,
+            judge(world, daemon, a, Family::V6, v6, 0)?,
+        ]);
+    }
+    Ok(rows)
 }
 
-fn attempt(world: &World, from: &str, to: &str, program: Program, family: Family) -> Result<(bool, String)> {
+fn attempt_in_turn(world: &World, daemon: &Daemon) -> Result<Vec<Row>> {
+    let one = |a: &Attempt, family| -> Result<Cell> {
+        let known = flows_of(world, daemon, a, family)?.len();
+        let got = attempt(world, a, family)?;
+        judge(world, daemon, a, family, got, known)
+    };
+    let both = |a: &Attempt| -> Result<Row> {
+        thread::scope(|scope| {
+            let v6 = scope.spawn(|| one(a, Family::V6));
+            let v4 = one(a, Family::V4)?;
+            Ok([v4, v6.join().ok().context("an attempt broke off")??])
+        })
+    };
+    BY_NAME.iter().map(both).collect()
+}
+
+/// What an attempt has shown. `known`: how many flows of its kind there were before.
+fn judge(
+    world: &World,
+    daemon: &Daemon,
+    attempt: &Attempt,
+    family: Family,
+    got: Got,
+    known: usize,
+) -> Result<Cell> {
+    let (audited, deciders) = deciding(world, daemon, attempt, family, known)?;
+    let (verdict, measured) = match got {
+        Got::Nothing => (Denied, String::new()),
+        Got::No => (Refused, String::new()),
+        Got::Answer(measured) => (if audited { Audited } else { Allowed }, measured),
+    };
+    Ok(Cell {
+        verdict,
+        measured,
+        deciders,
+    })
+}
+
+fn attempt(world: &World, (from, to, program, _): &Attempt, family: Family) -> Result<Got> {
+    let (from, to, program) = (*from, *to, *program);
     let ns = world.ns(from);
     let source = world.source(from, to, family)?.to_string();
     let address = world.addr(to, family)?;
@@ -349,6 +456,18 @@ fn attempt(world: &World, from: &str, to: &str, program: Program, family: Family
             command = ns.command("curl");
             command.args(["-sS", "-m", &seconds, "--interface", &source]);
             command.arg(format!("http://{}/", SocketAddr::new(address, port)));
+        }
+        Dig(name) => {
+            let kind = match family {
+                Family::V4 => "A",
+                Family::V6 => "AAAA",
+            };
+            let dug = dig(ns, address, &[name, kind])?;
+            return Ok(match (dug.status.as_str(), dug.answers.last()) {
+                ("NOERROR", Some(address)) => Got::Answer(address.clone()),
+                ("", _) => Got::Nothing,
+                _ => Got::No,
+            });
         }
         Ping => {
             command = ns.command("ping");
@@ -378,10 +497,11 @@ fn attempt(world: &World, from: &str, to: &str, program: Program, family: Family
     }
     let out = output(&mut command, PATIENCE + Duration::from_secs(10))?;
     if !out.status.success() {
-        return Ok((false, String::new()));
+        return Ok(Got::Nothing);
     }
     let said = String::from_utf8_lossy(&out.stdout);
     let measured = match program {
+        Dig(_) => String::new(),
         Curl(_) => {
             let who = if OUTSIDE.iter().any(|(n, ..)| *n == to) {
                 "internet"
@@ -404,7 +524,7 @@ fn attempt(world: &World, from: &str, to: &str, program: Program, family: Family
         Iperf => {
             let report: Value = serde_json::from_str(&said)?;
             if report["error"].is_string() {
-                return Ok((false, String::new())); // it exits with 0 all the same
+                return Ok(Got::Nothing); // it exits with 0 all the same
             }
             let rate = report["end"]["sum_received"]["bits_per_second"]
                 .as_f64()
@@ -412,29 +532,23 @@ fn attempt(world: &World, from: &str, to: &str, program: Program, family: Family
             format!("{:.1} Gbit/s", rate / 1e9)
         }
     };
-    Ok((true, measured))
+    Ok(Got::Answer(measured))
 }
 
 /// Prints the table; how many attempts differ.
-fn show(world: &World, daemon: &Daemon, style: &Style, rows: &[Row]) -> Result<usize> {
+fn show(style: &Style, attempts: &[Attempt], rows: &[Row]) -> usize {
     let mut table = vec![["WHO", "WHOM", "BY", "EXPECTED", "IPv4", "IPv6", "DECIDED BY"].map(str::to_owned)];
     let mut as_expected = vec![[true; 2]];
-    for ((from, to, program, expected), row) in ATTEMPTS.iter().zip(rows) {
-        let mut cells = [String::new(), String::new()];
-        let mut good = [true; 2];
-        let mut decided: Vec<String> = Vec::new();
-        for (n, family) in FAMILIES.into_iter().enumerate() {
-            let (answered, measured) = &row[n];
-            let (audited, deciders) = deciding(world, daemon, from, to, *program, family)?;
-            let verdict = match (answered, audited) {
-                (false, _) => Denied,
-                (true, true) => Audited,
-                (true, false) => Allowed,
-            };
-            good[n] = verdict == *expected && !deciders.is_empty();
-            cells[n] = format!("{} {measured}", verdict.name()).trim_end().to_owned();
-            decided.extend(deciders);
-        }
+    for ((from, to, program, expected), row) in attempts.iter().zip(rows) {
+        let good = row
+            .each_ref()
+            .map(|cell| cell.verdict == *expected && !cell.deciders.is_empty());
+        let cells = row.each_ref().map(|cell| {
+            format!("{} {}", cell.verdict.name(), cell.measured)
+                .trim_end()
+                .to_owned()
+        });
+        let decided = row.iter().flat_map(|cell| cell.deciders.clone());
         let mut unique: Vec<String> = Vec::new();
         for name in decided {
             if !unique.contains(&name) {
@@ -446,6 +560,7 @@ fn show(world: &World, daemon: &Daemon, style: &Style, rows: &[Row]) -> Result<u
         }
         let by = match program {
             Curl(port) => format!("curl :{port}"),
+            Dig(name) => format!("dig {name}"),
             Ping => "ping".to_owned(),
             Iperf => "iperf3 :5201".to_owned(),
         };
@@ -485,7 +600,7 @@ fn show(world: &World, daemon: &Daemon, style: &Style, rows: &[Row]) -> Result<u
         }
         println!("{line}");
     }
-    Ok(as_expected.iter().flatten().filter(|good| !**good).count())
+    as_expected.iter().flatten().filter(|good| !**good).count()
 }
 
 fn color_of(cell: &str) -> &'static str {
@@ -496,39 +611,49 @@ fn color_of(cell: &str) -> &'static str {
     }
 }
 
-/// Whether an attempt passed by audit only, and who decided about it, as the daemon's flows say.
-fn deciding(
+/// The flows of attempts of this kind, so far.
+fn flows_of(
     world: &World,
     daemon: &Daemon,
-    from: &str,
-    to: &str,
-    program: Program,
+    (from, to, program, _): &Attempt,
     family: Family,
-) -> Result<(bool, Vec<String>)> {
+) -> Result<Vec<Value>> {
     let source = world.source(from, to, family)?.to_string();
     let destination = world.addr(to, family)?.to_string();
-    let port = match program {
-        Curl(port) => port.to_string(),
-        Iperf => "5201".to_owned(),
-        Ping => String::new(),
+    let (kind, more) = match program {
+        Curl(port) => (
+            "policy-verdict",
+            ["--to-port", &port.to_string()].map(str::to_owned),
+        ),
+        Iperf => ("policy-verdict", ["--to-port", "5201"].map(str::to_owned)),
+        Ping => ("policy-verdict", ["--protocol", "icmp"].map(str::to_owned)),
+        Dig(name) => ("l7", ["--dns-query", &format!("^{name}")].map(str::to_owned)),
     };
-    let mut filters = vec![
+    daemon.flows(&[
         "--from-ip",
         &source,
         "--to-ip",
         &destination,
         "--type",
-        "policy-verdict",
-    ];
-    if port.is_empty() {
-        filters.extend(["--protocol", "icmp"]);
-    } else {
-        filters.extend(["--to-port", &port]);
-    }
+        kind,
+        &more[0],
+        &more[1],
+    ])
+}
+
+/// Whether an attempt passed by audit only, and who decided about it, as the daemon's flows say.
+fn deciding(
+    world: &World,
+    daemon: &Daemon,
+    attempt: &Attempt,
+    family: Family,
+    known: usize,
+) -> Result<(bool, Vec<String>)> {
     // the flows of the last attempts may still be on their way
     let mut flows = Vec::new();
     for _ in 0..40 {
-        flows = daemon.flows(&filters)?;
+        flows = flows_of(world, daemon, attempt, family)?;
+        flows.drain(..known.min(flows.len()));
         if !flows.is_empty() {
             break;
         }

@@ -1,0 +1,276 @@
+//! How long a name leads somewhere: time to live, connections in use, restarts, cleaning, resolving ahead.
+
+use std::{fs, net::SocketAddr, thread, time::Duration};
+
+use palisade_testbed::{
+    Daemon,
+    daemon::Settings,
+    dns::{Server, getaddrinfo},
+    load::TcpLoad,
+    topology::{FAMILIES, Family},
+};
+use palisade_tests::{
+    CLOSED, OPEN,
+    names::{EVIL, Names, names, resolver, site},
+};
+
+const PACE: Duration = Duration::from_millis(2);
+const LOAD: u16 = 8082;
+
+const CLIENT: &str = r#"
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: client}
+spec:
+  endpointSelector: {matchLabels: {app: client}}
+  egress:
+  - toEntities: [world]
+    toPorts:
+    - ports: [{port: "53", protocol: ANY}]
+      rules:
+        dns: [{matchPattern: "*.example"}, {matchPattern: "*.shop.example"}]
+  - toFQDNs:
+    - matchName: www.example
+    - matchName: short.example
+    - matchName: target.example
+    - matchPattern: "*.shop.example"
+    toPorts:
+    - ports: [{port: "80", endPort: 8090, protocol: ANY}]
+"#;
+
+fn daemon(names: &Names, tables: &str, policy: &str) -> Daemon {
+    let settings = Settings {
+        tables: tables.into(),
+        ..Settings::default()
+    };
+    names
+        .daemon(&settings, &[("client.yaml", policy)])
+        .expect("daemon")
+}
+
+fn load(names: &Names, n: u8, family: Family) -> TcpLoad {
+    let to = SocketAddr::new(site(n, family), LOAD);
+    TcpLoad::start(names.ns("client"), &names.topology.internet, to, PACE).expect("connection")
+}
+
+const HASTY: &str = "[dns]\nmin_ttl = \"1s\"\n[timeouts]\nsweep = \"500ms\"\ntcp_closing = \"1s\"\n";
+
+#[test]
+fn an_expired_address_goes_unless_a_connection_uses_it() {
+    let names = names();
+    let daemon = daemon(&names, HASTY, CLIENT);
+    // one family is in use, the other is not
+    let (used, unused) = (Family::V4, Family::V6);
+    for family in FAMILIES {
+        names.resolves(
+            &daemon,
+            "client",
+            resolver(family),
+            "short.example",
+            site(22, family),
+        );
+    }
+    let live = load(&names, 22, used);
+    names.reaches(&daemon, "client", 22, unused);
+    thread::sleep(Duration::from_millis(5500));
+    assert!(live.moves(100, OPEN), "{}", daemon.report());
+    names.reaches(&daemon, "client", 22, used);
+    names.does_not_reach(&daemon, "client", 22, unused);
+    assert!(live.finish(OPEN).whole());
+    thread::sleep(Duration::from_secs(6));
+    names.does_not_reach(&daemon, "client", 22, used);
+    // asked for again, it is there again
+    names.resolves(&daemon, "client", resolver(used), "short.example", site(22, used));
+    names.reaches(&daemon, "client", 22, used);
+}
+
+#[test]
+fn what_was_learned_outlives_the_daemon() {
+    let names = names();
+    let mut daemon = daemon(&names, "", CLIENT);
+    for family in FAMILIES {
+        names.resolves(
+            &daemon,
+            "client",
+            resolver(family),
+            "www.example",
+            site(10, family),
+        );
+    }
+    let live = load(&names, 10, Family::V4);
+    for end in [Daemon::kill9, Daemon::terminate] {
+        end(&mut daemon).expect("end");
+        for family in FAMILIES {
+            // nobody has to live for what is in the maps
+            names.reaches(&daemon, "client", 10, family);
+            names.does_not_reach(&daemon, "client", EVIL, family);
+        }
+        daemon.restart().expect("restart");
+        for family in FAMILIES {
+            names.reaches(&daemon, "client", 10, family);
+            names.does_not_reach(&daemon, "client", EVIL, family);
+        }
+        let list = daemon.cli(&["fqdn", "cache", "list"]).expect("list");
+        assert!(
+            list.contains("www.example") && list.contains("203.0.113.10"),
+            "{list}"
+        );
+    }
+    assert!(live.moves(50, OPEN), "{}", daemon.report());
+    assert!(live.finish(OPEN).whole());
+}
+
+#[test]
+fn what_is_cleaned_has_to_be_asked_for_again() {
+    let names = names();
+    let daemon = daemon(&names, "", CLIENT);
+    let family = Family::V4;
+    names.resolves(
+        &daemon,
+        "client",
+        resolver(family),
+        "www.example",
+        site(10, family),
+    );
+    names.resolves(
+        &daemon,
+        "client",
+        resolver(family),
+        "short.example",
+        site(22, family),
+    );
+    let live = load(&names, 10, family);
+    assert!(live.moves(50, OPEN));
+    daemon
+        .cli(&["fqdn", "cache", "clean", "--name", "www.example"])
+        .expect("clean");
+    thread::sleep(Duration::from_millis(200));
+    assert!(!live.moves(1, CLOSED), "it goes on\n{}", daemon.report());
+    names.does_not_reach(&daemon, "client", 10, family);
+    names.reaches(&daemon, "client", 22, family);
+    names.resolves(
+        &daemon,
+        "client",
+        resolver(family),
+        "www.example",
+        site(10, family),
+    );
+    assert!(live.moves(50, OPEN), "{}", daemon.report());
+    names.reaches(&daemon, "client", 10, family);
+    daemon.cli(&["fqdn", "cache", "clean"]).expect("clean");
+    names.does_not_reach(&daemon, "client", 10, family);
+    names.does_not_reach(&daemon, "client", 22, family);
+    let _ = live.finish(Duration::ZERO);
+}
+
+#[test]
+fn names_on_the_way_count_only_if_that_is_wanted() {
+    let names = names();
+    let family = Family::V4;
+    for (tables, open) in [("", false), ("[dns]\nfollow_cname = true\n", true)] {
+        let daemon = daemon(&names, tables, CLIENT);
+        // an alias of target.example, which the policy names
+        names.resolves(
+            &daemon,
+            "client",
+            resolver(family),
+            "alias.example",
+            site(11, family),
+        );
+        if open {
+            names.reaches(&daemon, "client", 11, family);
+        } else {
+            names.does_not_reach(&daemon, "client", 11, family);
+        }
+    }
+}
+
+#[test]
+fn names_are_resolved_ahead_for_clients_that_answer_themselves() {
+    let names = names();
+    let daemon = daemon(
+        &names,
+        "[dns]\nprefetch = true\nservers = [\"192.0.2.53\"]\n",
+        CLIENT,
+    );
+    daemon
+        .wait_status("names are resolved", |status| {
+            status["names"]["in_map"].as_u64() >= Some(2)
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    for family in FAMILIES {
+        names.reaches(&daemon, "client", 10, family);
+        names.does_not_reach(&daemon, "client", 19, family);
+        names.does_not_reach(&daemon, "client", EVIL, family);
+    }
+}
+
+#[test]
+fn a_search_list_goes_on_where_names_that_are_denied_do_not_exist() {
+    let names = names();
+    let internet = &names.topology.internet;
+    internet.ip("addr add 192.0.2.61/32 dev lo").expect("address");
+    let server = "192.0.2.61".parse().expect("address");
+    let record = format!("web.shop.example. 60 IN A {}", site(10, Family::V4));
+    let _server = Server::knot(internet, &[server], &[&record]).expect("knot");
+    let daemon = daemon(&names, "[dns]\ndeny_answer = \"nxdomain\"\n", CLIENT);
+    let conf = names.topology.dir().join("resolv.conf");
+    fs::write(
+        &conf,
+        "nameserver 192.0.2.61\nsearch a.elsewhere b.elsewhere shop.example\noptions ndots:3 timeout:1 attempts:1\n",
+    )
+    .expect("resolv.conf");
+    for name in ["web", "web.shop.example"] {
+        let found = getaddrinfo(names.ns("client"), &conf, name).expect("python");
+        assert_eq!(found, [site(10, Family::V4)], "{name}\n{}", daemon.report());
+    }
+    names.reaches(&daemon, "client", 10, Family::V4);
+    daemon
+        .wait_flows(
+            &["--type", "l7", "--verdict", "DROPPED", "--dns-query", "elsewhere"],
+            "the denied ones are reported",
+            |flows| flows.len() >= 2,
+        )
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+}
+
+#[test]
+fn denied_names_close_what_wide_rules_leave_open() {
+    let names = names();
+    let policy = r#"
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: client}
+spec:
+  endpointSelector: {matchLabels: {app: client}}
+  egress:
+  - toEntities: [world]
+    toPorts:
+    - ports: [{port: "53", protocol: ANY}]
+      rules:
+        dns: [{matchPattern: "*"}]
+  - toEntities: [world]
+  egressDeny:
+  - toFQDNs: [{matchPattern: "evil.*"}]
+"#;
+    let daemon = daemon(&names, "", policy);
+    for family in FAMILIES {
+        names.reaches(&daemon, "client", EVIL, family);
+        names.resolves(
+            &daemon,
+            "client",
+            resolver(family),
+            "www.example",
+            site(10, family),
+        );
+        names.resolves(
+            &daemon,
+            "client",
+            resolver(family),
+            "evil.example",
+            site(EVIL, family),
+        );
+        names.does_not_reach(&daemon, "client", EVIL, family);
+        names.reaches(&daemon, "client", 10, family);
+    }
+}
