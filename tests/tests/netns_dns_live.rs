@@ -1,0 +1,337 @@
+//! Names while traffic flows: races between an answer and what follows it, reloads, crashes, workers that are too slow.
+//! Nothing that is allowed is lost, nothing that is denied gets through.
+
+use std::{
+    net::SocketAddr,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use palisade_testbed::{
+    Daemon,
+    daemon::Settings,
+    dns::{PORT, PerfPlan},
+    load::{Leak, TcpLoad},
+    topology::{FAMILIES, Family, INNER},
+};
+use palisade_tests::{
+    OPEN,
+    names::{EVIL, Finish, Names, counted, names, resolver, site},
+};
+
+/// The port of a connection that goes on while things happen.
+const LOAD: u16 = 8082;
+
+/// Lets the client ask for these and go there; `n` only changes how it is said.
+fn policy(n: usize) -> String {
+    let extra: String = (0..n % 5)
+        .map(|m| format!("        - matchName: extra{n}-{m}.example\n"))
+        .collect();
+    let web = if n.is_multiple_of(2) {
+        "    - matchPattern: \"*.wild.example\"\n"
+    } else {
+        "    - matchPattern: \"*.example\"\n"
+    };
+    let last = 8090 + n % 7;
+    format!(
+        "
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {{name: client}}
+spec:
+  endpointSelector: {{matchLabels: {{app: client}}}}
+  egress:
+  - toEntities: [world]
+    toPorts:
+    - ports: [{{port: \"53\", protocol: ANY}}]
+      rules:
+        dns:
+        - matchName: www.example
+        - matchPattern: \"*.wild.example\"
+        - matchPattern: \"*.race.example\"
+{extra}  - toFQDNs:
+    - matchName: www.example
+    - matchPattern: \"*.race.example\"
+{web}    toPorts:
+    - ports: [{{port: \"80\", endPort: {last}, protocol: ANY}}]
+"
+    )
+}
+
+fn start(names: &Names, tables: &str) -> Daemon {
+    let settings = Settings {
+        tables: tables.into(),
+        ..Settings::default()
+    };
+    names
+        .daemon(&settings, &[("client.yaml", &policy(0))])
+        .expect("daemon")
+}
+
+/// `count` names, below `wild`, that are allowed.
+fn allowed(count: usize) -> Vec<String> {
+    (0..count).map(|n| format!("h{n}.wild.example A")).collect()
+}
+
+fn plan(names: &[String], family: Family, seconds: u32, rate: u32) -> PerfPlan<'_> {
+    PerfPlan {
+        server: SocketAddr::new(resolver(family), PORT),
+        queries: names,
+        seconds,
+        clients: 4,
+        rate: Some(rate),
+        outstanding: 400,
+        listed: false,
+        tcp: false,
+    }
+}
+
+fn race(family: Family, reload: bool) {
+    const ROUNDS: u32 = 5_000;
+    let names = names();
+    let daemon = start(&names, "");
+    let _finish = Finish::start(&names).expect("listeners");
+    let raced = thread::scope(|scope| {
+        let race = scope.spawn(|| names.race(family, 1, ROUNDS, 100));
+        let mut n = 1;
+        while reload && !race.is_finished() {
+            daemon.apply(&[("client.yaml", &policy(n))]).expect("apply");
+            n += 1;
+        }
+        assert!(!reload || n > 3, "only {n} reloads");
+        race.join().expect("race")
+    });
+    assert_eq!(raced.asked, ROUNDS);
+    assert_eq!(
+        (raced.unanswered, raced.wrong, raced.unconnected),
+        (0, 0, 0),
+        "{raced:?}\n{}",
+        daemon.report()
+    );
+}
+
+#[test]
+fn a_connection_behind_its_answer_is_never_lost_v4() {
+    race(Family::V4, false);
+}
+
+#[test]
+fn a_connection_behind_its_answer_is_never_lost_v6() {
+    race(Family::V6, false);
+}
+
+#[test]
+fn a_connection_behind_its_answer_is_never_lost_while_policies_change() {
+    race(Family::V4, true);
+}
+
+#[test]
+fn reload_under_load_loses_no_question_and_lets_no_other_through() {
+    let names = names();
+    let daemon = start(&names, "");
+    let (good, bad) = (
+        allowed(50),
+        vec!["evil.example A".to_owned(), "no.example AAAA".to_owned()],
+    );
+    let client = names.ns("client");
+    let loads = [
+        plan(&good, Family::V4, 6, 500).start(client).expect("dnsperf"),
+        plan(&good, Family::V6, 6, 500).start(client).expect("dnsperf"),
+        plan(&bad, Family::V4, 6, 200).start(client).expect("dnsperf"),
+    ];
+    let begin = Instant::now();
+    let mut n = 0;
+    while begin.elapsed() < Duration::from_secs(6) {
+        n += 1;
+        daemon.apply(&[("client.yaml", &policy(n))]).expect("apply");
+    }
+    assert!(n >= 5, "only {n} reloads");
+    let [v4, v6, refused] = loads.map(|load| load.finish().expect("dnsperf"));
+    for (perf, code) in [(&v4, "NOERROR"), (&v6, "NOERROR"), (&refused, "REFUSED")] {
+        assert!(perf.sent > 500, "{perf:?}");
+        assert_eq!(perf.lost, 0, "{perf:?}, {n} reloads\n{}", daemon.report());
+        assert_eq!(
+            perf.rcodes.get(code),
+            Some(&perf.sent),
+            "{perf:?}\n{}",
+            daemon.report()
+        );
+    }
+    assert_eq!(names.questions("evil.example") + names.questions("no.example"), 0);
+}
+
+/// Asks for what is refused, and goes where nobody may, for as long as it lives.
+struct Forbidden {
+    leaks: Vec<Leak>,
+}
+
+impl Forbidden {
+    fn start(names: &Names) -> Self {
+        let leaks = FAMILIES.map(|family| {
+            Leak::start(
+                names.ns("client"),
+                names.topology.addr("client", family),
+                (&names.topology.internet, INNER),
+                SocketAddr::new(site(EVIL, family), 80),
+                Duration::from_millis(2),
+            )
+            .expect("leak prober")
+        });
+        Self { leaks: leaks.into() }
+    }
+
+    #[track_caller]
+    fn finish(self) {
+        for leak in self.leaks {
+            let report = leak.finish();
+            assert!(report.tried > 100 && report.leaked == 0, "{report:?}");
+        }
+    }
+}
+
+fn crash_under_load(restart_by: fn(&mut Daemon)) {
+    let names = names();
+    let mut daemon = start(&names, "");
+    let client = names.ns("client");
+    let forbidden = Forbidden::start(&names);
+    let family = Family::V4;
+    names.resolves(
+        &daemon,
+        "client",
+        resolver(family),
+        "www.example",
+        site(10, family),
+    );
+    let live = TcpLoad::start(
+        client,
+        &names.topology.internet,
+        SocketAddr::new(site(10, family), LOAD),
+        Duration::from_millis(1),
+    )
+    .expect("a connection by a learned address");
+    assert!(live.moves(50, OPEN), "{}", daemon.report());
+    let (good, bad) = (allowed(20), vec!["evil.example A".to_owned()]);
+    let loads = [
+        plan(&good, family, 9, 300).start(client).expect("dnsperf"),
+        plan(&bad, family, 9, 300).start(client).expect("dnsperf"),
+    ];
+    let mut dead_time = Duration::ZERO;
+    for _ in 0..2 {
+        thread::sleep(Duration::from_millis(700));
+        daemon.kill9().expect("kill -9");
+        let begin = Instant::now();
+        // what needs no reading goes on; what does is dropped, also after those that were under way
+        assert!(live.moves(200, OPEN), "the connection stands still");
+        thread::sleep(Duration::from_millis(300));
+        let (asked, evil) = (names.resolver.asked().len(), names.questions("evil.example"));
+        thread::sleep(Duration::from_millis(300));
+        assert_eq!(names.resolver.asked().len(), asked, "questions pass unread");
+        assert_eq!(evil, 0, "a question that is denied has passed");
+        restart_by(&mut daemon);
+        dead_time += begin.elapsed();
+        // learned before, and still known
+        names.reaches(&daemon, "client", 10, family);
+        names.resolves(
+            &daemon,
+            "client",
+            resolver(family),
+            "www.example",
+            site(10, family),
+        );
+        assert!(live.moves(50, OPEN), "{}", daemon.report());
+    }
+    let [good, bad] = loads.map(|load| load.finish().expect("dnsperf"));
+    assert_eq!(
+        names.questions("evil.example"),
+        0,
+        "a question that is denied has passed"
+    );
+    assert!(
+        good.completed > 300 && good.rcodes.get("NOERROR") == Some(&good.completed),
+        "{good:?}\n{}",
+        daemon.report()
+    );
+    assert!(
+        bad.rcodes.get("REFUSED") == Some(&bad.completed),
+        "{bad:?}\n{}",
+        daemon.report()
+    );
+    eprintln!(
+        "dead for {dead_time:?}: lost {} of {} questions that were allowed",
+        good.lost, good.sent
+    );
+    let status = daemon.status().expect("status");
+    assert!(
+        counted(&status, 230) > 0,
+        "nothing was dropped for want of a worker: {:#}",
+        status["drops"]
+    );
+    let report = live.finish(OPEN);
+    assert!(report.whole(), "{report:?}");
+    forbidden.finish();
+}
+
+#[test]
+fn kill9_under_load_fails_closed_and_a_restart_opens_again() {
+    crash_under_load(|daemon| daemon.restart().expect("restart"));
+}
+
+#[test]
+fn workers_that_stand_still_are_not_waited_for() {
+    let names = names();
+    let daemon = start(&names, "");
+    let family = Family::V4;
+    names.resolves(
+        &daemon,
+        "client",
+        resolver(family),
+        "www.example",
+        site(10, family),
+    );
+    let pid = Pid::from_raw(daemon.pid().expect("pid").cast_signed());
+    kill(pid, Signal::SIGSTOP).expect("SIGSTOP");
+    thread::sleep(Duration::from_millis(1500));
+    let asked = names.resolver.asked().len();
+    let queries = allowed(5);
+    let perf = plan(&queries, family, 1, 100)
+        .run(names.ns("client"))
+        .expect("dnsperf");
+    let passed = names.resolver.asked().len() - asked;
+    kill(pid, Signal::SIGCONT).expect("SIGCONT");
+    assert_eq!((perf.completed, passed), (0, 0), "{perf:?}");
+    names.resolves(
+        &daemon,
+        "client",
+        resolver(family),
+        "www.example",
+        site(10, family),
+    );
+    daemon
+        .wait_status("drops for want of a worker are counted", |status| {
+            counted(status, 230) >= perf.sent / 2
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    assert_eq!(
+        names.resolver.asked_for("h0.wild.example"),
+        0,
+        "late questions were let go"
+    );
+}
+
+#[test]
+fn who_wants_it_may_have_questions_pass_while_nobody_can_read_them() {
+    let names = names();
+    let mut daemon = start(&names, "[worker]\non_failure = \"pass\"\n");
+    let family = Family::V4;
+    names.is_refused(&daemon, "client", resolver(family), "evil.example");
+    daemon.kill9().expect("kill -9");
+    thread::sleep(Duration::from_millis(1500));
+    for (name, n) in [("www.example", 10), ("evil.example", EVIL)] {
+        let dug = names.dig("client", resolver(family), &[name, "A"]);
+        assert_eq!(dug.answers, [site(n, family).to_string()], "{}", dug.text);
+    }
+    daemon.restart().expect("restart");
+    names.is_refused(&daemon, "client", resolver(family), "other.example");
+}
