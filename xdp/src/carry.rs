@@ -3,10 +3,10 @@
 use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_REDIRECT, TC_ACT_SHOT, xdp_action};
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_change_tail, bpf_skb_load_bytes};
 use palisade_abi::{
-    CarrySlot, CtEntry, CtKey, Direction, FlowCommand, Reason, Released, carry_flags, config_flags, ct_flags,
-    release,
+    Addr, CarrySlot, CtEntry, CtKey, Direction, FlowCommand, Reason, Released, carry_flags, config_flags,
+    ct_flags, protocol, release,
 };
-use palisade_packet::Bytes;
+use palisade_packet::{Bytes, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, flags};
 
 use crate::conntrack;
 use crate::counters;
@@ -16,7 +16,8 @@ use crate::maps::{CARRY, CONFIG, CONNTRACK, WORKERS, XSKS};
 
 /// Notes that a policy wants a packet of an older flow read.
 #[inline(always)]
-pub fn ask_again(frame: &mut Frame, entry: &CtEntry) {
+pub fn ask_again<C: Context>(ctx: C, frame: &mut Frame, entry: &CtEntry) {
+    need(ctx, frame, entry);
     let mut flags = 0;
     if conntrack::is_reply(entry, frame.is_ingress()) {
         flags |= carry_flags::REPLY;
@@ -67,26 +68,101 @@ pub fn ask(frame: &mut Frame, flags: u8) -> u32 {
     0
 }
 
-/// The same for both directions of a flow as one endpoint sees it, since its key is.
+/// One round: a multiplication spreads upwards, the shift brings the upper bits down.
+#[inline(always)]
+fn mix(hash: u32, word: u32) -> u32 {
+    let product = (hash ^ word).wrapping_mul(0x9e37_79b1);
+    product ^ product >> 15
+}
+
+#[inline(always)]
+fn end(seed: u32, addr: &Addr, port: u16) -> u32 {
+    let [a, b, c, d] = addr.0;
+    mix(mix(mix(mix(mix(seed, a), b), c), d), u32::from(port))
+}
+
+/// The same for both directions, and for both endpoints that a flow may have at one interface: whichever of them still
+/// wants it read, it goes to one worker. Seeded, or a peer could choose its worker.
 #[inline(always)]
 fn hash(key: &CtKey) -> u32 {
-    let mut hash = u32::from(key.endpoint) | u32::from(key.protocol) << 16;
-    let ports = u32::from(key.local_port) << 16 | u32::from(key.remote_port);
-    let words = [
-        key.local.0[0],
-        key.local.0[1],
-        key.local.0[2],
-        key.local.0[3],
-        key.remote.0[0],
-        key.remote.0[1],
-        key.remote.0[2],
-        key.remote.0[3],
-        ports,
-    ];
-    for word in words {
-        hash = (hash ^ word).wrapping_mul(0x9e37_79b1).rotate_left(15);
+    let seed = match CONFIG.get(0) {
+        Some(config) => config.cookie as u32,
+        None => 0,
+    };
+    let local = end(seed, &key.local, key.local_port);
+    let remote = end(seed, &key.remote, key.remote_port);
+    mix(local.wrapping_add(remote), u32::from(key.protocol))
+}
+
+/// Both bounds of a window by one load, so that nobody sees one old and one new.
+#[inline(always)]
+fn window(entry: &CtEntry, reply: bool) -> (u32, u32) {
+    let at = &raw const entry.windows[if reply { 2 } else { 0 }];
+    // SAFETY: two fields that lie together at a multiple of eight bytes; others may write them meanwhile, hence
+    // volatile.
+    let word = unsafe { core::ptr::read_volatile(at.cast::<u64>()) }.to_ne_bytes();
+    (
+        u32::from_ne_bytes([word[0], word[1], word[2], word[3]]),
+        u32::from_ne_bytes([word[4], word[5], word[6], word[7]]),
+    )
+}
+
+/// Sets each window by one store.
+#[inline(always)]
+pub fn set_windows(entry: &mut CtEntry, windows: [u32; 4]) {
+    for at in [0, 2] {
+        let (from, to) = (windows[at].to_ne_bytes(), windows[at + 1].to_ne_bytes());
+        let word = u64::from_ne_bytes([from[0], from[1], from[2], from[3], to[0], to[1], to[2], to[3]]);
+        // SAFETY: see `window`.
+        unsafe { core::ptr::write_volatile((&raw mut entry.windows[at]).cast::<u64>(), word) };
     }
-    (hash ^ hash >> 16).wrapping_mul(0x85eb_ca6b) >> 3
+}
+
+/// Notes that the flow's inspector needs the packet, if it does. Both flows of a packet keep their slots: what the one
+/// does not need, the other may.
+#[inline(never)]
+fn need<C: Context>(ctx: C, frame: &mut Frame, entry: &CtEntry) -> u32 {
+    if !is_in_window(ctx, frame, entry) {
+        frame.needed = true;
+    }
+    0
+}
+
+/// Whether the inspector of the flow has said that it need not see this packet: a segment whose bytes all lie in the
+/// window of its direction, or an acknowledgment without data while the other direction has a window.
+#[inline(always)]
+fn is_in_window<C: Context>(ctx: C, frame: &Frame, entry: &CtEntry) -> bool {
+    const URGENT: u8 = 32;
+    let packet = &frame.packet;
+    if packet.protocol != protocol::TCP
+        || packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER)
+        || packet.tcp_flags & (TCP_ACK | TCP_SYN | TCP_FIN | TCP_RST | URGENT) != TCP_ACK
+    {
+        return false;
+    }
+    let reply = conntrack::is_reply(entry, frame.is_ingress());
+    let (from, to) = window(entry, reply);
+    let (other_from, other_to) = window(entry, !reply);
+    if from == to && other_from == other_to {
+        return false;
+    }
+    let bytes = ctx.bytes(false);
+    let Some(header) = bytes.array::<14>(u32::from(packet.transport_offset)) else {
+        return false;
+    };
+    let headers = u32::from(packet.transport_offset)
+        .wrapping_sub(u32::from(packet.network_offset))
+        .wrapping_add(u32::from(header[12] >> 4) * 4);
+    if headers > packet.length {
+        return false;
+    }
+    let payload = packet.length - headers;
+    if payload == 0 {
+        return other_from != other_to;
+    }
+    let room = to.wrapping_sub(from);
+    let at = u32::from_be_bytes([header[4], header[5], header[6], header[7]]).wrapping_sub(from);
+    room < 1 << 31 && at < room && payload <= room - at
 }
 
 /// Sends a packet to the worker of its flow. The verdict changes if that cannot be done, and to
@@ -129,8 +205,9 @@ pub fn carry<C: Context>(ctx: C, frame: &mut Frame) {
     if frame.asks < 2 {
         carried.slots[1] = CarrySlot::default();
     }
-    if !ctx.push(carried, queue, config.carrier) {
-        frame.set(Reason::CarryFailed);
+    let failed = ctx.push(carried, queue, config.carrier);
+    if failed != 0 {
+        frame.reason = failed as u8;
     }
 }
 
@@ -257,7 +334,7 @@ fn obey(command: &FlowCommand) -> u32 {
     if command.offload != 0 {
         entry.inspector = 0;
     }
-    entry.windows = command.windows;
+    set_windows(entry, command.windows);
     0
 }
 

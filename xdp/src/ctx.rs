@@ -5,11 +5,17 @@ use aya_ebpf::helpers::generated::{
     bpf_fib_lookup as fib_lookup, bpf_redirect, bpf_skb_change_head, bpf_skb_pull_data, bpf_skb_store_bytes,
     bpf_skb_vlan_pop, bpf_xdp_adjust_head, bpf_xdp_get_buff_len,
 };
-use palisade_abi::{Carried, CtEntry, carry_hook};
+use palisade_abi::{Carried, CtEntry, MAX_CARRIED_FRAME, Reason, carry_hook};
 use palisade_packet::{Bytes, MAX_HEADERS};
 
 use crate::frame::Frame;
 use crate::{event, verdict};
+
+/// More than the headers of a segment take.
+const MAX_SEGMENT_HEADERS: u32 = 256;
+
+/// Why a packet was not put on the carrier, if nothing else is known.
+const FAILED: u32 = Reason::CarryFailed as u32;
 
 /// The readable part of a frame, by direct packet access.
 pub struct Linear {
@@ -89,9 +95,9 @@ pub trait Context: Copy {
     fn related(self, frame: &mut Frame);
     /// [`crate::carry::carry`].
     fn carry(self, frame: &mut Frame);
-    /// What differs of [`crate::carry::carry`]: puts what stands before a packet there, and has it redirected. Whether
-    /// that worked.
-    fn push(self, carried: &mut Carried, queue: u32, carrier: u32) -> bool;
+    /// What differs of [`crate::carry::carry`]: puts what stands before a packet there, and has it redirected. 0, or
+    /// the number of the [`Reason`] why that did not work.
+    fn push(self, carried: &mut Carried, queue: u32, carrier: u32) -> u32;
     /// [`palisade_abi::carry_hook`].
     fn hook(self, egress: bool) -> u8;
     /// [`crate::event::send`].
@@ -309,15 +315,18 @@ impl Context for Xdp {
 
     /// The frame is copied where it lies: XDP leaves room for headers in front.
     #[inline(always)]
-    fn push(self, carried: &mut Carried, _: u32, carrier: u32) -> bool {
+    fn push(self, carried: &mut Carried, _: u32, carrier: u32) -> u32 {
         const LENGTH: usize = size_of::<Carried>();
+        if self.bytes(true).len > MAX_CARRIED_FRAME {
+            return Reason::CarryUnsupported as u32;
+        }
         // SAFETY: see above the impl.
         if unsafe { bpf_xdp_adjust_head(self.0, -(LENGTH as i32)) } != 0 {
-            return false;
+            return FAILED;
         }
         let bytes = self.bytes(false);
         if bytes.start + LENGTH > bytes.end {
-            return false;
+            return FAILED;
         }
         // SAFETY: within the packet, as just compared, at an even address; written in halves of words for that.
         unsafe {
@@ -328,7 +337,10 @@ impl Context for Xdp {
             }
         }
         // SAFETY: takes and changes nothing but what becomes of this packet.
-        unsafe { bpf_redirect(carrier, 0) == i64::from(xdp_action::XDP_REDIRECT) }
+        if unsafe { bpf_redirect(carrier, 0) } != i64::from(xdp_action::XDP_REDIRECT) {
+            return FAILED;
+        }
+        0
     }
 
     #[inline(always)]
@@ -410,26 +422,43 @@ impl Context for Skb {
 
     /// The head grows in front of the Ethernet header; what is segmented later takes it along.
     #[inline(always)]
-    fn push(self, carried: &mut Carried, queue: u32, carrier: u32) -> bool {
+    fn push(self, carried: &mut Carried, queue: u32, carrier: u32) -> u32 {
         const LENGTH: u32 = size_of::<Carried>() as u32;
         // SAFETY: see above the impl; `carried` is memory of `LENGTH` bytes.
         unsafe {
             let skb = self.0;
+            // A super-frame is cut to its segment size when it enters the carrier.
+            let gso = (*skb).gso_size;
+            let longest = if gso == 0 {
+                (*skb).len
+            } else {
+                gso + MAX_SEGMENT_HEADERS
+            };
+            if longest > MAX_CARRIED_FRAME {
+                return Reason::CarryUnsupported as u32;
+            }
             if (*skb).vlan_present != 0 {
                 carried.vlan = (*skb).vlan_tci as u16;
                 carried.vlan_protocol = u16::from_be((*skb).vlan_proto as u16);
                 if bpf_skb_vlan_pop(skb) != 0 {
-                    return false;
+                    return FAILED;
+                }
+                // Of two tags the inner one has taken the place beside the frame; there is room for one only.
+                if core::ptr::read_volatile(&raw const (*skb).vlan_present) != 0 {
+                    return Reason::CarryUnsupported as u32;
                 }
             }
             if bpf_skb_change_head(skb, LENGTH, 0) != 0
                 || bpf_skb_store_bytes(skb, 0, core::ptr::from_mut(carried).cast(), LENGTH, 0) != 0
             {
-                return false;
+                return FAILED;
             }
             // Of the queues of the carrier the kernel takes the one before this.
             (*skb).queue_mapping = queue + 1;
-            bpf_redirect(carrier, 0) == i64::from(TC_ACT_REDIRECT)
+            if bpf_redirect(carrier, 0) != i64::from(TC_ACT_REDIRECT) {
+                return FAILED;
+            }
+            0
         }
     }
 

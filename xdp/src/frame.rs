@@ -80,6 +80,8 @@ pub struct Frame {
     pub entry_flags: u8,
     /// How many policies want the packet read.
     pub asks: u8,
+    /// Whether one of those who ask needs this packet.
+    pub needed: bool,
     /// The endpoint has learned addresses by name.
     pub learns: u8,
     /// [`palisade_abi::carry_flags::AUDIT`] if the flow's application rules only audit.
@@ -119,6 +121,7 @@ impl Frame {
             inspector: 0,
             entry_flags: 0,
             asks: 0,
+            needed: false,
             learns: 0,
             carry_flags: 0,
         }

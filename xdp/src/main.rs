@@ -130,7 +130,7 @@ fn judge<C: Context>(ctx: C, egress: bool) -> Way {
     frame.egress = u8::from(egress);
     verdict(ctx, &mut frame, u32::from(egress));
     let mut way = Way::On;
-    if frame.asks != 0 && !frame.is_dropped() {
+    if frame.needed && !frame.is_dropped() {
         ctx.carry(&mut frame);
         if frame.reason != Reason::PassedUnread as u8 {
             way = Way::Carrier;

@@ -56,7 +56,7 @@ pub fn judge<C: Context>(ctx: C, frame: &mut Frame) {
             conntrack::count(entry, &frame.packet);
             frame.flow_flags = entry.flags;
             if entry.inspector != 0 {
-                carry::ask_again(frame, entry);
+                carry::ask_again(ctx, frame, entry);
             }
             return frame.set(Reason::Established);
         }
@@ -155,6 +155,7 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
         if frame.inspector != 0 {
             let opens = !is_tcp || tcp_flags == TCP_SYN;
             let midstream = if opens { 0 } else { carry_flags::MIDSTREAM };
+            frame.needed = true;
             carry::ask(frame, carry_flags::NEW | midstream);
         }
     }
@@ -268,7 +269,7 @@ pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
     entry.remote_identity = identity;
     if entry.inspector != frame.inspector || entry.ruleset != frame.ruleset {
         // Other rules have other windows.
-        entry.windows = [0; 4];
+        carry::set_windows(entry, [0; 4]);
     }
     entry.inspector = frame.inspector;
     entry.ruleset = frame.ruleset;

@@ -147,5 +147,11 @@ pub struct LearnedKey {
     pub endpoint: u32,
 }
 
+/// MTU of the carrier: what native XDP on a veth takes in one page with everything that it puts around it.
+pub const CARRIER_MTU: u32 = 3_400;
+
+/// Longest frame that can be carried, from its Ethernet header on.
+pub const MAX_CARRIED_FRAME: u32 = CARRIER_MTU + 14 - size_of::<Carried>() as u32;
+
 /// Most workers that there can be: slots of the WORKERS and XSKS maps.
 pub const MAX_WORKERS: usize = 64;

@@ -18,7 +18,8 @@ mod reason;
 
 pub use addr::{Addr, IpcacheEntry, PrefixKey};
 pub use carry::{
-    Carried, CarrySlot, FlowCommand, LearnedKey, MAX_WORKERS, Released, carry_flags, carry_hook, release,
+    CARRIER_MTU, Carried, CarrySlot, FlowCommand, LearnedKey, MAX_CARRIED_FRAME, MAX_WORKERS, Released,
+    carry_flags, carry_hook, release,
 };
 pub use class::{
     CLASS_ANY, CLASS_SLOTS, CLASS_UNKNOWN, Class, FIRST_DYNAMIC_CLASS, ICMP_SLOTS, PORT_SLOTS,

@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use palisade_abi::MAX_WORKERS;
+use palisade_abi::{CARRIER_MTU as MTU, MAX_WORKERS};
 
 use crate::{
     AttachError, Datapath, HookKind, MapError, SyscallError, TcMode,
@@ -27,10 +27,6 @@ use crate::{
 use palisade_abi::Direction;
 
 type Result<T> = std::result::Result<T, AttachError>;
-
-/// Bytes of a packet that the carrier takes, from the network header on: what fits a page with everything that XDP
-/// puts around it.
-const MTU: u32 = 3_400;
 
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;

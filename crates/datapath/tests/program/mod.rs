@@ -60,6 +60,10 @@ pub const ENTRIES: [Hook; 2] = [Hook::Xdp, Hook::TcIn];
 #[derive(Debug)]
 pub struct Outcome {
     pub passed: bool,
+    /// It goes to a worker.
+    pub carried: bool,
+    /// What the program has made of it.
+    pub frame: Vec<u8>,
     pub reason: Reason,
     pub direction: Direction,
     pub events: Vec<Event>,
@@ -340,8 +344,10 @@ impl World {
             self.take_counters();
         }
         let before = std::mem::take(&mut self.counters);
-        let (retval, _) = sys::test_run(self.program(hook), frame, context, 1).unwrap();
+        let (retval, out) = sys::test_packet(self.program(hook), frame, context).unwrap();
+        let carried = matches!((hook, retval), (Hook::Xdp, 4) | (Hook::TcIn | Hook::TcOut, 7));
         let passed = match (hook, retval) {
+            _ if carried => true,
             (Hook::Xdp, 2) | (Hook::TcIn | Hook::TcOut, 0xffff_ffff) => true,
             (Hook::Xdp, 1) | (Hook::TcIn | Hook::TcOut, 2) => false,
             _ => panic!("{hook:?} returned {retval}"),
@@ -366,10 +372,27 @@ impl World {
         };
         Outcome {
             passed,
+            carried,
+            frame: out,
             reason,
             direction,
             events: self.take_events(),
         }
+    }
+
+    /// Whether a packet with a mark passes.
+    pub fn passes_marked(&self, hook: Hook, frame: &[u8], mark: u32) -> bool {
+        // struct __sk_buff: mark is the third word.
+        let mut skb = [0u32; 48];
+        skb[2] = mark;
+        skb[9] = IFINDEX;
+        let (retval, _) = sys::test_packet(self.program(hook), frame, skb.as_bytes()).unwrap();
+        retval == 0xffff_ffff
+    }
+
+    /// The worker of the first queue says that it lives.
+    pub fn beat(&self, now: u64) {
+        sys::update(self.map(maps::WORKERS), 0u32.as_bytes(), now.as_bytes()).unwrap();
     }
 
     fn take_counters(&mut self) {

@@ -118,3 +118,26 @@ pub fn test_run(
     bpf(BPF_PROG_TEST_RUN, &mut attr)?;
     Ok((attr.retval, attr.duration))
 }
+
+/// What a program returned, and what it made of the packet.
+pub fn test_packet(program: BorrowedFd<'_>, frame: &[u8], context: &[u8]) -> io::Result<(u32, Vec<u8>)> {
+    let mut out = vec![0; frame.len() + 512];
+    let mut attr = TestAttr {
+        fd: program.as_raw_fd() as u32,
+        data_size_in: frame.len() as u32,
+        data_size_out: out.len() as u32,
+        data_in: frame.as_ptr() as u64,
+        data_out: out.as_mut_ptr() as u64,
+        repeat: 1,
+        ctx_size_in: context.len() as u32,
+        ctx_in: if context.is_empty() {
+            0
+        } else {
+            context.as_ptr() as u64
+        },
+        ..TestAttr::default()
+    };
+    bpf(BPF_PROG_TEST_RUN, &mut attr)?;
+    out.truncate(attr.data_size_out as usize);
+    Ok((attr.retval, out))
+}
