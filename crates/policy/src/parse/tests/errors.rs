@@ -536,8 +536,7 @@ fn application_rules_and_their_ports() {
 
     let dns = |rest: &str, expected: &str| {
         let rule = format!("toPorts: [{{rules: {{dns: [{{matchPattern: '*'}}]}}{rest}}}]");
-        let warning = format!("7:23: warning: {}", WARNING_HTTP.replace("HTTP", "DNS"));
-        assert_said(&format!("  egress:\n  - {rule}\n"), &[expected, &warning]);
+        assert_said(&format!("  egress:\n  - {rule}\n"), &[expected]);
     };
     dns(
         ", ports: [{port: '53', endPort: 54}]",
@@ -552,15 +551,11 @@ fn application_rules_and_their_ports() {
         &[
             "7:15: warning: an entry without ports matches nothing; for every port write port: \"0\"",
             "7:16: dns rules need a port; write port: \"53\"",
-            &format!("7:23: warning: {}", WARNING_HTTP.replace("HTTP", "DNS")),
         ],
     );
     assert_said(
         "  ingress:\n  - toPorts: [{rules: {dns: [{matchPattern: '*'}]}, ports: [{port: '53'}]}]\n",
-        &[
-            &format!("7:23: warning: {}", WARNING_HTTP.replace("HTTP", "DNS")),
-            "7:24: dns rules are for egress only",
-        ],
+        &["7:24: dns rules are for egress only"],
     );
     assert_said(
         "  egress:\n  - toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {http: [{}], kafka: [{}]}}]\n",
