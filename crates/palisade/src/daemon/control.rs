@@ -342,7 +342,9 @@ impl Control {
                 }
                 Message::Signal(_) => return End::Stay,
                 Message::Names(Wish::Identities) => {
-                    self.engine.extend(&self.datapath, &self.names);
+                    let workers = &mut self.workers;
+                    self.engine
+                        .extend(&self.datapath, &self.names, |sets| workers.set_rules(sets));
                     self.publish();
                     self.changed();
                 }
@@ -436,9 +438,11 @@ impl Control {
 
     fn enforce(&mut self, begun: Instant) {
         let gone = self.gone_endpoints();
-        // Before a map can name them.
-        self.workers.set_rules(&self.engine.compiler.snapshot().rulesets);
-        if self.engine.enforce(&self.datapath, &self.names) {
+        let workers = &mut self.workers;
+        if self
+            .engine
+            .enforce(&self.datapath, &self.names, |sets| workers.set_rules(sets))
+        {
             self.changes += 1;
             self.last_change = begun.elapsed();
         }

@@ -16,7 +16,7 @@ use palisade_policy::{
     names::{LearnedSet, Names as Meanings, SelectorList},
     plan::{MapContents, plan},
     rule::{FqdnPattern, Peer as RulePeer, Peers},
-    snapshot::Snapshot,
+    snapshot::{RuleSet, Snapshot},
     world::{Endpoint, NamedPorts, Options, Peer, World},
 };
 use tracing::error;
@@ -28,6 +28,9 @@ use super::{
     state::{NODE, State},
 };
 use crate::config::Config;
+
+/// Application rules by their number.
+pub type RuleSets = BTreeMap<u32, Arc<RuleSet>>;
 
 /// The compiler, and what of its results is in the maps.
 #[derive(Debug)]
@@ -129,7 +132,9 @@ impl Engine {
 
     /// Makes the maps hold what the compiler says, without a packet noticing, learned addresses included. Answers
     /// whether anything changed. If that fails, what was enforced last is put back, and the next try begins there.
-    pub fn enforce(&mut self, datapath: &Datapath, names: &Names) -> bool {
+    ///
+    /// `tell` is given the application rules before a map can name them.
+    pub fn enforce(&mut self, datapath: &Datapath, names: &Names, mut tell: impl FnMut(&RuleSets)) -> bool {
         let policy = self.names_policy();
         let endpoints = endpoint_names(self.compiler.world());
         let snapshot = self.compiler.snapshot();
@@ -159,6 +164,7 @@ impl Engine {
         let wanted = self.compiler.snapshot().clone();
         let meaning = self::meaning(&wanted);
         let way = change.plan(&meaning);
+        tell(&wanted.rulesets);
         match self.go(datapath, &wanted, &way) {
             Ok(changed) => {
                 self.problem = None;
@@ -207,11 +213,12 @@ impl Engine {
         }
     }
 
-    /// Makes the identities that answers wait for. Costs what they cost, not what the policies do.
-    pub fn extend(&mut self, datapath: &Datapath, names: &Names) {
+    /// Makes the identities that answers wait for. Costs what they cost, not what the policies do. `tell`: see
+    /// [`Self::enforce`].
+    pub fn extend(&mut self, datapath: &Datapath, names: &Names, mut tell: impl FnMut(&RuleSets)) {
         names.heard(Wish::Identities);
         if self.problem.is_some() || self.good.is_none() {
-            self.enforce(datapath, names);
+            self.enforce(datapath, names, tell);
             return;
         }
         let mut state = names.lock();
@@ -222,7 +229,12 @@ impl Engine {
             .filter_map(|(address, set)| set_of(&before, *address, set));
         self.wanted.extend(sets);
         let outcome = match self.compiler.learned(&self.wanted) {
-            Ok(update) => datapath.apply(&update.ops).map_err(|problem| problem.to_string()),
+            Ok(update) => {
+                if update.rulesets {
+                    tell(&self.compiler.snapshot().rulesets);
+                }
+                datapath.apply(&update.ops).map_err(|problem| problem.to_string())
+            }
             Err(problems) => Err(problems
                 .iter()
                 .map(ToString::to_string)
