@@ -294,6 +294,8 @@ deciding rule, then `N passed, M failed`, and exits 1 if a check failed.")]
   palisade policy trace --from world-ipv4 --to host --port 22
   palisade policy trace --from 192.0.2.7 --to default/web --port 443/tcp
   palisade policy trace --from default/a --to 10.0.9.5 --protocol icmp --port 8
+  palisade policy trace --from default/a --to 192.0.2.53 --dns api.example.com
+  palisade policy trace --from default/a --to-fqdn api.example.com --port 443
   palisade policy trace --config palisade.toml --policies policies.d --from default/a --to default/b --port 53/udp
 
 An end is an endpoint or a peer by name, an endpoint's number, an address, or a reserved identity that is in use
@@ -304,8 +306,19 @@ Exits 0 if the packet would pass (also by audit mode, or once it was inspected),
         #[arg(long, visible_alias = "src", value_name = "END")]
         from: String,
         /// Who receives.
-        #[arg(long, visible_alias = "dst", value_name = "END")]
-        to: String,
+        #[arg(
+            long,
+            visible_alias = "dst",
+            value_name = "END",
+            required_unless_present = "to_fqdn"
+        )]
+        to: Option<String>,
+        /// The sender has learned the receiver by this name; --to can say which address it has.
+        #[arg(long, value_name = "NAME")]
+        to_fqdn: Option<String>,
+        /// The packet asks DNS for this name (without --port and --protocol: 53/udp).
+        #[arg(long, value_name = "NAME")]
+        dns: Option<String>,
         /// tcp, udp, sctp, icmp, icmpv6, or a number.
         #[arg(long, value_name = "PROTOCOL")]
         protocol: Option<String>,

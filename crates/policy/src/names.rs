@@ -85,7 +85,16 @@ impl Names {
     /// Selectors that nobody uses count for nothing. An address that no name can add to is who it is.
     #[must_use]
     pub fn identity(&self, address: IpAddr, selectors: &[SelectorNumber]) -> Option<Identity> {
-        let base = self.base(address);
+        self.identity_on(self.base(address), selectors)
+    }
+
+    /// The same for an address that nothing else is known of (IPv4).
+    #[must_use]
+    pub fn identity_in_world(&self, selectors: &[SelectorNumber]) -> Option<Identity> {
+        self.identity_on(self.worlds[0], selectors)
+    }
+
+    fn identity_on(&self, base: Identity, selectors: &[SelectorNumber]) -> Option<Identity> {
         if selectors.is_empty() || !learnable(base) {
             return Some(base);
         }
@@ -106,7 +115,16 @@ impl Names {
     /// The set that says all about an address; none if no name can add to it.
     #[must_use]
     pub fn set(&self, address: IpAddr, selectors: &[SelectorNumber]) -> Option<LearnedSet> {
-        let base = self.base(address);
+        self.set_on(self.base(address), selectors)
+    }
+
+    /// The same for an address that nothing else is known of (IPv4).
+    #[must_use]
+    pub fn set_in_world(&self, selectors: &[SelectorNumber]) -> Option<LearnedSet> {
+        self.set_on(self.worlds[0], selectors)
+    }
+
+    fn set_on(&self, base: Identity, selectors: &[SelectorNumber]) -> Option<LearnedSet> {
         let used = self.used(selectors);
         (learnable(base) && !used.is_empty()).then(|| LearnedSet {
             base,

@@ -1,13 +1,15 @@
 //! One packet explained: the verdict of both ends, and the rules that led to it, in words.
 
-use std::{fmt, net::IpAddr};
+use std::{borrow::Cow, fmt, net::IpAddr};
 
-use palisade_abi::{Decision, Direction, Identity, PolicyEntry, entry_flags, protocol};
+use palisade_abi::{Decision, Direction, Identity, Inspector, PolicyEntry, entry_flags, protocol};
 use serde::Serialize;
 
 use crate::{
     compile::Compiler,
+    l7::{Request, name_matches, passing},
     labels::Labels,
+    names::{Names, SelectorNumber},
     snapshot::{RuleKey, inspector_name},
 };
 
@@ -17,8 +19,12 @@ pub struct Question {
     /// An endpoint (`name`, `namespace/name` or its number; `host` for the node), a peer, an address, or a reserved
     /// identity by name.
     pub source: String,
-    /// The same for where it goes.
+    /// The same for where it goes. With `to_fqdn` the address that the name has, or nothing (any IPv4 address).
     pub destination: String,
+    /// The source has learned the destination by this name.
+    pub to_fqdn: Option<String>,
+    /// The packet asks DNS for this name.
+    pub dns: Option<String>,
     /// IP protocol number.
     pub protocol: u8,
     /// Destination port, or type of ICMP; 0 where there is none.
@@ -115,7 +121,74 @@ pub struct Matching {
 /// Explains a packet. An error says which end is not known.
 pub fn trace(compiler: &Compiler, question: &Question) -> Result<Trace, String> {
     let source = end(compiler, &question.source)?;
-    let destination = end(compiler, &question.destination)?;
+    let Some(name) = &question.to_fqdn else {
+        let destination = end(compiler, &question.destination)?;
+        return trace_between(compiler, question, source, destination);
+    };
+    let address: IpAddr = match question.destination.as_str() {
+        "" => IpAddr::from([0, 0, 0, 0]),
+        text => text
+            .parse()
+            .map_err(|_| format!("{text:?} is no address: say which one {name} has, or none"))?,
+    };
+    let endpoint = source
+        .endpoint
+        .ok_or_else(|| format!("{} is no endpoint of this node: it learns no names", source.name))?;
+    // The identity may be one that nobody has needed yet.
+    let mut compiler = Cow::Borrowed(compiler);
+    let snapshot = compiler.snapshot();
+    let selectors: Vec<SelectorNumber> = snapshot
+        .fqdn
+        .get(&endpoint)
+        .into_iter()
+        .flat_map(|list| list.iter())
+        .filter(|(_, pattern)| name_matches(pattern, name))
+        .map(|(number, _)| *number)
+        .collect();
+    let names = snapshot.names.clone();
+    let learn = |names: &Names| match question.destination.as_str() {
+        // Not an address that a policy or a peer names.
+        "" => names.identity_in_world(&selectors),
+        _ => names.identity(address, &selectors),
+    };
+    if learn(&names).is_none() {
+        let set = match question.destination.as_str() {
+            "" => names.set_in_world(&selectors),
+            _ => names.set(address, &selectors),
+        };
+        let mut wanted = compiler.wanted().clone();
+        wanted.extend(set);
+        compiler.to_mut().learned(&wanted).map_err(|errors| {
+            errors
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
+                .join("\n")
+        })?;
+    }
+    let snapshot = compiler.snapshot();
+    let identity = learn(&snapshot.names).ok_or_else(|| format!("{name} has no identity"))?;
+    let destination = End {
+        name: match question.destination.as_str() {
+            "" => name.clone(),
+            address => format!("{name} at {address}"),
+        },
+        identity,
+        labels: snapshot.identities.get(&identity).cloned().unwrap_or_default(),
+        endpoint: match question.destination.as_str() {
+            "" => None,
+            _ => Some(snapshot.identity_of(address).endpoint).filter(|id| *id != 0),
+        },
+    };
+    trace_between(&compiler, question, source, destination)
+}
+
+fn trace_between(
+    compiler: &Compiler,
+    question: &Question,
+    source: End,
+    destination: End,
+) -> Result<Trace, String> {
     let mut sides = Vec::new();
     if let Some(endpoint) = source.endpoint {
         sides.push(side(
@@ -251,7 +324,30 @@ fn side(
             id,
         })
         .collect();
-    let (verdict, reason) = explain(compiler, &entry);
+    let (mut verdict, mut reason) = explain(compiler, &entry);
+    let mut rule = entry.rule;
+    if let (Decision::Inspect, Some(name)) = (Decision::from_u8(entry.decision), &question.dns)
+        && let Some(set) = snapshot.rulesets.get(&entry.ruleset)
+        && set.reads == Inspector::Dns as u8
+    {
+        let request = Request {
+            dns: Some(name.clone()),
+            ..Request::default()
+        };
+        (verdict, reason) = match passing(set, &request) {
+            Some(alternative) => {
+                rule = alternative.rule;
+                (Outcome::Allowed, format!("a rule lets it ask for {name}"))
+            }
+            None if entry.flags & entry_flags::AUDIT != 0 => {
+                (Outcome::Audited, format!("no rule lets it ask for {name}"))
+            }
+            None => (
+                Outcome::Denied,
+                format!("no rule lets it ask for {name}; it is answered REFUSED"),
+            ),
+        };
+    }
     Ok(Side {
         endpoint,
         name,
@@ -261,8 +357,8 @@ fn side(
         },
         verdict,
         reason,
-        decided_by: describe(entry.rule),
-        rule: entry.rule,
+        decided_by: describe(rule),
+        rule,
         matching,
     })
 }
@@ -404,6 +500,8 @@ spec:
         let question = Question {
             source: source.into(),
             destination: destination.into(),
+            to_fqdn: None,
+            dns: None,
             protocol: protocol::TCP,
             port,
         };
@@ -457,6 +555,8 @@ spec:
                 &Question {
                     source: "nobody".into(),
                     destination: "web".into(),
+                    to_fqdn: None,
+                    dns: None,
                     protocol: 6,
                     port: 1
                 }
@@ -464,5 +564,106 @@ spec:
             .unwrap_err()
             .contains("nobody")
         );
+    }
+
+    const NAMES: &str = "apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: names}
+spec:
+  endpointSelector: {matchLabels: {app: front}}
+  egress:
+  - toCIDR: [198.51.100.53/32]
+    toPorts:
+    - ports: [{port: '53', protocol: UDP}]
+      rules: {dns: [{matchPattern: '*.example.com'}]}
+  - toFQDNs: [{matchPattern: '*.example.com'}]
+    toPorts:
+    - ports: [{port: '443', protocol: TCP}]
+  - toCIDR: [203.0.113.0/24]
+    toPorts:
+    - ports: [{port: '22', protocol: TCP}]
+  egressDeny:
+  - toFQDNs: [{matchName: bad.example.com}]
+";
+
+    fn ask_by_name(question: Question) -> Result<Trace, String> {
+        let mut compiler = compiler();
+        let parsed = parse("names.yaml", NAMES);
+        assert!(!parsed.has_errors(), "{:?}", parsed.diagnostics);
+        let content = FileContent {
+            policies: parsed.policies,
+            cidr_groups: Vec::new(),
+        };
+        compiler
+            .update(Changes {
+                world: None,
+                files: BTreeMap::from([("names.yaml".into(), Some(content))]),
+            })
+            .unwrap();
+        trace(&compiler, &question)
+    }
+
+    fn to_name(name: &str, address: &str, port: u16) -> Question {
+        Question {
+            source: "front".into(),
+            destination: address.into(),
+            to_fqdn: Some(name.into()),
+            dns: None,
+            protocol: protocol::TCP,
+            port,
+        }
+    }
+
+    #[test]
+    fn destinations_by_name() {
+        let answer = ask_by_name(to_name("API.example.com.", "", 443)).unwrap();
+        assert_eq!(answer.verdict, Outcome::Allowed, "{answer}");
+        assert_eq!(
+            answer.sides[0].decided_by,
+            "policy default/names egress rule 2 (names.yaml:11)"
+        );
+        assert!(answer.destination.labels.has("fqdn", "*.example.com"));
+        // A prefix that a policy mentions: an identity that nobody has needed before.
+        let answer = ask_by_name(to_name("api.example.com", "203.0.113.9", 22)).unwrap();
+        assert_eq!(answer.verdict, Outcome::Allowed, "{answer}");
+        assert!(answer.destination.labels.has("cidr", "203.0.113.0/24"));
+        assert!(answer.destination.labels.has("fqdn", "*.example.com"));
+        for (name, address) in [("a.other", ""), ("a.b.example.com", "192.0.2.1")] {
+            let answer = ask_by_name(to_name(name, address, 443)).unwrap();
+            assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
+        }
+        // Two selectors, one of which denies: that name has an identity of its own.
+        let answer = ask_by_name(to_name("bad.example.com", "192.0.2.1", 443)).unwrap();
+        assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
+        assert!(
+            answer.sides[0].decided_by.contains("egressDeny rule 1"),
+            "{answer}"
+        );
+        let nobody = Question {
+            source: "192.0.2.1".into(),
+            ..to_name("api.example.com", "", 443)
+        };
+        assert!(ask_by_name(nobody).unwrap_err().contains("learns no names"));
+    }
+
+    #[test]
+    fn names_that_are_asked_for() {
+        let ask = |name: &str| {
+            let question = Question {
+                source: "front".into(),
+                destination: "198.51.100.53".into(),
+                to_fqdn: None,
+                dns: Some(name.into()),
+                protocol: protocol::UDP,
+                port: 53,
+            };
+            ask_by_name(question).unwrap()
+        };
+        let answer = ask("api.example.com");
+        assert_eq!(answer.verdict, Outcome::Allowed, "{answer}");
+        assert!(answer.sides[0].decided_by.contains("egress rule 1"), "{answer}");
+        let answer = ask("example.org");
+        assert_eq!(answer.verdict, Outcome::Denied);
+        assert!(answer.to_string().contains("answered REFUSED"), "{answer}");
     }
 }

@@ -68,12 +68,22 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
             PolicyCommand::Trace {
                 from,
                 to,
+                to_fqdn,
+                dns,
                 protocol,
                 port,
                 policies,
                 output,
             } => {
-                let request = policy::trace_request(from, to, protocol.as_deref(), port.as_deref())?;
+                let mut request = policy::trace_request(
+                    from,
+                    to.as_deref().unwrap_or_default(),
+                    protocol.as_deref(),
+                    port.as_deref()
+                        .or((dns.is_some() && protocol.is_none()).then_some("53/udp")),
+                )?;
+                request.to_fqdn.clone_from(to_fqdn);
+                request.dns.clone_from(dns);
                 policy::trace(&cli.config, &socket(), request, policies, output.output)
             }
             PolicyCommand::Get { name, output } => {

@@ -123,6 +123,8 @@ pub fn trace_request(
     Ok(TraceRequest {
         from: from.to_owned(),
         to: to.to_owned(),
+        to_fqdn: None,
+        dns: None,
         protocol,
         port,
     })

@@ -70,8 +70,14 @@ pub struct ObserveRequest {
 pub struct TraceRequest {
     /// Who sends: endpoint, peer, address, or a reserved identity.
     pub from: String,
-    /// Who receives.
+    /// Who receives; with `to_fqdn` its address, or nothing.
     pub to: String,
+    /// The sender has learned the receiver by this name.
+    #[serde(default)]
+    pub to_fqdn: Option<String>,
+    /// The packet asks DNS for this name.
+    #[serde(default)]
+    pub dns: Option<String>,
     /// IP protocol number.
     pub protocol: u8,
     /// Destination port, or the ICMP type; 0 where the protocol has none.

@@ -494,6 +494,8 @@ pub fn trace(compiler: &Compiler, request: &TraceRequest) -> Result<TraceAnswer,
     let question = Question {
         source: request.from.clone(),
         destination: request.to.clone(),
+        to_fqdn: request.to_fqdn.clone(),
+        dns: request.dns.clone(),
         protocol: request.protocol,
         port: request.port,
     };

@@ -42,7 +42,7 @@ pub(crate) struct LearnedIdentity {
 }
 
 /// Selectors and the identities that come of them.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct LearnedNames {
     /// Selector by its text.
     numbers: HashMap<String, SelectorNumber>,
@@ -250,6 +250,12 @@ impl Compiler {
             None => update.ops.push(Op::PolicyPut(puts)),
         }
         Ok(update)
+    }
+
+    /// What was asked for by [`Self::learned`].
+    #[must_use]
+    pub fn wanted(&self) -> &BTreeSet<LearnedSet> {
+        &self.names.wanted
     }
 
     /// Whether the snapshot holds the tables that the subjects have.

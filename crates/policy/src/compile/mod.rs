@@ -77,7 +77,7 @@ pub struct CompilerState {
 }
 
 /// Turns policies and a world into [`Snapshot`]s.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Compiler {
     world: World,
     files: BTreeMap<String, Arc<FileContent>>,
