@@ -235,7 +235,7 @@ fn a_window_needs_no_reading() {
     assert_eq!(windows(1000, 1099), (true, false));
     assert_eq!(windows(0, 0), (true, true));
     // Half the space is no window.
-    assert_eq!(windows(1000, 1000 + (1 << 31)).0, true);
+    assert!(windows(1000, 1000 + (1 << 31)).0);
     assert_eq!(windows(1000, 1100), (false, false));
     for flags in [SYN | ACK, FIN | ACK, RST | ACK, 32 | ACK] {
         let mut frame = segment(CLIENT, SERVER, flags & !32, &[7; 100]);
