@@ -276,7 +276,7 @@ proptest! {
                     let held = map.lock().entries.get(&key(endpoint, address(n))).copied();
                     let held = held.unwrap_or_default();
                     prop_assert_eq!(held / 8, generation, "of another policy: {}", held);
-                    prop_assert_eq!(held % 8 & implied, implied);
+                    prop_assert_eq!((held % 8) & implied, implied);
                 }
             }
         }
