@@ -258,19 +258,30 @@ pub fn to_worker(ctx: Xdp) -> u32 {
     }
 }
 
+/// Values that any bytes make.
+trait Plain {}
+impl Plain for Released {}
+impl Plain for FlowCommand {}
+
+/// Reads a value out of a packet; whether it lies within.
+#[inline(always)]
+fn load<T: Plain>(ctx: Skb, at: u32, into: &mut T) -> bool {
+    let size = size_of::<T>() as u32;
+    // SAFETY: the context pointer is the one the kernel gave the program; the helper fills `size` bytes of a value for
+    // which all bytes are values.
+    unsafe { bpf_skb_load_bytes(ctx.0.cast(), at, core::ptr::from_mut(into).cast(), size) == 0 }
+}
+
 /// What enters the node's end of the carrier goes where its last bytes say, if they are ours.
 #[inline(always)]
 pub fn from_worker(ctx: Skb) -> i32 {
     const TRAILER: u32 = size_of::<Released>() as u32;
     const COMMAND: u32 = size_of::<FlowCommand>() as u32;
     let skb = ctx.0;
-    // SAFETY (both blocks): the context pointer is the one the kernel gave the program; the helpers fill memory of the
-    // length that they are told.
+    // SAFETY: the context pointer is the one the kernel gave the program, valid while it runs.
     let length = unsafe { (*skb).len };
     let mut released = Released::default();
-    let ours = length >= TRAILER + 14
-        && unsafe { bpf_skb_load_bytes(skb.cast(), length - TRAILER, (&raw mut released).cast(), TRAILER) }
-            == 0;
+    let ours = length >= TRAILER + 14 && load(ctx, length - TRAILER, &mut released);
     let (true, Some(config)) = (ours, CONFIG.get(0)) else {
         count(Reason::CarryForeign, length);
         return TC_ACT_SHOT;
@@ -283,10 +294,7 @@ pub fn from_worker(ctx: Skb) -> i32 {
     if released.flags & release::COMMAND != 0 {
         let mut command = FlowCommand::default();
         tail += COMMAND;
-        // SAFETY: as above.
-        let loaded = length >= tail + 14
-            && unsafe { bpf_skb_load_bytes(skb.cast(), length - tail, (&raw mut command).cast(), COMMAND) }
-                == 0;
+        let loaded = length >= tail + 14 && load(ctx, length - tail, &mut command);
         if !loaded {
             count(Reason::CarryForeign, length);
             return TC_ACT_SHOT;
