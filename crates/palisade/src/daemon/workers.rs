@@ -233,7 +233,9 @@ fn start(wanted: &Wanted, dns: &Dns, datapath: &Datapath, cookie: u64) -> anyhow
         info!("{workers} workers at {}1", wanted.interface);
     } else {
         let mut problems = pool.counters().iter().filter_map(|counters| counters.problem());
-        let problem = problems.next_back().unwrap_or_else(|| "not ready in time".to_owned());
+        let problem = problems
+            .next_back()
+            .unwrap_or_else(|| "not ready in time".to_owned());
         error!("not all workers run: {problem}");
     }
     let running = Running {
