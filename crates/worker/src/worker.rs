@@ -344,6 +344,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         };
         let mut slots = carried.slots.iter().filter(|slot| slot.endpoint != 0);
         let Some(first) = slots.next() else {
+            self.post.counters.dropped(Reason::CarryForeign);
             self.port.give(frame);
             return;
         };
@@ -385,6 +386,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             .data(&caught.frame)
             .get(caught.start..caught.start + caught.length)
         else {
+            self.wishes.discard(handle, Reason::CarryFailed);
             return;
         };
         let view = ready.view(slot, ifindex, hook, frame);

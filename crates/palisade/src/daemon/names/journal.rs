@@ -11,7 +11,7 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
-        mpsc::{self, Receiver, RecvTimeoutError, Sender},
+        mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender},
     },
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -25,6 +25,8 @@ use tracing::{error, info, warn};
 const SYNC: Duration = Duration::from_secs(5);
 /// A journal is begun anew when so much was appended, or as much as there was at its beginning, if that is more.
 const LEAST: u64 = 4 << 20;
+/// Orders that may wait for the disk.
+const QUEUE: usize = 1_024;
 
 /// A line.
 #[derive(Debug, Serialize, Deserialize)]
@@ -50,7 +52,7 @@ pub struct Found {
 /// The file, for those who have something to be written.
 #[derive(Clone, Debug)]
 pub struct Journal {
-    orders: Sender<Order>,
+    orders: SyncSender<Order>,
     appended: Arc<AtomicU64>,
     begun: Arc<AtomicU64>,
 }
@@ -126,7 +128,7 @@ fn read_file(file: File, endpoints: &BTreeMap<u16, String>, found: &mut Found) -
 impl Journal {
     /// Begins with what there is now.
     pub fn begin(dir: &Path, endpoints: BTreeMap<u16, String>, all: Vec<SavedName>) -> io::Result<Self> {
-        let (orders, receiver) = mpsc::channel();
+        let (orders, receiver) = mpsc::sync_channel(QUEUE);
         let journal = Self {
             orders,
             appended: Arc::default(),
@@ -149,8 +151,7 @@ impl Journal {
     /// Has names written behind the others.
     pub fn append(&self, names: Vec<SavedName>) {
         if !names.is_empty() {
-            // The writer lives as long as somebody has this.
-            let _ = self.orders.send(Order::Append(now(), names));
+            self.order(Order::Append(now(), names));
         }
     }
 
@@ -163,7 +164,16 @@ impl Journal {
     /// Begins anew, with what there is now.
     pub fn begin_anew(&self, endpoints: BTreeMap<u16, String>, all: Vec<SavedName>) {
         self.appended.store(0, Ordering::Relaxed);
-        let _ = self.orders.send(Order::Begin(now(), endpoints, all));
+        self.order(Order::Begin(now(), endpoints, all));
+    }
+
+    /// Nobody waits for the disk. What has no room in the queue is left out, and everything is written anew once
+    /// there is room.
+    fn order(&self, order: Order) {
+        // The writer lives as long as somebody has this.
+        if self.orders.try_send(order).is_err() {
+            self.appended.store(u64::MAX / 2, Ordering::Relaxed);
+        }
     }
 
     /// Waits until everything is on the disk.

@@ -309,7 +309,7 @@ impl Names {
         for lesson in batch.drain(..) {
             let endpoint = lesson.learn.endpoint;
             let pending = state.book.cache.learn(endpoint, &lesson.learn.answer, now);
-            self.tell_name(endpoint, &lesson.learn.answer, Source::Answer);
+            self.tell_name(&state.book.cache, endpoint, &lesson.learn.answer, Source::Answer);
             self.finish(state, pending, Some(lesson), None, now, &mut lines);
         }
         let late = |waiting: &mut Waiting| waiting.since.elapsed() > PATIENCE;
@@ -424,7 +424,7 @@ impl Names {
         let mut guard = self.lock();
         for endpoint in endpoints {
             let pending = guard.book.cache.learn(*endpoint, answer, now);
-            self.tell_name(*endpoint, answer, Source::Prefetch);
+            self.tell_name(&guard.book.cache, *endpoint, answer, Source::Prefetch);
             self.finish(&mut guard, pending, None, None, now, &mut lines);
         }
         let waiting = !guard.waiting.is_empty();
@@ -441,11 +441,13 @@ impl Names {
         }
     }
 
-    fn tell_name(&self, endpoint: EndpointId, answer: &Answer, source: Source) {
+    /// Only of addresses that the cache has taken: its limits bound this too.
+    fn tell_name(&self, cache: &Cache, endpoint: EndpointId, answer: &Answer, source: Source) {
         if let Some(question) = &answer.question
             && !answer.addresses.is_empty()
         {
             let addresses = answer.addresses.iter().map(|address| address.ip.to_canonical());
+            let addresses = addresses.filter(|address| cache.has(endpoint, *address));
             self.known_as(endpoint, &question.name.to_string(), addresses, source);
         }
     }
