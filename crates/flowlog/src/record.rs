@@ -173,6 +173,24 @@ fn layer7(record: &Record) -> (Layer7, String) {
             let name = if name.is_empty() { "without a name" } else { &name };
             (None, format!("TLS Hello {name} ({})", tls_version(*version)))
         }
+        What::HttpRequest { method, url, .. } => (
+            None,
+            format!(
+                "{} {}",
+                String::from_utf8_lossy(method.bytes()),
+                String::from_utf8_lossy(url.bytes())
+            ),
+        ),
+        What::HttpResponse {
+            method, url, status, ..
+        } => (
+            None,
+            format!(
+                "{status} {} {}",
+                String::from_utf8_lossy(method.bytes()),
+                String::from_utf8_lossy(url.bytes())
+            ),
+        ),
         What::Unreadable { detail } => (None, format!("Unreadable: {detail}")),
     };
     let l7 = Layer7 {

@@ -4,8 +4,8 @@ use palisade_abi::{Inspector, Reason, carry_flags, protocol};
 use palisade_packet::flags;
 
 use crate::{
-    DnsLimits, DnsStats, FragmentLimits, FragmentStats, Learned, Millis, Rules, Sink, StreamLimits,
-    StreamStats, TlsLimits, TlsStats, View,
+    DnsLimits, DnsStats, FragmentLimits, FragmentStats, HttpLimits, Learned, Millis, Rules, Sink,
+    StreamLimits, StreamStats, TlsLimits, TlsStats, View,
     dns::{Dns, stream::Streams},
     fragments::Reassembler,
     record::{Record, Verdict, What},
@@ -13,12 +13,14 @@ use crate::{
 };
 
 /// What an engine may hold. Of one worker.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Limits {
     /// DNS.
     pub dns: DnsLimits,
     /// DNS over TCP.
     pub streams: StreamLimits,
+    /// HTTP.
+    pub http: HttpLimits,
     /// TLS.
     pub tls: TlsLimits,
     /// Fragmented datagrams.

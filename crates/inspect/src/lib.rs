@@ -11,6 +11,7 @@ mod build;
 mod dns;
 mod engine;
 mod fragments;
+mod http;
 pub mod learning;
 pub mod record;
 mod rules;
@@ -27,6 +28,7 @@ pub use dns::{
 };
 pub use engine::{Engine, Limits, Stats};
 pub use fragments::{FragmentLimits, FragmentStats};
+pub use http::{HttpLimits, Paths};
 pub use palisade_fqdn::{TrackLimits, Unasked};
 pub use rules::{DnsRules, Problem, Rules, TlsRules};
 pub use tcp::{TcpLimits, TcpStats};

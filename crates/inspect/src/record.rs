@@ -72,6 +72,37 @@ impl Text {
     }
 }
 
+/// A word in a record, at most 16 bytes; longer ones are cut.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub struct Word {
+    length: u8,
+    bytes: [u8; 16],
+}
+
+impl From<&[u8]> for Word {
+    fn from(from: &[u8]) -> Self {
+        let mut word = Self::default();
+        let length = from.len().min(word.bytes.len());
+        word.bytes[..length].copy_from_slice(&from[..length]);
+        word.length = length as u8;
+        word
+    }
+}
+
+impl Word {
+    /// Its bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.length)]
+    }
+}
+
+impl fmt::Debug for Word {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", String::from_utf8_lossy(self.bytes()))
+    }
+}
+
 /// Verdict of a record.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Verdict {
@@ -178,6 +209,32 @@ pub enum What {
         version: u16,
         /// It carries an encrypted hello; the name is the outer one.
         ech: bool,
+    },
+    /// An HTTP request.
+    HttpRequest {
+        /// Method as sent; a long one is cut.
+        method: Word,
+        /// 0 or 1: the minor version of HTTP/1.
+        version: u8,
+        /// `http://HOST/PATH?QUERY`, without secrets.
+        url: Text,
+        /// The fields that are to be recorded, `Name: value` each with a line feed behind it; without secrets.
+        headers: Text,
+    },
+    /// An HTTP answer that is the last one to its request.
+    HttpResponse {
+        /// Method of the request.
+        method: Word,
+        /// URL of the request.
+        url: Text,
+        /// 0 or 1: the minor version of HTTP/1.
+        version: u8,
+        /// Status code.
+        status: u16,
+        /// Bytes of its body, where its head says so.
+        length: Option<u64>,
+        /// As of the request.
+        headers: Text,
     },
     /// A packet that could not be read: `detail` says what was wrong.
     Unreadable {
