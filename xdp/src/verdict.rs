@@ -267,11 +267,14 @@ pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
     entry.rule = frame.rule;
     entry.match_kind = frame.match_kind;
     entry.remote_identity = identity;
-    if entry.inspector != frame.inspector || entry.ruleset != frame.ruleset {
+    if entry.ruleset != frame.ruleset || entry.carry_flags != frame.carry_flags {
         // Other rules have other windows.
         carry::set_windows(entry, [0; 4]);
+        entry.inspector = frame.inspector;
+    } else if entry.ruleset == 0 {
+        entry.inspector = frame.inspector;
     }
-    entry.inspector = frame.inspector;
+    // Else its inspector has read it by these very rules: what it has left to the kernel stays here.
     entry.ruleset = frame.ruleset;
     entry.carry_flags = frame.carry_flags;
     entry.flags = flow_flags;

@@ -21,6 +21,8 @@ pub mod carry_flags {
     pub const MIDSTREAM: u8 = 8;
     /// The flow was made by this very packet.
     pub const NEW: u8 = 16;
+    /// Set by the worker: another policy has the packet read too. What is made in its place would not be read by that.
+    pub const SHARED: u8 = 32;
 }
 
 /// Where a carried packet was caught. Its way on is the same hook of the same interface.

@@ -98,6 +98,10 @@ pub trait Sink<F> {
     fn release(&mut self, frame: F);
     /// The packet goes on, unchanged, and with it what the programs are to do with its flow from now on.
     fn release_with(&mut self, frame: F, command: &FlowCommand);
+    /// The packet has been acknowledged to who sent it; its bytes go on in others that the engine makes.
+    fn absorb(&mut self, frame: F) {
+        self.discard(frame, Reason::TcpHeld);
+    }
     /// The packet ends here.
     fn discard(&mut self, frame: F, reason: Reason);
     /// A packet that the engine made: a whole Ethernet frame with right checksums.

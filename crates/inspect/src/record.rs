@@ -146,27 +146,73 @@ pub struct Record {
     pub what: What,
 }
 
+/// Who talks to whom, as records say it: of one direction of a flow.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct About {
+    source: (Addr, u16),
+    destination: (Addr, u16),
+    remote_identity: u32,
+    ifindex: u32,
+    rule: u32,
+    endpoint: u16,
+    protocol: u8,
+    ingress: bool,
+    reply: bool,
+}
+
+impl About {
+    pub(crate) fn of(view: &View<'_>) -> Self {
+        let View { slot, packet, .. } = view;
+        Self {
+            source: (packet.source, packet.source_port),
+            destination: (packet.destination, packet.destination_port),
+            remote_identity: slot.remote_identity,
+            ifindex: view.ifindex,
+            rule: slot.rule,
+            endpoint: slot.endpoint,
+            protocol: packet.protocol,
+            ingress: slot.flags & carry_flags::INGRESS != 0,
+            reply: slot.flags & carry_flags::REPLY != 0,
+        }
+    }
+
+    /// Of the other direction.
+    pub(crate) const fn turned(self) -> Self {
+        Self {
+            source: self.destination,
+            destination: self.source,
+            ingress: !self.ingress,
+            reply: !self.reply,
+            ..self
+        }
+    }
+}
+
 impl Record {
+    /// Of what passes, by the rule that has it read.
+    pub(crate) const fn about(about: &About, what: What) -> Self {
+        Self {
+            endpoint: about.endpoint,
+            ingress: about.ingress,
+            reply: about.reply,
+            source: about.source,
+            destination: about.destination,
+            protocol: about.protocol,
+            remote_identity: about.remote_identity,
+            ifindex: about.ifindex,
+            verdict: Verdict::Forwarded,
+            reason: Reason::Allowed,
+            rule: about.rule,
+            latency: None,
+            what,
+        }
+    }
+
     /// Of a packet that passes, by the rule that has it read. Where no application rule matches, that is the one to be
     /// named too: what it does not allow is denied.
     #[must_use]
     pub fn of(view: &View<'_>, what: What) -> Self {
-        let View { slot, packet, .. } = view;
-        Self {
-            endpoint: slot.endpoint,
-            ingress: slot.flags & carry_flags::INGRESS != 0,
-            reply: slot.flags & carry_flags::REPLY != 0,
-            source: (packet.source, packet.source_port),
-            destination: (packet.destination, packet.destination_port),
-            protocol: packet.protocol,
-            remote_identity: slot.remote_identity,
-            ifindex: view.ifindex,
-            verdict: Verdict::Forwarded,
-            reason: Reason::Allowed,
-            rule: slot.rule,
-            latency: None,
-            what,
-        }
+        Self::about(&About::of(view), what)
     }
 }
 

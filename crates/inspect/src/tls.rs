@@ -1,15 +1,15 @@
 //! TLS: a connection goes on if its server name may be asked for. Once the server has answered so that no other hello
 //! can follow, nothing is read any more.
 
-use palisade_abi::{Reason, carry_flags};
+use palisade_abi::{CarrySlot, Reason, carry_flags};
 use palisade_protocols::tls::{
     ClientHello, ClientReader, ClientStep, Refusal, ServerName, ServerReader, ServerStep,
 };
 
 use crate::{
     Millis, Rules, Sink, View,
-    record::{Record, Text, Verdict, What},
-    tcp::{Connections, Reader, Side, Step, TcpLimits, TcpStats},
+    record::{About, Record, Text, Verdict, What},
+    tcp::{Connections, Reader, Remember, Side, Step, TcpLimits, TcpStats},
 };
 
 /// What to do with a hello that carries an encrypted one. Its outer name is all that can be read.
@@ -85,8 +85,25 @@ struct Flow {
     fed: usize,
     /// A hello has been let go.
     begun: bool,
-    /// What a record of the client's packets says.
-    record: Option<Record>,
+    /// Of the client's packets.
+    about: Option<About>,
+    /// The last hello that was judged.
+    judged: Option<Judged>,
+}
+
+/// A hello that was let go, by rules or because of audit mode.
+struct Judged {
+    ruleset: u32,
+    audit: bool,
+    hello: Box<ClientHello>,
+}
+
+impl Remember for Flow {
+    /// None: it went on unread because of audit mode.
+    type Memory = Option<Judged>;
+    fn remember(&mut self) -> Self::Memory {
+        self.judged.take()
+    }
 }
 
 pub(crate) struct Tls<F> {
@@ -101,7 +118,7 @@ struct Reading<'a> {
     rules: &'a Rules,
     stats: &'a mut TlsStats,
     ech: Ech,
-    slot: &'a palisade_abi::CarrySlot,
+    slot: &'a CarrySlot,
 }
 
 impl<F> Tls<F> {
@@ -133,26 +150,18 @@ impl<F> Tls<F> {
             connections,
             stats,
         } = self;
-        let reader = |flow: &mut Flow| {
-            if Side::of(view.slot) == Side::Client {
-                let detail = Reason::AppDenied.text();
-                flow.record = Some(Record::of(view, What::Unreadable { detail }));
-            }
-        };
+        let ech = *ech;
         connections.packet(
             now,
             view,
             frame,
             Flow::default,
-            |flow| {
-                reader(flow);
-                Reading {
-                    flow,
-                    rules,
-                    stats,
-                    ech: *ech,
-                    slot: view.slot,
-                }
+            |flow| Reading::new(flow, view, rules, ech, stats),
+            |judged, sink| match judged {
+                Some(judged) => recall(judged, view, rules, ech, sink),
+                // It went on unread because of audit mode.
+                None if is_audit(view.slot) => Ok(()),
+                None => Err(Reason::TcpMidstream),
             },
             sink,
         );
@@ -171,6 +180,68 @@ impl<F> Tls<F> {
     }
 }
 
+fn is_audit(slot: &CarrySlot) -> bool {
+    slot.flags & carry_flags::AUDIT != 0
+}
+
+/// The rule by which a hello may pass, or why it may not.
+fn judge(hello: &ClientHello, rules: &Rules, ruleset: u32, ech: Ech) -> Result<u32, Reason> {
+    let rules = rules.tls(ruleset).ok_or(Reason::UnknownRuleset)?;
+    if hello.ech && ech == Ech::Deny {
+        return Err(Reason::AppDenied);
+    }
+    match &hello.server_name {
+        ServerName::Name(name) => rules.judge(name),
+        ServerName::Missing | ServerName::Address(_) => rules.anyone(),
+    }
+    .ok_or(Reason::AppDenied)
+}
+
+/// Whether a connection that is not read any more may go on under the rules of a packet of it.
+fn recall<F, S: Sink<F>>(
+    judged: &mut Judged,
+    view: &View<'_>,
+    rules: &Rules,
+    ech: Ech,
+    sink: &mut S,
+) -> Result<(), Reason> {
+    let audit = is_audit(view.slot);
+    if (judged.ruleset, judged.audit) == (view.slot.ruleset, audit) {
+        return Ok(());
+    }
+    (judged.ruleset, judged.audit) = (view.slot.ruleset, audit);
+    let Err(reason) = judge(&judged.hello, rules, view.slot.ruleset, ech) else {
+        return Ok(());
+    };
+    let about = About::of(view);
+    sink.record(&Record {
+        verdict: if audit { Verdict::Audit } else { Verdict::Dropped },
+        reason,
+        ..Record::about(
+            &if Side::of(view.slot) == Side::Client {
+                about
+            } else {
+                about.turned()
+            },
+            what(&judged.hello),
+        )
+    });
+    if audit { Ok(()) } else { Err(reason) }
+}
+
+/// What a record says of a hello.
+fn what(hello: &ClientHello) -> What {
+    What::TlsHello {
+        name: match &hello.server_name {
+            ServerName::Name(name) => Text::of(name),
+            ServerName::Address(address) => Text::from(address.to_string().as_bytes()),
+            ServerName::Missing => Text::default(),
+        },
+        version: hello.version,
+        ech: hello.ech,
+    }
+}
+
 impl<F> Reader<F> for Reading<'_> {
     fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Step {
         match side {
@@ -180,7 +251,20 @@ impl<F> Reader<F> for Reading<'_> {
     }
 }
 
-impl Reading<'_> {
+impl<'a> Reading<'a> {
+    fn new(flow: &'a mut Flow, view: &View<'a>, rules: &'a Rules, ech: Ech, stats: &'a mut TlsStats) -> Self {
+        if Side::of(view.slot) == Side::Client {
+            flow.about = Some(About::of(view));
+        }
+        Self {
+            flow,
+            rules,
+            stats,
+            ech,
+            slot: view.slot,
+        }
+    }
+
     fn client<F, S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Step {
         if bytes.is_empty() {
             return Step::Release(0);
@@ -196,7 +280,7 @@ impl Reading<'_> {
                 Step::More
             }
             Ok(ClientStep::Other) => self.pass(bytes, input),
-            Ok(ClientStep::Hello(hello)) => match self.judge(&hello, sink) {
+            Ok(ClientStep::Hello(hello)) => match self.judge(hello, sink) {
                 Ok(()) => {
                     self.flow.begun = true;
                     self.pass(bytes, input)
@@ -216,37 +300,33 @@ impl Reading<'_> {
         Step::Release(bytes.len() - rest.len())
     }
 
-    fn judge<F, S: Sink<F>>(&mut self, hello: &ClientHello, sink: &mut S) -> Result<(), Step> {
+    fn judge<F, S: Sink<F>>(&mut self, hello: Box<ClientHello>, sink: &mut S) -> Result<(), Step> {
         self.stats.hellos += 1;
-        let name = match &hello.server_name {
-            ServerName::Name(name) => Text::of(name),
-            ServerName::Address(address) => Text::from(address.to_string().as_bytes()),
-            ServerName::Missing => Text::default(),
-        };
-        let what = What::TlsHello {
-            name,
-            version: hello.version,
-            ech: hello.ech,
-        };
-        let Some(rules) = self.rules.tls(self.slot.ruleset) else {
-            return Err(self.deny(Reason::UnknownRuleset, what, sink));
-        };
-        if hello.ech && self.ech == Ech::Deny {
-            self.stats.ech_denied += 1;
-            return Err(self.deny(Reason::AppDenied, what, sink));
+        let what = what(&hello);
+        let verdict = judge(&hello, self.rules, self.slot.ruleset, self.ech);
+        if verdict == Err(Reason::AppDenied) {
+            if hello.ech && self.ech == Ech::Deny {
+                self.stats.ech_denied += 1;
+            } else {
+                self.stats.denied += 1;
+            }
         }
-        let rule = match &hello.server_name {
-            ServerName::Name(name) => rules.judge(name),
-            ServerName::Missing | ServerName::Address(_) => rules.anyone(),
-        };
-        let Some(rule) = rule else {
-            self.stats.denied += 1;
-            return Err(self.deny(Reason::AppDenied, what, sink));
-        };
-        if let Some(record) = self.flow.record {
-            sink.record(&Record { rule, what, ..record });
+        self.flow.judged = Some(Judged {
+            ruleset: self.slot.ruleset,
+            audit: is_audit(self.slot),
+            hello,
+        });
+        match (verdict, &self.flow.about) {
+            (Ok(rule), Some(about)) => {
+                sink.record(&Record {
+                    rule,
+                    ..Record::about(about, what)
+                });
+                Ok(())
+            }
+            (Ok(_), None) => Ok(()),
+            (Err(reason), _) => Err(self.deny(reason, what, sink)),
         }
-        Ok(())
     }
 
     fn refuse<F, S: Sink<F>>(&mut self, reason: Reason, detail: &'static str, sink: &mut S) -> Step {
@@ -255,14 +335,12 @@ impl Reading<'_> {
 
     /// Reports what is refused. Audit mode lets it go on; then nothing more needs reading.
     fn deny<F, S: Sink<F>>(&mut self, reason: Reason, what: What, sink: &mut S) -> Step {
-        let audit = self.slot.flags & carry_flags::AUDIT != 0;
-        if let Some(record) = self.flow.record {
+        let audit = is_audit(self.slot);
+        if let Some(about) = &self.flow.about {
             sink.record(&Record {
                 verdict: if audit { Verdict::Audit } else { Verdict::Dropped },
                 reason,
-                rule: self.slot.rule,
-                what,
-                ..record
+                ..Record::about(about, what)
             });
         }
         if audit {

@@ -62,6 +62,8 @@ pub struct Counters {
     pub bytes_out: Count,
     /// Packets that the worker made: refusals, resets, answers.
     pub made: Count,
+    /// Packets whose bytes went on in others that the worker made.
+    pub absorbed: Count,
     /// Packets that could not be made for want of a frame.
     pub unmade: Count,
     /// Packets of other workers that came in by this one's queue.
@@ -94,6 +96,7 @@ impl Default for Counters {
             packets_out: Count::default(),
             bytes_out: Count::default(),
             made: Count::default(),
+            absorbed: Count::default(),
             unmade: Count::default(),
             handed_on: Count::default(),
             handed_in: Count::default(),

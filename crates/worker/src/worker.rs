@@ -108,6 +108,8 @@ struct Caught<F> {
 enum Wish {
     Release(Handle, Option<FlowCommand>),
     Discard(Handle, Reason),
+    /// Its bytes go on in packets that are made.
+    Absorb(Handle),
     /// So many bytes of those that were made, from there.
     Emit(usize, usize, Route),
 }
@@ -128,6 +130,10 @@ impl Sink<Handle> for Wishes {
 
     fn release_with(&mut self, frame: Handle, command: &FlowCommand) {
         self.wishes.push_back(Wish::Release(frame, Some(*command)));
+    }
+
+    fn absorb(&mut self, frame: Handle) {
+        self.wishes.push_back(Wish::Absorb(frame));
     }
 
     fn discard(&mut self, frame: Handle, reason: Reason) {
@@ -342,7 +348,13 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
                 return;
             }
         };
-        let mut slots = carried.slots.iter().filter(|slot| slot.endpoint != 0);
+        let mut slots = carried.slots;
+        if slots.iter().all(|slot| slot.endpoint != 0) {
+            for slot in &mut slots {
+                slot.flags |= carry_flags::SHARED;
+            }
+        }
+        let mut slots = slots.iter().filter(|slot| slot.endpoint != 0);
         let Some(first) = slots.next() else {
             self.post.counters.dropped(Reason::CarryForeign);
             self.port.give(frame);
@@ -402,6 +414,12 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
                 Wish::Discard(handle, reason) => {
                     if let Some(caught) = self.slab.take(handle) {
                         self.post.counters.dropped(reason);
+                        self.port.give(caught.frame);
+                    }
+                }
+                Wish::Absorb(handle) => {
+                    if let Some(caught) = self.slab.take(handle) {
+                        self.post.counters.absorbed.add(1);
                         self.port.give(caught.frame);
                     }
                 }

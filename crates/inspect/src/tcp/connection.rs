@@ -1,17 +1,24 @@
-use palisade_abi::{CtKey, FlowCommand, Reason};
+use palisade_abi::{CtKey, FlowCommand, Reason, carry_flags};
 
 use super::{
     Reader, Shared, Side, Step,
     half::{Arrival, Half, Held, Position, START},
     segment::{Link, Make, Segment},
 };
-use crate::{Millis, Sink, View};
+use crate::{
+    Millis, Sink, View,
+    record::{About, Record, Verdict, What},
+};
 
 /// Longest stretch that is given to the programs at once: sequence numbers are compared modulo 2^32.
 const LONGEST_WINDOW: u64 = 1 << 30;
-/// How often an answer is sent again, and after how long for the first time.
+/// How often what was made here is sent again, and after how long for the first time.
 const TRIES: u32 = 6;
 const FIRST_TRY: Millis = 250;
+/// Packets of one direction that are sent again at once.
+const AGAIN: usize = 8;
+/// What a side may still send that was answered here, bytes; then it is reset.
+const SPILL: u64 = 1 << 20;
 
 /// What is being done with a connection.
 enum Phase {
@@ -35,8 +42,23 @@ struct Answer {
     start: Position,
     /// What `to` has sent, to be acknowledged.
     next: Position,
+    /// Where that began.
+    first: Position,
     tries: u32,
     again: Millis,
+    other: Closing,
+}
+
+/// The side that does not get the answer: for it, the one that does has closed.
+#[derive(Default)]
+struct Closing {
+    /// Where the end made here stands in the stream to it.
+    fin: Position,
+    /// What it has sent, to be acknowledged, and where that began.
+    next: Position,
+    first: Position,
+    /// It needs nothing any more.
+    done: bool,
 }
 
 /// Both directions of a connection.
@@ -45,6 +67,9 @@ pub(crate) struct Connection<F> {
     phase: Phase,
     key: CtKey,
     serial: u32,
+    about: About,
+    /// Another policy has its packets read too, and must not miss any: none are made in their place.
+    is_shared: bool,
     windows: [u32; 4],
     /// To go with the next packet that is released.
     command: bool,
@@ -60,12 +85,14 @@ pub(crate) struct Connection<F> {
 
 impl<F> Connection<F> {
     /// Of a connection whose first packet is just being looked at.
-    pub(super) fn new(key: CtKey, serial: u32) -> Self {
+    pub(super) fn new(key: CtKey, serial: u32, about: About) -> Self {
         Self {
             halves: [Half::new(), Half::new()],
             phase: Phase::Open,
             key,
             serial,
+            about,
+            is_shared: false,
             windows: [0; 4],
             command: false,
             rest: [0; 2],
@@ -95,6 +122,9 @@ impl<F> Connection<F> {
 
     /// When [`Connection::tick`] has something to do.
     pub(super) fn deadline(&self, shared: &Shared) -> Millis {
+        if self.is_over() {
+            return self.seen;
+        }
         let idle = if self.is_done() {
             shared.limits.idle_closed
         } else {
@@ -103,8 +133,7 @@ impl<F> Connection<F> {
         let held = self
             .halves
             .iter()
-            .filter_map(|half| half.held.front())
-            .map(|held| held.since.saturating_add(shared.limits.deadline))
+            .filter_map(|half| half.due(shared.limits.deadline))
             .min();
         let again = match &self.phase {
             Phase::Answering(answer) | Phase::Answered(answer) if answer.tries < TRIES => Some(answer.again),
@@ -124,17 +153,25 @@ impl<F> Connection<F> {
                 answer.tries += 1;
                 answer.again = now + (FIRST_TRY << answer.tries);
                 self.send_answer(&answer, shared, sink);
+                self.send_end(&answer, shared, sink);
                 self.phase = Phase::Answered(answer);
             }
             other => self.phase = other,
         }
+        for side in [Side::Client, Side::Server] {
+            if self.half(side).promise_at.is_some_and(|at| at <= now) {
+                self.promise(side, shared, sink);
+            }
+            self.deliver_again(now, side, shared, sink);
+        }
+        self.arm(now, shared, sink);
         let late = |half: &Half<F>| {
-            half.held
-                .front()
-                .is_some_and(|held| held.since.saturating_add(shared.limits.deadline) <= now)
+            half.waits_since()
+                .is_some_and(|since| since.saturating_add(shared.limits.deadline) <= now)
         };
         if self.halves.iter().any(late) {
             shared.stats.overdue += 1;
+            self.tell(Reason::InspectDeadline, sink);
             self.cut(Reason::InspectDeadline, shared, sink);
         }
         self.count(shared);
@@ -167,6 +204,144 @@ impl<F> Connection<F> {
         self.reset_to(Side::Server, shared, sink);
         self.phase = Phase::Cut(reason);
         self.close(reason, shared, sink);
+    }
+
+    /// Names a connection that is cut for a reason that no reader has told.
+    fn tell<S: Sink<F>>(&self, reason: Reason, sink: &mut S) {
+        let detail = reason.text();
+        sink.record(&Record {
+            verdict: Verdict::Dropped,
+            reason,
+            ..Record::about(&self.about, What::Unreadable { detail })
+        });
+    }
+
+    /// Whether nothing of it is read any more, and nothing is owed to anybody.
+    pub(super) fn is_over(&self) -> bool {
+        matches!(self.phase, Phase::Offloaded) && self.is_settled()
+    }
+
+    fn is_settled(&self) -> bool {
+        self.halves.iter().all(Half::is_settled)
+    }
+
+    /// Acknowledges to a side what it has sent and what is held of that: it may wait for it (see the module). The
+    /// packets are not needed any more then.
+    fn promise<S: Sink<F>>(&mut self, side: Side, shared: &mut Shared, sink: &mut S) {
+        let half = &mut self.halves[side as usize];
+        half.promise_at = None;
+        if half.next <= half.promised || half.held.is_empty() || !half.is_contiguous() {
+            return;
+        }
+        half.promised = half.next;
+        while let Some(held) = half.held.front()
+            && held.end <= half.promised
+            && let Some(held) = half.held.pop_front()
+        {
+            sink.absorb(held.frame);
+        }
+        self.acknowledge(side, shared, sink);
+    }
+
+    /// Says to a side what was acknowledged to it here.
+    fn acknowledge<S: Sink<F>>(&self, side: Side, shared: &mut Shared, sink: &mut S) {
+        shared.stats.acknowledged += 1;
+        let (own, other) = (&self.halves[side as usize], &self.halves[side.other() as usize]);
+        let scales = self.halves.iter().all(|half| half.scale.is_some());
+        let shift = other.scale.filter(|_| scales).unwrap_or(0);
+        let window = own.edge.saturating_sub(own.promised) >> shift;
+        let make = Make {
+            seq: other.seq(other.sent),
+            ack: Some(own.seq(own.promised)),
+            window: window.min(u64::from(u16::MAX)) as u16,
+            timestamp: self.timestamp(side),
+            ..Make::default()
+        };
+        self.emit(side, &make, shared, sink);
+    }
+
+    /// One packet of what a side was told has come, from a position on. How many bytes it has.
+    fn make_owed<S: Sink<F>>(&self, side: Side, from: Position, shared: &mut Shared, sink: &mut S) -> u64 {
+        let to = side.other();
+        let (own, receiver) = (&self.halves[side as usize], &self.halves[to as usize]);
+        let timestamp = self.timestamp(to);
+        let payload = own.owed(from, receiver.payload_size(timestamp.is_some()));
+        if payload.is_empty() {
+            return 0;
+        }
+        let make = Make {
+            seq: own.seq(from),
+            ack: Some(receiver.seq(receiver.promised.max(START + 1))),
+            window: own.window,
+            timestamp,
+            payload,
+            ..Make::default()
+        };
+        self.emit(to, &make, shared, sink);
+        shared.stats.delivered += 1;
+        payload.len() as u64
+    }
+
+    /// Sends on what was promised and may go.
+    fn deliver<S: Sink<F>>(&mut self, side: Side, shared: &mut Shared, sink: &mut S) {
+        loop {
+            let half = &self.halves[side as usize];
+            if half.sent >= half.promised.min(half.judged) {
+                return;
+            }
+            let n = self.make_owed(side, half.sent, shared, sink);
+            if n == 0 {
+                return;
+            }
+            self.half(side).sent += n;
+        }
+    }
+
+    /// Sends again what was promised and has not been acknowledged in time.
+    fn deliver_again<S: Sink<F>>(&mut self, now: Millis, side: Side, shared: &mut Shared, sink: &mut S) {
+        let half = &self.halves[side as usize];
+        let Some((_, tries)) = half.again.filter(|(at, _)| *at <= now) else {
+            return;
+        };
+        let start = half.acked.max(START + 1);
+        let (mut at, end) = (start, half.delivered());
+        if tries >= TRIES {
+            self.half(side).again = None;
+            self.tell(Reason::InspectDeadline, sink);
+            self.cut(Reason::InspectDeadline, shared, sink);
+            return;
+        }
+        for _ in 0..AGAIN {
+            let n = if at < end {
+                self.make_owed(side, at, shared, sink)
+            } else {
+                0
+            };
+            if n == 0 {
+                break;
+            }
+            at += n;
+        }
+        self.half(side).again = (at > start).then(|| (now + (FIRST_TRY << (tries + 1)), tries + 1));
+    }
+
+    /// Sets the clocks of what is held and of what is owed.
+    fn arm<S: Sink<F>>(&mut self, now: Millis, shared: &mut Shared, sink: &mut S) {
+        for side in [Side::Client, Side::Server] {
+            let most = shared.limits.frames_per_direction / 2;
+            let is_shared = self.is_shared;
+            let half = self.half(side);
+            if half.delivered() > half.acked.max(START + 1) {
+                half.again.get_or_insert((now + FIRST_TRY, 0));
+            }
+            if is_shared || half.held.is_empty() || half.next <= half.promised {
+                half.promise_at = None;
+            } else if half.held.len() > most {
+                self.promise(side, shared, sink);
+            } else if half.promise_at.is_none() {
+                half.promise_at = Some(now + shared.limits.acknowledge);
+            }
+        }
     }
 
     /// How packets to `side` look.
@@ -230,6 +405,14 @@ impl<F> Connection<F> {
         }
     }
 
+    /// Counts it for the last time: it is going to be dropped, and holds nothing.
+    pub(super) fn account(&mut self, shared: &mut Shared) {
+        for half in &mut self.halves {
+            half.clear();
+        }
+        self.count(shared);
+    }
+
     fn count(&mut self, shared: &mut Shared) {
         let bytes = self.halves.iter().map(|half| half.kept() as u64).sum();
         let frames = self.halves.iter().map(|half| half.held.len() as u64).sum();
@@ -250,9 +433,23 @@ impl<F> Connection<F> {
     ) {
         self.seen = now;
         let side = Side::of(view.slot);
+        self.is_shared |= view.slot.flags & carry_flags::SHARED != 0;
+        if side == Side::Client {
+            self.about = About::of(view);
+        }
         match &self.phase {
             Phase::Offloaded => {
-                self.command = true;
+                // Until the receivers have all that was promised, this has to know what they have.
+                if let Some(segment) = Segment::read(view).filter(Segment::is_ack) {
+                    let other = self.half(side.other());
+                    let acked = other.position(segment.ack);
+                    if acked <= other.promised {
+                        other.acknowledge(acked, 0);
+                    } else {
+                        other.acknowledge(other.promised, 0);
+                    }
+                }
+                self.command = self.is_settled();
                 self.release(frame, shared, sink);
                 return;
             }
@@ -269,13 +466,17 @@ impl<F> Connection<F> {
             return;
         };
         if matches!(self.phase, Phase::Answered(_)) {
-            self.answered(side, view, &segment, frame, shared, sink);
+            self.answered(side, &segment, frame, shared, sink);
             return;
         }
         match self.arrive(now, side, view, &segment, frame, shared, sink) {
             Ok(false) => {}
             Ok(true) => self.read(now, reader, shared, sink),
             Err((reason, frame)) => {
+                let half = &self.halves[side as usize];
+                if reason == Reason::TcpHeld && half.promised > half.acked {
+                    self.acknowledge(side, shared, sink);
+                }
                 match reason {
                     Reason::TcpOutOfWindow => shared.stats.out_of_window += 1,
                     Reason::TcpOverlap => shared.stats.overlaps += 1,
@@ -286,6 +487,7 @@ impl<F> Connection<F> {
                 sink.discard(frame, reason);
             }
         }
+        self.arm(now, shared, sink);
         self.count(shared);
     }
 
@@ -538,6 +740,7 @@ impl<F> Connection<F> {
             self.answer_when_due(now, shared, sink);
             return;
         }
+        let judged = self.halves.each_ref().map(|half| half.judged);
         let mut again = true;
         while std::mem::take(&mut again) {
             for side in [Side::Client, Side::Server] {
@@ -545,6 +748,13 @@ impl<F> Connection<F> {
                     again = true;
                 }
                 self.flush(side, shared, sink);
+            }
+        }
+        for (half, judged) in self.halves.iter_mut().zip(judged) {
+            if half.unjudged().is_empty() {
+                half.since = None;
+            } else if half.since.is_none() || half.judged > judged {
+                half.since = Some(now);
             }
         }
     }
@@ -569,8 +779,9 @@ impl<F> Connection<F> {
             0 => reader.read(side, bytes, end, sink),
             rest => Step::Skip(rest),
         };
+        half.is_patient = matches!(step, Step::Wait);
         match step {
-            Step::More => false,
+            Step::More | Step::Wait => false,
             Step::Release(n) => {
                 half.pass(n.min(there) as u64);
                 if there == 0 {
@@ -600,6 +811,8 @@ impl<F> Connection<F> {
                     bytes,
                     start: 0,
                     next: 0,
+                    first: 0,
+                    other: Closing::default(),
                     tries: 0,
                     again: now.saturating_add(shared.limits.deadline / 2),
                 }));
@@ -612,6 +825,13 @@ impl<F> Connection<F> {
     fn skip(&mut self, side: Side, n: u64, there: u64, shared: &Shared) {
         const SMALL: u64 = 4096;
         let half = &mut self.halves[side as usize];
+        // What is to be delivered from here is kept.
+        let owed = half.promised.saturating_sub(half.judged).min(n);
+        if owed > 0 {
+            half.pass(owed);
+            self.rest[side as usize] = n - owed;
+            return;
+        }
         let taken = n.min(LONGEST_WINDOW);
         if n <= there + SMALL {
             half.pass(n);
@@ -620,7 +840,8 @@ impl<F> Connection<F> {
         let from = half.seq(half.judged);
         let is_apart = half.skip(taken);
         self.rest[side as usize] = n - taken;
-        if is_apart && n - there >= shared.limits.window {
+        // The acknowledgements of bytes in a window are not seen here.
+        if is_apart && n - there >= shared.limits.window && self.is_settled() {
             let at = side as usize * 2;
             self.windows[at] = from;
             self.windows[at + 1] = self.halves[side as usize].seq(self.halves[side as usize].judged);
@@ -631,18 +852,27 @@ impl<F> Connection<F> {
     /// Lets go what may go.
     fn flush<S: Sink<F>>(&mut self, side: Side, shared: &mut Shared, sink: &mut S) {
         if matches!(self.phase, Phase::Offloaded) {
+            for side in [Side::Client, Side::Server] {
+                let half = self.half(side);
+                half.judged = half.judged.max(half.promised);
+                self.deliver(side, shared, sink);
+            }
+            let is_settled = self.is_settled();
             // The last one takes the command along: what the programs let pass from then on is not before these.
             let mut rest = self.halves[0].held.len() + self.halves[1].held.len();
             for side in [Side::Client, Side::Server] {
                 while let Some(held) = self.half(side).held.pop_front() {
                     rest -= 1;
-                    self.command = rest == 0;
+                    self.command = rest == 0 && is_settled;
                     self.release(held.frame, shared, sink);
                 }
             }
-            self.close(Reason::Allowed, shared, sink);
+            if is_settled {
+                self.close(Reason::Allowed, shared, sink);
+            }
             return;
         }
+        self.deliver(side, shared, sink);
         while let Some(held) = self.half(side).releasable() {
             self.release(held.frame, shared, sink);
         }
@@ -670,14 +900,22 @@ impl<F> Connection<F> {
         sink: &mut S,
     ) {
         shared.stats.answered += 1;
-        self.reset_to(answer.to.other(), shared, sink);
-        answer.start = self.halves[answer.to.other() as usize].sent;
+        let other = &self.halves[answer.to.other() as usize];
+        answer.start = other.sent;
+        answer.other = Closing {
+            fin: self.halves[answer.to as usize].sent,
+            next: other.acked,
+            first: other.acked,
+            done: false,
+        };
         let own = &self.halves[answer.to as usize];
         answer.next = own.next + u64::from(own.fin.is_some_and(|fin| fin == own.next));
+        answer.first = answer.next;
         answer.again = now + FIRST_TRY;
         self.close(answer.reason, shared, sink);
         self.half(answer.to).next = answer.next;
         self.send_answer(&answer, shared, sink);
+        self.send_end(&answer, shared, sink);
         self.phase = Phase::Answered(answer);
     }
 
@@ -697,7 +935,7 @@ impl<F> Connection<F> {
         let to = answer.to;
         let (from, own) = (&self.halves[to.other() as usize], &self.halves[to as usize]);
         let timestamp = self.timestamp(to);
-        let length = usize::from(own.mss.clamp(64, 1460)) - timestamp.map_or(0, |_| 12);
+        let length = own.payload_size(timestamp.is_some());
         let done = from.acked.saturating_sub(answer.start) as usize;
         let mut at = done.min(answer.bytes.len());
         if done > answer.bytes.len() {
@@ -722,11 +960,66 @@ impl<F> Connection<F> {
         }
     }
 
+    /// Tells the side that gets no answer that the other has closed. What that had sent in its stead counts as sent.
+    fn send_end<S: Sink<F>>(&self, answer: &Answer, shared: &mut Shared, sink: &mut S) {
+        if answer.other.done {
+            return;
+        }
+        let (to, own) = (answer.to.other(), &self.halves[answer.to as usize]);
+        let is_ended = own.fin.is_some_and(|fin| answer.other.fin > fin);
+        let make = Make {
+            seq: own.seq(answer.other.fin),
+            ack: Some(self.halves[to as usize].seq(answer.other.next)),
+            window: own.window,
+            fin: !is_ended,
+            timestamp: self.timestamp(to),
+            ..Make::default()
+        };
+        self.emit(to, &make, shared, sink);
+    }
+
+    /// A packet of the side that gets no answer: acknowledged, so that it ends in peace.
+    fn closing<S: Sink<F>>(
+        &mut self,
+        answer: &mut Answer,
+        segment: &Segment<'_>,
+        shared: &mut Shared,
+        sink: &mut S,
+    ) {
+        let closing = &mut answer.other;
+        if segment.is_rst() || segment.is_syn() {
+            closing.done |= segment.is_rst();
+            return;
+        }
+        let own = &self.halves[answer.to as usize];
+        if segment.is_ack() && own.position(segment.ack) > closing.fin {
+            closing.done = true;
+        }
+        let other = &self.halves[answer.to.other() as usize];
+        let start = other.position(segment.seq);
+        let behind = start + segment.payload.len() as u64 + u64::from(segment.is_fin());
+        if behind == start {
+            return;
+        }
+        if start <= closing.next && behind > closing.next {
+            closing.next = behind;
+        }
+        let is_too_much = closing.next - closing.first > SPILL;
+        let make = Make {
+            seq: own.seq(closing.fin + 1),
+            ack: Some(other.seq(closing.next)),
+            window: own.window,
+            rst: is_too_much,
+            timestamp: self.timestamp(answer.to.other()),
+            ..Make::default()
+        };
+        self.emit(answer.to.other(), &make, shared, sink);
+    }
+
     /// A packet of a connection that was answered here.
     fn answered<S: Sink<F>>(
         &mut self,
         side: Side,
-        view: &View<'_>,
         segment: &Segment<'_>,
         frame: F,
         shared: &mut Shared,
@@ -737,7 +1030,7 @@ impl<F> Connection<F> {
         };
         sink.discard(frame, answer.reason);
         if side != answer.to {
-            Self::refuse(view, shared, sink);
+            self.closing(&mut answer, segment, shared, sink);
             self.phase = Phase::Answered(answer);
             return;
         }
@@ -766,6 +1059,11 @@ impl<F> Connection<F> {
             if start <= answer.next && behind > answer.next {
                 answer.next = behind;
                 own.next = behind;
+            }
+            if answer.next - answer.first > SPILL {
+                self.reset_to(side, shared, sink);
+                self.phase = Phase::Cut(answer.reason);
+                return;
             }
             let make = Make {
                 seq: self.halves[side.other() as usize].seq(end),

@@ -11,6 +11,9 @@ pub(super) type Position = u64;
 /// Far enough from zero that nothing before it is below zero.
 pub(super) const START: Position = 1 << 33;
 
+/// Largest payload that is made here: what IPv6 leaves of 1,500 bytes.
+const LARGEST: u16 = 1_440;
+
 /// Bytes that were released may come again so far back, at the least.
 const OLD: u64 = 1 << 16;
 
@@ -154,6 +157,16 @@ pub(super) struct Half<F> {
     pub(super) highest: Position,
     /// The receiver has acknowledged all bytes before.
     pub(super) acked: Position,
+    /// All bytes before have been acknowledged to the sender: by the receiver, or here.
+    pub(super) promised: Position,
+    /// When what is held is acknowledged here.
+    pub(super) promise_at: Option<Millis>,
+    /// When what was promised is sent to the receiver again, and how often it has been.
+    pub(super) again: Option<(Millis, u32)>,
+    /// Since when the first byte that is not judged waits.
+    pub(super) since: Option<Millis>,
+    /// The reader waits for the other side.
+    pub(super) is_patient: bool,
     /// Right edge of what the receiver takes.
     pub(super) edge: Position,
     /// Widest window that the receiver has offered.
@@ -182,6 +195,11 @@ impl<F> Half<F> {
             sent: FIRST,
             highest: FIRST,
             acked: START,
+            promised: START,
+            promise_at: None,
+            again: None,
+            since: None,
+            is_patient: false,
             edge: FIRST,
             widest: OLD,
             fin: None,
@@ -211,7 +229,11 @@ impl<F> Half<F> {
 
     /// Takes what the receiver says in a segment of its own: what it has, and what it takes.
     pub(super) fn acknowledge(&mut self, position: Position, window: u64) {
-        self.acked = self.acked.max(position);
+        if position > self.acked {
+            self.acked = position;
+            self.promised = self.promised.max(position);
+            self.again = None;
+        }
         self.edge = self.edge.max(position + window);
         self.widest = self.widest.max(window);
         self.forget();
@@ -281,11 +303,68 @@ impl<F> Half<F> {
             .saturating_add(limit.saturating_sub(kept - unread))
     }
 
+    /// Whether all bytes before `next` have really come: those that were skipped are known to have when the receiver
+    /// has acknowledged them.
+    pub(super) fn is_contiguous(&self) -> bool {
+        self.pieces
+            .back()
+            .is_some_and(|piece| piece.start <= self.promised.max(START + 1))
+    }
+
+    /// Bytes that the receiver has not acknowledged and the sender will not send again: up to `most` of them, from
+    /// `from` on.
+    pub(super) fn owed(&self, from: Position, most: usize) -> &[u8] {
+        let Some(piece) = self
+            .pieces
+            .iter()
+            .find(|piece| piece.start <= from && from < piece.end())
+        else {
+            return &[];
+        };
+        let to = self.promised.min(self.judged).min(piece.end());
+        piece.slice(from, to.clamp(from, from + most as u64))
+    }
+
+    /// How far what was promised has been sent on.
+    pub(super) fn delivered(&self) -> Position {
+        self.sent.min(self.promised)
+    }
+
+    /// Whether the receiver has all that was promised.
+    pub(super) fn is_settled(&self) -> bool {
+        self.acked >= self.promised
+    }
+
+    /// Bytes of a packet made for this side.
+    pub(super) fn payload_size(&self, has_timestamps: bool) -> usize {
+        usize::from(self.mss.clamp(64, LARGEST)) - if has_timestamps { 12 } else { 0 }
+    }
+
+    /// Since when something waits for a verdict that has to come in time.
+    pub(super) fn waits_since(&self) -> Option<Millis> {
+        let held = self.held.front().map(|held| held.since);
+        [held, self.since]
+            .into_iter()
+            .flatten()
+            .min()
+            .filter(|_| !self.is_patient)
+    }
+
+    /// When this direction wants to be looked at again.
+    pub(super) fn due(&self, deadline: Millis) -> Option<Millis> {
+        let waits = self.waits_since().map(|since| since.saturating_add(deadline));
+        let again = self.again.map(|(at, _)| at);
+        [waits, again, self.promise_at].into_iter().flatten().min()
+    }
+
     /// Lets go of everything that is kept.
     pub(super) fn clear(&mut self) {
         self.held = VecDeque::new();
         self.pieces = VecDeque::from([Piece::at(self.next)]);
         self.judged = self.next;
+        self.since = None;
+        self.promise_at = None;
+        self.again = None;
     }
 
     /// Bytes that are kept.

@@ -6,6 +6,10 @@
 //! their place is dropped. So it does not matter whether the receiver took the first packet, and nothing about
 //! receivers has to be guessed: neither their windows, nor how they treat timestamps or short-lived packets.
 //!
+//! A sender may wait for the acknowledgement of what is held here before it sends the rest (Nagle's algorithm, RFC
+//! 9293, 3.7.4; a congestion window, RFC 5681). So what has been held for a moment is acknowledged here, and is from
+//! then on this end's to deliver: it goes on in packets made here, again and again until the receiver has it.
+//!
 //! [`Connections`] holds them by their keys, with their limits and deadlines.
 
 mod connection;
@@ -57,6 +61,8 @@ impl Side {
 pub(crate) enum Step {
     /// Nothing can be said of the first of them yet. Asked again when more has come from either side.
     More,
+    /// The same, and it is the other side that is waited for, so there is no deadline.
+    Wait,
     /// The first so many may go.
     Release(usize),
     /// The first so many may go, and may be other bytes when they come again: nothing depends on what they are. May
@@ -67,8 +73,16 @@ pub(crate) enum Step {
     /// No more of this connection goes on. It is reset.
     Cut(Reason),
     /// No more of what this side sends goes on. It gets these bytes as if from the other side, after what that
-    /// side has sent so far, and the end; the other side is reset.
+    /// side has sent so far, and the end; the other side gets the end too.
     Answer(Reason, Vec<u8>),
+}
+
+/// What is kept of a connection while it is read.
+pub(crate) trait Remember {
+    /// What is kept once nothing of it needs reading any more, to judge it again if its rules change.
+    type Memory;
+    /// Takes it out.
+    fn remember(&mut self) -> Self::Memory;
 }
 
 /// Reads what both sides of a connection send.
@@ -93,6 +107,10 @@ pub struct TcpLimits {
     pub frames: usize,
     /// A connection is cut when a packet has waited so long for a verdict.
     pub deadline: Millis,
+    /// What is held so long is acknowledged to its sender.
+    pub acknowledge: Millis,
+    /// Connections that are not read any more, and are remembered in case the rules change.
+    pub past: usize,
     /// A connection whose packets are not seen for so long is forgotten.
     pub idle: Millis,
     /// The same of one that is closed, cut, or not read any more.
@@ -110,6 +128,8 @@ impl Default for TcpLimits {
             frames_per_direction: 512,
             frames: 4096,
             deadline: 30_000,
+            acknowledge: 10,
+            past: 65_536,
             idle: 6 * 3600 * 1000,
             idle_closed: 60_000,
             window: u64::MAX,
@@ -150,6 +170,12 @@ pub struct TcpStats {
     pub offloaded: u64,
     /// Windows that were left to the programs.
     pub windows: u64,
+    /// Acknowledgements made here for what is held.
+    pub acknowledged: u64,
+    /// Packets made here of bytes that were acknowledged before they went on.
+    pub delivered: u64,
+    /// Connections that are not read any more and are remembered.
+    pub past: u64,
 }
 
 /// What all connections share.

@@ -1,12 +1,12 @@
 use std::{
     cmp::Reverse,
-    collections::{BinaryHeap, HashMap},
+    collections::{BinaryHeap, HashMap, VecDeque},
 };
 
-use palisade_abi::{CtKey, Reason, carry_flags, protocol};
+use palisade_abi::{CtKey, FlowCommand, Reason, carry_flags, protocol};
 
-use super::{Connection, Reader, Shared, TcpLimits, TcpStats, segment::Segment};
-use crate::{Millis, Sink, View};
+use super::{Connection, Reader, Remember, Shared, TcpLimits, TcpStats, segment::Segment};
+use crate::{Millis, Sink, View, record::About};
 
 /// A connection, and what its reader knows of it.
 struct Entry<F, T> {
@@ -16,9 +16,18 @@ struct Entry<F, T> {
     due: Millis,
 }
 
+/// A connection that is not read any more: its packets stay with the programs as long as the same rules hold for it.
+struct Past<M> {
+    serial: u32,
+    memory: M,
+}
+
 /// The connections that are read by one kind of reader; `T` is what it keeps of each.
-pub(crate) struct Connections<F, T> {
+pub(crate) struct Connections<F, T: Remember> {
     entries: HashMap<CtKey, Box<Entry<F, T>>>,
+    past: HashMap<CtKey, Past<T::Memory>>,
+    /// The keys of `past` in the order in which they got there, with serials: those that are gone linger.
+    order: VecDeque<(CtKey, u32)>,
     /// When they are due. An entry may stand here more than once; the earliest counts.
     due: BinaryHeap<Reverse<(Millis, Key)>>,
     shared: Shared,
@@ -49,6 +58,16 @@ impl PartialOrd for Key {
     }
 }
 
+/// Leaves a flow to the programs.
+fn offload(key: CtKey, serial: u32) -> FlowCommand {
+    FlowCommand {
+        key,
+        serial,
+        offload: 1,
+        windows: [0; 4],
+    }
+}
+
 /// The conntrack key of a packet, as the slot's endpoint sees it.
 pub(crate) fn key(view: &View<'_>) -> CtKey {
     let packet = view.packet;
@@ -70,10 +89,12 @@ pub(crate) fn key(view: &View<'_>) -> CtKey {
     }
 }
 
-impl<F, T> Connections<F, T> {
+impl<F, T: Remember> Connections<F, T> {
     pub(crate) fn new(limits: &TcpLimits) -> Self {
         Self {
             entries: HashMap::new(),
+            past: HashMap::new(),
+            order: VecDeque::new(),
             due: BinaryHeap::new(),
             shared: Shared::new(limits),
         }
@@ -82,11 +103,17 @@ impl<F, T> Connections<F, T> {
     pub(crate) fn stats(&self) -> TcpStats {
         TcpStats {
             connections: self.entries.len() as u64,
+            past: self.past.len() as u64,
             ..self.shared.stats
         }
     }
 
-    /// A packet. `make` makes what is kept of a new connection; `reader` a reader of it, for this call.
+    /// A packet. `make` makes what is kept of a new connection; `reader` a reader of it, for this call; `recall` says
+    /// whether a connection that is not read any more may go on, and else why not.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a packet, who reads it, and where it goes"
+    )]
     pub(crate) fn packet<'t, S: Sink<F>, R: Reader<F>>(
         &'t mut self,
         now: Millis,
@@ -94,12 +121,36 @@ impl<F, T> Connections<F, T> {
         frame: F,
         make: impl FnOnce() -> T,
         reader: impl FnOnce(&'t mut T) -> R,
+        recall: impl FnOnce(&mut T::Memory, &mut S) -> Result<(), Reason>,
         sink: &mut S,
     ) {
         let key = key(view);
         let opens = Segment::read(view).is_some_and(|s| s.is_syn() && !s.is_ack())
             && view.slot.flags & carry_flags::REPLY == 0;
         let serial = view.slot.serial;
+        if self
+            .entries
+            .get(&key)
+            .is_some_and(|entry| entry.connection.is_over())
+        {
+            self.put_past(key);
+        }
+        if let Some(past) = self.past.get_mut(&key) {
+            if past.serial == serial && !opens {
+                match recall(&mut past.memory, sink) {
+                    Ok(()) => sink.release_with(frame, &offload(key, serial)),
+                    Err(reason) => {
+                        self.past.remove(&key);
+                        self.shared.stats.cut += 1;
+                        sink.discard(frame, reason);
+                        Connection::<F>::refuse(view, &mut self.shared, sink);
+                        Connection::<F>::abandon(view, &mut self.shared, sink);
+                    }
+                }
+                return;
+            }
+            self.past.remove(&key);
+        }
         if let Some(entry) = self.entries.get_mut(&key)
             && (entry.connection.serial() != serial || (opens && entry.connection.is_done()))
         {
@@ -120,7 +171,7 @@ impl<F, T> Connections<F, T> {
             }
             self.shared.stats.opened += 1;
             let entry = Entry {
-                connection: Connection::new(key, serial),
+                connection: Connection::new(key, serial, About::of(view)),
                 reader: make(),
                 due: Millis::MAX,
             };
@@ -137,6 +188,29 @@ impl<F, T> Connections<F, T> {
         if due < entry.due {
             entry.due = due;
             self.due.push(Reverse((due, Key(key))));
+        }
+    }
+
+    /// Keeps no more of a connection than what has to be known if its rules change.
+    fn put_past(&mut self, key: CtKey) {
+        let Some(mut entry) = self.entries.remove(&key) else {
+            return;
+        };
+        entry.connection.account(&mut self.shared);
+        let past = Past {
+            serial: entry.connection.serial(),
+            memory: entry.reader.remember(),
+        };
+        self.order.push_back((key, past.serial));
+        self.past.insert(key, past);
+        let most = self.shared.limits.past;
+        while self.past.len() > most || self.order.len() > 2 * most {
+            let Some((key, serial)) = self.order.pop_front() else {
+                break;
+            };
+            if self.past.get(&key).is_some_and(|past| past.serial == serial) {
+                self.past.remove(&key);
+            }
         }
     }
 
@@ -172,7 +246,10 @@ impl<F, T> Connections<F, T> {
             if entry.due != due {
                 continue;
             }
-            if entry.connection.tick(now, &mut self.shared, sink) {
+            let stays = entry.connection.tick(now, &mut self.shared, sink);
+            if entry.connection.is_over() {
+                self.put_past(key.0);
+            } else if stays {
                 entry.due = entry.connection.deadline(&self.shared).max(now + 1);
                 self.due.push(Reverse((entry.due, key)));
             } else {
@@ -186,6 +263,8 @@ impl<F, T> Connections<F, T> {
 
     /// Forgets the connections of an endpoint, or all; what is held of them is dropped.
     pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, sink: &mut S) {
+        self.past
+            .retain(|key, _| endpoint.is_some_and(|endpoint| endpoint != key.endpoint));
         let shared = &mut self.shared;
         self.entries.retain(|key, entry| {
             let stays = endpoint.is_some_and(|endpoint| endpoint != key.endpoint);

@@ -4,7 +4,7 @@ use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_flags, carry
 use palisade_packet::{Packet, Start, decode};
 use proptest::prelude::*;
 
-use super::{Connections, Reader, Side, Step, TcpLimits};
+use super::{Connections, Reader, Remember, Side, Step, TcpLimits};
 use crate::{Learn, Millis, Route, Sink, View, record::Record};
 
 pub(crate) const SYN: u8 = 2;
@@ -170,6 +170,11 @@ impl Sink<Vec<u8>> for Out {
 #[derive(Default)]
 struct Messages;
 
+impl Remember for Messages {
+    type Memory = ();
+    fn remember(&mut self) {}
+}
+
 impl Reader<Vec<u8>> for &mut Messages {
     fn read<S: Sink<Vec<u8>>>(&mut self, side: Side, bytes: &[u8], end: bool, _: &mut S) -> Step {
         if side == Side::Server {
@@ -241,7 +246,7 @@ impl Bench {
             ..CarrySlot::default()
         };
         seg.view(slot, |view, frame| {
-            table.packet(now, view, frame, Messages::default, |m| m, out);
+            table.packet(now, view, frame, Messages::default, |m| m, |(), _| Ok(()), out);
         });
         self.check();
     }
@@ -491,29 +496,48 @@ fn an_answer_comes_after_what_the_server_said_and_until_it_is_taken() {
     assert_eq!(
         kinds,
         [
-            (Side::Client, RST, 0),
             (Side::Server, 0, 536),
-            (Side::Server, FIN, 264)
+            (Side::Server, FIN, 264),
+            (Side::Client, FIN, 0),
         ]
     );
     assert_eq!(
-        out.emitted[0].0.seq,
+        out.emitted[2].0.seq,
         CLIENT_ISN.wrapping_add(4),
         "nothing of it reached the server"
     );
-    assert_eq!(out.emitted[1].0.seq, SERVER_ISN.wrapping_add(6));
-    assert_eq!(out.emitted[1].0.ack, CLIENT_ISN.wrapping_add(7));
+    assert_eq!(out.emitted[0].0.seq, SERVER_ISN.wrapping_add(6));
+    assert_eq!(out.emitted[0].0.ack, CLIENT_ISN.wrapping_add(7));
     assert_eq!(out.discarded, [Reason::AppDenied]);
     // half of it is lost
     ack.ack = ack.ack.wrapping_add(536);
     bench.put(&ack);
-    bench.tick(bench.table.deadline().unwrap());
+    bench.tick(300);
     let out = bench.take();
-    assert_eq!(out.emitted.len(), 1);
+    assert_eq!(out.emitted.len(), 2, "and the end for the server");
     assert_eq!(
         (out.emitted[0].0.data.len(), out.emitted[0].0.flags & FIN),
         (264, FIN)
     );
+    assert_eq!(
+        (out.emitted[1].0.from, out.emitted[1].0.flags & FIN),
+        (Side::Client, FIN)
+    );
+    // the server closes too
+    let mut end = server(4);
+    (end.seq, end.flags) = (end.seq.wrapping_add(5), ACK | FIN);
+    bench.put(&end);
+    let out = bench.take();
+    assert_eq!(
+        (out.released.len(), &out.discarded[..]),
+        (0, &[Reason::AppDenied][..])
+    );
+    let [(to_server, _)] = &out.emitted[..] else {
+        panic!("{:?}", out.emitted)
+    };
+    assert_eq!((to_server.from, to_server.flags), (Side::Client, ACK));
+    assert_eq!(to_server.ack, SERVER_ISN.wrapping_add(7));
+    assert_eq!(to_server.seq, CLIENT_ISN.wrapping_add(5));
     ack.ack = ack.ack.wrapping_add(265);
     ack.flags |= FIN;
     bench.put(&ack);
@@ -587,7 +611,8 @@ fn nothing_waits_for_ever_and_what_is_held_is_bounded() {
     let mut bench = Bench::new(limits);
     bench.handshake();
     for at in 0..4 {
-        bench.put(&client(at, b"\xff"));
+        // with gaps, so that nothing of it can be acknowledged
+        bench.put(&client(2 * at + 1, b"\xff"));
     }
     bench.put(&client(50, &[1; 60]));
     assert_eq!(bench.take().discarded, [Reason::InspectLimit; 2]);
@@ -596,9 +621,135 @@ fn nothing_waits_for_ever_and_what_is_held_is_bounded() {
     let out = bench.take();
     assert_eq!(out.discarded, [Reason::InspectDeadline; 3]);
     assert_eq!(out.emitted.len(), 2);
+    assert_eq!(out.records.len(), 1, "it is named");
     assert_eq!((bench.table.stats().bytes, bench.table.stats().frames), (0, 0));
     bench.table.forget(None, &mut bench.out);
     assert_eq!(bench.table.stats().connections, 0);
+}
+
+/// A sender that waits for the acknowledgement of what it has sent gets it, and what was acknowledged is delivered.
+#[test]
+fn what_is_held_is_acknowledged_and_then_delivered() {
+    let mut bench = Bench::open();
+    bench.put(&client(0, b"\x04ab"));
+    assert_eq!(bench.table.deadline(), Some(10));
+    bench.tick(10);
+    let out = bench.take();
+    let [(ack, _)] = &out.emitted[..] else {
+        panic!("{:?}", out.emitted)
+    };
+    assert_eq!(
+        (ack.from, ack.flags, &ack.data[..]),
+        (Side::Server, ACK, &b""[..])
+    );
+    assert_eq!(
+        (ack.seq, ack.ack),
+        (SERVER_ISN.wrapping_add(1), CLIENT_ISN.wrapping_add(4))
+    );
+    assert_eq!(bench.table.stats().frames, 0, "the packet is not needed any more");
+    // it comes again if the acknowledgement got lost
+    bench.put(&client(0, b"\x04ab"));
+    let out = bench.take();
+    assert_eq!(out.emitted[0].0.ack, CLIENT_ISN.wrapping_add(4));
+    assert!(out.released.is_empty());
+    // the rest comes: both go on
+    bench.put(&client(3, b"cd"));
+    let out = bench.take();
+    let [(made, _)] = &out.emitted[..] else {
+        panic!("{:?}", out.emitted)
+    };
+    assert_eq!(
+        (made.from, made.seq, &made.data[..]),
+        (Side::Client, CLIENT_ISN.wrapping_add(1), &b"\x04ab"[..])
+    );
+    assert_eq!(out.released[0].data, b"cd");
+    // the first is lost on the way: sent again until it is there
+    bench.tick(bench.table.deadline().unwrap());
+    assert_eq!(bench.take().emitted[0].0.data, b"\x04ab");
+    bench.put(&server(5));
+    assert_eq!(bench.table.stats().bytes, 0);
+    bench.tick(5_000);
+    assert!(bench.take().emitted.is_empty());
+    // the same, and nothing goes on of what is refused
+    bench.put(&client(5, b"\x04X"));
+    bench.tick(5_010);
+    assert_eq!(bench.take().emitted.len(), 1);
+    bench.put(&client(7, b"abc"));
+    assert!(
+        bench
+            .take()
+            .emitted
+            .iter()
+            .all(|(seg, _)| seg.data.is_empty() && seg.flags & RST != 0)
+    );
+}
+
+/// What a receiver never acknowledges ends the connection.
+#[test]
+fn a_receiver_that_takes_nothing_ends_it() {
+    let mut bench = Bench::open();
+    bench.put(&client(0, b"\x04ab"));
+    bench.tick(10);
+    bench.put(&client(3, b"cd"));
+    let mut sent = 0;
+    while bench.table.stats().cut == 0 {
+        bench.tick(bench.table.deadline().unwrap());
+        sent += 1;
+        assert!(sent < 20);
+    }
+    let out = bench.take();
+    assert!(
+        out.records
+            .iter()
+            .any(|record| record.reason == Reason::InspectDeadline)
+    );
+}
+
+/// Many small packets are no reason to give up: their bytes are kept, not they.
+#[test]
+fn small_packets_are_taken_over_when_they_are_many() {
+    let mut bench = Bench::new(TcpLimits {
+        frames_per_direction: 8,
+        ..TcpLimits::default()
+    });
+    bench.handshake();
+    let message = [&[200][..], &[b'a'; 200]].concat();
+    for (at, byte) in message.iter().enumerate() {
+        bench.put(&client(at as u32, &[*byte]));
+    }
+    let out = bench.take();
+    assert!(!out.discarded.contains(&Reason::InspectLimit));
+    let mut got = Receiver {
+        bytes: BTreeMap::new(),
+        last_wins: true,
+    };
+    for seg in out.emitted.iter().map(|(seg, _)| seg).chain(&out.released) {
+        if seg.from == Side::Client {
+            got.take(seg);
+        }
+    }
+    assert_eq!(got.stream(), message);
+}
+
+/// A connection that is not read any more is judged again when its rules change, and only then.
+#[test]
+fn what_is_not_read_any_more_is_remembered_within_limits() {
+    let mut bench = Bench::new(TcpLimits {
+        past: 1,
+        ..TcpLimits::default()
+    });
+    bench.handshake();
+    bench.put(&client(0, b"\x01O"));
+    bench.tick(1);
+    let stats = bench.table.stats();
+    assert_eq!((stats.connections, stats.past, stats.offloaded), (0, 1, 1));
+    bench.take();
+    bench.put(&client(2, b"x"));
+    let out = bench.take();
+    assert_eq!((out.released.len(), out.commands.len()), (1, 1));
+    // other ports take its place
+    bench.handshake();
+    assert_eq!(bench.table.stats().past, 0);
 }
 
 /// What a receiver makes of the packets that reach it.
@@ -677,19 +828,31 @@ proptest! {
     #[test]
     fn the_verdict_does_not_depend_on_how_bytes_come(
         stream in messages(),
-        moves in prop::collection::vec((any::<prop::sample::Index>(), 1_usize..15, 0_u8..10, any::<bool>()), 0..60),
+        moves in prop::collection::vec(
+            (any::<prop::sample::Index>(), 1_usize..15, 0_u8..10, any::<bool>(), 0_u64..30), 0..60),
         last_wins in any::<bool>(),
     ) {
         let (fine, refused) = allowed(&stream);
         let mut bench = Bench::open();
         let mut receiver = Receiver { bytes: BTreeMap::new(), last_wins };
         let mut acknowledged = 0;
+        // What the sender was told has come: it does not send that again.
+        let mut promised = 0;
         let mut send = |bench: &mut Bench, receiver: &mut Receiver, from: usize, to: usize, lost: bool, acks: bool| {
-            let mut seg = client(from as u32, &stream[from..to]);
-            if to == stream.len() { seg.flags |= FIN; }
-            bench.put(&seg);
+            let from = from.max(promised);
+            if from <= to {
+                let mut seg = client(from as u32, &stream[from..to]);
+                if to == stream.len() { seg.flags |= FIN; }
+                bench.put(&seg);
+            }
             let out = bench.take();
-            for seg in out.released.iter().filter(|_| !lost) {
+            for (seg, _) in &out.emitted {
+                if seg.from == Side::Server && seg.flags == ACK {
+                    promised = promised.max(seg.ack.wrapping_sub(CLIENT_ISN.wrapping_add(1)) as usize);
+                }
+            }
+            let made = out.emitted.iter().map(|(seg, _)| seg).filter(|seg| seg.from == Side::Client);
+            for seg in made.chain(&out.released).filter(|_| !lost) {
                 receiver.take(seg);
             }
             for reason in out.discarded {
@@ -701,12 +864,17 @@ proptest! {
                 bench.take();
             }
         };
-        for (index, length, luck, acks) in moves {
+        for (index, length, luck, acks, pause) in moves {
+            bench.tick(bench.now + pause);
             let from = index.index(stream.len());
             send(&mut bench, &mut receiver, from, (from + length).min(stream.len()), luck < 3, acks);
         }
         // The sender sends again what was not acknowledged, until it gets no further.
-        for _ in 0..3 {
+        for _ in 0..5 {
+            // Clocks of lost packets run out.
+            if let Some(due) = bench.table.deadline().filter(|due| *due < bench.now + 10_000) {
+                bench.tick(due);
+            }
             let mut from = receiver.next() as usize;
             while from < stream.len() {
                 let to = (from + 5).min(stream.len());
@@ -740,7 +908,10 @@ proptest! {
             let stream = which.get(&streams);
             let from = index.index(stream.len().min(40));
             bench.put(&client(from as u32, &stream[from..(from + length).min(stream.len())]));
-            for seg in bench.take().released.iter().filter(|_| luck > 2) {
+            bench.tick(bench.now + u64::from(luck) * 5);
+            let out = bench.take();
+            let made = out.emitted.iter().map(|(seg, _)| seg).filter(|seg| seg.from == Side::Client);
+            for seg in made.chain(&out.released).filter(|_| luck > 2) {
                 receiver.take(seg);
             }
             if acks {

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    hash::{Hash as _, Hasher},
     sync::Arc,
 };
 
@@ -32,10 +33,12 @@ impl RuleIds {
     }
 }
 
+/// Application rules have numbers that are made of what they say, so that a daemon that begins anew gives the same
+/// rules the same number, and other rules another: connections that were read by a set and left to the kernel stay
+/// there as long as its number holds for them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct RuleSetIds {
     pub(super) numbers: HashMap<RuleSet, u32>,
-    pub(super) last: u32,
     pub(super) sets: Arc<BTreeMap<u32, Arc<RuleSet>>>,
 }
 
@@ -44,10 +47,44 @@ impl RuleSets for RuleSetIds {
         if let Some(&id) = self.numbers.get(&set) {
             return id;
         }
-        self.last += 1;
-        let id = self.last;
+        let id = self.free_id(&set);
         Arc::make_mut(&mut self.sets).insert(id, Arc::new(set.clone()));
         self.numbers.insert(set, id);
         id
+    }
+}
+
+impl RuleSetIds {
+    /// The number that is made of a set, or the next one that nobody has; never 0.
+    fn free_id(&self, set: &RuleSet) -> u32 {
+        let mut hasher = Fnv::default();
+        set.hash(&mut hasher);
+        let hash = hasher.finish();
+        let mut id = (hash ^ hash >> 32) as u32;
+        while id == 0 || self.sets.contains_key(&id) {
+            id = id.wrapping_add(1);
+        }
+        id
+    }
+}
+
+/// FNV-1a: the same in every process and every build.
+struct Fnv(u64);
+
+impl Default for Fnv {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Hasher for Fnv {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
     }
 }
