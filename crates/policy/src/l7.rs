@@ -7,6 +7,7 @@ use regex::bytes::Regex;
 
 use crate::{
     parse::http_regex,
+    path::resolved,
     rule::{FqdnPattern, HttpRule, KafkaRule, MismatchAction},
     snapshot::{Alternative, Matcher, RuleSet},
 };
@@ -58,9 +59,26 @@ pub struct KafkaRequest {
     pub topics: Vec<String>,
 }
 
+/// In which form the path of a request is judged.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Paths {
+    /// As sent, and as a server would resolve it: a rule must allow both.
+    #[default]
+    Both,
+    /// As sent only.
+    Raw,
+}
+
 /// The first alternative that lets the request pass.
 #[must_use]
 pub fn passing<'a>(set: &'a RuleSet, request: &Request) -> Option<&'a Alternative> {
+    passing_as(set, request, Paths::Both)
+}
+
+/// The same, with the path in one form or in both. Where both are judged, each needs an alternative, not
+/// necessarily the same; given is that of the path as sent.
+#[must_use]
+pub fn passing_as<'a>(set: &'a RuleSet, request: &Request, paths: Paths) -> Option<&'a Alternative> {
     if !set.server_names.is_empty()
         && let Some(name) = &request.tls
         && !set.server_names.iter().any(|pattern| name_matches(pattern, name))
@@ -81,23 +99,36 @@ pub fn passing<'a>(set: &'a RuleSet, request: &Request) -> Option<&'a Alternativ
                 kafka: Some(alone),
                 ..request.clone()
             };
-            last = Some(first_match(set, &request)?);
+            last = Some(first_match(set, &request, None)?);
         }
         return last;
     }
-    first_match(set, request)
+    let sent = request.http.as_ref().map(|http| http.path.as_bytes());
+    let found = first_match(set, request, sent)?;
+    if let Some(http) = &request.http
+        && paths == Paths::Both
+    {
+        let mut path = Vec::new();
+        let path = resolved(&http.path, &mut path).is_ok().then_some(&path[..]);
+        first_match(set, request, path)?;
+    }
+    Some(found)
 }
 
-fn first_match<'a>(set: &'a RuleSet, request: &Request) -> Option<&'a Alternative> {
+/// `path`: what is judged in place of the request's own; none if it cannot be known.
+fn first_match<'a>(set: &'a RuleSet, request: &Request, path: Option<&[u8]>) -> Option<&'a Alternative> {
     set.alternatives
         .iter()
-        .find(|alternative| matches(&alternative.matcher, request))
+        .find(|alternative| matches(&alternative.matcher, request, path))
 }
 
-fn matches(matcher: &Matcher, request: &Request) -> bool {
+fn matches(matcher: &Matcher, request: &Request, path: Option<&[u8]>) -> bool {
     match matcher {
         Matcher::Everything => true,
-        Matcher::Http(rule) => request.http.as_ref().is_some_and(|http| http_matches(rule, http)),
+        Matcher::Http(rule) => request
+            .http
+            .as_ref()
+            .is_some_and(|http| http_matches(rule, http, path)),
         Matcher::Dns(pattern) => request
             .dns
             .as_ref()
@@ -114,32 +145,57 @@ fn matches(matcher: &Matcher, request: &Request) -> bool {
     }
 }
 
-fn http_matches(rule: &HttpRule, http: &HttpRequest) -> bool {
-    let full = |pattern: &Option<String>, text: &str| pattern.as_ref().is_none_or(|p| full_match(p, text));
-    full(&rule.path, &http.path)
-        && full(&rule.method, &http.method)
-        && full(&rule.host, &http.host)
-        && rule.headers.iter().all(|(name, expected)| match expected {
-            None => header(http, name).next().is_some(),
-            Some(expected) => header(http, name).any(|value| value == expected),
+fn http_matches(rule: &HttpRule, http: &HttpRequest, path: Option<&[u8]>) -> bool {
+    // What is not there matches no expression. (CONNECT has no path.)
+    let path = path.filter(|path| !path.is_empty());
+    let host = Some(http.host.as_bytes()).filter(|host| !host.is_empty());
+    let full = |pattern: &str, text: Option<&[u8]>| text.is_some_and(|text| full_match(pattern, text));
+    let values = |name: &str| -> Vec<&[u8]> {
+        match name.to_ascii_lowercase().as_str() {
+            ":method" => vec![http.method.as_bytes()],
+            ":path" => path.into_iter().collect(),
+            // As proxies have it: the host, whether it stood in a field or in the target.
+            ":authority" | "host" => host.into_iter().collect(),
+            name if name.starts_with(':') => Vec::new(),
+            name => http
+                .headers
+                .iter()
+                .filter(|(known, _)| known.eq_ignore_ascii_case(name))
+                .map(|(_, value)| value.as_bytes())
+                .collect(),
+        }
+    };
+    // A header that occurs twice: who knows which of its values a server uses. Each has to be the one that is wanted.
+    let header = |name: &str, wanted: Option<&str>| {
+        let values = values(name);
+        let all = |wanted: &str| values.iter().all(|value| *value == wanted.as_bytes());
+        !values.is_empty() && wanted.is_none_or(all)
+    };
+    rule.path.as_ref().is_none_or(|pattern| full(pattern, path))
+        && rule
+            .method
+            .as_ref()
+            .is_none_or(|pattern| full(pattern, Some(http.method.as_bytes())))
+        && rule.host.as_ref().is_none_or(|pattern| {
+            // A server takes hosts in any case: no change of case may open a door that is otherwise closed.
+            full(pattern, host)
+                && (!http.host.bytes().any(|byte| byte.is_ascii_uppercase())
+                    || full(&format!("(?i:{pattern})"), host))
         })
+        && rule
+            .headers
+            .iter()
+            .all(|(name, wanted)| header(name, wanted.as_deref()))
         && rule.header_matches.iter().all(|wanted| {
-            wanted.mismatch != MismatchAction::Fail
+            // Only LOG lets pass what does not match. What would change the request cannot be done.
+            wanted.mismatch == MismatchAction::Log
                 || match (&wanted.value, &wanted.secret) {
-                    (Some(value), _) => header(http, &wanted.name).any(|found| found == value),
-                    (None, None) => header(http, &wanted.name).next().is_some(),
-                    // The secret's value is not known here.
+                    // Beside a secret, it is what counts as long as the secret cannot be read.
+                    (Some(value), _) => header(&wanted.name, Some(value)),
+                    (None, None) => header(&wanted.name, None),
                     (None, Some(_)) => false,
                 }
         })
-}
-
-/// The values of a header field.
-fn header<'a>(http: &'a HttpRequest, name: &'a str) -> impl Iterator<Item = &'a str> {
-    http.headers
-        .iter()
-        .filter(move |(known, _)| known.eq_ignore_ascii_case(name))
-        .map(|(_, value)| value.as_str())
 }
 
 fn kafka_matches(rule: &KafkaRule, kafka: &KafkaRequest) -> bool {
@@ -175,7 +231,10 @@ pub fn name_matches(pattern: &FqdnPattern, name: &str) -> bool {
                 None => ("", pattern.as_str()),
             };
             let rest: Vec<String> = rest.split('*').map(regex::escape).collect();
-            full_match(&format!("{labels}{}", rest.join("[-a-zA-Z0-9_]*")), &name)
+            full_match(
+                &format!("{labels}{}", rest.join("[-a-zA-Z0-9_]*")),
+                name.as_bytes(),
+            )
         }
     }
 }
@@ -185,7 +244,7 @@ thread_local! {
 }
 
 /// Whether a pattern matches a text from its first to its last character. One that cannot be compiled matches nothing.
-fn full_match(pattern: &str, text: &str) -> bool {
+fn full_match(pattern: &str, text: &[u8]) -> bool {
     const REMEMBERED: usize = 1024;
     PATTERNS.with_borrow_mut(|known| {
         if known.len() > REMEMBERED {
@@ -195,13 +254,14 @@ fn full_match(pattern: &str, text: &str) -> bool {
             .entry(pattern.to_owned())
             .or_insert_with(|| http_regex(pattern).ok())
             .as_ref()
-            .is_some_and(|regex| regex.is_match(text.as_bytes()))
+            .is_some_and(|regex| regex.is_match(text))
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rule::HeaderMatch;
 
     fn set(matchers: Vec<Matcher>) -> RuleSet {
         RuleSet {
@@ -238,6 +298,103 @@ mod tests {
         assert!(passing(&rules, &get("/private?/public/", &headers)).is_none());
         assert!(passing(&rules, &get("/public/x", &headers[..1])).is_none());
         assert!(passing(&rules, &get("/public/x", &[("x-a", "2"), ("x-b", "")])).is_none());
+    }
+
+    fn allowing(rules: Vec<HttpRule>) -> RuleSet {
+        set(rules.into_iter().map(Matcher::Http).collect())
+    }
+
+    fn path(pattern: &str) -> HttpRule {
+        HttpRule {
+            path: Some(pattern.into()),
+            ..HttpRule::default()
+        }
+    }
+
+    #[test]
+    fn a_path_is_judged_as_sent_and_as_a_server_resolves_it() {
+        let rules = allowing(vec![path("/public/.*")]);
+        for there in [
+            "/public/../secret",
+            "/public/%2e%2e/secret",
+            "/public/%zz",
+            "/x/../public/a",
+        ] {
+            assert!(passing(&rules, &get(there, &[])).is_none(), "{there}");
+        }
+        assert!(passing_as(&rules, &get("/public/../secret", &[]), Paths::Raw).is_some());
+        assert!(passing(&rules, &get("/public/x/../a", &[])).is_some());
+        // Either form may have a rule of its own.
+        let rules = allowing(vec![path("/x/.*"), path("/public/.*")]);
+        assert!(passing(&rules, &get("/x/../public/a", &[])).is_some());
+        // Who does not look at paths does not mind what they are.
+        let rules = allowing(vec![path("/public/.*"), HttpRule::default()]);
+        assert!(passing(&rules, &get("/%zz", &[])).is_some());
+        // CONNECT has none.
+        assert!(passing(&allowing(vec![path(".*")]), &get("", &[])).is_none());
+    }
+
+    #[test]
+    fn a_header_that_occurs_twice_matches_only_if_every_value_does() {
+        let header = |value: Option<&str>| HttpRule {
+            headers: vec![("X-A".into(), value.map(Into::into))],
+            ..HttpRule::default()
+        };
+        let rules = allowing(vec![header(Some("1"))]);
+        assert!(passing(&rules, &get("/", &[("x-a", "1"), ("X-A", "1")])).is_some());
+        assert!(passing(&rules, &get("/", &[("x-a", "1"), ("X-A", "2")])).is_none());
+        assert!(passing(&rules, &get("/", &[("x-a", "2"), ("X-A", "1")])).is_none());
+        let rules = allowing(vec![header(None)]);
+        assert!(passing(&rules, &get("/", &[("x-a", "2"), ("X-A", "1")])).is_some());
+    }
+
+    #[test]
+    fn only_log_lets_a_mismatch_pass() {
+        for (mismatch, passes) in [
+            (MismatchAction::Fail, false),
+            (MismatchAction::Log, true),
+            (MismatchAction::Add, false),
+            (MismatchAction::Delete, false),
+            (MismatchAction::Replace, false),
+        ] {
+            let wanted = |value: Option<&str>, secret: Option<&str>| {
+                allowing(vec![HttpRule {
+                    header_matches: vec![HeaderMatch {
+                        name: "X-A".into(),
+                        value: value.map(Into::into),
+                        secret: secret.map(Into::into),
+                        mismatch,
+                    }],
+                    ..HttpRule::default()
+                }])
+            };
+            let passes_with =
+                |rules: &RuleSet, value: &str| passing(rules, &get("/", &[("x-a", value)])).is_some();
+            assert!(passes_with(&wanted(Some("1"), None), "1"));
+            assert_eq!(passes_with(&wanted(Some("1"), None), "2"), passes);
+            assert_eq!(passes_with(&wanted(None, Some("a/b")), "2"), passes);
+            assert!(passes_with(&wanted(Some("1"), Some("a/b")), "1"));
+        }
+    }
+
+    #[test]
+    fn hosts_are_judged_as_sent_and_no_change_of_case_opens_a_door() {
+        let host = |pattern: &str, host: &str| {
+            let rules = allowing(vec![HttpRule {
+                host: Some(pattern.into()),
+                ..HttpRule::default()
+            }]);
+            let mut request = get("/", &[]);
+            if let Some(http) = &mut request.http {
+                http.host = host.into();
+            }
+            passing(&rules, &request).is_some()
+        };
+        assert!(host(r"a\.test", "a.test"));
+        assert!(!host(r"a\.test", "A.test") && !host(r"a\.test", "a.test:8080"));
+        assert!(host(r"A\.test", "A.test") && host(r"(?i)a\.test(:\d+)?", "A.TEST:80"));
+        assert!(host("[^x].*", "a.test") && !host("[^x].*", "X.test"));
+        assert!(!host(".*", ""), "a host that is not there matches no expression");
     }
 
     #[test]

@@ -20,6 +20,7 @@ pub mod labels;
 pub mod lookup;
 pub mod names;
 pub mod parse;
+pub mod path;
 pub mod plan;
 pub mod rule;
 mod select;

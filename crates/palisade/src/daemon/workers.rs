@@ -115,7 +115,7 @@ impl Workers {
         let Ok(running) = &mut self.running else { return };
         let rules = Rules::prepare(sets, Some(&running.rules));
         for problem in rules.problems() {
-            error!("application rules {}: {:?}", problem.ruleset, problem.error);
+            error!("application rules {}: {}", problem.ruleset, problem.error);
         }
         running.rules = Arc::new(rules);
         running.pool.set_rules(&running.rules);

@@ -144,6 +144,14 @@ pub fn http_regex(pattern: &str) -> Result<regex::bytes::Regex, String> {
     re2::compile(pattern)
 }
 
+/// The same expression in the syntax of the `regex` crate, not yet bound to the ends of the text.
+///
+/// # Errors
+/// If it is none of RE2.
+pub fn http_pattern(pattern: &str) -> Result<String, String> {
+    re2::translate(pattern)
+}
+
 fn documents(context: &Context, text: &str) -> Vec<Node> {
     let (documents, errors) = yaml::documents(text);
     for error in errors {

@@ -11,9 +11,14 @@ const SIZE_LIMIT: usize = 1 << 20;
 /// RE2's limit for a counted repetition.
 const MAX_REPEAT: u32 = 1000;
 
+/// Translates an expression into the syntax of the `regex` crate.
+pub(crate) fn translate(pattern: &str) -> Result<String, String> {
+    Translator::new(pattern).translate()
+}
+
 /// Compiles an expression that has to match the whole of a text.
 pub(crate) fn compile(pattern: &str) -> Result<Regex, String> {
-    let translated = Translator::new(pattern).translate()?;
+    let translated = translate(pattern)?;
     RegexBuilder::new(&format!(r"\A(?:{translated})\z"))
         .size_limit(SIZE_LIMIT)
         .build()

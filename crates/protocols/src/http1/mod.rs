@@ -10,12 +10,11 @@
 mod chunked;
 mod head;
 mod message;
-mod path;
 
 pub use chunked::{Chunks, Piece};
 pub use head::{Head, Limits};
 pub use message::{Body, Headers, MAX_HEADERS, Request, Response, Target};
-pub use path::{PathError, resolved};
+pub use palisade_policy::path::{PathError, resolved};
 
 use std::fmt;
 

@@ -1,3 +1,5 @@
+//! Paths of HTTP requests as servers resolve them. Here, as the compiler's own judgement of requests needs them too.
+
 use std::fmt;
 
 /// Why a path cannot be resolved.

@@ -1,3 +1,8 @@
+//! Application rules in the form that traffic is judged by.
+
+mod http;
+mod patterns;
+
 use std::{
     collections::{BTreeMap, HashMap},
     sync::Arc,
@@ -9,6 +14,8 @@ use palisade_policy::{
 };
 use palisade_protocols::dns::{Name, NameSet, PatternError};
 
+pub use http::{HttpDenial, HttpRules, HttpScratch, HttpVerdict};
+
 /// The application rules of a snapshot, in the form that traffic is judged by.
 #[derive(Debug, Default)]
 pub struct Rules {
@@ -16,20 +23,22 @@ pub struct Rules {
     problems: Vec<Problem>,
 }
 
-/// A pattern that could not be prepared. It matches nothing. Validation refuses such patterns, so this is a bug.
+/// A pattern that could not be prepared. It matches nothing. Validation refuses such patterns, so this is a bug, or
+/// the expressions of a rule set are too large together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     /// The set of rules.
     pub ruleset: u32,
-    /// What is wrong.
-    pub error: PatternError,
+    /// Which pattern, and what is wrong with it.
+    pub error: String,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Prepared {
     source: Arc<RuleSet>,
     dns: Arc<DnsRules>,
     tls: Arc<TlsRules>,
+    http: Arc<HttpRules>,
 }
 
 impl Rules {
@@ -41,18 +50,27 @@ impl Rules {
             let known = previous
                 .and_then(|previous| previous.sets.get(&id))
                 .filter(|known| Arc::ptr_eq(&known.source, source) || known.source == *source);
-            let (dns, tls) = match known {
-                Some(known) => (known.dns.clone(), known.tls.clone()),
+            let prepared = match known {
+                Some(known) => Prepared {
+                    source: source.clone(),
+                    ..known.clone()
+                },
                 None => {
                     let mut problem = |error| rules.problems.push(Problem { ruleset: id, error });
-                    (
-                        Arc::new(DnsRules::prepare(source, &mut problem)),
-                        Arc::new(TlsRules::prepare(source, &mut problem)),
-                    )
+                    let mut named = |error: PatternError| problem(error.to_string());
+                    let dns = Arc::new(DnsRules::prepare(source, &mut named));
+                    let tls = Arc::new(TlsRules::prepare(source, &mut named));
+                    let expression =
+                        |pattern: &str, error| problem(format!("regular expression \"{pattern}\": {error}"));
+                    Prepared {
+                        source: source.clone(),
+                        dns,
+                        tls,
+                        http: Arc::new(HttpRules::prepare(source, expression)),
+                    }
                 }
             };
-            let source = source.clone();
-            rules.sets.insert(id, Prepared { source, dns, tls });
+            rules.sets.insert(id, prepared);
         }
         rules
     }
@@ -73,6 +91,12 @@ impl Rules {
     #[must_use]
     pub fn tls(&self, ruleset: u32) -> Option<&TlsRules> {
         self.sets.get(&ruleset).map(|set| &*set.tls)
+    }
+
+    /// How HTTP requests are judged by a set of rules.
+    #[must_use]
+    pub fn http(&self, ruleset: u32) -> Option<&HttpRules> {
+        self.sets.get(&ruleset).map(|set| &*set.http)
     }
 
     /// The rules as they were given.
