@@ -21,8 +21,8 @@ use serde::{Deserialize, Serialize};
 use crate::{
     ParseTimeError, Timestamp,
     flow::{
-        DropReason, Endpoint, Flow, IpVersion, Layer4, TcpFlags, TracePoint, TrafficDirection, Verdict,
-        event_type, reserved_name,
+        DropReason, Endpoint, Flow, HttpHeader, IpVersion, Layer4, TcpFlags, TracePoint, TrafficDirection,
+        Verdict, event_type, reserved_name,
     },
 };
 
@@ -109,7 +109,7 @@ pub const FLAGS: &[Flag] = &[
     flag(
         "protocol",
         "PROTOCOL",
-        "Flows of a protocol: tcp, udp, sctp, icmp, icmpv4, icmpv6, dns, or a number",
+        "Flows of a protocol: tcp, udp, sctp, icmp, icmpv4, icmpv6, dns, http, tls, or a number",
     ),
     flag(
         "verdict",
@@ -152,6 +152,36 @@ pub const FLAGS: &[Flag] = &[
         "dns-query",
         "REGEX",
         "DNS messages about a name that matches ('example\\.com\\.?$')",
+    ),
+    flag(
+        "http-status",
+        "STATUS",
+        "HTTP answers with a status, or whose status begins so (404, 5+, 40+)",
+    ),
+    flag(
+        "http-method",
+        "METHOD",
+        "HTTP requests with a method, and their answers",
+    ),
+    flag(
+        "http-path",
+        "REGEX",
+        "HTTP requests whose path, without its query, matches, and their answers ('^/page/[0-9]+$')",
+    ),
+    flag(
+        "http-url",
+        "REGEX",
+        "HTTP requests whose URL matches, and their answers ('^http://[^/]*example\\.com/')",
+    ),
+    flag(
+        "http-header",
+        "NAME:VALUE",
+        "HTTP messages with a field that flows show ([http] record_headers)",
+    ),
+    flag(
+        "sni",
+        "NAME",
+        "TLS hellos for a server name; * stands for any text",
     ),
     flag(
         "fqdn",
@@ -289,6 +319,18 @@ pub struct FlowFilter {
     pub node_name: Vec<String>,
     /// The name that a DNS message is about.
     pub dns_query: Vec<QueryPattern>,
+    /// Status of an HTTP answer.
+    pub http_status_code: Vec<StatusFilter>,
+    /// Method of an HTTP request.
+    pub http_method: Vec<String>,
+    /// Path of an HTTP request, decoded, without its query.
+    pub http_path: Vec<TextPattern>,
+    /// URL of an HTTP request.
+    pub http_url: Vec<TextPattern>,
+    /// A field of an HTTP message.
+    pub http_header: Vec<HttpHeader>,
+    /// Server name of a TLS hello, with `*` for any text.
+    pub tls_server_name: Vec<String>,
     /// Name that an address was learned for, with `*` for any text.
     pub fqdn: Sided<String>,
 }
@@ -301,20 +343,38 @@ pub enum ProtocolFilter {
     Ip(u8),
     /// DNS messages that were read.
     Dns,
+    /// HTTP messages that were read.
+    Http,
+    /// TLS hellos that were read.
+    Tls,
 }
 
-/// A regular expression, found anywhere in a name.
+/// A status code, or the digits that it begins with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct StatusFilter {
+    /// Lowest code.
+    pub first: u32,
+    /// Highest code.
+    pub last: u32,
+}
+
+/// A regular expression, found anywhere in a text.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct QueryPattern(Regex);
+pub struct Pattern<const IGNORE_CASE: bool>(Regex);
 
-impl PartialEq for QueryPattern {
+/// Of names.
+pub type QueryPattern = Pattern<true>;
+/// Of texts in which upper and lower case differ.
+pub type TextPattern = Pattern<false>;
+
+impl<const IGNORE_CASE: bool> PartialEq for Pattern<IGNORE_CASE> {
     fn eq(&self, other: &Self) -> bool {
         self.0.as_str() == other.0.as_str()
     }
 }
 
-impl TryFrom<String> for QueryPattern {
+impl<const IGNORE_CASE: bool> TryFrom<String> for Pattern<IGNORE_CASE> {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
@@ -322,21 +382,21 @@ impl TryFrom<String> for QueryPattern {
     }
 }
 
-impl From<QueryPattern> for String {
-    fn from(pattern: QueryPattern) -> Self {
+impl<const IGNORE_CASE: bool> From<Pattern<IGNORE_CASE>> for String {
+    fn from(pattern: Pattern<IGNORE_CASE>) -> Self {
         pattern.0.as_str().into()
     }
 }
 
-impl QueryPattern {
+impl<const IGNORE_CASE: bool> Pattern<IGNORE_CASE> {
     fn parse(text: &str) -> Result<Self, String> {
         let regex = RegexBuilder::new(text)
-            .case_insensitive(true)
+            .case_insensitive(IGNORE_CASE)
             .size_limit(PATTERN_SIZE)
             .build();
         regex
             .map(Self)
-            .map_err(|_| "not a regular expression, such as example\\.com".into())
+            .map_err(|_| "not a regular expression, such as example\\.com, or one that is too large".into())
     }
 }
 
@@ -427,6 +487,8 @@ impl FlowFilter {
         let (source, destination) = (&flow.source, &flow.destination);
         let ports = flow.l4.and_then(Layer4::ports);
         let dns = flow.l7.as_ref().and_then(|l7| l7.dns.as_ref());
+        let http = flow.l7.as_ref().and_then(|l7| l7.http.as_ref());
+        let tls = flow.palisade.tls.as_ref();
         let flags = match flow.l4 {
             Some(Layer4::Tcp { flags, .. }) => Some(flags.0),
             _ => None,
@@ -442,6 +504,31 @@ impl FlowFilter {
             && any(&self.protocol, |want| match want {
                 ProtocolFilter::Ip(number) => flow.ip.is_some() && *number == flow.palisade.protocol,
                 ProtocolFilter::Dns => dns.is_some(),
+                ProtocolFilter::Http => http.is_some(),
+                ProtocolFilter::Tls => tls.is_some(),
+            })
+            && any(&self.http_status_code, |want| {
+                http.is_some_and(|http| (want.first..=want.last).contains(&http.code))
+            })
+            && any(&self.http_method, |want| {
+                http.is_some_and(|http| http.method.eq_ignore_ascii_case(want))
+            })
+            && (self.http_path.is_empty()
+                || http.is_some_and(|http| {
+                    let path = path_of(&http.url);
+                    self.http_path.iter().any(|want| want.0.is_match(&path))
+                }))
+            && any(&self.http_url, |want| {
+                http.is_some_and(|http| want.0.is_match(&http.url))
+            })
+            && any(&self.http_header, |want| {
+                http.is_some_and(|http| {
+                    let mut fields = http.headers.iter();
+                    fields.any(|have| have.key.eq_ignore_ascii_case(&want.key) && have.value == want.value)
+                })
+            })
+            && any(&self.tls_server_name, |want| {
+                tls.is_some_and(|tls| matches_pattern(want, &tls.server_name))
             })
             && any(&self.dns_query, |want| {
                 dns.is_some_and(|dns| want.0.is_match(&dns.query))
@@ -478,6 +565,34 @@ impl FlowFilter {
             })
             && any(&self.node_name, |want| matches_pattern(want, &flow.node_name))
     }
+}
+
+/// The path in a URL, decoded, without its query.
+fn path_of(url: &str) -> String {
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    let path = rest.find('/').map_or("", |begin| &rest[begin..]);
+    let path = path.split('?').next().unwrap_or_default();
+    let mut decoded = Vec::with_capacity(path.len());
+    let mut rest = path.as_bytes();
+    while let [byte, after @ ..] = rest {
+        rest = after;
+        let escaped = match after {
+            [high, low, ..] if *byte == b'%' => hex(*high).zip(hex(*low)),
+            _ => None,
+        };
+        if let Some((high, low)) = escaped {
+            decoded.push(high << 4 | low);
+            rest = &after[2..];
+        } else {
+            decoded.push(*byte);
+        }
+    }
+    String::from_utf8_lossy(&decoded).into_owned()
+}
+
+fn hex(digit: u8) -> Option<u8> {
+    let value = char::from(digit).to_digit(16)?;
+    u8::try_from(value).ok()
 }
 
 /// A member of a filter: empty, or one of its values matches.
@@ -724,6 +839,12 @@ impl FlowFilter {
             "interface" => each(value, |v| Ok(v.to_owned()), &mut self.interface),
             "node-name" => each(value, |v| Ok(v.to_owned()), &mut self.node_name),
             "fqdn" => each(value, parse_name, self.fqdn.side(side)),
+            "http-status" => each(value, parse_status, &mut self.http_status_code),
+            "http-method" => each(value, parse_method, &mut self.http_method),
+            "http-path" => TextPattern::parse(value).map(|pattern| self.http_path.push(pattern)),
+            "http-url" => TextPattern::parse(value).map(|pattern| self.http_url.push(pattern)),
+            "http-header" => parse_header(value).map(|header| self.http_header.push(header)),
+            "sni" => each(value, parse_name, &mut self.tls_server_name),
             "dns-query" => QueryPattern::parse(value).map(|pattern| self.dns_query.push(pattern)),
             _ => return Err(FilterError::Unknown(flag.into())),
         };
@@ -787,7 +908,7 @@ fn parse_port(text: &str) -> Result<PortRange, String> {
 }
 
 fn parse_protocol(text: &str) -> Result<Vec<ProtocolFilter>, String> {
-    use ProtocolFilter::{Dns, Ip};
+    use ProtocolFilter::{Dns, Http, Ip, Tls};
     let mut wanted = Vec::new();
     for name in text.split(',') {
         match name.trim().to_ascii_lowercase().as_str() {
@@ -798,12 +919,57 @@ fn parse_protocol(text: &str) -> Result<Vec<ProtocolFilter>, String> {
             "icmpv4" => wanted.push(Ip(protocol::ICMP)),
             "icmpv6" => wanted.push(Ip(protocol::ICMPV6)),
             "dns" => wanted.push(Dns),
+            "http" => wanted.push(Http),
+            "tls" => wanted.push(Tls),
             other => wanted.push(Ip(other.parse().map_err(
-                |_| "none of tcp, udp, sctp, icmp, icmpv4, icmpv6, dns, or an IP protocol number",
+                |_| "none of tcp, udp, sctp, icmp, icmpv4, icmpv6, dns, http, tls, or an IP protocol number",
             )?)),
         }
     }
     Ok(wanted)
+}
+
+/// `404`, `40+` or `4+`.
+fn parse_status(text: &str) -> Result<StatusFilter, String> {
+    let (digits, more) = match text.strip_suffix('+') {
+        Some(digits) => (digits, true),
+        None => (text, false),
+    };
+    let number = digits
+        .parse::<u32>()
+        .ok()
+        .filter(|_| digits.bytes().all(|byte| byte.is_ascii_digit()));
+    let scale = match (digits.len(), more) {
+        (1, true) => 100,
+        (2, true) => 10,
+        (3, false) => 1,
+        _ => 0,
+    };
+    match number {
+        Some(number) if scale != 0 && (100..600).contains(&(number * scale)) => Ok(StatusFilter {
+            first: number * scale,
+            last: (number + 1) * scale - 1,
+        }),
+        _ => Err("neither a status from 100 to 599 nor its first digits with a + (404, 40+, 4+)".into()),
+    }
+}
+
+fn parse_method(text: &str) -> Result<String, String> {
+    if text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        Ok(text.to_owned())
+    } else {
+        Err("not a method, such as GET".into())
+    }
+}
+
+fn parse_header(text: &str) -> Result<HttpHeader, String> {
+    match text.split_once(':') {
+        Some((name, value)) if !name.trim().is_empty() => Ok(HttpHeader {
+            key: name.trim().into(),
+            value: value.trim().into(),
+        }),
+        _ => Err("not a field, such as content-type:text/html".into()),
+    }
 }
 
 /// A name as flows have it: small letters, without its last dot.

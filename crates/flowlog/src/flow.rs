@@ -364,6 +364,12 @@ pub struct Extra {
     /// An ICMP error about another flow.
     #[serde(skip_serializing_if = "is_default")]
     pub related: bool,
+    /// A TLS ClientHello, of which the flow API has no type.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls: Option<Box<Tls>>,
+    /// Length of the body of an HTTP answer, where its head says it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub body_length: Option<u64>,
     /// How far the flow is; of traces.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
@@ -625,9 +631,59 @@ pub struct Layer7 {
     /// From the question to this answer, ns; of answers.
     #[serde(with = "u64_text", skip_serializing_if = "is_default")]
     pub latency_ns: u64,
-    /// A DNS message. Absent, as every other protocol: nothing could be read.
+    /// A DNS message. Absent, as every other protocol: nothing could be read, or it is one that the API does not
+    /// know ([`Extra::tls`]).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dns: Option<Dns>,
+    /// An HTTP message.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub http: Option<Http>,
+}
+
+/// An HTTP message.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Http {
+    /// Status code; of answers.
+    #[serde(skip_serializing_if = "is_default")]
+    pub code: u32,
+    /// Method; of an answer, that of the request.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub method: String,
+    /// URL, without secrets and without what is no visible ASCII; of an answer, that of the request.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub url: String,
+    /// `HTTP/1.1`.
+    #[serde(skip_serializing_if = "is_empty")]
+    pub protocol: Cow<'static, str>,
+    /// The fields that are to be shown, without secrets.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub headers: Vec<HttpHeader>,
+}
+
+/// A field of an HTTP message.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct HttpHeader {
+    /// Name, in lower case.
+    pub key: String,
+    /// Value.
+    pub value: String,
+}
+
+/// A TLS ClientHello.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Tls {
+    /// The server name, in lower case and without its last dot; absent if the hello has none.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub server_name: String,
+    /// The highest version that is offered: `TLS 1.3`.
+    #[serde(skip_serializing_if = "is_empty")]
+    pub version: Cow<'static, str>,
+    /// The hello hides another one (ECH); the name is the outer one.
+    #[serde(skip_serializing_if = "is_default")]
+    pub ech: bool,
 }
 
 /// A DNS message.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Timestamp,
     flow::{
-        Endpoint, EventType, Flow, L7Type, Layer4, Moment, TrafficDirection, Verdict, event_type,
+        Endpoint, EventType, Flow, L7Type, Layer4, Layer7, Moment, TrafficDirection, Verdict, event_type,
         reserved_name,
     },
 };
@@ -249,7 +249,7 @@ fn type_text(flow: &Flow) -> String {
     }
 }
 
-/// `dns-request proxy`, `dns-response proxy`; `l7-request` where nothing could be read.
+/// `dns-request proxy`, `dns-response proxy`, `http-request`, `tls-request`; `l7-request` where nothing could be read.
 fn l7_text(flow: &Flow) -> String {
     let Some(l7) = &flow.l7 else {
         return "l7".into();
@@ -259,9 +259,11 @@ fn l7_text(flow: &Flow) -> String {
         L7Type::Response => "response",
         L7Type::Unknown => "unknown",
     };
-    match &l7.dns {
-        Some(dns) => format!("dns-{side} {}", dns.observation_source),
-        None => format!("l7-{side}"),
+    match &**l7 {
+        Layer7 { dns: Some(dns), .. } => format!("dns-{side} {}", dns.observation_source),
+        Layer7 { http: Some(_), .. } => format!("http-{side}"),
+        _ if flow.palisade.tls.is_some() => format!("tls-{side}"),
+        _ => format!("l7-{side}"),
     }
 }
 

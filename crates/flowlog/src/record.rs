@@ -3,14 +3,14 @@
 use std::{borrow::Cow, fmt::Write as _, net::IpAddr};
 
 use palisade_abi::{Reason, protocol};
-use palisade_inspect::record::{Record, Text, Verdict as Seen, What};
+use palisade_inspect::record::{Record, Text, Verdict as Seen, What, Word};
 use palisade_protocols::dns::rtype;
 
 use crate::{
     Names, Timestamp,
     flow::{
-        Dns, DropReason, EventType, Extra, Flow, FlowType, Ip, IpVersion, L7Type, Layer4, Layer7,
-        NetworkInterface, TcpFlags, TrafficDirection, Verdict, event_type,
+        Dns, DropReason, EventType, Extra, Flow, FlowType, Http, HttpHeader, Ip, IpVersion, L7Type, Layer4,
+        Layer7, NetworkInterface, TcpFlags, Tls, TrafficDirection, Verdict, event_type,
     },
     resolve::{end, rule_of},
 };
@@ -41,7 +41,7 @@ impl Flow {
             (0, record.remote_identity)
         };
         let rule = (record.rule != 0).then(|| names.rule(record.rule).unwrap_or_default());
-        let (l7, summary) = layer7(record);
+        let read = read(record);
         let mut flow = Self {
             time,
             verdict,
@@ -69,7 +69,16 @@ impl Flow {
             },
             source: end(names, true, source, source_identity, own_source),
             destination: end(names, true, destination, destination_identity, own_destination),
-            l7: Some(Box::new(l7)),
+            l7: Some(Box::new(Layer7 {
+                kind: if record.reply {
+                    L7Type::Response
+                } else {
+                    L7Type::Request
+                },
+                latency_ns: record.latency.map_or(0, |ms| u64::from(ms) * 1_000_000),
+                dns: read.dns,
+                http: read.http,
+            })),
             flow_type: FlowType::L7,
             node_name: names.node(),
             event_type: EventType {
@@ -96,9 +105,11 @@ impl Flow {
                 rule: rule.as_ref().map(|info| rule_of(record.rule, info)),
                 audit: verdict == Verdict::Audit,
                 protocol: record.protocol,
+                tls: read.tls,
+                body_length: read.body_length,
                 ..Extra::default()
             },
-            summary,
+            summary: read.summary,
             ..Self::default()
         };
         if let Some(info) = rule {
@@ -109,15 +120,27 @@ impl Flow {
     }
 }
 
-/// What was read, and the same in words, as flow clients say it.
-fn layer7(record: &Record) -> (Layer7, String) {
-    let kind = if record.reply {
-        L7Type::Response
-    } else {
-        L7Type::Request
-    };
-    let latency_ns = record.latency.map_or(0, |ms| u64::from(ms) * 1_000_000);
-    let (dns, summary) = match &record.what {
+/// What was read, in the fields that there are for it, and in the words of flow clients.
+#[derive(Default)]
+struct Read {
+    dns: Option<Dns>,
+    http: Option<Http>,
+    tls: Option<Box<Tls>>,
+    body_length: Option<u64>,
+    summary: String,
+}
+
+impl From<Dns> for Read {
+    fn from(dns: Dns) -> Self {
+        Self {
+            dns: Some(dns),
+            ..Self::default()
+        }
+    }
+}
+
+fn read(record: &Record) -> Read {
+    match &record.what {
         What::DnsQuery { name, kind } => {
             let dns = Dns {
                 query: with_last_dot(name),
@@ -125,8 +148,10 @@ fn layer7(record: &Record) -> (Layer7, String) {
                 observation_source: OBSERVER.into(),
                 ..Dns::default()
             };
-            let summary = format!("DNS Query {} {}", dns.query, type_name(*kind));
-            (Some(dns), summary)
+            Read {
+                summary: format!("DNS Query {} {}", dns.query, type_name(*kind)),
+                ..dns.into()
+            }
         }
         What::DnsAnswer {
             name,
@@ -165,40 +190,88 @@ fn layer7(record: &Record) -> (Layer7, String) {
                 ips,
                 cnames,
             };
-            let summary = answer_text(&dns);
-            (Some(dns), summary)
+            Read {
+                summary: answer_text(&dns),
+                ..dns.into()
+            }
         }
-        What::TlsHello { name, version, .. } => {
-            let name = String::from_utf8_lossy(name.bytes());
-            let name = if name.is_empty() { "without a name" } else { &name };
-            (None, format!("TLS Hello {name} ({})", tls_version(*version)))
+        What::TlsHello { name, version, ech } => {
+            let tls = Tls {
+                server_name: text(name.bytes()),
+                version: tls_version(*version),
+                ech: *ech,
+            };
+            let name = match &*tls.server_name {
+                "" => "without a name",
+                name => name,
+            };
+            let ech = if tls.ech { ", ECH" } else { "" };
+            Read {
+                summary: format!("TLS Hello {name} ({}{ech})", tls.version),
+                tls: Some(Box::new(tls)),
+                ..Read::default()
+            }
         }
-        What::HttpRequest { method, url, .. } => (
-            None,
-            format!(
-                "{} {}",
-                String::from_utf8_lossy(method.bytes()),
-                String::from_utf8_lossy(url.bytes())
-            ),
-        ),
+        What::HttpRequest {
+            method,
+            version,
+            url,
+            headers,
+        } => {
+            let http = http(0, method, *version, url, headers);
+            Read {
+                summary: format!("{} {} {}", http.protocol, http.method, http.url),
+                http: Some(http),
+                ..Read::default()
+            }
+        }
         What::HttpResponse {
-            method, url, status, ..
-        } => (
-            None,
-            format!(
-                "{status} {} {}",
-                String::from_utf8_lossy(method.bytes()),
-                String::from_utf8_lossy(url.bytes())
-            ),
-        ),
-        What::Unreadable { detail } => (None, format!("Unreadable: {detail}")),
-    };
-    let l7 = Layer7 {
-        kind,
-        latency_ns,
-        dns,
-    };
-    (l7, summary)
+            method,
+            url,
+            version,
+            status,
+            length,
+            headers,
+        } => {
+            let http = http(*status, method, *version, url, headers);
+            let latency = record.latency.unwrap_or_default();
+            Read {
+                summary: format!(
+                    "{} {} {latency}ms ({} {})",
+                    http.protocol, http.code, http.method, http.url
+                ),
+                http: Some(http),
+                body_length: *length,
+                ..Read::default()
+            }
+        }
+        What::Unreadable { detail } => Read {
+            summary: format!("Unreadable: {detail}"),
+            ..Read::default()
+        },
+    }
+}
+
+fn http(status: u16, method: &Word, version: u8, url: &Text, headers: &Text) -> Http {
+    Http {
+        code: status.into(),
+        method: text(method.bytes()),
+        url: text(url.bytes()),
+        protocol: Cow::Borrowed(if version == 0 { "HTTP/1.0" } else { "HTTP/1.1" }),
+        // One that was cut before its value says nothing.
+        headers: text(headers.bytes())
+            .lines()
+            .filter_map(|line| line.split_once(": "))
+            .map(|(key, value)| HttpHeader {
+                key: key.to_ascii_lowercase(),
+                value: value.to_owned(),
+            })
+            .collect(),
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// A version of TLS as people write it.
@@ -260,7 +333,7 @@ fn type_name(number: u16) -> Cow<'static, str> {
 }
 
 fn with_last_dot(name: &Text) -> String {
-    let mut text = String::from_utf8_lossy(name.bytes()).into_owned();
+    let mut text = text(name.bytes());
     if !text.ends_with('.') {
         text.push('.');
     }

@@ -165,6 +165,7 @@ impl Flow {
                 fragment: flag(event_flags::FRAGMENT),
                 related: flag(event_flags::RELATED),
                 progress: progress(event, kind),
+                ..Extra::default()
             },
             ..Self::default()
         };

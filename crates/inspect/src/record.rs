@@ -216,11 +216,7 @@ impl Record {
     }
 }
 
-/// What a record is about.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "fixed in size, so that nothing is allocated"
-)]
+/// What a record is about. Fixed in size, so that nothing is allocated.
 #[derive(Clone, Copy, Debug)]
 pub enum What {
     /// A DNS query.

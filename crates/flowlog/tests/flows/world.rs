@@ -3,7 +3,7 @@
 use std::{net::IpAddr, sync::Arc};
 
 use palisade_abi::{Addr, Event, EventKind, MatchKind, Reason, event_flags, identity, protocol};
-use palisade_flowlog::{Flow, Names, Owner, RuleInfo, flow::Policy};
+use palisade_flowlog::{FilterBuilder, Filters, Flow, Names, Owner, RuleInfo, Timestamp, flow::Policy};
 
 pub const CLIENT: u32 = 23217;
 pub const WEB: u32 = 17513;
@@ -169,4 +169,22 @@ pub fn address(text: &str) -> Addr {
 
 pub fn flow(event: &Event) -> Flow {
     Flow::from_event(event, &World, OFFSET)
+}
+
+/// Which of some flows pass the filters that flags make, once these have travelled to the daemon.
+pub fn passing(flows: &[(char, Flow)], flags: &[(&str, &str)]) -> String {
+    let mut builder = FilterBuilder::new(Timestamp(OFFSET));
+    for (flag, value) in flags {
+        builder
+            .flag(flag, value)
+            .unwrap_or_else(|error| panic!("{flags:?}: {error}"));
+    }
+    let filters = builder.finish().expect("filters");
+    let text = serde_json::to_string(&filters).expect("JSON");
+    let filters: Filters = serde_json::from_str(&text).expect("read back");
+    flows
+        .iter()
+        .filter(|(_, flow)| filters.matches(flow))
+        .map(|(name, _)| *name)
+        .collect()
 }

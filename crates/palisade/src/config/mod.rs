@@ -13,11 +13,13 @@ use std::{
 
 use ipnet::IpNet;
 use palisade_abi::MAX_WORKERS;
+use palisade_inspect::{Ech, Paths};
 use palisade_policy::{
     labels::{self, Labels},
     rule::Label,
     world::{Enforcement, NamedPort, NamedPorts},
 };
+use palisade_protocols::http1;
 use palisade_worker::Mode;
 pub use reader::ConfigError;
 use reader::{At, Reader, Section};
@@ -54,6 +56,10 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// `[dns]`.
     pub dns: Dns,
+    /// `[http]`.
+    pub http: Http,
+    /// `[tls]`.
+    pub tls: Tls,
     /// `[worker]`.
     pub worker: Worker,
     /// `[[interface]]`.
@@ -166,6 +172,30 @@ pub enum DenyAnswer {
     Refused,
     /// NXDOMAIN, for clients that go on with the next name of their search list only then.
     NxDomain,
+}
+
+/// `[http]`: requests that policies decide by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Http {
+    /// In which form the path of a request is judged.
+    pub paths: Paths,
+    /// A head must be whole by then.
+    pub header_timeout: Duration,
+    /// What a head may be at most.
+    pub head: http1::Limits,
+    /// Names of the fields that flows show, in lower case.
+    pub record_headers: Vec<String>,
+}
+
+/// `[tls]`: server names that policies decide by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tls {
+    /// What becomes of a hello that carries an encrypted one.
+    pub ech: Ech,
+    /// A hello must be whole by then.
+    pub hello_timeout: Duration,
+    /// The address that is connected to must have been learned for the server name.
+    pub verify_sni_address: bool,
 }
 
 /// `[worker]`: the threads that read what policies want read.
@@ -333,6 +363,8 @@ fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Config {
         limits: limits(root.table("limits")),
         timeouts: timeouts(root.table("timeouts")),
         dns: dns(root.table("dns")),
+        http: http(root.table("http")),
+        tls: tls(root.table("tls")),
         worker: worker(root.table("worker")),
         interfaces: Vec::new(),
         endpoints: Vec::new(),
@@ -515,6 +547,77 @@ fn dns(section: Section<'_, '_>) -> Dns {
     }
     section.finish();
     dns
+}
+
+fn http(section: Section<'_, '_>) -> Http {
+    // Heads are held whole; what is kept of one direction of a connection is twice that.
+    const LONGEST: u64 = 128 << 10;
+    let forms = [("both", Paths::Both), ("raw", Paths::Raw)];
+    let default = http1::Limits::default();
+    let bytes = |key, default: usize| {
+        let asked = section.integer(key, 256..LONGEST + 1);
+        asked.and_then(|n| usize::try_from(n).ok()).unwrap_or(default)
+    };
+    let block = bytes("max_head", default.block);
+    let http = Http {
+        paths: section.choice("path_normalization", &forms).unwrap_or_default(),
+        header_timeout: handshake(&section, "header_timeout", 30),
+        head: http1::Limits {
+            line: bytes("max_line", default.line.min(block)),
+            block,
+        },
+        record_headers: record_headers(&section),
+    };
+    if http.head.line > http.head.block {
+        section.error("http.max_line is more than http.max_head");
+    }
+    section.finish();
+    http
+}
+
+/// `record_headers`. A record has a few hundred bytes for them.
+fn record_headers(section: &Section<'_, '_>) -> Vec<String> {
+    const MOST: usize = 16;
+    const DEFAULT: [&str; 3] = ["content-type", "user-agent", "x-request-id"];
+    let Some(asked) = section.header_names("record_headers") else {
+        return DEFAULT.map(str::to_owned).to_vec();
+    };
+    let mut names: Vec<String> = Vec::new();
+    for (position, at) in asked.into_iter().enumerate() {
+        if position == MOST {
+            section.error_at(
+                at.offset,
+                format!("http.record_headers has more than {MOST} names"),
+            );
+        }
+        if names.contains(&at.value) {
+            section.error_at(
+                at.offset,
+                format!("http.record_headers: '{}' is there twice", at.value),
+            );
+        } else {
+            names.push(at.value);
+        }
+    }
+    names
+}
+
+fn tls(section: Section<'_, '_>) -> Tls {
+    let choices = [("allow-outer", Ech::AllowOuter), ("deny", Ech::Deny)];
+    let tls = Tls {
+        ech: section.choice("ech", &choices).unwrap_or_default(),
+        hello_timeout: handshake(&section, "hello_timeout", 10),
+        verify_sni_address: section.boolean("verify_sni_address").unwrap_or(false),
+    };
+    section.finish();
+    tls
+}
+
+/// How long somebody may take to say what they want.
+fn handshake(section: &Section<'_, '_>, key: &'static str, default: u64) -> Duration {
+    section
+        .duration(key, Duration::from_millis(100)..Duration::from_secs(3_600))
+        .unwrap_or(Duration::from_secs(default))
 }
 
 fn timeouts(section: Section<'_, '_>) -> Timeouts {

@@ -364,6 +364,21 @@ impl<'r, 'a> Section<'r, 'a> {
         )
     }
 
+    /// A list of names of header fields (RFC 9110, 5.1), in lower case.
+    pub fn header_names(&self, key: &'static str) -> Option<Vec<At<String>>> {
+        const LONGEST: usize = 64;
+        let is_token = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
+        self.list(key, "a list of names: [\"user-agent\"]", |text| {
+            if text.is_empty() || text.len() > LONGEST || !text.bytes().all(is_token) {
+                return Err(format!(
+                    "'{text}' cannot be the name of a header (letters, digits and '-', at most {LONGEST}); write for \
+                     example \"user-agent\""
+                ));
+            }
+            Ok(text.to_ascii_lowercase())
+        })
+    }
+
     /// A list of prefixes; an address is the prefix of full length.
     pub fn prefixes(&self, key: &'static str) -> Option<Vec<At<IpNet>>> {
         self.list(

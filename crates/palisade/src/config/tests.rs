@@ -31,6 +31,18 @@ conntrack = 1_000
 [timeouts]
 udp = "1m30s"
 
+[http]
+path_normalization = "raw"
+header_timeout = "5s"
+max_line = 4_096
+max_head = 8_192
+record_headers = ["User-Agent", "traceparent"]
+
+[tls]
+ech = "deny"
+hello_timeout = "2s"
+verify_sni_address = true
+
 [[namespace]]
 name = "prod"
 labels = { env = "production" }
@@ -79,6 +91,26 @@ fn everything_is_read() {
     assert_eq!(config.limits.conntrack, 1_000);
     assert_eq!(config.limits.rules, 65_536);
     assert_eq!(config.timeouts.udp, Duration::from_secs(90));
+    assert_eq!(
+        config.http,
+        Http {
+            paths: Paths::Raw,
+            header_timeout: Duration::from_secs(5),
+            head: http1::Limits {
+                line: 4_096,
+                block: 8_192
+            },
+            record_headers: vec!["user-agent".to_owned(), "traceparent".to_owned()],
+        }
+    );
+    assert_eq!(
+        config.tls,
+        Tls {
+            ech: Ech::Deny,
+            hello_timeout: Duration::from_secs(2),
+            verify_sni_address: true,
+        }
+    );
     assert_eq!(config.interfaces[0].attachment.xdp_mode, XdpMode::Skb);
     let endpoint = &config.endpoints[0];
     assert_eq!(endpoint.qualified_name(), "prod/frontend");
@@ -128,6 +160,27 @@ fn an_empty_file_is_a_node_without_endpoints() {
     assert_eq!(config.policy.enforcement, Enforcement::Default);
     assert!(config.endpoints.is_empty());
     assert!(!config.node.name.is_empty());
+    assert_eq!(config.http.paths, Paths::Both);
+    assert_eq!(config.http.header_timeout, Duration::from_secs(30));
+    assert_eq!(config.http.head, http1::Limits::default());
+    assert_eq!(
+        config.http.record_headers,
+        ["content-type", "user-agent", "x-request-id"]
+    );
+    assert_eq!(config.tls.ech, Ech::AllowOuter);
+    assert_eq!(config.tls.hello_timeout, Duration::from_secs(10));
+    assert!(!config.tls.verify_sni_address);
+    assert_eq!(
+        parsed("[http]\nrecord_headers = []\nmax_head = 1024").http,
+        Http {
+            head: http1::Limits {
+                line: 1_024,
+                block: 1_024
+            },
+            record_headers: Vec::new(),
+            ..config.http
+        }
+    );
 }
 
 #[test]
@@ -225,6 +278,46 @@ fn every_wrong_value_is_named_with_its_place() {
         (
             "[[peer]]\nname = \"p\"\naddresses = [\"10.0.0.1\"]\nlabels = { \"reserved:host\" = \"\" }\nentity = \"health\"",
             "p.toml:4:12: labels of source 'reserved' are given by Palisade and cannot be configured",
+        ),
+        (
+            "[http]\npath_normalization = \"bth\"",
+            "p.toml:2:22: http.path_normalization cannot be 'bth': it is one of both, raw; did you mean 'both'?",
+        ),
+        (
+            "[http]\nheader_timeout = \"0s\"",
+            "p.toml:2:18: http.header_timeout must be at least 100ms and less than 1h",
+        ),
+        (
+            "[http]\nmax_head = 131073",
+            "p.toml:2:12: http.max_head must be between 256 and 131072",
+        ),
+        (
+            "[http]\nmax_head = 1024\nmax_line = 2048",
+            "p.toml:1:1: http.max_line is more than http.max_head",
+        ),
+        (
+            "[http]\nrecord_headers = [\"a\", \"user agent\"]",
+            "p.toml:2:24: http.record_headers: 'user agent' cannot be the name of a header (letters, digits and '-', at most 64); write for example \"user-agent\"",
+        ),
+        (
+            "[http]\nrecord_headers = [\"host\", \"Host\"]",
+            "p.toml:2:27: http.record_headers: 'host' is there twice",
+        ),
+        (
+            "[http]\nrecord_headers = [\"h0\", \"h1\", \"h2\", \"h3\", \"h4\", \"h5\", \"h6\", \"h7\", \"h8\", \"h9\", \"h10\", \"h11\", \"h12\", \"h13\", \"h14\", \"h15\", \"h16\"]",
+            "p.toml:2:121: http.record_headers has more than 16 names",
+        ),
+        (
+            "[http]\npath_normalisation = \"both\"",
+            "p.toml:2:1: unknown key 'path_normalisation' in http; did you mean 'path_normalization'?; known here: header_timeout, max_head, max_line, path_normalization, record_headers",
+        ),
+        (
+            "[tls]\nech = \"allow\"",
+            "p.toml:2:7: tls.ech cannot be 'allow': it is one of allow-outer, deny",
+        ),
+        (
+            "[tls]\nverify_sni_address = 1",
+            "p.toml:2:22: tls.verify_sni_address must be true or false, not a whole number",
         ),
         (
             "x = \n",

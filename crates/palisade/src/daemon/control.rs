@@ -151,7 +151,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let ring = Ring::new(config.limits.flows as usize);
     let sweep = Interval::new(config.timeouts.sweep);
     // Before any map says that a packet is to be read.
-    let (workers, output) = Workers::start(&config.worker, &config.dns, &datapath)?;
+    let (workers, output) = Workers::start(&config, &datapath)?;
     let mut control = Control {
         state,
         engine,
@@ -577,6 +577,9 @@ impl Control {
             names_config(&old.dns) != names_config(&new.dns),
             "[dns] min_ttl, max_ttl, addresses_per_name, addresses_per_endpoint, follow_cname",
         );
+        keep(old.dns.deny_answer != new.dns.deny_answer, "[dns] deny_answer");
+        keep(old.http != new.http, "[http]");
+        keep(old.tls != new.tls, "[tls]");
         keep(sizes(old.limits) != sizes(new.limits), "[limits]");
         let started_with = |worker: &crate::config::Worker| crate::config::Worker {
             on_failure: crate::config::OnFailure::Drop,
@@ -599,9 +602,10 @@ impl Control {
         new.dns = Dns {
             prefetch: new.dns.prefetch,
             servers: std::mem::take(&mut new.dns.servers),
-            deny_answer: new.dns.deny_answer,
             ..old.dns.clone()
         };
+        new.http.clone_from(&old.http);
+        new.tls.clone_from(&old.tls);
         new.policy.debounce = old.policy.debounce;
         new.limits = crate::config::Limits {
             events_per_second: new.limits.events_per_second,

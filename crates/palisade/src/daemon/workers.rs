@@ -13,14 +13,14 @@ use std::{
 use anyhow::Context as _;
 use palisade_abi::{Config as Told, Inspector, Reason, config_flags};
 use palisade_datapath::{Attached, Carrier, Datapath, HookKind, monotonic_coarse};
-use palisade_inspect::{Denial, Engine, Limits, Rules, learning::Lessons, record::Record};
+use palisade_inspect::{Denial, Engine, Limits, Millis, Rules, learning::Lessons, record::Record};
 use palisade_policy::snapshot::RuleSet;
 use palisade_worker::{Counters, Handle, Mode, Pool, Receiver, Setup, State};
 use palisade_xsk::{Config as SocketConfig, Socket};
 use tracing::{error, info};
 
 use crate::{
-    config::{DenyAnswer, Dns, OnFailure, Worker as Wanted},
+    config::{Config, DenyAnswer, OnFailure, Worker as Wanted},
     control::api,
 };
 
@@ -67,9 +67,10 @@ pub struct Output {
 impl Workers {
     /// Makes the carrier and starts the workers. Without them, nothing that must be read passes; all else does, so
     /// the daemon goes on.
-    pub fn start(wanted: &Wanted, dns: &Dns, datapath: &Datapath) -> anyhow::Result<(Self, Option<Output>)> {
+    pub fn start(config: &Config, datapath: &Datapath) -> anyhow::Result<(Self, Option<Output>)> {
+        let wanted = &config.worker;
         let (cookie, mark) = secrets().context("/dev/urandom")?;
-        let started = start(wanted, dns, datapath, cookie);
+        let started = start(wanted, limits(config), datapath, cookie);
         let (running, output) = match started {
             Ok((running, output)) => (Ok(running), Some(output)),
             Err(problem) => {
@@ -197,7 +198,30 @@ impl Workers {
     }
 }
 
-fn start(wanted: &Wanted, dns: &Dns, datapath: &Datapath, cookie: u64) -> anyhow::Result<(Running, Output)> {
+/// What the engine of each worker is told.
+fn limits(config: &Config) -> Limits {
+    let Config { dns, http, tls, .. } = config;
+    let milliseconds = |duration: Duration| duration.as_millis().try_into().unwrap_or(Millis::MAX);
+    let mut limits = Limits::default();
+    limits.dns.denial = match dns.deny_answer {
+        DenyAnswer::Refused => Denial::Refused,
+        DenyAnswer::NxDomain => Denial::NxDomain,
+    };
+    limits.http.tcp.deadline = milliseconds(http.header_timeout);
+    limits.http.head = http.head;
+    limits.http.paths = http.paths;
+    limits.http.record_headers = http.record_headers.as_slice().into();
+    limits.tls.tcp.deadline = milliseconds(tls.hello_timeout);
+    limits.tls.ech = tls.ech;
+    limits
+}
+
+fn start(
+    wanted: &Wanted,
+    limits: Limits,
+    datapath: &Datapath,
+    cookie: u64,
+) -> anyhow::Result<(Running, Output)> {
     let workers = match wanted.threads {
         0 => thread::available_parallelism().map_or(1, |n| n.get().min(MOST_BY_ITSELF)),
         threads => threads,
@@ -207,11 +231,6 @@ fn start(wanted: &Wanted, dns: &Dns, datapath: &Datapath, cookie: u64) -> anyhow
         .context("the carrier")?;
     let carrier = Arc::new(carrier);
     let rules = Arc::<Rules>::default();
-    let mut limits = Limits::default();
-    limits.dns.denial = match dns.deny_answer {
-        DenyAnswer::Refused => Denial::Refused,
-        DenyAnswer::NxDomain => Denial::NxDomain,
-    };
     let (pool, lessons, records) = Pool::start(Setup {
         workers,
         mode: wanted.mode,

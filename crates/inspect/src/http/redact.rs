@@ -1,0 +1,282 @@
+//! What records say of URLs and fields: readable, in one line, without secrets.
+//!
+//! Records go to logs and terminals. So nothing that a peer sends is written as it is unless it is visible ASCII, and
+//! values that look like secrets by their names are left out. Rather too many of them than too few.
+
+use std::fmt::Write as _;
+
+use crate::record::{TEXT, Text};
+
+/// What stands in place of a secret.
+const REDACTED: &str = "[redacted]";
+
+/// Fields that are secret as a whole, beside those whose names suggest it.
+const SECRET_FIELDS: [&str; 5] = [
+    "authorization",
+    "proxy-authorization",
+    "cookie",
+    "cookie2",
+    "set-cookie",
+];
+
+/// A name with one of these anywhere in it is that of a secret.
+const SECRET_PARTS: [&[u8]; 16] = [
+    b"accesskey",
+    b"apikey",
+    b"authoriz",
+    b"authtoken",
+    b"bearer",
+    b"cookie",
+    b"credential",
+    b"passcode",
+    b"passphrase",
+    b"passwd",
+    b"password",
+    b"secret",
+    b"sessid",
+    b"session",
+    b"signature",
+    b"token",
+];
+
+/// A name with one of these as a word of its own is that of a secret: `api_key` and `apiKey` are, `monkey` is not.
+const SECRET_WORDS: [&[u8]; 12] = [
+    b"auth", b"code", b"hmac", b"jwt", b"key", b"oauth", b"otp", b"pass", b"pin", b"pwd", b"sid", b"sig",
+];
+
+/// `http://HOST/PATH?QUERY`, with `[redacted]` for the values of parameters whose names suggest a secret.
+pub(crate) fn url(host: &str, path: &str, out: &mut Text) {
+    // Writing to a text does not fail; what does not fit is cut.
+    let _ = out.write_str("http://");
+    visible(host.as_bytes(), Form::Url, out);
+    without_secrets(path.as_bytes(), Form::Url, out);
+}
+
+/// The chosen fields, `Name: value` and a line feed each, with `[redacted]` for values that are secret. A name is
+/// written as it was chosen.
+pub(crate) fn headers<'a>(
+    fields: impl Iterator<Item = (&'a str, &'a [u8])>,
+    chosen: &[String],
+    out: &mut Text,
+) {
+    if chosen.is_empty() {
+        return;
+    }
+    for (name, value) in fields {
+        let Some(name) = chosen.iter().find(|chosen| chosen.eq_ignore_ascii_case(name)) else {
+            continue;
+        };
+        visible(name.as_bytes(), Form::Field, out);
+        let _ = out.write_str(": ");
+        if is_secret_field(name) {
+            let _ = out.write_str(REDACTED);
+        } else {
+            without_secrets(value, Form::Field, out);
+        }
+        let _ = out.write_str("\n");
+    }
+}
+
+/// How bytes are written that are not written as they are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// `%1B`, as in any URL.
+    Url,
+    /// `\x1b`.
+    Field,
+}
+
+impl Form {
+    const fn is_plain(self, byte: u8) -> bool {
+        match self {
+            Self::Url => matches!(byte, 0x21..=0x7e),
+            // So that nobody can write what looks like an escaped byte.
+            Self::Field => matches!(byte, 0x20..=0x7e) && byte != b'\\',
+        }
+    }
+}
+
+/// Writes bytes so that they can be seen. Also letters beyond ASCII are escaped: some of them turn a line around.
+fn visible(bytes: &[u8], form: Form, out: &mut Text) {
+    // Each byte takes at least one.
+    let bytes = &bytes[..bytes.len().min(TEXT)];
+    for run in bytes.chunk_by(|a, b| form.is_plain(*a) == form.is_plain(*b)) {
+        match str::from_utf8(run) {
+            Ok(text) if run.iter().all(|byte| form.is_plain(*byte)) => {
+                let _ = out.write_str(text);
+            }
+            _ => {
+                for byte in run {
+                    let _ = match form {
+                        Form::Url => write!(out, "%{byte:02X}"),
+                        Form::Field => write!(out, "\\x{byte:02x}"),
+                    };
+                }
+            }
+        }
+    }
+}
+
+/// Writes a URL from its path on, or a value that may have URLs or parameters in it.
+///
+/// Parameters begin after `?`, `&` and `;` (those of a path too: `/a;jsessionid=1`), in fields also at the beginning
+/// and after a comma. Those that are percent-encoded count too: a URL may be the parameter of another one. The
+/// value of a secret ends only where no reader could take it for going on. A user and password before a host are
+/// secret as well.
+fn without_secrets(bytes: &[u8], form: Form, out: &mut Text) {
+    // What has not been written yet begins here.
+    let mut from = 0;
+    let mut hidden = false;
+    let mut query = form == Form::Field;
+    let mut name = (form == Form::Field).then(Name::default);
+    let mut authority = None;
+    let mut at = 0;
+    while let Some((byte, length)) = next(&bytes[at..]) {
+        let raw = length == 1;
+        let after = at + length;
+        if hidden {
+            let ends = match byte {
+                b'&' => true,
+                // Behind a query both may be part of a value.
+                b'/' | b'?' => !query,
+                _ => false,
+            };
+            if !(raw && ends) {
+                at = after;
+                continue;
+            }
+            hidden = false;
+            from = at;
+        }
+        match byte {
+            b'?' | b'&' | b';' => {
+                name = Some(Name::default());
+                query |= raw && byte == b'?';
+            }
+            b',' if form == Form::Field => name = Some(Name::default()),
+            b'=' if name.take().is_some_and(Name::is_secret) => {
+                visible(&bytes[from..after], form, out);
+                let _ = out.write_str(REDACTED);
+                hidden = true;
+            }
+            b'/' if raw && !query => name = None,
+            b'@' => {
+                if let Some(begin) = authority.take() {
+                    visible(&bytes[from..begin], form, out);
+                    let _ = out.write_str(REDACTED);
+                    from = at;
+                }
+            }
+            _ => {
+                if let Some(name) = &mut name {
+                    name.push(byte);
+                }
+            }
+        }
+        match byte {
+            b'/' if bytes[..at].ends_with(b":/") => authority = Some(after),
+            b'/' | b'?' | b'#' | b' ' => authority = None,
+            _ => {}
+        }
+        at = after;
+    }
+    if !hidden {
+        visible(&bytes[from..], form, out);
+    }
+}
+
+/// The first byte, decoded, and how long it is written.
+fn next(bytes: &[u8]) -> Option<(u8, usize)> {
+    let digit = |byte: u8| char::from(byte).to_digit(16);
+    if let [b'%', high, low, ..] = *bytes
+        && let (Some(high), Some(low)) = (digit(high), digit(low))
+    {
+        return Some(((high << 4 | low) as u8, 3));
+    }
+    bytes.first().map(|byte| (*byte, 1))
+}
+
+fn is_secret_field(name: &str) -> bool {
+    let mut words = Name::default();
+    name.bytes().for_each(|byte| words.push(byte));
+    SECRET_FIELDS
+        .iter()
+        .any(|secret| secret.eq_ignore_ascii_case(name))
+        || words.is_secret()
+}
+
+/// Looks for secrets in a name while it comes byte by byte.
+#[derive(Clone, Copy, Default)]
+struct Name {
+    /// The last letters, in lower case.
+    tail: [u8; Self::TAIL],
+    /// How many letters there are since something that is none.
+    letters: usize,
+    /// How many of them belong to the last word.
+    word: usize,
+    /// The last letter is upper case.
+    upper: bool,
+    /// The one before it is upper case too.
+    run: bool,
+    /// Something was found.
+    secret: bool,
+}
+
+impl Name {
+    /// The longest part and the longest word fit.
+    const TAIL: usize = 12;
+
+    fn push(&mut self, byte: u8) {
+        if self.secret {
+            return;
+        }
+        if !byte.is_ascii_alphabetic() {
+            self.end_word(0);
+            (self.letters, self.word) = (0, 0);
+            (self.upper, self.run) = (false, false);
+            return;
+        }
+        let upper = byte.is_ascii_uppercase();
+        if upper && !self.upper {
+            // fooBar
+            self.end_word(0);
+            self.word = 0;
+        } else if !upper && self.upper && self.run {
+            // APIKey: the last upper case letter begins the word.
+            self.end_word(1);
+            self.word = 1;
+        }
+        self.run = self.upper;
+        self.upper = upper;
+        self.tail.copy_within(1.., 0);
+        self.tail[Self::TAIL - 1] = byte.to_ascii_lowercase();
+        self.letters += 1;
+        self.word += 1;
+        let tail = &self.tail[Self::TAIL.saturating_sub(self.letters)..];
+        self.secret = SECRET_PARTS.iter().any(|part| tail.ends_with(part));
+    }
+
+    /// The last word ends before the last so many letters.
+    fn end_word(&mut self, before: usize) {
+        let end = Self::TAIL - before;
+        let word = Self::TAIL
+            .checked_sub(self.word)
+            .and_then(|begin| self.tail.get(begin..end));
+        self.secret |= word.is_some_and(is_secret_word);
+    }
+
+    fn is_secret(mut self) -> bool {
+        self.end_word(0);
+        self.secret
+    }
+}
+
+fn is_secret_word(word: &[u8]) -> bool {
+    let one = word.strip_suffix(b"s").unwrap_or(word);
+    SECRET_WORDS
+        .iter()
+        .any(|secret| *secret == word || *secret == one)
+}
+
+#[cfg(test)]
+mod tests;
