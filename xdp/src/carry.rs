@@ -158,7 +158,10 @@ fn is_in_window<C: Context>(ctx: C, frame: &Frame, entry: &CtEntry) -> bool {
     }
     let payload = packet.length - headers;
     if payload == 0 {
-        return other_from != other_to;
+        // The inspector wants to know when the other side has all of it.
+        let acked = u32::from_be_bytes([header[8], header[9], header[10], header[11]]);
+        let room = other_to.wrapping_sub(other_from);
+        return room < 1 << 31 && acked.wrapping_sub(other_from) < room;
     }
     let room = to.wrapping_sub(from);
     let at = u32::from_be_bytes([header[4], header[5], header[6], header[7]]).wrapping_sub(from);

@@ -144,6 +144,8 @@ reasons! {
     AppUnsupported = 248, "Application protocol not supported";
     /// A TCP segment of which nothing is new: the same bytes are held for a verdict.
     TcpHeld = 249, "Retransmission of a held TCP segment";
+    /// The preface of HTTP/2 where HTTP/1 is read: its requests cannot be judged.
+    AppHttp2 = 250, "HTTP/2 not supported";
 }
 
 impl Reason {

@@ -217,10 +217,12 @@ fn read(record: &Record) -> Read {
             version,
             url,
             headers,
+            mismatch,
         } => {
             let http = http(0, method, *version, url, headers);
+            let mismatch = if *mismatch { ", headerMatches differ" } else { "" };
             Read {
-                summary: format!("{} {} {}", http.protocol, http.method, http.url),
+                summary: format!("{} {} {}{mismatch}", http.protocol, http.method, http.url),
                 http: Some(http),
                 ..Read::default()
             }

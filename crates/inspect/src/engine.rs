@@ -4,10 +4,11 @@ use palisade_abi::{Inspector, Reason, carry_flags, protocol};
 use palisade_packet::flags;
 
 use crate::{
-    DnsLimits, DnsStats, FragmentLimits, FragmentStats, HttpLimits, Learned, Millis, Rules, Sink,
+    DnsLimits, DnsStats, FragmentLimits, FragmentStats, HttpLimits, HttpStats, Learned, Millis, Rules, Sink,
     StreamLimits, StreamStats, TlsLimits, TlsStats, View,
     dns::{Dns, stream::Streams},
     fragments::Reassembler,
+    http::Http,
     record::{Record, Verdict, What},
     tls::Tls,
 };
@@ -34,6 +35,8 @@ pub struct Stats {
     pub dns: DnsStats,
     /// DNS over TCP.
     pub streams: StreamStats,
+    /// HTTP.
+    pub http: HttpStats,
     /// TLS.
     pub tls: TlsStats,
     /// Fragmented datagrams.
@@ -91,6 +94,7 @@ pub struct Engine<F> {
     rules: Arc<Rules>,
     dns: Dns<F>,
     streams: Streams<F>,
+    http: Http<F>,
     tls: Tls<F>,
     fragments: Reassembler<F>,
     spare: Spare<F>,
@@ -105,6 +109,7 @@ impl<F> Engine<F> {
             rules: Arc::default(),
             dns: Dns::new(&limits.dns),
             streams: Streams::new(&limits.streams),
+            http: Http::new(&limits.http),
             tls: Tls::new(&limits.tls),
             fragments: Reassembler::new(&limits.fragments),
             spare: Spare(Vec::new()),
@@ -140,6 +145,10 @@ impl<F> Engine<F> {
                 &mut self.spare,
                 sink,
             );
+            return;
+        }
+        if view.slot.inspector == Inspector::Http as u8 && view.packet.protocol == protocol::TCP {
+            self.http.packet(now, view, frame, &self.rules, sink);
             return;
         }
         if view.slot.inspector == Inspector::Tls as u8 && view.packet.protocol == protocol::TCP {
@@ -214,6 +223,7 @@ impl<F> Engine<F> {
     pub fn tick(&mut self, now: Millis, sink: &mut impl Sink<F>) {
         self.dns.tick(now, &mut self.spare, sink);
         self.streams.tick(now, &mut self.dns, sink);
+        self.http.tick(now, sink);
         self.tls.tick(now, sink);
         self.fragments.tick(now, &mut self.spare, sink);
     }
@@ -224,6 +234,7 @@ impl<F> Engine<F> {
         [
             self.dns.deadline(),
             self.streams.deadline(),
+            self.http.deadline(),
             self.tls.deadline(),
             self.fragments.deadline(),
         ]
@@ -236,6 +247,7 @@ impl<F> Engine<F> {
     pub fn forget_endpoint(&mut self, endpoint: u16, sink: &mut impl Sink<F>) {
         self.dns.forget(Some(endpoint), &mut self.spare, sink);
         self.streams.forget(Some(endpoint), &mut self.dns, sink);
+        self.http.forget(Some(endpoint), sink);
         self.tls.forget(Some(endpoint), sink);
         self.fragments.forget(Some(endpoint), &mut self.spare, sink);
     }
@@ -244,6 +256,7 @@ impl<F> Engine<F> {
     pub fn drain(&mut self, sink: &mut impl Sink<F>) {
         self.dns.forget(None, &mut self.spare, sink);
         self.streams.forget(None, &mut self.dns, sink);
+        self.http.forget(None, sink);
         self.tls.forget(None, sink);
         self.fragments.forget(None, &mut self.spare, sink);
     }
@@ -254,6 +267,7 @@ impl<F> Engine<F> {
         Stats {
             dns: self.dns.stats(),
             streams: self.streams.stats(),
+            http: self.http.stats(),
             tls: self.tls.stats(),
             fragments: self.fragments.stats(),
             unsupported: self.unsupported,

@@ -28,7 +28,7 @@ pub use dns::{
 };
 pub use engine::{Engine, Limits, Stats};
 pub use fragments::{FragmentLimits, FragmentStats};
-pub use http::{HttpLimits, Paths};
+pub use http::{HttpLimits, HttpStats, Paths};
 pub use palisade_fqdn::{TrackLimits, Unasked};
 pub use rules::{DnsRules, HttpDenial, HttpRules, HttpScratch, HttpVerdict, Problem, Rules, TlsRules};
 pub use tcp::{TcpLimits, TcpStats};

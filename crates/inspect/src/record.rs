@@ -262,6 +262,8 @@ pub enum What {
         url: Text,
         /// The fields that are to be recorded, `Name: value` each with a line feed behind it; without secrets.
         headers: Text,
+        /// A headerMatches of the rule did not match, and is to be logged.
+        mismatch: bool,
     },
     /// An HTTP answer that is the last one to its request.
     HttpResponse {

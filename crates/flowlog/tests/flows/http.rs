@@ -38,6 +38,7 @@ fn request() -> Record {
             version: 1,
             url: text("http://web.shop/a%20list?x=1&token=[redacted]"),
             headers: text("User-Agent: curl/8.5.0\nx-request-id: 4711: 12\n"),
+            mismatch: false,
         },
     }
 }
@@ -76,6 +77,7 @@ fn denied() -> Record {
             version: 0,
             url: text("http://web.shop/admin"),
             headers: Text::default(),
+            mismatch: false,
         },
         ..request()
     }

@@ -1,14 +1,20 @@
 //! HTTP/1: a request goes on if a rule allows it; its body and the answers do too, and long bodies are left to the
 //! programs.
 
-#[cfg_attr(not(test), expect(dead_code, reason = "the reader of HTTP will use it"))]
+mod exchange;
 mod redact;
 
 use std::sync::Arc;
 
 use palisade_protocols::http1;
 
-use crate::tcp::TcpLimits;
+use crate::{
+    Millis, Rules, Sink, View,
+    record::About,
+    rules::HttpScratch,
+    tcp::{Connections, Side, TcpLimits, TcpStats},
+};
+use exchange::{Flow, Reading};
 
 /// In which form the path of a request is judged.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -47,3 +53,118 @@ impl Default for HttpLimits {
         }
     }
 }
+
+/// What has happened so far.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HttpStats {
+    /// Connections.
+    pub tcp: TcpStats,
+    /// Requests that were read.
+    pub requests: u64,
+    /// Requests that no rule allows.
+    pub denied: u64,
+    /// Answers that were read.
+    pub responses: u64,
+    /// Answers that nobody asked for.
+    pub unasked: u64,
+    /// Connections that were handed over to another protocol.
+    pub tunnels: u64,
+    /// Streams that are not what they should be, by [`http1::Refusal`].
+    pub malformed: [u64; http1::Refusal::ALL.len()],
+    /// Requests and connections that would have been refused and go on because of audit mode.
+    pub audited: u64,
+}
+
+impl Default for HttpStats {
+    fn default() -> Self {
+        Self {
+            tcp: TcpStats::default(),
+            requests: 0,
+            denied: 0,
+            responses: 0,
+            unasked: 0,
+            tunnels: 0,
+            malformed: [0; _],
+            audited: 0,
+        }
+    }
+}
+
+pub(crate) struct Http<F> {
+    limits: HttpLimits,
+    connections: Connections<F, Flow>,
+    scratch: HttpScratch,
+    stats: HttpStats,
+}
+
+impl<F> Http<F> {
+    pub(crate) fn new(limits: &HttpLimits) -> Self {
+        Self {
+            limits: limits.clone(),
+            connections: Connections::new(&limits.tcp),
+            scratch: HttpScratch::default(),
+            stats: HttpStats::default(),
+        }
+    }
+
+    pub(crate) fn stats(&self) -> HttpStats {
+        HttpStats {
+            tcp: self.connections.stats(),
+            ..self.stats
+        }
+    }
+
+    pub(crate) fn packet<S: Sink<F>>(
+        &mut self,
+        now: Millis,
+        view: &View<'_>,
+        frame: F,
+        rules: &Rules,
+        sink: &mut S,
+    ) {
+        let Self {
+            limits,
+            connections,
+            scratch,
+            stats,
+        } = self;
+        connections.packet(
+            now,
+            view,
+            frame,
+            Flow::default,
+            |flow| {
+                flow.about = Some(match Side::of(view.slot) {
+                    Side::Client => About::of(view),
+                    Side::Server => About::of(view).turned(),
+                });
+                Reading {
+                    flow,
+                    now,
+                    slot: view.slot,
+                    rules,
+                    limits,
+                    scratch,
+                    stats,
+                }
+            },
+            |left, _| left.may_go_on(view.slot),
+            sink,
+        );
+    }
+
+    pub(crate) fn tick<S: Sink<F>>(&mut self, now: Millis, sink: &mut S) {
+        self.connections.tick(now, sink);
+    }
+
+    pub(crate) fn deadline(&self) -> Option<Millis> {
+        self.connections.deadline()
+    }
+
+    pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, sink: &mut S) {
+        self.connections.forget(endpoint, sink);
+    }
+}
+
+#[cfg(test)]
+mod tests;

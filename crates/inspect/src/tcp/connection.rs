@@ -12,6 +12,8 @@ use crate::{
 
 /// Longest stretch that is given to the programs at once: sequence numbers are compared modulo 2^32.
 const LONGEST_WINDOW: u64 = 1 << 30;
+/// A window is taken back when so many bytes have gone by behind it.
+const WINDOW_AGE: u64 = 1 << 28;
 /// How often what was made here is sent again, and after how long for the first time.
 const TRIES: u32 = 6;
 const FIRST_TRY: Millis = 250;
@@ -71,6 +73,8 @@ pub(crate) struct Connection<F> {
     /// Another policy has its packets read too, and must not miss any: none are made in their place.
     is_shared: bool,
     windows: [u32; 4],
+    /// Where in each direction the window is to be taken back: long behind it, and before its numbers come again.
+    window_ends: [Option<Position>; 2],
     /// To go with the next packet that is released.
     command: bool,
     /// What is left of a stretch that needs no reading, behind the part that was skipped.
@@ -94,6 +98,7 @@ impl<F> Connection<F> {
             about,
             is_shared: false,
             windows: [0; 4],
+            window_ends: [None; 2],
             command: false,
             rest: [0; 2],
             counted: (0, 0),
@@ -740,6 +745,7 @@ impl<F> Connection<F> {
             self.answer_when_due(now, shared, sink);
             return;
         }
+        self.take_windows_back();
         let judged = self.halves.each_ref().map(|half| half.judged);
         let mut again = true;
         while std::mem::take(&mut again) {
@@ -755,6 +761,21 @@ impl<F> Connection<F> {
                 half.since = None;
             } else if half.since.is_none() || half.judged > judged {
                 half.since = Some(now);
+            }
+        }
+    }
+
+    /// Sequence numbers come again after 2^32 bytes. A window that is long over is taken back, more than once in case
+    /// the packet is lost that says so.
+    fn take_windows_back(&mut self) {
+        for side in [0, 1] {
+            if let Some(end) = self.window_ends[side]
+                && self.halves[side].judged > end
+            {
+                self.windows[side * 2] = 0;
+                self.windows[side * 2 + 1] = 0;
+                self.command = true;
+                self.window_ends[side] = Some(end + WINDOW_AGE);
             }
         }
     }
@@ -844,7 +865,9 @@ impl<F> Connection<F> {
         if is_apart && n - there >= shared.limits.window && self.is_settled() {
             let at = side as usize * 2;
             self.windows[at] = from;
-            self.windows[at + 1] = self.halves[side as usize].seq(self.halves[side as usize].judged);
+            let end = self.halves[side as usize].judged;
+            self.windows[at + 1] = self.halves[side as usize].seq(end);
+            self.window_ends[side as usize] = Some(end + WINDOW_AGE);
             self.command = true;
         }
     }
@@ -882,7 +905,8 @@ impl<F> Connection<F> {
     fn answer_when_due<S: Sink<F>>(&mut self, now: Millis, shared: &mut Shared, sink: &mut S) {
         if let Phase::Answering(answer) = &self.phase {
             let before = &self.halves[answer.to.other() as usize];
-            if before.acked < before.sent {
+            // What may go and has not come belongs to what the server says before.
+            if before.acked < before.sent || before.judged > before.next {
                 return;
             }
         }

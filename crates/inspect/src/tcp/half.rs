@@ -420,7 +420,7 @@ impl<F> Half<F> {
         self.judged = end;
         self.next = self.next.max(end);
         self.sent = self.sent.max(end);
-        self.highest = self.highest.max(end);
+        // Not `highest`: who skips to the end of the stream does not know where that is, and a FIN may come before.
         self.edge = self.edge.max(end + self.widest);
         self.advance();
         self.forget();

@@ -56,7 +56,6 @@ impl Side {
 }
 
 /// What is to be done with bytes.
-#[cfg_attr(not(test), expect(dead_code, reason = "what TLS does not ask for, HTTP will"))]
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Step {
     /// Nothing can be said of the first of them yet. Asked again when more has come from either side.

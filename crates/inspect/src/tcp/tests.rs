@@ -9,7 +9,7 @@ use crate::{Learn, Millis, Route, Sink, View, record::Record};
 
 pub(crate) const SYN: u8 = 2;
 pub(crate) const ACK: u8 = 16;
-const FIN: u8 = 1;
+pub(crate) const FIN: u8 = 1;
 pub(crate) const RST: u8 = 4;
 const URG: u8 = 32;
 const CLIENT_ISN: u32 = 0xffff_ff00;

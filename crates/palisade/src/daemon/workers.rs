@@ -31,7 +31,8 @@ const READY: Duration = Duration::from_secs(10);
 /// More workers than that are only for those who ask for them.
 const MOST_BY_ITSELF: usize = 8;
 /// What they read: a bit for each [`Inspector`].
-pub const READERS: u32 = 1 << Inspector::Dns as u32 | 1 << Inspector::Tls as u32;
+pub const READERS: u32 =
+    1 << Inspector::Http as u32 | 1 << Inspector::Dns as u32 | 1 << Inspector::Tls as u32;
 /// Answers of one worker that may wait to be learned.
 const LEARNS: usize = 1_024;
 /// Records that may wait to be read.

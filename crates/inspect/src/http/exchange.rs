@@ -1,0 +1,481 @@
+//! One connection: where both sides are in their messages, and which requests wait for their answers.
+
+use std::{collections::VecDeque, mem};
+
+use palisade_abi::{CarrySlot, Reason, carry_flags};
+use palisade_protocols::http1::{Body, Chunks, Head, Piece, Refusal, Request, Response};
+
+use super::{HttpLimits, HttpStats, redact};
+use crate::{
+    Millis, Rules, Sink,
+    record::{About, Record, Text, Verdict, What, Word},
+    rules::{HttpDenial, HttpScratch},
+    tcp::{Reader, Remember, Side, Step},
+};
+
+/// Requests of a connection that may wait for their answers; what comes behind them waits here.
+const MOST_PENDING: usize = 32;
+/// More than any body has.
+const ENDLESS: u64 = 1 << 62;
+
+/// Where in its messages a side is.
+enum Place {
+    /// Before the end of a head.
+    Head(Head),
+    /// Before a body of so many bytes.
+    Body(u64),
+    /// In the framing of a chunked body.
+    Chunks(Chunks),
+    /// Before the content of a chunk.
+    Content(Chunks, u64),
+    /// In an answer that ends with the connection.
+    Rest,
+}
+
+impl Default for Place {
+    fn default() -> Self {
+        Self::Head(Head::default())
+    }
+}
+
+impl Place {
+    fn of(body: Body) -> Self {
+        match body {
+            Body::None | Body::Tunnel | Body::Length(0) => Self::default(),
+            Body::Length(n) => Self::Body(n),
+            Body::Chunked => Self::Chunks(Chunks::default()),
+            Body::UntilClose => Self::Rest,
+        }
+    }
+
+    fn is_between_messages(&self) -> bool {
+        matches!(self, Self::Head(_))
+    }
+
+    /// Goes through what follows a head: what may go, and whether the message ends with it. Its content is not looked
+    /// at, but all that frames it is.
+    fn follow(&mut self, bytes: &[u8]) -> Result<(Step, bool), Refusal> {
+        match mem::take(self) {
+            Self::Body(n) => Ok((Step::Skip(n), true)),
+            Self::Rest => {
+                *self = Self::Rest;
+                Ok((Step::Skip(ENDLESS), false))
+            }
+            Self::Content(chunks, n) => {
+                *self = Self::Chunks(chunks);
+                Ok((Step::Skip(n), false))
+            }
+            Self::Chunks(mut chunks) => {
+                let mut rest = bytes;
+                let piece = chunks.next(&mut rest)?;
+                let step = Step::Release(bytes.len() - rest.len());
+                match piece {
+                    Piece::More => *self = Self::Chunks(chunks),
+                    Piece::Content(n) => *self = Self::Content(chunks, n),
+                    Piece::End => return Ok((step, true)),
+                }
+                Ok((step, false))
+            }
+            Self::Head(head) => {
+                *self = Self::Head(head);
+                Ok((Step::More, false))
+            }
+        }
+    }
+}
+
+/// A request that was let go and is not answered yet.
+struct Exchange {
+    url: Text,
+    method: Word,
+    since: Millis,
+    /// It asks to go over to another protocol, which its answer may do.
+    upgrade: bool,
+}
+
+/// What a connection that is not going on gets.
+#[derive(Clone, Copy)]
+struct Refused {
+    reason: Reason,
+    status: u16,
+    /// The request has no body in its answer.
+    bodiless: bool,
+    /// Requests that went on, at least in part, and get this as their answer.
+    own: usize,
+}
+
+/// What is kept of a connection.
+#[derive(Default)]
+pub(super) struct Flow {
+    client: Place,
+    server: Place,
+    /// The request that is being answered, and those behind it.
+    current: Option<Exchange>,
+    behind: VecDeque<Exchange>,
+    /// The client gets no further, once what it asked before is answered.
+    refused: Option<Refused>,
+    /// The first request has been read.
+    begun: bool,
+    /// The server sends no more.
+    ended: bool,
+    /// Under which rules, and whether in audit mode, it was left unread.
+    left: Left,
+    /// Of the client's packets.
+    pub(super) about: Option<About>,
+}
+
+/// Of a connection that is not read any more: a tunnel that was allowed, or what cannot be read and goes on because
+/// of audit mode.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Left {
+    ruleset: u32,
+    audit: bool,
+}
+
+impl Left {
+    /// A tunnel has no other request that new rules could be asked about, so it ends with the old ones.
+    pub(super) fn may_go_on(self, slot: &CarrySlot) -> Result<(), Reason> {
+        let audit = slot.flags & carry_flags::AUDIT != 0;
+        if audit || (self.ruleset == slot.ruleset && !self.audit) {
+            Ok(())
+        } else {
+            Err(Reason::TcpMidstream)
+        }
+    }
+}
+
+impl Remember for Flow {
+    type Memory = Left;
+    fn remember(&mut self) -> Left {
+        self.left
+    }
+}
+
+impl Flow {
+    fn pending(&self) -> usize {
+        usize::from(self.current.is_some()) + self.behind.len()
+    }
+
+    fn push(&mut self, exchange: Exchange) {
+        if self.current.is_none() {
+            self.current = Some(exchange);
+        } else {
+            self.behind.push_back(exchange);
+        }
+    }
+
+    fn pop(&mut self) {
+        self.current = self.behind.pop_front();
+    }
+
+    /// What follows may be no HTTP: that depends on the answer to the last request.
+    fn may_switch(&self) -> bool {
+        self.behind
+            .back()
+            .or(self.current.as_ref())
+            .is_some_and(|last| last.upgrade || last.method.bytes() == b"CONNECT")
+    }
+}
+
+/// Reads one connection for the time of a call.
+pub(super) struct Reading<'a> {
+    pub(super) flow: &'a mut Flow,
+    pub(super) now: Millis,
+    pub(super) slot: &'a CarrySlot,
+    pub(super) rules: &'a Rules,
+    pub(super) limits: &'a HttpLimits,
+    pub(super) scratch: &'a mut HttpScratch,
+    pub(super) stats: &'a mut HttpStats,
+}
+
+impl<F> Reader<F> for Reading<'_> {
+    fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Step {
+        match side {
+            Side::Client => self.client(bytes, end, sink),
+            Side::Server => self.server(bytes, end, sink),
+        }
+    }
+}
+
+impl Reading<'_> {
+    fn is_audit(&self) -> bool {
+        self.slot.flags & carry_flags::AUDIT != 0
+    }
+
+    fn client<F, S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Step {
+        if let Some(refused) = self.flow.refused {
+            return self.refuse(refused);
+        }
+        if bytes.is_empty() {
+            return Step::Release(0);
+        }
+        if !self.flow.client.is_between_messages() {
+            return match self.flow.client.follow(bytes) {
+                Ok((step, _)) => step,
+                Err(refusal) => self.malformed(refusal, 1, sink),
+            };
+        }
+        if self.flow.may_switch() || self.flow.pending() >= MOST_PENDING {
+            return Step::Wait;
+        }
+        let Place::Head(head) = &mut self.flow.client else {
+            return Step::More;
+        };
+        match head.find(bytes, &self.limits.head) {
+            Ok(Some(length)) => {
+                self.flow.client = Place::default();
+                let head = bytes.get(..length).unwrap_or_default();
+                match Request::parse(head) {
+                    Ok(request) => self.request(&request, length, sink),
+                    Err(refusal) => self.malformed(refusal, 0, sink),
+                }
+            }
+            Ok(None) if end => self.cut(Reason::AppMalformed, "the end within a request", sink),
+            Ok(None) => Step::More,
+            Err(refusal) => self.malformed(refusal, 0, sink),
+        }
+    }
+
+    /// A whole head of a request, of so many bytes.
+    fn request<F, S: Sink<F>>(&mut self, request: &Request<'_>, length: usize, sink: &mut S) -> Step {
+        self.stats.requests += 1;
+        self.flow.begun = true;
+        let mut url = Text::default();
+        redact::url(request.host, request.path, &mut url);
+        let mut headers = Text::default();
+        redact::headers(request.headers.iter(), &self.limits.record_headers, &mut headers);
+        let method = Word::from(request.method.as_bytes());
+        let Some(rules) = self.rules.http(self.slot.ruleset) else {
+            return self.cut(Reason::UnknownRuleset, Reason::UnknownRuleset.text(), sink);
+        };
+        let verdict = rules.judge(request, self.limits.paths, self.scratch);
+        let audit = self.is_audit();
+        if let Some(about) = &self.flow.about {
+            let what = What::HttpRequest {
+                method,
+                version: request.version,
+                url,
+                headers,
+                mismatch: verdict.is_ok_and(|verdict| verdict.log),
+            };
+            let record = Record::about(about, what);
+            sink.record(&match verdict {
+                Ok(verdict) => Record {
+                    rule: verdict.rule,
+                    ..record
+                },
+                Err(_) => Record {
+                    verdict: if audit { Verdict::Audit } else { Verdict::Dropped },
+                    reason: Reason::AppDenied,
+                    ..record
+                },
+            });
+        }
+        if let Err(HttpDenial::NoRule | HttpDenial::Path(_)) = verdict {
+            self.stats.denied += 1;
+            if !audit {
+                return self.refuse(Refused {
+                    reason: Reason::AppDenied,
+                    status: 403,
+                    bodiless: request.method == "HEAD",
+                    own: 0,
+                });
+            }
+            self.stats.audited += 1;
+        }
+        self.flow.client = Place::of(request.body);
+        self.flow.push(Exchange {
+            url,
+            method,
+            since: self.now,
+            upgrade: request.upgrade().is_some_and(may_become),
+        });
+        Step::Release(length)
+    }
+
+    /// Answers instead of the server, once that has answered what the client asked before.
+    fn refuse(&mut self, refused: Refused) -> Step {
+        self.flow.refused = Some(refused);
+        if self.flow.ended || matches!(self.flow.server, Place::Rest) {
+            return Step::Cut(refused.reason);
+        }
+        if self.flow.pending() > refused.own || !self.flow.server.is_between_messages() {
+            return Step::Wait;
+        }
+        let (phrase, body) = match refused.status {
+            403 => ("Forbidden", "Access denied\r\n"),
+            _ => ("Bad Request", "Bad request\r\n"),
+        };
+        let text = format!(
+            "HTTP/1.1 {} {phrase}\r\ncontent-type: text/plain\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{}",
+            refused.status,
+            body.len(),
+            if refused.bodiless { "" } else { body }
+        );
+        Step::Answer(refused.reason, text.into_bytes())
+    }
+
+    /// What the client sends is no HTTP/1, or could be read in more than one way. `own`: requests of which a part has
+    /// gone on already, so that this is their answer too.
+    fn malformed<F, S: Sink<F>>(&mut self, refusal: Refusal, own: usize, sink: &mut S) -> Step {
+        self.stats.malformed[refusal as usize] += 1;
+        let reason = match refusal {
+            Refusal::Http2 => Reason::AppHttp2,
+            _ => Reason::AppMalformed,
+        };
+        if refusal == Refusal::Http2 || (refusal == Refusal::NotHttp && !self.flow.begun) {
+            return self.cut(reason, refusal.text(), sink);
+        }
+        if self.is_audit() {
+            return self.leave(reason, refusal.text(), sink);
+        }
+        self.tell(reason, refusal.text(), Verdict::Dropped, sink);
+        self.refuse(Refused {
+            reason,
+            status: 400,
+            bodiless: false,
+            own,
+        })
+    }
+
+    fn tell<F, S: Sink<F>>(&self, reason: Reason, detail: &'static str, verdict: Verdict, sink: &mut S) {
+        if let Some(about) = &self.flow.about {
+            sink.record(&Record {
+                verdict,
+                reason,
+                ..Record::about(about, What::Unreadable { detail })
+            });
+        }
+    }
+
+    /// In audit mode what cannot be read goes on, and is not read any more.
+    fn leave<F, S: Sink<F>>(&mut self, reason: Reason, detail: &'static str, sink: &mut S) -> Step {
+        self.stats.audited += 1;
+        self.tell(reason, detail, Verdict::Audit, sink);
+        self.flow.left = Left {
+            ruleset: self.slot.ruleset,
+            audit: true,
+        };
+        Step::Offload
+    }
+
+    fn cut<F, S: Sink<F>>(&mut self, reason: Reason, detail: &'static str, sink: &mut S) -> Step {
+        if self.is_audit() {
+            return self.leave(reason, detail, sink);
+        }
+        self.tell(reason, detail, Verdict::Dropped, sink);
+        Step::Cut(reason)
+    }
+
+    fn server<F, S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Step {
+        if bytes.is_empty() {
+            self.flow.ended = true;
+            return Step::Release(0);
+        }
+        if !self.flow.server.is_between_messages() {
+            return match self.flow.server.follow(bytes) {
+                Ok((step, ends)) => {
+                    if ends {
+                        self.flow.pop();
+                    }
+                    step
+                }
+                Err(refusal) => self.bad_answer(refusal, sink),
+            };
+        }
+        let Place::Head(head) = &mut self.flow.server else {
+            return Step::More;
+        };
+        match head.find(bytes, &self.limits.head) {
+            Ok(Some(length)) => {
+                self.flow.server = Place::default();
+                let method = self.flow.current.as_ref().map(|current| current.method);
+                let method = method.unwrap_or_default();
+                let method = std::str::from_utf8(method.bytes()).unwrap_or_default();
+                match Response::parse(bytes.get(..length).unwrap_or_default(), method) {
+                    Ok(response) => self.response(&response, length, sink),
+                    Err(refusal) => self.bad_answer(refusal, sink),
+                }
+            }
+            Ok(None) if end => self.cut(Reason::AppMalformed, "the end within an answer", sink),
+            Ok(None) => Step::More,
+            Err(refusal) => self.bad_answer(refusal, sink),
+        }
+    }
+
+    fn bad_answer<F, S: Sink<F>>(&mut self, refusal: Refusal, sink: &mut S) -> Step {
+        self.stats.malformed[refusal as usize] += 1;
+        self.cut(Reason::AppMalformed, refusal.text(), sink)
+    }
+
+    /// A whole head of an answer, of so many bytes.
+    fn response<F, S: Sink<F>>(&mut self, response: &Response<'_>, length: usize, sink: &mut S) -> Step {
+        let Some(current) = &self.flow.current else {
+            return self.unasked(response, length, sink);
+        };
+        if response.is_interim() {
+            return Step::Release(length);
+        }
+        self.stats.responses += 1;
+        if let Some(about) = &self.flow.about {
+            let mut headers = Text::default();
+            redact::headers(response.headers.iter(), &self.limits.record_headers, &mut headers);
+            let what = What::HttpResponse {
+                method: current.method,
+                url: current.url,
+                version: response.version,
+                status: response.status,
+                length: match response.body {
+                    Body::Length(n) => Some(n),
+                    Body::None => Some(0),
+                    _ => None,
+                },
+                headers,
+            };
+            sink.record(&Record {
+                latency: u32::try_from(self.now.saturating_sub(current.since)).ok(),
+                ..Record::about(&about.turned(), what)
+            });
+        }
+        if response.body == Body::Tunnel {
+            if response.status == 101 && !current.upgrade {
+                return self.cut(Reason::AppMalformed, "101 that nobody asked for", sink);
+            }
+            self.stats.tunnels += 1;
+            self.flow.left = Left {
+                ruleset: self.slot.ruleset,
+                audit: false,
+            };
+            return Step::Offload;
+        }
+        self.flow.server = Place::of(response.body);
+        if self.flow.server.is_between_messages() {
+            self.flow.pop();
+        }
+        Step::Release(length)
+    }
+
+    /// An answer to no request: servers say so when they have waited too long for one (408), and close.
+    fn unasked<F, S: Sink<F>>(&mut self, response: &Response<'_>, length: usize, sink: &mut S) -> Step {
+        self.stats.unasked += 1;
+        if response.status != 408 {
+            return self.cut(Reason::AppMalformed, "an answer that nobody asked for", sink);
+        }
+        self.flow.refused = Some(Refused {
+            reason: Reason::AppMalformed,
+            status: 400,
+            bodiless: false,
+            own: 0,
+        });
+        self.flow.server = Place::Rest;
+        Step::Release(length)
+    }
+}
+
+/// Whether a connection may go over to a protocol. HTTP/2 would be requests that nobody reads.
+fn may_become(upgrade: &[u8]) -> bool {
+    !upgrade.split(|byte| *byte == b',').any(|name| {
+        let name = name.trim_ascii().to_ascii_lowercase();
+        name.starts_with(b"h2") || name.starts_with(b"http")
+    })
+}

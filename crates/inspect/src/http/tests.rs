@@ -1,0 +1,610 @@
+use std::{collections::BTreeMap, sync::Arc};
+
+use palisade_abi::{CarrySlot, Inspector, Reason};
+use palisade_policy::{
+    rule::HttpRule,
+    snapshot::{Alternative, Matcher, RuleSet},
+};
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    Engine, Limits, Rules,
+    record::{Verdict, What},
+    tcp::tests::{ACK, FIN, Out, RST, SYN, Seg},
+};
+
+const RULESET: u32 = 4;
+const OTHER: u32 = 5;
+
+fn rule(method: &str, path: &str) -> Matcher {
+    Matcher::Http(HttpRule {
+        method: Some(method.into()),
+        path: Some(path.into()),
+        ..HttpRule::default()
+    })
+}
+
+fn set(matchers: Vec<Matcher>) -> Arc<RuleSet> {
+    Arc::new(RuleSet {
+        reads: Inspector::Http as u8,
+        alternatives: (11..)
+            .zip(matchers)
+            .map(|(rule, matcher)| Alternative { rule, matcher })
+            .collect(),
+        ..RuleSet::default()
+    })
+}
+
+/// A client, a server, and the engine between them. Each side acknowledges what has reached it.
+struct Talk {
+    engine: Engine<Vec<u8>>,
+    out: Out,
+    now: Millis,
+    ruleset: u32,
+    flags: u8,
+    /// Sequence numbers of what is sent next.
+    sent: [u32; 2],
+    /// What has reached the other side, in order.
+    got: [Vec<u8>; 2],
+    /// The end has reached it.
+    closed: [bool; 2],
+    reset: bool,
+}
+
+impl Talk {
+    fn new() -> Self {
+        Self::with(&Limits::default())
+    }
+
+    fn with(limits: &Limits) -> Self {
+        let allowed = set(vec![
+            rule("GET|HEAD|POST|CONNECT", "/public/.*"),
+            rule("CONNECT", ""),
+        ]);
+        let sets = BTreeMap::from([(RULESET, allowed), (OTHER, set(vec![rule("GET", "/other")]))]);
+        let mut engine = Engine::new(limits);
+        engine.set_rules(Arc::new(Rules::prepare(&sets, None)));
+        let mut talk = Self {
+            engine,
+            out: Out::default(),
+            now: 0,
+            ruleset: RULESET,
+            flags: 0,
+            sent: [0, 0],
+            got: [vec![], vec![]],
+            closed: [false; 2],
+            reset: false,
+        };
+        talk.put(Side::Client, SYN, b"");
+        talk.put(Side::Server, SYN | ACK, b"");
+        talk.put(Side::Client, ACK, b"");
+        talk.take();
+        talk
+    }
+
+    fn put(&mut self, side: Side, flags: u8, data: &[u8]) {
+        let seq = self.sent[side as usize];
+        let syn = u32::from(self.sent[side.other() as usize] != 0);
+        let ack = syn + self.got[side.other() as usize].len() as u32 + u32::from(self.closed[side as usize]);
+        let seg = Seg::new(side, flags, seq, if flags & ACK == 0 { 0 } else { ack }, data);
+        self.sent[side as usize] += data.len() as u32 + u32::from(flags & (SYN | FIN) != 0);
+        let slot = CarrySlot {
+            inspector: Inspector::Http as u8,
+            ruleset: self.ruleset,
+            rule: 3,
+            flags: self.flags,
+            ..CarrySlot::default()
+        };
+        let (engine, out, now) = (&mut self.engine, &mut self.out, self.now);
+        seg.view(slot, |view, frame| engine.packet(now, view, frame, out));
+        self.deliver();
+    }
+
+    /// Takes in what has reached the receivers.
+    fn deliver(&mut self) {
+        let made = std::mem::take(&mut self.out.emitted);
+        let released = std::mem::take(&mut self.out.released);
+        for seg in made.into_iter().map(|(seg, _)| seg).chain(released) {
+            self.reset |= seg.flags & RST != 0;
+            let got = &mut self.got[seg.from as usize];
+            let at = seg.seq.wrapping_sub(1) as usize;
+            if seg.flags & (SYN | RST) != 0 || at > got.len() {
+                continue;
+            }
+            let new = seg.data.get(got.len() - at..).unwrap_or_default();
+            got.extend_from_slice(new);
+            self.closed[seg.from.other() as usize] |= seg.flags & FIN != 0;
+        }
+    }
+
+    fn tick(&mut self, to: Millis) {
+        self.now = to;
+        self.engine.tick(to, &mut self.out);
+        self.deliver();
+    }
+
+    fn take(&mut self) -> Out {
+        std::mem::take(&mut self.out)
+    }
+
+    fn client(&mut self, data: &[u8]) {
+        self.put(Side::Client, ACK, data);
+    }
+
+    fn server(&mut self, data: &[u8]) {
+        self.put(Side::Server, ACK, data);
+        // the client says that it has it
+        self.put(Side::Client, ACK, b"");
+    }
+
+    /// What has reached the server.
+    fn at_server(&self) -> &str {
+        std::str::from_utf8(&self.got[0]).unwrap()
+    }
+
+    /// What has reached the client.
+    fn at_client(&self) -> &str {
+        std::str::from_utf8(&self.got[1]).unwrap()
+    }
+}
+
+fn get(path: &str) -> String {
+    format!("GET {path} HTTP/1.1\r\nHost: a.test\r\n\r\n")
+}
+
+const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi";
+
+#[test]
+fn an_allowed_request_goes_on_and_its_answer_comes_back() {
+    let mut talk = Talk::new();
+    talk.client(get("/public/a?token=1").as_bytes());
+    assert_eq!(talk.at_server(), get("/public/a?token=1"));
+    talk.now = 7;
+    talk.server(OK.as_bytes());
+    assert_eq!(talk.at_client(), OK);
+    let records = talk.take().records;
+    let What::HttpRequest { url, .. } = records[0].what else {
+        panic!("{:?}", records[0])
+    };
+    assert_eq!(url.bytes(), b"http://a.test/public/a?token=[redacted]");
+    assert_eq!((records[0].verdict, records[0].rule), (Verdict::Forwarded, 11));
+    let What::HttpResponse { status, length, .. } = records[1].what else {
+        panic!("{:?}", records[1])
+    };
+    assert_eq!((status, length, records[1].latency), (200, Some(2), Some(7)));
+    assert!(records[1].reply && !records[0].reply);
+}
+
+#[test]
+fn a_denied_request_is_answered_and_nothing_of_it_goes_on() {
+    let mut talk = Talk::new();
+    talk.client(get("/public/a").as_bytes());
+    talk.server(OK.as_bytes());
+    talk.client(b"GET /secret HTTP/1.1\r\n");
+    talk.client(b"Host: a.test\r\n\r\n");
+    assert_eq!(talk.at_server(), get("/public/a"));
+    let answer = &talk.at_client()[OK.len()..];
+    assert!(answer.starts_with("HTTP/1.1 403 Forbidden\r\n"), "{answer}");
+    assert!(answer.ends_with("\r\n\r\nAccess denied\r\n"), "{answer}");
+    assert_eq!(talk.closed, [true, true], "both get the end");
+    assert!(!talk.reset);
+    let last = *talk.take().records.last().unwrap();
+    assert_eq!(
+        (last.verdict, last.reason, last.rule),
+        (Verdict::Dropped, Reason::AppDenied, 3)
+    );
+    let stats = talk.engine.stats().http;
+    assert_eq!((stats.requests, stats.denied, stats.responses), (2, 1, 1));
+}
+
+#[test]
+fn pipelined_requests_are_answered_in_their_order() {
+    let mut talk = Talk::new();
+    let stream = [
+        get("/public/1"),
+        get("/public/2"),
+        get("/secret"),
+        get("/public/3"),
+    ]
+    .concat();
+    talk.client(stream.as_bytes());
+    let fine = [get("/public/1"), get("/public/2")].concat();
+    assert_eq!(talk.at_server(), "", "a packet is never split");
+    // what is held is delivered without what is refused
+    talk.tick(10);
+    assert!(fine.starts_with(talk.at_server()));
+    talk.server(OK.as_bytes());
+    assert!(
+        !talk.at_client().contains("403"),
+        "the second is not answered yet"
+    );
+    talk.server(OK.as_bytes());
+    assert!(talk.at_client().contains("403"));
+    assert!(!talk.at_server().contains("secret") && !talk.at_server().contains("/3"));
+}
+
+#[test]
+fn paths_are_judged_as_a_server_would_resolve_them() {
+    for path in [
+        "/public/../secret",
+        "/public/%2e%2e/secret",
+        "/public/..%2fsecret",
+        "/public\\..\\secret",
+        "//secret",
+    ] {
+        let mut talk = Talk::new();
+        talk.client(get(path).as_bytes());
+        assert_eq!(talk.at_server(), "", "{path}");
+        assert!(talk.at_client().starts_with("HTTP/1.1 40"), "{path}");
+    }
+    let raw = Limits {
+        http: HttpLimits {
+            paths: Paths::Raw,
+            ..HttpLimits::default()
+        },
+        ..Limits::default()
+    };
+    let mut talk = Talk::with(&raw);
+    talk.client(get("/public/../secret").as_bytes());
+    assert_ne!(talk.at_server(), "");
+}
+
+#[test]
+fn what_is_ambiguous_is_a_bad_request() {
+    for head in [
+        "GET /public/a HTTP/1.1\nHost: a\n\n",
+        "GET /public/a HTTP/1.1\r\nHost: a\r\n x: y\r\n\r\n",
+        "GET /public/a HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n",
+        "GET /public/a HTTP/1.1\r\n\r\n",
+        "GET /public/a HTTP/1.1\r\nHost : a\r\n\r\n",
+        "GET http://b/public/a HTTP/1.1\r\nHost: a\r\n\r\n",
+        "POST /public/a HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        "POST /public/a HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        "POST /public/a HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
+    ] {
+        let mut talk = Talk::new();
+        talk.client(head.as_bytes());
+        assert_eq!(talk.at_server(), "", "{head:?}");
+        assert!(
+            talk.at_client().starts_with("HTTP/1.1 400 Bad Request\r\n"),
+            "{head:?}"
+        );
+        assert_eq!(talk.closed, [true, true]);
+        assert_eq!(talk.engine.stats().http.malformed.iter().sum::<u64>(), 1);
+        assert_eq!(talk.take().records.last().unwrap().reason, Reason::AppMalformed);
+    }
+}
+
+#[test]
+fn other_protocols_are_cut() {
+    for (bytes, reason) in [
+        (&b"\x16\x03\x01\x02\x00\x01"[..], Reason::AppMalformed),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Reason::AppHttp2),
+    ] {
+        let mut talk = Talk::new();
+        talk.client(bytes);
+        assert!(talk.reset);
+        assert_eq!(talk.at_server(), "");
+        assert_eq!(talk.take().records[0].reason, reason);
+    }
+}
+
+#[test]
+fn bodies_are_followed_and_what_is_behind_them_is_judged() {
+    for (head, body) in [
+        (
+            "Content-Length: 30",
+            "GET /secret HTTP/1.1\r\n\r\n123456".to_owned(),
+        ),
+        (
+            "Transfer-Encoding: chunked",
+            "18\r\nGET /secret HTTP/1.1\r\n\r\n\r\n0\r\nX-Sum: 1\r\n\r\n".to_owned(),
+        ),
+        ("Transfer-Encoding: chunked", "0\r\n\r\n".to_owned()),
+    ] {
+        let mut talk = Talk::new();
+        let stream = format!("POST /public/a HTTP/1.1\r\nHost: a\r\n{head}\r\n\r\n{body}");
+        for part in stream.as_bytes().chunks(7) {
+            talk.client(part);
+        }
+        assert_eq!(talk.at_server(), stream);
+        talk.client(get("/secret").as_bytes());
+        talk.server(OK.as_bytes());
+        assert_eq!(talk.at_server(), stream);
+        assert!(talk.at_client().contains("403 Forbidden"));
+    }
+}
+
+#[test]
+fn a_bad_chunk_ends_the_request() {
+    let mut talk = Talk::new();
+    let head = "POST /public/a HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
+    talk.client(head.as_bytes());
+    talk.client(b"5;x=y\r\nhello\r\n0\r\n\r\n");
+    assert_eq!(talk.at_server(), head);
+    assert!(talk.at_client().starts_with("HTTP/1.1 400"));
+}
+
+#[test]
+fn long_bodies_are_left_to_the_programs() {
+    let mut talk = Talk::new();
+    let head = b"POST /public/a HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n";
+    talk.client(head);
+    talk.client(&[b'x'; 1000]);
+    let commands = talk.take().commands;
+    let [command] = &commands[..] else {
+        panic!("{commands:?}")
+    };
+    assert_eq!(command.offload, 0);
+    assert_eq!(command.windows[1].wrapping_sub(command.windows[0]), 1_000_000);
+    assert_eq!(command.windows[2..], [0, 0]);
+    // behind it, everything is read again
+    talk.sent[0] += 999_000;
+    talk.got[0].resize(head.len() + 1_000_000, b'x');
+    talk.client(get("/secret").as_bytes());
+    talk.server(OK.as_bytes());
+    assert!(talk.at_client().contains("403"));
+    assert_eq!(talk.got[0].len(), head.len() + 1_000_000);
+}
+
+#[test]
+fn answers_end_as_their_heads_say() {
+    let head = |method: &str| format!("{method} /public/a HTTP/1.1\r\nHost: a\r\n\r\n");
+    for (method, answer) in [
+        ("HEAD", "HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"),
+        ("GET", "HTTP/1.1 204 No Content\r\n\r\n"),
+        ("GET", "HTTP/1.1 304 Not Modified\r\nContent-Length: 7\r\n\r\n"),
+        (
+            "GET",
+            "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+        ),
+        (
+            "GET",
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+        ),
+        ("GET", OK),
+    ] {
+        let mut talk = Talk::new();
+        for round in 1..3 {
+            talk.client(head(method).as_bytes());
+            talk.server(answer.as_bytes());
+            assert_eq!(talk.at_client(), answer.repeat(round), "{answer}");
+        }
+        assert_eq!(talk.engine.stats().http.responses, 2);
+    }
+    let mut talk = Talk::new();
+    talk.client(head("GET").as_bytes());
+    let endless = "HTTP/1.0 200 OK\r\n\r\nuntil the end HTTP/1.1 101 x\r\n\r\n";
+    talk.server(endless.as_bytes());
+    talk.put(Side::Server, ACK | FIN, b"");
+    assert_eq!((talk.at_client(), talk.closed[0]), (endless, true));
+}
+
+#[test]
+fn an_answer_that_nobody_asked_for_is_cut() {
+    let mut talk = Talk::new();
+    talk.server(OK.as_bytes());
+    assert!(talk.reset);
+    assert_eq!(talk.at_client(), "");
+    let mut talk = Talk::new();
+    let late = "HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n\r\n";
+    talk.server(late.as_bytes());
+    assert_eq!(talk.at_client(), late);
+    talk.client(get("/public/a").as_bytes());
+    assert_eq!(talk.at_server(), "");
+}
+
+#[test]
+fn other_protocols_are_let_in_when_they_were_asked_for() {
+    let upgrade = |to: &str| {
+        format!("GET /public/ws HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: {to}\r\n\r\n")
+    };
+    let switch = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n";
+    let mut talk = Talk::new();
+    talk.client(upgrade("websocket").as_bytes());
+    // not before the server agrees
+    talk.client(b"\x81\x01x");
+    assert_eq!(talk.at_server(), upgrade("websocket"));
+    talk.server(switch.as_bytes());
+    assert_eq!(
+        talk.got[0],
+        [upgrade("websocket").as_bytes(), b"\x81\x01x"].concat()
+    );
+    let out = talk.take();
+    assert!(out.commands.iter().any(|command| command.offload == 1));
+    talk.client(b"anything");
+    assert!(talk.got[0].ends_with(b"anything"));
+    // the same rules go on, others do not
+    talk.tick(10);
+    assert_eq!(talk.engine.stats().http.tcp.past, 1);
+    talk.client(b"more");
+    assert!(talk.got[0].ends_with(b"more") && !talk.reset);
+    talk.ruleset = OTHER;
+    talk.client(b"again");
+    assert!(talk.reset && !talk.got[0].ends_with(b"again"));
+
+    for (request, answer) in [
+        (upgrade("h2c"), switch),
+        (upgrade("websocket, h2c"), switch),
+        (get("/public/a"), switch),
+    ] {
+        let mut talk = Talk::new();
+        talk.client(request.as_bytes());
+        talk.server(answer.as_bytes());
+        assert!(talk.reset, "{request}");
+        assert_eq!(talk.at_client(), "");
+    }
+    // a server that does not want to goes on with HTTP
+    let mut talk = Talk::new();
+    talk.client([upgrade("h2c"), get("/secret")].concat().as_bytes());
+    talk.server(OK.as_bytes());
+    assert!(talk.at_client().contains("403"));
+    // CONNECT
+    let mut talk = Talk::new();
+    talk.client(b"CONNECT b.test:443 HTTP/1.1\r\nHost: b.test:443\r\n\r\n");
+    talk.server(b"HTTP/1.1 200 OK\r\n\r\n");
+    talk.client(b"\x16\x03\x01");
+    assert!(talk.got[0].ends_with(b"\x16\x03\x01"));
+}
+
+#[test]
+fn audit_lets_go_on_and_says_so() {
+    let mut talk = Talk::new();
+    talk.flags = palisade_abi::carry_flags::AUDIT;
+    talk.client(get("/secret").as_bytes());
+    assert_eq!(talk.at_server(), get("/secret"));
+    let record = talk.take().records[0];
+    assert_eq!(
+        (record.verdict, record.reason),
+        (Verdict::Audit, Reason::AppDenied)
+    );
+    talk.server(OK.as_bytes());
+    // what cannot be read goes on unread, until audit mode ends
+    talk.client(b"GET /x HTTP/1.1\n\n");
+    assert!(talk.at_server().ends_with("\n\n"));
+    talk.tick(10);
+    talk.client(b"x");
+    assert!(talk.at_server().ends_with('x'));
+    talk.flags = 0;
+    talk.client(b"y");
+    assert!(talk.reset && !talk.at_server().ends_with('y'));
+}
+
+#[test]
+fn the_next_request_is_judged_by_the_new_rules() {
+    let mut talk = Talk::new();
+    talk.client(get("/public/a").as_bytes());
+    talk.server(OK.as_bytes());
+    talk.ruleset = OTHER;
+    talk.client(get("/other").as_bytes());
+    talk.server(OK.as_bytes());
+    talk.client(get("/public/a").as_bytes());
+    assert_eq!(talk.at_server(), [get("/public/a"), get("/other")].concat());
+    assert!(talk.at_client().contains("403"));
+}
+
+#[test]
+fn a_head_that_does_not_end_is_cut_in_time() {
+    let mut talk = Talk::new();
+    for at in 0..31 {
+        talk.tick(at * 1000);
+        if !talk.reset {
+            talk.client(b"a");
+        }
+    }
+    assert!(talk.reset);
+    assert_eq!(talk.at_server(), "");
+    let records = talk.take().records;
+    assert!(
+        records
+            .iter()
+            .any(|record| record.reason == Reason::InspectDeadline)
+    );
+}
+
+#[test]
+fn a_long_poll_behind_which_a_request_is_refused_is_not_cut() {
+    let mut talk = Talk::new();
+    talk.client(get("/public/poll").as_bytes());
+    talk.client(get("/secret").as_bytes());
+    talk.tick(120_000);
+    assert!(!talk.reset);
+    talk.server(OK.as_bytes());
+    assert!(talk.at_client().starts_with(OK) && talk.at_client().contains("403"));
+}
+
+#[test]
+fn a_client_that_goes_on_sending_after_a_refusal_is_let_talk_for_a_while() {
+    let mut talk = Talk::new();
+    talk.client(b"POST /secret HTTP/1.1\r\nHost: a\r\nContent-Length: 5000000\r\n\r\n");
+    assert!(talk.at_client().contains("403"));
+    for _ in 0..1500 {
+        if !talk.reset {
+            talk.client(&[b'x'; 1000]);
+        }
+    }
+    assert!(talk.reset, "but not for ever");
+    assert_eq!(talk.at_server(), "");
+}
+
+/// A message of a stream, and whether it is let through.
+fn message() -> impl Strategy<Value = (Vec<u8>, bool)> {
+    prop_oneof![
+        4 => "[a-z]{0,9}".prop_map(|name| (get(&format!("/public/{name}")).into_bytes(), true)),
+        1 => "[a-z]{0,9}".prop_map(|name| (get(&format!("/private/{name}")).into_bytes(), false)),
+        2 => prop::collection::vec(any::<u8>(), 0..200).prop_map(|body| {
+            let head = format!("POST /public/b HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n", body.len());
+            ([head.into_bytes(), body].concat(), true)
+        }),
+        2 => prop::collection::vec(prop::collection::vec(any::<u8>(), 1..80), 0..4).prop_map(|chunks| {
+            let mut all = b"POST /public/c HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n".to_vec();
+            for chunk in chunks {
+                all.extend(format!("{:x}\r\n", chunk.len()).bytes());
+                all.extend(chunk);
+                all.extend(b"\r\n");
+            }
+            all.extend(b"0\r\n\r\n");
+            (all, true)
+        }),
+        1 => Just((b"GET /public/a HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n".to_vec(), false)),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// However a stream of requests is cut, what reaches the server is what the rules let through.
+    #[test]
+    fn the_server_gets_what_is_allowed_however_it_is_cut(
+        messages in prop::collection::vec(message(), 1..6),
+        cuts in prop::collection::vec((1_usize..120, 0_u64..15), 1..40),
+    ) {
+        let stream: Vec<u8> = messages.iter().flat_map(|(bytes, _)| bytes.clone()).collect();
+        let fine: Vec<u8> =
+            messages.iter().take_while(|(_, fine)| *fine).flat_map(|(bytes, _)| bytes.clone()).collect();
+        let refused = messages.iter().any(|(_, fine)| !fine);
+        let answers = messages.iter().take_while(|(_, fine)| *fine).count();
+        let mut talk = Talk::new();
+        let mut rest = &stream[..];
+        let mut cuts = cuts.iter().cycle();
+        while !rest.is_empty() {
+            let (size, pause) = cuts.next().unwrap();
+            let (part, tail) = rest.split_at(rest.len().min(*size));
+            talk.client(part);
+            talk.tick(talk.now + pause);
+            rest = tail;
+        }
+        talk.tick(talk.now + 10);
+        for _ in 0..answers {
+            talk.server(OK.as_bytes());
+        }
+        let got = talk.got[0].clone();
+        prop_assert_eq!(String::from_utf8_lossy(&got), String::from_utf8_lossy(&fine));
+        prop_assert_eq!(talk.closed[0], refused, "an answer, and the end");
+        prop_assert!(!talk.reset);
+    }
+
+    /// Whatever both sides say, nothing panics and every packet comes back.
+    #[test]
+    fn nothing_panics(
+        moves in prop::collection::vec((any::<bool>(), prop::collection::vec(any::<u8>(), 0..60), 0_u8..8, 0_u64..200), 0..30),
+        begin in message(),
+    ) {
+        let mut talk = Talk::new();
+        talk.client(&begin.0);
+        for (client, data, kind, pause) in moves {
+            talk.tick(talk.now + pause);
+            let data = match kind {
+                0 => OK.as_bytes(),
+                1 => b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+                2 => b"GET /public/a HTTP/1.1\r\nHost: a\r\n\r\n",
+                3 => b"\r\n",
+                _ => &data,
+            };
+            if client { talk.client(data) } else { talk.server(data) }
+        }
+        talk.engine.drain(&mut talk.out);
+        prop_assert_eq!(talk.engine.stats().http.tcp.frames, 0);
+    }
+}
