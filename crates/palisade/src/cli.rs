@@ -295,6 +295,8 @@ deciding rule, then `N passed, M failed`, and exits 1 if a check failed.")]
   palisade policy trace --from 192.0.2.7 --to default/web --port 443/tcp
   palisade policy trace --from default/a --to 10.0.9.5 --protocol icmp --port 8
   palisade policy trace --from default/a --to 192.0.2.53 --dns api.example.com
+  palisade policy trace --from default/a --to default/b --http 'GET /items?id=1' --header 'X-Team: blue'
+  palisade policy trace --from default/a --to 192.0.2.7 --sni api.example.com
   palisade policy trace --from default/a --to-fqdn api.example.com --port 443
   palisade policy trace --config palisade.toml --policies policies.d --from default/a --to default/b --port 53/udp
 
@@ -317,8 +319,19 @@ Exits 0 if the packet would pass (also by audit mode, or once it was inspected),
         #[arg(long, value_name = "NAME")]
         to_fqdn: Option<String>,
         /// The packet asks DNS for this name (without --port and --protocol: 53/udp).
-        #[arg(long, value_name = "NAME")]
+        #[arg(long, value_name = "NAME", conflicts_with_all = ["http", "sni"])]
         dns: Option<String>,
+        /// The connection carries this HTTP request: 'GET /x' or 'GET http://host/x' (without --port and --protocol:
+        /// 80/tcp).
+        #[arg(long, value_name = "REQUEST", conflicts_with = "sni")]
+        http: Option<String>,
+        /// A header of that request.
+        #[arg(long = "header", value_name = "NAME: VALUE", requires = "http")]
+        headers: Vec<String>,
+        /// The connection begins with a TLS hello for this server name; '' for none (without --port and --protocol:
+        /// 443/tcp).
+        #[arg(long, value_name = "NAME")]
+        sni: Option<String>,
         /// tcp, udp, sctp, icmp, icmpv6, or a number.
         #[arg(long, value_name = "PROTOCOL")]
         protocol: Option<String>,

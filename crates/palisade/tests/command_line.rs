@@ -133,6 +133,127 @@ fn trace_explains_without_a_daemon() {
     assert!(error.contains("\"nobody\" is not an endpoint"), "{error}");
 }
 
+const READ: &str = "\
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: web}
+spec:
+  endpointSelector: {matchLabels: {app: web}}
+  ingress:
+  - fromEndpoints: [{matchLabels: {app: front}}]
+    toPorts:
+    - ports: [{port: '80', protocol: TCP}]
+      rules: {http: [{method: GET, path: '/public/.*', headers: ['X-Team: blue']}, {host: 'health[.]test'}]}
+    - ports: [{port: '443', protocol: TCP}]
+      serverNames: ['*.example.com']
+";
+
+#[test]
+fn trace_judges_requests_and_server_names() {
+    let dir = folder(&[("web.yaml", READ), ("p.toml", CONFIG)]);
+    let trace = |args: &[&str]| {
+        let ends = [
+            "policy",
+            "trace",
+            "--config",
+            "p.toml",
+            "--policies",
+            "web.yaml",
+            "--from",
+            "default/front",
+            "--to",
+            "default/web",
+        ];
+        texts(&palisade(dir.path(), &[&ends[..], args].concat()))
+    };
+    let get = |path: &'static str, header: &'static str| trace(&["--http", path, "--header", header]);
+    for (answer, expected, text) in [
+        (trace(&["--port", "80"]), 0, "verdict: INSPECTED"),
+        (
+            get("GET /public/a", "X-Team: blue"),
+            0,
+            "ALLOWED (a rule allows GET /public/a)\n  decided by policy default/web ingress rule 1 (web.yaml:7)",
+        ),
+        (
+            get("GET /public/a", "X-Team: red"),
+            1,
+            "DENIED (no rule allows GET /public/a; it is answered 403)\n  decided by policy default/web ingress rule 1",
+        ),
+        (
+            get("PUT /x", "Host: health.test"),
+            0,
+            "TCP port 80, PUT http://health.test/x\n",
+        ),
+        (
+            trace(&["--http", "PUT http://health.test/x"]),
+            0,
+            "verdict: ALLOWED",
+        ),
+        (
+            trace(&["--http", "PUT http://other.test/x"]),
+            1,
+            "verdict: DENIED",
+        ),
+        (
+            trace(&["--http", "GET /public/a", "--port", "8080"]),
+            1,
+            "TCP port 8080, GET /public/a\n",
+        ),
+        (
+            trace(&["--sni", "api.example.com"]),
+            0,
+            "TCP port 443, the server name api.example.com\n",
+        ),
+        (trace(&["--sni", "example.com"]), 1, "its connection is reset"),
+        (
+            trace(&["--sni", ""]),
+            1,
+            "no rule allows a hello without a server name",
+        ),
+        (
+            trace(&["--sni", "api.example.com", "--port", "80"]),
+            1,
+            "it is read as http, and the server name api.example.com is none",
+        ),
+    ] {
+        let (code, out, error) = answer;
+        assert_eq!(code, Some(expected), "{text}\n{out}{error}");
+        assert!(out.contains(text), "{text}\n{out}");
+    }
+    let (code, out, _) = trace(&["--http", "GET /x", "-o", "json"]);
+    assert_eq!(code, Some(1));
+    assert!(
+        out.contains(r#""request": "GET /x""#) && out.contains(r#""verdict": "denied""#),
+        "{out}"
+    );
+    let (code, _, error) = trace(&["--http", "/x"]);
+    assert_eq!(code, Some(4));
+    assert!(error.contains("like 'GET /x' or 'GET http://host/x'"), "{error}");
+    for args in [
+        &["--http", "GET /x", "--sni", "a"][..],
+        &["--header", "A: b", "--port", "80"],
+        &["--dns", "a", "--http", "GET /x"],
+    ] {
+        assert_eq!(trace(args).0, Some(2), "{args:?}");
+    }
+}
+
+#[test]
+fn validate_says_what_is_not_read() {
+    let kafka = READ.replace(
+        "{http: [{method: GET, path: '/public/.*', headers: ['X-Team: blue']}, {host: 'health[.]test'}]}",
+        "{kafka: [{topic: a}]}",
+    );
+    let dir = folder(&[("read.yaml", READ), ("kafka.yaml", &kafka)]);
+    let validate = |file: &str| texts(&palisade(dir.path(), &["policy", "validate", file]));
+    let (code, out, _) = validate("read.yaml");
+    assert_eq!(code, Some(0), "{out}");
+    assert_eq!(out, "1 file, 1 policy, 0 CIDR groups: 0 errors, 0 warnings\n");
+    let (code, out, _) = validate("kafka.yaml");
+    assert_eq!(code, Some(0), "{out}");
+    assert!(out.contains("warning: Kafka is not inspected yet"), "{out}");
+}
+
 #[test]
 fn a_configuration_is_checked_without_running_it() {
     let broken = CONFIG.replace("interface = \"v2\"", "interfce = \"v2\"");

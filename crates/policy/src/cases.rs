@@ -435,7 +435,8 @@ fn outcome(snapshot: &Snapshot, entry: &PolicyEntry, request: &Request) -> (Stri
             }
             match passing(set, request) {
                 Some(alternative) => ("allow".into(), alternative.rule),
-                None => ("deny".into(), entry.rule),
+                // In audit mode, what no application rule allows passes too.
+                None => (denied(), entry.rule),
             }
         }
     }
@@ -598,6 +599,60 @@ checks:
         let report = run("web.yaml", YAML);
         assert_eq!(report.lines, [] as [String; 0]);
         assert_eq!(report.summary(), "5 passed, 0 failed");
+    }
+
+    const NAMES: &str = "\
+id: names
+policies:
+- apiVersion: cilium.io/v2
+  kind: CiliumNetworkPolicy
+  metadata: {name: names, namespace: shop}
+  spec:
+    endpointSelector: {matchLabels: {app: web}}
+    egress:
+    - toPorts:
+      - ports: [{port: '443', protocol: TCP}]
+        serverNames: ['api.test', '*.example.com']
+    - toPorts:
+      - ports: [{port: '80', protocol: TCP}]
+        rules: {http: [{method: GET, host: 'a\\.test', headers: ['X-Team: blue']}, {path: /health}]}
+endpoints:
+  web: {labels: ['k8s:app=web', 'k8s:io.kubernetes.pod.namespace=shop']}
+checks:
+- {subject: web, direction: egress, peer: 192.0.2.1, protocol: TCP, port: 443, expect: 'l7:tls'}
+- {subject: web, direction: egress, peer: 192.0.2.1, protocol: TCP, port: 443, expect: allow, tls: API.test.}
+- {subject: web, direction: egress, peer: 192.0.2.1, protocol: TCP, port: 443, expect: allow,
+   tls: {serverName: a.example.com}}
+- {subject: web, direction: egress, peer: 192.0.2.1, protocol: TCP, port: 443, expect: deny,
+   tls: {sni: a.b.example.com}}
+- {subject: web, direction: egress, peer: 192.0.2.1, protocol: TCP, port: 443, expect: deny, tls: ''}
+- {subject: web, direction: egress, peer: 192.0.2.1, protocol: TCP, port: 443, expect: deny, http: {path: /health}}
+- {subject: web, direction: egress, peer: 192.0.2.1, protocol: TCP, port: 80, expect: allow,
+   http: {method: GET, path: /, host: a.test, headers: {x-team: blue}}}
+- {subject: web, direction: egress, peer: 192.0.2.1, protocol: TCP, port: 80, expect: deny,
+   http: {method: GET, path: /, host: b.test, headers: {x-team: blue}}}
+- {subject: web, direction: egress, peer: 192.0.2.1, protocol: TCP, port: 80, expect: deny,
+   http: {method: GET, path: /, host: a.test, headers: {x-team: red}}}
+- {subject: web, direction: egress, peer: 192.0.2.1, protocol: TCP, port: 80, expect: allow,
+   http: {method: POST, path: /health}}
+- {subject: web, direction: egress, peer: 192.0.2.1, protocol: TCP, port: 80, expect: deny, tls: api.test}
+";
+
+    #[test]
+    fn facts_about_server_names_hosts_and_headers() {
+        let report = run("names.yaml", NAMES);
+        assert_eq!(report.lines, [] as [String; 0]);
+        assert_eq!(report.summary(), "11 passed, 0 failed");
+    }
+
+    #[test]
+    fn what_no_application_rule_allows_passes_in_audit_mode() {
+        let audited = NAMES.replace("id: names\n", "id: names\nconfig: {audit: true}\n");
+        let report = run("names.yaml", &audited.replace("expect: deny", "expect: audit"));
+        assert_eq!(report.lines, [] as [String; 0]);
+        assert_eq!(report.summary(), "11 passed, 0 failed");
+        let report = run("names.yaml", &audited);
+        assert_eq!(report.failed, 6);
     }
 
     #[test]

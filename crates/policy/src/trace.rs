@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// A packet that somebody asks about.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Question {
     /// An endpoint (`name`, `namespace/name` or its number; `host` for the node), a peer, an address, or a reserved
     /// identity by name.
@@ -23,8 +23,8 @@ pub struct Question {
     pub destination: String,
     /// The source has learned the destination by this name.
     pub to_fqdn: Option<String>,
-    /// The packet asks DNS for this name.
-    pub dns: Option<String>,
+    /// What the flow asks for, once it is read.
+    pub request: Request,
     /// IP protocol number.
     pub protocol: u8,
     /// Destination port, or type of ICMP; 0 where there is none.
@@ -42,6 +42,9 @@ pub struct Trace {
     pub protocol: u8,
     /// Destination port or ICMP type.
     pub port: u16,
+    /// What is asked for, in words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub request: Option<String>,
     /// What it comes to.
     pub verdict: Outcome,
     /// The endpoints of this node that were asked: the source's egress first.
@@ -226,6 +229,7 @@ fn trace_between(
         destination,
         protocol: question.protocol,
         port: question.port,
+        request: asked(&question.request),
         verdict,
         sides,
     })
@@ -326,26 +330,27 @@ fn side(
         .collect();
     let (mut verdict, mut reason) = explain(compiler, &entry);
     let mut rule = entry.rule;
-    if let (Decision::Inspect, Some(name)) = (Decision::from_u8(entry.decision), &question.dns)
+    if Decision::from_u8(entry.decision) == Decision::Inspect
+        && let Some(what) = asked(&question.request)
         && let Some(set) = snapshot.rulesets.get(&entry.ruleset)
-        && set.reads == Inspector::Dns as u8
     {
-        let request = Request {
-            dns: Some(name.clone()),
-            ..Request::default()
+        let refused = match set.reads {
+            reads if reads != inspector_of(&question.request) => {
+                let reads = inspector_name(reads);
+                Err(format!("it is read as {reads}, and {what} is none"))
+            }
+            _ => match passing(set, &question.request) {
+                Some(alternative) => Ok(alternative.rule),
+                None => Err(format!("no rule allows {what}; {}", becomes(&question.request))),
+            },
         };
-        (verdict, reason) = match passing(set, &request) {
-            Some(alternative) => {
-                rule = alternative.rule;
-                (Outcome::Allowed, format!("a rule lets it ask for {name}"))
+        (verdict, reason) = match refused {
+            Ok(allowing) => {
+                rule = allowing;
+                (Outcome::Allowed, format!("a rule allows {what}"))
             }
-            None if entry.flags & entry_flags::AUDIT != 0 => {
-                (Outcome::Audited, format!("no rule lets it ask for {name}"))
-            }
-            None => (
-                Outcome::Denied,
-                format!("no rule lets it ask for {name}; it is answered REFUSED"),
-            ),
+            Err(reason) if entry.flags & entry_flags::AUDIT != 0 => (Outcome::Audited, reason),
+            Err(reason) => (Outcome::Denied, reason),
         };
     }
     Ok(Side {
@@ -361,6 +366,43 @@ fn side(
         rule,
         matching,
     })
+}
+
+/// What a request asks for, in words; none if nothing is known of it.
+fn asked(request: &Request) -> Option<String> {
+    if let Some(http) = &request.http {
+        let on = if http.host.is_empty() { "" } else { "http://" };
+        return Some(format!("{} {on}{}{}", http.method, http.host, http.path));
+    }
+    if let Some(name) = &request.tls {
+        return Some(match name.as_str() {
+            "" => "a hello without a server name".into(),
+            name => format!("the server name {name}"),
+        });
+    }
+    let dns = request.dns.as_ref().map(|name| format!("a query for {name}"));
+    dns.or_else(|| request.kafka.as_ref().map(|_| "a Kafka request".into()))
+}
+
+/// Who reads such a request.
+const fn inspector_of(request: &Request) -> u8 {
+    let inspector = match request {
+        Request { http: Some(_), .. } => Inspector::Http,
+        Request { tls: Some(_), .. } => Inspector::Tls,
+        Request { dns: Some(_), .. } => Inspector::Dns,
+        Request { kafka: Some(_), .. } => Inspector::Kafka,
+        _ => Inspector::None,
+    };
+    inspector as u8
+}
+
+/// What becomes of a request that no rule allows.
+const fn becomes(request: &Request) -> &'static str {
+    match request {
+        Request { http: Some(_), .. } => "it is answered 403",
+        Request { dns: Some(_), .. } => "it is answered REFUSED",
+        _ => "its connection is reset",
+    }
 }
 
 fn explain(compiler: &Compiler, entry: &PolicyEntry) -> (Outcome, String) {
@@ -406,7 +448,10 @@ impl fmt::Display for Trace {
             protocol::ICMPV6 => format!("ICMPv6 type {}", self.port),
             other => format!("protocol {other}"),
         };
-        writeln!(f, "{what}")?;
+        match &self.request {
+            Some(request) => writeln!(f, "{what}, {request}")?,
+            None => writeln!(f, "{what}")?,
+        }
         writeln!(f, "  from {}", self.source)?;
         writeln!(f, "  to   {}", self.destination)?;
         for side in &self.sides {
@@ -443,6 +488,7 @@ mod tests {
     use super::*;
     use crate::{
         compile::{Changes, CompilerState, FileContent},
+        l7::HttpRequest,
         labels::parse_label,
         parse::parse,
         world::{Endpoint, World},
@@ -500,10 +546,9 @@ spec:
         let question = Question {
             source: source.into(),
             destination: destination.into(),
-            to_fqdn: None,
-            dns: None,
             protocol: protocol::TCP,
             port,
+            ..Question::default()
         };
         trace(&compiler(), &question).unwrap()
     }
@@ -555,10 +600,9 @@ spec:
                 &Question {
                     source: "nobody".into(),
                     destination: "web".into(),
-                    to_fqdn: None,
-                    dns: None,
                     protocol: 6,
-                    port: 1
+                    port: 1,
+                    ..Question::default()
                 }
             )
             .unwrap_err()
@@ -586,9 +630,9 @@ spec:
   - toFQDNs: [{matchName: bad.example.com}]
 ";
 
-    fn ask_by_name(question: Question) -> Result<Trace, String> {
+    fn compiler_with(name: &str, policies: &str) -> Compiler {
         let mut compiler = compiler();
-        let parsed = parse("names.yaml", NAMES);
+        let parsed = parse(name, policies);
         assert!(!parsed.has_errors(), "{:?}", parsed.diagnostics);
         let content = FileContent {
             policies: parsed.policies,
@@ -597,10 +641,14 @@ spec:
         compiler
             .update(Changes {
                 world: None,
-                files: BTreeMap::from([("names.yaml".into(), Some(content))]),
+                files: BTreeMap::from([(name.into(), Some(content))]),
             })
             .unwrap();
-        trace(&compiler, &question)
+        compiler
+    }
+
+    fn ask_by_name(question: Question) -> Result<Trace, String> {
+        trace(&compiler_with("names.yaml", NAMES), &question)
     }
 
     fn to_name(name: &str, address: &str, port: u16) -> Question {
@@ -608,9 +656,9 @@ spec:
             source: "front".into(),
             destination: address.into(),
             to_fqdn: Some(name.into()),
-            dns: None,
             protocol: protocol::TCP,
             port,
+            ..Question::default()
         }
     }
 
@@ -652,10 +700,13 @@ spec:
             let question = Question {
                 source: "front".into(),
                 destination: "198.51.100.53".into(),
-                to_fqdn: None,
-                dns: Some(name.into()),
+                request: Request {
+                    dns: Some(name.into()),
+                    ..Request::default()
+                },
                 protocol: protocol::UDP,
                 port: 53,
+                ..Question::default()
             };
             ask_by_name(question).unwrap()
         };
@@ -665,5 +716,154 @@ spec:
         let answer = ask("example.org");
         assert_eq!(answer.verdict, Outcome::Denied);
         assert!(answer.to_string().contains("answered REFUSED"), "{answer}");
+    }
+    const REQUESTS: &str = "apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: requests}
+spec:
+  endpointSelector: {matchLabels: {app: front}}
+  egress:
+  - toCIDR: [198.51.100.80/32]
+    toPorts:
+    - ports: [{port: '80', protocol: TCP}]
+      rules:
+        http:
+        - {method: GET, path: '/public/.*', host: 'a\\.test', headers: ['X-Team: blue']}
+    - ports: [{port: '443', protocol: TCP}]
+      serverNames: ['*.example.com']
+  - toCIDR: [198.51.100.80/32]
+    toPorts:
+    - ports: [{port: '80', protocol: TCP}]
+      rules: {http: [{method: HEAD}]}
+";
+
+    const TRIED: &str = "apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: tried, annotations: {palisade.io/audit: 'true'}}
+spec:
+  endpointSelector: {matchLabels: {app: front}}
+  egress:
+  - toCIDR: [198.51.100.80/32]
+    toPorts:
+    - ports: [{port: '80', protocol: TCP}]
+      rules: {http: [{method: GET}]}
+";
+
+    fn ask_for(port: u16, request: Request) -> Trace {
+        ask_by(REQUESTS, port, request)
+    }
+
+    fn ask_by(policies: &str, port: u16, request: Request) -> Trace {
+        let question = Question {
+            source: "front".into(),
+            destination: "198.51.100.80".into(),
+            request,
+            protocol: protocol::TCP,
+            port,
+            ..Question::default()
+        };
+        trace(&compiler_with("requests.yaml", policies), &question).unwrap()
+    }
+
+    fn http(method: &str, path: &str, team: &str) -> Request {
+        Request {
+            http: Some(HttpRequest {
+                method: method.into(),
+                path: path.into(),
+                host: "a.test".into(),
+                headers: vec![("x-team".into(), team.into())],
+            }),
+            ..Request::default()
+        }
+    }
+
+    fn hello(name: &str) -> Request {
+        Request {
+            tls: Some(name.into()),
+            ..Request::default()
+        }
+    }
+
+    #[test]
+    fn requests() {
+        let answer = ask_for(80, Request::default());
+        assert_eq!(answer.verdict, Outcome::Inspected, "{answer}");
+        assert_eq!(answer.request, None);
+
+        let answer = ask_for(80, http("GET", "/public/x", "blue"));
+        assert_eq!(answer.verdict, Outcome::Allowed, "{answer}");
+        assert_eq!(
+            answer.sides[0].decided_by,
+            "policy default/requests egress rule 1 (requests.yaml:7)"
+        );
+        let text = answer.to_string();
+        assert!(
+            text.starts_with("TCP port 80, GET http://a.test/public/x\n")
+                && text.contains("ALLOWED (a rule allows GET http://a.test/public/x)"),
+            "{text}"
+        );
+        let answer = ask_for(80, http("HEAD", "/secret", "red"));
+        assert_eq!(answer.verdict, Outcome::Allowed, "{answer}");
+        assert_eq!(
+            answer.sides[0].decided_by,
+            "policy default/requests egress rule 2 (requests.yaml:15)"
+        );
+        for request in [
+            http("PUT", "/public/x", "blue"),
+            http("GET", "/secret", "blue"),
+            http("GET", "/public/x", "red"),
+        ] {
+            let answer = ask_for(80, request);
+            assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
+            assert!(
+                answer.sides[0].reason.ends_with("; it is answered 403"),
+                "{answer}"
+            );
+        }
+    }
+
+    #[test]
+    fn requests_in_audit_mode() {
+        let answer = ask_by(TRIED, 80, http("GET", "/", ""));
+        assert_eq!(answer.verdict, Outcome::Allowed, "{answer}");
+        let answer = ask_by(TRIED, 80, http("PUT", "/", ""));
+        assert_eq!(answer.verdict, Outcome::Audited, "{answer}");
+    }
+
+    #[test]
+    fn server_names() {
+        let answer = ask_for(443, hello("API.example.com."));
+        assert_eq!(answer.verdict, Outcome::Allowed, "{answer}");
+        assert!(answer.sides[0].decided_by.contains("egress rule 1"), "{answer}");
+        for (name, text) in [
+            (
+                "example.com",
+                "no rule allows the server name example.com; its connection is reset",
+            ),
+            (
+                "",
+                "no rule allows a hello without a server name; its connection is reset",
+            ),
+        ] {
+            let answer = ask_for(443, hello(name));
+            assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
+            assert_eq!(answer.sides[0].reason, text);
+        }
+    }
+
+    #[test]
+    fn what_is_read_as_something_else_does_not_pass() {
+        let answer = ask_for(443, http("GET", "/", ""));
+        assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
+        assert_eq!(
+            answer.sides[0].reason,
+            "it is read as tls, and GET http://a.test/ is none"
+        );
+        let answer = ask_for(80, hello("api.example.com"));
+        assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
+        // Where nothing is read, it does not matter what is asked for.
+        let answer = ask_for(22, http("GET", "/", ""));
+        assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
+        assert!(answer.sides[0].reason.contains("nothing allows it"), "{answer}");
     }
 }

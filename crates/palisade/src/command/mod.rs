@@ -70,20 +70,34 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
                 to,
                 to_fqdn,
                 dns,
+                http,
+                headers,
+                sni,
                 protocol,
                 port,
                 policies,
                 output,
             } => {
+                let usual = match (dns, http, sni) {
+                    _ if protocol.is_some() => None,
+                    (Some(_), ..) => Some("53/udp"),
+                    (_, Some(_), _) => Some("80/tcp"),
+                    (.., Some(_)) => Some("443/tcp"),
+                    (None, None, None) => None,
+                };
                 let mut request = policy::trace_request(
                     from,
                     to.as_deref().unwrap_or_default(),
                     protocol.as_deref(),
-                    port.as_deref()
-                        .or((dns.is_some() && protocol.is_none()).then_some("53/udp")),
+                    port.as_deref().or(usual),
                 )?;
                 request.to_fqdn.clone_from(to_fqdn);
                 request.dns.clone_from(dns);
+                request.tls.clone_from(sni);
+                request.http = http
+                    .as_ref()
+                    .map(|line| policy::http_request(line, headers))
+                    .transpose()?;
                 policy::trace(&cli.config, &socket(), request, policies, output.output)
             }
             PolicyCommand::Get { name, output } => {

@@ -20,7 +20,7 @@ use super::{DONE, NO, load_config, show};
 use crate::{
     cli::Output,
     control::{
-        api::{Request, TraceAnswer, TraceRequest},
+        api::{Request, TraceAnswer, TraceHttp, TraceRequest},
         client::ask,
     },
     daemon::{self, policy_file_names},
@@ -125,9 +125,71 @@ pub fn trace_request(
         to: to.to_owned(),
         to_fqdn: None,
         dns: None,
+        http: None,
+        tls: None,
         protocol,
         port,
     })
+}
+
+/// The request of `--http` and `--header`.
+pub fn http_request(line: &str, headers: &[String]) -> anyhow::Result<TraceHttp> {
+    let wrong =
+        || format!("--http '{line}': write METHOD and path or URL, like 'GET /x' or 'GET http://host/x'");
+    let is_token = |text: &str| {
+        let all = text
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte));
+        all && !text.is_empty()
+    };
+    let bare = [" HTTP/1.1", " HTTP/1.0"]
+        .iter()
+        .find_map(|version| line.strip_suffix(version));
+    let (method, target) = bare.unwrap_or(line).split_once(' ').with_context(wrong)?;
+    if !is_token(method) || !target.bytes().all(|byte| byte.is_ascii_graphic()) {
+        bail!(wrong());
+    }
+    let mut request = TraceHttp {
+        method: method.to_owned(),
+        ..TraceHttp::default()
+    };
+    let scheme = ["http://", "https://"].into_iter().find(|scheme| {
+        target
+            .get(..scheme.len())
+            .is_some_and(|begin| begin.eq_ignore_ascii_case(scheme))
+    });
+    if let Some(scheme) = scheme {
+        let rest = &target[scheme.len()..];
+        let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+        if host.is_empty() || host.contains('?') {
+            bail!(wrong());
+        }
+        host.clone_into(&mut request.host);
+        if path.is_empty() { "/" } else { path }.clone_into(&mut request.path);
+    } else if method == "CONNECT" {
+        // It names a host and has no path.
+        target.clone_into(&mut request.host);
+    } else if target.starts_with('/') || target == "*" {
+        target.clone_into(&mut request.path);
+    } else {
+        bail!(wrong());
+    }
+    for header in headers {
+        let (name, value) = header
+            .split_once(':')
+            .filter(|(name, _)| is_token(name))
+            .with_context(|| format!("--header '{header}': write NAME: VALUE"))?;
+        let value = value.trim();
+        if name.eq_ignore_ascii_case("host") {
+            if !request.host.is_empty() && !request.host.eq_ignore_ascii_case(value) {
+                bail!("--header '{header}': the request names {} already", request.host);
+            }
+            value.clone_into(&mut request.host);
+        } else {
+            request.headers.push((name.to_owned(), value.to_owned()));
+        }
+    }
+    Ok(request)
 }
 
 /// `palisade policy trace`.
@@ -250,6 +312,56 @@ mod tests {
         assert!(read(Some("tcp"), Some("53/udp")).is_err());
         assert!(read(None, Some("http")).is_err());
         assert!(read(Some("quic"), Some("443")).is_err());
+    }
+
+    #[test]
+    fn requests_are_described_in_several_ways() {
+        let read = |line: &str, headers: &[&str]| {
+            let headers: Vec<String> = headers.iter().map(ToString::to_string).collect();
+            http_request(line, &headers).map(|http| (http.method, http.host, http.path, http.headers))
+        };
+        let is = |method: &str, host: &str, path: &str, headers: &[(&str, &str)]| {
+            let headers = headers.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned()));
+            (
+                method.to_owned(),
+                host.to_owned(),
+                path.to_owned(),
+                headers.collect(),
+            )
+        };
+        assert_eq!(read("GET /x?y=1", &[]).unwrap(), is("GET", "", "/x?y=1", &[]));
+        assert_eq!(
+            read("PUT HTTP://a.test:8080/x", &["X-A: 1", "X-B:"]).unwrap(),
+            is("PUT", "a.test:8080", "/x", &[("X-A", "1"), ("X-B", "")])
+        );
+        assert_eq!(
+            read("GET http://a.test", &[]).unwrap(),
+            is("GET", "a.test", "/", &[])
+        );
+        assert_eq!(
+            read("GET /x", &["Host: a.test"]).unwrap(),
+            is("GET", "a.test", "/x", &[])
+        );
+        assert_eq!(read("GET /x HTTP/1.1", &[]).unwrap(), is("GET", "", "/x", &[]));
+        assert_eq!(read("OPTIONS *", &[]).unwrap(), is("OPTIONS", "", "*", &[]));
+        assert_eq!(
+            read("CONNECT a.test:443", &[]).unwrap(),
+            is("CONNECT", "a.test:443", "", &[])
+        );
+        for (line, headers) in [
+            ("/x", &[][..]),
+            ("GET", &[]),
+            ("GET x", &[]),
+            ("GET  /x", &[]),
+            ("GET /x y", &[]),
+            (" /x", &[]),
+            ("GET http:///x", &[]),
+            ("GET /x", &["X-A 1"]),
+            ("GET /x", &["X A: 1"]),
+            ("GET http://a.test/", &["host: b.test"]),
+        ] {
+            assert!(read(line, headers).is_err(), "{line} {headers:?}");
+        }
     }
 
     #[test]

@@ -78,10 +78,30 @@ pub struct TraceRequest {
     /// The packet asks DNS for this name.
     #[serde(default)]
     pub dns: Option<String>,
+    /// The connection carries this HTTP request.
+    #[serde(default)]
+    pub http: Option<TraceHttp>,
+    /// The connection begins with a TLS hello for this server name; empty: without one.
+    #[serde(default)]
+    pub tls: Option<String>,
     /// IP protocol number.
     pub protocol: u8,
     /// Destination port, or the ICMP type; 0 where the protocol has none.
     pub port: u16,
+}
+
+/// An HTTP request described by hand.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TraceHttp {
+    /// Method.
+    pub method: String,
+    /// Path with query.
+    pub path: String,
+    /// Host, with its port if one is given; empty: none.
+    pub host: String,
+    /// Header fields.
+    pub headers: Vec<(String, String)>,
 }
 
 /// A line of the daemon's answer.

@@ -21,6 +21,7 @@ use palisade_flowlog::{FilterBuilder, Next, Ring, Timestamp};
 use palisade_fqdn::{SelectorId, Selectors};
 use palisade_policy::{
     compile::Compiler,
+    l7,
     rule::{FqdnPattern, Peer, Policy},
     snapshot::{RuleKey, Snapshot, TableKey, inspector_name},
     trace::{self, Outcome, Question},
@@ -495,7 +496,7 @@ pub fn trace(compiler: &Compiler, request: &TraceRequest) -> Result<TraceAnswer,
         source: request.from.clone(),
         destination: request.to.clone(),
         to_fqdn: request.to_fqdn.clone(),
-        dns: request.dns.clone(),
+        request: asked(request),
         protocol: request.protocol,
         port: request.port,
     };
@@ -505,6 +506,21 @@ pub fn trace(compiler: &Compiler, request: &TraceRequest) -> Result<TraceAnswer,
         text: trace.to_string(),
         trace: to_value(&trace)?,
     })
+}
+
+/// What the flow asks for, as policies judge it.
+fn asked(request: &TraceRequest) -> l7::Request {
+    l7::Request {
+        http: request.http.as_ref().map(|http| l7::HttpRequest {
+            method: http.method.clone(),
+            path: http.path.clone(),
+            host: http.host.clone(),
+            headers: http.headers.clone(),
+        }),
+        dns: request.dns.clone(),
+        tls: request.tls.clone(),
+        kafka: None,
+    }
 }
 
 fn known_or_number(view: &View, identity: Identity) -> Vec<String> {

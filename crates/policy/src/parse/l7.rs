@@ -70,15 +70,9 @@ fn not_inspected(l7: &L7) -> Option<(&'static str, &'static str)> {
         return Some(("originatingTLS", "TLS is not originated yet"));
     }
     match l7.rules {
-        L7Rules::Http(_) => return Some(("rules", "HTTP is not inspected yet")),
-        L7Rules::Kafka(_) => return Some(("rules", "Kafka is not inspected yet")),
-        L7Rules::Generic { .. } => return Some(("rules", "there is no such parser yet")),
-        L7Rules::Dns(_) | L7Rules::None => {}
-    }
-    if l7.server_names.is_empty() {
-        None
-    } else {
-        Some(("serverNames", "TLS is not inspected yet"))
+        L7Rules::Kafka(_) => Some(("rules", "Kafka is not inspected yet")),
+        L7Rules::Generic { .. } => Some(("rules", "there is no such parser yet")),
+        L7Rules::Http(_) | L7Rules::Dns(_) | L7Rules::None => None,
     }
 }
 
