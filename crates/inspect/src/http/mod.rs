@@ -3,19 +3,10 @@
 
 use std::sync::Arc;
 
+pub use palisade_policy::l7::Paths;
 use palisade_protocols::http1;
 
 use crate::tcp::TcpLimits;
-
-/// In which form the path of a request is judged.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Paths {
-    /// As sent, and as a server would resolve it: a rule must allow both.
-    #[default]
-    Both,
-    /// As sent only.
-    Raw,
-}
 
 /// How HTTP is judged, and how much may be held of it. Of one worker.
 #[derive(Clone, PartialEq, Eq, Debug)]
