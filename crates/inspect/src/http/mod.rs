@@ -6,6 +6,7 @@ mod redact;
 
 use std::sync::Arc;
 
+pub use palisade_policy::l7::Paths;
 use palisade_protocols::http1;
 
 use crate::{
@@ -15,16 +16,6 @@ use crate::{
     tcp::{Connections, Side, TcpLimits, TcpStats},
 };
 use exchange::{Flow, Reading};
-
-/// In which form the path of a request is judged.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Paths {
-    /// As sent, and as a server would resolve it: a rule must allow both.
-    #[default]
-    Both,
-    /// As sent only.
-    Raw,
-}
 
 /// How HTTP is judged, and how much may be held of it. Of one worker.
 #[derive(Clone, PartialEq, Eq, Debug)]

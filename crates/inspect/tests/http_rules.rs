@@ -1,0 +1,311 @@
+//! HTTP rules in the form that traffic is judged by, against the naive form of `palisade_policy::l7`.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use palisade_inspect::{HttpDenial, HttpScratch, HttpVerdict, Paths, Rules};
+use palisade_policy::{
+    l7::{self, HttpRequest},
+    rule::{FqdnPattern, HeaderMatch, HttpRule, MismatchAction},
+    snapshot::{Alternative, Matcher, RuleSet},
+};
+use palisade_protocols::http1::{PathError, Request};
+use proptest::{collection::vec, option, prelude::*, sample::select};
+
+/// Sets of rules, numbered from 0, whose rules are numbered from 100.
+fn prepare(sets: Vec<Vec<Matcher>>) -> (Rules, BTreeMap<u32, Arc<RuleSet>>) {
+    let sets: BTreeMap<u32, Arc<RuleSet>> = (0..)
+        .zip(sets)
+        .map(|(id, matchers)| {
+            let alternatives = (100..)
+                .zip(matchers)
+                .map(|(rule, matcher)| Alternative { rule, matcher })
+                .collect();
+            let set = RuleSet {
+                alternatives,
+                ..RuleSet::default()
+            };
+            (id, Arc::new(set))
+        })
+        .collect();
+    (Rules::prepare(&sets, None), sets)
+}
+
+fn allowing(rules: Vec<HttpRule>) -> Rules {
+    let (rules, _) = prepare(vec![rules.into_iter().map(Matcher::Http).collect()]);
+    assert_eq!(rules.problems(), []);
+    rules
+}
+
+fn judge(rules: &Rules, head: &str, paths: Paths) -> Result<HttpVerdict, HttpDenial> {
+    let request = Request::parse(head.as_bytes()).unwrap();
+    rules
+        .http(0)
+        .unwrap()
+        .judge(&request, paths, &mut HttpScratch::default())
+}
+
+fn passes(rule: u32) -> Result<HttpVerdict, HttpDenial> {
+    Ok(HttpVerdict { rule, log: false })
+}
+
+fn get(target: &str, fields: &str) -> String {
+    format!("GET {target} HTTP/1.1\r\nHost: a.test\r\n{fields}\r\n")
+}
+
+fn path(pattern: &str) -> HttpRule {
+    HttpRule {
+        path: Some(pattern.into()),
+        ..HttpRule::default()
+    }
+}
+
+#[test]
+fn the_first_rule_that_matches_decides() {
+    let rules = allowing(vec![
+        HttpRule {
+            method: Some("GET|HEAD".into()),
+            ..path("/a/.*")
+        },
+        path("/a/b"),
+        path("/a/.*"),
+        HttpRule {
+            host: Some(r"b\.test".into()),
+            ..HttpRule::default()
+        },
+    ]);
+    assert_eq!(judge(&rules, &get("/a/b", ""), Paths::Both), passes(100));
+    let post = "POST /a/b HTTP/1.1\r\nHost: b.test\r\n\r\n";
+    assert_eq!(judge(&rules, post, Paths::Both), passes(101));
+    let post = "POST /a/c HTTP/1.1\r\nHost: b.test\r\n\r\n";
+    assert_eq!(judge(&rules, post, Paths::Both), passes(102));
+    let post = "POST /c HTTP/1.1\r\nHost: b.test\r\n\r\n";
+    assert_eq!(judge(&rules, post, Paths::Both), passes(103));
+    assert_eq!(
+        judge(&rules, &get("/c", ""), Paths::Both),
+        Err(HttpDenial::NoRule)
+    );
+    assert_eq!(rules.http(0).unwrap().anyone(), None);
+}
+
+#[test]
+fn no_path_gets_around_the_rules() {
+    let rules = allowing(vec![path("/public/.*")]);
+    for target in [
+        "/public/../secret",
+        "/public/%2e%2e/secret",
+        "/public/%252e%252e/secret",
+        "/public/..;/secret",
+        "/public\\..\\..\\secret",
+        "//public/a",
+        "/secret?/public/",
+        "http://a.test/secret/public/",
+    ] {
+        let verdict = judge(&rules, &get(target, ""), Paths::Both);
+        assert_eq!(verdict, Err(HttpDenial::NoRule), "{target}");
+    }
+    let escape = judge(&rules, &get("/public/%zz", ""), Paths::Both);
+    assert_eq!(escape, Err(HttpDenial::Path(PathError::BadEscape)));
+    // What is not UTF-8 may be anything.
+    let other = judge(&rules, &get("/public/%c0%ae%c0%ae/x", ""), Paths::Both);
+    assert_eq!(other, Err(HttpDenial::NoRule));
+    assert_eq!(
+        judge(&rules, &get("/public/../secret", ""), Paths::Raw),
+        passes(100)
+    );
+    let inside = get("http://a.test/public/x/..?y=/../..", "");
+    assert_eq!(judge(&rules, &inside, Paths::Both), passes(100));
+    let connect = "CONNECT a.test:443 HTTP/1.1\r\nHost: a.test:443\r\n\r\n";
+    let anywhere = allowing(vec![path(".*")]);
+    assert_eq!(judge(&anywhere, connect, Paths::Both), Err(HttpDenial::NoRule));
+    assert_eq!(judge(&anywhere, connect, Paths::Raw), Err(HttpDenial::NoRule));
+
+    let rules = allowing(vec![path("/public/.*"), HttpRule::default()]);
+    assert_eq!(judge(&rules, &get("/public/%zz", ""), Paths::Both), passes(100));
+    assert_eq!(judge(&rules, &get("/%zz", ""), Paths::Both), passes(101));
+}
+
+#[test]
+fn a_mismatch_that_is_only_to_be_logged_is_told() {
+    let wanted = HeaderMatch {
+        name: "X-A".into(),
+        value: Some("1".into()),
+        secret: None,
+        mismatch: MismatchAction::Log,
+    };
+    let rules = allowing(vec![HttpRule {
+        header_matches: vec![wanted],
+        ..HttpRule::default()
+    }]);
+    let logged = Ok(HttpVerdict { rule: 100, log: true });
+    assert_eq!(judge(&rules, &get("/", "x-a: 1\r\n"), Paths::Both), passes(100));
+    assert_eq!(judge(&rules, &get("/", ""), Paths::Both), logged);
+    assert_eq!(
+        judge(&rules, &get("/", "x-a: 1\r\nX-A: 2\r\n"), Paths::Both),
+        logged
+    );
+}
+
+#[test]
+fn what_lets_everything_pass_is_known() {
+    let http = Matcher::Http(path("/a"));
+    let (rules, _) = prepare(vec![
+        vec![http, Matcher::Everything],
+        vec![
+            Matcher::Dns(FqdnPattern::Name("a".into())),
+            Matcher::ServerName(FqdnPattern::Pattern("*".into())),
+        ],
+    ]);
+    assert_eq!(rules.http(0).unwrap().anyone(), Some(101));
+    assert_eq!(judge(&rules, &get("/a", ""), Paths::Both), passes(100));
+    assert_eq!(judge(&rules, &get("/%zz", ""), Paths::Both), passes(101));
+    let request = get("/a", "");
+    let request = Request::parse(request.as_bytes()).unwrap();
+    // Rules of other protocols allow no request.
+    let other = rules.http(1).unwrap();
+    assert_eq!(
+        other.judge(&request, Paths::Raw, &mut HttpScratch::default()),
+        Err(HttpDenial::NoRule)
+    );
+    assert!(rules.http(2).is_none());
+}
+
+#[test]
+fn a_set_that_does_not_change_is_prepared_once() {
+    let (before, sets) = prepare(vec![vec![Matcher::Http(path("/a.*"))]]);
+    let after = Rules::prepare(&sets, Some(&before));
+    assert!(std::ptr::eq(before.http(0).unwrap(), after.http(0).unwrap()));
+}
+
+fn names() -> impl Strategy<Value = String> {
+    select(&["X-A", "x-b", "Host", ":authority", ":path", ":method", ":scheme"][..]).prop_map(Into::into)
+}
+
+fn values() -> impl Strategy<Value = String> {
+    select(&["1", "2", "a.test", "A.test", "/a", "/a/b", "GET", "b"][..]).prop_map(Into::into)
+}
+
+fn mismatches() -> impl Strategy<Value = MismatchAction> {
+    prop_oneof![
+        Just(MismatchAction::Fail),
+        Just(MismatchAction::Log),
+        Just(MismatchAction::Delete)
+    ]
+}
+
+prop_compose! {
+    fn header_matches()(
+        name in names(),
+        value in option::of(values()),
+        secret in option::weighted(0.3, Just("ns/name".to_owned())),
+        mismatch in mismatches(),
+    ) -> HeaderMatch {
+        HeaderMatch { name, value, secret, mismatch }
+    }
+}
+
+prop_compose! {
+    fn http_rules()(
+        path in option::of(select(&[
+            "/a/.*", "/a", "/a/b", ".*", "/(a|b)", "/[^a].*", "/b/?.*", "^/a(/b)?$", "/%.*", r"/\w*", "/a.*[?]x=.*", r"\*",
+        ][..])),
+        method in option::weighted(0.4, select(&["GET", "GET|HEAD", "P.*", "(?i)get", "[^G].*"][..])),
+        host in option::weighted(0.4, select(&[
+            r"a\.test", r"A\.test", "(?i)a.*", "[^b].*", ".*", "[^B].*", r"a\.test(:\d+)?",
+        ][..])),
+        headers in vec((names(), option::of(values())), 0..2),
+        header_matches in vec(header_matches(), 0..2),
+    ) -> HttpRule {
+        HttpRule {
+            path: path.map(Into::into),
+            method: method.map(Into::into),
+            host: host.map(Into::into),
+            headers,
+            header_matches,
+        }
+    }
+}
+
+fn matchers() -> impl Strategy<Value = Matcher> {
+    prop_oneof![
+        12 => http_rules().prop_map(Matcher::Http),
+        1 => Just(Matcher::Everything),
+        1 => Just(Matcher::Dns(FqdnPattern::Name("a.test".into()))),
+    ]
+}
+
+fn heads() -> impl Strategy<Value = String> {
+    let segment = select(
+        &[
+            "a", "b", "..", ".", "%2e%2e", "%61", "%2f", "%zz", "%00", "%c3%a9", "%ff", "..;x", "", "A",
+            "a%5c..",
+        ][..],
+    );
+    let path = (
+        vec(segment, 1..5),
+        option::weighted(0.3, select(&["?x=1", "?", "?/../a"][..])),
+    )
+        .prop_map(|(segments, query)| format!("/{}{}", segments.join("/"), query.unwrap_or_default()));
+    let host = select(&["a.test", "A.test", "b", "B", "a.test:80"][..]);
+    let method = select(&["GET", "HEAD", "POST", "get"][..]);
+    let fields = vec((select(&["X-A", "x-a", "X-B"][..]), values()), 0..4);
+    (method, path, host, fields, 0..20_u8).prop_map(|(method, path, host, fields, kind)| {
+        let fields: String = fields
+            .iter()
+            .map(|(name, value)| format!("{name}: {value}\r\n"))
+            .collect();
+        match kind {
+            0 => format!("CONNECT {host}:443 HTTP/1.1\r\nHost: {host}\r\n{fields}\r\n"),
+            1 => format!("OPTIONS * HTTP/1.1\r\nHost: {host}\r\n{fields}\r\n"),
+            2 => format!("{method} {path} HTTP/1.0\r\n{fields}\r\n"),
+            3 => format!("{method} http://{host}{path} HTTP/1.1\r\nHost: {host}\r\n{fields}\r\n"),
+            _ => format!("{method} {path} HTTP/1.1\r\nHost: {host}\r\n{fields}\r\n"),
+        }
+    })
+}
+
+/// The facts of a case file.
+fn facts(request: &Request<'_>) -> l7::Request {
+    let text = |value: &[u8]| String::from_utf8(value.to_vec()).unwrap();
+    l7::Request {
+        http: Some(HttpRequest {
+            method: request.method.into(),
+            path: request.path.into(),
+            host: request.host.into(),
+            headers: request
+                .headers
+                .iter()
+                .map(|(name, value)| (name.into(), text(value)))
+                .collect(),
+        }),
+        ..l7::Request::default()
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+
+    /// With one memory for all, as a worker has it.
+    #[test]
+    fn both_forms_say_the_same(
+        sets in vec(vec(matchers(), 0..8), 1..24),
+        heads in vec(heads(), 1..24),
+    ) {
+        let (rules, sets) = prepare(sets);
+        prop_assert_eq!(rules.problems(), []);
+        let mut scratch = HttpScratch::default();
+        for head in &heads {
+            let Ok(request) = Request::parse(head.as_bytes()) else { continue };
+            let facts = facts(&request);
+            for (id, set) in &sets {
+                for paths in [Paths::Both, Paths::Raw] {
+                    let naive = l7::passing_as(set, &facts, paths).map(|alternative| alternative.rule);
+                    let prepared = rules.http(*id).unwrap().judge(&request, paths, &mut scratch);
+                    prop_assert_eq!(
+                        prepared.ok().map(|verdict| verdict.rule), naive,
+                        "{} by {:?}, {:?}", head, set.alternatives, paths
+                    );
+                }
+            }
+        }
+    }
+}
