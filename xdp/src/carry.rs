@@ -4,7 +4,7 @@ use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_REDIRECT, TC_ACT_SHOT, xdp_action
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_change_tail, bpf_skb_load_bytes};
 use palisade_abi::{
     Addr, CarrySlot, CtEntry, CtKey, Direction, FlowCommand, Reason, Released, carry_flags, config_flags,
-    ct_flags, protocol, release,
+    ct_flags, order, protocol, release,
 };
 use palisade_packet::{Bytes, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, flags};
 
@@ -342,8 +342,10 @@ fn obey(command: &FlowCommand) -> u32 {
     if entry.serial != command.serial {
         return 0;
     }
-    if command.offload != 0 {
-        entry.inspector = 0;
+    match command.order {
+        order::OFFLOAD => entry.inspector = 0,
+        order::CLOSE => conntrack::close(entry),
+        _ => {}
     }
     set_windows(entry, command.windows);
     0

@@ -161,6 +161,18 @@ fn timeout(config: &Config, protocol: u8, flow_flags: u8, forward_tcp: u8, reply
     }
 }
 
+/// Notes that a connection was reset where no packet of it was seen.
+#[inline(always)]
+pub fn close(entry: &mut CtEntry) {
+    if let Some(config) = CONFIG.get(0) {
+        entry.forward_tcp |= TCP_RST;
+        let expires = now() + config.tcp_closing;
+        if expires < entry.expires {
+            entry.expires = expires;
+        }
+    }
+}
+
 /// Notes a packet of a flow that is let through.
 #[inline(always)]
 pub fn note<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {

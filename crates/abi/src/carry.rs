@@ -111,6 +111,16 @@ pub struct Released {
     pub zero: [u8; 2],
 }
 
+/// What a [`FlowCommand`] wants.
+pub mod order {
+    /// What lies in the windows needs no reading.
+    pub const WINDOWS: u32 = 0;
+    /// Nothing needs reading any more. The windows are ignored.
+    pub const OFFLOAD: u32 = 1;
+    /// The connection was reset by who reads it, where the programs do not see it.
+    pub const CLOSE: u32 = 2;
+}
+
 /// What the programs are to do with a flow from now on. In force before the packet that carries it goes on.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -119,8 +129,8 @@ pub struct FlowCommand {
     pub key: CtKey,
     /// Only if the entry still has this [`crate::CtEntry::serial`].
     pub serial: u32,
-    /// 1: nothing needs reading any more (`windows` is ignored); 0: what lies in `windows` does not.
-    pub offload: u32,
+    /// [`order`].
+    pub order: u32,
     /// See [`crate::CtEntry::windows`].
     pub windows: [u32; 4],
 }

@@ -98,6 +98,8 @@ pub trait Sink<F> {
     fn release(&mut self, frame: F);
     /// The packet goes on, unchanged, and with it what the programs are to do with its flow from now on.
     fn release_with(&mut self, frame: F, command: &FlowCommand);
+    /// What the programs are to do with a flow, without a packet to go along.
+    fn command(&mut self, _command: &FlowCommand) {}
     /// The packet has been acknowledged to who sent it; its bytes go on in others that the engine makes.
     fn absorb(&mut self, frame: F) {
         self.discard(frame, Reason::TcpHeld);

@@ -110,6 +110,7 @@ enum Wish {
     Discard(Handle, Reason),
     /// Its bytes go on in packets that are made.
     Absorb(Handle),
+    Command(FlowCommand),
     /// So many bytes of those that were made, from there.
     Emit(usize, usize, Route),
 }
@@ -130,6 +131,10 @@ impl Sink<Handle> for Wishes {
 
     fn release_with(&mut self, frame: Handle, command: &FlowCommand) {
         self.wishes.push_back(Wish::Release(frame, Some(*command)));
+    }
+
+    fn command(&mut self, command: &FlowCommand) {
+        self.wishes.push_back(Wish::Command(*command));
     }
 
     fn absorb(&mut self, frame: Handle) {
@@ -417,6 +422,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
                         self.port.give(caught.frame);
                     }
                 }
+                Wish::Command(command) => self.command(&command),
                 Wish::Absorb(handle) => {
                     if let Some(caught) = self.slab.take(handle) {
                         self.post.counters.absorbed.add(1);

@@ -1,8 +1,9 @@
-use palisade_abi::{CtKey, FlowCommand, Reason, carry_flags};
+use palisade_abi::{CtKey, FlowCommand, Reason, carry_flags, order};
 
 use super::{
     Reader, Shared, Side, Step,
     half::{Arrival, Half, Held, Position, START},
+    order,
     segment::{Link, Make, Segment},
 };
 use crate::{
@@ -209,6 +210,7 @@ impl<F> Connection<F> {
         self.reset_to(Side::Server, shared, sink);
         self.phase = Phase::Cut(reason);
         self.close(reason, shared, sink);
+        sink.command(&order(self.key, self.serial, order::CLOSE));
     }
 
     /// Names a connection that is cut for a reason that no reader has told.
@@ -720,15 +722,14 @@ impl<F> Connection<F> {
             sink.release(frame);
             return;
         }
-        let offload = matches!(self.phase, Phase::Offloaded);
-        if !offload {
-            shared.stats.windows += 1;
+        if matches!(self.phase, Phase::Offloaded) {
+            sink.release_with(frame, &order(self.key, self.serial, order::OFFLOAD));
+            return;
         }
+        shared.stats.windows += 1;
         let command = FlowCommand {
-            key: self.key,
-            serial: self.serial,
-            offload: u32::from(offload),
             windows: self.windows,
+            ..order(self.key, self.serial, order::WINDOWS)
         };
         sink.release_with(frame, &command);
     }

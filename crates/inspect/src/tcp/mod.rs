@@ -19,12 +19,22 @@ mod table;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use palisade_abi::{CarrySlot, Reason, carry_flags};
+use palisade_abi::{CarrySlot, CtKey, FlowCommand, Reason, carry_flags};
 
 pub(crate) use connection::Connection;
 pub(crate) use table::Connections;
 
 use crate::{Millis, Sink};
+
+/// What the programs are to do with a flow.
+fn order(key: CtKey, serial: u32, order: u32) -> FlowCommand {
+    FlowCommand {
+        key,
+        serial,
+        order,
+        windows: [0; 4],
+    }
+}
 
 /// One end of a connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -3,9 +3,9 @@ use std::{
     collections::{BinaryHeap, HashMap, VecDeque},
 };
 
-use palisade_abi::{CtKey, FlowCommand, Reason, carry_flags, protocol};
+use palisade_abi::{CtKey, Reason, carry_flags, order, protocol};
 
-use super::{Connection, Reader, Remember, Shared, TcpLimits, TcpStats, segment::Segment};
+use super::{Connection, Reader, Remember, Shared, TcpLimits, TcpStats, order, segment::Segment};
 use crate::{Millis, Sink, View, record::About};
 
 /// A connection, and what its reader knows of it.
@@ -55,16 +55,6 @@ impl Ord for Key {
 impl PartialOrd for Key {
     fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
         Some(self.cmp(other))
-    }
-}
-
-/// Leaves a flow to the programs.
-fn offload(key: CtKey, serial: u32) -> FlowCommand {
-    FlowCommand {
-        key,
-        serial,
-        offload: 1,
-        windows: [0; 4],
     }
 }
 
@@ -138,11 +128,12 @@ impl<F, T: Remember> Connections<F, T> {
         if let Some(past) = self.past.get_mut(&key) {
             if past.serial == serial && !opens {
                 match recall(&mut past.memory, sink) {
-                    Ok(()) => sink.release_with(frame, &offload(key, serial)),
+                    Ok(()) => sink.release_with(frame, &order(key, serial, order::OFFLOAD)),
                     Err(reason) => {
                         self.past.remove(&key);
                         self.shared.stats.cut += 1;
                         sink.discard(frame, reason);
+                        sink.command(&order(key, serial, order::CLOSE));
                         Connection::<F>::refuse(view, &mut self.shared, sink);
                         Connection::<F>::abandon(view, &mut self.shared, sink);
                     }
@@ -226,6 +217,7 @@ impl<F, T: Remember> Connections<F, T> {
         if !segment.is_rst() {
             Connection::<F>::refuse(view, &mut self.shared, sink);
             Connection::<F>::abandon(view, &mut self.shared, sink);
+            sink.command(&order(key(view), view.slot.serial, order::CLOSE));
         }
     }
 

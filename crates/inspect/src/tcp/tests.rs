@@ -558,10 +558,7 @@ fn what_needs_no_reading_is_left_to_the_programs() {
     let out = bench.take();
     assert_eq!((out.released.len(), out.commands.len()), (2, 1));
     let command = out.commands[0];
-    assert_eq!(
-        (command.offload, command.serial, command.key.endpoint),
-        (1, 99, 7)
-    );
+    assert_eq!((command.order, command.serial, command.key.endpoint), (1, 99, 7));
     assert_eq!((command.key.local_port, command.key.remote_port), (80, 1000));
     bench.put(&client(3, b"\x01X"));
     let out = bench.take();
@@ -582,7 +579,7 @@ fn stretches_that_need_no_reading_go_by_and_what_is_behind_is_read() {
     assert_eq!((out.released.len(), out.commands.len()), (1, 1));
     let begin = CLIENT_ISN.wrapping_add(1);
     assert_eq!(
-        (out.commands[0].offload, out.commands[0].windows),
+        (out.commands[0].order, out.commands[0].windows),
         (0, [begin, begin.wrapping_add(20_004), 0, 0])
     );
     bench.put(&client(1000, b"anything"));

@@ -142,7 +142,7 @@ fn command(endpoint: u16) -> FlowCommand {
             ..CtKey::default()
         },
         serial: 77,
-        offload: 1,
+        order: 1,
         windows: [0; 4],
     }
 }
