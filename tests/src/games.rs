@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use palisade_testbed::{
     Ns,
+    ns::wait_until,
     rawtcp::{Delivered, RawTcp, Segment, flags, pieces},
     recorder::{End, Recorder},
 };
@@ -465,10 +466,12 @@ impl Field<'_> {
                 "the server has heard {}",
                 String::from_utf8_lossy(&heard)
             );
-            self.recorder
-                .wait(client.local(), "the server's end is closed", PATIENCE, |h| {
-                    h.end != End::Open
-                })?;
+            // what was refused so early that nobody had accepted it was never there
+            wait_until("the server's end is closed", PATIENCE, || {
+                self.recorder
+                    .from(client.local())
+                    .is_none_or(|heard| heard.end != End::Open)
+            })?;
         }
         // what is over is not left to time out
         client.send(&Segment::data(client.acked().max(0), b"").flags(flags::RST))?;
@@ -540,17 +543,27 @@ impl Field<'_> {
 
     /// Mixtures of both.
     pub fn mixes(&self) -> Vec<String> {
-        let mut failures = Vec::new();
-        for (what, mix) in MIXES {
-            for timestamps in [false, true] {
-                if let Err(error) = self.mix(*mix, timestamps) {
-                    failures.push(format!(
+        let half = |timestamps: bool| -> Vec<String> {
+            MIXES
+                .iter()
+                .filter_map(|(what, mix)| {
+                    let error = self.mix(*mix, timestamps).err()?;
+                    Some(format!(
                         "{}, {what}, timestamps: {timestamps}: {error:#}",
                         self.to
-                    ));
-                }
-            }
-        }
+                    ))
+                })
+                .collect()
+        };
+        let mut failures = std::thread::scope(|scope| {
+            let with = scope.spawn(|| half(true));
+            let mut failures = half(false);
+            failures.extend(
+                with.join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            );
+            failures
+        });
         if let Err(error) = self.old_timestamps() {
             failures.push(format!("{}, old timestamps: {error:#}", self.to));
         }

@@ -1,17 +1,24 @@
 //! A client that writes its segments itself, against a server that keeps every byte: in whatever way bytes come, the
 //! server gets what the policy allows, unchanged, and nothing else.
 
-use std::thread;
+use std::{
+    io::Read,
+    net::TcpListener,
+    thread,
+    time::{Duration, Instant},
+};
 
 use palisade_testbed::{
     Daemon,
     daemon::{Hooks, Settings},
+    rawtcp::{Delivered, RawTcp, Segment, pieces},
     recorder::Recorder,
     tls::{Hello, server_hello},
     topology::{FAMILIES, Family},
 };
 use palisade_tests::{
-    apps::{Apps, apps, borrowed, policies},
+    OPEN,
+    apps::{Apps, apps, borrowed, packets_read, policies},
     games::{Field, Streams},
 };
 
@@ -141,4 +148,108 @@ fn without_a_rule_for_names_the_mixtures_do_bring_both_through() {
         failures.len(),
         failures.join("\n")
     );
+}
+
+#[test]
+fn what_follows_a_hello_arrives_whole_and_unread() {
+    let arena = Arena::tls(Hooks::default(), NAMES);
+    let data: Vec<u8> = (0..120_000_u32).map(|n| (n / 3) as u8).collect();
+    for (from, to) in FOUR {
+        for family in FAMILIES {
+            let field = arena.field(from, to, family);
+            let mut client = RawTcp::connect(field.ns, field.source, field.to).expect("connection");
+            let hello = &arena.streams.good;
+            let at = hello.len() as i64;
+            let outcome = client.deliver_pieces(0, hello, 50, OPEN).expect("hello");
+            assert_eq!(outcome, Delivered::Whole);
+            let answered = client.listen(OPEN, |c| c.received() == arena.streams.answer);
+            assert!(answered.expect("answer"), "{}", arena.daemon.report());
+            // its acknowledgement has the flow left to the kernel
+            client.send(&Segment::data(at, b"")).expect("acknowledgement");
+            thread::sleep(Duration::from_millis(50));
+            let before = packets_read(&arena.daemon).expect("status");
+            let mut all = pieces(at, &data, 1_400);
+            // some of it in fragments, and some in another order
+            for segment in all.iter_mut().step_by(9) {
+                *segment = segment.clone().fragments(504);
+            }
+            for pair in all.chunks_mut(2) {
+                pair.reverse();
+            }
+            let end = at + data.len() as i64;
+            let outcome = client.deliver(&all, end, OPEN).expect("data");
+            assert_eq!(
+                outcome,
+                Delivered::Whole,
+                "{from} -> {to}\n{}",
+                arena.daemon.report()
+            );
+            let heard = field.recorder.bytes(client.local());
+            assert!(
+                heard == [hello, &data[..]].concat(),
+                "{from} -> {to}: changed on the way"
+            );
+            let read = packets_read(&arena.daemon).expect("status") - before;
+            assert!(
+                read <= 4,
+                "{from} -> {to}: {read} packets\n{}",
+                arena.daemon.report()
+            );
+        }
+    }
+}
+
+#[test]
+fn a_server_that_takes_little_at_a_time_gets_all() {
+    let apps = apps();
+    let policies = policies(&[PORT], NAMES);
+    let daemon = apps
+        .daemon(&Settings::default(), &borrowed(&policies))
+        .expect("daemon");
+    let hello = Hello::to("good.example").padded(12_000).bytes();
+    for (from, to) in FOUR {
+        for family in FAMILIES {
+            let at = apps.at(to, family, PORT);
+            let listener: TcpListener = apps
+                .ns(to)
+                .enter(|| -> std::io::Result<TcpListener> {
+                    let socket =
+                        socket2::Socket::new(socket2::Domain::for_address(at), socket2::Type::STREAM, None)?;
+                    socket.set_recv_buffer_size(24 << 10)?;
+                    socket.bind(&at.into())?;
+                    socket.listen(4)?;
+                    Ok(socket.into())
+                })
+                .expect("listener");
+            let heard = thread::scope(|scope| {
+                let server = scope.spawn(|| {
+                    let (mut stream, _) = listener.accept().expect("accept");
+                    stream.set_read_timeout(Some(OPEN)).expect("timeout");
+                    let (mut heard, mut buffer) = (Vec::new(), [0; 700]);
+                    while heard.len() < hello.len() {
+                        let n = stream.read(&mut buffer).unwrap_or(0);
+                        if n == 0 {
+                            break;
+                        }
+                        heard.extend_from_slice(&buffer[..n]);
+                        thread::sleep(Duration::from_millis(5));
+                    }
+                    heard
+                });
+                let source = apps.source(from, to, family);
+                let mut client = RawTcp::connect(apps.ns(from), source, at).expect("connection");
+                let begin = Instant::now();
+                let outcome = client.deliver_pieces(0, &hello, 600, OPEN * 2).expect("hello");
+                assert_eq!(
+                    outcome,
+                    Delivered::Whole,
+                    "{from} -> {to}, after {:?}\n{}",
+                    begin.elapsed(),
+                    daemon.report()
+                );
+                server.join().expect("server")
+            });
+            assert!(heard == hello, "{} of {} bytes", heard.len(), hello.len());
+        }
+    }
 }
