@@ -13,8 +13,11 @@
 //! What can be tried: `tcp/PORT`, `udp/PORT` (echo), `udp/PORT/BYTES` (in fragments when it is large), `ping`,
 //! `ping/BYTES`; and packets that only have to arrive: `sctp/PORT`, `icmp/TYPE`, `proto/NUMBER`.
 
+pub mod apps;
 pub mod flows;
+pub mod games;
 pub mod names;
+pub mod secret;
 
 use std::{
     fmt::{self, Write as _},

@@ -20,8 +20,12 @@ pub mod ns;
 pub mod packet;
 pub mod probe;
 pub mod process;
+pub mod rawtcp;
+pub mod recorder;
 pub mod server;
+pub mod tls;
 pub mod topology;
+pub mod web;
 
 pub use daemon::Daemon;
 pub use ns::Ns;

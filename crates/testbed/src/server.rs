@@ -243,7 +243,7 @@ impl Nginx {
     }
 }
 
-fn set_mode(path: &Path, mode: u32) -> Result<()> {
+pub(crate) fn set_mode(path: &Path, mode: u32) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).with_context(|| path.display().to_string())
 }
@@ -300,7 +300,7 @@ impl Program {
 }
 
 /// Waits until a server accepts connections, seen from its own namespace.
-fn ready(ns: &Ns, process: &mut Process, at: SocketAddr) -> Result<()> {
+pub(crate) fn ready(ns: &Ns, process: &mut Process, at: SocketAddr) -> Result<()> {
     let mut ended = None;
     wait_until(&format!("{at} accepts connections"), START, || {
         ended = process.exited().ok().flatten();

@@ -1,0 +1,614 @@
+//! A TCP client that does what no kernel does: it writes each segment itself, and says what it likes in it.
+//!
+//! Its ports belong to nobody: the kernel of its namespace would answer with a reset, which a filter inside the
+//! namespace stops. It sends through a raw socket, so routing, tc and the offloads of the interface are those of any
+//! other program; it hears what the network stack of the namespace gets, behind every hook.
+
+use std::{
+    io,
+    mem::MaybeUninit,
+    net::{IpAddr, SocketAddr},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::{
+    ns::{Ns, serial},
+    packet::{checksum, protocol},
+};
+
+/// Its ports: these, and as many more as there are up to [`LAST_PORT`].
+const FIRST_PORT: u16 = 20_000;
+const LAST_PORT: u16 = 29_999;
+/// What it sends carries this mark.
+const MARK: u32 = 0x7a;
+
+/// TCP flags.
+pub mod flags {
+    #![allow(missing_docs, reason = "the names are those of RFC 9293")]
+    pub const FIN: u8 = 1;
+    pub const SYN: u8 = 2;
+    pub const RST: u8 = 4;
+    pub const PSH: u8 = 8;
+    pub const ACK: u8 = 16;
+    pub const URG: u8 = 32;
+}
+
+/// A segment to be sent.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    at: i64,
+    data: Vec<u8>,
+    flags: u8,
+    ack: Option<u32>,
+    window: u16,
+    ttl: u8,
+    checksum: bool,
+    urgent: u16,
+    options: Vec<u8>,
+    timestamp: Option<u32>,
+    fragment: Option<usize>,
+    backwards: bool,
+}
+
+impl Segment {
+    /// Bytes at a place in the stream: 0 is the first behind the SYN.
+    #[must_use]
+    pub fn data(at: i64, data: &[u8]) -> Self {
+        Self {
+            at,
+            data: data.into(),
+            flags: flags::ACK | if data.is_empty() { 0 } else { flags::PSH },
+            ack: None,
+            window: 0xfaf0,
+            ttl: 64,
+            checksum: true,
+            urgent: 0,
+            options: Vec::new(),
+            timestamp: None,
+            fragment: None,
+            backwards: false,
+        }
+    }
+
+    /// Other flags.
+    #[must_use]
+    pub fn flags(mut self, flags: u8) -> Self {
+        self.flags = flags;
+        self
+    }
+
+    /// An acknowledgement number other than what has come.
+    #[must_use]
+    pub fn ack(mut self, ack: u32) -> Self {
+        self.ack = Some(ack);
+        self
+    }
+
+    /// Another window.
+    #[must_use]
+    pub fn window(mut self, window: u16) -> Self {
+        self.window = window;
+        self
+    }
+
+    /// Another time to live.
+    #[must_use]
+    pub fn ttl(mut self, ttl: u8) -> Self {
+        self.ttl = ttl;
+        self
+    }
+
+    /// With a checksum that is wrong.
+    #[must_use]
+    pub fn bad_checksum(mut self) -> Self {
+        self.checksum = false;
+        self
+    }
+
+    /// With an urgent pointer.
+    #[must_use]
+    pub fn urgent(mut self, pointer: u16) -> Self {
+        self.flags |= flags::URG;
+        self.urgent = pointer;
+        self
+    }
+
+    /// With further options, a multiple of four bytes.
+    #[must_use]
+    pub fn options(mut self, options: &[u8]) -> Self {
+        self.options = options.into();
+        self
+    }
+
+    /// With this timestamp instead of that of the clock.
+    #[must_use]
+    pub fn timestamp(mut self, value: u32) -> Self {
+        self.timestamp = Some(value);
+        self
+    }
+
+    /// In IP fragments of at most so many bytes (a multiple of eight).
+    #[must_use]
+    pub fn fragments(mut self, size: usize) -> Self {
+        self.fragment = Some(size);
+        self
+    }
+
+    /// Its fragments go out last first.
+    #[must_use]
+    pub fn backwards(mut self) -> Self {
+        self.backwards = true;
+        self
+    }
+}
+
+/// What came of a delivery.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivered {
+    /// The other end has acknowledged all of it.
+    Whole,
+    /// The connection was reset.
+    Reset,
+    /// Neither, in the time there was.
+    Not,
+}
+
+/// One connection.
+#[derive(Debug)]
+pub struct RawTcp {
+    out: Socket,
+    inward: Socket,
+    local: SocketAddr,
+    remote: SocketAddr,
+    isn: u32,
+    their_isn: u32,
+    timestamps: bool,
+    /// Greatest timestamp of the other end.
+    recent: u32,
+    began: Instant,
+    id: u16,
+    /// Behind the last byte of ours that the other end has acknowledged.
+    acked: i64,
+    received: Vec<u8>,
+    early: Vec<(u32, Vec<u8>)>,
+    reset: bool,
+    finished: bool,
+    /// Whether what comes is acknowledged.
+    pub acknowledges: bool,
+}
+
+/// Prepares a namespace for clients of this kind: its kernel must not answer for them. May be called again.
+pub fn prepare(ns: &Ns) -> Result<()> {
+    ns.nft(&format!(
+        "table inet rawtcp {{}}\ndelete table inet rawtcp\ntable inet rawtcp {{\nchain output {{\n\
+         type filter hook output priority 0;\n\
+         tcp sport {FIRST_PORT}-{LAST_PORT} meta mark != {MARK:#x} drop;\n}}\n}}\n"
+    ))
+}
+
+impl RawTcp {
+    /// A client at `source` for a connection to `to`; nothing is sent yet. The namespace must be [`prepare`]d.
+    pub fn new(ns: &Ns, source: IpAddr, to: SocketAddr) -> Result<Self> {
+        let port = FIRST_PORT + (serial() % u32::from(LAST_PORT - FIRST_PORT)) as u16;
+        let local = SocketAddr::new(source, port);
+        let (out, inward) = ns
+            .enter(|| sockets(local, to))
+            .with_context(|| format!("raw sockets from {source} to {to}"))?;
+        Ok(Self {
+            out,
+            inward,
+            local,
+            remote: to,
+            isn: (serial().wrapping_add(1)).wrapping_mul(0x9e37_79b9),
+            their_isn: 0,
+            timestamps: false,
+            recent: 0,
+            began: Instant::now(),
+            id: 1,
+            acked: -1,
+            received: Vec::new(),
+            early: Vec::new(),
+            reset: false,
+            finished: false,
+            acknowledges: true,
+        })
+    }
+
+    /// An open connection.
+    pub fn connect(ns: &Ns, source: IpAddr, to: SocketAddr) -> Result<Self> {
+        let mut client = Self::new(ns, source, to)?;
+        client.open()?;
+        Ok(client)
+    }
+
+    /// An open connection with timestamps (RFC 7323).
+    pub fn connect_with_timestamps(ns: &Ns, source: IpAddr, to: SocketAddr) -> Result<Self> {
+        let mut client = Self::new(ns, source, to)?;
+        client.timestamps = true;
+        client.open()?;
+        Ok(client)
+    }
+
+    /// Its initial sequence number, before it has opened anything.
+    pub fn set_isn(&mut self, isn: u32) {
+        self.isn = isn;
+    }
+
+    /// The three packets that open a connection.
+    pub fn open(&mut self) -> Result<()> {
+        let syn = self.syn();
+        for _ in 0..8 {
+            self.send(&syn)?;
+            if self.listen(Duration::from_millis(500), |own| own.acked >= 0 || own.reset)? {
+                break;
+            }
+        }
+        if self.reset || self.acked < 0 {
+            bail!("{} does not answer {}", self.remote, self.local);
+        }
+        self.send(&Segment::data(0, b""))
+    }
+
+    /// Its SYN.
+    #[must_use]
+    pub fn syn(&self) -> Segment {
+        let mut syn = Segment::data(-1, b"").flags(flags::SYN);
+        syn.options = vec![2, 4, 0x05, 0x78]; // MSS 1400
+        syn
+    }
+
+    /// Its own address and port.
+    #[must_use]
+    pub fn local(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// What has come, in order.
+    #[must_use]
+    pub fn received(&self) -> &[u8] {
+        &self.received
+    }
+
+    /// Behind the last byte that the other end has acknowledged; its own FIN counts as one.
+    #[must_use]
+    pub fn acked(&self) -> i64 {
+        self.acked
+    }
+
+    /// A reset has come that names the byte that is waited for (or any, before there is one).
+    #[must_use]
+    pub fn is_reset(&self) -> bool {
+        self.reset
+    }
+
+    /// The other end has sent its end.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.finished
+    }
+
+    /// The sequence number of a place in its stream.
+    #[must_use]
+    pub fn seq(&self, at: i64) -> u32 {
+        self.isn.wrapping_add(1).wrapping_add(at as u32)
+    }
+
+    /// The acknowledgement number of all that has come.
+    #[must_use]
+    pub fn next(&self) -> u32 {
+        self.their_isn
+            .wrapping_add(1 + self.received.len() as u32 + u32::from(self.finished))
+    }
+
+    /// Sends one segment.
+    pub fn send(&mut self, segment: &Segment) -> Result<()> {
+        let tcp = self.write(segment);
+        let packets = self.packets(&tcp, segment);
+        let to = SocketAddr::new(self.remote.ip(), 0).into();
+        for packet in packets {
+            self.out
+                .send_to(&packet, &to)
+                .with_context(|| format!("{} bytes to {}", packet.len(), self.remote))?;
+        }
+        Ok(())
+    }
+
+    /// The segment with its TCP header.
+    fn write(&self, segment: &Segment) -> Vec<u8> {
+        let mut options = segment.options.clone();
+        if self.timestamps {
+            let value = segment
+                .timestamp
+                .unwrap_or(0x1000_0000 + self.began.elapsed().as_millis() as u32);
+            options.extend_from_slice(&[1, 1, 8, 10]);
+            options.extend_from_slice(&value.to_be_bytes());
+            options.extend_from_slice(&self.recent.to_be_bytes());
+        }
+        let ack = match segment.ack {
+            Some(ack) => ack,
+            None if segment.flags & flags::ACK != 0 => self.next(),
+            None => 0,
+        };
+        let mut tcp = Vec::with_capacity(20 + options.len() + segment.data.len());
+        tcp.extend_from_slice(&self.local.port().to_be_bytes());
+        tcp.extend_from_slice(&self.remote.port().to_be_bytes());
+        tcp.extend_from_slice(&self.seq(segment.at).to_be_bytes());
+        tcp.extend_from_slice(&ack.to_be_bytes());
+        tcp.extend_from_slice(&[((20 + options.len()) << 2) as u8, segment.flags]);
+        tcp.extend_from_slice(&segment.window.to_be_bytes());
+        tcp.extend_from_slice(&[0, 0]);
+        tcp.extend_from_slice(&segment.urgent.to_be_bytes());
+        tcp.extend_from_slice(&options);
+        tcp.extend_from_slice(&segment.data);
+        let mut pseudo = Vec::new();
+        match (self.local.ip(), self.remote.ip()) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => {
+                pseudo.extend_from_slice(&from.octets());
+                pseudo.extend_from_slice(&to.octets());
+            }
+            (IpAddr::V6(from), IpAddr::V6(to)) => {
+                pseudo.extend_from_slice(&from.octets());
+                pseudo.extend_from_slice(&to.octets());
+            }
+            _ => {}
+        }
+        pseudo.extend_from_slice(&tcp);
+        let mut sum = checksum(tcp.len() as u32 + u32::from(protocol::TCP), &pseudo);
+        if !segment.checksum {
+            sum = sum.wrapping_add(0x1111);
+        }
+        tcp[16..18].copy_from_slice(&sum.to_be_bytes());
+        tcp
+    }
+
+    /// The packets in which a segment goes out.
+    fn packets(&mut self, tcp: &[u8], segment: &Segment) -> Vec<Vec<u8>> {
+        let Some(size) = segment.fragment.filter(|size| *size < tcp.len()) else {
+            return vec![self.packet(tcp, segment.ttl, None)];
+        };
+        self.id = self.id.wrapping_add(1).max(1);
+        let mut packets = Vec::new();
+        let mut at = 0;
+        for part in tcp.chunks(size & !7) {
+            let more = at + part.len() < tcp.len();
+            packets.push(self.packet(part, segment.ttl, Some((at as u16, more))));
+            at += part.len();
+        }
+        if segment.backwards {
+            packets.reverse();
+        }
+        packets
+    }
+
+    /// A packet; `fragment`: where it begins, and whether more follow.
+    fn packet(&self, contents: &[u8], ttl: u8, fragment: Option<(u16, bool)>) -> Vec<u8> {
+        let mut packet = Vec::new();
+        let id = if fragment.is_some() { self.id } else { 0 };
+        let (offset, more) = fragment.unwrap_or_default();
+        match (self.local.ip(), self.remote.ip()) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => {
+                packet.extend_from_slice(&[0x45, 0]);
+                packet.extend_from_slice(&(20 + contents.len() as u16).to_be_bytes());
+                packet.extend_from_slice(&id.to_be_bytes());
+                let flags = if more { 0x2000 } else { 0 };
+                packet.extend_from_slice(&(flags | (offset / 8)).to_be_bytes());
+                // the kernel fills in the checksum
+                packet.extend_from_slice(&[ttl, protocol::TCP, 0, 0]);
+                packet.extend_from_slice(&from.octets());
+                packet.extend_from_slice(&to.octets());
+            }
+            (IpAddr::V6(from), IpAddr::V6(to)) => {
+                let header = if fragment.is_some() { 8 } else { 0 };
+                packet.extend_from_slice(&[0x60, 0, 0, 0]);
+                packet.extend_from_slice(&(header + contents.len() as u16).to_be_bytes());
+                let next = if fragment.is_some() { 44 } else { protocol::TCP };
+                packet.extend_from_slice(&[next, ttl]);
+                packet.extend_from_slice(&from.octets());
+                packet.extend_from_slice(&to.octets());
+                if fragment.is_some() {
+                    packet.extend_from_slice(&[protocol::TCP, 0]);
+                    packet.extend_from_slice(&(offset | u16::from(more)).to_be_bytes());
+                    packet.extend_from_slice(&u32::from(id).to_be_bytes());
+                }
+            }
+            _ => {}
+        }
+        packet.extend_from_slice(contents);
+        packet
+    }
+
+    /// Sends all of these, again those of which something is not acknowledged, until all before `end` is.
+    pub fn deliver(&mut self, segments: &[Segment], end: i64, timeout: Duration) -> Result<Delivered> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            for segment in segments {
+                if segment.at + segment.data.len() as i64 > self.acked || segment.flags & flags::FIN != 0 {
+                    self.send(segment)?;
+                }
+                self.drain()?;
+                if self.reset {
+                    return Ok(Delivered::Reset);
+                }
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            self.listen(left.min(Duration::from_millis(200)), |own| {
+                own.acked >= end || own.reset
+            })?;
+            if self.reset {
+                return Ok(Delivered::Reset);
+            }
+            if self.acked >= end {
+                return Ok(Delivered::Whole);
+            }
+            if left.is_zero() {
+                return Ok(Delivered::Not);
+            }
+        }
+    }
+
+    /// Sends bytes from a place on, cut into pieces of at most so many.
+    pub fn deliver_pieces(
+        &mut self,
+        at: i64,
+        bytes: &[u8],
+        size: usize,
+        timeout: Duration,
+    ) -> Result<Delivered> {
+        self.deliver(&pieces(at, bytes, size), at + bytes.len() as i64, timeout)
+    }
+
+    /// Listens until `done` says yes; whether it did in time.
+    pub fn listen(&mut self, timeout: Duration, done: impl Fn(&Self) -> bool) -> Result<bool> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if done(self) {
+                return Ok(true);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            self.inward
+                .set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+            self.hear(false)?;
+        }
+    }
+
+    /// Takes what has come, without waiting.
+    fn drain(&mut self) -> Result<()> {
+        while self.hear(true)? {}
+        Ok(())
+    }
+
+    /// Takes one packet; whether there was one.
+    fn hear(&mut self, at_once: bool) -> Result<bool> {
+        let mut buffer = [MaybeUninit::uninit(); 1 << 16];
+        let flags = if at_once { libc::MSG_DONTWAIT } else { 0 };
+        let n = match self.inward.recv_with_flags(&mut buffer, flags) {
+            Ok(n) => n,
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted
+                ) =>
+            {
+                return Ok(false);
+            }
+            Err(error) => return Err(error).context("raw socket"),
+        };
+        // SAFETY: the kernel has written the first n bytes.
+        let bytes = unsafe { std::slice::from_raw_parts(buffer.as_ptr().cast::<u8>(), n) };
+        // raw(7): IPv4 packets come with their header, IPv6 ones without
+        let tcp = match self.remote {
+            SocketAddr::V4(_) => usize::from(bytes.first().copied().unwrap_or(0) & 15) * 4,
+            SocketAddr::V6(_) => 0,
+        };
+        if let Some(tcp) = bytes.get(tcp..).filter(|tcp| tcp.len() >= 20) {
+            self.take(tcp)?;
+        }
+        Ok(true)
+    }
+
+    fn take(&mut self, tcp: &[u8]) -> Result<()> {
+        let half = |at: usize| u16::from_be_bytes([tcp[at], tcp[at + 1]]);
+        let word = |at: usize| u32::from_be_bytes([tcp[at], tcp[at + 1], tcp[at + 2], tcp[at + 3]]);
+        if (half(0), half(2)) != (self.remote.port(), self.local.port()) {
+            return Ok(());
+        }
+        let (seq, ack, set) = (word(4), word(8), tcp[13]);
+        let header = usize::from(tcp[12] >> 4) * 4;
+        let Some(data) = tcp.get(header..) else {
+            return Ok(());
+        };
+        if let Some(at) = find_timestamp(&tcp[20..header.max(20)]) {
+            self.recent = word(20 + at);
+        }
+        if set & flags::RST != 0 {
+            self.reset |= self.acked < 0 || seq == self.next();
+            return Ok(());
+        }
+        if set & flags::ACK != 0 {
+            let at = i64::from(ack.wrapping_sub(self.isn.wrapping_add(1)) as i32);
+            if self.acked < 0 && set & flags::SYN != 0 && at == 0 {
+                self.their_isn = seq;
+            }
+            self.acked = self.acked.max(at);
+        }
+        if set & flags::SYN != 0 {
+            return Ok(());
+        }
+        if !data.is_empty() {
+            self.early.push((seq, data.into()));
+        }
+        let mut again = true;
+        while std::mem::take(&mut again) {
+            let next = self.next();
+            self.early.retain(|(seq, data)| {
+                let before = next.wrapping_sub(*seq) as i32;
+                if before < 0 {
+                    return true;
+                }
+                if let Some(new) = data.get(before as usize..)
+                    && !new.is_empty()
+                    && !again
+                {
+                    self.received.extend_from_slice(new);
+                    again = true;
+                }
+                false
+            });
+        }
+        let end = seq.wrapping_add(data.len() as u32);
+        if set & flags::FIN != 0 && !self.finished && end == self.next() {
+            self.finished = true;
+        }
+        if self.acknowledges && (!data.is_empty() || set & flags::FIN != 0) {
+            let at = self.acked.max(0);
+            self.send(&Segment::data(at, b""))?;
+        }
+        Ok(())
+    }
+}
+
+/// Bytes from a place on, in pieces of at most so many.
+#[must_use]
+pub fn pieces(at: i64, bytes: &[u8], size: usize) -> Vec<Segment> {
+    bytes
+        .chunks(size.max(1))
+        .enumerate()
+        .map(|(n, part)| Segment::data(at + (n * size.max(1)) as i64, part))
+        .collect()
+}
+
+/// Where the value of a timestamp option stands.
+fn find_timestamp(options: &[u8]) -> Option<usize> {
+    let mut at = 0;
+    while let Some(&kind) = options.get(at) {
+        match kind {
+            0 => return None,
+            1 => at += 1,
+            8 if options.len() >= at + 10 => return Some(at + 2),
+            _ => at += usize::from(*options.get(at + 1)?).max(2),
+        }
+    }
+    None
+}
+
+fn sockets(local: SocketAddr, remote: SocketAddr) -> io::Result<(Socket, Socket)> {
+    let domain = Domain::for_address(remote);
+    let out = Socket::new(domain, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
+    if remote.is_ipv6() {
+        out.set_header_included_v6(true)?;
+    }
+    out.set_mark(MARK)?;
+    let inward = Socket::new(domain, Type::RAW, Some(Protocol::TCP))?;
+    // only what comes from there; the socket of each connection has its own copy of it
+    inward.bind(&SocketAddr::new(local.ip(), 0).into())?;
+    inward.connect(&SocketAddr::new(remote.ip(), 0).into())?;
+    // best effort: other connections to the same server are heard here too
+    let _ = inward.set_recv_buffer_size(4 << 20);
+    Ok((out, inward))
+}

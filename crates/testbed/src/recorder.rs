@@ -1,0 +1,202 @@
+//! A TCP server that keeps every byte that reaches it: the last word on what a policy let through.
+
+use std::{
+    io::{ErrorKind, Read, Write},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+
+use crate::ns::{Ns, wait_until};
+
+const TICK: Duration = Duration::from_millis(20);
+
+/// How a connection stands, as its server sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Still open.
+    Open,
+    /// The client has sent its end.
+    Finished,
+    /// It was reset.
+    Reset,
+}
+
+/// A connection that reached the server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Heard {
+    /// Who.
+    pub from: SocketAddr,
+    /// At which of the server's addresses.
+    pub to: SocketAddr,
+    /// Everything that it sent.
+    pub bytes: Vec<u8>,
+    /// How it stands.
+    pub end: End,
+}
+
+/// What a server says: given the number of bytes that it has dealt with, which it may change, and all that came.
+pub type Answer = dyn Fn(&mut usize, &[u8]) -> Vec<u8> + Send + Sync;
+
+/// Listens, and keeps what it hears. Each connection has a thread of its own.
+#[derive(Debug)]
+pub struct Recorder {
+    heard: Arc<Mutex<Vec<Heard>>>,
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Recorder {
+    /// Listens on each of `ports` at each of `addresses`, and says what `answer` makes of what has come.
+    pub fn start(
+        ns: &Ns,
+        addresses: &[IpAddr],
+        ports: &[u16],
+        answer: impl Fn(&mut usize, &[u8]) -> Vec<u8> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let heard = Arc::default();
+        let stop = Arc::new(AtomicBool::new(false));
+        let answer: Arc<Answer> = Arc::new(answer);
+        let mut threads = Vec::new();
+        for at in addresses
+            .iter()
+            .flat_map(|address| ports.iter().map(|port| SocketAddr::new(*address, *port)))
+        {
+            let listener = ns
+                .enter(|| TcpListener::bind(at))
+                .with_context(|| format!("tcp {at}"))?;
+            listener.set_nonblocking(true)?;
+            let (heard, stop, answer) = (Arc::clone(&heard), Arc::clone(&stop), Arc::clone(&answer));
+            threads.push(thread::spawn(move || {
+                accept(&listener, at, &heard, &stop, &answer)
+            }));
+        }
+        Ok(Self { heard, stop, threads })
+    }
+
+    /// Everything so far, connection by connection.
+    #[must_use]
+    pub fn heard(&self) -> Vec<Heard> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The last connection from somebody.
+    #[must_use]
+    pub fn from(&self, from: SocketAddr) -> Option<Heard> {
+        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.iter().rev().find(|heard| heard.from == from).cloned()
+    }
+
+    /// The bytes of the last connection from somebody; empty if there is none.
+    #[must_use]
+    pub fn bytes(&self, from: SocketAddr) -> Vec<u8> {
+        self.from(from).map(|heard| heard.bytes).unwrap_or_default()
+    }
+
+    /// Waits until somebody's last connection is as `wanted`.
+    pub fn wait(
+        &self,
+        from: SocketAddr,
+        what: &str,
+        timeout: Duration,
+        wanted: impl Fn(&Heard) -> bool,
+    ) -> Result<Heard> {
+        let mut found = None;
+        wait_until(what, timeout, || {
+            found = self.from(from);
+            found.as_ref().is_some_and(&wanted)
+        })
+        .with_context(|| format!("{found:?}"))?;
+        found.context("no connection")
+    }
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        self.stop.store(true, Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn accept(
+    listener: &TcpListener,
+    to: SocketAddr,
+    heard: &Arc<Mutex<Vec<Heard>>>,
+    stop: &Arc<AtomicBool>,
+    answer: &Arc<Answer>,
+) {
+    let mut threads = Vec::new();
+    while !stop.load(Relaxed) {
+        let Ok((stream, from)) = listener.accept() else {
+            thread::sleep(Duration::from_millis(1));
+            continue;
+        };
+        let at = {
+            let mut heard = heard.lock().unwrap_or_else(PoisonError::into_inner);
+            heard.push(Heard {
+                from,
+                to,
+                bytes: Vec::new(),
+                end: End::Open,
+            });
+            heard.len() - 1
+        };
+        let (heard, stop, answer) = (Arc::clone(heard), Arc::clone(stop), Arc::clone(answer));
+        threads.push(thread::spawn(move || {
+            serve(stream, at, &heard, &stop, answer.as_ref())
+        }));
+    }
+    for thread in threads {
+        let _ = thread.join();
+    }
+}
+
+fn serve(mut stream: TcpStream, at: usize, heard: &Mutex<Vec<Heard>>, stop: &AtomicBool, answer: &Answer) {
+    let note = |change: &mut dyn FnMut(&mut Heard)| {
+        if let Some(own) = heard.lock().unwrap_or_else(PoisonError::into_inner).get_mut(at) {
+            change(own);
+        }
+    };
+    // without a deadline the thread could not be stopped; the answers go out as they are made
+    let prepared = stream
+        .set_nonblocking(false)
+        .and_then(|()| stream.set_read_timeout(Some(TICK)))
+        .and_then(|()| stream.set_write_timeout(Some(Duration::from_secs(2))))
+        .and_then(|()| stream.set_nodelay(true));
+    if prepared.is_err() {
+        return;
+    }
+    let (mut all, mut dealt_with) = (Vec::new(), 0);
+    let mut buffer = vec![0; 1 << 16];
+    while !stop.load(Relaxed) {
+        match stream.read(&mut buffer) {
+            Ok(0) => {
+                note(&mut |own| own.end = End::Finished);
+                return;
+            }
+            Ok(n) => {
+                all.extend_from_slice(&buffer[..n]);
+                note(&mut |own| own.bytes.extend_from_slice(&buffer[..n]));
+                let said = answer(&mut dealt_with, &all);
+                if stream.write_all(&said).is_err() {
+                    note(&mut |own| own.end = End::Reset);
+                    return;
+                }
+            }
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(_) => {
+                note(&mut |own| own.end = End::Reset);
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,465 @@
+//! Web servers and their clients: nginx, caddy, Python; curl, wrk, h2load.
+
+use std::{
+    fs,
+    io::{self, Read, Write},
+    net::{IpAddr, SocketAddr, TcpStream},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{
+    ns::{Ns, temp_dir, wait_until},
+    probe,
+    process::{Process, output},
+    server::{ready, set_mode},
+    tls::Certificate,
+};
+
+/// nginx with TLS, uploads and a log of what reached it.
+#[derive(Debug)]
+pub struct Web {
+    _process: Process,
+    dir: TempDir,
+}
+
+/// A line of the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// Server name of the connection, empty without TLS or name.
+    pub server_name: String,
+    /// Who.
+    pub from: IpAddr,
+    /// Method, target and version as they came.
+    pub request: String,
+    /// What was answered.
+    pub status: u16,
+}
+
+impl Web {
+    /// Listens on these ports, IPv4 and IPv6. `/` and below say `hello from NAME`; what is below `/files/` can be
+    /// fetched and (by PUT) written; `/empty` is 204.
+    pub fn start(
+        ns: &Ns,
+        name: &str,
+        http: &[u16],
+        https: &[u16],
+        certificate: &Certificate,
+    ) -> Result<Self> {
+        let dir = temp_dir("web")?;
+        let root = dir.path();
+        fs::create_dir(root.join("files"))?;
+        let listen = |ports: &[u16], ssl: &str| -> String {
+            ports
+                .iter()
+                .map(|port| format!("    listen {port}{ssl};\n    listen [::]:{port}{ssl};\n"))
+                .collect()
+        };
+        let conf = format!(
+            "master_process off;\ndaemon off;\npid {0}/nginx.pid;\nerror_log stderr;\n\
+             events {{ worker_connections 4096; }}\n\
+             http {{\n\
+             log_format seen '$ssl_server_name|$remote_addr|$status|$request';\naccess_log {0}/access.log seen;\n\
+             client_body_temp_path {0}/body; proxy_temp_path {0}/proxy; fastcgi_temp_path {0}/fastcgi;\n\
+             uwsgi_temp_path {0}/uwsgi; scgi_temp_path {0}/scgi;\n\
+             client_max_body_size 0; keepalive_requests 10000000; ssl_protocols TLSv1.2 TLSv1.3;\n\
+             ssl_certificate {1}; ssl_certificate_key {2};\n\
+             server {{\n{3}{4}    root {0};\n\
+             location /files/ {{ dav_methods PUT; }}\n    location = /empty {{ return 204; }}\n    \
+             location / {{ return 200 \"hello from {name}\\n\"; }}\n  }}\n}}\n",
+            root.display(),
+            certificate.cert.display(),
+            certificate.key.display(),
+            listen(http, ""),
+            listen(https, " ssl"),
+        );
+        let file = root.join("nginx.conf");
+        fs::write(&file, conf)?;
+        for path in [root, &root.join("files")] {
+            set_mode(path, 0o777)?;
+        }
+        let mut command = ns.command("nginx");
+        command
+            .args(["-e", "stderr", "-p"])
+            .arg(root)
+            .arg("-c")
+            .arg(&file);
+        let mut process = Process::spawn("nginx", command, root)?;
+        for port in http.iter().chain(https) {
+            ready(ns, &mut process, SocketAddr::new([127, 0, 0, 1].into(), *port))?;
+        }
+        Ok(Self {
+            _process: process,
+            dir,
+        })
+    }
+
+    /// Where `/files/` is kept.
+    #[must_use]
+    pub fn files(&self) -> PathBuf {
+        self.dir.path().join("files")
+    }
+
+    /// Everything that reached it and was answered.
+    #[must_use]
+    pub fn seen(&self) -> Vec<Seen> {
+        let log = fs::read(self.dir.path().join("access.log")).unwrap_or_default();
+        String::from_utf8_lossy(&log)
+            .lines()
+            .filter_map(|line| {
+                let mut parts = line.splitn(4, '|');
+                let server_name = parts.next()?.trim_matches('-').to_owned();
+                let from = parts.next()?.parse().ok()?;
+                let status = parts.next()?.parse().ok()?;
+                let request = parts.next()?.to_owned();
+                Some(Seen {
+                    server_name,
+                    from,
+                    request,
+                    status,
+                })
+            })
+            .collect()
+    }
+}
+
+/// caddy with a certificate, on one port; says `hello from NAME`. It speaks HTTP/1.1 only.
+#[derive(Debug)]
+pub struct Caddy {
+    _process: Process,
+    _dir: TempDir,
+}
+
+impl Caddy {
+    /// Listens on `http` in the clear and on `https` with TLS.
+    pub fn start(ns: &Ns, name: &str, http: u16, https: u16, certificate: &Certificate) -> Result<Self> {
+        let dir = temp_dir("caddy")?;
+        let conf = format!(
+            "{{\n admin off\n auto_https off\n skip_install_trust\n storage file_system {0}\n \
+             servers {{\n  protocols h1\n }}\n}}\n\
+             http://:{http} {{\n respond \"hello from {name}\n\"\n}}\n\
+             https://:{https} {{\n tls {1} {2}\n respond \"hello from {name}\n\"\n}}\n",
+            dir.path().display(),
+            certificate.cert.display(),
+            certificate.key.display()
+        );
+        let file = dir.path().join("Caddyfile");
+        fs::write(&file, conf)?;
+        let mut command = ns.command("caddy");
+        command
+            .args(["run", "--adapter", "caddyfile", "--config"])
+            .arg(&file)
+            .env("HOME", dir.path())
+            .env("XDG_CONFIG_HOME", dir.path())
+            .env("XDG_DATA_HOME", dir.path());
+        let mut process = Process::spawn("caddy", command, dir.path())?;
+        for port in [http, https] {
+            ready(ns, &mut process, SocketAddr::new([127, 0, 0, 1].into(), port))?;
+        }
+        Ok(Self {
+            _process: process,
+            _dir: dir,
+        })
+    }
+}
+
+/// A server in Python, with everything that HTTP/1.1 has: see `http_peer.py`.
+#[derive(Debug)]
+pub struct Peer {
+    _process: Process,
+    dir: TempDir,
+}
+
+const PEER: &str = include_str!("http_peer.py");
+
+impl Peer {
+    /// Listens on `port` of these addresses.
+    pub fn start(ns: &Ns, port: u16, addresses: &[IpAddr]) -> Result<Self> {
+        let dir = temp_dir("peer")?;
+        let script = dir.path().join("peer.py");
+        fs::write(&script, PEER)?;
+        let mut command = ns.command("python3");
+        command
+            .arg(&script)
+            .arg("serve")
+            .arg(dir.path().join("requests"))
+            .arg(port.to_string())
+            .args(addresses.iter().map(IpAddr::to_string));
+        let process = Process::spawn("peer", command, dir.path())?;
+        wait_until("the server is ready", Duration::from_secs(10), || {
+            process.log().contains("ready")
+        })
+        .with_context(|| process.log())?;
+        Ok(Self {
+            _process: process,
+            dir,
+        })
+    }
+
+    /// The requests that reached it, as JSON.
+    #[must_use]
+    pub fn requests(&self) -> Vec<Value> {
+        fs::read_to_string(self.dir.path().join("requests"))
+            .unwrap_or_default()
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect()
+    }
+
+    /// How many requests had this path.
+    #[must_use]
+    pub fn asked_for(&self, path: &str) -> usize {
+        self.requests()
+            .iter()
+            .filter(|request| request["path"] == path)
+            .count()
+    }
+
+    /// Upgrades to WebSocket at a path of a server and has frames echoed; what the client printed.
+    pub fn websocket(&self, from: &Ns, to: SocketAddr, path: &str) -> Result<String> {
+        let mut command = from.command("python3");
+        command.arg(self.dir.path().join("peer.py")).args([
+            "websocket",
+            &to.ip().to_string(),
+            &to.port().to_string(),
+            path,
+        ]);
+        let out = output(&mut command, Duration::from_secs(20))?;
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr))
+    }
+}
+
+/// What curl got.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Curl {
+    /// Its exit code: 0 if there was an answer, 28 if it took too long, 35 if TLS did not come about, 56 after a reset.
+    pub code: i32,
+    /// Status of the last answer; 0 without.
+    pub status: u16,
+    /// Bodies, in order.
+    pub body: String,
+    /// What it said of errors.
+    pub error: String,
+}
+
+/// Runs curl with these arguments.
+pub fn curl(ns: &Ns, args: &[&str], timeout: Duration) -> Result<Curl> {
+    let mut command = ns.command("curl");
+    command
+        .args(["-sS", "-g", "--path-as-is", "--no-sessionid"])
+        .args(["-m", &format!("{:.1}", timeout.as_secs_f64())])
+        .args(["-w", "%{stderr}\nstatus:%{http_code}\n"])
+        .args(args);
+    let out = output(&mut command, timeout + Duration::from_secs(3))?;
+    let said = String::from_utf8_lossy(&out.stderr);
+    let status = said
+        .lines()
+        .filter_map(|line| line.strip_prefix("status:")?.parse().ok())
+        .next_back()
+        .unwrap_or(0);
+    Ok(Curl {
+        code: out.status.code().unwrap_or(-1),
+        status,
+        body: String::from_utf8_lossy(&out.stdout).into_owned(),
+        error: said.into_owned(),
+    })
+}
+
+/// The arguments by which curl asks one address for one name over TLS, whatever the certificate says.
+#[must_use]
+pub fn by_name(name: &str, at: SocketAddr, path: &str) -> Vec<String> {
+    let address = match at.ip() {
+        IpAddr::V4(v4) => v4.to_string(),
+        IpAddr::V6(v6) => format!("[{v6}]"),
+    };
+    vec![
+        "-k".into(),
+        "--connect-to".into(),
+        format!("::{address}:{}", at.port()),
+        format!("https://{name}:{}{path}", at.port()),
+    ]
+}
+
+/// What wrk or h2load counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    /// Requests that were answered.
+    pub answered: u64,
+    /// Of these, with another status than 2xx and 3xx.
+    pub other_status: u64,
+    /// Connections that failed, and requests without an answer.
+    pub failed: u64,
+}
+
+/// A wrk that runs.
+#[derive(Debug)]
+pub struct Wrk {
+    process: Process,
+    seconds: u32,
+    _dir: TempDir,
+}
+
+impl Wrk {
+    /// Asks for `url` over and over for some seconds, on so many connections.
+    pub fn start(ns: &Ns, url: &str, connections: u32, seconds: u32) -> Result<Self> {
+        let dir = temp_dir("wrk")?;
+        let mut command = ns.command("wrk");
+        command.args([
+            "-t1",
+            &format!("-c{connections}"),
+            &format!("-d{seconds}s"),
+            "--timeout",
+            "10s",
+            "--latency",
+            url,
+        ]);
+        Ok(Self {
+            process: Process::spawn("wrk", command, dir.path())?,
+            seconds,
+            _dir: dir,
+        })
+    }
+
+    /// Waits for its end.
+    pub fn finish(mut self) -> Result<Counted> {
+        self.process
+            .wait(Duration::from_secs(u64::from(self.seconds) + 15))?;
+        let text = self.process.log();
+        let number = |before: &str| -> u64 {
+            text.split(before)
+                .nth(1)
+                .map(|rest| rest.trim_start())
+                .and_then(|rest| rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok())
+                .unwrap_or(0)
+        };
+        let answered = text
+            .lines()
+            .find_map(|line| line.trim().split_once(" requests in ")?.0.parse().ok())
+            .with_context(|| text.clone())?;
+        Ok(Counted {
+            answered,
+            other_status: number("Non-2xx or 3xx responses:"),
+            failed: number("Socket errors: connect")
+                + number(", read ")
+                + number(", write ")
+                + number(", timeout "),
+        })
+    }
+}
+
+/// Runs h2load to its end.
+pub fn h2load(ns: &Ns, args: &[&str]) -> Result<Counted> {
+    let mut command = ns.command("h2load");
+    command.args(args);
+    let out = output(&mut command, Duration::from_secs(30))?;
+    let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+    let number = |line: &str, after: &str| -> Option<u64> {
+        let line = text.lines().find_map(|l| l.strip_prefix(line))?;
+        line.split(',')
+            .find_map(|part| part.trim().strip_suffix(after)?.trim().parse().ok())
+    };
+    let counted = || -> Option<Counted> {
+        let bad = number("status codes:", "4xx")? + number("status codes:", "5xx")?;
+        Some(Counted {
+            answered: number("requests:", "succeeded")? + bad,
+            other_status: bad,
+            failed: number("requests:", "errored")? + number("requests:", "timeout")?,
+        })
+    };
+    counted().with_context(|| format!("{}\n{text}", out.status))
+}
+
+/// Makes a file of random bytes.
+pub fn random_file(path: &Path, size: u64) -> Result<()> {
+    let mut from = fs::File::open("/dev/urandom")?.take(size);
+    let mut to = fs::File::create(path).with_context(|| path.display().to_string())?;
+    io::copy(&mut from, &mut to)?;
+    Ok(())
+}
+
+/// The SHA-256 of a file, by `sha256sum`.
+pub fn sha256(path: &Path) -> Result<String> {
+    let mut command = std::process::Command::new("sha256sum");
+    command.arg(path);
+    let out = output(&mut command, Duration::from_secs(60))?;
+    ensure!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let text = String::from_utf8_lossy(&out.stdout);
+    Ok(text.split(' ').next().unwrap_or_default().to_owned())
+}
+
+/// A connection on which requests are written as bytes.
+#[derive(Debug)]
+pub struct Talk {
+    stream: TcpStream,
+    heard: Vec<u8>,
+    ended: bool,
+}
+
+impl Talk {
+    /// Opens it.
+    pub fn open(ns: &Ns, to: SocketAddr, timeout: Duration) -> io::Result<Self> {
+        let stream = probe::open(ns, None, to, timeout)?;
+        stream.set_nodelay(true)?;
+        Ok(Self {
+            stream,
+            heard: Vec::new(),
+            ended: false,
+        })
+    }
+
+    /// The stream itself.
+    #[must_use]
+    pub fn stream(&self) -> &TcpStream {
+        &self.stream
+    }
+
+    /// Says something.
+    pub fn say(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.stream.write_all(bytes)
+    }
+
+    /// Hears until what has come satisfies `done`, until the end, or until the time is over.
+    pub fn hear(&mut self, timeout: Duration, done: impl Fn(&[u8]) -> bool) -> io::Result<&[u8]> {
+        let deadline = Instant::now() + timeout;
+        let mut buffer = [0; 1 << 14];
+        while !done(&self.heard) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            self.stream.set_read_timeout(Some(left))?;
+            match self.stream.read(&mut buffer) {
+                Ok(0) => {
+                    self.ended = true;
+                    break;
+                }
+                Ok(n) => self.heard.extend_from_slice(&buffer[..n]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(&self.heard)
+    }
+
+    /// Everything that has been heard, as text.
+    #[must_use]
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.heard).into_owned()
+    }
+
+    /// The other side has ended the connection in good order.
+    #[must_use]
+    pub fn is_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Hears to the end: `Ok(true)`, in good order; `Ok(false)`, the time was over; an error: reset.
+    pub fn hear_all(&mut self, timeout: Duration) -> io::Result<bool> {
+        self.hear(timeout, |_| false)?;
+        Ok(self.ended)
+    }
+}

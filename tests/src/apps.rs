@@ -1,0 +1,211 @@
+//! A world of applications: who calls, who serves, and the four ways between them.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use palisade_testbed::{
+    Daemon, Ns, Topology,
+    daemon::Settings,
+    ns::wait_until,
+    rawtcp,
+    tls::{Certificate, certificate},
+    topology::{FAMILIES, Family},
+};
+use serde_json::Value;
+
+/// Who calls whom: out of a workload, into one, both, into the node, out of it, and between node and workload.
+pub const WAYS: &[(&str, &str)] = &[
+    ("client", "internet"),
+    ("internet", "server"),
+    ("client", "server"),
+    ("internet", "node"),
+    ("node", "internet"),
+    ("client", "node"),
+    ("node", "server"),
+];
+
+/// Workloads `client` and `server`, the node and the internet; no servers yet.
+#[derive(Debug)]
+pub struct Apps {
+    /// Namespaces and veths.
+    pub topology: Topology,
+    /// For all servers.
+    pub certificate: Certificate,
+}
+
+impl Apps {
+    /// Everything in place.
+    pub fn new() -> Result<Self> {
+        let topology = Topology::new()?.apps(&["client", "server"])?;
+        for name in ["client", "node", "internet"] {
+            rawtcp::prepare(topology.ns(name))?;
+        }
+        topology.meet()?;
+        let certificate = certificate(topology.dir(), &["*.example", "testbed.example"])?;
+        Ok(Self {
+            topology,
+            certificate,
+        })
+    }
+
+    /// The daemon on this world's node.
+    pub fn daemon(&self, settings: &Settings, policies: &[(&str, &str)]) -> Result<Daemon> {
+        Daemon::start(&self.topology, settings, policies)
+    }
+
+    /// The namespace of a name.
+    #[must_use]
+    pub fn ns(&self, name: &str) -> &Ns {
+        self.topology.ns(name)
+    }
+
+    /// Somebody's address and a port.
+    #[must_use]
+    pub fn at(&self, name: &str, family: Family, port: u16) -> SocketAddr {
+        SocketAddr::new(self.topology.addr(name, family), port)
+    }
+
+    /// Both addresses of somebody.
+    #[must_use]
+    pub fn both(&self, name: &str) -> [IpAddr; 2] {
+        FAMILIES.map(|family| self.topology.addr(name, family))
+    }
+
+    /// The address from which somebody speaks to somebody.
+    #[must_use]
+    pub fn source(&self, from: &str, to: &str, family: Family) -> IpAddr {
+        if from == "node" && self.topology.all().any(|w| w.name == to) {
+            return self.topology.get(to).gateway(family);
+        }
+        self.topology.addr(from, family)
+    }
+}
+
+/// A world of applications.
+///
+/// # Panics
+/// If it cannot be made.
+#[must_use]
+pub fn apps() -> Apps {
+    Apps::new().unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+/// A policy that has what some ports carry read. `subject`: the workload `client` or `server`, or `node`.
+///
+/// `rules` stands below `toPorts: - ports: ...`, indented by six.
+#[must_use]
+pub fn policy(subject: &str, direction: &str, ports: &[u16], rules: &str) -> String {
+    let (kind, selector) = if subject == "node" {
+        ("CiliumClusterwideNetworkPolicy", "nodeSelector: {}".to_owned())
+    } else {
+        (
+            "CiliumNetworkPolicy",
+            format!("endpointSelector: {{matchLabels: {{app: {subject}}}}}"),
+        )
+    };
+    let peers = if direction == "egress" {
+        "toEntities"
+    } else {
+        "fromEntities"
+    };
+    let ports: Vec<String> = ports
+        .iter()
+        .map(|port| format!("{{port: \"{port}\", protocol: TCP}}"))
+        .collect();
+    format!(
+        "apiVersion: cilium.io/v2\nkind: {kind}\nmetadata: {{name: {subject}-{direction}}}\nspec:\n  {selector}\n  \
+         {direction}:\n  - {peers}: [all]\n    toPorts:\n    - ports: [{}]\n{rules}",
+        ports.join(", ")
+    )
+}
+
+/// The same rules for all four ways: out of `client`, into `server`, into the node and out of it.
+#[must_use]
+pub fn policies(ports: &[u16], rules: &str) -> Vec<(String, String)> {
+    [
+        ("client", "egress"),
+        ("server", "ingress"),
+        ("node", "ingress"),
+        ("node", "egress"),
+    ]
+    .map(|(subject, direction)| {
+        (
+            format!("{subject}-{direction}.yaml"),
+            policy(subject, direction, ports, rules),
+        )
+    })
+    .into()
+}
+
+/// As the daemon wants them.
+#[must_use]
+pub fn borrowed(policies: &[(String, String)]) -> Vec<(&str, &str)> {
+    policies.iter().map(|(n, c)| (n.as_str(), c.as_str())).collect()
+}
+
+/// Packets that workers have taken in so far.
+pub fn packets_read(daemon: &Daemon) -> Result<u64> {
+    let status = daemon.status()?;
+    let workers = status["workers"]["workers"].as_array().context("workers")?;
+    Ok(workers.iter().filter_map(|w| w["packets_in"].as_u64()).sum())
+}
+
+/// The conntrack entries of connections to a port.
+pub fn tracked(daemon: &Daemon, port: u16) -> Result<Vec<Value>> {
+    let all = daemon.json(&["bpf", "ct", "list"])?;
+    Ok(all
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|entry| entry.to_string().contains(&port.to_string()))
+        .cloned()
+        .collect())
+}
+
+/// Calls `attempt` in a loop on a thread of its own until it is stopped.
+#[derive(Debug)]
+pub struct Loop<T> {
+    stop: std::sync::Arc<std::sync::atomic::AtomicBool>,
+    thread: thread::JoinHandle<Vec<T>>,
+}
+
+impl<T: Send + 'static> Loop<T> {
+    /// Starts it.
+    pub fn start(mut attempt: impl FnMut(usize) -> T + Send + 'static) -> Self {
+        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = thread::spawn(move || {
+            let mut results = Vec::new();
+            while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+                results.push(attempt(results.len()));
+            }
+            results
+        });
+        Self { stop, thread }
+    }
+
+    /// Stops it; what came of each attempt.
+    ///
+    /// # Panics
+    /// If the attempt has panicked.
+    #[must_use]
+    pub fn finish(self) -> Vec<T> {
+        self.stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.thread
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
+
+/// Waits until something has come about; how long that took.
+pub fn until(what: &str, timeout: Duration, done: impl FnMut() -> bool) -> Result<Duration> {
+    let begin = Instant::now();
+    wait_until(what, timeout, done)?;
+    let took = begin.elapsed();
+    ensure!(took <= timeout, "{what}: after {took:?}");
+    Ok(took)
+}

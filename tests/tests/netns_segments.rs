@@ -1,0 +1,255 @@
+//! A client that writes its segments itself, against a server that keeps every byte: in whatever way bytes come, the
+//! server gets what the policy allows, unchanged, and nothing else.
+
+use std::{
+    io::Read,
+    net::TcpListener,
+    thread,
+    time::{Duration, Instant},
+};
+
+use palisade_testbed::{
+    Daemon,
+    daemon::{Hooks, Settings},
+    rawtcp::{Delivered, RawTcp, Segment, pieces},
+    recorder::Recorder,
+    tls::{Hello, server_hello},
+    topology::{FAMILIES, Family},
+};
+use palisade_tests::{
+    OPEN,
+    apps::{Apps, apps, borrowed, packets_read, policies},
+    games::{Field, Streams},
+};
+
+const PORT: u16 = 443;
+
+/// Two hellos that differ in the name only.
+fn hellos() -> Streams {
+    let hello = |name: &str| Hello::to(name).with(16, b"\x00\x09\x08http/1.1").bytes();
+    Streams::new(hello("good.example"), hello("evil.example"), server_hello())
+}
+
+struct Arena {
+    // in this order: the daemon goes before the world
+    daemon: Daemon,
+    recorders: Vec<(&'static str, Recorder)>,
+    apps: Apps,
+    streams: Streams,
+}
+
+const NAMES: &str = "      serverNames: [good.example]\n";
+
+impl Arena {
+    fn tls(hooks: Hooks, rules: &str) -> Self {
+        let apps = apps();
+        let streams = hellos();
+        let recorders = ["server", "node", "internet"]
+            .into_iter()
+            .map(|name| {
+                let (length, said) = (streams.good.len(), streams.answer.clone());
+                let answer = move |dealt_with: &mut usize, all: &[u8]| {
+                    if *dealt_with == 0 && all.len() >= length {
+                        *dealt_with = length;
+                        return said.clone();
+                    }
+                    Vec::new()
+                };
+                let recorder = Recorder::start(apps.ns(name), &apps.both(name), &[PORT], answer);
+                (name, recorder.expect("recorder"))
+            })
+            .collect();
+        let settings = Settings {
+            hooks,
+            ..Settings::default()
+        };
+        let daemon = apps
+            .daemon(&settings, &borrowed(&policies(&[PORT], rules)))
+            .expect("daemon");
+        Self {
+            daemon,
+            recorders,
+            apps,
+            streams,
+        }
+    }
+
+    fn field(&self, from: &str, to: &str, family: Family) -> Field<'_> {
+        let recorder = self.recorders.iter().find(|(name, _)| *name == to);
+        Field {
+            ns: self.apps.ns(from),
+            source: self.apps.source(from, to, family),
+            to: self.apps.at(to, family, PORT),
+            recorder: &recorder.expect("recorder").1,
+            streams: &self.streams,
+        }
+    }
+
+    /// Plays on several ways at the same time, in both families. What has failed.
+    fn outcome(&self, ways: &[(&str, &str)], game: fn(&Field<'_>) -> Vec<String>) -> Vec<String> {
+        thread::scope(|scope| {
+            let threads: Vec<_> = ways
+                .iter()
+                .flat_map(|(from, to)| FAMILIES.map(|family| (*from, *to, family)))
+                .map(|(from, to, family)| scope.spawn(move || game(&self.field(from, to, family))))
+                .collect();
+            threads
+                .into_iter()
+                .flat_map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+                .collect()
+        })
+    }
+
+    #[track_caller]
+    fn play(&self, ways: &[(&str, &str)], game: fn(&Field<'_>) -> Vec<String>) {
+        let failures = self.outcome(ways, game);
+        assert!(
+            failures.is_empty(),
+            "{} failures\n{}\n{}",
+            failures.len(),
+            failures.join("\n"),
+            self.daemon.report()
+        );
+    }
+}
+
+/// Out of a workload and into one, into the node and out of it.
+const FOUR: &[(&str, &str)] = &[
+    ("client", "internet"),
+    ("internet", "server"),
+    ("internet", "node"),
+    ("node", "internet"),
+];
+
+#[test]
+fn a_hello_cut_in_every_odd_way_is_judged_alike() {
+    Arena::tls(Hooks::default(), NAMES).play(FOUR, |field| field.cuts());
+}
+
+#[test]
+fn a_hello_split_anywhere_is_judged_alike() {
+    Arena::tls(Hooks::default(), NAMES).play(&[("client", "internet"), ("internet", "node")], |field| {
+        field.splits()
+    });
+}
+
+#[test]
+fn who_mixes_two_hellos_brings_through_none_that_is_denied() {
+    Arena::tls(Hooks::default(), NAMES).play(FOUR, |field| field.mixes());
+}
+
+#[test]
+fn without_a_rule_for_names_the_mixtures_do_bring_both_through() {
+    // else the other tests would prove nothing
+    let failures = Arena::tls(Hooks::default(), "").outcome(&FOUR[..1], |field| field.mixes());
+    assert!(
+        failures.len() > 60,
+        "{} of them\n{}",
+        failures.len(),
+        failures.join("\n")
+    );
+}
+
+#[test]
+fn what_follows_a_hello_arrives_whole_and_unread() {
+    let arena = Arena::tls(Hooks::default(), NAMES);
+    let data: Vec<u8> = (0..120_000_u32).map(|n| (n / 3) as u8).collect();
+    for (from, to) in FOUR {
+        for family in FAMILIES {
+            let field = arena.field(from, to, family);
+            let mut client = RawTcp::connect(field.ns, field.source, field.to).expect("connection");
+            let hello = &arena.streams.good;
+            let at = hello.len() as i64;
+            let outcome = client.deliver_pieces(0, hello, 50, OPEN).expect("hello");
+            assert_eq!(outcome, Delivered::Whole);
+            let answered = client.listen(OPEN, |c| c.received() == arena.streams.answer);
+            assert!(answered.expect("answer"), "{}", arena.daemon.report());
+            // its acknowledgement has the flow left to the kernel
+            client.send(&Segment::data(at, b"")).expect("acknowledgement");
+            thread::sleep(Duration::from_millis(50));
+            let before = packets_read(&arena.daemon).expect("status");
+            let mut all = pieces(at, &data, 1_400);
+            // some of it in fragments, and some in another order
+            for segment in all.iter_mut().step_by(9) {
+                *segment = segment.clone().fragments(504);
+            }
+            for pair in all.chunks_mut(2) {
+                pair.reverse();
+            }
+            let end = at + data.len() as i64;
+            let outcome = client.deliver(&all, end, OPEN).expect("data");
+            assert_eq!(
+                outcome,
+                Delivered::Whole,
+                "{from} -> {to}\n{}",
+                arena.daemon.report()
+            );
+            let heard = field.recorder.bytes(client.local());
+            assert!(
+                heard == [hello, &data[..]].concat(),
+                "{from} -> {to}: changed on the way"
+            );
+            let read = packets_read(&arena.daemon).expect("status") - before;
+            assert!(
+                read <= 4,
+                "{from} -> {to}: {read} packets\n{}",
+                arena.daemon.report()
+            );
+        }
+    }
+}
+
+#[test]
+fn a_server_that_takes_little_at_a_time_gets_all() {
+    let apps = apps();
+    let policies = policies(&[PORT], NAMES);
+    let daemon = apps
+        .daemon(&Settings::default(), &borrowed(&policies))
+        .expect("daemon");
+    let hello = Hello::to("good.example").padded(12_000).bytes();
+    for (from, to) in FOUR {
+        for family in FAMILIES {
+            let at = apps.at(to, family, PORT);
+            let listener: TcpListener = apps
+                .ns(to)
+                .enter(|| -> std::io::Result<TcpListener> {
+                    let socket =
+                        socket2::Socket::new(socket2::Domain::for_address(at), socket2::Type::STREAM, None)?;
+                    socket.set_recv_buffer_size(24 << 10)?;
+                    socket.bind(&at.into())?;
+                    socket.listen(4)?;
+                    Ok(socket.into())
+                })
+                .expect("listener");
+            let heard = thread::scope(|scope| {
+                let server = scope.spawn(|| {
+                    let (mut stream, _) = listener.accept().expect("accept");
+                    stream.set_read_timeout(Some(OPEN)).expect("timeout");
+                    let (mut heard, mut buffer) = (Vec::new(), [0; 700]);
+                    while heard.len() < hello.len() {
+                        let n = stream.read(&mut buffer).unwrap_or(0);
+                        if n == 0 {
+                            break;
+                        }
+                        heard.extend_from_slice(&buffer[..n]);
+                        thread::sleep(Duration::from_millis(5));
+                    }
+                    heard
+                });
+                let source = apps.source(from, to, family);
+                let mut client = RawTcp::connect(apps.ns(from), source, at).expect("connection");
+                let begin = Instant::now();
+                let outcome = client.deliver_pieces(0, &hello, 600, OPEN * 2).expect("hello");
+                assert_eq!(
+                    outcome,
+                    Delivered::Whole,
+                    "{from} -> {to}, after {:?}\n{}",
+                    begin.elapsed(),
+                    daemon.report()
+                );
+                server.join().expect("server")
+            });
+            assert!(heard == hello, "{} of {} bytes", heard.len(), hello.len());
+        }
+    }
+}
