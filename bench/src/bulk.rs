@@ -135,12 +135,10 @@ pub fn measure(effort: Effort) -> Result<Measure> {
             quotient,
             " ×",
         ));
-        goals.push(Goal {
-            what: format!("the same {name} by processor time"),
-            reach: "reported".into(),
-            measured: format!("{} ×", number(by_cost.median())),
-            reached: None,
-        });
+        goals.push(Goal::reported(
+            format!("the same {name} by processor time"),
+            format!("{} ×", number(by_cost.median())),
+        ));
     }
     Ok(Measure {
         name: "bulk",

@@ -65,6 +65,8 @@ fn topology() -> Result<Topology> {
 fn guard(topology: &Topology, selectors: usize) -> Result<Daemon> {
     let unguarded_nic = Settings {
         nic: false,
+        // all that is learned here, and the questions that are timed
+        tables: "[dns]\naddresses_per_endpoint = 200000\n".into(),
         ..Settings::default()
     };
     Daemon::start(topology, &unguarded_nic, &[("names.yaml", &policy(selectors))])
@@ -223,23 +225,19 @@ pub fn throughput(effort: Effort) -> Result<Measure> {
             ahead,
             " ×",
         ),
-        Goal {
-            what: "DNS queries/s through policy against none".into(),
-            reach: "reported".into(),
-            measured: format!("{} ×", number(rates[1].against(&rates[0]).median())),
-            reached: None,
-        },
-        Goal {
-            what: format!("DNS p99 at {CALM} queries/s through policy, none, unbound as a forwarder"),
-            reach: "reported".into(),
-            measured: format!(
+        Goal::reported(
+            "DNS queries/s through policy against none",
+            format!("{} ×", number(rates[1].against(&rates[0]).median())),
+        ),
+        Goal::reported(
+            format!("DNS p99 at {CALM} queries/s through policy, none, unbound as a forwarder"),
+            format!(
                 "{}, {}, {} µs",
                 number(p99[1].median()),
                 number(p99[0].median()),
                 number(p99[2].median())
             ),
-            reached: None,
-        },
+        ),
         Goal::at_most(
             "DNS queries that were not answered, through policy",
             0.0,
@@ -336,7 +334,7 @@ impl Drop for Stamping {
 
 /// A client that asks one question after the other.
 struct Asking {
-    topology: Topology,
+    _topology: Topology,
     server: Stamping,
     socket: UdpSocket,
     daemon: Option<Daemon>,
@@ -355,7 +353,7 @@ impl Asking {
         socket.connect((INTERNET_V4, PORT))?;
         socket.set_read_timeout(Some(Duration::from_secs(2)))?;
         Ok(Self {
-            topology,
+            _topology: topology,
             server,
             socket,
             daemon,
@@ -396,8 +394,7 @@ impl Asking {
 
 /// From an answer to its release.
 pub fn committed(effort: Effort) -> Result<Measure> {
-    // the rest of what an endpoint may learn is for the questions that are timed
-    const LEARNED: usize = 80_000;
+    const LEARNED: usize = 100_000;
     const AT_ONCE: usize = 64;
     let (rounds, questions) = effort.pick((5, 200), (20, 250));
     progress(format_args!(
@@ -408,7 +405,7 @@ pub fn committed(effort: Effort) -> Result<Measure> {
         "no firewall",
         "10 selectors",
         "10,000 selectors",
-        "10,000 selectors, 80,000 addresses",
+        "10,000 selectors, 100,000 addresses",
     ];
     let mut ways = [None, Some(10), Some(10_000), Some(10_000)]
         .into_iter()
@@ -428,9 +425,6 @@ pub fn committed(effort: Effort) -> Result<Measure> {
             }
         }
     }
-    for way in &ways {
-        way.topology.meet()?; // nobody has lost the way
-    }
     let mut table = Table::new(
         "From the server's sending of an answer to its arrival at the client, µs",
         &["way", "median", "p99", "longest"],
@@ -442,12 +436,6 @@ pub fn committed(effort: Effort) -> Result<Measure> {
         );
     }
     let p99 = |n: usize| samples[n].quantile(0.99);
-    let goal = |what: &str, measured: String| Goal {
-        what: what.into(),
-        reach: "reported".into(),
-        measured,
-        reached: None,
-    };
     Ok(Measure {
         name: "committed",
         title: "From an answer to its release",
@@ -455,12 +443,12 @@ pub fn committed(effort: Effort) -> Result<Measure> {
             "A client asks one question after the other, each for a name of which nobody has heard, with an address of its own. The time is from the moment in which the server sends the answer to the moment in which the client has it: two veths, carrying, reading, learning, and writing the maps. {rounds} rounds of {questions}, the ways in turn."
         ),
         goals: vec![
-            goal(
-                "answer sent to answer released, p99, 10 and 10,000 selectors, 80,000 addresses beside",
+            Goal::reported(
+                "answer sent to answer released, p99, 10 and 10,000 selectors, 100,000 addresses beside",
                 format!("{}, {}, {} µs", number(p99(1)), number(p99(2)), number(p99(3))),
             ),
-            goal("the same without a firewall", format!("{} µs", number(p99(0)))),
-            goal(
+            Goal::reported("the same without a firewall", format!("{} µs", number(p99(0)))),
+            Goal::reported(
                 "memory of the daemon for a learned address, several to a name",
                 format!("{} bytes", number(each)),
             ),

@@ -5,16 +5,20 @@
 //! network namespaces that the measure has made.
 
 pub mod bulk;
+pub mod carrier;
 pub mod commit;
 pub mod compile;
 pub mod dns;
 pub mod forward;
+pub mod latency;
 pub mod machine;
 pub mod memory;
+pub mod parsers;
 pub mod policies;
 pub mod program;
 pub mod report;
 pub mod traffic;
+pub mod wire;
 
 /// How much is measured.
 #[derive(Clone, Copy, Debug)]

@@ -9,10 +9,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use palisade_bench::{
-    Effort, bulk, commit, compile, dns, forward,
+    Effort, bulk, carrier, commit, compile, dns, forward, latency,
     machine::Machine,
     memory::Counting,
-    program, progress,
+    parsers, program, progress,
     report::{Measure, Report},
 };
 use palisade_flowlog::Timestamp;
@@ -31,6 +31,9 @@ const MEASURES: &[Entry] = &[
     ("forward", forward::measure),
     ("bulk", bulk::measure),
     ("commit", commit::measure),
+    ("parsers", parsers::measure),
+    ("carrier", carrier::measure),
+    ("latency", latency::measure),
     ("dns", dns::throughput),
     ("committed", dns::committed),
 ];
@@ -46,10 +49,19 @@ struct Args {
     /// Where the report goes: latest.md, latest.json and plots.
     #[arg(long, default_value = "bench/results")]
     out: PathBuf,
+    /// Only reads something in memory, for who counts instructions.
+    #[arg(long, hide = true)]
+    work: Option<String>,
+    /// So often.
+    #[arg(long, hide = true, default_value_t = 1)]
+    times: u64,
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    if let Some(work) = &args.work {
+        return parsers::repeat(work, args.times);
+    }
     let known = || {
         MEASURES
             .iter()

@@ -64,6 +64,17 @@ impl Goal {
         }
     }
 
+    /// A figure that is only reported.
+    #[must_use]
+    pub fn reported(what: impl Into<String>, measured: impl Into<String>) -> Self {
+        Self {
+            what: what.into(),
+            reach: "reported".into(),
+            measured: measured.into(),
+            reached: None,
+        }
+    }
+
     /// `value` must be below `bound`.
     #[must_use]
     pub fn below(what: impl Into<String>, bound: f64, value: f64, unit: &str) -> Self {

@@ -22,7 +22,7 @@ use nix::{
 use palisade_testbed::Ns;
 
 /// Frames for one system call.
-const BATCH: usize = 64;
+pub const BATCH: usize = 64;
 /// Bytes of a frame: the shortest that Ethernet has, without its checksum.
 const FRAME: usize = 60;
 
@@ -85,6 +85,15 @@ impl Sender {
         Ok(Self { socket })
     }
 
+    /// For batches of frames.
+    #[must_use]
+    pub fn batches(&self) -> Batches<'_> {
+        Batches {
+            sender: self,
+            headers: MultiHeaders::preallocate(BATCH, None),
+        }
+    }
+
     /// Sends each frame once.
     pub fn send(&self, frames: &[Frame]) -> Result<()> {
         for frame in frames {
@@ -116,6 +125,34 @@ impl Sender {
             }
         }
         Ok((sent, processor_time()?.saturating_sub(used)))
+    }
+}
+
+/// Sends batches of frames of any length; keeps what that needs.
+pub struct Batches<'a> {
+    sender: &'a Sender,
+    headers: MultiHeaders<LinkAddr>,
+}
+
+impl Batches<'_> {
+    /// Sends up to [`BATCH`] of them with one system call; how many were sent.
+    pub fn send(&mut self, frames: &[Vec<u8>]) -> Result<usize> {
+        let frames = &frames[..frames.len().min(BATCH)];
+        let batch: Vec<_> = frames.iter().map(|frame| [IoSlice::new(frame)]).collect();
+        let none: [Option<LinkAddr>; BATCH] = [None; BATCH];
+        let fd = self.sender.socket.as_raw_fd();
+        match sendmmsg(
+            fd,
+            &mut self.headers,
+            &batch,
+            &none[..batch.len()],
+            [],
+            MsgFlags::empty(),
+        ) {
+            Ok(results) => Ok(results.count()),
+            Err(Errno::ENOBUFS | Errno::EAGAIN) => Ok(0),
+            Err(error) => Err(error).context("sending frames"),
+        }
     }
 }
 

@@ -1,0 +1,248 @@
+//! What it adds to a packet's way that it is carried: a question and its answer, one after the other, in each of the
+//! ways in which workers wait, against a node without a firewall.
+
+use std::{
+    net::{Ipv4Addr, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use palisade_testbed::{
+    Ns, Topology,
+    daemon::{Daemon, Settings},
+    dns,
+    topology::{INTERNET_V4, WorkloadSpec},
+};
+
+use crate::{
+    Effort, progress,
+    report::{Goal, Measure, Samples, Table, number},
+};
+
+/// Port of what is carried; every query is asked for by name.
+const READ: u16 = dns::PORT;
+/// Port of what is judged and stays in the kernel.
+const UNREAD: u16 = 5_000;
+
+const POLICY: &str = "\
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: latency}
+spec:
+  endpointSelector: {matchLabels: {app: client}}
+  egress:
+  - toEntities: [world]
+    toPorts:
+    - ports: [{port: \"53\", protocol: UDP}]
+      rules:
+        dns: [{matchPattern: \"*.bench.example\"}]
+  - toEntities: [world]
+    toPorts:
+    - ports: [{port: \"5000\", protocol: UDP}]
+";
+
+/// Says to every question that there is no such name: nothing is to be learned from that.
+struct Denier {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Denier {
+    fn start(ns: &Ns, address: Ipv4Addr) -> Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut denier = Self {
+            stop: Arc::clone(&stop),
+            threads: Vec::new(),
+        };
+        for port in [READ, UNREAD] {
+            let socket = ns
+                .enter(|| UdpSocket::bind((address, port)))
+                .context("name server")?;
+            socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+            let stop = Arc::clone(&stop);
+            denier.threads.push(thread::spawn(move || {
+                let mut buffer = [0; 1500];
+                while !stop.load(Relaxed) {
+                    let Ok((length, from)) = socket.recv_from(&mut buffer) else {
+                        continue;
+                    };
+                    if let Some(flags) = buffer[..length].get_mut(2..4) {
+                        flags.copy_from_slice(&[0x84, 0x83]);
+                        // a lost one is missed by whoever asked
+                        let _ = socket.send_to(&buffer[..length], from);
+                    }
+                }
+            }));
+        }
+        Ok(denier)
+    }
+}
+
+impl Drop for Denier {
+    fn drop(&mut self) {
+        self.stop.store(true, Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A client and a server, and the node between them.
+struct Path {
+    topology: Topology,
+    socket: UdpSocket,
+    _server: Denier,
+    next: u16,
+}
+
+impl Path {
+    fn new() -> Result<Self> {
+        let topology = Topology::new()?.workload(WorkloadSpec::new("client").label("app", "client"))?;
+        topology.meet()?;
+        let server = Denier::start(&topology.internet, INTERNET_V4)?;
+        let client = topology.get("client");
+        let socket = client.ns.enter(|| UdpSocket::bind((client.v4, 0)))?;
+        socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+        Ok(Self {
+            topology,
+            socket,
+            _server: server,
+            next: 0,
+        })
+    }
+
+    fn guard(&self, mode: &str) -> Result<Daemon> {
+        let settings = Settings {
+            nic: false,
+            tables: format!("[worker]\nmode = {mode:?}\nthreads = 1\n"),
+            ..Settings::default()
+        };
+        Daemon::start(&self.topology, &settings, &[("latency.yaml", POLICY)])
+    }
+
+    /// Asks so often; µs from each question to its answer.
+    fn ask(&mut self, port: u16, count: usize, pause: Duration) -> Result<Samples> {
+        self.socket.connect((INTERNET_V4, port))?;
+        let mut samples = Samples::new();
+        for _ in 0..count {
+            self.next = self.next.wrapping_add(1);
+            let message = dns::query(self.next, &[("www.bench.example", dns::rtype::A)]);
+            let mut buffer = [0; 1500];
+            let begin = Instant::now();
+            self.socket.send(&message)?;
+            let length = self.socket.recv(&mut buffer).context("no answer")?;
+            samples.push(begin.elapsed().as_nanos() as f64 / 1e3);
+            ensure!(
+                length == message.len() && buffer[..2] == message[..2] && buffer[3] == 0x83,
+                "another answer: {:?}",
+                &buffer[..length]
+            );
+            if !pause.is_zero() {
+                thread::sleep(pause);
+            }
+        }
+        Ok(samples)
+    }
+}
+
+/// Medians over rounds of one way's quantiles.
+#[derive(Default)]
+struct Figures {
+    p50: Samples,
+    p99: Samples,
+}
+
+impl Figures {
+    fn take(&mut self, samples: &Samples) {
+        self.p50.push(samples.median());
+        self.p99.push(samples.quantile(0.99));
+    }
+}
+
+/// Runs it.
+pub fn measure(effort: Effort) -> Result<Measure> {
+    const MODES: [&str; 3] = ["poll", "spin", "busy-poll"];
+    let (rounds, turns, count) = effort.pick((2, 3, 300), (5, 5, 1_000));
+    progress(format_args!(
+        "latency: {rounds} rounds of {turns} turns of {count} questions, {} modes",
+        MODES.len()
+    ));
+    let (mut open, mut guarded) = (Path::new()?, Path::new()?);
+    let mut table = Table::new(
+        "From a question to its answer, µs; carried twice. \"Calm\": a millisecond between an answer and the next question, so that everybody sleeps",
+        &[
+            "mode, what",
+            "p50",
+            "p99",
+            "no firewall, p50",
+            "no firewall, p99",
+            "p50 against none",
+            "p99 against none",
+        ],
+    );
+    let mut goals = Vec::new();
+    for mode in MODES {
+        let kinds = [
+            ("carried", READ, Duration::ZERO),
+            ("judged, not carried", UNREAD, Duration::ZERO),
+            ("carried, calm", READ, Duration::from_millis(1)),
+        ];
+        let mut figures: [[Figures; 2]; 3] = Default::default();
+        for _ in 0..rounds {
+            // A worker that spins takes a processor from all others: only one daemon runs at a time.
+            let daemon = guarded.guard(mode)?;
+            for turn in 0..turns {
+                for ((_, port, pause), [none, ours]) in kinds.iter().zip(&mut figures) {
+                    let count = if pause.is_zero() { count } else { count / 3 };
+                    if turn == 0 {
+                        guarded.ask(*port, 50, *pause).with_context(|| daemon.report())?;
+                    }
+                    none.take(&open.ask(*port, count, *pause)?);
+                    let samples = guarded.ask(*port, count, *pause);
+                    ours.take(&samples.with_context(|| daemon.report())?);
+                }
+            }
+        }
+        for ((what, ..), [none, ours]) in kinds.iter().zip(&figures) {
+            table.row(
+                format!("{mode}, {what}"),
+                &[
+                    ours.p50.median(),
+                    ours.p99.median(),
+                    none.p50.median(),
+                    none.p99.median(),
+                    ours.p50.against(&none.p50).median(),
+                    ours.p99.against(&none.p99).median(),
+                ],
+            );
+        }
+        let [none, ours] = &figures[0];
+        let p50 = ours.p50.against(&none.p50).median();
+        let what = format!("latency of a carried exchange against kernel forwarding, p50, {mode} mode");
+        goals.push(if mode == "poll" {
+            Goal::at_most(what, 1.3, p50, " ×")
+        } else {
+            Goal::reported(what, format!("{} ×", number(p50)))
+        });
+        goals.push(Goal::reported(
+            format!("the same, p99, {mode} mode"),
+            format!("{} ×", number(ours.p99.against(&none.p99).median())),
+        ));
+    }
+    Ok(Measure {
+        name: "latency",
+        title: "Latency of what is carried",
+        method: format!(
+            "A workload asks a server behind the NIC by UDP, one question after the other; both are threads that sleep in the kernel. Each exchange has two packets that are carried, read and released. Modes are those of `[worker] mode`, with one worker; {rounds} daemons for each, {turns} turns of {count} questions with each, in turn with a node that has no firewall."
+        ),
+        goals,
+        tables: vec![table],
+        plot: None,
+        notes: Vec::new(),
+    })
+}
