@@ -4,8 +4,7 @@ use palisade_abi::{Inspector, Reason, carry_flags, protocol};
 use palisade_packet::flags;
 
 use crate::{
-    DnsLimits, DnsStats, FragmentLimits, FragmentStats, HttpLimits, Learned, Millis, Rules, Sink,
-    StreamLimits, StreamStats, TlsLimits, TlsStats, View,
+    DnsLimits, DnsStats, FragmentLimits, FragmentStats, HttpLimits, Learned, Millis, Rules, Sink, TlsLimits, TlsStats, View,
     dns::{Dns, stream::Streams},
     fragments::Reassembler,
     record::{Record, Verdict, What},
@@ -17,8 +16,6 @@ use crate::{
 pub struct Limits {
     /// DNS.
     pub dns: DnsLimits,
-    /// DNS over TCP.
-    pub streams: StreamLimits,
     /// HTTP.
     pub http: HttpLimits,
     /// TLS.
@@ -32,8 +29,6 @@ pub struct Limits {
 pub struct Stats {
     /// DNS.
     pub dns: DnsStats,
-    /// DNS over TCP.
-    pub streams: StreamStats,
     /// TLS.
     pub tls: TlsStats,
     /// Fragmented datagrams.
@@ -104,7 +99,7 @@ impl<F> Engine<F> {
         Self {
             rules: Arc::default(),
             dns: Dns::new(&limits.dns),
-            streams: Streams::new(&limits.streams),
+            streams: Streams::new(&limits.dns.tcp),
             tls: Tls::new(&limits.tls),
             fragments: Reassembler::new(&limits.fragments),
             spare: Spare(Vec::new()),
@@ -205,15 +200,15 @@ impl<F> Engine<F> {
     }
 
     /// What became of an answer that was to be learned.
-    pub fn learned(&mut self, _now: Millis, learned: Learned, sink: &mut impl Sink<F>) {
+    pub fn learned(&mut self, now: Millis, learned: Learned, sink: &mut impl Sink<F>) {
         self.dns.learned(learned, &mut self.spare, sink);
-        self.streams.resolve(&mut self.dns, sink);
+        self.streams.resolve(now, &mut self.dns, &mut self.spare, sink);
     }
 
     /// Lets go what has waited too long. To be called when [`Engine::deadline`] has come; at any time, too.
     pub fn tick(&mut self, now: Millis, sink: &mut impl Sink<F>) {
         self.dns.tick(now, &mut self.spare, sink);
-        self.streams.tick(now, &mut self.dns, sink);
+        self.streams.tick(now, &mut self.dns, &mut self.spare, sink);
         self.tls.tick(now, sink);
         self.fragments.tick(now, &mut self.spare, sink);
     }
@@ -252,8 +247,10 @@ impl<F> Engine<F> {
     #[must_use]
     pub fn stats(&self) -> Stats {
         Stats {
-            dns: self.dns.stats(),
-            streams: self.streams.stats(),
+            dns: DnsStats {
+                tcp: self.streams.stats(),
+                ..self.dns.stats()
+            },
             tls: self.tls.stats(),
             fragments: self.fragments.stats(),
             unsupported: self.unsupported,

@@ -70,6 +70,8 @@ pub(crate) struct Connection<F> {
     about: About,
     /// Another policy has its packets read too, and must not miss any: none are made in their place.
     is_shared: bool,
+    /// Audit mode: where it would be cut it goes on, unread.
+    is_audit: bool,
     windows: [u32; 4],
     /// To go with the next packet that is released.
     command: bool,
@@ -93,6 +95,7 @@ impl<F> Connection<F> {
             serial,
             about,
             is_shared: false,
+            is_audit: false,
             windows: [0; 4],
             command: false,
             rest: [0; 2],
@@ -171,8 +174,15 @@ impl<F> Connection<F> {
         };
         if self.halves.iter().any(late) {
             shared.stats.overdue += 1;
-            self.tell(Reason::InspectDeadline, sink);
-            self.cut(Reason::InspectDeadline, shared, sink);
+            if self.is_audit {
+                self.tell(Verdict::Audit, Reason::InspectDeadline, sink);
+                shared.stats.offloaded += 1;
+                self.phase = Phase::Offloaded;
+                self.flush(Side::Client, shared, sink);
+            } else {
+                self.tell(Verdict::Dropped, Reason::InspectDeadline, sink);
+                self.cut(Reason::InspectDeadline, shared, sink);
+            }
         }
         self.count(shared);
         let idle = if self.is_done() {
@@ -207,10 +217,10 @@ impl<F> Connection<F> {
     }
 
     /// Names a connection that is cut for a reason that no reader has told.
-    fn tell<S: Sink<F>>(&self, reason: Reason, sink: &mut S) {
+    fn tell<S: Sink<F>>(&self, verdict: Verdict, reason: Reason, sink: &mut S) {
         let detail = reason.text();
         sink.record(&Record {
-            verdict: Verdict::Dropped,
+            verdict,
             reason,
             ..Record::about(&self.about, What::Unreadable { detail })
         });
@@ -307,7 +317,7 @@ impl<F> Connection<F> {
         let (mut at, end) = (start, half.delivered());
         if tries >= TRIES {
             self.half(side).again = None;
-            self.tell(Reason::InspectDeadline, sink);
+            self.tell(Verdict::Dropped, Reason::InspectDeadline, sink);
             self.cut(Reason::InspectDeadline, shared, sink);
             return;
         }
@@ -433,6 +443,7 @@ impl<F> Connection<F> {
     ) {
         self.seen = now;
         let side = Side::of(view.slot);
+        self.is_audit = view.slot.flags & carry_flags::AUDIT != 0;
         self.is_shared |= view.slot.flags & carry_flags::SHARED != 0;
         if side == Side::Client {
             self.about = About::of(view);
@@ -487,6 +498,19 @@ impl<F> Connection<F> {
                 sink.discard(frame, reason);
             }
         }
+        self.arm(now, shared, sink);
+        self.count(shared);
+    }
+
+    /// The reader knows something new.
+    pub(super) fn resume<S: Sink<F>>(
+        &mut self,
+        now: Millis,
+        reader: &mut impl Reader<F>,
+        shared: &mut Shared,
+        sink: &mut S,
+    ) {
+        self.read(now, reader, shared, sink);
         self.arm(now, shared, sink);
         self.count(shared);
     }
@@ -567,7 +591,7 @@ impl<F> Connection<F> {
             self.release(frame, shared, sink);
             return Ok(progress);
         }
-        let waits = behind > own.judged;
+        let waits = behind > own.goes();
         if end > own.reach(shared.limits.bytes_per_direction as u64)
             || shared.stats.bytes > shared.limits.bytes as u64
             || (waits
@@ -776,12 +800,19 @@ impl<F> Connection<F> {
             return false;
         }
         let step = match std::mem::take(&mut self.rest[side as usize]) {
-            0 => reader.read(side, bytes, end, sink),
+            0 => {
+                reader.sent(side, half.sent.saturating_sub(START + 1));
+                reader.read(side, bytes, end, sink)
+            }
             rest => Step::Skip(rest),
         };
         half.is_patient = matches!(step, Step::Wait);
         match step {
             Step::More | Step::Wait => false,
+            Step::Ahead(n) => {
+                half.ahead = half.judged + n.min(there) as u64;
+                false
+            }
             Step::Release(n) => {
                 half.pass(n.min(there) as u64);
                 if there == 0 {
