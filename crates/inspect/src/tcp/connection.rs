@@ -164,6 +164,7 @@ impl<F> Connection<F> {
         for side in [Side::Client, Side::Server] {
             if self.half(side).promise_at.is_some_and(|at| at <= now) {
                 self.promise(side, shared, sink);
+                self.deliver(side, shared, sink);
             }
             self.deliver_again(now, side, shared, sink);
         }
@@ -585,10 +586,17 @@ impl<F> Connection<F> {
         {
             return Err((Reason::TcpOverlap, frame));
         }
-        if behind <= own.acked {
-            // The receiver has it; this makes it say so again.
+        if start < own.acked {
+            // The receiver says that it has the beginning. It takes nothing of that again, or it lies to get bytes that
+            // nobody has read; so the sender is told here how far it has come. But one byte at the end of what the
+            // receiver has asks whether that is still there (RFC 9293, 3.8.4).
             shared.stats.retransmitted += 1;
-            self.release(frame, shared, sink);
+            if behind == own.acked && segment.payload.len() <= 1 {
+                self.release(frame, shared, sink);
+            } else {
+                sink.discard(frame, Reason::TcpHeld);
+                self.acknowledge(side, shared, sink);
+            }
             return Ok(progress);
         }
         let waits = behind > own.goes();
@@ -600,12 +608,7 @@ impl<F> Connection<F> {
         {
             return Err((Reason::InspectLimit, frame));
         }
-        // What the receiver has is not compared: it takes nothing of it again.
-        let from = start.max(own.acked);
-        let fresh = match own.take(
-            from,
-            segment.payload.get((from - start) as usize..).unwrap_or_default(),
-        ) {
+        let fresh = match own.take(start, segment.payload) {
             Arrival::Differs => return Err((Reason::TcpOverlap, frame)),
             Arrival::New => true,
             Arrival::Known => segment.is_fin() && own.fin.is_none(),
