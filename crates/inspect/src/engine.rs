@@ -4,7 +4,8 @@ use palisade_abi::{Inspector, Reason, carry_flags, protocol};
 use palisade_packet::flags;
 
 use crate::{
-    DnsLimits, DnsStats, FragmentLimits, FragmentStats, HttpLimits, Learned, Millis, Rules, Sink, TlsLimits, TlsStats, View,
+    DnsLimits, DnsStats, FragmentLimits, FragmentStats, HttpLimits, Learned, Millis, Rules, Sink, TlsLimits,
+    TlsStats, View,
     dns::{Dns, stream::Streams},
     fragments::Reassembler,
     record::{Record, Verdict, What},

@@ -40,8 +40,9 @@ struct Flow {
     asked: u64,
     /// Ends of queries that may go and are not known to be on their way.
     leaving: VecDeque<u64>,
-    /// Queries on their way that are not answered.
-    open: usize,
+    /// How many have been on their way, and how many answers may go.
+    sent: u64,
+    answered: u64,
     /// A query that goes no further: why, and its answer.
     refused: Option<(Reason, Vec<u8>)>,
     transfers: Vec<Transfer>,
@@ -82,7 +83,8 @@ impl Flow {
             number,
             asked: 0,
             leaving: VecDeque::new(),
-            open: 0,
+            sent: 0,
+            answered: 0,
             refused: None,
             transfers: Vec::new(),
             told: 0,
@@ -262,7 +264,7 @@ impl<F> Reader<F> for Reading<'_, '_, F> {
     fn sent(&mut self, side: Side, to: u64) {
         let flow = &mut *self.flow;
         while side == Side::Client && flow.leaving.pop_front_if(|end| *end <= to).is_some() {
-            flow.open += 1;
+            flow.sent += 1;
         }
     }
 }
@@ -322,7 +324,7 @@ impl<F> Reading<'_, '_, F> {
 
     /// Answers the query that goes no further, once those before it are answered.
     fn answer(&mut self) -> Step {
-        if self.flow.open == 0
+        if self.flow.answered >= self.flow.sent
             && let Some((reason, reply)) = self.flow.refused.take()
         {
             self.dns.stats.replies += 1;
@@ -332,7 +334,9 @@ impl<F> Reading<'_, '_, F> {
     }
 
     fn query<S: Sink<F>>(&mut self, message: &[u8], sink: &mut S) -> Option<QueryVerdict> {
-        let (view, rules) = self.packet.filter(|(view, _)| Side::of(view.slot) == Side::Client)?;
+        let (view, rules) = self
+            .packet
+            .filter(|(view, _)| Side::of(view.slot) == Side::Client)?;
         let verdict = self.dns.query(self.now, view, message, rules, sink);
         if let QueryVerdict::Transfer(note) = verdict
             && let Ok(query) = Query::parse(message, &Limits::QUERY)
@@ -399,20 +403,26 @@ impl<F> Reading<'_, '_, F> {
         let before = flow.told;
         while let Some(judged) = flow.answers.pop_front_if(|judged| judged.passes) {
             flow.told = judged.end;
-            flow.open = flow.open.saturating_sub(usize::from(judged.closes));
+            flow.answered += u64::from(judged.closes);
         }
         if flow.told > before {
             return Step::Release((flow.told - before) as usize);
         }
         // A long answer is not sent to its end before its beginning is acknowledged; without its end nobody takes it
         // for one.
-        let last = flow.answers.front().map(|judged| (judged.end - flow.told) as usize - 1);
+        let last = flow
+            .answers
+            .front()
+            .map(|judged| (judged.end - flow.told) as usize - 1);
         Step::Ahead(last.unwrap_or(bytes.len()))
     }
 
     /// Judges a message of the server. False: not now. Err: why the connection ends.
     fn told<S: Sink<F>>(&mut self, message: &[u8], sink: &mut S) -> Result<bool, Reason> {
-        let Some((view, _)) = self.packet.filter(|(view, _)| Side::of(view.slot) == Side::Server) else {
+        let Some((view, _)) = self
+            .packet
+            .filter(|(view, _)| Side::of(view.slot) == Side::Server)
+        else {
             return Ok(false);
         };
         let end = self.flow.judged + (PREFIX + message.len()) as u64;
@@ -436,25 +446,23 @@ impl<F> Reading<'_, '_, F> {
             }
         };
         self.flow.judged = end;
-        self.flow.answers.push_back(Judged {
-            end,
-            passes,
-            closes,
-        });
+        self.flow.answers.push_back(Judged { end, passes, closes });
         Ok(true)
     }
 
     /// The beginning of a message of a transfer need not wait for its end, if nothing before it waits. How much of it
     /// may go.
     fn begin<S: Sink<F>>(&mut self, bytes: &[u8], sink: &mut S) -> Option<usize> {
-        let (view, _) = self.packet.filter(|(view, _)| Side::of(view.slot) == Side::Server)?;
+        let (view, _) = self
+            .packet
+            .filter(|(view, _)| Side::of(view.slot) == Side::Server)?;
         let (prefix, message) = bytes.split_first_chunk::<PREFIX>()?;
         if !self.flow.answers.is_empty() {
             return None;
         }
         let closes = self.transferred(view, message, sink)?;
         let flow = &mut *self.flow;
-        flow.open = flow.open.saturating_sub(usize::from(closes));
+        flow.answered += u64::from(closes);
         flow.rest = usize::from(u16::from_be_bytes(*prefix)) - message.len();
         flow.told += bytes.len() as u64;
         flow.judged = flow.told;
@@ -472,7 +480,8 @@ impl<F> Reading<'_, '_, F> {
         let is_first = !transfer.begun;
         if is_first {
             transfer.begun = true;
-            self.dns.transfer_begins(self.now, view, transfer, head.rcode, sink);
+            self.dns
+                .transfer_begins(self.now, view, transfer, head.rcode, sink);
         }
         Some(is_first)
     }

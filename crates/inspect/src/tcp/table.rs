@@ -216,9 +216,7 @@ impl<F, T: Remember> Connections<F, T> {
             return;
         };
         let mut reader = reader(&mut entry.reader);
-        entry
-            .connection
-            .resume(now, &mut reader, &mut self.shared, sink);
+        entry.connection.resume(now, &mut reader, &mut self.shared, sink);
         let due = entry.connection.deadline(&self.shared);
         if due < entry.due {
             schedule(&mut self.due, &mut entry.due, due, *key);
