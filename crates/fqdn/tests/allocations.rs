@@ -9,7 +9,7 @@ use std::{
 use palisade_fqdn::{Cache, Config, Flow, SelectorId, Selectors, TrackLimits, Tracker};
 use palisade_policy::rule::FqdnPattern;
 use palisade_protocols::dns::{
-    Address, Answer, Limits, MessageReader, NameSet, Query, Question, Rcode, Source, reply,
+    Address, Answer, Limits, NameSet, Query, Question, Rcode, Source, first_message, reply,
 };
 
 struct Counting;
@@ -75,7 +75,6 @@ fn questions_and_answers_in_the_steady_state() {
     let rules = NameSet::new(&patterns).unwrap();
     let mut tracker = Tracker::new(TrackLimits::default());
     let mut answer = Answer::default();
-    let mut reader = MessageReader::new(4096);
     let framed = [&(QUERY.len() as u16).to_be_bytes(), QUERY].concat();
     let flow = Flow {
         endpoint: 1,
@@ -92,8 +91,7 @@ fn questions_and_answers_in_the_steady_state() {
         tracker.answered(flow, &answer, now).unwrap();
         let mut out = [0; 512];
         reply(QUERY, Rcode::Refused, &mut out).unwrap();
-        let mut input = &framed[..];
-        assert!(reader.next(&mut input).unwrap().is_some());
+        assert!(first_message(&framed, 4096).unwrap().is_some());
         assert!(Query::parse(&QUERY[..20], &Limits::QUERY).is_err());
     };
     assert!(allocations(|| round(0)) > 0, "the count must count");

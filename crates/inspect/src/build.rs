@@ -1,7 +1,7 @@
 //! Packets that the engine makes, and the sums of those it puts together.
 
 use palisade_abi::{Addr, protocol};
-use palisade_packet::{Packet, TCP_ACK, TCP_RST, flags};
+use palisade_packet::{Packet, flags};
 
 use crate::View;
 
@@ -89,67 +89,6 @@ pub(crate) fn datagram_back(view: &View<'_>, payload: &[u8], out: &mut Vec<u8>) 
     // zero says that there is none
     let sum = if sum == 0xffff { 0xffff } else { !sum };
     out[transport + 6..transport + 8].copy_from_slice(&sum.to_be_bytes());
-    true
-}
-
-/// What a TCP reset says.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Reset {
-    pub sequence: u32,
-    /// Acknowledges what came before it.
-    pub acknowledgment: Option<u32>,
-}
-
-/// Makes the reset that goes the way of `packet`, or the way back. `link` is the header in front of `packet`.
-pub(crate) fn reset(packet: &Packet, link: &[u8], back: bool, reset: Reset, out: &mut Vec<u8>) -> bool {
-    const LENGTH: u16 = 20;
-    let turned;
-    let packet = if back {
-        packet
-    } else {
-        // what answers the answer goes the same way
-        turned = Packet {
-            source: packet.destination,
-            destination: packet.source,
-            source_port: packet.destination_port,
-            destination_port: packet.source_port,
-            ..*packet
-        };
-        &turned
-    };
-    if link.len() < 14 || link[0] & 1 != 0 {
-        return false;
-    }
-    out.clear();
-    if back {
-        out.extend_from_slice(&link[6..12]);
-        out.extend_from_slice(&link[..6]);
-    } else {
-        out.extend_from_slice(&link[..12]);
-    }
-    out.extend_from_slice(&link[12..]);
-    network_header(packet, protocol::TCP, LENGTH, out);
-    let transport = out.len();
-    out.extend_from_slice(&packet.destination_port.to_be_bytes());
-    out.extend_from_slice(&packet.source_port.to_be_bytes());
-    out.extend_from_slice(&reset.sequence.to_be_bytes());
-    out.extend_from_slice(&reset.acknowledgment.unwrap_or(0).to_be_bytes());
-    let flags = TCP_RST
-        | if reset.acknowledgment.is_some() {
-            TCP_ACK
-        } else {
-            0
-        };
-    out.extend_from_slice(&[0x50, flags, 0, 0, 0, 0, 0, 0]);
-    let sum = Sum::pseudo(
-        packet.destination,
-        packet.source,
-        protocol::TCP,
-        usize::from(LENGTH),
-    )
-    .add(&out[transport..])
-    .fold();
-    out[transport + 16..transport + 18].copy_from_slice(&(!sum).to_be_bytes());
     true
 }
 

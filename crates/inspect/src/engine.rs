@@ -5,7 +5,7 @@ use palisade_packet::flags;
 
 use crate::{
     DnsLimits, DnsStats, FragmentLimits, FragmentStats, HttpLimits, HttpStats, Learned, Millis, Rules, Sink,
-    StreamLimits, StreamStats, TlsLimits, TlsStats, View,
+    TlsLimits, TlsStats, View,
     dns::{Dns, stream::Streams},
     fragments::Reassembler,
     http::Http,
@@ -18,8 +18,6 @@ use crate::{
 pub struct Limits {
     /// DNS.
     pub dns: DnsLimits,
-    /// DNS over TCP.
-    pub streams: StreamLimits,
     /// HTTP.
     pub http: HttpLimits,
     /// TLS.
@@ -33,8 +31,6 @@ pub struct Limits {
 pub struct Stats {
     /// DNS.
     pub dns: DnsStats,
-    /// DNS over TCP.
-    pub streams: StreamStats,
     /// HTTP.
     pub http: HttpStats,
     /// TLS.
@@ -108,7 +104,7 @@ impl<F> Engine<F> {
         Self {
             rules: Arc::default(),
             dns: Dns::new(&limits.dns),
-            streams: Streams::new(&limits.streams),
+            streams: Streams::new(&limits.dns.tcp),
             http: Http::new(&limits.http),
             tls: Tls::new(&limits.tls),
             fragments: Reassembler::new(&limits.fragments),
@@ -214,15 +210,15 @@ impl<F> Engine<F> {
     }
 
     /// What became of an answer that was to be learned.
-    pub fn learned(&mut self, _now: Millis, learned: Learned, sink: &mut impl Sink<F>) {
+    pub fn learned(&mut self, now: Millis, learned: Learned, sink: &mut impl Sink<F>) {
         self.dns.learned(learned, &mut self.spare, sink);
-        self.streams.resolve(&mut self.dns, sink);
+        self.streams.resolve(now, &mut self.dns, &mut self.spare, sink);
     }
 
     /// Lets go what has waited too long. To be called when [`Engine::deadline`] has come; at any time, too.
     pub fn tick(&mut self, now: Millis, sink: &mut impl Sink<F>) {
         self.dns.tick(now, &mut self.spare, sink);
-        self.streams.tick(now, &mut self.dns, sink);
+        self.streams.tick(now, &mut self.dns, &mut self.spare, sink);
         self.http.tick(now, sink);
         self.tls.tick(now, sink);
         self.fragments.tick(now, &mut self.spare, sink);
@@ -265,8 +261,10 @@ impl<F> Engine<F> {
     #[must_use]
     pub fn stats(&self) -> Stats {
         Stats {
-            dns: self.dns.stats(),
-            streams: self.streams.stats(),
+            dns: DnsStats {
+                tcp: self.streams.stats(),
+                ..self.dns.stats()
+            },
             http: self.http.stats(),
             tls: self.tls.stats(),
             fragments: self.fragments.stats(),

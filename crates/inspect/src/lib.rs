@@ -22,10 +22,7 @@ use palisade_abi::{CarrySlot, FlowCommand, Reason};
 use palisade_packet::Packet;
 use palisade_protocols::dns::Answer;
 
-pub use dns::{
-    Denial, DnsLimits, DnsStats,
-    stream::{StreamLimits, StreamStats},
-};
+pub use dns::{Denial, DnsLimits, DnsStats};
 pub use engine::{Engine, Limits, Stats};
 pub use fragments::{FragmentLimits, FragmentStats};
 pub use http::{HttpLimits, HttpStats, Paths};

@@ -81,6 +81,10 @@ fn run(engine: &mut Engine<u32>, sink: &mut Counts, now: u64, frames: &[(CarrySl
         let mut packet = Packet::default();
         decode(&frame[..], Start::Ethernet { tags_removed: 0 }, &mut packet).unwrap();
         let transport = usize::from(packet.transport_offset);
+        let header = match packet.protocol {
+            6 => usize::from(frame[transport + 12] >> 4) * 4,
+            _ => 8,
+        };
         let view = View {
             slot,
             ifindex: 7,
@@ -89,7 +93,7 @@ fn run(engine: &mut Engine<u32>, sink: &mut Counts, now: u64, frames: &[(CarrySl
             frame,
             network: usize::from(packet.network_offset),
             transport,
-            payload: (transport, frame.len()),
+            payload: (transport + header, frame.len()),
         };
         engine.packet(now, &view, 1, sink);
         if let Some(learn) = sink.learn.take() {

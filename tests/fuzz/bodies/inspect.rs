@@ -113,6 +113,12 @@ pub fn run(bytes: &[u8]) {
         if decoded.is_ok() && !packet.is(palisade_packet::flags::NOT_IP) {
             let transport = usize::from(packet.transport_offset);
             let network = usize::from(packet.network_offset);
+            let end = network + packet.length as usize;
+            let byte = |at: usize| frame.get(transport + at).copied().unwrap_or(0);
+            let header = match packet.protocol {
+                6 => usize::from(byte(12) >> 4) * 4,
+                _ => 8,
+            };
             let view = View {
                 slot: &slot,
                 ifindex: 1,
@@ -121,7 +127,7 @@ pub fn run(bytes: &[u8]) {
                 frame,
                 network,
                 transport,
-                payload: (transport, network + packet.length as usize),
+                payload: ((transport + header).min(end), end),
             };
             let learns = sink.learns.len();
             engine.packet(now, &view, sent, &mut sink);

@@ -2,18 +2,23 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use palisade_protocols::dns::{Answer, Limits, MessageReader, Query, Rcode, Refusal, reply};
+use palisade_protocols::dns::{Answer, Head, Limits, Query, Rcode, Refusal, first_message, reply};
 
 fuzz_target!(|bytes: &[u8]| {
     let _ = Query::parse(bytes, &Limits::QUERY);
-    let _ = Answer::parse(bytes, &Limits::ANSWER);
+    if let Ok(answer) = Answer::parse(bytes, &Limits::ANSWER) {
+        // who reads the beginning only reads the same there
+        let head = Head::read(bytes).expect("an answer has a head");
+        assert_eq!((head.id, head.question), (answer.id, answer.question));
+    }
     let mut out = [0; 512];
     if let Ok(len) = reply(bytes, Rcode::Refused, &mut out) {
         // the opcode is the query's
         assert!(matches!(Answer::parse(&out[..len], &Limits::ANSWER), Ok(_) | Err(Refusal::Opcode)));
     }
-    let (mut reader, mut input) = (MessageReader::new(4096), bytes);
-    while let Ok(Some(message)) = reader.next(&mut input) {
+    let mut rest = bytes;
+    while let Ok(Some(message)) = first_message(rest, 4096) {
         assert!(message.len() >= 12);
+        rest = &rest[2 + message.len()..];
     }
 });

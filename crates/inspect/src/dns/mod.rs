@@ -4,11 +4,11 @@ use std::{collections::HashMap, net::SocketAddr};
 
 use palisade_abi::{Addr, CarrySlot, Reason, carry_flags};
 use palisade_fqdn::{Asked, Flow, TrackLimits, Tracker, Unasked};
-use palisade_protocols::dns::{Answer, Limits, Query, Rcode, Refusal, reply};
+use palisade_protocols::dns::{Answer, Limits, Query, Question, Rcode, Refusal, reply, rtype};
 
 pub(crate) mod stream;
 
-use stream::Place;
+use stream::{Place, Transfer};
 
 use crate::{
     Learn, Learned, Millis, Route, Rules, Sink, View,
@@ -16,6 +16,7 @@ use crate::{
     build,
     engine::{Frames, Spare},
     record::{Record, Text, Verdict, What},
+    tcp::{TcpLimits, TcpStats},
 };
 
 /// What a query for a name that is not allowed is answered with.
@@ -41,6 +42,8 @@ pub struct DnsLimits {
     pub held_per_endpoint: usize,
     /// How long such an answer waits; then it is dropped.
     pub deadline: Millis,
+    /// Connections. Their deadline is that of an unfinished message.
+    pub tcp: TcpLimits,
 }
 
 impl Default for DnsLimits {
@@ -51,6 +54,17 @@ impl Default for DnsLimits {
             held: 4096,
             held_per_endpoint: 1024,
             deadline: 2000,
+            tcp: TcpLimits {
+                connections: 4096,
+                connections_per_endpoint: 1024,
+                // The longest message, and what is asked and answered meanwhile.
+                bytes_per_direction: 160 << 10,
+                bytes: 64 << 20,
+                frames_per_direction: 256,
+                deadline: 10_000,
+                idle: 120_000,
+                ..TcpLimits::default()
+            },
         }
     }
 }
@@ -58,6 +72,8 @@ impl Default for DnsLimits {
 /// What has happened so far.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DnsStats {
+    /// Connections.
+    pub tcp: TcpStats,
     /// Queries that were read.
     pub queries: u64,
     /// Queries for a name that is not allowed.
@@ -68,6 +84,8 @@ pub struct DnsStats {
     pub replies: u64,
     /// Answers that were read and asked for.
     pub answers: u64,
+    /// Messages of zone transfers that went on.
+    pub transferred: u64,
     /// Answers released after what they teach was committed.
     pub committed: u64,
     /// Answers whose learning failed, or could not be asked for.
@@ -89,11 +107,13 @@ pub struct DnsStats {
 impl Default for DnsStats {
     fn default() -> Self {
         Self {
+            tcp: TcpStats::default(),
             queries: 0,
             denied: 0,
             too_many: 0,
             replies: 0,
             answers: 0,
+            transferred: 0,
             committed: 0,
             uncommitted: 0,
             overdue: 0,
@@ -107,7 +127,7 @@ impl Default for DnsStats {
 }
 
 /// What is noted with a question.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Note {
     /// The rule that let it pass.
     rule: u32,
@@ -141,6 +161,8 @@ pub(crate) struct Resolved {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum QueryVerdict {
     Pass,
+    /// It passes, and asks for a whole zone over TCP: it has many answers, and none of them is tracked.
+    Transfer(Note),
     Refuse(Reason, Option<Rcode>),
 }
 
@@ -207,7 +229,7 @@ impl<F> Dns<F> {
     ) {
         if view.slot.flags & carry_flags::REPLY == 0 {
             match self.query(now, view, message, rules, sink) {
-                QueryVerdict::Pass => frames.release(spare, sink),
+                QueryVerdict::Pass | QueryVerdict::Transfer(_) => frames.release(spare, sink),
                 QueryVerdict::Refuse(reason, rcode) => {
                     if let Some(rcode) = rcode {
                         self.reply(view, message, rcode, sink);
@@ -259,13 +281,7 @@ impl<F> Dns<F> {
             }
         };
         self.stats.queries += 1;
-        let mut record = Record::of(
-            view,
-            What::DnsQuery {
-                name: Text::of(&query.question.name),
-                kind: query.question.rtype,
-            },
-        );
+        let mut record = Record::of(view, describe_query(&query.question));
         let allowed = rules.judge(&query.question.name);
         if allowed.is_none() {
             self.stats.denied += 1;
@@ -279,20 +295,34 @@ impl<F> Dns<F> {
         }
         let rule = allowed.unwrap_or(view.slot.rule);
         let note = Note { rule };
-        if self
-            .tracker
+        let is_transfer = view.packet.protocol == palisade_abi::protocol::TCP
+            && matches!(query.question.rtype, rtype::AXFR | rtype::IXFR);
+        let passes = if is_transfer {
+            QueryVerdict::Transfer(note)
+        } else if (self.tracker)
             .asked(flow(view), query.id, &query.question, note, now)
-            .is_err()
+            .is_ok()
         {
-            self.stats.too_many += 1;
-            return self.refuse_query(view, record, Reason::InspectLimit, None, sink);
-        }
+            QueryVerdict::Pass
+        } else {
+            return self.too_many(view, record, sink);
+        };
         if allowed.is_none() {
-            return self.refuse_query(view, record, Reason::AppDenied, None, sink);
+            // only in audit mode
+            return match self.refuse_query(view, record, Reason::AppDenied, None, sink) {
+                QueryVerdict::Pass => passes,
+                refused => refused,
+            };
         }
         record.rule = rule;
         sink.record(&record);
-        QueryVerdict::Pass
+        passes
+    }
+
+    /// Refuses a query whose answers cannot be told from others.
+    fn too_many<S: Sink<F>>(&mut self, view: &View<'_>, record: Record, sink: &mut S) -> QueryVerdict {
+        self.stats.too_many += 1;
+        self.refuse_query(view, record, Reason::InspectLimit, None, sink)
     }
 
     fn refuse_query<S: Sink<F>>(
@@ -378,6 +408,32 @@ impl<F> Dns<F> {
         sink.record(&answer_record(now, view, &answer, asked));
         self.recycle(answer);
         AnswerVerdict::Pass
+    }
+
+    /// The first message of a zone transfer.
+    fn transfer_begins<S: Sink<F>>(
+        &mut self,
+        now: Millis,
+        view: &View<'_>,
+        transfer: &Transfer,
+        rcode: u16,
+        sink: &mut S,
+    ) {
+        self.stats.answers += 1;
+        let what = What::DnsAnswer {
+            name: Text::of(&transfer.question.name),
+            kind: transfer.question.rtype,
+            rcode,
+            addresses: [Addr::UNSPECIFIED; 8],
+            count: 0,
+            ttl: 0,
+            cname: Text::default(),
+        };
+        sink.record(&Record {
+            rule: transfer.note.rule,
+            latency: u32::try_from(now.saturating_sub(transfer.at)).ok(),
+            ..Record::of(view, what)
+        });
     }
 
     fn refuse_answer<S: Sink<F>>(
@@ -560,6 +616,13 @@ pub(crate) fn flow(view: &View<'_>) -> Flow {
         tcp: packet.protocol == palisade_abi::protocol::TCP,
         client,
         resolver,
+    }
+}
+
+fn describe_query(question: &Question) -> What {
+    What::DnsQuery {
+        name: Text::of(&question.name),
+        kind: question.rtype,
     }
 }
 

@@ -73,6 +73,8 @@ pub(crate) struct Connection<F> {
     about: About,
     /// Another policy has its packets read too, and must not miss any: none are made in their place.
     is_shared: bool,
+    /// Audit mode: where it would be cut it goes on, unread.
+    is_audit: bool,
     windows: [u32; 4],
     /// Where in each direction the window is to be taken back: long behind it, and before its numbers come again.
     window_ends: [Option<Position>; 2],
@@ -98,6 +100,7 @@ impl<F> Connection<F> {
             serial,
             about,
             is_shared: false,
+            is_audit: false,
             windows: [0; 4],
             window_ends: [None; 2],
             command: false,
@@ -167,6 +170,7 @@ impl<F> Connection<F> {
         for side in [Side::Client, Side::Server] {
             if self.half(side).promise_at.is_some_and(|at| at <= now) {
                 self.promise(side, shared, sink);
+                self.deliver(side, shared, sink);
             }
             self.deliver_again(now, side, shared, sink);
         }
@@ -177,8 +181,15 @@ impl<F> Connection<F> {
         };
         if self.halves.iter().any(late) {
             shared.stats.overdue += 1;
-            self.tell(Reason::InspectDeadline, sink);
-            self.cut(Reason::InspectDeadline, shared, sink);
+            if self.is_audit {
+                self.tell(Verdict::Audit, Reason::InspectDeadline, sink);
+                shared.stats.offloaded += 1;
+                self.phase = Phase::Offloaded;
+                self.flush(Side::Client, shared, sink);
+            } else {
+                self.tell(Verdict::Dropped, Reason::InspectDeadline, sink);
+                self.cut(Reason::InspectDeadline, shared, sink);
+            }
         }
         self.count(shared);
         let idle = if self.is_done() {
@@ -214,10 +225,10 @@ impl<F> Connection<F> {
     }
 
     /// Names a connection that is cut for a reason that no reader has told.
-    fn tell<S: Sink<F>>(&self, reason: Reason, sink: &mut S) {
+    fn tell<S: Sink<F>>(&self, verdict: Verdict, reason: Reason, sink: &mut S) {
         let detail = reason.text();
         sink.record(&Record {
-            verdict: Verdict::Dropped,
+            verdict,
             reason,
             ..Record::about(&self.about, What::Unreadable { detail })
         });
@@ -314,7 +325,7 @@ impl<F> Connection<F> {
         let (mut at, end) = (start, half.delivered());
         if tries >= TRIES {
             self.half(side).again = None;
-            self.tell(Reason::InspectDeadline, sink);
+            self.tell(Verdict::Dropped, Reason::InspectDeadline, sink);
             self.cut(Reason::InspectDeadline, shared, sink);
             return;
         }
@@ -440,6 +451,7 @@ impl<F> Connection<F> {
     ) {
         self.seen = now;
         let side = Side::of(view.slot);
+        self.is_audit = view.slot.flags & carry_flags::AUDIT != 0;
         self.is_shared |= view.slot.flags & carry_flags::SHARED != 0;
         if side == Side::Client {
             self.about = About::of(view);
@@ -494,6 +506,19 @@ impl<F> Connection<F> {
                 sink.discard(frame, reason);
             }
         }
+        self.arm(now, shared, sink);
+        self.count(shared);
+    }
+
+    /// The reader knows something new.
+    pub(super) fn resume<S: Sink<F>>(
+        &mut self,
+        now: Millis,
+        reader: &mut impl Reader<F>,
+        shared: &mut Shared,
+        sink: &mut S,
+    ) {
+        self.read(now, reader, shared, sink);
         self.arm(now, shared, sink);
         self.count(shared);
     }
@@ -568,13 +593,20 @@ impl<F> Connection<F> {
         {
             return Err((Reason::TcpOverlap, frame));
         }
-        if behind <= own.acked {
-            // The receiver has it; this makes it say so again.
+        if start < own.acked {
+            // The receiver says that it has the beginning. It takes nothing of that again, or it lies to get bytes that
+            // nobody has read; so the sender is told here how far it has come. But one byte at the end of what the
+            // receiver has asks whether that is still there (RFC 9293, 3.8.4).
             shared.stats.retransmitted += 1;
-            self.release(frame, shared, sink);
+            if behind == own.acked && segment.payload.len() <= 1 {
+                self.release(frame, shared, sink);
+            } else {
+                sink.discard(frame, Reason::TcpHeld);
+                self.acknowledge(side, shared, sink);
+            }
             return Ok(progress);
         }
-        let waits = behind > own.judged;
+        let waits = behind > own.goes();
         if end > own.reach(shared.limits.bytes_per_direction as u64)
             || shared.stats.bytes > shared.limits.bytes as u64
             || (waits
@@ -583,12 +615,7 @@ impl<F> Connection<F> {
         {
             return Err((Reason::InspectLimit, frame));
         }
-        // What the receiver has is not compared: it takes nothing of it again.
-        let from = start.max(own.acked);
-        let fresh = match own.take(
-            from,
-            segment.payload.get((from - start) as usize..).unwrap_or_default(),
-        ) {
+        let fresh = match own.take(start, segment.payload) {
             Arrival::Differs => return Err((Reason::TcpOverlap, frame)),
             Arrival::New => true,
             Arrival::Known => segment.is_fin() && own.fin.is_none(),
@@ -798,12 +825,19 @@ impl<F> Connection<F> {
             return false;
         }
         let step = match std::mem::take(&mut self.rest[side as usize]) {
-            0 => reader.read(side, bytes, end, sink),
+            0 => {
+                reader.sent(side, half.sent.saturating_sub(START + 1));
+                reader.read(side, bytes, end, sink)
+            }
             rest => Step::Skip(rest),
         };
         half.is_patient = matches!(step, Step::Wait);
         match step {
             Step::More | Step::Wait => false,
+            Step::Ahead(n) => {
+                half.ahead = half.judged + n.min(there) as u64;
+                false
+            }
             Step::Release(n) => {
                 half.pass(n.min(there) as u64);
                 if there == 0 {

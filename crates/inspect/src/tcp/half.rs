@@ -151,6 +151,8 @@ pub(super) struct Half<F> {
     pub(super) next: Position,
     /// All bytes before may go.
     pub(super) judged: Position,
+    /// All bytes before may go unjudged.
+    pub(super) ahead: Position,
     /// Behind the last byte that may have reached the receiver.
     pub(super) sent: Position,
     /// Behind the last byte that has come.
@@ -192,6 +194,7 @@ impl<F> Half<F> {
             window: 0,
             next: FIRST,
             judged: FIRST,
+            ahead: FIRST,
             sent: FIRST,
             highest: FIRST,
             acked: START,
@@ -435,9 +438,14 @@ impl<F> Half<F> {
         self.held.insert(place, held);
     }
 
+    /// All bytes before may go, judged or not.
+    pub(super) fn goes(&self) -> Position {
+        self.judged.max(self.ahead)
+    }
+
     /// Takes out the next packet that may go.
     pub(super) fn releasable(&mut self) -> Option<Held<F>> {
-        let at = self.held.iter().position(|held| held.end <= self.judged)?;
+        let at = self.held.iter().position(|held| held.end <= self.goes())?;
         let held = self.held.remove(at)?;
         self.sent = self.sent.max(held.end);
         Some(held)

@@ -22,7 +22,7 @@ pub(crate) mod tests;
 use palisade_abi::{CarrySlot, CtKey, FlowCommand, Reason, carry_flags};
 
 pub(crate) use connection::Connection;
-pub(crate) use table::Connections;
+pub(crate) use table::{Connections, key};
 
 use crate::{Millis, Sink};
 
@@ -72,6 +72,9 @@ pub(crate) enum Step {
     More,
     /// The same, and it is the other side that is waited for, so there is no deadline.
     Wait,
+    /// The first so many may go now, but are not judged: they are shown again. Of what can be read only as a whole,
+    /// anything but its end.
+    Ahead(usize),
     /// The first so many may go.
     Release(usize),
     /// The first so many may go, and may be other bytes when they come again: nothing depends on what they are. May
@@ -88,8 +91,9 @@ pub(crate) enum Step {
 
 /// What is kept of a connection while it is read.
 pub(crate) trait Remember {
-    /// What is kept once nothing of it needs reading any more, to judge it again if its rules change.
-    type Memory;
+    /// What is kept once nothing of it needs reading any more, to judge it again if its rules change. The default: it
+    /// was never read, because of audit mode.
+    type Memory: Default;
     /// Takes it out.
     fn remember(&mut self) -> Self::Memory;
 }
@@ -99,6 +103,9 @@ pub(crate) trait Reader<F> {
     /// Looks at the bytes of one side that have come and have not been let go. `end`: nothing follows them. With
     /// `end` and no bytes, `Release(0)` lets the end go.
     fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Step;
+
+    /// Says, before each `read`, how many bytes of the side have been sent on, of all that it has sent.
+    fn sent(&mut self, _side: Side, _to: u64) {}
 }
 
 /// How much TCP inspection may hold, and for how long. Of one worker.
@@ -106,6 +113,8 @@ pub(crate) trait Reader<F> {
 pub struct TcpLimits {
     /// Connections.
     pub connections: usize,
+    /// Of them, those of one endpoint.
+    pub connections_per_endpoint: usize,
     /// Bytes that are kept of one direction of a connection.
     pub bytes_per_direction: usize,
     /// Bytes of all connections.
@@ -132,6 +141,7 @@ impl Default for TcpLimits {
     fn default() -> Self {
         Self {
             connections: 131_072,
+            connections_per_endpoint: usize::MAX,
             bytes_per_direction: 1 << 20,
             bytes: 256 << 20,
             frames_per_direction: 512,

@@ -1,12 +1,12 @@
-use std::{
-    cmp::Reverse,
-    collections::{BinaryHeap, HashMap, VecDeque},
-};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use palisade_abi::{CtKey, Reason, carry_flags, order, protocol};
 
 use super::{Connection, Reader, Remember, Shared, TcpLimits, TcpStats, order, segment::Segment};
-use crate::{Millis, Sink, View, record::About};
+use crate::{
+    Millis, Sink, View,
+    record::{About, Record, Verdict, What},
+};
 
 /// A connection, and what its reader knows of it.
 struct Entry<F, T> {
@@ -25,11 +25,13 @@ struct Past<M> {
 /// The connections that are read by one kind of reader; `T` is what it keeps of each.
 pub(crate) struct Connections<F, T: Remember> {
     entries: HashMap<CtKey, Box<Entry<F, T>>>,
+    /// How many an endpoint has.
+    by_endpoint: HashMap<u16, usize>,
     past: HashMap<CtKey, Past<T::Memory>>,
     /// The keys of `past` in the order in which they got there, with serials: those that are gone linger.
     order: VecDeque<(CtKey, u32)>,
-    /// When they are due. An entry may stand here more than once; the earliest counts.
-    due: BinaryHeap<Reverse<(Millis, Key)>>,
+    /// When they are due, each once.
+    due: BTreeSet<(Millis, Key)>,
     shared: Shared,
 }
 
@@ -58,6 +60,13 @@ impl PartialOrd for Key {
     }
 }
 
+/// Notes when a connection is due. `known`: what was noted.
+fn schedule(all: &mut BTreeSet<(Millis, Key)>, known: &mut Millis, due: Millis, key: CtKey) {
+    all.remove(&(*known, Key(key)));
+    all.insert((due, Key(key)));
+    *known = due;
+}
+
 /// The conntrack key of a packet, as the slot's endpoint sees it.
 pub(crate) fn key(view: &View<'_>) -> CtKey {
     let packet = view.packet;
@@ -83,9 +92,10 @@ impl<F, T: Remember> Connections<F, T> {
     pub(crate) fn new(limits: &TcpLimits) -> Self {
         Self {
             entries: HashMap::new(),
+            by_endpoint: HashMap::new(),
             past: HashMap::new(),
             order: VecDeque::new(),
-            due: BinaryHeap::new(),
+            due: BTreeSet::new(),
             shared: Shared::new(limits),
         }
     }
@@ -148,18 +158,22 @@ impl<F, T: Remember> Connections<F, T> {
             entry
                 .connection
                 .close(Reason::TcpMidstream, &mut self.shared, sink);
-            self.entries.remove(&key);
+            self.remove(&key);
         }
         if !self.entries.contains_key(&key) {
             if !opens {
                 self.unknown(view, frame, sink);
                 return;
             }
-            if self.entries.len() >= self.shared.limits.connections {
+            let of_endpoint = self.by_endpoint.get(&key.endpoint).copied().unwrap_or(0);
+            if self.entries.len() >= self.shared.limits.connections
+                || of_endpoint >= self.shared.limits.connections_per_endpoint
+            {
                 self.shared.stats.limited += 1;
-                sink.discard(frame, Reason::InspectLimit);
+                self.refuse(view, frame, Reason::InspectLimit, sink);
                 return;
             }
+            self.by_endpoint.insert(key.endpoint, of_endpoint + 1);
             self.shared.stats.opened += 1;
             let entry = Entry {
                 connection: Connection::new(key, serial, About::of(view)),
@@ -177,14 +191,32 @@ impl<F, T: Remember> Connections<F, T> {
             .packet(now, view, frame, &mut reader, &mut self.shared, sink);
         let due = entry.connection.deadline(&self.shared);
         if due < entry.due {
-            entry.due = due;
-            self.due.push(Reverse((due, Key(key))));
+            schedule(&mut self.due, &mut entry.due, due, key);
+        }
+    }
+
+    /// Has a connection read again, without a packet of it: its reader knows something new.
+    pub(crate) fn resume<'t, S: Sink<F>, R: Reader<F>>(
+        &'t mut self,
+        now: Millis,
+        key: &CtKey,
+        reader: impl FnOnce(&'t mut T) -> R,
+        sink: &mut S,
+    ) {
+        let Some(entry) = self.entries.get_mut(key) else {
+            return;
+        };
+        let mut reader = reader(&mut entry.reader);
+        entry.connection.resume(now, &mut reader, &mut self.shared, sink);
+        let due = entry.connection.deadline(&self.shared);
+        if due < entry.due {
+            schedule(&mut self.due, &mut entry.due, due, *key);
         }
     }
 
     /// Keeps no more of a connection than what has to be known if its rules change.
     fn put_past(&mut self, key: CtKey) {
-        let Some(mut entry) = self.entries.remove(&key) else {
+        let Some(mut entry) = self.remove(&key) else {
             return;
         };
         entry.connection.account(&mut self.shared);
@@ -192,6 +224,10 @@ impl<F, T: Remember> Connections<F, T> {
             serial: entry.connection.serial(),
             memory: entry.reader.remember(),
         };
+        self.add_past(key, past);
+    }
+
+    fn add_past(&mut self, key: CtKey, past: Past<T::Memory>) {
         self.order.push_back((key, past.serial));
         self.past.insert(key, past);
         let most = self.shared.limits.past;
@@ -205,16 +241,48 @@ impl<F, T: Remember> Connections<F, T> {
         }
     }
 
+    fn remove(&mut self, key: &CtKey) -> Option<Box<Entry<F, T>>> {
+        let entry = self.entries.remove(key)?;
+        self.due.remove(&(entry.due, Key(*key)));
+        if let Some(count) = self.by_endpoint.get_mut(&key.endpoint) {
+            *count -= 1;
+            if *count == 0 {
+                self.by_endpoint.remove(&key.endpoint);
+            }
+        }
+        Some(entry)
+    }
+
+    /// Reports and drops a packet of a connection that is not read. False: audit mode lets the connection pass,
+    /// unread.
+    fn refuse<S: Sink<F>>(&mut self, view: &View<'_>, frame: F, reason: Reason, sink: &mut S) -> bool {
+        let audit = view.slot.flags & carry_flags::AUDIT != 0;
+        let detail = reason.text();
+        sink.record(&Record {
+            verdict: if audit { Verdict::Audit } else { Verdict::Dropped },
+            reason,
+            ..Record::of(view, What::Unreadable { detail })
+        });
+        if audit {
+            let (key, serial) = (key(view), view.slot.serial);
+            let memory = T::Memory::default();
+            self.add_past(key, Past { serial, memory });
+            sink.release_with(frame, &order(key, serial, order::OFFLOAD));
+        } else {
+            sink.discard(frame, reason);
+        }
+        !audit
+    }
+
     /// A packet of a connection that is not known: it is older than what is known, or was forgotten.
     fn unknown<S: Sink<F>>(&mut self, view: &View<'_>, frame: F, sink: &mut S) {
         let Some(segment) = Segment::read(view) else {
             self.shared.stats.invalid += 1;
-            sink.discard(frame, Reason::TcpInvalid);
+            self.refuse(view, frame, Reason::TcpInvalid, sink);
             return;
         };
         self.shared.stats.midstream += 1;
-        sink.discard(frame, Reason::TcpMidstream);
-        if !segment.is_rst() {
+        if self.refuse(view, frame, Reason::TcpMidstream, sink) && !segment.is_rst() {
             Connection::<F>::refuse(view, &mut self.shared, sink);
             Connection::<F>::abandon(view, &mut self.shared, sink);
             sink.command(&order(key(view), view.slot.serial, order::CLOSE));
@@ -223,32 +291,29 @@ impl<F, T: Remember> Connections<F, T> {
 
     /// When [`Connections::tick`] has something to do.
     pub(crate) fn deadline(&self) -> Option<Millis> {
-        self.due.peek().map(|Reverse((due, _))| *due)
+        self.due.first().map(|(due, _)| *due)
     }
 
     /// Does what is due.
     pub(crate) fn tick<S: Sink<F>>(&mut self, now: Millis, sink: &mut S) {
-        while let Some(&Reverse((due, key))) = self.due.peek()
+        while let Some(&(due, key)) = self.due.first()
             && due <= now
         {
-            self.due.pop();
             let Some(entry) = self.entries.get_mut(&key.0) else {
+                self.due.pop_first();
                 continue;
             };
-            if entry.due != due {
-                continue;
-            }
             let stays = entry.connection.tick(now, &mut self.shared, sink);
             if entry.connection.is_over() {
                 self.put_past(key.0);
             } else if stays {
-                entry.due = entry.connection.deadline(&self.shared).max(now + 1);
-                self.due.push(Reverse((entry.due, key)));
+                let due = entry.connection.deadline(&self.shared).max(now + 1);
+                schedule(&mut self.due, &mut entry.due, due, key.0);
             } else {
                 entry
                     .connection
                     .close(Reason::InspectDeadline, &mut self.shared, sink);
-                self.entries.remove(&key.0);
+                self.remove(&key.0);
             }
         }
     }
@@ -257,11 +322,16 @@ impl<F, T: Remember> Connections<F, T> {
     pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, sink: &mut S) {
         self.past
             .retain(|key, _| endpoint.is_some_and(|endpoint| endpoint != key.endpoint));
-        let shared = &mut self.shared;
+        match endpoint {
+            Some(endpoint) => _ = self.by_endpoint.remove(&endpoint),
+            None => self.by_endpoint.clear(),
+        }
+        let (shared, due) = (&mut self.shared, &mut self.due);
         self.entries.retain(|key, entry| {
             let stays = endpoint.is_some_and(|endpoint| endpoint != key.endpoint);
             if !stays {
                 entry.connection.close(Reason::TcpMidstream, shared, sink);
+                due.remove(&(entry.due, Key(*key)));
             }
             stays
         });

@@ -29,6 +29,8 @@ pub const EVERYTHING: u32 = 6;
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Fate {
     Released,
+    /// Acknowledged to its sender; its bytes go on in others.
+    Absorbed,
     Discarded(Reason),
 }
 
@@ -62,6 +64,10 @@ impl Sink<usize> for Fake {
 
     fn release_with(&mut self, frame: usize, _command: &FlowCommand) {
         self.release(frame);
+    }
+
+    fn absorb(&mut self, frame: usize) {
+        self.fate(frame, Fate::Absorbed);
     }
 
     fn discard(&mut self, frame: usize, reason: Reason) {
@@ -115,6 +121,10 @@ impl World {
         let mut packet = Packet::default();
         decode(frame, Start::Ethernet { tags_removed: 0 }, &mut packet).unwrap();
         let transport = usize::from(packet.transport_offset);
+        let header = match packet.protocol {
+            6 => usize::from(frame[transport + 12] >> 4) * 4,
+            _ => 8,
+        };
         let end = usize::from(packet.network_offset) + packet.length as usize;
         let view = View {
             slot,
@@ -124,7 +134,7 @@ impl World {
             frame,
             network: usize::from(packet.network_offset),
             transport,
-            payload: (transport, end),
+            payload: ((transport + header).min(end), end),
         };
         self.engine.packet(self.now, &view, handle, &mut self.sink);
         handle

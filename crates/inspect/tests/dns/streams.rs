@@ -1,7 +1,7 @@
 //! DNS over TCP.
 
-use palisade_abi::{CarrySlot, Reason};
-use palisade_inspect::{Limits, StreamLimits, record::Verdict};
+use palisade_abi::{CarrySlot, Reason, carry_flags};
+use palisade_inspect::{Denial, DnsLimits, Limits, TcpLimits, TcpStats, record::Verdict};
 use palisade_packet::{Packet, Start, decode};
 use proptest::prelude::*;
 
@@ -10,6 +10,25 @@ use crate::common::*;
 /// Initial sequence numbers: both wrap soon.
 const CLIENT: u32 = u32::MAX - 9;
 const RESOLVER: u32 = u32::MAX - 29;
+
+/// The limits of connections.
+fn tcp(change: impl FnOnce(&mut TcpLimits)) -> Limits {
+    let mut limits = Limits::default();
+    change(&mut limits.dns.tcp);
+    limits
+}
+
+/// A segment that the engine made.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Made {
+    to_client: bool,
+    /// Bytes behind the first one of the side that it seems to come from.
+    at: u32,
+    /// The same of what it acknowledges.
+    acknowledges: Option<u32>,
+    flags: u8,
+    payload: Vec<u8>,
+}
 
 /// A connection of endpoint 1.
 struct Connection {
@@ -84,54 +103,95 @@ impl Connection {
         query.len() as i64
     }
 
+    /// What was made since the last time.
+    fn made(&mut self) -> Vec<Made> {
+        let emitted = std::mem::take(&mut self.world.sink.emitted);
+        emitted.iter().map(|(frame, _)| self.read(frame)).collect()
+    }
+
+    fn read(&self, frame: &[u8]) -> Made {
+        let mut packet = Packet::default();
+        decode(frame, Start::Ethernet { tags_removed: 0 }, &mut packet).unwrap();
+        let there = self.addresses();
+        let to_client = packet.destination_port == there.source.1;
+        let (from, to, to_mac) = if to_client {
+            (there.destination, there.source, CLIENT_MAC)
+        } else {
+            (there.source, there.destination, SERVER_MAC)
+        };
+        assert_eq!((packet.source, packet.source_port), (from.0.into(), from.1));
+        assert_eq!((packet.destination, packet.destination_port), (to.0.into(), to.1));
+        assert_eq!(frame[..6], to_mac);
+        let tcp = &frame[usize::from(packet.transport_offset)..];
+        // the sum, with TCP's number in the place of UDP's
+        let sum = udp_sum(from.0, to.0, tcp);
+        let expected = naive_sum(&[
+            &(!sum).to_be_bytes(),
+            &(6_u16).to_be_bytes(),
+            &(!17_u16).to_be_bytes(),
+        ]);
+        assert_eq!(expected, 0);
+        let word = |at: usize| u32::from_be_bytes(tcp[at..at + 4].try_into().unwrap());
+        let (own, other) = if to_client {
+            (RESOLVER, CLIENT)
+        } else {
+            (CLIENT, RESOLVER)
+        };
+        Made {
+            to_client,
+            at: word(4).wrapping_sub(own).wrapping_sub(1),
+            acknowledges: (tcp[13] & ACK != 0).then(|| word(8).wrapping_sub(other).wrapping_sub(1)),
+            flags: tcp[13],
+            payload: tcp[usize::from(tcp[12] >> 4) * 4..].to_vec(),
+        }
+    }
+
     /// The last two packets that were made: a reset to the client and one to the resolver, with these bytes between
     /// their first and what they name.
-    fn resets(&self, from_resolver: u32, from_client: u32) {
-        let emitted = &self.world.sink.emitted;
-        let [to_client, to_resolver] = emitted.last_chunk().expect("two resets");
-        for ((frame, route), back, sequence) in [
-            (
-                to_client,
-                true,
-                RESOLVER.wrapping_add(1).wrapping_add(from_resolver),
-            ),
-            (
-                to_resolver,
-                false,
-                CLIENT.wrapping_add(1).wrapping_add(from_client),
-            ),
-        ] {
-            assert_eq!(route.back, back);
-            let mut packet = Packet::default();
-            decode(&frame[..], Start::Ethernet { tags_removed: 0 }, &mut packet).unwrap();
-            let addresses = self.addresses();
-            let (from, to) = if back {
-                (addresses.destination, addresses.source)
-            } else {
-                (addresses.source, addresses.destination)
-            };
-            assert_eq!((packet.source, packet.source_port), (from.0.into(), from.1));
-            assert_eq!((packet.destination, packet.destination_port), (to.0.into(), to.1));
-            assert_eq!(packet.tcp_flags & RST, RST);
-            let to_mac = if back { CLIENT_MAC } else { SERVER_MAC };
-            assert_eq!(frame[..6], to_mac);
-            let tcp = &frame[usize::from(packet.transport_offset)..];
-            assert_eq!(tcp[4..8], sequence.to_be_bytes(), "to the client: {back}");
-            // the sum, with TCP's number in the place of UDP's
-            let sum = udp_sum(from.0, to.0, tcp);
-            let expected = naive_sum(&[
-                &(!sum).to_be_bytes(),
-                &(6_u16).to_be_bytes(),
-                &(!17_u16).to_be_bytes(),
-            ]);
-            assert_eq!(expected, 0);
-        }
+    fn resets(&mut self, from_resolver: u32, from_client: u32) {
+        let made = self.made();
+        let [to_client, to_resolver] = made.last_chunk().expect("two resets");
+        assert_eq!((to_client.to_client, to_client.at), (true, from_resolver));
+        assert_eq!((to_resolver.to_client, to_resolver.at), (false, from_client));
+        assert!(to_client.flags & to_resolver.flags & RST != 0);
+    }
+
+    /// What was made is an answer to the client, its end, and the end to the resolver. These are the bytes before
+    /// the answer, what it acknowledges, and the bytes before the end to the resolver. Gives the message.
+    fn answered(&mut self, at: u32, acknowledges: u32, sent: u32) -> Vec<u8> {
+        let made = self.made();
+        let [to_client, to_resolver] = &made[..] else {
+            panic!("{made:?}")
+        };
+        assert_eq!(
+            (to_client.to_client, to_client.at, to_client.acknowledges),
+            (true, at, Some(acknowledges))
+        );
+        assert_eq!(to_client.flags & (FIN | RST | SYN), FIN);
+        assert_eq!((to_resolver.to_client, to_resolver.at), (false, sent));
+        assert_eq!(to_resolver.flags & (FIN | RST | SYN), FIN);
+        assert!(to_resolver.payload.is_empty());
+        let (length, message) = to_client.payload.split_first_chunk().unwrap();
+        assert_eq!(usize::from(u16::from_be_bytes(*length)), message.len());
+        message.to_vec()
+    }
+
+    fn tcp(&self) -> TcpStats {
+        self.world.engine.stats().dns.tcp
     }
 
     fn cut(&self, reason: Reason) {
         assert_eq!(self.world.verdict().1, reason);
-        assert_eq!(self.world.engine.stats().streams.cut, 1);
+        assert_eq!(self.tcp().cut, 1);
     }
+}
+
+/// A message that answers this one with a code and nothing else.
+fn refusal(query: &[u8], rcode: u8) -> Vec<u8> {
+    let mut reply = query.to_vec();
+    // an answer, RD as it was, RA
+    (reply[2], reply[3]) = (0x81, 0x80 | rcode);
+    reply
 }
 
 #[test]
@@ -153,36 +213,46 @@ fn a_query_and_its_answer() {
         assert_eq!(it.world.verdict(), (Verdict::Forwarded, Reason::Allowed, 41));
         let last = it.client_acknowledges(asked, answer.len() as u32 + 1, FIN | ACK, &[]);
         assert_eq!(it.fate(last), Some(&Fate::Released));
+        it.resolver_acknowledges(answer.len() as i64 + 1, asked as u32 + 1, ACK, &[]);
         // another connection between the same
         it.greet();
         it.asked(8);
-        let stats = it.world.engine.stats().streams;
-        assert_eq!((stats.begun, stats.open, stats.cut), (2, 1, 0));
+        let stats = it.tcp();
+        assert_eq!((stats.opened, stats.connections, stats.cut), (2, 1, 0));
+        assert!(it.made().is_empty());
         it.world.end();
     }
 }
 
 #[test]
-fn a_denied_query_ends_the_connection() {
+fn a_denied_query_is_answered_and_ends_the_connection() {
     for v6 in [false, true] {
         let mut it = Connection::with(&Limits::default(), v6, [asks(1), is_told(1)]);
-        let asked = it.asked(7);
-        let denied = framed(&[query(8, "denied.test", A)]);
-        let first = it.client(asked, ACK, &denied[..20]);
+        let denied = query(8, "denied.test", A);
+        let bytes = framed(std::slice::from_ref(&denied));
+        let length = bytes.len() as u32;
+        let first = it.client(0, ACK, &bytes[..20]);
         assert_eq!(it.fate(first), None);
-        let second = it.client(asked + 20, ACK, &denied[20..]);
+        let second = it.client(20, ACK, &bytes[20..]);
         let fate = Fate::Discarded(Reason::AppDenied);
         assert_eq!((it.fate(first), it.fate(second)), (Some(&fate), Some(&fate)));
-        it.cut(Reason::AppDenied);
-        it.resets(0, asked as u32);
-        // nothing passes any more, and who does not know is told again
-        let emitted = it.world.sink.emitted.len();
-        let from_client = it.client(asked, ACK, &denied);
-        let from_resolver = it.resolver(0, ACK, &framed(&[address(7, "allowed.test")]));
-        assert_eq!(it.fate(from_client), Some(&fate));
+        assert_eq!(it.world.verdict(), (Verdict::Dropped, Reason::AppDenied, ASKING));
+        let reply = it.answered(0, length, 0);
+        assert_eq!(reply, refusal(&denied, 5));
+        // nothing passes any more; both end in peace
+        let from_resolver = it.resolver(0, ACK, &framed(&[address(8, "denied.test")]));
         assert_eq!(it.fate(from_resolver), Some(&fate));
-        assert_eq!(it.world.sink.emitted.len(), emitted + 2);
-        it.resets(0, asked as u32);
+        let end = length.wrapping_add(1);
+        let from_client = it.client_acknowledges(i64::from(length), reply.len() as u32 + 3, FIN | ACK, &[]);
+        assert_eq!(it.fate(from_client), Some(&fate));
+        let made = it.made();
+        assert_eq!(made.last().unwrap().acknowledges, Some(end));
+        assert!(made.iter().all(|made| made.flags & RST == 0));
+        let stats = it.world.engine.stats().dns;
+        assert_eq!(
+            (stats.replies, stats.denied, stats.tcp.answered, stats.tcp.cut),
+            (1, 1, 1, 0)
+        );
         // the client may come again
         it.greet();
         it.asked(9);
@@ -191,15 +261,170 @@ fn a_denied_query_ends_the_connection() {
 }
 
 #[test]
+fn an_answer_of_ones_own_comes_behind_those_to_earlier_queries() {
+    let mut it = Connection::new();
+    let both = framed(&[query(1, "allowed.test", A), query(2, "x.wild.test", A)]);
+    it.client(0, ACK, &both);
+    let denied = query(3, "denied.test", A);
+    let refused = framed(std::slice::from_ref(&denied));
+    let at = both.len();
+    let held = it.client(at as i64, ACK, &refused);
+    assert_eq!(it.world.verdict(), (Verdict::Dropped, Reason::AppDenied, ASKING));
+    // what is behind it is not judged
+    let records = it.world.sink.records.len();
+    let behind = it.client(
+        (at + refused.len()) as i64,
+        ACK,
+        &framed(&[query(4, "denied.test", A)]),
+    );
+    assert_eq!((it.fate(held), it.fate(behind)), (None, None));
+    let first = framed(&[answer(2, "x.wild.test", A, 3, &[])]);
+    let second = framed(&[address(1, "allowed.test")]);
+    let one = it.resolver_acknowledges(0, at as u32, ACK, &first);
+    let two = it.resolver(first.len() as i64, ACK, &second);
+    assert_eq!((it.fate(one), it.fate(two)), (Some(&Fate::Released), None));
+    assert!(it.made().is_empty());
+    it.world.learned(true);
+    assert_eq!(it.fate(two), Some(&Fate::Released));
+    assert!(it.made().is_empty(), "the client does not have them yet");
+    let told = (first.len() + second.len()) as u32;
+    let (end, all) = (at + refused.len(), it.world.sent);
+    it.client_acknowledges(end as i64, told, ACK, &[]);
+    let behind_end = end + 2 + query(4, "denied.test", A).len();
+    assert_eq!(
+        it.answered(told, behind_end as u32, at as u32),
+        refusal(&denied, 5)
+    );
+    let fate = Some(&Fate::Discarded(Reason::AppDenied));
+    assert_eq!((it.fate(held), it.fate(behind)), (fate, fate));
+    assert_eq!(it.world.sink.records.len(), records + 2, "of the two answers");
+    assert_eq!(all + 1, it.world.sent);
+    it.world.end();
+}
+
+#[test]
+fn nobody_waits_for_ever_behind_others() {
+    // the resolver does not answer, or ends
+    for ends in [false, true] {
+        let mut it = Connection::new();
+        let asked = it.asked(1);
+        let held = it.client(asked, ACK, &framed(&[query(2, "denied.test", A)]));
+        assert_eq!(it.fate(held), None);
+        if ends {
+            it.resolver_acknowledges(0, asked as u32, FIN | ACK, &[]);
+            assert_eq!(it.fate(held), Some(&Fate::Discarded(Reason::AppDenied)));
+        } else {
+            it.world.wait(10);
+            assert_eq!(
+                it.fate(held),
+                Some(&Fate::Absorbed),
+                "acknowledged, not passed on"
+            );
+            it.world.wait(10_000);
+            assert_eq!(it.world.verdict().1, Reason::InspectDeadline);
+        }
+        assert_eq!(it.tcp().cut, 1);
+        it.resets(0, asked as u32);
+        it.world.end();
+    }
+}
+
+#[test]
+fn what_is_no_query_is_answered_so_or_cut() {
+    let mut two = query(7, "allowed.test", A);
+    two[5] = 2;
+    two.extend(&query(7, "allowed.test", A)[12..]);
+    let mut update = query(7, "allowed.test", A);
+    update[2] |= 5 << 3;
+    let bare = |flags: u8, rcode: u8| vec![0, 7, 0x81 | flags, 0x80 | rcode, 0, 0, 0, 0, 0, 0, 0, 0];
+    for (message, reply) in [(two, bare(0, 1)), (update, bare(5 << 3, 4))] {
+        let mut it = Connection::new();
+        let bytes = framed(&[message]);
+        let handle = it.client(0, ACK, &bytes);
+        assert_eq!(it.fate(handle), Some(&Fate::Discarded(Reason::AppMalformed)));
+        assert_eq!(it.answered(0, bytes.len() as u32, 0), reply);
+        it.world.end();
+    }
+    // an answer, and one that ends too early: they are not worth one
+    let query = query(7, "allowed.test", A);
+    for message in [address(7, "allowed.test"), query[..query.len() - 1].to_vec()] {
+        let mut it = Connection::new();
+        let handle = it.client(0, ACK, &framed(&[message]));
+        assert_eq!(it.fate(handle), Some(&Fate::Discarded(Reason::AppMalformed)));
+        it.cut(Reason::AppMalformed);
+        it.resets(0, 0);
+        it.world.end();
+    }
+}
+
+#[test]
+fn the_denial_is_a_choice() {
+    let limits = Limits {
+        dns: DnsLimits {
+            denial: Denial::NxDomain,
+            ..DnsLimits::default()
+        },
+        ..Limits::default()
+    };
+    let mut it = Connection::with(&limits, false, [asks(1), is_told(1)]);
+    let denied = query(8, "denied.test", A);
+    let bytes = framed(std::slice::from_ref(&denied));
+    it.client(0, ACK, &bytes);
+    assert_eq!(it.answered(0, bytes.len() as u32, 0), refusal(&denied, 3));
+    it.world.end();
+}
+
+#[test]
 fn several_queries_in_one_segment_pass_only_if_all_do() {
     let mut it = Connection::new();
     let both = framed(&[query(1, "allowed.test", A), query(2, "x.wild.test", A)]);
     let passes = it.client(0, ACK, &both);
     assert_eq!(it.fate(passes), Some(&Fate::Released));
-    let mixed = framed(&[query(3, "allowed.test", A), query(4, "denied.test", A)]);
-    let cut = it.client(both.len() as i64, ACK, &mixed);
-    assert_eq!(it.fate(cut), Some(&Fate::Discarded(Reason::AppDenied)));
-    it.cut(Reason::AppDenied);
+    it.world.end();
+    let mut it = Connection::new();
+    let denied = query(4, "denied.test", A);
+    let mixed = framed(&[query(3, "allowed.test", A), denied.clone()]);
+    let refused = it.client(0, ACK, &mixed);
+    assert_eq!(it.fate(refused), Some(&Fate::Discarded(Reason::AppDenied)));
+    // nobody has been asked, so there is nothing to wait for
+    assert_eq!(it.answered(0, mixed.len() as u32, 0), refusal(&denied, 5));
+    it.world.end();
+}
+
+#[test]
+fn a_query_that_could_not_go_yet_is_not_waited_for() {
+    // an allowed query, and a denied one over two segments
+    let mut it = Connection::new();
+    let denied = query(4, "denied.test", A);
+    let mixed = framed(&[query(3, "allowed.test", A), denied.clone()]);
+    let cut = mixed.len() - 7;
+    let first = it.client(0, ACK, &mixed[..cut]);
+    assert_eq!(it.fate(first), None);
+    let second = it.client(cut as i64, ACK, &mixed[cut..]);
+    let fate = Some(&Fate::Discarded(Reason::AppDenied));
+    assert_eq!((it.fate(first), it.fate(second)), (fate, fate));
+    assert_eq!(it.answered(0, mixed.len() as u32, 0), refusal(&denied, 5));
+    it.world.end();
+    // the same with time in between: what was acknowledged here has been passed on
+    let mut it = Connection::new();
+    let first = it.client(0, ACK, &mixed[..cut]);
+    it.world.wait(10);
+    assert_eq!(it.fate(first), Some(&Fate::Absorbed));
+    let acknowledged = it.made();
+    assert_eq!(acknowledged[0].acknowledges, Some(cut as u32));
+    let second = it.client(cut as i64, ACK, &mixed[cut..]);
+    let asked = framed(&[query(3, "allowed.test", A)]);
+    let passed_on = [&acknowledged[1..], &it.made()].concat();
+    assert_eq!(passed_on.len(), 1);
+    assert_eq!(passed_on[0].payload, asked);
+    assert_eq!(it.fate(second), None, "there is one to wait for");
+    let told = framed(&[answer(3, "allowed.test", A, 3, &[])]);
+    it.resolver_acknowledges(0, asked.len() as u32, ACK, &told);
+    it.client_acknowledges(mixed.len() as i64, told.len() as u32, ACK, &[]);
+    assert_eq!(
+        it.answered(told.len() as u32, mixed.len() as u32, asked.len() as u32),
+        refusal(&denied, 5)
+    );
     it.world.end();
 }
 
@@ -310,43 +535,41 @@ fn what_is_said_again_must_be_the_same() {
     let denied = framed(&[query(8, "denied.test", A)]);
     let over = it.client(asked - 3, ACK, &[&other[other.len() - 3..], &denied].concat());
     assert_eq!(it.fate(over), Some(&Fate::Discarded(Reason::TcpOverlap)));
-    let early = it.client(asked + 1, ACK, &denied[1..]);
-    assert_eq!(it.fate(early), Some(&Fate::Discarded(Reason::TcpOutOfWindow)));
+    // what comes early waits, and is what is said
+    let early = it.client(asked + 5, ACK, &denied[5..10]);
+    assert_eq!(it.fate(early), None);
+    let changed = it.client(asked + 4, ACK, &[denied[4], denied[5] ^ 1]);
+    assert_eq!(it.fate(changed), Some(&Fate::Discarded(Reason::TcpOverlap)));
     // nor if the resolver claims to have it
     it.resolver_acknowledges(0, asked as u32, ACK, &[]);
-    let acknowledged = it.client(0, ACK, &other);
-    assert_eq!(it.fate(acknowledged), Some(&Fate::Discarded(Reason::TcpOverlap)));
-    let before_all = it.client(-5, ACK, &said);
-    assert_eq!(
-        it.fate(before_all),
-        Some(&Fate::Discarded(Reason::TcpOutOfWindow))
-    );
+    for at in [0, -5] {
+        let emitted = it.made().len();
+        let acknowledged = it.client(at, ACK, &other);
+        assert_eq!(emitted, 0);
+        assert_eq!(it.fate(acknowledged), Some(&Fate::Discarded(Reason::TcpHeld)));
+        // who did not hear that is told again
+        let made = it.made();
+        assert_eq!(
+            (made[0].to_client, made[0].acknowledges),
+            (true, Some(asked as u32))
+        );
+    }
     // what waits is not said again
-    let part = it.client(asked, ACK, &denied[..9]);
-    let part_again = it.client(asked, ACK, &denied[..9]);
+    let part = it.client(asked, ACK, &denied[..5]);
+    let part_again = it.client(asked, ACK, &denied[..5]);
     assert_eq!(it.fate(part), None);
-    assert_eq!(
-        it.fate(part_again),
-        Some(&Fate::Discarded(Reason::InspectDeadline))
-    );
-    let stats = it.world.engine.stats().streams;
-    assert_eq!((stats.contradicting, stats.early, stats.held), (3, 1, 1));
+    assert_eq!(it.fate(part_again), Some(&Fate::Discarded(Reason::TcpHeld)));
+    let stats = it.tcp();
+    assert_eq!((stats.overlaps, stats.frames), (3, 2));
     it.world.end();
 }
 
 #[test]
 fn what_is_long_gone_is_not_passed_again() {
-    let limits = Limits {
-        streams: StreamLimits {
-            bytes: 800,
-            ..StreamLimits::default()
-        },
-        ..Limits::default()
-    };
-    let mut it = Connection::with(&limits, false, [asks(1), is_told(1)]);
+    let mut it = Connection::new();
     let mut at = 0;
-    // more than is kept
-    for id in 0..100 {
+    // more than what may be on its way
+    for id in 0..2500 {
         let query = framed(&[query(id, "allowed.test", A)]);
         let handle = it.client(at, ACK, &query);
         assert_eq!(it.fate(handle), Some(&Fate::Released), "{id}");
@@ -354,7 +577,9 @@ fn what_is_long_gone_is_not_passed_again() {
         assert_eq!(it.fate(again), Some(&Fate::Released), "{id}");
         at += query.len() as i64;
         it.resolver_acknowledges(0, at as u32, ACK, &[]);
+        assert!(it.tcp().bytes < 100);
     }
+    assert!(at > 70_000);
     let long_gone = it.client(0, ACK, &framed(&[query(0, "allowed.test", A)]));
     assert_eq!(it.fate(long_gone), Some(&Fate::Discarded(Reason::TcpOutOfWindow)));
     it.world.end();
@@ -365,16 +590,16 @@ fn a_message_that_nobody_completes_ends_the_connection() {
     let mut it = Connection::new();
     let query = framed(&[query(7, "allowed.test", A)]);
     let part = it.client(0, ACK, &query[..9]);
-    it.world.wait(9_999);
-    assert_eq!(it.fate(part), None);
-    assert!(
-        it.world
-            .engine
-            .deadline()
-            .is_some_and(|at| at <= it.world.now + 250)
-    );
-    it.world.wait(250);
-    assert_eq!(it.fate(part), Some(&Fate::Discarded(Reason::InspectDeadline)));
+    // acknowledged, since the client may wait for that; nothing goes on
+    it.world.wait(10);
+    assert_eq!(it.fate(part), Some(&Fate::Absorbed));
+    let made = it.made();
+    assert_eq!(made.len(), 1);
+    assert_eq!((made[0].to_client, made[0].acknowledges), (true, Some(9)));
+    it.world.wait(9_989);
+    assert_eq!(it.tcp().cut, 0);
+    assert_eq!(it.world.engine.deadline(), Some(it.world.now + 1));
+    it.world.wait(1);
     it.cut(Reason::InspectDeadline);
     it.resets(0, 0);
     it.world.end();
@@ -402,15 +627,16 @@ fn connections_that_were_not_seen_from_their_start_begin_anew() {
     it.resets(0, 5);
     let told = it.resolver(0, ACK, &asked);
     assert_eq!(it.fate(told), Some(&Fate::Discarded(Reason::TcpMidstream)));
+    assert_eq!(it.world.last().reason, Reason::TcpMidstream);
     // nobody resets a reset
-    let emitted = it.world.sink.emitted.len();
+    it.made();
     let reset = it.client(5, RST, &[]);
     assert_eq!(it.fate(reset), Some(&Fate::Discarded(Reason::TcpMidstream)));
-    assert_eq!(it.world.sink.emitted.len(), emitted);
+    assert!(it.made().is_empty());
     // nothing happens for long
     it.greet();
     it.world.wait(120_000);
-    assert_eq!(it.world.engine.stats().streams.open, 0);
+    assert_eq!(it.tcp().connections, 0);
     // another connection, by its serial
     it.greet();
     it.slots[0].serial = 100;
@@ -424,13 +650,12 @@ fn what_receivers_could_read_differently_is_dropped() {
     let mut it = Connection::new();
     let asked = framed(&[query(7, "allowed.test", A)]);
     let invalid = Some(&Fate::Discarded(Reason::TcpInvalid));
-    // another SYN, data in one, another SYN from the resolver, one of the wrong direction
+    // another SYN, data in one, another SYN from the resolver
     let syn = it.client(8, SYN, &[]);
     let with_data = it.client(-1, SYN, &asked);
     let syn_ack = it.resolver(8, SYN | ACK, &[]);
     let not_acknowledged = it.resolver_acknowledges(-1, 3, SYN | ACK, &[]);
-    let both = it.resolver(-1, SYN, &[]);
-    for handle in [syn, with_data, syn_ack, not_acknowledged, both] {
+    for handle in [syn, with_data, syn_ack, not_acknowledged] {
         assert_eq!(it.fate(handle), invalid);
     }
     // the same again is none of that
@@ -439,42 +664,58 @@ fn what_receivers_could_read_differently_is_dropped() {
     assert_eq!(it.fate(fin), Some(&Fate::Released));
     let behind = it.client(asked.len() as i64, ACK, &asked);
     let before = it.client(0, FIN | ACK, &asked[..5]);
-    assert_eq!((it.fate(behind), it.fate(before)), (invalid, invalid));
-    let urgent = it.resolver(0, URG | ACK, &asked);
+    let overlap = Some(&Fate::Discarded(Reason::TcpOverlap));
+    assert_eq!((it.fate(behind), it.fate(before)), (overlap, overlap));
+    let urgent = it.resolver(0, URG | ACK, &framed(&[address(7, "allowed.test")]));
     assert_eq!(it.fate(urgent), invalid);
-    it.cut(Reason::TcpInvalid);
+    assert!(it.world.sink.learns.is_empty());
     it.world.end();
 }
 
 #[test]
-fn a_reset_that_is_believed_ends_what_is_held() {
+fn only_a_reset_that_is_believed_goes_on() {
     let mut it = Connection::new();
     let asked = it.asked(7);
     let told = it.resolver(0, ACK, &framed(&[address(7, "allowed.test")]));
     let wild = it.client(asked + 1000, RST, &[]);
-    assert_eq!((it.fate(wild), it.fate(told)), (Some(&Fate::Released), None));
+    let out_of_window = Some(&Fate::Discarded(Reason::TcpOutOfWindow));
+    assert_eq!((it.fate(wild), it.fate(told)), (out_of_window, None));
     let right = it.client(asked, RST, &[]);
     assert_eq!(it.fate(right), Some(&Fate::Released));
-    assert_eq!(it.fate(told), Some(&Fate::Discarded(Reason::TcpInvalid)));
-    it.world.learned(true);
-    assert_eq!(it.world.engine.stats().streams.open, 0);
+    // what is held still goes on only if it may
+    it.world.learned(false);
+    assert_eq!(it.fate(told), Some(&Fate::Discarded(Reason::DnsUncommitted)));
+    // the same ports again
+    it.greet();
+    it.asked(8);
+    it.world.end();
+    // behind what is held: the resolver would not believe it
+    let mut it = Connection::new();
+    let part = it.client(0, ACK, &[0, 30, 1, 2]);
+    let reset = it.client(4, RST, &[]);
+    let held = Some(&Fate::Discarded(Reason::TcpHeld));
+    assert_eq!((it.fate(part), it.fate(reset)), (held, held));
+    let made = it.made();
+    assert_eq!(made.len(), 1);
+    assert_eq!((made[0].to_client, made[0].at), (false, 0));
     it.world.end();
 }
 
 #[test]
 fn limits_hold() {
-    let limits = Limits {
-        streams: StreamLimits {
-            streams: 2,
-            streams_per_endpoint: 1,
-            bytes: 100,
-            segments: 3,
-            ..StreamLimits::default()
-        },
-        ..Limits::default()
-    };
+    let limits = tcp(|limits| {
+        limits.connections = 2;
+        limits.connections_per_endpoint = 1;
+        limits.bytes_per_direction = 100;
+        limits.frames_per_direction = 3;
+    });
     let limit = Some(&Fate::Discarded(Reason::InspectLimit));
-    let mut it = Connection::with(&limits, false, [asks(1), is_told(1)]);
+    // two policies have them read: nothing is acknowledged here
+    let shared = |slot: CarrySlot| CarrySlot {
+        flags: slot.flags | carry_flags::SHARED,
+        ..slot
+    };
+    let mut it = Connection::with(&limits, false, [shared(asks(1)), shared(is_told(1))]);
     let syn = |port| segment(&to_server(port, &[]), 1, 0, SYN, &[]);
     for (endpoint, port, fate) in [
         (1, 4001, limit),
@@ -483,21 +724,151 @@ fn limits_hold() {
     ] {
         let handle = it.world.send(&asks(endpoint), &syn(port));
         assert_eq!(it.fate(handle), fate);
+        if fate == limit {
+            assert_eq!(it.world.verdict().1, Reason::InspectLimit);
+        }
     }
+    // who goes makes room
+    it.world.engine.forget_endpoint(2, &mut it.world.sink);
+    let handle = it.world.send(&asks(3), &syn(4001));
+    assert_eq!(it.fate(handle), Some(&Fate::Released));
     let long = framed(&[query(7, &"a-label.".repeat(20), A)]);
     let mut at = 0;
     for number in 0..4 {
         let handle = it.client(at, ACK, &long[at as usize..][..10]);
-        assert_eq!(
-            it.fate(handle),
-            (number == 3).then_some(&Fate::Discarded(Reason::InspectLimit))
-        );
+        assert_eq!(it.fate(handle), if number == 3 { limit } else { None });
         at += if number == 3 { 0 } else { 10 };
     }
     let mut it = Connection::with(&limits, false, [asks(1), is_told(1)]);
     let handle = it.client(0, ACK, &long[..101]);
     assert_eq!(it.fate(handle), limit);
-    assert_eq!(it.world.engine.stats().streams.limited, 1);
+    assert_eq!(it.tcp().limited, 1);
+    // not held because of another limit: the connection ends
+    let mut it = Connection::with(
+        &Limits {
+            dns: DnsLimits {
+                held: 0,
+                ..DnsLimits::default()
+            },
+            ..Limits::default()
+        },
+        false,
+        [asks(1), is_told(1)],
+    );
+    it.asked(7);
+    let told = it.resolver(0, ACK, &framed(&[address(7, "allowed.test")]));
+    assert_eq!(it.fate(told), limit);
+    it.cut(Reason::InspectLimit);
+    it.world.end();
+}
+
+/// A message of a zone transfer with so many records.
+fn zone(id: u16, kind: u16, records: u16, with_question: bool) -> Vec<u8> {
+    let mut message = query(id, "allowed.test", kind);
+    message[2] = 0x84;
+    message[6..8].copy_from_slice(&records.to_be_bytes());
+    if !with_question {
+        message.truncate(12);
+        message[5] = 0;
+    }
+    for number in 0..records {
+        message.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, number as u8]);
+    }
+    message
+}
+
+#[test]
+fn all_messages_of_a_zone_transfer_go_on_and_teach_nothing() {
+    for kind in [251, 252] {
+        let mut it = Connection::new();
+        let asked = framed(&[query(7, "allowed.test", kind), query(8, "allowed.test", A)]);
+        it.client(0, ACK, &asked);
+        // more records than an answer may have, without a question from the second message on; then the answer
+        let stream = framed(&[
+            zone(7, kind, 2100, true),
+            zone(7, kind, 9, false),
+            zone(7, kind, 2100, true),
+            address(8, "allowed.test"),
+            zone(7, kind, 9, false),
+        ]);
+        let answer = framed(&[zone(7, kind, 9, false)]).len();
+        let own = stream.len() - answer - framed(&[address(8, "allowed.test")]).len();
+        for at in (0..own).step_by(1400) {
+            let told = it.resolver(at as i64, ACK, &stream[at..(at + 1400).min(own)]);
+            assert_eq!(it.fate(told), Some(&Fate::Released), "{at}");
+            it.client_acknowledges(asked.len() as i64, (at + 1400).min(own) as u32, ACK, &[]);
+        }
+        assert!(it.world.sink.learns.is_empty());
+        let rest = it.resolver(own as i64, ACK, &stream[own..]);
+        assert_eq!(it.fate(rest), None, "behind an answer that waits, it waits");
+        it.world.learned(true);
+        assert_eq!(it.fate(rest), Some(&Fate::Released));
+        let stats = it.world.engine.stats().dns;
+        assert_eq!((stats.transferred, stats.answers, stats.committed), (4, 2, 1));
+        // two questions, the first message, and the answer
+        assert_eq!(it.world.sink.records.len(), 4);
+        assert!(it.world.sink.records.iter().all(|record| record.rule == 41));
+        it.world.end();
+    }
+}
+
+#[test]
+fn what_belongs_to_no_transfer_ends_the_connection() {
+    for message in [
+        zone(8, 252, 1, true),
+        zone(8, 252, 1, false),
+        zone(7, 251, 1, true),
+        answer(7, "denied.test", A, 0, &[]),
+        query(7, "allowed.test", 252),
+    ] {
+        let mut it = Connection::new();
+        it.client(0, ACK, &framed(&[query(7, "allowed.test", 252)]));
+        let fine = framed(&[zone(7, 252, 1, true)]);
+        let one = it.resolver(0, ACK, &fine);
+        assert_eq!(it.fate(one), Some(&Fate::Released));
+        let other = it.resolver(fine.len() as i64, ACK, &framed(&[message]));
+        assert!(matches!(it.fate(other), Some(Fate::Discarded(_))));
+        assert_eq!(it.tcp().cut, 1);
+        it.world.end();
+    }
+    // nor without a question
+    let mut it = Connection::new();
+    let unasked = it.resolver(0, ACK, &framed(&[zone(7, 252, 1, true)]));
+    assert!(matches!(it.fate(unasked), Some(Fate::Discarded(_))));
+    it.world.end();
+    // a zone that may not be asked for
+    let mut it = Connection::new();
+    let denied = query(7, "denied.test", 252);
+    let bytes = framed(std::slice::from_ref(&denied));
+    it.client(0, ACK, &bytes);
+    assert_eq!(it.answered(0, bytes.len() as u32, 0), refusal(&denied, 5));
+    it.world.end();
+}
+
+#[test]
+fn many_transfers_may_follow_each_other_and_not_be_open_at_once() {
+    let mut it = Connection::new();
+    let (mut at, mut back) = (0, 0);
+    for id in 0..100 {
+        let asked = framed(&[query(id, "allowed.test", 252)]);
+        let handle = it.client_acknowledges(at, back as u32, ACK, &asked);
+        assert_eq!(it.fate(handle), Some(&Fate::Released), "{id}");
+        at += asked.len() as i64;
+        let told = framed(&[zone(id, 252, 3, true)]);
+        let handle = it.resolver_acknowledges(back, at as u32, ACK, &told);
+        assert_eq!(it.fate(handle), Some(&Fate::Released), "{id}");
+        back += told.len() as i64;
+    }
+    for id in 100..=116 {
+        let asked = framed(&[query(id, "allowed.test", 252)]);
+        let handle = it.client_acknowledges(at, back as u32, ACK, &asked);
+        let fate = match id {
+            116 => Fate::Discarded(Reason::InspectLimit),
+            _ => Fate::Released,
+        };
+        assert_eq!(it.fate(handle), Some(&fate), "{id}");
+        at += asked.len() as i64;
+    }
     it.world.end();
 }
 
@@ -530,6 +901,29 @@ fn audit_mode_lets_pass_what_it_reports() {
     assert_eq!(it.world.last().reason, Reason::TcpMidstream);
     assert!(it.world.sink.emitted.is_empty());
     it.world.end();
+    // what nobody completes goes on, unread
+    let mut it = Connection::with(&Limits::default(), false, [audit(asks(1)), audit(is_told(1))]);
+    let part = it.client(0, ACK, &denied[..9]);
+    it.world.wait(10);
+    assert_eq!(it.fate(part), Some(&Fate::Absorbed));
+    it.made();
+    it.world.wait(9_990);
+    assert_eq!(
+        it.world.verdict(),
+        (Verdict::Audit, Reason::InspectDeadline, ASKING)
+    );
+    assert_eq!(it.made()[0].payload, denied[..9]);
+    let unread = it.client(9, ACK, b"anything");
+    assert_eq!(it.fate(unread), Some(&Fate::Released));
+    assert_eq!(it.tcp().cut, 0);
+    it.world.end();
+    // nor does a limit hold them up
+    let limits = tcp(|limits| limits.connections = 0);
+    let mut it = Connection::with(&limits, false, [audit(asks(1)), audit(is_told(1))]);
+    assert_eq!(it.world.verdict(), (Verdict::Audit, Reason::InspectLimit, ASKING));
+    let unread = it.client(0, ACK, &denied);
+    assert_eq!(it.fate(unread), Some(&Fate::Released));
+    it.world.end();
 }
 
 /// What a receiver makes of segments: the first to say a byte is believed, in order.
@@ -553,6 +947,94 @@ impl Receiver {
     }
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Sender {
+    Client,
+    Resolver,
+}
+
+/// A client and a resolver that answers what it is asked.
+#[derive(Default)]
+struct Talk {
+    /// Handles of segments, who sent them, and what stands where in them.
+    sent: Vec<(usize, Sender, usize, Vec<u8>)>,
+    at_client: Receiver,
+    at_resolver: Receiver,
+    /// The client has been told that so much of what it sent is there.
+    client_acknowledged: usize,
+    /// The resolver has answered so many queries.
+    answers: usize,
+    /// What it has said.
+    told: Vec<u8>,
+}
+
+impl Talk {
+    /// Everything that is on its way comes where it goes, and what follows from that.
+    fn settle(&mut self, it: &mut Connection, messages: &[Vec<u8>], size: usize, waits: bool) {
+        if waits {
+            it.world.wait(10);
+        }
+        for _ in 0..100 {
+            let released: Vec<_> = it.world.sink.released.drain(..).collect();
+            let made = it.made();
+            let (client, resolver) = (self.at_client.bytes.len(), self.at_resolver.bytes.len());
+            for handle in released {
+                if let Some((_, from, at, payload)) = self.sent.iter().find(|(known, ..)| *known == handle) {
+                    match from {
+                        Sender::Client => self.at_resolver.take(*at, payload),
+                        Sender::Resolver => self.at_client.take(*at, payload),
+                    }
+                }
+            }
+            for made in made {
+                if made.to_client {
+                    self.at_client.take(made.at as usize, &made.payload);
+                    let acknowledged = made.acknowledges.unwrap_or(0) as usize;
+                    self.client_acknowledged = self.client_acknowledged.max(acknowledged);
+                } else {
+                    self.at_resolver.take(made.at as usize, &made.payload);
+                }
+            }
+            self.client_acknowledged = self.client_acknowledged.max(self.at_resolver.bytes.len());
+            let asked = |count: usize| framed(&messages[..count]).len();
+            let mut news = (client, resolver) != (self.at_client.bytes.len(), self.at_resolver.bytes.len());
+            while self.answers < messages.len() && asked(self.answers + 1) <= self.at_resolver.bytes.len() {
+                let id = self.answers as u16;
+                self.answers += 1;
+                let name = if messages[usize::from(id)][12] == 7 {
+                    "allowed.test"
+                } else {
+                    "x.wild.test"
+                };
+                let says = framed(&[if id.is_multiple_of(2) {
+                    address(id, name)
+                } else {
+                    answer(id, name, A, 3, &[])
+                }]);
+                for part in says.chunks(size) {
+                    let at = self.told.len();
+                    self.told.extend(part);
+                    let acknowledged = self.at_resolver.bytes.len() as u32;
+                    let handle = it.resolver_acknowledges(at as i64, acknowledged, ACK, part);
+                    self.sent.push((handle, Sender::Resolver, at, part.to_vec()));
+                }
+                news = true;
+            }
+            while let Some(learn) = it.world.sink.learns.pop_front() {
+                it.world.learned_one(learn, true);
+                news = true;
+            }
+            if !news {
+                return;
+            }
+            let (client, resolver) = (self.at_client.bytes.len(), self.at_resolver.bytes.len());
+            it.resolver_acknowledges(self.told.len() as i64, resolver as u32, ACK, &[]);
+            it.client_acknowledges(self.client_acknowledged as i64, client as u32, ACK, &[]);
+        }
+        panic!("they do not come to an end");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(500))]
 
@@ -572,14 +1054,15 @@ proptest! {
         let mut receiver = Receiver::default();
         let mut sent = vec![];
         let mut next = 0;
-        // random pieces, then everything in order until it is through
-        let in_order = (0..2 * stream.len().div_ceil(20)).map(|number| (number * 20 % (stream.len().div_ceil(20) * 20), 20, false, false));
+        // random pieces, then everything in order until it is through, from what is acknowledged on
+        let in_order = (0..2 * stream.len().div_ceil(20)).map(|number| (number * 20 % (stream.len().div_ceil(20) * 20), 20, false, false, number % 3 == 0));
         let random = pieces.iter().map(|(at, length, changed, follows, lost)| {
-            (if *follows { usize::MAX } else { at.index(stream.len()) }, *length, *changed, *lost)
+            (if *follows { usize::MAX } else { at.index(stream.len()) }, *length, *changed, *lost, *lost && *follows)
         });
-        for (at, length, changed, lost) in random.chain(in_order) {
+        for (number, (at, length, changed, lost, waits)) in random.chain(in_order).enumerate() {
             let at = if at == usize::MAX { next } else { at };
             let end = (at + length).min(stream.len());
+            let at = if number < pieces.len() { at } else { at.max(receiver.bytes.len()) };
             if at >= end {
                 continue;
             }
@@ -590,6 +1073,9 @@ proptest! {
             }
             let handle = it.client(at as i64, ACK, &payload);
             prop_assert_eq!(handle + 1, it.world.sent);
+            if waits {
+                it.world.wait(10);
+            }
             if !it.fate(handle).is_some_and(|fate| matches!(fate, Fate::Discarded(_))) && at <= next {
                 next = next.max(end);
             }
@@ -601,16 +1087,93 @@ proptest! {
                     receiver.take(*at, payload);
                 }
             }
+            for made in it.made() {
+                if !made.to_client && !lost {
+                    receiver.take(made.at as usize, &made.payload);
+                }
+            }
             let got = receiver.bytes.len();
             prop_assert_eq!(&receiver.bytes, &stream[..got]);
             prop_assert!(got <= allowed + 2 * usize::from(denied.is_some()), "{} bytes", got);
             it.resolver_acknowledges(0, if lies { stream.len() } else { got } as u32, ACK, &[]);
         }
-        if denied.is_none() {
-            prop_assert_eq!(receiver.bytes.len(), stream.len());
-        } else {
-            prop_assert_eq!(it.world.engine.stats().streams.cut, 1);
+        // what was acknowledged here and lost behind it is sent again
+        for wait in [300, 600, 1200, 2400] {
+            it.world.wait(wait);
+            for made in it.made() {
+                if !made.to_client {
+                    receiver.take(made.at as usize, &made.payload);
+                }
+            }
+            it.resolver_acknowledges(0, receiver.bytes.len() as u32, ACK, &[]);
         }
+        prop_assert_eq!(&receiver.bytes, &stream[..receiver.bytes.len()]);
+        if denied.is_none() {
+            // who claims to have what was lost does not get it again
+            prop_assert!(receiver.bytes.len() == stream.len() || lies);
+        } else {
+            // nobody answers the queries before it
+            it.world.wait(10_000);
+            prop_assert_eq!(it.tcp().answered + it.tcp().cut, 1);
+        }
+        it.world.end();
+    }
+
+    /// However the bytes of both sides are cut, and in whatever order they come: the client gets the answers to the
+    /// queries that have reached the resolver, and behind them one to the first that may not.
+    #[test]
+    fn the_client_gets_answers_and_then_a_refusal(
+        names in prop::collection::vec(prop::sample::select(vec!["allowed.test", "x.wild.test", "denied.test"]), 1..6),
+        sizes in prop::collection::vec(1_usize..50, 1..20),
+        swaps in prop::collection::vec(any::<bool>(), 1..20),
+        waits in prop::collection::vec(prop::bool::weighted(0.2), 1..20),
+    ) {
+        let messages: Vec<_> = names.iter().enumerate().map(|(id, name)| query(id as u16, name, A)).collect();
+        let stream = framed(&messages);
+        let denied = names.iter().position(|name| *name == "denied.test");
+        let mut it = Connection::new();
+        let mut talk = Talk::default();
+        let (mut sizes, mut swaps, mut waits) = (sizes.iter().cycle(), swaps.iter().cycle(), waits.iter().cycle());
+        // the first time perhaps in another order, then from what is acknowledged on until nothing comes of it
+        for round in 0..40 {
+            let mut pieces = vec![];
+            let mut at = talk.client_acknowledged;
+            while at < stream.len() {
+                let end = (at + sizes.next().unwrap()).min(stream.len());
+                pieces.push((at, end));
+                at = end;
+            }
+            if round == 0 {
+                for index in 1..pieces.len() {
+                    if *swaps.next().unwrap() {
+                        pieces.swap(index - 1, index);
+                    }
+                }
+            }
+            for (at, end) in pieces {
+                if at < talk.client_acknowledged && talk.client_acknowledged < end {
+                    continue;
+                }
+                let acknowledged = talk.at_client.bytes.len() as u32;
+                let handle = it.client_acknowledges(at as i64, acknowledged, ACK, &stream[at..end]);
+                talk.sent.push((handle, Sender::Client, at, stream[at..end].to_vec()));
+                talk.settle(&mut it, &messages, *sizes.next().unwrap(), *waits.next().unwrap());
+            }
+            talk.settle(&mut it, &messages, 9, round > 0);
+        }
+        let at_resolver = &talk.at_resolver.bytes;
+        prop_assert_eq!(at_resolver, &stream[..at_resolver.len()]);
+        let allowed = framed(&messages[..denied.unwrap_or(messages.len())]);
+        prop_assert!(at_resolver.len() <= allowed.len() + 2 * usize::from(denied.is_some()));
+        let mut expected = talk.told.clone();
+        if let Some(denied) = denied {
+            expected.extend(framed(&[refusal(&messages[denied], 5)]));
+            prop_assert_eq!((it.tcp().answered, it.tcp().cut), (1, 0));
+        } else {
+            prop_assert_eq!(at_resolver, &stream);
+            prop_assert_eq!((it.tcp().answered, it.tcp().cut), (0, 0));
+        }
+        prop_assert_eq!(&talk.at_client.bytes, &expected);
         it.world.end();
     }
 }

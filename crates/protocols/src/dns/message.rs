@@ -147,6 +147,46 @@ impl Query {
     }
 }
 
+/// The beginning of an answer, of which the rest may be still to come or is nobody's concern.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// Number of the query.
+    pub id: u16,
+    /// Response code, without the upper bits of EDNS.
+    pub rcode: u16,
+    /// The question repeated, if it is.
+    pub question: Option<Question>,
+}
+
+impl Head {
+    /// Reads the beginning of an answer: header and question.
+    ///
+    /// # Errors
+    /// If it is none. [`Refusal::Short`] and [`Refusal::Truncated`]: more is needed to say so.
+    pub fn read(message: &[u8]) -> Result<Self, Refusal> {
+        let limits = Limits {
+            records: u32::MAX,
+            ..Limits::ANSWER
+        };
+        let header = Header::parse(message, &limits)?;
+        if !header.flags.response() {
+            return Err(Refusal::WrongDirection);
+        }
+        header.check(&limits)?;
+        let mut reader = Reader {
+            message,
+            at: HEADER_LEN,
+            pointers: limits.pointers,
+        };
+        let question = (header.questions == 1).then(|| reader.question()).transpose()?;
+        Ok(Self {
+            id: header.id,
+            rcode: header.rcode,
+            question,
+        })
+    }
+}
+
 /// Where an address comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Source {

@@ -15,11 +15,11 @@ mod reply;
 mod tcp;
 
 pub use error::Refusal;
-pub use message::{Address, Answer, Edns, Flags, Limits, Query, Question, Source};
+pub use message::{Address, Answer, Edns, Flags, Head, Limits, Query, Question, Source};
 pub use name::{Labels, Name, NameError};
 pub use pattern::{NameSet, PatternError};
 pub use reply::{Rcode, reply};
-pub use tcp::MessageReader;
+pub use tcp::first_message;
 
 /// Length of the fixed header (RFC 1035, 4.1.1).
 pub const HEADER_LEN: usize = 12;
@@ -44,6 +44,8 @@ pub mod rtype {
     pub const TSIG: u16 = 250;
     /// Incremental zone transfer, RFC 1995.
     pub const IXFR: u16 = 251;
+    /// Zone transfer, RFC 5936.
+    pub const AXFR: u16 = 252;
 
     /// The name that people and flow clients know a type by; `None` for one without a name here.
     #[must_use]
@@ -75,7 +77,7 @@ pub mod rtype {
             HTTPS => "HTTPS",
             TSIG => "TSIG",
             IXFR => "IXFR",
-            252 => "AXFR",
+            AXFR => "AXFR",
             255 => "ANY",
             257 => "CAA",
             _ => return None,
