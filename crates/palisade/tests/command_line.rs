@@ -220,6 +220,12 @@ fn trace_judges_requests_and_server_names() {
         assert_eq!(code, Some(expected), "{text}\n{out}{error}");
         assert!(out.contains(text), "{text}\n{out}");
     }
+    // The path is judged as the configuration says.
+    let dotted = ["--http", "GET /public/../a", "--header", "X-Team: blue"];
+    assert_eq!(trace(&dotted).0, Some(1));
+    let raw = format!("[http]\npath_normalization = \"raw\"\n{CONFIG}");
+    fs::write(dir.path().join("p.toml"), raw).unwrap();
+    assert_eq!(trace(&dotted).0, Some(0));
     let (code, out, _) = trace(&["--http", "GET /x", "-o", "json"]);
     assert_eq!(code, Some(1));
     assert!(

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::{
     compile::Compiler,
-    l7::{Request, name_matches, passing},
+    l7::{Paths, Request, name_matches, passing_as},
     labels::Labels,
     names::{Names, SelectorNumber},
     snapshot::{RuleKey, inspector_name},
@@ -25,6 +25,8 @@ pub struct Question {
     pub to_fqdn: Option<String>,
     /// What the flow asks for, once it is read.
     pub request: Request,
+    /// In which form the path of an HTTP request is judged.
+    pub paths: Paths,
     /// IP protocol number.
     pub protocol: u8,
     /// Destination port, or type of ICMP; 0 where there is none.
@@ -339,7 +341,7 @@ fn side(
                 let reads = inspector_name(reads);
                 Err(format!("it is read as {reads}, and {what} is none"))
             }
-            _ => match passing(set, &question.request) {
+            _ => match passing_as(set, &question.request, question.paths) {
                 Some(alternative) => Ok(alternative.rule),
                 None => Err(format!("no rule allows {what}; {}", becomes(&question.request))),
             },
@@ -812,6 +814,7 @@ spec:
             http("PUT", "/public/x", "blue"),
             http("GET", "/secret", "blue"),
             http("GET", "/public/x", "red"),
+            http("GET", "/public/../secret", "blue"),
         ] {
             let answer = ask_for(80, request);
             assert_eq!(answer.verdict, Outcome::Denied, "{answer}");

@@ -19,6 +19,7 @@ use palisade_abi::{
 use palisade_datapath::{Datapath, MapError, monotonic_coarse};
 use palisade_flowlog::{FilterBuilder, Next, Ring, Timestamp};
 use palisade_fqdn::{SelectorId, Selectors};
+use palisade_inspect::Paths;
 use palisade_policy::{
     compile::Compiler,
     l7,
@@ -38,6 +39,7 @@ use super::{
     view::{Shared, View, class_names, kind_name, prefix_text},
     workers::READERS,
 };
+use crate::config::Config;
 use crate::control::{
     api::{
         self, ConnectionRow, ConntrackStatus, DropCount, Endpoint, FqdnRow, IdentityRow, InterfaceStatus,
@@ -491,12 +493,16 @@ fn missing_inspectors(snapshot: &Snapshot) -> Vec<MissingInspector> {
 }
 
 /// Explains a packet.
-pub fn trace(compiler: &Compiler, request: &TraceRequest) -> Result<TraceAnswer, String> {
+pub fn trace(compiler: &Compiler, config: &Config, request: &TraceRequest) -> Result<TraceAnswer, String> {
     let question = Question {
         source: request.from.clone(),
         destination: request.to.clone(),
         to_fqdn: request.to_fqdn.clone(),
         request: asked(request),
+        paths: match config.http.paths {
+            Paths::Both => l7::Paths::Both,
+            Paths::Raw => l7::Paths::Raw,
+        },
         protocol: request.protocol,
         port: request.port,
     };
@@ -584,7 +590,7 @@ impl Control {
             }
             Request::PolicyGet { name } => self.policy_summaries(name.as_deref()),
             Request::PolicySelectors => to_value(&self.selectors()),
-            Request::PolicyTrace(request) => to_value(&trace(&self.engine.compiler, &request)?),
+            Request::PolicyTrace(request) => to_value(&trace(&self.engine.compiler, &self.config, &request)?),
             Request::EndpointList => to_value(&self.endpoints()),
             Request::EndpointGet { endpoint } => {
                 to_value(&self.endpoint(self.find_endpoint(&endpoint)?, &self.guard.report(&self.datapath)))

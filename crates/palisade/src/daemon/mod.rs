@@ -72,7 +72,7 @@ pub fn trace_offline(config: &Config, files: Offers, request: &TraceRequest) -> 
         let lines: Vec<String> = problems.iter().map(ToString::to_string).collect();
         bail!("{}", lines.join("\n"));
     }
-    answers::trace(&compiler, request).map_err(anyhow::Error::msg)
+    answers::trace(&compiler, config, request).map_err(anyhow::Error::msg)
 }
 
 /// The right to be the only one who changes the maps of a node. Lasts as long as the value.
