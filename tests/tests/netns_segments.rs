@@ -184,10 +184,20 @@ fn what_follows_a_hello_arrives_whole_and_unread() {
                 "{from} -> {to}\n{}",
                 arena.daemon.report()
             );
-            let heard = field.recorder.bytes(client.local());
+            let whole = [hello, &data[..]].concat();
+            let heard = field
+                .recorder
+                .wait(client.local(), "all is there", OPEN, |h| {
+                    h.bytes.len() >= whole.len()
+                })
+                .expect("bytes")
+                .bytes;
+            let differs = heard.iter().zip(&whole).position(|(a, b)| a != b);
             assert!(
-                heard == [hello, &data[..]].concat(),
-                "{from} -> {to}: changed on the way"
+                heard == whole,
+                "{from} -> {to}: {} bytes of {}, other ones from {differs:?} on",
+                heard.len(),
+                whole.len()
             );
             let read = packets_read(&arena.daemon).expect("status") - before;
             assert!(
@@ -216,6 +226,7 @@ fn a_server_that_takes_little_at_a_time_gets_all() {
                     let socket =
                         socket2::Socket::new(socket2::Domain::for_address(at), socket2::Type::STREAM, None)?;
                     socket.set_recv_buffer_size(24 << 10)?;
+                    socket.set_reuse_address(true)?;
                     socket.bind(&at.into())?;
                     socket.listen(4)?;
                     Ok(socket.into())

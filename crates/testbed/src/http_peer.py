@@ -11,6 +11,7 @@ import http.server
 import json
 import os
 import socket
+import socketserver
 import struct
 import sys
 import threading
@@ -188,6 +189,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self.log, self.lock = log, lock
         super().__init__((address, port), Handler)
+
+    def server_bind(self):
+        # without looking for a name of the address: there is nobody to ask
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
 
 
 def serve(log, port, *addresses):

@@ -259,6 +259,8 @@ impl<F> Connection<F> {
             sink.absorb(held.frame);
         }
         self.acknowledge(side, shared, sink);
+        // A part of it may go already.
+        self.deliver(side, shared, sink);
     }
 
     /// Says to a side what was acknowledged to it here.

@@ -1,0 +1,1170 @@
+//! HTTP rules with real programs: which requests reach a server, on which way, in which form, and what the others get.
+
+use std::{
+    collections::BTreeMap,
+    io::{ErrorKind, Write},
+    net::SocketAddr,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use palisade_testbed::{
+    Daemon,
+    daemon::{Hooks, Settings},
+    output, probe,
+    recorder::{End, Heard, Recorder},
+    topology::{FAMILIES, Family},
+    web::{Caddy, Curl, Peer, Talk, Web, curl, h2load, random_file, sha256},
+};
+use palisade_tests::{
+    OPEN,
+    apps::{Apps, WAYS, apps, borrowed, packets_read, policies, policy},
+    names::counted,
+};
+
+const WEB: u16 = 80;
+const PEER: u16 = 8080;
+const RAW: u16 = 8081;
+const CADDY: u16 = 8082;
+const PORTS: &[u16] = &[WEB, PEER, RAW, CADDY];
+
+/// The reason for dropping HTTP/2.
+const HTTP2: u64 = 250;
+const DENIED: &str = "Access denied\r\n";
+
+/// Everything below `/allowed`, uploads and downloads of files, and some that hang on fields.
+const RULES: &str = "      rules:
+        http:
+        - {method: \"GET|HEAD|POST|PUT|OPTIONS\", path: \"/allowed(/.*)?\"}
+        - {method: GET, path: \"/query\\\\?a=[0-9]+\"}
+        - {method: \"GET|PUT\", path: \"/files/.*\"}
+        - {path: /token, headers: [\"X-Token: secret\"]}
+        - {path: /present, headers: [\"X-Present\"]}
+        - {path: /matched, headerMatches: [{name: X-Match, value: \"yes\"}]}
+        - {path: /logged, headerMatches: [{name: X-Match, value: \"yes\", mismatch: LOG}]}
+        - {path: /hosted, host: \"good[.]example(:[0-9]+)?\"}
+        - {method: CONNECT, host: \"good[.]example:443\"}
+";
+
+fn url(to: SocketAddr, path: &str) -> String {
+    format!("http://{to}{path}")
+}
+
+fn get(apps: &Apps, from: &str, to: SocketAddr, args: &[&str], path: &str) -> Curl {
+    let url = url(to, path);
+    curl(apps.ns(from), &[args, &[&url]].concat(), OPEN).expect("curl")
+}
+
+fn client_only(apps: &Apps, rules: &str) -> Daemon {
+    let text = policy("client", "egress", PORTS, rules);
+    apps.daemon(&Settings::default(), &[("client.yaml", &text)])
+        .expect("daemon")
+}
+
+fn peer(apps: &Apps) -> Peer {
+    Peer::start(apps.ns("internet"), PEER, &apps.both("internet")).expect("peer")
+}
+
+/// A server that keeps what it hears and answers each head with a few bytes.
+fn recorder(apps: &Apps) -> Recorder {
+    Recorder::start(
+        apps.ns("internet"),
+        &apps.both("internet"),
+        &[RAW],
+        |dealt_with, all| {
+            let mut said = Vec::new();
+            while let Some(n) = all[*dealt_with..].windows(4).position(|w| w == b"\r\n\r\n") {
+                *dealt_with += n + 4;
+                said.extend_from_slice(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+            }
+            said
+        },
+    )
+    .expect("recorder")
+}
+
+fn all_ways(hooks: Hooks) {
+    let apps = apps();
+    let servers: Vec<(&str, Web)> = ["server", "node", "internet"]
+        .iter()
+        .map(|name| {
+            let web = Web::start(apps.ns(name), name, &[WEB], &[], &apps.certificate).expect("nginx");
+            (*name, web)
+        })
+        .collect();
+    let settings = Settings {
+        hooks,
+        ..Settings::default()
+    };
+    let policies = policies(PORTS, RULES);
+    let daemon = apps.daemon(&settings, &borrowed(&policies)).expect("daemon");
+    for family in FAMILIES {
+        for (from, to) in WAYS {
+            let at = apps.at(to, family, WEB);
+            for path in ["/allowed", "/allowed/x?y=z", "/query?a=17"] {
+                let got = get(&apps, from, at, &[], path);
+                assert!(
+                    got.status == 200 && got.body == format!("hello from {to}\n"),
+                    "{from} -> {at} {path}: {got:?}\n{}",
+                    daemon.report()
+                );
+            }
+            for (args, path) in [
+                (&[][..], "/denied"),
+                (&[], "/"),
+                (&[], "/query?a=b"),
+                (&[], "/allowedx"),
+                (&["-X", "DELETE"], "/allowed/x"),
+                (&["-d", "some=thing"], "/denied"),
+            ] {
+                let got = get(&apps, from, at, args, path);
+                assert!(
+                    (got.code, got.status, got.body.as_str()) == (0, 403, DENIED),
+                    "{from} -> {at} {path}: {got:?}\n{}",
+                    daemon.report()
+                );
+            }
+            // several on one connection, as long as they are allowed
+            let urls = ["/allowed/1", "/denied/2", "/allowed/3"].map(|path| url(at, path));
+            let urls: Vec<&str> = urls.iter().map(String::as_str).collect();
+            let got = curl(apps.ns(from), &urls, OPEN).expect("curl");
+            let hello = format!("hello from {to}\n");
+            assert_eq!(
+                got.body,
+                [&hello, DENIED, &hello].concat(),
+                "{from} -> {at}: {got:?}\n{}",
+                daemon.report()
+            );
+        }
+    }
+    for (name, web) in &servers {
+        let seen = web.seen();
+        assert!(seen.len() >= 10, "{name}: {seen:?}");
+        for seen in seen {
+            let good = ["GET /allowed", "GET /query?a=17 "];
+            assert!(
+                good.iter().any(|good| seen.request.starts_with(good)) && seen.status == 200,
+                "{name}: {seen:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn all_ways_by_tcx_and_xdp_at_the_nic() {
+    all_ways(Hooks {
+        endpoint: "tc",
+        host: "xdp",
+        tc: "tcx",
+    });
+}
+
+#[test]
+fn all_ways_by_tcx_also_at_the_nic() {
+    all_ways(Hooks {
+        endpoint: "tc",
+        host: "tc",
+        tc: "tcx",
+    });
+}
+
+#[test]
+fn all_ways_by_xdp_and_clsact() {
+    all_ways(Hooks {
+        endpoint: "xdp",
+        host: "xdp",
+        tc: "clsact",
+    });
+}
+
+#[test]
+fn messages_of_every_kind() {
+    let apps = apps();
+    let peer = peer(&apps);
+    let _caddy = Caddy::start(apps.ns("internet"), "caddy", CADDY, 8443, &apps.certificate).expect("caddy");
+    let daemon = client_only(&apps, RULES);
+    let body = apps.topology.dir().join("body");
+    random_file(&body, 300_000).expect("file");
+    let sum = sha256(&body).expect("sum");
+    let from_body = format!("@{}", body.display());
+    let file = body.display().to_string();
+    let client = apps.ns("client");
+    for family in FAMILIES {
+        let at = apps.at("internet", family, PEER);
+        let expect = |what: &str, got: &Curl, good: bool| {
+            assert!(good, "{what} {family:?}: {got:?}\n{}", daemon.report());
+        };
+        // bodies up, by length and in chunks, with and without waiting for leave
+        for (what, args) in [
+            ("length", &["-H", "Expect:", "--data-binary", &from_body][..]),
+            (
+                "expectation",
+                &["-H", "Expect: 100-continue", "--data-binary", &from_body],
+            ),
+            (
+                "chunks",
+                &["-H", "Transfer-Encoding: chunked", "-H", "Expect:", "-T", &file],
+            ),
+            (
+                "chunks, expectation",
+                &["-H", "Transfer-Encoding: chunked", "-T", &file],
+            ),
+        ] {
+            let got = get(&apps, "client", at, args, "/allowed/up");
+            expect(what, &got, got.status == 200 && got.body.contains(&sum));
+            let got = get(&apps, "client", at, args, "/denied/up");
+            expect(what, &got, got.status == 403 && got.body == DENIED);
+        }
+        // and down
+        let got = get(&apps, "client", at, &["-i"], "/allowed/chunked?40,3000");
+        let chunks = got.body.matches("AAA").count() > 900 && got.body.contains("X-Sum: ");
+        expect("chunks down", &got, got.status == 200 && chunks);
+        for (path, status, body) in [
+            ("/allowed/nothing", 204, ""),
+            ("/allowed/same", 304, ""),
+            ("/allowed/hints", 200, "after hints\n"),
+            ("/allowed/until-close", 200, "until the end\n"),
+            ("/allowed/slow", 200, "slow\n"),
+        ] {
+            // twice, where that goes, so that what follows on the connection is found
+            let url = url(at, path);
+            let got = curl(client, &[&url, &url], OPEN).expect("curl");
+            expect(
+                path,
+                &got,
+                got.code == 0 && got.status == status && got.body == body.repeat(2),
+            );
+        }
+        // HEAD has no body, whatever its answer says
+        let (head, plain) = (url(at, "/allowed/head"), url(at, "/allowed/plain"));
+        let got = curl(client, &["-I", &head, "--next", "-sS", &plain], OPEN).expect("curl");
+        expect(
+            "HEAD",
+            &got,
+            got.code == 0 && got.body.contains("\"GET\", \"path\": \"/allowed/plain\""),
+        );
+        let got = get(&apps, "client", at, &["-I"], "/denied/head");
+        expect("HEAD", &got, got.code == 0 && got.status == 403);
+        // HTTP/1.0, and what keeps such a connection open
+        for args in [&["-0"][..], &["-0", "-H", "Connection: keep-alive"]] {
+            let got = get(&apps, "client", at, args, "/allowed/old");
+            expect("HTTP/1.0", &got, got.status == 200);
+            let got = get(&apps, "client", at, args, "/denied/old");
+            expect("HTTP/1.0", &got, got.status == 403 && got.body == DENIED);
+        }
+        // an offer to go over to HTTP/2 is not taken
+        let got = get(&apps, "client", at, &["--http2"], "/allowed/offer");
+        expect("h2c", &got, got.status == 200);
+        let got = get(
+            &apps,
+            "client",
+            apps.at("internet", family, CADDY),
+            &[],
+            "/allowed",
+        );
+        expect(
+            "caddy",
+            &got,
+            got.status == 200 && got.body == "hello from caddy\n",
+        );
+        let got = get(
+            &apps,
+            "client",
+            apps.at("internet", family, CADDY),
+            &[],
+            "/denied",
+        );
+        expect("caddy", &got, got.status == 403 && got.body == DENIED);
+    }
+    for request in peer.requests() {
+        let path = request["path"].as_str().unwrap_or_default();
+        assert!(path.starts_with("/allowed"), "{request}");
+    }
+}
+
+#[test]
+fn what_goes_over_to_another_protocol() {
+    let apps = apps();
+    let peer = peer(&apps);
+    let daemon = client_only(&apps, RULES);
+    let client = apps.ns("client");
+    for family in FAMILIES {
+        let at = apps.at("internet", family, PEER);
+        let said = peer.websocket(client, at, "/allowed/ws").expect("websocket");
+        assert!(
+            said.starts_with("HTTP/1.1 101") && said.contains("echoed 351"),
+            "{said}\n{}",
+            daemon.report()
+        );
+        let said = peer.websocket(client, at, "/denied/ws").expect("websocket");
+        assert!(
+            said.starts_with("HTTP/1.1 403") && said.contains("Access denied"),
+            "{said}\n{}",
+            daemon.report()
+        );
+        // who does not ask for it is not taken over
+        let got = get(&apps, "client", at, &[], "/allowed/ws");
+        assert_eq!(got.status, 426, "{got:?}\n{}", daemon.report());
+        let got = get(&apps, "client", at, &[], "/allowed/liar");
+        assert!(
+            got.code != 0 && !got.body.contains("no HTTP"),
+            "{got:?}\n{}",
+            daemon.report()
+        );
+        // what is asked behind a question of that kind waits for its answer
+        let mut talk = Talk::open(client, at, OPEN).expect("connection");
+        talk.say(
+            b"GET /allowed/slow HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n\
+              GET /denied/behind HTTP/1.1\r\nHost: x\r\n\r\n",
+        )
+        .expect("requests");
+        let ended = talk.hear_all(OPEN).expect("answers");
+        let text = talk.text();
+        assert!(
+            ended && text.starts_with("HTTP/1.1 200") && text.ends_with(DENIED),
+            "{text}\n{}",
+            daemon.report()
+        );
+
+        // a tunnel, by CONNECT
+        for (host, allowed) in [("good.example:443", true), ("evil.example:443", false)] {
+            let mut talk = Talk::open(client, at, OPEN).expect("connection");
+            talk.say(format!("CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n\r\n").as_bytes())
+                .expect("a request");
+            talk.hear(OPEN, |heard| heard.windows(4).any(|w| w == b"\r\n\r\n"))
+                .expect("an answer");
+            if !allowed {
+                assert!(talk.text().starts_with("HTTP/1.1 403"), "{}", talk.text());
+                continue;
+            }
+            assert!(
+                talk.text().starts_with("HTTP/1.1 200"),
+                "{}\n{}",
+                talk.text(),
+                daemon.report()
+            );
+            let before = packets_read(&daemon).expect("status");
+            for n in 0..50 {
+                // anything, also what looks like a request
+                let said = format!("GET /denied/{n} HTTP/1.1\r\n\r\n");
+                talk.say(said.as_bytes()).expect("bytes");
+                talk.hear(OPEN, |heard| heard.ends_with(said.as_bytes()))
+                    .expect("an echo");
+                assert!(
+                    talk.text().ends_with(&said),
+                    "{}\n{}",
+                    talk.text(),
+                    daemon.report()
+                );
+            }
+            let read = packets_read(&daemon).expect("status") - before;
+            assert!(read < 20, "{read} packets\n{}", daemon.report());
+        }
+    }
+    assert_eq!(peer.asked_for("/denied/ws") + peer.asked_for("/denied/behind"), 0);
+    assert_eq!(peer.asked_for("evil.example:443"), 0);
+}
+
+#[test]
+fn requests_that_do_not_wait_for_answers() {
+    let apps = apps();
+    let peer = peer(&apps);
+    let daemon = client_only(&apps, RULES);
+    for family in FAMILIES {
+        let at = apps.at("internet", family, PEER);
+        let requests = |paths: &[&str]| -> Vec<u8> {
+            paths
+                .iter()
+                .flat_map(|path| format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").into_bytes())
+                .collect()
+        };
+        let all = requests(&[
+            "/allowed/1",
+            "/allowed/slow",
+            "/allowed/chunked?3,500",
+            "/allowed/nothing",
+            "/allowed/5",
+            "/denied/6",
+            "/allowed/7",
+        ]);
+        // at once, in pieces, and byte by byte
+        for size in [all.len(), 60, 1] {
+            let before = peer.requests().len();
+            let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
+            for piece in all.chunks(size) {
+                // it may be over before everything is said
+                if talk.say(piece).is_err() {
+                    break;
+                }
+            }
+            let ended = talk.hear_all(OPEN).expect("answers");
+            let text = talk.text();
+            let statuses: Vec<&str> = text
+                .split("HTTP/1.1 ")
+                .skip(1)
+                .map(|answer| &answer[..3])
+                .collect();
+            assert_eq!(
+                (ended, &statuses[..]),
+                (true, &["200", "200", "200", "204", "200", "403"][..]),
+                "{size} {family:?}: {text}\n{}",
+                daemon.report()
+            );
+            assert!(text.ends_with(DENIED), "{text}");
+            let seen: Vec<String> = peer.requests()[before..]
+                .iter()
+                .map(|r| r["path"].as_str().unwrap_or_default().to_owned())
+                .collect();
+            let asked = [
+                "/allowed/1",
+                "/allowed/slow",
+                "/allowed/chunked?3,500",
+                "/allowed/nothing",
+                "/allowed/5",
+            ];
+            assert_eq!(seen, asked, "{size} {family:?}\n{}", daemon.report());
+        }
+    }
+}
+
+#[test]
+fn paths_are_judged_as_sent_and_as_resolved() {
+    let apps = apps();
+    let peer = peer(&apps);
+    let daemon = client_only(&apps, RULES);
+    let bad = [
+        "/allowed/../denied",
+        "/allowed/..",
+        "/allowed/./../denied",
+        "/allowed/x/../../denied",
+        "/allowed/%2e%2e/denied",
+        "/allowed/%2E%2e/denied",
+        "/allowed/.%2e/denied",
+        "/allowed/%2e%2e%2fdenied",
+        "/allowed/..%2fdenied",
+        "/allowed%2f..%2fdenied",
+        "/allowed/%252e%252e/denied",
+        "/allowed/%25%32%65%25%32%65/denied",
+        "/allowed//../../denied",
+        "/allowed/..//denied",
+        "/allowed/..\\denied",
+        "/allowed\\..\\denied",
+        "/allowed/%5c..%5cdenied",
+        "/allowed/..;/denied",
+        "/allowed/..;x=y/denied",
+        "/allowed/%00",
+        "/allowed/%zz",
+        "/denied/../allowed/x",
+        "/./allowed/x",
+        "//allowed/x",
+        "/%61llowed/x",
+        "/ALLOWED/x",
+    ];
+    let good = [
+        "/allowed/./x",
+        "/allowed/x/../y",
+        "/allowed//x",
+        "/allowed/%41",
+        "/allowed/a%20b",
+        "/allowed/x?/../../denied",
+        "/allowed/x?%2e%2e/denied",
+        "/allowed/...",
+        "/allowed/..x",
+    ];
+    for family in FAMILIES {
+        let at = apps.at("internet", family, PEER);
+        for path in bad {
+            let got = get(&apps, "client", at, &[], path);
+            assert!(
+                (got.status, got.body.as_str()) == (403, DENIED),
+                "{path} {family:?}: {got:?}\n{}",
+                daemon.report()
+            );
+        }
+        for path in good {
+            let got = get(&apps, "client", at, &[], path);
+            assert_eq!(got.status, 200, "{path} {family:?}: {got:?}\n{}", daemon.report());
+        }
+    }
+    for request in peer.requests() {
+        assert!(good.iter().any(|path| request["path"] == *path), "{request}");
+    }
+    drop(daemon);
+    // who knows what the server does may have them judged as they are
+    let settings = Settings {
+        tables: "[http]\npath_normalization = \"raw\"\n".into(),
+        ..Settings::default()
+    };
+    let text = policy("client", "egress", PORTS, RULES);
+    let daemon = apps.daemon(&settings, &[("client.yaml", &text)]).expect("daemon");
+    let at = apps.at("internet", Family::V4, PEER);
+    let got = get(&apps, "client", at, &[], "/allowed/../denied");
+    assert_eq!(got.status, 200, "{got:?}\n{}", daemon.report());
+    let got = get(&apps, "client", at, &[], "/denied/../allowed/x");
+    assert_eq!(got.status, 403, "{got:?}\n{}", daemon.report());
+}
+
+#[test]
+fn rules_on_hosts_and_fields() {
+    let apps = apps();
+    let peer = peer(&apps);
+    let daemon = client_only(&apps, RULES);
+    let cases: &[(&str, &[&str], u16)] = &[
+        ("/token", &["X-Token: secret"], 200),
+        ("/token", &["x-tOKEN: secret"], 200),
+        ("/token", &["X-Token:secret"], 200),
+        ("/token", &["X-Token: secret", "X-Token: secret"], 200),
+        ("/token", &[], 403),
+        ("/token", &["X-Token: Secret"], 403),
+        ("/token", &["X-Token: secret2"], 403),
+        ("/token", &["X-Token: other", "X-Token: secret"], 403),
+        ("/token", &["X-Token: secret", "X-Token: other"], 403),
+        ("/token", &["X-Token: secret, other"], 403),
+        ("/token", &["X-Tokens: secret"], 403),
+        ("/present", &["X-Present: whatever"], 200),
+        ("/present", &["X-Present: a", "X-Present: b"], 200),
+        ("/present", &[], 403),
+        ("/matched", &["X-Match: yes"], 200),
+        ("/matched", &["X-Match: no"], 403),
+        ("/matched", &["X-Match: yes", "X-Match: no"], 403),
+        ("/matched", &[], 403),
+        ("/logged", &["X-Match: yes"], 200),
+        ("/logged", &["X-Match: no"], 200),
+        ("/logged", &[], 200),
+        ("/hosted", &["Host: good.example"], 200),
+        ("/hosted", &["Host: GOOD.example:8080"], 200),
+        ("/hosted", &["Host: evil.example"], 403),
+        ("/hosted", &["Host: good.example.evil.example"], 403),
+        (
+            "/hosted",
+            &["Host: evil.example", "X-Forwarded-Host: good.example"],
+            403,
+        ),
+    ];
+    for family in FAMILIES {
+        let at = apps.at("internet", family, PEER);
+        for (path, fields, status) in cases {
+            // curl adds a Host of its own, so these are written by hand
+            let mut head = format!("GET {path} HTTP/1.1\r\nConnection: close\r\n");
+            if !fields.iter().any(|field| field.starts_with("Host:")) {
+                head += "Host: x\r\n";
+            }
+            for field in *fields {
+                head += &format!("{field}\r\n");
+            }
+            let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
+            talk.say((head + "\r\n").as_bytes()).expect("a request");
+            let ended = talk.hear_all(OPEN).expect("an answer");
+            let text = talk.text();
+            assert!(
+                ended && text.starts_with(&format!("HTTP/1.1 {status} ")),
+                "{path} {fields:?}: {text}\n{}",
+                daemon.report()
+            );
+        }
+    }
+    let allowed = cases.iter().filter(|(_, _, status)| *status == 200).count();
+    assert_eq!(peer.requests().len(), 2 * allowed);
+}
+
+/// Heads that two readers could read differently, or no reader at all.
+fn ambiguous() -> Vec<(&'static str, Vec<u8>)> {
+    let with = |fields: &str| -> Vec<u8> {
+        format!("POST /allowed/x HTTP/1.1\r\nHost: x\r\n{fields}\r\n").into_bytes()
+    };
+    let smuggled = "GET /denied/smuggled HTTP/1.1\r\nHost: x\r\n\r\n";
+    let body = |fields: &str, body: &str| [with(fields), body.as_bytes().to_vec()].concat();
+    let mut cases = vec![
+        (
+            "length and chunks",
+            body(
+                "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+                &format!("0\r\n\r\n{smuggled}"),
+            ),
+        ),
+        (
+            "chunks and length",
+            body(
+                &format!(
+                    "Transfer-Encoding: chunked\r\nContent-Length: {}\r\n",
+                    smuggled.len() + 5
+                ),
+                &format!("0\r\n\r\n{smuggled}"),
+            ),
+        ),
+        (
+            "two lengths",
+            body("Content-Length: 5\r\nContent-Length: 6\r\n", "hello"),
+        ),
+        (
+            "the same length twice",
+            body("Content-Length: 5\r\nContent-Length: 5\r\n", "hello"),
+        ),
+        ("a list of lengths", body("Content-Length: 5, 5\r\n", "hello")),
+        ("a length with a sign", body("Content-Length: +5\r\n", "hello")),
+        ("a negative length", body("Content-Length: -1\r\n", "hello")),
+        (
+            "a length in hexadecimal",
+            body("Content-Length: 0x5\r\n", "hello"),
+        ),
+        ("an empty length", body("Content-Length:\r\n", "hello")),
+        (
+            "a length beyond all numbers",
+            body("Content-Length: 99999999999999999999999\r\n", "hello"),
+        ),
+        ("a length in quotes", body("Content-Length: \"5\"\r\n", "hello")),
+        ("chunks twice", with("Transfer-Encoding: chunked, chunked\r\n")),
+        (
+            "chunks in two fields",
+            with("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n"),
+        ),
+        ("identity", with("Transfer-Encoding: identity\r\n")),
+        ("another coding", with("Transfer-Encoding: gzip\r\n")),
+        (
+            "another coding below",
+            with("Transfer-Encoding: gzip, chunked\r\n"),
+        ),
+        ("nearly chunks", with("Transfer-Encoding: xchunked\r\n")),
+        ("chunks and more", with("Transfer-Encoding: chunked;q=1\r\n")),
+        (
+            "chunks after a vertical tab",
+            with("Transfer-Encoding: \x0bchunked\r\n"),
+        ),
+        (
+            "white space before a colon",
+            with("Transfer-Encoding : chunked\r\n"),
+        ),
+        ("white space in a name", with("X Y: z\r\n")),
+        ("a field without a name", with(": x\r\n")),
+        ("a field without a colon", with("nothing\r\n")),
+        ("a folded field", with("X-Folded: a\r\n b\r\n")),
+        (
+            "a folded first field",
+            b"GET /allowed HTTP/1.1\r\n Host: x\r\n\r\n".to_vec(),
+        ),
+        (
+            "a line feed alone",
+            b"GET /allowed HTTP/1.1\nHost: x\n\n".to_vec(),
+        ),
+        ("a line feed alone among others", with("X: y\nZ: z\r\n")),
+        ("a carriage return alone", with("X: y\rZ: z\r\n")),
+        ("a NUL", with("X: a\0b\r\n")),
+        (
+            "a NUL in the path",
+            b"GET /allowed\0 HTTP/1.1\r\nHost: x\r\n\r\n".to_vec(),
+        ),
+        ("two hosts", with("Host: y\r\n")),
+        ("no host", b"GET /allowed HTTP/1.1\r\n\r\n".to_vec()),
+        (
+            "a host with a path",
+            b"GET /allowed HTTP/1.1\r\nHost: x/y\r\n\r\n".to_vec(),
+        ),
+        (
+            "a host with a name before it",
+            b"GET /allowed HTTP/1.1\r\nHost: a@x\r\n\r\n".to_vec(),
+        ),
+        (
+            "a whole URI and another host",
+            b"GET http://y/allowed HTTP/1.1\r\nHost: x\r\n\r\n".to_vec(),
+        ),
+        (
+            "two spaces",
+            b"GET  /allowed HTTP/1.1\r\nHost: x\r\n\r\n".to_vec(),
+        ),
+        (
+            "a tab for a space",
+            b"GET\t/allowed HTTP/1.1\r\nHost: x\r\n\r\n".to_vec(),
+        ),
+        (
+            "something behind the version",
+            b"GET /allowed HTTP/1.1 x\r\nHost: x\r\n\r\n".to_vec(),
+        ),
+        (
+            "another version",
+            b"GET /allowed HTTP/1.2\r\nHost: x\r\n\r\n".to_vec(),
+        ),
+        ("version 2", b"GET /allowed HTTP/2.0\r\nHost: x\r\n\r\n".to_vec()),
+        (
+            "chunks in version 1.0",
+            b"POST /allowed HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".to_vec(),
+        ),
+        ("no version", b"GET /allowed\r\n\r\n".to_vec()),
+        (
+            "a relative path",
+            b"GET allowed HTTP/1.1\r\nHost: x\r\n\r\n".to_vec(),
+        ),
+    ];
+    cases.push((
+        "a long line",
+        with(&format!("X-Long: {}\r\n", "y".repeat(17_000))),
+    ));
+    cases.push((
+        "a long head",
+        with(&format!("X-Long: {}\r\n", "y".repeat(9_000)).repeat(8)),
+    ));
+    cases.push(("many fields", with(&"X: y\r\n".repeat(130))));
+    cases
+}
+
+#[test]
+fn what_two_readers_could_read_differently_is_refused() {
+    let apps = apps();
+    let hears = recorder(&apps);
+    let daemon = client_only(&apps, RULES);
+    let cases = ambiguous();
+    thread::scope(|scope| {
+        for family in FAMILIES {
+            let (apps, hears, daemon, cases) = (&apps, &hears, &daemon, &cases);
+            scope.spawn(move || {
+                let at = apps.at("internet", family, RAW);
+                for (what, bytes) in cases {
+                    // alone, and behind a request that is allowed
+                    let first = b"GET /allowed/first HTTP/1.1\r\nHost: x\r\n\r\n";
+                    for before in [&b""[..], first] {
+                        let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
+                        let local = talk.stream().local_addr().expect("address");
+                        talk.say(&[before, bytes].concat()).expect("bytes");
+                        let ended = talk.hear_all(OPEN);
+                        let text = talk.text();
+                        let answers = if before.is_empty() {
+                            ""
+                        } else {
+                            "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+                        };
+                        let refused = text.strip_prefix(answers).unwrap_or_default();
+                        assert!(
+                            ended.as_ref().is_ok_and(|ended| *ended) && refused.starts_with("HTTP/1.1 400 "),
+                            "{what}, {} before, {family:?}: {ended:?} {text}\n{}",
+                            before.len(),
+                            daemon.report()
+                        );
+                        let heard = hears
+                            .wait(local, "its end", OPEN, |heard| heard.end != End::Open)
+                            .expect("the server's side is closed");
+                        assert_eq!(
+                            heard.bytes,
+                            before,
+                            "{what} {family:?}: the server has heard {:?}",
+                            String::from_utf8_lossy(&heard.bytes)
+                        );
+                    }
+                }
+            });
+        }
+    });
+    daemon
+        .wait_flows(
+            &[
+                "--type",
+                "l7",
+                "--verdict",
+                "DROPPED",
+                "--drop-reason-desc",
+                "241",
+            ],
+            "the kinds are named",
+            |flows| {
+                [
+                    "Content-Length with Transfer-Encoding",
+                    "bare CR or LF",
+                    "several Hosts",
+                ]
+                .iter()
+                .all(|kind| {
+                    let summary = format!("Unreadable: {kind}");
+                    flows.iter().any(|flow| flow["Summary"] == summary.as_str())
+                })
+            },
+        )
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+}
+
+#[test]
+fn bodies_whose_framing_is_no_framing_end_where_that_begins() {
+    let apps = apps();
+    let hears = recorder(&apps);
+    let daemon = client_only(&apps, RULES);
+    let head = "POST /allowed/body HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let good = "5\r\nhello\r\n";
+    let smuggled = "GET /denied/smuggled HTTP/1.1\r\nHost: x\r\n\r\n";
+    let cases = [
+        ("no number", "hello\r\n"),
+        ("a sign", "+5\r\nhello\r\n"),
+        ("a prefix", "0x5\r\nhello\r\n"),
+        ("white space before", " 5\r\nhello\r\n"),
+        ("white space behind", "5 \r\nhello\r\n"),
+        ("an extension", "5;a=b\r\nhello\r\n"),
+        ("a line feed alone", "5\nhello\r\n"),
+        ("too large a number", "fffffffffffffffff\r\nhello\r\n"),
+        ("a number that turns negative", "ffffffffffffffff\r\nhello\r\n"),
+        ("content that is too long", "5\r\nhello!\r\n"),
+        ("content that is too short", "6\r\nhello\r\n0\r\n\r\n"),
+        ("a trailer that frames", "0\r\nContent-Length: 5\r\n\r\n"),
+        ("a trailer that is folded", "0\r\nX: y\r\n z\r\n\r\n"),
+        ("a trailer without a colon", "0\r\nnothing\r\n\r\n"),
+    ];
+    for family in FAMILIES {
+        let at = apps.at("internet", family, RAW);
+        for (what, bad) in cases {
+            let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
+            let local = talk.stream().local_addr().expect("address");
+            talk.say([head, good, bad, smuggled].concat().as_bytes())
+                .expect("bytes");
+            // in good order or by a reset: the server may have begun to answer
+            let _ = talk.hear_all(OPEN);
+            let heard = hears
+                .wait(local, "its end", OPEN, |heard| heard.end != End::Open)
+                .unwrap_or_else(|error| panic!("{what}: {error:#}\n{}", daemon.report()));
+            let text = String::from_utf8_lossy(&heard.bytes).into_owned();
+            assert!(
+                text.starts_with(&[head, good].concat()[..text.len().min(head.len() + good.len())])
+                    && !text.contains("smuggled"),
+                "{what} {family:?}: {text}\n{}",
+                daemon.report()
+            );
+        }
+        // chunks that are right, with a trailer, and a request behind them
+        let all = [
+            head,
+            good,
+            "A\r\n0123456789\r\n0\r\nX-Sum: y\r\n\r\n",
+            &smuggled.replace("denied", "allowed"),
+        ]
+        .concat();
+        let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
+        let local = talk.stream().local_addr().expect("address");
+        talk.say(all.as_bytes()).expect("bytes");
+        hears
+            .wait(local, "all of it", OPEN, |heard| heard.bytes == all.as_bytes())
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    }
+}
+
+#[test]
+fn what_is_not_http_is_reset_and_http2_is_told_apart() {
+    let apps = apps();
+    let hears = recorder(&apps);
+    let web = Web::start(apps.ns("internet"), "internet", &[WEB], &[], &apps.certificate).expect("nginx");
+    let daemon = client_only(&apps, RULES);
+    for family in FAMILIES {
+        let at = apps.at("internet", family, RAW);
+        for (what, bytes) in [
+            ("TLS", palisade_testbed::tls::Hello::to("good.example").bytes()),
+            ("zeros", vec![0; 100]),
+            ("white space", b"  GET /allowed HTTP/1.1\r\n".to_vec()),
+            ("empty lines", b"\r\n\r\n\r\n\r\n\r\n\r\n\r\n\r\n".to_vec()),
+            (
+                "HTTP/2",
+                b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".to_vec(),
+            ),
+        ] {
+            let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
+            let local = talk.stream().local_addr().expect("address");
+            talk.say(&bytes).expect("bytes");
+            let end = talk.hear_all(OPEN);
+            assert!(
+                end.as_ref()
+                    .is_err_and(|error| error.kind() == ErrorKind::ConnectionReset),
+                "{what} {family:?}: {end:?} {}\n{}",
+                talk.text(),
+                daemon.report()
+            );
+            let heard: Heard = hears
+                .wait(local, "its end", OPEN, |heard| heard.end == End::Reset)
+                .expect("reset on the server's side");
+            assert!(heard.bytes.is_empty(), "{what}: {heard:?}");
+        }
+        let at = apps.at("internet", family, WEB);
+        let url = url(at, "/allowed");
+        let counted = h2load(apps.ns("client"), &["-n", "20", "-c", "2", "-m", "4", &url]).expect("h2load");
+        assert_eq!(counted.answered, 0, "{counted:?}\n{}", daemon.report());
+        let got = curl(apps.ns("client"), &["--http2-prior-knowledge", &url], OPEN).expect("curl");
+        assert!(got.code != 0 && got.status == 0, "{got:?}\n{}", daemon.report());
+        assert_eq!(web.seen().len(), if family == Family::V4 { 0 } else { 400 });
+        // the same program by HTTP/1.1 gets everything, several requests at a time
+        let args = ["--h1", "-n", "400", "-c", "4", "-m", "8", &url];
+        let counted = h2load(apps.ns("client"), &args).expect("h2load");
+        assert_eq!(
+            (counted.answered, counted.other_status, counted.failed),
+            (400, 0, 0),
+            "{counted:?}\n{}",
+            daemon.report()
+        );
+    }
+    daemon
+        .wait_status("HTTP/2 is counted", |status| counted(status, HTTP2) >= 4)
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+}
+
+#[test]
+fn a_head_that_does_not_end_is_ended() {
+    let apps = apps();
+    let hears = recorder(&apps);
+    let settings = Settings {
+        tables: "[http]\nheader_timeout = \"2s\"\n".into(),
+        ..Settings::default()
+    };
+    let text = policy("client", "egress", PORTS, RULES);
+    let daemon = apps.daemon(&settings, &[("client.yaml", &text)]).expect("daemon");
+    let head = b"GET /allowed/never HTTP/1.1\r\nHost: x\r\nX-Slow: y\r\n";
+    thread::scope(|scope| {
+        for family in FAMILIES {
+            for slowly in [false, true] {
+                let (apps, hears, daemon) = (&apps, &hears, &daemon);
+                scope.spawn(move || {
+                    let at = apps.at("internet", family, RAW);
+                    let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
+                    let local = talk.stream().local_addr().expect("address");
+                    // a whole one first, and then longer than that without one
+                    talk.say(b"GET /allowed/1 HTTP/1.1\r\nHost: x\r\n\r\n")
+                        .expect("bytes");
+                    talk.hear(OPEN, |heard| heard.ends_with(b"ok"))
+                        .expect("an answer");
+                    thread::sleep(Duration::from_millis(2_600));
+                    talk.say(b"GET /allowed/2 HTTP/1.1\r\nHost: x\r\n\r\n")
+                        .expect("bytes");
+                    talk.hear(OPEN, |heard| {
+                        heard.ends_with(b"okHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+                    })
+                    .expect("an answer");
+                    let begin = Instant::now();
+                    if slowly {
+                        // each byte in time, all of it not
+                        for byte in head.iter().cycle() {
+                            let said = talk.say(&[*byte]);
+                            if said.is_err() || begin.elapsed() > OPEN {
+                                break;
+                            }
+                            thread::sleep(Duration::from_millis(100));
+                        }
+                    } else {
+                        talk.say(head).expect("bytes");
+                    }
+                    let end = talk.hear_all(OPEN);
+                    let took = begin.elapsed();
+                    assert!(
+                        !matches!(end, Ok(false)) && (1_500..5_000).contains(&took.as_millis()),
+                        "slowly: {slowly} {family:?}: {end:?} after {took:?}\n{}",
+                        daemon.report()
+                    );
+                    let heard = hears
+                        .wait(local, "its end", OPEN, |heard| heard.end != End::Open)
+                        .expect("the server's side is closed");
+                    let text = String::from_utf8_lossy(&heard.bytes).into_owned();
+                    assert!(!text.contains("never"), "{text}");
+                });
+            }
+        }
+    });
+}
+
+#[test]
+fn clients_that_wait_for_acknowledgements_are_not_held_up() {
+    let apps = apps();
+    let _peer = peer(&apps);
+    let daemon = client_only(&apps, RULES);
+    let script = "import http.client, sys, time\n\
+        t = time.time()\n\
+        c = http.client.HTTPConnection(sys.argv[1], int(sys.argv[2]), timeout=9)\n\
+        for n in range(10):\n\
+        \x20 c.putrequest('POST', '/allowed/python'); c.putheader('Transfer-Encoding', 'chunked'); c.endheaders()\n\
+        \x20 for m in range(5): c.send(b'5\\r\\nhello\\r\\n')\n\
+        \x20 c.send(b'0\\r\\n\\r\\n')\n\
+        \x20 r = c.getresponse(); assert r.status == 200, r.status; assert b'\"size\": 25' in r.read()\n\
+        print(time.time() - t)";
+    for family in FAMILIES {
+        let at = apps.at("internet", family, PEER);
+        // Nagle's algorithm is on unless a program says otherwise
+        let mut stream = probe::open(apps.ns("client"), None, at, OPEN).expect("connection");
+        stream.set_read_timeout(Some(OPEN)).expect("timeout");
+        let begin = Instant::now();
+        for _ in 0..10 {
+            for piece in [
+                "GET /allowed/pie",
+                "ces HTTP/1.1\r\nHo",
+                "st: x\r\nX-More: y\r\n",
+                "\r\n",
+            ] {
+                stream.write_all(piece.as_bytes()).expect("a piece");
+            }
+            let mut answer = Vec::new();
+            let mut buffer = [0; 4096];
+            while !answer.ends_with(b"}\n") {
+                let n = std::io::Read::read(&mut stream, &mut buffer).expect("an answer");
+                assert!(n > 0, "closed\n{}", daemon.report());
+                answer.extend_from_slice(&buffer[..n]);
+            }
+        }
+        let took = begin.elapsed();
+        assert!(took < Duration::from_secs(2), "{took:?}\n{}", daemon.report());
+        let mut python = apps.ns("client").command("python3");
+        python.args(["-c", script, &at.ip().to_string(), &at.port().to_string()]);
+        let out = output(&mut python, OPEN * 2).expect("python");
+        let text = String::from_utf8_lossy(&out.stdout);
+        let took: f64 = text.trim().parse().unwrap_or(99.0);
+        assert!(took < 4.0, "{out:?}\n{}", daemon.report());
+    }
+}
+
+#[test]
+fn large_bodies_go_on_in_the_kernel() {
+    const SIZE: u64 = 200_000_000;
+    let apps = apps();
+    let servers = ["internet", "node"]
+        .map(|name| Web::start(apps.ns(name), name, &[WEB], &[], &apps.certificate).expect("nginx"));
+    for web in &servers {
+        random_file(&web.files().join("down"), SIZE).expect("file");
+    }
+    let up = apps.topology.dir().join("up");
+    random_file(&up, SIZE).expect("file");
+    let sum_up = sha256(&up).expect("sum");
+    let policies = policies(PORTS, RULES);
+    let daemon = apps
+        .daemon(&Settings::default(), &borrowed(&policies))
+        .expect("daemon");
+    for (from, to, web, family) in [
+        ("client", "internet", &servers[0], Family::V4),
+        ("internet", "node", &servers[1], Family::V6),
+        ("node", "internet", &servers[0], Family::V6),
+    ] {
+        let at = apps.at(to, family, WEB);
+        let before = packets_read(&daemon).expect("status");
+        let got = apps.topology.dir().join("got");
+        let (got_text, up_text) = (got.display().to_string(), up.display().to_string());
+        // both on one connection, with a request behind them
+        let name = format!("up-{from}");
+        let urls = [
+            url(at, "/files/down"),
+            url(at, &format!("/files/{name}")),
+            url(at, "/allowed/behind"),
+            url(at, "/denied/behind"),
+        ];
+        let args = [
+            &urls[0], "-o", &got_text, "--next", "-sS", "-T", &up_text, &urls[1], "--next", "-sS", &urls[2],
+            &urls[3],
+        ];
+        let got_all = curl(apps.ns(from), &args, Duration::from_secs(60)).expect("curl");
+        assert!(
+            got_all.code == 0 && got_all.body == format!("hello from {to}\n{DENIED}"),
+            "{from} -> {to}: {got_all:?}\n{}",
+            daemon.report()
+        );
+        let sum = |path: &Path| sha256(path).expect("sum");
+        assert_eq!(sum(&got), sum(&web.files().join("down")), "{from} -> {to}: down");
+        assert_eq!(sum(&web.files().join(&name)), sum_up, "{from} -> {to}: up");
+        let read = packets_read(&daemon).expect("status") - before;
+        assert!(
+            read < 1_000,
+            "{from} -> {to}: {read} packets were read\n{}",
+            daemon.report()
+        );
+    }
+    // in chunks, large and small ones
+    let peer = peer(&apps);
+    let at = apps.at("internet", Family::V4, PEER);
+    for (count, size, most) in [(40, 2_000_000, 4_000), (20_000, 1_000, 40_000)] {
+        let before = packets_read(&daemon).expect("status");
+        let got = get(
+            &apps,
+            "client",
+            at,
+            &["-H", "X: y"],
+            &format!("/allowed/chunked?{count},{size}"),
+        );
+        let expected: usize = count * size;
+        assert_eq!(
+            (got.code, got.body.len()),
+            (0, expected),
+            "{}\n{}",
+            got.error,
+            daemon.report()
+        );
+        let read = packets_read(&daemon).expect("status") - before;
+        assert!(read < most, "{read} packets were read\n{}", daemon.report());
+    }
+    assert_eq!(peer.requests().len(), 2);
+}
+
+#[test]
+fn flows_name_request_answer_verdict_and_rule() {
+    let apps = apps();
+    let _peer = peer(&apps);
+    let daemon = client_only(&apps, RULES);
+    for family in FAMILIES {
+        let at = apps.at("internet", family, PEER);
+        let secrets = [
+            "-A",
+            "test/1",
+            "-H",
+            "Authorization: Bearer hidden",
+            "-H",
+            "X-Request-Id: 42",
+        ];
+        get(&apps, "client", at, &secrets, "/allowed/flow?token=hidden&n=1");
+        get(&apps, "client", at, &[], "/denied/flow");
+        get(&apps, "client", at, &["-H", "X-Match: no"], "/logged");
+        let from = apps.topology.addr("client", family).to_string();
+        let to = at.ip().to_string();
+        let wait = |filters: &[&str], what: &str, wanted: &dyn Fn(&serde_json::Value) -> bool| {
+            daemon
+                .wait_flows(&[&["--type", "l7"], filters].concat(), what, |flows| {
+                    flows.iter().any(wanted)
+                })
+                .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+        };
+        wait(
+            &["--from-ip", &from, "--to-ip", &to, "--verdict", "FORWARDED"],
+            "the request",
+            &|flow| {
+                let http = &flow["l7"]["http"];
+                flow["l7"]["type"] == "REQUEST"
+                    && http["method"] == "GET"
+                    && http["protocol"] == "HTTP/1.1"
+                    && http["url"].as_str().is_some_and(|url| {
+                        url.starts_with(&format!("http://{at}/allowed/flow?")) && !url.contains("hidden")
+                    })
+                    && flow["egress_allowed_by"][0]["name"] == "client-egress"
+                    && !flow.to_string().contains("hidden")
+                    && flow.to_string().contains("test/1")
+            },
+        );
+        wait(
+            &["--from-ip", &to, "--to-ip", &from, "--reply", "true"],
+            "the answer",
+            &|flow| {
+                flow["l7"]["type"] == "RESPONSE"
+                    && flow["l7"]["http"]["code"] == 200
+                    && flow["l7"]["latency_ns"].as_u64().is_some()
+                    || flow["l7"]["http"]["code"] == 200 && flow["l7"]["latency_ns"].is_string()
+            },
+        );
+        wait(
+            &["--from-ip", &from, "--to-ip", &to, "--verdict", "DROPPED"],
+            "the refusal",
+            &|flow| {
+                flow["drop_reason"] == 240
+                    && flow["l7"]["http"]["url"] == format!("http://{at}/denied/flow")
+                    && flow["egress_denied_by"][0]["name"] == "client-egress"
+            },
+        );
+    }
+    let shown = daemon
+        .cli(&["observe", "--type", "l7", "--all"])
+        .expect("observe");
+    for part in [
+        "http-request DROPPED (HTTP/1.1 GET http://",
+        "/denied/flow",
+        "http-response FORWARDED (HTTP/1.1 200 ",
+    ] {
+        assert!(shown.contains(part), "{part}\n{shown}");
+    }
+    let by_code: BTreeMap<&str, usize> = ["2+", "403"]
+        .into_iter()
+        .map(|code| {
+            let flows = daemon.flows(&["--http-status", code]).expect("observe");
+            (code, flows.len())
+        })
+        .collect();
+    assert!(by_code["2+"] >= 4, "{by_code:?}");
+}
