@@ -10,11 +10,11 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// Somewhat above what common servers take.
+    /// Somewhat above what common servers take, and below what receivers take at first: a head is held until it is whole.
     fn default() -> Self {
         Self {
             line: 16_384,
-            block: 65_536,
+            block: 32_768,
         }
     }
 }
@@ -92,7 +92,8 @@ impl Head {
                 _ if !self.begun && at == self.line && !is_token(byte) => return Err(Refusal::NotHttp),
                 b'\t' | 0x20..=0x7e | 0x80.. => {}
                 _ => {
-                    return Err(if self.begun {
+                    // Behind a method and a space it is HTTP that somebody has put it into.
+                    return Err(if self.begun || stream[self.line..at].contains(&b' ') {
                         Refusal::ControlCharacter
                     } else {
                         Refusal::NotHttp
