@@ -1,19 +1,25 @@
-//! Reading DNS allocates nothing once the tables have grown: queries, answers, replies, fragments, segments.
+//! Reading allocates nothing once the tables have grown: DNS queries, answers, replies, fragments, segments; HTTP
+//! requests and answers.
 
 mod common;
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     cell::Cell,
+    collections::BTreeMap,
     sync::Arc,
 };
 
 use common::{
     A, ACK, SYN, Udp, address, answer, asks, framed, is_told, query, rules, segment, to_client, to_server,
 };
-use palisade_abi::{CarrySlot, FlowCommand, Reason, carry_hook};
-use palisade_inspect::{Engine, Learn, Learned, Limits, Route, Sink, View, record::Record};
+use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_hook};
+use palisade_inspect::{Engine, Learn, Learned, Limits, Route, Rules, Sink, View, record::Record};
 use palisade_packet::{Packet, Start, decode};
+use palisade_policy::{
+    rule::HttpRule,
+    snapshot::{Alternative, Matcher, RuleSet},
+};
 
 struct Counting;
 
@@ -165,5 +171,67 @@ fn nothing_in_the_steady_state() {
         (3000 * 7 + 2, 3000 * 2, 3000)
     );
     assert_eq!(engine.stats().dns.committed, 3000 * 3);
+    assert_eq!(allocated, 0);
+}
+
+/// A connection that is kept open: a request in one packet, one in two, an answer with a body, one in chunks.
+#[test]
+fn nothing_for_http_requests_on_an_open_connection() {
+    const SET: u32 = 3;
+    let rule = |path: &str| Alternative {
+        rule: 21,
+        matcher: Matcher::Http(HttpRule {
+            method: Some("GET".into()),
+            path: Some(path.into()),
+            headers: vec![("x-team".into(), Some("a".into()))],
+            ..HttpRule::default()
+        }),
+    };
+    let set = RuleSet {
+        reads: Inspector::Http as u8,
+        alternatives: vec![rule("/other/[0-9]+"), rule("/public/.*")],
+        ..RuleSet::default()
+    };
+    let mut engine = Engine::new(&Limits::default());
+    let sets = BTreeMap::from([(SET, Arc::new(set))]);
+    engine.set_rules(Arc::new(Rules::prepare(&sets, None)));
+    let slot = |slot: CarrySlot| CarrySlot {
+        inspector: Inspector::Http as u8,
+        ruleset: SET,
+        ..slot
+    };
+    let (client, server) = (slot(asks(1)), slot(is_told(1)));
+    let there = to_server(4002, &[]);
+    let mut sink = Counts::default();
+    let syn = vec![
+        (client, segment(&there, 0, 0, SYN, &[])),
+        (server, segment(&there.turned(&[]), 0, 1, SYN | ACK, &[])),
+    ];
+    run(&mut engine, &mut sink, 0, &syn);
+    let request = b"GET /public/a%20b?q=1 HTTP/1.1\r\nHost: a.test\r\nX-Team: a\r\nUser-Agent: x\r\n\r\n";
+    let plain = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello";
+    let chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n";
+    let (mut at, mut back, mut allocated) = (1, 1, 0);
+    for number in 0..2000_u64 {
+        let mut frames = Vec::new();
+        for (cut, answer) in [(request.len(), &plain[..]), (20, &chunked[..])] {
+            for part in [&request[..cut], &request[cut..]] {
+                if !part.is_empty() {
+                    frames.push((client, segment(&there, at, back, ACK, part)));
+                    at += part.len() as u32;
+                }
+            }
+            frames.push((server, segment(&there.turned(&[]), back, at, ACK, answer)));
+            back += answer.len() as u32;
+        }
+        let before = ALLOCATIONS.get();
+        run(&mut engine, &mut sink, number * 4, &frames);
+        if number >= 1000 {
+            allocated += ALLOCATIONS.get() - before;
+        }
+    }
+    let stats = engine.stats().http;
+    assert_eq!((stats.requests, stats.responses, stats.denied), (4000, 4000, 0));
+    assert_eq!((sink.discarded, sink.emitted), (0, 0));
     assert_eq!(allocated, 0);
 }
