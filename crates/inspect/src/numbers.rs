@@ -3,7 +3,7 @@
 use palisade_fqdn::Unasked;
 use palisade_protocols::{dns, http1, tls};
 
-use crate::{DnsStats, FragmentStats, HttpStats, Stats, StreamStats, TcpStats, TlsStats};
+use crate::{DnsStats, FragmentStats, HttpStats, Stats, TcpStats, TlsStats};
 
 /// What a number is about.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,22 +36,18 @@ impl Stats {
         tell!(f, "inspection", self => Stats {
             so far: unsupported;
             now: ;
-            by hand: dns streams http tls fragments;
+            by hand: dns http tls fragments;
         });
         tell!(f, "dns", &self.dns => DnsStats {
-            so far: queries denied too_many replies answers committed uncommitted overdue not_held audited;
+            so far: queries denied too_many replies answers transferred committed uncommitted overdue not_held audited;
             now: held;
-            by hand: malformed unasked;
+            by hand: tcp malformed unasked;
         });
         let kinds = dns::Refusal::ALL.iter().map(|kind| kind.text());
         each_kind("dns.malformed", kinds, &self.dns.malformed, f);
         let kinds = Unasked::ALL.iter().map(|kind| kind.text());
         each_kind("dns.unasked", kinds, &self.dns.unasked, f);
-        tell!(f, "dns.tcp", &self.streams => StreamStats {
-            so far: begun cut early contradicting midstream limited;
-            now: open held;
-            by hand: ;
-        });
+        each_of_tcp("dns.tcp", &self.dns.tcp, f);
         tell!(f, "http", &self.http => HttpStats {
             so far: requests denied responses unasked tunnels audited;
             now: ;

@@ -67,7 +67,7 @@ impl Inspect for Engine<Handle> {
 
     fn flows(&self) -> u64 {
         let stats = self.stats();
-        stats.streams.open + stats.http.tcp.connections + stats.tls.tcp.connections
+        stats.dns.tcp.connections + stats.http.tcp.connections + stats.tls.tcp.connections
     }
 
     fn numbers(&self, tell: &mut dyn FnMut(Number, u64)) {

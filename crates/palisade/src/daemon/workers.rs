@@ -287,7 +287,7 @@ fn add_up(report: &mut api::Workers, numbers: impl Iterator<Item = (Number, u64)
     for (number, value) in numbers {
         let keeps = &mut report.keeps;
         match number.name {
-            "connections" | "open" if number.now => keeps.connections += value,
+            "connections" if number.now => keeps.connections += value,
             "past" if number.now => keeps.remembered += value,
             "bytes" if number.now => keeps.bytes += value,
             "frames" | "held" if number.now => keeps.packets += value,
@@ -379,7 +379,7 @@ fn socket_maker(
 
 #[cfg(test)]
 mod tests {
-    use palisade_inspect::{HttpStats, Stats, StreamStats, TcpStats, TlsStats};
+    use palisade_inspect::{DnsStats, HttpStats, Stats, TcpStats, TlsStats};
 
     use super::*;
 
@@ -404,10 +404,13 @@ mod tests {
                 tcp,
                 ..TlsStats::default()
             },
-            streams: StreamStats {
-                open: 1,
+            dns: DnsStats {
+                tcp: TcpStats {
+                    connections: 1,
+                    ..TcpStats::default()
+                },
                 held: 1,
-                ..StreamStats::default()
+                ..DnsStats::default()
             },
             ..Stats::default()
         };
