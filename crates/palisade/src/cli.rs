@@ -303,47 +303,7 @@ deciding rule, then `N passed, M failed`, and exits 1 if a check failed.")]
 An end is an endpoint or a peer by name, an endpoint's number, an address, or a reserved identity that is in use
 (host, world-ipv4, world-ipv6, remote-node, ...).
 Exits 0 if the packet would pass (also by audit mode, or once it was inspected), 1 if it would be dropped.")]
-    Trace {
-        /// Who sends.
-        #[arg(long, visible_alias = "src", value_name = "END")]
-        from: String,
-        /// Who receives.
-        #[arg(
-            long,
-            visible_alias = "dst",
-            value_name = "END",
-            required_unless_present = "to_fqdn"
-        )]
-        to: Option<String>,
-        /// The sender has learned the receiver by this name; --to can say which address it has.
-        #[arg(long, value_name = "NAME")]
-        to_fqdn: Option<String>,
-        /// The packet asks DNS for this name (without --port and --protocol: 53/udp).
-        #[arg(long, value_name = "NAME", conflicts_with_all = ["http", "sni"])]
-        dns: Option<String>,
-        /// The connection carries this HTTP request: 'GET /x' or 'GET http://host/x' (without --port and --protocol:
-        /// 80/tcp).
-        #[arg(long, value_name = "REQUEST", conflicts_with = "sni")]
-        http: Option<String>,
-        /// A header of that request.
-        #[arg(long = "header", value_name = "NAME: VALUE", requires = "http")]
-        headers: Vec<String>,
-        /// The connection begins with a TLS hello for this server name; '' for none (without --port and --protocol:
-        /// 443/tcp).
-        #[arg(long, value_name = "NAME")]
-        sni: Option<String>,
-        /// tcp, udp, sctp, icmp, icmpv6, or a number.
-        #[arg(long, value_name = "PROTOCOL")]
-        protocol: Option<String>,
-        /// Destination port, with or without protocol (8080, 53/udp); for ICMP the type.
-        #[arg(long, visible_alias = "dport", value_name = "PORT[/PROTOCOL]")]
-        port: Option<String>,
-        /// Work off-line: with these policy files or folders, and the endpoints and peers of --config.
-        #[arg(long, value_name = "PATH", num_args = 1..)]
-        policies: Vec<PathBuf>,
-        #[command(flatten)]
-        output: OutputArgs,
-    },
+    Trace(Box<TraceArgs>),
     /// List the policies in force; one by name with its rules and their counters.
     Get {
         /// `namespace/name`, or the name of a cluster-wide policy.
@@ -356,6 +316,50 @@ Exits 0 if the packet would pass (also by audit mode, or once it was inspected),
         #[command(flatten)]
         output: OutputArgs,
     },
+}
+
+/// Flags of `palisade policy trace`.
+#[derive(Debug, clap::Args)]
+pub struct TraceArgs {
+    /// Who sends.
+    #[arg(long, visible_alias = "src", value_name = "END")]
+    pub from: String,
+    /// Who receives.
+    #[arg(
+        long,
+        visible_alias = "dst",
+        value_name = "END",
+        required_unless_present = "to_fqdn"
+    )]
+    pub to: Option<String>,
+    /// The sender has learned the receiver by this name; --to can say which address it has.
+    #[arg(long, value_name = "NAME")]
+    pub to_fqdn: Option<String>,
+    /// The packet asks DNS for this name (without --port and --protocol: 53/udp).
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["http", "sni"])]
+    pub dns: Option<String>,
+    /// The connection carries this HTTP request: 'GET /x' or 'GET http://host/x' (without --port and --protocol:
+    /// 80/tcp).
+    #[arg(long, value_name = "REQUEST", conflicts_with = "sni")]
+    pub http: Option<String>,
+    /// A header of that request.
+    #[arg(long = "header", value_name = "NAME: VALUE", requires = "http")]
+    pub headers: Vec<String>,
+    /// The connection begins with a TLS hello for this server name; '' for none (without --port and --protocol:
+    /// 443/tcp).
+    #[arg(long, value_name = "NAME")]
+    pub sni: Option<String>,
+    /// tcp, udp, sctp, icmp, icmpv6, or a number.
+    #[arg(long, value_name = "PROTOCOL")]
+    pub protocol: Option<String>,
+    /// Destination port, with or without protocol (8080, 53/udp); for ICMP the type.
+    #[arg(long, visible_alias = "dport", value_name = "PORT[/PROTOCOL]")]
+    pub port: Option<String>,
+    /// Work off-line: with these policy files or folders, and the endpoints and peers of --config.
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub policies: Vec<PathBuf>,
+    #[command(flatten)]
+    pub output: OutputArgs,
 }
 
 /// `palisade endpoint`.

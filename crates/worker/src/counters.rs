@@ -1,13 +1,14 @@
 //! What a worker counts. It alone writes; anybody may read.
 
 use std::sync::{
-    Mutex, PoisonError,
+    Mutex, OnceLock, PoisonError,
     atomic::{AtomicU8, AtomicU64, Ordering},
 };
 
 use palisade_abi::Reason;
+use palisade_inspect::Number;
 
-use crate::port::PortStatistics;
+use crate::{inspect::Inspect, port::PortStatistics};
 
 /// A number that one thread writes.
 #[derive(Debug, Default)]
@@ -84,6 +85,8 @@ pub struct Counters {
     pub frames: Count,
     dropped: [Count; 256],
     ring: [Count; 4],
+    /// What its engines have counted. Which numbers there are is known once the first of them is there.
+    numbers: OnceLock<Box<[(Number, Count)]>>,
     problem: Mutex<Option<String>>,
 }
 
@@ -108,6 +111,7 @@ impl Default for Counters {
             frames: Count::default(),
             dropped: std::array::from_fn(|_| Count::default()),
             ring: Default::default(),
+            numbers: OnceLock::default(),
             problem: Mutex::default(),
         }
     }
@@ -152,6 +156,46 @@ impl Counters {
         }
     }
 
+    /// Takes over what an engine has counted. `before` is what it had counted the last time; it begins empty with
+    /// each engine.
+    pub(crate) fn set_numbers(&self, engine: &impl Inspect, before: &mut Vec<u64>) {
+        let numbers = self.numbers.get_or_init(|| {
+            let mut list = Vec::new();
+            engine.numbers(&mut |number, _| list.push((number, Count::default())));
+            list.into()
+        });
+        before.resize(numbers.len(), 0);
+        let mut places = numbers.iter().zip(before);
+        engine.numbers(&mut |number, value| {
+            let Some(((_, count), before)) = places.next() else {
+                return;
+            };
+            if number.now {
+                count.set(value);
+            } else {
+                // An engine's own begin anew with each engine.
+                count.add(value.saturating_sub(*before));
+                *before = value;
+            }
+        });
+    }
+
+    /// The engine is gone, with what it held.
+    pub(crate) fn nothing_held(&self) {
+        self.held.set(0);
+        self.flows.set(0);
+        let numbers = self.numbers.get().into_iter().flatten();
+        for (_, count) in numbers.filter(|(number, _)| number.now) {
+            count.set(0);
+        }
+    }
+
+    /// What its engines have counted, some moments ago.
+    pub fn numbers(&self) -> impl Iterator<Item = (Number, u64)> {
+        let numbers = self.numbers.get().into_iter().flatten();
+        numbers.map(|(number, count)| (*number, count.get()))
+    }
+
     pub(crate) fn set_state(&self, state: State, problem: Option<String>) {
         *self.problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
         self.state.store(state as u8, Ordering::Release);
@@ -175,5 +219,81 @@ impl Counters {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use palisade_inspect::{Engine, Learned, Limits, Millis, Sink, View};
+
+    use super::*;
+    use crate::slab::Handle;
+
+    #[test]
+    fn numbers_outlive_engines() {
+        /// Has counted some, and holds some.
+        struct Counting(u64, u64);
+
+        impl Inspect for Counting {
+            type Rules = ();
+
+            fn set_rules(&mut self, _: Arc<()>) {}
+            fn knows(&self, _: u32) -> bool {
+                false
+            }
+            fn packet(&mut self, _: Millis, _: &View<'_>, _: Handle, _: &mut impl Sink<Handle>) {}
+            fn learned(&mut self, _: Millis, _: Learned, _: &mut impl Sink<Handle>) {}
+            fn tick(&mut self, _: Millis, _: &mut impl Sink<Handle>) {}
+            fn deadline(&self) -> Option<Millis> {
+                None
+            }
+            fn forget_endpoint(&mut self, _: u16, _: &mut impl Sink<Handle>) {}
+            fn numbers(&self, tell: &mut dyn FnMut(Number, u64)) {
+                let number = |name, now| Number {
+                    group: "test",
+                    name,
+                    now,
+                };
+                tell(number("counted", false), self.0);
+                tell(number("held", true), self.1);
+            }
+        }
+
+        let counters = Counters::default();
+        let values = || counters.numbers().map(|(_, value)| value).collect::<Vec<_>>();
+        assert!(values().is_empty());
+        let mut before = Vec::new();
+        counters.set_numbers(&Counting(0, 0), &mut before);
+        counters.set_numbers(&Counting(5, 2), &mut before);
+        counters.set_numbers(&Counting(7, 1), &mut before);
+        assert_eq!(values(), [7, 1]);
+        counters.nothing_held();
+        assert_eq!(values(), [7, 0]);
+        let mut before = Vec::new();
+        counters.set_numbers(&Counting(0, 0), &mut before);
+        counters.set_numbers(&Counting(3, 4), &mut before);
+        assert_eq!(values(), [10, 4]);
+    }
+
+    #[test]
+    fn an_engine_tells_its_numbers() {
+        let counters = Counters::default();
+        counters.set_numbers(&Engine::<Handle>::new(&Limits::default()), &mut Vec::new());
+        for group in [
+            "dns",
+            "dns.tcp",
+            "http",
+            "http.tcp",
+            "tls",
+            "tls.tcp",
+            "fragments",
+        ] {
+            assert!(
+                counters.numbers().any(|(number, _)| number.group == group),
+                "{group}"
+            );
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use palisade_inspect::{Engine, Learned, Millis, Rules, Sink, View};
+use palisade_inspect::{Engine, Learned, Millis, Number, Rules, Sink, View};
 
 use crate::slab::Handle;
 
@@ -27,9 +27,11 @@ pub trait Inspect {
     /// An endpoint is no more.
     fn forget_endpoint(&mut self, endpoint: u16, sink: &mut impl Sink<Handle>);
     /// Flows that it knows of.
-    fn flows(&self) -> usize {
+    fn flows(&self) -> u64 {
         0
     }
+    /// Tells what it has counted: always as many numbers, in the same order.
+    fn numbers(&self, _tell: &mut dyn FnMut(Number, u64)) {}
 }
 
 impl Inspect for Engine<Handle> {
@@ -61,5 +63,14 @@ impl Inspect for Engine<Handle> {
 
     fn forget_endpoint(&mut self, endpoint: u16, sink: &mut impl Sink<Handle>) {
         Self::forget_endpoint(self, endpoint, sink);
+    }
+
+    fn flows(&self) -> u64 {
+        let stats = self.stats();
+        stats.dns.tcp.connections + stats.http.tcp.connections + stats.tls.tcp.connections
+    }
+
+    fn numbers(&self, tell: &mut dyn FnMut(Number, u64)) {
+        self.stats().each(tell);
     }
 }

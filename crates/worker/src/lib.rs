@@ -25,6 +25,7 @@ mod worker;
 
 pub use counters::{Count, Counters, State};
 pub use inspect::Inspect;
+pub use palisade_inspect::Number;
 pub use pool::{Pool, Setup};
 pub use port::{Port, PortStatistics};
 pub use queue::{Nothing, Receiver};

@@ -180,6 +180,8 @@ pub struct Worker<'a, P: Port, E: Inspect> {
     /// ns of the coarse monotonic clock.
     now: u64,
     statistics: (u64, PortStatistics),
+    /// What the engine had counted when that was looked at last.
+    counted: Vec<u64>,
     reports: (u64, u32),
     handed: Vec<bool>,
     /// The kernel has not taken all that is to be sent.
@@ -206,6 +208,8 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             counters: Arc::clone(&post.counters),
         };
         post.counters.frames.set(frames as u64);
+        let mut counted = Vec::new();
+        post.counters.set_numbers(&engine, &mut counted);
         let now = (post.clock)();
         Self {
             handed: vec![false; post.workers],
@@ -215,6 +219,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             fair: Fair::new(BATCH),
             shed: Vec::with_capacity(BATCH),
             statistics: (now, PortStatistics::default()),
+            counted,
             reports: (now, REPORTS),
             now,
             post,
@@ -258,7 +263,8 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         if self.now.saturating_sub(self.statistics.0) >= STATISTICS {
             let now = self.port.statistics()?;
             counters.set_ring(&self.statistics.1, &now);
-            counters.flows.set(self.engine.flows() as u64);
+            counters.flows.set(self.engine.flows());
+            counters.set_numbers(&self.engine, &mut self.counted);
             self.statistics = (self.now, now);
         }
         Ok(busy)
@@ -758,8 +764,7 @@ pub fn live<P: Port, E: Inspect>(mut post: Post<E::Rules>, makers: &Makers<P, E>
                 post.number
             );
         }
-        post.counters.held.set(0);
-        post.counters.flows.set(0);
+        post.counters.nothing_held();
         post.counters.set_state(State::Down, Some(problem));
         post.counters.restarts.add(1);
         rest(&mut post, pause);

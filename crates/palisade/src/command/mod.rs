@@ -65,40 +65,15 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
         Command::Policy(command) => match command {
             PolicyCommand::Validate { paths, quiet } => policy::validate(paths, *quiet),
             PolicyCommand::Test { paths } => policy::test(paths),
-            PolicyCommand::Trace {
-                from,
-                to,
-                to_fqdn,
-                dns,
-                http,
-                headers,
-                sni,
-                protocol,
-                port,
-                policies,
-                output,
-            } => {
-                let usual = match (dns, http, sni) {
-                    _ if protocol.is_some() => None,
-                    (Some(_), ..) => Some("53/udp"),
-                    (_, Some(_), _) => Some("80/tcp"),
-                    (.., Some(_)) => Some("443/tcp"),
-                    (None, None, None) => None,
-                };
-                let mut request = policy::trace_request(
-                    from,
-                    to.as_deref().unwrap_or_default(),
-                    protocol.as_deref(),
-                    port.as_deref().or(usual),
-                )?;
-                request.to_fqdn.clone_from(to_fqdn);
-                request.dns.clone_from(dns);
-                request.tls.clone_from(sni);
-                request.http = http
-                    .as_ref()
-                    .map(|line| policy::http_request(line, headers))
-                    .transpose()?;
-                policy::trace(&cli.config, &socket(), request, policies, output.output)
+            PolicyCommand::Trace(args) => {
+                let request = policy::trace_request(args)?;
+                policy::trace(
+                    &cli.config,
+                    &socket(),
+                    request,
+                    &args.policies,
+                    args.output.output,
+                )
             }
             PolicyCommand::Get { name, output } => {
                 inspect::policies(&socket(), name.as_deref(), output.output)

@@ -18,7 +18,7 @@ use palisade_policy::{
 
 use super::{DONE, NO, load_config, show};
 use crate::{
-    cli::Output,
+    cli::{Output, TraceArgs},
     control::{
         api::{Request, TraceAnswer, TraceHttp, TraceRequest},
         client::ask,
@@ -89,13 +89,34 @@ pub fn test(paths: &[PathBuf]) -> anyhow::Result<u8> {
     Ok(if total.failed == 0 { DONE } else { NO })
 }
 
-/// The packet that is asked about. Without a protocol it is TCP.
-pub fn trace_request(
-    from: &str,
-    to: &str,
-    protocol: Option<&str>,
-    port: Option<&str>,
-) -> anyhow::Result<TraceRequest> {
+/// The packet that is asked about.
+pub fn trace_request(args: &TraceArgs) -> anyhow::Result<TraceRequest> {
+    let usual = match (&args.dns, &args.http, &args.sni) {
+        _ if args.protocol.is_some() => None,
+        (Some(_), ..) => Some("53/udp"),
+        (_, Some(_), _) => Some("80/tcp"),
+        (.., Some(_)) => Some("443/tcp"),
+        (None, None, None) => None,
+    };
+    let (protocol, port) = protocol_and_port(args.protocol.as_deref(), args.port.as_deref().or(usual))?;
+    Ok(TraceRequest {
+        from: args.from.clone(),
+        to: args.to.clone().unwrap_or_default(),
+        to_fqdn: args.to_fqdn.clone(),
+        dns: args.dns.clone(),
+        http: args
+            .http
+            .as_ref()
+            .map(|line| http_request(line, &args.headers))
+            .transpose()?,
+        tls: args.sni.clone(),
+        protocol,
+        port,
+    })
+}
+
+/// What `--protocol` and `--port` say. Without a protocol it is TCP.
+fn protocol_and_port(protocol: Option<&str>, port: Option<&str>) -> anyhow::Result<(u8, u16)> {
     let (port, with_port) = match port.map(|port| port.split_once('/').unwrap_or((port, ""))) {
         None => (None, None),
         Some((port, protocol)) => (Some(port), Some(protocol).filter(|name| !name.is_empty())),
@@ -120,16 +141,7 @@ pub fn trace_request(
             0
         }
     };
-    Ok(TraceRequest {
-        from: from.to_owned(),
-        to: to.to_owned(),
-        to_fqdn: None,
-        dns: None,
-        http: None,
-        tls: None,
-        protocol,
-        port,
-    })
+    Ok((protocol, port))
 }
 
 /// The request of `--http` and `--header`.
@@ -301,9 +313,7 @@ mod tests {
 
     #[test]
     fn packets_are_described_in_several_ways() {
-        let read = |protocol, port| {
-            trace_request("a", "b", protocol, port).map(|request| (request.protocol, request.port))
-        };
+        let read = protocol_and_port;
         assert_eq!(read(None, Some("80")).unwrap(), (6, 80));
         assert_eq!(read(None, Some("53/udp")).unwrap(), (17, 53));
         assert_eq!(read(Some("icmp"), Some("8")).unwrap(), (1, 8));

@@ -259,11 +259,13 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
     let names = &status.names;
     writeln!(
         out,
-        "Names:       {} learned with {} addresses, {} in the map; {} answers released, {} withheld; {} addresses expired, \
-         {} pushed out, {} over the limit",
+        "Names:       {} learned with {} addresses, {} in the map, {} of memory{}; {} answers released, {} withheld; \
+         {} addresses expired, {} pushed out, {} over the limit",
         names.names,
         names.addresses,
         names.in_map,
+        bytes_text(names.bytes as u64),
+        each_text(names.bytes as u64, names.addresses as u64, "an address"),
         names.committed,
         names.refused,
         names.expired,
@@ -280,6 +282,48 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
         ]);
     }
     section(out, "Drops", &table, "none")
+}
+
+/// `12.3 MB`.
+fn bytes_text(bytes: u64) -> String {
+    const UNITS: [(u64, &str); 3] = [(1_000_000_000, "GB"), (1_000_000, "MB"), (1_000, "kB")];
+    let unit = UNITS.iter().find(|(size, _)| bytes >= *size);
+    unit.map_or_else(
+        || format!("{bytes} B"),
+        |(size, name)| format!("{}.{} {name}", bytes / size, bytes % size * 10 / size),
+    )
+}
+
+/// ` (123 B an address)`; nothing if there are none.
+fn each_text(bytes: u64, count: u64, what: &str) -> String {
+    bytes
+        .checked_div(count)
+        .map_or_else(String::new, |each| format!(" ({} {what})", bytes_text(each)))
+}
+
+/// What workers have counted of what they read: a line for each group, without what never happened.
+fn inspection(out: &mut dyn Write, workers: &Workers) -> io::Result<()> {
+    let keeps = &workers.keeps;
+    writeln!(
+        out,
+        "\nReading:     {} connections, {} left to the kernel and remembered; {} packets wait; {} kept{}",
+        keeps.connections,
+        keeps.remembered,
+        keeps.packets,
+        bytes_text(keeps.bytes),
+        each_text(keeps.bytes, keeps.connections, "a connection"),
+    )?;
+    for (group, numbers) in &workers.inspection {
+        let line: Vec<String> = numbers
+            .iter()
+            .filter(|(_, value)| **value != 0)
+            .map(|(name, value)| format!("{} {value}", name.replace('_', " ")))
+            .collect();
+        if !line.is_empty() {
+            writeln!(out, "  {group}: {}", line.join(", "))?;
+        }
+    }
+    Ok(())
 }
 
 fn section(out: &mut dyn Write, title: &str, table: &Table, nothing: &str) -> io::Result<()> {
@@ -349,5 +393,56 @@ fn workers(out: &mut dyn Write, workers: &Workers) -> io::Result<()> {
     for ((reason, text), packets) in reasons {
         writeln!(out, "  dropped: {text} ({reason}): {packets}")?;
     }
-    Ok(())
+    inspection(out, workers)
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::control::api::Keeps;
+
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_at_a_glance() {
+        assert_eq!(bytes_text(0), "0 B");
+        assert_eq!(bytes_text(999), "999 B");
+        assert_eq!(bytes_text(1_050), "1.0 kB");
+        assert_eq!(bytes_text(12_345_678), "12.3 MB");
+        assert_eq!(bytes_text(2_900_000_000), "2.9 GB");
+        assert_eq!(each_text(1_000, 0, "an address"), "");
+        assert_eq!(each_text(1_000, 4, "an address"), " (250 B an address)");
+    }
+
+    #[test]
+    fn what_was_read_is_shown_without_what_never_happened() {
+        let numbers = |list: &[(&str, u64)]| {
+            list.iter()
+                .map(|(name, value)| ((*name).to_owned(), *value))
+                .collect()
+        };
+        let workers = Workers {
+            inspection: BTreeMap::from([
+                ("dns".to_owned(), numbers(&[("queries", 0)])),
+                (
+                    "http".to_owned(),
+                    numbers(&[("denied", 2), ("requests", 12), ("unasked", 0)]),
+                ),
+                ("tls.tcp".to_owned(), numbers(&[("out_of_window", 3)])),
+            ]),
+            keeps: Keeps {
+                connections: 2,
+                remembered: 1,
+                bytes: 4_096,
+                packets: 5,
+            },
+            ..Workers::default()
+        };
+        let mut out = Vec::new();
+        inspection(&mut out, &workers).unwrap();
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "\nReading:     2 connections, 1 left to the kernel and remembered; 5 packets wait; 4.0 kB kept (2.0 kB a \
+             connection)\n  http: denied 2, requests 12\n  tls.tcp: out of window 3\n"
+        );
+    }
 }

@@ -279,6 +279,25 @@ pub struct Workers {
     pub problem: Option<String>,
     /// Each of them.
     pub workers: Vec<Worker>,
+    /// What they have counted of what they read, all together: numbers by name, for `dns`, `http.tcp`, ...
+    #[serde(default)]
+    pub inspection: BTreeMap<String, BTreeMap<String, u64>>,
+    /// What they keep for that now, all together.
+    #[serde(default)]
+    pub keeps: Keeps,
+}
+
+/// What workers keep to read traffic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Keeps {
+    /// Connections that are read.
+    pub connections: u64,
+    /// Connections that are not read any more, and are judged again if their rules change.
+    pub remembered: u64,
+    /// Bytes of streams that receivers have not acknowledged yet.
+    pub bytes: u64,
+    /// Packets that wait for a verdict.
+    pub packets: u64,
 }
 
 /// A thread that reads packets.
@@ -304,6 +323,9 @@ pub struct Worker {
     pub made: u64,
     /// Packets that it could not make for want of a frame.
     pub unmade: u64,
+    /// Packets whose bytes go on in packets that it makes.
+    #[serde(default)]
+    pub absorbed: u64,
     /// Packets that it handed to the worker that owns their flow.
     pub handed_on: u64,
     /// Packets that others handed to it.

@@ -19,7 +19,6 @@ use palisade_abi::{
 use palisade_datapath::{Datapath, MapError, monotonic_coarse};
 use palisade_flowlog::{FilterBuilder, Next, Ring, Timestamp};
 use palisade_fqdn::{SelectorId, Selectors};
-use palisade_inspect::Paths;
 use palisade_policy::{
     compile::Compiler,
     l7,
@@ -499,10 +498,7 @@ pub fn trace(compiler: &Compiler, config: &Config, request: &TraceRequest) -> Re
         destination: request.to.clone(),
         to_fqdn: request.to_fqdn.clone(),
         request: asked(request),
-        paths: match config.http.paths {
-            Paths::Both => l7::Paths::Both,
-            Paths::Raw => l7::Paths::Raw,
-        },
+        paths: config.http.paths,
         protocol: request.protocol,
         port: request.port,
     };

@@ -15,7 +15,7 @@ use palisade_abi::{Config as Told, Inspector, Reason, config_flags};
 use palisade_datapath::{Attached, Carrier, Datapath, HookKind, monotonic_coarse};
 use palisade_inspect::{Denial, Engine, Limits, Millis, Rules, learning::Lessons, record::Record};
 use palisade_policy::snapshot::RuleSet;
-use palisade_worker::{Counters, Handle, Mode, Pool, Receiver, Setup, State};
+use palisade_worker::{Counters, Handle, Mode, Number, Pool, Receiver, Setup, State};
 use palisade_xsk::{Config as SocketConfig, Socket};
 use tracing::{error, info};
 
@@ -185,6 +185,12 @@ impl Workers {
                 report.workers = counters
                     .map(|(number, counters)| worker(number, counters))
                     .collect();
+                let numbers = running
+                    .pool
+                    .counters()
+                    .iter()
+                    .flat_map(|counters| counters.numbers());
+                add_up(&mut report, numbers);
             }
             Err(problem) => report.problem = Some(problem.clone()),
         }
@@ -276,6 +282,22 @@ fn secrets() -> io::Result<(u64, u32)> {
     Ok((u64::from_ne_bytes(cookie).max(1), u32::from_ne_bytes(mark).max(1)))
 }
 
+/// What the workers have counted, and what they keep.
+fn add_up(report: &mut api::Workers, numbers: impl Iterator<Item = (Number, u64)>) {
+    for (number, value) in numbers {
+        let keeps = &mut report.keeps;
+        match number.name {
+            "connections" if number.now => keeps.connections += value,
+            "past" if number.now => keeps.remembered += value,
+            "bytes" if number.now => keeps.bytes += value,
+            "frames" | "held" if number.now => keeps.packets += value,
+            _ => {}
+        }
+        let group = report.inspection.entry(number.group.to_owned()).or_default();
+        *group.entry(number.name.to_owned()).or_default() += value;
+    }
+}
+
 const fn becomes(on_failure: OnFailure) -> &'static str {
     match on_failure {
         OnFailure::Drop => "dropped",
@@ -302,6 +324,7 @@ fn worker(number: usize, counters: &Counters) -> api::Worker {
         bytes_out: counters.bytes_out.get(),
         made: counters.made.get(),
         unmade: counters.unmade.get(),
+        absorbed: counters.absorbed.get(),
         handed_on: counters.handed_on.get(),
         handed_in: counters.handed_in.get(),
         held: counters.held.get(),
@@ -352,4 +375,61 @@ fn socket_maker(
             .map_err(io::Error::other)?;
         Ok((socket, config.frames as usize))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use palisade_inspect::{DnsStats, HttpStats, Stats, TcpStats, TlsStats};
+
+    use super::*;
+
+    #[test]
+    fn what_workers_count_is_added_up() {
+        let tcp = TcpStats {
+            opened: 5,
+            connections: 2,
+            bytes: 1_000,
+            frames: 3,
+            past: 4,
+            ..TcpStats::default()
+        };
+        let stats = Stats {
+            http: HttpStats {
+                tcp,
+                requests: 7,
+                malformed: std::array::from_fn(|kind| kind as u64),
+                ..HttpStats::default()
+            },
+            tls: TlsStats {
+                tcp,
+                ..TlsStats::default()
+            },
+            dns: DnsStats {
+                tcp: TcpStats {
+                    connections: 1,
+                    ..TcpStats::default()
+                },
+                held: 1,
+                ..DnsStats::default()
+            },
+            ..Stats::default()
+        };
+        let mut numbers = Vec::new();
+        for _worker in 0..2 {
+            stats.each(&mut |number, value| numbers.push((number, value)));
+        }
+        let mut report = api::Workers::default();
+        add_up(&mut report, numbers.into_iter());
+        assert_eq!(report.inspection["http"]["requests"], 14);
+        assert_eq!(report.inspection["http.malformed"]["HTTP/2 preface"], 2);
+        assert_eq!(report.inspection["tls.tcp"]["opened"], 10);
+        assert_eq!(report.inspection["dns"]["queries"], 0);
+        let keeps = api::Keeps {
+            connections: 10,
+            remembered: 16,
+            bytes: 4_000,
+            packets: 14,
+        };
+        assert_eq!(report.keeps, keeps);
+    }
 }

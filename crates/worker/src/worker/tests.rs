@@ -197,7 +197,7 @@ impl Inspect for Script {
         }
     }
 
-    fn flows(&self) -> usize {
+    fn flows(&self) -> u64 {
         0
     }
 }

@@ -1,0 +1,138 @@
+//! What an engine has counted, number by number: for those who keep, add up or show them without knowing each.
+
+use palisade_fqdn::Unasked;
+use palisade_protocols::{dns, http1, tls};
+
+use crate::{DnsStats, FragmentStats, HttpStats, Stats, TcpStats, TlsStats};
+
+/// What a number is about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Number {
+    /// Whose it is: `dns`, `tls.tcp`, ...
+    pub group: &'static str,
+    /// What is counted, as the field of its statistics is called; of what is counted by kind, the kind in words.
+    pub name: &'static str,
+    /// How many there are now; else how many there have been so far.
+    pub now: bool,
+}
+
+/// Every field has to stand in one of the lists; what is told otherwise is `by hand`.
+macro_rules! tell {
+    ($f:expr, $group:literal, $stats:expr => $type:ident {
+        so far: $($name:ident)*;
+        now: $($now:ident)*;
+        by hand: $($hand:ident)*;
+    }) => {{
+        let $type { $($name,)* $($now,)* $($hand: _,)* } = $stats;
+        let number = |name, now| Number { group: $group, name, now };
+        $($f(number(stringify!($name), false), *$name);)*
+        $($f(number(stringify!($now), true), *$now);)*
+    }};
+}
+
+impl Stats {
+    /// Tells all numbers: always as many, in the same order.
+    pub fn each(&self, f: &mut dyn FnMut(Number, u64)) {
+        tell!(f, "inspection", self => Stats {
+            so far: unsupported;
+            now: ;
+            by hand: dns http tls fragments;
+        });
+        tell!(f, "dns", &self.dns => DnsStats {
+            so far: queries denied too_many replies answers transferred committed uncommitted overdue not_held audited;
+            now: held;
+            by hand: tcp malformed unasked;
+        });
+        let kinds = dns::Refusal::ALL.iter().map(|kind| kind.text());
+        each_kind("dns.malformed", kinds, &self.dns.malformed, f);
+        let kinds = Unasked::ALL.iter().map(|kind| kind.text());
+        each_kind("dns.unasked", kinds, &self.dns.unasked, f);
+        each_of_tcp("dns.tcp", &self.dns.tcp, f);
+        tell!(f, "http", &self.http => HttpStats {
+            so far: requests denied responses unasked tunnels audited;
+            now: ;
+            by hand: tcp malformed;
+        });
+        let kinds = http1::Refusal::ALL.iter().map(|kind| kind.text());
+        each_kind("http.malformed", kinds, &self.http.malformed, f);
+        each_of_tcp("http.tcp", &self.http.tcp, f);
+        tell!(f, "tls", &self.tls => TlsStats {
+            so far: hellos denied ech_denied audited;
+            now: ;
+            by hand: tcp malformed;
+        });
+        let kinds = tls::Refusal::ALL.iter().map(|kind| kind.text());
+        each_kind("tls.malformed", kinds, &self.tls.malformed, f);
+        each_of_tcp("tls.tcp", &self.tls.tcp, f);
+        tell!(f, "fragments", &self.fragments => FragmentStats {
+            so far: fragments complete incomplete contradicting duplicates limited;
+            now: held;
+            by hand: ;
+        });
+    }
+}
+
+fn each_of_tcp(group: &'static str, stats: &TcpStats, f: &mut dyn FnMut(Number, u64)) {
+    let of_group = |number: Number, value| f(Number { group, ..number }, value);
+    let mut f = of_group;
+    tell!(f, "tcp", stats => TcpStats {
+        so far: opened retransmitted overlaps out_of_window invalid midstream limited overdue cut answered offloaded
+            windows acknowledged delivered;
+        now: connections bytes frames past;
+        by hand: ;
+    });
+}
+
+fn each_kind(
+    group: &'static str,
+    kinds: impl Iterator<Item = &'static str>,
+    counts: &[u64],
+    f: &mut dyn FnMut(Number, u64),
+) {
+    for (name, count) in kinds.zip(counts) {
+        let number = Number {
+            group,
+            name,
+            now: false,
+        };
+        f(number, *count);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn each_number_has_a_name_of_its_own() {
+        let stats = Stats {
+            tls: TlsStats {
+                tcp: TcpStats {
+                    connections: 7,
+                    ..TcpStats::default()
+                },
+                ..TlsStats::default()
+            },
+            ..Stats::default()
+        };
+        let (mut names, mut found) = (HashSet::new(), 0);
+        stats.each(&mut |number, value| {
+            assert!(names.insert((number.group, number.name)), "{number:?}");
+            if value != 0 {
+                let connections = Number {
+                    group: "tls.tcp",
+                    name: "connections",
+                    now: true,
+                };
+                assert_eq!((number, value), (connections, 7));
+                found += 1;
+            }
+        });
+        assert_eq!(found, 1);
+        let mut again = Vec::new();
+        Stats::default().each(&mut |number, _| again.push(number));
+        assert_eq!(again.len(), names.len());
+    }
+}
