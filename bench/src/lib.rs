@@ -10,6 +10,7 @@ pub mod commit;
 pub mod compile;
 pub mod dns;
 pub mod forward;
+pub mod http;
 pub mod latency;
 pub mod machine;
 pub mod memory;

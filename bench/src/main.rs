@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use palisade_bench::{
-    Effort, bulk, carrier, commit, compile, dns, forward, latency,
+    Effort, bulk, carrier, commit, compile, dns, forward, http, latency,
     machine::Machine,
     memory::Counting,
     parsers, program, progress,
@@ -34,6 +34,8 @@ const MEASURES: &[Entry] = &[
     ("parsers", parsers::measure),
     ("carrier", carrier::measure),
     ("latency", latency::measure),
+    ("http", http::requests),
+    ("http-bulk", http::bodies),
     ("dns", dns::throughput),
     ("committed", dns::committed),
 ];
