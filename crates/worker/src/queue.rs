@@ -1,5 +1,5 @@
-//! Queues to threads that wait. Putting something in is one atomic exchange; the reader is woken once a batch, by a
-//! call of its own, and only if it sleeps.
+//! Queues to threads that wait. Putting something in is one atomic exchange; the reader is woken by a call of its own,
+//! once for many items, and only if it sleeps.
 
 use std::{
     cell::Cell,
@@ -59,6 +59,18 @@ impl<T> Sender<T> {
             }
             Err(TrySendError::Full(item) | TrySendError::Disconnected(item)) => Err(item),
         }
+    }
+
+    /// Whether something was put in since the reader was woken.
+    #[must_use]
+    pub fn pending(&self) -> bool {
+        !self.told.get()
+    }
+
+    /// Whether so much waits that the reader should not be left asleep.
+    #[must_use]
+    pub fn crowded(&self) -> bool {
+        self.inner.len() * 4 > self.inner.capacity().unwrap_or(usize::MAX)
     }
 
     /// Wakes the reader if something was put in since.

@@ -54,6 +54,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// A worker that ran for so long was well.
 const WELL: Duration = Duration::from_secs(10);
+/// Records wait for no longer than about that until their reader is woken.
+const RECORDS_WAIT: Duration = Duration::from_millis(4);
 /// Reports of packets that the worker itself refuses, a second.
 const REPORTS: u32 = 200;
 
@@ -184,6 +186,8 @@ pub struct Worker<'a, P: Port, E: Inspect> {
     counted: Vec<u64>,
     reports: (u64, u32),
     handed: Vec<bool>,
+    /// When who reads the records was woken.
+    told: u64,
     /// The kernel has not taken all that is to be sent.
     unsent: bool,
 }
@@ -221,6 +225,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             statistics: (now, PortStatistics::default()),
             counted,
             reports: (now, REPORTS),
+            told: now,
             now,
             post,
             port,
@@ -637,7 +642,13 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
     }
 
     fn wake_others(&mut self) {
-        self.wishes.records.wake();
+        // Not for each packet: that costs a system call, and the reader would want a processor in the very moment in
+        // which the packet's receiver does. Once a tick of the coarse clock is enough.
+        let records = &self.wishes.records;
+        if records.pending() && (self.now != self.told || records.crowded()) {
+            records.wake();
+            self.told = self.now;
+        }
         for (handed, waker) in self.handed.iter_mut().zip(&self.post.wakers) {
             if std::mem::take(handed) {
                 // It looks by itself soon, if this should fail.
@@ -705,6 +716,9 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         if let Some(deadline) = self.engine.deadline() {
             let left = Duration::from_millis(deadline.saturating_sub(self.millis()));
             patience = patience.min(left.max(Duration::from_millis(1)));
+        }
+        if self.wishes.records.pending() {
+            patience = patience.min(RECORDS_WAIT);
         }
         self.post.counters.sleeps.add(1);
         match self.post.poll.poll(events, Some(patience)) {
