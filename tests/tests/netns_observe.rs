@@ -5,8 +5,13 @@ use palisade_testbed::{
     ns::wait_until,
     process::Process,
     topology::{FAMILIES, Family},
+    web::{Web, by_name, curl},
 };
-use palisade_tests::{OPEN, flows, world};
+use palisade_tests::{
+    OPEN,
+    apps::{apps, policy},
+    flows, world,
+};
 
 const POLICIES: &str = "apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
@@ -208,7 +213,7 @@ fn observe_and_monitor_follow_what_comes() {
 
 const INSPECTED: &str = "apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
-metadata: {name: http-only}
+metadata: {name: kafka-only}
 spec:
   endpointSelector: {matchLabels: {app: back}}
   ingress:
@@ -216,8 +221,11 @@ spec:
     toPorts:
     - ports: [{port: \"80\", protocol: TCP}]
       rules:
-        http: [{method: GET, path: \"/public\"}]
+        kafka: [{topic: orders}]
     - ports: [{port: \"81\", protocol: TCP}]
+    - ports: [{port: \"82\", protocol: TCP}]
+      rules:
+        http: [{method: GET}]
   - fromEndpoints: [{matchLabels: {app: db}}]
     authentication: {mode: required}
 ---
@@ -234,6 +242,8 @@ spec:
       rules:
         dns: [{matchPattern: \"*\"}]
     - ports: [{port: \"443\", protocol: TCP}]
+      rules: {l7proto: memcached, l7: [{command: get}]}
+    - ports: [{port: \"444\", protocol: TCP}]
       serverNames: [www.example.org]
 ";
 
@@ -254,8 +264,8 @@ fn what_must_be_inspected_is_dropped_with_a_reason_of_its_own_until_somebody_can
     );
     let status = daemon.status().expect("status");
     for (reason, from, to, port) in [
-        (212, "front", "back", 80),
-        (214, "front", "far", 443),
+        (215, "front", "back", 80),
+        (216, "front", "far", 443),
         (189, "db", "back", 80),
         (133, "front", "far", 80),
     ] {
@@ -287,15 +297,153 @@ fn what_must_be_inspected_is_dropped_with_a_reason_of_its_own_until_somebody_can
         }
     }
     let missing = status["missing_inspectors"].to_string();
-    for part in ["http", "tls", "default/http-only", "default/names"] {
+    for part in ["kafka", "listener", "default/kafka-only", "default/names"] {
         assert!(missing.contains(part), "{part}: {missing}");
     }
-    // DNS is read: what is none is dropped by the reader.
-    assert!(!missing.contains("dns"), "{missing}");
+    // These are read: what is none of them is dropped by the reader.
+    for part in ["dns", "http", "tls"] {
+        assert!(!missing.contains(part), "{part}: {missing}");
+    }
     let text = daemon.cli(&["status"]).expect("status").to_lowercase();
     assert!(
-        text.contains("http") && text.contains("default/http-only"),
+        text.contains("kafka") && text.contains("default/kafka-only"),
         "{text}"
+    );
+    let trace = [
+        "policy", "trace", "--from", "front", "--to", "back", "--port", "80",
+    ];
+    let out = daemon.try_cli(&trace).expect("trace");
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(
+        out.status.code() == Some(1) && text.contains("read as kafka, and nobody can yet"),
+        "{text}"
+    );
+}
+
+/// Requests and hellos of real programs, as they are filtered, shown and counted.
+#[test]
+fn what_was_read_is_shown_and_counted() {
+    let apps = apps();
+    let _web = Web::start(apps.ns("internet"), "internet", &[80], &[443], &apps.certificate).expect("nginx");
+    let policies = format!(
+        "{}---\n{}",
+        policy(
+            "client",
+            "egress",
+            &[80],
+            "      rules: {http: [{method: GET, path: \"/allowed/.*\"}]}\n"
+        ),
+        policy("client", "egress", &[443], "      serverNames: [good.example]\n")
+            .replace("client-egress", "client-names"),
+    );
+    let settings = Settings {
+        tables: "[http]\nrecord_headers = [\"X-Trace\", \"authorization\"]\n".to_owned(),
+        ..Settings::default()
+    };
+    let daemon = apps
+        .daemon(&settings, &[("client.yaml", &policies)])
+        .expect("daemon");
+    let at = |port| apps.at("internet", Family::V4, port);
+    let get = |args: &[&str]| curl(apps.ns("client"), args, OPEN).expect("curl");
+    let url = |path: &str| format!("http://{}{path}", at(80).ip());
+    let fields = ["-H", "X-Trace: a b", "-H", "Authorization: Bearer hidden"];
+    let with_key = url("/allowed/none?api_key=hidden");
+    let traced = [&fields[..], &[&with_key]].concat();
+    assert_eq!(get(&[&url("/allowed/x")]).status, 200);
+    assert_eq!(get(&traced).status, 200);
+    assert_eq!(get(&["-X", "PUT", &url("/allowed/x")]).status, 403);
+    for name in ["good.example", "evil.example"] {
+        let by_name = by_name(name, at(443), "/");
+        let args: Vec<&str> = by_name.iter().map(String::as_str).collect();
+        let got = get(&args);
+        assert_eq!(got.status == 200, name == "good.example", "{got:?}");
+    }
+    let shown = |filters: &[&str], count: usize| {
+        let what = format!("{filters:?}");
+        daemon
+            .wait_flows(filters, &what, |flows| flows.len() == count)
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()))
+    };
+    let all = shown(&["--protocol", "http", "--reply", "false"], 3);
+    assert!(!format!("{all:?}").contains("hidden"), "{all:#?}");
+    shown(&["--http-status", "2+"], 2);
+    shown(&["--http-path", "^/allowed/x$", "--verdict", "DROPPED"], 1);
+    shown(&["--http-method", "put", "--reply", "false"], 1);
+    let traced = shown(&["--http-header", "x-trace:a b"], 1);
+    assert_eq!(
+        traced[0]["l7"]["http"]["headers"],
+        serde_json::json!([
+            {"key": "x-trace", "value": "a b"},
+            {"key": "authorization", "value": "[redacted]"},
+        ])
+    );
+    shown(
+        &["--http-url", "none\\?api_key=.redacted.$", "--reply", "false"],
+        1,
+    );
+    shown(&["--protocol", "tls"], 2);
+    let evil = shown(&["--sni", "evil.*"], 1);
+    assert_eq!(evil[0]["verdict"], "DROPPED");
+    assert_eq!(evil[0]["palisade"]["tls"]["server_name"], "evil.example");
+    let lines = daemon
+        .cli(&["observe", "--type", "l7", "--all"])
+        .expect("observe");
+    for part in [
+        format!("http-request FORWARDED (HTTP/1.1 GET {})", url("/allowed/x")),
+        format!("http-request DROPPED (HTTP/1.1 PUT {})", url("/allowed/x")),
+        format!("ms (GET {}))", url("/allowed/none?api_key=[redacted]")),
+        "tls-request FORWARDED (TLS Hello good.example (TLS 1.3))".to_owned(),
+        "tls-request DROPPED (TLS Hello evil.example (TLS 1.3))".to_owned(),
+    ] {
+        assert!(lines.contains(&part), "{part}\n{lines}");
+    }
+    let counted = daemon
+        .wait_status("workers tell what they have counted", |status| {
+            let inspection = &status["workers"]["inspection"];
+            inspection["http"]["requests"] == 3
+                && inspection["http"]["denied"] == 1
+                && inspection["http"]["responses"] == 2
+                && inspection["http.tcp"]["opened"] == 3
+                && inspection["http.malformed"]["HTTP/2 preface"] == 0
+                && inspection["tls"]["hellos"] == 2
+                && inspection["tls"]["denied"] == 1
+                && inspection["tls.tcp"]["offloaded"] == 1
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    let keeps = &counted["workers"]["keeps"];
+    assert!(
+        keeps["connections"].is_u64() && keeps["bytes"].is_u64(),
+        "{keeps}"
+    );
+    let text = daemon.cli(&["status"]).expect("status");
+    for part in [
+        "  http: denied 1, requests 3, responses 2\n",
+        "Reading: ",
+        "hellos 2",
+    ] {
+        assert!(text.contains(part), "{part}\n{text}");
+    }
+}
+
+#[test]
+fn a_changed_limit_of_reading_waits_for_a_restart() {
+    let world = world();
+    let daemon = world
+        .daemon(Settings::default(), &[("p.yaml", POLICIES)])
+        .expect("daemon");
+    let changed = Settings {
+        tables: "[http]\npath_normalization = \"raw\"\n[tls]\nech = \"deny\"\n".to_owned(),
+        ..Settings::default()
+    };
+    daemon
+        .configure(&world.topology, &changed)
+        .expect("configuration");
+    daemon.cli(&["reload"]).expect("reload");
+    let status = daemon.status().expect("status");
+    let warnings = status["warnings"].to_string();
+    assert!(
+        warnings.contains("only used after a restart: [http], [tls]"),
+        "{warnings}"
     );
 }
 

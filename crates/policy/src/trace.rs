@@ -27,6 +27,8 @@ pub struct Question {
     pub request: Request,
     /// In which form the path of an HTTP request is judged.
     pub paths: Paths,
+    /// Who can read traffic: a bit for each [`Inspector`]. None: all of them.
+    pub readers: Option<u32>,
     /// IP protocol number.
     pub protocol: u8,
     /// Destination port, or type of ICMP; 0 where there is none.
@@ -332,11 +334,27 @@ fn side(
         .collect();
     let (mut verdict, mut reason) = explain(compiler, &entry);
     let mut rule = entry.rule;
-    if Decision::from_u8(entry.decision) == Decision::Inspect
+    let inspected = Decision::from_u8(entry.decision) == Decision::Inspect;
+    let refused = if entry.flags & entry_flags::AUDIT == 0 {
+        Outcome::Denied
+    } else {
+        Outcome::Audited
+    };
+    if inspected
+        && question
+            .readers
+            .is_some_and(|readers| readers >> (entry.inspector & 31) & 1 == 0)
+    {
+        let inspector = inspector_name(entry.inspector);
+        (verdict, reason) = (
+            refused,
+            format!("it would have to be read as {inspector}, and nobody can yet"),
+        );
+    } else if inspected
         && let Some(what) = asked(&question.request)
         && let Some(set) = snapshot.rulesets.get(&entry.ruleset)
     {
-        let refused = match set.reads {
+        let judged = match set.reads {
             reads if reads != inspector_of(&question.request) => {
                 let reads = inspector_name(reads);
                 Err(format!("it is read as {reads}, and {what} is none"))
@@ -346,13 +364,12 @@ fn side(
                 None => Err(format!("no rule allows {what}; {}", becomes(&question.request))),
             },
         };
-        (verdict, reason) = match refused {
+        (verdict, reason) = match judged {
             Ok(allowing) => {
                 rule = allowing;
                 (Outcome::Allowed, format!("a rule allows {what}"))
             }
-            Err(reason) if entry.flags & entry_flags::AUDIT != 0 => (Outcome::Audited, reason),
-            Err(reason) => (Outcome::Denied, reason),
+            Err(reason) => (refused, reason),
         };
     }
     Ok(Side {
@@ -822,6 +839,28 @@ spec:
                 answer.sides[0].reason.ends_with("; it is answered 403"),
                 "{answer}"
             );
+        }
+    }
+
+    #[test]
+    fn what_nobody_can_read_does_not_pass() {
+        for (readers, verdict) in [
+            (None, Outcome::Inspected),
+            (Some(1 << Inspector::Http as u32), Outcome::Inspected),
+            (Some(1 << Inspector::Tls as u32), Outcome::Denied),
+        ] {
+            let question = Question {
+                source: "front".into(),
+                destination: "198.51.100.80".into(),
+                protocol: protocol::TCP,
+                port: 80,
+                readers,
+                ..Question::default()
+            };
+            let answer = trace(&compiler_with("requests.yaml", REQUESTS), &question).unwrap();
+            assert_eq!(answer.verdict, verdict, "{answer}");
+            let said = answer.sides[0].reason == "it would have to be read as http, and nobody can yet";
+            assert_eq!(said, verdict == Outcome::Denied, "{answer}");
         }
     }
 

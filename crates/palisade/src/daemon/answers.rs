@@ -499,6 +499,7 @@ pub fn trace(compiler: &Compiler, config: &Config, request: &TraceRequest) -> Re
         to_fqdn: request.to_fqdn.clone(),
         request: asked(request),
         paths: config.http.paths,
+        readers: Some(READERS),
         protocol: request.protocol,
         port: request.port,
     };
