@@ -10,24 +10,96 @@ use std::{
 
 use palisade_testbed::{
     Daemon,
-    daemon::{Hooks, Settings},
+    daemon::Settings,
     rawtcp::{Delivered, RawTcp, Segment, pieces},
     recorder::Recorder,
-    tls::{Hello, server_hello},
+    tls::{Hello, retry_request, server_hello},
     topology::{FAMILIES, Family},
 };
 use palisade_tests::{
     OPEN,
-    apps::{Apps, apps, borrowed, packets_read, policies},
+    apps::{Apps, OK, answers_requests, apps, borrowed, packets_read, policies},
     games::{Field, Streams},
 };
 
 const PORT: u16 = 443;
 
+const NAMES: &str = "      serverNames: [good.example]\n";
+const PATHS: &str = "      rules:\n        http: [{path: /good.*}]\n";
+
+/// What a server says to what it has heard.
+type Answers = fn(&mut usize, &[u8]) -> Vec<u8>;
+
+fn hello(name: &str) -> Vec<u8> {
+    Hello::to(name).with(16, b"\x00\x09\x08http/1.1").bytes()
+}
+
 /// Two hellos that differ in the name only.
-fn hellos() -> Streams {
-    let hello = |name: &str| Hello::to(name).with(16, b"\x00\x09\x08http/1.1").bytes();
-    Streams::new(hello("good.example"), hello("evil.example"), server_hello())
+fn hellos() -> (Streams, Answers) {
+    let streams = Streams::new(hello("good.example"), hello("evil.example"), server_hello()).ends_reading();
+    let answers: Answers = |dealt_with, all| {
+        if *dealt_with == 0 && all.len() >= hello("good.example").len() {
+            *dealt_with = all.len();
+            return server_hello();
+        }
+        Vec::new()
+    };
+    (streams, answers)
+}
+
+/// A hello and another one that was asked for, which has another name or the same.
+fn second_hellos() -> (Streams, Answers) {
+    let good = hello("good.example");
+    let streams = Streams::new(
+        [&good[..], &good].concat(),
+        [good, hello("evil.example")].concat(),
+        [retry_request(), server_hello()].concat(),
+    )
+    .ends_reading();
+    let answers: Answers = |dealt_with, all| {
+        let one = hello("good.example").len();
+        let before = std::mem::replace(dealt_with, all.len() / one);
+        [retry_request(), server_hello()][before.min(2)..(*dealt_with).min(2)].concat()
+    };
+    (streams, answers)
+}
+
+fn request(path: &str) -> Vec<u8> {
+    format!("GET {path} HTTP/1.1\r\nHost: x.example\r\nX-More: 0123456789\r\n\r\n").into()
+}
+
+/// Two requests that differ in the path only.
+fn requests() -> (Streams, Answers) {
+    let streams = Streams::new(request("/good"), request("/evil"), OK.into());
+    (streams, answers_requests)
+}
+
+/// A request behind another one.
+fn second_requests() -> (Streams, Answers) {
+    let streams = Streams::new(
+        [request("/good/1"), request("/good")].concat(),
+        [request("/good/1"), request("/evil")].concat(),
+        OK.repeat(2),
+    );
+    // the first of the two may come again behind them
+    let third = [request("/good/1"), request("/good"), request("/good/1")].concat();
+    (streams.also(third), answers_requests)
+}
+
+/// A request in the body of another one, or behind it, as its length says.
+fn post(length: usize) -> Vec<u8> {
+    let head = format!("POST /good HTTP/1.1\r\nHost: x.example\r\nContent-Length: {length}\r\n\r\n");
+    [head.into_bytes(), request("/evil")].concat()
+}
+
+fn lengths() -> (Streams, Answers) {
+    let length = request("/evil").len();
+    let (good, bad) = (post(length), post(10));
+    // the shorter one with its body; what follows is no request
+    let short = bad[..bad.len() - length + 10].to_vec();
+    let again = [&good[..], &short].concat();
+    let streams = Streams::new(good, bad, OK.to_vec());
+    (streams.also(short).also(again), answers_requests)
 }
 
 struct Arena {
@@ -38,33 +110,18 @@ struct Arena {
     streams: Streams,
 }
 
-const NAMES: &str = "      serverNames: [good.example]\n";
-
 impl Arena {
-    fn tls(hooks: Hooks, rules: &str) -> Self {
+    fn new(rules: &str, (streams, answers): (Streams, Answers)) -> Self {
         let apps = apps();
-        let streams = hellos();
         let recorders = ["server", "node", "internet"]
             .into_iter()
             .map(|name| {
-                let (length, said) = (streams.good.len(), streams.answer.clone());
-                let answer = move |dealt_with: &mut usize, all: &[u8]| {
-                    if *dealt_with == 0 && all.len() >= length {
-                        *dealt_with = length;
-                        return said.clone();
-                    }
-                    Vec::new()
-                };
-                let recorder = Recorder::start(apps.ns(name), &apps.both(name), &[PORT], answer);
+                let recorder = Recorder::start(apps.ns(name), &apps.both(name), &[PORT], answers);
                 (name, recorder.expect("recorder"))
             })
             .collect();
-        let settings = Settings {
-            hooks,
-            ..Settings::default()
-        };
         let daemon = apps
-            .daemon(&settings, &borrowed(&policies(&[PORT], rules)))
+            .daemon(&Settings::default(), &borrowed(&policies(&[PORT], rules)))
             .expect("daemon");
         Self {
             daemon,
@@ -123,25 +180,63 @@ const FOUR: &[(&str, &str)] = &[
 
 #[test]
 fn a_hello_cut_in_every_odd_way_is_judged_alike() {
-    Arena::tls(Hooks::default(), NAMES).play(FOUR, |field| field.cuts());
+    Arena::new(NAMES, hellos()).play(FOUR, |field| field.cuts());
 }
 
 #[test]
 fn a_hello_split_anywhere_is_judged_alike() {
-    Arena::tls(Hooks::default(), NAMES).play(&[("client", "internet"), ("internet", "node")], |field| {
+    Arena::new(NAMES, hellos()).play(&[("client", "internet"), ("internet", "node")], |field| {
         field.splits()
     });
 }
 
 #[test]
 fn who_mixes_two_hellos_brings_through_none_that_is_denied() {
-    Arena::tls(Hooks::default(), NAMES).play(FOUR, |field| field.mixes());
+    Arena::new(NAMES, hellos()).play(FOUR, |field| field.mixes());
+}
+
+#[test]
+fn a_second_hello_is_judged_alike_however_it_comes() {
+    let arena = Arena::new(NAMES, second_hellos());
+    arena.play(FOUR, |field| field.cuts());
+    arena.play(FOUR, |field| field.mixes());
+}
+
+#[test]
+fn a_request_cut_in_every_odd_way_is_judged_alike() {
+    let arena = Arena::new(PATHS, requests());
+    arena.play(FOUR, |field| field.cuts());
+    arena.play(&FOUR[1..3], |field| field.splits());
+}
+
+#[test]
+fn who_mixes_two_requests_brings_through_none_that_is_denied() {
+    Arena::new(PATHS, requests()).play(FOUR, |field| field.mixes());
+}
+
+#[test]
+fn a_second_request_cut_in_every_odd_way_is_judged_alike() {
+    let arena = Arena::new(PATHS, second_requests());
+    arena.play(FOUR, |field| field.cuts());
+    arena.play(&FOUR[..1], |field| field.splits());
+}
+
+#[test]
+fn who_mixes_what_follows_a_request_brings_through_nothing_that_is_denied() {
+    Arena::new(PATHS, second_requests()).play(FOUR, |field| field.mixes());
+}
+
+#[test]
+fn who_mixes_lengths_of_bodies_brings_no_request_through() {
+    let arena = Arena::new(PATHS, lengths());
+    arena.play(FOUR, |field| field.cuts());
+    arena.play(FOUR, |field| field.mixes());
 }
 
 #[test]
 fn without_a_rule_for_names_the_mixtures_do_bring_both_through() {
     // else the other tests would prove nothing
-    let failures = Arena::tls(Hooks::default(), "").outcome(&FOUR[..1], |field| field.mixes());
+    let failures = Arena::new("", hellos()).outcome(&FOUR[..1], |field| field.mixes());
     assert!(
         failures.len() > 60,
         "{} of them\n{}",
@@ -152,7 +247,7 @@ fn without_a_rule_for_names_the_mixtures_do_bring_both_through() {
 
 #[test]
 fn what_follows_a_hello_arrives_whole_and_unread() {
-    let arena = Arena::tls(Hooks::default(), NAMES);
+    let arena = Arena::new(NAMES, hellos());
     let data: Vec<u8> = (0..120_000_u32).map(|n| (n / 3) as u8).collect();
     for (from, to) in FOUR {
         for family in FAMILIES {
