@@ -275,6 +275,10 @@ pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
         entry.inspector = frame.inspector;
     }
     // Else its inspector has read it by these very rules: what it has left to the kernel stays here.
+    if entry.ruleset != 0 && frame.ruleset == 0 && !frame.is_dropped() {
+        // What passes from now on is not read. If it is to be read again, it is another flow to who reads it.
+        entry.serial = entry.serial.wrapping_add(1);
+    }
     entry.ruleset = frame.ruleset;
     entry.carry_flags = frame.carry_flags;
     entry.flags = flow_flags;
