@@ -1,7 +1,7 @@
 //! Whether a request passes the application rules of an entry. For case files and explanations; the workers that
 //! read real traffic have their own prepared form of the same rules.
 
-use std::{cell::RefCell, collections::HashMap};
+use std::{cell::RefCell, collections::HashMap, net::IpAddr};
 
 use regex::bytes::Regex;
 
@@ -81,7 +81,10 @@ pub fn passing<'a>(set: &'a RuleSet, request: &Request) -> Option<&'a Alternativ
 pub fn passing_as<'a>(set: &'a RuleSet, request: &Request, paths: Paths) -> Option<&'a Alternative> {
     if !set.server_names.is_empty()
         && let Some(name) = &request.tls
-        && !set.server_names.iter().any(|pattern| name_matches(pattern, name))
+        && !set
+            .server_names
+            .iter()
+            .any(|pattern| server_name_matches(pattern, name))
     {
         return None;
     }
@@ -136,7 +139,7 @@ fn matches(matcher: &Matcher, request: &Request, path: Option<&[u8]>) -> bool {
         Matcher::ServerName(pattern) => request
             .tls
             .as_ref()
-            .is_some_and(|name| name_matches(pattern, name)),
+            .is_some_and(|name| server_name_matches(pattern, name)),
         Matcher::Kafka(rule) => request
             .kafka
             .as_ref()
@@ -211,6 +214,12 @@ fn kafka_matches(rule: &KafkaRule, kafka: &KafkaRequest) -> bool {
             .topic
             .as_ref()
             .is_none_or(|topic| kafka.topics.first() == Some(topic))
+}
+
+/// Whether a server name is meant by a name or pattern. No pattern means a hello without a name (here an empty one), or
+/// with an address in its place (RFC 6066, 3, allows none).
+fn server_name_matches(pattern: &FqdnPattern, name: &str) -> bool {
+    !name.is_empty() && name.parse::<IpAddr>().is_err() && name_matches(pattern, name)
 }
 
 /// Whether a DNS name is meant by a name or pattern. Case and a trailing dot do not matter.
@@ -408,6 +417,21 @@ mod tests {
         assert!(name_matches(&pattern("*"), "anything.at.all"));
         assert!(!name_matches(&pattern("a.example.com"), "axexample.com"));
         assert!(name_matches(&FqdnPattern::Name("a.test".into()), "A.test."));
+    }
+
+    #[test]
+    fn no_pattern_means_a_hello_without_a_name() {
+        let hello = |name: &str| Request {
+            tls: Some(name.into()),
+            ..Request::default()
+        };
+        let any = Matcher::ServerName(FqdnPattern::Pattern("*".into()));
+        let rules = set(vec![any.clone()]);
+        assert!(passing(&rules, &hello("a.b.test")).is_some());
+        for name in ["", "192.0.2.1", "2001:db8::1"] {
+            assert!(passing(&rules, &hello(name)).is_none(), "{name:?}");
+        }
+        assert!(passing(&set(vec![any, Matcher::Everything]), &hello("")).is_some());
     }
 
     #[test]
