@@ -1095,6 +1095,7 @@ fn flows_name_request_answer_verdict_and_rule() {
             "X-Request-Id: 42",
         ];
         get(&apps, "client", at, &secrets, "/allowed/flow?token=hidden&n=1");
+        get(&apps, "client", at, &[], "/allowed/slow");
         get(&apps, "client", at, &[], "/denied/flow");
         get(&apps, "client", at, &["-H", "X-Match: no"], "/logged");
         let from = apps.topology.addr("client", family).to_string();
@@ -1126,10 +1127,12 @@ fn flows_name_request_answer_verdict_and_rule() {
             &["--from-ip", &to, "--to-ip", &from, "--reply", "true"],
             "the answer",
             &|flow| {
+                let latency = &flow["l7"]["latency_ns"];
+                let latency = latency.as_u64().or_else(|| latency.as_str()?.parse().ok());
                 flow["l7"]["type"] == "RESPONSE"
                     && flow["l7"]["http"]["code"] == 200
-                    && flow["l7"]["latency_ns"].as_u64().is_some()
-                    || flow["l7"]["http"]["code"] == 200 && flow["l7"]["latency_ns"].is_string()
+                    && flow["l7"]["http"]["url"] == format!("http://{at}/allowed/slow")
+                    && latency.is_some_and(|ns| (250_000_000..5_000_000_000_u64).contains(&ns))
             },
         );
         wait(
@@ -1159,5 +1162,5 @@ fn flows_name_request_answer_verdict_and_rule() {
             (code, flows.len())
         })
         .collect();
-    assert!(by_code["2+"] >= 4, "{by_code:?}");
+    assert!(by_code["2+"] >= 6, "{by_code:?}");
 }

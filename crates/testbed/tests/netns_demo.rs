@@ -52,7 +52,12 @@ fn everything_comes_out_as_the_example_policies_say() {
         "refused",
         "shop/payments (egress)",
         "dns-request proxy DROPPED (DNS Query tracker.example. A)",
-        "ok: 66 attempts",
+        "http-request FORWARDED (HTTP/1.1 GET http://10.0.2.10:8081/products/7)",
+        "http-request DROPPED (HTTP/1.1 GET http://10.0.2.10:8081/products/../admin)",
+        "tls-request DROPPED (TLS Hello tracker.example (TLS 1.3))",
+        "shop/api (ingress)",
+        "shop/partner (egress)",
+        "ok: 78 attempts",
     ] {
         assert!(text.contains(part), "{part} is not in:\n{text}");
     }

@@ -19,7 +19,9 @@ use palisade_testbed::{
     dns::{Server, dig},
     output,
     server::{Iperf3, Nginx},
+    tls::certificate,
     topology::{FAMILIES, Family, WorkloadSpec},
+    web::Web,
 };
 use serde_json::Value;
 
@@ -47,6 +49,10 @@ const NAMES: &[(&str, &str)] = &[("api.pay.example", "payments"), ("tracker.exam
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Program {
     Curl(u16),
+    /// Asks for a path: method, port, path.
+    Http(&'static str, u16, &'static str),
+    /// Asks for a page of a server by its name, over TLS.
+    Https(u16, &'static str),
     /// Asks for the addresses of a name.
     Dig(&'static str),
     Ping,
@@ -74,7 +80,7 @@ impl Verdict {
     }
 }
 
-use Program::{Curl, Dig, Iperf3 as Iperf, Ping};
+use Program::{Curl, Dig, Http, Https, Iperf3 as Iperf, Ping};
 use Verdict::{Allowed, Audited, Denied, Refused};
 
 type Attempt = (&'static str, &'static str, Program, Verdict);
@@ -118,6 +124,26 @@ const BY_NAME: &[Attempt] = &[
     ("backend", "payments", Curl(443), Allowed),
     ("backend", "payments", Curl(80), Denied),
     ("frontend", "payments", Curl(443), Denied),
+];
+
+/// What is asked for on ports that are open.
+const INSIDE: &[Attempt] = &[
+    ("frontend", "backend", Http("GET", 8081, "/products/7"), Allowed),
+    ("frontend", "backend", Http("GET", 8081, "/admin"), Refused),
+    (
+        "frontend",
+        "backend",
+        Http("DELETE", 8081, "/products/7"),
+        Refused,
+    ),
+    (
+        "frontend",
+        "backend",
+        Http("GET", 8081, "/products/../admin"),
+        Refused,
+    ),
+    ("frontend", "partner", Https(8443, "www.partner.example"), Allowed),
+    ("frontend", "partner", Https(8443, "tracker.example"), Refused),
 ];
 
 fn main() -> ExitCode {
@@ -247,11 +273,13 @@ fn demo(verbose: bool) -> Result<usize> {
     world.topology.meet()?;
     let _servers = [
         Nginx::start(world.ns("frontend"), "frontend", &[80, 8080], 1)?,
-        Nginx::start(world.ns("backend"), "backend", &[8080, 9090], 1)?,
+        Nginx::start(world.ns("backend"), "backend", &[8080, 8081, 9090], 1)?,
         Nginx::start(world.ns("database"), "database", &[5432], 1)?,
         Nginx::start(world.ns("internet"), "internet", &[80, 443], 1)?,
         Nginx::start(world.ns("node"), "node", &[22, 80], 1)?,
     ];
+    let names = certificate(world.topology.dir(), &["www.partner.example"])?;
+    let _partner = Web::start(world.ns("partner"), "internet", &[], &[8443], &names)?;
     let _resolver = resolver(&world)?;
     let _iperf = Iperf3::start(world.ns("backend"), 5201)?;
 
@@ -283,11 +311,14 @@ fn demo(verbose: bool) -> Result<usize> {
     let rows = attempt_all(&world, &daemon)?;
     let mut different = show(&style, ATTEMPTS, &rows);
     style.heading("Where names lead, one attempt after the other");
-    let by_name = attempt_in_turn(&world, &daemon)?;
+    let by_name = attempt_in_turn(&world, &daemon, BY_NAME)?;
     different += show(&style, BY_NAME, &by_name);
+    style.heading("What is asked for on ports that are open");
+    let inside = attempt_in_turn(&world, &daemon, INSIDE)?;
+    different += show(&style, INSIDE, &inside);
 
-    style.heading("What was asked: palisade observe --type l7");
-    print!("{}", daemon.cli(&["observe", "--type", "l7"])?);
+    style.heading("What was asked: palisade observe --type l7 --last 32");
+    print!("{}", daemon.cli(&["observe", "--type", "l7", "--last", "32"])?);
     style.heading("What was seen: palisade observe --verdict DROPPED,AUDIT --last 12");
     print!(
         "{}",
@@ -297,7 +328,7 @@ fn demo(verbose: bool) -> Result<usize> {
         style.heading("The daemon's log");
         print!("{}", daemon.log());
     }
-    let total = (rows.len() + by_name.len()) * FAMILIES.len();
+    let total = (rows.len() + by_name.len() + inside.len()) * FAMILIES.len();
     println!();
     if different == 0 {
         let ok = style.paint("32", "ok");
@@ -406,7 +437,7 @@ fn attempt_all(world: &World, daemon: &Daemon) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-fn attempt_in_turn(world: &World, daemon: &Daemon) -> Result<Vec<Row>> {
+fn attempt_in_turn(world: &World, daemon: &Daemon, attempts: &[Attempt]) -> Result<Vec<Row>> {
     let one = |a: &Attempt, family| -> Result<Cell> {
         let known = flows_of(world, daemon, a, family)?.len();
         let got = attempt(world, a, family)?;
@@ -419,7 +450,7 @@ fn attempt_in_turn(world: &World, daemon: &Daemon) -> Result<Vec<Row>> {
             Ok([v4, v6.join().ok().context("an attempt broke off")??])
         })
     };
-    BY_NAME.iter().map(both).collect()
+    attempts.iter().map(both).collect()
 }
 
 /// What an attempt has shown. `known`: how many flows of its kind there were before.
@@ -456,6 +487,35 @@ fn attempt(world: &World, (from, to, program, _): &Attempt, family: Family) -> R
             command = ns.command("curl");
             command.args(["-sS", "-m", &seconds, "--interface", &source]);
             command.arg(format!("http://{}/", SocketAddr::new(address, port)));
+        }
+        Http(method, port, path) => {
+            command = ns.command("curl");
+            command.args([
+                "-sS",
+                "-m",
+                &seconds,
+                "--interface",
+                &source,
+                "--fail",
+                "--path-as-is",
+            ]);
+            command.args(["-X", method]);
+            command.arg(format!("http://{}{path}", SocketAddr::new(address, port)));
+        }
+        Https(port, name) => {
+            command = ns.command("curl");
+            // the name in the hello is what counts; whose certificate it is does not
+            command.args([
+                "-sS",
+                "-k",
+                "-m",
+                &seconds,
+                "--interface",
+                &source,
+                "--connect-to",
+            ]);
+            command.arg(format!("::{}", SocketAddr::new(address, port)));
+            command.arg(format!("https://{name}:{port}/"));
         }
         Dig(name) => {
             let kind = match family {
@@ -497,12 +557,14 @@ fn attempt(world: &World, (from, to, program, _): &Attempt, family: Family) -> R
     }
     let out = output(&mut command, PATIENCE + Duration::from_secs(10))?;
     if !out.status.success() {
-        return Ok(Got::Nothing);
+        // curl(1): 22, the answer is 400 or above; 35, TLS did not come about
+        let refused = matches!(program, Http(..) | Https(..)) && matches!(out.status.code(), Some(22 | 35));
+        return Ok(if refused { Got::No } else { Got::Nothing });
     }
     let said = String::from_utf8_lossy(&out.stdout);
     let measured = match program {
         Dig(_) => String::new(),
-        Curl(_) => {
+        Curl(_) | Http(..) | Https(..) => {
             let who = if OUTSIDE.iter().any(|(n, ..)| *n == to) {
                 "internet"
             } else {
@@ -560,6 +622,9 @@ fn show(style: &Style, attempts: &[Attempt], rows: &[Row]) -> usize {
         }
         let by = match program {
             Curl(port) => format!("curl :{port}"),
+            Http("GET", port, path) => format!("curl :{port}{path}"),
+            Http(method, port, path) => format!("curl -X {method} :{port}{path}"),
+            Https(port, name) => format!("curl https://{name}:{port}"),
             Dig(name) => format!("dig {name}"),
             Ping => "ping".to_owned(),
             Iperf => "iperf3 :5201".to_owned(),
@@ -620,25 +685,25 @@ fn flows_of(
 ) -> Result<Vec<Value>> {
     let source = world.source(from, to, family)?.to_string();
     let destination = world.addr(to, family)?.to_string();
-    let (kind, more) = match program {
-        Curl(port) => (
-            "policy-verdict",
-            ["--to-port", &port.to_string()].map(str::to_owned),
-        ),
-        Iperf => ("policy-verdict", ["--to-port", "5201"].map(str::to_owned)),
-        Ping => ("policy-verdict", ["--protocol", "icmp"].map(str::to_owned)),
-        Dig(name) => ("l7", ["--dns-query", &format!("^{name}")].map(str::to_owned)),
+    let mut filters = vec!["--from-ip".to_owned(), source, "--to-ip".to_owned(), destination];
+    let more: &[&str] = match program {
+        Curl(port) => &["--type", "policy-verdict", "--to-port", &port.to_string()],
+        Iperf => &["--type", "policy-verdict", "--to-port", "5201"],
+        Ping => &["--type", "policy-verdict", "--protocol", "icmp"],
+        Dig(name) => &["--type", "l7", "--dns-query", &format!("^{name}")],
+        Http(method, _, path) => &[
+            "--type",
+            "l7",
+            "--http-method",
+            method,
+            "--http-path",
+            &format!("^{path}$"),
+        ],
+        Https(_, name) => &["--type", "l7", "--sni", name],
     };
-    daemon.flows(&[
-        "--from-ip",
-        &source,
-        "--to-ip",
-        &destination,
-        "--type",
-        kind,
-        &more[0],
-        &more[1],
-    ])
+    filters.extend(more.iter().map(|filter| (*filter).to_owned()));
+    let filters: Vec<&str> = filters.iter().map(String::as_str).collect();
+    daemon.flows(&filters)
 }
 
 /// Whether an attempt passed by audit only, and who decided about it, as the daemon's flows say.
