@@ -95,11 +95,19 @@ fn post(length: usize) -> Vec<u8> {
 fn lengths() -> (Streams, Answers) {
     let length = request("/evil").len();
     let (good, bad) = (post(length), post(10));
-    // the shorter one with its body; what follows is no request
-    let short = bad[..bad.len() - length + 10].to_vec();
-    let again = [&good[..], &short].concat();
-    let streams = Streams::new(good, bad, OK.to_vec());
-    (streams.also(short).also(again), answers_requests)
+    // the digits of both can be mixed to another length: what is not the body then is no request
+    let shorter = [10, 10 + length % 10, length / 10 * 10];
+    let cut = |n: usize| -> Vec<u8> {
+        let whole = post(n);
+        whole[..whole.len() - (length - n)].to_vec()
+    };
+    let shorter: Vec<Vec<u8>> = shorter.into_iter().map(cut).collect();
+    let mut streams = Streams::new(good.clone(), bad, OK.to_vec());
+    for short in shorter {
+        let again = [&good[..], &short].concat();
+        streams = streams.also(short).also(again);
+    }
+    (streams, answers_requests)
 }
 
 struct Arena {

@@ -602,10 +602,25 @@ impl<F> Connection<F> {
             shared.stats.retransmitted += 1;
             if behind == own.acked && segment.payload.len() <= 1 {
                 self.release(frame, shared, sink);
-            } else {
-                sink.discard(frame, Reason::TcpHeld);
-                self.acknowledge(side, shared, sink);
+                return Ok(progress);
             }
+            let has_room = end <= own.reach(shared.limits.bytes_per_direction as u64)
+                && shared.stats.bytes <= shared.limits.bytes as u64;
+            let new = segment.payload.get((own.acked - start) as usize..);
+            if let Some(new) =
+                new.filter(|new| !new.is_empty() && has_room && !self.is_shared && own.is_contiguous())
+            {
+                // What it has beyond that goes on in packets made here.
+                if own.take(own.acked, new) == Arrival::Differs {
+                    return Err((Reason::TcpOverlap, frame));
+                }
+                own.promised = own.promised.max(own.next);
+                sink.absorb(frame);
+                self.acknowledge(side, shared, sink);
+                return Ok(true);
+            }
+            sink.discard(frame, Reason::TcpHeld);
+            self.acknowledge(side, shared, sink);
             return Ok(progress);
         }
         let waits = behind > own.goes();

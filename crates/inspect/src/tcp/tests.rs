@@ -360,10 +360,11 @@ fn retransmissions_say_the_same_or_nothing() {
         (out.released.len(), &out.discarded[..]),
         (1, &[Reason::TcpOverlap; 2][..])
     );
-    // acknowledged: nobody compares it any more, so it does not go on; the sender is told how far it has come
+    // acknowledged: nobody compares it any more, so it does not go on; the sender is told how far it has come, what is
+    // new behind it included
     bench.put(&server(4));
     bench.take();
-    for (at, data) in [(0, &b"\x03Xbc"[..]), (2, b"zz\x01d")] {
+    for (at, data, next) in [(0, &b"\x03Xbc"[..], 5), (2, b"zz\x01d", 7)] {
         bench.put(&client(at, data));
         let out = bench.take();
         assert_eq!(
@@ -373,11 +374,14 @@ fn retransmissions_say_the_same_or_nothing() {
         let (made, _) = &out.emitted[0];
         assert_eq!(
             (made.from, made.flags, made.ack),
-            (Side::Server, ACK, CLIENT_ISN.wrapping_add(5))
+            (Side::Server, ACK, CLIENT_ISN.wrapping_add(next))
         );
+        assert!(out.emitted[1..].iter().all(|(seg, _)| seg.data == b"\x01d"));
     }
+    bench.put(&server(6));
+    bench.take();
     // whether the receiver is still there, only it can say
-    bench.put(&client(3, b"?"));
+    bench.put(&client(5, b"?"));
     assert_eq!(bench.take().released.len(), 1);
 }
 
@@ -739,6 +743,33 @@ fn small_packets_are_taken_over_when_they_are_many() {
         }
     }
     assert_eq!(got.stream(), message);
+}
+
+/// A sender that has not heard what the receiver has begins again, and adds to it.
+#[test]
+fn what_is_new_behind_what_the_receiver_has_goes_on() {
+    let mut bench = Bench::open();
+    let stream = b"\x02ab\x02cd\x03efg";
+    bench.put(&client(0, &stream[..3]));
+    bench.put(&server(3));
+    bench.take();
+    bench.put(&client(0, &stream[..8]));
+    let out = bench.take();
+    assert!(out.released.is_empty());
+    let [(ack, _), (made, _)] = &out.emitted[..] else {
+        panic!("{:?}", out.emitted)
+    };
+    assert_eq!((ack.from, ack.ack), (Side::Server, CLIENT_ISN.wrapping_add(9)));
+    assert_eq!(
+        (made.from, made.seq, &made.data[..]),
+        (Side::Client, CLIENT_ISN.wrapping_add(4), &stream[3..6])
+    );
+    bench.put(&client(0, stream));
+    let out = bench.take();
+    assert!(out.emitted.iter().any(|(seg, _)| seg.data == stream[6..]));
+    // with something else in place of what is not acknowledged
+    bench.put(&client(0, b"\x02ab\x02cX\x03efg"));
+    assert_eq!(bench.take().discarded, [Reason::TcpOverlap]);
 }
 
 /// A connection that is not read any more is judged again when its rules change, and only then.
