@@ -347,9 +347,23 @@ impl Names {
     /// If another answer comes, or none, or if a server has heard the question.
     #[track_caller]
     pub fn is_refused(&self, daemon: &Daemon, from: &str, server: IpAddr, name: &str) {
+        self.refused(daemon, from, server, name, "+notcp");
+    }
+
+    /// The same over TCP.
+    ///
+    /// # Panics
+    /// As that.
+    #[track_caller]
+    pub fn is_refused_over_tcp(&self, daemon: &Daemon, from: &str, server: IpAddr, name: &str) {
+        self.refused(daemon, from, server, name, "+tcp");
+    }
+
+    #[track_caller]
+    fn refused(&self, daemon: &Daemon, from: &str, server: IpAddr, name: &str, how: &str) {
         let before = self.questions(name);
         for kind in ["A", "AAAA"] {
-            let dug = self.dig(from, server, &[name, kind]);
+            let dug = self.dig(from, server, &[name, kind, how]);
             let said = (dug.status.as_str(), dug.question.as_str());
             let question = format!("{name}. IN {kind}");
             assert_eq!(
@@ -360,6 +374,7 @@ impl Names {
                 daemon.report()
             );
             assert!(dug.answers.is_empty(), "{}", dug.text);
+            assert_eq!(dug.tcp, how == "+tcp", "{}", dug.text);
         }
         assert_eq!(
             self.questions(name),

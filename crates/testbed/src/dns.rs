@@ -594,7 +594,7 @@ impl Server {
         Self::run("dnsmasq", ns, command, addresses, dir)
     }
 
-    /// knotd with these records in a zone of their last label.
+    /// knotd with these records in a zone of their last label, which anybody may transfer.
     pub fn knot(ns: &Ns, addresses: &[IpAddr], records: &[&str]) -> Result<Self> {
         let dir = temp_dir("knot")?;
         let root = dir.path().display();
@@ -602,7 +602,8 @@ impl Server {
         let mut conf = format!(
             "server:\n  rundir: \"{root}\"\n  listen: [ {} ]\n  udp-workers: 1\n  tcp-workers: 1\n\
              \x20 background-workers: 1\n\
-             database:\n  storage: \"{root}\"\nlog:\n  - target: stderr\n    any: warning\nzone:\n",
+             database:\n  storage: \"{root}\"\nlog:\n  - target: stderr\n    any: warning\n\
+             acl:\n  - id: anybody\n    action: transfer\nzone:\n",
             listen.join(", ")
         );
         for zone in zones(records) {
@@ -615,7 +616,7 @@ impl Server {
             }
             fs::write(dir.path().join(format!("{zone}zone")), text)?;
             conf.push_str(&format!(
-                "  - domain: {zone}\n    storage: \"{root}\"\n    file: \"{zone}zone\"\n"
+                "  - domain: {zone}\n    storage: \"{root}\"\n    file: \"{zone}zone\"\n    acl: anybody\n"
             ));
         }
         let file = dir.path().join("knot.conf");

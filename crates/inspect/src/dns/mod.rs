@@ -325,6 +325,15 @@ impl<F> Dns<F> {
         self.refuse_query(view, record, Reason::InspectLimit, None, sink)
     }
 
+    /// Whether a message is a query that may go. Takes no note of it.
+    fn allows(&self, view: &View<'_>, message: &[u8], rules: &Rules) -> bool {
+        let query = Query::parse(message, &Limits::QUERY);
+        query.is_ok_and(|query| {
+            let rules = rules.dns(view.slot.ruleset);
+            rules.is_some_and(|rules| rules.judge(&query.question.name).is_some())
+        })
+    }
+
     fn refuse_query<S: Sink<F>>(
         &mut self,
         view: &View<'_>,

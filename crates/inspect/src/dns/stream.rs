@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 
-use palisade_abi::{CtKey, Reason};
+use palisade_abi::{CtKey, Reason, carry_flags};
 use palisade_protocols::dns::{Head, Limits, Query, Question, Rcode, Refusal, first_message, reply};
 
 use super::{AnswerVerdict, Dns, Note, QueryVerdict, Waiting, describe_query, is_audit};
@@ -20,6 +20,8 @@ use crate::{
 
 /// Length in front of a message.
 const PREFIX: usize = 2;
+/// Bytes of answers made here after which queries behind are not answered any more.
+const REPLIES: usize = 4096;
 /// Zone transfers of one connection that are remembered.
 const TRANSFERS: usize = 16;
 
@@ -36,6 +38,8 @@ pub(crate) struct Place {
 /// What is kept of a connection. Places in a stream count from its first byte.
 struct Flow {
     number: u64,
+    /// Another policy has its packets read too.
+    is_shared: bool,
     /// So far the client's messages may go.
     asked: u64,
     /// Ends of queries that may go and are not known to be on their way.
@@ -43,8 +47,8 @@ struct Flow {
     /// How many have been on their way, and how many answers may go.
     sent: u64,
     answered: u64,
-    /// A query that goes no further: why, and its answer.
-    refused: Option<(Reason, Vec<u8>)>,
+    /// From here on nothing of the client goes any further.
+    refused: Option<Refused>,
     transfers: Vec<Transfer>,
     /// So far the server's messages may go.
     told: u64,
@@ -56,6 +60,16 @@ struct Flow {
     answers: VecDeque<Judged>,
     /// It must not go on.
     broken: Option<Reason>,
+}
+
+/// Queries that go no further.
+struct Refused {
+    /// Why the first does not.
+    reason: Reason,
+    /// Their answers.
+    replies: Vec<u8>,
+    /// How far they have been judged, from the beginning of the first.
+    judged: usize,
 }
 
 /// An answer that was judged.
@@ -81,6 +95,7 @@ impl Flow {
     fn new(number: u64) -> Self {
         Self {
             number,
+            is_shared: false,
             asked: 0,
             leaving: VecDeque::new(),
             sent: 0,
@@ -177,13 +192,16 @@ impl<F> Streams<F> {
                 *numbers += 1;
                 Flow::new(*numbers)
             },
-            |flow| Reading {
-                flow,
-                dns: &mut *dns,
-                spare: &mut *spare,
-                key: key(view),
-                now,
-                packet: Some((view, rules)),
+            |flow| {
+                flow.is_shared |= view.slot.flags & carry_flags::SHARED != 0;
+                Reading {
+                    flow,
+                    dns: &mut *dns,
+                    spare: &mut *spare,
+                    key: key(view),
+                    now,
+                    packet: Some((view, rules)),
+                }
             },
             |(), _| {
                 if is_audit(view.slot) {
@@ -269,7 +287,7 @@ impl<F> Reader<F> for Reading<'_, '_, F> {
     }
 }
 
-impl<F> Reading<'_, '_, F> {
+impl<'a, 'v, F> Reading<'a, 'v, F> {
     /// Reports what cannot be read as messages. Audit mode lets it pass; then nothing more can be read.
     fn refuse<S: Sink<F>>(&mut self, detail: &'static str, sink: &mut S) -> Step {
         const REASON: Reason = Reason::AppMalformed;
@@ -291,7 +309,7 @@ impl<F> Reading<'_, '_, F> {
 
     fn client<S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Step {
         if self.flow.refused.is_some() {
-            return self.answer();
+            return self.answer(bytes, sink);
         }
         if bytes.is_empty() {
             return Step::Release(0);
@@ -313,30 +331,65 @@ impl<F> Reading<'_, '_, F> {
                 Step::Release(length)
             }
             Some(QueryVerdict::Refuse(reason, rcode)) => {
-                let Some(reply) = rcode.and_then(|rcode| framed_reply(message, rcode)) else {
+                let Some(replies) = rcode.and_then(|rcode| framed_reply(message, rcode)) else {
                     return Step::Cut(reason);
                 };
-                self.flow.refused = Some((reason, reply));
-                self.answer()
+                self.dns.stats.replies += 1;
+                self.flow.refused = Some(Refused {
+                    reason,
+                    replies,
+                    judged: PREFIX + message.len(),
+                });
+                self.answer(bytes, sink)
             }
         }
     }
 
-    /// Answers the query that goes no further, once those before it are answered.
-    fn answer(&mut self) -> Step {
-        if self.flow.answered >= self.flow.sent
-            && let Some((reason, reply)) = self.flow.refused.take()
+    /// Answers the queries that go no further, once those before them are answered. Who asks for the addresses of both
+    /// families at once is told so of both.
+    fn answer<S: Sink<F>>(&mut self, bytes: &[u8], sink: &mut S) -> Step {
+        let packet = self.packet_of(Side::Client);
+        let flow = &mut *self.flow;
+        if let Some((view, rules)) = packet
+            && let Some(refused) = &mut flow.refused
         {
-            self.dns.stats.replies += 1;
-            return Step::Answer(reason, reply);
+            while refused.replies.len() < REPLIES
+                && let rest = bytes.get(refused.judged..).unwrap_or_default()
+                && let Ok(Some(message)) = first_message(rest, Limits::QUERY.message)
+                && !self.dns.allows(view, message, rules)
+            {
+                let verdict = self.dns.query(self.now, view, message, rules, sink);
+                let reply = match verdict {
+                    QueryVerdict::Refuse(_, Some(rcode)) => framed_reply(message, rcode),
+                    _ => None,
+                };
+                let Some(reply) = reply else {
+                    refused.judged = usize::MAX;
+                    break;
+                };
+                self.dns.stats.replies += 1;
+                refused.replies.extend(reply);
+                refused.judged += PREFIX + message.len();
+            }
         }
-        Step::More
+        // What stands before them in the same packet is sent on by itself after a moment, if one may make packets here.
+        let comes_late = !flow.leaving.is_empty() && !flow.is_shared;
+        if comes_late || flow.answered < flow.sent {
+            return Step::More;
+        }
+        match flow.refused.take() {
+            Some(refused) => Step::Answer(refused.reason, refused.replies),
+            None => Step::More,
+        }
+    }
+
+    /// The packet that has come, if it is this side's.
+    fn packet_of(&self, side: Side) -> Option<(&'a View<'v>, &'a Rules)> {
+        self.packet.filter(|(view, _)| Side::of(view.slot) == side)
     }
 
     fn query<S: Sink<F>>(&mut self, message: &[u8], sink: &mut S) -> Option<QueryVerdict> {
-        let (view, rules) = self
-            .packet
-            .filter(|(view, _)| Side::of(view.slot) == Side::Client)?;
+        let (view, rules) = self.packet_of(Side::Client)?;
         let verdict = self.dns.query(self.now, view, message, rules, sink);
         if let QueryVerdict::Transfer(note) = verdict
             && let Ok(query) = Query::parse(message, &Limits::QUERY)
@@ -368,7 +421,7 @@ impl<F> Reading<'_, '_, F> {
         if bytes.is_empty() {
             // Who waits behind others for an answer waits in vain.
             return match &flow.refused {
-                Some((reason, _)) => Step::Cut(*reason),
+                Some(refused) => Step::Cut(refused.reason),
                 None => Step::Release(0),
             };
         }
@@ -419,10 +472,7 @@ impl<F> Reading<'_, '_, F> {
 
     /// Judges a message of the server. False: not now. Err: why the connection ends.
     fn told<S: Sink<F>>(&mut self, message: &[u8], sink: &mut S) -> Result<bool, Reason> {
-        let Some((view, _)) = self
-            .packet
-            .filter(|(view, _)| Side::of(view.slot) == Side::Server)
-        else {
+        let Some((view, _)) = self.packet_of(Side::Server) else {
             return Ok(false);
         };
         let end = self.flow.judged + (PREFIX + message.len()) as u64;
@@ -453,9 +503,7 @@ impl<F> Reading<'_, '_, F> {
     /// The beginning of a message of a transfer need not wait for its end, if nothing before it waits. How much of it
     /// may go.
     fn begin<S: Sink<F>>(&mut self, bytes: &[u8], sink: &mut S) -> Option<usize> {
-        let (view, _) = self
-            .packet
-            .filter(|(view, _)| Side::of(view.slot) == Side::Server)?;
+        let (view, _) = self.packet_of(Side::Server)?;
         let (prefix, message) = bytes.split_first_chunk::<PREFIX>()?;
         if !self.flow.answers.is_empty() {
             return None;

@@ -157,7 +157,7 @@ impl Connection {
     }
 
     /// What was made is an answer to the client, its end, and the end to the resolver. These are the bytes before
-    /// the answer, what it acknowledges, and the bytes before the end to the resolver. Gives the message.
+    /// the answer, what it acknowledges, and the bytes before the end to the resolver. Gives the messages, framed.
     fn answered(&mut self, at: u32, acknowledges: u32, sent: u32) -> Vec<u8> {
         let made = self.made();
         let [to_client, to_resolver] = &made[..] else {
@@ -171,9 +171,7 @@ impl Connection {
         assert_eq!((to_resolver.to_client, to_resolver.at), (false, sent));
         assert_eq!(to_resolver.flags & (FIN | RST | SYN), FIN);
         assert!(to_resolver.payload.is_empty());
-        let (length, message) = to_client.payload.split_first_chunk().unwrap();
-        assert_eq!(usize::from(u16::from_be_bytes(*length)), message.len());
-        message.to_vec()
+        to_client.payload.clone()
     }
 
     fn tcp(&self) -> TcpStats {
@@ -186,12 +184,12 @@ impl Connection {
     }
 }
 
-/// A message that answers this one with a code and nothing else.
+/// A message that answers this one with a code and nothing else, as it stands in a stream.
 fn refusal(query: &[u8], rcode: u8) -> Vec<u8> {
     let mut reply = query.to_vec();
     // an answer, RD as it was, RA
     (reply[2], reply[3]) = (0x81, 0x80 | rcode);
-    reply
+    framed(&[reply])
 }
 
 #[test]
@@ -243,7 +241,7 @@ fn a_denied_query_is_answered_and_ends_the_connection() {
         let from_resolver = it.resolver(0, ACK, &framed(&[address(8, "denied.test")]));
         assert_eq!(it.fate(from_resolver), Some(&fate));
         let end = length.wrapping_add(1);
-        let from_client = it.client_acknowledges(i64::from(length), reply.len() as u32 + 3, FIN | ACK, &[]);
+        let from_client = it.client_acknowledges(i64::from(length), reply.len() as u32 + 1, FIN | ACK, &[]);
         assert_eq!(it.fate(from_client), Some(&fate));
         let made = it.made();
         assert_eq!(made.last().unwrap().acknowledges, Some(end));
@@ -270,13 +268,15 @@ fn an_answer_of_ones_own_comes_behind_those_to_earlier_queries() {
     let at = both.len();
     let held = it.client(at as i64, ACK, &refused);
     assert_eq!(it.world.verdict(), (Verdict::Dropped, Reason::AppDenied, ASKING));
-    // what is behind it is not judged
+    // what is behind it is answered with it, up to the first that could go
+    let also = query(4, "also-denied.test", A);
+    let rest = framed(&[
+        also.clone(),
+        query(5, "allowed.test", A),
+        query(6, "denied.test", A),
+    ]);
+    let behind = it.client((at + refused.len()) as i64, ACK, &rest);
     let records = it.world.sink.records.len();
-    let behind = it.client(
-        (at + refused.len()) as i64,
-        ACK,
-        &framed(&[query(4, "denied.test", A)]),
-    );
     assert_eq!((it.fate(held), it.fate(behind)), (None, None));
     let first = framed(&[answer(2, "x.wild.test", A, 3, &[])]);
     let second = framed(&[address(1, "allowed.test")]);
@@ -290,11 +290,8 @@ fn an_answer_of_ones_own_comes_behind_those_to_earlier_queries() {
     let told = (first.len() + second.len()) as u32;
     let (end, all) = (at + refused.len(), it.world.sent);
     it.client_acknowledges(end as i64, told, ACK, &[]);
-    let behind_end = end + 2 + query(4, "denied.test", A).len();
-    assert_eq!(
-        it.answered(told, behind_end as u32, at as u32),
-        refusal(&denied, 5)
-    );
+    let both = [refusal(&denied, 5), refusal(&also, 5)].concat();
+    assert_eq!(it.answered(told, (end + rest.len()) as u32, at as u32), both);
     let fate = Some(&Fate::Discarded(Reason::AppDenied));
     assert_eq!((it.fate(held), it.fate(behind)), (fate, fate));
     assert_eq!(it.world.sink.records.len(), records + 2, "of the two answers");
@@ -342,7 +339,7 @@ fn what_is_no_query_is_answered_so_or_cut() {
         let bytes = framed(&[message]);
         let handle = it.client(0, ACK, &bytes);
         assert_eq!(it.fate(handle), Some(&Fate::Discarded(Reason::AppMalformed)));
-        assert_eq!(it.answered(0, bytes.len() as u32, 0), reply);
+        assert_eq!(it.answered(0, bytes.len() as u32, 0), framed(&[reply]));
         it.world.end();
     }
     // an answer, and one that ends too early: they are not worth one
@@ -375,56 +372,81 @@ fn the_denial_is_a_choice() {
 }
 
 #[test]
-fn several_queries_in_one_segment_pass_only_if_all_do() {
+fn both_families_are_refused_at_once() {
+    let mut it = Connection::new();
+    let (v4, v6) = (query(1, "denied.test", A), query(2, "denied.test", AAAA));
+    let bytes = framed(&[v4.clone(), v6.clone()]);
+    it.client(0, ACK, &bytes);
+    let both = [refusal(&v4, 5), refusal(&v6, 5)].concat();
+    assert_eq!(it.answered(0, bytes.len() as u32, 0), both);
+    assert_eq!(it.world.engine.stats().dns.replies, 2);
+    it.world.end();
+    // not for ever
+    let mut it = Connection::new();
+    let many: Vec<_> = (0..1000).map(|id| query(id, "d.test", A)).collect();
+    it.client(0, ACK, &framed(&many));
+    let replies: usize = it.made().iter().map(|made| made.payload.len()).sum();
+    assert!((4096..4200).contains(&replies), "{replies}");
+    it.world.end();
+}
+
+#[test]
+fn of_several_queries_in_one_segment_those_before_a_denied_one_go_on() {
     let mut it = Connection::new();
     let both = framed(&[query(1, "allowed.test", A), query(2, "x.wild.test", A)]);
     let passes = it.client(0, ACK, &both);
     assert_eq!(it.fate(passes), Some(&Fate::Released));
     it.world.end();
-    let mut it = Connection::new();
+    let denied = query(4, "denied.test", A);
+    let mixed = framed(&[query(3, "allowed.test", A), denied.clone()]);
+    let asked = framed(&[query(3, "allowed.test", A)]);
+    // also if the denied one is cut
+    for cut in [mixed.len(), mixed.len() - 7] {
+        let mut it = Connection::new();
+        let held = it.client(0, ACK, &mixed[..cut]);
+        assert_eq!(it.fate(held), None);
+        it.world.wait(10);
+        assert_eq!(it.fate(held), Some(&Fate::Absorbed));
+        let made = it.made();
+        assert_eq!(
+            (made[0].to_client, made[0].acknowledges),
+            (true, Some(cut as u32))
+        );
+        assert_eq!(
+            (made[1].to_client, made[1].at, &made[1].payload),
+            (false, 0, &asked)
+        );
+        assert_eq!(made.len(), 2);
+        if cut < mixed.len() {
+            it.client(cut as i64, ACK, &mixed[cut..]);
+        }
+        let told = framed(&[answer(3, "allowed.test", A, 3, &[])]);
+        let handle = it.resolver_acknowledges(0, asked.len() as u32, ACK, &told);
+        assert_eq!(it.fate(handle), Some(&Fate::Released));
+        assert!(it.made().is_empty());
+        it.client_acknowledges(mixed.len() as i64, told.len() as u32, ACK, &[]);
+        assert_eq!(
+            it.answered(told.len() as u32, mixed.len() as u32, asked.len() as u32),
+            refusal(&denied, 5)
+        );
+        it.world.end();
+    }
+}
+
+#[test]
+fn where_no_packets_may_be_made_a_segment_passes_whole_or_not() {
+    let shared = |slot: CarrySlot| CarrySlot {
+        flags: slot.flags | carry_flags::SHARED,
+        ..slot
+    };
+    let slots = [shared(asks(1)), shared(is_told(1))];
+    let mut it = Connection::with(&Limits::default(), false, slots);
     let denied = query(4, "denied.test", A);
     let mixed = framed(&[query(3, "allowed.test", A), denied.clone()]);
     let refused = it.client(0, ACK, &mixed);
     assert_eq!(it.fate(refused), Some(&Fate::Discarded(Reason::AppDenied)));
     // nobody has been asked, so there is nothing to wait for
     assert_eq!(it.answered(0, mixed.len() as u32, 0), refusal(&denied, 5));
-    it.world.end();
-}
-
-#[test]
-fn a_query_that_could_not_go_yet_is_not_waited_for() {
-    // an allowed query, and a denied one over two segments
-    let mut it = Connection::new();
-    let denied = query(4, "denied.test", A);
-    let mixed = framed(&[query(3, "allowed.test", A), denied.clone()]);
-    let cut = mixed.len() - 7;
-    let first = it.client(0, ACK, &mixed[..cut]);
-    assert_eq!(it.fate(first), None);
-    let second = it.client(cut as i64, ACK, &mixed[cut..]);
-    let fate = Some(&Fate::Discarded(Reason::AppDenied));
-    assert_eq!((it.fate(first), it.fate(second)), (fate, fate));
-    assert_eq!(it.answered(0, mixed.len() as u32, 0), refusal(&denied, 5));
-    it.world.end();
-    // the same with time in between: what was acknowledged here has been passed on
-    let mut it = Connection::new();
-    let first = it.client(0, ACK, &mixed[..cut]);
-    it.world.wait(10);
-    assert_eq!(it.fate(first), Some(&Fate::Absorbed));
-    let acknowledged = it.made();
-    assert_eq!(acknowledged[0].acknowledges, Some(cut as u32));
-    let second = it.client(cut as i64, ACK, &mixed[cut..]);
-    let asked = framed(&[query(3, "allowed.test", A)]);
-    let passed_on = [&acknowledged[1..], &it.made()].concat();
-    assert_eq!(passed_on.len(), 1);
-    assert_eq!(passed_on[0].payload, asked);
-    assert_eq!(it.fate(second), None, "there is one to wait for");
-    let told = framed(&[answer(3, "allowed.test", A, 3, &[])]);
-    it.resolver_acknowledges(0, asked.len() as u32, ACK, &told);
-    it.client_acknowledges(mixed.len() as i64, told.len() as u32, ACK, &[]);
-    assert_eq!(
-        it.answered(told.len() as u32, mixed.len() as u32, asked.len() as u32),
-        refusal(&denied, 5)
-    );
     it.world.end();
 }
 
@@ -1164,16 +1186,25 @@ proptest! {
         let at_resolver = &talk.at_resolver.bytes;
         prop_assert_eq!(at_resolver, &stream[..at_resolver.len()]);
         let allowed = framed(&messages[..denied.unwrap_or(messages.len())]);
+        prop_assert!(at_resolver.starts_with(&allowed));
         prop_assert!(at_resolver.len() <= allowed.len() + 2 * usize::from(denied.is_some()));
-        let mut expected = talk.told.clone();
+        let mut refusals = vec![];
         if let Some(denied) = denied {
-            expected.extend(framed(&[refusal(&messages[denied], 5)]));
+            let refused = names.iter().zip(&messages).skip(denied);
+            for (_, message) in refused.take_while(|(name, _)| **name == "denied.test") {
+                refusals.push(refusal(message, 5));
+            }
             prop_assert_eq!((it.tcp().answered, it.tcp().cut), (1, 0));
         } else {
             prop_assert_eq!(at_resolver, &stream);
             prop_assert_eq!((it.tcp().answered, it.tcp().cut), (0, 0));
         }
-        prop_assert_eq!(&talk.at_client.bytes, &expected);
+        let told = talk.told.len();
+        prop_assert_eq!(&talk.at_client.bytes[..told], &talk.told);
+        // those behind the first are answered with it if they have come by then
+        let answered = (usize::from(denied.is_some())..=refusals.len())
+            .any(|count| talk.at_client.bytes[told..] == refusals[..count].concat());
+        prop_assert!(answered);
         it.world.end();
     }
 }
