@@ -1,5 +1,5 @@
 //! Reading allocates nothing once the tables have grown: DNS queries, answers, replies, fragments, segments; HTTP
-//! requests and answers.
+//! requests and answers, and judging them.
 
 mod common;
 
@@ -14,12 +14,15 @@ use common::{
     A, ACK, SYN, Udp, address, answer, asks, framed, is_told, query, rules, segment, to_client, to_server,
 };
 use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_hook};
-use palisade_inspect::{Engine, Learn, Learned, Limits, Route, Rules, Sink, View, record::Record};
+use palisade_inspect::{
+    Engine, HttpScratch, Learn, Learned, Limits, Paths, Route, Rules, Sink, View, record::Record,
+};
 use palisade_packet::{Packet, Start, decode};
 use palisade_policy::{
     rule::HttpRule,
     snapshot::{Alternative, Matcher, RuleSet},
 };
+use palisade_protocols::http1::Request;
 
 struct Counting;
 
@@ -234,4 +237,45 @@ fn nothing_for_http_requests_on_an_open_connection() {
     assert_eq!((stats.requests, stats.responses, stats.denied), (4000, 4000, 0));
     assert_eq!((sink.discarded, sink.emitted), (0, 0));
     assert_eq!(allocated, 0);
+}
+
+#[test]
+fn nothing_to_judge_requests() {
+    let alternatives = (0..300_u32)
+        .map(|rule| Alternative {
+            rule,
+            matcher: Matcher::Http(HttpRule {
+                method: Some("GET|P.*".into()),
+                path: Some(format!("/(a|b)+//?{rule}(/[^/]+)*")),
+                host: Some(r"[^x]+\.test".into()),
+                headers: vec![("X-A".into(), None)],
+                ..HttpRule::default()
+            }),
+        })
+        .collect();
+    let set = RuleSet {
+        alternatives,
+        ..RuleSet::default()
+    };
+    let rules = Rules::prepare(&BTreeMap::from([(1, Arc::new(set))]), None);
+    let rules = rules.http(1).unwrap();
+    let heads: Vec<String> = (0..600)
+        .map(|n| format!("PUT /ab//{n}/%61 HTTP/1.1\r\nHost: A.test\r\nX-A: 1\r\n\r\n"))
+        .chain(["GET /%zz HTTP/1.1\r\nHost: x.test\r\n\r\n".to_owned()])
+        .collect();
+    let mut scratch = HttpScratch::default();
+    let mut round = || {
+        let before = ALLOCATIONS.get();
+        let allowed = heads
+            .iter()
+            .filter(|head| {
+                let request = Request::parse(head.as_bytes()).unwrap();
+                rules.judge(&request, Paths::Both, &mut scratch).is_ok()
+            })
+            .count();
+        assert_eq!(allowed, 300);
+        ALLOCATIONS.get() - before
+    };
+    assert!(round() > 0);
+    assert_eq!(round(), 0);
 }

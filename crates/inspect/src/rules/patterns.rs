@@ -10,7 +10,7 @@ use regex_automata::{
 };
 use regex_syntax::{
     ParserBuilder,
-    hir::{Hir, Look, literal},
+    hir::{Dot, Hir, HirKind, Look, literal},
 };
 
 /// What one expression may take once it is compiled, in bytes, as validation has it too.
@@ -36,8 +36,28 @@ pub(super) struct Patterns {
 #[derive(Debug)]
 struct Automaton {
     dfa: DFA,
-    /// Which expression each of its patterns is.
-    numbers: Vec<u32>,
+    /// What each of its patterns is.
+    parts: Vec<Part>,
+}
+
+/// What the automaton reads of an expression.
+#[derive(Clone, Copy, Debug)]
+struct Part {
+    /// Which expression.
+    number: u32,
+    /// What may follow what it reads. The run ends early where nothing but this is left of the expressions; so do
+    /// expressions like `/api/.*`, the most common ones, and as many of them as there may be take no more room.
+    rest: Rest,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rest {
+    /// Nothing: the expression is read to its end.
+    None,
+    /// `.*`
+    Line,
+    /// `(?s:.*)`
+    Text,
 }
 
 /// What a worker remembers of an automaton.
@@ -52,7 +72,7 @@ impl Patterns {
     ) -> Self {
         let mut patterns = Self::default();
         let mut run: Vec<Hir> = Vec::new();
-        let mut numbers = Vec::new();
+        let mut parts = Vec::new();
         let mut size = 0;
         for (number, expression) in expressions.into_iter().enumerate() {
             let number = number as u32;
@@ -72,13 +92,19 @@ impl Patterns {
                 }
                 continue;
             }
+            let (read, rest) = split(parsed);
+            let end = if rest == Rest::None {
+                Hir::look(Look::End)
+            } else {
+                Hir::empty()
+            };
+            let whole = Hir::concat(vec![Hir::look(Look::Start), read, end]);
             // Alone first, to know what it takes.
-            let whole = Hir::concat(vec![Hir::look(Look::Start), parsed, Hir::look(Look::End)]);
             match compile(std::slice::from_ref(&whole), ONE) {
                 Ok(alone) if size + alone.memory_usage() <= TOGETHER => {
                     size += alone.memory_usage();
                     run.push(whole);
-                    numbers.push(number);
+                    parts.push(Part { number, rest });
                 }
                 Ok(_) => problem(expression, "too large together with those before it".to_owned()),
                 Err(error) => problem(expression, error),
@@ -99,7 +125,7 @@ impl Patterns {
                 .map_err(|error| error.to_string())
         });
         match dfa {
-            Ok(dfa) => patterns.automaton = Some(Automaton { dfa, numbers }),
+            Ok(dfa) => patterns.automaton = Some(Automaton { dfa, parts }),
             Err(error) => problem("(all expressions together)", error),
         }
         patterns
@@ -116,6 +142,7 @@ impl Patterns {
             // It does not give up and there is no byte that it does not read; if it did, nothing would match.
             let _ = automaton.run(text, cache, out);
             out.sort_unstable();
+            out.dedup();
         }
     }
 }
@@ -125,21 +152,38 @@ impl Automaton {
         let dfa = &self.dfa;
         let input = Input::new(text).anchored(Anchored::Yes);
         let mut state = dfa.start_state_forward(cache, &input).ok()?;
-        for &byte in text {
+        for (at, &byte) in text.iter().enumerate() {
             state = dfa.next_state(cache, state, byte).ok()?;
-            if state.is_tagged() && (state.is_dead() || state.is_quit()) {
+            if !state.is_tagged() {
+                continue;
+            }
+            // The automaton is one byte late: what matches did so before this one. All that goes to the end of the
+            // text is known only there.
+            if state.is_match() {
+                let rest = text.get(at..)?;
+                let is_text = str::from_utf8(rest).is_ok();
+                let is_line = is_text && !rest.contains(&b'\n');
+                for index in 0..dfa.match_len(cache, state) {
+                    let part = self
+                        .parts
+                        .get(dfa.match_pattern(cache, state, index).as_usize())?;
+                    match part.rest {
+                        Rest::Line if is_line => out.push(part.number),
+                        Rest::Text if is_text => out.push(part.number),
+                        _ => {}
+                    }
+                }
+            } else if state.is_dead() || state.is_quit() {
                 return None;
             }
         }
-        // Each of them is bound to both ends: what matches is known at the end, and only there.
         state = dfa.next_eoi_state(cache, state).ok()?;
         if state.is_match() {
             for index in 0..dfa.match_len(cache, state) {
-                out.push(
-                    *self
-                        .numbers
-                        .get(dfa.match_pattern(cache, state, index).as_usize())?,
-                );
+                let part = self
+                    .parts
+                    .get(dfa.match_pattern(cache, state, index).as_usize())?;
+                out.push(part.number);
             }
         }
         Some(())
@@ -179,6 +223,36 @@ fn texts_of(expression: &Hir) -> Option<Vec<Box<[u8]>>> {
     }
     let texts = texts.literals()?;
     Some(texts.iter().map(|text| text.as_bytes().into()).collect())
+}
+
+/// What has to be read of an expression, and what may follow. Only what stands for a few texts is split off: it can
+/// match in a few places of a text at most.
+fn split(expression: Hir) -> (Hir, Rest) {
+    let HirKind::Concat(parts) = expression.kind() else {
+        return (expression, Rest::None);
+    };
+    let [first @ .., last] = &parts[..] else {
+        return (expression, Rest::None);
+    };
+    let rest = match last.kind() {
+        HirKind::Repetition(repetition) if repetition.min == 0 && repetition.max.is_none() => {
+            if *repetition.sub == Hir::dot(Dot::AnyCharExceptLF) {
+                Rest::Line
+            } else if *repetition.sub == Hir::dot(Dot::AnyChar) {
+                Rest::Text
+            } else {
+                Rest::None
+            }
+        }
+        _ => Rest::None,
+    };
+    if rest != Rest::None {
+        let first = Hir::concat(first.to_vec());
+        if texts_of(&first).is_some() {
+            return (first, rest);
+        }
+    }
+    (expression, Rest::None)
 }
 
 /// Gives each different text a number, in the order in which they come.
@@ -245,6 +319,29 @@ mod tests {
     }
 
     #[test]
+    fn whatever_may_follow_is_not_read() {
+        let some = patterns(&[
+            "/a/.*",
+            "(?s)/a/.*",
+            "(/a|/a/b).*",
+            "/a/[^x]",
+            "(?s:/a.*)",
+            "/a/.*?",
+        ]);
+        let automaton = some.automaton.as_ref().unwrap();
+        let rests: Vec<Rest> = automaton.parts.iter().map(|part| part.rest).collect();
+        use Rest::{Line, None, Text};
+        assert_eq!(rests, [Line, Text, Line, None, Text, Line]);
+        assert_eq!(matching(&some, "/a/b"), [0, 1, 2, 3, 4, 5]);
+        assert_eq!(matching(&some, "/a/"), [0, 1, 2, 4, 5]);
+        assert_eq!(matching(&some, "/a/\n"), [1, 3, 4]);
+        assert_eq!(matching(&some, "/a/bc\n"), [1, 4]);
+        let mut out = Vec::new();
+        some.matching(b"/a/\xc0\xae", &mut Memory::default(), &mut out);
+        assert_eq!(out, [0_u32; 0], "what is no text matches nothing");
+    }
+
+    #[test]
     fn what_cannot_be_compiled_or_is_too_much_matches_nothing_and_is_told() {
         let mut told = Vec::new();
         let expressions = ["(", "/a.*", "(((a{1000}){1000}){1000})"];
@@ -295,7 +392,7 @@ mod tests {
         #[test]
         fn each_matches_as_it_does_alone(
             expressions in prop::collection::vec(expression(), 1..8),
-            texts in prop::collection::vec("[ab/A.\n]{0,6}", 1..8),
+            texts in prop::collection::vec("[ab/A.é\n]{0,6}", 1..8),
         ) {
             let alone: Vec<_> = expressions.iter().filter_map(|e| Some((e.as_str(), http_regex(e).ok()?))).collect();
             let fit: Vec<&str> = alone.iter().map(|(expression, _)| *expression).collect();
@@ -322,6 +419,7 @@ mod tests {
             Just("$".to_owned()),
             Just(r"\b".to_owned()),
             Just("[^a]".to_owned()),
+            Just("(?s:.)".to_owned()),
             Just("(?i:a)".to_owned()),
             Just(r"\.".to_owned()),
         ];
@@ -329,7 +427,9 @@ mod tests {
             prop_oneof![
                 prop::collection::vec(inner.clone(), 2..4).prop_map(|parts| parts.concat()),
                 prop::collection::vec(inner.clone(), 2..4).prop_map(|parts| format!("({})", parts.join("|"))),
-                (inner, "[*+?]|\\{1,2\\}").prop_map(|(part, times)| format!("({part}){times}")),
+                (inner.clone(), "[*+?]|\\{1,2\\}").prop_map(|(part, times)| format!("({part}){times}")),
+                (inner.clone(), "[.][*][?]?").prop_map(|(part, rest)| part + &rest),
+                inner.prop_map(|part| format!("(?s:{part}.*)")),
             ]
         })
     }
