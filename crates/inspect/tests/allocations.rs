@@ -1,5 +1,5 @@
 //! Reading allocates nothing once the tables have grown: DNS queries, answers, replies, fragments, segments; HTTP
-//! requests and answers.
+//! requests and answers, and judging them.
 
 mod common;
 
