@@ -9,6 +9,7 @@ pub mod carrier;
 pub mod commit;
 pub mod compile;
 pub mod dns;
+pub mod footprint;
 pub mod forward;
 pub mod http;
 pub mod latency;
@@ -19,6 +20,7 @@ pub mod policies;
 pub mod program;
 pub mod report;
 pub mod traffic;
+pub mod web;
 pub mod wire;
 
 /// How much is measured.

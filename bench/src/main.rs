@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use palisade_bench::{
-    Effort, bulk, carrier, commit, compile, dns, forward, http, latency,
+    Effort, bulk, carrier, commit, compile, dns, footprint, forward, http, latency,
     machine::Machine,
     memory::Counting,
     parsers, program, progress,
@@ -32,15 +32,18 @@ const MEASURES: &[Entry] = &[
     ("bulk", bulk::measure),
     ("commit", commit::measure),
     ("parsers", parsers::measure),
+    ("footprint", footprint::measure),
     ("carrier", carrier::measure),
     ("latency", latency::measure),
-    ("http", http::requests),
-    ("http-bulk", http::bodies),
     ("dns", dns::throughput),
     ("committed", dns::committed),
+    ("http", http::requests),
+    ("http-bulk", http::bodies),
+    ("http-rules", http::rules),
+    ("tls", http::tls),
 ];
 
-/// What the packet path and the policy compiler cost.
+/// What the packet path, inspection and the policy compiler cost.
 #[derive(Parser)]
 struct Args {
     /// Which measures; all if none is named.

@@ -88,6 +88,8 @@ pub fn client_hello(name: &str) -> Vec<u8> {
     let classic = [&[0, 0x1d][..], &vector(&[9; 32])].concat();
     extension(51, &vector(&[hybrid, classic].concat()));
     extension(45, &[1, 1]);
+    // where a browser has tickets, ECH that leads nowhere, and whatever it tries out this month
+    extension(21, &[0; 320]);
     let mut body = vec![3, 3];
     body.extend([7; 32]);
     body.push(32);
