@@ -1,3 +1,6 @@
+mod answer;
+mod delivery;
+
 use palisade_abi::{CtKey, FlowCommand, Reason, carry_flags, order};
 
 use super::{
@@ -10,6 +13,7 @@ use crate::{
     Millis, Sink, View,
     record::{About, Record, Verdict, What},
 };
+use answer::Answer;
 
 /// Longest stretch that is given to the programs at once: sequence numbers are compared modulo 2^32.
 const LONGEST_WINDOW: u64 = 1 << 30;
@@ -18,10 +22,6 @@ const WINDOW_AGE: u64 = 1 << 28;
 /// How often what was made here is sent again, and after how long for the first time.
 const TRIES: u32 = 6;
 const FIRST_TRY: Millis = 250;
-/// Packets of one direction that are sent again at once.
-const AGAIN: usize = 8;
-/// What a side may still send that was answered here, bytes; then it is reset.
-const SPILL: u64 = 1 << 20;
 
 /// What is being done with a connection.
 enum Phase {
@@ -34,34 +34,6 @@ enum Phase {
     Offloaded,
     /// It has been cut.
     Cut(Reason),
-}
-
-struct Answer {
-    reason: Reason,
-    /// Who gets it.
-    to: Side,
-    bytes: Vec<u8>,
-    /// Where it stands in the stream to `to`.
-    start: Position,
-    /// What `to` has sent, to be acknowledged.
-    next: Position,
-    /// Where that began.
-    first: Position,
-    tries: u32,
-    again: Millis,
-    other: Closing,
-}
-
-/// The side that does not get the answer: for it, the one that does has closed.
-#[derive(Default)]
-struct Closing {
-    /// Where the end made here stands in the stream to it.
-    fin: Position,
-    /// What it has sent, to be acknowledged, and where that began.
-    next: Position,
-    first: Position,
-    /// It needs nothing any more.
-    done: bool,
 }
 
 /// Both directions of a connection.
@@ -241,127 +213,6 @@ impl<F> Connection<F> {
 
     fn is_settled(&self) -> bool {
         self.halves.iter().all(Half::is_settled)
-    }
-
-    /// Acknowledges to a side what it has sent and what is held of that: it may wait for it (see the module). The
-    /// packets are not needed any more then.
-    fn promise<S: Sink<F>>(&mut self, side: Side, shared: &mut Shared, sink: &mut S) {
-        let half = &mut self.halves[side as usize];
-        half.promise_at = None;
-        if half.next <= half.promised || half.held.is_empty() || !half.is_contiguous() {
-            return;
-        }
-        half.promised = half.next;
-        while let Some(held) = half.held.front()
-            && held.end <= half.promised
-            && let Some(held) = half.held.pop_front()
-        {
-            sink.absorb(held.frame);
-        }
-        self.acknowledge(side, shared, sink);
-        // A part of it may go already.
-        self.deliver(side, shared, sink);
-    }
-
-    /// Says to a side what was acknowledged to it here.
-    fn acknowledge<S: Sink<F>>(&self, side: Side, shared: &mut Shared, sink: &mut S) {
-        shared.stats.acknowledged += 1;
-        let (own, other) = (&self.halves[side as usize], &self.halves[side.other() as usize]);
-        let scales = self.halves.iter().all(|half| half.scale.is_some());
-        let shift = other.scale.filter(|_| scales).unwrap_or(0);
-        let window = own.edge.saturating_sub(own.promised) >> shift;
-        let make = Make {
-            seq: other.seq(other.sent),
-            ack: Some(own.seq(own.promised)),
-            window: window.min(u64::from(u16::MAX)) as u16,
-            timestamp: self.timestamp(side),
-            ..Make::default()
-        };
-        self.emit(side, &make, shared, sink);
-    }
-
-    /// One packet of what a side was told has come, from a position on. How many bytes it has.
-    fn make_owed<S: Sink<F>>(&self, side: Side, from: Position, shared: &mut Shared, sink: &mut S) -> u64 {
-        let to = side.other();
-        let (own, receiver) = (&self.halves[side as usize], &self.halves[to as usize]);
-        let timestamp = self.timestamp(to);
-        let payload = own.owed(from, receiver.payload_size(timestamp.is_some()));
-        if payload.is_empty() {
-            return 0;
-        }
-        let make = Make {
-            seq: own.seq(from),
-            ack: Some(receiver.seq(receiver.promised.max(START + 1))),
-            window: own.window,
-            timestamp,
-            payload,
-            ..Make::default()
-        };
-        self.emit(to, &make, shared, sink);
-        shared.stats.delivered += 1;
-        payload.len() as u64
-    }
-
-    /// Sends on what was promised and may go.
-    fn deliver<S: Sink<F>>(&mut self, side: Side, shared: &mut Shared, sink: &mut S) {
-        loop {
-            let half = &self.halves[side as usize];
-            if half.sent >= half.promised.min(half.judged) {
-                return;
-            }
-            let n = self.make_owed(side, half.sent, shared, sink);
-            if n == 0 {
-                return;
-            }
-            self.half(side).sent += n;
-        }
-    }
-
-    /// Sends again what was promised and has not been acknowledged in time.
-    fn deliver_again<S: Sink<F>>(&mut self, now: Millis, side: Side, shared: &mut Shared, sink: &mut S) {
-        let half = &self.halves[side as usize];
-        let Some((_, tries)) = half.again.filter(|(at, _)| *at <= now) else {
-            return;
-        };
-        let start = half.acked.max(START + 1);
-        let (mut at, end) = (start, half.delivered());
-        if tries >= TRIES {
-            self.half(side).again = None;
-            self.tell(Verdict::Dropped, Reason::InspectDeadline, sink);
-            self.cut(Reason::InspectDeadline, shared, sink);
-            return;
-        }
-        for _ in 0..AGAIN {
-            let n = if at < end {
-                self.make_owed(side, at, shared, sink)
-            } else {
-                0
-            };
-            if n == 0 {
-                break;
-            }
-            at += n;
-        }
-        self.half(side).again = (at > start).then(|| (now + (FIRST_TRY << (tries + 1)), tries + 1));
-    }
-
-    /// Sets the clocks of what is held and of what is owed.
-    fn arm<S: Sink<F>>(&mut self, now: Millis, shared: &mut Shared, sink: &mut S) {
-        for side in [Side::Client, Side::Server] {
-            let most = shared.limits.frames_per_direction / 2;
-            let is_shared = self.is_shared;
-            let half = self.half(side);
-            if half.delivered() > half.acked.max(START + 1) {
-                half.again.get_or_insert((now + FIRST_TRY, 0));
-            }
-            if is_shared || half.held.is_empty() || half.next <= half.promised {
-                half.promise_at = None;
-            } else if half.held.len() > most {
-                self.promise(side, shared, sink);
-            } else if half.promise_at.is_none() {
-                half.promise_at = Some(now + shared.limits.acknowledge);
-            }
-        }
     }
 
     /// How packets to `side` look.
@@ -878,17 +729,8 @@ impl<F> Connection<F> {
                 false
             }
             Step::Answer(reason, bytes) => {
-                self.phase = Phase::Answering(Box::new(Answer {
-                    reason,
-                    to: side,
-                    bytes,
-                    start: 0,
-                    next: 0,
-                    first: 0,
-                    other: Closing::default(),
-                    tries: 0,
-                    again: now.saturating_add(shared.limits.deadline / 2),
-                }));
+                let until = now.saturating_add(shared.limits.deadline / 2);
+                self.phase = Phase::Answering(Box::new(Answer::new(reason, side, bytes, until)));
                 self.answer_when_due(now, shared, sink);
                 false
             }
@@ -953,48 +795,6 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Answers if the client has all that the server sent.
-    fn answer_when_due<S: Sink<F>>(&mut self, now: Millis, shared: &mut Shared, sink: &mut S) {
-        if let Phase::Answering(answer) = &self.phase {
-            let before = &self.halves[answer.to.other() as usize];
-            // What may go and has not come belongs to what the server says before.
-            if before.acked < before.sent || before.judged > before.next {
-                return;
-            }
-        }
-        match std::mem::replace(&mut self.phase, Phase::Open) {
-            Phase::Answering(answer) => self.answer(now, answer, shared, sink),
-            other => self.phase = other,
-        }
-    }
-
-    fn answer<S: Sink<F>>(
-        &mut self,
-        now: Millis,
-        mut answer: Box<Answer>,
-        shared: &mut Shared,
-        sink: &mut S,
-    ) {
-        shared.stats.answered += 1;
-        let other = &self.halves[answer.to.other() as usize];
-        answer.start = other.sent;
-        answer.other = Closing {
-            fin: self.halves[answer.to as usize].sent,
-            next: other.acked,
-            first: other.acked,
-            done: false,
-        };
-        let own = &self.halves[answer.to as usize];
-        answer.next = own.next + u64::from(own.fin.is_some_and(|fin| fin == own.next));
-        answer.first = answer.next;
-        answer.again = now + FIRST_TRY;
-        self.close(answer.reason, shared, sink);
-        self.half(answer.to).next = answer.next;
-        self.send_answer(&answer, shared, sink);
-        self.send_end(&answer, shared, sink);
-        self.phase = Phase::Answered(answer);
-    }
-
     /// Timestamps of a packet to one side.
     fn timestamp(&self, to: Side) -> Option<(u32, u32)> {
         let agreed = self.halves.iter().all(|half| half.has_timestamps);
@@ -1004,152 +804,5 @@ impl<F> Connection<F> {
                 self.halves[to as usize].recent,
             )
         })
-    }
-
-    /// Sends what has not been acknowledged of an answer.
-    fn send_answer<S: Sink<F>>(&self, answer: &Answer, shared: &mut Shared, sink: &mut S) {
-        let to = answer.to;
-        let (from, own) = (&self.halves[to.other() as usize], &self.halves[to as usize]);
-        let timestamp = self.timestamp(to);
-        let length = own.payload_size(timestamp.is_some());
-        let done = from.acked.saturating_sub(answer.start) as usize;
-        let mut at = done.min(answer.bytes.len());
-        if done > answer.bytes.len() {
-            return;
-        }
-        loop {
-            let end = (at + length).min(answer.bytes.len());
-            let make = Make {
-                seq: from.seq(answer.start + at as u64),
-                ack: Some(own.seq(answer.next)),
-                window: from.window,
-                fin: end == answer.bytes.len(),
-                timestamp,
-                payload: &answer.bytes[at..end],
-                ..Make::default()
-            };
-            self.emit(to, &make, shared, sink);
-            at = end;
-            if at == answer.bytes.len() {
-                return;
-            }
-        }
-    }
-
-    /// Tells the side that gets no answer that the other has closed. What that had sent in its stead counts as sent.
-    fn send_end<S: Sink<F>>(&self, answer: &Answer, shared: &mut Shared, sink: &mut S) {
-        if answer.other.done {
-            return;
-        }
-        let (to, own) = (answer.to.other(), &self.halves[answer.to as usize]);
-        let is_ended = own.fin.is_some_and(|fin| answer.other.fin > fin);
-        let make = Make {
-            seq: own.seq(answer.other.fin),
-            ack: Some(self.halves[to as usize].seq(answer.other.next)),
-            window: own.window,
-            fin: !is_ended,
-            timestamp: self.timestamp(to),
-            ..Make::default()
-        };
-        self.emit(to, &make, shared, sink);
-    }
-
-    /// A packet of the side that gets no answer: acknowledged, so that it ends in peace.
-    fn closing<S: Sink<F>>(
-        &mut self,
-        answer: &mut Answer,
-        segment: &Segment<'_>,
-        shared: &mut Shared,
-        sink: &mut S,
-    ) {
-        let closing = &mut answer.other;
-        if segment.is_rst() || segment.is_syn() {
-            closing.done |= segment.is_rst();
-            return;
-        }
-        let own = &self.halves[answer.to as usize];
-        if segment.is_ack() && own.position(segment.ack) > closing.fin {
-            closing.done = true;
-        }
-        let other = &self.halves[answer.to.other() as usize];
-        let start = other.position(segment.seq);
-        let behind = start + segment.payload.len() as u64 + u64::from(segment.is_fin());
-        if behind == start {
-            return;
-        }
-        if start <= closing.next && behind > closing.next {
-            closing.next = behind;
-        }
-        let is_too_much = closing.next - closing.first > SPILL;
-        let make = Make {
-            seq: own.seq(closing.fin + 1),
-            ack: Some(other.seq(closing.next)),
-            window: own.window,
-            rst: is_too_much,
-            timestamp: self.timestamp(answer.to.other()),
-            ..Make::default()
-        };
-        self.emit(answer.to.other(), &make, shared, sink);
-    }
-
-    /// A packet of a connection that was answered here.
-    fn answered<S: Sink<F>>(
-        &mut self,
-        side: Side,
-        segment: &Segment<'_>,
-        frame: F,
-        shared: &mut Shared,
-        sink: &mut S,
-    ) {
-        let Phase::Answered(mut answer) = std::mem::replace(&mut self.phase, Phase::Open) else {
-            return;
-        };
-        sink.discard(frame, answer.reason);
-        if side != answer.to {
-            self.closing(&mut answer, segment, shared, sink);
-            self.phase = Phase::Answered(answer);
-            return;
-        }
-        if segment.is_rst() {
-            self.phase = Phase::Cut(answer.reason);
-            return;
-        }
-        if let Some((value, _)) = segment.options.timestamp
-            && value.wrapping_sub(self.half(side).recent) as i32 > 0
-        {
-            self.half(side).recent = value;
-        }
-        let end = answer.start + answer.bytes.len() as u64 + 1;
-        let from = self.half(side.other());
-        let acked = from.position(segment.ack);
-        if segment.is_ack() && acked <= end {
-            from.acked = from.acked.max(acked);
-        }
-        if from.acked >= end {
-            answer.tries = TRIES;
-        }
-        let own = self.half(side);
-        let start = own.position(segment.seq);
-        let behind = start + segment.payload.len() as u64 + u64::from(segment.is_fin());
-        if behind > start {
-            if start <= answer.next && behind > answer.next {
-                answer.next = behind;
-                own.next = behind;
-            }
-            if answer.next - answer.first > SPILL {
-                self.reset_to(side, shared, sink);
-                self.phase = Phase::Cut(answer.reason);
-                return;
-            }
-            let make = Make {
-                seq: self.halves[side.other() as usize].seq(end),
-                ack: Some(self.halves[side as usize].seq(answer.next)),
-                window: self.halves[side.other() as usize].window,
-                timestamp: self.timestamp(side),
-                ..Make::default()
-            };
-            self.emit(side, &make, shared, sink);
-        }
-        self.phase = Phase::Answered(answer);
     }
 }

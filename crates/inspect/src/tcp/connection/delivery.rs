@@ -1,0 +1,151 @@
+//! What was acknowledged here is this end's to deliver.
+
+use palisade_abi::Reason;
+
+use super::{
+    super::{
+        Shared, Side,
+        half::{Position, START},
+        segment::Make,
+    },
+    Connection, FIRST_TRY, TRIES,
+};
+use crate::{Millis, Sink, record::Verdict};
+
+/// Packets of one direction that are sent again at once.
+const AGAIN: usize = 8;
+
+impl<F> Connection<F> {
+    /// Acknowledges to a side what it has sent and what is held of that: it may wait for it (see the module). The
+    /// packets are not needed any more then.
+    pub(super) fn promise<S: Sink<F>>(&mut self, side: Side, shared: &mut Shared, sink: &mut S) {
+        let half = &mut self.halves[side as usize];
+        half.promise_at = None;
+        if half.next <= half.promised || half.held.is_empty() || !half.is_contiguous() {
+            return;
+        }
+        half.promised = half.next;
+        while let Some(held) = half.held.front()
+            && held.end <= half.promised
+            && let Some(held) = half.held.pop_front()
+        {
+            sink.absorb(held.frame);
+        }
+        self.acknowledge(side, shared, sink);
+        // A part of it may go already.
+        self.deliver(side, shared, sink);
+    }
+
+    /// Says to a side what was acknowledged to it here.
+    pub(super) fn acknowledge<S: Sink<F>>(&self, side: Side, shared: &mut Shared, sink: &mut S) {
+        shared.stats.acknowledged += 1;
+        let (own, other) = (&self.halves[side as usize], &self.halves[side.other() as usize]);
+        let scales = self.halves.iter().all(|half| half.scale.is_some());
+        let shift = other.scale.filter(|_| scales).unwrap_or(0);
+        let window = own.edge.saturating_sub(own.promised) >> shift;
+        let make = Make {
+            seq: other.seq(other.sent),
+            ack: Some(own.seq(own.promised)),
+            window: window.min(u64::from(u16::MAX)) as u16,
+            timestamp: self.timestamp(side),
+            ..Make::default()
+        };
+        self.emit(side, &make, shared, sink);
+    }
+
+    /// One packet of what a side was told has come, from a position on. How many bytes it has.
+    pub(super) fn make_owed<S: Sink<F>>(
+        &self,
+        side: Side,
+        from: Position,
+        shared: &mut Shared,
+        sink: &mut S,
+    ) -> u64 {
+        let to = side.other();
+        let (own, receiver) = (&self.halves[side as usize], &self.halves[to as usize]);
+        let timestamp = self.timestamp(to);
+        let payload = own.owed(from, receiver.payload_size(timestamp.is_some()));
+        if payload.is_empty() {
+            return 0;
+        }
+        let make = Make {
+            seq: own.seq(from),
+            ack: Some(receiver.seq(receiver.promised.max(START + 1))),
+            window: own.window,
+            timestamp,
+            payload,
+            ..Make::default()
+        };
+        self.emit(to, &make, shared, sink);
+        shared.stats.delivered += 1;
+        payload.len() as u64
+    }
+
+    /// Sends on what was promised and may go.
+    pub(super) fn deliver<S: Sink<F>>(&mut self, side: Side, shared: &mut Shared, sink: &mut S) {
+        loop {
+            let half = &self.halves[side as usize];
+            if half.sent >= half.promised.min(half.judged) {
+                return;
+            }
+            let n = self.make_owed(side, half.sent, shared, sink);
+            if n == 0 {
+                return;
+            }
+            self.half(side).sent += n;
+        }
+    }
+
+    /// Sends again what was promised and has not been acknowledged in time.
+    pub(super) fn deliver_again<S: Sink<F>>(
+        &mut self,
+        now: Millis,
+        side: Side,
+        shared: &mut Shared,
+        sink: &mut S,
+    ) {
+        let half = &self.halves[side as usize];
+        let Some((_, tries)) = half.again.filter(|(at, _)| *at <= now) else {
+            return;
+        };
+        let start = half.acked.max(START + 1);
+        let (mut at, end) = (start, half.delivered());
+        if tries >= TRIES {
+            self.half(side).again = None;
+            self.tell(Verdict::Dropped, Reason::InspectDeadline, sink);
+            self.cut(Reason::InspectDeadline, shared, sink);
+            return;
+        }
+        for _ in 0..AGAIN {
+            let n = if at < end {
+                self.make_owed(side, at, shared, sink)
+            } else {
+                0
+            };
+            if n == 0 {
+                break;
+            }
+            at += n;
+        }
+        self.half(side).again = (at > start).then(|| (now + (FIRST_TRY << (tries + 1)), tries + 1));
+    }
+
+    /// Sets the clocks of what is held and of what is owed.
+    pub(super) fn arm<S: Sink<F>>(&mut self, now: Millis, shared: &mut Shared, sink: &mut S) {
+        for side in [Side::Client, Side::Server] {
+            let most = shared.limits.frames_per_direction / 2;
+            let is_shared = self.is_shared;
+            let half = self.half(side);
+            if half.delivered() > half.acked.max(START + 1) {
+                half.again.get_or_insert((now + FIRST_TRY, 0));
+            }
+            if is_shared || half.held.is_empty() || half.next <= half.promised {
+                half.promise_at = None;
+            } else if half.held.len() > most {
+                self.promise(side, shared, sink);
+            } else if half.promise_at.is_none() {
+                half.promise_at = Some(now + shared.limits.acknowledge);
+            }
+        }
+    }
+}
