@@ -415,6 +415,13 @@ impl<F> Connection<F> {
             return Err((Reason::TcpOutOfWindow, frame));
         }
         let acked = other.position(segment.ack);
+        if acked > other.sent && self.is_shared && segment.payload.is_empty() {
+            // The other policy's reader has sent it, and has to hear that; a receiver drops what acknowledges more than
+            // it has sent (RFC 9293, 3.10.7.4). So the connection ends.
+            self.reset = true;
+            self.release(frame, shared, sink);
+            return Ok(false);
+        }
         if acked > other.sent || acked < other.oldest() {
             return Err((Reason::TcpOutOfWindow, frame));
         }

@@ -433,12 +433,38 @@ fn of_several_queries_in_one_segment_those_before_a_denied_one_go_on() {
     }
 }
 
-#[test]
-fn where_no_packets_may_be_made_a_segment_passes_whole_or_not() {
-    let shared = |slot: CarrySlot| CarrySlot {
+/// Two policies have it read.
+fn shared(slot: CarrySlot) -> CarrySlot {
+    CarrySlot {
         flags: slot.flags | carry_flags::SHARED,
         ..slot
-    };
+    }
+}
+
+/// What the other policy's reader makes is not seen here, but what follows from it is.
+#[test]
+fn the_other_policy_may_end_the_connection() {
+    for is_shared in [false, true] {
+        let slots = [asks(1), is_told(1)];
+        let slots = if is_shared { slots.map(shared) } else { slots };
+        let mut it = Connection::with(&Limits::default(), false, slots);
+        let asked = it.asked(7);
+        let dropped = Some(&Fate::Discarded(Reason::TcpOutOfWindow));
+        let with_data = it.client_acknowledges(asked, 40, ACK, b"data");
+        assert_eq!(it.fate(with_data), dropped);
+        for flags in [ACK, FIN | ACK] {
+            let handle = it.client_acknowledges(asked, 40, flags, &[]);
+            let fate = if is_shared { Some(&Fate::Released) } else { dropped };
+            assert_eq!(it.fate(handle), fate);
+        }
+        it.world.wait(60_000);
+        assert_eq!(it.tcp().connections, u64::from(!is_shared));
+        it.world.end();
+    }
+}
+
+#[test]
+fn where_no_packets_may_be_made_a_segment_passes_whole_or_not() {
     let slots = [shared(asks(1)), shared(is_told(1))];
     let mut it = Connection::with(&Limits::default(), false, slots);
     let denied = query(4, "denied.test", A);
@@ -733,10 +759,6 @@ fn limits_hold() {
     });
     let limit = Some(&Fate::Discarded(Reason::InspectLimit));
     // two policies have them read: nothing is acknowledged here
-    let shared = |slot: CarrySlot| CarrySlot {
-        flags: slot.flags | carry_flags::SHARED,
-        ..slot
-    };
     let mut it = Connection::with(&limits, false, [shared(asks(1)), shared(is_told(1))]);
     let syn = |port| segment(&to_server(port, &[]), 1, 0, SYN, &[]);
     for (endpoint, port, fate) in [
