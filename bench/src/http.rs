@@ -177,8 +177,10 @@ pub fn bodies(effort: Effort) -> Result<Measure> {
         &["direction", "no firewall", "Palisade", "against none", "spread"],
     );
     let mut goals = Vec::new();
-    let ways: [(&str, fn(&Path) -> Result<f64>); 2] =
-        [("download", Path::download), ("upload", Path::upload)];
+    let ways = [
+        ("download", Path::download as fn(&Path) -> Result<f64>),
+        ("upload", Path::upload),
+    ];
     for (name, transfer) in ways {
         let [mut none, mut ours] = [const { Samples::new() }; 2];
         for round in 0..=count {

@@ -697,9 +697,14 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
                         std::hint::spin_loop();
                         continue;
                     }
-                    spin = (spin / 2).max(SHORTEST_SPIN);
                     self.sleep(events)?;
                     idle_since = None;
+                    // Had it looked on, would it have met what came?
+                    spin = if since.elapsed() < LONGEST_SPIN {
+                        (spin * 2).min(LONGEST_SPIN)
+                    } else {
+                        (spin / 2).max(SHORTEST_SPIN)
+                    };
                 }
             }
         }
