@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use palisade_abi::Inspector;
 use palisade_inspect::{HttpDenial, HttpScratch, HttpVerdict, Paths, Rules};
 use palisade_policy::{
     l7::{self, HttpRequest},
@@ -21,6 +22,7 @@ fn prepare(sets: Vec<Vec<Matcher>>) -> (Rules, BTreeMap<u32, Arc<RuleSet>>) {
                 .map(|(rule, matcher)| Alternative { rule, matcher })
                 .collect();
             let set = RuleSet {
+                reads: Inspector::Http as u8,
                 alternatives,
                 ..RuleSet::default()
             };

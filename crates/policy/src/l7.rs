@@ -3,6 +3,7 @@
 
 use std::{cell::RefCell, collections::HashMap, net::IpAddr};
 
+use palisade_abi::Inspector;
 use regex::bytes::Regex;
 
 use crate::{
@@ -120,9 +121,23 @@ pub fn passing_as<'a>(set: &'a RuleSet, request: &Request, paths: Paths) -> Opti
 
 /// `path`: what is judged in place of the request's own; none if it cannot be known.
 fn first_match<'a>(set: &'a RuleSet, request: &Request, path: Option<&[u8]>) -> Option<&'a Alternative> {
-    set.alternatives
-        .iter()
-        .find(|alternative| matches(&alternative.matcher, request, path))
+    set.alternatives.iter().find(|alternative| {
+        is_asked(&alternative.matcher, set) && matches(&alternative.matcher, request, path)
+    })
+}
+
+/// Whether traffic that is read as `set` says can match at all: rules of several protocols may meet on a port, and
+/// one of them is read.
+fn is_asked(matcher: &Matcher, set: &RuleSet) -> bool {
+    let read = |inspector: Inspector| set.reads == inspector as u8;
+    match matcher {
+        Matcher::Everything => true,
+        Matcher::Http(_) => read(Inspector::Http),
+        Matcher::Dns(_) => read(Inspector::Dns),
+        Matcher::ServerName(_) => read(Inspector::Tls) || set.terminating_tls.is_some(),
+        Matcher::Kafka(_) => read(Inspector::Kafka),
+        Matcher::Generic { .. } => read(Inspector::Listener),
+    }
 }
 
 fn matches(matcher: &Matcher, request: &Request, path: Option<&[u8]>) -> bool {
@@ -273,7 +288,12 @@ mod tests {
     use crate::rule::HeaderMatch;
 
     fn set(matchers: Vec<Matcher>) -> RuleSet {
+        let reads = match matchers.first() {
+            Some(Matcher::Kafka(_)) => Inspector::Kafka,
+            _ => Inspector::Http,
+        };
         RuleSet {
+            reads: reads as u8,
             alternatives: matchers
                 .into_iter()
                 .map(|matcher| Alternative { rule: 1, matcher })

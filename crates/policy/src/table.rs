@@ -465,9 +465,11 @@ impl Builder<'_> {
                     .is_some_and(|reading| reading.priority == best.priority)
             };
             if let Some(hit) = narrowest(allows().filter(same)) {
-                let (inspector, set) = merge(hits, best, self.otherwise);
-                // What the application rules do not allow comes to what no rule allows.
-                let audit = self.otherwise.audit && !self.otherwise.allow;
+                // What the application rules do not allow comes to what no rule allows, unless it is only policies
+                // in audit mode that have it read at all.
+                let only_audited = self.would_pass_unread(hits);
+                let audit = only_audited || (self.otherwise.audit && !self.otherwise.allow);
+                let (inspector, set) = merge(hits, best, self.otherwise, only_audited);
                 let mut entry = self.entry(Decision::Inspect, hit, audit);
                 entry.inspector = inspector as u8;
                 entry.ruleset = self.rulesets.number(set);
@@ -498,6 +500,13 @@ impl Builder<'_> {
             rule,
             ruleset: 0,
         }
+    }
+
+    /// Whether, without the policies in audit mode, nothing would be read and everything allowed.
+    fn would_pass_unread(&self, hits: &[Hit<'_>]) -> bool {
+        let enforced = || hits.iter().filter(|(rule, _)| !rule.denies && !rule.audit);
+        enforced().all(|(_, ports)| ports.reading.is_none())
+            && (self.otherwise.allow || enforced().next().is_some())
     }
 
     fn entry(&self, decision: Decision, (rule, ports): &Hit<'_>, audit: bool) -> PolicyEntry {
@@ -539,7 +548,8 @@ fn narrowest<'h, 'a: 'h>(hits: impl Iterator<Item = &'h Hit<'a>>) -> Option<&'h 
 }
 
 /// The application rules of an entry: those of every matching rule; a plain allow lets everything pass.
-fn merge(hits: &[Hit<'_>], best: &Reading, otherwise: Otherwise) -> (Inspector, RuleSet) {
+/// `audited`: what they do not allow passes all the same, and is reported.
+fn merge(hits: &[Hit<'_>], best: &Reading, otherwise: Otherwise, audited: bool) -> (Inspector, RuleSet) {
     let mut set = RuleSet {
         reads: best.kind as u8,
         ..RuleSet::default()
@@ -565,14 +575,19 @@ fn merge(hits: &[Hit<'_>], best: &Reading, otherwise: Otherwise) -> (Inspector, 
                 }
             }
             // Server names of a peer and port hold for everything that is allowed to the same peer and port:
-            // "if any rule requires SNI, all traffic to that remote and port requires TLS".
-            None if best.kind == Inspector::Tls && named_elsewhere(hits, rule, ports) => {}
+            // "if any rule requires SNI, all traffic to that remote and port requires TLS". But a policy in audit
+            // mode takes away nothing that another one allows.
+            None if best.kind == Inspector::Tls
+                && named_elsewhere(hits, rule, ports, audited || rule.audit) => {}
             None => add(rule.id, &Matcher::Everything),
         }
     }
     if otherwise.allow {
         add(otherwise.rule, &Matcher::Everything);
     }
+    // What lets everything pass is named only where nothing else does.
+    set.alternatives
+        .sort_by_key(|alternative| alternative.matcher == Matcher::Everything);
     let readings = || allows().filter_map(|(_, ports)| ports.reading.as_deref());
     for reading in readings().filter(|reading| reading.priority == best.priority) {
         for name in &reading.server_names {
@@ -594,14 +609,16 @@ fn merge(hits: &[Hit<'_>], best: &Reading, otherwise: Otherwise) -> (Inspector, 
     (inspector, set)
 }
 
-/// Whether another hit asks for server names on the same ports of one of the same peers.
-fn named_elsewhere(hits: &[Hit<'_>], rule: &TableRule, ports: &TablePorts) -> bool {
+/// Whether another hit asks for server names on the same ports of one of the same peers. `by_audited`: also one of a
+/// policy in audit mode.
+fn named_elsewhere(hits: &[Hit<'_>], rule: &TableRule, ports: &TablePorts, by_audited: bool) -> bool {
     hits.iter().any(|(other, other_ports)| {
         let names = other_ports
             .reading
             .as_deref()
             .is_some_and(|reading| reading.kind == Inspector::Tls);
         names
+            && (by_audited || !other.audit)
             && other_ports.set == ports.set
             && match (&other.members, &rule.members) {
                 (Members::Everybody, Members::Everybody) => true,

@@ -281,7 +281,7 @@ impl<'a> Naive<'a> {
             return (Verdict::DenyExplicit, audit_all);
         }
         let kinds = ["http", "kafka", "tls", "dns"];
-        let kind = |l7: &L7| match l7.rules {
+        let kind_of = |l7: &L7| match l7.rules {
             L7Rules::Http(_) => Some("http"),
             L7Rules::Dns(_) => Some("dns"),
             L7Rules::Kafka(_) => Some("kafka"),
@@ -290,7 +290,7 @@ impl<'a> Naive<'a> {
         };
         let read = kinds
             .into_iter()
-            .find(|wanted| allows.iter().any(|(_, _, l7)| kind(l7) == Some(*wanted)));
+            .find(|wanted| allows.iter().any(|(_, _, l7)| kind_of(l7) == Some(*wanted)));
         let rest = if allows
             .iter()
             .any(|(policy, rule, _)| rule.auth_required && !policy.audit)
@@ -301,7 +301,12 @@ impl<'a> Naive<'a> {
         } else if let Some(kind) = read {
             // what its rules do not allow is what nobody allows
             let audited = !strict && !denying.is_empty() && denying.iter().all(|policy| policy.audit);
-            (Verdict::Inspect(kind), audit_all || audited)
+            // and what only policies in audit mode want to have read passes in any case if others allow it
+            let unread = allows
+                .iter()
+                .all(|(policy, _, l7)| policy.audit || kind_of(l7).is_none());
+            let unread = unread && (plain || allows.iter().any(|(policy, _, _)| !policy.audit));
+            (Verdict::Inspect(kind), audit_all || audited || unread)
         } else if plain || !allows.is_empty() {
             (Verdict::Allow, false)
         } else {

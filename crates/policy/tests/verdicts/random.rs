@@ -202,7 +202,7 @@ pub fn file(tape: &mut Tape<'_>, name: &str) -> FileContent {
             kind: PolicyKind::Raw,
             name: name.to_owned(),
             namespace: None,
-            audit: tape.once_in(5),
+            audit: tape.once_in(3),
             specs: (0..=tape.pick(2))
                 .map(|n| spec(tape, &location(n as u32 * 10)))
                 .collect(),
@@ -252,7 +252,7 @@ fn rule(tape: &mut Tape<'_>, location: &Location, allows: bool) -> Rule {
     } else {
         Ports::OneOf(tape.some(3, |tape| PortRule {
             ports: tape.some(3, port),
-            l7: if allows && tape.once_in(4) {
+            l7: if allows && tape.once_in(2) {
                 l7(tape)
             } else {
                 L7::default()

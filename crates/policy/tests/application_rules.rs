@@ -1,0 +1,394 @@
+//! What application rules of several policies come to: which of them meet on an entry, who wins, and what is audited.
+
+use std::collections::BTreeMap;
+
+use palisade_abi::{Decision, Direction, Inspector, PolicyEntry, entry_flags};
+use palisade_policy::{
+    compile::{Changes, Compiler, CompilerState, FileContent},
+    l7::{HttpRequest, Request, passing},
+    labels::{Labels, parse_label},
+    parse::parse,
+    snapshot::{Matcher, RuleKey, RuleSet},
+    world::{Endpoint, Options, World},
+};
+
+fn endpoint(id: u16, app: &str) -> Endpoint {
+    let labels = [
+        format!("k8s:app={app}"),
+        "k8s:io.kubernetes.pod.namespace=default".into(),
+    ];
+    Endpoint {
+        id,
+        name: app.into(),
+        namespace: "default".into(),
+        labels: Labels::new(labels.iter().map(|text| parse_label(text))),
+        named_ports: BTreeMap::new(),
+        addresses: vec![format!("10.0.0.{id}").parse().unwrap()],
+        audit: false,
+    }
+}
+
+/// A policy for the web server: `name!` is in audit mode.
+fn policy(name: &str, spec: &str) -> FileContent {
+    let (name, audit) = match name.strip_suffix('!') {
+        Some(name) => (name, "\n  annotations: {palisade.io/audit: 'true'}"),
+        None => (name, ""),
+    };
+    let text = format!(
+        "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata:\n  name: {name}{audit}\nspec:\n  \
+         endpointSelector: {{matchLabels: {{app: web}}}}\n{spec}\n"
+    );
+    let parsed = parse(name, &text);
+    assert!(!parsed.has_errors(), "{:?}", parsed.diagnostics);
+    FileContent {
+        policies: parsed.policies,
+        cidr_groups: parsed.cidr_groups,
+    }
+}
+
+fn world() -> World {
+    World {
+        endpoints: vec![endpoint(1, "web"), endpoint(2, "front"), endpoint(3, "back")],
+        ..World::default()
+    }
+}
+
+/// The policies of a world, compiled.
+struct Compiled(Compiler);
+
+fn compile(world: World, policies: &[(&str, &str)]) -> Result<Compiled, Vec<String>> {
+    let mut compiler = Compiler::new(&CompilerState::default());
+    let files = policies
+        .iter()
+        .map(|(name, spec)| ((*name).to_owned(), Some(policy(name, spec))))
+        .collect();
+    let changes = Changes {
+        world: Some(world),
+        files,
+    };
+    match compiler.update(changes) {
+        Ok(_) => Ok(Compiled(compiler)),
+        Err(errors) => Err(errors.iter().map(|error| error.message.clone()).collect()),
+    }
+}
+
+fn compiled(policies: &[(&str, &str)]) -> Compiled {
+    compile(world(), policies).unwrap_or_else(|errors| panic!("{errors:?}"))
+}
+
+impl Compiled {
+    /// What `app` finds at TCP port 80 of the web server.
+    fn entry(&self, app: &str) -> PolicyEntry {
+        let snapshot = self.0.snapshot();
+        let address = world()
+            .endpoints
+            .iter()
+            .find_map(|endpoint| (endpoint.name == app).then(|| endpoint.addresses[0]));
+        let other = snapshot.identity_of(address.unwrap()).identity;
+        snapshot.judge(1, Direction::Ingress, other, 6, Some(80)).unwrap()
+    }
+
+    fn rules(&self, app: &str) -> &RuleSet {
+        let entry = self.entry(app);
+        assert_eq!(entry.decision, Decision::Inspect as u8, "{entry:?}");
+        &self.0.snapshot().rulesets[&entry.ruleset]
+    }
+
+    fn policy_of(&self, rule: u32) -> &str {
+        match &self.0.snapshot().rules[&rule].key {
+            RuleKey::Rule(place) => place.policy.strip_prefix("default/").unwrap(),
+            RuleKey::DefaultAllow { .. } => "(default allow)",
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// By which policy a request of `app` passes.
+    fn asks(&self, app: &str, path: &str) -> Option<&str> {
+        let request = Request {
+            http: Some(HttpRequest {
+                method: "GET".into(),
+                path: path.into(),
+                host: "web".into(),
+                headers: Vec::new(),
+            }),
+            ..Request::default()
+        };
+        passing(self.rules(app), &request).map(|alternative| self.policy_of(alternative.rule))
+    }
+
+    /// By which policy a connection to a server name passes.
+    fn connects(&self, app: &str, name: &str) -> Option<&str> {
+        let request = Request {
+            tls: Some(name.into()),
+            ..Request::default()
+        };
+        passing(self.rules(app), &request).map(|alternative| self.policy_of(alternative.rule))
+    }
+
+    fn is_read_as(&self, app: &str, inspector: Inspector) -> bool {
+        self.rules(app).reads == inspector as u8 && self.entry(app).inspector == inspector as u8
+    }
+
+    fn is_audited(&self, app: &str) -> bool {
+        self.entry(app).flags & entry_flags::AUDIT != 0
+    }
+}
+
+fn http(peer: &str, path: &str) -> String {
+    format!(
+        "  ingress:\n  - {peer}\n    toPorts:\n    - ports: [{{port: '80', protocol: TCP}}]\n      \
+         rules: {{http: [{{path: '{path}'}}]}}"
+    )
+}
+
+fn names(peer: &str, names: &str) -> String {
+    format!(
+        "  ingress:\n  - {peer}\n    toPorts:\n    - ports: [{{port: '80', protocol: TCP}}]\n      \
+         serverNames: [{names}]"
+    )
+}
+
+const FRONT: &str = "fromEndpoints: [{matchLabels: {app: front}}]";
+const ALL: &str = "fromEntities: [all]";
+const PLAIN_80: &str = "toPorts: [{ports: [{port: '80', protocol: TCP}]}]";
+
+#[test]
+fn rules_of_several_policies_are_united() {
+    let all = compiled(&[
+        ("a", &http(FRONT, "/a.*")),
+        ("b", &http(FRONT, "/b.*")),
+        ("c", &http(ALL, "/c.*")),
+    ]);
+    assert!(all.is_read_as("front", Inspector::Http) && all.is_read_as("back", Inspector::Http));
+    assert_eq!(all.asks("front", "/a1"), Some("a"));
+    assert_eq!(all.asks("front", "/b1"), Some("b"));
+    assert_eq!(all.asks("front", "/c1"), Some("c"));
+    assert_eq!(all.asks("front", "/d"), None);
+    assert_eq!(all.asks("back", "/a1"), None);
+    assert_eq!(all.asks("back", "/c1"), Some("c"));
+}
+
+#[test]
+fn a_plain_allow_of_the_same_peer_and_port_lets_every_request_pass_and_it_is_read_all_the_same() {
+    let plain = format!("  ingress:\n  - {FRONT}\n    {PLAIN_80}");
+    let all = compiled(&[("a", &http(FRONT, "/a.*")), ("plain", &plain)]);
+    assert!(all.is_read_as("front", Inspector::Http));
+    assert_eq!(all.asks("front", "/a"), Some("a"));
+    assert_eq!(all.asks("front", "/x"), Some("plain"));
+    assert!(!all.is_audited("front"));
+    assert_eq!(all.entry("back").decision, Decision::Deny as u8);
+}
+
+#[test]
+fn a_broader_allow_lets_pass_what_no_rule_of_the_port_does() {
+    for (name, broad) in [
+        ("every port", format!("  ingress:\n  - {FRONT}")),
+        ("every peer", format!("  ingress:\n  - {PLAIN_80}")),
+        ("everything", format!("  ingress:\n  - {ALL}")),
+        (
+            "a range",
+            format!(
+                "  ingress:\n  - {FRONT}\n    toPorts: [{{ports: [{{port: '1', endPort: 100, protocol: TCP}}]}}]"
+            ),
+        ),
+        (
+            "every protocol",
+            format!("  ingress:\n  - {FRONT}\n    toPorts: [{{ports: [{{port: '80', protocol: ANY}}]}}]"),
+        ),
+    ] {
+        let all = compiled(&[("a", &http(FRONT, "/a.*")), ("broad", &broad)]);
+        assert!(all.is_read_as("front", Inspector::Http), "{name}");
+        assert_eq!(all.asks("front", "/a"), Some("a"), "{name}");
+        assert_eq!(all.asks("front", "/x"), Some("broad"), "{name}");
+    }
+    // The other way round too: what is read of everybody is read of whom a plain rule allows.
+    let plain = format!("  ingress:\n  - {FRONT}\n    {PLAIN_80}");
+    let all = compiled(&[("a", &http(ALL, "/a.*")), ("plain", &plain)]);
+    assert!(all.is_read_as("front", Inspector::Http));
+    assert_eq!(all.asks("front", "/x"), Some("plain"));
+    assert_eq!(all.asks("back", "/x"), None);
+}
+
+#[test]
+fn no_request_gets_past_a_denial() {
+    let deny = format!("  ingressDeny:\n  - {FRONT}");
+    let all = compiled(&[
+        ("a", &http(FRONT, "/a.*")),
+        ("deny", &deny),
+        ("b", &http(ALL, "/b.*")),
+    ]);
+    let entry = all.entry("front");
+    assert_eq!(entry.decision, Decision::DenyExplicit as u8);
+    assert_eq!(all.policy_of(entry.rule), "deny");
+    assert_eq!(all.asks("back", "/b"), Some("b"));
+}
+
+#[test]
+fn of_several_kinds_the_first_is_read_and_the_rules_of_others_let_nothing_pass() {
+    let all = compiled(&[("a", &names(ALL, "a.test")), ("b", &http(FRONT, "/b.*"))]);
+    assert!(all.is_read_as("front", Inspector::Http) && all.is_read_as("back", Inspector::Tls));
+    assert_eq!(all.asks("front", "/b"), Some("b"));
+    assert_eq!(all.asks("front", "/x"), None);
+    assert_eq!(all.connects("back", "a.test"), Some("a"));
+    assert_eq!(all.connects("front", "a.test"), None, "it is read as HTTP");
+}
+
+#[test]
+fn other_kinds_for_the_same_peer_and_port_are_refused_with_both_policies_named() {
+    for (one, other) in [
+        (http(FRONT, "/a.*"), names(FRONT, "a.test")),
+        (
+            http(FRONT, "/a.*"),
+            format!(
+                "  ingress:\n  - {FRONT}\n    toPorts:\n    - ports: [{{port: '80', protocol: TCP}}]\n      \
+                 rules: {{kafka: [{{topic: t}}]}}"
+            ),
+        ),
+    ] {
+        let errors = compile(world(), &[("one", &one), ("other", &other)])
+            .err()
+            .unwrap();
+        assert!(
+            errors[0].contains("one") && errors[0].contains("other"),
+            "{errors:?}"
+        );
+    }
+    let terminating = |secret: &str| {
+        format!(
+            "{}\n      terminatingTLS: {{secret: {{name: {secret}}}}}",
+            http(FRONT, "/a.*")
+        )
+    };
+    let errors = compile(
+        world(),
+        &[("one", &terminating("a")), ("other", &terminating("b"))],
+    )
+    .err()
+    .unwrap();
+    assert!(errors[0].contains("terminatingTLS"), "{errors:?}");
+    assert!(
+        compile(
+            world(),
+            &[("one", &terminating("a")), ("other", &terminating("a"))]
+        )
+        .is_ok()
+    );
+}
+
+#[test]
+fn server_names_are_united_and_hold_for_all_that_is_allowed_to_the_same_peer_and_port() {
+    let plain = format!("  ingress:\n  - {FRONT}\n    {PLAIN_80}");
+    let all = compiled(&[
+        ("a", &names(FRONT, "a.test")),
+        ("b", &names(FRONT, "'*.b.test'")),
+        ("plain", &plain),
+    ]);
+    assert_eq!(all.connects("front", "a.test"), Some("a"));
+    assert_eq!(all.connects("front", "x.b.test"), Some("b"));
+    assert_eq!(all.connects("front", "c.test"), None);
+    // A broader allow does not ask for names.
+    let broad = format!("  ingress:\n  - {FRONT}");
+    let all = compiled(&[("a", &names(FRONT, "a.test")), ("broad", &broad)]);
+    assert_eq!(all.connects("front", "c.test"), Some("broad"));
+}
+
+#[test]
+fn a_rule_without_application_rules_of_its_own_policy_counts_as_any_other() {
+    let both = format!("{}\n  - {FRONT}\n    {PLAIN_80}", http(FRONT, "/a.*"));
+    let all = compiled(&[("both", &both)]);
+    assert_eq!(all.asks("front", "/x"), Some("both"));
+    assert_eq!(
+        all.rules("front").alternatives.last().unwrap().matcher,
+        Matcher::Everything
+    );
+}
+
+#[test]
+fn where_nothing_denies_by_default_every_request_passes() {
+    let lenient = format!("  enableDefaultDeny: {{ingress: false}}\n{}", http(FRONT, "/a.*"));
+    let all = compiled(&[("a", &lenient)]);
+    assert!(all.is_read_as("front", Inspector::Http));
+    assert_eq!(all.asks("front", "/a"), Some("a"));
+    assert!(all.asks("front", "/x").is_some());
+}
+
+#[test]
+fn audit_mode_of_all_or_of_the_endpoint_is_that_of_its_requests() {
+    let rule = http(FRONT, "/a.*");
+    let policies = [("a", rule.as_str())];
+    assert!(!compiled(&policies).is_audited("front"));
+    let everywhere = World {
+        options: Options {
+            audit: true,
+            ..Options::default()
+        },
+        ..world()
+    };
+    let mut one = world();
+    one.endpoints[0].audit = true;
+    for world in [everywhere, one] {
+        let all = compile(world, &policies).ok().unwrap();
+        assert!(all.is_audited("front"));
+        assert_eq!(
+            all.asks("front", "/x"),
+            None,
+            "it would be denied, and that is told"
+        );
+    }
+}
+
+#[test]
+fn audit_mode_of_a_policy_is_that_of_what_only_it_denies() {
+    let plain = format!("  ingress:\n  - {FRONT}\n    {PLAIN_80}");
+    let elsewhere = "  ingress:\n  - toPorts: [{ports: [{port: '22', protocol: TCP}]}]";
+    let lenient = "  enableDefaultDeny: {ingress: false}\n  ingress:\n  - toPorts: [{ports: [{port: '22'}]}]";
+
+    let all = compiled(&[("a!", &http(FRONT, "/a.*"))]);
+    assert!(all.is_audited("front"), "the only policy");
+    assert_eq!(all.asks("front", "/x"), None);
+
+    let all = compiled(&[("a!", &http(FRONT, "/a.*")), ("b!", elsewhere)]);
+    assert!(all.is_audited("front"), "all are in audit mode");
+
+    let all = compiled(&[("a!", &http(FRONT, "/a.*")), ("b", lenient)]);
+    assert!(all.is_audited("front"), "nobody else denies by default");
+
+    let all = compiled(&[("a!", &http(FRONT, "/a.*")), ("b", elsewhere)]);
+    assert!(
+        !all.is_audited("front"),
+        "without it the other would deny everything"
+    );
+
+    let all = compiled(&[("a", &http(FRONT, "/a.*")), ("b!", &http(FRONT, "/b.*"))]);
+    assert!(!all.is_audited("front"));
+    assert_eq!(all.asks("front", "/b"), Some("b"), "what it allows is allowed");
+
+    // Without the policy in audit mode nothing would be read.
+    let all = compiled(&[("a!", &http(FRONT, "/a.*")), ("plain", &plain)]);
+    assert!(all.is_audited("front"));
+    let all = compiled(&[("a!", &names(FRONT, "a.test")), ("plain", &plain)]);
+    assert!(all.is_audited("front"));
+    assert_eq!(
+        all.connects("front", "b.test"),
+        None,
+        "it is told that it would be denied"
+    );
+
+    // Somebody else asks for names: that is enforced, also against what is allowed otherwise.
+    let all = compiled(&[
+        ("a!", &names(FRONT, "a.test")),
+        ("b", &names(FRONT, "b.test")),
+        ("plain", &plain),
+    ]);
+    assert!(!all.is_audited("front"));
+    assert_eq!(all.connects("front", "c.test"), None);
+
+    // Nor does it take away what others allow.
+    let all = compiled(&[
+        ("a!", &names(FRONT, "a.test")),
+        ("b", &names("fromEntities: [cluster]", "b.test")),
+        ("plain", &plain),
+    ]);
+    assert!(!all.is_audited("front"));
+    assert_eq!(all.connects("front", "c.test"), Some("plain"));
+}
