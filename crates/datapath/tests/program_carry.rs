@@ -216,27 +216,34 @@ fn a_window_needs_no_reading() {
     let mut world = reading(NIC, HOST);
     assert!(world.run(Hook::Xdp, &tcp(CLIENT, SERVER, SYN)).carried);
     let data = segment(CLIENT, SERVER, ACK, &[7; 100]);
-    let ack = tcp((HOST_V4, 80), CLIENT, ACK);
+    let ack = |of: u32| {
+        let mut frame = tcp((HOST_V4, 80), CLIENT, ACK);
+        frame[42..46].copy_from_slice(&of.to_be_bytes());
+        frame
+    };
     assert!(world.run(Hook::Xdp, &data).carried);
-    let mut windows = |from: u32, to: u32| {
+    let mut windows = |from: u32, to: u32, of: u32| {
         let mut flow = world.flow(&flow_key).unwrap();
         flow.windows = [from, to, 0, 0];
         world.set_flow(&flow_key, &flow);
         let data_carried = world.run(Hook::Xdp, &data).carried;
-        let ack_carried = world.run_local(&ack).carried;
+        let ack_carried = world.run_local(&ack(of)).carried;
         (data_carried, ack_carried)
     };
-    assert_eq!(windows(1000, 1100), (false, false));
-    assert_eq!(windows(900, 2000), (false, false));
+    assert_eq!(windows(1000, 1100, 1000), (false, false));
+    assert_eq!(windows(900, 2000, 1100), (false, false));
     // Wrapped round.
-    assert_eq!(windows(0xffff_ff00, 1100), (false, false));
+    assert_eq!(windows(0xffff_ff00, 1100, 5), (false, false));
     // One byte short, at either end.
-    assert_eq!(windows(1001, 1100), (true, false));
-    assert_eq!(windows(1000, 1099), (true, false));
-    assert_eq!(windows(0, 0), (true, true));
+    assert_eq!(windows(1001, 1100, 1001), (true, false));
+    assert_eq!(windows(1000, 1099, 1098), (true, false));
+    assert_eq!(windows(0, 0, 0), (true, true));
     // Half the space is no window.
-    assert!(windows(1000, 1000 + (1 << 31)).0);
-    assert_eq!(windows(1000, 1100), (false, false));
+    assert_eq!(windows(1000, 1000 + (1 << 31), 1000), (true, true));
+    // The acknowledgement of all of it, and one of something else, are for the inspector.
+    assert_eq!(windows(1000, 1100, 1099), (false, false));
+    assert_eq!(windows(1000, 1100, 1100), (false, true));
+    assert_eq!(windows(1000, 1100, 999), (false, true));
     for flags in [SYN | ACK, FIN | ACK, RST | ACK, 32 | ACK] {
         let mut frame = segment(CLIENT, SERVER, flags & !32, &[7; 100]);
         frame[14 + 20 + 13] |= flags & 32;

@@ -290,6 +290,7 @@ mod tests {
     fn set(matchers: Vec<Matcher>) -> RuleSet {
         let reads = match matchers.first() {
             Some(Matcher::Kafka(_)) => Inspector::Kafka,
+            Some(Matcher::ServerName(_)) => Inspector::Tls,
             _ => Inspector::Http,
         };
         RuleSet {
