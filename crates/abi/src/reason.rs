@@ -146,6 +146,8 @@ reasons! {
     TcpHeld = 249, "Retransmission of a held TCP segment";
     /// The preface of HTTP/2 where HTTP/1 is read: its requests cannot be judged.
     AppHttp2 = 250, "HTTP/2 not supported";
+    /// The address was not learned for the server name that TLS asks for.
+    SniAddress = 251, "Address not learned for the server name";
 }
 
 impl Reason {

@@ -4,7 +4,7 @@ use palisade_protocols::dns::{Answer, CLASS_IN, Name, NameError};
 use serde::Serialize;
 
 use crate::{
-    EndpointId, Millis, SelectorId, Selectors,
+    EndpointId, Known, Millis, SelectorId, Selectors,
     change::{Change, Committed, Pending, Uncommitted, Update},
     endpoint::{AddressEntry, Endpoint, NameEntry, Pair, Sink, Triple},
     saved::{SavedAddress, SavedName},
@@ -108,6 +108,7 @@ pub struct Cache {
     /// Counts turns of triples, to live and to gone.
     turns: u64,
     stats: Stats,
+    known: Option<Arc<Known>>,
 }
 
 impl Cache {
@@ -117,6 +118,15 @@ impl Cache {
         Self {
             config,
             ..Self::default()
+        }
+    }
+
+    /// Keeps `known` up to date from now on. To be called while the cache is empty.
+    #[must_use]
+    pub fn with_known(self, known: Arc<Known>) -> Self {
+        Self {
+            known: Some(known),
+            ..self
         }
     }
 
@@ -166,6 +176,7 @@ impl Cache {
             changes: &mut pending.changes,
             turns: &mut self.turns,
             stats: &mut self.stats,
+            known: self.known.as_deref(),
         };
         for name in std::iter::once(&question.name).chain(aliases) {
             state.learn(
@@ -207,6 +218,7 @@ impl Cache {
             changes: &mut pending.changes,
             turns: &mut self.turns,
             stats: &mut self.stats,
+            known: self.known.as_deref(),
         };
         let mut complete = true;
         for (key, address) in &pending.pairs {
@@ -238,6 +250,7 @@ impl Cache {
             changes: &mut changes,
             turns: &mut self.turns,
             stats: &mut self.stats,
+            known: self.known.as_deref(),
         };
         for (key, address) in &pending.pairs {
             state.unlearn(pending.number, key, *address, &mut sink);
@@ -314,6 +327,7 @@ impl Cache {
                 changes: &mut changes,
                 turns: &mut self.turns,
                 stats: &mut self.stats,
+                known: self.known.as_deref(),
             };
             change(state, &mut sink);
         }
@@ -474,7 +488,8 @@ impl Cache {
         };
         let mut memory = Memory {
             endpoints: self.endpoints.len(),
-            bytes: table(self.endpoints.capacity(), size_of::<(EndpointId, Endpoint)>()),
+            bytes: table(self.endpoints.capacity(), size_of::<(EndpointId, Endpoint)>())
+                + self.known.as_ref().map_or(0, |known| known.bytes()),
             ..Memory::default()
         };
         for state in self.endpoints.values() {

@@ -7,7 +7,7 @@ use std::{
 use palisade_protocols::dns::Name;
 
 use crate::{
-    Config, EndpointId, Millis, SelectorId, Selectors, Stats,
+    Config, EndpointId, Known, Millis, SelectorId, Selectors, Stats,
     change::{Change, ChangeKind},
 };
 
@@ -90,6 +90,8 @@ pub(crate) struct Sink<'a> {
     /// Counts turns.
     pub(crate) turns: &'a mut u64,
     pub(crate) stats: &'a mut Stats,
+    /// Where others look.
+    pub(crate) known: Option<&'a Known>,
 }
 
 impl Sink<'_> {
@@ -294,6 +296,9 @@ impl Endpoint {
         name.pairs.push(pair);
         self.pairs += 1;
         sink.stats.learned += 1;
+        if let Some(known) = sink.known {
+            known.add(sink.endpoint, address, key);
+        }
         let entry = self.addresses.entry(address).or_insert_with(|| AddressEntry {
             names: 0,
             name: key.clone(),
@@ -318,6 +323,9 @@ impl Endpoint {
         name.pairs.remove(at);
         self.pairs -= 1;
         self.exhausted = false;
+        if let Some(known) = sink.known {
+            known.remove(sink.endpoint, address, key);
+        }
         if let Some(entry) = self.addresses.get_mut(&address) {
             entry.names -= 1;
             if entry.names == 0 {

@@ -14,12 +14,14 @@
 mod cache;
 mod change;
 mod endpoint;
+mod known;
 mod saved;
 mod selectors;
 mod track;
 
 pub use cache::{Cache, CachedAddress, CachedName, Config, Memory, Stats};
 pub use change::{Change, ChangeKind, Committed, Pending, Uncommitted, Update};
+pub use known::Known;
 pub use saved::{SavedAddress, SavedName};
 pub use selectors::{SelectorId, Selectors};
 pub use track::{Asked, Flow, TrackLimits, Tracker, Unasked};

@@ -8,8 +8,8 @@ use std::{
 };
 
 use palisade_fqdn::{
-    Cache, Change, ChangeKind, Config, EndpointId, Millis, Pending, SelectorId, Selectors, Uncommitted,
-    Update,
+    Cache, Change, ChangeKind, Config, EndpointId, Known as Looked, Millis, Pending, SelectorId, Selectors,
+    Uncommitted, Update,
 };
 use palisade_policy::{l7::name_matches, rule::FqdnPattern};
 use palisade_protocols::dns::{Address, Answer, Question, Source, rtype};
@@ -229,6 +229,8 @@ impl InFlight {
 struct World {
     config: Config,
     cache: Cache,
+    /// What other threads see.
+    looked: Arc<Looked>,
     model: Model,
     maps: HashSet<(EndpointId, SelectorId, IpAddr)>,
     queue: VecDeque<InFlight>,
@@ -247,8 +249,10 @@ impl World {
             addresses_per_endpoint: 7,
             aliases,
         };
+        let looked = Arc::<Looked>::default();
         Self {
-            cache: Cache::new(config.clone()),
+            cache: Cache::new(config.clone()).with_known(looked.clone()),
+            looked,
             config,
             model: Model::default(),
             maps: HashSet::new(),
@@ -492,6 +496,11 @@ impl World {
         listed.sort();
         prop_assert_eq!(listed, expected);
         prop_assert_eq!(self.cache.memory().addresses, self.model.known.len());
+        prop_assert_eq!(self.looked.len(), self.model.known.len());
+        for known in &self.model.known {
+            let name = NAMES[known.name].parse().unwrap();
+            prop_assert!(self.looked.has(known.endpoint, known.ip, &name));
+        }
         if self.queue.is_empty() && !self.dirty {
             prop_assert_eq!(&self.maps, &self.model.live());
         }

@@ -1,6 +1,7 @@
 use std::sync::Arc;
 
 use palisade_abi::{Inspector, Reason, carry_flags, protocol};
+use palisade_fqdn::Known;
 use palisade_packet::flags;
 
 use crate::{
@@ -116,6 +117,11 @@ impl<F> Engine<F> {
     /// From now on these rules hold. To be called before a packet can name a set that is new in them.
     pub fn set_rules(&mut self, rules: Arc<Rules>) {
         self.rules = rules;
+    }
+
+    /// From now on, who connects by a server name that a rule allows must have learned the address by that name.
+    pub fn verify_server_names(&mut self, known: Arc<Known>) {
+        self.tls.verify(known);
     }
 
     /// Whether a set of rules is known.

@@ -28,7 +28,7 @@ pub use engine::{Engine, Limits, Stats};
 pub use fragments::{FragmentLimits, FragmentStats};
 pub use http::{HttpLimits, HttpStats, Paths};
 pub use numbers::Number;
-pub use palisade_fqdn::{TrackLimits, Unasked};
+pub use palisade_fqdn::{Known, TrackLimits, Unasked};
 pub use rules::{DnsRules, HttpDenial, HttpRules, HttpScratch, HttpVerdict, Problem, Rules, TlsRules};
 pub use tcp::{TcpLimits, TcpStats};
 pub use tls::{Ech, TlsLimits, TlsStats};

@@ -1,6 +1,9 @@
 //! Records of what was read: fixed in size, so that handing one on allocates nothing.
 
-use std::fmt::{self, Write as _};
+use std::{
+    fmt::{self, Write as _},
+    net::IpAddr,
+};
 
 use palisade_abi::{Addr, Reason, carry_flags};
 use palisade_protocols::dns::Name;
@@ -174,6 +177,11 @@ impl About {
             ingress: slot.flags & carry_flags::INGRESS != 0,
             reply: slot.flags & carry_flags::REPLY != 0,
         }
+    }
+
+    /// The endpoint, and whom it wants to reach; none if it is the one that is reached. Of a client's packet.
+    pub(crate) fn reaches(&self) -> Option<(u16, IpAddr)> {
+        (!self.ingress).then(|| (self.endpoint, self.destination.0.into()))
     }
 
     /// Of the other direction.

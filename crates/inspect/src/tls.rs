@@ -1,7 +1,10 @@
 //! TLS: a connection goes on if its server name may be asked for. Once the server has answered so that no other hello
 //! can follow, nothing is read any more.
 
+use std::sync::Arc;
+
 use palisade_abi::{CarrySlot, Reason, carry_flags};
+use palisade_fqdn::Known;
 use palisade_protocols::tls::{
     ClientHello, ClientReader, ClientStep, Refusal, ServerName, ServerReader, ServerStep,
 };
@@ -57,6 +60,8 @@ pub struct TlsStats {
     pub denied: u64,
     /// Hellos with an encrypted one that were refused for that.
     pub ech_denied: u64,
+    /// Hellos whose name is allowed, to an address that was not learned by it.
+    pub strangers: u64,
     /// Streams that are not what they should be, by [`Refusal`].
     pub malformed: [u64; Refusal::ALL.len()],
     /// Connections that would have been cut and go on because of audit mode.
@@ -70,6 +75,7 @@ impl Default for TlsStats {
             hellos: 0,
             denied: 0,
             ech_denied: 0,
+            strangers: 0,
             malformed: [0; _],
             audited: 0,
         }
@@ -96,6 +102,8 @@ struct Judged {
     ruleset: u32,
     audit: bool,
     hello: Box<ClientHello>,
+    /// The address was known by the name then, or that does not matter.
+    known: bool,
 }
 
 impl Remember for Flow {
@@ -108,6 +116,7 @@ impl Remember for Flow {
 
 pub(crate) struct Tls<F> {
     ech: Ech,
+    names: Option<Arc<Known>>,
     connections: Connections<F, Flow>,
     stats: TlsStats,
 }
@@ -116,6 +125,7 @@ pub(crate) struct Tls<F> {
 struct Reading<'a> {
     flow: &'a mut Flow,
     rules: &'a Rules,
+    names: Option<&'a Known>,
     stats: &'a mut TlsStats,
     ech: Ech,
     slot: &'a CarrySlot,
@@ -125,9 +135,14 @@ impl<F> Tls<F> {
     pub(crate) fn new(limits: &TlsLimits) -> Self {
         Self {
             ech: limits.ech,
+            names: None,
             connections: Connections::new(&limits.tcp),
             stats: TlsStats::default(),
         }
+    }
+
+    pub(crate) fn verify(&mut self, names: Arc<Known>) {
+        self.names = Some(names);
     }
 
     pub(crate) fn stats(&self) -> TlsStats {
@@ -147,16 +162,17 @@ impl<F> Tls<F> {
     ) {
         let Self {
             ech,
+            names,
             connections,
             stats,
         } = self;
-        let ech = *ech;
+        let (ech, names) = (*ech, names.as_deref());
         connections.packet(
             now,
             view,
             frame,
             Flow::default,
-            |flow| Reading::new(flow, view, rules, ech, stats),
+            |flow| Reading::new(flow, view, rules, names, ech, stats),
             |judged, sink| match judged {
                 Some(judged) => recall(judged, view, rules, ech, sink),
                 // It went on unread because of audit mode.
@@ -184,17 +200,20 @@ fn is_audit(slot: &CarrySlot) -> bool {
     slot.flags & carry_flags::AUDIT != 0
 }
 
-/// The rule by which a hello may pass, or why it may not.
-fn judge(hello: &ClientHello, rules: &Rules, ruleset: u32, ech: Ech) -> Result<u32, Reason> {
+/// The rule by which a hello may pass, or why it may not. `known`: the address is known by its name.
+fn judge(hello: &ClientHello, rules: &Rules, ruleset: u32, ech: Ech, known: bool) -> Result<u32, Reason> {
     let rules = rules.tls(ruleset).ok_or(Reason::UnknownRuleset)?;
     if hello.ech && ech == Ech::Deny {
         return Err(Reason::AppDenied);
     }
     match &hello.server_name {
-        ServerName::Name(name) => rules.judge(name),
-        ServerName::Missing | ServerName::Address(_) => rules.anyone(),
+        // Where anybody may be reached, a false name opens nothing.
+        ServerName::Name(name) if !known && rules.judge(name).is_some() => {
+            rules.anyone().ok_or(Reason::SniAddress)
+        }
+        ServerName::Name(name) => rules.judge(name).ok_or(Reason::AppDenied),
+        ServerName::Missing | ServerName::Address(_) => rules.anyone().ok_or(Reason::AppDenied),
     }
-    .ok_or(Reason::AppDenied)
 }
 
 /// Whether a connection that is not read any more may go on under the rules of a packet of it.
@@ -210,7 +229,7 @@ fn recall<F, S: Sink<F>>(
         return Ok(());
     }
     (judged.ruleset, judged.audit) = (view.slot.ruleset, audit);
-    let Err(reason) = judge(&judged.hello, rules, view.slot.ruleset, ech) else {
+    let Err(reason) = judge(&judged.hello, rules, view.slot.ruleset, ech, judged.known) else {
         return Ok(());
     };
     let about = About::of(view);
@@ -252,13 +271,21 @@ impl<F> Reader<F> for Reading<'_> {
 }
 
 impl<'a> Reading<'a> {
-    fn new(flow: &'a mut Flow, view: &View<'a>, rules: &'a Rules, ech: Ech, stats: &'a mut TlsStats) -> Self {
+    fn new(
+        flow: &'a mut Flow,
+        view: &View<'a>,
+        rules: &'a Rules,
+        names: Option<&'a Known>,
+        ech: Ech,
+        stats: &'a mut TlsStats,
+    ) -> Self {
         if Side::of(view.slot) == Side::Client {
             flow.about = Some(About::of(view));
         }
         Self {
             flow,
             rules,
+            names,
             stats,
             ech,
             slot: view.slot,
@@ -303,7 +330,11 @@ impl<'a> Reading<'a> {
     fn judge<F, S: Sink<F>>(&mut self, hello: Box<ClientHello>, sink: &mut S) -> Result<(), Step> {
         self.stats.hellos += 1;
         let what = what(&hello);
-        let verdict = judge(&hello, self.rules, self.slot.ruleset, self.ech);
+        let known = self.is_known(&hello);
+        let verdict = judge(&hello, self.rules, self.slot.ruleset, self.ech, known);
+        if verdict == Err(Reason::SniAddress) {
+            self.stats.strangers += 1;
+        }
         if verdict == Err(Reason::AppDenied) {
             if hello.ech && self.ech == Ech::Deny {
                 self.stats.ech_denied += 1;
@@ -315,6 +346,7 @@ impl<'a> Reading<'a> {
             ruleset: self.slot.ruleset,
             audit: is_audit(self.slot),
             hello,
+            known,
         });
         match (verdict, &self.flow.about) {
             (Ok(rule), Some(about)) => {
@@ -327,6 +359,19 @@ impl<'a> Reading<'a> {
             (Ok(_), None) => Ok(()),
             (Err(reason), _) => Err(self.deny(reason, what, sink)),
         }
+    }
+
+    /// Whether whom the endpoint wants to reach is who the hello says. Of those who come to it nothing is known.
+    fn is_known(&self, hello: &ClientHello) -> bool {
+        let (Some(names), ServerName::Name(name)) = (self.names, &hello.server_name) else {
+            return true;
+        };
+        let Some(about) = &self.flow.about else {
+            return false;
+        };
+        about
+            .reaches()
+            .is_none_or(|(endpoint, address)| names.has(endpoint, address, name))
     }
 
     fn refuse<F, S: Sink<F>>(&mut self, reason: Reason, detail: &'static str, sink: &mut S) -> Step {

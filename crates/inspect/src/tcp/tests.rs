@@ -66,7 +66,8 @@ impl Seg {
         f
     }
 
-    /// Shows it as a carried packet: towards the endpoint is what the client sends.
+    /// Shows it as a carried packet: towards the endpoint is what the client sends, or the server if the slot's
+    /// flags have INGRESS.
     pub(crate) fn view(&self, slot: CarrySlot, f: impl FnOnce(&View<'_>, Vec<u8>)) {
         let frame = self.frame();
         let mut packet = Packet::default();
@@ -76,7 +77,7 @@ impl Seg {
             endpoint: 7,
             serial: 99,
             flags: slot.flags
-                | if answers {
+                ^ if answers {
                     carry_flags::REPLY
                 } else {
                     carry_flags::INGRESS

@@ -1,10 +1,12 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use palisade_abi::{CarrySlot, Inspector};
+use palisade_fqdn::{Cache, Config};
 use palisade_policy::{
     rule::FqdnPattern,
     snapshot::{Alternative, Matcher, RuleSet},
 };
+use palisade_protocols::dns::{Address, Answer, CLASS_IN, Question, Source, rtype};
 use proptest::prelude::*;
 
 use super::*;
@@ -66,6 +68,10 @@ struct Talk {
 
 impl Talk {
     fn new(everything: bool) -> Self {
+        Self::start(everything, 0)
+    }
+
+    fn start(everything: bool, flags: u8) -> Self {
         let mut alternatives = vec![
             Matcher::ServerName(FqdnPattern::Name("a.test".into())),
             Matcher::ServerName(FqdnPattern::Pattern("*.b.test".into())),
@@ -87,7 +93,7 @@ impl Talk {
         let mut talk = Self {
             engine,
             out: Out::default(),
-            flags: 0,
+            flags,
             sent: [0, 0],
         };
         talk.put(Side::Client, SYN, b"");
@@ -210,6 +216,88 @@ fn audit_lets_it_go_on_and_says_so() {
     assert_eq!(
         (out.records[0].verdict, out.records[0].reason),
         (Verdict::Audit, Reason::AppDenied)
+    );
+}
+
+/// Endpoint 7 has learned 10.0.0.2, where all connections of these tests go, by the names `c.b.test` and `x.test`.
+fn learned() -> Arc<Known> {
+    let known = Arc::<Known>::default();
+    let mut cache = Cache::new(Config::default()).with_known(Arc::clone(&known));
+    for (endpoint, name, ip) in [
+        (7, "c.b.test", [10, 0, 0, 2]),
+        (7, "x.test", [10, 0, 0, 2]),
+        (7, "a.test", [10, 0, 0, 3]),
+        (8, "a.test", [10, 0, 0, 2]),
+    ] {
+        let answer = Answer {
+            question: Some(Question {
+                name: name.parse().unwrap(),
+                rtype: rtype::A,
+                class: CLASS_IN,
+            }),
+            addresses: vec![Address {
+                ip: ip.into(),
+                ttl: 60,
+                source: Source::Record,
+            }],
+            ttl: Some(60),
+            ..Answer::default()
+        };
+        let pending = cache.learn(endpoint, &answer, 0);
+        drop(cache.commit(pending).unwrap());
+    }
+    known
+}
+
+#[test]
+fn who_connects_must_have_learned_the_address_by_the_name() {
+    let talk = |everything, flags| {
+        let mut talk = Talk::start(everything, flags);
+        talk.engine.verify_server_names(learned());
+        talk
+    };
+    let egress = carry_flags::INGRESS;
+    // The name is allowed, and the address was learned by it.
+    let mut known = talk(false, egress);
+    let out = known.client(&hello(Some("C.B.test."), 10_000));
+    assert_eq!((out.released.len(), out.records[0].rule), (1, 12));
+    // By another name, or by another endpoint.
+    for bytes in [
+        hello(Some("a.test"), 10_000),
+        hello(Some("d.b.test"), 10_000),
+        [hello(Some("c.b.test"), 10_000), hello(Some("a.test"), 10_000)].concat(),
+    ] {
+        let mut talk = talk(false, egress);
+        let out = talk.client(&bytes);
+        assert!(is_cut(&out));
+        let last = out.records.last().unwrap();
+        assert_eq!(
+            (last.verdict, last.reason),
+            (Verdict::Dropped, Reason::SniAddress)
+        );
+        assert_eq!(
+            (talk.engine.stats().tls.strangers, talk.engine.stats().tls.denied),
+            (1, 0)
+        );
+    }
+    // A name that no rule allows is denied for that.
+    let mut other = talk(false, egress);
+    let out = other.client(&hello(Some("x.test"), 10_000));
+    assert_eq!(out.records[0].reason, Reason::AppDenied);
+    // Where anybody may be reached, it does not matter; nor of those who come to the endpoint.
+    let mut anybody = talk(true, egress);
+    let out = anybody.client(&hello(Some("a.test"), 10_000));
+    assert_eq!((out.released.len(), out.records[0].rule), (1, 13));
+    let mut ingress = talk(false, 0);
+    let out = ingress.client(&hello(Some("a.test"), 10_000));
+    assert_eq!((out.released.len(), out.records[0].rule), (1, 11));
+    // Audit mode says so.
+    let mut audited = talk(false, egress | carry_flags::AUDIT);
+    let out = audited.client(&hello(Some("a.test"), 10_000));
+    assert_eq!((out.released.len(), out.commands.len()), (1, 1));
+    assert_eq!(
+        (out.records[0].verdict, out.records[0].reason),
+        (Verdict::Audit, Reason::SniAddress)
     );
 }
 

@@ -16,6 +16,7 @@ use nix::fcntl::Flock;
 use palisade_abi::{Config as Told, identity};
 use palisade_datapath::{Datapath, Options, detach_all};
 use palisade_flowlog::Ring;
+use palisade_fqdn::{Cache, Known};
 use palisade_policy::compile::{Compiler, CompilerState};
 use sd_notify::NotifyState;
 use serde_json::Value;
@@ -135,11 +136,16 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     };
 
     let mut state = state;
+    let known = config.tls.verify_sni_address.then(Arc::<Known>::default);
     let names = {
         let sender = sender.clone();
         // The control thread has ended: nothing is released any more.
         let wish = move |wish| drop(sender.send(Message::Names(wish)));
-        let cache = names_config(&config.dns);
+        let cache = Cache::new(names_config(&config.dns));
+        let cache = match &known {
+            Some(known) => cache.with_known(Arc::clone(known)),
+            None => cache,
+        };
         let mut names = Names::new(cache, datapath.learned()?, Arc::clone(&datapath), wish);
         let endpoints = endpoint_names(&world(&config, &network, &mut state.state)?);
         names
@@ -151,7 +157,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let ring = Ring::new(config.limits.flows as usize);
     let sweep = Interval::new(config.timeouts.sweep);
     // Before any map says that a packet is to be read.
-    let (workers, output) = Workers::start(&config, &datapath)?;
+    let (workers, output) = Workers::start(&config, &datapath, known)?;
     let mut control = Control {
         state,
         engine,

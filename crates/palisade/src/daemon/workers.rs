@@ -13,7 +13,7 @@ use std::{
 use anyhow::Context as _;
 use palisade_abi::{Config as Told, Inspector, Reason, config_flags};
 use palisade_datapath::{Attached, Carrier, Datapath, HookKind, monotonic_coarse};
-use palisade_inspect::{Denial, Engine, Limits, Millis, Rules, learning::Lessons, record::Record};
+use palisade_inspect::{Denial, Engine, Known, Limits, Millis, Rules, learning::Lessons, record::Record};
 use palisade_policy::snapshot::RuleSet;
 use palisade_worker::{Counters, Handle, Mode, Number, Pool, Receiver, Setup, State};
 use palisade_xsk::{Config as SocketConfig, Socket};
@@ -67,11 +67,15 @@ pub struct Output {
 
 impl Workers {
     /// Makes the carrier and starts the workers. Without them, nothing that must be read passes; all else does, so
-    /// the daemon goes on.
-    pub fn start(config: &Config, datapath: &Datapath) -> anyhow::Result<(Self, Option<Output>)> {
+    /// the daemon goes on. `known`: addresses must be known by the server names that are asked for.
+    pub fn start(
+        config: &Config,
+        datapath: &Datapath,
+        known: Option<Arc<Known>>,
+    ) -> anyhow::Result<(Self, Option<Output>)> {
         let wanted = &config.worker;
         let (cookie, mark) = secrets().context("/dev/urandom")?;
-        let started = start(wanted, limits(config), datapath, cookie);
+        let started = start(wanted, limits(config), known, datapath, cookie);
         let (running, output) = match started {
             Ok((running, output)) => (Ok(running), Some(output)),
             Err(problem) => {
@@ -226,6 +230,7 @@ fn limits(config: &Config) -> Limits {
 fn start(
     wanted: &Wanted,
     limits: Limits,
+    known: Option<Arc<Known>>,
     datapath: &Datapath,
     cookie: u64,
 ) -> anyhow::Result<(Running, Output)> {
@@ -245,7 +250,13 @@ fn start(
         clock: monotonic_coarse,
         largest: 4_096,
         port: socket_maker(wanted, &carrier),
-        engine: Arc::new(move |_| Engine::<Handle>::new(&limits)),
+        engine: Arc::new(move |_| {
+            let mut engine = Engine::<Handle>::new(&limits);
+            if let Some(known) = &known {
+                engine.verify_server_names(Arc::clone(known));
+            }
+            engine
+        }),
         beat: {
             let carrier = Arc::clone(&carrier);
             Arc::new(move |number, now| carrier.beat(number as u32, now))

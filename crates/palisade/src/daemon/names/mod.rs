@@ -36,8 +36,8 @@ use journal::Journal;
 use palisade_abi::{Identity, LearnedKey};
 use palisade_datapath::Datapath;
 use palisade_fqdn::{
-    Cache, CachedName, ChangeKind, Config, EndpointId, Millis, Pending, SavedName, SelectorId, Selectors,
-    Stats, Update,
+    Cache, CachedName, ChangeKind, EndpointId, Millis, Pending, SavedName, SelectorId, Selectors, Stats,
+    Update,
 };
 use palisade_inspect::learning::{Lesson, Lessons};
 use palisade_protocols::dns::{Answer, Name};
@@ -201,14 +201,14 @@ pub struct Change<'a> {
 impl Names {
     /// What is remembered from before, with the map as `found`.
     pub fn new(
-        config: Config,
+        cache: Cache,
         found: Vec<(LearnedKey, Identity)>,
         writer: impl Writer + Send + Sync + 'static,
         wish: impl Fn(Wish) + Send + Sync + 'static,
     ) -> Self {
         Self {
             state: Mutex::new(State {
-                book: Book::new(Cache::new(config), found),
+                book: Book::new(cache, found),
                 view: Arc::new(Nobody),
                 selectors: BTreeMap::new(),
                 denied: HashSet::new(),

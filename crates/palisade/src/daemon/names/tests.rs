@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeSet, sync::PoisonError};
 
+use palisade_fqdn::Config;
 use palisade_inspect::{Learn, learning::lessons};
 use palisade_policy::rule::FqdnPattern;
 use palisade_protocols::dns::{Address, CLASS_IN, Question, Source as RecordSource, rtype};
@@ -195,7 +196,7 @@ proptest! {
         map.lock().entries.insert(key(1, address(0)), 99_999);
         let found = map.lock().entries.clone().into_iter().collect();
         let config = Config { min_ttl: 0, ..Config::default() };
-        let names = Names::new(config, found, map.clone(), |_| {});
+        let names = Names::new(Cache::new(config), found, map.clone(), |_| {});
         let endpoints: BTreeMap<u16, String> = [(1, "a".to_owned()), (2, "b".to_owned())].into();
         let (learners, questions) = lessons(256);
         let mut learner = learners.learner(256, Arc::new(|| {}));
@@ -306,7 +307,7 @@ fn what_was_learned_is_there_again_after_a_restart() {
     let map = FakeMap::default();
     let open = |map: &FakeMap| {
         let found = map.lock().entries.clone().into_iter().collect();
-        let mut names = Names::new(Config::default(), found, map.clone(), |_| {});
+        let mut names = Names::new(Cache::new(Config::default()), found, map.clone(), |_| {});
         names.remember(dir.path(), endpoints.clone()).unwrap();
         let change = names.change(&policy_of([0, 3]), &endpoints, true);
         let meaning = Fake {
