@@ -233,13 +233,14 @@ impl ServerReader {
                 CHANGE_CIPHER_SPEC if self.held.is_empty() => continue,
                 _ => return Err(Refusal::NotHello),
             }
-            if let Some(step) = self.take(piece.bytes)? {
+            if let Some(step) = self.take(&piece)? {
                 return Ok(step);
             }
         }
     }
 
-    fn take(&mut self, bytes: &[u8]) -> Result<Option<ServerStep>, Refusal> {
+    fn take(&mut self, piece: &Piece<'_>) -> Result<Option<ServerStep>, Refusal> {
+        let bytes = piece.bytes;
         let missing = MESSAGE_HEADER + MAX_HELLO - self.held.len();
         self.held.extend_from_slice(&bytes[..bytes.len().min(missing)]);
         if self.held.first() != Some(&SERVER_HELLO) {
@@ -258,6 +259,11 @@ impl ServerReader {
         let body = &self.held[MESSAGE_HEADER..length];
         let again = body[2..34] == RETRY_RANDOM;
         let version = server_version(body);
+        // A server that asks for another hello has nothing more to say: what stands behind it would be read or not,
+        // depending on how the stream is cut.
+        if again && (self.held.len() > length || !piece.last) {
+            return Err(Refusal::Trailing);
+        }
         self.held.clear();
         Ok(Some(if again {
             ServerStep::Again

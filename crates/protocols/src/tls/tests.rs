@@ -253,6 +253,13 @@ fn the_server_says_whether_another_hello_follows() {
     let mut flight = server_hello([1; 32], &[]);
     flight.extend(message(11, &[0; 500]));
     assert_eq!(read(&record(22, &flight)), Ok(ServerStep::Answered(0x0303)));
+    // Behind a question for another hello nothing may, however the stream is cut.
+    let mut more = server_hello(record::RETRY_RANDOM, &tls13);
+    let length = more.len();
+    more.extend(server_hello([1; 32], &tls13));
+    let more = record(22, &more);
+    assert_eq!(read(&more), Err(Refusal::Trailing));
+    assert_eq!(read(&more[..5 + length]), Err(Refusal::Trailing));
 
     let retry = [
         record(22, &server_hello(record::RETRY_RANDOM, &tls13)),

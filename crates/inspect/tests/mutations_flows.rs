@@ -1,0 +1,14 @@
+//! The corpus of the fuzz target `flows`, and mutations of it for a few seconds, on any toolchain.
+
+use std::path::Path;
+
+#[path = "../../../tests/fuzz/bodies/flows.rs"]
+mod body;
+#[path = "../../../tests/fuzz/bodies/mutate.rs"]
+mod mutate;
+
+#[test]
+fn whole_flows_and_what_is_like_them() {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/corpus/flows");
+    mutate::run(&corpus, body::run);
+}

@@ -1,0 +1,26 @@
+//! The corpora of the fuzz targets `http1` and `tls`, and mutations of them for a few seconds, on any toolchain.
+
+use std::path::Path;
+
+#[path = "../../../tests/fuzz/bodies/http1.rs"]
+mod http1;
+#[path = "../../../tests/fuzz/bodies/mutate.rs"]
+mod mutate;
+#[path = "../../../tests/fuzz/bodies/tls.rs"]
+mod tls;
+
+fn corpus(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../tests/fuzz/corpus")
+        .join(name)
+}
+
+#[test]
+fn http1_and_what_is_like_it() {
+    mutate::run(&corpus("http1"), http1::run);
+}
+
+#[test]
+fn tls_and_what_is_like_it() {
+    mutate::run(&corpus("tls"), tls::run);
+}

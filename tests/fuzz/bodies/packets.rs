@@ -1,0 +1,159 @@
+//! Packets for the engine, and what it does with them.
+
+use std::{collections::HashMap, sync::Arc};
+
+use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_hook, order};
+use palisade_inspect::{Engine, Learn, Route, Rules, Sink, View, record::Record};
+use palisade_packet::{Packet, Start, decode};
+use palisade_policy::{
+    rule::{FqdnPattern, HttpRule},
+    snapshot::{Alternative, Matcher, RuleSet},
+};
+
+/// The set of HTTP rules: paths that begin with `/good`.
+pub const HTTP: u32 = 1;
+/// Another one that allows nothing of that.
+pub const OTHER_HTTP: u32 = 2;
+/// The set of server names: `good.test`.
+pub const TLS: u32 = 3;
+/// Another one that does not allow that.
+pub const OTHER_TLS: u32 = 4;
+
+thread_local! {
+    static RULES: Arc<Rules> = {
+        let set = |id: u32, reads: Inspector, matcher: Matcher| {
+            let set = RuleSet {
+                reads: reads as u8,
+                alternatives: vec![Alternative { rule: 1, matcher }],
+                ..RuleSet::default()
+            };
+            (id, Arc::new(set))
+        };
+        let path = |path: &str| {
+            Matcher::Http(HttpRule {
+                path: Some(path.into()),
+                ..HttpRule::default()
+            })
+        };
+        let name = |name: &str| Matcher::ServerName(FqdnPattern::Name(name.into()));
+        let sets = [
+            set(HTTP, Inspector::Http, path("/good.*")),
+            set(OTHER_HTTP, Inspector::Http, path("/other")),
+            set(TLS, Inspector::Tls, name("good.test")),
+            set(OTHER_TLS, Inspector::Tls, name("other.test")),
+        ];
+        Arc::new(Rules::prepare(&sets.into_iter().collect(), None))
+    };
+}
+
+/// Gives an engine the rules.
+pub fn prepare(engine: &mut Engine<usize>) {
+    RULES.with(|rules| engine.set_rules(rules.clone()));
+}
+
+/// Which inspector reads by a set of rules.
+pub fn inspector(ruleset: u32) -> u8 {
+    (if ruleset < TLS {
+        Inspector::Http
+    } else {
+        Inspector::Tls
+    }) as u8
+}
+
+/// What the engine has done.
+#[derive(Default)]
+pub struct Done {
+    /// Handles that came back, and whether their packets go on.
+    pub returned: HashMap<usize, bool>,
+    /// What goes on, in order.
+    pub passed: Vec<Passed>,
+    /// The programs were told to let the flow be.
+    pub offloaded: bool,
+}
+
+/// Something that goes on: a packet by its handle, or a frame that was made.
+#[allow(dead_code, reason = "who only counts what comes back does not look at it")]
+pub enum Passed {
+    Packet(usize),
+    Made(Vec<u8>),
+}
+
+impl Done {
+    fn back(&mut self, frame: usize, released: bool) {
+        let before = self.returned.insert(frame, released);
+        assert!(before.is_none(), "{frame} came back twice");
+        if released {
+            self.passed.push(Passed::Packet(frame));
+        }
+    }
+}
+
+impl Sink<usize> for Done {
+    fn release(&mut self, frame: usize) {
+        self.back(frame, true);
+    }
+
+    fn release_with(&mut self, frame: usize, command: &FlowCommand) {
+        self.offloaded |= command.order == order::OFFLOAD;
+        self.back(frame, true);
+    }
+
+    fn command(&mut self, command: &FlowCommand) {
+        self.offloaded |= command.order == order::OFFLOAD;
+    }
+
+    fn discard(&mut self, frame: usize, reason: Reason) {
+        assert!(reason.is_drop());
+        self.back(frame, false);
+    }
+
+    fn emit(&mut self, frame: &[u8], _route: Route) {
+        let made = decode(frame, Start::Ethernet { tags_removed: 0 }, &mut Packet::default());
+        assert!(made.is_ok(), "{made:?}");
+        self.passed.push(Passed::Made(frame.to_vec()));
+    }
+
+    fn learn(&mut self, learn: Learn) -> Result<(), Learn> {
+        Err(learn)
+    }
+
+    fn record(&mut self, _record: &Record) {}
+}
+
+/// Gives a frame to the engine, if the programs would have carried it; whether they would.
+pub fn give(
+    engine: &mut Engine<usize>,
+    now: u64,
+    slot: &CarrySlot,
+    frame: &[u8],
+    handle: usize,
+    done: &mut Done,
+) -> bool {
+    let mut packet = Packet::default();
+    let decoded = decode(frame, Start::Ethernet { tags_removed: 0 }, &mut packet);
+    // the programs carry what they can judge, and nothing else
+    if decoded.is_err() || packet.is(palisade_packet::flags::NOT_IP) {
+        return false;
+    }
+    let transport = usize::from(packet.transport_offset);
+    let network = usize::from(packet.network_offset);
+    let end = network + packet.length as usize;
+    let is_tcp = packet.protocol == palisade_abi::protocol::TCP && transport + 20 <= end;
+    let payload = if is_tcp && !packet.is(palisade_packet::flags::FRAGMENT_LATER) {
+        transport + usize::from(frame[transport + 12] >> 4) * 4
+    } else {
+        transport
+    };
+    let view = View {
+        slot,
+        ifindex: 1,
+        hook: carry_hook::TC_EGRESS,
+        packet: &packet,
+        frame,
+        network,
+        transport,
+        payload: (payload.min(end), end),
+    };
+    engine.packet(now, &view, handle, done);
+    true
+}

@@ -1,0 +1,382 @@
+//! A sender that contradicts itself, against two receivers: one that keeps what came first, one that keeps what came
+//! last. Whatever it sends, in whatever order, and whatever is lost: neither reads a request (or a name) that is denied.
+//!
+//! The input: what is said (a byte), which of it is denied in one stream and in the other (a byte), then what happens,
+//! four bytes each.
+
+use palisade_abi::{CarrySlot, carry_flags};
+use palisade_inspect::{Engine, Limits};
+
+#[path = "packets.rs"]
+mod packets;
+
+use packets::{Done, HTTP, Passed, TLS, give, inspector, prepare};
+
+const CLIENT: ([u8; 4], u16) = ([10, 0, 0, 1], 40_000);
+const SERVER: ([u8; 4], u16) = ([10, 0, 0, 2], 443);
+const ISN: [u32; 2] = [0xffff_ff80, 0x1000];
+const FIN: u8 = 1;
+const SYN: u8 = 2;
+const RST: u8 = 4;
+const ACK: u8 = 16;
+const URG: u8 = 32;
+const ETHERNET: usize = 14;
+const IP: usize = 20;
+const TCP: usize = 20;
+
+/// A segment of either side; `at` counts from behind the SYN.
+struct Segment<'a> {
+    client: bool,
+    flags: u8,
+    at: i64,
+    ack: u32,
+    data: &'a [u8],
+}
+
+impl Segment<'_> {
+    fn frame(&self) -> Vec<u8> {
+        let (from, to) = if self.client {
+            (CLIENT, SERVER)
+        } else {
+            (SERVER, CLIENT)
+        };
+        let isn = ISN[usize::from(!self.client)];
+        let mut frame = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 8, 0, 0x45, 0];
+        frame.extend_from_slice(&((IP + TCP + self.data.len()) as u16).to_be_bytes());
+        frame.extend_from_slice(&[0, 0, 0x40, 0, 64, 6, 0, 0]);
+        frame.extend_from_slice(&from.0);
+        frame.extend_from_slice(&to.0);
+        frame.extend_from_slice(&from.1.to_be_bytes());
+        frame.extend_from_slice(&to.1.to_be_bytes());
+        frame.extend_from_slice(&isn.wrapping_add(1).wrapping_add(self.at as u32).to_be_bytes());
+        frame.extend_from_slice(&self.ack.to_be_bytes());
+        frame.extend_from_slice(&[5 << 4, self.flags, 0xff, 0xff, 0, 0, 0, 0]);
+        frame.extend_from_slice(self.data);
+        frame
+    }
+}
+
+/// What a receiver has of the client's stream.
+struct Receiver {
+    /// A byte that comes again takes the place of one that has not been read.
+    last_wins: bool,
+    bytes: Vec<Option<u8>>,
+    /// All before has been read.
+    read: usize,
+    closed: bool,
+}
+
+impl Receiver {
+    fn take(&mut self, frame: &[u8]) {
+        let tcp = &frame[ETHERNET + IP..];
+        let seq = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
+        let (flags, header) = (tcp[13], usize::from(tcp[12] >> 4) * 4);
+        let at = i64::from(seq.wrapping_sub(ISN[0].wrapping_add(1)) as i32);
+        // a reset or an end is the end, where it counts
+        if flags & RST != 0 {
+            self.closed |= at == self.read as i64;
+            return;
+        }
+        if flags & SYN != 0 || self.closed {
+            return;
+        }
+        let total = usize::from(u16::from_be_bytes([frame[ETHERNET + 2], frame[ETHERNET + 3]])) - IP;
+        for (n, byte) in tcp[header..total].iter().enumerate() {
+            let Ok(place) = usize::try_from(at + n as i64) else {
+                continue;
+            };
+            if place >= 4_096 || place < self.read {
+                continue;
+            }
+            if self.bytes.len() <= place {
+                self.bytes.resize(place + 1, None);
+            }
+            if self.bytes[place].is_none() || self.last_wins {
+                self.bytes[place] = Some(*byte);
+            }
+        }
+        while self.bytes.get(self.read).is_some_and(Option::is_some) {
+            self.read += 1;
+        }
+    }
+
+    fn stream(&self) -> Vec<u8> {
+        self.bytes[..self.read].iter().flatten().copied().collect()
+    }
+}
+
+/// A place in a stream at which something must stand, if it is not to be denied.
+struct Slot {
+    at: usize,
+    allowed: &'static [u8],
+}
+
+/// Both streams, which differ in what is denied only, and the places where they may.
+fn streams(said: u8, denied: u8) -> (Vec<u8>, Vec<u8>, Vec<Slot>) {
+    let (mut one, mut two, mut slots) = (Vec::new(), Vec::new(), Vec::new());
+    let tls = said & 0x80 != 0;
+    for n in 0..4 {
+        let (before, allowed, refused, behind): (Vec<u8>, &'static [u8], &[u8], Vec<u8>) = if tls {
+            if n > 1 {
+                break;
+            }
+            (hello(0), b"good.test", b"evil.test", hello(1))
+        } else {
+            // the highest bit is taken
+            let kind = (said & 0x7f) >> (n * 2) & 3;
+            // the body of a request may look like one that is denied
+            let body = "GET /evil HTTP/1.1\r\nHost: x\r\n\r\n";
+            let (method, behind) = match kind {
+                0 | 1 => ("GET ", " HTTP/1.1\r\nHost: x\r\n\r\n".to_owned()),
+                2 => (
+                    "POST ",
+                    format!(
+                        " HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}",
+                        body.len()
+                    ),
+                ),
+                _ => (
+                    "POST ",
+                    format!(
+                        " HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n{:x}\r\n{body}\r\n0\r\nA: b\r\n\r\n",
+                        body.len()
+                    ),
+                ),
+            };
+            (method.into(), b"/good", b"/evil", behind.into_bytes())
+        };
+        slots.push(Slot {
+            at: one.len() + before.len(),
+            allowed,
+        });
+        for (stream, bit) in [(&mut one, n), (&mut two, n + 4)] {
+            let path = if denied >> bit & 1 == 0 { allowed } else { refused };
+            stream.extend_from_slice(&before);
+            stream.extend_from_slice(path);
+            stream.extend_from_slice(&behind);
+        }
+    }
+    (one, two, slots)
+}
+
+/// A ClientHello before and behind its name.
+fn hello(part: usize) -> Vec<u8> {
+    const NAME: usize = 9;
+    let mut body = vec![3, 3];
+    body.extend_from_slice(&[7; 32]);
+    body.extend_from_slice(&[0, 0, 2, 0x13, 1, 1, 0]);
+    // server name, then supported versions
+    let extensions = 9 + NAME + 7;
+    body.extend_from_slice(&(extensions as u16).to_be_bytes());
+    body.extend_from_slice(&[0, 0, 0, NAME as u8 + 5, 0, NAME as u8 + 3, 0, 0, NAME as u8]);
+    let behind = vec![0, 43, 0, 3, 2, 3, 4];
+    let length = (body.len() + NAME + behind.len()) as u8;
+    let head = [&[22, 3, 1, 0, length + 4, 1, 0, 0, length][..], &body].concat();
+    [head, behind][part].clone()
+}
+
+/// A ServerHello that asks for another hello.
+fn retry() -> Vec<u8> {
+    let mut hello = vec![22, 3, 3, 0, 50, 2, 0, 0, 46, 3, 3];
+    hello.extend_from_slice(&[
+        0xcf, 0x21, 0xad, 0x74, 0xe5, 0x9a, 0x61, 0x11, 0xbe, 0x1d, 0x8c, 0x02, 0x1e, 0x65, 0xb8, 0x91, 0xc2,
+        0xa2, 0x11, 0x16, 0x7a, 0xbb, 0x8c, 0x5e, 0x07, 0x9e, 0x09, 0xe2, 0xc8, 0xa8, 0x33, 0x9c,
+    ]);
+    hello.extend_from_slice(&[0, 0x13, 1, 0, 0, 6, 0, 43, 0, 2, 3, 4]);
+    hello
+}
+
+/// A connection through the engine.
+struct Game {
+    engine: Engine<usize>,
+    done: Done,
+    now: u64,
+    frames: Vec<Vec<u8>>,
+    given: usize,
+    ruleset: u32,
+    receivers: [Receiver; 2],
+    slots: Vec<Slot>,
+    /// Bytes that the server has said.
+    said: usize,
+    /// The next so many packets that go to the server are lost.
+    lost: u8,
+}
+
+impl Game {
+    fn send(&mut self, segment: &Segment<'_>) {
+        let frame = segment.frame();
+        let slot = CarrySlot {
+            rule: 9,
+            ruleset: self.ruleset,
+            endpoint: 1,
+            inspector: inspector(self.ruleset),
+            flags: if segment.client {
+                0
+            } else {
+                carry_flags::REPLY | carry_flags::INGRESS
+            },
+            ..CarrySlot::default()
+        };
+        let handle = self.frames.len();
+        // the programs do not carry what no receiver takes
+        if give(&mut self.engine, self.now, &slot, &frame, handle, &mut self.done) {
+            self.given += 1;
+        }
+        self.frames.push(frame);
+        self.deliver();
+    }
+
+    fn tick(&mut self, ms: u64) {
+        self.now += ms;
+        self.engine.tick(self.now, &mut self.done);
+        self.deliver();
+    }
+
+    /// Takes to the receivers what goes on to them.
+    fn deliver(&mut self) {
+        for passed in std::mem::take(&mut self.done.passed) {
+            let frame = match passed {
+                Passed::Packet(handle) => std::mem::take(&mut self.frames[handle]),
+                Passed::Made(frame) => frame,
+            };
+            if frame[ETHERNET + 12..ETHERNET + 16] != CLIENT.0 {
+                continue;
+            }
+            if self.lost > 0 {
+                self.lost -= 1;
+                continue;
+            }
+            for receiver in &mut self.receivers {
+                receiver.take(&frame);
+            }
+        }
+        for receiver in &self.receivers {
+            let stream = receiver.stream();
+            for slot in &self.slots {
+                let there = stream.get(slot.at..).unwrap_or_default();
+                let there = &there[..there.len().min(slot.allowed.len())];
+                assert!(
+                    slot.allowed.starts_with(there),
+                    "last wins: {}, at {}: {:?}",
+                    receiver.last_wins,
+                    slot.at,
+                    String::from_utf8_lossy(&stream)
+                );
+            }
+        }
+    }
+
+    /// What both receivers have read.
+    fn acknowledged(&self) -> u32 {
+        let read = self.receivers.iter().map(|r| r.read).min().unwrap_or(0);
+        ISN[0].wrapping_add(1 + read as u32)
+    }
+
+    fn server(&mut self, data: &[u8]) {
+        let segment = Segment {
+            client: false,
+            flags: ACK,
+            at: self.said as i64,
+            ack: self.acknowledged(),
+            data,
+        };
+        self.said += data.len();
+        self.send(&segment);
+    }
+}
+
+/// Runs one game.
+pub fn run(input: &[u8]) {
+    let Some((&[said, denied], mut rest)) = input.split_first_chunk() else {
+        return;
+    };
+    let (one, two, slots) = streams(said, denied);
+    let mut game = Game {
+        engine: Engine::new(&Limits::default()),
+        done: Done::default(),
+        now: 0,
+        frames: Vec::new(),
+        given: 0,
+        ruleset: if said & 0x80 == 0 { HTTP } else { TLS },
+        receivers: [false, true].map(|last_wins| Receiver {
+            last_wins,
+            bytes: Vec::new(),
+            read: 0,
+            closed: false,
+        }),
+        slots,
+        said: 0,
+        lost: 0,
+    };
+    prepare(&mut game.engine);
+    for (client, flags) in [(true, SYN), (false, SYN | ACK), (true, ACK)] {
+        game.send(&Segment {
+            client,
+            flags,
+            at: if flags & SYN == 0 { 0 } else { -1 },
+            ack: if flags & ACK == 0 {
+                0
+            } else {
+                ISN[usize::from(client)].wrapping_add(1)
+            },
+            data: b"",
+        });
+    }
+    while let Some((&[what, at, length, more], after)) = rest.split_first_chunk() {
+        rest = after;
+        if game.done.offloaded {
+            break;
+        }
+        let ack = ISN[1].wrapping_add(1 + game.said as u32);
+        let stream = if what & 1 == 0 { &one } else { &two };
+        let from = usize::from(at) * stream.len() / 256;
+        let to = (from + 1 + usize::from(length)).min(stream.len());
+        let data = &stream[from..to];
+        let mut segment = Segment {
+            client: true,
+            flags: ACK,
+            at: from as i64,
+            ack,
+            data,
+        };
+        match what >> 1 & 15 {
+            // some of either stream
+            0..=6 => {
+                if more & 1 != 0 && to == stream.len() {
+                    segment.flags |= FIN;
+                }
+                game.send(&segment);
+            }
+            // the same, and it is lost behind the engine
+            7 => {
+                game.lost = 1 + more % 3;
+                game.send(&segment);
+            }
+            // something that receivers do not take
+            8 => {
+                segment.flags = [0, ACK | URG, ACK | SYN, ACK | SYN | FIN, FIN, SYN][usize::from(more % 6)];
+                game.send(&segment);
+            }
+            9 => {
+                segment.ack = ack.wrapping_add(u32::from(more) << 16 | 1);
+                game.send(&segment);
+            }
+            10 => {
+                segment.flags = if more & 1 == 0 { RST } else { RST | ACK };
+                segment.data = b"";
+                game.send(&segment);
+            }
+            11 => game.server(b""),
+            12 => game.server(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"),
+            13 => game.server(&retry()),
+            14 => {
+                // it says that it has what was said
+                segment.data = b"";
+                game.send(&segment);
+            }
+            _ => game.tick(if more & 1 == 0 { 15 } else { u64::from(more) * 100 }),
+        }
+    }
+    game.engine.drain(&mut game.done);
+    assert_eq!(game.done.returned.len(), game.given);
+}
