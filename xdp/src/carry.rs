@@ -342,10 +342,16 @@ fn obey(command: &FlowCommand) -> u32 {
     if entry.serial != command.serial {
         return 0;
     }
-    match command.order {
-        order::OFFLOAD => entry.inspector = 0,
-        order::CLOSE => conntrack::close(entry),
-        _ => {}
+    if command.order == order::CLOSE {
+        conntrack::close(entry);
+        return 0;
+    }
+    // Rules may have changed since the worker got the packet that it decided by.
+    if entry.ruleset != command.ruleset || u32::from(entry.carry_flags) != command.carry_flags {
+        return 0;
+    }
+    if command.order == order::OFFLOAD {
+        entry.inspector = 0;
     }
     set_windows(entry, command.windows);
     0

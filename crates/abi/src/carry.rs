@@ -131,6 +131,11 @@ pub struct FlowCommand {
     pub serial: u32,
     /// [`order`].
     pub order: u32,
+    /// The application rules by which the flow was read, and their flags ([`carry_flags::AUDIT`] or 0). If others hold
+    /// for it by now, it is not left to the programs.
+    pub ruleset: u32,
+    /// See `ruleset`.
+    pub carry_flags: u32,
     /// See [`crate::CtEntry::windows`].
     pub windows: [u32; 4],
 }

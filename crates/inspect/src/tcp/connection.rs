@@ -1,7 +1,7 @@
 mod answer;
 mod delivery;
 
-use palisade_abi::{CtKey, FlowCommand, Reason, carry_flags, order};
+use palisade_abi::{CarrySlot, CtKey, FlowCommand, Reason, carry_flags, order};
 
 use super::{
     Reader, Shared, Side, Step,
@@ -41,7 +41,8 @@ pub(crate) struct Connection<F> {
     halves: [Half<F>; 2],
     phase: Phase,
     key: CtKey,
-    serial: u32,
+    /// Of the packet that was read last.
+    slot: CarrySlot,
     about: About,
     /// Another policy has its packets read too, and must not miss any: none are made in their place.
     is_shared: bool,
@@ -64,13 +65,13 @@ pub(crate) struct Connection<F> {
 
 impl<F> Connection<F> {
     /// Of a connection whose first packet is just being looked at.
-    pub(super) fn new(key: CtKey, serial: u32, about: About) -> Self {
+    pub(super) fn new(key: CtKey, view: &View<'_>) -> Self {
         Self {
             halves: [Half::new(), Half::new()],
             phase: Phase::Open,
             key,
-            serial,
-            about,
+            slot: *view.slot,
+            about: About::of(view),
             is_shared: false,
             is_audit: false,
             windows: [0; 4],
@@ -84,7 +85,7 @@ impl<F> Connection<F> {
     }
 
     pub(super) const fn serial(&self) -> u32 {
-        self.serial
+        self.slot.serial
     }
 
     fn half(&mut self, side: Side) -> &mut Half<F> {
@@ -193,7 +194,7 @@ impl<F> Connection<F> {
         self.reset_to(Side::Server, shared, sink);
         self.phase = Phase::Cut(reason);
         self.close(reason, shared, sink);
-        sink.command(&order(self.key, self.serial, order::CLOSE));
+        sink.command(&order(self.key, &self.slot, order::CLOSE));
     }
 
     /// Names a connection that is cut for a reason that no reader has told.
@@ -321,6 +322,13 @@ impl<F> Connection<F> {
                         other.acknowledge(other.promised, 0);
                     }
                 }
+                // Judged by the old rules; by the new ones once nothing is owed any more.
+                if (view.slot.ruleset, view.slot.flags & carry_flags::AUDIT)
+                    != (self.slot.ruleset, self.slot.flags & carry_flags::AUDIT)
+                {
+                    sink.discard(frame, Reason::TcpHeld);
+                    return;
+                }
                 self.command = self.is_settled();
                 self.release(frame, shared, sink);
                 return;
@@ -332,6 +340,7 @@ impl<F> Connection<F> {
             }
             _ => {}
         }
+        self.slot = *view.slot;
         let Some(segment) = Segment::read(view) else {
             shared.stats.invalid += 1;
             sink.discard(frame, Reason::TcpInvalid);
@@ -625,13 +634,13 @@ impl<F> Connection<F> {
             return;
         }
         if matches!(self.phase, Phase::Offloaded) {
-            sink.release_with(frame, &order(self.key, self.serial, order::OFFLOAD));
+            sink.release_with(frame, &order(self.key, &self.slot, order::OFFLOAD));
             return;
         }
         shared.stats.windows += 1;
         let command = FlowCommand {
             windows: self.windows,
-            ..order(self.key, self.serial, order::WINDOWS)
+            ..order(self.key, &self.slot, order::WINDOWS)
         };
         sink.release_with(frame, &command);
     }

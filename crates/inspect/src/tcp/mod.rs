@@ -27,11 +27,13 @@ pub(crate) use table::{Connections, key};
 use crate::{Millis, Sink};
 
 /// What the programs are to do with a flow.
-fn order(key: CtKey, serial: u32, order: u32) -> FlowCommand {
+fn order(key: CtKey, slot: &CarrySlot, order: u32) -> FlowCommand {
     FlowCommand {
         key,
-        serial,
+        serial: slot.serial,
         order,
+        ruleset: slot.ruleset,
+        carry_flags: u32::from(slot.flags & carry_flags::AUDIT),
         windows: [0; 4],
     }
 }

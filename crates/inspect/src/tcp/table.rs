@@ -5,7 +5,7 @@ use palisade_abi::{CtKey, Reason, carry_flags, order, protocol};
 use super::{Connection, Reader, Remember, Shared, TcpLimits, TcpStats, order, segment::Segment};
 use crate::{
     Millis, Sink, View,
-    record::{About, Record, Verdict, What},
+    record::{Record, Verdict, What},
 };
 
 /// A connection, and what its reader knows of it.
@@ -138,12 +138,12 @@ impl<F, T: Remember> Connections<F, T> {
         if let Some(past) = self.past.get_mut(&key) {
             if past.serial == serial && !opens {
                 match recall(&mut past.memory, sink) {
-                    Ok(()) => sink.release_with(frame, &order(key, serial, order::OFFLOAD)),
+                    Ok(()) => sink.release_with(frame, &order(key, view.slot, order::OFFLOAD)),
                     Err(reason) => {
                         self.past.remove(&key);
                         self.shared.stats.cut += 1;
                         sink.discard(frame, reason);
-                        sink.command(&order(key, serial, order::CLOSE));
+                        sink.command(&order(key, view.slot, order::CLOSE));
                         Connection::<F>::refuse(view, &mut self.shared, sink);
                         Connection::<F>::abandon(view, &mut self.shared, sink);
                     }
@@ -176,7 +176,7 @@ impl<F, T: Remember> Connections<F, T> {
             self.by_endpoint.insert(key.endpoint, of_endpoint + 1);
             self.shared.stats.opened += 1;
             let entry = Entry {
-                connection: Connection::new(key, serial, About::of(view)),
+                connection: Connection::new(key, view),
                 reader: make(),
                 due: Millis::MAX,
             };
@@ -267,7 +267,7 @@ impl<F, T: Remember> Connections<F, T> {
             let (key, serial) = (key(view), view.slot.serial);
             let memory = T::Memory::default();
             self.add_past(key, Past { serial, memory });
-            sink.release_with(frame, &order(key, serial, order::OFFLOAD));
+            sink.release_with(frame, &order(key, view.slot, order::OFFLOAD));
         } else {
             sink.discard(frame, reason);
         }
@@ -285,7 +285,7 @@ impl<F, T: Remember> Connections<F, T> {
         if self.refuse(view, frame, Reason::TcpMidstream, sink) && !segment.is_rst() {
             Connection::<F>::refuse(view, &mut self.shared, sink);
             Connection::<F>::abandon(view, &mut self.shared, sink);
-            sink.command(&order(key(view), view.slot.serial, order::CLOSE));
+            sink.command(&order(key(view), view.slot, order::CLOSE));
         }
     }
 

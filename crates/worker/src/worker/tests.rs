@@ -143,6 +143,8 @@ fn command(endpoint: u16) -> FlowCommand {
         },
         serial: 77,
         order: 1,
+        ruleset: 0,
+        carry_flags: 0,
         windows: [0; 4],
     }
 }
