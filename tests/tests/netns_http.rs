@@ -19,7 +19,9 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    apps::{Apps, WAYS, answers_requests, apps, borrowed, packets_read, policies, policy},
+    apps::{
+        Apps, WAYS, answers_requests, apps, borrowed, has_default_offloads, packets_read, policies, policy,
+    },
     names::counted,
 };
 
@@ -142,6 +144,7 @@ fn all_ways(hooks: Hooks) {
             );
         }
     }
+    has_default_offloads(&apps);
 }
 
 #[test]

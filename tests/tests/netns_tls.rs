@@ -21,7 +21,7 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    apps::{Apps, WAYS, apps, borrowed, packets_read, policies, policy, tracked},
+    apps::{Apps, WAYS, apps, borrowed, has_default_offloads, packets_read, policies, policy, tracked},
     names::counted,
     secret,
 };
@@ -92,6 +92,7 @@ fn all_ways(hooks: Hooks) {
             );
         }
     }
+    has_default_offloads(&apps);
 }
 
 #[test]
@@ -694,6 +695,10 @@ fn flows_name_the_server_name_the_verdict_and_the_rule() {
                 })
                 .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
         }
+    }
+    // a connection that was cut is over for the programs too: it does not fill their table for hours
+    for entry in tracked(&daemon, HTTPS).expect("ct list") {
+        assert!(entry["expires"].as_u64() < Some(60), "{entry:#}");
     }
     daemon
         .wait_status("denied names are counted", |status| counted(status, 240) >= 2)

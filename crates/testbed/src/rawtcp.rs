@@ -565,7 +565,9 @@ impl RawTcp {
         if set & flags::FIN != 0 && !self.finished && end == self.next() {
             self.finished = true;
         }
-        if self.acknowledges && (!data.is_empty() || set & flags::FIN != 0) {
+        // a probe asks what is taken (RFC 9293, 3.8.6.1)
+        let is_probe = seq.wrapping_add(1) == self.next();
+        if self.acknowledges && (!data.is_empty() || set & flags::FIN != 0 || is_probe) {
             let at = self.acked.max(0);
             self.send(&Segment::data(at, b""))?;
         }
