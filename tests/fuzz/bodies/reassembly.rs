@@ -105,6 +105,19 @@ impl Receiver {
     }
 }
 
+/// Where in the client's stream a frame ends; 0 if it has no bytes.
+fn end_of(frame: &[u8]) -> usize {
+    let tcp = &frame[ETHERNET + IP..];
+    let seq = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
+    let at = i64::from(seq.wrapping_sub(ISN[0].wrapping_add(1)) as i32);
+    let total = usize::from(u16::from_be_bytes([frame[ETHERNET + 2], frame[ETHERNET + 3]])) - IP;
+    let length = total - usize::from(tcp[12] >> 4) * 4;
+    if length == 0 || at < 0 {
+        return 0;
+    }
+    at as usize + length
+}
+
 /// A place in a stream at which something must stand, if it is not to be denied.
 struct Slot {
     at: usize,
@@ -200,6 +213,8 @@ struct Game {
     said: usize,
     /// The next so many packets that go to the server are lost.
     lost: u8,
+    /// Behind the last byte that has gone on to the server, lost or not.
+    forwarded: usize,
 }
 
 impl Game {
@@ -242,6 +257,7 @@ impl Game {
             if frame[ETHERNET + 12..ETHERNET + 16] != CLIENT.0 {
                 continue;
             }
+            self.forwarded = self.forwarded.max(end_of(&frame));
             if self.lost > 0 {
                 self.lost -= 1;
                 continue;
@@ -272,12 +288,17 @@ impl Game {
         ISN[0].wrapping_add(1 + read as u32)
     }
 
-    fn server(&mut self, data: &[u8]) {
+    fn server(&mut self, data: &[u8], lies: bool) {
+        let ack = if lies {
+            ISN[0].wrapping_add(1 + self.forwarded as u32)
+        } else {
+            self.acknowledged()
+        };
         let segment = Segment {
             client: false,
             flags: ACK,
             at: self.said as i64,
-            ack: self.acknowledged(),
+            ack,
             data,
         };
         self.said += data.len();
@@ -307,6 +328,7 @@ pub fn run(input: &[u8]) {
         slots,
         said: 0,
         lost: 0,
+        forwarded: 0,
     };
     prepare(&mut game.engine);
     for (client, flags) in [(true, SYN), (false, SYN | ACK), (true, ACK)] {
@@ -366,9 +388,10 @@ pub fn run(input: &[u8]) {
                 segment.data = b"";
                 game.send(&segment);
             }
-            11 => game.server(b""),
-            12 => game.server(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"),
-            13 => game.server(&retry()),
+            // it may say that it has what was lost
+            11 => game.server(b"", more & 1 != 0),
+            12 => game.server(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", false),
+            13 => game.server(&retry(), false),
             14 => {
                 // it says that it has what was said
                 segment.data = b"";
