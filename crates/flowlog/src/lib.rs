@@ -1,9 +1,9 @@
 //! Seeing: flow records made from the events of the BPF programs and the records of the inspectors, a ring of recent
 //! ones, filters, text and JSON.
 //!
-//! Pure: no I/O, no clock. The daemon implements [`Names`], makes flows with [`Flow::from_event`] and
-//! [`Flow::from_record`] and keeps them in a [`Ring`]; a reader takes a [`Cursor`], a [`Filters`] (built from flags by [`FilterBuilder`]) and a
-//! [`format::Format`].
+//! Pure: no I/O, no clock. The daemon implements [`Names`], makes flows with [`Flow::from_event`] and keeps them in a
+//! [`Ring`], which makes those of records ([`Flow::from_record`]) when somebody looks; a reader takes a [`Cursor`], a
+//! [`Filters`] (built from flags by [`FilterBuilder`]) and a [`format::Format`].
 
 pub mod filter;
 pub mod flow;
@@ -16,5 +16,5 @@ mod time;
 pub use filter::{FilterBuilder, FilterError, Filters, FlowFilter};
 pub use flow::Flow;
 pub use resolve::{Names, Owner, RuleInfo};
-pub use ring::{Cursor, Next, Ring};
+pub use ring::{Cursor, Next, Resolver, Ring};
 pub use time::{ParseTimeError, Timestamp};

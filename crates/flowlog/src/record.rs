@@ -21,7 +21,7 @@ const OBSERVER: &str = "proxy";
 impl Flow {
     /// The flow record of something that was read at `time`.
     #[must_use]
-    pub fn from_record(record: &Record, names: &impl Names, time: Timestamp) -> Self {
+    pub fn from_record(record: &Record, names: &(impl Names + ?Sized), time: Timestamp) -> Self {
         let verdict = match record.verdict {
             Seen::Forwarded => Verdict::Forwarded,
             Seen::Dropped => Verdict::Dropped,

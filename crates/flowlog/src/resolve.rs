@@ -66,7 +66,7 @@ impl Flow {
     /// `clock_offset` is what has to be added to the monotonic clock, in which events are stamped, to have the
     /// time since 1970, in ns.
     #[must_use]
-    pub fn from_event(event: &Event, names: &impl Names, clock_offset: i64) -> Self {
+    pub fn from_event(event: &Event, names: &(impl Names + ?Sized), clock_offset: i64) -> Self {
         let flag = |bit| event.flags & bit != 0;
         let egress = flag(event_flags::EGRESS);
         let flow_egress = flag(event_flags::FLOW_EGRESS);
@@ -193,7 +193,12 @@ impl Flow {
 
     /// Names the end that is not the endpoint, as the endpoint has asked for it. `from_endpoint`: the endpoint sends
     /// the packet.
-    pub(crate) fn name_remote_end(&mut self, names: &impl Names, endpoint: u16, from_endpoint: bool) {
+    pub(crate) fn name_remote_end(
+        &mut self,
+        names: &(impl Names + ?Sized),
+        endpoint: u16,
+        from_endpoint: bool,
+    ) {
         let Some(ip) = self.ip else { return };
         let (address, list) = if from_endpoint {
             (ip.destination, &mut self.destination_names)
@@ -224,7 +229,7 @@ const fn kind_of(kind: u8) -> EventKind {
 }
 
 pub(crate) fn end(
-    names: &impl Names,
+    names: &(impl Names + ?Sized),
     is_ip: bool,
     address: palisade_abi::Addr,
     seen_identity: u32,

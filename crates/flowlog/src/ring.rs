@@ -4,20 +4,65 @@
 //! takes its place; a reader who comes later learns how many flows it has missed. A slot is locked only to copy or
 //! to replace one pointer, never while a flow is filtered, formatted or sent: the writer does not wait for a
 //! reader's work, however slow that is.
+//!
+//! Of what inspectors read there may be far more than anybody looks at. So the ring takes their records as they are,
+//! and a flow, with all its texts, is made of one when somebody wants to see it ([`Ring::push_record`]).
 
 use std::{
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
-use crate::{Filters, Flow, Timestamp};
+use palisade_inspect::record::Record;
+
+use crate::{Filters, Flow, Names, Timestamp};
+
+/// What knows the names that a record's numbers stand for.
+pub type Resolver = Arc<dyn Names + Send + Sync>;
+
+/// A record that nobody has looked at, or its flow if somebody has.
+struct Unseen {
+    record: Record,
+    time: Timestamp,
+    names: Resolver,
+    flow: OnceLock<Arc<Flow>>,
+}
+
+impl Unseen {
+    fn flow(&self) -> &Arc<Flow> {
+        let make = || Arc::new(Flow::from_record(&self.record, &*self.names, self.time));
+        self.flow.get_or_init(make)
+    }
+}
+
+#[derive(Clone)]
+enum Seen {
+    Flow(Arc<Flow>),
+    Record(Arc<Unseen>),
+}
+
+impl Seen {
+    fn time(&self) -> Timestamp {
+        match self {
+            Self::Flow(flow) => flow.time,
+            Self::Record(unseen) => unseen.time,
+        }
+    }
+
+    fn flow(&self) -> Arc<Flow> {
+        Arc::clone(match self {
+            Self::Flow(flow) => flow,
+            Self::Record(unseen) => unseen.flow(),
+        })
+    }
+}
 
 struct Slot {
     number: u64,
-    flow: Option<Arc<Flow>>,
+    seen: Option<Seen>,
 }
 
 /// A bounded ring of flows.
@@ -59,7 +104,7 @@ impl Ring {
         let slot = |_| {
             Mutex::new(Slot {
                 number: 0,
-                flow: None,
+                seen: None,
             })
         };
         Arc::new(Self {
@@ -98,14 +143,47 @@ impl Ring {
 
     /// Adds a flow; the oldest one makes room for it. Returns its number.
     pub fn push(&self, flow: Flow) -> u64 {
-        let flow = Arc::new(flow);
+        self.put(Seen::Flow(Arc::new(flow)))
+    }
+
+    /// Adds what an inspector read at `time`, of which a flow is made when it is looked at: by the names that `names`
+    /// knows then, or, if they are about to change, at [`Ring::settle`].
+    pub fn push_record(&self, record: &Record, names: &Resolver, time: Timestamp) -> u64 {
+        self.put(Seen::Record(Arc::new(Unseen {
+            record: *record,
+            time,
+            names: Arc::clone(names),
+            flow: OnceLock::new(),
+        })))
+    }
+
+    /// Makes a flow of each record that nobody has looked at, and lets go of what knows the names. For the time when
+    /// there is nothing else to do, and before the names change.
+    pub fn settle(&self) {
+        for slot in &self.slots {
+            let (number, seen) = {
+                let slot = lock(slot);
+                match &slot.seen {
+                    Some(seen @ Seen::Record(_)) => (slot.number, seen.clone()),
+                    _ => continue,
+                }
+            };
+            let flow = seen.flow();
+            let mut slot = lock(slot);
+            if slot.number == number {
+                slot.seen = Some(Seen::Flow(flow));
+            }
+        }
+    }
+
+    fn put(&self, seen: Seen) -> u64 {
         let turn = lock(&self.writing);
         let number = self.next.load(Ordering::SeqCst);
         let before = std::mem::replace(
             &mut *lock(self.slot(number)),
             Slot {
                 number,
-                flow: Some(flow),
+                seen: Some(seen),
             },
         );
         self.next.store(number + 1, Ordering::SeqCst);
@@ -137,8 +215,8 @@ impl Ring {
     pub fn since(self: &Arc<Self>, time: Timestamp) -> Cursor {
         let mut cursor = self.oldest();
         while cursor.at < self.seen() {
-            match self.get(cursor.at) {
-                Some(flow) if flow.time >= time => break,
+            match self.seen_as(cursor.at) {
+                Some(seen) if seen.time() >= time => break,
                 _ => cursor.at += 1,
             }
         }
@@ -174,13 +252,17 @@ impl Ring {
         &self.slots[(number % self.slots.len() as u64) as usize]
     }
 
-    fn get(&self, number: u64) -> Option<Arc<Flow>> {
+    fn seen_as(&self, number: u64) -> Option<Seen> {
         let slot = lock(self.slot(number));
         if slot.number == number {
-            slot.flow.clone()
+            slot.seen.clone()
         } else {
             None
         }
+    }
+
+    fn get(&self, number: u64) -> Option<Arc<Flow>> {
+        self.seen_as(number).map(|seen| seen.flow())
     }
 }
 

@@ -118,6 +118,10 @@ impl<T> Receiver<T> {
     pub fn next(&self, patience: Duration) -> Result<T, Nothing> {
         // Parked, not blocked in the queue: its senders would have to take a lock to wake somebody there.
         self.reader.get_or_init(thread::current);
+        match self.try_next() {
+            Err(Nothing::Yet) => {}
+            other => return other,
+        }
         let until = Instant::now() + patience;
         loop {
             match self.try_next() {

@@ -2,15 +2,20 @@
 
 use std::{
     collections::VecDeque,
+    net::IpAddr,
     sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
 
-use crate::world::{event, flow};
-use palisade_flowlog::{Cursor, FilterBuilder, Filters, Flow, Next, Ring, Timestamp};
+use crate::world::{WEB, World, address, event, flow};
+use palisade_abi::{Reason, protocol};
+use palisade_flowlog::{
+    Cursor, FilterBuilder, Filters, Flow, Names, Next, Owner, Resolver, Ring, RuleInfo, Timestamp,
+};
+use palisade_inspect::record::{Record, Verdict, What};
 use proptest::prelude::*;
 
 /// A flow that is known by its time.
@@ -18,6 +23,25 @@ fn numbered(number: u64) -> Flow {
     let mut flow = flow(&event());
     flow.time = Timestamp(number as i64);
     flow
+}
+
+/// Something that an inspector said about the web server.
+fn record() -> Record {
+    Record {
+        endpoint: 11,
+        ingress: false,
+        reply: false,
+        source: (address("10.0.1.10"), 54006),
+        destination: (address("10.0.1.20"), 80),
+        protocol: protocol::TCP,
+        remote_identity: WEB,
+        ifindex: 5,
+        verdict: Verdict::Dropped,
+        reason: Reason::AppDenied,
+        rule: 0,
+        latency: None,
+        what: What::Unreadable { detail: "test" },
+    }
 }
 
 fn number(flow: &Flow) -> u64 {
@@ -38,6 +62,8 @@ fn drain(cursor: &mut Cursor) -> (Vec<u64>, u64) {
 #[derive(Clone, Debug)]
 enum Step {
     Push(u8),
+    Record(u8),
+    Settle,
     Read,
     Last(u8),
     Since(u8),
@@ -46,6 +72,8 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         (0..20_u8).prop_map(Step::Push),
+        (0..20_u8).prop_map(Step::Record),
+        Just(Step::Settle),
         Just(Step::Read),
         (0..20_u8).prop_map(Step::Last),
         any::<u8>().prop_map(Step::Since),
@@ -56,14 +84,21 @@ proptest! {
     #[test]
     fn behaves_as_a_list_that_forgets(capacity in 1..12_usize, steps in prop::collection::vec(step(), 0..40)) {
         let ring = Ring::new(capacity);
+        let names: Resolver = Arc::new(World);
         let mut model = VecDeque::new();
         let mut pushed = 0;
         let mut follower = ring.follow();
         let mut expected_at = 0;
         for step in steps {
             match step {
-                Step::Push(count) => for _ in 0..count {
-                    prop_assert_eq!(ring.push(numbered(pushed)), pushed);
+                Step::Settle => ring.settle(),
+                Step::Push(count) | Step::Record(count) => for _ in 0..count {
+                    let number = if matches!(step, Step::Push(_)) {
+                        ring.push(numbered(pushed))
+                    } else {
+                        ring.push_record(&record(), &names, Timestamp(pushed as i64))
+                    };
+                    prop_assert_eq!(number, pushed);
                     model.push_back(pushed);
                     if model.len() > capacity {
                         model.pop_front();
@@ -190,4 +225,70 @@ fn readers_see_every_flow_once_or_as_lost() {
             assert_eq!(reader.join().expect("the reader ends"), COUNT);
         }
     });
+}
+
+/// Knows one name, which changes.
+struct Renamed {
+    name: Mutex<&'static str>,
+    asked: AtomicUsize,
+}
+
+impl Names for Renamed {
+    fn node(&self) -> Arc<str> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        (*self.name.lock().unwrap()).into()
+    }
+
+    fn labels(&self, _: u32) -> Option<Arc<[Arc<str>]>> {
+        None
+    }
+
+    fn endpoint(&self, _: u16) -> Option<Owner> {
+        None
+    }
+
+    fn address(&self, _: IpAddr) -> Option<Owner> {
+        None
+    }
+
+    fn rule(&self, _: u32) -> Option<RuleInfo> {
+        None
+    }
+
+    fn interface(&self, _: u32) -> Option<Arc<str>> {
+        None
+    }
+}
+
+#[test]
+fn a_flow_is_made_of_a_record_once_and_by_the_names_of_its_time() {
+    let names = Arc::new(Renamed {
+        name: Mutex::new("before"),
+        asked: AtomicUsize::new(0),
+    });
+    let resolver: Resolver = names.clone();
+    let asked = || names.asked.load(Ordering::Relaxed);
+    let ring = Ring::new(4);
+    for time in 0..6 {
+        ring.push_record(&record(), &resolver, Timestamp(time));
+    }
+    assert_eq!(asked(), 0, "nobody has looked");
+    let look = |count| ring.last(count, &Filters::default()).0;
+    assert!(
+        Arc::ptr_eq(&look(1)[0], &look(1)[0]),
+        "who looks twice sees the same"
+    );
+    assert_eq!(asked(), 1);
+    ring.settle();
+    ring.settle();
+    assert_eq!(asked(), 4, "of those that are still there, once each");
+    assert_eq!(
+        Arc::strong_count(&names),
+        2,
+        "the ring has let go of who knows the names"
+    );
+    *names.name.lock().unwrap() = "after";
+    assert!(look(4).iter().all(|flow| &*flow.node_name == "before"));
+    ring.push_record(&record(), &resolver, Timestamp(6));
+    assert_eq!(&*look(1)[0].node_name, "after");
 }

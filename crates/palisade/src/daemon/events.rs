@@ -14,7 +14,7 @@ use std::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use palisade_abi::{Decision, Event, EventKind, Reason, TracePoint, ct_flags, event_flags};
 use palisade_datapath::{Clock, Ended, EventReader};
-use palisade_flowlog::{Flow, Ring, Timestamp};
+use palisade_flowlog::{Flow, Resolver, Ring, Timestamp};
 use palisade_inspect::record::Record;
 use palisade_worker::{Nothing, Receiver};
 use tracing::error;
@@ -23,6 +23,12 @@ use super::view::{EventNames, Shared};
 
 /// Events between two looks at what is in force.
 const BATCH: usize = 512;
+/// Records become flows when no other has come for so long,
+const SETTLE_SILENT: Duration = Duration::from_millis(20);
+/// and when the oldest of them is so old.
+const SETTLE_AGE: Duration = Duration::from_secs(1);
+/// The thread that takes records sleeps for so long if there are none.
+const SLEEP: Duration = Duration::from_secs(60);
 /// The wall clock is looked at so often.
 const CLOCK_AGE: Duration = Duration::from_secs(1);
 
@@ -63,21 +69,38 @@ pub fn read(mut reader: EventReader, ring: Arc<Ring>, shared: Arc<Shared>) -> io
 }
 
 /// Takes what workers have seen into the ring of flows for as long as there are workers, on a thread of its own.
+///
+/// Flows are made of it where somebody looks, and where nobody did: when the view changes, by the names of the one
+/// before; when workers are silent; and now and then, since names of addresses are forgotten.
 pub fn records(records: Receiver<Record>, ring: Arc<Ring>, shared: Arc<Shared>) -> io::Result<()> {
     thread::Builder::new().name("records".into()).spawn(move || {
-        let mut names = EventNames::new(shared.get());
+        let mut view = shared.get();
+        let mut names: Resolver = Arc::new(EventNames::new(Arc::clone(&view)));
+        // Since when the ring holds some of which no flow was made.
+        let mut unsettled: Option<Instant> = None;
         loop {
-            let record = match records.next(Duration::from_secs(60)) {
-                Ok(record) => record,
-                Err(Nothing::Yet) => continue,
-                Err(Nothing::Ever) => return,
-            };
-            let view = shared.get();
-            if !names.is_of(&view) {
-                names = EventNames::new(view);
+            let patience = if unsettled.is_some() { SETTLE_SILENT } else { SLEEP };
+            let first = records.next(patience);
+            if matches!(first, Err(Nothing::Ever)) {
+                ring.settle();
+                return;
+            }
+            let now_view = shared.get();
+            let changed = !Arc::ptr_eq(&view, &now_view);
+            if unsettled.is_some_and(|since| changed || first.is_err() || since.elapsed() > SETTLE_AGE) {
+                ring.settle();
+                unsettled = None;
+            }
+            if changed {
+                view = now_view;
+                names = Arc::new(EventNames::new(Arc::clone(&view)));
             }
             let now = Timestamp::from_system_time(SystemTime::now());
-            ring.push(Flow::from_record(&record, &names, now));
+            let others = std::iter::from_fn(|| records.try_next().ok()).take(BATCH);
+            for record in first.into_iter().chain(others) {
+                ring.push_record(&record, &names, now);
+                unsettled.get_or_insert_with(Instant::now);
+            }
         }
     })?;
     Ok(())

@@ -1,10 +1,9 @@
 //! What is in force, for those who read: names for the numbers in events, maps explained for listings.
 
 use std::{
-    cell::RefCell,
     collections::{BTreeMap, HashMap},
     net::IpAddr,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
 };
 
 use ipnet::IpNet;
@@ -132,16 +131,21 @@ impl Shared {
 /// Names for the numbers in events, remembered while the view is the same.
 pub struct EventNames {
     view: Arc<View>,
-    labels: RefCell<HashMap<Identity, Arc<[Arc<str>]>>>,
-    rules: RefCell<HashMap<u32, FlowRule>>,
+    labels: Mutex<HashMap<Identity, Arc<[Arc<str>]>>>,
+    rules: Mutex<HashMap<u32, FlowRule>>,
+}
+
+/// Nothing that is done under these locks can panic half way.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl EventNames {
     pub fn new(view: Arc<View>) -> Self {
         Self {
             view,
-            labels: RefCell::default(),
-            rules: RefCell::default(),
+            labels: Mutex::default(),
+            rules: Mutex::default(),
         }
     }
 
@@ -157,12 +161,12 @@ impl FlowNames for EventNames {
     }
 
     fn labels(&self, identity: u32) -> Option<Arc<[Arc<str>]>> {
-        if let Some(known) = self.labels.borrow().get(&identity) {
+        if let Some(known) = lock(&self.labels).get(&identity) {
             return Some(Arc::clone(known));
         }
         let labels = self.view.snapshot.identities.get(&identity)?;
         let texts: Arc<[Arc<str>]> = labels.iter().map(|label| label.to_string().into()).collect();
-        self.labels.borrow_mut().insert(identity, Arc::clone(&texts));
+        lock(&self.labels).insert(identity, Arc::clone(&texts));
         Some(texts)
     }
 
@@ -175,11 +179,11 @@ impl FlowNames for EventNames {
     }
 
     fn rule(&self, id: u32) -> Option<FlowRule> {
-        if let Some(known) = self.rules.borrow().get(&id) {
+        if let Some(known) = lock(&self.rules).get(&id) {
             return Some(known.clone());
         }
         let rule = flow_rule(self.view.snapshot.rules.get(&id)?);
-        self.rules.borrow_mut().insert(id, rule.clone());
+        lock(&self.rules).insert(id, rule.clone());
         Some(rule)
     }
 
