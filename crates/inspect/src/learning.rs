@@ -99,6 +99,12 @@ impl Learner {
         Some(learned)
     }
 
+    /// Whether something has come back.
+    #[must_use]
+    pub fn is_answered(&self) -> bool {
+        !self.answers.is_empty()
+    }
+
     /// Questions that have not come back.
     #[must_use]
     pub fn open(&self) -> usize {

@@ -9,6 +9,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -20,8 +21,11 @@ use palisade_inspect::{
     record::{Record, Verdict, What},
 };
 use palisade_packet::Packet;
-use palisade_xsk::handoff::{Giver, Taker};
-use tracing::{error, info};
+use palisade_xsk::{
+    handoff::{Giver, Taker},
+    schedule::take_short_turns,
+};
+use tracing::{debug, error, info};
 
 use crate::{
     Mode,
@@ -45,6 +49,9 @@ const MADE: usize = 256 * 1024;
 const HEARTBEAT: Duration = Duration::from_millis(50);
 /// What the rings have lost is read so often, ns.
 const STATISTICS: u64 = 1_000_000_000;
+/// So long is a worker's turn at a processor that others want too: it has little to do at a time, and somebody waits for
+/// it.
+const SLICE: Duration = Duration::from_micros(100);
 /// The longest that a worker looks for packets before it sleeps.
 const LONGEST_SPIN: Duration = Duration::from_micros(50);
 /// And the shortest, from which it starts anew.
@@ -677,38 +684,66 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
 
     fn rounds(&mut self, events: &mut Events) -> io::Result<()> {
         let mut spin = SHORTEST_SPIN;
-        let mut idle_since: Option<Instant> = None;
         while !self.post.stop.load(Ordering::Relaxed) {
             if self.turn()? {
-                if idle_since.take().is_some() {
-                    // Looking on paid: it may look longer next time.
-                    spin = (spin * 2).min(LONGEST_SPIN);
-                }
                 continue;
             }
+            let since = Instant::now();
             match self.post.mode {
-                Mode::Spin => std::hint::spin_loop(),
-                Mode::Poll | Mode::BusyPoll => {
-                    let since = *idle_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() < spin {
-                        if self.post.mode == Mode::BusyPoll {
-                            self.port.busy_poll()?;
-                        }
-                        std::hint::spin_loop();
+                Mode::Spin => {
+                    std::hint::spin_loop();
+                    continue;
+                }
+                Mode::Poll => {
+                    if self.something_comes(since, spin) {
+                        // Looking on paid: it may look longer next time.
+                        spin = (spin * 2).min(LONGEST_SPIN);
                         continue;
                     }
-                    self.sleep(events)?;
-                    idle_since = None;
-                    // Had it looked on, would it have met what came?
-                    spin = if since.elapsed() < LONGEST_SPIN {
-                        (spin * 2).min(LONGEST_SPIN)
-                    } else {
-                        (spin / 2).max(SHORTEST_SPIN)
-                    };
+                }
+                Mode::BusyPoll => {
+                    let mut busy = false;
+                    while !busy && since.elapsed() < spin {
+                        self.port.busy_poll()?;
+                        busy = self.turn()?;
+                    }
+                    if busy {
+                        spin = (spin * 2).min(LONGEST_SPIN);
+                        continue;
+                    }
                 }
             }
+            self.sleep(events)?;
+            // Had it looked on, would it have met what came?
+            spin = if since.elapsed() < LONGEST_SPIN {
+                (spin * 2).min(LONGEST_SPIN)
+            } else {
+                (spin / 2).max(SHORTEST_SPIN)
+            };
         }
         Ok(())
+    }
+
+    /// Looks for something to do, for so long. Whoever else wants this processor has it meanwhile: often enough that is
+    /// who sends what is waited for.
+    fn something_comes(&mut self, since: Instant, spin: Duration) -> bool {
+        loop {
+            if self.something_waits() {
+                return true;
+            }
+            if since.elapsed() >= spin {
+                return false;
+            }
+            thread::yield_now();
+        }
+    }
+
+    /// Whether there is something to do, as cheaply as can be said: a worker that looks asks again and again.
+    fn something_waits(&mut self) -> bool {
+        let takers = self.post.takers.iter_mut().flatten();
+        self.port.waiting() != 0
+            || self.wishes.learner.is_answered()
+            || takers.map(Taker::waiting).any(|waiting| waiting != 0)
     }
 
     /// Sleeps until something comes, but not longer than it may be silent, and not beyond what has to be done.
@@ -762,6 +797,12 @@ pub struct Makers<P, E> {
 
 /// Lives one life after the other until it is told to stop.
 pub fn live<P: Port, E: Inspect>(mut post: Post<E::Rules>, makers: &Makers<P, E>) {
+    if let Err(problem) = take_short_turns(SLICE) {
+        debug!(
+            "worker {}: turns at the processor stay as they are: {problem}",
+            post.number
+        );
+    }
     let mut pause = FIRST_PAUSE;
     while !post.stop.load(Ordering::Relaxed) {
         let begun = Instant::now();

@@ -15,6 +15,8 @@ mod frame;
 #[cfg(not(loom))]
 mod ledger;
 #[cfg(not(loom))]
+pub mod schedule;
+#[cfg(not(loom))]
 mod socket;
 
 #[cfg(not(loom))]
