@@ -3,7 +3,7 @@
 //! The first byte of the input says how the stream is cut.
 
 use palisade_policy::path::resolved;
-use palisade_protocols::http1::{Body, Chunks, Head, Limits, Piece, Refusal, Request, Response};
+use palisade_protocols::http1::{Body, Chunks, Head, Limits, Piece, Refusal, Request, Response, Room};
 
 /// Runs one stream.
 pub fn run(input: &[u8]) {
@@ -33,9 +33,9 @@ fn head(stream: &[u8], step: usize) {
     let head = &stream[..length];
     assert!(head.ends_with(b"\r\n\r\n") && length <= limits.block);
     for method in ["GET", "HEAD", "CONNECT"] {
-        let _ = Response::parse(head, method);
+        let _ = Response::parse(head, method, &mut Room::new());
     }
-    if let Ok(request) = Request::parse(head) {
+    if let Ok(request) = Request::parse(head, &mut Room::new()) {
         accepted(head, &request);
     }
 }

@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, mem};
 
 use palisade_abi::{CarrySlot, Reason, carry_flags};
-use palisade_protocols::http1::{Body, Chunks, Head, Piece, Refusal, Request, Response};
+use palisade_protocols::http1::{Body, Chunks, Head, Piece, Refusal, Request, Response, Room};
 
 use super::{HttpLimits, HttpStats, redact};
 use crate::{
@@ -225,7 +225,7 @@ impl Reading<'_> {
             Ok(Some(length)) => {
                 self.flow.client = Place::default();
                 let head = bytes.get(..length).unwrap_or_default();
-                match Request::parse(head) {
+                match Request::parse(head, &mut Room::new()) {
                     Ok(request) => self.request(&request, length, sink),
                     Err(refusal) => self.malformed(refusal, 0, sink),
                 }
@@ -392,7 +392,7 @@ impl Reading<'_> {
                 let method = self.flow.current.as_ref().map(|current| current.method);
                 let method = method.unwrap_or_default();
                 let method = std::str::from_utf8(method.bytes()).unwrap_or_default();
-                match Response::parse(bytes.get(..length).unwrap_or_default(), method) {
+                match Response::parse(bytes.get(..length).unwrap_or_default(), method, &mut Room::new()) {
                     Ok(response) => self.response(&response, length, sink),
                     Err(refusal) => self.bad_answer(refusal, sink),
                 }

@@ -45,7 +45,11 @@ impl Head {
     /// # Errors
     /// This is no head, whatever follows.
     pub fn find(&mut self, stream: &[u8], limits: &Limits) -> Result<Option<usize>, Refusal> {
-        while let Some(&byte) = stream.get(self.seen) {
+        loop {
+            self.seen += self.plain(stream, limits);
+            let Some(&byte) = stream.get(self.seen) else {
+                return Ok(None);
+            };
             if self.seen >= limits.block {
                 return Err(Refusal::HeadTooLong);
             }
@@ -101,7 +105,17 @@ impl Head {
                 }
             }
         }
-        Ok(None)
+    }
+
+    /// How many bytes within a line come next that have nothing to say, as far as no limit is reached.
+    fn plain(&self, stream: &[u8], limits: &Limits) -> usize {
+        if self.carriage || self.seen == self.line {
+            return 0;
+        }
+        let end = limits.block.min(self.line + limits.line).min(stream.len());
+        let rest = stream.get(self.seen..end).unwrap_or_default();
+        let is_plain = |byte: &u8| *byte >= 0x20 && *byte != 0x7f;
+        rest.iter().position(|byte| !is_plain(byte)).unwrap_or(rest.len())
     }
 
     fn is_preface(&self, stream: &[u8], end: usize) -> bool {

@@ -1,4 +1,4 @@
-use std::str;
+use std::{mem::MaybeUninit, str};
 
 use super::{Refusal, head::is_token};
 
@@ -33,17 +33,32 @@ pub enum Target {
     Asterisk,
 }
 
+/// Room for the fields of one head.
+#[derive(Debug)]
+pub struct Room<'a>([MaybeUninit<httparse::Header<'a>>; MAX_HEADERS]);
+
+impl Room<'_> {
+    /// Costs nothing: only what a head needs of it is ever written.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self([const { MaybeUninit::uninit() }; MAX_HEADERS])
+    }
+}
+
+impl Default for Room<'_> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 /// The fields of a head.
 #[derive(Clone, Copy, Debug)]
-pub struct Headers<'a> {
-    fields: [(&'a str, &'a [u8]); MAX_HEADERS],
-    count: usize,
-}
+pub struct Headers<'a>(&'a [httparse::Header<'a>]);
 
 impl<'a> Headers<'a> {
     /// All fields in their order.
     pub fn iter(&self) -> impl Iterator<Item = (&'a str, &'a [u8])> {
-        self.fields[..self.count].iter().copied()
+        self.0.iter().map(|field| (field.name, field.value))
     }
 
     /// The values of a field, whatever the case of its name.
@@ -61,21 +76,12 @@ impl<'a> Headers<'a> {
             .any(|part| part.trim_ascii().eq_ignore_ascii_case(element.as_bytes()))
     }
 
-    fn take(&mut self, parsed: &[httparse::Header<'a>]) -> Result<(), Refusal> {
-        for header in parsed {
-            if header.name.is_empty() || !header.name.bytes().all(is_token) {
-                return Err(Refusal::BadName);
-            }
-            *self.fields.get_mut(self.count).ok_or(Refusal::TooManyHeaders)? = (header.name, header.value);
-            self.count += 1;
-        }
-        Ok(())
-    }
-
-    fn new() -> Self {
-        Self {
-            fields: [("", &[]); MAX_HEADERS],
-            count: 0,
+    fn of(parsed: &'a [httparse::Header<'a>]) -> Result<Self, Refusal> {
+        let is_name = |name: &str| !name.is_empty() && name.bytes().all(is_token);
+        if parsed.iter().all(|field| is_name(field.name)) {
+            Ok(Self(parsed))
+        } else {
+            Err(Refusal::BadName)
         }
     }
 
@@ -133,11 +139,10 @@ impl<'a> Request<'a> {
     ///
     /// # Errors
     /// If it is malformed or ambiguous.
-    pub fn parse(head: &'a [u8]) -> Result<Self, Refusal> {
+    pub fn parse(head: &'a [u8], room: &'a mut Room<'a>) -> Result<Self, Refusal> {
         has_single_spaces(head)?;
-        let mut fields = [httparse::EMPTY_HEADER; MAX_HEADERS];
-        let mut parsed = httparse::Request::new(&mut fields);
-        match parsed.parse(head) {
+        let mut parsed = httparse::Request::new(&mut []);
+        match parsed.parse_with_uninit_headers(head, &mut room.0) {
             Ok(httparse::Status::Complete(length)) if length == head.len() => {}
             Ok(_) => return Err(Refusal::BadStartLine),
             Err(error) => return Err(refusal(error)),
@@ -145,8 +150,7 @@ impl<'a> Request<'a> {
         let (Some(method), Some(target), Some(version)) = (parsed.method, parsed.path, parsed.version) else {
             return Err(Refusal::BadStartLine);
         };
-        let mut headers = Headers::new();
-        headers.take(parsed.headers)?;
+        let headers = Headers::of(parsed.headers)?;
         let body = headers.framing(version)?.unwrap_or(Body::None);
         let mut hosts = headers.values("host");
         let field = match (hosts.next(), hosts.next()) {
@@ -219,10 +223,10 @@ impl<'a> Response<'a> {
     ///
     /// # Errors
     /// If it is malformed or ambiguous.
-    pub fn parse(head: &'a [u8], method: &str) -> Result<Self, Refusal> {
-        let mut fields = [httparse::EMPTY_HEADER; MAX_HEADERS];
-        let mut parsed = httparse::Response::new(&mut fields);
-        match parsed.parse(head) {
+    pub fn parse(head: &'a [u8], method: &str, room: &'a mut Room<'a>) -> Result<Self, Refusal> {
+        let mut parsed = httparse::Response::new(&mut []);
+        let parser = httparse::ParserConfig::default();
+        match parser.parse_response_with_uninit_headers(&mut parsed, head, &mut room.0) {
             Ok(httparse::Status::Complete(length)) if length == head.len() => {}
             Ok(_) => return Err(Refusal::BadStartLine),
             Err(error) => return Err(refusal(error)),
@@ -230,8 +234,7 @@ impl<'a> Response<'a> {
         let (Some(status), Some(version)) = (parsed.code, parsed.version) else {
             return Err(Refusal::BadStartLine);
         };
-        let mut headers = Headers::new();
-        headers.take(parsed.headers)?;
+        let headers = Headers::of(parsed.headers)?;
         let framing = headers.framing(version)?;
         let body = match status {
             101 => Body::Tunnel,

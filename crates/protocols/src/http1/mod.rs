@@ -13,7 +13,7 @@ mod message;
 
 pub use chunked::{Chunks, Piece};
 pub use head::{Head, Limits};
-pub use message::{Body, Headers, MAX_HEADERS, Request, Response, Target};
+pub use message::{Body, Headers, MAX_HEADERS, Request, Response, Room, Target};
 pub use palisade_policy::path::{PathError, resolved};
 
 use std::fmt;

@@ -7,9 +7,14 @@ fn find(stream: &[u8]) -> Result<Option<usize>, Refusal> {
 }
 
 /// Finds and reads a request that is the whole of `text`.
+/// Room that lives as long as what a test looks at.
+fn room<'a>() -> &'a mut Room<'a> {
+    Box::leak(Box::default())
+}
+
 fn request(text: &str) -> Result<Request<'_>, Refusal> {
     match find(text.as_bytes())? {
-        Some(length) if length == text.len() => Request::parse(text.as_bytes()),
+        Some(length) if length == text.len() => Request::parse(text.as_bytes(), room()),
         other => panic!("head ends at {other:?} of {}", text.len()),
     }
 }
@@ -23,7 +28,7 @@ fn refused(text: &str) -> Refusal {
 
 fn response<'a>(text: &'a str, method: &str) -> Result<Response<'a>, Refusal> {
     assert_eq!(find(text.as_bytes())?, Some(text.len()));
-    Response::parse(text.as_bytes(), method)
+    Response::parse(text.as_bytes(), method, room())
 }
 
 #[test]
@@ -344,7 +349,7 @@ proptest! {
         }
         prop_assert_eq!(grown, find(&stream));
         if let Ok(Some(length)) = grown {
-            let _ = Request::parse(&stream[..length]);
+            let _ = Request::parse(&stream[..length], &mut Room::new());
         }
     }
 
@@ -383,8 +388,8 @@ proptest! {
     #[test]
     fn nothing_panics(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
         let _ = find(&bytes);
-        let _ = Request::parse(&bytes);
-        let _ = Response::parse(&bytes, "GET");
+        let _ = Request::parse(&bytes, &mut Room::new());
+        let _ = Response::parse(&bytes, "GET", &mut Room::new());
         let _ = unchunk(&bytes, 3);
         let _ = resolved(&String::from_utf8_lossy(&bytes), &mut Vec::new());
     }
