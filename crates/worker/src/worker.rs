@@ -724,18 +724,22 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         Ok(())
     }
 
-    /// Looks for something to do, for so long. Whoever else wants this processor has it meanwhile: often enough that is
-    /// who sends what is waited for.
+    /// Looks for something to do, for so long.
     fn something_comes(&mut self, since: Instant, spin: Duration) -> bool {
-        loop {
-            if self.something_waits() {
-                return true;
-            }
+        if self.something_waits() {
+            return true;
+        }
+        // Often enough whoever sends what is waited for wants this processor, and sends several packets at once. But
+        // only for one turn: it may be somebody else, and a thread that sleeps is woken on another processor if one
+        // is idle; one that waits for its turn is not.
+        thread::yield_now();
+        while !self.something_waits() {
             if since.elapsed() >= spin {
                 return false;
             }
-            thread::yield_now();
+            std::hint::spin_loop();
         }
+        true
     }
 
     /// Whether there is something to do, as cheaply as can be said: a worker that looks asks again and again.

@@ -128,39 +128,40 @@ impl<F, T: Remember> Connections<F, T> {
         let opens = Segment::read(view).is_some_and(|s| s.is_syn() && !s.is_ack())
             && view.slot.flags & carry_flags::REPLY == 0;
         let serial = view.slot.serial;
-        if self
-            .entries
-            .get(&key)
-            .is_some_and(|entry| entry.connection.is_over())
-        {
-            self.put_past(key);
-        }
-        if let Some(past) = self.past.get_mut(&key) {
-            if past.serial == serial && !opens {
-                match recall(&mut past.memory, sink) {
-                    Ok(()) => sink.release_with(frame, &order(key, view.slot, order::OFFLOAD)),
-                    Err(reason) => {
-                        self.past.remove(&key);
-                        self.shared.stats.cut += 1;
-                        sink.discard(frame, reason);
-                        sink.command(&order(key, view.slot, order::CLOSE));
-                        Connection::<F>::refuse(view, &mut self.shared, sink);
-                        Connection::<F>::abandon(view, &mut self.shared, sink);
+        let known = self.entries.get(&key).map(|entry| {
+            let connection = &entry.connection;
+            let other = connection.serial() != serial || (opens && connection.is_done());
+            (connection.is_over(), other)
+        });
+        // Nearly always it is one that goes on.
+        if known != Some((false, false)) {
+            match known {
+                Some((true, _)) => self.put_past(key),
+                Some(_) => {
+                    if let Some(mut entry) = self.remove(&key) {
+                        let shared = &mut self.shared;
+                        entry.connection.close(Reason::TcpMidstream, shared, sink);
                     }
                 }
-                return;
+                None => {}
             }
-            self.past.remove(&key);
-        }
-        if let Some(entry) = self.entries.get_mut(&key)
-            && (entry.connection.serial() != serial || (opens && entry.connection.is_done()))
-        {
-            entry
-                .connection
-                .close(Reason::TcpMidstream, &mut self.shared, sink);
-            self.remove(&key);
-        }
-        if !self.entries.contains_key(&key) {
+            if let Some(past) = self.past.get_mut(&key) {
+                if past.serial == serial && !opens {
+                    match recall(&mut past.memory, sink) {
+                        Ok(()) => sink.release_with(frame, &order(key, view.slot, order::OFFLOAD)),
+                        Err(reason) => {
+                            self.past.remove(&key);
+                            self.shared.stats.cut += 1;
+                            sink.discard(frame, reason);
+                            sink.command(&order(key, view.slot, order::CLOSE));
+                            Connection::<F>::refuse(view, &mut self.shared, sink);
+                            Connection::<F>::abandon(view, &mut self.shared, sink);
+                        }
+                    }
+                    return;
+                }
+                self.past.remove(&key);
+            }
             if !opens {
                 self.unknown(view, frame, sink);
                 return;
