@@ -10,7 +10,6 @@ use std::{
 
 use palisade_testbed::{
     Daemon,
-    daemon::Settings,
     dns::{PORT, Scripted, ask, query, rcode, rtype},
     ns::wait_until,
     topology::{FAMILIES, Family},
@@ -20,6 +19,7 @@ use palisade_tests::{
     OPEN,
     apps::{Apps, Loop, apps},
     names::{counted, zone},
+    setup::{daemon_with, tables, webs},
 };
 use serde_json::Value;
 
@@ -92,14 +92,9 @@ impl Busy {
     fn start() -> Self {
         let apps = apps();
         let resolver = Scripted::start(apps.ns("internet"), &apps.both("internet"), zone).expect("resolver");
-        let web = Web::start(apps.ns("internet"), "internet", &[80], &[], &apps.certificate).expect("nginx");
-        let settings = Settings {
-            tables: "[worker]\nthreads = 2\n".into(),
-            ..Settings::default()
-        };
-        let daemon = apps
-            .daemon(&settings, &[("client.yaml", POLICY)])
-            .expect("daemon");
+        let [web] = webs(&apps, ["internet"], &[80], &[]);
+        let settings = tables("[worker]\nthreads = 2\n");
+        let daemon = daemon_with(&apps.topology, &settings, &[("client.yaml", POLICY)]);
         let apps = Arc::new(apps);
         let asks = |name: &'static str| {
             let apps = apps.clone();
