@@ -283,7 +283,7 @@ pub fn works() -> Vec<Work> {
         }),
         copying("tls hello", hello),
         reads("dns query and answer", Inspector::Dns, dns_exchange, |stats| {
-            stats.dns.replies
+            stats.dns.committed
         }),
         reads(
             "tls handshake of six packets",
