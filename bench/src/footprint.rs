@@ -70,28 +70,47 @@ fn client(n: u32) -> End {
 struct Kind {
     name: &'static str,
     inspector: Inspector,
-    packets: std::ops::Range<usize>,
+    connection: fn(End) -> Vec<(bool, Vec<u8>)>,
+    /// So many of its packets come.
+    packets: usize,
     /// So many of them are kept.
     held: u64,
 }
 
-const KINDS: [Kind; 3] = [
+const KINDS: [Kind; 5] = [
     Kind {
         name: "TLS, open, nothing sent yet",
         inspector: Inspector::Tls,
-        packets: 0..3,
+        connection: parsers::tls_connection,
+        packets: 3,
         held: 0,
     },
     Kind {
         name: "TLS, the first half of a hello held",
         inspector: Inspector::Tls,
-        packets: 0..4,
+        connection: parsers::tls_connection,
+        packets: 4,
         held: 1,
     },
     Kind {
         name: "TLS, judged, in the kernel again",
         inspector: Inspector::Tls,
-        packets: 0..6,
+        connection: parsers::tls_connection,
+        packets: 6,
+        held: 0,
+    },
+    Kind {
+        name: "HTTP, open, nothing sent yet",
+        inspector: Inspector::Http,
+        connection: parsers::http_connection,
+        packets: 3,
+        held: 0,
+    },
+    Kind {
+        name: "HTTP, kept alive between two requests",
+        inspector: Inspector::Http,
+        connection: parsers::http_connection,
+        packets: parsers::KEPT_ALIVE,
         held: 0,
     },
 ];
@@ -100,15 +119,17 @@ const KINDS: [Kind; 3] = [
 fn flows(kind: &Kind, flows: u32) -> Result<f64> {
     let mut limits = Limits::default();
     // that many, whatever a worker lets itself hold
-    limits.tls.tcp.frames = flows as usize;
-    limits.tls.tcp.bytes = usize::MAX / 2;
+    for tcp in [&mut limits.tls.tcp, &mut limits.http.tcp] {
+        tcp.frames = flows as usize;
+        tcp.bytes = usize::MAX / 2;
+    }
     let mut engine = parsers::engine(&limits);
     let mut outcome = Outcome::default();
     let (made, bytes, _) = count(|| {
         let mut made = 0;
         for n in 0..flows {
             // what is made for a flow is freed here again
-            for (reply, frame) in &parsers::tls_connection(client(n))[kind.packets.clone()] {
+            for (reply, frame) in &(kind.connection)(client(n))[..kind.packets] {
                 let slot = parsers::slot(kind.inspector, *reply);
                 wire::read(&mut engine, &mut outcome, 1_000, &slot, frame);
                 made += 1;
@@ -122,6 +143,14 @@ fn flows(kind: &Kind, flows: u32) -> Result<f64> {
         kind.name,
         outcome.released,
         outcome.discarded
+    );
+    let http = engine.stats().http;
+    let answered = u64::from(flows) * u64::from(kind.inspector == Inspector::Http && kind.packets > 3);
+    ensure!(
+        http.responses == answered,
+        "{}: {} requests were answered",
+        kind.name,
+        http.responses
     );
     Ok(bytes / f64::from(flows))
 }

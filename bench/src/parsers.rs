@@ -6,9 +6,9 @@ use std::{hint::black_box, net::Ipv4Addr, process::Command, sync::Arc, time::Ins
 use anyhow::{Context, Result};
 use hickory_proto::op::Message;
 use palisade_abi::{CarrySlot, Inspector, carry_flags};
-use palisade_inspect::{Engine, Limits, Rules};
+use palisade_inspect::{Engine, Limits, Rules, Stats};
 use palisade_policy::{
-    rule::FqdnPattern,
+    rule::{FqdnPattern, HttpRule},
     snapshot::{Alternative, Matcher, RuleSet},
 };
 use palisade_protocols::{dns, http1, tls};
@@ -101,6 +101,14 @@ pub fn rules() -> Rules {
     let sets = [
         set(Inspector::Dns, Matcher::Dns(pattern())),
         set(Inspector::Tls, Matcher::ServerName(pattern())),
+        set(
+            Inspector::Http,
+            Matcher::Http(HttpRule {
+                method: Some("GET".into()),
+                path: Some("/api/v1/items/[0-9]+(\\?.*)?".into()),
+                ..HttpRule::default()
+            }),
+        ),
     ];
     Rules::prepare(&sets.into(), None)
 }
@@ -132,8 +140,13 @@ pub fn engine(limits: &Limits) -> Engine<()> {
     engine
 }
 
-/// Has an engine read frames, over and over.
-fn reads(what: &'static str, inspector: Inspector, exchange: impl Fn(u16) -> Vec<(bool, Vec<u8>)>) -> Work {
+/// Has an engine read frames, over and over. `judged`: how many exchanges it has judged and seen the end of.
+fn reads(
+    what: &'static str,
+    inspector: Inspector,
+    exchange: impl Fn(u16) -> Vec<(bool, Vec<u8>)>,
+    judged: fn(&Stats) -> u64,
+) -> Work {
     // another port each time, so that each exchange is a flow of its own
     let exchanges: Vec<_> = (20_000..20_256).map(exchange).collect();
     let bytes = exchanges[0].iter().map(|(_, frame)| frame.len()).sum();
@@ -152,6 +165,7 @@ fn reads(what: &'static str, inspector: Inspector, exchange: impl Fn(u16) -> Vec
                 // by then all of them are forgotten
                 now += 100_000;
                 engine.tick(now, &mut outcome);
+                assert_eq!(judged(&engine.stats()), turn as u64, "each one is read");
             }
             assert_eq!(outcome.discarded, 0, "everything is allowed");
         }),
@@ -189,6 +203,30 @@ pub fn tls_connection(client: End) -> Vec<(bool, Vec<u8>)> {
         there(1, 1, flags::ACK, first),
         there(1 + first.len() as u32, 1, flags::PUSH, second),
         back(1, end, flags::PUSH, &wire::server_hello()),
+    ]
+}
+
+/// The packets of [`http_connection`] up to which it is kept for another request.
+pub const KEPT_ALIVE: usize = 6;
+
+/// A connection with one request and its answer, from its first packet to its last one.
+#[must_use]
+pub fn http_connection(client: End) -> Vec<(bool, Vec<u8>)> {
+    let server = (SERVER, 80);
+    let (request, response) = (wire::request("/api/v1/items/4711?page=2"), wire::response());
+    let (asked, answered) = (1 + request.len() as u32, 1 + response.len() as u32);
+    let there = |at, ack, flags, data: &[u8]| (false, wire::tcp(client, server, at, ack, flags, data));
+    let back = |at, ack, flags, data: &[u8]| (true, wire::tcp(server, client, at, ack, flags, data));
+    vec![
+        there(0, 0, flags::SYN, b""),
+        back(0, 1, flags::SYN | flags::ACK, b""),
+        there(1, 1, flags::ACK, b""),
+        there(1, 1, flags::PUSH, &request),
+        back(1, asked, flags::PUSH, &response),
+        there(asked, answered, flags::ACK, b""),
+        there(asked, answered, flags::END, b""),
+        back(answered, asked + 1, flags::END, b""),
+        there(asked + 1, answered + 1, flags::ACK, b""),
     ]
 }
 
@@ -244,10 +282,21 @@ pub fn works() -> Vec<Work> {
             })
         }),
         copying("tls hello", hello),
-        reads("dns query and answer", Inspector::Dns, dns_exchange),
-        reads("tls handshake of six packets", Inspector::Tls, |port| {
-            tls_connection((CLIENT, port))
+        reads("dns query and answer", Inspector::Dns, dns_exchange, |stats| {
+            stats.dns.committed
         }),
+        reads(
+            "tls handshake of six packets",
+            Inspector::Tls,
+            |port| tls_connection((CLIENT, port)),
+            |stats| stats.tls.tcp.offloaded,
+        ),
+        reads(
+            "http exchange of nine packets",
+            Inspector::Http,
+            |port| http_connection((CLIENT, port)),
+            |stats| stats.http.responses.min(stats.http.requests),
+        ),
     ]
 }
 

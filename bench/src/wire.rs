@@ -14,6 +14,8 @@ pub type End = (Ipv4Addr, u16);
 pub mod flags {
     /// Opens.
     pub const SYN: u8 = 2;
+    /// Acknowledges, and nothing follows.
+    pub const END: u8 = 17;
     /// Acknowledges.
     pub const ACK: u8 = 16;
     /// Acknowledges, and what it carries is for the application.
@@ -128,6 +130,20 @@ pub fn request(path: &str) -> Vec<u8> {
          Priority: u=0, i\r\n\r\n"
     )
     .into_bytes()
+}
+
+/// An answer of 1,000 bytes as a server sends it that keeps the connection.
+#[must_use]
+pub fn response() -> Vec<u8> {
+    let head = "HTTP/1.1 200 OK\r\n\
+                Server: nginx\r\n\
+                Date: Fri, 27 Nov 2026 08:49:37 GMT\r\n\
+                Content-Type: application/json\r\n\
+                Content-Length: 1000\r\n\
+                Cache-Control: private, max-age=0\r\n\
+                Vary: Accept-Encoding\r\n\
+                Connection: keep-alive\r\n\r\n";
+    [head.as_bytes(), &[b'x'; 1_000]].concat()
 }
 
 /// What came of packets that an engine was given. Learns everything at once.

@@ -18,6 +18,7 @@ pub mod flows;
 pub mod games;
 pub mod names;
 pub mod secret;
+pub mod setup;
 
 use std::{
     fmt::{self, Write as _},

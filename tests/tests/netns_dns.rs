@@ -19,6 +19,7 @@ use palisade_testbed::{
 use palisade_tests::{
     OPEN,
     names::{EVIL, Names, WEB, counted, names, other_resolver, resolver, site},
+    setup::{TCX, XDP_AND_CLSACT, XDP_AT_THE_NIC, daemon, daemon_with},
 };
 
 const SOON: Duration = Duration::from_millis(300);
@@ -121,11 +122,7 @@ spec:
 "#;
 
 fn client_only(names: &Names) -> Daemon {
-    daemon(names, &[("client.yaml", CLIENT)])
-}
-
-fn daemon(names: &Names, policies: &[(&str, &str)]) -> Daemon {
-    names.daemon(&Settings::default(), policies).expect("daemon")
+    daemon(&names.topology, &[("client.yaml", CLIENT)])
 }
 
 /// Every way a question and its answer can take: out of a workload and into it, out of the node and into it, and
@@ -141,7 +138,7 @@ fn all_ways(hooks: Hooks) {
         ("server.yaml", SERVER),
         ("node.yaml", NODE),
     ];
-    let daemon = names.daemon(&settings, &policies).expect("daemon");
+    let daemon = daemon_with(&names.topology, &settings, &policies);
     for family in FAMILIES {
         let at = |server: &str| names.server(server, family).ip();
         let www = site(10, family);
@@ -200,36 +197,24 @@ fn all_ways(hooks: Hooks) {
 
 #[test]
 fn all_ways_by_tcx_and_xdp_at_the_nic() {
-    all_ways(Hooks {
-        endpoint: "tc",
-        host: "xdp",
-        tc: "tcx",
-    });
+    all_ways(XDP_AT_THE_NIC);
 }
 
 #[test]
 fn all_ways_by_tcx_also_at_the_nic() {
-    all_ways(Hooks {
-        endpoint: "tc",
-        host: "tc",
-        tc: "tcx",
-    });
+    all_ways(TCX);
 }
 
 #[test]
 fn all_ways_by_xdp_and_clsact() {
-    all_ways(Hooks {
-        endpoint: "xdp",
-        host: "xdp",
-        tc: "clsact",
-    });
+    all_ways(XDP_AND_CLSACT);
 }
 
 #[test]
 fn an_address_is_open_only_for_who_has_asked_and_only_after_that() {
     let names = names();
     let daemon = daemon(
-        &names,
+        &names.topology,
         &[
             ("client.yaml", CLIENT),
             (
@@ -572,9 +557,7 @@ fn audit_mode_lets_everything_pass_and_reports_it() {
         audit: true,
         ..Settings::default()
     };
-    let daemon = names
-        .daemon(&settings, &[("client.yaml", CLIENT)])
-        .expect("daemon");
+    let daemon = daemon_with(&names.topology, &settings, &[("client.yaml", CLIENT)]);
     for family in FAMILIES {
         names.resolves(
             &daemon,
@@ -636,7 +619,7 @@ fn real_servers_and_real_clients() {
             "matchPattern: \"www*.shop.example\"",
         )
         .replace("port: \"80\"", "port: \"8080\"");
-    let daemon = daemon(&names, &[("client.yaml", &policy)]);
+    let daemon = daemon(&names.topology, &[("client.yaml", &policy)]);
     let client = names.ns("client");
     for server in addresses {
         let conf = t.dir().join("resolv.conf");
@@ -702,7 +685,7 @@ spec:
   - toFQDNs: [{matchName: www.example}]
     toPorts: [{ports: [{port: "80", protocol: TCP}]}]
 "#;
-    let daemon = daemon(&names, &[("plain.yaml", policy)]);
+    let daemon = daemon(&names.topology, &[("plain.yaml", policy)]);
     for family in FAMILIES {
         names.resolves(
             &daemon,

@@ -4,13 +4,14 @@
 use std::{net::IpAddr, time::Duration};
 
 use palisade_testbed::{
-    Daemon,
-    daemon::Settings,
     dns::Server,
     output,
     topology::{FAMILIES, Family},
 };
-use palisade_tests::names::{EVIL, Names, counted, names, resolver, site};
+use palisade_tests::{
+    names::{EVIL, Names, counted, names, resolver, site},
+    setup::daemon,
+};
 
 /// Which names the client may ask for, and of whom.
 const CLIENT: &str = r#"
@@ -81,10 +82,6 @@ except TimeoutError:
     print("nothing")
 "#;
 
-fn daemon(names: &Names, policies: &[(&str, &str)]) -> Daemon {
-    names.daemon(&Settings::default(), policies).expect("daemon")
-}
-
 /// Runs [`ASK`] where a name says.
 #[track_caller]
 fn ask(names: &Names, from: &str, server: IpAddr, pause: u32, cuts: &str, asked: &[&str]) -> String {
@@ -100,7 +97,7 @@ fn ask(names: &Names, from: &str, server: IpAddr, pause: u32, cuts: &str, asked:
 #[test]
 fn who_is_refused_is_told_so_behind_what_was_answered_before() {
     let names = names();
-    let daemon = daemon(&names, &[("client.yaml", CLIENT)]);
+    let daemon = daemon(&names.topology, &[("client.yaml", CLIENT)]);
     for family in FAMILIES {
         let server = resolver(family);
         let says = |pause, cuts: &str, asked: &[&str], expected: &str| {
@@ -170,7 +167,7 @@ fn long_answers_and_zone_transfers_go_through() {
     records.push(format!("www.secret. 60 IN A {}", site(EVIL, Family::V4)));
     let records: Vec<&str> = records.iter().map(String::as_str).collect();
     let _knot = Server::knot(&t.internet, &[server], &records).expect("knot");
-    let daemon = daemon(&names, &[("client.yaml", CLIENT)]);
+    let daemon = daemon(&names.topology, &[("client.yaml", CLIENT)]);
 
     let dug = names.dig("client", server, &["many.shop", "A", "+tcp"]);
     assert_eq!(dug.answers.len(), MANY, "{}\n{}", dug.text, daemon.report());

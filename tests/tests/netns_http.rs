@@ -10,19 +10,17 @@ use std::{
 };
 
 use palisade_testbed::{
-    Daemon,
-    daemon::{Hooks, Settings},
+    daemon::Hooks,
     output, probe,
     recorder::{End, Heard, Recorder},
     topology::{FAMILIES, Family},
-    web::{Caddy, Curl, Peer, Talk, Web, curl, h2load, random_file, sha256},
+    web::{Caddy, Curl, Peer, Talk, curl, h2load, random_file, sha256},
 };
 use palisade_tests::{
     OPEN,
-    apps::{
-        Apps, WAYS, answers_requests, apps, borrowed, has_default_offloads, packets_read, policies, policy,
-    },
+    apps::{Apps, WAYS, answers_requests, apps, has_default_offloads, packets_read},
     names::counted,
+    setup::{TCX, XDP_AND_CLSACT, XDP_AT_THE_NIC, client_only, client_only_with, on_all_ways, tables, webs},
 };
 
 const WEB: u16 = 80;
@@ -58,12 +56,6 @@ fn get(apps: &Apps, from: &str, to: SocketAddr, args: &[&str], path: &str) -> Cu
     curl(apps.ns(from), &[args, &[&url]].concat(), OPEN).expect("curl")
 }
 
-fn client_only(apps: &Apps, rules: &str) -> Daemon {
-    let text = policy("client", "egress", PORTS, rules);
-    apps.daemon(&Settings::default(), &[("client.yaml", &text)])
-        .expect("daemon")
-}
-
 fn peer(apps: &Apps) -> Peer {
     Peer::start(apps.ns("internet"), PEER, &apps.both("internet")).expect("peer")
 }
@@ -81,19 +73,9 @@ fn recorder(apps: &Apps) -> Recorder {
 
 fn all_ways(hooks: Hooks) {
     let apps = apps();
-    let servers: Vec<(&str, Web)> = ["server", "node", "internet"]
-        .iter()
-        .map(|name| {
-            let web = Web::start(apps.ns(name), name, &[WEB], &[], &apps.certificate).expect("nginx");
-            (*name, web)
-        })
-        .collect();
-    let settings = Settings {
-        hooks,
-        ..Settings::default()
-    };
-    let policies = policies(PORTS, RULES);
-    let daemon = apps.daemon(&settings, &borrowed(&policies)).expect("daemon");
+    let names = ["server", "node", "internet"];
+    let servers = webs(&apps, names, &[WEB], &[]);
+    let daemon = on_all_ways(&apps, hooks, PORTS, RULES);
     for family in FAMILIES {
         for (from, to) in WAYS {
             let at = apps.at(to, family, WEB);
@@ -133,7 +115,7 @@ fn all_ways(hooks: Hooks) {
             );
         }
     }
-    for (name, web) in &servers {
+    for (name, web) in names.iter().zip(&servers) {
         let seen = web.seen();
         assert!(seen.len() >= 10, "{name}: {seen:?}");
         for seen in seen {
@@ -149,29 +131,17 @@ fn all_ways(hooks: Hooks) {
 
 #[test]
 fn all_ways_by_tcx_and_xdp_at_the_nic() {
-    all_ways(Hooks {
-        endpoint: "tc",
-        host: "xdp",
-        tc: "tcx",
-    });
+    all_ways(XDP_AT_THE_NIC);
 }
 
 #[test]
 fn all_ways_by_tcx_also_at_the_nic() {
-    all_ways(Hooks {
-        endpoint: "tc",
-        host: "tc",
-        tc: "tcx",
-    });
+    all_ways(TCX);
 }
 
 #[test]
 fn all_ways_by_xdp_and_clsact() {
-    all_ways(Hooks {
-        endpoint: "xdp",
-        host: "xdp",
-        tc: "clsact",
-    });
+    all_ways(XDP_AND_CLSACT);
 }
 
 #[test]
@@ -179,7 +149,7 @@ fn messages_of_every_kind() {
     let apps = apps();
     let peer = peer(&apps);
     let _caddy = Caddy::start(apps.ns("internet"), "caddy", CADDY, 8443, &apps.certificate).expect("caddy");
-    let daemon = client_only(&apps, RULES);
+    let daemon = client_only(&apps, PORTS, RULES);
     let body = apps.topology.dir().join("body");
     random_file(&body, 300_000).expect("file");
     let sum = sha256(&body).expect("sum");
@@ -283,7 +253,7 @@ fn messages_of_every_kind() {
 fn what_goes_over_to_another_protocol() {
     let apps = apps();
     let peer = peer(&apps);
-    let daemon = client_only(&apps, RULES);
+    let daemon = client_only(&apps, PORTS, RULES);
     let client = apps.ns("client");
     for family in FAMILIES {
         let at = apps.at("internet", family, PEER);
@@ -366,7 +336,7 @@ fn what_goes_over_to_another_protocol() {
 fn requests_that_do_not_wait_for_answers() {
     let apps = apps();
     let peer = peer(&apps);
-    let daemon = client_only(&apps, RULES);
+    let daemon = client_only(&apps, PORTS, RULES);
     for family in FAMILIES {
         let at = apps.at("internet", family, PEER);
         let requests = |paths: &[&str]| -> Vec<u8> {
@@ -428,7 +398,7 @@ fn requests_that_do_not_wait_for_answers() {
 fn paths_are_judged_as_sent_and_as_resolved() {
     let apps = apps();
     let peer = peer(&apps);
-    let daemon = client_only(&apps, RULES);
+    let daemon = client_only(&apps, PORTS, RULES);
     let bad = [
         "/allowed/../denied",
         "/allowed/..",
@@ -488,12 +458,8 @@ fn paths_are_judged_as_sent_and_as_resolved() {
     }
     drop(daemon);
     // who knows what the server does may have them judged as they are
-    let settings = Settings {
-        tables: "[http]\npath_normalization = \"raw\"\n".into(),
-        ..Settings::default()
-    };
-    let text = policy("client", "egress", PORTS, RULES);
-    let daemon = apps.daemon(&settings, &[("client.yaml", &text)]).expect("daemon");
+    let settings = tables("[http]\npath_normalization = \"raw\"\n");
+    let daemon = client_only_with(&apps, &settings, PORTS, RULES);
     let at = apps.at("internet", Family::V4, PEER);
     let got = get(&apps, "client", at, &[], "/allowed/../denied");
     assert_eq!(got.status, 200, "{got:?}\n{}", daemon.report());
@@ -505,7 +471,7 @@ fn paths_are_judged_as_sent_and_as_resolved() {
 fn rules_on_hosts_and_fields() {
     let apps = apps();
     let peer = peer(&apps);
-    let daemon = client_only(&apps, RULES);
+    let daemon = client_only(&apps, PORTS, RULES);
     let cases: &[(&str, &[&str], u16)] = &[
         ("/token", &["X-Token: secret"], 200),
         ("/token", &["x-tOKEN: secret"], 200),
@@ -707,7 +673,7 @@ fn ambiguous() -> Vec<(&'static str, Vec<u8>)> {
 fn what_two_readers_could_read_differently_is_refused() {
     let apps = apps();
     let hears = recorder(&apps);
-    let daemon = client_only(&apps, RULES);
+    let daemon = client_only(&apps, PORTS, RULES);
     let cases = ambiguous();
     thread::scope(|scope| {
         for family in FAMILIES {
@@ -780,7 +746,7 @@ fn what_two_readers_could_read_differently_is_refused() {
 fn bodies_whose_framing_is_no_framing_end_where_that_begins() {
     let apps = apps();
     let hears = recorder(&apps);
-    let daemon = client_only(&apps, RULES);
+    let daemon = client_only(&apps, PORTS, RULES);
     let head = "POST /allowed/body HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n";
     let good = "5\r\nhello\r\n";
     let smuggled = "GET /denied/smuggled HTTP/1.1\r\nHost: x\r\n\r\n";
@@ -841,8 +807,8 @@ fn bodies_whose_framing_is_no_framing_end_where_that_begins() {
 fn what_is_not_http_is_reset_and_http2_is_told_apart() {
     let apps = apps();
     let hears = recorder(&apps);
-    let web = Web::start(apps.ns("internet"), "internet", &[WEB], &[], &apps.certificate).expect("nginx");
-    let daemon = client_only(&apps, RULES);
+    let [web] = webs(&apps, ["internet"], &[WEB], &[]);
+    let daemon = client_only(&apps, PORTS, RULES);
     for family in FAMILIES {
         let at = apps.at("internet", family, RAW);
         for (what, bytes) in [
@@ -897,12 +863,8 @@ fn what_is_not_http_is_reset_and_http2_is_told_apart() {
 fn a_head_that_does_not_end_is_ended() {
     let apps = apps();
     let hears = recorder(&apps);
-    let settings = Settings {
-        tables: "[http]\nheader_timeout = \"2s\"\n".into(),
-        ..Settings::default()
-    };
-    let text = policy("client", "egress", PORTS, RULES);
-    let daemon = apps.daemon(&settings, &[("client.yaml", &text)]).expect("daemon");
+    let settings = tables("[http]\nheader_timeout = \"2s\"\n");
+    let daemon = client_only_with(&apps, &settings, PORTS, RULES);
     let head = b"GET /allowed/never HTTP/1.1\r\nHost: x\r\nX-Slow: y\r\n";
     thread::scope(|scope| {
         for family in FAMILIES {
@@ -959,7 +921,7 @@ fn a_head_that_does_not_end_is_ended() {
 fn clients_that_wait_for_acknowledgements_are_not_held_up() {
     let apps = apps();
     let _peer = peer(&apps);
-    let daemon = client_only(&apps, RULES);
+    let daemon = client_only(&apps, PORTS, RULES);
     let script = "import http.client, sys, time\n\
         t = time.time()\n\
         c = http.client.HTTPConnection(sys.argv[1], int(sys.argv[2]), timeout=9)\n\
@@ -1007,18 +969,14 @@ fn clients_that_wait_for_acknowledgements_are_not_held_up() {
 fn large_bodies_go_on_in_the_kernel() {
     const SIZE: u64 = 120_000_000;
     let apps = apps();
-    let servers = ["internet", "node"]
-        .map(|name| Web::start(apps.ns(name), name, &[WEB], &[], &apps.certificate).expect("nginx"));
+    let servers = webs(&apps, ["internet", "node"], &[WEB], &[]);
     for web in &servers {
         random_file(&web.files().join("down"), SIZE).expect("file");
     }
     let up = apps.topology.dir().join("up");
     random_file(&up, SIZE).expect("file");
     let sum_up = sha256(&up).expect("sum");
-    let policies = policies(PORTS, RULES);
-    let daemon = apps
-        .daemon(&Settings::default(), &borrowed(&policies))
-        .expect("daemon");
+    let daemon = on_all_ways(&apps, Hooks::default(), PORTS, RULES);
     for (from, to, web, family) in [
         ("client", "internet", &servers[0], Family::V4),
         ("internet", "node", &servers[1], Family::V6),
@@ -1083,7 +1041,7 @@ fn large_bodies_go_on_in_the_kernel() {
 fn flows_name_request_answer_verdict_and_rule() {
     let apps = apps();
     let _peer = peer(&apps);
-    let daemon = client_only(&apps, RULES);
+    let daemon = client_only(&apps, PORTS, RULES);
     for family in FAMILIES {
         let at = apps.at("internet", family, PEER);
         let secrets = [

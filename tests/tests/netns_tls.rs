@@ -10,7 +10,7 @@ use std::{
 
 use palisade_testbed::{
     Daemon,
-    daemon::{Hooks, Settings},
+    daemon::Hooks,
     output,
     process::output_with_input,
     recorder::{End, Recorder},
@@ -21,9 +21,10 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    apps::{Apps, WAYS, apps, borrowed, has_default_offloads, packets_read, policies, policy, tracked},
+    apps::{Apps, WAYS, apps, has_default_offloads, packets_read, tracked},
     names::counted,
     secret,
+    setup::{TCX, XDP_AND_CLSACT, XDP_AT_THE_NIC, client_only, client_only_with, on_all_ways, tables, webs},
 };
 
 const HTTPS: u16 = 443;
@@ -58,19 +59,9 @@ fn is_reset(apps: &Apps, daemon: &Daemon, from: &str, to: (&str, Family), name: 
 
 fn all_ways(hooks: Hooks) {
     let apps = apps();
-    let servers: Vec<(&str, Web)> = ["server", "node", "internet"]
-        .iter()
-        .map(|name| {
-            let web = Web::start(apps.ns(name), name, &[], &[HTTPS], &apps.certificate).expect("nginx");
-            (*name, web)
-        })
-        .collect();
-    let settings = Settings {
-        hooks,
-        ..Settings::default()
-    };
-    let policies = policies(&[HTTPS], RULES);
-    let daemon = apps.daemon(&settings, &borrowed(&policies)).expect("daemon");
+    let names = ["server", "node", "internet"];
+    let servers = webs(&apps, names, &[], &[HTTPS]);
+    let daemon = on_all_ways(&apps, hooks, &[HTTPS], RULES);
     for family in FAMILIES {
         for (from, to) in WAYS {
             for name in ["www.allowed.example", "a.wild.example", "a.b.deep.example"] {
@@ -81,7 +72,7 @@ fn all_ways(hooks: Hooks) {
             }
         }
     }
-    for (name, web) in &servers {
+    for (name, web) in names.iter().zip(&servers) {
         let seen = web.seen();
         assert!(seen.len() >= 6, "{name}: {seen:?}");
         for seen in seen {
@@ -97,29 +88,17 @@ fn all_ways(hooks: Hooks) {
 
 #[test]
 fn all_ways_by_tcx_and_xdp_at_the_nic() {
-    all_ways(Hooks {
-        endpoint: "tc",
-        host: "xdp",
-        tc: "tcx",
-    });
+    all_ways(XDP_AT_THE_NIC);
 }
 
 #[test]
 fn all_ways_by_tcx_also_at_the_nic() {
-    all_ways(Hooks {
-        endpoint: "tc",
-        host: "tc",
-        tc: "tcx",
-    });
+    all_ways(TCX);
 }
 
 #[test]
 fn all_ways_by_xdp_and_clsact() {
-    all_ways(Hooks {
-        endpoint: "xdp",
-        host: "xdp",
-        tc: "clsact",
-    });
+    all_ways(XDP_AND_CLSACT);
 }
 
 /// `client` asks the internet by openssl.
@@ -133,25 +112,10 @@ fn s_client(apps: &Apps, to: SocketAddr, args: &[&str]) -> Handshake {
     Handshake::of(&output_with_input(&mut command, b"Q\n", OPEN).expect("openssl"))
 }
 
-fn client_only(apps: &Apps, ports: &[u16], rules: &str) -> Daemon {
-    let text = policy("client", "egress", ports, rules);
-    apps.daemon(&Settings::default(), &[("client.yaml", &text)])
-        .expect("daemon")
-}
-
-fn with_tables(apps: &Apps, tables: &str) -> Daemon {
-    let settings = Settings {
-        tables: tables.into(),
-        ..Settings::default()
-    };
-    let text = policy("client", "egress", &[HTTPS], RULES);
-    apps.daemon(&settings, &[("client.yaml", &text)]).expect("daemon")
-}
-
 #[test]
 fn names_in_every_form_by_openssl() {
     let apps = apps();
-    let web = Web::start(apps.ns("internet"), "internet", &[], &[HTTPS], &apps.certificate).expect("nginx");
+    let [web] = webs(&apps, ["internet"], &[], &[HTTPS]);
     let daemon = client_only(&apps, &[HTTPS], RULES);
     // a list of protocols is a simple way to a long hello
     let list = |bytes: usize| vec!["x".repeat(200); bytes / 201].join(",") + ",http/1.1";
@@ -388,7 +352,7 @@ fn what_is_not_tls_is_reset() {
 fn a_hello_that_does_not_end_is_ended() {
     let apps = apps();
     let server = secret::server(apps.ns("internet"), &apps.both("internet"), &[HTTPS]).expect("server");
-    let daemon = with_tables(&apps, "[tls]\nhello_timeout = \"2s\"\n");
+    let daemon = client_only_with(&apps, &tables("[tls]\nhello_timeout = \"2s\"\n"), &[HTTPS], RULES);
     let hello = Hello::to("www.allowed.example").bytes();
     thread::scope(|scope| {
         for family in FAMILIES {
@@ -534,7 +498,7 @@ fn hellos_that_are_encrypted_are_judged_by_their_outer_name_or_refused() {
         passes(&daemon, family, "evil.example", false);
     }
     drop(daemon);
-    let daemon = with_tables(&apps, "[tls]\nech = \"deny\"\n");
+    let daemon = client_only_with(&apps, &tables("[tls]\nech = \"deny\"\n"), &[HTTPS], RULES);
     for family in FAMILIES {
         passes(&daemon, family, "www.allowed.example", false);
         let shook = s_client(
@@ -607,17 +571,13 @@ fn other_clients_and_servers() {
 fn large_transfers_go_on_in_the_kernel() {
     const SIZE: u64 = 60_000_000;
     let apps = apps();
-    let servers = ["internet", "node"]
-        .map(|name| Web::start(apps.ns(name), name, &[], &[HTTPS], &apps.certificate).expect("nginx"));
+    let servers = webs(&apps, ["internet", "node"], &[], &[HTTPS]);
     for web in &servers {
         random_file(&web.files().join("down"), SIZE).expect("file");
     }
     let up = apps.topology.dir().join("up");
     random_file(&up, SIZE).expect("file");
-    let policies = policies(&[HTTPS], RULES);
-    let daemon = apps
-        .daemon(&Settings::default(), &borrowed(&policies))
-        .expect("daemon");
+    let daemon = on_all_ways(&apps, Hooks::default(), &[HTTPS], RULES);
     let sum_up = sha256(&up).expect("sum");
     for (from, to, web, family) in [
         ("client", "internet", &servers[0], Family::V4),
@@ -666,7 +626,7 @@ fn large_transfers_go_on_in_the_kernel() {
 #[test]
 fn flows_name_the_server_name_the_verdict_and_the_rule() {
     let apps = apps();
-    let _web = Web::start(apps.ns("internet"), "internet", &[], &[HTTPS], &apps.certificate).expect("nginx");
+    let [_web] = webs(&apps, ["internet"], &[], &[HTTPS]);
     let daemon = client_only(&apps, &[HTTPS], RULES);
     for family in FAMILIES {
         answers(&apps, &daemon, "client", ("internet", family), "a.wild.example");

@@ -3,11 +3,13 @@
 mod program;
 
 use palisade_abi::{
-    Carried, Config, CtEntry, Decision, Direction, Inspector, MAX_CARRIED_FRAME, PolicyEntry, Reason,
-    carry_flags, carry_hook, config_flags, entry_flags, identity,
+    Carried, Config, CtEntry, CtKey, Decision, Direction, FlowCommand, Inspector, MAX_CARRIED_FRAME,
+    PolicyEntry, Reason, Released, carry_flags, carry_hook, config_flags, entry_flags, identity, order,
+    release,
 };
 use program::packets::*;
 use program::*;
+use zerocopy::{FromBytes as _, IntoBytes as _};
 
 const INGRESS: Direction = Direction::Ingress;
 const EGRESS: Direction = Direction::Egress;
@@ -56,7 +58,7 @@ fn carried(got: &Outcome, frame: &[u8]) -> Carried {
     assert!(got.carried, "{:?}", got.reason);
     let prefix = size_of::<Carried>();
     assert_eq!(got.frame[prefix..], *frame, "the frame itself is untouched");
-    zerocopy::FromBytes::read_from_bytes(&got.frame[..prefix]).unwrap()
+    Carried::read_from_bytes(&got.frame[..prefix]).unwrap()
 }
 
 #[test]
@@ -206,13 +208,6 @@ fn a_new_policy_changes_whether_a_live_flow_is_read() {
 fn a_window_needs_no_reading() {
     let flow_key = key(HOST, 6, SERVER, CLIENT);
     // Every frame of these tests has sequence number 1000.
-    let segment = |from: (&str, u16), to: (&str, u16), flags: u8, payload: &[u8]| {
-        let mut frame = tcp(from, to, flags);
-        let length = (frame.len() - 14 + payload.len()) as u16;
-        frame[16..18].copy_from_slice(&length.to_be_bytes());
-        frame.extend_from_slice(payload);
-        frame
-    };
     let mut world = reading(NIC, HOST);
     assert!(world.run(Hook::Xdp, &tcp(CLIENT, SERVER, SYN)).carried);
     let data = segment(CLIENT, SERVER, ACK, &[7; 100]);
@@ -259,4 +254,265 @@ fn what_comes_back_is_not_judged_again() {
     assert_eq!(world.run(Hook::TcIn, &frame).reason, Reason::PolicyDenied);
     assert!(world.passes_marked(Hook::TcIn, &frame, MARK));
     assert!(!world.passes_marked(Hook::TcIn, &frame, MARK + 1));
+}
+
+/// What the kernel does with what comes back.
+const SHOT: u32 = 2;
+const REDIRECT: u32 = 7;
+
+/// A TCP connection to the node that is read, and the bytes 1000 to 1100 of it.
+struct Read {
+    world: World,
+    key: CtKey,
+    client: (&'static str, u16),
+    server: (&'static str, u16),
+    data: Vec<u8>,
+}
+
+/// The same for both address families.
+fn read_connections(entry: PolicyEntry) -> impl Iterator<Item = Read> {
+    let families = [(WORLD_V4, HOST_V4), (WORLD_V6, HOST_V6)];
+    families.into_iter().map(move |(client, server)| {
+        let (client, server) = ((client, 4000), (server, 80));
+        let mut world = reading(NIC, HOST);
+        world.rule(HOST, INGRESS, identity::ANY, 5, entry);
+        let data = segment(client, server, ACK, &[7; 100]);
+        assert!(world.run(Hook::Xdp, &tcp(client, server, SYN)).carried);
+        assert!(world.run(Hook::Xdp, &data).carried);
+        Read {
+            world,
+            key: key(HOST, 6, server, client),
+            client,
+            server,
+            data,
+        }
+    })
+}
+
+impl Read {
+    fn flow(&self) -> CtEntry {
+        self.world.flow(&self.key).unwrap()
+    }
+
+    /// A packet from the client, while the worker lives.
+    fn run(&mut self, frame: &[u8]) -> Outcome {
+        self.world.beat(palisade_datapath::monotonic_coarse());
+        self.world.run(Hook::Xdp, frame)
+    }
+
+    /// What agrees with the flow as it is.
+    fn command(&self, order: u32) -> FlowCommand {
+        let flow = self.flow();
+        FlowCommand {
+            key: self.key,
+            serial: flow.serial,
+            order,
+            ruleset: flow.ruleset,
+            carry_flags: u32::from(flow.carry_flags),
+            windows: [1000, 1100, 0, 0],
+        }
+    }
+
+    /// Has a worker give a command. It is never an error: whether it still holds is the programs' business.
+    fn give(&mut self, command: &FlowCommand) {
+        let alone = released(&[0; 14], release::NOWHERE, Some(command));
+        let (retval, _, counted) = self.world.run_back(&alone);
+        assert_eq!((retval, counted), (SHOT, vec![]));
+    }
+
+    /// Whether data is read. A packet of the flow counts as such either way.
+    fn is_read(&mut self) -> bool {
+        let got = self.run(&self.data.clone());
+        assert_eq!((got.passed, got.reason), (true, Reason::Established));
+        got.carried
+    }
+}
+
+/// A packet as a worker sends it.
+fn released(packet: &[u8], way: u8, command: Option<&FlowCommand>) -> Vec<u8> {
+    let behind = Released {
+        cookie: COOKIE,
+        ifindex: IFINDEX,
+        way,
+        flags: if command.is_some() { release::COMMAND } else { 0 },
+        zero: [0; 2],
+    };
+    let command = command.map_or(&[][..], |command| command.as_bytes());
+    [packet, command, behind.as_bytes()].concat()
+}
+
+#[test]
+fn a_command_that_agrees_with_its_flow_is_obeyed() {
+    for mut flow in read_connections(inspected(11, 21)) {
+        // The window: what lies in it is not read, what does not is.
+        let longer = segment(flow.client, flow.server, ACK, &[7; 101]);
+        flow.give(&flow.command(order::WINDOWS));
+        assert!(!flow.is_read());
+        assert!(flow.run(&longer).carried);
+        // All of it, in both directions.
+        flow.give(&flow.command(order::OFFLOAD));
+        let answer = segment(flow.server, flow.client, ACK, &[8; 100]);
+        let end = tcp(flow.client, flow.server, FIN | ACK);
+        assert!(!flow.is_read());
+        assert!(!flow.run(&longer).carried);
+        assert!(!flow.world.run_local(&answer).carried);
+        let got = flow.run(&end);
+        assert!(got.passed && !got.carried);
+    }
+    for mut flow in read_connections(inspected(11, 21)) {
+        let before = flow.flow();
+        flow.give(&flow.command(order::CLOSE));
+        // A connection that has been reset lives for ten seconds, and the next one by its ports is another one, which
+        // is read.
+        let after = flow.flow();
+        assert_eq!(after.forward_tcp, before.forward_tcp | RST);
+        assert!(after.expires < before.expires);
+        let got = flow.run(&tcp(flow.client, flow.server, SYN));
+        assert_eq!((got.carried, got.reason), (true, Reason::Allowed));
+        assert_ne!(flow.flow().serial, before.serial);
+    }
+    // With audit, by the flag of audit.
+    let audited = PolicyEntry {
+        flags: entry_flags::AUDIT,
+        ..inspected(11, 21)
+    };
+    for mut flow in read_connections(audited) {
+        let command = flow.command(order::OFFLOAD);
+        assert_eq!(command.carry_flags, u32::from(carry_flags::AUDIT));
+        flow.give(&command);
+        assert!(!flow.is_read());
+    }
+}
+
+type Change = fn(&mut FlowCommand);
+
+#[test]
+fn a_command_that_does_not_agree_with_its_flow_is_ignored() {
+    let audited = PolicyEntry {
+        flags: entry_flags::AUDIT,
+        ..inspected(11, 21)
+    };
+    let changes: [(&str, Change); 6] = [
+        ("another connection", |command| command.serial ^= 1),
+        ("rules that hold no more", |command| command.ruleset += 1),
+        ("no rules", |command| command.ruleset = 0),
+        ("audit, or not", |command| {
+            command.carry_flags ^= u32::from(carry_flags::AUDIT);
+        }),
+        // More than a flow's flags have room for.
+        ("a flag beyond", |command| command.carry_flags |= 256),
+        ("another endpoint's", |command| command.key.endpoint = A),
+    ];
+    for entry in [inspected(11, 21), audited] {
+        for mut flow in read_connections(entry) {
+            for (what, change) in changes {
+                for order in [order::WINDOWS, order::OFFLOAD, order::CLOSE] {
+                    let mut command = flow.command(order);
+                    change(&mut command);
+                    // That a connection has been reset is so by whatever rules.
+                    if order == order::CLOSE
+                        && command.serial == flow.flow().serial
+                        && command.key == flow.key
+                    {
+                        continue;
+                    }
+                    let before = flow.flow();
+                    flow.give(&command);
+                    assert_eq!(flow.flow(), before, "{what}, order {order}");
+                    assert!(flow.is_read(), "{what}, order {order}");
+                }
+            }
+            // It was not for something else that they were ignored.
+            flow.give(&flow.command(order::OFFLOAD));
+            assert!(!flow.is_read());
+        }
+    }
+}
+
+#[test]
+fn a_reset_counts_whatever_the_rules() {
+    for mut flow in read_connections(inspected(11, 21)) {
+        let command = FlowCommand {
+            ruleset: 20,
+            carry_flags: u32::from(carry_flags::AUDIT),
+            ..flow.command(order::CLOSE)
+        };
+        flow.give(&command);
+        // It says that the connection is over, and nothing about what is read.
+        let after = flow.flow();
+        assert_eq!(after.forward_tcp & RST, RST);
+        assert_eq!((after.inspector, after.windows), (Inspector::Dns as u8, [0; 4]));
+        assert!(flow.is_read());
+    }
+}
+
+/// The worker has decided by the rules that a packet came with; by the time that its command arrives the flow has been
+/// judged by others.
+#[test]
+fn a_command_by_rules_that_have_changed_meanwhile_is_ignored() {
+    let audited = PolicyEntry {
+        flags: entry_flags::AUDIT,
+        ..inspected(12, 21)
+    };
+    for new in [inspected(12, 33), audited] {
+        for mut flow in read_connections(inspected(11, 21)) {
+            for order in [order::WINDOWS, order::OFFLOAD] {
+                flow.world
+                    .rule(HOST, INGRESS, identity::ANY, 5, inspected(11, 21));
+                flow.world.state(HOST, u32::from(HOST), 2, identity::HOST);
+                assert!(flow.is_read());
+                let command = flow.command(order);
+                flow.world.rule(HOST, INGRESS, identity::ANY, 5, new);
+                flow.world.state(HOST, u32::from(HOST), 3, identity::HOST);
+                assert!(flow.is_read());
+                flow.give(&command);
+                assert!(flow.is_read(), "order {order}");
+                // If it arrives first, the next packet is judged anew, and read.
+                flow.world
+                    .rule(HOST, INGRESS, identity::ANY, 5, inspected(11, 21));
+                flow.world.state(HOST, u32::from(HOST), 4, identity::HOST);
+                assert!(flow.is_read());
+                flow.world.rule(HOST, INGRESS, identity::ANY, 5, new);
+                flow.world.state(HOST, u32::from(HOST), 5, identity::HOST);
+                flow.give(&command);
+                assert_ne!(flow.flow().windows[1] + u32::from(flow.flow().inspector == 0), 0);
+                assert!(flow.is_read(), "order {order}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_packet_goes_on_whether_its_command_holds_or_not() {
+    for mut flow in read_connections(inspected(11, 21)) {
+        for (way, stale) in [(release::INGRESS, true), (release::EGRESS, false)] {
+            let mut command = flow.command(order::OFFLOAD);
+            command.serial ^= u32::from(stale);
+            let (retval, out, counted) = flow.world.run_back(&released(&flow.data, way, Some(&command)));
+            assert_eq!((retval, counted), (REDIRECT, vec![]));
+            assert_eq!(out, flow.data, "what stood behind it is off");
+            assert_eq!(flow.is_read(), stale);
+        }
+    }
+}
+
+#[test]
+fn a_command_of_somebody_else_is_foreign() {
+    for mut flow in read_connections(inspected(11, 21)) {
+        let command = flow.command(order::OFFLOAD);
+        let ours = released(&[0; 14], release::NOWHERE, Some(&command));
+        let trailer = ours.len() - size_of::<Released>();
+        let mut other_cookie = ours.clone();
+        other_cookie[trailer] ^= 1;
+        // It says that a command stands before it, and there is no room for one.
+        let without = [&[0; 30][..], &ours[trailer..]].concat();
+        for frame in [other_cookie, without, vec![0; 40]] {
+            let (retval, _, counted) = flow.world.run_back(&frame);
+            assert_eq!((retval, counted), (SHOT, vec![(Reason::CarryForeign, 1)]));
+            assert!(flow.is_read());
+        }
+        let (_, _, counted) = flow.world.run_back(&ours);
+        assert_eq!(counted, []);
+        assert!(!flow.is_read());
+    }
 }

@@ -67,6 +67,14 @@ pub trait Port {
         Ok(())
     }
 
+    /// Whether packets can still come. Who only waits for them learns nowhere else that they cannot.
+    ///
+    /// # Errors
+    /// The socket is of no use any more.
+    fn check(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// What becomes readable when a packet arrives.
     fn fd(&self) -> Option<RawFd>;
 

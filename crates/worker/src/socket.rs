@@ -10,11 +10,21 @@ use palisade_xsk::{Frame, Socket};
 
 use crate::port::{Port, PortStatistics};
 
+/// What the kernel says of a socket whose interface is gone or down, in words that an operator can use.
+fn told(problem: io::Error) -> io::Error {
+    match problem.raw_os_error() {
+        Some(libc::ENETDOWN | libc::ENXIO | libc::ENODEV) => {
+            io::Error::new(problem.kind(), format!("the carrier is down or gone: {problem}"))
+        }
+        _ => problem,
+    }
+}
+
 impl Port for Socket {
     type Frame = Frame;
 
     fn receive(&mut self, into: &mut VecDeque<Frame>, most: usize) -> io::Result<usize> {
-        Self::receive(self, into, most)
+        Self::receive(self, into, most).map_err(told)
     }
 
     fn waiting(&mut self) -> usize {
@@ -54,11 +64,16 @@ impl Port for Socket {
     }
 
     fn flush(&mut self) -> io::Result<usize> {
-        Self::flush(self)
+        Self::flush(self).map_err(told)
     }
 
     fn busy_poll(&mut self) -> io::Result<()> {
-        self.look()
+        self.look().map_err(told)
+    }
+
+    fn check(&mut self) -> io::Result<()> {
+        // It is the socket's interface that the kernel looks at first, before it looks for packets.
+        self.look().map_err(told)
     }
 
     fn fd(&self) -> Option<RawFd> {
@@ -66,7 +81,7 @@ impl Port for Socket {
     }
 
     fn statistics(&mut self) -> io::Result<PortStatistics> {
-        let statistics = Self::statistics(self)?;
+        let statistics = Self::statistics(self).map_err(told)?;
         Ok(PortStatistics {
             rx_dropped: statistics.rx_dropped,
             rx_ring_full: statistics.rx_ring_full,

@@ -47,6 +47,8 @@ const HANDED: usize = 64;
 const MADE: usize = 256 * 1024;
 /// A worker says at least so often that it lives.
 const HEARTBEAT: Duration = Duration::from_millis(50);
+/// Whether packets can still come is looked at so often, ns.
+const CHECK: u64 = 50_000_000;
 /// What the rings have lost is read so often, ns.
 const STATISTICS: u64 = 1_000_000_000;
 /// So long is a worker's turn at a processor that others want too: it has little to do at a time, and somebody waits for
@@ -189,6 +191,8 @@ pub struct Worker<'a, P: Port, E: Inspect> {
     /// ns of the coarse monotonic clock.
     now: u64,
     statistics: (u64, PortStatistics),
+    /// When it was last looked whether packets can come.
+    checked: u64,
     /// What the engine had counted when that was looked at last.
     counted: Vec<u64>,
     reports: (u64, u32),
@@ -230,6 +234,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             fair: Fair::new(BATCH),
             shed: Vec::with_capacity(BATCH),
             statistics: (now, PortStatistics::default()),
+            checked: 0,
             counted,
             reports: (now, REPORTS),
             told: now,
@@ -249,6 +254,11 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
     /// Everything that there is to do now. Answers whether there was something.
     pub fn turn(&mut self) -> io::Result<bool> {
         self.now = (self.post.clock)();
+        // Before the sign of life: what the programs send to a socket that gets nothing would be lost without a reason.
+        if self.now.saturating_sub(self.checked) >= CHECK {
+            self.port.check()?;
+            self.checked = self.now;
+        }
         (self.post.beat)(self.post.number, self.now);
         self.read_orders();
         self.fulfil();

@@ -53,6 +53,16 @@ pub enum Hook {
     TcOut,
 }
 
+impl Hook {
+    fn program(self) -> &'static str {
+        match self {
+            Hook::Xdp => programs::XDP_INGRESS,
+            Hook::TcIn => programs::TC_INGRESS,
+            Hook::TcOut => programs::TC_EGRESS,
+        }
+    }
+}
+
 /// Both hooks at which a packet enters.
 pub const ENTRIES: [Hook; 2] = [Hook::Xdp, Hook::TcIn];
 
@@ -285,11 +295,7 @@ impl World {
     }
 
     pub fn program(&self, hook: Hook) -> BorrowedFd<'_> {
-        self.program_named(match hook {
-            Hook::Xdp => programs::XDP_INGRESS,
-            Hook::TcIn => programs::TC_INGRESS,
-            Hook::TcOut => programs::TC_EGRESS,
-        })
+        self.program_named(hook.program())
     }
 
     pub fn program_named(&self, name: &str) -> BorrowedFd<'_> {
@@ -340,11 +346,7 @@ impl World {
         } else {
             skb.as_bytes()
         };
-        if self.counters.is_empty() {
-            self.take_counters();
-        }
-        let before = std::mem::take(&mut self.counters);
-        let (retval, out) = sys::test_packet(self.program(hook), frame, context).unwrap();
+        let (retval, out, counted) = self.run_counted(hook.program(), frame, context);
         let carried = matches!((hook, retval), (Hook::Xdp, 4) | (Hook::TcIn | Hook::TcOut, 7));
         let passed = match (hook, retval) {
             _ if carried => true,
@@ -352,14 +354,6 @@ impl World {
             (Hook::Xdp, 1) | (Hook::TcIn | Hook::TcOut, 2) => false,
             _ => panic!("{hook:?} returned {retval}"),
         };
-        self.take_counters();
-        let counted: Vec<_> = self
-            .counters
-            .iter()
-            .zip(&before)
-            .filter(|(after, before)| after.1 != before.1)
-            .map(|(after, before)| (after.0, after.1 - before.1))
-            .collect();
         let [(slot, 1)] = counted[..] else {
             panic!("one packet counts once: {counted:?}")
         };
@@ -378,6 +372,40 @@ impl World {
             direction,
             events: self.take_events(),
         }
+    }
+
+    /// Runs a packet that comes back from a worker. Answers what the program returned, what it made of the packet, and
+    /// what it counted.
+    pub fn run_back(&mut self, frame: &[u8]) -> (u32, Vec<u8>, Vec<(Reason, u64)>) {
+        let (retval, out, counted) = self.run_counted(programs::BACK, frame, &[]);
+        let counted = counted
+            .into_iter()
+            .map(|(slot, packets)| (Reason::from_u8((slot / 2) as u8).unwrap(), packets))
+            .collect();
+        (retval, out, counted)
+    }
+
+    /// Runs a program. Answers what it returned, what it made of the packet, and the reasons' counters that went up.
+    fn run_counted(
+        &mut self,
+        program: &str,
+        frame: &[u8],
+        context: &[u8],
+    ) -> (u32, Vec<u8>, Vec<(u32, u64)>) {
+        if self.counters.is_empty() {
+            self.take_counters();
+        }
+        let before = std::mem::take(&mut self.counters);
+        let (retval, out) = sys::test_packet(self.program_named(program), frame, context).unwrap();
+        self.take_counters();
+        let counted = self
+            .counters
+            .iter()
+            .zip(&before)
+            .filter(|(after, before)| after.1 != before.1)
+            .map(|(after, before)| (after.0, after.1 - before.1))
+            .collect();
+        (retval, out, counted)
     }
 
     /// Whether a packet with a mark passes.

@@ -30,6 +30,11 @@ fn ip(source: &str, destination: &str, hop_limit: u8) -> PacketBuilderStep<IpHea
 }
 
 pub fn tcp(source: (&str, u16), destination: (&str, u16), flags: u8) -> Vec<u8> {
+    segment(source, destination, flags, &[])
+}
+
+/// TCP with data, sequence number 1000.
+pub fn segment(source: (&str, u16), destination: (&str, u16), flags: u8, payload: &[u8]) -> Vec<u8> {
     let mut step = ip(source.0, destination.0, 64).tcp(source.1, destination.1, 1000, 4096);
     if flags & FIN != 0 {
         step = step.fin();
@@ -44,7 +49,7 @@ pub fn tcp(source: (&str, u16), destination: (&str, u16), flags: u8) -> Vec<u8> 
         step = step.ack(1);
     }
     let mut frame = Vec::new();
-    step.write(&mut frame, &[]).unwrap();
+    step.write(&mut frame, payload).unwrap();
     frame
 }
 

@@ -71,6 +71,8 @@ pub enum Message {
     Signal(i32),
     /// Learned names need something.
     Names(Wish),
+    /// A worker has ended; it starts again by itself.
+    WorkerEnded,
     /// A request whose answer the compiler has, or that changes something.
     Ask(Request, SyncSender<Answer>),
 }
@@ -157,7 +159,12 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let ring = Ring::new(config.limits.flows as usize);
     let sweep = Interval::new(config.timeouts.sweep);
     // Before any map says that a packet is to be read.
-    let (workers, output) = Workers::start(&config, &datapath, known)?;
+    let ended = {
+        let sender = sender.clone();
+        // The control thread has ended, and all workers do.
+        move || drop(sender.send(Message::WorkerEnded))
+    };
+    let (workers, output) = Workers::start(&config, &datapath, known, ended)?;
     let mut control = Control {
         state,
         engine,
@@ -360,6 +367,7 @@ impl Control {
                     self.engine.compiler.judge_again(endpoints);
                     self.enforce(Instant::now());
                 }
+                Message::WorkerEnded => self.repair_carrier(),
                 Message::Ask(Request::Stop { detach: true }, answer) => return End::Detach(answer),
                 Message::Ask(Request::Stop { detach: false }, answer) => {
                     let _ = answer.send(Ok(Value::Null));
@@ -421,7 +429,12 @@ impl Control {
     fn network_changed(&mut self, network: Network) {
         let begun = Instant::now();
         let addresses = network.addresses != self.network.addresses;
+        let links = network.links != self.network.links;
         self.network = network;
+        self.repair_carrier();
+        if !addresses && !links {
+            return;
+        }
         if addresses {
             if let Err(problem) = self.new_world(begun) {
                 error!("{problem:#}");
@@ -430,6 +443,14 @@ impl Control {
             self.publish();
         }
         self.attach();
+    }
+
+    fn repair_carrier(&mut self) {
+        if self.workers.repair(&self.datapath, &self.network)
+            && let Err(problem) = self.tell_programs()
+        {
+            error!("the programs cannot be told of the workers' carrier: {problem:#}");
+        }
     }
 
     /// Has everything compiled that depends on endpoints, peers and options, and puts it in force.

@@ -14,7 +14,7 @@ use netlink_packet_core::{
 use netlink_packet_route::{
     RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
-    link::{LinkAttribute, LinkMessage},
+    link::{LinkAttribute, LinkFlags, LinkMessage},
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use tracing::warn;
@@ -29,6 +29,8 @@ const SETTLE: Duration = Duration::from_millis(5);
 pub struct Network {
     /// Index of every interface by its name.
     pub links: BTreeMap<String, u32>,
+    /// Indices of those that are set down.
+    pub down: BTreeSet<u32>,
     /// Addresses of this node, without loopback's own.
     pub addresses: BTreeSet<IpAddr>,
 }
@@ -42,6 +44,9 @@ pub fn read() -> io::Result<Network> {
                 LinkAttribute::IfName(name) => Some(name),
                 _ => None,
             });
+            if !link.header.flags.contains(LinkFlags::Up) {
+                network.down.insert(link.header.index);
+            }
             if let Some(name) = name {
                 network.links.insert(name, link.header.index);
             }

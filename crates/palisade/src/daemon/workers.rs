@@ -24,6 +24,8 @@ use crate::{
     control::api,
 };
 
+use super::network::Network;
+
 /// A worker that has not said for so long that it lives is taken for dead. It says so twenty times in that time.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// The sockets of all workers are there by then, or the daemon goes on without.
@@ -45,6 +47,8 @@ pub struct Workers {
     cookie: u64,
     mark: u32,
     running: Result<Running, String>,
+    /// Why the carrier cannot be put in order.
+    carrier_problem: Option<String>,
 }
 
 #[derive(Debug)]
@@ -67,15 +71,17 @@ pub struct Output {
 
 impl Workers {
     /// Makes the carrier and starts the workers. Without them, nothing that must be read passes; all else does, so
-    /// the daemon goes on. `known`: addresses must be known by the server names that are asked for.
+    /// the daemon goes on. `known`: addresses must be known by the server names that are asked for. `failed` is called
+    /// at each end of a worker.
     pub fn start(
         config: &Config,
         datapath: &Datapath,
         known: Option<Arc<Known>>,
+        failed: impl Fn() + Send + Sync + 'static,
     ) -> anyhow::Result<(Self, Option<Output>)> {
         let wanted = &config.worker;
         let (cookie, mark) = secrets().context("/dev/urandom")?;
-        let started = start(wanted, limits(config), known, datapath, cookie);
+        let started = start(wanted, limits(config), known, datapath, cookie, failed);
         let (running, output) = match started {
             Ok((running, output)) => (Ok(running), Some(output)),
             Err(problem) => {
@@ -92,8 +98,41 @@ impl Workers {
             cookie,
             mark,
             running,
+            carrier_problem: None,
         };
         Ok((workers, output))
+    }
+
+    /// Puts the carrier in order if it is what workers do not run for: somebody may have deleted it, or set it down.
+    /// They try again by themselves. Answers whether the programs have to be told of another one.
+    pub fn repair(&mut self, datapath: &Datapath, network: &Network) -> bool {
+        let Ok(running) = &mut self.running else {
+            return false;
+        };
+        let counters = running.pool.counters();
+        let all_run = counters.iter().all(|counters| counters.state() == State::Running);
+        // The workers do not see that the node's end is down.
+        if all_run && !network.down.contains(&running.carrier.ifindex()) {
+            return false;
+        }
+        let found = datapath.carrier(&self.wanted.interface, counters.len() as u32);
+        let problem = found.as_ref().err().map(ToString::to_string);
+        if let Some(problem) = &problem
+            && self.carrier_problem.as_ref() != Some(problem)
+        {
+            error!("the carrier of the workers: {problem}");
+        }
+        self.carrier_problem = problem;
+        let Ok(carrier) = found else { return false };
+        let other = carrier.ifindex() != running.carrier.ifindex();
+        if other {
+            info!(
+                "the carrier {}0 was gone and is made again",
+                self.wanted.interface
+            );
+        }
+        running.carrier = Arc::new(carrier);
+        other
     }
 
     /// What the programs are to know of the workers.
@@ -160,7 +199,11 @@ impl Workers {
                     .iter()
                     .filter(|counters| counters.state() != State::Running)
                     .count();
-                (down != 0).then(|| format!("{down} of {} workers do not run", counters.len()))
+                let why = || {
+                    let problem = counters.iter().find_map(|counters| counters.problem());
+                    self.carrier_problem.clone().or(problem).unwrap_or_default()
+                };
+                (down != 0).then(|| format!("{down} of {} workers do not run: {}", counters.len(), why()))
             }
             Err(problem) => Some(format!("no workers: {problem}")),
         }
@@ -233,6 +276,7 @@ fn start(
     known: Option<Arc<Known>>,
     datapath: &Datapath,
     cookie: u64,
+    failed: impl Fn() + Send + Sync + 'static,
 ) -> anyhow::Result<(Running, Output)> {
     let workers = match wanted.threads {
         0 => thread::available_parallelism().map_or(1, |n| n.get().min(MOST_BY_ITSELF)),
@@ -259,7 +303,12 @@ fn start(
         }),
         beat: {
             let carrier = Arc::clone(&carrier);
-            Arc::new(move |number, now| carrier.beat(number as u32, now))
+            Arc::new(move |number, now| {
+                carrier.beat(number as u32, now);
+                if now == 0 {
+                    failed();
+                }
+            })
         },
         rules: Arc::clone(&rules),
         learns: LEARNS,

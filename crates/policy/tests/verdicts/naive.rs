@@ -436,17 +436,19 @@ impl<'a> Naive<'a> {
                 _ => false,
             },
             Peer::Cidr(_) | Peer::CidrGroup { .. } | Peer::CidrGroupSelector { .. } => {
-                let inside = |prefix: &IpNet| {
+                let inside = |prefix: &IpNet| other.prefix.is_some_and(|inner| prefix.contains(&inner));
+                let covers = |prefix: &IpNet| {
                     let v6 = matches!(prefix, IpNet::V6(_));
-                    other.prefix.is_some_and(|inner| prefix.contains(&inner))
+                    inside(prefix)
                         || (prefix.prefix_len() == 0
                             && (reserved("world")
                                 || (reserved("world-ipv4") && !v6)
                                 || (reserved("world-ipv6") && v6)))
                 };
+                // The world as such is in `/0` whatever is excluded, be it `/0` of either family.
                 self.cidr_rules(peer)
                     .iter()
-                    .any(|rule| inside(&rule.cidr) && !rule.except.iter().any(inside))
+                    .any(|rule| covers(&rule.cidr) && !rule.except.iter().any(inside))
             }
             Peer::Fqdn(pattern) => {
                 let (FqdnPattern::Name(text) | FqdnPattern::Pattern(text)) = pattern;

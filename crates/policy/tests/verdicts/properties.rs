@@ -15,7 +15,10 @@ use palisade_policy::{
     compile::{Changes, Compiler, CompilerState, FileContent, LearnedUpdate},
     names::LearnedSet,
     plan::plan,
-    rule::FqdnPattern,
+    rule::{
+        CidrRule, FqdnPattern, Location, Peer as RulePeer, Peers, Policy, PolicyKind, Ports, Rule, Selector,
+        Spec, Subject,
+    },
     snapshot::{RuleKey, Snapshot, inspector_name},
     world::World,
 };
@@ -168,6 +171,78 @@ fn config() -> ProptestConfig {
         max_shrink_iters: 300,
         failure_persistence: None,
         ..ProptestConfig::default()
+    }
+}
+
+/// What is outside of every prefix that is mentioned is in `/0` whatever that excludes, also the `/0` of a family. What
+/// has a prefix of its own is excluded with it.
+#[test]
+fn what_excludes_everything_excludes_only_who_has_a_prefix() {
+    let location = Location::default();
+    let rule = |cidr: &str, except: &[&str]| Rule {
+        peers: Peers::OneOf(vec![RulePeer::Cidr(CidrRule {
+            cidr: cidr.parse().unwrap(),
+            except: except.iter().map(|text| text.parse().unwrap()).collect(),
+        })]),
+        ports: Ports::Any,
+        requires: Vec::new(),
+        auth_required: false,
+        location: location.clone(),
+    };
+    let spec = |deny: bool, rule: Rule| Spec {
+        subject: Subject::Endpoints(Selector::default()),
+        ingress: None,
+        ingress_deny: None,
+        egress: (!deny).then(|| vec![rule.clone()]),
+        egress_deny: deny.then(|| vec![rule]),
+        default_deny_ingress: None,
+        default_deny_egress: Some(!deny),
+        description: String::new(),
+        location: location.clone(),
+    };
+    let (bare, known) = ("198.51.100.1", "10.1.2.3");
+    for (dual_stack, cidr, except, address, allowed) in [
+        (false, "0.0.0.0/0", "::/0", bare, true),
+        (false, "0.0.0.0/0", "0.0.0.0/0", bare, true),
+        (true, "0.0.0.0/0", "0.0.0.0/0", bare, true),
+        (true, "::/0", "::/0", bare, false),
+        (false, "0.0.0.0/0", "::/0", known, true),
+        (false, "0.0.0.0/0", "0.0.0.0/0", known, false),
+        (true, "0.0.0.0/0", "0.0.0.0/0", known, false),
+    ] {
+        let mut world = world(&mut Tape::new(&[]));
+        world.options.dual_stack = dual_stack;
+        let policy = Policy {
+            kind: PolicyKind::Raw,
+            name: "p".into(),
+            namespace: None,
+            audit: false,
+            // The second one only makes the address one that has a prefix of its own.
+            specs: vec![
+                spec(false, rule(cidr, &[except])),
+                spec(true, rule("10.1.0.0/16", &["10.1.2.3/32"])),
+            ],
+            location: location.clone(),
+        };
+        let content = FileContent {
+            policies: vec![policy],
+            cidr_groups: Vec::new(),
+        };
+        let files: BTreeMap<String, FileContent> = [("p.yaml".to_owned(), content)].into();
+        let mut compiler = Compiler::new(&CompilerState::default());
+        compiler.update(changes(Some(world.clone()), &files)).unwrap();
+        let packet = Packet {
+            endpoint: 1,
+            direction: Direction::Egress,
+            remote: address.parse().unwrap(),
+            protocol: 6,
+            port: Some(80),
+        };
+        let table = judged(compiler.snapshot(), &packet).map(|(verdict, _)| verdict);
+        let expected = if allowed { Verdict::Allow } else { Verdict::Deny };
+        let case = format!("{cidr} except {except} for {address}, dual stack: {dual_stack}");
+        assert_eq!(table, Some((expected, false)), "{case}");
+        assert_eq!(Naive::new(&world, &files, &[]).judge(&packet), table, "{case}");
     }
 }
 

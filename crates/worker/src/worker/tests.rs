@@ -24,6 +24,8 @@ struct Fake {
     ring: usize,
     in_ring: usize,
     capacity: usize,
+    /// Nothing comes any more.
+    gone: bool,
 }
 
 struct FakeFrame {
@@ -41,6 +43,7 @@ impl Fake {
             ring: FRAMES,
             in_ring: 0,
             capacity: 1_024,
+            gone: false,
         }
     }
 }
@@ -108,6 +111,13 @@ impl Port for Fake {
     fn flush(&mut self) -> io::Result<usize> {
         self.in_ring = 0;
         Ok(0)
+    }
+
+    fn check(&mut self) -> io::Result<()> {
+        if self.gone {
+            return Err(io::Error::other("gone"));
+        }
+        Ok(())
     }
 
     fn fd(&self) -> Option<std::os::fd::RawFd> {
@@ -690,4 +700,23 @@ fn under_overload_a_small_flow_is_read_where_a_large_one_is_shed() {
         shed[&(Reason::WorkerOverload as u8)] as usize,
         1_050 - read(3) - read(4)
     );
+}
+
+#[test]
+fn who_gets_nothing_any_more_gives_no_sign_of_life() {
+    let (mut post, _chief, _records) = post(0, 1);
+    let beats = Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let counted = Arc::clone(&beats);
+    post.beat = Arc::new(move |_, _| {
+        counted.fetch_add(1, Ordering::Relaxed);
+    });
+    let mut port = Fake::new(Vec::new());
+    port.gone = true;
+    let mut worker = Worker::new(&mut post, port, Script::default(), FRAMES);
+    // The very first one would make the programs send packets that nobody gets.
+    assert!(worker.turn().is_err());
+    assert_eq!(beats.load(Ordering::Relaxed), 0);
+    worker.port.gone = false;
+    assert!(worker.turn().is_ok());
+    assert_eq!(beats.load(Ordering::Relaxed), 1);
 }

@@ -1,0 +1,277 @@
+//! Workers that cannot read, because somebody meddles with the carrier: nothing that is denied gets through, the daemon
+//! says so, and it reads again without being started again.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use palisade_testbed::{
+    Daemon,
+    dns::{PORT, Scripted, ask, query, rcode, rtype},
+    ns::wait_until,
+    topology::{FAMILIES, Family},
+    web::{Web, curl},
+};
+use palisade_tests::{
+    OPEN,
+    apps::{Apps, Loop, apps},
+    names::{counted, zone},
+    setup::{daemon_with, tables, webs},
+};
+use serde_json::Value;
+
+/// Lets the client ask for one name and for one path.
+const POLICY: &str = r#"
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: client}
+spec:
+  endpointSelector: {matchLabels: {app: client}}
+  egress:
+  - toEntities: [world]
+    toPorts:
+    - ports: [{port: "53", protocol: ANY}]
+      rules:
+        dns: [{matchName: www.example}]
+    - ports: [{port: "80", protocol: TCP}]
+      rules:
+        http: [{path: /ok}]
+"#;
+
+/// The reason of packets that no worker reads.
+const NO_WORKER: u64 = 230;
+const NOERROR: u16 = 0;
+const REFUSED: u16 = 5;
+
+/// A client that asks without a pause for what it may and for what it may not, and who it asks.
+struct Busy {
+    daemon: Daemon,
+    apps: Arc<Apps>,
+    resolver: Scripted,
+    web: Web,
+    /// What is asked for, how that is answered while a worker reads, and who asks.
+    traffic: [(&'static str, u16, Loop<Option<u16>>); 4],
+}
+
+/// The code that a question is answered with; `None`: it is not answered.
+fn question(apps: &Apps, family: Family, name: &str) -> Option<u16> {
+    let any: IpAddr = match family {
+        Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
+        Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let message = query(7, &[(name, rtype::A)]);
+    let (source, server) = (SocketAddr::new(any, 0), apps.at("internet", family, PORT));
+    let answers = ask(
+        apps.ns("client"),
+        source,
+        server,
+        &message,
+        Duration::from_millis(100),
+    );
+    rcode(answers.expect("a question").first()?).map(u16::from)
+}
+
+/// The status of a request; `None`: it is not answered.
+fn request(apps: &Apps, family: Family, path: &str) -> Option<u16> {
+    let url = format!("http://{}{path}", apps.at("internet", family, 80));
+    let curled = curl(apps.ns("client"), &[&url], Duration::from_millis(1_500)).expect("curl");
+    (curled.status != 0).then_some(curled.status)
+}
+
+/// How often each worker was started again.
+fn restarts(status: &Value) -> Vec<u64> {
+    let workers = status["workers"]["workers"].as_array();
+    let workers = workers.into_iter().flatten();
+    workers.filter_map(|worker| worker["restarts"].as_u64()).collect()
+}
+
+impl Busy {
+    fn start() -> Self {
+        let apps = apps();
+        let resolver = Scripted::start(apps.ns("internet"), &apps.both("internet"), zone).expect("resolver");
+        let [web] = webs(&apps, ["internet"], &[80], &[]);
+        let settings = tables("[worker]\nthreads = 2\n");
+        let daemon = daemon_with(&apps.topology, &settings, &[("client.yaml", POLICY)]);
+        let apps = Arc::new(apps);
+        let asks = |name: &'static str| {
+            let apps = apps.clone();
+            Loop::start(move |n| question(&apps, FAMILIES[n % 2], name))
+        };
+        let requests = |path: &'static str| {
+            let apps = apps.clone();
+            Loop::start(move |n| request(&apps, FAMILIES[n % 2], path))
+        };
+        let busy = Self {
+            traffic: [
+                ("www.example", NOERROR, asks("www.example")),
+                ("evil.example", REFUSED, asks("evil.example")),
+                ("/ok", 200, requests("/ok")),
+                ("/denied", 403, requests("/denied")),
+            ],
+            daemon,
+            apps,
+            resolver,
+            web,
+        };
+        busy.reads();
+        busy
+    }
+
+    /// What is allowed is answered, and what is denied refused, both by a worker. Questions are asked once, so one that
+    /// came too early is asked again.
+    #[track_caller]
+    fn reads(&self) {
+        for family in FAMILIES {
+            let mut got = (None, None, None, None);
+            let read = wait_until("all is read", OPEN, || {
+                got = (
+                    question(&self.apps, family, "www.example"),
+                    question(&self.apps, family, "evil.example"),
+                    request(&self.apps, family, "/ok"),
+                    request(&self.apps, family, "/denied"),
+                );
+                got == (Some(NOERROR), Some(REFUSED), Some(200), Some(403))
+            });
+            assert!(read.is_ok(), "{family:?}: {got:?}\n{}", self.daemon.report());
+        }
+    }
+
+    fn ip(&self, lines: &str) {
+        self.apps.ns("node").ip(lines).expect("ip");
+    }
+
+    fn status(&self) -> Value {
+        self.daemon.status().expect("status")
+    }
+
+    /// The carrier's two ends.
+    fn carrier(&self) -> [String; 2] {
+        let end = self.status()["workers"]["carrier"]
+            .as_str()
+            .expect("carrier")
+            .to_owned();
+        let other = format!("{}1", end.trim_end_matches('0'));
+        [end, other]
+    }
+
+    /// Does something to the carrier, after which it is put in order and all is read. `anew`: the workers have to begin
+    /// anew for that.
+    #[track_caller]
+    fn survives(&self, what: &str, anew: bool, fault: impl FnOnce()) {
+        let ends = self.carrier();
+        let before = restarts(&self.status());
+        let begun = Instant::now();
+        fault();
+        let is_up = |end: &String| {
+            let shown = self
+                .apps
+                .ns("node")
+                .run("ip", &["-o", "link", "show", "dev", end]);
+            shown.is_ok_and(|shown| shown.contains(",UP,"))
+        };
+        let done = self.daemon.wait_status(what, |status| {
+            let restarted = restarts(status)
+                .iter()
+                .zip(&before)
+                .all(|(now, before)| now > before);
+            status["ready"] == true && (restarted || !anew) && ends.iter().all(is_up)
+        });
+        done.unwrap_or_else(|error| panic!("{error:#}\n{}", self.daemon.report()));
+        eprintln!("{what}: all is read again after {:?}", begun.elapsed());
+        self.reads();
+    }
+
+    /// Ends the traffic: nothing that is denied has reached anybody, and what is allowed went on.
+    fn finish(self) {
+        for (what, expected, traffic) in self.traffic {
+            let results = traffic.finish();
+            let answered = results.iter().flatten().count();
+            eprintln!("{what}: {answered} of {} answered", results.len());
+            assert!(answered > 5, "{what}: {results:?}");
+            assert!(
+                results.iter().flatten().all(|code| *code == expected),
+                "{what}: {results:?}"
+            );
+        }
+        assert_eq!(self.resolver.asked_for("evil.example"), 0);
+        let seen = self.web.seen();
+        assert!(
+            !seen.iter().any(|seen| seen.request.contains("denied")),
+            "{seen:?}"
+        );
+        assert!(seen.iter().any(|seen| seen.request.contains("/ok")));
+    }
+}
+
+#[test]
+fn a_carrier_that_is_deleted_set_down_or_taken_away_is_put_in_order() {
+    let busy = Busy::start();
+    let [node_end, worker_end] = busy.carrier();
+    busy.survives("deleted", true, || busy.ip(&format!("link del {node_end}\n")));
+    let log = busy.daemon.log();
+    for said in [
+        "the carrier is down or gone",
+        &format!("{node_end} was gone and is made again"),
+        "runs again",
+    ] {
+        assert!(log.contains(said), "{said}: {log}");
+    }
+    for (end, anew) in [(&node_end, false), (&worker_end, true)] {
+        busy.survives("set down", anew, || busy.ip(&format!("link set {end} down\n")));
+    }
+    busy.survives("moved", true, || {
+        busy.ip(&format!(
+            "link set {worker_end} netns {}\n",
+            busy.apps.ns("server").name()
+        ));
+    });
+    busy.finish();
+}
+
+#[test]
+fn a_carrier_that_cannot_be_made_again_costs_what_must_be_read_and_is_told() {
+    let busy = Busy::start();
+    let [node_end, worker_end] = busy.carrier();
+    // Renamed while it is in use, so that the name is taken before the daemon can make it again.
+    busy.ip(&format!(
+        "link set {node_end} name away\nlink add {node_end} type bridge\n"
+    ));
+    busy.reads();
+    busy.ip("link del away\n");
+    let status = busy
+        .daemon
+        .wait_status("no worker runs", |status| {
+            let missing = status["missing"].to_string();
+            missing.contains("2 of 2 workers do not run") && missing.contains("[worker] interface")
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", busy.daemon.report()));
+    assert_eq!(status["ready"], false);
+    let asked = busy.resolver.asked().len();
+    let dropped = counted(&status, NO_WORKER);
+    thread::sleep(Duration::from_secs(2));
+    for family in FAMILIES {
+        for name in ["www.example", "evil.example"] {
+            assert_eq!(question(&busy.apps, family, name), None);
+        }
+    }
+    assert_eq!(busy.resolver.asked().len(), asked, "questions pass unread");
+    // Each of the two that ask asks ten times a second.
+    let status = busy.status();
+    assert!(
+        counted(&status, NO_WORKER) > dropped + 20,
+        "{:#}",
+        status["drops"]
+    );
+    let log = busy.daemon.log();
+    let said = log.matches("an interface of this name is no carrier").count();
+    assert_eq!(said, 1, "told once: {log}");
+    assert!(log.lines().count() < 60, "{log}");
+    busy.survives("the name is free", false, || {
+        busy.ip(&format!("link del {node_end}\n"))
+    });
+    assert_eq!(busy.carrier(), [node_end, worker_end]);
+    busy.finish();
+}
