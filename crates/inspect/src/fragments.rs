@@ -4,7 +4,7 @@
 //! What receivers could put together in more than one way is dropped whole (RFC 5722), and so is what still comes of
 //! it: only a fragment that says again what was said before is no contradiction.
 
-use std::collections::HashMap;
+use foldhash::{HashMap, HashMapExt as _};
 
 use palisade_abi::{Addr, CarrySlot, Reason, carry_flags, protocol};
 use palisade_packet::{Packet, flags};

@@ -3,11 +3,9 @@
 mod http;
 mod patterns;
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
+use foldhash::HashMap;
 use palisade_policy::{
     rule::FqdnPattern,
     snapshot::{Matcher, RuleSet},

@@ -1,4 +1,6 @@
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
+
+use foldhash::{HashMap, HashMapExt as _};
 
 use palisade_abi::{CtKey, Reason, carry_flags, order, protocol};
 
