@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use palisade_abi::{CarrySlot, FlowCommand, Reason, carry_hook};
-use palisade_inspect::{Engine, Learn, Learned, Millis, Route, Sink, View, record::Record};
+use palisade_inspect::{Engine, Learn, Millis, Route, Sink, View, record::Record};
 use palisade_packet::{Packet, Start, decode};
 use palisade_testbed::packet;
 
@@ -206,11 +206,7 @@ pub fn read(engine: &mut Engine<()>, outcome: &mut Outcome, now: Millis, slot: &
     };
     engine.packet(now, &view, (), outcome);
     if let Some(learn) = outcome.learn.take() {
-        let learned = Learned {
-            ticket: learn.ticket,
-            committed: true,
-            answer: learn.answer,
-        };
+        let learned = learn.done(true, None);
         engine.learned(now, learned, outcome);
     }
 }

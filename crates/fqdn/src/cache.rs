@@ -141,6 +141,7 @@ impl Cache {
             changes: Vec::new(),
             pairs: Vec::new(),
             refused: 0,
+            lease: 0,
         };
         let question = answer
             .question
@@ -152,6 +153,7 @@ impl Cache {
         let ttl = (Millis::from(ttl) * 1000)
             .min(self.config.max_ttl)
             .max(self.config.min_ttl);
+        pending.lease = ttl;
         let mut addresses: Vec<(IpAddr, Millis)> = Vec::with_capacity(answer.addresses.len());
         // a connection to ::ffff:192.0.2.1 leaves as one to 192.0.2.1 (RFC 4291, 2.5.5.2)
         addresses.extend(

@@ -58,6 +58,8 @@ pub struct Pending {
     /// Everything the answer taught: name (as on the wire) and address.
     pub(crate) pairs: Vec<(Arc<[u8]>, IpAddr)>,
     pub(crate) refused: usize,
+    /// How long they are kept at least, from when they were learned.
+    pub(crate) lease: crate::Millis,
 }
 
 impl Pending {
@@ -88,6 +90,15 @@ impl Pending {
     #[must_use]
     pub fn refused(&self) -> usize {
         self.refused
+    }
+}
+
+impl Pending {
+    /// For how long from its learning everything that it taught is kept; none if not everything is, or there is
+    /// nothing.
+    #[must_use]
+    pub fn lease(&self) -> Option<crate::Millis> {
+        (self.refused == 0 && !self.pairs.is_empty()).then_some(self.lease)
     }
 }
 

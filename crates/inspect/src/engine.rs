@@ -217,7 +217,7 @@ impl<F> Engine<F> {
 
     /// What became of an answer that was to be learned.
     pub fn learned(&mut self, now: Millis, learned: Learned, sink: &mut impl Sink<F>) {
-        self.dns.learned(learned, &mut self.spare, sink);
+        self.dns.learned(now, learned, &mut self.spare, sink);
         self.streams.resolve(now, &mut self.dns, &mut self.spare, sink);
     }
 

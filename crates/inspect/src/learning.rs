@@ -3,22 +3,56 @@
 //! One queue for all workers on the way there, one for each worker on the way back. Both are bounded, and neither
 //! end ever waits for the other: a worker has at most as many questions open as its way back can hold.
 
-use std::{fmt, sync::Arc};
+use std::{
+    collections::VecDeque,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 
-use crate::{Learn, Learned};
+use crate::{Learn, Learned, Lease};
 
 /// Wakes a worker that sleeps: something came back for it.
 pub type Wake = Arc<dyn Fn() + Send + Sync>;
 
+/// Answers that teach nothing new may wait at a worker, so many of them.
+const LATER: usize = 64;
+
 /// Makes [`Learner`]s.
 #[derive(Clone, Debug)]
-pub struct Learners(Sender<Lesson>);
+pub struct Learners {
+    asks: Sender<Lesson>,
+    epoch: Epoch,
+}
 
 /// Where lessons arrive.
 #[derive(Debug)]
-pub struct Lessons(Receiver<Lesson>);
+pub struct Lessons {
+    asks: Receiver<Lesson>,
+    epoch: Epoch,
+}
+
+/// Changes whenever something learned is taken out of the maps before its time. Who keeps what was learned ends an
+/// epoch, and each worker sees that.
+#[derive(Clone, Debug, Default)]
+pub struct Epoch(Arc<AtomicU64>);
+
+impl Epoch {
+    /// The number of this one.
+    #[must_use]
+    pub fn now(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Ends it.
+    pub fn end(&self) {
+        self.0.fetch_add(1, Ordering::AcqRel);
+    }
+}
 
 /// A worker's end.
 #[derive(Debug)]
@@ -28,6 +62,9 @@ pub struct Learner {
     back: Back,
     open: usize,
     limit: usize,
+    /// What may wait for a moment, so that nobody is woken for each.
+    later: VecDeque<Lesson>,
+    epoch: Epoch,
 }
 
 /// Something to learn, and the way back to whoever waits for it.
@@ -36,6 +73,8 @@ pub struct Lesson {
     /// What.
     pub learn: Learn,
     back: Back,
+    /// Somebody waits for it: the worker is woken.
+    waits: bool,
 }
 
 /// The way back to a worker.
@@ -52,7 +91,18 @@ impl fmt::Debug for Back {
 #[must_use]
 pub fn lessons(capacity: usize) -> (Learners, Lessons) {
     let (sender, receiver) = bounded(capacity);
-    (Learners(sender), Lessons(receiver))
+    let epoch = Epoch::default();
+    let learners = Learners {
+        asks: sender,
+        epoch: epoch.clone(),
+    };
+    (
+        learners,
+        Lessons {
+            asks: receiver,
+            epoch,
+        },
+    )
 }
 
 impl Learners {
@@ -61,11 +111,13 @@ impl Learners {
     pub fn learner(&self, limit: usize, wake: Wake) -> Learner {
         let (sender, answers) = bounded(limit);
         Learner {
-            asks: self.0.clone(),
+            asks: self.asks.clone(),
             answers,
             back: Back(Arc::new((sender, wake))),
             open: 0,
             limit,
+            later: VecDeque::with_capacity(LATER),
+            epoch: self.epoch.clone(),
         }
     }
 }
@@ -82,6 +134,7 @@ impl Learner {
         let lesson = Lesson {
             learn,
             back: self.back.clone(),
+            waits: true,
         };
         match self.asks.try_send(lesson) {
             Ok(()) => {
@@ -90,6 +143,52 @@ impl Learner {
             }
             Err(TrySendError::Full(lesson) | TrySendError::Disconnected(lesson)) => Err(lesson.learn),
         }
+    }
+
+    /// Tells of an answer that teaches nothing new, by the next [`Learner::flush`] at the latest. Allocates nothing and
+    /// never waits.
+    ///
+    /// # Errors
+    /// Gives the answer back if too much waits already, or nobody is there to hear it.
+    pub fn tell(&mut self, learn: Learn) -> Result<(), Learn> {
+        if self.later.len() >= LATER {
+            self.flush();
+        }
+        if self.open >= self.limit || self.later.len() >= LATER {
+            return Err(learn);
+        }
+        self.later.push_back(Lesson {
+            learn,
+            back: self.back.clone(),
+            waits: false,
+        });
+        self.open += 1;
+        Ok(())
+    }
+
+    /// Whether [`Learner::flush`] has something to do.
+    #[must_use]
+    pub fn has_to_tell(&self) -> bool {
+        !self.later.is_empty()
+    }
+
+    /// Tells what was to be told. What nobody can take now stays for the next time.
+    pub fn flush(&mut self) {
+        while let Some(lesson) = self.later.pop_front() {
+            match self.asks.try_send(lesson) {
+                Ok(()) => {}
+                Err(TrySendError::Full(lesson) | TrySendError::Disconnected(lesson)) => {
+                    self.later.push_front(lesson);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// See [`crate::Sink::epoch`].
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.epoch.now()
     }
 
     /// What has come back, if something has.
@@ -118,17 +217,23 @@ impl Lessons {
     /// # Errors
     /// If there will never be another: nobody is left to ask.
     pub fn wait(&self, patience: std::time::Duration) -> Result<Option<Lesson>, Gone> {
-        match self.0.recv_timeout(patience) {
+        match self.asks.recv_timeout(patience) {
             Ok(lesson) => Ok(Some(lesson)),
             Err(RecvTimeoutError::Timeout) => Ok(None),
             Err(RecvTimeoutError::Disconnected) => Err(Gone),
         }
     }
 
+    /// For who takes something out of the maps.
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        self.epoch.clone()
+    }
+
     /// The next one, if it is there.
     #[must_use]
     pub fn next_waiting(&self) -> Option<Lesson> {
-        self.0.try_recv().ok()
+        self.asks.try_recv().ok()
     }
 }
 
@@ -138,16 +243,12 @@ pub struct Gone;
 
 impl Lesson {
     /// Says what became of it. A worker that has ended meanwhile is not told.
-    pub fn done(self, committed: bool) {
-        let Self { learn, back } = self;
-        let learned = Learned {
-            ticket: learn.ticket,
-            committed,
-            answer: learn.answer,
-        };
+    pub fn done(self, committed: bool, lease: Option<Lease>) {
+        let Self { learn, back, waits } = self;
+        let learned = learn.done(committed, lease);
         let (sender, wake) = &*back.0;
         // It has room for all that its worker may have open.
-        if sender.try_send(learned).is_ok() {
+        if sender.try_send(learned).is_ok() && waits {
             wake();
         }
     }
@@ -171,6 +272,42 @@ mod tests {
     }
 
     #[test]
+    fn what_teaches_nothing_new_is_told_later_and_wakes_nobody() {
+        let (learners, lessons) = lessons(2);
+        let woken = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&woken);
+        let wake = move || {
+            count.fetch_add(1, Ordering::Relaxed);
+        };
+        let mut learner = learners.learner(LATER + 8, Arc::new(wake));
+        learner.tell(learn(1)).unwrap();
+        assert!(learner.has_to_tell() && lessons.next_waiting().is_none());
+        learner.flush();
+        assert!(!learner.has_to_tell());
+        lessons.next_waiting().unwrap().done(true, None);
+        assert!(learner.is_answered(), "its box comes back");
+        assert_eq!(learner.take().unwrap().ticket, 1);
+        assert_eq!((learner.open(), woken.load(Ordering::Relaxed)), (0, 0));
+        // Nobody reads: what waits is bounded, and nothing of it is lost.
+        let mut told = 0;
+        while learner.tell(learn(told)).is_ok() {
+            told += 1;
+        }
+        assert_eq!(told, LATER as u64 + 2, "those that wait, and those in the queue");
+        assert_eq!(learner.open(), LATER + 2);
+        let mut heard = Vec::new();
+        while learner.open() > 0 {
+            learner.flush();
+            while let Some(lesson) = lessons.next_waiting() {
+                heard.push(lesson.learn.ticket);
+                lesson.done(true, None);
+            }
+            while learner.take().is_some() {}
+        }
+        assert_eq!(heard, (0..told).collect::<Vec<_>>());
+    }
+
+    #[test]
     fn what_is_asked_comes_back_to_who_asked_and_wakes_it() {
         let (learners, lessons) = lessons(8);
         let woken = Arc::new(AtomicUsize::new(0));
@@ -188,7 +325,7 @@ mod tests {
         assert_eq!(one.ask(learn(3)).unwrap_err().ticket, 3, "two may be open");
         let first = lessons.wait(Duration::ZERO).unwrap().unwrap();
         assert_eq!((first.learn.ticket, first.learn.endpoint), (1, 7));
-        first.done(true);
+        first.done(true, None);
         let back = one.take().unwrap();
         assert_eq!(
             (
@@ -201,12 +338,12 @@ mod tests {
         );
         assert!(one.take().is_none() && other.take().is_none());
         one.ask(learn(3)).unwrap();
-        lessons.next_waiting().unwrap().done(false);
+        lessons.next_waiting().unwrap().done(false, None);
         assert!(!one.take().unwrap().committed);
         // a worker that has ended
         drop(other);
-        lessons.next_waiting().unwrap().done(true);
-        lessons.next_waiting().unwrap().done(true);
+        lessons.next_waiting().unwrap().done(true, None);
+        lessons.next_waiting().unwrap().done(true, None);
         assert_eq!(one.take().unwrap().ticket, 3);
         assert!(lessons.next_waiting().is_none());
     }

@@ -80,15 +80,42 @@ pub struct Learn {
     pub answer: Box<Answer>,
 }
 
+impl Learn {
+    /// What became of it.
+    #[must_use]
+    pub fn done(self, committed: bool, lease: Option<Lease>) -> Learned {
+        Learned {
+            ticket: self.ticket,
+            endpoint: self.endpoint,
+            committed,
+            lease,
+            answer: self.answer,
+        }
+    }
+}
+
 /// What became of a [`Learn`].
 #[derive(Debug)]
 pub struct Learned {
     /// The number of the question.
     pub ticket: u64,
+    /// Who was to learn.
+    pub endpoint: u16,
     /// Everything that the answer implies is in the maps: it may be released. Else it must not be.
     pub committed: bool,
+    /// And it stays there for a while; none if that cannot be said.
+    pub lease: Option<Lease>,
     /// The same box.
     pub answer: Box<Answer>,
+}
+
+/// For how long what an answer taught stays in the maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// So long, if nothing is taken out of the maps before its time,
+    pub good_for: Millis,
+    /// and if it is, this is not the epoch any more: see [`Sink::epoch`].
+    pub epoch: u64,
 }
 
 /// What the engine wants done. Called in the order in which things are to happen.
@@ -112,6 +139,18 @@ pub trait Sink<F> {
     /// # Errors
     /// The queue is full: nothing will come back.
     fn learn(&mut self, learn: Learn) -> Result<(), Learn>;
+    /// Tells of an answer that teaches nothing new, so that what it taught before is kept for as long as it says. Its
+    /// box comes back at some time.
+    ///
+    /// # Errors
+    /// The queue is full: nothing will come back.
+    fn refresh(&mut self, learn: Learn) -> Result<(), Learn> {
+        Err(learn)
+    }
+    /// Changes whenever something learned is taken out of the maps before its time.
+    fn epoch(&self) -> u64 {
+        0
+    }
     /// Something to report.
     fn record(&mut self, record: &record::Record);
 }

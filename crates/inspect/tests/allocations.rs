@@ -14,9 +14,7 @@ use common::{
     A, ACK, SYN, Udp, address, answer, asks, framed, is_told, query, rules, segment, to_client, to_server,
 };
 use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_hook};
-use palisade_inspect::{
-    Engine, HttpScratch, Learn, Learned, Limits, Paths, Route, Rules, Sink, View, record::Record,
-};
+use palisade_inspect::{Engine, HttpScratch, Learn, Limits, Paths, Route, Rules, Sink, View, record::Record};
 use palisade_packet::{Packet, Start, decode};
 use palisade_policy::{
     rule::HttpRule,
@@ -106,11 +104,7 @@ fn run(engine: &mut Engine<u32>, sink: &mut Counts, now: u64, frames: &[(CarrySl
         };
         engine.packet(now, &view, 1, sink);
         if let Some(learn) = sink.learn.take() {
-            let learned = Learned {
-                ticket: learn.ticket,
-                committed: true,
-                answer: learn.answer,
-            };
+            let learned = learn.done(true, None);
             engine.learned(now, learned, sink);
         }
     }

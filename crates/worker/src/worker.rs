@@ -170,6 +170,14 @@ impl Sink<Handle> for Wishes {
         self.learner.ask(learn)
     }
 
+    fn refresh(&mut self, learn: Learn) -> Result<(), Learn> {
+        self.learner.tell(learn)
+    }
+
+    fn epoch(&self) -> u64 {
+        self.learner.epoch()
+    }
+
     fn record(&mut self, record: &Record) {
         if self.records.put(*record).is_err() {
             self.counters.records_lost.add(1);
@@ -199,6 +207,8 @@ pub struct Worker<'a, P: Port, E: Inspect> {
     handed: Vec<bool>,
     /// When who reads the records was woken.
     told: u64,
+    /// When who keeps what was learned was told of answers that teach nothing new.
+    retold: u64,
     /// The kernel has not taken all that is to be sent.
     unsent: bool,
 }
@@ -238,6 +248,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             counted,
             reports: (now, REPORTS),
             told: now,
+            retold: now,
             now,
             post,
             port,
@@ -661,10 +672,14 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
     fn wake_others(&mut self) {
         // Not for each packet: that costs a system call, and the reader would want a processor in the very moment in
         // which the packet's receiver does. Once a tick of the coarse clock is enough.
-        let records = &self.wishes.records;
+        let Wishes { records, learner, .. } = &mut self.wishes;
         if records.pending() && (self.now != self.told || records.crowded()) {
             records.wake();
             self.told = self.now;
+        }
+        if learner.has_to_tell() && self.now != self.retold {
+            learner.flush();
+            self.retold = self.now;
         }
         for (handed, waker) in self.handed.iter_mut().zip(&self.post.wakers) {
             if std::mem::take(handed) {
@@ -771,7 +786,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             let left = Duration::from_millis(deadline.saturating_sub(self.millis()));
             patience = patience.min(left.max(Duration::from_millis(1)));
         }
-        if self.wishes.records.pending() {
+        if self.wishes.records.pending() || self.wishes.learner.has_to_tell() {
             patience = patience.min(RECORDS_WAIT);
         }
         self.post.counters.sleeps.add(1);

@@ -10,7 +10,7 @@ use std::{
 };
 
 use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_flags, carry_hook};
-use palisade_inspect::{Engine, Learn, Learned, Limits, Route, Rules, Sink, View, record::Record};
+use palisade_inspect::{Engine, Learn, Limits, Route, Rules, Sink, View, record::Record};
 use palisade_packet::{Packet, Start, decode};
 use palisade_policy::{
     rule::FqdnPattern,
@@ -145,11 +145,7 @@ pub fn run(bytes: &[u8]) {
         if (is(what::COMMIT) || is(what::ABORT))
             && let Some(learn) = sink.learns.pop()
         {
-            let learned = Learned {
-                ticket: learn.ticket,
-                committed: is(what::COMMIT),
-                answer: learn.answer,
-            };
+            let learned = learn.done(is(what::COMMIT), None);
             engine.learned(now, learned, &mut sink);
         }
         if is(what::WAIT) {

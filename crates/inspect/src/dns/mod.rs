@@ -7,8 +7,10 @@ use palisade_fqdn::{Asked, Flow, TrackLimits, Tracker, Unasked};
 use palisade_protocols::dns::{Answer, Limits, Query, Question, Rcode, Refusal, reply, rtype};
 
 pub(crate) mod stream;
+mod told;
 
 use stream::{Place, Transfer};
+use told::Told;
 
 use crate::{
     Learn, Learned, Millis, Route, Rules, Sink, View,
@@ -88,6 +90,8 @@ pub struct DnsStats {
     pub transferred: u64,
     /// Answers released after what they teach was committed.
     pub committed: u64,
+    /// Of them, those that taught nothing new and did not have to wait.
+    pub told: u64,
     /// Answers whose learning failed, or could not be asked for.
     pub uncommitted: u64,
     /// Answers that waited too long.
@@ -115,6 +119,7 @@ impl Default for DnsStats {
             answers: 0,
             transferred: 0,
             committed: 0,
+            told: 0,
             uncommitted: 0,
             overdue: 0,
             not_held: 0,
@@ -125,6 +130,9 @@ impl Default for DnsStats {
         }
     }
 }
+
+/// The ticket of what nobody waits for.
+const REFRESH: u64 = u64::MAX;
 
 /// What is noted with a question.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -180,6 +188,7 @@ pub(crate) struct Dns<F> {
     tracker: Tracker<Note>,
     held: Aged<Held<F>>,
     held_by: HashMap<u16, usize>,
+    told: Told,
     #[expect(
         clippy::vec_box,
         reason = "the boxes travel: they go out with a `Learn` and come back"
@@ -198,6 +207,7 @@ impl<F> Dns<F> {
             tracker: Tracker::new(limits.track),
             held: Aged::new(),
             held_by: HashMap::new(),
+            told: Told::new(),
             answers: Vec::new(),
             resolved: Vec::new(),
             out: Vec::new(),
@@ -412,7 +422,25 @@ impl<F> Dns<F> {
         };
         self.stats.answers += 1;
         if !answer.addresses.is_empty() && endpoint_asks(view.slot) {
-            return AnswerVerdict::Learn(answer, asked);
+            let endpoint = view.slot.endpoint;
+            if !self.told.has(endpoint, &answer, sink.epoch(), now) {
+                return AnswerVerdict::Learn(answer, asked);
+            }
+            let record = answer_record(now, view, &answer, asked);
+            let refresh = Learn {
+                ticket: REFRESH,
+                endpoint,
+                answer,
+            };
+            return match sink.refresh(refresh) {
+                Ok(()) => {
+                    self.stats.committed += 1;
+                    self.stats.told += 1;
+                    sink.record(&record);
+                    AnswerVerdict::Pass
+                }
+                Err(learn) => AnswerVerdict::Learn(learn.answer, asked),
+            };
         }
         sink.record(&answer_record(now, view, &answer, asked));
         self.recycle(answer);
@@ -503,8 +531,20 @@ impl<F> Dns<F> {
     }
 
     /// What was asked to be learned is, or is not.
-    pub(crate) fn learned(&mut self, learned: Learned, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
+    pub(crate) fn learned(
+        &mut self,
+        now: Millis,
+        learned: Learned,
+        spare: &mut Spare<F>,
+        sink: &mut impl Sink<F>,
+    ) {
+        if let (true, Some(lease)) = (learned.committed, learned.lease) {
+            self.told.note(learned.endpoint, &learned.answer, lease, now);
+        }
         self.recycle(learned.answer);
+        if learned.ticket == REFRESH {
+            return;
+        }
         // none: it was overdue, or its endpoint is gone
         let Some(held) = self.held.remove(learned.ticket) else {
             return;

@@ -9,7 +9,7 @@ use std::{
 
 use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_flags, carry_hook};
 use palisade_inspect::{
-    Engine, Learn, Learned, Limits, Millis, Route, Rules, Sink, View,
+    Engine, Learn, Lease, Limits, Millis, Route, Rules, Sink, View,
     record::{Record, Verdict, What},
 };
 use palisade_packet::{Packet, Start, decode};
@@ -45,6 +45,11 @@ pub struct Fake {
     pub learns: VecDeque<Learn>,
     /// So many more can be learned.
     pub room: Option<usize>,
+    /// Answers that taught nothing new.
+    pub refreshes: Vec<Learn>,
+    /// So many of them are taken.
+    pub refreshes_room: usize,
+    pub epoch: u64,
 }
 
 impl Fake {
@@ -88,6 +93,18 @@ impl Sink<usize> for Fake {
         }
         self.learns.push_back(learn);
         Ok(())
+    }
+
+    fn refresh(&mut self, learn: Learn) -> Result<(), Learn> {
+        if self.refreshes.len() >= self.refreshes_room {
+            return Err(learn);
+        }
+        self.refreshes.push(learn);
+        Ok(())
+    }
+
+    fn epoch(&self) -> u64 {
+        self.epoch
     }
 
     fn record(&mut self, record: &Record) {
@@ -147,11 +164,11 @@ impl World {
     }
 
     pub fn learned_one(&mut self, learn: Learn, committed: bool) {
-        let learned = Learned {
-            ticket: learn.ticket,
-            committed,
-            answer: learn.answer,
-        };
+        self.learned_for(learn, committed, None);
+    }
+
+    pub fn learned_for(&mut self, learn: Learn, committed: bool, lease: Option<Lease>) {
+        let learned = learn.done(committed, lease);
         self.engine.learned(self.now, learned, &mut self.sink);
     }
 

@@ -1,6 +1,6 @@
 use palisade_abi::{CarrySlot, Reason, carry_hook};
 use palisade_inspect::{
-    Denial, DnsLimits, Limits, Route, TrackLimits, Unasked,
+    Denial, DnsLimits, Lease, Limits, Route, TrackLimits, Unasked,
     record::{Verdict, What},
 };
 use palisade_packet::{Packet, Start, decode};
@@ -283,6 +283,70 @@ fn an_answer_that_is_not_committed_never_goes_on() {
     assert_eq!(world.fate(full), Some(&Fate::Discarded(Reason::DnsUncommitted)));
     let stats = world.engine.stats().dns;
     assert_eq!((stats.uncommitted, stats.overdue, stats.committed), (2, 1, 0));
+    world.end();
+}
+
+#[test]
+fn an_answer_that_teaches_nothing_new_goes_on_at_once() {
+    let mut world = world();
+    world.sink.refreshes_room = 2;
+    world.sink.epoch = 3;
+    let lease = |epoch| {
+        Some(Lease {
+            good_for: 60_000,
+            epoch,
+        })
+    };
+    let mut number = 0;
+    let mut told = |world: &mut World| {
+        number += 1;
+        ask(world, number, "allowed.test");
+        tell(world, &address(number, "allowed.test"))
+    };
+    let first = told(&mut world);
+    assert_eq!(world.fate(first), None, "nobody knows it yet");
+    let learn = world.sink.learns.pop_front().unwrap();
+    world.learned_for(learn, true, lease(3));
+    assert_eq!(world.fate(first), Some(&Fate::Released));
+    // Again: it goes on, its record is written, and whoever keeps the time is told.
+    let records = world.sink.records.len();
+    let again = told(&mut world);
+    assert_eq!(world.fate(again), Some(&Fate::Released));
+    assert_eq!(world.sink.records.len(), records + 2);
+    assert_eq!(world.verdict(), (Verdict::Forwarded, Reason::Allowed, 41));
+    assert_eq!((world.sink.refreshes.len(), world.sink.learns.len()), (1, 0));
+    let refresh = world.sink.refreshes.pop().unwrap();
+    assert_eq!(refresh.answer.addresses.len(), 1);
+    world.learned_for(refresh, true, lease(3));
+    // Nobody can be told: then it waits.
+    world.sink.refreshes_room = 0;
+    let full = told(&mut world);
+    assert_eq!(world.fate(full), None);
+    world.sink.refreshes_room = 2;
+    let learn = world.sink.learns.pop_front().unwrap();
+    world.learned_for(learn, true, None);
+    // Something was taken out of the maps: it has to be learned anew.
+    world.sink.epoch = 4;
+    let after = told(&mut world);
+    assert_eq!(world.fate(after), None);
+    let learn = world.sink.learns.pop_front().unwrap();
+    // Its lease is of the epoch before: something else was taken out meanwhile.
+    world.learned_for(learn, true, lease(3));
+    let stale = told(&mut world);
+    assert_eq!(world.fate(stale), None);
+    let learn = world.sink.learns.pop_front().unwrap();
+    world.learned_for(learn, true, lease(4));
+    let fresh = told(&mut world);
+    assert_eq!(world.fate(fresh), Some(&Fate::Released));
+    // Its time is over.
+    world.wait(60_000);
+    let late = told(&mut world);
+    assert_eq!(world.fate(late), None);
+    world.learned(false);
+    assert_eq!(world.fate(late), Some(&Fate::Discarded(Reason::DnsUncommitted)));
+    let stats = world.engine.stats().dns;
+    assert_eq!((stats.answers, stats.committed, stats.told), (7, 6, 2));
+    assert_eq!((stats.uncommitted, stats.held), (1, 0));
     world.end();
 }
 

@@ -21,7 +21,7 @@ use std::{
     net::IpAddr,
     path::Path,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
@@ -39,7 +39,10 @@ use palisade_fqdn::{
     Cache, CachedName, ChangeKind, EndpointId, Millis, Pending, SavedName, SelectorId, Selectors, Stats,
     Update,
 };
-use palisade_inspect::learning::{Lesson, Lessons};
+use palisade_inspect::{
+    Lease,
+    learning::{Epoch, Lesson, Lessons},
+};
 use palisade_protocols::dns::{Answer, Name};
 pub use prefetch::{Prefetch, Targets, node_servers};
 use tracing::{error, info, trace};
@@ -98,6 +101,8 @@ pub struct Names {
     known_as: RwLock<HashMap<(EndpointId, IpAddr), KnownAs>>,
     start: Instant,
     answers: Answers,
+    /// Of those who answer by what was committed before.
+    epoch: OnceLock<Epoch>,
 }
 
 /// Counts.
@@ -223,6 +228,7 @@ impl Names {
             known_as: RwLock::default(),
             start: Instant::now(),
             answers: Answers::default(),
+            epoch: OnceLock::new(),
         }
     }
 
@@ -280,6 +286,7 @@ impl Names {
 
     /// Answers the workers' questions until there is nobody left to ask.
     pub fn serve(self: &Arc<Self>, lessons: Lessons) -> io::Result<()> {
+        self.tell_epochs(lessons.epoch());
         let names = Arc::clone(self);
         thread::Builder::new().name("names".into()).spawn(move || {
             let mut batch = Vec::with_capacity(BATCH);
@@ -300,6 +307,29 @@ impl Names {
         Ok(())
     }
 
+    /// Ends epochs of this from now on.
+    fn tell_epochs(&self, epoch: Epoch) {
+        // There is one queue of lessons in the life of a daemon.
+        let _ = self.epoch.set(epoch);
+    }
+
+    /// Something that was committed is about to be taken out of the map before its time, or may have been.
+    fn end_epoch(&self) {
+        if let Some(epoch) = self.epoch.get() {
+            epoch.end();
+        }
+    }
+
+    /// Learns an answer, without writing anything yet.
+    fn learn(&self, state: &mut State, endpoint: EndpointId, answer: &Answer, now: Millis) -> Pending {
+        let before = state.book.cache.stats().evicted;
+        let pending = state.book.cache.learn(endpoint, answer, now);
+        if state.book.cache.stats().evicted != before {
+            self.end_epoch();
+        }
+        pending
+    }
+
     /// Deals with answers; says whether some of them (or of those before) wait.
     pub fn teach(&self, batch: &mut Vec<Lesson>) -> bool {
         let now = self.now();
@@ -308,7 +338,7 @@ impl Names {
         let state = &mut *guard;
         for lesson in batch.drain(..) {
             let endpoint = lesson.learn.endpoint;
-            let pending = state.book.cache.learn(endpoint, &lesson.learn.answer, now);
+            let pending = self.learn(state, endpoint, &lesson.learn.answer, now);
             self.tell_name(&state.book.cache, endpoint, &lesson.learn.answer, Source::Answer);
             self.finish(state, pending, Some(lesson), None, now, &mut lines);
         }
@@ -317,8 +347,9 @@ impl Names {
             state.book.cache.abort(given_up.pending);
             self.answers.refused.fetch_add(1, Ordering::Relaxed);
             if let Some(lesson) = given_up.lesson {
-                lesson.done(false);
+                lesson.done(false, None);
             }
+            self.end_epoch();
         }
         let waiting = !state.waiting.is_empty();
         let rejudge = !state.rejudge.is_empty();
@@ -364,6 +395,8 @@ impl Names {
             lines.extend(state.book.cache.journal(&pending, now));
         }
         let view = Arc::clone(&state.view);
+        let lease = pending.lease();
+        let failures = state.book.failures;
         let committed = match state.book.settle(pending, since.is_some(), &view, &self.writer) {
             Outcome::Committed(proof) => {
                 trace!(number = proof.number(), endpoint, "committed");
@@ -393,8 +426,17 @@ impl Names {
                 return;
             }
         };
+        if !committed || state.book.failures != failures {
+            self.end_epoch();
+        }
         if let Some(lesson) = lesson {
-            lesson.done(committed);
+            let epoch = self.epoch.get().map(Epoch::now);
+            // Of one that has waited, something may have been taken out meanwhile, and learned again for less long.
+            let lease = epoch.zip(lease).filter(|_| committed && since.is_none());
+            lesson.done(
+                committed,
+                lease.map(|(epoch, good_for)| Lease { good_for, epoch }),
+            );
         }
     }
 
@@ -423,7 +465,7 @@ impl Names {
         let mut lines = Vec::new();
         let mut guard = self.lock();
         for endpoint in endpoints {
-            let pending = guard.book.cache.learn(*endpoint, answer, now);
+            let pending = self.learn(&mut guard, *endpoint, answer, now);
             self.tell_name(&guard.book.cache, *endpoint, answer, Source::Prefetch);
             self.finish(&mut guard, pending, None, None, now, &mut lines);
         }
@@ -514,7 +556,11 @@ impl Names {
             }
             let update = state.book.cache.sweep(endpoint, now);
             let view = Arc::clone(&state.view);
+            let failures = state.book.failures;
             state.book.update(update, &view, &self.writer);
+            if state.book.failures != failures {
+                self.end_epoch();
+            }
         }
         let mut guard = self.lock();
         let view = Arc::clone(&guard.view);
@@ -535,6 +581,7 @@ impl Names {
         let mut guard = self.lock();
         let state = &mut *guard;
         let before = state.book.cache.stats().cleaned;
+        self.end_epoch();
         let update = state.book.cache.clean(endpoint, filter);
         state
             .rejudge
@@ -618,6 +665,7 @@ impl Names {
     /// identities of addresses may be others afterwards, not only what names they belong to.
     pub fn change(&self, policy: &Policy, endpoints: &BTreeMap<EndpointId, String>, all: bool) -> Change<'_> {
         let mut state = self.lock();
+        self.end_epoch();
         let before = Policy {
             selectors: state.selectors.clone(),
             denied: std::mem::take(&mut state.denied),

@@ -109,6 +109,7 @@ enum Step {
         endpoint: u16,
         name: usize,
         addresses: u8,
+        ttl: u32,
     },
     FailNext {
         after: usize,
@@ -136,7 +137,8 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     let policies = || [0..POLICIES.len(), 0..POLICIES.len()];
     prop_oneof![
-        8 => (1..3_u16, 0..3_usize, 1..16_u8).prop_map(|(endpoint, name, addresses)| Step::Learn { endpoint, name, addresses }),
+        8 => (1..3_u16, 0..3_usize, 1..16_u8, prop_oneof![Just(0), Just(3600)])
+            .prop_map(|(endpoint, name, addresses, ttl)| Step::Learn { endpoint, name, addresses, ttl }),
         2 => (0..3_usize).prop_map(|after| Step::FailNext { after }),
         2 => any::<u8>().prop_map(|in_use| Step::Sweep { in_use }),
         1 => (0..3_usize).prop_map(|name| Step::Clean { name }),
@@ -168,7 +170,7 @@ fn policy_of(policies: [usize; 2]) -> Policy {
     policy
 }
 
-fn answer(name: usize, addresses: u8) -> Box<Answer> {
+fn answer(name: usize, addresses: u8, ttl: u32) -> Box<Answer> {
     let addresses = (0..ADDRESSES).filter(|n| addresses >> n & 1 == 1);
     Box::new(Answer {
         question: Some(Question {
@@ -176,11 +178,11 @@ fn answer(name: usize, addresses: u8) -> Box<Answer> {
             rtype: rtype::A,
             class: CLASS_IN,
         }),
-        ttl: Some(0),
+        ttl: Some(ttl),
         addresses: addresses
             .map(|n| Address {
                 ip: address(n),
-                ttl: 0,
+                ttl,
                 source: RecordSource::Record,
             })
             .collect(),
@@ -199,18 +201,21 @@ proptest! {
         let names = Names::new(Cache::new(config), found, map.clone(), |_| {});
         let endpoints: BTreeMap<u16, String> = [(1, "a".to_owned()), (2, "b".to_owned())].into();
         let (learners, questions) = lessons(256);
+        names.tell_epochs(questions.epoch());
         let mut learner = learners.learner(256, Arc::new(|| {}));
         let mut asked: Vec<(u16, usize, u8)> = Vec::new();
+        // What may be released again without being asked for.
+        let mut leases: Vec<(Lease, u64)> = Vec::new();
         let mut policies = [3, 3];
         let (mut generation, mut known) = (1, 0xff_u8);
         let begin = Step::Policy { policies: [0, 1], known: 0b0000_0110 };
         let end = [Step::Policy { policies: [2, 1], known: 0xff }, Step::Sweep { in_use: 0 }];
         for step in std::iter::once(begin).chain(steps).chain(end) {
             match step {
-                Step::Learn { endpoint, name, addresses } => {
+                Step::Learn { endpoint, name, addresses, ttl } => {
                     let ticket = asked.len() as u64;
                     asked.push((endpoint, name, addresses));
-                    learner.ask(Learn { ticket, endpoint, answer: answer(name, addresses) }).unwrap();
+                    learner.ask(Learn { ticket, endpoint, answer: answer(name, addresses, ttl) }).unwrap();
                     let mut batch = vec![questions.next_waiting().unwrap()];
                     names.teach(&mut batch);
                 }
@@ -263,11 +268,19 @@ proptest! {
                     }
                 }
             }
+            let mut committed = Vec::new();
             while let Some(learned) = learner.take() {
                 if !learned.committed {
+                    prop_assert_eq!(learned.lease, None);
                     continue;
                 }
-                let (endpoint, name, addresses) = asked[learned.ticket as usize];
+                committed.push(learned.ticket);
+                // A quarter of an hour: nothing of that expires while this runs.
+                leases.extend(learned.lease.filter(|lease| lease.good_for > 900_000).map(|lease| (lease, learned.ticket)));
+            }
+            leases.retain(|(lease, _)| lease.epoch == learner.epoch());
+            for ticket in leases.iter().map(|(_, ticket)| *ticket).chain(committed) {
+                let (endpoint, name, addresses) = asked[ticket as usize];
                 let implied: u32 = POLICIES[policies[usize::from(endpoint) - 1]]
                     .iter()
                     .filter(|id| MATCHES[**id as usize][name])
@@ -326,7 +339,7 @@ fn what_was_learned_is_there_again_after_a_restart() {
         .ask(Learn {
             ticket: 7,
             endpoint: 1,
-            answer: answer(0, 3),
+            answer: answer(0, 3, 0),
         })
         .unwrap();
     names.teach(&mut vec![questions.next_waiting().unwrap()]);
@@ -352,4 +365,51 @@ fn what_was_learned_is_there_again_after_a_restart() {
     assert_eq!(names.clean(None, |_| true), 2);
     assert!(map.lock().entries.is_empty());
     assert_eq!(names.take_rejudged(), [1].into());
+}
+
+#[test]
+fn what_makes_room_for_others_ends_the_epoch() {
+    let map = FakeMap::default();
+    let config = Config {
+        addresses_per_name: 1,
+        ..Config::default()
+    };
+    let names = Names::new(Cache::new(config), Vec::new(), map.clone(), |_| {});
+    let (learners, questions) = lessons(8);
+    names.tell_epochs(questions.epoch());
+    let mut learner = learners.learner(8, Arc::new(|| {}));
+    let endpoints: BTreeMap<u16, String> = [(1, "a".to_owned())].into();
+    let change = names.change(&policy_of([0, 3]), &endpoints, true);
+    let meaning = Fake {
+        generation: 1,
+        known: 0xff,
+    };
+    let way = change.plan(&meaning);
+    map.go(&way, usize::MAX);
+    change.done(&way, Arc::new(meaning));
+    let mut learn = |addresses| {
+        let learn = Learn {
+            ticket: 0,
+            endpoint: 1,
+            answer: answer(0, addresses, 3600),
+        };
+        learner.ask(learn).unwrap();
+        names.teach(&mut vec![questions.next_waiting().unwrap()]);
+        let learned = learner.take().unwrap();
+        assert!(learned.committed);
+        (learned.lease, learner.epoch())
+    };
+    let (first, epoch) = learn(1);
+    assert_eq!(
+        first,
+        Some(Lease {
+            good_for: 3_600_000,
+            epoch
+        })
+    );
+    assert_eq!(learn(1), (first, epoch), "told again, nothing has changed");
+    let (second, after) = learn(2);
+    assert_ne!(after, epoch, "the first address had to go");
+    assert_eq!(second.map(|lease| lease.epoch), Some(after));
+    assert_eq!(map.lock().entries.len(), 1);
 }
