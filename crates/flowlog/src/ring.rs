@@ -157,14 +157,14 @@ impl Ring {
         })))
     }
 
-    /// Makes a flow of each record that nobody has looked at, and lets go of what knows the names. For the time when
-    /// there is nothing else to do, and before the names change.
-    pub fn settle(&self) {
+    /// Makes a flow of each record before `until` that nobody has looked at, and lets go of what knows the names. For
+    /// the time when there is nothing else to do, and before the names change.
+    pub fn settle(&self, until: Timestamp) {
         for slot in &self.slots {
             let (number, seen) = {
                 let slot = lock(slot);
                 match &slot.seen {
-                    Some(seen @ Seen::Record(_)) => (slot.number, seen.clone()),
+                    Some(seen @ Seen::Record(_)) if seen.time() < until => (slot.number, seen.clone()),
                     _ => continue,
                 }
             };

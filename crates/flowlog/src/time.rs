@@ -28,6 +28,18 @@ struct Civil {
 }
 
 impl Timestamp {
+    /// Later than any other.
+    pub const MAX: Self = Self(i64::MAX);
+
+    /// So much earlier.
+    #[must_use]
+    pub fn before(self, time: std::time::Duration) -> Self {
+        Self(
+            self.0
+                .saturating_sub(i64::try_from(time.as_nanos()).unwrap_or(i64::MAX)),
+        )
+    }
+
     /// Now, by the system's clock.
     #[must_use]
     pub fn from_system_time(time: std::time::SystemTime) -> Self {

@@ -54,6 +54,10 @@ const STATISTICS: u64 = 1_000_000_000;
 /// So long is a worker's turn at a processor that others want too: it has little to do at a time, and somebody waits for
 /// it.
 const SLICE: Duration = Duration::from_micros(100);
+/// So often a worker looks before it lets others have the processor.
+const LOOKS: u32 = 16;
+/// If nobody else wants the processor, it takes less to ask.
+const ALONE: Duration = Duration::from_micros(2);
 /// The longest that a worker looks for packets before it sleeps.
 const LONGEST_SPIN: Duration = Duration::from_micros(50);
 /// And the shortest, from which it starts anew.
@@ -749,22 +753,30 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         Ok(())
     }
 
-    /// Looks for something to do, for so long.
+    /// Looks for something to do, for so long, but only while nobody else wants the processor.
+    ///
+    /// Whoever does is often who sends what is waited for, and sends several packets at once: it has its turn. If
+    /// nothing has come even then, the worker sleeps: the kernel wakes a thread that sleeps on whichever processor is
+    /// idle; one that waits for its turn stays where it is.
     fn something_comes(&mut self, since: Instant, spin: Duration) -> bool {
-        if self.something_waits() {
-            return true;
-        }
-        // Often enough whoever sends what is waited for wants this processor, and sends several packets at once. But
-        // only for one turn: it may be somebody else, and a thread that sleeps is woken on another processor if one
-        // is idle; one that waits for its turn is not.
-        thread::yield_now();
-        while !self.something_waits() {
-            if since.elapsed() >= spin {
-                return false;
+        loop {
+            if self.something_waits() {
+                return true;
             }
-            std::hint::spin_loop();
+            let before = Instant::now();
+            thread::yield_now();
+            let now = Instant::now();
+            let contended = now.duration_since(before) > ALONE;
+            if contended || now.duration_since(since) >= spin {
+                return self.something_waits();
+            }
+            for _ in 0..LOOKS {
+                std::hint::spin_loop();
+                if self.something_waits() {
+                    return true;
+                }
+            }
         }
-        true
     }
 
     /// Whether there is something to do, as cheaply as can be said: a worker that looks asks again and again.

@@ -91,7 +91,7 @@ proptest! {
         let mut expected_at = 0;
         for step in steps {
             match step {
-                Step::Settle => ring.settle(),
+                Step::Settle => ring.settle(Timestamp(pushed as i64)),
                 Step::Push(count) | Step::Record(count) => for _ in 0..count {
                     let number = if matches!(step, Step::Push(_)) {
                         ring.push(numbered(pushed))
@@ -279,8 +279,10 @@ fn a_flow_is_made_of_a_record_once_and_by_the_names_of_its_time() {
         "who looks twice sees the same"
     );
     assert_eq!(asked(), 1);
-    ring.settle();
-    ring.settle();
+    ring.settle(Timestamp(4));
+    assert_eq!(asked(), 3, "of those that are old enough");
+    ring.settle(Timestamp::MAX);
+    ring.settle(Timestamp::MAX);
     assert_eq!(asked(), 4, "of those that are still there, once each");
     assert_eq!(
         Arc::strong_count(&names),

@@ -25,7 +25,7 @@ use super::view::{EventNames, Shared};
 const BATCH: usize = 512;
 /// Records become flows when no other has come for so long,
 const SETTLE_SILENT: Duration = Duration::from_millis(20);
-/// and when the oldest of them is so old.
+/// and those that are so old.
 const SETTLE_AGE: Duration = Duration::from_secs(1);
 /// The thread that takes records sleeps for so long if there are none.
 const SLEEP: Duration = Duration::from_secs(60);
@@ -82,20 +82,24 @@ pub fn records(records: Receiver<Record>, ring: Arc<Ring>, shared: Arc<Shared>) 
             let patience = if unsettled.is_some() { SETTLE_SILENT } else { SLEEP };
             let first = records.next(patience);
             if matches!(first, Err(Nothing::Ever)) {
-                ring.settle();
+                ring.settle(Timestamp::MAX);
                 return;
             }
+            let now = Timestamp::from_system_time(SystemTime::now());
             let now_view = shared.get();
             let changed = !Arc::ptr_eq(&view, &now_view);
-            if unsettled.is_some_and(|since| changed || first.is_err() || since.elapsed() > SETTLE_AGE) {
-                ring.settle();
+            if unsettled.is_some() && (changed || first.is_err()) {
+                ring.settle(Timestamp::MAX);
                 unsettled = None;
+            } else if unsettled.is_some_and(|since| since.elapsed() > SETTLE_AGE) {
+                // If there are very many, none is that old: it was overwritten.
+                ring.settle(now.before(SETTLE_AGE));
+                unsettled = Some(Instant::now());
             }
             if changed {
                 view = now_view;
                 names = Arc::new(EventNames::new(Arc::clone(&view)));
             }
-            let now = Timestamp::from_system_time(SystemTime::now());
             let others = std::iter::from_fn(|| records.try_next().ok()).take(BATCH);
             for record in first.into_iter().chain(others) {
                 ring.push_record(&record, &names, now);
