@@ -56,6 +56,8 @@ const STATISTICS: u64 = 1_000_000_000;
 const SLICE: Duration = Duration::from_micros(100);
 /// So often a worker looks before it lets others have the processor.
 const LOOKS: u32 = 16;
+/// So many turns others have before a worker that looks for packets sleeps.
+const TURNS: u32 = 2;
 /// If nobody else wants the processor, it takes less to ask.
 const ALONE: Duration = Duration::from_micros(2);
 /// The longest that a worker looks for packets before it sleeps.
@@ -755,10 +757,11 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
 
     /// Looks for something to do, for so long, but only while nobody else wants the processor.
     ///
-    /// Whoever does is often who sends what is waited for, and sends several packets at once: it has its turn. If
-    /// nothing has come even then, the worker sleeps: the kernel wakes a thread that sleeps on whichever processor is
-    /// idle; one that waits for its turn stays where it is.
+    /// Whoever does is often who sends what is waited for, and sends several packets at once: it has its turn, and
+    /// another. If nothing has come even then, the worker sleeps: the kernel wakes a thread that sleeps on whichever
+    /// processor is idle; one that waits for its turn stays where it is.
     fn something_comes(&mut self, since: Instant, spin: Duration) -> bool {
+        let mut turns = 0;
         loop {
             if self.something_waits() {
                 return true;
@@ -766,8 +769,8 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             let before = Instant::now();
             thread::yield_now();
             let now = Instant::now();
-            let contended = now.duration_since(before) > ALONE;
-            if contended || now.duration_since(since) >= spin {
+            turns += u32::from(now.duration_since(before) > ALONE);
+            if turns >= TURNS || now.duration_since(since) >= spin {
                 return self.something_waits();
             }
             for _ in 0..LOOKS {
