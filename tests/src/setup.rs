@@ -1,9 +1,16 @@
 //! What many tests begin with: where the programs stand, web servers, and a daemon with its policies.
 
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
+
 use palisade_testbed::{
     Daemon, Topology,
     daemon::{Hooks, Settings},
-    web::Web,
+    dns::{PORT, ask, query, rcode, rtype},
+    topology::Family,
+    web::{Web, curl},
 };
 
 use crate::apps::{Apps, borrowed, policies, policy};
@@ -102,4 +109,37 @@ pub fn webs<const N: usize>(apps: &Apps, names: [&'static str; N], http: &[u16],
         Web::start(apps.ns(name), name, http, https, &apps.certificate)
             .unwrap_or_else(|error| panic!("{name}: {error:#}"))
     })
+}
+
+/// The code that a question is answered with; `None`: it is not answered.
+///
+/// # Panics
+/// If it cannot be asked.
+#[must_use]
+pub fn question(apps: &Apps, family: Family, name: &str) -> Option<u16> {
+    let any: IpAddr = match family {
+        Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
+        Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let message = query(7, &[(name, rtype::A)]);
+    let (source, server) = (SocketAddr::new(any, 0), apps.at("internet", family, PORT));
+    let answers = ask(
+        apps.ns("client"),
+        source,
+        server,
+        &message,
+        Duration::from_millis(100),
+    );
+    rcode(answers.expect("a question").first()?).map(u16::from)
+}
+
+/// The status of a request; `None`: it is not answered.
+///
+/// # Panics
+/// If it cannot be asked.
+#[must_use]
+pub fn request(apps: &Apps, family: Family, path: &str) -> Option<u16> {
+    let url = format!("http://{}{path}", apps.at("internet", family, 80));
+    let curled = curl(apps.ns("client"), &[&url], Duration::from_millis(1_500)).expect("curl");
+    (curled.status != 0).then_some(curled.status)
 }

@@ -2,24 +2,17 @@
 //! says so, and it reads again without being started again.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
-use palisade_testbed::{
-    Daemon,
-    dns::{PORT, Scripted, ask, query, rcode, rtype},
-    ns::wait_until,
-    topology::{FAMILIES, Family},
-    web::{Web, curl},
-};
+use palisade_testbed::{Daemon, dns::Scripted, ns::wait_until, topology::FAMILIES, web::Web};
 use palisade_tests::{
     OPEN,
     apps::{Apps, Loop, apps},
     names::{counted, zone},
-    setup::{daemon_with, tables, webs},
+    setup::{daemon_with, question, request, tables, webs},
 };
 use serde_json::Value;
 
@@ -54,31 +47,6 @@ struct Busy {
     web: Web,
     /// What is asked for, how that is answered while a worker reads, and who asks.
     traffic: [(&'static str, u16, Loop<Option<u16>>); 4],
-}
-
-/// The code that a question is answered with; `None`: it is not answered.
-fn question(apps: &Apps, family: Family, name: &str) -> Option<u16> {
-    let any: IpAddr = match family {
-        Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
-        Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
-    };
-    let message = query(7, &[(name, rtype::A)]);
-    let (source, server) = (SocketAddr::new(any, 0), apps.at("internet", family, PORT));
-    let answers = ask(
-        apps.ns("client"),
-        source,
-        server,
-        &message,
-        Duration::from_millis(100),
-    );
-    rcode(answers.expect("a question").first()?).map(u16::from)
-}
-
-/// The status of a request; `None`: it is not answered.
-fn request(apps: &Apps, family: Family, path: &str) -> Option<u16> {
-    let url = format!("http://{}{path}", apps.at("internet", family, 80));
-    let curled = curl(apps.ns("client"), &[&url], Duration::from_millis(1_500)).expect("curl");
-    (curled.status != 0).then_some(curled.status)
 }
 
 /// How often each worker was started again.

@@ -83,6 +83,7 @@ pub struct Daemon {
     binary: PathBuf,
     node: Ns,
     process: Option<Process>,
+    through: Vec<String>,
     pins: PathBuf,
     dir: TempDir,
 }
@@ -104,6 +105,7 @@ impl Daemon {
             binary: binary()?,
             node: topology.node.clone(),
             process: None,
+            through: Vec::new(),
             pins: pin_dir(),
             dir,
         };
@@ -198,9 +200,22 @@ impl Daemon {
         self.process.as_ref().map(Process::pid)
     }
 
+    /// Starts it by another program from now on, which becomes the daemon at its end: the daemon's command line is put
+    /// behind these arguments.
+    pub fn start_through(&mut self, command: Vec<String>) {
+        self.through = command;
+    }
+
     /// Starts the process; it may not enforce yet.
     pub fn spawn(&mut self) -> Result<()> {
-        let mut command = self.node.command(&self.binary);
+        let mut command = match &self.through[..] {
+            [] => self.node.command(&self.binary),
+            [program, arguments @ ..] => {
+                let mut command = self.node.command(program);
+                command.args(arguments).arg(&self.binary);
+                command
+            }
+        };
         command.arg("run").arg("--config").arg(self.config());
         self.process = Some(Process::spawn("palisade", command, self.dir.path())?);
         Ok(())
