@@ -140,6 +140,9 @@ fn is_in_window<C: Context>(ctx: C, frame: &Frame, entry: &CtEntry) -> bool {
     {
         return false;
     }
+    if entry.decided != CtEntry::decision(entry.ruleset, entry.carry_flags, false) {
+        return false;
+    }
     let reply = conntrack::is_reply(entry, frame.is_ingress());
     let (from, to) = window(entry, reply);
     let (other_from, other_to) = window(entry, !reply);
@@ -350,10 +353,12 @@ fn obey(command: &FlowCommand) -> u32 {
     if entry.ruleset != command.ruleset || u32::from(entry.carry_flags) != command.carry_flags {
         return 0;
     }
-    if command.order == order::OFFLOAD {
-        entry.inspector = 0;
-    }
     set_windows(entry, command.windows);
+    // If they change now, on another CPU, this says by which it was decided: it will not count.
+    let unread = command.order == order::OFFLOAD;
+    let decided = CtEntry::decision(command.ruleset, command.carry_flags as u8, unread);
+    // SAFETY: an aligned field of the entry; other CPUs write it meanwhile, hence volatile: one store.
+    unsafe { core::ptr::write_volatile(&raw mut entry.decided, decided) };
     0
 }
 

@@ -296,6 +296,7 @@ pub fn insert<C: Context>(ctx: C, frame: &mut Frame) {
         carry_flags: frame.carry_flags,
         zero: [0; 2],
         windows: [0; 4],
+        decided: 0,
     };
     // What takes the place of a flow that is over adds nothing to the map.
     if CONNTRACK

@@ -55,7 +55,7 @@ pub fn judge<C: Context>(ctx: C, frame: &mut Frame) {
             conntrack::note(ctx, frame, entry);
             conntrack::count(entry, &frame.packet);
             frame.flow_flags = entry.flags;
-            if entry.inspector != 0 {
+            if entry.inspector != 0 && !entry.is_unread() {
                 carry::ask_again(ctx, frame, entry);
             }
             return frame.set(Reason::Established);
@@ -270,6 +270,7 @@ pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
     if entry.ruleset != frame.ruleset || entry.carry_flags != frame.carry_flags {
         // Other rules have other windows.
         carry::set_windows(entry, [0; 4]);
+        entry.decided = 0;
         entry.inspector = frame.inspector;
     } else if entry.ruleset == 0 {
         entry.inspector = frame.inspector;

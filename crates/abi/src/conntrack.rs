@@ -87,7 +87,7 @@ pub struct CtEntry {
     pub serial: u32,
     /// The set of application rules, if an inspector reads the flow.
     pub ruleset: u32,
-    /// [`crate::Inspector`] that reads the flow; 0: nobody does, or nobody needs to any more.
+    /// [`crate::Inspector`] that reads the flow; 0: nobody does.
     pub inspector: u8,
     /// [`crate::carry_flags::AUDIT`] if what the application rules deny passes.
     pub carry_flags: u8,
@@ -96,6 +96,29 @@ pub struct CtEntry {
     /// TCP sequence numbers that need no reading: from the side that opened it [0, 1), from the other side [2, 3).
     /// Equal: none.
     pub windows: [u32; 4],
+    /// What the inspector has decided last, and by which rules: see [`CtEntry::decided`].
+    pub decided: u64,
+}
+
+impl CtEntry {
+    /// What [`Self::decided`] holds after an order by these rules and their flags. `unread`: the flow needs no reading
+    /// any more; else what lies in the windows does not.
+    ///
+    /// An order counts only while the rules are in force that it was decided by, and says itself which those are. So
+    /// one that comes in the very moment in which another CPU gives the flow other rules changes nothing, whichever of
+    /// the two writes first.
+    #[inline(always)]
+    #[must_use]
+    pub const fn decision(ruleset: u32, carry_flags: u8, unread: bool) -> u64 {
+        ruleset as u64 | (carry_flags as u64) << 32 | (unread as u64) << 40
+    }
+
+    /// Whether the inspector needs to see nothing of the flow any more, by the rules in force.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_unread(&self) -> bool {
+        self.decided == Self::decision(self.ruleset, self.carry_flags, true)
+    }
 }
 
 /// Key of a fragmented datagram whose first fragment has been seen (RFC 791, 3.2; RFC 8200, 4.5).

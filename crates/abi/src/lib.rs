@@ -37,7 +37,7 @@ pub use policy::{
 pub use reason::{Reason, budget_slot, counter_slot};
 
 /// Version of every layout in this crate. Part of the pin directory's name.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// IP protocol numbers (IANA) that the programs treat by name.
 pub mod protocol {

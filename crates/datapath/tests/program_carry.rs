@@ -220,6 +220,7 @@ fn a_window_needs_no_reading() {
     let mut windows = |from: u32, to: u32, of: u32| {
         let mut flow = world.flow(&flow_key).unwrap();
         flow.windows = [from, to, 0, 0];
+        flow.decided = CtEntry::decision(flow.ruleset, flow.carry_flags, false);
         world.set_flow(&flow_key, &flow);
         let data_carried = world.run(Hook::Xdp, &data).carried;
         let ack_carried = world.run_local(&ack(of)).carried;
@@ -475,8 +476,34 @@ fn a_command_by_rules_that_have_changed_meanwhile_is_ignored() {
                 flow.world.rule(HOST, INGRESS, identity::ANY, 5, new);
                 flow.world.state(HOST, u32::from(HOST), 5, identity::HOST);
                 flow.give(&command);
-                assert_ne!(flow.flow().windows[1] + u32::from(flow.flow().inspector == 0), 0);
+                assert_ne!(flow.flow().windows[1] + u32::from(flow.flow().is_unread()), 0);
                 assert!(flow.is_read(), "order {order}");
+            }
+        }
+    }
+}
+
+/// The same race on two CPUs: the command has been compared with the old rules, the new ones come in, and only then is
+/// the entry changed. What it looks like afterwards is put into the map.
+#[test]
+fn a_command_that_comes_in_between_does_not_count() {
+    for mut flow in read_connections(inspected(11, 21)) {
+        let now = flow.flow();
+        let old = (21, 0);
+        assert_eq!((now.ruleset, now.carry_flags), old, "the rules of the world");
+        for (ruleset, flags) in [(20, 0), (21, carry_flags::AUDIT), (0, 0), old] {
+            for unread in [true, false] {
+                let late = CtEntry {
+                    windows: [1000, 1100, 0, 0],
+                    decided: CtEntry::decision(ruleset, flags, unread),
+                    ..now
+                };
+                flow.world.set_flow(&flow.key, &late);
+                assert_eq!(
+                    flow.is_read(),
+                    (ruleset, flags) != old,
+                    "{ruleset} {flags} {unread}"
+                );
             }
         }
     }
