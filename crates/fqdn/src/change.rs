@@ -1,6 +1,6 @@
 use std::{fmt, net::IpAddr, sync::Arc};
 
-use crate::{EndpointId, SelectorId};
+use crate::{EndpointId, Millis, SelectorId};
 
 /// What happens to a triple of endpoint, selector and address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -59,7 +59,7 @@ pub struct Pending {
     pub(crate) pairs: Vec<(Arc<[u8]>, IpAddr)>,
     pub(crate) refused: usize,
     /// How long they are kept at least, from when they were learned.
-    pub(crate) lease: crate::Millis,
+    pub(crate) lease: Millis,
 }
 
 impl Pending {
@@ -91,13 +91,11 @@ impl Pending {
     pub fn refused(&self) -> usize {
         self.refused
     }
-}
 
-impl Pending {
-    /// For how long from its learning everything that it taught is kept; none if not everything is, or there is
-    /// nothing.
+    /// For how long from its learning everything that it taught is kept, in milliseconds; none if not everything is, or
+    /// there is nothing.
     #[must_use]
-    pub fn lease(&self) -> Option<crate::Millis> {
+    pub fn lease(&self) -> Option<Millis> {
         (self.refused == 0 && !self.pairs.is_empty()).then_some(self.lease)
     }
 }

@@ -112,7 +112,7 @@ pub struct Learned {
 /// For how long what an answer taught stays in the maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lease {
-    /// So long, if nothing is taken out of the maps before its time,
+    /// So many milliseconds, if nothing is taken out of the maps before its time,
     pub good_for: Millis,
     /// and if it is, this is not the epoch any more: see [`Sink::epoch`].
     pub epoch: u64,
