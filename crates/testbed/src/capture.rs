@@ -108,7 +108,7 @@ impl Drop for Capture {
     }
 }
 
-fn open(index: u32) -> io::Result<Socket> {
+pub(crate) fn open(index: u32) -> io::Result<Socket> {
     let socket = Socket::new(
         Domain::PACKET,
         Type::RAW,

@@ -15,6 +15,7 @@ pub mod attached;
 pub mod capture;
 pub mod daemon;
 pub mod dns;
+pub mod forge;
 pub mod load;
 pub mod ns;
 pub mod packet;
