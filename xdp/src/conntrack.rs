@@ -109,10 +109,35 @@ pub fn ends(packet: &Packet) -> Ends<'_> {
     }
 }
 
+/// Returns the entry of a key, dead or alive; null without one.
+///
+/// The key is copied to the stack of a function of its own. [`Frame`] is memory of a global function's parameter, and
+/// the verifier of Linux 6.1 takes a map key from the stack, a packet or a map value only. The copy would take 40 bytes
+/// of every caller's stack, and the longest chain of calls leaves no room for them.
+#[inline(never)]
+fn lookup(key: &CtKey) -> *mut CtEntry {
+    let key = *key;
+    match CONNTRACK.get_ptr_mut(&key) {
+        Some(entry) => entry,
+        None => core::ptr::null_mut(),
+    }
+}
+
+/// Writes an entry; returns 0, or 1 if the map refuses it. The key is copied as in [`lookup`]. The result is a number:
+/// a `Result` in memory tells the verifier less.
+#[inline(never)]
+fn put(key: &CtKey, entry: &CtEntry, how: u64) -> u32 {
+    let key = *key;
+    u32::from(CONNTRACK.insert(&key, entry, how).is_err())
+}
+
 /// The live entry of a key.
 #[inline(always)]
 pub fn find(key: &CtKey, now: u64) -> Option<&'static mut CtEntry> {
-    let entry = CONNTRACK.get_ptr_mut(key)?;
+    let entry = lookup(key);
+    if entry.is_null() {
+        return None;
+    }
     // SAFETY: a value of an LRU map stays readable and writable while the program runs (RCU); if it is given to
     // another key meanwhile, what is written is overwritten or is a wrong count of a new entry.
     let entry = unsafe { &mut *entry };
@@ -299,12 +324,9 @@ pub fn insert<C: Context>(ctx: C, frame: &mut Frame) {
         decided: 0,
     };
     // What takes the place of a flow that is over adds nothing to the map.
-    if CONNTRACK
-        .insert(&frame.key, &entry, u64::from(BPF_NOEXIST))
-        .is_ok()
-    {
+    if put(&frame.key, &entry, u64::from(BPF_NOEXIST)) == 0 {
         counters::conntrack_made();
-    } else if CONNTRACK.insert(&frame.key, &entry, 0).is_err() {
+    } else if put(&frame.key, &entry, 0) != 0 {
         return frame.set(Reason::CtInsertionFailed);
     }
     ctx.send(frame, event::what(EventKind::Trace, TracePoint::Start), &entry);

@@ -14,6 +14,10 @@ use crate::{event, verdict};
 /// More than the headers of a segment take.
 const MAX_SEGMENT_HEADERS: u32 = 256;
 
+/// The bits of an offset into the headers.
+const OFFSET_MASK: u32 = 2 * MAX_HEADERS - 1;
+const _: () = assert!(MAX_HEADERS.is_power_of_two());
+
 /// Why a packet was not put on the carrier, if nothing else is known.
 const FAILED: u32 = Reason::CarryFailed as u32;
 
@@ -36,7 +40,11 @@ impl Bytes for Linear {
         if offset > MAX_HEADERS {
             return None;
         }
-        let at = self.start + offset as usize;
+        // Bounded a second time, on the very register that is added to the pointer. LLVM compares one register with
+        // MAX_HEADERS and adds a copy of it that was filled from the stack; the verifier of Linux 6.1 does not carry
+        // the bound from the one to the other, takes the offset for up to 65535, and then does not believe the
+        // comparison with the packet's end. `black_box` keeps LLVM from removing the mask as without effect.
+        let at = self.start + (core::hint::black_box(offset) & OFFSET_MASK) as usize;
         if at + N > self.end {
             return None;
         }

@@ -53,8 +53,10 @@ pub fn exact(addr: &Addr) -> Known {
 // Returns one word: an aggregate would come back through memory, which the verifier follows less well.
 #[inline(never)]
 fn exact_word(addr: &Addr) -> u64 {
+    // On the stack: the verifier of Linux 6.1 takes no map key from the memory of a global function's parameter.
+    let key = *addr;
     // SAFETY: user space replaces an element, it never changes one in place; the copy is taken at once.
-    match unsafe { IPCACHE.get(addr) } {
+    match unsafe { IPCACHE.get(&key) } {
         Some(entry) => Known::new(entry).0,
         None => Known::NOTHING.0,
     }

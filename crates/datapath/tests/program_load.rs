@@ -2,6 +2,9 @@
 
 mod program;
 
+use std::collections::{BTreeSet, HashMap};
+
+use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 use palisade_abi::programs;
 use program::{NIC, World};
 
@@ -19,5 +22,178 @@ fn the_verifier_walks_few_instructions() {
             .map(|(_, count)| *count);
         println!("{name}: {count:?} instructions verified");
         assert!(count.is_some_and(|count| count < BOUND), "{name}: {count:?}");
+    }
+}
+
+/// What Linux gives a chain of calls, bytes (`MAX_BPF_STACK`).
+const STACK: u32 = 512;
+/// To what a frame is rounded up, bytes. Linux 6.1, the oldest supported, rounds to the 32 of its interpreter; newer
+/// kernels round to 16 where the JIT compiler is on.
+const GRANULE: u32 = 32;
+/// How many functions may be in a chain (`MAX_CALL_FRAMES`).
+const FRAMES: usize = 8;
+
+/// A function of the object, as the verifier counts it.
+struct Function {
+    name: String,
+    section: object::SectionIndex,
+    start: u64,
+    end: u64,
+    /// The lowest stack address that is made or used, in bytes below the frame pointer.
+    depth: u32,
+    /// Indices of the functions that it calls.
+    calls: BTreeSet<usize>,
+}
+
+/// The path of a Rust symbol (`_ZN8palisade9conntrack6insert17h…E`), or the name as it is.
+fn path(symbol: &str) -> String {
+    let Some(mut rest) = symbol.strip_prefix("_ZN") else {
+        return symbol.into();
+    };
+    let mut parts = Vec::new();
+    while let Some(digits) = rest
+        .find(|c: char| !c.is_ascii_digit())
+        .filter(|&digits| digits > 0)
+    {
+        let length: usize = rest[..digits].parse().unwrap();
+        parts.push(&rest[digits..digits + length]);
+        rest = &rest[digits + length..];
+    }
+    parts.pop(); // the hash
+    parts.join("::")
+}
+
+/// The functions of the object: what each uses of its stack, and what it calls.
+fn functions(object: &[u8]) -> Vec<Function> {
+    let file = object::File::parse(object).unwrap();
+    let mut functions: Vec<Function> = file
+        .symbols()
+        .filter(|symbol| symbol.kind() == object::SymbolKind::Text && symbol.size() > 0)
+        .map(|symbol| Function {
+            name: path(symbol.name().unwrap()),
+            section: symbol.section_index().unwrap(),
+            start: symbol.address(),
+            end: symbol.address() + symbol.size(),
+            depth: 0,
+            calls: BTreeSet::new(),
+        })
+        .collect();
+    let places: Vec<_> = functions
+        .iter()
+        .map(|function| (function.section, function.start, function.end))
+        .collect();
+    let at = |section, offset: u64| {
+        places
+            .iter()
+            .position(|&(its, start, end)| its == section && (start..end).contains(&offset))
+            .unwrap_or_else(|| panic!("no function at {section} + {offset}"))
+    };
+    for function in &mut functions {
+        let section = file.section_by_index(function.section).unwrap();
+        let code = section.data().unwrap();
+        let relocations: HashMap<u64, object::Relocation> = section.relocations().collect();
+        // How far below the frame pointer each register points, if it does: in the order of the code, which is how
+        // LLVM makes such addresses (a copy of r10, then an addition, in one block).
+        let mut below = [None::<i32>; 11];
+        below[10] = Some(0);
+        for offset in (function.start..function.end).step_by(8) {
+            let word: [u8; 8] = code[offset as usize..][..8].try_into().unwrap();
+            let [operation, registers, ..] = word;
+            let displacement = i32::from(i16::from_le_bytes([word[2], word[3]]));
+            let immediate = i32::from_le_bytes(word[4..].try_into().unwrap());
+            let (to, from) = (usize::from(registers & 15), usize::from(registers >> 4));
+            let mut used = |lowest: i32| function.depth = function.depth.max(lowest.min(0).unsigned_abs());
+            match operation & 7 {
+                // Loads (to a register) and stores.
+                1 => {
+                    if let Some(base) = below[from] {
+                        used(base + displacement);
+                    }
+                    below[to] = None;
+                }
+                2 | 3 => {
+                    if let Some(base) = below[to] {
+                        used(base + displacement);
+                    }
+                }
+                // 64-bit arithmetic: a copy, and the addition of a constant.
+                7 if operation == 0xbf => below[to] = below[from],
+                7 if operation == 0x07 => {
+                    below[to] = below[to].map(|base| base + immediate);
+                    if let Some(base) = below[to] {
+                        used(base);
+                    }
+                }
+                0 | 4 | 7 => below[to] = None,
+                _ => {}
+            }
+            // A call of a function of the object (BPF_PSEUDO_CALL), not of a helper.
+            if operation == 0x85 && from == 1 {
+                let callee = match relocations.get(&offset) {
+                    Some(relocation) => {
+                        let object::RelocationTarget::Symbol(symbol) = relocation.target() else {
+                            panic!("{}: a call of no symbol", function.name);
+                        };
+                        let symbol = file.symbol_by_index(symbol).unwrap();
+                        let to = symbol.section_index().unwrap();
+                        // Against a section, the constant says where in it.
+                        match symbol.kind() {
+                            object::SymbolKind::Section => at(to, ((immediate + 1) * 8) as u64),
+                            _ => at(to, symbol.address()),
+                        }
+                    }
+                    None => at(
+                        function.section,
+                        (offset as i64 + 8 + i64::from(immediate) * 8) as u64,
+                    ),
+                };
+                function.calls.insert(callee);
+            }
+            if operation == 0x85 {
+                below[..6].fill(None);
+            }
+        }
+    }
+    functions
+}
+
+/// The chain of calls from a function that takes most stack, and how many bytes that is. The verifier knows no
+/// recursion, so there is an end.
+fn deepest(functions: &[Function], from: usize) -> (u32, Vec<usize>) {
+    let (below, mut chain) = functions[from]
+        .calls
+        .iter()
+        .map(|&callee| deepest(functions, callee))
+        .max()
+        .unwrap_or_default();
+    chain.insert(0, from);
+    (
+        below + functions[from].depth.max(1).next_multiple_of(GRANULE),
+        chain,
+    )
+}
+
+#[test]
+fn no_chain_of_calls_takes_more_stack_than_the_oldest_kernel_gives() {
+    let functions = functions(palisade_datapath::OBJECT);
+    for name in [
+        programs::XDP_INGRESS,
+        programs::TC_INGRESS,
+        programs::TC_EGRESS,
+        programs::CARRY,
+        programs::BACK,
+    ] {
+        let program = functions
+            .iter()
+            .position(|function| function.name == name)
+            .unwrap();
+        let (bytes, chain) = deepest(&functions, program);
+        let text: Vec<String> = chain
+            .iter()
+            .map(|&function| format!("{} {}", functions[function].name, functions[function].depth))
+            .collect();
+        println!("{bytes} bytes of {STACK}: {}", text.join(" > "));
+        assert!(bytes <= STACK, "{name}: {bytes} bytes: {}", text.join(" > "));
+        assert!(chain.len() <= FRAMES, "{name}: {} functions deep", chain.len());
     }
 }
