@@ -56,7 +56,7 @@ impl<'a> ConflictFinder<'a> {
                     Peers::OneOf(peers) => peers.iter().flat_map(parts).map(Some).collect(),
                 };
                 for entry in entries {
-                    let reading = Reading::of(&entry.l7, false);
+                    let reading = Reading::of(&entry.l7);
                     if reading.is_none() && !section.denies() {
                         continue;
                     }

@@ -35,8 +35,10 @@ pub(crate) struct Reading {
 }
 
 impl Reading {
-    /// `lenient`: the policy does not deny by default, so what its rules do not match passes too.
-    pub(crate) fn of(l7: &L7, lenient: bool) -> Option<Self> {
+    /// What an entry of toPorts asks for. Whether requests that no rule matches pass is not decided here but by the
+    /// default of the endpoint and direction ([`merge`]): a policy without default deny takes nothing away where
+    /// everything is allowed by default, and its rules restrict where anything else denies by default.
+    pub(crate) fn of(l7: &L7) -> Option<Self> {
         if l7.is_none() {
             return None;
         }
@@ -64,7 +66,7 @@ impl Reading {
             L7Rules::None => (Inspector::Tls, names().collect()),
         };
         let alone = l7.rules == L7Rules::None;
-        if matchers.is_empty() || (lenient && !alone) {
+        if matchers.is_empty() {
             matchers.push(Matcher::Everything);
         }
         let mut priority = match kind {

@@ -26,3 +26,15 @@ fn each_behaviour_is_as_in_the_original() {
     let text = include_str!("../../../tests/cases/semantics.jsonl");
     all_pass("semantics.jsonl", text, 467);
 }
+
+#[test]
+fn selectors_that_only_exclude_namespaces_mean_endpoints() {
+    let text = include_str!("../../../tests/cases/negative-namespace-selectors.yaml");
+    all_pass("negative-namespace-selectors.yaml", text, 28);
+}
+
+#[test]
+fn application_rules_without_default_deny_restrict_where_something_else_denies() {
+    let text = include_str!("../../../tests/cases/no-default-deny-with-application-rules.yaml");
+    all_pass("no-default-deny-with-application-rules.yaml", text, 16);
+}

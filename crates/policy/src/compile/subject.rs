@@ -581,10 +581,6 @@ impl Compiler {
     ) -> Vec<TableRule> {
         let unit = &selecting.unit;
         let spec = unit.spec();
-        let lenient = match direction {
-            Direction::Ingress => spec.default_deny_ingress,
-            Direction::Egress => spec.default_deny_egress,
-        } == Some(false);
         let mut rules = Vec::new();
         for section in sections_of(direction) {
             let looked_up = &unit.sections[section as usize];
@@ -659,7 +655,7 @@ impl Compiler {
                     }),
                     Ports::OneOf(list) => {
                         for entry in list {
-                            let reading = Reading::of(&entry.l7, lenient).map(Arc::new);
+                            let reading = Reading::of(&entry.l7).map(Arc::new);
                             for port in &entry.ports {
                                 let sets = self.resolve(port, direction, &subject.named_ports);
                                 if sets.is_empty()

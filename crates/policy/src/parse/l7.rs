@@ -26,6 +26,7 @@ pub(super) fn read(object: &Object<'_>, section: Section<'_>) -> L7 {
         .and_then(|at| tls_context(at, section));
     let listener = object.field("listener").and_then(|at| listener(at, section));
 
+    object.warn_null(&["rules", "serverNames"]);
     let has_rules = rules_of_its_own(&rules);
     if has_rules && !server_names.is_empty() && object.field("terminatingTLS").is_none() {
         object.error_at_key(
@@ -111,6 +112,7 @@ fn l7_rules(at: At<'_>, section: Section<'_>) -> L7Rules {
         let patterns = list.read(|at| fqdn_selector(at, true));
         kinds.push(("dns", L7Rules::Dns(patterns.into_iter().flatten().collect())));
     }
+    object.warn_null(&["http", "kafka", "dns"]);
     let parser = object.text("l7proto");
     let generic = object.field("l7").and_then(|at| at.list());
     if parser.is_none() && generic.as_ref().is_some_and(|list| !list.is_empty()) {

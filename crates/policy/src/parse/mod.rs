@@ -64,6 +64,40 @@ impl Parsed {
     }
 }
 
+/// The text of a file, or what is wrong with its bytes: policies are UTF-8.
+///
+/// # Errors
+/// With the place of the first byte that is not part of any character.
+pub fn decode(file: &str, bytes: Vec<u8>) -> Result<String, Diagnostic> {
+    let utf16 = matches!(bytes.as_slice(), [0xff, 0xfe, ..] | [0xfe, 0xff, ..]);
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        let before = str::from_utf8(&error.as_bytes()[..at]).unwrap_or_default();
+        let message = if utf16 {
+            "this is UTF-16; save it as UTF-8".to_owned()
+        } else {
+            format!(
+                "the byte 0x{:02x} is no part of UTF-8 text; save the file as UTF-8",
+                error.as_bytes()[at]
+            )
+        };
+        Diagnostic {
+            severity: Severity::Error,
+            location: Context::new(file).location(yaml::position_at(before, before.len())),
+            message,
+        }
+    })
+}
+
+/// Whether a text holds neither a document nor a comment. A file in this state was truncated, or is being written.
+#[must_use]
+pub fn is_blank(text: &str) -> bool {
+    text.lines().all(|line| {
+        let line = line.trim_matches(|c: char| c.is_whitespace() || c.is_control() || c == '\u{feff}');
+        matches!(line, "" | "---" | "...")
+    })
+}
+
 /// Reads the text of a YAML (or JSON) file; `file` is how messages name it.
 #[must_use]
 pub fn parse(file: &str, text: &str) -> Parsed {

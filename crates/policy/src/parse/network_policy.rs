@@ -112,6 +112,7 @@ fn rule(at: At<'_>, peers_name: &'static str, namespace: &str) -> Option<Rule> {
         Some(list) if !list.is_empty() => Ports::OneOf(list.read(network_policy_port)),
         _ => Ports::Any,
     };
+    object.warn_null(&[peers_name, "ports"]);
     object.finish();
     Some(Rule {
         peers,

@@ -53,9 +53,7 @@ pub(super) fn read(object: &Object<'_>, section: Section<'_>) -> Option<Peers> {
         peers: Vec::new(),
     };
 
-    members.read(names.endpoints, |at| {
-        selector::read(at, Keys::Sourced).map(|selector| Peer::Labels(section.scope.peer(selector)))
-    });
+    members.read(names.endpoints, |at| section.scope.peer(at).map(Peer::Labels));
     members.read(names.nodes, |at| {
         selector::read(at, Keys::Sourced).map(Peer::Nodes)
     });
@@ -109,7 +107,7 @@ pub(super) fn requirements(object: &Object<'_>, section: Section<'_>) -> Vec<Sel
     let Some(list) = object.field(name).and_then(|at| at.list()) else {
         return Vec::new();
     };
-    list.read(|at| selector::read(at, Keys::Sourced).map(|selector| section.scope.peer(selector)))
+    list.read(|at| section.scope.peer(at))
 }
 
 /// The members as they are read, one after the other.
@@ -125,6 +123,7 @@ struct Members<'o> {
 impl<'o> Members<'o> {
     /// A list that is there, after it has been seen not to stand beside another.
     fn list(&mut self, name: &'static str) -> Option<List<'o>> {
+        self.object.warn_null(&[name]);
         let list = self.object.field(name)?.list()?;
         self.any = true;
         if list.is_empty() {

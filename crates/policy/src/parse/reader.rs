@@ -253,6 +253,16 @@ impl<'a> At<'a> {
 
     pub fn integer(&self, range: RangeInclusive<i64>) -> Option<i64> {
         let Value::Integer(value) = &self.node.value else {
+            if let Value::Float(text) = &self.node.value
+                && let Some(digits) = text.strip_prefix('0')
+                && digits.bytes().all(|byte| byte.is_ascii_digit())
+            {
+                self.error(format!(
+                    "{} must be a number without leading zeros, found {text}: some readers take it for an octal number",
+                    self.name()
+                ));
+                return None;
+            }
             return self.expected("a number");
         };
         match i64::try_from(*value) {
@@ -364,6 +374,19 @@ impl<'a> Object<'a> {
             if !says_nothing {
                 self.at
                     .say(Severity::Error, entry.position, &format!("{name} {why}"));
+            }
+        }
+    }
+
+    /// Warns of members that are null: they restrict nothing, which is hardly meant where only a name was left over.
+    pub fn warn_null(&self, names: &[&'static str]) {
+        if self.at.is_bare() {
+            return;
+        }
+        for entry in self.entries.iter().filter(|entry| entry.value.is_null()) {
+            if names.contains(&entry.key.as_str()) {
+                let message = format!("{} holds nothing (null): as if it were not there", entry.key);
+                self.at.say(Severity::Warning, entry.position, &message);
             }
         }
     }

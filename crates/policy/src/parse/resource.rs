@@ -65,6 +65,17 @@ impl Resources {
             return;
         };
         let api_version = api_version.unwrap_or_default();
+        // No kind or version of Kubernetes has other characters: what looks like one of ours is none, and would be
+        // skipped as a resource that is no policy.
+        for (name, text) in [("kind", kind), ("apiVersion", api_version)] {
+            if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+                object.error_at_value(
+                    name,
+                    format!("{name} {} holds a character that no {name} has", escaped(text)),
+                );
+                return;
+            }
+        }
         let known = KINDS
             .iter()
             .find(|(name, group, _)| *name == kind && belongs(api_version, group));
@@ -82,7 +93,9 @@ impl Resources {
                     }
                 }
             }
-            (None, Some(element)) if object.field("items").is_some() => {
+            (None, Some(element))
+                if object.field("items").is_some() || (element.is_empty() && api_version == "v1") =>
+            {
                 // `kind: List` says nothing of its elements.
                 let inherited = Some(Inherited {
                     api_version,
@@ -97,12 +110,14 @@ impl Resources {
 
     /// The elements of `kind: List`, `kind: CiliumNetworkPolicyList`, and so on.
     fn items(&mut self, object: &Object<'_>, inherited: Option<Inherited<'_>>) {
-        if let Some(items) = object.field("items").and_then(|at| at.list()) {
+        if let Some(items) = object.required("items").and_then(|at| at.list()) {
             items.read(|at| {
                 self.resource(at, inherited);
                 None::<()>
             });
         }
+        object.ignore(&["apiVersion", "kind", "metadata"]);
+        object.finish();
     }
 
     fn known(&mut self, kind: &'static str, object: &Object<'_>) {
@@ -218,9 +233,16 @@ fn belongs(api_version: &str, group: &str) -> bool {
 
 /// A resource that is none of ours. What may have been meant as a policy is not passed over in silence.
 fn skipped(object: &Object<'_>, kind: &str, api_version: &str) {
+    let group = api_version
+        .split_once('/')
+        .map_or(api_version, |(group, _)| group);
     let ours = api_version.is_empty()
-        || KINDS.iter().any(|(_, group, _)| belongs(api_version, group))
-        || api_version.starts_with("cilium/");
+        || KINDS
+            .iter()
+            .any(|(_, own, _)| belongs(api_version, own) || suggestion(group, [*own]).is_some())
+        || api_version.starts_with("cilium/")
+        // Nobody else has kinds of this name.
+        || kind.starts_with("Cilium") && KINDS.iter().any(|(name, _, _)| *name == kind);
     let meant = suggestion(kind, KINDS.map(|(name, _, _)| name)).filter(|_| ours);
     if let Some(name) = meant {
         let (_, group, versions) = KINDS
@@ -257,6 +279,12 @@ fn skipped(object: &Object<'_>, kind: &str, api_version: &str) {
             .at
             .note(format!("{}{name} is no policy: skipped", shown(kind)));
     }
+}
+
+/// A text in quotes, with every character that is not ASCII written as its number.
+fn escaped(text: &str) -> String {
+    let ascii: String = text.chars().take(60).flat_map(char::escape_default).collect();
+    format!("\"{ascii}\"")
 }
 
 /// A kind as it is shown: it comes from the file, so it may be anything.

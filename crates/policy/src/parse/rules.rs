@@ -61,6 +61,7 @@ pub(super) fn read(at: At<'_>, section: Section<'_>) -> Option<Rule> {
         object.field("authentication").is_some_and(authentication)
     };
     let requires = peers::requirements(&object, section);
+    object.warn_null(&["toPorts", "icmps"]);
     object.finish();
 
     let peers = match peers {

@@ -189,8 +189,27 @@ impl Scope<'_> {
         Some(Selector { requirements })
     }
 
-    /// The peers of a policy are of its namespace, unless they say something else about namespaces.
-    pub fn peer(&self, mut selector: Selector) -> Selector {
+    /// Reads a selector of peers. The peers of a policy are of its namespace, unless they say something else about
+    /// namespaces.
+    pub fn peer(&self, at: At<'_>) -> Option<Selector> {
+        let selector = read(at, Keys::Sourced)?;
+        let is_about_endpoints = |selector: &Selector| selector.requirements.contains(&has_namespace());
+        let written = is_about_endpoints(&selector);
+        let excludes = selector
+            .requirements
+            .iter()
+            .any(|requirement| names_a_namespace(requirement) && is_negative(&requirement.test));
+        let scoped = self.scoped(selector);
+        if excludes && !written && is_about_endpoints(&scoped) {
+            at.note(
+                "this selects endpoints of the other namespaces, never the world, the node or other nodes; \
+                 to select those too, add entities",
+            );
+        }
+        Some(scoped)
+    }
+
+    fn scoped(&self, mut selector: Selector) -> Selector {
         let names_reserved = selector
             .requirements
             .iter()
@@ -198,11 +217,23 @@ impl Scope<'_> {
         let names_namespace = selector
             .requirements
             .iter()
-            .any(|requirement| is_k8s_or_any(&requirement.source) && requirement.key == NAMESPACE);
-        let names_namespace_labels = selector.requirements.iter().any(|requirement| {
-            is_k8s_or_any(&requirement.source) && requirement.key.starts_with(NAMESPACE_LABELS)
-        });
+            .any(|requirement| names_a_namespace(requirement) && requirement.key == NAMESPACE);
+        let names_namespace_labels = selector
+            .requirements
+            .iter()
+            .any(|requirement| names_a_namespace(requirement) && requirement.key != NAMESPACE);
+        // A selector that only says which namespaces it does not mean is still about endpoints: the world and the
+        // nodes have no namespace, so a negative requirement alone would match them.
+        let only_negative = !names_reserved
+            && (names_namespace || names_namespace_labels)
+            && !selector
+                .requirements
+                .iter()
+                .any(|requirement| names_a_namespace(requirement) && !is_negative(&requirement.test));
         match (self.kind, self.namespace) {
+            (PolicyKind::Cnp | PolicyKind::Ccnp, _) if only_negative => {
+                selector.requirements.push(has_namespace());
+            }
             _ if names_reserved || names_namespace => {}
             (PolicyKind::Cnp, Some(namespace)) if !names_namespace_labels => {
                 selector.requirements.push(in_namespace(namespace));
@@ -237,6 +268,17 @@ pub(super) fn names_init(selector: &Selector) -> bool {
         .requirements
         .iter()
         .any(|requirement| is_reserved(&requirement.source) && requirement.key == "init")
+}
+
+/// Returns whether a requirement is about the namespace of an endpoint, or about the labels of its namespace.
+fn names_a_namespace(requirement: &Requirement) -> bool {
+    is_k8s_or_any(&requirement.source)
+        && (requirement.key == NAMESPACE || requirement.key.starts_with(NAMESPACE_LABELS))
+}
+
+/// Returns whether a label set without the label meets the test.
+const fn is_negative(test: &Test) -> bool {
+    matches!(test, Test::NotIn(_) | Test::DoesNotExist)
 }
 
 fn is_k8s(source: &LabelSource) -> bool {

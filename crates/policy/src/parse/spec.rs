@@ -49,6 +49,7 @@ pub(super) fn read(at: At<'_>, kind: PolicyKind, namespace: Option<&str>) -> Opt
         .to_owned();
     // For whoever sorts rules by labels, and for flow logs; neither has a say in verdicts.
     object.ignore(&["labels", "log"]);
+    object.warn_null(&["ingress", "ingressDeny", "egress", "egressDeny"]);
     let all_known = object.finish();
 
     let sections = ["ingress", "ingressDeny", "egress", "egressDeny"];

@@ -1,9 +1,14 @@
 //! YAML text to trees of nodes.
 //!
-//! Of YAML 1.2 with what Kubernetes' own reader takes beyond it: merge keys (`<<`). The text is hostile: nesting
-//! is bounded, and so is what aliases may multiply ("billion laughs").
+//! Of YAML 1.2 with what Kubernetes' own reader takes beyond it: merge keys (`<<`), and JSON objects one after the
+//! other. The text is hostile: nesting is bounded, and so is what aliases may multiply ("billion laughs"). Characters
+//! at which a reader may stop, or which one reader takes for a line break and another does not, are refused before
+//! anything is read: what stands behind them must not vanish.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    borrow::Cow,
+    collections::{HashMap, HashSet},
+};
 
 use saphyr_parser::{Event, Marker, Parser, ScalarStyle, Span, Tag};
 
@@ -28,29 +33,128 @@ pub(crate) struct YamlError {
 pub(crate) fn documents(text: &str) -> (Vec<Node>, Vec<YamlError>) {
     let mut loader = Loader::default();
     // Text that comes from Windows may begin with a byte order mark; it is no part of the document.
-    let mut parser = Parser::new_from_str(text.strip_prefix('\u{feff}').unwrap_or(text));
-    while let Some(next) = parser.next_event() {
-        let (event, span) = match next {
-            Ok(next) => next,
-            Err(error) => {
-                loader.error(position(*error.marker()), error.info().to_owned());
-                break;
-            }
-        };
-        if loader.event(event, span).is_err() {
+    let text = match without_marks(text.strip_prefix('\u{feff}').unwrap_or(text)) {
+        Ok(text) => text,
+        Err(error) => return (Vec::new(), vec![error]),
+    };
+    if let Some(error) = forbidden_character(&text) {
+        return (Vec::new(), vec![error]);
+    }
+    for (start, part) in json_values(&text) {
+        loader.start = start;
+        if loader.read(part).is_err() {
             break;
         }
     }
     (loader.documents, loader.errors)
 }
 
-fn position(marker: Marker) -> Position {
-    let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-    // The parser counts columns from 0.
-    Position {
-        line: number(marker.line()),
-        column: number(marker.col()).saturating_add(1),
+/// The first character that no policy file may contain as it is.
+///
+/// YAML 1.2.2, 5.1 excludes control characters but tab, LF, CR (and NEL). The YAML parser takes NUL for the end of the
+/// text, so the rest of the file would be gone without an error; a file full of NULs is what a power failure leaves.
+/// U+0085, U+2028 and U+2029 end a line, and so a comment, in YAML 1.1 (Kubernetes' reader) but not in 1.2.
+fn forbidden_character(text: &str) -> Option<YamlError> {
+    let is_forbidden = |c: char| match c {
+        '\t' | '\n' | '\r' => false,
+        '\u{2028}' | '\u{2029}' => true,
+        other => other.is_control(),
+    };
+    let at = text.find(is_forbidden)?;
+    let character = text[at..].chars().next()?;
+    let number = u32::from(character);
+    let message = match character {
+        '\0' => "a NUL byte: the file is damaged (a power failure may leave such files)".to_owned(),
+        '\u{85}' | '\u{2028}' | '\u{2029}' => format!(
+            "the character U+{number:04X} ends a line for some readers of YAML and not for others; remove it, or write \
+             it as an escape in double quotes"
+        ),
+        _ => format!(
+            "the control character U+{number:04X} cannot stand in a policy file; in double quotes write it as an escape"
+        ),
+    };
+    Some(YamlError {
+        position: position_at(text, at),
+        message,
+    })
+}
+
+/// Takes byte order marks out where a document begins (YAML 1.2.2, 5.2): two files that were joined. Elsewhere they
+/// are an error: the mark would become part of a key or value that looks like another one.
+fn without_marks(text: &str) -> Result<Cow<'_, str>, YamlError> {
+    if !text.contains('\u{feff}') {
+        return Ok(Cow::Borrowed(text));
     }
+    let mut out = String::with_capacity(text.len());
+    // Whether only comments and blank lines stand between the last document's end and here.
+    let mut between = true;
+    let mut at = 0;
+    for line in text.split_inclusive('\n') {
+        let rest = line.strip_prefix('\u{feff}').unwrap_or(line);
+        let is_marker = |marker: &str| {
+            rest.strip_prefix(marker)
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']))
+        };
+        let begins_document = between || is_marker("---");
+        let marks = if begins_document { rest } else { line };
+        if let Some(inside) = marks.find('\u{feff}') {
+            return Err(YamlError {
+                position: position_at(text, at + (line.len() - marks.len()) + inside),
+                message: "a byte order mark (U+FEFF) in the middle of a document; if two files were joined here, put a \
+                          line \"---\" before the second one"
+                    .into(),
+            });
+        }
+        out.push_str(rest);
+        between = is_marker("...")
+            || (is_marker("---") && rest[3..].trim().is_empty())
+            || (between && (rest.trim().is_empty() || rest.starts_with(['#', '%'])));
+        at += line.len();
+    }
+    Ok(Cow::Owned(out))
+}
+
+/// The text cut where one JSON value follows another without a separator, each part with the place of its start. Any
+/// text that is not wholly JSON is one part.
+fn json_values(text: &str) -> Vec<(Position, &str)> {
+    let whole = vec![(Position { line: 1, column: 1 }, text)];
+    if !text.trim_start().starts_with('{') {
+        return whole;
+    }
+    let mut values = serde_json::Deserializer::from_str(text).into_iter::<serde::de::IgnoredAny>();
+    let mut parts = Vec::new();
+    let (mut start, mut place) = (0, (1, 1));
+    while let Some(value) = values.next() {
+        if value.is_err() {
+            return whole;
+        }
+        let part = &text[start..values.byte_offset()];
+        let (line, column) = place;
+        parts.push((Position { line, column }, part));
+        place = advance(place, part);
+        start = values.byte_offset();
+    }
+    if parts.len() > 1 { parts } else { whole }
+}
+
+/// Line and column, from 1, of a byte of a text.
+pub(crate) fn position_at(text: &str, byte: usize) -> Position {
+    let (line, column) = advance((1, 1), &text[..byte]);
+    Position { line, column }
+}
+
+/// Where one is after reading a text from a place on. LF, CR and CR LF end a line.
+fn advance((mut line, mut column): (u32, u32), text: &str) -> (u32, u32) {
+    let mut characters = text.chars().peekable();
+    while let Some(character) = characters.next() {
+        if character == '\n' || (character == '\r' && characters.peek() != Some(&'\n')) {
+            line = line.saturating_add(1);
+            column = 1;
+        } else {
+            column = column.saturating_add(1);
+        }
+    }
+    (line, column)
 }
 
 /// Reading cannot go on; the error has been noted.
@@ -81,6 +185,8 @@ enum OpenValue {
 
 #[derive(Default)]
 struct Loader {
+    /// Where the part of the text that is being read begins.
+    start: Position,
     documents: Vec<Node>,
     errors: Vec<YamlError>,
     open: Vec<Open>,
@@ -89,12 +195,50 @@ struct Loader {
 }
 
 impl Loader {
+    fn read(&mut self, text: &str) -> Result<(), Stop> {
+        let mut parser = Parser::new_from_str(text);
+        while let Some(next) = parser.next_event() {
+            match next {
+                Ok((event, span)) => self.event(event, span)?,
+                Err(error) => {
+                    let marker = *error.marker();
+                    let line = text
+                        .lines()
+                        .nth(marker.line().saturating_sub(1))
+                        .unwrap_or_default();
+                    let here = line.char_indices().nth(marker.col());
+                    let here = here.map_or("", |(byte, _)| &line[byte..]);
+                    // In the first column these characters stand for something else, like a directive.
+                    let here = if marker.col() == 0 { "" } else { here };
+                    self.error(self.position(marker), in_plain_words(error.info(), here));
+                    return Err(Stop);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The place in the whole text of a place in the part that is being read.
+    fn position(&self, marker: Marker) -> Position {
+        let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        // The parser counts lines from 1 and columns from 0.
+        let (line, column) = (number(marker.line()).max(1), number(marker.col()));
+        Position {
+            line: self.start.line.saturating_add(line - 1),
+            column: if line == 1 {
+                self.start.column.saturating_add(column)
+            } else {
+                column.saturating_add(1)
+            },
+        }
+    }
+
     fn error(&mut self, position: Position, message: String) {
         self.errors.push(YamlError { position, message });
     }
 
     fn event(&mut self, event: Event<'_>, span: Span) -> Result<(), Stop> {
-        let position = position(span.start);
+        let position = self.position(span.start);
         match event {
             // An anchor belongs to its document (YAML 1.2.2, 3.2.2.2).
             Event::DocumentStart(_) => self.anchors.clear(),
@@ -102,10 +246,12 @@ impl Loader {
                 let value = self.scalar(&text, style, tag.as_deref(), position);
                 return self.complete(Node { position, value }, anchor);
             }
-            Event::SequenceStart(anchor, _) => {
+            Event::SequenceStart(anchor, tag) => {
+                self.collection_tag(tag.as_deref(), "seq", position);
                 return self.start(position, anchor, OpenValue::List(Vec::new()));
             }
-            Event::MappingStart(anchor, _) => {
+            Event::MappingStart(anchor, tag) => {
+                self.collection_tag(tag.as_deref(), "map", position);
                 let value = OpenValue::Map {
                     entries: Vec::new(),
                     names: HashSet::new(),
@@ -228,6 +374,21 @@ impl Loader {
         Ok(())
     }
 
+    /// A tag that says anything else of a list or object than that it is one is refused: another reader may make
+    /// something else of it.
+    fn collection_tag(&mut self, tag: Option<&Tag>, expected: &str, position: Position) {
+        let known = tag.is_none_or(|tag| {
+            (tag.handle.is_empty() && tag.suffix == "!")
+                || (tag.is_yaml_core_schema() && tag.suffix == expected)
+        });
+        if !known && let Some(tag) = tag {
+            self.error(
+                position,
+                format!("the tag {} is not known", quoted(&tag.to_string())),
+            );
+        }
+    }
+
     fn scalar(&mut self, text: &str, style: ScalarStyle, tag: Option<&Tag>, position: Position) -> Value {
         let string = || Value::String {
             text: text.to_owned(),
@@ -275,6 +436,24 @@ impl OpenValue {
                 Value::Map(entries)
             }
         }
+    }
+}
+
+/// What the YAML parser says, with what it most likely means: an unquoted `*` begins an alias.
+fn in_plain_words(said: &str, here: &str) -> String {
+    match here.chars().next() {
+        Some('*') => {
+            let ends = |c: char| c.is_whitespace() || matches!(c, ',' | ']' | '}');
+            let word = here.split(ends).next().unwrap_or_default();
+            format!(
+                "a value that begins with * must be quoted, like {}; without quotes it is an alias ({said})",
+                quoted(word)
+            )
+        }
+        Some(character @ ('%' | '@' | '`')) => {
+            format!("a value that begins with {character} must be quoted ({said})")
+        }
+        _ => said.to_owned(),
     }
 }
 
@@ -337,6 +516,11 @@ fn plain_scalar(text: &str) -> Value {
 }
 
 fn integer(text: &str) -> Option<i128> {
+    // Octal in YAML 1.1 (Kubernetes' reader), decimal in 1.2: no number that two readers agree about.
+    let digits = text.trim_start_matches(['+', '-']);
+    if digits.len() > 1 && digits.starts_with('0') && digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
     if let Some(digits) = text.strip_prefix("0x") {
         return (!digits.starts_with(['+', '-'])).then(|| i128::from_str_radix(digits, 16).ok())?;
     }

@@ -124,7 +124,8 @@ fn subjects_and_sections() {
                    to deny everything of a direction write the empty rule, as in ingress: [{}]";
     assert_said("", &[nothing]);
     assert_said("  egress: []\n", &[nothing]);
-    assert_said("  egress: null\n  ingressDeny: []\n", &[nothing]);
+    let null = "6:3: warning: egress holds nothing (null): as if it were not there";
+    assert_said("  egress: null\n  ingressDeny: []\n", &[nothing, null]);
     assert_said("  enableDefaultDeny: {ingress: true}\n", &[nothing]);
     assert_said(
         "  egress: {}\n",

@@ -264,3 +264,290 @@ proptest! {
         }
     }
 }
+
+const A_POLICY: &str = "\
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: a}
+spec: {endpointSelector: {}, ingress: [{}]}
+";
+
+/// Asserts that a text has exactly this one error (its beginning), and no policy too many.
+#[track_caller]
+fn refused(text: &str, expected: &str) {
+    let said = said(text);
+    let errors: Vec<&String> = said.iter().filter(|line| !line.contains(": note: ")).collect();
+    assert_eq!(errors.len(), 1, "{text:?}: {said:?}");
+    assert!(errors[0].starts_with(expected), "{text:?}: {said:?}");
+    assert!(parse("f", text).has_errors(), "{text:?}");
+}
+
+#[test]
+fn what_stands_behind_a_control_character_does_not_vanish() {
+    let other = A_POLICY.replace("name: a", "name: b");
+    for (character, says) in [
+        ('\0', "5:4: a NUL byte"),
+        ('\u{1}', "5:4: the control character U+0001"),
+        ('\u{1a}', "5:4: the control character U+001A"),
+        ('\u{7f}', "5:4: the control character U+007F"),
+        ('\u{9b}', "5:4: the control character U+009B"),
+        ('\u{85}', "5:4: the character U+0085 ends a line for some readers"),
+        (
+            '\u{2028}',
+            "5:4: the character U+2028 ends a line for some readers",
+        ),
+        (
+            '\u{2029}',
+            "5:4: the character U+2029 ends a line for some readers",
+        ),
+    ] {
+        refused(&format!("{A_POLICY}---{character}\n{other}"), says);
+        // Also in a comment, where it would end the comment for some readers, and in a string.
+        let commented = says.replace("5:4", "1:3");
+        refused(&format!("# {character}{A_POLICY}"), &commented);
+        let quoted = says.replace("5:4", "3:20");
+        refused(
+            &A_POLICY.replace("name: a", &format!("name: \"a{character}\"")),
+            &quoted,
+        );
+    }
+    refused(&"\0".repeat(4096), "1:1: a NUL byte");
+    refused(&format!("{A_POLICY}{}", "\0".repeat(4096)), "5:1: a NUL byte");
+    // An escape in double quotes is no control character of the file.
+    assert_eq!(
+        said(&A_POLICY.replace("metadata: {", "metadata: {labels: {x: \"\\0\"}, ")).len(),
+        0
+    );
+}
+
+#[test]
+fn the_ends_of_documents_and_lines() {
+    let other = A_POLICY.replace("name: a", "name: b");
+    for text in [
+        format!("{A_POLICY}...\n{other}"),
+        format!("{A_POLICY}... # end\n{other}"),
+        format!("{A_POLICY}--- # next\n{other}"),
+        format!("{A_POLICY}---\n{other}").replace('\n', "\r\n"),
+        format!("# x\r{A_POLICY}---\n{other}"),
+        format!("{A_POLICY}---\n{other}").replace('\n', "\r"),
+        format!("{A_POLICY}---\n~\n---\n---\nnull\n---\n{other}"),
+        format!("{A_POLICY}---\n\u{feff}{other}"),
+        format!("{A_POLICY}\u{feff}---\n{other}"),
+        format!("{A_POLICY}...\n# joined\n\u{feff}{other}"),
+        format!("{A_POLICY}...\n%YAML 1.2\n---\n{other}"),
+    ] {
+        let parsed = parse("f", &text);
+        assert_eq!(said(&text), [""; 0], "{text:?}");
+        assert_eq!(parsed.policies.len(), 2, "{text:?}");
+    }
+    for (text, says) in [
+        (
+            format!("{A_POLICY}... junk\n{other}"),
+            "5:5: invalid content after document end marker",
+        ),
+        (format!("{A_POLICY} ---\n{other}"), "5:2: "),
+        (format!("{A_POLICY}---x\n{other}"), "6:1: "),
+        (format!("{A_POLICY}--- |\n{other}"), "6:1: this must be an object"),
+        (
+            format!("{A_POLICY}%YAML 1.2\n---\n{other}"),
+            "5:1: missing explicit document end marker",
+        ),
+        (format!("{A_POLICY}---\nb: [\n"), "7:1: "),
+        (format!("{A_POLICY}---\nb: \"\n---\n{other}"), "6:4: "),
+        (
+            format!("{A_POLICY}\u{feff}{other}"),
+            "5:1: a byte order mark (U+FEFF) in the middle of a document",
+        ),
+        (A_POLICY.replace("kind", "\u{feff}kind"), "2:1: a byte order mark"),
+        (
+            A_POLICY.replace("name: a", "name: a\u{feff}"),
+            "3:19: a byte order mark",
+        ),
+        (
+            A_POLICY.replace("{}]", "{}]#, egress: [{}]"),
+            "4:43: comments must be separated",
+        ),
+        (
+            A_POLICY.replace("metadata: {name: a}", "metadata:\n\tname: a"),
+            "4:2: tabs disallowed",
+        ),
+        (A_POLICY.replace("[{}]}", "[{}"), "5:1: "),
+    ] {
+        refused(&text, says);
+    }
+}
+
+#[test]
+fn json_objects_one_after_the_other() {
+    let object = |name: &str| {
+        format!(
+            "{{\"apiVersion\": \"cilium.io/v2\", \"kind\": \"CiliumNetworkPolicy\", \"metadata\": {{\"name\": \"{name}\"}},\n \
+             \"spec\": {{\"endpointSelector\": {{}}, \"ingress\": [{{}}]}}}}"
+        )
+    };
+    for separator in ["", "\n", "\r\n", " \n\n\t", "\n---\n"] {
+        let text = format!(
+            "{}{separator}{}{separator}{}\n",
+            object("a"),
+            object("b"),
+            object("c")
+        );
+        let parsed = parse("f", &text);
+        assert_eq!(said(&text), [""; 0], "{separator:?}");
+        assert_eq!(parsed.policies.len(), 3, "{separator:?}");
+    }
+    // Places are those in the file.
+    refused(
+        &format!(
+            "{}\n{}",
+            object("a"),
+            object("b").replace("\"ingress\"", "\"ingres\"")
+        ),
+        "4:35: unknown field",
+    );
+    refused(
+        &format!("{}{}", object("a"), object("b").replace("kind", "knid")),
+        "2:52: kind is missing",
+    );
+    refused(
+        &format!("{}\n{}", object("a"), object("a")),
+        "3:1: CiliumNetworkPolicy \"a\" is there twice, first in line 1",
+    );
+    refused(&format!("{}\n{} x", object("a"), object("b")), "3:1: ");
+    refused(&format!("{}\n{}", object("a"), &object("b")[..60]), "3:1: ");
+}
+
+#[test]
+fn tags_and_numbers_that_readers_take_differently() {
+    refused(&A_POLICY.replace("spec: {", "spec: !!null {"), "4:14: the tag");
+    refused(&A_POLICY.replace("[{}]", "!!set [{}]"), "4:45: the tag");
+    assert_eq!(said(&A_POLICY.replace("[{}]", "!!seq [!!map {}]")), [""; 0]);
+    let range = |last: &str| {
+        cnp(&format!(
+            "  egress: [{{toPorts: [{{ports: [{{port: '1', endPort: {last}}}]}}]}}]\n"
+        ))
+    };
+    assert_eq!(said(&range("100")), [""; 0]);
+    refused(
+        &range("0100"),
+        "6:53: endPort must be a number without leading zeros",
+    );
+    refused(
+        &range("999999999999999999999999999999999999999999"),
+        "6:53: endPort must be a number",
+    );
+    refused(&range("1e3"), "6:53: endPort must be a number");
+}
+
+#[test]
+fn resources_that_look_like_policies_are_not_skipped() {
+    for (text, says) in [
+        (
+            A_POLICY.replace("CiliumNetworkPolicy", "CiliumNetworkP\u{43e}licy"),
+            "2:7: kind \"CiliumNetworkP\\u{43e}licy\"",
+        ),
+        (
+            A_POLICY.replace("cilium.io", "c\u{456}lium.io"),
+            "1:13: apiVersion \"c\\u{456}lium.io/v2\"",
+        ),
+        (
+            A_POLICY.replace("cilium.io", "cillium.io"),
+            "2:7: a CiliumNetworkPolicy is of apiVersion cilium.io/v2",
+        ),
+        (
+            A_POLICY.replace("cilium.io", "example.org"),
+            "2:7: a CiliumNetworkPolicy is of apiVersion cilium.io/v2",
+        ),
+        (
+            A_POLICY.replace("ingress", "\u{456}ngress"),
+            "4:30: unknown field",
+        ),
+        (
+            A_POLICY.replace("ingress", "ingress\u{200b}"),
+            "4:30: unknown field",
+        ),
+        (
+            A_POLICY.replace("metadata: {name: a}", "metadata:\n  name: a\nSpec: {}"),
+            "5:1: unknown field \"Spec\"",
+        ),
+        (
+            "apiVersion: networking.k8s.i0/v1\nkind: NetworkPolicy\n".into(),
+            "2:7: a NetworkPolicy is of apiVersion",
+        ),
+        ("apiVersion: v1\nkind: List\n".into(), "1:1: items is missing"),
+        (
+            "apiVersion: v1\nkind: List\nitems: []\nItems: [x]\n".into(),
+            "4:1: unknown field \"Items\"",
+        ),
+        (
+            format!("- {}", A_POLICY.trim_end().replace('\n', "\n  ")),
+            "1:1: this must be an object",
+        ),
+    ] {
+        refused(&text, says);
+    }
+    // Policies of other makers have the same name as Kubernetes'.
+    let foreign = said("apiVersion: projectcalico.org/v3\nkind: NetworkPolicy\n");
+    assert!(
+        foreign.len() == 1 && foreign[0].contains("it is skipped"),
+        "{foreign:?}"
+    );
+}
+
+#[test]
+fn a_member_that_holds_nothing_is_warned_of() {
+    for (text, says) in [
+        (
+            cnp("  ingress:\n  egress: [{}]\n"),
+            "6:3: warning: ingress holds nothing",
+        ),
+        (
+            cnp("  egress: [{}]\n  egressDeny: ~\n"),
+            "7:3: warning: egressDeny holds nothing",
+        ),
+        (
+            cnp("  egress: [{toEntities: [all], toPorts: }]\n"),
+            "6:32: warning: toPorts holds nothing",
+        ),
+        (
+            cnp("  egress: [{toEndpoints: , toPorts: [{ports: [{port: '1'}]}]}]\n"),
+            "6:13: warning: toEndpoints holds",
+        ),
+        (
+            cnp("  egress: [{toPorts: [{ports: [{port: '1'}], rules: }]}]\n"),
+            "6:46: warning: rules holds nothing",
+        ),
+    ] {
+        let said = said(&text);
+        assert!(said.len() == 1 && said[0].starts_with(says), "{said:?}");
+    }
+}
+
+#[test]
+fn an_unquoted_asterisk_is_explained() {
+    for pattern in ["*.a.test", "*", " *.s3.a.test"] {
+        let said = said(&cnp(&format!(
+            "  egress:\n  - toFQDNs:\n    - matchPattern: {pattern}\n"
+        )));
+        let quoted = format!("must be quoted, like \"{}\"", pattern.trim());
+        assert!(said.len() == 1 && said[0].contains(&quoted), "{said:?}");
+    }
+}
+
+#[test]
+fn bytes_that_are_no_utf8_have_a_place() {
+    let decode = |bytes: &[u8]| crate::parse::decode("f", bytes.to_vec()).map_err(|error| error.to_string());
+    assert_eq!(decode("a: ä\n".as_bytes()), Ok("a: ä\n".to_owned()));
+    assert_eq!(
+        decode(b"a: 1\n\xc3\xa4: \xff\n").unwrap_err(),
+        "f:2:4: the byte 0xff is no part of UTF-8 text; save the file as UTF-8"
+    );
+    assert_eq!(
+        decode(b"a: \xc3").unwrap_err(),
+        "f:1:4: the byte 0xc3 is no part of UTF-8 text; save the file as UTF-8"
+    );
+    assert_eq!(
+        decode(b"\xff\xfea\0").unwrap_err(),
+        "f:1:1: this is UTF-16; save it as UTF-8"
+    );
+}

@@ -39,10 +39,10 @@ fn at(node: Option<&Node>) -> (u32, u32) {
 fn scalars() {
     assert_eq!(
         json(
-            "[~, null, '', a, 'null', true, False, yes, 1, -1, 0x10, 0o17, 1.5, .inf, 1e3, 1.2.3, 10.0.0.0/8, 08, !!str 1]"
+            "[~, null, '', a, 'null', true, False, yes, 1, -1, 0x10, 0o17, 1.5, .inf, 1e3, 1.2.3, 10.0.0.0/8, 0, !!str 1]"
         ),
         [
-            r#"[null,null,"","a","null",true,false,"yes",1,-1,16,15,1.5,".inf",1000.0,"1.2.3","10.0.0.0/8",8,"1"]"#
+            r#"[null,null,"","a","null",true,false,"yes",1,-1,16,15,1.5,".inf",1000.0,"1.2.3","10.0.0.0/8",0,"1"]"#
         ]
     );
     assert_eq!(
@@ -97,7 +97,10 @@ fn anchors_and_merge_keys() {
     );
     assert_eq!(
         errors("a: *x\n"),
-        ["1:4: while parsing node, found unknown anchor"]
+        [
+            "1:4: a value that begins with * must be quoted, like \"*x\"; without quotes it is an alias (while parsing \
+             node, found unknown anchor)"
+        ]
     );
     assert_eq!(
         errors("a: &x 1\n---\nb: *x\n"),
