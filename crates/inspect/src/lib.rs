@@ -26,7 +26,7 @@ use palisade_protocols::dns::Answer;
 pub use dns::{Denial, DnsLimits, DnsStats};
 pub use engine::{Engine, Limits, Stats};
 pub use fragments::{FragmentLimits, FragmentStats};
-pub use http::{HttpLimits, HttpStats, Paths};
+pub use http::{GetBodies, HttpLimits, HttpStats, Paths};
 pub use numbers::Number;
 pub use palisade_fqdn::{Known, TrackLimits, Unasked};
 pub use rules::{DnsRules, HttpDenial, HttpRules, HttpScratch, HttpVerdict, Problem, Rules, TlsRules};

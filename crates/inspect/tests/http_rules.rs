@@ -48,7 +48,11 @@ fn judge(rules: &Rules, head: &str, paths: Paths) -> Result<HttpVerdict, HttpDen
 }
 
 fn passes(rule: u32) -> Result<HttpVerdict, HttpDenial> {
-    Ok(HttpVerdict { rule, log: false })
+    Ok(HttpVerdict {
+        rule,
+        log: false,
+        takes_bodies: true,
+    })
 }
 
 fn get(target: &str, fields: &str) -> String {
@@ -139,7 +143,11 @@ fn a_mismatch_that_is_only_to_be_logged_is_told() {
         header_matches: vec![wanted],
         ..HttpRule::default()
     }]);
-    let logged = Ok(HttpVerdict { rule: 100, log: true });
+    let logged = Ok(HttpVerdict {
+        rule: 100,
+        log: true,
+        takes_bodies: true,
+    });
     assert_eq!(judge(&rules, &get("/", "x-a: 1\r\n"), Paths::Both), passes(100));
     assert_eq!(judge(&rules, &get("/", ""), Paths::Both), logged);
     assert_eq!(

@@ -69,6 +69,20 @@ fn accepted(head: &[u8], request: &Request<'_>) {
     let (lengths, codings, hosts) = (all("content-length"), all("transfer-encoding"), all("host"));
     assert!(hosts.len() <= 1 && lengths.len() <= 1 && codings.len() <= 1);
     assert!(lengths.is_empty() || codings.is_empty());
+    // A server that folds names must not find other framing than is found here.
+    let folded = |name: &str| -> String { name.chars().filter(char::is_ascii_alphanumeric).collect() };
+    for (name, _) in &fields {
+        for plain in [
+            "content-length",
+            "transfer-encoding",
+            "host",
+            "connection",
+            "upgrade",
+            "expect",
+        ] {
+            assert!(name == plain || folded(name) != folded(plain), "{name}");
+        }
+    }
     match request.body {
         Body::Chunked => assert!(codings[0].eq_ignore_ascii_case("chunked")),
         Body::Length(n) => assert_eq!(lengths[0].parse::<u64>().ok(), Some(n)),
@@ -81,16 +95,38 @@ fn accepted(head: &[u8], request: &Request<'_>) {
 type Followed = (Vec<u8>, Option<usize>, Option<Refusal>);
 
 fn chunks(stream: &[u8], step: usize) {
-    let whole = follow(stream, stream.len());
-    assert_eq!(follow(stream, step), whole);
-    let (content, end, _) = whole;
-    if let Some(end) = end {
+    let whole = follow(Chunks::default(), stream, stream.len());
+    assert_eq!(follow(Chunks::default(), stream, step), whole);
+    let of_answer = follow(Chunks::of_answer(), stream, stream.len());
+    assert_eq!(follow(Chunks::of_answer(), stream, step), of_answer);
+    let (content, end, _) = &whole;
+    if let Some(end) = *end {
         assert!(stream[..end].ends_with(b"\r\n") && content.len() < end);
+        // What passes in a request is found alike by the most careless reader, which ends a line at any line feed and
+        // takes the digits at its front.
+        assert_eq!(careless(&stream[..end]).as_ref(), Some(content));
+        assert_eq!(of_answer, whole);
     }
 }
 
-fn follow(stream: &[u8], step: usize) -> Followed {
-    let mut chunks = Chunks::default();
+/// The content as a reader finds it that knows neither extensions nor trailers.
+fn careless(mut stream: &[u8]) -> Option<Vec<u8>> {
+    let mut content = Vec::new();
+    loop {
+        let line = stream.iter().position(|byte| *byte == b'\n')?;
+        let digits = stream.iter().take_while(|byte| byte.is_ascii_hexdigit()).count();
+        let size = std::str::from_utf8(&stream[..digits]).ok()?;
+        let size = usize::from_str_radix(size, 16).ok()?;
+        stream = &stream[line + 1..];
+        if size == 0 {
+            return Some(content);
+        }
+        content.extend_from_slice(stream.get(..size)?);
+        stream = stream.get(size + 2..)?;
+    }
+}
+
+fn follow(mut chunks: Chunks, stream: &[u8], step: usize) -> Followed {
     let (mut content, mut left, mut at) = (Vec::new(), 0_u64, 0);
     for piece in stream.chunks(step.max(1)) {
         let mut input = piece;

@@ -5,7 +5,7 @@ use std::{collections::VecDeque, mem};
 use palisade_abi::{CarrySlot, Reason, carry_flags};
 use palisade_protocols::http1::{Body, Chunks, Head, Piece, Refusal, Request, Response, Room};
 
-use super::{HttpLimits, HttpStats, redact};
+use super::{GetBodies, HttpLimits, HttpStats, redact};
 use crate::{
     Millis, Rules, Sink,
     record::{About, Record, Text, Verdict, What, Word},
@@ -45,6 +45,13 @@ impl Place {
             Body::Length(n) => Self::Body(n),
             Body::Chunked => Self::Chunks(Chunks::default()),
             Body::UntilClose => Self::Rest,
+        }
+    }
+
+    fn of_answer(body: Body) -> Self {
+        match body {
+            Body::Chunked => Self::Chunks(Chunks::of_answer()),
+            other => Self::of(other),
         }
     }
 
@@ -89,8 +96,22 @@ struct Exchange {
     url: Text,
     method: Word,
     since: Millis,
-    /// It asks to go over to another protocol, which its answer may do.
-    upgrade: bool,
+    /// Some server may take what follows it for another protocol.
+    may_switch: bool,
+    /// The protocols that a 101 may go over to, in lower case, each behind a comma.
+    upgrades: Vec<u8>,
+}
+
+/// What has become of a body that was announced with `Expect: 100-continue`.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Announced {
+    /// There is none, or some of it has gone on, or the server has asked for it.
+    #[default]
+    No,
+    /// None of it has come.
+    Waits,
+    /// The final answer has come before.
+    Late,
 }
 
 /// What a connection that is not going on gets.
@@ -112,6 +133,7 @@ pub(super) struct Flow {
     /// The request that is being answered, and those behind it.
     current: Option<Exchange>,
     behind: VecDeque<Exchange>,
+    announced: Announced,
     /// The client gets no further, once what it asked before is answered.
     refused: Option<Refused>,
     /// The first request has been read.
@@ -173,7 +195,7 @@ impl Flow {
         self.behind
             .back()
             .or(self.current.as_ref())
-            .is_some_and(|last| last.upgrade || last.method.bytes() == b"CONNECT")
+            .is_some_and(|last| last.may_switch)
     }
 }
 
@@ -210,6 +232,11 @@ impl Reading<'_> {
             return Step::Release(0);
         }
         if !self.flow.client.is_between_messages() {
+            // The server owes no attention to a body that it has answered already. Some servers wait for the next request
+            // then, and would find it in the body.
+            if mem::take(&mut self.flow.announced) == Announced::Late {
+                return self.malformed(Refusal::LateBody, 0, sink);
+            }
             return match self.flow.client.follow(bytes) {
                 Ok((step, _)) => step,
                 Err(refusal) => self.malformed(refusal, 1, sink),
@@ -238,6 +265,12 @@ impl Reading<'_> {
 
     /// A whole head of a request, of so many bytes.
     fn request<F, S: Sink<F>>(&mut self, request: &Request<'_>, length: usize, sink: &mut S) -> Step {
+        let may_switch = request.may_upgrade() || request.method == "CONNECT";
+        // What an earlier answer says must not be taken for the answer to this request, whose 101 or 200 has the connection
+        // left unread: a server may send more behind an answer than its head says (a body to HEAD).
+        if may_switch && self.flow.pending() > 0 {
+            return Step::Wait;
+        }
         self.stats.requests += 1;
         self.flow.begun = true;
         let mut url = Text::default();
@@ -283,12 +316,38 @@ impl Reading<'_> {
             }
             self.stats.audited += 1;
         }
+        let takes_bodies =
+            self.limits.get_bodies == GetBodies::Allow || verdict.is_ok_and(|verdict| verdict.takes_bodies);
+        if !takes_bodies && request.has_unexpected_body() {
+            if !audit {
+                return self.malformed(Refusal::UnexpectedBody, 0, sink);
+            }
+            self.stats.malformed[Refusal::UnexpectedBody as usize] += 1;
+            self.stats.audited += 1;
+            self.tell(
+                Reason::AppMalformed,
+                Refusal::UnexpectedBody.text(),
+                Verdict::Audit,
+                sink,
+            );
+        }
         self.flow.client = Place::of(request.body);
+        self.flow.announced = if request.expects_continue() && !self.flow.client.is_between_messages() {
+            Announced::Waits
+        } else {
+            Announced::No
+        };
+        let mut upgrades = Vec::new();
+        for name in request.upgrades().filter(|name| may_become(name)) {
+            upgrades.push(b',');
+            upgrades.extend(name.iter().map(u8::to_ascii_lowercase));
+        }
         self.flow.push(Exchange {
             url,
             method,
             since: self.now,
-            upgrade: request.upgrade().is_some_and(may_become),
+            may_switch,
+            upgrades,
         });
         Step::Release(length)
     }
@@ -304,6 +363,12 @@ impl Reading<'_> {
         }
         let (phrase, body) = match refused.status {
             403 => ("Forbidden", "Access denied\r\n"),
+            414 => ("URI Too Long", "URI too long\r\n"),
+            417 => ("Expectation Failed", "Expectation failed\r\n"),
+            431 => (
+                "Request Header Fields Too Large",
+                "Request header fields too large\r\n",
+            ),
             _ => ("Bad Request", "Bad request\r\n"),
         };
         let text = format!(
@@ -330,9 +395,15 @@ impl Reading<'_> {
             return self.leave(reason, refusal.text(), sink);
         }
         self.tell(reason, refusal.text(), Verdict::Dropped, sink);
+        let status = match refusal {
+            Refusal::StartLineTooLong => 414,
+            Refusal::BadExpect => 417,
+            Refusal::LineTooLong | Refusal::HeadTooLong | Refusal::TooManyHeaders => 431,
+            _ => 400,
+        };
         self.refuse(Refused {
             reason,
-            status: 400,
+            status,
             bodiless: false,
             own,
         })
@@ -413,8 +484,15 @@ impl Reading<'_> {
         let Some(current) = &self.flow.current else {
             return self.unasked(response, length, sink);
         };
+        let is_announced = self.flow.behind.is_empty() && self.flow.announced == Announced::Waits;
         if response.is_interim() {
+            if is_announced && response.status == 100 {
+                self.flow.announced = Announced::No;
+            }
             return Step::Release(length);
+        }
+        if is_announced {
+            self.flow.announced = Announced::Late;
         }
         self.stats.responses += 1;
         if let Some(about) = &self.flow.about {
@@ -438,7 +516,7 @@ impl Reading<'_> {
             });
         }
         if response.body == Body::Tunnel {
-            if response.status == 101 && !current.upgrade {
+            if response.status == 101 && !is_asked_for(response, &current.upgrades) {
                 return self.cut(Reason::AppMalformed, "101 that nobody asked for", sink);
             }
             self.stats.tunnels += 1;
@@ -448,7 +526,7 @@ impl Reading<'_> {
             };
             return Step::Offload;
         }
-        self.flow.server = Place::of(response.body);
+        self.flow.server = Place::of_answer(response.body);
         if self.flow.server.is_between_messages() {
             self.flow.pop();
         }
@@ -472,10 +550,22 @@ impl Reading<'_> {
     }
 }
 
-/// Whether a connection may go over to a protocol. HTTP/2 would be requests that nobody reads.
-fn may_become(upgrade: &[u8]) -> bool {
-    !upgrade.split(|byte| *byte == b',').any(|name| {
-        let name = name.trim_ascii().to_ascii_lowercase();
-        name.starts_with(b"h2") || name.starts_with(b"http")
-    })
+/// Whether a connection may go over to a protocol (RFC 9110, 7.8: a name, perhaps with a version). HTTP/2, and HTTP behind
+/// TLS (RFC 2817), would be requests that are not read.
+fn may_become(protocol: &[u8]) -> bool {
+    let name = protocol.to_ascii_lowercase();
+    ![&b"h2"[..], b"h3", b"http", b"tls", b"ssl"]
+        .iter()
+        .any(|unread| name.starts_with(unread))
+}
+
+/// Whether all protocols that a 101 goes over to are among those of the request: it has to name them (RFC 9110, 15.2.2).
+fn is_asked_for(response: &Response<'_>, upgrades: &[u8]) -> bool {
+    let mut chosen = response.headers.elements("upgrade").peekable();
+    let is_asked = |name: &[u8]| {
+        upgrades
+            .split(|byte| *byte == b',')
+            .any(|asked| asked.eq_ignore_ascii_case(name))
+    };
+    chosen.peek().is_some() && chosen.all(is_asked)
 }

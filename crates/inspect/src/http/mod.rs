@@ -17,6 +17,17 @@ use crate::{
 };
 use exchange::{Flow, Reading};
 
+/// What becomes of a request whose method has no body for many servers (GET, HEAD, DELETE, TRACE, OPTIONS, CONNECT), and
+/// which has one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum GetBodies {
+    /// Refused, unless a rule that allows the request names `Content-Length` or `Transfer-Encoding`.
+    #[default]
+    Refuse,
+    /// Judged like any other.
+    Allow,
+}
+
 /// How HTTP is judged, and how much may be held of it. Of one worker.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct HttpLimits {
@@ -26,6 +37,8 @@ pub struct HttpLimits {
     pub head: http1::Limits,
     /// In which form a path is judged.
     pub paths: Paths,
+    /// Whether a GET may have a body.
+    pub get_bodies: GetBodies,
     /// Names of the fields that records show, in any case. Those with secrets show that they were there.
     pub record_headers: Arc<[String]>,
 }
@@ -40,6 +53,7 @@ impl Default for HttpLimits {
             },
             head: http1::Limits::default(),
             paths: Paths::default(),
+            get_bodies: GetBodies::default(),
             record_headers: Arc::default(),
         }
     }

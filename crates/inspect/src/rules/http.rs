@@ -48,6 +48,8 @@ struct Alternative {
     method: Option<u32>,
     host: Option<u32>,
     headers: Box<[HeaderTest]>,
+    /// Requests that it allows may have a body whatever their method.
+    takes_bodies: bool,
 }
 
 #[derive(Debug)]
@@ -102,6 +104,9 @@ pub struct HttpVerdict {
     pub rule: u32,
     /// A headerMatches with mismatch LOG did not match.
     pub log: bool,
+    /// The request may have a body whatever its method: a rule that allows the request names `Content-Length` or
+    /// `Transfer-Encoding`, or allows every request.
+    pub takes_bodies: bool,
 }
 
 /// Why a request may not be made.
@@ -130,6 +135,7 @@ impl HttpRules {
                     rules.everything.get_or_insert(rules.alternatives.len() as u32);
                     rules.alternatives.push(Alternative {
                         rule,
+                        takes_bodies: true,
                         ..Alternative::default()
                     });
                 }
@@ -139,6 +145,7 @@ impl HttpRules {
                     method: http.method.as_deref().map(|text| methods.number(text)),
                     host: http.host.as_deref().map(|text| hosts.number(text)),
                     headers: header_tests(http),
+                    takes_bodies: takes_bodies(http),
                 }),
                 _ => {}
             }
@@ -221,9 +228,11 @@ impl HttpRules {
         };
         let found = self.first(&facts, matched).ok_or(HttpDenial::NoRule)?;
         let log = found.headers.iter().any(|test| test.log && !test.holds(&facts));
-        let verdict = HttpVerdict {
+        let bodies = request.has_unexpected_body();
+        let mut verdict = HttpVerdict {
             rule: found.rule,
             log,
+            takes_bodies: !bodies || self.takes_bodies(&facts, matched),
         };
         if paths == Paths::Raw || found.ignores_paths() {
             return Ok(verdict);
@@ -238,18 +247,24 @@ impl HttpRules {
                     request,
                     path: (!other_path.is_empty()).then_some(other_path),
                 };
-                self.first(&facts, matched)
-                    .map(|_| verdict)
-                    .ok_or(HttpDenial::NoRule)
+                self.first(&facts, matched).ok_or(HttpDenial::NoRule)?;
+                verdict.takes_bodies &= !bodies || self.takes_bodies(&facts, matched);
+                Ok(verdict)
             }
             Err(error) => {
                 matched.path.clear();
                 let facts = Facts { request, path: None };
-                self.first(&facts, matched)
-                    .map(|_| verdict)
-                    .ok_or(HttpDenial::Path(error))
+                self.first(&facts, matched).ok_or(HttpDenial::Path(error))?;
+                verdict.takes_bodies &= !bodies || self.takes_bodies(&facts, matched);
+                Ok(verdict)
             }
         }
+    }
+
+    fn takes_bodies(&self, facts: &Facts<'_>, matched: &Matched) -> bool {
+        self.alternatives
+            .iter()
+            .any(|alternative| alternative.takes_bodies && alternative.holds(facts, matched))
     }
 
     /// The rule that lets every request pass, whatever it says.
@@ -318,7 +333,8 @@ impl Alternative {
 }
 
 impl HeaderTest {
-    /// Every value has to be the one that is wanted, else a server may use another than the one that was judged.
+    /// Every value has to be the one that is wanted, else a server may use another than the one that was judged. For the
+    /// same reason no other field may be one that some servers take for it.
     fn holds(&self, facts: &Facts<'_>) -> bool {
         let is_wanted = |value: &[u8]| match &self.wanted {
             Wanted::Present => true,
@@ -333,7 +349,9 @@ impl HeaderTest {
             name if name.starts_with(':') => None,
             name => {
                 let mut values = facts.request.headers.values(name).peekable();
-                return values.peek().is_some() && values.all(is_wanted);
+                return values.peek().is_some()
+                    && values.all(is_wanted)
+                    && !facts.request.headers.is_doubtful(name);
             }
         };
         alone.is_some_and(is_wanted)
@@ -351,6 +369,22 @@ impl<'a> Facts<'a> {
     fn host(&self) -> Option<&'a str> {
         Some(self.request.host).filter(|host| !host.is_empty())
     }
+}
+
+/// A rule that names a header of the framing is about requests with a body; behind one that allows every request,
+/// nothing can be hidden in a body that is not allowed by itself.
+fn takes_bodies(rule: &HttpRule) -> bool {
+    let mut names = rule
+        .headers
+        .iter()
+        .map(|(name, _)| name)
+        .chain(rule.header_matches.iter().map(|wanted| &wanted.name));
+    *rule == HttpRule::default()
+        || names.any(|name| {
+            ["content-length", "transfer-encoding"]
+                .iter()
+                .any(|framing| name.eq_ignore_ascii_case(framing))
+        })
 }
 
 fn header_tests(rule: &HttpRule) -> Box<[HeaderTest]> {

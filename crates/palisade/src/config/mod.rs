@@ -13,7 +13,7 @@ use std::{
 
 use ipnet::IpNet;
 use palisade_abi::MAX_WORKERS;
-use palisade_inspect::{Ech, Paths};
+use palisade_inspect::{Ech, GetBodies, Paths};
 use palisade_policy::{
     labels::{self, Labels},
     rule::Label,
@@ -179,6 +179,8 @@ pub enum DenyAnswer {
 pub struct Http {
     /// In which form the path of a request is judged.
     pub paths: Paths,
+    /// What becomes of a GET with a body.
+    pub get_bodies: GetBodies,
     /// A head must be whole by then.
     pub header_timeout: Duration,
     /// What a head may be at most.
@@ -553,6 +555,7 @@ fn http(section: Section<'_, '_>) -> Http {
     // Heads are held whole; what is kept of one direction of a connection is twice that.
     const LONGEST: u64 = 128 << 10;
     let forms = [("both", Paths::Both), ("raw", Paths::Raw)];
+    let bodies = [("refuse", GetBodies::Refuse), ("allow", GetBodies::Allow)];
     let default = http1::Limits::default();
     let bytes = |key, default: usize| {
         let asked = section.integer(key, 256..LONGEST + 1);
@@ -561,6 +564,7 @@ fn http(section: Section<'_, '_>) -> Http {
     let block = bytes("max_head", default.block);
     let http = Http {
         paths: section.choice("path_normalization", &forms).unwrap_or_default(),
+        get_bodies: section.choice("get_bodies", &bodies).unwrap_or_default(),
         header_timeout: handshake(&section, "header_timeout", 30),
         head: http1::Limits {
             line: bytes("max_line", default.line.min(block)),

@@ -33,6 +33,7 @@ udp = "1m30s"
 
 [http]
 path_normalization = "raw"
+get_bodies = "allow"
 header_timeout = "5s"
 max_line = 4_096
 max_head = 8_192
@@ -95,6 +96,7 @@ fn everything_is_read() {
         config.http,
         Http {
             paths: Paths::Raw,
+            get_bodies: GetBodies::Allow,
             header_timeout: Duration::from_secs(5),
             head: http1::Limits {
                 line: 4_096,
@@ -161,6 +163,7 @@ fn an_empty_file_is_a_node_without_endpoints() {
     assert!(config.endpoints.is_empty());
     assert!(!config.node.name.is_empty());
     assert_eq!(config.http.paths, Paths::Both);
+    assert_eq!(config.http.get_bodies, GetBodies::Refuse);
     assert_eq!(config.http.header_timeout, Duration::from_secs(30));
     assert_eq!(config.http.head, http1::Limits::default());
     assert_eq!(
@@ -309,7 +312,7 @@ fn every_wrong_value_is_named_with_its_place() {
         ),
         (
             "[http]\npath_normalisation = \"both\"",
-            "p.toml:2:1: unknown key 'path_normalisation' in http; did you mean 'path_normalization'?; known here: header_timeout, max_head, max_line, path_normalization, record_headers",
+            "p.toml:2:1: unknown key 'path_normalisation' in http; did you mean 'path_normalization'?; known here: get_bodies, header_timeout, max_head, max_line, path_normalization, record_headers",
         ),
         (
             "[tls]\nech = \"allow\"",

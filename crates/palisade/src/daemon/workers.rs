@@ -264,6 +264,7 @@ fn limits(config: &Config) -> Limits {
     limits.http.tcp.deadline = milliseconds(http.header_timeout);
     limits.http.head = http.head;
     limits.http.paths = http.paths;
+    limits.http.get_bodies = http.get_bodies;
     limits.http.record_headers = http.record_headers.as_slice().into();
     limits.tls.tcp.deadline = milliseconds(tls.hello_timeout);
     limits.tls.ech = tls.ech;

@@ -1,7 +1,12 @@
-use super::{Refusal, head::is_token};
+use super::{
+    Refusal,
+    head::{Folded, is_token},
+};
 
-/// Longest size line: sixteen digits. Extensions are refused, so there is nothing else in it.
+/// Longest chunk size, digits.
 const MAX_DIGITS: u32 = 16;
+/// Longest extension of one chunk, bytes. Servers that allow more have been made to read without end (CVE-2024-22019).
+const MAX_EXTENSION: usize = 1_024;
 /// Longest trailer section, bytes.
 const MAX_TRAILER: usize = 8_192;
 
@@ -21,6 +26,17 @@ enum State {
     /// In a size, after so many digits.
     #[default]
     Size,
+    /// In an extension: at the first byte of its name, in its name, at the first byte of its value, in a token as its
+    /// value, in a quoted string, behind a backslash there, behind its closing quote.
+    ExtensionStart,
+    ExtensionName,
+    ExtensionValue,
+    ExtensionToken,
+    ExtensionQuoted,
+    ExtensionEscape,
+    ExtensionClosed,
+    /// In whatever a server wrote behind a chunk size.
+    ExtensionOfAnswer,
     /// Behind the carriage return of a size line.
     SizeEnd,
     /// Behind content: its line end.
@@ -39,33 +55,67 @@ enum State {
     Done,
 }
 
+impl State {
+    const fn is_extension(&self) -> bool {
+        matches!(
+            self,
+            Self::ExtensionStart
+                | Self::ExtensionName
+                | Self::ExtensionValue
+                | Self::ExtensionToken
+                | Self::ExtensionQuoted
+                | Self::ExtensionEscape
+                | Self::ExtensionClosed
+                | Self::ExtensionOfAnswer
+        )
+    }
+}
+
 /// Follows a chunked body (RFC 9112, 7.1).
 #[derive(Clone, Debug, Default)]
 pub struct Chunks {
     state: State,
     size: u64,
     digits: u32,
+    /// Bytes of the extension at hand.
+    extension: usize,
     /// Bytes of the trailer section.
     trailer: usize,
-    /// The beginning of a trailer field's name.
-    name: [u8; 32],
-    name_len: usize,
+    /// The name of the trailer field at hand.
+    name: Folded,
+    /// The body of an answer: see [`Chunks::of_answer`].
+    is_answer: bool,
 }
 
-/// Fields that frame or route a message must not come in a trailer (RFC 9110, 6.5.1).
-const NO_TRAILERS: [&[u8]; 9] = [
-    b"content-length",
-    b"transfer-encoding",
+/// Fields that frame or route a message must not come in a trailer (RFC 9110, 6.5.1), as [`Folded`]: some servers
+/// merge trailers into the fields of the head.
+const NO_TRAILERS: [&[u8]; 11] = [
+    b"contentlength",
+    b"transferencoding",
     b"host",
     b"connection",
     b"upgrade",
+    b"expect",
     b"te",
     b"trailer",
-    b"content-encoding",
-    b"content-type",
+    b"contentencoding",
+    b"contenttype",
+    b"http2settings",
 ];
 
 impl Chunks {
+    /// Follows the body of an answer. Its chunk extensions may be anything but control characters: a recipient ignores
+    /// them (RFC 9112, 7.1.1), and the server that wrote them is not the side that the policy is about. A request's
+    /// extensions must be tokens or quoted strings without white space around them, because servers differ in what else
+    /// they take for the end of a size line.
+    #[must_use]
+    pub fn of_answer() -> Self {
+        Self {
+            is_answer: true,
+            ..Self::default()
+        }
+    }
+
     /// Takes framing off the front of `input` up to the next content, or the end.
     ///
     /// # Errors
@@ -86,6 +136,10 @@ impl Chunks {
     fn step(&mut self, byte: u8) -> Result<Option<Piece>, Refusal> {
         self.state = match (&self.state, byte) {
             (State::Size, b'\r') if self.digits > 0 => State::SizeEnd,
+            (State::Size, b';' | b' ' | b'\t') if self.digits > 0 && self.is_answer => {
+                State::ExtensionOfAnswer
+            }
+            (State::Size, b';') if self.digits > 0 => State::ExtensionStart,
             (State::Size, _) => {
                 let digit = char::from(byte).to_digit(16).ok_or(Refusal::BadChunk)?;
                 self.digits += 1;
@@ -95,9 +149,39 @@ impl Chunks {
                 self.size = self.size << 4 | u64::from(digit);
                 State::Size
             }
+            (State::ExtensionStart | State::ExtensionName, _) if is_token(byte) => State::ExtensionName,
+            (State::ExtensionName, b'=') => State::ExtensionValue,
+            (State::ExtensionValue, b'"') => State::ExtensionQuoted,
+            (State::ExtensionValue | State::ExtensionToken, _) if is_token(byte) => State::ExtensionToken,
+            (State::ExtensionQuoted, b'"') => State::ExtensionClosed,
+            (State::ExtensionQuoted, b'\\') => State::ExtensionEscape,
+            (State::ExtensionQuoted | State::ExtensionEscape, b'\t' | 0x20..=0x7e) => State::ExtensionQuoted,
+            (State::ExtensionName | State::ExtensionToken | State::ExtensionClosed, b';') => {
+                State::ExtensionStart
+            }
+            (
+                State::ExtensionName
+                | State::ExtensionToken
+                | State::ExtensionClosed
+                | State::ExtensionOfAnswer,
+                b'\r',
+            ) => State::SizeEnd,
+            (State::ExtensionOfAnswer, b'\t' | 0x20..=0x7e | 0x80..) => State::ExtensionOfAnswer,
+            (
+                State::ExtensionStart
+                | State::ExtensionName
+                | State::ExtensionValue
+                | State::ExtensionToken
+                | State::ExtensionQuoted
+                | State::ExtensionEscape
+                | State::ExtensionClosed
+                | State::ExtensionOfAnswer,
+                _,
+            ) => return Err(Refusal::BadChunk),
             (State::SizeEnd, b'\n') => {
                 let size = std::mem::take(&mut self.size);
                 self.digits = 0;
+                self.extension = 0;
                 if size == 0 {
                     State::Trailer
                 } else if size > i64::MAX as u64 {
@@ -115,12 +199,11 @@ impl Chunks {
                 return Ok(Some(Piece::End));
             }
             (State::Trailer, _) => {
-                self.name_len = 0;
+                self.name = Folded::default();
                 self.name(byte)?
             }
             (State::Name, b':') => {
-                let name = &self.name[..self.name_len];
-                if NO_TRAILERS.contains(&name) {
+                if self.name.is_among(&NO_TRAILERS) {
                     return Err(Refusal::BadTrailer);
                 }
                 State::Value
@@ -132,6 +215,12 @@ impl Chunks {
             (State::SizeEnd | State::ContentReturn | State::ContentEnd, _) => return Err(Refusal::BadChunk),
             _ => return Err(Refusal::BadTrailer),
         };
+        if self.state.is_extension() {
+            self.extension += 1;
+            if self.extension > MAX_EXTENSION {
+                return Err(Refusal::BadChunk);
+            }
+        }
         if matches!(self.state, State::Name | State::Value | State::ValueEnd) {
             self.trailer += 1;
             if self.trailer > MAX_TRAILER {
@@ -145,11 +234,7 @@ impl Chunks {
         if !is_token(byte) {
             return Err(Refusal::BadTrailer);
         }
-        // A longer name is none of those that are looked for.
-        if self.name_len < self.name.len() {
-            self.name[self.name_len] = byte.to_ascii_lowercase();
-            self.name_len += 1;
-        }
+        self.name.push(byte);
         Ok(State::Name)
     }
 }

@@ -54,7 +54,11 @@ impl Head {
                 return Err(Refusal::HeadTooLong);
             }
             if self.seen - self.line >= limits.line {
-                return Err(Refusal::LineTooLong);
+                return Err(if self.begun {
+                    Refusal::LineTooLong
+                } else {
+                    Refusal::StartLineTooLong
+                });
             }
             let at = self.seen;
             self.seen += 1;
@@ -126,6 +130,42 @@ impl Head {
     #[must_use]
     pub fn skipped(&self) -> usize {
         self.leading * 2
+    }
+}
+
+/// A field name as the least careful servers compare it: its letters and digits, in lower case.
+///
+/// CGI and the interfaces made after it (WSGI, Rack, PHP) turn `-` into `_`, some turn every byte but letters and
+/// digits into `_`, and gateways turn that back. So `Transfer_Encoding`, `Transfer.Encoding` and `Transfer-Encoding`
+/// become one field there.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Folded {
+    bytes: [u8; 24],
+    length: usize,
+}
+
+impl Folded {
+    pub(super) fn of(name: &str) -> Self {
+        let mut folded = Self::default();
+        name.bytes().for_each(|byte| folded.push(byte));
+        folded
+    }
+
+    pub(super) fn push(&mut self, byte: u8) {
+        if !byte.is_ascii_alphanumeric() {
+            return;
+        }
+        if let Some(place) = self.bytes.get_mut(self.length) {
+            *place = byte.to_ascii_lowercase();
+        }
+        self.length += 1;
+    }
+
+    /// Whether it is one of these, which have less than 24 bytes: a longer name is none of them.
+    pub(super) fn is_among(&self, names: &[&[u8]]) -> bool {
+        self.bytes
+            .get(..self.length)
+            .is_some_and(|bytes| names.contains(&bytes))
     }
 }
 

@@ -1,9 +1,25 @@
 use std::{mem::MaybeUninit, str};
 
-use super::{Refusal, head::is_token};
+use super::{
+    Refusal,
+    head::{Folded, is_token},
+};
 
 /// Most fields of a head.
 pub const MAX_HEADERS: usize = 128;
+
+/// The fields that frame or route a message, as they are written and as [`Folded`].
+const FRAMING: [(&str, &[u8]); 9] = [
+    ("content-length", b"contentlength"),
+    ("transfer-encoding", b"transferencoding"),
+    ("connection", b"connection"),
+    ("upgrade", b"upgrade"),
+    ("host", b"host"),
+    ("expect", b"expect"),
+    ("te", b"te"),
+    ("trailer", b"trailer"),
+    ("http2-settings", b"http2settings"),
+];
 
 /// How the body of a message is framed (RFC 9112, 6.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,18 +87,49 @@ impl<'a> Headers<'a> {
     /// Whether a comma-separated field has an element, whatever its case.
     #[must_use]
     pub fn has(&self, name: &str, element: &str) -> bool {
-        self.values(name)
-            .flat_map(|value| value.split(|byte| *byte == b','))
-            .any(|part| part.trim_ascii().eq_ignore_ascii_case(element.as_bytes()))
+        self.elements(name)
+            .any(|part| part.eq_ignore_ascii_case(element.as_bytes()))
     }
 
     fn of(parsed: &'a [httparse::Header<'a>]) -> Result<Self, Refusal> {
         let is_name = |name: &str| !name.is_empty() && name.bytes().all(is_token);
-        if parsed.iter().all(|field| is_name(field.name)) {
-            Ok(Self(parsed))
-        } else {
-            Err(Refusal::BadName)
+        if !parsed.iter().all(|field| is_name(field.name)) {
+            return Err(Refusal::BadName);
         }
+        Ok(Self(parsed))
+    }
+
+    /// Whether some receivers take another field for this one, or may not get this one: a field's name differs from it in
+    /// bytes that CGI and the interfaces made after it fold (`X_Role` for `X-Role`), or `Connection` names it, so that a
+    /// proxy takes it out (RFC 9110, 7.6.1).
+    #[must_use]
+    pub fn is_doubtful(&self, name: &str) -> bool {
+        fn folded(name: &str) -> impl Iterator<Item = u8> {
+            let kept = name.bytes().filter(u8::is_ascii_alphanumeric);
+            kept.map(|byte| byte.to_ascii_lowercase())
+        }
+        self.has("connection", name)
+            || self
+                .iter()
+                .any(|(other, _)| !other.eq_ignore_ascii_case(name) && folded(other).eq(folded(name)))
+    }
+
+    /// Whether there is a field that is none of `fields`, and some receivers take it for one of them.
+    fn has_disguised(&self, fields: &[(&str, &[u8])]) -> bool {
+        self.iter().any(|(name, _)| {
+            let folded = Folded::of(name);
+            fields
+                .iter()
+                .any(|(plain, bytes)| folded.is_among(&[bytes]) && !name.eq_ignore_ascii_case(plain))
+        })
+    }
+
+    /// The elements of a comma-separated field, of all its lines (RFC 9110, 5.6.1). Empty ones do not count.
+    pub fn elements(&self, name: &str) -> impl Iterator<Item = &'a [u8]> {
+        self.values(name)
+            .flat_map(|value| value.split(|byte| *byte == b','))
+            .map(<[u8]>::trim_ascii)
+            .filter(|element| !element.is_empty())
     }
 
     /// How the fields frame a body, if they do.
@@ -150,7 +197,23 @@ impl<'a> Request<'a> {
         let (Some(method), Some(target), Some(version)) = (parsed.method, parsed.path, parsed.version) else {
             return Err(Refusal::BadStartLine);
         };
+        // What answers these methods has no body, and some servers take methods in any case.
+        if ["HEAD", "CONNECT"]
+            .iter()
+            .any(|name| method != *name && method.eq_ignore_ascii_case(name))
+        {
+            return Err(Refusal::BadStartLine);
+        }
         let headers = Headers::of(parsed.headers)?;
+        if headers.has_disguised(&FRAMING) {
+            return Err(Refusal::DisguisedName);
+        }
+        // A proxy takes out the fields that Connection names (RFC 9110, 7.6.1). Without its framing the body would be
+        // the next request.
+        let kept = ["content-length", "transfer-encoding", "host", "expect"];
+        if kept.into_iter().any(|name| headers.has("connection", name)) {
+            return Err(Refusal::BadConnection);
+        }
         let body = headers.framing(version)?.unwrap_or(Body::None);
         let mut hosts = headers.values("host");
         let field = match (hosts.next(), hosts.next()) {
@@ -158,7 +221,7 @@ impl<'a> Request<'a> {
             (Some(host), None) => {
                 let host = str::from_utf8(host).map_err(|_| Refusal::BadHost)?;
                 // It may be empty where the target has no authority (RFC 9110, 7.2).
-                if !host.bytes().all(is_host_byte) {
+                if !host.is_empty() && !is_authority(host) {
                     return Err(Refusal::BadHost);
                 }
                 Some(host)
@@ -167,8 +230,14 @@ impl<'a> Request<'a> {
             (None, None) => None,
         };
         let (form, authority, path) = read_target(method, target)?;
+        let mut expects = headers.values("expect");
+        if let Some(expect) = expects.next()
+            && (expects.next().is_some() || !expect.eq_ignore_ascii_case(b"100-continue"))
+        {
+            return Err(Refusal::BadExpect);
+        }
         let host = match (authority, field) {
-            (Some(authority), Some(host)) if !is_same_host(authority, host) => {
+            (Some(authority), Some(host)) if !is_same_host(target, authority, host) => {
                 return Err(Refusal::HostDiffers);
             }
             (Some(authority), _) => authority,
@@ -185,13 +254,33 @@ impl<'a> Request<'a> {
         })
     }
 
-    /// What the client wants to go over to, if it asks for that (RFC 9110, 7.8).
+    /// The protocols that the client asks to go over to (RFC 9110, 7.8). None in HTTP/1.0, and none without `upgrade`
+    /// in Connection.
+    pub fn upgrades(&self) -> impl Iterator<Item = &'a [u8]> {
+        let asks = self.version > 0 && self.headers.has("connection", "upgrade");
+        self.headers.elements("upgrade").filter(move |_| asks)
+    }
+
+    /// Whether some server may take it for a request to go over to another protocol.
     #[must_use]
-    pub fn upgrade(&self) -> Option<&'a [u8]> {
-        if self.version == 0 || !self.headers.has("connection", "upgrade") {
-            return None;
-        }
-        self.headers.values("upgrade").next()
+    pub fn may_upgrade(&self) -> bool {
+        self.headers.values("upgrade").next().is_some()
+    }
+
+    /// Whether it has a body that many servers do not read: RFC 9110, 9.3, gives the content of these methods no meaning.
+    /// A server that does not read it takes it for the next request.
+    #[must_use]
+    pub fn has_unexpected_body(&self) -> bool {
+        const WITHOUT: [&str; 6] = ["GET", "HEAD", "DELETE", "TRACE", "OPTIONS", "CONNECT"];
+        !matches!(self.body, Body::None | Body::Length(0))
+            && WITHOUT.iter().any(|name| self.method.eq_ignore_ascii_case(name))
+    }
+
+    /// Whether the client may wait for 100 before it sends the body (RFC 9110, 10.1.1). A server ignores that in
+    /// HTTP/1.0, but not every server does.
+    #[must_use]
+    pub fn expects_continue(&self) -> bool {
+        self.headers.values("expect").next().is_some()
     }
 
     /// Whether the connection may carry another request after this one (RFC 9112, 9.3).
@@ -235,6 +324,10 @@ impl<'a> Response<'a> {
             return Err(Refusal::BadStartLine);
         };
         let headers = Headers::of(parsed.headers)?;
+        // Where an answer ends decides what is taken for the next one, and a 101 has the connection left unread.
+        if headers.has_disguised(&FRAMING[..2]) {
+            return Err(Refusal::DisguisedName);
+        }
         let framing = headers.framing(version)?;
         let body = match status {
             101 => Body::Tunnel,
@@ -305,7 +398,7 @@ fn read_target<'a>(method: &str, target: &'a str) -> Result<(Target, Option<&'a 
     if method == "CONNECT" {
         let (host, port) = target.rsplit_once(':').ok_or(Refusal::BadTarget)?;
         let is_port = !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
-        if host.is_empty() || !is_port || !host.bytes().all(is_host_byte) {
+        if host.is_empty() || !is_port || !is_authority(target) {
             return Err(Refusal::BadTarget);
         }
         return Ok((Target::Authority, Some(target), ""));
@@ -331,7 +424,7 @@ fn read_target<'a>(method: &str, target: &'a str) -> Result<(Target, Option<&'a 
     let rest = &target[scheme.len()..];
     let end = rest.find(['/', '?']).unwrap_or(rest.len());
     let (authority, path) = rest.split_at(end);
-    if authority.is_empty() || !authority.bytes().all(is_host_byte) {
+    if !is_authority(authority) {
         return Err(Refusal::BadTarget);
     }
     match path {
@@ -342,18 +435,38 @@ fn read_target<'a>(method: &str, target: &'a str) -> Result<(Target, Option<&'a 
     }
 }
 
-/// Bytes of a host with a port. No user information (RFC 9110, 4.2.4), no escapes.
-fn is_host_byte(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.' | b':' | b'[' | b']')
+/// A host, perhaps with a port (RFC 3986, 3.2.2). No user information (RFC 9110, 4.2.4), no escapes. Only an address
+/// in brackets has colons in it, so that all receivers find the same port.
+fn is_authority(text: &str) -> bool {
+    let is_port = |port: &str| port.bytes().all(|byte| byte.is_ascii_digit());
+    if let Some(rest) = text.strip_prefix('[') {
+        let Some((address, port)) = rest.split_once(']') else {
+            return false;
+        };
+        let is_address = |byte: u8| byte.is_ascii_hexdigit() || matches!(byte, b':' | b'.');
+        return !address.is_empty()
+            && address.bytes().all(is_address)
+            && (port.is_empty() || port.strip_prefix(':').is_some_and(is_port));
+    }
+    let (host, port) = text.split_once(':').unwrap_or((text, ""));
+    let is_host = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+    !host.is_empty() && host.bytes().all(is_host) && is_port(port)
 }
 
-/// Whether two authorities are one: whatever their case, with the default port or without.
-fn is_same_host(a: &str, b: &str) -> bool {
-    let bare = |host: &str| -> usize {
-        host.strip_suffix(":80")
-            .or_else(|| host.strip_suffix(":443"))
-            .unwrap_or(host)
-            .len()
+/// Whether the authority of a target and Host are one: whatever their case, with the scheme's default port or without;
+/// Host may be without the port of CONNECT's target.
+fn is_same_host(target: &str, authority: &str, host: &str) -> bool {
+    let begins = |scheme: &str| {
+        target
+            .get(..scheme.len())
+            .is_some_and(|begin| begin.eq_ignore_ascii_case(scheme))
     };
-    a.eq_ignore_ascii_case(b) || a[..bare(a)].eq_ignore_ascii_case(&b[..bare(b)])
+    let default = match () {
+        () if begins("http://") => ":80",
+        () if begins("https://") => ":443",
+        () => authority.rfind(':').map_or("", |colon| &authority[colon..]),
+    };
+    let bare = |host: &str| host.len() - host.strip_suffix(default).map_or(0, |_| default.len());
+    authority.eq_ignore_ascii_case(host)
+        || authority[..bare(authority)].eq_ignore_ascii_case(&host[..bare(host)])
 }

@@ -56,10 +56,23 @@ refusals! {
     BadStartLine = "malformed start line";
     /// A version other than 1.0 and 1.1.
     Version = "version other than HTTP/1.0 and 1.1";
-    /// A line longer than [`Limits::line`].
+    /// A first line longer than [`Limits::line`].
+    StartLineTooLong = "start line too long";
+    /// A field longer than [`Limits::line`].
     LineTooLong = "line too long";
     /// A head longer than [`Limits::block`].
     HeadTooLong = "head too long";
+    /// A field that some servers read as one that frames or routes the message: `Transfer_Encoding`.
+    DisguisedName = "header name that some servers read as a framing header";
+    /// `Connection` names a field that frames or routes the message: a proxy would take it out.
+    BadConnection = "Connection names a framing header";
+    /// An Expect other than `100-continue` (RFC 9110, 10.1.1).
+    BadExpect = "Expect other than 100-continue";
+    /// A final answer came before any of the body that was announced with `Expect`: the receiver may take the body
+    /// for a request.
+    LateBody = "body behind the final answer to Expect";
+    /// A body of a method whose body many servers do not read.
+    UnexpectedBody = "body of a method that has none";
     /// More fields than [`MAX_HEADERS`].
     TooManyHeaders = "too many headers";
     /// Content-Length beside Transfer-Encoding (RFC 9112, 6.1).
@@ -78,7 +91,7 @@ refusals! {
     HostDiffers = "target and Host disagree";
     /// A target of no form that its method has (RFC 9112, 3.2).
     BadTarget = "malformed request target";
-    /// A chunk size that is no number, is too large, or has an extension.
+    /// A chunk size that is no number or is too large, or a malformed chunk extension.
     BadChunk = "malformed chunk size";
     /// A field in a trailer that frames or routes a message (RFC 9110, 6.5.1), or is malformed.
     BadTrailer = "trailer that may not be one";

@@ -42,7 +42,7 @@ fn requests_say_what_rules_ask_for() {
     assert_eq!((get.form, get.version, get.body), (Target::Origin, 1, Body::None));
     let values: Vec<&[u8]> = get.headers.values("X-a").collect();
     assert_eq!(values, [&b"1"[..], b"2"]);
-    assert!(get.keeps_alive() && get.upgrade().is_none());
+    assert!(get.keeps_alive() && !get.may_upgrade());
 
     let old = request("GET / HTTP/1.0\r\n\r\n").unwrap();
     assert_eq!((old.host, old.version, old.keeps_alive()), ("", 0, false));
@@ -64,7 +64,8 @@ fn requests_say_what_rules_ask_for() {
     assert_eq!((options.form, options.path), (Target::Asterisk, "*"));
     let socket =
         "GET /chat HTTP/1.1\r\nHost: a\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n\r\n";
-    assert_eq!(request(socket).unwrap().upgrade(), Some(&b"websocket"[..]));
+    let upgrades: Vec<&[u8]> = request(socket).unwrap().upgrades().collect();
+    assert_eq!(upgrades, [b"websocket"]);
 }
 
 #[test]
@@ -165,6 +166,8 @@ fn ambiguity_is_refused() {
     );
     assert_eq!(refused(&many), Refusal::TooManyHeaders);
     let long = format!("GET /{} HTTP/1.1\r\n", "a".repeat(Limits::default().line));
+    assert_eq!(find(long.as_bytes()), Err(Refusal::StartLineTooLong));
+    let long = format!("GET / HTTP/1.1\r\nX: {}\r\n", "a".repeat(Limits::default().line));
     assert_eq!(find(long.as_bytes()), Err(Refusal::LineTooLong));
     let endless = format!("GET / HTTP/1.1\r\n{}", "X: y\r\n".repeat(11_000));
     assert_eq!(find(endless.as_bytes()), Err(Refusal::HeadTooLong));
@@ -255,7 +258,10 @@ fn paths_are_resolved_as_servers_do() {
 
 /// What is left of a chunked body without its framing, and how many bytes it took, if it ends.
 fn unchunk(stream: &[u8], cut: usize) -> Result<(Vec<u8>, Option<usize>), Refusal> {
-    let mut chunks = Chunks::default();
+    unchunk_by(Chunks::default(), stream, cut)
+}
+
+fn unchunk_by(mut chunks: Chunks, stream: &[u8], cut: usize) -> Result<(Vec<u8>, Option<usize>), Refusal> {
     let mut content = Vec::new();
     let mut left = 0_u64;
     let mut at = 0;
@@ -283,6 +289,194 @@ fn unchunk(stream: &[u8], cut: usize) -> Result<(Vec<u8>, Option<usize>), Refusa
 }
 
 #[test]
+fn chunk_extensions_pass_where_all_find_their_end() {
+    for text in [
+        &b"1;a\r\nx\r\n0;b=c;d=\"e;\\\" f\"\r\n\r\n"[..],
+        b"1;chunk-signature=0123456789abcdef\r\nx\r\n0;chunk-signature=00\r\n\r\n",
+    ] {
+        for cut in [1, 2, 5, 100] {
+            assert_eq!(unchunk(text, cut), Ok((b"x".to_vec(), Some(text.len()))));
+            assert_eq!(
+                unchunk_by(Chunks::of_answer(), text, cut),
+                Ok((b"x".to_vec(), Some(text.len())))
+            );
+        }
+    }
+    let long = |n: usize| [b"1;".to_vec(), vec![b'a'; n], b"\r\nx\r\n0\r\n\r\n".to_vec()].concat();
+    assert!(unchunk(&long(1_000), 7).is_ok());
+    assert_eq!(unchunk(&long(1_100), 7), Err(Refusal::BadChunk));
+    // A server may write what it likes, but for what ends a line.
+    for line in [
+        "1 \r\n",
+        "1 ; a = b\r\n",
+        "1;\r\n",
+        "1;=\r\n",
+        "1;\u{e9}\r\n",
+        "00001\t\r\n",
+    ] {
+        let text = format!("{line}x\r\n0\r\n\r\n");
+        let found = unchunk_by(Chunks::of_answer(), text.as_bytes(), 1);
+        assert_eq!(found, Ok((b"x".to_vec(), Some(text.len()))), "{line:?}");
+    }
+    for line in ["1;\n", "1;\0\r\n", "1;\rx\r\n", ";a\r\n", " 1\r\n", "1x\r\n"] {
+        let found = unchunk_by(Chunks::of_answer(), line.as_bytes(), 1);
+        assert_eq!(found, Err(Refusal::BadChunk), "{line:?}");
+    }
+}
+
+#[test]
+fn names_that_some_servers_take_for_a_framing_field_are_refused() {
+    let with = |field: &str| {
+        request(&format!("POST / HTTP/1.1\r\nHost: a\r\n{field}\r\n\r\n")).map(|request| request.body)
+    };
+    for name in [
+        "Transfer_Encoding",
+        "transfer.encoding",
+        "TRANSFER_ENCODING",
+        "Transfer--Encoding",
+        "TransferEncoding",
+        "_Transfer-Encoding",
+        "Transfer-Encoding_",
+        "Transfer!Encoding",
+        "Content_Length",
+        "Content~Length",
+        "'Content-Length'",
+        "Host_",
+        "Up-grade",
+        "Connection.",
+        "Ex_pect",
+        "T-E",
+        "HTTP2_Settings",
+    ] {
+        assert_eq!(
+            with(&format!("{name}: x")).unwrap_err(),
+            Refusal::DisguisedName,
+            "{name}"
+        );
+    }
+    for name in [
+        "Transfer-Encoding\t",
+        "Transfer Encoding",
+        "Transfer\u{2010}Encoding",
+        "\u{7f}Host",
+    ] {
+        assert!(with(&format!("{name}: chunked")).is_err(), "{name}");
+    }
+    for name in [
+        "\x0bTransfer-Encoding",
+        "\0Content-Length",
+        "\x1fHost",
+        " Transfer-Encoding",
+    ] {
+        assert!(
+            find(format!("POST / HTTP/1.1\r\n{name}: 1\r\n\r\n").as_bytes()).is_err(),
+            "{name:?}"
+        );
+    }
+    for name in [
+        "X-Content-Length",
+        "Content-Length-Hint",
+        "X-Forwarded-Host",
+        "Proxy-Connection",
+        "Upgrade-Insecure-Requests",
+        "A-Name-That-Is-Longer-Than-All-That-Are-Looked-For",
+        "x_y",
+    ] {
+        assert!(with(&format!("{name}: x")).is_ok(), "{name}");
+    }
+    // A proxy takes out what Connection names.
+    for name in ["Content-Length", "close, transfer-encoding", "Host", "expect"] {
+        assert_eq!(
+            with(&format!("Connection: {name}")).unwrap_err(),
+            Refusal::BadConnection,
+            "{name}"
+        );
+    }
+    let answer = "HTTP/1.1 200 OK\r\nTransfer_Encoding: chunked\r\nContent-Length: 5\r\n\r\n";
+    assert_eq!(response(answer, "GET").unwrap_err(), Refusal::DisguisedName);
+    let akamai = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: Transfer-Encoding\r\n\r\n";
+    assert_eq!(response(akamai, "GET").unwrap().body, Body::Chunked);
+}
+
+#[test]
+fn expectations_and_hosts_are_read_in_one_way_or_refused() {
+    let with = |fields: &str| {
+        request(&format!("POST / HTTP/1.1\r\n{fields}\r\n"))
+            .map(|request| (request.host.to_owned(), request.expects_continue()))
+    };
+    for expect in ["y 100-continue", "100-continue, x", "", "200-ok"] {
+        assert_eq!(
+            with(&format!("Host: a\r\nExpect: {expect}\r\n")).unwrap_err(),
+            Refusal::BadExpect
+        );
+    }
+    let twice = "Host: a\r\nExpect: 100-continue\r\nExpect: 100-continue\r\n";
+    assert_eq!(with(twice).unwrap_err(), Refusal::BadExpect);
+    assert!(with("Host: a\r\nExpect: 100-Continue\r\n").unwrap().1);
+    for host in [
+        "a:80:b", "a:b", "[::1", "::1", "[::1]x", "[]", "[::1]:b", ":80", "a]", "[a]b:80",
+    ] {
+        assert_eq!(
+            with(&format!("Host: {host}\r\n")).unwrap_err(),
+            Refusal::BadHost,
+            "{host}"
+        );
+    }
+    for host in [
+        "",
+        "a",
+        "a:",
+        "a.b:80",
+        "[::1]",
+        "[2001:db8::1]:8080",
+        "192.0.2.1",
+        "a_b",
+    ] {
+        assert_eq!(with(&format!("Host: {host}\r\n")).unwrap().0, host);
+    }
+    let target = |target: &str, host: &str| {
+        request(&format!("GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n"))
+            .map(|request| request.host.to_owned())
+    };
+    assert_eq!(target("http://a:80/", "A"), Ok("a:80".into()));
+    assert_eq!(target("HTTPS://a/", "a:443"), Ok("a".into()));
+    for (uri, host) in [
+        ("http://a:80/", "a:443"),
+        ("http://a/", "a:443"),
+        ("https://a/", "a:80"),
+        ("http://a/", ""),
+    ] {
+        assert_eq!(target(uri, host), Err(Refusal::HostDiffers), "{uri} {host}");
+    }
+    for method in ["head", "Connect"] {
+        assert_eq!(
+            refused(&format!("{method} / HTTP/1.1\r\nHost: a\r\n\r\n")),
+            Refusal::BadStartLine
+        );
+    }
+}
+
+#[test]
+fn bodies_of_methods_without_one_are_unexpected() {
+    let has = |method: &str, field: &str| {
+        request(&format!("{method} /a HTTP/1.1\r\nHost: a\r\n{field}\r\n"))
+            .unwrap()
+            .has_unexpected_body()
+    };
+    for method in ["GET", "get", "HEAD", "DELETE", "TRACE", "OPTIONS"] {
+        assert!(has(method, "Content-Length: 1\r\n"), "{method}");
+        assert!(has(method, "Transfer-Encoding: chunked\r\n"), "{method}");
+        assert!(
+            !has(method, "Content-Length: 0\r\n") && !has(method, ""),
+            "{method}"
+        );
+    }
+    for method in ["POST", "PUT", "PATCH", "PROPFIND"] {
+        assert!(!has(method, "Content-Length: 1\r\n"), "{method}");
+    }
+}
+
+#[test]
 fn chunks_are_followed_to_their_end() {
     let body = b"4\r\nWiki\r\n6\r\npedia \r\nE\r\nin \r\n\r\nchunks.\r\n0\r\n\r\nGET";
     for cut in [1, 2, 3, 7, 1000] {
@@ -303,7 +497,21 @@ fn chunks_are_followed_to_their_end() {
         (b"1 \r\n", Refusal::BadChunk),
         (b"0x1\r\n", Refusal::BadChunk),
         (b"+1\r\n", Refusal::BadChunk),
-        (b"1;a=b\r\n", Refusal::BadChunk),
+        (b"1 ;a=b\r\n", Refusal::BadChunk),
+        (b"1;\r\n", Refusal::BadChunk),
+        (b"1; a=b\r\n", Refusal::BadChunk),
+        (b"1;a=\r\n", Refusal::BadChunk),
+        (b"1;a =b\r\n", Refusal::BadChunk),
+        (b"1;a=b \r\n", Refusal::BadChunk),
+        (b"1;a=b\n", Refusal::BadChunk),
+        (b"1;a\nx\r\n", Refusal::BadChunk),
+        (b"1;a=\"\r\n\"\r\n", Refusal::BadChunk),
+        (b"1;a=\"b\"c\r\n", Refusal::BadChunk),
+        (b"1;a=\"\0\"\r\n", Refusal::BadChunk),
+        (b"1;a=\"\xff\"\r\n", Refusal::BadChunk),
+        (b";a\r\n", Refusal::BadChunk),
+        (b"0\r\nTransfer_Encoding: chunked\r\n\r\n", Refusal::BadTrailer),
+        (b"0\r\nExpect: 100-continue\r\n\r\n", Refusal::BadTrailer),
         (b"1\nab", Refusal::BadChunk),
         (b"1\r\nab\r\n", Refusal::BadChunk),
         (b"1\r\na\n", Refusal::BadChunk),
