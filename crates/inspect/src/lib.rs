@@ -30,7 +30,10 @@ pub use http::{GetBodies, HttpLimits, HttpStats, Paths};
 pub use numbers::Number;
 pub use palisade_fqdn::{Known, TrackLimits, Unasked};
 pub use rules::{DnsRules, HttpDenial, HttpRules, HttpScratch, HttpVerdict, Problem, Rules, TlsRules};
-pub use tcp::{TcpLimits, TcpStats};
+pub use tcp::{
+    TcpLimits, TcpStats,
+    options::{OptionProblem, normalise as normalise_options},
+};
 pub use tls::{Ech, TlsLimits, TlsStats};
 
 /// Milliseconds of one monotonic clock.

@@ -60,10 +60,7 @@ impl Recorder {
         ports: &[u16],
         answer: impl Fn(&mut usize, &[u8]) -> Vec<u8> + Send + Sync + 'static,
     ) -> Result<Self> {
-        let heard = Arc::default();
-        let stop = Arc::new(AtomicBool::new(false));
-        let answer: Arc<Answer> = Arc::new(answer);
-        let mut threads = Vec::new();
+        let mut listeners = Vec::new();
         for at in addresses
             .iter()
             .flat_map(|address| ports.iter().map(|port| SocketAddr::new(*address, *port)))
@@ -71,6 +68,22 @@ impl Recorder {
             let listener = ns
                 .enter(|| TcpListener::bind(at))
                 .with_context(|| format!("tcp {at}"))?;
+            listeners.push(listener);
+        }
+        Self::on(listeners, answer)
+    }
+
+    /// The same on listeners that are there already, of TCP or of MPTCP.
+    pub fn on(
+        listeners: Vec<TcpListener>,
+        answer: impl Fn(&mut usize, &[u8]) -> Vec<u8> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let heard = Arc::default();
+        let stop = Arc::new(AtomicBool::new(false));
+        let answer: Arc<Answer> = Arc::new(answer);
+        let mut threads = Vec::new();
+        for listener in listeners {
+            let at = listener.local_addr()?;
             listener.set_nonblocking(true)?;
             let (heard, stop, answer) = (Arc::clone(&heard), Arc::clone(&stop), Arc::clone(&answer));
             threads.push(thread::spawn(move || {

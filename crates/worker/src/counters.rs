@@ -65,6 +65,8 @@ pub struct Counters {
     pub made: Count,
     /// Packets whose bytes went on in others that the worker made.
     pub absorbed: Count,
+    /// Packets of which TCP options were taken out.
+    pub mended: Count,
     /// Packets that could not be made for want of a frame.
     pub unmade: Count,
     /// Packets of other workers that came in by this one's queue.
@@ -100,6 +102,7 @@ impl Default for Counters {
             bytes_out: Count::default(),
             made: Count::default(),
             absorbed: Count::default(),
+            mended: Count::default(),
             unmade: Count::default(),
             handed_on: Count::default(),
             handed_in: Count::default(),

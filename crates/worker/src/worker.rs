@@ -393,11 +393,21 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         let ready = match header::prepare(&mut room[..length], carried) {
             Ok(ready) => ready,
             Err((reason, packet)) => {
-                self.refuse(carried, reason, &packet);
+                self.refuse(carried, reason, reason.text(), &packet);
                 self.port.give(frame);
                 return;
             }
         };
+        match header::normalise(&mut room[..length], &ready) {
+            Ok(mended) => self.post.counters.mended.add(u64::from(mended)),
+            // In audit mode the engine says what would become of it, and lets it pass if it can.
+            Err(_) if is_audit(carried) => {}
+            Err(problem) => {
+                self.refuse(carried, Reason::TcpInvalid, problem.text(), &ready.packet);
+                self.port.give(frame);
+                return;
+            }
+        }
         let mut slots = carried.slots;
         if slots.iter().all(|slot| slot.endpoint != 0) {
             for slot in &mut slots {
@@ -601,7 +611,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
     }
 
     /// A packet that no engine gets to see.
-    fn refuse(&mut self, carried: &Carried, reason: Reason, packet: &Packet) {
+    fn refuse(&mut self, carried: &Carried, reason: Reason, detail: &'static str, packet: &Packet) {
         self.post.counters.dropped(reason);
         if self.now.saturating_sub(self.reports.0) >= 1_000_000_000 {
             self.reports = (self.now, REPORTS);
@@ -613,7 +623,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         let Some(slot) = carried.slots.iter().find(|slot| slot.endpoint != 0) else {
             return;
         };
-        let record = unreadable(carried, slot, packet, reason);
+        let record = unreadable(carried, slot, packet, reason, detail);
         self.wishes.record(&record);
     }
 
@@ -812,8 +822,23 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
     }
 }
 
+/// Whether every policy that asks for the packet to be read is in audit mode.
+fn is_audit(carried: &Carried) -> bool {
+    carried
+        .slots
+        .iter()
+        .filter(|slot| slot.endpoint != 0)
+        .all(|slot| slot.flags & carry_flags::AUDIT != 0)
+}
+
 /// The report of a packet that no engine gets to see.
-fn unreadable(carried: &Carried, slot: &CarrySlot, packet: &Packet, reason: Reason) -> Record {
+fn unreadable(
+    carried: &Carried,
+    slot: &CarrySlot,
+    packet: &Packet,
+    reason: Reason,
+    detail: &'static str,
+) -> Record {
     Record {
         endpoint: slot.endpoint,
         ingress: slot.flags & carry_flags::INGRESS != 0,
@@ -827,9 +852,7 @@ fn unreadable(carried: &Carried, slot: &CarrySlot, packet: &Packet, reason: Reas
         reason,
         rule: slot.rule,
         latency: None,
-        what: What::Unreadable {
-            detail: reason.text(),
-        },
+        what: What::Unreadable { detail },
     }
 }
 

@@ -14,6 +14,7 @@
 
 mod connection;
 mod half;
+pub(crate) mod options;
 mod segment;
 mod table;
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use palisade_abi::{Addr, protocol};
 use palisade_packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, flags};
 
+use super::options;
 use crate::{Route, View, build::Sum};
 
 const URGENT: u8 = 32;
@@ -71,13 +72,14 @@ impl<'a> Segment<'a> {
 }
 
 impl Options {
-    /// None: a length does not fit.
+    /// None: a length does not fit, or a receiver could do something with an option that is not done here.
+    /// [`options::normalise`] leaves no such option in a packet.
     fn read(mut bytes: &[u8]) -> Option<Self> {
         let mut options = Self::default();
         while let Some((&kind, rest)) = bytes.split_first() {
             match kind {
-                0 => break,
-                1 => {
+                options::END => break,
+                options::NOP => {
                     bytes = rest;
                     continue;
                 }
@@ -91,16 +93,16 @@ impl Options {
                     .and_then(|word| Some(u32::from_be_bytes(*word.first_chunk()?)))
             };
             match (kind, data.len()) {
-                (2, 2) => options.mss = Some(u16::from_be_bytes([data[0], data[1]])),
-                (3, 1) => options.scale = Some(data[0].min(MAX_SCALE)),
-                (5, length) if length % 8 == 0 && length <= 32 => {
+                (options::MSS, 2) => options.mss = Some(u16::from_be_bytes([data[0], data[1]])),
+                (options::SCALE, 1) => options.scale = Some(data[0].min(MAX_SCALE)),
+                (options::SACK_PERMITTED, 0) => {}
+                (options::SACK, length) if length % 8 == 0 && length <= 32 => {
                     for (block, edge) in options.sack.iter_mut().enumerate() {
                         *edge = word(block * 8 + 4);
                     }
                 }
-                (8, 8) => options.timestamp = word(0).zip(word(4)),
-                (2 | 3 | 5 | 8, _) => return None,
-                _ => {}
+                (options::TIMESTAMP, 8) => options.timestamp = word(0).zip(word(4)),
+                _ => return None,
             }
         }
         Some(options)

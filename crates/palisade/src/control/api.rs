@@ -326,6 +326,9 @@ pub struct Worker {
     /// Packets whose bytes go on in packets that it makes.
     #[serde(default)]
     pub absorbed: u64,
+    /// Packets of which TCP options were taken out.
+    #[serde(default)]
+    pub mended: u64,
     /// Packets that it handed to the worker that owns their flow.
     pub handed_on: u64,
     /// Packets that others handed to it.

@@ -386,6 +386,7 @@ fn worker(number: usize, counters: &Counters) -> api::Worker {
         made: counters.made.get(),
         unmade: counters.unmade.get(),
         absorbed: counters.absorbed.get(),
+        mended: counters.mended.get(),
         handed_on: counters.handed_on.get(),
         handed_in: counters.handed_in.get(),
         held: counters.held.get(),
