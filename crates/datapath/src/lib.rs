@@ -37,7 +37,7 @@ pub use conntrack::{Conntrack, ConntrackCounts, Ended, Sweep};
 pub use counters::{Counters, EventBudget};
 pub use dump::{Dump, Fill};
 pub use events::EventReader;
-pub use loader::{Datapath, Limits, OpenError, Options};
+pub use loader::{Datapath, Limits, OpenError, Options, check_pin_dir};
 pub use maps::MapError;
 pub use object::OBJECT;
 pub use seed::{

@@ -263,7 +263,7 @@ impl Datapath {
     /// What is attached stays as it is.
     pub fn open(options: &Options) -> Result<Self> {
         check_limits(&options.limits)?;
-        check_bpffs(&options.pin_dir)?;
+        check_pin_dir(&options.pin_dir)?;
         let map_dir = version_dir(&options.pin_dir);
         make_dir(&map_dir)?;
         lift_memlock();
@@ -506,7 +506,11 @@ pub(crate) fn is_on_bpffs(path: &Path) -> io::Result<bool> {
     Ok(stat.f_type as libc::c_long == BPF_FS_MAGIC)
 }
 
-fn check_bpffs(pin_dir: &Path) -> Result<()> {
+/// Whether pins can be made in a directory, which need not be there yet.
+///
+/// # Errors
+/// It is not on a bpffs, or its name is one that bpffs refuses.
+pub fn check_pin_dir(pin_dir: &Path) -> Result<()> {
     // Dots are refused in what is made on the bpffs; the mount itself may be anywhere.
     let dots = |p: &Path| p.to_str().is_none_or(|p| p.contains('.'));
     let to_be_made = pin_dir.strip_prefix(existing(pin_dir)).unwrap_or(pin_dir);
@@ -798,7 +802,7 @@ mod tests {
 
     #[test]
     fn a_pin_directory_elsewhere_is_refused_with_the_fix() {
-        let error = check_bpffs(Path::new("/tmp/palisade")).unwrap_err().to_string();
+        let error = check_pin_dir(Path::new("/tmp/palisade")).unwrap_err().to_string();
         assert!(error.contains("mount -t bpf"), "{error}");
         for bad in [
             "relative/dir",
@@ -806,7 +810,7 @@ mod tests {
             "/sys/fs/bpf/palisade/../x",
         ] {
             assert!(
-                matches!(check_bpffs(Path::new(bad)), Err(OpenError::BadPinDir { .. })),
+                matches!(check_pin_dir(Path::new(bad)), Err(OpenError::BadPinDir { .. })),
                 "{bad}"
             );
         }

@@ -135,7 +135,7 @@ fn daemon_ended(socket: &Path) -> anyhow::Result<u8> {
 
 fn detach_without_daemon(config: &crate::config::Config) -> anyhow::Result<u8> {
     // Held until the end, so that no daemon starts in the middle of it.
-    let _lock = daemon::lock(&config.node.state_dir)?;
+    let _places = daemon::take_for_detaching(&config.node)?;
     let pins = &config.node.pin_dir;
     if !pins.exists() {
         writeln!(

@@ -1,11 +1,12 @@
 //! The daemon's side of the control socket: root only, a bounded number of clients, each with a deadline.
 
 use std::{
-    fs, io,
+    fs::{self, File, OpenOptions},
+    io,
     io::{BufRead as _, BufReader, Write as _},
     os::fd::AsRawFd as _,
     os::unix::{
-        fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt as _},
+        fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
         net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
@@ -17,11 +18,19 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::{Context as _, bail};
 use nix::{
     errno::Errno,
-    sys::socket::{MsgFlags, getsockopt, recv, sockopt::PeerCredentials},
+    fcntl::{Flock, OFlag},
+    sys::socket::{
+        AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, getsockopt, recv, socket,
+        sockopt::PeerCredentials,
+    },
+    unistd::geteuid,
 };
 use tracing::{debug, warn};
+
+use crate::daemon::{lock_file, socket_dir};
 
 use super::{
     MAX_REQUEST,
@@ -69,10 +78,72 @@ pub struct Counts {
     pub refused: AtomicU64,
 }
 
+/// The right to listen at a path: no other daemon has it while this value lives.
+#[derive(Debug)]
+pub struct Claim {
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+/// Takes the right to listen at a path, and makes its directory.
+///
+/// # Errors
+/// Another daemon has it, or a process listens there; another user could exchange the socket.
+pub fn claim(path: &Path) -> anyhow::Result<Claim> {
+    let shown = || format!("[node] socket {}", path.display());
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        bail!("{}: not a path of a socket", shown());
+    };
+    let path = socket_dir(parent).with_context(shown)?.join(name);
+    let mut lock = path.clone().into_os_string();
+    lock.push(".lock");
+    let lock = PathBuf::from(lock);
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(OFlag::O_NOFOLLOW.bits())
+        .open(&lock)
+        .with_context(|| lock.display().to_string())?;
+    let owner = file.metadata().with_context(|| lock.display().to_string())?.uid();
+    if owner != 0 && owner != geteuid().as_raw() {
+        bail!("{}: belongs to user {owner}, not to root: remove it", lock.display());
+    }
+    let lock = lock_file(file, &lock, "[node] socket")?;
+    match fs::symlink_metadata(&path) {
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            bail!("{}: is there already and is not a socket", shown());
+        }
+        // A daemon of a version that knows no lock.
+        Ok(_) if is_alive(&path) => {
+            bail!("{}: a process listens there already; end it with `palisade stop`", shown());
+        }
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error).with_context(shown),
+        Ok(_) | Err(_) => {}
+    }
+    Ok(Claim { path, _lock: lock })
+}
+
+/// Whether a process listens at a socket. Does not wait for a process that accepts no connections.
+fn is_alive(path: &Path) -> bool {
+    let connected = socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .and_then(|socket| connect(socket.as_raw_fd(), &UnixAddr::new(path)?));
+    // EAGAIN: a listener whose queue is full (unix(7)). Only ECONNREFUSED says that there is none.
+    !matches!(connected, Err(Errno::ECONNREFUSED | Errno::ENOENT))
+}
+
 /// Removes the socket when it goes.
 #[derive(Debug)]
 pub struct Socket {
-    path: PathBuf,
+    claim: Claim,
+    /// Device and inode of the socket that was made.
+    made: (u64, u64),
     /// What the server did so far.
     pub counts: Arc<Counts>,
 }
@@ -89,34 +160,28 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // Somebody else may have removed it: there is nothing left to do then.
-        let _ = fs::remove_file(&self.path);
+        // A socket that another process has put in its place since is not this one's to remove.
+        let there = fs::symlink_metadata(&self.claim.path);
+        if there.is_ok_and(|there| (there.dev(), there.ino()) == self.made) {
+            let _ = fs::remove_file(&self.claim.path);
+        }
     }
 }
 
 /// Listens, and serves on threads of its own from now on.
-///
-/// The caller holds the lock that makes it the only daemon, so a socket that is there already is a dead one's.
-pub fn listen(path: &Path, handler: Arc<impl Handler>) -> io::Result<Socket> {
-    if let Some(parent) = path.parent() {
-        fs::DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
-    }
-    match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.file_type().is_socket() => fs::remove_file(path)?,
-        Ok(_) => return Err(io::Error::other("is there already and is not a socket")),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
-    }
+pub fn listen(claim: Claim, handler: Arc<impl Handler>) -> io::Result<Socket> {
     // Bound under a name that nobody knows, made private, and only then put in its place: there is no moment
     // in which others may connect.
-    let private = path.with_extension(format!("{}", std::process::id()));
+    let private = claim.path.with_extension(format!("{}", std::process::id()));
     let _ = fs::remove_file(&private);
     let listener = UnixListener::bind(&private)?;
     fs::set_permissions(&private, fs::Permissions::from_mode(0o600))?;
-    fs::rename(&private, path)?;
+    let made = fs::symlink_metadata(&private)?;
+    fs::rename(&private, &claim.path)?;
     let counts = Arc::new(Counts::default());
     let socket = Socket {
-        path: path.to_owned(),
+        claim,
+        made: (made.dev(), made.ino()),
         counts: Arc::clone(&counts),
     };
     thread::Builder::new().name("control".into()).spawn(move || {
@@ -312,7 +377,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("palisade.sock");
         let handler = Arc::new(Echo(Mutex::default()));
-        let socket = listen(&path, Arc::clone(&handler)).unwrap();
+        let socket = listen(claim(&path).unwrap(), Arc::clone(&handler)).unwrap();
         (dir, path, handler, socket)
     }
 
@@ -432,7 +497,38 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("precious");
         fs::write(&path, "data").unwrap();
-        assert!(listen(&path, Arc::new(Echo(Mutex::default()))).is_err());
+        assert!(claim(&path).is_err());
         assert_eq!(fs::read(&path).unwrap(), b"data");
+    }
+
+    #[test]
+    fn a_socket_that_is_alive_is_never_taken_and_a_dead_one_is() {
+        let (_dir, path, _handler, socket) = server();
+        let error = claim(&path).unwrap_err().to_string();
+        assert!(error.contains("another palisade daemon"), "{error}");
+        client::ask::<serde_json::Value>(&path, &Request::Status).unwrap();
+        drop(socket);
+
+        // A listener that takes no lock, with room in its queue and without.
+        let listener = UnixListener::bind(&path).unwrap();
+        let mut waiting = Vec::new();
+        for _ in 0..2 {
+            let error = claim(&path).unwrap_err().to_string();
+            assert!(error.contains("a process listens there already"), "{error}");
+            nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+            waiting.push(UnixStream::connect(&path).ok());
+        }
+        drop(listener);
+        assert!(path.exists());
+        claim(&path).unwrap();
+    }
+
+    #[test]
+    fn a_socket_that_another_process_has_put_there_is_not_removed() {
+        let (_dir, path, _handler, socket) = server();
+        fs::remove_file(&path).unwrap();
+        let _other = UnixListener::bind(&path).unwrap();
+        drop(socket);
+        assert!(path.exists());
     }
 }

@@ -12,7 +12,6 @@ use std::{
 };
 
 use anyhow::Context as _;
-use nix::fcntl::Flock;
 use palisade_abi::{Config as Told, identity};
 use palisade_datapath::{Datapath, Options, detach_all};
 use palisade_flowlog::Ring;
@@ -33,6 +32,7 @@ use super::{
     guard::Guard,
     names::{Names, Prefetch, Targets, Wish, node_servers},
     network::{self, Network},
+    places,
     policies::PolicyFiles,
     state::{NODE, StateFile},
     sweeper::{self, Interval},
@@ -106,7 +106,7 @@ pub struct Control {
 /// Runs the daemon until it is told to end.
 pub fn run(config: Config) -> anyhow::Result<()> {
     let started = Instant::now();
-    let _lock: Flock<_> = super::lock(&config.node.state_dir)?;
+    let places = places::take(&config.node)?;
     let (sender, messages) = mpsc::channel();
     // Before anything is attached: a signal that comes while everything is being set up ends the daemon in order.
     forward_signals(sender.clone())?;
@@ -226,7 +226,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     };
     let path = control.config.node.socket.clone();
     let clients = Arc::new(clients);
-    let socket = server::listen(&path, Arc::clone(&clients))
+    let socket = server::listen(places.socket, Arc::clone(&clients))
         .with_context(|| format!("control socket {}", path.display()))?;
     // Nobody else sets it.
     let _ = clients.server.set(Arc::clone(&socket.counts));
