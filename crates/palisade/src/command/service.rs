@@ -8,8 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Context as _;
-use tracing::Level;
+use anyhow::{Context as _, bail};
+use nix::unistd::geteuid;
+use tracing::{Level, error};
 use tracing_subscriber::{
     Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
 };
@@ -17,6 +18,7 @@ use tracing_subscriber::{
 use super::{DONE, FAILED, NO, inspect::endpoint_table, load_config, show};
 use crate::{
     cli::Output,
+    config::Config,
     control::{
         api::{PolicyFileState, Request, Status, Workers},
         client::{Client, ClientError, ask},
@@ -47,11 +49,51 @@ pub fn run(path: &Path) -> anyhow::Result<u8> {
     tracing_subscriber::registry()
         .with(lines.with_filter(targets))
         .init();
-    let Some(config) = load_config(path) else {
+    if !geteuid().is_root() {
+        bail!(
+            "the daemon loads BPF programs and attaches them, which takes root: use sudo or the systemd unit"
+        );
+    }
+    let Some((config, replaced)) = config_to_run(path) else {
         return Ok(NO);
     };
-    daemon::run(config)?;
+    daemon::run(config, replaced)?;
     Ok(DONE)
+}
+
+/// The configuration, or the last good one if its file is broken, with what `status` says of that then.
+fn config_to_run(path: &Path) -> Option<(Config, Option<String>)> {
+    let errors = match Config::load(path) {
+        Ok(config) => return Some((config, None)),
+        Err(errors) => errors,
+    };
+    for problem in &errors {
+        error!("{problem}");
+    }
+    match daemon::last_good_config(path) {
+        Ok((config, copy)) => {
+            let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
+            let text = format!(
+                "the configuration is BROKEN, its last good content is in force (kept in {}): {}",
+                copy.display(),
+                lines.join("; ")
+            );
+            error!("{text}");
+            Some((config, Some(text)))
+        }
+        Err(problems) => {
+            for problem in problems {
+                error!("{problem}");
+            }
+            error!(
+                "{}: mend it (`palisade run --check-config` says what is wrong). Without a configuration it is not known \
+                 what to guard: what was attached before goes on enforcing, and on a node that has just booted \
+                 EVERYTHING PASSES",
+                path.display()
+            );
+            None
+        }
+    }
 }
 
 /// `palisade status`.

@@ -8,6 +8,7 @@ use std::{
     fs,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -29,6 +30,8 @@ use toml::de::DeTable;
 pub const DEFAULT_PATH: &str = "/etc/palisade/palisade.toml";
 /// Where links and maps are pinned.
 pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/palisade";
+/// Where what outlives the daemon is kept.
+pub const DEFAULT_STATE_DIR: &str = "/var/lib/palisade";
 /// Where the daemon listens for the command line.
 pub const DEFAULT_SOCKET: &str = "/run/palisade/palisade.sock";
 
@@ -46,6 +49,8 @@ const OWN_SOURCES: [&str; 5] = ["reserved", "cidr", "cidrgroup", "fqdn", "any"];
 pub struct Config {
     /// The file it was read from.
     pub path: PathBuf,
+    /// What the file said.
+    pub text: Arc<str>,
     /// `[node]`.
     pub node: Node,
     /// `[policy]`.
@@ -85,6 +90,17 @@ pub struct Node {
     pub state_dir: PathBuf,
     /// The control socket.
     pub socket: PathBuf,
+    /// What becomes of traffic whose policies cannot be had.
+    pub on_failure: WithoutPolicies,
+}
+
+/// What becomes of traffic when policies that were there cannot be had at a start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WithoutPolicies {
+    /// What the other policies allow passes; without any, everything does.
+    Open,
+    /// Only what the other policies allow passes: every direction of every endpoint is denied by default.
+    Closed,
 }
 
 /// `[policy]`.
@@ -332,7 +348,28 @@ impl Config {
                 message: format!("cannot be read: {error}{hint}"),
             }]
         })?;
+        if text.trim().is_empty() {
+            // What a power failure leaves of a file that was just written. It would be a valid configuration that
+            // guards nothing.
+            return Err(vec![ConfigError {
+                file: path.display().to_string(),
+                line: 0,
+                column: 0,
+                message:
+                    "is empty, and so would have nothing guarded; start from the config/palisade.toml that \
+                          comes with Palisade"
+                        .to_owned(),
+            }]);
+        }
         Self::parse(path, &text)
+    }
+
+    /// Where a configuration that is wrong elsewhere wants the state kept, as far as that can be read.
+    pub fn state_dir_of(text: &str) -> Option<PathBuf> {
+        let (table, _) = DeTable::parse_recoverable(text);
+        let node = table.get_ref().get("node")?.get_ref().as_table()?;
+        let dir = PathBuf::from(node.get("state_dir")?.get_ref().as_str()?);
+        dir.is_absolute().then_some(dir)
     }
 
     /// Validates a text; `path` is how messages name it and what a relative policy folder is relative to.
@@ -346,7 +383,8 @@ impl Config {
             }
             return Err(reader.into_errors());
         }
-        let config = read(path, &reader, table.get_ref());
+        let mut config = read(path, &reader, table.get_ref());
+        config.text = text.into();
         let errors = reader.into_errors();
         if errors.is_empty() {
             Ok(config)
@@ -360,6 +398,7 @@ fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Config {
     let root = Section::root(reader, table);
     let mut config = Config {
         path: path.to_owned(),
+        text: Arc::default(),
         node: node(root.table("node")),
         policy: policy(root.table("policy"), path),
         limits: limits(root.table("limits")),
@@ -450,10 +489,19 @@ fn node(section: Section<'_, '_>) -> Node {
             .unwrap_or_else(|| DEFAULT_PIN_DIR.into()),
         state_dir: section
             .absolute_path("state_dir")
-            .unwrap_or_else(|| "/var/lib/palisade".into()),
+            .unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
         socket: section
             .absolute_path("socket")
             .unwrap_or_else(|| DEFAULT_SOCKET.into()),
+        on_failure: section
+            .choice(
+                "on_failure",
+                &[
+                    ("open", WithoutPolicies::Open),
+                    ("closed", WithoutPolicies::Closed),
+                ],
+            )
+            .unwrap_or(WithoutPolicies::Open),
     };
     section.finish();
     node

@@ -16,7 +16,10 @@ use palisade_abi::{Config as Told, identity};
 use palisade_datapath::{Datapath, Options, detach_all};
 use palisade_flowlog::Ring;
 use palisade_fqdn::{Cache, Known};
-use palisade_policy::compile::{Compiler, CompilerState};
+use palisade_policy::{
+    compile::{Compiler, CompilerState},
+    world::Enforcement,
+};
 use sd_notify::NotifyState;
 use serde_json::Value;
 use signal_hook::{
@@ -41,7 +44,7 @@ use super::{
     workers::Workers,
 };
 use crate::{
-    config::{Config, Dns},
+    config::{Config, Dns, WithoutPolicies},
     control::{
         api::{PolicyFileState, Request, Status},
         server,
@@ -95,16 +98,22 @@ pub struct Control {
     /// Changes that were put in force.
     changes: u64,
     last_change: Duration,
+    /// Every direction is denied by default, because policies cannot be had.
+    closed: bool,
     /// When something was changed first and last that has to be saved; `None`: nothing.
     unsaved: Option<(Instant, Instant)>,
     /// Why the configuration could not be read again.
     reload_problem: Option<String>,
-    /// What an operator should look at since the start.
+    /// What was not as it should be at the start.
+    start_notes: Vec<String>,
+    /// What an operator should look at since the configuration was read last.
     notes: Vec<String>,
 }
 
 /// Runs the daemon until it is told to end.
-pub fn run(config: Config) -> anyhow::Result<()> {
+///
+/// `replaced`: why this is not what the configuration file says now, but its last good copy.
+pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     let started = Instant::now();
     let places = places::take(&config.node)?;
     let (sender, messages) = mpsc::channel();
@@ -112,7 +121,14 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     forward_signals(sender.clone())?;
 
     let state = StateFile::<CompilerState>::load(&config.node.state_dir)
-        .with_context(|| config.node.state_dir.display().to_string())?;
+        .context("the thread that writes the state")?;
+    let mut notes = Vec::new();
+    if let Some(problem) = &places.state_problem {
+        let note = format!("[node] state_dir: {problem}: nothing is known of what was kept there");
+        error!("{note}");
+        notes.push(note);
+    }
+    notes.extend(state.problem.clone());
     let datapath = Arc::new(open(&config)?);
     if !datapath.resized().is_empty() {
         info!("maps of another size now: {}", datapath.resized().join(", "));
@@ -125,12 +141,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     // Watched first, read then: what changes in between is told.
     let mut files = PolicyFiles::new(&config.policy.dir, &config.node.state_dir);
     watch_policies(&config, sender.clone())?;
-    files.load().with_context(|| {
-        format!(
-            "[policy] dir {}: make the folder, or name another",
-            config.policy.dir.display()
-        )
-    })?;
+    files.load();
     let network = {
         let sender = sender.clone();
         network::watch(move |network| sender.send(Message::Network(network)).is_ok())
@@ -150,9 +161,12 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         };
         let mut names = Names::new(cache, datapath.learned()?, Arc::clone(&datapath), wish);
         let endpoints = endpoint_names(&world(&config, &network, &mut state.state)?);
-        names
-            .remember(&config.node.state_dir, endpoints)
-            .context("learned names")?;
+        // A cache: its loss costs connections to learned addresses, not the start.
+        if let Err(problem) = names.remember(&config.node.state_dir, endpoints) {
+            let note = format!("learned names are not remembered: {problem}");
+            error!("{note}");
+            notes.push(note);
+        }
         Arc::new(names)
     };
     let shared = Arc::new(Shared::default());
@@ -180,8 +194,10 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         started,
         changes: 0,
         last_change: Duration::ZERO,
+        closed: false,
         unsaved: None,
-        reload_problem: None,
+        reload_problem: replaced,
+        start_notes: notes,
         notes: Vec::new(),
         config,
     };
@@ -236,10 +252,14 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         started.elapsed()
     );
     notify(&[NotifyState::Ready]);
+    // It has worked as a whole: this is what a start with a broken file goes back to.
+    control.keep_config();
     let end = control.serve(&messages);
     notify(&[NotifyState::Stopping]);
     control.save();
-    control.state.flush();
+    if let Err(problem) = control.state.keeper.flush() {
+        error!("{problem}: what has changed since it was written last is lost");
+    }
     names.flush();
     control.workers.end();
     if let End::Detach(answer) = end {
@@ -412,6 +432,12 @@ impl Control {
         let begun = Instant::now();
         let offers = self.files.update(changes);
         let read = begun.elapsed();
+        if self.closed && self.files.unknown().is_none() {
+            info!("all policies can be had again: endpoints are denied by default as the configuration says");
+            if let Err(problem) = self.new_world(begun) {
+                error!("{problem:#}");
+            }
+        }
         if offers {
             self.engine.compile(None, &mut self.files);
             let compiled = begun.elapsed();
@@ -455,7 +481,12 @@ impl Control {
 
     /// Has everything compiled that depends on endpoints, peers and options, and puts it in force.
     fn new_world(&mut self, begun: Instant) -> anyhow::Result<()> {
-        let world = world(&self.config, &self.network, &mut self.state.state)?;
+        let mut world = world(&self.config, &self.network, &mut self.state.state)?;
+        self.closed =
+            self.config.node.on_failure == WithoutPolicies::Closed && self.files.unknown().is_some();
+        if self.closed && world.options.enforcement == Enforcement::Default {
+            world.options.enforcement = Enforcement::Always;
+        }
         let world = (world != *self.engine.compiler.world()).then_some(world);
         self.guard.configure(&self.config, &self.state.state);
         self.engine.compile(world, &mut self.files);
@@ -650,6 +681,7 @@ impl Control {
         self.new_world(begun).map_err(|problem| format!("{problem:#}"))?;
         self.attach();
         info!("the configuration was read again");
+        self.keep_config();
         Ok(())
     }
 
@@ -657,11 +689,15 @@ impl Control {
         self.unsaved = None;
         self.state.state.compiler = self.engine.compiler.state();
         self.state.save();
-        if let Err(problem) = self.files.save() {
-            error!(
-                "{}: keeping the last good policies: {problem}",
-                self.config.node.state_dir.display()
-            );
+        self.state.keeper.policies(self.files.to_keep());
+    }
+
+    /// Has the configuration kept for a start that finds its file broken.
+    fn keep_config(&self) {
+        // Not what was kept already, and not what is going to be mended.
+        if self.reload_problem.is_none() {
+            let text = super::last_good::text(&self.config);
+            self.state.keeper.config(text);
         }
     }
 
@@ -683,11 +719,15 @@ impl Control {
         if changed {
             self.new_world(Instant::now())
                 .map_err(|problem| format!("{problem:#}"))?;
-            // Whoever sets it relies on it from now on.
-            self.save();
-            self.state.flush();
         }
-        Ok(())
+        // Also if it was so already: an earlier attempt may not have been kept.
+        self.save();
+        self.state.keeper.flush().map_err(|problem| {
+            format!(
+                "{problem}: the option is in force now but NOT KEPT, so it is lost at the next start; it is written \
+                 when that is possible, see `palisade status`"
+            )
+        })
     }
 
     /// `palisade status`, as far as the control thread knows it.
@@ -705,6 +745,19 @@ impl Control {
         }
         missing.extend(self.workers.missing());
         let mut warnings = self.notes.clone();
+        warnings.extend(self.start_notes.iter().cloned());
+        if let Some(problem) = self.state.keeper.problem() {
+            warnings.push(format!(
+                "{problem}: what has changed since is NOT KEPT and is lost at the next start; it is tried again"
+            ));
+        }
+        if let Some(problem) = self.files.unknown() {
+            let meaning = match (self.closed, self.config.policy.enforcement) {
+                (true, Enforcement::Default) => "closed: whatever no policy allows is denied",
+                _ => "open: whatever no other policy denies passes",
+            };
+            missing.push(format!("{problem}; [node] on_failure = {meaning}"));
+        }
         warnings.extend(self.reload_problem.clone());
         warnings.extend(self.files.folder_problem().map(ToOwned::to_owned));
         for file in &policy_files {

@@ -1,31 +1,45 @@
-//! Files that must be whole whenever somebody reads them, whatever happens to the machine.
+//! Files that must be whole whenever they are read, whatever happens to the machine.
 
 use std::{
     ffi::OsString,
     fs::{self, File},
     io::{self, Write as _},
     os::unix::fs::OpenOptionsExt as _,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
-/// Replaces a file: written under another name beside it, brought to the disk, and renamed.
-pub fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
+/// Where a file is written before it takes its place: hidden, in the same directory.
+pub fn temporary_name(path: &Path) -> io::Result<PathBuf> {
     let mut name = OsString::from(".");
     name.push(path.file_name().ok_or(io::ErrorKind::InvalidInput)?);
     name.push(".tmp");
-    let temporary = path.with_file_name(name);
+    Ok(path.with_file_name(name))
+}
+
+/// Brings the names in a directory to the disk.
+pub fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+/// Replaces a file: written under another name beside it, brought to the disk, and renamed.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = temporary_name(path)?;
     let mut file = fs::OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(true)
         .mode(0o600)
         .open(&temporary)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
+    let written = file.write_all(bytes).and_then(|()| file.sync_all());
     drop(file);
+    if let Err(error) = written {
+        // What was written of it takes space that is wanted elsewhere.
+        let _ = fs::remove_file(&temporary);
+        return Err(error);
+    }
     fs::rename(&temporary, path)?;
     // The rename itself has to survive too.
-    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+    sync_dir(path.parent().unwrap_or(Path::new("/")))
 }
 
 #[cfg(test)]

@@ -1,45 +1,68 @@
-//! Last good policy files on disk. There may be ten thousand of them and none is needed unless its original is broken
-//! at a restart, so they are not brought to the disk one by one. A header says what a whole file is: one that a
-//! power failure has cut short is known by it and not used.
+//! What a text in the state directory looks like: a first line with the length and the CRC-32 of what follows, so that
+//! a file that a power failure has cut short, filled with zeroes or mixed with another is known by it and not used.
 
 use std::{
-    ffi::OsString,
-    fs,
-    hash::{DefaultHasher, Hash as _, Hasher as _},
-    io,
-    path::Path,
+    fs::{self, OpenOptions},
+    io::{self, Write as _},
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
 };
+
+use super::files::temporary_name;
 
 const MAGIC: &str = "# kept by palisade";
 
-/// Written by the same program that reads it; a hash that another version makes otherwise only means that the copy
-/// is not used.
 fn header(text: &str) -> String {
-    let mut hasher = DefaultHasher::new();
-    text.hash(&mut hasher);
-    format!("{MAGIC} {} {:016x}\n", text.len(), hasher.finish())
+    format!(
+        "{MAGIC} {} {:08x}\n",
+        text.len(),
+        crc32fast::hash(text.as_bytes())
+    )
 }
 
-/// Keeps a text.
-pub fn write(path: &Path, text: &str) -> io::Result<()> {
-    let mut name = OsString::from(".");
-    name.push(path.file_name().ok_or(io::ErrorKind::InvalidInput)?);
-    name.push(".tmp");
-    let temporary = path.with_file_name(name);
-    fs::write(&temporary, header(text) + text)?;
-    fs::rename(&temporary, path)
+/// A text with its first line.
+pub fn seal(text: &str) -> String {
+    header(text) + text
+}
+
+/// The text without its first line.
+///
+/// # Errors
+/// It is not whole, or not what was sealed.
+pub fn unseal(content: &[u8]) -> Result<&str, String> {
+    let wrong = || Err("it is not what was written to it (truncated or changed)".to_owned());
+    let Ok(content) = std::str::from_utf8(content) else {
+        return wrong();
+    };
+    match content.split_once('\n') {
+        Some((first, text)) if header(text).trim_end() == first => Ok(text),
+        _ => wrong(),
+    }
+}
+
+/// Whether a file has a first line of this kind at all.
+pub fn is_sealed(content: &[u8]) -> bool {
+    content.starts_with(MAGIC.as_bytes())
 }
 
 /// Reads a text that was kept.
 pub fn read(path: &Path) -> io::Result<String> {
-    let content = fs::read_to_string(path)?;
-    match content.split_once('\n') {
-        Some((first, text)) if header(text).trim_end() == first => Ok(text.to_owned()),
-        _ => Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "is not what was written to it",
-        )),
-    }
+    let content = fs::read(path)?;
+    let text = unseal(&content).map_err(|problem| io::Error::new(io::ErrorKind::InvalidData, problem))?;
+    Ok(text.to_owned())
+}
+
+/// Writes a text beside its place. It is brought there once it is on the disk.
+pub fn write_beside(path: &Path, text: &str) -> io::Result<PathBuf> {
+    let temporary = temporary_name(path)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&temporary)?;
+    file.write_all(seal(text).as_bytes())?;
+    Ok(temporary)
 }
 
 #[cfg(test)]
@@ -51,13 +74,22 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.yaml");
         for text in ["", "kind: x\n", "no newline"] {
-            write(&path, text).unwrap();
+            fs::rename(write_beside(&path, text).unwrap(), &path).unwrap();
             assert_eq!(read(&path).unwrap(), text);
         }
         let whole = fs::read(&path).unwrap();
-        for cut in [0, 5, whole.len() - 1] {
-            fs::write(&path, &whole[..cut]).unwrap();
-            assert!(read(&path).is_err(), "{cut}");
+        let mut changed = whole.clone();
+        *changed.last_mut().unwrap() ^= 1;
+        let zeroes = vec![0; whole.len()];
+        for content in [
+            &whole[..0],
+            &whole[..5],
+            &whole[..whole.len() - 1],
+            &changed,
+            &zeroes,
+        ] {
+            fs::write(&path, content).unwrap();
+            assert!(read(&path).is_err(), "{content:?}");
         }
     }
 }

@@ -15,7 +15,9 @@ mod engine;
 mod events;
 mod files;
 mod guard;
+mod keeper;
 mod kept;
+mod last_good;
 mod names;
 mod network;
 mod places;
@@ -28,9 +30,10 @@ mod watcher;
 mod workers;
 
 use anyhow::bail;
+pub use last_good::find as last_good_config;
 use network::Network;
-pub use places::{lock_file, socket_dir, take_for_detaching};
 use palisade_policy::compile::Compiler;
+pub use places::{lock_file, socket_dir, take_for_detaching};
 use policies::Offers;
 pub use policies::policy_file_names;
 use state::State;
@@ -41,8 +44,10 @@ use crate::{
 };
 
 /// Runs the daemon until it is told to end.
-pub fn run(config: Config) -> anyhow::Result<()> {
-    control::run(config)
+///
+/// `replaced`: why this is not what the configuration file says now, but its last good copy.
+pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
+    control::run(config, replaced)
 }
 
 /// Explains a packet by policies that are not in force, with the endpoints and peers of a configuration.

@@ -403,7 +403,10 @@ mod tests {
         for path in [&dir, &dir.join("below"), &file, &root.path().to_owned()] {
             chown(path, Some(4711), None).unwrap();
             let text = refused(&dir);
-            assert!(text.contains("user 4711") && text.contains(&*path.to_string_lossy()), "{text}");
+            assert!(
+                text.contains("user 4711") && text.contains(&*path.to_string_lossy()),
+                "{text}"
+            );
             chown(path, Some(0), None).unwrap();
         }
         fs::set_permissions(&file, Permissions::from_mode(0o666)).unwrap();
@@ -438,7 +441,10 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let first = lock_dir(root.path(), "state_dir").unwrap();
         let error = lock_dir(root.path(), "state_dir").unwrap_err().to_string();
-        assert!(error.contains("another palisade daemon") && error.contains("state_dir"), "{error}");
+        assert!(
+            error.contains("another palisade daemon") && error.contains("state_dir"),
+            "{error}"
+        );
         drop(first);
         lock_dir(root.path(), "state_dir").unwrap();
     }

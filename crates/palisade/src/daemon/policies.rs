@@ -16,6 +16,7 @@ use palisade_policy::{
 use tracing::{error, info, warn};
 
 use super::{
+    keeper::{POLICIES, PolicyTexts},
     kept,
     watcher::{Changes, is_policy_file},
 };
@@ -38,6 +39,10 @@ pub struct PolicyFiles {
     removed: BTreeSet<String>,
     /// Why the folder could not be read last time.
     folder_problem: Option<String>,
+    /// Nothing is known of the folder: it could not be read since the start, and nothing was kept of it.
+    never_read: bool,
+    /// Files that were broken at the start, and of which nothing was kept.
+    lost: BTreeSet<String>,
 }
 
 /// One file.
@@ -59,7 +64,6 @@ struct File {
 struct Good {
     text: Arc<str>,
     policies: usize,
-    saved: bool,
 }
 
 #[derive(Debug)]
@@ -68,11 +72,10 @@ struct Candidate {
     policies: usize,
     /// `None` once it has been offered.
     content: Option<FileContent>,
-    saved: bool,
 }
 
 impl Candidate {
-    fn new(text: Arc<str>, parsed: Parsed, saved: bool) -> Self {
+    fn new(text: Arc<str>, parsed: Parsed) -> Self {
         Self {
             text,
             policies: parsed.policies.len(),
@@ -80,7 +83,6 @@ impl Candidate {
                 policies: parsed.policies,
                 cidr_groups: parsed.cidr_groups,
             }),
-            saved,
         }
     }
 }
@@ -90,46 +92,69 @@ impl PolicyFiles {
     pub fn new(dir: &Path, state_dir: &Path) -> Self {
         Self {
             dir: dir.to_owned(),
-            good_dir: state_dir.join("policies"),
+            good_dir: state_dir.join(POLICIES),
             files: BTreeMap::new(),
             removed: BTreeSet::new(),
             folder_problem: None,
+            never_read: false,
+            lost: BTreeSet::new(),
         }
     }
 
-    /// Reads every file for the first time. For one that is broken the content that was last good counts.
-    ///
-    /// # Errors
-    /// If the folder cannot be read and nothing is known of what it held before.
-    pub fn load(&mut self) -> io::Result<()> {
+    /// Reads every file for the first time. For one that is broken the content that was last good counts, for a
+    /// folder that cannot be read those of all files.
+    pub fn load(&mut self) {
         match policy_file_names(&self.dir) {
             Ok(names) => {
                 for name in names {
                     self.read(&name);
                     if self.files.get(&name).is_some_and(|file| file.broken) {
                         let kept = self.kept(&name);
+                        if kept.is_none() {
+                            self.lost.insert(name.clone());
+                        }
                         self.files.entry(name.clone()).or_default().candidate = kept;
                         self.say_broken(&name);
                     }
                 }
             }
             Err(error) => {
-                let kept = policy_file_names(&self.good_dir).unwrap_or_default();
-                if kept.is_empty() {
-                    return Err(error);
-                }
-                for name in kept {
+                for name in policy_file_names(&self.good_dir).unwrap_or_default() {
                     let file = File {
                         candidate: self.kept(&name),
                         broken: true,
                         ..File::default()
                     };
+                    if file.candidate.is_none() {
+                        self.lost.insert(name.clone());
+                    }
                     self.files.insert(name, file);
                 }
+                self.never_read = self.files.is_empty();
                 self.folder_failed(&error);
             }
         }
-        Ok(())
+    }
+
+    /// Policies that were there and cannot be had since the start, in words: of these it is not known what they
+    /// would deny.
+    pub fn unknown(&self) -> Option<String> {
+        if self.never_read {
+            return self.folder_problem.clone();
+        }
+        let is_lost = |name: &&String| {
+            self.files
+                .get(*name)
+                .is_some_and(|file| file.broken && file.good.is_none())
+        };
+        let lost: Vec<&str> = self.lost.iter().filter(is_lost).map(String::as_str).collect();
+        (!lost.is_empty()).then(|| {
+            format!(
+                "{}: broken since the start, and no last good copy could be read in {}",
+                lost.join(", "),
+                self.good_dir.display()
+            )
+        })
     }
 
     /// Reads what changed. Answers whether there is something to offer.
@@ -139,6 +164,7 @@ impl PolicyFiles {
             match policy_file_names(&self.dir) {
                 Ok(found) => {
                     self.folder_problem = None;
+                    self.never_read = false;
                     names.extend(found);
                     names.extend(self.files.keys().cloned());
                 }
@@ -162,10 +188,12 @@ impl PolicyFiles {
 
     /// An unreadable folder is not an empty one: what was in force stays.
     fn folder_failed(&mut self, problem: &io::Error) {
-        let text = format!(
-            "{}: {problem}; the policies that were read last stay in force",
-            self.dir.display()
-        );
+        let meaning = if self.never_read {
+            "no policy is known, and none was kept: make the folder ([policy] dir)"
+        } else {
+            "the policies that were read last stay in force"
+        };
+        let text = format!("{}: {problem}; {meaning}", self.dir.display());
         error!("{text}");
         self.folder_problem = Some(text);
     }
@@ -212,7 +240,7 @@ impl PolicyFiles {
                 }
             }
             if !unchanged {
-                file.candidate = Some(Candidate::new(text, parsed, false));
+                file.candidate = Some(Candidate::new(text, parsed));
             }
         }
     }
@@ -247,7 +275,7 @@ impl PolicyFiles {
             );
             return None;
         }
-        Some(Candidate::new(text.into(), parsed, true))
+        Some(Candidate::new(text.into(), parsed))
     }
 
     /// What the compiler is to take: everything that has changed, and what it did not take before.
@@ -261,7 +289,7 @@ impl PolicyFiles {
                 && let Some(text) = file.rejected.take()
             {
                 let parsed = parse(&self.dir.join(name).display().to_string(), &text);
-                file.candidate = Some(Candidate::new(text, parsed, false));
+                file.candidate = Some(Candidate::new(text, parsed));
             }
             if let Some(content) = file
                 .candidate
@@ -278,7 +306,7 @@ impl PolicyFiles {
     pub fn offered(&self, name: &str) -> Option<FileContent> {
         let candidate = self.files.get(name)?.candidate.as_ref()?;
         let parsed = parse(&self.dir.join(name).display().to_string(), &candidate.text);
-        Candidate::new(Arc::clone(&candidate.text), parsed, candidate.saved).content
+        Candidate::new(Arc::clone(&candidate.text), parsed).content
     }
 
     /// The compiler has taken what was offered of a file.
@@ -290,7 +318,6 @@ impl PolicyFiles {
             file.good = Some(Good {
                 text: candidate.text,
                 policies: candidate.policies,
-                saved: candidate.saved,
             });
         }
     }
@@ -322,23 +349,13 @@ impl PolicyFiles {
         instead
     }
 
-    /// Keeps the content of good files for a restart that finds them broken, and forgets files that are gone.
-    pub fn save(&mut self) -> io::Result<()> {
-        fs::create_dir_all(&self.good_dir)?;
-        for (name, file) in &mut self.files {
-            if let Some(good) = &mut file.good
-                && !good.saved
-            {
-                kept::write(&self.good_dir.join(name), &good.text)?;
-                good.saved = true;
-            }
-        }
-        for name in policy_file_names(&self.good_dir)? {
-            if !self.files.contains_key(&name) && !self.removed.contains(&name) {
-                fs::remove_file(self.good_dir.join(name))?;
-            }
-        }
-        Ok(())
+    /// What is to be kept for a restart that finds files broken: what is in force of each, and what is kept already
+    /// of those of which nothing is in force.
+    pub fn to_keep(&self) -> PolicyTexts {
+        let good = |file: &File| file.good.as_ref().map(|good| Arc::clone(&good.text));
+        let there = self.files.iter().map(|(name, file)| (name.clone(), good(file)));
+        let going = self.removed.iter().map(|name| (name.clone(), None));
+        going.chain(there).collect()
     }
 
     /// The files, for `status`.
@@ -406,7 +423,10 @@ pub fn policy_file_names(dir: &Path) -> io::Result<BTreeSet<String>> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use super::*;
+    use crate::daemon::keeper::keep_policies;
 
     struct Folder {
         _root: tempfile::TempDir,
@@ -432,7 +452,7 @@ mod tests {
 
         fn loaded(&self) -> Compiled {
             let mut files = self.files();
-            files.load().unwrap();
+            files.load();
             let mut compiled = Compiled {
                 files,
                 taken: BTreeMap::new(),
@@ -492,7 +512,8 @@ mod tests {
         }
 
         fn save(&mut self) -> io::Result<()> {
-            self.files.save()
+            fs::create_dir_all(&self.files.good_dir)?;
+            keep_policies(&self.files.good_dir, &self.files.to_keep(), &mut HashMap::new())
         }
     }
 
@@ -548,9 +569,44 @@ mod tests {
         let folder = folder();
         folder.write("a.yaml", &policy("a"));
         folder.write("b.yaml", BROKEN);
-        let files = folder.loaded();
+        let mut files = folder.loaded();
         assert_eq!(names(&files), ["a"]);
         assert_eq!(state(&files, "b.yaml"), PolicyFileState::Unused);
+        assert!(
+            files
+                .files
+                .unknown()
+                .unwrap()
+                .contains("b.yaml: broken since the start")
+        );
+        files.update(&folder.write("b.yaml", &policy("b")));
+        assert_eq!(files.files.unknown(), None);
+        // One that breaks while the daemon runs was never in force: nothing is lost by it.
+        files.update(&folder.write("c.yaml", BROKEN));
+        assert_eq!(files.files.unknown(), None);
+    }
+
+    #[test]
+    fn a_last_good_copy_that_is_not_whole_is_not_used_and_named() {
+        let folder = folder();
+        folder.write("a.yaml", &policy("a"));
+        let mut files = folder.loaded();
+        files.save().unwrap();
+        let kept = folder.state.join("policies/a.yaml");
+        let whole = fs::read(&kept).unwrap();
+        folder.write("a.yaml", BROKEN);
+        for content in [&whole[..whole.len() - 9], &vec![0; whole.len()], b""] {
+            fs::write(&kept, content).unwrap();
+            let files = folder.loaded();
+            assert!(names(&files).is_empty());
+            assert!(files.files.unknown().unwrap().contains("a.yaml"));
+        }
+        fs::write(&kept, &whole).unwrap();
+        let files = folder.loaded();
+        assert_eq!(
+            (names(&files), files.files.unknown()),
+            (vec!["a".to_owned()], None)
+        );
     }
 
     #[test]
@@ -614,7 +670,13 @@ mod tests {
         // A node that never had policies is told that the folder is missing.
         fs::remove_dir_all(&folder.dir).unwrap();
         fs::remove_dir_all(&folder.state).unwrap();
-        assert!(folder.files().load().is_err());
+        let mut files = folder.files();
+        files.load();
+        assert!(files.folder_problem().unwrap().contains("make the folder"));
+        assert_eq!(files.unknown().as_deref(), files.folder_problem());
+        fs::create_dir(&folder.dir).unwrap();
+        files.update(&Changes::all());
+        assert_eq!(files.unknown(), None);
     }
 
     #[test]

@@ -2,16 +2,17 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io, iter,
+    fs, io,
     path::Path,
-    sync::mpsc,
-    thread,
 };
 
 use serde::{Deserialize, Serialize};
 use tracing::{error, warn};
 
-use super::files::write_atomic;
+use super::{
+    keeper::{Keeper, STATE},
+    kept,
+};
 
 /// The node's own endpoint. Always the same, so that it never has to be looked up.
 pub const NODE: u16 = 1;
@@ -32,64 +33,58 @@ pub struct State<C> {
     pub compiler: C,
 }
 
-/// The state and its file. A thread of its own writes it: bringing a file to the disk may take long, when others use
-/// the disk, and a change of policies must not wait for that.
+/// The state and its file.
 #[derive(Debug)]
 pub struct StateFile<C> {
-    writer: mpsc::Sender<Write>,
-    /// As it was last given to the writer.
+    /// What writes it, and all else that is kept.
+    pub keeper: Keeper,
+    /// As it was last given to the keeper.
     given: Option<State<C>>,
     /// As it is now.
     pub state: State<C>,
-}
-
-/// What the writer is to do.
-#[derive(Debug)]
-enum Write {
-    Content(Vec<u8>),
-    /// Tell when everything before this is on the disk.
-    Flush(mpsc::Sender<()>),
+    /// What was not had of it at the start, and what that means.
+    pub problem: Option<String>,
 }
 
 impl<C> StateFile<C>
 where
     C: Clone + Default + PartialEq + Serialize + for<'de> Deserialize<'de>,
 {
-    /// Reads the file. One that cannot be understood is put aside: numbers change then, and audit mode is off.
+    /// Reads the file. One that cannot be read or understood is put aside: numbers change then, and audit mode is off.
+    ///
+    /// # Errors
+    /// No thread could be started.
     pub fn load(dir: &Path) -> io::Result<Self> {
-        let path = dir.join("state.json");
+        let path = dir.join(STATE);
         let read = match fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice::<State<C>>(&bytes).map_err(|error| error.to_string()),
+            Ok(bytes) => understand(&bytes),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(State::default()),
-            Err(error) => return Err(error),
+            Err(error) => Err(error.to_string()),
         };
-        let read = read.and_then(|state| match state.version {
-            0 | VERSION => Ok(state),
-            other => Err(format!("version {other}, this is version {VERSION}")),
-        });
+        let mut problem = None;
         let mut state = match read {
             Ok(state) => state,
-            Err(problem) => {
+            Err(why) => {
                 let aside = path.with_extension("json.broken");
-                error!(
-                    "{}: {problem}; put aside as {}: identities get new numbers, endpoints set to audit mode \
-                     are enforced",
+                let put = match fs::rename(&path, &aside) {
+                    Ok(()) => format!("put aside as {}", aside.display()),
+                    Err(error) => format!("it cannot be put aside either ({error})"),
+                };
+                let text = format!(
+                    "{}: {why}; {put}: identities have new numbers, endpoints that were set to audit mode are enforced",
                     path.display(),
-                    aside.display()
                 );
-                fs::rename(&path, &aside)?;
+                error!("{text}");
+                problem = Some(text);
                 State::default()
             }
         };
         state.version = VERSION;
-        let (writer, orders) = mpsc::channel();
-        thread::Builder::new()
-            .name("state".into())
-            .spawn(move || write(&path, &orders))?;
         Ok(Self {
-            writer,
+            keeper: Keeper::start(dir)?,
             given: None,
             state,
+            problem,
         })
     }
 
@@ -98,46 +93,27 @@ where
         if self.given.as_ref() == Some(&self.state) {
             return;
         }
-        match serde_json::to_vec(&self.state) {
+        match serde_json::to_string(&self.state) {
             Ok(content) => {
-                // The writer lives as long as this value.
-                let _ = self.writer.send(Write::Content(content));
+                self.keeper.state(content);
                 self.given = Some(self.state.clone());
             }
-            Err(problem) => error!("state.json: {problem}"),
-        }
-    }
-
-    /// Waits until what was saved is on the disk.
-    pub fn flush(&self) {
-        let (done, wait) = mpsc::channel();
-        if self.writer.send(Write::Flush(done)).is_ok() {
-            // An end without an answer: nothing is left to wait for.
-            let _ = wait.recv();
+            Err(problem) => error!("{STATE}: {problem}"),
         }
     }
 }
 
-/// Writes what it is given, the latest of it first: what was overtaken needs no writing.
-fn write(path: &Path, orders: &mpsc::Receiver<Write>) {
-    while let Ok(order) = orders.recv() {
-        let mut content = None;
-        let mut waiting = Vec::new();
-        for order in iter::once(order).chain(orders.try_iter()) {
-            match order {
-                Write::Content(new) => content = Some(new),
-                Write::Flush(done) => waiting.push(done),
-            }
-        }
-        if let Some(content) = content
-            && let Err(problem) = write_atomic(path, &content)
-        {
-            error!("{}: {problem}", path.display());
-        }
-        for done in waiting {
-            // Whoever waited may have gone.
-            let _ = done.send(());
-        }
+fn understand<C: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<State<C>, String> {
+    // Before texts were sealed, the file was the JSON alone.
+    let text = if kept::is_sealed(bytes) {
+        kept::unseal(bytes)?.as_bytes()
+    } else {
+        bytes
+    };
+    let state: State<C> = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+    match state.version {
+        0 | VERSION => Ok(state),
+        other => Err(format!("version {other}, this is version {VERSION}")),
     }
 }
 
@@ -182,7 +158,7 @@ mod tests {
         file.state.audit.insert("default/a".into());
         file.state.compiler.insert("app=a".into(), 256);
         file.save();
-        file.flush();
+        file.keeper.flush().unwrap();
         let mut again = StateFile::<Numbers>::load(dir.path()).unwrap();
         assert_eq!(again.state, file.state);
         assert_eq!(again.state.endpoint("default/b", |_| true), Some(3));
@@ -194,10 +170,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut file = StateFile::<Numbers>::load(dir.path()).unwrap();
         file.save();
-        file.flush();
+        file.keeper.flush().unwrap();
         fs::remove_file(dir.path().join("state.json")).unwrap();
         file.save();
-        file.flush();
+        file.keeper.flush().unwrap();
         assert!(!dir.path().join("state.json").exists());
     }
 
@@ -206,6 +182,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for text in [
             "{\"version\":1,\"endp",
+            "# kept by palisade 3 00000000\n{}\n",
             "{\"version\":9,\"endpoints\":{},\"audit\":[],\"compiler\":{}}",
             "",
         ] {

@@ -141,7 +141,14 @@ impl Journal {
             begun: Arc::clone(&journal.begun),
             unsynced: None,
         };
-        file.begin(now(), &endpoints, &all)?;
+        if let Err(problem) = file.begin(now(), &endpoints, &all) {
+            error!(
+                "{}: {problem}: what is learned now may not outlive a restart",
+                path_of(dir).display()
+            );
+            // Begun anew by the next sweep.
+            journal.appended.store(u64::MAX / 2, Ordering::Relaxed);
+        }
         thread::Builder::new()
             .name("names-journal".into())
             .spawn(move || file.serve(&receiver))?;

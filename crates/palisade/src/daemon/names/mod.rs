@@ -234,7 +234,10 @@ impl Names {
 
     /// Brings back what was learned before a restart, and keeps what is learned from now on.
     pub fn remember(&mut self, dir: &Path, endpoints: BTreeMap<EndpointId, String>) -> io::Result<()> {
-        let found = journal::read(dir, &endpoints)?;
+        let found = journal::read(dir, &endpoints).unwrap_or_else(|problem| {
+            error!("{}: what was learned cannot be read: {problem}", dir.display());
+            Default::default()
+        });
         let now = self.now();
         let all = {
             let mut state = self.lock();

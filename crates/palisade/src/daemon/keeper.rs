@@ -1,0 +1,331 @@
+//! Writes what outlives the daemon. A thread of its own does it: bringing a file to the disk may take long, and a
+//! change of policies must not wait for that. What cannot be written is tried again until it is, and said meanwhile.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{self, Receiver, RecvTimeoutError, Sender},
+    },
+    thread,
+    time::Duration,
+};
+
+use tracing::{error, info};
+
+use super::{
+    files::{sync_dir, write_atomic},
+    kept, places,
+    policies::policy_file_names,
+};
+
+/// Between two attempts to write what could not be written.
+const TRY_AGAIN: Duration = Duration::from_secs(2);
+/// A file is on the disk by then, or the disk is in no state to be waited for.
+const FLUSH_DEADLINE: Duration = Duration::from_secs(10);
+/// Up to so many files of a batch are brought to the disk one by one, more with everything else of their file system.
+const ONE_BY_ONE: usize = 16;
+
+/// Last good policy files by name; `None`: what is kept of it stays as it is.
+pub type PolicyTexts = BTreeMap<String, Option<Arc<str>>>;
+
+/// The file with numbers and settings.
+pub const STATE: &str = "state.json";
+/// The last configuration that was good.
+pub const CONFIG: &str = "config.kept";
+/// The last good policy files.
+pub const POLICIES: &str = "policies";
+
+/// The state directory, to be written to.
+#[derive(Debug)]
+pub struct Keeper {
+    orders: Sender<Order>,
+    problem: Arc<Mutex<Option<String>>>,
+}
+
+#[derive(Debug)]
+enum Order {
+    State(String),
+    Config(String),
+    Policies(PolicyTexts),
+    /// Tell when everything before this is on the disk, or why it is not.
+    Flush(Sender<Result<(), String>>),
+}
+
+impl Keeper {
+    /// Starts the thread.
+    pub fn start(dir: &Path) -> io::Result<Self> {
+        let (orders, receiver) = mpsc::channel();
+        let problem = Arc::<Mutex<Option<String>>>::default();
+        let mut writing = Writing {
+            dir: dir.to_owned(),
+            state: None,
+            config: None,
+            policies: None,
+            written: HashMap::new(),
+            problem: Arc::clone(&problem),
+        };
+        thread::Builder::new()
+            .name("state".into())
+            .spawn(move || writing.serve(&receiver))?;
+        Ok(Self { orders, problem })
+    }
+
+    // The thread lives as long as this value, so nothing is lost on the way to it.
+
+    /// Has the numbers and settings written.
+    pub fn state(&self, text: String) {
+        let _ = self.orders.send(Order::State(text));
+    }
+
+    /// Has the configuration written that is in force.
+    pub fn config(&self, text: String) {
+        let _ = self.orders.send(Order::Config(text));
+    }
+
+    /// Has the last good policy files written, and those removed that are not named.
+    pub fn policies(&self, texts: PolicyTexts) {
+        let _ = self.orders.send(Order::Policies(texts));
+    }
+
+    /// Waits until everything that was ordered is on the disk.
+    ///
+    /// # Errors
+    /// Why it is not. It is tried again.
+    pub fn flush(&self) -> Result<(), String> {
+        let (done, wait) = mpsc::channel();
+        let _ = self.orders.send(Order::Flush(done));
+        match wait.recv_timeout(FLUSH_DEADLINE) {
+            Ok(outcome) => outcome,
+            Err(RecvTimeoutError::Timeout) => {
+                Err(format!("the disk has not answered for {FLUSH_DEADLINE:?}"))
+            }
+            Err(RecvTimeoutError::Disconnected) => Err("the thread that writes has ended".to_owned()),
+        }
+    }
+
+    /// Why what was ordered last is not on the disk, if it could not be written.
+    pub fn problem(&self) -> Option<String> {
+        self.problem
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+}
+
+struct Writing {
+    dir: PathBuf,
+    // What is not on the disk yet.
+    state: Option<String>,
+    config: Option<String>,
+    policies: Option<PolicyTexts>,
+    /// What of the policies is on the disk, as far as this thread has written or read it.
+    written: HashMap<String, Arc<str>>,
+    problem: Arc<Mutex<Option<String>>>,
+}
+
+impl Writing {
+    fn serve(&mut self, orders: &Receiver<Order>) {
+        loop {
+            let failing = self.state.is_some() || self.config.is_some() || self.policies.is_some();
+            let first = if failing {
+                match orders.recv_timeout(TRY_AGAIN) {
+                    Ok(order) => Some(order),
+                    Err(RecvTimeoutError::Timeout) => None,
+                    Err(RecvTimeoutError::Disconnected) => return,
+                }
+            } else {
+                let Ok(order) = orders.recv() else { return };
+                Some(order)
+            };
+            let mut waiting = Vec::new();
+            // What was overtaken needs no writing.
+            for order in first.into_iter().chain(orders.try_iter()) {
+                match order {
+                    Order::State(text) => self.state = Some(text),
+                    Order::Config(text) => self.config = Some(text),
+                    Order::Policies(texts) => self.policies = Some(texts),
+                    Order::Flush(done) => waiting.push(done),
+                }
+            }
+            let outcome = self.write();
+            self.tell(outcome.as_ref().err());
+            for done in waiting {
+                // Whoever waited may have gone.
+                let _ = done.send(outcome.clone());
+            }
+        }
+    }
+
+    fn tell(&self, problem: Option<&String>) {
+        let mut told = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
+        match problem {
+            Some(problem) if told.as_ref() != Some(problem) => error!(
+                "{problem}: NOT KEPT, and lost at the next start unless it can be written before; tried again every \
+                 {TRY_AGAIN:?}"
+            ),
+            None if told.is_some() => {
+                info!("{}: can be written again, everything is kept", self.dir.display())
+            }
+            _ => {}
+        }
+        *told = problem.cloned();
+    }
+
+    fn write(&mut self) -> Result<(), String> {
+        if self.state.is_none() && self.config.is_none() && self.policies.is_none() {
+            return Ok(());
+        }
+        if !self.dir.exists() {
+            // It could not be made at the start, or was removed.
+            places::private_dir(&self.dir, "[node] state_dir").map_err(|refusal| refusal.to_string())?;
+        }
+        let mut outcome = Ok(());
+        let mut note = |path: &Path, result: io::Result<()>| {
+            let kept = result.is_ok();
+            if let (Err(problem), Ok(())) = (result, &outcome) {
+                outcome = Err(format!("{}: {problem}", path.display()));
+            }
+            kept
+        };
+        for (name, text) in [(STATE, &mut self.state), (CONFIG, &mut self.config)] {
+            let path = self.dir.join(name);
+            if let Some(content) = &*text
+                && note(&path, write_atomic(&path, kept::seal(content).as_bytes()))
+            {
+                *text = None;
+            }
+        }
+        if let Some(texts) = &self.policies {
+            let dir = self.dir.join(POLICIES);
+            if note(&dir, keep_policies(&dir, texts, &mut self.written)) {
+                self.policies = None;
+            }
+        }
+        outcome
+    }
+}
+
+/// Makes a directory hold these policy files.
+pub fn keep_policies(
+    dir: &Path,
+    texts: &PolicyTexts,
+    written: &mut HashMap<String, Arc<str>>,
+) -> io::Result<()> {
+    if !dir.is_dir() {
+        fs::create_dir(dir)?;
+    }
+    let mut beside = Vec::new();
+    let mut outcome = Ok(());
+    for (name, text) in texts {
+        let Some(text) = text else { continue };
+        if written.get(name) == Some(text) {
+            continue;
+        }
+        let path = dir.join(name);
+        // From before the last start.
+        if kept::read(&path).is_ok_and(|there| there == **text) {
+            written.insert(name.clone(), Arc::clone(text));
+            continue;
+        }
+        match kept::write_beside(&path, text) {
+            Ok(temporary) => beside.push((name, text, temporary, path)),
+            Err(problem) => {
+                outcome = Err(problem);
+                break;
+            }
+        }
+    }
+    let synced = match beside.as_slice() {
+        [] => Ok(()),
+        few if few.len() <= ONE_BY_ONE => few
+            .iter()
+            .try_for_each(|(_, _, temporary, _)| fs::File::open(temporary)?.sync_all()),
+        _ => nix::unistd::syncfs(fs::File::open(dir)?).map_err(io::Error::from),
+    };
+    for (name, text, temporary, path) in &beside {
+        let put = if synced.is_ok() && outcome.is_ok() {
+            fs::rename(temporary, path)
+        } else {
+            // All or nothing: it takes space that is wanted elsewhere.
+            fs::remove_file(temporary)
+        };
+        match put {
+            Ok(()) if synced.is_ok() && outcome.is_ok() => {
+                written.insert((*name).clone(), Arc::clone(text));
+            }
+            Ok(()) => {}
+            Err(problem) => outcome = Err(problem),
+        }
+    }
+    outcome.and(synced)?;
+    let mut removed = false;
+    for name in policy_file_names(dir)? {
+        if !texts.contains_key(&name) {
+            fs::remove_file(dir.join(&name))?;
+            written.remove(&name);
+            removed = true;
+        }
+    }
+    if removed || !beside.is_empty() {
+        sync_dir(dir)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn texts(list: &[(&str, Option<&str>)]) -> PolicyTexts {
+        list.iter()
+            .map(|(name, text)| ((*name).to_owned(), text.map(Into::into)))
+            .collect()
+    }
+
+    #[test]
+    fn policies_are_kept_replaced_left_alone_and_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("policies");
+        let mut written = HashMap::new();
+        let mut keep =
+            |list: &[(&str, Option<&str>)]| keep_policies(&dir, &texts(list), &mut written).unwrap();
+        keep(&[("a.yaml", Some("a")), ("b.yaml", Some("b"))]);
+        keep(&[("a.yaml", Some("c")), ("b.yaml", None)]);
+        let read = |name| kept::read(&dir.join(name)).ok();
+        assert_eq!(
+            (read("a.yaml").as_deref(), read("b.yaml").as_deref()),
+            (Some("c"), Some("b"))
+        );
+        let many: Vec<String> = (0..40).map(|n| format!("{n}.yaml")).collect();
+        let many: Vec<(&str, Option<&str>)> = many.iter().map(|name| (name.as_str(), Some("x"))).collect();
+        keep(&many);
+        assert_eq!((read("a.yaml"), read("39.yaml").as_deref()), (None, Some("x")));
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 40);
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_told_and_written_when_it_can_be() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("state");
+        // A directory stands where the file is to be, which root cannot replace by a file either.
+        fs::create_dir_all(dir.join(STATE).join("x")).unwrap();
+        let keeper = Keeper::start(&dir).unwrap();
+        keeper.state("{}".to_owned());
+        keeper.config("[node]".to_owned());
+        let problem = keeper.flush().unwrap_err();
+        assert!(problem.contains("state.json: "), "{problem}");
+        assert_eq!(keeper.problem(), Some(problem));
+        assert_eq!(kept::read(&dir.join(CONFIG)).unwrap(), "[node]");
+        fs::remove_dir_all(dir.join(STATE)).unwrap();
+        let until = std::time::Instant::now() + TRY_AGAIN * 4;
+        while keeper.problem().is_some() {
+            assert!(std::time::Instant::now() < until, "{:?}", keeper.problem());
+            thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(kept::read(&dir.join(STATE)).unwrap(), "{}");
+        keeper.flush().unwrap();
+    }
+}

@@ -1,0 +1,116 @@
+//! The last good configuration, for a start that finds the file broken. Without it nothing would be guarded: which
+//! interfaces and endpoints there are stands nowhere else.
+
+use std::{
+    env, fs, io,
+    path::{Path, PathBuf},
+};
+
+use super::{keeper::CONFIG, kept, places::private_dir};
+use crate::config::{Config, DEFAULT_STATE_DIR};
+
+/// Says of which file a copy is.
+const OF: &str = "# last good content of ";
+
+/// What is kept of a configuration.
+pub fn text(config: &Config) -> String {
+    format!("{OF}{}\n{}", config.path.display(), config.text)
+}
+
+/// The last good configuration of a file that is broken or missing, and where it was found. If there is none: why,
+/// for each place that was looked at.
+pub fn find(path: &Path) -> Result<(Config, PathBuf), Vec<String>> {
+    let broken = fs::read(path).unwrap_or_default();
+    let mut problems = Vec::new();
+    for dir in state_dirs(&String::from_utf8_lossy(&broken)) {
+        match read(&dir, path) {
+            Ok(config) => return Ok((config, dir.join(CONFIG))),
+            Err(problem) => problems.push(problem),
+        }
+    }
+    Err(problems)
+}
+
+/// Where the state may be kept: where the broken file says, if that can be read; where the service manager says
+/// (systemd.exec(5), StateDirectory=); where it is by default.
+fn state_dirs(broken: &str) -> Vec<PathBuf> {
+    let managed = env::var_os("STATE_DIRECTORY")
+        .map(PathBuf::from)
+        .filter(|dir| dir.is_absolute());
+    let mut dirs = Vec::new();
+    for dir in [
+        Config::state_dir_of(broken),
+        managed,
+        Some(DEFAULT_STATE_DIR.into()),
+    ]
+    .into_iter()
+    .flatten()
+    {
+        if !dirs.contains(&dir) {
+            dirs.push(dir);
+        }
+    }
+    dirs
+}
+
+fn read(dir: &Path, path: &Path) -> Result<Config, String> {
+    let copy = dir.join(CONFIG);
+    let shown = copy.display();
+    if !dir.is_dir() {
+        return Err(format!("{shown}: no last good configuration is kept there"));
+    }
+    // What another user could have written is no configuration of root's.
+    private_dir(dir, "[node] state_dir").map_err(|refusal| refusal.to_string())?;
+    let content = kept::read(&copy).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => format!("{shown}: no last good configuration is kept there"),
+        _ => format!("{shown}: cannot be used: {error}"),
+    })?;
+    let of = content.lines().next().and_then(|line| line.strip_prefix(OF));
+    if of != Some(&*path.display().to_string()) {
+        return Err(format!(
+            "{shown}: is kept of another file ({})",
+            of.unwrap_or("which is not named")
+        ));
+    }
+    // Without the first line, so that messages about it have the lines of the file.
+    let text = content.split_once('\n').map_or("", |(_, text)| text);
+    Config::parse(path, text).map_err(|errors| {
+        let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        format!("{shown}: this version cannot read it: {}", lines.join("; "))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "[node]\nname = \"n\"\n[[interface]]\nname = \"eth0\"\nrole = \"host\"\n";
+
+    #[test]
+    fn the_last_good_configuration_is_found_by_what_can_be_read_of_the_broken_one() {
+        let root = tempfile::tempdir().unwrap();
+        let (path, dir) = (root.path().join("palisade.toml"), root.path().join("state"));
+        fs::create_dir(&dir).unwrap();
+        let config = Config::parse(&path, GOOD).unwrap();
+        let keep = |text: &str| fs::write(dir.join(CONFIG), kept::seal(text)).unwrap();
+        keep(&text(&config));
+        for broken in [
+            format!("[node]\nstate_dir = {dir:?}\n[[interface]]\nnam = \"eth0\"\n"),
+            format!("[node]\nstate_dir = {dir:?}\n[[interface\n"),
+        ] {
+            fs::write(&path, broken).unwrap();
+            let (found, from) = find(&path).unwrap();
+            assert_eq!((found, from), (config.clone(), dir.join(CONFIG)));
+        }
+        // Of another file, cut short, of another version: not used, and each time it is said why.
+        keep(&text(&config).replace("palisade.toml", "other.toml"));
+        assert!(find(&path).unwrap_err()[0].contains("of another file"));
+        keep(&text(&config).replace("role", "roll"));
+        assert!(find(&path).unwrap_err()[0].contains("this version cannot read it"));
+        let whole = fs::read(dir.join(CONFIG)).unwrap();
+        fs::write(dir.join(CONFIG), &whole[..whole.len() - 3]).unwrap();
+        assert!(find(&path).unwrap_err()[0].contains("truncated"));
+        fs::remove_file(dir.join(CONFIG)).unwrap();
+        assert!(find(&path).unwrap_err()[0].contains("no last good configuration"));
+    }
+}

@@ -1,0 +1,462 @@
+//! The daemon among users and files that mean it no good: directories that another user made first, a second daemon,
+//! a disk that is full, files that a power failure has cut short.
+
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt as _, chown},
+    path::PathBuf,
+    process::{Command, Output},
+    time::Duration,
+};
+
+use palisade_testbed::{
+    Daemon,
+    daemon::Settings,
+    ns::wait_until,
+    process::{Process, output},
+};
+use palisade_tests::{World, with_peers, world};
+use serde_json::Value;
+
+const FROM_FRONT: &str = "apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: from-front}
+spec:
+  endpointSelector: {matchLabels: {app: back}}
+  ingress:
+  - fromEndpoints: [{matchLabels: {app: front}}]
+";
+
+const ONLY_FRONT: &str = "front -> back tcp/80 open\ndb -> back tcp/80 drop";
+const NOBODY: &str = "front -> back tcp/80 drop\ndb -> back tcp/80 drop";
+const EVERYBODY: &str = "front -> back tcp/80 open\ndb -> back tcp/80 open";
+/// An unprivileged user.
+const USER: u32 = 65_534;
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn prepared(world: &World, tables: &str, policies: &[(&str, &str)]) -> Daemon {
+    let settings = Settings {
+        tables: tables.to_owned(),
+        ..Settings::default()
+    };
+    Daemon::prepare(&world.topology, &with_peers(settings), policies).expect("a daemon")
+}
+
+fn beside(daemon: &Daemon, name: &str) -> PathBuf {
+    daemon.config().with_file_name(name)
+}
+
+fn change_config(daemon: &Daemon, from: &str, to: &str) {
+    let text = fs::read_to_string(daemon.config()).expect("configuration");
+    assert!(text.contains(from), "{from} is not in {text}");
+    fs::write(daemon.config(), text.replacen(from, to, 1)).expect("configuration");
+}
+
+/// Puts a line into the table `[node]`.
+fn set_node(daemon: &Daemon, line: &str) {
+    change_config(daemon, "[node]\n", &format!("[node]\n{line}\n"));
+}
+
+/// What the daemon that does not start says.
+fn refusal(daemon: &mut Daemon) -> String {
+    daemon.spawn().expect("spawn");
+    let error = daemon.wait().expect_err("it has started");
+    format!("{error:#}")
+}
+
+/// Starts it as after a boot: nothing is pinned.
+fn boot(daemon: &mut Daemon) {
+    daemon.spawn().expect("spawn");
+    daemon
+        .wait()
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.log()));
+}
+
+fn lines(status: &Value, list: &str) -> String {
+    let lines = status[list].as_array().into_iter().flatten();
+    lines.filter_map(Value::as_str).collect::<Vec<_>>().join("\n")
+}
+
+fn text(output: &Output) -> String {
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
+}
+
+/// A mount namespace of its own, for as long as this lives.
+struct Mounts(Process);
+
+impl Mounts {
+    /// `script` mounts what is wanted.
+    fn new(daemon: &Daemon, script: &str) -> Self {
+        let mut command = Command::new("unshare");
+        let ready = beside(daemon, "mounted");
+        command
+            .args(["-m", "sh", "-ec"])
+            .arg(format!("{script}\ntouch {}\nexec sleep 600", ready.display()));
+        let process = Process::spawn("mounts", command, &beside(daemon, "")).expect("unshare");
+        let mounts = Self(process);
+        wait_until("the mounts are there", PATIENCE, || ready.exists())
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", mounts.0.log()));
+        mounts
+    }
+
+    fn enter(&self) -> Vec<String> {
+        ["nsenter", &format!("--mount=/proc/{}/ns/mnt", self.0.pid()), "--"]
+            .map(str::to_owned)
+            .to_vec()
+    }
+
+    fn run(&self, script: &str) -> Output {
+        let [nsenter, mount, rest] = self.enter().try_into().expect("three");
+        let mut command = Command::new(nsenter);
+        command.args([mount.as_str(), &rest, "sh", "-c", script]);
+        output(&mut command, PATIENCE).expect("nsenter")
+    }
+}
+
+/// Does something as the unprivileged user.
+fn as_user(script: &str) -> String {
+    format!("setpriv --reuid={USER} --regid={USER} --clear-groups sh -c '{script}'")
+}
+
+#[test]
+fn a_pin_directory_that_an_unprivileged_user_made_first_is_refused() {
+    let world = world();
+    let mut daemon = prepared(&world, "", &[("front.yaml", FROM_FRONT)]);
+    let pins = daemon.pins().display().to_string();
+    for (made, says) in [
+        (as_user(&format!("mkdir {pins}")), pins.clone()),
+        // A directory of root in which the user made one before root closed it.
+        (
+            format!(
+                "mkdir -m 1777 {pins}\n{}",
+                as_user(&format!("mkdir -m 777 {pins}/links"))
+            ),
+            format!("{pins}/links"),
+        ),
+    ] {
+        let mounts = Mounts::new(
+            &daemon,
+            &format!("mount -t bpf -o mode=1777 bpf /sys/fs/bpf\n{made}"),
+        );
+        daemon.start_through(mounts.enter());
+        let refusal = refusal(&mut daemon);
+        assert!(
+            refusal.contains(&format!("{says} belongs to user {USER}")) && refusal.contains("pin_dir"),
+            "{refusal}"
+        );
+        fs::remove_file(beside(&daemon, "mounted")).expect("mark");
+    }
+    // One that everybody may write, without the sticky bit, lets everybody exchange the directory.
+    let mounts = Mounts::new(&daemon, "mount -t bpf -o mode=0777 bpf /sys/fs/bpf");
+    daemon.start_through(mounts.enter());
+    let refusal = refusal(&mut daemon);
+    assert!(
+        refusal.contains("/sys/fs/bpf can be written by other users"),
+        "{refusal}"
+    );
+}
+
+#[test]
+fn an_unprivileged_user_cannot_unpin_what_is_attached_on_a_bpffs_that_everybody_may_write() {
+    let world = world();
+    let mut daemon = prepared(&world, "", &[("front.yaml", FROM_FRONT)]);
+    let mounts = Mounts::new(&daemon, "mount -t bpf -o mode=1777 bpf /sys/fs/bpf");
+    daemon.start_through(mounts.enter());
+    boot(&mut daemon);
+    world.expect(&daemon, ONLY_FRONT);
+    let pins = daemon.pins().display();
+    for attempt in [
+        format!("ls {pins}"),
+        format!("rm -rf {pins}; test ! -e {pins}"),
+        format!("mv {pins} {pins}-away"),
+        format!("mkdir {pins}/x"),
+    ] {
+        let done = mounts.run(&as_user(&attempt));
+        assert!(!done.status.success(), "{attempt}: {}", text(&done));
+    }
+    let modes = mounts.run(&format!("find {pins} -type d ! -perm 700 -o ! -uid 0"));
+    assert_eq!(text(&modes), "");
+    world.expect(&daemon, ONLY_FRONT);
+    daemon.kill9().expect("kill");
+    boot(&mut daemon);
+    world.expect(&daemon, ONLY_FRONT);
+}
+
+#[test]
+fn a_state_directory_or_socket_directory_that_another_user_can_change_is_refused() {
+    let world = world();
+    let mut daemon = prepared(&world, "", &[]);
+    let state = beside(&daemon, "state");
+    fs::create_dir(&state).expect("state");
+    chown(&state, Some(USER), None).expect("chown");
+    let said = refusal(&mut daemon);
+    assert!(
+        said.contains("state_dir") && said.contains(&format!("user {USER}")),
+        "{said}"
+    );
+    chown(&state, Some(0), None).expect("chown");
+    // A link of another user, as it can be put into /tmp.
+    fs::remove_dir(&state).expect("state");
+    std::os::unix::fs::symlink("/var", &state).expect("link");
+    std::os::unix::fs::lchown(&state, Some(USER), None).expect("chown");
+    let said = refusal(&mut daemon);
+    assert!(said.contains("a link of user"), "{said}");
+    fs::remove_file(&state).expect("state");
+
+    let open = beside(&daemon, "open");
+    fs::create_dir(&open).expect("directory");
+    fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).expect("chmod");
+    let socket = daemon.socket();
+    change_config(
+        &daemon,
+        &format!("{socket:?}"),
+        &format!("{:?}", open.join("palisade.sock")),
+    );
+    let said = refusal(&mut daemon);
+    assert!(
+        said.contains("socket") && said.contains("can be written by other users"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_second_daemon_takes_neither_the_socket_nor_the_pins_of_the_first() {
+    let world = world();
+    let daemon = world
+        .daemon(Settings::default(), &[("front.yaml", FROM_FRONT)])
+        .expect("daemon");
+    for shared in ["socket", "pin_dir"] {
+        let mut second = prepared(&world, "[worker]\ninterface = \"second\"\n", &[]);
+        let (its, ours) = if shared == "socket" {
+            (second.socket(), daemon.socket())
+        } else {
+            (second.pins().to_owned(), daemon.pins().to_owned())
+        };
+        change_config(&second, &format!("{its:?}"), &format!("{ours:?}"));
+        let said = refusal(&mut second);
+        assert!(
+            said.contains("another palisade daemon") && said.contains(&format!("[node] {shared}")),
+            "{said}"
+        );
+        // Nor does a command that detaches without a daemon.
+        if shared == "pin_dir" {
+            let detach = second.try_cli(&["stop", "--detach"]).expect("stop");
+            assert!(
+                !detach.status.success() && text(&detach).contains("another palisade daemon"),
+                "{}",
+                text(&detach)
+            );
+        }
+        daemon.status().expect("the first daemon answers");
+        world.expect(&daemon, ONLY_FRONT);
+    }
+    let lock = format!("{}.lock", daemon.socket().display());
+    assert!(fs::metadata(lock).is_ok());
+}
+
+/// A state directory on a file system of its own, which can be filled.
+fn small_disk(daemon: &Daemon) -> (Mounts, String) {
+    let state = beside(daemon, "state");
+    fs::create_dir_all(&state).expect("state");
+    let state = state.display().to_string();
+    let mounts = Mounts::new(
+        daemon,
+        &format!("mount -t tmpfs -o size=1m,mode=700 none {state}"),
+    );
+    (mounts, state)
+}
+
+fn fill(state: &str) -> String {
+    format!(
+        "dd if=/dev/zero of={state}/filler bs=4k 2>/dev/null; test $(df --output=avail {state} | tail -1) = 0"
+    )
+}
+
+#[test]
+fn a_setting_that_cannot_be_kept_fails_is_told_and_is_written_when_there_is_room() {
+    let world = world();
+    let mut daemon = prepared(&world, "", &[("front.yaml", FROM_FRONT)]);
+    let (mounts, state) = small_disk(&daemon);
+    daemon.start_through(mounts.enter());
+    boot(&mut daemon);
+    daemon
+        .wait_status("everything is kept", |status| {
+            lines(status, "warnings").is_empty()
+                && mounts
+                    .run(&format!("test -e {state}/config.kept"))
+                    .status
+                    .success()
+        })
+        .expect("status");
+    let full = mounts.run(&fill(&state));
+    assert!(full.status.success(), "{}", text(&full));
+    let set = daemon
+        .try_cli(&["endpoint", "config", "default/back", "PolicyAuditMode=Enabled"])
+        .expect("endpoint config");
+    assert!(!set.status.success(), "{}", text(&set));
+    let said = text(&set);
+    assert!(
+        said.contains("state.json") && said.contains("No space left") && said.contains("NOT KEPT"),
+        "{said}"
+    );
+    let status = daemon.status().expect("status");
+    assert!(lines(&status, "warnings").contains("NOT KEPT"), "{status:#}");
+    assert!(daemon.log().contains("NOT KEPT"), "{}", daemon.log());
+    // What was there before is whole.
+    let whole = mounts.run(&format!("head -c 17 {state}/state.json; ls -A {state}"));
+    assert!(text(&whole).starts_with("# kept by palisad"), "{}", text(&whole));
+
+    mounts.run(&format!("rm {state}/filler"));
+    daemon
+        .wait_status("it is written", |status| {
+            !lines(status, "warnings").contains("NOT KEPT")
+        })
+        .expect("status");
+    daemon.kill9().expect("kill");
+    boot(&mut daemon);
+    let back = daemon
+        .json(&["endpoint", "get", "default/back"])
+        .expect("endpoint");
+    assert_eq!(back["options"]["PolicyAuditMode"], true, "{back:#}");
+}
+
+#[test]
+fn a_full_or_read_only_state_directory_does_not_leave_a_booting_node_open() {
+    let world = world();
+    let mut daemon = prepared(&world, "", &[("front.yaml", FROM_FRONT)]);
+    let (mounts, state) = small_disk(&daemon);
+    daemon.start_through(mounts.enter());
+    for (trouble, what) in [
+        (fill(&state), "No space left"),
+        (format!("mount -o remount,ro {state}"), "Read-only file system"),
+    ] {
+        let done = mounts.run(&trouble);
+        assert!(done.status.success(), "{}", text(&done));
+        boot(&mut daemon);
+        world.expect(&daemon, ONLY_FRONT);
+        let status = daemon
+            .wait_status("it is told", |status| lines(status, "warnings").contains(what))
+            .expect("status");
+        assert!(lines(&status, "warnings").contains(&state), "{status:#}");
+        daemon.detach().expect("detach");
+    }
+}
+
+#[test]
+fn a_broken_configuration_at_boot_leaves_the_last_good_one_in_force() {
+    let world = world();
+    let mut daemon = prepared(&world, "", &[("front.yaml", FROM_FRONT)]);
+    boot(&mut daemon);
+    daemon.detach().expect("detach");
+    let good = fs::read_to_string(daemon.config()).expect("configuration");
+    let line = good
+        .lines()
+        .position(|line| line == "[[interface]]")
+        .expect("a NIC")
+        + 1;
+
+    for broken in [
+        good.replacen("[[interface]]", "[[interface", 1),
+        good.replacen("role =", "roll =", 1),
+    ] {
+        fs::write(daemon.config(), broken).expect("configuration");
+        boot(&mut daemon);
+        world.expect(&daemon, ONLY_FRONT);
+        let status = daemon.status().expect("status");
+        let warnings = lines(&status, "warnings");
+        assert!(
+            warnings.contains("the configuration is BROKEN") && warnings.contains("palisade.toml:"),
+            "{status:#}"
+        );
+        assert!(daemon.log().contains(&format!("palisade.toml:{line}:")) || warnings.contains("role"));
+        daemon.detach().expect("detach");
+    }
+    // The policies come from their last good copies too.
+    daemon
+        .write("front.yaml", "apiVersion: cilium.io/v2\nkind: [\n")
+        .expect("policy");
+    boot(&mut daemon);
+    world.expect(&daemon, ONLY_FRONT);
+    // Mended: no start is needed.
+    fs::write(daemon.config(), &good).expect("configuration");
+    daemon.cli(&["reload"]).expect("reload");
+    let status = daemon.status().expect("status");
+    assert!(!lines(&status, "warnings").contains("BROKEN"), "{status:#}");
+    world.expect(&daemon, ONLY_FRONT);
+    daemon.detach().expect("detach");
+
+    // A copy that is not whole is not used, and named.
+    let kept = beside(&daemon, "state/config.kept");
+    let whole = fs::read(&kept).expect("copy");
+    fs::write(daemon.config(), good.replacen("[[interface]]", "[[interface", 1)).expect("configuration");
+    for content in [&whole[..whole.len() - 40], &vec![0; whole.len()], &[]] {
+        fs::write(&kept, content).expect("copy");
+        let said = refusal(&mut daemon);
+        assert!(
+            said.contains(&*kept.to_string_lossy())
+                && said.contains("truncated")
+                && said.contains("EVERYTHING PASSES"),
+            "{said}"
+        );
+    }
+    fs::write(&kept, whole).expect("copy");
+    boot(&mut daemon);
+    world.expect(&daemon, ONLY_FRONT);
+}
+
+#[test]
+fn without_any_policy_that_can_be_had_the_node_is_open_or_closed_as_configured() {
+    let world = world();
+    for (setting, reach) in [("", EVERYBODY), ("on_failure = \"closed\"", NOBODY)] {
+        let mut daemon = prepared(&world, "", &[]);
+        set_node(&daemon, setting);
+        let policies = daemon.policies();
+        fs::remove_dir(&policies).expect("folder");
+        daemon.spawn().expect("spawn");
+        let status = daemon
+            .wait_status("it is told", |status| {
+                lines(status, "missing").contains("[node] on_failure")
+            })
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.log()));
+        assert_eq!(status["ready"], false);
+        assert!(
+            lines(&status, "missing").contains(&*policies.to_string_lossy()),
+            "{status:#}"
+        );
+        world.expect(&daemon, reach);
+        fs::create_dir(&policies).expect("folder");
+        daemon.write("front.yaml", FROM_FRONT).expect("policy");
+        daemon
+            .wait_status("the folder is read", |status| status["ready"] == true)
+            .expect("status");
+        world.expect(&daemon, ONLY_FRONT);
+        world.expect(&daemon, "front -> db tcp/80 open");
+    }
+}
+
+#[test]
+fn a_policy_that_was_lost_closes_the_node_only_if_configured() {
+    let world = world();
+    let broken = "apiVersion: cilium.io/v2\nkind: [\n";
+    for (setting, reach) in [
+        ("", "front -> db tcp/80 open"),
+        ("on_failure = \"closed\"", "front -> db tcp/80 drop"),
+    ] {
+        let mut daemon = prepared(&world, "", &[("front.yaml", FROM_FRONT), ("db.yaml", broken)]);
+        set_node(&daemon, setting);
+        daemon.spawn().expect("spawn");
+        daemon
+            .wait_status("it is told", |status| {
+                lines(status, "missing").contains("db.yaml: broken since")
+            })
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.log()));
+        world.expect(&daemon, reach);
+        daemon.apply(&[("front.yaml", FROM_FRONT)]).expect("apply");
+        world.expect(&daemon, ONLY_FRONT);
+        world.expect(&daemon, "front -> db tcp/80 open");
+    }
+}
