@@ -3,10 +3,13 @@
 
 use std::{
     fs,
-    os::unix::fs::{PermissionsExt as _, chown},
+    os::unix::{
+        fs::{PermissionsExt as _, chown},
+        net::UnixDatagram,
+    },
     path::PathBuf,
     process::{Command, Output},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use palisade_testbed::{
@@ -151,7 +154,7 @@ fn a_pin_directory_that_an_unprivileged_user_made_first_is_refused() {
         fs::remove_file(beside(&daemon, "mounted")).expect("mark");
     }
     // One that everybody may write, without the sticky bit, lets everybody exchange the directory.
-    let mounts = Mounts::new(&daemon, "mount -t bpf -o mode=0777 bpf /sys/fs/bpf");
+    let mounts = Mounts::new(&daemon, "mount -t bpf bpf /sys/fs/bpf\nchmod 0777 /sys/fs/bpf");
     daemon.start_through(mounts.enter());
     let refusal = refusal(&mut daemon);
     assert!(
@@ -287,7 +290,9 @@ fn a_setting_that_cannot_be_kept_fails_is_told_and_is_written_when_there_is_room
         .wait_status("everything is kept", |status| {
             lines(status, "warnings").is_empty()
                 && mounts
-                    .run(&format!("test -e {state}/config.kept"))
+                    .run(&format!(
+                        "cd {state} && test -e config.kept && test -e state.json"
+                    ))
                     .status
                     .success()
         })
@@ -459,4 +464,109 @@ fn a_policy_that_was_lost_closes_the_node_only_if_configured() {
         world.expect(&daemon, ONLY_FRONT);
         world.expect(&daemon, "front -> db tcp/80 open");
     }
+}
+
+#[test]
+fn no_command_waits_for_a_daemon_that_hangs() {
+    let world = world();
+    let daemon = world
+        .daemon(Settings::default(), &[("front.yaml", FROM_FRONT)])
+        .expect("daemon");
+    let pid = daemon.pid().expect("it runs");
+    let signal = |signal: &str| {
+        let sent = Command::new("kill").args([signal, &pid.to_string()]).status();
+        assert!(sent.expect("kill").success());
+    };
+    let started = Instant::now();
+    let mut follower = daemon.command(&["observe", "--follow"]);
+    let follower = Process::spawn(
+        "follower",
+        {
+            follower.env("RUST_BACKTRACE", "0");
+            follower
+        },
+        &beside(&daemon, ""),
+    );
+    let mut follower = follower.expect("observe");
+    std::thread::sleep(Duration::from_secs(1));
+    signal("-STOP");
+    let commands: [&[&str]; 8] = [
+        &["status"],
+        &["status", "--wait", "3s"],
+        &["observe"],
+        &["policy", "get"],
+        &["endpoint", "config", "default/back", "PolicyAuditMode=Enabled"],
+        &["reload"],
+        &["stop"],
+        &["stop", "--detach"],
+    ];
+    std::thread::scope(|scope| {
+        for args in commands {
+            let mut command = daemon.command(args);
+            scope.spawn(move || {
+                let begun = Instant::now();
+                let done = output(&mut command, PATIENCE).expect("a command");
+                let (took, said) = (begun.elapsed(), text(&done));
+                let most = if args.contains(&"3s") { 8 } else { 20 };
+                assert!(took < Duration::from_secs(most), "{args:?} took {took:?}: {said}");
+                assert_eq!(done.status.code(), Some(3), "{args:?}: {said}");
+                assert!(
+                    said.contains(&format!("process {pid}")) && said.contains("goes on enforcing"),
+                    "{args:?}: {said}"
+                );
+            });
+        }
+    });
+    let ended = follower.wait(PATIENCE).expect("it notices");
+    assert_eq!(ended.code(), Some(3), "{}", follower.log());
+    // What is attached does not need the daemon.
+    assert_eq!(world.check(ONLY_FRONT).expect("check"), [""; 0]);
+    signal("-CONT");
+    let status = daemon.status().expect("it answers again");
+    // The commands that were given up changed nothing afterwards.
+    assert!(status["uptime"].as_u64() <= Some(started.elapsed().as_secs() + 30));
+    let back = daemon
+        .json(&["endpoint", "get", "default/back"])
+        .expect("endpoint");
+    assert_eq!(back["options"]["PolicyAuditMode"], false, "{back:#}");
+    world.expect(&daemon, ONLY_FRONT);
+}
+
+#[test]
+fn the_watchdog_is_fed_while_the_daemon_lives_and_not_while_it_hangs() {
+    let world = world();
+    let mut daemon = prepared(&world, "", &[]);
+    let path = beside(&daemon, "notify");
+    let socket = UnixDatagram::bind(&path).expect("notify socket");
+    socket
+        .set_read_timeout(Some(Duration::from_millis(900)))
+        .expect("timeout");
+    let heard = || {
+        let mut buffer = [0; 512];
+        let length = socket.recv(&mut buffer).unwrap_or(0);
+        String::from_utf8_lossy(&buffer[..length]).into_owned()
+    };
+    daemon.start_through(
+        [
+            "env",
+            &format!("NOTIFY_SOCKET={}", path.display()),
+            "WATCHDOG_USEC=400000",
+        ]
+        .map(str::to_owned)
+        .to_vec(),
+    );
+    boot(&mut daemon);
+    wait_until("it is ready", PATIENCE, || heard().contains("READY=1")).expect("READY=1");
+    let mut fed = 0;
+    for _ in 0..20 {
+        fed += u32::from(heard().contains("WATCHDOG=1"));
+    }
+    assert!(fed > 10, "{fed}");
+    let pid = daemon.pid().expect("it runs").to_string();
+    let signal = |signal: &str| Command::new("kill").args([signal, &pid]).status().expect("kill");
+    signal("-STOP");
+    while !heard().is_empty() {}
+    assert_eq!(heard(), "");
+    signal("-CONT");
+    wait_until("it is fed again", PATIENCE, || heard().contains("WATCHDOG=1")).expect("WATCHDOG=1");
 }

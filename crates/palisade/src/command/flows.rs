@@ -89,7 +89,7 @@ fn stream(
                 out.flush()?;
                 eprintln!("palisade: {count} flows were overwritten before they could be shown");
             }
-            Some(Answer::Ok(_)) => return Ok(DONE),
+            Some(Answer::Ok(_) | Answer::Alive) => return Ok(DONE),
             Some(Answer::Error(message)) => bail!(message),
             None if follow => {
                 bail!("the daemon has ended, or this command did not read fast enough and was cut off")

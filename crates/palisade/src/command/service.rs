@@ -21,7 +21,7 @@ use crate::{
     config::Config,
     control::{
         api::{PolicyFileState, Request, Status, Workers},
-        client::{Client, ClientError, ask},
+        client::{Client, ClientError, ask, ask_within},
     },
     daemon, duration,
     table::Table,
@@ -104,7 +104,8 @@ pub fn status(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::
     };
     let until = Instant::now() + wait;
     loop {
-        let answer = ask::<Status>(socket, &Request::Status);
+        let left = until.saturating_duration_since(Instant::now());
+        let answer = ask_within::<Status>(socket, &Request::Status, left);
         let late = Instant::now() >= until;
         match answer {
             Ok(status) if status.ready => return show(&status, output, write_status),
@@ -118,8 +119,10 @@ pub fn status(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::
                 }
                 return Ok(NO);
             }
-            // The daemon may be about to start.
-            Err(ClientError::NotRunning { .. } | ClientError::Broken(_)) if !late => {}
+            // The daemon may be about to start, or to come to itself.
+            Err(ClientError::NotRunning { .. } | ClientError::Broken(_) | ClientError::Hangs { .. })
+            | Err(ClientError::Refused(_))
+                if !late => {}
             Err(error) => return Err(error.into()),
             Ok(_) => {}
         }
@@ -147,7 +150,6 @@ pub fn reload(config: &Path, socket: &Path) -> anyhow::Result<u8> {
 pub fn stop(config: &Path, socket: &Path, detach: bool) -> anyhow::Result<u8> {
     match Client::send(socket, &Request::Stop { detach }) {
         Ok(client) => {
-            client.set_timeout(STOP_DEADLINE)?;
             client.answer::<serde_json::Value>()?;
             daemon_ended(socket)
         }

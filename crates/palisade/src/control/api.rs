@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
+    /// Nothing: whether anything is answered at all.
+    Ping,
     /// [`Status`].
     Status,
     /// Ends the daemon; with `detach` everything that it attached goes too.
@@ -116,6 +118,8 @@ pub enum Answer {
     Flow(Box<Flow>),
     /// So many flows were overwritten before this client could read them.
     Lost(u64),
+    /// The stream goes on, there is just nothing to send.
+    Alive,
 }
 
 /// What `palisade status` shows.

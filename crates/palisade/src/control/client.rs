@@ -2,17 +2,36 @@
 
 use std::{
     io::{self, BufRead as _, BufReader, Write as _},
-    os::unix::net::UnixStream,
+    os::{fd::AsRawFd as _, unix::net::UnixStream},
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use nix::{
+    errno::Errno,
+    sys::{
+        socket::{
+            AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, setsockopt, socket,
+            sockopt::{PeerCredentials, SendTimeout},
+        },
+        time::{TimeVal, TimeValLike as _},
+    },
+    unistd::geteuid,
+};
 use serde::de::DeserializeOwned;
 
 use super::{
     MAX_ANSWER,
     api::{Answer, Request},
 };
+
+/// The daemon accepts a connection and a request by then, and sends each line of an answer that needs nothing but
+/// what it knows.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// What changes something may have to wait for the control thread, which gives up itself after a minute.
+const CHANGE_PATIENCE: Duration = Duration::from_secs(70);
+/// The least that a daemon that lives is given.
+const LEAST_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +54,25 @@ pub enum ClientError {
         /// What connecting gave.
         error: io::Error,
     },
+    /// A process of another user listens at the socket.
+    #[error("{socket}: belongs to a process of user {uid}, not to a daemon of root: remove it")]
+    NotRoot {
+        /// The socket.
+        socket: PathBuf,
+        /// The user.
+        uid: u32,
+    },
+    /// The daemon is there and does not answer.
+    #[error(
+        "the daemon (process {pid}) has not answered for {:.1} s: it hangs, is stopped, or the node is overloaded. What \
+         it attached goes on enforcing the last policy. `systemctl restart palisade` starts it anew", waited.as_secs_f64()
+    )]
+    Hangs {
+        /// The daemon's process, as the socket names it.
+        pid: i32,
+        /// How long it was waited.
+        waited: Duration,
+    },
     /// The connection broke, or what came is not the protocol.
     #[error("the daemon's answer cannot be read: {0}")]
     Broken(io::Error),
@@ -47,44 +85,122 @@ pub enum ClientError {
 #[derive(Debug)]
 pub struct Client {
     reader: BufReader<UnixStream>,
+    pid: i32,
+    /// How long to wait for each line.
+    patience: Duration,
 }
 
 impl Client {
     /// Connects and sends the request.
     pub fn send(socket: &Path, request: &Request) -> Result<Self, ClientError> {
-        let stream = UnixStream::connect(socket).map_err(|error| {
-            let socket = socket.to_owned();
-            match error.kind() {
-                io::ErrorKind::PermissionDenied => ClientError::NotPermitted { socket, error },
-                _ => ClientError::NotRunning { socket, error },
-            }
-        })?;
-        let mut line = serde_json::to_vec(request).map_err(|error| ClientError::Broken(error.into()))?;
-        line.push(b'\n');
-        (&stream).write_all(&line).map_err(ClientError::Broken)?;
-        Ok(Self {
-            reader: BufReader::new(stream),
-        })
+        let changes = matches!(
+            request,
+            Request::Stop { .. } | Request::Reload | Request::EndpointConfig { .. }
+        );
+        if changes {
+            // Whether anything is answered at all is known sooner.
+            ask_within::<serde_json::Value>(socket, &Request::Ping, PATIENCE)?;
+        }
+        Self::send_within(socket, request, if changes { CHANGE_PATIENCE } else { PATIENCE })
     }
 
-    /// How long to wait for each line; by default for ever.
-    pub fn set_timeout(&self, timeout: Duration) -> Result<(), ClientError> {
-        let stream = self.reader.get_ref();
-        stream
-            .set_read_timeout(Some(timeout))
-            .map_err(ClientError::Broken)
+    fn send_within(path: &Path, request: &Request, patience: Duration) -> Result<Self, ClientError> {
+        let begun = Instant::now();
+        let patience = patience.max(LEAST_PATIENCE);
+        let failed = |error: Errno| {
+            let (socket, error) = (path.to_owned(), io::Error::from(error));
+            match error.kind() {
+                io::ErrorKind::PermissionDenied => ClientError::NotPermitted { socket, error },
+                // The queue of connections is full and stays so.
+                io::ErrorKind::WouldBlock => ClientError::Hangs {
+                    pid: 0,
+                    waited: begun.elapsed(),
+                },
+                _ => ClientError::NotRunning { socket, error },
+            }
+        };
+        let address = UnixAddr::new(path).map_err(failed)?;
+        let socket = socket(
+            AddressFamily::Unix,
+            SockType::Stream,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )
+        .map_err(failed)?;
+        // Also how long connecting waits for room in the queue (unix(7), socket(7): SO_SNDTIMEO).
+        let send = TimeVal::milliseconds(i64::try_from(patience.min(PATIENCE).as_millis()).unwrap_or(10_000));
+        setsockopt(&socket, SendTimeout, &send).map_err(failed)?;
+        connect(socket.as_raw_fd(), &address).map_err(failed)?;
+        // What root is told here must come from root: the socket may stand where others can make one.
+        let peer = getsockopt(&socket, PeerCredentials).map_err(failed)?;
+        if peer.uid() != 0 && peer.uid() != geteuid().as_raw() {
+            return Err(ClientError::NotRoot {
+                socket: path.to_owned(),
+                uid: peer.uid(),
+            });
+        }
+        let client = Self {
+            reader: BufReader::new(UnixStream::from(socket)),
+            pid: peer.pid(),
+            patience,
+        };
+        let mut line = serde_json::to_vec(request).map_err(|error| ClientError::Broken(error.into()))?;
+        line.push(b'\n');
+        client
+            .reader
+            .get_ref()
+            .write_all(&line)
+            .map_err(|error| client.broken(error, begun))?;
+        Ok(client)
+    }
+
+    fn broken(&self, error: io::Error, since: Instant) -> ClientError {
+        match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => ClientError::Hangs {
+                pid: self.pid,
+                waited: since.elapsed(),
+            },
+            _ => ClientError::Broken(error),
+        }
     }
 
     /// The next line; `None` once the daemon has closed the connection.
     pub fn next(&mut self) -> Result<Option<Answer>, ClientError> {
+        loop {
+            let line = self.line()?;
+            if line.is_empty() {
+                return Ok(None);
+            }
+            match serde_json::from_slice(&line) {
+                Ok(Answer::Alive) => {}
+                Ok(answer) => return Ok(Some(answer)),
+                Err(error) => return Err(ClientError::Broken(error.into())),
+            }
+        }
+    }
+
+    /// A line, within the patience as a whole unless bytes keep coming.
+    fn line(&mut self) -> Result<Vec<u8>, ClientError> {
         let mut line = Vec::new();
-        let limit = MAX_ANSWER as u64;
-        let read = io::Read::take(&mut self.reader, limit).read_until(b'\n', &mut line);
-        match read.map_err(ClientError::Broken)? {
-            0 => Ok(None),
-            _ => serde_json::from_slice(&line)
-                .map(Some)
-                .map_err(|error| ClientError::Broken(error.into())),
+        loop {
+            let begun = Instant::now();
+            let set = self.reader.get_ref().set_read_timeout(Some(self.patience));
+            let read = set.and_then(|()| {
+                loop {
+                    match self.reader.fill_buf() {
+                        Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                        other => return other.map(<[u8]>::to_vec),
+                    }
+                }
+            });
+            let bytes = read.map_err(|error| self.broken(error, begun))?;
+            let end = bytes.iter().position(|byte| *byte == b'\n');
+            let taken = end.map_or(bytes.len(), |end| end + 1);
+            line.extend_from_slice(&bytes[..taken]);
+            self.reader.consume(taken);
+            if end.is_some() || taken == 0 || line.len() > MAX_ANSWER {
+                return Ok(line);
+            }
         }
     }
 
@@ -95,9 +211,9 @@ impl Client {
                 serde_json::from_value(value).map_err(|error| ClientError::Broken(error.into()))
             }
             Some(Answer::Error(message)) => Err(ClientError::Refused(message)),
-            Some(Answer::Flow(_) | Answer::Lost(_)) => Err(ClientError::Broken(io::Error::other(
-                "a stream came where one answer was expected",
-            ))),
+            Some(Answer::Flow(_) | Answer::Lost(_) | Answer::Alive) => Err(ClientError::Broken(
+                io::Error::other("a stream came where one answer was expected"),
+            )),
             None => Err(ClientError::Broken(io::ErrorKind::UnexpectedEof.into())),
         }
     }
@@ -106,4 +222,13 @@ impl Client {
 /// One request, one answer.
 pub fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> Result<T, ClientError> {
     Client::send(socket, request)?.answer()
+}
+
+/// The same, with an answer within so long or none.
+pub fn ask_within<T: DeserializeOwned>(
+    socket: &Path,
+    request: &Request,
+    patience: Duration,
+) -> Result<T, ClientError> {
+    Client::send_within(socket, request, patience.min(PATIENCE))?.answer()
 }

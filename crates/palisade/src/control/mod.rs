@@ -7,6 +7,8 @@
 //! <- {"flow":{...}}   {"lost":12}   ...              until {"ok":null}, {"error":"..."} or one side closes
 //! ```
 
+use std::time::Duration;
+
 pub mod api;
 pub mod client;
 pub mod server;
@@ -15,3 +17,5 @@ pub mod server;
 pub const MAX_ANSWER: usize = 1 << 30;
 /// The longest request: filters and trace descriptions are short.
 pub const MAX_REQUEST: usize = 64 * 1024;
+/// A client that follows is told at least so often that the daemon lives.
+pub const ALIVE: Duration = Duration::from_secs(2);

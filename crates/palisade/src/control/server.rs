@@ -46,6 +46,11 @@ const PIECE: usize = 64 * 1024;
 /// A client must take a piece of what it is sent by then.
 const WRITE_DEADLINE: Duration = Duration::from_secs(5);
 
+/// Everything that a client asked for must be done and taken by then, unless it follows.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(180);
+/// Clients that follow, at the same time: the others keep places for themselves.
+const MAX_FOLLOWERS: usize = MAX_CLIENTS - 16;
+
 /// Clients that follow flows would keep the daemon from ending.
 const LAST_MOMENT: Duration = Duration::from_millis(300);
 
@@ -60,6 +65,8 @@ pub trait Sink {
     fn flush(&mut self) -> io::Result<()>;
     /// Whether the client has gone.
     fn closed(&self) -> bool;
+    /// From now on the answer has no end. Whether there is a place for another client that follows.
+    fn follow(&mut self) -> bool;
 }
 
 /// Answers requests. Called on a thread of the client's own.
@@ -72,6 +79,7 @@ pub trait Handler: Send + Sync + 'static {
 #[derive(Debug, Default)]
 pub struct Counts {
     clients: AtomicUsize,
+    followers: AtomicUsize,
     /// Clients cut off because they did not read.
     pub slow: AtomicU64,
     /// Clients turned away because there were too many.
@@ -220,7 +228,7 @@ fn accept<H: Handler>(stream: UnixStream, handler: &Arc<H>, counts: &Arc<Counts>
     }
     let (handler, counts_of_client) = (Arc::clone(handler), Arc::clone(counts));
     let spawned = thread::Builder::new().name("client".into()).spawn(move || {
-        if let Err(error) = serve(stream, handler.as_ref()) {
+        if let Err(error) = serve(stream, handler.as_ref(), &counts_of_client) {
             if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) {
                 counts_of_client.slow.fetch_add(1, Ordering::Relaxed);
             }
@@ -238,14 +246,16 @@ fn refuse(stream: UnixStream, why: &str) {
     let mut line = serde_json::to_vec(&Answer::Error(why.to_owned())).unwrap_or_default();
     line.push(b'\n');
     // Best effort: whoever is turned away may have gone.
-    let _ = write_all(&stream, &line, Duration::from_millis(100));
+    let _ = write_all(&stream, &line, Duration::from_millis(100), None);
 }
 
-fn serve(stream: UnixStream, handler: &impl Handler) -> io::Result<()> {
+fn serve(stream: UnixStream, handler: &impl Handler, counts: &Counts) -> io::Result<()> {
     let line = read_request(&stream)?;
     let mut sink = StreamSink {
         stream,
         buffer: Vec::new(),
+        until: Some(Instant::now() + ANSWER_DEADLINE),
+        counts,
     };
     match line {
         Line::Request(line) => match serde_json::from_slice::<Request>(&line) {
@@ -297,9 +307,15 @@ fn read_request(stream: &UnixStream) -> io::Result<Line> {
 
 /// Writes all of it, a piece at a time, each within the deadline as a whole: a client that takes a byte now and
 /// then is slow all the same.
-fn write_all(mut stream: &UnixStream, bytes: &[u8], deadline: Duration) -> io::Result<()> {
+fn write_all(
+    mut stream: &UnixStream,
+    bytes: &[u8],
+    deadline: Duration,
+    at_last: Option<Instant>,
+) -> io::Result<()> {
     for piece in bytes.chunks(PIECE) {
         let until = Instant::now() + deadline;
+        let until = at_last.map_or(until, |at_last| until.min(at_last));
         let mut rest = piece;
         while !rest.is_empty() {
             let left = until.saturating_duration_since(Instant::now());
@@ -318,12 +334,23 @@ fn write_all(mut stream: &UnixStream, bytes: &[u8], deadline: Duration) -> io::R
     Ok(())
 }
 
-struct StreamSink {
+struct StreamSink<'a> {
     stream: UnixStream,
     buffer: Vec<u8>,
+    /// The whole answer must be taken by then; `None`: the client follows.
+    until: Option<Instant>,
+    counts: &'a Counts,
 }
 
-impl Sink for StreamSink {
+impl Drop for StreamSink<'_> {
+    fn drop(&mut self) {
+        if self.until.is_none() {
+            self.counts.followers.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Sink for StreamSink<'_> {
     fn send(&mut self, answer: &Answer) -> io::Result<()> {
         self.queue(answer)?;
         self.flush()
@@ -340,9 +367,21 @@ impl Sink for StreamSink {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        let written = write_all(&self.stream, &self.buffer, WRITE_DEADLINE);
+        let written = write_all(&self.stream, &self.buffer, WRITE_DEADLINE, self.until);
         self.buffer.clear();
         written
+    }
+
+    fn follow(&mut self) -> bool {
+        if self.until.is_none() {
+            return true;
+        }
+        if self.counts.followers.fetch_add(1, Ordering::SeqCst) >= MAX_FOLLOWERS {
+            self.counts.followers.fetch_sub(1, Ordering::SeqCst);
+            return false;
+        }
+        self.until = None;
+        true
     }
 
     fn closed(&self) -> bool {
@@ -370,6 +409,7 @@ mod tests {
             let flood = matches!(&request, Request::Observe(_));
             self.0.lock().unwrap().push(request);
             if flood {
+                assert!(sink.follow());
                 let big = Answer::Ok("x".repeat(1 << 16).into());
                 while !sink.closed() {
                     sink.send(&big)?;

@@ -9,7 +9,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
         mpsc::{self, Sender},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use palisade_abi::{
@@ -34,12 +34,14 @@ use serde_json::Value;
 use super::{
     control::{Answer, Control, Message},
     names::Names,
+    pulse::{Beats, Pulse, hanging},
     selector_text::peer_text,
     view::{Shared, View, class_names, kind_name, prefix_text},
     workers::READERS,
 };
 use crate::config::Config;
 use crate::control::{
+    ALIVE,
     api::{
         self, ConnectionRow, ConntrackStatus, DropCount, Endpoint, FqdnRow, IdentityRow, InterfaceStatus,
         IpcacheRow, MapFill, MissingInspector, NamesStatus, ObserveRequest, PolicyRow, PolicySummary,
@@ -48,8 +50,10 @@ use crate::control::{
     server::{Counts, Handler, Sink},
 };
 
-/// The control thread answers by then, or something is very wrong.
+/// The control thread does what it is asked to do by then, or something is very wrong.
 const CONTROL_DEADLINE: Duration = Duration::from_secs(60);
+/// It answers what it only has to look up by then, or it is busy, and that is the answer.
+const LOOKUP_DEADLINE: Duration = Duration::from_secs(5);
 /// A client that follows is looked after so often when nothing happens.
 const FOLLOW_POLL: Duration = Duration::from_millis(250);
 
@@ -62,6 +66,10 @@ pub struct Clients {
     pub ring: Arc<Ring>,
     /// Events read so far.
     pub events: Arc<AtomicU64>,
+    /// What the control thread is at.
+    pub pulse: Arc<Pulse>,
+    /// When workers have said last that they live.
+    pub beats: Option<Arc<Beats>>,
     /// The server's own counts, once it runs.
     pub server: OnceLock<Arc<Counts>>,
 }
@@ -70,6 +78,7 @@ impl Handler for Clients {
     fn handle(&self, request: Request, sink: &mut dyn Sink) -> io::Result<()> {
         let answer = match request {
             Request::Observe(request) => return self.observe(&request, sink),
+            Request::Ping => Ok(Value::Null),
             Request::Status => self.status(),
             Request::PolicyGet { name } => self.policies(name),
             Request::IdentityList => to_value(&self.identities()),
@@ -109,12 +118,32 @@ impl Clients {
     fn ask(&self, request: Request) -> Answer {
         let (sender, receiver) = mpsc::sync_channel(1);
         let gone = || "the daemon is ending".to_owned();
+        let changes = matches!(
+            request,
+            Request::Stop { .. } | Request::Reload | Request::EndpointConfig { .. }
+        );
+        let deadline = if changes {
+            CONTROL_DEADLINE
+        } else {
+            LOOKUP_DEADLINE
+        };
         self.control
             .send(Message::Ask(request, sender))
             .map_err(|_| gone())?;
-        match receiver.recv_timeout(CONTROL_DEADLINE) {
+        match receiver.recv_timeout(deadline) {
             Ok(answer) => answer,
-            Err(mpsc::RecvTimeoutError::Timeout) => Err("the daemon is busy".to_owned()),
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                let busy = hanging(
+                    &self.pulse,
+                    self.beats.as_deref(),
+                    Duration::ZERO,
+                    monotonic_coarse(),
+                );
+                Err(format!(
+                    "{}; what is attached goes on enforcing the last policy; try again",
+                    busy.unwrap_or_else(|| "the daemon is busy".to_owned())
+                ))
+            }
             Err(mpsc::RecvTimeoutError::Disconnected) => Err(gone()),
         }
     }
@@ -138,6 +167,11 @@ impl Clients {
         if !request.follow {
             return sink.send(&api::Answer::Ok(Value::Null));
         }
+        if !sink.follow() {
+            let why = "too many clients follow flows at the same time; end one of them".to_owned();
+            return sink.send(&api::Answer::Error(why));
+        }
+        let mut said = Instant::now();
         loop {
             while let Some(next) = cursor.read() {
                 match next {
@@ -151,6 +185,10 @@ impl Clients {
             sink.flush()?;
             if !cursor.wait(FOLLOW_POLL) && sink.closed() {
                 return Ok(());
+            }
+            if said.elapsed() >= ALIVE {
+                sink.send(&api::Answer::Alive)?;
+                said = Instant::now();
             }
         }
     }
@@ -604,6 +642,7 @@ impl Control {
                 to_value(&self.audit_options(&name))
             }
             Request::Stop { .. }
+            | Request::Ping
             | Request::IdentityList
             | Request::IdentityGet { .. }
             | Request::BpfPolicyGet { .. }

@@ -37,6 +37,7 @@ use super::{
     network::{self, Network},
     places,
     policies::PolicyFiles,
+    pulse::{Pulse, feed_watchdog},
     state::{NODE, StateFile},
     sweeper::{self, Interval},
     view::{Shared, View},
@@ -80,6 +81,21 @@ pub enum Message {
     Ask(Request, SyncSender<Answer>),
 }
 
+impl Message {
+    /// What the control thread does about it.
+    const fn what(&self) -> &'static str {
+        match self {
+            Self::Policies(_) => "putting changed policies in force",
+            Self::Network(_) => "following a change of interfaces or addresses",
+            Self::Signal(SIGHUP) | Self::Ask(Request::Reload, _) => "reading the configuration again",
+            Self::Signal(_) | Self::Ask(Request::Stop { .. }, _) => "ending",
+            Self::Names(_) => "making identities of learned names",
+            Self::WorkerEnded => "putting the carrier in order",
+            Self::Ask(..) => "answering a command",
+        }
+    }
+}
+
 /// Everything that the control thread owns.
 pub struct Control {
     pub config: Config,
@@ -94,6 +110,7 @@ pub struct Control {
     shared: Arc<Shared>,
     sweep: Interval,
     pub workers: Workers,
+    pulse: Arc<Pulse>,
     started: Instant,
     /// Changes that were put in force.
     changes: u64,
@@ -179,6 +196,7 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
         move || drop(sender.send(Message::WorkerEnded))
     };
     let (workers, output) = Workers::start(&config, &datapath, known, ended)?;
+    let (pulse, beats) = (Arc::<Pulse>::default(), workers.beats());
     let mut control = Control {
         state,
         engine,
@@ -191,6 +209,7 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
         shared: Arc::clone(&shared),
         sweep: sweep.clone(),
         workers,
+        pulse: Arc::clone(&pulse),
         started,
         changes: 0,
         last_change: Duration::ZERO,
@@ -238,6 +257,8 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
         names: Arc::clone(&names),
         ring,
         events: read,
+        pulse: Arc::clone(&pulse),
+        beats: beats.clone(),
         server: std::sync::OnceLock::new(),
     };
     let path = control.config.node.socket.clone();
@@ -252,6 +273,7 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
         started.elapsed()
     );
     notify(&[NotifyState::Ready]);
+    feed_watchdog(pulse, beats).context("the thread that feeds the watchdog")?;
     // It has worked as a whole: this is what a start with a broken file goes back to.
     control.keep_config();
     let end = control.serve(&messages);
@@ -356,15 +378,18 @@ impl Control {
             {
                 self.save();
             }
+            self.pulse.rest();
             let message = match messages.recv_timeout(self.patience()) {
                 Ok(message) => message,
                 Err(RecvTimeoutError::Timeout) => {
+                    self.pulse.begin("looking after everything");
                     self.idle();
                     continue;
                 }
                 // The control thread itself holds no sender, but the clients do for as long as the daemon runs.
                 Err(RecvTimeoutError::Disconnected) => return End::Stay,
             };
+            self.pulse.begin(message.what());
             match message {
                 Message::Policies(changes) => self.policies_changed(&changes),
                 Message::Network(network) => self.network_changed(network),

@@ -22,6 +22,7 @@ mod names;
 mod network;
 mod places;
 mod policies;
+mod pulse;
 mod selector_text;
 mod state;
 mod sweeper;

@@ -24,7 +24,7 @@ use crate::{
     control::api,
 };
 
-use super::network::Network;
+use super::{network::Network, pulse::Beats};
 
 /// A worker that has not said for so long that it lives is taken for dead. It says so twenty times in that time.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -56,6 +56,7 @@ struct Running {
     // Ends before the carrier does.
     pool: Pool<Rules>,
     carrier: Arc<Carrier>,
+    beats: Arc<Beats>,
     rules: Arc<Rules>,
     xdp: Vec<u32>,
 }
@@ -181,6 +182,14 @@ impl Workers {
         }
     }
 
+    /// When each worker has said last that it lives.
+    pub fn beats(&self) -> Option<Arc<Beats>> {
+        self.running
+            .as_ref()
+            .ok()
+            .map(|running| Arc::clone(&running.beats))
+    }
+
     /// Has everything dropped that is held of endpoints that are no more.
     pub fn forget_endpoints(&self, endpoints: &[u16]) {
         if let Ok(running) = &self.running
@@ -203,6 +212,12 @@ impl Workers {
                     let problem = counters.iter().find_map(|counters| counters.problem());
                     self.carrier_problem.clone().or(problem).unwrap_or_default()
                 };
+                if let Some((number, since)) = running.beats.silent(monotonic_coarse()).first() {
+                    return Some(format!(
+                        "worker {number} has been silent for {since:.0?}: it hangs, and what it reads is {}",
+                        becomes(self.wanted.on_failure)
+                    ));
+                }
                 (down != 0).then(|| format!("{down} of {} workers do not run: {}", counters.len(), why()))
             }
             Err(problem) => Some(format!("no workers: {problem}")),
@@ -288,6 +303,7 @@ fn start(
         .context("the carrier")?;
     let carrier = Arc::new(carrier);
     let rules = Arc::<Rules>::default();
+    let beats = Arc::new(Beats::new(workers));
     let (pool, lessons, records) = Pool::start(Setup {
         workers,
         mode: wanted.mode,
@@ -303,9 +319,10 @@ fn start(
             engine
         }),
         beat: {
-            let carrier = Arc::clone(&carrier);
+            let (carrier, beats) = (Arc::clone(&carrier), Arc::clone(&beats));
             Arc::new(move |number, now| {
                 carrier.beat(number as u32, now);
+                beats.beat(number, now);
                 if now == 0 {
                     failed();
                 }
@@ -328,6 +345,7 @@ fn start(
     let running = Running {
         pool,
         carrier,
+        beats,
         rules,
         xdp: Vec::new(),
     };
