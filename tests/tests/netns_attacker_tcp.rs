@@ -30,6 +30,8 @@ const MPTCP: u8 = 30;
 const KEY: [u8; 8] = *b"Palisade";
 
 const PATHS: &str = "      rules:\n        http: [{method: GET, path: /public}]\n";
+const NAMES: &str = "      serverNames: [good.example]\n";
+const QUERIES: &str = "      rules:\n        dns: [{matchPattern: \"*.example\"}]\n";
 
 /// Out of a workload and into one, into the node and out of it, and where two policies inspect one packet.
 const WAYS: &[(&str, &str)] = &[
@@ -303,6 +305,29 @@ fn neither_end_sees_options_that_change_what_a_segment_means() {
                 .expect("request");
             let acked = own.wait(OPEN, |heard| heard.ack == end);
             assert!(acked.is_some(), "{from} -> {to} {family:?}\n{}", world.report());
+        }
+    }
+}
+
+#[test]
+fn mptcp_is_off_wherever_a_connection_is_read() {
+    for rules in [NAMES, QUERIES] {
+        let world = World::guarded(rules);
+        for family in FAMILIES {
+            for (from, to) in WAYS {
+                let syn = [option::mss(1_400), option::mp_capable(&[], None)].concat();
+                let own = world.open(from, to, family, &syn);
+                assert_eq!(own.syn_ack.option(MPTCP), None, "{from} -> {to} {family:?}");
+                let dss = option::dss(None, 1, 1, 5, false);
+                own.send(&own.segment(1).option(&dss).payload(b"hello"))
+                    .expect("data");
+                let isn = own.isn;
+                let acked = own.wait(Duration::from_millis(100), |heard| {
+                    heard.ack != isn.wrapping_add(1)
+                });
+                assert!(acked.is_none(), "{from} -> {to} {family:?}: {acked:?}");
+                assert!(world.recorder(to).bytes(own.local).is_empty());
+            }
         }
     }
 }

@@ -5,7 +5,7 @@
 //! four bytes each.
 
 use palisade_abi::{CarrySlot, carry_flags};
-use palisade_inspect::{Engine, Limits};
+use palisade_inspect::{Engine, Limits, normalise_options};
 
 #[path = "packets.rs"]
 mod packets;
@@ -30,6 +30,8 @@ struct Segment<'a> {
     flags: u8,
     at: i64,
     ack: u32,
+    /// A multiple of four bytes.
+    options: &'a [u8],
     data: &'a [u8],
 }
 
@@ -42,7 +44,7 @@ impl Segment<'_> {
         };
         let isn = ISN[usize::from(!self.client)];
         let mut frame = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 8, 0, 0x45, 0];
-        frame.extend_from_slice(&((IP + TCP + self.data.len()) as u16).to_be_bytes());
+        frame.extend_from_slice(&((IP + TCP + self.options.len() + self.data.len()) as u16).to_be_bytes());
         frame.extend_from_slice(&[0, 0, 0x40, 0, 64, 6, 0, 0]);
         frame.extend_from_slice(&from.0);
         frame.extend_from_slice(&to.0);
@@ -50,7 +52,9 @@ impl Segment<'_> {
         frame.extend_from_slice(&to.1.to_be_bytes());
         frame.extend_from_slice(&isn.wrapping_add(1).wrapping_add(self.at as u32).to_be_bytes());
         frame.extend_from_slice(&self.ack.to_be_bytes());
-        frame.extend_from_slice(&[5 << 4, self.flags, 0xff, 0xff, 0, 0, 0, 0]);
+        let header = ((TCP + self.options.len()) << 2) as u8;
+        frame.extend_from_slice(&[header, self.flags, 0xff, 0xff, 0, 0, 0, 0]);
+        frame.extend_from_slice(self.options);
         frame.extend_from_slice(self.data);
         frame
     }
@@ -72,6 +76,8 @@ impl Receiver {
         let seq = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
         let (flags, header) = (tcp[13], usize::from(tcp[12] >> 4) * 4);
         let at = i64::from(seq.wrapping_sub(ISN[0].wrapping_add(1)) as i32);
+        // A receiver with MPTCP goes by the mapping, and not by the sequence number.
+        let at = mapped(&tcp[TCP..header]).unwrap_or(at);
         // a reset or an end is the end, where it counts
         if flags & RST != 0 {
             self.closed |= at == self.read as i64;
@@ -103,6 +109,19 @@ impl Receiver {
     fn stream(&self) -> Vec<u8> {
         self.bytes[..self.read].iter().flatten().copied().collect()
     }
+}
+
+/// Where an option of kind 30 says that the payload belongs. Reads on behind the end of the list.
+fn mapped(options: &[u8]) -> Option<i64> {
+    let mut at = 0;
+    while let Some(&[kind, length]) = options.get(at..at + 2) {
+        match kind {
+            0 | 1 => at += 1,
+            30 => return options.get(at + 2).map(|place| i64::from(*place)),
+            _ => at += usize::from(length).max(2),
+        }
+    }
+    None
 }
 
 /// Where in the client's stream a frame ends; 0 if it has no bytes.
@@ -219,7 +238,9 @@ struct Game {
 
 impl Game {
     fn send(&mut self, segment: &Segment<'_>) {
-        let frame = segment.frame();
+        let mut frame = segment.frame();
+        // As the worker does before a packet is read.
+        let is_understood = normalise_options(&mut frame[ETHERNET + IP..], None).is_ok();
         let slot = CarrySlot {
             rule: 9,
             ruleset: self.ruleset,
@@ -234,7 +255,7 @@ impl Game {
         };
         let handle = self.frames.len();
         // the programs do not carry what no receiver takes
-        if give(&mut self.engine, self.now, &slot, &frame, handle, &mut self.done) {
+        if is_understood && give(&mut self.engine, self.now, &slot, &frame, handle, &mut self.done) {
             self.given += 1;
         }
         self.frames.push(frame);
@@ -299,6 +320,7 @@ impl Game {
             flags: ACK,
             at: self.said as i64,
             ack,
+            options: b"",
             data,
         };
         self.said += data.len();
@@ -341,6 +363,7 @@ pub fn run(input: &[u8]) {
             } else {
                 ISN[usize::from(client)].wrapping_add(1)
             },
+            options: if flags & SYN == 0 { b"" } else { &[30, 4, 1, 1] },
             data: b"",
         });
     }
@@ -354,11 +377,21 @@ pub fn run(input: &[u8]) {
         let from = usize::from(at) * stream.len() / 256;
         let to = (from + 1 + usize::from(length)).min(stream.len());
         let data = &stream[from..to];
+        let (mapped, behind, hidden) = ([30, 4, more, 0], [0, 30, 4, more], [253, 4, 30, 4, more, 0, 0, 0]);
+        let twice = [1, 1, 8, 10, 30, 4, more, 0, 0, 0, 0, 0, 30, 4, more, 0];
+        let options = match what >> 5 {
+            1 => &mapped[..],
+            2 => &behind,
+            3 => &hidden,
+            4 => &twice,
+            _ => b"",
+        };
         let mut segment = Segment {
             client: true,
             flags: ACK,
             at: from as i64,
             ack,
+            options,
             data,
         };
         match what >> 1 & 15 {
