@@ -426,6 +426,8 @@ fn other_protocols_are_let_in_when_they_were_asked_for() {
     assert!(talk.got[0].ends_with(b"more") && !talk.reset);
     talk.ruleset = OTHER;
     talk.client(b"again");
+    // The server says what it waits for.
+    talk.put(Side::Server, ACK, b"");
     assert!(talk.reset && !talk.got[0].ends_with(b"again"));
 
     for (request, answer) in [(upgrade("h2c"), switch), (get("/public/a"), switch)] {
@@ -712,6 +714,8 @@ fn audit_lets_go_on_and_says_so() {
     assert!(talk.at_server().ends_with('x'));
     talk.flags = 0;
     talk.client(b"y");
+    // The server says what it waits for.
+    talk.put(Side::Server, ACK, b"");
     assert!(talk.reset && !talk.at_server().ends_with('y'));
 }
 

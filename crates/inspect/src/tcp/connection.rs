@@ -22,6 +22,8 @@ const WINDOW_AGE: u64 = 1 << 28;
 /// How often what was made here is sent again, and after how long for the first time.
 const TRIES: u32 = 6;
 const FIRST_TRY: Millis = 250;
+/// Packets of one connection that are dropped for one reason are reported so often, ms.
+const REPORT_EVERY: Millis = 1_000;
 
 /// What is being done with a connection.
 enum Phase {
@@ -61,6 +63,8 @@ pub(crate) struct Connection<F> {
     pub(super) seen: Millis,
     /// A reset has gone through.
     reset: bool,
+    /// When a dropped packet was reported last, and the reason.
+    reported: Option<(Millis, Reason)>,
 }
 
 impl<F> Connection<F> {
@@ -81,6 +85,7 @@ impl<F> Connection<F> {
             counted: (0, 0),
             seen: 0,
             reset: false,
+            reported: None,
         }
     }
 
@@ -155,12 +160,14 @@ impl<F> Connection<F> {
         if self.halves.iter().any(late) {
             shared.stats.overdue += 1;
             if self.is_audit {
-                self.tell(Verdict::Audit, Reason::InspectDeadline, sink);
+                let reason = Reason::InspectDeadline;
+                self.tell(Verdict::Audit, reason, reason.text(), sink);
                 shared.stats.offloaded += 1;
                 self.phase = Phase::Offloaded;
                 self.flush(Side::Client, shared, sink);
             } else {
-                self.tell(Verdict::Dropped, Reason::InspectDeadline, sink);
+                let reason = Reason::InspectDeadline;
+                self.tell(Verdict::Dropped, reason, reason.text(), sink);
                 self.cut(Reason::InspectDeadline, shared, sink);
             }
         }
@@ -198,13 +205,25 @@ impl<F> Connection<F> {
     }
 
     /// Names a connection that is cut for a reason that no reader has told.
-    fn tell<S: Sink<F>>(&self, verdict: Verdict, reason: Reason, sink: &mut S) {
-        let detail = reason.text();
+    fn tell<S: Sink<F>>(&self, verdict: Verdict, reason: Reason, detail: &'static str, sink: &mut S) {
         sink.record(&Record {
             verdict,
             reason,
             ..Record::about(&self.about, What::Unreadable { detail })
         });
+    }
+
+    /// Whether a packet that is dropped for a reason is reported: of one connection the first for that reason and one a
+    /// second, of all connections as many as [`Shared::may_report`] allows.
+    fn may_report(&mut self, now: Millis, reason: Reason, shared: &mut Shared) -> bool {
+        if self
+            .reported
+            .is_some_and(|(at, last)| last == reason && now < at + REPORT_EVERY)
+        {
+            return false;
+        }
+        self.reported = Some((now, reason));
+        shared.may_report(now)
     }
 
     /// Whether nothing of it is read any more, and nothing is owed to anybody.
@@ -263,11 +282,39 @@ impl<F> Connection<F> {
         }
     }
 
-    /// A reset onward, where a packet of a connection that is not known would have gone.
-    pub(super) fn abandon<S: Sink<F>>(view: &View<'_>, shared: &mut Shared, sink: &mut S) {
-        if let (Some(link), Some(segment)) = (Link::of(view), Segment::read(view)) {
+    /// Ends a connection of which only a packet in hand is known, for both sides. Returns whether that is done: false if
+    /// the other side had to be asked first.
+    ///
+    /// A reset counts only if its sequence number is the very one that its receiver waits for (RFC 5961, 3.2). For the
+    /// sender of the packet that is the acknowledgement number. What the other side waits for is not known: the packet
+    /// may repeat what the other side has had and has acknowledged. So if the packet takes up sequence numbers, an empty
+    /// segment goes on that stands before what the other side can be waiting for; the other side answers with an
+    /// acknowledgement (RFC 9293, 3.10.7.4), or with a reset if it has no such connection. The acknowledgement comes
+    /// here as a packet that takes up nothing, and gives both numbers. The sender of the packet repeats it until then,
+    /// so a loss does not matter.
+    pub(super) fn disown<S: Sink<F>>(view: &View<'_>, shared: &mut Shared, sink: &mut S) -> bool {
+        let (Some(link), Some(segment)) = (Link::of(view), Segment::read(view)) else {
+            return true;
+        };
+        let asks = segment.is_ack() && !segment.is_syn() && !segment.is_rst();
+        if asks && (segment.is_fin() || !segment.payload.is_empty()) {
             let make = Make {
-                seq: segment.seq,
+                seq: segment.seq.wrapping_sub(1),
+                ack: Some(segment.ack),
+                window: segment.window,
+                // A receiver may drop what lacks them, or has older ones (RFC 7323, 3.2 and 5.3).
+                timestamp: segment.options.timestamp,
+                ..Make::default()
+            };
+            link.write(&make, &mut shared.out);
+            sink.emit(&shared.out, link.route());
+            return false;
+        }
+        Self::refuse(view, shared, sink);
+        // A keepalive probe names the byte before the next one (RFC 9293, 3.8.4).
+        for more in 0..=u32::from(asks) {
+            let make = Make {
+                seq: segment.seq.wrapping_add(more),
                 ack: segment.is_ack().then_some(segment.ack),
                 rst: true,
                 ..Make::default()
@@ -275,6 +322,7 @@ impl<F> Connection<F> {
             link.write(&make, &mut shared.out);
             sink.emit(&shared.out, link.route());
         }
+        true
     }
 
     /// Counts it for the last time: it is going to be dropped, and holds nothing.
@@ -331,6 +379,9 @@ impl<F> Connection<F> {
                 }
                 self.command = self.is_settled();
                 self.release(frame, shared, sink);
+                if !self.is_settled() {
+                    self.arm(now, shared, sink);
+                }
                 return;
             }
             Phase::Cut(reason) => {
@@ -343,7 +394,16 @@ impl<F> Connection<F> {
         self.slot = *view.slot;
         let Some(segment) = Segment::read(view) else {
             shared.stats.invalid += 1;
-            sink.discard(frame, Reason::TcpInvalid);
+            let reason = Reason::TcpInvalid;
+            if self.may_report(now, reason, shared) {
+                let detail = reason.text();
+                sink.record(&Record {
+                    verdict: Verdict::Dropped,
+                    reason,
+                    ..Record::of(view, What::Unreadable { detail })
+                });
+            }
+            sink.discard(frame, reason);
             return;
         };
         if matches!(self.phase, Phase::Answered(_)) {
@@ -364,6 +424,15 @@ impl<F> Connection<F> {
                     Reason::TcpHeld => shared.stats.retransmitted += 1,
                     Reason::InspectLimit => shared.stats.limited += 1,
                     _ => shared.stats.invalid += 1,
+                }
+                // A repetition of what is held is no loss: the first one goes on.
+                if reason != Reason::TcpHeld && self.may_report(now, reason, shared) {
+                    let detail = reason.text();
+                    sink.record(&Record {
+                        verdict: Verdict::Dropped,
+                        reason,
+                        ..Record::of(view, What::Unreadable { detail })
+                    });
                 }
                 sink.discard(frame, reason);
             }

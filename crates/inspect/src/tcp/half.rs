@@ -14,6 +14,11 @@ pub(super) const START: Position = 1 << 33;
 /// Largest payload that is made here: what IPv6 leaves of 1,500 bytes.
 const LARGEST: u16 = 1_440;
 
+/// Smaller payloads, tried when the path loses what is made here (RFC 8899, 5.1.2): what an IPv6 link must carry (RFC
+/// 8200, 5), then what every IPv4 host must take (RFC 1122, 3.3.2).
+const SMALLER: u16 = 1_220;
+const SMALLEST_IPV4: u16 = 536;
+
 /// Bytes that were released may come again so far back, at the least.
 const OLD: u64 = 1 << 16;
 
@@ -142,6 +147,8 @@ pub(super) struct Half<F> {
     /// Options of the SYN.
     pub(super) scale: Option<u8>,
     pub(super) mss: u16,
+    /// Largest payload that the path to this end takes, as far as is known.
+    path: u16,
     pub(super) has_timestamps: bool,
     /// Greatest timestamp of a segment that the receiver expected next (RFC 7323, 4.3).
     pub(super) recent: u32,
@@ -165,6 +172,9 @@ pub(super) struct Half<F> {
     pub(super) promise_at: Option<Millis>,
     /// When what was promised is sent to the receiver again, and how often it has been.
     pub(super) again: Option<(Millis, u32)>,
+    /// Of what was promised, everything before this may have been lost, and has been sent again up to `resent`.
+    pub(super) lost: Position,
+    pub(super) resent: Position,
     /// Since when the first byte that is not judged waits.
     pub(super) since: Option<Millis>,
     /// The reader waits for the other side.
@@ -189,6 +199,7 @@ impl<F> Half<F> {
             link: None,
             scale: None,
             mss: 536,
+            path: LARGEST,
             has_timestamps: false,
             recent: 0,
             window: 0,
@@ -201,6 +212,8 @@ impl<F> Half<F> {
             promised: START,
             promise_at: None,
             again: None,
+            lost: START,
+            resent: START,
             since: None,
             is_patient: false,
             edge: FIRST,
@@ -328,6 +341,17 @@ impl<F> Half<F> {
         piece.slice(from, to.clamp(from, from + most as u64))
     }
 
+    /// Everything that is on its way of what was promised may be lost.
+    pub(super) fn lose(&mut self) {
+        self.lost = self.delivered();
+        self.resent = self.acked;
+    }
+
+    /// Whether some of what may be lost is still not acknowledged.
+    pub(super) fn is_recovering(&self) -> bool {
+        self.acked < self.lost
+    }
+
     /// How far what was promised has been sent on.
     pub(super) fn delivered(&self) -> Position {
         self.sent.min(self.promised)
@@ -340,7 +364,16 @@ impl<F> Half<F> {
 
     /// Bytes of a packet made for this side.
     pub(super) fn payload_size(&self, has_timestamps: bool) -> usize {
-        usize::from(self.mss.clamp(64, LARGEST)) - if has_timestamps { 12 } else { 0 }
+        usize::from(self.mss.clamp(64, self.path)) - if has_timestamps { 12 } else { 0 }
+    }
+
+    /// Packets made for this side get lost: the next ones are smaller.
+    pub(super) fn shrink(&mut self, is_ipv6: bool) {
+        self.path = if self.path > SMALLER || is_ipv6 {
+            self.path.min(SMALLER)
+        } else {
+            self.path.min(SMALLEST_IPV4)
+        };
     }
 
     /// Since when something waits for a verdict that has to come in time.

@@ -200,11 +200,16 @@ pub struct TcpStats {
     pub past: u64,
 }
 
+/// Dropped packets that are reported a second.
+const REPORTS: u32 = 200;
+
 /// What all connections share.
 pub(crate) struct Shared {
     pub(crate) limits: TcpLimits,
     pub(crate) stats: TcpStats,
     out: Vec<u8>,
+    /// Since when dropped packets are reported, and how many more may be in this second.
+    reports: (Millis, u32),
 }
 
 impl Shared {
@@ -213,6 +218,19 @@ impl Shared {
             limits: *limits,
             stats: TcpStats::default(),
             out: Vec::new(),
+            reports: (0, REPORTS),
         }
+    }
+
+    /// Whether one more dropped packet is reported: a sender must not be able to fill the records.
+    pub(crate) const fn may_report(&mut self, now: Millis) -> bool {
+        if now.saturating_sub(self.reports.0) >= 1_000 {
+            self.reports = (now, REPORTS);
+        }
+        if self.reports.1 == 0 {
+            return false;
+        }
+        self.reports.1 -= 1;
+        true
     }
 }

@@ -169,6 +169,10 @@ impl Link {
         turned
     }
 
+    pub(super) const fn is_ipv6(&self) -> bool {
+        self.ipv6
+    }
+
     pub(super) const fn route(&self) -> Route {
         self.route
     }

@@ -155,9 +155,9 @@ impl<F, T: Remember> Connections<F, T> {
                             self.past.remove(&key);
                             self.shared.stats.cut += 1;
                             sink.discard(frame, reason);
-                            sink.command(&order(key, view.slot, order::CLOSE));
-                            Connection::<F>::refuse(view, &mut self.shared, sink);
-                            Connection::<F>::abandon(view, &mut self.shared, sink);
+                            if Connection::<F>::disown(view, &mut self.shared, sink) {
+                                sink.command(&order(key, view.slot, order::CLOSE));
+                            }
                         }
                     }
                     return;
@@ -165,7 +165,7 @@ impl<F, T: Remember> Connections<F, T> {
                 self.past.remove(&key);
             }
             if !opens {
-                self.unknown(view, frame, sink);
+                self.unknown(now, view, frame, sink);
                 return;
             }
             let of_endpoint = self.by_endpoint.get(&key.endpoint).copied().unwrap_or(0);
@@ -173,7 +173,7 @@ impl<F, T: Remember> Connections<F, T> {
                 || of_endpoint >= self.shared.limits.connections_per_endpoint
             {
                 self.shared.stats.limited += 1;
-                self.refuse(view, frame, Reason::InspectLimit, sink);
+                self.refuse(now, view, frame, Reason::InspectLimit, sink);
                 return;
             }
             self.by_endpoint.insert(key.endpoint, of_endpoint + 1);
@@ -258,14 +258,23 @@ impl<F, T: Remember> Connections<F, T> {
 
     /// Reports and drops a packet of a connection that is not read. False: audit mode lets the connection pass,
     /// unread.
-    fn refuse<S: Sink<F>>(&mut self, view: &View<'_>, frame: F, reason: Reason, sink: &mut S) -> bool {
+    fn refuse<S: Sink<F>>(
+        &mut self,
+        now: Millis,
+        view: &View<'_>,
+        frame: F,
+        reason: Reason,
+        sink: &mut S,
+    ) -> bool {
         let audit = view.slot.flags & carry_flags::AUDIT != 0;
-        let detail = reason.text();
-        sink.record(&Record {
-            verdict: if audit { Verdict::Audit } else { Verdict::Dropped },
-            reason,
-            ..Record::of(view, What::Unreadable { detail })
-        });
+        if self.shared.may_report(now) {
+            let detail = reason.text();
+            sink.record(&Record {
+                verdict: if audit { Verdict::Audit } else { Verdict::Dropped },
+                reason,
+                ..Record::of(view, What::Unreadable { detail })
+            });
+        }
         if audit {
             let (key, serial) = (key(view), view.slot.serial);
             let memory = T::Memory::default();
@@ -278,16 +287,23 @@ impl<F, T: Remember> Connections<F, T> {
     }
 
     /// A packet of a connection that is not known: it is older than what is known, or was forgotten.
-    fn unknown<S: Sink<F>>(&mut self, view: &View<'_>, frame: F, sink: &mut S) {
+    fn unknown<S: Sink<F>>(&mut self, now: Millis, view: &View<'_>, frame: F, sink: &mut S) {
         let Some(segment) = Segment::read(view) else {
             self.shared.stats.invalid += 1;
-            self.refuse(view, frame, Reason::TcpInvalid, sink);
+            self.refuse(now, view, frame, Reason::TcpInvalid, sink);
             return;
         };
         self.shared.stats.midstream += 1;
-        if self.refuse(view, frame, Reason::TcpMidstream, sink) && !segment.is_rst() {
-            Connection::<F>::refuse(view, &mut self.shared, sink);
-            Connection::<F>::abandon(view, &mut self.shared, sink);
+        // The answer of an end that has no such connection, perhaps to what [`Connection::disown`] asked; it names what
+        // the other end waits for.
+        if segment.is_rst() && segment.payload.is_empty() {
+            sink.release(frame);
+            return;
+        }
+        if self.refuse(now, view, frame, Reason::TcpMidstream, sink)
+            && !segment.is_rst()
+            && Connection::<F>::disown(view, &mut self.shared, sink)
+        {
             sink.command(&order(key(view), view.slot, order::CLOSE));
         }
     }

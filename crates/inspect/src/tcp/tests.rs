@@ -451,12 +451,41 @@ fn resets_name_the_byte_that_is_expected() {
 fn connections_are_seen_from_their_start_or_cut() {
     let mut bench = Bench::new(TcpLimits::default());
     bench.put(&client(0, b"\x01a"));
+    // The server is asked what it waits for, in the client's place.
     let out = bench.take();
     assert_eq!(out.discarded, [Reason::TcpMidstream]);
-    assert_eq!(out.emitted.len(), 2);
+    let [(ask, on)] = &out.emitted[..] else {
+        panic!("{:?}", out.emitted)
+    };
+    assert_eq!((ask.from, ask.flags, ask.data.len()), (Side::Client, ACK, 0));
+    assert_eq!(ask.seq, CLIENT_ISN);
+    assert!(!on.back && out.commands.is_empty());
+    // It has had more than what the client repeats.
+    bench.put(&server(2));
+    let out = bench.take();
+    assert_eq!(out.discarded, [Reason::TcpMidstream]);
     assert!(out.emitted.iter().all(|(seg, _)| seg.flags & RST != 0));
-    assert_eq!(out.emitted[0].0.from, Side::Server);
-    assert!(out.emitted[0].1.back && !out.emitted[1].1.back);
+    let (to_server, back) = &out.emitted[0];
+    assert_eq!((to_server.from, back.back), (Side::Client, true));
+    assert_eq!(to_server.seq, CLIENT_ISN.wrapping_add(3));
+    let (to_client, on) = &out.emitted[1];
+    assert_eq!((to_client.from, on.back), (Side::Server, false));
+    assert_eq!(to_client.seq, SERVER_ISN.wrapping_add(1));
+    // An end without the connection answers by a reset, which the other end believes.
+    bench.put(&client(0, b"\x01a"));
+    bench.put(&Seg::new(Side::Server, RST, SERVER_ISN.wrapping_add(1), 0, b""));
+    let out = bench.take();
+    assert_eq!((out.released.len(), out.emitted.len()), (1, 1));
+    assert_eq!(out.released[0].seq, SERVER_ISN.wrapping_add(1));
+    // But a reset with a payload does not pass.
+    bench.put(&Seg::new(
+        Side::Server,
+        RST,
+        SERVER_ISN.wrapping_add(1),
+        0,
+        b"secret",
+    ));
+    assert_eq!(bench.take().released.len(), 0);
     // refused by the server
     bench.put(&Seg::new(Side::Client, SYN, 7, 0, b""));
     bench.put(&Seg::new(Side::Server, RST | ACK, 0, 8, b""));
@@ -473,6 +502,107 @@ fn connections_are_seen_from_their_start_or_cut() {
     // data in a SYN
     bench.put(&Seg::new(Side::Client, SYN, 900, 0, b"\x01a"));
     assert_eq!(bench.take().discarded, [Reason::TcpInvalid]);
+}
+
+/// Two ends that have any numbers of each other, of which some packets got lost: both are reset with the number that
+/// each waits for, whoever sends first.
+#[test]
+fn both_ends_of_a_connection_that_is_not_known_are_reset_so_that_they_believe_it() {
+    for first in [Side::Client, Side::Server] {
+        // Bytes that have been sent by each, and that the other has of them.
+        for (sent, has) in [
+            ([5, 9], [5, 9]),
+            ([5, 9], [3, 9]),
+            ([5, 9], [5, 4]),
+            ([8, 8], [0, 0]),
+        ] {
+            let mut bench = Bench::new(TcpLimits::default());
+            let isn = [CLIENT_ISN, SERVER_ISN];
+            let seq = |side: Side, at: u32| isn[side as usize].wrapping_add(1 + at);
+            let mut alive = [true, true];
+            let has = |side: Side| has[side as usize];
+            let acks = |side: Side| seq(side.other(), has(side.other()));
+            // What it believes that the other has not.
+            let repeats = |side: Side| {
+                let data = vec![1; sent[side as usize] as usize];
+                Seg::new(side, ACK, seq(side, 0), acks(side), &data)
+            };
+            let mut sent_packets = vec![repeats(first)];
+            for round in 0..20 {
+                let Some(packet) = sent_packets.pop() else {
+                    let alive = [Side::Client, Side::Server]
+                        .into_iter()
+                        .find(|side| alive[*side as usize]);
+                    let Some(side) = alive else { break };
+                    assert!(round < 15, "{first:?} {sent:?}");
+                    sent_packets.push(repeats(side));
+                    continue;
+                };
+                bench.put(&packet);
+                let out = bench.take();
+                for got in out.released.iter().chain(out.emitted.iter().map(|(seg, _)| seg)) {
+                    let side = got.from.other();
+                    let next = acks(side);
+                    if !alive[side as usize] {
+                        if got.flags & RST == 0 {
+                            sent_packets.push(Seg::new(side, RST, got.ack, 0, b""));
+                        }
+                    } else if got.flags & RST != 0 && got.seq == next {
+                        alive[side as usize] = false;
+                    } else if got.seq.wrapping_sub(next) as i32 != 0 && got.flags & RST == 0
+                        || (got.seq.wrapping_sub(next) as i32) > 0
+                    {
+                        // Not acceptable, or a reset to be challenged.
+                        sent_packets.push(Seg::new(side, ACK, seq(side, sent[side as usize]), next, b""));
+                    }
+                }
+            }
+            assert_eq!(alive, [false, false], "{first:?} {sent:?}");
+        }
+    }
+}
+
+/// A path that takes packets of some size only, and does not say so.
+#[test]
+fn what_is_delivered_from_here_gets_smaller_until_it_arrives() {
+    for limit in [1_440, 1_300, 1_232, 1_220, 900, 536] {
+        let mut bench = Bench::open();
+        let message = vec![b'm'; 250];
+        let stream: Vec<u8> = std::iter::repeat_n([&[250], &message[..]].concat(), 40)
+            .flatten()
+            .collect();
+        // All but the end of the last message: held, acknowledged here.
+        let held = stream.len() - 10;
+        for (n, part) in stream[..held].chunks(1_400).enumerate() {
+            bench.put(&client(n as u32 * 1_400, part));
+        }
+        bench.out.released.clear();
+        bench.tick(20);
+        bench.put(&client(held as u32, &stream[held..]));
+        let mut got = vec![false; stream.len()];
+        let mut waited = 0;
+        while got.contains(&false) {
+            let out = bench.take();
+            let made = out.emitted.into_iter().map(|(seg, _)| seg);
+            let before = got.iter().take_while(|got| **got).count();
+            for seg in out.released.into_iter().chain(made) {
+                if seg.from == Side::Client && seg.data.len() <= limit && !seg.data.is_empty() {
+                    let at = seg.seq.wrapping_sub(CLIENT_ISN.wrapping_add(1)) as usize;
+                    assert_eq!(seg.data[..], stream[at..at + seg.data.len()]);
+                    got[at..at + seg.data.len()].fill(true);
+                }
+            }
+            let has = got.iter().take_while(|got| **got).count();
+            if has > before {
+                bench.put(&server(has as u32));
+            } else {
+                waited += 10;
+                assert!(waited < 4_000, "{limit}: {has} bytes");
+                let now = bench.now + 10;
+                bench.tick(now);
+            }
+        }
+    }
 }
 
 #[test]

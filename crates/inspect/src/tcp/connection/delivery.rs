@@ -13,7 +13,9 @@ use super::{
 use crate::{Millis, Sink, record::Verdict};
 
 /// Packets of one direction that are sent again at once.
-const AGAIN: usize = 8;
+const AGAIN: u64 = 8;
+/// What the record says of a connection that was cut because of that.
+const UNDELIVERED: &str = "What was acknowledged for the receiver does not reach it";
 
 impl<F> Connection<F> {
     /// Acknowledges to a side what it has sent and what is held of that: it may wait for it (see the module). The
@@ -96,7 +98,8 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Sends again what was promised and has not been acknowledged in time.
+    /// Sends again what was promised and has not been acknowledged in time: smaller from the second time on, since the
+    /// path may not take packets of that size and not say so (RFC 2923, 2.1).
     pub(super) fn deliver_again<S: Sink<F>>(
         &mut self,
         now: Millis,
@@ -108,26 +111,40 @@ impl<F> Connection<F> {
         let Some((_, tries)) = half.again.filter(|(at, _)| *at <= now) else {
             return;
         };
-        let start = half.acked.max(START + 1);
-        let (mut at, end) = (start, half.delivered());
         if tries >= TRIES {
             self.half(side).again = None;
-            self.tell(Verdict::Dropped, Reason::InspectDeadline, sink);
+            self.tell(Verdict::Dropped, Reason::InspectDeadline, UNDELIVERED, sink);
             self.cut(Reason::InspectDeadline, shared, sink);
             return;
         }
-        for _ in 0..AGAIN {
-            let n = if at < end {
-                self.make_owed(side, at, shared, sink)
-            } else {
-                0
-            };
+        if tries > 0 {
+            let is_ipv6 = self.link_to(side.other()).is_some_and(|link| link.is_ipv6());
+            self.half(side.other()).shrink(is_ipv6);
+        }
+        self.half(side).lose();
+        let sent = self.recover(side, shared, sink);
+        self.half(side).again = sent.then(|| (now + (FIRST_TRY << (tries + 1)), tries + 1));
+    }
+
+    /// Sends again what may have been lost of what was promised, a few packets ahead of what the receiver has
+    /// acknowledged. Returns whether anything was sent.
+    pub(super) fn recover<S: Sink<F>>(&mut self, side: Side, shared: &mut Shared, sink: &mut S) -> bool {
+        let half = &self.halves[side as usize];
+        let start = half.acked.max(START + 1);
+        let end = half.lost.min(half.delivered());
+        let size = self.halves[side.other() as usize].payload_size(false) as u64;
+        let end = end.min(start + AGAIN * size);
+        let from = half.resent.max(start);
+        let mut at = from;
+        while at < end {
+            let n = self.make_owed(side, at, shared, sink);
             if n == 0 {
                 break;
             }
             at += n;
         }
-        self.half(side).again = (at > start).then(|| (now + (FIRST_TRY << (tries + 1)), tries + 1));
+        self.half(side).resent = at;
+        at > from
     }
 
     /// Sets the clocks of what is held and of what is owed.
@@ -135,6 +152,9 @@ impl<F> Connection<F> {
         for side in [Side::Client, Side::Server] {
             let most = shared.limits.frames_per_direction / 2;
             let is_shared = self.is_shared;
+            if self.halves[side as usize].is_recovering() {
+                self.recover(side, shared, sink);
+            }
             let half = self.half(side);
             if half.delivered() > half.acked.max(START + 1) {
                 half.again.get_or_insert((now + FIRST_TRY, 0));
