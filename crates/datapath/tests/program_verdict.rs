@@ -69,6 +69,14 @@ fn malformed_packets_have_reasons_of_their_own() {
         frame[at] = to;
         frame
     };
+    // With options in the header.
+    let options = |options: &[u8]| {
+        let mut frame = good.clone();
+        frame[14] += (options.len() / 4) as u8;
+        frame[17] += options.len() as u8;
+        frame.splice(34..34, options.iter().copied());
+        frame
+    };
     let cases = [
         ("IPv4 cut", good[..14 + 19].to_vec(), Reason::TruncatedL3),
         ("IPv4 version", change(&good, 14, 0x55), Reason::InvalidIpv4),
@@ -129,6 +137,51 @@ fn malformed_packets_have_reasons_of_their_own() {
             Reason::InvalidIpv6Extension,
         ),
         (
+            "routing type 2 with a segment left",
+            raw(WORLD_V6, HOST_V6, 43, 64, &[6, 2, 2, 1, 0, 0, 0, 0]),
+            Reason::InvalidIpv6Extension,
+        ),
+        (
+            "routing type 3 with a segment left",
+            raw(WORLD_V6, HOST_V6, 43, 64, &[6, 2, 3, 1, 0, 0, 0, 0]),
+            Reason::InvalidIpv6Extension,
+        ),
+        (
+            "segment routing with a segment left",
+            raw(WORLD_V6, HOST_V6, 43, 64, &[6, 2, 4, 1, 1, 0, 0, 0]),
+            Reason::InvalidIpv6Extension,
+        ),
+        (
+            "a routing type that nobody knows",
+            raw(WORLD_V6, HOST_V6, 43, 64, &[6, 0, 5, 0, 0, 0, 0, 0]),
+            Reason::InvalidIpv6Extension,
+        ),
+        (
+            "a loose source route",
+            options(&[131, 7, 4, 10, 0, 0, 9, 0]),
+            Reason::InvalidIpv4,
+        ),
+        (
+            "a strict source route behind other options",
+            options(&[1, 148, 4, 0, 0, 137, 3, 4]),
+            Reason::InvalidIpv4,
+        ),
+        (
+            "an option that does not fit",
+            options(&[1, 1, 1, 1, 1, 1, 148, 4]),
+            Reason::InvalidIpv4,
+        ),
+        (
+            "an option of no length",
+            options(&[148, 0, 0, 0]),
+            Reason::InvalidIpv4,
+        ),
+        (
+            "an option without its length",
+            options(&[1, 1, 1, 148]),
+            Reason::InvalidIpv4,
+        ),
+        (
             "UDP length",
             change(&udp((WORLD_V4, 1), (HOST_V4, 2), &[]), 14 + 20 + 5, 7),
             Reason::CtInvalidHeader,
@@ -180,6 +233,24 @@ fn headers_are_found_behind_tags_options_and_extensions() {
             assert!(got.passed, "{hook:?}: {:?}", got.reason);
         }
     }
+}
+
+#[test]
+fn what_linux_delivers_as_a_protocol_is_one_whatever_stands_in_it() {
+    let mut world = World::new(NIC, HOST);
+    world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
+    let datagram = &udp((WORLD_V6, 4000), (HOST_V6, 80), &[0; 4])[54..];
+    // Mobility, host identity, shim6: what looks like the header of a datagram to port 80 is their payload.
+    for protocol in [135, 139, 140] {
+        let mut message = vec![17, 0, 0, 0, 0, 0, 0, 0];
+        message.extend_from_slice(datagram);
+        for hook in ENTRIES {
+            let got = world.run(hook, &raw(WORLD_V6, HOST_V6, protocol, 64, &message));
+            assert_eq!(got.reason, Reason::PolicyDenied, "{protocol}");
+            assert_eq!(got.event(EventKind::Drop).unwrap().protocol, protocol);
+        }
+    }
+    assert!(world.flows().is_empty());
 }
 
 #[test]

@@ -7,9 +7,20 @@ const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
 const AUTHENTICATION: u8 = 51;
 const DESTINATION: u8 = 60;
-const MOBILITY: u8 = 135;
-const HOST_IDENTITY: u8 = 139;
-const SHIM6: u8 = 140;
+
+/// Routing headers: source route (deprecated, RFC 5095), mobility (RFC 6275), RPL (RFC 6554), segments (RFC 8754).
+const ROUTING_TYPES: [u8; 4] = [0, 2, 3, 4];
+
+/// IPv4 options (RFC 791, 3.1).
+mod option {
+    pub const END: u8 = 0;
+    pub const NO_OPERATION: u8 = 1;
+    pub const LOOSE_SOURCE_ROUTE: u8 = 131;
+    pub const STRICT_SOURCE_ROUTE: u8 = 137;
+    /// Most options in a header. There is room for forty of one byte, but what is sent is one or two, filled up to a
+    /// multiple of four.
+    pub const MAX: u32 = 12;
+}
 
 #[inline(always)]
 pub(crate) fn v4_addr<B: Bytes + ?Sized>(header: &[u8; 20], at: usize) -> Addr {
@@ -43,6 +54,21 @@ pub(crate) fn decode_v4<B: Bytes + ?Sized>(bytes: &B, packet: &mut Packet) -> Re
     }
     packet.length = total;
     packet.transport_offset = (offset + header_length) as u16;
+    if header_length > 20 {
+        let mut options = Options {
+            zero: 0,
+            offset: (offset + 20) as u16,
+        };
+        for _ in 0..option::MAX {
+            if u32::from(options.offset) >= offset + header_length {
+                break;
+            }
+            options.step(bytes, offset + header_length)?;
+        }
+        if u32::from(options.offset) < offset + header_length {
+            return Err(Reason::InvalidIpv4);
+        }
+    }
     let fragment = u32::from(u16::from_be_bytes([header[6], header[7]]));
     let (more, fragment_offset) = (fragment & 0x2000 != 0, (fragment & 0x1fff) * 8);
     if more || fragment_offset != 0 {
@@ -103,13 +129,48 @@ fn stated_length(stated: u32, available: u32) -> u32 {
     }
 }
 
-/// Whether a next-header value is an extension header that is followed (RFC 8200, 4.1; the IANA registry).
+/// Whether a next-header value is an extension header that is followed: those that Linux follows
+/// (`ipv6_ext_hdr`). The registry of IANA also lists mobility (135), HIP (139) and shim6 (140), which Linux delivers
+/// as protocols of their own: what stands behind them is payload and no transport header.
 #[inline(always)]
 pub(crate) const fn is_extension(next: u8) -> bool {
     matches!(
         next,
-        HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION | MOBILITY | HOST_IDENTITY | SHIM6
+        HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION
     )
+}
+
+/// A walk along the options of an IPv4 header. Its state is in memory and each step is a call, as in [`Chain`].
+#[repr(C, align(8))]
+struct Options {
+    zero: u16,
+    /// Where the next option starts.
+    offset: u16,
+}
+
+impl Options {
+    /// Passes the option at `offset`, of a header that ends at `end`. A source route sends the packet to another
+    /// address than the destination that is judged. Options that do not fit are dropped by Linux too.
+    #[inline(never)]
+    fn step<B: Bytes + ?Sized>(&mut self, bytes: &B, end: u32) -> Result<(), Reason> {
+        let offset = u32::from(self.offset);
+        // With the byte before: the verifier does not follow a comparison of one byte (ARCHITECTURE, "Verifier").
+        let kind = take::<2, B>(bytes, offset - 1, end, Reason::InvalidIpv4)?[1];
+        let length = match kind {
+            option::END => end - offset,
+            option::NO_OPERATION => 1,
+            option::LOOSE_SOURCE_ROUTE | option::STRICT_SOURCE_ROUTE => return Err(Reason::InvalidIpv4),
+            _ => {
+                let length = u32::from(take::<2, B>(bytes, offset, end, Reason::InvalidIpv4)?[1]);
+                if length < 2 || offset + length > end {
+                    return Err(Reason::InvalidIpv4);
+                }
+                length
+            }
+        };
+        self.offset = (offset + length) as u16;
+        Ok(())
+    }
 }
 
 /// A walk along extension headers.
@@ -178,8 +239,10 @@ impl Chain {
             AUTHENTICATION => (u32::from(header[1]) + 2) * 4,
             _ => (u32::from(header[1]) + 1) * 8,
         };
-        // A routing header of type 0 sends the packet somewhere else than its destination says: RFC 5095.
-        if kind == ROUTING && header[2] == 0 && header[3] != 0 {
+        // With segments left the packet goes on to another address than the destination that is judged (RFC 8200,
+        // 4.4; RFC 5095 for type 0). What a receiver makes of a type that it knows and this decoder does not is
+        // open.
+        if kind == ROUTING && (header[3] != 0 || !ROUTING_TYPES.contains(&header[2])) {
             return Err(Reason::InvalidIpv6Extension);
         }
         if kind == FRAGMENT {
