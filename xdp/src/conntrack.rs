@@ -16,6 +16,11 @@ use crate::ctx::Context;
 use crate::event;
 use crate::frame::Frame;
 use crate::maps::{BUDGETS, CONFIG, CONNTRACK};
+use crate::share;
+
+/// A flow without a handshake is kept when the other side has answered and it has gone on for so long, ns. A question
+/// and its answer take less.
+const SETTLES_AFTER: u64 = 2_000_000_000;
 
 /// The flags that say something about a connection's state.
 const STATE_FLAGS: u8 = TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK;
@@ -186,6 +191,32 @@ fn timeout(config: &Config, protocol: u8, flow_flags: u8, forward_tcp: u8, reply
     }
 }
 
+/// Whether both ends use the flow, so that it is worth more than a new one. TCP: the opener has acknowledged what the
+/// other side said; a SYN is answered whoever sent it. What has no handshake: it has been answered and goes on.
+#[inline(always)]
+fn is_settled(protocol: u8, flow_flags: u8, forward_tcp: u8, reply_tcp: u8, age: u64) -> bool {
+    if flow_flags & ct_flags::REPLIED == 0 {
+        return false;
+    }
+    if protocol == protocol::TCP {
+        forward_tcp & TCP_ACK != 0 && !is_closing(forward_tcp, reply_tcp)
+    } else {
+        age >= SETTLES_AFTER
+    }
+}
+
+/// Has the flow kept if it is settled now, or no longer kept if it is closing.
+#[inline(never)]
+fn settle(frame: &Frame, entry: &mut CtEntry) -> u32 {
+    let age = frame.now.saturating_sub(entry.created);
+    let protocol = frame.packet.protocol;
+    let settled = is_settled(protocol, entry.flags, entry.forward_tcp, entry.reply_tcp, age);
+    if settled != (entry.kept != 0) {
+        share::settle(&frame.key, entry, u32::from(settled));
+    }
+    0
+}
+
 /// Notes that a connection was reset where no packet of it was seen.
 #[inline(always)]
 pub fn close(entry: &mut CtEntry) {
@@ -235,6 +266,9 @@ pub fn note<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
         entry.flags = flow_flags;
     }
     entry.expires = frame.now + timeout(config, packet.protocol, flow_flags, forward_tcp, reply_tcp);
+    if entry.kept == 0 || ended {
+        settle(frame, entry);
+    }
     let interval = config.trace_interval;
     if ended || (interval != 0 && frame.now.saturating_sub(entry.reported) >= interval) {
         entry.reported = frame.now;
@@ -278,10 +312,9 @@ pub fn direction_flags(entry: &CtEntry, ingress: bool) -> u8 {
     out
 }
 
-/// Makes the entry of a flow whose first packet is `frame`'s, and reports it. The verdict changes only if the map
-/// takes nothing.
+/// Makes the entry of a flow whose first packet is `frame`'s. The verdict changes only if the map takes nothing.
 #[inline(never)]
-pub fn insert<C: Context>(ctx: C, frame: &mut Frame) {
+pub fn insert(frame: &mut Frame) {
     let Some(config) = CONFIG.get(0) else {
         return frame.set(Reason::CtInsertionFailed);
     };
@@ -319,17 +352,34 @@ pub fn insert<C: Context>(ctx: C, frame: &mut Frame) {
         ruleset: frame.ruleset,
         inspector: frame.inspector,
         carry_flags: frame.carry_flags,
-        zero: [0; 2],
+        kept: 0,
+        zero: 0,
         windows: [0; 4],
         decided: 0,
     };
+    if share::enter(&frame.key, u32::from(frame.direction & 1), frame.now) == 0 {
+        return frame.set(Reason::CtInsertionFailed);
+    }
     // What takes the place of a flow that is over adds nothing to the map.
     if put(&frame.key, &entry, u64::from(BPF_NOEXIST)) == 0 {
         counters::conntrack_made();
-    } else if put(&frame.key, &entry, 0) != 0 {
-        return frame.set(Reason::CtInsertionFailed);
+    } else {
+        give_back(&frame.key);
+        if put(&frame.key, &entry, 0) != 0 {
+            frame.set(Reason::CtInsertionFailed);
+        }
     }
-    ctx.send(frame, event::what(EventKind::Trace, TracePoint::Start), &entry);
+}
+
+/// The entry of a key is about to be overwritten.
+#[inline(never)]
+fn give_back(key: &CtKey) -> u32 {
+    let key = *key;
+    if let Some(old) = CONNTRACK.get_ptr_mut(&key) {
+        // SAFETY: see `find`.
+        share::give_back(&key, unsafe { &mut *old });
+    }
+    0
 }
 
 /// Counts a packet of a flow to the flow's rule.

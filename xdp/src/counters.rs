@@ -31,6 +31,14 @@ pub fn conntrack_made() {
     }
 }
 
+/// Counts an entry that gave way to a newer flow.
+#[inline(always)]
+pub fn conntrack_evicted() {
+    if let Some(counter) = COUNTERS.get_ptr_mut(counter_slot::CONNTRACK_EVICTED) {
+        add(counter, 0);
+    }
+}
+
 #[inline(always)]
 fn add(counter: *mut Counter, bytes: u32) {
     // SAFETY: a map value of this CPU, which lives as long as the map.

@@ -114,6 +114,11 @@ pub fn send<C: Context>(ctx: C, frame: &Frame, what: u32, flow: Option<&CtEntry>
             (*event).forward_bytes = flow.forward_bytes;
             (*event).reply_packets = flow.reply_packets;
             (*event).reply_bytes = flow.reply_bytes;
+        } else if what as u8 == TracePoint::Start as u8 {
+            (*event).forward_packets = 1;
+            (*event).forward_bytes = u64::from(packet.length);
+            (*event).reply_packets = 0;
+            (*event).reply_bytes = 0;
         } else {
             (*event).forward_packets = 0;
             (*event).forward_bytes = 0;

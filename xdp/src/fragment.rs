@@ -1,54 +1,76 @@
 //! Fragments: the later ones take the ports of the first.
 
-use palisade_abi::{FragmentKey, FragmentPorts, protocol};
+use palisade_abi::{FragmentKey, FragmentPorts, Reason, protocol};
 use palisade_packet::{flags, icmp_kind};
 
 use crate::frame::Frame;
-use crate::maps::{CONFIG, FRAGMENTS};
+use crate::maps::{CONFIG, FRAGMENTS, INTERFACES, SLOTS};
+use crate::share;
 
 /// IPv6 fragment header: stands for "whatever the datagram's protocol is".
 const IPV6_FRAGMENT: u32 = 44;
 
-/// Remembers the ports of a first fragment, or gives them to a later one. `hook` is `ifindex << 1 | egress`.
-///
-/// Remembered before it is judged: the later fragments of a denied datagram are then denied by the same rule.
-#[inline(never)]
-pub fn resolve(frame: &mut Frame, hook: u32) -> u32 {
-    let packet = &mut frame.packet;
-    let ipv6 = packet.is(flags::IPV6);
-    let key = FragmentKey {
+/// The datagram of a fragment, at the interface and hook where the program stands.
+#[inline(always)]
+fn key(frame: &Frame) -> FragmentKey {
+    let packet = &frame.packet;
+    FragmentKey {
         source: packet.source,
         destination: packet.destination,
         id: packet.fragment_id,
-        hook,
-        protocol: if ipv6 {
+        hook: (frame.ifindex << 1) | u32::from(frame.egress),
+        protocol: if packet.is(flags::IPV6) {
             IPV6_FRAGMENT
         } else {
             u32::from(packet.protocol)
         },
-    };
-    let is_icmp = matches!(packet.protocol, protocol::ICMP | protocol::ICMPV6);
-    if packet.is(flags::FRAGMENT_FIRST) {
-        let lifetime = match CONFIG.get(0) {
-            Some(config) => config.fragment,
-            None => 0,
-        };
-        let ports = FragmentPorts {
-            expires: frame.now + lifetime,
-            source: packet.source_port,
-            destination: if is_icmp {
-                packet.echo_id
-            } else {
-                packet.destination_port
-            },
-            tcp_flags: packet.tcp_flags,
-            protocol: packet.protocol,
-            zero: [0; 2],
-        };
-        // Where the map takes nothing the later fragments have no ports, and are dropped as such.
-        let _ = FRAGMENTS.insert(&key, &ports, 0);
+    }
+}
+
+/// Remembers the ports of a first fragment that was judged by rules. The later fragments of a denied datagram are then
+/// denied by the same rule. What has a spoofed source, is malformed or is only forwarded leaves nothing here.
+#[inline(never)]
+pub fn remember(frame: &mut Frame) -> u32 {
+    let judged = !frame.is_dropped() || frame.rule != 0;
+    if !judged || frame.reason == Reason::Forwarded as u8 {
         return 0;
     }
+    // Where the node's policy was asked too, the endpoint is the node by now.
+    let Some(interface) = INTERFACES.get(frame.ifindex & (SLOTS as u32 - 1)) else {
+        return 0;
+    };
+    let key = key(frame);
+    let packet = &frame.packet;
+    let lifetime = match CONFIG.get(0) {
+        Some(config) => config.fragment,
+        None => 0,
+    };
+    let is_icmp = matches!(packet.protocol, protocol::ICMP | protocol::ICMPV6);
+    let ports = FragmentPorts {
+        expires: frame.now + lifetime,
+        source: packet.source_port,
+        destination: if is_icmp {
+            packet.echo_id
+        } else {
+            packet.destination_port
+        },
+        tcp_flags: packet.tcp_flags,
+        protocol: packet.protocol,
+        zero: [0; 2],
+    };
+    if share::enter_fragment(&key, u32::from(interface.endpoint), ports.expires) != 0 {
+        // Where the map takes nothing the later fragments have no ports.
+        let _ = FRAGMENTS.insert(&key, &ports, 0);
+    }
+    0
+}
+
+/// Gives a later fragment the ports of the first.
+#[inline(never)]
+pub fn resolve(frame: &mut Frame) -> u32 {
+    let key = key(frame);
+    let packet = &mut frame.packet;
+    let ipv6 = packet.is(flags::IPV6);
     // SAFETY: entries are replaced, never changed in place; what is needed is copied at once.
     match unsafe { FRAGMENTS.get(&key) } {
         Some(ports) if ports.expires > frame.now => {

@@ -20,6 +20,7 @@ mod identity;
 mod link;
 mod maps;
 mod policy;
+mod share;
 mod verdict;
 
 use aya_ebpf::bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
@@ -129,6 +130,9 @@ fn judge<C: Context>(ctx: C, egress: bool) -> Way {
     frame.direction = u8::from(egress);
     frame.egress = u8::from(egress);
     verdict(ctx, &mut frame, u32::from(egress));
+    if frame.packet.is(flags::FRAGMENT_FIRST) {
+        fragment::remember(&mut frame);
+    }
     let mut way = Way::On;
     if frame.needed && !frame.is_dropped() {
         ctx.carry(&mut frame);
@@ -192,8 +196,8 @@ fn verdict<C: Context>(ctx: C, frame: &mut Frame, egress: u32) {
     if matches!(frame.packet.protocol, protocol::ICMPV6 | protocol::IGMP) && link::passes_packet(frame) {
         return frame.set(Reason::LinkControl);
     }
-    if frame.packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER) {
-        fragment::resolve(frame, (frame.ifindex << 1) | u32::from(egress));
+    if frame.packet.is(flags::FRAGMENT_LATER) {
+        fragment::resolve(frame);
     }
     // Inlined here, called below: the first is every packet's way.
     verdict::judge(ctx, frame);

@@ -5,8 +5,9 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, XskMap};
 use aya_ebpf::macros::btf_map;
 use palisade_abi::{
-    Addr, CLASS_SLOTS, Carried, Config, Counter, CtEntry, CtKey, EndpointState, FragmentKey, FragmentPorts,
-    Interface, IpcacheEntry, LearnedKey, MAX_WORKERS, PolicyEntry, PolicyKey, RateBudget,
+    Addr, CLASS_SLOTS, Carried, Config, Counter, CtEntry, CtKey, EndpointState, FlowSlot, FragmentKey,
+    FragmentPorts, FragmentSlot, Interface, IpcacheEntry, LearnedKey, MAX_WORKERS, PolicyEntry, PolicyKey,
+    RateBudget, Share,
 };
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
@@ -14,6 +15,8 @@ const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 
 /// Slots of the arrays that are indexed by an interface index or an endpoint id.
 pub const SLOTS: usize = 65_536;
+/// Entries of SHARES: endpoint × direction.
+pub const SHARE_SLOTS: usize = 2 * SLOTS;
 /// Entries of COUNTERS: reason × direction.
 pub const COUNTER_SLOTS: usize = 512;
 /// Entries of BUDGETS: kind of event × reason.
@@ -46,6 +49,16 @@ pub static CONNTRACK: LruHashMap<CtKey, CtEntry, 262_144> = LruHashMap::new();
 
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, 8_192> = LruHashMap::new();
+
+/// What the flows and fragments of each endpoint may take of the two maps above.
+#[btf_map]
+pub static SHARES: Array<Share, SHARE_SLOTS, MMAPABLE> = Array::new();
+
+#[btf_map]
+pub static FLOW_SLOTS: Array<FlowSlot, 131_072> = Array::new();
+
+#[btf_map]
+pub static FRAGMENT_SLOTS: Array<FragmentSlot, 4_096> = Array::new();
 
 #[btf_map]
 pub static EVENTS: RingBuf<(), 1_048_576> = RingBuf::new();

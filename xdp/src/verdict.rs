@@ -148,10 +148,13 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
         frame.set(Reason::CtInvalidState);
     }
     if begins && !frame.is_dropped() {
-        conntrack::insert(ctx, frame);
+        conntrack::insert(frame);
         if frame.is_dropped() {
             return;
         }
+        // From here and not from `insert`: the entry takes a third of the stack there.
+        let start = event::what(EventKind::Trace, TracePoint::Start);
+        ctx.send(frame, start, core::ptr::null());
         if frame.inspector != 0 {
             let opens = !is_tcp || tcp_flags == TCP_SYN;
             let midstream = if opens { 0 } else { carry_flags::MIDSTREAM };
@@ -295,14 +298,21 @@ pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
     }
 }
 
+/// Decodes what an ICMP error quotes; returns 0 if that is a packet whose flow can be known. A function of its own for
+/// the stack it takes.
+#[inline(never)]
+fn read_quote<C: Context>(ctx: C, frame: &Frame, quote: &mut Quote) -> u32 {
+    // Errors are few: made readable always rather than when it turns out to be needed.
+    ctx.widen();
+    u32::from(decode_quote(&ctx.bytes(true), &frame.packet, quote).is_err())
+}
+
 /// Judges an ICMP error by the packet it quotes: [`Reason::UnrelatedIcmp`] if that belongs to no live flow.
 #[inline(always)]
 pub fn related<C: Context>(ctx: C, frame: &mut Frame) {
     let mut quote = Quote::default();
     frame.set(Reason::UnrelatedIcmp);
-    // Errors are few: made readable always rather than when it turns out to be needed.
-    ctx.widen();
-    if decode_quote(&ctx.bytes(true), &frame.packet, &mut quote).is_err() {
+    if read_quote(ctx, frame, &mut quote) != 0 {
         return;
     }
     // An error goes to who sent the packet (RFC 1122, 3.2.2; RFC 4443, 2.2).

@@ -92,7 +92,9 @@ pub struct CtEntry {
     /// [`crate::carry_flags::AUDIT`] if what the application rules deny passes.
     pub carry_flags: u8,
     /// Zero.
-    pub zero: [u8; 2],
+    pub zero: u8,
+    /// Not 0: the flow is in use by both ends and counts at [`Share::kept`]; no other flow takes its place.
+    pub kept: u8,
     /// TCP sequence numbers that need no reading: from the side that opened it [0, 1), from the other side [2, 3).
     /// Equal: none.
     pub windows: [u32; 4],
@@ -119,6 +121,55 @@ impl CtEntry {
     pub const fn is_unread(&self) -> bool {
         self.decided == Self::decision(self.ruleset, self.carry_flags, true)
     }
+}
+
+/// The part of the conntrack and fragment maps that the flows of one endpoint and direction may take. Slot
+/// `endpoint * 2 + direction` of SHARES. Slot 0 is the pool: what of the map is left when every share has what it is
+/// guaranteed.
+///
+/// The first five fields are written by user space only.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Share {
+    /// First slot in FLOW_SLOTS.
+    pub flows: u32,
+    /// Slots in FLOW_SLOTS. 0: no flow of this endpoint and direction can begin.
+    pub flow_slots: u32,
+    /// First slot in FRAGMENT_SLOTS.
+    pub fragments: u32,
+    /// Slots in FRAGMENT_SLOTS.
+    pub fragment_slots: u32,
+    /// Kept flows that need nothing of the pool. Of the pool: its size.
+    pub guaranteed: u32,
+    /// Zero.
+    pub zero: u32,
+    /// Kept flows. Of the pool: kept flows beyond what their shares are guaranteed. For a moment it may be below zero.
+    pub kept: i64,
+}
+
+/// Slots of FLOW_SLOTS and FRAGMENT_SLOTS among which a new flow or datagram takes that of the oldest.
+pub const SHARE_WAYS: u32 = 4;
+
+/// Slot of FLOW_SLOTS: a flow that gives way when its slot is taken again, unless it is kept by then.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct FlowSlot {
+    /// The flow. Endpoint 0: none.
+    pub key: CtKey,
+    /// [`CtEntry::created`]: tells it from a later flow with the same key.
+    pub created: u64,
+}
+
+/// Slot of FRAGMENT_SLOTS.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct FragmentSlot {
+    /// The datagram. Hook 0: none.
+    pub key: FragmentKey,
+    /// Zero.
+    pub zero: u32,
+    /// [`FragmentPorts::expires`]: tells it from a later datagram with the same key.
+    pub expires: u64,
 }
 
 /// Key of a fragmented datagram whose first fragment has been seen (RFC 791, 3.2; RFC 8200, 4.5).

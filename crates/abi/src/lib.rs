@@ -25,7 +25,9 @@ pub use class::{
     CLASS_ANY, CLASS_SLOTS, CLASS_UNKNOWN, Class, FIRST_DYNAMIC_CLASS, ICMP_SLOTS, PORT_SLOTS,
     PROTOCOL_SLOTS, class_slot, class_slot_unknown_port,
 };
-pub use conntrack::{CtEntry, CtKey, FragmentKey, FragmentPorts, TcpState, ct_flags};
+pub use conntrack::{
+    CtEntry, CtKey, FlowSlot, FragmentKey, FragmentPorts, FragmentSlot, SHARE_WAYS, Share, TcpState, ct_flags,
+};
 pub use event::{Event, EventKind, MatchKind, TracePoint, event_flags};
 pub use interface::{
     Config, Counter, EndpointState, Interface, RateBudget, config_flags, endpoint_flags, interface_flags,
@@ -37,7 +39,7 @@ pub use policy::{
 pub use reason::{Reason, budget_slot, counter_slot};
 
 /// Version of every layout in this crate. Part of the pin directory's name.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// IP protocol numbers (IANA) that the programs treat by name.
 pub mod protocol {
@@ -69,9 +71,15 @@ pub mod maps {
     pub const CLASSES: &str = "CLASSES";
     /// `HASH` [`crate::PolicyKey`] -> [`crate::PolicyEntry`].
     pub const POLICY: &str = "POLICY";
-    /// `LRU_HASH` [`crate::CtKey`] -> [`crate::CtEntry`]. Only user space deletes from it; an entry that the programs
-    /// make (for a new key) counts at [`crate::counter_slot::CONNTRACK_MADE`].
+    /// `LRU_HASH` [`crate::CtKey`] -> [`crate::CtEntry`]. The shares are so cut that it is never full. An entry that
+    /// the programs make (for a new key) counts at [`crate::counter_slot::CONNTRACK_MADE`].
     pub const CONNTRACK: &str = "CONNTRACK";
+    /// `ARRAY[131072]`, memory-mapped, endpoint × 2 + direction -> [`crate::Share`].
+    pub const SHARES: &str = "SHARES";
+    /// `ARRAY` of [`crate::FlowSlot`], half as many as CONNTRACK has entries.
+    pub const FLOW_SLOTS: &str = "FLOW_SLOTS";
+    /// `ARRAY` of [`crate::FragmentSlot`], half as many as FRAGMENTS has entries.
+    pub const FRAGMENT_SLOTS: &str = "FRAGMENT_SLOTS";
     /// `LRU_HASH` [`crate::FragmentKey`] -> [`crate::FragmentPorts`].
     pub const FRAGMENTS: &str = "FRAGMENTS";
     /// `RINGBUF` of [`crate::Event`].

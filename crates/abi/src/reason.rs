@@ -160,6 +160,8 @@ impl Reason {
 
 /// Slots of the COUNTERS map that are not about a reason: numbers 253 and up are no reason's.
 pub mod counter_slot {
+    /// `packets`: conntrack entries that gave way to a newer flow of their share.
+    pub const CONNTRACK_EVICTED: u32 = 509;
     /// `packets`: conntrack entries that the programs made.
     pub const CONNTRACK_MADE: u32 = 510;
     /// Written by user space only. `packets`: conntrack entries it swept; `bytes`: entries it seeded.

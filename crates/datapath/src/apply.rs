@@ -1,5 +1,7 @@
 //! Carries out the steps of a plan, in their order.
 
+use std::collections::HashSet;
+
 use palisade_abi::{Addr, Identity, IpcacheEntry, LearnedKey, PrefixKey};
 use palisade_policy::plan::Op;
 
@@ -50,6 +52,58 @@ impl Datapath {
     /// # Errors
     /// Stops at the first step that fails.
     pub fn apply(&self, ops: &[Op]) -> Result<(), ApplyError> {
+        let switches = ops.iter().any(|op| matches!(op, Op::EndpointPut(..)));
+        if switches {
+            self.share_out(ops, false);
+        }
+        let moved = self.moved(ops).map_err(|source| ApplyError::Map {
+            step: 0,
+            steps: ops.len(),
+            what: "read addresses",
+            source,
+        })?;
+        self.carry_out(ops)?;
+        if switches {
+            self.share_out(ops, true);
+        }
+        if !moved.is_empty() {
+            let ended = self
+                .conntrack()
+                .remove_if(|key, _| moved.contains(&(key.endpoint, key.local)));
+            ended.map_err(|source| ApplyError::Map {
+                step: ops.len(),
+                steps: ops.len(),
+                what: "end flows of moved addresses",
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The addresses that are no longer an endpoint's after these steps. A live flow is not asked again whose address
+    /// its source is, so flows of these end.
+    fn moved(&self, ops: &[Op]) -> Result<HashSet<(u16, Addr)>, MapError> {
+        let mut moved = HashSet::new();
+        for op in ops {
+            let (addr, after) = match op {
+                Op::AddressPut(addr, entry) => (addr, entry.endpoint),
+                Op::AddressDelete(addr) => (addr, 0),
+                _ => continue,
+            };
+            if let Some(before) = self.ipcache.get(addr)?
+                && before.endpoint != 0
+            {
+                if before.endpoint == after {
+                    moved.remove(&(after, *addr));
+                } else {
+                    moved.insert((before.endpoint, *addr));
+                }
+            }
+        }
+        Ok(moved)
+    }
+
+    fn carry_out(&self, ops: &[Op]) -> Result<(), ApplyError> {
         let mut step = 0;
         while step < ops.len() {
             let failed = |source| ApplyError::Map {

@@ -6,6 +6,7 @@ use crate::{
     Datapath, MapError,
     counters::sum,
     maps::{Map, PerCpuArray},
+    shares::{Kept, Shares},
 };
 
 /// Works on the connections.
@@ -13,6 +14,7 @@ use crate::{
 pub struct Conntrack<'a> {
     map: &'a Map<CtKey, CtEntry>,
     counters: &'a PerCpuArray<Counter>,
+    shares: &'a Shares,
 }
 
 /// A flow that was removed.
@@ -44,8 +46,10 @@ pub struct ConntrackCounts {
     pub swept: u64,
     /// In the map.
     pub present: u64,
-    /// Removed by the kernel to make room. Approximate while traffic flows.
+    /// Removed to make room: by a newer flow of the same share, or by the kernel. Approximate while traffic flows.
     pub evicted: u64,
+    /// In use by both ends, so that no other flow takes their place.
+    pub kept: u64,
     /// Size of the map.
     pub max_entries: u64,
 }
@@ -57,6 +61,7 @@ impl Datapath {
         Conntrack {
             map: &self.conntrack,
             counters: &self.counters,
+            shares: &self.shares,
         }
     }
 
@@ -107,10 +112,13 @@ impl Conntrack<'_> {
     pub fn remove_if(&self, dead: impl Fn(&CtKey, &CtEntry) -> bool) -> Result<Sweep, MapError> {
         let mut sweep = Sweep::default();
         let mut keys = Vec::new();
+        let before = self.shares.counts();
+        let mut kept = Kept::default();
         self.map.for_each(|key, entry| {
             if dead(&key, &entry) {
                 keys.push(key);
             } else {
+                kept.add(&key, &entry);
                 sweep.present += 1;
             }
         })?;
@@ -124,9 +132,11 @@ impl Conntrack<'_> {
                 // A packet came in between and the flow lives again. What the programs may have made meanwhile
                 // is newer than this.
                 self.map.insert_new(&key, &entry)?;
+                kept.add(&key, &entry);
                 sweep.present += 1;
             }
         }
+        self.shares.correct(&before, &kept);
         self.add(sweep.ended.len() as u64, 0)?;
         Ok(sweep)
     }
@@ -138,10 +148,21 @@ impl Conntrack<'_> {
     pub fn seed(&self, flows: &[(CtKey, CtEntry)]) -> Result<usize, MapError> {
         let mut seeded = 0;
         for (key, entry) in flows {
-            seeded += usize::from(self.map.insert_new(key, entry)?);
+            let mut entry = *entry;
+            entry.kept = u8::from(self.shares.keep(key, &entry));
+            seeded += usize::from(self.map.insert_new(key, &entry)?);
         }
+        // Of those that were there already, a place was taken too many.
+        self.remove_if(|_, _| false)?;
         self.add(0, seeded as u64)?;
         Ok(seeded)
+    }
+
+    /// Endpoints that have used up their share of one direction and the pool: what they open beyond gives way to newer
+    /// flows of theirs.
+    #[must_use]
+    pub fn exhausted(&self) -> Vec<u16> {
+        self.shares.exhausted().into_iter().collect()
     }
 
     /// How full the map is. Walks it.
@@ -154,14 +175,18 @@ impl Conntrack<'_> {
             packets: swept,
             bytes: seeded,
         } = self.counter(counter_slot::CONNTRACK_SWEPT)?;
-        let mut present = 0;
-        self.map.for_each(|_, _| present += 1)?;
+        let (mut present, mut kept) = (0, 0);
+        self.map.for_each(|_, entry| {
+            present += 1;
+            kept += u64::from(entry.kept != 0);
+        })?;
         Ok(ConntrackCounts {
             made,
             seeded,
             swept,
             present,
             evicted: (made + seeded).saturating_sub(swept + present),
+            kept,
             max_entries: u64::from(self.map.max_entries()),
         })
     }

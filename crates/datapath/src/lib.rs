@@ -26,6 +26,7 @@ mod loader;
 mod maps;
 mod object;
 mod seed;
+mod shares;
 mod support;
 mod sys;
 
@@ -43,5 +44,6 @@ pub use object::OBJECT;
 pub use seed::{
     Connection, End, LocalEndpoints, Progress, SeedError, connections, connections_of_netns, seeds,
 };
+pub use shares::{Sizes, share_slot, shares};
 pub use support::{Support, XdpSupport, support, xdp_support};
 pub use sys::SyscallError;

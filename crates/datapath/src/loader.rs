@@ -21,8 +21,9 @@ use palisade_abi::{
 
 use crate::{
     MapError,
-    maps::{Classes, Endpoints, Map, PerCpuArray, RawMap, limit_option},
+    maps::{Classes, Endpoints, Map, PerCpuArray, RawMap, limit_option, possible_cpus},
     object::OBJECT,
+    shares::{Shares, Sizes},
     sys::{
         SyscallError,
         bpf::{self, map_type},
@@ -91,6 +92,9 @@ impl Limits {
         Some(match map {
             names::CONNTRACK => self.conntrack_entries,
             names::FRAGMENTS => self.fragment_entries,
+            // Half of what they are for: see `shares`.
+            names::FLOW_SLOTS => (self.conntrack_entries / 2).max(1),
+            names::FRAGMENT_SLOTS => (self.fragment_entries / 2).max(1),
             names::POLICY => self.policy_entries,
             names::IPCACHE => self.ipcache_entries,
             names::PREFIXES => self.prefix_entries,
@@ -249,6 +253,8 @@ pub struct Datapath {
     pub(crate) sockets: RawMap,
     /// The conntrack map that programs attached before this one still write to, when its size was changed.
     pub(crate) old_conntrack: Option<Map<CtKey, CtEntry>>,
+    pub(crate) shares: Shares,
+    pub(crate) sizes: Sizes,
     fresh: bool,
     resized: Vec<String>,
 }
@@ -287,7 +293,10 @@ impl Datapath {
                 History::Found => fresh = false,
                 History::Resized(old) => {
                     fresh = false;
-                    resized.push(name.clone());
+                    // The slots go with the maps that they are for.
+                    if !matches!(name.as_str(), names::FLOW_SLOTS | names::FRAGMENT_SLOTS) {
+                        resized.push(name.clone());
+                    }
                     if name == names::CONNTRACK {
                         old_conntrack = Some(Map::new(old)?);
                     }
@@ -303,7 +312,15 @@ impl Datapath {
             })
         };
         let classes = take(names::CLASSES)?;
-        Ok(Self {
+        let shares = Shares::new(&take(names::SHARES)?)?;
+        let conntrack = take(names::CONNTRACK)?;
+        let sizes = Sizes {
+            flows: conntrack.info.max_entries,
+            flow_table: take(names::FLOW_SLOTS)?.info.max_entries,
+            fragment_table: take(names::FRAGMENT_SLOTS)?.info.max_entries,
+            cpus: u32::try_from(possible_cpus()?).unwrap_or(u32::MAX),
+        };
+        let datapath = Self {
             pin_dir: options.pin_dir.clone(),
             programs,
             interfaces: Map::new(take(names::INTERFACES)?)?,
@@ -313,7 +330,7 @@ impl Datapath {
             learned: Map::new(take(names::LEARNED)?)?,
             classes: Classes::new(&classes)?,
             policy: Map::new(take(names::POLICY)?)?,
-            conntrack: Map::new(take(names::CONNTRACK)?)?,
+            conntrack: Map::new(conntrack)?,
             events: take(names::EVENTS)?,
             budgets: PerCpuArray::new(take(names::BUDGETS)?)?,
             counters: PerCpuArray::new(take(names::COUNTERS)?)?,
@@ -322,9 +339,14 @@ impl Datapath {
             workers: take(names::WORKERS)?,
             sockets: take(names::XSKS)?,
             old_conntrack,
+            shares,
+            sizes,
             fresh,
             resized,
-        })
+        };
+        // Sizes may have changed since the maps were made.
+        datapath.share_out(&[], false);
+        Ok(datapath)
     }
 
     /// Whether no map was found: nothing was attached by this version before, or everything was detached.

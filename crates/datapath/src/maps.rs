@@ -3,6 +3,7 @@
 //! Sizes are checked once, when a map is opened; after that a buffer of the wrong size cannot be made.
 
 use std::{
+    collections::BTreeSet,
     io,
     marker::PhantomData,
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
@@ -302,7 +303,7 @@ fn no_batches(e: &SyscallError) -> bool {
     matches!(e.errno(), ENOTSUPP | libc::EOPNOTSUPP | libc::EINVAL)
 }
 
-fn possible_cpus() -> std::result::Result<usize, SyscallError> {
+pub(crate) fn possible_cpus() -> std::result::Result<usize, SyscallError> {
     aya::util::nr_cpus().map_err(|(path, e)| SyscallError::new(format!("reading {path}"), e))
 }
 
@@ -472,7 +473,7 @@ impl<V: FromBytes + IntoBytes + Immutable + Copy> PerCpuArray<V> {
     }
 }
 
-fn check_layout(raw: &RawMap, want_key: usize, want_value: usize) -> Result<()> {
+pub(crate) fn check_layout(raw: &RawMap, want_key: usize, want_value: usize) -> Result<()> {
     let (key_size, value_size) = (raw.info.key_size, raw.info.value_size);
     if key_size as usize == want_key && value_size as usize == want_value {
         return Ok(());
@@ -487,14 +488,14 @@ fn check_layout(raw: &RawMap, want_key: usize, want_value: usize) -> Result<()> 
 }
 
 /// What the memory of a map may be seen as: every bit pattern is a value, and others may write it meanwhile.
-trait Atomic {}
+pub(crate) trait Atomic {}
 impl Atomic for AtomicU16 {}
 impl Atomic for AtomicU32 {}
 impl Atomic for AtomicU64 {}
 
 /// A map's memory, shared with the programs.
 #[derive(Debug)]
-struct Shared {
+pub(crate) struct Shared {
     base: NonNull<u8>,
     length: usize,
 }
@@ -505,7 +506,7 @@ unsafe impl Send for Shared {}
 unsafe impl Sync for Shared {}
 
 impl Shared {
-    fn new(raw: &RawMap) -> Result<Self> {
+    pub fn new(raw: &RawMap) -> Result<Self> {
         // The kernel rounds an element up to 8 bytes.
         let length = (raw.info.value_size as usize).next_multiple_of(8) * raw.info.max_entries as usize;
         // SAFETY: a new mapping at an address of the kernel's choice.
@@ -536,7 +537,7 @@ impl Shared {
     }
 
     /// The atomic of type `A` at a byte offset.
-    fn at<A: Atomic>(&self, offset: usize) -> &A {
+    pub fn at<A: Atomic>(&self, offset: usize) -> &A {
         assert!(offset + size_of::<A>() <= self.length && offset.is_multiple_of(align_of::<A>()));
         // SAFETY: inside the mapping and aligned (the mapping begins at a page); callers use atomics only, for
         // which every bit pattern is a value, and everybody else (programs) writes whole words.
@@ -626,6 +627,13 @@ impl Endpoints {
 
     pub fn len(&self) -> u32 {
         self.raw.info.max_entries
+    }
+
+    /// The endpoints that have a policy.
+    pub fn with_policy(&self) -> BTreeSet<u16> {
+        (0..=u16::MAX)
+            .filter(|&endpoint| u32::from(endpoint) < self.len() && self.get(endpoint).policy != 0)
+            .collect()
     }
 }
 

@@ -303,6 +303,93 @@ fn a_full_conntrack_map_shows_what_was_evicted() {
     assert!(counts.evicted >= 6000 - counts.max_entries, "{counts:?}");
 }
 
+#[test]
+fn flows_of_an_address_end_when_it_is_given_to_another_endpoint() {
+    let world = World::new();
+    let datapath = world.open();
+    let info = |endpoint| IpcacheEntry {
+        identity: 1000,
+        endpoint,
+        flags: 0,
+    };
+    let [moves, stays, goes] = [[10, 1, 0, 1], [10, 1, 0, 2], [10, 1, 0, 3]].map(Addr::from_v4);
+    let six = Addr([0xfd, 0, 0, 1]);
+    let addresses = [moves, stays, goes, six];
+    let put = |addr, endpoint| Op::AddressPut(addr, info(endpoint));
+    datapath.apply(&addresses.map(|addr| put(addr, 3))).unwrap();
+    let alive = CtEntry {
+        expires: u64::MAX,
+        ..CtEntry::default()
+    };
+    let flow = |local, endpoint| CtKey {
+        local,
+        endpoint,
+        ..ct_key(1)
+    };
+    let flows: Vec<_> = addresses
+        .iter()
+        .flat_map(|&addr| [3, 4].map(|endpoint| (flow(addr, endpoint), alive)))
+        .collect();
+    datapath.conntrack().seed(&flows).unwrap();
+    // Written again as it is: nothing ends.
+    datapath.apply(&[put(stays, 3)]).unwrap();
+    assert_eq!(datapath.conntrack().entries().unwrap().len(), 8);
+    datapath
+        .apply(&[put(moves, 4), put(stays, 3), Op::AddressDelete(goes), put(six, 4)])
+        .unwrap();
+    let left: Vec<_> = datapath
+        .conntrack()
+        .entries()
+        .unwrap()
+        .into_iter()
+        .map(|(key, _)| (key.local, key.endpoint))
+        .collect();
+    for gone in [(moves, 3), (goes, 3), (six, 3)] {
+        assert!(!left.contains(&gone), "{gone:?}");
+    }
+    assert_eq!(left.len(), 5);
+    assert_eq!(datapath.conntrack().counts().unwrap().swept, 3);
+}
+
+#[test]
+fn every_endpoint_with_a_policy_has_a_share() {
+    let world = World::new();
+    let datapath = world.open();
+    let put = |endpoint, policy| {
+        let state = EndpointState {
+            policy,
+            ..EndpointState::default()
+        };
+        Op::EndpointPut(endpoint, state)
+    };
+    let alive = CtEntry {
+        expires: u64::MAX,
+        ..CtEntry::default()
+    };
+    let seeded = |n, endpoint| {
+        let key = CtKey {
+            endpoint,
+            ..ct_key(n)
+        };
+        datapath.conntrack().seed(&[(key, alive)]).unwrap();
+        datapath.conntrack().get(&key).unwrap().unwrap().kept
+    };
+    assert_eq!(seeded(1, 3), 0);
+    datapath.apply(&[put(3, 1), put(4, 1)]).unwrap();
+    assert_eq!((seeded(2, 3), seeded(3, 4), seeded(4, 5)), (1, 1, 0));
+    datapath.apply(&[put(5, 1), put(3, 0)]).unwrap();
+    assert_eq!((seeded(5, 4), seeded(6, 5)), (1, 1));
+    let counts = datapath.conntrack().counts().unwrap();
+    assert_eq!((counts.kept, counts.present), (4, 6));
+    // What is removed gives its place back.
+    datapath
+        .conntrack()
+        .remove_if(|key, _| key.endpoint == 4)
+        .unwrap();
+    assert!(datapath.conntrack().exhausted().is_empty());
+    assert_eq!(datapath.conntrack().counts().unwrap().kept, 2);
+}
+
 /// The daemon may keep it in one thread and read counters in another.
 #[test]
 fn the_data_path_may_move_between_threads() {

@@ -3,7 +3,7 @@
 mod program;
 
 use palisade_abi::{
-    CtEntry, Decision, Direction, EventKind, PolicyEntry, Reason, TracePoint, ct_flags, entry_flags,
+    CtEntry, Decision, Direction, EventKind, PolicyEntry, Reason, Share, TracePoint, ct_flags, entry_flags,
     event_flags, identity,
 };
 use program::packets::*;
@@ -401,6 +401,13 @@ fn without_lru() -> Vec<u8> {
 #[test]
 fn a_flow_that_the_map_refuses_is_dropped() {
     let mut world = World::of(&without_lru(), NIC, HOST, 2);
+    // A share for a larger map: so the flow before does not give way.
+    let share = Share {
+        flows: 1000,
+        flow_slots: 1000,
+        ..Share::default()
+    };
+    world.set_share(HOST, INGRESS, share);
     world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
     let mut reasons = Vec::new();
     for port in 4000..4004 {

@@ -13,9 +13,10 @@ use aya::programs::{Program, ProgramError, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use palisade_abi::{
     Addr, CLASS_SLOTS, Config, Counter, CtEntry, CtKey, Decision, Direction, EndpointState, Event, EventKind,
-    Interface, IpcacheEntry, MatchKind, PolicyEntry, PolicyKey, PrefixKey, Reason, identity, maps, programs,
-    role,
+    Interface, IpcacheEntry, MatchKind, PolicyEntry, PolicyKey, PrefixKey, Reason, Share, identity, maps,
+    programs, role,
 };
+use palisade_datapath::Sizes;
 use zerocopy::{FromBytes, IntoBytes};
 
 /// BPF_PROG_TEST_RUN gives a packet the loopback device.
@@ -116,8 +117,12 @@ impl World {
 
     pub fn of(object: &[u8], role: u8, endpoint: u16, conntrack: u32) -> Self {
         own_network();
+        let fragments = 1024;
         let mut ebpf = EbpfLoader::new()
             .map_max_entries(maps::CONNTRACK, conntrack)
+            .map_max_entries(maps::FLOW_SLOTS, conntrack / 2)
+            .map_max_entries(maps::FRAGMENTS, fragments)
+            .map_max_entries(maps::FRAGMENT_SLOTS, fragments / 2)
             .map_max_entries(maps::POLICY, 4096)
             .map_max_entries(maps::IPCACHE, 4096)
             .map_max_entries(maps::PREFIXES, 4096)
@@ -185,6 +190,15 @@ impl World {
             (palisade_abi::class_slot(1, 8), 6),
             (palisade_abi::class_slot(58, 128), 6),
         ]);
+        let sizes = Sizes {
+            flows: conntrack,
+            flow_table: conntrack / 2,
+            fragment_table: fragments / 2,
+            cpus: sys::possible_cpus() as u32,
+        };
+        for (slot, share) in palisade_datapath::shares(&[HOST, A, B].into(), sizes) {
+            sys::update(world.map(maps::SHARES), slot.as_bytes(), share.as_bytes()).unwrap();
+        }
         for (endpoint, identity) in [(HOST, identity::HOST), (A, A_IDENTITY), (B, B_IDENTITY)] {
             world.state(endpoint, u32::from(endpoint), 1, identity);
             for direction in [Direction::Ingress, Direction::Egress] {
@@ -423,6 +437,22 @@ impl World {
         sys::update(self.map(maps::WORKERS), 0u32.as_bytes(), now.as_bytes()).unwrap();
     }
 
+    /// Runs frames, whatever becomes of them: for many.
+    pub fn flood(&mut self, hook: Hook, frames: impl IntoIterator<Item = Vec<u8>>) {
+        // See `run_from`.
+        let mut skb = [0u32; 48];
+        skb[9] = IFINDEX;
+        let context = if hook == Hook::Xdp {
+            &[][..]
+        } else {
+            skb.as_bytes()
+        };
+        for frame in frames {
+            sys::test_packet(self.program(hook), &frame, context).unwrap();
+        }
+        self.counters.clear();
+    }
+
     fn take_counters(&mut self) {
         self.counters = Reason::ALL
             .iter()
@@ -469,6 +499,34 @@ impl World {
             .chunks(32)
             .map(|value| u64::from_ne_bytes(value[16..24].try_into().unwrap()))
             .sum()
+    }
+
+    /// Gives an address to an endpoint.
+    pub fn address(&self, addr: &str, endpoint: u16, identity: u32) {
+        let value = IpcacheEntry {
+            identity,
+            endpoint,
+            flags: 0,
+        };
+        let key = addr_of(addr);
+        sys::update(self.map(maps::IPCACHE), key.as_bytes(), value.as_bytes()).unwrap();
+    }
+
+    /// How many fragmented datagrams are known.
+    pub fn datagrams(&self) -> usize {
+        sys::keys(self.map(maps::FRAGMENTS), size_of::<palisade_abi::FragmentKey>()).len()
+    }
+
+    /// The share of an endpoint's flows of a direction.
+    pub fn share(&self, endpoint: u16, direction: Direction) -> Share {
+        let slot = palisade_datapath::share_slot(endpoint, direction as usize);
+        let share = sys::lookup(self.map(maps::SHARES), slot.as_bytes(), size_of::<Share>()).unwrap();
+        Share::read_from_bytes(&share).unwrap()
+    }
+
+    pub fn set_share(&self, endpoint: u16, direction: Direction, share: Share) {
+        let slot = palisade_datapath::share_slot(endpoint, direction as usize);
+        sys::update(self.map(maps::SHARES), slot.as_bytes(), share.as_bytes()).unwrap();
     }
 
     pub fn flow(&self, key: &CtKey) -> Option<CtEntry> {

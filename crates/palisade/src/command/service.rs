@@ -291,8 +291,13 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
     let conntrack = &status.conntrack;
     writeln!(
         out,
-        "\nConnections: {} present, {} made, {} seeded, {} swept, {} evicted because the map was full",
-        conntrack.entries, conntrack.made, conntrack.seeded, conntrack.swept, conntrack.evicted
+        "\nConnections: {} present, {} of them kept, {} made, {} seeded, {} swept, {} evicted by newer ones",
+        conntrack.entries,
+        conntrack.kept,
+        conntrack.made,
+        conntrack.seeded,
+        conntrack.swept,
+        conntrack.evicted
     )?;
     let events = &status.events;
     writeln!(

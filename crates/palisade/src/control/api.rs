@@ -390,8 +390,11 @@ pub struct ConntrackStatus {
     pub seeded: u64,
     /// Taken out because they were dead.
     pub swept: u64,
-    /// Pushed out by the kernel because the map was full.
+    /// Pushed out by newer flows of the same endpoint and direction, or by the kernel because the map was full.
     pub evicted: u64,
+    /// In use by both ends: newer flows do not push these out.
+    #[serde(default)]
+    pub kept: u64,
 }
 
 /// Events.

@@ -203,7 +203,17 @@ impl Clients {
             seeded: conntrack.seeded,
             swept: conntrack.swept,
             evicted: conntrack.evicted,
+            kept: conntrack.kept,
         };
+        let exhausted = self.datapath.conntrack().exhausted();
+        if !exhausted.is_empty() {
+            let names: Vec<String> = exhausted.iter().map(ToString::to_string).collect();
+            status.warnings.push(format!(
+                "endpoints {} have as many connections as the conntrack map has room for: further ones give way to \
+                 newer ones of the same endpoint; raise [limits] conntrack",
+                names.join(", ")
+            ));
+        }
         let fills = self.datapath.fill_levels().map_err(map_error)?;
         status.maps = fills
             .into_iter()

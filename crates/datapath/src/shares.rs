@@ -1,0 +1,299 @@
+//! Cuts the conntrack and fragment maps into shares, one for each endpoint and direction (`palisade_abi::Share`).
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+};
+
+use palisade_abi::{CtEntry, CtKey, Share, ct_flags};
+use palisade_policy::plan::Op;
+
+use crate::{
+    Datapath, MapError,
+    maps::{RawMap, Shared, check_layout},
+};
+
+/// The free nodes of an LRU map that one CPU keeps for itself (`LOCAL_FREE_TARGET` in kernel/bpf/bpf_lru_list.c). The
+/// kernel evicts when fewer than these are left in common, so the shares leave as many free for each CPU and once more.
+const FREE_PER_CPU: u32 = 128;
+
+/// What is shared out, in entries.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Sizes {
+    /// Size of CONNTRACK.
+    pub flows: u32,
+    /// Size of FLOW_SLOTS.
+    pub flow_table: u32,
+    /// Size of FRAGMENT_SLOTS.
+    pub fragment_table: u32,
+    /// CPUs that there may be.
+    pub cpus: u32,
+}
+
+/// Index of a share in SHARES.
+#[must_use]
+pub fn share_slot(endpoint: u16, direction: usize) -> u32 {
+    u32::from(endpoint) * 2 + direction as u32
+}
+
+/// The shares of these endpoints, and the pool at slot 0.
+///
+/// New flows have half of the map. Of the rest (less what the kernel wants free) one half is
+/// guaranteed in equal parts, the other is the pool: whoever comes first.
+#[must_use]
+pub fn shares(endpoints: &BTreeSet<u16>, sizes: Sizes) -> BTreeMap<u32, Share> {
+    let free = (sizes.flows / 16)
+        .max(FREE_PER_CPU.saturating_mul(sizes.cpus.saturating_add(1)))
+        .min(sizes.flows / 4);
+    let kept = sizes.flows.saturating_sub(sizes.flow_table + free);
+    let count = (endpoints.len() as u32 * 2).max(1);
+    let guaranteed = kept / 2 / count;
+    let mut shares = BTreeMap::new();
+    let pool = Share {
+        guaranteed: kept - guaranteed * count,
+        ..Share::default()
+    };
+    shares.insert(0, pool);
+    let (flow_slots, fragment_slots) = (
+        (sizes.flow_table / count).max(1),
+        (sizes.fragment_table / count).max(1),
+    );
+    let slots = endpoints
+        .iter()
+        .flat_map(|&endpoint| [0, 1].map(|direction| share_slot(endpoint, direction)));
+    for (slot, position) in slots.zip(0_u32..) {
+        let share = Share {
+            // With more shares than slots some have the same one.
+            flows: position.wrapping_mul(flow_slots) % sizes.flow_table.max(1),
+            flow_slots,
+            fragments: position.wrapping_mul(fragment_slots) % sizes.fragment_table.max(1),
+            fragment_slots,
+            guaranteed,
+            ..Share::default()
+        };
+        shares.insert(slot, share);
+    }
+    shares
+}
+
+/// The kept flows of a walk through the map, by share.
+#[derive(Debug, Default)]
+pub(crate) struct Kept(BTreeMap<u32, i64>);
+
+impl Kept {
+    pub fn add(&mut self, key: &CtKey, entry: &CtEntry) {
+        if entry.kept != 0 {
+            *self.0.entry(slot_of(key, entry)).or_default() += 1;
+        }
+    }
+}
+
+fn slot_of(key: &CtKey, entry: &CtEntry) -> u32 {
+    share_slot(key.endpoint, usize::from(entry.flags & ct_flags::INGRESS == 0))
+}
+
+/// SHARES, memory-mapped.
+#[derive(Debug)]
+pub(crate) struct Shares {
+    memory: Shared,
+    count: u32,
+}
+
+/// Numbers of the fields of a [`Share`].
+mod field {
+    pub const FLOWS: usize = 0;
+    pub const FLOW_SLOTS: usize = 1;
+    pub const FRAGMENTS: usize = 2;
+    pub const FRAGMENT_SLOTS: usize = 3;
+    pub const GUARANTEED: usize = 4;
+}
+
+impl Shares {
+    pub fn new(raw: &RawMap) -> Result<Self, MapError> {
+        check_layout(raw, size_of::<u32>(), size_of::<Share>())?;
+        Ok(Self {
+            memory: Shared::new(raw)?,
+            count: raw.info.max_entries,
+        })
+    }
+
+    fn at(&self, slot: u32, field: usize) -> &AtomicU32 {
+        self.memory
+            .at(slot as usize * size_of::<Share>() + field * size_of::<u32>())
+    }
+
+    fn kept_at(&self, slot: u32) -> &AtomicU64 {
+        self.memory
+            .at(slot as usize * size_of::<Share>() + std::mem::offset_of!(Share, kept))
+    }
+
+    fn guaranteed(&self, slot: u32) -> i64 {
+        i64::from(self.at(slot, field::GUARANTEED).load(Ordering::Relaxed))
+    }
+
+    /// Cuts the shares anew. What is counted stays. An endpoint that has none any more can open no flow.
+    pub fn cut(&self, shares: &BTreeMap<u32, Share>) {
+        for slot in 0..self.count {
+            let share = shares.get(&slot).copied().unwrap_or_default();
+            // Most slots are of no endpoint and have never been written: pages that are only read take no memory.
+            for (field, value) in [
+                (field::FLOWS, share.flows),
+                (field::FRAGMENTS, share.fragments),
+                (field::FRAGMENT_SLOTS, share.fragment_slots),
+                (field::GUARANTEED, share.guaranteed),
+                (field::FLOW_SLOTS, share.flow_slots),
+            ] {
+                let at = self.at(slot, field);
+                if at.load(Ordering::Relaxed) != value {
+                    at.store(value, Ordering::Relaxed);
+                }
+            }
+        }
+    }
+
+    /// Endpoints that can open flows.
+    fn present(&self) -> BTreeSet<u16> {
+        (1..self.count)
+            .filter(|&slot| self.at(slot, field::FLOW_SLOTS).load(Ordering::Relaxed) != 0)
+            .filter_map(|slot| u16::try_from(slot / 2).ok())
+            .collect()
+    }
+
+    /// Takes a place among the kept flows for one that is seeded; whether there was one.
+    pub fn keep(&self, key: &CtKey, entry: &CtEntry) -> bool {
+        let slot = slot_of(key, entry);
+        if self.at(slot, field::FLOW_SLOTS).load(Ordering::Relaxed) == 0 {
+            return false;
+        }
+        let (kept, lent) = (self.kept_at(slot), self.kept_at(0));
+        if (kept.fetch_add(1, Ordering::Relaxed) as i64) < self.guaranteed(slot)
+            || (lent.fetch_add(1, Ordering::Relaxed) as i64) < self.guaranteed(0)
+        {
+            return true;
+        }
+        lent.fetch_sub(1, Ordering::Relaxed);
+        kept.fetch_sub(1, Ordering::Relaxed);
+        false
+    }
+
+    /// Kept flows of a share.
+    pub fn kept(&self, slot: u32) -> i64 {
+        self.kept_at(slot).load(Ordering::Relaxed) as i64
+    }
+
+    /// Sets the counts right after a walk. Flows that are deleted by user space, and additions that two CPUs make for
+    /// one flow, are settled so. What the programs count during the walk may be counted twice until the next one.
+    pub fn correct(&self, before: &BTreeMap<u32, i64>, kept: &Kept) {
+        let slots: BTreeSet<u32> = before.keys().chain(kept.0.keys()).copied().collect();
+        for slot in slots.into_iter().filter(|&slot| slot != 0 && slot < self.count) {
+            let was = before.get(&slot).copied().unwrap_or_default();
+            let is = kept.0.get(&slot).copied().unwrap_or_default();
+            if is != was {
+                self.kept_at(slot).fetch_add((is - was) as u64, Ordering::Relaxed);
+            }
+        }
+        let was = self.kept(0);
+        let is: i64 = (1..self.count)
+            .map(|slot| (self.kept(slot) - self.guaranteed(slot)).max(0))
+            .sum();
+        self.kept_at(0).fetch_add((is - was) as u64, Ordering::Relaxed);
+    }
+
+    /// All counts, those that are not zero.
+    pub fn counts(&self) -> BTreeMap<u32, i64> {
+        (1..self.count)
+            .map(|slot| (slot, self.kept(slot)))
+            .filter(|&(_, kept)| kept != 0)
+            .collect()
+    }
+
+    /// Endpoints whose flows of a direction have all that they are guaranteed, when the pool is used up.
+    pub fn exhausted(&self) -> BTreeSet<u16> {
+        let used_up =
+            |slot| self.kept(slot) as i32 >= self.at(slot, field::GUARANTEED).load(Ordering::Relaxed) as i32;
+        if !used_up(0) {
+            return BTreeSet::new();
+        }
+        (1..self.count)
+            .filter(|&slot| self.kept(slot) != 0 && used_up(slot))
+            .filter_map(|slot| u16::try_from(slot / 2).ok())
+            .collect()
+    }
+}
+
+impl Datapath {
+    /// Cuts the shares for the endpoints that have a policy, or get one by `ops`. With `leaving`, those that lose
+    /// theirs by `ops` have none any more.
+    pub(crate) fn share_out(&self, ops: &[Op], leaving: bool) {
+        let mut endpoints = self.endpoints.with_policy();
+        for op in ops {
+            if let Op::EndpointPut(endpoint, state) = op {
+                if state.policy != 0 {
+                    endpoints.insert(*endpoint);
+                } else if leaving {
+                    endpoints.remove(endpoint);
+                }
+            }
+        }
+        if self.shares.present() != endpoints || ops.is_empty() {
+            self.shares.cut(&shares(&endpoints, self.sizes));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use palisade_abi::DIRECTIONS;
+
+    use super::*;
+
+    const SIZES: Sizes = Sizes {
+        flows: 262_144,
+        flow_table: 131_072,
+        fragment_table: 4_096,
+        cpus: 8,
+    };
+
+    #[test]
+    fn shares_do_not_overlap_and_fit_into_the_map() {
+        for count in [1_u16, 2, 3, 10, 77, 1000] {
+            let endpoints: BTreeSet<u16> = (1..=count).collect();
+            let cut = shares(&endpoints, SIZES);
+            assert_eq!(cut.len(), usize::from(count) * 2 + 1);
+            let pool = cut[&0];
+            let of_endpoints: Vec<Share> = cut.range(1..).map(|(_, &share)| share).collect();
+            let mut end = 0;
+            let mut fragments = 0;
+            for share in &of_endpoints {
+                assert_eq!((share.flows, share.fragments), (end, fragments));
+                assert!(share.flow_slots > 0 && share.guaranteed > 0 && share.fragment_slots > 0);
+                end += share.flow_slots;
+                fragments += share.fragment_slots;
+            }
+            assert!(end <= SIZES.flow_table && fragments <= SIZES.fragment_table);
+            let kept: u32 = of_endpoints.iter().map(|share| share.guaranteed).sum();
+            assert!(end + kept + pool.guaranteed + SIZES.flows / 16 <= SIZES.flows);
+        }
+    }
+
+    #[test]
+    fn the_smallest_map_has_a_slot_for_every_endpoint() {
+        let sizes = Sizes {
+            flows: 64,
+            flow_table: 32,
+            fragment_table: 1,
+            cpus: 128,
+        };
+        let endpoints: BTreeSet<u16> = (1..=100).collect();
+        for (slot, share) in shares(&endpoints, sizes) {
+            assert!(slot == 0 || share.flow_slots == 1, "{slot}: {share:?}");
+            assert!(share.flows < 32 && share.fragments < 1);
+        }
+    }
+
+    #[test]
+    fn directions_are_numbered_as_in_the_programs() {
+        assert_eq!(DIRECTIONS.map(|direction| direction as u32), [0, 1]);
+        assert_eq!([share_slot(7, 0), share_slot(7, 1)], [14, 15]);
+    }
+}

@@ -1,0 +1,199 @@
+//! Shares of the conntrack and fragment maps, so that no endpoint's flows push out those of another one.
+//!
+//! A new flow takes a slot among those of its endpoint and direction; the flow that had the slot is deleted unless it
+//! is kept. A flow is kept once both ends use it: it counts against the endpoint's budget of kept flows, and gives its
+//! place back when it closes. Where the budget is used up the flow stays in its slot. So a flood, also one of flows
+//! that are opened as the protocol wants it, takes the place of other new flows of the same endpoint and direction and
+//! of nothing else.
+//!
+//! The slot is that of the oldest flow of [`SHARE_WAYS`] at a random place: close to "the oldest of all" without a
+//! cursor that all CPUs would have to share (and without atomic additions, which the BPF target of Rust does not have).
+//! Counts of kept flows are plain additions: where two CPUs change one at the same instant it is wrong by one until
+//! the next sweep has counted. The map has room for more such errors than ten seconds can make (`datapath::shares`).
+
+use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
+use palisade_abi::{CtEntry, CtKey, FragmentKey, SHARE_WAYS, Share, ct_flags};
+
+use crate::counters;
+use crate::maps::{CONNTRACK, FLOW_SLOTS, FRAGMENT_SLOTS, FRAGMENTS, SHARE_SLOTS, SHARES};
+
+/// Slot of the pool.
+const POOL: u32 = 0;
+
+/// The share of an endpoint's flows of a direction (0 ingress, 1 egress).
+#[inline(always)]
+fn share(endpoint: u32, direction: u32) -> Option<*mut Share> {
+    SHARES.get_ptr_mut(((endpoint << 1) | direction) & (SHARE_SLOTS as u32 - 1))
+}
+
+/// The share that a flow counts at.
+#[inline(always)]
+fn share_of(key: &CtKey, entry: &CtEntry) -> Option<*mut Share> {
+    share(
+        u32::from(key.endpoint),
+        u32::from(entry.flags & ct_flags::INGRESS == 0),
+    )
+}
+
+/// A place among `slots`, at a multiple of [`SHARE_WAYS`]; what is left behind the last such place is not used.
+#[inline(always)]
+fn place(slots: u32) -> u32 {
+    let sets = slots / SHARE_WAYS;
+    if sets == 0 {
+        return 0;
+    }
+    // SAFETY: takes and changes nothing.
+    (unsafe { bpf_get_prandom_u32() }) % sets * SHARE_WAYS
+}
+
+/// Takes a slot for a flow, before its entry is made. The flow that had the slot is deleted unless it is kept.
+///
+/// Returns 0 if the endpoint has no share.
+#[inline(never)]
+pub fn enter(key: &CtKey, direction: u32, created: u64) -> u32 {
+    let Some(share) = share(u32::from(key.endpoint), direction) else {
+        return 0;
+    };
+    // SAFETY: a map value; user space may write its fields meanwhile, each of them by one store.
+    let (first, slots) = unsafe {
+        (
+            core::ptr::read_volatile(&raw const (*share).flows),
+            core::ptr::read_volatile(&raw const (*share).flow_slots),
+        )
+    };
+    if slots == 0 {
+        return 0;
+    }
+    let first = first.wrapping_add(place(slots));
+    // A program that is about to be replaced may have a smaller map than the shares are cut for. Then the flow has no
+    // slot and lives until its timeout.
+    let Some(mut slot) = FLOW_SLOTS.get_ptr_mut(first) else {
+        return 1;
+    };
+    for way in 1..SHARE_WAYS {
+        if way >= slots {
+            break;
+        }
+        if let Some(other) = FLOW_SLOTS.get_ptr_mut(first.wrapping_add(way)) {
+            // SAFETY: map values, which live as long as the map; they are only compared.
+            if unsafe { (*other).created < (*slot).created } {
+                slot = other;
+            }
+        }
+    }
+    // SAFETY: a map value. When another CPU takes it in the same moment, one of the two flows has no slot.
+    let slot = unsafe { &mut *slot };
+    if slot.key.endpoint != 0
+        && let Some(old) = CONNTRACK.get_ptr_mut(&slot.key)
+    {
+        // SAFETY: see `conntrack::find`.
+        let gives_way = unsafe { (*old).created == slot.created && (*old).kept == 0 };
+        if gives_way && CONNTRACK.remove(&slot.key).is_ok() {
+            counters::conntrack_evicted();
+        }
+    }
+    slot.key = *key;
+    slot.created = created;
+    1
+}
+
+/// Notes that a flow is in use by both ends, or is no more. Where the budget is used up nothing changes.
+#[inline(never)]
+pub fn settle(key: &CtKey, entry: &mut CtEntry, settled: u32) -> u32 {
+    if settled != 0 {
+        keep(key, entry);
+    } else {
+        give_back(key, entry);
+        enter(
+            key,
+            u32::from(entry.flags & ct_flags::INGRESS == 0),
+            entry.created,
+        );
+    }
+    0
+}
+
+#[inline(always)]
+fn keep(key: &CtKey, entry: &mut CtEntry) {
+    let (Some(share), Some(pool)) = (share_of(key, entry), SHARES.get_ptr_mut(POOL)) else {
+        return;
+    };
+    // SAFETY: map values, which live as long as the map; each field is read and written by one access.
+    unsafe {
+        if (*share).kept >= i64::from((*share).guaranteed) {
+            if (*pool).kept >= i64::from((*pool).guaranteed) {
+                return;
+            }
+            (*pool).kept += 1;
+        }
+        (*share).kept += 1;
+    }
+    entry.kept = 1;
+}
+
+/// A kept flow is over, or its entry is about to be overwritten.
+#[inline(always)]
+pub fn give_back(key: &CtKey, entry: &mut CtEntry) {
+    if entry.kept == 0 {
+        return;
+    }
+    entry.kept = 0;
+    let (Some(share), Some(pool)) = (share_of(key, entry), SHARES.get_ptr_mut(POOL)) else {
+        return;
+    };
+    // SAFETY: see `keep`.
+    unsafe {
+        if (*share).kept > i64::from((*share).guaranteed) {
+            (*pool).kept -= 1;
+        }
+        (*share).kept -= 1;
+    }
+}
+
+/// Takes a slot for a fragmented datagram that is seen at an interface of `endpoint`, before its entry is made. The
+/// datagram that had the slot is forgotten.
+///
+/// Returns 0 if the endpoint has no share.
+#[inline(never)]
+pub fn enter_fragment(key: &FragmentKey, endpoint: u32, expires: u64) -> u32 {
+    let Some(share) = share(endpoint, key.hook & 1) else {
+        return 0;
+    };
+    // SAFETY: see `enter`.
+    let (first, slots) = unsafe {
+        (
+            core::ptr::read_volatile(&raw const (*share).fragments),
+            core::ptr::read_volatile(&raw const (*share).fragment_slots),
+        )
+    };
+    if slots == 0 {
+        return 0;
+    }
+    let first = first.wrapping_add(place(slots));
+    let Some(mut slot) = FRAGMENT_SLOTS.get_ptr_mut(first) else {
+        return 1;
+    };
+    for way in 1..SHARE_WAYS {
+        if way >= slots {
+            break;
+        }
+        if let Some(other) = FRAGMENT_SLOTS.get_ptr_mut(first.wrapping_add(way)) {
+            // SAFETY: see `enter`.
+            if unsafe { (*other).expires < (*slot).expires } {
+                slot = other;
+            }
+        }
+    }
+    // SAFETY: see `enter`.
+    let slot = unsafe { &mut *slot };
+    if slot.key.hook != 0 {
+        // SAFETY: the value is only compared.
+        let old = unsafe { FRAGMENTS.get(&slot.key) };
+        if old.is_some_and(|old| old.expires == slot.expires) {
+            let _ = FRAGMENTS.remove(&slot.key);
+        }
+    }
+    slot.key = *key;
+    slot.expires = expires;
+    1
+}
