@@ -42,7 +42,7 @@ pub use loader::{Datapath, Limits, OpenError, Options, check_pin_dir};
 pub use maps::MapError;
 pub use object::OBJECT;
 pub use seed::{
-    Connection, End, LocalEndpoints, Progress, SeedError, connections, connections_of_netns, seeds,
+    Connection, End, LocalEndpoints, Progress, Scope, SeedError, connections, connections_of_netns, seeds,
 };
 pub use shares::{Sizes, share_slot, shares};
 pub use support::{Support, XdpSupport, support, xdp_support};

@@ -7,9 +7,17 @@
 //!
 //! The sockets of the node's own namespace know the flows of the node's endpoint. The flows of a workload are known
 //! if nf_conntrack sees them, or if the configuration names the workload's namespace ([`connections_of_netns`]).
-//! A flow that nobody knows is judged by its first packet, whichever direction that has: a reply from a server that
-//! the workload may reach, but that may not reach the workload, is then dropped until the workload's side sends.
-//! Unconnected UDP sockets have no flows; a request or a reply makes a new one. ICMP is not seeded.
+//! A flow that no table knows is judged by its first packet, whichever direction that has.
+//!
+//! A socket list is no proof: root of a workload, and for UDP any user, can make one that names foreign addresses or
+//! that lets a flow look as if the other end had opened it. Therefore
+//!
+//! - a table speaks only for the endpoints in its [`Scope`]: the sockets of a namespace for the endpoint that lives in
+//!   that namespace, and for no other endpoint, whatever addresses its sockets have;
+//! - only TCP is seeded. UDP and SCTP packets do not show who opened a flow, so a seeded entry would be the only
+//!   evidence for its direction. Without an entry such a flow goes on if the policy allows the direction of its next
+//!   packet;
+//! - the daemon seeds once, before it attaches the first program to the first interface (`daemon::guard`).
 //!
 //! A seeded entry has revision 0, which no endpoint has: its first packet has *the flow* judged, in the direction in
 //! which it was opened. What the policy allows lives, what it denies is cut.
@@ -56,11 +64,9 @@ pub struct End {
     pub port: u16,
 }
 
-/// A connection of the kernel's tables.
+/// A TCP connection of the kernel's tables.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Connection {
-    /// IP protocol: TCP, UDP or SCTP.
-    pub protocol: u8,
     /// Who opened it.
     pub opener: End,
     /// Whom.
@@ -76,11 +82,11 @@ pub enum Progress {
     Opening,
     /// Both sides have sent.
     Established,
-    /// TCP: the opener has sent FIN.
+    /// The opener has sent FIN.
     OpenerClosed,
-    /// TCP: the responder has sent FIN.
+    /// The responder has sent FIN.
     ResponderClosed,
-    /// TCP: both have sent FIN.
+    /// Both have sent FIN.
     Closed,
 }
 
@@ -110,18 +116,36 @@ pub struct LocalEndpoints {
     pub host: u16,
 }
 
-/// The conntrack entries of connections: one for each end that is an endpoint of this node. Where two connections
-/// give the same key, the first counts.
+/// The endpoints that a table of connections is evidence for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Scope {
+    /// Every endpoint of this node: nf_conntrack of the node's namespace, which sees the packets themselves.
+    Node,
+    /// One endpoint: the sockets of its own namespace.
+    Endpoint(u16),
+}
+
+impl Scope {
+    const fn covers(self, endpoint: u16) -> bool {
+        match self {
+            Self::Node => true,
+            Self::Endpoint(only) => only == endpoint,
+        }
+    }
+}
+
+/// Returns the conntrack entries of TCP connections: one for each end that is an endpoint in the scope of the table
+/// that the connection stands in. Where two connections give the same key, the first counts.
 #[must_use]
 pub fn seeds(
-    connections: &[Connection],
+    connections: &[(Scope, Connection)],
     endpoints: &LocalEndpoints,
     config: &Config,
     now: u64,
 ) -> Vec<(CtKey, CtEntry)> {
     let mut seen = HashSet::new();
     let mut entries = Vec::new();
-    for connection in connections {
+    for (scope, connection) in connections {
         let Connection {
             opener, responder, ..
         } = *connection;
@@ -138,13 +162,16 @@ pub fn seeds(
             (of_responder, of_opener, responder, opener, true),
         ] {
             let Some(&endpoint) = endpoint else { continue };
+            if !scope.covers(endpoint) {
+                continue;
+            }
             let key = CtKey {
                 local: local.addr,
                 remote: remote.addr,
                 local_port: local.port,
                 remote_port: remote.port,
                 endpoint,
-                protocol: connection.protocol,
+                protocol: protocol::TCP,
                 zero: 0,
             };
             if seen.insert(key) {
@@ -179,18 +206,12 @@ fn entry(
             flags |= ct_flags::REMOTE_IS_HOST;
         }
     }
-    let (timeout, (forward_tcp, reply_tcp)) = if connection.protocol == protocol::TCP {
-        let timeout = match connection.progress {
-            Progress::Opening => config.tcp_opening,
-            Progress::Closed => config.tcp_closing,
-            Progress::Established | Progress::OpenerClosed | Progress::ResponderClosed => {
-                config.tcp_established
-            }
-        };
-        (timeout, connection.progress.tcp_flags())
-    } else {
-        (config.udp, (0, 0))
+    let timeout = match connection.progress {
+        Progress::Opening => config.tcp_opening,
+        Progress::Closed => config.tcp_closing,
+        Progress::Established | Progress::OpenerClosed | Progress::ResponderClosed => config.tcp_established,
     };
+    let (forward_tcp, reply_tcp) = connection.progress.tcp_flags();
     CtEntry {
         expires: now.saturating_add(timeout),
         created: now,
@@ -202,21 +223,25 @@ fn entry(
     }
 }
 
-/// The connections that the kernel knows of in the calling thread's network namespace, those of nf_conntrack first.
+/// Returns the connections that the kernel knows of in the calling thread's network namespace, the node's: those of
+/// nf_conntrack first, for every endpoint, then the sockets, for the endpoint `node` alone.
 ///
 /// # Errors
 /// If a table is there and cannot be read.
-pub fn connections() -> Result<Vec<Connection>, SeedError> {
-    let mut found = tracked()?;
-    found.extend(sockets()?);
-    Ok(found)
+pub fn connections(node: u16) -> Result<Vec<(Scope, Connection)>, SeedError> {
+    let tracked = tracked()?.into_iter().map(|connection| (Scope::Node, connection));
+    let sockets = sockets()?
+        .into_iter()
+        .map(|connection| (Scope::Endpoint(node), connection));
+    Ok(tracked.chain(sockets).collect())
 }
 
-/// The connections that the kernel knows of in another network namespace (`/run/netns/NAME`, `/proc/PID/ns/net`).
+/// Returns the connections that the kernel knows of in the network namespace (`/run/netns/NAME`, `/proc/PID/ns/net`)
+/// of the endpoint with the number `endpoint`, for that endpoint alone.
 ///
 /// # Errors
 /// If the namespace cannot be entered, or a table is there and cannot be read.
-pub fn connections_of_netns(path: &Path) -> Result<Vec<Connection>, SeedError> {
+pub fn connections_of_netns(path: &Path, endpoint: u16) -> Result<Vec<(Scope, Connection)>, SeedError> {
     let failed = |source| SeedError::Netns {
         path: path.to_owned(),
         source,
@@ -230,12 +255,17 @@ pub fn connections_of_netns(path: &Path) -> Result<Vec<Connection>, SeedError> {
             if unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) } < 0 {
                 return Err(io::Error::last_os_error());
             }
-            Ok(connections())
+            Ok(tracked().and_then(|mut found| {
+                found.extend(sockets()?);
+                Ok(found)
+            }))
         });
     let outcome = inside.map_err(failed)?.join();
-    outcome
+    let found = outcome
         .map_err(|_| failed(io::Error::other("the reader panicked")))?
-        .map_err(failed)?
+        .map_err(failed)??;
+    let scope = Scope::Endpoint(endpoint);
+    Ok(found.into_iter().map(|connection| (scope, connection)).collect())
 }
 
 fn tracked() -> Result<Vec<Connection>, SeedError> {
@@ -257,12 +287,10 @@ fn parse_tracked(line: &str) -> Option<[Option<Connection>; 2]> {
     let mut words = line.split_ascii_whitespace().skip(3);
     let protocol: u8 = words.next()?.parse().ok()?;
     let rest: Vec<_> = words.collect();
-    let progress = match protocol {
-        protocol::TCP => tcp_progress(rest.get(1)?)?,
-        protocol::UDP | protocol::SCTP if rest.contains(&"[UNREPLIED]") => Progress::Opening,
-        protocol::UDP | protocol::SCTP => Progress::Established,
-        _ => return None,
-    };
+    if protocol != protocol::TCP {
+        return None;
+    }
+    let progress = tcp_progress(rest.get(1)?)?;
     let fields = |name: &'static str| {
         rest.iter()
             .filter_map(move |word| word.strip_prefix(name)?.strip_prefix('='))
@@ -285,24 +313,17 @@ fn parse_tracked(line: &str) -> Option<[Option<Connection>; 2]> {
         end(&sources, &source_ports, 1)?,
         end(&destinations, &destination_ports, 1)?,
     );
-    Some(both_views(protocol, progress, original, reply))
+    Some(both_views(progress, original, reply))
 }
 
 /// A connection whose tuples (source, destination) are given for both directions.
-fn both_views(
-    protocol: u8,
-    progress: Progress,
-    original: (End, End),
-    reply: (End, End),
-) -> [Option<Connection>; 2] {
+fn both_views(progress: Progress, original: (End, End), reply: (End, End)) -> [Option<Connection>; 2] {
     let of_opener = Connection {
-        protocol,
         opener: original.0,
         responder: original.1,
         progress,
     };
     let of_responder = Connection {
-        protocol,
         opener: reply.1,
         responder: reply.0,
         progress,
@@ -368,38 +389,27 @@ fn tracked_by_netlink() -> Result<Vec<Connection>, SeedError> {
 fn parse_ctnetlink(attributes: &[u8]) -> Option<[Option<Connection>; 2]> {
     const CTA_TUPLE_ORIG: u16 = 1;
     const CTA_TUPLE_REPLY: u16 = 2;
-    const CTA_STATUS: u16 = 3;
     const CTA_PROTOINFO: u16 = 4;
     const CTA_PROTOINFO_TCP: u16 = 1;
     const CTA_PROTOINFO_TCP_STATE: u16 = 1;
-    const IPS_SEEN_REPLY: u32 = 2;
 
-    let (protocol, original) = parse_tuple(find(attributes, CTA_TUPLE_ORIG)?)?;
-    let (_, reply) = parse_tuple(find(attributes, CTA_TUPLE_REPLY)?)?;
-    let progress = if protocol == protocol::TCP {
-        let state = find(attributes, CTA_PROTOINFO)
-            .and_then(|info| find(info, CTA_PROTOINFO_TCP))
-            .and_then(|tcp| find(tcp, CTA_PROTOINFO_TCP_STATE))?;
-        // enum tcp_conntrack
-        match state.first()? {
-            1 | 9 => Progress::Opening,
-            2..=5 => Progress::Established,
-            6 | 7 => Progress::Closed,
-            _ => return None,
-        }
-    } else {
-        let status = u32::from_be_bytes(find(attributes, CTA_STATUS)?.try_into().ok()?);
-        if status & IPS_SEEN_REPLY == 0 {
-            Progress::Opening
-        } else {
-            Progress::Established
-        }
+    let original = parse_tuple(find(attributes, CTA_TUPLE_ORIG)?)?;
+    let reply = parse_tuple(find(attributes, CTA_TUPLE_REPLY)?)?;
+    let state = find(attributes, CTA_PROTOINFO)
+        .and_then(|info| find(info, CTA_PROTOINFO_TCP))
+        .and_then(|tcp| find(tcp, CTA_PROTOINFO_TCP_STATE))?;
+    // enum tcp_conntrack
+    let progress = match state.first()? {
+        1 | 9 => Progress::Opening,
+        2..=5 => Progress::Established,
+        6 | 7 => Progress::Closed,
+        _ => return None,
     };
-    Some(both_views(protocol, progress, original, reply))
+    Some(both_views(progress, original, reply))
 }
 
-/// Protocol, source and destination of a tuple (`enum ctattr_tuple`).
-fn parse_tuple(tuple: &[u8]) -> Option<(u8, (End, End))> {
+/// Returns source and destination of a TCP tuple (`enum ctattr_tuple`).
+fn parse_tuple(tuple: &[u8]) -> Option<(End, End)> {
     const CTA_TUPLE_IP: u16 = 1;
     const CTA_TUPLE_PROTO: u16 = 2;
     let ip = find(tuple, CTA_TUPLE_IP)?;
@@ -412,7 +422,7 @@ fn parse_tuple(tuple: &[u8]) -> Option<(u8, (End, End))> {
     };
     let port = |kind: u16| Some(u16::from_be_bytes(find(proto, kind)?.try_into().ok()?));
     let number = *find(proto, 1)?.first()?;
-    if !matches!(number, protocol::TCP | protocol::UDP | protocol::SCTP) {
+    if number != protocol::TCP {
         return None;
     }
     let source = End {
@@ -423,17 +433,16 @@ fn parse_tuple(tuple: &[u8]) -> Option<(u8, (End, End))> {
         addr: addr(2, 4)?,
         port: port(3)?,
     };
-    Some((number, (source, destination)))
+    Some((source, destination))
 }
 
-/// States of a socket (`net/tcp_states.h`); UDP uses the first and CLOSE.
+/// States of a TCP socket (`net/tcp_states.h`).
 mod socket_state {
     pub const ESTABLISHED: u8 = 1;
     pub const SYN_SENT: u8 = 2;
     pub const SYN_RECV: u8 = 3;
     pub const FIN_WAIT1: u8 = 4;
     pub const FIN_WAIT2: u8 = 5;
-    pub const CLOSE: u8 = 7;
     pub const CLOSE_WAIT: u8 = 8;
     pub const LAST_ACK: u8 = 9;
     pub const LISTEN: u8 = 10;
@@ -443,7 +452,6 @@ mod socket_state {
 /// A socket as `inet_diag` shows it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct InetSocket {
-    protocol: u8,
     state: u8,
     local: End,
     remote: End,
@@ -452,38 +460,36 @@ struct InetSocket {
 fn sockets() -> Result<Vec<Connection>, SeedError> {
     const SOCK_DIAG_BY_FAMILY: u16 = 20;
     let mut found = Vec::new();
-    for protocol in [protocol::TCP, protocol::UDP] {
-        for family in [libc::AF_INET, libc::AF_INET6] {
-            // struct inet_diag_req_v2: every state, any address.
-            let mut request = [0_u8; 56];
-            request[0] = family as u8;
-            request[1] = protocol;
-            request[4..8].copy_from_slice(&u32::MAX.to_ne_bytes());
-            let answer = Socket::open(libc::NETLINK_SOCK_DIAG).and_then(|mut socket| {
-                let request = Request::new(SOCK_DIAG_BY_FAMILY, 0).fixed(&request);
-                socket.query(
-                    request,
-                    libc::NLM_F_DUMP,
-                    "SOCK_DIAG_BY_FAMILY",
-                    &mut |kind, payload| {
-                        if kind == SOCK_DIAG_BY_FAMILY {
-                            found.extend(parse_socket(protocol, payload));
-                        }
-                    },
-                )
-            });
-            match answer {
-                // No module for it: tcp_diag or udp_diag is not in this kernel.
-                Err(e) if matches!(e.errno(), libc::ENOENT | libc::EPROTONOSUPPORT | libc::EINVAL) => {}
-                other => other?,
-            }
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        // struct inet_diag_req_v2: every state, any address.
+        let mut request = [0_u8; 56];
+        request[0] = family as u8;
+        request[1] = protocol::TCP;
+        request[4..8].copy_from_slice(&u32::MAX.to_ne_bytes());
+        let answer = Socket::open(libc::NETLINK_SOCK_DIAG).and_then(|mut socket| {
+            let request = Request::new(SOCK_DIAG_BY_FAMILY, 0).fixed(&request);
+            socket.query(
+                request,
+                libc::NLM_F_DUMP,
+                "SOCK_DIAG_BY_FAMILY",
+                &mut |kind, payload| {
+                    if kind == SOCK_DIAG_BY_FAMILY {
+                        found.extend(parse_socket(payload));
+                    }
+                },
+            )
+        });
+        match answer {
+            // The kernel has no module tcp_diag.
+            Err(e) if matches!(e.errno(), libc::ENOENT | libc::EPROTONOSUPPORT | libc::EINVAL) => {}
+            other => other?,
         }
     }
     Ok(of_sockets(&found))
 }
 
 /// `struct inet_diag_msg`.
-fn parse_socket(protocol: u8, payload: &[u8]) -> Option<InetSocket> {
+fn parse_socket(payload: &[u8]) -> Option<InetSocket> {
     let v4 = i32::from(*payload.first()?) == libc::AF_INET;
     let addr = |offset: usize| -> Option<Addr> {
         if v4 {
@@ -500,7 +506,6 @@ fn parse_socket(protocol: u8, payload: &[u8]) -> Option<InetSocket> {
         ))
     };
     Some(InetSocket {
-        protocol,
         state: *payload.get(1)?,
         local: End {
             addr: addr(8)?,
@@ -515,27 +520,18 @@ fn parse_socket(protocol: u8, payload: &[u8]) -> Option<InetSocket> {
 
 /// The connections among sockets. The other end opened those whose local port somebody listens on.
 fn of_sockets(sockets: &[InetSocket]) -> Vec<Connection> {
-    let listeners: HashSet<(u8, End)> = sockets
+    let listeners: HashSet<End> = sockets
         .iter()
-        .filter(|s| match s.protocol {
-            protocol::TCP => s.state == socket_state::LISTEN,
-            _ => s.state == socket_state::CLOSE,
-        })
-        .map(|s| (s.protocol, s.local))
+        .filter(|socket| socket.state == socket_state::LISTEN)
+        .map(|socket| socket.local)
         .collect();
     let listens = |socket: &InetSocket| {
         let any_v4 = Addr::from_v4([0; 4]);
+        let port = socket.local.port;
         [socket.local.addr, Addr::UNSPECIFIED, any_v4]
             .into_iter()
             .any(|addr| {
-                (addr != any_v4 || socket.local.addr.is_v4())
-                    && listeners.contains(&(
-                        socket.protocol,
-                        End {
-                            addr,
-                            port: socket.local.port,
-                        },
-                    ))
+                (addr != any_v4 || socket.local.addr.is_v4()) && listeners.contains(&End { addr, port })
             })
     };
     sockets
@@ -550,13 +546,12 @@ fn of_sockets(sockets: &[InetSocket]) -> Vec<Connection> {
                     Progress::OpenerClosed
                 }
             };
-            let progress = match (socket.protocol, socket.state) {
-                (_, socket_state::ESTABLISHED) => Progress::Established,
-                (protocol::TCP, socket_state::SYN_SENT) => Progress::Opening,
-                (protocol::TCP, socket_state::SYN_RECV) => Progress::Established,
-                (protocol::TCP, socket_state::FIN_WAIT1 | socket_state::FIN_WAIT2) => closed_by(true),
-                (protocol::TCP, socket_state::CLOSE_WAIT) => closed_by(false),
-                (protocol::TCP, socket_state::LAST_ACK | socket_state::CLOSING) => Progress::Closed,
+            let progress = match socket.state {
+                socket_state::ESTABLISHED | socket_state::SYN_RECV => Progress::Established,
+                socket_state::SYN_SENT => Progress::Opening,
+                socket_state::FIN_WAIT1 | socket_state::FIN_WAIT2 => closed_by(true),
+                socket_state::CLOSE_WAIT => closed_by(false),
+                socket_state::LAST_ACK | socket_state::CLOSING => Progress::Closed,
                 _ => return None,
             };
             let (opener, responder) = if remote_opened {
@@ -565,7 +560,6 @@ fn of_sockets(sockets: &[InetSocket]) -> Vec<Connection> {
                 (socket.local, socket.remote)
             };
             Some(Connection {
-                protocol: socket.protocol,
                 opener,
                 responder,
                 progress,
@@ -612,9 +606,12 @@ mod tests {
         LocalEndpoints { addresses, host: 1 }
     }
 
+    fn node(connection: Connection) -> (Scope, Connection) {
+        (Scope::Node, connection)
+    }
+
     fn tcp(opener: &str, responder: &str) -> Connection {
         Connection {
-            protocol: protocol::TCP,
             opener: end(opener),
             responder: end(responder),
             progress: Progress::Established,
@@ -624,7 +621,12 @@ mod tests {
     #[test]
     fn the_end_that_is_an_endpoint_gets_an_entry_in_the_flows_direction() {
         let known = endpoints(&[("10.0.0.1", 1)]);
-        let out = seeds(&[tcp("10.0.0.1:40000", "192.0.2.7:443")], &known, &config(), 5);
+        let out = seeds(
+            &[node(tcp("10.0.0.1:40000", "192.0.2.7:443"))],
+            &known,
+            &config(),
+            5,
+        );
         let [(key, entry)] = out[..] else {
             panic!("{out:?}")
         };
@@ -635,7 +637,12 @@ mod tests {
             (0, 1005, 18, 18)
         );
 
-        let out = seeds(&[tcp("192.0.2.7:5555", "10.0.0.1:22")], &known, &config(), 5);
+        let out = seeds(
+            &[node(tcp("192.0.2.7:5555", "10.0.0.1:22"))],
+            &known,
+            &config(),
+            5,
+        );
         let [(key, entry)] = out[..] else {
             panic!("{out:?}")
         };
@@ -647,9 +654,32 @@ mod tests {
     }
 
     #[test]
+    fn sockets_of_a_namespace_speak_for_the_endpoint_of_that_namespace_alone() {
+        let known = endpoints(&[("10.0.0.1", 1), ("10.0.1.10", 7), ("10.0.2.10", 8)]);
+        // Root of endpoint 7 has given 10.0.2.10, the address of endpoint 8, to its own loopback.
+        let forged = tcp("10.0.2.10:1000", "192.0.2.9:443");
+        assert!(seeds(&[(Scope::Endpoint(7), forged)], &known, &config(), 0).is_empty());
+        assert_eq!(
+            seeds(&[(Scope::Endpoint(8), forged)], &known, &config(), 0).len(),
+            1
+        );
+        // A connection between both counts for the endpoint whose namespace it was found in.
+        let both = tcp("10.0.2.10:1000", "10.0.1.10:80");
+        let out = seeds(&[(Scope::Endpoint(7), both)], &known, &config(), 0);
+        assert_eq!(out.iter().map(|(key, _)| key.endpoint).collect::<Vec<_>>(), [7]);
+        // The node's sockets say nothing about workloads.
+        assert!(seeds(&[(Scope::Endpoint(1), forged)], &known, &config(), 0).is_empty());
+    }
+
+    #[test]
     fn two_endpoints_have_an_entry_each() {
         let known = endpoints(&[("10.0.0.1", 1), ("10.0.1.10", 7), ("fd00::1", 8)]);
-        let out = seeds(&[tcp("10.0.1.10:1000", "10.0.0.1:80")], &known, &config(), 0);
+        let out = seeds(
+            &[node(tcp("10.0.1.10:1000", "10.0.0.1:80"))],
+            &known,
+            &config(),
+            0,
+        );
         assert_eq!(out.len(), 2);
         assert_eq!(out[0].0.endpoint, 7);
         assert_ne!(out[0].1.flags & ct_flags::REMOTE_IS_HOST, 0);
@@ -665,11 +695,11 @@ mod tests {
     #[test]
     fn strangers_and_the_node_with_itself_get_none_and_the_first_of_two_counts() {
         let known = endpoints(&[("10.0.0.1", 1), ("10.0.0.2", 1)]);
-        assert!(seeds(&[tcp("10.9.0.1:1", "10.9.0.2:2")], &known, &config(), 0).is_empty());
-        assert!(seeds(&[tcp("10.0.0.1:1", "10.0.0.2:2")], &known, &config(), 0).is_empty());
+        assert!(seeds(&[node(tcp("10.9.0.1:1", "10.9.0.2:2"))], &known, &config(), 0).is_empty());
+        assert!(seeds(&[node(tcp("10.0.0.1:1", "10.0.0.2:2"))], &known, &config(), 0).is_empty());
         let twice = [
-            tcp("192.0.2.7:5555", "10.0.0.1:22"),
-            tcp("10.0.0.1:22", "192.0.2.7:5555"),
+            node(tcp("192.0.2.7:5555", "10.0.0.1:22")),
+            node(tcp("10.0.0.1:22", "192.0.2.7:5555")),
         ];
         let out = seeds(&twice, &known, &config(), 0);
         assert_eq!(out.len(), 1);
@@ -684,7 +714,7 @@ mod tests {
         assert_eq!(first, Some(tcp("10.0.0.1:4000", "10.0.0.2:80")));
         assert_eq!(second, None);
 
-        let nat = "ipv4     2 udp      17 20 src=10.0.1.10 dst=192.0.2.7 sport=5000 dport=53 packets=1 bytes=60 \
+        let nat = "ipv4     2 tcp      6 20 SYN_SENT src=10.0.1.10 dst=192.0.2.7 sport=5000 dport=53 packets=1 bytes=60 \
                    [UNREPLIED] src=192.0.2.7 dst=198.51.100.1 sport=53 dport=6000 packets=0 bytes=0 mark=0 use=2";
         let [first, second] = parse_tracked(nat).unwrap();
         let (first, second) = (first.unwrap(), second.unwrap());
@@ -706,6 +736,7 @@ mod tests {
             "",
             "ipv4 2 icmp 1 29 src=1.2.3.4 dst=1.2.3.5 type=8 code=0 id=7",
             "ipv4 2 tcp 6 9 CLOSE",
+            "ipv4 2 udp 17 20 src=10.0.0.1 dst=10.0.0.2 sport=4000 dport=53 src=10.0.0.2 dst=10.0.0.1 sport=53 dport=4000",
         ] {
             assert!(parse_tracked(other).is_none(), "{other}");
         }
@@ -739,25 +770,21 @@ mod tests {
     }
 
     #[test]
-    fn who_listens_was_called() {
-        let socket = |protocol, state, local, remote| InetSocket {
-            protocol,
+    fn the_end_that_listens_was_called() {
+        let socket = |state, local, remote| InetSocket {
             state,
             local: end(local),
             remote: end(remote),
         };
         use socket_state::*;
         let sockets = [
-            socket(6, LISTEN, "0.0.0.0:80", "0.0.0.0:0"),
-            socket(6, LISTEN, "[::]:443", "[::]:0"),
-            socket(6, ESTABLISHED, "10.0.0.1:80", "192.0.2.1:5000"),
-            socket(6, CLOSE_WAIT, "[::ffff:10.0.0.1]:443", "[::ffff:192.0.2.1]:5001"),
-            socket(6, ESTABLISHED, "10.0.0.1:6000", "192.0.2.1:80"),
-            socket(6, FIN_WAIT2, "[fd00::1]:80", "[fd00::2]:5002"),
-            socket(6, 6, "10.0.0.1:6001", "192.0.2.1:80"),
-            socket(17, CLOSE, "0.0.0.0:53", "0.0.0.0:0"),
-            socket(17, ESTABLISHED, "10.0.0.1:53", "192.0.2.1:5003"),
-            socket(17, ESTABLISHED, "10.0.0.1:5004", "192.0.2.1:53"),
+            socket(LISTEN, "0.0.0.0:80", "0.0.0.0:0"),
+            socket(LISTEN, "[::]:443", "[::]:0"),
+            socket(ESTABLISHED, "10.0.0.1:80", "192.0.2.1:5000"),
+            socket(CLOSE_WAIT, "[::ffff:10.0.0.1]:443", "[::ffff:192.0.2.1]:5001"),
+            socket(ESTABLISHED, "10.0.0.1:6000", "192.0.2.1:80"),
+            socket(FIN_WAIT2, "[fd00::1]:80", "[fd00::2]:5002"),
+            socket(6, "10.0.0.1:6001", "192.0.2.1:80"),
         ];
         let found = of_sockets(&sockets);
         let summary: Vec<_> = found
@@ -772,8 +799,6 @@ mod tests {
                 (6000, 80, Progress::Established),
                 // Nothing listens on IPv6 port 80: 0.0.0.0 is IPv4 only.
                 (80, 5002, Progress::OpenerClosed),
-                (5003, 53, Progress::Established),
-                (5004, 53, Progress::Established),
             ]
         );
         // A socket that serves IPv4 as mapped addresses is the same end as an IPv4 one.

@@ -5,8 +5,11 @@ mod common;
 use std::{net::UdpSocket, path::Path};
 
 use common::*;
-use palisade_abi::{ct_flags, protocol};
-use palisade_datapath::{connections, connections_of_netns, seeds};
+use palisade_abi::ct_flags;
+use palisade_datapath::{Scope, connections, connections_of_netns, seeds};
+
+/// The number of the workload's endpoint.
+const WORKLOAD: u16 = 9;
 
 #[test]
 fn sockets_of_the_node_and_of_a_workload() {
@@ -15,27 +18,30 @@ fn sockets_of_the_node_and_of_a_workload() {
     let resolver = UdpSocket::bind("10.0.0.1:0").unwrap();
     resolver.connect("10.0.0.2:53").unwrap();
 
-    let found = connections().unwrap();
+    let found = connections(HOST_ENDPOINT).unwrap();
     for connection in live.expected() {
-        assert!(found.contains(&connection), "{connection:?} in {found:?}");
+        let expected = (Scope::Endpoint(HOST_ENDPOINT), connection);
+        assert!(found.contains(&expected), "{connection:?} in {found:?}");
     }
+    // A UDP socket does not show which end opened its flow.
     let port = resolver.local_addr().unwrap().port();
     assert!(
-        found
-            .iter()
-            .any(|c| c.protocol == protocol::UDP && c.opener == end(NODE_ADDR, port)),
+        found.iter().all(|(_, c)| c.opener != end(NODE_ADDR, port)),
         "{found:?}"
     );
 
-    // The other end tells the same story.
+    // The sockets of the other end show the same connections.
     let path = Path::new("/run/netns").join(world.peer.name());
-    let theirs = connections_of_netns(&path).unwrap();
+    let theirs = connections_of_netns(&path, WORKLOAD).unwrap();
     for connection in live.expected() {
-        assert!(theirs.contains(&connection), "{connection:?} in {theirs:?}");
+        let expected = (Scope::Endpoint(WORKLOAD), connection);
+        assert!(theirs.contains(&expected), "{connection:?} in {theirs:?}");
     }
+    // They are no evidence for the node's own flows.
+    assert!(seeds(&theirs, &endpoints(), &config(), 0).is_empty());
     // And this thread is still where it was.
-    assert!(world.node.ifindex("v0").is_ok() && connections().unwrap().len() >= 3);
-    let error = connections_of_netns(Path::new("/run/netns/palisade-none")).unwrap_err();
+    assert!(world.node.ifindex("v0").is_ok() && connections(HOST_ENDPOINT).unwrap().len() >= 2);
+    let error = connections_of_netns(Path::new("/run/netns/palisade-none"), WORKLOAD).unwrap_err();
     assert!(error.to_string().contains("/run/netns/palisade-none"), "{error}");
 
     let entries = seeds(&found, &endpoints(), &config(), 0);
@@ -53,10 +59,10 @@ fn what_the_kernel_tracks() {
         .nft("table inet t { chain c { type filter hook input priority 0; ct state new accept; }; }")
         .unwrap();
     let live = Live::new(&world);
-    let found = connections().unwrap();
+    let found = connections(HOST_ENDPOINT).unwrap();
     let client = live.expected()[0];
     // Once from the table, once from the socket.
-    assert_eq!(found.iter().filter(|c| **c == client).count(), 2, "{found:?}");
+    assert_eq!(found.iter().filter(|(_, c)| *c == client).count(), 2, "{found:?}");
     let entries = seeds(&found, &endpoints(), &config(), 0);
     assert_eq!(
         entries.iter().filter(|(key, _)| key.local_port == 8080).count(),

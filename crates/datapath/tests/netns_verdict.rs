@@ -103,7 +103,7 @@ fn a_seeded_connection_lives_if_its_direction_is_allowed() {
         let datapath = world.open_with(Role::Host, Decision::Allow);
         datapath.apply(&egress_only()).unwrap();
         let entries = seeds(
-            &connections().unwrap(),
+            &connections(HOST_ENDPOINT).unwrap(),
             &endpoints(),
             &config(),
             monotonic_coarse(),

@@ -9,7 +9,6 @@ use std::{
 
 use palisade_abi::{
     Addr, Config, Decision, EndpointState, Interface, IpcacheEntry, PolicyEntry, PolicyKey, identity,
-    protocol,
 };
 use palisade_datapath::{
     Attachment, Connection, Datapath, End, Hook, HookKind, Limits, LocalEndpoints, Options, Progress, Role,
@@ -303,7 +302,6 @@ impl Live {
 
     pub fn expected(&self) -> [Connection; 2] {
         let tcp = |opener, responder| Connection {
-            protocol: protocol::TCP,
             opener,
             responder,
             progress: Progress::Established,

@@ -41,6 +41,8 @@ pub struct Guard {
     outcomes: BTreeMap<String, Outcome>,
     /// Index of each as it was when it was looked at last; none: it was not there.
     present: BTreeMap<String, u32>,
+    /// Whether the connections of the kernel's tables have been taken over, or must not be any more.
+    seeded: bool,
 }
 
 impl Guard {
@@ -78,7 +80,15 @@ impl Guard {
         world: &World,
     ) -> bool {
         let (guarded, mut changed) = self.release(datapath, network);
-        let mut seeded = false;
+        if !self.seeded {
+            self.seeded = true;
+            // Once, before the first program of this boot judges a packet: which end opened an existing connection
+            // does not show in its packets. Never again while the maps exist: from then on every connection begins
+            // under the policy, and the socket lists that the seeds come from are in the hands of the workloads.
+            if datapath.is_fresh() {
+                seed(datapath, config, world);
+            }
+        }
         for (name, wanted) in &self.wanted {
             let Some(ifindex) = network.links.get(name).copied() else {
                 changed |= self.outcomes.remove(name).is_some();
@@ -95,12 +105,6 @@ impl Guard {
                     continue;
                 }
                 error!("{name}: somebody has removed our programs; putting them back");
-            }
-            if !seeded && in_kernel.is_none() {
-                // Before the first packet is judged: who opened a connection that exists cannot be seen from its
-                // packets.
-                seed(datapath, config, world);
-                seeded = true;
             }
             let outcome = match datapath.attach(&attachment) {
                 Ok(attached) => {
@@ -260,13 +264,19 @@ fn hook_text(kind: Option<HookKind>) -> String {
 
 /// Takes over the connections that the kernel knows of already.
 fn seed(datapath: &Datapath, config: &Config, world: &World) {
-    let mut found = connections().unwrap_or_else(|problem| {
+    let mut found = connections(NODE).unwrap_or_else(|problem| {
         warn!("{problem}; connections of the node that exist already are judged by their next packet");
         Vec::new()
     });
     for endpoint in &config.endpoints {
         let Some(netns) = &endpoint.netns else { continue };
-        match connections_of_netns(netns) {
+        let same = |known: &&palisade_policy::world::Endpoint| {
+            (&known.name, &known.namespace) == (&endpoint.name, &endpoint.namespace)
+        };
+        let Some(known) = world.endpoints.iter().find(same) else {
+            continue;
+        };
+        match connections_of_netns(netns, known.id) {
             Ok(more) => found.extend(more),
             Err(problem) => warn!(
                 "endpoint {}: {problem}; its connections that exist already are judged by their next packet",
