@@ -4,10 +4,12 @@ use palisade_protocols::dns::{Answer, CLASS_IN, Name, NameError};
 use serde::Serialize;
 
 use crate::{
-    EndpointId, Known, Millis, SelectorId, Selectors,
+    EndpointId, Known, Listed, Millis, SelectorId, Selectors, Special,
     change::{Change, Committed, Pending, Uncommitted, Update},
-    endpoint::{AddressEntry, Endpoint, NameEntry, Pair, Sink, Triple},
+    endpoint::{AddressEntry, Endpoint, Limits, NameEntry, Pair, Sink, Triple},
+    is_special,
     saved::{SavedAddress, SavedName},
+    special,
 };
 
 /// How much is learned, and for how long.
@@ -22,8 +24,14 @@ pub struct Config {
     pub addresses_per_name: usize,
     /// Addresses of all names together that an endpoint keeps.
     pub addresses_per_endpoint: usize,
+    /// Addresses of all names of all endpoints together. When as many are kept, the endpoint that has most gives
+    /// addresses that no connection uses; addresses in use only while it has more than an equal share and the learning
+    /// endpoint has less than that.
+    pub addresses_total: usize,
     /// Whether addresses are learned for the aliases on the way too, not only for the name that was asked.
     pub aliases: bool,
+    /// What is done with special-purpose addresses (RFC 6890).
+    pub special: Special,
 }
 
 impl Default for Config {
@@ -33,7 +41,9 @@ impl Default for Config {
             max_ttl: 7 * 86_400_000,
             addresses_per_name: 1000,
             addresses_per_endpoint: 100_000,
+            addresses_total: usize::MAX,
             aliases: false,
+            special: Special::Learn,
         }
     }
 }
@@ -49,6 +59,8 @@ pub struct Stats {
     pub evicted: u64,
     /// Not learned because of a limit, everything being in use.
     pub refused: u64,
+    /// Not learned because they are special-purpose addresses (RFC 6890).
+    pub special: u64,
     /// Removed after they expired and were seen unused.
     pub expired: u64,
     /// Removed by an operator.
@@ -103,6 +115,8 @@ pub struct CachedAddress {
 pub struct Cache {
     config: Config,
     endpoints: HashMap<EndpointId, Endpoint>,
+    /// Addresses of names of all endpoints: the sum of [`Endpoint::pairs`].
+    total: usize,
     /// Counts learnings.
     learnings: u64,
     /// Counts turns of triples, to live and to gone.
@@ -164,15 +178,25 @@ impl Cache {
         );
         addresses.sort_unstable();
         addresses.dedup();
-        if addresses.is_empty() {
-            return pending;
-        }
         let aliases = if self.config.aliases {
             &answer.aliases[..]
         } else {
             &[]
         };
+        self.refuse_special(endpoint, &question.name, aliases, &mut addresses);
+        if addresses.is_empty() {
+            return pending;
+        }
+        let names = || std::iter::once(&question.name).chain(aliases);
         let state = self.endpoints.entry(endpoint).or_default();
+        let new = names().map(|name| state.count_new(name, &addresses)).sum();
+        let room = self.make_room(endpoint, new, &mut pending.changes);
+        let state = self.endpoints.entry(endpoint).or_default();
+        let before = state.pairs;
+        let limits = Limits {
+            per_name: self.config.addresses_per_name,
+            per_endpoint: self.config.addresses_per_endpoint.min(before + room),
+        };
         let mut sink = Sink {
             endpoint,
             changes: &mut pending.changes,
@@ -180,12 +204,12 @@ impl Cache {
             stats: &mut self.stats,
             known: self.known.as_deref(),
         };
-        for name in std::iter::once(&question.name).chain(aliases) {
+        for name in names() {
             state.learn(
                 name,
                 &addresses,
                 number,
-                &self.config,
+                &limits,
                 &mut sink,
                 |key, address, taken| {
                     if taken {
@@ -196,7 +220,95 @@ impl Cache {
                 },
             );
         }
+        self.total = self.total - before + state.pairs;
         pending
+    }
+
+    /// Leaves out the special-purpose addresses that neither the configuration nor a rule of the endpoint lists.
+    fn refuse_special(
+        &mut self,
+        endpoint: EndpointId,
+        name: &Name,
+        aliases: &[Name],
+        addresses: &mut Vec<(IpAddr, Millis)>,
+    ) {
+        let Special::Refuse(except) = &self.config.special else {
+            return;
+        };
+        if !addresses.iter().any(|(address, _)| is_special(*address)) {
+            return;
+        }
+        let state = self.endpoints.get(&endpoint);
+        let listed = state.and_then(|state| state.listed.clone()).unwrap_or_default();
+        let selectors: Vec<SelectorId> = state
+            .and_then(|state| state.selectors.as_ref())
+            .map(|all| {
+                let names = std::iter::once(name).chain(aliases);
+                names.flat_map(|name| all.matching(name)).collect()
+            })
+            .unwrap_or_default();
+        let before = addresses.len();
+        addresses.retain(|(address, _)| {
+            !is_special(*address) || special::lists(except, *address) || listed.takes(*address, &selectors)
+        });
+        self.stats.special += (before - addresses.len()) as u64;
+    }
+
+    /// Returns how many addresses of names, up to `wanted`, the endpoint may add: makes room where there is none. The
+    /// removals go to `changes`.
+    fn make_room(&mut self, endpoint: EndpointId, wanted: usize, changes: &mut Vec<Change>) -> usize {
+        /// Addresses that are removed at once beyond those that are needed: finding the endpoint that has most takes a
+        /// look at all of them.
+        const BATCH: usize = 64;
+        let limit = self.config.addresses_total;
+        if self.total.saturating_add(wanted) <= limit {
+            return wanted;
+        }
+        let share = limit / self.endpoints.len().max(1);
+        let mut need = (self.total + wanted).saturating_sub(limit).saturating_add(BATCH);
+        while need > 0 {
+            let Some((&giver, state)) = self.endpoints.iter_mut().max_by_key(|(_, state)| state.pairs) else {
+                break;
+            };
+            let mut sink = Sink {
+                endpoint: giver,
+                changes,
+                turns: &mut self.turns,
+                stats: &mut self.stats,
+                known: self.known.as_deref(),
+            };
+            let gone = state.give(need, &mut sink);
+            self.total -= gone;
+            need -= gone;
+            if gone > 0 {
+                continue;
+            }
+            let (most, own) = (
+                state.pairs,
+                self.endpoints.get(&endpoint).map_or(0, |own| own.pairs),
+            );
+            let over = most
+                .saturating_sub(share)
+                .min(need)
+                .min(share.saturating_sub(own));
+            let Some(state) = self.endpoints.get_mut(&giver).filter(|_| over > 0) else {
+                break;
+            };
+            let mut sink = Sink {
+                endpoint: giver,
+                changes,
+                turns: &mut self.turns,
+                stats: &mut self.stats,
+                known: self.known.as_deref(),
+            };
+            let gone = state.give_in_use(over, &mut sink);
+            self.total -= gone;
+            if gone == 0 {
+                break;
+            }
+            need -= gone;
+        }
+        limit.saturating_sub(self.total).min(wanted)
     }
 
     /// Takes note that the changes of an answer are in the maps. If these hold everything that the answer implies
@@ -254,9 +366,11 @@ impl Cache {
             stats: &mut self.stats,
             known: self.known.as_deref(),
         };
+        let before = state.pairs;
         for (key, address) in &pending.pairs {
             state.unlearn(pending.number, key, *address, &mut sink);
         }
+        self.total = self.total - before + state.pairs;
     }
 
     /// Takes note that the changes of an update are in the maps.
@@ -281,11 +395,35 @@ impl Cache {
         self.update(endpoint, |state, sink| state.set_selectors(Some(selectors), sink))
     }
 
+    /// Tells which special-purpose addresses the policy of an endpoint lists. Those that were learned before and are not
+    /// listed any more are forgotten, in use or not.
+    pub fn set_listed(&mut self, endpoint: EndpointId, listed: Arc<Listed>) -> Update {
+        let Special::Refuse(except) = self.config.special.clone() else {
+            return Update::default();
+        };
+        self.endpoints.entry(endpoint).or_default();
+        self.update(endpoint, |state, sink| {
+            if state.listed.as_ref() == Some(&listed) {
+                return;
+            }
+            state.remove_addresses(
+                |selectors, address| {
+                    is_special(address)
+                        && !special::lists(&except, address)
+                        && !listed.takes(address, selectors)
+                },
+                sink,
+            );
+            state.listed = Some(listed);
+        })
+    }
+
     /// Forgets an endpoint.
     pub fn remove_endpoint(&mut self, endpoint: EndpointId) -> Update {
         let update = self.update(endpoint, |state, sink| {
             state.clean(|_| true, sink);
             state.selectors = None;
+            state.listed = None;
         });
         if self.endpoints.get(&endpoint).is_some_and(Endpoint::is_empty) {
             self.endpoints.remove(&endpoint);
@@ -331,7 +469,9 @@ impl Cache {
                 stats: &mut self.stats,
                 known: self.known.as_deref(),
             };
+            let before = state.pairs;
             change(state, &mut sink);
+            self.total = self.total - before + state.pairs;
         }
         Update { changes }
     }
@@ -461,12 +601,20 @@ impl Cache {
                 (address.ip.to_canonical(), now.saturating_add(left))
             })
             .collect();
-        let config = self.config.clone();
-        self.endpoints.entry(saved.endpoint).or_default();
-        let update = self.update(saved.endpoint, |state, sink| {
-            state.learn(&name, &addresses, number, &config, sink, |_, _, _| {});
+        let state = self.endpoints.entry(saved.endpoint).or_default();
+        let new = state.count_new(&name, &addresses);
+        let mut changes = Vec::new();
+        let room = self.make_room(saved.endpoint, new, &mut changes);
+        let (per_name, per_endpoint) = (self.config.addresses_per_name, self.config.addresses_per_endpoint);
+        let mut update = self.update(saved.endpoint, |state, sink| {
+            let limits = Limits {
+                per_name,
+                per_endpoint: per_endpoint.min(state.pairs + room),
+            };
+            state.learn(&name, &addresses, number, &limits, sink, |_, _, _| {});
         });
-        Ok(update)
+        changes.append(&mut update.changes);
+        Ok(Update { changes })
     }
 
     /// What has happened so far.

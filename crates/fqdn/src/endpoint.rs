@@ -7,17 +7,28 @@ use std::{
 use palisade_protocols::dns::Name;
 
 use crate::{
-    Config, EndpointId, Known, Millis, SelectorId, Selectors, Stats,
+    EndpointId, Known, Listed, Millis, SelectorId, Selectors, Stats,
     change::{Change, ChangeKind},
 };
 
 /// Sweeps that an expired address must be seen unused before it goes.
 const IDLE_SWEEPS: u8 = 2;
 
+/// How many addresses one endpoint may keep at a learning.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Of one name.
+    pub(crate) per_name: usize,
+    /// Of all names together.
+    pub(crate) per_endpoint: usize,
+}
+
 /// What one endpoint has learned.
 #[derive(Debug)]
 pub(crate) struct Endpoint {
     pub(crate) selectors: Option<Arc<Selectors>>,
+    /// Which special-purpose addresses its policy lists; `None`: not told yet.
+    pub(crate) listed: Option<Arc<Listed>>,
     pub(crate) names: HashMap<Arc<[u8]>, NameEntry>,
     pub(crate) addresses: HashMap<IpAddr, AddressEntry>,
     /// The names, the one that was learned longest ago first.
@@ -121,6 +132,7 @@ impl Default for Endpoint {
     fn default() -> Self {
         Self {
             selectors: None,
+            listed: None,
             names: HashMap::new(),
             addresses: HashMap::new(),
             ages: BTreeMap::new(),
@@ -150,13 +162,20 @@ impl Endpoint {
         }
     }
 
+    /// Returns how many of the addresses the name does not have.
+    pub(crate) fn count_new(&self, name: &Name, addresses: &[(IpAddr, Millis)]) -> usize {
+        let known = self.names.get(name.wire()).map_or(&[][..], |name| &name.pairs);
+        let is_new = |(address, _): &&(IpAddr, Millis)| known.iter().all(|pair| pair.address != *address);
+        addresses.iter().filter(is_new).count()
+    }
+
     /// Learns addresses of a name; gives the name's key, and tells for each address whether it was taken.
     pub(crate) fn learn(
         &mut self,
         name: &Name,
         addresses: &[(IpAddr, Millis)],
         number: u64,
-        config: &Config,
+        limits: &Limits,
         sink: &mut Sink<'_>,
         mut taken: impl FnMut(&Arc<[u8]>, IpAddr, bool),
     ) {
@@ -173,7 +192,7 @@ impl Endpoint {
                     key.clone(),
                     NameEntry {
                         selectors,
-                        pairs: Vec::with_capacity(addresses.len().min(config.addresses_per_name)),
+                        pairs: Vec::with_capacity(addresses.len().min(limits.per_name)),
                         age: 0,
                     },
                 );
@@ -184,7 +203,7 @@ impl Endpoint {
         for &(address, expires) in addresses {
             let known = self.refresh(&key, address, expires, number, sink);
             let ok = known || {
-                let room = self.make_room(&key, number, config, sink);
+                let room = self.make_room(&key, number, limits, sink);
                 if room {
                     self.add_pair(
                         &key,
@@ -237,11 +256,11 @@ impl Endpoint {
 
     /// Makes room for one more pair of the name, if need be by removing the oldest that is not in use. What this
     /// learning itself told is not removed again.
-    fn make_room(&mut self, key: &Arc<[u8]>, number: u64, config: &Config, sink: &mut Sink<'_>) -> bool {
+    fn make_room(&mut self, key: &Arc<[u8]>, number: u64, limits: &Limits, sink: &mut Sink<'_>) -> bool {
         let full = self
             .names
             .get(key)
-            .is_some_and(|name| name.pairs.len() >= config.addresses_per_name);
+            .is_some_and(|name| name.pairs.len() >= limits.per_name);
         if full {
             let Some(victim) = self.victim_of(key, number) else {
                 sink.stats.refused += 1;
@@ -250,7 +269,7 @@ impl Endpoint {
             self.remove_pair(key, victim, sink);
             sink.stats.evicted += 1;
         }
-        if self.pairs < config.addresses_per_endpoint {
+        if self.pairs < limits.per_endpoint {
             return true;
         }
         let victim = if self.exhausted {
@@ -276,6 +295,55 @@ impl Endpoint {
         }
         sink.stats.evicted += 1;
         true
+    }
+
+    /// Removes up to `count` addresses of names that no connection uses, those of the name that was learned longest ago
+    /// first. Returns how many.
+    pub(crate) fn give(&mut self, count: usize, sink: &mut Sink<'_>) -> usize {
+        self.take(count, |state, pair| !state.in_use(pair.address), sink)
+    }
+
+    /// Removes up to `count` addresses of names whether connections use them or not. Returns how many.
+    pub(crate) fn give_in_use(&mut self, count: usize, sink: &mut Sink<'_>) -> usize {
+        self.take(count, |_, _| true, sink)
+    }
+
+    fn take(&mut self, count: usize, may: impl Fn(&Self, &Pair) -> bool, sink: &mut Sink<'_>) -> usize {
+        let mut gone = Vec::new();
+        'names: for key in self.ages.values() {
+            for pair in self.names.get(key).map_or(&[][..], |name| &name.pairs) {
+                if gone.len() >= count {
+                    break 'names;
+                }
+                if may(self, pair) {
+                    gone.push((key.clone(), pair.address));
+                }
+            }
+        }
+        for (key, address) in &gone {
+            self.remove_pair(key, *address, sink);
+            self.drop_name_if_empty(key);
+            sink.stats.evicted += 1;
+        }
+        gone.len()
+    }
+
+    /// Forgets the addresses that `filter` takes, of all names.
+    pub(crate) fn remove_addresses(
+        &mut self,
+        filter: impl Fn(&[SelectorId], IpAddr) -> bool,
+        sink: &mut Sink<'_>,
+    ) {
+        let mut gone = Vec::new();
+        for (key, name) in &self.names {
+            let addresses = name.pairs.iter().map(|pair| pair.address);
+            let addresses = addresses.filter(|address| filter(&name.selectors, *address));
+            gone.extend(addresses.map(|address| (key.clone(), address)));
+        }
+        for (key, address) in gone {
+            self.remove_pair(&key, address, sink);
+            self.drop_name_if_empty(&key);
+        }
     }
 
     /// The address of a name that was told longest ago, among those that no connection uses.

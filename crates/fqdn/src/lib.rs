@@ -17,6 +17,7 @@ mod endpoint;
 mod known;
 mod saved;
 mod selectors;
+mod special;
 mod track;
 
 pub use cache::{Cache, CachedAddress, CachedName, Config, Memory, Stats};
@@ -24,6 +25,7 @@ pub use change::{Change, ChangeKind, Committed, Pending, Uncommitted, Update};
 pub use known::Known;
 pub use saved::{SavedAddress, SavedName};
 pub use selectors::{SelectorId, Selectors};
+pub use special::{Listed, Special, is_special, is_special_prefix};
 pub use track::{Asked, Flow, TrackLimits, Tracker, Unasked};
 
 /// Milliseconds of one monotonic clock.

@@ -3,8 +3,8 @@
 use std::{net::IpAddr, sync::Arc};
 
 use palisade_fqdn::{
-    Cache, ChangeKind, Config, EndpointId, Millis, Pending, SavedName, SelectorId, Selectors, Uncommitted,
-    Update,
+    Cache, ChangeKind, Config, EndpointId, Listed, Millis, Pending, SavedName, SelectorId, Selectors,
+    Special, Uncommitted, Update,
 };
 use palisade_policy::rule::FqdnPattern;
 use palisade_protocols::dns::{Address, Answer, Question, Source, rtype};
@@ -433,4 +433,130 @@ fn wildcards_over_thousands_of_hosts() {
     assert_eq!(sweep(&mut cache, 60_000), []);
     assert_eq!(sweep(&mut cache, 60_001).len(), 200);
     assert_eq!(cache.memory().triples, 0);
+}
+
+/// Learns `count` addresses of a name of their own each; returns how many were refused.
+fn fill(cache: &mut Cache, endpoint: EndpointId, count: u32, now: Millis) -> usize {
+    let mut refused = 0;
+    for n in 0..count {
+        let address = std::net::Ipv4Addr::from_bits(0x0b00_0000 | u32::from(endpoint) << 16 | n).to_string();
+        let name = format!("n{n}.test");
+        let pending = cache.learn(endpoint, &answer(&name, 60, &[&address]), now);
+        refused += pending.refused();
+        release(cache, pending);
+    }
+    refused
+}
+
+fn held(cache: &Cache, endpoint: EndpointId) -> Vec<IpAddr> {
+    let names = cache.list(Some(endpoint), 0);
+    names
+        .iter()
+        .flat_map(|name| name.addresses.iter().map(|address| address.ip))
+        .collect()
+}
+
+#[test]
+fn endpoints_that_fill_the_table_give_room_to_the_others() {
+    let config = Config {
+        addresses_total: 3000,
+        ..Config::default()
+    };
+    let mut cache = cache(config, EVERYTHING);
+    for endpoint in [2, 3, 4] {
+        let update = cache.set_selectors(endpoint, selectors(EVERYTHING));
+        cache.written(update);
+    }
+    for endpoint in [1, 2, 3] {
+        fill(&mut cache, endpoint, 2000, 0);
+    }
+    assert!(cache.memory().addresses <= 3000);
+    // The fourth endpoint gets its equal share, from the endpoints that have most.
+    assert_eq!(fill(&mut cache, 4, 750, 1), 0);
+    assert_eq!(held(&cache, 4).len(), 750);
+    assert!(cache.memory().addresses <= 3000);
+    for endpoint in [1, 2, 3] {
+        let held = held(&cache, endpoint).len();
+        assert!(held >= 650, "{endpoint}: {held}");
+    }
+    // Answers that only repeat what is known push nothing out.
+    let before = cache.stats().evicted;
+    assert_eq!(fill(&mut cache, 4, 750, 2), 0);
+    assert_eq!(cache.stats().evicted, before);
+}
+
+#[test]
+fn an_endpoint_over_its_share_gives_also_addresses_in_use_and_one_below_gives_none() {
+    let config = Config {
+        addresses_total: 1000,
+        ..Config::default()
+    };
+    let mut cache = cache(config, EVERYTHING);
+    let update = cache.set_selectors(2, selectors(EVERYTHING));
+    cache.written(update);
+    fill(&mut cache, 1, 1000, 0);
+    let all = held(&cache, 1);
+    cache.mark_in_use(1, all);
+    assert_eq!(fill(&mut cache, 2, 400, 1), 0);
+    assert_eq!(held(&cache, 2).len(), 400);
+    let all = held(&cache, 2);
+    cache.mark_in_use(2, all);
+    // Endpoint 1 has still more than half; it gets nothing from endpoint 2, however much it learns.
+    fill(&mut cache, 1, 2000, 2);
+    assert_eq!(held(&cache, 2).len(), 400);
+    assert!(cache.memory().addresses <= 1000);
+}
+
+#[test]
+fn special_purpose_addresses_teach_nothing_unless_listed() {
+    let config = Config {
+        special: Special::Refuse(vec!["10.20.0.0/16".parse().unwrap()]),
+        ..Config::default()
+    };
+    let mut cache = cache(config, &[(1, "*.test"), (2, "bad.test")]);
+    let special = [
+        "127.0.0.1",
+        "169.254.169.254",
+        "255.255.255.255",
+        "224.0.0.1",
+        "192.168.1.1",
+        "::1",
+        "fe80::1",
+        "fd00::1",
+        "::ffff:10.0.0.1",
+        "64:ff9b::a00:1",
+    ];
+    assert_eq!(learn(&mut cache, 1, &answer("a.test", 60, &special), 0), []);
+    assert_eq!(cache.stats().special, special.len() as u64);
+    // Of a mixture the others are learned.
+    let mixed = answer("a.test", 60, &["8.8.8.8", "10.20.0.1", "10.21.0.1"]);
+    assert_eq!(
+        learn(&mut cache, 1, &mixed, 0),
+        [live(1, 1, "10.20.0.1"), live(1, 1, "8.8.8.8")]
+    );
+    // A rule of the endpoint lists one; a name that is denied is learned with all its addresses.
+    let listed = Listed {
+        prefixes: vec!["192.168.1.0/24".parse().unwrap(), "0.0.0.0/0".parse().unwrap()],
+        denied: vec![SelectorId(2)],
+    };
+    let update = cache.set_listed(1, Arc::new(listed));
+    assert_eq!(done(&mut cache, update), []);
+    assert_eq!(
+        learn(&mut cache, 1, &answer("a.test", 60, &special), 0),
+        [live(1, 1, "192.168.1.1")]
+    );
+    assert_eq!(
+        learn(&mut cache, 1, &answer("bad.test", 60, &["127.0.0.1"]), 0),
+        [live(1, 1, "127.0.0.1"), live(1, 2, "127.0.0.1")]
+    );
+    // What is not listed any more goes.
+    let update = cache.set_listed(1, Arc::default());
+    assert_eq!(
+        done(&mut cache, update),
+        [
+            gone(1, 1, "127.0.0.1"),
+            gone(1, 1, "192.168.1.1"),
+            gone(1, 2, "127.0.0.1")
+        ]
+    );
 }

@@ -248,6 +248,7 @@ impl World {
             addresses_per_name: 3,
             addresses_per_endpoint: 7,
             aliases,
+            ..Config::default()
         };
         let looked = Arc::<Looked>::default();
         Self {

@@ -62,18 +62,39 @@ impl Allocator {
         allocator
     }
 
-    /// What has to be kept for [`Self::from_state`].
+    /// Returns what has to be kept for [`Self::from_state`]. The numbers of combinations of learned names are left out:
+    /// the DNS servers choose how many of them there are. Where the search goes on is kept, so such a number does not
+    /// come back soon with another meaning.
     #[must_use]
     pub fn state(&self) -> AllocatorState {
         AllocatorState {
             identities: self
                 .numbers
                 .iter()
+                .filter(|(labels, _)| !is_combined(labels))
                 .map(|(labels, &number)| (number, labels.clone()))
                 .collect(),
             next_labels: self.next_labels,
             next_local: self.next_local,
         }
+    }
+
+    /// Takes the number from a set of labels that no address has any more. The number is given away again only after all
+    /// others of the range.
+    pub fn release(&mut self, labels: &Labels) {
+        if let Some(number) = self.numbers.remove(labels) {
+            self.taken.remove(&number);
+        }
+    }
+
+    /// Never gives away numbers that the maps of a running node hold and the state does not know: entries that stand in
+    /// the maps would get the meaning of another identity.
+    pub fn avoid(&mut self, numbers: impl IntoIterator<Item = Identity>) {
+        self.taken.extend(
+            numbers
+                .into_iter()
+                .filter(|number| (identity::FIRST_LOCAL..=identity::LAST_LOCAL).contains(number)),
+        );
     }
 
     /// The number of a set of labels. `in_use` says whether a number is referred to (asked only when the range
@@ -128,6 +149,18 @@ impl Allocator {
         self.taken.insert(number);
         Ok(number)
     }
+}
+
+/// Returns whether labels are those of a learned address other than one selector on the bare world: of several selectors,
+/// or of one on a prefix that a policy names.
+#[must_use]
+pub fn is_combined(labels: &Labels) -> bool {
+    let names = labels.iter().filter(|label| label.source == "fqdn").count();
+    names > 1
+        || (names == 1
+            && labels
+                .iter()
+                .any(|label| label.source != "fqdn" && label.source != "reserved"))
 }
 
 /// The range a label set gets its number from: what is made on this node (prefixes, names) has one of its own.
@@ -253,6 +286,29 @@ mod tests {
         let more = labels(&["k8s:one=more"]);
         assert!(allocator.number(&more, &|_| true).is_err());
         assert_eq!(allocator.number(&more, &|number| number != 700), Ok(700));
+    }
+
+    #[test]
+    fn combinations_of_names_are_not_kept_and_their_numbers_come_back_late() {
+        let mut allocator = Allocator::default();
+        let one = labels(&["reserved:world", "fqdn:a.test"]);
+        let two = labels(&["reserved:world", "fqdn:a.test", "fqdn:b.test"]);
+        let prefix = labels(&["reserved:world", "cidr:192.0.2.0/24", "fqdn:a.test"]);
+        let numbers = [&one, &two, &prefix].map(|set| allocator.number(set, &|_| true).unwrap());
+        let state = allocator.state();
+        assert_eq!(state.identities.keys().copied().collect::<Vec<_>>(), [numbers[0]]);
+        let mut restarted = Allocator::from_state(&state);
+        assert_eq!(restarted.number(&one, &|_| true), Ok(numbers[0]));
+        // The programs may still hold the number of `two` when the daemon comes back.
+        assert_eq!(restarted.number(&prefix, &|_| true), Ok(numbers[2] + 1));
+        allocator.release(&two);
+        assert_eq!(allocator.number(&two, &|_| true), Ok(numbers[2] + 1));
+        assert!(!allocator.state().identities.values().any(is_combined));
+
+        // A state that was not written before the daemon was killed: the maps say what is taken.
+        let mut older = Allocator::default();
+        older.avoid(numbers);
+        assert_eq!(older.number(&two, &|_| true), Ok(numbers[2] + 1));
     }
 
     #[test]

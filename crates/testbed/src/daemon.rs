@@ -165,8 +165,16 @@ impl Daemon {
                 let _ = writeln!(text, "netns = {:?}", w.ns.name());
             }
         }
+        // The addresses of a testbed are special-purpose addresses, and its names point to them.
+        let special = "[dns]\nallow_special = [\"10.0.0.0/8\", \"100.64.0.0/10\", \"192.0.2.0/24\", \"198.18.0.0/15\", \
+                       \"198.51.100.0/24\", \"203.0.113.0/24\", \"2001:db8::/32\", \"fd00::/8\"]\n";
+        let tables = match settings.tables.split_once("[dns]\n") {
+            _ if settings.tables.contains("_special") => settings.tables.clone(),
+            Some((before, after)) => format!("{before}{special}{after}"),
+            None => format!("{}\n{special}", settings.tables),
+        };
         text.push('\n');
-        text.push_str(&settings.tables);
+        text.push_str(&tables);
         text
     }
 

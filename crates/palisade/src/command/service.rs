@@ -309,7 +309,7 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
     writeln!(
         out,
         "Names:       {} learned with {} addresses, {} in the map, {} of memory{}; {} answers released, {} withheld; \
-         {} addresses expired, {} pushed out, {} over the limit",
+         {} addresses expired, {} pushed out, {} over the limit, {} not learned: special",
         names.names,
         names.addresses,
         names.in_map,
@@ -319,7 +319,8 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
         names.refused,
         names.expired,
         names.evicted,
-        names.over_limit
+        names.over_limit,
+        names.special
     )?;
     let mut table = Table::new(&["REASON", "DIRECTION", "PACKETS", "BYTES"]);
     for drop in &status.drops {

@@ -179,6 +179,10 @@ pub struct Dns {
     pub prefetch: bool,
     /// Whom to ask for that; empty: the node's own servers.
     pub servers: Vec<SocketAddr>,
+    /// Special-purpose addresses (RFC 6890) in answers are not learned.
+    pub refuse_special: bool,
+    /// Except for those in these prefixes.
+    pub allow_special: Vec<IpNet>,
 }
 
 /// What a question gets that no rule allows.
@@ -591,12 +595,32 @@ fn dns(section: Section<'_, '_>) -> Dns {
             .into_iter()
             .map(|at| at.value)
             .collect(),
+        refuse_special: section.boolean("refuse_special").unwrap_or(true),
+        allow_special: allow_special(&section),
     };
     if dns.max_ttl < dns.min_ttl {
         section.error("dns.max_ttl is less than dns.min_ttl");
     }
     section.finish();
     dns
+}
+
+fn allow_special(section: &Section<'_, '_>) -> Vec<IpNet> {
+    let mut prefixes = Vec::new();
+    for at in section.prefixes("allow_special").unwrap_or_default() {
+        if palisade_fqdn::is_special_prefix(&at.value) {
+            prefixes.push(at.value);
+        } else {
+            section.error_at(
+                at.offset,
+                format!(
+                    "{} does not lie in a special-purpose block (RFC 6890); name the block or a part of it",
+                    at.value
+                ),
+            );
+        }
+    }
+    prefixes
 }
 
 fn http(section: Section<'_, '_>) -> Http {

@@ -433,6 +433,12 @@ pub struct NamesStatus {
     pub evicted: u64,
     /// Addresses that were not learned: the limit is reached, and all are in use.
     pub over_limit: u64,
+    /// Special-purpose addresses that were not learned.
+    #[serde(default)]
+    pub special: u64,
+    /// Answers that were withheld because their endpoint has as many combinations of names as it may.
+    #[serde(default)]
+    pub identities_over_limit: u64,
     /// Addresses that expired unused.
     pub expired: u64,
     /// Writes that failed.

@@ -253,6 +253,8 @@ impl Clients {
             waited: names.waited,
             evicted: names.stats.evicted,
             over_limit: names.stats.refused,
+            special: names.stats.special,
+            identities_over_limit: names.over_limit,
             expired: names.stats.expired,
             failures: names.failures,
             failure: names.failure.clone(),

@@ -15,7 +15,7 @@ use anyhow::Context as _;
 use palisade_abi::{Config as Told, identity};
 use palisade_datapath::{Datapath, Options, detach_all};
 use palisade_flowlog::Ring;
-use palisade_fqdn::{Cache, Known};
+use palisade_fqdn::{Cache, Known, Special};
 use palisade_policy::{
     compile::{Compiler, CompilerState},
     world::Enforcement,
@@ -171,7 +171,7 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
         let sender = sender.clone();
         // The control thread has ended: nothing is released any more.
         let wish = move |wish| drop(sender.send(Message::Names(wish)));
-        let cache = Cache::new(names_config(&config.dns));
+        let cache = Cache::new(names_config(&config));
         let cache = match &known {
             Some(known) => cache.with_known(Arc::clone(known)),
             None => cache,
@@ -349,14 +349,23 @@ fn open(config: &Config) -> anyhow::Result<Datapath> {
 }
 
 /// How much is learned, and for how long.
-fn names_config(dns: &Dns) -> palisade_fqdn::Config {
+fn names_config(config: &Config) -> palisade_fqdn::Config {
+    let (dns, learned) = (&config.dns, config.limits.learned as usize);
     let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     palisade_fqdn::Config {
         min_ttl: milliseconds(dns.min_ttl),
         max_ttl: milliseconds(dns.max_ttl),
         addresses_per_name: dns.addresses_per_name as usize,
         addresses_per_endpoint: dns.addresses_per_endpoint as usize,
+        // An answer's addresses are written before what had to make room for them is removed: the map holds more than
+        // the cache by the addresses of some answers (at most 4,095 A records fit into one).
+        addresses_total: learned - (learned / 8).min(8192),
         aliases: dns.follow_cname,
+        special: if dns.refuse_special {
+            Special::Refuse(dns.allow_special.clone())
+        } else {
+            Special::Learn
+        },
     }
 }
 
@@ -411,6 +420,12 @@ impl Control {
                     let endpoints = self.names.take_rejudged();
                     self.engine.compiler.judge_again(endpoints);
                     self.enforce(Instant::now());
+                }
+                Message::Names(Wish::Prune) => {
+                    self.names.heard(Wish::Prune);
+                    if self.engine.prune(&self.names) {
+                        self.enforce(Instant::now());
+                    }
                 }
                 Message::WorkerEnded => self.repair_carrier(),
                 Message::Ask(Request::Stop { detach: true }, answer) => return End::Detach(answer),
@@ -657,8 +672,9 @@ impl Control {
             ..limits
         };
         keep(
-            names_config(&old.dns) != names_config(&new.dns),
-            "[dns] min_ttl, max_ttl, addresses_per_name, addresses_per_endpoint, follow_cname",
+            names_config(old) != names_config(new),
+            "[dns] min_ttl, max_ttl, addresses_per_name, addresses_per_endpoint, follow_cname, refuse_special, \
+             allow_special",
         );
         keep(old.dns.deny_answer != new.dns.deny_answer, "[dns] deny_answer");
         keep(old.http != new.http, "[http]");

@@ -1,15 +1,16 @@
 //! From policies and a world to what the maps hold, and from one such state to the next.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::IpAddr,
     sync::Arc,
 };
 
 use anyhow::Context as _;
+use ipnet::IpNet;
 use palisade_abi::Identity;
 use palisade_datapath::{ApplyError, Datapath, Dump};
-use palisade_fqdn::{EndpointId, SelectorId, Selectors};
+use palisade_fqdn::{EndpointId, Listed, SelectorId, Selectors};
 use palisade_policy::{
     compile::{Changes, Compiler},
     labels::{Labels, reserved},
@@ -32,6 +33,9 @@ use crate::config::Config;
 /// Application rules by their number.
 pub type RuleSets = BTreeMap<u32, Arc<RuleSet>>;
 
+/// Sets of selectors, beyond the single ones on the world, that the learned addresses of one endpoint may have.
+const SETS_PER_ENDPOINT: usize = 256;
+
 /// The compiler, and what of its results is in the maps.
 #[derive(Debug)]
 pub struct Engine {
@@ -43,6 +47,8 @@ pub struct Engine {
     good: Option<Snapshot>,
     /// Sets of selectors that learned addresses belong to.
     wanted: BTreeSet<LearnedSet>,
+    /// The same by endpoint.
+    granted: HashMap<EndpointId, HashSet<LearnedSet>>,
     /// Selectors that were compiled, by the address of the list that they were compiled from.
     compiled: HashMap<usize, (SelectorList, Arc<Selectors>)>,
     /// Why they do not hold what the compiler says.
@@ -53,12 +59,20 @@ impl Engine {
     /// Goes on from what the maps of a running node hold.
     pub fn new(mut compiler: Compiler, datapath: &Datapath) -> anyhow::Result<Self> {
         let in_maps = found(datapath.dump()?);
-        compiler.avoid(&in_maps);
+        let learned = palisade_policy::snapshot::Learned {
+            entries: datapath.learned()?.into_iter().collect(),
+            ..Default::default()
+        };
+        compiler.avoid(&Snapshot {
+            learned,
+            ..in_maps.clone()
+        });
         Ok(Self {
             compiler,
             in_maps,
             good: None,
             wanted: BTreeSet::new(),
+            granted: HashMap::new(),
             compiled: HashMap::new(),
             problem: None,
         })
@@ -143,18 +157,23 @@ impl Engine {
         let mut change = names.change(&policy, &endpoints, all);
         let meaning = meaning(snapshot);
         if all {
-            // Those that nobody has any more need not be made again.
-            let in_use = change.state.book.in_use();
-            self.wanted = in_use
-                .filter_map(|(address, set)| set_of(&meaning, address, set))
-                .collect();
+            // Sets that no learned address has any more need not be made again.
+            self.granted.clear();
+            for (endpoint, address, set) in change.state.book.in_use() {
+                if let Some(set) = set_of(&meaning, address, set) {
+                    self.grant(endpoint, set);
+                }
+            }
+            self.collect_granted();
         }
         let missing = change.missing(&meaning);
         if !missing.is_empty() {
-            let sets = missing
-                .iter()
-                .filter_map(|(address, set)| set_of(&meaning, *address, set));
-            self.wanted.extend(sets);
+            for (endpoint, address, set) in &missing {
+                if let Some(set) = set_of(&meaning, *address, set) {
+                    self.grant(*endpoint, set);
+                }
+            }
+            self.collect_granted();
             if let Err(problems) = self.compiler.learned(&self.wanted) {
                 problems
                     .iter()
@@ -224,10 +243,28 @@ impl Engine {
         let mut state = names.lock();
         let before = meaning(self.compiler.snapshot());
         let missing = state.book.missing(&state.view, false);
-        let sets = missing
-            .iter()
-            .filter_map(|(address, set)| set_of(&before, *address, set));
-        self.wanted.extend(sets);
+        let mut full = BTreeSet::new();
+        for (endpoint, address, set) in missing {
+            if let Some(set) = set_of(&before, address, &set)
+                && !self.grant(endpoint, set)
+            {
+                full.insert(endpoint);
+            }
+        }
+        if !full.is_empty() {
+            // Sets that were given up since the last look make room.
+            self.count_granted(&state.book, &before);
+            let missing = state.book.missing(&state.view, false);
+            full.clear();
+            for (endpoint, address, set) in missing {
+                if let Some(set) = set_of(&before, address, &set)
+                    && !self.grant(endpoint, set)
+                {
+                    full.insert(endpoint);
+                }
+            }
+        }
+        self.collect_granted();
         let outcome = match self.compiler.learned(&self.wanted) {
             Ok(update) => {
                 if update.rulesets {
@@ -244,7 +281,7 @@ impl Engine {
         match outcome {
             Ok(()) => {
                 let now = self.compiler.snapshot().clone();
-                names.extended(&mut state, Arc::new(meaning(&now)));
+                names.extended(&mut state, Arc::new(meaning(&now)), &full);
                 self.in_maps = now.clone();
                 self.good = Some(now);
             }
@@ -252,6 +289,66 @@ impl Engine {
                 error!("answers cannot be released: {problem}");
                 self.problem = Some(problem);
                 self.read_back(datapath);
+            }
+        }
+    }
+
+    /// Lets learned addresses of an endpoint have the identity of a set. Returns false if the endpoint has as many sets
+    /// as it may: the servers that answer choose which addresses share which names, so without a bound they would
+    /// choose how large the tables of the endpoint are.
+    fn grant(&mut self, endpoint: EndpointId, set: LearnedSet) -> bool {
+        let granted = self.granted.entry(endpoint).or_default();
+        granted.contains(&set) || (granted.len() < SETS_PER_ENDPOINT && granted.insert(set))
+    }
+
+    /// Counts anew which sets the learned addresses of each endpoint have, among those that were granted.
+    fn count_granted(&mut self, book: &names::Book, meaning: &By) {
+        let mut used: HashMap<EndpointId, HashSet<LearnedSet>> = HashMap::new();
+        for (endpoint, address, set) in book.in_use() {
+            if let Some(set) = set_of(meaning, address, set) {
+                used.entry(endpoint).or_default().insert(set);
+            }
+        }
+        self.granted.retain(|endpoint, granted| {
+            let used = used.get(endpoint);
+            granted.retain(|set| used.is_some_and(|used| used.contains(set)));
+            !granted.is_empty()
+        });
+    }
+
+    fn collect_granted(&mut self) {
+        self.wanted = self.granted.values().flatten().cloned().collect();
+    }
+
+    /// Drops the identities of sets that no learned address has any more, once they are many. Returns whether the maps
+    /// hold more than they need: then [`Self::enforce`] removes it.
+    pub fn prune(&mut self, names: &Names) -> bool {
+        /// Fewer unused sets cost less than a compilation.
+        const WORTH_IT: usize = 32;
+        if self.wanted.len() < WORTH_IT || self.problem.is_some() {
+            return false;
+        }
+        let before = self.wanted.len();
+        let meaning = meaning(self.compiler.snapshot());
+        self.count_granted(&names.lock().book, &meaning);
+        self.collect_granted();
+        if before - self.wanted.len() < WORTH_IT.max(self.wanted.len() / 4) {
+            return false;
+        }
+        let outcome = self.compiler.learned(&self.wanted).and_then(|_| {
+            // Sets that are not wanted any more are dropped by the next update, also by one that changes nothing else.
+            self.compiler.update(Changes {
+                world: None,
+                files: BTreeMap::new(),
+            })
+        });
+        match outcome {
+            Ok(_) => true,
+            Err(problems) => {
+                for problem in problems {
+                    error!("learned names: {}", problem.message);
+                }
+                false
             }
         }
     }
@@ -282,9 +379,14 @@ impl Engine {
             policy.selectors.insert(*endpoint, selectors);
             let denied = denied_patterns(&self.compiler, *endpoint);
             let denied = list.iter().filter(|(_, pattern)| denied.contains(&pattern));
+            let denied: Vec<SelectorId> = denied.map(|(number, _)| SelectorId(*number)).collect();
             policy
                 .denied
-                .extend(denied.map(|(number, _)| (*endpoint, SelectorId(*number))));
+                .extend(denied.iter().map(|selector| (*endpoint, *selector)));
+            let prefixes = listed_prefixes(&self.compiler, *endpoint);
+            policy
+                .listed
+                .insert(*endpoint, Arc::new(Listed { prefixes, denied }));
         }
         self.compiled = compiled;
         policy
@@ -310,6 +412,26 @@ pub fn endpoint_names(world: &World) -> BTreeMap<EndpointId, String> {
     endpoints
         .map(|endpoint| (endpoint.id, format!("{}/{}", endpoint.namespace, endpoint.name)))
         .collect()
+}
+
+/// Returns the prefixes that egress rules of an endpoint allow by name of the prefix (`toCIDR`, `toCIDRSet`).
+fn listed_prefixes(compiler: &Compiler, endpoint: EndpointId) -> Vec<IpNet> {
+    let policies = compiler.policies_of(endpoint);
+    let prefixes: BTreeSet<IpNet> = policies
+        .into_iter()
+        .flat_map(|policy| &policy.specs)
+        .flat_map(|spec| spec.egress.as_deref().unwrap_or_default())
+        .filter_map(|rule| match &rule.peers {
+            Peers::OneOf(peers) => Some(peers),
+            Peers::Any | Peers::Nobody => None,
+        })
+        .flatten()
+        .filter_map(|peer| match peer {
+            RulePeer::Cidr(rule) => Some(rule.cidr),
+            _ => None,
+        })
+        .collect();
+    prefixes.into_iter().collect()
 }
 
 /// The names that deny rules of an endpoint have.

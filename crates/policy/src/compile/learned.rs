@@ -13,6 +13,7 @@ use palisade_abi::{Direction, Identity, PolicyEntry, PolicyKey};
 use super::{Compiler, Progress, problem, subject::Subject};
 use crate::{
     diagnostic::Diagnostic,
+    identity::is_combined,
     labels::Labels,
     names::{LearnedSet, Names, SelectorList, SelectorNumber, Sets, learnable},
     plan::{Op, plan},
@@ -429,6 +430,11 @@ impl Compiler {
             if let Some((number, labels)) = found {
                 let ordinary = self.known.labels().contains_key(&number);
                 self.names.put(set, number, labels, ordinary);
+            }
+        }
+        for (number, identity) in &old {
+            if !self.names.identities.contains_key(number) && is_combined(&identity.labels) {
+                self.identities.release(&identity.labels);
             }
         }
         let new = &self.names.identities;

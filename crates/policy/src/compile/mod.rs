@@ -254,6 +254,12 @@ impl Compiler {
                 self.next_policy.max(last.wrapping_add(1))
             })
             .max(1);
+        let in_tables = found
+            .tables
+            .values()
+            .flat_map(|table| table.entries.keys().map(|key| key.identity));
+        let learned = found.learned.entries.values().copied();
+        self.identities.avoid(in_tables.chain(learned));
         let revisions = found.endpoints.values().map(|state| state.revision);
         self.snapshot.revision = revisions.max().unwrap_or(0).max(self.snapshot.revision);
     }

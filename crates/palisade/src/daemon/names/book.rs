@@ -284,11 +284,15 @@ impl Book {
     }
 
     /// What of the book a policy has no identity for. `all`: also of what was in step with the policy before.
-    pub fn missing(&self, meaning: &impl Meaning, all: bool) -> Vec<(IpAddr, Set)> {
+    pub fn missing(&self, meaning: &impl Meaning, all: bool) -> Vec<(EndpointId, IpAddr, Set)> {
         let mut missing = Vec::new();
         let mut look = |key: &LearnedKey, entry: &Entry| {
             if !entry.selectors.is_empty() && meaning.identity(key.addr.into(), &entry.selectors).is_none() {
-                missing.push((key.addr.into(), Arc::clone(&entry.selectors)));
+                missing.push((
+                    key.endpoint as EndpointId,
+                    key.addr.into(),
+                    Arc::clone(&entry.selectors),
+                ));
             }
         };
         if all {
@@ -304,11 +308,11 @@ impl Book {
     }
 
     /// Everything that an identity is needed for.
-    pub fn in_use(&self) -> impl Iterator<Item = (IpAddr, &Set)> {
+    pub fn in_use(&self) -> impl Iterator<Item = (EndpointId, IpAddr, &Set)> {
         self.entries
             .iter()
             .filter(|(_, entry)| !entry.selectors.is_empty())
-            .map(|(key, entry)| (key.addr.into(), &entry.selectors))
+            .map(|(key, entry)| (key.endpoint as EndpointId, key.addr.into(), &entry.selectors))
     }
 
     /// The way of the map to what another policy wants of it. `all`: the identities of what is in step may be others.

@@ -36,8 +36,8 @@ use journal::Journal;
 use palisade_abi::{Identity, LearnedKey};
 use palisade_datapath::Datapath;
 use palisade_fqdn::{
-    Cache, CachedName, ChangeKind, EndpointId, Millis, Pending, SavedName, SelectorId, Selectors, Stats,
-    Update,
+    Cache, CachedName, ChangeKind, EndpointId, Listed, Millis, Pending, SavedName, SelectorId, Selectors,
+    Stats, Update,
 };
 use palisade_inspect::{
     Lease,
@@ -88,6 +88,8 @@ pub enum Wish {
     Identities,
     /// Connections of endpoints have to be judged again: see [`Names::take_rejudged`].
     Rejudge,
+    /// A sweep has ended: identities that no learned address has any more can be dropped.
+    Prune,
 }
 
 /// What the endpoints have learned. One for the daemon; all threads share it.
@@ -96,7 +98,7 @@ pub struct Names {
     writer: Box<dyn Writer + Send + Sync>,
     wish: Box<dyn Fn(Wish) + Send + Sync>,
     /// One of each kind on its way is enough.
-    wished: [AtomicBool; 2],
+    wished: [AtomicBool; 3],
     journal: Option<Journal>,
     known_as: RwLock<HashMap<(EndpointId, IpAddr), KnownAs>>,
     start: Instant,
@@ -111,6 +113,8 @@ struct Answers {
     committed: AtomicU64,
     refused: AtomicU64,
     waited: AtomicU64,
+    /// Refused because their endpoint has as many identities of learned addresses as it may.
+    over_limit: AtomicU64,
 }
 
 #[derive(Clone, Debug)]
@@ -191,6 +195,8 @@ pub struct Policy {
     pub selectors: BTreeMap<EndpointId, Arc<Selectors>>,
     /// Selectors that a deny rule of the endpoint has.
     pub denied: HashSet<(EndpointId, SelectorId)>,
+    /// Special-purpose addresses that the policy of an endpoint with selectors lists.
+    pub listed: BTreeMap<EndpointId, Arc<Listed>>,
 }
 
 /// A change of the policy under way; see [`Names::change`].
@@ -346,13 +352,8 @@ impl Names {
             self.finish(state, pending, Some(lesson), None, now, &mut lines);
         }
         let late = |waiting: &mut Waiting| waiting.since.elapsed() > PATIENCE;
-        for given_up in state.waiting.extract_if(.., late) {
-            state.book.cache.abort(given_up.pending);
-            self.answers.refused.fetch_add(1, Ordering::Relaxed);
-            if let Some(lesson) = given_up.lesson {
-                lesson.done(false, None);
-            }
-            self.end_epoch();
+        for given_up in state.waiting.extract_if(.., late).collect::<Vec<_>>() {
+            self.give_up(state, given_up);
         }
         let waiting = !state.waiting.is_empty();
         let rejudge = !state.rejudge.is_empty();
@@ -572,6 +573,8 @@ impl Names {
             self.wish(Wish::Identities);
         }
         self.forget_names(&guard);
+        drop(guard);
+        self.wish(Wish::Prune);
     }
 
     fn forget_names(&self, state: &State) {
@@ -653,15 +656,34 @@ impl Names {
             committed: self.answers.committed.load(Ordering::Relaxed),
             refused: self.answers.refused.load(Ordering::Relaxed),
             waited: self.answers.waited.load(Ordering::Relaxed),
+            over_limit: self.answers.over_limit.load(Ordering::Relaxed),
         }
     }
 
-    /// The policy in force has identities that it did not have.
-    pub fn extended(&self, state: &mut State, view: View) {
+    /// The policy in force has identities that it did not have. Endpoints that are `full` get no more: what they still
+    /// wait for is given up.
+    pub fn extended(&self, state: &mut State, view: View, full: &BTreeSet<EndpointId>) {
         state.view = view;
         let view = Arc::clone(&state.view);
         state.book.retry(&view, &self.writer);
         self.finish_waiting(state);
+        let given_up = state
+            .waiting
+            .extract_if(.., |waiting| full.contains(&waiting.pending.endpoint()));
+        for waiting in given_up.collect::<Vec<_>>() {
+            self.answers.over_limit.fetch_add(1, Ordering::Relaxed);
+            self.give_up(state, waiting);
+        }
+    }
+
+    /// Withholds an answer that has waited in vain.
+    fn give_up(&self, state: &mut State, waiting: Waiting) {
+        state.book.cache.abort(waiting.pending);
+        self.answers.refused.fetch_add(1, Ordering::Relaxed);
+        if let Some(lesson) = waiting.lesson {
+            lesson.done(false, None);
+        }
+        self.end_epoch();
     }
 
     /// Begins a change of what the maps hold: nothing is committed until it is brought to its end. `all`: the
@@ -672,6 +694,8 @@ impl Names {
         let before = Policy {
             selectors: state.selectors.clone(),
             denied: std::mem::take(&mut state.denied),
+            // What a policy that fails has had forgotten is learned again by the next answer.
+            listed: policy.listed.clone(),
         };
         let mut updates = Vec::new();
         state.set_policy(policy, &mut updates);
@@ -708,6 +732,13 @@ impl State {
             .copied()
             .collect();
         for endpoint in endpoints {
+            // Before the selectors: special-purpose addresses that are not listed must not get one.
+            let listed = policy.listed.get(&endpoint).cloned().unwrap_or_default();
+            let update = self.book.cache.set_listed(endpoint, listed);
+            if !update.changes().is_empty() {
+                self.book.note(update.changes());
+                updates.push(update);
+            }
             let (old, new) = (self.selectors.get(&endpoint), policy.selectors.get(&endpoint));
             if let (Some(old), Some(new)) = (old, new)
                 && Arc::ptr_eq(old, new)
@@ -728,7 +759,7 @@ impl State {
 
 impl Change<'_> {
     /// What of the learned addresses has no identity by the new policy.
-    pub fn missing(&self, meaning: &impl Meaning) -> Vec<(IpAddr, Set)> {
+    pub fn missing(&self, meaning: &impl Meaning) -> Vec<(EndpointId, IpAddr, Set)> {
         self.state.book.missing(meaning, self.all)
     }
 
@@ -775,4 +806,5 @@ pub struct Counts {
     pub committed: u64,
     pub refused: u64,
     pub waited: u64,
+    pub over_limit: u64,
 }

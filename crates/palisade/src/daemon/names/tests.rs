@@ -230,7 +230,7 @@ proptest! {
                 }
                 Step::Extend => {
                     known = 0xff;
-                    names.extended(&mut names.lock(), Arc::new(Fake { generation, known }));
+                    names.extended(&mut names.lock(), Arc::new(Fake { generation, known }), &BTreeSet::new());
                 }
                 Step::Policy { policies: new, known: first } => {
                     map.lock().good_for = None;
