@@ -1,7 +1,7 @@
 //! Connections that are inspected when the daemon dies: it has lost their state, so both ends are reset, and believe it.
 
 use std::{
-    io::{ErrorKind, Read, Write},
+    io::{self, ErrorKind, Read, Write},
     net::{TcpListener, TcpStream},
     thread,
     time::{Duration, Instant},
@@ -26,6 +26,8 @@ const CHUNKED: &[u8] = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\
 struct Pair {
     client: TcpStream,
     server: TcpStream,
+    /// Whether an end was told of a reset when it wanted to say something.
+    told: [bool; 2],
 }
 
 impl Pair {
@@ -43,7 +45,29 @@ impl Pair {
         }
         client.write_all(request).expect("request");
         take(&mut server, request);
-        Self { client, server }
+        Self {
+            client,
+            server,
+            told: [false; 2],
+        }
+    }
+
+    /// The client says something; it may have been reset before.
+    fn client_says(&mut self, bytes: &[u8]) {
+        self.told[0] |= is_refused(self.client.write_all(bytes));
+    }
+
+    /// The same of the server.
+    fn server_says(&mut self, bytes: &[u8]) {
+        self.told[1] |= is_refused(self.server.write_all(bytes));
+    }
+}
+
+fn is_refused(said: io::Result<()>) -> bool {
+    match said {
+        Ok(()) => false,
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => true,
+        Err(error) => panic!("{error}"),
     }
 }
 
@@ -85,8 +109,8 @@ fn start(apps: &Apps) -> Daemon {
 #[track_caller]
 fn both_are_reset(what: &str, pair: &mut Pair, daemon: &Daemon) {
     let server = thread::scope(|scope| {
-        let server = scope.spawn(|| is_reset(&mut pair.server));
-        let client = is_reset(&mut pair.client);
+        let server = scope.spawn(|| pair.told[1] || is_reset(&mut pair.server));
+        let client = pair.told[0] || is_reset(&mut pair.client);
         (client, server.join().expect("server"))
     });
     assert_eq!(
@@ -112,11 +136,13 @@ fn both_ends_of_a_kept_alive_connection_learn_that_it_is_over() {
         }
         chunked.server.write_all(CHUNKED).expect("answer");
         take(&mut chunked.client, CHUNKED);
+        // Until delayed acknowledgements have gone through.
+        thread::sleep(Duration::from_millis(300));
         daemon.kill9().expect("kill -9");
         daemon.restart().expect("restart");
-        by_client.client.write_all(GET).expect("request");
-        by_server.server.write_all(OK).expect("answer");
-        chunked.server.write_all(b"5\r\nhello\r\n").expect("answer");
+        by_client.client_says(GET);
+        by_server.server_says(OK);
+        chunked.server_says(b"5\r\nhello\r\n");
         both_are_reset("the client sends first", &mut by_client, &daemon);
         both_are_reset("the server sends first", &mut by_server, &daemon);
         both_are_reset("a chunked answer", &mut chunked, &daemon);

@@ -139,6 +139,10 @@ impl<F> Connection<F> {
             Phase::Answered(mut answer) if answer.tries < TRIES && answer.again <= now => {
                 answer.tries += 1;
                 answer.again = now + (FIRST_TRY << answer.tries);
+                if answer.tries > 1 {
+                    let is_ipv6 = self.link_to(answer.to).is_some_and(|link| link.is_ipv6());
+                    self.half(answer.to).shrink(is_ipv6);
+                }
                 self.send_answer(&answer, shared, sink);
                 self.send_end(&answer, shared, sink);
                 self.phase = Phase::Answered(answer);

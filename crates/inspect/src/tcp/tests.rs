@@ -5,7 +5,10 @@ use palisade_packet::{Packet, Start, decode};
 use proptest::prelude::*;
 
 use super::{Connections, Reader, Remember, Side, Step, TcpLimits};
-use crate::{Learn, Millis, Route, Sink, View, record::Record};
+use crate::{
+    Learn, Millis, Route, Sink, View,
+    record::{Record, What},
+};
 
 pub(crate) const SYN: u8 = 2;
 pub(crate) const ACK: u8 = 16;
@@ -603,6 +606,66 @@ fn what_is_delivered_from_here_gets_smaller_until_it_arrives() {
             }
         }
     }
+}
+
+#[test]
+fn what_never_arrives_ends_the_connection_and_the_record_says_why() {
+    let mut bench = Bench::open();
+    bench.put(&client(0, &[&[255][..], &[b'm'; 255]].concat()[..200]));
+    bench.tick(20);
+    bench.put(&client(200, &[b'm'; 56]));
+    bench.take();
+    let mut records = Vec::new();
+    let mut reset = false;
+    for _ in 0..4_000 {
+        let now = bench.now + 10;
+        bench.tick(now);
+        let out = bench.take();
+        reset |= out.emitted.iter().any(|(seg, _)| seg.flags & RST != 0);
+        records.extend(out.records);
+    }
+    assert!(reset);
+    let [record] = &records[..] else {
+        panic!("{records:?}")
+    };
+    let What::Unreadable { detail } = record.what else {
+        panic!("{record:?}")
+    };
+    assert_eq!(
+        (record.reason, detail),
+        (
+            Reason::InspectDeadline,
+            "What was acknowledged for the receiver does not reach it"
+        )
+    );
+}
+
+#[test]
+fn dropped_packets_have_records_and_cannot_fill_them() {
+    let mut bench = Bench::open();
+    bench.put(&client(0, b"\x04ab"));
+    for _ in 0..1_000 {
+        bench.put(&client(1, b"zz"));
+    }
+    let out = bench.take();
+    assert_eq!(out.discarded, [Reason::TcpOverlap; 1_000]);
+    let [record] = &out.records[..] else {
+        panic!("{:?}", out.records)
+    };
+    assert_eq!((record.reason, record.source.1), (Reason::TcpOverlap, 1_000));
+    // Another reason is told at once, and the same one later.
+    bench.put(&client(90_000, b"zz"));
+    bench.now += 1_000;
+    bench.put(&client(90_000, b"zz"));
+    let reasons: Vec<_> = bench.take().records.iter().map(|record| record.reason).collect();
+    assert_eq!(reasons, [Reason::TcpOutOfWindow; 2]);
+    // Packets of connections that are not known.
+    let mut bench = Bench::new(TcpLimits::default());
+    for n in 0..1_000 {
+        bench.put(&client(n, b"x"));
+    }
+    let out = bench.take();
+    assert_eq!((out.discarded.len(), out.records.len()), (1_000, 200));
 }
 
 #[test]
