@@ -570,3 +570,68 @@ fn the_watchdog_is_fed_while_the_daemon_lives_and_not_while_it_hangs() {
     signal("-CONT");
     wait_until("it is fed again", PATIENCE, || heard().contains("WATCHDOG=1")).expect("WATCHDOG=1");
 }
+
+#[test]
+fn what_another_user_made_in_place_of_pins_is_not_removed_by_stop_detach() {
+    let world = world();
+    let daemon = prepared(&world, "", &[]);
+    let precious = beside(&daemon, "precious");
+    fs::create_dir(&precious).expect("directory");
+    fs::write(precious.join("file"), "x").expect("file");
+    let pins = daemon.pins().display();
+    let mounts = Mounts::new(
+        &daemon,
+        &format!(
+            "mount -t bpf -o mode=1777 bpf /sys/fs/bpf\n{}",
+            as_user(&format!("mkdir {pins} && ln -s {} {pins}/v1", precious.display()))
+        ),
+    );
+    let program = daemon.command(&[]).get_program().to_owned();
+    let done = mounts.run(&format!(
+        "{} stop --detach --config {}",
+        program.display(),
+        daemon.config().display()
+    ));
+    assert!(
+        !done.status.success() && text(&done).contains(&format!("belongs to user {USER}")),
+        "{}",
+        text(&done)
+    );
+    assert!(precious.join("file").exists());
+}
+
+#[test]
+fn commands_of_root_do_not_believe_a_daemon_of_another_user() {
+    let world = world();
+    let daemon = prepared(&world, "", &[]);
+    let dir = beside(&daemon, "run");
+    fs::create_dir(&dir).expect("directory");
+    chown(&dir, Some(USER), None).expect("chown");
+    let parent = beside(&daemon, "");
+    fs::set_permissions(&parent, fs::Permissions::from_mode(0o755)).expect("chmod");
+    let path = dir.join("palisade.sock");
+    let mut listener = Command::new("setpriv");
+    // perl: a part of every Debian system, and readable to every user.
+    listener
+        .arg(format!("--reuid={USER}"))
+        .args(["--clear-groups", "perl", "-MIO::Socket::UNIX", "-e"])
+        .arg("my $s = IO::Socket::UNIX->new(Local => $ARGV[0], Listen => 5) or die $!; sleep 600")
+        .arg(&path);
+    let listener = Process::spawn("listener", listener, &parent).expect("perl");
+    wait_until("it listens", PATIENCE, || path.exists())
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", listener.log()));
+    for args in [&["status"][..], &["stop"], &["endpoint", "list"]] {
+        let mut own = Command::new(daemon.command(&[]).get_program());
+        own.args(args)
+            .arg("--config")
+            .arg(daemon.config())
+            .arg("--socket")
+            .arg(&path);
+        let done = output(&mut own, PATIENCE).expect("a command");
+        let said = text(&done);
+        assert!(
+            done.status.code() == Some(3) && said.contains(&format!("a process of user {USER}")),
+            "{args:?}: {said}"
+        );
+    }
+}

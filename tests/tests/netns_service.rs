@@ -129,3 +129,20 @@ fn the_service_may_do_what_it_has_to() {
         "{log}"
     );
 }
+
+#[test]
+fn the_service_manager_never_gives_up_and_notices_a_daemon_that_hangs() {
+    let unit = fs::read_to_string(UNIT).expect("the unit");
+    assert_eq!(setting(&unit, "StartLimitIntervalSec"), ["0"]);
+    assert_eq!(setting(&unit, "Restart"), ["on-failure"]);
+    assert!(!setting(&unit, "WatchdogSec").is_empty());
+    // The watchdog is fed by the daemon's own process.
+    assert_eq!(setting(&unit, "Type"), ["notify"]);
+    assert_eq!(setting(&unit, "NotifyAccess"), ["main"]);
+    // Pins need a bpffs that only root can enter, in the machine's mount namespace.
+    let mounts = setting(&unit, "ExecStartPre").join(" ");
+    assert!(
+        mounts.starts_with('+') && mounts.contains("mount -t bpf") && mounts.contains("mode=0700"),
+        "{mounts}"
+    );
+}

@@ -285,3 +285,185 @@ fn the_configuration_is_read_again_when_asked_and_a_broken_one_changes_nothing()
     assert_eq!(node.reach(80, Family::V4), Outcome::TimedOut);
     daemon.detach().unwrap();
 }
+
+/// Lines of the log with all of these words.
+fn logged(daemon: &Daemon, words: &[&str]) -> Vec<String> {
+    let log = daemon.log();
+    let lines = log
+        .lines()
+        .filter(|line| line.contains(" INFO ") && words.iter().all(|word| line.contains(word)));
+    lines.map(str::to_owned).collect()
+}
+
+#[test]
+fn each_change_of_what_is_enforced_is_one_line_of_the_log() {
+    let mut node = Node::new();
+    let mut daemon = Daemon::start(
+        &node.topology,
+        &Settings::default(),
+        &[("web.yaml", &policy("client", 80))],
+    )
+    .unwrap();
+    assert_eq!(
+        logged(&daemon, &["event=\"applied\""]),
+        [""; 0],
+        "a start is one line"
+    );
+    assert_eq!(logged(&daemon, &["1 policy in force"]).len(), 1);
+    let one = |words: &[&str]| {
+        let found = wait_until("a line", Duration::from_secs(10), || {
+            !logged(&daemon, words).is_empty()
+        });
+        let lines = logged(&daemon, words);
+        assert!(
+            found.is_ok() && lines.len() == 1,
+            "{words:?}: {lines:?}\n{}",
+            daemon.log()
+        );
+    };
+    daemon
+        .write(
+            "new.yaml",
+            &policy("client", 81).replace("name: web", "name: new"),
+        )
+        .unwrap();
+    let fields = ["revision=", "endpoints=\"default/web\"", "enforced_after_ms="];
+    one(&[&["event=\"applied\"", "new.yaml", "default/new"], &fields[..]].concat());
+    daemon.write("web.yaml", &policy("nobody", 80)).unwrap();
+    one(&[&["event=\"changed\"", "web.yaml", "default/web"], &fields[..]].concat());
+    daemon.write("web.yaml", "kind: [\n").unwrap();
+    one(&["event=\"refused\"", "web.yaml"]);
+    fs::remove_file(daemon.policies().join("new.yaml")).unwrap();
+    one(&[&["event=\"removed\"", "new.yaml", "default/new"], &fields[..]].concat());
+    daemon
+        .cli(&["endpoint", "config", "default/web", "PolicyAuditMode=Enabled"])
+        .unwrap();
+    one(&["event=\"audit\"", "default/web", "audit=true"]);
+    node.topology.unplug("client").unwrap();
+    one(&["event=\"interface-gone\"", "veth-client"]);
+    node.topology.plug("client").unwrap();
+    let came = ["event=\"interface-guarded\"", "veth-client"];
+    wait_until("it is guarded again", Duration::from_secs(10), || {
+        logged(&daemon, &came).len() == 2
+    })
+    .unwrap();
+    // What a reload changes for everybody, and what it cannot change.
+    let text = fs::read_to_string(daemon.config()).unwrap();
+    let text = text.replace("audit = false", "audit = true");
+    fs::write(daemon.config(), format!("{text}\n[limits]\nrules = 128\n")).unwrap();
+    let out = daemon.try_cli(&["reload"]).unwrap();
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(
+        out.status.success() && said.contains("only used after a restart: [limits]"),
+        "{said}"
+    );
+    one(&["event=\"audit\"", "endpoints=\"all\"", "audit=true"]);
+    one(&["event=\"reload\"", "revision="]);
+    let out = daemon
+        .try_cli(&["endpoint", "config", "default/web", "PolicyAuditMode=Disabled"])
+        .unwrap();
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(
+        out.status.success() && said.contains("every endpoint is in audit mode"),
+        "{said}"
+    );
+    daemon.detach().unwrap();
+}
+
+#[test]
+fn what_goes_on_without_the_daemon_is_said() {
+    let node = Node::new();
+    let mut daemon = Daemon::start(
+        &node.topology,
+        &Settings::default(),
+        &[("web.yaml", &policy("client", 80))],
+    )
+    .unwrap();
+    let said = daemon.cli(&["stop"]).unwrap();
+    assert!(said.contains("GOES ON ENFORCING the last policy"), "{said}");
+    let out = daemon.try_cli(&["status"]).unwrap();
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(3));
+    assert!(
+        said.contains("not running") && said.contains("STILL ENFORCED at 3 interfaces"),
+        "{said}"
+    );
+    daemon.restart().unwrap();
+    let said = daemon.cli(&["stop", "--detach"]).unwrap();
+    assert!(said.contains("nothing is enforced any more"), "{said}");
+    let out = daemon.try_cli(&["status"]).unwrap();
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(said.contains("nothing is enforced"), "{said}");
+    // Many files are summed up.
+    let many: Vec<(String, String)> = (0..60)
+        .map(|n| {
+            (
+                format!("{n}.yaml"),
+                policy("client", 80).replace("name: web", &format!("name: p{n}")),
+            )
+        })
+        .collect();
+    for (name, text) in &many {
+        daemon.write(name, text).unwrap();
+    }
+    daemon.write("broken.yaml", "kind: [\n").unwrap();
+    daemon.spawn().unwrap();
+    daemon
+        .wait_status("all are read", |status| {
+            status["policy_files"]
+                .as_array()
+                .is_some_and(|all| all.len() == 62)
+        })
+        .unwrap();
+    let said = daemon.cli(&["status"]).unwrap();
+    assert!(
+        said.contains("(61 files)") && said.contains("broken.yaml") && !said.contains("17.yaml"),
+        "{said}"
+    );
+}
+
+#[test]
+fn signals_during_the_start_are_obeyed_once_everything_is_set_up() {
+    let node = Node::new();
+    let mut daemon = Daemon::prepare(
+        &node.topology,
+        &Settings::default(),
+        &[("web.yaml", &policy("client", 80))],
+    )
+    .unwrap();
+    for (signal, goes_on) in [("-HUP", true), ("-TERM", false)] {
+        daemon.spawn().unwrap();
+        let pid = daemon.pid().unwrap().to_string();
+        // Its state directory is what it makes first once it hears signals.
+        let made = daemon.config().with_file_name("state").join("state.json");
+        wait_until("it has begun", Duration::from_secs(10), || {
+            fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("palisade"))
+                && fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|threads| threads.count() > 1)
+        })
+        .unwrap();
+        assert!(
+            Command::new("kill")
+                .args([signal, &pid])
+                .status()
+                .unwrap()
+                .success()
+        );
+        if goes_on {
+            daemon.wait().unwrap();
+            assert_eq!(
+                logged(&daemon, &["event=\"reload\""]).len(),
+                1,
+                "{}",
+                daemon.log()
+            );
+            daemon.terminate().unwrap();
+        } else {
+            wait_until("it has ended in order", Duration::from_secs(30), || {
+                logged(&daemon, &["ended; what is attached goes on"]).len() == 2
+            })
+            .unwrap();
+            assert!(made.exists());
+            node.only(80, "ended while it started");
+        }
+    }
+}

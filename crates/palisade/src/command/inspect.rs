@@ -10,7 +10,7 @@ use crate::{
     control::{
         api::{
             ConnectionRow, Endpoint, FqdnRow, IdentityRow, IpcacheRow, PolicyRow, PolicySummary, Request,
-            SelectorRow,
+            SelectorRow, Status,
         },
         client::ask,
     },
@@ -232,12 +232,18 @@ pub fn endpoint_config(
         options: wanted,
     };
     let answer: BTreeMap<String, bool> = ask(socket, &request)?;
-    show(&answer, output, |options, out| {
+    let code = show(&answer, output, |options, out| {
         for (name, enabled) in options {
             writeln!(out, "{name} : {}", on_off(*enabled))?;
         }
         Ok(())
-    })
+    })?;
+    if ask::<Status>(socket, &Request::Status).is_ok_and(|status| status.audit) {
+        eprintln!(
+            "palisade: [policy] audit = true: every endpoint is in audit mode, whatever its PolicyAuditMode says"
+        );
+    }
+    Ok(code)
 }
 
 pub fn identities(socket: &Path, output: Output) -> anyhow::Result<u8> {

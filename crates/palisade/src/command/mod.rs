@@ -6,11 +6,13 @@ mod policy;
 mod service;
 
 use std::{
+    fs,
     io::{self, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
+use anyhow::bail;
 use serde::Serialize;
 
 use crate::{
@@ -20,6 +22,7 @@ use crate::{
     },
     config::{self, Config, ConfigError},
     control::client::ClientError,
+    daemon,
 };
 
 /// Done.
@@ -45,7 +48,7 @@ pub fn execute(cli: Cli) -> ExitCode {
         {
             return DONE;
         }
-        eprintln!("palisade: {error:#}");
+        eprintln!("palisade: {}", chain(&error));
         match error.downcast_ref::<ClientError>() {
             Some(ClientError::Refused(_)) | None => FAILED,
             Some(_) => NO_DAEMON,
@@ -54,14 +57,39 @@ pub fn execute(cli: Cli) -> ExitCode {
     ExitCode::from(code)
 }
 
+/// An error with its causes, without those that it tells already.
+pub fn chain(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1) {
+        let cause = cause.to_string();
+        if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+/// `1 policy`, `2 policies`.
+pub fn count(number: usize, one: &str, more: &str) -> String {
+    format!("{number} {}", if number == 1 { one } else { more })
+}
+
 fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
-    let socket = || socket(cli);
+    let asked = match &cli.command {
+        // These read the file themselves, or need none.
+        Command::Run { .. }
+        | Command::Policy(
+            PolicyCommand::Validate { .. } | PolicyCommand::Test { .. } | PolicyCommand::Trace(_),
+        ) => None,
+        _ => Some(socket(cli)?),
+    };
+    let socket = || asked.clone().map_or_else(|| socket(cli), Ok);
     match &cli.command {
         Command::Run { check_config: true } => check_config(&cli.config),
         Command::Run { check_config: false } => service::run(&cli.config),
-        Command::Status { wait, output } => service::status(&socket(), *wait, output.output),
-        Command::Reload => service::reload(&cli.config, &socket()),
-        Command::Stop { detach } => service::stop(&cli.config, &socket(), *detach),
+        Command::Status { wait, output } => service::status(&cli.config, &socket()?, *wait, output.output),
+        Command::Reload => service::reload(&cli.config, &socket()?),
+        Command::Stop { detach } => service::stop(&cli.config, &socket()?, *detach),
         Command::Policy(command) => match command {
             PolicyCommand::Validate { paths, quiet } => policy::validate(paths, *quiet),
             PolicyCommand::Test { paths } => policy::test(paths),
@@ -69,71 +97,80 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
                 let request = policy::trace_request(args)?;
                 policy::trace(
                     &cli.config,
-                    &socket(),
+                    &socket()?,
                     request,
                     &args.policies,
                     args.output.output,
                 )
             }
             PolicyCommand::Get { name, output } => {
-                inspect::policies(&socket(), name.as_deref(), output.output)
+                inspect::policies(&socket()?, name.as_deref(), output.output)
             }
-            PolicyCommand::Selectors { output } => inspect::selectors(&socket(), output.output),
+            PolicyCommand::Selectors { output } => inspect::selectors(&socket()?, output.output),
         },
         Command::Endpoint(command) => match command {
-            EndpointCommand::List { output } => inspect::endpoints(&socket(), output.output),
+            EndpointCommand::List { output } => inspect::endpoints(&socket()?, output.output),
             EndpointCommand::Get { endpoint, output } => {
-                inspect::endpoint(&socket(), endpoint, output.output)
+                inspect::endpoint(&socket()?, endpoint, output.output)
             }
             EndpointCommand::Config {
                 endpoint,
                 options,
                 output,
-            } => inspect::endpoint_config(&socket(), endpoint, options, output.output),
+            } => inspect::endpoint_config(&socket()?, endpoint, options, output.output),
         },
         Command::Identity(command) => match command {
-            IdentityCommand::List { output } => inspect::identities(&socket(), output.output),
+            IdentityCommand::List { output } => inspect::identities(&socket()?, output.output),
             IdentityCommand::Get { identity, output } => {
-                inspect::identity(&socket(), *identity, output.output)
+                inspect::identity(&socket()?, *identity, output.output)
             }
         },
         Command::Fqdn(FqdnCommand::Cache(command)) => match command {
             FqdnCacheCommand::List { endpoint, output } => {
-                inspect::names(&socket(), endpoint.as_deref(), output.output)
+                inspect::names(&socket()?, endpoint.as_deref(), output.output)
             }
             FqdnCacheCommand::Clean {
                 endpoint,
                 name,
                 pattern,
-            } => inspect::clean_names(&socket(), endpoint.clone(), name.clone(), pattern.clone()),
+            } => inspect::clean_names(&socket()?, endpoint.clone(), name.clone(), pattern.clone()),
         },
         Command::Bpf(command) => match command {
             BpfCommand::Policy(BpfPolicyCommand::Get { endpoint, output }) => {
-                inspect::policy_table(&socket(), endpoint, output.output)
+                inspect::policy_table(&socket()?, endpoint, output.output)
             }
             BpfCommand::Ct(BpfCtCommand::List { output, .. }) => {
-                inspect::connections(&socket(), output.output)
+                inspect::connections(&socket()?, output.output)
             }
             BpfCommand::Ipcache(BpfIpcacheCommand::List { output }) => {
-                inspect::ipcache(&socket(), output.output)
+                inspect::ipcache(&socket()?, output.output)
             }
         },
-        Command::Observe(args) => flows::observe(&socket(), args),
+        Command::Observe(args) => flows::observe(&socket()?, args),
         Command::Monitor {
             types,
             related_to,
             output,
-        } => flows::monitor(&socket(), types, related_to.as_deref(), output.output),
+        } => flows::monitor(&socket()?, types, related_to.as_deref(), output.output),
     }
 }
 
 /// The socket of the running daemon: as asked for, as configured, or the usual one.
-fn socket(cli: &Cli) -> PathBuf {
+fn socket(cli: &Cli) -> anyhow::Result<PathBuf> {
     if let Some(socket) = &cli.socket {
-        return socket.clone();
+        return Ok(socket.clone());
     }
+    let text = match fs::read_to_string(&cli.config) {
+        Ok(text) => text,
+        // Without a configuration of its own a command asks the daemon that has none either.
+        Err(_) if cli.config == Path::new(config::DEFAULT_PATH) => String::new(),
+        Err(error) => bail!(
+            "{}: {error}; --config names the daemon to ask",
+            cli.config.display()
+        ),
+    };
     // A configuration that was broken since the daemon read it must not keep anybody from asking it.
-    Config::load(&cli.config).map_or_else(|_| config::DEFAULT_SOCKET.into(), |config| config.node.socket)
+    Ok(Config::node_path(&text, "socket").unwrap_or_else(|| config::DEFAULT_SOCKET.into()))
 }
 
 /// The configuration; if it is wrong, every error is printed and nothing is answered.
@@ -151,13 +188,23 @@ fn check_config(path: &Path) -> anyhow::Result<u8> {
     let Some(config) = load_config(path) else {
         return Ok(NO);
     };
+    let (refused, warnings) = daemon::check_places(&config);
+    for warning in warnings {
+        eprintln!("{}: warning: {warning}", path.display());
+    }
+    if !refused.is_empty() {
+        for problem in refused {
+            eprintln!("{}: {problem}", path.display());
+        }
+        return Ok(NO);
+    }
     writeln!(
         io::stdout(),
-        "{}: valid: {} interfaces, {} endpoints, {} peers",
+        "{}: valid: {}, {}, {}",
         path.display(),
-        config.interfaces.len(),
-        config.endpoints.len(),
-        config.peers.len()
+        count(config.interfaces.len(), "interface", "interfaces"),
+        count(config.endpoints.len(), "endpoint", "endpoints"),
+        count(config.peers.len(), "peer", "peers")
     )?;
     Ok(DONE)
 }

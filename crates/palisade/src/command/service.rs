@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
     io::{self, IsTerminal as _, Write},
     path::Path,
     thread,
@@ -15,18 +16,20 @@ use tracing_subscriber::{
     Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
 };
 
-use super::{DONE, FAILED, NO, inspect::endpoint_table, load_config, show};
+use super::{DONE, FAILED, NO, count, inspect::endpoint_table, load_config, show};
 use crate::{
     cli::Output,
-    config::Config,
+    config::{Config, DEFAULT_PIN_DIR},
     control::{
-        api::{PolicyFileState, Request, Status, Workers},
+        api::{PolicyFile, PolicyFileState, Request, Status, Workers},
         client::{Client, ClientError, ask, ask_within},
     },
     daemon, duration,
     table::Table,
 };
 
+/// With more policy files than that only those are listed of which there is something to say.
+const MOST_FILES: usize = 50;
 /// Between two questions whether everything is ready.
 const ASK_AGAIN: Duration = Duration::from_millis(50);
 /// The daemon has ended by then, or will not.
@@ -97,7 +100,35 @@ fn config_to_run(path: &Path) -> Option<(Config, Option<String>)> {
 }
 
 /// `palisade status`.
-pub fn status(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::Result<u8> {
+pub fn status(config: &Path, socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::Result<u8> {
+    let outcome = status_of(socket, wait, output);
+    if let Err(error) = &outcome
+        && let Some(ClientError::NotRunning { .. }) = error.downcast_ref()
+    {
+        eprintln!("palisade: {}", enforced_without_daemon(config));
+    }
+    outcome
+}
+
+/// What a daemon that is not there has left attached.
+fn enforced_without_daemon(config: &Path) -> String {
+    let text = fs::read_to_string(config).unwrap_or_default();
+    let pins = Config::node_path(&text, "pin_dir").unwrap_or_else(|| DEFAULT_PIN_DIR.into());
+    let shown = pins.display();
+    match fs::read_dir(pins.join("links")).map(Iterator::count) {
+        Ok(0) => format!("nothing is attached (by {shown})"),
+        Ok(interfaces) => format!(
+            "its last policy is STILL ENFORCED at {} (pinned in {shown}); `palisade stop --detach` ends that",
+            count(interfaces, "interface", "interfaces")
+        ),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            format!("nothing is pinned in {shown}: nothing is enforced")
+        }
+        Err(error) => format!("whether its last policy is still enforced cannot be seen: {shown}: {error}"),
+    }
+}
+
+fn status_of(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::Result<u8> {
     let Some(wait) = wait else {
         let status: Status = ask(socket, &Request::Status)?;
         return show(&status, output, write_status);
@@ -136,8 +167,13 @@ pub fn reload(config: &Path, socket: &Path) -> anyhow::Result<u8> {
     if config.exists() && load_config(config).is_none() {
         return Ok(NO);
     }
-    match ask::<serde_json::Value>(socket, &Request::Reload) {
-        Ok(_) => Ok(DONE),
+    match ask::<Option<Vec<String>>>(socket, &Request::Reload) {
+        Ok(notes) => {
+            for note in notes.unwrap_or_default() {
+                eprintln!("palisade: {note}");
+            }
+            Ok(DONE)
+        }
         Err(ClientError::Refused(problem)) => {
             eprintln!("palisade: {problem}");
             Ok(NO)
@@ -151,7 +187,17 @@ pub fn stop(config: &Path, socket: &Path, detach: bool) -> anyhow::Result<u8> {
     match Client::send(socket, &Request::Stop { detach }) {
         Ok(client) => {
             client.answer::<serde_json::Value>()?;
-            daemon_ended(socket)
+            let code = daemon_ended(socket)?;
+            if code == DONE {
+                let text = if detach {
+                    "the daemon has ended, and everything is detached: nothing is enforced any more"
+                } else {
+                    "the daemon has ended; what it attached GOES ON ENFORCING the last policy (`palisade stop --detach` \
+                     ends that too)"
+                };
+                writeln!(io::stdout(), "{text}")?;
+            }
+            Ok(code)
         }
         Err(error @ ClientError::NotRunning { .. }) if !detach => Err(error.into()),
         Err(ClientError::NotRunning { .. }) => {
@@ -199,8 +245,10 @@ fn detach_without_daemon(config: &crate::config::Config) -> anyhow::Result<u8> {
 }
 
 fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
-    let ready = if status.ready {
+    let ready = if status.ready && status.warnings.is_empty() {
         "ready: everything is attached and enforced"
+    } else if status.ready {
+        "ready: everything is attached and enforced; see Warnings"
     } else {
         "NOT READY"
     };
@@ -250,7 +298,23 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
     section(out, "Interfaces", &table, "none configured")?;
     section(out, "Endpoints", &endpoint_table(&status.endpoints), "none")?;
     let mut table = Table::new(&["FILE", "POLICIES", "STATE"]);
-    for file in &status.policy_files {
+    let quiet = |file: &&PolicyFile| file.state == PolicyFileState::InForce && file.diagnostics.is_empty();
+    let (files, policies) = status
+        .policy_files
+        .iter()
+        .filter(quiet)
+        .fold((0, 0), |(files, policies), file| {
+            (files + 1, policies + file.policies)
+        });
+    let summed = status.policy_files.len() > MOST_FILES;
+    if summed && files > 0 {
+        table.row([
+            format!("({})", count(files, "file", "files")),
+            policies.to_string(),
+            "in force".to_owned(),
+        ]);
+    }
+    for file in status.policy_files.iter().filter(|file| !summed || !quiet(file)) {
         let state = match file.state {
             PolicyFileState::InForce => "in force",
             PolicyFileState::LastGood => "BROKEN: what it said before is in force",

@@ -368,12 +368,12 @@ impl Config {
         Self::parse(path, &text)
     }
 
-    /// Where a configuration that is wrong elsewhere wants the state kept, as far as that can be read.
-    pub fn state_dir_of(text: &str) -> Option<PathBuf> {
+    /// A path of `[node]` in a text that may be wrong elsewhere, as far as it can be read.
+    pub fn node_path(text: &str, key: &str) -> Option<PathBuf> {
         let (table, _) = DeTable::parse_recoverable(text);
         let node = table.get_ref().get("node")?.get_ref().as_table()?;
-        let dir = PathBuf::from(node.get("state_dir")?.get_ref().as_str()?);
-        dir.is_absolute().then_some(dir)
+        let path = PathBuf::from(node.get(key)?.get_ref().as_str()?);
+        path.is_absolute().then_some(path)
     }
 
     /// Validates a text; `path` is how messages name it and what a relative policy folder is relative to.

@@ -99,7 +99,11 @@ impl Client {
         );
         if changes {
             // Whether anything is answered at all is known sooner.
-            ask_within::<serde_json::Value>(socket, &Request::Ping, PATIENCE)?;
+            match ask_within::<serde_json::Value>(socket, &Request::Ping, PATIENCE) {
+                // A daemon of an older version does not know the question, and so answers too.
+                Ok(_) | Err(ClientError::Refused(_)) => {}
+                Err(error) => return Err(error),
+            }
         }
         Self::send_within(socket, request, if changes { CHANGE_PATIENCE } else { PATIENCE })
     }

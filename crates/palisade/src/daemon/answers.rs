@@ -633,7 +633,7 @@ impl Control {
             Request::Status => to_value(&self.status()),
             Request::Reload => {
                 self.reload()?;
-                Ok(Value::Null)
+                to_value(&self.reload_notes())
             }
             Request::PolicyGet { name } => self.policy_summaries(name.as_deref()),
             Request::PolicySelectors => to_value(&self.selectors()),

@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use palisade_abi::{Config as Told, identity};
+use palisade_abi::{Config as Told, EndpointState, identity};
 use palisade_datapath::{Datapath, Options, detach_all};
 use palisade_flowlog::Ring;
 use palisade_fqdn::{Cache, Known, Special};
@@ -36,7 +36,7 @@ use super::{
     names::{Names, Prefetch, Targets, Wish, node_servers},
     network::{self, Network},
     places,
-    policies::PolicyFiles,
+    policies::{Event, PolicyFiles},
     pulse::{Pulse, feed_watchdog},
     state::{NODE, StateFile},
     sweeper::{self, Interval},
@@ -45,6 +45,7 @@ use super::{
     workers::Workers,
 };
 use crate::{
+    command::{chain, count},
     config::{Config, Dns, WithoutPolicies},
     control::{
         api::{PolicyFileState, Request, Status},
@@ -132,10 +133,11 @@ pub struct Control {
 /// `replaced`: why this is not what the configuration file says now, but its last good copy.
 pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     let started = Instant::now();
-    let places = places::take(&config.node)?;
     let (sender, messages) = mpsc::channel();
-    // Before anything is attached: a signal that comes while everything is being set up ends the daemon in order.
+    // Before anything else: a signal that comes while everything is being set up ends the daemon in order, or has the
+    // configuration read again, once everything is.
     forward_signals(sender.clone())?;
+    let places = places::take(&config.node)?;
 
     let state = StateFile::<CompilerState>::load(&config.node.state_dir)
         .context("the thread that writes the state")?;
@@ -146,6 +148,10 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
         notes.push(note);
     }
     notes.extend(state.problem.clone());
+    for problem in places::writable_by_others(&config) {
+        warn!("{problem}");
+        notes.push(problem);
+    }
     let datapath = Arc::new(open(&config)?);
     if !datapath.resized().is_empty() {
         info!("maps of another size now: {}", datapath.resized().join(", "));
@@ -267,9 +273,11 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
         .with_context(|| format!("control socket {}", path.display()))?;
     // Nobody else sets it.
     let _ = clients.server.set(Arc::clone(&socket.counts));
+    // Each of them is no news: the line counts them.
+    control.files.take_news();
     info!(
-        "running: {} policies in force, ready in {:?}",
-        control.policy_count(),
+        "running: {} in force, ready in {:?}",
+        count(control.policy_count(), "policy", "policies"),
         started.elapsed()
     );
     notify(&[NotifyState::Ready]);
@@ -403,8 +411,9 @@ impl Control {
                 Message::Policies(changes) => self.policies_changed(&changes),
                 Message::Network(network) => self.network_changed(network),
                 Message::Signal(SIGHUP) => {
+                    // What is wrong with the file is in the log already.
                     if let Err(problem) = self.reload() {
-                        error!("{problem}");
+                        warn!("SIGHUP: {problem}");
                     }
                 }
                 Message::Signal(_) => return End::Stay,
@@ -478,6 +487,7 @@ impl Control {
                 error!("{problem:#}");
             }
         }
+        let before = self.engine.compiler.snapshot().endpoints.clone();
         if offers {
             self.engine.compile(None, &mut self.files);
             let compiled = begun.elapsed();
@@ -489,7 +499,70 @@ impl Control {
                 begun.elapsed()
             );
         }
+        self.log_policies(&before, begun);
         self.changed();
+    }
+
+    /// One line for each file that has changed: what was decided when, for whoever has to find out later.
+    fn log_policies(&mut self, before: &BTreeMap<u16, EndpointState>, begun: Instant) {
+        let news = self.files.take_news();
+        if news.is_empty() {
+            return;
+        }
+        let endpoints = self.touched(before);
+        let milliseconds = begun.elapsed().as_secs_f64() * 1_000.0;
+        let problem = self.engine.problem.as_deref();
+        for news in news {
+            let (file, policies) = (news.file, news.policies.join(","));
+            let revision = self.changes;
+            match (news.event, problem) {
+                (Event::Refused, _) => info!(
+                    event = news.event.name(),
+                    file,
+                    policy = policies,
+                    revision,
+                    "policy file refused, what it said before stays in force if it was good"
+                ),
+                (event, Some(problem)) => info!(
+                    event = "rolled-back",
+                    wanted = event.name(),
+                    file,
+                    policy = policies,
+                    revision,
+                    problem,
+                    "policy change rolled back, the last state stays in force"
+                ),
+                (event, None) => info!(
+                    event = event.name(),
+                    file,
+                    policy = policies,
+                    revision,
+                    endpoints,
+                    enforced_after_ms = milliseconds,
+                    "policy {}",
+                    event.name()
+                ),
+            }
+        }
+    }
+
+    /// Names of the endpoints that are judged by another policy than before.
+    fn touched(&self, before: &BTreeMap<u16, EndpointState>) -> String {
+        const MOST: usize = 20;
+        let now = &self.engine.compiler.snapshot().endpoints;
+        let names = endpoint_names(self.engine.compiler.world());
+        let ids = before
+            .keys()
+            .chain(now.keys().filter(|id| !before.contains_key(*id)));
+        let touched: Vec<&str> = ids
+            .filter(|id| before.get(*id) != now.get(*id))
+            .map(|id| names.get(id).map_or("(gone)", String::as_str))
+            .collect();
+        let shown = touched[..touched.len().min(MOST)].join(",");
+        match touched.len().saturating_sub(MOST) {
+            0 => shown,
+            more => format!("{shown} and {more} more"),
+        }
     }
 
     fn network_changed(&mut self, network: Network) {
@@ -650,6 +723,7 @@ impl Control {
         let mut config = Config::load(&self.config.path).map_err(|errors| {
             let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
             let problem = format!("the configuration stays as it was: {}", lines.join("; "));
+            error!("{problem}");
             self.reload_problem = Some(problem.clone());
             problem
         })?;
@@ -714,16 +788,47 @@ impl Control {
             on_failure: new.worker.on_failure,
             ..old.worker.clone()
         };
+        let (audit, enforcement) = (config.policy.audit, config.policy.enforcement);
+        if audit != self.config.policy.audit {
+            info!(
+                event = "audit",
+                endpoints = "all",
+                audit,
+                "[policy] audit was switched"
+            );
+        }
+        if enforcement != self.config.policy.enforcement {
+            let enforcement = super::answers::enforcement_name(enforcement);
+            info!(
+                event = "enforcement",
+                endpoints = "all",
+                enforcement,
+                "[policy] enforcement was changed"
+            );
+        }
+        let before = self.engine.compiler.snapshot().endpoints.clone();
         self.config = config;
         self.workers.set_on_failure(self.config.worker.on_failure);
         self.sweep.set(self.config.timeouts.sweep);
-        self.tell_programs().map_err(|problem| format!("{problem:#}"))?;
+        self.tell_programs().map_err(|problem| chain(&problem))?;
         self.files.update(&Changes::all());
-        self.new_world(begun).map_err(|problem| format!("{problem:#}"))?;
+        self.new_world(begun).map_err(|problem| chain(&problem))?;
         self.attach();
-        info!("the configuration was read again");
+        self.log_policies(&before, begun);
+        info!(
+            event = "reload",
+            revision = self.changes,
+            endpoints = self.touched(&before),
+            enforced_after_ms = begun.elapsed().as_secs_f64() * 1_000.0,
+            "the configuration was read again"
+        );
         self.keep_config();
         Ok(())
+    }
+
+    /// What of the configuration that was read last only counts after a restart.
+    pub fn reload_notes(&self) -> &[String] {
+        &self.notes
     }
 
     fn save(&mut self) {
@@ -752,14 +857,22 @@ impl Control {
 
     /// Sets audit mode of an endpoint.
     pub fn set_audit(&mut self, name: String, audit: bool) -> Result<(), String> {
+        let begun = Instant::now();
         let changed = if audit {
-            self.state.state.audit.insert(name)
+            self.state.state.audit.insert(name.clone())
         } else {
             self.state.state.audit.remove(&name)
         };
         if changed {
-            self.new_world(Instant::now())
-                .map_err(|problem| format!("{problem:#}"))?;
+            self.new_world(begun).map_err(|problem| chain(&problem))?;
+            info!(
+                event = "audit",
+                endpoints = name,
+                audit,
+                revision = self.changes,
+                enforced_after_ms = begun.elapsed().as_secs_f64() * 1_000.0,
+                "PolicyAuditMode was switched"
+            );
         }
         // Also if it was so already: an earlier attempt may not have been kept.
         self.save();

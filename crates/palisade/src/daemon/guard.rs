@@ -92,7 +92,13 @@ impl Guard {
         for (name, wanted) in &self.wanted {
             let Some(ifindex) = network.links.get(name).copied() else {
                 changed |= self.outcomes.remove(name).is_some();
-                self.present.remove(name);
+                if self.present.remove(name).is_some() {
+                    info!(
+                        event = "interface-gone",
+                        interface = name,
+                        "{name}: gone; guarded again when it comes back"
+                    );
+                }
                 continue;
             };
             self.present.insert(name.clone(), ifindex);
@@ -109,6 +115,8 @@ impl Guard {
             let outcome = match datapath.attach(&attachment) {
                 Ok(attached) => {
                     info!(
+                        event = "interface-guarded",
+                        interface = name,
                         "{name}: guarded as {}, ingress by {}, egress by {}",
                         role_name(wanted.role),
                         hook_text(attached.ingress),
@@ -196,9 +204,11 @@ impl Guard {
                     let now = kernel
                         .as_ref()
                         .map(|all| all.iter().find(|now| now.ifindex == attached.ifindex));
-                    if !now.is_ok_and(|now| now.is_some_and(is_whole)) {
-                        status.problem = Some("somebody has removed our programs".to_owned());
-                    }
+                    status.problem = match now {
+                        Ok(now) if now.is_some_and(is_whole) => None,
+                        Ok(_) => Some("its programs were removed by another process".to_owned()),
+                        Err(problem) => Some(format!("what is attached cannot be read: {problem}")),
+                    };
                     status.ingress = attached.ingress.map(hook_name);
                     status.egress = attached.egress.map(hook_name);
                     status.note.clone_from(&attached.note);

@@ -39,7 +39,7 @@ fn state_dirs(broken: &str) -> Vec<PathBuf> {
         .filter(|dir| dir.is_absolute());
     let mut dirs = Vec::new();
     for dir in [
-        Config::state_dir_of(broken),
+        Config::node_path(broken, "state_dir"),
         managed,
         Some(DEFAULT_STATE_DIR.into()),
     ]

@@ -34,7 +34,7 @@ use anyhow::bail;
 pub use last_good::find as last_good_config;
 use network::Network;
 use palisade_policy::compile::Compiler;
-pub use places::{lock_file, socket_dir, take_for_detaching};
+pub use places::{check as check_places, lock_file, socket_dir, take_for_detaching};
 use policies::Offers;
 pub use policies::policy_file_names;
 use state::State;

@@ -22,7 +22,10 @@ use nix::{
 };
 use palisade_datapath::check_pin_dir;
 
-use crate::{config::Node, control::server};
+use crate::{
+    config::{Config, Node},
+    control::server,
+};
 
 /// A daemon that was just told to end may hold its locks for a moment still.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
@@ -84,14 +87,87 @@ pub fn take(node: &Node) -> anyhow::Result<Places> {
 }
 
 /// The same for `palisade stop --detach` without a daemon: nothing is made that is not there.
+///
+/// # Errors
+/// Those of [`take`]: in a pin directory of another user, what looks like a directory of pins may be a link to any other
+/// directory, whose files would be removed.
 pub fn take_for_detaching(node: &Node) -> anyhow::Result<Places> {
     let lock = |dir: &Path, setting| dir.exists().then(|| lock_dir(dir, setting)).transpose();
+    if node.pin_dir.exists() {
+        private_dir(&node.pin_dir, "[node] pin_dir")?;
+    }
     Ok(Places {
         _state: lock(&node.state_dir, "state_dir")?,
         _pins: lock(&node.pin_dir, "pin_dir")?,
         socket: server::claim(&node.socket)?,
         state_problem: None,
     })
+}
+
+/// Files that decide what is enforced, and that other users than root can change. That may be meant.
+pub fn writable_by_others(config: &Config) -> Vec<String> {
+    let mut found = Vec::new();
+    for path in [&config.path, &config.policy.dir] {
+        let Ok(metadata) = fs::metadata(path) else {
+            continue;
+        };
+        let whose = match metadata.mode() {
+            _ if !is_own(&metadata) => format!("belongs to user {}", metadata.uid()),
+            mode if mode & 0o002 != 0 => "can be written by every user".to_owned(),
+            _ => continue,
+        };
+        found.push(format!(
+            "{} {whose}, who so decides what is enforced",
+            path.display()
+        ));
+    }
+    found
+}
+
+/// What of a configuration a daemon on this machine would refuse, and what it would miss. Changes nothing.
+pub fn check(config: &Config) -> (Vec<String>, Vec<String>) {
+    let (mut refused, mut missing) = (Vec::new(), Vec::new());
+    let node = &config.node;
+    let socket_dir = node.socket.parent().unwrap_or(Path::new("/"));
+    for (setting, path) in [
+        ("[node] pin_dir", node.pin_dir.as_path()),
+        ("[node] state_dir", &node.state_dir),
+        ("[node] socket", socket_dir),
+    ] {
+        match walk(path) {
+            Err(Refusal::Untrusted(problem)) => refused.push(format!("{setting}: {problem}")),
+            Err(Refusal::Failed(problem)) => missing.push(format!("{setting}: {problem}")),
+            Ok(found) if found.missing.as_os_str().is_empty() => match fs::symlink_metadata(&found.there) {
+                Ok(metadata) if !metadata.is_dir() => {
+                    refused.push(format!("{setting}: {} is not a directory", path.display()));
+                }
+                Ok(metadata) if !is_own(&metadata) => refused.push(format!(
+                    "{setting}: {} belongs to user {}, not to root",
+                    path.display(),
+                    metadata.uid()
+                )),
+                _ => {}
+            },
+            Ok(_) => {}
+        }
+    }
+    missing.extend(writable_by_others(config));
+    if let Err(problem) = check_pin_dir(&node.pin_dir) {
+        missing.push(format!("[node] pin_dir: {problem}"));
+    }
+    if let Err(error) = fs::read_dir(&config.policy.dir) {
+        missing.push(format!("[policy] dir: {}: {error}", config.policy.dir.display()));
+    }
+    let interfaces = config.interfaces.iter().map(|interface| &interface.name);
+    for name in interfaces.chain(config.endpoints.iter().map(|endpoint| &endpoint.interface)) {
+        // Not /sys/class/net, which may be another network namespace's.
+        if let Err(Errno::ENODEV) = nix::net::if_::if_nametoindex(name.as_str()) {
+            missing.push(format!(
+                "interface {name}: is not there; it is guarded when it appears"
+            ));
+        }
+    }
+    (refused, missing)
 }
 
 /// Makes a directory that only root can read or write, or finds it so: mode 0700 from it downwards, everything in it
@@ -303,7 +379,12 @@ fn is_own(metadata: &Metadata) -> bool {
 }
 
 fn failed(path: &Path, error: &io::Error) -> Refusal {
-    Refusal::Failed(format!("{}: {error}", path.display()))
+    let fix = match error.kind() {
+        io::ErrorKind::ReadOnlyFilesystem => "; `mount -o remount,rw` makes its file system writable",
+        io::ErrorKind::StorageFull => "; its file system is full",
+        _ => "",
+    };
+    Refusal::Failed(format!("{}: {error}{fix}", path.display()))
 }
 
 /// Locks a directory. The lock is of the directory itself, so it needs no file, which a full or read-only file system

@@ -11,7 +11,7 @@ use palisade_policy::{
     compile::FileContent,
     diagnostic::{Diagnostic, Severity},
     parse::{Parsed, parse},
-    rule::Location,
+    rule::{Location, Policy},
 };
 use tracing::{error, info, warn};
 
@@ -43,6 +43,44 @@ pub struct PolicyFiles {
     never_read: bool,
     /// Files that were broken at the start, and of which nothing was kept.
     lost: BTreeSet<String>,
+    /// What has happened since it was asked for last.
+    news: Vec<News>,
+}
+
+/// What has become of a file.
+#[derive(Debug)]
+pub struct News {
+    /// Its name within the folder.
+    pub file: String,
+    /// What it is.
+    pub event: Event,
+    /// The policies that it is about, by name.
+    pub policies: Arc<[String]>,
+}
+
+/// See [`News`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A file that was not there is to be in force.
+    Applied,
+    /// Another content is to be in force.
+    Changed,
+    /// Nothing of it is to be in force any more.
+    Removed,
+    /// Its content cannot be used.
+    Refused,
+}
+
+impl Event {
+    /// For the log.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Applied => "applied",
+            Self::Changed => "changed",
+            Self::Removed => "removed",
+            Self::Refused => "refused",
+        }
+    }
 }
 
 /// One file.
@@ -63,13 +101,13 @@ struct File {
 #[derive(Debug)]
 struct Good {
     text: Arc<str>,
-    policies: usize,
+    policies: Arc<[String]>,
 }
 
 #[derive(Debug)]
 struct Candidate {
     text: Arc<str>,
-    policies: usize,
+    policies: Arc<[String]>,
     /// `None` once it has been offered.
     content: Option<FileContent>,
 }
@@ -78,7 +116,7 @@ impl Candidate {
     fn new(text: Arc<str>, parsed: Parsed) -> Self {
         Self {
             text,
-            policies: parsed.policies.len(),
+            policies: parsed.policies.iter().map(Policy::qualified_name).collect(),
             content: Some(FileContent {
                 policies: parsed.policies,
                 cidr_groups: parsed.cidr_groups,
@@ -98,7 +136,13 @@ impl PolicyFiles {
             folder_problem: None,
             never_read: false,
             lost: BTreeSet::new(),
+            news: Vec::new(),
         }
+    }
+
+    /// What has happened since this was called last.
+    pub fn take_news(&mut self) -> Vec<News> {
+        std::mem::take(&mut self.news)
     }
 
     /// Reads every file for the first time. For one that is broken the content that was last good counts, for a
@@ -205,7 +249,14 @@ impl PolicyFiles {
             Ok(text) => text.into(),
             Err(problem) if problem.kind() == io::ErrorKind::NotFound && !is_dangling(&path) => {
                 if let Some(file) = self.files.remove(name) {
-                    info!("{shown}: removed");
+                    self.news.push(News {
+                        file: name.to_owned(),
+                        event: Event::Removed,
+                        policies: file
+                            .good
+                            .as_ref()
+                            .map_or_else(|| [].into(), |good| Arc::clone(&good.policies)),
+                    });
                     if file.good.is_some() {
                         self.removed.insert(name.to_owned());
                     }
@@ -245,8 +296,16 @@ impl PolicyFiles {
         }
     }
 
-    fn say_broken(&self, name: &str) {
+    fn say_broken(&mut self, name: &str) {
         let Some(file) = self.files.get(name) else { return };
+        self.news.push(News {
+            file: name.to_owned(),
+            event: Event::Refused,
+            policies: file
+                .good
+                .as_ref()
+                .map_or_else(|| [].into(), |good| Arc::clone(&good.policies)),
+        });
         for diagnostic in &file.diagnostics {
             error!("{diagnostic}");
         }
@@ -315,6 +374,15 @@ impl PolicyFiles {
             return;
         };
         if let Some(candidate) = file.candidate.take() {
+            self.news.push(News {
+                file: name.to_owned(),
+                event: if file.good.is_some() {
+                    Event::Changed
+                } else {
+                    Event::Applied
+                },
+                policies: Arc::clone(&candidate.policies),
+            });
             file.good = Some(Good {
                 text: candidate.text,
                 policies: candidate.policies,
@@ -367,7 +435,7 @@ impl PolicyFiles {
                 (Some(_), true) => PolicyFileState::LastGood,
                 (None, true) => PolicyFileState::Unused,
             },
-            policies: file.good.as_ref().map_or(0, |good| good.policies),
+            policies: file.good.as_ref().map_or(0, |good| good.policies.len()),
             diagnostics: file.diagnostics.iter().map(ToString::to_string).collect(),
         });
         report.collect()
