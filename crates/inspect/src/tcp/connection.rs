@@ -588,14 +588,24 @@ impl<F> Connection<F> {
             self.release(frame, shared, sink);
             return Ok(true);
         }
+        let value = segment.options.timestamp.map(|(value, _)| value);
+        // The part that may go is sent on in a packet made here: now if its bytes are not kept, because they need no reading;
+        // once more if the sender sends it again.
+        let (goes, sent, is_kept) = (own.judged, own.sent, !own.bytes(start, end).is_empty());
+        if !self.is_shared && start < goes && (!is_kept || (!fresh && sent > start)) {
+            let part = &segment.payload[..((goes - start) as usize).min(segment.payload.len())];
+            self.send_part(side, start, part, value, shared, sink);
+        }
         if !fresh {
             return Err((Reason::TcpHeld, frame));
         }
+        let own = self.half(side);
         own.hold(Held {
             frame,
             start,
             end: behind,
             since: now,
+            value,
         });
         Ok(true)
     }
@@ -788,7 +798,8 @@ impl<F> Connection<F> {
             }
             rest => Step::Skip(rest),
         };
-        half.is_patient = matches!(step, Step::Wait);
+        // What may go of a shared connection's packet goes with the rest of it only; the other side may wait for just that.
+        half.is_patient = matches!(step, Step::Wait) && !(self.is_shared && half.part().is_some());
         match step {
             Step::More | Step::Wait => false,
             Step::Ahead(n) => {
@@ -814,10 +825,14 @@ impl<F> Connection<F> {
                 false
             }
             Step::Cut(reason) => {
+                self.flush(side, shared, sink);
+                self.split(side, shared, sink);
                 self.cut(reason, shared, sink);
                 false
             }
             Step::Answer(reason, bytes) => {
+                self.flush(side, shared, sink);
+                self.split(side, shared, sink);
                 let until = now.saturating_add(shared.limits.deadline / 2);
                 self.phase = Phase::Answering(Box::new(Answer::new(reason, side, bytes, until)));
                 self.answer_when_due(now, shared, sink);
@@ -881,6 +896,11 @@ impl<F> Connection<F> {
         self.deliver(side, shared, sink);
         while let Some(held) = self.half(side).releasable() {
             self.release(held.frame, shared, sink);
+        }
+        let half = &self.halves[side as usize];
+        // Else the rest is about to come, or all of it is acknowledged here in a moment.
+        if half.is_patient || !half.is_contiguous() {
+            self.split(side, shared, sink);
         }
     }
 

@@ -29,6 +29,8 @@ pub(super) struct Held<F> {
     /// Behind its last byte, its FIN among them.
     pub(super) end: Position,
     pub(super) since: Millis,
+    /// Its timestamp.
+    pub(super) value: Option<u32>,
 }
 
 /// Bytes that are kept, without a gap that is not to be filled.
@@ -350,6 +352,22 @@ impl<F> Half<F> {
     /// Whether some of what may be lost is still not acknowledged.
     pub(super) fn is_recovering(&self) -> bool {
         self.acked < self.lost
+    }
+
+    /// The part of the first packet that waits which may go and has not gone: where that part begins and ends.
+    pub(super) fn part(&self) -> Option<(Position, Position)> {
+        let held = self.held.front().filter(|held| held.end > self.judged)?;
+        let from = held.start.max(self.sent);
+        (from < self.judged).then_some((from, self.judged))
+    }
+
+    /// Bytes that are kept: those of one piece at most.
+    pub(super) fn bytes(&self, from: Position, to: Position) -> &[u8] {
+        let piece = self
+            .pieces
+            .iter()
+            .find(|piece| piece.start <= from && from < piece.end());
+        piece.map_or(&[], |piece| piece.slice(from, to.clamp(from, piece.end())))
     }
 
     /// How far what was promised has been sent on.

@@ -1,7 +1,8 @@
 //! TCP connections that are read without being ended here: packets are held, go on unchanged, or are dropped.
 //!
 //! A [`Connection`] puts the bytes of both directions into their order and shows them to a [`Reader`]. A packet goes
-//! on when the reader has let go all of its bytes; it is never split. What was read is what the receiver gets: bytes
+//! on when the reader has let go all of its bytes. If the rest of it is refused, or waits for the other side, the part
+//! that may go does so in a packet made here. What was read is what the receiver gets: bytes
 //! that have been here are kept until the receiver has acknowledged them, and a packet that says something else at
 //! their place is dropped. So it does not matter whether the receiver took the first packet, and nothing about
 //! receivers has to be guessed: neither their windows, nor how they treat timestamps or short-lived packets.
@@ -196,6 +197,8 @@ pub struct TcpStats {
     pub acknowledged: u64,
     /// Packets made here of bytes that were acknowledged before they went on.
     pub delivered: u64,
+    /// Packets made here of a part of a packet whose rest may not go.
+    pub split: u64,
     /// Connections that are not read any more and are remembered.
     pub past: u64,
 }
@@ -210,6 +213,8 @@ pub(crate) struct Shared {
     out: Vec<u8>,
     /// Since when dropped packets are reported, and how many more may be in this second.
     reports: (Millis, u32),
+    /// Bytes of a packet of which a part goes on.
+    part: Vec<u8>,
 }
 
 impl Shared {
@@ -219,6 +224,7 @@ impl Shared {
             stats: TcpStats::default(),
             out: Vec::new(),
             reports: (0, REPORTS),
+            part: Vec::new(),
         }
     }
 

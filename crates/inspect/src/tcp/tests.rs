@@ -320,9 +320,11 @@ fn what_is_refused_resets_both_sides() {
         (out.released.len(), &out.discarded[..]),
         (0, &[Reason::AppDenied][..])
     );
-    let [(to_client, back), (to_server, on)] = &out.emitted[..] else {
+    let [(part, _), (to_client, back), (to_server, on)] = &out.emitted[..] else {
         panic!("{:?}", out.emitted)
     };
+    assert_eq!((part.from, &part.data[..]), (Side::Client, &b"\x02ok"[..]));
+    assert_eq!(part.seq, CLIENT_ISN.wrapping_add(1));
     assert_eq!(to_client.from, Side::Server);
     assert_eq!(to_client.flags, RST | ACK);
     assert_eq!(to_client.seq, SERVER_ISN.wrapping_add(1));
@@ -334,7 +336,7 @@ fn what_is_refused_resets_both_sides() {
     assert_eq!((to_server.from, to_server.flags & RST), (Side::Client, RST));
     assert_eq!(
         to_server.seq,
-        CLIENT_ISN.wrapping_add(1),
+        CLIENT_ISN.wrapping_add(1 + 3),
         "what the server expects next"
     );
     assert_eq!((on.hook, on.back), (carry_hook::TC_INGRESS, false));

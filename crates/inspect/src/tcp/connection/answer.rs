@@ -69,6 +69,11 @@ impl<F> Connection<F> {
             if before.acked < before.sent || before.judged > before.next {
                 return;
             }
+            // What may go of the side that is answered is delivered first: behind the answer nothing is sent again.
+            let own = &self.halves[answer.to as usize];
+            if own.acked < own.sent {
+                return;
+            }
         }
         match std::mem::replace(&mut self.phase, Phase::Open) {
             Phase::Answering(answer) => self.answer(now, answer, shared, sink),

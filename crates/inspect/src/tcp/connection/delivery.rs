@@ -83,6 +83,66 @@ impl<F> Connection<F> {
         payload.len() as u64
     }
 
+    /// Sends on the bytes of a packet that may go while the rest of it may not. They stay the sender's to deliver: it
+    /// sends the packet again until all of it is acknowledged.
+    ///
+    /// Not if another policy has its packets read too: it would not see what is made here.
+    pub(super) fn split<S: Sink<F>>(&mut self, side: Side, shared: &mut Shared, sink: &mut S) {
+        while let Some((from, to)) = self.halves[side as usize].part().filter(|_| !self.is_shared) {
+            let n = self.halves[side as usize].bytes(from, to).len();
+            if n == 0 {
+                return;
+            }
+            let mut bytes = std::mem::take(&mut shared.part);
+            bytes.clear();
+            bytes.extend_from_slice(self.halves[side as usize].bytes(from, to));
+            let value = self.halves[side as usize]
+                .held
+                .front()
+                .and_then(|held| held.value);
+            self.send_part(side, from, &bytes, value, shared, sink);
+            shared.part = bytes;
+        }
+    }
+
+    /// Sends bytes of a side's packet on in packets made here. `value`: the packet's timestamp, which these have too. That of
+    /// an older packet would have the receiver drop them (RFC 7323, 5.2), if it has got others in between.
+    pub(super) fn send_part<S: Sink<F>>(
+        &mut self,
+        side: Side,
+        from: Position,
+        bytes: &[u8],
+        value: Option<u32>,
+        shared: &mut Shared,
+        sink: &mut S,
+    ) {
+        let to = side.other();
+        let own = self.half(side);
+        if let Some(value) = value
+            && value.wrapping_sub(own.recent) as i32 > 0
+        {
+            own.recent = value;
+        }
+        let timestamp = self.timestamp(to);
+        let (own, receiver) = (&self.halves[side as usize], &self.halves[to as usize]);
+        let mut at = from;
+        for payload in bytes.chunks(receiver.payload_size(timestamp.is_some())) {
+            let make = Make {
+                seq: own.seq(at),
+                ack: Some(receiver.seq(receiver.promised.max(START + 1))),
+                window: own.window,
+                timestamp,
+                payload,
+                ..Make::default()
+            };
+            self.emit(to, &make, shared, sink);
+            shared.stats.split += 1;
+            at += payload.len() as u64;
+        }
+        let own = self.half(side);
+        own.sent = own.sent.max(at);
+    }
+
     /// Sends on what was promised and may go.
     pub(super) fn deliver<S: Sink<F>>(&mut self, side: Side, shared: &mut Shared, sink: &mut S) {
         loop {
