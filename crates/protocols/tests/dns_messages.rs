@@ -123,6 +123,35 @@ fn only_what_the_question_leads_to_is_taken() {
     assert_eq!(answer.question.unwrap().name, name("www.shop.test"));
 }
 
+/// musl, c-ares and Go take them, and would connect to what was not learned.
+#[test]
+fn addresses_of_another_owner_count_if_the_name_has_none() {
+    let strays = || vec![a("real.test.", 9, "192.0.2.1"), a("real.test.", 7, "2001:db8::1")];
+    for (kind, counts) in [
+        (RecordType::A, true),
+        (RecordType::AAAA, true),
+        (RecordType::ANY, true),
+        (RecordType::HTTPS, false),
+        (RecordType::MX, false),
+    ] {
+        let answer = parse(&response("asked.test.", kind, strays()));
+        assert_eq!(answer.addresses.len(), if counts { 2 } else { 0 }, "{kind}");
+        assert_eq!(answer.ttl, counts.then_some(7), "{kind}");
+    }
+    let mut with_own = strays();
+    with_own.push(a("asked.test.", 60, "192.0.2.9"));
+    assert_eq!(
+        ips(&parse(&response("asked.test.", RecordType::A, with_own))),
+        ["192.0.2.9"]
+    );
+    let only_hints = vec![svcb("other.test.", 9, 1, &["192.0.2.1"], &[])];
+    assert!(
+        parse(&response("asked.test.", RecordType::A, only_hints))
+            .addresses
+            .is_empty()
+    );
+}
+
 #[test]
 fn hints_of_service_bindings_count_as_addresses() {
     let answer = parse(&response(
@@ -435,7 +464,7 @@ fn a_compression_bomb_is_refused_early() {
     records.extend((0..2000).map(|_| record(&to_last, 1, &[1; 4])));
     assert_eq!(answer_with(&records).unwrap_err(), Refusal::TooManyPointers);
     records.truncate(4);
-    assert!(answer_with(&records).unwrap().addresses.is_empty());
+    assert_eq!(answer_with(&records).unwrap().addresses.len(), 3);
 }
 
 #[test]
@@ -602,7 +631,6 @@ fn labels(name: &Name) -> LabelList {
 /// What hickory's reading of the message says of the asked name: names of the chain, addresses.
 fn by_hickory(message: &Message) -> Option<(Vec<LabelList>, Vec<Told>)> {
     let class_in = |record: &&Record| record.dns_class == DNSClass::IN;
-    let cap = |ttl: u32| if ttl > i32::MAX as u32 { 0 } else { ttl };
     let mut chain = vec![lower(&message.queries[0].name)];
     loop {
         let next = message
@@ -621,9 +649,24 @@ fn by_hickory(message: &Message) -> Option<(Vec<LabelList>, Vec<Told>)> {
             None => break,
         }
     }
+    let of_chain = addresses_by_hickory(message, |record| chain.contains(&lower(&record.name)));
+    // What nothing of the chain has, a question for addresses gets from every owner.
+    let asked = u16::from(message.queries[0].query_type);
+    let is_address = |record: &Record| matches!(&record.data, RData::A(_) | RData::AAAA(_));
+    let addresses = if of_chain.is_empty() && [1, 28, 255].contains(&asked) {
+        addresses_by_hickory(message, is_address)
+    } else {
+        of_chain
+    };
+    Some((chain, addresses))
+}
+
+fn addresses_by_hickory(message: &Message, counts: impl Fn(&Record) -> bool) -> Vec<Told> {
+    let class_in = |record: &&Record| record.dns_class == DNSClass::IN;
+    let cap = |ttl: u32| if ttl > i32::MAX as u32 { 0 } else { ttl };
     let mut addresses = vec![];
     for record in message.answers.iter().filter(class_in) {
-        if !chain.contains(&lower(&record.name)) {
+        if !counts(record) {
             continue;
         }
         let ttl = cap(record.ttl);
@@ -646,7 +689,7 @@ fn by_hickory(message: &Message) -> Option<(Vec<LabelList>, Vec<Told>)> {
             _ => {}
         }
     }
-    Some((chain, addresses))
+    addresses
 }
 
 fn agrees_with_hickory(bytes: &[u8]) -> Result<(), TestCaseError> {
@@ -709,7 +752,7 @@ proptest! {
         more in prop::collection::vec(any_record(), 0..6),
         edns in any::<bool>(),
     ) {
-        let mut message = response(&asked, RecordType::A, answers);
+        let mut message = response(&asked, if edns { RecordType::A } else { RecordType::HTTPS }, answers);
         for (i, record) in more.into_iter().enumerate() {
             if i % 2 == 0 { message.add_authority(record); } else { message.add_additional(record); }
         }

@@ -4,7 +4,7 @@ use std::{collections::HashMap, net::SocketAddr};
 
 use palisade_abi::{Addr, CarrySlot, Reason, carry_flags};
 use palisade_fqdn::{Asked, Flow, TrackLimits, Tracker, Unasked};
-use palisade_protocols::dns::{Answer, Limits, Query, Question, Rcode, Refusal, reply, rtype};
+use palisade_protocols::dns::{Answer, Limits, Name, Query, Question, Rcode, Refusal, reply, rtype};
 
 pub(crate) mod stream;
 mod told;
@@ -13,7 +13,7 @@ use stream::{Place, Transfer};
 use told::Told;
 
 use crate::{
-    Learn, Learned, Millis, Route, Rules, Sink, View,
+    DnsRules, Learn, Learned, Millis, Route, Rules, Sink, View,
     aged::Aged,
     build,
     engine::{Frames, Spare},
@@ -297,6 +297,7 @@ impl<F> Dns<F> {
             self.stats.denied += 1;
             if !is_audit(view.slot) {
                 let rcode = match self.limits.denial {
+                    Denial::Refused if is_of_search_list(&query.question.name, rules) => Rcode::NxDomain,
                     Denial::Refused => Rcode::Refused,
                     Denial::NxDomain => Rcode::NxDomain,
                 };
@@ -702,4 +703,21 @@ fn answer_record(now: Millis, view: &View<'_>, answer: &Answer, asked: Asked<Not
         latency: u32::try_from(now.saturating_sub(asked.at)).ok(),
         ..Record::of(view, describe(answer))
     }
+}
+
+/// Whether a name is one that may be asked for, with a domain of a search list behind it (`ndots` in resolv.conf(5)).
+/// Some resolvers go on with the next domain, and at last with the name itself, only if such a name does not exist.
+fn is_of_search_list(name: &Name, rules: &DnsRules) -> bool {
+    /// More labels than search domains have.
+    const MOST: usize = 8;
+    let count = name.labels().count();
+    (1..=MOST.min(count.saturating_sub(1))).any(|cut| {
+        let length: usize = name.labels().take(count - cut).map(|label| label.len() + 1).sum();
+        let mut wire = [0; 256];
+        let Some((kept, room)) = name.wire().get(..length).zip(wire.get_mut(..length)) else {
+            return false;
+        };
+        room.copy_from_slice(kept);
+        Name::from_wire(&wire[..=length]).is_ok_and(|name| rules.judge(&name).is_some())
+    })
 }

@@ -356,6 +356,7 @@ impl Answer {
                     self.take_addresses(&mut reader, &record, belongs)?;
                 }
             }
+            self.take_strays(&mut reader, &question, section, header.answers)?;
         }
         self.question = Some(question);
         Ok(())
@@ -395,6 +396,30 @@ impl Answer {
             }
             return Ok(());
         }
+    }
+
+    /// If nothing that the question leads to has an address, the addresses of other owners count. musl, c-ares and the
+    /// resolver of Go take those, glibc does not; servers that rewrite questions send such answers. Who answers for a
+    /// name decides which addresses the name has in either case.
+    fn take_strays(
+        &mut self,
+        reader: &mut Reader<'_>,
+        question: &Question,
+        section: usize,
+        answers: u16,
+    ) -> Result<(), Refusal> {
+        if !self.addresses.is_empty() || ![rtype::A, rtype::AAAA, rtype::ANY].contains(&question.rtype) {
+            return Ok(());
+        }
+        reader.at = section;
+        for _ in 0..answers {
+            reader.skip_name()?;
+            let record = reader.record()?;
+            if record.class == CLASS_IN && [rtype::A, rtype::AAAA].contains(&record.rtype) {
+                self.take_addresses(reader, &record, true)?;
+            }
+        }
+        Ok(())
     }
 
     /// Malformed data is refused also where it does not belong to the question: who knows what a client takes.

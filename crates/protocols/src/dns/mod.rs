@@ -46,6 +46,8 @@ pub mod rtype {
     pub const IXFR: u16 = 251;
     /// Zone transfer, RFC 5936.
     pub const AXFR: u16 = 252;
+    /// All kinds that the server has at hand, RFC 8482.
+    pub const ANY: u16 = 255;
 
     /// The name that people and flow clients know a type by; `None` for one without a name here.
     #[must_use]
