@@ -8,6 +8,7 @@
 pub mod filter;
 pub mod flow;
 pub mod format;
+mod order;
 mod record;
 mod resolve;
 mod ring;
@@ -15,6 +16,7 @@ mod time;
 
 pub use filter::{FilterBuilder, FilterError, Filters, FlowFilter};
 pub use flow::Flow;
+pub use order::Ordered;
 pub use resolve::{Names, Owner, RuleInfo};
 pub use ring::{Cursor, Next, Resolver, Ring};
 pub use time::{ParseTimeError, Timestamp};

@@ -30,6 +30,7 @@ pub use pool::{Pool, Setup};
 pub use port::{Port, PortStatistics};
 pub use queue::{Nothing, Receiver};
 pub use slab::Handle;
+pub use worker::Stamped;
 
 /// How a worker waits for packets.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

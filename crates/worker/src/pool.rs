@@ -10,10 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use palisade_inspect::{
-    learning::{Lessons, lessons},
-    record::Record,
-};
+use palisade_inspect::learning::{Lessons, lessons};
 
 use palisade_xsk::handoff;
 
@@ -24,7 +21,7 @@ use crate::{
     mailbox::{self, Writer},
     port::Port,
     queue,
-    worker::{Makers, Orders, Post, WAKER, live},
+    worker::{Makers, Orders, Post, Stamped, WAKER, live},
 };
 
 /// Buffers between each two workers.
@@ -78,7 +75,7 @@ impl<R: Send + Sync + 'static> Pool<R> {
     ///
     /// # Errors
     /// A thread or a waker could not be made.
-    pub fn start<P, E>(setup: Setup<P, E>) -> io::Result<(Self, Lessons, queue::Receiver<Record>)>
+    pub fn start<P, E>(setup: Setup<P, E>) -> io::Result<(Self, Lessons, queue::Receiver<Stamped>)>
     where
         P: Port + 'static,
         E: Inspect<Rules = R> + 'static,

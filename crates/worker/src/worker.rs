@@ -10,7 +10,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use mio::{Events, Interest, Poll, Token, unix::SourceFd};
@@ -89,6 +89,9 @@ pub struct Orders<R> {
     pub gone: Vec<u16>,
 }
 
+/// Something that was read, and when.
+pub type Stamped = (SystemTime, Record);
+
 /// What stays when a worker has to begin anew.
 pub struct Post<R> {
     pub number: usize,
@@ -107,7 +110,7 @@ pub struct Post<R> {
     pub poll: Poll,
     pub learners: Learners,
     pub learns: usize,
-    pub records: queue::Sender<Record>,
+    pub records: queue::Sender<Stamped>,
 }
 
 /// What is known of a frame that a handle stands for.
@@ -137,7 +140,7 @@ struct Wishes {
     wishes: VecDeque<Wish>,
     made: Vec<u8>,
     learner: Learner,
-    records: queue::Sender<Record>,
+    records: queue::Sender<Stamped>,
     counters: Arc<Counters>,
 }
 
@@ -185,7 +188,8 @@ impl Sink<Handle> for Wishes {
     }
 
     fn record(&mut self, record: &Record) {
-        if self.records.put(*record).is_err() {
+        // By the precise clock, as the programs stamp their events: an effect must not seem to be before its cause.
+        if self.records.put((SystemTime::now(), *record)).is_err() {
             self.counters.records_lost.add(1);
         }
     }

@@ -242,7 +242,7 @@ struct Bench {
     dry: Arc<AtomicBool>,
     beats: Arc<Vec<AtomicU64>>,
     pool: Pool<()>,
-    records: palisade_worker::Receiver<Record>,
+    records: palisade_worker::Receiver<palisade_worker::Stamped>,
     lives: Arc<AtomicUsize>,
 }
 

@@ -13,7 +13,7 @@ use std::{
 use crate::world::{WEB, World, address, event, flow};
 use palisade_abi::{Reason, protocol};
 use palisade_flowlog::{
-    Cursor, FilterBuilder, Filters, Flow, Names, Next, Owner, Resolver, Ring, RuleInfo, Timestamp,
+    Cursor, FilterBuilder, Filters, Flow, Names, Next, Ordered, Owner, Resolver, Ring, RuleInfo, Timestamp,
 };
 use palisade_inspect::record::{Record, Verdict, What};
 use proptest::prelude::*;
@@ -42,6 +42,44 @@ fn record() -> Record {
         latency: None,
         what: What::Unreadable { detail: "test" },
     }
+}
+
+proptest! {
+    #[test]
+    fn flows_are_followed_in_the_order_of_their_times(late in prop::collection::vec(0..40_u64, 1..60)) {
+        // One flow a millisecond comes, and each says that it happened up to 40 ms before.
+        let window = Duration::from_millis(50);
+        let begin = Instant::now();
+        let mut ordered = Ordered::new(window, 100);
+        let mut given = Vec::new();
+        for (n, late) in late.iter().enumerate() {
+            let now = begin + Duration::from_millis(n as u64);
+            ordered.push(Arc::new(numbered(1_000 + n as u64 - late)), now);
+            while let Some(flow) = ordered.due(now) {
+                given.push(number(&flow));
+            }
+        }
+        let end = begin + Duration::from_secs(1);
+        while let Some(flow) = ordered.due(end) {
+            given.push(number(&flow));
+        }
+        prop_assert!(ordered.is_empty() && given.len() == late.len());
+        prop_assert!(given.is_sorted(), "{:?}", given);
+    }
+}
+
+#[test]
+fn what_is_held_back_is_bounded_and_keeps_its_order() {
+    let mut ordered = Ordered::new(Duration::from_secs(1), 2);
+    let now = Instant::now();
+    for time in [5, 5, 3] {
+        ordered.push(Arc::new(numbered(time)), now);
+    }
+    assert_eq!(ordered.due(now).map(|flow| number(&flow)), Some(3));
+    assert!(ordered.due(now).is_none());
+    // a clock that was set back holds nothing back for longer than the window
+    let later = now + Duration::from_secs(1);
+    assert!(ordered.due(later).is_some() && ordered.due(later).is_some() && ordered.is_empty());
 }
 
 fn number(flow: &Flow) -> u64 {

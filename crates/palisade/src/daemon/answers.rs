@@ -17,7 +17,7 @@ use palisade_abi::{
     identity, maps, protocol,
 };
 use palisade_datapath::{Datapath, MapError, monotonic_coarse};
-use palisade_flowlog::{FilterBuilder, Next, Ring, Timestamp};
+use palisade_flowlog::{FilterBuilder, Next, Ordered, Ring, Timestamp};
 use palisade_fqdn::{SelectorId, Selectors};
 use palisade_policy::{
     compile::Compiler,
@@ -56,6 +56,11 @@ const CONTROL_DEADLINE: Duration = Duration::from_secs(60);
 const LOOKUP_DEADLINE: Duration = Duration::from_secs(5);
 /// A client that follows is looked after so often when nothing happens.
 const FOLLOW_POLL: Duration = Duration::from_millis(250);
+/// Records of workers come to the ring so much later than events of the programs, at most (a tick of the coarse clock,
+/// and what the threads wait for their turn). Flows that are followed are put in order within that time.
+const REORDER: Duration = Duration::from_millis(50);
+/// So many of them, at most.
+const REORDERED: usize = 4_096;
 
 /// Answers clients, each on a thread of its own: what can be read without the control thread is.
 pub struct Clients {
@@ -159,7 +164,8 @@ impl Clients {
             Ok(filters) => filters,
             Err(error) => return sink.send(&api::Answer::Error(error.to_string())),
         };
-        let (flows, mut cursor) = self.ring.last(request.last.unwrap_or(usize::MAX), &filters);
+        let (mut flows, mut cursor) = self.ring.last(request.last.unwrap_or(usize::MAX), &filters);
+        flows.sort_by_key(|flow| flow.time);
         for flow in flows {
             sink.queue(&api::Answer::Flow(Box::new((*flow).clone())))?;
         }
@@ -172,18 +178,21 @@ impl Clients {
             return sink.send(&api::Answer::Error(why));
         }
         let mut said = Instant::now();
+        let mut ordered = Ordered::new(REORDER, REORDERED);
         loop {
             while let Some(next) = cursor.read() {
                 match next {
-                    Next::Flow(flow) if filters.matches(&flow) => {
-                        sink.queue(&api::Answer::Flow(Box::new((*flow).clone())))?;
-                    }
+                    Next::Flow(flow) if filters.matches(&flow) => ordered.push(flow, Instant::now()),
                     Next::Flow(_) => {}
                     Next::Lost(count) => sink.queue(&api::Answer::Lost(count))?,
                 }
             }
+            while let Some(flow) = ordered.due(Instant::now()) {
+                sink.queue(&api::Answer::Flow(Box::new((*flow).clone())))?;
+            }
             sink.flush()?;
-            if !cursor.wait(FOLLOW_POLL) && sink.closed() {
+            let patience = if ordered.is_empty() { FOLLOW_POLL } else { REORDER };
+            if !cursor.wait(patience) && sink.closed() {
                 return Ok(());
             }
             if said.elapsed() >= ALIVE {

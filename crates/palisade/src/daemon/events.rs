@@ -15,8 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use palisade_abi::{Decision, Event, EventKind, Reason, TracePoint, ct_flags, event_flags};
 use palisade_datapath::{Clock, Ended, EventReader};
 use palisade_flowlog::{Flow, Resolver, Ring, Timestamp};
-use palisade_inspect::record::Record;
-use palisade_worker::{Nothing, Receiver};
+use palisade_worker::{Nothing, Receiver, Stamped};
 use tracing::error;
 
 use super::view::{EventNames, Shared};
@@ -72,7 +71,7 @@ pub fn read(mut reader: EventReader, ring: Arc<Ring>, shared: Arc<Shared>) -> io
 ///
 /// Flows are made of it where somebody looks, and where nobody did: when the view changes, by the names of the one
 /// before; when workers are silent; and now and then, since names of addresses are forgotten.
-pub fn records(records: Receiver<Record>, ring: Arc<Ring>, shared: Arc<Shared>) -> io::Result<()> {
+pub fn records(records: Receiver<Stamped>, ring: Arc<Ring>, shared: Arc<Shared>) -> io::Result<()> {
     thread::Builder::new().name("records".into()).spawn(move || {
         let mut view = shared.get();
         let mut names: Resolver = Arc::new(EventNames::new(Arc::clone(&view)));
@@ -101,8 +100,8 @@ pub fn records(records: Receiver<Record>, ring: Arc<Ring>, shared: Arc<Shared>) 
                 names = Arc::new(EventNames::new(Arc::clone(&view)));
             }
             let others = std::iter::from_fn(|| records.try_next().ok()).take(BATCH);
-            for record in first.into_iter().chain(others) {
-                ring.push_record(&record, &names, now);
+            for (time, record) in first.into_iter().chain(others) {
+                ring.push_record(&record, &names, Timestamp::from_system_time(time));
                 unsettled.get_or_insert_with(Instant::now);
             }
         }

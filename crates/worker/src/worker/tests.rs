@@ -221,7 +221,7 @@ fn clock() -> u64 {
 /// The end that gives orders to the worker of a test.
 type Chief = crate::mailbox::Writer<Orders<u32>>;
 
-fn post(number: usize, workers: usize) -> (Post<u32>, Chief, queue::Receiver<Record>) {
+fn post(number: usize, workers: usize) -> (Post<u32>, Chief, queue::Receiver<Stamped>) {
     let (writer, orders) = mailbox(Orders {
         rules: Arc::new(5),
         xdp: [9].into(),
@@ -428,7 +428,7 @@ fn work(arriving: Vec<Vec<u8>>) -> (Vec<Vec<u8>>, HashMap<u8, u64>, Vec<Record>)
     let sent = std::mem::take(&mut worker.port.sent);
     drop(worker);
     let mut told = Vec::new();
-    while let Ok(record) = records.try_next() {
+    while let Ok((_, record)) = records.try_next() {
         told.push(record);
     }
     (sent, counters.drops().collect(), told)
