@@ -7,7 +7,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use palisade_testbed::{Daemon, dns::Scripted, ns::wait_until, topology::FAMILIES, web::Web};
+use palisade_testbed::{
+    Daemon, daemon::Settings, dns::Scripted, ns::wait_until, topology::FAMILIES, web::Web,
+};
 use palisade_tests::{
     OPEN,
     apps::{Apps, Loop, apps},
@@ -58,11 +60,19 @@ fn restarts(status: &Value) -> Vec<u64> {
 
 impl Busy {
     fn start() -> Self {
+        let busy =
+            Self::start_with(|apps, settings, policies| daemon_with(&apps.topology, settings, policies));
+        busy.reads();
+        busy
+    }
+
+    /// `daemon`: starts the daemon.
+    fn start_with(daemon: impl FnOnce(&Apps, &Settings, &[(&str, &str)]) -> Daemon) -> Self {
         let apps = apps();
         let resolver = Scripted::start(apps.ns("internet"), &apps.both("internet"), zone).expect("resolver");
         let [web] = webs(&apps, ["internet"], &[80], &[]);
         let settings = tables("[worker]\nthreads = 2\n");
-        let daemon = daemon_with(&apps.topology, &settings, &[("client.yaml", POLICY)]);
+        let daemon = daemon(&apps, &settings, &[("client.yaml", POLICY)]);
         let apps = Arc::new(apps);
         let asks = |name: &'static str| {
             let apps = apps.clone();
@@ -72,7 +82,7 @@ impl Busy {
             let apps = apps.clone();
             Loop::start(move |n| request(&apps, FAMILIES[n % 2], path))
         };
-        let busy = Self {
+        Self {
             traffic: [
                 ("www.example", NOERROR, asks("www.example")),
                 ("evil.example", REFUSED, asks("evil.example")),
@@ -83,9 +93,7 @@ impl Busy {
             apps,
             resolver,
             web,
-        };
-        busy.reads();
-        busy
+        }
     }
 
     /// What is allowed is answered, and what is denied refused, both by a worker. Questions are asked once, so one that
@@ -242,4 +250,43 @@ fn a_carrier_that_cannot_be_made_again_costs_what_must_be_read_and_is_told() {
     });
     assert_eq!(busy.carrier(), [node_end, worker_end]);
     busy.finish();
+}
+
+#[test]
+fn a_carrier_that_cannot_be_made_at_the_start_is_made_once_its_name_is_free() {
+    // The second end: a socket could be bound to the foreign interface, and no worker may do that.
+    for taken in ["palisade0", "palisade1"] {
+        let busy = Busy::start_with(|apps, settings, policies| {
+            apps.ns("node")
+                .ip(&format!("link add {taken} type bridge\nlink set {taken} up\n"))
+                .expect("ip");
+            let mut daemon = Daemon::prepare(&apps.topology, settings, policies).expect("daemon");
+            daemon.spawn().expect("spawn");
+            // Before that nothing is enforced, and there must be no traffic yet.
+            let told = wait_until("no worker runs", Duration::from_secs(60), || {
+                daemon.status().is_ok_and(|status| {
+                    let missing = status["missing"].to_string();
+                    missing.contains("2 of 2 workers do not run") && missing.contains("[worker] interface")
+                })
+            });
+            told.unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+            daemon
+        });
+        for family in FAMILIES {
+            for name in ["www.example", "evil.example"] {
+                assert_eq!(question(&busy.apps, family, name), None, "{taken}");
+            }
+        }
+        assert_eq!(busy.resolver.asked().len(), 0, "questions pass unread");
+        assert!(counted(&busy.status(), NO_WORKER) > 0, "{:#}", busy.status());
+        let log = busy.daemon.log();
+        let said = log.matches("an interface of this name is no carrier").count();
+        assert_eq!(said, 1, "told once: {log}");
+        busy.survives("the name is free", false, || {
+            busy.ip(&format!("link del {taken}\n"))
+        });
+        // The traffic has begun without a carrier.
+        thread::sleep(Duration::from_secs(2));
+        busy.finish();
+    }
 }

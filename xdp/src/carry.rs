@@ -1,6 +1,6 @@
 //! Packets to the workers and back: what stands before them, what stands behind them (`palisade_abi::carry`).
 
-use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_REDIRECT, TC_ACT_SHOT, xdp_action};
+use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_change_tail, bpf_skb_load_bytes};
 use palisade_abi::{
     Addr, CarrySlot, CtEntry, CtKey, Direction, FlowCommand, Reason, Released, carry_flags, config_flags,
@@ -236,20 +236,38 @@ pub fn is_back(ctx: Skb) -> bool {
     }
 }
 
-/// What enters the workers' end of the carrier goes to the socket of its queue, if it is ours.
+/// Whether a frame begins with the cookie, as every frame that the programs put on the carrier does.
 #[inline(always)]
-pub fn to_worker(ctx: Xdp) -> u32 {
-    let bytes = ctx.bytes(false);
-    let length = bytes.len();
-    let ours = match (CONFIG.get(0), bytes.array::<8>(0)) {
+fn has_cookie(bytes: &crate::ctx::Linear) -> bool {
+    match (CONFIG.get(0), bytes.array::<8>(0)) {
         (Some(config), Some(cookie)) => {
             let cookie = u64::from(<crate::ctx::Linear as Bytes>::word(cookie, 0))
                 | u64::from(<crate::ctx::Linear as Bytes>::word(cookie, 4)) << 32;
             cookie == config.cookie && cookie != 0
         }
         _ => false,
-    };
-    if !ours {
+    }
+}
+
+/// Drops what a socket of this machine sends to an end of the carrier, before it takes a place in the queue of the
+/// other end. The egress hook does not see what the programs redirect by XDP, nor what AF_XDP sends (it goes by
+/// `dev_direct_xmit`); what a tc program redirects begins with the cookie.
+#[inline(always)]
+pub fn only_carried(ctx: Skb) -> i32 {
+    let bytes = ctx.bytes(false);
+    if has_cookie(&bytes) {
+        return TC_ACT_UNSPEC;
+    }
+    count(Reason::CarryForeign, bytes.len());
+    TC_ACT_SHOT
+}
+
+/// What enters the workers' end of the carrier goes to the socket of its queue, if it is ours.
+#[inline(always)]
+pub fn to_worker(ctx: Xdp) -> u32 {
+    let bytes = ctx.bytes(false);
+    let length = bytes.len();
+    if !has_cookie(&bytes) {
         count(Reason::CarryForeign, length);
         return xdp_action::XDP_DROP;
     }

@@ -67,6 +67,22 @@ pub fn palisade_back(ctx: TcContext) -> i32 {
     carry::from_worker(Skb(ctx.skb.skb))
 }
 
+/// tc, egress of both ends of the carrier.
+#[classifier]
+pub fn palisade_guard(ctx: TcContext) -> i32 {
+    carry::only_carried(Skb(ctx.skb.skb))
+}
+
+/// XDP, ingress of the node's end of the carrier, only on kernels that need it.
+///
+/// Native XDP on veth has a frame of AF_XDP, which has no headroom, copied into a buffer of its own, and frees the
+/// original: its destructor runs before tc and the IP layer write to `skb->cb`, where Linux 6.16.8 to 6.17.10 keep what
+/// the destructor reads (upstream commits 30f241fcf52a, which brought it, and 0ebc27a4c67d, which mended it).
+#[xdp(frags)]
+pub fn palisade_pass(_: XdpContext) -> u32 {
+    xdp_action::XDP_PASS
+}
+
 #[inline(always)]
 fn judge_skb(ctx: Skb, egress: bool) -> i32 {
     if carry::is_back(ctx) {

@@ -115,4 +115,8 @@ pub mod programs {
     pub const CARRY: &str = "palisade_carry";
     /// tc, ingress of the node's end of the carrier: packets that come back from the workers.
     pub const BACK: &str = "palisade_back";
+    /// tc, egress of both ends of the carrier: nothing but what the programs redirect there.
+    pub const GUARD: &str = "palisade_guard";
+    /// XDP at the node's end of the carrier, on kernels that need a copy of what workers send.
+    pub const PASS: &str = "palisade_pass";
 }

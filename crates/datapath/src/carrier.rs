@@ -2,7 +2,7 @@
 //!
 //! `<name>0` is the node's end: the programs redirect what is to be read to it, and `palisade_back` at its ingress
 //! takes what comes back. `<name>1` is the workers' end, with `palisade_carry` and one AF_XDP socket for each
-//! queue. The pair and the two links (below `<pin_dir>/carrier/`) outlive the daemon like everything else:
+//! queue. At the egress of both, `palisade_guard` drops what sockets of this machine send. The pair and the links (below `<pin_dir>/carrier/`) outlive the daemon like everything else:
 //! without workers what must be read is dropped by the programs, which then see no sign of life.
 
 use std::{
@@ -16,7 +16,7 @@ use palisade_abi::{CARRIER_MTU as MTU, MAX_WORKERS};
 use crate::{
     AttachError, Datapath, HookKind, MapError, SyscallError, TcMode,
     attach::{find_device, pinned_link, resolve_tc, unpin},
-    loader::make_dir,
+    loader::{Program, kernel_release, make_dir},
     maps::Heartbeats,
     sys::{
         bpf::{self, AttachType},
@@ -42,13 +42,21 @@ const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 
 /// Names of the pins below `<pin_dir>/carrier/`.
 const XDP_PIN: &str = "xdp";
+const PASS_PIN: &str = "xdp_node";
 const BACK_PIN: &str = "tcx_ingress";
+const NODE_GUARD_PIN: &str = "tcx_egress_node";
+const WORKER_GUARD_PIN: &str = "tcx_egress_worker";
 
 /// The carrier of a node, ready for sockets.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Carrier {
     ifindex: u32,
     workers: u32,
+}
+
+/// Where workers leave their sockets and signs of life, whether there is a carrier or not.
+#[derive(Debug)]
+pub struct Seats {
     sockets: std::os::fd::OwnedFd,
     heartbeats: Heartbeats,
 }
@@ -65,7 +73,9 @@ impl Carrier {
     pub fn workers(&self) -> u32 {
         self.workers
     }
+}
 
+impl Seats {
     /// Gives a queue its AF_XDP socket. One that is closed leaves by itself.
     ///
     /// # Errors
@@ -90,6 +100,21 @@ impl Carrier {
 }
 
 impl Datapath {
+    /// Where workers leave their sockets and signs of life.
+    ///
+    /// # Errors
+    /// If a map cannot be had once more.
+    pub fn seats(&self) -> std::result::Result<Seats, MapError> {
+        let sockets = bpf::duplicate(&self.sockets.fd).map_err(|source| MapError::Syscall {
+            map: "xsks".to_owned(),
+            source,
+        })?;
+        Ok(Seats {
+            sockets,
+            heartbeats: Heartbeats::new(&self.workers)?,
+        })
+    }
+
     /// Finds or makes the carrier with one queue for each worker, and attaches its programs. What a former daemon
     /// left is used again if it has as many queues.
     ///
@@ -144,71 +169,108 @@ impl Datapath {
         let node = find_end(&node_end).map_err(failed)?;
         let worker = find_end(&worker_end).map_err(failed)?;
         for end in [&node, &worker] {
-            set_quiet_and_up(end.ifindex).map_err(failed)?;
+            set_quiet(end).map_err(failed)?;
         }
+        // Guarded before it is up.
         self.attach_carrier(&node, &worker)?;
+        for end in [&node, &worker] {
+            set_up(end.ifindex).map_err(failed)?;
+        }
         Ok(Carrier {
             ifindex: node.ifindex,
             workers,
-            sockets: bpf::duplicate(&self.sockets.fd).map_err(failed)?,
-            heartbeats: Heartbeats::new(&self.workers)?,
         })
     }
 
     fn attach_carrier(&self, node: &Link, worker: &Link) -> Result<()> {
         let dir = carrier_dir(&self.pin_dir);
         make_dir(&dir).map_err(Box::new)?;
-        let refused = |name: &str| {
-            let name = name.to_owned();
-            move |source| AttachError::Syscall { name, source }
-        };
-        let path = dir.join(XDP_PIN);
-        match pinned_link(&path, worker.ifindex)? {
-            Some((link, _)) => {
-                bpf::link_update(link.as_fd(), self.programs.carry.fd()).map_err(refused(&worker.name))?;
-            }
-            None => bpf::link_create(
-                self.programs.carry.fd(),
-                worker.ifindex,
-                AttachType::Xdp,
-                bpf::XDP_FLAGS_DRV_MODE,
-            )
-            .and_then(|link| bpf::pin(link.as_fd(), &path))
-            .map_err(refused(&worker.name))?,
+        place_xdp(&dir.join(XDP_PIN), worker, &self.programs.carry)?;
+        let release = kernel_release();
+        if panics_after_reinjection(&release) {
+            place_xdp(&dir.join(PASS_PIN), node, &self.programs.pass).map_err(|error| match error {
+                AttachError::Syscall { name, source } => AttachError::Syscall {
+                    name,
+                    source: SyscallError::new(
+                        format!(
+                            "Linux {} panics with the first packet that a worker sends back (fixed in 6.17.11 and \
+                             6.18), and the XDP program that prevents it cannot be attached: {}",
+                            release.trim(),
+                            source.call
+                        ),
+                        source.io_error,
+                    ),
+                },
+                other => other,
+            })?;
         }
-        let device = find_device(node.ifindex)?.ok_or(AttachError::NoSuchInterface {
-            ifindex: node.ifindex,
-        })?;
-        if resolve_tc(TcMode::Auto, &device)? == HookKind::Clsact {
-            if clsact::qdisc(node.ifindex)
-                .map_err(refused(&node.name))?
-                .is_none()
-            {
-                clsact::add_qdisc(node.ifindex).map_err(refused(&node.name))?;
+        let (programs, ingress, egress) = (&self.programs, Direction::Ingress, Direction::Egress);
+        place_tc(&dir.join(BACK_PIN), node, ingress, &programs.back)?;
+        place_tc(&dir.join(NODE_GUARD_PIN), node, egress, &programs.guard)?;
+        place_tc(&dir.join(WORKER_GUARD_PIN), worker, egress, &programs.guard)
+    }
+}
+
+/// Whether Linux of this release panics when a frame that AF_XDP has sent reaches tc or IP with its destructor: 6.16.8
+/// to 6.17.10. (Upstream commit 30f241fcf52a, in 6.17 and 6.16.8, has the destructor read `skb->cb`; commit
+/// 0ebc27a4c67d, in 6.18 and 6.17.11, mends it. 6.16 ended with 6.16.12.) Distributions that always say 6.17.0 count as
+/// affected, which costs a copy of each packet that comes back.
+fn panics_after_reinjection(release: &str) -> bool {
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|number| number.parse::<u32>().unwrap_or(0));
+    let mut next = || numbers.next().unwrap_or(0);
+    let version = (next(), next(), next());
+    ((6, 16, 8)..=(6, 17, 10)).contains(&version)
+}
+
+/// Puts native XDP at an end of the carrier, or in the place of what a former daemon left there.
+fn place_xdp(path: &Path, end: &Link, program: &Program) -> Result<()> {
+    let failed = refused(end);
+    match pinned_link(path, end.ifindex)? {
+        Some((link, _)) => bpf::link_update(link.as_fd(), program.fd()).map_err(failed),
+        None => bpf::link_create(
+            program.fd(),
+            end.ifindex,
+            AttachType::Xdp,
+            bpf::XDP_FLAGS_DRV_MODE,
+        )
+        .and_then(|link| bpf::pin(link.as_fd(), path))
+        .map_err(failed),
+    }
+}
+
+/// Puts a program at a tc hook of an end of the carrier, or in the place of what a former daemon left there. A filter
+/// of clsact has no pin.
+fn place_tc(path: &Path, end: &Link, direction: Direction, program: &Program) -> Result<()> {
+    let failed = refused(end);
+    let device = find_device(end.ifindex)?.ok_or(AttachError::NoSuchInterface { ifindex: end.ifindex })?;
+    if resolve_tc(TcMode::Auto, &device)? == HookKind::Clsact {
+        let placed = (|| {
+            if clsact::qdisc(end.ifindex)?.is_none() {
+                clsact::add_qdisc(end.ifindex)?;
             }
-            return clsact::set_filter(
-                node.ifindex,
-                Direction::Ingress,
-                self.programs.back.fd(),
-                self.programs.back.name,
-            )
-            .map_err(refused(&node.name));
-        }
-        let path = dir.join(BACK_PIN);
-        match pinned_link(&path, node.ifindex)? {
-            Some((link, _)) => {
-                bpf::link_update(link.as_fd(), self.programs.back.fd()).map_err(refused(&node.name))
-            }
-            None => bpf::link_create(
-                self.programs.back.fd(),
-                node.ifindex,
-                AttachType::TcxIngress,
-                bpf::BPF_F_BEFORE,
-            )
-            .and_then(|link| bpf::pin(link.as_fd(), &path))
-            .map_err(refused(&node.name)),
+            clsact::set_filter(end.ifindex, direction, program.fd(), program.name)
+        })();
+        return placed.map_err(failed);
+    }
+    match pinned_link(path, end.ifindex)? {
+        Some((link, _)) => bpf::link_update(link.as_fd(), program.fd()).map_err(failed),
+        None => {
+            let hook = match direction {
+                Direction::Ingress => AttachType::TcxIngress,
+                Direction::Egress => AttachType::TcxEgress,
+            };
+            bpf::link_create(program.fd(), end.ifindex, hook, bpf::BPF_F_BEFORE)
+                .and_then(|link| bpf::pin(link.as_fd(), path))
+                .map_err(failed)
         }
     }
+}
+
+fn refused(end: &Link) -> impl FnOnce(SyscallError) -> AttachError {
+    let name = end.name.clone();
+    move |source| AttachError::Syscall { name, source }
 }
 
 fn carrier_dir(pin_dir: &Path) -> PathBuf {
@@ -221,7 +283,7 @@ pub(crate) fn remove_carrier(pin_dir: &Path) -> Result<()> {
     if !dir.is_dir() {
         return Ok(());
     }
-    for file in [XDP_PIN, BACK_PIN] {
+    for file in [XDP_PIN, PASS_PIN, BACK_PIN, NODE_GUARD_PIN, WORKER_GUARD_PIN] {
         let path = dir.join(file);
         let failed = |source| AttachError::Syscall {
             name: path.display().to_string(),
@@ -337,16 +399,28 @@ fn create(node_end: &str, worker_end: &str, workers: u32) -> std::result::Result
                 })
             })
     });
-    Socket::open(libc::NETLINK_ROUTE)?
-        .execute(request, &format!("RTM_NEWLINK of {node_end} and {worker_end}"))
+    let call = format!("RTM_NEWLINK of {node_end} and {worker_end}");
+    match Socket::open(libc::NETLINK_ROUTE)?.execute(request, &call) {
+        // A kind of interface that the kernel does not know, after it has tried to load the module.
+        Err(e) if e.errno() == libc::EOPNOTSUPP => Err(SyscallError {
+            call: format!(
+                "Linux {} has no veth interfaces (module veth, CONFIG_VETH): {}",
+                kernel_release(),
+                e.call
+            ),
+            ..e
+        }),
+        other => other,
+    }
 }
 
-/// No addresses of its own making and no ARP: nobody but us sends on the carrier. Then up.
-fn set_quiet_and_up(ifindex: u32) -> std::result::Result<(), SyscallError> {
-    let call = format!("RTM_NEWLINK of interface {ifindex}");
+/// No IPv6 and no ARP: no protocol of this machine sends on the carrier. Without IPv6 there are no reports of multicast
+/// groups either, which a node that forwards IPv6 otherwise sends from every interface (ff02::2; RFC 3810).
+fn set_quiet(end: &Link) -> std::result::Result<(), SyscallError> {
+    let call = format!("RTM_NEWLINK of interface {}", end.ifindex);
     let mut socket = Socket::open(libc::NETLINK_ROUTE)?;
     let quiet = Request::new(libc::RTM_NEWLINK, 0)
-        .fixed(&ifinfo(ifindex, 0, 0))
+        .fixed(&ifinfo(end.ifindex, 0, 0))
         .nested(IFLA_AF_SPEC, |families| {
             families.nested(libc::AF_INET6 as u16, |family| {
                 family.attr(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE])
@@ -357,9 +431,21 @@ fn set_quiet_and_up(ifindex: u32) -> std::result::Result<(), SyscallError> {
         Err(e) if matches!(e.errno(), libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL) => {}
         other => other?,
     }
-    let flags = (libc::IFF_UP | libc::IFF_NOARP) as u32;
-    let up = Request::new(libc::RTM_NEWLINK, 0).fixed(&ifinfo(ifindex, flags, flags));
-    socket.execute(up, &call)
+    // Where it cannot be written (no IPv6; /proc/sys is read-only), `palisade_guard` drops what IPv6 sends.
+    let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", end.name), "1");
+    let flags = libc::IFF_NOARP as u32;
+    socket.execute(
+        Request::new(libc::RTM_NEWLINK, 0).fixed(&ifinfo(end.ifindex, flags, flags)),
+        &call,
+    )
+}
+
+fn set_up(ifindex: u32) -> std::result::Result<(), SyscallError> {
+    let flags = libc::IFF_UP as u32;
+    Socket::open(libc::NETLINK_ROUTE)?.execute(
+        Request::new(libc::RTM_NEWLINK, 0).fixed(&ifinfo(ifindex, flags, flags)),
+        &format!("RTM_NEWLINK of interface {ifindex}"),
+    )
 }
 
 fn delete(ifindex: u32) -> std::result::Result<(), SyscallError> {
@@ -369,5 +455,28 @@ fn delete(ifindex: u32) -> std::result::Result<(), SyscallError> {
         // Gone with its other end.
         Err(e) if e.errno() == libc::ENODEV => Ok(()),
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_that_panic_after_reinjection_are_known_by_their_release() {
+        for (release, panics) in [
+            ("6.12.117+deb12-amd64", false),
+            ("6.16.7", false),
+            ("6.16.8", true),
+            ("6.16.12+deb13-cloud-amd64\n", true),
+            ("6.17.0-8-generic", true),
+            ("6.17.10-300.fc43.x86_64", true),
+            ("6.17.11", false),
+            ("6.18.0-rc1", false),
+            ("7.3.4+deb13-amd64", false),
+            ("", false),
+        ] {
+            assert_eq!(panics_after_reinjection(release), panics, "{release}");
+        }
     }
 }

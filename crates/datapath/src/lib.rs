@@ -32,7 +32,7 @@ mod sys;
 
 pub use apply::ApplyError;
 pub use attach::{AttachError, Attached, Attachment, Hook, HookKind, Role, TcMode, XdpMode, detach_all};
-pub use carrier::Carrier;
+pub use carrier::{Carrier, Seats};
 pub use clock::{Clock, monotonic_coarse};
 pub use conntrack::{Conntrack, ConntrackCounts, Ended, Sweep};
 pub use counters::{Counters, EventBudget};

@@ -196,7 +196,7 @@ pub enum OpenError {
     #[error("the BPF object cannot be loaded: {0}")]
     Load(#[from] aya::EbpfError),
     /// A program was refused.
-    #[error("program {program}: the kernel refused it{}: {}", kernel_hint(), refusal(.error))]
+    #[error("program {program}: the kernel refused it{}: {}", program_hint(), refusal(.error))]
     Program {
         /// Which one.
         program: &'static str,
@@ -229,6 +229,8 @@ pub(crate) struct Programs {
     pub tc_egress: Program,
     pub carry: Program,
     pub back: Program,
+    pub guard: Program,
+    pub pass: Program,
 }
 
 /// The maps and programs of a node, open.
@@ -386,8 +388,10 @@ impl Datapath {
             tc_egress,
             carry,
             back,
+            guard,
+            pass,
         } = &self.programs;
-        [xdp, tc_ingress, tc_egress, carry, back]
+        [xdp, tc_ingress, tc_egress, carry, back, guard, pass]
             .into_iter()
             .filter_map(|p| Some((p.name, p.instructions?)))
             .collect()
@@ -402,8 +406,10 @@ impl Datapath {
             tc_egress,
             carry,
             back,
+            guard,
+            pass,
         } = &self.programs;
-        [xdp, tc_ingress, tc_egress, carry, back]
+        [xdp, tc_ingress, tc_egress, carry, back, guard, pass]
             .into_iter()
             .find(|p| p.name == name)
             .map(Program::fd)
@@ -571,13 +577,46 @@ fn refusal(error: &ProgramError) -> String {
     )
 }
 
-/// What a refusal of maps and programs may come from.
-fn kernel_hint() -> &'static str {
+/// Releases on which these programs have been run (README, "Requirements").
+const TESTED: &str = "6.1, 6.12, 6.16 and 6.18";
+
+/// The release of the running kernel.
+pub(crate) fn kernel_release() -> String {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    release.trim().to_owned()
+}
+
+/// What a refusal of maps and programs may come from.
+fn kernel_hint() -> String {
+    let release = kernel_release();
     if is_too_old(&release) {
-        "; this kernel is older than the 6.1 that Palisade needs"
+        format!("; Linux {release} is older than the 6.1 that Palisade needs")
     } else {
-        ""
+        String::new()
+    }
+}
+
+/// Which kernel refuses a program, and which are known to take it.
+fn program_hint() -> String {
+    let release = kernel_release();
+    if is_too_old(&release) {
+        kernel_hint()
+    } else {
+        format!(" (Linux {release}; tested are {TESTED})")
+    }
+}
+
+impl OpenError {
+    /// The verifier's log, all of it, if the verifier refused a program. It may have many megabytes.
+    #[must_use]
+    pub fn verifier_log(&self) -> Option<String> {
+        match self {
+            Self::Program { error, .. } => match &**error {
+                ProgramError::LoadError { verifier_log, .. } => Some(verifier_log.to_string()),
+                _ => None,
+            },
+            _ => None,
+        }
     }
 }
 
@@ -763,15 +802,19 @@ fn load_programs(map_dir: &Path, maps: &BTreeMap<String, RawMap>) -> Result<Prog
         tc_egress: take(programs::TC_EGRESS)?,
         carry: take(programs::CARRY)?,
         back: take(programs::BACK)?,
+        guard: take(programs::GUARD)?,
+        pass: take(programs::PASS)?,
     })
 }
 
-const PROGRAMS: [&str; 5] = [
+const PROGRAMS: [&str; 7] = [
     programs::XDP_INGRESS,
     programs::TC_INGRESS,
     programs::TC_EGRESS,
     programs::CARRY,
     programs::BACK,
+    programs::GUARD,
+    programs::PASS,
 ];
 
 fn load_program(name: &'static str, program: &mut aya::programs::Program) -> Result<Program> {
@@ -779,7 +822,7 @@ fn load_program(name: &'static str, program: &mut aya::programs::Program) -> Res
         program: name,
         error: Box::new(error),
     };
-    if matches!(name, programs::XDP_INGRESS | programs::CARRY) {
+    if matches!(name, programs::XDP_INGRESS | programs::CARRY | programs::PASS) {
         let xdp: &mut Xdp = program.try_into().map_err(refused)?;
         xdp.load().map_err(refused)?;
     } else {

@@ -165,6 +165,27 @@ fn what_cannot_be_carried() {
     }
 }
 
+/// What a socket of the node sends must not take a place in the queues to and from the workers.
+#[test]
+fn at_the_egress_of_the_carrier_only_what_the_programs_redirect_passes() {
+    const UNSPEC: u32 = 0xffff_ffff;
+    let mut world = reading(NIC, HOST);
+    let frame = udp(CLIENT, SERVER, b"question");
+    let ours = [&COOKIE.to_ne_bytes()[..], &[0; 64], &frame].concat();
+    let (retval, out, counted) = world.run_at_carrier(palisade_abi::programs::GUARD, &ours);
+    assert_eq!((retval, out, counted), (UNSPEC, ours.clone(), vec![]));
+    let mut other_cookie = ours;
+    other_cookie[7] ^= 1;
+    for foreign in [other_cookie, frame, vec![0; 60]] {
+        let (retval, _, counted) = world.run_at_carrier(palisade_abi::programs::GUARD, &foreign);
+        assert_eq!((retval, counted), (SHOT, vec![(Reason::CarryForeign, 1)]));
+    }
+    // Before the daemon has told its cookie, nothing passes.
+    world.config(|config| config.cookie = 0);
+    let (retval, ..) = world.run_at_carrier(palisade_abi::programs::GUARD, &[0; 128]);
+    assert_eq!(retval, SHOT);
+}
+
 #[test]
 fn audit_reads_and_does_not_deny() {
     let mut world = reading(NIC, HOST);

@@ -182,6 +182,8 @@ fn no_chain_of_calls_takes_more_stack_than_the_oldest_kernel_gives() {
         programs::TC_EGRESS,
         programs::CARRY,
         programs::BACK,
+        programs::GUARD,
+        programs::PASS,
     ] {
         let program = functions
             .iter()

@@ -70,9 +70,14 @@ Log: to stderr; PALISADE_LOG=debug for more.")]
         check_config: bool,
     },
     /// Show what is attached, enforced, full, lost and wrong.
-    #[command(after_help = "Examples:
+    #[command(
+        after_help = "Without --wait the exit code is 0 whenever the daemon answers, also if it is NOT READY.
+
+Examples:
   palisade status
-  palisade status --wait 10s && echo enforced")]
+  palisade status --wait 10s && echo enforced
+  palisade status --wait 0s || echo not ready"
+    )]
     Status {
         /// Return when everything is attached and enforced; exit 1 if it is not by then, and say what is missing.
         #[arg(long, value_name = "DURATION", value_parser = duration::parse)]

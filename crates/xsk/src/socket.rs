@@ -105,6 +105,12 @@ pub enum Error {
     /// That is no interface's name.
     #[error("not an interface's name: {0:?}")]
     Name(String),
+    /// The kernel has no AF_XDP.
+    #[error("Linux {release} has no AF_XDP, by which packets reach the workers (CONFIG_XDP_SOCKETS)")]
+    Unsupported {
+        /// The kernel's release.
+        release: String,
+    },
     /// The memory cannot be had.
     #[error("{frames} frames of 4096 bytes for a socket: {source}")]
     Memory {
@@ -143,11 +149,23 @@ impl From<Error> for io::Error {
         let kind = match &error {
             Error::Frames(_) | Error::Name(_) => io::ErrorKind::InvalidInput,
             Error::Busy { .. } => io::ErrorKind::ResourceBusy,
+            Error::Unsupported { .. } => io::ErrorKind::Unsupported,
             Error::Memory { source, .. } | Error::Bind { source, .. } | Error::BusyPoll(source) => {
                 source.kind()
             }
         };
         Self::new(kind, error)
+    }
+}
+
+/// Why the memory of a socket cannot be had: the first thing that is asked of AF_XDP.
+fn no_memory(frames: u32, source: io::Error) -> Error {
+    if source.raw_os_error() != Some(libc::EAFNOSUPPORT) {
+        return Error::Memory { frames, source };
+    }
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    Error::Unsupported {
+        release: release.trim().to_owned(),
     }
 }
 
@@ -216,10 +234,8 @@ impl Socket {
             .build()
             .map_err(|_| Error::Frames(frames))?;
         let count = NonZeroU32::new(frames).ok_or(Error::Frames(frames))?;
-        let (umem, blank) = Umem::new(umem_config, count, false).map_err(|error| Error::Memory {
-            frames,
-            source: cause(&error),
-        })?;
+        let (umem, blank) =
+            Umem::new(umem_config, count, false).map_err(|error| no_memory(frames, cause(&error)))?;
 
         let copying = match config.copying {
             Copying::Auto => BindFlags::empty(),

@@ -4,6 +4,8 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use palisade_abi::Direction;
 
+use crate::loader::kernel_release;
+
 use super::{
     SyscallError,
     netlink::{Request, Socket, find, text, u32_at},
@@ -98,7 +100,25 @@ pub(crate) fn add_qdisc(ifindex: u32) -> Result<()> {
     let request = Request::new(libc::RTM_NEWQDISC, libc::NLM_F_CREATE | libc::NLM_F_EXCL)
         .fixed(&tcmsg(ifindex, CLSACT_HANDLE, CLSACT_PARENT, 0))
         .attr(TCA_KIND, b"clsact\0");
-    Socket::open(libc::NETLINK_ROUTE)?.execute(request, "RTM_NEWQDISC of clsact")
+    Socket::open(libc::NETLINK_ROUTE)?
+        .execute(request, "RTM_NEWQDISC of clsact")
+        .map_err(|error| missing(error, "clsact qdisc", "sch_ingress", "CONFIG_NET_SCH_INGRESS"))
+}
+
+/// Says which feature a kernel lacks that does not know a kind of qdisc or filter: it answers ENOENT, after it has
+/// tried to load the module.
+fn missing(error: SyscallError, feature: &str, module: &str, option: &str) -> SyscallError {
+    if error.errno() != libc::ENOENT {
+        return error;
+    }
+    let release = kernel_release();
+    SyscallError {
+        call: format!(
+            "Linux {release} has no {feature} (module {module}, {option}): {}",
+            error.call
+        ),
+        ..error
+    }
 }
 
 pub(crate) fn delete_qdisc(ifindex: u32) -> Result<()> {
@@ -118,7 +138,9 @@ pub(crate) fn set_filter(ifindex: u32, direction: Direction, prog: BorrowedFd<'_
                 .attr(TCA_BPF_NAME, &c_string(name))
                 .attr(TCA_BPF_FLAGS, &TCA_BPF_FLAG_ACT_DIRECT.to_ne_bytes())
         });
-    Socket::open(libc::NETLINK_ROUTE)?.execute(request, "RTM_NEWTFILTER of a clsact filter")
+    Socket::open(libc::NETLINK_ROUTE)?
+        .execute(request, "RTM_NEWTFILTER of a clsact filter")
+        .map_err(|error| missing(error, "BPF filter", "cls_bpf", "CONFIG_NET_CLS_BPF"))
 }
 
 pub(crate) fn delete_filter(ifindex: u32, direction: Direction) -> Result<()> {
@@ -164,4 +186,35 @@ fn parse(payload: &[u8]) -> Option<Filter> {
             .and_then(|id| u32_at(id, 0))
             .unwrap_or(0),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn a_kernel_without_clsact_is_told_by_module_and_option() {
+        let refused =
+            |errno| SyscallError::new("RTM_NEWQDISC of clsact", io::Error::from_raw_os_error(errno));
+        let told = missing(
+            refused(libc::ENOENT),
+            "clsact qdisc",
+            "sch_ingress",
+            "CONFIG_NET_SCH_INGRESS",
+        );
+        let text = told.to_string();
+        for part in [&kernel_release(), "sch_ingress", "CONFIG_NET_SCH_INGRESS"] {
+            assert!(text.contains(part), "{text}");
+        }
+        assert_eq!(told.errno(), libc::ENOENT);
+        let other = missing(
+            refused(libc::EPERM),
+            "clsact qdisc",
+            "sch_ingress",
+            "CONFIG_NET_SCH_INGRESS",
+        );
+        assert_eq!(other.call, "RTM_NEWQDISC of clsact");
+    }
 }

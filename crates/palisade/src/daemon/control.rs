@@ -353,7 +353,23 @@ fn open(config: &Config) -> anyhow::Result<Datapath> {
         pin_dir: config.node.pin_dir.clone(),
         limits,
     };
-    Ok(Datapath::open(&options)?)
+    let error = match Datapath::open(&options) {
+        Ok(datapath) => return Ok(datapath),
+        Err(error) => error,
+    };
+    // The message has its end only: the whole log is what a report of the refusal needs.
+    let Some(log) = error.verifier_log() else {
+        return Err(error.into());
+    };
+    let path = config.node.state_dir.join("verifier.log");
+    let kept = match std::fs::write(&path, log) {
+        Ok(()) => format!("the verifier's whole log is in {}", path.display()),
+        Err(problem) => format!(
+            "the verifier's log cannot be kept in {}: {problem}",
+            path.display()
+        ),
+    };
+    Err(anyhow::Error::new(error).context(kept))
 }
 
 /// How much is learned, and for how long.

@@ -5,7 +5,10 @@ use std::{
     fs::File,
     io::{self, Read as _},
     os::fd::AsFd as _,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -53,9 +56,11 @@ pub struct Workers {
 
 #[derive(Debug)]
 struct Running {
-    // Ends before the carrier does.
     pool: Pool<Rules>,
-    carrier: Arc<Carrier>,
+    /// The last one that there was; none before the first.
+    carrier: Option<Carrier>,
+    /// Whether sockets may be bound to the interface of the carrier's name: it may be an interface of another kind.
+    usable: Arc<AtomicBool>,
     beats: Arc<Beats>,
     rules: Arc<Rules>,
     xdp: Vec<u32>,
@@ -83,15 +88,15 @@ impl Workers {
         let wanted = &config.worker;
         let (cookie, mark) = secrets().context("/dev/urandom")?;
         let started = start(wanted, limits(config), known, datapath, cookie, failed);
-        let (running, output) = match started {
-            Ok((running, output)) => (Ok(running), Some(output)),
+        let (running, output, carrier_problem) = match started {
+            Ok((running, output, problem)) => (Ok(running), Some(output), problem),
             Err(problem) => {
                 let problem = format!("{problem:#}");
                 error!(
                     "no workers: {problem}; what policies want read is {}",
                     becomes(wanted.on_failure)
                 );
-                (Err(problem), None)
+                (Err(problem), None, None)
             }
         };
         let workers = Self {
@@ -99,13 +104,13 @@ impl Workers {
             cookie,
             mark,
             running,
-            carrier_problem: None,
+            carrier_problem,
         };
         Ok((workers, output))
     }
 
-    /// Puts the carrier in order if it is what workers do not run for: somebody may have deleted it, or set it down.
-    /// They try again by themselves. Answers whether the programs have to be told of another one.
+    /// Puts the carrier in order if it is what workers do not run for: it may have been deleted or set down, or could
+    /// not be made at the start. Workers try again by themselves. Answers whether the programs have to be told of another one.
     pub fn repair(&mut self, datapath: &Datapath, network: &Network) -> bool {
         let Ok(running) = &mut self.running else {
             return false;
@@ -113,7 +118,8 @@ impl Workers {
         let counters = running.pool.counters();
         let all_run = counters.iter().all(|counters| counters.state() == State::Running);
         // The workers do not see that the node's end is down.
-        if all_run && !network.down.contains(&running.carrier.ifindex()) {
+        let is_down = |carrier: Carrier| network.down.contains(&carrier.ifindex());
+        if all_run && !running.carrier.is_some_and(is_down) {
             return false;
         }
         let found = datapath.carrier(&self.wanted.interface, counters.len() as u32);
@@ -124,16 +130,15 @@ impl Workers {
             error!("the carrier of the workers: {problem}");
         }
         self.carrier_problem = problem;
+        running.usable.store(found.is_ok(), Ordering::Release);
         let Ok(carrier) = found else { return false };
-        let other = carrier.ifindex() != running.carrier.ifindex();
-        if other {
-            info!(
-                "the carrier {}0 was gone and is made again",
-                self.wanted.interface
-            );
+        let name = &self.wanted.interface;
+        match running.carrier.replace(carrier) {
+            Some(former) if former.ifindex() == carrier.ifindex() => return false,
+            Some(_) => info!("the carrier {name}0 was gone and is made again"),
+            None => info!("the carrier {name}0 is made"),
         }
-        running.carrier = Arc::new(carrier);
-        other
+        true
     }
 
     /// What the programs are to know of the workers.
@@ -145,7 +150,7 @@ impl Workers {
             told.flags |= config_flags::PASS_WITHOUT_WORKER;
         }
         if let Ok(running) = &self.running {
-            told.carrier = running.carrier.ifindex();
+            told.carrier = running.carrier.map_or(0, |carrier| carrier.ifindex());
             told.workers = running.pool.counters().len() as u32;
             told.inspectors = READERS;
         }
@@ -293,15 +298,23 @@ fn start(
     datapath: &Datapath,
     cookie: u64,
     failed: impl Fn() + Send + Sync + 'static,
-) -> anyhow::Result<(Running, Output)> {
+) -> anyhow::Result<(Running, Output, Option<String>)> {
     let workers = match wanted.threads {
         0 => thread::available_parallelism().map_or(1, |n| n.get().min(MOST_BY_ITSELF)),
         threads => threads,
     };
-    let carrier = datapath
-        .carrier(&wanted.interface, workers as u32)
-        .context("the carrier")?;
-    let carrier = Arc::new(carrier);
+    let found = datapath.carrier(&wanted.interface, workers as u32);
+    let problem = found.as_ref().err().map(ToString::to_string);
+    if let Some(problem) = &problem {
+        error!(
+            "the carrier of the workers: {problem}; it is tried again each second, and what policies want read is {} \
+             meanwhile",
+            becomes(wanted.on_failure)
+        );
+    }
+    let carrier = found.ok();
+    let usable = Arc::new(AtomicBool::new(carrier.is_some()));
+    let seats = Arc::new(datapath.seats().context("the maps of the workers")?);
     let rules = Arc::<Rules>::default();
     let beats = Arc::new(Beats::new(workers));
     let (pool, lessons, records) = Pool::start(Setup {
@@ -310,7 +323,7 @@ fn start(
         cookie,
         clock: monotonic_coarse,
         largest: 4_096,
-        port: socket_maker(wanted, &carrier),
+        port: socket_maker(wanted, &seats, &usable),
         engine: Arc::new(move |_| {
             let mut engine = Engine::<Handle>::new(&limits);
             if let Some(known) = &known {
@@ -319,9 +332,9 @@ fn start(
             engine
         }),
         beat: {
-            let (carrier, beats) = (Arc::clone(&carrier), Arc::clone(&beats));
+            let (seats, beats) = (Arc::clone(&seats), Arc::clone(&beats));
             Arc::new(move |number, now| {
-                carrier.beat(number as u32, now);
+                seats.beat(number as u32, now);
                 beats.beat(number, now);
                 if now == 0 {
                     failed();
@@ -333,7 +346,9 @@ fn start(
         records: RECORDS,
     })
     .context("starting threads")?;
-    if pool.ready(READY) {
+    if carrier.is_none() {
+        // Nothing to wait for.
+    } else if pool.ready(READY) {
         info!("{workers} workers at {}1", wanted.interface);
     } else {
         let mut problems = pool.counters().iter().filter_map(|counters| counters.problem());
@@ -346,10 +361,11 @@ fn start(
         pool,
         carrier,
         beats,
+        usable,
         rules,
         xdp: Vec::new(),
     };
-    Ok((running, Output { lessons, records }))
+    Ok((running, Output { lessons, records }, problem))
 }
 
 /// What nobody else can know: the cookie of packets on the carrier, the mark of those that come back.
@@ -432,7 +448,8 @@ fn worker(number: usize, counters: &Counters) -> api::Worker {
 /// Makes the socket of a worker, and puts it where the programs find it.
 fn socket_maker(
     wanted: &Wanted,
-    carrier: &Arc<Carrier>,
+    seats: &Arc<palisade_datapath::Seats>,
+    usable: &Arc<AtomicBool>,
 ) -> Arc<dyn Fn(usize) -> io::Result<(Socket, usize)> + Send + Sync> {
     let config = SocketConfig {
         frames: wanted.frames,
@@ -443,14 +460,17 @@ fn socket_maker(
         },
         ..SocketConfig::new(&format!("{}1", wanted.interface), 0)
     };
-    let carrier = Arc::clone(carrier);
+    let (seats, usable) = (Arc::clone(seats), Arc::clone(usable));
     Arc::new(move |number| {
+        if !usable.load(Ordering::Acquire) {
+            return Err(io::Error::other("there is no carrier"));
+        }
         let config = SocketConfig {
             queue: number as u32,
             ..config.clone()
         };
         let socket = Socket::new(&config)?;
-        carrier
+        seats
             .insert_socket(number as u32, socket.as_fd())
             .map_err(io::Error::other)?;
         Ok((socket, config.frames as usize))
