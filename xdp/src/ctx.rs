@@ -5,14 +5,11 @@ use aya_ebpf::helpers::generated::{
     bpf_fib_lookup as fib_lookup, bpf_redirect, bpf_skb_change_head, bpf_skb_pull_data, bpf_skb_store_bytes,
     bpf_skb_vlan_pop, bpf_xdp_adjust_head, bpf_xdp_get_buff_len,
 };
-use palisade_abi::{Carried, CtEntry, MAX_CARRIED_FRAME, Reason, carry_hook};
+use palisade_abi::{Carried, CtEntry, MAX_CARRIED_FRAME, MAX_SEGMENT_HEADERS, Reason, carry_hook};
 use palisade_packet::{Bytes, MAX_HEADERS};
 
 use crate::frame::Frame;
 use crate::{event, verdict};
-
-/// More than the headers of a segment take.
-const MAX_SEGMENT_HEADERS: u32 = 256;
 
 /// The bits of an offset into the headers.
 const OFFSET_MASK: u32 = 2 * MAX_HEADERS - 1;

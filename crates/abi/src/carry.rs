@@ -170,5 +170,12 @@ pub const CARRIER_MTU: u32 = 3_400;
 /// Longest frame that can be carried, from its Ethernet header on.
 pub const MAX_CARRIED_FRAME: u32 = CARRIER_MTU + 14 - size_of::<Carried>() as u32;
 
+/// More than the headers of a segment take, Ethernet and IPv6 extension headers included. A super-frame is carried if
+/// its segment size and these fit into [`MAX_CARRIED_FRAME`].
+pub const MAX_SEGMENT_HEADERS: u32 = 256;
+
+/// Largest MSS of a connection whose segments can all be carried (RFC 9293, 3.7.1).
+pub const MAX_CARRIED_MSS: u16 = (MAX_CARRIED_FRAME - MAX_SEGMENT_HEADERS) as u16;
+
 /// Most workers that there can be: slots of the WORKERS and XSKS maps.
 pub const MAX_WORKERS: usize = 64;

@@ -1,6 +1,8 @@
 //! What stands in front of a carried packet, and what is put behind one that goes on. Pure: bytes in, bytes out.
 
-use palisade_abi::{Carried, CarrySlot, FlowCommand, Reason, Released, carry_hook, protocol, release};
+use palisade_abi::{
+    Carried, CarrySlot, FlowCommand, MAX_CARRIED_MSS, Reason, Released, carry_hook, protocol, release,
+};
 use palisade_inspect::{OptionProblem, Route, View};
 use palisade_packet::{Packet, Start, flags};
 use zerocopy::{FromBytes as _, IntoBytes as _};
@@ -68,7 +70,8 @@ impl Ready {
 }
 
 /// Rewrites the TCP options of a packet that will be read ([`palisade_inspect::normalise_options`]); it goes on
-/// changed, if it goes on. Returns whether anything was changed; false for what is no whole TCP segment.
+/// changed, if it goes on. A SYN offers no larger segments than the carrier takes. Returns whether anything was changed;
+/// false for what is no whole TCP segment.
 ///
 /// # Errors
 /// The packet must not go on.
@@ -80,7 +83,7 @@ pub fn normalise(bytes: &mut [u8], ready: &Ready) -> Result<bool, OptionProblem>
     let start = ready.start + usize::from(packet.transport_offset);
     let end = ready.start + usize::from(packet.network_offset) + packet.length as usize;
     let segment = bytes.get_mut(start..end).ok_or(OptionProblem::Length)?;
-    palisade_inspect::normalise_options(segment, None)
+    palisade_inspect::normalise_options(segment, Some(MAX_CARRIED_MSS))
 }
 
 /// Where the payload of the transport starts and ends; of a later fragment, what it carries.

@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use palisade_abi::{Config as Told, EndpointState, identity};
+use palisade_abi::{Config as Told, EndpointState, MAX_CARRIED_FRAME, MAX_CARRIED_MSS, identity};
 use palisade_datapath::{Datapath, Options, detach_all};
 use palisade_flowlog::Ring;
 use palisade_fqdn::{Cache, Known, Special};
@@ -48,7 +48,7 @@ use crate::{
     command::{chain, count},
     config::{Config, Dns, WithoutPolicies},
     control::{
-        api::{PolicyFileState, Request, Status},
+        api::{InterfaceStatus, PolicyFileState, Request, Status},
         server,
     },
 };
@@ -243,6 +243,9 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
         None => None,
     };
     control.attach();
+    for limited in control.limited_interfaces(&control.guard.report(&control.datapath)) {
+        warn!("{limited}");
+    }
     control.retire_old_maps();
 
     let read = events::read(datapath.events()?, Arc::clone(&ring), Arc::clone(&shared))?;
@@ -900,6 +903,26 @@ impl Control {
         })
     }
 
+    /// What the carrier limits at interfaces whose packets may be longer than it takes, if anything is to be read.
+    fn limited_interfaces(&self, interfaces: &[InterfaceStatus]) -> Vec<String> {
+        if self.engine.compiler.snapshot().rulesets.is_empty() {
+            return Vec::new();
+        }
+        let mtu = |interface: &InterfaceStatus| self.network.mtus.get(&interface.ifindex).copied();
+        interfaces
+            .iter()
+            .filter_map(|interface| Some((&interface.name, mtu(interface)?)))
+            .filter(|(_, mtu)| mtu + 14 > MAX_CARRIED_FRAME)
+            .map(|(name, mtu)| {
+                format!(
+                    "interface {name}: its MTU of {mtu} is more than the workers are given ({MAX_CARRIED_FRAME} bytes \
+                     a frame): connections that are read agree on segments of {MAX_CARRIED_MSS} bytes; what is longer \
+                     and must be read is dropped (232)"
+                )
+            })
+            .collect()
+    }
+
     /// `palisade status`, as far as the control thread knows it.
     pub fn status(&self) -> Status {
         let policy_files = self.files.report();
@@ -941,6 +964,7 @@ impl Control {
                 }
             }
         }
+        warnings.extend(self.limited_interfaces(&interfaces));
         let remarks = &self.engine.compiler.snapshot().diagnostics;
         warnings.extend(remarks.iter().map(ToString::to_string));
         Status {

@@ -31,6 +31,8 @@ pub struct Network {
     pub links: BTreeMap<String, u32>,
     /// Indices of those that are set down.
     pub down: BTreeSet<u32>,
+    /// MTU of every interface by its index, bytes.
+    pub mtus: BTreeMap<u32, u32>,
     /// Addresses of this node, without loopback's own.
     pub addresses: BTreeSet<IpAddr>,
 }
@@ -40,6 +42,11 @@ pub fn read() -> io::Result<Network> {
     let mut network = Network::default();
     dump(RouteNetlinkMessage::GetLink(LinkMessage::default()), |message| {
         if let RouteNetlinkMessage::NewLink(link) = message {
+            let mtu = link.attributes.iter().find_map(|attribute| match attribute {
+                LinkAttribute::Mtu(mtu) => Some(*mtu),
+                _ => None,
+            });
+            network.mtus.extend(mtu.map(|mtu| (link.header.index, mtu)));
             let name = link.attributes.into_iter().find_map(|attribute| match attribute {
                 LinkAttribute::IfName(name) => Some(name),
                 _ => None,
@@ -168,7 +175,8 @@ mod tests {
     #[test]
     fn the_loopback_interface_is_found_and_its_addresses_are_not_the_nodes() {
         let network = read_whole().unwrap();
-        assert!(network.links.contains_key("lo"), "{network:?}");
+        let lo = network.links.get("lo");
+        assert!(lo.is_some_and(|lo| network.mtus[lo] >= 1_280), "{network:?}");
         assert!(network.addresses.iter().all(|address| !address.is_loopback()));
     }
 

@@ -1,0 +1,83 @@
+//! Connections that are read where the interfaces take jumbo frames, which the carrier does not.
+
+use std::time::Duration;
+
+use palisade_testbed::{
+    daemon::Hooks,
+    topology::{FAMILIES, INNER, NIC},
+    web::{curl, random_file, sha256},
+};
+use palisade_tests::{
+    apps::{WAYS, apps},
+    setup::{on_all_ways, webs},
+};
+
+const RULES: &str = "      rules:\n        http: [{path: /files/.*}]\n";
+const PORT: u16 = 80;
+/// A transfer takes less; a connection whose segments are dropped takes all of it.
+const LONG: Duration = Duration::from_secs(10);
+
+fn jumbo_frames(hooks: Hooks) {
+    let apps = apps();
+    let node = apps.ns("node");
+    for interface in ["veth-client", "veth-server", NIC] {
+        node.ip(&format!("link set {interface} mtu 9000\n")).expect("MTU");
+    }
+    for name in ["client", "server", "internet"] {
+        apps.ns(name)
+            .ip(&format!("link set {INNER} mtu 9000\n"))
+            .expect("MTU");
+    }
+    let servers = ["internet", "server", "node"];
+    let webs = webs(&apps, servers, &[PORT], &[]);
+    let body = apps.topology.dir().join("body");
+    random_file(&body, 300_000).expect("file");
+    let sum = sha256(&body).expect("sum");
+    for web in &webs {
+        std::fs::copy(&body, web.files().join("down")).expect("copy");
+    }
+    let daemon = on_all_ways(&apps, hooks, &[PORT], RULES);
+    let status = daemon.status().expect("status");
+    let limited = status["warnings"].to_string();
+    for interface in ["veth-client", "veth-server", NIC] {
+        assert!(
+            limited.contains(&format!("interface {interface}: its MTU of 9000")),
+            "{limited}"
+        );
+    }
+    assert!(daemon.log().contains("its MTU of 9000"), "{}", daemon.log());
+    let from_body = body.display().to_string();
+    for (from, to) in WAYS {
+        let web = &webs[servers.iter().position(|name| name == to).expect("server")];
+        for family in FAMILIES {
+            let url = |path: &str| format!("http://{}{path}", apps.at(to, family, PORT));
+            let got = apps.topology.dir().join("got");
+            let args = [&url("/files/down"), "-o", got.to_str().expect("path")];
+            let down = curl(apps.ns(from), &args, LONG).expect("curl");
+            let right = down.status == 200 && sha256(&got).is_ok_and(|got| got == sum);
+            assert!(
+                right,
+                "{from} > {to} {family:?}, down: {down:?}\n{}",
+                daemon.report()
+            );
+            let args = ["-T", &from_body, "-H", "Expect:", &url("/files/up")];
+            let up = curl(apps.ns(from), &args, LONG).expect("curl");
+            let right =
+                matches!(up.status, 201 | 204) && sha256(&web.files().join("up")).is_ok_and(|got| got == sum);
+            assert!(right, "{from} > {to} {family:?}, up: {up:?}\n{}", daemon.report());
+        }
+    }
+}
+
+#[test]
+fn jumbo_frames_pass_inspected_connections_by_tcx() {
+    jumbo_frames(Hooks {
+        host: "tc",
+        ..Hooks::default()
+    });
+}
+
+#[test]
+fn jumbo_frames_pass_inspected_connections_by_xdp_at_the_nic() {
+    jumbo_frames(Hooks::default());
+}
