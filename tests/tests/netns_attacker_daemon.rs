@@ -346,7 +346,10 @@ fn a_full_or_read_only_state_directory_does_not_leave_a_booting_node_open() {
         let status = daemon
             .wait_status("it is told", |status| lines(status, "warnings").contains(what))
             .expect("status");
-        assert!(lines(&status, "warnings").contains(&state), "{status:#}");
+        for file in ["state.json", "names.journal"] {
+            let path = format!("{state}/{file}: {what}");
+            assert!(lines(&status, "warnings").contains(&path), "{path}: {status:#}");
+        }
         daemon.detach().expect("detach");
     }
 }

@@ -944,6 +944,7 @@ impl Control {
                 "{problem}: what has changed since is NOT KEPT and is lost at the next start; it is tried again"
             ));
         }
+        warnings.extend(self.names.journal_problem());
         if let Some(problem) = self.files.unknown() {
             let meaning = match (self.closed, self.config.policy.enforcement) {
                 (true, Enforcement::Default) => "closed: whatever no policy allows is denied",

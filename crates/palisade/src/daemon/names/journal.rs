@@ -9,7 +9,7 @@ use std::{
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
         mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender},
     },
@@ -25,6 +25,10 @@ use tracing::{error, info, warn};
 const SYNC: Duration = Duration::from_secs(5);
 /// A journal is begun anew when so much was appended, or as much as there was at its beginning, if that is more.
 const LEAST: u64 = 4 << 20;
+/// Between two attempts to write what could not be written.
+const AGAIN: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
+/// A disk answers by then.
+const FLUSH_DEADLINE: Duration = Duration::from_secs(10);
 /// Orders that may wait for the disk.
 const QUEUE: usize = 1_024;
 
@@ -55,6 +59,7 @@ pub struct Journal {
     orders: SyncSender<Order>,
     appended: Arc<AtomicU64>,
     begun: Arc<AtomicU64>,
+    problem: Arc<Mutex<Option<String>>>,
 }
 
 #[derive(Debug)]
@@ -133,21 +138,19 @@ impl Journal {
             orders,
             appended: Arc::default(),
             begun: Arc::default(),
+            problem: Arc::default(),
         };
         let mut file = Writing {
             dir: dir.to_owned(),
             file: None,
             appended: Arc::clone(&journal.appended),
             begun: Arc::clone(&journal.begun),
+            problem: Arc::clone(&journal.problem),
             unsynced: None,
+            failed: None,
         };
         if let Err(problem) = file.begin(now(), &endpoints, &all) {
-            error!(
-                "{}: {problem}: what is learned now may not outlive a restart",
-                path_of(dir).display()
-            );
-            // Begun anew by the next sweep.
-            journal.appended.store(u64::MAX / 2, Ordering::Relaxed);
+            file.failed(&problem);
         }
         thread::Builder::new()
             .name("names-journal".into())
@@ -183,32 +186,48 @@ impl Journal {
         }
     }
 
-    /// Waits until everything is on the disk.
+    /// Waits until everything is on the disk, or the disk is in no state to be waited for.
     pub fn flush(&self) {
         let (done, wait) = mpsc::channel();
-        if self.orders.send(Order::Flush(done)).is_ok() {
+        if self.orders.try_send(Order::Flush(done)).is_ok() {
             // An end without an answer: nothing is left to wait for.
-            let _ = wait.recv();
+            let _ = wait.recv_timeout(FLUSH_DEADLINE);
         }
+    }
+
+    /// Why what is learned now is not written, if it is not.
+    pub fn problem(&self) -> Option<String> {
+        self.problem
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 }
 
 struct Writing {
     dir: PathBuf,
+    problem: Arc<Mutex<Option<String>>>,
     file: Option<BufWriter<File>>,
     appended: Arc<AtomicU64>,
     begun: Arc<AtomicU64>,
     /// Since when something is not on the disk.
     unsynced: Option<Instant>,
+    /// When writing failed last.
+    failed: Option<Instant>,
 }
 
 impl Writing {
     fn serve(mut self, orders: &Receiver<Order>) {
-        let mut failing = false;
         loop {
-            let patience = self.unsynced.map_or(Duration::from_secs(3_600), |since| {
-                SYNC.saturating_sub(since.elapsed())
-            });
+            if self.failed.is_some_and(|when| when.elapsed() >= AGAIN) {
+                // The next answer has everything written anew, what was lost meanwhile too.
+                self.failed = None;
+                self.appended.store(u64::MAX / 2, Ordering::Relaxed);
+            }
+            let sync = self.unsynced.map(|since| SYNC.saturating_sub(since.elapsed()));
+            let again = self.failed.map(|when| AGAIN.saturating_sub(when.elapsed()));
+            let patience = [sync, again].into_iter().flatten().min();
+            let patience = patience.unwrap_or(Duration::from_secs(3_600));
             let outcome = match orders.recv_timeout(patience) {
                 Ok(Order::Append(at, names)) => self.append(at, &names),
                 Ok(Order::Begin(at, endpoints, all)) => self.begin(at, &endpoints, &all),
@@ -222,19 +241,31 @@ impl Writing {
                 Err(RecvTimeoutError::Disconnected) => return,
             };
             match outcome {
-                Err(problem) if !failing => {
-                    error!(
-                        "{}: {problem}: what is learned now may not outlive a restart",
-                        path_of(&self.dir).display()
-                    );
-                    failing = true;
-                }
-                Ok(()) if failing && self.file.is_some() => {
-                    info!("{}: can be written again", path_of(&self.dir).display());
-                    failing = false;
-                }
-                _ => {}
+                Err(problem) => self.failed(&problem),
+                Ok(()) if self.file.is_some() => self.works(),
+                Ok(()) => {}
             }
+        }
+    }
+
+    fn failed(&mut self, problem: &io::Error) {
+        self.failed = Some(Instant::now());
+        let path = path_of(&self.dir);
+        let text = format!(
+            "{}: {problem}: what is learned now may not outlive a restart",
+            path.display()
+        );
+        let mut told = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.is_none() {
+            error!("{text}");
+        }
+        *told = Some(text);
+    }
+
+    fn works(&self) {
+        let mut told = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.take().is_some() {
+            info!("{}: can be written again", path_of(&self.dir).display());
         }
     }
 
@@ -351,6 +382,38 @@ mod tests {
         let found = read(dir.path(), &endpoints()).unwrap();
         assert_eq!((names(&found), found.broken), (vec!["new.test", "after.test"], 0));
         assert!(!old_path_of(dir.path()).exists());
+    }
+
+    #[test]
+    fn a_journal_that_cannot_be_begun_is_begun_when_it_can_be() {
+        let dir = tempfile::tempdir().unwrap();
+        // A directory stands where the file is to be made, which root cannot replace by a file either.
+        let blocked = dir.path().join(".names.journal.tmp");
+        fs::create_dir(&blocked).unwrap();
+        let journal = Journal::begin(dir.path(), endpoints(), Vec::new()).unwrap();
+        assert!(
+            journal.problem().unwrap().contains("names.journal: "),
+            "{:?}",
+            journal.problem()
+        );
+        let until = Instant::now() + AGAIN * 30;
+        let mut all = Vec::new();
+        while journal.problem().is_some() {
+            assert!(Instant::now() < until, "{:?}", journal.problem());
+            if until.saturating_duration_since(Instant::now()) < AGAIN * 27 {
+                let _ = fs::remove_dir(&blocked);
+            }
+            // As answers are taken.
+            all.push(name(2, &format!("{}.test", all.len())));
+            if journal.is_long() {
+                journal.begin_anew(endpoints(), all.clone());
+            } else {
+                journal.append(all[all.len() - 1..].to_vec());
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        journal.flush();
+        assert_eq!(read(dir.path(), &endpoints()).unwrap().names.len(), all.len());
     }
 
     #[test]

@@ -640,6 +640,11 @@ impl Names {
         }
     }
 
+    /// Why what is learned now may not outlive a restart, if that is so.
+    pub fn journal_problem(&self) -> Option<String> {
+        self.journal.as_ref().and_then(Journal::problem)
+    }
+
     /// How much there is, and what became of answers.
     pub fn counts(&self) -> Counts {
         let state = self.lock();
