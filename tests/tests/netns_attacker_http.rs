@@ -1,0 +1,452 @@
+//! Attackers behind HTTP rules: what a server takes for a request must be a request that was judged.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    thread,
+    time::{Duration, Instant},
+};
+
+use palisade_testbed::{
+    Daemon, Process,
+    daemon::Settings,
+    topology::FAMILIES,
+    web::{Caddy, Talk, Web, curl},
+};
+use palisade_tests::{
+    OPEN,
+    apps::{Apps, apps},
+    setup::{client_only, client_only_with},
+};
+
+const WEB: u16 = 80;
+const CARELESS: u16 = 8081;
+const CADDY: u16 = 8082;
+const PORTS: &[u16] = &[WEB, CARELESS, CADDY];
+
+/// Any method below `/allowed`.
+const RULES: &str = "      rules:
+        http:
+        - {path: \"/allowed(/.*)?\"}
+";
+const DENIED: &str = "Access denied\r\n";
+const HIDDEN: &str = "DELETE /denied/all HTTP/1.1\r\nHost: x\r\n\r\n";
+
+/// A server that reads requests in the ways that firewalls are gone around by.
+struct Careless {
+    _process: Process,
+    log: std::path::PathBuf,
+}
+
+impl Careless {
+    fn start(apps: &Apps) -> Self {
+        let dir = apps.topology.dir();
+        let (script, log) = (dir.join("careless.py"), dir.join("careless.requests"));
+        fs::write(&script, include_str!("careless.py")).expect("script");
+        let mut command = apps.ns("internet").command("python3");
+        command
+            .arg(&script)
+            .arg(&log)
+            .arg(CARELESS.to_string())
+            .args(apps.both("internet").map(|address| address.to_string()));
+        let process = Process::spawn("careless", command, dir).expect("python3");
+        let begin = Instant::now();
+        while !process.log().contains("ready") {
+            assert!(begin.elapsed() < Duration::from_secs(10), "{}", process.log());
+            thread::sleep(Duration::from_millis(20));
+        }
+        Self {
+            _process: process,
+            log,
+        }
+    }
+
+    fn noted(&self) -> Vec<String> {
+        let text = fs::read_to_string(&self.log).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    /// Waits for a line.
+    #[track_caller]
+    fn expect(&self, line: &str, daemon: &Daemon) {
+        let begin = Instant::now();
+        while !self.noted().iter().any(|noted| noted.contains(line)) {
+            assert!(
+                begin.elapsed() < OPEN,
+                "no '{line}' in {:?}\n{}",
+                self.noted(),
+                daemon.report()
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// A connection on which this is said at once; what was answered until it is silent or ends.
+fn said(apps: &Apps, to: SocketAddr, bytes: &[u8]) -> String {
+    let mut talk = Talk::open(apps.ns("client"), to, OPEN).expect("connection");
+    if talk.say(bytes).is_ok() {
+        // a reset is an end like any other
+        let _ = talk.hear(Duration::from_millis(400), |_| false);
+    }
+    talk.text()
+}
+
+/// Streams that some server takes for more, or other, requests than another does. Each names its number in its path.
+fn nasty() -> Vec<Vec<u8>> {
+    let length = HIDDEN.len();
+    let chunk = format!("{length:x}\r\n{HIDDEN}\r\n0\r\n\r\n");
+    let mut streams: Vec<String> = Vec::new();
+    let mut head = |line: &str, fields: &str, body: &str| {
+        streams.push(format!("{line} HTTP/1.1\r\nHost: x\r\n{fields}\r\n{body}"));
+    };
+    // bodies that are not read
+    for method in ["GET", "HEAD", "DELETE", "OPTIONS", "TRACE", "get"] {
+        head(
+            &format!("{method} /allowed/N"),
+            &format!("Content-Length: {length}\r\n"),
+            HIDDEN,
+        );
+        head(
+            &format!("{method} /allowed/N"),
+            "Transfer-Encoding: chunked\r\n",
+            &chunk,
+        );
+    }
+    // framing in disguise
+    for name in [
+        "Transfer_Encoding",
+        "Transfer.Encoding",
+        "transfer-encoding ",
+        "Transfer-Encoding\t",
+        "\x0bTransfer-Encoding",
+        "_Transfer-Encoding",
+        "Transfer-Encoding_",
+        "Transfer\0-Encoding",
+        "X: y\n Transfer-Encoding",
+        "X: y\nTransfer-Encoding",
+        "X: y\rTransfer-Encoding",
+    ] {
+        let rest = format!("0\r\n\r\n{HIDDEN}");
+        head(
+            "POST /allowed/N",
+            &format!("Content-Length: {}\r\n{name}: chunked\r\n", rest.len()),
+            &rest,
+        );
+    }
+    for name in [
+        "Content_Length",
+        "Content-Length ",
+        "Content.Length",
+        "\x0cContent-Length",
+        "Content-Length\0",
+    ] {
+        head(
+            "POST /allowed/N",
+            &format!("{name}: 0\r\nContent-Length: {length}\r\n"),
+            HIDDEN,
+        );
+        head(
+            "POST /allowed/N",
+            &format!("{name}: 0\r\nTransfer-Encoding: chunked\r\n"),
+            &chunk,
+        );
+    }
+    // framing twice, or malformed
+    for fields in [
+        format!("Content-Length: {length}\r\nContent-Length: 0\r\n"),
+        format!("Content-Length: 0\r\nContent-Length: {length}\r\n"),
+        format!("Content-Length: {length}, 0\r\n"),
+        format!("Content-Length: +{length}\r\n"),
+        format!("Content-Length: 0x{length:x}\r\n"),
+        format!("Content-Length: {length} 0\r\n"),
+        format!(
+            "Content-Length: {}\r\n",
+            u128::from(u64::MAX) + 1 + length as u128
+        ),
+        format!("Content-Length: {length}\r\nConnection: Content-Length\r\n"),
+        format!("Content-Length: {length}\r\nTransfer-Encoding: identity\r\n"),
+    ] {
+        head("POST /allowed/N", &fields, HIDDEN);
+    }
+    for coding in [
+        "chunked, identity",
+        "identity, chunked",
+        "xchunked",
+        "chunked\x0b",
+        "\"chunked\"",
+        "chunked;q=1",
+    ] {
+        head(
+            "POST /allowed/N",
+            &format!("Transfer-Encoding: {coding}\r\n"),
+            &format!("0\r\n\r\n{HIDDEN}"),
+        );
+    }
+    // chunks
+    for size in [
+        "0x0",
+        "+0",
+        "-0",
+        " 0",
+        "0 ",
+        "0;a\n",
+        "0\n",
+        "0;\"\r\n",
+        "00000000000000000",
+        "0_0",
+        "1_0",
+    ] {
+        head(
+            "POST /allowed/N",
+            "Transfer-Encoding: chunked\r\n",
+            &format!("{size}\r\n\r\n{HIDDEN}"),
+        );
+    }
+    for size in ["10000000000000000", "fffffffffffffffff", "100000000"] {
+        head(
+            "POST /allowed/N",
+            "Transfer-Encoding: chunked\r\n",
+            &format!("{size}\r\n\r\n0\r\n\r\n{HIDDEN}"),
+        );
+    }
+    for trailer in [
+        "Content-Length: 5",
+        "Transfer_Encoding: chunked",
+        "Host: y",
+        "Upgrade: h2c",
+        " folded",
+    ] {
+        head(
+            "POST /allowed/N",
+            "Transfer-Encoding: chunked\r\n",
+            &format!("0\r\n{trailer}\r\n\r\n{HIDDEN}"),
+        );
+    }
+    // expectations
+    for expect in [
+        "100-continue",
+        "y 100-continue",
+        "100-continue, 100-continue",
+        "x",
+    ] {
+        head(
+            "POST /allowed/N/unread",
+            &format!("Expect: {expect}\r\nContent_Length: 1\r\nContent-Length: {length}\r\n"),
+            HIDDEN,
+        );
+    }
+    // targets and hosts
+    head("GET http://y/allowed/N", "", "");
+    head("GET /allowed/N/../../denied/N", "", "");
+    head("GET /allowed/N\tHTTP/1.1\r\nX: GET /denied/N", "", "");
+    head("GET /denied/N HTTP/1.1\r\n\r\nGET /allowed/N", "", "");
+    head("GET  /denied/N /allowed/N", "", "");
+    head("GET /allowed/N", "Host: y\r\n", "");
+    head("GET /allowed/N", "Host_: y\r\n", "");
+    // requests behind requests
+    for end in ["\n\n", "\r\n\n", "\r\r", "\r\n \r\n\r\n"] {
+        streams.push(format!("GET /allowed/N HTTP/1.1\r\nHost: x{end}{HIDDEN}"));
+    }
+    streams.push(format!("GET /allowed/N HTTP/1.1\r\nHost: x\r\n\r\n{HIDDEN}"));
+    streams.push(format!(
+        "\r\n\r\nGET /allowed/N HTTP/1.1\r\nHost: x\r\n\r\n\r\n\r\n{HIDDEN}"
+    ));
+    streams.push("GET /denied/N\r\n".into());
+    streams.push("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nGET /denied/N HTTP/1.1\r\nHost: x\r\n\r\n".into());
+    streams.push(format!(
+        "GET /allowed/N HTTP/1.0\r\nContent-Length: {length}\r\n\r\n{HIDDEN}"
+    ));
+    streams.push(format!(
+        "POST /allowed/N HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n{chunk}"
+    ));
+    streams
+        .iter()
+        .enumerate()
+        .map(|(n, text)| text.replace("/N", &format!("/{n}")).into_bytes())
+        .collect()
+}
+
+#[test]
+fn what_a_server_takes_for_a_request_was_judged() {
+    let apps = apps();
+    let web = Web::start(apps.ns("internet"), "internet", &[WEB], &[], &apps.certificate).expect("nginx");
+    let careless = Careless::start(&apps);
+    let _caddy = Caddy::start(apps.ns("internet"), "caddy", CADDY, 8443, &apps.certificate).expect("caddy");
+    let daemon = client_only(&apps, PORTS, RULES);
+    let streams = nasty();
+    for family in FAMILIES {
+        thread::scope(|scope| {
+            for port in PORTS {
+                let (apps, streams, at) = (&apps, &streams, apps.at("internet", family, *port));
+                // in four threads: most of the time is spent in waiting for silence
+                for part in 0..4 {
+                    scope.spawn(move || {
+                        for stream in streams.iter().skip(part).step_by(4) {
+                            let answers = said(apps, at, stream);
+                            assert!(
+                                !answers.contains("denied/") && answers.matches("HTTP/1.1 200").count() <= 1,
+                                "{at}: {:?}: {answers}",
+                                String::from_utf8_lossy(stream)
+                            );
+                        }
+                    });
+                }
+            }
+        });
+    }
+    // Both logs say what was taken for a request; the flows, what was judged.
+    let judged: Vec<String> = daemon
+        .flows(&["--protocol", "http", "--verdict", "FORWARDED", "--reply", "false"])
+        .expect("flows")
+        .iter()
+        .map(|flow| flow["l7"]["http"]["url"].as_str().unwrap_or_default().to_owned())
+        .collect();
+    assert!(judged.len() > 20, "{judged:?}");
+    let seen = web.seen().into_iter().map(|seen| seen.request);
+    let noted = careless.noted();
+    let noted = noted
+        .iter()
+        .filter_map(|line| line.strip_prefix("request ").map(str::to_owned));
+    let all: Vec<String> = seen.chain(noted).collect();
+    assert!(all.len() > 20, "{all:?}");
+    for request in all {
+        let path = request.split(' ').nth(1).unwrap_or_default();
+        assert!(
+            path.contains("/allowed/") && judged.iter().any(|url| url.ends_with(path)),
+            "{request} was not judged: {judged:?}\n{}",
+            daemon.report()
+        );
+    }
+}
+
+#[test]
+fn a_get_may_have_a_body_where_the_configuration_says_so() {
+    let apps = apps();
+    let careless = Careless::start(&apps);
+    let body = "{\"query\": {}}";
+    for (text, passes) in [("", false), ("[http]\nget_bodies = \"allow\"\n", true)] {
+        let settings = Settings {
+            tables: text.into(),
+            ..Settings::default()
+        };
+        let daemon = client_only_with(&apps, &settings, PORTS, RULES);
+        for family in FAMILIES {
+            let url = format!("http://{}/allowed/_search", apps.at("internet", family, CARELESS));
+            let got = curl(apps.ns("client"), &["-X", "GET", "-d", body, &url], OPEN).expect("curl");
+            assert_eq!(
+                got.status,
+                if passes { 200 } else { 400 },
+                "{got:?}\n{}",
+                daemon.report()
+            );
+        }
+    }
+    drop(careless);
+}
+
+#[test]
+fn a_server_that_takes_another_upgrade_than_the_first_is_cut_off() {
+    let apps = apps();
+    let careless = Careless::start(&apps);
+    let daemon = client_only(&apps, PORTS, RULES);
+    let behind = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nDELETE /denied";
+    for family in FAMILIES {
+        let at = apps.at("internet", family, CARELESS);
+        for fields in [
+            "Connection: Upgrade\r\nUpgrade: websocket\r\nUpgrade: h2c\r\n",
+            "Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABk\r\nUpgrade: websocket, h2c\r\n",
+            "Connection: Upgrade\r\nUpgrade: h2c\r\n",
+            "Upgrade: h2c\r\n",
+            "Up-grade: h2c\r\n",
+        ] {
+            let head = format!("GET /allowed/up HTTP/1.1\r\nHost: x\r\n{fields}\r\n");
+            let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
+            talk.say(format!("{head}{behind}").as_bytes()).expect("a request");
+            let _ = talk.hear(OPEN, |_| false);
+            assert!(
+                !talk.text().contains("101"),
+                "{fields}: {}\n{}",
+                talk.text(),
+                daemon.report()
+            );
+        }
+        let head = "GET /allowed/ws HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
+        let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
+        talk.say(format!("{head}frames {family:?}").as_bytes())
+            .expect("a request");
+        talk.hear(OPEN, |heard| heard.ends_with(b"\r\n\r\n"))
+            .expect("101");
+        assert!(
+            talk.text().starts_with("HTTP/1.1 101"),
+            "{}\n{}",
+            talk.text(),
+            daemon.report()
+        );
+        careless.expect(&format!("behind websocket b'frames {family:?}"), &daemon);
+    }
+    let noted = careless.noted();
+    assert!(
+        !noted.iter().any(|line| line.starts_with("behind h2c")),
+        "{noted:?}"
+    );
+}
+
+#[test]
+fn the_end_of_an_upload_arrives_before_the_request_in_its_packet_is_refused() {
+    let apps = apps();
+    let careless = Careless::start(&apps);
+    let daemon = client_only(&apps, PORTS, RULES);
+    for family in FAMILIES {
+        let at = apps.at("internet", family, CARELESS);
+        for (size, how) in [
+            (100, "late"),
+            (100, "early"),
+            (400_000, "late"),
+            (400_000, "early"),
+        ] {
+            let path = format!("/allowed/{family:?}-{size}/{how}");
+            let head = format!("POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n");
+            let body = vec![b'x'; size];
+            let (first, last) = body.split_at(size - 50);
+            let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
+            talk.say(&[head.as_bytes(), first].concat()).expect("an upload");
+            if how == "early" {
+                talk.hear(OPEN, |heard| heard.ends_with(b"ok\n"))
+                    .expect("an early answer");
+            }
+            thread::sleep(Duration::from_millis(150));
+            talk.say(&[last, HIDDEN.as_bytes()].concat()).expect("the end");
+            let ended = talk.hear_all(OPEN).expect("answers");
+            let text = talk.text();
+            assert!(
+                ended && text.starts_with("HTTP/1.1 200") && text.ends_with(DENIED),
+                "{path}: {text}\n{:?}\n{}",
+                careless.noted(),
+                daemon.report()
+            );
+            careless.expect(&format!("body {path} {size}"), &daemon);
+        }
+    }
+    assert!(!careless.noted().iter().any(|line| line.contains("denied")));
+}
+
+#[test]
+fn a_head_that_is_too_long_gets_a_status_of_its_own() {
+    let apps = apps();
+    let _careless = Careless::start(&apps);
+    let daemon = client_only(&apps, PORTS, RULES);
+    let long = "a".repeat(20_000);
+    for family in FAMILIES {
+        let at = apps.at("internet", family, CARELESS);
+        let field = format!("X-Long: {long}");
+        for (args, path, status) in [
+            (&["-H", field.as_str()][..], "/allowed/a".to_owned(), 431),
+            (&[], format!("/allowed/{long}"), 414),
+        ] {
+            let url = format!("http://{at}{path}");
+            let got = curl(apps.ns("client"), &[args, &[&url]].concat(), OPEN).expect("curl");
+            assert_eq!(got.status, status, "{got:?}\n{}", daemon.report());
+        }
+    }
+}
