@@ -578,7 +578,7 @@ fn refusal(error: &ProgramError) -> String {
 }
 
 /// Releases on which these programs have been run (README, "Requirements").
-const TESTED: &str = "6.1, 6.16 and 6.18";
+const TESTED: &str = "6.1, 6.12, 6.16 and 6.18";
 
 /// The release of the running kernel.
 pub(crate) fn kernel_release() -> String {
