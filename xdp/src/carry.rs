@@ -140,13 +140,19 @@ fn is_in_window<C: Context>(ctx: C, frame: &Frame, entry: &CtEntry) -> bool {
     {
         return false;
     }
-    if entry.decided != CtEntry::decision(entry.ruleset, entry.carry_flags, false) {
-        return false;
-    }
     let reply = conntrack::is_reply(entry, frame.is_ingress());
     let (from, to) = window(entry, reply);
     let (other_from, other_to) = window(entry, !reply);
     if from == to && other_from == other_to {
+        return false;
+    }
+    // The order that made these very windows, for this very connection.
+    let windows = if reply {
+        [other_from, other_to, from, to]
+    } else {
+        [from, to, other_from, other_to]
+    };
+    if entry.decided != CtEntry::windowed(entry.serial, entry.ruleset, entry.carry_flags, windows) {
         return false;
     }
     let bytes = ctx.bytes(false);
@@ -315,15 +321,25 @@ pub fn from_worker(ctx: Skb) -> i32 {
         return TC_ACT_SHOT;
     }
     let mut tail = TRAILER;
-    if released.flags & release::COMMAND != 0 {
-        let mut command = FlowCommand::default();
+    let mut command = FlowCommand::default();
+    let mut more = released.flags & release::COMMAND;
+    while more != 0 {
         tail += COMMAND;
         let loaded = length >= tail + 14 && load(ctx, length - tail, &mut command);
         if !loaded {
             count(Reason::CarryForeign, length);
             return TC_ACT_SHOT;
         }
-        obey(&command);
+        if obey(&command) == 0 && command.order == order::REPLACE {
+            // What was decided for the connection before might hold for the one that this packet opens.
+            count(Reason::CtInvalidState, length);
+            return TC_ACT_SHOT;
+        }
+        more = if tail == TRAILER + COMMAND {
+            released.flags & release::SECOND_COMMAND
+        } else {
+            0
+        };
     }
     if released.way == release::NOWHERE {
         return TC_ACT_SHOT;
@@ -352,7 +368,7 @@ pub fn from_worker(ctx: Skb) -> i32 {
     TC_ACT_REDIRECT
 }
 
-/// Changes how a flow is read.
+/// Changes how a flow is read. Whether the flow is the one that is meant.
 #[inline(never)]
 fn obey(command: &FlowCommand) -> u32 {
     let Some(entry) = CONNTRACK.get_ptr_mut(&command.key) else {
@@ -363,21 +379,38 @@ fn obey(command: &FlowCommand) -> u32 {
     if entry.serial != command.serial {
         return 0;
     }
-    if command.order == order::CLOSE {
-        conntrack::close(entry);
-        return 0;
+    match command.order {
+        order::CLOSE => {
+            conntrack::close(&command.key, entry);
+            return 1;
+        }
+        order::OPENED => {
+            conntrack::opened(entry);
+            return 1;
+        }
+        order::REPLACE => {
+            conntrack::replace(&command.key, entry, command.windows[0]);
+            return 1;
+        }
+        _ => {}
     }
     // Rules may have changed since the worker got the packet that it decided by.
     if entry.ruleset != command.ruleset || u32::from(entry.carry_flags) != command.carry_flags {
         return 0;
     }
-    set_windows(entry, command.windows);
-    // If they change now, on another CPU, this says by which it was decided: it will not count.
-    let unread = command.order == order::OFFLOAD;
-    let decided = CtEntry::decision(command.ruleset, command.carry_flags as u8, unread);
+    // Only who has shaken hands sends something.
+    conntrack::opened(entry);
+    // If the entry changes now, on another CPU, `decided` says what it was decided for: it will not count.
+    let (serial, ruleset, flags) = (command.serial, command.ruleset, command.carry_flags as u8);
+    let decided = if command.order == order::OFFLOAD {
+        CtEntry::offload(serial, ruleset, flags)
+    } else {
+        set_windows(entry, command.windows);
+        CtEntry::windowed(serial, ruleset, flags, command.windows)
+    };
     // SAFETY: an aligned field of the entry; other CPUs write it meanwhile, hence volatile: one store.
     unsafe { core::ptr::write_volatile(&raw mut entry.decided, decided) };
-    0
+    1
 }
 
 #[inline(always)]

@@ -4,6 +4,8 @@
 //! last one's time and flags stay. Nothing that a verdict depends on is written so, but the TCP flags, and a
 //! connection whose end was overlooked by that dies of its timeout.
 
+use core::sync::atomic::{Ordering, compiler_fence};
+
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_jiffies64, bpf_ktime_get_coarse_ns};
 use palisade_abi::{
@@ -23,7 +25,7 @@ use crate::share;
 const SETTLES_AFTER: u64 = 2_000_000_000;
 
 /// The flags that say something about a connection's state.
-const STATE_FLAGS: u8 = TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK;
+pub const STATE_FLAGS: u8 = TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK;
 
 /// The clock of all timeouts: the coarse monotonic clock, which advances with the tick. Asking the kernel for it
 /// costs 13 of the 100 ns that a packet of a known flow takes, so each CPU asks once a jiffy. It may lag by a tick.
@@ -164,14 +166,17 @@ fn is_closing(forward: u8, reply: u8) -> bool {
 /// Whether the packet begins another connection than the one of the entry it hits.
 ///
 /// A bare SYN on a connection that is over re-uses its ports. A bare SYN of the answering side is a connection
-/// in the other direction, unless both sides open at the same time (RFC 9293, 3.5, figure 7).
+/// in the other direction, unless both sides open at the same time (RFC 9293, 3.5, figure 7: see [`crosses`]).
+///
+/// A connection that is read is over when its inspector says so, and until then each SYN goes to the inspector:
+/// whoever can send a reset and a SYN with wrong checksums could otherwise exchange the entry of a live connection.
 #[inline(always)]
 pub fn begins_another(entry: &CtEntry, packet: &Packet, ingress: bool) -> bool {
-    if packet.protocol != protocol::TCP
-        || packet.tcp_flags & (TCP_SYN | TCP_ACK) != TCP_SYN
-        || packet.is(flags::FRAGMENT_LATER)
-    {
+    if !is_bare_syn(packet) {
         return false;
+    }
+    if entry.inspector != 0 {
+        return entry.over != 0;
     }
     if is_closing(entry.forward_tcp, entry.reply_tcp) {
         return true;
@@ -179,12 +184,39 @@ pub fn begins_another(entry: &CtEntry, packet: &Packet, ingress: bool) -> bool {
     is_reply(entry, ingress) && (entry.forward_tcp | entry.reply_tcp) & TCP_ACK != 0
 }
 
+/// Whether the packet opens a connection.
+#[inline(always)]
+pub fn is_bare_syn(packet: &Packet) -> bool {
+    packet.protocol == protocol::TCP
+        && packet.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN
+        && !packet.is(flags::FRAGMENT_LATER)
+}
+
+/// Whether the packet is the SYN of the side that is to answer, where nothing has been acknowledged and nothing is
+/// read: both sides open at the same time, or somebody has sent the first SYN in the name of the other end.
+#[inline(always)]
+pub fn crosses(entry: &CtEntry, packet: &Packet, ingress: bool) -> bool {
+    is_bare_syn(packet) && entry.inspector == 0 && is_reply(entry, ingress)
+}
+
+/// Whether the inspector of the flow, if it has one, needs to see the packet, as far as the program can say without
+/// looking at windows. A SYN always: it may be the begin of another connection by the same ports, for which nothing has
+/// been decided.
+#[inline(always)]
+pub fn is_read(entry: &CtEntry, packet: &Packet) -> bool {
+    entry.inspector != 0
+        && (!entry.is_unread() || (packet.protocol == protocol::TCP && packet.tcp_flags & TCP_SYN != 0))
+}
+
 /// How long a flow in this state lives without a packet.
 #[inline(always)]
 fn timeout(config: &Config, protocol: u8, flow_flags: u8, forward_tcp: u8, reply_tcp: u8) -> u64 {
     match protocol {
         protocol::TCP if is_closing(forward_tcp, reply_tcp) => config.tcp_closing,
-        protocol::TCP if flow_flags & ct_flags::REPLIED != 0 => config.tcp_established,
+        // An answered SYN proves nothing: its source may be forged. The opener's acknowledgment does.
+        protocol::TCP if flow_flags & ct_flags::REPLIED != 0 && forward_tcp & TCP_ACK != 0 => {
+            config.tcp_established
+        }
         protocol::TCP => config.tcp_opening,
         protocol::UDP | protocol::SCTP => config.udp,
         _ => config.other,
@@ -217,11 +249,21 @@ fn settle(frame: &Frame, entry: &mut CtEntry) -> u32 {
     0
 }
 
-/// Notes that a connection was reset where no packet of it was seen.
+/// Has a flow give up the place of one that both ends use.
 #[inline(always)]
-pub fn close(entry: &mut CtEntry) {
+pub fn keep_no_more(key: &CtKey, entry: &mut CtEntry) {
+    if entry.kept != 0 {
+        share::settle(key, entry, 0);
+    }
+}
+
+/// Notes that a connection that is read is over.
+#[inline(always)]
+pub fn close(key: &CtKey, entry: &mut CtEntry) {
     if let Some(config) = CONFIG.get(0) {
         entry.forward_tcp |= TCP_RST;
+        entry.over = 1;
+        keep_no_more(key, entry);
         let expires = now() + config.tcp_closing;
         if expires < entry.expires {
             entry.expires = expires;
@@ -229,9 +271,41 @@ pub fn close(entry: &mut CtEntry) {
     }
 }
 
-/// Notes a packet of a flow that is let through.
+/// Notes that the opener of a connection that is read has acknowledged the answer.
 #[inline(always)]
-pub fn note<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
+pub fn opened(entry: &mut CtEntry) {
+    if let Some(config) = CONFIG.get(0)
+        && !is_closing(entry.forward_tcp, entry.reply_tcp)
+    {
+        entry.forward_tcp |= TCP_SYN | TCP_ACK;
+        entry.reply_tcp |= TCP_SYN | TCP_ACK;
+        entry.flags |= ct_flags::REPLIED;
+        entry.expires = now() + config.tcp_established;
+    }
+}
+
+/// Gives an entry to another connection by the same ports, whose SYN has just been answered.
+#[inline(always)]
+pub fn replace(key: &CtKey, entry: &mut CtEntry, serial: u32) {
+    if let Some(config) = CONFIG.get(0) {
+        // First of all: what was decided for the old one holds only together with its serial.
+        // SAFETY: an aligned field of the entry; other CPUs read it meanwhile, hence volatile: one store.
+        unsafe { core::ptr::write_volatile(&raw mut entry.serial, serial) };
+        entry.decided = 0;
+        entry.over = 0;
+        entry.forward_tcp = TCP_SYN;
+        entry.reply_tcp = TCP_SYN | TCP_ACK;
+        entry.flags &= !(ct_flags::MIDSTREAM | ct_flags::SEEDED | ct_flags::CLOSED);
+        entry.expires = now() + config.tcp_opening;
+        // Half open, it has the place of a new flow.
+        keep_no_more(key, entry);
+    }
+}
+
+/// Notes a packet of a flow that is let through. `is_read`: its inspector sees it. Then it says nothing about the state
+/// of the connection here: only the inspector knows whether the receiver would take it.
+#[inline(always)]
+pub fn note<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry, is_read: bool) {
     let Some(config) = CONFIG.get(0) else { return };
     let packet = &frame.packet;
     let reply = is_reply(entry, frame.is_ingress());
@@ -244,16 +318,19 @@ pub fn note<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
         entry.forward_packets += 1;
         entry.forward_bytes += u64::from(packet.length);
     }
-    let (mut forward_tcp, mut reply_tcp) = (0, 0);
-    if packet.protocol == protocol::TCP && !packet.is(flags::FRAGMENT_LATER) {
-        (forward_tcp, reply_tcp) = (entry.forward_tcp, entry.reply_tcp);
+    let (mut forward_tcp, mut reply_tcp) = (entry.forward_tcp, entry.reply_tcp);
+    if packet.protocol == protocol::TCP && !is_read && !packet.is(flags::FRAGMENT_LATER) {
         // A side that goes on sending has not reset the connection: somebody else claimed that it had. So a
         // forged reset shortens a timeout until the next packet, and a real one until the entry is gone.
-        let seen = packet.tcp_flags & STATE_FLAGS;
+        let mut seen = packet.tcp_flags & STATE_FLAGS;
         if reply {
             reply_tcp = (reply_tcp & !TCP_RST) | seen;
             entry.reply_tcp = reply_tcp;
         } else {
+            // What acknowledges an answer that has not come opens nothing.
+            if forward_tcp & TCP_SYN != 0 && reply_tcp == 0 {
+                seen &= !TCP_ACK;
+            }
             forward_tcp = (forward_tcp & !TCP_RST) | seen;
             entry.forward_tcp = forward_tcp;
         }
@@ -321,43 +398,41 @@ pub fn insert(frame: &mut Frame) {
     // SAFETY: takes and changes nothing.
     frame.serial = unsafe { bpf_get_prandom_u32() };
     let packet = &frame.packet;
-    let mut flow_flags = frame.flow_flags;
-    let mut forward_tcp = 0;
-    if packet.protocol == protocol::TCP {
-        forward_tcp = packet.tcp_flags & STATE_FLAGS;
-        if forward_tcp != TCP_SYN {
-            flow_flags |= ct_flags::MIDSTREAM;
-        }
-    }
-    if frame.is_ingress() {
-        flow_flags |= ct_flags::INGRESS;
-    }
-    let entry = CtEntry {
-        expires: frame.now + timeout(config, packet.protocol, flow_flags, forward_tcp, 0),
-        created: frame.now,
-        reported: frame.now,
+    // No answer has been seen, and a reset begins nothing.
+    let lifetime = match packet.protocol {
+        protocol::TCP => config.tcp_opening,
+        protocol::UDP | protocol::SCTP => config.udp,
+        _ => config.other,
+    };
+    let now = frame.now;
+    let mut entry = CtEntry {
+        expires: now + lifetime,
+        created: now,
+        reported: now,
         forward_packets: 1,
         forward_bytes: u64::from(packet.length),
-        reply_packets: 0,
-        reply_bytes: 0,
         revision: frame.revision,
         rule: frame.rule,
         remote_identity: frame.remote_identity,
-        ifindex: frame.ifindex,
-        flags: flow_flags,
-        forward_tcp,
-        reply_tcp: 0,
-        match_kind: frame.match_kind,
-        serial: frame.serial,
-        ruleset: frame.ruleset,
-        inspector: frame.inspector,
-        carry_flags: frame.carry_flags,
-        kept: 0,
-        zero: 0,
-        windows: [0; 4],
-        decided: 0,
+        ..CtEntry::default()
     };
-    if share::enter(&frame.key, u32::from(frame.direction & 1), frame.now) == 0 {
+    // Half of the fields at a time: LLVM loads all of them first and spills them, and the longest chain of calls leaves no
+    // room for that many on the stack (`no_chain_of_calls_takes_more_stack_than_the_oldest_kernel_gives`).
+    compiler_fence(Ordering::SeqCst);
+    entry.ifindex = frame.ifindex;
+    entry.flags = frame.flow_flags;
+    entry.forward_tcp = frame.packet.tcp_flags & STATE_FLAGS;
+    entry.match_kind = frame.match_kind;
+    entry.serial = frame.serial;
+    entry.ruleset = frame.ruleset;
+    entry.inspector = frame.inspector;
+    entry.carry_flags = frame.carry_flags;
+    if share::enter(
+        &frame.key,
+        u32::from(frame.flow_flags & ct_flags::INGRESS == 0),
+        frame.now,
+    ) == 0
+    {
         return frame.set(Reason::CtInsertionFailed);
     }
     // What takes the place of a flow that is over adds nothing to the map.

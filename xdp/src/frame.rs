@@ -86,6 +86,20 @@ pub struct Frame {
     pub learns: u8,
     /// [`palisade_abi::carry_flags::AUDIT`] if the flow's application rules only audit.
     pub carry_flags: u8,
+    /// What the policy says of the same flow in the other direction: see [`other`].
+    pub other: u8,
+    /// The packet begins a flow of which it is an answer.
+    pub turned: bool,
+}
+
+/// What matters of the verdict on a flow in the direction that is not the packet's.
+pub mod other {
+    /// Nothing: allowed, or not allowed by any rule, or not asked for.
+    pub const NOTHING: u8 = 0;
+    /// It would be read.
+    pub const READ: u8 = 1;
+    /// A rule denies it by name.
+    pub const DENIED: u8 = 2;
 }
 
 impl Frame {
@@ -124,6 +138,8 @@ impl Frame {
             needed: false,
             learns: 0,
             carry_flags: 0,
+            other: other::NOTHING,
+            turned: false,
         }
     }
 
@@ -149,6 +165,8 @@ impl Frame {
         self.inspector = 0;
         self.ruleset = 0;
         self.carry_flags = 0;
+        self.entry_flags = 0;
+        self.turned = false;
     }
 
     /// Sets the verdict.

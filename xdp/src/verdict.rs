@@ -1,8 +1,8 @@
 //! The verdict function: one for XDP and tc, for both roles and both directions.
 
 use palisade_abi::{
-    CtEntry, EventKind, Reason, TracePoint, carry_flags, class_slot, class_slot_unknown_port, ct_flags,
-    endpoint_flags, event_flags, protocol,
+    CtEntry, Decision, EventKind, Reason, TracePoint, carry_flags, class_slot, class_slot_unknown_port,
+    ct_flags, endpoint_flags, entry_flags, event_flags, protocol,
 };
 use palisade_packet::{Quote, TCP_ACK, TCP_RST, TCP_SYN, decode_quote, flags, icmp, icmpv6};
 
@@ -11,7 +11,7 @@ use crate::conntrack::{self, Ends};
 use crate::counters;
 use crate::ctx::Context;
 use crate::event;
-use crate::frame::{Frame, place};
+use crate::frame::{Frame, other, place};
 use crate::identity;
 use crate::maps::ENDPOINTS;
 use crate::policy;
@@ -34,7 +34,17 @@ pub fn judge<C: Context>(ctx: C, frame: &mut Frame) {
     frame.stateful = !frame.ports_unknown && !is_plain_icmp(frame);
     if frame.packet.is(flags::ICMP_ERROR) {
         ctx.related(frame);
-        if frame.reason != Reason::UnrelatedIcmp as u8 {
+        if frame.is_dropped() && frame.reason != Reason::UnrelatedIcmp as u8 {
+            return;
+        }
+        if frame.reason == Reason::Related as u8
+            && let Some(entry) = conntrack::find(&frame.key, frame.now)
+        {
+            if admits(ctx, frame, entry) {
+                conntrack::count(entry, &frame.packet);
+                frame.flow_flags = entry.flags;
+                frame.set(Reason::Related);
+            }
             return;
         }
     }
@@ -48,14 +58,16 @@ pub fn judge<C: Context>(ctx: C, frame: &mut Frame) {
         );
         if let Some(entry) = conntrack::find(&frame.key, frame.now)
             && !conntrack::begins_another(entry, &frame.packet, ingress)
+            && !(conntrack::crosses(entry, &frame.packet, ingress) && is_read_by_itself(frame, ingress))
         {
             if !admits(ctx, frame, entry) {
                 return;
             }
-            conntrack::note(ctx, frame, entry);
+            let is_read = conntrack::is_read(entry, &frame.packet);
+            conntrack::note(ctx, frame, entry, is_read);
             conntrack::count(entry, &frame.packet);
             frame.flow_flags = entry.flags;
-            if entry.inspector != 0 && !entry.is_unread() {
+            if is_read {
                 carry::ask_again(ctx, frame, entry);
             }
             return frame.set(Reason::Established);
@@ -67,7 +79,9 @@ pub fn judge<C: Context>(ctx: C, frame: &mut Frame) {
 /// Whether a live entry still lets its flow through; else the verdict is set.
 #[inline(always)]
 fn admits<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) -> bool {
-    if entry.revision != frame.revision {
+    // Another connection by the same ports is judged by what is known now of the other end.
+    let opens = entry.inspector != 0 && conntrack::is_bare_syn(&frame.packet);
+    if entry.revision != frame.revision || opens {
         ctx.judge_flow(frame, entry);
         if frame.is_dropped() {
             return false;
@@ -78,6 +92,61 @@ fn admits<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) -> bool {
         return false;
     }
     true
+}
+
+/// Whether the SYN of a side that is to answer opens, taken by itself, a connection that must be read.
+#[inline(always)]
+fn is_read_by_itself(frame: &mut Frame, ingress: bool) -> bool {
+    ask_direction(frame, u32::from(ingress));
+    frame.other == other::READ
+}
+
+/// Judges the flow of `frame.key` as one that was opened in the given direction.
+#[inline(never)]
+fn judge_direction(frame: &mut Frame, ingress: u32) -> u32 {
+    let known = identity::exact(&frame.key.remote);
+    let identity = if frame.learns != 0 && ingress == 0 {
+        identity::learned(&frame.key.remote, known.into(), frame.endpoint)
+    } else {
+        identity::identity(&frame.key.remote, known.into())
+    };
+    let key = &frame.key;
+    let port = match key.protocol {
+        protocol::ICMP => u16::from(icmp::ECHO_REQUEST),
+        protocol::ICMPV6 => u16::from(icmpv6::ECHO_REQUEST),
+        _ if ingress != 0 => key.local_port,
+        _ => key.remote_port,
+    };
+    let slot = class_slot(key.protocol, port);
+    policy::judge(frame, identity, slot, u32::from(ingress == 0));
+    0
+}
+
+/// Writes what the policy says of the flow of `frame.key` in the given direction into `frame.other`, and no more.
+#[inline(never)]
+fn ask_direction(frame: &mut Frame, ingress: u32) -> u32 {
+    frame.forget_decision();
+    judge_direction(frame, ingress);
+    frame.other = if frame.decision == Decision::Inspect as u8 && frame.entry_flags & entry_flags::AUDIT == 0
+    {
+        other::READ
+    } else if frame.reason == Reason::PolicyDeniedByDenylist as u8 {
+        other::DENIED
+    } else {
+        other::NOTHING
+    };
+    frame.forget_decision();
+    frame.set(Reason::Allowed);
+    0
+}
+
+/// Whether the direction in which a flow was opened is known: only a bare SYN says it.
+#[inline(always)]
+fn may_be_turned(flow_protocol: u8, is_opened_by_syn: bool) -> bool {
+    match flow_protocol {
+        protocol::TCP => !is_opened_by_syn,
+        p => p == protocol::UDP || p == protocol::SCTP,
+    }
 }
 
 /// An ICMP message that is neither echo nor error: judged by its type, packet by packet.
@@ -116,7 +185,15 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
         identity::identity(other, frame.known)
     };
     let slot = slot(frame);
+    // Whoever sends first what opens no connection would choose the direction by which all of it is judged.
+    frame.other = other::NOTHING;
+    if frame.stateful && may_be_turned(frame.packet.protocol, conntrack::is_bare_syn(&frame.packet)) {
+        ask_direction(frame, u32::from(!ingress));
+    }
     policy::judge(frame, identity, slot, u32::from(frame.direction));
+    if frame.other != other::NOTHING && frame.reason == Reason::Allowed as u8 && frame.inspector == 0 {
+        turn(frame, u32::from(!ingress));
+    }
     let packet = &frame.packet;
     let tcp_flags = packet.tcp_flags & (TCP_SYN | TCP_RST | TCP_ACK);
     let is_tcp = packet.protocol == protocol::TCP;
@@ -131,8 +208,10 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
         }
     }
     let packet = &frame.packet;
-    if !ingress {
+    if ingress == frame.turned {
         frame.event_flags |= event_flags::FLOW_EGRESS;
+    } else {
+        frame.flow_flags |= ct_flags::INGRESS;
     }
     if frame.reason == Reason::Audited as u8 {
         frame.event_flags |= event_flags::AUDIT;
@@ -141,13 +220,18 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
     if frame.rule != 0 {
         counters::rule(frame.rule, packet.length);
     }
-    // Neither a reset nor an answer to an echo begins a flow.
-    let begins = frame.stateful && !packet.is(flags::ECHO_REPLY) && !(is_tcp && tcp_flags & TCP_RST != 0);
+    // No answer begins a flow, and no reset. (Where both directions are allowed unread, a SYN+ACK whose SYN took another
+    // way passes by itself.)
+    let answers = tcp_flags & TCP_RST != 0 || tcp_flags == TCP_SYN | TCP_ACK;
+    let begins = frame.stateful && !packet.is(flags::ECHO_REPLY) && !(is_tcp && answers);
     // What belongs to no flow cannot be read.
     if !begins && frame.inspector != 0 && !frame.is_dropped() {
         frame.set(Reason::CtInvalidState);
     }
     if begins && !frame.is_dropped() {
+        if is_tcp && frame.packet.tcp_flags & conntrack::STATE_FLAGS != TCP_SYN {
+            frame.flow_flags |= ct_flags::MIDSTREAM;
+        }
         conntrack::insert(frame);
         if frame.is_dropped() {
             return;
@@ -158,8 +242,9 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
         if frame.inspector != 0 {
             let opens = !is_tcp || tcp_flags == TCP_SYN;
             let midstream = if opens { 0 } else { carry_flags::MIDSTREAM };
+            let reply = if frame.turned { carry_flags::REPLY } else { 0 };
             frame.needed = true;
-            carry::ask(frame, carry_flags::NEW | midstream);
+            carry::ask(frame, carry_flags::NEW | midstream | reply);
         }
     }
     ctx.send(
@@ -167,6 +252,27 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
         event::what(EventKind::PolicyVerdict, TracePoint::None),
         core::ptr::null(),
     );
+}
+
+/// A packet that its own direction lets through unread, and that opens no connection, where the other direction would
+/// have it read, or a rule denies the other direction. Of TCP in mid-stream it becomes a flow of the other direction:
+/// its inspector has not seen it from its start and ends it for both sides. Everything else is dropped. That nothing
+/// allows the other direction says nothing: so it is for whatever a client sends.
+#[inline(never)]
+fn turn(frame: &mut Frame, ingress: u32) -> u32 {
+    let packet = &frame.packet;
+    let is_tcp = packet.protocol == protocol::TCP;
+    if !is_tcp && frame.other != other::READ {
+        return 0;
+    }
+    if is_tcp && frame.other == other::READ && packet.tcp_flags & (TCP_SYN | TCP_RST) == 0 {
+        frame.forget_decision();
+        judge_direction(frame, ingress);
+        frame.turned = true;
+        return 0;
+    }
+    frame.set(Reason::CtInvalidState);
+    0
 }
 
 /// Checks the source address, and whether the packet concerns the endpoint at all; else the verdict is set. What
@@ -241,22 +347,30 @@ fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
 #[inline(always)]
 pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
     let known = identity::exact(&frame.key.remote);
-    let ingress = entry.flags & ct_flags::INGRESS != 0;
-    let identity = if frame.learns != 0 && !ingress {
-        identity::learned(&frame.key.remote, known.into(), frame.endpoint)
-    } else {
-        identity::identity(&frame.key.remote, known.into())
-    };
-    let key = &frame.key;
-    let port = match key.protocol {
-        protocol::ICMP => u16::from(icmp::ECHO_REQUEST),
-        protocol::ICMPV6 => u16::from(icmpv6::ECHO_REQUEST),
-        _ if ingress => key.local_port,
-        _ => key.remote_port,
-    };
-    let slot = class_slot(key.protocol, port);
-    policy::judge(frame, identity, slot, u32::from(!ingress));
     let mut flow_flags = entry.flags & !(ct_flags::AUDIT | ct_flags::REMOTE_IS_LOCAL);
+    let ingress = u32::from(flow_flags & ct_flags::INGRESS != 0);
+    frame.other = other::NOTHING;
+    let by_syn = flow_flags & (ct_flags::MIDSTREAM | ct_flags::SEEDED) == 0;
+    if may_be_turned(frame.key.protocol, by_syn) {
+        ask_direction(frame, ingress ^ 1);
+    }
+    judge_direction(frame, ingress);
+    // See `turn`.
+    if frame.other != other::NOTHING && frame.reason == Reason::Allowed as u8 && frame.inspector == 0 {
+        if frame.key.protocol != protocol::TCP {
+            if frame.other == other::READ {
+                frame.set(Reason::CtInvalidState);
+            }
+        } else if frame.other == other::READ {
+            frame.forget_decision();
+            judge_direction(frame, ingress ^ 1);
+            // Shares are counted by direction.
+            conntrack::keep_no_more(&frame.key, entry);
+            flow_flags = (flow_flags ^ ct_flags::INGRESS) | ct_flags::MIDSTREAM;
+        } else {
+            frame.set(Reason::CtInvalidState);
+        }
+    }
     if frame.reason == Reason::Audited as u8 {
         flow_flags |= ct_flags::AUDIT;
     }
@@ -269,11 +383,12 @@ pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
     let changed = entry.rule != frame.rule || (entry.flags ^ flow_flags) & ct_flags::AUDIT != 0;
     entry.rule = frame.rule;
     entry.match_kind = frame.match_kind;
-    entry.remote_identity = identity;
+    entry.remote_identity = frame.remote_identity;
     if entry.ruleset != frame.ruleset || entry.carry_flags != frame.carry_flags {
         // Other rules have other windows.
         carry::set_windows(entry, [0; 4]);
         entry.decided = 0;
+        entry.over = 0;
         entry.inspector = frame.inspector;
     } else if entry.ruleset == 0 {
         entry.inspector = frame.inspector;
@@ -289,6 +404,8 @@ pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
     frame.event_flags = conntrack::direction_flags(entry, frame.is_ingress());
     if frame.is_dropped() {
         counters::rule(frame.rule, frame.packet.length);
+        // No endpoint has this one: the next packet is judged again.
+        entry.revision = 0;
     } else {
         entry.revision = frame.revision;
     }
@@ -307,7 +424,8 @@ fn read_quote<C: Context>(ctx: C, frame: &Frame, quote: &mut Quote) -> u32 {
     u32::from(decode_quote(&ctx.bytes(true), &frame.packet, quote).is_err())
 }
 
-/// Judges an ICMP error by the packet it quotes: [`Reason::UnrelatedIcmp`] if that belongs to no live flow.
+/// Writes the key of the flow that an ICMP error quotes a packet of: [`Reason::Related`], if that flow lives. Else the
+/// verdict is set. (The flow is looked up by the caller: with the quote on the stack there is no room for what follows.)
 #[inline(always)]
 pub fn related<C: Context>(ctx: C, frame: &mut Frame) {
     let mut quote = Quote::default();
@@ -340,13 +458,5 @@ pub fn related<C: Context>(ctx: C, frame: &mut Frame) {
     };
     let quoted_ingress = !frame.is_ingress();
     conntrack::write_key(&mut frame.key, frame.endpoint, quoted_ingress, ends);
-    let Some(entry) = conntrack::find(&frame.key, frame.now) else {
-        return;
-    };
-    if !admits(ctx, frame, entry) {
-        return;
-    }
-    conntrack::count(entry, &frame.packet);
-    frame.flow_flags = entry.flags;
     frame.set(Reason::Related);
 }

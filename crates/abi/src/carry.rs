@@ -93,6 +93,8 @@ pub mod release {
     pub const MARK: u8 = 1;
     /// Flag: a [`super::FlowCommand`] stands before this.
     pub const COMMAND: u8 = 2;
+    /// Flag: another one stands before that. Two policies may read one packet.
+    pub const SECOND_COMMAND: u8 = 4;
 }
 
 /// What stands behind a released packet: the last bytes of the frame.
@@ -117,8 +119,14 @@ pub mod order {
     pub const WINDOWS: u32 = 0;
     /// Nothing needs reading any more. The windows are ignored.
     pub const OFFLOAD: u32 = 1;
-    /// The connection was reset by who reads it, where the programs do not see it.
+    /// The connection is over: it was closed or reset in packets that the inspector has verified, or by the inspector.
     pub const CLOSE: u32 = 2;
+    /// The opener has acknowledged the answering side's SYN.
+    pub const OPENED: u32 = 3;
+    /// Another connection by the same ports has taken the place of the one that the entry was made for. Nothing that
+    /// was decided for that one holds for it, and it has a serial of its own: the first number of the windows. A packet
+    /// that brings this order goes on only if it was obeyed.
+    pub const REPLACE: u32 = 4;
 }
 
 /// What the programs are to do with a flow from now on. In force before the packet that carries it goes on.

@@ -91,35 +91,54 @@ pub struct CtEntry {
     pub inspector: u8,
     /// [`crate::carry_flags::AUDIT`] if what the application rules deny passes.
     pub carry_flags: u8,
-    /// Zero.
-    pub zero: u8,
+    /// Not 0: the inspector has seen the connection end. What a packet of a flow that is read says about its end does
+    /// not count before: its checksum and its place in the stream are known to the inspector only.
+    pub over: u8,
     /// Not 0: the flow is in use by both ends and counts at [`Share::kept`]; no other flow takes its place.
     pub kept: u8,
     /// TCP sequence numbers that need no reading: from the side that opened it [0, 1), from the other side [2, 3).
     /// Equal: none.
     pub windows: [u32; 4],
-    /// What the inspector has decided last, and by which rules: see [`CtEntry::decided`].
+    /// What the inspector has decided last, for which connection, and by which rules: [`CtEntry::offload`] or
+    /// [`CtEntry::windowed`].
     pub decided: u64,
 }
 
+/// One round of the hash of an order: a multiplication carries upwards, the shift brings the upper bits down.
+#[inline(always)]
+const fn mix(hash: u64, word: u64) -> u64 {
+    let product = (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    product ^ (product >> 32)
+}
+
 impl CtEntry {
-    /// What [`Self::decided`] holds after an order by these rules and their flags. `unread`: the flow needs no reading
-    /// any more; else what lies in the windows does not.
+    /// Returns what [`Self::decided`] holds after an order that nothing of the connection needs reading any more.
     ///
-    /// An order counts only while the rules are in force that it was decided by, and says itself which those are. So
-    /// one that comes in the very moment in which another CPU gives the flow other rules changes nothing, whichever of
-    /// the two writes first.
+    /// An order counts only while all that it was made for still stands in the entry: the connection (`serial`), the
+    /// rules and their flags, and, for windows, the windows. So an order that comes in the very moment in which another
+    /// CPU gives the entry other rules, another connection, or (the map recycles its entries at once) another flow
+    /// changes nothing, whichever of the two writes first.
     #[inline(always)]
     #[must_use]
-    pub const fn decision(ruleset: u32, carry_flags: u8, unread: bool) -> u64 {
-        ruleset as u64 | (carry_flags as u64) << 32 | (unread as u64) << 40
+    pub const fn offload(serial: u32, ruleset: u32, carry_flags: u8) -> u64 {
+        mix(mix(1, serial as u64 | (ruleset as u64) << 32), carry_flags as u64) | 1
     }
 
-    /// Whether the inspector needs to see nothing of the flow any more, by the rules in force.
+    /// Returns what [`Self::decided`] holds after an order that what lies in these windows needs no reading.
+    #[inline(always)]
+    #[must_use]
+    pub const fn windowed(serial: u32, ruleset: u32, carry_flags: u8, windows: [u32; 4]) -> u64 {
+        let flow = mix(mix(2, serial as u64 | (ruleset as u64) << 32), carry_flags as u64);
+        let forward = windows[0] as u64 | (windows[1] as u64) << 32;
+        let reply = windows[2] as u64 | (windows[3] as u64) << 32;
+        mix(mix(flow, forward), reply) | 1
+    }
+
+    /// Whether the inspector needs to see nothing of the connection any more, by the rules in force.
     #[inline(always)]
     #[must_use]
     pub const fn is_unread(&self) -> bool {
-        self.decided == Self::decision(self.ruleset, self.carry_flags, true)
+        self.decided == Self::offload(self.serial, self.ruleset, self.carry_flags)
     }
 }
 

@@ -39,7 +39,7 @@ pub use policy::{
 pub use reason::{Reason, budget_slot, counter_slot};
 
 /// Version of every layout in this crate. Part of the pin directory's name.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// IP protocol numbers (IANA) that the programs treat by name.
 pub mod protocol {

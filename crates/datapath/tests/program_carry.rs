@@ -4,8 +4,8 @@ mod program;
 
 use palisade_abi::{
     Carried, Config, CtEntry, CtKey, Decision, Direction, FlowCommand, Inspector, MAX_CARRIED_FRAME,
-    PolicyEntry, Reason, Released, carry_flags, carry_hook, config_flags, entry_flags, identity, order,
-    release,
+    PolicyEntry, Reason, Released, carry_flags, carry_hook, config_flags, ct_flags, entry_flags, identity,
+    order, release,
 };
 use program::packets::*;
 use program::*;
@@ -241,7 +241,7 @@ fn a_window_needs_no_reading() {
     let mut windows = |from: u32, to: u32, of: u32| {
         let mut flow = world.flow(&flow_key).unwrap();
         flow.windows = [from, to, 0, 0];
-        flow.decided = CtEntry::decision(flow.ruleset, flow.carry_flags, false);
+        flow.decided = CtEntry::windowed(flow.serial, flow.ruleset, flow.carry_flags, flow.windows);
         world.set_flow(&flow_key, &flow);
         let data_carried = world.run(Hook::Xdp, &data).carried;
         let ack_carried = world.run_local(&ack(of)).carried;
@@ -513,18 +513,33 @@ fn a_command_that_comes_in_between_does_not_count() {
         let old = (21, 0);
         assert_eq!((now.ruleset, now.carry_flags), old, "the rules of the world");
         for (ruleset, flags) in [(20, 0), (21, carry_flags::AUDIT), (0, 0), old] {
-            for unread in [true, false] {
-                let late = CtEntry {
-                    windows: [1000, 1100, 0, 0],
-                    decided: CtEntry::decision(ruleset, flags, unread),
+            // The entry may have gone to another connection, too.
+            for serial in [now.serial, now.serial ^ 1] {
+                let windows = [1000, 1100, 0, 0];
+                for decided in [
+                    CtEntry::offload(serial, ruleset, flags),
+                    CtEntry::windowed(serial, ruleset, flags, windows),
+                ] {
+                    let late = CtEntry {
+                        windows,
+                        decided,
+                        ..now
+                    };
+                    flow.world.set_flow(&flow.key, &late);
+                    assert_eq!(
+                        flow.is_read(),
+                        (ruleset, flags, serial) != (old.0, old.1, now.serial),
+                        "{ruleset} {flags} {serial}"
+                    );
+                }
+                // Windows that another order has written.
+                let other = CtEntry {
+                    windows: [900, 1200, 0, 0],
+                    decided: CtEntry::windowed(now.serial, old.0, old.1, windows),
                     ..now
                 };
-                flow.world.set_flow(&flow.key, &late);
-                assert_eq!(
-                    flow.is_read(),
-                    (ruleset, flags) != old,
-                    "{ruleset} {flags} {unread}"
-                );
+                flow.world.set_flow(&flow.key, &other);
+                assert!(flow.is_read());
             }
         }
     }
@@ -563,4 +578,303 @@ fn a_command_of_somebody_else_is_foreign() {
         assert_eq!(counted, []);
         assert!(!flow.is_read());
     }
+}
+
+/// Ends a carried packet's checksum: what the receiver, and the worker, would drop.
+fn spoilt(mut frame: Vec<u8>) -> Vec<u8> {
+    let at = if frame[12..14] == [0x86, 0xdd] {
+        14 + 40
+    } else {
+        14 + 20
+    };
+    frame[at + 16] ^= 0xff;
+    frame
+}
+
+/// Both families: client, server.
+const FAMILIES: [(&str, &str); 2] = [(WORLD_V4, HOST_V4), (WORLD_V6, HOST_V6)];
+
+/// A node whose port 80 is read by its ingress policy, and that may send whatever it likes.
+fn one_way() -> World {
+    let world = reading(NIC, HOST);
+    for class in [0, 5] {
+        world.rule(HOST, EGRESS, identity::ANY, class, entry(Decision::Allow, 7));
+    }
+    world
+}
+
+fn expire(world: &World, key: &CtKey) {
+    let mut flow = world.flow(key).unwrap();
+    flow.expires = 1;
+    world.set_flow(key, &flow);
+}
+
+#[test]
+fn what_a_packet_says_of_the_state_counts_once_it_was_verified() {
+    for (client, server) in FAMILIES {
+        let (client, server) = ((client, 4000), (server, 80));
+        let mut world = one_way();
+        let key = key(HOST, 6, server, client);
+        assert!(world.run(Hook::Xdp, &tcp(client, server, SYN)).carried);
+        let serial = world.flow(&key).unwrap().serial;
+        for flags in [RST, RST | ACK, FIN | ACK, ACK, SYN] {
+            assert!(world.run(Hook::Xdp, &spoilt(tcp(client, server, flags))).carried);
+            assert!(
+                world.run_local(&spoilt(tcp(server, client, flags))).carried,
+                "{flags}"
+            );
+        }
+        let flow = world.flow(&key).unwrap();
+        assert_eq!((flow.forward_tcp, flow.reply_tcp, flow.serial), (SYN, 0, serial));
+        let left = flow.expires - palisade_datapath::monotonic_coarse();
+        assert!((50_000_000_000..=60_000_000_000).contains(&left), "{left}");
+        // The worker says when it is open, and when it is over.
+        let command = |order| FlowCommand {
+            key,
+            serial,
+            order,
+            ruleset: 21,
+            carry_flags: 0,
+            windows: [0; 4],
+        };
+        let give = |world: &mut World, order| {
+            world.run_back(&released(&[0; 14], release::NOWHERE, Some(&command(order))));
+            world.flow(&key).unwrap().expires - palisade_datapath::monotonic_coarse()
+        };
+        assert!(give(&mut world, order::OPENED) > 3_500_000_000_000);
+        for flags in [RST, FIN | ACK] {
+            world.run(Hook::Xdp, &tcp(client, server, flags));
+            world.run_local(&tcp(server, client, flags));
+        }
+        let flow = world.flow(&key).unwrap();
+        assert!(flow.expires - palisade_datapath::monotonic_coarse() > 3_500_000_000_000);
+        assert!(give(&mut world, order::CLOSE) <= 10_000_000_000);
+        // A connection that is over is not opened again by an order that was late.
+        assert!(give(&mut world, order::OPENED) <= 10_000_000_000);
+    }
+}
+
+#[test]
+fn a_flow_that_died_is_not_made_again_in_the_other_direction() {
+    for (client, server) in FAMILIES {
+        let (client, server) = ((client, 4000), (server, 80));
+        let mut world = one_way();
+        let key = key(HOST, 6, server, client);
+        let answer = tcp(server, client, SYN | ACK);
+        let data = segment(server, client, ACK, b"data");
+        // Never seen, and died.
+        for died in [false, true] {
+            if died {
+                assert!(world.run(Hook::Xdp, &tcp(client, server, SYN)).carried);
+                world.run(Hook::Xdp, &spoilt(tcp(client, server, RST)));
+                expire(&world, &key);
+            }
+            for odd in [&answer, &segment(server, client, RST | ACK, b"data")] {
+                assert_eq!(world.run_local(odd).reason, Reason::CtInvalidState);
+            }
+            // In mid-stream it is a flow of the direction that is read, and its inspector ends it for both sides.
+            let first = carried(&world.run_local(&data), &data).slots[0];
+            assert_eq!(
+                first.flags,
+                carry_flags::NEW | carry_flags::MIDSTREAM | carry_flags::REPLY
+            );
+            assert_eq!((first.ruleset, first.rule), (21, 11));
+            let flow = world.flow(&key).unwrap();
+            assert_eq!(flow.flags & (ct_flags::INGRESS | ct_flags::MIDSTREAM), 65);
+            let request = segment(client, server, ACK, b"GET /admin");
+            let second = carried(&world.run(Hook::Xdp, &request), &request).slots[0];
+            assert_eq!((second.serial, second.ruleset), (first.serial, 21));
+            assert_eq!(second.flags, carry_flags::INGRESS | carry_flags::MIDSTREAM);
+            expire(&world, &key);
+        }
+        // Without the inspector it is dropped.
+        world.config(|config| {
+            carrying(config);
+            config.inspectors = 0;
+        });
+        assert_eq!(world.run_local(&data).reason, Reason::NoDnsInspector);
+        // What the node opens itself is its own affair, by whatever port.
+        assert_eq!(world.run_local(&tcp(server, client, SYN)).reason, Reason::Allowed);
+    }
+}
+
+#[test]
+fn a_datagram_that_comes_first_does_not_choose_who_has_asked() {
+    for (resolver, own) in FAMILIES {
+        let (resolver, own) = ((resolver, 80), (own, 5000));
+        // The node's questions to port 80 are read; what others send it is allowed.
+        let mut world = reading(NIC, HOST);
+        for class in [0, 5] {
+            world.rule(HOST, INGRESS, identity::ANY, class, entry(Decision::Allow, 7));
+        }
+        let (answer, question) = (udp(resolver, own, b"answer"), udp(own, resolver, b"question"));
+        for hook in ENTRIES {
+            assert_eq!(world.run(hook, &answer).reason, Reason::CtInvalidState);
+        }
+        assert!(world.flows().is_empty());
+        let flow_key = key(HOST, 17, own, resolver);
+        carried(&world.run_local(&question), &question);
+        carried(&world.run(Hook::Xdp, &answer), &answer);
+        expire(&world, &flow_key);
+        assert_eq!(world.run(Hook::Xdp, &answer).reason, Reason::CtInvalidState);
+        carried(&world.run_local(&question), &question);
+        // Datagrams to other ports are what they were.
+        assert_eq!(
+            world.run(Hook::Xdp, &udp((resolver.0, 81), own, b"x")).reason,
+            Reason::Allowed
+        );
+        // A flow that was there before the rule was: it is dropped both ways until it is over, and then it is read.
+        let mut world = reading(NIC, HOST);
+        for direction in [INGRESS, EGRESS] {
+            for class in [0, 5] {
+                world.rule(HOST, direction, identity::ANY, class, entry(Decision::Allow, 7));
+            }
+        }
+        assert!(world.run(Hook::Xdp, &answer).passed);
+        assert_eq!(world.run_local(&question).reason, Reason::Established);
+        world.rule(HOST, EGRESS, identity::ANY, 5, inspected(12, 22));
+        world.state(HOST, u32::from(HOST), 2, identity::HOST);
+        assert_eq!(world.run_local(&question).reason, Reason::CtInvalidState);
+        assert_eq!(world.run(Hook::Xdp, &answer).reason, Reason::CtInvalidState);
+        expire(&world, &flow_key);
+        carried(&world.run_local(&question), &question);
+    }
+}
+
+#[test]
+fn a_flow_seen_in_mid_stream_is_read_once_a_rule_wants_its_other_direction_read() {
+    for seeded in [0, ct_flags::SEEDED] {
+        for (client, server) in FAMILIES {
+            let (client, server) = ((client, 4000), (server, 80));
+            let mut world = one_way();
+            world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
+            let data = segment(server, client, ACK, b"data");
+            let key = key(HOST, 6, server, client);
+            assert!(world.run_local(&data).passed);
+            let mut flow = world.flow(&key).unwrap();
+            assert_eq!(flow.flags & ct_flags::INGRESS, 0);
+            flow.flags |= seeded;
+            world.set_flow(&key, &flow);
+            world.rule(HOST, INGRESS, identity::ANY, 5, inspected(11, 21));
+            world.state(HOST, u32::from(HOST), 2, identity::HOST);
+            let slot = carried(&world.run_local(&data), &data).slots[0];
+            assert_eq!(slot.flags, carry_flags::REPLY | carry_flags::MIDSTREAM);
+            assert_eq!(slot.ruleset, 21);
+        }
+    }
+}
+
+/// Somebody sends a SYN in the other end's name, and the workload then "answers" with a SYN of its own.
+#[test]
+fn a_forged_syn_does_not_choose_who_has_opened() {
+    for (other, own) in FAMILIES {
+        let (other, own) = ((other, 80), (own, 5000));
+        let mut world = reading(NIC, HOST);
+        for class in [0, 5] {
+            world.rule(HOST, INGRESS, identity::ANY, class, entry(Decision::Allow, 7));
+        }
+        let key = key(HOST, 6, own, other);
+        assert_eq!(
+            world.run(Hook::Xdp, &tcp(other, own, SYN)).reason,
+            Reason::Allowed
+        );
+        let syn = tcp(own, other, SYN);
+        let slot = carried(&world.run_local(&syn), &syn).slots[0];
+        assert_eq!((slot.flags, slot.ruleset), (carry_flags::NEW, 21));
+        assert_eq!(world.flow(&key).unwrap().flags & ct_flags::INGRESS, 0);
+        // And the other way round: a SYN of the answering side does not turn a flow that is read.
+        let serial = world.flow(&key).unwrap().serial;
+        for flags in [SYN, RST, SYN] {
+            assert!(world.run(Hook::Xdp, &tcp(other, own, flags)).carried);
+        }
+        let request = segment(own, other, ACK, b"GET /admin");
+        assert_eq!(
+            carried(&world.run_local(&request), &request).slots[0].serial,
+            serial
+        );
+    }
+}
+
+#[test]
+fn another_connection_by_the_same_ports_is_read_whatever_was_decided() {
+    for decided in [order::OFFLOAD, order::WINDOWS] {
+        for mut flow in read_connections(inspected(11, 21)) {
+            let (client, server) = (flow.client, flow.server);
+            flow.give(&flow.command(decided));
+            assert!(!flow.is_read());
+            let before = flow.flow();
+            // A reset, and a segment that takes its mark away again; neither is what the receiver would take.
+            flow.run(&spoilt(tcp(client, server, RST)));
+            flow.run(&spoilt(tcp(client, server, ACK)));
+            for closing in [false, true] {
+                if closing {
+                    flow.run(&tcp(client, server, RST));
+                    flow.world.run_local(&tcp(server, client, RST));
+                }
+                for hook in ENTRIES {
+                    let got = flow.world.run(hook, &tcp(client, server, SYN));
+                    assert!(got.carried, "{:?}", got.reason);
+                }
+                assert!(flow.world.run_local(&tcp(server, client, SYN | ACK)).carried);
+                assert!(flow.world.run_local(&tcp(server, client, SYN)).carried);
+                assert_eq!(flow.flow().serial, before.serial);
+            }
+            // The worker has seen the server answer it.
+            let replace = FlowCommand {
+                windows: [before.serial ^ 77, 0, 0, 0],
+                ..flow.command(order::REPLACE)
+            };
+            let late = flow.command(decided);
+            let answer = tcp(server, client, SYN | ACK);
+            let (retval, out, counted) =
+                flow.world
+                    .run_back(&released(&answer, release::EGRESS, Some(&replace)));
+            assert_eq!((retval, out, counted), (REDIRECT, answer.clone(), vec![]));
+            let after = flow.flow();
+            assert_eq!((after.serial, after.forward_tcp), (before.serial ^ 77, SYN));
+            assert!(flow.is_read());
+            // Orders for the old one are late, and what would open a connection by one does not go on.
+            flow.give(&late);
+            assert!(flow.is_read());
+            let (retval, _, counted) =
+                flow.world
+                    .run_back(&released(&answer, release::EGRESS, Some(&replace)));
+            assert_eq!((retval, counted), (SHOT, vec![(Reason::CtInvalidState, 1)]));
+        }
+    }
+}
+
+#[test]
+fn a_packet_brings_the_orders_of_both_policies() {
+    let mut world = reading(WORKLOAD, A);
+    let (client, server) = ((A_V4, 4000), (HOST_V4, 80));
+    let syn = tcp(client, server, SYN);
+    let slots = carried(&world.run(Hook::TcIn, &syn), &syn).slots;
+    let keys = [key(A, 6, client, server), key(HOST, 6, server, client)];
+    let command = |at: usize, order, windows| FlowCommand {
+        key: keys[at],
+        serial: slots[at].serial,
+        order,
+        ruleset: slots[at].ruleset,
+        carry_flags: 0,
+        windows,
+    };
+    let both = |first: FlowCommand, second: FlowCommand| {
+        let behind = Released {
+            cookie: COOKIE,
+            ifindex: IFINDEX,
+            way: release::INGRESS,
+            flags: release::COMMAND | release::SECOND_COMMAND,
+            zero: [0; 2],
+        };
+        [&syn[..], first.as_bytes(), second.as_bytes(), behind.as_bytes()].concat()
+    };
+    let replace = |at| command(at, order::REPLACE, [5, 0, 0, 0]);
+    let (retval, out, _) = world.run_back(&both(replace(0), command(1, order::OFFLOAD, [0; 4])));
+    assert_eq!((retval, out), (REDIRECT, syn.clone()));
+    assert_eq!(world.flow(&keys[0]).unwrap().serial, 5);
+    assert!(world.flow(&keys[1]).unwrap().is_unread());
+    // One of them is for something else.
+    let (retval, _, counted) = world.run_back(&both(replace(0), replace(1)));
+    assert_eq!((retval, counted), (SHOT, vec![(Reason::CtInvalidState, 1)]));
 }

@@ -168,6 +168,50 @@ fn both_sides_open_at_once() {
     assert_eq!(from_server(&mut world, SYN).reason, Reason::PolicyDenied);
 }
 
+/// The source of a SYN may be forged; so may that of an acknowledgment which comes before there is an answer.
+#[test]
+fn a_connection_is_established_once_its_opener_acknowledges_the_answer() {
+    let mut world = server();
+    to_server(&mut world, SYN);
+    to_server(&mut world, ACK);
+    from_server(&mut world, SYN | ACK);
+    from_server(&mut world, SYN | ACK);
+    assert_eq!(seconds_left(&flow(&world)), 60);
+    to_server(&mut world, SYN);
+    assert_eq!(seconds_left(&flow(&world)), 60);
+    to_server(&mut world, ACK);
+    assert_eq!(seconds_left(&flow(&world)), 3600);
+}
+
+#[test]
+fn the_answer_to_a_syn_begins_no_flow() {
+    for (client, server) in [(WORLD_V4, HOST_V4), (WORLD_V6, HOST_V6)] {
+        let (client, server) = ((client, 4000), (server, 80));
+        let mut world = World::new(NIC, HOST);
+        world.rule(HOST, EGRESS, identity::ANY, 0, entry(Decision::Allow, 8));
+        // The SYN may have come by another way. Nothing is read, so it passes, and whatever follows is judged by itself.
+        let answer = tcp(server, client, SYN | ACK);
+        assert_eq!(world.run_local(&answer).reason, Reason::Allowed);
+        assert!(world.flows().is_empty());
+        assert_eq!(
+            world.run(Hook::Xdp, &tcp(client, server, ACK)).reason,
+            Reason::PolicyDenied
+        );
+        // Where a rule denies by name what it answers, it does not.
+        world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::DenyExplicit, 9));
+        assert_eq!(world.run_local(&answer).reason, Reason::CtInvalidState);
+        // And what comes in mid-stream makes no flow that would carry the denied one.
+        let data = segment(server, client, ACK, b"answer");
+        assert_eq!(world.run_local(&data).reason, Reason::CtInvalidState);
+        assert!(world.flows().is_empty());
+        // UDP has nothing that says who began.
+        assert_eq!(
+            world.run_local(&udp(server, client, b"x")).reason,
+            Reason::Allowed
+        );
+    }
+}
+
 #[test]
 fn packets_without_a_flow() {
     let mut world = server();

@@ -237,6 +237,19 @@ impl RawTcp {
         self.isn = isn;
     }
 
+    /// Forgets its connection. The next one has the same ports, and this initial sequence number.
+    pub fn begin_anew(&mut self, isn: u32) {
+        (self.isn, self.their_isn, self.acked) = (isn, 0, -1);
+        self.received.clear();
+        self.early.clear();
+        (self.reset, self.finished) = (false, false);
+    }
+
+    /// Its local port from now on.
+    pub fn set_port(&mut self, port: u16) {
+        self.local.set_port(port);
+    }
+
     /// The three packets that open a connection.
     pub fn open(&mut self) -> Result<()> {
         let syn = self.syn();

@@ -12,7 +12,7 @@ use crate::checksum;
 /// Length of a [`Carried`].
 pub const CARRIED: usize = size_of::<Carried>();
 /// The most that is put behind a packet.
-pub const TRAILER: usize = size_of::<Released>() + size_of::<FlowCommand>();
+pub const TRAILER: usize = size_of::<Released>() + 2 * size_of::<FlowCommand>();
 /// Shortest Ethernet frame that is one: its header.
 pub const ETHERNET: usize = 14;
 
@@ -167,12 +167,16 @@ pub fn append(
     room: &mut [u8],
     length: usize,
     released: &Released,
-    command: Option<&FlowCommand>,
+    commands: [Option<&FlowCommand>; 2],
 ) -> Option<usize> {
     let mut released = *released;
     let mut at = length;
-    if let Some(command) = command {
-        released.flags |= release::COMMAND;
+    for command in commands.into_iter().flatten() {
+        released.flags |= if released.flags & release::COMMAND == 0 {
+            release::COMMAND
+        } else {
+            release::SECOND_COMMAND
+        };
         let bytes = command.as_bytes();
         room.get_mut(at..at + bytes.len())?.copy_from_slice(bytes);
         at += bytes.len();

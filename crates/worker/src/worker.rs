@@ -14,7 +14,7 @@ use std::{
 };
 
 use mio::{Events, Interest, Poll, Token, unix::SourceFd};
-use palisade_abi::{Carried, CarrySlot, FlowCommand, Reason, Released, carry_flags, release};
+use palisade_abi::{Carried, CarrySlot, FlowCommand, Reason, Released, carry_flags, order, release};
 use palisade_inspect::{
     Learn, Millis, Route, Sink,
     learning::{Learner, Learners, Wake},
@@ -122,6 +122,8 @@ struct Caught<F> {
     hook: u8,
     /// Who else asks for it to be read, once the first lets it go.
     second: Option<CarrySlot>,
+    /// What the first has ordered, if the packet must not go on without it.
+    first_command: Option<FlowCommand>,
 }
 
 /// What an engine wants done, in its order.
@@ -430,6 +432,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             ifindex: carried.ifindex,
             hook: carried.hook,
             second: slots.next().copied(),
+            first_command: None,
             frame,
         };
         match self.slab.put(caught) {
@@ -500,9 +503,16 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             None => return,
         };
         if let Some(slot) = second {
-            // Each of the two has its own flow, and there is room behind the packet for one command.
-            if let Some(command) = command {
-                self.command(command);
+            // Each of the two has its own flow. A command goes ahead, since nobody knows for how long the second holds the
+            // packet; but one without which the packet must not go on stays with it.
+            match command {
+                Some(command) if command.order == order::REPLACE => {
+                    if let Some(caught) = self.slab.get_mut(&handle) {
+                        caught.first_command = Some(*command);
+                    }
+                }
+                Some(command) => self.command(command),
+                None => {}
             }
             let Some(caught) = self.slab.get(&handle) else {
                 return;
@@ -530,7 +540,8 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         };
         let released = self.released(route);
         let length = caught.length as u64;
-        if self.send(caught.frame, caught.start, caught.length, &released, command) {
+        let commands = [command, caught.first_command.as_ref()];
+        if self.send(caught.frame, caught.start, caught.length, &released, commands) {
             self.post.counters.packets_out.add(1);
             self.post.counters.bytes_out.add(length);
         }
@@ -547,7 +558,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         mut start: usize,
         length: usize,
         released: &Released,
-        command: Option<&FlowCommand>,
+        commands: [Option<&FlowCommand>; 2],
     ) -> bool {
         let room = self.port.room(&mut frame);
         if room.len() - start < length + header::TRAILER && start > 0 {
@@ -555,7 +566,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             room.copy_within(start..start + length, 0);
             start = 0;
         }
-        let Some(whole) = header::append(&mut room[start..], length, released, command) else {
+        let Some(whole) = header::append(&mut room[start..], length, released, commands) else {
             self.post.counters.dropped(Reason::CarryUnsupported);
             self.port.give(frame);
             return false;
@@ -581,7 +592,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         let sent = match (room.get_mut(..length), made) {
             (Some(room), Some(made)) => {
                 room.copy_from_slice(made);
-                self.send(frame, 0, length, &released, None)
+                self.send(frame, 0, length, &released, [None; 2])
             }
             _ => {
                 self.port.give(frame);
@@ -610,7 +621,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             if let Some(head) = self.port.room(&mut frame).get_mut(..header::ETHERNET) {
                 head.fill(0);
             }
-            self.send(frame, 0, header::ETHERNET, &released, Some(command));
+            self.send(frame, 0, header::ETHERNET, &released, [Some(command), None]);
         }
     }
 

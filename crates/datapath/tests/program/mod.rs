@@ -543,6 +543,12 @@ impl World {
         sys::update(self.map(maps::CONNTRACK), key.as_bytes(), entry.as_bytes()).unwrap();
     }
 
+    pub fn forget_flows(&self) {
+        for key in self.flows() {
+            sys::delete(self.map(maps::CONNTRACK), key.as_bytes()).unwrap();
+        }
+    }
+
     pub fn flows(&self) -> Vec<CtKey> {
         sys::keys(self.map(maps::CONNTRACK), size_of::<CtKey>())
             .iter()

@@ -38,6 +38,18 @@ enum Phase {
     Cut(Reason),
 }
 
+/// Something that the programs are told once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Told {
+    No,
+    /// With the next packet.
+    Next,
+    Yes,
+}
+
+/// Distance between the serials of two connections that follow each other in one entry.
+const NEXT_SERIAL: u32 = 0x9e37_79b9;
+
 /// Both directions of a connection.
 pub(crate) struct Connection<F> {
     halves: [Half<F>; 2],
@@ -45,6 +57,16 @@ pub(crate) struct Connection<F> {
     key: CtKey,
     /// Of the packet that was read last.
     slot: CarrySlot,
+    /// The number by which the programs know it, or will once it has taken the place of the one before.
+    serial: u32,
+    /// The number of the entry that another connection by these ports has left. With the answer to the SYN the programs
+    /// are told that nothing decided for that one holds for this one.
+    before: Option<u32>,
+    /// The programs know it by `serial`.
+    is_known: bool,
+    /// What else the programs have been told of it, or are to be told with the next packet that is released.
+    opened: Told,
+    closed: Told,
     about: About,
     /// Another policy has its packets read too, and must not miss any: none are made in their place.
     is_shared: bool,
@@ -70,7 +92,19 @@ pub(crate) struct Connection<F> {
 impl<F> Connection<F> {
     /// Of a connection whose first packet is just being looked at.
     pub(super) fn new(key: CtKey, view: &View<'_>) -> Self {
+        let serial = view.slot.serial;
+        // An entry that was made by this packet has nothing decided yet.
+        let is_known = view.slot.flags & carry_flags::NEW != 0;
         Self {
+            serial: if is_known {
+                serial
+            } else {
+                serial.wrapping_add(NEXT_SERIAL)
+            },
+            before: (!is_known).then_some(serial),
+            is_known,
+            opened: Told::No,
+            closed: Told::No,
             halves: [Half::new(), Half::new()],
             phase: Phase::Open,
             key,
@@ -90,7 +124,62 @@ impl<F> Connection<F> {
     }
 
     pub(super) const fn serial(&self) -> u32 {
-        self.slot.serial
+        self.serial
+    }
+
+    /// Whether a packet with this serial belongs to it. One of the connection before it counts too: its place in the
+    /// stream tells what it is.
+    pub(super) fn is_of(&self, serial: u32) -> bool {
+        serial == self.serial || self.before == Some(serial)
+    }
+
+    /// Whether both sides have acknowledged the other's SYN.
+    pub(super) fn is_opened(&self) -> bool {
+        self.halves.iter().all(|half| half.acked > START)
+    }
+
+    /// Whether it has been seen to end, so that nothing is taken from anybody who uses its ports again.
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed != Told::No || matches!(self.phase, Phase::Cut(_))
+    }
+
+    /// Whether this SYN of a side has been here before, and may come again.
+    pub(super) fn repeats(&self, side: Side, segment: &Segment<'_>) -> bool {
+        self.halves[side as usize].isn == Some(segment.seq)
+            && matches!(self.phase, Phase::Open | Phase::Answering(_))
+    }
+
+    /// Whether a segment of the server answers its SYN, and nothing else.
+    pub(super) fn is_answered_by(&self, segment: &Segment<'_>) -> bool {
+        let isn = self.halves[Side::Client as usize].isn;
+        segment.is_ack() && isn.is_some_and(|isn| segment.ack == isn.wrapping_add(1))
+    }
+
+    /// An order to the programs about it.
+    fn order(&self, what: u32) -> FlowCommand {
+        FlowCommand {
+            serial: self.serial,
+            ..order(self.key, &self.slot, what)
+        }
+    }
+
+    /// When nothing of it has been seen for how long it is forgotten.
+    fn idle(&self, shared: &Shared) -> Millis {
+        if self.is_done() {
+            shared.limits.idle_closed
+        } else if self.is_opened() {
+            shared.limits.idle
+        } else {
+            shared.limits.half_open_idle
+        }
+    }
+
+    /// Says that it is over, if the programs do not know.
+    pub(super) fn forgotten<S: Sink<F>>(&mut self, sink: &mut S) {
+        if self.is_done() && self.is_known && self.closed != Told::Yes {
+            self.closed = Told::Yes;
+            sink.command(&self.order(order::CLOSE));
+        }
     }
 
     fn half(&mut self, side: Side) -> &mut Half<F> {
@@ -112,11 +201,7 @@ impl<F> Connection<F> {
         if self.is_over() {
             return self.seen;
         }
-        let idle = if self.is_done() {
-            shared.limits.idle_closed
-        } else {
-            shared.limits.idle
-        };
+        let idle = self.idle(shared);
         let held = self
             .halves
             .iter()
@@ -176,12 +261,7 @@ impl<F> Connection<F> {
             }
         }
         self.count(shared);
-        let idle = if self.is_done() {
-            shared.limits.idle_closed
-        } else {
-            shared.limits.idle
-        };
-        self.seen.saturating_add(idle) > now
+        self.seen.saturating_add(self.idle(shared)) > now
     }
 
     /// Drops what is held.
@@ -205,7 +285,8 @@ impl<F> Connection<F> {
         self.reset_to(Side::Server, shared, sink);
         self.phase = Phase::Cut(reason);
         self.close(reason, shared, sink);
-        sink.command(&order(self.key, &self.slot, order::CLOSE));
+        self.closed = Told::Yes;
+        sink.command(&self.order(order::CLOSE));
     }
 
     /// Names a connection that is cut for a reason that no reader has told.
@@ -356,6 +437,7 @@ impl<F> Connection<F> {
         sink: &mut S,
     ) {
         self.seen = now;
+        self.is_known |= view.slot.serial == self.serial;
         let side = Side::of(view.slot);
         self.is_audit = view.slot.flags & carry_flags::AUDIT != 0;
         self.is_shared |= view.slot.flags & carry_flags::SHARED != 0;
@@ -523,6 +605,12 @@ impl<F> Connection<F> {
         own.link = Link::of(view).or(own.link);
         let judged = other.judged;
         other.acknowledge(acked, u64::from(segment.window) << shift);
+        self.note_state();
+        let [client, server] = &mut self.halves;
+        let (own, other) = match side {
+            Side::Client => (client, server),
+            Side::Server => (server, client),
+        };
         let progress = matches!(self.phase, Phase::Answering(_)) || judged != other.judged;
         if behind == start {
             self.release(frame, shared, sink);
@@ -668,8 +756,35 @@ impl<F> Connection<F> {
         } else {
             other.edge = other.edge.max(START + 1 + window);
         }
-        self.release(frame, shared, sink);
+        let is_first = side == Side::Client && !segment.is_ack();
+        match self.before.filter(|_| !is_first && !self.is_known) {
+            // In force before the client hears of it, and so before anything can be sent on the connection.
+            Some(before) => {
+                let command = FlowCommand {
+                    serial: before,
+                    windows: [self.serial, 0, 0, 0],
+                    ..self.order(order::REPLACE)
+                };
+                sink.release_with(frame, &command);
+            }
+            None => self.release(frame, shared, sink),
+        }
         Ok(())
+    }
+
+    /// Notes what the programs are to be told of its state: they believe only what was verified here.
+    fn note_state(&mut self) {
+        if self.opened == Told::No && self.is_opened() {
+            self.opened = Told::Next;
+        }
+        let is_ended = |half: &Half<F>| half.fin.is_some_and(|fin| half.acked > fin);
+        if self.closed == Told::No && self.halves.iter().all(is_ended) {
+            self.closed = Told::Next;
+        }
+        if self.closed == Told::No {
+            // Its sides go on: whoever sent the reset did not name the byte that was waited for.
+            self.reset = false;
+        }
     }
 
     /// A reset: believed if it names a byte that the receiver may be waiting for (RFC 5961, 3.2).
@@ -690,12 +805,18 @@ impl<F> Connection<F> {
                 return Err((Reason::TcpOutOfWindow, frame));
             }
             self.reset = true;
+            self.closed = Told::Next;
             self.release(frame, shared, sink);
             return Ok(());
         }
         let position = own.position(segment.seq);
         if (own.acked..=own.sent).contains(&position) {
             self.reset = true;
+            // What the receiver has of the bytes that are under way is not known here. If some are, it may answer with a
+            // challenge instead (RFC 5961, 3.2).
+            if own.acked == own.sent && self.closed == Told::No {
+                self.closed = Told::Next;
+            }
             self.release(frame, shared, sink);
             return Ok(());
         }
@@ -708,22 +829,37 @@ impl<F> Connection<F> {
         self.reset = true;
         self.phase = Phase::Cut(Reason::TcpHeld);
         self.close(Reason::TcpHeld, shared, sink);
+        self.closed = Told::Yes;
+        sink.command(&self.order(order::CLOSE));
         Ok(())
     }
 
     fn release<S: Sink<F>>(&mut self, frame: F, shared: &mut Shared, sink: &mut S) {
         if !std::mem::take(&mut self.command) {
-            sink.release(frame);
+            let told = [
+                (&mut self.closed, order::CLOSE),
+                (&mut self.opened, order::OPENED),
+            ];
+            let next = told.into_iter().find(|(told, _)| **told == Told::Next);
+            match next.map(|(told, what)| {
+                *told = Told::Yes;
+                what
+            }) {
+                Some(what) => sink.release_with(frame, &self.order(what)),
+                None => sink.release(frame),
+            }
             return;
         }
+        // Either says that it is open, too.
+        self.opened = Told::Yes;
         if matches!(self.phase, Phase::Offloaded) {
-            sink.release_with(frame, &order(self.key, &self.slot, order::OFFLOAD));
+            sink.release_with(frame, &self.order(order::OFFLOAD));
             return;
         }
         shared.stats.windows += 1;
         let command = FlowCommand {
             windows: self.windows,
-            ..order(self.key, &self.slot, order::WINDOWS)
+            ..self.order(order::WINDOWS)
         };
         sink.release_with(frame, &command);
     }

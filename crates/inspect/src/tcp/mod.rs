@@ -117,8 +117,13 @@ pub(crate) trait Reader<F> {
 pub struct TcpLimits {
     /// Connections.
     pub connections: usize,
-    /// Of them, those of one endpoint.
+    /// Of them, those of one endpoint. None gets more than three times what is left for the others, either.
     pub connections_per_endpoint: usize,
+    /// Connections of which the client has not acknowledged the server's SYN, beside those. If there are more, the
+    /// oldest of the endpoint that has most is forgotten: its sources may be forged.
+    pub half_open: usize,
+    /// Such a connection is forgotten when nothing of it is seen for so long. A SYN that comes later begins anew.
+    pub half_open_idle: Millis,
     /// Bytes that are kept of one direction of a connection.
     pub bytes_per_direction: usize,
     /// Bytes of all connections.
@@ -146,6 +151,8 @@ impl Default for TcpLimits {
         Self {
             connections: 131_072,
             connections_per_endpoint: usize::MAX,
+            half_open: 16_384,
+            half_open_idle: 10_000,
             bytes_per_direction: 1 << 20,
             bytes: 256 << 20,
             frames_per_direction: 512,
@@ -167,6 +174,13 @@ pub struct TcpStats {
     pub opened: u64,
     /// Connections that are known now.
     pub connections: u64,
+    /// Of them, and of those that want to take the place of one of them, those of which the client has not
+    /// acknowledged the server's SYN.
+    pub half_open: u64,
+    /// Such connections that were forgotten to make room.
+    pub crowded: u64,
+    /// Connections whose ports were used again before they had been seen to end.
+    pub replaced: u64,
     /// Bytes that are kept now.
     pub bytes: u64,
     /// Packets that are held now.

@@ -1,10 +1,11 @@
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use foldhash::{HashMap, HashMapExt as _};
 
 use palisade_abi::{CtKey, Reason, carry_flags, order, protocol};
+use palisade_packet::{TCP_RST, TCP_SYN, flags};
 
-use super::{Connection, Reader, Remember, Shared, TcpLimits, TcpStats, order, segment::Segment};
+use super::{Connection, Reader, Remember, Shared, Side, TcpLimits, TcpStats, order, segment::Segment};
 use crate::{
     Millis, Sink, View,
     record::{Record, Verdict, What},
@@ -16,6 +17,8 @@ struct Entry<F, T> {
     reader: T,
     /// When it is looked at next, at the latest.
     due: Millis,
+    /// Its place among the half-open ones, if it is one.
+    half_open: Option<u64>,
 }
 
 /// A connection that is not read any more: its packets stay with the programs as long as the same rules hold for it.
@@ -24,11 +27,40 @@ struct Past<M> {
     memory: M,
 }
 
+/// Connections of one endpoint.
+#[derive(Default)]
+struct Share {
+    /// Those that are open.
+    open: usize,
+    /// The others, oldest first.
+    half_open: BTreeMap<u64, Key>,
+}
+
+/// Where a packet belongs.
+enum Place {
+    /// To one of the two connections of its key.
+    Known(bool),
+    /// To one that begins with it.
+    New(bool),
+    /// To one that is not read any more.
+    Past,
+    /// To none: a SYN that nothing explains.
+    Stray,
+    /// To none that is known.
+    Unknown,
+}
+
 /// The connections that are read by one kind of reader; `T` is what it keeps of each.
 pub(crate) struct Connections<F, T: Remember> {
     entries: HashMap<CtKey, Box<Entry<F, T>>>,
-    /// How many an endpoint has.
-    by_endpoint: HashMap<u16, usize>,
+    /// Those whose SYN has come while another connection by the same ports was known. The server decides: the new one
+    /// takes the place of the old one when the server has acknowledged its SYN.
+    candidates: HashMap<CtKey, Box<Entry<F, T>>>,
+    shares: HashMap<u16, Share>,
+    open: usize,
+    half_open: usize,
+    /// Counts the half-open ones, so that the oldest is known.
+    number: u64,
     past: HashMap<CtKey, Past<T::Memory>>,
     /// The keys of `past` in the order in which they got there, with serials: those that are gone linger.
     order: VecDeque<(CtKey, u32)>,
@@ -37,22 +69,27 @@ pub(crate) struct Connections<F, T: Remember> {
     shared: Shared,
 }
 
-/// A key that has an order.
+/// A key that has an order, and which of the two connections of that key is meant.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Key(CtKey);
+struct Key(CtKey, bool);
+
+/// In [`Key`]: the connection that is known, or the candidate for its place.
+const CURRENT: bool = false;
+const CANDIDATE: bool = true;
 
 impl Ord for Key {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        let parts = |key: &CtKey| {
+        let parts = |key: &Self| {
             (
-                key.local.0,
-                key.remote.0,
-                key.local_port,
-                key.remote_port,
-                key.endpoint,
+                key.0.local.0,
+                key.0.remote.0,
+                key.0.local_port,
+                key.0.remote_port,
+                key.0.endpoint,
+                key.1,
             )
         };
-        parts(&self.0).cmp(&parts(&other.0))
+        parts(self).cmp(&parts(other))
     }
 }
 
@@ -63,9 +100,9 @@ impl PartialOrd for Key {
 }
 
 /// Notes when a connection is due. `known`: what was noted.
-fn schedule(all: &mut BTreeSet<(Millis, Key)>, known: &mut Millis, due: Millis, key: CtKey) {
-    all.remove(&(*known, Key(key)));
-    all.insert((due, Key(key)));
+fn schedule(all: &mut BTreeSet<(Millis, Key)>, known: &mut Millis, due: Millis, key: Key) {
+    all.remove(&(*known, key));
+    all.insert((due, key));
     *known = due;
 }
 
@@ -94,7 +131,11 @@ impl<F, T: Remember> Connections<F, T> {
     pub(crate) fn new(limits: &TcpLimits) -> Self {
         Self {
             entries: HashMap::new(),
-            by_endpoint: HashMap::new(),
+            candidates: HashMap::new(),
+            shares: HashMap::new(),
+            open: 0,
+            half_open: 0,
+            number: 0,
             past: HashMap::new(),
             order: VecDeque::new(),
             due: BTreeSet::new(),
@@ -105,6 +146,7 @@ impl<F, T: Remember> Connections<F, T> {
     pub(crate) fn stats(&self) -> TcpStats {
         TcpStats {
             connections: self.entries.len() as u64,
+            half_open: self.half_open as u64,
             past: self.past.len() as u64,
             ..self.shared.stats
         }
@@ -127,28 +169,38 @@ impl<F, T: Remember> Connections<F, T> {
         sink: &mut S,
     ) {
         let key = key(view);
-        let opens = Segment::read(view).is_some_and(|s| s.is_syn() && !s.is_ack())
-            && view.slot.flags & carry_flags::REPLY == 0;
         let serial = view.slot.serial;
-        let known = self.entries.get(&key).map(|entry| {
-            let connection = &entry.connection;
-            let other = connection.serial() != serial || (opens && connection.is_done());
-            (connection.is_over(), other)
-        });
+        let of_current = self
+            .entries
+            .get(&key)
+            .map(|entry| entry.connection.is_of(serial) && !entry.connection.is_over());
+        let has_syn = view.packet.tcp_flags & TCP_SYN != 0 && !view.packet.is(flags::FRAGMENT_LATER);
         // Nearly always it is one that goes on.
-        if known != Some((false, false)) {
-            match known {
-                Some((true, _)) => self.put_past(key),
-                Some(_) => {
-                    if let Some(mut entry) = self.remove(&key) {
-                        let shared = &mut self.shared;
-                        entry.connection.close(Reason::TcpMidstream, shared, sink);
+        let goes_on = view.packet.tcp_flags & (TCP_SYN | TCP_RST) == 0;
+        let which = if of_current == Some(true) && goes_on {
+            CURRENT
+        } else {
+            match self.place(key, view, of_current, has_syn, sink) {
+                Place::Known(which) => which,
+                Place::New(which) => {
+                    let is_full = {
+                        let limits = &self.shared.limits;
+                        let of_endpoint = self.shares.get(&key.endpoint).map_or(0, |share| share.open);
+                        let left = limits.connections.saturating_sub(self.open);
+                        of_endpoint >= limits.connections_per_endpoint.min(left.saturating_mul(3))
+                    };
+                    if is_full {
+                        self.shared.stats.limited += 1;
+                        self.refuse(now, view, frame, Reason::InspectLimit, sink);
+                        return;
                     }
+                    self.insert(Key(key, which), Connection::new(key, view), make(), sink);
+                    which
                 }
-                None => {}
-            }
-            if let Some(past) = self.past.get_mut(&key) {
-                if past.serial == serial && !opens {
+                Place::Past => {
+                    let Some(past) = self.past.get_mut(&key) else {
+                        return;
+                    };
                     match recall(&mut past.memory, sink) {
                         Ok(()) => sink.release_with(frame, &order(key, view.slot, order::OFFLOAD)),
                         Err(reason) => {
@@ -162,30 +214,27 @@ impl<F, T: Remember> Connections<F, T> {
                     }
                     return;
                 }
-                self.past.remove(&key);
+                Place::Stray if view.slot.flags & carry_flags::AUDIT != 0 => {
+                    sink.release(frame);
+                    return;
+                }
+                Place::Stray => {
+                    self.shared.stats.invalid += 1;
+                    sink.discard(frame, Reason::TcpInvalid);
+                    return;
+                }
+                Place::Unknown => {
+                    self.unknown(now, view, frame, sink);
+                    return;
+                }
             }
-            if !opens {
-                self.unknown(now, view, frame, sink);
-                return;
-            }
-            let of_endpoint = self.by_endpoint.get(&key.endpoint).copied().unwrap_or(0);
-            if self.entries.len() >= self.shared.limits.connections
-                || of_endpoint >= self.shared.limits.connections_per_endpoint
-            {
-                self.shared.stats.limited += 1;
-                self.refuse(now, view, frame, Reason::InspectLimit, sink);
-                return;
-            }
-            self.by_endpoint.insert(key.endpoint, of_endpoint + 1);
-            self.shared.stats.opened += 1;
-            let entry = Entry {
-                connection: Connection::new(key, view),
-                reader: make(),
-                due: Millis::MAX,
-            };
-            self.entries.insert(key, Box::new(entry));
-        }
-        let Some(entry) = self.entries.get_mut(&key) else {
+        };
+        let all = if which == CANDIDATE {
+            &mut self.candidates
+        } else {
+            &mut self.entries
+        };
+        let Some(entry) = all.get_mut(&key) else {
             return;
         };
         let mut reader = reader(&mut entry.reader);
@@ -194,7 +243,159 @@ impl<F, T: Remember> Connections<F, T> {
             .packet(now, view, frame, &mut reader, &mut self.shared, sink);
         let due = entry.connection.deadline(&self.shared);
         if due < entry.due {
-            schedule(&mut self.due, &mut entry.due, due, key);
+            schedule(&mut self.due, &mut entry.due, due, Key(key, which));
+        }
+        if let Some(number) = entry.half_open
+            && entry.connection.is_opened()
+        {
+            entry.half_open = None;
+            let share = self.shares.entry(key.endpoint).or_default();
+            share.half_open.remove(&number);
+            share.open += 1;
+            self.half_open -= 1;
+            self.open += 1;
+        }
+    }
+
+    /// Where a packet belongs that is not simply one more of a connection that goes on. `of_current`: whether it names
+    /// the connection that is known, if one is.
+    fn place<S: Sink<F>>(
+        &mut self,
+        key: CtKey,
+        view: &View<'_>,
+        of_current: Option<bool>,
+        has_syn: bool,
+        sink: &mut S,
+    ) -> Place {
+        let (slot, side) = (view.slot, Side::of(view.slot));
+        let segment = Segment::read(view);
+        let opens = has_syn && side == Side::Client && segment.is_some_and(|s| !s.is_ack());
+        if let Some(entry) = self.entries.get(&key) {
+            if entry.connection.is_over() {
+                self.put_past(key);
+            } else if of_current == Some(false) {
+                // The programs have made another entry since.
+                self.give_up(key, sink);
+            }
+        }
+        if self.past.get(&key).is_some_and(|past| past.serial != slot.serial) {
+            self.past.remove(&key);
+            self.remove(Key(key, CANDIDATE));
+        }
+        let is_past = self.past.contains_key(&key);
+        let current = self.entries.get(&key).map(|entry| &entry.connection);
+        if let Some(segment) = segment
+            && let Some(candidate) = self.candidates.get(&key)
+            && side == Side::Server
+            && (segment.is_syn() || segment.is_rst())
+            && candidate.connection.is_of(slot.serial)
+            && candidate.connection.is_answered_by(&segment)
+            && !current.is_some_and(|current| current.repeats(side, &segment))
+        {
+            if segment.is_rst() {
+                return Place::Known(CANDIDATE);
+            }
+            self.shared.stats.replaced += 1;
+            self.give_up_current(key, sink);
+            self.past.remove(&key);
+            self.promote(key);
+            return Place::Known(CURRENT);
+        }
+        if opens && let Some(segment) = segment {
+            if let Some(current) = current {
+                if current.repeats(side, &segment) && !current.is_opened() {
+                    return Place::Known(CURRENT);
+                }
+                if current.is_closed() {
+                    self.give_up(key, sink);
+                    return Place::New(CURRENT);
+                }
+            } else if !is_past {
+                self.remove(Key(key, CANDIDATE));
+                return Place::New(CURRENT);
+            }
+            if let Some(candidate) = self.candidates.get(&key) {
+                if candidate.connection.repeats(side, &segment) && candidate.connection.is_of(slot.serial) {
+                    return Place::Known(CANDIDATE);
+                }
+                self.remove(Key(key, CANDIDATE));
+            }
+            return Place::New(CANDIDATE);
+        }
+        match current {
+            // A SYN that answers nothing that was let through is no part of a connection that is open.
+            Some(current) if has_syn && current.is_opened() => {
+                match segment.filter(|segment| current.repeats(side, segment)) {
+                    Some(_) => Place::Known(CURRENT),
+                    None => Place::Stray,
+                }
+            }
+            Some(_) => Place::Known(CURRENT),
+            None if is_past && has_syn => Place::Stray,
+            None if is_past => Place::Past,
+            None => Place::Unknown,
+        }
+    }
+
+    /// Adds a connection that begins.
+    fn insert<S: Sink<F>>(&mut self, key: Key, connection: Connection<F>, reader: T, sink: &mut S) {
+        while self.half_open >= self.shared.limits.half_open.max(1) {
+            let most = self.shares.values().max_by_key(|share| share.half_open.len());
+            let Some((_, oldest)) = most.and_then(|share| share.half_open.first_key_value()) else {
+                break;
+            };
+            let oldest = *oldest;
+            self.shared.stats.crowded += 1;
+            if let Some(mut entry) = self.remove(oldest) {
+                entry
+                    .connection
+                    .close(Reason::InspectLimit, &mut self.shared, sink);
+            }
+        }
+        self.number += 1;
+        self.half_open += 1;
+        let share = self.shares.entry(key.0.endpoint).or_default();
+        share.half_open.insert(self.number, key);
+        self.shared.stats.opened += 1;
+        let entry = Box::new(Entry {
+            connection,
+            reader,
+            due: Millis::MAX,
+            half_open: Some(self.number),
+        });
+        if key.1 == CANDIDATE {
+            self.candidates.insert(key.0, entry);
+        } else {
+            self.entries.insert(key.0, entry);
+        }
+    }
+
+    /// Gives a candidate the place that it wanted.
+    fn promote(&mut self, key: CtKey) {
+        let Some(mut entry) = self.candidates.remove(&key) else {
+            return;
+        };
+        self.due.remove(&(entry.due, Key(key, CANDIDATE)));
+        if let Some(number) = entry.half_open
+            && let Some(share) = self.shares.get_mut(&key.endpoint)
+        {
+            share.half_open.insert(number, Key(key, CURRENT));
+        }
+        entry.due = Millis::MAX;
+        self.entries.insert(key, entry);
+    }
+
+    /// Forgets a connection, and who wants its place.
+    fn give_up<S: Sink<F>>(&mut self, key: CtKey, sink: &mut S) {
+        self.give_up_current(key, sink);
+        self.remove(Key(key, CANDIDATE));
+    }
+
+    fn give_up_current<S: Sink<F>>(&mut self, key: CtKey, sink: &mut S) {
+        if let Some(mut entry) = self.remove(Key(key, CURRENT)) {
+            entry
+                .connection
+                .close(Reason::TcpMidstream, &mut self.shared, sink);
         }
     }
 
@@ -213,13 +414,13 @@ impl<F, T: Remember> Connections<F, T> {
         entry.connection.resume(now, &mut reader, &mut self.shared, sink);
         let due = entry.connection.deadline(&self.shared);
         if due < entry.due {
-            schedule(&mut self.due, &mut entry.due, due, *key);
+            schedule(&mut self.due, &mut entry.due, due, Key(*key, CURRENT));
         }
     }
 
     /// Keeps no more of a connection than what has to be known if its rules change.
     fn put_past(&mut self, key: CtKey) {
-        let Some(mut entry) = self.remove(&key) else {
+        let Some(mut entry) = self.remove(Key(key, CURRENT)) else {
             return;
         };
         entry.connection.account(&mut self.shared);
@@ -244,13 +445,24 @@ impl<F, T: Remember> Connections<F, T> {
         }
     }
 
-    fn remove(&mut self, key: &CtKey) -> Option<Box<Entry<F, T>>> {
-        let entry = self.entries.remove(key)?;
-        self.due.remove(&(entry.due, Key(*key)));
-        if let Some(count) = self.by_endpoint.get_mut(&key.endpoint) {
-            *count -= 1;
-            if *count == 0 {
-                self.by_endpoint.remove(&key.endpoint);
+    fn remove(&mut self, key: Key) -> Option<Box<Entry<F, T>>> {
+        let all = if key.1 == CANDIDATE {
+            &mut self.candidates
+        } else {
+            &mut self.entries
+        };
+        let entry = all.remove(&key.0)?;
+        self.due.remove(&(entry.due, key));
+        if let Some(share) = self.shares.get_mut(&key.0.endpoint) {
+            if let Some(number) = entry.half_open {
+                share.half_open.remove(&number);
+                self.half_open -= 1;
+            } else {
+                share.open -= 1;
+                self.open -= 1;
+            }
+            if share.open == 0 && share.half_open.is_empty() {
+                self.shares.remove(&key.0.endpoint);
             }
         }
         Some(entry)
@@ -294,6 +506,13 @@ impl<F, T: Remember> Connections<F, T> {
             return;
         };
         self.shared.stats.midstream += 1;
+        let is_audit = view.slot.flags & carry_flags::AUDIT != 0;
+        if segment.is_syn() && !is_audit {
+            // The answer to a SYN that was forgotten, or came to a worker that is no more. Its sender hears nothing, so the
+            // client sends its SYN again, and that is known.
+            sink.discard(frame, Reason::TcpMidstream);
+            return;
+        }
         // The answer of an end that has no such connection, perhaps to what [`Connection::disown`] asked; it names what
         // the other end waits for.
         if segment.is_rst() && segment.payload.is_empty() {
@@ -318,7 +537,12 @@ impl<F, T: Remember> Connections<F, T> {
         while let Some(&(due, key)) = self.due.first()
             && due <= now
         {
-            let Some(entry) = self.entries.get_mut(&key.0) else {
+            let all = if key.1 == CANDIDATE {
+                &mut self.candidates
+            } else {
+                &mut self.entries
+            };
+            let Some(entry) = all.get_mut(&key.0) else {
                 self.due.pop_first();
                 continue;
             };
@@ -327,12 +551,13 @@ impl<F, T: Remember> Connections<F, T> {
                 self.put_past(key.0);
             } else if stays {
                 let due = entry.connection.deadline(&self.shared).max(now + 1);
-                schedule(&mut self.due, &mut entry.due, due, key.0);
+                schedule(&mut self.due, &mut entry.due, due, key);
             } else {
                 entry
                     .connection
                     .close(Reason::InspectDeadline, &mut self.shared, sink);
-                self.remove(&key.0);
+                entry.connection.forgotten(sink);
+                self.remove(key);
             }
         }
     }
@@ -341,18 +566,17 @@ impl<F, T: Remember> Connections<F, T> {
     pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, sink: &mut S) {
         self.past
             .retain(|key, _| endpoint.is_some_and(|endpoint| endpoint != key.endpoint));
-        match endpoint {
-            Some(endpoint) => _ = self.by_endpoint.remove(&endpoint),
-            None => self.by_endpoint.clear(),
-        }
-        let (shared, due) = (&mut self.shared, &mut self.due);
-        self.entries.retain(|key, entry| {
-            let stays = endpoint.is_some_and(|endpoint| endpoint != key.endpoint);
-            if !stays {
-                entry.connection.close(Reason::TcpMidstream, shared, sink);
-                due.remove(&(entry.due, Key(*key)));
+        let all = self.entries.keys().map(|key| Key(*key, CURRENT));
+        let all = all.chain(self.candidates.keys().map(|key| Key(*key, CANDIDATE)));
+        let gone: Vec<Key> = all
+            .filter(|key| endpoint.is_none_or(|endpoint| endpoint == key.0.endpoint))
+            .collect();
+        for key in gone {
+            if let Some(mut entry) = self.remove(key) {
+                entry
+                    .connection
+                    .close(Reason::TcpMidstream, &mut self.shared, sink);
             }
-            stays
-        });
+        }
     }
 }

@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 
-use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_flags, carry_hook};
+use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_flags, carry_hook, order};
 use palisade_packet::{Packet, Start, decode};
 use proptest::prelude::*;
 
@@ -28,6 +28,8 @@ pub(crate) struct Seg {
     window: u16,
     options: Vec<u8>,
     pub(crate) data: Vec<u8>,
+    /// The client's address, but for its last byte, which is 1.
+    peer: [u8; 3],
 }
 
 impl Seg {
@@ -40,13 +42,15 @@ impl Seg {
             window: 60_000,
             options: vec![],
             data: data.to_vec(),
+            peer: [10, 0, 0],
         }
     }
 
     /// As a frame between 10.0.0.1:1000 and 10.0.0.2:80. Its checksums are not looked at.
     fn frame(&self) -> Vec<u8> {
         let mut f = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 8, 0];
-        let (a, b) = ([10, 0, 0, 1], [10, 0, 0, 2]);
+        let [x, y, z] = self.peer;
+        let (a, b) = ([x, y, z, 1], [10, 0, 0, 2]);
         let (mut ports, mut addrs) = ([3, 0xe8, 0, 80], [a, b]);
         if self.from == Side::Server {
             f[..12].rotate_left(6);
@@ -76,15 +80,18 @@ impl Seg {
         let mut packet = Packet::default();
         decode(&frame[..], Start::Ethernet { tags_removed: 0 }, &mut packet).unwrap();
         let answers = self.from == Side::Server;
+        // The programs make an entry for a SYN, unless the test says which connection is meant.
+        let is_new = !answers && self.flags & (SYN | ACK) == SYN && slot.serial == 0;
         let slot = CarrySlot {
-            endpoint: 7,
-            serial: 99,
+            endpoint: if slot.endpoint == 0 { 7 } else { slot.endpoint },
+            serial: if slot.serial == 0 { 99 } else { slot.serial },
             flags: slot.flags
                 ^ if answers {
                     carry_flags::REPLY
                 } else {
                     carry_flags::INGRESS
-                },
+                }
+                | if is_new { carry_flags::NEW } else { 0 },
             ..slot
         };
         let header = usize::from(frame[46] >> 4) * 4;
@@ -120,6 +127,7 @@ impl Seg {
             window: u16::from_be_bytes([frame[48], frame[49]]),
             options: frame[54..34 + header].to_vec(),
             data: frame[34 + header..].to_vec(),
+            peer: [10, 0, 0],
         }
     }
 }
@@ -130,6 +138,8 @@ pub(crate) struct Out {
     pub(crate) discarded: Vec<Reason>,
     pub(crate) emitted: Vec<(Seg, Route)>,
     pub(crate) commands: Vec<FlowCommand>,
+    /// Those without a packet.
+    told: Vec<FlowCommand>,
     pub(crate) records: Vec<Record>,
 }
 
@@ -140,6 +150,9 @@ impl Sink<Vec<u8>> for Out {
     fn release_with(&mut self, frame: Vec<u8>, command: &FlowCommand) {
         self.commands.push(*command);
         self.release(frame);
+    }
+    fn command(&mut self, command: &FlowCommand) {
+        self.told.push(*command);
     }
     fn discard(&mut self, _: Vec<u8>, reason: Reason) {
         self.discarded.push(reason);
@@ -244,9 +257,16 @@ impl Bench {
     }
 
     fn put(&mut self, seg: &Seg) {
+        self.put_as(seg, 0, 0);
+    }
+
+    /// A packet of an entry with this serial, if it is not 0, that the packet has not made; of this endpoint.
+    fn put_as(&mut self, seg: &Seg, serial: u32, endpoint: u16) {
         let (table, out, now) = (&mut self.table, &mut self.out, self.now);
         let slot = CarrySlot {
             inspector: Inspector::Http as u8,
+            serial,
+            endpoint,
             ..CarrySlot::default()
         };
         seg.view(slot, |view, frame| {
@@ -268,6 +288,21 @@ impl Bench {
 
     fn take(&mut self) -> Out {
         std::mem::take(&mut self.out)
+    }
+}
+
+/// Resident memory of this process, bytes.
+fn resident() -> usize {
+    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+    pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+}
+
+/// A SYN from somebody, of this number.
+fn syn_of(peer: u32) -> Seg {
+    let [_, x, y, z] = peer.to_be_bytes();
+    Seg {
+        peer: [x, y, z],
+        ..Seg::new(Side::Client, SYN, 1, 0, b"")
     }
 }
 
@@ -987,6 +1022,301 @@ fn what_is_not_read_any_more_is_remembered_within_limits() {
     // other ports take its place
     bench.handshake();
     assert_eq!(bench.table.stats().past, 0);
+}
+
+/// The same ports again, by a SYN that the programs know no end before: the server decides whether it begins another
+/// connection, and with its answer the programs learn that nothing of the old one holds for the new one.
+#[test]
+fn a_connection_in_the_place_of_another_is_read_from_its_start() {
+    // Left to the programs and forgotten; left to them and still owed something; with a window; waiting for its rest.
+    for (first, offloaded) in [
+        (&b"\x01O"[..], true),
+        (b"\x03S\x4e\x20", false),
+        (b"\x05ab", false),
+    ] {
+        let mut bench = Bench::new(TcpLimits {
+            window: 10_000,
+            ..TcpLimits::default()
+        });
+        bench.handshake();
+        bench.put(&client(0, first));
+        bench.tick(1);
+        bench.take();
+        for isn in [CLIENT_ISN, 5000] {
+            // Data in a SYN, or urgent data, is no way in.
+            let syn = Seg::new(Side::Client, SYN, isn, 0, b"");
+            for odd in [
+                Seg {
+                    data: b"\x01a".into(),
+                    ..syn.clone()
+                },
+                Seg {
+                    flags: SYN | URG,
+                    ..syn.clone()
+                },
+            ] {
+                bench.put_as(&odd, 99, 0);
+                assert_eq!(bench.take().discarded, [Reason::TcpInvalid]);
+            }
+            bench.put_as(&syn, 99, 0);
+            bench.put_as(&syn, 99, 0);
+            let out = bench.take();
+            assert_eq!((out.released.len(), out.commands.len()), (2, 0));
+            // Until the server has answered the old one goes on.
+            bench.put_as(&client(first.len() as u32, b"x"), 99, 0);
+            let out = bench.take();
+            assert!(
+                out.commands.iter().all(|command| command.serial == 99),
+                "{:?}",
+                out.commands
+            );
+            assert_eq!(out.commands.len(), usize::from(offloaded));
+            // Answers to something else.
+            for ack in [isn, isn.wrapping_add(2)] {
+                bench.put_as(&Seg::new(Side::Server, SYN | ACK, 777, ack, b""), 99, 0);
+                assert_eq!(bench.take().discarded, [Reason::TcpInvalid]);
+            }
+            bench.put_as(&Seg::new(Side::Server, SYN, 777, 0, b""), 99, 0);
+            assert_eq!(bench.take().discarded, [Reason::TcpInvalid]);
+        }
+        let answer = Seg::new(Side::Server, SYN | ACK, 777, 5001, b"");
+        let mut serial = 0;
+        for _ in 0..2 {
+            // Again if it gets lost.
+            bench.put_as(&answer, 99, 0);
+            let out = bench.take();
+            assert_eq!((out.released.len(), out.commands.len()), (1, 1));
+            let command = out.commands[0];
+            assert_eq!((command.order, command.serial), (order::REPLACE, 99));
+            serial = command.windows[0];
+            assert_ne!(serial, 99);
+        }
+        assert_eq!(bench.table.stats().replaced, 1);
+        assert_eq!(bench.table.stats().past, 0);
+        // What was under way of the old one is not in its place.
+        bench.put_as(&client(2, b"x"), 99, 0);
+        assert_eq!(bench.take().released.len(), 0);
+        let data = |at: u32, data: &[u8]| Seg::new(Side::Client, ACK, 5001 + at, 778, data);
+        bench.put_as(&data(0, b""), serial, 0);
+        let out = bench.take();
+        assert_eq!((out.released.len(), out.commands.len()), (1, 1));
+        assert_eq!(
+            (out.commands[0].order, out.commands[0].serial),
+            (order::OPENED, serial)
+        );
+        bench.put_as(&data(0, b"\x02Xy"), serial, 0);
+        let out = bench.take();
+        assert_eq!(out.discarded, [Reason::AppDenied]);
+        assert_eq!((out.told[0].order, out.told[0].serial), (order::CLOSE, serial));
+    }
+}
+
+/// The entry is older than what the worker remembers: it began anew, or has forgotten.
+#[test]
+fn what_was_decided_before_the_worker_began_does_not_hold_for_a_new_connection() {
+    let mut bench = Bench::new(TcpLimits::default());
+    bench.put_as(&Seg::new(Side::Client, SYN, CLIENT_ISN, 0, b""), 41, 0);
+    assert_eq!(bench.take().commands.len(), 0);
+    let isn = CLIENT_ISN.wrapping_add(1);
+    bench.put_as(&Seg::new(Side::Server, SYN | ACK, SERVER_ISN, isn, b""), 41, 0);
+    let out = bench.take();
+    assert_eq!(
+        (out.commands[0].order, out.commands[0].serial),
+        (order::REPLACE, 41)
+    );
+    // The answer to a SYN that is not known here resets nobody: the SYN comes again.
+    bench.table.forget(None, &mut bench.out);
+    bench.put_as(&Seg::new(Side::Server, SYN | ACK, SERVER_ISN, isn, b""), 41, 0);
+    let out = bench.take();
+    assert_eq!(
+        (out.discarded.len(), out.emitted.len(), out.commands.len()),
+        (1, 0, 0)
+    );
+}
+
+/// A client that has lost its connection opens it again by the same ports (RFC 5961, 4; RFC 9293, 3.10.7.4).
+#[test]
+fn a_server_that_still_has_the_connection_says_so_and_the_client_resets_it() {
+    let mut bench = Bench::open();
+    bench.put(&client(0, b"\x01a"));
+    bench.put(&server(2));
+    bench.take();
+    let syn = Seg::new(Side::Client, SYN, 900_000, 0, b"");
+    bench.put_as(&syn, 99, 0);
+    // the challenge
+    bench.put(&server(2));
+    let reset = |at: u32| Seg::new(Side::Client, RST, CLIENT_ISN.wrapping_add(1 + at), 0, b"");
+    bench.put(&reset(70_000));
+    assert_eq!(bench.out.discarded, [Reason::TcpOutOfWindow]);
+    bench.put(&reset(2));
+    let out = bench.take();
+    assert_eq!((out.released.len(), out.commands.len()), (3, 1));
+    assert_eq!(
+        (out.commands[0].order, out.commands[0].serial),
+        (order::CLOSE, 99)
+    );
+    // The programs begin another entry for the SYN when it comes again.
+    bench.put(&syn);
+    let answer = Seg::new(Side::Server, SYN | ACK, 77, 900_001, b"");
+    bench.put(&answer);
+    bench.put(&Seg::new(Side::Client, ACK, 900_001, 78, b"\x02Xa"));
+    let out = bench.take();
+    assert_eq!((out.released.len(), out.discarded), (2, vec![Reason::AppDenied]));
+    // A server that has forgotten it refuses, or answers at once.
+    let mut bench = Bench::open();
+    bench.put_as(&syn, 99, 0);
+    bench.put(&Seg::new(Side::Server, RST | ACK, 0, 900_001, b""));
+    assert_eq!(
+        bench.take().released.len(),
+        2,
+        "the client hears that it is refused"
+    );
+}
+
+#[test]
+fn the_end_of_a_connection_is_told_once_it_is_sure() {
+    // Both have closed, and know it.
+    let mut bench = Bench::open();
+    let mut end = client(0, b"");
+    end.flags |= FIN;
+    bench.put(&end);
+    let mut answer = server(1);
+    answer.flags |= FIN;
+    bench.put(&answer);
+    assert!(bench.take().commands.is_empty());
+    let mut last = client(1, b"");
+    last.ack = last.ack.wrapping_add(1);
+    bench.put(&last);
+    let out = bench.take();
+    assert_eq!((out.released.len(), out.commands[0].order), (1, order::CLOSE));
+    // A reset that may be a challenged one: with bytes under way it is not known what the receiver waits for.
+    let mut bench = Bench::open();
+    bench.put(&client(0, b"\x01a"));
+    bench.put(&Seg::new(Side::Client, RST, CLIENT_ISN.wrapping_add(1), 0, b""));
+    let out = bench.take();
+    assert_eq!((out.released.len(), out.commands.len()), (2, 0));
+    // The connection goes on; without that it is forgotten soon.
+    bench.put(&server(2));
+    bench.tick(61_000);
+    assert_eq!(bench.table.stats().connections, 1);
+    bench.put(&Seg::new(Side::Client, RST, CLIENT_ISN.wrapping_add(3), 0, b""));
+    bench.take();
+    bench.tick(200_000);
+    assert_eq!(bench.table.stats().connections, 0);
+}
+
+#[test]
+fn a_flood_of_syns_takes_nothing_from_anybody_else() {
+    let mut bench = Bench::new(TcpLimits::default());
+    let before = resident();
+    let mut served = 0;
+    for n in 0..200_000 {
+        bench.put_as(&syn_of(n), 0, 7);
+        if n % 1000 == 999 {
+            // Somebody else's connection needs a while.
+            let (syn, peer) = (syn_of(0x00ff_0000 + n), syn_of(0x00ff_0000 + n).peer);
+            bench.put_as(&syn, 0, 8);
+            for n in 0..100 {
+                bench.put_as(&syn_of(0x00e0_0000 + n), 0, 7);
+            }
+            bench.take();
+            let answer = Seg {
+                peer,
+                ..Seg::new(Side::Server, SYN | ACK, 9, 2, b"")
+            };
+            bench.put_as(&answer, 99, 8);
+            let ack = Seg {
+                peer,
+                ..Seg::new(Side::Client, ACK, 2, 10, b"\x01a")
+            };
+            bench.put_as(&ack, 99, 8);
+            served += bench.take().released.len();
+        }
+        bench.take();
+    }
+    assert_eq!(served, 400, "all of the other endpoint's");
+    let stats = bench.table.stats();
+    assert_eq!(
+        (stats.half_open, stats.connections, stats.limited),
+        (16_383, 16_383 + 200, 0)
+    );
+    let grown = resident().saturating_sub(before);
+    println!(
+        "{} MiB for {} half-open connections",
+        grown >> 20,
+        stats.half_open
+    );
+    assert!(grown < 64 << 20, "{grown} bytes");
+    // They are gone soon.
+    bench.tick(10_001);
+    assert_eq!(bench.table.stats().half_open, 0);
+    assert_eq!(bench.table.stats().connections, 200);
+}
+
+#[test]
+fn answered_syns_are_half_open_too_and_late_answers_are_waited_for() {
+    let mut bench = Bench::new(TcpLimits {
+        half_open: 100,
+        ..TcpLimits::default()
+    });
+    for n in 0..1000 {
+        let peer = syn_of(n).peer;
+        bench.put_as(&syn_of(n), 0, 7);
+        let answer = Seg {
+            peer,
+            ..Seg::new(Side::Server, SYN | ACK, 9, 2, b"")
+        };
+        bench.put_as(&answer, 99, 7);
+    }
+    assert_eq!(bench.table.stats().connections, 100);
+    // A server that is silent for a minute: each SYN that is sent again is known.
+    let mut bench = Bench::new(TcpLimits::default());
+    let syn = Seg::new(Side::Client, SYN, CLIENT_ISN, 0, b"");
+    for at in [0, 1, 3, 7, 15, 31, 63] {
+        bench.tick(at * 1000);
+        bench.put_as(&syn, if at == 0 { 0 } else { 99 }, 0);
+    }
+    let isn = CLIENT_ISN.wrapping_add(1);
+    bench.put(&Seg::new(Side::Server, SYN | ACK, SERVER_ISN, isn, b""));
+    bench.put(&client(0, b"\x01a"));
+    let out = bench.take();
+    assert_eq!((out.released.len(), out.discarded.len()), (9, 0));
+    bench.tick(3_600_000);
+    assert_eq!(bench.table.stats().connections, 1);
+}
+
+#[test]
+fn no_endpoint_takes_all_connections() {
+    let mut bench = Bench::new(TcpLimits {
+        connections: 64,
+        ..TcpLimits::default()
+    });
+    let mut open = |n: u32, endpoint: u16| {
+        let peer = syn_of(n).peer;
+        bench.put_as(&syn_of(n), 0, endpoint);
+        let opened = bench.out.discarded.is_empty();
+        let answer = Seg {
+            peer,
+            ..Seg::new(Side::Server, SYN | ACK, 9, 2, b"")
+        };
+        bench.put_as(&answer, 99, endpoint);
+        let ack = Seg {
+            peer,
+            ..Seg::new(Side::Client, ACK, 2, 10, b"\x01a")
+        };
+        bench.put_as(&ack, 99, endpoint);
+        bench.take();
+        opened
+    };
+    let took = |open: &mut dyn FnMut(u32, u16) -> bool, endpoint: u16| {
+        (0..64)
+            .filter(|n| open(u32::from(endpoint) << 8 | n, endpoint))
+            .count()
+    };
+    let shares: Vec<_> = (7..11).map(|endpoint| took(&mut open, endpoint)).collect();
+    assert_eq!(shares[0], 48);
+    assert!(shares.windows(2).all(|pair| pair[1] < pair[0]), "{shares:?}");
+    assert!(shares[1] >= 12 && shares[2] >= 3 && shares[3] >= 1, "{shares:?}");
 }
 
 /// What a receiver makes of the packets that reach it.
