@@ -36,6 +36,17 @@ pub struct Cli {
     pub socket: Option<PathBuf>,
 }
 
+impl Cli {
+    /// Whether the configuration was named, by `--config` or the environment, and is not merely the usual one.
+    pub fn names_config(&self) -> bool {
+        let mut arguments = std::env::args_os();
+        std::env::var_os("PALISADE_CONFIG").is_some()
+            || arguments.any(|argument| {
+                argument == "--config" || argument.as_encoded_bytes().starts_with(b"--config=")
+            })
+    }
+}
+
 /// How a listing is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Default)]
 pub enum Output {
@@ -44,6 +55,18 @@ pub enum Output {
     Table,
     /// For programs.
     Json,
+}
+
+/// How policies are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Default)]
+pub enum PolicyOutput {
+    /// For people.
+    #[default]
+    Table,
+    /// For programs.
+    Json,
+    /// One policy as it was written: the text that is in force.
+    Yaml,
 }
 
 /// `-o` of the listings.
@@ -271,10 +294,15 @@ pub enum PolicyCommand {
     #[command(after_help = "Examples:
   palisade policy validate web.yaml
   palisade policy validate /etc/palisade/policies.d
+  palisade policy validate --config palisade.toml policies.d
+  kubectl get cnp -A -o yaml | palisade policy validate -
 
-Prints FILE:LINE:COL: MESSAGE for each error, warning and note, and exits 1 if there is an error.")]
+Prints FILE:LINE:COL: MESSAGE for each error, warning and note, and exits 1 if there is an error. With --config also
+what the policies come to for the endpoints and peers of this configuration: port names and nodeSelectors without
+effect, groups of prefixes that do not exist.")]
     Validate {
-        /// Files, or folders of which every *.yaml, *.yml and *.json is checked.
+        /// Files, folders of which every *.yaml, *.yml and *.json is checked (subfolders are not read), or - for the
+        /// standard input.
         #[arg(required = true, value_name = "PATH")]
         paths: Vec<PathBuf>,
         /// Only errors.
@@ -286,7 +314,25 @@ Prints FILE:LINE:COL: MESSAGE for each error, warning and note, and exits 1 if t
   palisade policy test cases.jsonl
   palisade policy test tests/cases/*.yaml
 
-A case file has one JSON object a line, or YAML documents. Prints a line for each check that differs, with the
+A case file has one JSON object a line, or YAML documents; docs/POLICY.md has all members:
+
+  id: web
+  policies:
+  - apiVersion: cilium.io/v2
+    kind: CiliumNetworkPolicy
+    metadata: {name: web, namespace: shop}
+    spec:
+      endpointSelector: {matchLabels: {app: web}}
+      ingress: [{fromEndpoints: [{matchLabels: {app: front}}]}]
+  endpoints:
+    web: {labels: ['k8s:app=web', 'k8s:io.kubernetes.pod.namespace=shop']}
+  peers:
+    front: {labels: ['k8s:app=front', 'k8s:io.kubernetes.pod.namespace=shop']}
+  checks:
+  - {subject: web, direction: ingress, peer: front, protocol: TCP, port: 80, expect: allow}
+  - {subject: web, direction: ingress, peer: 192.0.2.1, protocol: TCP, port: 80, expect: deny}
+
+Prints a line for each check that differs, with the
 deciding rule, then `N passed, M failed`, and exits 1 if a check failed.")]
     Test {
         /// Case files.
@@ -313,8 +359,9 @@ Exits 0 if the packet would pass (also by audit mode, or once it was inspected),
     Get {
         /// `namespace/name`, or the name of a cluster-wide policy.
         name: Option<String>,
-        #[command(flatten)]
-        output: OutputArgs,
+        /// Format; yaml is the text of the policy that is in force, also if its file is broken now.
+        #[arg(short, long, value_enum, default_value_t)]
+        output: PolicyOutput,
     },
     /// List the selectors of the policies, and whom they select.
     Selectors {
@@ -410,8 +457,8 @@ pub enum IdentityCommand {
     },
     /// Show one identity.
     Get {
-        /// Its number.
-        identity: u32,
+        /// Its number, or the name of a reserved one (host, world-ipv4, ...).
+        identity: String,
         #[command(flatten)]
         output: OutputArgs,
     },

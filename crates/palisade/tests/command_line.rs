@@ -80,6 +80,35 @@ fn validate_names_every_error_with_its_place() {
 }
 
 #[test]
+fn validate_reads_all_that_can_be_read() {
+    let dir = folder(&[("web.yaml", WEB), ("copy.yaml", WEB)]);
+    std::fs::write(dir.path().join("a.yaml"), b"a: \xff\n").unwrap();
+    std::fs::create_dir(dir.path().join("more")).unwrap();
+    // A file that is not UTF-8 is one error among others, and a resource that two files have another.
+    let (code, out, _) = texts(&palisade(
+        dir.path(),
+        &["policy", "validate", ".", "missing.yaml"],
+    ));
+    assert_eq!(code, Some(4), "{out}");
+    assert!(
+        out.contains("./a.yaml:1:4: the byte 0xff is no part of UTF-8 text"),
+        "{out}"
+    );
+    assert!(
+        out.contains("./copy.yaml:1:1 already, and stays as it is there"),
+        "{out}"
+    );
+    assert!(out.contains("note: subfolders are not read: more"), "{out}");
+    assert!(
+        out.contains("3 files, 2 policies, 0 CIDR groups: 2 errors"),
+        "{out}"
+    );
+    let (code, _, error) = texts(&palisade(dir.path(), &["policy", "validate", "more"]));
+    assert_eq!(code, Some(4));
+    assert!(error.contains("more: there is no policy file"), "{error}");
+}
+
+#[test]
 fn test_runs_case_files() {
     let case = |expect: &str| {
         format!(

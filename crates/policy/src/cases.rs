@@ -213,6 +213,14 @@ impl Number {
 /// Runs the cases of a file: one JSON object a line, or YAML documents. `file` is how lines name it.
 #[must_use]
 pub fn run(file: &str, text: &str) -> Report {
+    let mut report = run_cases(file, text);
+    if report == Report::default() {
+        report.fail(format!("{file}: there is no case in this file"));
+    }
+    report
+}
+
+fn run_cases(file: &str, text: &str) -> Report {
     let mut report = Report::default();
     if is_json_lines(text) {
         for (number, line) in text.lines().enumerate() {
@@ -263,6 +271,12 @@ fn run_case(place: &str, case: &Case) -> Report {
     } else {
         format!("{place}: {}", case.id)
     };
+    if case.checks.is_empty() && !case.error {
+        report.fail(format!(
+            "{place}: the case checks nothing: it has neither checks nor error: true"
+        ));
+        return report;
+    }
     let parsed = parse_rules_json(
         if case.id.is_empty() { &place } else { &case.id },
         case.policies.as_ref(),
@@ -671,6 +685,21 @@ checks:
             "{}",
             report.lines[0]
         );
+    }
+
+    #[test]
+    fn what_checks_nothing_is_an_error() {
+        let empty = run("c.yaml", "id: a\nendpoints: {web: {labels: [app=web]}}\n");
+        assert_eq!(empty.summary(), "0 passed, 1 failed");
+        assert!(
+            empty.lines[0].contains("the case checks nothing"),
+            "{:?}",
+            empty.lines
+        );
+        for text in ["", "\n", "# nothing\n", "---\n"] {
+            let empty = run("c.yaml", text);
+            assert_eq!(empty.lines, ["c.yaml: there is no case in this file"]);
+        }
     }
 
     #[test]

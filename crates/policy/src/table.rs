@@ -156,6 +156,44 @@ pub(crate) enum Members {
     Of(Vec<Member>),
 }
 
+impl Members {
+    /// Those of the members that are among some identities.
+    pub(crate) fn among(&self, identities: &Arc<BTreeSet<Identity>>) -> Self {
+        Self::Of(match self {
+            Self::Everybody => vec![Member {
+                peer: Member::EVERYBODY,
+                members: Arc::clone(identities),
+                learned: Learned::Base,
+            }],
+            Self::Of(peers) => peers
+                .iter()
+                .map(|peer| Member {
+                    peer: peer.peer,
+                    members: Arc::new(peer.members.intersection(identities).copied().collect()),
+                    learned: Learned::Base,
+                })
+                .filter(|peer| !peer.members.is_empty())
+                .collect(),
+        })
+    }
+
+    /// The members without some identities. Of everybody these cannot be taken away, see [`TableRule::except`].
+    pub(crate) fn without(&self, identities: &BTreeSet<Identity>) -> Self {
+        match self {
+            Self::Everybody => Self::Everybody,
+            Self::Of(peers) => Self::Of(
+                peers
+                    .iter()
+                    .map(|peer| Member {
+                        members: Arc::new(peer.members.difference(identities).copied().collect()),
+                        ..peer.clone()
+                    })
+                    .collect(),
+            ),
+        }
+    }
+}
+
 /// A peer of a rule, looked up.
 #[derive(Clone, Debug)]
 pub(crate) struct Member {
@@ -188,6 +226,9 @@ impl Member {
             Learned::Labels(meaning) => meaning.matches(&identity.labels),
         }
     }
+
+    /// Who of everybody has a port of some name: stands for everybody where peers are compared.
+    pub(crate) const EVERYBODY: u32 = u32::MAX - 1;
 
     /// The same for all that a subject can meet.
     fn name_learned(&self, rows: &LearnedRows, mut name: impl FnMut(Identity)) {
@@ -226,7 +267,19 @@ pub(crate) struct TableRule {
     pub(crate) audit: bool,
     pub(crate) auth_required: bool,
     pub(crate) members: Members,
+    /// Of everybody, those that the rule is not about: peers with a port of the name that the rule asks for under
+    /// another number, for which there is a rule of its own.
+    pub(crate) except: Option<Arc<BTreeSet<Identity>>>,
     pub(crate) ports: Vec<TablePorts>,
+}
+
+impl TableRule {
+    /// Whether the rule is not about an identity although it is about everybody.
+    pub(crate) fn excepts(&self, identity: Identity) -> bool {
+        self.except
+            .as_ref()
+            .is_some_and(|except| except.contains(&identity))
+    }
 }
 
 /// Some ports of a rule.
@@ -383,7 +436,17 @@ impl Builder<'_> {
         let mut groups: Vec<(Vec<u32>, Vec<Identity>)> = groups.into_iter().collect();
         groups.sort_unstable();
 
+        let with_exceptions = everybody
+            .by_class
+            .values()
+            .flatten()
+            .any(|(rule, _)| rule.except.is_some());
         for (list, identities) in groups {
+            // Peers of one group are named by the same rules, so the same rules except them.
+            let Some(first) = identities.first().copied() else {
+                continue;
+            };
+            let counts = |hit: &&Hit<'_>| !with_exceptions || !hit.0.excepts(first);
             let mut row = Row::default();
             for number in &list {
                 row.add(rules[*number as usize]);
@@ -395,6 +458,7 @@ impl Builder<'_> {
                 let hits: Vec<Hit<'_>> = everybody
                     .every_class
                     .iter()
+                    .filter(counts)
                     .chain(&row.every_class)
                     .copied()
                     .collect();
@@ -413,8 +477,22 @@ impl Builder<'_> {
                 Some(Decision::Allow) => classes.extend(delicate.iter().filter(|class| !everywhere(class))),
                 Some(_) => classes.extend(everybody.by_class.keys().filter(|class| !everywhere(class))),
             }
+            if with_exceptions {
+                let excepted = everybody
+                    .by_class
+                    .iter()
+                    .filter(|(_, hits)| hits.iter().any(|(rule, _)| rule.excepts(first)));
+                classes.extend(excepted.map(|(class, _)| *class));
+                classes.sort_unstable();
+                classes.dedup();
+            }
             for class in classes {
-                let hits: Vec<Hit<'_>> = everybody.at(class).chain(row.at(class)).copied().collect();
+                let hits: Vec<Hit<'_>> = everybody
+                    .at(class)
+                    .filter(counts)
+                    .chain(row.at(class))
+                    .copied()
+                    .collect();
                 let entry = self.decide(&hits);
                 let otherwise = any_class.or_else(|| wild.get(&class).copied()).unwrap_or(default);
                 if entry != otherwise {
@@ -627,7 +705,9 @@ fn named_elsewhere(hits: &[Hit<'_>], rule: &TableRule, ports: &TablePorts, by_au
                 (Members::Of(a), Members::Of(b)) => {
                     a.iter().any(|one| b.iter().any(|other| other.peer == one.peer))
                 }
-                _ => false,
+                (Members::Everybody, Members::Of(some)) | (Members::Of(some), Members::Everybody) => {
+                    some.iter().any(|member| member.peer == Member::EVERYBODY)
+                }
             }
     })
 }

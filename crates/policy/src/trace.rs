@@ -11,6 +11,7 @@ use crate::{
     labels::Labels,
     names::{Names, SelectorNumber},
     snapshot::{RuleKey, inspector_name},
+    world::Enforcement,
 };
 
 /// A packet that somebody asks about.
@@ -53,6 +54,9 @@ pub struct Trace {
     pub verdict: Outcome,
     /// The endpoints of this node that were asked: the source's egress first.
     pub sides: Vec<Side>,
+    /// What else may happen to it that this answer does not count.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// One end of a packet.
@@ -112,6 +116,9 @@ pub struct Side {
     pub rule: u32,
     /// Every rule that matches the packet, with what it says.
     pub matching: Vec<Matching>,
+    /// What in the policies of the endpoint has no effect in this direction, like names of ports that nobody has.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub remarks: Vec<String>,
 }
 
 /// A rule that matches a packet.
@@ -228,7 +235,9 @@ fn trace_between(
         .map(|side| side.verdict)
         .max_by_key(|outcome| worst(*outcome))
         .unwrap_or(Outcome::Allowed);
+    let notes = judged_as_the_node(compiler, question, &source, &destination);
     Ok(Trace {
+        notes,
         source,
         destination,
         protocol: question.protocol,
@@ -237,6 +246,52 @@ fn trace_between(
         verdict,
         sides,
     })
+}
+
+/// Where a workload talks to the outside, the node may translate addresses: masquerading on the way out, published ports
+/// on the way in. A translated packet is the node's own at its NIC, and judged by the node's policy too.
+fn judged_as_the_node(
+    compiler: &Compiler,
+    question: &Question,
+    source: &End,
+    destination: &End,
+) -> Vec<String> {
+    let endpoints = &compiler.world().endpoints;
+    let Some(node) = endpoints.iter().find(|endpoint| endpoint.is_node()) else {
+        return Vec::new();
+    };
+    let is_workload = |end: &End| end.endpoint.is_some_and(|id| id != node.id);
+    let (direction, other) = match (is_workload(source), is_workload(destination)) {
+        (true, false) if destination.endpoint.is_none() => (Direction::Egress, destination),
+        (false, true) if source.endpoint.is_none() => (Direction::Ingress, source),
+        _ => return Vec::new(),
+    };
+    let enforced = compiler.policies_of(node.id).iter().any(|policy| {
+        policy.specs.iter().any(|spec| match direction {
+            Direction::Egress => spec.egress.is_some() || spec.egress_deny.is_some(),
+            Direction::Ingress => spec.ingress.is_some() || spec.ingress_deny.is_some(),
+        })
+    });
+    let always = compiler.world().options.enforcement == Enforcement::Always;
+    if !enforced && !always {
+        return Vec::new();
+    }
+    let note = match (
+        direction,
+        side(compiler, node.id, direction, other.identity, question),
+    ) {
+        (Direction::Egress, Ok(side)) => format!(
+            "if the node masquerades it, egress of {} judges it too: {} ({}), decided by {}",
+            side.name, side.verdict, side.reason, side.decided_by
+        ),
+        (Direction::Ingress, _) => format!(
+            "if it comes by a port that the node publishes for the workload, ingress of {} judges that port too; trace it \
+             with --to {} and the published port",
+            node.name, node.name
+        ),
+        (Direction::Egress, Err(_)) => return Vec::new(),
+    };
+    vec![note]
 }
 
 fn end(compiler: &Compiler, text: &str) -> Result<End, String> {
@@ -384,6 +439,10 @@ fn side(
         decided_by: describe(rule),
         rule,
         matching,
+        remarks: compiler
+            .remarks_of(endpoint, direction)
+            .map(ToString::to_string)
+            .collect(),
     })
 }
 
@@ -483,12 +542,18 @@ impl fmt::Display for Trace {
             for matching in &side.matching {
                 writeln!(f, "  matches: {}: {}", matching.effect, matching.rule)?;
             }
+            for remark in &side.remarks {
+                writeln!(f, "  {remark}")?;
+            }
         }
         if self.sides.is_empty() {
             writeln!(
                 f,
                 "neither end is an endpoint of this node: nothing here judges it"
             )?;
+        }
+        for note in &self.notes {
+            writeln!(f, "note: {note}")?;
         }
         write!(f, "verdict: {}", self.verdict)
     }

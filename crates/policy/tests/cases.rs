@@ -38,3 +38,9 @@ fn application_rules_without_default_deny_restrict_where_something_else_denies()
     let text = include_str!("../../../tests/cases/no-default-deny-with-application-rules.yaml");
     all_pass("no-default-deny-with-application-rules.yaml", text, 16);
 }
+
+#[test]
+fn a_port_name_means_the_number_of_each_peer() {
+    let text = include_str!("../../../tests/cases/port-names-with-several-numbers.yaml");
+    all_pass("port-names-with-several-numbers.yaml", text, 26);
+}

@@ -51,6 +51,13 @@ pub fn monitor(
     related_to: Option<&str>,
     output: Output,
 ) -> anyhow::Result<u8> {
+    // A name that nobody has would be waited for without end.
+    for endpoint in related_to.iter().flat_map(|list| list.split(',')) {
+        let request = Request::EndpointGet {
+            endpoint: endpoint.trim().to_owned(),
+        };
+        let _: crate::control::api::Endpoint = crate::control::client::ask(socket, &request)?;
+    }
     let mut filters: Vec<(String, String)> = Vec::new();
     filters.extend(types.iter().map(|kind| ("type".to_owned(), kind.clone())));
     filters.extend(related_to.map(|endpoint| ("endpoint".to_owned(), endpoint.to_owned())));

@@ -1,12 +1,16 @@
 //! The listings.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::{self, Write as _},
+    path::Path,
+};
 
 use anyhow::bail;
 
 use super::show;
 use crate::{
-    cli::Output,
+    cli::{Output, PolicyOutput},
     control::{
         api::{
             ConnectionRow, Endpoint, FqdnRow, IdentityRow, IpcacheRow, PolicyRow, PolicySummary, Request,
@@ -20,17 +24,40 @@ use crate::{
 /// The options of an endpoint.
 pub const OPTIONS: [&str; 1] = ["PolicyAuditMode"];
 
-pub fn policies(socket: &Path, name: Option<&str>, output: Output) -> anyhow::Result<u8> {
+/// How many endpoints of a policy a row of the list names.
+const ENDPOINTS_SHOWN: usize = 3;
+
+pub fn policies(socket: &Path, name: Option<&str>, output: PolicyOutput) -> anyhow::Result<u8> {
     let request = Request::PolicyGet {
         name: name.map(ToOwned::to_owned),
     };
     let answer: Vec<PolicySummary> = ask(socket, &request)?;
     let one = name.is_some();
+    let output = match output {
+        PolicyOutput::Table => Output::Table,
+        PolicyOutput::Json => Output::Json,
+        PolicyOutput::Yaml if !one => bail!("-o yaml shows one policy: name it"),
+        PolicyOutput::Yaml => {
+            let mut out = io::stdout().lock();
+            for (at, policy) in answer.iter().enumerate() {
+                let text = policy.text.as_deref().unwrap_or_default();
+                let separator = if at == 0 { "" } else { "---\n" };
+                writeln!(out, "{separator}{}", text.trim_end_matches('\n'))?;
+            }
+            return Ok(super::DONE);
+        }
+    };
     show(&answer, output, |policies, out| {
         if one {
             for policy in policies {
                 writeln!(out, "Policy:     {} ({})", policy.name, policy.kind)?;
                 writeln!(out, "Written in: {}", policy.location)?;
+                if policy.file_broken {
+                    writeln!(
+                        out,
+                        "            the file is BROKEN now; what it said before is in force (-o yaml shows it)"
+                    )?;
+                }
                 writeln!(
                     out,
                     "Selects:    {}",
@@ -60,7 +87,7 @@ pub fn policies(socket: &Path, name: Option<&str>, output: Output) -> anyhow::Re
                 policy.name.clone(),
                 format!("{}{audit}", policy.kind),
                 policy.rules.len().to_string(),
-                list_or(&policy.endpoints, "-"),
+                some_of(&policy.endpoints),
                 policy.location.clone(),
             ]);
         }
@@ -253,8 +280,27 @@ pub fn identities(socket: &Path, output: Output) -> anyhow::Result<u8> {
     })
 }
 
-pub fn identity(socket: &Path, identity: u32, output: Output) -> anyhow::Result<u8> {
-    let answer: IdentityRow = ask(socket, &Request::IdentityGet { identity })?;
+/// By number, or a reserved one by name: `host`, `reserved:world-ipv4`.
+pub fn identity(socket: &Path, identity: &str, output: Output) -> anyhow::Result<u8> {
+    let number = match identity.parse::<u32>() {
+        Ok(number) => number,
+        Err(_) => {
+            let label = format!(
+                "reserved:{}",
+                identity.strip_prefix("reserved:").unwrap_or(identity)
+            );
+            let rows: Vec<IdentityRow> = ask(socket, &Request::IdentityList)?;
+            let found = rows.iter().filter(|row| row.labels.contains(&label));
+            match found.min_by_key(|row| row.id) {
+                Some(row) => row.id,
+                None => bail!(
+                    "'{identity}' is neither the number of an identity nor a reserved one that is in use; see `palisade \
+                     identity list`"
+                ),
+            }
+        }
+    };
+    let answer: IdentityRow = ask(socket, &Request::IdentityGet { identity: number })?;
     show(&answer, output, |row, out| {
         write!(out, "{}", identity_table(std::slice::from_ref(row)))
     })
@@ -281,11 +327,15 @@ pub fn policy_table(socket: &Path, endpoint: &str, output: Output) -> anyhow::Re
             "PORT/PROTO",
             "PROXY PORT",
             "AUTH TYPE",
-            "BYTES",
-            "PACKETS",
+            "RULE BYTES",
+            "RULE PACKETS",
             "DECIDED BY",
         ]);
+        // A rule has one counter for all its entries: it stands in the first of its rows.
+        let mut counted = BTreeSet::new();
         for row in rows {
+            let first = counted.insert(row.rule);
+            let count = |number: u64| if first { number.to_string() } else { String::new() };
             let audit = if row.audit { " (Audit)" } else { "" };
             table.row([
                 format!("{}{audit}", row.policy),
@@ -294,8 +344,8 @@ pub fn policy_table(socket: &Path, endpoint: &str, output: Output) -> anyhow::Re
                 row.ports.join("\n"),
                 row.inspector.clone().unwrap_or_else(|| "NONE".to_owned()),
                 if row.auth { "required" } else { "disabled" }.to_owned(),
-                row.bytes.to_string(),
-                row.packets.to_string(),
+                count(row.bytes),
+                count(row.packets),
                 row.decided_by.clone(),
             ]);
         }
@@ -363,6 +413,14 @@ fn list_or(list: &[String], nothing: &str) -> String {
         nothing.to_owned()
     } else {
         list.join(", ")
+    }
+}
+
+/// The first few, and how many more there are.
+fn some_of(list: &[String]) -> String {
+    match list.len().checked_sub(ENDPOINTS_SHOWN) {
+        None | Some(0) => list_or(list, "-"),
+        Some(more) => format!("{} and {more} more", list[..ENDPOINTS_SHOWN].join(", ")),
     }
 }
 

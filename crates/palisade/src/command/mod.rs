@@ -91,7 +91,9 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
         Command::Reload => service::reload(&cli.config, &socket()?),
         Command::Stop { detach } => service::stop(&cli.config, &socket()?, *detach),
         Command::Policy(command) => match command {
-            PolicyCommand::Validate { paths, quiet } => policy::validate(paths, *quiet),
+            PolicyCommand::Validate { paths, quiet } => {
+                policy::validate(paths, *quiet, cli.names_config().then_some(&*cli.config))
+            }
             PolicyCommand::Test { paths } => policy::test(paths),
             PolicyCommand::Trace(args) => {
                 let request = policy::trace_request(args)?;
@@ -103,9 +105,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
                     args.output.output,
                 )
             }
-            PolicyCommand::Get { name, output } => {
-                inspect::policies(&socket()?, name.as_deref(), output.output)
-            }
+            PolicyCommand::Get { name, output } => inspect::policies(&socket()?, name.as_deref(), *output),
             PolicyCommand::Selectors { output } => inspect::selectors(&socket()?, output.output),
         },
         Command::Endpoint(command) => match command {
@@ -122,7 +122,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
         Command::Identity(command) => match command {
             IdentityCommand::List { output } => inspect::identities(&socket()?, output.output),
             IdentityCommand::Get { identity, output } => {
-                inspect::identity(&socket()?, *identity, output.output)
+                inspect::identity(&socket()?, identity, output.output)
             }
         },
         Command::Fqdn(FqdnCommand::Cache(command)) => match command {

@@ -3,17 +3,17 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::{self, Write as _},
+    io::{self, Read as _, Write as _},
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, bail};
 use palisade_policy::{
     cases::{self, Report},
-    compile::{FileContent, conflicts},
+    compile::{FileContent, ResourceName, already_there, conflicts},
     diagnostic::{Diagnostic, Severity},
-    parse::{Parsed, parse},
-    rule::Policy,
+    parse::{Parsed, decode, parse},
+    rule::{Location, Policy},
 };
 
 use super::{DONE, NO, load_config, show};
@@ -26,48 +26,69 @@ use crate::{
     daemon::{self, policy_file_names},
 };
 
-/// `palisade policy validate`.
-pub fn validate(paths: &[PathBuf], quiet: bool) -> anyhow::Result<u8> {
-    let files = read(paths)?;
+/// `palisade policy validate`. With a configuration also what the policies come to for its endpoints and peers.
+pub fn validate(paths: &[PathBuf], quiet: bool, config: Option<&Path>) -> anyhow::Result<u8> {
+    let config = match config.map(load_config) {
+        Some(None) => return Ok(NO),
+        Some(config) => config,
+        None => None,
+    };
+    let sources = read(paths);
+    let mut out = io::stdout().lock();
     let mut counts: BTreeMap<Severity, usize> = BTreeMap::new();
     let (mut policies, mut groups) = (0, 0);
-    let mut out = io::stdout().lock();
-    for (_, parsed) in &files {
+    let mut say = |diagnostic: &Diagnostic, out: &mut io::StdoutLock<'_>| -> io::Result<()> {
+        *counts.entry(diagnostic.severity).or_default() += 1;
+        if !quiet || diagnostic.severity == Severity::Error {
+            writeln!(out, "{diagnostic}")?;
+        }
+        Ok(())
+    };
+    for (_, parsed) in &sources.files {
         policies += parsed.policies.len();
         groups += parsed.cidr_groups.len();
         for diagnostic in &parsed.diagnostics {
-            *counts.entry(diagnostic.severity).or_default() += 1;
-            if !quiet || diagnostic.severity == Severity::Error {
-                writeln!(out, "{diagnostic}")?;
-            }
+            say(diagnostic, &mut out)?;
         }
     }
-    let all: Vec<Policy> = files
+    let contents = contents(&sources.files);
+    let all: Vec<Policy> = contents
         .iter()
-        .flat_map(|(_, parsed)| parsed.policies.iter().cloned())
+        .flat_map(|(_, content)| content.policies.iter().cloned())
         .collect();
-    for diagnostic in conflicts(&all) {
-        *counts.entry(diagnostic.severity).or_default() += 1;
-        writeln!(out, "{diagnostic}")?;
+    let mut together = conflicts(&all);
+    let doubles = doubles(&contents);
+    let compiles = together.is_empty() && doubles.is_empty();
+    together.extend(doubles);
+    if let Some(config) = &config
+        && compiles
+    {
+        let offers = contents
+            .into_iter()
+            .map(|(path, content)| (path.display().to_string(), Some(content)));
+        together.extend(daemon::remarks_offline(config, offers.collect())?);
     }
-    for diagnostic in doubles(&files) {
-        *counts.entry(diagnostic.severity).or_default() += 1;
-        if !quiet {
-            writeln!(out, "{diagnostic}")?;
-        }
+    for diagnostic in &together {
+        say(diagnostic, &mut out)?;
     }
     let count = |severity| counts.get(&severity).copied().unwrap_or(0);
     let errors = count(Severity::Error);
     if !quiet {
+        for note in &sources.notes {
+            writeln!(out, "{note}")?;
+        }
         writeln!(
             out,
             "{}, {}, {}: {}, {}",
-            plural(files.len(), "file"),
+            plural(sources.files.len(), "file"),
             plural(policies, "policy"),
             plural(groups, "CIDR group"),
             plural(errors, "error"),
             plural(count(Severity::Warning), "warning"),
         )?;
+    }
+    if !sources.problems.is_empty() {
+        bail!("{}", sources.problems.join("\n"));
     }
     Ok(if errors == 0 { DONE } else { NO })
 }
@@ -77,8 +98,16 @@ pub fn test(paths: &[PathBuf]) -> anyhow::Result<u8> {
     let mut out = io::stdout().lock();
     let mut total = Report::default();
     for path in paths {
-        let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
-        let report = cases::run(&path.display().to_string(), &text);
+        let shown = path.display().to_string();
+        let bytes = fs::read(path).with_context(|| shown.clone())?;
+        let report = match decode(&shown, bytes) {
+            Ok(text) => cases::run(&shown, &text),
+            Err(problem) => Report {
+                lines: vec![problem.to_string()],
+                passed: 0,
+                failed: 1,
+            },
+        };
         for line in &report.lines {
             writeln!(out, "{line}")?;
         }
@@ -218,22 +247,22 @@ pub fn trace(
         let Some(config) = load_config(config) else {
             return Ok(NO);
         };
-        let mut errors = 0;
-        let mut files = BTreeMap::new();
-        for (path, parsed) in read(policies)? {
+        let sources = read(policies);
+        for (_, parsed) in &sources.files {
             for diagnostic in &parsed.diagnostics {
                 eprintln!("{diagnostic}");
             }
-            errors += usize::from(parsed.has_errors());
-            let content = FileContent {
-                policies: parsed.policies,
-                cidr_groups: parsed.cidr_groups,
-            };
-            files.insert(path.display().to_string(), Some(content));
         }
-        if errors > 0 {
+        for problem in &sources.problems {
+            eprintln!("{problem}");
+        }
+        if sources.has_errors() {
             bail!("the policies have errors; a packet is only explained by policies that could be in force");
         }
+        let files = contents(&sources.files)
+            .into_iter()
+            .map(|(path, content)| (path.display().to_string(), Some(content)))
+            .collect();
         daemon::trace_offline(&config, files, &request)?
     };
     let passes = answer.passes;
@@ -252,55 +281,112 @@ fn plural(count: usize, what: &str) -> String {
     }
 }
 
-/// Reads and parses files, and the policy files of folders.
-pub fn read(paths: &[PathBuf]) -> anyhow::Result<Vec<(PathBuf, Parsed)>> {
-    let mut files = Vec::new();
-    for path in paths {
-        if path.is_dir() {
-            let names = policy_file_names(path).with_context(|| path.display().to_string())?;
-            for name in names {
-                files.push(read_file(path.join(name))?);
+/// What was found below the paths of a command line.
+#[derive(Debug, Default)]
+struct Sources {
+    files: Vec<(PathBuf, Parsed)>,
+    /// Paths below which there is nothing that could be read.
+    problems: Vec<String>,
+    /// What was passed over.
+    notes: Vec<String>,
+}
+
+impl Sources {
+    fn has_errors(&self) -> bool {
+        !self.problems.is_empty() || self.files.iter().any(|(_, parsed)| parsed.has_errors())
+    }
+
+    fn add(&mut self, path: PathBuf, bytes: io::Result<Vec<u8>>) {
+        let shown = path.display().to_string();
+        match bytes.map(|bytes| decode(&shown, bytes)) {
+            Ok(Ok(text)) => self.files.push((path, parse(&shown, &text))),
+            Ok(Err(problem)) => {
+                let parsed = Parsed {
+                    diagnostics: vec![problem],
+                    ..Parsed::default()
+                };
+                self.files.push((path, parsed));
             }
-        } else {
-            files.push(read_file(path.clone())?);
+            Err(error) => self.problems.push(format!("{shown}: {error}")),
         }
     }
-    Ok(files)
+
+    fn add_folder(&mut self, path: &Path) {
+        let shown = path.display();
+        let names = match policy_file_names(path) {
+            Ok(names) => names,
+            Err(error) => return self.problems.push(format!("{shown}: {error}")),
+        };
+        if names.is_empty() {
+            self.problems.push(format!(
+                "{shown}: there is no policy file (*.yaml, *.yml, *.json) in this folder"
+            ));
+        }
+        for name in names {
+            let file = path.join(name);
+            // A folder that is named like a file is a broken policy file, as for the daemon.
+            self.add(file.clone(), fs::read(file));
+        }
+        let folders = fs::read_dir(path)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter(|entry| {
+                let hidden = entry.file_name().as_encoded_bytes().starts_with(b".");
+                !hidden && entry.file_type().is_ok_and(|kind| kind.is_dir())
+            });
+        let mut folders: Vec<String> = folders
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect();
+        folders.sort();
+        if !folders.is_empty() {
+            self.notes.push(format!(
+                "{shown}: note: subfolders are not read: {}",
+                folders.join(", ")
+            ));
+        }
+    }
 }
 
-fn read_file(path: PathBuf) -> anyhow::Result<(PathBuf, Parsed)> {
-    let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-    let parsed = parse(&path.display().to_string(), &text);
-    Ok((path, parsed))
+/// Reads and parses files, the policy files of folders, and for `-` what comes from the standard input. What cannot be
+/// read does not keep the others from being read.
+fn read(paths: &[PathBuf]) -> Sources {
+    let mut sources = Sources::default();
+    for path in paths {
+        if path.as_os_str() == "-" {
+            let mut bytes = Vec::new();
+            let read = io::stdin().lock().read_to_end(&mut bytes).map(|_| bytes);
+            sources.add("<stdin>".into(), read);
+        } else if path.is_dir() {
+            sources.add_folder(path);
+        } else {
+            sources.add(path.clone(), fs::read(path));
+        }
+    }
+    sources
 }
 
-/// Resources of which there are two: both count, but it is hardly meant.
-fn doubles(files: &[(PathBuf, Parsed)]) -> Vec<Diagnostic> {
-    let mut seen = BTreeMap::new();
+fn contents(files: &[(PathBuf, Parsed)]) -> Vec<(PathBuf, FileContent)> {
+    let content = |parsed: &Parsed| FileContent {
+        policies: parsed.policies.clone(),
+        cidr_groups: parsed.cidr_groups.clone(),
+    };
+    files
+        .iter()
+        .map(|(path, parsed)| (path.clone(), content(parsed)))
+        .collect()
+}
+
+/// Errors about resources that several files have: the daemon takes the first one that it reads, and refuses the other
+/// files.
+fn doubles(files: &[(PathBuf, FileContent)]) -> Vec<Diagnostic> {
+    let mut seen: BTreeMap<ResourceName, &Location> = BTreeMap::new();
     let mut found = Vec::new();
-    for (_, parsed) in files {
-        let policies = parsed.policies.iter().map(|policy| {
-            let what = format!("{:?} {}", policy.kind, policy.qualified_name());
-            (
-                what,
-                format!("policy {}", policy.qualified_name()),
-                &policy.location,
-            )
-        });
-        let groups = parsed.cidr_groups.iter().map(|group| {
-            let what = format!("CiliumCIDRGroup {}", group.name);
-            (what.clone(), what, &group.location)
-        });
-        for (key, what, location) in policies.chain(groups) {
-            match seen.get(&key) {
-                Some(first) => found.push(Diagnostic {
-                    severity: Severity::Warning,
-                    location: location.clone(),
-                    message: format!("{what} is in {first} already; both are in force"),
-                }),
-                None => {
-                    seen.insert(key, location.clone());
-                }
+    for (resource, location) in files.iter().flat_map(|(_, content)| content.resources()) {
+        match seen.get(&resource) {
+            Some(first) => found.push(already_there(&resource, location, first)),
+            None => {
+                seen.insert(resource, location);
             }
         }
     }

@@ -352,7 +352,7 @@ impl Config {
                 message: format!("cannot be read: {error}{hint}"),
             }]
         })?;
-        if text.trim().is_empty() {
+        if palisade_policy::parse::is_blank(&text) {
             // What a power failure leaves of a file that was just written. It would be a valid configuration that
             // guards nothing.
             return Err(vec![ConfigError {

@@ -156,6 +156,36 @@ fn everything_is_read() {
 }
 
 #[test]
+fn a_damaged_file_is_no_configuration() {
+    let good = "[node]\nname = \"n\"\n";
+    for (text, line) in [
+        (format!("{good}\0[policy]\naudit = true\n"), 3),
+        (format!("{good}# \0\n[policy]\naudit = true\n"), 3),
+        ("\0".repeat(512), 1),
+        (format!("{good}\u{feff}[policy]\naudit = true\n"), 3),
+        (format!("{good}\u{1}"), 3),
+    ] {
+        let errors = Config::parse(Path::new("c.toml"), &text).unwrap_err();
+        assert_eq!(errors[0].line, line, "{text:?}: {errors:?}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("c.toml");
+    for text in ["", "\n \n", "\u{feff}", "\0\0"] {
+        std::fs::write(&path, text).unwrap();
+        assert!(
+            Config::load(&path).unwrap_err()[0]
+                .message
+                .contains("the file is empty"),
+            "{text:?}"
+        );
+    }
+    std::fs::write(&path, "# nothing\n").unwrap();
+    assert!(Config::load(&path).is_ok());
+    std::fs::write(&path, b"[node]\nname = \"\xff\"\n").unwrap();
+    assert!(Config::load(&path).is_err());
+}
+
+#[test]
 fn an_empty_file_is_a_node_without_endpoints() {
     let config = parsed("");
     assert_eq!(config.policy.dir, Path::new("/etc/palisade/policies.d"));

@@ -500,6 +500,12 @@ pub struct PolicySummary {
     pub endpoints: Vec<String>,
     /// Its rules.
     pub rules: Vec<RuleSummary>,
+    /// Its document as it is in force, if the policy was asked for by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    /// The file is broken now: it does not say what is in force any more.
+    #[serde(default)]
+    pub file_broken: bool,
 }
 
 /// A rule of a policy.

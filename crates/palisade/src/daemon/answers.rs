@@ -44,8 +44,8 @@ use crate::control::{
     ALIVE,
     api::{
         self, ConnectionRow, ConntrackStatus, DropCount, Endpoint, FqdnRow, IdentityRow, InterfaceStatus,
-        IpcacheRow, MapFill, MissingInspector, NamesStatus, ObserveRequest, PolicyRow, PolicySummary,
-        Request, RuleSummary, SelectorRow, Status, TraceAnswer, TraceRequest,
+        IpcacheRow, MapFill, MissingInspector, NamesStatus, ObserveRequest, PolicyFileState, PolicyRow,
+        PolicySummary, Request, RuleSummary, SelectorRow, Status, TraceAnswer, TraceRequest,
     },
     server::{Counts, Handler, Sink},
 };
@@ -788,13 +788,13 @@ impl Control {
                     .push(full_name(endpoint));
             }
         }
-        let mut rules: BTreeMap<(&str, &str), Vec<RuleSummary>> = BTreeMap::new();
+        let mut rules: BTreeMap<(&str, &str, &str), Vec<RuleSummary>> = BTreeMap::new();
         for (id, rule) in &*compiler.snapshot().rules {
             if let RuleKey::Rule(place) = &rule.key
                 && let Some(location) = &rule.location
             {
                 rules
-                    .entry((&*location.file, &*place.policy))
+                    .entry((&*location.file, kind_name(place.kind), &*place.policy))
                     .or_default()
                     .push(RuleSummary {
                         id: *id,
@@ -804,7 +804,14 @@ impl Control {
             }
         }
         let mut summaries = Vec::new();
-        for (_, content) in compiler.files() {
+        let broken: BTreeSet<String> = self
+            .files
+            .report()
+            .into_iter()
+            .filter(|file| file.state == PolicyFileState::LastGood)
+            .map(|file| file.file)
+            .collect();
+        for (file, content) in compiler.files() {
             for policy in &content.policies {
                 let qualified = policy.qualified_name();
                 if name.is_some_and(|name| name != qualified && name != policy.name) {
@@ -819,9 +826,13 @@ impl Control {
                         .cloned()
                         .unwrap_or_default(),
                     rules: rules
-                        .get(&(&*policy.location.file, qualified.as_str()))
+                        .get(&(&*policy.location.file, kind_name(policy.kind), qualified.as_str()))
                         .cloned()
                         .unwrap_or_default(),
+                    text: name
+                        .and_then(|_| self.files.text_in_force(file))
+                        .map(|text| document_at(&text, policy.location.line).to_owned()),
+                    file_broken: broken.contains(file),
                     name: qualified,
                 });
             }
@@ -850,7 +861,7 @@ impl Control {
             SelectorRow {
                 policies: users.get(&selector).into_iter().flatten().cloned().collect(),
                 users: count as usize,
-                identities: identities.iter().copied().collect(),
+                identities: identities.into_iter().collect(),
                 selector,
             }
         });
@@ -871,11 +882,47 @@ fn peers_of(spec: &palisade_policy::rule::Spec) -> impl Iterator<Item = &Peer> {
         })
 }
 
+/// The document of a YAML text that a line is in; of other texts all.
+fn document_at(text: &str, line: u32) -> &str {
+    let is_separator = |line: &str| {
+        ["---", "..."].iter().any(|marker| {
+            line.strip_prefix(marker)
+                .is_some_and(|rest| rest.trim().is_empty())
+        })
+    };
+    let (mut start, mut at) = (0, 0);
+    for (number, this) in text.split_inclusive('\n').enumerate() {
+        let end = at + this.len();
+        if is_separator(this) {
+            if number as u64 + 1 > u64::from(line) {
+                return &text[start..at];
+            }
+            start = end;
+        }
+        at = end;
+    }
+    &text[start..]
+}
+
 /// `namespace/name`; the node has no namespace.
 fn full_name(endpoint: &WorldEndpoint) -> String {
     if endpoint.namespace.is_empty() {
         endpoint.name.clone()
     } else {
         format!("{}/{}", endpoint.namespace, endpoint.name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_policy_is_shown_as_its_document() {
+        let text = "# first\na: 1\n---\nb: 2\n--- \n# third\nc: 3\n...\n";
+        assert_eq!(document_at(text, 2), "# first\na: 1\n");
+        assert_eq!(document_at(text, 4), "b: 2\n");
+        assert_eq!(document_at(text, 7), "# third\nc: 3\n");
+        assert_eq!(document_at("{}", 1), "{}");
     }
 }

@@ -102,10 +102,33 @@ impl Engine {
                 error!("endpoints and peers: {}", problem.message);
             }
         }
-        match names.as_slice() {
-            [name] => self.refuse(name, problems, files),
-            _ => self.one_by_one(&names, files),
+        if let [name] = names.as_slice() {
+            return self.refuse(name, problems, files);
         }
+        // Most often the rest can be taken without the files that the errors are in; file by file takes long if there
+        // are thousands.
+        let is_named = |name: &String| {
+            let shown = files.shown(name);
+            problems.iter().any(|problem| *problem.location.file == *shown)
+        };
+        let (named, rest): (Vec<String>, Vec<String>) = names.iter().cloned().partition(is_named);
+        if !named.is_empty() && !rest.is_empty() {
+            let offers = rest
+                .iter()
+                .map(|name| (name.clone(), files.offered(name)))
+                .collect();
+            let changes = Changes {
+                world: None,
+                files: offers,
+            };
+            if self.compiler.update(changes).is_ok() {
+                for name in &rest {
+                    files.accepted(name);
+                }
+                return self.one_by_one(&named, files);
+            }
+        }
+        self.one_by_one(&names, files);
     }
 
     fn one_by_one(&mut self, names: &[String], files: &mut PolicyFiles) {

@@ -33,7 +33,7 @@ mod workers;
 use anyhow::bail;
 pub use last_good::find as last_good_config;
 use network::Network;
-use palisade_policy::compile::Compiler;
+use palisade_policy::{compile::Compiler, diagnostic::Diagnostic};
 pub use places::{check as check_places, lock_file, socket_dir, take_for_detaching};
 use policies::Offers;
 pub use policies::policy_file_names;
@@ -53,6 +53,25 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
 
 /// Explains a packet by policies that are not in force, with the endpoints and peers of a configuration.
 pub fn trace_offline(config: &Config, files: Offers, request: &TraceRequest) -> anyhow::Result<TraceAnswer> {
+    let compiler = match compile_offline(config, files)? {
+        Ok(compiler) => compiler,
+        Err(problems) => {
+            let lines: Vec<String> = problems.iter().map(ToString::to_string).collect();
+            bail!("{}", lines.join("\n"));
+        }
+    };
+    answers::trace(&compiler, config, request).map_err(anyhow::Error::msg)
+}
+
+/// What there is to say about policies together with the endpoints and peers of a configuration.
+pub fn remarks_offline(config: &Config, files: Offers) -> anyhow::Result<Vec<Diagnostic>> {
+    Ok(match compile_offline(config, files)? {
+        Ok(compiler) => compiler.snapshot().diagnostics.clone(),
+        Err(problems) => problems,
+    })
+}
+
+fn compile_offline(config: &Config, files: Offers) -> anyhow::Result<Result<Compiler, Vec<Diagnostic>>> {
     let mut state = State::<()>::default();
     let world = engine::world(config, &Network::default(), &mut state)?;
     let mut compiler = Compiler::default();
@@ -60,9 +79,6 @@ pub fn trace_offline(config: &Config, files: Offers, request: &TraceRequest) -> 
         world: Some(world),
         files,
     };
-    if let Err(problems) = compiler.update(changes) {
-        let lines: Vec<String> = problems.iter().map(ToString::to_string).collect();
-        bail!("{}", lines.join("\n"));
-    }
-    answers::trace(&compiler, config, request).map_err(anyhow::Error::msg)
+    let problems = compiler.update(changes).err();
+    Ok(problems.map_or(Ok(compiler), Err))
 }

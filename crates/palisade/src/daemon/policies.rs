@@ -8,9 +8,9 @@ use std::{
 };
 
 use palisade_policy::{
-    compile::FileContent,
+    compile::{FileContent, ResourceName, already_there},
     diagnostic::{Diagnostic, Severity},
-    parse::{Parsed, parse},
+    parse::{Parsed, decode, is_blank, parse},
     rule::{Location, Policy},
 };
 use tracing::{error, info, warn};
@@ -94,8 +94,12 @@ struct File {
     rejected: Option<Arc<str>>,
     /// What there is to say about its present content.
     diagnostics: Vec<Diagnostic>,
+    /// Why its present content cannot be in force together with the other files.
+    refusals: Vec<Diagnostic>,
     /// Its present content cannot be used.
     broken: bool,
+    /// What was refused is not to be offered with the first offers, but with later ones.
+    postponed: bool,
 }
 
 #[derive(Debug)]
@@ -110,11 +114,14 @@ struct Candidate {
     policies: Arc<[String]>,
     /// `None` once it has been offered.
     content: Option<FileContent>,
+    /// Not what the file says now, but what was last good of it.
+    kept: bool,
 }
 
 impl Candidate {
     fn new(text: Arc<str>, parsed: Parsed) -> Self {
         Self {
+            kept: false,
             text,
             policies: parsed.policies.iter().map(Policy::qualified_name).collect(),
             content: Some(FileContent {
@@ -161,6 +168,7 @@ impl PolicyFiles {
                         self.say_broken(&name);
                     }
                 }
+                self.keep_owners();
             }
             Err(error) => {
                 for name in policy_file_names(&self.good_dir).unwrap_or_default() {
@@ -242,11 +250,55 @@ impl PolicyFiles {
         self.folder_problem = Some(text);
     }
 
+    /// Decides at a start which of several files has a resource: the one that had it before, as its kept content
+    /// says, also if another one's name sorts first. Else a copy that was refused while the daemon ran would replace
+    /// the original at the next start.
+    fn keep_owners(&mut self) {
+        let mut places: BTreeMap<ResourceName, Vec<(String, Location)>> = BTreeMap::new();
+        for (file, candidate) in self
+            .files
+            .iter()
+            .filter_map(|(name, file)| Some((name, file.candidate.as_ref()?)))
+        {
+            for (resource, location) in candidate.content.iter().flat_map(FileContent::resources) {
+                places
+                    .entry(resource)
+                    .or_default()
+                    .push((file.clone(), location.clone()));
+            }
+        }
+        for (resource, places) in places.into_iter().filter(|(_, places)| places.len() > 1) {
+            let had_it = |file: &str| {
+                self.kept(file)
+                    .and_then(|kept| kept.content)
+                    .is_some_and(|content| content.resources().any(|(name, _)| name == resource))
+            };
+            let owner = places.iter().position(|(file, _)| had_it(file)).unwrap_or(0);
+            let first = places[owner].1.clone();
+            for (file, location) in places
+                .into_iter()
+                .enumerate()
+                .filter(|(at, _)| *at != owner)
+                .map(|(_, place)| place)
+            {
+                let content = self.rejected(&file, vec![already_there(&resource, &location, &first)]);
+                let Some(file) = self.files.get_mut(&file) else {
+                    continue;
+                };
+                file.postponed = true;
+                if let (Some(content), Some(candidate)) = (content, &mut file.candidate) {
+                    candidate.content = Some(content);
+                }
+            }
+        }
+    }
+
     fn read(&mut self, name: &str) {
         let path = self.dir.join(name);
         let shown = path.display().to_string();
-        let text: Arc<str> = match read_text(&path) {
-            Ok(text) => text.into(),
+        let text = match read_bytes(&path).map(|bytes| decode(&shown, bytes)) {
+            Ok(Ok(text)) if is_blank(&text) => self.unless_emptied(name, &shown, text),
+            Ok(text) => text,
             Err(problem) if problem.kind() == io::ErrorKind::NotFound && !is_dangling(&path) => {
                 if let Some(file) = self.files.remove(name) {
                     self.news.push(News {
@@ -263,11 +315,16 @@ impl PolicyFiles {
                 }
                 return;
             }
+            Err(problem) => Err(problem_of_file(&shown, format!("cannot be read: {problem}"))),
+        };
+        let text: Arc<str> = match text {
+            Ok(text) => text.into(),
             Err(problem) => {
                 let file = self.files.entry(name.to_owned()).or_default();
                 file.candidate = None;
                 file.rejected = None;
-                file.diagnostics = vec![problem_of_file(&shown, &problem)];
+                file.refusals.clear();
+                file.diagnostics = vec![problem];
                 file.broken = true;
                 return;
             }
@@ -279,6 +336,7 @@ impl PolicyFiles {
         }
         let parsed = parse(&shown, &text);
         file.rejected = None;
+        file.refusals.clear();
         file.candidate = None;
         file.broken = parsed.has_errors();
         file.diagnostics.clone_from(&parsed.diagnostics);
@@ -296,6 +354,22 @@ impl PolicyFiles {
         }
     }
 
+    /// A file that held policies and holds nothing now was truncated (an interrupted copy, a full disk, a power
+    /// failure), or is being written. It takes no policy away: whoever wants that removes the file, or leaves a comment.
+    fn unless_emptied(&self, name: &str, shown: &str, text: String) -> Result<String, Diagnostic> {
+        let good = self.files.get(name).and_then(|file| file.good.as_ref());
+        let before = match good {
+            Some(good) => good.policies.len(),
+            None => self.kept(name).map_or(0, |kept| kept.policies.len()),
+        };
+        if before == 0 {
+            return Ok(text);
+        }
+        let message = "the file is empty, and held policies before; to take them away remove the file, or leave a \
+                       comment in it";
+        Err(problem_of_file(shown, message.to_owned()))
+    }
+
     fn say_broken(&mut self, name: &str) {
         let Some(file) = self.files.get(name) else { return };
         self.news.push(News {
@@ -306,7 +380,7 @@ impl PolicyFiles {
                 .as_ref()
                 .map_or_else(|| [].into(), |good| Arc::clone(&good.policies)),
         });
-        for diagnostic in &file.diagnostics {
+        for diagnostic in file.diagnostics.iter().chain(&file.refusals) {
             error!("{diagnostic}");
         }
         if file.good.is_some() || file.candidate.is_some() {
@@ -334,7 +408,10 @@ impl PolicyFiles {
             );
             return None;
         }
-        Some(Candidate::new(text.into(), parsed))
+        Some(Candidate {
+            kept: true,
+            ..Candidate::new(text.into(), parsed)
+        })
     }
 
     /// What the compiler is to take: everything that has changed, and what it did not take before.
@@ -344,7 +421,8 @@ impl PolicyFiles {
             offers.insert(name, None);
         }
         for (name, file) in &mut self.files {
-            if file.candidate.is_none()
+            if std::mem::take(&mut file.postponed) {
+            } else if file.candidate.is_none()
                 && let Some(text) = file.rejected.take()
             {
                 let parsed = parse(&self.dir.join(name).display().to_string(), &text);
@@ -374,6 +452,10 @@ impl PolicyFiles {
             return;
         };
         if let Some(candidate) = file.candidate.take() {
+            if !candidate.kept {
+                file.broken = false;
+                file.refusals.clear();
+            }
             self.news.push(News {
                 file: name.to_owned(),
                 event: if file.good.is_some() {
@@ -407,7 +489,7 @@ impl PolicyFiles {
             file.rejected = Some(Arc::clone(&refused.text));
         }
         file.broken = true;
-        file.diagnostics.extend(problems);
+        file.refusals = problems;
         file.candidate = kept.filter(|kept| kept.text != refused.text);
         let instead = file
             .candidate
@@ -436,9 +518,25 @@ impl PolicyFiles {
                 (None, true) => PolicyFileState::Unused,
             },
             policies: file.good.as_ref().map_or(0, |good| good.policies.len()),
-            diagnostics: file.diagnostics.iter().map(ToString::to_string).collect(),
+            diagnostics: file
+                .diagnostics
+                .iter()
+                .chain(&file.refusals)
+                .map(ToString::to_string)
+                .collect(),
         });
         report.collect()
+    }
+
+    /// The text of a file that is in force, which is not what the file says now if that is broken.
+    pub fn text_in_force(&self, name: &str) -> Option<Arc<str>> {
+        let good = self.files.get(name)?.good.as_ref()?;
+        Some(Arc::clone(&good.text))
+    }
+
+    /// How messages name a file.
+    pub fn shown(&self, name: &str) -> String {
+        self.dir.join(name).display().to_string()
     }
 
     /// Why the folder could not be read last time.
@@ -447,7 +545,7 @@ impl PolicyFiles {
     }
 }
 
-fn problem_of_file(file: &str, problem: &io::Error) -> Diagnostic {
+fn problem_of_file(file: &str, message: String) -> Diagnostic {
     Diagnostic {
         severity: Severity::Error,
         location: Location {
@@ -455,7 +553,7 @@ fn problem_of_file(file: &str, problem: &io::Error) -> Diagnostic {
             line: 1,
             column: 1,
         },
-        message: format!("cannot be read: {problem}"),
+        message,
     }
 }
 
@@ -464,7 +562,7 @@ fn is_dangling(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok()
 }
 
-fn read_text(path: &Path) -> io::Result<String> {
+fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
     let metadata = fs::metadata(path)?;
     if !metadata.is_file() {
         // A pipe would block the reader for ever.
@@ -473,7 +571,7 @@ fn read_text(path: &Path) -> io::Result<String> {
     if metadata.len() > MAX_FILE {
         return Err(io::Error::other(format!("larger than {} MiB", MAX_FILE >> 20)));
     }
-    fs::read_to_string(path)
+    fs::read(path)
 }
 
 /// Names of the policy files of a folder.
@@ -559,7 +657,7 @@ mod tests {
                             self.taken.insert(name.clone(), names(&content));
                         }
                         Some(_) => {
-                            let problem = problem_of_file("x", &io::Error::other("conflict"));
+                            let problem = problem_of_file("x", "conflict".into());
                             content = self.files.rejected(&name, vec![problem]);
                             if content.is_none() {
                                 break;
@@ -771,6 +869,79 @@ mod tests {
         let files = folder.loaded();
         assert!(names(&files).is_empty());
         assert_eq!(state(&files, "a.yaml"), PolicyFileState::Unused);
+    }
+
+    #[test]
+    fn a_file_that_was_emptied_takes_no_policy_away() {
+        let folder = folder();
+        folder.write("a.yaml", &policy("a"));
+        let mut files = folder.loaded();
+        files.save().unwrap();
+        for damaged in [
+            "",
+            "\n \n",
+            "---\n",
+            "\u{feff}",
+            &"\0".repeat(4096),
+            &format!("{}\0", policy("b")),
+        ] {
+            files.update(&folder.write("a.yaml", damaged));
+            assert_eq!(names(&files), ["a"], "{damaged:?}");
+            assert_eq!(state(&files, "a.yaml"), PolicyFileState::LastGood, "{damaged:?}");
+            // Nor at a start.
+            let files = folder.loaded();
+            assert_eq!(names(&files), ["a"], "{damaged:?}");
+            assert_eq!(state(&files, "a.yaml"), PolicyFileState::LastGood, "{damaged:?}");
+        }
+        fs::write(folder.dir.join("a.yaml"), b"a: \xff").unwrap();
+        files.update(&changed("a.yaml"));
+        assert!(files.files.report()[0].diagnostics[0].contains("a.yaml:1:4: the byte 0xff"));
+        assert_eq!(names(&files), ["a"]);
+        files.update(&folder.write("a.yaml", "# nothing any more\n"));
+        assert!(names(&files).is_empty());
+        assert_eq!(state(&files, "a.yaml"), PolicyFileState::InForce);
+        files.save().unwrap();
+        // An empty file where there was no policy is one without policies.
+        files.update(&folder.write("b.yaml", ""));
+        assert_eq!(state(&files, "b.yaml"), PolicyFileState::InForce);
+    }
+
+    #[test]
+    fn at_a_start_a_resource_stays_in_the_file_that_had_it() {
+        let folder = folder();
+        folder.write("b.yaml", &policy("p"));
+        let mut files = folder.loaded();
+        files.save().unwrap();
+        folder.write("a.yaml", &policy("p"));
+        let mut files = folder.loaded();
+        assert_eq!(files.taken.keys().collect::<Vec<_>>(), ["b.yaml"]);
+        assert_eq!(state(&files, "a.yaml"), PolicyFileState::Unused);
+        assert_eq!(state(&files, "b.yaml"), PolicyFileState::InForce);
+        files.save().unwrap();
+        let report = files.files.report();
+        assert!(
+            report[0].diagnostics[0].contains("CiliumNetworkPolicy default/p is in")
+                && report[0].diagnostics[0].contains("b.yaml:1:1 already"),
+            "{report:?}"
+        );
+        // Of two new ones the first by name.
+        fs::remove_dir_all(&folder.state).unwrap();
+        let files = folder.loaded();
+        assert_eq!(files.taken.keys().collect::<Vec<_>>(), ["a.yaml"]);
+        assert_eq!(state(&files, "b.yaml"), PolicyFileState::Unused);
+    }
+
+    #[test]
+    fn a_file_that_is_taken_after_all_is_not_broken_any_more() {
+        let folder = folder();
+        folder.write("a.yaml", &policy("refused"));
+        let mut files = folder.loaded();
+        assert_eq!(state(&files, "a.yaml"), PolicyFileState::Unused);
+        for name in files.files.offers().into_keys() {
+            files.files.accepted(&name);
+        }
+        assert_eq!(state(&files, "a.yaml"), PolicyFileState::InForce);
+        assert!(files.files.report()[0].diagnostics.is_empty());
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::{
 use ipnet::{IpNet, Ipv6Net};
 use palisade_abi::{Addr, Identity, IpcacheEntry, PrefixKey, identity};
 
-use super::{Compiler, Progress, UnitPeers, problem};
+use super::{Compiler, NamedPortOwners, Progress, UnitPeers, problem};
 use crate::{
     diagnostic::Diagnostic,
     identity::{cidr_label, prefix_labels},
@@ -102,6 +102,7 @@ impl Compiler {
             }
         };
 
+        let mut named_ports = NamedPortOwners::default();
         let families: &[bool] = if options.dual_stack {
             &[false, true]
         } else {
@@ -136,6 +137,7 @@ impl Compiler {
         for peer in &self.world.peers {
             if peer.prefixes.is_empty() || !is_world(&peer.labels) {
                 let identity = number(&peer.labels)?;
+                named_ports.add(&peer.named_ports, identity);
                 wanted.insert(identity, peer.labels.clone());
                 for prefix in &peer.prefixes {
                     put(prefix.trunc(), entry(identity, 0));
@@ -145,6 +147,7 @@ impl Compiler {
                 for prefix in &peer.prefixes {
                     let labels = Labels::new(peer.labels.iter().cloned().chain([cidr_label(*prefix)]));
                     let identity = number(&labels)?;
+                    named_ports.add(&peer.named_ports, identity);
                     wanted.insert(identity, labels);
                     put(prefix.trunc(), entry(identity, 0));
                 }
@@ -153,6 +156,7 @@ impl Compiler {
         let mut of_endpoint: HashMap<u16, Identity> = HashMap::new();
         for endpoint in &self.world.endpoints {
             let identity = number(&endpoint.labels)?;
+            named_ports.add(&endpoint.named_ports, identity);
             wanted.insert(identity, endpoint.labels.clone());
             of_endpoint.insert(endpoint.id, identity);
             for address in &endpoint.addresses {
@@ -172,6 +176,8 @@ impl Compiler {
                 *identity = of_endpoint.get(id).copied().unwrap_or(0);
             }
         }
+
+        self.named_ports = named_ports;
 
         let gone: Vec<Identity> = self
             .known

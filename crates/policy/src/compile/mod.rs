@@ -5,7 +5,7 @@
 //! costs its own specs, the subjects they select, and a look at the peers if a prefix appears or goes.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
 };
 
@@ -19,20 +19,23 @@ use crate::{
     identity::{Allocator, AllocatorState},
     labels::Labels,
     names::SelectorNumber,
+    parse::http_cost,
     rule::{
-        CidrGroup, Location, Peer, Peers, Policy, PolicyKind, Ports, Rule, Selector, Spec,
+        CidrGroup, L7Rules, Location, Peer, Peers, Policy, PolicyKind, Ports, Rule, Selector, Spec,
         Subject as SpecSubject,
     },
     select::{Known, Meaning},
     snapshot::{RuleInfo, RuleKey, RulePlace, Section, Snapshot},
     table::Members,
-    world::{Enforcement, NamedPort, World},
+    world::{Enforcement, World},
 };
 
 mod addresses;
 mod learned;
+mod named_ports;
 mod numbers;
 mod peers;
+mod resources;
 mod subject;
 
 pub use crate::conflict::conflicts;
@@ -41,8 +44,10 @@ pub use addresses::prefix_key;
 pub use learned::LearnedUpdate;
 pub(crate) use learned::{LearnedIdentity, LearnedRows};
 use learned::{LearnedNames, SubjectNames};
+use named_ports::NamedPortOwners;
 use numbers::{RuleIds, RuleSetIds};
 use peers::PeerCache;
+pub use resources::{ResourceName, already_there};
 use subject::{Selecting, Subject, default_deny};
 
 /// What is in one policy file.
@@ -81,6 +86,8 @@ pub struct CompilerState {
 pub struct Compiler {
     world: World,
     files: BTreeMap<String, Arc<FileContent>>,
+    /// In which file each resource is, and where.
+    owners: HashMap<ResourceName, (Arc<str>, Location)>,
     identities: Allocator,
     rule_ids: RuleIds,
     rulesets: RuleSetIds,
@@ -94,11 +101,19 @@ pub struct Compiler {
     specs: BTreeMap<SpecKey, Arc<SpecUnit>>,
     names: LearnedNames,
     subjects: Vec<Subject>,
-    /// Ports by name over all endpoints and peers.
-    named_ports: BTreeMap<String, BTreeSet<NamedPort>>,
+    /// Ports by name over all endpoints and peers, with the identities of those that have them.
+    named_ports: NamedPortOwners,
     next_policy: u32,
+    /// What regular expressions cost that have been asked for.
+    expressions: HashMap<String, usize>,
     snapshot: Snapshot,
 }
+
+/// What the regular expressions of all policies that select an endpoint may cost together, in states: they are matched
+/// as one automaton, with which an endpoint could take memory and time from all others.
+const MAX_ENDPOINT_EXPRESSIONS: usize = 1_000_000;
+/// Of more expressions than these it is forgotten what they cost.
+const REMEMBERED_EXPRESSIONS: usize = 1 << 16;
 
 /// Where a spec stands; also the order in which rules are considered.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -123,6 +138,8 @@ struct SpecUnit {
     selectors: Vec<SelectorNumber>,
     /// Whether a rule asks for traffic to be read.
     reads: bool,
+    /// What the regular expressions of its http rules cost together, in states.
+    expressions: usize,
     /// The policy is in audit mode.
     audit: bool,
     /// By direction: whether it denies by default; none without rules.
@@ -295,13 +312,23 @@ impl Compiler {
             .map(|(name, content)| (name.as_str(), &**content))
     }
 
-    /// For each distinct peer of the policies: how it is written, how many rules use it, whom it means.
-    pub fn selectors(&self) -> impl Iterator<Item = (&Peer, u32, &BTreeSet<Identity>)> {
-        self.peers
-            .slots
-            .iter()
-            .flatten()
-            .map(|slot| (&slot.peer, slot.users, &*slot.members))
+    /// For each distinct peer of the policies: how it is written, how many rules use it, whom it means. A name means
+    /// the identities of the addresses that have been learned by it.
+    pub fn selectors(&self) -> impl Iterator<Item = (&Peer, u32, BTreeSet<Identity>)> {
+        self.peers.slots.iter().flatten().map(|slot| {
+            let mut members = (*slot.members).clone();
+            if let Meaning::Fqdn(text) = &*slot.meaning
+                && let Some(selector) = self.names.selector_of(text)
+            {
+                let learned = self.names.identities().iter();
+                members.extend(
+                    learned
+                        .filter(|(_, identity)| identity.selectors.binary_search(&selector).is_ok())
+                        .map(|(number, _)| *number),
+                );
+            }
+            (&slot.peer, slot.users, members)
+        })
     }
 
     /// The policies that select an endpoint, with whether they have rules for ingress and egress.
@@ -322,6 +349,16 @@ impl Compiler {
             }
         }
         policies
+    }
+
+    /// What there is to say about the policies that select an endpoint, for one direction: names of ports without
+    /// effect, groups that do not exist.
+    pub fn remarks_of(&self, endpoint: u16, direction: Direction) -> impl Iterator<Item = &Diagnostic> {
+        self.subjects
+            .iter()
+            .filter(move |subject| subject.endpoints.iter().any(|(id, _)| *id == endpoint))
+            .flat_map(Subject::selecting)
+            .flat_map(move |(_, selecting)| &selecting.remarks[direction as usize])
     }
 
     /// The rules that match a packet of an endpoint, whatever they come to together, each with what it says by itself.
@@ -348,7 +385,7 @@ impl Compiler {
             .flat_map(|(_, selecting)| &selecting.rules[direction as usize])
         {
             let named = match &rule.members {
-                Members::Everybody => true,
+                Members::Everybody => !rule.excepts(other),
                 Members::Of(peers) => match &learned {
                     Some(identity) => peers.iter().any(|peer| peer.means(identity)),
                     None => peers.iter().any(|peer| peer.members.contains(&other)),
@@ -385,6 +422,10 @@ impl Compiler {
                 .map(|(name, content)| (name, content.map(Arc::new)))
                 .collect(),
         };
+        let twice = self.resources_in_two_files(&intake.files);
+        if !twice.is_empty() {
+            return Err(twice);
+        }
         let undo = Intake {
             world: intake.world.as_ref().map(|_| self.world.clone()),
             files: intake
@@ -394,8 +435,9 @@ impl Compiler {
                 .collect(),
         };
         let before = self.snapshot.clone();
+        let replaced = undo.files.clone();
         match self.take_in(intake) {
-            Ok(()) => {}
+            Ok(()) => self.own_resources(&replaced),
             Err(errors) => {
                 // What was there before compiled; it compiles again. It may come to other numbers (of port classes, of
                 // policies); they become visible with the next update, as its difference to what is in the maps.
@@ -449,16 +491,6 @@ impl Compiler {
         self.prefixes.clear();
         self.known = Known::default();
         self.named = NamedPrefixes::of(&self.world);
-        self.named_ports.clear();
-        let ports = self
-            .world
-            .endpoints
-            .iter()
-            .map(|endpoint| &endpoint.named_ports)
-            .chain(self.world.peers.iter().map(|peer| &peer.named_ports));
-        for (name, port) in ports.flatten() {
-            self.named_ports.entry(name.clone()).or_default().insert(*port);
-        }
 
         let mut before: Vec<Subject> = std::mem::take(&mut self.subjects);
         for selecting in before
@@ -550,6 +582,43 @@ impl Compiler {
             self.add_file(&name, content, &groups, progress);
         }
         Ok(())
+    }
+
+    /// What the regular expressions of a spec cost.
+    fn expressions_of(&mut self, spec: &Spec) -> usize {
+        if self.expressions.len() > REMEMBERED_EXPRESSIONS {
+            self.expressions.clear();
+        }
+        let entries = SECTIONS
+            .iter()
+            .flat_map(|section| section_rules(spec, *section))
+            .filter_map(|rule| match &rule.ports {
+                Ports::Any => None,
+                Ports::OneOf(entries) => Some(entries),
+            })
+            .flatten();
+        let rules = entries.filter_map(|entry| match &entry.l7.rules {
+            L7Rules::Http(rules) => Some(rules),
+            _ => None,
+        });
+        let patterns: HashSet<&String> = rules
+            .flatten()
+            .flat_map(|rule| [&rule.path, &rule.method, &rule.host])
+            .flatten()
+            .collect();
+        let mut sum = 0usize;
+        for pattern in patterns {
+            let cost = match self.expressions.get(pattern) {
+                Some(cost) => *cost,
+                None => {
+                    let cost = http_cost(pattern).unwrap_or(0);
+                    self.expressions.insert(pattern.clone(), cost);
+                    cost
+                }
+            };
+            sum = sum.saturating_add(cost);
+        }
+        sum
     }
 
     fn groups(&self) -> Vec<CidrGroup> {
@@ -683,6 +752,7 @@ impl Compiler {
                 sections,
                 selectors,
                 reads,
+                expressions: if reads { self.expressions_of(spec) } else { 0 },
                 audit: policy.audit,
                 denies: palisade_abi::DIRECTIONS.map(|direction| default_deny(spec, direction)),
                 subjects,
@@ -694,7 +764,7 @@ impl Compiler {
                     regrouped: false,
                     rules: Default::default(),
                     sets: Vec::new(),
-                    remarks: Vec::new(),
+                    remarks: Default::default(),
                 };
                 self.subjects[*at].specs.insert(key.clone(), selecting);
                 progress.dirty.insert(*at);

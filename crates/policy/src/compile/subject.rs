@@ -10,19 +10,19 @@ use palisade_abi::{
 };
 
 use super::{
-    Compiler, Progress, SECTIONS, SpecKey, SpecUnit, SubjectNames, UnitPeers, peers::PeerSlot, problem,
-    section_rules, sections_of,
+    Compiler, MAX_ENDPOINT_EXPRESSIONS, Progress, SECTIONS, SpecKey, SpecUnit, SubjectNames, UnitPeers,
+    named_ports::Numbers, peers::PeerSlot, problem, section_rules, sections_of,
 };
 use crate::{
     classes::PortSet,
     conflict::ConflictFinder,
     diagnostic::{Diagnostic, Severity},
     labels::Labels,
-    rule::{Entity, L4Protocol, Location, Peer, PortSpec, Ports, Selector, Spec},
+    rule::{Entity, L4Protocol, Location, Peer, PolicyKind, PortSpec, Ports, Selector, Spec},
     select::Meaning,
-    snapshot::{RuleInfo, RuleKey, Snapshot, Table, TableKey, differing},
+    snapshot::{RuleInfo, RuleKey, Section, Snapshot, Table, TableKey, differing},
     table::{Builder, Learned, Member, Members, Otherwise, Reading, TablePorts, TableRule},
-    world::{Enforcement, NamedPort, NamedPorts},
+    world::{Enforcement, NamedPorts},
 };
 
 /// Endpoints that policies cannot tell apart.
@@ -87,7 +87,43 @@ pub(super) struct Selecting {
     pub(super) rules: [Vec<TableRule>; 2],
     /// Port sets held in [`Classes`].
     pub(super) sets: Vec<PortSet>,
-    pub(super) remarks: Vec<Diagnostic>,
+    /// By direction.
+    pub(super) remarks: [Vec<Diagnostic>; 2],
+}
+
+/// What a port of a rule comes to.
+#[derive(Default)]
+struct Resolved {
+    /// Towards every peer.
+    sets: Vec<PortSet>,
+    /// For names that peers number differently, by protocol.
+    apart: Vec<NumberedApart>,
+}
+
+/// What a name of a port comes to where peers number it differently.
+struct NumberedApart {
+    /// Towards peers that have it, by their number.
+    own: Vec<(PortSet, Arc<BTreeSet<Identity>>)>,
+    /// Those peers.
+    owners: Arc<BTreeSet<Identity>>,
+    /// Towards all other peers.
+    others: Vec<PortSet>,
+}
+
+/// The part of a rule about a name of a port that peers number differently, towards some of them.
+struct Apart {
+    members: Members,
+    except: Option<Arc<BTreeSet<Identity>>>,
+    ports: TablePorts,
+}
+
+impl NumberedApart {
+    fn sets(&self) -> impl Iterator<Item = PortSet> {
+        self.own
+            .iter()
+            .map(|(set, _)| *set)
+            .chain(self.others.iter().copied())
+    }
 }
 
 /// The rows of a table that a change may touch.
@@ -311,11 +347,34 @@ impl Compiler {
             .subjects
             .iter()
             .flat_map(|subject| subject.specs.values())
-            .flat_map(|selecting| selecting.remarks.iter().cloned())
+            .flat_map(|selecting| selecting.remarks.iter().flatten().cloned())
             .collect();
+        remarks.extend(self.unselected_nodes());
         remarks.sort_by(|a, b| (&a.location, &a.message).cmp(&(&b.location, &b.message)));
         remarks.dedup();
         self.snapshot.diagnostics = remarks;
+    }
+
+    /// Remarks about specs for nodes that do not select this one. On a node that has other labels this is as it should be;
+    /// but a label's value that differs a little leaves the node without its policy, and nothing else says so.
+    fn unselected_nodes(&self) -> Vec<Diagnostic> {
+        let Some(node) = self.world.endpoints.iter().find(|endpoint| endpoint.is_node()) else {
+            return Vec::new();
+        };
+        let units = self.specs.values().filter(|unit| {
+            unit.subjects.is_empty() && matches!(unit.spec().subject, crate::rule::Subject::Node(_))
+        });
+        units
+            .map(|unit| Diagnostic {
+                severity: Severity::Warning,
+                location: unit.spec().location.clone(),
+                message: format!(
+                    "policy {}: nodeSelector does not select this node, which has the labels {}",
+                    unit.policy().qualified_name(),
+                    node.labels
+                ),
+            })
+            .collect()
     }
 
     /// The port sets that the rules of a spec use.
@@ -327,15 +386,21 @@ impl Compiler {
                     continue;
                 };
                 for spec in entries.iter().flat_map(|entry| &entry.ports) {
-                    sets.extend(self.resolve(spec, section.direction(), own));
+                    let resolved = self.resolve(spec, section, unit.policy().kind, own);
+                    let apart = resolved.apart.iter().flat_map(NumberedApart::sets);
+                    sets.extend(resolved.sets.iter().copied().chain(apart));
                 }
             }
         }
         sets.into_iter().collect()
     }
 
-    /// A port of a rule with its name looked up: for ingress among the subject's own, for egress among everybody's.
-    pub(super) fn resolve(&self, spec: &PortSpec, direction: Direction, own: &NamedPorts) -> Vec<PortSet> {
+    /// A port of a rule with its name looked up: for ingress among the subject's own, for egress among those of the
+    /// peers.
+    ///
+    /// Bare rules of case files are those of the original: there an allow by a name that peers number differently means
+    /// nothing.
+    fn resolve(&self, spec: &PortSpec, section: Section, kind: PolicyKind, own: &NamedPorts) -> Resolved {
         let protocols = |wanted: L4Protocol| -> Vec<u8> {
             match wanted {
                 L4Protocol::Any => vec![protocol::TCP, protocol::UDP, protocol::SCTP],
@@ -357,7 +422,7 @@ impl Compiler {
                 }
             }
         };
-        match spec {
+        let sets = match spec {
             PortSpec::Range {
                 protocol,
                 first,
@@ -371,34 +436,52 @@ impl Compiler {
                 first: u16::from(*kind),
                 last: u16::from(*kind),
             }],
-            PortSpec::Named { protocol, name, last } => {
-                let found: Vec<NamedPort> = match direction {
-                    Direction::Ingress => own.get(name).copied().into_iter().collect(),
-                    Direction::Egress => self
-                        .named_ports
-                        .get(name)
-                        .into_iter()
-                        .flatten()
-                        .copied()
-                        .collect(),
-                };
+            PortSpec::Named { protocol, name, last } if section.direction() == Direction::Ingress => {
+                let port = own.get(name).filter(|port| port.port != 0);
                 protocols(*protocol)
                     .into_iter()
                     .filter_map(|protocol| {
-                        let mut ports = found
-                            .iter()
-                            .filter(|port| {
-                                port.port != 0 && (port.protocol == 0 || port.protocol == protocol)
-                            })
-                            .map(|port| port.port);
-                        let port = ports.next()?;
-                        // Different ports of one name: nobody can say which is meant.
-                        ports
-                            .all(|other| other == port)
-                            .then(|| range(protocol, port, port.max(*last)))
+                        let port = port.filter(|port| port.protocol == 0 || port.protocol == protocol)?;
+                        Some(range(protocol, port.port, port.port.max(*last)))
                     })
                     .collect()
             }
+            PortSpec::Named { protocol, name, last } => {
+                let mut resolved = Resolved::default();
+                for protocol in protocols(*protocol) {
+                    let set = |port: u16| range(protocol, port, port.max(*last));
+                    match self.named_ports.numbers(name, protocol) {
+                        Numbers::Unknown => {}
+                        Numbers::Agreed(port) => resolved.sets.push(set(port)),
+                        Numbers::Own { .. } if kind == PolicyKind::Raw && !section.denies() => {}
+                        Numbers::Own {
+                            by_number,
+                            several,
+                            owners,
+                        } => {
+                            let mut own: Vec<_> = by_number
+                                .into_iter()
+                                .map(|(port, owners)| (set(port), owners))
+                                .collect();
+                            // Of peers that cannot be told apart an allow must not open a number that one of them
+                            // does not mean. A denial may not leave out a number: it takes all that come into question.
+                            let mut others = Vec::new();
+                            if section.denies() {
+                                own.extend(several.into_iter().map(|(port, owners)| (set(port), owners)));
+                                others = own.iter().map(|(set, _)| *set).collect();
+                                others.sort_unstable();
+                                others.dedup();
+                            }
+                            resolved.apart.push(NumberedApart { own, owners, others });
+                        }
+                    }
+                }
+                return resolved;
+            }
+        };
+        Resolved {
+            sets,
+            apart: Vec::new(),
         }
     }
 
@@ -417,17 +500,22 @@ impl Compiler {
             }
             touched = Touched::Everything;
         }
+        if let Some(error) = self.too_many_expressions(at) {
+            self.subjects[at].otherwise = [None, None];
+            return Err(vec![error]);
+        }
         // Specs that are new, or whose peers mean others now: towards whom they meant and whom they mean.
         let subject = &self.subjects[at];
-        let mut made: Vec<(SpecKey, [Vec<TableRule>; 2], Vec<Diagnostic>)> = Vec::new();
+        let mut made = Vec::new();
         let mut classes = HashMap::new();
         let remade = subject
             .selecting()
             .filter(|(_, selecting)| selecting.stale || selecting.regrouped);
         for (key, selecting) in remade {
-            let mut remarks = Vec::new();
+            let mut remarks: [Vec<Diagnostic>; 2] = Default::default();
             let rules = palisade_abi::DIRECTIONS.map(|direction| {
-                self.table_rules(subject, key, selecting, direction, &mut classes, &mut remarks)
+                let remarks = &mut remarks[direction as usize];
+                self.table_rules(subject, key, selecting, direction, &mut classes, remarks)
             });
             if selecting.stale {
                 touched.add(&rules);
@@ -512,6 +600,39 @@ impl Compiler {
         Ok(table)
     }
 
+    /// The error about expressions that cost too much together, at a spec that is new to the subject if one is.
+    fn too_many_expressions(&self, at: usize) -> Option<Diagnostic> {
+        let subject = &self.subjects[at];
+        let units = || {
+            subject
+                .selecting()
+                .filter(|(_, selecting)| selecting.unit.expressions > 0)
+        };
+        let sum = units().fold(0usize, |sum, (_, selecting)| {
+            sum.saturating_add(selecting.unit.expressions)
+        });
+        if sum <= MAX_ENDPOINT_EXPRESSIONS {
+            return None;
+        }
+        let (key, selecting) =
+            units().max_by_key(|(_, selecting)| (selecting.stale, selecting.unit.expressions))?;
+        let endpoint = subject.endpoints.first().map(|(id, _)| *id);
+        let endpoint = self
+            .world
+            .endpoints
+            .iter()
+            .find(|known| Some(known.id) == endpoint);
+        Some(problem(
+            selecting.unit.spec().location.clone(),
+            format!(
+                "policy {}: the regular expressions of the policies that select endpoint {} are too large together: they \
+                 need about {sum} states, of at most {MAX_ENDPOINT_EXPRESSIONS}",
+                key.policy,
+                endpoint.map_or("", |endpoint| endpoint.name.as_str()),
+            ),
+        ))
+    }
+
     /// The entries of one direction: all of them, or those of some rows and those towards everybody.
     pub(super) fn build(
         &mut self,
@@ -561,6 +682,7 @@ impl Compiler {
                 members: Arc::new(self.known.select(&Meaning::Entity(Entity::Host))),
                 learned: Learned::Base,
             }]),
+            except: None,
             ports: vec![TablePorts {
                 set: PortSet::All,
                 classes: None,
@@ -646,6 +768,8 @@ impl Compiler {
                         }
                     }
                 };
+                // Rules of their own for names that peers number differently.
+                let mut apart: Vec<Apart> = Vec::new();
                 let mut ports = Vec::new();
                 match &rule.ports {
                     Ports::Any => ports.push(TablePorts {
@@ -657,10 +781,42 @@ impl Compiler {
                         for entry in list {
                             let reading = Reading::of(&entry.l7).map(Arc::new);
                             for port in &entry.ports {
-                                let sets = self.resolve(port, direction, &subject.named_ports);
-                                if sets.is_empty()
-                                    && let PortSpec::Named { name, .. } = port
-                                {
+                                let resolved =
+                                    self.resolve(port, section, unit.policy().kind, &subject.named_ports);
+                                let mut made = |set: PortSet| TablePorts {
+                                    set,
+                                    classes: classes
+                                        .entry(set)
+                                        .or_insert_with(|| self.classes.of(set))
+                                        .clone(),
+                                    reading: reading.clone(),
+                                };
+                                let mut has_effect = !resolved.sets.is_empty();
+                                ports.extend(resolved.sets.iter().map(|set| made(*set)));
+                                for name in &resolved.apart {
+                                    for (set, owners) in &name.own {
+                                        let members = members.among(owners);
+                                        if !matches!(&members, Members::Of(peers) if peers.is_empty()) {
+                                            has_effect = true;
+                                            apart.push(Apart {
+                                                members,
+                                                except: None,
+                                                ports: made(*set),
+                                            });
+                                        }
+                                    }
+                                    for set in &name.others {
+                                        has_effect = true;
+                                        let except = matches!(members, Members::Everybody)
+                                            .then(|| Arc::clone(&name.owners));
+                                        apart.push(Apart {
+                                            members: members.without(&name.owners),
+                                            except,
+                                            ports: made(*set),
+                                        });
+                                    }
+                                }
+                                if !has_effect && let PortSpec::Named { name, .. } = port {
                                     remarks.push(self.unresolved(
                                         name,
                                         direction,
@@ -668,15 +824,6 @@ impl Compiler {
                                         &entry.location,
                                         subject,
                                     ));
-                                }
-                                for set in sets {
-                                    let classes =
-                                        classes.entry(set).or_insert_with(|| self.classes.of(set)).clone();
-                                    ports.push(TablePorts {
-                                        set,
-                                        classes,
-                                        reading: reading.clone(),
-                                    });
                                 }
                             }
                         }
@@ -688,8 +835,24 @@ impl Compiler {
                     audit: unit.audit,
                     auth_required: rule.auth_required,
                     members,
+                    except: None,
                     ports,
                 });
+                rules.extend(apart.into_iter().map(
+                    |Apart {
+                         members,
+                         except,
+                         ports,
+                     }| TableRule {
+                        id: looked_up.id,
+                        denies: section.denies(),
+                        audit: unit.audit,
+                        auth_required: rule.auth_required,
+                        members,
+                        except,
+                        ports: vec![ports],
+                    },
+                ));
             }
         }
         rules
@@ -724,8 +887,10 @@ impl Compiler {
                 let endpoint = endpoint.map_or("", |endpoint| endpoint.name.as_str());
                 format!("endpoint {endpoint} has no port of that name and protocol")
             }
-            Direction::Egress if self.named_ports.contains_key(name) => {
-                "endpoints disagree about it, or have it for another protocol".into()
+            Direction::Egress if self.named_ports.knows(name) => {
+                "endpoints number it differently and no peer of this rule has a port of that name, or they have it for \
+                 another protocol"
+                    .into()
             }
             Direction::Egress => "no endpoint has a port of that name".into(),
         };

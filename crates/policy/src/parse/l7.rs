@@ -3,7 +3,6 @@
 use super::{
     names::{host_name, names_no_host},
     node::quoted,
-    re2,
     reader::{At, Object, hint},
     rules::{Direction, Section},
 };
@@ -174,7 +173,7 @@ fn http_rule(at: At<'_>, section: Section<'_>) -> Option<HttpRule> {
     let object = at.object()?;
     let pattern = |name| {
         let text = object.text(name)?;
-        if let (Err(why), Some(at)) = (re2::compile(text), object.field(name)) {
+        if let (Err(why), Some(at)) = (at.context.check_expression(text), object.field(name)) {
             let message = format!("{} is no valid regular expression: {why}", quoted(text));
             if name == "host" {
                 at.unfit(message);

@@ -124,6 +124,7 @@ pub fn parse_rules_json(
     context.read_bare();
     each(&context, "rules", rules, |name, at| {
         let errors = context.errors();
+        context.begin_policy();
         let spec = spec::read(at, PolicyKind::Raw, None);
         if let (Some(spec), true) = (spec, context.errors() == errors) {
             resources.policies.push(Policy {
@@ -176,6 +177,11 @@ pub fn yaml_to_json(file: &str, text: &str) -> Result<Vec<serde_json::Value>, Ve
 /// Compiles a regular expression of an http rule: RE2 syntax, matching the whole of a text.
 pub fn http_regex(pattern: &str) -> Result<regex::bytes::Regex, String> {
     re2::compile(pattern)
+}
+
+/// About how many states the automaton of an expression of an http rule has; `None` if it is no valid one.
+pub(crate) fn http_cost(pattern: &str) -> Option<usize> {
+    re2::cost(pattern).ok()
 }
 
 /// The same expression in the syntax of the `regex` crate, not yet bound to the ends of the text.

@@ -5,11 +5,91 @@
 //! that begins no repetition is itself, repetitions of repetitions are errors.
 
 use regex::bytes::{Regex, RegexBuilder};
+use regex_syntax::{
+    ParserBuilder,
+    hir::{Class, Hir, HirKind},
+};
 
 /// What a compiled expression may take, in bytes: enough for any sensible one, too little to hurt.
 const SIZE_LIMIT: usize = 1 << 20;
 /// RE2's limit for a counted repetition.
 const MAX_REPEAT: u32 = 1000;
+
+/// How long an expression may be, in bytes. Reading one takes time that grows with the square of its length.
+const MAX_LENGTH: usize = 8 << 10;
+/// What one expression may cost, see [`cost`].
+const MAX_COST: usize = 40_000;
+/// What all expressions of a policy may cost together.
+pub(super) const MAX_POLICY_COST: usize = 250_000;
+/// What all expressions of a file may cost together.
+pub(super) const MAX_FILE_COST: usize = 2_000_000;
+
+/// What reading an expression costs before anything of it is known: classes are the dearest, `(?i)` with them.
+fn cost_of_reading(pattern: &str) -> usize {
+    let folds = pattern.contains("(?") && pattern.contains('i');
+    let classes = pattern.matches(r"\p").count() + pattern.matches(r"\P").count();
+    let cost = pattern.len() / 8 + pattern.matches('[').count() * 8 + classes * 64;
+    cost * if folds { 8 } else { 1 }
+}
+
+/// What it costs to compile an expression and to match with it: about the number of states of its automaton. Found
+/// without compiling it, which for `\pL{1000}` takes milliseconds and megabytes.
+///
+/// # Errors
+/// If it is none of RE2, or costs too much by itself.
+pub(crate) fn cost(pattern: &str) -> Result<usize, String> {
+    if pattern.len() > MAX_LENGTH {
+        return Err(format!("it is longer than {MAX_LENGTH} bytes"));
+    }
+    let reading = cost_of_reading(pattern);
+    let too_much = |cost: usize| {
+        format!(
+            "it is too large: it needs about {cost} states, of at most {MAX_COST}; repeat less, or smaller classes"
+        )
+    };
+    if reading > MAX_COST {
+        return Err(too_much(reading));
+    }
+    let translated = translate(pattern)?;
+    let hir = ParserBuilder::new()
+        .utf8(false)
+        .build()
+        .parse(&translated)
+        .map_err(|error| last_line(&error.to_string()))?;
+    let cost = reading.saturating_add(states(&hir));
+    if cost > MAX_COST {
+        Err(too_much(cost))
+    } else {
+        Ok(cost)
+    }
+}
+
+/// About how many states an expression needs. The depth of the recursion is that of the groups, which the parser bounds.
+fn states(hir: &Hir) -> usize {
+    match hir.kind() {
+        HirKind::Empty | HirKind::Look(_) => 1,
+        HirKind::Literal(literal) => literal.0.len(),
+        // A range of characters takes some sequences of bytes.
+        HirKind::Class(Class::Unicode(class)) => class.ranges().len() * 2,
+        HirKind::Class(Class::Bytes(class)) => class.ranges().len(),
+        HirKind::Repetition(repetition) => {
+            let times = repetition.max.unwrap_or(repetition.min.saturating_add(1)).max(1);
+            states(&repetition.sub)
+                .saturating_add(1)
+                .saturating_mul(times as usize)
+        }
+        HirKind::Capture(capture) => states(&capture.sub).saturating_add(2),
+        HirKind::Concat(parts) | HirKind::Alternation(parts) => parts.iter().fold(1, |sum: usize, part| {
+            sum.saturating_add(states(part)).saturating_add(1)
+        }),
+    }
+}
+
+/// Of the several lines of an error about an expression, the last one says what is wrong.
+fn last_line(error: &str) -> String {
+    let last = error.lines().last().unwrap_or_default();
+    last.trim_start_matches("error: ").trim().to_owned()
+}
 
 /// Translates an expression into the syntax of the `regex` crate.
 pub(crate) fn translate(pattern: &str) -> Result<String, String> {
@@ -24,15 +104,7 @@ pub(crate) fn compile(pattern: &str) -> Result<Regex, String> {
         .build()
         .map_err(|error| match error {
             regex::Error::CompiledTooBig(_) => "it is too large".to_owned(),
-            // Of its several lines, the last one says what is wrong.
-            error => error
-                .to_string()
-                .lines()
-                .last()
-                .unwrap_or_default()
-                .trim_start_matches("error: ")
-                .trim()
-                .to_owned(),
+            error => last_line(&error.to_string()),
         })
 }
 

@@ -3,12 +3,16 @@
 
 use std::{
     cell::{Cell, RefCell},
+    collections::HashMap,
     fmt,
     ops::RangeInclusive,
     sync::Arc,
 };
 
-use super::node::{Entry, Node, Position, Value, quoted};
+use super::{
+    node::{Entry, Node, Position, Value, quoted},
+    re2,
+};
 use crate::{
     diagnostic::{Diagnostic, Severity},
     rule::Location,
@@ -22,11 +26,23 @@ pub(super) struct Context {
     /// What is being read is a bare rule of a case file. No schema of the API server guards those: they are taken
     /// as the original's agent takes them, with a warning where a resource would be refused.
     bare: Cell<bool>,
+    expressions: RefCell<Expressions>,
+}
+
+/// The regular expressions of a file so far.
+#[derive(Default)]
+struct Expressions {
+    /// What each came to.
+    known: HashMap<String, Result<(), String>>,
+    /// What they cost together: those of the file, those of the policy that is being read.
+    of_file: usize,
+    of_policy: usize,
 }
 
 impl Context {
     pub fn new(file: &str) -> Self {
         Self {
+            expressions: RefCell::default(),
             file: file.into(),
             bare: Cell::new(false),
             diagnostics: RefCell::default(),
@@ -42,6 +58,38 @@ impl Context {
     /// From here on bare rules are read.
     pub fn read_bare(&self) {
         self.bare.set(true);
+    }
+
+    /// A policy begins.
+    pub fn begin_policy(&self) {
+        self.expressions.borrow_mut().of_policy = 0;
+    }
+
+    /// Checks a regular expression. What its compilation costs is bounded before it begins: by itself, and with the
+    /// others of its policy and file. Else a small file could keep the daemon from everything else for minutes.
+    pub fn check_expression(&self, pattern: &str) -> Result<(), String> {
+        let mut expressions = self.expressions.borrow_mut();
+        if let Some(known) = expressions.known.get(pattern) {
+            return known.clone();
+        }
+        let checked = re2::cost(pattern).and_then(|cost| {
+            expressions.of_policy = expressions.of_policy.saturating_add(cost);
+            expressions.of_file = expressions.of_file.saturating_add(cost);
+            for (sum, most, whose) in [
+                (expressions.of_policy, re2::MAX_POLICY_COST, "policy"),
+                (expressions.of_file, re2::MAX_FILE_COST, "file"),
+            ] {
+                if sum > most {
+                    return Err(format!(
+                        "the expressions of this {whose} up to here are too large together: they need about {sum} \
+                         states, of at most {most}"
+                    ));
+                }
+            }
+            re2::compile(pattern).map(drop)
+        });
+        expressions.known.insert(pattern.to_owned(), checked.clone());
+        checked
     }
 
     pub fn location(&self, position: Position) -> Location {
@@ -497,4 +545,32 @@ fn distance(a: &str, b: &str) -> usize {
         before_last = std::mem::replace(&mut last, row);
     }
     last.last().copied().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn expressions_are_bounded_by_policy_and_by_file() {
+        let context = Context::new("f");
+        context.begin_policy();
+        context.check_expression("/a.*").unwrap();
+        context.expressions.borrow_mut().of_policy = re2::MAX_POLICY_COST;
+        let error = context.check_expression("/b.*").unwrap_err();
+        assert!(
+            error.contains("of this policy up to here are too large together"),
+            "{error}"
+        );
+        // Known ones cost nothing more; another policy begins at zero, but for the file.
+        context.check_expression("/a.*").unwrap();
+        context.begin_policy();
+        context.check_expression("/c.*").unwrap();
+        context.expressions.borrow_mut().of_file = re2::MAX_FILE_COST;
+        let error = context.check_expression("/d.*").unwrap_err();
+        assert!(
+            error.contains("of this file up to here are too large together"),
+            "{error}"
+        );
+    }
 }

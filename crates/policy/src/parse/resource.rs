@@ -123,6 +123,7 @@ impl Resources {
     fn known(&mut self, kind: &'static str, object: &Object<'_>) {
         let context = object.at.context;
         let errors = context.errors();
+        context.begin_policy();
         let metadata = metadata::read(object);
         object.ignore(&["apiVersion", "kind", "status"]);
         match (kind, metadata) {

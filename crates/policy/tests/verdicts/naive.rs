@@ -1,6 +1,9 @@
 //! The rules read one by one, as the language describes them: no identities, no classes, no table.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use ipnet::IpNet;
 use palisade_abi::Direction;
@@ -9,9 +12,9 @@ use palisade_policy::{
     labels::Labels,
     rule::{
         CidrGroup, CidrRule, Entity, FqdnPattern, L4Protocol, L7, L7Rules, LabelSource, Peer, Peers, Policy,
-        PortSpec, Ports, Requirement, Rule, Selector, Spec, Subject, Test,
+        PolicyKind, PortSpec, Ports, Requirement, Rule, Selector, Spec, Subject, Test,
     },
-    world::{Endpoint, Enforcement, World},
+    world::{Endpoint, Enforcement, NamedPorts, World},
 };
 
 use crate::random::{Fact, Packet};
@@ -250,7 +253,7 @@ impl<'a> Naive<'a> {
             let (allow, deny) = sections(spec);
             for rule in deny {
                 if self
-                    .rule_matches(rule, &deny_required, subject, packet, other)
+                    .rule_matches(rule, (true, policy.kind), &deny_required, subject, packet, other)
                     .next()
                     .is_some()
                 {
@@ -262,7 +265,14 @@ impl<'a> Naive<'a> {
                 }
             }
             for rule in allow {
-                for l7 in self.rule_matches(rule, &allow_required, subject, packet, other) {
+                for l7 in self.rule_matches(
+                    rule,
+                    (false, policy.kind),
+                    &allow_required,
+                    subject,
+                    packet,
+                    other,
+                ) {
                     allows.push((policy, rule, l7.unwrap_or(&NONE)));
                 }
             }
@@ -331,6 +341,7 @@ impl<'a> Naive<'a> {
     fn rule_matches<'r>(
         &self,
         rule: &'r Rule,
+        of: (bool, PolicyKind),
         required: &[&Selector],
         subject: &Endpoint,
         packet: &Packet,
@@ -354,7 +365,7 @@ impl<'a> Naive<'a> {
                         if entry
                             .ports
                             .iter()
-                            .any(|port| self.port_matches(port, subject, packet))
+                            .any(|port| self.port_matches(port, of, subject, packet, other))
                         {
                             found.push(Some(&entry.l7));
                         }
@@ -365,7 +376,14 @@ impl<'a> Naive<'a> {
         found.into_iter()
     }
 
-    fn port_matches(&self, port: &PortSpec, subject: &Endpoint, packet: &Packet) -> bool {
+    fn port_matches(
+        &self,
+        port: &PortSpec,
+        (denies, kind): (bool, PolicyKind),
+        subject: &Endpoint,
+        packet: &Packet,
+        other: &Other,
+    ) -> bool {
         let is = |protocol: L4Protocol| match protocol {
             L4Protocol::Any => matches!(packet.protocol, 6 | 17 | 132),
             L4Protocol::Tcp => packet.protocol == 6,
@@ -387,22 +405,43 @@ impl<'a> Naive<'a> {
                 packet.protocol == if *v6 { 58 } else { 1 } && packet.port == Some(u16::from(*kind))
             }
             PortSpec::Named { protocol, name, last } => {
-                let mut ports: Vec<u16> = Vec::new();
-                for endpoint in &self.world.endpoints {
-                    if packet.direction == Direction::Ingress && endpoint.id != subject.id {
-                        continue;
-                    }
-                    let named = endpoint.named_ports.get(name);
-                    if let Some(named) = named.filter(|n| n.protocol == 0 || n.protocol == packet.protocol) {
-                        ports.push(named.port);
-                    }
+                let number = |ports: &NamedPorts| {
+                    let named = ports.get(name)?;
+                    (named.protocol == 0 || named.protocol == packet.protocol).then_some(named.port)
+                };
+                let matches = |number: &u16| {
+                    packet
+                        .port
+                        .is_some_and(|port| port == *number || (*number..=*last).contains(&port))
+                };
+                if !is(*protocol) {
+                    return false;
                 }
-                ports.sort_unstable();
-                ports.dedup();
-                is(*protocol)
-                    && matches!(ports[..], [one] if packet.port.is_some_and(|port| {
-                        port == one || (one..=*last).contains(&port)
-                    }))
+                if packet.direction == Direction::Ingress {
+                    return number(&subject.named_ports).is_some_and(|number| matches(&number));
+                }
+                // Everybody who has a port of that name, and among them those that are the other end.
+                let endpoints = self.world.endpoints.iter().map(|e| (&e.labels, &e.named_ports));
+                let peers = self.world.peers.iter().map(|p| (&p.labels, &p.named_ports));
+                let owners: Vec<(&Labels, u16)> = endpoints
+                    .chain(peers)
+                    .filter_map(|(labels, ports)| Some((labels, number(ports)?)))
+                    .collect();
+                let all: BTreeSet<u16> = owners.iter().map(|(_, number)| *number).collect();
+                let own: BTreeSet<u16> = owners
+                    .iter()
+                    .filter(|(labels, _)| **labels == other.labels)
+                    .map(|(_, number)| *number)
+                    .collect();
+                match (all.len(), own.len()) {
+                    (0 | 1, _) => all.iter().any(matches),
+                    // Bare rules are those of the original.
+                    _ if kind == PolicyKind::Raw && !denies => false,
+                    (_, 1) => own.iter().any(matches),
+                    // Nobody can say which is meant: an allow means none of them, a denial each.
+                    (_, 0) => denies && all.iter().any(matches),
+                    _ => denies && own.iter().any(matches),
+                }
             }
         }
     }

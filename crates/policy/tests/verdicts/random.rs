@@ -157,7 +157,16 @@ pub fn world(tape: &mut Tape<'_>) -> World {
             peers.push(world::Peer {
                 name: format!("p{number}"),
                 labels: labels(kinds),
-                named_ports: BTreeMap::new(),
+                named_ports: tape
+                    .some(1, |tape| {
+                        let port = NamedPort {
+                            protocol: tape.one(&[6, 17, 0]),
+                            port: tape.one(&PORTS),
+                        };
+                        (tape.one(&["http", "dns"]).to_owned(), port)
+                    })
+                    .into_iter()
+                    .collect(),
                 prefixes: tape.some(2, |tape| {
                     tape.one(&["10.9.0.5/32", "10.9.0.0/24", "10.1.2.0/24"])
                         .parse()
@@ -199,7 +208,7 @@ pub fn file(tape: &mut Tape<'_>, name: &str) -> FileContent {
     };
     FileContent {
         policies: vec![Policy {
-            kind: PolicyKind::Raw,
+            kind: tape.one(&[PolicyKind::Ccnp, PolicyKind::Ccnp, PolicyKind::Raw]),
             name: name.to_owned(),
             namespace: None,
             audit: tape.once_in(3),
@@ -209,7 +218,12 @@ pub fn file(tape: &mut Tape<'_>, name: &str) -> FileContent {
             location: location(1),
         }],
         cidr_groups: tape.some(1, |tape| CidrGroup {
-            name: "group".into(),
+            // A group is in one file; the others are found by their labels.
+            name: if name == "0.yaml" {
+                "group".to_owned()
+            } else {
+                format!("group-of-{name}")
+            },
             labels: vec![("kind".into(), tape.one(&["office", "lab"]).into())],
             cidrs: tape.some(2, prefix),
             location: location(1),

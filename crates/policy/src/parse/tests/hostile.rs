@@ -103,6 +103,67 @@ fn expressions_are_bounded() {
     }
 }
 
+/// A policy with an http rule for each of the paths.
+fn with_paths(paths: impl IntoIterator<Item = String>) -> String {
+    let rules: String = paths
+        .into_iter()
+        .map(|path| format!("        - path: '{path}'\n"))
+        .collect();
+    cnp(&format!(
+        "  egress:\n  - toPorts:\n    - ports: [{{port: '80', protocol: TCP}}]\n      rules:\n        http:\n{rules}"
+    ))
+}
+
+/// A tenth of a megabyte of expressions that are valid by themselves: it once took half a minute to compile them.
+#[test]
+fn many_expensive_expressions_are_refused_before_they_are_compiled() {
+    let within = |text: &str, most: Duration| {
+        let start = Instant::now();
+        let said = said(text);
+        assert!(start.elapsed() < most, "{:?}", start.elapsed());
+        said
+    };
+    // The last digits make them different.
+    let many = |pattern: &str| with_paths((0..4_000).map(|n| format!("{pattern}{n}")));
+    for pattern in [
+        "\\pL{20}/",
+        "[a-zé-\u{10000}]{200}/",
+        "(a{30}|b{30}){8}/",
+        "(?i)\\pL\\pL/",
+    ] {
+        let said = within(&many(pattern), Duration::from_secs(20));
+        assert!(
+            said[0].contains("the expressions of this policy up to here are too large together"),
+            "{}",
+            said[0]
+        );
+        assert!(said[0].contains(" is no valid regular expression: "), "{said:?}");
+    }
+    // One by itself: too many classes, too long, too many repetitions.
+    for path in [
+        "(?i)".to_owned() + &"\\pL".repeat(1_000),
+        "x".repeat(9_000),
+        "{".repeat(9_000),
+        "\\pL{1000}".to_owned(),
+        "((a{100}){100}){100}".to_owned(),
+    ] {
+        let said = within(&with_paths([path.clone()]), Duration::from_secs(2));
+        assert!(
+            said.len() == 1 && said[0].contains("it is"),
+            "{path:.20}: {said:?}"
+        );
+    }
+}
+
+#[test]
+fn hundreds_of_usual_expressions_are_taken() {
+    let usual = with_paths((0..400).map(|n| format!("/api/v[0-9]+/items/{n}(/.*)?")));
+    assert_eq!(soon(&usual), [""; 0]);
+    // One that stands in many rules counts once.
+    let same = with_paths((0..5_000).map(|_| "/[^/]{100}/\\pL{3}".to_owned()));
+    assert_eq!(soon(&same), [""; 0]);
+}
+
 /// Texts made of what policies are made of.
 fn fragments() -> impl Strategy<Value = String> {
     let words = [

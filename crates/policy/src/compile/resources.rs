@@ -1,0 +1,194 @@
+//! Which resources there are. Each is in one file: of two with the same kind, namespace and name, both would be in force,
+//! and what one of them was tightened to would still be open by the other.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    sync::Arc,
+};
+
+use super::{Compiler, FileContent, problem};
+use crate::{
+    diagnostic::Diagnostic,
+    rule::{Location, PolicyKind},
+};
+
+/// What may be there only once: a kind of resource with its namespace and name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ResourceName {
+    kind: &'static str,
+    name: String,
+}
+
+impl fmt::Display for ResourceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.kind, self.name)
+    }
+}
+
+impl FileContent {
+    /// The resources of the file with their places. Bare rules of case files have no names.
+    pub fn resources(&self) -> impl Iterator<Item = (ResourceName, &Location)> {
+        let policies = self.policies.iter().filter_map(|policy| {
+            let kind = match policy.kind {
+                PolicyKind::Cnp => "CiliumNetworkPolicy",
+                PolicyKind::Ccnp => "CiliumClusterwideNetworkPolicy",
+                PolicyKind::Knp => "NetworkPolicy",
+                PolicyKind::Raw => return None,
+            };
+            let name = policy.qualified_name();
+            Some((ResourceName { kind, name }, &policy.location))
+        });
+        let groups = self.cidr_groups.iter().map(|group| {
+            let name = group.name.clone();
+            let kind = "CiliumCIDRGroup";
+            (ResourceName { kind, name }, &group.location)
+        });
+        policies.chain(groups)
+    }
+}
+
+/// The error about a resource that another file has already.
+#[must_use]
+pub fn already_there(name: &ResourceName, location: &Location, first: &Location) -> Diagnostic {
+    problem(
+        location.clone(),
+        format!(
+            "{name} is in {first} already, and stays as it is there; delete one of the two, or rename it"
+        ),
+    )
+}
+
+impl Compiler {
+    /// Errors about resources of changed files that other files have. The file that has had the resource so far keeps
+    /// it; of files that are new, the one whose name sorts first.
+    pub(super) fn resources_in_two_files(
+        &self,
+        changes: &BTreeMap<String, Option<Arc<FileContent>>>,
+    ) -> Vec<Diagnostic> {
+        let mut claimed: HashMap<ResourceName, &Location> = HashMap::new();
+        let mut later = Vec::new();
+        let changed = changes
+            .iter()
+            .filter_map(|(file, content)| Some((file, content.as_ref()?)));
+        for (file, content) in changed {
+            for (name, location) in content.resources() {
+                match self.owners.get(&name) {
+                    Some((owner, _)) if **owner == **file => {
+                        claimed.insert(name, location);
+                    }
+                    _ => later.push((name, location)),
+                }
+            }
+        }
+        let mut errors = Vec::new();
+        for (name, location) in later {
+            let in_force = self
+                .owners
+                .get(&name)
+                .filter(|(file, _)| !changes.contains_key(&**file));
+            let first = claimed.get(&name).copied().or(in_force.map(|(_, first)| first));
+            match first {
+                Some(first) => errors.push(already_there(&name, location, first)),
+                None => {
+                    claimed.insert(name, location);
+                }
+            }
+        }
+        errors
+    }
+
+    /// Takes down which file has which resource, after some files have been replaced.
+    pub(super) fn own_resources(&mut self, replaced: &BTreeMap<String, Option<Arc<FileContent>>>) {
+        for (file, before) in replaced {
+            for (name, _) in before.iter().flat_map(|content| content.resources()) {
+                if self.owners.get(&name).is_some_and(|(owner, _)| **owner == **file) {
+                    self.owners.remove(&name);
+                }
+            }
+        }
+        for file in replaced.keys() {
+            let Some(content) = self.files.get(file).map(Arc::clone) else {
+                continue;
+            };
+            let file: Arc<str> = file.as_str().into();
+            for (name, location) in content.resources() {
+                self.owners.insert(name, (Arc::clone(&file), location.clone()));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        compile::{Changes, CompilerState},
+        parse::parse,
+    };
+
+    fn file(name: &str, policies: &[&str]) -> (String, Option<FileContent>) {
+        let policies: Vec<String> = policies
+            .iter()
+            .map(|policy| {
+                format!(
+                    "apiVersion: cilium.io/v2\nkind: {policy}\nspec: {{endpointSelector: {{}}, ingress: [{{}}]}}\n"
+                )
+            })
+            .collect();
+        let parsed = parse(name, &policies.join("---\n"));
+        assert!(!parsed.has_errors(), "{:?}", parsed.diagnostics);
+        let content = FileContent {
+            policies: parsed.policies,
+            cidr_groups: parsed.cidr_groups,
+        };
+        (name.to_owned(), Some(content))
+    }
+
+    const P: &str = "CiliumNetworkPolicy\nmetadata: {name: p}";
+    const Q: &str = "CiliumNetworkPolicy\nmetadata: {name: q}";
+    const OTHER_NAMESPACE: &str = "CiliumNetworkPolicy\nmetadata: {name: p, namespace: shop}";
+    const OTHER_KIND: &str = "CiliumClusterwideNetworkPolicy\nmetadata: {name: p}";
+
+    fn update(
+        compiler: &mut Compiler,
+        files: impl IntoIterator<Item = (String, Option<FileContent>)>,
+    ) -> Result<(), Vec<String>> {
+        let changes = Changes {
+            world: None,
+            files: files.into_iter().collect(),
+        };
+        match compiler.update(changes) {
+            Ok(_) => Ok(()),
+            Err(errors) => Err(errors.iter().map(ToString::to_string).collect()),
+        }
+    }
+
+    #[test]
+    fn a_resource_is_in_one_file() {
+        let mut compiler = Compiler::new(&CompilerState::default());
+        update(&mut compiler, [file("b", &[P, OTHER_NAMESPACE, OTHER_KIND])]).unwrap();
+        // The one that is in force stays, whatever the name of the other file.
+        let expected = "CiliumNetworkPolicy default/p is in b:1:1 already, and stays as it is there; delete one of the \
+                        two, or rename it";
+        for name in ["a", "c"] {
+            let refused = update(&mut compiler, [file(name, &[Q, P])]);
+            assert_eq!(refused.unwrap_err(), [format!("{name}:6:1: {expected}")]);
+        }
+        let both = update(&mut compiler, [file("a", &[P]), file("b", &[P, Q])]);
+        assert_eq!(both.unwrap_err(), [format!("a:1:1: {expected}")]);
+        assert_eq!(compiler.files().map(|(name, _)| name).collect::<Vec<_>>(), ["b"]);
+        // It moves with its file's name, or when it goes at the same time.
+        update(&mut compiler, [file("a", &[P]), file("b", &[Q])]).unwrap();
+        update(&mut compiler, [("a".into(), None), file("c", &[P])]).unwrap();
+        assert!(update(&mut compiler, [file("a", &[P])]).is_err());
+        update(&mut compiler, [("c".into(), None)]).unwrap();
+        // Of two new ones the first.
+        let both = update(&mut compiler, [file("x", &[P]), file("y", &[P])]).unwrap_err();
+        assert_eq!(both.len(), 1);
+        assert!(
+            both[0].starts_with("y:1:1: CiliumNetworkPolicy default/p is in x:1:1 already"),
+            "{both:?}"
+        );
+    }
+}
