@@ -75,13 +75,15 @@ unsafe fn field(at: *const u32) -> usize {
 }
 
 /// A program's context.
-pub trait Context: Copy {
+pub trait Context: Copy + crate::link::Judge {
     /// The frame. `whole` asks for its true length even where that costs a call.
     fn bytes(self, whole: bool) -> Linear;
     /// The interface the program runs on.
     fn ifindex(self) -> u32;
     /// Whether the packet was made on this machine rather than received.
     fn is_local(self) -> bool;
+    /// The interface by which the packet entered the node; 0 if it was made here. Known at egress only.
+    fn entered_by(self) -> u32;
     /// VLAN tags that the kernel keeps beside the frame.
     fn tags_removed(self) -> u32;
     /// Makes more of the frame readable, or its true length known. Whether that changed anything.
@@ -300,6 +302,11 @@ impl Context for Xdp {
     }
 
     #[inline(always)]
+    fn entered_by(self) -> u32 {
+        0
+    }
+
+    #[inline(always)]
     fn tags_removed(self) -> u32 {
         0
     }
@@ -392,8 +399,13 @@ impl Context for Skb {
 
     #[inline(always)]
     fn is_local(self) -> bool {
+        self.entered_by() == 0
+    }
+
+    #[inline(always)]
+    fn entered_by(self) -> u32 {
         // SAFETY: see above the impl.
-        unsafe { (*self.0).ingress_ifindex == 0 }
+        unsafe { (*self.0).ingress_ifindex }
     }
 
     #[inline(always)]

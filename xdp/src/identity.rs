@@ -15,7 +15,8 @@ use crate::maps::{CONFIG, IPCACHE, LEARNED, PREFIXES};
 pub struct Known(u64);
 
 impl Known {
-    const NOTHING: Self = Self(0);
+    /// Of an address that it does not know.
+    pub const NOTHING: Self = Self(0);
 
     #[inline(always)]
     fn new(entry: &IpcacheEntry) -> Self {
@@ -107,17 +108,28 @@ impl From<Known> for u64 {
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 
+/// See [`route`].
+pub const NOWHERE: u32 = u32::MAX;
+
+/// Whether an address is unique on its link only (RFC 4291, 2.5.6). IPv4 has no such scope in Linux: an address of
+/// 169.254.0.0/16 is the node's on every link.
+#[inline(always)]
+pub fn is_link_local(addr: &Addr) -> bool {
+    addr.0[0] & u32::from_ne_bytes([0xff, 0xc0, 0, 0]) == u32::from_ne_bytes([0xfe, 0x80, 0, 0])
+}
+
 /// Whether the kernel would send the packet on rather than take it itself. Multicast and broadcast it takes.
 ///
 /// The ipcache knows the addresses of the node that the configuration and the daemon know; the routing table
 /// knows all, also one that appeared a moment ago. Anything but a clear answer counts as "takes it".
 #[inline(always)]
 pub fn is_forwarded<C: Context>(ctx: C, frame: &Frame) -> bool {
-    routed(ctx, frame) != 0
+    route(ctx, frame) != 0
 }
 
+/// The interface by which the kernel would send the packet on; [`NOWHERE`] if it would refuse to; 0 if it takes it itself.
 #[inline(never)]
-fn routed<C: Context>(ctx: C, frame: &Frame) -> u32 {
+pub fn route<C: Context>(ctx: C, frame: &Frame) -> u32 {
     let packet = &frame.packet;
     let ipv6 = packet.is(flags::IPV6);
     let first = packet.destination.bytes()[if ipv6 { 0 } else { 12 }];
@@ -139,7 +151,8 @@ fn routed<C: Context>(ctx: C, frame: &Frame) -> u32 {
     // BPF_FIB_LKUP_RET_*: 0 a route, 1 to 3 the kernel refuses, 4 for this machine, 5 forwarding is off,
     // 6 an encapsulating route, 7 a route whose neighbour is not resolved, 8 too long for the next link.
     match ctx.route(&mut question) {
-        0..=3 | 6..=8 => 1,
+        0 | 7 if question.ifindex != 0 => question.ifindex,
+        0..=3 | 6..=8 => NOWHERE,
         _ => 0,
     }
 }

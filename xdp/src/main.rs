@@ -176,7 +176,12 @@ fn judge<C: Context>(ctx: C, egress: bool) -> Way {
 fn verdict<C: Context>(ctx: C, frame: &mut Frame, egress: u32) {
     let egress = egress != 0;
     let interface = match INTERFACES.get(frame.ifindex & (SLOTS as u32 - 1)) {
-        Some(interface) if interface.ifindex == frame.ifindex && interface.role != role::NONE => interface,
+        Some(interface)
+            if interface.ifindex == frame.ifindex
+                && matches!(interface.role, role::HOST | role::ENDPOINT) =>
+        {
+            interface
+        }
         _ => return frame.set(Reason::NoInterface),
     };
     let is_workload = interface.role == role::ENDPOINT;
@@ -202,15 +207,13 @@ fn verdict<C: Context>(ctx: C, frame: &mut Frame, egress: u32) {
         }
     }
     if frame.packet.is(flags::NOT_IP) {
-        let passes = link::passes_frame(ctx, frame);
-        return frame.set(if passes {
-            Reason::LinkControl
-        } else {
-            Reason::UnsupportedL3
-        });
+        return ctx.link(frame);
     }
-    if matches!(frame.packet.protocol, protocol::ICMPV6 | protocol::IGMP) && link::passes_packet(frame) {
-        return frame.set(Reason::LinkControl);
+    if matches!(frame.packet.protocol, protocol::ICMPV6 | protocol::IGMP) {
+        ctx.link(frame);
+        if frame.reason != 0 {
+            return;
+        }
     }
     if frame.packet.is(flags::FRAGMENT_LATER) {
         fragment::resolve(frame);

@@ -1,10 +1,10 @@
 //! The verdict function: one for XDP and tc, for both roles and both directions.
 
 use palisade_abi::{
-    CtEntry, Decision, EventKind, Reason, TracePoint, carry_flags, class_slot, class_slot_unknown_port,
-    ct_flags, endpoint_flags, entry_flags, event_flags, protocol,
+    CtEntry, Decision, EventKind, Reason, TracePoint, carry_flags, class_slot,
+    class_slot_unknown_port, ct_flags, endpoint_flags, entry_flags, event_flags, protocol, role,
 };
-use palisade_packet::{Quote, TCP_ACK, TCP_RST, TCP_SYN, decode_quote, flags, icmp, icmpv6};
+use palisade_packet::{Bytes as _, Quote, TCP_ACK, TCP_RST, TCP_SYN, decode_quote, flags, icmp, icmpv6};
 
 use crate::carry;
 use crate::conntrack::{self, Ends};
@@ -12,7 +12,8 @@ use crate::counters;
 use crate::ctx::Context;
 use crate::event;
 use crate::frame::{Frame, other, place};
-use crate::identity;
+use crate::identity::{self, Known};
+use crate::link;
 use crate::maps::ENDPOINTS;
 use crate::policy;
 
@@ -87,8 +88,15 @@ fn admits<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) -> bool {
             return false;
         }
     }
-    if entry.flags & ct_flags::REMOTE_IS_LOCAL != 0 && frame.place == place::NIC_IN {
+    if entry.flags & ct_flags::REMOTE_IS_LOCAL == 0 {
+        return true;
+    }
+    if frame.place == place::NIC_IN {
         frame.set(Reason::InvalidSourceIp);
+        return false;
+    }
+    if frame.place == place::TO_WORKLOAD && !ctx.is_local() && !left_its_workload(ctx) {
+        frame.set(Reason::Unguarded);
         return false;
     }
     true
@@ -104,7 +112,13 @@ fn is_read_by_itself(frame: &mut Frame, ingress: bool) -> bool {
 /// Judges the flow of `frame.key` as one that was opened in the given direction.
 #[inline(never)]
 fn judge_direction(frame: &mut Frame, ingress: u32) -> u32 {
-    let known = identity::exact(&frame.key.remote);
+    let mut known = identity::exact(&frame.key.remote);
+    // See `forget_other_links`.
+    if identity::is_link_local(&frame.key.remote)
+        && (frame.place == place::NIC_IN || frame.place == place::NIC_OUT)
+    {
+        known = Known::NOTHING;
+    }
     let identity = if frame.learns != 0 && ingress == 0 {
         identity::learned(&frame.key.remote, known.into(), frame.endpoint)
     } else {
@@ -146,6 +160,23 @@ fn may_be_turned(flow_protocol: u8, is_opened_by_syn: bool) -> bool {
     match flow_protocol {
         protocol::TCP => !is_opened_by_syn,
         p => p == protocol::UDP || p == protocol::SCTP,
+    }
+}
+
+/// Whether a packet that leaves with the address of a workload was judged at the workload's interface: it entered by a
+/// guarded one, where its source address was checked, or by what is above such a one.
+#[inline(always)]
+fn left_its_workload<C: Context>(ctx: C) -> bool {
+    matches!(link::role_of(ctx.entered_by()), role::ENDPOINT | role::LINK)
+}
+
+/// Whether a packet that is sent on to the address of a workload goes where it is judged: to an interface that is guarded,
+/// or what is above such a one. What the kernel takes itself, or refuses, goes nowhere.
+#[inline(always)]
+fn reaches_its_workload<C: Context>(ctx: C, frame: &Frame) -> bool {
+    match identity::route(ctx, frame) {
+        0 | identity::NOWHERE => true,
+        way => matches!(link::role_of(way), role::ENDPOINT | role::LINK | role::HOST),
     }
 }
 
@@ -281,8 +312,9 @@ fn turn(frame: &mut Frame, ingress: u32) -> u32 {
 fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
     const LOCAL: u8 = ct_flags::REMOTE_IS_LOCAL;
     const HOST: u8 = ct_flags::REMOTE_IS_HOST;
-    let source = identity::exact(&frame.packet.source);
-    let destination = identity::exact(&frame.packet.destination);
+    let mut source = identity::exact(&frame.packet.source);
+    let mut destination = identity::exact(&frame.packet.destination);
+    forget_other_links(ctx, frame, &mut source, &mut destination);
     let from = source.endpoint();
     let to = destination.endpoint();
     let host = identity::host_endpoint();
@@ -301,14 +333,30 @@ fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
                 return false;
             }
             if !to_host && (to != 0 || identity::is_forwarded(ctx, frame)) {
-                frame.set(Reason::Forwarded);
+                let guarded = to == 0 || reaches_its_workload(ctx, frame);
+                frame.set(if guarded {
+                    Reason::Forwarded
+                } else {
+                    Reason::Unguarded
+                });
                 return false;
             }
         }
         place::NIC_OUT => {
-            if !from_host && !ctx.is_local() {
-                frame.set(Reason::Forwarded);
-                return false;
+            if !ctx.is_local() {
+                let guarded = if from != 0 && !from_host {
+                    left_its_workload(ctx)
+                } else {
+                    link::role_of(ctx.entered_by()) != role::NONE
+                };
+                if !guarded {
+                    frame.set(Reason::Unguarded);
+                    return false;
+                }
+                if !from_host {
+                    frame.set(Reason::Forwarded);
+                    return false;
+                }
             }
             frame.flow_flags = if to != 0 { LOCAL } else { 0 };
         }
@@ -320,6 +368,10 @@ fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
             frame.flow_flags = if to_host {
                 HOST | LOCAL
             } else if to != 0 {
+                if !reaches_its_workload(ctx, frame) {
+                    frame.set(Reason::Unguarded);
+                    return false;
+                }
                 LOCAL
             } else if identity::is_forwarded(ctx, frame) {
                 0
@@ -328,6 +380,24 @@ fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
             };
         }
         place::TO_WORKLOAD => {
+            if to != frame.endpoint && !(to == 0 && identity::is_link_local(&frame.packet.destination)) {
+                if !is_to_group(ctx, frame, to) {
+                    frame.set(Reason::NotTheEndpoints);
+                    return false;
+                }
+                // An entry of such a flow would have a local address that is not the endpoint's, and let the endpoint
+                // send from it.
+                frame.stateful = false;
+            }
+            let guarded = if from != 0 && !from_host {
+                left_its_workload(ctx)
+            } else {
+                link::role_of(ctx.entered_by()) != role::NONE
+            };
+            if !ctx.is_local() && !guarded {
+                frame.set(Reason::Unguarded);
+                return false;
+            }
             frame.flow_flags = if from_host || (from == 0 && ctx.is_local()) {
                 HOST | LOCAL
             } else if from != 0 {
@@ -341,12 +411,66 @@ fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
     true
 }
 
+/// An address of fe80::/10 is unique on its link only (RFC 4007, 6). The ipcache has those of the node on all its links and
+/// cannot say which one a packet means. A packet that entered by a NIC, or was made elsewhere than on this machine, comes
+/// from no link-local address of the node, and one that leaves by a NIC goes to none.
+#[inline(always)]
+fn forget_other_links<C: Context>(ctx: C, frame: &Frame, source: &mut Known, destination: &mut Known) {
+    let packet = &frame.packet;
+    match frame.place {
+        place::NIC_IN if identity::is_link_local(&packet.source) => *source = Known::NOTHING,
+        place::NIC_OUT if identity::is_link_local(&packet.destination) => *destination = Known::NOTHING,
+        place::TO_WORKLOAD
+            if identity::is_link_local(&packet.source)
+                && !ctx.is_local()
+                && source.endpoint() == identity::host_endpoint() =>
+        {
+            *source = Known::NOTHING;
+        }
+        _ => {}
+    }
+}
+
+/// Whether a packet towards a workload goes to a group or is a broadcast: by its address, or, where only the subnet knows
+/// its broadcast address, by the frame's.
+#[inline(always)]
+fn is_to_group<C: Context>(ctx: C, frame: &Frame, to: u32) -> bool {
+    let to_addr = frame.packet.destination.0;
+    if frame.packet.is(flags::IPV6) {
+        return to_addr[0].to_ne_bytes()[0] == 0xff;
+    }
+    let first = to_addr[3].to_ne_bytes()[0];
+    if first & 0xf0 == 224 || to_addr[3] == u32::MAX {
+        return true;
+    }
+    if to != 0 || frame.layer3 != 0 {
+        return false;
+    }
+    match ctx.bytes(false).array::<6>(0) {
+        Some(mac) => mac[0] & mac[1] & mac[2] & mac[3] & mac[4] & mac[5] == 0xff,
+        None => false,
+    }
+}
+
 /// Judges a live flow by a policy that is not the one it was let through by: the flow in its own direction,
 /// whatever direction this packet has. A denied flow keeps its entry, so that it stays denied both ways until
 /// it is over: without one the answering side's next packet would be judged as a flow of its own.
 #[inline(always)]
 pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
-    let known = identity::exact(&frame.key.remote);
+    let mut known = identity::exact(&frame.key.remote);
+    // See `forget_other_links`.
+    if identity::is_link_local(&frame.key.remote)
+        && (frame.place == place::NIC_IN || frame.place == place::NIC_OUT)
+    {
+        known = Known::NOTHING;
+    }
+    // The configuration may have given the address to another endpoint meanwhile.
+    if matches!(frame.place, place::FROM_WORKLOAD | place::TO_WORKLOAD) {
+        let owner = identity::exact(&frame.key.local).endpoint();
+        if owner != frame.endpoint && !(owner == 0 && identity::is_link_local(&frame.key.local)) {
+            return frame.set(Reason::InvalidSourceIp);
+        }
+    }
     let mut flow_flags = entry.flags & !(ct_flags::AUDIT | ct_flags::REMOTE_IS_LOCAL);
     let ingress = u32::from(flow_flags & ct_flags::INGRESS != 0);
     frame.other = other::NOTHING;
@@ -440,7 +564,17 @@ pub fn related<C: Context>(ctx: C, frame: &mut Frame) {
     // A spoofed error is no better than another spoofed packet.
     let source = identity::exact(&frame.packet.source).endpoint();
     match frame.place {
-        place::NIC_IN if source != 0 => return frame.set(Reason::InvalidSourceIp),
+        place::NIC_IN if source != 0 && !identity::is_link_local(&frame.packet.source) => {
+            return frame.set(Reason::InvalidSourceIp);
+        }
+        place::TO_WORKLOAD
+            if source != 0
+                && source != identity::host_endpoint()
+                && !ctx.is_local()
+                && !left_its_workload(ctx) =>
+        {
+            return frame.set(Reason::Unguarded);
+        }
         place::FROM_WORKLOAD if source == 0 || source != frame.endpoint => {
             return frame.set(Reason::InvalidSourceIp);
         }

@@ -8,7 +8,19 @@ pub mod role {
     pub const HOST: u8 = 1;
     /// The host side of a workload's veth: what enters comes *from* the endpoint, what leaves goes *to* it.
     pub const ENDPOINT: u8 = 2;
+    /// Not guarded, above a guarded interface of a workload: its bridge or VRF, a VLAN on it. What a workload sends enters
+    /// the node's stack by this interface after it was judged at the guarded one.
+    pub const LINK: u8 = 3;
+    /// Present, and named by no configuration: packets that enter by it may be forwarded, but not with the address of a
+    /// workload. An interface without any role has not been looked at by the daemon yet: nothing that enters by it is
+    /// forwarded.
+    pub const SEEN: u8 = 4;
 }
+
+/// EtherTypes of one interface that pass by configuration.
+pub const ETHER_TYPES: usize = 16;
+/// Stands for every frame with an IEEE 802.3 length and an LLC header instead of an EtherType.
+pub const ETHER_TYPE_LLC: u16 = 1;
 
 /// Flags of an [`Interface`].
 pub mod interface_flags {
@@ -30,6 +42,10 @@ pub struct Interface {
     pub role: u8,
     /// [`interface_flags`].
     pub flags: u8,
+    /// The interface that holds the addresses of the link: the bridge or VRF that `ifindex` is a port of, else `ifindex`.
+    pub link: u32,
+    /// EtherTypes that pass unjudged (role host): machine order, [`ETHER_TYPE_LLC`], or 0 for none.
+    pub ether_types: [u16; ETHER_TYPES],
 }
 
 /// Flags of an [`EndpointState`].

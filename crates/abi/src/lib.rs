@@ -30,8 +30,8 @@ pub use conntrack::{
 };
 pub use event::{Event, EventKind, MatchKind, TracePoint, event_flags};
 pub use interface::{
-    Config, Counter, EndpointState, Interface, RateBudget, config_flags, endpoint_flags, interface_flags,
-    role,
+    Config, Counter, ETHER_TYPE_LLC, ETHER_TYPES, EndpointState, Interface, RateBudget, config_flags,
+    endpoint_flags, interface_flags, role,
 };
 pub use policy::{
     DIRECTIONS, Decision, Direction, Identity, Inspector, PolicyEntry, PolicyKey, entry_flags, identity,

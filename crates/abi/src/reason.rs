@@ -86,6 +86,11 @@ reasons! {
     NoListener = 216, "No listener";
     /// The policy wants TLS terminated, and nothing does that.
     NoTlsTermination = 217, "No inspector: TLS termination";
+    /// Towards a workload, and to an address that is not the workload's.
+    NotTheEndpoints = 218, "Destination is not the endpoint's";
+    /// It entered, or would leave, by an interface that is not guarded: a workload's address, or an interface that the
+    /// daemon has not looked at yet.
+    Unguarded = 219, "Interface not guarded";
     /// IPv4 header: bad version, length or total length.
     InvalidIpv4 = 220, "Invalid IPv4 header";
     /// IPv6 header: bad version or payload length.

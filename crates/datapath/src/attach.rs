@@ -12,12 +12,13 @@
 //! ```
 
 use std::{
+    collections::BTreeMap,
     fmt, fs, io,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
 
-use palisade_abi::{Direction, Interface, interface_flags, programs, role};
+use palisade_abi::{Direction, ETHER_TYPES, Interface, interface_flags, programs, role};
 
 use crate::{
     Datapath, MapError, OpenError, SyscallError,
@@ -99,6 +100,10 @@ pub struct Attachment {
     pub xdp_mode: XdpMode,
     /// Which tc.
     pub tc: TcMode,
+    /// The bridge or VRF that it is a port of; 0: none.
+    pub link: u32,
+    /// EtherTypes that pass unjudged; see [`Interface::ether_types`].
+    pub ether_types: [u16; ETHER_TYPES],
 }
 
 /// What a program is attached by.
@@ -277,6 +282,13 @@ impl Place {
         Self::Clsact(Direction::Egress),
     ];
 
+    fn direction(self) -> Direction {
+        match self {
+            Self::Xdp => Direction::Ingress,
+            Self::Tcx(direction) | Self::Clsact(direction) => direction,
+        }
+    }
+
     fn file(self) -> &'static str {
         match self {
             Self::Xdp => "xdp",
@@ -298,6 +310,22 @@ fn tcx_type(direction: Direction) -> AttachType {
     }
 }
 
+/// Whether programs of ours judge by this entry.
+fn is_guarded(interface: &Interface) -> bool {
+    matches!(interface.role, role::HOST | role::ENDPOINT)
+}
+
+/// The places of an interface where programs of ours are.
+fn attached_places(dir: &Path, device: &Device) -> Result<Vec<Place>> {
+    let mut places = Vec::new();
+    for place in Place::ALL {
+        if present(dir, device, place)?.is_some() {
+            places.push(place);
+        }
+    }
+    Ok(places)
+}
+
 /// The programs' slot of an interface.
 fn slot(ifindex: u32) -> u32 {
     ifindex & 0xffff
@@ -310,33 +338,123 @@ impl Datapath {
     /// The programs are told about the interface before they are there.
     ///
     /// # Errors
-    /// What was attached before stays attached.
+    /// What was attached before stays attached; a hook that had nothing before has nothing after. (A program at one hook
+    /// alone would judge packets of flows whose other direction it never sees, and cut the node off.)
     pub fn attach(&self, wanted: &Attachment) -> Result<Attached> {
         let ifindex = wanted.ifindex;
         let device = find_device(ifindex)?.ok_or(AttachError::NoSuchInterface { ifindex })?;
-        let mut interface = self.claim_slot(wanted, &device)?;
+        let dir = self.link_dir(ifindex);
+        let before = attached_places(&dir, &device)?;
+        // A pin that is left now without a program here belongs to an interface of another network namespace.
+        let foreign: Vec<Place> = Place::ALL
+            .into_iter()
+            .filter(|place| dir.join(place.file()).exists() && !before.contains(place))
+            .collect();
+        let slot_before = self.interfaces.get(&slot(ifindex))?.unwrap_or_default();
+        self.attach_hooks(wanted, &device).inspect_err(|_| {
+            // What could not be removed stays, and is found again as half of an attachment.
+            let _ = self.undo(&device, &before, &foreign, &slot_before);
+        })
+    }
+
+    /// Takes back what a failed attachment has left.
+    fn undo(
+        &self,
+        device: &Device,
+        before: &[Place],
+        foreign: &[Place],
+        slot_before: &Interface,
+    ) -> Result<()> {
+        let dir = self.link_dir(device.ifindex);
+        for place in Place::ALL {
+            // A hook may have been handed over from one kind of program to another: then the new one stays.
+            let judged_before = before.iter().any(|b| b.direction() == place.direction());
+            if !judged_before && !foreign.contains(&place) {
+                remove(&dir, device.ifindex, Some(device), place)?;
+            }
+        }
+        if before.is_empty() && foreign.is_empty() {
+            remove_qdisc(&dir, device.ifindex, Some(device))?;
+            let ours = self.interfaces.get(&slot(device.ifindex))?.unwrap_or_default();
+            if ours.ifindex == device.ifindex && is_guarded(&ours) {
+                let restored = if is_guarded(slot_before) && slot_before.ifindex == device.ifindex {
+                    Interface::default()
+                } else {
+                    *slot_before
+                };
+                self.interfaces.insert(&slot(device.ifindex), &restored)?;
+            }
+            remove_empty(&dir)?;
+        }
+        Ok(())
+    }
+
+    /// Tells the programs of the interfaces that are present and not guarded: by index, with whether they are above the
+    /// interface of a workload ([`role::LINK`], else [`role::SEEN`]). `before` is what was told last; `None`: not known, the
+    /// whole table is read. Nothing that enters by an interface that the programs were not told of is forwarded.
+    ///
+    /// # Errors
+    /// If the interface table cannot be read or written.
+    pub fn set_others(
+        &self,
+        before: Option<&BTreeMap<u32, bool>>,
+        others: &BTreeMap<u32, bool>,
+    ) -> Result<()> {
+        let stale: Vec<u32> = match before {
+            Some(before) => before.keys().copied().collect(),
+            None => self.interfaces()?.iter().map(|i| i.ifindex).collect(),
+        };
+        for ifindex in stale {
+            let told = self.interfaces.get(&slot(ifindex))?.unwrap_or_default();
+            if !others.contains_key(&ifindex) && told.ifindex == ifindex && !is_guarded(&told) {
+                self.interfaces.insert(&slot(ifindex), &Interface::default())?;
+            }
+        }
+        for (&ifindex, &is_link) in others {
+            if before.and_then(|before| before.get(&ifindex)) == Some(&is_link) {
+                continue;
+            }
+            let told = self.interfaces.get(&slot(ifindex))?.unwrap_or_default();
+            // A guarded interface keeps its slot. What enters by the other one is then not forwarded.
+            if is_guarded(&told) && (told.ifindex == ifindex || find_device(told.ifindex)?.is_some()) {
+                continue;
+            }
+            let interface = Interface {
+                ifindex,
+                role: if is_link { role::LINK } else { role::SEEN },
+                link: ifindex,
+                ..Interface::default()
+            };
+            self.interfaces.insert(&slot(ifindex), &interface)?;
+        }
+        Ok(())
+    }
+
+    fn attach_hooks(&self, wanted: &Attachment, device: &Device) -> Result<Attached> {
+        let ifindex = wanted.ifindex;
+        let mut interface = self.claim_slot(wanted, device)?;
         make_dir(&self.link_dir(ifindex)).map_err(Box::new)?;
-        let tc = resolve_tc(wanted.tc, &device)?;
+        let tc = resolve_tc(wanted.tc, device)?;
 
         let mut note = None;
         let ingress = match (wanted.ingress, wanted.role) {
-            (Hook::Xdp, _) => self.attach_xdp(&device, wanted.xdp_mode, tc)?,
+            (Hook::Xdp, _) => self.attach_xdp(device, wanted.xdp_mode, tc)?,
             (Hook::Auto, Role::Host) if device.ethernet => {
-                match self.attach_xdp(&device, wanted.xdp_mode, tc) {
+                match self.attach_xdp(device, wanted.xdp_mode, tc) {
                     Err(AttachError::NativeRefused { source, .. }) => {
                         note = Some(format!("the driver refuses native XDP: {source}"));
-                        self.attach_tc(&device, Direction::Ingress, tc)?
+                        self.attach_tc(device, Direction::Ingress, tc)?
                     }
                     other => other?,
                 }
             }
-            (Hook::Auto | Hook::Tc, _) => self.attach_tc(&device, Direction::Ingress, tc)?,
+            (Hook::Auto | Hook::Tc, _) => self.attach_tc(device, Direction::Ingress, tc)?,
         };
         if ingress == HookKind::XdpGeneric && interface.flags & interface_flags::XDP_GENERIC == 0 {
             interface.flags |= interface_flags::XDP_GENERIC;
             self.interfaces.insert(&slot(ifindex), &interface)?;
         }
-        let egress = self.attach_tc(&device, Direction::Egress, tc)?;
+        let egress = self.attach_tc(device, Direction::Egress, tc)?;
 
         let in_use = |place| match place {
             Place::Xdp => matches!(ingress, HookKind::XdpNative | HookKind::XdpGeneric),
@@ -348,14 +466,14 @@ impl Datapath {
         let dir = self.link_dir(ifindex);
         for place in Place::ALL {
             if !in_use(place) {
-                remove(&dir, ifindex, Some(&device), place)?;
+                remove(&dir, ifindex, Some(device), place)?;
             }
         }
-        remove_qdisc(&dir, ifindex, Some(&device))?;
+        remove_qdisc(&dir, ifindex, Some(device))?;
         self.follow_old_conntrack()?;
         Ok(Attached {
             ifindex,
-            name: device.name,
+            name: device.name.clone(),
             interface,
             ingress: Some(ingress),
             egress: Some(egress),
@@ -475,9 +593,15 @@ impl Datapath {
             } else {
                 interface_flags::LAYER3
             } | if generic { interface_flags::XDP_GENERIC } else { 0 },
+            link: if wanted.link == 0 {
+                wanted.ifindex
+            } else {
+                wanted.link
+            },
+            ether_types: wanted.ether_types,
         };
         let present = self.interfaces.get(&slot)?.unwrap_or_default();
-        if present.role != role::NONE && present.ifindex != wanted.ifindex {
+        if is_guarded(&present) && present.ifindex != wanted.ifindex {
             let other = present.ifindex;
             if find_device(other)?.is_some() {
                 return Err(AttachError::SlotCollision {

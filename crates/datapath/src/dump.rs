@@ -112,7 +112,7 @@ impl Datapath {
             .collect()
     }
 
-    /// Guarded interfaces, by their slots.
+    /// What the programs are told of interfaces, guarded or not, by their slots.
     ///
     /// # Errors
     /// If the map cannot be read.

@@ -346,3 +346,53 @@ fn a_driver_without_xdp_is_told_and_tc_takes_over_if_nothing_was_insisted_on() {
         Some(HookKind::XdpGeneric)
     );
 }
+
+#[test]
+fn an_interface_is_guarded_whole_or_not_at_all() {
+    let world = World::new();
+    let datapath = world.open_with(Role::Host, Decision::Deny);
+    let hooks = [
+        (Hook::Xdp, XdpMode::Native),
+        (Hook::Xdp, XdpMode::Generic),
+        (Hook::Tc, XdpMode::Native),
+    ];
+    // An ingress qdisc stands where the clsact qdisc of the egress hook would.
+    world
+        .node
+        .run("tc", &["qdisc", "add", "dev", "v0", "ingress"])
+        .unwrap();
+    for (ingress, xdp_mode) in hooks {
+        let wanted = Attachment {
+            xdp_mode,
+            ..world.attachment(Role::Host, ingress, TcMode::Clsact)
+        };
+        let error = datapath.attach(&wanted).unwrap_err();
+        assert!(matches!(error, AttachError::IngressQdisc { .. }), "{error}");
+        assert!(datapath.attachments().unwrap().is_empty());
+        assert!(datapath.interfaces().unwrap().is_empty());
+        let link = world
+            .node
+            .run("ip", &["-d", "link", "show", "dev", "v0"])
+            .unwrap();
+        assert!(!link.contains("prog/xdp"), "{link}");
+        // Nothing is judged, so nothing is cut off.
+        assert_eq!(world.lost(5), 0);
+    }
+    // What was enforced goes on being enforced, on both sides.
+    let wanted = world.attachment(Role::Host, Hook::Auto, TcMode::Auto);
+    let attached = datapath.attach(&wanted).unwrap();
+    assert_eq!(world.lost(5), 5);
+    for (ingress, xdp_mode) in hooks {
+        let other = Attachment {
+            xdp_mode,
+            ..world.attachment(Role::Host, ingress, TcMode::Clsact)
+        };
+        assert!(datapath.attach(&other).is_err());
+        let now = datapath.attachments().unwrap();
+        assert!(now[0].ingress.is_some(), "{now:?}");
+        assert_eq!(now[0].egress, attached.egress);
+        assert_eq!(world.lost(5), 5);
+    }
+    let again = datapath.attach(&wanted).unwrap();
+    assert_eq!((again.ingress, again.egress), (attached.ingress, attached.egress));
+}

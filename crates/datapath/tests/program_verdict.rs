@@ -257,7 +257,7 @@ fn what_linux_delivers_as_a_protocol_is_one_whatever_stands_in_it() {
 fn link_control_passes_by_rule() {
     let lldp = frame([1, 0x80, 0xc2, 0, 0, 0x0e], 0x88cc);
     let cases = [
-        ("ARP", frame([255; 6], 0x0806), true, true),
+        ("ARP", arp(1, "0.0.0.0", A_V4), true, true),
         ("LLDP", lldp, true, false),
         ("LLDP elsewhere", frame([2; 6], 0x88cc), false, false),
         (
@@ -274,7 +274,7 @@ fn link_control_passes_by_rule() {
         ),
         (
             "neighbour advertisement",
-            icmp("fe80::1", "ff02::1", 136, 255, &[0; 16]),
+            icmp("fe80::1", "ff02::1", 136, 255, &FE80_1),
             true,
             true,
         ),
@@ -290,19 +290,19 @@ fn link_control_passes_by_rule() {
             true,
             false,
         ),
-        (
-            "MLD report",
-            icmp("fe80::1", "ff02::16", 143, 1, &[0; 20]),
-            true,
-            true,
-        ),
+        ("MLD report", mld_report("fe80::1", 1, &[0; 20]), true, true),
         (
             "MLD from a global address",
-            icmp(WORLD_V6, "ff02::16", 143, 1, &[0; 20]),
+            mld_report(WORLD_V6, 1, &[0; 20]),
             false,
             false,
         ),
-        ("IGMP", raw(WORLD_V4, "224.0.0.22", 2, 1, &[0x22; 8]), true, true),
+        (
+            "IGMP",
+            raw("0.0.0.0", "224.0.0.22", 2, 1, &[0x16, 0, 0, 0, 224, 0, 0, 22]),
+            true,
+            true,
+        ),
         (
             "IGMP to one address",
             raw(WORLD_V4, HOST_V4, 2, 1, &[0x22; 8]),
@@ -519,7 +519,8 @@ fn what_leaves_by_a_nic_is_the_nodes_or_forwarded() {
     for v6 in [false, true] {
         let [host, a, _, outside, _] = addresses(v6);
         let mut world = World::new(NIC, HOST);
-        let got = world.run(Hook::TcOut, &tcp((a, 4000), (outside, 80), SYN));
+        world.set_interface(&interface(GUARDED, WORKLOAD, A));
+        let got = world.run_entered(&tcp((a, 4000), (outside, 80), SYN), GUARDED);
         assert_eq!(got.reason, Reason::Forwarded);
         let got = world.run(Hook::TcOut, &tcp((host, 4000), (outside, 80), SYN));
         assert_eq!((got.reason, got.direction), (Reason::PolicyDenied, EGRESS));

@@ -104,6 +104,8 @@ impl World {
             ingress,
             xdp_mode: XdpMode::Native,
             tc,
+            link: 0,
+            ether_types: [0; palisade_abi::ETHER_TYPES],
         }
     }
 
@@ -247,7 +249,8 @@ pub fn interface(ifindex: u32, endpoint: u16, role: u8) -> Interface {
         ifindex,
         endpoint,
         role,
-        flags: 0,
+        link: ifindex,
+        ..Interface::default()
     }
 }
 

@@ -22,6 +22,9 @@ use zerocopy::{FromBytes, IntoBytes};
 /// BPF_PROG_TEST_RUN gives a packet the loopback device.
 pub const IFINDEX: u32 = 1;
 
+/// The interface of a workload, for packets that entered the node by another one than [`IFINDEX`].
+pub const GUARDED: u32 = 7;
+
 /// The node's endpoint.
 pub const HOST: u16 = 1;
 /// A workload.
@@ -83,6 +86,17 @@ pub struct Outcome {
 impl Outcome {
     pub fn event(&self, kind: EventKind) -> Option<&Event> {
         self.events.iter().find(|event| event.kind == kind as u8)
+    }
+}
+
+/// What the programs are told of an interface.
+pub fn interface(ifindex: u32, role: u8, endpoint: u16) -> Interface {
+    Interface {
+        ifindex,
+        endpoint,
+        role,
+        link: ifindex,
+        ..Interface::default()
     }
 }
 
@@ -242,18 +256,44 @@ impl World {
 
     /// The interface that packets of these tests have.
     pub fn interface(&self, role: u8, endpoint: u16, flags: u8) {
-        let interface = Interface {
+        self.set_interface(&Interface {
             ifindex: IFINDEX,
             endpoint,
             role,
             flags,
-        };
+            link: IFINDEX,
+            ..Interface::default()
+        });
+    }
+
+    /// Any interface.
+    pub fn set_interface(&self, interface: &Interface) {
         sys::update(
             self.map(maps::INTERFACES),
-            IFINDEX.as_bytes(),
+            interface.ifindex.as_bytes(),
             interface.as_bytes(),
         )
         .unwrap();
+    }
+
+    /// What the ipcache knows of an address.
+    pub fn set_address(&self, addr: &str, endpoint: u16, identity: u32) {
+        let value = IpcacheEntry {
+            identity,
+            endpoint,
+            flags: 0,
+        };
+        sys::update(
+            self.map(maps::IPCACHE),
+            addr_of(addr).as_bytes(),
+            value.as_bytes(),
+        )
+        .unwrap();
+    }
+
+    /// Runs a packet at the egress of the interface that entered the node by `origin`.
+    pub fn run_entered(&mut self, frame: &[u8], origin: u32) -> Outcome {
+        self.run_from(Hook::TcOut, frame, origin)
     }
 
     /// An endpoint's policy and revision.

@@ -7,7 +7,7 @@ use etherparse::{
     Ipv4Header, Ipv6FragmentHeader, Ipv6Header, PacketBuilder, PacketBuilderStep,
 };
 
-const MAC_A: [u8; 6] = [2, 0, 0, 0, 0, 1];
+pub const MAC_A: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const MAC_B: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
 pub const FIN: u8 = 1;
@@ -196,5 +196,34 @@ pub fn tagged(frame: &[u8], tags: &[u16]) -> Vec<u8> {
         out.extend_from_slice(&[0, 7]);
     }
     out.extend_from_slice(&frame[12..]);
+    out
+}
+
+/// fe80::1, as a message holds it.
+pub const FE80_1: [u8; 16] = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+
+/// An ARP packet from the frame's source: `operation` 1 asks, 2 answers.
+pub fn arp(operation: u8, sender: &str, target: &str) -> Vec<u8> {
+    let v4 = |addr: &str| addr.parse::<std::net::Ipv4Addr>().unwrap().octets();
+    let mut out = frame([255; 6], 0x0806);
+    out[14..22].copy_from_slice(&[0, 1, 8, 0, 6, 4, 0, operation]);
+    out[22..28].copy_from_slice(&MAC_A);
+    out[28..32].copy_from_slice(&v4(sender));
+    out[38..42].copy_from_slice(&v4(target));
+    out
+}
+
+/// A neighbour solicitation (135) or advertisement (136) for `target`, with the frame's source as link-layer address.
+pub fn neighbour(kind: u8, source: &str, destination: &str, target: &str) -> Vec<u8> {
+    let mut body = target.parse::<std::net::Ipv6Addr>().unwrap().octets().to_vec();
+    body.extend_from_slice(&[if kind == 135 { 1 } else { 2 }, 1]);
+    body.extend_from_slice(&MAC_A);
+    icmp(source, destination, kind, 255, &body)
+}
+
+/// A report of one group.
+pub fn mld_report(source: &str, hop_limit: u8, record: &[u8]) -> Vec<u8> {
+    let mut out = icmp(source, "ff02::16", 143, hop_limit, record);
+    out[14 + 40 + 7] = 1;
     out
 }

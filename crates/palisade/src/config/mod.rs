@@ -13,7 +13,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use palisade_abi::MAX_WORKERS;
+use palisade_abi::{ETHER_TYPES, MAX_WORKERS};
 use palisade_inspect::{Ech, GetBodies, Paths};
 use palisade_policy::{
     labels::{self, Labels},
@@ -293,9 +293,16 @@ pub enum TcHook {
 pub struct Interface {
     /// Its name.
     pub name: String,
+    /// EtherTypes of frames that pass unjudged; 0: none.
+    pub ether_types: [u16; ETHER_TYPES],
     /// How the programs are attached.
     pub attachment: Attachment,
 }
+
+/// What passes a NIC where nothing else is configured, besides the link-local control group: the time protocol that a NIC's
+/// clock is set by (IEEE 1588), and the authentication that opens a switch port (IEEE 802.1X sends it to single addresses
+/// too). Neither carries packets of others.
+const DEFAULT_ETHER_TYPES: [u16; 2] = [0x88f7, 0x888e];
 
 /// `[[endpoint]]`: a workload behind the host side of a veth.
 #[derive(Clone, Debug, PartialEq)]
@@ -794,12 +801,28 @@ fn interface(section: Section<'_, '_>, taken: &mut Taken) -> Option<Interface> {
         }
     }
     let attachment = attachment(&section);
+    let mut ether_types = [0; ETHER_TYPES];
+    match section.ether_types("allow_ethertypes") {
+        None => ether_types[..2].copy_from_slice(&DEFAULT_ETHER_TYPES),
+        Some(list) => {
+            if let Some(first_too_many) = list.get(ETHER_TYPES) {
+                section.error_at(
+                    first_too_many.offset,
+                    format!("allow_ethertypes: at most {ETHER_TYPES}"),
+                );
+            }
+            for (to, from) in ether_types.iter_mut().zip(&list) {
+                *to = from.value;
+            }
+        }
+    }
     if let Some(name) = &name {
         taken.interface(&section, name, "another [[interface]]");
     }
     section.finish();
     Some(Interface {
         name: name?.value,
+        ether_types,
         attachment,
     })
 }

@@ -13,6 +13,8 @@ use std::{
 use ipnet::IpNet;
 use toml::de::{DeTable, DeValue};
 
+use palisade_abi::ETHER_TYPE_LLC;
+
 use super::suggest::suggestion;
 use crate::duration;
 
@@ -37,6 +39,28 @@ impl fmt::Display for ConfigError {
         }
     }
 }
+
+/// EtherTypes by name (IANA, IEEE 802 Numbers), and [`ETHER_TYPE_LLC`].
+const ETHER_TYPE_NAMES: &[(&str, u16)] = &[
+    ("llc", ETHER_TYPE_LLC),
+    ("wol", 0x0842),
+    ("rarp", 0x8035),
+    ("mpls", 0x8847),
+    ("mpls-multicast", 0x8848),
+    ("pppoe-discovery", 0x8863),
+    ("pppoe-session", 0x8864),
+    ("eapol", 0x888e),
+    ("profinet", 0x8892),
+    ("aoe", 0x88a2),
+    ("ethercat", 0x88a4),
+    ("lldp", 0x88cc),
+    ("macsec", 0x88e5),
+    ("ptp", 0x88f7),
+    ("cfm", 0x8902),
+    ("fcoe", 0x8906),
+    ("fip", 0x8914),
+    ("roce", 0x8915),
+];
 
 /// A text under reading, with the errors found in it so far.
 pub struct Reader<'a> {
@@ -376,6 +400,37 @@ impl<'r, 'a> Section<'r, 'a> {
                 ));
             }
             Ok(text.to_ascii_lowercase())
+        })
+    }
+
+    /// A list of EtherTypes: names or numbers.
+    pub fn ether_types(&self, key: &'static str) -> Option<Vec<At<u16>>> {
+        let wanted = "a list of EtherTypes by name or number: [\"ptp\", \"0x8863\"]";
+        self.list(key, wanted, |text| {
+            let names = || ETHER_TYPE_NAMES.iter().map(|(name, _)| *name);
+            let named = ETHER_TYPE_NAMES.iter().find(|(name, _)| *name == text);
+            if let Some((_, number)) = named {
+                return Ok(*number);
+            }
+            let number = match text.strip_prefix("0x") {
+                Some(digits) => u16::from_str_radix(digits, 16),
+                None => text.parse(),
+            };
+            match number {
+                // What is judged as a packet, or is what stands before a packet.
+                Ok(0x0800 | 0x86dd | 0x0806 | 0x8100 | 0x88a8) => Err(format!(
+                    "'{text}' is IPv4, IPv6, ARP or a VLAN tag: policies decide on these, never a list"
+                )),
+                Ok(number) if number >= 1536 => Ok(number),
+                Ok(_) => Err(format!(
+                    "'{text}' is less than 0x0600 and so no EtherType; frames with a length instead are \"llc\""
+                )),
+                Err(_) => Err(format!(
+                    "'{text}' is neither a number like \"0x88f7\" nor one of: {}{}",
+                    names().collect::<Vec<_>>().join(", "),
+                    suggestion(text, names())
+                )),
+            }
         })
     }
 

@@ -587,7 +587,15 @@ impl Control {
     fn network_changed(&mut self, network: Network) {
         let begun = Instant::now();
         let addresses = network.addresses != self.network.addresses;
-        let links = network.links != self.network.links;
+        let others = |network: &Network| {
+            (
+                network.links.clone(),
+                network.alternatives.clone(),
+                network.masters.clone(),
+                network.lowers.clone(),
+            )
+        };
+        let links = others(&network) != others(&self.network);
         self.network = network;
         self.repair_carrier();
         if !addresses && !links {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use palisade_abi::Addr;
+use palisade_abi::{Addr, ETHER_TYPES, role};
 use palisade_datapath::{
     Attached, Attachment, Datapath, Hook, HookKind, LocalEndpoints, Role, TcMode, XdpMode, connections,
     connections_of_netns, monotonic_coarse, seeds,
@@ -24,6 +24,7 @@ use crate::{
 struct Wanted {
     role: Role,
     endpoint: u16,
+    ether_types: [u16; ETHER_TYPES],
     how: config::Attachment,
 }
 
@@ -43,6 +44,8 @@ pub struct Guard {
     present: BTreeMap<String, u32>,
     /// Whether the connections of the kernel's tables have been taken over, or must not be any more.
     seeded: bool,
+    /// What the programs were told of interfaces that are not guarded; none: nothing yet.
+    others: Option<BTreeMap<u32, bool>>,
 }
 
 impl Guard {
@@ -53,6 +56,7 @@ impl Guard {
             let wanted = Wanted {
                 role: Role::Host,
                 endpoint: NODE,
+                ether_types: interface.ether_types,
                 how: interface.attachment,
             };
             self.wanted.insert(interface.name.clone(), wanted);
@@ -64,6 +68,7 @@ impl Guard {
             let wanted = Wanted {
                 role: Role::Endpoint,
                 endpoint: *id,
+                ether_types: [0; ETHER_TYPES],
                 how: endpoint.attachment,
             };
             self.wanted.insert(endpoint.interface.clone(), wanted);
@@ -79,7 +84,14 @@ impl Guard {
         config: &Config,
         world: &World,
     ) -> bool {
-        let (guarded, mut changed) = self.release(datapath, network);
+        let kernel = attached(datapath);
+        let found = self.find(network, &kernel);
+        let (guarded, mut changed) = self.release(datapath, kernel, &found);
+        if let Err(problem) = self.tell_of_others(datapath, network, &found) {
+            error!(
+                "the programs cannot be told which interfaces there are; what enters by new ones is dropped: {problem}"
+            );
+        }
         if !self.seeded {
             self.seeded = true;
             // Once, before the first program of this boot judges a packet: which end opened an existing connection
@@ -89,8 +101,11 @@ impl Guard {
                 seed(datapath, config, world);
             }
         }
-        for (name, wanted) in &self.wanted {
-            let Some(ifindex) = network.links.get(name).copied() else {
+        // Workloads first: what comes from a workload whose interface is not guarded is not forwarded by a NIC that is.
+        let mut order: Vec<_> = self.wanted.iter().collect();
+        order.sort_by_key(|(_, wanted)| wanted.role == Role::Host);
+        for (name, wanted) in order {
+            let Some(ifindex) = found.get(name).copied() else {
                 changed |= self.outcomes.remove(name).is_some();
                 if self.present.remove(name).is_some() {
                     info!(
@@ -102,7 +117,7 @@ impl Guard {
                 continue;
             };
             self.present.insert(name.clone(), ifindex);
-            let attachment = attachment(ifindex, wanted);
+            let attachment = attachment(ifindex, wanted, network);
             let in_kernel = guarded.iter().find(|attached| attached.ifindex == ifindex);
             if let Some(Outcome::Guarded(known, _)) = self.outcomes.get(name)
                 && *known == attachment
@@ -126,6 +141,12 @@ impl Guard {
                         warn!("{name}: {note}");
                     }
                     changed = true;
+                    if attached.name != *name {
+                        warn!(
+                            "{name}: the interface is called {} now; it stays guarded",
+                            attached.name
+                        );
+                    }
                     Outcome::Guarded(attachment, attached)
                 }
                 Err(problem) => {
@@ -143,27 +164,93 @@ impl Guard {
         changed
     }
 
+    /// The index of every interface that is wanted and there: by its name, by an alternative name, or, if it was renamed
+    /// while it was guarded and no other has its name, as the one that was guarded by that name.
+    fn find(&self, network: &Network, kernel: &[Attached]) -> BTreeMap<String, u32> {
+        let mut found: BTreeMap<String, u32> = self
+            .wanted
+            .keys()
+            .filter_map(|name| Some((name.clone(), network.ifindex(name)?)))
+            .collect();
+        let mut taken: BTreeSet<u32> = found.values().copied().collect();
+        for (name, wanted) in &self.wanted {
+            if found.contains_key(name) {
+                continue;
+            }
+            let known = match self.outcomes.get(name) {
+                Some(Outcome::Guarded(attachment, _)) => Some(attachment.ifindex),
+                _ => None,
+            };
+            // A daemon before this one may have guarded it: a NIC or a workload of that number whose name is gone. Later it
+            // is known which name an interface was guarded by.
+            if known.is_none() && self.others.is_some() {
+                continue;
+            }
+            let renamed = kernel.iter().find(|attached| {
+                let is_same = attached.interface.role == role_number(wanted.role)
+                    && attached.interface.endpoint == wanted.endpoint;
+                !taken.contains(&attached.ifindex)
+                    && is_same
+                    && known.is_none_or(|known| known == attached.ifindex)
+            });
+            if let Some(renamed) = renamed {
+                taken.insert(renamed.ifindex);
+                found.insert(name.clone(), renamed.ifindex);
+            }
+        }
+        found
+    }
+
+    /// Tells the programs which interfaces there are that are not to be guarded. What is to be guarded and is not yet is
+    /// none of them: nothing that enters by it is forwarded.
+    fn tell_of_others(
+        &mut self,
+        datapath: &Datapath,
+        network: &Network,
+        found: &BTreeMap<String, u32>,
+    ) -> Result<(), palisade_datapath::AttachError> {
+        let wanted: BTreeSet<u32> = found.values().copied().collect();
+        let workloads: BTreeSet<u32> = found
+            .iter()
+            .filter(|(name, _)| self.wanted.get(*name).is_some_and(|w| w.role == Role::Endpoint))
+            .map(|(_, ifindex)| *ifindex)
+            .collect();
+        let above = network.above(&workloads);
+        let others: BTreeMap<u32, bool> = network
+            .links
+            .values()
+            .filter(|ifindex| !wanted.contains(ifindex))
+            .map(|ifindex| (*ifindex, above.contains(ifindex)))
+            .collect();
+        if self.others.as_ref() != Some(&others) {
+            datapath.set_others(self.others.as_ref(), &others)?;
+            self.others = Some(others);
+        }
+        Ok(())
+    }
+
     /// Stops guarding what is no longer wanted, and forgets interfaces that are gone. Answers what the kernel has
     /// now, and whether that is different.
-    fn release(&mut self, datapath: &Datapath, network: &Network) -> (Vec<Attached>, bool) {
+    fn release(
+        &mut self,
+        datapath: &Datapath,
+        guarded: Vec<Attached>,
+        found: &BTreeMap<String, u32>,
+    ) -> (Vec<Attached>, bool) {
         if let Err(problem) = datapath.forget_dead() {
             warn!("forgetting interfaces that are gone: {problem}");
         }
-        let wanted: BTreeSet<u32> = self
-            .wanted
-            .keys()
-            .filter_map(|name| network.links.get(name).copied())
-            .collect();
-        let guarded = datapath.attachments().unwrap_or_else(|problem| {
-            warn!("what is guarded cannot be read: {problem}");
-            Vec::new()
-        });
+        let wanted: BTreeSet<u32> = found.values().copied().collect();
         let mut changed = false;
         for attached in &guarded {
             if !wanted.contains(&attached.ifindex) {
                 match datapath.detach(attached.ifindex) {
                     Ok(()) => info!("{}: no longer guarded: it is not configured", attached.name),
                     Err(problem) => error!("{}: cannot be released: {problem}", attached.name),
+                }
+                // Else the programs would not be told of it again.
+                if let Some(others) = &mut self.others {
+                    others.remove(&attached.ifindex);
                 }
                 changed = true;
             }
@@ -222,7 +309,22 @@ impl Guard {
     }
 }
 
-fn attachment(ifindex: u32, wanted: &Wanted) -> Attachment {
+/// What is guarded, as the kernel has it.
+fn attached(datapath: &Datapath) -> Vec<Attached> {
+    datapath.attachments().unwrap_or_else(|problem| {
+        warn!("what is guarded cannot be read: {problem}");
+        Vec::new()
+    })
+}
+
+const fn role_number(role: Role) -> u8 {
+    match role {
+        Role::Host => role::HOST,
+        Role::Endpoint => role::ENDPOINT,
+    }
+}
+
+fn attachment(ifindex: u32, wanted: &Wanted, network: &Network) -> Attachment {
     Attachment {
         ifindex,
         role: wanted.role,
@@ -242,6 +344,8 @@ fn attachment(ifindex: u32, wanted: &Wanted) -> Attachment {
             config::TcHook::Tcx => TcMode::Tcx,
             config::TcHook::Clsact => TcMode::Clsact,
         },
+        link: network.masters.get(&ifindex).copied().unwrap_or(0),
+        ether_types: wanted.ether_types,
     }
 }
 

@@ -14,7 +14,7 @@ use netlink_packet_core::{
 use netlink_packet_route::{
     RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
-    link::{LinkAttribute, LinkFlags, LinkMessage},
+    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, Prop},
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use tracing::warn;
@@ -29,6 +29,12 @@ const SETTLE: Duration = Duration::from_millis(5);
 pub struct Network {
     /// Index of every interface by its name.
     pub links: BTreeMap<String, u32>,
+    /// Index of every interface by its alternative names (`ip link property add altname`).
+    pub alternatives: BTreeMap<String, u32>,
+    /// The bridge, VRF or bond that an interface is a port of.
+    pub masters: BTreeMap<u32, u32>,
+    /// The interface that a VLAN, macvlan or ipvlan stands on.
+    pub lowers: BTreeMap<u32, u32>,
     /// Indices of those that are set down.
     pub down: BTreeSet<u32>,
     /// MTU of every interface by its index, bytes.
@@ -42,21 +48,7 @@ pub fn read() -> io::Result<Network> {
     let mut network = Network::default();
     dump(RouteNetlinkMessage::GetLink(LinkMessage::default()), |message| {
         if let RouteNetlinkMessage::NewLink(link) = message {
-            let mtu = link.attributes.iter().find_map(|attribute| match attribute {
-                LinkAttribute::Mtu(mtu) => Some(*mtu),
-                _ => None,
-            });
-            network.mtus.extend(mtu.map(|mtu| (link.header.index, mtu)));
-            let name = link.attributes.into_iter().find_map(|attribute| match attribute {
-                LinkAttribute::IfName(name) => Some(name),
-                _ => None,
-            });
-            if !link.header.flags.contains(LinkFlags::Up) {
-                network.down.insert(link.header.index);
-            }
-            if let Some(name) = name {
-                network.links.insert(name, link.header.index);
-            }
+            network.add_link(link);
         }
     })?;
     dump(
@@ -68,6 +60,80 @@ pub fn read() -> io::Result<Network> {
         },
     )?;
     Ok(network)
+}
+
+impl Network {
+    /// The index of an interface by its name or an alternative one.
+    pub fn ifindex(&self, name: &str) -> Option<u32> {
+        self.links
+            .get(name)
+            .or_else(|| self.alternatives.get(name))
+            .copied()
+    }
+
+    /// The interfaces by which packets enter the node's stack after they passed one of `ports`: bridges and VRFs that these
+    /// are ports of, VLANs on them, and so on.
+    pub fn above(&self, ports: &BTreeSet<u32>) -> BTreeSet<u32> {
+        let mut all = ports.clone();
+        loop {
+            let masters = all.iter().filter_map(|port| self.masters.get(port));
+            let uppers = self.lowers.iter().filter(|(_, lower)| all.contains(lower));
+            let more: Vec<u32> = masters.chain(uppers.map(|(upper, _)| upper)).copied().collect();
+            let before = all.len();
+            all.extend(more);
+            if all.len() == before {
+                return all.difference(ports).copied().collect();
+            }
+        }
+    }
+
+    fn add_link(&mut self, link: LinkMessage) {
+        let index = link.header.index;
+        if !link.header.flags.contains(LinkFlags::Up) {
+            self.down.insert(index);
+        }
+        let (mut lower, mut is_elsewhere, mut stands_on_another) = (None, false, false);
+        for attribute in link.attributes {
+            match attribute {
+                LinkAttribute::IfName(name) => {
+                    self.links.insert(name, index);
+                }
+                LinkAttribute::Mtu(mtu) => {
+                    self.mtus.insert(index, mtu);
+                }
+                LinkAttribute::PropList(properties) => {
+                    for property in properties {
+                        if let Prop::AltIfName(name) = property {
+                            self.alternatives.insert(name, index);
+                        }
+                    }
+                }
+                LinkAttribute::Controller(master) => {
+                    self.masters.insert(index, master);
+                }
+                LinkAttribute::Link(link) => lower = Some(link),
+                LinkAttribute::LinkNetNsId(_) => is_elsewhere = true,
+                LinkAttribute::LinkInfo(infos) => {
+                    stands_on_another = infos.iter().any(|info| {
+                        matches!(
+                            info,
+                            LinkInfo::Kind(
+                                InfoKind::Vlan | InfoKind::MacVlan | InfoKind::MacVtap | InfoKind::IpVlan
+                            )
+                        )
+                    });
+                }
+                _ => {}
+            }
+        }
+        // A veth names its peer in the same attribute.
+        if let Some(lower) = lower
+            && stands_on_another
+            && !is_elsewhere
+        {
+            self.lowers.insert(index, lower);
+        }
+    }
 }
 
 /// On a point-to-point interface `Address` is the other end and `Local` is ours; elsewhere they are the same, and
@@ -178,6 +244,18 @@ mod tests {
         let lo = network.links.get("lo");
         assert!(lo.is_some_and(|lo| network.mtus[lo] >= 1_280), "{network:?}");
         assert!(network.addresses.iter().all(|address| !address.is_loopback()));
+    }
+
+    #[test]
+    fn what_stands_above_a_port_is_found_through_bridges_and_vlans() {
+        let network = Network {
+            // Port 5 of bridge 10, VLAN 11 on the bridge, in VRF 12; VLAN 20 on the NIC 2.
+            masters: [(5, 10), (6, 10), (11, 12)].into(),
+            lowers: [(11, 10), (20, 2)].into(),
+            ..Network::default()
+        };
+        assert_eq!(network.above(&[5].into()), [10, 11, 12].into());
+        assert_eq!(network.above(&[7].into()), [].into());
     }
 
     #[test]

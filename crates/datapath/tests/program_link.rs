@@ -1,0 +1,419 @@
+//! What belongs to a link, and where packets come from and go to.
+
+mod program;
+
+use std::process::Command;
+
+use palisade_abi::{
+    Decision, Direction, ETHER_TYPE_LLC, EventKind, Interface, Reason, entry_flags, identity, role,
+};
+use program::packets::*;
+use program::*;
+
+const INGRESS: Direction = Direction::Ingress;
+const EGRESS: Direction = Direction::Egress;
+const SPOOFED: Reason = Reason::InvalidSourceIp;
+
+fn ip(arguments: &str) {
+    let output = Command::new("ip").args(arguments.split(' ')).output().unwrap();
+    assert!(
+        output.status.success(),
+        "ip {arguments}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// Another link, by which the node reaches everything outside. Returns its index.
+fn other_link() -> u32 {
+    ip("link add out0 index 90 type veth peer name out1");
+    for link in ["out0", "out1"] {
+        ip(&format!("link set {link} up"));
+    }
+    ip("-6 route add 2001:db8::/32 dev out0");
+    ip("route add 192.0.2.0/24 dev out0");
+    std::fs::write("/proc/sys/net/ipv6/conf/out0/forwarding", "1").unwrap();
+    90
+}
+
+#[test]
+fn neighbour_discovery_that_the_node_would_forward_is_judged_by_the_policy() {
+    let mut world = World::new(WORKLOAD, A);
+    other_link();
+    let long = [neighbour(135, A_V6, HOST_V6, HOST_V6)[62..].to_vec(), vec![0; 64]].concat();
+    let leaving = [
+        neighbour(135, A_V6, WORLD_V6, WORLD_V6),
+        neighbour(136, A_V6, WORLD_V6, A_V6),
+        icmp(A_V6, WORLD_V6, 133, 255, &[]),
+        icmp(A_V6, WORLD_V6, 134, 255, &[0; 8]),
+        icmp(A_V6, WORLD_V6, 137, 255, &[0; 32]),
+        neighbour(135, A_V6, "ff05::1", HOST_V6),
+        // On the link, but longer than the message is.
+        icmp(A_V6, HOST_V6, 135, 255, &long),
+        icmp(A_V6, "ff02::2", 133, 255, &[0; 64]),
+    ];
+    for hook in ENTRIES {
+        for frame in &leaving {
+            let got = world.run(hook, frame);
+            assert_eq!(got.reason, Reason::PolicyDenied, "{hook:?} {frame:?}");
+        }
+        // A source that no rule lets the workload have, whatever hop limit.
+        for source in [B_V6, HOST_V6, WORLD_V6] {
+            for kind in [133, 135, 136] {
+                let got = world.run(hook, &neighbour(kind, source, WORLD_V6, A_V6));
+                assert_eq!(got.reason, SPOOFED, "{source} {kind}");
+            }
+        }
+        let on_the_link = [
+            neighbour(135, A_V6, "ff02::1:ff00:1", HOST_V6),
+            neighbour(135, A_V6, HOST_V6, HOST_V6),
+            neighbour(136, A_V6, HOST_V6, A_V6),
+            neighbour(136, A_V6, "fe80::9", A_V6),
+            neighbour(135, "::", "ff02::1:ff00:10", A_V6),
+            neighbour(135, "fe80::1", "ff02::1:ff00:1", "fe80::2"),
+            icmp("fe80::1", "ff02::2", 133, 255, &[]),
+        ];
+        for frame in &on_the_link {
+            let got = world.run(hook, frame);
+            assert_eq!(got.reason, Reason::LinkControl, "{hook:?} {frame:?}");
+        }
+    }
+    // From a NIC, to somebody behind the node: forwarded like any packet, not by rule.
+    world.interface(NIC, HOST, 0);
+    let got = world.run(Hook::TcIn, &neighbour(135, "fe80::1", A_V6, A_V6));
+    assert_eq!(got.reason, Reason::Forwarded);
+}
+
+#[test]
+fn group_messages_of_a_workload_are_no_longer_than_their_type() {
+    let mut world = World::new(WORKLOAD, A);
+    let igmp = |source, body: &[u8]| raw(source, "224.0.0.22", 2, 1, body);
+    let report = [0x22, 0, 0, 0, 0, 0, 0, 1, 4, 0, 0, 0, 224, 1, 2, 3];
+    for hook in ENTRIES {
+        let got = world.run(hook, &igmp(A_V4, &report));
+        assert_eq!(got.reason, Reason::LinkControl);
+        let got = world.run(hook, &igmp(A_V4, &[&report[..], &[0; 512]].concat()));
+        assert_eq!(got.reason, Reason::PolicyDenied);
+        for source in [B_V4, HOST_V4, WORLD_V4] {
+            assert_eq!(
+                world.run(hook, &igmp(source, &report)).reason,
+                SPOOFED,
+                "{source}"
+            );
+        }
+        let got = world.run(hook, &mld_report("fe80::1", 1, &[0; 20]));
+        assert_eq!(got.reason, Reason::LinkControl);
+        // Nothing allows it, and its source is no address that a packet may have.
+        let got = world.run(hook, &mld_report("fe80::1", 1, &[0; 512]));
+        assert_eq!(got.reason, SPOOFED);
+        let got = world.run(hook, &icmp("fe80::1", WORLD_V6, 131, 1, &[0; 16]));
+        assert_eq!(got.reason, SPOOFED);
+    }
+}
+
+#[test]
+fn a_workload_names_only_its_own_addresses_to_its_neighbours() {
+    let mut world = World::new(WORKLOAD, A);
+    world.set_address("fe80::77", HOST, identity::HOST);
+    // Also where nothing is enforced.
+    for direction in [INGRESS, EGRESS] {
+        world.rule(A, direction, identity::ANY, 0, entry(Decision::Allow, 7));
+    }
+    for hook in ENTRIES {
+        for operation in [1, 2] {
+            let got = world.run(hook, &arp(operation, A_V4, HOST_V4));
+            assert_eq!(got.reason, Reason::LinkControl);
+            for other in [HOST_V4, B_V4, WORLD_V4] {
+                let got = world.run(hook, &arp(operation, other, A_V4));
+                assert_eq!(got.reason, SPOOFED, "{other}");
+            }
+        }
+        assert_eq!(
+            world.run(hook, &arp(1, "0.0.0.0", A_V4)).reason,
+            Reason::LinkControl
+        );
+        let mut other_mac = arp(2, A_V4, HOST_V4);
+        other_mac[24] = 9;
+        assert_eq!(world.run(hook, &other_mac).reason, SPOOFED);
+        let mut long = arp(2, A_V4, HOST_V4);
+        long.extend_from_slice(&[0; 200]);
+        assert_eq!(world.run(hook, &long).reason, Reason::InvalidPacket);
+        for other in [HOST_V6, B_V6, WORLD_V6, "fe80::77"] {
+            let got = world.run(hook, &neighbour(136, A_V6, "ff02::1", other));
+            assert_eq!(got.reason, SPOOFED, "{other}");
+            let got = world.run(hook, &neighbour(135, other, "ff02::1:ff00:1", HOST_V6));
+            assert_eq!(got.reason, SPOOFED, "{other}");
+            let got = world.run(hook, &neighbour(135, "::", "ff02::1:ff00:1", other));
+            assert_eq!(got.reason, SPOOFED, "{other}");
+        }
+        let mut other_mac = neighbour(136, A_V6, "ff02::1", A_V6);
+        *other_mac.last_mut().unwrap() ^= 1;
+        assert_eq!(world.run(hook, &other_mac).reason, SPOOFED);
+    }
+    // What others say of a workload's address or the node's comes from where these are guarded.
+    world.interface(WORKLOAD, B, 0);
+    world.set_interface(&interface(GUARDED, WORKLOAD, A));
+    world.set_interface(&interface(8, NIC, HOST));
+    for (origin, about_a, about_node) in [
+        (0, true, true),
+        (GUARDED, true, false),
+        (8, false, false),
+        (9, false, false),
+    ] {
+        for (frame, passes) in [
+            (arp(2, A_V4, B_V4), about_a),
+            (arp(2, HOST_V4, B_V4), about_node),
+            (neighbour(136, "fe80::9", "ff02::1", A_V6), about_a),
+            (neighbour(136, "fe80::9", "ff02::1", HOST_V6), about_node),
+            (arp(2, WORLD_V4, B_V4), true),
+        ] {
+            let got = world.run_entered(&frame, origin);
+            assert_eq!(got.passed, passes, "from {origin}: {frame:?} {:?}", got.reason);
+        }
+    }
+    // Nobody on a NIC's link has a workload's address; the node's own pass, so that the kernel sees a conflict.
+    world.interface(NIC, HOST, 0);
+    for hook in ENTRIES {
+        for (frame, passes) in [
+            (arp(2, A_V4, HOST_V4), false),
+            (neighbour(136, "fe80::9", "ff02::1", A_V6), false),
+            (arp(2, HOST_V4, HOST_V4), true),
+            (neighbour(136, "fe80::9", "ff02::1", HOST_V6), true),
+            (arp(1, WORLD_V4, HOST_V4), true),
+        ] {
+            assert_eq!(world.run(hook, &frame).passed, passes, "{frame:?}");
+        }
+    }
+}
+
+#[test]
+fn a_workload_gets_only_what_is_for_it_and_never_answers_for_another() {
+    for (v6, a, b, outside) in [(false, A_V4, B_V4, WORLD_V4), (true, A_V6, B_V6, WORLD_V6)] {
+        let mut world = World::new(WORKLOAD, A);
+        for direction in [INGRESS, EGRESS] {
+            world.rule(A, direction, identity::ANY, 0, entry(Decision::Allow, 7));
+        }
+        world.set_interface(&interface(8, NIC, HOST));
+        // A bridge that was told so sends another endpoint's traffic here.
+        for other in [b, if v6 { "2001:db8::99" } else { "192.0.2.99" }] {
+            let got = world.run_entered(&udp((outside, 53), (other, 4000), &[0; 8]), 8);
+            assert_eq!(got.reason, Reason::NotTheEndpoints, "{other}");
+            for hook in ENTRIES {
+                let got = world.run(hook, &udp((other, 4000), (outside, 53), &[0; 8]));
+                assert_eq!(got.reason, SPOOFED, "{other}");
+            }
+        }
+        let got = world.run_entered(&udp((outside, 53), (a, 4000), &[0; 8]), 8);
+        assert_eq!(got.reason, Reason::Allowed);
+        // To a group, each is judged by itself: no answer has the group as its source.
+        for group in if v6 {
+            vec!["ff02::fb"]
+        } else {
+            vec!["224.0.0.251", "255.255.255.255"]
+        } {
+            let to_group = udp((outside, 5353), (group, 5353), &[0; 8]);
+            assert_eq!(world.run_entered(&to_group, 8).reason, Reason::Allowed, "{group}");
+            let got = world.run(Hook::TcIn, &udp((group, 5353), (outside, 5353), &[0; 8]));
+            assert_eq!(got.reason, SPOOFED, "{group}");
+        }
+        // The configuration gives the address to another endpoint: what was allowed to the old one is over.
+        world.set_address(a, B, B_IDENTITY);
+        world.state(A, u32::from(A), 2, A_IDENTITY);
+        let got = world.run_entered(&udp((outside, 53), (a, 4000), &[0; 8]), 8);
+        assert_eq!(got.reason, SPOOFED);
+    }
+    // The broadcast address of a subnet is known by the frame's destination.
+    let mut world = World::new(WORKLOAD, A);
+    world.rule(A, INGRESS, identity::ANY, 0, entry(Decision::Allow, 7));
+    let mut frame = udp((WORLD_V4, 53), ("10.0.1.255", 53), &[0; 8]);
+    assert_eq!(world.run(Hook::TcOut, &frame).reason, Reason::NotTheEndpoints);
+    frame[..6].fill(255);
+    assert_eq!(world.run(Hook::TcOut, &frame).reason, Reason::Allowed);
+}
+
+#[test]
+fn a_link_local_address_is_another_on_each_link() {
+    let mut world = World::new(NIC, HOST);
+    // The node has it on one link; on the NIC's link it is a router's.
+    world.set_address("fe80::1", HOST, identity::HOST);
+    world.rule(HOST, INGRESS, identity::WORLD_IPV6, 0, entry(Decision::Allow, 7));
+    for hook in ENTRIES {
+        let got = world.run(hook, &udp(("fe80::1", 1), (HOST_V6, hook as u16 + 1), &[0; 8]));
+        assert_eq!(got.reason, Reason::Allowed, "{hook:?}");
+        let verdict = got.event(EventKind::PolicyVerdict).unwrap();
+        assert_eq!(verdict.source_identity, identity::WORLD_IPV6);
+    }
+    // The node asks the router, and gets its answer; also when the policy has changed between.
+    world.rule(HOST, EGRESS, identity::WORLD_IPV6, 0, entry(Decision::Allow, 8));
+    let got = world.run_local(&udp(("fe80::5", 4000), ("fe80::1", 53), &[0; 8]));
+    assert_eq!(got.reason, Reason::Allowed);
+    for revision in [1, 2] {
+        world.state(HOST, u32::from(HOST), revision, identity::HOST);
+        let got = world.run(Hook::Xdp, &udp(("fe80::1", 53), ("fe80::5", 4000), &[0; 8]));
+        assert_eq!(got.reason, Reason::Established);
+    }
+    // To a workload it is the node's only if the node made the packet.
+    world.interface(WORKLOAD, A, 0);
+    world.set_interface(&interface(8, NIC, HOST));
+    world.rule(A, INGRESS, identity::HOST, 0, entry(Decision::Allow, 9));
+    let frame = udp(("fe80::1", 1), (A_V6, 1), &[0; 8]);
+    assert_eq!(world.run_entered(&frame, 8).reason, Reason::PolicyDenied);
+    assert!(!world.run_local(&frame).passed, "the node's own policy denies it");
+    world.rule(HOST, EGRESS, A_IDENTITY, 0, entry(Decision::Allow, 10));
+    assert_eq!(world.run_local(&frame).reason, Reason::Allowed);
+}
+
+#[test]
+fn what_did_not_pass_a_guarded_interface_is_not_forwarded() {
+    for (a, b, outside) in [(A_V4, B_V4, WORLD_V4), (A_V6, B_V6, WORLD_V6)] {
+        let mut world = World::new(NIC, HOST);
+        world.set_interface(&interface(8, NIC, HOST));
+        world.set_interface(&interface(9, role::SEEN, 0));
+        world.set_interface(&interface(10, role::LINK, 0));
+        world.set_interface(&interface(GUARDED, WORKLOAD, A));
+        let unguarded = Reason::Unguarded;
+        // 66: an interface that nobody has looked at.
+        for (origin, from_workload, from_others) in [
+            (66, unguarded, unguarded),
+            (8, unguarded, Reason::Forwarded),
+            (9, unguarded, Reason::Forwarded),
+            (10, Reason::Forwarded, Reason::Forwarded),
+            (GUARDED, Reason::Forwarded, Reason::Forwarded),
+        ] {
+            let got = world.run_entered(&udp((a, 1), (outside, 9), &[0; 8]), origin);
+            assert_eq!(got.reason, from_workload, "from {origin}");
+            let got = world.run_entered(&udp((b, 1), (outside, 9), &[0; 8]), origin);
+            assert_eq!(got.reason, from_workload, "from {origin}");
+            let other = if a.contains(':') {
+                "2001:db8:9::1"
+            } else {
+                "203.0.113.9"
+            };
+            let got = world.run_entered(&udp((other, 1), (outside, 9), &[0; 8]), origin);
+            assert_eq!(got.reason, from_others, "from {origin}");
+        }
+        // Masqueraded: the node's address, and still not of the node.
+        let host = if a.contains(':') { HOST_V6 } else { HOST_V4 };
+        let got = world.run_entered(&udp((host, 1), (outside, 9), &[0; 8]), 66);
+        assert_eq!(got.reason, unguarded);
+        // To another workload, also in a flow that was allowed.
+        world.interface(WORKLOAD, B, 0);
+        world.rule(B, INGRESS, identity::ANY, 0, entry(Decision::Allow, 7));
+        let frame = udp((a, 1), (b, 9), &[0; 8]);
+        for origin in [66, 8, 9] {
+            assert_eq!(
+                world.run_entered(&frame, origin).reason,
+                unguarded,
+                "from {origin}"
+            );
+        }
+        assert_eq!(world.run_entered(&frame, GUARDED).reason, Reason::Allowed);
+        assert_eq!(world.run_entered(&frame, GUARDED).reason, Reason::Established);
+        for origin in [66, 8, 9] {
+            assert_eq!(
+                world.run_entered(&frame, origin).reason,
+                unguarded,
+                "from {origin}"
+            );
+        }
+        let got = world.run_entered(&udp((outside, 1), (b, 9), &[0; 8]), 66);
+        assert_eq!(got.reason, unguarded);
+    }
+}
+
+#[test]
+fn what_would_reach_a_workload_by_an_interface_that_is_not_guarded_is_not_forwarded() {
+    let mut world = World::new(NIC, HOST);
+    let out = other_link();
+    ip("route add 10.0.1.10/32 dev out0");
+    ip("-6 route add fd00:1::10/128 dev out0");
+    for (a, b, outside) in [(A_V4, B_V4, "203.0.113.9"), (A_V6, B_V6, "2001:db8:9::1")] {
+        for (role, reason, from_b) in [
+            (role::NONE, Reason::Unguarded, Reason::Unguarded),
+            (role::SEEN, Reason::Unguarded, Reason::Unguarded),
+            (role::LINK, Reason::Forwarded, Reason::Allowed),
+            (WORKLOAD, Reason::Forwarded, Reason::Allowed),
+        ] {
+            world.set_interface(&interface(out, role, A));
+            for hook in ENTRIES {
+                world.interface(NIC, HOST, 0);
+                let got = world.run(hook, &udp((outside, 1), (a, 9), &[0; 8]));
+                assert_eq!(got.reason, reason, "{a} role {role}");
+                world.interface(WORKLOAD, B, 0);
+                world.rule(B, EGRESS, identity::ANY, 0, entry(Decision::Allow, 7));
+                let port = 100 + u16::from(role) * 10 + hook as u16;
+                let got = world.run(hook, &udp((b, port), (a, 9), &[0; 8]));
+                assert_eq!(got.reason, from_b, "{a} role {role}");
+            }
+        }
+    }
+}
+
+#[test]
+fn frames_that_are_not_ip_pass_where_nothing_is_enforced_or_the_configuration_names_them() {
+    const PPPOE: u16 = 0x8863;
+    let mut world = World::new(NIC, HOST);
+    let frames = [
+        ("PTP", frame([1, 0x1b, 0x19, 0, 0, 0], 0x88f7)),
+        ("PPPoE", frame([255; 6], PPPOE)),
+        ("LLC", frame([1, 0, 0x0c, 0xcc, 0xcc, 0xcc], 46)),
+        ("RARP", frame([255; 6], 0x8035)),
+        ("MPLS", frame([2; 6], 0x8847)),
+        ("tagged PPPoE", tagged(&frame([255; 6], PPPOE), &[0x8100])),
+    ];
+    let hooks = [Hook::Xdp, Hook::TcIn, Hook::TcOut];
+    for hook in hooks {
+        for (name, frame) in &frames {
+            assert_eq!(world.run(hook, frame).reason, Reason::UnsupportedL3, "{name}");
+        }
+    }
+    let mut nic = interface(IFINDEX, NIC, HOST);
+    nic.ether_types[0] = PPPOE;
+    nic.ether_types[15] = ETHER_TYPE_LLC;
+    world.set_interface(&nic);
+    for hook in hooks {
+        for (name, frame) in &frames {
+            let named = name.contains("PPPoE") || *name == "LLC";
+            let got = world.run(hook, frame);
+            assert_eq!(
+                got.reason == Reason::LinkControl,
+                named,
+                "{name}: {:?}",
+                got.reason
+            );
+            assert_eq!(got.passed, named, "{name}");
+        }
+    }
+    world.set_interface(&interface(IFINDEX, NIC, HOST));
+    let mut audited = entry(Decision::Deny, 1);
+    audited.flags = entry_flags::AUDIT;
+    let mut unenforced = entry(Decision::Allow, 2);
+    unenforced.flags = entry_flags::UNENFORCED;
+    for (entry, reason) in [(audited, Reason::Audited), (unenforced, Reason::Allowed)] {
+        for direction in [INGRESS, EGRESS] {
+            world.rule(HOST, direction, identity::ANY, 0, entry);
+        }
+        for hook in hooks {
+            for (name, frame) in &frames {
+                let got = world.run(hook, frame);
+                assert_eq!(got.reason, reason, "{name}");
+                assert_eq!(
+                    got.event(EventKind::PolicyVerdict).is_some(),
+                    reason == Reason::Audited,
+                    "{name}"
+                );
+            }
+        }
+    }
+    // A rule that allows every address and port says nothing of what has neither.
+    world.rule(HOST, INGRESS, identity::ANY, 0, entry(Decision::Allow, 3));
+    assert_eq!(world.run(Hook::Xdp, &frames[0].1).reason, Reason::UnsupportedL3);
+    // At a workload the node's policy counts too: the frame may be for the node.
+    world.set_interface(&Interface {
+        ether_types: nic.ether_types,
+        ..interface(IFINDEX, WORKLOAD, A)
+    });
+    world.rule(A, EGRESS, identity::ANY, 0, unenforced);
+    assert_eq!(world.run(Hook::TcIn, &frames[1].1).reason, Reason::UnsupportedL3);
+    world.rule(HOST, INGRESS, identity::ANY, 0, unenforced);
+    assert_eq!(world.run(Hook::TcIn, &frames[1].1).reason, Reason::Allowed);
+}
