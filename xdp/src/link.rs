@@ -8,7 +8,7 @@
 use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use palisade_abi::{
     Addr, CLASS_ANY, Decision, ETHER_TYPE_LLC, EventKind, Interface, PolicyKey, Reason, TracePoint,
-    entry_flags, event_flags, identity as identities, protocol, role,
+    entry_flags, event_flags, identity as identities, interface_flags, protocol, role,
 };
 use palisade_packet::{Bytes, ETHER_TYPE_ARP, Packet, flags, icmpv6};
 
@@ -101,12 +101,12 @@ fn interface(ifindex: u32) -> Option<&'static Interface> {
     }
 }
 
-/// The role of an interface; none if nobody has looked at it.
+/// The role of an interface; none if the daemon has not looked at it, or is only attaching its programs.
 #[inline(always)]
 pub fn role_of(ifindex: u32) -> u8 {
     match interface(ifindex) {
-        Some(interface) => interface.role,
-        None => role::NONE,
+        Some(interface) if interface.flags & interface_flags::PENDING == 0 => interface.role,
+        _ => role::NONE,
     }
 }
 

@@ -28,6 +28,8 @@ pub mod interface_flags {
     pub const LAYER3: u8 = 1;
     /// Its XDP program runs in generic mode, where a packet that comes back would meet it again, for ever.
     pub const XDP_GENERIC: u8 = 2;
+    /// Its programs are being attached: what enters by it may not have been judged yet.
+    pub const PENDING: u8 = 4;
 }
 
 /// A guarded interface. Lives at slot `ifindex & 0xffff`; another ifindex in the slot means "not ours".

@@ -455,6 +455,10 @@ impl Datapath {
             self.interfaces.insert(&slot(ifindex), &interface)?;
         }
         let egress = self.attach_tc(device, Direction::Egress, tc)?;
+        if interface.flags & interface_flags::PENDING != 0 {
+            interface.flags &= !interface_flags::PENDING;
+            self.interfaces.insert(&slot(ifindex), &interface)?;
+        }
 
         let in_use = |place| match place {
             Place::Xdp => matches!(ingress, HookKind::XdpNative | HookKind::XdpGeneric),
@@ -601,6 +605,13 @@ impl Datapath {
             ether_types: wanted.ether_types,
         };
         let present = self.interfaces.get(&slot)?.unwrap_or_default();
+        let attached = is_guarded(&present)
+            && present.ifindex == wanted.ifindex
+            && present.flags & interface_flags::PENDING == 0;
+        let interface = Interface {
+            flags: interface.flags | if attached { 0 } else { interface_flags::PENDING },
+            ..interface
+        };
         if is_guarded(&present) && present.ifindex != wanted.ifindex {
             let other = present.ifindex;
             if find_device(other)?.is_some() {

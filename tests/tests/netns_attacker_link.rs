@@ -1,0 +1,307 @@
+//! A workload with root in its own namespace, against what is between its interface and the policy: neighbour discovery,
+//! addresses of others, an interface that is made again or renamed.
+
+use std::{
+    net::{IpAddr, SocketAddr, UdpSocket},
+    thread,
+    time::{Duration, Instant},
+};
+
+use palisade_testbed::{
+    Daemon, Outcome, Topology,
+    capture::Capture,
+    daemon::Settings,
+    forge::{self, Checksum, Wire},
+    packet::protocol,
+    probe::{ping, udp},
+    server::Echo,
+    topology::{FAMILIES, Family, INNER, NIC},
+};
+
+const DENY_CLIENT: &str = "
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: deny-all}
+spec:
+  endpointSelector: {matchLabels: {app: client}}
+  ingress:
+  - {}
+  egress:
+  - {}
+";
+
+const PATIENCE: Duration = Duration::from_secs(8);
+/// How long it is waited for what must not come.
+const SHORT: Duration = Duration::from_millis(400);
+
+fn topology() -> Topology {
+    let topology = Topology::new()
+        .and_then(|topology| topology.apps(&["client", "server"]))
+        .unwrap_or_else(|error| panic!("{error:#}"));
+    topology.meet().expect("the workloads reach the node");
+    topology
+}
+
+fn daemon(topology: &Topology, policies: &[(&str, &str)]) -> Daemon {
+    Daemon::start(topology, &Settings::default(), policies).unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+/// Sends datagrams from a namespace to both addresses of a name, as fast as it can, for as long as `duration`. Errors (no
+/// route, no interface yet) are what it goes on after.
+fn flood(topology: &Topology, from: &str, to: &[IpAddr], duration: Duration) -> u32 {
+    topology.ns(from).enter(|| {
+        let begun = Instant::now();
+        let mut sent = 0;
+        while begun.elapsed() < duration {
+            for to in to {
+                let any: IpAddr = match to {
+                    IpAddr::V4(_) => [0, 0, 0, 0].into(),
+                    IpAddr::V6(_) => [0u16; 8].into(),
+                };
+                let Ok(socket) = UdpSocket::bind((any, 0)) else {
+                    continue;
+                };
+                for _ in 0..8 {
+                    sent += u32::from(socket.send_to(b"out", SocketAddr::new(*to, 9)).is_ok());
+                }
+            }
+        }
+        sent
+    })
+}
+
+fn datagrams(capture: &Capture, from: [IpAddr; 2]) -> usize {
+    capture
+        .count(|packet| !packet.outgoing && packet.protocol == protocol::UDP && from.contains(&packet.source))
+}
+
+fn both(topology: &Topology, name: &str) -> [IpAddr; 2] {
+    FAMILIES.map(|family| topology.addr(name, family))
+}
+
+#[test]
+fn neighbour_discovery_carries_nothing_off_the_link() {
+    let topology = topology();
+    let _daemon = daemon(&topology, &[("deny.yaml", DENY_CLIENT)]);
+    let client = topology.get("client");
+    let (own, outside) = (
+        topology.addr("client", Family::V6),
+        topology.addr("internet", Family::V6),
+    );
+    let server = topology.addr("server", Family::V6);
+    let wire = Wire::open(&client.ns, INNER, client.gateway(Family::V6)).expect("wire");
+    let captures = [
+        Capture::start(&topology.internet, INNER).expect("capture"),
+        Capture::start(topology.ns("server"), INNER).expect("capture"),
+    ];
+    let secret = [0x53; 1000];
+    for to in [outside, server] {
+        for from in [own, server, topology.addr("node", Family::V6)] {
+            for kind in [133, 134, 135, 136, 137] {
+                let mut body = vec![0; 4];
+                body.extend_from_slice(&secret);
+                let message = forge::icmp(from, to, kind, 0, &body, Checksum::Right);
+                wire.send(&forge::ip(from, to, protocol::ICMPV6, 255, &message))
+                    .expect("send");
+            }
+        }
+    }
+    thread::sleep(SHORT);
+    for capture in &captures {
+        let leaked = capture.count(|packet| packet.payload.windows(8).any(|bytes| bytes == [0x53; 8]));
+        assert_eq!(leaked, 0, "{:#?}", capture.packets());
+    }
+    // Discovery on the link goes on working.
+    let gateway = client.gateway(Family::V6);
+    client.ns.ip(&format!("neigh flush dev {INNER}")).expect("flush");
+    Wire::open(&client.ns, INNER, gateway).expect("the gateway answers a solicitation");
+}
+
+#[test]
+fn what_others_have_poisoned_does_not_reach_a_workload_and_is_not_answered_by_it() {
+    let topology = topology();
+    let _daemon = daemon(&topology, &[]);
+    let client = topology.get("client");
+    let mac = Wire::open(&client.ns, INNER, client.gateway(Family::V4))
+        .expect("wire")
+        .own;
+    let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+    let capture = Capture::start(&client.ns, INNER).expect("capture");
+    for family in FAMILIES {
+        // The node believes that the other workload's address is behind the client's link.
+        let server = topology.addr("server", family);
+        let length = if server.is_ipv4() { 32 } else { 128 };
+        topology
+            .node
+            .ip(&format!(
+                "route add {server}/{length} dev veth-client\nneigh replace {server} lladdr {mac} dev veth-client nud permanent"
+            ))
+            .expect("poison");
+        for from in [&topology.internet, &topology.node] {
+            let got = udp(from, None, SocketAddr::new(server, 53), 20, SHORT);
+            assert_ne!(got, Outcome::Open);
+        }
+        assert_eq!(
+            capture.count(|packet| !packet.outgoing && packet.destination == server),
+            0
+        );
+        // It answers with the other's address nevertheless.
+        let wire = Wire::open(&client.ns, INNER, client.gateway(family)).expect("wire");
+        let outside = Capture::start(&topology.internet, INNER).expect("capture");
+        wire.udp(
+            SocketAddr::new(server, 53),
+            SocketAddr::new(topology.addr("internet", family), 4000),
+            b"forged",
+            Checksum::Right,
+        )
+        .expect("send");
+        thread::sleep(SHORT);
+        assert_eq!(outside.count(|packet| packet.payload.ends_with(b"forged")), 0);
+    }
+}
+
+#[test]
+fn an_interface_that_is_made_again_lets_nothing_out_or_in_before_it_is_guarded() {
+    let mut topology = topology();
+    let mut daemon = daemon(&topology, &[("deny.yaml", DENY_CLIENT)]);
+    let from = both(&topology, "client");
+    let to = [both(&topology, "internet"), both(&topology, "server")].concat();
+    let outside = Capture::start(&topology.internet, INNER).expect("capture");
+    let beside = Capture::start(topology.ns("server"), INNER).expect("capture");
+    let leaked = || datagrams(&outside, from) + datagrams(&beside, from);
+    for _ in 0..5 {
+        topology.unplug("client").expect("unplug");
+        topology.plug("client").expect("plug");
+        assert!(flood(&topology, "client", &to, Duration::from_millis(60)) > 0);
+    }
+    assert_eq!(leaked(), 0, "while the daemon lives");
+
+    daemon.kill9().expect("kill -9");
+    topology.unplug("client").expect("unplug");
+    topology.plug("client").expect("plug");
+    let inside = Capture::start(topology.ns("client"), INNER).expect("capture");
+    assert!(flood(&topology, "client", &to, Duration::from_millis(500)) > 0);
+    assert_eq!(leaked(), 0, "while the daemon is dead");
+    for (name, source) in [
+        ("internet", both(&topology, "internet")),
+        ("server", both(&topology, "server")),
+    ] {
+        assert!(flood(&topology, name, &from, Duration::from_millis(100)) > 0);
+        thread::sleep(Duration::from_millis(100));
+        assert_eq!(
+            datagrams(&inside, source),
+            0,
+            "from {name} while the daemon is dead"
+        );
+    }
+
+    // With the daemon back the policy decides again, and what it allows passes.
+    daemon.restart().expect("restart");
+    let internet = both(&topology, "internet");
+    let servers = Echo::start(&topology.internet, &internet, &[], &[53]).expect("server");
+    flood(&topology, "client", &to, Duration::from_millis(60));
+    assert_eq!(leaked(), 0);
+    daemon.apply(&[]).expect("apply");
+    topology.meet().expect("the client reaches its gateway");
+    for family in FAMILIES {
+        let server = SocketAddr::new(topology.addr("internet", family), 53);
+        assert_eq!(
+            udp(topology.ns("client"), None, server, 20, PATIENCE),
+            Outcome::Open
+        );
+    }
+    drop(servers);
+}
+
+#[test]
+fn an_interface_that_is_renamed_stays_guarded_also_over_a_restart() {
+    let topology = topology();
+    let policies = [
+        (
+            "node.yaml",
+            "
+apiVersion: cilium.io/v2
+kind: CiliumClusterwideNetworkPolicy
+metadata: {name: node}
+spec:
+  nodeSelector: {}
+  ingress:
+  - fromEntities: [host]
+",
+        ),
+        ("deny.yaml", DENY_CLIENT),
+    ];
+    let mut daemon = daemon(&topology, &policies);
+    let to = both(&topology, "internet");
+    let outside = Capture::start(&topology.internet, INNER).expect("capture");
+    let check = |when: &str| {
+        for family in FAMILIES {
+            let got = ping(&topology.internet, None, topology.addr("node", family), 8, SHORT);
+            assert_ne!(got, Outcome::Open, "the NIC, {when}");
+        }
+        assert!(flood(&topology, "client", &to, Duration::from_millis(100)) > 0);
+        assert_eq!(datagrams(&outside, both(&topology, "client")), 0, "{when}");
+    };
+    check("before");
+    for (old, new) in [("veth-client", "renamed0"), (NIC, "renamed1")] {
+        topology
+            .node
+            .ip(&format!("link set {old} name {new}"))
+            .expect("rename");
+    }
+    thread::sleep(Duration::from_millis(300));
+    check("renamed");
+    daemon.kill9().expect("kill -9");
+    check("renamed, and the daemon dead");
+    daemon.restart().expect("restart");
+    check("renamed, and the daemon started again");
+    let status = daemon.status().expect("status");
+    let interfaces = status["interfaces"].as_array().expect("interfaces");
+    assert!(
+        interfaces.iter().all(|i| i["problem"].is_null()),
+        "{interfaces:#?}"
+    );
+}
+
+#[test]
+fn the_routers_link_local_address_may_be_one_that_the_node_has_on_another_link() {
+    let topology = topology();
+    topology
+        .node
+        .ip("addr add fe80::1/64 dev veth-client nodad")
+        .expect("address");
+    topology
+        .internet
+        .ip(&format!("addr add fe80::1/64 dev {INNER} nodad"))
+        .expect("address");
+    let policy = "
+apiVersion: cilium.io/v2
+kind: CiliumClusterwideNetworkPolicy
+metadata: {name: node}
+spec:
+  nodeSelector: {}
+  ingress:
+  - fromEntities: [world]
+    icmps: [{fields: [{type: 128, family: IPv6}]}]
+  egress:
+  - toEntities: [world]
+    icmps: [{fields: [{type: 128, family: IPv6}]}]
+";
+    let daemon = daemon(&topology, &[("node.yaml", policy)]);
+    for (ns, to) in [
+        (&topology.node, format!("fe80::1%{NIC}")),
+        (&topology.internet, topology.addr("node", Family::V6).to_string()),
+    ] {
+        let from = if to.starts_with("fe80") {
+            vec![]
+        } else {
+            vec!["-I", "fe80::1%eth0"]
+        };
+        let mut args = vec!["-6", "-c", "1", "-W", "5"];
+        args.extend(from);
+        args.push(&to);
+        if let Err(error) = ns.run("ping", &args) {
+            panic!("{to}: {error:#}\n{}", daemon.report());
+        }
+    }
+}
