@@ -13,7 +13,7 @@ use palisade_testbed::{
     daemon::Settings,
     forge::{self, Checksum, Wire},
     packet::protocol,
-    probe::{ping, udp},
+    probe::{connect, ping, udp},
     server::Echo,
     topology::{FAMILIES, Family, INNER, NIC},
 };
@@ -304,4 +304,72 @@ spec:
             panic!("{to}: {error:#}\n{}", daemon.report());
         }
     }
+}
+
+#[test]
+fn a_service_address_that_is_translated_to_the_node_does_not_go_around_its_policy() {
+    let topology = topology();
+    let policy = "
+apiVersion: cilium.io/v2
+kind: CiliumClusterwideNetworkPolicy
+metadata: {name: node}
+spec:
+  nodeSelector: {}
+  ingress:
+  - fromEntities: [all]
+    toPorts:
+    - ports: [{port: \"81\", protocol: TCP}, {port: \"81\", protocol: UDP}]
+";
+    let daemon = daemon(&topology, &[("node.yaml", policy)]);
+    let node = both(&topology, "node");
+    let _servers = Echo::start(&topology.node, &node, &[80, 81], &[80, 81]).expect("servers");
+    let services: [IpAddr; 2] = [
+        "203.0.113.5".parse().expect("v4"),
+        "2001:db8:5::5".parse().expect("v6"),
+    ];
+    topology
+        .internet
+        .ip(&format!(
+            "route add {} via {}\nroute add {} via {}",
+            services[0], node[0], services[1], node[1]
+        ))
+        .expect("routes");
+    topology
+        .node
+        .nft(&format!(
+            "table inet services {{\n\
+             chain before {{ type nat hook prerouting priority -100; ip daddr {} dnat ip to {}; ip6 daddr {} dnat ip6 to {}; }}\n\
+             }}\n",
+            services[0], node[0], services[1], node[1]
+        ))
+        .expect("nat");
+    for (own, service) in node.iter().zip(&services) {
+        for port in [80, 81] {
+            for from in ["internet", "client"] {
+                let (ns, to) = (topology.ns(from), SocketAddr::new(*service, port));
+                assert_ne!(connect(ns, to, SHORT), Outcome::Open, "{from} tcp {to}");
+                assert_ne!(udp(ns, None, to, 20, SHORT), Outcome::Open, "{from} udp {to}");
+            }
+        }
+        let allowed = SocketAddr::new(*own, 81);
+        assert_eq!(connect(&topology.internet, allowed, PATIENCE), Outcome::Open);
+        assert_eq!(
+            udp(&topology.internet, None, allowed, 20, PATIENCE),
+            Outcome::Open
+        );
+    }
+    let said = daemon.cli(&["status"]).expect("status");
+    assert!(said.contains("nat chains with rules (1)"), "{said}");
+    let said = daemon.cli(&[
+        "policy",
+        "trace",
+        "--from",
+        "default/client",
+        "--to",
+        "node1",
+        "--port",
+        "81/tcp",
+    ]);
+    let said = said.expect("trace");
+    assert!(said.contains("nat chains with rules (1)"), "{said}");
 }

@@ -128,11 +128,22 @@ pub fn is_forwarded<C: Context>(ctx: C, frame: &Frame) -> bool {
 }
 
 /// The interface by which the kernel would send the packet on; [`NOWHERE`] if it would refuse to; 0 if it takes it itself.
-#[inline(never)]
+#[inline(always)]
 pub fn route<C: Context>(ctx: C, frame: &Frame) -> u32 {
+    route_to(ctx, frame, &frame.packet.destination)
+}
+
+/// The same for a packet that goes back to the source of this one.
+#[inline(always)]
+pub fn route_back<C: Context>(ctx: C, frame: &Frame) -> u32 {
+    route_to(ctx, frame, &frame.packet.source)
+}
+
+#[inline(never)]
+fn route_to<C: Context>(ctx: C, frame: &Frame, to: &Addr) -> u32 {
     let packet = &frame.packet;
     let ipv6 = packet.is(flags::IPV6);
-    let first = packet.destination.bytes()[if ipv6 { 0 } else { 12 }];
+    let first = to.bytes()[if ipv6 { 0 } else { 12 }];
     if if ipv6 { first == 0xff } else { first >= 224 } {
         return 0;
     }
@@ -143,10 +154,10 @@ pub fn route<C: Context>(ctx: C, frame: &Frame) -> u32 {
     question.ifindex = frame.ifindex;
     if ipv6 {
         question.__bindgen_anon_3.ipv6_src = packet.source.0;
-        question.__bindgen_anon_4.ipv6_dst = packet.destination.0;
+        question.__bindgen_anon_4.ipv6_dst = to.0;
     } else {
         question.__bindgen_anon_3.ipv4_src = packet.source.0[3];
-        question.__bindgen_anon_4.ipv4_dst = packet.destination.0[3];
+        question.__bindgen_anon_4.ipv4_dst = to.0[3];
     }
     // BPF_FIB_LKUP_RET_*: 0 a route, 1 to 3 the kernel refuses, 4 for this machine, 5 forwarding is off,
     // 6 an encapsulating route, 7 a route whose neighbour is not resolved, 8 too long for the next link.

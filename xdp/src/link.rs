@@ -185,6 +185,12 @@ fn unenforced(frame: &Frame) -> u32 {
     if own > node { own } else { node }
 }
 
+/// Whether the policy of an endpoint denies, of one direction, what no rule allows.
+#[inline(always)]
+pub fn is_enforced(endpoint: u32, direction: u32) -> bool {
+    otherwise(endpoint, direction) == Reason::UnsupportedL3 as u32
+}
+
 /// What becomes of a packet of every peer and port: [`Reason::Allowed`] if nothing is enforced, [`Reason::Audited`] if the
 /// policy only reports, else [`Reason::UnsupportedL3`].
 #[inline(never)]

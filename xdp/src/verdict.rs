@@ -1,7 +1,7 @@
 //! The verdict function: one for XDP and tc, for both roles and both directions.
 
 use palisade_abi::{
-    CtEntry, Decision, EventKind, Reason, TracePoint, carry_flags, class_slot,
+    Addr, CtEntry, Decision, Direction, EventKind, Reason, TracePoint, carry_flags, class_slot,
     class_slot_unknown_port, ct_flags, endpoint_flags, entry_flags, event_flags, protocol, role,
 };
 use palisade_packet::{Bytes as _, Quote, TCP_ACK, TCP_RST, TCP_SYN, decode_quote, flags, icmp, icmpv6};
@@ -63,6 +63,14 @@ pub fn judge<C: Context>(ctx: C, frame: &mut Frame) {
         {
             if !admits(ctx, frame, entry) {
                 return;
+            }
+            // The flow's other end is not the node; see `is_translated`.
+            if frame.place == place::TO_WORKLOAD
+                && ctx.is_local()
+                && entry.flags & ct_flags::REMOTE_IS_HOST == 0
+                && is_translated(ctx, frame)
+            {
+                return frame.set(Reason::Translated);
             }
             let is_read = conntrack::is_read(entry, &frame.packet);
             conntrack::note(ctx, frame, entry, is_read);
@@ -178,6 +186,22 @@ fn reaches_its_workload<C: Context>(ctx: C, frame: &Frame) -> bool {
         0 | identity::NOWHERE => true,
         way => matches!(link::role_of(way), role::ENDPOINT | role::LINK | role::HOST),
     }
+}
+
+/// Whether this machine made the packet with a source address that it does not have: the answer to a packet that was judged
+/// as one that is sent on, and was then translated (DNAT) or redirected (TPROXY, routing by fwmark) to the node. These
+/// happen behind the hooks at which a packet enters, so the node's policy was never asked. Nothing of such a flow is
+/// answered, unless the node's policy lets everything in anyway. A reset is the kernel's own: a filter of the node rejects
+/// what it does not send on.
+#[inline(always)]
+fn is_translated<C: Context>(ctx: C, frame: &Frame) -> bool {
+    let source = &frame.packet.source;
+    ctx.is_local()
+        && frame.packet.tcp_flags & TCP_RST == 0
+        && *source != Addr::UNSPECIFIED
+        && *source != Addr::from_v4([0; 4])
+        && link::is_enforced(identity::host_endpoint(), Direction::Ingress as u32)
+        && identity::route_back(ctx, frame) != 0
 }
 
 /// An ICMP message that is neither echo nor error: judged by its type, packet by packet.
@@ -308,7 +332,8 @@ fn turn(frame: &mut Frame, ingress: u32) -> u32 {
 
 /// Checks the source address, and whether the packet concerns the endpoint at all; else the verdict is set. What
 /// is known of the other end is written into `frame`.
-#[inline(always)]
+// Not inlined: its spilled registers would stay on the stack while `insert` runs, of which Linux 6.1 has no more.
+#[inline(never)]
 fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
     const LOCAL: u8 = ct_flags::REMOTE_IS_LOCAL;
     const HOST: u8 = ct_flags::REMOTE_IS_HOST;
@@ -357,6 +382,9 @@ fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
                     frame.set(Reason::Forwarded);
                     return false;
                 }
+            } else if !from_host && is_translated(ctx, frame) {
+                frame.set(Reason::Translated);
+                return false;
             }
             frame.flow_flags = if to != 0 { LOCAL } else { 0 };
         }
@@ -396,6 +424,10 @@ fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
             };
             if !ctx.is_local() && !guarded {
                 frame.set(Reason::Unguarded);
+                return false;
+            }
+            if !from_host && is_translated(ctx, frame) {
+                frame.set(Reason::Translated);
                 return false;
             }
             frame.flow_flags = if from_host || (from == 0 && ctx.is_local()) {

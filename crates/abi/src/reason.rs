@@ -109,6 +109,9 @@ reasons! {
     CtInvalidState = 227, "CT: Invalid state";
     /// The packet's headers could not be made readable.
     PullFailed = 228, "Packet data not accessible";
+    /// The node made it and its source address is not the node's: an answer to what was translated (DNAT) or redirected
+    /// (TPROXY) to the node behind its policy.
+    Translated = 229, "Source is not the node's (DNAT or TPROXY)";
     /// It must be read, and no worker lives that could.
     NoWorker = 230, "No worker";
     /// It must be read, and could not be put on the carrier.

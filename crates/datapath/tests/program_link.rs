@@ -417,3 +417,48 @@ fn frames_that_are_not_ip_pass_where_nothing_is_enforced_or_the_configuration_na
     world.rule(HOST, INGRESS, identity::ANY, 0, unenforced);
     assert_eq!(world.run(Hook::TcIn, &frames[1].1).reason, Reason::Allowed);
 }
+
+#[test]
+fn what_was_translated_to_the_node_behind_its_policy_is_not_answered() {
+    for (vip, a, outside, untold) in [
+        ("203.0.113.77", A_V4, WORLD_V4, "10.0.0.99"),
+        ("2001:db8:9::77", A_V6, WORLD_V6, "fd00::99"),
+    ] {
+        let mut world = World::new(NIC, HOST);
+        world.rule(HOST, EGRESS, identity::ANY, 0, entry(Decision::Allow, 7));
+        let answers = [
+            udp((vip, 53), (outside, 4000), &[0; 8]),
+            tcp((vip, 53), (outside, 4000), ACK),
+            echo(vip, outside, 1, true),
+        ];
+        for frame in &answers {
+            assert_eq!(world.run_local(frame).reason, Reason::Translated, "{vip}");
+        }
+        // An address that the node has and nobody told; none yet; and what is only sent on.
+        assert_eq!(
+            world
+                .run_local(&udp((untold, 53), (outside, 4000), &[0; 8]))
+                .reason,
+            Reason::Allowed
+        );
+        if !vip.contains(':') {
+            let got = world.run_local(&udp(("0.0.0.0", 68), ("255.255.255.255", 67), &[0; 8]));
+            assert_eq!(got.reason, Reason::Allowed);
+        }
+        let got = world.run_entered(&answers[0], IFINDEX);
+        assert_eq!(got.reason, Reason::Forwarded);
+        // A workload asks the service address; the node answers instead of who has it.
+        world.interface(WORKLOAD, A, 0);
+        world.rule(A, EGRESS, identity::ANY, 0, entry(Decision::Allow, 8));
+        let got = world.run(Hook::TcIn, &udp((a, 4000), (vip, 53), &[0; 8]));
+        assert_eq!(got.reason, Reason::Allowed);
+        let answer = udp((vip, 53), (a, 4000), &[0; 8]);
+        assert_eq!(world.run_local(&answer).reason, Reason::Translated);
+        assert_eq!(world.run_entered(&answer, IFINDEX).reason, Reason::Established);
+        // Where everything may enter the node, there is nothing to go around.
+        let mut unenforced = entry(Decision::Allow, 2);
+        unenforced.flags = entry_flags::UNENFORCED;
+        world.rule(HOST, INGRESS, identity::ANY, 0, unenforced);
+        assert_eq!(world.run_local(&answer).reason, Reason::Established);
+    }
+}

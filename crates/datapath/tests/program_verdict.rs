@@ -524,9 +524,9 @@ fn what_leaves_by_a_nic_is_the_nodes_or_forwarded() {
         assert_eq!(got.reason, Reason::Forwarded);
         let got = world.run(Hook::TcOut, &tcp((host, 4000), (outside, 80), SYN));
         assert_eq!((got.reason, got.direction), (Reason::PolicyDenied, EGRESS));
-        // Made here, whatever address it has.
+        // Made here, with an address that is not the node's.
         let got = world.run_local(&tcp((a, 4000), (outside, 80), SYN));
-        assert_eq!(got.reason, Reason::PolicyDenied);
+        assert_eq!(got.reason, Reason::Translated);
         world.rule(HOST, EGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
         let got = world.run_local(&tcp((host, 4000), (outside, 80), SYN));
         assert_eq!(got.reason, Reason::Allowed);

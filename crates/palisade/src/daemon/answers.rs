@@ -646,7 +646,14 @@ impl Control {
             }
             Request::PolicyGet { name } => self.policy_summaries(name.as_deref()),
             Request::PolicySelectors => to_value(&self.selectors()),
-            Request::PolicyTrace(request) => to_value(&trace(&self.engine.compiler, &self.config, &request)?),
+            Request::PolicyTrace(request) => {
+                let mut answer = trace(&self.engine.compiler, &self.config, &request)?;
+                if let Some(note) = self.translation_note() {
+                    answer.text.push_str("\nnote: ");
+                    answer.text.push_str(&note);
+                }
+                to_value(&answer)
+            }
             Request::EndpointList => to_value(&self.endpoints()),
             Request::EndpointGet { endpoint } => {
                 to_value(&self.endpoint(self.find_endpoint(&endpoint)?, &self.guard.report(&self.datapath)))

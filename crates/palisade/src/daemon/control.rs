@@ -1,6 +1,7 @@
 //! The control thread.
 
 use std::{
+    cell::RefCell,
     collections::BTreeMap,
     path::Path,
     sync::{
@@ -34,6 +35,7 @@ use super::{
     events,
     guard::Guard,
     names::{Names, Prefetch, Targets, Wish, node_servers},
+    nat,
     network::{self, Network},
     places,
     policies::{Event, PolicyFiles},
@@ -55,6 +57,8 @@ use crate::{
 
 /// Whether everything is still attached is looked at so often.
 const LOOK_AFTER: Duration = Duration::from_secs(15);
+/// Rules that translate addresses are looked at again no sooner than this.
+const LOOK_AT_NAT_AFTER: Duration = Duration::from_secs(2);
 /// What failed is tried again so often.
 const TRY_AGAIN: Duration = Duration::from_secs(2);
 /// What outlives the daemon is written once nothing has changed for so long.
@@ -126,6 +130,8 @@ pub struct Control {
     start_notes: Vec<String>,
     /// What an operator should look at since the configuration was read last.
     notes: Vec<String>,
+    /// What translates addresses on this node, and when that was looked at.
+    translations: RefCell<Option<(Instant, Vec<String>)>>,
 }
 
 /// Runs the daemon until it is told to end.
@@ -224,6 +230,7 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
         reload_problem: replaced,
         start_notes: notes,
         notes: Vec::new(),
+        translations: RefCell::new(None),
         config,
     };
     // The maps first, then the programs: nothing is ever judged by half a policy.
@@ -962,6 +969,7 @@ impl Control {
         }
         warnings.extend(self.reload_problem.clone());
         warnings.extend(self.files.folder_problem().map(ToOwned::to_owned));
+        warnings.extend(self.translation_note());
         for file in &policy_files {
             match file.state {
                 PolicyFileState::InForce => {}
@@ -995,6 +1003,25 @@ impl Control {
             workers: self.workers.report(),
             ..Status::default()
         }
+    }
+
+    /// What an operator must know where this node translates addresses; none where it does not.
+    pub fn translation_note(&self) -> Option<String> {
+        let mut known = self.translations.borrow_mut();
+        if known
+            .as_ref()
+            .is_none_or(|(when, _)| when.elapsed() > LOOK_AT_NAT_AFTER)
+        {
+            *known = Some((Instant::now(), nat::found()));
+        }
+        let (_, found) = known.as_ref()?;
+        (!found.is_empty()).then(|| {
+            format!(
+                "this node translates or redirects ({}): an incoming packet is judged by its addresses and ports before DNAT, \
+                 an outgoing one by those after SNAT; `policy trace` does not know the rules",
+                found.join("; ")
+            )
+        })
     }
 
     /// The tables in force by number, for whom they are.

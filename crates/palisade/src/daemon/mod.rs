@@ -19,6 +19,7 @@ mod keeper;
 mod kept;
 mod last_good;
 mod names;
+mod nat;
 mod network;
 mod places;
 mod policies;
