@@ -283,6 +283,7 @@ impl Loaded {
             endpoint: ENDPOINT,
             role: place.role,
             flags: 0,
+            ..Interface::default()
         };
         Ok(self
             .array::<{ size_of::<Interface>() }>(maps::INTERFACES)?
