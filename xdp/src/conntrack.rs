@@ -343,7 +343,7 @@ pub fn note<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry, is_read:
         entry.flags = flow_flags;
     }
     entry.expires = frame.now + timeout(config, packet.protocol, flow_flags, forward_tcp, reply_tcp);
-    if entry.kept == 0 || ended {
+    if ended || (entry.kept == 0 && flow_flags & ct_flags::REPLIED != 0) {
         settle(frame, entry);
     }
     let interval = config.trace_interval;

@@ -1,9 +1,12 @@
 //! Access to a packet: what differs between XDP and tc.
 
-use aya_ebpf::bindings::{__sk_buff, TC_ACT_REDIRECT, bpf_fib_lookup, xdp_action, xdp_md};
+use aya_ebpf::bindings::{
+    __sk_buff, BPF_F_RECOMPUTE_CSUM, TC_ACT_REDIRECT, bpf_fib_lookup, xdp_action, xdp_md,
+};
 use aya_ebpf::helpers::generated::{
-    bpf_fib_lookup as fib_lookup, bpf_redirect, bpf_skb_change_head, bpf_skb_pull_data, bpf_skb_store_bytes,
-    bpf_skb_vlan_pop, bpf_xdp_adjust_head, bpf_xdp_get_buff_len,
+    bpf_fib_lookup as fib_lookup, bpf_redirect, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_load_bytes,
+    bpf_skb_pull_data, bpf_skb_store_bytes, bpf_skb_vlan_pop, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
+    bpf_xdp_get_buff_len, bpf_xdp_load_bytes, bpf_xdp_store_bytes,
 };
 use palisade_abi::{Carried, CtEntry, MAX_CARRIED_FRAME, MAX_SEGMENT_HEADERS, Reason, carry_hook};
 use palisade_packet::{Bytes, MAX_HEADERS};
@@ -102,6 +105,12 @@ pub trait Context: Copy + crate::link::Judge {
     fn related(self, frame: &mut Frame);
     /// [`crate::carry::carry`].
     fn carry(self, frame: &mut Frame);
+    /// Copies bytes of the frame; whether it has them.
+    fn load<const N: usize>(self, at: u32, into: &mut [u32; N]) -> bool;
+    /// Overwrites `length` bytes of the frame by the first ones of `from`; whether it has them.
+    fn store<const N: usize>(self, at: u32, from: &mut [u32; N], length: u32) -> bool;
+    /// Cuts the frame to this length; whether that worked.
+    fn cut(self, length: u32) -> bool;
     /// What differs of [`crate::carry::carry`]: puts what stands before a packet there, and has it redirected. 0, or
     /// the number of the [`Reason`] why that did not work.
     fn push(self, carried: &mut Carried, queue: u32, carrier: u32) -> u32;
@@ -325,6 +334,25 @@ impl Context for Xdp {
         unsafe { fib_lookup(self.0.cast(), question, size, 0) }
     }
 
+    #[inline(always)]
+    fn load<const N: usize>(self, at: u32, into: &mut [u32; N]) -> bool {
+        // SAFETY: see above the impl; the helper fills that memory or fails.
+        unsafe { bpf_xdp_load_bytes(self.0, at, into.as_mut_ptr().cast(), 4 * N as u32) == 0 }
+    }
+
+    #[inline(always)]
+    fn store<const N: usize>(self, at: u32, from: &mut [u32; N], length: u32) -> bool {
+        // SAFETY: see above the impl; `length` is a constant of at most the array's size.
+        unsafe { bpf_xdp_store_bytes(self.0, at, from.as_mut_ptr().cast(), length) == 0 }
+    }
+
+    #[inline(always)]
+    fn cut(self, length: u32) -> bool {
+        let surplus = self.bytes(true).len.wrapping_sub(length) as i32;
+        // SAFETY: see above the impl.
+        unsafe { bpf_xdp_adjust_tail(self.0, -surplus) == 0 }
+    }
+
     /// The frame is copied where it lies: XDP leaves room for headers in front.
     #[inline(always)]
     fn push(self, carried: &mut Carried, _: u32, carrier: u32) -> u32 {
@@ -435,6 +463,25 @@ impl Context for Skb {
         let size = size_of::<bpf_fib_lookup>() as i32;
         // SAFETY: see above the impl; the size is that of the parameter block.
         unsafe { fib_lookup(self.0.cast(), question, size, 0) }
+    }
+
+    #[inline(always)]
+    fn load<const N: usize>(self, at: u32, into: &mut [u32; N]) -> bool {
+        // SAFETY: see above the impl; the helper fills that memory or fails.
+        unsafe { bpf_skb_load_bytes(self.0.cast(), at, into.as_mut_ptr().cast(), 4 * N as u32) == 0 }
+    }
+
+    #[inline(always)]
+    fn store<const N: usize>(self, at: u32, from: &mut [u32; N], length: u32) -> bool {
+        let flags = u64::from(BPF_F_RECOMPUTE_CSUM);
+        // SAFETY: see above the impl; `length` is a constant of at most the array's size.
+        unsafe { bpf_skb_store_bytes(self.0, at, from.as_mut_ptr().cast(), length, flags) == 0 }
+    }
+
+    #[inline(always)]
+    fn cut(self, length: u32) -> bool {
+        // SAFETY: see above the impl.
+        unsafe { bpf_skb_change_tail(self.0, length, 0) == 0 }
     }
 
     /// The head grows in front of the Ethernet header; what is segmented later takes it along.

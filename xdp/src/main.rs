@@ -13,6 +13,7 @@ mod carry;
 mod conntrack;
 mod counters;
 mod ctx;
+mod error;
 mod event;
 mod fragment;
 mod frame;

@@ -10,6 +10,7 @@ use crate::carry;
 use crate::conntrack::{self, Ends};
 use crate::counters;
 use crate::ctx::Context;
+use crate::error;
 use crate::event;
 use crate::frame::{Frame, other, place};
 use crate::identity::{self, Known};
@@ -42,6 +43,9 @@ pub fn judge<C: Context>(ctx: C, frame: &mut Frame) {
             && let Some(entry) = conntrack::find(&frame.key, frame.now)
         {
             if admits(ctx, frame, entry) {
+                if entry.inspector != 0 && !entry.is_unread() && error::cut(ctx, frame) != 0 {
+                    return frame.set(Reason::UnrelatedIcmp);
+                }
                 conntrack::count(entry, &frame.packet);
                 frame.flow_flags = entry.flags;
                 frame.set(Reason::Related);

@@ -878,3 +878,109 @@ fn a_packet_brings_the_orders_of_both_policies() {
     let (retval, _, counted) = world.run_back(&both(replace(0), replace(1)));
     assert_eq!((retval, counted), (SHOT, vec![(Reason::CtInvalidState, 1)]));
 }
+
+/// The one's complement sum of all 16-bit words: 0xffff where a checksum is among them and right.
+fn sum(parts: &[&[u8]]) -> u16 {
+    let mut sum = 0_u32;
+    for pair in parts.concat().chunks(2) {
+        sum += u32::from(u16::from_be_bytes([pair[0], pair[1]]));
+    }
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+#[test]
+fn an_error_about_a_flow_that_is_read_carries_what_it_must_quote_and_nothing_else() {
+    for (client, server, router) in [
+        (WORLD_V4, HOST_V4, "203.0.113.9"),
+        (WORLD_V6, HOST_V6, "2001:db8:9::1"),
+    ] {
+        let v6 = client.contains(':');
+        let header = if v6 { 40 } else { 20 };
+        let transport = 14 + header;
+        // Type, code, what stands in the second word, what is left of it.
+        let cases: &[(u8, u8, [u8; 4], [u8; 4])] = if v6 {
+            &[
+                (1, 4, [1, 2, 3, 4], [0; 4]),
+                (2, 0, [0, 0, 5, 0], [0, 0, 5, 0]),
+                (3, 0, [9; 4], [0; 4]),
+                (4, 1, [0, 0, 0, 6], [0, 0, 0, 6]),
+            ]
+        } else {
+            &[
+                (3, 3, [1, 2, 3, 4], [0; 4]),
+                (3, 4, [1, 2, 5, 0], [0, 0, 5, 0]),
+                (11, 0, [9; 4], [0; 4]),
+                (12, 0, [6, 7, 8, 9], [6, 0, 0, 0]),
+            ]
+        };
+        for hook in ENTRIES {
+            let mut world = reading(NIC, HOST);
+            let question = udp((client, 4000), (server, 80), b"question");
+            carried(&world.run(hook, &question), &question);
+            let quoted = udp((server, 80), (client, 4000), &[0x55; 400]);
+            for &(kind, code, word, left) in cases {
+                let mut error = unreachable(router, server, &quoted);
+                error[transport] = kind;
+                error[transport + 1] = code;
+                error[transport + 4..transport + 8].copy_from_slice(&word);
+                if !v6 {
+                    error[24..26].fill(0);
+                    let checksum = !sum(&[&error[14..34]]);
+                    error[24..26].copy_from_slice(&checksum.to_be_bytes());
+                }
+                let got = world.run(hook, &error);
+                assert_eq!((got.reason, got.carried), (Reason::Related, false), "{kind}");
+                let cut = got.frame;
+                assert_eq!(cut.len(), transport + 8 + header + 8, "{kind} {hook:?}");
+                let message = &cut[transport..];
+                assert_eq!((message[0], message[1]), (kind, code));
+                assert_eq!(message[4..8], left, "{kind}");
+                assert_eq!(message[8..], quoted[14..14 + header + 8]);
+                if v6 {
+                    let length = [0, message.len() as u8];
+                    assert_eq!(cut[18..20], length);
+                    let pseudo: &[&[u8]] = &[&cut[22..54], &length, &[0, 58], message];
+                    assert_eq!(sum(pseudo), 0xffff);
+                } else {
+                    assert_eq!(cut[16..18], [0, cut.len() as u8 - 14]);
+                    assert_eq!((sum(&[&cut[14..34]]), sum(&[message])), (0xffff, 0xffff));
+                }
+                // Such a one passes as it is.
+                let got = world.run(hook, &cut);
+                assert_eq!((got.reason, got.frame), (Reason::Related, cut));
+            }
+            // What quotes less, or with options or extension headers, is about nothing that is known.
+            let short = unreachable(router, server, &quoted[..14 + header + 7]);
+            assert_eq!(world.run(hook, &short).reason, Reason::UnrelatedIcmp);
+            let longer = if v6 {
+                let mut extended = vec![17, 0, 1, 4, 0, 0, 0, 0];
+                extended.extend_from_slice(&quoted[54..]);
+                raw(server, client, 60, 64, &extended)
+            } else {
+                let mut longer = quoted.clone();
+                longer[14] = 0x46;
+                longer.splice(34..34, [1; 4]);
+                longer
+            };
+            let error = unreachable(router, server, &longer);
+            assert_eq!(world.run(hook, &error).reason, Reason::UnrelatedIcmp);
+        }
+    }
+}
+
+#[test]
+fn a_workload_sends_no_data_in_errors_about_a_flow_that_is_read() {
+    for (a, outside) in [(A_V4, WORLD_V4), (A_V6, WORLD_V6)] {
+        let mut world = reading(WORKLOAD, A);
+        let question = udp((a, 4000), (outside, 80), b"question");
+        carried(&world.run(Hook::TcIn, &question), &question);
+        // About the answer that it might have got; whatever it writes behind the ports.
+        let answer = udp((outside, 80), (a, 4000), &[0xdd; 300]);
+        let got = world.run(Hook::TcIn, &unreachable(a, outside, &answer));
+        assert_eq!(got.reason, Reason::Related);
+        assert!(!got.frame.windows(4).any(|bytes| bytes == [0xdd; 4]));
+    }
+}

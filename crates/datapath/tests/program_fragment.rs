@@ -255,6 +255,28 @@ fn errors_about_flows_are_related() {
 }
 
 #[test]
+fn errors_are_no_longer_than_routers_make_them() {
+    for ((client, server_addr), longest) in FAMILIES.into_iter().zip([576, 1280]) {
+        for hook in ENTRIES {
+            let mut world = server();
+            assert!(
+                world
+                    .run(hook, &udp((client, 4000), (server_addr, 80), &[]))
+                    .passed
+            );
+            // Network and ICMP header, and the quoted packet's network and UDP header.
+            let headers = 2 * (if client.contains(':') { 40 } else { 20 } + 8);
+            for (surplus, reason) in [(0, Reason::Related), (1, Reason::UnrelatedIcmp)] {
+                let payload = vec![0; longest - headers + surplus];
+                let answer = udp((server_addr, 80), (client, 4000), &payload);
+                let got = world.run(hook, &unreachable(client, server_addr, &answer));
+                assert_eq!(got.reason, reason);
+            }
+        }
+    }
+}
+
+#[test]
 fn errors_quote_packets_with_options_extensions_and_echoes() {
     let mut world = server();
     world.rule(HOST, EGRESS, identity::ANY, 6, entry(Decision::Allow, 8));

@@ -2,6 +2,11 @@ use palisade_abi::{Addr, Reason, protocol};
 
 use crate::{Bytes, MAX_EXTENSIONS, Packet, flags, icmp, icmpv6, ip, is_icmp, take};
 
+/// Longest ICMP error, from the network header on (RFC 1812, 4.3.2.3).
+const MAX_ERROR_V4: u32 = 576;
+/// Longest ICMPv6 error, from the network header on (RFC 4443, 2.4).
+const MAX_ERROR_V6: u32 = 1280;
+
 /// The packet that an ICMP error is about, as far as it is quoted (RFC 792; RFC 4443, 3).
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -26,11 +31,19 @@ pub struct Quote {
 ///
 /// # Errors
 /// [`Reason::UnrelatedIcmp`] if what is quoted belongs to no flow that could be known: cut short before its
-/// ports, a later fragment, an ICMP message that is not echo. [`Reason::PullFailed`] as in [`crate::decode`].
+/// ports, a later fragment, an ICMP message that is not echo; or if the error is longer than any is. [`Reason::PullFailed`] as in [`crate::decode`].
 #[inline(always)]
 pub fn decode_quote<B: Bytes + ?Sized>(bytes: &B, packet: &Packet, quote: &mut Quote) -> Result<(), Reason> {
     let short = Reason::UnrelatedIcmp;
     let end = packet.end();
+    let longest = if packet.is(flags::IPV6) {
+        MAX_ERROR_V6
+    } else {
+        MAX_ERROR_V4
+    };
+    if packet.length > longest {
+        return Err(short);
+    }
     let mut offset = u32::from(packet.transport_offset) + 8;
     let ipv6 = packet.is(flags::IPV6);
     if ipv6 {
@@ -68,7 +81,8 @@ pub fn decode_quote<B: Bytes + ?Sized>(bytes: &B, packet: &Packet, quote: &mut Q
     }
     match quote.protocol {
         protocol::TCP | protocol::UDP | protocol::SCTP => {
-            let b = take::<4, B>(bytes, offset, end, short)?;
+            // Every error quotes eight bytes at the least (RFC 792), and Linux ignores one that does not.
+            let b = take::<8, B>(bytes, offset, end, short)?;
             quote.source_port = u16::from_be_bytes([b[0], b[1]]);
             quote.destination_port = u16::from_be_bytes([b[2], b[3]]);
         }

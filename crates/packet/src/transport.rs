@@ -29,6 +29,8 @@ pub mod icmp {
 pub mod icmpv6 {
     /// Destination unreachable: the first of the errors.
     pub const UNREACHABLE: u8 = 1;
+    /// Packet too big.
+    pub const PACKET_TOO_BIG: u8 = 2;
     /// Parameter problem: the last of the errors.
     pub const PARAMETER_PROBLEM: u8 = 4;
     /// Echo request.
