@@ -72,7 +72,15 @@ impl Context {
         if let Some(known) = expressions.known.get(pattern) {
             return known.clone();
         }
-        let checked = re2::cost(pattern).and_then(|cost| {
+        // Once the bound is reached, nothing more is read either.
+        let used_up =
+            expressions.of_policy > re2::MAX_POLICY_COST || expressions.of_file > re2::MAX_FILE_COST;
+        let cost = if used_up { Ok(1) } else { re2::cost(pattern) };
+        if cost.is_err() {
+            expressions.of_policy = expressions.of_policy.saturating_add(2_000);
+            expressions.of_file = expressions.of_file.saturating_add(2_000);
+        }
+        let checked = cost.and_then(|cost| {
             expressions.of_policy = expressions.of_policy.saturating_add(cost);
             expressions.of_file = expressions.of_file.saturating_add(cost);
             for (sum, most, whose) in [
