@@ -134,11 +134,12 @@ fn two_udp_sockets_of_an_ordinary_user_do_not_open_the_nodes_egress() {
             );
             let receiver = receiver(world.ns("far"), &far, REMOTE_PORT);
             let mut sockets = Sockets::new(world.ns("node"), &node, &far, "ordinary-user-called");
-            sockets.send();
-            assert!(
-                hears(&receiver),
-                "{family:?}: without a firewall the datagram arrives"
-            );
+            // The first datagrams may be lost while the link resolves its neighbours.
+            let arrives = (0..10).any(|_| {
+                sockets.send();
+                hears(&receiver)
+            });
+            assert!(arrives, "{family:?}: without a firewall the datagram arrives");
             (family, receiver, sockets)
         })
         .collect();

@@ -111,6 +111,10 @@ fn the_next_request_is_judged_by_the_rules_that_hold_then() {
         let _ = four.say(b"GET /b HTTP/1.1\r\nHost: x\r\n\r\n");
         thread::sleep(Duration::from_millis(300));
         assert_eq!(web.seen().len(), seen, "{}", daemon.report());
+        // Without lingering: else the request is repeated until the rules of the other family allow it again.
+        socket2::SockRef::from(four.stream())
+            .set_linger(Some(Duration::ZERO))
+            .expect("no lingering");
     }
     let seen = web.seen();
     let asked = |path: &str| {

@@ -220,8 +220,10 @@ impl<'a> Request<'a> {
             (_, Some(_)) => return Err(Refusal::SeveralHosts),
             (Some(host), None) => {
                 let host = str::from_utf8(host).map_err(|_| Refusal::BadHost)?;
-                // It may be empty where the target has no authority (RFC 9110, 7.2).
-                if !host.is_empty() && !is_authority(host) {
+                // It may be empty where the target has no authority (RFC 9110, 7.2). An IPv6 address without the brackets
+                // of RFC 3986, 3.2.2 is what some clients send (h2load); rules see it as it is.
+                let is_bare_address = host.parse::<std::net::Ipv6Addr>().is_ok();
+                if !host.is_empty() && !is_bare_address && !is_authority(host) {
                     return Err(Refusal::BadHost);
                 }
                 Some(host)

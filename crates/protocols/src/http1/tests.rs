@@ -414,7 +414,7 @@ fn expectations_and_hosts_are_read_in_one_way_or_refused() {
     assert_eq!(with(twice).unwrap_err(), Refusal::BadExpect);
     assert!(with("Host: a\r\nExpect: 100-Continue\r\n").unwrap().1);
     for host in [
-        "a:80:b", "a:b", "[::1", "::1", "[::1]x", "[]", "[::1]:b", ":80", "a]", "[a]b:80",
+        "a:80:b", "a:b", "[::1", "::1]", "[::1]x", "[]", "[::1]:b", ":80", "a]", "[a]b:80",
     ] {
         assert_eq!(
             with(&format!("Host: {host}\r\n")).unwrap_err(),
@@ -429,6 +429,7 @@ fn expectations_and_hosts_are_read_in_one_way_or_refused() {
         "a.b:80",
         "[::1]",
         "[2001:db8::1]:8080",
+        "2001:db8::1",
         "192.0.2.1",
         "a_b",
     ] {
