@@ -50,12 +50,15 @@ fn hellos() -> (Streams, Answers) {
 /// A hello and another one that was asked for, which has another name or the same.
 fn second_hellos() -> (Streams, Answers) {
     let good = hello("good.example");
+    // The allowed hello at the beginning of the bad stream goes on also behind the good stream.
+    let third = good.repeat(3);
     let streams = Streams::new(
         [&good[..], &good].concat(),
         [good, hello("evil.example")].concat(),
         [retry_request(), server_hello()].concat(),
     )
-    .ends_reading();
+    .ends_reading()
+    .also(third);
     let answers: Answers = |dealt_with, all| {
         let one = hello("good.example").len();
         let before = std::mem::replace(dealt_with, all.len() / one);
