@@ -318,7 +318,10 @@ impl Sent {
             };
             ip.extend(fragment.to_be_bytes());
             ip.extend([64, self.number(), 0, 0, 10, 0, 0, 1, 10, 0, 255, 2]);
-            ip.extend(std::iter::repeat_n(1, self.options * 4));
+            // A few no-operations, then the end of the list and padding: the decoder refuses more than twelve options.
+            let all = self.options * 4;
+            ip.extend(std::iter::repeat_n(1, all.min(8)));
+            ip.extend(std::iter::repeat_n(0, all - all.min(8)));
             let sum = !naive_sum(&[&ip]);
             ip[10..12].copy_from_slice(&sum.to_be_bytes());
         }
