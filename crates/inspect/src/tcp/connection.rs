@@ -300,7 +300,7 @@ impl<F> Connection<F> {
 
     /// Whether a packet that is dropped for a reason is reported: of one connection the first for that reason and one a
     /// second, of all connections as many as [`Shared::may_report`] allows.
-    fn may_report(&mut self, now: Millis, reason: Reason, shared: &mut Shared) -> bool {
+    pub(super) fn may_report(&mut self, now: Millis, reason: Reason, shared: &mut Shared) -> bool {
         if self
             .reported
             .is_some_and(|(at, last)| last == reason && now < at + REPORT_EVERY)

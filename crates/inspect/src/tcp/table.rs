@@ -219,8 +219,21 @@ impl<F, T: Remember> Connections<F, T> {
                     return;
                 }
                 Place::Stray => {
+                    let reason = Reason::TcpInvalid;
                     self.shared.stats.invalid += 1;
-                    sink.discard(frame, Reason::TcpInvalid);
+                    let reports = match self.entries.get_mut(&key) {
+                        Some(entry) => entry.connection.may_report(now, reason, &mut self.shared),
+                        None => self.shared.may_report(now),
+                    };
+                    if reports {
+                        let detail = reason.text();
+                        sink.record(&Record {
+                            verdict: Verdict::Dropped,
+                            reason,
+                            ..Record::of(view, What::Unreadable { detail })
+                        });
+                    }
+                    sink.discard(frame, reason);
                     return;
                 }
                 Place::Unknown => {

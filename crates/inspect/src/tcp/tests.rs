@@ -696,6 +696,17 @@ fn dropped_packets_have_records_and_cannot_fill_them() {
     bench.put(&client(90_000, b"zz"));
     let reasons: Vec<_> = bench.take().records.iter().map(|record| record.reason).collect();
     assert_eq!(reasons, [Reason::TcpOutOfWindow; 2]);
+    // A SYN+ACK of another server's connection, while the connection is open.
+    let stray = Seg::new(Side::Server, SYN | ACK, 1, 900, b"");
+    for _ in 0..2 {
+        bench.put(&stray);
+    }
+    bench.now += 1_000;
+    bench.put(&stray);
+    let out = bench.take();
+    assert_eq!(out.discarded, [Reason::TcpInvalid; 3]);
+    let reasons: Vec<_> = out.records.iter().map(|record| record.reason).collect();
+    assert_eq!(reasons, [Reason::TcpInvalid; 2]);
     // Packets of connections that are not known.
     let mut bench = Bench::new(TcpLimits::default());
     for n in 0..1_000 {
