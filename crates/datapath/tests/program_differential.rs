@@ -53,18 +53,32 @@ fn transport() -> impl Strategy<Value = (u8, Vec<u8>)> {
     )
 }
 
+/// The options of an IPv4 header, not padded: none, random bytes, or mostly well-formed options up to more than a header may
+/// have.
+fn options() -> impl Strategy<Value = Vec<u8>> {
+    let option = prop_oneof![
+        16 => Just(vec![1]),
+        6 => (2u8..=5, any::<[u8; 3]>()).prop_map(|(length, data)| {
+            let mut option = vec![68, length];
+            option.extend_from_slice(&data[..usize::from(length) - 2]);
+            option
+        }),
+        1 => prop_oneof![Just(131), Just(137)].prop_map(|kind| vec![kind, 3, 4]),
+        1 => Just(vec![0]),
+    ];
+    prop_oneof![
+        1 => Just(vec![]),
+        1 => prop::collection::vec(any::<u8>(), 0..=10),
+        1 => prop::collection::vec(option, 0..=20).prop_map(|options| options.concat()),
+    ]
+}
+
 /// Frames with up to three tags, IPv4 with options, IPv6 with extension headers, fragments; and what becomes of them
 /// when bytes change or are missing.
 fn frames() -> impl Strategy<Value = Vec<u8>> {
-    let v4 = (
-        transport(),
-        any::<[u8; 8]>(),
-        prop::collection::vec(any::<u8>(), 0..=10),
-        0u16..6,
-        any::<bool>(),
-    )
-        .prop_map(|((protocol, payload), addrs, options, fragment, more)| {
-            let options = &options[..options.len() / 4 * 4];
+    let v4 = (transport(), any::<[u8; 8]>(), options(), 0u16..6, any::<bool>()).prop_map(
+        |((protocol, payload), addrs, options, fragment, more)| {
+            let options = &options[..options.len().min(40) / 4 * 4];
             let total = 20 + options.len() + payload.len();
             let mut ip = vec![0x45 + (options.len() / 4) as u8, 0];
             ip.extend_from_slice(&(total as u16).to_be_bytes());
@@ -80,7 +94,8 @@ fn frames() -> impl Strategy<Value = Vec<u8>> {
             ip.extend_from_slice(options);
             ip.extend_from_slice(&payload);
             (0x0800u16, ip)
-        });
+        },
+    );
     let extension = prop_oneof![
         Just(0u8),
         Just(43),
@@ -219,6 +234,31 @@ fn read_strictly(frame: &[u8]) -> Option<Read> {
     })
 }
 
+/// The fault for which the IPv4 options of a frame are refused, which etherparse gives as bytes and does not read.
+///
+/// Every option but the two of one byte has a length that includes its type and length (RFC 791, 3.1). The decoder
+/// reads at most twelve options, the end of the list included.
+fn fault_of_options(frame: &[u8]) -> Option<&'static str> {
+    const MOST: usize = 12;
+    let sliced = SlicedPacket::from_ethernet(frame).ok()?;
+    let Some(NetSlice::Ipv4(ip)) = &sliced.net else {
+        return None;
+    };
+    let mut rest = ip.header().options();
+    for _ in 0..MOST {
+        rest = match rest {
+            [] | [0, ..] => return None,
+            [1, rest @ ..] => rest,
+            [131 | 137, ..] => return Some("source route"),
+            [_, length, ..] if (2..=rest.len()).contains(&usize::from(*length)) => {
+                &rest[usize::from(*length)..]
+            }
+            _ => return Some("malformed option"),
+        };
+    }
+    (!rest.is_empty()).then_some("too many options")
+}
+
 /// The rules by which a frame is refused that etherparse reads: everything it does not look at.
 fn is_stricter(reason: Reason, packet: &Packet, read: &Read, frame: &[u8]) -> bool {
     match reason {
@@ -233,6 +273,8 @@ fn is_stricter(reason: Reason, packet: &Packet, read: &Read, frame: &[u8]) -> bo
         }
         // ICMP of the other family.
         Reason::UnknownL4 => matches!(packet.protocol, protocol::ICMP | protocol::ICMPV6),
+        // Options that are malformed, too many, or a source route.
+        Reason::InvalidIpv4 => fault_of_options(frame).is_some(),
         // An address that is IPv4's.
         Reason::InvalidIpv6 => packet.source.is_v4() || packet.destination.is_v4(),
         // Order, number and kind of extension headers, routing headers of type 0.
@@ -258,6 +300,17 @@ fn decoder_and_etherparse_agree() {
         .run(&frames(), |frame| {
             let (packet, result) = decoded(&frame);
             let read = read_strictly(&frame);
+            let fault = fault_of_options(&frame);
+            if let Some(fault) = fault {
+                // No other fault of a frame that etherparse reads is found before those of the options.
+                let expected = if result == Err(Reason::TooManyVlans) {
+                    Reason::TooManyVlans
+                } else {
+                    Reason::InvalidIpv4
+                };
+                prop_assert_eq!(result, Err(expected), "{}", fault);
+                count(fault);
+            }
             match (result, read) {
                 (Ok(()), Some(read)) if !packet.is(flags::NOT_IP) => {
                     prop_assert_eq!(
@@ -314,6 +367,9 @@ fn decoder_and_etherparse_agree() {
     let seen = seen.into_inner();
     println!("{seen:?}");
     assert!(seen["both read"] > FRAMES / 10, "{seen:?}");
+    for fault in ["source route", "malformed option", "too many options"] {
+        assert!(seen.get(fault).is_some_and(|n| *n > 20), "{fault}: {seen:?}");
+    }
 }
 
 /// What the programs make of a frame: the reason for a malformed one, else what the event says.
@@ -375,6 +431,46 @@ fn programs_and_decoder_agree() {
         })
         .unwrap();
     assert!(judged.get() > FRAMES_IN_KERNEL, "{judged:?}");
+}
+
+/// Each fault of IPv4 options, and its nearest neighbour that is none.
+#[test]
+fn ipv4_options_are_refused_for_their_faults_only() {
+    let with = |options: &[u8]| {
+        let mut frame = packets::udp((WORLD_V4, 1), (HOST_V4, 2), &[]);
+        frame[14] = 0x45 + (options.len() / 4) as u8;
+        let total = u16::from_be_bytes([frame[16], frame[17]]) + options.len() as u16;
+        frame[16..18].copy_from_slice(&total.to_be_bytes());
+        frame.splice(34..34, options.iter().copied());
+        frame
+    };
+    let behind_no_operations = |number: usize, option: &[u8]| [&vec![1; number], option].concat();
+    for (options, fault) in [
+        (vec![148, 4, 0, 0], None),
+        (vec![148, 3, 0, 1], None),
+        (vec![148, 3, 0, 2], Some("malformed option")),
+        (vec![148, 5, 0, 0], Some("malformed option")),
+        (vec![148, 1, 0, 0], Some("malformed option")),
+        (vec![148, 0, 0, 0], Some("malformed option")),
+        // Nothing behind the end is read.
+        (vec![0, 131, 3, 4], None),
+        (vec![131, 3, 4, 0], Some("source route")),
+        (vec![1, 137, 3, 4], Some("source route")),
+        // A record route is no source route.
+        (vec![7, 3, 4, 0], None),
+        (vec![1; 12], None),
+        (behind_no_operations(11, &[68, 5, 5, 0, 0]), None),
+        (behind_no_operations(12, &[68, 4, 5, 0]), Some("too many options")),
+        // The end of the list is the thirteenth.
+        (behind_no_operations(12, &[0; 4]), Some("too many options")),
+        (vec![1; 40], Some("too many options")),
+    ] {
+        let frame = with(&options);
+        assert!(read_strictly(&frame).is_some());
+        assert_eq!(fault_of_options(&frame), fault, "{options:?}");
+        let expected = fault.map_or(Ok(()), |_| Err(Reason::InvalidIpv4));
+        assert_eq!(decoded(&frame).1, expected, "{options:?}");
+    }
 }
 
 /// The mutations above rarely leave a packet that is right in all its parts.

@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_flags, carry_hook};
+use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_flags, carry_hook, order};
 use palisade_inspect::{
     Engine, Learn, Lease, Limits, Millis, Route, Rules, Sink, View,
     record::{Record, Verdict, What},
@@ -50,6 +50,8 @@ pub struct Fake {
     /// So many of them are taken.
     pub refreshes_room: usize,
     pub epoch: u64,
+    /// The last `REPLACE` command: the serial of the conntrack entry, and the serial that the entry gets.
+    pub replaced: Option<(u32, u32)>,
 }
 
 impl Fake {
@@ -67,7 +69,10 @@ impl Sink<usize> for Fake {
         self.fate(frame, Fate::Released);
     }
 
-    fn release_with(&mut self, frame: usize, _command: &FlowCommand) {
+    fn release_with(&mut self, frame: usize, command: &FlowCommand) {
+        if command.order == order::REPLACE {
+            self.replaced = Some((command.serial, command.windows[0]));
+        }
         self.release(frame);
     }
 

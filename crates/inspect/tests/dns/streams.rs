@@ -35,6 +35,8 @@ struct Connection {
     world: World,
     v6: bool,
     slots: [CarrySlot; 2],
+    /// The programs have a conntrack entry: no later packet of the client makes one.
+    is_tracked: bool,
 }
 
 impl Connection {
@@ -47,6 +49,7 @@ impl Connection {
             world: World::new(limits),
             v6,
             slots,
+            is_tracked: false,
         };
         connection.greet();
         connection
@@ -79,7 +82,25 @@ impl Connection {
         let sequence = CLIENT.wrapping_add(1).wrapping_add(at as u32);
         let acknowledgment = RESOLVER.wrapping_add(1).wrapping_add(acknowledged);
         let frame = segment(&self.addresses(), sequence, acknowledgment, flags, payload);
-        self.world.send(&self.slots[0], &frame)
+        let slot = if self.is_tracked {
+            self.slots[0]
+        } else {
+            new(self.slots[0])
+        };
+        self.is_tracked = true;
+        self.send(&slot, &frame)
+    }
+
+    /// Sends a frame, and executes a `REPLACE` command as the programs do: the entry gets another serial.
+    fn send(&mut self, slot: &CarrySlot, frame: &[u8]) -> usize {
+        let handle = self.world.send(slot, frame);
+        if let Some((before, serial)) = self.world.sink.replaced.take() {
+            for slot in &mut self.slots {
+                assert_eq!(slot.serial, before);
+                slot.serial = serial;
+            }
+        }
+        handle
     }
 
     /// From the resolver; acknowledges nothing but the SYN.
@@ -92,7 +113,8 @@ impl Connection {
         let acknowledgment = CLIENT.wrapping_add(1).wrapping_add(acknowledged);
         let addresses = self.addresses().turned(&[]);
         let frame = segment(&addresses, sequence, acknowledgment, flags, payload);
-        self.world.send(&self.slots[1], &frame)
+        let slot = self.slots[1];
+        self.send(&slot, &frame)
     }
 
     /// An allowed query and an acknowledgment of it; gives its length in the stream.
@@ -181,6 +203,51 @@ impl Connection {
     fn cut(&self, reason: Reason) {
         assert_eq!(self.world.verdict().1, reason);
         assert_eq!(self.tcp().cut, 1);
+    }
+}
+
+/// The slot of the packet that makes the conntrack entry.
+fn new(slot: CarrySlot) -> CarrySlot {
+    CarrySlot {
+        flags: slot.flags | carry_flags::NEW,
+        ..slot
+    }
+}
+
+/// The three packets of a handshake of another connection, by its endpoint and the client's port.
+struct Other(u16, u16);
+
+impl Other {
+    fn syn(&self, it: &mut Connection) -> Fate {
+        let Self(endpoint, port) = *self;
+        let frame = segment(&to_server(port, &[]), 1, 0, SYN, &[]);
+        self.send(it, &new(asks(endpoint)), &frame)
+    }
+
+    fn syn_ack(&self, it: &mut Connection) -> Fate {
+        let Self(endpoint, port) = *self;
+        let frame = segment(&to_client(port, &[]), 1, 2, SYN | ACK, &[]);
+        self.send(it, &is_told(endpoint), &frame)
+    }
+
+    fn ack(&self, it: &mut Connection) -> Fate {
+        let Self(endpoint, port) = *self;
+        let frame = segment(&to_server(port, &[]), 2, 2, ACK, &[]);
+        self.send(it, &asks(endpoint), &frame)
+    }
+
+    fn send(&self, it: &mut Connection, slot: &CarrySlot, frame: &[u8]) -> Fate {
+        let handle = it.world.send(slot, frame);
+        it.fate(handle).expect("a handshake is not held").clone()
+    }
+
+    /// Opens the connection. Gives what became of the SYN; the rest is sent if it was released.
+    fn open(&self, it: &mut Connection) -> Fate {
+        let fate = self.syn(it);
+        if fate == Fate::Released {
+            assert_eq!((self.syn_ack(it), self.ack(it)), (Fate::Released, Fate::Released));
+        }
+        fate
     }
 }
 
@@ -705,15 +772,40 @@ fn what_receivers_could_read_differently_is_dropped() {
     let mut it = Connection::new();
     let asked = framed(&[query(7, "allowed.test", A)]);
     let invalid = Some(&Fate::Discarded(Reason::TcpInvalid));
-    // another SYN, data in one, another SYN from the resolver
+    let reported = |it: &mut Connection| {
+        let records = std::mem::take(&mut it.world.sink.records);
+        assert!(records.iter().all(|record| record.verdict == Verdict::Dropped));
+        records.iter().map(|record| record.reason).collect::<Vec<_>>()
+    };
+    // Another SYN goes on as a candidate for the place of the connection. Data in one does not, whether or not the SYN
+    // itself has gone on.
+    let opened = it.tcp().opened;
     let syn = it.client(8, SYN, &[]);
-    let with_data = it.client(-1, SYN, &asked);
-    let syn_ack = it.resolver(8, SYN | ACK, &[]);
-    let not_acknowledged = it.resolver_acknowledges(-1, 3, SYN | ACK, &[]);
-    for handle in [syn, with_data, syn_ack, not_acknowledged] {
+    assert_eq!(it.fate(syn), Some(&Fate::Released));
+    let with_data = it.client(8, SYN, &asked);
+    assert_eq!(it.fate(with_data), invalid);
+    assert_eq!(reported(&mut it), [Reason::TcpInvalid]);
+    let stats = it.tcp();
+    assert_eq!((stats.opened, stats.half_open), (opened + 1, 1));
+    // A SYN+ACK that acknowledges neither SYN, or acknowledges the first with another sequence number; a SYN that
+    // acknowledges nothing.
+    let neither = it.resolver_acknowledges(-1, 3, SYN | ACK, &[]);
+    let of_another = it.resolver(8, SYN | ACK, &[]);
+    let without = it.resolver(8, SYN, &[]);
+    for handle in [neither, of_another, without] {
         assert_eq!(it.fate(handle), invalid);
     }
-    // the same again is none of that
+    // One record a second for each reason.
+    assert_eq!(reported(&mut it), [Reason::TcpInvalid]);
+    it.world.wait(1_000);
+    let again = it.resolver(8, SYN | ACK, &[]);
+    assert_eq!(it.fate(again), invalid);
+    assert_eq!(reported(&mut it), [Reason::TcpInvalid]);
+    let with_data = it.client(-1, SYN, &asked);
+    assert_eq!(it.fate(with_data), invalid);
+    // The connection is as it was: the same handshake again is released, and so is what follows it.
+    assert_eq!((it.tcp().connections, it.tcp().replaced), (1, 0));
+    assert_eq!(it.slots[0].serial, 99);
     it.greet();
     let fin = it.client(0, FIN | ACK, &asked);
     assert_eq!(it.fate(fin), Some(&Fate::Released));
@@ -725,6 +817,40 @@ fn what_receivers_could_read_differently_is_dropped() {
     assert_eq!(it.fate(urgent), invalid);
     assert!(it.world.sink.learns.is_empty());
     it.world.end();
+}
+
+#[test]
+fn a_syn_on_an_open_connection_takes_its_place_once_the_resolver_acknowledges_it() {
+    for v6 in [false, true] {
+        let mut it = Connection::with(&Limits::default(), v6, [asks(1), is_told(1)]);
+        let syn = it.client(8, SYN, &[]);
+        assert_eq!(it.fate(syn), Some(&Fate::Released));
+        // Until then packets belong to the open connection, on which the resolver has not sent what the candidate's
+        // data acknowledges.
+        it.asked(7);
+        let early = it.client_acknowledges(9, 501, ACK, &framed(&[query(8, "denied.test", A)]));
+        assert_eq!(it.fate(early), Some(&Fate::Discarded(Reason::TcpOutOfWindow)));
+        assert_eq!((it.tcp().connections, it.tcp().replaced), (1, 0));
+        // One too few, one too many, and the number itself.
+        for (acknowledged, fate) in [
+            (8, Fate::Discarded(Reason::TcpInvalid)),
+            (10, Fate::Discarded(Reason::TcpInvalid)),
+            (9, Fate::Released),
+        ] {
+            assert_eq!((it.tcp().replaced, it.slots[0].serial), (0, 99));
+            let answer = it.resolver_acknowledges(500, acknowledged, SYN | ACK, &[]);
+            assert_eq!(it.fate(answer), Some(&fate), "{acknowledged}");
+        }
+        assert_eq!((it.tcp().connections, it.tcp().replaced), (1, 1));
+        assert_ne!(it.slots[0].serial, 99);
+        // It is read from its first byte.
+        let ack = it.client_acknowledges(9, 501, ACK, &[]);
+        assert_eq!(it.fate(ack), Some(&Fate::Released));
+        let denied = framed(&[query(8, "denied.test", A)]);
+        let handle = it.client_acknowledges(9, 501, ACK, &denied);
+        assert_eq!(it.fate(handle), Some(&Fate::Discarded(Reason::AppDenied)));
+        it.world.end();
+    }
 }
 
 #[test]
@@ -767,22 +893,19 @@ fn limits_hold() {
     let limit = Some(&Fate::Discarded(Reason::InspectLimit));
     // two policies have them read: nothing is acknowledged here
     let mut it = Connection::with(&limits, false, [shared(asks(1)), shared(is_told(1))]);
-    let syn = |port| segment(&to_server(port, &[]), 1, 0, SYN, &[]);
-    for (endpoint, port, fate) in [
-        (1, 4001, limit),
-        (2, 4001, Some(&Fate::Released)),
-        (3, 4001, limit),
-    ] {
-        let handle = it.world.send(&asks(endpoint), &syn(port));
-        assert_eq!(it.fate(handle), fate);
-        if fate == limit {
-            assert_eq!(it.world.verdict().1, Reason::InspectLimit);
+    let refused = Fate::Discarded(Reason::InspectLimit);
+    for (endpoint, fate) in [(1, &refused), (2, &Fate::Released), (3, &refused)] {
+        assert_eq!(Other(endpoint, 4001).open(&mut it), *fate, "{endpoint}");
+        if *fate == refused {
+            let (verdict, reason, _) = it.world.verdict();
+            assert_eq!((verdict, reason), (Verdict::Dropped, Reason::InspectLimit));
         }
     }
+    assert_eq!((it.tcp().connections, it.tcp().limited), (2, 2));
     // who goes makes room
     it.world.engine.forget_endpoint(2, &mut it.world.sink);
-    let handle = it.world.send(&asks(3), &syn(4001));
-    assert_eq!(it.fate(handle), Some(&Fate::Released));
+    assert_eq!(Other(3, 4001).open(&mut it), Fate::Released);
+    assert_eq!(Other(2, 4001).open(&mut it), refused);
     let long = framed(&[query(7, &"a-label.".repeat(20), A)]);
     let mut at = 0;
     for number in 0..4 {
@@ -810,6 +933,65 @@ fn limits_hold() {
     let told = it.resolver(0, ACK, &framed(&[address(7, "allowed.test")]));
     assert_eq!(it.fate(told), limit);
     it.cut(Reason::InspectLimit);
+    it.world.end();
+}
+
+/// Of eight, endpoint 1 has one. An endpoint with six has no less than three times the one that is left then.
+#[test]
+fn an_endpoint_gets_at_most_three_times_the_connections_that_are_left() {
+    let limits = tcp(|limits| limits.connections = 8);
+    let mut it = Connection::with(&limits, false, [asks(1), is_told(1)]);
+    let refused = Fate::Discarded(Reason::InspectLimit);
+    for port in 4001..=4006 {
+        assert_eq!(Other(2, port).open(&mut it), Fate::Released, "{port}");
+    }
+    assert_eq!(Other(2, 4007).open(&mut it), refused);
+    assert_eq!(Other(3, 4001).open(&mut it), Fate::Released);
+    // None is left.
+    assert_eq!(Other(4, 4001).open(&mut it), refused);
+    let stats = it.tcp();
+    assert_eq!((stats.connections, stats.half_open, stats.limited), (8, 0, 2));
+    it.asked(7);
+    it.world.end();
+}
+
+#[test]
+fn half_open_connections_have_a_limit_of_their_own() {
+    let limits = tcp(|limits| {
+        limits.connections = 3;
+        limits.connections_per_endpoint = 1;
+        limits.half_open = 3;
+    });
+    let mut it = Connection::with(&limits, false, [asks(1), is_told(1)]);
+    // More than the endpoint may have open.
+    for port in 4001..=4003 {
+        assert_eq!(Other(2, port).syn(&mut it), Fate::Released, "{port}");
+    }
+    let stats = it.tcp();
+    assert_eq!((stats.connections, stats.half_open, stats.crowded), (4, 3, 0));
+    // One more takes the place of the oldest of the endpoint that has most.
+    assert_eq!(Other(3, 4001).syn(&mut it), Fate::Released);
+    let stats = it.tcp();
+    assert_eq!((stats.half_open, stats.crowded, stats.limited), (3, 1, 0));
+    let forgotten = Fate::Discarded(Reason::TcpMidstream);
+    assert_eq!(Other(2, 4001).syn_ack(&mut it), forgotten);
+    for other in [Other(2, 4002), Other(2, 4003), Other(3, 4001)] {
+        assert_eq!(other.syn_ack(&mut it), Fate::Released);
+    }
+    // With the SYN+ACK acknowledged a connection counts among the open ones.
+    assert_eq!(Other(3, 4001).ack(&mut it), Fate::Released);
+    assert_eq!(it.tcp().half_open, 2);
+    assert_eq!(
+        Other(3, 4002).syn(&mut it),
+        Fate::Discarded(Reason::InspectLimit),
+        "endpoint 3 has the one that it may have"
+    );
+    // Those that nothing is seen of are forgotten, the open ones are not.
+    it.world.wait(9_999);
+    assert_eq!(it.tcp().half_open, 2);
+    it.world.wait(1);
+    assert_eq!((it.tcp().connections, it.tcp().half_open), (2, 0));
+    it.asked(7);
     it.world.end();
 }
 
