@@ -12,7 +12,7 @@
 //! the next sweep has counted. The map has room for more such errors than ten seconds can make (`datapath::shares`).
 
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
-use palisade_abi::{CtEntry, CtKey, FragmentKey, SHARE_WAYS, Share, ct_flags};
+use palisade_abi::{CtEntry, CtKey, FlowSlot, FragmentKey, SHARE_WAYS, Share, ct_flags};
 
 use crate::counters;
 use crate::maps::{CONNTRACK, FLOW_SLOTS, FRAGMENT_SLOTS, FRAGMENTS, SHARE_SLOTS, SHARES};
@@ -67,34 +67,62 @@ pub fn enter(key: &CtKey, direction: u32, created: u64) -> u32 {
     let first = first.wrapping_add(place(slots));
     // A program that is about to be replaced may have a smaller map than the shares are cut for. Then the flow has no
     // slot and lives until its timeout.
-    let Some(mut slot) = FLOW_SLOTS.get_ptr_mut(first) else {
+    let Some(mut oldest) = FLOW_SLOTS.get_ptr_mut(first) else {
         return 1;
     };
+    // SAFETY: map values, which live as long as the map, here and below. The times are read once: if another CPU takes
+    // a slot meanwhile, the time that was read does not fit its new flow, and that flow is left alone.
+    let mut oldest_at = unsafe { core::ptr::read_volatile(&raw const (*oldest).created) };
+    let (mut second, mut second_at) = (oldest, u64::MAX);
     for way in 1..SHARE_WAYS {
         if way >= slots {
             break;
         }
         if let Some(other) = FLOW_SLOTS.get_ptr_mut(first.wrapping_add(way)) {
-            // SAFETY: map values, which live as long as the map; they are only compared.
-            if unsafe { (*other).created < (*slot).created } {
-                slot = other;
+            // SAFETY: see above.
+            let at = unsafe { core::ptr::read_volatile(&raw const (*other).created) };
+            if at < oldest_at {
+                (second, second_at) = (oldest, oldest_at);
+                (oldest, oldest_at) = (other, at);
+            } else if at < second_at {
+                (second, second_at) = (other, at);
             }
+        }
+    }
+    // Of two flows that would have to go, the one that was used last stays: the oldest may be a port that a resolver's
+    // client has just used again.
+    let (mut slot, mut holder) = (oldest, holder(oldest, oldest_at));
+    if !holder.is_null() && second_at != u64::MAX {
+        let other = self::holder(second, second_at);
+        // SAFETY: see `conntrack::find`.
+        if other.is_null() || unsafe { (*other).expires < (*holder).expires } {
+            (slot, holder) = (second, other);
         }
     }
     // SAFETY: a map value. When another CPU takes it in the same moment, one of the two flows has no slot.
     let slot = unsafe { &mut *slot };
-    if slot.key.endpoint != 0
-        && let Some(old) = CONNTRACK.get_ptr_mut(&slot.key)
-    {
-        // SAFETY: see `conntrack::find`.
-        let gives_way = unsafe { (*old).created == slot.created && (*old).kept == 0 };
-        if gives_way && CONNTRACK.remove(&slot.key).is_ok() {
-            counters::conntrack_evicted();
-        }
+    if !holder.is_null() && CONNTRACK.remove(&slot.key).is_ok() {
+        counters::conntrack_evicted();
     }
     slot.key = *key;
     slot.created = created;
     1
+}
+
+/// Returns the entry of the flow that has needed its slot since `created`; null if the slot is free, or its flow is gone
+/// or kept.
+#[inline(always)]
+fn holder(slot: *mut FlowSlot, created: u64) -> *mut CtEntry {
+    // SAFETY: a map value, which lives as long as the map.
+    let slot = unsafe { &*slot };
+    if slot.key.endpoint == 0 {
+        return core::ptr::null_mut();
+    }
+    match CONNTRACK.get_ptr_mut(&slot.key) {
+        // SAFETY: see `conntrack::find`.
+        Some(entry) if unsafe { (*entry).created == created && (*entry).kept == 0 } => entry,
+        _ => core::ptr::null_mut(),
+    }
 }
 
 /// Notes that a flow is in use by both ends, or is no more. Where the budget is used up nothing changes.
