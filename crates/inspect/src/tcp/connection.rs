@@ -676,13 +676,12 @@ impl<F> Connection<F> {
             self.release(frame, shared, sink);
             return Ok(true);
         }
-        let value = segment.options.timestamp.map(|(value, _)| value);
         // The part that may go is sent on in a packet made here: now if its bytes are not kept, because they need no reading;
         // once more if the sender sends it again.
         let (goes, sent, is_kept) = (own.judged, own.sent, !own.bytes(start, end).is_empty());
         if !self.is_shared && start < goes && (!is_kept || (!fresh && sent > start)) {
             let part = &segment.payload[..((goes - start) as usize).min(segment.payload.len())];
-            self.send_part(side, start, part, value, shared, sink);
+            self.send_part(side, start, part, shared, sink);
         }
         if !fresh {
             return Err((Reason::TcpHeld, frame));
@@ -693,7 +692,6 @@ impl<F> Connection<F> {
             start,
             end: behind,
             since: now,
-            value,
         });
         Ok(true)
     }
@@ -737,6 +735,7 @@ impl<F> Connection<F> {
             own.mss = segment.options.mss.unwrap_or(536);
             own.has_timestamps = segment.options.timestamp.is_some();
             own.recent = segment.options.timestamp.map_or(0, |(value, _)| value);
+            own.latest = own.recent;
         } else if own.scale != segment.options.scale
             || own.has_timestamps != segment.options.timestamp.is_some()
         {
@@ -1045,7 +1044,7 @@ impl<F> Connection<F> {
         let agreed = self.halves.iter().all(|half| half.has_timestamps);
         agreed.then(|| {
             (
-                self.halves[to.other() as usize].recent,
+                self.halves[to.other() as usize].latest,
                 self.halves[to as usize].recent,
             )
         })

@@ -29,8 +29,6 @@ pub(super) struct Held<F> {
     /// Behind its last byte, its FIN among them.
     pub(super) end: Position,
     pub(super) since: Millis,
-    /// Its timestamp.
-    pub(super) value: Option<u32>,
 }
 
 /// Bytes that are kept, without a gap that is not to be filled.
@@ -154,6 +152,10 @@ pub(super) struct Half<F> {
     pub(super) has_timestamps: bool,
     /// Greatest timestamp of a segment that the receiver expected next (RFC 7323, 4.3).
     pub(super) recent: u32,
+    /// Greatest timestamp of all segments that were taken in. Packets that are made in the place of this side carry it:
+    /// the receiver may have taken the segment that had it, and drops what is older (RFC 7323, 5.3). `recent` lags
+    /// behind by what is on its way and not acknowledged.
+    pub(super) latest: u32,
     /// Window field of the last segment.
     pub(super) window: u16,
     /// All bytes before have come.
@@ -204,6 +206,7 @@ impl<F> Half<F> {
             path: LARGEST,
             has_timestamps: false,
             recent: 0,
+            latest: 0,
             window: 0,
             next: FIRST,
             judged: FIRST,
@@ -510,6 +513,9 @@ impl<F> Half<F> {
         let newer = value.wrapping_sub(self.recent) as i32;
         if newer > 0 && start <= self.acked {
             self.recent = value;
+        }
+        if newer >= 0 && value.wrapping_sub(self.latest) as i32 > 0 {
+            self.latest = value;
         }
         newer < 0
     }

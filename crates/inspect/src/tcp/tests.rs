@@ -941,6 +941,49 @@ fn what_is_held_is_acknowledged_and_then_delivered() {
 }
 
 /// What a receiver never acknowledges ends the connection.
+/// A segment with a timestamp.
+fn stamped(seg: Seg, value: u32, echo: u32) -> Seg {
+    let options = [&[1, 1, 8, 10][..], &value.to_be_bytes(), &echo.to_be_bytes()].concat();
+    Seg { options, ..seg }
+}
+
+#[test]
+fn what_is_made_here_is_no_older_than_what_the_receiver_may_have_taken() {
+    let mut bench = Bench::new(TcpLimits::default());
+    bench.put(&stamped(Seg::new(Side::Client, SYN, CLIENT_ISN, 0, b""), 90, 0));
+    let syn_ack = Seg::new(
+        Side::Server,
+        SYN | ACK,
+        SERVER_ISN,
+        CLIENT_ISN.wrapping_add(1),
+        b"",
+    );
+    bench.put(&stamped(syn_ack, 5000, 90));
+    bench.put(&stamped(client(0, b""), 95, 5000));
+    bench.take();
+    // Two messages go on. No acknowledgement has been seen, but the server may have taken both, and their timestamps.
+    bench.put(&stamped(client(0, b"\x02ab"), 100, 5000));
+    bench.put(&stamped(client(3, b"\x02cd"), 110, 5000));
+    assert_eq!(bench.take().released.len(), 2);
+    // A part of a message is acknowledged here, and delivered from here once the rest has come.
+    bench.put(&stamped(client(6, b"\x05e"), 120, 5000));
+    bench.tick(20);
+    bench.put(&stamped(client(8, b"fghi"), 130, 5000));
+    bench.tick(400);
+    let made: Vec<_> = bench
+        .take()
+        .emitted
+        .into_iter()
+        .map(|(seg, _)| seg)
+        .filter(|seg| seg.from == Side::Client && !seg.data.is_empty())
+        .collect();
+    assert!(!made.is_empty());
+    for seg in made {
+        let value = u32::from_be_bytes(seg.options[4..8].try_into().unwrap());
+        assert!(value >= 110, "{seg:?}");
+    }
+}
+
 #[test]
 fn a_receiver_that_takes_nothing_ends_it() {
     let mut bench = Bench::open();

@@ -96,33 +96,21 @@ impl<F> Connection<F> {
             let mut bytes = std::mem::take(&mut shared.part);
             bytes.clear();
             bytes.extend_from_slice(self.halves[side as usize].bytes(from, to));
-            let value = self.halves[side as usize]
-                .held
-                .front()
-                .and_then(|held| held.value);
-            self.send_part(side, from, &bytes, value, shared, sink);
+            self.send_part(side, from, &bytes, shared, sink);
             shared.part = bytes;
         }
     }
 
-    /// Sends bytes of a side's packet on in packets made here. `value`: the packet's timestamp, which these have too. That of
-    /// an older packet would have the receiver drop them (RFC 7323, 5.2), if it has got others in between.
+    /// Sends bytes of a side's packet on in packets made here.
     pub(super) fn send_part<S: Sink<F>>(
         &mut self,
         side: Side,
         from: Position,
         bytes: &[u8],
-        value: Option<u32>,
         shared: &mut Shared,
         sink: &mut S,
     ) {
         let to = side.other();
-        let own = self.half(side);
-        if let Some(value) = value
-            && value.wrapping_sub(own.recent) as i32 > 0
-        {
-            own.recent = value;
-        }
         let timestamp = self.timestamp(to);
         let (own, receiver) = (&self.halves[side as usize], &self.halves[to as usize]);
         let mut at = from;
