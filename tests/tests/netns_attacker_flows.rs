@@ -157,7 +157,7 @@ fn a_connection_by_the_ports_of_one_with_a_long_body_is_read() {
     }
 }
 
-/// The server may send to port 443 of anybody. An attacker at such a port lets the entry of its SYN die, and waits for
+/// The server may send to port 443 of any host. An attacker at such a port lets the entry of its SYN die, and waits for
 /// the server to repeat its answer.
 #[test]
 fn a_connection_whose_entry_has_died_is_not_made_again_as_the_servers_own() {

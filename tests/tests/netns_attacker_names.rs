@@ -1,5 +1,5 @@
-//! Owners of allowed names that answer with what suits them: addresses of the node's surroundings, and so many different
-//! combinations of addresses that the tables would grow without end.
+//! Owners of allowed names that choose their answers: addresses of the node's surroundings; many different
+//! combinations of addresses would make the tables grow without end.
 
 use std::{fs, net::Ipv4Addr, time::Duration};
 

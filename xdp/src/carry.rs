@@ -398,7 +398,7 @@ fn obey(command: &FlowCommand) -> u32 {
     if entry.ruleset != command.ruleset || u32::from(entry.carry_flags) != command.carry_flags {
         return 0;
     }
-    // Only who has shaken hands sends something.
+    // Data is sent after the handshake only.
     conntrack::opened(entry);
     // If the entry changes now, on another CPU, `decided` says what it was decided for: it will not count.
     let (serial, ruleset, flags) = (command.serial, command.ruleset, command.carry_flags as u8);

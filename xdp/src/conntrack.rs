@@ -169,7 +169,7 @@ fn is_closing(forward: u8, reply: u8) -> bool {
 /// in the other direction, unless both sides open at the same time (RFC 9293, 3.5, figure 7: see [`crosses`]).
 ///
 /// A connection that is read is over when its inspector says so, and until then each SYN goes to the inspector:
-/// whoever can send a reset and a SYN with wrong checksums could otherwise exchange the entry of a live connection.
+/// otherwise a forged reset and a forged SYN, both with wrong checksums, would replace the entry of a live connection.
 #[inline(always)]
 pub fn begins_another(entry: &CtEntry, packet: &Packet, ingress: bool) -> bool {
     if !is_bare_syn(packet) {
@@ -193,7 +193,7 @@ pub fn is_bare_syn(packet: &Packet) -> bool {
 }
 
 /// Whether the packet is the SYN of the side that is to answer, where nothing has been acknowledged and nothing is
-/// read: both sides open at the same time, or somebody has sent the first SYN in the name of the other end.
+/// read: both sides open at the same time, or the first SYN was forged in the name of the other end.
 #[inline(always)]
 pub fn crosses(entry: &CtEntry, packet: &Packet, ingress: bool) -> bool {
     is_bare_syn(packet) && entry.inspector == 0 && is_reply(entry, ingress)
@@ -224,7 +224,7 @@ fn timeout(config: &Config, protocol: u8, flow_flags: u8, forward_tcp: u8, reply
 }
 
 /// Whether both ends use the flow, so that it is worth more than a new one. TCP: the opener has acknowledged what the
-/// other side said; a SYN is answered whoever sent it. What has no handshake: it has been answered and goes on.
+/// other side said; a SYN is answered also if it is forged. What has no handshake: it has been answered and goes on.
 #[inline(always)]
 fn is_settled(protocol: u8, flow_flags: u8, forward_tcp: u8, reply_tcp: u8, age: u64) -> bool {
     if flow_flags & ct_flags::REPLIED == 0 {

@@ -339,7 +339,7 @@ fn icmpv6<C: Context>(ctx: C, frame: &Frame) -> u32 {
         icmpv6::NEIGHBOUR_SOLICITATION | icmpv6::NEIGHBOUR_ADVERTISEMENT | icmpv6::ROUTER_SOLICITATION => {
             discovery(ctx, frame)
         }
-        // Nobody but a router of the NIC's link tells this node where to send.
+        // Only a router of the NIC's link may tell this node where to send.
         icmpv6::ROUTER_ADVERTISEMENT if frame.place == place::NIC_IN => discovery(ctx, frame),
         icmpv6::LISTENER_QUERY..=icmpv6::LISTENER_DONE | icmpv6::LISTENER_REPORT_V2 => listener(ctx, frame),
         _ => JUDGE,

@@ -244,7 +244,8 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
         identity::identity(other, frame.known)
     };
     let slot = slot(frame);
-    // Whoever sends first what opens no connection would choose the direction by which all of it is judged.
+    // A packet that opens no connection does not show which end opened the flow: an attacker that sends the first one
+    // would choose the direction by which the whole flow is judged.
     frame.other = other::NOTHING;
     if frame.stateful && may_be_turned(frame.packet.protocol, conntrack::is_bare_syn(&frame.packet)) {
         ask_direction(frame, u32::from(!ingress));

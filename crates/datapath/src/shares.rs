@@ -39,7 +39,7 @@ pub fn share_slot(endpoint: u16, direction: usize) -> u32 {
 /// The shares of these endpoints, and the pool at slot 0.
 ///
 /// New flows have half of the map. Of the rest (less what the kernel wants free) one half is
-/// guaranteed in equal parts, the other is the pool: whoever comes first.
+/// guaranteed in equal parts, the other is the pool, lent in the order of arrival.
 #[must_use]
 pub fn shares(endpoints: &BTreeSet<u16>, sizes: Sizes) -> BTreeMap<u32, Share> {
     let free = (sizes.flows / 16)

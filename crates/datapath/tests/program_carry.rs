@@ -764,7 +764,7 @@ fn a_flow_seen_in_mid_stream_is_read_once_a_rule_wants_its_other_direction_read(
     }
 }
 
-/// Somebody sends a SYN in the other end's name, and the workload then "answers" with a SYN of its own.
+/// A SYN is forged in the other end's name, and the workload then "answers" with a SYN of its own.
 #[test]
 fn a_forged_syn_does_not_choose_who_has_opened() {
     for (other, own) in FAMILIES {

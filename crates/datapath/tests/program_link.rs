@@ -77,7 +77,7 @@ fn neighbour_discovery_that_the_node_would_forward_is_judged_by_the_policy() {
             assert_eq!(got.reason, Reason::LinkControl, "{hook:?} {frame:?}");
         }
     }
-    // From a NIC, to somebody behind the node: forwarded like any packet, not by rule.
+    // From a NIC, to a host behind the node: forwarded like any packet, not by rule.
     world.interface(NIC, HOST, 0);
     let got = world.run(Hook::TcIn, &neighbour(135, "fe80::1", A_V6, A_V6));
     assert_eq!(got.reason, Reason::Forwarded);
@@ -170,7 +170,7 @@ fn a_workload_names_only_its_own_addresses_to_its_neighbours() {
             assert_eq!(got.passed, passes, "from {origin}: {frame:?} {:?}", got.reason);
         }
     }
-    // Nobody on a NIC's link has a workload's address; the node's own pass, so that the kernel sees a conflict.
+    // No host on a NIC's link has a workload's address; the node's own pass, so that the kernel sees a conflict.
     world.interface(NIC, HOST, 0);
     for hook in ENTRIES {
         for (frame, passes) in [
@@ -271,7 +271,7 @@ fn what_did_not_pass_a_guarded_interface_is_not_forwarded() {
         world.set_interface(&interface(10, role::LINK, 0));
         world.set_interface(&interface(GUARDED, WORKLOAD, A));
         let unguarded = Reason::Unguarded;
-        // 66: an interface that nobody has looked at.
+        // 66: an interface that the daemon has not looked at.
         for (origin, from_workload, from_others) in [
             (66, unguarded, unguarded),
             (8, unguarded, Reason::Forwarded),
@@ -434,7 +434,7 @@ fn what_was_translated_to_the_node_behind_its_policy_is_not_answered() {
         for frame in &answers {
             assert_eq!(world.run_local(frame).reason, Reason::Translated, "{vip}");
         }
-        // An address that the node has and nobody told; none yet; and what is only sent on.
+        // An address that the node has and the maps do not; none yet; and what is only sent on.
         assert_eq!(
             world
                 .run_local(&udp((untold, 53), (outside, 4000), &[0; 8]))
@@ -447,7 +447,7 @@ fn what_was_translated_to_the_node_behind_its_policy_is_not_answered() {
         }
         let got = world.run_entered(&answers[0], IFINDEX);
         assert_eq!(got.reason, Reason::Forwarded);
-        // A workload asks the service address; the node answers instead of who has it.
+        // A workload asks the service address; the node answers instead of the host that has it.
         world.interface(WORKLOAD, A, 0);
         world.rule(A, EGRESS, identity::ANY, 0, entry(Decision::Allow, 8));
         let got = world.run(Hook::TcIn, &udp((a, 4000), (vip, 53), &[0; 8]));

@@ -1,4 +1,4 @@
-//! Whatever two ends and whoever forges packets in their names send, and however late orders come: of a flow that must
+//! Whatever two ends send, whatever is forged in their names, and however late orders come: of a flow that must
 //! be read, no byte passes unread that no order of the worker for this very connection covers.
 //!
 //! Random histories over the real programs. The worker is played here: it gives orders about what it was sent, at odd

@@ -152,7 +152,7 @@ fn malformed_packets_have_reasons_of_their_own() {
             Reason::InvalidIpv6Extension,
         ),
         (
-            "a routing type that nobody knows",
+            "an unassigned routing type",
             raw(WORLD_V6, HOST_V6, 43, 64, &[6, 0, 5, 0, 0, 0, 0, 0]),
             Reason::InvalidIpv6Extension,
         ),

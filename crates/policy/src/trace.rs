@@ -116,7 +116,7 @@ pub struct Side {
     pub rule: u32,
     /// Every rule that matches the packet, with what it says.
     pub matching: Vec<Matching>,
-    /// What in the policies of the endpoint has no effect in this direction, like names of ports that nobody has.
+    /// What in the policies of the endpoint has no effect in this direction, like port names that no peer has.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub remarks: Vec<String>,
 }

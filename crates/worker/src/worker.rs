@@ -503,7 +503,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             None => return,
         };
         if let Some(slot) = second {
-            // Each of the two has its own flow. A command goes ahead, since nobody knows for how long the second holds the
+            // Each of the two has its own flow. A command goes ahead, since the second may hold the
             // packet; but one without which the packet must not go on stays with it.
             match command {
                 Some(command) if command.order == order::REPLACE => {

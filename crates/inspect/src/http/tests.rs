@@ -701,7 +701,7 @@ fn a_header_that_a_rule_names_must_not_come_in_disguise() {
     }
 }
 
-/// A head, a body that an upload of so many bytes has, and a request behind it that no rule allows.
+/// A head, the body of an upload with the given number of bytes, and a request behind it that no rule allows.
 fn upload(length: usize) -> (String, Vec<u8>, String) {
     let head = format!("POST /public/up HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n");
     (

@@ -138,7 +138,7 @@ impl<F> Connection<F> {
         self.halves.iter().all(|half| half.acked > START)
     }
 
-    /// Whether it has been seen to end, so that nothing is taken from anybody who uses its ports again.
+    /// Whether it has been seen to end, so that a new connection by the same ports loses nothing.
     pub(super) fn is_closed(&self) -> bool {
         self.closed != Told::No || matches!(self.phase, Phase::Cut(_))
     }
@@ -781,7 +781,7 @@ impl<F> Connection<F> {
             self.closed = Told::Next;
         }
         if self.closed == Told::No {
-            // Its sides go on: whoever sent the reset did not name the byte that was waited for.
+            // Its ends go on: the reset did not name the byte that its receiver waited for.
             self.reset = false;
         }
     }

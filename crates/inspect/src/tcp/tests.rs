@@ -297,7 +297,7 @@ fn resident() -> usize {
     pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
 }
 
-/// A SYN from somebody, of this number.
+/// A SYN from the client with this number.
 fn syn_of(peer: u32) -> Seg {
     let [_, x, y, z] = peer.to_be_bytes();
     Seg {
@@ -1178,7 +1178,7 @@ fn what_was_decided_before_the_worker_began_does_not_hold_for_a_new_connection()
         (out.commands[0].order, out.commands[0].serial),
         (order::REPLACE, 41)
     );
-    // The answer to a SYN that is not known here resets nobody: the SYN comes again.
+    // The answer to a SYN that is not known here causes no reset: the SYN comes again.
     bench.table.forget(None, &mut bench.out);
     bench.put_as(&Seg::new(Side::Server, SYN | ACK, SERVER_ISN, isn, b""), 41, 0);
     let out = bench.take();
@@ -1267,7 +1267,7 @@ fn a_flood_of_syns_takes_nothing_from_anybody_else() {
     for n in 0..200_000 {
         bench.put_as(&syn_of(n), 0, 7);
         if n % 1000 == 999 {
-            // Somebody else's connection needs a while.
+            // The connection of another endpoint needs a while.
             let (syn, peer) = (syn_of(0x00ff_0000 + n), syn_of(0x00ff_0000 + n).peer);
             bench.put_as(&syn, 0, 8);
             for n in 0..100 {

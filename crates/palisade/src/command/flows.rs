@@ -51,7 +51,7 @@ pub fn monitor(
     related_to: Option<&str>,
     output: Output,
 ) -> anyhow::Result<u8> {
-    // A name that nobody has would be waited for without end.
+    // Without this check a name that no endpoint has would be waited for without end.
     for endpoint in related_to.iter().flat_map(|list| list.split(',')) {
         let request = Request::EndpointGet {
             endpoint: endpoint.trim().to_owned(),

@@ -228,7 +228,7 @@ pub fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> Result<T, C
     Client::send(socket, request)?.answer()
 }
 
-/// The same, with an answer within so long or none.
+/// The same, with a limit to the time in which the answer must come.
 pub fn ask_within<T: DeserializeOwned>(
     socket: &Path,
     request: &Request,

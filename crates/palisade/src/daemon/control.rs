@@ -529,7 +529,7 @@ impl Control {
         self.changed();
     }
 
-    /// One line for each file that has changed: what was decided when, for whoever has to find out later.
+    /// One line for each file that has changed: the audit trail of what was put in force and when.
     fn log_policies(&mut self, before: &BTreeMap<u16, EndpointState>, begun: Instant) {
         let news = self.files.take_news();
         if news.is_empty() {

@@ -25,7 +25,7 @@ use super::{
 const TRY_AGAIN: Duration = Duration::from_secs(2);
 /// A file is on the disk by then, or the disk is in no state to be waited for.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(10);
-/// Up to so many files of a batch are brought to the disk one by one, more with everything else of their file system.
+/// Most files of a batch that are flushed by one `fsync` each; a larger batch is flushed by one `syncfs`.
 const ONE_BY_ONE: usize = 16;
 
 /// Last good policy files by name; `None`: what is kept of it stays as it is.
@@ -153,7 +153,7 @@ impl Writing {
             let outcome = self.write();
             self.tell(outcome.as_ref().err());
             for done in waiting {
-                // Whoever waited may have gone.
+                // The receiver may be gone: its client has ended.
                 let _ = done.send(outcome.clone());
             }
         }

@@ -1,4 +1,4 @@
-//! The directories, the socket and the locks that a daemon must have for itself. Whoever can rename an entry of one of
+//! The directories, the socket and the locks that a daemon must have for itself. A user that can rename an entry of one of
 //! these directories decides what the daemon finds there: an unprivileged user that made the pin directory first can
 //! unlink the pins that hold the programs at their interfaces.
 

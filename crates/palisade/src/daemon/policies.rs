@@ -355,7 +355,7 @@ impl PolicyFiles {
     }
 
     /// A file that held policies and holds nothing now was truncated (an interrupted copy, a full disk, a power
-    /// failure), or is being written. It takes no policy away: whoever wants that removes the file, or leaves a comment.
+    /// failure), or is being written. It removes no policy: for that, the file is deleted or left with a comment.
     fn unless_emptied(&self, name: &str, shown: &str, text: String) -> Result<String, Diagnostic> {
         let good = self.files.get(name).and_then(|file| file.good.as_ref());
         let before = match good {

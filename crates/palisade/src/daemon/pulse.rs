@@ -14,10 +14,10 @@ use palisade_datapath::monotonic_coarse;
 use sd_notify::NotifyState;
 use tracing::{error, info, warn};
 
-/// A worker that has been silent for so long hangs. It says that it lives twenty times a second, and the programs take
+/// A worker whose last sign of life is older than this hangs. It says that it lives twenty times a second, and the programs take
 /// it for dead after one second; the rest is for a machine that is overloaded.
 const WORKER_HANGS: Duration = Duration::from_secs(10);
-/// The watchdog is told so many times in each of its intervals, so that one late call does no harm.
+/// Calls of the watchdog in each of its intervals: one late call does no harm.
 const TOLD: u32 = 4;
 
 /// What the control thread is at.
@@ -47,7 +47,7 @@ impl Pulse {
 pub struct Beats(Box<[AtomicU64]>);
 
 impl Beats {
-    /// Of so many workers.
+    /// Returns the heartbeats of `workers` workers.
     pub fn new(workers: usize) -> Self {
         Self((0..workers).map(|_| AtomicU64::new(0)).collect())
     }

@@ -242,7 +242,7 @@ fn skipped(object: &Object<'_>, kind: &str, api_version: &str) {
             .iter()
             .any(|(_, own, _)| belongs(api_version, own) || suggestion(group, [*own]).is_some())
         || api_version.starts_with("cilium/")
-        // Nobody else has kinds of this name.
+        // No other API group has kinds of this name.
         || kind.starts_with("Cilium") && KINDS.iter().any(|(name, _, _)| *name == kind);
     let meant = suggestion(kind, KINDS.map(|(name, _, _)| name)).filter(|_| ours);
     if let Some(name) = meant {
