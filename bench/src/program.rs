@@ -5,7 +5,7 @@
 
 use std::net::Ipv4Addr;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use aya::{
     Ebpf, EbpfLoader, Pod,
     maps::{Array, HashMap, MapData},
@@ -13,8 +13,10 @@ use aya::{
 };
 use palisade_abi::{
     Addr, CLASS_SLOTS, Class, Config, CtEntry, CtKey, DIRECTIONS, Decision, EndpointState, Interface,
-    IpcacheEntry, MatchKind, PolicyEntry, PolicyKey, class_slot, identity, maps, programs, protocol, role,
+    IpcacheEntry, MatchKind, PolicyEntry, PolicyKey, Share, class_slot, identity, maps, programs, protocol,
+    role,
 };
+use palisade_datapath::Sizes;
 use palisade_testbed::Ns;
 use zerocopy::{Immutable, IntoBytes};
 
@@ -34,6 +36,11 @@ const GUARDED: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 10);
 const POLICY: u32 = 3;
 const PORT: u16 = 80;
 const SECOND: u64 = 1_000_000_000;
+/// Sizes of the tables of flows and of fragments: the defaults of the daemon.
+const FLOWS: u32 = 131_072;
+const FRAGMENTS: u32 = 8_192;
+/// The interface by which a packet for the workload entered the node.
+const NIC: u32 = 2;
 
 /// Programs that parse a packet and look one connection up.
 const BASELINE_XDP: &str = "bench_baseline";
@@ -117,11 +124,11 @@ impl Place {
     }
 }
 
-/// A `struct __sk_buff` of a packet that came in by the interface with index 2: not one that this machine has made.
+/// A `struct __sk_buff` of a packet that came in by [`NIC`]: not one that this machine has made.
 const RECEIVED: [u8; 44] = {
     const INGRESS_IFINDEX: usize = 36;
     let mut context = [0; 44];
-    context[INGRESS_IFINDEX] = 2;
+    context[INGRESS_IFINDEX] = NIC as u8;
     context
 };
 
@@ -141,6 +148,10 @@ impl Loaded {
     /// port of the traffic is of class 1.
     fn new(rules: u32, peers: u32) -> Result<Self> {
         let mut ebpf = EbpfLoader::new()
+            .map_max_entries(maps::CONNTRACK, FLOWS)
+            .map_max_entries(maps::FLOW_SLOTS, FLOWS / 2)
+            .map_max_entries(maps::FRAGMENTS, FRAGMENTS)
+            .map_max_entries(maps::FRAGMENT_SLOTS, FRAGMENTS / 2)
             .load(palisade_datapath::OBJECT)
             .context("loading the BPF object")?;
         for (name, program) in ebpf.programs_mut() {
@@ -201,6 +212,17 @@ impl Loaded {
     }
 
     fn fill(&mut self, rules: u32, peers: u32) -> Result<()> {
+        let sizes = Sizes {
+            flows: FLOWS,
+            flow_table: FLOWS / 2,
+            fragment_table: FRAGMENTS / 2,
+            cpus: u32::try_from(aya::util::nr_cpus().map_err(|(path, error)| anyhow!("{path}: {error}"))?)?,
+        };
+        let mut shares = self.array::<{ size_of::<Share>() }>(maps::SHARES)?;
+        for (slot, share) in palisade_datapath::shares(&[ENDPOINT, NODE].into(), sizes) {
+            shares.set(slot, raw(&share)?, 0)?;
+        }
+
         let state = EndpointState {
             policy: POLICY,
             revision: 1,
@@ -278,16 +300,18 @@ impl Loaded {
     /// Has the programs run at a place.
     fn stand_at(&mut self, place: &Place) -> Result<()> {
         self.configure(if place.role == role::HOST { ENDPOINT } else { NODE })?;
-        let interface = Interface {
-            ifindex: IFINDEX,
-            endpoint: ENDPOINT,
-            role: place.role,
-            flags: 0,
-            ..Interface::default()
-        };
-        Ok(self
-            .array::<{ size_of::<Interface>() }>(maps::INTERFACES)?
-            .set(IFINDEX, raw(&interface)?, 0)?)
+        let mut interfaces = self.array::<{ size_of::<Interface>() }>(maps::INTERFACES)?;
+        for (ifindex, endpoint, role) in [(IFINDEX, ENDPOINT, place.role), (NIC, NODE, role::HOST)] {
+            let interface = Interface {
+                ifindex,
+                endpoint,
+                role,
+                link: ifindex,
+                ..Interface::default()
+            };
+            interfaces.set(ifindex, raw(&interface)?, 0)?;
+        }
+        Ok(())
     }
 
     /// Mean time of `repeat` runs in ns, and whether the packet passes.
