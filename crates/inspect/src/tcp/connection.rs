@@ -138,6 +138,17 @@ impl<F> Connection<F> {
         self.halves.iter().all(|half| half.acked > START)
     }
 
+    /// Whether a segment of a side acknowledges the last SYN that is not acknowledged yet.
+    pub(super) fn is_opened_by(&self, side: Side, segment: &Segment<'_>) -> bool {
+        let (own, other) = (&self.halves[side as usize], &self.halves[side.other() as usize]);
+        segment.is_ack()
+            && !segment.is_rst()
+            && own.acked > START
+            && other.isn.is_some()
+            && other.acked == START
+            && (START + 1..=other.sent).contains(&other.position(segment.ack))
+    }
+
     /// Whether it has been seen to end, so that a new connection by the same ports loses nothing.
     pub(super) fn is_closed(&self) -> bool {
         self.closed != Told::No || matches!(self.phase, Phase::Cut(_))
@@ -249,11 +260,7 @@ impl<F> Connection<F> {
         if self.halves.iter().any(late) {
             shared.stats.overdue += 1;
             if self.is_audit {
-                let reason = Reason::InspectDeadline;
-                self.tell(Verdict::Audit, reason, reason.text(), sink);
-                shared.stats.offloaded += 1;
-                self.phase = Phase::Offloaded;
-                self.flush(Side::Client, shared, sink);
+                self.pass_unread(Reason::InspectDeadline, shared, sink);
             } else {
                 let reason = Reason::InspectDeadline;
                 self.tell(Verdict::Dropped, reason, reason.text(), sink);
@@ -262,6 +269,14 @@ impl<F> Connection<F> {
         }
         self.count(shared);
         self.seen.saturating_add(self.idle(shared)) > now
+    }
+
+    /// Lets the connection go on unread, as audit mode does where it would otherwise end.
+    pub(super) fn pass_unread<S: Sink<F>>(&mut self, reason: Reason, shared: &mut Shared, sink: &mut S) {
+        self.tell(Verdict::Audit, reason, reason.text(), sink);
+        shared.stats.offloaded += 1;
+        self.phase = Phase::Offloaded;
+        self.flush(Side::Client, shared, sink);
     }
 
     /// Drops what is held.

@@ -46,6 +46,8 @@ enum Place {
     Past,
     /// To none: a SYN that nothing explains.
     Stray,
+    /// To none: a SYN that opens nothing, because it carries data or a second meaning.
+    Invalid,
     /// To none that is known.
     Unknown,
 }
@@ -183,16 +185,16 @@ impl<F, T: Remember> Connections<F, T> {
             match self.place(key, view, of_current, has_syn, sink) {
                 Place::Known(which) => which,
                 Place::New(which) => {
-                    let is_full = {
-                        let limits = &self.shared.limits;
-                        let of_endpoint = self.shares.get(&key.endpoint).map_or(0, |share| share.open);
-                        let left = limits.connections.saturating_sub(self.open);
-                        of_endpoint >= limits.connections_per_endpoint.min(left.saturating_mul(3))
-                    };
-                    if is_full {
+                    // A SYN that is refused changes nothing: what waits by the same ports goes on to wait.
+                    if self.is_full(&key) {
                         self.shared.stats.limited += 1;
                         self.refuse(now, view, frame, Reason::InspectLimit, sink);
                         return;
+                    }
+                    if which == CURRENT {
+                        self.give_up(key, sink);
+                    } else {
+                        self.remove(Key(key, CANDIDATE));
                     }
                     self.insert(Key(key, which), Connection::new(key, view), make(), sink);
                     which
@@ -218,7 +220,7 @@ impl<F, T: Remember> Connections<F, T> {
                     sink.release(frame);
                     return;
                 }
-                Place::Stray => {
+                Place::Stray | Place::Invalid => {
                     let reason = Reason::TcpInvalid;
                     self.shared.stats.invalid += 1;
                     let reports = match self.entries.get_mut(&key) {
@@ -242,6 +244,19 @@ impl<F, T: Remember> Connections<F, T> {
                 }
             }
         };
+        if which == CURRENT && self.is_opened_beyond_limit(&key, view) {
+            self.shared.stats.limited += 1;
+            match self.entries.get_mut(&key) {
+                Some(entry) if view.slot.flags & carry_flags::AUDIT != 0 => {
+                    let reason = Reason::InspectLimit;
+                    entry.connection.pass_unread(reason, &mut self.shared, sink);
+                }
+                _ => {
+                    self.refuse(now, view, frame, Reason::InspectLimit, sink);
+                    return;
+                }
+            }
+        }
         let all = if which == CANDIDATE {
             &mut self.candidates
         } else {
@@ -315,23 +330,23 @@ impl<F, T: Remember> Connections<F, T> {
             return Place::Known(CURRENT);
         }
         if opens && let Some(segment) = segment {
+            if !segment.payload.is_empty() || segment.is_fin() || segment.is_rst() {
+                return Place::Invalid;
+            }
             if let Some(current) = current {
                 if current.repeats(side, &segment) && !current.is_opened() {
                     return Place::Known(CURRENT);
                 }
                 if current.is_closed() {
-                    self.give_up(key, sink);
                     return Place::New(CURRENT);
                 }
             } else if !is_past {
-                self.remove(Key(key, CANDIDATE));
                 return Place::New(CURRENT);
             }
             if let Some(candidate) = self.candidates.get(&key) {
                 if candidate.connection.repeats(side, &segment) && candidate.connection.is_of(slot.serial) {
                     return Place::Known(CANDIDATE);
                 }
-                self.remove(Key(key, CANDIDATE));
             }
             return Place::New(CANDIDATE);
         }
@@ -348,6 +363,32 @@ impl<F, T: Remember> Connections<F, T> {
             None if is_past => Place::Past,
             None => Place::Unknown,
         }
+    }
+
+    /// Whether the endpoint of a connection has as many open ones as it may have beside this one: a connection in the
+    /// place of an open one with the same ports takes that one's share.
+    fn is_full(&self, key: &CtKey) -> bool {
+        let replaces = self
+            .entries
+            .get(key)
+            .is_some_and(|entry| entry.half_open.is_none());
+        let limits = &self.shared.limits;
+        let of_endpoint = self.shares.get(&key.endpoint).map_or(0, |share| share.open);
+        let others = of_endpoint - usize::from(replaces);
+        let left = limits
+            .connections
+            .saturating_sub(self.open - usize::from(replaces));
+        others >= limits.connections_per_endpoint.min(left.saturating_mul(3))
+    }
+
+    /// Whether a packet completes the handshake of a connection for which there is no room among the open ones. More
+    /// connections can be half-open than may open, so that SYNs with forged sources take no room from the others.
+    fn is_opened_beyond_limit(&self, key: &CtKey, view: &View<'_>) -> bool {
+        self.entries.get(key).is_some_and(|entry| {
+            entry.half_open.is_some()
+                && Segment::read(view)
+                    .is_some_and(|segment| entry.connection.is_opened_by(Side::of(view.slot), &segment))
+        }) && self.is_full(key)
     }
 
     /// Adds a connection that begins.

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::{Connections, Reader, Remember, Side, Step, TcpLimits};
 use crate::{
     Learn, Millis, Route, Sink, View,
-    record::{Record, What},
+    record::{Record, Verdict, What},
 };
 
 pub(crate) const SYN: u8 = 2;
@@ -224,6 +224,7 @@ struct Bench {
     table: Connections<Vec<u8>, Messages>,
     out: Out,
     now: Millis,
+    is_audit: bool,
 }
 
 impl Bench {
@@ -232,6 +233,7 @@ impl Bench {
             table: Connections::new(&limits),
             out: Out::default(),
             now: 0,
+            is_audit: false,
         }
     }
 
@@ -267,6 +269,7 @@ impl Bench {
             inspector: Inspector::Http as u8,
             serial,
             endpoint,
+            flags: if self.is_audit { carry_flags::AUDIT } else { 0 },
             ..CarrySlot::default()
         };
         seg.view(slot, |view, frame| {
@@ -1371,6 +1374,175 @@ fn no_endpoint_takes_all_connections() {
     assert_eq!(shares[0], 48);
     assert!(shares.windows(2).all(|pair| pair[1] < pair[0]), "{shares:?}");
     assert!(shares[1] >= 12 && shares[2] >= 3 && shares[3] >= 1, "{shares:?}");
+}
+
+/// Half-open connections may be more than there is room for when they open: each is counted when its handshake
+/// completes, not only when its SYN comes.
+#[test]
+fn half_open_connections_that_complete_stay_within_the_limit() {
+    const HALF_OPEN: u32 = 200;
+    for limits in [
+        TcpLimits {
+            connections_per_endpoint: 10,
+            ..TcpLimits::default()
+        },
+        // Of what is left for the others an endpoint gets three times as much.
+        TcpLimits {
+            connections: 13,
+            ..TcpLimits::default()
+        },
+    ] {
+        let mut bench = Bench::new(limits);
+        for n in 0..HALF_OPEN {
+            let peer = syn_of(n).peer;
+            bench.put_as(&syn_of(n), 0, 7);
+            let answer = Seg {
+                peer,
+                ..Seg::new(Side::Server, SYN | ACK, 9, 2, b"")
+            };
+            bench.put_as(&answer, 99, 7);
+        }
+        assert_eq!(bench.take().discarded, []);
+        let complete = |bench: &mut Bench, n: u32, data: &[u8]| {
+            let ack = Seg {
+                peer: syn_of(n).peer,
+                ..Seg::new(Side::Client, ACK, 2, 10, data)
+            };
+            bench.put_as(&ack, 99, 7);
+        };
+        for n in 0..HALF_OPEN {
+            complete(&mut bench, n, b"");
+        }
+        let out = bench.take();
+        assert_eq!(out.released.len(), 10);
+        assert_eq!(out.discarded, vec![Reason::InspectLimit; HALF_OPEN as usize - 10]);
+        assert!(
+            out.records
+                .iter()
+                .all(|record| record.reason == Reason::InspectLimit)
+        );
+        assert!(!out.records.is_empty());
+        let stats = bench.table.stats();
+        assert_eq!((stats.limited, stats.half_open), (190, 190));
+        // Its data is not let through either, and an open connection goes on.
+        complete(&mut bench, 199, b"\x01a");
+        complete(&mut bench, 0, b"\x01a");
+        let out = bench.take();
+        assert_eq!(
+            (out.discarded, out.released.len()),
+            (vec![Reason::InspectLimit], 1)
+        );
+        // A reset of a connection that may not open ends it.
+        let reset = Seg {
+            peer: syn_of(198).peer,
+            ..Seg::new(Side::Client, RST, 2, 0, b"")
+        };
+        bench.put_as(&reset, 99, 7);
+        assert_eq!(bench.take().released.len(), 1);
+        // Once one has ended another one may open.
+        let cut = Seg {
+            peer: syn_of(0).peer,
+            ..Seg::new(Side::Client, ACK, 4, 10, b"\x01X")
+        };
+        bench.put_as(&cut, 99, 7);
+        bench.tick(60_001);
+        assert_eq!(bench.table.stats().connections, 9);
+        bench.take();
+        for (n, opens) in [(300, true), (301, false)] {
+            bench.put_as(&syn_of(n), 0, 7);
+            let answer = Seg {
+                peer: syn_of(n).peer,
+                ..Seg::new(Side::Server, SYN | ACK, 9, 2, b"")
+            };
+            bench.put_as(&answer, 99, 7);
+            complete(&mut bench, n, b"\x01a");
+            assert_eq!(bench.take().discarded.is_empty(), opens);
+        }
+    }
+}
+
+/// In audit mode a connection for which there is no room goes on, unread and reported.
+#[test]
+fn in_audit_mode_what_would_open_beyond_the_limit_goes_on_unread() {
+    let mut bench = Bench::new(TcpLimits {
+        connections_per_endpoint: 1,
+        ..TcpLimits::default()
+    });
+    bench.is_audit = true;
+    let segment = |n: u32, from: Side, flags: u8, seq: u32, ack: u32, data: &[u8]| Seg {
+        peer: syn_of(n).peer,
+        ..Seg::new(from, flags, seq, ack, data)
+    };
+    for n in 0..2 {
+        bench.put_as(&syn_of(n), 0, 7);
+        bench.put_as(&segment(n, Side::Server, SYN | ACK, 9, 2, b""), 99, 7);
+    }
+    for n in 0..2 {
+        bench.put_as(&segment(n, Side::Client, ACK, 2, 10, b""), 99, 7);
+    }
+    let out = bench.take();
+    assert_eq!((out.released.len(), out.discarded.len()), (6, 0));
+    let audited: Vec<_> = out
+        .records
+        .iter()
+        .map(|record| (record.verdict, record.reason))
+        .collect();
+    assert_eq!(audited, [(Verdict::Audit, Reason::InspectLimit)]);
+    assert_eq!(
+        out.commands
+            .iter()
+            .map(|command| command.order)
+            .collect::<Vec<_>>(),
+        [order::OPENED, order::OFFLOAD]
+    );
+    bench.tick(1);
+    let stats = bench.table.stats();
+    assert_eq!((stats.connections, stats.half_open, stats.past), (1, 0, 1));
+}
+
+/// A SYN that is refused leaves the SYN that waits for the server's answer in its place.
+#[test]
+fn a_syn_that_is_refused_leaves_the_one_that_waits() {
+    let mut bench = Bench::new(TcpLimits {
+        connections: 8,
+        ..TcpLimits::default()
+    });
+    let open = |bench: &mut Bench, n: u32, endpoint: u16| {
+        let segment = |from: Side, flags: u8, seq: u32, ack: u32| Seg {
+            peer: syn_of(n).peer,
+            ..Seg::new(from, flags, seq, ack, b"")
+        };
+        bench.put_as(&syn_of(n), 0, endpoint);
+        bench.put_as(&segment(Side::Server, SYN | ACK, 9, 2), 99, endpoint);
+        bench.put_as(&segment(Side::Client, ACK, 2, 10), 99, endpoint);
+    };
+    for n in 0..6 {
+        open(&mut bench, n, 7);
+    }
+    let syn = |isn: u32, data: &[u8]| Seg {
+        peer: syn_of(0).peer,
+        ..Seg::new(Side::Client, SYN, isn, 0, data)
+    };
+    bench.put_as(&syn(5000, b""), 99, 7);
+    assert_eq!(bench.take().discarded, []);
+    // Refused for what it is: data in a SYN.
+    bench.put_as(&syn(6000, b"x"), 99, 7);
+    assert_eq!(bench.take().discarded, [Reason::TcpInvalid]);
+    // Refused for want of room: others have taken what was left.
+    for n in 100..102 {
+        open(&mut bench, n, 8);
+    }
+    assert_eq!(bench.take().discarded, []);
+    bench.put_as(&syn(7000, b""), 99, 7);
+    assert_eq!(bench.take().discarded, [Reason::InspectLimit]);
+    let answer = Seg {
+        peer: syn_of(0).peer,
+        ..Seg::new(Side::Server, SYN | ACK, 777, 5001, b"")
+    };
+    bench.put_as(&answer, 99, 7);
+    let out = bench.take();
+    assert_eq!((out.released.len(), out.commands.len()), (1, 1));
+    assert_eq!(out.commands[0].order, order::REPLACE);
 }
 
 /// What a receiver makes of the packets that reach it.
