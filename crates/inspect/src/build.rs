@@ -1,6 +1,7 @@
-//! Packets that the engine makes, and the sums of those it puts together.
+//! Packets that the engine makes.
 
 use palisade_abi::{Addr, protocol};
+pub(crate) use palisade_packet::checksum::Sum;
 use palisade_packet::{Packet, flags};
 
 use crate::View;
@@ -8,46 +9,6 @@ use crate::View;
 /// TTL or hop limit of packets that are made here (RFC 1700's default).
 const HOP_LIMIT: u8 = 64;
 const UDP_HEADER: usize = 8;
-
-/// A sum in one's complement (RFC 1071).
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Sum(u64);
-
-impl Sum {
-    /// Adds bytes; all but the last piece have an even length.
-    pub(crate) fn add(mut self, bytes: &[u8]) -> Self {
-        let (words, rest) = bytes.as_chunks::<4>();
-        for word in words {
-            self.0 += u64::from(u32::from_be_bytes(*word));
-        }
-        let mut last = [0; 4];
-        last[..rest.len()].copy_from_slice(rest);
-        self.0 += u64::from(u32::from_be_bytes(last));
-        self
-    }
-
-    fn add_word(self, word: u16) -> Self {
-        Self(self.0 + u64::from(word))
-    }
-
-    /// The sixteen bits.
-    pub(crate) const fn fold(self) -> u16 {
-        let mut sum = self.0;
-        while sum >> 16 != 0 {
-            sum = (sum >> 16) + (sum & 0xffff);
-        }
-        sum as u16
-    }
-
-    /// The pseudo header of a transport (RFC 768, RFC 8200, 8.1). An IPv4-mapped address adds what the IPv4 address
-    /// adds: `ffff` is zero here.
-    pub(crate) fn pseudo(source: Addr, destination: Addr, protocol: u8, length: usize) -> Self {
-        Self(length as u64)
-            .add(&source.bytes())
-            .add(&destination.bytes())
-            .add_word(u16::from(protocol))
-    }
-}
 
 /// Makes the datagram that answers the one in `view`: addresses and ports swapped. False if it is not to be
 /// answered: it was sent to a group, or from nobody.

@@ -9,6 +9,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod checksum;
 mod ethernet;
 mod fragment;
 mod ip;

@@ -125,7 +125,7 @@ pub fn prepare(bytes: &mut [u8], carried: &Carried) -> Result<Ready, (Reason, Pa
         _ => return Err((Reason::CarryUnsupported, Packet::default())),
     }
     let packet = decode(&bytes[start..])?;
-    checksum::settle(&mut bytes[start..], &packet).map_err(|reason| (reason, packet))?;
+    checksum::complete_or_verify(&mut bytes[start..], &packet).map_err(|reason| (reason, packet))?;
     Ok(Ready { start, packet })
 }
 

@@ -1,0 +1,97 @@
+//! The Internet checksum (RFC 1071), for user space: the BPF programs leave checksums to the kernel's helpers.
+
+use palisade_abi::Addr;
+
+/// A ones' complement sum.
+///
+/// Words are added as they lie in memory, which needs no byte swap for each of them: the byte order of a ones' complement
+/// sum is that of its words (RFC 1071, section 2 (B)), so [`Sum::fold`] swaps once.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sum(u64);
+
+impl Sum {
+    /// Adds bytes. Each piece but the last must have an even length; an odd last byte is padded with a zero.
+    #[must_use]
+    pub fn add(mut self, bytes: &[u8]) -> Self {
+        let (words, rest) = bytes.as_chunks::<4>();
+        for word in words {
+            // A u64 has room for 2^32 of these words; no packet is that long.
+            self.0 += u64::from(u32::from_ne_bytes(*word));
+        }
+        let mut last = [0; 4];
+        last[..rest.len()].copy_from_slice(rest);
+        self.0 += u64::from(u32::from_ne_bytes(last));
+        self
+    }
+
+    /// Returns the sum of a transport's pseudo header (RFC 768; RFC 9293, section 3.1; RFC 8200, section 8.1).
+    ///
+    /// IPv4-mapped addresses give the sum of the IPv4 pseudo header: the `ffff` of the mapping is zero in ones' complement.
+    #[must_use]
+    pub fn pseudo(source: Addr, destination: Addr, protocol: u8, length: usize) -> Self {
+        Self::default()
+            .add(&source.bytes())
+            .add(&destination.bytes())
+            .add_pseudo_tail(protocol, length)
+    }
+
+    /// Adds what follows the addresses in a pseudo header: the transport's length and the protocol number.
+    #[must_use]
+    pub fn add_pseudo_tail(self, protocol: u8, length: usize) -> Self {
+        let mut tail = [0; 8];
+        tail[..4].copy_from_slice(&(length as u32).to_be_bytes());
+        tail[7] = protocol;
+        self.add(&tail)
+    }
+
+    /// Returns the sum folded to sixteen bits, in host byte order. Over bytes that include a valid checksum it is `0xffff`.
+    #[must_use]
+    pub const fn fold(self) -> u16 {
+        let mut sum = self.0;
+        while sum >> 16 != 0 {
+            sum = (sum >> 16) + (sum & 0xffff);
+        }
+        u16::from_be(sum as u16)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_example_of_rfc_1071() {
+        let bytes = [0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7];
+        assert_eq!(Sum::default().add(&bytes).fold(), 0xddf2);
+    }
+
+    #[test]
+    fn the_sum_equals_that_of_sixteen_bit_words_padded_with_zero() {
+        let mut bytes = [0; 40];
+        for (n, byte) in (0u8..).zip(&mut bytes) {
+            *byte = n.wrapping_mul(37) ^ 0x5a;
+        }
+        for length in 0..bytes.len() {
+            let mut expected = 0u32;
+            for pair in bytes[..length].chunks(2) {
+                expected += u32::from(pair[0]) << 8 | pair.get(1).map_or(0, |byte| u32::from(*byte));
+            }
+            while expected > 0xffff {
+                expected = (expected & 0xffff) + (expected >> 16);
+            }
+            let sum = Sum::default().add(&bytes[..length]);
+            assert_eq!(u32::from(sum.fold()), expected, "{length}");
+            for split in (0..length).step_by(2) {
+                let sum = Sum::default().add(&bytes[..split]).add(&bytes[split..length]);
+                assert_eq!(u32::from(sum.fold()), expected, "{split} of {length}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_pseudo_header_of_rfc_768() {
+        // 10.0.0.1 -> 10.0.0.2, UDP, 12 bytes: 0a00 + 0001 + 0a00 + 0002 + 0011 + 000c.
+        let addr = |last| Addr::from(core::net::IpAddr::from([10, 0, 0, last]));
+        assert_eq!(Sum::pseudo(addr(1), addr(2), 17, 12).fold(), 0x1420);
+    }
+}
