@@ -90,12 +90,12 @@ impl<R: Send + Sync + 'static> Pool<R> {
             wakers.push(Arc::new(mio::Waker::new(poll.registry(), WAKER)?));
             polls.push(poll);
         }
-        let (mut givers, mut takers) = (rows(workers), rows(workers));
+        let (mut handoff_senders, mut handoff_receivers) = (rows(workers), rows(workers));
         for from in 0..workers {
             for to in (0..workers).filter(|to| *to != from) {
-                let (giver, taker) = handoff::ring(HANDOFF_DEPTH, setup.largest);
-                givers[from][to] = Some(giver);
-                takers[to][from] = Some(taker);
+                let (sender, receiver) = handoff::ring(HANDOFF_DEPTH, setup.largest);
+                handoff_senders[from][to] = Some(sender);
+                handoff_receivers[to][from] = Some(receiver);
             }
         }
         let mut pool = Self {
@@ -109,7 +109,12 @@ impl<R: Send + Sync + 'static> Pool<R> {
             port: setup.port,
             engine: setup.engine,
         });
-        for (number, ((poll, givers), takers)) in polls.into_iter().zip(givers).zip(takers).enumerate() {
+        for (number, ((poll, handoff_senders), handoff_receivers)) in polls
+            .into_iter()
+            .zip(handoff_senders)
+            .zip(handoff_receivers)
+            .enumerate()
+        {
             let (writer, orders) = mailbox::mailbox(Orders {
                 rules: Arc::clone(&setup.rules),
                 xdp: [].into(),
@@ -126,8 +131,8 @@ impl<R: Send + Sync + 'static> Pool<R> {
                 counters: Arc::clone(&pool.counters[number]),
                 stop: Arc::clone(&pool.stop),
                 orders,
-                givers,
-                takers,
+                handoff_senders,
+                handoff_receivers,
                 wakers: pool.wakers.clone(),
                 poll,
                 learners: learners.clone(),

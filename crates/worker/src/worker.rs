@@ -21,10 +21,7 @@ use palisade_inspect::{
     record::{Record, Verdict, What},
 };
 use palisade_packet::Packet;
-use palisade_xsk::{
-    handoff::{Giver, Taker},
-    schedule::take_short_turns,
-};
+use palisade_xsk::{handoff, schedule::take_short_turns};
 use tracing::{debug, error, info};
 
 use crate::{
@@ -104,8 +101,8 @@ pub struct Post<R> {
     pub stop: Arc<AtomicBool>,
     pub orders: Reader<Orders<R>>,
     /// To each other worker, by number; none to itself.
-    pub givers: Vec<Option<Giver<()>>>,
-    pub takers: Vec<Option<Taker<()>>>,
+    pub handoff_senders: Vec<Option<handoff::Sender<()>>>,
+    pub handoff_receivers: Vec<Option<handoff::Receiver<()>>>,
     pub wakers: Vec<Arc<mio::Waker>>,
     pub poll: Poll,
     pub learners: Learners,
@@ -377,9 +374,9 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         };
         let owner = carried.hash as usize % self.post.workers;
         if owner != self.post.number {
-            let given = self.post.givers[owner]
+            let given = self.post.handoff_senders[owner]
                 .as_mut()
-                .is_some_and(|giver| giver.give((), data).is_ok());
+                .is_some_and(|sender| sender.send((), data).is_ok());
             if given {
                 counters.handed_on.add(1);
                 self.handed[owner] = true;
@@ -647,10 +644,10 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         for number in 0..self.post.workers {
             for _ in 0..HANDED {
                 let Self { post, port, .. } = self;
-                let Some(taker) = &mut post.takers[number] else {
+                let Some(receiver) = &mut post.handoff_receivers[number] else {
                     break;
                 };
-                let taken = taker.take(|(), bytes| {
+                let taken = receiver.receive(|(), bytes| {
                     port.take()
                         .and_then(|mut frame| match port.room(&mut frame).get_mut(..bytes.len()) {
                             Some(room) => {
@@ -809,10 +806,12 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
 
     /// Whether there is something to do, as cheaply as can be said: a worker that looks asks again and again.
     fn something_waits(&mut self) -> bool {
-        let takers = self.post.takers.iter_mut().flatten();
+        let handoff_receivers = self.post.handoff_receivers.iter_mut().flatten();
         self.port.waiting() != 0
             || self.wishes.learner.is_answered()
-            || takers.map(Taker::waiting).any(|waiting| waiting != 0)
+            || handoff_receivers
+                .map(handoff::Receiver::available)
+                .any(|available| available != 0)
     }
 
     /// Sleeps until something comes, but not longer than it may be silent, and not beyond what has to be done.
@@ -919,9 +918,9 @@ pub fn live<P: Port, E: Inspect>(mut post: Post<E::Rules>, makers: &Makers<P, E>
 fn one_life<P: Port, E: Inspect>(post: &mut Post<E::Rules>, makers: &Makers<P, E>) -> io::Result<()> {
     let (port, frames) = (makers.port)(post.number)?;
     // What was meant for the life before.
-    for taker in post.takers.iter_mut().flatten() {
-        while taker
-            .take(|(), _| post.counters.dropped(Reason::NoWorker))
+    for receiver in post.handoff_receivers.iter_mut().flatten() {
+        while receiver
+            .receive(|(), _| post.counters.dropped(Reason::NoWorker))
             .is_some()
         {}
     }

@@ -1,80 +1,81 @@
-//! Packets from one worker to another. They are copied, since a frame belongs to its socket and a socket to its
-//! thread; the places they are copied into are made once.
+//! A ring that hands packets from one worker to another by copy.
+//!
+//! A frame belongs to the UMEM of one socket, and a socket to one thread, so a packet that arrives at the wrong worker's queue
+//! cannot be moved to the right one. It is copied into a slot of this ring; slots are allocated once. Depends on [`spsc`].
 
 use crate::spsc;
 
-/// A copied packet, and something about it.
+/// A copied packet with metadata.
 #[derive(Debug)]
-pub struct Parcel<H> {
+struct Slot<H> {
     header: H,
     bytes: Box<[u8]>,
     length: usize,
 }
 
-/// The end that hands on.
+/// The sending end of a hand-off ring.
 #[derive(Debug)]
-pub struct Giver<H>(spsc::Writer<Parcel<H>>);
+pub struct Sender<H>(spsc::Writer<Slot<H>>);
 
-/// The end that takes.
+/// The receiving end of a hand-off ring.
 #[derive(Debug)]
-pub struct Taker<H>(spsc::Reader<Parcel<H>>);
+pub struct Receiver<H>(spsc::Reader<Slot<H>>);
 
-/// A packet could not be handed on.
+/// Why a packet was not handed off.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum NotGiven {
-    /// The other end is behind.
+pub enum SendError {
+    /// The receiver is behind: no slot is free.
     #[error("the hand-off ring is full")]
     Full,
-    /// Larger than what was agreed.
+    /// The packet is larger than a slot.
     #[error("the packet is too large for the hand-off ring")]
     TooLarge,
 }
 
-/// A ring of at least `depth` packets of up to `size` bytes.
+/// Returns the ends of a ring with at least `depth` slots of `size` bytes.
 #[must_use]
-pub fn ring<H: Default>(depth: usize, size: usize) -> (Giver<H>, Taker<H>) {
-    let (writer, reader) = spsc::ring(depth, || Parcel {
+pub fn ring<H: Default>(depth: usize, size: usize) -> (Sender<H>, Receiver<H>) {
+    let (writer, reader) = spsc::ring(depth, || Slot {
         header: H::default(),
         bytes: vec![0; size].into(),
         length: 0,
     });
-    (Giver(writer), Taker(reader))
+    (Sender(writer), Receiver(reader))
 }
 
-impl<H> Giver<H> {
-    /// Hands a copy on.
+impl<H> Sender<H> {
+    /// Copies a packet into the ring.
     ///
     /// # Errors
-    /// See [`NotGiven`]; nothing was handed on.
-    pub fn give(&mut self, header: H, packet: &[u8]) -> Result<(), NotGiven> {
-        // All places are of one size, but which is known only from a place: so an offer of what is too large must not
-        // count as written.
-        let given = self.0.write_if(|parcel| {
-            let Some(room) = parcel.bytes.get_mut(..packet.len()) else {
+    /// [`SendError`]: the ring is unchanged.
+    pub fn send(&mut self, header: H, packet: &[u8]) -> Result<(), SendError> {
+        // The size of a slot is known only from a slot, so a packet that is too large has to be refused after the slot is
+        // acquired: `write_if` then leaves the slot unpublished.
+        let written = self.0.write_if(|slot| {
+            let Some(room) = slot.bytes.get_mut(..packet.len()) else {
                 return false;
             };
             room.copy_from_slice(packet);
-            parcel.length = packet.len();
-            parcel.header = header;
+            slot.length = packet.len();
+            slot.header = header;
             true
         });
-        match given {
+        match written {
             Some(true) => Ok(()),
-            Some(false) => Err(NotGiven::TooLarge),
-            None => Err(NotGiven::Full),
+            Some(false) => Err(SendError::TooLarge),
+            None => Err(SendError::Full),
         }
     }
 }
 
-impl<H> Taker<H> {
-    /// Has a look at the oldest packet. None: there is none.
-    pub fn take<R>(&mut self, look: impl FnOnce(&H, &[u8]) -> R) -> Option<R> {
-        self.0
-            .read(|parcel| look(&parcel.header, &parcel.bytes[..parcel.length]))
+impl<H> Receiver<H> {
+    /// Calls `f` with the oldest packet and removes it. Returns `None` if the ring is empty.
+    pub fn receive<R>(&mut self, f: impl FnOnce(&H, &[u8]) -> R) -> Option<R> {
+        self.0.read(|slot| f(&slot.header, &slot.bytes[..slot.length]))
     }
 
-    /// As many wait, at least.
-    pub fn waiting(&mut self) -> usize {
-        self.0.waiting()
+    /// Returns a lower bound of the number of packets in the ring; zero only if the ring is empty.
+    pub fn available(&mut self) -> usize {
+        self.0.available()
     }
 }

@@ -1,7 +1,10 @@
-//! A ring between two threads: one puts in, one takes out, neither ever waits for the other.
+//! A wait-free ring between one writing and one reading thread. Depends on nothing else in this crate; start at [`ring`].
 //!
-//! The places of a ring are made once and used in place, so that what is large need not be moved. That there is one
-//! of each end is a matter of types: the ends cannot be cloned, and using one takes it mutably.
+//! Slots are allocated once and used in place, so a packet is copied once and never moved. The ends cannot be cloned and their
+//! methods take `&mut self`, so the type system guarantees a single writer and a single reader.
+//!
+//! Not `crossbeam` or `rtrb`: their queues move values in and out, but a packet slot must be filled and read in place; and this
+//! ring is model-checked with loom (`tests/loom.rs`), which needs loom's atomics inside.
 
 #[cfg(loom)]
 use loom::{
@@ -24,7 +27,7 @@ use plain::UnsafeCell;
 
 #[cfg(not(loom))]
 mod plain {
-    //! The interface of loom's cell, which sees whether two threads are in it.
+    //! `UnsafeCell` with the interface of loom's, which detects concurrent access.
 
     #[derive(Debug)]
     pub struct UnsafeCell<T>(std::cell::UnsafeCell<T>);
@@ -41,53 +44,54 @@ mod plain {
     }
 }
 
-/// What both ends share. Positions only grow (and wrap); a place is a position modulo the length.
+/// The state that both ends share. Positions only increase, and wrap; the slot of a position is the position modulo the number
+/// of slots.
 struct Ring<P> {
-    places: Box<[UnsafeCell<P>]>,
-    /// Up to here it has been written.
+    slots: Box<[UnsafeCell<P>]>,
+    /// Position of the next slot to write.
     written: CachePadded<AtomicUsize>,
-    /// Up to here it has been read.
+    /// Position of the next slot to read.
     read: CachePadded<AtomicUsize>,
 }
 
-// SAFETY: a place is touched by one thread at a time: by the writer from `read` + length to `written`, which it alone
-// moves, and by the reader from there. Each moves its position only after it is done with the place, with release, and
-// the other reads it with acquire. What goes from thread to thread is `P`, so it has to be `Send`.
+// SAFETY: one thread accesses a slot at a time. The slots of positions from `read` up to `written` belong to the reader, all
+// others to the writer. Each end advances its own position only after its last access to the slot, with release ordering, and the
+// other end loads that position with acquire ordering. Values of `P` cross threads, hence `P: Send`.
 unsafe impl<P: Send> Sync for Ring<P> {}
-// SAFETY: as above; a ring that goes to another thread as a whole takes its places with it.
+// SAFETY: a ring owns its slots, so sending it to another thread sends values of `P` and nothing else; hence `P: Send`.
 unsafe impl<P: Send> Send for Ring<P> {}
 
 impl<P> Ring<P> {
-    fn place(&self, position: usize) -> &UnsafeCell<P> {
-        // A power of two, see `ring`.
-        &self.places[position & (self.places.len() - 1)]
+    fn slot(&self, position: usize) -> &UnsafeCell<P> {
+        // The number of slots is a power of two, see `ring`.
+        &self.slots[position & (self.slots.len() - 1)]
     }
 }
 
-/// The end that puts in.
+/// The writing end of a ring.
 pub struct Writer<P> {
     ring: Arc<Ring<P>>,
-    /// What `written` says; nobody else moves it.
+    /// Copy of the shared `written`, which only this end changes.
     written: usize,
-    /// What `read` said when it was last looked at: it is looked at only if the ring seems full.
+    /// Cached value of the shared `read`; reloaded only when the ring seems full, to leave the reader its cache line.
     read: usize,
 }
 
-/// The end that takes out.
+/// The reading end of a ring.
 pub struct Reader<P> {
     ring: Arc<Ring<P>>,
-    /// What `read` says; nobody else moves it.
+    /// Copy of the shared `read`, which only this end changes.
     read: usize,
-    /// What `written` said when it was last looked at: it is looked at only if the ring seems empty.
+    /// Cached value of the shared `written`; reloaded only when the ring seems empty, to leave the writer its cache line.
     written: usize,
 }
 
-/// A ring of at least `least` places, each made by `make`. There are as many as the next power of two.
+/// Returns the ends of a ring with at least `min_slots` slots (rounded up to a power of two), each made by `make`.
 #[must_use]
-pub fn ring<P>(least: usize, mut make: impl FnMut() -> P) -> (Writer<P>, Reader<P>) {
-    let length = least.max(1).next_power_of_two();
+pub fn ring<P>(min_slots: usize, mut make: impl FnMut() -> P) -> (Writer<P>, Reader<P>) {
+    let length = min_slots.max(1).next_power_of_two();
     let ring = Arc::new(Ring {
-        places: (0..length).map(|_| UnsafeCell::new(make())).collect(),
+        slots: (0..length).map(|_| UnsafeCell::new(make())).collect(),
         written: CachePadded::new(AtomicUsize::new(0)),
         read: CachePadded::new(AtomicUsize::new(0)),
     });
@@ -106,110 +110,112 @@ pub fn ring<P>(least: usize, mut make: impl FnMut() -> P) -> (Writer<P>, Reader<
 }
 
 impl<P> Writer<P> {
-    /// Has the next place written, which holds whatever the reader left there. None: the ring is full.
+    /// Lets `f` fill the next slot, which holds what the reader left in it, and publishes the slot. Returns `None` if the ring
+    /// is full.
     #[inline]
     pub fn write<R>(&mut self, f: impl FnOnce(&mut P) -> R) -> Option<R> {
         let mut outcome = None;
-        self.write_if(|place| {
-            outcome = Some(f(place));
+        self.write_if(|slot| {
+            outcome = Some(f(slot));
             true
         })?;
         outcome
     }
 
-    /// As [`Writer::write`], but the place counts as written only if it is said to be.
+    /// Like [`Writer::write`], but publishes the slot only if `f` returns true.
     #[inline]
     pub fn write_if(&mut self, f: impl FnOnce(&mut P) -> bool) -> Option<bool> {
         if !self.has_room() {
             return None;
         }
-        let good = self.ring.place(self.written).with_mut(|place| {
-            // SAFETY: the position is not yet written and the reader is done with its place, see `Ring`; this end is
-            // borrowed mutably, so nobody else writes.
-            f(unsafe { &mut *place })
+        let publish = self.ring.slot(self.written).with_mut(|slot| {
+            // SAFETY: the position is not published, so the reader does not access its slot (see `Ring`), and this end is
+            // borrowed mutably, so there is no other writer.
+            f(unsafe { &mut *slot })
         });
-        if good {
+        if publish {
             self.written = self.written.wrapping_add(1);
             self.ring.written.store(self.written, Ordering::Release);
         }
-        Some(good)
+        Some(publish)
     }
 
-    /// Whether there is a place.
+    /// Returns whether a slot is free.
     #[inline]
     pub fn has_room(&mut self) -> bool {
-        let length = self.ring.places.len();
+        let length = self.ring.slots.len();
         if self.written.wrapping_sub(self.read) == length {
             self.read = self.ring.read.load(Ordering::Acquire);
         }
         self.written.wrapping_sub(self.read) != length
     }
 
-    /// Whether nobody reads any more.
+    /// Returns whether the reading end has been dropped.
     #[must_use]
-    pub fn is_alone(&self) -> bool {
+    pub fn is_disconnected(&self) -> bool {
         Arc::strong_count(&self.ring) == 1
     }
 }
 
 impl<P> Reader<P> {
-    /// Has the oldest place read, which the writer gets back as it is left. None: there is nothing.
+    /// Lets `f` read the oldest slot and returns the slot to the writer, with what `f` left in it. Returns `None` if the ring is
+    /// empty.
     #[inline]
     pub fn read<R>(&mut self, f: impl FnOnce(&mut P) -> R) -> Option<R> {
-        if self.waiting() == 0 {
+        if self.available() == 0 {
             return None;
         }
-        let outcome = self.ring.place(self.read).with_mut(|place| {
-            // SAFETY: the position is written and the writer does not touch it until it is read, see `Ring`; this end
-            // is borrowed mutably, so nobody else reads.
-            f(unsafe { &mut *place })
+        let outcome = self.ring.slot(self.read).with_mut(|slot| {
+            // SAFETY: the position is published, so the writer does not access its slot until `read` has passed it (see
+            // `Ring`), and this end is borrowed mutably, so there is no other reader.
+            f(unsafe { &mut *slot })
         });
         self.read = self.read.wrapping_add(1);
         self.ring.read.store(self.read, Ordering::Release);
         Some(outcome)
     }
 
-    /// As many wait, at least.
+    /// Returns a lower bound of the number of filled slots; zero only if the ring is empty.
     #[inline]
-    pub fn waiting(&mut self) -> usize {
+    pub fn available(&mut self) -> usize {
         if self.read == self.written {
             self.written = self.ring.written.load(Ordering::Acquire);
         }
         self.written.wrapping_sub(self.read)
     }
 
-    /// Whether nobody writes any more.
+    /// Returns whether the writing end has been dropped.
     #[must_use]
-    pub fn is_alone(&self) -> bool {
+    pub fn is_disconnected(&self) -> bool {
         Arc::strong_count(&self.ring) == 1
     }
 }
 
 impl<T> Writer<Option<T>> {
-    /// Puts a value in.
+    /// Appends a value.
     ///
     /// # Errors
-    /// The ring is full: the value comes back.
+    /// The ring is full. Returns the value.
     #[inline]
     pub fn push(&mut self, value: T) -> Result<(), T> {
         let mut value = Some(value);
-        self.write(|place| *place = value.take());
+        self.write(|slot| *slot = value.take());
         value.map_or(Ok(()), Err)
     }
 }
 
 impl<T> Reader<Option<T>> {
-    /// Takes the oldest value out.
+    /// Removes and returns the oldest value.
     #[inline]
     pub fn pop(&mut self) -> Option<T> {
         self.read(Option::take).flatten()
     }
 }
 
-/// A ring of values.
+/// Returns the ends of a ring that moves values, with at least `min_slots` slots.
 #[must_use]
-pub fn values<T>(least: usize) -> (Writer<Option<T>>, Reader<Option<T>>) {
-    ring(least, || None)
+pub fn values<T>(min_slots: usize) -> (Writer<Option<T>>, Reader<Option<T>>) {
+    ring(min_slots, || None)
 }
 
 impl<P> std::fmt::Debug for Writer<P> {

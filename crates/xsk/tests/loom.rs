@@ -1,4 +1,4 @@
-//! The rings between threads, under every order that the memory model allows.
+//! The rings between threads, model-checked with loom.
 //!
 //! `RUSTFLAGS="--cfg loom" cargo test -p palisade-xsk --test loom --target-dir target/loom`
 #![cfg(loom)]
@@ -6,15 +6,15 @@
 use loom::{model::Builder, thread};
 use palisade_xsk::{handoff, spsc};
 
-/// All orders with up to so many switches where neither thread has to wait: those without a bound take a quarter of
-/// an hour, and found nothing either.
+/// Explores all interleavings with at most two preemptions. Without a bound the tests take fifteen minutes; one such run found
+/// nothing either.
 fn model(f: impl Fn() + Sync + Send + 'static) {
     let mut builder = Builder::new();
     builder.preemption_bound = Some(2);
     builder.check(f);
 }
 
-/// Two places, three values: the ring is full, is empty, and wraps.
+/// Two slots and three values, so the ring gets full, gets empty and wraps.
 #[test]
 fn values_come_out_once_and_in_order() {
     model(|| {
@@ -46,36 +46,36 @@ fn values_come_out_once_and_in_order() {
     });
 }
 
-/// Nobody waits here: what does not fit is shed, as a worker does.
+/// Neither thread waits: the sender drops what does not fit, as a worker does.
 #[test]
-fn what_is_shed_was_not_handed_on() {
+fn the_receiver_gets_exactly_the_packets_whose_send_succeeded() {
     model(|| {
-        let (mut giver, mut taker) = handoff::ring(1, 4);
+        let (mut sender, mut receiver) = handoff::ring(1, 4);
         let thread = thread::spawn(move || {
-            let mut given = Vec::new();
+            let mut sent = Vec::new();
             for n in 1..=3u8 {
-                if giver.give(n, &[n; 3]).is_ok() {
-                    given.push(n);
+                if sender.send(n, &[n; 3]).is_ok() {
+                    sent.push(n);
                 }
             }
-            given
+            sent
         });
         let mut seen = Vec::new();
         for _ in 0..2 {
-            taker.take(|header, packet| {
+            receiver.receive(|header, packet| {
                 assert_eq!(packet, [*header; 3], "torn");
                 seen.push(*header);
             });
         }
-        let given = thread.join().unwrap();
-        while taker.take(|header, _| seen.push(*header)).is_some() {}
-        assert_eq!(given, seen);
+        let sent = thread.join().unwrap();
+        while receiver.receive(|header, _| seen.push(*header)).is_some() {}
+        assert_eq!(sent, seen);
     });
 }
 
-/// Values that are left in a ring are dropped with it, by whichever end is the last.
+/// Values that are left in a ring are dropped with its last end.
 #[test]
-fn what_nobody_took_is_dropped_once() {
+fn values_left_in_a_ring_are_dropped_once() {
     model(|| {
         let value = loom::sync::Arc::new(());
         let (mut writer, mut reader) = spsc::values(2);
@@ -91,12 +91,12 @@ fn what_nobody_took_is_dropped_once() {
 }
 
 #[test]
-fn an_end_knows_when_it_is_alone() {
+fn an_end_notices_that_the_other_was_dropped() {
     model(|| {
         let (writer, reader) = spsc::values::<u8>(1);
-        assert!(!writer.is_alone());
+        assert!(!writer.is_disconnected());
         let thread = thread::spawn(move || drop(writer));
         thread.join().unwrap();
-        assert!(reader.is_alone());
+        assert!(reader.is_disconnected());
     });
 }

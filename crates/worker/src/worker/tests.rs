@@ -240,8 +240,8 @@ fn post(number: usize, workers: usize) -> (Post<u32>, Chief, queue::Receiver<Sta
         counters: Arc::default(),
         stop: Arc::default(),
         orders,
-        givers: (0..workers).map(|_| None).collect(),
-        takers: (0..workers).map(|_| None).collect(),
+        handoff_senders: (0..workers).map(|_| None).collect(),
+        handoff_receivers: (0..workers).map(|_| None).collect(),
         wakers: vec![waker; workers],
         poll,
         learners: lessons(4).0,
@@ -631,9 +631,9 @@ fn a_foreign_flow_is_read_by_its_owner() {
     let packet = carry(&partial, false, carry_hook::XDP_INGRESS, 7, slots);
     let (mut first, _chief, _) = post(0, 2);
     let (mut second, _other_chief, _) = post(1, 2);
-    let (giver, taker) = handoff::ring(2, CHUNK);
-    first.givers[1] = Some(giver);
-    second.takers[0] = Some(taker);
+    let (sender, receiver) = handoff::ring(2, CHUNK);
+    first.handoff_senders[1] = Some(sender);
+    second.handoff_receivers[0] = Some(receiver);
     let (counts, other_counts) = (Arc::clone(&first.counters), Arc::clone(&second.counters));
     let mut first = Worker::new(&mut first, Fake::new(vec![packet; 3]), Script::default(), FRAMES);
     let mut second = Worker::new(&mut second, Fake::new(vec![]), Script::default(), FRAMES);
