@@ -4,8 +4,8 @@ use palisade_abi::Addr;
 
 /// A ones' complement sum.
 ///
-/// Words are added as they lie in memory, which needs no byte swap for each of them: the byte order of a ones' complement
-/// sum is that of its words (RFC 1071, section 2 (B)), so [`Sum::fold`] swaps once.
+/// Words are added as they lie in memory, which needs no byte swap for each of them: the byte order of a ones'
+/// complement sum is that of its words (RFC 1071, section 2 (B)), so [`Sum::fold`] swaps once.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Sum(u64);
 
@@ -26,7 +26,8 @@ impl Sum {
 
     /// Returns the sum of a transport's pseudo header (RFC 768; RFC 9293, section 3.1; RFC 8200, section 8.1).
     ///
-    /// IPv4-mapped addresses give the sum of the IPv4 pseudo header: the `ffff` of the mapping is zero in ones' complement.
+    /// IPv4-mapped addresses give the sum of the IPv4 pseudo header: the `ffff` of the mapping is zero in ones'
+    /// complement.
     #[must_use]
     pub fn pseudo(source: Addr, destination: Addr, protocol: u8, length: usize) -> Self {
         Self::default()
@@ -44,7 +45,8 @@ impl Sum {
         self.add(&tail)
     }
 
-    /// Returns the sum folded to sixteen bits, in host byte order. Over bytes that include a valid checksum it is `0xffff`.
+    /// Returns the sum folded to sixteen bits, in host byte order. Over bytes that include a valid checksum it is
+    /// `0xffff`.
     #[must_use]
     pub const fn fold(self) -> u16 {
         let mut sum = self.0;

@@ -1,12 +1,13 @@
-//! Transport checksums of punted packets: completed where the local sender left them to its device, verified everywhere else.
+//! Transport checksums of punted packets: completed where the local sender left them to its device, verified everywhere
+//! else.
 //!
 //! The sum itself is [`palisade_packet::checksum`].
 
 use palisade_abi::{Reason, protocol};
 use palisade_packet::{Packet, checksum::Sum, flags};
 
-/// Completes or verifies the checksums of a frame. Afterwards they are valid, or cannot be checked: fragments, protocols
-/// without a checksum, UDP over IPv4 without one.
+/// Completes or verifies the checksums of a frame. Afterwards they are valid, or cannot be checked: fragments,
+/// protocols without a checksum, UDP over IPv4 without one.
 ///
 /// # Errors
 /// A checksum is wrong. The receiver will discard the packet, so inspecting it would allow an insertion attack: the
@@ -52,9 +53,9 @@ pub fn complete_or_verify(frame: &mut [u8], packet: &Packet) -> Result<(), Reaso
         return if ipv6 { Err(Reason::BadChecksum) } else { Ok(()) };
     }
     if field == pseudo.fold() {
-        // CHECKSUM_PARTIAL: the kernel has written the sum of the pseudo header alone and left the rest to the device. Metadata
-        // that says so does not reach AF_XDP. One complete checksum in 65,536 has the same value; completing it again gives
-        // the value that it has.
+        // CHECKSUM_PARTIAL: the kernel has written the sum of the pseudo header alone and left the rest to the device.
+        // Metadata that says so does not reach AF_XDP. One complete checksum in 65,536 has the same value; completing
+        // it again gives the value that it has.
         let complete = match !Sum::default().add(segment).fold() {
             0 if packet.protocol == protocol::UDP => 0xffff,
             complete => complete,
