@@ -28,11 +28,11 @@ impl Port for Socket {
     }
 
     fn waiting(&mut self) -> usize {
-        Self::waiting(self)
+        Self::rx_available(self)
     }
 
     fn capacity(&self) -> usize {
-        Self::capacity(self)
+        Self::rx_capacity(self)
     }
 
     fn data<'a>(&'a self, frame: &'a Frame) -> &'a [u8] {
@@ -49,7 +49,7 @@ impl Port for Socket {
     }
 
     fn take(&mut self) -> Option<Frame> {
-        Self::take(self)
+        Self::alloc(self)
     }
 
     fn give(&mut self, frame: Frame) {
@@ -68,12 +68,12 @@ impl Port for Socket {
     }
 
     fn busy_poll(&mut self) -> io::Result<()> {
-        self.look().map_err(told)
+        self.busy_poll_once().map_err(told)
     }
 
     fn check(&mut self) -> io::Result<()> {
         // It is the socket's interface that the kernel looks at first, before it looks for packets.
-        self.look().map_err(told)
+        self.busy_poll_once().map_err(told)
     }
 
     fn fd(&self) -> Option<RawFd> {
@@ -86,7 +86,7 @@ impl Port for Socket {
             rx_dropped: statistics.rx_dropped,
             rx_ring_full: statistics.rx_ring_full,
             rx_fill_ring_empty: statistics.rx_fill_ring_empty,
-            invalid: statistics.rx_invalid + statistics.tx_invalid + statistics.strange,
+            invalid: statistics.rx_invalid + statistics.tx_invalid + statistics.unexpected,
         })
     }
 }

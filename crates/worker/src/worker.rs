@@ -21,7 +21,7 @@ use palisade_inspect::{
     record::{Record, Verdict, What},
 };
 use palisade_packet::Packet;
-use palisade_xsk::{handoff, schedule::take_short_turns};
+use palisade_xsk::{handoff, schedule::set_sched_slice};
 use tracing::{debug, error, info};
 
 use crate::{
@@ -878,7 +878,7 @@ pub struct Makers<P, E> {
 
 /// Lives one life after the other until it is told to stop.
 pub fn live<P: Port, E: Inspect>(mut post: Post<E::Rules>, makers: &Makers<P, E>) {
-    if let Err(problem) = take_short_turns(SLICE) {
+    if let Err(problem) = set_sched_slice(SLICE) {
         debug!(
             "worker {}: turns at the processor stay as they are: {problem}",
             post.number

@@ -1,73 +1,77 @@
-//! Frames: pieces of the memory that is shared with the kernel, each with room for one packet.
+//! Frames: the chunks of a UMEM, each with room for one packet.
+//!
+//! A [`Frame`] owns its chunk: it cannot be cloned, sending it gives the chunk to the kernel, and dropping it frees the
+//! chunk. Depends on the frame states; start at [`Frame`].
 
 use std::{fmt, rc::Rc, slice};
 
 use thiserror::Error;
 use xsk_rs::umem::{Umem, frame::FrameDesc};
 
-use crate::ledger::{Counts, Ledger, Place};
+use crate::frame_states::{Counts, FrameState, FrameStates};
 
-/// Bytes of a frame's chunk. A page: the kernel takes no larger one.
+/// Size of a chunk, bytes. The kernel accepts at most a page.
 pub const CHUNK: usize = 4096;
 
-/// All frames of a socket. It lives as long as one of them is held somewhere.
+/// The UMEM of a socket and the states of its frames. Each held frame keeps it alive.
 pub struct Pool {
     umem: Umem,
-    /// Each frame as it is when nothing is in it, by its number.
+    /// The descriptor of each frame without data, by frame number.
     blank: Box<[FrameDesc]>,
-    ledger: Ledger,
+    states: FrameStates,
 }
 
 impl Pool {
-    /// `blank` are all frames of `umem`, in their order.
+    /// Creates the pool. `blank`: the descriptors of all frames of `umem`, in order of their addresses.
     pub fn new(umem: Umem, blank: Vec<FrameDesc>) -> Self {
         Self {
-            ledger: Ledger::new(blank.len() as u32),
+            states: FrameStates::new(blank.len() as u32),
             umem,
             blank: blank.into(),
         }
     }
 
     pub fn counts(&self) -> Counts {
-        self.ledger.counts()
+        self.states.counts()
     }
 
     pub fn free(&self) -> usize {
-        self.ledger.free()
+        self.states.free()
     }
 
-    /// A free frame, to be given to the kernel.
+    /// Takes a free frame for the fill ring and returns its descriptor.
     pub fn take_to_fill(&self) -> Option<FrameDesc> {
-        let index = self.ledger.take(Place::Receiving)?;
+        let index = self.states.take(FrameState::Receiving)?;
         Some(self.blank[index as usize])
     }
 
-    /// A frame that the kernel did not take after all.
+    /// Frees a frame that did not fit into the fill ring.
     pub fn unfilled(&self, desc: &FrameDesc) {
-        self.ledger
-            .shift(desc.addr() / CHUNK, Place::Receiving, Place::Free);
+        self.states
+            .transition(desc.addr() / CHUNK, FrameState::Receiving, FrameState::Free);
     }
 
-    /// The kernel says that it has sent a frame. False: it never had it.
+    /// Frees a frame that the completion ring returned. Returns false if the frame was not in flight.
     pub fn sent(&self, desc: &FrameDesc) -> bool {
-        self.ledger
-            .shift(desc.addr() / CHUNK, Place::Sending, Place::Free)
+        self.states
+            .transition(desc.addr() / CHUNK, FrameState::Sending, FrameState::Free)
     }
 
-    /// A free frame for a packet of our own.
-    pub fn take(self: &Rc<Self>) -> Option<Frame> {
-        let index = self.ledger.take(Place::Held)?;
+    /// Returns a free frame, for a packet that user space makes.
+    pub fn alloc(self: &Rc<Self>) -> Option<Frame> {
+        let index = self.states.take(FrameState::Held)?;
         Some(Frame::new(self, self.blank[index as usize], 0))
     }
 
-    /// A frame as the kernel has filled it. None: the kernel never had it, or says nonsense of it.
+    /// Returns the frame of a descriptor from the receive ring; `None` if the kernel did not have that frame or the
+    /// descriptor is not within one chunk.
     pub fn received(self: &Rc<Self>, desc: FrameDesc) -> Option<Frame> {
         let (length, start) = (desc.lengths().data(), desc.addr() % CHUNK);
         if start + length > CHUNK {
             return None;
         }
-        self.ledger
-            .shift(desc.addr() / CHUNK, Place::Receiving, Place::Held)
+        self.states
+            .transition(desc.addr() / CHUNK, FrameState::Receiving, FrameState::Held)
             .then(|| Frame::new(self, desc, length))
     }
 }
@@ -78,23 +82,24 @@ impl fmt::Debug for Pool {
     }
 }
 
-/// There is no room in a frame for so much.
+/// The data does not fit into the frame.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
 #[error("no room in the frame")]
 pub struct NoRoom;
 
-/// A frame in somebody's hands, with a packet in it. Dropped, it can be used for another packet.
+/// A frame that user space owns, with a packet in it. Dropping it frees the chunk.
 pub struct Frame {
     pool: Rc<Pool>,
-    /// Says where the frame's room begins. Its length is that of the whole room, up to the end of the chunk.
+    /// Descriptor of the usable part of the chunk: from where the kernel put the packet to the end of the chunk.
     desc: FrameDesc,
-    /// The packet's place in the room.
+    /// Offset of the packet in the usable part.
     start: usize,
+    /// Length of the packet.
     length: usize,
 }
 
 impl Frame {
-    /// The ledger must say that it is held, and nobody else may have it.
+    /// Creates the owner of a frame. The frame's state must be `Held`, and no other `Frame` may exist for it.
     fn new(pool: &Rc<Pool>, mut desc: FrameDesc, length: usize) -> Self {
         set_length(&pool.umem, &mut desc, CHUNK);
         desc.set_options(0);
@@ -107,67 +112,68 @@ impl Frame {
     }
 
     fn room(&self) -> &[u8] {
-        // SAFETY: `desc` came from this pool's UMEM, and the ledger says that it is held, so the kernel does not touch
-        // it; there is but one `Frame` of it, which is borrowed for as long as the slice.
+        // SAFETY: `desc` is of this pool's UMEM, and its state is `Held`, so the kernel does not access the chunk.
+        // There is one `Frame` for the chunk, and it stays borrowed for the lifetime of the slice.
         unsafe { self.pool.umem.data(&self.desc) }.contents()
     }
 
     fn room_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as in `room`, and the one `Frame` is borrowed mutably.
+        // SAFETY: `desc` is of this pool's UMEM, and its state is `Held`, so the kernel does not access the chunk.
+        // There is one `Frame` for the chunk, and it is borrowed mutably.
         let mut room = unsafe { self.pool.umem.data_mut(&mut self.desc) };
         let room = room.contents_mut();
         let (begin, length) = (room.as_mut_ptr(), room.len());
-        // SAFETY: these are begin and length of a slice of the UMEM, which lives as long as the pool that `self` keeps;
-        // only the lifetime gets longer than that of the wrapper on the stack, up to that of the borrow of `self`.
+        // SAFETY: pointer and length are those of a slice of the UMEM, which `self.pool` keeps alive. This only extends
+        // the lifetime from that of the wrapper on the stack to that of the mutable borrow of `self`.
         unsafe { slice::from_raw_parts_mut(begin, length) }
     }
 
-    /// The packet.
+    /// Returns the packet.
     #[must_use]
     #[inline]
     pub fn data(&self) -> &[u8] {
         &self.room()[self.start..self.start + self.length]
     }
 
-    /// The packet.
+    /// Returns the packet.
     #[inline]
     pub fn data_mut(&mut self) -> &mut [u8] {
         let (start, end) = (self.start, self.start + self.length);
         &mut self.room_mut()[start..end]
     }
 
-    /// The packet, and behind it whatever is in the rest of the chunk.
+    /// Returns the packet and the rest of the chunk behind it, which has unspecified contents.
     #[inline]
     pub fn data_and_tail_mut(&mut self) -> &mut [u8] {
         let start = self.start;
         &mut self.room_mut()[start..]
     }
 
-    /// Bytes of the packet.
+    /// Returns the length of the packet.
     #[must_use]
     #[inline]
     pub fn len(&self) -> usize {
         self.length
     }
 
-    /// Whether nothing is in it.
+    /// Returns whether the packet is empty.
     #[must_use]
     #[inline]
     pub fn is_empty(&self) -> bool {
         self.length == 0
     }
 
-    /// Bytes that can still be appended.
+    /// Returns the number of bytes between the end of the packet and the end of the chunk.
     #[must_use]
     #[inline]
     pub fn tailroom(&self) -> usize {
         self.desc.lengths().data() - self.start - self.length
     }
 
-    /// Says how long the packet is. What comes in at its end is what has been in the chunk before.
+    /// Sets the length of the packet. A longer packet ends with bytes that were in the chunk before.
     ///
     /// # Errors
-    /// The chunk ends before.
+    /// The packet would reach beyond the chunk.
     #[inline]
     pub fn set_len(&mut self, length: usize) -> Result<(), NoRoom> {
         if self.start + length > self.desc.lengths().data() {
@@ -177,10 +183,10 @@ impl Frame {
         Ok(())
     }
 
-    /// Cuts bytes off at the front.
+    /// Removes bytes at the front of the packet.
     ///
     /// # Errors
-    /// There are not so many.
+    /// The packet is shorter than `bytes`.
     #[inline]
     pub fn strip(&mut self, bytes: usize) -> Result<(), NoRoom> {
         self.length = self.length.checked_sub(bytes).ok_or(NoRoom)?;
@@ -188,10 +194,11 @@ impl Frame {
         Ok(())
     }
 
-    /// Puts bytes in front. Cheap if so many have been stripped before; otherwise the packet is moved.
+    /// Inserts bytes at the front of the packet. Moves the packet unless at least as many bytes have been stripped
+    /// before.
     ///
     /// # Errors
-    /// The frame is too small.
+    /// The packet would not fit into the chunk.
     pub fn prepend(&mut self, bytes: &[u8]) -> Result<(), NoRoom> {
         if bytes.len() > self.start {
             if bytes.len() + self.length > self.desc.lengths().data() {
@@ -208,10 +215,10 @@ impl Frame {
         Ok(())
     }
 
-    /// Puts bytes behind. If there is no room but at the front, the packet is moved.
+    /// Appends bytes to the packet. Moves the packet to the front of the chunk if the tailroom is too small.
     ///
     /// # Errors
-    /// The frame is too small.
+    /// The packet would not fit into the chunk.
     pub fn append(&mut self, bytes: &[u8]) -> Result<(), NoRoom> {
         if bytes.len() > self.tailroom() {
             if bytes.len() + self.length > self.desc.lengths().data() {
@@ -225,10 +232,10 @@ impl Frame {
         Ok(())
     }
 
-    /// Makes this the packet.
+    /// Replaces the packet.
     ///
     /// # Errors
-    /// The frame is too small; nothing has happened.
+    /// The new packet does not fit into the chunk; the frame is unchanged.
     pub fn set(&mut self, packet: &[u8]) -> Result<(), NoRoom> {
         let room = self.room_mut().get_mut(..packet.len()).ok_or(NoRoom)?;
         room.copy_from_slice(packet);
@@ -245,13 +252,13 @@ impl Frame {
         }
     }
 
-    /// Whether it is one of this pool's.
+    /// Returns whether the frame belongs to `pool`.
     pub(crate) fn is_of(&self, pool: &Rc<Pool>) -> bool {
         Rc::ptr_eq(&self.pool, pool)
     }
 
-    /// How the kernel is told to send it. The packet is at the front then: descriptors cannot be made to begin
-    /// elsewhere, so what has been stripped is paid for with a move inside of the chunk.
+    /// Returns the descriptor for the transmit ring. Moves the packet to the front of the usable part first, because
+    /// xsk-rs cannot make a descriptor that starts at another offset.
     pub(crate) fn prepare_to_send(&mut self) -> FrameDesc {
         self.move_to_front();
         let mut desc = self.desc;
@@ -259,18 +266,22 @@ impl Frame {
         desc
     }
 
-    /// The kernel has it.
-    pub(crate) fn handed_over(self) {
+    /// Passes ownership to the kernel: the frame's descriptor is in the transmit ring.
+    pub(crate) fn into_tx(self) {
         let index = self.desc.addr() / CHUNK;
-        self.pool.ledger.shift(index, Place::Held, Place::Sending);
-        // The rest is dropping it, which finds that it is not held.
+        self.pool
+            .states
+            .transition(index, FrameState::Held, FrameState::Sending);
+        // The drop that follows finds another state than `Held`, and changes nothing.
     }
 }
 
 impl Drop for Frame {
     fn drop(&mut self) {
         let index = self.desc.addr() / CHUNK;
-        self.pool.ledger.shift(index, Place::Held, Place::Free);
+        self.pool
+            .states
+            .transition(index, FrameState::Held, FrameState::Free);
     }
 }
 
@@ -293,9 +304,9 @@ impl fmt::Debug for Frame {
     }
 }
 
-/// Says how long the data of a descriptor is; no longer than up to the end of its chunk.
+/// Sets the data length of a descriptor, limited to the end of its chunk.
 fn set_length(umem: &Umem, desc: &mut FrameDesc, length: usize) {
-    // SAFETY: the descriptor is one of this UMEM's and nobody else has the frame: both callers hold it. Nothing of the
-    // memory is read or written here.
+    // SAFETY: the descriptor is of this UMEM, and both callers own its frame, so there is no other reference to the
+    // chunk. This changes the descriptor and accesses no packet memory.
     unsafe { umem.data_mut(desc) }.cursor().set_pos(length);
 }

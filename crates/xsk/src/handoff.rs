@@ -1,7 +1,8 @@
 //! A ring that hands packets from one worker to another by copy.
 //!
-//! A frame belongs to the UMEM of one socket, and a socket to one thread, so a packet that arrives at the wrong worker's queue
-//! cannot be moved to the right one. It is copied into a slot of this ring; slots are allocated once. Depends on [`spsc`].
+//! A frame belongs to the UMEM of one socket, and a socket to one thread, so a packet that arrives at the wrong
+//! worker's queue cannot be moved to the right one. It is copied into a slot of this ring; slots are allocated once.
+//! Depends on [`spsc`].
 
 use crate::spsc;
 
@@ -49,8 +50,8 @@ impl<H> Sender<H> {
     /// # Errors
     /// [`SendError`]: the ring is unchanged.
     pub fn send(&mut self, header: H, packet: &[u8]) -> Result<(), SendError> {
-        // The size of a slot is known only from a slot, so a packet that is too large has to be refused after the slot is
-        // acquired: `write_if` then leaves the slot unpublished.
+        // The size of a slot is known only from a slot, so a packet that is too large has to be refused after the slot
+        // is acquired: `write_if` then leaves the slot unpublished.
         let written = self.0.write_if(|slot| {
             let Some(room) = slot.bytes.get_mut(..packet.len()) else {
                 return false;

@@ -1,11 +1,14 @@
-//! AF_XDP: how packets get to user space and back without being copied twice.
+//! AF_XDP sockets: packets between the kernel and user space without a system call for each.
 //!
-//! A [`Socket`] is bound to one queue of one interface and owns the memory its packets lie in, cut into frames. A
-//! [`Frame`] in somebody's hands is a value that cannot be copied: sending it gives it to the kernel, dropping it
-//! gives it back, so that a frame is always in exactly one place. Nothing here is shared between threads but the
-//! rings of [`spsc`] and [`handoff`].
+//! A [`Socket`] is bound to one queue of one interface and owns a UMEM, cut into chunks of a page. A [`Frame`] owns one
+//! chunk: it cannot be cloned, sending it gives the chunk to the kernel, dropping it frees the chunk. So a chunk has
+//! one owner at any time. Sockets and frames stay on the thread that made them; threads share only the rings of
+//! [`spsc`] and [`handoff`].
 //!
-//! No program is loaded and no map is written: whoever attaches the program puts the socket into its `XSKMAP`.
+//! This crate loads no program and writes no map. The caller attaches the XDP program and inserts the socket into its
+//! `XSKMAP`.
+//!
+//! Depends on no other crate of Palisade, and on xsk-rs for the rings. Start at [`Socket`].
 
 pub mod handoff;
 pub mod spsc;
@@ -13,7 +16,7 @@ pub mod spsc;
 #[cfg(not(loom))]
 mod frame;
 #[cfg(not(loom))]
-mod ledger;
+mod frame_states;
 #[cfg(not(loom))]
 pub mod schedule;
 #[cfg(not(loom))]
@@ -22,6 +25,6 @@ mod socket;
 #[cfg(not(loom))]
 pub use frame::{Frame, NoRoom};
 #[cfg(not(loom))]
-pub use ledger::Counts;
+pub use frame_states::Counts;
 #[cfg(not(loom))]
-pub use socket::{Config, Copying, Error, Mode, Socket, Statistics};
+pub use socket::{Config, CopyMode, Error, Mode, Socket, Statistics};

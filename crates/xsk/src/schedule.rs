@@ -1,18 +1,19 @@
-//! How the kernel shares a processor between this thread and others.
+//! Scheduling attributes of the calling thread. Depends on nothing else in this crate; start at [`set_sched_slice`].
 
 use std::{io, ptr, time::Duration};
 
-/// Makes the turns of this thread at a processor this long, and by that the wait for one short: the kernel lets
-/// whoever asks for less go first (EEVDF, Linux 6.12; earlier ones take no notice). Its share stays the same.
+/// Requests an EEVDF slice for this thread (`sched_setattr(2)`, `sched_runtime`). A shorter slice gives an earlier
+/// virtual deadline, so the thread waits less for a busy CPU; its share of CPU time stays the same. Kernels before 6.12
+/// ignore the request.
 ///
 /// # Errors
-/// The kernel refuses; nothing has changed.
-pub fn take_short_turns(slice: Duration) -> io::Result<()> {
-    // SAFETY: all zeros is a value of this structure of integers.
+/// `sched_getattr` or `sched_setattr` failed; the attributes are unchanged.
+pub fn set_sched_slice(slice: Duration) -> io::Result<()> {
+    // SAFETY: the structure consists of integers, for which all zeros is a valid value.
     let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
     let size = size_of::<libc::sched_attr>() as u32;
-    // Niceness and policy are whoever's who started this program.
-    // SAFETY: thread 0 is this one; the kernel writes at most `size` bytes into a value of that size.
+    // Read first, so that the call below keeps the policy and the nice value. SAFETY: the kernel writes at most `size`
+    // bytes into `attributes`, which has that size. Thread 0 is the calling thread.
     if unsafe {
         libc::syscall(
             libc::SYS_sched_getattr,
@@ -27,7 +28,8 @@ pub fn take_short_turns(slice: Duration) -> io::Result<()> {
     }
     attributes.size = size;
     attributes.sched_runtime = u64::try_from(slice.as_nanos()).unwrap_or(u64::MAX);
-    // SAFETY: thread 0 is this one; the kernel reads as many bytes as the value says it has.
+    // SAFETY: the kernel reads `attributes.size` bytes, which is the size of `attributes`. Thread 0 is the calling
+    // thread.
     if unsafe { libc::syscall(libc::SYS_sched_setattr, 0, ptr::from_ref(&attributes), 0) } != 0 {
         return Err(io::Error::last_os_error());
     }
@@ -41,12 +43,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernel_takes_it() {
+    fn the_kernel_accepts_the_slice_without_privileges() {
         let sched = thread::spawn(|| {
-            take_short_turns(Duration::from_micros(200)).expect("no privilege is needed");
+            set_sched_slice(Duration::from_micros(200)).expect("sched_setattr");
             fs::read_to_string("/proc/thread-self/sched").ok()
         });
-        // Where the kernel shows it.
+        // Only kernels with CONFIG_SCHED_DEBUG and EEVDF slices show the value.
         if let Some(text) = sched.join().unwrap()
             && let Some(line) = text.lines().find(|line| line.starts_with("se.slice"))
         {

@@ -1,4 +1,7 @@
-//! One socket with its four rings.
+//! An AF_XDP socket with its UMEM and four rings (`Documentation/networking/af_xdp.rst` of the kernel).
+//!
+//! Depends on the frames and their states, and on xsk-rs. Start at [`Socket::new`], then [`Socket::receive`],
+//! [`Socket::send`] and [`Socket::flush`].
 
 use std::{
     cell::Cell,
@@ -21,125 +24,126 @@ use xsk_rs::{
 
 use crate::{
     frame::{CHUNK, Frame, Pool},
-    ledger::Counts,
+    frame_states::Counts,
 };
 
-/// Descriptors that are taken from a ring or put into one at once.
+/// Most descriptors per ring operation.
 const BATCH: usize = 64;
-/// The kernel is told to send so often, if it takes nothing any more, before it is left for later.
-const IDLE_KICKS: u32 = 64;
-/// And for no longer than that.
-const LONGEST_FLUSH: Duration = Duration::from_millis(2);
-/// Between two tries to bind: at first, and at most.
-const FIRST_PAUSE: Duration = Duration::from_millis(1);
-const LONGEST_PAUSE: Duration = Duration::from_millis(50);
+/// Wake-ups without progress after which [`Socket::flush`] leaves the rest in the transmit ring.
+const MAX_STALLED_KICKS: u32 = 64;
+/// Time without progress after which [`Socket::flush`] leaves the rest in the transmit ring.
+const MAX_FLUSH_STALL: Duration = Duration::from_millis(2);
+/// Delay before the first retry of `bind`; doubles with each retry.
+const MIN_BIND_RETRY: Duration = Duration::from_millis(1);
+/// Longest delay between two retries of `bind`.
+const MAX_BIND_RETRY: Duration = Duration::from_millis(50);
 
-/// How it is waited for packets.
+/// How a thread waits for packets.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Mode {
-    /// The thread sleeps until a packet comes.
+    /// The thread sleeps in `poll` until a packet arrives.
     #[default]
     Poll,
-    /// The thread looks again and again.
+    /// The thread polls the receive ring and never sleeps.
     Spin,
-    /// The thread drives the interface's receive processing itself while it looks.
+    /// The thread runs the interface's NAPI itself while it waits (`SO_PREFER_BUSY_POLL`).
     BusyPoll,
 }
 
-/// Who copies.
+/// Whether the kernel copies packets between its buffers and the UMEM.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Copying {
-    /// The kernel does, unless the driver can write into our frames.
+pub enum CopyMode {
+    /// It copies unless the driver supports zero-copy.
     #[default]
     Auto,
-    /// The kernel does.
+    /// It copies (`XDP_COPY`).
     Copy,
-    /// Nobody does, or there is no socket.
+    /// It does not copy (`XDP_ZEROCOPY`); binding fails if the driver does not support that.
     ZeroCopy,
 }
 
-/// How a socket is to be.
+/// Configuration of a socket.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Config {
-    /// The interface, in the network namespace of the thread that makes the socket.
+    /// Name of the interface, in the network namespace of the calling thread.
     pub interface: String,
-    /// The queue.
+    /// Queue of the interface.
     pub queue: u32,
-    /// Frames, of a page each: locked memory. A power of two, at least 16.
+    /// Number of frames, a page of locked memory each. A power of two, at least 16.
     pub frames: u32,
-    /// Who copies.
-    pub copying: Copying,
-    /// How it is waited for packets.
+    /// Copy or zero-copy.
+    pub copy_mode: CopyMode,
+    /// How the thread waits for packets.
     pub mode: Mode,
-    /// µs that the kernel looks for packets on behalf of [`Mode::BusyPoll`].
+    /// Time that the kernel polls the driver in [`Mode::BusyPoll`] (`SO_BUSY_POLL`), µs.
     pub busy_poll: u32,
-    /// Packets that it may then take at once.
+    /// Most packets per poll of the driver in [`Mode::BusyPoll`] (`SO_BUSY_POLL_BUDGET`).
     pub busy_budget: u32,
-    /// If somebody else still has the queue, it is tried again for so long.
-    pub patience: Duration,
+    /// How long [`Socket::new`] retries while another socket is bound to the queue.
+    pub bind_timeout: Duration,
 }
 
 impl Config {
-    /// What is usual, for a queue of an interface.
+    /// Returns the default configuration for a queue of an interface.
     #[must_use]
     pub fn new(interface: &str, queue: u32) -> Self {
         Self {
             interface: interface.to_owned(),
             queue,
             frames: 4096,
-            copying: Copying::Auto,
+            copy_mode: CopyMode::Auto,
             mode: Mode::Poll,
             busy_poll: 20,
             busy_budget: 64,
-            patience: Duration::from_secs(2),
+            bind_timeout: Duration::from_secs(2),
         }
     }
 }
 
-/// Why there is no socket.
+/// Why a socket could not be made.
 #[derive(Debug, ThisError)]
 pub enum Error {
-    /// That many frames cannot be.
+    /// The number of frames is not a power of two, or too small.
     #[error("{0} frames: must be a power of two, at least 16")]
     Frames(u32),
-    /// That is no interface's name.
-    #[error("not an interface's name: {0:?}")]
+    /// The name is empty or contains a zero byte.
+    #[error("not an interface name: {0:?}")]
     Name(String),
-    /// The kernel has no AF_XDP.
-    #[error("Linux {release} has no AF_XDP, by which packets reach the workers (CONFIG_XDP_SOCKETS)")]
+    /// The kernel is built without AF_XDP.
+    #[error("Linux {release} has no AF_XDP (CONFIG_XDP_SOCKETS), which brings packets to the workers")]
     Unsupported {
         /// The kernel's release.
         release: String,
     },
-    /// The memory cannot be had.
-    #[error("{frames} frames of 4096 bytes for a socket: {source}")]
+    /// The UMEM could not be allocated or registered.
+    #[error("UMEM of {frames} frames of 4096 bytes: {source}")]
     Memory {
-        /// So many were wanted.
+        /// Number of frames.
         frames: u32,
-        /// What the kernel says.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// Somebody else has the queue, and kept it.
+    /// Another socket stayed bound to the queue.
     #[error("queue {queue} of {interface} is in use, still after {waited:?}")]
     Busy {
         /// The interface.
         interface: String,
         /// The queue.
         queue: u32,
-        /// So long it was tried.
+        /// How long binding was retried.
         waited: Duration,
     },
-    /// The kernel does not bind a socket to the queue.
+    /// Binding to the queue failed.
     #[error("socket for queue {queue} of {interface}: {source}")]
     Bind {
         /// The interface.
         interface: String,
         /// The queue.
         queue: u32,
-        /// What the kernel says.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// The socket cannot be set up for busy polling.
+    /// A socket option of busy polling could not be set.
     #[error("busy polling: {0}")]
     BusyPoll(io::Error),
 }
@@ -158,8 +162,9 @@ impl From<Error> for io::Error {
     }
 }
 
-/// Why the memory of a socket cannot be had: the first thing that is asked of AF_XDP.
-fn no_memory(frames: u32, source: io::Error) -> Error {
+/// Returns the error for a UMEM that could not be made. Making it opens the first AF_XDP socket, so `EAFNOSUPPORT`
+/// shows here.
+fn umem_error(frames: u32, source: io::Error) -> Error {
     if source.raw_os_error() != Some(libc::EAFNOSUPPORT) {
         return Error::Memory { frames, source };
     }
@@ -169,33 +174,34 @@ fn no_memory(frames: u32, source: io::Error) -> Error {
     }
 }
 
-/// What a socket has lost since it was made.
+/// Losses of a socket since it was made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Statistics {
-    /// Packets dropped for another reason than a full ring: too large for a frame, or, if the kernel copies, without
-    /// one; then they are among those of `rx_fill_ring_empty` too.
+    /// Packets dropped for another reason than a full ring: larger than a frame or, in copy mode, no frame in the fill
+    /// ring. The latter also count in `rx_fill_ring_empty`.
     pub rx_dropped: u64,
     /// Packets dropped because the receive ring was full.
     pub rx_ring_full: u64,
     /// Packets dropped because the fill ring was empty.
     pub rx_fill_ring_empty: u64,
-    /// Descriptors in the fill ring that were wrong.
+    /// Invalid descriptors in the fill ring.
     pub rx_invalid: u64,
-    /// Descriptors in the transmit ring that were wrong.
+    /// Invalid descriptors in the transmit ring.
     pub tx_invalid: u64,
-    /// Times that the kernel looked into the transmit ring and nothing was there. Nothing bad.
+    /// Times that the kernel found the transmit ring empty. Harmless.
     pub tx_ring_empty: u64,
-    /// Frames that the kernel gave back though it did not have them. There are none.
-    pub strange: u64,
+    /// Descriptors of the receive and completion rings whose frame the kernel did not have. Not zero means a driver
+    /// bug.
+    pub unexpected: u64,
 }
 
-/// A socket on one queue of one interface, with memory of its own. Of one thread.
+/// A socket on one queue of one interface, with a UMEM of its own. It stays on the thread that made it.
 ///
-/// The queue is free for another socket once this one is dropped and all of its frames are: they keep the memory, and
-/// the kernel knows memory and socket as one file.
+/// Another socket can bind to the queue once this one and all of its frames are dropped. Frames keep the UMEM alive,
+/// and the kernel releases the queue when the file descriptor that UMEM and socket share is closed.
 #[derive(Debug)]
 pub struct Socket {
-    // Before the pool: the rings go before the memory they speak of.
+    // Fields drop in order: the rings before the pool, since they point into its UMEM.
     rx: RxQueue,
     tx: TxQueue,
     fill: FillQueue,
@@ -203,22 +209,22 @@ pub struct Socket {
     pool: Rc<Pool>,
     mode: Mode,
     zero_copy: bool,
-    /// So many frames stay free for packets of our own, however many come in.
+    /// Free frames that are never put into the fill ring, so that [`Socket::alloc`] succeeds under a flood.
     reserve: usize,
     rx_size: usize,
     tx_size: usize,
     fill_size: usize,
-    strange: u64,
-    /// Why it is of no use any more: the kernel says it once.
-    gone: Cell<i32>,
+    unexpected: u64,
+    /// Errno that ended the socket, or 0. Kept, because reading `SO_ERROR` clears it in the kernel.
+    fatal_errno: Cell<i32>,
     scratch: Box<[FrameDesc; BATCH]>,
 }
 
 impl Socket {
-    /// Makes a socket, in the network namespace of this thread, with all frames free to be filled.
+    /// Makes a socket in the network namespace of the calling thread and fills its fill ring.
     ///
     /// # Errors
-    /// See [`Error`].
+    /// [`Error`].
     pub fn new(config: &Config) -> Result<Self, Error> {
         let frames = config.frames;
         if !frames.is_power_of_two() || frames < 16 {
@@ -228,27 +234,27 @@ impl Socket {
         let chunk = FrameSize::new(CHUNK as u32).map_err(|_| Error::Frames(frames))?;
         let umem_config = UmemConfig::builder()
             .frame_size(chunk)
-            // What is sent may be all there is; what is to be filled is at most half of it.
+            // All frames can be in flight at once, but at most half of them are in the fill ring.
             .comp_queue_size(size(frames)?)
             .fill_queue_size(size(frames / 2)?)
             .build()
             .map_err(|_| Error::Frames(frames))?;
         let count = NonZeroU32::new(frames).ok_or(Error::Frames(frames))?;
         let (umem, blank) =
-            Umem::new(umem_config, count, false).map_err(|error| no_memory(frames, cause(&error)))?;
+            Umem::new(umem_config, count, false).map_err(|error| umem_error(frames, cause(&error)))?;
 
-        let copying = match config.copying {
-            Copying::Auto => BindFlags::empty(),
-            Copying::Copy => BindFlags::XDP_COPY,
-            Copying::ZeroCopy => BindFlags::XDP_ZEROCOPY,
+        let copy_flags = match config.copy_mode {
+            CopyMode::Auto => BindFlags::empty(),
+            CopyMode::Copy => BindFlags::XDP_COPY,
+            CopyMode::ZeroCopy => BindFlags::XDP_ZEROCOPY,
         };
         let socket_config = SocketConfig::builder()
             .rx_queue_size(size(frames / 2)?)
             .tx_queue_size(size(frames / 2)?)
-            // Whoever attaches the program has attached it, and puts the socket into its map.
+            // The datapath attaches its own program and inserts the socket into the map.
             .libxdp_flags(LibxdpFlags::XSK_LIBXDP_FLAGS_INHIBIT_PROG_LOAD)
             .xdp_flags(XdpFlags::XDP_FLAGS_DRV_MODE)
-            .bind_flags(copying | BindFlags::XDP_USE_NEED_WAKEUP)
+            .bind_flags(copy_flags | BindFlags::XDP_USE_NEED_WAKEUP)
             .build();
         let (tx, rx, fill, completion) = bind(config, socket_config, &umem)?;
 
@@ -264,8 +270,8 @@ impl Socket {
             rx_size: frames as usize / 2,
             tx_size: frames as usize / 2,
             fill_size: frames as usize / 2,
-            strange: 0,
-            gone: Cell::new(0),
+            unexpected: 0,
+            fatal_errno: Cell::new(0),
             scratch: Box::new([FrameDesc::default(); BATCH]),
         };
         socket.zero_copy = socket.is_zero_copy();
@@ -278,122 +284,120 @@ impl Socket {
         Ok(socket)
     }
 
-    /// Takes up to `most` packets that have come in, after giving the kernel frames for the next ones. As many are
-    /// put into `into`.
+    /// Refills the fill ring and moves up to `limit` packets from the receive ring to `into`. Returns their number.
     ///
     /// # Errors
-    /// The socket is of no use any more.
-    pub fn receive(&mut self, into: &mut impl Extend<Frame>, most: usize) -> io::Result<usize> {
+    /// The kernel could not be woken: the interface is down or gone.
+    pub fn receive(&mut self, into: &mut impl Extend<Frame>, limit: usize) -> io::Result<usize> {
         self.reap();
         let mut received = 0;
-        while received < most {
-            // Before they are looked at: whoever starves the fill ring loses packets.
+        while received < limit {
+            // Refill before each batch: the kernel drops packets while the fill ring is empty.
             self.refill();
-            let batch = BATCH.min(most - received);
-            // SAFETY: these descriptors are only written by the ring; the ring is of the same UMEM.
+            let batch = BATCH.min(limit - received);
+            // SAFETY: the ring only writes into `scratch`, and its descriptors are of this socket's UMEM.
             let count = unsafe { self.rx.consume(&mut self.scratch[..batch]) };
             if count == 0 {
                 break;
             }
-            let mut strange = 0;
+            let mut unexpected = 0;
             let mut frames = self.scratch[..count].iter().filter_map(|desc| {
                 let frame = self.pool.received(*desc);
-                strange += u64::from(frame.is_none());
+                unexpected += u64::from(frame.is_none());
                 frame
             });
             into.extend(&mut frames);
-            // Whoever does not want them all shall not lose them.
+            // `into` may stop early. Consume the rest, so that each descriptor's frame is freed.
             frames.for_each(drop);
-            self.strange += strange;
+            self.unexpected += unexpected;
             received += count;
         }
         if self.fill.needs_wakeup() {
-            self.look()?;
+            self.busy_poll_once()?;
         }
         Ok(received)
     }
 
-    /// Packets that have come in and wait.
+    /// Returns the number of packets in the receive ring.
     #[must_use]
-    pub fn waiting(&mut self) -> usize {
+    pub fn rx_available(&mut self) -> usize {
         self.rx.nb_avail_exact() as usize
     }
 
-    /// As many can wait.
+    /// Returns the size of the receive ring.
     #[must_use]
-    pub fn capacity(&self) -> usize {
+    pub fn rx_capacity(&self) -> usize {
         self.rx_size
     }
 
-    /// A free frame, for a packet of our own.
+    /// Returns a free frame, for a packet that the caller makes. `None` if all frames are in use.
     #[must_use]
-    pub fn take(&mut self) -> Option<Frame> {
+    pub fn alloc(&mut self) -> Option<Frame> {
         if self.pool.free() == 0 {
             self.reap();
         }
-        self.pool.take()
+        self.pool.alloc()
     }
 
-    /// Puts a packet into the ring of those to be sent. The kernel sends it at the latest with the next
-    /// [`Socket::flush`].
+    /// Puts a packet into the transmit ring. The kernel sends it with the next [`Socket::flush`] at the latest.
     ///
     /// # Errors
-    /// The ring is full, the packet is empty, or the frame is another socket's: the frame comes back.
+    /// The ring is full, the packet is empty, or the frame belongs to another socket. Returns the frame.
     pub fn send(&mut self, mut frame: Frame) -> Result<(), Frame> {
         if !frame.is_of(&self.pool) || frame.is_empty() {
             return Err(frame);
         }
         let desc = frame.prepare_to_send();
-        // SAFETY: the descriptor is of a frame of this UMEM, and nobody touches it until it is reaped: the one value
-        // that would allow to is given up below.
+        // SAFETY: the descriptor is of this UMEM (`is_of`). `into_tx` below consumes the frame's only owner, so user
+        // space does not access the chunk before it returns through the completion ring.
         if unsafe { self.tx.produce_one(&desc) } == 0 {
             return Err(frame);
         }
-        frame.handed_over();
+        frame.into_tx();
         Ok(())
     }
 
-    /// Has the kernel send what is in the ring, and takes back what it has sent. What it does not take within a
-    /// bounded time stays in the ring: as many are answered.
+    /// Wakes the kernel to send the packets in the transmit ring, and frees those that are sent. Returns the number of
+    /// packets that remain in the ring because the kernel made no progress for 2 ms.
     ///
     /// # Errors
-    /// The socket is of no use any more.
+    /// The kernel could not be woken: the interface is down or gone.
     pub fn flush(&mut self) -> io::Result<usize> {
         let mut left = self.unsent();
         if left == 0 {
             self.reap();
             return Ok(0);
         }
-        let mut idle = 0;
-        let mut begun = None;
+        let mut stalled_kicks = 0;
+        let mut stalled_since = None;
         loop {
             if !self.tx.needs_wakeup() {
-                // A driver that looks by itself.
+                // The driver polls the ring without being woken.
                 break;
             }
             if let Err(problem) = self.kick() {
                 match problem.raw_os_error() {
-                    // It has sent a batch, or cannot take more until something has been delivered.
+                    // The kernel has sent one batch, or the device has no room for more now.
                     Some(libc::EAGAIN | libc::ENOBUFS | libc::EBUSY | libc::EINTR) => {}
                     _ => return Err(problem),
                 }
             }
-            // Its ring may be full too, then nothing is sent before it is read.
+            // The kernel sends nothing while the completion ring is full.
             self.reap();
             let now_left = self.unsent();
             if now_left == 0 {
                 return Ok(0);
             }
             if now_left == left {
-                idle += 1;
-                let begun = begun.get_or_insert_with(Instant::now);
-                if idle >= IDLE_KICKS || begun.elapsed() > LONGEST_FLUSH {
+                stalled_kicks += 1;
+                let since = stalled_since.get_or_insert_with(Instant::now);
+                if stalled_kicks >= MAX_STALLED_KICKS || since.elapsed() > MAX_FLUSH_STALL {
                     break;
                 }
-                // Who is to take the packets away may wait for this processor.
+                // The thread that drains the device's queue may be waiting for this CPU.
                 thread::yield_now();
             } else {
-                idle = 0;
+                stalled_kicks = 0;
             }
             left = now_left;
         }
@@ -401,27 +405,27 @@ impl Socket {
         Ok(self.unsent())
     }
 
-    /// Packets in the ring that the kernel has not taken yet.
+    /// Returns the number of packets in the transmit ring that the kernel has not taken yet.
     #[must_use]
     pub fn unsent(&mut self) -> usize {
         self.tx_size - self.tx.nb_free_exact() as usize
     }
 
-    /// Waits for a packet, in the way of the socket's mode, for no longer than this. Answers whether there is one.
+    /// Waits for a packet as the socket's mode says, at most for `timeout`. Returns whether one is available.
     ///
     /// # Errors
-    /// The socket is of no use any more.
-    pub fn wait(&mut self, patience: Duration) -> io::Result<bool> {
-        if self.waiting() != 0 {
+    /// The interface is down or gone.
+    pub fn wait(&mut self, timeout: Duration) -> io::Result<bool> {
+        if self.rx_available() != 0 {
             return Ok(true);
         }
         match self.mode {
-            Mode::Poll => self.sleep(patience),
+            Mode::Poll => self.sleep(timeout),
             Mode::Spin => {
-                let until = Instant::now() + patience;
+                let until = Instant::now() + timeout;
                 loop {
                     for _ in 0..64 {
-                        if self.waiting() != 0 {
+                        if self.rx_available() != 0 {
                             return Ok(true);
                         }
                         std::hint::spin_loop();
@@ -432,10 +436,10 @@ impl Socket {
                 }
             }
             Mode::BusyPoll => {
-                let until = Instant::now() + patience;
+                let until = Instant::now() + timeout;
                 loop {
-                    self.look()?;
-                    if self.waiting() != 0 {
+                    self.busy_poll_once()?;
+                    if self.rx_available() != 0 {
                         return Ok(true);
                     }
                     if Instant::now() >= until {
@@ -446,13 +450,13 @@ impl Socket {
         }
     }
 
-    /// Has the kernel look for packets, now and in this thread: what a [`Mode::BusyPoll`] socket does instead of
-    /// waiting.
+    /// Enters the kernel once on the receive side (`recvfrom`). It wakes a driver that waits for fill ring entries and,
+    /// in [`Mode::BusyPoll`], runs the interface's NAPI in this thread.
     ///
     /// # Errors
-    /// The socket is of no use any more.
-    pub fn look(&mut self) -> io::Result<()> {
-        // SAFETY: nothing is read into memory: there is none.
+    /// The interface is down or gone.
+    pub fn busy_poll_once(&mut self) -> io::Result<()> {
+        // SAFETY: the buffer has length zero and no address is requested, so the kernel writes nothing.
         let outcome = unsafe {
             libc::recvfrom(
                 self.as_raw_fd(),
@@ -473,10 +477,10 @@ impl Socket {
         Ok(())
     }
 
-    /// What has been lost.
+    /// Returns the losses of this socket.
     ///
     /// # Errors
-    /// The socket is of no use any more: its interface is gone, for example.
+    /// The interface is down or gone, or the kernel does not return the statistics.
     pub fn statistics(&mut self) -> io::Result<Statistics> {
         self.check()?;
         let statistics = self.rx.fd().xdp_statistics()?;
@@ -487,32 +491,33 @@ impl Socket {
             rx_invalid: statistics.rx_invalid_descs(),
             tx_invalid: statistics.tx_invalid_descs(),
             tx_ring_empty: statistics.tx_ring_empty_descs(),
-            strange: self.strange,
+            unexpected: self.unexpected,
         })
     }
 
-    /// How many frames are where.
+    /// Returns the number of frames in each state.
     #[must_use]
     pub fn counts(&self) -> Counts {
         self.pool.counts()
     }
 
-    /// Whether the driver writes into our frames.
+    /// Returns whether the driver uses the UMEM without a copy.
     #[must_use]
     pub fn zero_copy(&self) -> bool {
         self.zero_copy
     }
 
-    /// How it is waited for packets.
+    /// Returns how the socket waits for packets.
     #[must_use]
     pub fn mode(&self) -> Mode {
         self.mode
     }
 
-    /// Gives the kernel frames to fill.
+    /// Moves free frames to the fill ring, except the reserve.
     fn refill(&mut self) {
         let mut room = self.fill.nb_free(self.fill_size as u32) as usize;
-        // Each touch of the ring costs a cache line that the kernel has: not for a handful.
+        // Each update of the ring's producer index takes its cache line from the kernel's CPU, so update for a batch
+        // only.
         if room < BATCH.min(self.fill_size / 2) {
             return;
         }
@@ -530,7 +535,8 @@ impl Socket {
             if count == 0 {
                 return;
             }
-            // SAFETY: they were free, so nobody has them but the ledger, which says now that the kernel does.
+            // SAFETY: the frames were free, so no `Frame` owns them, and `take_to_fill` has set their state to
+            // `Receiving`.
             let produced = unsafe { self.fill.produce(&batch[..count]) };
             for desc in &batch[produced..count] {
                 self.pool.unfilled(desc);
@@ -542,16 +548,16 @@ impl Socket {
         }
     }
 
-    /// Takes back what the kernel has sent.
+    /// Frees the frames in the completion ring.
     fn reap(&mut self) {
         if self.pool.counts().sending == 0 {
             return;
         }
         loop {
-            // SAFETY: these descriptors are only written by the ring; the ring is of the same UMEM.
+            // SAFETY: the ring only writes into `scratch`, and its descriptors are of this socket's UMEM.
             let count = unsafe { self.completion.consume(&mut self.scratch[..]) };
             for desc in &self.scratch[..count] {
-                self.strange += u64::from(!self.pool.sent(desc));
+                self.unexpected += u64::from(!self.pool.sent(desc));
             }
             if count < BATCH {
                 return;
@@ -559,8 +565,9 @@ impl Socket {
         }
     }
 
+    /// Enters the kernel to send from the transmit ring (`sendto`).
     fn kick(&self) -> io::Result<()> {
-        // SAFETY: nothing is read from memory: there is none.
+        // SAFETY: the buffer has length zero and there is no address, so the kernel reads nothing.
         let outcome = unsafe {
             libc::sendto(
                 self.as_raw_fd(),
@@ -577,17 +584,17 @@ impl Socket {
         Ok(())
     }
 
-    fn sleep(&self, patience: Duration) -> io::Result<bool> {
+    fn sleep(&self, timeout: Duration) -> io::Result<bool> {
         let mut fd = libc::pollfd {
             fd: self.as_raw_fd(),
             events: libc::POLLIN,
             revents: 0,
         };
         let time = libc::timespec {
-            tv_sec: patience.as_secs().min(3600) as libc::time_t,
-            tv_nsec: patience.subsec_nanos().into(),
+            tv_sec: timeout.as_secs().min(3600) as libc::time_t,
+            tv_nsec: timeout.subsec_nanos().into(),
         };
-        // SAFETY: one descriptor and one time, both of this function's stack; no signal mask.
+        // SAFETY: one `pollfd` and one `timespec`, both on this function's stack; no signal mask.
         let ready = unsafe { libc::ppoll(&raw mut fd, 1, &raw const time, ptr::null()) };
         if ready < 0 {
             let problem = io::Error::last_os_error();
@@ -597,19 +604,20 @@ impl Socket {
             return Ok(false);
         }
         if fd.revents & libc::POLLIN == 0 {
-            // Nothing wakes who waits at an interface that has gone.
+            // The kernel does not wake a thread that polls a socket whose interface has gone.
             self.check()?;
         }
         Ok(fd.revents & libc::POLLIN != 0)
     }
 
-    /// A socket that only waits learns of its interface's end nowhere else.
+    /// Returns an error if the interface is gone. For a socket that neither sends nor wakes the kernel, `SO_ERROR` is
+    /// the only sign.
     fn check(&self) -> io::Result<()> {
         let problem = self.option(libc::SOL_SOCKET, libc::SO_ERROR)?;
         if problem != 0 {
-            self.gone.set(problem);
+            self.fatal_errno.set(problem);
         }
-        match self.gone.get() {
+        match self.fatal_errno.get() {
             0 => Ok(()),
             problem => Err(io::Error::from_raw_os_error(problem)),
         }
@@ -629,7 +637,7 @@ impl Socket {
     fn option(&self, level: i32, option: i32) -> io::Result<i32> {
         let mut value: i32 = 0;
         let mut length = size_of::<i32>() as libc::socklen_t;
-        // SAFETY: both pointers are to this function's stack, and the length is that of the value.
+        // SAFETY: both pointers are to variables on this function's stack, and `length` is the size of `value`.
         let outcome = unsafe {
             libc::getsockopt(
                 self.as_raw_fd(),
@@ -646,7 +654,7 @@ impl Socket {
     }
 
     fn set_option(&self, option: i32, value: u32) -> io::Result<()> {
-        // SAFETY: the pointer is to an argument of this function, the length is its length.
+        // SAFETY: the pointer is to an argument of this function, and the length is the size of that argument.
         let outcome = unsafe {
             libc::setsockopt(
                 self.as_raw_fd(),
@@ -671,12 +679,13 @@ impl AsRawFd for Socket {
 
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor is open for as long as the rings are, which is as long as `self` is.
+        // SAFETY: the rings keep the descriptor open, and they live as long as `self`, which the result borrows.
         unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }
     }
 }
 
-/// Binds a socket. Who had the queue before may have gone only just now: the kernel cleans up behind a process later.
+/// Binds a socket. Retries while the queue is in use (`EBUSY`): the kernel releases the queue of a process that has
+/// ended with a delay.
 fn bind(
     config: &Config,
     socket: SocketConfig,
@@ -693,7 +702,7 @@ fn bind(
         source,
     };
     let begun = Instant::now();
-    let mut pause = FIRST_PAUSE;
+    let mut retry = MIN_BIND_RETRY;
     loop {
         // SAFETY: the UMEM is not shared, and program loading is inhibited.
         match unsafe { xsk_rs::Socket::new(socket, umem, &interface, config.queue) } {
@@ -706,7 +715,7 @@ fn bind(
                 }
             }
         }
-        let left = config.patience.saturating_sub(begun.elapsed());
+        let left = config.bind_timeout.saturating_sub(begun.elapsed());
         if left.is_zero() {
             return Err(Error::Busy {
                 interface: config.interface.clone(),
@@ -714,12 +723,12 @@ fn bind(
                 waited: begun.elapsed(),
             });
         }
-        thread::sleep(pause.min(left));
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        thread::sleep(retry.min(left));
+        retry = (retry * 2).min(MAX_BIND_RETRY);
     }
 }
 
-/// What the kernel said.
+/// Returns the kernel's error below an error of xsk-rs.
 fn cause(error: &(dyn std::error::Error + 'static)) -> io::Error {
     error
         .source()

@@ -1,10 +1,11 @@
-//! A wait-free ring between one writing and one reading thread. Depends on nothing else in this crate; start at [`ring`].
+//! A wait-free ring between one writing and one reading thread. Depends on nothing else in this crate; start at
+//! [`ring`].
 //!
-//! Slots are allocated once and used in place, so a packet is copied once and never moved. The ends cannot be cloned and their
-//! methods take `&mut self`, so the type system guarantees a single writer and a single reader.
+//! Slots are allocated once and used in place, so a packet is copied once and never moved. The ends cannot be cloned
+//! and their methods take `&mut self`, so the type system guarantees a single writer and a single reader.
 //!
-//! Not `crossbeam` or `rtrb`: their queues move values in and out, but a packet slot must be filled and read in place; and this
-//! ring is model-checked with loom (`tests/loom.rs`), which needs loom's atomics inside.
+//! Not `crossbeam` or `rtrb`: their queues move values in and out, but a packet slot must be filled and read in place;
+//! and this ring is model-checked with loom (`tests/loom.rs`), which needs loom's atomics inside.
 
 #[cfg(loom)]
 use loom::{
@@ -44,8 +45,8 @@ mod plain {
     }
 }
 
-/// The state that both ends share. Positions only increase, and wrap; the slot of a position is the position modulo the number
-/// of slots.
+/// The state that both ends share. Positions only increase, and wrap; the slot of a position is the position modulo the
+/// number of slots.
 struct Ring<P> {
     slots: Box<[UnsafeCell<P>]>,
     /// Position of the next slot to write.
@@ -54,9 +55,10 @@ struct Ring<P> {
     read: CachePadded<AtomicUsize>,
 }
 
-// SAFETY: one thread accesses a slot at a time. The slots of positions from `read` up to `written` belong to the reader, all
-// others to the writer. Each end advances its own position only after its last access to the slot, with release ordering, and the
-// other end loads that position with acquire ordering. Values of `P` cross threads, hence `P: Send`.
+// SAFETY: one thread accesses a slot at a time. The slots of positions from `read` up to `written` belong to the
+// reader, all others to the writer. Each end advances its own position only after its last access to the slot, with
+// release ordering, and the other end loads that position with acquire ordering. Values of `P` cross threads, hence `P:
+// Send`.
 unsafe impl<P: Send> Sync for Ring<P> {}
 // SAFETY: a ring owns its slots, so sending it to another thread sends values of `P` and nothing else; hence `P: Send`.
 unsafe impl<P: Send> Send for Ring<P> {}
@@ -82,7 +84,8 @@ pub struct Reader<P> {
     ring: Arc<Ring<P>>,
     /// Copy of the shared `read`, which only this end changes.
     read: usize,
-    /// Cached value of the shared `written`; reloaded only when the ring seems empty, to leave the writer its cache line.
+    /// Cached value of the shared `written`; reloaded only when the ring seems empty, to leave the writer its cache
+    /// line.
     written: usize,
 }
 
@@ -110,8 +113,8 @@ pub fn ring<P>(min_slots: usize, mut make: impl FnMut() -> P) -> (Writer<P>, Rea
 }
 
 impl<P> Writer<P> {
-    /// Lets `f` fill the next slot, which holds what the reader left in it, and publishes the slot. Returns `None` if the ring
-    /// is full.
+    /// Lets `f` fill the next slot, which holds what the reader left in it, and publishes the slot. Returns `None` if
+    /// the ring is full.
     #[inline]
     pub fn write<R>(&mut self, f: impl FnOnce(&mut P) -> R) -> Option<R> {
         let mut outcome = None;
@@ -129,8 +132,8 @@ impl<P> Writer<P> {
             return None;
         }
         let publish = self.ring.slot(self.written).with_mut(|slot| {
-            // SAFETY: the position is not published, so the reader does not access its slot (see `Ring`), and this end is
-            // borrowed mutably, so there is no other writer.
+            // SAFETY: the position is not published, so the reader does not access its slot (see `Ring`), and this end
+            // is borrowed mutably, so there is no other writer.
             f(unsafe { &mut *slot })
         });
         if publish {
@@ -158,8 +161,8 @@ impl<P> Writer<P> {
 }
 
 impl<P> Reader<P> {
-    /// Lets `f` read the oldest slot and returns the slot to the writer, with what `f` left in it. Returns `None` if the ring is
-    /// empty.
+    /// Lets `f` read the oldest slot and returns the slot to the writer, with what `f` left in it. Returns `None` if
+    /// the ring is empty.
     #[inline]
     pub fn read<R>(&mut self, f: impl FnOnce(&mut P) -> R) -> Option<R> {
         if self.available() == 0 {

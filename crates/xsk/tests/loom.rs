@@ -6,8 +6,8 @@
 use loom::{model::Builder, thread};
 use palisade_xsk::{handoff, spsc};
 
-/// Explores all interleavings with at most two preemptions. Without a bound the tests take fifteen minutes; one such run found
-/// nothing either.
+/// Explores all interleavings with at most two preemptions. Without a bound the tests take fifteen minutes; one such
+/// run found nothing either.
 fn model(f: impl Fn() + Sync + Send + 'static) {
     let mut builder = Builder::new();
     builder.preemption_bound = Some(2);

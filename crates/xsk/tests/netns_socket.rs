@@ -1,4 +1,4 @@
-//! Sockets at both ends of a veth pair with two queues, in a namespace of its own.
+//! Sockets at both ends of a veth pair with two queues, in a network namespace of its own.
 #![cfg(not(loom))]
 
 use std::{
@@ -14,9 +14,9 @@ use palisade_testbed::ns::Ns;
 use palisade_xsk::{Config, Error, Frame, Mode, NoRoom, Socket};
 use proptest::{prelude::*, test_runner::TestRunner};
 
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// An XDP program that gives the packets of a queue to the socket that the map has for it, and its map.
+/// An attached XDP program that redirects the packets of a queue to the socket of that queue, and its `XSKMAP`.
 struct Program {
     map: OwnedFd,
     _program: OwnedFd,
@@ -24,12 +24,12 @@ struct Program {
 }
 
 fn bpf(command: libc::c_long, attributes: &mut [u8; 128]) -> io::Result<OwnedFd> {
-    // SAFETY: the attributes are as long as is said, and what they point to lives in the caller.
+    // SAFETY: the length is that of the attributes, and the caller keeps alive what they point to.
     let outcome = unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_mut_ptr(), attributes.len()) };
     if outcome < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: these commands answer with a new descriptor.
+    // SAFETY: these commands return a new descriptor.
     Ok(unsafe { OwnedFd::from_raw_fd(outcome as i32) })
 }
 
@@ -64,7 +64,7 @@ impl Program {
             // r1 = map
             instruction(0x18, 0x11, 0, map.as_raw_fd()),
             instruction(0, 0, 0, 0),
-            // r3 = XDP_DROP, if there is no socket
+            // r3 = XDP_DROP, the result if the map has no socket
             instruction(0xb7, 0x03, 0, 1),
             // return bpf_redirect_map(r1, r2, r3)
             instruction(0x85, 0, 0, 51),
@@ -91,14 +91,14 @@ impl Program {
         let mut update = attributes(&[(0, self.map.as_raw_fd() as u32)]);
         update[8..16].copy_from_slice(&(&raw const queue as u64).to_ne_bytes());
         update[16..24].copy_from_slice(&(&raw const value as u64).to_ne_bytes());
-        // SAFETY: the attributes are as long as is said; key and value are on this stack.
+        // SAFETY: the length is that of the attributes; key and value are on this function's stack.
         let outcome =
             unsafe { libc::syscall(libc::SYS_bpf, 2 as libc::c_long, update.as_ptr(), update.len()) };
         assert_eq!(outcome, 0, "{}", io::Error::last_os_error());
     }
 }
 
-/// The calling thread stands in a namespace with `a` and `b`, which are one veth pair.
+/// A network namespace with the veth pair `a` and `b`. The calling thread is in it.
 struct World {
     ns: Ns,
     a: Program,
@@ -137,11 +137,11 @@ impl World {
     }
 }
 
-/// A frame that nothing on the way takes offence at.
+/// Returns an Ethernet frame that the kernel passes on without interpreting it.
 fn packet(number: u32, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length.max(18)];
     bytes[..12].copy_from_slice(&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2]);
-    // An EtherType for experiments.
+    // IEEE 802 local experimental EtherType 1.
     bytes[12..14].copy_from_slice(&[0x88, 0xb5]);
     bytes[14..18].copy_from_slice(&number.to_be_bytes());
     let mut state = number;
@@ -153,15 +153,11 @@ fn packet(number: u32, length: usize) -> Vec<u8> {
 }
 
 fn send(socket: &mut Socket, packet: &[u8]) {
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + TIMEOUT;
     let mut frame = loop {
-        match socket.take() {
+        match socket.alloc() {
             Some(frame) => break frame,
-            None => assert!(
-                Instant::now() < until,
-                "no frame comes back: {:?}",
-                socket.counts()
-            ),
+            None => assert!(Instant::now() < until, "no frame is freed: {:?}", socket.counts()),
         }
         socket.flush().unwrap();
     };
@@ -174,7 +170,7 @@ fn send(socket: &mut Socket, packet: &[u8]) {
 }
 
 fn receive(socket: &mut Socket, count: usize) -> VecDeque<Frame> {
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + TIMEOUT;
     let mut frames = VecDeque::with_capacity(count);
     while frames.len() < count {
         let left = count - frames.len();
@@ -192,19 +188,19 @@ fn receive(socket: &mut Socket, count: usize) -> VecDeque<Frame> {
     frames
 }
 
-fn all_come_home(socket: &mut Socket, frames: usize) {
-    let until = Instant::now() + PATIENCE;
+fn wait_until_all_frames_are_back(socket: &mut Socket, frames: usize) {
+    let until = Instant::now() + TIMEOUT;
     while socket.counts().sending != 0 {
         assert!(Instant::now() < until, "{:?}", socket.counts());
         socket.flush().unwrap();
     }
     let counts = socket.counts();
     assert_eq!((counts.held, counts.total()), (0, frames), "{counts:?}");
-    assert_eq!(socket.statistics().unwrap().strange, 0);
+    assert_eq!(socket.statistics().unwrap().unexpected, 0);
 }
 
 #[test]
-fn random_packets_there_and_back_byte_for_byte() {
+fn random_packets_arrive_unchanged_in_both_directions() {
     for mode in [Mode::Poll, Mode::Spin, Mode::BusyPoll] {
         let world = World::new();
         let (a, b) = world.pair(0, 256, mode);
@@ -228,15 +224,15 @@ fn random_packets_there_and_back_byte_for_byte() {
                 a.flush().unwrap();
                 for (frame, packet) in receive(b, packets.len()).into_iter().zip(&packets) {
                     prop_assert_eq!(frame.data(), &packet[..]);
-                    // The very frame goes back.
+                    // Send the same frame back.
                     b.send(frame).unwrap();
                 }
                 b.flush().unwrap();
                 for (frame, packet) in receive(a, packets.len()).into_iter().zip(&packets) {
                     prop_assert_eq!(frame.data(), &packet[..]);
                 }
-                all_come_home(a, 256);
-                all_come_home(b, 256);
+                wait_until_all_frames_are_back(a, 256);
+                wait_until_all_frames_are_back(b, 256);
                 Ok(())
             })
             .unwrap();
@@ -244,7 +240,7 @@ fn random_packets_there_and_back_byte_for_byte() {
 }
 
 #[test]
-fn a_packet_is_changed_inside_of_its_frame() {
+fn a_packet_can_be_stripped_prepended_and_appended_in_its_frame() {
     let world = World::new();
     let (mut a, mut b) = world.pair(0, 64, Mode::Poll);
     let sent = packet(7, 300);
@@ -253,7 +249,7 @@ fn a_packet_is_changed_inside_of_its_frame() {
     a.flush().unwrap();
     let mut frame = receive(&mut b, 1).pop_front().unwrap();
     assert_eq!(frame.len(), 372);
-    // In the end it is the packet again, but for what is behind it.
+    // The result is the packet as it was sent, with bytes appended.
     frame.strip(14 + 72).unwrap();
     frame.prepend(&sent[..14]).unwrap();
     frame.append(b"behind").unwrap();
@@ -262,7 +258,7 @@ fn a_packet_is_changed_inside_of_its_frame() {
     b.flush().unwrap();
     let mut frame = receive(&mut a, 1).pop_front().unwrap();
     assert_eq!(frame.data(), [&sent[..], b"behind"].concat());
-    // In front of everything the packet has to be moved.
+    // There is no headroom, so the packet is moved.
     frame.prepend(&prefix).unwrap();
     assert_eq!(frame.data(), [&prefix[..], &sent, b"behind"].concat());
     let tail = frame.tailroom();
@@ -275,16 +271,16 @@ fn a_packet_is_changed_inside_of_its_frame() {
     assert!(frame.data().ends_with(&[1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]));
     assert_eq!(frame.set(&[0; 4096]), Err(NoRoom));
     assert_eq!(frame.set_len(4096), Err(NoRoom));
-    // Another socket does not take it.
+    // A socket refuses a frame of another socket.
     let mut frame = b.send(frame).unwrap_err();
     frame.set(&[]).unwrap();
     drop(a.send(frame).unwrap_err());
-    all_come_home(&mut a, 64);
-    all_come_home(&mut b, 64);
+    wait_until_all_frames_are_back(&mut a, 64);
+    wait_until_all_frames_are_back(&mut b, 64);
 }
 
 #[test]
-fn who_holds_all_frames_loses_packets_that_are_counted_and_no_frame() {
+fn a_receiver_that_holds_all_frames_loses_counted_packets_and_no_frame() {
     let world = World::new();
     let (mut a, mut b) = world.pair(0, 64, Mode::Poll);
     let mut held = VecDeque::new();
@@ -304,52 +300,52 @@ fn who_holds_all_frames_loses_packets_that_are_counted_and_no_frame() {
     );
     assert_eq!(statistics.rx_fill_ring_empty, statistics.rx_dropped);
     assert_eq!((b.counts().held, b.counts().total()), (held.len(), 64));
-    // Some are kept for packets of our own.
-    let own = b.take().unwrap();
+    // The reserve is left for packets that the socket's owner makes.
+    let own = b.alloc().unwrap();
     drop(own);
-    // They come in the order in which they were sent, and none twice.
+    // Packets arrive in the order in which they were sent, each once.
     for (n, frame) in held.iter().enumerate() {
         assert_eq!(frame.data(), packet(n as u32, 64));
     }
     held.clear();
-    all_come_home(&mut b, 64);
+    wait_until_all_frames_are_back(&mut b, 64);
     b.receive(&mut held, 64).unwrap();
     send(&mut a, &packet(1000, 64));
     a.flush().unwrap();
     assert_eq!(receive(&mut b, 1)[0].data(), packet(1000, 64));
-    all_come_home(&mut b, 64);
+    wait_until_all_frames_are_back(&mut b, 64);
 }
 
 #[test]
-fn a_full_ring_gives_the_frame_back() {
+fn a_full_transmit_ring_returns_the_frame() {
     let world = World::new();
     let (mut a, mut b) = world.pair(0, 64, Mode::Poll);
     send(&mut b, &packet(32, 100));
     b.flush().unwrap();
     let own = receive(&mut a, 1).pop_front().unwrap();
     let mut sent = 0;
-    while let Some(mut frame) = a.take() {
+    while let Some(mut frame) = a.alloc() {
         frame.set(&packet(sent, 100)).unwrap();
         a.send(frame).unwrap();
         sent += 1;
     }
-    // Half of the frames are there to be received.
+    // The other half of the frames is in the fill ring.
     assert_eq!((sent, a.unsent()), (32, 32));
     let back = a.send(own).unwrap_err();
     assert_eq!(back.data(), packet(32, 100));
     assert_eq!(a.counts().sending, 32);
-    // More than the kernel takes at once, so it has to be told again.
+    // More than the kernel sends per wake-up, so it is woken again.
     assert_eq!(a.flush().unwrap(), 0);
     a.send(back).unwrap();
     a.flush().unwrap();
-    // As many can wait in the other's ring: the one more may have found no frame there.
+    // The other socket's fill ring has 32 entries: the packet after them may have found no frame.
     let received = receive(&mut b, 32);
     for (n, frame) in received.iter().enumerate() {
         assert_eq!(frame.data(), packet(n as u32, 100));
     }
     drop(received);
-    all_come_home(&mut a, 64);
-    all_come_home(&mut b, 64);
+    wait_until_all_frames_are_back(&mut a, 64);
+    wait_until_all_frames_are_back(&mut b, 64);
 }
 
 #[test]
@@ -367,38 +363,38 @@ fn each_queue_has_its_own_socket() {
         assert_eq!(zero.data(), packet(n as u32, 80));
         assert_eq!(one.data(), packet(1000 + n as u32, 90));
     }
-    assert_eq!((b0.waiting(), b1.waiting()), (0, 0));
+    assert_eq!((b0.rx_available(), b1.rx_available()), (0, 0));
 }
 
 #[test]
-fn a_queue_that_is_in_use_is_waited_for() {
+fn binding_is_retried_while_the_queue_is_in_use() {
     let world = World::new();
     let (_a, b) = world.pair(0, 64, Mode::Poll);
     let config = Config {
         frames: 64,
-        patience: Duration::from_millis(60),
+        bind_timeout: Duration::from_millis(60),
         ..Config::new("b", 0)
     };
     let begun = Instant::now();
     let error = Socket::new(&config).unwrap_err();
     assert!(matches!(error, Error::Busy { queue: 0, .. }), "{error}");
-    assert!(begun.elapsed() >= config.patience);
+    assert!(begun.elapsed() >= config.bind_timeout);
     assert_eq!(io::Error::from(error).kind(), io::ErrorKind::ResourceBusy);
 
     let config = Config {
-        patience: PATIENCE,
+        bind_timeout: TIMEOUT,
         ..config
     };
     std::thread::scope(|scope| {
-        // A thread of this one's namespace.
+        // The new thread is in the same network namespace.
         let waiting = scope.spawn(|| Socket::new(&config).map(|_| ()));
         std::thread::sleep(Duration::from_millis(100));
         drop(b);
         waiting.join().unwrap().unwrap();
     });
-    // Packets come in by the new one.
+    // The new socket receives packets.
     let mut b = world.socket(&config);
-    // The first `a` goes with its frames, too.
+    // The first `a` releases its queue.
     drop(_a);
     let mut a = world.socket(&Config {
         interface: "a".into(),
@@ -410,7 +406,7 @@ fn a_queue_that_is_in_use_is_waited_for() {
 }
 
 #[test]
-fn a_frame_keeps_its_memory_and_its_queue() {
+fn a_held_frame_keeps_the_umem_and_the_queue() {
     let world = World::new();
     let (mut a, mut b) = world.pair(0, 64, Mode::Poll);
     send(&mut a, &packet(5, 500));
@@ -420,20 +416,20 @@ fn a_frame_keeps_its_memory_and_its_queue() {
     assert_eq!(frame.data(), packet(5, 500));
     let config = Config {
         frames: 64,
-        patience: Duration::from_millis(20),
+        bind_timeout: Duration::from_millis(20),
         ..Config::new("b", 0)
     };
     assert!(matches!(Socket::new(&config), Err(Error::Busy { .. })));
     drop(frame);
     Socket::new(&Config {
-        patience: PATIENCE,
+        bind_timeout: TIMEOUT,
         ..config
     })
     .unwrap();
 }
 
 #[test]
-fn what_cannot_be_is_said() {
+fn invalid_configurations_give_specific_errors() {
     let world = World::new();
     let of = |interface: &str, queue, frames| {
         Socket::new(&Config {
@@ -445,32 +441,32 @@ fn what_cannot_be_is_said() {
     assert!(matches!(of("b", 0, 100), Error::Frames(100)));
     assert!(matches!(of("b", 0, 8), Error::Frames(8)));
     assert!(matches!(of("", 0, 64), Error::Name(_)));
-    for error in [of("nobody", 0, 64), of("b", 2, 64)] {
+    for error in [of("missing", 0, 64), of("b", 2, 64)] {
         assert!(matches!(error, Error::Bind { .. }), "{error}");
     }
     drop(world);
 }
 
 #[test]
-fn the_end_of_an_interface_is_noticed() {
+fn a_deleted_interface_gives_lasting_errors() {
     let world = World::new();
     let (mut a, mut b) = world.pair(0, 64, Mode::Poll);
     assert!(!b.wait(Duration::from_millis(10)).unwrap());
     world.ns.ip("link del dev a").unwrap();
     let begun = Instant::now();
     while b.wait(Duration::from_millis(20)).is_ok() {
-        assert!(begun.elapsed() < PATIENCE);
+        assert!(begun.elapsed() < TIMEOUT);
     }
-    // And not only once.
+    // The error stays.
     assert!(b.wait(Duration::from_millis(1)).is_err());
     assert!(b.statistics().is_err());
-    let mut frame = a.take().unwrap();
+    let mut frame = a.alloc().unwrap();
     frame.set(&packet(1, 60)).unwrap();
     a.send(frame).unwrap();
     assert!(a.flush().is_err());
 }
 
-/// Not a test: what the next one kills.
+/// Not a test: the child process that the next test kills.
 #[test]
 #[ignore = "runs as a child of another test"]
 fn child_that_holds_a_queue() {
@@ -480,7 +476,7 @@ fn child_that_holds_a_queue() {
 }
 
 #[test]
-fn the_queue_of_a_process_that_was_killed_can_be_had() {
+fn the_queue_of_a_killed_process_can_be_bound_again() {
     let world = World::new();
     for _ in 0..3 {
         let mut child = world
@@ -491,17 +487,17 @@ fn the_queue_of_a_process_that_was_killed_can_be_had() {
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        // The harness may print the test's name in front of it.
+        // The test harness may print the test's name on the same line.
         assert!(lines.any(|line| line.unwrap().ends_with("bound")));
         let config = Config {
             frames: 64,
-            patience: Duration::ZERO,
+            bind_timeout: Duration::ZERO,
             ..Config::new("b", 0)
         };
         assert!(matches!(Socket::new(&config), Err(Error::Busy { .. })));
         child.kill().unwrap();
         let mut b = world.socket(&Config {
-            patience: PATIENCE,
+            bind_timeout: TIMEOUT,
             ..config
         });
         child.wait().unwrap();
