@@ -11,6 +11,7 @@ use crate::{
     fragments::Reassembler,
     http::Http,
     record::{Record, Verdict, What},
+    tcp::quote::QuotedSegment,
     tls::Tls,
 };
 
@@ -136,6 +137,10 @@ impl<F> Engine<F> {
             self.fragment(now, view, frame, sink);
             return;
         }
+        if view.packet.is(flags::ICMP_ERROR) {
+            self.error(now, view, frame, sink);
+            return;
+        }
         let is_dns = view.slot.inspector == Inspector::Dns as u8;
         if is_dns && view.packet.protocol == protocol::TCP {
             self.streams.segment(
@@ -181,6 +186,27 @@ impl<F> Engine<F> {
         let frames = Frames::One(frame);
         self.dns
             .datagram(now, view, message, frames, &self.rules, &mut self.spare, sink);
+    }
+
+    /// An ICMP error. The programs carry those about TCP connections only.
+    fn error(&mut self, now: Millis, view: &View<'_>, frame: F, sink: &mut impl Sink<F>) {
+        const DNS: u8 = Inspector::Dns as u8;
+        const HTTP: u8 = Inspector::Http as u8;
+        const TLS: u8 = Inspector::Tls as u8;
+        let Some(quoted) = QuotedSegment::read(view) else {
+            self.unsupported += 1;
+            sink.discard(frame, Reason::UnrelatedIcmp);
+            return;
+        };
+        match view.slot.inspector {
+            DNS => self.streams.error(now, view, &quoted, frame, sink),
+            HTTP => self.http.error(now, view, &quoted, frame, sink),
+            TLS => self.tls.error(now, view, &quoted, frame, sink),
+            _ => {
+                self.unsupported += 1;
+                sink.discard(frame, Reason::AppUnsupported);
+            }
+        }
     }
 
     /// A fragment: once its datagram is complete, that is read like one that came in one piece.

@@ -129,7 +129,8 @@ pub trait Sink<F> {
     fn release_with(&mut self, frame: F, command: &FlowCommand);
     /// What the programs are to do with a flow, without a packet to go along.
     fn command(&mut self, _command: &FlowCommand) {}
-    /// The packet has been acknowledged to who sent it; its bytes go on in others that the engine makes.
+    /// The packet has been acknowledged to its sender and its bytes go on in others that the engine makes, or it was an
+    /// ICMP error about such packets.
     fn absorb(&mut self, frame: F) {
         self.discard(frame, Reason::TcpHeld);
     }

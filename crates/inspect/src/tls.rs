@@ -12,7 +12,7 @@ use palisade_protocols::tls::{
 use crate::{
     Millis, Rules, Sink, View,
     record::{About, Record, Text, Verdict, What},
-    tcp::{Connections, Reader, Remember, Side, Step, TcpLimits, TcpStats},
+    tcp::{Connections, Reader, Remember, Side, Step, TcpLimits, TcpStats, quote::QuotedSegment},
 };
 
 /// What to do with a hello that carries an encrypted one. Its outer name is all that can be read.
@@ -181,6 +181,18 @@ impl<F> Tls<F> {
             },
             sink,
         );
+    }
+
+    /// An ICMP error about a connection.
+    pub(crate) fn error<S: Sink<F>>(
+        &mut self,
+        now: Millis,
+        view: &View<'_>,
+        quoted: &QuotedSegment,
+        frame: F,
+        sink: &mut S,
+    ) {
+        self.connections.error(now, view, quoted, frame, sink);
     }
 
     pub(crate) fn tick<S: Sink<F>>(&mut self, now: Millis, sink: &mut S) {

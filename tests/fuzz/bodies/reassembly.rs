@@ -262,6 +262,45 @@ impl Game {
         self.deliver();
     }
 
+    /// An ICMP error of a router about a segment of one of the ends.
+    fn error(&mut self, about_client: bool, seq: u32, kind: [u8; 2], mtu: u16) {
+        let segment = Segment {
+            client: about_client,
+            flags: ACK,
+            at: i64::from(seq.wrapping_sub(ISN[usize::from(!about_client)].wrapping_add(1)) as i32),
+            ack: 0,
+            options: b"",
+            data: b"",
+        };
+        let quoted = segment.frame();
+        let mut frame = quoted[..ETHERNET].to_vec();
+        frame.extend_from_slice(&[0x45, 0, 0, 56, 0, 0, 0, 0, 60, 1, 0, 0, 203, 0, 113, 9]);
+        // To the source of what is quoted.
+        frame.extend_from_slice(&quoted[ETHERNET + 12..ETHERNET + 16]);
+        frame.extend_from_slice(&[kind[0], kind[1], 0, 0, 0, 0]);
+        frame.extend_from_slice(&mtu.to_be_bytes());
+        frame.extend_from_slice(&quoted[ETHERNET..ETHERNET + IP + 8]);
+        let slot = CarrySlot {
+            rule: 9,
+            ruleset: self.ruleset,
+            endpoint: 1,
+            inspector: inspector(self.ruleset),
+            // The endpoint is the client.
+            flags: if about_client {
+                carry_flags::REPLY | carry_flags::INGRESS
+            } else {
+                0
+            },
+            ..CarrySlot::default()
+        };
+        let handle = self.frames.len();
+        if give(&mut self.engine, self.now, &slot, &frame, handle, &mut self.done) {
+            self.given += 1;
+        }
+        self.frames.push(frame);
+        self.deliver();
+    }
+
     fn tick(&mut self, ms: u64) {
         self.now += ms;
         self.engine.tick(self.now, &mut self.done);
@@ -395,8 +434,18 @@ pub fn run(input: &[u8]) {
             data,
         };
         match what >> 1 & 15 {
+            // an error about what is under way, or nearly; or about anything
+            6 => {
+                let (client, wild) = (what & 1 == 0, what >> 5 == 7);
+                let near = if client { game.forwarded } else { game.said };
+                let seq =
+                    ISN[usize::from(!client)].wrapping_add((near as u32).wrapping_sub(u32::from(at) % 64));
+                let kind = [[3, 4], [3, 4], [3, 3], [11, 0], [12, 0]][usize::from(more % 5)];
+                let seq = if wild { seq.wrapping_mul(0x0101_0101) } else { seq };
+                game.error(client, seq, kind, u16::from(length) * 8);
+            }
             // some of either stream
-            0..=6 => {
+            0..=5 => {
                 if more & 1 != 0 && to == stream.len() {
                     segment.flags |= FIN;
                 }

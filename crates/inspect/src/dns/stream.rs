@@ -15,7 +15,7 @@ use crate::{
     Millis, Rules, Sink, View,
     engine::Spare,
     record::{Record, What},
-    tcp::{Connections, Reader, Remember, Side, Step, TcpLimits, TcpStats, key},
+    tcp::{Connections, Reader, Remember, Side, Step, TcpLimits, TcpStats, key, quote::QuotedSegment},
 };
 
 /// Length in front of a message.
@@ -213,6 +213,18 @@ impl<F> Streams<F> {
             sink,
         );
         self.resolve(now, dns, spare, sink);
+    }
+
+    /// An ICMP error about a connection.
+    pub(crate) fn error<S: Sink<F>>(
+        &mut self,
+        now: Millis,
+        view: &View<'_>,
+        quoted: &QuotedSegment,
+        frame: F,
+        sink: &mut S,
+    ) {
+        self.connections.error(now, view, quoted, frame, sink);
     }
 
     /// Tells the connections what became of their answers.

@@ -13,7 +13,7 @@ use crate::{
     Millis, Rules, Sink, View,
     record::About,
     rules::HttpScratch,
-    tcp::{Connections, Side, TcpLimits, TcpStats},
+    tcp::{Connections, Side, TcpLimits, TcpStats, quote::QuotedSegment},
 };
 use exchange::{Flow, Reading};
 
@@ -156,6 +156,18 @@ impl<F> Http<F> {
             |left, _| left.may_go_on(view.slot),
             sink,
         );
+    }
+
+    /// An ICMP error about a connection.
+    pub(crate) fn error<S: Sink<F>>(
+        &mut self,
+        now: Millis,
+        view: &View<'_>,
+        quoted: &QuotedSegment,
+        frame: F,
+        sink: &mut S,
+    ) {
+        self.connections.error(now, view, quoted, frame, sink);
     }
 
     pub(crate) fn tick<S: Sink<F>>(&mut self, now: Millis, sink: &mut S) {

@@ -1,5 +1,6 @@
 mod answer;
 mod delivery;
+mod quoted;
 
 use palisade_abi::{CarrySlot, CtKey, FlowCommand, Reason, carry_flags, order};
 
@@ -14,6 +15,7 @@ use crate::{
     record::{About, Record, Verdict, What},
 };
 use answer::Answer;
+pub(super) use quoted::Quoted;
 
 /// Longest stretch that is given to the programs at once: sequence numbers are compared modulo 2^32.
 const LONGEST_WINDOW: u64 = 1 << 30;

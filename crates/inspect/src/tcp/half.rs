@@ -19,6 +19,19 @@ const LARGEST: u16 = 1_440;
 const SMALLER: u16 = 1_220;
 const SMALLEST_IPV4: u16 = 536;
 
+/// What every link and host takes, from the network header on: smaller packets are not made, whatever an ICMP error
+/// claims (RFC 1122, 3.3.2; RFC 8200, 5).
+const FLOOR_IPV4: u32 = 576;
+const FLOOR_IPV6: u32 = 1_280;
+/// Headers of a packet that is made here, without TCP options.
+const HEADERS_IPV4: u32 = 40;
+const HEADERS_IPV6: u32 = 60;
+/// Sizes to try where a router does not say what its link takes (RFC 1191, 7.1).
+const PLATEAUS: [u32; 2] = [1_492, 1_006];
+/// ICMP errors that make the packets for one end smaller. Each has packets sent again, and no path gets narrower that
+/// often.
+const NARROWINGS: u8 = 8;
+
 /// Bytes that were released may come again so far back, at the least.
 const OLD: u64 = 1 << 16;
 
@@ -149,6 +162,8 @@ pub(super) struct Half<F> {
     pub(super) mss: u16,
     /// Largest payload that the path to this end takes, as far as is known.
     path: u16,
+    /// How often an ICMP error has made that smaller.
+    narrowings: u8,
     pub(super) has_timestamps: bool,
     /// Greatest timestamp of a segment that the receiver expected next (RFC 7323, 4.3).
     pub(super) recent: u32,
@@ -204,6 +219,7 @@ impl<F> Half<F> {
             scale: None,
             mss: 536,
             path: LARGEST,
+            narrowings: 0,
             has_timestamps: false,
             recent: 0,
             latest: 0,
@@ -395,6 +411,30 @@ impl<F> Half<F> {
         } else {
             self.path.min(SMALLEST_IPV4)
         };
+    }
+
+    /// A link on the path to this side takes packets of `mtu` bytes only; 0: its router does not say. Returns whether
+    /// packets made for this side become smaller by that.
+    pub(super) fn narrow(&mut self, mtu: u32, is_ipv6: bool) -> bool {
+        let (floor, headers) = if is_ipv6 {
+            (FLOOR_IPV6, HEADERS_IPV6)
+        } else {
+            (FLOOR_IPV4, HEADERS_IPV4)
+        };
+        let now = self.mss.clamp(64, self.path);
+        let mtu = if mtu == 0 && !is_ipv6 {
+            let size = u32::from(now) + headers;
+            PLATEAUS.into_iter().find(|plateau| *plateau < size).unwrap_or(0)
+        } else {
+            mtu
+        };
+        let payload = u16::try_from(mtu.max(floor) - headers).unwrap_or(u16::MAX);
+        if payload >= now || self.narrowings == NARROWINGS {
+            return false;
+        }
+        self.path = payload;
+        self.narrowings += 1;
+        true
     }
 
     /// Since when something waits for a verdict that has to come in time.

@@ -16,6 +16,7 @@
 mod connection;
 mod half;
 pub(crate) mod options;
+pub(crate) mod quote;
 mod segment;
 mod table;
 #[cfg(test)]
@@ -213,6 +214,14 @@ pub struct TcpStats {
     pub delivered: u64,
     /// Packets made here of a part of a packet whose rest may not go.
     pub split: u64,
+    /// ICMP errors that quote a segment of a connection.
+    pub icmp_errors: u64,
+    /// Of them, those that quote no sequence number that is under way.
+    pub icmp_unrelated: u64,
+    /// Of them, those by which packets that are made here became smaller.
+    pub icmp_narrowed: u64,
+    /// How often what was acknowledged here was not acknowledged by its receiver in time, and was sent again.
+    pub repeated: u64,
     /// Connections that are not read any more and are remembered.
     pub past: u64,
 }

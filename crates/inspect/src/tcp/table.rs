@@ -5,7 +5,10 @@ use foldhash::{HashMap, HashMapExt as _};
 use palisade_abi::{CtKey, Reason, carry_flags, order, protocol};
 use palisade_packet::{TCP_RST, TCP_SYN, flags};
 
-use super::{Connection, Reader, Remember, Shared, Side, TcpLimits, TcpStats, order, segment::Segment};
+use super::{
+    Connection, Reader, Remember, Shared, Side, TcpLimits, TcpStats, connection::Quoted, order,
+    quote::QuotedSegment, segment::Segment,
+};
 use crate::{
     Millis, Sink, View,
     record::{Record, Verdict, What},
@@ -35,6 +38,9 @@ struct Share {
     /// The others, oldest first.
     half_open: BTreeMap<u64, Key>,
 }
+
+/// What the record says of an ICMP error that is dropped.
+const NOT_UNDER_WAY: &str = "ICMP error about a TCP segment that is not under way";
 
 /// Where a packet belongs.
 enum Place {
@@ -578,6 +584,87 @@ impl<F, T: Remember> Connections<F, T> {
             && Connection::<F>::disown(view, &mut self.shared, sink)
         {
             sink.command(&order(key(view), view.slot, order::CLOSE));
+        }
+    }
+
+    /// An ICMP error that quotes a segment of a connection. It goes on, is dropped, or has been for this end.
+    ///
+    /// It is no packet of the connection: neither does it prolong anything, nor can it end anything.
+    pub(crate) fn error<S: Sink<F>>(
+        &mut self,
+        now: Millis,
+        view: &View<'_>,
+        quoted: &QuotedSegment,
+        frame: F,
+        sink: &mut S,
+    ) {
+        let (key, serial) = (quoted.key, view.slot.serial);
+        let is_ipv6 = view.packet.is(flags::IPV6);
+        self.shared.stats.icmp_errors += 1;
+        let mut is_known = false;
+        for which in [CURRENT, CANDIDATE] {
+            let all = if which == CANDIDATE {
+                &mut self.candidates
+            } else {
+                &mut self.entries
+            };
+            let Some(entry) = all.get_mut(&key).filter(|entry| entry.connection.is_of(serial)) else {
+                continue;
+            };
+            if entry.connection.is_over() {
+                sink.release(frame);
+                return;
+            }
+            is_known = true;
+            let quoted = entry
+                .connection
+                .quoted(now, quoted, is_ipv6, &mut self.shared, sink);
+            let due = entry.connection.deadline(&self.shared);
+            if due < entry.due {
+                schedule(&mut self.due, &mut entry.due, due, Key(key, which));
+            }
+            match quoted {
+                Quoted::Unrelated => {}
+                Quoted::Ours => {
+                    sink.absorb(frame);
+                    return;
+                }
+                Quoted::Theirs => {
+                    sink.release(frame);
+                    return;
+                }
+            }
+        }
+        if self.past.get(&key).is_some_and(|past| past.serial == serial) {
+            sink.release(frame);
+            return;
+        }
+        self.shared.stats.icmp_unrelated += 1;
+        let (reason, detail) = if is_known {
+            (Reason::UnrelatedIcmp, NOT_UNDER_WAY)
+        } else {
+            (Reason::TcpMidstream, Reason::TcpMidstream.text())
+        };
+        let is_audit = view.slot.flags & carry_flags::AUDIT != 0;
+        let reports = match self.entries.get_mut(&key) {
+            Some(entry) => entry.connection.may_report(now, reason, &mut self.shared),
+            None => self.shared.may_report(now),
+        };
+        if reports {
+            sink.record(&Record {
+                verdict: if is_audit {
+                    Verdict::Audit
+                } else {
+                    Verdict::Dropped
+                },
+                reason,
+                ..Record::of(view, What::Unreadable { detail })
+            });
+        }
+        if is_audit {
+            sink.release(frame);
+        } else {
+            sink.discard(frame, reason);
         }
     }
 

@@ -1,3 +1,5 @@
+mod errors;
+
 use std::collections::BTreeMap;
 
 use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_flags, carry_hook, order};
@@ -135,6 +137,8 @@ impl Seg {
 #[derive(Default)]
 pub(crate) struct Out {
     pub(crate) released: Vec<Seg>,
+    /// ICMP errors that go on.
+    errors: usize,
     pub(crate) discarded: Vec<Reason>,
     pub(crate) emitted: Vec<(Seg, Route)>,
     pub(crate) commands: Vec<FlowCommand>,
@@ -145,6 +149,10 @@ pub(crate) struct Out {
 
 impl Sink<Vec<u8>> for Out {
     fn release(&mut self, frame: Vec<u8>) {
+        if frame[23] == 1 {
+            self.errors += 1;
+            return;
+        }
         self.released.push(Seg::read(&frame));
     }
     fn release_with(&mut self, frame: Vec<u8>, command: &FlowCommand) {
@@ -183,7 +191,7 @@ impl Sink<Vec<u8>> for Out {
 }
 
 /// Messages with their length before them. One that begins with `X` is refused, `A` is answered, `O` ends the
-/// reading, `S` says that the following bytes (a number of 16 bits) are not to be read.
+/// reading, `S` says that the following bytes (a number of 16 bits) are not to be read, `L` that they belong to it.
 #[derive(Default)]
 struct Messages;
 
@@ -214,6 +222,14 @@ impl Reader<Vec<u8>> for &mut Messages {
             [b'S', high, low, ..] => {
                 let n = u64::from(*high) << 8 | u64::from(*low);
                 Step::Skip(1 + u64::from(length) + n)
+            }
+            [b'L', high, low, ..] => {
+                let n = 1 + usize::from(length) + (usize::from(*high) << 8 | usize::from(*low));
+                if bytes.len() < n {
+                    Step::More
+                } else {
+                    Step::Release(n)
+                }
             }
             _ => Step::Release(1 + usize::from(length)),
         }

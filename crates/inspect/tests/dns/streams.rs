@@ -1419,3 +1419,92 @@ proptest! {
         it.world.end();
     }
 }
+
+impl Connection {
+    /// An ICMP error of a router about a segment of the client, or of the resolver; quoted as the programs carry it, but
+    /// for `cut` bytes.
+    fn error(&mut self, of_client: bool, at: i64, kind: [u8; 2], second: u32, cut: usize) -> usize {
+        let (own, addresses) = if of_client {
+            (CLIENT, self.addresses())
+        } else {
+            (RESOLVER, self.addresses().turned(&[]))
+        };
+        let sequence = own.wrapping_add(1).wrapping_add(at as u32);
+        let quoted = segment(&addresses, sequence, 0, ACK, &[7; 500]);
+        let mut frame = quoted[..14].to_vec();
+        let header = if self.v6 { 40 } else { 20 };
+        let quote = &quoted[14..14 + header + 8 - cut];
+        if self.v6 {
+            frame.extend([0x60, 0, 0, 0, 0, (8 + quote.len()) as u8, 58, 64]);
+            frame.extend([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 9]);
+            frame.extend(&quoted[22..38]);
+        } else {
+            frame.extend([
+                0x45,
+                0,
+                0,
+                (28 + quote.len()) as u8,
+                0,
+                0,
+                0,
+                0,
+                64,
+                1,
+                0,
+                0,
+                203,
+                0,
+                113,
+                9,
+            ]);
+            frame.extend(&quoted[26..30]);
+        }
+        frame.extend([kind[0], kind[1], 0, 0]);
+        frame.extend(second.to_be_bytes());
+        frame.extend(quote);
+        // It goes where the other end's packets go.
+        let slot = self.slots[usize::from(of_client)];
+        self.send(&slot, &frame)
+    }
+}
+
+#[test]
+fn errors_about_connections_are_compared_with_what_is_under_way() {
+    let forged = Some(&Fate::Discarded(Reason::UnrelatedIcmp));
+    for (v6, slots) in [false, true]
+        .into_iter()
+        .flat_map(|v6| [[asks(1), is_told(1)], [is_asked(1), tells(1)]].map(|slots| (v6, slots)))
+    {
+        let mut it = Connection::with(&Limits::default(), v6, slots);
+        let kinds: &[[u8; 2]] = if v6 {
+            &[[1, 0], [1, 4], [2, 0], [3, 0], [4, 1]]
+        } else {
+            &[[3, 0], [3, 3], [3, 4], [11, 0], [12, 0]]
+        };
+        let sent = it.asked(7);
+        for kind in kinds {
+            for (of_client, at, passes) in [
+                (true, 0, true),
+                (true, sent - 1, true),
+                (true, sent + 1, false),
+                (true, -1, false),
+                (false, 0, true),
+                (false, 1, false),
+            ] {
+                let handle = it.error(of_client, at, *kind, 1_280, 0);
+                let fate = if passes { Some(&Fate::Released) } else { forged };
+                assert_eq!(it.fate(handle), fate, "{kind:?} of client: {of_client}, {at}");
+            }
+        }
+        assert_eq!(it.world.verdict().0, Verdict::Dropped);
+        assert_eq!((it.tcp().icmp_errors, it.tcp().icmp_unrelated), (30, 15));
+        // No such error is carried.
+        let short = it.error(true, 0, kinds[0], 0, 1);
+        assert_eq!(it.fate(short), forged);
+        // The connection has not suffered.
+        let denied = framed(&[query(8, "denied.test", A)]);
+        let handle = it.client(sent, ACK, &denied);
+        assert_eq!(it.fate(handle), None, "the first query waits for its answer");
+        it.world.end();
+    }
+}

@@ -60,6 +60,17 @@ impl Answer {
     }
 }
 
+impl Answer {
+    /// Behind the last byte, or the end, of what was sent in a side's place.
+    pub(super) fn end_of(&self, side: Side) -> Position {
+        if side == self.to {
+            self.other.fin + 1
+        } else {
+            self.start + self.bytes.len() as u64 + 1
+        }
+    }
+}
+
 impl<F> Connection<F> {
     /// Answers if the client has all that the server sent.
     pub(super) fn answer_when_due<S: Sink<F>>(&mut self, now: Millis, shared: &mut Shared, sink: &mut S) {

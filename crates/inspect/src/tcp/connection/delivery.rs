@@ -169,6 +169,7 @@ impl<F> Connection<F> {
             let is_ipv6 = self.link_to(side.other()).is_some_and(|link| link.is_ipv6());
             self.half(side.other()).shrink(is_ipv6);
         }
+        shared.stats.repeated += 1;
         self.half(side).lose();
         let sent = self.recover(side, shared, sink);
         self.half(side).again = sent.then(|| (now + (FIRST_TRY << (tries + 1)), tries + 1));

@@ -1,0 +1,469 @@
+//! ICMP errors about connections that are read.
+
+use super::*;
+use crate::{
+    record::Verdict,
+    tcp::{half::Half, quote::QuotedSegment},
+};
+
+/// What becomes of an error.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Fate {
+    Passed,
+    /// It was for this end.
+    Taken,
+    Dropped(Reason),
+}
+
+use Fate::{Dropped, Passed, Taken};
+
+const FORGED: Fate = Dropped(Reason::UnrelatedIcmp);
+
+/// An ICMP error of a router to the end that has sent a segment with this sequence number.
+#[derive(Clone, Copy)]
+struct Error {
+    to: Side,
+    kind: u8,
+    code: u8,
+    mtu: u16,
+    seq: u32,
+}
+
+/// "Fragmentation needed".
+fn too_big(to: Side, mtu: u16, seq: u32) -> Error {
+    Error {
+        to,
+        kind: 3,
+        code: 4,
+        mtu,
+        seq,
+    }
+}
+
+/// "Port unreachable", which ends a connection that is not open yet (RFC 1122, 4.2.3.9).
+fn hard(to: Side, seq: u32) -> Error {
+    Error {
+        code: 3,
+        ..too_big(to, 0, seq)
+    }
+}
+
+/// Sequence number of a byte of the client's stream, of one of the server's.
+fn c(at: u32) -> u32 {
+    CLIENT_ISN.wrapping_add(1).wrapping_add(at)
+}
+
+fn s(at: u32) -> u32 {
+    SERVER_ISN.wrapping_add(1).wrapping_add(at)
+}
+
+impl Error {
+    /// As the programs carry it.
+    fn frame(&self) -> Vec<u8> {
+        let quoted = Seg::new(self.to, ACK, self.seq, 0, &[7; 1_400]).frame();
+        let mut f = quoted[..14].to_vec();
+        f[..12].rotate_left(6);
+        f.extend([0x45, 0, 0, 56, 0, 0, 0, 0, 60, 1, 0, 0, 203, 0, 113, 9]);
+        f.extend(&quoted[26..30]);
+        f.extend([self.kind, self.code, 0, 0, 0, 0]);
+        f.extend(self.mtu.to_be_bytes());
+        f.extend(&quoted[14..42]);
+        f
+    }
+}
+
+impl Bench {
+    /// One that has shaken hands, with segments of up to 1,460 bytes.
+    fn open_large() -> Self {
+        let mut bench = Self::new(TcpLimits::default());
+        let with_mss = |seg: Seg| Seg {
+            options: vec![2, 4, 5, 0xb4],
+            ..seg
+        };
+        bench.put(&with_mss(Seg::new(Side::Client, SYN, CLIENT_ISN, 0, b"")));
+        bench.put(&with_mss(Seg::new(
+            Side::Server,
+            SYN | ACK,
+            SERVER_ISN,
+            c(0),
+            b"",
+        )));
+        bench.put(&client(0, b""));
+        bench.take();
+        bench
+    }
+
+    fn error(&mut self, error: Error) -> Fate {
+        self.error_as(error, CarrySlot::default())
+    }
+
+    /// Gives it an error of an entry with this serial, if it is not 0, and these flags.
+    fn error_as(&mut self, error: Error, slot: CarrySlot) -> Fate {
+        let frame = error.frame();
+        let mut packet = Packet::default();
+        decode(&frame[..], Start::Ethernet { tags_removed: 0 }, &mut packet).unwrap();
+        let direction = match error.to {
+            Side::Client => carry_flags::REPLY,
+            Side::Server => carry_flags::INGRESS,
+        };
+        let slot = CarrySlot {
+            inspector: Inspector::Http as u8,
+            endpoint: 7,
+            serial: if slot.serial == 0 { 99 } else { slot.serial },
+            flags: slot.flags | direction,
+            ..slot
+        };
+        let view = View {
+            slot: &slot,
+            ifindex: 5,
+            hook: carry_hook::TC_EGRESS,
+            packet: &packet,
+            frame: &frame,
+            network: 14,
+            transport: 34,
+            payload: (42, frame.len()),
+        };
+        let quoted = QuotedSegment::read(&view).unwrap();
+        let (errors, discarded) = (self.out.errors, self.out.discarded.len());
+        self.table
+            .error(self.now, &view, &quoted, frame.clone(), &mut self.out);
+        self.check();
+        match (self.out.errors - errors, self.out.discarded.len() - discarded) {
+            (1, 0) => Passed,
+            (0, 1) => match self.out.discarded.pop() {
+                Some(Reason::TcpHeld) => Taken,
+                reason => Dropped(reason.unwrap()),
+            },
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// A message of so many bytes, of which all but the last ten are acknowledged here. Then these come, and it goes on.
+    fn deliver(&mut self, length: usize) {
+        self.deliver_with(length, b"");
+    }
+
+    /// The same, with something behind it in the packet that brings the end.
+    fn deliver_with(&mut self, length: usize, behind: &[u8]) {
+        let message = [
+            &[3, b'L', ((length - 4) >> 8) as u8, (length - 4) as u8][..],
+            &vec![b'm'; length - 4],
+        ]
+        .concat();
+        let (held, end) = message.split_at(length - 10);
+        for (n, part) in held.chunks(1_400).enumerate() {
+            self.put(&client(n as u32 * 1_400, part));
+        }
+        self.tick(self.now + 20);
+        self.take();
+        self.put(&client(held.len() as u32, &[end, behind].concat()));
+        assert_eq!(self.out.released.len(), 1, "the client's own packet");
+    }
+
+    /// Where the client's data that was made here begins, and how long it is.
+    fn made(&mut self) -> Vec<(u32, usize)> {
+        let made = self.take().emitted;
+        made.iter()
+            .map(|(seg, _)| seg)
+            .filter(|seg| seg.from == Side::Client && !seg.data.is_empty())
+            .map(|seg| (seg.seq.wrapping_sub(c(0)), seg.data.len()))
+            .collect()
+    }
+}
+
+#[test]
+fn an_error_counts_only_if_it_quotes_what_is_under_way() {
+    let mut bench = Bench::open();
+    bench.put(&client(0, b"\x03abc"));
+    bench.put(&client(4, b"\x05ab"));
+    assert_eq!(bench.out.released.len(), 1, "the second one is held");
+    // Of the client: bytes 0 to 3 are under way; a bare acknowledgement has number 4.
+    for (at, fate) in [
+        (0, Passed),
+        (3, Passed),
+        (4, Passed),
+        (5, FORGED),
+        (6, FORGED),
+        (u32::MAX, FORGED),
+        (1 << 31, FORGED),
+        (1 << 30, FORGED),
+        (0_u32.wrapping_sub(100_000), FORGED),
+    ] {
+        assert_eq!(bench.error(hard(Side::Client, c(at))), fate, "{at}");
+        assert_eq!(bench.error(too_big(Side::Client, 1_300, c(at))), fate, "{at}");
+    }
+    // Of the server nothing is.
+    for (at, fate) in [
+        (0, Passed),
+        (1, FORGED),
+        (u32::MAX, FORGED),
+        (c(0).wrapping_sub(s(0)), FORGED),
+    ] {
+        assert_eq!(bench.error(hard(Side::Server, s(at))), fate, "{at}");
+    }
+    bench.put(&server(4));
+    for (at, fate) in [(0, FORGED), (3, FORGED), (4, Passed), (5, FORGED)] {
+        assert_eq!(bench.error(hard(Side::Client, c(at))), fate, "{at}");
+    }
+    let mut answer = server(4);
+    answer.data = b"hello".to_vec();
+    bench.put(&answer);
+    for (at, fate) in [(0, Passed), (4, Passed), (5, Passed), (6, FORGED)] {
+        assert_eq!(bench.error(hard(Side::Server, s(at))), fate, "{at}");
+    }
+    // None of them has ended anything.
+    bench.put(&client(7, b"cde"));
+    assert_eq!(bench.table.stats().cut, 0);
+    assert_eq!(bench.take().released.len(), 5);
+    let stats = bench.table.stats();
+    assert_eq!((stats.icmp_errors, stats.icmp_narrowed), (30, 0));
+    assert_eq!(stats.icmp_unrelated, 19);
+}
+
+#[test]
+fn forged_errors_fill_neither_records_nor_memory() {
+    let mut bench = Bench::open();
+    bench.put(&client(0, b"\x03ab"));
+    let before = bench.table.stats();
+    let due = bench.table.deadline();
+    for n in 0..100_000_u32 {
+        let error = too_big(Side::Client, 576, c(3 + n.wrapping_mul(40_503)));
+        assert!(n == 0 || bench.error(error) == FORGED);
+    }
+    let stats = bench.table.stats();
+    assert_eq!(
+        (
+            stats.bytes,
+            stats.frames,
+            stats.connections,
+            bench.table.deadline()
+        ),
+        (before.bytes, before.frames, before.connections, due)
+    );
+    let out = bench.take();
+    let [record] = &out.records[..] else {
+        panic!("{:?}", out.records.len())
+    };
+    assert_eq!(
+        (record.verdict, record.reason, record.protocol),
+        (Verdict::Dropped, Reason::UnrelatedIcmp, 1)
+    );
+    assert!(out.emitted.is_empty());
+    // About connections that are not known: as many as of any packets.
+    let mut bench = Bench::new(TcpLimits::default());
+    for n in 0..1_000 {
+        let fate = bench.error(hard(Side::Client, n));
+        assert_eq!(fate, Dropped(Reason::TcpMidstream));
+    }
+    assert_eq!(bench.take().records.len(), 200);
+    assert_eq!(bench.table.stats().connections, 0);
+}
+
+/// The path takes smaller packets and says so: what was acknowledged here arrives without a timer.
+#[test]
+fn what_is_delivered_from_here_gets_smaller_when_a_router_says_so() {
+    for mtu in [1_479, 1_420, 1_280, 900, 576] {
+        let mut bench = Bench::open_large();
+        bench.deliver(20_000);
+        let mut arrived = vec![false; 20_000];
+        arrived[19_990..].fill(true);
+        let mut before = 0;
+        loop {
+            let made = bench.made();
+            for &(at, length) in &made {
+                if length + 40 > usize::from(mtu) {
+                    let fate = bench.error(too_big(Side::Client, mtu, c(at)));
+                    assert_eq!(fate, Taken, "the client has had it acknowledged");
+                } else {
+                    arrived[at as usize..at as usize + length].fill(true);
+                }
+            }
+            let has = arrived.iter().take_while(|arrived| **arrived).count();
+            if has == arrived.len() {
+                break;
+            }
+            if has > before {
+                before = has;
+                bench.put(&server(has as u32));
+            } else {
+                assert!(!bench.out.emitted.is_empty(), "{mtu}: {has} bytes");
+            }
+        }
+        let stats = bench.table.stats();
+        assert_eq!((stats.icmp_narrowed, stats.repeated), (1, 0), "{mtu}");
+    }
+}
+
+/// Both ends may have bytes on a path that got narrower.
+#[test]
+fn the_sender_hears_of_what_is_its_own_to_send_again() {
+    let mut bench = Bench::open_large();
+    bench.deliver(6_000);
+    let first = bench.made();
+    assert_eq!(first[..2], [(0, 1_440), (1_440, 1_440)]);
+    // The last packet is the client's own.
+    assert_eq!(bench.error(too_big(Side::Client, 1_400, c(5_990))), Passed);
+    let again = bench.made();
+    assert_eq!(again[..2], [(0, 1_360), (1_360, 1_360)]);
+    assert_eq!(again.iter().map(|made| made.1).sum::<usize>(), 5_990);
+    // The others are about the same link, or were forged for a wider one.
+    for mtu in [1_400, 1_401, 1_500, 65_535] {
+        assert_eq!(bench.error(too_big(Side::Client, mtu, c(1_440))), Taken);
+    }
+    assert!(bench.made().is_empty());
+    // A narrower one behind it.
+    assert_eq!(bench.error(too_big(Side::Client, 1_300, c(1_360))), Taken);
+    assert_eq!(bench.made()[0], (0, 1_260));
+    // Errors of other kinds are the end's affair, whose bytes they are.
+    assert_eq!(bench.error(hard(Side::Client, c(1_360))), Passed);
+    assert_eq!(bench.table.stats().icmp_narrowed, 2);
+    // The clock of the loss goes on from there.
+    bench.tick(bench.now + 249);
+    assert!(bench.made().is_empty());
+    bench.tick(bench.now + 1);
+    assert_eq!(bench.made()[0], (0, 1_260));
+    assert_eq!(bench.table.stats().repeated, 1);
+}
+
+#[test]
+fn no_claim_makes_packets_smaller_than_every_link_takes_or_has_them_sent_for_ever() {
+    for mtu in [1, 68, 575, 576] {
+        let mut bench = Bench::open_large();
+        bench.deliver(6_000);
+        bench.take();
+        assert_eq!(bench.error(too_big(Side::Client, mtu, c(0))), Taken);
+        assert_eq!(bench.made()[0], (0, 536), "{mtu}");
+        assert_eq!(bench.error(too_big(Side::Client, mtu, c(0))), Taken);
+        assert!(bench.made().is_empty());
+    }
+    // A router that does not say how much its link takes (RFC 1191, 5).
+    let mut bench = Bench::open_large();
+    bench.deliver(6_000);
+    bench.take();
+    for size in [1_006, 576] {
+        assert_eq!(bench.error(too_big(Side::Client, 0, c(0))), Taken);
+        assert_eq!(bench.made()[0], (0, size - 40));
+    }
+    assert_eq!(bench.error(too_big(Side::Client, 0, c(0))), Taken);
+    assert!(bench.made().is_empty());
+    // A byte less each time.
+    let mut bench = Bench::open_large();
+    bench.deliver(20_000);
+    bench.take();
+    let mut made = 0;
+    for n in 1..800 {
+        assert_eq!(bench.error(too_big(Side::Client, 1_480 - n, c(0))), Taken);
+        made += bench.made().len();
+    }
+    assert_eq!((made, bench.table.stats().icmp_narrowed), (8 * 8, 8));
+    let half = |mtu: u32| {
+        let mut half = Half::<()>::new();
+        half.mss = 9_000;
+        let narrowed = half.narrow(mtu, true);
+        (narrowed, half.payload_size(false))
+    };
+    assert_eq!(half(1_500), (false, 1_440));
+    assert_eq!(half(1_492), (true, 1_432));
+    for mtu in [0, 1, 576, 1_279, 1_280] {
+        assert_eq!(half(mtu), (true, 1_220), "RFC 8200, 5");
+    }
+    assert_eq!(half(u32::MAX), (false, 1_440));
+}
+
+/// A connection that is opening: its end decides what an error means.
+#[test]
+fn errors_about_a_syn_pass_and_forged_ones_do_not() {
+    let mut bench = Bench::new(TcpLimits::default());
+    bench.put(&Seg::new(Side::Client, SYN, CLIENT_ISN, 0, b""));
+    assert_eq!(bench.error(hard(Side::Client, CLIENT_ISN)), Passed);
+    for at in [1, 2, 60_000, 1 << 31] {
+        assert_eq!(bench.error(hard(Side::Client, c(at))), FORGED);
+    }
+    // The server has said nothing yet.
+    for seq in [0, SERVER_ISN, s(0)] {
+        assert_eq!(bench.error(hard(Side::Server, seq)), FORGED);
+    }
+    // It is not longer there for that.
+    bench.now = 9_000;
+    assert_eq!(bench.error(hard(Side::Client, CLIENT_ISN)), Passed);
+    bench.tick(10_001);
+    assert_eq!(bench.table.stats().half_open, 0);
+    assert_eq!(
+        bench.error(hard(Side::Client, CLIENT_ISN)),
+        Dropped(Reason::TcpMidstream)
+    );
+    // One in the place of another: its SYN may be answered by an error, too.
+    let mut bench = Bench::open();
+    let other = Seg::new(Side::Client, SYN, 5_000, 0, b"");
+    bench.put_as(&other, 99, 7);
+    assert_eq!(bench.error(hard(Side::Client, 5_000)), Passed);
+    assert_eq!(bench.error(hard(Side::Client, c(0))), Passed);
+    assert_eq!(bench.error(hard(Side::Client, 5_002)), FORGED);
+}
+
+#[test]
+fn errors_pass_where_nothing_is_read_any_more_and_in_audit_mode() {
+    let mut bench = Bench::open();
+    bench.put(&client(0, b"\x02Ox"));
+    assert_eq!(
+        bench.take().commands.last().map(|c| c.order),
+        Some(order::OFFLOAD)
+    );
+    for seq in [c(0), c(70_000)] {
+        assert_eq!(bench.error(hard(Side::Client, seq)), Passed);
+        assert_eq!(bench.error(too_big(Side::Client, 1_300, seq)), Passed);
+    }
+    // Of another connection.
+    let other = CarrySlot {
+        serial: 98,
+        ..CarrySlot::default()
+    };
+    let unknown = Dropped(Reason::TcpMidstream);
+    assert_eq!(bench.error_as(hard(Side::Client, c(0)), other), unknown);
+    // What is owed is delivered first, in packets that fit.
+    let mut bench = Bench::open_large();
+    bench.deliver_with(6_000, b"\x01O");
+    assert!(bench.out.commands.is_empty(), "it is not offloaded yet");
+    assert_eq!(bench.made()[0], (0, 1_440));
+    assert_eq!(bench.error(too_big(Side::Client, 1_300, c(0))), Taken);
+    assert_eq!(bench.made()[0], (0, 1_260));
+    assert_eq!(bench.error(too_big(Side::Client, 1_200, c(90_000))), Passed);
+    // Audit mode.
+    let audit = CarrySlot {
+        flags: carry_flags::AUDIT,
+        ..CarrySlot::default()
+    };
+    let mut bench = Bench::open();
+    assert_eq!(bench.error_as(hard(Side::Client, c(50)), audit), Passed);
+    let out = bench.take();
+    assert_eq!(
+        (out.records[0].verdict, out.records[0].reason),
+        (Verdict::Audit, Reason::UnrelatedIcmp)
+    );
+}
+
+#[test]
+fn what_was_made_in_the_place_of_an_end_is_no_affair_of_that_end() {
+    // An answer of 800 bytes and the end, in the server's place.
+    let mut bench = Bench::open_large();
+    bench.put(&client(0, b"\x02Ab"));
+    let answer: Vec<_> = bench.take().emitted;
+    assert_eq!(answer[0].0.data.len(), 800);
+    assert_eq!(bench.error(too_big(Side::Server, 700, s(0))), Taken);
+    let again: Vec<_> = bench.take().emitted;
+    let lengths: Vec<_> = again.iter().map(|(seg, _)| seg.data.len()).collect();
+    assert_eq!(lengths, [660, 140]);
+    assert_eq!((again[0].0.from, again[0].0.seq), (Side::Server, s(0)));
+    for (at, fate) in [(0, Taken), (800, Taken), (801, Taken), (802, FORGED)] {
+        assert_eq!(bench.error(hard(Side::Server, s(at))), fate, "{at}");
+    }
+    // Resets.
+    let mut bench = Bench::open();
+    bench.put(&client(0, b"\x01a\x01X"));
+    bench.take();
+    assert_eq!(bench.table.stats().cut, 1);
+    assert_eq!(bench.error(hard(Side::Client, c(0))), Taken);
+    assert_eq!(bench.error(too_big(Side::Client, 576, c(0))), Taken);
+    assert_eq!(bench.error(hard(Side::Client, c(9))), FORGED);
+    assert!(bench.take().emitted.is_empty());
+}
