@@ -1,9 +1,10 @@
 //! ICMP errors about flows that are read.
 //!
-//! Such an error passes without being read, and what it quotes is whatever its sender writes: a message of up to 576
-//! bytes (1,280 over IPv6) in each. So it is cut to what every error has to quote (RFC 792): the network header and
-//! eight bytes, which for TCP and UDP are the ports, that are compared with the flow, and the sequence number or length
-//! and checksum, by which the receiver's stack finds its socket. Path MTU discovery needs no more.
+//! What such an error quotes is whatever its sender writes: a message of up to 576 bytes (1,280 over IPv6) in each. So
+//! it is cut to what every error has to quote (RFC 792): the network header and eight bytes, which for TCP and UDP are
+//! the ports, that are compared with the flow, and the sequence number or length and checksum, by which the receiver's
+//! stack finds its socket. Path MTU discovery needs no more. The sequence number of TCP is compared by the worker
+//! (`inspect::tcp::quote`).
 
 use aya_ebpf::helpers::generated::bpf_csum_diff;
 use palisade_abi::protocol;

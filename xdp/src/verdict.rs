@@ -43,8 +43,16 @@ pub fn judge<C: Context>(ctx: C, frame: &mut Frame) {
             && let Some(entry) = conntrack::find(&frame.key, frame.now)
         {
             if admits(ctx, frame, entry) {
-                if entry.inspector != 0 && !entry.is_unread() && error::cut(ctx, frame) != 0 {
-                    return frame.set(Reason::UnrelatedIcmp);
+                if entry.inspector != 0 && !entry.is_unread() {
+                    if error::cut(ctx, frame) != 0 {
+                        return frame.set(Reason::UnrelatedIcmp);
+                    }
+                    // The worker knows which sequence numbers are under way, and has to hear that packets which it
+                    // made are too big. A DNS datagram has no such number, and no packet is made in its place: an error
+                    // about one quotes nothing that the worker could check but the ports, which are the flow's.
+                    if frame.key.protocol == protocol::TCP {
+                        carry::ask_again(ctx, frame, entry);
+                    }
                 }
                 conntrack::count(entry, &frame.packet);
                 frame.flow_flags = entry.flags;

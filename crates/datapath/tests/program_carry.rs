@@ -984,3 +984,189 @@ fn a_workload_sends_no_data_in_errors_about_a_flow_that_is_read() {
         assert!(!got.frame.windows(4).any(|bytes| bytes == [0xdd; 4]));
     }
 }
+
+/// An error of a router about a packet that the destination of the error has sent.
+fn error_about(router: &str, quoted: &[u8]) -> Vec<u8> {
+    let (from, to) = if router.contains(':') { (22, 38) } else { (26, 30) };
+    let bytes = &quoted[from..to];
+    let destination = match <[u8; 4]>::try_from(bytes) {
+        Ok(v4) => std::net::Ipv4Addr::from(v4).to_string(),
+        Err(_) => std::net::Ipv6Addr::from(<[u8; 16]>::try_from(bytes).unwrap()).to_string(),
+    };
+    let mut error = unreachable(router, &destination, quoted);
+    if !router.contains(':') {
+        // The builder has written the checksum of another protocol.
+        error[24..26].fill(0);
+        let checksum = !sum(&[&error[14..34]]);
+        error[24..26].copy_from_slice(&checksum.to_be_bytes());
+    }
+    error
+}
+
+/// The error that a carried one is: cut to what it must quote.
+fn carried_error(got: &Outcome, error: &[u8]) -> Carried {
+    assert!(got.carried, "{:?}", got.reason);
+    assert_eq!(got.reason, Reason::Related);
+    let v6 = error[12..14] == [0x86, 0xdd];
+    let header = if v6 { 40 } else { 20 };
+    let (prefix, transport) = (size_of::<Carried>(), 14 + header);
+    let cut = &got.frame[prefix..];
+    assert_eq!(cut.len(), transport + 8 + header + 8);
+    assert_eq!(cut[..14], error[..14]);
+    assert_eq!(
+        cut[transport + 8..],
+        error[transport + 8..transport + 8 + header + 8],
+        "what is quoted"
+    );
+    if !v6 {
+        assert_eq!((sum(&[&cut[14..34]]), sum(&[&cut[34..]])), (0xffff, 0xffff));
+    }
+    Carried::read_from_bytes(&got.frame[..prefix]).unwrap()
+}
+
+fn router_of(client: (&str, u16)) -> &'static str {
+    if client.0.contains(':') {
+        "2001:db8:9::1"
+    } else {
+        "203.0.113.9"
+    }
+}
+
+#[test]
+fn an_error_about_a_connection_that_is_read_goes_to_the_worker_of_that_connection() {
+    for mut flow in read_connections(inspected(11, 21)) {
+        let (client, server) = (flow.client, flow.server);
+        let data = flow.run(&flow.data.clone());
+        let of_flow = carried(&data, &flow.data);
+        // About what the server has sent: it comes in, like what the client sends.
+        let error = error_about(router_of(client), &segment(server, client, ACK, &[7; 400]));
+        for hook in ENTRIES {
+            flow.world.beat(palisade_datapath::monotonic_coarse());
+            let got = carried_error(&flow.world.run(hook, &error), &error);
+            assert_eq!(got.hash, of_flow.hash, "{hook:?}");
+            assert_eq!(got.slots[1].endpoint, 0);
+            let slot = got.slots[0];
+            assert_eq!(slot, of_flow.slots[0], "{hook:?}");
+            assert_eq!(slot.flags, carry_flags::INGRESS);
+        }
+        // About what the client has sent: the node itself says so.
+        let error = error_about(server.0, &flow.data);
+        let got = carried_error(&flow.world.run_local(&error), &error);
+        assert_eq!((got.hash, got.hook), (of_flow.hash, carry_hook::TC_EGRESS));
+        assert_eq!(got.slots[0].flags, carry_flags::REPLY);
+        assert_eq!(got.slots[0].serial, of_flow.slots[0].serial);
+        // It is no packet of the flow.
+        let before = flow.flow();
+        flow.run(&error_about(
+            router_of(client),
+            &segment(server, client, ACK, &[7; 400]),
+        ));
+        assert_eq!(flow.flow(), before);
+    }
+}
+
+#[test]
+fn an_error_about_a_connection_is_read_as_long_as_the_connection_is() {
+    for mut flow in read_connections(inspected(11, 21)) {
+        let (client, server) = (flow.client, flow.server);
+        let error = error_about(router_of(client), &segment(server, client, ACK, &[7; 400]));
+        flow.give(&flow.command(order::WINDOWS));
+        assert!(!flow.is_read());
+        assert!(flow.run(&error).carried, "in a window, too");
+        // Nothing else that is quoted is of the flow.
+        for foreign in [
+            segment((server.0, 81), client, ACK, &[7; 400]),
+            segment(server, (client.0, 4001), ACK, &[7; 400]),
+        ] {
+            let got = flow.run(&error_about(router_of(client), &foreign));
+            assert_eq!((got.carried, got.reason), (false, Reason::UnrelatedIcmp));
+        }
+        flow.give(&flow.command(order::OFFLOAD));
+        let got = flow.run(&error);
+        assert_eq!(
+            (got.passed, got.carried, got.reason),
+            (true, false, Reason::Related)
+        );
+    }
+    // By audit it is read, too.
+    let audited = PolicyEntry {
+        flags: entry_flags::AUDIT,
+        ..inspected(11, 21)
+    };
+    for mut flow in read_connections(audited) {
+        let quoted = segment(flow.server, flow.client, ACK, &[7; 400]);
+        let error = error_about(router_of(flow.client), &quoted);
+        let slot = carried_error(&flow.run(&error), &error).slots[0];
+        assert_eq!(slot.flags, carry_flags::INGRESS | carry_flags::AUDIT);
+    }
+}
+
+#[test]
+fn an_error_that_cannot_be_read_is_dropped() {
+    for mut flow in read_connections(inspected(11, 21)) {
+        let quoted = segment(flow.server, flow.client, ACK, &[7; 400]);
+        let error = error_about(router_of(flow.client), &quoted);
+        let late = palisade_datapath::monotonic_coarse() - 2_000_000_000;
+        flow.world.beat(late);
+        let got = flow.world.run(Hook::Xdp, &error);
+        assert_eq!((got.passed, got.reason), (false, Reason::NoWorker));
+        flow.world.config(|config| {
+            carrying(config);
+            config.flags = config_flags::PASS_WITHOUT_WORKER;
+        });
+        let got = flow.world.run(Hook::Xdp, &error);
+        assert_eq!(
+            (got.passed, got.carried, got.reason),
+            (true, false, Reason::PassedUnread)
+        );
+        assert!(got.frame.len() < 120, "it is cut all the same");
+        // A denied connection has no errors either.
+        flow.world
+            .rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Deny, 9));
+        flow.world.state(HOST, u32::from(HOST), 2, identity::HOST);
+        let got = flow.run(&error);
+        assert_eq!((got.passed, got.reason), (false, Reason::PolicyDenied));
+    }
+}
+
+/// Between a workload and the node both policies read it; a workload's errors are read like all others.
+#[test]
+fn both_policies_ask_for_an_error_about_what_both_read() {
+    for (a, host, outside) in [(A_V4, HOST_V4, WORLD_V4), (A_V6, HOST_V6, WORLD_V6)] {
+        let mut world = reading(WORKLOAD, A);
+        let (client, server) = ((a, 4000), (host, 80));
+        let syn = tcp(client, server, SYN);
+        let of_flow = carried(&world.run(Hook::TcIn, &syn), &syn);
+        assert_eq!(of_flow.slots.map(|slot| slot.endpoint), [A, HOST]);
+        // The node refuses the SYN.
+        let error = error_about(host, &syn);
+        let got = carried_error(&world.run_local(&error), &error);
+        assert_eq!((got.hash, got.hook), (of_flow.hash, carry_hook::TC_EGRESS));
+        assert_eq!(got.slots.map(|slot| slot.endpoint), [A, HOST]);
+        assert_eq!(
+            got.slots.map(|slot| slot.serial),
+            of_flow.slots.map(|slot| slot.serial)
+        );
+        assert_eq!(
+            got.slots.map(|slot| slot.flags),
+            [carry_flags::INGRESS | carry_flags::REPLY, carry_flags::REPLY]
+        );
+        // A workload about an answer that it might have got.
+        let mut world = reading(WORKLOAD, A);
+        let server = (outside, 80);
+        let syn = tcp(client, server, SYN);
+        let of_flow = carried(&world.run(Hook::TcIn, &syn), &syn);
+        let error = error_about(a, &segment(server, client, ACK, &[0xdd; 300]));
+        let got = world.run(Hook::TcIn, &error);
+        assert_eq!(carried_error(&got, &error).slots, {
+            let mut slots = of_flow.slots;
+            slots[0].flags = 0;
+            slots
+        });
+        assert!(!got.frame.windows(4).any(|bytes| bytes == [0xdd; 4]));
+        // In another workload's name, or about what it has not been sent: no error of it.
+        let other = if a == A_V4 { B_V4 } else { B_V6 };
+        let forged = error_about(other, &segment(server, client, ACK, &[0xdd; 300]));
+        assert!(!world.run(Hook::TcIn, &forged).passed);
+    }
+}
