@@ -1,47 +1,103 @@
 //! Paths that take smaller packets than the links at both ends: what Palisade has acknowledged, it delivers.
 
 use std::{
-    io::Write,
-    net::{IpAddr, SocketAddr, TcpStream},
+    io::{Read, Write},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     thread,
     time::{Duration, Instant},
 };
 
-use palisade_testbed::{Ns, daemon::Settings, recorder::Recorder, topology::FAMILIES};
-use palisade_tests::apps::{answers_requests, apps, policy};
+use palisade_testbed::{
+    Daemon, Ns,
+    daemon::Settings,
+    ns::wait_until,
+    recorder::Recorder,
+    topology::{FAMILIES, Family},
+};
+use palisade_tests::apps::{Apps, answers_requests, apps, borrowed, policies, policy};
 
 const PORT: u16 = 80;
 const RULES: &str = "      rules:\n        http: [{method: GET, path: \"/.*\"}]\n";
+const PATIENCE: Duration = Duration::from_secs(6);
+
+/// The internet is a router here, with a host behind it.
+struct Far {
+    apps: Apps,
+    far: Ns,
+    addresses: [IpAddr; 2],
+}
+
+impl Far {
+    fn new() -> Self {
+        let apps = apps();
+        let far = Ns::new("far").expect("namespace");
+        let internet = apps.ns("internet");
+        for (key, value) in [
+            ("ipv4/ip_forward", "1"),
+            ("ipv6/conf/all/forwarding", "1"),
+            // As many errors as there are packets that are too big.
+            ("ipv4/icmp_ratelimit", "0"),
+            ("ipv6/icmp/ratelimit", "0"),
+        ] {
+            internet.sysctl(key, value).expect("sysctl");
+        }
+        internet
+            .ip(&format!(
+                "link add far0 type veth peer name eth0 netns {}\n\
+                 addr add 203.0.113.1/24 dev far0\n\
+                 addr add 2001:db8:a::1/64 dev far0 nodad\n\
+                 link set far0 up\n",
+                far.name()
+            ))
+            .expect("link");
+        far.ip("addr add 203.0.113.10/24 dev eth0\n\
+             addr add 2001:db8:a::10/64 dev eth0 nodad\n\
+             link set eth0 up\n\
+             route add default via 203.0.113.1\n\
+             route add default via 2001:db8:a::1\n")
+            .expect("link");
+        Self {
+            apps,
+            far,
+            addresses: [
+                [203, 0, 113, 10].into(),
+                "2001:db8:a::10".parse().expect("address"),
+            ],
+        }
+    }
+
+    fn recorder(&self) -> Recorder {
+        Recorder::start(&self.far, &self.addresses, &[PORT], answers_requests).expect("recorder")
+    }
+
+    fn set_mtu(&self, mtu: u32) {
+        self.apps
+            .ns("internet")
+            .ip(&format!("link set far0 mtu {mtu}\n"))
+            .expect("mtu");
+    }
+}
+
+fn connect(from: &Ns, to: SocketAddr) -> TcpStream {
+    let stream = from
+        .enter(|| TcpStream::connect_timeout(&to, Duration::from_secs(5)))
+        .expect("connection");
+    stream.set_nodelay(true).expect("option");
+    stream
+}
+
+/// A head of four packets or more.
+fn head(first_line: &str) -> String {
+    let filler = "X-Filler: 0123456789012345678901234567890123456789\r\n".repeat(100);
+    format!("{first_line}\r\nHost: x.example\r\n{filler}\r\n")
+}
 
 #[test]
 fn what_is_acknowledged_here_arrives_over_paths_with_a_small_mtu() {
-    let apps = apps();
-    let far = Ns::new("far").expect("namespace");
-    let internet = apps.ns("internet");
-    for (key, value) in [("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1")] {
-        internet.sysctl(key, value).expect("forwarding");
-    }
-    internet
-        .ip(&format!(
-            "link add far0 type veth peer name eth0 netns {}\n\
-             addr add 203.0.113.1/24 dev far0\n\
-             addr add 2001:db8:a::1/64 dev far0 nodad\n\
-             link set far0 up\n",
-            far.name()
-        ))
-        .expect("link");
-    far.ip("addr add 203.0.113.10/24 dev eth0\n\
-         addr add 2001:db8:a::10/64 dev eth0 nodad\n\
-         link set eth0 up\n\
-         route add default via 203.0.113.1\n\
-         route add default via 2001:db8:a::1\n")
-        .expect("link");
-    let addresses: [IpAddr; 2] = [
-        [203, 0, 113, 10].into(),
-        "2001:db8:a::10".parse().expect("address"),
-    ];
-    let recorder = Recorder::start(&far, &addresses, &[PORT], answers_requests).expect("recorder");
-    let daemon = apps
+    let world = Far::new();
+    let recorder = world.recorder();
+    let daemon = world
+        .apps
         .daemon(
             &Settings::default(),
             &[("p.yaml", &policy("client", "egress", &[PORT], RULES))],
@@ -50,7 +106,9 @@ fn what_is_acknowledged_here_arrives_over_paths_with_a_small_mtu() {
     // The router says that packets are too big, or does not.
     for silent in [false, true] {
         if silent {
-            internet
+            world
+                .apps
+                .ns("internet")
                 .nft(
                     "table inet silent {\nchain o {\ntype filter hook output priority 0;\n\
                      icmp type destination-unreachable drop;\nicmpv6 type packet-too-big drop;\n}\n}\n",
@@ -58,16 +116,10 @@ fn what_is_acknowledged_here_arrives_over_paths_with_a_small_mtu() {
                 .expect("nft");
         }
         for mtu in [1_280, 1_420, 1_492] {
-            internet.ip(&format!("link set far0 mtu {mtu}\n")).expect("mtu");
-            for (address, family) in addresses.iter().zip(FAMILIES) {
-                let at = SocketAddr::new(*address, PORT);
-                let mut stream = apps
-                    .ns("client")
-                    .enter(|| TcpStream::connect_timeout(&at, Duration::from_secs(5)))
-                    .expect("connection");
-                stream.set_nodelay(true).expect("option");
-                let filler = "X-Filler: 0123456789012345678901234567890123456789\r\n".repeat(100);
-                let head = format!("GET /a HTTP/1.1\r\nHost: x.example\r\n{filler}\r\n");
+            world.set_mtu(mtu);
+            for (address, family) in world.addresses.iter().zip(FAMILIES) {
+                let mut stream = connect(world.apps.ns("client"), SocketAddr::new(*address, PORT));
+                let head = head("GET /a HTTP/1.1");
                 let (begin, end) = head.as_bytes().split_at(head.len() - 4);
                 // Held until its end is there, so it is acknowledged here.
                 stream.write_all(begin).expect("head");
@@ -75,9 +127,7 @@ fn what_is_acknowledged_here_arrives_over_paths_with_a_small_mtu() {
                 stream.write_all(end).expect("head");
                 let since = Instant::now();
                 let own = stream.local_addr().expect("address");
-                let heard = recorder.wait(own, "the head", Duration::from_secs(6), |heard| {
-                    heard.bytes.len() >= head.len()
-                });
+                let heard = recorder.wait(own, "the head", PATIENCE, |heard| heard.bytes.len() >= head.len());
                 let heard = heard.unwrap_or_else(|error| {
                     panic!(
                         "{family:?}, MTU {mtu}, silent {silent}: {error:#}\n{}",
@@ -86,6 +136,107 @@ fn what_is_acknowledged_here_arrives_over_paths_with_a_small_mtu() {
                 });
                 assert!(heard.bytes == head.as_bytes());
                 println!("{family:?}, MTU {mtu}, silent {silent}: {:?}", since.elapsed());
+            }
+        }
+    }
+}
+
+/// What the readers of HTTP have counted so far: a number of their connections.
+fn counted(status: &serde_json::Value, name: &str) -> u64 {
+    let number = &status["workers"]["inspection"]["http.tcp"][name];
+    number.as_u64().unwrap_or_else(|| panic!("{name}: {status:#}"))
+}
+
+/// Sends a head so that Palisade acknowledges all but its end, and then delivers that.
+fn send_held(from: &Ns, stream: &mut TcpStream, head: &str) {
+    let (begin, end) = head.as_bytes().split_at(head.len() - 4);
+    stream.write_all(begin).expect("head");
+    let port = stream.local_addr().expect("address").port();
+    wait_until("the acknowledgement", PATIENCE, || {
+        let shown = from
+            .run("ss", &["-Htn", "sport", "=", &format!(":{port}")])
+            .expect("ss");
+        // State, what waits to be read, what is not acknowledged.
+        shown.split_whitespace().nth(2) == Some("0")
+    })
+    .expect("acknowledgement");
+    stream.write_all(end).expect("head");
+}
+
+/// One connection by which a head is delivered from here: out of the workload `client`, out of the node, or as the answer
+/// of the workload `server`.
+fn deliver(world: &Far, recorder: &Recorder, listener: &TcpListener, way: &str, family: Family) {
+    let address = world.addresses[usize::from(family == FAMILIES[1])];
+    if way != "server" {
+        let from = world.apps.ns(way);
+        let mut stream = connect(from, SocketAddr::new(address, PORT));
+        let head = head("GET /a HTTP/1.1");
+        send_held(from, &mut stream, &head);
+        let own = stream.local_addr().expect("address");
+        let heard = recorder
+            .wait(own, "the head", PATIENCE, |heard| heard.bytes.len() >= head.len())
+            .expect("head");
+        assert!(heard.bytes == head.as_bytes());
+        return;
+    }
+    let mut client = connect(&world.far, world.apps.at("server", family, PORT));
+    client
+        .write_all(b"GET /a HTTP/1.1\r\nHost: x.example\r\n\r\n")
+        .expect("request");
+    let (mut stream, _) = listener.accept().expect("connection");
+    stream.set_nodelay(true).expect("option");
+    assert!(stream.read(&mut [0; 256]).expect("request") > 0);
+    let head = head("HTTP/1.1 204 No Content");
+    send_held(world.apps.ns("server"), &mut stream, &head);
+    let mut heard = vec![0; head.len()];
+    client.set_read_timeout(Some(PATIENCE)).expect("option");
+    client.read_exact(&mut heard).expect("answer");
+    assert!(heard == head.as_bytes());
+}
+
+/// The router's errors are about packets that were made here. They come to the end in whose name these were made, and are
+/// heeded on their way: nothing waits until it counts as lost.
+#[test]
+fn a_router_that_says_how_much_its_link_takes_is_heard_here() {
+    let world = Far::new();
+    let recorder = world.recorder();
+    let listeners = FAMILIES.map(|family| {
+        let at = world.apps.at("server", family, PORT);
+        world
+            .apps
+            .ns("server")
+            .enter(|| TcpListener::bind(at))
+            .expect("listener")
+    });
+    let policies = policies(&[PORT], RULES);
+    let daemon: Daemon = world
+        .apps
+        .daemon(&Settings::default(), &borrowed(&policies))
+        .expect("daemon");
+    for way in ["client", "node", "server"] {
+        for mtu in [1_280, 1_420] {
+            world.set_mtu(mtu);
+            for (listener, family) in listeners.iter().zip(FAMILIES) {
+                // A machine that is busy for a quarter of a second may take packets for lost that are not.
+                let is_heard = (0..5).any(|_| {
+                    let before = daemon.status().expect("status");
+                    deliver(&world, &recorder, listener, way, family);
+                    let narrowed = counted(&before, "icmp_narrowed") + 1;
+                    let after = daemon
+                        .wait_status("the router is heard", |status| {
+                            counted(status, "icmp_narrowed") >= narrowed
+                        })
+                        .unwrap_or_else(|error| panic!("{way} {family:?} {mtu}: {error:#}"));
+                    let more = |name| counted(&after, name) - counted(&before, name);
+                    println!(
+                        "{way} {family:?} {mtu}: {} errors, {} packets made, {} times repeated",
+                        more("icmp_errors"),
+                        more("delivered"),
+                        more("repeated")
+                    );
+                    more("repeated") == 0
+                });
+                assert!(is_heard, "{way} {family:?} {mtu}: it was repeated each time");
             }
         }
     }
