@@ -1,66 +1,63 @@
-//! Frames that an engine has a handle on.
+//! The frames that an inspector holds, by handle: the `slab` crate with a bound and with keys that can be used once.
 
-/// A handle on a frame: whoever has it decides about the frame, once.
+/// A handle on a held frame. It cannot be cloned, and deciding about the frame consumes it, so there is one decision
+/// per frame.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Handle(u32);
 
 impl Handle {
-    fn index(&self) -> usize {
+    fn key(&self) -> usize {
         self.0 as usize
     }
 }
 
-/// Frames by handle.
+/// A bounded slab whose keys are [`Handle`]s.
 #[derive(Debug)]
 pub struct Slab<T> {
-    places: Vec<Option<T>>,
-    free: Vec<u32>,
+    items: slab::Slab<T>,
+    capacity: usize,
 }
 
 impl<T> Slab<T> {
-    /// Room for so many.
+    /// Creates a slab for `capacity` items; it never allocates again.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
         Self {
-            places: (0..capacity).map(|_| None).collect(),
-            free: (0..capacity as u32).rev().collect(),
+            items: slab::Slab::with_capacity(capacity),
+            capacity,
         }
     }
 
-    /// How many there are.
+    /// Returns the number of items.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.places.len() - self.free.len()
+        self.items.len()
     }
 
-    /// Puts one in. It comes back if there is no room.
-    pub fn put(&mut self, item: T) -> Result<Handle, T> {
-        match self.free.pop() {
-            Some(index) => {
-                self.places[index as usize] = Some(item);
-                Ok(Handle(index))
-            }
-            None => Err(item),
+    /// Inserts an item and returns its handle.
+    ///
+    /// # Errors
+    /// The slab is full. Returns the item.
+    pub fn insert(&mut self, item: T) -> Result<Handle, T> {
+        if self.items.len() >= self.capacity {
+            return Err(item);
         }
+        Ok(Handle(self.items.insert(item) as u32))
     }
 
-    /// Looks at one.
+    /// Returns the item of a handle.
     #[must_use]
     pub fn get(&self, handle: &Handle) -> Option<&T> {
-        self.places.get(handle.index())?.as_ref()
+        self.items.get(handle.key())
     }
 
-    /// Changes one.
+    /// Returns the item of a handle.
     pub fn get_mut(&mut self, handle: &Handle) -> Option<&mut T> {
-        self.places.get_mut(handle.index())?.as_mut()
+        self.items.get_mut(handle.key())
     }
 
-    /// Takes one out.
-    pub fn take(&mut self, handle: Handle) -> Option<T> {
-        let item = self.places.get_mut(handle.index())?.take();
-        if item.is_some() {
-            self.free.push(handle.0);
-        }
-        item
+    /// Removes and returns the item of a handle.
+    pub fn remove(&mut self, handle: Handle) -> Option<T> {
+        self.items.try_remove(handle.key())
     }
 }

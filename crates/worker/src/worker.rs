@@ -432,7 +432,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             first_command: None,
             frame,
         };
-        match self.slab.put(caught) {
+        match self.slab.insert(caught) {
             Ok(handle) => self.read(handle, first, &ready),
             Err(caught) => {
                 // There is a place for every frame that the socket has.
@@ -476,14 +476,14 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             match wish {
                 Wish::Release(handle, command) => self.release(handle, command.as_ref()),
                 Wish::Discard(handle, reason) => {
-                    if let Some(caught) = self.slab.take(handle) {
+                    if let Some(caught) = self.slab.remove(handle) {
                         self.post.counters.dropped(reason);
                         self.port.give(caught.frame);
                     }
                 }
                 Wish::Command(command) => self.command(&command),
                 Wish::Absorb(handle) => {
-                    if let Some(caught) = self.slab.take(handle) {
+                    if let Some(caught) = self.slab.remove(handle) {
                         self.post.counters.absorbed.add(1);
                         self.port.give(caught.frame);
                     }
@@ -527,7 +527,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             }
             return;
         }
-        let Some(caught) = self.slab.take(handle) else {
+        let Some(caught) = self.slab.remove(handle) else {
             return;
         };
         let route = Route {
