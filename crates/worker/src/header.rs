@@ -70,8 +70,8 @@ impl Ready {
 }
 
 /// Rewrites the TCP options of a packet that will be read ([`palisade_inspect::normalise_options`]); it goes on
-/// changed, if it goes on. A SYN offers no larger segments than the carrier takes. Returns whether anything was changed;
-/// false for what is no whole TCP segment.
+/// changed, if it goes on. A SYN offers no larger segments than the carrier takes. Returns whether anything was
+/// changed; false for what is no whole TCP segment.
 ///
 /// # Errors
 /// The packet must not go on.

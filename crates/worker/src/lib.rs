@@ -1,13 +1,13 @@
 //! The threads that receive carried packets, have them read, and put them back.
 //!
 //! Each worker owns its socket with all its frames, its engine and its timers. What it shares are queues that nobody
-//! waits at: packets of other workers' flows ([`palisade_xsk::handoff`]), answers to be learned, records, and orders of the control
-//! plane of which the last one counts. In the steady state a packet costs no lock, no allocation and no system call
-//! of its own.
+//! waits at: packets of other workers' flows ([`palisade_xsk::handoff`]), answers to be learned, records, and orders of
+//! the control plane of which the last one counts. In the steady state a packet costs no lock, no allocation and no
+//! system call of its own.
 //!
 //! A worker that panics or whose socket fails is started again with a new socket and a new engine: its flows are cut,
-//! since nobody knows any more what they had said. Meanwhile nobody says that it lives, and the programs drop what
-//! it should have read.
+//! since nobody knows any more what they had said. Meanwhile nobody says that it lives, and the programs drop what it
+//! should have read.
 #![forbid(unsafe_code)]
 
 pub mod checksum;

@@ -1,86 +1,90 @@
-//! Where packets come in and go out. A trait, so that the loop can be tested without privileges.
+//! The interface to the socket of a worker. A trait, so that the loop can be tested without an AF_XDP socket.
+//!
+//! [`palisade_xsk::Socket`] implements it in `socket.rs`.
 
 use std::{collections::VecDeque, io, os::fd::RawFd};
 
-/// What a socket's rings have lost, since it was made.
+/// Losses in the rings of a socket since it was made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct PortStatistics {
-    /// Packets that were dropped for another reason than a full ring.
+    /// Packets dropped for another reason than a full ring.
     pub rx_dropped: u64,
-    /// Packets that were dropped because the receive ring was full.
+    /// Packets dropped because the receive ring was full.
     pub rx_ring_full: u64,
-    /// Packets that were dropped because the kernel had no frame for them.
+    /// Packets dropped because the fill ring was empty.
     pub rx_fill_ring_empty: u64,
-    /// Descriptors that were not valid, either way.
+    /// Invalid descriptors in any of the rings.
     pub invalid: u64,
 }
 
-/// A socket of one queue. A frame is in exactly one place: with whoever holds the [`Port::Frame`], or inside.
+/// A socket of one queue. Each frame is owned either by a [`Port::Frame`] or by the port.
 pub trait Port {
-    /// A frame.
+    /// The owner of a frame.
     type Frame;
 
-    /// Takes up to `most` packets that have arrived.
+    /// Moves up to `limit` received packets to the end of `into` and returns their number.
     ///
     /// # Errors
-    /// The socket is of no use any more.
-    fn receive(&mut self, into: &mut VecDeque<Self::Frame>, most: usize) -> io::Result<usize>;
+    /// The interface is down or gone.
+    fn receive(&mut self, into: &mut VecDeque<Self::Frame>, limit: usize) -> io::Result<usize>;
 
-    /// Packets that have arrived and wait, as far as is known.
-    fn waiting(&mut self) -> usize;
+    /// Returns the number of packets in the receive ring.
+    fn rx_available(&mut self) -> usize;
 
-    /// As many can wait.
-    fn capacity(&self) -> usize;
+    /// Returns the size of the receive ring.
+    fn rx_capacity(&self) -> usize;
 
-    /// The bytes of a received packet.
+    /// Returns the bytes of a packet.
     fn data<'a>(&'a self, frame: &'a Self::Frame) -> &'a [u8];
 
-    /// The frame's memory from where a received packet starts to its end, which is behind that of the packet.
-    fn room<'a>(&'a mut self, frame: &'a mut Self::Frame) -> &'a mut [u8];
+    /// Returns the frame's memory from the start of the packet to the end of the frame.
+    fn buffer_mut<'a>(&'a mut self, frame: &'a mut Self::Frame) -> &'a mut [u8];
 
-    /// Says how long the packet is that was written into a frame.
+    /// Sets the length of a packet that was written to [`Port::buffer_mut`].
     fn set_length(&mut self, frame: &mut Self::Frame, length: usize);
 
-    /// A frame that is free.
-    fn take(&mut self) -> Option<Self::Frame>;
+    /// Returns a free frame; `None` if all are in use.
+    fn alloc(&mut self) -> Option<Self::Frame>;
 
-    /// A frame is not needed any more.
-    fn give(&mut self, frame: Self::Frame);
+    /// Frees a frame.
+    fn free(&mut self, frame: Self::Frame);
 
-    /// Sends the `length` bytes from `start` of [`Port::room`]; at the latest with the next [`Port::flush`].
+    /// Puts `length` bytes from offset `start` of [`Port::buffer_mut`] into the transmit ring. They are sent with the
+    /// next [`Port::flush`] at the latest.
     ///
     /// # Errors
-    /// There is no room in the ring: the frame comes back.
+    /// The transmit ring is full. Returns the frame.
     fn transmit(&mut self, frame: Self::Frame, start: usize, length: usize) -> Result<(), Self::Frame>;
 
-    /// Gives the kernel what is to be sent, and takes back what has been sent. Answers how much it has not taken.
+    /// Wakes the kernel to send, and frees the frames that are sent. Returns the number of packets left in the transmit
+    /// ring.
     ///
     /// # Errors
-    /// The socket is of no use any more.
+    /// The interface is down or gone.
     fn flush(&mut self) -> io::Result<usize>;
 
-    /// Has the kernel look for packets at once.
+    /// Polls the driver once in this thread (busy polling).
     ///
     /// # Errors
-    /// The socket is of no use any more.
+    /// The interface is down or gone.
     fn busy_poll(&mut self) -> io::Result<()> {
         Ok(())
     }
 
-    /// Whether packets can still come. Who only waits for them learns nowhere else that they cannot.
+    /// Checks that packets can still arrive. A worker that only waits for packets would not notice otherwise.
     ///
     /// # Errors
-    /// The socket is of no use any more.
+    /// The interface is down or gone.
     fn check(&mut self) -> io::Result<()> {
         Ok(())
     }
 
-    /// What becomes readable when a packet arrives.
+    /// Returns the descriptor that becomes readable when a packet arrives.
     fn fd(&self) -> Option<RawFd>;
 
-    /// What the rings have lost.
+    /// Returns the losses in the rings.
     ///
     /// # Errors
-    /// The kernel does not tell.
+    /// The kernel does not return the statistics.
     fn statistics(&mut self) -> io::Result<PortStatistics>;
 }

@@ -1,4 +1,4 @@
-//! The port that is a socket.
+//! The AF_XDP socket as a [`Port`].
 
 use std::{
     collections::VecDeque,
@@ -10,28 +10,28 @@ use palisade_xsk::{Frame, Socket};
 
 use crate::port::{Port, PortStatistics};
 
-/// What the kernel says of a socket whose interface is gone or down, in words that an operator can use.
-fn told(problem: io::Error) -> io::Error {
-    match problem.raw_os_error() {
+/// Adds to an error of a socket whose interface is down or gone what that interface is.
+fn explain(error: io::Error) -> io::Error {
+    match error.raw_os_error() {
         Some(libc::ENETDOWN | libc::ENXIO | libc::ENODEV) => {
-            io::Error::new(problem.kind(), format!("the carrier is down or gone: {problem}"))
+            io::Error::new(error.kind(), format!("the carrier is down or gone: {error}"))
         }
-        _ => problem,
+        _ => error,
     }
 }
 
 impl Port for Socket {
     type Frame = Frame;
 
-    fn receive(&mut self, into: &mut VecDeque<Frame>, most: usize) -> io::Result<usize> {
-        Self::receive(self, into, most).map_err(told)
+    fn receive(&mut self, into: &mut VecDeque<Frame>, limit: usize) -> io::Result<usize> {
+        Self::receive(self, into, limit).map_err(explain)
     }
 
-    fn waiting(&mut self) -> usize {
+    fn rx_available(&mut self) -> usize {
         Self::rx_available(self)
     }
 
-    fn capacity(&self) -> usize {
+    fn rx_capacity(&self) -> usize {
         Self::rx_capacity(self)
     }
 
@@ -39,20 +39,20 @@ impl Port for Socket {
         frame.data()
     }
 
-    fn room<'a>(&'a mut self, frame: &'a mut Frame) -> &'a mut [u8] {
+    fn buffer_mut<'a>(&'a mut self, frame: &'a mut Frame) -> &'a mut [u8] {
         frame.data_and_tail_mut()
     }
 
     fn set_length(&mut self, frame: &mut Frame, length: usize) {
-        // Whoever has written so much has seen that there is room.
+        // The caller has written `length` bytes to `buffer_mut`, so they fit.
         let _ = frame.set_len(length);
     }
 
-    fn take(&mut self) -> Option<Frame> {
+    fn alloc(&mut self) -> Option<Frame> {
         Self::alloc(self)
     }
 
-    fn give(&mut self, frame: Frame) {
+    fn free(&mut self, frame: Frame) {
         drop(frame);
     }
 
@@ -64,16 +64,16 @@ impl Port for Socket {
     }
 
     fn flush(&mut self) -> io::Result<usize> {
-        Self::flush(self).map_err(told)
+        Self::flush(self).map_err(explain)
     }
 
     fn busy_poll(&mut self) -> io::Result<()> {
-        self.busy_poll_once().map_err(told)
+        self.busy_poll_once().map_err(explain)
     }
 
     fn check(&mut self) -> io::Result<()> {
-        // It is the socket's interface that the kernel looks at first, before it looks for packets.
-        self.busy_poll_once().map_err(told)
+        // `recvfrom` fails at once if the interface is down; otherwise it only polls the driver.
+        self.busy_poll_once().map_err(explain)
     }
 
     fn fd(&self) -> Option<RawFd> {
@@ -81,7 +81,7 @@ impl Port for Socket {
     }
 
     fn statistics(&mut self) -> io::Result<PortStatistics> {
-        let statistics = Self::statistics(self).map_err(told)?;
+        let statistics = Self::statistics(self).map_err(explain)?;
         Ok(PortStatistics {
             rx_dropped: statistics.rx_dropped,
             rx_ring_full: statistics.rx_ring_full,

@@ -48,8 +48,8 @@ const HEARTBEAT: Duration = Duration::from_millis(50);
 const CHECK: u64 = 50_000_000;
 /// What the rings have lost is read so often, ns.
 const STATISTICS: u64 = 1_000_000_000;
-/// So long is a worker's turn at a processor that others want too: it has little to do at a time, and somebody waits for
-/// it.
+/// So long is a worker's turn at a processor that others want too: it has little to do at a time, and somebody waits
+/// for it.
 const SLICE: Duration = Duration::from_micros(100);
 /// So often a worker looks before it lets others have the processor.
 const LOOKS: u32 = 16;
@@ -249,7 +249,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             handed: vec![false; post.workers],
             unsent: false,
             slab: Slab::new(frames),
-            batch: VecDeque::with_capacity(BATCH.max(port.capacity())),
+            batch: VecDeque::with_capacity(BATCH.max(port.rx_capacity())),
             fair: Fair::new(BATCH),
             shed: Vec::with_capacity(BATCH),
             statistics: (now, PortStatistics::default()),
@@ -283,7 +283,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         self.read_orders();
         self.fulfil();
         let mut busy = self.port.receive(&mut self.batch, BATCH)? != 0;
-        let overloaded = self.port.waiting() + self.batch.len() > self.port.capacity() / 2;
+        let overloaded = self.port.rx_available() + self.batch.len() > self.port.rx_capacity() / 2;
         self.fair.at(self.now);
         if overloaded {
             self.shed();
@@ -349,7 +349,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             if *refused {
                 self.post.counters.packets_in.add(1);
                 self.post.counters.dropped(Reason::WorkerOverload);
-                port.give(frame);
+                port.free(frame);
             } else {
                 batch.push_back(frame);
             }
@@ -368,7 +368,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             Ok(carried) => carried,
             Err(reason) => {
                 counters.dropped(reason);
-                self.port.give(frame);
+                self.port.free(frame);
                 return;
             }
         };
@@ -383,7 +383,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             } else {
                 counters.dropped(Reason::WorkerOverload);
             }
-            self.port.give(frame);
+            self.port.free(frame);
             return;
         }
         self.own(frame, &carried);
@@ -392,12 +392,12 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
     /// A frame of a flow that this worker owns.
     fn own(&mut self, mut frame: P::Frame, carried: &Carried) {
         let length = self.port.data(&frame).len();
-        let room = self.port.room(&mut frame);
+        let room = self.port.buffer_mut(&mut frame);
         let ready = match header::prepare(&mut room[..length], carried) {
             Ok(ready) => ready,
             Err((reason, packet)) => {
                 self.refuse(carried, reason, reason.text(), &packet);
-                self.port.give(frame);
+                self.port.free(frame);
                 return;
             }
         };
@@ -407,7 +407,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             Err(_) if is_audit(carried) => {}
             Err(problem) => {
                 self.refuse(carried, Reason::TcpInvalid, problem.text(), &ready.packet);
-                self.port.give(frame);
+                self.port.free(frame);
                 return;
             }
         }
@@ -420,7 +420,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         let mut slots = slots.iter().filter(|slot| slot.endpoint != 0);
         let Some(first) = slots.next() else {
             self.post.counters.dropped(Reason::CarryForeign);
-            self.port.give(frame);
+            self.port.free(frame);
             return;
         };
         let caught = Caught {
@@ -437,7 +437,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             Err(caught) => {
                 // There is a place for every frame that the socket has.
                 self.post.counters.dropped(Reason::WorkerOverload);
-                self.port.give(caught.frame);
+                self.port.free(caught.frame);
             }
         }
         self.fulfil();
@@ -478,14 +478,14 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
                 Wish::Discard(handle, reason) => {
                     if let Some(caught) = self.slab.remove(handle) {
                         self.post.counters.dropped(reason);
-                        self.port.give(caught.frame);
+                        self.port.free(caught.frame);
                     }
                 }
                 Wish::Command(command) => self.command(&command),
                 Wish::Absorb(handle) => {
                     if let Some(caught) = self.slab.remove(handle) {
                         self.post.counters.absorbed.add(1);
-                        self.port.give(caught.frame);
+                        self.port.free(caught.frame);
                     }
                 }
                 Wish::Emit(at, length, route) => self.emit(at, length, route),
@@ -557,7 +557,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         released: &Released,
         commands: [Option<&FlowCommand>; 2],
     ) -> bool {
-        let room = self.port.room(&mut frame);
+        let room = self.port.buffer_mut(&mut frame);
         if room.len() - start < length + header::TRAILER && start > 0 {
             // What stood in front of it has been read: there is room.
             room.copy_within(start..start + length, 0);
@@ -565,14 +565,14 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         }
         let Some(whole) = header::append(&mut room[start..], length, released, commands) else {
             self.post.counters.dropped(Reason::CarryUnsupported);
-            self.port.give(frame);
+            self.port.free(frame);
             return false;
         };
         match self.port.transmit(frame, start, whole) {
             Ok(()) => true,
             Err(frame) => {
                 self.post.counters.dropped(Reason::WorkerOverload);
-                self.port.give(frame);
+                self.port.free(frame);
                 false
             }
         }
@@ -580,11 +580,11 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
 
     fn emit(&mut self, at: usize, length: usize, route: Route) {
         let released = self.released(route);
-        let Some(mut frame) = self.port.take() else {
+        let Some(mut frame) = self.port.alloc() else {
             self.post.counters.unmade.add(1);
             return;
         };
-        let room = self.port.room(&mut frame);
+        let room = self.port.buffer_mut(&mut frame);
         let made = self.wishes.made.get(at..at + length);
         let sent = match (room.get_mut(..length), made) {
             (Some(room), Some(made)) => {
@@ -592,7 +592,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
                 self.send(frame, 0, length, &released, [None; 2])
             }
             _ => {
-                self.port.give(frame);
+                self.port.free(frame);
                 false
             }
         };
@@ -614,8 +614,8 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             zero: [0; 2],
         };
         // Without a free frame the flow goes on being read, which is slower and no worse.
-        if let Some(mut frame) = self.port.take() {
-            if let Some(head) = self.port.room(&mut frame).get_mut(..header::ETHERNET) {
+        if let Some(mut frame) = self.port.alloc() {
+            if let Some(head) = self.port.buffer_mut(&mut frame).get_mut(..header::ETHERNET) {
                 head.fill(0);
             }
             self.send(frame, 0, header::ETHERNET, &released, [Some(command), None]);
@@ -648,14 +648,14 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
                     break;
                 };
                 let taken = receiver.receive(|(), bytes| {
-                    port.take()
-                        .and_then(|mut frame| match port.room(&mut frame).get_mut(..bytes.len()) {
+                    port.alloc()
+                        .and_then(|mut frame| match port.buffer_mut(&mut frame).get_mut(..bytes.len()) {
                             Some(room) => {
                                 room.copy_from_slice(bytes);
                                 Some((frame, bytes.len()))
                             }
                             None => {
-                                port.give(frame);
+                                port.free(frame);
                                 None
                             }
                         })
@@ -681,7 +681,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             Ok(carried) => self.own(frame, &carried),
             Err(reason) => {
                 self.post.counters.dropped(reason);
-                self.port.give(frame);
+                self.port.free(frame);
             }
         }
     }
@@ -807,7 +807,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
     /// Whether there is something to do, as cheaply as can be said: a worker that looks asks again and again.
     fn something_waits(&mut self) -> bool {
         let handoff_receivers = self.post.handoff_receivers.iter_mut().flatten();
-        self.port.waiting() != 0
+        self.port.rx_available() != 0
             || self.wishes.learner.is_answered()
             || handoff_receivers
                 .map(handoff::Receiver::available)

@@ -99,11 +99,11 @@ impl Port for Loop {
         Ok(got)
     }
 
-    fn waiting(&mut self) -> usize {
+    fn rx_available(&mut self) -> usize {
         0
     }
 
-    fn capacity(&self) -> usize {
+    fn rx_capacity(&self) -> usize {
         FRAMES
     }
 
@@ -111,7 +111,7 @@ impl Port for Loop {
         &self.chunks[*frame][..self.lengths[*frame]]
     }
 
-    fn room<'a>(&'a mut self, frame: &'a mut usize) -> &'a mut [u8] {
+    fn buffer_mut<'a>(&'a mut self, frame: &'a mut usize) -> &'a mut [u8] {
         &mut self.chunks[*frame]
     }
 
@@ -119,11 +119,11 @@ impl Port for Loop {
         self.lengths[*frame] = length;
     }
 
-    fn take(&mut self) -> Option<usize> {
+    fn alloc(&mut self) -> Option<usize> {
         self.free.pop()
     }
 
-    fn give(&mut self, frame: usize) {
+    fn free(&mut self, frame: usize) {
         self.free.push(frame);
     }
 

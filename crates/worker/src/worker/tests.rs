@@ -69,11 +69,11 @@ impl Port for Fake {
         Ok(got)
     }
 
-    fn waiting(&mut self) -> usize {
+    fn rx_available(&mut self) -> usize {
         self.arriving.len()
     }
 
-    fn capacity(&self) -> usize {
+    fn rx_capacity(&self) -> usize {
         self.capacity
     }
 
@@ -81,7 +81,7 @@ impl Port for Fake {
         &self.chunks[frame.chunk][..frame.length]
     }
 
-    fn room<'a>(&'a mut self, frame: &'a mut FakeFrame) -> &'a mut [u8] {
+    fn buffer_mut<'a>(&'a mut self, frame: &'a mut FakeFrame) -> &'a mut [u8] {
         &mut self.chunks[frame.chunk]
     }
 
@@ -89,11 +89,11 @@ impl Port for Fake {
         frame.length = length;
     }
 
-    fn take(&mut self) -> Option<FakeFrame> {
+    fn alloc(&mut self) -> Option<FakeFrame> {
         self.free.pop().map(|chunk| FakeFrame { chunk, length: 0 })
     }
 
-    fn give(&mut self, frame: FakeFrame) {
+    fn free(&mut self, frame: FakeFrame) {
         self.free.push(frame.chunk);
     }
 
