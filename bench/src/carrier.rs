@@ -313,7 +313,7 @@ fn start<E: Inspect + 'static>(
         largest: 4_096,
         port: Arc::new(move |_| Ok((port()?, frames))),
         engine: Arc::new(engine),
-        beat: Arc::new(|_, _| {}),
+        heartbeat: Arc::new(|_, _| {}),
         rules: Arc::new(rules),
         learns: 1_024,
         records: 2_048,

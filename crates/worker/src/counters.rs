@@ -1,14 +1,14 @@
 //! What a worker counts. It alone writes; anybody may read.
 
 use std::sync::{
-    Mutex, OnceLock, PoisonError,
+    Arc, Mutex, OnceLock, PoisonError,
     atomic::{AtomicU8, AtomicU64, Ordering},
 };
 
 use palisade_abi::Reason;
 use palisade_inspect::Number;
 
-use crate::{inspect::Inspect, port::PortStatistics};
+use crate::{failure::Failure, inspect::Inspect, port::PortStatistics};
 
 /// A number that one thread writes.
 #[derive(Debug, Default)]
@@ -89,7 +89,7 @@ pub struct Counters {
     ring: [Count; 4],
     /// What its engines have counted. Which numbers there are is known once the first of them is there.
     numbers: OnceLock<Box<[(Number, Count)]>>,
-    problem: Mutex<Option<String>>,
+    failure: Mutex<Option<Arc<Failure>>>,
 }
 
 impl Default for Counters {
@@ -115,7 +115,7 @@ impl Default for Counters {
             dropped: std::array::from_fn(|_| Count::default()),
             ring: Default::default(),
             numbers: OnceLock::default(),
-            problem: Mutex::default(),
+            failure: Mutex::default(),
         }
     }
 }
@@ -199,8 +199,8 @@ impl Counters {
         numbers.map(|(number, count)| (*number, count.get()))
     }
 
-    pub(crate) fn set_state(&self, state: State, problem: Option<String>) {
-        *self.problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
+    pub(crate) fn set_state(&self, state: State, failure: Option<Failure>) {
+        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure.map(Arc::new);
         self.state.store(state as u8, Ordering::Release);
     }
 
@@ -215,10 +215,10 @@ impl Counters {
         }
     }
 
-    /// Why it is down.
+    /// Returns why the worker is down.
     #[must_use]
-    pub fn problem(&self) -> Option<String> {
-        self.problem
+    pub fn failure(&self) -> Option<Arc<Failure>> {
+        self.failure
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
@@ -227,8 +227,6 @@ impl Counters {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use palisade_inspect::{Engine, Learned, Limits, Millis, Sink, View};
 
     use super::*;

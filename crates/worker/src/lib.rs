@@ -11,26 +11,30 @@
 #![forbid(unsafe_code)]
 
 pub mod checksum;
+mod context;
 mod counters;
+mod failure;
 mod fair;
 pub mod header;
 mod inspect;
-mod mailbox;
 mod pool;
 mod port;
 mod queue;
+mod run;
 mod slab;
 mod socket;
-mod worker;
+mod supervisor;
+mod watch;
 
+pub use context::Stamped;
 pub use counters::{Count, Counters, State};
+pub use failure::Failure;
 pub use inspect::Inspect;
 pub use palisade_inspect::Number;
 pub use pool::{Pool, Setup};
 pub use port::{Port, PortStatistics};
 pub use queue::{Nothing, Receiver};
 pub use slab::Handle;
-pub use worker::Stamped;
 
 /// How a worker waits for packets.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -16,12 +16,13 @@ use palisade_xsk::handoff;
 
 use crate::{
     Mode,
+    context::{Stamped, WAKER, WorkerContext, WorkerControl},
     counters::{Counters, State},
     inspect::Inspect,
-    mailbox::{self, Writer},
     port::Port,
     queue,
-    worker::{Makers, Orders, Post, Stamped, WAKER, live},
+    supervisor::{Factories, supervise},
+    watch,
 };
 
 /// Buffers between each two workers.
@@ -45,7 +46,7 @@ pub struct Setup<P, E: Inspect> {
     /// Makes the engine of a worker, at each of its starts.
     pub engine: Arc<dyn Fn(usize) -> E + Send + Sync>,
     /// Tells the programs that a worker lives: its number and the time, 0 if it does not.
-    pub beat: Arc<dyn Fn(usize, u64) + Send + Sync>,
+    pub heartbeat: Arc<dyn Fn(usize, u64) + Send + Sync>,
     /// What packets are judged by at first.
     pub rules: Arc<E::Rules>,
     /// Answers that may wait to be learned, of one worker.
@@ -59,7 +60,7 @@ pub struct Pool<R> {
     threads: Vec<JoinHandle<()>>,
     stop: Arc<AtomicBool>,
     wakers: Vec<Arc<mio::Waker>>,
-    orders: Vec<Writer<Orders<R>>>,
+    control: Vec<watch::Sender<WorkerControl<R>>>,
     counters: Vec<Arc<Counters>>,
 }
 
@@ -102,10 +103,10 @@ impl<R: Send + Sync + 'static> Pool<R> {
             threads: Vec::new(),
             stop: Arc::default(),
             wakers,
-            orders: Vec::new(),
+            control: Vec::new(),
             counters: (0..workers).map(|_| Arc::default()).collect(),
         };
-        let makers = Arc::new(Makers {
+        let factories = Arc::new(Factories {
             port: setup.port,
             engine: setup.engine,
         });
@@ -115,22 +116,22 @@ impl<R: Send + Sync + 'static> Pool<R> {
             .zip(handoff_receivers)
             .enumerate()
         {
-            let (writer, orders) = mailbox::mailbox(Orders {
+            let (sender, control) = watch::watch(WorkerControl {
                 rules: Arc::clone(&setup.rules),
                 xdp: [].into(),
                 gone: Vec::new(),
             });
-            pool.orders.push(writer);
-            let post = Post {
+            pool.control.push(sender);
+            let context = WorkerContext {
                 number,
                 workers,
                 cookie: setup.cookie,
                 mode: setup.mode,
                 clock: setup.clock,
-                beat: Arc::clone(&setup.beat),
+                heartbeat: Arc::clone(&setup.heartbeat),
                 counters: Arc::clone(&pool.counters[number]),
                 stop: Arc::clone(&pool.stop),
-                orders,
+                control,
                 handoff_senders,
                 handoff_receivers,
                 wakers: pool.wakers.clone(),
@@ -139,10 +140,10 @@ impl<R: Send + Sync + 'static> Pool<R> {
                 learns: setup.learns,
                 records: records.clone(),
             };
-            let makers = Arc::clone(&makers);
+            let factories = Arc::clone(&factories);
             let thread = thread::Builder::new()
                 .name(format!("worker{number}"))
-                .spawn(move || live(post, &makers))?;
+                .spawn(move || supervise(context, &factories))?;
             pool.threads.push(thread);
         }
         Ok((pool, lessons, seen))
@@ -165,23 +166,23 @@ impl<R: Send + Sync + 'static> Pool<R> {
 
     /// Has packets judged by these rules from now on.
     pub fn set_rules(&self, rules: &Arc<R>) {
-        self.order(|orders| orders.rules = Arc::clone(rules));
+        self.control(|control| control.rules = Arc::clone(rules));
     }
 
     /// Says at which interfaces' ingress stands XDP.
     pub fn set_xdp(&self, interfaces: &[u32]) {
         let interfaces: Arc<[u32]> = interfaces.into();
-        self.order(|orders| orders.xdp = Arc::clone(&interfaces));
+        self.control(|control| control.xdp = Arc::clone(&interfaces));
     }
 
     /// Has everything dropped and forgotten that is held of endpoints that are no more.
     pub fn forget_endpoints(&self, endpoints: &[u16]) {
-        self.order(|orders| orders.gone.extend_from_slice(endpoints));
+        self.control(|control| control.gone.extend_from_slice(endpoints));
     }
 
-    fn order(&self, change: impl Fn(&mut Orders<R>)) {
-        for orders in &self.orders {
-            orders.change(&change);
+    fn control(&self, modify: impl Fn(&mut WorkerControl<R>)) {
+        for control in &self.control {
+            control.modify(&modify);
         }
         self.wake();
     }

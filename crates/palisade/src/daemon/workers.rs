@@ -214,8 +214,9 @@ impl Workers {
                     .filter(|counters| counters.state() != State::Running)
                     .count();
                 let why = || {
-                    let problem = counters.iter().find_map(|counters| counters.problem());
-                    self.carrier_problem.clone().or(problem).unwrap_or_default()
+                    let failure = counters.iter().find_map(|counters| counters.failure());
+                    let failure = failure.map(|failure| failure.to_string());
+                    self.carrier_problem.clone().or(failure).unwrap_or_default()
                 };
                 if let Some((number, since)) = running.beats.silent(monotonic_coarse()).first() {
                     return Some(format!(
@@ -331,7 +332,7 @@ fn start(
             }
             engine
         }),
-        beat: {
+        heartbeat: {
             let (seats, beats) = (Arc::clone(&seats), Arc::clone(&beats));
             Arc::new(move |number, now| {
                 seats.beat(number as u32, now);
@@ -351,11 +352,11 @@ fn start(
     } else if pool.ready(READY) {
         info!("{workers} workers at {}1", wanted.interface);
     } else {
-        let mut problems = pool.counters().iter().filter_map(|counters| counters.problem());
-        let problem = problems
-            .next_back()
-            .unwrap_or_else(|| "not ready in time".to_owned());
-        error!("not all workers run: {problem}");
+        let mut failures = pool.counters().iter().filter_map(|counters| counters.failure());
+        match failures.next_back() {
+            Some(error) => error!(%error, "not all workers run"),
+            None => error!("not all workers run: not ready in time"),
+        }
     }
     let running = Running {
         pool,
@@ -411,7 +412,7 @@ fn worker(number: usize, counters: &Counters) -> api::Worker {
             State::Ended => "ended",
         }
         .to_owned(),
-        problem: counters.problem(),
+        problem: counters.failure().map(|failure| failure.to_string()),
         restarts: counters.restarts.get(),
         packets_in: counters.packets_in.get(),
         bytes_in: counters.bytes_in.get(),

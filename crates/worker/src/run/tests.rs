@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use mio::Poll;
 use palisade_abi::{CtKey, Inspector, carry_hook, protocol};
 use palisade_inspect::{Learned, View, learning::lessons};
 use palisade_xsk::handoff;
@@ -9,7 +10,10 @@ use proptest::prelude::*;
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use super::*;
-use crate::mailbox::mailbox;
+use crate::{
+    context::{Stamped, WAKER, WorkerControl},
+    queue, watch,
+};
 
 const COOKIE: u64 = 0x1234_5678_9abc_def0;
 const CHUNK: usize = 2_048;
@@ -219,10 +223,10 @@ fn clock() -> u64 {
 }
 
 /// The end that gives orders to the worker of a test.
-type Chief = crate::mailbox::Writer<Orders<u32>>;
+type Chief = watch::Sender<WorkerControl<u32>>;
 
-fn post(number: usize, workers: usize) -> (Post<u32>, Chief, queue::Receiver<Stamped>) {
-    let (writer, orders) = mailbox(Orders {
+fn context(number: usize, workers: usize) -> (WorkerContext<u32>, Chief, queue::Receiver<Stamped>) {
+    let (writer, control) = watch::watch(WorkerControl {
         rules: Arc::new(5),
         xdp: [9].into(),
         gone: Vec::new(),
@@ -230,16 +234,16 @@ fn post(number: usize, workers: usize) -> (Post<u32>, Chief, queue::Receiver<Sta
     let (records, seen) = queue::queue(1_000);
     let poll = Poll::new().unwrap();
     let waker = Arc::new(mio::Waker::new(poll.registry(), WAKER).unwrap());
-    let post = Post {
+    let context = WorkerContext {
         number,
         workers,
         cookie: COOKIE,
         mode: Mode::Poll,
         clock,
-        beat: Arc::new(|_, _| {}),
+        heartbeat: Arc::new(|_, _| {}),
         counters: Arc::default(),
         stop: Arc::default(),
-        orders,
+        control,
         handoff_senders: (0..workers).map(|_| None).collect(),
         handoff_receivers: (0..workers).map(|_| None).collect(),
         wakers: vec![waker; workers],
@@ -248,7 +252,7 @@ fn post(number: usize, workers: usize) -> (Post<u32>, Chief, queue::Receiver<Sta
         learns: 4,
         records,
     };
-    (post, writer, seen)
+    (context, writer, seen)
 }
 
 /// A packet as somebody sends it: with right checksums and its VLAN tags in it.
@@ -420,9 +424,9 @@ fn udp() -> Sent {
 
 /// Has a worker of its own do what there is to do with packets.
 fn work(arriving: Vec<Vec<u8>>) -> (Vec<Vec<u8>>, HashMap<u8, u64>, Vec<Record>) {
-    let (mut post, _chief, records) = post(0, 1);
-    let counters = Arc::clone(&post.counters);
-    let mut worker = Worker::new(&mut post, Fake::new(arriving), Script::default(), FRAMES);
+    let (mut context, _chief, records) = context(0, 1);
+    let counters = Arc::clone(&context.counters);
+    let mut worker = Worker::new(&mut context, Fake::new(arriving), Script::default(), FRAMES);
     for _ in 0..10 {
         worker.turn().unwrap();
     }
@@ -532,9 +536,9 @@ fn both_slots_read_the_packet_in_their_order_and_either_may_keep_it() {
     let (whole, partial) = udp().frames();
     let run = |first, second| {
         let slots = [slot(3, first), slot(1, second)];
-        let (mut post, _chief, _) = post(0, 1);
+        let (mut context, _chief, _) = context(0, 1);
         let fake = Fake::new(vec![carry(&partial, false, carry_hook::TC_EGRESS, 0, slots)]);
-        let mut worker = Worker::new(&mut post, fake, Script::default(), FRAMES);
+        let mut worker = Worker::new(&mut context, fake, Script::default(), FRAMES);
         for _ in 0..5 {
             worker.turn().unwrap();
         }
@@ -584,10 +588,10 @@ fn rules_that_came_meanwhile_are_looked_for_before_a_packet_is_dropped() {
         let slots = [slot(3, does::COMMAND), CarrySlot::default()];
         carry(&whole, false, carry_hook::TC_INGRESS, 0, slots)
     };
-    let (mut post, chief, _) = post(0, 1);
-    chief.change(|orders| orders.rules = Arc::new(2));
-    let counters = Arc::clone(&post.counters);
-    let mut worker = Worker::new(&mut post, Fake::new(vec![packet()]), Script::default(), FRAMES);
+    let (mut context, chief, _) = context(0, 1);
+    chief.modify(|control| control.rules = Arc::new(2));
+    let counters = Arc::clone(&context.counters);
+    let mut worker = Worker::new(&mut context, Fake::new(vec![packet()]), Script::default(), FRAMES);
     worker.turn().unwrap();
     assert_eq!(worker.port.sent.len(), 0);
     assert_eq!(
@@ -595,7 +599,7 @@ fn rules_that_came_meanwhile_are_looked_for_before_a_packet_is_dropped() {
         [(Reason::UnknownRuleset as u8, 1)]
     );
     // Between the look at the orders and the packet.
-    chief.change(|orders| orders.rules = Arc::new(5));
+    chief.modify(|control| control.rules = Arc::new(5));
     worker.port.arriving.push_back(packet());
     worker.port.receive(&mut worker.batch, 1).unwrap();
     let frame = worker.batch.pop_front().unwrap();
@@ -607,15 +611,15 @@ fn rules_that_came_meanwhile_are_looked_for_before_a_packet_is_dropped() {
 fn an_endpoint_that_is_gone_takes_its_packets_along() {
     let (whole, _) = udp().frames();
     let slots = [slot(3, does::HOLD), CarrySlot::default()];
-    let (mut post, chief, _) = post(0, 1);
-    let counters = Arc::clone(&post.counters);
+    let (mut context, chief, _) = context(0, 1);
+    let counters = Arc::clone(&context.counters);
     let fake = Fake::new(vec![carry(&whole, false, carry_hook::TC_INGRESS, 0, slots)]);
-    let mut worker = Worker::new(&mut post, fake, Script::default(), FRAMES);
+    let mut worker = Worker::new(&mut context, fake, Script::default(), FRAMES);
     worker.port.receive(&mut worker.batch, 1).unwrap();
     let frame = worker.batch.pop_front().unwrap();
     worker.received(frame);
     assert_eq!(worker.slab.len(), 1);
-    chief.change(|orders| orders.gone.push(3));
+    chief.modify(|control| control.gone.push(3));
     worker.turn().unwrap();
     assert_eq!(worker.slab.len(), 0);
     assert_eq!(
@@ -629,8 +633,8 @@ fn a_foreign_flow_is_read_by_its_owner() {
     let (whole, partial) = udp().frames();
     let slots = [slot(3, does::RELEASE), CarrySlot::default()];
     let packet = carry(&partial, false, carry_hook::XDP_INGRESS, 7, slots);
-    let (mut first, _chief, _) = post(0, 2);
-    let (mut second, _other_chief, _) = post(1, 2);
+    let (mut first, _chief, _) = context(0, 2);
+    let (mut second, _other_chief, _) = context(1, 2);
     let (sender, receiver) = handoff::ring(2, CHUNK);
     first.handoff_senders[1] = Some(sender);
     second.handoff_receivers[0] = Some(receiver);
@@ -658,11 +662,11 @@ fn a_full_ring_costs_packets_and_no_frames() {
     let (whole, _) = udp().frames();
     let slots = [slot(3, does::RELEASE), CarrySlot::default()];
     let packet = carry(&whole, false, carry_hook::TC_INGRESS, 0, slots);
-    let (mut post, _chief, _) = post(0, 1);
-    let counters = Arc::clone(&post.counters);
+    let (mut context, _chief, _) = context(0, 1);
+    let counters = Arc::clone(&context.counters);
     let mut fake = Fake::new(vec![packet; 10]);
     fake.ring = 4;
-    let mut worker = Worker::new(&mut post, fake, Script::default(), FRAMES);
+    let mut worker = Worker::new(&mut context, fake, Script::default(), FRAMES);
     worker.turn().unwrap();
     assert_eq!((worker.port.sent.len(), worker.port.free.len()), (4, FRAMES));
     assert_eq!(counters.packets_out.get(), 4);
@@ -686,11 +690,11 @@ fn under_overload_a_small_flow_is_read_where_a_large_one_is_shed() {
             arriving.push(packet(100 + n, 4));
         }
     }
-    let (mut post, _chief, _) = post(0, 1);
-    let counters = Arc::clone(&post.counters);
+    let (mut context, _chief, _) = context(0, 1);
+    let counters = Arc::clone(&context.counters);
     let mut fake = Fake::new(arriving);
     fake.capacity = FRAMES;
-    let mut worker = Worker::new(&mut post, fake, Script::default(), FRAMES);
+    let mut worker = Worker::new(&mut context, fake, Script::default(), FRAMES);
     while worker.turn().unwrap() {}
     let read = |endpoint| {
         let seen = worker.engine.seen.iter();
@@ -707,15 +711,15 @@ fn under_overload_a_small_flow_is_read_where_a_large_one_is_shed() {
 
 #[test]
 fn who_gets_nothing_any_more_gives_no_sign_of_life() {
-    let (mut post, _chief, _records) = post(0, 1);
+    let (mut context, _chief, _records) = context(0, 1);
     let beats = Arc::new(std::sync::atomic::AtomicU64::new(0));
     let counted = Arc::clone(&beats);
-    post.beat = Arc::new(move |_, _| {
+    context.heartbeat = Arc::new(move |_, _| {
         counted.fetch_add(1, Ordering::Relaxed);
     });
     let mut port = Fake::new(Vec::new());
     port.gone = true;
-    let mut worker = Worker::new(&mut post, port, Script::default(), FRAMES);
+    let mut worker = Worker::new(&mut context, port, Script::default(), FRAMES);
     // The very first one would make the programs send packets that nobody gets.
     assert!(worker.turn().is_err());
     assert_eq!(beats.load(Ordering::Relaxed), 0);

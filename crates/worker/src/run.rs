@@ -1,36 +1,30 @@
 //! The loop of one worker.
 
 use std::{
-    any::Any,
     collections::VecDeque,
     io,
-    panic::{AssertUnwindSafe, catch_unwind},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     thread,
     time::{Duration, Instant, SystemTime},
 };
 
-use mio::{Events, Interest, Poll, Token, unix::SourceFd};
+use mio::{Events, Interest, Token, unix::SourceFd};
 use palisade_abi::{Carried, CarrySlot, FlowCommand, Reason, Released, carry_flags, order, release};
 use palisade_inspect::{
     Learn, Millis, Route, Sink,
-    learning::{Learner, Learners, Wake},
+    learning::{Learner, Wake},
     record::{Record, Verdict, What},
 };
 use palisade_packet::Packet;
-use palisade_xsk::{handoff, schedule::set_sched_slice};
-use tracing::{debug, error, info};
+use palisade_xsk::handoff;
 
 use crate::{
     Mode,
-    counters::{Counters, State},
+    context::{Stamped, WorkerContext},
+    counters::Counters,
     fair::Fair,
     header::{self, Ready},
     inspect::Inspect,
-    mailbox::Reader,
     port::{Port, PortStatistics},
     queue,
     slab::{Handle, Slab},
@@ -48,9 +42,6 @@ const HEARTBEAT: Duration = Duration::from_millis(50);
 const CHECK: u64 = 50_000_000;
 /// What the rings have lost is read so often, ns.
 const STATISTICS: u64 = 1_000_000_000;
-/// So long is a worker's turn at a processor that others want too: it has little to do at a time, and somebody waits
-/// for it.
-const SLICE: Duration = Duration::from_micros(100);
 /// So often a worker looks before it lets others have the processor.
 const LOOKS: u32 = 16;
 /// So many turns others have before a worker that looks for packets sleeps.
@@ -61,54 +52,12 @@ const ALONE: Duration = Duration::from_micros(2);
 const LONGEST_SPIN: Duration = Duration::from_micros(50);
 /// And the shortest, from which it starts anew.
 const SHORTEST_SPIN: Duration = Duration::from_micros(2);
-/// Tries to start again are so far apart, at first and at most.
-const FIRST_PAUSE: Duration = Duration::from_millis(10);
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// A worker that ran for so long was well.
-const WELL: Duration = Duration::from_secs(10);
 /// Records wait for no longer than about that until their reader is woken.
 const RECORDS_WAIT: Duration = Duration::from_millis(4);
 /// Reports of packets that the worker itself refuses, a second.
 const REPORTS: u32 = 200;
 
 const SOCKET: Token = Token(0);
-/// What wakes a worker that sleeps.
-pub const WAKER: Token = Token(1);
-
-/// What the control plane wants of a worker.
-#[derive(Debug)]
-pub struct Orders<R> {
-    /// The application rules.
-    pub rules: Arc<R>,
-    /// Interfaces at whose ingress stands XDP.
-    pub xdp: Arc<[u32]>,
-    /// Endpoints that are no more: to be forgotten once.
-    pub gone: Vec<u16>,
-}
-
-/// Something that was read, and when.
-pub type Stamped = (SystemTime, Record);
-
-/// What stays when a worker has to begin anew.
-pub struct Post<R> {
-    pub number: usize,
-    pub workers: usize,
-    pub cookie: u64,
-    pub mode: Mode,
-    pub clock: fn() -> u64,
-    pub beat: Arc<dyn Fn(usize, u64) + Send + Sync>,
-    pub counters: Arc<Counters>,
-    pub stop: Arc<AtomicBool>,
-    pub orders: Reader<Orders<R>>,
-    /// To each other worker, by number; none to itself.
-    pub handoff_senders: Vec<Option<handoff::Sender<()>>>,
-    pub handoff_receivers: Vec<Option<handoff::Receiver<()>>>,
-    pub wakers: Vec<Arc<mio::Waker>>,
-    pub poll: Poll,
-    pub learners: Learners,
-    pub learns: usize,
-    pub records: queue::Sender<Stamped>,
-}
 
 /// What is known of a frame that a handle stands for.
 struct Caught<F> {
@@ -196,7 +145,7 @@ impl Sink<Handle> for Wishes {
 
 /// One life of a worker.
 pub struct Worker<'a, P: Port, E: Inspect> {
-    post: &'a mut Post<E::Rules>,
+    context: &'a mut WorkerContext<E::Rules>,
     port: P,
     engine: E,
     slab: Slab<Caught<P::Frame>>,
@@ -223,13 +172,13 @@ pub struct Worker<'a, P: Port, E: Inspect> {
 }
 
 impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
-    pub fn new(post: &'a mut Post<E::Rules>, port: P, mut engine: E, frames: usize) -> Self {
-        let (rules, xdp) = post.orders.read(|orders| {
-            orders.gone.clear();
-            (Arc::clone(&orders.rules), Arc::clone(&orders.xdp))
+    pub fn new(context: &'a mut WorkerContext<E::Rules>, port: P, mut engine: E, frames: usize) -> Self {
+        let (rules, xdp) = context.control.read(|control| {
+            control.gone.clear();
+            (Arc::clone(&control.rules), Arc::clone(&control.xdp))
         });
         engine.set_rules(rules);
-        let waker = Arc::clone(&post.wakers[post.number]);
+        let waker = Arc::clone(&context.wakers[context.number]);
         let wake: Wake = Arc::new(move || {
             // Woken late, it finds the answer all the same.
             let _ = waker.wake();
@@ -237,16 +186,16 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         let wishes = Wishes {
             wishes: VecDeque::with_capacity(frames),
             made: Vec::with_capacity(MADE),
-            learner: post.learners.learner(post.learns, wake),
-            records: post.records.clone(),
-            counters: Arc::clone(&post.counters),
+            learner: context.learners.learner(context.learns, wake),
+            records: context.records.clone(),
+            counters: Arc::clone(&context.counters),
         };
-        post.counters.frames.set(frames as u64);
+        context.counters.frames.set(frames as u64);
         let mut counted = Vec::new();
-        post.counters.set_numbers(&engine, &mut counted);
-        let now = (post.clock)();
+        context.counters.set_numbers(&engine, &mut counted);
+        let now = (context.clock)();
         Self {
-            handed: vec![false; post.workers],
+            handed: vec![false; context.workers],
             unsent: false,
             slab: Slab::new(frames),
             batch: VecDeque::with_capacity(BATCH.max(port.rx_capacity())),
@@ -259,7 +208,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             told: now,
             retold: now,
             now,
-            post,
+            context,
             port,
             engine,
             wishes,
@@ -273,14 +222,14 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
 
     /// Everything that there is to do now. Answers whether there was something.
     pub fn turn(&mut self) -> io::Result<bool> {
-        self.now = (self.post.clock)();
+        self.now = (self.context.clock)();
         // Before the sign of life: what the programs send to a socket that gets nothing would be lost without a reason.
         if self.now.saturating_sub(self.checked) >= CHECK {
             self.port.check()?;
             self.checked = self.now;
         }
-        (self.post.beat)(self.post.number, self.now);
-        self.read_orders();
+        (self.context.heartbeat)(self.context.number, self.now);
+        self.apply_control();
         self.fulfil();
         let mut busy = self.port.receive(&mut self.batch, BATCH)? != 0;
         let overloaded = self.port.rx_available() + self.batch.len() > self.port.rx_capacity() / 2;
@@ -300,7 +249,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         }
         self.unsent = self.port.flush()? != 0;
         self.wake_others();
-        let counters = &self.post.counters;
+        let counters = &self.context.counters;
         counters.held.set(self.slab.len() as u64);
         if self.now.saturating_sub(self.statistics.0) >= STATISTICS {
             let now = self.port.statistics()?;
@@ -312,13 +261,13 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         Ok(busy)
     }
 
-    fn read_orders(&mut self) {
-        if !self.post.orders.changed() {
+    fn apply_control(&mut self) {
+        if !self.context.control.has_changed() {
             return;
         }
-        let (rules, xdp, gone) = self.post.orders.read(|orders| {
-            let gone = std::mem::take(&mut orders.gone);
-            (Arc::clone(&orders.rules), Arc::clone(&orders.xdp), gone)
+        let (rules, xdp, gone) = self.context.control.read(|control| {
+            let gone = std::mem::take(&mut control.gone);
+            (Arc::clone(&control.rules), Arc::clone(&control.xdp), gone)
         });
         self.xdp = xdp;
         self.engine.set_rules(rules);
@@ -347,8 +296,8 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         for refused in shed.iter() {
             let Some(frame) = batch.pop_front() else { break };
             if *refused {
-                self.post.counters.packets_in.add(1);
-                self.post.counters.dropped(Reason::WorkerOverload);
+                self.context.counters.packets_in.add(1);
+                self.context.counters.dropped(Reason::WorkerOverload);
                 port.free(frame);
             } else {
                 batch.push_back(frame);
@@ -359,12 +308,12 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
     /// A frame that came in by this worker's queue.
     fn received(&mut self, frame: P::Frame) {
         let data = self.port.data(&frame);
-        let counters = &self.post.counters;
+        let counters = &self.context.counters;
         counters.packets_in.add(1);
         counters
             .bytes_in
             .add(data.len().saturating_sub(header::CARRIED) as u64);
-        let carried = match header::carried(data, self.post.cookie) {
+        let carried = match header::carried(data, self.context.cookie) {
             Ok(carried) => carried,
             Err(reason) => {
                 counters.dropped(reason);
@@ -372,9 +321,9 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
                 return;
             }
         };
-        let owner = carried.hash as usize % self.post.workers;
-        if owner != self.post.number {
-            let given = self.post.handoff_senders[owner]
+        let owner = carried.hash as usize % self.context.workers;
+        if owner != self.context.number {
+            let given = self.context.handoff_senders[owner]
                 .as_mut()
                 .is_some_and(|sender| sender.send((), data).is_ok());
             if given {
@@ -402,7 +351,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             }
         };
         match header::normalise(&mut room[..length], &ready) {
-            Ok(mended) => self.post.counters.mended.add(u64::from(mended)),
+            Ok(mended) => self.context.counters.mended.add(u64::from(mended)),
             // In audit mode the engine says what would become of it, and lets it pass if it can.
             Err(_) if is_audit(carried) => {}
             Err(problem) => {
@@ -419,7 +368,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         }
         let mut slots = slots.iter().filter(|slot| slot.endpoint != 0);
         let Some(first) = slots.next() else {
-            self.post.counters.dropped(Reason::CarryForeign);
+            self.context.counters.dropped(Reason::CarryForeign);
             self.port.free(frame);
             return;
         };
@@ -436,7 +385,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             Ok(handle) => self.read(handle, first, &ready),
             Err(caught) => {
                 // There is a place for every frame that the socket has.
-                self.post.counters.dropped(Reason::WorkerOverload);
+                self.context.counters.dropped(Reason::WorkerOverload);
                 self.port.free(caught.frame);
             }
         }
@@ -447,7 +396,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
     fn read(&mut self, handle: Handle, slot: &CarrySlot, ready: &Ready) {
         if !self.engine.knows(slot.ruleset) {
             // Rules come before the maps that name them, so they are here already; just not read.
-            self.read_orders();
+            self.apply_control();
             if !self.engine.knows(slot.ruleset) {
                 self.wishes.discard(handle, Reason::UnknownRuleset);
                 return;
@@ -477,14 +426,14 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
                 Wish::Release(handle, command) => self.release(handle, command.as_ref()),
                 Wish::Discard(handle, reason) => {
                     if let Some(caught) = self.slab.remove(handle) {
-                        self.post.counters.dropped(reason);
+                        self.context.counters.dropped(reason);
                         self.port.free(caught.frame);
                     }
                 }
                 Wish::Command(command) => self.command(&command),
                 Wish::Absorb(handle) => {
                     if let Some(caught) = self.slab.remove(handle) {
-                        self.post.counters.absorbed.add(1);
+                        self.context.counters.absorbed.add(1);
                         self.port.free(caught.frame);
                     }
                 }
@@ -539,13 +488,13 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         let length = caught.length as u64;
         let commands = [command, caught.first_command.as_ref()];
         if self.send(caught.frame, caught.start, caught.length, &released, commands) {
-            self.post.counters.packets_out.add(1);
-            self.post.counters.bytes_out.add(length);
+            self.context.counters.packets_out.add(1);
+            self.context.counters.bytes_out.add(length);
         }
     }
 
     fn released(&self, route: Route) -> Released {
-        header::released(self.post.cookie, route, self.xdp.contains(&route.ifindex))
+        header::released(self.context.cookie, route, self.xdp.contains(&route.ifindex))
     }
 
     /// Sends a frame with what belongs behind it.
@@ -564,14 +513,14 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             start = 0;
         }
         let Some(whole) = header::append(&mut room[start..], length, released, commands) else {
-            self.post.counters.dropped(Reason::CarryUnsupported);
+            self.context.counters.dropped(Reason::CarryUnsupported);
             self.port.free(frame);
             return false;
         };
         match self.port.transmit(frame, start, whole) {
             Ok(()) => true,
             Err(frame) => {
-                self.post.counters.dropped(Reason::WorkerOverload);
+                self.context.counters.dropped(Reason::WorkerOverload);
                 self.port.free(frame);
                 false
             }
@@ -581,7 +530,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
     fn emit(&mut self, at: usize, length: usize, route: Route) {
         let released = self.released(route);
         let Some(mut frame) = self.port.alloc() else {
-            self.post.counters.unmade.add(1);
+            self.context.counters.unmade.add(1);
             return;
         };
         let room = self.port.buffer_mut(&mut frame);
@@ -596,7 +545,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
                 false
             }
         };
-        let counters = &self.post.counters;
+        let counters = &self.context.counters;
         if sent {
             counters.made.add(1);
         } else {
@@ -607,7 +556,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
     /// Sends a command that no packet carries.
     fn command(&mut self, command: &FlowCommand) {
         let released = Released {
-            cookie: self.post.cookie,
+            cookie: self.context.cookie,
             ifindex: 0,
             way: release::NOWHERE,
             flags: 0,
@@ -624,7 +573,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
 
     /// A packet that no engine gets to see.
     fn refuse(&mut self, carried: &Carried, reason: Reason, detail: &'static str, packet: &Packet) {
-        self.post.counters.dropped(reason);
+        self.context.counters.dropped(reason);
         if self.now.saturating_sub(self.reports.0) >= 1_000_000_000 {
             self.reports = (self.now, REPORTS);
         }
@@ -641,15 +590,15 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
 
     fn take_handed(&mut self) -> bool {
         let mut any = false;
-        for number in 0..self.post.workers {
+        for number in 0..self.context.workers {
             for _ in 0..HANDED {
-                let Self { post, port, .. } = self;
-                let Some(receiver) = &mut post.handoff_receivers[number] else {
+                let Self { context, port, .. } = self;
+                let Some(receiver) = &mut context.handoff_receivers[number] else {
                     break;
                 };
                 let taken = receiver.receive(|(), bytes| {
-                    port.alloc()
-                        .and_then(|mut frame| match port.buffer_mut(&mut frame).get_mut(..bytes.len()) {
+                    port.alloc().and_then(|mut frame| {
+                        match port.buffer_mut(&mut frame).get_mut(..bytes.len()) {
                             Some(room) => {
                                 room.copy_from_slice(bytes);
                                 Some((frame, bytes.len()))
@@ -658,15 +607,16 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
                                 port.free(frame);
                                 None
                             }
-                        })
+                        }
+                    })
                 });
                 let Some(taken) = taken else { break };
                 any = true;
                 let Some((frame, length)) = taken else {
-                    self.post.counters.dropped(Reason::WorkerOverload);
+                    self.context.counters.dropped(Reason::WorkerOverload);
                     continue;
                 };
-                self.post.counters.handed_in.add(1);
+                self.context.counters.handed_in.add(1);
                 self.own_handed(frame, length);
             }
         }
@@ -677,10 +627,10 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         self.port.set_length(&mut frame, length);
         let data = self.port.data(&frame);
         // The worker that handed it on has looked at it; the cookie is the same.
-        match header::carried(data, self.post.cookie) {
+        match header::carried(data, self.context.cookie) {
             Ok(carried) => self.own(frame, &carried),
             Err(reason) => {
-                self.post.counters.dropped(reason);
+                self.context.counters.dropped(reason);
                 self.port.free(frame);
             }
         }
@@ -709,7 +659,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             learner.flush();
             self.retold = self.now;
         }
-        for (handed, waker) in self.handed.iter_mut().zip(&self.post.wakers) {
+        for (handed, waker) in self.handed.iter_mut().zip(&self.context.wakers) {
             if std::mem::take(handed) {
                 // It looks by itself soon, if this should fail.
                 let _ = waker.wake();
@@ -722,7 +672,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         let mut events = Events::with_capacity(8);
         let fd = self.port.fd();
         if let Some(fd) = fd {
-            self.post
+            self.context
                 .poll
                 .registry()
                 .register(&mut SourceFd(&fd), SOCKET, Interest::READABLE)?;
@@ -730,19 +680,19 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         let outcome = self.rounds(&mut events);
         if let Some(fd) = fd {
             // Its descriptor is closed with the socket in any case.
-            let _ = self.post.poll.registry().deregister(&mut SourceFd(&fd));
+            let _ = self.context.poll.registry().deregister(&mut SourceFd(&fd));
         }
         outcome
     }
 
     fn rounds(&mut self, events: &mut Events) -> io::Result<()> {
         let mut spin = SHORTEST_SPIN;
-        while !self.post.stop.load(Ordering::Relaxed) {
+        while !self.context.stop.load(Ordering::Relaxed) {
             if self.turn()? {
                 continue;
             }
             let since = Instant::now();
-            match self.post.mode {
+            match self.context.mode {
                 Mode::Spin => {
                     std::hint::spin_loop();
                     continue;
@@ -806,7 +756,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
 
     /// Whether there is something to do, as cheaply as can be said: a worker that looks asks again and again.
     fn something_waits(&mut self) -> bool {
-        let handoff_receivers = self.post.handoff_receivers.iter_mut().flatten();
+        let handoff_receivers = self.context.handoff_receivers.iter_mut().flatten();
         self.port.rx_available() != 0
             || self.wishes.learner.is_answered()
             || handoff_receivers
@@ -828,8 +778,8 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         if self.wishes.records.pending() || self.wishes.learner.has_to_tell() {
             patience = patience.min(RECORDS_WAIT);
         }
-        self.post.counters.sleeps.add(1);
-        match self.post.poll.poll(events, Some(patience)) {
+        self.context.counters.sleeps.add(1);
+        match self.context.poll.poll(events, Some(patience)) {
             Err(problem) if problem.kind() != io::ErrorKind::Interrupted => Err(problem),
             _ => Ok(()),
         }
@@ -868,92 +818,6 @@ fn unreadable(
         latency: None,
         what: What::Unreadable { detail },
     }
-}
-
-/// What makes sockets and engines for a worker.
-pub struct Makers<P, E> {
-    pub port: Arc<dyn Fn(usize) -> io::Result<(P, usize)> + Send + Sync>,
-    pub engine: Arc<dyn Fn(usize) -> E + Send + Sync>,
-}
-
-/// Lives one life after the other until it is told to stop.
-pub fn live<P: Port, E: Inspect>(mut post: Post<E::Rules>, makers: &Makers<P, E>) {
-    if let Err(problem) = set_sched_slice(SLICE) {
-        debug!(
-            "worker {}: turns at the processor stay as they are: {problem}",
-            post.number
-        );
-    }
-    let mut pause = FIRST_PAUSE;
-    while !post.stop.load(Ordering::Relaxed) {
-        let begun = Instant::now();
-        let life = catch_unwind(AssertUnwindSafe(|| one_life(&mut post, makers)));
-        // Nothing is sent here as long as nobody takes it.
-        (post.beat)(post.number, 0);
-        let problem = match life {
-            Ok(Ok(())) => break,
-            Ok(Err(problem)) => problem.to_string(),
-            Err(panic) => format!("panic: {}", panic_text(&*panic)),
-        };
-        if begun.elapsed() > WELL {
-            pause = FIRST_PAUSE;
-        }
-        let before = post.counters.problem();
-        if before.as_ref() != Some(&problem) {
-            error!(
-                "worker {}: {problem}; its flows are cut, it is started again",
-                post.number
-            );
-        }
-        post.counters.nothing_held();
-        post.counters.set_state(State::Down, Some(problem));
-        post.counters.restarts.add(1);
-        rest(&mut post, pause);
-        pause = (pause * 2).min(LONGEST_PAUSE);
-    }
-    (post.beat)(post.number, 0);
-    post.counters.set_state(State::Ended, None);
-}
-
-fn one_life<P: Port, E: Inspect>(post: &mut Post<E::Rules>, makers: &Makers<P, E>) -> io::Result<()> {
-    let (port, frames) = (makers.port)(post.number)?;
-    // What was meant for the life before.
-    for receiver in post.handoff_receivers.iter_mut().flatten() {
-        while receiver
-            .receive(|(), _| post.counters.dropped(Reason::NoWorker))
-            .is_some()
-        {}
-    }
-    let engine = (makers.engine)(post.number);
-    if post.counters.restarts.get() != 0 {
-        info!("worker {}: runs again", post.number);
-    }
-    let counters = Arc::clone(&post.counters);
-    let mut worker = Worker::new(post, port, engine, frames);
-    // First the sign of life: whoever waits for the state relies on it.
-    worker.turn()?;
-    counters.set_state(State::Running, None);
-    worker.run()
-}
-
-/// Waits, and ends early if all is to end.
-fn rest<R>(post: &mut Post<R>, pause: Duration) {
-    let until = Instant::now() + pause;
-    let mut events = Events::with_capacity(8);
-    while !post.stop.load(Ordering::Relaxed) {
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() || post.poll.poll(&mut events, Some(left)).is_err() {
-            return;
-        }
-    }
-}
-
-fn panic_text(panic: &(dyn Any + Send)) -> &str {
-    panic
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("of an unknown kind")
 }
 
 #[cfg(test)]

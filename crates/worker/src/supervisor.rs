@@ -1,0 +1,121 @@
+//! The thread of a worker: makes its socket and its inspectors, runs it, and starts it anew with a back-off when it fails.
+//!
+//! Start at [`supervise`].
+
+use std::{
+    any::Any,
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use mio::Events;
+use palisade_abi::Reason;
+use palisade_xsk::schedule::set_sched_slice;
+use tracing::{debug, error, info};
+
+use crate::{
+    context::WorkerContext, counters::State, failure::Failure, inspect::Inspect, port::Port, run::Worker,
+};
+
+/// EEVDF slice to request. Workers run in short, latency-critical bursts.
+const SCHED_SLICE: Duration = Duration::from_micros(100);
+/// Delay before the first restart; doubles with each further one.
+const MIN_BACKOFF: Duration = Duration::from_millis(10);
+/// Longest delay before a restart.
+const MAX_BACKOFF: Duration = Duration::from_secs(1);
+/// Run time after which a failure starts with [`MIN_BACKOFF`] again.
+const HEALTHY_AFTER: Duration = Duration::from_secs(10);
+
+/// Makes the socket and the inspectors of a worker, at each start.
+pub struct Factories<P, E> {
+    /// Returns the socket of a worker and its number of frames.
+    pub port: Arc<dyn Fn(usize) -> io::Result<(P, usize)> + Send + Sync>,
+    /// Returns the inspectors of a worker.
+    pub engine: Arc<dyn Fn(usize) -> E + Send + Sync>,
+}
+
+/// Runs a worker until it is told to stop, and restarts it when it fails.
+pub fn supervise<P: Port, E: Inspect>(mut context: WorkerContext<E::Rules>, factories: &Factories<P, E>) {
+    if let Err(error) = set_sched_slice(SCHED_SLICE) {
+        debug!(worker = context.number, %error, "the scheduler's slice stays at its default");
+    }
+    let mut delay = MIN_BACKOFF;
+    while !context.stop.load(Ordering::Relaxed) {
+        let started = Instant::now();
+        let outcome = catch_unwind(AssertUnwindSafe(|| run_once(&mut context, factories)));
+        // Withdraw the heartbeat, so that the programs do not punt to a socket that no thread reads.
+        (context.heartbeat)(context.number, 0);
+        let failure = match outcome {
+            Ok(Ok(())) => break,
+            Ok(Err(error)) => Failure::Socket(error),
+            Err(panic) => Failure::Panic(panic_message(&*panic).to_owned()),
+        };
+        if started.elapsed() > HEALTHY_AFTER {
+            delay = MIN_BACKOFF;
+        }
+        // A failure that repeats is logged once.
+        let last = context.counters.failure();
+        if last.is_none_or(|last| last.to_string() != failure.to_string()) {
+            error!(
+                worker = context.number,
+                error = %failure,
+                "worker failed, its flows are reset; restarting"
+            );
+        }
+        context.counters.nothing_held();
+        context.counters.set_state(State::Down, Some(failure));
+        context.counters.restarts.add(1);
+        back_off(&mut context, delay);
+        delay = (delay * 2).min(MAX_BACKOFF);
+    }
+    (context.heartbeat)(context.number, 0);
+    context.counters.set_state(State::Ended, None);
+}
+
+/// Makes the socket and the inspectors and runs the worker, until it is told to stop or its socket fails.
+fn run_once<P: Port, E: Inspect>(
+    context: &mut WorkerContext<E::Rules>,
+    factories: &Factories<P, E>,
+) -> io::Result<()> {
+    let (port, frames) = (factories.port)(context.number)?;
+    // The inspectors that would have known these packets' flows are gone.
+    for receiver in context.handoff_receivers.iter_mut().flatten() {
+        while receiver
+            .receive(|(), _| context.counters.dropped(Reason::NoWorker))
+            .is_some()
+        {}
+    }
+    let engine = (factories.engine)(context.number);
+    if context.counters.restarts.get() != 0 {
+        info!(worker = context.number, "worker runs again");
+    }
+    let counters = Arc::clone(&context.counters);
+    let mut worker = Worker::new(context, port, engine, frames);
+    // The first turn publishes the heartbeat: once the state is `Running`, the programs punt to this worker.
+    worker.turn()?;
+    counters.set_state(State::Running, None);
+    worker.run()
+}
+
+/// Waits for `delay`, or until the worker is told to stop.
+fn back_off<R>(context: &mut WorkerContext<R>, delay: Duration) {
+    let until = Instant::now() + delay;
+    let mut events = Events::with_capacity(8);
+    while !context.stop.load(Ordering::Relaxed) {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() || context.poll.poll(&mut events, Some(left)).is_err() {
+            return;
+        }
+    }
+}
+
+/// Returns the message of a panic.
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
+}
