@@ -16,6 +16,7 @@ mod counters;
 mod failure;
 mod fair;
 pub mod header;
+mod idle;
 mod inspect;
 mod pool;
 mod port;

@@ -16,14 +16,13 @@ use palisade_inspect::{
     record::{Record, Verdict, What},
 };
 use palisade_packet::Packet;
-use palisade_xsk::handoff;
 
 use crate::{
-    Mode,
     context::{Stamped, WorkerContext},
     counters::Counters,
     fair::Fair,
     header::{self, Ready},
+    idle::{self, Idle, Pending},
     inspect::Inspect,
     port::{Port, PortStatistics},
     queue,
@@ -36,24 +35,10 @@ const BATCH: usize = 64;
 const HANDED: usize = 64;
 /// Packets that an engine may make in one go, in bytes.
 const MADE: usize = 256 * 1024;
-/// A worker says at least so often that it lives.
-const HEARTBEAT: Duration = Duration::from_millis(50);
 /// Whether packets can still come is looked at so often, ns.
 const CHECK: u64 = 50_000_000;
 /// What the rings have lost is read so often, ns.
 const STATISTICS: u64 = 1_000_000_000;
-/// So often a worker looks before it lets others have the processor.
-const LOOKS: u32 = 16;
-/// So many turns others have before a worker that looks for packets sleeps.
-const TURNS: u32 = 2;
-/// If nobody else wants the processor, it takes less to ask.
-const ALONE: Duration = Duration::from_micros(2);
-/// The longest that a worker looks for packets before it sleeps.
-const LONGEST_SPIN: Duration = Duration::from_micros(50);
-/// And the shortest, from which it starts anew.
-const SHORTEST_SPIN: Duration = Duration::from_micros(2);
-/// Records wait for no longer than about that until their reader is woken.
-const RECORDS_WAIT: Duration = Duration::from_millis(4);
 /// Reports of packets that the worker itself refuses, a second.
 const REPORTS: u32 = 200;
 
@@ -169,6 +154,8 @@ pub struct Worker<'a, P: Port, E: Inspect> {
     retold: u64,
     /// The kernel has not taken all that is to be sent.
     unsent: bool,
+    started: Instant,
+    events: Events,
 }
 
 impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
@@ -197,6 +184,8 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         Self {
             handed: vec![false; context.workers],
             unsent: false,
+            started: Instant::now(),
+            events: Events::with_capacity(8),
             slab: Slab::new(frames),
             batch: VecDeque::with_capacity(BATCH.max(port.rx_capacity())),
             fair: Fair::new(BATCH),
@@ -669,7 +658,6 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
 
     /// Carries packets until it is told to stop.
     pub fn run(&mut self) -> io::Result<()> {
-        let mut events = Events::with_capacity(8);
         let fd = self.port.fd();
         if let Some(fd) = fd {
             self.context
@@ -677,7 +665,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
                 .registry()
                 .register(&mut SourceFd(&fd), SOCKET, Interest::READABLE)?;
         }
-        let outcome = self.rounds(&mut events);
+        let outcome = self.run_turns();
         if let Some(fd) = fd {
             // Its descriptor is closed with the socket in any case.
             let _ = self.context.poll.registry().deregister(&mut SourceFd(&fd));
@@ -685,102 +673,52 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         outcome
     }
 
-    fn rounds(&mut self, events: &mut Events) -> io::Result<()> {
-        let mut spin = SHORTEST_SPIN;
+    fn run_turns(&mut self) -> io::Result<()> {
+        let mut idle = Idle::new(self.context.mode);
         while !self.context.stop.load(Ordering::Relaxed) {
-            if self.turn()? {
-                continue;
+            if !self.turn()? {
+                idle.wait(self)?;
             }
-            let since = Instant::now();
-            match self.context.mode {
-                Mode::Spin => {
-                    std::hint::spin_loop();
-                    continue;
-                }
-                Mode::Poll => {
-                    if self.something_comes(since, spin) {
-                        // Looking on paid: it may look longer next time.
-                        spin = (spin * 2).min(LONGEST_SPIN);
-                        continue;
-                    }
-                }
-                Mode::BusyPoll => {
-                    let mut busy = false;
-                    while !busy && since.elapsed() < spin {
-                        self.port.busy_poll()?;
-                        busy = self.turn()?;
-                    }
-                    if busy {
-                        spin = (spin * 2).min(LONGEST_SPIN);
-                        continue;
-                    }
-                }
-            }
-            self.sleep(events)?;
-            // Had it looked on, would it have met what came?
-            spin = if since.elapsed() < LONGEST_SPIN {
-                (spin * 2).min(LONGEST_SPIN)
-            } else {
-                (spin / 2).max(SHORTEST_SPIN)
-            };
         }
         Ok(())
     }
+}
 
-    /// Looks for something to do, for so long, but only while nobody else wants the processor.
-    ///
-    /// Whoever does is often who sends what is waited for, and sends several packets at once: it has its turn, and
-    /// another. If nothing has come even then, the worker sleeps: the kernel wakes a thread that sleeps on whichever
-    /// processor is idle; one that waits for its turn stays where it is.
-    fn something_comes(&mut self, since: Instant, spin: Duration) -> bool {
-        let mut turns = 0;
-        loop {
-            if self.something_waits() {
-                return true;
-            }
-            let before = Instant::now();
-            thread::yield_now();
-            let now = Instant::now();
-            turns += u32::from(now.duration_since(before) > ALONE);
-            if turns >= TURNS || now.duration_since(since) >= spin {
-                return self.something_waits();
-            }
-            for _ in 0..LOOKS {
-                std::hint::spin_loop();
-                if self.something_waits() {
-                    return true;
-                }
-            }
-        }
+impl<P: Port, E: Inspect> idle::Host for Worker<'_, P, E> {
+    fn now(&self) -> Duration {
+        self.started.elapsed()
     }
 
-    /// Whether there is something to do, as cheaply as can be said: a worker that looks asks again and again.
-    fn something_waits(&mut self) -> bool {
-        let handoff_receivers = self.context.handoff_receivers.iter_mut().flatten();
+    fn has_work(&mut self) -> bool {
+        let mut receivers = self.context.handoff_receivers.iter_mut().flatten();
         self.port.rx_available() != 0
             || self.wishes.learner.is_answered()
-            || handoff_receivers
-                .map(handoff::Receiver::available)
-                .any(|available| available != 0)
+            || receivers.any(|receiver| receiver.available() != 0)
     }
 
-    /// Sleeps until something comes, but not longer than it may be silent, and not beyond what has to be done.
-    fn sleep(&mut self, events: &mut Events) -> io::Result<()> {
-        let mut patience = if self.unsent {
-            Duration::from_millis(1)
-        } else {
-            HEARTBEAT
-        };
-        if let Some(deadline) = self.engine.deadline() {
-            let left = Duration::from_millis(deadline.saturating_sub(self.millis()));
-            patience = patience.min(left.max(Duration::from_millis(1)));
-        }
-        if self.wishes.records.pending() || self.wishes.learner.has_to_tell() {
-            patience = patience.min(RECORDS_WAIT);
-        }
+    fn pause(&mut self) {
+        std::hint::spin_loop();
+    }
+
+    fn yield_now(&mut self) {
+        thread::yield_now();
+    }
+
+    fn busy_poll(&mut self) -> io::Result<bool> {
+        self.port.busy_poll()?;
+        self.turn()
+    }
+
+    fn sleep(&mut self) -> io::Result<()> {
+        let deadline = self.engine.deadline();
+        let timeout = idle::sleep_timeout(&Pending {
+            unsent: self.unsent,
+            unflushed: self.wishes.records.pending() || self.wishes.learner.has_to_tell(),
+            deadline: deadline.map(|deadline| Duration::from_millis(deadline.saturating_sub(self.millis()))),
+        });
         self.context.counters.sleeps.add(1);
-        match self.context.poll.poll(events, Some(patience)) {
-            Err(problem) if problem.kind() != io::ErrorKind::Interrupted => Err(problem),
+        match self.context.poll.poll(&mut self.events, Some(timeout)) {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
             _ => Ok(()),
         }
     }

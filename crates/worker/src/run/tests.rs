@@ -11,6 +11,7 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use super::*;
 use crate::{
+    Mode,
     context::{Stamped, WAKER, WorkerControl},
     queue, watch,
 };
