@@ -230,7 +230,7 @@ mod tests {
     use palisade_inspect::{Engine, Learned, Limits, Millis, Sink, View};
 
     use super::*;
-    use crate::slab::Handle;
+    use crate::held::Handle;
 
     #[test]
     fn numbers_outlive_engines() {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use palisade_inspect::{Engine, Learned, Millis, Number, Rules, Sink, View};
 
-use crate::slab::Handle;
+use crate::held::Handle;
 
 /// Reads packets and decides. Without an engine of its own, a worker that died would take its flows into the next
 /// life; so there is one for each life.

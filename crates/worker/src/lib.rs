@@ -13,29 +13,33 @@
 pub mod checksum;
 mod context;
 mod counters;
+mod effects;
 mod failure;
 mod fair;
 pub mod header;
+mod held;
 mod idle;
 mod inspect;
+mod inspection;
 mod pool;
 mod port;
 mod queue;
 mod run;
-mod slab;
+mod rx;
 mod socket;
 mod supervisor;
+mod tx;
 mod watch;
 
 pub use context::Stamped;
 pub use counters::{Count, Counters, State};
 pub use failure::Failure;
+pub use held::Handle;
 pub use inspect::Inspect;
 pub use palisade_inspect::Number;
 pub use pool::{Pool, Setup};
 pub use port::{Port, PortStatistics};
 pub use queue::{Nothing, Receiver};
-pub use slab::Handle;
 
 /// How a worker waits for packets.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -1,18 +1,23 @@
 //! The loop over a port that is no socket.
 
-use std::collections::HashMap;
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+};
 
-use mio::Poll;
-use palisade_abi::{CtKey, Inspector, carry_hook, protocol};
-use palisade_inspect::{Learned, View, learning::lessons};
+use palisade_abi::{
+    Carried, CarrySlot, CtKey, FlowCommand, Inspector, Reason, Released, carry_hook, protocol, release,
+};
+use palisade_inspect::{Learned, Millis, Route, Sink, View, learning::lessons, record::Record};
 use palisade_xsk::handoff;
 use proptest::prelude::*;
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use super::*;
 use crate::{
-    Mode,
     context::{Stamped, WAKER, WorkerControl},
+    header,
+    held::Handle,
     queue, watch,
 };
 
@@ -432,7 +437,7 @@ fn work(arriving: Vec<Vec<u8>>) -> (Vec<Vec<u8>>, HashMap<u8, u64>, Vec<Record>)
         worker.turn().unwrap();
     }
     assert_eq!(worker.port.free.len(), FRAMES, "every frame comes back");
-    assert_eq!(worker.slab.len(), 0);
+    assert_eq!(worker.inspection.held(), 0);
     let sent = std::mem::take(&mut worker.port.sent);
     drop(worker);
     let mut told = Vec::new();
@@ -545,10 +550,16 @@ fn both_slots_read_the_packet_in_their_order_and_either_may_keep_it() {
         }
         assert_eq!(worker.port.free.len(), FRAMES);
         let sent: Vec<_> = worker.port.sent.iter().map(|bytes| apart(bytes)).collect();
-        for (_, frame) in &worker.engine.seen {
+        for (_, frame) in &worker.inspection.engine().seen {
             assert_eq!(frame, &whole, "both see the completed checksum");
         }
-        let seen: Vec<u16> = worker.engine.seen.iter().map(|(endpoint, _)| *endpoint).collect();
+        let seen: Vec<u16> = worker
+            .inspection
+            .engine()
+            .seen
+            .iter()
+            .map(|(endpoint, _)| *endpoint)
+            .collect();
         (seen, sent)
     };
     let (seen, sent) = run(does::RELEASE, does::RELEASE);
@@ -602,9 +613,8 @@ fn rules_that_came_meanwhile_are_looked_for_before_a_packet_is_dropped() {
     // Between the look at the orders and the packet.
     chief.modify(|control| control.rules = Arc::new(5));
     worker.port.arriving.push_back(packet());
-    worker.port.receive(&mut worker.batch, 1).unwrap();
-    let frame = worker.batch.pop_front().unwrap();
-    worker.received(frame);
+    worker.rx.receive(&mut worker.port, clock()).unwrap();
+    worker.inspect_batch();
     assert_eq!(worker.port.sent.len(), 1);
 }
 
@@ -616,13 +626,12 @@ fn an_endpoint_that_is_gone_takes_its_packets_along() {
     let counters = Arc::clone(&context.counters);
     let fake = Fake::new(vec![carry(&whole, false, carry_hook::TC_INGRESS, 0, slots)]);
     let mut worker = Worker::new(&mut context, fake, Script::default(), FRAMES);
-    worker.port.receive(&mut worker.batch, 1).unwrap();
-    let frame = worker.batch.pop_front().unwrap();
-    worker.received(frame);
-    assert_eq!(worker.slab.len(), 1);
+    worker.rx.receive(&mut worker.port, clock()).unwrap();
+    worker.inspect_batch();
+    assert_eq!(worker.inspection.held(), 1);
     chief.modify(|control| control.gone.push(3));
     worker.turn().unwrap();
-    assert_eq!(worker.slab.len(), 0);
+    assert_eq!(worker.inspection.held(), 0);
     assert_eq!(
         counters.drops().collect::<Vec<_>>(),
         [(Reason::NoPolicy as u8, 1)]
@@ -643,7 +652,7 @@ fn a_foreign_flow_is_read_by_its_owner() {
     let mut first = Worker::new(&mut first, Fake::new(vec![packet; 3]), Script::default(), FRAMES);
     let mut second = Worker::new(&mut second, Fake::new(vec![]), Script::default(), FRAMES);
     first.turn().unwrap();
-    assert!(first.port.sent.is_empty() && first.engine.seen.is_empty());
+    assert!(first.port.sent.is_empty() && first.inspection.engine().seen.is_empty());
     assert_eq!(first.port.free.len(), FRAMES);
     assert_eq!(counts.handed_on.get(), 2);
     assert_eq!(
@@ -698,7 +707,7 @@ fn under_overload_a_small_flow_is_read_where_a_large_one_is_shed() {
     let mut worker = Worker::new(&mut context, fake, Script::default(), FRAMES);
     while worker.turn().unwrap() {}
     let read = |endpoint| {
-        let seen = worker.engine.seen.iter();
+        let seen = worker.inspection.engine().seen.iter();
         seen.filter(|(by, _)| *by == endpoint).count()
     };
     assert!(read(4) >= 45, "{} of 50", read(4));

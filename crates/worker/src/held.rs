@@ -1,0 +1,82 @@
+//! The frames that an inspector holds, by handle. The `slab` crate with a bound, and with keys that can be used once.
+
+use palisade_abi::{CarrySlot, FlowCommand};
+
+/// A handle on a held frame. It cannot be cloned, and a decision about the frame consumes it, so there is one decision
+/// per frame.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Handle(u32);
+
+impl Handle {
+    fn key(&self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// A punted packet in its frame, and how to reinject it.
+pub struct HeldFrame<F> {
+    /// The frame.
+    pub frame: F,
+    /// Offset of the Ethernet header in the frame.
+    pub start: usize,
+    /// Length of the packet.
+    pub length: usize,
+    /// Interface of the hook that punted the packet.
+    pub ifindex: u32,
+    /// The hook that punted the packet.
+    pub hook: u8,
+    /// The second policy's request for inspection, until the first policy's inspector has released the packet.
+    pub second: Option<CarrySlot>,
+    /// Command of the first policy's inspector, if it has to travel with the packet.
+    pub first_command: Option<FlowCommand>,
+}
+
+/// The held frames of a worker.
+pub struct HeldFrames<F> {
+    frames: slab::Slab<HeldFrame<F>>,
+    capacity: usize,
+}
+
+impl<F> HeldFrames<F> {
+    /// Creates a slab for `capacity` frames; it does not allocate again.
+    #[must_use]
+    pub fn new(capacity: usize) -> Self {
+        Self {
+            frames: slab::Slab::with_capacity(capacity),
+            capacity,
+        }
+    }
+
+    /// Returns the number of held frames.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.frames.len()
+    }
+
+    /// Inserts a frame and returns its handle.
+    ///
+    /// # Errors
+    /// The slab is full. Returns the frame.
+    pub fn insert(&mut self, frame: HeldFrame<F>) -> Result<Handle, HeldFrame<F>> {
+        if self.frames.len() >= self.capacity {
+            return Err(frame);
+        }
+        Ok(Handle(self.frames.insert(frame) as u32))
+    }
+
+    /// Returns the frame of a handle.
+    #[must_use]
+    pub fn get(&self, handle: &Handle) -> Option<&HeldFrame<F>> {
+        self.frames.get(handle.key())
+    }
+
+    /// Returns the frame of a handle.
+    pub fn get_mut(&mut self, handle: &Handle) -> Option<&mut HeldFrame<F>> {
+        self.frames.get_mut(handle.key())
+    }
+
+    /// Removes and returns the frame of a handle.
+    pub fn remove(&mut self, handle: Handle) -> Option<HeldFrame<F>> {
+        self.frames.try_remove(handle.key())
+    }
+}

@@ -1,0 +1,348 @@
+//! The inspection of a worker's own packets: prepares a packet, shows it to the inspectors, and runs the effects that
+//! they queue.
+//!
+//! A packet comes in at [`Inspection::packet`]. It is dropped there, or it becomes a [`HeldFrame`] until an effect
+//! decides about it.
+
+use std::sync::Arc;
+
+use palisade_abi::{Carried, CarrySlot, FlowCommand, Reason, carry_flags, order};
+use palisade_inspect::{
+    Millis, Sink as _,
+    record::{Record, Verdict, What},
+};
+use palisade_packet::Packet;
+
+use crate::{
+    context::WorkerControl,
+    counters::Counters,
+    effects::{Effect, Effects},
+    header::{self, Ready},
+    held::{Handle, HeldFrame, HeldFrames},
+    inspect::Inspect,
+    port::Port,
+    tx::Tx,
+    watch,
+};
+
+/// Most records per second of packets that are dropped before an inspector sees them.
+const MAX_REPORTS_PER_SECOND: u32 = 200;
+
+/// The inspectors of a worker with the frames that they hold.
+pub struct Inspection<'a, P: Port, E: Inspect> {
+    control: &'a mut watch::Receiver<WorkerControl<E::Rules>>,
+    engine: E,
+    held: HeldFrames<P::Frame>,
+    effects: Effects,
+    tx: Tx,
+    reports: RateLimit,
+    counters: Arc<Counters>,
+    /// Time of this turn, ns.
+    now: u64,
+}
+
+impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
+    /// Creates the inspection around an engine. `frames`: number of frames of the socket.
+    pub fn new(
+        control: &'a mut watch::Receiver<WorkerControl<E::Rules>>,
+        mut engine: E,
+        frames: usize,
+        effects: Effects,
+        cookie: u64,
+        counters: Arc<Counters>,
+    ) -> Self {
+        let (rules, xdp) = control.read(|control| {
+            // The engine is new and holds nothing of deleted endpoints.
+            control.gone.clear();
+            (Arc::clone(&control.rules), Arc::clone(&control.xdp))
+        });
+        engine.set_rules(rules);
+        Self {
+            control,
+            engine,
+            held: HeldFrames::new(frames),
+            effects,
+            tx: Tx::new(cookie, xdp, Arc::clone(&counters)),
+            reports: RateLimit::default(),
+            counters,
+            now: 0,
+        }
+    }
+
+    /// Returns the engine.
+    pub fn engine(&self) -> &E {
+        &self.engine
+    }
+
+    /// Returns the number of held frames.
+    pub fn held(&self) -> usize {
+        self.held.len()
+    }
+
+    /// Starts a turn: takes over what the control plane has changed.
+    pub fn begin_turn(&mut self, port: &mut P, now: u64) {
+        self.now = now;
+        self.apply_control();
+        self.run_effects(port);
+    }
+
+    fn apply_control(&mut self) {
+        if !self.control.has_changed() {
+            return;
+        }
+        let (rules, xdp, gone) = self.control.read(|control| {
+            let gone = std::mem::take(&mut control.gone);
+            (Arc::clone(&control.rules), Arc::clone(&control.xdp), gone)
+        });
+        self.tx.set_xdp(xdp);
+        self.engine.set_rules(rules);
+        for endpoint in gone {
+            self.engine.forget_endpoint(endpoint, &mut self.effects);
+        }
+    }
+
+    /// Takes in a packet of a flow that this worker owns.
+    pub fn packet(&mut self, port: &mut P, mut frame: P::Frame, carried: &Carried) {
+        let length = port.data(&frame).len();
+        let buffer = port.buffer_mut(&mut frame);
+        let ready = match header::prepare(&mut buffer[..length], carried) {
+            Ok(ready) => ready,
+            Err((reason, packet)) => {
+                self.refuse(carried, reason, reason.text(), &packet);
+                port.free(frame);
+                return;
+            }
+        };
+        match header::normalise(&mut buffer[..length], &ready) {
+            Ok(changed) => self.counters.mended.add(u64::from(changed)),
+            // In audit mode the inspector reports the packet and lets it pass if it can.
+            Err(_) if is_audit(carried) => {}
+            Err(problem) => {
+                self.refuse(carried, Reason::TcpInvalid, problem.text(), &ready.packet);
+                port.free(frame);
+                return;
+            }
+        }
+        let mut slots = carried.slots;
+        if slots.iter().all(|slot| slot.endpoint != 0) {
+            for slot in &mut slots {
+                slot.flags |= carry_flags::SHARED;
+            }
+        }
+        let mut slots = slots.iter().filter(|slot| slot.endpoint != 0);
+        let Some(first) = slots.next() else {
+            self.counters.dropped(Reason::CarryForeign);
+            port.free(frame);
+            return;
+        };
+        let held = HeldFrame {
+            start: ready.start,
+            length: length - ready.start,
+            ifindex: carried.ifindex,
+            hook: carried.hook,
+            second: slots.next().copied(),
+            first_command: None,
+            frame,
+        };
+        match self.held.insert(held) {
+            Ok(handle) => self.inspect(port, handle, first, &ready),
+            Err(held) => {
+                // Cannot happen: the slab has room for every frame of the socket.
+                self.counters.dropped(Reason::WorkerOverload);
+                port.free(held.frame);
+            }
+        }
+        self.run_effects(port);
+    }
+
+    /// Shows a held packet to the inspector of a slot.
+    fn inspect(&mut self, port: &mut P, handle: Handle, slot: &CarrySlot, ready: &Ready) {
+        if !self.engine.knows(slot.ruleset) {
+            // The control plane sends rules to the workers before it writes the maps that name them, so the rules of
+            // this packet are there, but may have come after this turn began.
+            self.apply_control();
+            if !self.engine.knows(slot.ruleset) {
+                self.effects.discard(handle, Reason::UnknownRuleset);
+                return;
+            }
+        }
+        let Some(held) = self.held.get(&handle) else {
+            return;
+        };
+        let (ifindex, hook) = (held.ifindex, held.hook);
+        let packet = port.data(&held.frame).get(held.start..held.start + held.length);
+        let Some(packet) = packet else {
+            self.effects.discard(handle, Reason::CarryFailed);
+            return;
+        };
+        let view = ready.view(slot, ifindex, hook, packet);
+        self.engine
+            .packet(millis(self.now), &view, handle, &mut self.effects);
+    }
+
+    /// Runs the queued effects, in their order.
+    fn run_effects(&mut self, port: &mut P) {
+        while let Some(effect) = self.effects.next() {
+            match effect {
+                Effect::Release(handle, command) => self.release(port, handle, command.as_ref()),
+                Effect::Discard(handle, reason) => {
+                    if let Some(held) = self.held.remove(handle) {
+                        self.counters.dropped(reason);
+                        port.free(held.frame);
+                    }
+                }
+                Effect::Absorb(handle) => {
+                    if let Some(held) = self.held.remove(handle) {
+                        self.counters.absorbed.add(1);
+                        port.free(held.frame);
+                    }
+                }
+                Effect::Command(command) => self.tx.send_command(port, &command),
+                Effect::Emit { start, length, route } => {
+                    self.tx.emit(port, self.effects.generated(start, length), route);
+                }
+            }
+        }
+    }
+
+    /// Releases a held packet: shows it to the second policy's inspector if there is one, or forwards it.
+    fn release(&mut self, port: &mut P, handle: Handle, command: Option<&FlowCommand>) {
+        let Some(held) = self.held.get_mut(&handle) else {
+            return;
+        };
+        let Some(slot) = held.second.take() else {
+            if let Some(held) = self.held.remove(handle) {
+                self.tx.forward(port, held, command);
+            }
+            return;
+        };
+        // Each policy has a flow of its own. A command for the first flow does not wait for the second inspector, which
+        // may hold the packet; except for `REPLACE`, without which the programs must not see the packet.
+        match command {
+            Some(command) if command.order == order::REPLACE => held.first_command = Some(*command),
+            Some(command) => self.tx.send_command(port, command),
+            None => {}
+        }
+        let start = held.start;
+        let packet = port
+            .data(&held.frame)
+            .get(start..start + held.length)
+            .unwrap_or_default();
+        match header::decode(packet) {
+            Ok(packet) => self.inspect(port, handle, &slot, &Ready { start, packet }),
+            // Cannot happen: the same bytes were decoded for the first inspector.
+            Err((reason, _)) => self.effects.discard(handle, reason),
+        }
+    }
+
+    /// Drops a packet before an inspector sees it, and records that.
+    fn refuse(&mut self, carried: &Carried, reason: Reason, detail: &'static str, packet: &Packet) {
+        self.counters.dropped(reason);
+        let Some(slot) = carried.slots.iter().find(|slot| slot.endpoint != 0) else {
+            return;
+        };
+        if self.reports.admit(self.now) {
+            let record = unreadable(carried, slot, packet, reason, detail);
+            self.effects.record(&record);
+        }
+    }
+
+    /// Passes the results of commits to the engine. Returns whether there was one.
+    pub fn take_commits(&mut self, port: &mut P) -> bool {
+        let mut any = false;
+        while let Some(learned) = self.effects.next_committed() {
+            any = true;
+            self.engine.learned(millis(self.now), learned, &mut self.effects);
+            self.run_effects(port);
+        }
+        any
+    }
+
+    /// Lets the engine act on deadlines that have passed.
+    pub fn expire(&mut self, port: &mut P) {
+        let now = millis(self.now);
+        if self.engine.deadline().is_some_and(|deadline| deadline <= now) {
+            self.engine.tick(now, &mut self.effects);
+            self.run_effects(port);
+        }
+    }
+
+    /// Returns the time until the engine's next deadline, ms.
+    pub fn time_to_deadline(&self) -> Option<Millis> {
+        let deadline = self.engine.deadline()?;
+        Some(deadline.saturating_sub(millis(self.now)))
+    }
+
+    /// Wakes the readers of records and refreshes. See [`Effects::flush`].
+    pub fn flush(&mut self) {
+        self.effects.flush(self.now);
+    }
+
+    /// Returns whether records or refreshes wait for [`Inspection::flush`].
+    pub fn has_unflushed(&self) -> bool {
+        self.effects.has_unflushed()
+    }
+
+    /// Returns whether a result of a commit is waiting.
+    pub fn has_committed(&self) -> bool {
+        self.effects.has_committed()
+    }
+}
+
+/// A limit of events per second.
+#[derive(Debug, Default)]
+struct RateLimit {
+    /// Start of the current second, ns.
+    since: u64,
+    /// Events in the current second.
+    count: u32,
+}
+
+impl RateLimit {
+    /// Returns whether an event at this time is within the limit, and counts it.
+    fn admit(&mut self, now: u64) -> bool {
+        if now.saturating_sub(self.since) >= 1_000_000_000 {
+            *self = Self { since: now, count: 0 };
+        }
+        self.count = self.count.saturating_add(1);
+        self.count <= MAX_REPORTS_PER_SECOND
+    }
+}
+
+const fn millis(ns: u64) -> Millis {
+    ns / 1_000_000
+}
+
+/// Returns whether every policy that requests inspection of the packet is in audit mode.
+fn is_audit(carried: &Carried) -> bool {
+    carried
+        .slots
+        .iter()
+        .filter(|slot| slot.endpoint != 0)
+        .all(|slot| slot.flags & carry_flags::AUDIT != 0)
+}
+
+/// Returns the record of a packet that no inspector sees.
+fn unreadable(
+    carried: &Carried,
+    slot: &CarrySlot,
+    packet: &Packet,
+    reason: Reason,
+    detail: &'static str,
+) -> Record {
+    Record {
+        endpoint: slot.endpoint,
+        ingress: slot.flags & carry_flags::INGRESS != 0,
+        reply: slot.flags & carry_flags::REPLY != 0,
+        source: (packet.source, packet.source_port),
+        destination: (packet.destination, packet.destination_port),
+        protocol: packet.protocol,
+        remote_identity: slot.remote_identity,
+        ifindex: carried.ifindex,
+        verdict: Verdict::Dropped,
+        reason,
+        rule: slot.rule,
+        latency: None,
+        what: What::Unreadable { detail },
+    }
+}

@@ -1,0 +1,192 @@
+//! The receive side of a worker: takes batches from the receive ring, sheds packets under overload, and hands packets
+//! of other workers' flows off to those workers.
+//!
+//! XDP can redirect a packet only to a socket of the queue that the packet arrived at, and the queue depends on the
+//! CPU. So a packet can arrive at any worker; the flow hash in its punt header says which worker owns the flow.
+
+use std::{collections::VecDeque, io, sync::Arc};
+
+use mio::Waker;
+use palisade_abi::{Carried, Reason};
+use palisade_xsk::handoff;
+
+use crate::{counters::Counters, fair::Fair, header, port::Port};
+
+/// Most packets taken from the receive ring per turn.
+const BATCH: usize = 64;
+/// Most packets taken from each hand-off ring per turn.
+const HANDOFF_BATCH: usize = 64;
+
+/// A worker's connections to the other workers.
+pub struct Peers<'a> {
+    /// This worker's number.
+    pub number: usize,
+    /// Number of workers.
+    pub workers: usize,
+    /// Hand-off rings to the other workers, by number.
+    pub senders: &'a mut [Option<handoff::Sender<()>>],
+    /// Hand-off rings from the other workers, by number.
+    pub receivers: &'a mut [Option<handoff::Receiver<()>>],
+    /// Wakers of all workers, by number.
+    pub wakers: &'a [Arc<Waker>],
+}
+
+/// The receive side of a worker.
+pub struct Rx<'a, F> {
+    cookie: u64,
+    peers: Peers<'a>,
+    /// The packets of this turn.
+    batch: VecDeque<F>,
+    fair: Fair,
+    /// For each packet of the batch, whether it is shed.
+    shed: Vec<bool>,
+    /// Whether a worker was handed a packet and has not been woken yet, by number.
+    to_wake: Vec<bool>,
+    counters: Arc<Counters>,
+}
+
+impl<'a, F> Rx<'a, F> {
+    /// Creates the receive side. `rx_capacity`: size of the receive ring.
+    pub fn new(cookie: u64, peers: Peers<'a>, rx_capacity: usize, counters: Arc<Counters>) -> Self {
+        Self {
+            cookie,
+            batch: VecDeque::with_capacity(BATCH.max(rx_capacity)),
+            fair: Fair::new(BATCH),
+            shed: Vec::with_capacity(BATCH),
+            to_wake: vec![false; peers.workers],
+            peers,
+            counters,
+        }
+    }
+
+    /// Takes a batch from the receive ring and sheds half of it under overload. Returns whether a packet has arrived.
+    ///
+    /// # Errors
+    /// The interface is down or gone.
+    pub fn receive<P: Port<Frame = F>>(&mut self, port: &mut P, now: u64) -> io::Result<bool> {
+        let received = port.receive(&mut self.batch, BATCH)?;
+        self.fair.at(now);
+        if port.rx_available() + self.batch.len() > port.rx_capacity() / 2 {
+            self.shed(port);
+        }
+        Ok(received != 0)
+    }
+
+    /// Drops half of the batch, mostly packets of the flows that were admitted most. Dropping is cheap, so the ring
+    /// drains.
+    fn shed<P: Port<Frame = F>>(&mut self, port: &mut P) {
+        self.shed.clear();
+        self.shed.resize(self.batch.len(), false);
+        let hashes = self.batch.iter().map(|frame| header::hash(port.data(frame)));
+        self.fair.halve(hashes, |place| self.shed[place] = true);
+        for shed in &self.shed {
+            let Some(frame) = self.batch.pop_front() else {
+                break;
+            };
+            if *shed {
+                self.counters.packets_in.add(1);
+                self.counters.dropped(Reason::WorkerOverload);
+                port.free(frame);
+            } else {
+                self.batch.push_back(frame);
+            }
+        }
+    }
+
+    /// Calls `own` with each packet of the batch whose flow this worker owns, and hands off the others.
+    pub fn dispatch<P: Port<Frame = F>>(&mut self, port: &mut P, mut own: impl FnMut(&mut P, F, &Carried)) {
+        while let Some(frame) = self.batch.pop_front() {
+            let data = port.data(&frame);
+            self.counters.packets_in.add(1);
+            self.counters
+                .bytes_in
+                .add(data.len().saturating_sub(header::CARRIED) as u64);
+            let carried = match header::carried(data, self.cookie) {
+                Ok(carried) => carried,
+                Err(reason) => {
+                    self.counters.dropped(reason);
+                    port.free(frame);
+                    continue;
+                }
+            };
+            let owner = carried.hash as usize % self.peers.workers;
+            if owner == self.peers.number {
+                own(port, frame, &carried);
+            } else {
+                self.hand_off(owner, port.data(&frame));
+                port.free(frame);
+            }
+        }
+    }
+
+    /// Copies a packet to its flow's worker.
+    fn hand_off(&mut self, owner: usize, packet: &[u8]) {
+        let sender = self.peers.senders.get_mut(owner).and_then(Option::as_mut);
+        if sender.is_some_and(|sender| sender.send((), packet).is_ok()) {
+            self.counters.handed_on.add(1);
+            self.to_wake[owner] = true;
+        } else {
+            self.counters.dropped(Reason::WorkerOverload);
+        }
+    }
+
+    /// Calls `own` with the packets that other workers have handed off to this one. Returns whether there was one.
+    pub fn receive_handoffs<P: Port<Frame = F>>(
+        &mut self,
+        port: &mut P,
+        mut own: impl FnMut(&mut P, F, &Carried),
+    ) -> bool {
+        let mut any = false;
+        for receiver in self.peers.receivers.iter_mut().flatten() {
+            for _ in 0..HANDOFF_BATCH {
+                let Some(frame) = receiver.receive(|(), bytes| copy_to_frame(port, bytes)) else {
+                    break;
+                };
+                any = true;
+                let Some(frame) = frame else {
+                    self.counters.dropped(Reason::WorkerOverload);
+                    continue;
+                };
+                self.counters.handed_in.add(1);
+                // The sending worker has validated the header; a copy of it is parsed here.
+                match header::carried(port.data(&frame), self.cookie) {
+                    Ok(carried) => own(port, frame, &carried),
+                    Err(reason) => {
+                        self.counters.dropped(reason);
+                        port.free(frame);
+                    }
+                }
+            }
+        }
+        any
+    }
+
+    /// Returns whether another worker has handed off a packet to this one.
+    pub fn has_handoffs(&mut self) -> bool {
+        let mut receivers = self.peers.receivers.iter_mut().flatten();
+        receivers.any(|receiver| receiver.available() != 0)
+    }
+
+    /// Wakes the workers to which packets were handed off.
+    pub fn wake_peers(&mut self) {
+        for (to_wake, waker) in self.to_wake.iter_mut().zip(self.peers.wakers) {
+            if std::mem::take(to_wake) {
+                // If this fails, the worker finds the packets at its next heartbeat.
+                let _ = waker.wake();
+            }
+        }
+    }
+}
+
+/// Copies a packet into a free frame of this worker's socket. Returns `None` if there is no free frame, or it is too
+/// small.
+fn copy_to_frame<P: Port>(port: &mut P, bytes: &[u8]) -> Option<P::Frame> {
+    let mut frame = port.alloc()?;
+    let Some(buffer) = port.buffer_mut(&mut frame).get_mut(..bytes.len()) else {
+        port.free(frame);
+        return None;
+    };
+    buffer.copy_from_slice(bytes);
+    port.set_length(&mut frame, bytes.len());
+    Some(frame)
+}

@@ -1,0 +1,124 @@
+//! The transmit side of a worker: puts the reinject trailer behind a packet and the packet into the transmit ring.
+//!
+//! Every frame that comes in here goes into the ring or is freed and counted.
+
+use std::sync::Arc;
+
+use palisade_abi::{FlowCommand, Reason, Released, release};
+use palisade_inspect::Route;
+
+use crate::{counters::Counters, header, held::HeldFrame, port::Port};
+
+/// The transmit side of a worker.
+pub struct Tx {
+    cookie: u64,
+    /// Interfaces with an XDP program at ingress, by index.
+    xdp: Arc<[u32]>,
+    counters: Arc<Counters>,
+}
+
+impl Tx {
+    /// Creates the transmit side.
+    pub fn new(cookie: u64, xdp: Arc<[u32]>, counters: Arc<Counters>) -> Self {
+        Self {
+            cookie,
+            xdp,
+            counters,
+        }
+    }
+
+    /// Sets the interfaces with an XDP program at ingress.
+    pub fn set_xdp(&mut self, xdp: Arc<[u32]>) {
+        self.xdp = xdp;
+    }
+
+    /// Forwards a held packet from its hook on, with up to two flow commands.
+    pub fn forward<P: Port>(&self, port: &mut P, held: HeldFrame<P::Frame>, command: Option<&FlowCommand>) {
+        let route = Route {
+            ifindex: held.ifindex,
+            hook: held.hook,
+            back: false,
+        };
+        let trailer = self.trailer(route);
+        let commands = [command, held.first_command.as_ref()];
+        if self.send(port, held.frame, held.start, held.length, &trailer, commands) {
+            self.counters.packets_out.add(1);
+            self.counters.bytes_out.add(held.length as u64);
+        }
+    }
+
+    /// Sends a packet that an inspector has made. `None` stands for bytes that are missing, and counts as not sent.
+    pub fn emit<P: Port>(&self, port: &mut P, packet: Option<&[u8]>, route: Route) {
+        if packet.is_some_and(|packet| self.try_emit(port, packet, route)) {
+            self.counters.made.add(1);
+        } else {
+            self.counters.unmade.add(1);
+        }
+    }
+
+    fn try_emit<P: Port>(&self, port: &mut P, packet: &[u8], route: Route) -> bool {
+        let Some(mut frame) = port.alloc() else {
+            return false;
+        };
+        let Some(buffer) = port.buffer_mut(&mut frame).get_mut(..packet.len()) else {
+            port.free(frame);
+            return false;
+        };
+        buffer.copy_from_slice(packet);
+        self.send(port, frame, 0, packet.len(), &self.trailer(route), [None; 2])
+    }
+
+    /// Sends a flow command behind an empty Ethernet header; the programs drop that frame after they have run the
+    /// command.
+    ///
+    /// Without a free frame the command is lost. The flow then stays with the worker, which is slower but not wrong.
+    pub fn send_command<P: Port>(&self, port: &mut P, command: &FlowCommand) {
+        let trailer = Released {
+            cookie: self.cookie,
+            ifindex: 0,
+            way: release::NOWHERE,
+            flags: 0,
+            zero: [0; 2],
+        };
+        let Some(mut frame) = port.alloc() else { return };
+        if let Some(header) = port.buffer_mut(&mut frame).get_mut(..header::ETHERNET) {
+            header.fill(0);
+        }
+        self.send(port, frame, 0, header::ETHERNET, &trailer, [Some(command), None]);
+    }
+
+    fn trailer(&self, route: Route) -> Released {
+        header::released(self.cookie, route, self.xdp.contains(&route.ifindex))
+    }
+
+    /// Appends commands and trailer to the packet and transmits it. Returns whether it is in the transmit ring.
+    fn send<P: Port>(
+        &self,
+        port: &mut P,
+        mut frame: P::Frame,
+        mut start: usize,
+        length: usize,
+        trailer: &Released,
+        commands: [Option<&FlowCommand>; 2],
+    ) -> bool {
+        let buffer = port.buffer_mut(&mut frame);
+        if buffer.len() - start < length + header::TRAILER && start > 0 {
+            // The punt header has been parsed, so its place can be used.
+            buffer.copy_within(start..start + length, 0);
+            start = 0;
+        }
+        let Some(total) = header::append(&mut buffer[start..], length, trailer, commands) else {
+            self.counters.dropped(Reason::CarryUnsupported);
+            port.free(frame);
+            return false;
+        };
+        match port.transmit(frame, start, total) {
+            Ok(()) => true,
+            Err(frame) => {
+                self.counters.dropped(Reason::WorkerOverload);
+                port.free(frame);
+                false
+            }
+        }
+    }
+}
