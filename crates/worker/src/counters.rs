@@ -1,4 +1,4 @@
-//! What a worker counts. It alone writes; anybody may read.
+//! The counters of a worker. Only the worker writes them; any thread may read them. Start at [`Counters`].
 
 use std::sync::{
     Arc, Mutex, OnceLock, PoisonError,
@@ -10,41 +10,42 @@ use palisade_inspect::Number;
 
 use crate::{failure::Failure, inspect::Inspect, port::PortStatistics};
 
-/// A number that one thread writes.
+/// A counter with a single writer.
 #[derive(Debug, Default)]
 pub struct Count(AtomicU64);
 
 impl Count {
-    /// More of them.
+    /// Adds `more` to the counter.
     pub(crate) fn add(&self, more: u64) {
-        // Nobody else writes: no exchange is needed.
+        // One writer, so a load and a store do; an atomic add would cost a locked instruction.
         self.0
             .store(self.0.load(Ordering::Relaxed) + more, Ordering::Relaxed);
     }
 
+    /// Sets a gauge.
     pub(crate) fn set(&self, value: u64) {
         self.0.store(value, Ordering::Relaxed);
     }
 
-    /// The number.
+    /// Returns the value.
     #[must_use]
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// What a worker does.
+/// The state of a worker.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(u8)]
 pub enum State {
-    /// It is being set up.
+    /// Its socket and inspectors are being made for the first time.
     #[default]
     Starting = 0,
-    /// It carries packets.
+    /// It inspects packets.
     Running = 1,
-    /// It failed, and tries again. What it should have carried is dropped meanwhile.
+    /// It failed and will be restarted. The programs do not punt to it meanwhile.
     Down = 2,
-    /// It has been ended.
+    /// It was told to stop, and has.
     Ended = 3,
 }
 
@@ -53,42 +54,45 @@ pub enum State {
 #[repr(align(128))]
 pub struct Counters {
     state: AtomicU8,
-    /// Packets that came in.
+    /// Packets received from the socket.
     pub packets_in: Count,
-    /// Bytes of them, from the Ethernet header on.
+    /// Bytes of these, from the Ethernet header on.
     pub bytes_in: Count,
-    /// Packets that went on.
+    /// Punted packets that were forwarded.
     pub packets_out: Count,
-    /// Bytes of them.
+    /// Bytes of these.
     pub bytes_out: Count,
-    /// Packets that the worker made: refusals, resets, answers.
-    pub made: Count,
-    /// Packets whose bytes went on in others that the worker made.
+    /// Packets that inspectors made and the worker sent: refusals, resets, acknowledgements, redelivered bytes.
+    pub generated: Count,
+    /// Packets that inspectors made and the worker could not send for want of a frame or of room in the transmit ring.
+    pub generated_lost: Count,
+    /// Packets whose bytes were delivered in generated packets.
     pub absorbed: Count,
-    /// Packets of which TCP options were taken out.
-    pub mended: Count,
-    /// Packets that could not be made for want of a frame.
-    pub unmade: Count,
-    /// Packets of other workers that came in by this one's queue.
-    pub handed_on: Count,
-    /// Packets that came by another worker's queue.
-    pub handed_in: Count,
-    /// Frames that it has: most of them wait for a verdict.
+    /// Packets whose TCP options were rewritten.
+    pub options_rewritten: Count,
+    /// Packets handed off to the workers that own their flows.
+    pub handoff_out: Count,
+    /// Packets that other workers handed off to this one.
+    pub handoff_in: Count,
+    /// Frames that are held now, most of them until a verdict.
     pub held: Count,
-    /// Flows that are known.
+    /// Connections that are tracked now.
     pub flows: Count,
-    /// Records that nobody took.
+    /// Records lost because the queue was full.
     pub records_lost: Count,
-    /// Times that it slept.
+    /// Times that the worker slept in `epoll_wait`.
     pub sleeps: Count,
-    /// Times that it was started again.
+    /// Times that the worker was restarted after a failure.
     pub restarts: Count,
-    /// Frames that the socket has.
+    /// Frames of the socket.
     pub frames: Count,
+    /// Dropped packets by the number of the drop reason.
     dropped: [Count; 256],
+    /// Losses in the rings of all sockets of this worker, in the order of [`Counters::ring`].
     ring: [Count; 4],
-    /// What its engines have counted. Which numbers there are is known once the first of them is there.
-    numbers: OnceLock<Box<[(Number, Count)]>>,
+    /// The metrics of all engines of this worker. The first engine sets the list.
+    metrics: OnceLock<Box<[(Number, Count)]>>,
+    /// Why the worker is down.
     failure: Mutex<Option<Arc<Failure>>>,
 }
 
@@ -100,12 +104,12 @@ impl Default for Counters {
             bytes_in: Count::default(),
             packets_out: Count::default(),
             bytes_out: Count::default(),
-            made: Count::default(),
+            generated: Count::default(),
             absorbed: Count::default(),
-            mended: Count::default(),
-            unmade: Count::default(),
-            handed_on: Count::default(),
-            handed_in: Count::default(),
+            options_rewritten: Count::default(),
+            generated_lost: Count::default(),
+            handoff_out: Count::default(),
+            handoff_in: Count::default(),
             held: Count::default(),
             flows: Count::default(),
             records_lost: Count::default(),
@@ -114,25 +118,27 @@ impl Default for Counters {
             frames: Count::default(),
             dropped: std::array::from_fn(|_| Count::default()),
             ring: Default::default(),
-            numbers: OnceLock::default(),
+            metrics: OnceLock::default(),
             failure: Mutex::default(),
         }
     }
 }
 
 impl Counters {
-    pub(crate) fn dropped(&self, reason: Reason) {
+    /// Counts a dropped packet.
+    pub(crate) fn count_drop(&self, reason: Reason) {
         self.dropped[reason as usize].add(1);
     }
 
-    /// Packets that ended here, by the number of the reason.
+    /// Returns the dropped packets by the number of the drop reason, without zeros.
     pub fn drops(&self) -> impl Iterator<Item = (u8, u64)> {
         (0..=u8::MAX)
             .zip(self.dropped.iter().map(Count::get))
             .filter(|(_, count)| *count != 0)
     }
 
-    pub(crate) fn set_ring(&self, before: &PortStatistics, now: &PortStatistics) {
+    /// Adds the losses of a socket between two readings.
+    pub(crate) fn add_ring_losses(&self, before: &PortStatistics, now: &PortStatistics) {
         let of = |statistics: &PortStatistics| {
             [
                 statistics.rx_dropped,
@@ -141,13 +147,12 @@ impl Counters {
                 statistics.invalid,
             ]
         };
-        // The socket's own begin anew with each socket.
         for ((count, before), now) in self.ring.iter().zip(of(before)).zip(of(now)) {
             count.add(now.saturating_sub(before));
         }
     }
 
-    /// What the rings of all its sockets have lost.
+    /// Returns the losses in the rings of all sockets of this worker.
     #[must_use]
     pub fn ring(&self) -> PortStatistics {
         let [rx_dropped, rx_ring_full, rx_fill_ring_empty, invalid] = &self.ring;
@@ -159,52 +164,53 @@ impl Counters {
         }
     }
 
-    /// Takes over what an engine has counted. `before` is what it had counted the last time; it begins empty with
-    /// each engine.
-    pub(crate) fn set_numbers(&self, engine: &impl Inspect, before: &mut Vec<u64>) {
-        let numbers = self.numbers.get_or_init(|| {
+    /// Takes over the metrics of an engine. `before`: their values at the last call for this engine; empty at its
+    /// first.
+    pub(crate) fn update_metrics(&self, engine: &impl Inspect, before: &mut Vec<u64>) {
+        let metrics = self.metrics.get_or_init(|| {
             let mut list = Vec::new();
-            engine.numbers(&mut |number, _| list.push((number, Count::default())));
+            engine.metrics(&mut |number, _| list.push((number, Count::default())));
             list.into()
         });
-        before.resize(numbers.len(), 0);
-        let mut places = numbers.iter().zip(before);
-        engine.numbers(&mut |number, value| {
-            let Some(((_, count), before)) = places.next() else {
+        before.resize(metrics.len(), 0);
+        let mut slots = metrics.iter().zip(before);
+        engine.metrics(&mut |number, value| {
+            let Some(((_, count), before)) = slots.next() else {
                 return;
             };
             if number.now {
                 count.set(value);
             } else {
-                // An engine's own begin anew with each engine.
+                // A new engine counts from zero, but this total does not.
                 count.add(value.saturating_sub(*before));
                 *before = value;
             }
         });
     }
 
-    /// The engine is gone, with what it held.
-    pub(crate) fn nothing_held(&self) {
+    /// Sets all gauges to zero: the engine is gone, and all that it held.
+    pub(crate) fn reset_gauges(&self) {
         self.held.set(0);
         self.flows.set(0);
-        let numbers = self.numbers.get().into_iter().flatten();
-        for (_, count) in numbers.filter(|(number, _)| number.now) {
+        let metrics = self.metrics.get().into_iter().flatten();
+        for (_, count) in metrics.filter(|(number, _)| number.now) {
             count.set(0);
         }
     }
 
-    /// What its engines have counted, some moments ago.
-    pub fn numbers(&self) -> impl Iterator<Item = (Number, u64)> {
-        let numbers = self.numbers.get().into_iter().flatten();
-        numbers.map(|(number, count)| (*number, count.get()))
+    /// Returns the metrics of all engines of this worker, up to a second old.
+    pub fn metrics(&self) -> impl Iterator<Item = (Number, u64)> {
+        let metrics = self.metrics.get().into_iter().flatten();
+        metrics.map(|(number, count)| (*number, count.get()))
     }
 
+    /// Sets the state, and why the worker is down.
     pub(crate) fn set_state(&self, state: State, failure: Option<Failure>) {
         *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure.map(Arc::new);
         self.state.store(state as u8, Ordering::Release);
     }
 
-    /// What it does.
+    /// Returns the state.
     #[must_use]
     pub fn state(&self) -> State {
         match self.state.load(Ordering::Acquire) {
@@ -233,8 +239,8 @@ mod tests {
     use crate::held::Handle;
 
     #[test]
-    fn numbers_outlive_engines() {
-        /// Has counted some, and holds some.
+    fn counters_continue_and_gauges_restart_with_a_new_engine() {
+        /// An engine with one counter and one gauge.
         struct Counting(u64, u64);
 
         impl Inspect for Counting {
@@ -251,37 +257,37 @@ mod tests {
                 None
             }
             fn forget_endpoint(&mut self, _: u16, _: &mut impl Sink<Handle>) {}
-            fn numbers(&self, tell: &mut dyn FnMut(Number, u64)) {
+            fn metrics(&self, visit: &mut dyn FnMut(Number, u64)) {
                 let number = |name, now| Number {
                     group: "test",
                     name,
                     now,
                 };
-                tell(number("counted", false), self.0);
-                tell(number("held", true), self.1);
+                visit(number("counted", false), self.0);
+                visit(number("held", true), self.1);
             }
         }
 
         let counters = Counters::default();
-        let values = || counters.numbers().map(|(_, value)| value).collect::<Vec<_>>();
+        let values = || counters.metrics().map(|(_, value)| value).collect::<Vec<_>>();
         assert!(values().is_empty());
         let mut before = Vec::new();
-        counters.set_numbers(&Counting(0, 0), &mut before);
-        counters.set_numbers(&Counting(5, 2), &mut before);
-        counters.set_numbers(&Counting(7, 1), &mut before);
+        counters.update_metrics(&Counting(0, 0), &mut before);
+        counters.update_metrics(&Counting(5, 2), &mut before);
+        counters.update_metrics(&Counting(7, 1), &mut before);
         assert_eq!(values(), [7, 1]);
-        counters.nothing_held();
+        counters.reset_gauges();
         assert_eq!(values(), [7, 0]);
         let mut before = Vec::new();
-        counters.set_numbers(&Counting(0, 0), &mut before);
-        counters.set_numbers(&Counting(3, 4), &mut before);
+        counters.update_metrics(&Counting(0, 0), &mut before);
+        counters.update_metrics(&Counting(3, 4), &mut before);
         assert_eq!(values(), [10, 4]);
     }
 
     #[test]
-    fn an_engine_tells_its_numbers() {
+    fn the_engine_has_metrics_of_each_inspector() {
         let counters = Counters::default();
-        counters.set_numbers(&Engine::<Handle>::new(&Limits::default()), &mut Vec::new());
+        counters.update_metrics(&Engine::<Handle>::new(&Limits::default()), &mut Vec::new());
         for group in [
             "dns",
             "dns.tcp",
@@ -292,7 +298,7 @@ mod tests {
             "fragments",
         ] {
             assert!(
-                counters.numbers().any(|(number, _)| number.group == group),
+                counters.metrics().any(|(number, _)| number.group == group),
                 "{group}"
             );
         }

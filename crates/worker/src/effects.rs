@@ -132,7 +132,7 @@ impl Sink<Handle> for Effects {
     fn emit(&mut self, frame: &[u8], route: Route) {
         let start = self.generated.len();
         if start + frame.len() > MAX_GENERATED_BYTES || frame.len() < header::ETHERNET {
-            self.counters.unmade.add(1);
+            self.counters.generated_lost.add(1);
             return;
         }
         self.generated.extend_from_slice(frame);

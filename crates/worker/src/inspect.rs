@@ -1,4 +1,6 @@
-//! What a worker needs of an engine. A trait, so that the loop can be tested by itself.
+//! The interface to the inspectors of a worker. A trait, so that the loop can be tested without them.
+//!
+//! [`palisade_inspect::Engine`] implements it.
 
 use std::sync::Arc;
 
@@ -6,32 +8,32 @@ use palisade_inspect::{Engine, Learned, Millis, Number, Rules, Sink, View};
 
 use crate::held::Handle;
 
-/// Reads packets and decides. Without an engine of its own, a worker that died would take its flows into the next
-/// life; so there is one for each life.
+/// The inspectors of a worker. Each start of a worker makes new ones, so no state survives the failure that ended the
+/// last run.
 pub trait Inspect {
-    /// What it judges by.
+    /// The application rules.
     type Rules: Send + Sync + 'static;
 
-    /// From now on these rules hold.
+    /// Replaces the rules.
     fn set_rules(&mut self, rules: Arc<Self::Rules>);
-    /// Whether a set of application rules is known.
+    /// Returns whether the rules contain a rule set.
     fn knows(&self, ruleset: u32) -> bool;
-    /// A packet to be read for one slot.
+    /// Inspects a packet for one slot. The effects go to `sink`, for this frame or for others that are held.
     fn packet(&mut self, now: Millis, view: &View<'_>, frame: Handle, sink: &mut impl Sink<Handle>);
-    /// What became of an answer that was to be learned.
+    /// Takes the result of a commit of learned addresses.
     fn learned(&mut self, now: Millis, learned: Learned, sink: &mut impl Sink<Handle>);
-    /// Lets go what has waited too long.
+    /// Acts on the deadlines that have passed.
     fn tick(&mut self, now: Millis, sink: &mut impl Sink<Handle>);
-    /// When [`Inspect::tick`] has something to do.
+    /// Returns the time of the next deadline.
     fn deadline(&self) -> Option<Millis>;
-    /// An endpoint is no more.
+    /// Drops the state and the held packets of a deleted endpoint.
     fn forget_endpoint(&mut self, endpoint: u16, sink: &mut impl Sink<Handle>);
-    /// Flows that it knows of.
+    /// Returns the number of tracked connections.
     fn flows(&self) -> u64 {
         0
     }
-    /// Tells what it has counted: always as many numbers, in the same order.
-    fn numbers(&self, _tell: &mut dyn FnMut(Number, u64)) {}
+    /// Calls `visit` with each metric: always the same ones in the same order.
+    fn metrics(&self, _visit: &mut dyn FnMut(Number, u64)) {}
 }
 
 impl Inspect for Engine<Handle> {
@@ -70,7 +72,7 @@ impl Inspect for Engine<Handle> {
         stats.dns.tcp.connections + stats.http.tcp.connections + stats.tls.tcp.connections
     }
 
-    fn numbers(&self, tell: &mut dyn FnMut(Number, u64)) {
-        self.stats().each(tell);
+    fn metrics(&self, visit: &mut dyn FnMut(Number, u64)) {
+        self.stats().each(visit);
     }
 }

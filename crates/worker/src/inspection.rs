@@ -114,7 +114,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
             }
         };
         match header::normalise(&mut buffer[..length], &ready) {
-            Ok(changed) => self.counters.mended.add(u64::from(changed)),
+            Ok(changed) => self.counters.options_rewritten.add(u64::from(changed)),
             // In audit mode the inspector reports the packet and lets it pass if it can.
             Err(_) if is_audit(carried) => {}
             Err(problem) => {
@@ -131,7 +131,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         }
         let mut slots = slots.iter().filter(|slot| slot.endpoint != 0);
         let Some(first) = slots.next() else {
-            self.counters.dropped(Reason::CarryForeign);
+            self.counters.count_drop(Reason::CarryForeign);
             port.free(frame);
             return;
         };
@@ -148,7 +148,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
             Ok(handle) => self.inspect(port, handle, first, &ready),
             Err(held) => {
                 // Cannot happen: the slab has room for every frame of the socket.
-                self.counters.dropped(Reason::WorkerOverload);
+                self.counters.count_drop(Reason::WorkerOverload);
                 port.free(held.frame);
             }
         }
@@ -187,7 +187,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
                 Effect::Release(handle, command) => self.release(port, handle, command.as_ref()),
                 Effect::Discard(handle, reason) => {
                     if let Some(held) = self.held.remove(handle) {
-                        self.counters.dropped(reason);
+                        self.counters.count_drop(reason);
                         port.free(held.frame);
                     }
                 }
@@ -237,7 +237,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
 
     /// Drops a packet before an inspector sees it, and records that.
     fn refuse(&mut self, carried: &Carried, reason: Reason, detail: &'static str, packet: &Packet) {
-        self.counters.dropped(reason);
+        self.counters.count_drop(reason);
         let Some(slot) = carried.slots.iter().find(|slot| slot.endpoint != 0) else {
             return;
         };

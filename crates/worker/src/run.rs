@@ -79,7 +79,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         );
         counters.frames.set(frames as u64);
         let mut counted = Vec::new();
-        counters.set_numbers(&engine, &mut counted);
+        counters.update_metrics(&engine, &mut counted);
         let now = (context.clock)();
         let peers = Peers {
             number: context.number,
@@ -172,9 +172,9 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         if self.now.saturating_sub(self.statistics.0) >= STATISTICS_INTERVAL {
             let statistics = self.port.statistics()?;
             let engine = self.inspection.engine();
-            self.counters.set_ring(&self.statistics.1, &statistics);
+            self.counters.add_ring_losses(&self.statistics.1, &statistics);
             self.counters.flows.set(engine.flows());
-            self.counters.set_numbers(engine, &mut self.counted);
+            self.counters.update_metrics(engine, &mut self.counted);
             self.statistics = (self.now, statistics);
         }
         Ok(())

@@ -85,7 +85,7 @@ impl<'a, F> Rx<'a, F> {
             };
             if *shed {
                 self.counters.packets_in.add(1);
-                self.counters.dropped(Reason::WorkerOverload);
+                self.counters.count_drop(Reason::WorkerOverload);
                 port.free(frame);
             } else {
                 self.batch.push_back(frame);
@@ -104,7 +104,7 @@ impl<'a, F> Rx<'a, F> {
             let carried = match header::carried(data, self.cookie) {
                 Ok(carried) => carried,
                 Err(reason) => {
-                    self.counters.dropped(reason);
+                    self.counters.count_drop(reason);
                     port.free(frame);
                     continue;
                 }
@@ -123,10 +123,10 @@ impl<'a, F> Rx<'a, F> {
     fn hand_off(&mut self, owner: usize, packet: &[u8]) {
         let sender = self.peers.senders.get_mut(owner).and_then(Option::as_mut);
         if sender.is_some_and(|sender| sender.send((), packet).is_ok()) {
-            self.counters.handed_on.add(1);
+            self.counters.handoff_out.add(1);
             self.to_wake[owner] = true;
         } else {
-            self.counters.dropped(Reason::WorkerOverload);
+            self.counters.count_drop(Reason::WorkerOverload);
         }
     }
 
@@ -144,15 +144,15 @@ impl<'a, F> Rx<'a, F> {
                 };
                 any = true;
                 let Some(frame) = frame else {
-                    self.counters.dropped(Reason::WorkerOverload);
+                    self.counters.count_drop(Reason::WorkerOverload);
                     continue;
                 };
-                self.counters.handed_in.add(1);
+                self.counters.handoff_in.add(1);
                 // The sending worker has validated the header; a copy of it is parsed here.
                 match header::carried(port.data(&frame), self.cookie) {
                     Ok(carried) => own(port, frame, &carried),
                     Err(reason) => {
-                        self.counters.dropped(reason);
+                        self.counters.count_drop(reason);
                         port.free(frame);
                     }
                 }

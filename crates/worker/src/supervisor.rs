@@ -64,7 +64,7 @@ pub fn supervise<P: Port, E: Inspect>(mut context: WorkerContext<E::Rules>, fact
                 "worker failed, its flows are reset; restarting"
             );
         }
-        context.counters.nothing_held();
+        context.counters.reset_gauges();
         context.counters.set_state(State::Down, Some(failure));
         context.counters.restarts.add(1);
         back_off(&mut context, delay);
@@ -83,7 +83,7 @@ fn run_once<P: Port, E: Inspect>(
     // The inspectors that would have known these packets' flows are gone.
     for receiver in context.handoff_receivers.iter_mut().flatten() {
         while receiver
-            .receive(|(), _| context.counters.dropped(Reason::NoWorker))
+            .receive(|(), _| context.counters.count_drop(Reason::NoWorker))
             .is_some()
         {}
     }

@@ -50,9 +50,9 @@ impl Tx {
     /// Sends a packet that an inspector has made. `None` stands for bytes that are missing, and counts as not sent.
     pub fn emit<P: Port>(&self, port: &mut P, packet: Option<&[u8]>, route: Route) {
         if packet.is_some_and(|packet| self.try_emit(port, packet, route)) {
-            self.counters.made.add(1);
+            self.counters.generated.add(1);
         } else {
-            self.counters.unmade.add(1);
+            self.counters.generated_lost.add(1);
         }
     }
 
@@ -108,14 +108,14 @@ impl Tx {
             start = 0;
         }
         let Some(total) = header::append(&mut buffer[start..], length, trailer, commands) else {
-            self.counters.dropped(Reason::CarryUnsupported);
+            self.counters.count_drop(Reason::CarryUnsupported);
             port.free(frame);
             return false;
         };
         match port.transmit(frame, start, total) {
             Ok(()) => true,
             Err(frame) => {
-                self.counters.dropped(Reason::WorkerOverload);
+                self.counters.count_drop(Reason::WorkerOverload);
                 port.free(frame);
                 false
             }

@@ -342,7 +342,7 @@ fn a_packet_in_the_steady_state_allocates_nothing_and_every_frame_comes_back() {
             bench.pool.forget_endpoints(&[2]);
             seen.free.load(Ordering::Relaxed) == FRAMES && counters.held.get() == 0
         });
-        assert!(counters.handed_on.get() > 1_000 && counters.handed_in.get() > 1_000);
+        assert!(counters.handoff_out.get() > 1_000 && counters.handoff_in.get() > 1_000);
         assert_eq!(counters.packets_out.get(), seen.sent.load(Ordering::Relaxed));
     }
     // Every packet that came in is accounted for, once those between the workers have been seen too.

@@ -462,11 +462,11 @@ fn workers(out: &mut dyn Write, workers: &Workers) -> io::Result<()> {
         "STATE",
         "IN",
         "OUT",
-        "MADE",
+        "GENERATED",
         "DROPPED",
         "HELD",
         "FLOWS",
-        "HANDED",
+        "HANDED OFF",
         "RESTARTS",
         "RING LOST",
     ]);
@@ -481,7 +481,7 @@ fn workers(out: &mut dyn Write, workers: &Workers) -> io::Result<()> {
             state,
             worker.packets_in.to_string(),
             worker.packets_out.to_string(),
-            worker.made.to_string(),
+            worker.generated.to_string(),
             worker
                 .drops
                 .iter()
@@ -490,7 +490,7 @@ fn workers(out: &mut dyn Write, workers: &Workers) -> io::Result<()> {
                 .to_string(),
             format!("{}/{}", worker.held, worker.frames),
             worker.flows.to_string(),
-            format!("{}/{}", worker.handed_on, worker.handed_in),
+            format!("{}/{}", worker.handoff_out, worker.handoff_in),
             worker.restarts.to_string(),
             (ring.rx_dropped + ring.rx_ring_full + ring.invalid).to_string(),
         ]);

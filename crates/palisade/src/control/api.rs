@@ -323,20 +323,20 @@ pub struct Worker {
     pub packets_out: u64,
     /// Bytes of them.
     pub bytes_out: u64,
-    /// Packets that it made.
-    pub made: u64,
-    /// Packets that it could not make for want of a frame.
-    pub unmade: u64,
-    /// Packets whose bytes go on in packets that it makes.
+    /// Packets that it made and sent: refusals, resets, acknowledgements, redelivered bytes.
+    pub generated: u64,
+    /// Packets that it made and could not send for want of a frame or of room in the transmit ring.
+    pub generated_lost: u64,
+    /// Packets whose bytes were delivered in generated packets.
     #[serde(default)]
     pub absorbed: u64,
-    /// Packets of which TCP options were taken out.
+    /// Packets whose TCP options were rewritten.
     #[serde(default)]
-    pub mended: u64,
-    /// Packets that it handed to the worker that owns their flow.
-    pub handed_on: u64,
-    /// Packets that others handed to it.
-    pub handed_in: u64,
+    pub options_rewritten: u64,
+    /// Packets handed off to the workers that own their flows.
+    pub handoff_out: u64,
+    /// Packets that other workers handed off to this one.
+    pub handoff_in: u64,
     /// Packets that wait for a verdict.
     pub held: u64,
     /// Frames of its socket.

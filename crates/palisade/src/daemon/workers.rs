@@ -257,7 +257,7 @@ impl Workers {
                     .pool
                     .counters()
                     .iter()
-                    .flat_map(|counters| counters.numbers());
+                    .flat_map(|counters| counters.metrics());
                 add_up(&mut report, numbers);
             }
             Err(problem) => report.problem = Some(problem.clone()),
@@ -418,12 +418,12 @@ fn worker(number: usize, counters: &Counters) -> api::Worker {
         bytes_in: counters.bytes_in.get(),
         packets_out: counters.packets_out.get(),
         bytes_out: counters.bytes_out.get(),
-        made: counters.made.get(),
-        unmade: counters.unmade.get(),
+        generated: counters.generated.get(),
+        generated_lost: counters.generated_lost.get(),
         absorbed: counters.absorbed.get(),
-        mended: counters.mended.get(),
-        handed_on: counters.handed_on.get(),
-        handed_in: counters.handed_in.get(),
+        options_rewritten: counters.options_rewritten.get(),
+        handoff_out: counters.handoff_out.get(),
+        handoff_in: counters.handoff_in.get(),
         held: counters.held.get(),
         frames: counters.frames.get(),
         flows: counters.flows.get(),

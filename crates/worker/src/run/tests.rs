@@ -654,14 +654,14 @@ fn a_foreign_flow_is_read_by_its_owner() {
     first.turn().unwrap();
     assert!(first.port.sent.is_empty() && first.inspection.engine().seen.is_empty());
     assert_eq!(first.port.free.len(), FRAMES);
-    assert_eq!(counts.handed_on.get(), 2);
+    assert_eq!(counts.handoff_out.get(), 2);
     assert_eq!(
         counts.drops().collect::<Vec<_>>(),
         [(Reason::WorkerOverload as u8, 1)],
         "there is room for two"
     );
     assert!(second.turn().unwrap());
-    assert_eq!(other_counts.handed_in.get(), 2);
+    assert_eq!(other_counts.handoff_in.get(), 2);
     assert_eq!(second.port.sent.len(), 2);
     assert_eq!(apart(&second.port.sent[0]).0, whole);
     assert_eq!(second.port.free.len(), FRAMES);
