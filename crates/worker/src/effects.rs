@@ -92,7 +92,7 @@ impl Effects {
     /// At most once per tick of the coarse clock: a wake-up is a system call, and the reader would compete for the CPU
     /// just when the packet's receiver needs it. Earlier if a quarter of the record queue is used.
     pub fn flush(&mut self, now: u64) {
-        if self.records.pending() && (now != self.records_flushed || self.records.crowded()) {
+        if self.records.has_unflushed() && (now != self.records_flushed || self.records.is_filling_up()) {
             self.records.wake();
             self.records_flushed = now;
         }
@@ -104,7 +104,7 @@ impl Effects {
 
     /// Returns whether records or refreshes wait for [`Effects::flush`].
     pub fn has_unflushed(&self) -> bool {
-        self.records.pending() || self.learner.has_to_tell()
+        self.records.has_unflushed() || self.learner.has_to_tell()
     }
 }
 
@@ -158,7 +158,7 @@ impl Sink<Handle> for Effects {
     fn record(&mut self, record: &Record) {
         // The precise clock, which also stamps the programs' events: with the coarse one, a record could seem older
         // than the packet that caused it.
-        if self.records.put((SystemTime::now(), *record)).is_err() {
+        if self.records.push((SystemTime::now(), *record)).is_err() {
             self.counters.records_lost.add(1);
         }
     }

@@ -39,7 +39,7 @@ pub use inspect::Inspect;
 pub use palisade_inspect::Number;
 pub use pool::{Pool, Setup};
 pub use port::{Port, PortStatistics};
-pub use queue::{Nothing, Receiver};
+pub use queue::{Receiver, RecvError};
 
 /// How a worker waits for packets.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

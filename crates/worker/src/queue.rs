@@ -1,5 +1,8 @@
-//! Queues to threads that wait. Putting something in is one atomic exchange; the reader is woken by a call of its own,
-//! once for many items, and only if it sleeps.
+//! A bounded queue from many threads to one that sleeps. Appending is lock-free and never wakes the receiver; a sender
+//! wakes it with a call of its own, once for many items.
+//!
+//! The items are in a `crossbeam-channel`. Its blocking `recv` is not used: with a receiver blocked there, each `send`
+//! takes a lock and makes a system call to wake it. Here the receiver parks, and [`Sender::wake`] unparks it.
 
 use std::{
     cell::Cell,
@@ -10,130 +13,131 @@ use std::{
 
 use crossbeam_channel::{TryRecvError, TrySendError, bounded};
 
-/// A queue for `capacity` items.
+/// Longest park of a receiver. Senders that are dropped do not wake it, so it looks for itself whether all are gone.
+const MAX_PARK: Duration = Duration::from_millis(250);
+
+/// Returns the ends of a queue for `capacity` items.
 #[must_use]
 pub fn queue<T>(capacity: usize) -> (Sender<T>, Receiver<T>) {
     let (sender, receiver) = bounded(capacity);
-    let reader = Arc::new(OnceLock::new());
+    let thread = Arc::new(OnceLock::new());
     (
         Sender {
             inner: sender,
-            reader: Arc::clone(&reader),
-            told: Cell::new(true),
+            receiver: Arc::clone(&thread),
+            unflushed: Cell::new(false),
         },
         Receiver {
             inner: receiver,
-            reader,
+            thread,
         },
     )
 }
 
-/// Where items go in.
+/// A sending end.
 #[derive(Debug)]
 pub struct Sender<T> {
     inner: crossbeam_channel::Sender<T>,
-    reader: Arc<OnceLock<Thread>>,
-    told: Cell<bool>,
+    /// The thread that receives, once it has waited.
+    receiver: Arc<OnceLock<Thread>>,
+    /// Whether this end has appended an item since it last woke the receiver.
+    unflushed: Cell<bool>,
 }
 
 impl<T> Clone for Sender<T> {
     fn clone(&self) -> Self {
         Self {
             inner: self.inner.clone(),
-            reader: Arc::clone(&self.reader),
-            told: Cell::new(true),
+            receiver: Arc::clone(&self.receiver),
+            unflushed: Cell::new(false),
         }
     }
 }
 
 impl<T> Sender<T> {
-    /// Puts an item in; the reader is not woken yet.
+    /// Appends an item without waking the receiver.
     ///
     /// # Errors
-    /// The queue is full, or nobody reads: the item comes back.
-    pub fn put(&self, item: T) -> Result<(), T> {
+    /// The queue is full, or the receiver has been dropped. Returns the item.
+    pub fn push(&self, item: T) -> Result<(), T> {
         match self.inner.try_send(item) {
             Ok(()) => {
-                self.told.set(false);
+                self.unflushed.set(true);
                 Ok(())
             }
             Err(TrySendError::Full(item) | TrySendError::Disconnected(item)) => Err(item),
         }
     }
 
-    /// Whether something was put in since the reader was woken.
+    /// Returns whether this end has appended an item since it last woke the receiver.
     #[must_use]
-    pub fn pending(&self) -> bool {
-        !self.told.get()
+    pub fn has_unflushed(&self) -> bool {
+        self.unflushed.get()
     }
 
-    /// Whether so much waits that the reader should not be left asleep.
+    /// Returns whether more than a quarter of the queue is used, so that the receiver should be woken at once.
     #[must_use]
-    pub fn crowded(&self) -> bool {
+    pub fn is_filling_up(&self) -> bool {
         self.inner.len() * 4 > self.inner.capacity().unwrap_or(usize::MAX)
     }
 
-    /// Wakes the reader if something was put in since.
+    /// Wakes the receiver if this end has appended an item since the last call.
     pub fn wake(&self) {
-        if !self.told.replace(true)
-            && let Some(reader) = self.reader.get()
+        if self.unflushed.replace(false)
+            && let Some(receiver) = self.receiver.get()
         {
-            reader.unpark();
+            receiver.unpark();
         }
     }
 }
 
-/// Where items come out, for one thread.
+/// The receiving end, for one thread.
 #[derive(Debug)]
 pub struct Receiver<T> {
     inner: crossbeam_channel::Receiver<T>,
-    reader: Arc<OnceLock<Thread>>,
+    thread: Arc<OnceLock<Thread>>,
 }
 
-/// There is nothing to be had.
+/// Why no item was received.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Nothing {
-    /// Not now.
-    Yet,
-    /// All senders are gone.
-    Ever,
+pub enum RecvError {
+    /// The queue is empty.
+    Empty,
+    /// The queue is empty, and all senders have been dropped.
+    Disconnected,
 }
 
 impl<T> Receiver<T> {
-    /// The next item if there is one.
+    /// Returns the next item without waiting.
     ///
     /// # Errors
     /// There is none.
-    pub fn try_next(&self) -> Result<T, Nothing> {
+    pub fn try_recv(&self) -> Result<T, RecvError> {
         self.inner.try_recv().map_err(|error| match error {
-            TryRecvError::Empty => Nothing::Yet,
-            TryRecvError::Disconnected => Nothing::Ever,
+            TryRecvError::Empty => RecvError::Empty,
+            TryRecvError::Disconnected => RecvError::Disconnected,
         })
     }
 
-    /// The next item, waited for. Only ever by the same thread.
+    /// Waits for the next item. All calls must come from the same thread: senders wake the thread of the first call.
     ///
     /// # Errors
-    /// There was none for so long.
-    pub fn next(&self, patience: Duration) -> Result<T, Nothing> {
-        // Parked, not blocked in the queue: its senders would have to take a lock to wake somebody there.
-        self.reader.get_or_init(thread::current);
-        match self.try_next() {
-            Err(Nothing::Yet) => {}
-            other => return other,
-        }
-        let until = Instant::now() + patience;
+    /// None has arrived within `timeout`, or all senders have been dropped.
+    pub fn recv_timeout(&self, timeout: Duration) -> Result<T, RecvError> {
+        self.thread.get_or_init(thread::current);
+        let mut until = None;
         loop {
-            match self.try_next() {
-                Err(Nothing::Yet) => {}
-                other => return other,
+            match self.try_recv() {
+                Err(RecvError::Empty) => {}
+                outcome => return outcome,
             }
+            // Read the clock only if there is no item.
+            let until = *until.get_or_insert_with(|| Instant::now() + timeout);
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(Nothing::Yet);
+                return Err(RecvError::Empty);
             }
-            // Whoever is gone does not wake anybody.
-            thread::park_timeout(left.min(Duration::from_millis(250)));
+            thread::park_timeout(left.min(MAX_PARK));
         }
     }
 }
@@ -143,37 +147,37 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_does_not_fit_comes_back() {
+    fn an_item_that_does_not_fit_is_returned() {
         let (sender, receiver) = queue(2);
-        assert_eq!(sender.put(1), Ok(()));
-        assert_eq!(sender.put(2), Ok(()));
-        assert_eq!(sender.put(3), Err(3));
-        assert_eq!(receiver.try_next(), Ok(1));
-        assert_eq!(sender.put(3), Ok(()));
+        assert_eq!(sender.push(1), Ok(()));
+        assert_eq!(sender.push(2), Ok(()));
+        assert_eq!(sender.push(3), Err(3));
+        assert_eq!(receiver.try_recv(), Ok(1));
+        assert_eq!(sender.push(3), Ok(()));
         drop(sender);
-        assert_eq!(receiver.try_next(), Ok(2));
-        assert_eq!(receiver.try_next(), Ok(3));
-        assert_eq!(receiver.try_next(), Err(Nothing::Ever));
+        assert_eq!(receiver.try_recv(), Ok(2));
+        assert_eq!(receiver.try_recv(), Ok(3));
+        assert_eq!(receiver.try_recv(), Err(RecvError::Disconnected));
     }
 
     #[test]
-    fn a_reader_that_waits_is_woken() {
+    fn a_waiting_receiver_is_woken() {
         let (sender, receiver) = queue(100);
         let reader = thread::spawn(move || {
-            let mut got = Vec::new();
-            while let Ok(n) = receiver.next(Duration::from_secs(20)) {
-                got.push(n);
+            let mut received = Vec::new();
+            while let Ok(n) = receiver.recv_timeout(Duration::from_secs(20)) {
+                received.push(n);
             }
-            got
+            received
         });
-        let begun = Instant::now();
+        let started = Instant::now();
         for n in 0..50 {
-            sender.put(n).unwrap();
+            sender.push(n).unwrap();
             sender.wake();
             thread::sleep(Duration::from_millis(1));
         }
         drop(sender);
         assert_eq!(reader.join().unwrap(), (0..50).collect::<Vec<_>>());
-        assert!(begun.elapsed() < Duration::from_secs(10));
+        assert!(started.elapsed() < Duration::from_secs(10));
     }
 }

@@ -15,7 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use palisade_abi::{Decision, Event, EventKind, Reason, TracePoint, ct_flags, event_flags};
 use palisade_datapath::{Clock, Ended, EventReader};
 use palisade_flowlog::{Flow, Resolver, Ring, Timestamp};
-use palisade_worker::{Nothing, Receiver, Stamped};
+use palisade_worker::{Receiver, RecvError, Stamped};
 use tracing::error;
 
 use super::view::{EventNames, Shared};
@@ -78,9 +78,9 @@ pub fn records(records: Receiver<Stamped>, ring: Arc<Ring>, shared: Arc<Shared>)
         // Since when the ring holds some of which no flow was made.
         let mut unsettled: Option<Instant> = None;
         loop {
-            let patience = if unsettled.is_some() { SETTLE_SILENT } else { SLEEP };
-            let first = records.next(patience);
-            if matches!(first, Err(Nothing::Ever)) {
+            let timeout = if unsettled.is_some() { SETTLE_SILENT } else { SLEEP };
+            let first = records.recv_timeout(timeout);
+            if matches!(first, Err(RecvError::Disconnected)) {
                 ring.settle(Timestamp::MAX);
                 return;
             }
@@ -99,7 +99,7 @@ pub fn records(records: Receiver<Stamped>, ring: Arc<Ring>, shared: Arc<Shared>)
                 view = now_view;
                 names = Arc::new(EventNames::new(Arc::clone(&view)));
             }
-            let others = std::iter::from_fn(|| records.try_next().ok()).take(BATCH);
+            let others = std::iter::from_fn(|| records.try_recv().ok()).take(BATCH);
             for (time, record) in first.into_iter().chain(others) {
                 ring.push_record(&record, &names, Timestamp::from_system_time(time));
                 unsettled.get_or_insert_with(Instant::now);

@@ -441,7 +441,7 @@ fn work(arriving: Vec<Vec<u8>>) -> (Vec<Vec<u8>>, HashMap<u8, u64>, Vec<Record>)
     let sent = std::mem::take(&mut worker.port.sent);
     drop(worker);
     let mut told = Vec::new();
-    while let Ok((_, record)) = records.try_next() {
+    while let Ok((_, record)) = records.try_recv() {
         told.push(record);
     }
     (sent, counters.drops().collect(), told)
