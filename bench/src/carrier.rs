@@ -287,11 +287,7 @@ struct Taker {
 
 fn socket(mode: Mode) -> Config {
     Config {
-        mode: match mode {
-            Mode::Poll => palisade_xsk::Mode::Poll,
-            Mode::Spin => palisade_xsk::Mode::Spin,
-            Mode::BusyPoll => palisade_xsk::Mode::BusyPoll,
-        },
+        mode,
         ..Config::new(WORKER_END, 0)
     }
 }
@@ -310,7 +306,7 @@ fn start<E: Inspect + 'static>(
         mode,
         cookie: COOKIE,
         clock: monotonic_coarse,
-        largest: 4_096,
+        max_handoff: 4_096,
         port: Arc::new(move |_| Ok((port()?, frames))),
         engine: Arc::new(engine),
         heartbeat: Arc::new(|_, _| {}),

@@ -5,9 +5,9 @@ use std::time::SystemTime;
 
 use mio::{Poll, Token, Waker};
 use palisade_inspect::{learning::Learners, record::Record};
-use palisade_xsk::handoff;
+use palisade_xsk::{Mode, handoff};
 
-use crate::{Mode, counters::Counters, queue, watch};
+use crate::{counters::Counters, queue, watch};
 
 /// The mio token of a worker's [`Waker`].
 pub const WAKER: Token = Token(1);

@@ -1,20 +1,24 @@
-//! Who has to give way when there is more than can be read.
+//! Fair shedding: chooses the packets to drop when more arrive than can be inspected, so that a flood loses packets
+//! before small flows do. Depends on nothing else in this crate; start at [`Fair::halve`].
 
-/// Flows are told apart by so many parts of their hash.
+/// Number of counters. Flows are assigned to them by hash.
 const BUCKETS: usize = 256;
-/// What was admitted counts for so long, ns.
+/// Time after which the counters start from zero, ns.
 const INTERVAL: u64 = 10_000_000;
 
-/// What was admitted of each flow in the current interval.
+/// The packets that were admitted in the current interval, per bucket of flows.
 pub struct Fair {
     admitted: [u32; BUCKETS],
+    /// Start of the interval, ns.
     since: u64,
+    /// For each packet of a batch, how many of its bucket were admitted before it.
     ranks: Vec<u32>,
+    /// The ranks, partially sorted.
     sorted: Vec<u32>,
 }
 
 impl Fair {
-    /// For batches of so many packets.
+    /// Creates the counters. `batch`: most packets per batch.
     pub fn new(batch: usize) -> Self {
         Self {
             admitted: [0; BUCKETS],
@@ -24,22 +28,22 @@ impl Fair {
         }
     }
 
-    /// The time goes on.
-    pub fn at(&mut self, now: u64) {
+    /// Starts a new interval if the current one has ended. `now`: ns.
+    pub fn advance(&mut self, now: u64) {
         if now.saturating_sub(self.since) >= INTERVAL {
             self.admitted.fill(0);
             self.since = now;
         }
     }
 
-    /// Chooses the half of a batch that is read: of the flows that have had least. Tells `refuse` the places of the
-    /// others.
+    /// Admits half of a batch, the packets whose buckets were admitted least, and calls `refuse` with the index of each
+    /// other packet. `hashes`: the packets' flow hashes.
     pub fn halve(&mut self, hashes: impl Iterator<Item = u32> + Clone, mut refuse: impl FnMut(usize)) {
         self.ranks.clear();
         for hash in hashes.clone() {
-            let had = &mut self.admitted[bucket(hash)];
-            self.ranks.push(*had);
-            *had += 1;
+            let admitted = &mut self.admitted[bucket(hash)];
+            self.ranks.push(*admitted);
+            *admitted += 1;
         }
         self.sorted.clear();
         self.sorted.extend_from_slice(&self.ranks);
@@ -49,10 +53,10 @@ impl Fair {
         }
         let (below, limit, _) = self.sorted.select_nth_unstable(half);
         let limit = *limit;
-        // Of those that have had just as much, the first.
+        // Of the packets whose rank equals the limit, the first ones fill the half.
         let mut ties = half - below.iter().filter(|rank| **rank < limit).count();
-        for (place, hash) in hashes.enumerate() {
-            let rank = self.ranks[place];
+        for (index, hash) in hashes.enumerate() {
+            let rank = self.ranks[index];
             if rank < limit {
                 continue;
             }
@@ -61,12 +65,13 @@ impl Fair {
                 continue;
             }
             self.admitted[bucket(hash)] -= 1;
-            refuse(place);
+            refuse(index);
         }
     }
 }
 
-/// Not by the bits that chose the worker.
+/// Returns the bucket of a flow hash. Multiplied first, because all flows of a worker have the same hash modulo the
+/// number of workers.
 const fn bucket(hash: u32) -> usize {
     (hash.wrapping_mul(0x9e37_79b1) >> 24) as usize % BUCKETS
 }
@@ -77,16 +82,16 @@ mod tests {
 
     fn refused(fair: &mut Fair, hashes: &[u32]) -> Vec<u32> {
         let mut refused = Vec::new();
-        fair.halve(hashes.iter().copied(), |place| refused.push(hashes[place]));
+        fair.halve(hashes.iter().copied(), |index| refused.push(hashes[index]));
         refused
     }
 
     #[test]
-    fn small_flows_get_through_where_a_large_one_floods() {
+    fn only_the_flooding_flow_loses_packets() {
         let mut fair = Fair::new(64);
-        fair.at(INTERVAL);
+        fair.advance(INTERVAL);
         for round in 0..100u32 {
-            // Ten flows, each a packet a round, behind and between fifty of another.
+            // Ten flows with one packet per round, interleaved with fifty packets of another flow.
             let batch: Vec<u32> = (0..60)
                 .map(|n| if n % 6 == 5 { 1_000 + n * 977 } else { 1 })
                 .collect();
@@ -100,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn flows_that_want_the_same_get_the_same() {
+    fn equal_flows_lose_equally() {
         let mut fair = Fair::new(64);
         let mut lost = [0; 4];
         for _ in 0..100 {
@@ -113,12 +118,12 @@ mod tests {
     }
 
     #[test]
-    fn the_past_is_forgotten() {
+    fn a_new_interval_forgets_what_was_admitted() {
         let mut fair = Fair::new(4);
-        fair.at(INTERVAL);
+        fair.advance(INTERVAL);
         refused(&mut fair, &[1; 9]);
         assert_eq!(refused(&mut fair, &[1, 1, 9, 9]), [1, 1]);
-        fair.at(INTERVAL + INTERVAL);
+        fair.advance(INTERVAL + INTERVAL);
         assert_eq!(refused(&mut fair, &[1, 1, 9, 9]), [1, 9]);
     }
 }

@@ -9,7 +9,7 @@
 
 use std::{io, time::Duration};
 
-use crate::Mode;
+use palisade_xsk::Mode;
 
 /// Longest time that a worker spins before it sleeps.
 const MAX_SPIN: Duration = Duration::from_micros(50);

@@ -1,13 +1,16 @@
-//! The threads that receive carried packets, have them read, and put them back.
+//! The workers: threads that receive punted packets, have them inspected, and reinject them.
 //!
-//! Each worker owns its socket with all its frames, its engine and its timers. What it shares are queues that nobody
-//! waits at: packets of other workers' flows ([`palisade_xsk::handoff`]), answers to be learned, records, and orders of
-//! the control plane of which the last one counts. In the steady state a packet costs no lock, no allocation and no
-//! system call of its own.
+//! Each worker owns an AF_XDP socket with its UMEM, the inspectors of its flows, and their timers. Threads share only
+//! queues at which none of them blocks: hand-off rings between workers ([`palisade_xsk::handoff`]), learned addresses
+//! to commit, records, and the control plane's settings, of which the latest counts. In the steady state a packet costs
+//! no lock, no allocation and no system call of its own.
 //!
-//! A worker that panics or whose socket fails is started again with a new socket and a new engine: its flows are cut,
-//! since nobody knows any more what they had said. Meanwhile nobody says that it lives, and the programs drop what it
-//! should have read.
+//! A worker that panics or whose socket fails is restarted with a new socket and new inspectors. Its connections are
+//! reset, because their state is lost. Until it runs again its heartbeat is withdrawn, and the programs drop the
+//! packets that it should inspect.
+//!
+//! Depends on `palisade-inspect` (inspectors), `palisade-packet` (decoder) and `palisade-xsk` (sockets). Start at
+//! [`Pool`], which runs the workers; the loop of one is `run.rs`.
 #![forbid(unsafe_code)]
 
 pub mod checksum;
@@ -37,18 +40,7 @@ pub use failure::Failure;
 pub use held::Handle;
 pub use inspect::Inspect;
 pub use palisade_inspect::Number;
+pub use palisade_xsk::Mode;
 pub use pool::{Pool, Setup};
 pub use port::{Port, PortStatistics};
 pub use queue::{Receiver, RecvError};
-
-/// How a worker waits for packets.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Mode {
-    /// Looks for packets for a short while, then sleeps until one comes.
-    #[default]
-    Poll,
-    /// Never sleeps.
-    Spin,
-    /// Has the kernel look for packets for a short while, then sleeps.
-    BusyPoll,
-}

@@ -1,4 +1,5 @@
-//! All workers of a node.
+//! All workers of a node: starts their threads, connects them, and is the control plane's interface to them. Start at
+//! [`Pool::start`].
 
 use std::{
     fmt, io,
@@ -10,12 +11,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use mio::{Poll, Waker};
 use palisade_inspect::learning::{Lessons, lessons};
-
-use palisade_xsk::handoff;
+use palisade_xsk::{Mode, handoff};
 
 use crate::{
-    Mode,
     context::{Stamped, WAKER, WorkerContext, WorkerControl},
     counters::{Counters, State},
     inspect::Inspect,
@@ -25,41 +25,41 @@ use crate::{
     watch,
 };
 
-/// Buffers between each two workers.
+/// Slots of each hand-off ring.
 const HANDOFF_DEPTH: usize = 128;
 
-/// What is needed to start workers.
+/// The configuration of a pool.
 pub struct Setup<P, E: Inspect> {
-    /// How many: as many queues has the carrier.
+    /// Number of workers: one for each queue of the carrier.
     pub workers: usize,
-    /// How they wait.
+    /// How workers wait for packets.
     pub mode: Mode,
-    /// What proves that a packet is ours.
+    /// Secret that proves that a frame on the carrier was put there by the programs.
     pub cookie: u64,
-    /// Coarse monotonic clock, ns.
+    /// Returns the coarse monotonic time, ns.
     pub clock: fn() -> u64,
-    /// Largest packet that is handed from one to another.
-    pub largest: usize,
-    /// Makes the socket of a worker, and says how many frames it has. On the worker's own thread, at each of its
-    /// starts.
+    /// Largest packet that one worker can hand off to another, bytes.
+    pub max_handoff: usize,
+    /// Makes the socket of a worker and returns it with its number of frames. Called on the worker's thread at each
+    /// start.
     pub port: Arc<dyn Fn(usize) -> io::Result<(P, usize)> + Send + Sync>,
-    /// Makes the engine of a worker, at each of its starts.
+    /// Makes the inspectors of a worker. Called on the worker's thread at each start.
     pub engine: Arc<dyn Fn(usize) -> E + Send + Sync>,
-    /// Tells the programs that a worker lives: its number and the time, 0 if it does not.
+    /// Publishes the number of a worker and the time of its heartbeat in ns, or 0 when it does not run.
     pub heartbeat: Arc<dyn Fn(usize, u64) + Send + Sync>,
-    /// What packets are judged by at first.
+    /// The application rules at the start.
     pub rules: Arc<E::Rules>,
-    /// Answers that may wait to be learned, of one worker.
+    /// Most commits of learned addresses that one worker may have open.
     pub learns: usize,
-    /// Records that may wait to be read.
+    /// Most records that may wait for their reader.
     pub records: usize,
 }
 
-/// The workers. Dropping it ends them.
+/// The workers. Dropping the pool stops them.
 pub struct Pool<R> {
     threads: Vec<JoinHandle<()>>,
     stop: Arc<AtomicBool>,
-    wakers: Vec<Arc<mio::Waker>>,
+    wakers: Vec<Arc<Waker>>,
     control: Vec<watch::Sender<WorkerControl<R>>>,
     counters: Vec<Arc<Counters>>,
 }
@@ -71,11 +71,12 @@ impl<R> fmt::Debug for Pool<R> {
 }
 
 impl<R: Send + Sync + 'static> Pool<R> {
-    /// Starts all workers. They run once their sockets are there; see [`Pool::ready`]. What comes out beside packets:
-    /// what is to be learned, and what was seen.
+    /// Starts all workers. Returns the pool, the queue of the addresses to commit, and the queue of the records.
+    ///
+    /// The workers run once their sockets are made; see [`Pool::wait_until_running`].
     ///
     /// # Errors
-    /// A thread or a waker could not be made.
+    /// A thread, an epoll instance or its waker could not be made.
     pub fn start<P, E>(setup: Setup<P, E>) -> io::Result<(Self, Lessons, queue::Receiver<Stamped>)>
     where
         P: Port + 'static,
@@ -83,20 +84,20 @@ impl<R: Send + Sync + 'static> Pool<R> {
     {
         let workers = setup.workers.max(1);
         let (learners, lessons) = lessons(setup.learns * workers);
-        let (records, seen) = queue::queue(setup.records);
+        let (record_sender, records) = queue::queue(setup.records);
         let mut polls = Vec::new();
         let mut wakers = Vec::new();
         for _ in 0..workers {
-            let poll = mio::Poll::new()?;
-            wakers.push(Arc::new(mio::Waker::new(poll.registry(), WAKER)?));
+            let poll = Poll::new()?;
+            wakers.push(Arc::new(Waker::new(poll.registry(), WAKER)?));
             polls.push(poll);
         }
-        let (mut handoff_senders, mut handoff_receivers) = (rows(workers), rows(workers));
+        let (mut senders, mut receivers) = (matrix(workers), matrix(workers));
         for from in 0..workers {
             for to in (0..workers).filter(|to| *to != from) {
-                let (sender, receiver) = handoff::ring(HANDOFF_DEPTH, setup.largest);
-                handoff_senders[from][to] = Some(sender);
-                handoff_receivers[to][from] = Some(receiver);
+                let (sender, receiver) = handoff::ring(HANDOFF_DEPTH, setup.max_handoff);
+                senders[from][to] = Some(sender);
+                receivers[to][from] = Some(receiver);
             }
         }
         let mut pool = Self {
@@ -110,11 +111,8 @@ impl<R: Send + Sync + 'static> Pool<R> {
             port: setup.port,
             engine: setup.engine,
         });
-        for (number, ((poll, handoff_senders), handoff_receivers)) in polls
-            .into_iter()
-            .zip(handoff_senders)
-            .zip(handoff_receivers)
-            .enumerate()
+        for (number, ((poll, senders), receivers)) in
+            polls.into_iter().zip(senders).zip(receivers).enumerate()
         {
             let (sender, control) = watch::watch(WorkerControl {
                 rules: Arc::clone(&setup.rules),
@@ -132,13 +130,13 @@ impl<R: Send + Sync + 'static> Pool<R> {
                 counters: Arc::clone(&pool.counters[number]),
                 stop: Arc::clone(&pool.stop),
                 control,
-                handoff_senders,
-                handoff_receivers,
+                handoff_senders: senders,
+                handoff_receivers: receivers,
                 wakers: pool.wakers.clone(),
                 poll,
                 learners: learners.clone(),
                 learns: setup.learns,
-                records: records.clone(),
+                records: record_sender.clone(),
             };
             let factories = Arc::clone(&factories);
             let thread = thread::Builder::new()
@@ -146,12 +144,12 @@ impl<R: Send + Sync + 'static> Pool<R> {
                 .spawn(move || supervise(context, &factories))?;
             pool.threads.push(thread);
         }
-        Ok((pool, lessons, seen))
+        Ok((pool, lessons, records))
     }
 
-    /// Waits until every worker runs, or has failed once, but not longer than `patience`. Answers whether all run.
-    pub fn ready(&self, patience: Duration) -> bool {
-        let until = Instant::now() + patience;
+    /// Waits until every worker runs or has failed once, at most for `timeout`. Returns whether all run.
+    pub fn wait_until_running(&self, timeout: Duration) -> bool {
+        let until = Instant::now() + timeout;
         loop {
             let mut states = self.counters.iter().map(|counters| counters.state());
             if states.clone().all(|state| state == State::Running) {
@@ -164,48 +162,51 @@ impl<R: Send + Sync + 'static> Pool<R> {
         }
     }
 
-    /// Has packets judged by these rules from now on.
+    /// Replaces the application rules.
     pub fn set_rules(&self, rules: &Arc<R>) {
-        self.control(|control| control.rules = Arc::clone(rules));
+        self.modify(|control| control.rules = Arc::clone(rules));
     }
 
-    /// Says at which interfaces' ingress stands XDP.
+    /// Sets the interfaces with an XDP program at ingress, by index.
     pub fn set_xdp(&self, interfaces: &[u32]) {
         let interfaces: Arc<[u32]> = interfaces.into();
-        self.control(|control| control.xdp = Arc::clone(&interfaces));
+        self.modify(|control| control.xdp = Arc::clone(&interfaces));
     }
 
-    /// Has everything dropped and forgotten that is held of endpoints that are no more.
+    /// Drops the state and the held packets of deleted endpoints.
     pub fn forget_endpoints(&self, endpoints: &[u16]) {
-        self.control(|control| control.gone.extend_from_slice(endpoints));
+        self.modify(|control| control.gone.extend_from_slice(endpoints));
     }
 
-    fn control(&self, modify: impl Fn(&mut WorkerControl<R>)) {
+    /// Changes what each worker is to do, and wakes it.
+    fn modify(&self, modify: impl Fn(&mut WorkerControl<R>)) {
         for control in &self.control {
             control.modify(&modify);
         }
         self.wake();
     }
 
-    fn wake(&self) {
-        for waker in &self.wakers {
-            // A worker looks by itself at each heartbeat.
-            let _ = waker.wake();
-        }
-    }
-
-    /// What the workers count, by their numbers.
+    /// Returns the counters of the workers, by number.
     #[must_use]
     pub fn counters(&self) -> &[Arc<Counters>] {
         &self.counters
     }
+}
 
-    /// Ends all workers and waits for that.
-    pub fn end(&mut self) {
+impl<R> Pool<R> {
+    fn wake(&self) {
+        for waker in &self.wakers {
+            // If this fails, the worker finds the change at its next heartbeat.
+            let _ = waker.wake();
+        }
+    }
+
+    /// Stops all workers and waits for their threads.
+    pub fn stop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         self.wake();
         for thread in self.threads.drain(..) {
-            // It catches its own panics.
+            // A panic of a worker is caught and counted on its thread.
             let _ = thread.join();
         }
     }
@@ -213,18 +214,11 @@ impl<R: Send + Sync + 'static> Pool<R> {
 
 impl<R> Drop for Pool<R> {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        for waker in &self.wakers {
-            let _ = waker.wake();
-        }
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
-        }
+        self.stop();
     }
 }
 
-fn rows<T>(workers: usize) -> Vec<Vec<Option<T>>> {
-    (0..workers)
-        .map(|_| (0..workers).map(|_| None).collect())
-        .collect()
+/// Returns a square matrix of `None`.
+fn matrix<T>(size: usize) -> Vec<Vec<Option<T>>> {
+    (0..size).map(|_| (0..size).map(|_| None).collect()).collect()
 }

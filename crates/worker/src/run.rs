@@ -15,9 +15,9 @@ use std::{
 
 use mio::{Events, Interest, Poll, Token, unix::SourceFd};
 use palisade_inspect::learning::Wake;
+use palisade_xsk::Mode;
 
 use crate::{
-    Mode,
     context::WorkerContext,
     counters::Counters,
     effects::Effects,

@@ -65,7 +65,7 @@ impl<'a, F> Rx<'a, F> {
     /// The interface is down or gone.
     pub fn receive<P: Port<Frame = F>>(&mut self, port: &mut P, now: u64) -> io::Result<bool> {
         let received = port.receive(&mut self.batch, BATCH)?;
-        self.fair.at(now);
+        self.fair.advance(now);
         if port.rx_available() + self.batch.len() > port.rx_capacity() / 2 {
             self.shed(port);
         }

@@ -264,7 +264,7 @@ fn bench(workers: usize, warm: u64, fail_at: Option<u64>, panic_at: Option<u64>)
         mode: Mode::Poll,
         cookie: COOKIE,
         clock,
-        largest: 2_048,
+        max_handoff: 2_048,
         port: {
             let (seen, dry, lives) = (seen.clone(), Arc::clone(&dry), Arc::clone(&lives));
             Arc::new(move |number| {
@@ -321,7 +321,7 @@ fn until(what: &str, mut true_: impl FnMut() -> bool) {
 #[test]
 fn a_packet_in_the_steady_state_allocates_nothing_and_every_frame_comes_back() {
     let mut bench = bench(2, 20_000, None, None);
-    assert!(bench.pool.ready(Duration::from_secs(10)));
+    assert!(bench.pool.wait_until_running(Duration::from_secs(10)));
     for seen in &bench.seen {
         until("packets", || seen.sent.load(Ordering::Relaxed) > 60_000);
     }
@@ -355,7 +355,7 @@ fn a_packet_in_the_steady_state_allocates_nothing_and_every_frame_comes_back() {
         let out = total(&|counters| counters.packets_out.get());
         total(&|counters| counters.packets_in.get()) == out + dropped
     });
-    bench.pool.end();
+    bench.pool.stop();
     for (counters, beat) in bench.pool.counters().iter().zip(&*bench.beats) {
         assert_eq!(counters.state(), State::Ended);
         assert_eq!(counters.held.get(), 0);
@@ -366,7 +366,7 @@ fn a_packet_in_the_steady_state_allocates_nothing_and_every_frame_comes_back() {
 #[test]
 fn who_sleeps_says_all_the_same_that_it_lives() {
     let bench = bench(1, 0, None, None);
-    assert!(bench.pool.ready(Duration::from_secs(10)));
+    assert!(bench.pool.wait_until_running(Duration::from_secs(10)));
     bench.dry.store(true, Ordering::Relaxed);
     let begun = Instant::now();
     let mut last = bench.beats[0].load(Ordering::Relaxed);

@@ -268,7 +268,7 @@ impl Workers {
     /// Ends the workers.
     pub fn end(&mut self) {
         if let Ok(running) = &mut self.running {
-            running.pool.end();
+            running.pool.stop();
         }
     }
 }
@@ -323,7 +323,7 @@ fn start(
         mode: wanted.mode,
         cookie,
         clock: monotonic_coarse,
-        largest: 4_096,
+        max_handoff: 4_096,
         port: socket_maker(wanted, &seats, &usable),
         engine: Arc::new(move |_| {
             let mut engine = Engine::<Handle>::new(&limits);
@@ -349,7 +349,7 @@ fn start(
     .context("starting threads")?;
     if carrier.is_none() {
         // Nothing to wait for.
-    } else if pool.ready(READY) {
+    } else if pool.wait_until_running(READY) {
         info!("{workers} workers at {}1", wanted.interface);
     } else {
         let mut failures = pool.counters().iter().filter_map(|counters| counters.failure());
@@ -454,11 +454,7 @@ fn socket_maker(
 ) -> Arc<dyn Fn(usize) -> io::Result<(Socket, usize)> + Send + Sync> {
     let config = SocketConfig {
         frames: wanted.frames,
-        mode: match wanted.mode {
-            Mode::Poll => palisade_xsk::Mode::Poll,
-            Mode::Spin => palisade_xsk::Mode::Spin,
-            Mode::BusyPoll => palisade_xsk::Mode::BusyPoll,
-        },
+        mode: wanted.mode,
         ..SocketConfig::new(&format!("{}1", wanted.interface), 0)
     };
     let (seats, usable) = (Arc::clone(seats), Arc::clone(usable));
