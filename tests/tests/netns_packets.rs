@@ -143,7 +143,7 @@ fn a_fragment_without_its_first_passes_only_where_every_port_is_allowed() {
         .as_array()
         .into_iter()
         .flatten()
-        .find(|d| d["reason"] == 157);
+        .find(|d| d["reason"] == 175);
     assert!(
         dropped.is_some_and(|d| d["packets"].as_u64() >= Some(2)),
         "{status:#}"

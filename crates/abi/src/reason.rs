@@ -1,5 +1,8 @@
-//! Why a packet was let through or dropped. Numbers from 130 to 205 are those that flow clients know;
-//! Palisade's own are 210 and up; what is forwarded is below 130.
+//! Verdict reasons: why a packet was let through or dropped. Depends on nothing.
+//!
+//! Reasons below 130 let the packet pass. From 130 to 205 a number has the meaning and the text that it has in Cilium
+//! 1.19 (`bpf/lib/drop_reasons.h`, Hubble's `DropReason`); a case that Cilium does not have gets a number of Palisade's own,
+//! 210 to 252.
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $name:ident = $number:literal, $text:literal;)*) => {
@@ -49,25 +52,24 @@ reasons! {
     InvalidSourceIp = 132, "Invalid source ip";
     /// Nothing allows it.
     PolicyDenied = 133, "Policy denied";
-    /// Truncated, or a length that does not fit.
+    /// An ARP or neighbour discovery message that is cut short, longer than its type, or otherwise malformed.
     InvalidPacket = 134, "Invalid packet";
-    /// TCP flags that no connection has, or a packet that no connection of this state sends.
+    /// A TCP or UDP header with a value that no sender produces: data offset, flags, length.
     CtInvalidHeader = 135, "CT: Truncated or invalid header";
-    /// An unknown L4 protocol where one is needed.
+    /// ICMPv6 in an IPv4 packet, or ICMP in an IPv6 packet.
     UnknownL4 = 137, "CT: Unknown L4 protocol";
     /// Neither IPv4, IPv6 nor one of the few link protocols that pass.
     UnsupportedL3 = 139, "Unsupported L3 protocol";
     /// The conntrack map took no entry.
     CtInsertionFailed = 155, "CT: Map insertion failed";
-    /// IPv6 extension headers that cannot be followed: too many, or of an unknown kind.
+    /// IPv6 extension headers that are not accepted: too many or too long, out of order, of an unknown routing type, or a
+    /// routing header with segments left.
     InvalidIpv6Extension = 156, "Invalid IPv6 extension header";
     /// A later fragment, its first fragment was not seen, and no rule covers every port.
-    FragmentNotFound = 157, "IP fragmentation not supported";
-    /// A fragment that hides or overlaps its transport header (RFC 1858, RFC 3128, RFC 5722).
-    InvalidFragment = 175, "First logical datagram fragment not found";
+    FragmentNotFound = 175, "First logical datagram fragment not found";
     /// A deny rule names it.
     PolicyDeniedByDenylist = 181, "Policy denied by denylist";
-    /// The rule wants authentication, and nobody can authenticate yet.
+    /// The rule requires authentication, which Palisade does not implement.
     AuthRequired = 189, "Authentication required";
 
     /// The program runs on an interface that nobody configured.
@@ -91,7 +93,7 @@ reasons! {
     /// It entered, or would leave, by an interface that is not guarded: a workload's address, or an interface that the
     /// daemon has not looked at yet.
     Unguarded = 219, "Interface not guarded";
-    /// IPv4 header: bad version, length or total length.
+    /// IPv4 header: bad version, length, total length or options; a source route.
     InvalidIpv4 = 220, "Invalid IPv4 header";
     /// IPv6 header: bad version or payload length.
     InvalidIpv6 = 221, "Invalid IPv6 header";
@@ -114,9 +116,9 @@ reasons! {
     Translated = 229, "Source is not the node's (DNAT or TPROXY)";
     /// It must be read, and no worker lives that could.
     NoWorker = 230, "No worker";
-    /// It must be read, and could not be put on the carrier.
+    /// A packet that must be read could not be put on the carrier, or not be sent on when it came back.
     CarryFailed = 231, "Not carried";
-    /// It must be read, and comes by a device or under tags that the carrier does not know.
+    /// A packet that must be read has a length, VLAN tags or a device that the carrier does not take.
     CarryUnsupported = 232, "Cannot be carried";
     /// A frame on the carrier that nobody carried.
     CarryForeign = 233, "Foreign frame on the carrier";
@@ -130,7 +132,7 @@ reasons! {
     FragmentsIncomplete = 237, "Fragments incomplete";
     /// A limit of the inspection is reached.
     InspectLimit = 238, "Inspection limit reached";
-    /// No verdict was possible in time.
+    /// No verdict was possible in time, or the receiver did not acknowledge in time what Palisade delivers to it.
     InspectDeadline = 239, "No verdict in time";
     /// The application rules do not allow it.
     AppDenied = 240, "Denied by application rules";
@@ -140,22 +142,26 @@ reasons! {
     DnsUnasked = 242, "DNS answer that nobody asked for";
     /// A DNS answer whose addresses could not be made reachable.
     DnsUncommitted = 243, "DNS answer not committed";
-    /// A TCP segment outside the receiver's window.
+    /// A TCP segment whose sequence or acknowledgement number is not acceptable (RFC 9293, 3.10.7.4).
     TcpOutOfWindow = 244, "TCP segment out of window";
     /// A TCP retransmission that says something else.
     TcpOverlap = 245, "TCP retransmission differs";
     /// A TCP segment that receivers could read differently.
     TcpInvalid = 246, "Ambiguous TCP segment";
-    /// A TCP connection that is older than its inspection.
-    TcpMidstream = 247, "TCP connection not seen from its start";
+    /// A TCP connection that the inspector does not know: older than the inspection, or forgotten (limits, restart, a change of
+    /// rules or endpoints).
+    TcpMidstream = 247, "TCP connection not known to the inspector";
     /// The application protocol has no reader yet.
     AppUnsupported = 248, "Application protocol not supported";
-    /// A TCP segment of which nothing is new: the same bytes are held for a verdict.
-    TcpHeld = 249, "Retransmission of a held TCP segment";
+    /// A TCP segment that is not needed: its bytes are held for a verdict or delivered in packets made by the worker, or a
+    /// reset made by the worker goes in its place.
+    TcpHeld = 249, "TCP segment replaced by a held or generated one";
     /// The preface of HTTP/2 where HTTP/1 is read: its requests cannot be judged.
     AppHttp2 = 250, "HTTP/2 not supported";
     /// The address was not learned for the server name that TLS asks for.
     SniAddress = 251, "Address not learned for the server name";
+    /// A fragment that hides or overlaps its transport header, or overlaps another fragment (RFC 1858, RFC 3128, RFC 5722).
+    InvalidFragment = 252, "Invalid fragment: cut or overlapped header or data";
 }
 
 impl Reason {

@@ -164,9 +164,8 @@ const DROP_REASON_NAMES: &[(Reason, &str)] = &[
     (Reason::UnsupportedL3, "UNSUPPORTED_L3_PROTOCOL"),
     (Reason::CtInsertionFailed, "CT_MAP_INSERTION_FAILED"),
     (Reason::InvalidIpv6Extension, "INVALID_IPV6_EXTENSION_HEADER"),
-    (Reason::FragmentNotFound, "IP_FRAGMENTATION_NOT_SUPPORTED"),
     (
-        Reason::InvalidFragment,
+        Reason::FragmentNotFound,
         "FIRST_LOGICAL_DATAGRAM_FRAGMENT_NOT_FOUND",
     ),
     (Reason::PolicyDeniedByDenylist, "POLICY_DENY"),
