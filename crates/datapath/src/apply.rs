@@ -43,6 +43,15 @@ impl ApplyError {
             Self::Map { step, .. } | Self::NoSuchSlot { step, .. } => *step,
         }
     }
+
+    /// Returns the map that has to be larger for the step to succeed, if that is the cause.
+    #[must_use]
+    pub fn too_small(&self) -> Option<&str> {
+        match self {
+            Self::Map { source, .. } => source.too_small(),
+            Self::NoSuchSlot { .. } => None,
+        }
+    }
 }
 
 impl Datapath {

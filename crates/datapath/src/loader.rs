@@ -21,7 +21,7 @@ use palisade_abi::{
 
 use crate::{
     MapError,
-    maps::{Classes, Endpoints, Map, PerCpuArray, RawMap, limit_option, possible_cpus},
+    maps::{Classes, Endpoints, Map, PerCpuArray, RawMap, possible_cpus},
     object::OBJECT,
     shares::{Shares, Sizes},
     sys::{
@@ -33,7 +33,7 @@ use crate::{
 /// Magic number of a bpffs (`BPF_FS_MAGIC`).
 const BPF_FS_MAGIC: libc::c_long = 0xcafe_4a11;
 
-/// Where and how large. The sizes are those of `[limits]` of the configuration.
+/// Where and how large.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Directory on a bpffs, `/sys/fs/bpf/palisade` by default; made if it is not there. No part may contain a dot.
@@ -143,11 +143,11 @@ pub enum OpenError {
         source: SyscallError,
     },
     /// A size that no map can have.
-    #[error("[limits] {option} = {value}: {why}")]
+    #[error("{map} map of size {value}: {why}")]
     BadLimit {
-        /// The option.
-        option: &'static str,
-        /// Its value.
+        /// The map, in lower case.
+        map: String,
+        /// The size that was asked for.
         value: u32,
         /// What is wrong with it.
         why: &'static str,
@@ -167,12 +167,12 @@ pub enum OpenError {
     },
     /// A map is to become smaller than what is in it.
     #[error(
-        "[limits] {option} = {limit}, but the map of the running node holds {present} entries; raise it to at least that"
+        "{map} map of {limit} entries: the map of the running node holds {present}, and must not become smaller than that"
     )]
     TooSmall {
-        /// The option.
-        option: &'static str,
-        /// Its value.
+        /// The map, in lower case.
+        map: String,
+        /// The size that was asked for.
         limit: u32,
         /// Entries in the map.
         present: usize,
@@ -485,7 +485,10 @@ pub(crate) fn make_dir(path: &Path) -> Result<()> {
 }
 
 fn check_limits(limits: &Limits) -> Result<()> {
-    let bad = |option, value, why| Err(OpenError::BadLimit { option, value, why });
+    let bad = |map: &str, value, why| {
+        let map = map.to_lowercase();
+        Err(OpenError::BadLimit { map, value, why })
+    };
     for map in [
         names::CONNTRACK,
         names::FRAGMENTS,
@@ -497,21 +500,17 @@ fn check_limits(limits: &Limits) -> Result<()> {
     ] {
         let value = limits.of(map).unwrap_or(1);
         if value == 0 {
-            return bad(limit_option(map), value, "a map has at least one entry");
+            return bad(map, value, "a map has at least one entry");
         }
         if value > 1 << 28 {
-            return bad(limit_option(map), value, "at most 268435456");
+            return bad(map, value, "at most 268435456");
         }
     }
     let ring = limits.event_ring_bytes;
     // SAFETY: no pointers.
     let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     if !ring.is_power_of_two() || i64::from(ring) < page {
-        return bad(
-            limit_option(names::EVENTS),
-            ring,
-            "a power of two of at least a page (4096)",
-        );
+        return bad(names::EVENTS, ring, "a power of two of at least a page (4096)");
     }
     Ok(())
 }
@@ -607,6 +606,16 @@ fn program_hint() -> String {
 }
 
 impl OpenError {
+    /// Returns the map that has to be larger than asked for, if that is the cause.
+    #[must_use]
+    pub fn too_small(&self) -> Option<&str> {
+        match self {
+            Self::TooSmall { map, .. } => Some(map),
+            Self::Map(error) => error.too_small(),
+            _ => None,
+        }
+    }
+
     /// The verifier's log, all of it, if the verifier refused a program. It may have many megabytes.
     #[must_use]
     pub fn verifier_log(&self) -> Option<String> {
@@ -732,9 +741,8 @@ impl Wanted {
         if keeps_all && self.max_entries < from.info.max_entries {
             let present = from.count()?;
             if present > self.max_entries as usize {
-                let option = limit_option(&self.name);
                 return Err(OpenError::TooSmall {
-                    option,
+                    map: self.name.to_lowercase(),
                     limit: self.max_entries,
                     present,
                 });
@@ -853,7 +861,7 @@ mod tests {
             ..Limits::default()
         };
         assert!(
-            error(ring).starts_with("[limits] event_ring_bytes = 5000: a power of two"),
+            error(ring).starts_with("events map of size 5000: a power of two"),
             "{}",
             error(ring)
         );
@@ -861,7 +869,7 @@ mod tests {
             policy_entries: 0,
             ..Limits::default()
         };
-        assert!(error(none).contains("policy_entries"));
+        assert!(error(none).starts_with("policy map of size 0"));
         check_limits(&Limits::default()).unwrap();
     }
 

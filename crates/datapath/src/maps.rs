@@ -28,16 +28,14 @@ const BATCH: usize = 4096;
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
     /// No room for another entry.
-    #[error("{map} map full: {present} of {max_entries} entries; raise [limits] {option}")]
+    #[error("{map} map full: {present} of {max_entries} entries")]
     Full {
-        /// The map.
+        /// The map, in lower case.
         map: String,
         /// Entries in it.
         present: usize,
         /// Its size.
         max_entries: u32,
-        /// The option that sets its size.
-        option: &'static str,
     },
     /// The kernel refused.
     #[error("{map} map: {source}")]
@@ -69,19 +67,14 @@ pub enum MapError {
 
 type Result<T> = std::result::Result<T, MapError>;
 
-/// The option of `[limits]` that sets the size of a map.
-pub(crate) fn limit_option(map: &str) -> &'static str {
-    use palisade_abi::maps;
-    match map {
-        maps::CONNTRACK => "conntrack_entries",
-        maps::FRAGMENTS => "fragment_entries",
-        maps::POLICY => "policy_entries",
-        maps::IPCACHE => "ipcache_entries",
-        maps::PREFIXES => "prefix_entries",
-        maps::LEARNED => "learned_entries",
-        maps::RULES => "rules",
-        maps::EVENTS => "event_ring_bytes",
-        _ => "(of fixed size)",
+impl MapError {
+    /// Returns the map that has to be larger for the operation to succeed, if that is the cause.
+    #[must_use]
+    pub fn too_small(&self) -> Option<&str> {
+        match self {
+            Self::Full { map, .. } => Some(map),
+            Self::Syscall { .. } | Self::Layout { .. } => None,
+        }
     }
 }
 
@@ -125,7 +118,6 @@ impl RawMap {
                 map: self.name.to_lowercase(),
                 present: self.count().unwrap_or(self.info.max_entries as usize),
                 max_entries: self.info.max_entries,
-                option: limit_option(&self.name),
             };
         }
         MapError::Syscall {
@@ -734,15 +726,13 @@ mod tests {
     }
 
     #[test]
-    fn a_full_map_says_how_full_and_which_option() {
+    fn a_full_map_names_itself_and_its_size() {
         let fd = bpf::map_create("T", map_type::HASH, 4, 8, 100, 1).unwrap();
         let map = Map::<u32, u64>::new(RawMap::new("POLICY", fd).unwrap()).unwrap();
         let entries: Vec<_> = (0..101_u32).map(|i| (i, 0)).collect();
-        let error = map.insert_all(&entries).unwrap_err().to_string();
-        assert_eq!(
-            error,
-            "policy map full: 100 of 100 entries; raise [limits] policy_entries"
-        );
+        let error = map.insert_all(&entries).unwrap_err();
+        assert_eq!(error.to_string(), "policy map full: 100 of 100 entries");
+        assert_eq!(error.too_small(), Some("policy"));
         assert_eq!(map.entries().unwrap().len(), 100);
     }
 

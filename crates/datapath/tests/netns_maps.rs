@@ -131,8 +131,9 @@ fn a_step_that_fails_is_named_and_those_before_it_are_done() {
     let text = error.to_string();
     assert_eq!(
         text,
-        "step 1 of 3 (write policy entries): policy map full: 1024 of 1024 entries; raise [limits] policy_entries"
+        "step 1 of 3 (write policy entries): policy map full: 1024 of 1024 entries"
     );
+    assert_eq!(error.too_small(), Some("policy"));
     assert_eq!(datapath.endpoint_states().len(), 1);
     let error = datapath.apply(&[Op::ClassPut(vec![(u32::MAX, 1)])]).unwrap_err();
     assert!(error.to_string().contains("no class slot"), "{error}");

@@ -1,5 +1,6 @@
 //! The configuration: `/etc/palisade/palisade.toml`.
 
+mod limit_option;
 mod reader;
 mod suggest;
 
@@ -13,6 +14,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+pub use limit_option::{limit_hint, with_option};
 use palisade_abi::{ETHER_TYPES, MAX_WORKERS};
 use palisade_inspect::{Ech, GetBodies, Paths};
 use palisade_policy::{

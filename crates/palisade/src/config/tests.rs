@@ -387,3 +387,134 @@ fn what_may_be_there_only_once_is_there_only_once() {
         ["p.toml:6:8: there is another endpoint default/a"]
     );
 }
+
+/// Returns each "[section] key" or "[[section]] key" that a text names.
+fn hinted_keys(text: &str) -> Vec<(String, String)> {
+    const SECTIONS: [&str; 12] = [
+        "node",
+        "policy",
+        "limits",
+        "timeouts",
+        "dns",
+        "http",
+        "tls",
+        "worker",
+        "namespace",
+        "interface",
+        "endpoint",
+        "peer",
+    ];
+    // Words of a sentence about the section itself.
+    const NO_KEYS: [&str; 2] = ["needs", "is"];
+    let mut found = Vec::new();
+    for section in SECTIONS {
+        for (at, name) in text.match_indices(&format!("[{section}]")) {
+            let rest = text[at + name.len()..].trim_start_matches(']');
+            let Some(rest) = rest.strip_prefix(' ') else {
+                continue;
+            };
+            let end = rest
+                .find(|c: char| !c.is_ascii_lowercase() && c != '_')
+                .unwrap_or(rest.len());
+            if end > 0 && !NO_KEYS.contains(&&rest[..end]) {
+                found.push((section.to_owned(), rest[..end].to_owned()));
+            }
+        }
+    }
+    found
+}
+
+/// Whether the configuration has such a key, whatever its type is.
+fn is_known(section: &str, key: &str) -> bool {
+    let list = matches!(section, "namespace" | "interface" | "endpoint" | "peer");
+    let head = if list {
+        format!("[[{section}]]")
+    } else {
+        format!("[{section}]")
+    };
+    let unknown = format!("unknown key '{key}'");
+    match Config::parse(Path::new("p.toml"), &format!("{head}\n{key} = 100000\n")) {
+        Ok(_) => true,
+        Err(errors) => !errors.iter().any(|error| error.to_string().contains(&unknown)),
+    }
+}
+
+#[test]
+fn every_option_that_a_text_names_exists() {
+    assert!(is_known("limits", "policy") && !is_known("limits", "policy_entries"));
+    assert_eq!(
+        hinted_keys("raise [limits] policy; [[endpoint]] needs a name; [[interface]] mtu=1"),
+        [
+            ("limits".to_owned(), "policy".to_owned()),
+            ("interface".to_owned(), "mtu".to_owned())
+        ]
+    );
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let mut texts = vec![root.join("README.md"), root.join("config/palisade.toml")];
+    let mut dirs = vec![root.join("crates"), root.join("docs")];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(&dir).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            if path.is_dir() {
+                if !matches!(name.as_str(), "tests" | "benches" | "target") {
+                    dirs.push(path);
+                }
+            } else if name != "tests.rs" && (name.ends_with(".rs") || name.ends_with(".md")) {
+                texts.push(path);
+            }
+        }
+    }
+    let mut keys = 0;
+    for path in texts {
+        for (section, key) in hinted_keys(&fs::read_to_string(&path).unwrap()) {
+            keys += 1;
+            assert!(is_known(&section, &key), "{}: [{section}] {key}", path.display());
+        }
+    }
+    assert!(keys > 20, "{keys}");
+}
+
+#[test]
+fn the_option_behind_a_map_exists_and_sets_its_size() {
+    use palisade_abi::maps;
+    let default = parsed("").limits;
+    for map in [
+        maps::CONNTRACK,
+        maps::FRAGMENTS,
+        maps::POLICY,
+        maps::IPCACHE,
+        maps::PREFIXES,
+        maps::LEARNED,
+        maps::RULES,
+    ] {
+        let option = limit_option::limit_option(map).unwrap_or_else(|| panic!("{map}"));
+        let text = format!("[limits]\n{option} = 54321\n");
+        assert_ne!(parsed(&text).limits, default, "{map}: {option}");
+        assert_eq!(
+            limit_hint(&map.to_lowercase()),
+            format!("; raise [limits] {option}")
+        );
+    }
+    // The ring has no option: no error may name one.
+    assert_eq!(limit_hint(maps::EVENTS), "");
+}
+
+#[test]
+fn a_full_map_is_reported_with_the_option_to_raise() {
+    let full = palisade_datapath::MapError::Full {
+        map: "prefixes".to_owned(),
+        present: 7,
+        max_entries: 7,
+    };
+    assert_eq!(
+        with_option(&full),
+        "prefixes map full: 7 of 7 entries; raise [limits] ipcache"
+    );
+    let ring = palisade_datapath::OpenError::BadLimit {
+        map: "events".to_owned(),
+        value: 3,
+        why: "too small",
+    };
+    assert_eq!(with_option(&ring), "events map of size 3: too small");
+}

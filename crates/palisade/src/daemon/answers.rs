@@ -39,7 +39,7 @@ use super::{
     view::{Shared, View, class_names, kind_name, prefix_text},
     workers::READERS,
 };
-use crate::config::Config;
+use crate::config::{Config, limit_hint, with_option};
 use crate::control::{
     ALIVE,
     api::{
@@ -115,7 +115,7 @@ fn from_value<T: serde::de::DeserializeOwned>(value: Value) -> Result<T, String>
 }
 
 fn map_error(error: MapError) -> String {
-    error.to_string()
+    with_option(&error)
 }
 
 impl Clients {
@@ -235,11 +235,11 @@ impl Clients {
         for map in &status.maps {
             // The conntrack map may be full: the oldest flow makes room. The others refuse.
             if map.map != maps::CONNTRACK.to_lowercase() && map.entries * 10 > map.capacity * 9 {
-                status.warnings.push(format!(
-                    "map {} is {}% full: raise its [limits]",
-                    map.map,
-                    (map.entries * 100).checked_div(map.capacity).unwrap_or(0)
-                ));
+                let percent = (map.entries * 100).checked_div(map.capacity).unwrap_or(0);
+                let hint = limit_hint(&map.map);
+                status
+                    .warnings
+                    .push(format!("map {} is {percent}% full{hint}", map.map));
             }
         }
         // Not by the control thread: tables may be large.

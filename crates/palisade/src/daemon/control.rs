@@ -48,7 +48,7 @@ use super::{
 };
 use crate::{
     command::{chain, count},
-    config::{Config, Dns, WithoutPolicies},
+    config::{Config, Dns, WithoutPolicies, with_option},
     control::{
         api::{InterfaceStatus, PolicyFileState, Request, Status},
         server,
@@ -369,7 +369,7 @@ fn open(config: &Config) -> anyhow::Result<Datapath> {
     };
     // The message has its end only: the whole log is what a report of the refusal needs.
     let Some(log) = error.verifier_log() else {
-        return Err(error.into());
+        return Err(anyhow::anyhow!(with_option(&error)));
     };
     let path = config.node.state_dir.join("verifier.log");
     let kept = match std::fs::write(&path, log) {

@@ -28,7 +28,7 @@ use super::{
     policies::PolicyFiles,
     state::{NODE, State},
 };
-use crate::config::Config;
+use crate::config::{Config, with_option};
 
 /// Application rules by their number.
 pub type RuleSets = BTreeMap<u32, Arc<RuleSet>>;
@@ -215,8 +215,9 @@ impl Engine {
                 changed
             }
             Err(problem) => {
+                let problem = with_option(&problem);
                 error!("the change is not in force, the last state stays: {problem}");
-                self.problem = Some(problem.to_string());
+                self.problem = Some(problem);
                 self.read_back(datapath);
                 change.failed(&way);
                 if let Some(good) = self.good.clone() {
@@ -225,7 +226,7 @@ impl Engine {
                     match self.go(datapath, &good, &way) {
                         Ok(_) => change.done(&way, Arc::new(meaning)),
                         Err(problem) => {
-                            error!("putting back what was enforced last: {problem}");
+                            error!("putting back what was enforced last: {}", with_option(&problem));
                             self.read_back(datapath);
                             change.failed(&way);
                         }
@@ -293,7 +294,9 @@ impl Engine {
                 if update.rulesets {
                     tell(&self.compiler.snapshot().rulesets);
                 }
-                datapath.apply(&update.ops).map_err(|problem| problem.to_string())
+                datapath
+                    .apply(&update.ops)
+                    .map_err(|problem| with_option(&problem))
             }
             Err(problems) => Err(problems
                 .iter()

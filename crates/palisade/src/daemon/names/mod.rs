@@ -47,6 +47,8 @@ use palisade_protocols::dns::{Answer, Name};
 pub use prefetch::{Prefetch, Targets, node_servers};
 use tracing::{error, info, trace};
 
+use crate::config::with_option;
+
 /// Answers that are dealt with under one lock.
 const BATCH: usize = 64;
 /// How long an answer may wait for an identity. Whoever holds the packet gives up at about that time too.
@@ -170,7 +172,7 @@ impl Meaning for View {
 
 impl Writer for Arc<Datapath> {
     fn put(&self, entries: &[(LearnedKey, Identity)]) -> Result<(), String> {
-        self.put_learned(entries).map_err(|problem| problem.to_string())
+        self.put_learned(entries).map_err(|problem| with_option(&problem))
     }
 
     fn remove(&self, keys: &[LearnedKey]) -> Result<(), String> {

@@ -1,0 +1,57 @@
+//! Names the `[limits]` option in errors about a map that is too small.
+//!
+//! `palisade-datapath` knows maps and no configuration: its errors name the map, and the option is added here.
+
+use std::fmt::Display;
+
+use palisade_abi::maps;
+use palisade_datapath::{ApplyError, MapError, OpenError};
+
+/// An error that a larger map can be the remedy for.
+pub trait SizeError: Display {
+    /// Returns the map that is too small, if that is the cause.
+    fn too_small(&self) -> Option<&str>;
+}
+
+impl SizeError for MapError {
+    fn too_small(&self) -> Option<&str> {
+        MapError::too_small(self)
+    }
+}
+
+impl SizeError for ApplyError {
+    fn too_small(&self) -> Option<&str> {
+        ApplyError::too_small(self)
+    }
+}
+
+impl SizeError for OpenError {
+    fn too_small(&self) -> Option<&str> {
+        OpenError::too_small(self)
+    }
+}
+
+/// Returns the option of `[limits]` that sets the size of a map (named in either case); `None` if no option does.
+pub fn limit_option(map: &str) -> Option<&'static str> {
+    Some(match map.to_uppercase().as_str() {
+        maps::CONNTRACK => "conntrack",
+        maps::FRAGMENTS => "fragments",
+        maps::POLICY => "policy",
+        // Addresses and prefixes are sized together.
+        maps::IPCACHE | maps::PREFIXES => "ipcache",
+        maps::LEARNED => "learned",
+        maps::RULES => "rules",
+        _ => return None,
+    })
+}
+
+/// Returns "; raise [limits] OPTION" for a map; empty if no option sets its size.
+pub fn limit_hint(map: &str) -> String {
+    limit_option(map).map_or_else(String::new, |option| format!("; raise [limits] {option}"))
+}
+
+/// Returns the text of an error, with the option to raise if a map is too small.
+pub fn with_option(error: &impl SizeError) -> String {
+    let hint = error.too_small().map(limit_hint).unwrap_or_default();
+    format!("{error}{hint}")
+}
