@@ -3,6 +3,8 @@
 //! `scripts/bench` runs everything and writes `bench/results/`. Each measure takes its variants in turn, again and
 //! again, so that whatever else the machine does meets all of them, and reports medians. Traffic only flows in
 //! network namespaces that the measure has made.
+//!
+//! Depends on the crates that it measures and on `palisade-testbed`. Start at `main.rs`, which lists the measures.
 
 pub mod bulk;
 pub mod carrier;

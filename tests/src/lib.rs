@@ -12,6 +12,8 @@
 //! `open`: the other end answers. `drop`: nothing comes back, and the other end has seen nothing.
 //! What can be tried: `tcp/PORT`, `udp/PORT` (echo), `udp/PORT/BYTES` (in fragments when it is large), `ping`,
 //! `ping/BYTES`; and packets that only have to arrive: `sctp/PORT`, `icmp/TYPE`, `proto/NUMBER`.
+//!
+//! Depends on `palisade-testbed`; runs the built binary. Start at a file of `tests/`.
 
 pub mod apps;
 pub mod flows;

@@ -1,3 +1,7 @@
+//! The state of one packet on its way through the programs.
+//!
+//! Every function of the pipeline gets a [`Frame`], reads what earlier steps wrote into it, and writes its own result.
+
 use palisade_abi::{CtKey, Decision, MatchKind, Reason};
 use palisade_packet::Packet;
 

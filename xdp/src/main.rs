@@ -3,6 +3,9 @@
 //!
 //! The parts are global functions (`ctx.rs`): the verifier takes each once. Where a path is short and hot it is
 //! inlined.
+//!
+//! Depends on `palisade-abi` and `palisade-packet`. Start at [`palisade_xdp`]: `judge` and `verdict` below it are the
+//! frame of the walk, `verdict.rs` the verdict for one endpoint, `policy.rs` the table lookup.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![allow(
     clippy::needless_borrows_for_generic_args,

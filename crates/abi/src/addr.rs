@@ -1,3 +1,5 @@
+//! Addresses as map keys, and the values of the ipcache and the prefix trie. No dependencies.
+
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// An IP address as 16 bytes in network order; IPv4 as the IPv4-mapped `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2).

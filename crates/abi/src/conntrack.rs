@@ -1,3 +1,8 @@
+//! Conntrack: key and entry of a flow, shares, slots, fragments.
+//!
+//! Start at [`CtKey`] (one key for both directions of a flow) and [`CtEntry`]. `xdp/src/conntrack.rs` writes the entries,
+//! `palisade-datapath` lists, seeds and sweeps them.
+
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::Addr;

@@ -1,3 +1,6 @@
+//! The record that the programs write to the event ring, and its enumerations. `palisade-flowlog` turns an [`Event`] into a
+//! flow record.
+
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::Addr;

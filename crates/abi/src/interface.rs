@@ -1,3 +1,8 @@
+//! Arrays that user space writes and the programs read: guarded interfaces, state of endpoints, the programs'
+//! configuration; and the counters that the programs write.
+//!
+//! Start at [`Interface`], [`EndpointState`] and [`Config`].
+
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Roles of a guarded interface.

@@ -5,6 +5,9 @@
 //! byte (which the verifier would refuse to read and a hash map would compare) does not compile.
 //!
 //! [`VERSION`] changes whenever a layout or a meaning does; pinned maps of another version are never reused.
+//!
+//! Depends on no other crate of Palisade. Start at [`PolicyKey`], [`CtKey`] and [`Reason`]; [`maps`] lists the maps with
+//! their keys and values.
 #![no_std]
 
 mod addr;

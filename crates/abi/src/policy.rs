@@ -1,3 +1,5 @@
+//! The policy table: identities, key and entry. [`PolicyKey`] states the order of the lookups; `xdp/src/policy.rs` makes them.
+
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::Class;

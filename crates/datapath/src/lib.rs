@@ -12,6 +12,9 @@
 //! One process at a time may hold a pin directory; the daemon guards that by a lock on its run file. Network
 //! interfaces are those of the network namespace of the calling thread; bpffs belongs to the mount namespace, so
 //! daemons of several network namespaces need a `pin_dir` each.
+//!
+//! Depends on `palisade-abi` and, for plans, on `palisade-policy`. Start at [`Datapath::open`], [`Datapath::apply`] and
+//! [`Datapath::attach`].
 
 mod apply;
 mod attach;

@@ -4,6 +4,8 @@
 //! Pure: no I/O, no clock. The daemon implements [`Names`], makes flows with [`Flow::from_event`] and keeps them in a
 //! [`Ring`], which makes those of records ([`Flow::from_record`]) when somebody looks; a reader takes a [`Cursor`], a
 //! [`Filters`] (built from flags by [`FilterBuilder`]) and a [`format::Format`].
+//!
+//! Depends on `palisade-abi` (events) and `palisade-inspect` (records). Start at [`Flow`].
 
 pub mod filter;
 pub mod flow;

@@ -1,3 +1,8 @@
+//! The cache of names and addresses of all endpoints.
+//!
+//! An answer is taken in by [`Cache::learn`], written to the maps by the caller, and then confirmed by [`Cache::commit`].
+//! Limits, statistics, save and restore are here; the entries of one endpoint are in `endpoint`.
+
 use std::{collections::HashMap, mem::size_of, net::IpAddr, sync::Arc};
 
 use palisade_protocols::dns::{Answer, CLASS_IN, Name, NameError};

@@ -1,3 +1,6 @@
+//! What the cache wants changed in the maps, and the types that tie the release of an answer to those changes:
+//! [`Pending`] until they are written, [`Committed`] afterwards.
+
 use std::{fmt, net::IpAddr, sync::Arc};
 
 use crate::{EndpointId, Millis, SelectorId};

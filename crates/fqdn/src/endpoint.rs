@@ -1,3 +1,7 @@
+//! Names, addresses and selectors of one endpoint: expiry, limits, and which changes the maps still lack.
+//!
+//! Used by [`crate::Cache`] only.
+
 use std::{
     collections::{BTreeMap, HashMap},
     net::IpAddr,

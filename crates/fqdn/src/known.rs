@@ -1,3 +1,6 @@
+//! An index of (endpoint, address, name) that workers read while the cache changes: which server names an address was
+//! learned for (`[tls] verify_sni_address`).
+
 use std::{
     array,
     collections::HashSet,

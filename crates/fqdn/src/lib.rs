@@ -9,6 +9,8 @@
 //! [`Tracker`] knows which questions are open, so that an answer that nobody asked for is never read.
 //!
 //! Nothing here does I/O or looks at a clock: time is a parameter, in milliseconds of one monotonic clock.
+//!
+//! Depends on `palisade-protocols` (names, answers) and `palisade-policy` (patterns).
 #![forbid(unsafe_code)]
 
 mod cache;

@@ -1,3 +1,5 @@
+//! The form in which a learned name survives a restart: one JSON line of the daemon's journal.
+
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};

@@ -1,3 +1,5 @@
+//! The toFQDNs selectors of a policy, compiled to one [`NameSet`].
+
 use palisade_policy::rule::FqdnPattern;
 use palisade_protocols::dns::{Name, NameSet, PatternError};
 

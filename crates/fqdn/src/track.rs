@@ -1,3 +1,6 @@
+//! Open DNS questions: an answer counts only if its id, addresses, ports and question belong to one. [`Tracker`] has
+//! limits for each endpoint and for all, and allocates nothing in the steady state.
+
 use std::{
     collections::{HashMap, hash_map::RandomState},
     fmt,

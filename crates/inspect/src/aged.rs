@@ -1,3 +1,6 @@
+//! A queue of values that expire in the order in which they were added, with access by number. Used for fragments and for
+//! held DNS answers.
+
 use crate::Millis;
 
 const NONE: u32 = u32::MAX;

@@ -1,3 +1,8 @@
+//! The entry point of the crate: one [`Engine`] for each worker.
+//!
+//! [`Engine::packet`] dispatches a packet to the reader of its rule set: DNS datagrams to `dns`, TCP to the connection
+//! tables of `dns::stream`, `http` and `tls`, fragments to `fragments` first.
+
 use std::sync::Arc;
 
 use palisade_abi::{Inspector, Reason, carry_flags, protocol};

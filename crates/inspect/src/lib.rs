@@ -4,6 +4,9 @@
 //! either gives the handle back to the [`Sink`] at once (release or discard), or keeps it until it can decide; held
 //! frames are bounded in number, bytes and time. What else is to happen goes to the sink too: packets that the engine
 //! makes, answers to be learned, records of what was seen.
+//!
+//! Depends on `palisade-packet`, `palisade-protocols`, `palisade-fqdn` and `palisade-policy` (rule sets). Start at
+//! [`Engine::packet`]; [`Rules`] is the prepared form of the rule sets, [`Sink`] is what a caller implements.
 #![forbid(unsafe_code)]
 
 mod aged;

@@ -1,3 +1,5 @@
+//! The Ethernet header and up to two VLAN tags.
+
 use palisade_abi::Reason;
 
 use crate::{Bytes, Packet, take};

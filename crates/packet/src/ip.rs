@@ -1,3 +1,6 @@
+//! IPv4 with options, IPv6 with extension headers. Refuses what could lead a packet to another address than the one that
+//! is judged (source routes), and headers in forms that receivers read differently.
+
 use palisade_abi::{Addr, Reason};
 
 use crate::{Bytes, MAX_EXTENSIONS, MAX_HEADERS, Packet, flags, fragment, take, transport};

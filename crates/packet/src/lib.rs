@@ -6,6 +6,8 @@
 //!
 //! A packet that could mean one thing to the firewall and another to its receiver is malformed here, whatever
 //! a receiver would make of it.
+//!
+//! Depends on `palisade-abi`. Start at [`decode`], which fills a [`Packet`].
 #![no_std]
 #![forbid(unsafe_code)]
 

@@ -1,3 +1,5 @@
+//! The packet that an ICMP error quotes: enough of it to find its flow.
+
 use palisade_abi::{Addr, Reason, protocol};
 
 use crate::{Bytes, MAX_EXTENSIONS, Packet, flags, icmp, icmpv6, ip, is_icmp, take};

@@ -1,3 +1,5 @@
+//! Transport headers: ports of TCP, UDP and SCTP, TCP flags, types of ICMP and ICMPv6.
+
 use palisade_abi::{Reason, protocol};
 
 use crate::{Bytes, Packet, flags, is_icmp, take};

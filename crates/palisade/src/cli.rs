@@ -611,4 +611,117 @@ mod tests {
         assert!(observe(&["--last", "x"]).is_err());
         assert!(observe(&["-o", "xml"]).is_err());
     }
+
+    /// Returns the commands that a text names: in backquotes, at the start of a line, or as a path of the installed binary.
+    fn named_commands(text: &str) -> Vec<&str> {
+        let mut found: Vec<&str> = text
+            .lines()
+            .filter_map(|line| line.trim_start().strip_prefix("palisade "))
+            .collect();
+        for marker in ["`palisade ", "/usr/bin/palisade "] {
+            for (at, _) in text.match_indices(marker) {
+                let rest = &text[at + marker.len()..];
+                found.push(&rest[..rest.find(['`', '\n']).unwrap_or(rest.len())]);
+            }
+        }
+        found
+    }
+
+    /// Checks subcommands and flags of a command line as documents write it: `[...]` is optional, `...` repeats.
+    fn check(line: &str) -> Result<(), String> {
+        let root = Cli::command();
+        let mut command = &root;
+        for token in line.split_whitespace() {
+            let token = token.trim_matches(['[', ']', '(', ')', ',', ';', '"', '\'', '.', ':']);
+            if let Some(long) = token.strip_prefix("--") {
+                let long = long.split('=').next().unwrap_or_default();
+                let mut arguments = command.get_arguments().chain(root.get_arguments());
+                let known = long.is_empty()
+                    || matches!(long, "help" | "version")
+                    || arguments.any(|a| {
+                        a.get_long() == Some(long)
+                            || a.get_visible_aliases().is_some_and(|all| all.contains(&long))
+                    });
+                if !known {
+                    return Err(format!("{} has no --{long}", command.get_name()));
+                }
+            } else if let Some(short) = token.strip_prefix('-').and_then(|rest| rest.chars().next()) {
+                if !command.get_arguments().any(|a| a.get_short() == Some(short)) {
+                    return Err(format!("{} has no -{short}", command.get_name()));
+                }
+            } else if matches!(token, "|" | "||" | "&&" | "#") {
+                break;
+            } else if command.has_subcommands() {
+                command = command
+                    .find_subcommand(token)
+                    .ok_or_else(|| format!("{} has no subcommand {token}", command.get_name()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the files whose name ends in one of `endings`, below a folder of the repository.
+    fn files(folder: &str, endings: &[&str]) -> Vec<PathBuf> {
+        let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let mut dirs = vec![root.join(folder)];
+        let mut files = Vec::new();
+        while let Some(dir) = dirs.pop() {
+            for entry in std::fs::read_dir(&dir).unwrap() {
+                let path = entry.unwrap().path();
+                let name = path.file_name().unwrap().to_string_lossy().into_owned();
+                if path.is_dir() && name != "target" {
+                    dirs.push(path);
+                } else if endings.iter().any(|ending| name.ends_with(ending)) {
+                    files.push(path);
+                }
+            }
+        }
+        files
+    }
+
+    #[test]
+    fn every_command_that_a_text_names_exists() {
+        check("stop [--detach]").unwrap();
+        check("policy trace --from A --to B --port 80 -o json").unwrap();
+        assert!(check("stop --detch").is_err() && check("polcy get").is_err() && check("stop -x").is_err());
+        let mut texts = files("docs", &[".md"]);
+        texts.extend(files("config", &[".toml", ".service"]));
+        texts.extend(files("crates/palisade/src", &[".rs"]));
+        texts.extend(files("crates/datapath/src", &[".rs"]));
+        texts.push(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../README.md"));
+        let mut commands = 0;
+        for path in texts {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let text = text.split("#[cfg(test)]").next().unwrap_or_default();
+            // A string that goes on in the next line.
+            let text: String = text.split("\\\n").map(str::trim_start).collect();
+            for line in named_commands(&text) {
+                commands += 1;
+                check(line)
+                    .unwrap_or_else(|problem| panic!("{}: palisade {line}: {problem}", path.display()));
+            }
+        }
+        assert!(commands > 40, "{commands}");
+    }
+
+    #[test]
+    fn the_readme_names_every_command() {
+        fn leaves(command: &clap::Command, path: &str, found: &mut Vec<String>) {
+            for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
+                let path = format!("{path} {}", sub.get_name());
+                if sub.has_subcommands() {
+                    leaves(sub, &path, found);
+                } else {
+                    found.push(path);
+                }
+            }
+        }
+        let mut found = Vec::new();
+        leaves(&Cli::command(), "palisade", &mut found);
+        let readme = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../README.md");
+        let readme = std::fs::read_to_string(readme).unwrap();
+        for path in found {
+            assert!(readme.contains(&format!("`{path}")), "{path}");
+        }
+    }
 }

@@ -7,6 +7,9 @@
 //! ```
 //!
 //! Pure: no I/O, no maps, no clock. The same compiler answers `palisade policy test` and fills the maps.
+//!
+//! Depends on `palisade-abi`. Start at [`compile::Compiler`]; its input are the [`rule`] types that [`parse`] makes, its
+//! output a [`snapshot::Snapshot`], from one of which to the next [`plan::plan`] leads.
 #![forbid(unsafe_code)]
 
 pub mod cases;

@@ -10,6 +10,8 @@
 //!        fd00:1::10               fd00:1::1   198.51.100.1      2001:db8:f::2
 //!                                             2001:db8:f::1
 //! ```
+//!
+//! Depends on no other crate of Palisade. Start at [`topology`] and [`daemon`].
 
 pub mod attached;
 pub mod capture;

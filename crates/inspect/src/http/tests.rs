@@ -1,3 +1,5 @@
+//! Tests of HTTP exchanges: requests and answers as byte streams, without TCP.
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use palisade_abi::{CarrySlot, Inspector, Reason};

@@ -1,3 +1,9 @@
+//! One TCP connection: RFC 9293, 3.10.7 as far as a firewall between the ends has to follow it.
+//!
+//! Start at `Connection::packet`: a segment is checked against the state (`arrive`, `open`, `reset`), its payload goes to
+//! the [`Half`] of its direction, and the [`Reader`] says what of it may go on (`read`). `answer` replies in the server's
+//! place, `delivery` delivers what was acknowledged to the sender.
+
 mod answer;
 mod delivery;
 mod quoted;

@@ -1,3 +1,7 @@
+//! All TCP connections of one reader: finds the connection of a packet, makes new ones, and enforces limits and deadlines.
+//!
+//! Start at `Connections::packet`.
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use foldhash::{HashMap, HashMapExt as _};

@@ -1,3 +1,5 @@
+//! Tests of the TCP reader with a reader that lets a given number of bytes pass.
+
 mod errors;
 
 use std::collections::BTreeMap;
@@ -959,8 +961,7 @@ fn what_is_held_is_acknowledged_and_then_delivered() {
     );
 }
 
-/// What a receiver never acknowledges ends the connection.
-/// A segment with a timestamp.
+/// Adds a timestamp option to a segment (RFC 7323, 3).
 fn stamped(seg: Seg, value: u32, echo: u32) -> Seg {
     let options = [&[1, 1, 8, 10][..], &value.to_be_bytes(), &echo.to_be_bytes()].concat();
     Seg { options, ..seg }

@@ -1,3 +1,5 @@
+//! Tests of the TLS reader: hellos in records and segments of every size.
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use palisade_abi::{CarrySlot, Inspector};

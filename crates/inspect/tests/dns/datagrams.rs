@@ -1,3 +1,5 @@
+//! DNS over UDP: queries and answers, one datagram each.
+
 use palisade_abi::{CarrySlot, Reason, carry_hook};
 use palisade_inspect::{
     Denial, DnsLimits, Lease, Limits, Route, TrackLimits, Unasked,

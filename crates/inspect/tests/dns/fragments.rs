@@ -1,3 +1,5 @@
+//! DNS datagrams in IP fragments.
+
 use std::collections::BTreeMap;
 
 use palisade_abi::{CarrySlot, Reason};

@@ -1,3 +1,5 @@
+//! DNS rule sets: which rule of a set decides.
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use palisade_inspect::Rules;

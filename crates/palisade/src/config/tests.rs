@@ -1,3 +1,5 @@
+//! Tests of the configuration: what is accepted, the text and place of each error, and the options that other texts name.
+
 use super::*;
 
 fn errors(text: &str) -> Vec<String> {

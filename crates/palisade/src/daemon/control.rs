@@ -1024,7 +1024,7 @@ impl Control {
         })
     }
 
-    /// The tables in force by number, for whom they are.
+    /// Returns the options of an endpoint, by their name: whether it is in audit mode.
     pub fn audit_options(&self, name: &str) -> BTreeMap<String, bool> {
         [(
             "PolicyAuditMode".to_owned(),

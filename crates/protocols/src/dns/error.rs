@@ -1,3 +1,5 @@
+//! Why a DNS message is refused, and which response code says so.
+
 use std::fmt;
 
 use super::Rcode;

@@ -1,3 +1,6 @@
+//! DNS messages: [`Query`] and [`Answer`], parsed in one pass over the bytes, with limits on names, records and CNAME
+//! chains.
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{

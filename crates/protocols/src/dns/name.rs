@@ -1,3 +1,5 @@
+//! Domain names in wire form.
+
 use std::{
     borrow::Borrow,
     fmt,

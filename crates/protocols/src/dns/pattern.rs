@@ -1,3 +1,5 @@
+//! Sets of `matchName` and `matchPattern`, compiled: [`NameSet`] finds which of thousands of patterns match a name.
+
 use std::{
     collections::HashMap,
     fmt,

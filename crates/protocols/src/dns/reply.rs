@@ -1,3 +1,5 @@
+//! Answers that are made here: REFUSED, NXDOMAIN, FORMERR, NOTIMP.
+
 use super::{HEADER_LEN, Limits, Query, Refusal, message::Flags, name::MAX_NAME};
 
 /// Response codes of answers that are made here (RFC 1035, 4.1.1).

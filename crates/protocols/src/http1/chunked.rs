@@ -1,3 +1,5 @@
+//! Chunked bodies and their trailers (RFC 9112, 7.1).
+
 use super::{
     Refusal,
     head::{Folded, is_token},

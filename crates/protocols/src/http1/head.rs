@@ -1,3 +1,5 @@
+//! Finds the end of a head in a stream, and refuses bytes that no head may have.
+
 use super::Refusal;
 
 /// What a head may be at most.

@@ -1,3 +1,5 @@
+//! Heads of requests and responses: target, fields, and how the body is framed (RFC 9112, 6).
+
 use std::{mem::MaybeUninit, str};
 
 use super::{

@@ -1,3 +1,5 @@
+//! Tests of heads, bodies and what is refused.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! The ClientHello: server name, ALPN, encrypted client hello, versions (RFC 8446, 4.1.2; RFC 6066, 3).
+
 use std::net::IpAddr;
 
 use super::Refusal;

@@ -1,3 +1,5 @@
+//! TLS records and the handshake messages in them: [`ClientReader`] and [`ServerReader`] take bytes as they come.
+
 use super::{ClientHello, MAX_HELLO, Refusal};
 
 /// Content types of records (RFC 8446, 5.1).

@@ -1,3 +1,5 @@
+//! Tests of records and hellos, cut at every byte.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Tests of what records show of URLs and fields.
+
 use super::*;
 
 fn url_of(path: &str) -> String {
