@@ -520,3 +520,34 @@ fn a_full_map_is_reported_with_the_option_to_raise() {
     };
     assert_eq!(with_option(&ring), "events map of size 3: too small");
 }
+
+/// Returns the code blocks of a language in a document, without the indentation of their fences.
+fn code_blocks(document: &str, language: &str) -> Vec<String> {
+    let mut blocks = Vec::new();
+    let mut lines = document.lines();
+    while let Some(line) = lines.next() {
+        let indentation = line.len() - line.trim_start().len();
+        if line.trim() == format!("```{language}") {
+            let block = lines.by_ref().take_while(|line| line.trim() != "```");
+            let block: Vec<&str> = block
+                .map(|line| line.get(indentation..).unwrap_or_default())
+                .collect();
+            blocks.push(block.join("\n"));
+        }
+    }
+    blocks
+}
+
+#[test]
+fn what_the_readme_has_one_write_is_valid() {
+    let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../README.md");
+    let readme = fs::read_to_string(readme).unwrap();
+    let configurations = code_blocks(&readme, "toml");
+    assert_eq!(configurations.len(), 2);
+    assert!(parsed(&configurations[0]).policy.audit);
+    assert_eq!(parsed(&configurations[1]).endpoints.len(), 1);
+    let policies = code_blocks(&readme, "yaml");
+    assert_eq!(policies.len(), 1);
+    let diagnostics = palisade_policy::parse::parse("node.yaml", &policies[0]).diagnostics;
+    assert!(diagnostics.is_empty(), "{diagnostics:?}");
+}
