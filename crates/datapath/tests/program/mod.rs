@@ -1,7 +1,9 @@
 //! A node without interfaces: the programs and their maps, filled by hand, run by BPF_PROG_TEST_RUN in a network
 //! namespace of the test's thread.
 #![allow(dead_code, reason = "each test file uses a part")]
+#![allow(unsafe_code, reason = "system calls")]
 
+#[path = "../../../packet/tests/packets/mod.rs"]
 pub mod packets;
 pub mod sys;
 

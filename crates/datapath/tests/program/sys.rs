@@ -1,4 +1,5 @@
 //! The few bpf(2) calls that these tests make.
+#![allow(unsafe_code, reason = "bpf(2)")]
 
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};

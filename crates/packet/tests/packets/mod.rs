@@ -1,4 +1,5 @@
-//! Packets, made with etherparse.
+//! Packets, made with etherparse. Also for the tests of the BPF programs.
+#![allow(dead_code, reason = "each test file uses a part")]
 
 use std::net::IpAddr;
 
