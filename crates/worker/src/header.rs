@@ -1,4 +1,8 @@
-//! What stands in front of a carried packet, and what is put behind one that goes on. Pure: bytes in, bytes out.
+//! The punt header in front of a punted packet, and the reinject trailer behind a forwarded one. Pure: bytes in, bytes
+//! out.
+//!
+//! A packet goes through [`parse`], [`prepare`] and [`normalise_options`] before it is inspected, and through
+//! [`trailer`] and [`append_trailer`] before it is sent.
 
 use palisade_abi::{
     Carried, CarrySlot, FlowCommand, MAX_CARRIED_MSS, Reason, Released, carry_hook, protocol, release,
@@ -9,18 +13,19 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use crate::checksum;
 
-/// Length of a [`Carried`].
+/// Length of the punt header, bytes.
 pub const CARRIED: usize = size_of::<Carried>();
-/// The most that is put behind a packet.
+/// Greatest length of the trailer with its flow commands, bytes.
 pub const TRAILER: usize = size_of::<Released>() + 2 * size_of::<FlowCommand>();
-/// Shortest Ethernet frame that is one: its header.
+/// Length of an Ethernet header, bytes.
 pub const ETHERNET: usize = 14;
 
-/// Reads what stands in front.
+/// Parses the punt header.
 ///
 /// # Errors
-/// Nobody of ours put this frame on the carrier, or not as agreed.
-pub fn carried(bytes: &[u8], cookie: u64) -> Result<Carried, Reason> {
+/// [`Reason::CarryForeign`] if the cookie is wrong, the hook is unknown, the interface is zero, or no slot requests
+/// inspection: the programs did not put this frame on the carrier.
+pub fn parse(bytes: &[u8], cookie: u64) -> Result<Carried, Reason> {
     let (carried, frame) = Carried::read_from_prefix(bytes).map_err(|_| Reason::CarryForeign)?;
     if carried.cookie != cookie || frame.len() < ETHERNET {
         return Err(Reason::CarryForeign);
@@ -29,30 +34,30 @@ pub fn carried(bytes: &[u8], cookie: u64) -> Result<Carried, Reason> {
         carried.hook,
         carry_hook::XDP_INGRESS | carry_hook::TC_INGRESS | carry_hook::TC_EGRESS
     );
-    let asked = carried.slots.iter().any(|slot| slot.endpoint != 0);
-    if !known || !asked || carried.ifindex == 0 {
+    let requested = carried.slots.iter().any(|slot| slot.endpoint != 0);
+    if !known || !requested || carried.ifindex == 0 {
         return Err(Reason::CarryForeign);
     }
     Ok(carried)
 }
 
-/// The flow's hash as it stands in front, whoever wrote it.
+/// Returns the flow hash of the punt header without validating the header; 0 if the frame is shorter than one.
 #[must_use]
-pub fn hash(bytes: &[u8]) -> u32 {
+pub fn flow_hash(bytes: &[u8]) -> u32 {
     Carried::read_from_prefix(bytes).map_or(0, |(carried, _)| carried.hash)
 }
 
-/// A packet that can be read: where its parts are, counted from the start of the Ethernet header.
+/// A packet that is ready for inspection.
 #[derive(Clone, Copy, Debug)]
-pub struct Ready {
-    /// Where in the bytes the Ethernet header starts.
+pub struct Prepared {
+    /// Offset of the Ethernet header in the frame.
     pub start: usize,
-    /// What was decoded.
+    /// The decoded headers, with offsets from the Ethernet header.
     pub packet: Packet,
 }
 
-impl Ready {
-    /// As the engine sees it.
+impl Prepared {
+    /// Returns the packet as an inspector sees it. `frame`: the bytes from the Ethernet header on.
     #[must_use]
     pub fn view<'a>(&'a self, slot: &'a CarrySlot, ifindex: u32, hook: u8, frame: &'a [u8]) -> View<'a> {
         let transport = usize::from(self.packet.transport_offset);
@@ -69,24 +74,24 @@ impl Ready {
     }
 }
 
-/// Rewrites the TCP options of a packet that will be read ([`palisade_inspect::normalise_options`]); it goes on
-/// changed, if it goes on. A SYN offers no larger segments than the carrier takes. Returns whether anything was
-/// changed; false for what is no whole TCP segment.
+/// Rewrites the TCP options of a packet in place ([`palisade_inspect::normalise_options`]) and limits the MSS of a SYN
+/// to what fits on the carrier. The packet is forwarded with the new options. Returns whether a byte was changed;
+/// always false for fragments and for other protocols.
 ///
 /// # Errors
-/// The packet must not go on.
-pub fn normalise(bytes: &mut [u8], ready: &Ready) -> Result<bool, OptionProblem> {
-    let packet = &ready.packet;
+/// The packet must not be forwarded.
+pub fn normalise_options(bytes: &mut [u8], prepared: &Prepared) -> Result<bool, OptionProblem> {
+    let packet = &prepared.packet;
     if packet.protocol != protocol::TCP || packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER) {
         return Ok(false);
     }
-    let start = ready.start + usize::from(packet.transport_offset);
-    let end = ready.start + usize::from(packet.network_offset) + packet.length as usize;
+    let start = prepared.start + usize::from(packet.transport_offset);
+    let end = prepared.start + usize::from(packet.network_offset) + packet.length as usize;
     let segment = bytes.get_mut(start..end).ok_or(OptionProblem::Length)?;
     palisade_inspect::normalise_options(segment, Some(MAX_CARRIED_MSS))
 }
 
-/// Where the payload of the transport starts and ends; of a later fragment, what it carries.
+/// Returns start and end of the transport's payload; of a fragment that is not the first one, of its whole contents.
 fn payload(frame: &[u8], packet: &Packet) -> (usize, usize) {
     let transport = usize::from(packet.transport_offset);
     let end = (usize::from(packet.network_offset) + packet.length as usize).min(frame.len());
@@ -107,16 +112,17 @@ fn payload(frame: &[u8], packet: &Packet) -> (usize, usize) {
     ((transport + header).min(end), end)
 }
 
-/// Makes a carried packet whole: the VLAN tag that was beside it stands in it again, its checksums are right.
+/// Prepares a punted packet for inspection: puts the VLAN tag that the device had stripped back into the frame, decodes
+/// the headers, and completes or verifies the checksums.
 ///
 /// # Errors
-/// The packet cannot be read, or its receiver would not.
-pub fn prepare(bytes: &mut [u8], carried: &Carried) -> Result<Ready, (Reason, Packet)> {
+/// The packet cannot be decoded, or its receiver would discard it. Returns the drop reason and what was decoded.
+pub fn prepare(bytes: &mut [u8], carried: &Carried) -> Result<Prepared, (Reason, Packet)> {
     let mut start = CARRIED;
     match carried.vlan_protocol {
         0 => {}
         0x8100 | 0x88a8 => {
-            // What stands in front has been read: there is room.
+            // The tag's four bytes overwrite the end of the punt header, which has been parsed.
             start -= 4;
             bytes.copy_within(CARRIED..CARRIED + 12, start);
             bytes[start + 12..start + 14].copy_from_slice(&carried.vlan_protocol.to_be_bytes());
@@ -126,13 +132,14 @@ pub fn prepare(bytes: &mut [u8], carried: &Carried) -> Result<Ready, (Reason, Pa
     }
     let packet = decode(&bytes[start..])?;
     checksum::complete_or_verify(&mut bytes[start..], &packet).map_err(|reason| (reason, packet))?;
-    Ok(Ready { start, packet })
+    Ok(Prepared { start, packet })
 }
 
-/// Decodes a frame that must be IP.
+/// Decodes an Ethernet frame with an IP packet.
 ///
 /// # Errors
-/// As the programs would say.
+/// The frame is malformed or not IP. Returns the drop reason, the same as the programs' for that frame, and what was
+/// decoded.
 pub fn decode(frame: &[u8]) -> Result<Packet, (Reason, Packet)> {
     let mut packet = Packet::default();
     match palisade_packet::decode(frame, Start::Ethernet { tags_removed: 0 }, &mut packet) {
@@ -142,10 +149,12 @@ pub fn decode(frame: &[u8]) -> Result<Packet, (Reason, Packet)> {
     }
 }
 
-/// Which way a packet goes that was caught at a hook, or one that is made because of it. `xdp`: at the ingress of
-/// the interface stands XDP, so nobody there would take the mark off.
+/// Returns the trailer of a packet that was punted at a hook, or was made in response to one (`route.back`).
+///
+/// The mark tells the tc program of that direction to let the packet pass. It is left out where XDP is the ingress hook
+/// of the interface (`xdp`): a reinjected packet does not pass XDP again, so no program would clear the mark.
 #[must_use]
-pub fn released(cookie: u64, route: Route, xdp: bool) -> Released {
+pub fn trailer(cookie: u64, route: Route, xdp: bool) -> Released {
     let ingress = (route.hook == carry_hook::TC_EGRESS) == route.back;
     let mark = !(ingress && (xdp || route.hook == carry_hook::XDP_INGRESS));
     Released {
@@ -161,9 +170,9 @@ pub fn released(cookie: u64, route: Route, xdp: bool) -> Released {
     }
 }
 
-/// Writes what stands behind a packet of `length` bytes at the start of `room`; the length of all of it. `None`:
-/// there is no room.
-pub fn append(
+/// Appends flow commands and trailer to a packet of `length` bytes at the start of `room`. Returns the new length, or
+/// `None` if there is not enough room.
+pub fn append_trailer(
     room: &mut [u8],
     length: usize,
     released: &Released,
@@ -191,14 +200,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_way_on_is_the_hook_and_the_way_back_the_other_one() {
+    fn a_packet_continues_at_its_hook_and_a_response_takes_the_opposite_path() {
         let route = |hook, back| Route {
             ifindex: 7,
             hook,
             back,
         };
         let way = |hook, back, xdp| {
-            let released = released(5, route(hook, back), xdp);
+            let released = trailer(5, route(hook, back), xdp);
             assert_eq!((released.cookie, released.ifindex), (5, 7));
             (released.way, released.flags)
         };
@@ -214,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_of_ours_carried_is_refused() {
+    fn a_frame_without_a_valid_punt_header_is_refused() {
         let good = Carried {
             cookie: 9,
             ifindex: 3,
@@ -233,7 +242,7 @@ mod tests {
             bytes.resize(bytes.len() + frame, 0);
             bytes
         };
-        assert_eq!(carried(&bytes(&good, 14), 9), Ok(good));
+        assert_eq!(parse(&bytes(&good, 14), 9), Ok(good));
         for (bad, frame, cookie) in [
             (good, 14, 8),
             (good, 13, 9),
@@ -249,8 +258,8 @@ mod tests {
                 9,
             ),
         ] {
-            assert_eq!(carried(&bytes(&bad, frame), cookie), Err(Reason::CarryForeign));
+            assert_eq!(parse(&bytes(&bad, frame), cookie), Err(Reason::CarryForeign));
         }
-        assert_eq!(carried(&[0; 20], 0), Err(Reason::CarryForeign));
+        assert_eq!(parse(&[0; 20], 0), Err(Reason::CarryForeign));
     }
 }

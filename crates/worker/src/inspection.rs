@@ -17,7 +17,7 @@ use crate::{
     context::WorkerControl,
     counters::Counters,
     effects::{Effect, Effects},
-    header::{self, Ready},
+    header::{self, Prepared},
     held::{Handle, HeldFrame, HeldFrames},
     inspect::Inspect,
     port::Port,
@@ -105,20 +105,20 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
     pub fn packet(&mut self, port: &mut P, mut frame: P::Frame, carried: &Carried) {
         let length = port.data(&frame).len();
         let buffer = port.buffer_mut(&mut frame);
-        let ready = match header::prepare(&mut buffer[..length], carried) {
-            Ok(ready) => ready,
+        let prepared = match header::prepare(&mut buffer[..length], carried) {
+            Ok(prepared) => prepared,
             Err((reason, packet)) => {
                 self.refuse(carried, reason, reason.text(), &packet);
                 port.free(frame);
                 return;
             }
         };
-        match header::normalise(&mut buffer[..length], &ready) {
+        match header::normalise_options(&mut buffer[..length], &prepared) {
             Ok(changed) => self.counters.options_rewritten.add(u64::from(changed)),
             // In audit mode the inspector reports the packet and lets it pass if it can.
             Err(_) if is_audit(carried) => {}
             Err(problem) => {
-                self.refuse(carried, Reason::TcpInvalid, problem.text(), &ready.packet);
+                self.refuse(carried, Reason::TcpInvalid, problem.text(), &prepared.packet);
                 port.free(frame);
                 return;
             }
@@ -136,8 +136,8 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
             return;
         };
         let held = HeldFrame {
-            start: ready.start,
-            length: length - ready.start,
+            start: prepared.start,
+            length: length - prepared.start,
             ifindex: carried.ifindex,
             hook: carried.hook,
             second: slots.next().copied(),
@@ -145,7 +145,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
             frame,
         };
         match self.held.insert(held) {
-            Ok(handle) => self.inspect(port, handle, first, &ready),
+            Ok(handle) => self.inspect(port, handle, first, &prepared),
             Err(held) => {
                 // Cannot happen: the slab has room for every frame of the socket.
                 self.counters.count_drop(Reason::WorkerOverload);
@@ -156,7 +156,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
     }
 
     /// Shows a held packet to the inspector of a slot.
-    fn inspect(&mut self, port: &mut P, handle: Handle, slot: &CarrySlot, ready: &Ready) {
+    fn inspect(&mut self, port: &mut P, handle: Handle, slot: &CarrySlot, prepared: &Prepared) {
         if !self.engine.knows(slot.ruleset) {
             // The control plane sends rules to the workers before it writes the maps that name them, so the rules of
             // this packet are there, but may have come after this turn began.
@@ -175,7 +175,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
             self.effects.discard(handle, Reason::CarryFailed);
             return;
         };
-        let view = ready.view(slot, ifindex, hook, packet);
+        let view = prepared.view(slot, ifindex, hook, packet);
         self.engine
             .packet(millis(self.now), &view, handle, &mut self.effects);
     }
@@ -229,7 +229,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
             .get(start..start + held.length)
             .unwrap_or_default();
         match header::decode(packet) {
-            Ok(packet) => self.inspect(port, handle, &slot, &Ready { start, packet }),
+            Ok(packet) => self.inspect(port, handle, &slot, &Prepared { start, packet }),
             // Cannot happen: the same bytes were decoded for the first inspector.
             Err((reason, _)) => self.effects.discard(handle, reason),
         }

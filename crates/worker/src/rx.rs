@@ -77,7 +77,7 @@ impl<'a, F> Rx<'a, F> {
     fn shed<P: Port<Frame = F>>(&mut self, port: &mut P) {
         self.shed.clear();
         self.shed.resize(self.batch.len(), false);
-        let hashes = self.batch.iter().map(|frame| header::hash(port.data(frame)));
+        let hashes = self.batch.iter().map(|frame| header::flow_hash(port.data(frame)));
         self.fair.halve(hashes, |place| self.shed[place] = true);
         for shed in &self.shed {
             let Some(frame) = self.batch.pop_front() else {
@@ -101,7 +101,7 @@ impl<'a, F> Rx<'a, F> {
             self.counters
                 .bytes_in
                 .add(data.len().saturating_sub(header::CARRIED) as u64);
-            let carried = match header::carried(data, self.cookie) {
+            let carried = match header::parse(data, self.cookie) {
                 Ok(carried) => carried,
                 Err(reason) => {
                     self.counters.count_drop(reason);
@@ -149,7 +149,7 @@ impl<'a, F> Rx<'a, F> {
                 };
                 self.counters.handoff_in.add(1);
                 // The sending worker has validated the header; a copy of it is parsed here.
-                match header::carried(port.data(&frame), self.cookie) {
+                match header::parse(port.data(&frame), self.cookie) {
                     Ok(carried) => own(port, frame, &carried),
                     Err(reason) => {
                         self.counters.count_drop(reason);

@@ -88,7 +88,7 @@ impl Tx {
     }
 
     fn trailer(&self, route: Route) -> Released {
-        header::released(self.cookie, route, self.xdp.contains(&route.ifindex))
+        header::trailer(self.cookie, route, self.xdp.contains(&route.ifindex))
     }
 
     /// Appends commands and trailer to the packet and transmits it. Returns whether it is in the transmit ring.
@@ -107,7 +107,7 @@ impl Tx {
             buffer.copy_within(start..start + length, 0);
             start = 0;
         }
-        let Some(total) = header::append(&mut buffer[start..], length, trailer, commands) else {
+        let Some(total) = header::append_trailer(&mut buffer[start..], length, trailer, commands) else {
             self.counters.count_drop(Reason::CarryUnsupported);
             port.free(frame);
             return false;
