@@ -1,4 +1,4 @@
-//! Workers on threads of their own, over a port that is no socket: what a packet costs, and what a failure does.
+//! Workers on their threads, with a port in memory: allocations per packet, and restarts after failures.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -22,26 +22,26 @@ thread_local! {
     static ALLOCATED: Cell<u64> = const { Cell::new(0) };
 }
 
-/// Counts what a thread allocates.
+/// The system allocator with a count of each thread's allocations.
 struct Counting;
 
-// SAFETY: everything is done by the system's allocator.
+// SAFETY: all calls are passed on to the system allocator unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // A thread that ends allocates without being counted.
+        // Fails while a thread's locals are being dropped; those allocations are not counted.
         let _ = ALLOCATED.try_with(|count| count.set(count.get() + 1));
-        // SAFETY: as the caller promises.
+        // SAFETY: the caller upholds the contract of this method, which is that of the system allocator.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: as the caller promises.
+        // SAFETY: the caller upholds the contract of this method, which is that of the system allocator.
         unsafe { System.dealloc(pointer, layout) }
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         let _ = ALLOCATED.try_with(|count| count.set(count.get() + 1));
-        // SAFETY: as the caller promises.
+        // SAFETY: the caller upholds the contract of this method, which is that of the system allocator.
         unsafe { System.realloc(pointer, layout, size) }
     }
 }
@@ -52,7 +52,7 @@ static ALLOCATOR: Counting = Counting;
 const COOKIE: u64 = 99;
 const FRAMES: usize = 256;
 
-/// A port at which the same packets arrive over and over.
+/// A port that receives the same packets again and again.
 struct Loop {
     chunks: Vec<[u8; 2_048]>,
     lengths: Vec<usize>,
@@ -60,18 +60,23 @@ struct Loop {
     packets: Arc<Vec<Vec<u8>>>,
     next: usize,
     seen: Arc<Seen>,
-    /// Nothing arrives any more.
+    /// No more packets arrive.
     dry: Arc<AtomicBool>,
     fail_at: Option<u64>,
 }
 
+/// What a port has seen.
 #[derive(Default)]
 struct Seen {
+    /// Sent packets.
     sent: AtomicU64,
+    /// The sent packet from which on allocations are counted.
     warm: AtomicU64,
-    /// Allocations of the thread since it was warm.
+    /// Allocations of the thread since then.
     allocated: AtomicU64,
+    /// Free frames.
     free: AtomicUsize,
+    /// Sent packets without a valid trailer.
     wrong: AtomicU64,
 }
 
@@ -160,7 +165,7 @@ impl Port for Loop {
     }
 }
 
-/// Lets every packet go at once or after a while, every tenth never, and tells of all.
+/// An engine that drops each tenth packet, releases some of the others later, and records all.
 struct Script {
     held: VecDeque<Handle>,
     count: u64,
@@ -178,8 +183,11 @@ impl Inspect for Script {
 
     fn packet(&mut self, _: Millis, view: &View<'_>, frame: Handle, sink: &mut impl Sink<Handle>) {
         self.count += 1;
-        assert!(self.panic_at.is_none_or(|at| self.count < at), "cannot go on");
-        let what = palisade_inspect::record::What::Unreadable { detail: "of a test" };
+        assert!(
+            self.panic_at.is_none_or(|at| self.count < at),
+            "panic of the test"
+        );
+        let what = palisade_inspect::record::What::Unreadable { detail: "in a test" };
         sink.record(&Record::of(view, what));
         match self.count % 10 {
             0 => sink.discard(frame, Reason::AppDenied),
@@ -208,7 +216,7 @@ impl Inspect for Script {
     }
 }
 
-/// A carried datagram without a checksum.
+/// Returns a punted UDP datagram without a checksum.
 fn packet(hash: u32, second: bool) -> Vec<u8> {
     let slot = CarrySlot {
         endpoint: 2,
@@ -237,13 +245,14 @@ fn clock() -> u64 {
     START.get_or_init(Instant::now).elapsed().as_nanos() as u64 + 1
 }
 
+/// A pool of workers with ports in memory.
 struct Bench {
     seen: Vec<Arc<Seen>>,
     dry: Arc<AtomicBool>,
-    beats: Arc<Vec<AtomicU64>>,
+    heartbeats: Arc<Vec<AtomicU64>>,
     pool: Pool<()>,
     records: palisade_worker::Receiver<palisade_worker::Stamped>,
-    lives: Arc<AtomicUsize>,
+    starts: Arc<AtomicUsize>,
 }
 
 fn bench(workers: usize, warm: u64, fail_at: Option<u64>, panic_at: Option<u64>) -> Bench {
@@ -256,9 +265,9 @@ fn bench(workers: usize, warm: u64, fail_at: Option<u64>, panic_at: Option<u64>)
         })
         .collect();
     let dry = Arc::new(AtomicBool::new(false));
-    let lives = Arc::new(AtomicUsize::new(0));
+    let starts = Arc::new(AtomicUsize::new(0));
     let packets = Arc::new((0..8).map(|n| packet(n, n % 3 == 0)).collect::<Vec<_>>());
-    let beats: Arc<Vec<AtomicU64>> = Arc::new((0..workers).map(|_| AtomicU64::new(0)).collect());
+    let heartbeats: Arc<Vec<AtomicU64>> = Arc::new((0..workers).map(|_| AtomicU64::new(0)).collect());
     let (pool, _, records) = Pool::start(Setup {
         workers,
         mode: Mode::Poll,
@@ -266,10 +275,10 @@ fn bench(workers: usize, warm: u64, fail_at: Option<u64>, panic_at: Option<u64>)
         clock,
         max_handoff: 2_048,
         port: {
-            let (seen, dry, lives) = (seen.clone(), Arc::clone(&dry), Arc::clone(&lives));
+            let (seen, dry, starts) = (seen.clone(), Arc::clone(&dry), Arc::clone(&starts));
             Arc::new(move |number| {
-                // Only the first life fails.
-                let first = lives.fetch_add(1, Ordering::Relaxed) == 0;
+                // Only the first start gets a port that fails.
+                let first = starts.fetch_add(1, Ordering::Relaxed) == 0;
                 let port = Loop {
                     chunks: vec![[0; 2_048]; FRAMES],
                     lengths: vec![0; FRAMES],
@@ -284,16 +293,16 @@ fn bench(workers: usize, warm: u64, fail_at: Option<u64>, panic_at: Option<u64>)
             })
         },
         engine: {
-            let lives = Arc::clone(&lives);
+            let starts = Arc::clone(&starts);
             Arc::new(move |_| Script {
                 held: VecDeque::with_capacity(FRAMES),
                 count: 0,
-                panic_at: panic_at.filter(|_| lives.load(Ordering::Relaxed) == 1),
+                panic_at: panic_at.filter(|_| starts.load(Ordering::Relaxed) == 1),
             })
         },
         heartbeat: {
-            let beats = Arc::clone(&beats);
-            Arc::new(move |number, now| beats[number].store(now, Ordering::Relaxed))
+            let heartbeats = Arc::clone(&heartbeats);
+            Arc::new(move |number, now| heartbeats[number].store(now, Ordering::Relaxed))
         },
         rules: Arc::new(()),
         learns: 4,
@@ -303,23 +312,24 @@ fn bench(workers: usize, warm: u64, fail_at: Option<u64>, panic_at: Option<u64>)
     Bench {
         seen,
         dry,
-        beats,
+        heartbeats,
         pool,
         records,
-        lives,
+        starts,
     }
 }
 
-fn until(what: &str, mut true_: impl FnMut() -> bool) {
-    let begun = Instant::now();
-    while !true_() {
-        assert!(begun.elapsed() < Duration::from_secs(20), "{what}: not in time");
+/// Waits for a condition.
+fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !condition() {
+        assert!(started.elapsed() < Duration::from_secs(20), "{what}: not in time");
         thread::sleep(Duration::from_millis(1));
     }
 }
 
 #[test]
-fn a_packet_in_the_steady_state_allocates_nothing_and_every_frame_comes_back() {
+fn packets_in_the_steady_state_allocate_nothing_and_every_frame_is_freed() {
     let mut bench = bench(2, 20_000, None, None);
     assert!(bench.pool.wait_until_running(Duration::from_secs(10)));
     for seen in &bench.seen {
@@ -331,21 +341,21 @@ fn a_packet_in_the_steady_state_allocates_nothing_and_every_frame_comes_back() {
     }
     assert!(records > 0);
     for (number, seen) in bench.seen.iter().enumerate() {
-        // After the last look, what was counted was counted since the twenty-thousandth packet.
+        // The count starts at the 20,000th packet.
         assert_eq!(seen.allocated.load(Ordering::Relaxed), 0, "worker {number}");
         assert_eq!(seen.wrong.load(Ordering::Relaxed), 0);
     }
     bench.dry.store(true, Ordering::Relaxed);
     for (seen, counters) in bench.seen.iter().zip(bench.pool.counters()) {
         until("frames", || {
-            // What the engines hold goes when their endpoint does.
+            // The engine discards the packets that it holds when their endpoint is deleted.
             bench.pool.forget_endpoints(&[2]);
             seen.free.load(Ordering::Relaxed) == FRAMES && counters.held.get() == 0
         });
         assert!(counters.handoff_out.get() > 1_000 && counters.handoff_in.get() > 1_000);
         assert_eq!(counters.packets_out.get(), seen.sent.load(Ordering::Relaxed));
     }
-    // Every packet that came in is accounted for, once those between the workers have been seen too.
+    // Every received packet is forwarded or counted as dropped, once the hand-off rings are empty.
     let total = |f: &dyn Fn(&palisade_worker::Counters) -> u64| -> u64 {
         bench.pool.counters().iter().map(|counters| f(counters)).sum()
     };
@@ -356,47 +366,47 @@ fn a_packet_in_the_steady_state_allocates_nothing_and_every_frame_comes_back() {
         total(&|counters| counters.packets_in.get()) == out + dropped
     });
     bench.pool.stop();
-    for (counters, beat) in bench.pool.counters().iter().zip(&*bench.beats) {
+    for (counters, heartbeat) in bench.pool.counters().iter().zip(&*bench.heartbeats) {
         assert_eq!(counters.state(), State::Ended);
         assert_eq!(counters.held.get(), 0);
-        assert_eq!(beat.load(Ordering::Relaxed), 0, "nobody lives");
+        assert_eq!(heartbeat.load(Ordering::Relaxed), 0, "the heartbeat is withdrawn");
     }
 }
 
 #[test]
-fn who_sleeps_says_all_the_same_that_it_lives() {
+fn a_sleeping_worker_publishes_heartbeats() {
     let bench = bench(1, 0, None, None);
     assert!(bench.pool.wait_until_running(Duration::from_secs(10)));
     bench.dry.store(true, Ordering::Relaxed);
     let begun = Instant::now();
-    let mut last = bench.beats[0].load(Ordering::Relaxed);
+    let mut last = bench.heartbeats[0].load(Ordering::Relaxed);
     let mut longest = 0;
     while begun.elapsed() < Duration::from_secs(1) {
         thread::sleep(Duration::from_millis(5));
-        let beat = bench.beats[0].load(Ordering::Relaxed);
-        longest = longest.max(beat - last);
-        last = beat;
+        let heartbeat = bench.heartbeats[0].load(Ordering::Relaxed);
+        longest = longest.max(heartbeat - last);
+        last = heartbeat;
     }
     let slept = bench.pool.counters()[0].sleeps.get();
     assert!((10..200).contains(&slept), "{slept}");
-    // 50 ms, on a machine that has something else to do, too.
+    // The interval is 50 ms; the margin is for a busy machine.
     assert!(longest < 500_000_000, "{longest}");
 }
 
 #[test]
-fn a_worker_that_panics_is_cut_and_starts_again() {
+fn a_worker_that_panics_is_restarted() {
     let bench = bench(1, 0, None, Some(1_000));
     let counters = Arc::clone(&bench.pool.counters()[0]);
     until("a panic", || counters.restarts.get() == 1);
     until("running again", || counters.state() == State::Running);
-    assert_eq!(bench.lives.load(Ordering::Relaxed), 2);
+    assert_eq!(bench.starts.load(Ordering::Relaxed), 2);
     let before = counters.packets_out.get();
     until("packets", || counters.packets_out.get() > before + 1_000);
-    assert_ne!(bench.beats[0].load(Ordering::Relaxed), 0);
+    assert_ne!(bench.heartbeats[0].load(Ordering::Relaxed), 0);
 }
 
 #[test]
-fn a_worker_whose_socket_fails_gets_a_new_one() {
+fn a_worker_whose_socket_fails_is_restarted_with_a_new_one() {
     let bench = bench(1, 0, Some(500), None);
     let counters = Arc::clone(&bench.pool.counters()[0]);
     let mut problem = None;
@@ -413,5 +423,5 @@ fn a_worker_whose_socket_fails_gets_a_new_one() {
     assert!(counters.failure().is_none());
     let before = counters.packets_out.get();
     until("packets", || counters.packets_out.get() > before + 1_000);
-    until("what the rings lost", || counters.ring().rx_ring_full == 3);
+    until("the ring losses", || counters.ring().rx_ring_full == 3);
 }

@@ -1,4 +1,4 @@
-//! The loop over a port that is no socket.
+//! Tests of the loop with a port in memory.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -25,43 +25,45 @@ const COOKIE: u64 = 0x1234_5678_9abc_def0;
 const CHUNK: usize = 2_048;
 const FRAMES: usize = 64;
 
-struct Fake {
+/// A port in memory.
+struct MemoryPort {
     chunks: Vec<Vec<u8>>,
     free: Vec<usize>,
     arriving: VecDeque<Vec<u8>>,
     sent: Vec<Vec<u8>>,
-    /// Frames that may be sent until the next flush.
-    ring: usize,
-    in_ring: usize,
-    capacity: usize,
-    /// Nothing comes any more.
+    /// Size of the transmit ring.
+    tx_capacity: usize,
+    /// Packets in the transmit ring.
+    in_tx: usize,
+    rx_capacity: usize,
+    /// The interface is gone.
     gone: bool,
 }
 
-struct FakeFrame {
+struct MemoryFrame {
     chunk: usize,
     length: usize,
 }
 
-impl Fake {
+impl MemoryPort {
     fn new(arriving: Vec<Vec<u8>>) -> Self {
         Self {
             chunks: vec![vec![0xee; CHUNK]; FRAMES],
             free: (0..FRAMES).collect(),
             arriving: arriving.into(),
             sent: Vec::new(),
-            ring: FRAMES,
-            in_ring: 0,
-            capacity: 1_024,
+            tx_capacity: FRAMES,
+            in_tx: 0,
+            rx_capacity: 1_024,
             gone: false,
         }
     }
 }
 
-impl Port for Fake {
-    type Frame = FakeFrame;
+impl Port for MemoryPort {
+    type Frame = MemoryFrame;
 
-    fn receive(&mut self, into: &mut VecDeque<FakeFrame>, most: usize) -> io::Result<usize> {
+    fn receive(&mut self, into: &mut VecDeque<MemoryFrame>, most: usize) -> io::Result<usize> {
         let mut got = 0;
         while got < most {
             let Some(chunk) = self.free.pop() else { break };
@@ -70,7 +72,7 @@ impl Port for Fake {
                 break;
             };
             self.chunks[chunk][..bytes.len()].copy_from_slice(&bytes);
-            into.push_back(FakeFrame {
+            into.push_back(MemoryFrame {
                 chunk,
                 length: bytes.len(),
             });
@@ -84,34 +86,34 @@ impl Port for Fake {
     }
 
     fn rx_capacity(&self) -> usize {
-        self.capacity
+        self.rx_capacity
     }
 
-    fn data<'a>(&'a self, frame: &'a FakeFrame) -> &'a [u8] {
+    fn data<'a>(&'a self, frame: &'a MemoryFrame) -> &'a [u8] {
         &self.chunks[frame.chunk][..frame.length]
     }
 
-    fn buffer_mut<'a>(&'a mut self, frame: &'a mut FakeFrame) -> &'a mut [u8] {
+    fn buffer_mut<'a>(&'a mut self, frame: &'a mut MemoryFrame) -> &'a mut [u8] {
         &mut self.chunks[frame.chunk]
     }
 
-    fn set_length(&mut self, frame: &mut FakeFrame, length: usize) {
+    fn set_length(&mut self, frame: &mut MemoryFrame, length: usize) {
         frame.length = length;
     }
 
-    fn alloc(&mut self) -> Option<FakeFrame> {
-        self.free.pop().map(|chunk| FakeFrame { chunk, length: 0 })
+    fn alloc(&mut self) -> Option<MemoryFrame> {
+        self.free.pop().map(|chunk| MemoryFrame { chunk, length: 0 })
     }
 
-    fn free(&mut self, frame: FakeFrame) {
+    fn free(&mut self, frame: MemoryFrame) {
         self.free.push(frame.chunk);
     }
 
-    fn transmit(&mut self, frame: FakeFrame, start: usize, length: usize) -> Result<(), FakeFrame> {
-        if self.in_ring == self.ring {
+    fn transmit(&mut self, frame: MemoryFrame, start: usize, length: usize) -> Result<(), MemoryFrame> {
+        if self.in_tx == self.tx_capacity {
             return Err(frame);
         }
-        self.in_ring += 1;
+        self.in_tx += 1;
         self.sent
             .push(self.chunks[frame.chunk][start..start + length].to_vec());
         self.free.push(frame.chunk);
@@ -119,7 +121,7 @@ impl Port for Fake {
     }
 
     fn flush(&mut self) -> io::Result<usize> {
-        self.in_ring = 0;
+        self.in_tx = 0;
         Ok(0)
     }
 
@@ -139,7 +141,7 @@ impl Port for Fake {
     }
 }
 
-/// What the engine of these tests does is said by the rule set of the slot.
+/// Rule sets that tell the engine of these tests what to do.
 mod does {
     pub const RELEASE: u32 = 0;
     pub const HOLD: u32 = 1;
@@ -148,6 +150,7 @@ mod does {
     pub const COMMAND: u32 = 4;
 }
 
+/// An engine that does with a packet what the number of the rule set says.
 #[derive(Default)]
 struct Script {
     held: Vec<Handle>,
@@ -170,7 +173,7 @@ fn command(endpoint: u16) -> FlowCommand {
 }
 
 impl Inspect for Script {
-    /// Sets below this are known.
+    /// The rule sets below this number exist.
     type Rules = u32;
 
     fn set_rules(&mut self, rules: Arc<u32>) {
@@ -228,16 +231,16 @@ fn clock() -> u64 {
     1_000_000_000
 }
 
-/// The end that gives orders to the worker of a test.
-type Chief = watch::Sender<WorkerControl<u32>>;
+/// The control plane's end of a test's worker.
+type Control = watch::Sender<WorkerControl<u32>>;
 
-fn context(number: usize, workers: usize) -> (WorkerContext<u32>, Chief, queue::Receiver<Stamped>) {
-    let (writer, control) = watch::watch(WorkerControl {
+fn context(number: usize, workers: usize) -> (WorkerContext<u32>, Control, queue::Receiver<Stamped>) {
+    let (sender, control) = watch::watch(WorkerControl {
         rules: Arc::new(5),
         xdp: [9].into(),
         gone: Vec::new(),
     });
-    let (records, seen) = queue::queue(1_000);
+    let (records, received) = queue::queue(1_000);
     let poll = Poll::new().unwrap();
     let waker = Arc::new(mio::Waker::new(poll.registry(), WAKER).unwrap());
     let context = WorkerContext {
@@ -258,10 +261,10 @@ fn context(number: usize, workers: usize) -> (WorkerContext<u32>, Chief, queue::
         learns: 4,
         records,
     };
-    (context, writer, seen)
+    (context, sender, received)
 }
 
-/// A packet as somebody sends it: with right checksums and its VLAN tags in it.
+/// A packet as its sender makes it, with valid checksums and with its VLAN tags in the frame.
 #[derive(Clone, Debug)]
 struct Sent {
     ipv6: bool,
@@ -292,7 +295,7 @@ impl Sent {
         if self.tcp { protocol::TCP } else { protocol::UDP }
     }
 
-    /// The frame, and the frame with the checksum that a local sender leaves to its device.
+    /// Returns the frame, and the frame with the partial checksum of a local sender that leaves the rest to its device.
     fn frames(&self) -> (Vec<u8>, Vec<u8>) {
         let mut segment = vec![0x30, 0x39, 0, 53];
         if self.tcp {
@@ -328,7 +331,7 @@ impl Sent {
             };
             ip.extend(fragment.to_be_bytes());
             ip.extend([64, self.number(), 0, 0, 10, 0, 0, 1, 10, 0, 255, 2]);
-            // A few no-operations, then the end of the list and padding: the decoder refuses more than twelve options.
+            // At most eight NOPs, then end-of-options and padding: the decoder refuses more than twelve options.
             let all = self.options * 4;
             ip.extend(std::iter::repeat_n(1, all.min(8)));
             ip.extend(std::iter::repeat_n(0, all - all.min(8)));
@@ -380,11 +383,12 @@ fn slot(endpoint: u16, ruleset: u32) -> CarrySlot {
     }
 }
 
-/// As the programs put it on the carrier. `beside`: the outermost tag is not in the frame but beside it.
-fn carry(frame: &[u8], beside: bool, hook: u8, hash: u32, slots: [CarrySlot; 2]) -> Vec<u8> {
+/// Returns the frame as the programs punt it. `stripped`: the outermost VLAN tag is in the punt header instead of in
+/// the frame.
+fn carry(frame: &[u8], stripped: bool, hook: u8, hash: u32, slots: [CarrySlot; 2]) -> Vec<u8> {
     let mut frame = frame.to_vec();
     let (mut vlan, mut vlan_protocol) = (0, 0);
-    if beside {
+    if stripped {
         let tag: Vec<u8> = frame.drain(12..16).collect();
         vlan_protocol = u16::from_be_bytes([tag[0], tag[1]]);
         vlan = u16::from_be_bytes([tag[2], tag[3]]);
@@ -404,8 +408,8 @@ fn carry(frame: &[u8], beside: bool, hook: u8, hash: u32, slots: [CarrySlot; 2])
     bytes
 }
 
-/// Takes apart what was sent.
-fn apart(bytes: &[u8]) -> (Vec<u8>, Released, Option<FlowCommand>) {
+/// Splits a sent frame into packet, trailer and flow command.
+fn split(bytes: &[u8]) -> (Vec<u8>, Released, Option<FlowCommand>) {
     let (rest, released) = Released::read_from_suffix(bytes).unwrap();
     assert_eq!(released.cookie, COOKIE);
     if released.flags & release::COMMAND == 0 {
@@ -428,23 +432,23 @@ fn udp() -> Sent {
     }
 }
 
-/// Has a worker of its own do what there is to do with packets.
+/// Lets a new worker process packets. Returns the sent frames, the drops by reason, and the records.
 fn work(arriving: Vec<Vec<u8>>) -> (Vec<Vec<u8>>, HashMap<u8, u64>, Vec<Record>) {
-    let (mut context, _chief, records) = context(0, 1);
+    let (mut context, _control, records) = context(0, 1);
     let counters = Arc::clone(&context.counters);
-    let mut worker = Worker::new(&mut context, Fake::new(arriving), Script::default(), FRAMES);
+    let mut worker = Worker::new(&mut context, MemoryPort::new(arriving), Script::default(), FRAMES);
     for _ in 0..10 {
         worker.turn().unwrap();
     }
-    assert_eq!(worker.port.free.len(), FRAMES, "every frame comes back");
+    assert_eq!(worker.port.free.len(), FRAMES, "every frame is freed");
     assert_eq!(worker.inspection.held(), 0);
     let sent = std::mem::take(&mut worker.port.sent);
     drop(worker);
-    let mut told = Vec::new();
+    let mut received = Vec::new();
     while let Ok((_, record)) = records.try_recv() {
-        told.push(record);
+        received.push(record);
     }
-    (sent, counters.drops().collect(), told)
+    (sent, counters.drops().collect(), received)
 }
 
 prop_compose! {
@@ -467,7 +471,7 @@ prop_compose! {
 
 proptest! {
     #[test]
-    fn packets_come_back_as_they_were_apart_from_completed_checksums(
+    fn packets_are_forwarded_unchanged_except_for_completed_checksums(
         packets in proptest::collection::vec(
             (any_sent(), any::<bool>(), any::<bool>(), 1..=3u8, 0..=1u32, 0..=1u32, any::<bool>()),
             1..40,
@@ -475,18 +479,18 @@ proptest! {
     ) {
         let mut arriving = Vec::new();
         let mut expected = Vec::new();
-        for (sent, unfinished, beside, hook, first, second, two) in packets {
+        for (sent, unfinished, stripped, hook, first, second, two) in packets {
             let (whole, partial) = sent.frames();
             let unfinished = unfinished && sent.fragment == 0;
             let slots = [slot(3, first), if two { slot(1, second) } else { CarrySlot::default() }];
             let frame = if unfinished { &partial } else { &whole };
-            arriving.push(carry(frame, beside && sent.tags > 0, hook, 5, slots));
+            arriving.push(carry(frame, stripped && sent.tags > 0, hook, 5, slots));
             expected.push((whole, hook));
         }
         let (sent, drops, _) = work(arriving);
         prop_assert_eq!(drops, HashMap::new());
         let mut sent: Vec<_> = sent.iter().map(|bytes| {
-            let (frame, released, command) = apart(bytes);
+            let (frame, released, command) = split(bytes);
             assert!(command.is_none());
             assert_eq!(released.ifindex, 7);
             (frame, released.way, released.flags)
@@ -499,21 +503,21 @@ proptest! {
             };
             (frame, way, flags)
         }).collect();
-        // Held ones go on later.
+        // Held packets are forwarded later, so the order differs.
         sent.sort();
         expected.sort();
         prop_assert_eq!(sent, expected);
     }
 
     #[test]
-    fn a_bit_that_fell_over_is_noticed(mut sent in any_sent(), at: prop::sample::Index, bit in 0..8u8) {
+    fn a_flipped_bit_is_detected(mut sent in any_sent(), at: prop::sample::Index, bit in 0..8u8) {
         (sent.fragment, sent.no_checksum, sent.padding, sent.ipv6) = (0, false, 0, false);
         let (whole, _) = sent.frames();
         let network = 14 + sent.tags * 4;
         let mut broken = whole.clone();
         let at = network + at.index(whole.len() - network);
         broken[at] ^= 1 << bit;
-        // The only bits that may make a datagram without a checksum of one that has it.
+        // A flipped bit may make the checksum of a datagram zero, which means that there is none.
         let field = network + 20 + sent.options * 4 + 6;
         prop_assume!(sent.tcp || broken[field..field + 2] != [0, 0]);
         let slots = [slot(3, does::RELEASE), CarrySlot::default()];
@@ -525,11 +529,11 @@ proptest! {
     }
 
     #[test]
-    fn whatever_lies_on_the_carrier_is_no_more_than_dropped(
+    fn arbitrary_frames_on_the_carrier_cause_no_panic_and_are_counted(
         mut bytes in proptest::collection::vec(any::<u8>(), 0..300),
-        ours: bool,
+        valid_cookie: bool,
     ) {
-        if ours && bytes.len() >= 8 {
+        if valid_cookie && bytes.len() >= 8 {
             bytes[..8].copy_from_slice(&COOKIE.to_ne_bytes());
         }
         let (sent, drops, _) = work(vec![bytes]);
@@ -538,20 +542,20 @@ proptest! {
 }
 
 #[test]
-fn both_slots_read_the_packet_in_their_order_and_either_may_keep_it() {
+fn a_packet_of_two_policies_is_inspected_for_both_in_order_and_either_can_drop_it() {
     let (whole, partial) = udp().frames();
     let run = |first, second| {
         let slots = [slot(3, first), slot(1, second)];
-        let (mut context, _chief, _) = context(0, 1);
-        let fake = Fake::new(vec![carry(&partial, false, carry_hook::TC_EGRESS, 0, slots)]);
-        let mut worker = Worker::new(&mut context, fake, Script::default(), FRAMES);
+        let (mut context, _control, _) = context(0, 1);
+        let port = MemoryPort::new(vec![carry(&partial, false, carry_hook::TC_EGRESS, 0, slots)]);
+        let mut worker = Worker::new(&mut context, port, Script::default(), FRAMES);
         for _ in 0..5 {
             worker.turn().unwrap();
         }
         assert_eq!(worker.port.free.len(), FRAMES);
-        let sent: Vec<_> = worker.port.sent.iter().map(|bytes| apart(bytes)).collect();
+        let sent: Vec<_> = worker.port.sent.iter().map(|bytes| split(bytes)).collect();
         for (_, frame) in &worker.inspection.engine().seen {
-            assert_eq!(frame, &whole, "both see the completed checksum");
+            assert_eq!(frame, &whole, "both inspectors see the completed checksum");
         }
         let seen: Vec<u16> = worker
             .inspection
@@ -568,50 +572,55 @@ fn both_slots_read_the_packet_in_their_order_and_either_may_keep_it() {
     assert_eq!(run(does::HOLD, does::DENY), (vec![3, 1], vec![]));
     let (seen, sent) = run(does::COMMAND, does::COMMAND);
     assert_eq!(seen, [3, 1]);
-    let [(nowhere, first, one), (frame, last, other)] = sent.as_slice() else {
+    let [(empty, first, first_command), (frame, last, last_command)] = sent.as_slice() else {
         panic!("{sent:?}");
     };
-    assert_eq!(nowhere.len(), header::ETHERNET);
+    assert_eq!(empty.len(), header::ETHERNET);
     assert_eq!(first.way, release::NOWHERE);
-    assert_eq!(*one, Some(command(3)));
+    assert_eq!(*first_command, Some(command(3)));
     assert_eq!(frame, &whole);
     assert_eq!(
         (last.way, last.flags),
         (release::EGRESS, release::MARK | release::COMMAND)
     );
-    assert_eq!(*other, Some(command(1)));
+    assert_eq!(*last_command, Some(command(1)));
 }
 
 #[test]
-fn what_the_engine_makes_goes_the_way_back() {
+fn a_generated_response_takes_the_opposite_path() {
     let (whole, _) = udp().frames();
     let slots = [slot(3, does::ANSWER), CarrySlot::default()];
     let (sent, drops, _) = work(vec![carry(&whole, false, carry_hook::TC_EGRESS, 0, slots)]);
     assert_eq!(drops, [(Reason::AppDenied as u8, 1)].into());
-    let (frame, released, _) = apart(&sent[0]);
+    let (frame, released, _) = split(&sent[0]);
     assert_eq!(frame, &whole[..30]);
     assert_eq!((released.way, released.flags), (release::INGRESS, release::MARK));
 }
 
 #[test]
-fn rules_that_came_meanwhile_are_looked_for_before_a_packet_is_dropped() {
+fn new_rules_are_applied_before_a_packet_with_an_unknown_rule_set_is_dropped() {
     let (whole, _) = udp().frames();
     let packet = || {
         let slots = [slot(3, does::COMMAND), CarrySlot::default()];
         carry(&whole, false, carry_hook::TC_INGRESS, 0, slots)
     };
-    let (mut context, chief, _) = context(0, 1);
-    chief.modify(|control| control.rules = Arc::new(2));
+    let (mut context, control, _) = context(0, 1);
+    control.modify(|control| control.rules = Arc::new(2));
     let counters = Arc::clone(&context.counters);
-    let mut worker = Worker::new(&mut context, Fake::new(vec![packet()]), Script::default(), FRAMES);
+    let mut worker = Worker::new(
+        &mut context,
+        MemoryPort::new(vec![packet()]),
+        Script::default(),
+        FRAMES,
+    );
     worker.turn().unwrap();
     assert_eq!(worker.port.sent.len(), 0);
     assert_eq!(
         counters.drops().collect::<Vec<_>>(),
         [(Reason::UnknownRuleset as u8, 1)]
     );
-    // Between the look at the orders and the packet.
-    chief.modify(|control| control.rules = Arc::new(5));
+    // The rules change after the turn has read the control plane's settings, before the packet is inspected.
+    control.modify(|control| control.rules = Arc::new(5));
     worker.port.arriving.push_back(packet());
     worker.rx.receive(&mut worker.port, clock()).unwrap();
     worker.inspect_batch();
@@ -619,17 +628,17 @@ fn rules_that_came_meanwhile_are_looked_for_before_a_packet_is_dropped() {
 }
 
 #[test]
-fn an_endpoint_that_is_gone_takes_its_packets_along() {
+fn the_held_packets_of_a_deleted_endpoint_are_dropped() {
     let (whole, _) = udp().frames();
     let slots = [slot(3, does::HOLD), CarrySlot::default()];
-    let (mut context, chief, _) = context(0, 1);
+    let (mut context, control, _) = context(0, 1);
     let counters = Arc::clone(&context.counters);
-    let fake = Fake::new(vec![carry(&whole, false, carry_hook::TC_INGRESS, 0, slots)]);
-    let mut worker = Worker::new(&mut context, fake, Script::default(), FRAMES);
+    let port = MemoryPort::new(vec![carry(&whole, false, carry_hook::TC_INGRESS, 0, slots)]);
+    let mut worker = Worker::new(&mut context, port, Script::default(), FRAMES);
     worker.rx.receive(&mut worker.port, clock()).unwrap();
     worker.inspect_batch();
     assert_eq!(worker.inspection.held(), 1);
-    chief.modify(|control| control.gone.push(3));
+    control.modify(|control| control.gone.push(3));
     worker.turn().unwrap();
     assert_eq!(worker.inspection.held(), 0);
     assert_eq!(
@@ -639,18 +648,23 @@ fn an_endpoint_that_is_gone_takes_its_packets_along() {
 }
 
 #[test]
-fn a_foreign_flow_is_read_by_its_owner() {
+fn a_packet_of_another_workers_flow_is_handed_off_to_that_worker() {
     let (whole, partial) = udp().frames();
     let slots = [slot(3, does::RELEASE), CarrySlot::default()];
     let packet = carry(&partial, false, carry_hook::XDP_INGRESS, 7, slots);
-    let (mut first, _chief, _) = context(0, 2);
-    let (mut second, _other_chief, _) = context(1, 2);
+    let (mut first, _control, _) = context(0, 2);
+    let (mut second, _other_control, _) = context(1, 2);
     let (sender, receiver) = handoff::ring(2, CHUNK);
     first.handoff_senders[1] = Some(sender);
     second.handoff_receivers[0] = Some(receiver);
     let (counts, other_counts) = (Arc::clone(&first.counters), Arc::clone(&second.counters));
-    let mut first = Worker::new(&mut first, Fake::new(vec![packet; 3]), Script::default(), FRAMES);
-    let mut second = Worker::new(&mut second, Fake::new(vec![]), Script::default(), FRAMES);
+    let mut first = Worker::new(
+        &mut first,
+        MemoryPort::new(vec![packet; 3]),
+        Script::default(),
+        FRAMES,
+    );
+    let mut second = Worker::new(&mut second, MemoryPort::new(vec![]), Script::default(), FRAMES);
     first.turn().unwrap();
     assert!(first.port.sent.is_empty() && first.inspection.engine().seen.is_empty());
     assert_eq!(first.port.free.len(), FRAMES);
@@ -658,25 +672,25 @@ fn a_foreign_flow_is_read_by_its_owner() {
     assert_eq!(
         counts.drops().collect::<Vec<_>>(),
         [(Reason::WorkerOverload as u8, 1)],
-        "there is room for two"
+        "the hand-off ring has two slots"
     );
     assert!(second.turn().unwrap());
     assert_eq!(other_counts.handoff_in.get(), 2);
     assert_eq!(second.port.sent.len(), 2);
-    assert_eq!(apart(&second.port.sent[0]).0, whole);
+    assert_eq!(split(&second.port.sent[0]).0, whole);
     assert_eq!(second.port.free.len(), FRAMES);
 }
 
 #[test]
-fn a_full_ring_costs_packets_and_no_frames() {
+fn a_full_transmit_ring_loses_packets_but_no_frames() {
     let (whole, _) = udp().frames();
     let slots = [slot(3, does::RELEASE), CarrySlot::default()];
     let packet = carry(&whole, false, carry_hook::TC_INGRESS, 0, slots);
-    let (mut context, _chief, _) = context(0, 1);
+    let (mut context, _control, _) = context(0, 1);
     let counters = Arc::clone(&context.counters);
-    let mut fake = Fake::new(vec![packet; 10]);
-    fake.ring = 4;
-    let mut worker = Worker::new(&mut context, fake, Script::default(), FRAMES);
+    let mut port = MemoryPort::new(vec![packet; 10]);
+    port.tx_capacity = 4;
+    let mut worker = Worker::new(&mut context, port, Script::default(), FRAMES);
     worker.turn().unwrap();
     assert_eq!((worker.port.sent.len(), worker.port.free.len()), (4, FRAMES));
     assert_eq!(counters.packets_out.get(), 4);
@@ -687,7 +701,7 @@ fn a_full_ring_costs_packets_and_no_frames() {
 }
 
 #[test]
-fn under_overload_a_small_flow_is_read_where_a_large_one_is_shed() {
+fn overload_sheds_the_large_flow_and_not_the_small_one() {
     let (whole, _) = udp().frames();
     let packet = |hash, endpoint| {
         let slots = [slot(endpoint, does::RELEASE), CarrySlot::default()];
@@ -700,11 +714,11 @@ fn under_overload_a_small_flow_is_read_where_a_large_one_is_shed() {
             arriving.push(packet(100 + n, 4));
         }
     }
-    let (mut context, _chief, _) = context(0, 1);
+    let (mut context, _control, _) = context(0, 1);
     let counters = Arc::clone(&context.counters);
-    let mut fake = Fake::new(arriving);
-    fake.capacity = FRAMES;
-    let mut worker = Worker::new(&mut context, fake, Script::default(), FRAMES);
+    let mut port = MemoryPort::new(arriving);
+    port.rx_capacity = FRAMES;
+    let mut worker = Worker::new(&mut context, port, Script::default(), FRAMES);
     while worker.turn().unwrap() {}
     let read = |endpoint| {
         let seen = worker.inspection.engine().seen.iter();
@@ -720,20 +734,20 @@ fn under_overload_a_small_flow_is_read_where_a_large_one_is_shed() {
 }
 
 #[test]
-fn who_gets_nothing_any_more_gives_no_sign_of_life() {
-    let (mut context, _chief, _records) = context(0, 1);
-    let beats = Arc::new(std::sync::atomic::AtomicU64::new(0));
-    let counted = Arc::clone(&beats);
+fn a_worker_whose_interface_is_gone_publishes_no_heartbeat() {
+    let (mut context, _control, _records) = context(0, 1);
+    let heartbeats = Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let counted = Arc::clone(&heartbeats);
     context.heartbeat = Arc::new(move |_, _| {
         counted.fetch_add(1, Ordering::Relaxed);
     });
-    let mut port = Fake::new(Vec::new());
+    let mut port = MemoryPort::new(Vec::new());
     port.gone = true;
     let mut worker = Worker::new(&mut context, port, Script::default(), FRAMES);
-    // The very first one would make the programs send packets that nobody gets.
+    // Already the first heartbeat would make the programs punt to a socket that receives nothing.
     assert!(worker.turn().is_err());
-    assert_eq!(beats.load(Ordering::Relaxed), 0);
+    assert_eq!(heartbeats.load(Ordering::Relaxed), 0);
     worker.port.gone = false;
     assert!(worker.turn().is_ok());
-    assert_eq!(beats.load(Ordering::Relaxed), 1);
+    assert_eq!(heartbeats.load(Ordering::Relaxed), 1);
 }
