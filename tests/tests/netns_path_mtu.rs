@@ -10,11 +10,13 @@ use std::{
 use palisade_testbed::{
     Daemon, Ns,
     daemon::Settings,
+    forge::{self, Forged, Wire},
     ns::wait_until,
+    packet::{Packet, protocol},
     recorder::Recorder,
-    topology::{FAMILIES, Family},
+    topology::{FAMILIES, Family, INNER},
 };
-use palisade_tests::apps::{Apps, answers_requests, apps, borrowed, policies, policy};
+use palisade_tests::apps::{Apps, OK, answers_requests, apps, borrowed, policies, policy};
 
 const PORT: u16 = 80;
 const RULES: &str = "      rules:\n        http: [{method: GET, path: \"/.*\"}]\n";
@@ -240,4 +242,180 @@ fn a_router_that_says_how_much_its_link_takes_is_heard_here() {
             }
         }
     }
+}
+
+/// The sequence number that an ICMP error quotes.
+fn quoted_seq(packet: &Packet) -> Option<u32> {
+    let (is_error, at) = if packet.source.is_ipv6() {
+        (
+            packet.protocol == protocol::ICMPV6 && packet.icmp?.0 < 128,
+            8 + 40 + 4,
+        )
+    } else {
+        (
+            packet.protocol == protocol::ICMP && packet.icmp?.0 == 3,
+            8 + 20 + 4,
+        )
+    };
+    let bytes = packet.payload.get(at..at + 4).filter(|_| is_error)?;
+    Some(u32::from_be_bytes(bytes.try_into().ok()?))
+}
+
+/// Sends errors about segments from `quoted.0` to `quoted.1`, out of `from`: forged ones, and one that is about something
+/// under way. The first that arrives at `to` must be that one.
+fn flood(from: &Wire, router: IpAddr, to: &Wire, quoted: [SocketAddr; 2], forged: &[u32], under_way: u32) {
+    let send = |seq: u32| {
+        let [source, destination] = quoted;
+        let segment = forge::Tcp::new(source.port(), destination.port()).seq(seq);
+        let segment = segment.payload(&[7; 1_400]).bytes(source.ip(), destination.ip());
+        let packet = forge::ip(source.ip(), destination.ip(), protocol::TCP, 64, &segment);
+        let error = forge::too_big(router, source.ip(), 1_300, &packet[..packet.len().min(500)]);
+        from.icmp(router, source.ip(), &error).expect("error");
+    };
+    to.drain();
+    for seq in forged {
+        send(*seq);
+    }
+    // A machine that is busy may lose some.
+    let arrived = (0..20).find_map(|_| {
+        send(under_way);
+        to.wait(Duration::from_millis(500), quoted_seq)
+    });
+    assert_eq!(arrived, Some(under_way), "{quoted:?}");
+    while let Some(seq) = to.wait(Duration::ZERO, quoted_seq) {
+        assert_eq!(seq, under_way, "{quoted:?}");
+    }
+}
+
+#[test]
+fn forged_errors_reach_no_end_and_change_nothing() {
+    const REQUEST: &[u8] = b"GET /a HTTP/1.1\r\nHost: x.example\r\n\r\n";
+    let apps = apps();
+    let recorder = Recorder::start(
+        apps.ns("internet"),
+        &apps.both("internet"),
+        &[PORT],
+        answers_requests,
+    )
+    .expect("recorder");
+    let daemon = apps
+        .daemon(&Settings::default(), &borrowed(&policies(&[PORT], RULES)))
+        .expect("daemon");
+    for family in FAMILIES {
+        let gateway = apps.topology.get("client").gateway(family);
+        let wire = || Wire::open(apps.ns("client"), INNER, gateway).expect("wire");
+        let own = SocketAddr::new(apps.topology.addr("client", family), 24_321);
+        let server = apps.at("internet", family, PORT);
+        let client = Forged::open(wire(), own, server, &[], |_| Vec::new()).expect("connection");
+        client.send(&client.segment(1).payload(REQUEST)).expect("request");
+        let answer = |heard: &forge::Heard| heard.payload == OK;
+        client.wait(PATIENCE, answer).expect("answer");
+        // The server has all that the client has sent, and so only a bare acknowledgement can be under way.
+        let next = client.isn.wrapping_add(1 + REQUEST.len() as u32);
+        let spread = |near: u32, except: std::ops::RangeInclusive<u32>| -> Vec<u32> {
+            let wide = (0..1_000).map(|n: u32| n.wrapping_mul(0x0041_c64d));
+            let close = (0..100).chain((0..100).map(|n: u32| n.wrapping_neg()));
+            let forged = wide.chain(close).filter(|n| !except.contains(n));
+            forged.map(|n| near.wrapping_add(n)).collect()
+        };
+        let internet =
+            Wire::open(apps.ns("internet"), INNER, apps.topology.addr("node", family)).expect("wire");
+        let router: IpAddr = match family {
+            Family::V4 => [203, 0, 113, 9].into(),
+            Family::V6 => "2001:db8:a::9".parse().expect("address"),
+        };
+        let forged = spread(next, 0..=0);
+        flood(&internet, router, &client.wire, [own, server], &forged, next);
+        // The answer is under way until the client has acknowledged it, which it never does.
+        let first = client.syn_ack.seq.wrapping_add(1);
+        let forged = spread(first, 0..=OK.len() as u32);
+        flood(
+            &wire(),
+            own.ip(),
+            &internet,
+            [server, own],
+            &forged,
+            first.wrapping_add(10),
+        );
+        // The connection goes on.
+        let request = client.segment(1 + REQUEST.len() as u32);
+        let request = request.ack(first.wrapping_add(OK.len() as u32));
+        client.send(&request.payload(REQUEST)).expect("request");
+        client
+            .wait(PATIENCE, |heard| answer(heard) && heard.seq != first)
+            .expect("answer");
+        assert_eq!(recorder.bytes(own), REQUEST.repeat(2));
+    }
+    let status = daemon
+        .wait_status("the errors", |status| counted(status, "icmp_unrelated") > 0)
+        .expect("status");
+    println!(
+        "{} errors, {} of them about nothing under way",
+        counted(&status, "icmp_errors"),
+        counted(&status, "icmp_unrelated")
+    );
+    let records = daemon.cli(&["observe", "--last", "4000"]).expect("records");
+    let records: Vec<_> = records
+        .lines()
+        .filter(|line| line.contains("not under way"))
+        .collect();
+    println!("{}", records.join("\n"));
+    assert!((1..200).contains(&records.len()), "{}", records.len());
+}
+
+/// A long body is left to the programs, but for what is about it: the server hears of a link that takes less.
+#[test]
+fn errors_about_a_body_that_is_not_read_reach_its_sender() {
+    const LENGTH: usize = 4 << 20;
+    let world = Far::new();
+    let daemon = world
+        .apps
+        .daemon(
+            &Settings::default(),
+            &[("p.yaml", &policy("server", "ingress", &[PORT], RULES))],
+        )
+        .expect("daemon");
+    world.set_mtu(1_300);
+    for family in FAMILIES {
+        let at = world.apps.at("server", family, PORT);
+        let server = world.apps.ns("server");
+        let listener = server.enter(|| TcpListener::bind(at)).expect("listener");
+        let sender = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("connection");
+            assert!(stream.read(&mut [0; 256]).expect("request") > 0);
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {LENGTH}\r\n\r\n");
+            stream.write_all(head.as_bytes()).expect("head");
+            stream.write_all(&vec![b'b'; LENGTH]).expect("body");
+            head.len()
+        });
+        let mut client = connect(&world.far, at);
+        client
+            .write_all(b"GET /a HTTP/1.1\r\nHost: x.example\r\n\r\n")
+            .expect("request");
+        client.set_read_timeout(Some(PATIENCE)).expect("option");
+        let mut heard = Vec::new();
+        let mut block = [0; 1 << 16];
+        while heard.len() < LENGTH {
+            let n = client.read(&mut block).unwrap_or_else(|error| {
+                panic!("{family:?}: {error}, {} bytes\n{}", heard.len(), daemon.report())
+            });
+            assert!(n > 0);
+            heard.extend_from_slice(&block[..n]);
+        }
+        let head = sender.join().expect("server");
+        client
+            .read_exact(&mut block[..LENGTH + head - heard.len()])
+            .expect("the rest");
+        assert!(heard[head..].iter().all(|byte| *byte == b'b'));
+    }
+    let status = daemon
+        .wait_status("the window", |status| {
+            counted(status, "windows") >= 2 && counted(status, "icmp_errors") >= 2
+        })
+        .expect("status");
+    let unrelated = counted(&status, "icmp_unrelated");
+    println!(
+        "{} errors, {unrelated} of them unrelated",
+        counted(&status, "icmp_errors")
+    );
 }

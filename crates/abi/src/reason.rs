@@ -105,7 +105,8 @@ reasons! {
     TruncatedL2 = 224, "Truncated Ethernet header";
     /// Network header cut short.
     TruncatedL3 = 225, "Truncated network header";
-    /// An ICMP error that quotes no flow of the endpoint, where no rule allows its type.
+    /// An ICMP error that quotes no flow of the endpoint, where no rule allows its type; or, about a connection that is
+    /// read, one that quotes no segment that is under way.
     UnrelatedIcmp = 226, "ICMP error for no known flow";
     /// A reply-direction packet that no state of the connection explains.
     CtInvalidState = 227, "CT: Invalid state";

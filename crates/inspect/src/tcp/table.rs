@@ -655,6 +655,9 @@ impl<F, T: Remember> Connections<F, T> {
             None => self.shared.may_report(now),
         };
         if reports {
+            let record = Record::of(view, What::Unreadable { detail });
+            // The slot names the identity of the connection's other end; a router is not that end.
+            let is_end = [view.packet.source, view.packet.destination].contains(&key.remote);
             sink.record(&Record {
                 verdict: if is_audit {
                     Verdict::Audit
@@ -662,7 +665,8 @@ impl<F, T: Remember> Connections<F, T> {
                     Verdict::Dropped
                 },
                 reason,
-                ..Record::of(view, What::Unreadable { detail })
+                remote_identity: if is_end { record.remote_identity } else { 0 },
+                ..record
             });
         }
         if is_audit {

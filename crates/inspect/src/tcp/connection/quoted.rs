@@ -52,8 +52,13 @@ impl<F> Connection<F> {
         }
         // Only what is not acknowledged yet to the end that has sent it can be in a packet of its own.
         let is_theirs = at >= half.promised || quoted.mtu.is_none();
-        let is_cut = matches!(self.phase, Phase::Cut(_));
-        if let Some(mtu) = quoted.mtu.filter(|_| at < sent && !is_cut)
+        // What is counted of an offloaded connection is what was sent from here.
+        let counted = match self.phase {
+            Phase::Cut(_) => 0,
+            Phase::Offloaded => half.sent,
+            _ => sent,
+        };
+        if let Some(mtu) = quoted.mtu.filter(|_| at < counted)
             && self.half(quoted.sender.other()).narrow(mtu, is_ipv6)
         {
             shared.stats.icmp_narrowed += 1;

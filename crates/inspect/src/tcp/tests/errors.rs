@@ -248,6 +248,21 @@ fn forged_errors_fill_neither_records_nor_memory() {
         (record.verdict, record.reason, record.protocol),
         (Verdict::Dropped, Reason::UnrelatedIcmp, 1)
     );
+    let identity = |error: Error| {
+        let mut bench = Bench::new(TcpLimits::default());
+        let slot = CarrySlot {
+            remote_identity: 1_234,
+            ..CarrySlot::default()
+        };
+        bench.error_as(error, slot);
+        bench.out.records[0].remote_identity
+    };
+    assert_eq!(identity(hard(Side::Client, 1)), 1_234, "it goes to the other end");
+    assert_eq!(
+        identity(hard(Side::Server, 1)),
+        0,
+        "a router is not the other end"
+    );
     assert!(out.emitted.is_empty());
     // About connections that are not known: as many as of any packets.
     let mut bench = Bench::new(TcpLimits::default());
@@ -427,7 +442,11 @@ fn errors_pass_where_nothing_is_read_any_more_and_in_audit_mode() {
     assert_eq!(bench.made()[0], (0, 1_440));
     assert_eq!(bench.error(too_big(Side::Client, 1_300, c(0))), Taken);
     assert_eq!(bench.made()[0], (0, 1_260));
-    assert_eq!(bench.error(too_big(Side::Client, 1_200, c(90_000))), Passed);
+    for at in [6_002, 90_000, 1 << 30] {
+        assert_eq!(bench.error(too_big(Side::Client, 1_200, c(at))), Passed);
+    }
+    assert!(bench.made().is_empty());
+    assert_eq!(bench.table.stats().icmp_narrowed, 1);
     // Audit mode.
     let audit = CarrySlot {
         flags: carry_flags::AUDIT,
