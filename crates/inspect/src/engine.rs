@@ -193,7 +193,7 @@ impl<F> Engine<F> {
             .datagram(now, view, message, frames, &self.rules, &mut self.spare, sink);
     }
 
-    /// An ICMP error. The programs carry those about TCP connections only.
+    /// An ICMP error. The programs punt those about TCP connections only.
     fn error(&mut self, now: Millis, view: &View<'_>, frame: F, sink: &mut impl Sink<F>) {
         const DNS: u8 = Inspector::Dns as u8;
         const HTTP: u8 = Inspector::Http as u8;

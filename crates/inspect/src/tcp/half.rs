@@ -28,8 +28,8 @@ const HEADERS_IPV4: u32 = 40;
 const HEADERS_IPV6: u32 = 60;
 /// Sizes to try where a router does not say what its link takes (RFC 1191, 7.1).
 const PLATEAUS: [u32; 2] = [1_492, 1_006];
-/// ICMP errors that make the packets for one end smaller. Each has packets sent again, and no path gets narrower that
-/// often.
+/// How many ICMP errors can make the packets for one end smaller. Each has packets sent again, so their number has to be
+/// bounded; a path has fewer links of different MTU.
 const NARROWINGS: u8 = 8;
 
 /// Bytes that were released may come again so far back, at the least.

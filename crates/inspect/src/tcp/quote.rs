@@ -1,8 +1,8 @@
-//! ICMP errors about segments of connections that are read.
+//! ICMP errors about segments of inspected connections.
 //!
-//! Anybody can send one, so it counts only if it quotes a sequence number that is under way (RFC 5927, 4.1): whoever
-//! does not see the connection has to guess that number. The programs have compared addresses and ports with the flow
-//! and have cut the error to the quoted network header and eight bytes.
+//! ICMP has no authentication, so an error counts only if it quotes a sequence number that was sent and is not
+//! acknowledged (RFC 5927, 4.1): an attacker that does not see the connection has to guess that number. The programs
+//! have compared addresses and ports with the flow, and have cut the error to the quoted network header and eight bytes.
 
 use palisade_abi::{CtKey, carry_flags, protocol};
 use palisade_packet::{Quote, decode_quote, flags, icmp, icmpv6};
@@ -29,7 +29,7 @@ pub(crate) struct QuotedSegment {
 }
 
 impl QuotedSegment {
-    /// Returns what an ICMP error quotes; none if that is no TCP segment in the form in which the programs carry errors:
+    /// Returns what an ICMP error quotes; none if that is no TCP segment in the form in which the programs punt errors:
     /// behind a network header without options and extension headers.
     pub(crate) fn read(view: &View<'_>) -> Option<Self> {
         let View { packet, frame, .. } = view;

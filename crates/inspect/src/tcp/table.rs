@@ -591,9 +591,9 @@ impl<F, T: Remember> Connections<F, T> {
         }
     }
 
-    /// An ICMP error that quotes a segment of a connection. It goes on, is dropped, or has been for this end.
+    /// An ICMP error that quotes a segment of a connection. It goes on, ends here, or is dropped ([`Quoted`]).
     ///
-    /// It is no packet of the connection: neither does it prolong anything, nor can it end anything.
+    /// It is no packet of the connection, so it resets no timeout.
     pub(crate) fn error<S: Sink<F>>(
         &mut self,
         now: Millis,

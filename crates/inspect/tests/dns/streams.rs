@@ -1421,7 +1421,7 @@ proptest! {
 }
 
 impl Connection {
-    /// An ICMP error of a router about a segment of the client, or of the resolver; quoted as the programs carry it, but
+    /// An ICMP error of a router about a segment of the client, or of the resolver; quoted as the programs punt it, but
     /// for `cut` bytes.
     fn error(&mut self, of_client: bool, at: i64, kind: [u8; 2], second: u32, cut: usize) -> usize {
         let (own, addresses) = if of_client {
@@ -1498,7 +1498,7 @@ fn errors_about_connections_are_compared_with_what_is_under_way() {
         }
         assert_eq!(it.world.verdict().0, Verdict::Dropped);
         assert_eq!((it.tcp().icmp_errors, it.tcp().icmp_unrelated), (30, 15));
-        // No such error is carried.
+        // No such error is punted.
         let short = it.error(true, 0, kinds[0], 0, 1);
         assert_eq!(it.fate(short), forged);
         // The connection has not suffered.

@@ -13,30 +13,31 @@ use crate::{Millis, Sink};
 /// What becomes of an ICMP error.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::tcp) enum Quoted {
-    /// It quotes nothing that is under way.
+    /// It is dropped: it quotes no sequence number that is under way.
     Unrelated,
-    /// It is about what was sent here only: the end that it is addressed to has had all of that acknowledged.
+    /// It ends here: the bytes have been acknowledged to their sender, so only the worker can send them again.
     Ours,
-    /// The end that it is addressed to is to have it.
+    /// It goes on to the sender of the quoted segment.
     Theirs,
 }
 
 impl<F> Connection<F> {
-    /// Behind the last byte of the sender that may be under way.
+    /// Returns SND.NXT of the sender as the receiver of its segments sees it: what the worker made counts, what it holds
+    /// does not.
     fn sent_by(&self, quoted: &QuotedSegment) -> Position {
         match &self.phase {
-            // Packets of it are not counted any more.
+            // The programs let its packets pass, so how far it has come is not known here.
             Phase::Offloaded => Position::MAX,
             Phase::Answered(answer) => answer.end_of(quoted.sender),
             _ => self.halves[quoted.sender as usize].sent,
         }
     }
 
-    /// Takes note of an ICMP error. Whatever it says, the connection goes on: errors are hints (RFC 5927, 5.2), and
-    /// what the end makes of one is its own affair.
+    /// Takes an ICMP error. No error ends the connection: in a synchronized state all are soft (RFC 5927, 5.2). In any
+    /// other state the end that the error is addressed to decides.
     ///
-    /// What a bare acknowledgement has as its sequence number is one behind the last byte that was sent. Linux takes an
-    /// error about that, too. Such a packet is too big for no link.
+    /// A segment without data has SND.NXT as its sequence number. An error about one passes, as it does in Linux
+    /// (`tcp_v4_err`), but such a segment is too big for no link.
     pub(in crate::tcp) fn quoted<S: Sink<F>>(
         &mut self,
         now: Millis,
@@ -50,9 +51,10 @@ impl<F> Connection<F> {
         if half.isn.is_none() || !(half.acked..=sent).contains(&at) {
             return Quoted::Unrelated;
         }
-        // Only what is not acknowledged yet to the end that has sent it can be in a packet of its own.
+        // The sender needs to hear of a link's MTU only if it has to send the byte again itself.
         let is_theirs = at >= half.promised || quoted.mtu.is_none();
-        // What is counted of an offloaded connection is what was sent from here.
+        // An error lowers sizes only if the number is known to be under way: of an offloaded connection, what the worker
+        // has sent itself.
         let counted = match self.phase {
             Phase::Cut(_) => 0,
             Phase::Offloaded => half.sent,
@@ -65,14 +67,15 @@ impl<F> Connection<F> {
             self.send_narrower(now, quoted, shared, sink);
         }
         match self.phase {
-            // Both ends have had all acknowledged, or have been reset.
+            // All that both ends have sent is acknowledged, or they have been reset: there is no byte to be sent again.
             Phase::Answered(_) | Phase::Cut(_) => Quoted::Ours,
             _ if is_theirs => Quoted::Theirs,
             _ => Quoted::Ours,
         }
     }
 
-    /// Sends again, in smaller packets, what of the sender's bytes was sent here and has not been acknowledged.
+    /// Sends again, in smaller packets, what the worker has sent of the sender's bytes and the receiver has not
+    /// acknowledged.
     fn send_narrower<S: Sink<F>>(
         &mut self,
         now: Millis,

@@ -1,4 +1,4 @@
-//! ICMP errors about connections that are read.
+//! ICMP errors about inspected connections.
 
 use super::*;
 use crate::{
@@ -58,7 +58,7 @@ fn s(at: u32) -> u32 {
 }
 
 impl Error {
-    /// As the programs carry it.
+    /// As the programs punt it.
     fn frame(&self) -> Vec<u8> {
         let quoted = Seg::new(self.to, ACK, self.seq, 0, &[7; 1_400]).frame();
         let mut f = quoted[..14].to_vec();
