@@ -12,6 +12,10 @@ pub struct Sum(u64);
 impl Sum {
     /// Adds bytes. Each piece but the last must have an even length; an odd last byte is padded with a zero.
     #[must_use]
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "`sum + bytes` would read as arithmetic on the bytes"
+    )]
     pub fn add(mut self, bytes: &[u8]) -> Self {
         let (words, rest) = bytes.as_chunks::<4>();
         for word in words {
