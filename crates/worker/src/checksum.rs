@@ -53,9 +53,9 @@ pub fn complete_or_verify(frame: &mut [u8], packet: &Packet) -> Result<(), Reaso
         return if ipv6 { Err(Reason::BadChecksum) } else { Ok(()) };
     }
     if field == pseudo.fold() {
-        // CHECKSUM_PARTIAL: the kernel has written the sum of the pseudo header alone and left the rest to the device.
-        // Metadata that says so does not reach AF_XDP. One complete checksum in 65,536 has the same value; completing
-        // it again gives the value that it has.
+        // CHECKSUM_PARTIAL: the kernel has left the checksum to the device and has written only the sum of the pseudo
+        // header. AF_XDP has no flag for that, so the value itself is the sign. One valid checksum in 65,536 happens to
+        // equal that sum; completing it again gives the same value.
         let complete = match !Sum::default().add(segment).fold() {
             0 if packet.protocol == protocol::UDP => 0xffff,
             complete => complete,

@@ -1,7 +1,10 @@
-//! What a worker thread keeps when its socket or its inspectors fail and are made anew: queues, counters, control.
+//! The state that a worker thread keeps over restarts: its connections to the other threads, and its counters. The
+//! supervisor owns it and lends it to each run of the worker.
 
-use std::sync::{Arc, atomic::AtomicBool};
-use std::time::SystemTime;
+use std::{
+    sync::{Arc, atomic::AtomicBool},
+    time::SystemTime,
+};
 
 use mio::{Poll, Token, Waker};
 use palisade_inspect::{learning::Learners, record::Record};
@@ -12,14 +15,14 @@ use crate::{counters::Counters, queue, watch};
 /// The mio token of a worker's [`Waker`].
 pub const WAKER: Token = Token(1);
 
-/// What the control plane sets for a worker.
+/// The control plane's settings for a worker.
 #[derive(Debug)]
 pub struct WorkerControl<R> {
     /// The application rules in force.
     pub rules: Arc<R>,
     /// Interfaces with an XDP program at ingress, by index.
     pub xdp: Arc<[u32]>,
-    /// Deleted endpoints whose state the worker has to drop, once.
+    /// Endpoints that were deleted since the worker last read this. The worker drops their state and empties the list.
     pub gone: Vec<u16>,
 }
 
@@ -28,16 +31,20 @@ pub type Stamped = (SystemTime, Record);
 
 /// The state of a worker thread that outlives its restarts.
 pub struct WorkerContext<R> {
+    /// Number of the worker, from 0, and of its queue of the punt link.
     pub number: usize,
+    /// Number of workers.
     pub workers: usize,
-    /// Proves that a frame on the carrier was put there by the programs.
+    /// Secret that proves that a frame on the punt link was put there by the programs.
     pub cookie: u64,
+    /// How the worker waits for packets.
     pub mode: Mode,
     /// Returns the coarse monotonic time, ns.
     pub clock: fn() -> u64,
     /// Publishes the worker's number and the time of its heartbeat in ns, or 0 when it does not run.
     pub heartbeat: Arc<dyn Fn(usize, u64) + Send + Sync>,
     pub counters: Arc<Counters>,
+    /// Set when the worker is to stop.
     pub stop: Arc<AtomicBool>,
     pub control: watch::Receiver<WorkerControl<R>>,
     /// Hand-off rings to the other workers, by number; `None` at the worker's own number.
@@ -46,7 +53,9 @@ pub struct WorkerContext<R> {
     pub handoff_receivers: Vec<Option<handoff::Receiver<()>>>,
     /// Wakers of all workers, by number.
     pub wakers: Vec<Arc<Waker>>,
+    /// The epoll instance with the worker's waker.
     pub poll: Poll,
+    /// The queue of learned addresses to commit.
     pub learners: Learners,
     /// Most commits of learned addresses that this worker may have open.
     pub learns: usize,

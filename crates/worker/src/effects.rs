@@ -1,5 +1,9 @@
-//! What an inspector wants done after a packet: forward, discard, send, command. Inspectors queue effects while they
-//! borrow the frame; the worker runs them afterwards (`inspection.rs`).
+//! Effects: what an inspector wants done after it has seen a packet (forward it, discard it, send another one, command
+//! the programs).
+//!
+//! An inspector borrows the packet's frame while it runs, so it cannot send that frame. It queues effects instead, and
+//! the worker runs them when the inspector has returned (`inspection.rs`). Start at [`Effects`], which is the
+//! inspectors' [`Sink`].
 
 use std::{collections::VecDeque, sync::Arc, time::SystemTime};
 
@@ -21,7 +25,7 @@ pub enum Effect {
     Absorb(Handle),
     /// Send a flow command without a packet.
     Command(FlowCommand),
-    /// Send a generated packet: a range of [`Effects::generated`].
+    /// Send a generated packet. `start` and `length` are its range in [`Effects::generated`].
     Emit {
         start: usize,
         length: usize,
@@ -29,17 +33,19 @@ pub enum Effect {
     },
 }
 
-/// The queued effects, in the order in which the inspector wants them. Also the inspectors' way to the queues of
-/// commits and records, which do not wait for the frame.
+/// The sink of a worker's inspectors: queues effects in their order, and passes learned addresses and records on at
+/// once.
 pub struct Effects {
     queue: VecDeque<Effect>,
     /// Bytes of the generated packets, one after the other.
     generated: Vec<u8>,
+    /// Sends learned addresses to the thread that commits them, and receives the results.
     learner: Learner,
     records: queue::Sender<Stamped>,
     /// Time of the last wake-up of the records' reader, ns.
     records_flushed: u64,
-    /// Time of the last flush of TTL refreshes to the name cache, ns.
+    /// Time at which refreshes were last passed to the thread that commits addresses, ns. A refresh is an answer whose
+    /// addresses are committed already; it extends their time.
     refreshes_flushed: u64,
     counters: Arc<Counters>,
 }
@@ -63,7 +69,7 @@ impl Effects {
         }
     }
 
-    /// Removes and returns the next effect. When none is left, the generated packets are forgotten.
+    /// Removes and returns the next effect. Returns `None` when none is left, and then frees the generated packets.
     pub fn next(&mut self) -> Option<Effect> {
         let effect = self.queue.pop_front();
         if effect.is_none() {
@@ -77,7 +83,7 @@ impl Effects {
         self.generated.get(start..start + length)
     }
 
-    /// Returns the next result of a commit.
+    /// Returns the next result of a commit of learned addresses.
     pub fn next_committed(&mut self) -> Option<Learned> {
         self.learner.take()
     }
@@ -87,10 +93,11 @@ impl Effects {
         self.learner.is_answered()
     }
 
-    /// Wakes the reader of the records, and passes the refreshes on.
+    /// Wakes the reader of the records and passes refreshes on, each at most once per tick of the coarse clock. `now`:
+    /// ns.
     ///
-    /// At most once per tick of the coarse clock: a wake-up is a system call, and the reader would compete for the CPU
-    /// just when the packet's receiver needs it. Earlier if a quarter of the record queue is used.
+    /// A wake-up is a system call, and the woken thread would compete for the CPU just when the packet's receiver needs
+    /// it. Only a record queue that is a quarter full is not left waiting for the next tick.
     pub fn flush(&mut self, now: u64) {
         if self.records.has_unflushed() && (now != self.records_flushed || self.records.is_filling_up()) {
             self.records.wake();

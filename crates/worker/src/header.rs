@@ -24,7 +24,7 @@ pub const ETHERNET: usize = 14;
 ///
 /// # Errors
 /// [`Reason::CarryForeign`] if the cookie is wrong, the hook is unknown, the interface is zero, or no slot requests
-/// inspection: the programs did not put this frame on the carrier.
+/// inspection: the programs did not put this frame on the punt link.
 pub fn parse(bytes: &[u8], cookie: u64) -> Result<Carried, Reason> {
     let (carried, frame) = Carried::read_from_prefix(bytes).map_err(|_| Reason::CarryForeign)?;
     if carried.cookie != cookie || frame.len() < ETHERNET {
@@ -75,7 +75,7 @@ impl Prepared {
 }
 
 /// Rewrites the TCP options of a packet in place ([`palisade_inspect::normalise_options`]) and limits the MSS of a SYN
-/// to what fits on the carrier. The packet is forwarded with the new options. Returns whether a byte was changed;
+/// to what fits on the punt link. The packet is forwarded with the new options. Returns whether a byte was changed;
 /// always false for fragments and for other protocols.
 ///
 /// # Errors

@@ -1,4 +1,7 @@
-//! The frames that an inspector holds, by handle. The `slab` crate with a bound, and with keys that can be used once.
+//! The frames that inspectors hold, and the handles by which inspectors refer to them.
+//!
+//! The frames are in a `slab`. This module adds a bound, so that it never allocates, and keys that can be used only
+//! once. Start at [`HeldFrames`].
 
 use palisade_abi::{CarrySlot, FlowCommand};
 

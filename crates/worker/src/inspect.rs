@@ -8,8 +8,8 @@ use palisade_inspect::{Engine, Learned, Millis, Number, Rules, Sink, View};
 
 use crate::held::Handle;
 
-/// The inspectors of a worker. Each start of a worker makes new ones, so no state survives the failure that ended the
-/// last run.
+/// The engine of a worker: its inspectors with their state. Each start of a worker makes a new one, so no state
+/// survives the failure that ended the previous run.
 pub trait Inspect {
     /// The application rules.
     type Rules: Send + Sync + 'static;

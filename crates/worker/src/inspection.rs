@@ -28,13 +28,15 @@ use crate::{
 /// Most records per second of packets that are dropped before an inspector sees them.
 const MAX_REPORTS_PER_SECOND: u32 = 200;
 
-/// The inspectors of a worker with the frames that they hold.
+/// The inspection stage of a worker: its engine with the frames that it holds, and the transmit side, to which effects
+/// lead.
 pub struct Inspection<'a, P: Port, E: Inspect> {
     control: &'a mut watch::Receiver<WorkerControl<E::Rules>>,
     engine: E,
     held: HeldFrames<P::Frame>,
     effects: Effects,
     tx: Tx,
+    /// Limit of the records of refused packets.
     reports: RateLimit,
     counters: Arc<Counters>,
     /// Time of this turn, ns.
@@ -86,6 +88,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         self.run_effects(port);
     }
 
+    /// Takes over the control plane's settings if they have changed.
     fn apply_control(&mut self) {
         if !self.control.has_changed() {
             return;
@@ -117,8 +120,8 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
             Ok(changed) => self.counters.options_rewritten.add(u64::from(changed)),
             // In audit mode the inspector reports the packet and lets it pass if it can.
             Err(_) if is_audit(carried) => {}
-            Err(problem) => {
-                self.refuse(carried, Reason::TcpInvalid, problem.text(), &prepared.packet);
+            Err(error) => {
+                self.refuse(carried, Reason::TcpInvalid, error.text(), &prepared.packet);
                 port.free(frame);
                 return;
             }
@@ -247,7 +250,8 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         }
     }
 
-    /// Passes the results of commits to the engine. Returns whether there was one.
+    /// Passes the results of commits of learned addresses to the engine, which forwards the answers that were held for
+    /// them. Returns whether there was a result.
     pub fn take_commits(&mut self, port: &mut P) -> bool {
         let mut any = false;
         while let Some(learned) = self.effects.next_committed() {

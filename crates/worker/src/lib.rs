@@ -1,11 +1,11 @@
 //! The workers: threads that receive punted packets, have them inspected, and reinject them.
 //!
-//! Each worker owns an AF_XDP socket with its UMEM, the inspectors of its flows, and their timers. Threads share only
-//! queues at which none of them blocks: hand-off rings between workers ([`palisade_xsk::handoff`]), learned addresses
-//! to commit, records, and the control plane's settings, of which the latest counts. In the steady state a packet costs
-//! no lock, no allocation and no system call of its own.
+//! Each worker owns an AF_XDP socket with its UMEM, an engine (the inspectors of its flows with their state), and
+//! timers. It shares hand-off rings with the other workers ([`palisade_xsk::handoff`]), two queues with the control
+//! plane (learned addresses to commit, records), and a watched value with the control plane's settings. A worker blocks
+//! at none of them: in the steady state a packet costs no lock, no allocation and no system call of its own.
 //!
-//! A worker that panics or whose socket fails is restarted with a new socket and new inspectors. Its connections are
+//! A worker that panics or whose socket fails is restarted with a new socket and a new engine. Its connections are
 //! reset, because their state is lost. Until it runs again its heartbeat is withdrawn, and the programs drop the
 //! packets that it should inspect.
 //!

@@ -30,11 +30,11 @@ const HANDOFF_DEPTH: usize = 128;
 
 /// The configuration of a pool.
 pub struct Setup<P, E: Inspect> {
-    /// Number of workers: one for each queue of the carrier.
+    /// Number of workers: one for each queue of the punt link.
     pub workers: usize,
     /// How workers wait for packets.
     pub mode: Mode,
-    /// Secret that proves that a frame on the carrier was put there by the programs.
+    /// Secret that proves that a frame on the punt link was put there by the programs.
     pub cookie: u64,
     /// Returns the coarse monotonic time, ns.
     pub clock: fn() -> u64,

@@ -13,7 +13,7 @@ use std::{
 
 use crossbeam_channel::{TryRecvError, TrySendError, bounded};
 
-/// Longest park of a receiver. Senders that are dropped do not wake it, so it looks for itself whether all are gone.
+/// Longest park of a receiver. Dropping the last sender does not wake the receiver, so it checks for that itself.
 const MAX_PARK: Duration = Duration::from_millis(250);
 
 /// Returns the ends of a queue for `capacity` items.

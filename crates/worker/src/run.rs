@@ -36,7 +36,8 @@ const STATISTICS_INTERVAL: u64 = 1_000_000_000;
 /// The mio token of the socket.
 const SOCKET: Token = Token(0);
 
-/// A worker with a socket and an engine.
+/// A worker with a socket and an engine. A restart makes a new one; what outlives it is borrowed from the
+/// [`WorkerContext`].
 pub struct Worker<'a, P: Port, E: Inspect> {
     number: usize,
     clock: fn() -> u64,
@@ -45,6 +46,7 @@ pub struct Worker<'a, P: Port, E: Inspect> {
     poll: &'a mut Poll,
     events: Events,
     mode: Mode,
+    /// Start of the clock of the waiting strategy.
     started: Instant,
     port: P,
     rx: Rx<'a, P::Frame>,
@@ -137,8 +139,8 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         Ok(busy)
     }
 
-    /// Checks now and then that packets can still arrive. Runs before the heartbeat, which makes the programs punt:
-    /// what they punt to a dead socket would be lost without a drop reason.
+    /// Checks every [`LINK_CHECK_INTERVAL`] that packets can still arrive. Runs before the heartbeat, because a recent
+    /// heartbeat makes the programs punt, and what they punt to a dead socket would be lost without a drop reason.
     fn check_link(&mut self) -> io::Result<()> {
         if self.now.saturating_sub(self.checked) >= LINK_CHECK_INTERVAL {
             self.port.check()?;

@@ -72,8 +72,8 @@ impl<'a, F> Rx<'a, F> {
         Ok(received != 0)
     }
 
-    /// Drops half of the batch, mostly packets of the flows that were admitted most. Dropping is cheap, so the ring
-    /// drains.
+    /// Drops half of the batch, mostly packets of the flows that were admitted most. Dropping takes far less time than
+    /// inspecting, so the ring drains.
     fn shed<P: Port<Frame = F>>(&mut self, port: &mut P) {
         self.shed.clear();
         self.shed.resize(self.batch.len(), false);

@@ -1,4 +1,4 @@
-//! The thread of a worker: makes its socket and its inspectors, runs it, and starts it anew with a back-off when it fails.
+//! The thread of a worker: makes its socket and its engine, runs it, and starts it anew with a back-off when it fails.
 //!
 //! Start at [`supervise`].
 
@@ -28,11 +28,11 @@ const MAX_BACKOFF: Duration = Duration::from_secs(1);
 /// Run time after which a failure starts with [`MIN_BACKOFF`] again.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 
-/// Makes the socket and the inspectors of a worker, at each start.
+/// Makes the socket and the engine of a worker, at each start.
 pub struct Factories<P, E> {
     /// Returns the socket of a worker and its number of frames.
     pub port: Arc<dyn Fn(usize) -> io::Result<(P, usize)> + Send + Sync>,
-    /// Returns the inspectors of a worker.
+    /// Returns the engine of a worker.
     pub engine: Arc<dyn Fn(usize) -> E + Send + Sync>,
 }
 
@@ -74,13 +74,13 @@ pub fn supervise<P: Port, E: Inspect>(mut context: WorkerContext<E::Rules>, fact
     context.counters.set_state(State::Ended, None);
 }
 
-/// Makes the socket and the inspectors and runs the worker, until it is told to stop or its socket fails.
+/// Makes the socket and the engine and runs the worker, until it is told to stop or its socket fails.
 fn run_once<P: Port, E: Inspect>(
     context: &mut WorkerContext<E::Rules>,
     factories: &Factories<P, E>,
 ) -> io::Result<()> {
     let (port, frames) = (factories.port)(context.number)?;
-    // The inspectors that would have known these packets' flows are gone.
+    // Drop what was handed off to the previous run: the engine that knew these packets' flows is gone.
     for receiver in context.handoff_receivers.iter_mut().flatten() {
         while receiver
             .receive(|(), _| context.counters.count_drop(Reason::NoWorker))

@@ -1,6 +1,7 @@
 //! The transmit side of a worker: puts the reinject trailer behind a packet and the packet into the transmit ring.
 //!
-//! Every frame that comes in here goes into the ring or is freed and counted.
+//! Each frame passed to [`Tx`] is either put into the transmit ring, or freed and counted as lost. Start at
+//! [`Tx::forward`].
 
 use std::sync::Arc;
 
@@ -47,7 +48,7 @@ impl Tx {
         }
     }
 
-    /// Sends a packet that an inspector has made. `None` stands for bytes that are missing, and counts as not sent.
+    /// Sends a packet that an inspector has made. `None`: its bytes are missing, which counts as lost.
     pub fn emit<P: Port>(&self, port: &mut P, packet: Option<&[u8]>, route: Route) {
         if packet.is_some_and(|packet| self.try_emit(port, packet, route)) {
             self.counters.generated.add(1);

@@ -1,7 +1,8 @@
 //! A value that the control plane changes and one worker watches. Without a change, the worker pays one load per check.
 //!
-//! Not `arc-swap`: besides the latest value, a worker must take over what is to be done once (endpoints to forget), also when
-//! several changes come between two reads. That needs a read-modify-write by both ends, which a swapped `Arc` does not give.
+//! Like `tokio::sync::watch`, for threads. Not `arc-swap`, which replaces whole values: the settings include the list
+//! of deleted endpoints, to which the control plane appends and which the worker empties, so both ends need a
+//! read-modify-write. Depends on nothing else in this crate; start at [`watch`].
 
 use std::sync::{
     Arc, Mutex, PoisonError,
@@ -56,7 +57,7 @@ impl<T> Receiver<T> {
         self.shared.version.load(Ordering::Acquire) != self.seen
     }
 
-    /// Calls `read` with the value, from which it may take what is to be done once.
+    /// Calls `read` with the latest value. `read` may change it, for example empty a list that it has taken over.
     pub fn read<R>(&mut self, read: impl FnOnce(&mut T) -> R) -> R {
         let mut value = self.shared.value.lock().unwrap_or_else(PoisonError::into_inner);
         self.seen = self.shared.version.load(Ordering::Acquire);
@@ -69,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_read_gets_the_latest_value_and_everything_to_be_done_once() {
+    fn a_read_gets_the_latest_value_and_can_empty_a_list_in_it() {
         let (sender, mut receiver) = watch((1, Vec::new()));
         assert!(!receiver.has_changed());
         for n in 2..4 {

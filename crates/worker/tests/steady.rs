@@ -378,10 +378,10 @@ fn a_sleeping_worker_publishes_heartbeats() {
     let bench = bench(1, 0, None, None);
     assert!(bench.pool.wait_until_running(Duration::from_secs(10)));
     bench.dry.store(true, Ordering::Relaxed);
-    let begun = Instant::now();
+    let started = Instant::now();
     let mut last = bench.heartbeats[0].load(Ordering::Relaxed);
     let mut longest = 0;
-    while begun.elapsed() < Duration::from_secs(1) {
+    while started.elapsed() < Duration::from_secs(1) {
         thread::sleep(Duration::from_millis(5));
         let heartbeat = bench.heartbeats[0].load(Ordering::Relaxed);
         longest = longest.max(heartbeat - last);
@@ -409,13 +409,13 @@ fn a_worker_that_panics_is_restarted() {
 fn a_worker_whose_socket_fails_is_restarted_with_a_new_one() {
     let bench = bench(1, 0, Some(500), None);
     let counters = Arc::clone(&bench.pool.counters()[0]);
-    let mut problem = None;
+    let mut failure = None;
     until("a failure", || {
-        problem = problem.take().or_else(|| counters.failure());
-        problem.is_some()
+        failure = failure.take().or_else(|| counters.failure());
+        failure.is_some()
     });
     assert_eq!(
-        problem.map(|failure| failure.to_string()).as_deref(),
+        failure.map(|failure| failure.to_string()).as_deref(),
         Some("the socket is gone")
     );
     until("running again", || counters.state() == State::Running);

@@ -375,11 +375,11 @@ impl Socket {
                 // The driver polls the ring without being woken.
                 break;
             }
-            if let Err(problem) = self.kick() {
-                match problem.raw_os_error() {
+            if let Err(error) = self.kick() {
+                match error.raw_os_error() {
                     // The kernel has sent one batch, or the device has no room for more now.
                     Some(libc::EAGAIN | libc::ENOBUFS | libc::EBUSY | libc::EINTR) => {}
-                    _ => return Err(problem),
+                    _ => return Err(error),
                 }
             }
             // The kernel sends nothing while the completion ring is full.
@@ -468,10 +468,10 @@ impl Socket {
             )
         };
         if outcome < 0 {
-            let problem = io::Error::last_os_error();
-            match problem.raw_os_error() {
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
                 Some(libc::EAGAIN | libc::ENOBUFS | libc::EBUSY | libc::EINTR) => {}
-                _ => return Err(problem),
+                _ => return Err(error),
             }
         }
         Ok(())
@@ -597,9 +597,9 @@ impl Socket {
         // SAFETY: one `pollfd` and one `timespec`, both on this function's stack; no signal mask.
         let ready = unsafe { libc::ppoll(&raw mut fd, 1, &raw const time, ptr::null()) };
         if ready < 0 {
-            let problem = io::Error::last_os_error();
-            if problem.kind() != io::ErrorKind::Interrupted {
-                return Err(problem);
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
             }
             return Ok(false);
         }
@@ -613,13 +613,13 @@ impl Socket {
     /// Returns an error if the interface is gone. For a socket that neither sends nor wakes the kernel, `SO_ERROR` is
     /// the only sign.
     fn check(&self) -> io::Result<()> {
-        let problem = self.option(libc::SOL_SOCKET, libc::SO_ERROR)?;
-        if problem != 0 {
-            self.fatal_errno.set(problem);
+        let error = self.option(libc::SOL_SOCKET, libc::SO_ERROR)?;
+        if error != 0 {
+            self.fatal_errno.set(error);
         }
         match self.fatal_errno.get() {
             0 => Ok(()),
-            problem => Err(io::Error::from_raw_os_error(problem)),
+            error => Err(io::Error::from_raw_os_error(error)),
         }
     }
 
@@ -701,7 +701,7 @@ fn bind(
         queue: config.queue,
         source,
     };
-    let begun = Instant::now();
+    let started = Instant::now();
     let mut retry = MIN_BIND_RETRY;
     loop {
         // SAFETY: the UMEM is not shared, and program loading is inhibited.
@@ -715,12 +715,12 @@ fn bind(
                 }
             }
         }
-        let left = config.bind_timeout.saturating_sub(begun.elapsed());
+        let left = config.bind_timeout.saturating_sub(started.elapsed());
         if left.is_zero() {
             return Err(Error::Busy {
                 interface: config.interface.clone(),
                 queue: config.queue,
-                waited: begun.elapsed(),
+                waited: started.elapsed(),
             });
         }
         thread::sleep(retry.min(left));

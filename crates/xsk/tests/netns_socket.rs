@@ -375,10 +375,10 @@ fn binding_is_retried_while_the_queue_is_in_use() {
         bind_timeout: Duration::from_millis(60),
         ..Config::new("b", 0)
     };
-    let begun = Instant::now();
+    let started = Instant::now();
     let error = Socket::new(&config).unwrap_err();
     assert!(matches!(error, Error::Busy { queue: 0, .. }), "{error}");
-    assert!(begun.elapsed() >= config.bind_timeout);
+    assert!(started.elapsed() >= config.bind_timeout);
     assert_eq!(io::Error::from(error).kind(), io::ErrorKind::ResourceBusy);
 
     let config = Config {
@@ -453,9 +453,9 @@ fn a_deleted_interface_gives_lasting_errors() {
     let (mut a, mut b) = world.pair(0, 64, Mode::Poll);
     assert!(!b.wait(Duration::from_millis(10)).unwrap());
     world.ns.ip("link del dev a").unwrap();
-    let begun = Instant::now();
+    let started = Instant::now();
     while b.wait(Duration::from_millis(20)).is_ok() {
-        assert!(begun.elapsed() < TIMEOUT);
+        assert!(started.elapsed() < TIMEOUT);
     }
     // The error stays.
     assert!(b.wait(Duration::from_millis(1)).is_err());
