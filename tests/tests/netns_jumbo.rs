@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use palisade_testbed::{
     daemon::Hooks,
-    topology::{FAMILIES, INNER, NIC},
+    rawtcp::{RawTcp, Segment},
+    topology::{FAMILIES, Family, INNER, NIC},
     web::{curl, random_file, sha256},
 };
 use palisade_tests::{
-    apps::{WAYS, apps},
+    OPEN,
+    apps::{Apps, WAYS, apps},
     setup::{on_all_ways, webs},
 };
 
@@ -17,7 +19,8 @@ const PORT: u16 = 80;
 /// A transfer takes less; a connection whose segments are dropped takes all of it.
 const LONG: Duration = Duration::from_secs(10);
 
-fn jumbo_frames(hooks: Hooks) {
+/// Gives every interface an MTU that the carrier does not have.
+fn with_jumbo_frames() -> Apps {
     let apps = apps();
     let node = apps.ns("node");
     for interface in ["veth-client", "veth-server", NIC] {
@@ -28,6 +31,11 @@ fn jumbo_frames(hooks: Hooks) {
             .ip(&format!("link set {INNER} mtu 9000\n"))
             .expect("MTU");
     }
+    apps
+}
+
+fn jumbo_frames(hooks: Hooks) {
+    let apps = with_jumbo_frames();
     let servers = ["internet", "server", "node"];
     let webs = webs(&apps, servers, &[PORT], &[]);
     let body = apps.topology.dir().join("body");
@@ -67,6 +75,41 @@ fn jumbo_frames(hooks: Hooks) {
             assert!(right, "{from} > {to} {family:?}, up: {up:?}\n{}", daemon.report());
         }
     }
+}
+
+/// A frame as long as may be carried has to fit on its way back too, with the order that says how long the body is.
+#[test]
+fn the_longest_frame_that_is_carried_comes_back_with_an_order() {
+    /// `palisade_abi::MAX_CARRIED_FRAME`.
+    const LONGEST: usize = 3_254;
+    let apps = with_jumbo_frames();
+    let servers = ["internet", "server", "node"];
+    let _webs = webs(&apps, servers, &[PORT], &[]);
+    let daemon = on_all_ways(&apps, Hooks::default(), &[PORT], RULES);
+    for (from, to) in WAYS {
+        for family in FAMILIES {
+            let (source, at) = (apps.source(from, to, family), apps.at(to, family, PORT));
+            let mut client = RawTcp::connect(apps.ns(from), source, at).expect("connection");
+            let network = if family == Family::V4 { 20 } else { 40 };
+            let mut bytes =
+                format!("PUT /files/up HTTP/1.1\r\nHost: {to}.example\r\nContent-Length: 1000000\r\n\r\n")
+                    .into_bytes();
+            bytes.resize(LONGEST - 14 - network - 20, b'x');
+            // Once: what is sent again would come back without the order.
+            client.send(&Segment::data(0, &bytes)).expect("segment");
+            let end = i64::try_from(bytes.len()).expect("a length");
+            let arrived = client
+                .listen(OPEN, |client| client.acked() >= end)
+                .expect("answers");
+            assert!(arrived, "{from} > {to} {family:?}\n{}", daemon.report());
+        }
+    }
+    daemon
+        .wait_status("orders for the rest of the bodies", |status| {
+            let windows = &status["workers"]["inspection"]["http.tcp"]["windows"];
+            windows.as_u64() >= Some((WAYS.len() * FAMILIES.len()) as u64)
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
 }
 
 #[test]

@@ -175,8 +175,23 @@ pub struct LearnedKey {
 /// MTU of the carrier: what native XDP on a veth takes in one page with everything that it puts around it.
 pub const CARRIER_MTU: u32 = 3_400;
 
-/// Longest frame that can be carried, from its Ethernet header on.
-pub const MAX_CARRIED_FRAME: u32 = CARRIER_MTU + 14 - size_of::<Carried>() as u32;
+/// Length of an Ethernet header, which a device's MTU does not count.
+const ETHERNET: u32 = 14;
+
+/// The most that stands behind a frame on its way back from a worker: two policies may have a command each.
+pub const MAX_TRAILER: u32 = (size_of::<Released>() + 2 * size_of::<FlowCommand>()) as u32;
+
+/// Longest frame that can be carried, from its Ethernet header on. veth drops what is longer than its MTU without a
+/// counter of ours (`is_skb_forwardable`), so the frame fits with what stands in front of it on its way to a worker, and
+/// with what stands behind it on its way back.
+pub const MAX_CARRIED_FRAME: u32 = CARRIER_MTU + ETHERNET - MAX_TRAILER;
+
+const _: () = assert!(MAX_CARRIED_FRAME + size_of::<Carried>() as u32 <= CARRIER_MTU + ETHERNET);
+const _: () = assert!(MAX_CARRIED_FRAME + MAX_TRAILER <= CARRIER_MTU + ETHERNET);
+
+/// Longest frame on the carrier with all that is around it. A VLAN tag that the kernel kept beside the frame on its way to
+/// a worker stands in it on its way back; veth allows for one.
+pub const MAX_ON_CARRIER: u32 = CARRIER_MTU + ETHERNET + 4;
 
 /// More than the headers of a segment take, Ethernet and IPv6 extension headers included. A super-frame is carried if
 /// its segment size and these fit into [`MAX_CARRIED_FRAME`].

@@ -22,7 +22,8 @@ mod reason;
 pub use addr::{Addr, IpcacheEntry, PrefixKey};
 pub use carry::{
     CARRIER_MTU, Carried, CarrySlot, FlowCommand, LearnedKey, MAX_CARRIED_FRAME, MAX_CARRIED_MSS,
-    MAX_SEGMENT_HEADERS, MAX_WORKERS, Released, carry_flags, carry_hook, order, release,
+    MAX_ON_CARRIER, MAX_SEGMENT_HEADERS, MAX_TRAILER, MAX_WORKERS, Released, carry_flags, carry_hook, order,
+    release,
 };
 pub use class::{
     CLASS_ANY, CLASS_SLOTS, CLASS_UNKNOWN, Class, FIRST_DYNAMIC_CLASS, ICMP_SLOTS, PORT_SLOTS,

@@ -5,7 +5,8 @@
 //! [`trailer`] and [`append_trailer`] before it is sent.
 
 use palisade_abi::{
-    Carried, CarrySlot, FlowCommand, MAX_CARRIED_MSS, Reason, Released, carry_hook, protocol, release,
+    Carried, CarrySlot, FlowCommand, MAX_CARRIED_MSS, MAX_ON_CARRIER, MAX_TRAILER, Reason, Released,
+    carry_hook, protocol, release,
 };
 use palisade_inspect::{OptionProblem, Route, View};
 use palisade_packet::{Packet, Start, flags};
@@ -16,7 +17,7 @@ use crate::checksum;
 /// Length of the punt header, bytes.
 pub const CARRIED: usize = size_of::<Carried>();
 /// Greatest length of the trailer with its flow commands, bytes.
-pub const TRAILER: usize = size_of::<Released>() + 2 * size_of::<FlowCommand>();
+pub const TRAILER: usize = MAX_TRAILER as usize;
 /// Length of an Ethernet header, bytes.
 pub const ETHERNET: usize = 14;
 
@@ -171,7 +172,7 @@ pub fn trailer(cookie: u64, route: Route, xdp: bool) -> Released {
 }
 
 /// Appends flow commands and trailer to a packet of `length` bytes at the start of `room`. Returns the new length, or
-/// `None` if there is not enough room.
+/// `None` if there is not enough room, or the carrier would not take a frame of that length.
 pub fn append_trailer(
     room: &mut [u8],
     length: usize,
@@ -192,7 +193,7 @@ pub fn append_trailer(
     }
     let bytes = released.as_bytes();
     room.get_mut(at..at + bytes.len())?.copy_from_slice(bytes);
-    Some(at + bytes.len())
+    Some(at + bytes.len()).filter(|whole| *whole <= MAX_ON_CARRIER as usize)
 }
 
 #[cfg(test)]

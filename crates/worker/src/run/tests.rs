@@ -6,7 +6,7 @@ use std::{
 };
 
 use palisade_abi::{
-    Carried, CarrySlot, CtKey, FlowCommand, Inspector, Reason, Released, carry_hook, protocol, release,
+    Carried, CarrySlot, CtKey, FlowCommand, Inspector, Reason, Released, carry_hook, order, protocol, release,
 };
 use palisade_inspect::{Learned, Millis, Route, Sink, View, learning::lessons, record::Record};
 use palisade_xsk::handoff;
@@ -22,7 +22,7 @@ use crate::{
 };
 
 const COOKIE: u64 = 0x1234_5678_9abc_def0;
-const CHUNK: usize = 2_048;
+const CHUNK: usize = 4_096;
 const FRAMES: usize = 64;
 
 /// A port in memory.
@@ -150,6 +150,9 @@ mod does {
     pub const COMMAND: u32 = 4;
 }
 
+/// A slot with this rule and [`does::COMMAND`] gets an order that must stay with its packet.
+const REPLACES: u32 = 1_000;
+
 /// An engine that does with a packet what the number of the rule set says.
 #[derive(Default)]
 struct Script {
@@ -199,7 +202,13 @@ impl Inspect for Script {
                 };
                 sink.emit(&view.frame[..30], route);
             }
-            does::COMMAND => sink.release_with(frame, &command(view.slot.endpoint)),
+            does::COMMAND => {
+                let mut command = command(view.slot.endpoint);
+                if view.slot.rule == REPLACES {
+                    command.order = order::REPLACE;
+                }
+                sink.release_with(frame, &command);
+            }
             other => panic!("rule set {other}"),
         }
     }
@@ -429,6 +438,52 @@ fn udp() -> Sent {
         payload: b"a question".to_vec(),
         padding: 0,
         no_checksum: false,
+    }
+}
+
+/// The longest frame that is carried fits on the carrier again with a command of each of two policies, and with the tag
+/// that the kernel kept beside it; one byte more is a drop with a reason, not one that veth makes in silence.
+#[test]
+fn the_longest_frame_comes_back_with_two_commands() {
+    use palisade_abi::{MAX_CARRIED_FRAME, MAX_ON_CARRIER};
+
+    for hook in [
+        carry_hook::XDP_INGRESS,
+        carry_hook::TC_INGRESS,
+        carry_hook::TC_EGRESS,
+    ] {
+        for (ipv6, tags, more) in [false, true]
+            .into_iter()
+            .flat_map(|ipv6| [(ipv6, 0, 0), (ipv6, 1, 0), (ipv6, 1, 1)])
+        {
+            let mut sent = Sent {
+                ipv6,
+                tcp: true,
+                tags,
+                ..udp()
+            };
+            // The tag comes beside the frame.
+            let headers = sent.frames().0.len() - sent.payload.len() - 4 * tags;
+            sent.payload = vec![7; MAX_CARRIED_FRAME as usize - headers + more];
+            let (frame, _) = sent.frames();
+            assert_eq!(frame.len() - 4 * tags, MAX_CARRIED_FRAME as usize + more);
+            let mut slots = [slot(3, does::COMMAND), slot(1, does::COMMAND)];
+            slots[0].rule = REPLACES;
+            let (mut back, drops, _) = work(vec![carry(&frame, tags > 0, hook, 5, slots)]);
+            if more > 0 {
+                assert_eq!(drops, HashMap::from([(Reason::CarryUnsupported as u8, 1)]));
+                continue;
+            }
+            assert_eq!(drops, HashMap::new());
+            let whole = back.pop().unwrap();
+            assert!(whole.len() <= MAX_ON_CARRIER as usize, "{}", whole.len());
+            let (rest, released, first) = split(&whole);
+            assert_ne!(released.flags & release::SECOND_COMMAND, 0);
+            let (rest, second) = FlowCommand::read_from_suffix(&rest).unwrap();
+            assert_eq!(first.map(|first| first.order), Some(order::REPLACE));
+            assert_eq!(second, command(1));
+            assert_eq!(rest, frame);
+        }
     }
 }
 
