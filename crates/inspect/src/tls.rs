@@ -12,6 +12,7 @@ use palisade_protocols::tls::{
 use crate::{
     Millis, Rules, Sink, View,
     record::{About, Record, Text, Verdict, What},
+    rules::TlsRules,
     tcp::{Connections, Reader, Remember, Side, Step, TcpLimits, TcpStats, quote::QuotedSegment},
 };
 
@@ -218,7 +219,12 @@ fn judge(hello: &ClientHello, rules: &Rules, ruleset: u32, ech: Ech, known: bool
     if hello.ech && ech == Ech::Deny {
         return Err(Reason::AppDenied);
     }
-    match &hello.server_name {
+    judge_name(&hello.server_name, rules, known)
+}
+
+/// Returns the rule by which a hello with this name may pass.
+pub(crate) fn judge_name(name: &ServerName, rules: &TlsRules, known: bool) -> Result<u32, Reason> {
+    match name {
         // Where anybody may be reached, a false name opens nothing.
         ServerName::Name(name) if !known && rules.judge(name).is_some() => {
             rules.anyone().ok_or(Reason::SniAddress)

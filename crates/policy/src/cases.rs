@@ -14,7 +14,7 @@ use crate::{
     compile::{Changes, Compiler, CompilerState, FileContent},
     conflict::possible_conflicts,
     diagnostic::{Diagnostic, Severity},
-    l7::{HttpRequest, KafkaRequest, Request, passing},
+    l7::{Denial, GetBodies, HttpOptions, HttpRequest, Judge, KafkaRequest, Paths, Request},
     labels::{Labels, parse_label},
     parse::{parse_rules_json, yaml_to_json},
     snapshot::{Snapshot, inspector_name},
@@ -84,6 +84,33 @@ struct CaseConfig {
     dual_stack: bool,
     #[serde(default)]
     audit: bool,
+    #[serde(default)]
+    http: CaseHttp,
+}
+
+/// `[http]` of the configuration, as far as verdicts depend on it.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct CaseHttp {
+    path_normalization: Option<String>,
+    get_bodies: Option<String>,
+}
+
+impl CaseHttp {
+    fn options(&self) -> Result<HttpOptions, String> {
+        Ok(HttpOptions {
+            paths: match self.path_normalization.as_deref() {
+                None | Some("both") => Paths::Both,
+                Some("raw") => Paths::Raw,
+                Some(other) => return Err(format!("pathNormalization {other:?} is neither both nor raw")),
+            },
+            get_bodies: match self.get_bodies.as_deref() {
+                None | Some("refuse") => GetBodies::Refuse,
+                Some("allow") => GetBodies::Allow,
+                Some(other) => return Err(format!("getBodies {other:?} is neither refuse nor allow")),
+            },
+        })
+    }
 }
 
 impl Default for CaseConfig {
@@ -93,6 +120,7 @@ impl Default for CaseConfig {
             allow_localhost: policy_word(),
             dual_stack: true,
             audit: false,
+            http: CaseHttp::default(),
         }
     }
 }
@@ -141,14 +169,29 @@ struct Check {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct HttpFacts {
-    #[serde(default)]
-    method: String,
-    #[serde(default)]
-    path: String,
+    method: Option<String>,
+    path: Option<String>,
     #[serde(default)]
     host: String,
     #[serde(default)]
-    headers: BTreeMap<String, String>,
+    headers: BTreeMap<String, Values>,
+}
+
+/// The value of a field, or those of a field that occurs several times.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Values {
+    One(String),
+    Several(Vec<String>),
+}
+
+impl Values {
+    fn all(&self) -> &[String] {
+        match self {
+            Self::One(value) => std::slice::from_ref(value),
+            Self::Several(values) => values,
+        }
+    }
 }
 
 /// A name, alone or in an object that says what it is.
@@ -210,17 +253,18 @@ impl Number {
     }
 }
 
-/// Runs the cases of a file: one JSON object a line, or YAML documents. `file` is how lines name it.
+/// Runs the cases of a file: one JSON object a line, or YAML documents. `file` is how lines name it; `judge` says what
+/// becomes of the requests of checks.
 #[must_use]
-pub fn run(file: &str, text: &str) -> Report {
-    let mut report = run_cases(file, text);
+pub fn run(file: &str, text: &str, judge: &dyn Judge) -> Report {
+    let mut report = run_cases(file, text, judge);
     if report == Report::default() {
         report.fail(format!("{file}: there is no case in this file"));
     }
     report
 }
 
-fn run_cases(file: &str, text: &str) -> Report {
+fn run_cases(file: &str, text: &str, judge: &dyn Judge) -> Report {
     let mut report = Report::default();
     if is_json_lines(text) {
         for (number, line) in text.lines().enumerate() {
@@ -229,7 +273,7 @@ fn run_cases(file: &str, text: &str) -> Report {
             }
             let place = format!("{file}:{}", number + 1);
             match serde_json::from_str::<Case>(line) {
-                Ok(case) => report.add(run_case(&place, &case)),
+                Ok(case) => report.add(run_case(&place, &case, judge)),
                 Err(error) => report.fail(format!("{place}:{}: {error}", error.column())),
             }
         }
@@ -243,7 +287,7 @@ fn run_cases(file: &str, text: &str) -> Report {
                 }
                 let place = format!("{file}: document {}", number + 1);
                 match serde_json::from_value::<Case>(document) {
-                    Ok(case) => report.add(run_case(&place, &case)),
+                    Ok(case) => report.add(run_case(&place, &case, judge)),
                     Err(error) => report.fail(format!("{place}: {error}")),
                 }
             }
@@ -264,7 +308,7 @@ fn is_json_lines(text: &str) -> bool {
         .is_some_and(|line| serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(line).is_ok())
 }
 
-fn run_case(place: &str, case: &Case) -> Report {
+fn run_case(place: &str, case: &Case, judge: &dyn Judge) -> Report {
     let mut report = Report::default();
     let place = if case.id.is_empty() {
         place.to_owned()
@@ -292,8 +336,8 @@ fn run_case(place: &str, case: &Case) -> Report {
         // Without endpoints the compiler has no tables to find them in: whoever there could be counts.
         errors.extend(possible_conflicts(&parsed.policies));
     }
-    let world = match world(case) {
-        Ok(world) => world,
+    let (world, options) = match world(case).and_then(|world| Ok((world, case.config.http.options()?))) {
+        Ok(read) => read,
         Err(error) => {
             report.fail(format!("{place}: {error}"));
             return report;
@@ -334,7 +378,7 @@ fn run_case(place: &str, case: &Case) -> Report {
     let snapshot = compiler.snapshot();
     let names = Names::new(compiler.world(), snapshot);
     for (number, check) in case.checks.iter().enumerate() {
-        match run_check(snapshot, &names, check) {
+        match run_check(snapshot, &names, check, options, judge) {
             Ok(None) => report.passed += 1,
             Ok(Some(difference)) => report.fail(format!(
                 "{place}: check {}: {} {} {} {}/{}: {difference}",
@@ -384,7 +428,13 @@ impl<'a> Names<'a> {
 }
 
 /// `None`: as expected. Else what was found instead, and why.
-fn run_check(snapshot: &Snapshot, names: &Names<'_>, check: &Check) -> Result<Option<String>, String> {
+fn run_check(
+    snapshot: &Snapshot,
+    names: &Names<'_>,
+    check: &Check,
+    options: HttpOptions,
+    judge: &dyn Judge,
+) -> Result<Option<String>, String> {
     let subject = *names
         .endpoints
         .get(check.subject.as_str())
@@ -411,7 +461,7 @@ fn run_check(snapshot: &Snapshot, names: &Names<'_>, check: &Check) -> Result<Op
         .judge(subject, direction, peer, protocol, Some(check.port))
         .ok_or("the compiled policy has no verdict")?;
     let request = request(check)?;
-    let (got, rule) = outcome(snapshot, &entry, &request);
+    let (got, rule, refused) = outcome(snapshot, &entry, &request, options, judge);
     let expected = check.expect.as_str();
     if !matches!(expected, "allow" | "deny" | "audit") && !expected.starts_with("l7:") {
         return Err(format!(
@@ -421,14 +471,24 @@ fn run_check(snapshot: &Snapshot, names: &Names<'_>, check: &Check) -> Result<Op
     if got == expected || (got == "audit" && expected == "allow") {
         return Ok(None);
     }
-    let because = match snapshot.rules.get(&rule) {
+    let mut because = match snapshot.rules.get(&rule) {
         Some(info) => info.to_string(),
         None => format!("rule {rule}"),
     };
+    if let Some(why) = refused {
+        because = format!("{because}: {why}");
+    }
     Ok(Some(format!("expected {expected}, got {got}: {because}")))
 }
 
-fn outcome(snapshot: &Snapshot, entry: &PolicyEntry, request: &Request) -> (String, u32) {
+/// What becomes of a packet, the rule that decides, and what is wrong with the request if the rules did not decide.
+fn outcome(
+    snapshot: &Snapshot,
+    entry: &PolicyEntry,
+    request: &Request,
+    options: HttpOptions,
+    judge: &dyn Judge,
+) -> (String, u32, Option<&'static str>) {
     let denied = || {
         let audited = entry.flags & entry_flags::AUDIT != 0;
         if audited {
@@ -438,30 +498,46 @@ fn outcome(snapshot: &Snapshot, entry: &PolicyEntry, request: &Request) -> (Stri
         }
     };
     match Decision::from_u8(entry.decision) {
-        Decision::Allow => ("allow".into(), entry.rule),
-        Decision::Deny | Decision::DenyExplicit | Decision::AuthRequired => (denied(), entry.rule),
+        Decision::Allow => ("allow".into(), entry.rule, None),
+        Decision::Deny | Decision::DenyExplicit | Decision::AuthRequired => (denied(), entry.rule, None),
         Decision::Inspect => {
             let Some(set) = snapshot.rulesets.get(&entry.ruleset) else {
-                return ("deny".into(), entry.rule);
+                return ("deny".into(), entry.rule, None);
             };
             if request.is_empty() {
-                return (format!("l7:{}", inspector_name(set.reads)), entry.rule);
+                return (format!("l7:{}", inspector_name(set.reads)), entry.rule, None);
             }
-            match passing(set, request) {
-                Some(alternative) => ("allow".into(), alternative.rule),
+            if set.reads != request.inspector() {
+                return (
+                    denied(),
+                    entry.rule,
+                    Some("the traffic is read as another protocol"),
+                );
+            }
+            match judge.judge(set, request, options) {
+                Ok(rule) => ("allow".into(), rule, None),
                 // In audit mode, what no application rule allows passes too.
-                None => (denied(), entry.rule),
+                Err(Denial::NoRule) => (denied(), entry.rule, None),
+                Err(Denial::Refused { why, .. }) => (denied(), entry.rule, Some(why)),
             }
         }
     }
 }
 
 fn request(check: &Check) -> Result<Request, String> {
-    let http = check.http.as_ref().map(|http| HttpRequest {
-        method: http.method.clone(),
-        path: http.path.clone(),
-        host: http.host.clone(),
-        headers: http.headers.iter().map(|(n, v)| (n.clone(), v.clone())).collect(),
+    let http = check.http.as_ref().map(|http| {
+        let method = http.method.clone().unwrap_or_else(|| "GET".into());
+        // CONNECT names a host and has no path.
+        let no_path = if method == "CONNECT" { "" } else { "/" };
+        let fields = http.headers.iter();
+        HttpRequest {
+            path: http.path.clone().unwrap_or_else(|| no_path.into()),
+            method,
+            host: http.host.clone(),
+            headers: fields
+                .flat_map(|(name, values)| values.all().iter().map(|value| (name.clone(), value.clone())))
+                .collect(),
+        }
     });
     let kafka = match &check.kafka {
         None => None,
@@ -576,6 +652,11 @@ fn named_ports(whose: &str, named: &Named) -> Result<NamedPorts, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::l7::Plain;
+
+    fn run(file: &str, text: &str) -> Report {
+        super::run(file, text, &Plain)
+    }
 
     const YAML: &str = "\
 id: web

@@ -1,7 +1,9 @@
-//! Whether a request passes the application rules of an entry. For case files and explanations; the workers that
-//! read real traffic have their own prepared form of the same rules.
+//! Described requests, and whether one passes the application rules of an entry.
+//!
+//! Case files and explanations ask a [`Judge`]: the inspector that reads such traffic. [`passing_as`] is the plainest
+//! form of the rules, for what no inspector reads, and the model that the inspectors' prepared form is tested against.
 
-use std::{cell::RefCell, collections::HashMap, net::IpAddr};
+use std::{cell::RefCell, collections::HashMap, net::IpAddr, sync::Arc};
 
 use palisade_abi::Inspector;
 use regex::bytes::Regex;
@@ -27,6 +29,19 @@ pub struct Request {
 }
 
 impl Request {
+    /// The [`Inspector`] that reads such a request.
+    #[must_use]
+    pub const fn inspector(&self) -> u8 {
+        let inspector = match self {
+            Self { http: Some(_), .. } => Inspector::Http,
+            Self { tls: Some(_), .. } => Inspector::Tls,
+            Self { dns: Some(_), .. } => Inspector::Dns,
+            Self { kafka: Some(_), .. } => Inspector::Kafka,
+            _ => Inspector::None,
+        };
+        inspector as u8
+    }
+
     /// Whether nothing is known.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -68,6 +83,61 @@ pub enum Paths {
     Both,
     /// As sent only.
     Raw,
+}
+
+/// What becomes of a request whose method has no body for many servers (GET, HEAD, DELETE, TRACE, OPTIONS, CONNECT), and
+/// which has one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum GetBodies {
+    /// Refused, unless a rule that allows the request names `Content-Length` or `Transfer-Encoding`.
+    #[default]
+    Refuse,
+    /// Judged like any other.
+    Allow,
+}
+
+/// What the configuration says about the judgement of HTTP requests.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct HttpOptions {
+    /// In which form a path is judged.
+    pub paths: Paths,
+    /// Whether a GET may have a body.
+    pub get_bodies: GetBodies,
+}
+
+/// Why a described request does not pass.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Denial {
+    /// No rule allows it.
+    NoRule,
+    /// Whatever the rules say: it is malformed, or two receivers could read it differently.
+    Refused {
+        /// What is wrong with it.
+        why: &'static str,
+        /// What its sender sees.
+        becomes: String,
+    },
+}
+
+/// Judges described requests by the application rules of an entry, as the inspector of the traffic does.
+pub trait Judge {
+    /// Returns the rule that lets a request pass. The request is of the kind that `set` reads.
+    ///
+    /// # Errors
+    /// Why it does not pass.
+    fn judge(&self, set: &Arc<RuleSet>, request: &Request, options: HttpOptions) -> Result<u32, Denial>;
+}
+
+/// The rules in their plainest form ([`passing_as`]); it knows nothing of malformed requests.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Plain;
+
+impl Judge for Plain {
+    fn judge(&self, set: &Arc<RuleSet>, request: &Request, options: HttpOptions) -> Result<u32, Denial> {
+        passing_as(set, request, options.paths)
+            .map(|alternative| alternative.rule)
+            .ok_or(Denial::NoRule)
+    }
 }
 
 /// The first alternative that lets the request pass.

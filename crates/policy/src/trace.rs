@@ -2,12 +2,12 @@
 
 use std::{borrow::Cow, fmt, net::IpAddr};
 
-use palisade_abi::{Decision, Direction, Identity, Inspector, PolicyEntry, entry_flags, protocol};
+use palisade_abi::{Decision, Direction, Identity, PolicyEntry, entry_flags, protocol};
 use serde::Serialize;
 
 use crate::{
     compile::Compiler,
-    l7::{Paths, Request, name_matches, passing_as},
+    l7::{Denial, HttpOptions, Judge, Request, name_matches},
     labels::Labels,
     names::{Names, SelectorNumber},
     snapshot::{RuleKey, inspector_name},
@@ -26,9 +26,9 @@ pub struct Question {
     pub to_fqdn: Option<String>,
     /// What the flow asks for, once it is read.
     pub request: Request,
-    /// In which form the path of an HTTP request is judged.
-    pub paths: Paths,
-    /// Who can read traffic: a bit for each [`Inspector`]. None: all of them.
+    /// How HTTP requests are judged.
+    pub http: HttpOptions,
+    /// Who can read traffic: a bit for each [`palisade_abi::Inspector`]. None: all of them.
     pub readers: Option<u32>,
     /// IP protocol number.
     pub protocol: u8,
@@ -132,12 +132,12 @@ pub struct Matching {
     pub id: u32,
 }
 
-/// Explains a packet. An error says which end is not known.
-pub fn trace(compiler: &Compiler, question: &Question) -> Result<Trace, String> {
+/// Explains a packet; `judge` says what becomes of the request that it carries. An error says which end is not known.
+pub fn trace(compiler: &Compiler, question: &Question, judge: &dyn Judge) -> Result<Trace, String> {
     let source = end(compiler, &question.source)?;
     let Some(name) = &question.to_fqdn else {
         let destination = end(compiler, &question.destination)?;
-        return trace_between(compiler, question, source, destination);
+        return trace_between(compiler, question, judge, source, destination);
     };
     let address: IpAddr = match question.destination.as_str() {
         "" => IpAddr::from([0, 0, 0, 0]),
@@ -194,12 +194,13 @@ pub fn trace(compiler: &Compiler, question: &Question) -> Result<Trace, String> 
             _ => Some(snapshot.identity_of(address).endpoint).filter(|id| *id != 0),
         },
     };
-    trace_between(&compiler, question, source, destination)
+    trace_between(&compiler, question, judge, source, destination)
 }
 
 fn trace_between(
     compiler: &Compiler,
     question: &Question,
+    judge: &dyn Judge,
     source: End,
     destination: End,
 ) -> Result<Trace, String> {
@@ -211,6 +212,7 @@ fn trace_between(
             Direction::Egress,
             destination.identity,
             question,
+            judge,
         )?);
     }
     if let Some(endpoint) = destination.endpoint
@@ -222,6 +224,7 @@ fn trace_between(
             Direction::Ingress,
             source.identity,
             question,
+            judge,
         )?);
     }
     let worst = |outcome: Outcome| match outcome {
@@ -235,7 +238,7 @@ fn trace_between(
         .map(|side| side.verdict)
         .max_by_key(|outcome| worst(*outcome))
         .unwrap_or(Outcome::Allowed);
-    let notes = judged_as_the_node(compiler, question, &source, &destination);
+    let notes = judged_as_the_node(compiler, question, judge, &source, &destination);
     Ok(Trace {
         notes,
         source,
@@ -253,6 +256,7 @@ fn trace_between(
 fn judged_as_the_node(
     compiler: &Compiler,
     question: &Question,
+    judge: &dyn Judge,
     source: &End,
     destination: &End,
 ) -> Vec<String> {
@@ -278,7 +282,7 @@ fn judged_as_the_node(
     }
     let note = match (
         direction,
-        side(compiler, node.id, direction, other.identity, question),
+        side(compiler, node.id, direction, other.identity, question, judge),
     ) {
         (Direction::Egress, Ok(side)) => format!(
             "if the node masquerades it, egress of {} judges it too: {} ({}), decided by {}",
@@ -357,6 +361,7 @@ fn side(
     direction: Direction,
     other: Identity,
     question: &Question,
+    judge: &dyn Judge,
 ) -> Result<Side, String> {
     let snapshot = compiler.snapshot();
     let entry = snapshot
@@ -410,14 +415,16 @@ fn side(
         && let Some(set) = snapshot.rulesets.get(&entry.ruleset)
     {
         let judged = match set.reads {
-            reads if reads != inspector_of(&question.request) => {
+            reads if reads != question.request.inspector() => {
                 let reads = inspector_name(reads);
                 Err(format!("it is read as {reads}, and {what} is none"))
             }
-            _ => match passing_as(set, &question.request, question.paths) {
-                Some(alternative) => Ok(alternative.rule),
-                None => Err(format!("no rule allows {what}; {}", becomes(&question.request))),
-            },
+            _ => judge
+                .judge(set, &question.request, question.http)
+                .map_err(|denial| match denial {
+                    Denial::NoRule => format!("no rule allows {what}; {}", becomes(&question.request)),
+                    Denial::Refused { why, becomes } => format!("{what} is refused: {why}; {becomes}"),
+                }),
         };
         (verdict, reason) = match judged {
             Ok(allowing) => {
@@ -460,18 +467,6 @@ fn asked(request: &Request) -> Option<String> {
     }
     let dns = request.dns.as_ref().map(|name| format!("a query for {name}"));
     dns.or_else(|| request.kafka.as_ref().map(|_| "a Kafka request".into()))
-}
-
-/// Who reads such a request.
-const fn inspector_of(request: &Request) -> u8 {
-    let inspector = match request {
-        Request { http: Some(_), .. } => Inspector::Http,
-        Request { tls: Some(_), .. } => Inspector::Tls,
-        Request { dns: Some(_), .. } => Inspector::Dns,
-        Request { kafka: Some(_), .. } => Inspector::Kafka,
-        _ => Inspector::None,
-    };
-    inspector as u8
 }
 
 /// What becomes of a request that no rule allows.
@@ -569,10 +564,12 @@ impl fmt::Display for End {
 mod tests {
     use std::collections::BTreeMap;
 
+    use palisade_abi::Inspector;
+
     use super::*;
     use crate::{
         compile::{Changes, CompilerState, FileContent},
-        l7::HttpRequest,
+        l7::{HttpRequest, Plain},
         labels::parse_label,
         parse::parse,
         world::{Endpoint, World},
@@ -634,7 +631,7 @@ spec:
             port,
             ..Question::default()
         };
-        trace(&compiler(), &question).unwrap()
+        trace(&compiler(), &question, &Plain).unwrap()
     }
 
     #[test]
@@ -687,7 +684,8 @@ spec:
                     protocol: 6,
                     port: 1,
                     ..Question::default()
-                }
+                },
+                &Plain
             )
             .unwrap_err()
             .contains("nobody")
@@ -732,7 +730,7 @@ spec:
     }
 
     fn ask_by_name(question: Question) -> Result<Trace, String> {
-        trace(&compiler_with("names.yaml", NAMES), &question)
+        trace(&compiler_with("names.yaml", NAMES), &question, &Plain)
     }
 
     fn to_name(name: &str, address: &str, port: u16) -> Question {
@@ -846,7 +844,7 @@ spec:
             port,
             ..Question::default()
         };
-        trace(&compiler_with("requests.yaml", policies), &question).unwrap()
+        trace(&compiler_with("requests.yaml", policies), &question, &Plain).unwrap()
     }
 
     fn http(method: &str, path: &str, team: &str) -> Request {
@@ -922,7 +920,7 @@ spec:
                 readers,
                 ..Question::default()
             };
-            let answer = trace(&compiler_with("requests.yaml", REQUESTS), &question).unwrap();
+            let answer = trace(&compiler_with("requests.yaml", REQUESTS), &question, &Plain).unwrap();
             assert_eq!(answer.verdict, verdict, "{answer}");
             let said = answer.sides[0].reason == "it would have to be read as http, and nobody can yet";
             assert_eq!(said, verdict == Outcome::Denied, "{answer}");

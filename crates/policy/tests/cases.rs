@@ -1,9 +1,9 @@
 //! Verdicts case by case.
 
-use palisade_policy::cases::run;
+use palisade_policy::{cases::run, l7::Plain};
 
 fn all_pass(file: &str, text: &str, count: usize) {
-    let report = run(file, text);
+    let report = run(file, text, &Plain);
     assert!(
         report.failed == 0,
         "{}\n{}",

@@ -9,7 +9,7 @@ use super::{GetBodies, HttpLimits, HttpStats, redact};
 use crate::{
     Millis, Rules, Sink,
     record::{About, Record, Text, Verdict, What, Word},
-    rules::{HttpDenial, HttpScratch},
+    rules::{HttpDenial, HttpScratch, HttpVerdict},
     tcp::{Reader, Remember, Side, Step},
 };
 
@@ -316,9 +316,7 @@ impl Reading<'_> {
             }
             self.stats.audited += 1;
         }
-        let takes_bodies =
-            self.limits.get_bodies == GetBodies::Allow || verdict.is_ok_and(|verdict| verdict.takes_bodies);
-        if !takes_bodies && request.has_unexpected_body() {
+        if has_refused_body(request, verdict, self.limits.get_bodies) {
             if !audit {
                 return self.malformed(Refusal::UnexpectedBody, 0, sink);
             }
@@ -388,19 +386,13 @@ impl Reading<'_> {
             Refusal::Http2 => Reason::AppHttp2,
             _ => Reason::AppMalformed,
         };
-        if refusal == Refusal::Http2 || (refusal == Refusal::NotHttp && !self.flow.begun) {
+        let Some(status) = status_of(refusal, self.flow.begun) else {
             return self.cut(reason, refusal.text(), sink);
-        }
+        };
         if self.is_audit() {
             return self.leave(reason, refusal.text(), sink);
         }
         self.tell(reason, refusal.text(), Verdict::Dropped, sink);
-        let status = match refusal {
-            Refusal::StartLineTooLong => 414,
-            Refusal::BadExpect => 417,
-            Refusal::LineTooLong | Refusal::HeadTooLong | Refusal::TooManyHeaders => 431,
-            _ => 400,
-        };
         self.refuse(Refused {
             reason,
             status,
@@ -547,6 +539,29 @@ impl Reading<'_> {
         });
         self.flow.server = Place::Rest;
         Step::Release(length)
+    }
+}
+
+/// Whether a request is refused because of its body, although its head may pass.
+pub(crate) fn has_refused_body(
+    request: &Request<'_>,
+    verdict: Result<HttpVerdict, HttpDenial>,
+    bodies: GetBodies,
+) -> bool {
+    let takes_bodies = bodies == GetBodies::Allow || verdict.is_ok_and(|verdict| verdict.takes_bodies);
+    !takes_bodies && request.has_unexpected_body()
+}
+
+/// Returns the status that a malformed request is answered with; none if the connection is reset, because its client
+/// speaks no HTTP/1. `begun`: the client has sent a well-formed request before.
+pub(crate) fn status_of(refusal: Refusal, begun: bool) -> Option<u16> {
+    match refusal {
+        Refusal::Http2 => None,
+        Refusal::NotHttp if !begun => None,
+        Refusal::StartLineTooLong => Some(414),
+        Refusal::BadExpect => Some(417),
+        Refusal::LineTooLong | Refusal::HeadTooLong | Refusal::TooManyHeaders => Some(431),
+        _ => Some(400),
     }
 }
 

@@ -6,7 +6,7 @@ mod redact;
 
 use std::sync::Arc;
 
-pub use palisade_policy::l7::Paths;
+pub use palisade_policy::l7::{GetBodies, Paths};
 use palisade_protocols::http1;
 
 use crate::{
@@ -16,17 +16,7 @@ use crate::{
     tcp::{Connections, Side, TcpLimits, TcpStats, quote::QuotedSegment},
 };
 use exchange::{Flow, Reading};
-
-/// What becomes of a request whose method has no body for many servers (GET, HEAD, DELETE, TRACE, OPTIONS, CONNECT), and
-/// which has one.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum GetBodies {
-    /// Refused, unless a rule that allows the request names `Content-Length` or `Transfer-Encoding`.
-    #[default]
-    Refuse,
-    /// Judged like any other.
-    Allow,
-}
+pub(crate) use exchange::{has_refused_body, status_of};
 
 /// How HTTP is judged, and how much may be held of it. Of one worker.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use palisade_inspect::Inspectors;
 use palisade_policy::{
     cases::{self, Report},
     compile::{FileContent, ResourceName, already_there, conflicts},
@@ -101,7 +102,7 @@ pub fn test(paths: &[PathBuf]) -> anyhow::Result<u8> {
         let shown = path.display().to_string();
         let bytes = fs::read(path).with_context(|| shown.clone())?;
         let report = match decode(&shown, bytes) {
-            Ok(text) => cases::run(&shown, &text),
+            Ok(text) => cases::run(&shown, &text, &Inspectors::default()),
             Err(problem) => Report {
                 lines: vec![problem.to_string()],
                 passed: 0,

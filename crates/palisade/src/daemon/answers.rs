@@ -19,9 +19,10 @@ use palisade_abi::{
 use palisade_datapath::{Datapath, MapError, monotonic_coarse};
 use palisade_flowlog::{FilterBuilder, Next, Ordered, Ring, Timestamp};
 use palisade_fqdn::{SelectorId, Selectors};
+use palisade_inspect::Inspectors;
 use palisade_policy::{
     compile::Compiler,
-    l7,
+    l7::{self, HttpOptions},
     rule::{FqdnPattern, Peer, Policy},
     snapshot::{RuleKey, Snapshot, TableKey, inspector_name},
     trace::{self, Outcome, Question},
@@ -557,12 +558,18 @@ pub fn trace(compiler: &Compiler, config: &Config, request: &TraceRequest) -> Re
         destination: request.to.clone(),
         to_fqdn: request.to_fqdn.clone(),
         request: asked(request),
-        paths: config.http.paths,
+        http: HttpOptions {
+            paths: config.http.paths,
+            get_bodies: config.http.get_bodies,
+        },
         readers: Some(READERS),
         protocol: request.protocol,
         port: request.port,
     };
-    let trace = trace::trace(compiler, &question)?;
+    let judge = Inspectors {
+        head: config.http.head,
+    };
+    let trace = trace::trace(compiler, &question, &judge)?;
     Ok(TraceAnswer {
         passes: trace.verdict != Outcome::Denied,
         text: trace.to_string(),

@@ -141,16 +141,26 @@ fn server_name(data: &[u8]) -> Result<ServerName, Refusal> {
     if kind != HOST_NAME || !list.0.is_empty() {
         return Err(Refusal::SeveralNames);
     }
-    let text = std::str::from_utf8(text).map_err(|_| Refusal::BadName)?;
-    if let Ok(address) = text.parse() {
-        return Ok(ServerName::Address(address));
-    }
-    if !text.bytes().all(is_host_byte) {
-        return Err(Refusal::BadName);
-    }
-    match text.parse::<Name>() {
-        Ok(name) if !name.is_root() => Ok(ServerName::Name(name)),
-        _ => Err(Refusal::BadName),
+    ServerName::of_host(text)
+}
+
+impl ServerName {
+    /// Returns what the host name of a hello stands for: a name, or an address in text form.
+    ///
+    /// # Errors
+    /// [`Refusal::BadName`] if it is neither.
+    pub fn of_host(text: &[u8]) -> Result<Self, Refusal> {
+        let text = std::str::from_utf8(text).map_err(|_| Refusal::BadName)?;
+        if let Ok(address) = text.parse() {
+            return Ok(Self::Address(address));
+        }
+        if !text.bytes().all(is_host_byte) {
+            return Err(Refusal::BadName);
+        }
+        match text.parse::<Name>() {
+            Ok(name) if !name.is_root() => Ok(Self::Name(name)),
+            _ => Err(Refusal::BadName),
+        }
     }
 }
 

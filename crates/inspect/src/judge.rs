@@ -1,0 +1,282 @@
+//! Requests that are described in a case file or on a command line, judged by the code that judges traffic.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use palisade_abi::{Inspector, Reason};
+use palisade_policy::{
+    l7::{Denial, HttpOptions, HttpRequest, Judge, Request, passing_as},
+    snapshot::RuleSet,
+};
+use palisade_protocols::{
+    dns::Name,
+    http1::{self, Head, Refusal, Room},
+    tls::ServerName,
+};
+
+use crate::{
+    Rules,
+    http::{has_refused_body, status_of},
+    rules::{HttpRules, HttpScratch},
+    tls::judge_name,
+};
+
+/// Number of the only set of rules that is prepared.
+const SET: u32 = 1;
+
+/// Judges described requests as the engine judges those that it reads.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Inspectors {
+    /// What a head may be at most.
+    pub head: http1::Limits,
+}
+
+impl Judge for Inspectors {
+    fn judge(&self, set: &Arc<RuleSet>, request: &Request, options: HttpOptions) -> Result<u32, Denial> {
+        // The engine does not terminate TLS, so it reads none of the requests inside.
+        let is_inside_tls = set.terminating_tls.is_some() || !set.server_names.is_empty();
+        let is_read_as = |inspector: Inspector| set.reads == inspector as u8 && !is_inside_tls;
+        let rules = Rules::prepare(&BTreeMap::from([(SET, set.clone())]), None);
+        match request {
+            Request { http: Some(http), .. } if is_read_as(Inspector::Http) => {
+                let rules = rules.http(SET).ok_or(Denial::NoRule)?;
+                self.http(rules, http, options)
+            }
+            Request { tls: Some(name), .. } if is_read_as(Inspector::Tls) => {
+                let rules = rules.tls(SET).ok_or(Denial::NoRule)?;
+                let name = match name.as_str() {
+                    "" => ServerName::Missing,
+                    host => ServerName::of_host(host.as_bytes())
+                        .map_err(|refusal| refused(refusal.text(), "its connection is reset".into()))?,
+                };
+                // The address is taken for one that the endpoint has learned by this name.
+                judge_name(&name, rules, true).map_err(|reason| match reason {
+                    Reason::AppDenied => Denial::NoRule,
+                    other => refused(other.text(), "its connection is reset".into()),
+                })
+            }
+            Request { dns: Some(name), .. } if is_read_as(Inspector::Dns) => {
+                let rules = rules.dns(SET).ok_or(Denial::NoRule)?;
+                let name: Name = name
+                    .parse()
+                    .map_err(|_| refused("no name that a query can hold", "no client can send it".into()))?;
+                rules.judge(&name).ok_or(Denial::NoRule)
+            }
+            _ => passing_as(set, request, options.paths)
+                .map(|alternative| alternative.rule)
+                .ok_or(Denial::NoRule),
+        }
+    }
+}
+
+impl Inspectors {
+    fn http(&self, rules: &HttpRules, http: &HttpRequest, options: HttpOptions) -> Result<u32, Denial> {
+        let malformed = |refusal: Refusal| {
+            let becomes = match status_of(refusal, false) {
+                Some(status) => format!("it is answered {status}"),
+                None => "its connection is reset".to_owned(),
+            };
+            refused(refusal.text(), becomes)
+        };
+        let head = head_of(http).map_err(malformed)?;
+        match Head::default().find(head.as_bytes(), &self.head) {
+            Ok(Some(length)) if length == head.len() => {}
+            Ok(_) => return Err(malformed(Refusal::BadStartLine)),
+            Err(refusal) => return Err(malformed(refusal)),
+        }
+        let mut room = Room::new();
+        let request = http1::Request::parse(head.as_bytes(), &mut room).map_err(malformed)?;
+        let verdict = rules.judge(&request, options.paths, &mut HttpScratch::default());
+        let rule = verdict.map_err(|_| Denial::NoRule)?.rule;
+        if has_refused_body(&request, verdict, options.get_bodies) {
+            return Err(malformed(Refusal::UnexpectedBody));
+        }
+        Ok(rule)
+    }
+}
+
+fn refused(why: &'static str, becomes: String) -> Denial {
+    Denial::Refused { why, becomes }
+}
+
+/// The head of a described request, as HTTP/1.1 has it. A part with a line end in it would be read as several.
+fn head_of(http: &HttpRequest) -> Result<String, Refusal> {
+    use std::fmt::Write as _;
+
+    let parts = [&http.method, &http.path, &http.host].into_iter();
+    let fields = http.headers.iter().flat_map(|(name, value)| [name, value]);
+    if parts.chain(fields).any(|part| part.contains(['\r', '\n'])) {
+        return Err(Refusal::ControlCharacter);
+    }
+    let target = if http.path.is_empty() {
+        &http.host
+    } else {
+        &http.path
+    };
+    let mut head = format!("{} {target} HTTP/1.1\r\n", http.method);
+    let names_host = http
+        .headers
+        .iter()
+        .any(|(name, _)| name.eq_ignore_ascii_case("host"));
+    if !names_host || !http.host.is_empty() {
+        let _ = write!(head, "Host: {}\r\n", http.host);
+    }
+    for (name, value) in &http.headers {
+        let _ = write!(head, "{name}: {value}\r\n");
+    }
+    head.push_str("\r\n");
+    Ok(head)
+}
+
+#[cfg(test)]
+mod tests {
+    use palisade_policy::{
+        l7::{GetBodies, Paths},
+        rule::{FqdnPattern, HttpRule},
+        snapshot::{Alternative, Matcher},
+    };
+
+    use super::*;
+
+    fn set(reads: Inspector, matcher: Matcher) -> Arc<RuleSet> {
+        Arc::new(RuleSet {
+            reads: reads as u8,
+            alternatives: vec![Alternative { rule: 7, matcher }],
+            ..RuleSet::default()
+        })
+    }
+
+    fn judge(
+        rule: HttpRule,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        bodies: GetBodies,
+    ) -> Result<u32, Denial> {
+        let http = HttpRequest {
+            method: method.into(),
+            path: path.into(),
+            host: "a.test".into(),
+            headers: headers
+                .iter()
+                .map(|(name, value)| ((*name).into(), (*value).into()))
+                .collect(),
+        };
+        let request = Request {
+            http: Some(http),
+            ..Request::default()
+        };
+        let options = HttpOptions {
+            paths: Paths::Both,
+            get_bodies: bodies,
+        };
+        Inspectors::default().judge(&set(Inspector::Http, Matcher::Http(rule)), &request, options)
+    }
+
+    fn refusal(refusal: Refusal, status: u16) -> Result<u32, Denial> {
+        Err(refused(refusal.text(), format!("it is answered {status}")))
+    }
+
+    #[test]
+    fn a_described_request_is_refused_for_what_the_engine_refuses() {
+        let plain = || HttpRule {
+            path: Some("/.*".into()),
+            ..HttpRule::default()
+        };
+        let asks = |headers: &[(&str, &str)]| judge(plain(), "GET", "/x", headers, GetBodies::Refuse);
+        assert_eq!(asks(&[("X-A", "1")]), Ok(7));
+        assert_eq!(
+            asks(&[("Transfer_Encoding", "chunked")]),
+            refusal(Refusal::DisguisedName, 400)
+        );
+        assert_eq!(
+            asks(&[("Connection", "Content-Length")]),
+            refusal(Refusal::BadConnection, 400)
+        );
+        assert_eq!(asks(&[("Expect", "tea")]), refusal(Refusal::BadExpect, 417));
+        assert_eq!(asks(&[("Host", "b.test")]), refusal(Refusal::SeveralHosts, 400));
+        assert_eq!(asks(&[("X A", "1")]), refusal(Refusal::BadName, 400));
+        assert_eq!(
+            asks(&[("X-A", "1\r\n\r\nGET /y HTTP/1.1")]),
+            refusal(Refusal::ControlCharacter, 400)
+        );
+        let long = "x".repeat(20_000);
+        assert_eq!(asks(&[("X-A", &long)]), refusal(Refusal::LineTooLong, 431));
+        assert_eq!(
+            judge(plain(), "GET", "/x y", &[], GetBodies::Refuse),
+            refusal(Refusal::BadStartLine, 400)
+        );
+        assert_eq!(
+            judge(plain(), "", "/x", &[], GetBodies::Refuse),
+            Err(refused(Refusal::NotHttp.text(), "its connection is reset".into()))
+        );
+    }
+
+    #[test]
+    fn a_body_of_a_get_is_judged_by_the_option_and_the_rule() {
+        let search = || HttpRule {
+            path: Some("/x".into()),
+            ..HttpRule::default()
+        };
+        let framed = HttpRule {
+            headers: vec![("Content-Length".into(), None)],
+            ..search()
+        };
+        let length = [("Content-Length", "3")];
+        let asks = |rule: HttpRule, method: &str, bodies| judge(rule, method, "/x", &length, bodies);
+        assert_eq!(
+            asks(search(), "GET", GetBodies::Refuse),
+            refusal(Refusal::UnexpectedBody, 400)
+        );
+        assert_eq!(asks(search(), "POST", GetBodies::Refuse), Ok(7));
+        assert_eq!(asks(search(), "GET", GetBodies::Allow), Ok(7));
+        assert_eq!(asks(framed, "GET", GetBodies::Refuse), Ok(7));
+    }
+
+    #[test]
+    fn a_header_that_a_rule_names_counts_for_nothing_beside_one_in_disguise() {
+        let rule = || HttpRule {
+            headers: vec![("X-Role".into(), Some("admin".into()))],
+            ..HttpRule::default()
+        };
+        let asks = |headers: &[(&str, &str)]| judge(rule(), "GET", "/", headers, GetBodies::Refuse);
+        assert_eq!(asks(&[("x-role", "admin")]), Ok(7));
+        assert_eq!(
+            asks(&[("x-role", "admin"), ("X_Role", "guest")]),
+            Err(Denial::NoRule)
+        );
+        assert_eq!(
+            asks(&[("x-role", "admin"), ("Connection", "X-Role")]),
+            Err(Denial::NoRule)
+        );
+    }
+
+    #[test]
+    fn names_are_judged_as_in_queries_and_hellos() {
+        let pattern = FqdnPattern::Pattern("*.example.com".into());
+        let asks = |reads: Inspector, matcher: Matcher, request: Request| {
+            Inspectors::default().judge(&set(reads, matcher), &request, HttpOptions::default())
+        };
+        let query = |name: &str| {
+            let request = Request {
+                dns: Some(name.into()),
+                ..Request::default()
+            };
+            asks(Inspector::Dns, Matcher::Dns(pattern.clone()), request)
+        };
+        assert_eq!(query("API.example.com."), Ok(7));
+        assert_eq!(query("a.b.example.com"), Err(Denial::NoRule));
+        assert!(matches!(query("a..example.com"), Err(Denial::Refused { .. })));
+        let hello = |name: &str| {
+            let request = Request {
+                tls: Some(name.into()),
+                ..Request::default()
+            };
+            asks(Inspector::Tls, Matcher::ServerName(pattern.clone()), request)
+        };
+        assert_eq!(hello("API.example.com."), Ok(7));
+        for name in ["", "192.0.2.1", "a.b.example.com"] {
+            assert_eq!(hello(name), Err(Denial::NoRule), "{name:?}");
+        }
+        assert!(matches!(hello("a%.example.com"), Err(Denial::Refused { .. })));
+    }
+}
