@@ -489,6 +489,41 @@ fn listings_show_the_world_as_it_is() {
     for part in ["default/allow-front", "default/no-db", "node-in"] {
         assert!(policies.contains(part), "{part}: {policies}");
     }
+    // What is in force of a policy is shown rule by rule, also while its file is broken.
+    daemon.write("p.yaml", "kind: [").expect("a broken file");
+    daemon
+        .wait_status("the file is broken", |status| {
+            status["policy_files"].to_string().contains("last-good")
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    let shown = daemon
+        .json(&["policy", "get", "default/allow-front"])
+        .expect("policy");
+    let policy = &shown[0];
+    assert_eq!(policy["file_broken"], true, "{policy:#}");
+    assert!(policy["text"].is_null(), "{policy:#}");
+    assert_eq!(
+        policy["resource"]["metadata"]["name"], "allow-front",
+        "{policy:#}"
+    );
+    let rules = policy["rules"].as_array().expect("rules");
+    assert_eq!(rules.len(), 2, "{policy:#}");
+    for rule in rules {
+        let is_first = rule["rule"].to_string().contains("ingress rule 1 ");
+        let written = &policy["resource"]["spec"]["ingress"][usize::from(!is_first)];
+        assert!(rule["spec"]["fromEndpoints"].is_array(), "{policy:#}");
+        assert_eq!(&rule["spec"], written, "{policy:#}");
+    }
+    let text = daemon
+        .cli(&["policy", "get", "default/allow-front", "-o", "yaml"])
+        .expect("text");
+    assert!(text.contains("name: allow-front"), "{text}");
+    daemon.write("p.yaml", POLICIES).expect("the good file");
+    daemon
+        .wait_status("the file is good", |status| {
+            !status["policy_files"].to_string().contains("last-good")
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
     // the counters of the rules move
     let before = daemon
         .json(&["policy", "get", "default/allow-front"])

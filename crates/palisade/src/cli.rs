@@ -359,7 +359,8 @@ Exits 0 if the packet would pass (also by audit mode, or once it was inspected),
     Get {
         /// `namespace/name`, or the name of a cluster-wide policy.
         name: Option<String>,
-        /// Format; yaml is the text of the policy that is in force, also if its file is broken now.
+        /// Format; with a name yaml is the text of the policy that is in force, also if its file is broken now, and json
+        /// has the same as a resource and rule by rule.
         #[arg(short, long, value_enum, default_value_t)]
         output: PolicyOutput,
     },

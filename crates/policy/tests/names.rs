@@ -12,7 +12,7 @@ use palisade_policy::{
     names::{LearnedSet, SelectorNumber},
     parse::parse,
     plan::{Op, plan},
-    rule::FqdnPattern,
+    rule::{self, FqdnPattern},
     snapshot::Snapshot,
     world::{Endpoint, Peer, World},
 };
@@ -195,6 +195,25 @@ fn other_sets_are_made_when_they_are_asked_for_and_only_add_entries() {
     let inside = after.names.identity(ip("192.0.2.7"), &[api]).unwrap();
     assert!(passes(&after, 1, inside, 6, 443) && passes(&after, 1, inside, 6, 22));
     assert!(!passes(&after, 1, inside, 6, 80));
+    // `policy selectors` shows them by each of their names.
+    let members = |text: &str| {
+        let found = compiler.selectors().find_map(|(peer, _, members)| match peer {
+            rule::Peer::Fqdn(FqdnPattern::Name(name) | FqdnPattern::Pattern(name)) if name == text => {
+                Some(members)
+            }
+            _ => None,
+        });
+        found.unwrap_or_else(|| panic!("no selector {text}"))
+    };
+    let (of_api, of_any) = (members("api.example.com"), members("*.example.com"));
+    assert!(
+        of_api.contains(&both_number) && of_api.contains(&inside),
+        "{of_api:?}"
+    );
+    assert!(
+        of_any.contains(&both_number) && !of_any.contains(&inside),
+        "{of_any:?}"
+    );
     // The steps are what the difference of the states is, and only add.
     let [Op::PolicyPut(entries)] = &update.ops[..] else {
         panic!("{:?}", update.ops);

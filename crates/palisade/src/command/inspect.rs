@@ -31,11 +31,17 @@ pub fn policies(socket: &Path, name: Option<&str>, output: PolicyOutput) -> anyh
     let request = Request::PolicyGet {
         name: name.map(ToOwned::to_owned),
     };
-    let answer: Vec<PolicySummary> = ask(socket, &request)?;
+    let mut answer: Vec<PolicySummary> = ask(socket, &request)?;
     let one = name.is_some();
     let output = match output {
         PolicyOutput::Table => Output::Table,
-        PolicyOutput::Json => Output::Json,
+        PolicyOutput::Json => {
+            // The resource says the same to programs.
+            for policy in &mut answer {
+                policy.text = None;
+            }
+            Output::Json
+        }
         PolicyOutput::Yaml if !one => bail!("-o yaml shows one policy: name it"),
         PolicyOutput::Yaml => {
             let mut out = io::stdout().lock();
@@ -319,38 +325,40 @@ pub fn policy_table(socket: &Path, endpoint: &str, output: Output) -> anyhow::Re
         endpoint: endpoint.to_owned(),
     };
     let answer: Vec<PolicyRow> = ask(socket, &request)?;
-    show(&answer, output, |rows, out| {
-        let mut table = Table::new(&[
-            "POLICY",
-            "DIRECTION",
-            "LABELS (source:key[=value])",
-            "PORT/PROTO",
-            "PROXY PORT",
-            "AUTH TYPE",
-            "RULE BYTES",
-            "RULE PACKETS",
-            "DECIDED BY",
+    show(&answer, output, |rows, out| write!(out, "{}", policy_rows(rows)))
+}
+
+fn policy_rows(rows: &[PolicyRow]) -> Table {
+    let mut table = Table::new(&[
+        "POLICY",
+        "DIRECTION",
+        "LABELS (source:key[=value])",
+        "PORT/PROTO",
+        "PROXY PORT",
+        "AUTH TYPE",
+        "RULE BYTES",
+        "RULE PACKETS",
+        "DECIDED BY",
+    ]);
+    // A rule has one counter for all its entries: it stands in the first of its rows.
+    let mut counted = BTreeSet::new();
+    for row in rows {
+        let first = counted.insert(row.rule);
+        let count = |number: u64| if first { number.to_string() } else { String::new() };
+        let audit = if row.audit { " (Audit)" } else { "" };
+        table.row([
+            format!("{}{audit}", row.policy),
+            row.direction.clone(),
+            row.labels.join("\n"),
+            row.ports.join("\n"),
+            row.inspector.clone().unwrap_or_else(|| "NONE".to_owned()),
+            if row.auth { "required" } else { "disabled" }.to_owned(),
+            count(row.bytes),
+            count(row.packets),
+            row.decided_by.clone(),
         ]);
-        // A rule has one counter for all its entries: it stands in the first of its rows.
-        let mut counted = BTreeSet::new();
-        for row in rows {
-            let first = counted.insert(row.rule);
-            let count = |number: u64| if first { number.to_string() } else { String::new() };
-            let audit = if row.audit { " (Audit)" } else { "" };
-            table.row([
-                format!("{}{audit}", row.policy),
-                row.direction.clone(),
-                row.labels.join("\n"),
-                row.ports.join("\n"),
-                row.inspector.clone().unwrap_or_else(|| "NONE".to_owned()),
-                if row.auth { "required" } else { "disabled" }.to_owned(),
-                count(row.bytes),
-                count(row.packets),
-                row.decided_by.clone(),
-            ]);
-        }
-        write!(out, "{table}")
-    })
+    }
+    table
 }
 
 pub fn connections(socket: &Path, output: Output) -> anyhow::Result<u8> {
@@ -429,4 +437,37 @@ fn lines<T: ToString>(list: &[T]) -> String {
         .map(ToString::to_string)
         .collect::<Vec<_>>()
         .join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The programs count by rule, not by entry: repeated in each row the number would say that each port was used.
+    #[test]
+    fn the_counter_of_a_rule_stands_in_one_of_its_rows() {
+        let row = |rule: u32, ports: &str, packets: u64| PolicyRow {
+            policy: "Allow".into(),
+            direction: "Ingress".into(),
+            labels: vec!["ANY".into()],
+            ports: vec![ports.into()],
+            rule,
+            decided_by: format!("rule {rule}"),
+            packets,
+            bytes: packets * 100,
+            ..PolicyRow::default()
+        };
+        let rows = [row(7, "80/TCP", 12), row(7, "443/TCP", 12), row(8, "53/UDP", 3)];
+        let text = policy_rows(&rows).to_string();
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(lines[0].contains("RULE BYTES  RULE PACKETS"), "{text}");
+        let numbers = |line: &str| -> Vec<u64> {
+            line.split_whitespace()
+                .filter_map(|word| word.parse().ok())
+                .collect()
+        };
+        assert_eq!(numbers(lines[1]), [1200, 12, 7]);
+        assert_eq!(numbers(lines[2]), [7], "{text}");
+        assert_eq!(numbers(lines[3]), [300, 3, 8]);
+    }
 }

@@ -503,6 +503,9 @@ pub struct PolicySummary {
     /// Its document as it is in force, if the policy was asked for by name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
+    /// The same resource as the YAML reader reads it: `kind`, `metadata`, `spec`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resource: Option<serde_json::Value>,
     /// The file is broken now: it does not say what is in force any more.
     #[serde(default)]
     pub file_broken: bool,
@@ -515,6 +518,9 @@ pub struct RuleSummary {
     pub id: u32,
     /// In words.
     pub rule: String,
+    /// The rule itself, if the policy was asked for by name: the entry of `ingress`, `egressDeny`, ...
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spec: Option<serde_json::Value>,
     /// Packets that it decided.
     pub packets: u64,
     /// Their length together.

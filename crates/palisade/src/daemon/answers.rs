@@ -23,8 +23,9 @@ use palisade_inspect::Inspectors;
 use palisade_policy::{
     compile::Compiler,
     l7::{self, HttpOptions},
+    parse::yaml_to_json,
     rule::{FqdnPattern, Peer, Policy},
-    snapshot::{RuleKey, Snapshot, TableKey, inspector_name},
+    snapshot::{RuleKey, RulePlace, Snapshot, TableKey, inspector_name},
     trace::{self, Outcome, Question},
     world::{Endpoint as WorldEndpoint, Enforcement},
 };
@@ -802,7 +803,7 @@ impl Control {
                     .push(full_name(endpoint));
             }
         }
-        let mut rules: BTreeMap<(&str, &str, &str), Vec<RuleSummary>> = BTreeMap::new();
+        let mut rules: BTreeMap<(&str, &str, &str), Vec<(&RulePlace, RuleSummary)>> = BTreeMap::new();
         for (id, rule) in &*compiler.snapshot().rules {
             if let RuleKey::Rule(place) = &rule.key
                 && let Some(location) = &rule.location
@@ -810,11 +811,14 @@ impl Control {
                 rules
                     .entry((&*location.file, kind_name(place.kind), &*place.policy))
                     .or_default()
-                    .push(RuleSummary {
-                        id: *id,
-                        rule: rule.to_string(),
-                        ..RuleSummary::default()
-                    });
+                    .push((
+                        place,
+                        RuleSummary {
+                            id: *id,
+                            rule: rule.to_string(),
+                            ..RuleSummary::default()
+                        },
+                    ));
             }
         }
         let mut summaries = Vec::new();
@@ -831,6 +835,10 @@ impl Control {
                 if name.is_some_and(|name| name != qualified && name != policy.name) {
                     continue;
                 }
+                // What is in force, which is not what the file says if that is broken now.
+                let text = name.and_then(|_| self.files.text_in_force(file));
+                let resource = text.as_ref().and_then(|text| resource_of(text, policy));
+                let own = rules.get(&(&*policy.location.file, kind_name(policy.kind), qualified.as_str()));
                 summaries.push(PolicySummary {
                     kind: kind_name(policy.kind).to_owned(),
                     location: policy.location.to_string(),
@@ -839,13 +847,19 @@ impl Control {
                         .get(&std::ptr::from_ref(policy))
                         .cloned()
                         .unwrap_or_default(),
-                    rules: rules
-                        .get(&(&*policy.location.file, kind_name(policy.kind), qualified.as_str()))
-                        .cloned()
-                        .unwrap_or_default(),
-                    text: name
-                        .and_then(|_| self.files.text_in_force(file))
-                        .map(|text| document_at(&text, policy.location.line).to_owned()),
+                    rules: own
+                        .into_iter()
+                        .flatten()
+                        .map(|(place, rule)| RuleSummary {
+                            spec: resource
+                                .as_ref()
+                                .and_then(|resource| rule_at(resource, place))
+                                .cloned(),
+                            ..rule.clone()
+                        })
+                        .collect(),
+                    text: text.map(|text| document_at(&text, policy.location.line).to_owned()),
+                    resource,
                     file_broken: broken.contains(file),
                     name: qualified,
                 });
@@ -896,6 +910,39 @@ fn peers_of(spec: &palisade_policy::rule::Spec) -> impl Iterator<Item = &Peer> {
         })
 }
 
+/// Returns the resource of a policy in the text of its file, also one among the items of a list.
+fn resource_of(text: &str, policy: &Policy) -> Option<Value> {
+    fn find<'v>(value: &'v Value, policy: &Policy) -> Option<&'v Value> {
+        if let Some(items) = value["items"].as_array() {
+            return items.iter().find_map(|item| find(item, policy));
+        }
+        let metadata = &value["metadata"];
+        let is_named = value["kind"] == kind_name(policy.kind) && metadata["name"] == policy.name.as_str();
+        let namespace = match metadata["namespace"].as_str() {
+            None | Some("") => "default",
+            Some(namespace) => namespace,
+        };
+        let is_here = policy
+            .namespace
+            .as_deref()
+            .is_none_or(|wanted| wanted == namespace);
+        (is_named && is_here).then_some(value)
+    }
+    let documents = yaml_to_json(&policy.location.file, text).ok()?;
+    documents
+        .iter()
+        .find_map(|document| find(document, policy))
+        .cloned()
+}
+
+/// Returns a rule of a resource. A direction that a NetworkPolicy denies without a rule has none.
+fn rule_at<'v>(resource: &'v Value, place: &RulePlace) -> Option<&'v Value> {
+    let one = Some(&resource["spec"]).filter(|spec| spec.is_object());
+    let several = resource["specs"].as_array().into_iter().flatten();
+    let spec = one.into_iter().chain(several).nth(place.spec as usize)?;
+    spec.get(place.section.name())?.get(place.index as usize)
+}
+
 /// The document of a YAML text that a line is in; of other texts all.
 fn document_at(text: &str, line: u32) -> &str {
     let is_separator = |line: &str| {
@@ -929,6 +976,8 @@ fn full_name(endpoint: &WorldEndpoint) -> String {
 
 #[cfg(test)]
 mod tests {
+    use palisade_policy::{parse::parse, snapshot::Section};
+
     use super::*;
 
     #[test]
@@ -938,5 +987,67 @@ mod tests {
         assert_eq!(document_at(text, 4), "b: 2\n");
         assert_eq!(document_at(text, 7), "# third\nc: 3\n");
         assert_eq!(document_at("{}", 1), "{}");
+    }
+
+    #[test]
+    fn rules_are_found_in_their_resource() {
+        let text = r#"
+apiVersion: v1
+kind: List
+items:
+- apiVersion: cilium.io/v2
+  kind: CiliumNetworkPolicy
+  metadata: {name: other}
+  spec: {endpointSelector: {}, ingress: [{fromEntities: [all]}]}
+- apiVersion: cilium.io/v2
+  kind: CiliumNetworkPolicy
+  metadata: {name: web, namespace: shop}
+  spec:
+    endpointSelector: {}
+    ingress:
+    - fromEntities: [host]
+    - fromCIDR: &nets [192.0.2.0/24]
+  specs:
+  - endpointSelector: {}
+    egressDeny: [{toCIDR: *nets}]
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: web, namespace: shop}
+spec: {podSelector: {}, policyTypes: [Ingress]}
+"#;
+        let parsed = parse("p.yaml", text);
+        assert!(!parsed.has_errors(), "{:?}", parsed.diagnostics);
+        let rule = |policy: &Policy, spec: u32, section: Section, index: u32| {
+            let place = RulePlace {
+                kind: policy.kind,
+                policy: policy.qualified_name().into(),
+                spec,
+                section,
+                index,
+            };
+            let resource = resource_of(text, policy).unwrap();
+            rule_at(&resource, &place).cloned()
+        };
+        let [other, web, plain] = parsed.policies.as_slice() else {
+            panic!("{:?}", parsed.policies);
+        };
+        let is = |text: &str| Some(serde_json::from_str::<Value>(text).unwrap());
+        assert_eq!(
+            rule(other, 0, Section::Ingress, 0),
+            is(r#"{"fromEntities": ["all"]}"#)
+        );
+        assert_eq!(
+            rule(web, 0, Section::Ingress, 1),
+            is(r#"{"fromCIDR": ["192.0.2.0/24"]}"#)
+        );
+        assert_eq!(
+            rule(web, 1, Section::EgressDeny, 0),
+            is(r#"{"toCIDR": ["192.0.2.0/24"]}"#)
+        );
+        // What is denied without a rule.
+        assert_eq!(rule(plain, 0, Section::Ingress, 0), None);
+        assert_eq!(resource_of(text, plain).unwrap()["kind"], "NetworkPolicy");
+        assert_eq!(resource_of("a: [", web), None);
     }
 }
