@@ -392,3 +392,57 @@ fn audit_mode_of_a_policy_is_that_of_what_only_it_denies() {
     assert!(!all.is_audited("front"));
     assert_eq!(all.connects("front", "c.test"), Some("plain"));
 }
+
+/// Each policy is within its own bound; what selects one endpoint is matched together, so it has a bound together.
+#[test]
+fn the_expressions_of_an_endpoint_have_a_bound_together() {
+    // About 3,000 states each, 200,000 a policy.
+    let rules = |policy: usize| {
+        let paths = (0..66).map(|n| format!("        - path: '/[a-z]{{1000}}/{policy}/{n}'\n"));
+        let paths: String = paths.collect();
+        format!(
+            "  ingress:\n  - fromEntities: [all]\n    toPorts:\n    - ports: [{{port: '80', protocol: TCP}}]\n      \
+             rules:\n        http:\n{paths}"
+        )
+    };
+    let specs: Vec<String> = (0..6).map(rules).collect();
+    let names: Vec<String> = (0..6).map(|n| format!("p{n}")).collect();
+    let policies: Vec<(&str, &str)> = names
+        .iter()
+        .zip(&specs)
+        .map(|(name, spec)| (name.as_str(), spec.as_str()))
+        .collect();
+    assert!(compile(world(), &policies[..4]).is_ok());
+    let Err(errors) = compile(world(), &policies) else {
+        panic!("expressions of more than a million states together are taken");
+    };
+    assert_eq!(errors.len(), 1, "{errors:?}");
+    for part in [
+        "policy default/p",
+        "the regular expressions of the policies that select endpoint web are too large together: they need about 1",
+        " states, of at most 1000000",
+    ] {
+        assert!(errors[0].contains(part), "{part}: {errors:?}");
+    }
+    // The policies of another endpoint do not count.
+    let elsewhere = specs[4].clone();
+    let mut compiler = compile(world(), &policies[..4])
+        .unwrap_or_else(|errors| panic!("{errors:?}"))
+        .0;
+    let parsed = parse(
+        "front",
+        &format!(
+            "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {{name: front}}\nspec:\n  endpointSelector: \
+             {{matchLabels: {{app: front}}}}\n{elsewhere}"
+        ),
+    );
+    let content = FileContent {
+        policies: parsed.policies,
+        cidr_groups: parsed.cidr_groups,
+    };
+    let changes = Changes {
+        world: None,
+        files: BTreeMap::from([("front".to_owned(), Some(content))]),
+    };
+    assert!(compiler.update(changes).is_ok());
+}

@@ -18,7 +18,7 @@ const MAX_REPEAT: u32 = 1000;
 /// How long an expression may be, in bytes. Reading one takes time that grows with the square of its length.
 const MAX_LENGTH: usize = 8 << 10;
 /// What one expression may cost, see [`cost`].
-const MAX_COST: usize = 40_000;
+pub(super) const MAX_COST: usize = 40_000;
 /// What all expressions of a policy may cost together.
 pub(super) const MAX_POLICY_COST: usize = 250_000;
 /// What all expressions of a file may cost together.
@@ -96,8 +96,34 @@ pub(crate) fn translate(pattern: &str) -> Result<String, String> {
     Translator::new(pattern).translate()
 }
 
+/// What tests count in place of time, which depends on what else the machine does.
+#[cfg(test)]
+pub(super) mod work {
+    use std::cell::Cell;
+
+    thread_local! {
+        /// What the expressions cost that this thread has compiled, as [`super::cost`] says.
+        static COMPILED: Cell<usize> = const { Cell::new(0) };
+    }
+
+    pub(super) fn count(pattern: &str) {
+        COMPILED.set(
+            COMPILED
+                .get()
+                .saturating_add(super::cost(pattern).unwrap_or(usize::MAX)),
+        );
+    }
+
+    /// Returns the sum and begins anew.
+    pub(in crate::parse) fn take() -> usize {
+        COMPILED.take()
+    }
+}
+
 /// Compiles an expression that has to match the whole of a text.
 pub(crate) fn compile(pattern: &str) -> Result<Regex, String> {
+    #[cfg(test)]
+    work::count(pattern);
     let translated = translate(pattern)?;
     RegexBuilder::new(&format!(r"\A(?:{translated})\z"))
         .size_limit(SIZE_LIMIT)

@@ -18,7 +18,7 @@ use super::node::{Entry, Node, Position, Value, quoted};
 const MAX_DEPTH: usize = 64;
 
 /// How many nodes aliases may add to a file, counted over all of its documents.
-const MAX_ALIASED_NODES: usize = 100_000;
+pub(super) const MAX_ALIASED_NODES: usize = 100_000;
 
 /// Something wrong with the text itself.
 #[derive(Debug)]
@@ -159,6 +159,26 @@ fn advance((mut line, mut column): (u32, u32), text: &str) -> (u32, u32) {
 
 /// Reading cannot go on; the error has been noted.
 struct Stop;
+
+/// What tests count in place of time, which depends on what else the machine does.
+#[cfg(test)]
+pub(super) mod work {
+    use std::cell::Cell;
+
+    thread_local! {
+        /// Nodes that this thread has made or copied while it read texts.
+        static NODES: Cell<usize> = const { Cell::new(0) };
+    }
+
+    pub(in crate::parse) fn count(nodes: usize) {
+        NODES.set(NODES.get() + nodes);
+    }
+
+    /// Returns the count and begins anew.
+    pub(in crate::parse) fn take() -> usize {
+        NODES.take()
+    }
+}
 
 /// A list or object that is not at its end yet.
 struct Open {
@@ -302,6 +322,8 @@ impl Loader {
             return Err(Stop);
         };
         let (node, size) = (node, *size);
+        #[cfg(test)]
+        work::count(size);
         self.aliased = self.aliased.saturating_add(size);
         if self.aliased > MAX_ALIASED_NODES || self.open.len() + depth(node) > MAX_DEPTH {
             self.error(position, format!("the aliases of this file expand to more than {MAX_ALIASED_NODES} values or {MAX_DEPTH} levels"));
@@ -313,9 +335,13 @@ impl Loader {
 
     /// A node is complete: it goes to where it belongs.
     fn complete(&mut self, node: Node, anchor: usize) -> Result<(), Stop> {
+        #[cfg(test)]
+        work::count(1);
         if anchor != 0 {
             // Keeping it costs a copy, so it counts as well.
             let size = size(&node);
+            #[cfg(test)]
+            work::count(size);
             self.aliased = self.aliased.saturating_add(size);
             if self.aliased > MAX_ALIASED_NODES {
                 self.error(
