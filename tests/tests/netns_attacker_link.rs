@@ -360,7 +360,7 @@ spec:
     }
     let said = daemon.cli(&["status"]).expect("status");
     assert!(said.contains("nat chains with rules (1)"), "{said}");
-    let said = daemon.cli(&[
+    let trace = [
         "policy",
         "trace",
         "--from",
@@ -369,7 +369,19 @@ spec:
         "node1",
         "--port",
         "81/tcp",
-    ]);
-    let said = said.expect("trace");
-    assert!(said.contains("nat chains with rules (1)"), "{said}");
+    ];
+    let said = daemon.cli(&trace).expect("trace");
+    let note = said
+        .lines()
+        .find(|line| line.starts_with("note: this node translates or redirects ("));
+    let note = note.unwrap_or_else(|| panic!("{said}"));
+    for part in [
+        "nat chains with rules (1)",
+        "an incoming packet is judged by its addresses and ports before DNAT",
+        "`policy trace` does not know the rules",
+    ] {
+        assert!(note.contains(part), "{part}: {said}");
+    }
+    let json = daemon.json(&trace).expect("trace");
+    assert_eq!(json["notes"][0].as_str(), note.strip_prefix("note: "), "{json:#}");
 }

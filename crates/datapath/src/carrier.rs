@@ -400,17 +400,24 @@ fn create(node_end: &str, worker_end: &str, workers: u32) -> std::result::Result
             })
     });
     let call = format!("RTM_NEWLINK of {node_end} and {worker_end}");
-    match Socket::open(libc::NETLINK_ROUTE)?.execute(request, &call) {
-        // A kind of interface that the kernel does not know, after it has tried to load the module.
-        Err(e) if e.errno() == libc::EOPNOTSUPP => Err(SyscallError {
-            call: format!(
-                "Linux {} has no veth interfaces (module veth, CONFIG_VETH): {}",
-                kernel_release(),
-                e.call
-            ),
-            ..e
-        }),
-        other => other,
+    Socket::open(libc::NETLINK_ROUTE)?
+        .execute(request, &call)
+        .map_err(without_veth)
+}
+
+/// Names what the kernel lacks if that is why a veth pair cannot be made: a kind of interface that it does not know, after
+/// it has tried to load the module.
+fn without_veth(error: SyscallError) -> SyscallError {
+    if error.errno() != libc::EOPNOTSUPP {
+        return error;
+    }
+    SyscallError {
+        call: format!(
+            "Linux {} has no veth interfaces (module veth, CONFIG_VETH): {}",
+            kernel_release(),
+            error.call
+        ),
+        ..error
     }
 }
 
@@ -461,6 +468,26 @@ fn delete(ifindex: u32) -> std::result::Result<(), SyscallError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_kernel_without_veth_is_named_with_what_it_lacks() {
+        let error = |errno| {
+            without_veth(SyscallError {
+                call: "RTM_NEWLINK of palisade0 and palisade1".into(),
+                io_error: std::io::Error::from_raw_os_error(errno),
+            })
+            .to_string()
+        };
+        let said = error(libc::EOPNOTSUPP);
+        for part in [
+            kernel_release().as_str(),
+            "has no veth interfaces (module veth, CONFIG_VETH)",
+            "RTM_NEWLINK of palisade0 and palisade1",
+        ] {
+            assert!(said.contains(part), "{part}: {said}");
+        }
+        assert!(error(libc::EEXIST).starts_with("RTM_NEWLINK of palisade0"));
+    }
 
     #[test]
     fn kernels_that_panic_after_reinjection_are_known_by_their_release() {

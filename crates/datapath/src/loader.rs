@@ -903,6 +903,36 @@ mod tests {
     }
 
     #[test]
+    fn a_refused_program_is_named_with_the_end_of_the_verifiers_log_and_the_kernel() {
+        let log: String = (0..5_000).map(|n| format!("{n}: (bf) r1 = r2\n")).collect();
+        let log = log + "R1 invalid mem access 'scalar'\nprocessed 5000 insns\n";
+        let error = OpenError::Program {
+            program: "palisade_in",
+            error: Box::new(ProgramError::LoadError {
+                io_error: std::io::Error::from_raw_os_error(libc::EACCES),
+                verifier_log: aya_obj::VerifierLog::new(log.clone()),
+            }),
+        };
+        let said = error.to_string();
+        for part in [
+            "program palisade_in: the kernel refused it",
+            kernel_release().as_str(),
+            "Permission denied",
+            "R1 invalid mem access 'scalar'\nprocessed 5000 insns",
+        ] {
+            assert!(said.contains(part), "{part}: {said}");
+        }
+        // The message has the end of the log; all of it is there to be kept.
+        assert!(said.lines().count() < 20, "{said}");
+        assert_eq!(error.verifier_log().as_deref(), Some(log.as_str()));
+        let other = OpenError::Syscall(SyscallError {
+            call: "bpf".into(),
+            io_error: std::io::Error::from_raw_os_error(libc::EPERM),
+        });
+        assert_eq!(other.verifier_log(), None);
+    }
+
+    #[test]
     fn every_endpoint_and_every_interface_has_a_slot() {
         let object = aya_obj::Object::parse(OBJECT).unwrap();
         for name in [names::ENDPOINTS, names::INTERFACES] {

@@ -551,3 +551,63 @@ fn what_the_readme_has_one_write_is_valid() {
     let diagnostics = palisade_policy::parse::parse("node.yaml", &policies[0]).diagnostics;
     assert!(diagnostics.is_empty(), "{diagnostics:?}");
 }
+
+#[test]
+fn ether_types_are_names_and_numbers_and_none_that_policies_decide_on() {
+    let types = |list: &str| {
+        let config = parsed(&format!(
+            "[node]\nname = \"n\"\n[[interface]]\nname = \"eth0\"\n{list}"
+        ));
+        let types = config.interfaces[0].ether_types;
+        types
+            .into_iter()
+            .filter(|number| *number != 0)
+            .collect::<Vec<u16>>()
+    };
+    // Without the key: time synchronisation and port authentication.
+    assert_eq!(types(""), [0x88f7, 0x888e]);
+    assert_eq!(types("allow_ethertypes = []"), [0_u16; 0]);
+    assert_eq!(
+        types("allow_ethertypes = [\"lldp\", \"0x88a4\", \"34978\", \"llc\"]"),
+        [0x88cc, 0x88a4, 34_978, palisade_abi::ETHER_TYPE_LLC]
+    );
+    let said = |value: &str| {
+        errors(&format!(
+            "[node]\nname = \"n\"\n[[interface]]\nname = \"eth0\"\nallow_ethertypes = {value}"
+        ))
+    };
+    for (value, expected) in [
+        (
+            "\"ptp\"",
+            "p.toml:5:20: interface.allow_ethertypes must be a list of EtherTypes by name or number: [\"ptp\", \"0x8863\"], not a string",
+        ),
+        (
+            "[35063]",
+            "p.toml:5:21: interface.allow_ethertypes must be a list of EtherTypes by name or number: [\"ptp\", \"0x8863\"], not a whole number",
+        ),
+        (
+            "[\"ptp\", \"0x86dd\"]",
+            "p.toml:5:28: interface.allow_ethertypes: '0x86dd' is IPv4, IPv6, ARP or a VLAN tag: policies decide on these, never a list",
+        ),
+        (
+            "[\"1500\"]",
+            "p.toml:5:21: interface.allow_ethertypes: '1500' is less than 0x0600 and so no EtherType; frames with a length instead are \"llc\"",
+        ),
+    ] {
+        assert_eq!(said(value), [expected]);
+    }
+    let unknown = said("[\"ldp\"]");
+    assert!(
+        unknown.len() == 1
+            && unknown[0].starts_with("p.toml:5:21: interface.allow_ethertypes: 'ldp' is neither a number")
+            && unknown[0].ends_with("did you mean 'lldp'?"),
+        "{unknown:?}"
+    );
+    let many: Vec<String> = (0..17).map(|n| format!("\"{}\"", 0x9000 + n)).collect();
+    assert!(types(&format!("allow_ethertypes = [{}]", many[..16].join(", "))).len() == 16);
+    let many = said(&format!("[{}]", many.join(", ")));
+    assert!(
+        many.len() == 1 && many[0].ends_with("allow_ethertypes: at most 16"),
+        "{many:?}"
+    );
+}

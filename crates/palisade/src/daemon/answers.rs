@@ -659,6 +659,13 @@ impl Control {
                 if let Some(note) = self.translation_note() {
                     answer.text.push_str("\nnote: ");
                     answer.text.push_str(&note);
+                    if let Some(trace) = answer.trace.as_object_mut() {
+                        let notes = trace.entry("notes").or_insert_with(|| Value::Array(Vec::new()));
+                        notes
+                            .as_array_mut()
+                            .into_iter()
+                            .for_each(|notes| notes.push(note.as_str().into()));
+                    }
                 }
                 to_value(&answer)
             }

@@ -371,15 +371,20 @@ fn open(config: &Config) -> anyhow::Result<Datapath> {
     let Some(log) = error.verifier_log() else {
         return Err(anyhow::anyhow!(with_option(&error)));
     };
-    let path = config.node.state_dir.join("verifier.log");
-    let kept = match std::fs::write(&path, log) {
+    let kept = keep_verifier_log(&config.node.state_dir, &log);
+    Err(anyhow::Error::new(error).context(kept))
+}
+
+/// Keeps what the verifier said, and returns where it is, or why it is not.
+fn keep_verifier_log(state_dir: &Path, log: &str) -> String {
+    let path = state_dir.join("verifier.log");
+    match std::fs::write(&path, log) {
         Ok(()) => format!("the verifier's whole log is in {}", path.display()),
         Err(problem) => format!(
             "the verifier's log cannot be kept in {}: {problem}",
             path.display()
         ),
-    };
-    Err(anyhow::Error::new(error).context(kept))
+    }
 }
 
 /// How much is learned, and for how long.
@@ -1031,5 +1036,24 @@ impl Control {
             self.state.state.audit.contains(name),
         )]
         .into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_verifiers_log_is_kept_and_the_message_says_where() {
+        let dir = tempfile::tempdir().unwrap();
+        let said = keep_verifier_log(dir.path(), "R1 invalid mem access\n");
+        let path = dir.path().join("verifier.log");
+        assert_eq!(said, format!("the verifier's whole log is in {}", path.display()));
+        assert_eq!(std::fs::read_to_string(path).unwrap(), "R1 invalid mem access\n");
+        let said = keep_verifier_log(&dir.path().join("gone"), "");
+        assert!(
+            said.starts_with("the verifier's log cannot be kept in ") && said.contains("No such file"),
+            "{said}"
+        );
     }
 }
