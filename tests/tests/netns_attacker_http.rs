@@ -52,7 +52,7 @@ impl Careless {
         let process = Process::spawn("careless", command, dir).expect("python3");
         let begin = Instant::now();
         while !process.log().contains("ready") {
-            assert!(begin.elapsed() < Duration::from_secs(10), "{}", process.log());
+            assert!(begin.elapsed() < Duration::from_secs(60), "{}", process.log());
             thread::sleep(Duration::from_millis(20));
         }
         Self {

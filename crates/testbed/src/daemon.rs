@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// How long anything that the daemon is asked for may take.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a start may take: the kernel's verifier has the larger part of it.
 const START: Duration = Duration::from_secs(90);
 
@@ -435,7 +435,7 @@ impl Daemon {
         wanted: impl Fn(&[Value]) -> bool,
     ) -> Result<Vec<Value>> {
         let mut flows = Vec::new();
-        let found = wait_until(what, Duration::from_secs(5), || {
+        let found = wait_until(what, PATIENCE, || {
             flows = self.flows(args).unwrap_or_default();
             wanted(&flows)
         });

@@ -434,7 +434,7 @@ impl Wire {
         let gateway_text = gateway.to_string();
         let mut found = None;
         // Any datagram makes the kernel look for the neighbour.
-        wait_until("the gateway's MAC", Duration::from_secs(10), || {
+        wait_until("the gateway's MAC", Duration::from_secs(60), || {
             let _ = ns.enter(|| -> io::Result<usize> {
                 let any: IpAddr = match gateway {
                     IpAddr::V4(_) => [0, 0, 0, 0].into(),

@@ -190,7 +190,7 @@ impl Peer {
             .arg(port.to_string())
             .args(addresses.iter().map(IpAddr::to_string));
         let process = Process::spawn("peer", command, dir.path())?;
-        wait_until("the server is ready", Duration::from_secs(10), || {
+        wait_until("the server is ready", Duration::from_secs(60), || {
             process.log().contains("ready")
         })
         .with_context(|| process.log())?;

@@ -71,7 +71,7 @@ fn ctrl_c_leaves_nothing_behind() {
             .stderr(Stdio::null())
             .spawn()
             .expect("demo");
-        wait_until("the demo has begun", Duration::from_secs(10), || {
+        wait_until("the demo has begun", Duration::from_secs(60), || {
             !left_of(child.id()).is_empty()
         })
         .expect("namespaces");

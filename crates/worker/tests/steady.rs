@@ -323,7 +323,7 @@ fn bench(workers: usize, warm: u64, fail_at: Option<u64>, panic_at: Option<u64>)
 fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let started = Instant::now();
     while !condition() {
-        assert!(started.elapsed() < Duration::from_secs(20), "{what}: not in time");
+        assert!(started.elapsed() < Duration::from_secs(60), "{what}: not in time");
         thread::sleep(Duration::from_millis(1));
     }
 }
@@ -331,7 +331,7 @@ fn until(what: &str, mut condition: impl FnMut() -> bool) {
 #[test]
 fn packets_in_the_steady_state_allocate_nothing_and_every_frame_is_freed() {
     let mut bench = bench(2, 20_000, None, None);
-    assert!(bench.pool.wait_until_running(Duration::from_secs(10)));
+    assert!(bench.pool.wait_until_running(Duration::from_secs(60)));
     for seen in &bench.seen {
         until("packets", || seen.sent.load(Ordering::Relaxed) > 60_000);
     }
@@ -376,7 +376,7 @@ fn packets_in_the_steady_state_allocate_nothing_and_every_frame_is_freed() {
 #[test]
 fn a_sleeping_worker_publishes_heartbeats() {
     let bench = bench(1, 0, None, None);
-    assert!(bench.pool.wait_until_running(Duration::from_secs(10)));
+    assert!(bench.pool.wait_until_running(Duration::from_secs(60)));
     bench.dry.store(true, Ordering::Relaxed);
     let started = Instant::now();
     let mut last = bench.heartbeats[0].load(Ordering::Relaxed);

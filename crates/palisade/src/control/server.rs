@@ -402,6 +402,9 @@ mod tests {
     use super::*;
     use crate::control::client::{self, Client, ClientError};
 
+    /// What needs no more than a turn on a processor is done by then, whatever else the machine does.
+    const LONG: Duration = Duration::from_secs(60);
+
     struct Echo(Mutex<Vec<Request>>);
 
     impl Handler for Echo {
@@ -499,7 +502,7 @@ mod tests {
         assert!(error.to_string().contains("too many clients"), "{error}");
         assert_eq!(socket.counts.refused.load(Ordering::Relaxed), 1);
         drop(idle);
-        let until = Instant::now() + Duration::from_secs(5);
+        let until = Instant::now() + LONG;
         while client::ask::<serde_json::Value>(&path, &Request::Status).is_err() {
             assert!(
                 Instant::now() < until,
@@ -513,7 +516,7 @@ mod tests {
     fn a_client_that_does_not_read_is_cut_off_and_counted() {
         let (_dir, path, _handler, socket) = server();
         let client = Client::send(&path, &Request::Observe(Default::default())).unwrap();
-        let until = Instant::now() + WRITE_DEADLINE + Duration::from_secs(5);
+        let until = Instant::now() + WRITE_DEADLINE + LONG;
         while socket.counts.slow.load(Ordering::Relaxed) == 0 {
             assert!(Instant::now() < until, "it was not cut off");
             thread::sleep(Duration::from_millis(50));
@@ -524,14 +527,16 @@ mod tests {
     #[test]
     fn a_client_that_says_nothing_is_cut_off() {
         let (_dir, path, _handler, socket) = server();
-        let mut stream = UnixStream::connect(&path).unwrap();
-        stream.write_all(b"{").unwrap();
         let begun = Instant::now();
+        let mut stream = UnixStream::connect(&path).unwrap();
+        stream.set_read_timeout(Some(REQUEST_DEADLINE + LONG)).unwrap();
+        stream.write_all(b"{").unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
         assert_eq!(answer, "");
-        assert!(begun.elapsed() < REQUEST_DEADLINE + Duration::from_secs(3));
-        let until = Instant::now() + Duration::from_secs(5);
+        // Cut off by the deadline, not before.
+        assert!(begun.elapsed() >= REQUEST_DEADLINE);
+        let until = Instant::now() + LONG;
         while socket.counts.slow.load(Ordering::Relaxed) == 0 {
             assert!(Instant::now() < until, "it was not counted");
             thread::sleep(Duration::from_millis(10));

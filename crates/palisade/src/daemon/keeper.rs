@@ -320,7 +320,7 @@ mod tests {
         assert_eq!(keeper.problem(), Some(problem));
         assert_eq!(kept::read(&dir.join(CONFIG)).unwrap(), "[node]");
         fs::remove_dir_all(dir.join(STATE)).unwrap();
-        let until = std::time::Instant::now() + TRY_AGAIN * 4;
+        let until = std::time::Instant::now() + TRY_AGAIN * 30;
         while keeper.problem().is_some() {
             assert!(std::time::Instant::now() < until, "{:?}", keeper.problem());
             thread::sleep(Duration::from_millis(20));

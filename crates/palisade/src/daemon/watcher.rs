@@ -262,7 +262,7 @@ mod tests {
 
     fn next(receiver: &mpsc::Receiver<Changes>) -> Changes {
         receiver
-            .recv_timeout(Duration::from_secs(5))
+            .recv_timeout(Duration::from_secs(60))
             .expect("nothing was told")
     }
 
