@@ -353,10 +353,11 @@ impl<F, T: Remember> Connections<F, T> {
             } else if !is_past {
                 return Place::New(CURRENT);
             }
-            if let Some(candidate) = self.candidates.get(&key) {
-                if candidate.connection.repeats(side, &segment) && candidate.connection.is_of(slot.serial) {
-                    return Place::Known(CANDIDATE);
-                }
+            if let Some(candidate) = self.candidates.get(&key)
+                && candidate.connection.repeats(side, &segment)
+                && candidate.connection.is_of(slot.serial)
+            {
+                return Place::Known(CANDIDATE);
             }
             return Place::New(CANDIDATE);
         }
