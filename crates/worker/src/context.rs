@@ -27,7 +27,7 @@ pub struct WorkerControl<R> {
 }
 
 /// A record with the time at which it was made.
-pub type Stamped = (SystemTime, Record);
+pub type TimedRecord = (SystemTime, Record);
 
 /// The state of a worker thread that outlives its restarts.
 pub struct WorkerContext<R> {
@@ -59,5 +59,5 @@ pub struct WorkerContext<R> {
     pub learners: Learners,
     /// Most commits of learned addresses that this worker may have open.
     pub learns: usize,
-    pub records: queue::Sender<Stamped>,
+    pub records: queue::Sender<TimedRecord>,
 }

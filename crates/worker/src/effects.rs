@@ -10,7 +10,7 @@ use std::{collections::VecDeque, sync::Arc, time::SystemTime};
 use palisade_abi::{FlowCommand, Reason};
 use palisade_inspect::{Learn, Learned, Route, Sink, learning::Learner, record::Record};
 
-use crate::{context::Stamped, counters::Counters, header, held::Handle, queue};
+use crate::{context::TimedRecord, counters::Counters, header, held::Handle, queue};
 
 /// Most bytes of generated packets that can be queued at once.
 const MAX_GENERATED_BYTES: usize = 256 * 1024;
@@ -41,7 +41,7 @@ pub struct Effects {
     generated: Vec<u8>,
     /// Sends learned addresses to the thread that commits them, and receives the results.
     learner: Learner,
-    records: queue::Sender<Stamped>,
+    records: queue::Sender<TimedRecord>,
     /// Time of the last wake-up of the records' reader, ns.
     records_flushed: u64,
     /// Time at which refreshes were last passed to the thread that commits addresses, ns. A refresh is an answer whose
@@ -55,7 +55,7 @@ impl Effects {
     pub fn new(
         frames: usize,
         learner: Learner,
-        records: queue::Sender<Stamped>,
+        records: queue::Sender<TimedRecord>,
         counters: Arc<Counters>,
     ) -> Self {
         Self {

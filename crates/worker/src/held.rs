@@ -83,3 +83,34 @@ impl<F> HeldFrames<F> {
         self.frames.try_remove(handle.key())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(number: u32) -> HeldFrame<u32> {
+        HeldFrame {
+            frame: number,
+            start: 0,
+            length: 0,
+            ifindex: 1,
+            hook: 1,
+            second: None,
+            first_command: None,
+        }
+    }
+
+    #[test]
+    fn a_full_slab_returns_the_frame_and_a_removed_frame_makes_room() {
+        let mut frames = HeldFrames::new(2);
+        let first = frames.insert(frame(1)).ok().unwrap();
+        let second = frames.insert(frame(2)).ok().unwrap();
+        assert_eq!(frames.insert(frame(3)).err().unwrap().frame, 3);
+        assert_eq!(frames.len(), 2);
+        assert_eq!(frames.remove(first).unwrap().frame, 1);
+        let third = frames.insert(frame(3)).ok().unwrap();
+        assert_eq!(frames.get(&second).unwrap().frame, 2);
+        assert_eq!(frames.get_mut(&third).unwrap().frame, 3);
+        assert_eq!(frames.len(), 2);
+    }
+}

@@ -34,7 +34,7 @@ mod supervisor;
 mod tx;
 mod watch;
 
-pub use context::Stamped;
+pub use context::TimedRecord;
 pub use counters::{Count, Counters, State};
 pub use failure::Failure;
 pub use held::Handle;

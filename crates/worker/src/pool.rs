@@ -16,7 +16,7 @@ use palisade_inspect::learning::{Lessons, lessons};
 use palisade_xsk::{Mode, handoff};
 
 use crate::{
-    context::{Stamped, WAKER, WorkerContext, WorkerControl},
+    context::{TimedRecord, WAKER, WorkerContext, WorkerControl},
     counters::{Counters, State},
     inspect::Inspect,
     port::Port,
@@ -77,7 +77,7 @@ impl<R: Send + Sync + 'static> Pool<R> {
     ///
     /// # Errors
     /// A thread, an epoll instance or its waker could not be made.
-    pub fn start<P, E>(setup: Setup<P, E>) -> io::Result<(Self, Lessons, queue::Receiver<Stamped>)>
+    pub fn start<P, E>(setup: Setup<P, E>) -> io::Result<(Self, Lessons, queue::Receiver<TimedRecord>)>
     where
         P: Port + 'static,
         E: Inspect<Rules = R> + 'static,

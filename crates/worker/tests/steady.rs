@@ -251,7 +251,7 @@ struct Bench {
     dry: Arc<AtomicBool>,
     heartbeats: Arc<Vec<AtomicU64>>,
     pool: Pool<()>,
-    records: palisade_worker::Receiver<palisade_worker::Stamped>,
+    records: palisade_worker::Receiver<palisade_worker::TimedRecord>,
     starts: Arc<AtomicUsize>,
 }
 

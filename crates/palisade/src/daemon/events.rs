@@ -15,7 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use palisade_abi::{Decision, Event, EventKind, Reason, TracePoint, ct_flags, event_flags};
 use palisade_datapath::{Clock, Ended, EventReader};
 use palisade_flowlog::{Flow, Resolver, Ring, Timestamp};
-use palisade_worker::{Receiver, RecvError, Stamped};
+use palisade_worker::{Receiver, RecvError, TimedRecord};
 use tracing::error;
 
 use super::view::{EventNames, Shared};
@@ -71,7 +71,7 @@ pub fn read(mut reader: EventReader, ring: Arc<Ring>, shared: Arc<Shared>) -> io
 ///
 /// Flows are made of it where somebody looks, and where nobody did: when the view changes, by the names of the one
 /// before; when workers are silent; and now and then, since names of addresses are forgotten.
-pub fn records(records: Receiver<Stamped>, ring: Arc<Ring>, shared: Arc<Shared>) -> io::Result<()> {
+pub fn records(records: Receiver<TimedRecord>, ring: Arc<Ring>, shared: Arc<Shared>) -> io::Result<()> {
     thread::Builder::new().name("records".into()).spawn(move || {
         let mut view = shared.get();
         let mut names: Resolver = Arc::new(EventNames::new(Arc::clone(&view)));

@@ -18,7 +18,7 @@ use palisade_abi::{Config as Told, Inspector, Reason, config_flags};
 use palisade_datapath::{Attached, Carrier, Datapath, HookKind, monotonic_coarse};
 use palisade_inspect::{Denial, Engine, Known, Limits, Millis, Rules, learning::Lessons};
 use palisade_policy::snapshot::RuleSet;
-use palisade_worker::{Counters, Handle, Mode, Number, Pool, Receiver, Setup, Stamped, State};
+use palisade_worker::{Counters, Handle, Mode, Number, Pool, Receiver, Setup, State, TimedRecord};
 use palisade_xsk::{Config as SocketConfig, Socket};
 use tracing::{error, info};
 
@@ -72,7 +72,7 @@ pub struct Output {
     /// Answers to be learned.
     pub lessons: Lessons,
     /// What was seen.
-    pub records: Receiver<Stamped>,
+    pub records: Receiver<TimedRecord>,
 }
 
 impl Workers {

@@ -15,7 +15,7 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use super::*;
 use crate::{
-    context::{Stamped, WAKER, WorkerControl},
+    context::{TimedRecord, WAKER, WorkerControl},
     header,
     held::Handle,
     queue, watch,
@@ -243,7 +243,7 @@ fn clock() -> u64 {
 /// The control plane's end of a test's worker.
 type Control = watch::Sender<WorkerControl<u32>>;
 
-fn context(number: usize, workers: usize) -> (WorkerContext<u32>, Control, queue::Receiver<Stamped>) {
+fn context(number: usize, workers: usize) -> (WorkerContext<u32>, Control, queue::Receiver<TimedRecord>) {
     let (sender, control) = watch::watch(WorkerControl {
         rules: Arc::new(5),
         xdp: [9].into(),
