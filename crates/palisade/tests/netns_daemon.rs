@@ -371,7 +371,8 @@ fn each_change_of_what_is_enforced_is_one_line_of_the_log() {
     // What a reload changes for everybody, and what it cannot change.
     let text = fs::read_to_string(daemon.config()).unwrap();
     let text = text.replace("audit = false", "audit = true");
-    fs::write(daemon.config(), format!("{text}\nrules = 128\n")).unwrap();
+    let text = text.replace("policy = 64", "policy = 64\nrules = 128");
+    fs::write(daemon.config(), text).unwrap();
     let out = daemon.try_cli(&["reload"]).unwrap();
     let said = String::from_utf8_lossy(&out.stderr).into_owned();
     assert!(
