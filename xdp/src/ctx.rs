@@ -155,7 +155,7 @@ macro_rules! global_functions {
             let Some(frame) = (unsafe { frame.as_mut() }) else {
                 return 0;
             };
-            verdict::judge($context(ctx), frame);
+            verdict::judge::<$context, false>($context(ctx), frame);
             0
         }
 

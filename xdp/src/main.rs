@@ -128,7 +128,7 @@ fn is_known<C: Context>(ctx: C) -> bool {
         return false;
     }
     conntrack::write_key(&mut frame.key, 1, true, conntrack::ends(&frame.packet));
-    conntrack::find(&frame.key, 0).is_some()
+    conntrack::find_in_place(&frame.key, 0).is_some()
 }
 
 /// Where a packet goes.
@@ -223,7 +223,7 @@ fn verdict<C: Context>(ctx: C, frame: &mut Frame, egress: u32) {
         fragment::resolve(frame);
     }
     // Inlined here, called below: the first is every packet's way.
-    verdict::judge(ctx, frame);
+    verdict::judge::<C, true>(ctx, frame);
     if frame.is_dropped() || !is_workload || frame.flow_flags & ct_flags::REMOTE_IS_HOST == 0 {
         return;
     }

@@ -18,9 +18,9 @@ use crate::link;
 use crate::maps::ENDPOINTS;
 use crate::policy;
 
-/// Judges `frame` by the policy of `frame.endpoint`.
+/// Judges `frame` by the policy of `frame.endpoint`. `IN_PLACE`: it is on the stack of the program's main function.
 #[inline(always)]
-pub fn judge<C: Context>(ctx: C, frame: &mut Frame) {
+pub fn judge<C: Context, const IN_PLACE: bool>(ctx: C, frame: &mut Frame) {
     let Some(state) = ENDPOINTS.get_ptr(frame.endpoint & 0xffff) else {
         return frame.set(Reason::NoPolicy);
     };
@@ -69,7 +69,12 @@ pub fn judge<C: Context>(ctx: C, frame: &mut Frame) {
             ingress,
             conntrack::ends(&frame.packet),
         );
-        if let Some(entry) = conntrack::find(&frame.key, frame.now)
+        let entry = if IN_PLACE {
+            conntrack::find_in_place(&frame.key, frame.now)
+        } else {
+            conntrack::find(&frame.key, frame.now)
+        };
+        if let Some(entry) = entry
             && !conntrack::begins_another(entry, &frame.packet, ingress)
             && !(conntrack::crosses(entry, &frame.packet, ingress) && is_read_by_itself(frame, ingress))
         {
