@@ -138,7 +138,7 @@ impl Sink<Handle> for Effects {
 
     fn emit(&mut self, frame: &[u8], route: Route) {
         let start = self.generated.len();
-        if start + frame.len() > MAX_GENERATED_BYTES || frame.len() < header::ETHERNET {
+        if start + frame.len() > MAX_GENERATED_BYTES || frame.len() < header::ETHERNET_HEADER {
             self.counters.generated_lost.add(1);
             return;
         }

@@ -15,11 +15,11 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 use crate::checksum;
 
 /// Length of the punt header, bytes.
-pub const CARRIED: usize = size_of::<Carried>();
+pub const PUNT_HEADER: usize = size_of::<Carried>();
 /// Greatest length of the trailer with its flow commands, bytes.
-pub const TRAILER: usize = MAX_TRAILER as usize;
+pub const MAX_TRAILER_BYTES: usize = MAX_TRAILER as usize;
 /// Length of an Ethernet header, bytes.
-pub const ETHERNET: usize = 14;
+pub const ETHERNET_HEADER: usize = 14;
 
 /// Parses the punt header.
 ///
@@ -28,7 +28,7 @@ pub const ETHERNET: usize = 14;
 /// inspection: the programs did not put this frame on the punt link.
 pub fn parse(bytes: &[u8], cookie: u64) -> Result<Carried, Reason> {
     let (carried, frame) = Carried::read_from_prefix(bytes).map_err(|_| Reason::CarryForeign)?;
-    if carried.cookie != cookie || frame.len() < ETHERNET {
+    if carried.cookie != cookie || frame.len() < ETHERNET_HEADER {
         return Err(Reason::CarryForeign);
     }
     let known = matches!(
@@ -119,13 +119,13 @@ fn payload(frame: &[u8], packet: &Packet) -> (usize, usize) {
 /// # Errors
 /// The packet cannot be decoded, or its receiver would discard it. Returns the drop reason and what was decoded.
 pub fn prepare(bytes: &mut [u8], carried: &Carried) -> Result<Prepared, (Reason, Packet)> {
-    let mut start = CARRIED;
+    let mut start = PUNT_HEADER;
     match carried.vlan_protocol {
         0 => {}
         0x8100 | 0x88a8 => {
             // The tag's four bytes overwrite the end of the punt header, which has been parsed.
             start -= 4;
-            bytes.copy_within(CARRIED..CARRIED + 12, start);
+            bytes.copy_within(PUNT_HEADER..PUNT_HEADER + 12, start);
             bytes[start + 12..start + 14].copy_from_slice(&carried.vlan_protocol.to_be_bytes());
             bytes[start + 14..start + 16].copy_from_slice(&carried.vlan.to_be_bytes());
         }
@@ -172,7 +172,7 @@ pub fn trailer(cookie: u64, route: Route, xdp: bool) -> Released {
 }
 
 /// Appends flow commands and trailer to a packet of `length` bytes at the start of `room`. Returns the new length, or
-/// `None` if there is not enough room, or the carrier would not take a frame of that length.
+/// `None` if there is not enough room or the punt link would not take a frame of that length.
 pub fn append_trailer(
     room: &mut [u8],
     length: usize,
@@ -193,7 +193,7 @@ pub fn append_trailer(
     }
     let bytes = released.as_bytes();
     room.get_mut(at..at + bytes.len())?.copy_from_slice(bytes);
-    Some(at + bytes.len()).filter(|whole| *whole <= MAX_ON_CARRIER as usize)
+    Some(at + bytes.len()).filter(|total| *total <= MAX_ON_CARRIER as usize)
 }
 
 #[cfg(test)]

@@ -100,7 +100,7 @@ impl<'a, F> Rx<'a, F> {
             self.counters.packets_in.add(1);
             self.counters
                 .bytes_in
-                .add(data.len().saturating_sub(header::CARRIED) as u64);
+                .add(data.len().saturating_sub(header::PUNT_HEADER) as u64);
             let carried = match header::parse(data, self.cookie) {
                 Ok(carried) => carried,
                 Err(reason) => {

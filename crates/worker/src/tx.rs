@@ -82,10 +82,17 @@ impl Tx {
             zero: [0; 2],
         };
         let Some(mut frame) = port.alloc() else { return };
-        if let Some(header) = port.buffer_mut(&mut frame).get_mut(..header::ETHERNET) {
+        if let Some(header) = port.buffer_mut(&mut frame).get_mut(..header::ETHERNET_HEADER) {
             header.fill(0);
         }
-        self.send(port, frame, 0, header::ETHERNET, &trailer, [Some(command), None]);
+        self.send(
+            port,
+            frame,
+            0,
+            header::ETHERNET_HEADER,
+            &trailer,
+            [Some(command), None],
+        );
     }
 
     fn trailer(&self, route: Route) -> Released {
@@ -103,7 +110,7 @@ impl Tx {
         commands: [Option<&FlowCommand>; 2],
     ) -> bool {
         let buffer = port.buffer_mut(&mut frame);
-        if buffer.len() - start < length + header::TRAILER && start > 0 {
+        if buffer.len() - start < length + header::MAX_TRAILER_BYTES && start > 0 {
             // The punt header has been parsed, so its place can be used.
             buffer.copy_within(start..start + length, 0);
             start = 0;

@@ -150,7 +150,7 @@ mod does {
     pub const COMMAND: u32 = 4;
 }
 
-/// A slot with this rule and [`does::COMMAND`] gets an order that must stay with its packet.
+/// A slot with this rule and [`does::COMMAND`] gets a command that must travel with its packet.
 const REPLACES: u32 = 1_000;
 
 /// An engine that does with a packet what the number of the rule set says.
@@ -441,10 +441,11 @@ fn udp() -> Sent {
     }
 }
 
-/// The longest frame that is carried fits on the carrier again with a command of each of two policies, and with the tag
-/// that the kernel kept beside it; one byte more is a drop with a reason, not one that veth makes in silence.
+/// The longest frame that is punted fits on the punt link again with a command of each of two policies and with the
+/// VLAN tag that the device had stripped. A frame with one byte more is dropped with a reason; veth would drop it
+/// without one.
 #[test]
-fn the_longest_frame_comes_back_with_two_commands() {
+fn the_longest_frame_is_forwarded_with_two_commands() {
     use palisade_abi::{MAX_CARRIED_FRAME, MAX_ON_CARRIER};
 
     for hook in [
@@ -462,7 +463,7 @@ fn the_longest_frame_comes_back_with_two_commands() {
                 tags,
                 ..udp()
             };
-            // The tag comes beside the frame.
+            // The VLAN tag is in the punt header, not in the frame.
             let headers = sent.frames().0.len() - sent.payload.len() - 4 * tags;
             sent.payload = vec![7; MAX_CARRIED_FRAME as usize - headers + more];
             let (frame, _) = sent.frames();
@@ -630,7 +631,7 @@ fn a_packet_of_two_policies_is_inspected_for_both_in_order_and_either_can_drop_i
     let [(empty, first, first_command), (frame, last, last_command)] = sent.as_slice() else {
         panic!("{sent:?}");
     };
-    assert_eq!(empty.len(), header::ETHERNET);
+    assert_eq!(empty.len(), header::ETHERNET_HEADER);
     assert_eq!(first.way, release::NOWHERE);
     assert_eq!(*first_command, Some(command(3)));
     assert_eq!(frame, &whole);
