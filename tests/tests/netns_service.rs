@@ -123,6 +123,8 @@ fn the_service_may_do_what_it_has_to() {
         });
         assert!(read.is_ok(), "{family:?}: {got:?}\n{}", daemon.report());
     }
+    let table = apps.ns("node").run("nft", &["list", "table", "inet", "palisade"]);
+    assert!(table.expect("the table").contains("@judged"));
     let log = daemon.log();
     assert!(
         !log.contains("Permission denied") && !log.contains("not permitted"),

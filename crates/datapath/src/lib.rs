@@ -27,6 +27,7 @@ mod events;
 mod learned;
 mod loader;
 mod maps;
+mod netfilter;
 mod object;
 mod seed;
 mod shares;
@@ -43,6 +44,7 @@ pub use dump::{Dump, Fill};
 pub use events::EventReader;
 pub use loader::{Datapath, Limits, OpenError, Options, check_pin_dir};
 pub use maps::MapError;
+pub use netfilter::{Netfilter, NetfilterError, Rules};
 pub use object::OBJECT;
 pub use seed::{
     Connection, End, LocalEndpoints, Progress, Scope, SeedError, connections, connections_of_netns, seeds,

@@ -4,6 +4,7 @@ pub(crate) mod bpf;
 pub(crate) mod clsact;
 pub(crate) mod device;
 pub(crate) mod netlink;
+pub(crate) mod nft;
 
 use std::io;
 

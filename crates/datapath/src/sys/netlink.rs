@@ -168,6 +168,125 @@ impl Socket {
         self.exchange(request, flags, call, each)
     }
 
+    /// The number of this socket, by which notifications name the cause of a change.
+    pub fn port(&self) -> Result<u32> {
+        // SAFETY: zero is a value of every field.
+        let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+        let mut length = size_of_val(&address) as libc::socklen_t;
+        // SAFETY: both are valid for writing, and `length` says how long the first is.
+        let answer =
+            unsafe { libc::getsockname(self.fd.as_raw_fd(), (&raw mut address).cast(), &raw mut length) };
+        if answer < 0 {
+            return Err(SyscallError::last("getsockname of a netlink socket"));
+        }
+        Ok(address.nl_pid)
+    }
+
+    /// Gives the socket its number before anything is sent.
+    pub fn bind(&self) -> Result<()> {
+        // SAFETY: zero is a value of every field, and means "any number" and "no groups".
+        let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+        address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
+        let length = size_of_val(&address) as libc::socklen_t;
+        // SAFETY: `address` is valid for its own size.
+        let answer = unsafe { libc::bind(self.fd.as_raw_fd(), (&raw const address).cast(), length) };
+        if answer < 0 {
+            return Err(SyscallError::last("bind of a netlink socket"));
+        }
+        Ok(())
+    }
+
+    /// Sends requests that the kernel takes all or not at all (nfnetlink), and waits for its answer. An error comes with the
+    /// number of the request that it is about; none: it is about all.
+    pub fn batch(
+        &mut self,
+        requests: Vec<Request>,
+        subsystem: u16,
+        call: &str,
+    ) -> std::result::Result<(), (Option<usize>, SyscallError)> {
+        const BEGIN: u16 = 0x10;
+        const END: u16 = 0x11;
+        let [high, low] = subsystem.to_be_bytes();
+        // struct nfgenmsg; the last field names the subsystem.
+        let limit = |kind| Request::new(kind, 0).fixed(&[0, 0, high, low]);
+        let first = self.sequence + 1;
+        let count = requests.len();
+        let mut bytes = limit(BEGIN).finish(first);
+        for (number, mut request) in requests.into_iter().enumerate() {
+            // The end of a batch is acknowledged by new kernels only (6.10).
+            if number + 1 == count {
+                let flags = u16_at(&request.bytes, 6).unwrap_or(0) | libc::NLM_F_ACK as u16;
+                request.bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
+            }
+            bytes.extend(request.finish(first + 1 + number as u32));
+        }
+        let last = first + count as u32;
+        bytes.extend(limit(END).finish(last + 1));
+        self.sequence = last + 1;
+        let all = |error| (None, error);
+        self.make_room(bytes.len()).map_err(all)?;
+        // SAFETY: the buffer is valid for its length.
+        let sent = unsafe { libc::send(self.fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), 0) };
+        if sent < 0 {
+            return Err(all(SyscallError::last(call)));
+        }
+        let mut buffer = vec![0_u8; 65_536];
+        loop {
+            // SAFETY: the buffer is valid for its length.
+            let got = unsafe { libc::recv(self.fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+            if got < 0 {
+                let error = io::Error::last_os_error();
+                if error.kind() == io::ErrorKind::Interrupted {
+                    continue;
+                }
+                return Err(all(SyscallError::new(call, error)));
+            }
+            let mut rest = &buffer[..got as usize];
+            while let Some((message, after)) = split(rest) {
+                rest = after;
+                let is_ours = (first..=last + 1).contains(&message.sequence);
+                if !is_ours || i32::from(message.kind) != libc::NLMSG_ERROR {
+                    continue;
+                }
+                let code = u32_at(message.payload, 0).unwrap_or(0) as i32;
+                if code != 0 {
+                    let about = (message.sequence > first && message.sequence <= last)
+                        .then(|| (message.sequence - first - 1) as usize);
+                    let error = io::Error::from_raw_os_error(-code);
+                    return Err((about, SyscallError::new(call, error)));
+                }
+                if message.sequence == last {
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// A request has to fit into the socket's send buffer as a whole.
+    fn make_room(&self, length: usize) -> Result<()> {
+        const USUAL: usize = 64 << 10;
+        if length <= USUAL {
+            return Ok(());
+        }
+        let size = libc::c_int::try_from(length.saturating_mul(2)).unwrap_or(libc::c_int::MAX);
+        // SAFETY: `size` is valid for its own size.
+        let answer = unsafe {
+            libc::setsockopt(
+                self.fd.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_SNDBUFFORCE,
+                std::ptr::from_ref(&size).cast(),
+                size_of_val(&size) as libc::socklen_t,
+            )
+        };
+        if answer < 0 {
+            return Err(SyscallError::last(
+                "setsockopt(SO_SNDBUFFORCE) of a netlink socket",
+            ));
+        }
+        Ok(())
+    }
+
     fn exchange(
         &mut self,
         mut request: Request,

@@ -227,7 +227,11 @@ fn detach_without_daemon(config: &crate::config::Config) -> anyhow::Result<u8> {
     // Held until the end, so that no daemon starts in the middle of it.
     let _places = daemon::take_for_detaching(&config.node)?;
     let pins = &config.node.pin_dir;
+    let table = daemon::NetfilterTable::new(config)
+        .remove()
+        .context("the nftables table");
     if !pins.exists() {
+        table?;
         writeln!(
             io::stdout(),
             "the daemon is not running, and nothing is pinned in {}",
@@ -236,6 +240,7 @@ fn detach_without_daemon(config: &crate::config::Config) -> anyhow::Result<u8> {
         return Ok(DONE);
     }
     palisade_datapath::detach_all(pins).with_context(|| pins.display().to_string())?;
+    table?;
     writeln!(
         io::stdout(),
         "the daemon is not running; everything that {} kept attached is detached",

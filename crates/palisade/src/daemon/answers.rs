@@ -36,6 +36,7 @@ use serde_json::Value;
 use super::{
     control::{Answer, Control, Message},
     names::Names,
+    netfilter,
     pulse::{Beats, Pulse, hanging},
     selector_text::peer_text,
     view::{Shared, View, class_names, kind_name, prefix_text},
@@ -77,6 +78,8 @@ pub struct Clients {
     pub pulse: Arc<Pulse>,
     /// When workers have said last that they live.
     pub beats: Option<Arc<Beats>>,
+    /// The daemon's nftables table.
+    pub netfilter: netfilter::Place,
     /// The server's own counts, once it runs.
     pub server: OnceLock<Arc<Counts>>,
 }
@@ -280,7 +283,22 @@ impl Clients {
             .server
             .get()
             .map_or(0, |counts| counts.slow.load(Ordering::Relaxed));
-        for (reason, direction, count) in counters.reasons().map_err(map_error)? {
+        // What the nftables table drops has the reasons that the programs have for the same.
+        let mut counts = counters.reasons().map_err(map_error)?;
+        for (reason, direction, more) in self.netfilter.counts() {
+            match counts
+                .iter_mut()
+                .find(|(known, at, _)| (*known, *at) == (reason, direction))
+            {
+                Some((.., count)) => {
+                    count.packets += more.packets;
+                    count.bytes += more.bytes;
+                }
+                None => counts.push((reason, direction, more)),
+            }
+        }
+        counts.sort_by_key(|&(reason, direction, _)| (reason, direction));
+        for (reason, direction, count) in counts {
             if reason.is_drop() {
                 status.drops.push(DropCount {
                     reason: reason as u8,

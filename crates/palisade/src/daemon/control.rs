@@ -2,7 +2,8 @@
 
 use std::{
     cell::RefCell,
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     path::Path,
     sync::{
         Arc,
@@ -13,8 +14,9 @@ use std::{
 };
 
 use anyhow::Context as _;
-use palisade_abi::{Config as Told, EndpointState, MAX_CARRIED_FRAME, MAX_CARRIED_MSS, identity};
-use palisade_datapath::{Datapath, Options, detach_all};
+use ipnet::IpNet;
+use palisade_abi::{Config as Told, Direction, EndpointState, MAX_CARRIED_FRAME, MAX_CARRIED_MSS, identity};
+use palisade_datapath::{Datapath, Options, Rules, detach_all};
 use palisade_flowlog::Ring;
 use palisade_fqdn::{Cache, Known, Special};
 use palisade_policy::{
@@ -35,7 +37,7 @@ use super::{
     events,
     guard::Guard,
     names::{Names, Prefetch, Targets, Wish, node_servers},
-    nat,
+    nat, netfilter,
     network::{self, Network},
     places,
     policies::{Event, PolicyFiles},
@@ -76,6 +78,8 @@ pub enum Message {
     Policies(Changes),
     /// Interfaces or addresses have changed.
     Network(Network),
+    /// Others have changed nftables.
+    Netfilter(netfilter::Change),
     /// A signal.
     Signal(i32),
     /// Learned names need something.
@@ -92,6 +96,7 @@ impl Message {
         match self {
             Self::Policies(_) => "putting changed policies in force",
             Self::Network(_) => "following a change of interfaces or addresses",
+            Self::Netfilter(_) => "following a change of nftables",
             Self::Signal(SIGHUP) | Self::Ask(Request::Reload, _) => "reading the configuration again",
             Self::Signal(_) | Self::Ask(Request::Stop { .. }, _) => "ending",
             Self::Names(_) => "making identities of learned names",
@@ -109,6 +114,11 @@ pub struct Control {
     pub files: PolicyFiles,
     pub guard: Guard,
     pub network: Network,
+    netfilter: netfilter::Keeper,
+    /// This node translates addresses.
+    translates: bool,
+    /// What the nftables table depends on may have changed.
+    netfilter_due: bool,
     pub datapath: Arc<Datapath>,
     pub names: Arc<Names>,
     prefetch: Option<Prefetch>,
@@ -177,6 +187,14 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
             .context("watching interfaces")?
     };
 
+    let netfilter = netfilter::Keeper::new(netfilter::Place::new(&config));
+    let translates = {
+        let sender = sender.clone();
+        netfilter
+            .watch(move |change| sender.send(Message::Netfilter(change)).is_ok())
+            .context("watching nftables")?
+    };
+
     let mut state = state;
     let known = config.tls.verify_sni_address.then(Arc::<Known>::default);
     let names = {
@@ -215,6 +233,9 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
         files,
         guard: Guard::default(),
         network,
+        netfilter,
+        translates,
+        netfilter_due: false,
         datapath: Arc::clone(&datapath),
         names: Arc::clone(&names),
         prefetch: None,
@@ -250,6 +271,7 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
         None => None,
     };
     control.attach();
+    control.write_netfilter();
     for limited in control.limited_interfaces(&control.guard.report(&control.datapath)) {
         warn!("{limited}");
     }
@@ -275,6 +297,7 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
         events: read,
         pulse: Arc::clone(&pulse),
         beats: beats.clone(),
+        netfilter: netfilter::Place::new(&control.config),
         server: std::sync::OnceLock::new(),
     };
     let path = control.config.node.socket.clone();
@@ -304,6 +327,11 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     control.workers.end();
     if let End::Detach(answer) = end {
         let done = detach_all(&control.config.node.pin_dir).map_err(|problem| problem.to_string());
+        // What is left of the table would stop interfaces that are made later.
+        let table = netfilter::Place::new(&control.config)
+            .remove()
+            .map_err(|problem| problem.to_string());
+        let done = done.and(table);
         match &done {
             Ok(()) => info!("everything is detached"),
             Err(problem) => error!("detaching: {problem}"),
@@ -432,6 +460,7 @@ impl Control {
                 Err(RecvTimeoutError::Timeout) => {
                     self.pulse.begin("looking after everything");
                     self.idle();
+                    self.write_netfilter();
                     continue;
                 }
                 // The control thread itself holds no sender, but the clients do for as long as the daemon runs.
@@ -441,6 +470,13 @@ impl Control {
             match message {
                 Message::Policies(changes) => self.policies_changed(&changes),
                 Message::Network(network) => self.network_changed(network),
+                Message::Netfilter(change) => {
+                    if change.touched {
+                        self.netfilter.was_touched();
+                    }
+                    self.translates = change.translates;
+                    self.netfilter_due = true;
+                }
                 Message::Signal(SIGHUP) => {
                     // What is wrong with the file is in the log already.
                     if let Err(problem) = self.reload() {
@@ -478,6 +514,7 @@ impl Control {
                     let _ = answer.send(self.answer(request));
                 }
             }
+            self.write_netfilter();
         }
     }
 
@@ -487,7 +524,9 @@ impl Control {
             let quiet = SAVE_AFTER.saturating_sub(last.elapsed());
             quiet.min(SAVE_AT_LAST.saturating_sub(first.elapsed()))
         });
-        let again = (self.engine.problem.is_some() || self.guard.has_failures()).then_some(TRY_AGAIN);
+        let failed =
+            self.engine.problem.is_some() || self.guard.has_failures() || self.netfilter.has_failed();
+        let again = failed.then_some(TRY_AGAIN);
         [save, again].into_iter().flatten().min().unwrap_or(LOOK_AFTER)
     }
 
@@ -661,6 +700,7 @@ impl Control {
         self.publish();
         self.prefetch();
         self.changed();
+        self.netfilter_due = true;
     }
 
     /// Has names resolved ahead, as the configuration and the policies want it.
@@ -722,6 +762,42 @@ impl Control {
         self.guard
             .reconcile(&self.datapath, &self.network, &self.config, world);
         self.workers.set_attached(self.guard.attached());
+        self.netfilter_due = true;
+    }
+
+    /// Makes the nftables table what interfaces, addresses and the node's policy want. Only after the interfaces were
+    /// attached: the table of a daemon before this one knows which are guarded.
+    fn write_netfilter(&mut self) {
+        if !std::mem::take(&mut self.netfilter_due) {
+            return;
+        }
+        let enforced = |direction| self.engine.node_enforces(direction);
+        let (ingress, egress) = (enforced(Direction::Ingress), enforced(Direction::Egress));
+        let guarded = self.guard.rules(&self.network, ingress || egress);
+        let world = self.engine.compiler.world();
+        let (nodes, workloads): (Vec<_>, Vec<_>) =
+            world.endpoints.iter().partition(|endpoint| endpoint.is_node());
+        let own: BTreeSet<IpAddr> = nodes
+            .iter()
+            .flat_map(|node| node.addresses.iter().copied())
+            .chain(self.network.addresses.iter().copied())
+            .collect();
+        let rules = Rules {
+            endpoints: workloads
+                .iter()
+                .flat_map(|endpoint| endpoint.addresses.iter().copied())
+                .filter(|address| !own.contains(address))
+                .collect(),
+            own: own
+                .into_iter()
+                .map(IpNet::from)
+                .chain(network::local_routes())
+                .collect(),
+            is_enforced: ingress,
+            has_nat: self.translates,
+            ..guarded
+        };
+        self.netfilter.write(rules);
     }
 
     /// Maps of an older version serve until every interface has this version's programs.
@@ -975,6 +1051,7 @@ impl Control {
         warnings.extend(self.reload_problem.clone());
         warnings.extend(self.files.folder_problem().map(ToOwned::to_owned));
         warnings.extend(self.translation_note());
+        warnings.extend(self.netfilter.warnings());
         for file in &policy_files {
             match file.state {
                 PolicyFileState::InForce => {}

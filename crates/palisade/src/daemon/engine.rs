@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use palisade_abi::Identity;
+use palisade_abi::{CLASS_ANY, Decision, Direction, Identity, entry_flags, identity};
 use palisade_datapath::{ApplyError, Datapath, Dump};
 use palisade_fqdn::{EndpointId, Listed, SelectorId, Selectors};
 use palisade_policy::{
@@ -17,7 +17,7 @@ use palisade_policy::{
     names::{LearnedSet, Names as Meanings, SelectorList},
     plan::{MapContents, plan},
     rule::{FqdnPattern, Peer as RulePeer, Peers},
-    snapshot::{RuleSet, Snapshot},
+    snapshot::{RuleSet, Snapshot, TableKey},
     world::{Endpoint, NamedPorts, Options, Peer, World},
 };
 use tracing::error;
@@ -235,6 +235,26 @@ impl Engine {
                 true
             }
         }
+    }
+
+    /// Whether what no rule allows the node in one direction is dropped, as the programs see it (`is_enforced` in
+    /// xdp/src/link.rs).
+    pub fn node_enforces(&self, direction: Direction) -> bool {
+        let snapshot = self.good.as_ref().unwrap_or_else(|| self.compiler.snapshot());
+        let otherwise = TableKey {
+            direction: direction as u8,
+            identity: identity::ANY,
+            class: CLASS_ANY,
+        };
+        let policy = snapshot.endpoints.get(&NODE).map(|state| state.policy);
+        let table = policy.and_then(|policy| snapshot.tables.get(&policy));
+        table
+            .and_then(|table| table.entries.get(&otherwise))
+            .is_none_or(|entry| {
+                let is_open = entry.flags & entry_flags::UNENFORCED != 0
+                    && Decision::from_u8(entry.decision) == Decision::Allow;
+                !is_open && entry.flags & entry_flags::AUDIT == 0
+            })
     }
 
     /// Goes from what the maps hold to another state.

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use palisade_abi::{Addr, ETHER_TYPES, role};
 use palisade_datapath::{
-    Attached, Attachment, Datapath, Hook, HookKind, LocalEndpoints, Role, TcMode, XdpMode, connections,
-    connections_of_netns, monotonic_coarse, seeds,
+    Attached, Attachment, Datapath, Hook, HookKind, LocalEndpoints, Role, Rules, TcMode, XdpMode,
+    connections, connections_of_netns, monotonic_coarse, seeds,
 };
 use palisade_policy::world::World;
 use tracing::{error, info, warn};
@@ -46,6 +46,8 @@ pub struct Guard {
     seeded: bool,
     /// What the programs were told of interfaces that are not guarded; none: nothing yet.
     others: Option<BTreeMap<u32, bool>>,
+    /// Whether one of them is or was a port of a bridge.
+    had_bridge: bool,
 }
 
 impl Guard {
@@ -266,6 +268,46 @@ impl Guard {
             Outcome::Guarded(_, attached) => Some(attached),
             Outcome::Failed(_) => None,
         })
+    }
+
+    /// What the nftables table has to know of interfaces. `nics`: whether nothing passes a NIC that is not guarded.
+    ///
+    /// A NIC to which the programs cannot be attached is left out, so that the node can be reached to mend that; `status`
+    /// says so.
+    pub fn rules(&mut self, network: &Network, nics: bool) -> Rules {
+        let (mut judged, mut workloads) = (BTreeSet::new(), BTreeSet::new());
+        let mut names = BTreeSet::new();
+        for (name, wanted) in &self.wanted {
+            let outcome = self.outcomes.get(name);
+            if let Some(Outcome::Guarded(attachment, _)) = outcome {
+                judged.insert(attachment.ifindex);
+                if wanted.role == Role::Endpoint {
+                    workloads.insert(attachment.ifindex);
+                }
+                self.had_bridge |= network.bridge_ports.contains(&attachment.ifindex);
+            }
+            let is_closed = match wanted.role {
+                Role::Endpoint => true,
+                Role::Host => nics && !matches!(outcome, Some(Outcome::Failed(_))),
+            };
+            if !is_closed {
+                continue;
+            }
+            // nftables knows no alternative names.
+            let index = network.alternatives.get(name);
+            let first = network.links.iter().find(|(_, link)| Some(*link) == index);
+            names.extend(first.map(|(first, _)| first.clone()));
+            names.insert(name.clone());
+        }
+        judged.extend(network.above(&judged));
+        workloads.extend(network.above(&workloads));
+        Rules {
+            judged,
+            workloads,
+            names,
+            has_bridge: self.had_bridge,
+            ..Rules::default()
+        }
     }
 
     /// Whether something has to be tried again.

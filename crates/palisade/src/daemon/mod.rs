@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! policies (inotify) ─┐
-//! network (rtnetlink) ┼─ Message ─> control thread ─ publishes ─> View <─ events, clients
+//! network (rtnetlink) ┤
+//! nftables (netlink) ─┼─ Message ─> control thread ─ publishes ─> View <─ events, clients
 //! signals, clients  ──┘              compile, plan, apply, attach
 //! events (BPF ring) ──> flow ring <── clients (observe)        sweeper ──> conntrack map
 //! workers (carrier) ──> records ─> flow ring; rules <── control thread
@@ -20,6 +21,7 @@ mod kept;
 mod last_good;
 mod names;
 mod nat;
+mod netfilter;
 mod network;
 mod places;
 mod policies;
@@ -33,6 +35,7 @@ mod workers;
 
 use anyhow::bail;
 pub use last_good::find as last_good_config;
+pub use netfilter::Place as NetfilterTable;
 use network::Network;
 use palisade_policy::{compile::Compiler, diagnostic::Diagnostic};
 pub use places::{check as check_places, lock_file, socket_dir, take_for_detaching};

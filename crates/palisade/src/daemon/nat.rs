@@ -26,9 +26,8 @@ const NLMSG_DONE: u16 = 3;
 /// `struct nlmsghdr`.
 const HEADER: usize = 16;
 
-/// What there is, in words for the operator; empty: nothing.
-pub fn found() -> Vec<String> {
-    let mut found = Vec::new();
+/// nat chains of nftables that have rules.
+pub fn nft_chains() -> usize {
     let mut chains = 0;
     // A kernel without nf_tables has no such rules; its answer is an error.
     let _ = dump(NETLINK_NETFILTER, GET_CHAIN, 4, &mut |message| {
@@ -36,6 +35,28 @@ pub fn found() -> Vec<String> {
         let used = attribute(message, CHAIN_USE).is_some_and(|used| used.iter().any(|byte| *byte != 0));
         chains += usize::from(is_nat && used);
     });
+    chains
+}
+
+/// The programs whose nat table is loaded (the kernel's own iptables, not the one that writes nftables).
+pub fn legacy_tables() -> Vec<&'static str> {
+    [
+        ("iptables", "/proc/thread-self/net/ip_tables_names"),
+        ("ip6tables", "/proc/thread-self/net/ip6_tables_names"),
+    ]
+    .into_iter()
+    .filter(|(_, names)| {
+        let tables = fs::read_to_string(names).unwrap_or_default();
+        tables.lines().any(|table| table == "nat")
+    })
+    .map(|(family, _)| family)
+    .collect()
+}
+
+/// What there is, in words for the operator; empty: nothing.
+pub fn found() -> Vec<String> {
+    let mut found = Vec::new();
+    let chains = nft_chains();
     if chains > 0 {
         found.push(format!("nftables: nat chains with rules ({chains})"));
     }
@@ -47,15 +68,11 @@ pub fn found() -> Vec<String> {
     if transparent > 0 {
         found.push(format!("nftables: tproxy rules ({transparent})"));
     }
-    for (family, names) in [
-        ("iptables", "/proc/thread-self/net/ip_tables_names"),
-        ("ip6tables", "/proc/thread-self/net/ip6_tables_names"),
-    ] {
-        let tables = fs::read_to_string(names).unwrap_or_default();
-        if tables.lines().any(|table| table == "nat") {
-            found.push(format!("{family}: the nat table"));
-        }
-    }
+    found.extend(
+        legacy_tables()
+            .into_iter()
+            .map(|family| format!("{family}: the nat table")),
+    );
     let mut marks = 0;
     for family in [nix::libc::AF_INET, nix::libc::AF_INET6] {
         // struct fib_rule_hdr, 12 bytes, begins with the family.
@@ -122,7 +139,11 @@ fn attribute(message: &[u8], wanted: u16) -> Option<&[u8]> {
 }
 
 fn attribute_behind(message: &[u8], header: usize, wanted: u16) -> Option<&[u8]> {
-    let mut rest = message.get(header..)?;
+    find(message.get(header..)?, wanted)
+}
+
+/// The value of the first attribute of a type.
+pub fn find(mut rest: &[u8], wanted: u16) -> Option<&[u8]> {
     while rest.len() >= 4 {
         let length = usize::from(u16::from_ne_bytes([rest[0], rest[1]]));
         let kind = u16::from_ne_bytes([rest[2], rest[3]]) & 0x3fff;

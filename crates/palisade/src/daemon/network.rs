@@ -8,13 +8,15 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use netlink_packet_core::{
     NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::{
-    RouteNetlinkMessage,
+    AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
-    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, Prop},
+    link::{InfoKind, InfoPortKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, Prop},
+    route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use tracing::warn;
@@ -33,6 +35,8 @@ pub struct Network {
     pub alternatives: BTreeMap<String, u32>,
     /// The bridge, VRF or bond that an interface is a port of.
     pub masters: BTreeMap<u32, u32>,
+    /// Those of them that are ports of a bridge.
+    pub bridge_ports: BTreeSet<u32>,
     /// The interface that a VLAN, macvlan or ipvlan stands on.
     pub lowers: BTreeMap<u32, u32>,
     /// Indices of those that are set down.
@@ -114,6 +118,9 @@ impl Network {
                 LinkAttribute::Link(link) => lower = Some(link),
                 LinkAttribute::LinkNetNsId(_) => is_elsewhere = true,
                 LinkAttribute::LinkInfo(infos) => {
+                    if infos.contains(&LinkInfo::PortKind(InfoPortKind::Bridge)) {
+                        self.bridge_ports.insert(index);
+                    }
                     stands_on_another = infos.iter().any(|info| {
                         matches!(
                             info,
@@ -136,6 +143,48 @@ impl Network {
     }
 }
 
+/// What the kernel delivers here by its table of local routes: addresses, broadcast and anycast addresses, and prefixes
+/// of routes of type local.
+pub fn local_routes() -> BTreeSet<IpNet> {
+    /// `RT_TABLE_LOCAL`.
+    const LOCAL: u8 = 255;
+    let mut routes = BTreeSet::new();
+    for (family, any) in [
+        (AddressFamily::Inet, IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED)),
+        (AddressFamily::Inet6, IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED)),
+    ] {
+        let mut request = RouteMessage::default();
+        request.header.address_family = family;
+        request.header.table = LOCAL;
+        let outcome = dump(RouteNetlinkMessage::GetRoute(request), |message| {
+            let RouteNetlinkMessage::NewRoute(route) = message else {
+                return;
+            };
+            let is_local = matches!(
+                route.header.kind,
+                RouteType::Local | RouteType::Broadcast | RouteType::Anycast
+            );
+            if route.header.table != LOCAL || !is_local {
+                return;
+            }
+            let to = route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(IpAddr::V4(*address)),
+                RouteAttribute::Destination(RouteAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
+                _ => None,
+            });
+            let prefix = IpNet::new(to.unwrap_or(any), route.header.destination_prefix_length);
+            routes.extend(prefix.ok());
+        });
+        // There is none of a family that is switched off.
+        if let Err(error) = outcome
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            warn!("reading local routes: {error}");
+        }
+    }
+    routes
+}
+
 /// On a point-to-point interface `Address` is the other end and `Local` is ours; elsewhere they are the same, and
 /// IPv6 has no `Local`.
 fn own_address(attributes: &[AddressAttribute]) -> Option<IpAddr> {
@@ -154,6 +203,10 @@ fn dump(request: RouteNetlinkMessage, mut each: impl FnMut(RouteNetlinkMessage))
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
+    // Of routes only those of the table that is asked for: a router has a million others.
+    if matches!(request, RouteNetlinkMessage::GetRoute(_)) {
+        socket.set_netlink_get_strict_chk(true)?;
+    }
     let mut packet = NetlinkMessage::new(NetlinkHeader::default(), NetlinkPayload::from(request));
     packet.header.flags = NLM_F_DUMP | NLM_F_REQUEST;
     packet.finalize();

@@ -1,0 +1,769 @@
+//! A table of nf_tables for what no program sees: an interface that no program stands at, and where a packet ends that was
+//! translated or routed by mark after the programs judged it.
+//!
+//! The table has no owner in the kernel's sense (`NFT_TABLE_F_OWNER`), so it outlives the process, like everything that is
+//! attached. It is replaced as a whole in one transaction: a packet meets the old rules or the new ones.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use ipnet::IpNet;
+use palisade_abi::{Counter, Direction, Reason, protocol};
+
+use crate::sys::{
+    SyscallError,
+    netlink::{self, Attributes, Request, Socket, find},
+    nft::{
+        self, COUNTER_BYTES, COUNTER_PACKETS, Comparison, Connection, Expression, Family, Hook, KeyType,
+        Meta, OBJECT_DATA, OBJECT_NAME, TABLE_USERDATA, Table,
+    },
+};
+
+/// `NF_IP_PRI_RAW`: before connections are tracked.
+const RAW: i32 = -300;
+/// Behind the filters and translations of others (`NF_IP_PRI_CONNTRACK_HELPER`): what a load balancer takes out of the
+/// input hook never comes here.
+const LATE: i32 = 300;
+/// Interface index of the loopback in every network namespace (`LOOPBACK_IFINDEX`).
+const LOOPBACK: u32 = 1;
+/// nft refuses longer comments.
+const LONGEST_NOTE: usize = 120;
+
+const UNGUARDED_IN: &str = "unguarded_in";
+const UNGUARDED_OUT: &str = "unguarded_out";
+const TRANSLATED: &str = "translated";
+/// The counters, and what the programs call the same.
+const COUNTERS: [(&str, Reason, Direction); 3] = [
+    (UNGUARDED_IN, Reason::Unguarded, Direction::Ingress),
+    (UNGUARDED_OUT, Reason::Unguarded, Direction::Egress),
+    (TRANSLATED, Reason::Translated, Direction::Ingress),
+];
+
+const JUDGED: &str = "judged";
+const NAMES: &str = "names";
+const WORKLOADS: &str = "workloads";
+const ENDPOINTS_V4: &str = "endpoints4";
+const ENDPOINTS_V6: &str = "endpoints6";
+const OWN_V4: &str = "own4";
+const OWN_V6: &str = "own6";
+
+/// What the table is to do.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Rules {
+    /// Interfaces at which programs judge packets, and those above them (bridges, VRFs, VLANs), by index.
+    pub judged: BTreeSet<u32>,
+    /// Of these, the interfaces of workloads and what is above them.
+    pub workloads: BTreeSet<u32>,
+    /// Names of interfaces where nothing passes unless their index is in `judged`.
+    pub names: BTreeSet<String>,
+    /// Addresses of workloads: no packet from them enters the node by an interface that is not in `workloads`.
+    pub endpoints: BTreeSet<IpAddr>,
+    /// What the programs take for the node itself: addresses, broadcast addresses, local routes.
+    pub own: BTreeSet<IpNet>,
+    /// The node's ingress policy is enforced: what is delivered to the node without having been judged by it is dropped.
+    pub is_enforced: bool,
+    /// The node translates addresses. Only then may a rule ask for connections: such a rule has the kernel track them.
+    pub has_nat: bool,
+    /// Some interface of `names` is, or was, a port of a bridge, where another family of tables sees the packets.
+    pub has_bridge: bool,
+}
+
+impl Rules {
+    /// Whether there is nothing to do: no table is needed.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.names.is_empty() && self.endpoints.is_empty() && !self.is_enforced
+    }
+}
+
+/// Why the table is not as it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum NetfilterError {
+    /// The kernel refused.
+    #[error(transparent)]
+    Syscall(#[from] SyscallError),
+    /// There is a table of this name that another program has made.
+    #[error(
+        "the nftables table '{family} {name}' exists and is not of this daemon ({note}): delete it, or give this daemon \
+         another [worker] interface, by which the table is named"
+    )]
+    Foreign {
+        /// inet or bridge.
+        family: &'static str,
+        /// The table.
+        name: String,
+        /// Its comment.
+        note: String,
+    },
+}
+
+impl NetfilterError {
+    /// Whether the kernel has no nf_tables at all.
+    #[must_use]
+    pub fn is_unsupported(&self) -> bool {
+        let Self::Syscall(error) = self else { return false };
+        matches!(
+            error.errno(),
+            libc::EPROTONOSUPPORT | libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL
+        )
+    }
+}
+
+/// What a kernel may lack without the rest being useless.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Part {
+    Base,
+    Mark,
+    Nat,
+    Bridge,
+}
+
+impl Part {
+    /// What is open without it.
+    const fn lack(self) -> &'static str {
+        match self {
+            Self::Base => "",
+            Self::Mark => {
+                "one-way datagrams that TPROXY or routing by mark turns to the node are delivered (the kernel option \
+                 CONFIG_NFT_FIB_INET is needed)"
+            }
+            Self::Nat => {
+                "one-way datagrams that DNAT turns to the node are delivered (the kernel option CONFIG_NFT_CT is needed)"
+            }
+            Self::Bridge => {
+                "a bridge forwards between its ports while one of them is not guarded (the kernel option \
+                 CONFIG_NF_TABLES_BRIDGE is needed)"
+            }
+        }
+    }
+}
+
+/// A request and what it is about.
+type Step = (Part, String, Request);
+
+/// The table of one daemon in the network namespace of the thread that opened it.
+pub struct Netfilter {
+    name: String,
+    owner: String,
+    socket: Socket,
+}
+
+impl std::fmt::Debug for Netfilter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Netfilter")
+            .field("name", &self.name)
+            .field("owner", &self.owner)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Netfilter {
+    /// `name`: of the table. `owner` says to whom the table belongs and stands in its comment; a table with another
+    /// comment is never touched.
+    ///
+    /// # Errors
+    /// If the kernel has no netlink for netfilter.
+    pub fn open(name: &str, owner: &str) -> Result<Self, NetfilterError> {
+        let socket = Socket::open(libc::NETLINK_NETFILTER)?;
+        socket.bind()?;
+        Ok(Self {
+            name: name.to_owned(),
+            owner: note(owner),
+            socket,
+        })
+    }
+
+    /// The number of the socket that changes are made by: notifications of the kernel name it.
+    ///
+    /// # Errors
+    /// If the kernel does not say it.
+    pub fn port(&self) -> Result<u32, NetfilterError> {
+        Ok(self.socket.port()?)
+    }
+
+    /// Makes the table hold exactly these rules, in one transaction. Counters go on. Answers what the kernel cannot do, in
+    /// words.
+    ///
+    /// # Errors
+    /// If the kernel refuses, or if a table of this name belongs to another.
+    pub fn write(&mut self, rules: &Rules) -> Result<Vec<String>, NetfilterError> {
+        if rules.is_empty() {
+            self.remove()?;
+            return Ok(Vec::new());
+        }
+        let (found, foreign) = self.tables()?;
+        if let Some(foreign) = foreign {
+            return Err(foreign);
+        }
+        let counts = self.count(&found)?;
+        let mut lacking: Vec<Part> = Vec::new();
+        loop {
+            let has = |part: Part| !lacking.contains(&part);
+            let steps: Vec<Step> = self
+                .steps(rules, &found, &counts)
+                .into_iter()
+                .filter(|(part, ..)| has(*part))
+                .collect();
+            let parts: Vec<(Part, String)> = steps
+                .iter()
+                .map(|(part, what, _)| (*part, what.clone()))
+                .collect();
+            let requests = steps.into_iter().map(|(.., request)| request).collect();
+            let call = format!("the nftables table {}", self.name);
+            match self.socket.batch(requests, nft::SUBSYSTEM, &call) {
+                Ok(()) => return Ok(lacking.iter().map(|part| part.lack().to_owned()).collect()),
+                Err((about, mut error)) => {
+                    let Some((part, what)) = about.and_then(|number| parts.get(number)) else {
+                        return Err(error.into());
+                    };
+                    if *part == Part::Base {
+                        error.call = format!("{call}: {what}");
+                        return Err(error.into());
+                    }
+                    lacking.push(*part);
+                }
+            }
+        }
+    }
+
+    /// Packets that the rules have dropped, by the programs' reason for the same; those that are not zero.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn counts(&mut self) -> Result<Vec<(Reason, Direction, Counter)>, NetfilterError> {
+        let (found, _) = self.tables()?;
+        let counts = self.count(&found)?;
+        Ok(COUNTERS
+            .into_iter()
+            .zip(counts)
+            .filter(|(_, count)| count.packets != 0)
+            .map(|((_, reason, direction), count)| (reason, direction, count))
+            .collect())
+    }
+
+    /// Removes the table. No error if there is none, or if the one of this name belongs to another.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn remove(&mut self) -> Result<(), NetfilterError> {
+        let (found, _) = self.tables()?;
+        let steps: Vec<Request> = found
+            .iter()
+            .map(|(family, name)| {
+                Table {
+                    family: *family,
+                    name,
+                }
+                .delete()
+            })
+            .collect();
+        if steps.is_empty() {
+            return Ok(());
+        }
+        let call = format!("removing the nftables table {}", self.name);
+        match self.socket.batch(steps, nft::SUBSYSTEM, &call) {
+            Err((_, error)) if error.errno() != libc::ENOENT => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// The tables of this daemon, also those that it made under another name; and what to say if the table of this name
+    /// belongs to another.
+    fn tables(&mut self) -> Result<(Vec<(Family, String)>, Option<NetfilterError>), NetfilterError> {
+        let mut tables = Vec::new();
+        let call = "listing the nftables tables";
+        self.socket
+            .query(nft::get_tables(), libc::NLM_F_DUMP, call, &mut |_, payload| {
+                let (Some(family), attributes) = (
+                    payload.first().copied().and_then(Family::from_number),
+                    payload.get(4..).unwrap_or_default(),
+                ) else {
+                    return;
+                };
+                let name = find(attributes, nft::TABLE)
+                    .map(netlink::text)
+                    .unwrap_or_default();
+                // A type, a length, the text and a zero byte.
+                let note = find(attributes, TABLE_USERDATA)
+                    .and_then(|userdata| userdata.get(2..))
+                    .map(netlink::text)
+                    .unwrap_or_default();
+                tables.push((family, name, note));
+            })?;
+        let foreign = tables
+            .iter()
+            .find(|(_, name, note)| *name == self.name && *note != self.owner)
+            .map(|(family, name, note)| NetfilterError::Foreign {
+                family: family.name(),
+                name: name.clone(),
+                note: if note.is_empty() {
+                    "it has no comment".to_owned()
+                } else {
+                    format!("its comment: {note}")
+                },
+            });
+        tables.retain(|(.., note)| *note == self.owner);
+        let own = tables
+            .into_iter()
+            .map(|(family, name, _)| (family, name))
+            .collect();
+        Ok((own, foreign))
+    }
+
+    /// The counters of all these tables, in the order of [`COUNTERS`].
+    fn count(&mut self, tables: &[(Family, String)]) -> Result<[Counter; 3], NetfilterError> {
+        let mut counts = [Counter::default(); 3];
+        for (family, name) in tables {
+            let request = Table {
+                family: *family,
+                name,
+            }
+            .get_counters();
+            let call = format!("reading the counters of the nftables table {}", self.name);
+            let answer = self
+                .socket
+                .query(request, libc::NLM_F_DUMP, &call, &mut |_, payload| {
+                    if let Some((name, count)) = counter(payload)
+                        && let Some(at) = COUNTERS.iter().position(|(known, ..)| *known == name)
+                    {
+                        counts[at].packets = counts[at].packets.wrapping_add(count.packets);
+                        counts[at].bytes = counts[at].bytes.wrapping_add(count.bytes);
+                    }
+                });
+            match answer {
+                Ok(()) => {}
+                Err(error) if error.errno() == libc::ENOENT => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(counts)
+    }
+
+    fn table(&self, family: Family) -> Table<'_> {
+        Table {
+            family,
+            name: &self.name,
+        }
+    }
+
+    /// Everything that makes the table from whatever there is.
+    fn steps(&self, rules: &Rules, found: &[(Family, String)], counts: &[Counter; 3]) -> Vec<Step> {
+        let mut steps = Vec::new();
+        let inet = self.table(Family::Inet);
+        let mut add = |part: Part, what: &str, request: Request| steps.push((part, what.to_owned(), request));
+        for (family, name) in found {
+            let old = Table {
+                family: *family,
+                name,
+            };
+            add(Part::Base, "the old table", old.delete());
+        }
+        add(Part::Base, "the table", inet.make(Some(&self.owner)));
+        for ((name, ..), count) in COUNTERS.iter().zip(counts) {
+            let counter = inet.counter(name, count.packets, count.bytes);
+            add(Part::Base, "a counter", counter);
+        }
+        let (endpoints4, endpoints6) = split(&rules.endpoints);
+        let sets = [
+            (JUDGED, KeyType::InterfaceIndex, indexes(&rules.judged)),
+            (WORKLOADS, KeyType::InterfaceIndex, indexes(&rules.workloads)),
+            (NAMES, KeyType::InterfaceName, names(&rules.names)),
+            (ENDPOINTS_V4, KeyType::Ipv4, endpoints4),
+            (ENDPOINTS_V6, KeyType::Ipv6, endpoints6),
+        ];
+        let mut id = 0;
+        for (name, keys, elements) in &sets {
+            id += 1;
+            for request in inet.set(name, *keys, id, elements) {
+                add(Part::Base, "a set", request);
+            }
+        }
+        let (own4, own6) = ranges(&rules.own);
+        for (name, keys, ranges) in [(OWN_V4, KeyType::Ipv4, own4), (OWN_V6, KeyType::Ipv6, own6)] {
+            id += 1;
+            for request in inet.ranges(name, keys, id, &ranges) {
+                add(Part::Base, "a set of addresses", request);
+            }
+        }
+        for (chain, hook, priority) in [
+            ("prerouting", Hook::Prerouting, RAW),
+            ("input", Hook::Input, LATE),
+            ("postrouting", Hook::Postrouting, LATE),
+        ] {
+            add(Part::Base, "a chain", inet.chain(chain, hook, priority));
+        }
+        for (part, chain, expressions, note) in inet_rules(rules) {
+            let what = format!("a rule of {chain}");
+            add(part, &what, inet.rule(chain, &expressions, note));
+        }
+        let bridge = self.table(Family::Bridge);
+        if !rules.has_bridge {
+            return steps;
+        }
+        add(
+            Part::Bridge,
+            "the table of bridges",
+            bridge.make(Some(&self.owner)),
+        );
+        for (name, ..) in &COUNTERS[..2] {
+            add(Part::Bridge, "a counter of bridges", bridge.counter(name, 0, 0));
+        }
+        for (name, keys, elements) in [&sets[0], &sets[2]] {
+            id += 1;
+            for request in bridge.set(name, *keys, id, elements) {
+                add(Part::Bridge, "a set of bridges", request);
+            }
+        }
+        for (chain, hook, priority) in [
+            ("prerouting", Hook::Prerouting, RAW),
+            ("postrouting", Hook::Postrouting, LATE),
+        ] {
+            add(
+                Part::Bridge,
+                "a chain of bridges",
+                bridge.chain(chain, hook, priority),
+            );
+        }
+        for (chain, expressions, note) in bridge_rules() {
+            add(
+                Part::Bridge,
+                "a rule of bridges",
+                bridge.rule(chain, &expressions, note),
+            );
+        }
+        steps
+    }
+}
+
+/// The rules of IP: part, chain, expressions, comment.
+fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'static str)> {
+    use Expression::{
+        Accept, And, Compare, Connection as Load, Count, DestinationType, Drop, In, Meta as Of, Network,
+        NotIn,
+    };
+    let by = |index: u32| Compare(Comparison::Equal, index.to_ne_bytes().to_vec());
+    let v4 = [Of(Meta::Family), Compare(Comparison::Equal, vec![2])];
+    let v6 = [Of(Meta::Family), Compare(Comparison::Equal, vec![10])];
+    let mut all = Vec::new();
+    for (chain, expressions, note) in unguarded_rules(true) {
+        all.push((Part::Base, chain, expressions, note));
+    }
+    let mut input = |part: Part, expressions: Vec<Expression>, note: &'static str| {
+        all.push((part, "input", expressions, note));
+    };
+    input(
+        Part::Base,
+        vec![Of(Meta::InIndex), by(LOOPBACK), Accept],
+        "the node itself",
+    );
+    for (family, source, endpoints) in [
+        (
+            &v4,
+            Network {
+                offset: 12,
+                length: 4,
+            },
+            ENDPOINTS_V4,
+        ),
+        (
+            &v6,
+            Network {
+                offset: 8,
+                length: 16,
+            },
+            ENDPOINTS_V6,
+        ),
+    ] {
+        let is_used = rules
+            .endpoints
+            .iter()
+            .any(|address| address.is_ipv4() == (endpoints == ENDPOINTS_V4));
+        if !is_used {
+            continue;
+        }
+        let mut expressions = family.to_vec();
+        expressions.extend([
+            source,
+            In(endpoints),
+            Of(Meta::InIndex),
+            NotIn(WORKLOADS),
+            Count(UNGUARDED_IN),
+            Drop,
+        ]);
+        input(
+            Part::Base,
+            expressions,
+            "219: an address of a workload by an interface that is not guarded",
+        );
+    }
+    if !rules.is_enforced {
+        return all;
+    }
+    for (family, destination, own) in [
+        (
+            &v4,
+            Network {
+                offset: 16,
+                length: 4,
+            },
+            OWN_V4,
+        ),
+        (
+            &v6,
+            Network {
+                offset: 24,
+                length: 16,
+            },
+            OWN_V6,
+        ),
+    ] {
+        // The programs ask the routing table without a mark, and for them the packet was one that is sent on.
+        let mut expressions = vec![
+            Of(Meta::Mark),
+            Compare(Comparison::NotEqual, vec![0; 4]),
+            Of(Meta::InIndex),
+            In(JUDGED),
+        ];
+        expressions.extend_from_slice(family);
+        expressions.extend([destination, NotIn(own), DestinationType]);
+        // The set may be older than an address; the kernel's table never is. RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST,
+        // RTN_MULTICAST.
+        expressions
+            .extend((2..=5_u32).map(|kind| Compare(Comparison::NotEqual, kind.to_ne_bytes().to_vec())));
+        expressions.extend([Count(TRANSLATED), Drop]);
+        input(
+            Part::Mark,
+            expressions,
+            "229: turned to the node by TPROXY or a mark",
+        );
+    }
+    if !rules.has_nat {
+        return all;
+    }
+    /// `IPS_DST_NAT`.
+    const DESTINATION_CHANGED: u32 = 1 << 5;
+    for (destination, own) in [
+        (Connection::Destination4, OWN_V4),
+        (Connection::Destination6, OWN_V6),
+    ] {
+        let expressions = vec![
+            // What answers a connection of the node comes the other way.
+            Load(Connection::Direction),
+            Compare(Comparison::Equal, vec![0]),
+            Load(Connection::Status),
+            And(DESTINATION_CHANGED),
+            Compare(Comparison::NotEqual, vec![0; 4]),
+            Of(Meta::InIndex),
+            In(JUDGED),
+            Load(destination),
+            NotIn(own),
+            Count(TRANSLATED),
+            Drop,
+        ];
+        input(Part::Nat, expressions, "229: turned to the node by DNAT");
+    }
+    all
+}
+
+fn bridge_rules() -> Vec<(&'static str, Vec<Expression>, &'static str)> {
+    unguarded_rules(false)
+}
+
+/// What enters or leaves by a configured interface that is not guarded.
+fn unguarded_rules(is_ip: bool) -> Vec<(&'static str, Vec<Expression>, &'static str)> {
+    use Expression::{Accept, Compare, Count, Drop, In, Meta as Of, Network, Transport};
+    let mut all = Vec::new();
+    for (chain, index, name, counter) in [
+        ("prerouting", Meta::InIndex, Meta::InName, UNGUARDED_IN),
+        ("postrouting", Meta::OutIndex, Meta::OutName, UNGUARDED_OUT),
+    ] {
+        all.push((chain, vec![Of(index), In(JUDGED), Accept], ""));
+        if is_ip {
+            // Solicitations and advertisements that did not come through a router (RFC 4861, 7.1) and are not sent on. ARP
+            // does not pass here at all; without either the first packets of a new interface would wait for a second.
+            let mut expressions = vec![
+                Of(Meta::Family),
+                Compare(Comparison::Equal, vec![10]),
+                Of(Meta::Protocol),
+                Compare(Comparison::Equal, vec![protocol::ICMPV6]),
+                Transport { offset: 0, length: 1 },
+                Compare(Comparison::GreaterOrEqual, vec![135]),
+                Compare(Comparison::LessOrEqual, vec![136]),
+                Network { offset: 7, length: 1 },
+                Compare(Comparison::Equal, vec![255]),
+            ];
+            if chain == "prerouting" {
+                expressions.extend([
+                    Network {
+                        offset: 24,
+                        length: 16,
+                    },
+                    In(OWN_V6),
+                ]);
+            }
+            expressions.push(Accept);
+            all.push((chain, expressions, "neighbour discovery"));
+        }
+        all.push((
+            chain,
+            vec![Of(name), In(NAMES), Count(counter), Drop],
+            "219: configured and not guarded",
+        ));
+    }
+    all
+}
+
+/// The comment of a daemon's table. Of long places the end is what tells them apart.
+fn note(owner: &str) -> String {
+    let mut from = owner.len().saturating_sub(LONGEST_NOTE);
+    while !owner.is_char_boundary(from) {
+        from += 1;
+    }
+    owner[from..].to_owned()
+}
+
+/// Name and numbers of a counter, from a message about an object.
+fn counter(payload: &[u8]) -> Option<(String, Counter)> {
+    let attributes = payload.get(4..)?;
+    let name = netlink::text(find(attributes, OBJECT_NAME)?);
+    let number = |kind: u16| {
+        Attributes(find(attributes, OBJECT_DATA)?)
+            .find(|&(found, _)| found == kind)
+            .and_then(|(_, value)| Some(u64::from_be_bytes(value.try_into().ok()?)))
+    };
+    let count = Counter {
+        packets: number(COUNTER_PACKETS)?,
+        bytes: number(COUNTER_BYTES)?,
+    };
+    Some((name, count))
+}
+
+fn indexes(indexes: &BTreeSet<u32>) -> Vec<Vec<u8>> {
+    indexes.iter().map(|index| index.to_ne_bytes().to_vec()).collect()
+}
+
+fn names(names: &BTreeSet<String>) -> Vec<Vec<u8>> {
+    /// `IFNAMSIZ`, with the zero byte at the end.
+    const LENGTH: usize = 16;
+    names
+        .iter()
+        .filter(|name| name.len() < LENGTH)
+        .map(|name| {
+            let mut key = name.as_bytes().to_vec();
+            key.resize(LENGTH, 0);
+            key
+        })
+        .collect()
+}
+
+fn split(addresses: &BTreeSet<IpAddr>) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+    let (mut v4, mut v6) = (Vec::new(), Vec::new());
+    for address in addresses {
+        match address {
+            IpAddr::V4(address) => v4.push(address.octets().to_vec()),
+            IpAddr::V6(address) => v6.push(address.octets().to_vec()),
+        }
+    }
+    (v4, v6)
+}
+
+/// First key, and the first one behind it; none: the range goes to the end.
+type Range = (Vec<u8>, Option<Vec<u8>>);
+
+/// The prefixes of each family as ranges that do not meet, with the groups that the node takes itself: the programs judge
+/// what goes to 224.0.0.0/3 (multicast, broadcast) or ff00::/8 as ingress of the node.
+fn ranges(prefixes: &BTreeSet<IpNet>) -> (Vec<Range>, Vec<Range>) {
+    let mut v4 = vec![(
+        u128::from(Ipv4Addr::new(224, 0, 0, 0).to_bits()),
+        u128::from(u32::MAX),
+    )];
+    let mut v6 = vec![(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0).to_bits(), u128::MAX)];
+    for prefix in prefixes {
+        match prefix {
+            IpNet::V4(prefix) => v4.push((
+                prefix.network().to_bits().into(),
+                prefix.broadcast().to_bits().into(),
+            )),
+            IpNet::V6(prefix) => v6.push((prefix.network().to_bits(), prefix.broadcast().to_bits())),
+        }
+    }
+    let v4 = merged(v4).into_iter().map(|(first, last)| {
+        let key = |value: u128| u32::try_from(value).ok().map(|bits| bits.to_be_bytes().to_vec());
+        (key(first).unwrap_or_default(), key(last + 1))
+    });
+    let v6 = merged(v6).into_iter().map(|(first, last)| {
+        let key = |value: u128| value.to_be_bytes().to_vec();
+        (key(first), last.checked_add(1).map(key))
+    });
+    (v4.collect(), v6.collect())
+}
+
+/// Ranges (first, last), joined where they overlap or touch.
+fn merged(mut ranges: Vec<(u128, u128)>) -> Vec<(u128, u128)> {
+    ranges.sort_unstable();
+    let mut all: Vec<(u128, u128)> = Vec::new();
+    for (first, last) in ranges {
+        match all.last_mut() {
+            Some((_, end)) if *end == u128::MAX || first <= *end + 1 => *end = last.max(*end),
+            _ => all.push((first, last)),
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_that_overlap_or_touch_are_one() {
+        assert_eq!(
+            merged(vec![(5, 6), (1, 2), (3, 3), (9, u128::MAX), (10, 11)]),
+            [(1, 3), (5, 6), (9, u128::MAX)]
+        );
+        let own = [
+            "10.0.0.0/8",
+            "10.1.0.0/16",
+            "11.0.0.1/32",
+            "239.0.0.1/32",
+            "fe80::1/128",
+        ];
+        let (v4, v6) = ranges(&own.into_iter().map(|prefix| prefix.parse().unwrap()).collect());
+        let v4_wanted: [Range; 3] = [
+            (vec![10, 0, 0, 0], Some(vec![11, 0, 0, 0])),
+            (vec![11, 0, 0, 1], Some(vec![11, 0, 0, 2])),
+            (vec![224, 0, 0, 0], None),
+        ];
+        assert_eq!(v4, v4_wanted);
+        assert_eq!(v6.len(), 2);
+        assert_eq!(v6[1].1, None);
+    }
+
+    #[test]
+    fn a_comment_keeps_the_end_of_a_long_place() {
+        assert_eq!(note("palisade"), "palisade");
+        let long = format!("palisade {}", "é".repeat(100));
+        assert!(note(&long).len() <= LONGEST_NOTE && long.ends_with(&note(&long)));
+    }
+
+    #[test]
+    fn nothing_asks_for_connections_where_nothing_is_translated() {
+        let mut rules = Rules {
+            is_enforced: true,
+            endpoints: [IpAddr::from([10, 0, 0, 1])].into(),
+            ..Rules::default()
+        };
+        let asks = |rules: &Rules| {
+            inet_rules(rules).iter().any(|(_, _, expressions, _)| {
+                expressions.iter().any(|e| matches!(e, Expression::Connection(_)))
+            })
+        };
+        assert!(!asks(&rules));
+        rules.has_nat = true;
+        assert!(asks(&rules));
+        rules.is_enforced = false;
+        assert!(!asks(&rules));
+    }
+}

@@ -1,0 +1,351 @@
+//! The nftables table of this daemon: kept as it should be, also when another program takes it away.
+
+use std::{
+    io,
+    os::fd::AsFd as _,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
+use palisade_abi::{Counter, Direction, Reason};
+use palisade_datapath::{Netfilter, NetfilterError, Rules};
+use tracing::{error, info, warn};
+
+use super::nat;
+use crate::config::Config;
+
+/// `NFNLGRP_NFTABLES` as a bit of a socket's groups (linux/netfilter/nfnetlink.h).
+const GROUP: u32 = 1 << (7 - 1);
+/// After a notification, more are awaited for so long: a transaction comes as many.
+const SETTLE: Duration = Duration::from_millis(5);
+/// Nobody tells of the tables of the kernel's own iptables; they are looked at so often.
+const LOOK: u16 = 2_000;
+/// `NFNL_SUBSYS_NFTABLES`, `NFT_MSG_NEWGEN`.
+const SUBSYSTEM: u16 = 10;
+const NEW_GENERATION: u16 = 15;
+/// `struct nlmsghdr` and `struct nfgenmsg`.
+const HEADER: usize = 16;
+const HEADERS: usize = HEADER + 4;
+
+/// What is open without the table.
+const OPEN: &str = "open without it: one-way datagrams that DNAT, TPROXY or routing by mark turns to the node, and the \
+                    node's own sockets towards interfaces that are configured and not guarded";
+
+/// Which table is this daemon's.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// The name of this daemon's carrier, which no other daemon of the network namespace can have.
+    name: String,
+    owner: String,
+}
+
+impl Place {
+    pub fn new(config: &Config) -> Self {
+        Self {
+            name: config.worker.interface.clone(),
+            owner: format!("palisade, pins in {}", config.node.pin_dir.display()),
+        }
+    }
+
+    fn open(&self) -> Result<Netfilter, NetfilterError> {
+        Netfilter::open(&self.name, &self.owner)
+    }
+
+    /// What the table has dropped; nothing if it cannot be read.
+    pub fn counts(&self) -> Vec<(Reason, Direction, Counter)> {
+        self.open()
+            .and_then(|mut table| table.counts())
+            .unwrap_or_default()
+    }
+
+    /// Removes the table.
+    pub fn remove(&self) -> Result<(), NetfilterError> {
+        match self.open().and_then(|mut table| table.remove()) {
+            Err(error) if error.is_unsupported() => Ok(()),
+            other => other,
+        }
+    }
+}
+
+/// Keeps the table.
+#[derive(Debug)]
+pub struct Keeper {
+    place: Place,
+    table: Option<Netfilter>,
+    /// Number of the socket that writes it.
+    port: Arc<AtomicU32>,
+    written: Option<Rules>,
+    /// What the kernel cannot do.
+    lacking: Vec<String>,
+    problem: Option<String>,
+    /// The kernel has no nf_tables.
+    unsupported: bool,
+}
+
+impl Keeper {
+    pub fn new(place: Place) -> Self {
+        Self {
+            place,
+            table: None,
+            port: Arc::default(),
+            written: None,
+            lacking: Vec::new(),
+            problem: None,
+            unsupported: false,
+        }
+    }
+
+    /// Makes the table hold these rules, if it does not.
+    pub fn write(&mut self, rules: Rules) {
+        if self.written.as_ref() == Some(&rules) {
+            return;
+        }
+        match self.try_write(&rules) {
+            Ok(lacking) => {
+                if self.problem.take().is_some() {
+                    info!("the nftables table {} is written", self.place.name);
+                }
+                if lacking != self.lacking {
+                    lacking.iter().for_each(|lack| warn!("nftables: {lack}"));
+                }
+                (self.lacking, self.written, self.unsupported) = (lacking, Some(rules), false);
+            }
+            Err(problem) => {
+                self.written = None;
+                self.unsupported = problem.is_unsupported();
+                let hint = if self.unsupported {
+                    " (the kernel options CONFIG_NF_TABLES and CONFIG_NF_TABLES_INET are needed)"
+                } else {
+                    ""
+                };
+                let text = format!("the nftables table is not as it should be: {problem}{hint}; {OPEN}");
+                if self.problem.as_ref() != Some(&text) {
+                    error!("{text}");
+                }
+                self.problem = Some(text);
+            }
+        }
+    }
+
+    fn try_write(&mut self, rules: &Rules) -> Result<Vec<String>, NetfilterError> {
+        let table = match &mut self.table {
+            Some(table) => table,
+            none => {
+                let table = self.place.open()?;
+                self.port.store(table.port()?, Ordering::Release);
+                none.insert(table)
+            }
+        };
+        table.write(rules)
+    }
+
+    /// Another program has changed the table.
+    pub fn was_touched(&mut self) {
+        if self.written.take().is_some() {
+            warn!(
+                event = "nftables-restored",
+                "another program has removed or changed the nftables table {}; it is written again",
+                self.place.name
+            );
+        }
+    }
+
+    /// Whether to try again soon.
+    pub const fn has_failed(&self) -> bool {
+        self.problem.is_some() && !self.unsupported
+    }
+
+    /// For `status`.
+    pub fn warnings(&self) -> impl Iterator<Item = String> {
+        let lacking = self.lacking.iter().map(|lack| format!("nftables: {lack}"));
+        self.problem.clone().into_iter().chain(lacking)
+    }
+
+    /// Looks at what others do to nftables, on a thread of its own, until `changed` answers false. It is told whether
+    /// the table was touched, and whether this node translates addresses; the latter is also answered for now.
+    pub fn watch(&self, mut changed: impl FnMut(Change) -> bool + Send + 'static) -> io::Result<bool> {
+        // Told first, looked then: what happens in between is told. A kernel without nf_tables tells nothing.
+        let socket = Socket::new(NETLINK_NETFILTER).and_then(|mut socket| {
+            socket.bind(&SocketAddr::new(0, GROUP))?;
+            socket.set_non_blocking(true)?;
+            Ok(socket)
+        });
+        if let Err(problem) = &socket {
+            warn!("changes of nftables are not noticed: {problem}");
+        }
+        let socket = socket.ok();
+        let (name, port) = (self.place.name.clone(), Arc::clone(&self.port));
+        let mut chains = nat::nft_chains() > 0;
+        let mut translates = chains || !nat::legacy_tables().is_empty();
+        let first = translates;
+        thread::Builder::new().name("netfilter".into()).spawn(move || {
+            loop {
+                let seen = socket
+                    .as_ref()
+                    .map_or_else(wait, |socket| notified(socket, &name, &port));
+                if seen.ruleset {
+                    chains = nat::nft_chains() > 0;
+                }
+                let now = chains || !nat::legacy_tables().is_empty();
+                if !seen.touched && now == translates {
+                    continue;
+                }
+                translates = now;
+                let change = Change {
+                    touched: seen.touched,
+                    translates,
+                };
+                if !changed(change) {
+                    return;
+                }
+            }
+        })?;
+        Ok(first)
+    }
+}
+
+/// What others have done to nftables.
+#[derive(Clone, Copy, Debug)]
+pub struct Change {
+    /// The table was changed or removed.
+    pub touched: bool,
+    /// The node translates addresses.
+    pub translates: bool,
+}
+
+/// What notifications say.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+struct Seen {
+    /// Rules of others have changed.
+    ruleset: bool,
+    /// The table of this daemon has changed.
+    touched: bool,
+    /// Of the last transaction not everything has been read.
+    is_open: bool,
+}
+
+fn wait() -> Seen {
+    thread::sleep(Duration::from_millis(LOOK.into()));
+    Seen::default()
+}
+
+/// Waits for notifications, for [`LOOK`] at most.
+fn notified(socket: &Socket, table: &str, port: &AtomicU32) -> Seen {
+    let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+    match poll(&mut fds, PollTimeout::from(LOOK)) {
+        Ok(0) => return Seen::default(),
+        Ok(_) => thread::sleep(SETTLE),
+        Err(_) => return wait(),
+    }
+    let mut seen = Seen::default();
+    loop {
+        match socket.recv_from_full() {
+            Ok((received, _)) => read(&received, table, port.load(Ordering::Acquire), &mut seen),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                // The end of the transaction is still to come.
+                if seen.is_open && matches!(poll(&mut fds, PollTimeout::from(LOOK)), Ok(1..)) {
+                    continue;
+                }
+                return seen;
+            }
+            Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => {
+                // What was lost may have been about the table.
+                seen = Seen {
+                    ruleset: true,
+                    touched: true,
+                    is_open: false,
+                };
+            }
+            Err(_) => {
+                thread::sleep(SETTLE);
+                return seen;
+            }
+        }
+    }
+}
+
+/// Reads the messages of one notification. Those that `port` has caused are no news.
+fn read(mut messages: &[u8], table: &str, port: u32, seen: &mut Seen) {
+    while let Some(header) = messages.first_chunk::<HEADER>() {
+        let [l0, l1, l2, l3, k0, k1, .., p0, p1, p2, p3] = *header;
+        let length = u32::from_ne_bytes([l0, l1, l2, l3]) as usize;
+        let kind = u16::from_ne_bytes([k0, k1]);
+        let Some(message) = messages.get(..length.max(HEADER)) else {
+            return;
+        };
+        if kind >> 8 == SUBSYSTEM && u32::from_ne_bytes([p0, p1, p2, p3]) != port {
+            seen.is_open = kind & 0xff != NEW_GENERATION;
+            if kind & 0xff == NEW_GENERATION {
+                seen.ruleset = true;
+            } else {
+                // Every other message names its table by its first attribute.
+                let name = message
+                    .get(HEADERS..)
+                    .and_then(|attributes| nat::find(attributes, 1));
+                seen.touched |= name.is_some_and(|name| name.strip_suffix(b"\0") == Some(table.as_bytes()));
+            }
+        }
+        messages = messages
+            .get(length.max(HEADER).next_multiple_of(4)..)
+            .unwrap_or_default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(kind: u16, port: u32, table: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![0; HEADERS];
+        bytes.extend(((4 + table.len()) as u16).to_ne_bytes());
+        bytes.extend(1_u16.to_ne_bytes());
+        bytes.extend(table);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        let length = bytes.len() as u32;
+        bytes[..4].copy_from_slice(&length.to_ne_bytes());
+        bytes[4..6].copy_from_slice(&(SUBSYSTEM << 8 | kind).to_ne_bytes());
+        bytes[12..16].copy_from_slice(&port.to_ne_bytes());
+        bytes
+    }
+
+    fn seen(messages: &[Vec<u8>]) -> Seen {
+        let mut seen = Seen::default();
+        let bytes = messages.concat();
+        read(&bytes, "palisade", 7, &mut seen);
+        for cut in 0..bytes.len() {
+            read(&bytes[..cut], "none", 7, &mut Seen::default());
+        }
+        seen
+    }
+
+    #[test]
+    fn only_changes_of_this_table_by_others_touch_it() {
+        let generation = |port| message(NEW_GENERATION, port, &[0; 4]);
+        let (nothing, touched) = (
+            Seen::default(),
+            Seen {
+                ruleset: true,
+                touched: true,
+                is_open: false,
+            },
+        );
+        assert_eq!(seen(&[message(2, 7, b"palisade\0"), generation(7)]), nothing);
+        let half = [message(2, 8, b"palisade\0")];
+        assert_eq!(seen(&[half[0].clone(), generation(8)]), touched);
+        assert!(seen(&half).is_open && !seen(&half).ruleset);
+        let others = Seen {
+            ruleset: true,
+            ..nothing
+        };
+        assert_eq!(seen(&[message(2, 8, b"palisade2\0"), generation(8)]), others);
+    }
+}

@@ -1,0 +1,581 @@
+//! What no program sees: packets that NAT, TPROXY or a mark turns to the node after they were judged, and interfaces that
+//! are configured and not guarded.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
+    time::Duration,
+};
+
+use palisade_testbed::{
+    Daemon, Outcome, Topology,
+    daemon::Settings,
+    ns::{Ns, wait_until},
+    probe::udp,
+    server::Echo,
+    topology::{FAMILIES, Family, INNER, NIC, Workload},
+};
+use socket2::{Domain, InterfaceIndexOrAddress, Protocol, Socket, Type};
+
+/// The node lets in what goes to these ports, and nothing else.
+const NODE: &str = r#"
+apiVersion: cilium.io/v2
+kind: CiliumClusterwideNetworkPolicy
+metadata: {name: node}
+spec:
+  nodeSelector: {}
+  ingress:
+  - fromEntities: [all]
+    toPorts:
+    - ports: [{port: "81", protocol: UDP}, {port: "8080", protocol: UDP}]
+"#;
+
+const DENY_CLIENT: &str = "
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: deny-all}
+spec:
+  endpointSelector: {matchLabels: {app: client}}
+  ingress:
+  - {}
+  egress:
+  - {}
+";
+
+const PATIENCE: Duration = Duration::from_secs(8);
+/// How long it is waited for what must not come.
+const SHORT: Duration = Duration::from_millis(400);
+
+fn topology() -> Topology {
+    let topology = Topology::new()
+        .and_then(|topology| topology.apps(&["client"]))
+        .unwrap_or_else(|error| panic!("{error:#}"));
+    topology.meet().expect("the workload reaches the node");
+    topology
+}
+
+fn daemon(topology: &Topology, policies: &[(&str, &str)]) -> Daemon {
+    Daemon::start(topology, &Settings::default(), policies).unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+fn both(topology: &Topology, name: &str) -> [IpAddr; 2] {
+    FAMILIES.map(|family| topology.addr(name, family))
+}
+
+fn any(like: IpAddr) -> IpAddr {
+    match like {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => [0u16; 8].into(),
+    }
+}
+
+/// Receives datagrams to a port of the node, also those that TPROXY gives it.
+struct Sink(UdpSocket);
+
+impl Sink {
+    fn open(ns: &Ns, like: IpAddr, port: u16) -> Self {
+        ns.enter(|| {
+            let at = SocketAddr::new(any(like), port);
+            let socket =
+                Socket::new(Domain::for_address(at), Type::DGRAM, Some(Protocol::UDP)).expect("socket");
+            if like.is_ipv4() {
+                socket.set_ip_transparent_v4(true).expect("transparent");
+            } else {
+                socket.set_only_v6(true).expect("IPv6 only");
+                socket.set_ip_transparent_v6(true).expect("transparent");
+            }
+            socket.bind(&at.into()).expect("bind");
+            Self(socket.into())
+        })
+    }
+
+    /// What comes until the datagram `last` does.
+    fn until(&self, last: &str) -> Vec<String> {
+        self.0.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        let mut got = Vec::new();
+        let mut buffer = [0; 64];
+        loop {
+            let (length, _) = self
+                .0
+                .recv_from(&mut buffer)
+                .unwrap_or_else(|error| panic!("{last} does not come after {got:?}: {error}"));
+            let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+            if text == last {
+                return got;
+            }
+            got.push(text);
+        }
+    }
+
+    /// What has come, after a moment.
+    fn rest(&self) -> Vec<String> {
+        self.0.set_read_timeout(Some(SHORT)).expect("timeout");
+        let mut got = Vec::new();
+        let mut buffer = [0; 64];
+        while let Ok((length, _)) = self.0.recv_from(&mut buffer) {
+            got.push(String::from_utf8_lossy(&buffer[..length]).into_owned());
+        }
+        got
+    }
+}
+
+fn send(from: &Ns, to: SocketAddr, text: &str) {
+    from.enter(|| {
+        let socket = UdpSocket::bind((any(to.ip()), 0)).expect("socket");
+        socket.set_broadcast(true).expect("broadcast");
+        socket
+            .send_to(text.as_bytes(), to)
+            .unwrap_or_else(|error| panic!("{to}: {error}"));
+    });
+}
+
+/// The daemon's table, as nft shows it; empty if there is none.
+fn table(ns: &Ns) -> String {
+    ns.run("nft", &["list", "table", "inet", "palisade"])
+        .unwrap_or_default()
+}
+
+fn wait_table(daemon: &Daemon, ns: &Ns, what: &str, wanted: impl Fn(&str) -> bool) {
+    wait_until(what, PATIENCE, || wanted(&table(ns)))
+        .unwrap_or_else(|error| panic!("{error:#}\n{}\n{}", table(ns), daemon.report()));
+}
+
+/// Packets that the table has dropped for a reason, as `status` tells them.
+fn dropped(daemon: &Daemon, reason: u64) -> u64 {
+    let status = daemon.status().expect("status");
+    let drops = status["drops"].as_array().expect("drops");
+    drops
+        .iter()
+        .filter(|drop| drop["reason"] == reason)
+        .map(|drop| drop["packets"].as_u64().expect("packets"))
+        .sum()
+}
+
+fn services() -> [IpAddr; 2] {
+    [
+        "203.0.113.5".parse().expect("v4"),
+        "2001:db8:5::5".parse().expect("v6"),
+    ]
+}
+
+/// Datagrams from outside and from a workload to a service address that the node turns to itself: none is delivered while
+/// the node's ingress is enforced, all are otherwise.
+fn one_way(topology: &Topology, daemon: &Daemon, how: &str) {
+    let node = both(topology, "node");
+    let sinks = node.map(|own| [80, 81].map(|port| Sink::open(&topology.node, own, port)));
+    let attempt = |n: u32| {
+        for (service, own) in services().into_iter().zip(node) {
+            for from in ["internet", "client"] {
+                for port in [80, 81] {
+                    let text = format!("{from} {port} {n}");
+                    send(topology.ns(from), SocketAddr::new(service, port), &text);
+                }
+                // Comes the same way behind them, by a port that the policy allows.
+                send(
+                    topology.ns(from),
+                    SocketAddr::new(own, 81),
+                    &format!("{from} own {n}"),
+                );
+            }
+        }
+    };
+    let before = dropped(daemon, 229);
+    attempt(1);
+    for [denied, allowed] in &sinks {
+        let mut got = allowed.until("internet own 1");
+        got.extend(allowed.until("client own 1"));
+        got.extend(denied.rest());
+        assert_eq!(
+            got,
+            [""; 0],
+            "{how}\n{}\n{}",
+            table(&topology.node),
+            daemon.report()
+        );
+    }
+    assert_eq!(dropped(daemon, 229) - before, 8, "{how}: {}", daemon.report());
+
+    let audit = NODE.replace(
+        "{name: node}",
+        "{name: node, annotations: {palisade.io/audit: \"true\"}}",
+    );
+    for (n, policies) in [(2, vec![]), (3, vec![("audit.yaml", audit.as_str())])] {
+        daemon.apply(&policies).expect("apply");
+        attempt(n);
+        for [other, _] in &sinks {
+            other.until(&format!("internet 80 {n}"));
+            other.until(&format!("client 80 {n}"));
+        }
+    }
+    daemon.apply(&[("node.yaml", NODE)]).expect("apply");
+}
+
+fn routes_to_services(topology: &Topology) {
+    let node = both(topology, "node");
+    let [v4, v6] = services();
+    topology
+        .internet
+        .ip(&format!(
+            "route add {v4} via {}\nroute add {v6} via {}",
+            node[0], node[1]
+        ))
+        .expect("routes");
+}
+
+#[test]
+fn datagrams_that_dnat_turns_to_the_node_are_not_delivered_where_its_ingress_is_enforced() {
+    let topology = topology();
+    let daemon = daemon(&topology, &[("node.yaml", NODE)]);
+    let ([v4, v6], [node4, node6]) = (services(), both(&topology, "node"));
+    routes_to_services(&topology);
+    // No rule has the kernel track connections that it would not track otherwise.
+    assert!(
+        !table(&topology.node).contains("ct "),
+        "{}",
+        table(&topology.node)
+    );
+    topology
+        .node
+        .nft(&format!(
+            "table inet services {{\n\
+             chain before {{ type nat hook prerouting priority -100;\n\
+             ip daddr {v4} dnat ip to {node4}\nip6 daddr {v6} dnat ip6 to {node6}\n\
+             ip daddr {node4} udp dport 8080 redirect to :80\nip6 daddr {node6} udp dport 8080 redirect to :80\n\
+             }}\n\
+             chain out {{ type nat hook output priority -100;\n\
+             ip daddr {v4} dnat ip to {0}\nip6 daddr {v6} dnat ip6 to {1}\n\
+             }}\n\
+             }}\n",
+            topology.addr("internet", Family::V4),
+            topology.addr("internet", Family::V6),
+        ))
+        .expect("nat");
+    wait_table(&daemon, &topology.node, "the rules are noticed", |table| {
+        table.contains("ct status")
+    });
+    one_way(&topology, &daemon, "DNAT");
+
+    // A port of the node's own that is published under another number, and what answers the node behind its own DNAT.
+    let _server = Echo::start(&topology.internet, &both(&topology, "internet"), &[], &[53]).expect("server");
+    for (own, service) in [node4, node6].into_iter().zip([v4, v6]) {
+        let sink = Sink::open(&topology.node, own, 80);
+        for from in ["internet", "client"] {
+            send(topology.ns(from), SocketAddr::new(own, 8080), from);
+            sink.until(from);
+        }
+        let to = SocketAddr::new(service, 53);
+        assert_eq!(udp(&topology.node, None, to, 20, PATIENCE), Outcome::Open, "{to}");
+    }
+    topology.node.nft("delete table inet services").expect("no nat");
+    wait_table(&daemon, &topology.node, "nothing is translated", |table| {
+        !table.contains("ct ")
+    });
+}
+
+#[test]
+fn datagrams_that_tproxy_or_a_mark_turns_to_the_node_are_not_delivered_where_its_ingress_is_enforced() {
+    let topology = topology();
+    let daemon = daemon(&topology, &[("node.yaml", NODE)]);
+    let [v4, v6] = services();
+    routes_to_services(&topology);
+    for (family, all) in [("-4", "0.0.0.0/0"), ("-6", "::/0")] {
+        for command in [
+            "rule add fwmark 1 lookup 100".to_owned(),
+            format!("route add local {all} dev lo table 100"),
+        ] {
+            let args: Vec<&str> = [family].into_iter().chain(command.split(' ')).collect();
+            topology.node.run("ip", &args).expect("routing by mark");
+        }
+    }
+    let chain = |rules: &str| {
+        topology
+            .node
+            .nft(&format!(
+                "table inet services {{ }}\ndelete table inet services\n\
+                 table inet services {{ chain before {{ type filter hook prerouting priority -150;\n{rules}\n}}\n}}"
+            ))
+            .expect("rules");
+    };
+    chain(&format!(
+        "ip daddr {v4} meta mark set 1\nip6 daddr {v6} meta mark set 1"
+    ));
+    one_way(&topology, &daemon, "mark");
+    chain(&format!(
+        "ip daddr {v4} udp dport 80-81 tproxy ip to :80 meta mark set 1\n\
+         ip6 daddr {v6} udp dport 80-81 tproxy ip6 to :80 meta mark set 1"
+    ));
+    one_way(&topology, &daemon, "TPROXY");
+
+    // Groups, broadcasts, link-local addresses and an address of this moment are the node's, whatever mark a packet has.
+    chain("meta mark set 2");
+    let (group4, group6) = (Ipv4Addr::new(239, 1, 1, 1), "ff05::123".parse().expect("group"));
+    let sinks = both(&topology, "node").map(|own| Sink::open(&topology.node, own, 81));
+    let nic = topology.node.ifindex(NIC).expect("index");
+    let [four, six] = sinks.each_ref().map(|sink| socket2::SockRef::from(&sink.0));
+    four.join_multicast_v4_n(&group4, &InterfaceIndexOrAddress::Index(nic))
+        .expect("group");
+    six.join_multicast_v6(&group6, nic).expect("group");
+    topology
+        .internet
+        .ip(&format!(
+            "route add {group4} dev {INNER}\nroute add {} dev {INNER}",
+            Ipv4Addr::BROADCAST
+        ))
+        .expect("routes");
+    for (n, to) in [
+        IpAddr::from(group4),
+        group6.into(),
+        Ipv4Addr::BROADCAST.into(),
+        "198.51.100.255".parse().expect("address"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        send(&topology.internet, SocketAddr::new(to, 81), &format!("group {n}"));
+        sinks[usize::from(to.is_ipv6())].until(&format!("group {n}"));
+    }
+    for (n, to) in ["198.51.100.77", "2001:db8:f::77"].into_iter().enumerate() {
+        let flags = ["", " nodad"][n];
+        let length = [24, 64][n];
+        topology
+            .node
+            .ip(&format!("addr add {to}/{length} dev {NIC}{flags}"))
+            .expect("address");
+        let to = SocketAddr::new(to.parse().expect("address"), 81);
+        send(&topology.internet, to, "new");
+        sinks[n].until("new");
+    }
+}
+
+#[test]
+fn an_interface_that_is_not_guarded_yet_does_not_reach_the_node_nor_the_node_it() {
+    let mut topology = topology();
+    let mut daemon = daemon(&topology, &[("deny.yaml", DENY_CLIENT)]);
+    let inside = topology.ns("client").clone();
+    let client = topology.get("client").clone();
+    let node = topology.node.clone();
+    let sinks = both(&topology, "node").map(|own| Sink::open(&node, own, 9));
+    let into = both(&topology, "client").map(|own| Sink::open(&inside, own, 9));
+    let to: Vec<IpAddr> = both(&topology, "node")
+        .into_iter()
+        .chain(FAMILIES.map(|family| client.gateway(family)))
+        .collect();
+    let nothing_passes = |when: &str| {
+        for to in &to {
+            // Either end may not know the other yet, or be told that it may not send.
+            for (from, to) in [(&inside, *to), (&node, client.addr(family_of(*to)))] {
+                from.enter(|| {
+                    let socket = UdpSocket::bind((any(to), 0)).expect("socket");
+                    for _ in 0..20 {
+                        let _ = socket.send_to(b"x", (to, 9));
+                    }
+                });
+            }
+        }
+        for sink in sinks.iter().chain(&into) {
+            assert_eq!(sink.rest(), [""; 0], "{when}\n{}", table(&node));
+        }
+    };
+    nothing_passes("guarded");
+    daemon.kill9().expect("kill -9");
+    nothing_passes("the daemon is dead");
+    topology.unplug("client").expect("unplug");
+    topology.plug("client").expect("plug");
+    nothing_passes("made again, the daemon is dead");
+    daemon.restart().expect("restart");
+    nothing_passes("guarded again");
+    assert!(dropped(&daemon, 219) > 0, "{}", daemon.report());
+    daemon.apply(&[]).expect("apply");
+    topology.meet().expect("the workload reaches the node");
+    for (n, to) in to.iter().enumerate() {
+        send(&inside, SocketAddr::new(*to, 9), &n.to_string());
+        sinks[usize::from(to.is_ipv6())].until(&n.to_string());
+        send(
+            &node,
+            SocketAddr::new(client.addr(family_of(*to)), 9),
+            &n.to_string(),
+        );
+        into[usize::from(to.is_ipv6())].until(&n.to_string());
+    }
+
+    // An interface that is not configured is open as before, except for the address that the workload has at its own.
+    node.ip(&format!(
+        "link add extra0 type veth peer name extra1 netns {}\naddr add fd09::1/64 dev extra0 nodad\nlink set extra0 up",
+        inside.name()
+    ))
+    .expect("link");
+    inside
+        .ip("addr add fd09::2/64 dev extra1 nodad\nlink set extra1 up")
+        .expect("link");
+    let by_extra = |from: IpAddr, text: &str| {
+        inside.enter(|| {
+            let socket = UdpSocket::bind((from, 0)).expect("socket");
+            socket.send_to(text.as_bytes(), "[fd09::1]:9").expect("send");
+        });
+    };
+    by_extra("fd09::2".parse().expect("address"), "hello");
+    sinks[1].until("hello");
+    by_extra(client.addr(Family::V6), "not here");
+    by_extra("fd09::2".parse().expect("address"), "end");
+    assert_eq!(sinks[1].until("end"), [""; 0]);
+}
+
+fn family_of(address: IpAddr) -> Family {
+    if address.is_ipv4() { Family::V4 } else { Family::V6 }
+}
+
+#[test]
+fn the_table_is_written_again_and_goes_with_detach_and_no_other_is_touched() {
+    let (topology, other) = (topology(), topology());
+    let policies = [("node.yaml", NODE)];
+    let (mut daemon, mut beside) = (daemon(&topology, &policies), daemon(&other, &policies));
+    let node = &topology.node;
+    let whole = table(node);
+    assert!(whole.contains("@names") && whole.contains("fib"), "{whole}");
+    for (n, damage) in [
+        "flush ruleset",
+        "delete table inet palisade",
+        "flush chain inet palisade input",
+        "flush set inet palisade names",
+        "add rule inet palisade input accept",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        node.nft(damage).expect(damage);
+        wait_table(&daemon, node, damage, |table| table == whole);
+        let lines = daemon.log().matches("nftables-restored").count();
+        assert_eq!(lines, n + 1, "{damage}: {}", daemon.log());
+    }
+    assert_eq!(beside.log().matches("nftables-restored").count(), 0);
+
+    // What stands in the table's place and is another program's is left alone and said.
+    let foreign = "table inet palisade {\n chain mine { }\n}";
+    node.nft(&format!("delete table inet palisade\n{foreign}"))
+        .expect("foreign");
+    let warns = |status: &serde_json::Value, wanted: bool| {
+        let warnings = status["warnings"].to_string();
+        warnings.contains("not of this daemon") == wanted
+    };
+    daemon
+        .wait_status("the foreign table is said", |status| warns(status, true))
+        .expect("status");
+    assert!(table(node).contains("chain mine"), "{}", table(node));
+    node.nft("delete table inet palisade").expect("delete");
+    wait_table(&daemon, node, "it is gone", |table| table == whole);
+    daemon
+        .wait_status("nothing is said", |status| warns(status, false))
+        .expect("status");
+
+    node.nft("table inet operator {\n chain c { type filter hook input priority 0; }\n}")
+        .expect("operator");
+    daemon.detach().expect("detach");
+    let tables = |ns: &Ns| ns.run("nft", &["list", "tables"]).expect("tables");
+    assert_eq!(tables(node), "table inet operator\n");
+    assert!(table(&other.node).contains("@names"));
+
+    // Also without the daemon.
+    beside.kill9().expect("kill -9");
+    assert!(table(&other.node).contains("@names"));
+    beside.cli(&["stop", "--detach"]).expect("detach");
+    assert_eq!(tables(&other.node), "");
+}
+
+#[test]
+fn a_port_of_a_bridge_that_is_made_again_reaches_neither_node_nor_neighbours() {
+    let topology = Topology::new()
+        .and_then(|topology| topology.apps(&["client", "server"]))
+        .unwrap_or_else(|error| panic!("{error:#}"));
+    let node = &topology.node;
+    let (client, server) = (topology.get("client"), topology.get("server"));
+    let peers = [(client, server), (server, client)];
+    // Without an address of its own it takes that of a port, and another one when the port goes.
+    node.ip("link add br0 address 02:00:00:00:00:01 type bridge\nlink set br0 up")
+        .expect("bridge");
+    let join = |w: &Workload, other: &Workload| {
+        node.ip(&format!("link set {0} master br0\nlink set {0} up", w.interface))
+            .expect("port");
+        // The other workload is on the same link.
+        w.ns.ip(&format!(
+            "route replace {}/32 dev {INNER}\nroute replace {}/128 dev {INNER}",
+            other.v4, other.v6
+        ))
+        .expect("routes");
+    };
+    for (w, other) in peers {
+        let (v4, v6) = (w.gateway_v4, w.gateway_v6);
+        node.ip(&format!(
+            "addr flush dev {}\naddr add {v4}/24 dev br0\naddr add {v6}/64 dev br0 nodad",
+            w.interface
+        ))
+        .expect("addresses");
+        join(w, other);
+    }
+    topology.meet().expect("the workloads reach the node");
+    let mut daemon = daemon(&topology, &[("deny.yaml", DENY_CLIENT)]);
+    let bridge = || node.run("nft", &["list", "table", "bridge", "palisade"]);
+    assert!(bridge().expect("the table of bridges").contains("@names"));
+
+    let namespaces = [&topology.internet, &client.ns, &server.ns, node];
+    let sinks: Vec<Vec<Sink>> = namespaces
+        .iter()
+        .map(|ns| {
+            FAMILIES
+                .map(|family| Sink::open(ns, client.addr(family), 9))
+                .into()
+        })
+        .collect();
+    let nothing_passes = |when: &str| {
+        for family in FAMILIES {
+            for (from, to) in [
+                (&client.ns, topology.addr("internet", family)),
+                (&client.ns, server.addr(family)),
+                (&client.ns, client.gateway(family)),
+                (&server.ns, client.addr(family)),
+                (node, client.addr(family)),
+            ] {
+                from.enter(|| {
+                    let socket = UdpSocket::bind((any(to), 0)).expect("socket");
+                    for _ in 0..20 {
+                        let _ = socket.send_to(b"x", (to, 9));
+                    }
+                });
+            }
+        }
+        for sink in sinks.iter().flatten() {
+            assert_eq!(sink.rest(), [""; 0], "{when}\n{:?}", bridge());
+        }
+    };
+    nothing_passes("guarded");
+    daemon.kill9().expect("kill -9");
+    node.ip(&format!("link del {}", client.interface))
+        .expect("delete");
+    node.ip(&format!(
+        "link add {} type veth peer name {INNER} netns {}",
+        client.interface,
+        client.ns.name()
+    ))
+    .expect("make again");
+    client
+        .ns
+        .ip(&format!(
+            "addr add {}/24 dev {INNER}\naddr add {}/64 dev {INNER} nodad\nlink set {INNER} up\n\
+             route add default via {}\nroute add default via {}",
+            client.v4, client.v6, client.gateway_v4, client.gateway_v6
+        ))
+        .expect("addresses");
+    join(client, server);
+    nothing_passes("made again, the daemon is dead");
+    daemon.restart().expect("restart");
+    nothing_passes("guarded again");
+    daemon.apply(&[]).expect("apply");
+    topology.meet().expect("the workloads reach the node");
+    for (n, family) in FAMILIES.into_iter().enumerate() {
+        let to = SocketAddr::new(server.addr(family), 9);
+        // The neighbour is asked for first.
+        wait_until("the other workload is reached", PATIENCE, || {
+            send(&client.ns, to, "hello");
+            !sinks[2][n].rest().is_empty()
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    }
+}
