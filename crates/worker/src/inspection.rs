@@ -219,8 +219,8 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
             }
             return;
         };
-        // Each policy has a flow of its own. A command for the first flow does not wait for the second inspector, which
-        // may hold the packet; except for `REPLACE`, without which the programs must not see the packet.
+        // Each policy has a flow of its own. A command for the first flow is sent ahead, because the second inspector may
+        // hold the packet for long. Except `REPLACE`: the programs run it when they see this packet, so it travels with it.
         match command {
             Some(command) if command.order == order::REPLACE => held.first_command = Some(*command),
             Some(command) => self.tx.send_command(port, command),

@@ -111,7 +111,7 @@ impl Tx {
     ) -> bool {
         let buffer = port.buffer_mut(&mut frame);
         if buffer.len() - start < length + header::MAX_TRAILER_BYTES && start > 0 {
-            // The punt header has been parsed, so its place can be used.
+            // The trailer does not fit behind the packet. The punt header in front has been parsed and can be overwritten.
             buffer.copy_within(start..start + length, 0);
             start = 0;
         }
