@@ -5,6 +5,7 @@
 //! network namespaces that the measure has made.
 //!
 //! Depends on the crates that it measures and on `palisade-testbed`. Start at `main.rs`, which lists the measures.
+#![allow(unsafe_code, reason = "a counting allocator")]
 
 pub mod bulk;
 pub mod carrier;

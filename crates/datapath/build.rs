@@ -2,6 +2,7 @@
 //!
 //! The toolchain for that target is named by `PALISADE_BPF_TOOLCHAIN`; without it, the one that
 //! `scripts/setup` makes from Debian's packages.
+#![allow(unsafe_code, reason = "environment variables of the build")]
 
 use anyhow::Context as _;
 

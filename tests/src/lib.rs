@@ -14,6 +14,7 @@
 //! `ping/BYTES`; and packets that only have to arrive: `sctp/PORT`, `icmp/TYPE`, `proto/NUMBER`.
 //!
 //! Depends on `palisade-testbed`; runs the built binary. Start at a file of `tests/`.
+#![forbid(unsafe_code)]
 
 pub mod apps;
 pub mod flows;

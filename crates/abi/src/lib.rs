@@ -9,6 +9,9 @@
 //! Depends on no other crate of Palisade. Start at [`PolicyKey`], [`CtKey`] and [`Reason`]; [`maps`] lists the maps with
 //! their keys and values.
 #![no_std]
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![warn(unreachable_pub)]
 
 mod addr;
 mod carry;

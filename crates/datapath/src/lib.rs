@@ -15,6 +15,10 @@
 //!
 //! Depends on `palisade-abi` and, for plans, on `palisade-policy`. Start at [`Datapath::open`], [`Datapath::apply`] and
 //! [`Datapath::attach`].
+#![allow(
+    unsafe_code,
+    reason = "system calls that aya has no words for, and memory-mapped maps"
+)]
 
 mod apply;
 mod attach;

@@ -1,4 +1,5 @@
 //! Connections: states, timeouts, re-judging.
+#![allow(unsafe_code, reason = "system calls")]
 
 mod program;
 

@@ -6,6 +6,9 @@
 //! [`Filters`] (built from flags by [`FilterBuilder`]) and a [`format::Format`].
 //!
 //! Depends on `palisade-abi` (events) and `palisade-inspect` (records). Start at [`Flow`].
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![warn(unreachable_pub)]
 
 pub mod filter;
 pub mod flow;

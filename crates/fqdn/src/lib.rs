@@ -12,6 +12,8 @@
 //!
 //! Depends on `palisade-protocols` (names, answers) and `palisade-policy` (patterns).
 #![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![warn(unreachable_pub)]
 
 mod cache;
 mod change;

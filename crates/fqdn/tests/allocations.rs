@@ -1,5 +1,6 @@
 //! The path of a question through parser, patterns and tracker allocates nothing once its tables have grown; nor
 //! does reading an answer.
+#![allow(unsafe_code, reason = "a counting allocator")]
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},

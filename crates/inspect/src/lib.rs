@@ -8,6 +8,8 @@
 //! Depends on `palisade-packet`, `palisade-protocols`, `palisade-fqdn` and `palisade-policy` (rule sets). Start at
 //! [`Engine::packet`]; [`Rules`] is the prepared form of the rule sets, [`Sink`] is what a caller implements.
 #![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![warn(unreachable_pub)]
 
 mod aged;
 mod build;

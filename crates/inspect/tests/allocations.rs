@@ -1,5 +1,6 @@
 //! Reading allocates nothing once the tables have grown: DNS queries, answers, replies, fragments, segments; HTTP
 //! requests and answers, and judging them.
+#![allow(unsafe_code, reason = "a counting allocator")]
 
 mod common;
 

@@ -16,13 +16,13 @@ const ROUTING_TYPES: [u8; 4] = [0, 2, 3, 4];
 
 /// IPv4 options (RFC 791, 3.1).
 mod option {
-    pub const END: u8 = 0;
-    pub const NO_OPERATION: u8 = 1;
-    pub const LOOSE_SOURCE_ROUTE: u8 = 131;
-    pub const STRICT_SOURCE_ROUTE: u8 = 137;
+    pub(super) const END: u8 = 0;
+    pub(super) const NO_OPERATION: u8 = 1;
+    pub(super) const LOOSE_SOURCE_ROUTE: u8 = 131;
+    pub(super) const STRICT_SOURCE_ROUTE: u8 = 137;
     /// Most options in a header. There is room for forty of one byte, but what is sent is one or two, filled up to a
     /// multiple of four.
-    pub const MAX: u32 = 12;
+    pub(super) const MAX: u32 = 12;
 }
 
 #[inline(always)]

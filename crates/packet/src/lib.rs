@@ -10,6 +10,8 @@
 //! Depends on `palisade-abi`. Start at [`decode`], which fills a [`Packet`].
 #![no_std]
 #![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![warn(unreachable_pub)]
 
 pub mod checksum;
 mod ethernet;

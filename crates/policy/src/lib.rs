@@ -11,6 +11,8 @@
 //! Depends on `palisade-abi`. Start at [`compile::Compiler`]; its input are the [`rule`] types that [`parse`] makes, its
 //! output a [`snapshot::Snapshot`], from one of which to the next [`plan::plan`] leads.
 #![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![warn(unreachable_pub)]
 
 pub mod cases;
 pub mod classes;

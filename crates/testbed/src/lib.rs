@@ -12,6 +12,7 @@
 //! ```
 //!
 //! Depends on no other crate of Palisade. Start at [`topology`] and [`daemon`].
+#![allow(unsafe_code, reason = "setns and raw sockets")]
 
 pub mod attached;
 pub mod capture;

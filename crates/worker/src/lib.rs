@@ -12,6 +12,7 @@
 //! Depends on `palisade-inspect` (inspectors), `palisade-packet` (decoder) and `palisade-xsk` (sockets). Start at
 //! [`Pool`], which runs the workers; the loop of one is `run.rs`.
 #![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod checksum;
 mod context;

@@ -1,4 +1,5 @@
 //! Workers on their threads, with a port in memory: allocations per packet, and restarts after failures.
+#![allow(unsafe_code, reason = "a counting allocator")]
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},

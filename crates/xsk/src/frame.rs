@@ -11,10 +11,10 @@ use xsk_rs::umem::{Umem, frame::FrameDesc};
 use crate::frame_states::{Counts, FrameState, FrameStates};
 
 /// Size of a chunk, bytes. The kernel accepts at most a page.
-pub const CHUNK: usize = 4096;
+pub(crate) const CHUNK: usize = 4096;
 
 /// The UMEM of a socket and the states of its frames. Each held frame keeps it alive.
-pub struct Pool {
+pub(crate) struct Pool {
     umem: Umem,
     /// The descriptor of each frame without data, by frame number.
     blank: Box<[FrameDesc]>,
@@ -23,7 +23,7 @@ pub struct Pool {
 
 impl Pool {
     /// Creates the pool. `blank`: the descriptors of all frames of `umem`, in order of their addresses.
-    pub fn new(umem: Umem, blank: Vec<FrameDesc>) -> Self {
+    pub(crate) fn new(umem: Umem, blank: Vec<FrameDesc>) -> Self {
         Self {
             states: FrameStates::new(blank.len() as u32),
             umem,
@@ -31,41 +31,41 @@ impl Pool {
         }
     }
 
-    pub fn counts(&self) -> Counts {
+    pub(crate) fn counts(&self) -> Counts {
         self.states.counts()
     }
 
-    pub fn free(&self) -> usize {
+    pub(crate) fn free(&self) -> usize {
         self.states.free()
     }
 
     /// Takes a free frame for the fill ring and returns its descriptor.
-    pub fn take_to_fill(&self) -> Option<FrameDesc> {
+    pub(crate) fn take_to_fill(&self) -> Option<FrameDesc> {
         let index = self.states.take(FrameState::Receiving)?;
         Some(self.blank[index as usize])
     }
 
     /// Frees a frame that did not fit into the fill ring.
-    pub fn unfilled(&self, desc: &FrameDesc) {
+    pub(crate) fn unfilled(&self, desc: &FrameDesc) {
         self.states
             .transition(desc.addr() / CHUNK, FrameState::Receiving, FrameState::Free);
     }
 
     /// Frees a frame that the completion ring returned. Returns false if the frame was not in flight.
-    pub fn sent(&self, desc: &FrameDesc) -> bool {
+    pub(crate) fn sent(&self, desc: &FrameDesc) -> bool {
         self.states
             .transition(desc.addr() / CHUNK, FrameState::Sending, FrameState::Free)
     }
 
     /// Returns a free frame, for a packet that user space makes.
-    pub fn alloc(self: &Rc<Self>) -> Option<Frame> {
+    pub(crate) fn alloc(self: &Rc<Self>) -> Option<Frame> {
         let index = self.states.take(FrameState::Held)?;
         Some(Frame::new(self, self.blank[index as usize], 0))
     }
 
     /// Returns the frame of a descriptor from the receive ring; `None` if the kernel did not have that frame or the
     /// descriptor is not within one chunk.
-    pub fn received(self: &Rc<Self>, desc: FrameDesc) -> Option<Frame> {
+    pub(crate) fn received(self: &Rc<Self>, desc: FrameDesc) -> Option<Frame> {
         let (length, start) = (desc.lengths().data(), desc.addr() % CHUNK);
         if start + length > CHUNK {
             return None;

@@ -9,7 +9,7 @@ use std::cell::Cell;
 /// The state of a frame.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
-pub enum FrameState {
+pub(crate) enum FrameState {
     /// Unused.
     Free,
     /// In the fill ring, or filled and in the receive ring.
@@ -44,7 +44,7 @@ impl Counts {
 /// The states of all frames, and a stack of the free ones. A stack, because the frame that was freed last is most
 /// likely still in the CPU's cache.
 #[derive(Debug)]
-pub struct FrameStates {
+pub(crate) struct FrameStates {
     states: Box<[Cell<FrameState>]>,
     /// The first `depth` elements are the numbers of the free frames.
     stack: Box<[Cell<u32>]>,
@@ -54,7 +54,7 @@ pub struct FrameStates {
 
 impl FrameStates {
     /// Creates the states of `frames` frames, all of them free.
-    pub fn new(frames: u32) -> Self {
+    pub(crate) fn new(frames: u32) -> Self {
         Self {
             states: (0..frames).map(|_| Cell::new(FrameState::Free)).collect(),
             // Reversed, so that the lowest number is on top.
@@ -71,13 +71,13 @@ impl FrameStates {
 
     /// Returns the number of free frames.
     #[inline]
-    pub fn free(&self) -> usize {
+    pub(crate) fn free(&self) -> usize {
         self.depth.get()
     }
 
     /// Takes a free frame, sets its state to `to`, and returns its number. Returns `None` if no frame is free.
     #[inline]
-    pub fn take(&self, to: FrameState) -> Option<u32> {
+    pub(crate) fn take(&self, to: FrameState) -> Option<u32> {
         debug_assert_ne!(to, FrameState::Free);
         let depth = self.depth.get().checked_sub(1)?;
         let index = self.stack[depth].get();
@@ -90,7 +90,7 @@ impl FrameStates {
     /// Changes the state of a frame that was taken before. Returns false, and changes nothing, if the frame's state is
     /// not `from` or there is no such frame.
     #[inline]
-    pub fn transition(&self, index: usize, from: FrameState, to: FrameState) -> bool {
+    pub(crate) fn transition(&self, index: usize, from: FrameState, to: FrameState) -> bool {
         let Some(state) = self.states.get(index) else {
             return false;
         };
@@ -121,7 +121,7 @@ impl FrameStates {
     }
 
     /// Returns the number of frames in each state.
-    pub fn counts(&self) -> Counts {
+    pub(crate) fn counts(&self) -> Counts {
         let [free, receiving, sending, held] = &self.counts;
         Counts {
             free: free.get(),

@@ -9,6 +9,12 @@
 //! `XSKMAP`.
 //!
 //! Depends on no other crate of Palisade, and on xsk-rs for the rings. Start at [`Socket`].
+#![allow(
+    unsafe_code,
+    reason = "memory that is shared with the kernel, and rings between threads"
+)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![warn(unreachable_pub)]
 
 pub mod handoff;
 pub mod spsc;

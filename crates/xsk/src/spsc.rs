@@ -31,15 +31,15 @@ mod plain {
     //! `UnsafeCell` with the interface of loom's, which detects concurrent access.
 
     #[derive(Debug)]
-    pub struct UnsafeCell<T>(std::cell::UnsafeCell<T>);
+    pub(super) struct UnsafeCell<T>(std::cell::UnsafeCell<T>);
 
     impl<T> UnsafeCell<T> {
-        pub fn new(value: T) -> Self {
+        pub(super) fn new(value: T) -> Self {
             Self(std::cell::UnsafeCell::new(value))
         }
 
         #[inline]
-        pub fn with_mut<R>(&self, f: impl FnOnce(*mut T) -> R) -> R {
+        pub(super) fn with_mut<R>(&self, f: impl FnOnce(*mut T) -> R) -> R {
             f(self.0.get())
         }
     }

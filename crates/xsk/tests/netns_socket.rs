@@ -1,5 +1,6 @@
 //! Sockets at both ends of a veth pair with two queues, in a network namespace of its own.
 #![cfg(not(loom))]
+#![allow(unsafe_code, reason = "system calls")]
 
 use std::{
     cell::RefCell,

@@ -43,7 +43,7 @@ fn order(key: CtKey, slot: &CarrySlot, order: u32) -> FlowCommand {
 
 /// One end of a connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Side {
+pub(crate) enum Side {
     /// It opened the connection.
     Client = 0,
     /// The other.
@@ -62,7 +62,7 @@ impl Side {
 
     /// The other end.
     #[must_use]
-    pub const fn other(self) -> Self {
+    pub(crate) const fn other(self) -> Self {
         match self {
             Self::Client => Self::Server,
             Self::Server => Self::Client,

@@ -45,7 +45,7 @@ pub fn limit_option(map: &str) -> Option<&'static str> {
     })
 }
 
-/// Returns "; raise [limits] OPTION" for a map; empty if no option sets its size.
+/// Returns `; raise [limits] OPTION` for a map; empty if no option sets its size.
 pub fn limit_hint(map: &str) -> String {
     limit_option(map).map_or_else(String::new, |option| format!("; raise [limits] {option}"))
 }

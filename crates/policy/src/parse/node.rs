@@ -42,7 +42,7 @@ pub(crate) struct Entry {
 
 impl Node {
     /// What was found, for "expected ..., found ...".
-    pub fn describe(&self) -> String {
+    pub(super) fn describe(&self) -> String {
         match &self.value {
             Value::Null => "nothing (null)".into(),
             Value::Bool(value) => format!("the boolean {value}"),
@@ -55,7 +55,7 @@ impl Node {
     }
 
     /// The member of a map by name.
-    pub fn get(&self, name: &str) -> Option<&Node> {
+    pub(super) fn get(&self, name: &str) -> Option<&Node> {
         match &self.value {
             Value::Map(entries) => entries
                 .iter()
@@ -66,19 +66,19 @@ impl Node {
     }
 
     /// The text of a string.
-    pub fn as_str(&self) -> Option<&str> {
+    pub(super) fn as_str(&self) -> Option<&str> {
         match &self.value {
             Value::String { text, .. } => Some(text),
             _ => None,
         }
     }
 
-    pub fn is_null(&self) -> bool {
+    pub(super) fn is_null(&self) -> bool {
         matches!(self.value, Value::Null)
     }
 
     /// The tree of a JSON value. It has no places.
-    pub fn from_json(json: &serde_json::Value) -> Self {
+    pub(super) fn from_json(json: &serde_json::Value) -> Self {
         let value = match json {
             serde_json::Value::Null => Value::Null,
             serde_json::Value::Bool(value) => Value::Bool(*value),
@@ -111,7 +111,7 @@ impl Node {
     }
 
     /// The JSON value of a tree.
-    pub fn to_json(&self) -> serde_json::Value {
+    pub(super) fn to_json(&self) -> serde_json::Value {
         match &self.value {
             Value::Null => serde_json::Value::Null,
             Value::Bool(value) => (*value).into(),

@@ -40,7 +40,7 @@ struct Expressions {
 }
 
 impl Context {
-    pub fn new(file: &str) -> Self {
+    pub(super) fn new(file: &str) -> Self {
         Self {
             expressions: RefCell::default(),
             file: file.into(),
@@ -51,23 +51,23 @@ impl Context {
     }
 
     /// How many errors there were so far: whether something that was just read is whole.
-    pub fn errors(&self) -> usize {
+    pub(super) fn errors(&self) -> usize {
         self.errors.get()
     }
 
     /// From here on bare rules are read.
-    pub fn read_bare(&self) {
+    pub(super) fn read_bare(&self) {
         self.bare.set(true);
     }
 
     /// A policy begins.
-    pub fn begin_policy(&self) {
+    pub(super) fn begin_policy(&self) {
         self.expressions.borrow_mut().of_policy = 0;
     }
 
     /// Checks a regular expression. What its compilation costs is bounded before it begins: by itself, and with the
     /// others of its policy and file. Else a small file could keep the daemon from everything else for minutes.
-    pub fn check_expression(&self, pattern: &str) -> Result<(), String> {
+    pub(super) fn check_expression(&self, pattern: &str) -> Result<(), String> {
         let mut expressions = self.expressions.borrow_mut();
         if let Some(known) = expressions.known.get(pattern) {
             return known.clone();
@@ -100,7 +100,7 @@ impl Context {
         checked
     }
 
-    pub fn location(&self, position: Position) -> Location {
+    pub(super) fn location(&self, position: Position) -> Location {
         Location {
             file: Arc::clone(&self.file),
             line: position.line,
@@ -108,7 +108,7 @@ impl Context {
         }
     }
 
-    pub fn say(&self, severity: Severity, position: Position, message: String) {
+    pub(super) fn say(&self, severity: Severity, position: Position, message: String) {
         if severity == Severity::Error {
             self.errors.set(self.errors.get() + 1);
         }
@@ -121,7 +121,7 @@ impl Context {
     }
 
     /// Everything that was said, in the order of the text.
-    pub fn into_diagnostics(self) -> Vec<Diagnostic> {
+    pub(super) fn into_diagnostics(self) -> Vec<Diagnostic> {
         let mut diagnostics = self.diagnostics.into_inner();
         diagnostics.sort_by_key(|diagnostic| (diagnostic.location.line, diagnostic.location.column));
         diagnostics
@@ -167,7 +167,7 @@ impl fmt::Display for At<'_> {
 
 impl<'a> At<'a> {
     /// The start of a tree. `name` stands before the way in messages that have no line; it may be empty.
-    pub fn root(context: &'a Context, node: &'a Node, name: &'a str) -> Self {
+    pub(super) fn root(context: &'a Context, node: &'a Node, name: &'a str) -> Self {
         At {
             context,
             node,
@@ -176,7 +176,7 @@ impl<'a> At<'a> {
         }
     }
 
-    pub fn location(&self) -> Location {
+    pub(super) fn location(&self) -> Location {
         self.context.location(self.node.position)
     }
 
@@ -195,21 +195,21 @@ impl<'a> At<'a> {
         self.context.say(severity, position, message);
     }
 
-    pub fn error(&self, message: impl AsRef<str>) {
+    pub(super) fn error(&self, message: impl AsRef<str>) {
         self.say(Severity::Error, self.node.position, message.as_ref());
     }
 
-    pub fn warning(&self, message: impl AsRef<str>) {
+    pub(super) fn warning(&self, message: impl AsRef<str>) {
         self.say(Severity::Warning, self.node.position, message.as_ref());
     }
 
     /// Whether it is part of a bare rule of a case file.
-    pub fn is_bare(&self) -> bool {
+    pub(super) fn is_bare(&self) -> bool {
         self.context.bare.get()
     }
 
     /// Something that the schema of a resource forbids, and nobody else: a mere warning in a bare rule.
-    pub fn unfit(&self, message: impl AsRef<str>) {
+    pub(super) fn unfit(&self, message: impl AsRef<str>) {
         if self.is_bare() {
             self.warning(message);
         } else {
@@ -217,7 +217,7 @@ impl<'a> At<'a> {
         }
     }
 
-    pub fn note(&self, message: impl AsRef<str>) {
+    pub(super) fn note(&self, message: impl AsRef<str>) {
         self.say(Severity::Note, self.node.position, message.as_ref());
     }
 
@@ -245,7 +245,7 @@ impl<'a> At<'a> {
         }
     }
 
-    pub fn object(&self) -> Option<Object<'a>> {
+    pub(super) fn object(&self) -> Option<Object<'a>> {
         match &self.node.value {
             Value::Map(entries) => Some(Object {
                 at: *self,
@@ -261,7 +261,7 @@ impl<'a> At<'a> {
         }
     }
 
-    pub fn list(&self) -> Option<List<'a>> {
+    pub(super) fn list(&self) -> Option<List<'a>> {
         match &self.node.value {
             Value::List(items) => Some(List { at: *self, items }),
             _ => self.expected("a list"),
@@ -269,11 +269,11 @@ impl<'a> At<'a> {
     }
 
     /// Whether it is a list without elements.
-    pub fn is_empty_list(&self) -> bool {
+    pub(super) fn is_empty_list(&self) -> bool {
         matches!(&self.node.value, Value::List(items) if items.is_empty())
     }
 
-    pub fn string(&self) -> Option<&'a str> {
+    pub(super) fn string(&self) -> Option<&'a str> {
         match &self.node.value {
             Value::String { text, .. } => Some(text),
             Value::Bool(_) | Value::Integer(_) | Value::Float(_) => {
@@ -294,7 +294,7 @@ impl<'a> At<'a> {
         }
     }
 
-    pub fn boolean(&self) -> Option<bool> {
+    pub(super) fn boolean(&self) -> Option<bool> {
         match &self.node.value {
             Value::Bool(value) => Some(*value),
             // Words of YAML 1.1, which Kubernetes' reader still takes.
@@ -307,7 +307,7 @@ impl<'a> At<'a> {
         }
     }
 
-    pub fn integer(&self, range: RangeInclusive<i64>) -> Option<i64> {
+    pub(super) fn integer(&self, range: RangeInclusive<i64>) -> Option<i64> {
         let Value::Integer(value) = &self.node.value else {
             if let Value::Float(text) = &self.node.value
                 && let Some(digits) = text.strip_prefix('0')
@@ -343,16 +343,16 @@ pub(super) struct List<'a> {
 }
 
 impl<'a> List<'a> {
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.items.len()
     }
 
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.items.is_empty()
     }
 
     /// Reads every element; those that give nothing (they said why) are left out.
-    pub fn read<T>(&self, mut element: impl FnMut(At<'_>) -> Option<T>) -> Vec<T> {
+    pub(super) fn read<T>(&self, mut element: impl FnMut(At<'_>) -> Option<T>) -> Vec<T> {
         let at = self.at;
         self.items
             .iter()
@@ -378,12 +378,12 @@ pub(super) struct Object<'a> {
 
 impl<'a> Object<'a> {
     /// The member `name`, unless it is absent or null.
-    pub fn field(&self, name: &'static str) -> Option<At<'_>> {
+    pub(super) fn field(&self, name: &'static str) -> Option<At<'_>> {
         self.field_or_null(name).filter(|at| !at.node.is_null())
     }
 
     /// The member `name`, unless it is absent.
-    pub fn field_or_null(&self, name: &'static str) -> Option<At<'_>> {
+    pub(super) fn field_or_null(&self, name: &'static str) -> Option<At<'_>> {
         self.known.borrow_mut().push(name);
         self.entry(name).map(|entry| At {
             context: self.at.context,
@@ -394,7 +394,7 @@ impl<'a> Object<'a> {
     }
 
     /// A member that must be there.
-    pub fn required(&self, name: &'static str) -> Option<At<'_>> {
+    pub(super) fn required(&self, name: &'static str) -> Option<At<'_>> {
         let field = self.field(name);
         if field.is_none() {
             self.at.error(format!("{name} is missing"));
@@ -403,13 +403,13 @@ impl<'a> Object<'a> {
     }
 
     /// A string that is not empty; the empty one counts as absent.
-    pub fn text(&self, name: &'static str) -> Option<&'a str> {
+    pub(super) fn text(&self, name: &'static str) -> Option<&'a str> {
         self.field(name)?.string()?;
         self.entry(name)?.value.as_str().filter(|text| !text.is_empty())
     }
 
     /// A string that must be there and not be empty.
-    pub fn required_text(&self, name: &'static str) -> Option<&'a str> {
+    pub(super) fn required_text(&self, name: &'static str) -> Option<&'a str> {
         let field = self.required(name)?;
         if field.string()?.is_empty() {
             field.error(format!("{name} must not be empty"));
@@ -419,7 +419,7 @@ impl<'a> Object<'a> {
     }
 
     /// A member that is refused wherever it says something (null and an empty list say nothing).
-    pub fn refuse(&self, name: &'static str, why: &str) {
+    pub(super) fn refuse(&self, name: &'static str, why: &str) {
         self.known.borrow_mut().push(name);
         if let Some(entry) = self.entry(name) {
             let says_nothing = match &entry.value.value {
@@ -435,7 +435,7 @@ impl<'a> Object<'a> {
     }
 
     /// Warns of members that are null: they restrict nothing, which is hardly meant where only a name was left over.
-    pub fn warn_null(&self, names: &[&'static str]) {
+    pub(super) fn warn_null(&self, names: &[&'static str]) {
         if self.at.is_bare() {
             return;
         }
@@ -448,7 +448,7 @@ impl<'a> Object<'a> {
     }
 
     /// Members that are there for others and are not looked into.
-    pub fn ignore(&self, names: &[&'static str]) {
+    pub(super) fn ignore(&self, names: &[&'static str]) {
         self.known.borrow_mut().extend(names);
     }
 
@@ -457,7 +457,7 @@ impl<'a> Object<'a> {
     }
 
     /// Every member, whatever its name.
-    pub fn members(&self) -> impl Iterator<Item = (&'a str, At<'_>)> {
+    pub(super) fn members(&self) -> impl Iterator<Item = (&'a str, At<'_>)> {
         self.entries.iter().map(|entry| {
             let at = At {
                 context: self.at.context,
@@ -470,7 +470,7 @@ impl<'a> Object<'a> {
     }
 
     /// Says something about the name of a member.
-    pub fn error_at_key(&self, key: &str, message: impl AsRef<str>) {
+    pub(super) fn error_at_key(&self, key: &str, message: impl AsRef<str>) {
         let position = self
             .entry(key)
             .map_or(self.at.node.position, |entry| entry.position);
@@ -478,7 +478,7 @@ impl<'a> Object<'a> {
     }
 
     /// Says something about the value of a member.
-    pub fn error_at_value(&self, key: &str, message: impl AsRef<str>) {
+    pub(super) fn error_at_value(&self, key: &str, message: impl AsRef<str>) {
         let position = self
             .entry(key)
             .map_or(self.at.node.position, |entry| entry.value.position);
@@ -486,7 +486,7 @@ impl<'a> Object<'a> {
     }
 
     /// To be called when everything has been asked for: the rest is unknown. True if there is no rest.
-    pub fn finish(&self) -> bool {
+    pub(super) fn finish(&self) -> bool {
         let known = self.known.borrow();
         let mut all_known = true;
         for entry in self

@@ -37,7 +37,7 @@ struct Inherited<'a> {
 }
 
 impl Resources {
-    pub fn into_parsed(self, context: Context) -> Parsed {
+    pub(super) fn into_parsed(self, context: Context) -> Parsed {
         Parsed {
             policies: self.policies,
             cidr_groups: self.cidr_groups,
@@ -46,7 +46,7 @@ impl Resources {
     }
 
     /// Reads a document. An empty one is nothing.
-    pub fn read(&mut self, document: At<'_>) {
+    pub(super) fn read(&mut self, document: At<'_>) {
         if !document.node.is_null() {
             self.resource(document, None);
         }

@@ -171,7 +171,7 @@ pub(super) struct Scope<'a> {
 
 impl Scope<'_> {
     /// The subject of a policy of a namespace is in that namespace, whatever its matchLabels say.
-    pub fn subject(&self, at: At<'_>, keys: Keys) -> Option<Selector> {
+    pub(super) fn subject(&self, at: At<'_>, keys: Keys) -> Option<Selector> {
         let (mut requirements, expressions) = read_parts(at, keys)?;
         if let (PolicyKind::Cnp | PolicyKind::Knp, Some(namespace)) = (self.kind, self.namespace) {
             requirements.retain(|requirement| {
@@ -191,7 +191,7 @@ impl Scope<'_> {
 
     /// Reads a selector of peers. The peers of a policy are of its namespace, unless they say something else about
     /// namespaces.
-    pub fn peer(&self, at: At<'_>) -> Option<Selector> {
+    pub(super) fn peer(&self, at: At<'_>) -> Option<Selector> {
         let selector = read(at, Keys::Sourced)?;
         let is_about_endpoints = |selector: &Selector| selector.requirements.contains(&has_namespace());
         let written = is_about_endpoints(&selector);
