@@ -787,6 +787,8 @@ fn what_receivers_could_read_differently_is_dropped() {
     assert_eq!(reported(&mut it), [Reason::TcpInvalid]);
     let stats = it.tcp();
     assert_eq!((stats.opened, stats.half_open), (opened + 1, 1));
+    // The connection that is open has the record of that SYN, and one a second for each reason.
+    it.world.wait(1_000);
     // A SYN+ACK that acknowledges neither SYN, or acknowledges the first with another sequence number; a SYN that
     // acknowledges nothing.
     let neither = it.resolver_acknowledges(-1, 3, SYN | ACK, &[]);
