@@ -8,7 +8,7 @@ use std::{
 
 use palisade_testbed::{
     Daemon, Outcome, Topology,
-    daemon::Settings,
+    daemon::{Hooks, Settings},
     ns::{Ns, wait_until},
     probe::udp,
     server::Echo,
@@ -577,5 +577,69 @@ fn a_port_of_a_bridge_that_is_made_again_reaches_neither_node_nor_neighbours() {
             !sinks[2][n].rest().is_empty()
         })
         .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    }
+}
+
+#[test]
+fn an_interface_to_which_new_programs_cannot_be_attached_is_not_cut_off() {
+    let topology = topology();
+    let node = &topology.node;
+    let settings = |tc| Settings {
+        hooks: Hooks {
+            tc,
+            ..Hooks::default()
+        },
+        ..Settings::default()
+    };
+    // Where this one stands there is no room for a clsact qdisc.
+    let occupy = |interface: &str| {
+        node.run("tc", &["qdisc", "add", "dev", interface, "ingress"])
+            .expect("qdisc");
+    };
+    occupy(NIC);
+    let auto = settings("auto");
+    let mut daemon = Daemon::start(&topology, &auto, &[("node.yaml", NODE)]).expect("a daemon");
+    occupy("veth-client");
+    daemon
+        .configure(&topology, &settings("clsact"))
+        .expect("configuration");
+    daemon.cli(&["reload"]).expect("reload");
+    let fails = |status: &serde_json::Value| {
+        let interfaces = status["interfaces"].as_array().expect("interfaces");
+        interfaces
+            .iter()
+            .all(|interface| interface["problem"].is_string())
+    };
+    daemon
+        .wait_status("nothing can be attached", fails)
+        .expect("status");
+    let sinks = both(&topology, "node").map(|own| [9, 81].map(|port| Sink::open(node, own, port)));
+    for (sinks, own) in sinks.iter().zip(both(&topology, "node")) {
+        for from in ["internet", "client"] {
+            // The programs that were attached before go on.
+            send(topology.ns(from), SocketAddr::new(own, 9), "denied");
+            send(topology.ns(from), SocketAddr::new(own, 81), from);
+            sinks[1].until(from);
+        }
+        assert_eq!(sinks[0].rest(), [""; 0]);
+    }
+    daemon.detach().expect("detach");
+
+    // A NIC that never was guarded stays open, so that the node can be reached; a workload's interface does not.
+    daemon.spawn().expect("spawn");
+    wait_until("it runs", PATIENCE * 4, || {
+        daemon.status().is_ok_and(|status| fails(&status))
+    })
+    .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.log()));
+    for (sinks, own) in sinks.iter().zip(both(&topology, "node")) {
+        topology.ns("client").enter(|| {
+            let socket = UdpSocket::bind((any(own), 0)).expect("socket");
+            for _ in 0..20 {
+                let _ = socket.send_to(b"unguarded", (own, 81));
+            }
+        });
+        send(&topology.internet, SocketAddr::new(own, 9), "open");
+        sinks[0].until("open");
+        assert_eq!(sinks[1].rest(), [""; 0]);
     }
 }

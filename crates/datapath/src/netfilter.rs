@@ -198,32 +198,16 @@ impl Netfilter {
             return Err(foreign);
         }
         let counts = self.count(&found)?;
-        let mut lacking: Vec<Part> = Vec::new();
-        loop {
-            let has = |part: Part| !lacking.contains(&part);
-            let steps: Vec<Step> = self
-                .steps(rules, &found, &counts)
-                .into_iter()
-                .filter(|(part, ..)| has(*part))
-                .collect();
-            let parts: Vec<(Part, String)> = steps
-                .iter()
-                .map(|(part, what, _)| (*part, what.clone()))
-                .collect();
-            let requests = steps.into_iter().map(|(.., request)| request).collect();
-            let call = format!("the nftables table {}", self.name);
-            match self.socket.batch(requests, nft::SUBSYSTEM, &call) {
-                Ok(()) => return Ok(lacking.iter().map(|part| part.lack().to_owned()).collect()),
-                Err((about, mut error)) => {
-                    let Some((part, what)) = about.and_then(|number| parts.get(number)) else {
-                        return Err(error.into());
-                    };
-                    if *part == Part::Base {
-                        error.call = format!("{call}: {what}");
-                        return Err(error.into());
-                    }
-                    lacking.push(*part);
-                }
+        let call = format!("the nftables table {}", self.name);
+        let lacking = send_what_is_taken(
+            || steps(&self.name, &self.owner, rules, &found, &counts),
+            |requests| self.socket.batch(requests, nft::SUBSYSTEM, &call),
+        );
+        match lacking {
+            Ok(lacking) => Ok(lacking.into_iter().map(|part| part.lack().to_owned()).collect()),
+            Err((what, mut error)) => {
+                error.call = format!("{call}: {what}");
+                Err(error.into())
             }
         }
     }
@@ -340,101 +324,120 @@ impl Netfilter {
         }
         Ok(counts)
     }
+}
 
-    fn table(&self, family: Family) -> Table<'_> {
-        Table {
-            family,
-            name: &self.name,
+/// Sends the steps without the parts that the kernel refuses; answers which these are. An error comes with what it is about.
+fn send_what_is_taken(
+    steps: impl Fn() -> Vec<Step>,
+    mut send: impl FnMut(Vec<Request>) -> Result<(), (Option<usize>, SyscallError)>,
+) -> Result<Vec<Part>, (String, SyscallError)> {
+    let mut lacking: Vec<Part> = Vec::new();
+    loop {
+        let (about, requests): (Vec<(Part, String)>, Vec<Request>) = steps()
+            .into_iter()
+            .filter(|(part, ..)| !lacking.contains(part))
+            .map(|(part, what, request)| ((part, what), request))
+            .unzip();
+        let Err((number, error)) = send(requests) else {
+            return Ok(lacking);
+        };
+        match number.and_then(|number| about.get(number)) {
+            Some((Part::Base, what)) => return Err((what.clone(), error)),
+            Some((part, _)) => lacking.push(*part),
+            None => return Err(("the transaction".to_owned(), error)),
         }
     }
+}
 
-    /// Everything that makes the table from whatever there is.
-    fn steps(&self, rules: &Rules, found: &[(Family, String)], counts: &[Counter; 3]) -> Vec<Step> {
-        let mut steps = Vec::new();
-        let inet = self.table(Family::Inet);
-        let mut add = |part: Part, what: &str, request: Request| steps.push((part, what.to_owned(), request));
-        for (family, name) in found {
-            let old = Table {
-                family: *family,
-                name,
-            };
-            add(Part::Base, "the old table", old.delete());
+/// Everything that makes the table from whatever there is.
+fn steps(
+    name: &str,
+    owner: &str,
+    rules: &Rules,
+    found: &[(Family, String)],
+    counts: &[Counter; 3],
+) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let table = |family| Table { family, name };
+    let inet = table(Family::Inet);
+    let mut add = |part: Part, what: &str, request: Request| steps.push((part, what.to_owned(), request));
+    for (family, name) in found {
+        let old = Table {
+            family: *family,
+            name,
+        };
+        add(Part::Base, "the old table", old.delete());
+    }
+    add(Part::Base, "the table", inet.make(Some(owner)));
+    for ((name, ..), count) in COUNTERS.iter().zip(counts) {
+        let counter = inet.counter(name, count.packets, count.bytes);
+        add(Part::Base, "a counter", counter);
+    }
+    let (endpoints4, endpoints6) = split(&rules.endpoints);
+    let sets = [
+        (JUDGED, KeyType::InterfaceIndex, indexes(&rules.judged)),
+        (WORKLOADS, KeyType::InterfaceIndex, indexes(&rules.workloads)),
+        (NAMES, KeyType::InterfaceName, names(&rules.names)),
+        (ENDPOINTS_V4, KeyType::Ipv4, endpoints4),
+        (ENDPOINTS_V6, KeyType::Ipv6, endpoints6),
+    ];
+    let mut id = 0;
+    for (name, keys, elements) in &sets {
+        id += 1;
+        for request in inet.set(name, *keys, id, elements) {
+            add(Part::Base, "a set", request);
         }
-        add(Part::Base, "the table", inet.make(Some(&self.owner)));
-        for ((name, ..), count) in COUNTERS.iter().zip(counts) {
-            let counter = inet.counter(name, count.packets, count.bytes);
-            add(Part::Base, "a counter", counter);
+    }
+    let (own4, own6) = ranges(&rules.own);
+    for (name, keys, ranges) in [(OWN_V4, KeyType::Ipv4, own4), (OWN_V6, KeyType::Ipv6, own6)] {
+        id += 1;
+        for request in inet.ranges(name, keys, id, &ranges) {
+            add(Part::Base, "a set of addresses", request);
         }
-        let (endpoints4, endpoints6) = split(&rules.endpoints);
-        let sets = [
-            (JUDGED, KeyType::InterfaceIndex, indexes(&rules.judged)),
-            (WORKLOADS, KeyType::InterfaceIndex, indexes(&rules.workloads)),
-            (NAMES, KeyType::InterfaceName, names(&rules.names)),
-            (ENDPOINTS_V4, KeyType::Ipv4, endpoints4),
-            (ENDPOINTS_V6, KeyType::Ipv6, endpoints6),
-        ];
-        let mut id = 0;
-        for (name, keys, elements) in &sets {
-            id += 1;
-            for request in inet.set(name, *keys, id, elements) {
-                add(Part::Base, "a set", request);
-            }
+    }
+    for (chain, hook, priority) in [
+        ("prerouting", Hook::Prerouting, RAW),
+        ("input", Hook::Input, LATE),
+        ("postrouting", Hook::Postrouting, LATE),
+    ] {
+        add(Part::Base, "a chain", inet.chain(chain, hook, priority));
+    }
+    for (part, chain, expressions, note) in inet_rules(rules) {
+        let what = format!("a rule of {chain}");
+        add(part, &what, inet.rule(chain, &expressions, note));
+    }
+    let bridge = table(Family::Bridge);
+    if !rules.has_bridge {
+        return steps;
+    }
+    add(Part::Bridge, "the table of bridges", bridge.make(Some(owner)));
+    for (name, ..) in &COUNTERS[..2] {
+        add(Part::Bridge, "a counter of bridges", bridge.counter(name, 0, 0));
+    }
+    for (name, keys, elements) in [&sets[0], &sets[2]] {
+        id += 1;
+        for request in bridge.set(name, *keys, id, elements) {
+            add(Part::Bridge, "a set of bridges", request);
         }
-        let (own4, own6) = ranges(&rules.own);
-        for (name, keys, ranges) in [(OWN_V4, KeyType::Ipv4, own4), (OWN_V6, KeyType::Ipv6, own6)] {
-            id += 1;
-            for request in inet.ranges(name, keys, id, &ranges) {
-                add(Part::Base, "a set of addresses", request);
-            }
-        }
-        for (chain, hook, priority) in [
-            ("prerouting", Hook::Prerouting, RAW),
-            ("input", Hook::Input, LATE),
-            ("postrouting", Hook::Postrouting, LATE),
-        ] {
-            add(Part::Base, "a chain", inet.chain(chain, hook, priority));
-        }
-        for (part, chain, expressions, note) in inet_rules(rules) {
-            let what = format!("a rule of {chain}");
-            add(part, &what, inet.rule(chain, &expressions, note));
-        }
-        let bridge = self.table(Family::Bridge);
-        if !rules.has_bridge {
-            return steps;
-        }
+    }
+    for (chain, hook, priority) in [
+        ("prerouting", Hook::Prerouting, RAW),
+        ("postrouting", Hook::Postrouting, LATE),
+    ] {
         add(
             Part::Bridge,
-            "the table of bridges",
-            bridge.make(Some(&self.owner)),
+            "a chain of bridges",
+            bridge.chain(chain, hook, priority),
         );
-        for (name, ..) in &COUNTERS[..2] {
-            add(Part::Bridge, "a counter of bridges", bridge.counter(name, 0, 0));
-        }
-        for (name, keys, elements) in [&sets[0], &sets[2]] {
-            id += 1;
-            for request in bridge.set(name, *keys, id, elements) {
-                add(Part::Bridge, "a set of bridges", request);
-            }
-        }
-        for (chain, hook, priority) in [
-            ("prerouting", Hook::Prerouting, RAW),
-            ("postrouting", Hook::Postrouting, LATE),
-        ] {
-            add(
-                Part::Bridge,
-                "a chain of bridges",
-                bridge.chain(chain, hook, priority),
-            );
-        }
-        for (chain, expressions, note) in bridge_rules() {
-            add(
-                Part::Bridge,
-                "a rule of bridges",
-                bridge.rule(chain, &expressions, note),
-            );
-        }
-        steps
     }
+    for (chain, expressions, note) in bridge_rules() {
+        add(
+            Part::Bridge,
+            "a rule of bridges",
+            bridge.rule(chain, &expressions, note),
+        );
+    }
+    steps
 }
 
 /// The rules of IP: part, chain, expressions, comment.
@@ -746,6 +749,45 @@ mod tests {
         assert_eq!(note("palisade"), "palisade");
         let long = format!("palisade {}", "é".repeat(100));
         assert!(note(&long).len() <= LONGEST_NOTE && long.ends_with(&note(&long)));
+    }
+
+    #[test]
+    fn the_table_is_written_without_what_the_kernel_lacks() {
+        let rules = Rules {
+            is_enforced: true,
+            has_nat: true,
+            has_bridge: true,
+            ..Rules::default()
+        };
+        let all = || {
+            steps(
+                "t",
+                "o",
+                &rules,
+                &[(Family::Bridge, "t".to_owned())],
+                &Default::default(),
+            )
+        };
+        let refused = || SyscallError::new("batch", std::io::Error::from_raw_os_error(libc::ENOENT));
+        for missing in [Part::Mark, Part::Nat, Part::Bridge] {
+            let first = all().iter().position(|(part, ..)| *part == missing).unwrap();
+            let (mut lengths, whole) = (Vec::new(), all().len());
+            let lacking = send_what_is_taken(all, |requests| {
+                lengths.push(requests.len());
+                if lengths.len() == 1 {
+                    Err((Some(first), refused()))
+                } else {
+                    Ok(())
+                }
+            });
+            assert_eq!(lacking.unwrap(), [missing]);
+            let left = all().iter().filter(|(part, ..)| *part != missing).count();
+            assert_eq!(lengths, [whole, left]);
+            assert!(!missing.lack().is_empty());
+        }
+        for at in [Some(0), None] {
+            send_what_is_taken(all, |_| Err((at, refused()))).unwrap_err();
+        }
     }
 
     #[test]

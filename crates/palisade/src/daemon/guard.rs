@@ -46,6 +46,9 @@ pub struct Guard {
     seeded: bool,
     /// What the programs were told of interfaces that are not guarded; none: nothing yet.
     others: Option<BTreeMap<u32, bool>>,
+    /// Index of each to which the programs could not be attached and that keeps what was attached before: those programs
+    /// go on.
+    kept: BTreeMap<String, u32>,
     /// Whether one of them is or was a port of a bridge.
     had_bridge: bool,
 }
@@ -109,6 +112,7 @@ impl Guard {
         for (name, wanted) in order {
             let Some(ifindex) = found.get(name).copied() else {
                 changed |= self.outcomes.remove(name).is_some();
+                self.kept.remove(name);
                 if self.present.remove(name).is_some() {
                     info!(
                         event = "interface-gone",
@@ -129,6 +133,7 @@ impl Guard {
                 }
                 error!("{name}: somebody has removed our programs; putting them back");
             }
+            self.kept.remove(name);
             let outcome = match datapath.attach(&attachment) {
                 Ok(attached) => {
                     info!(
@@ -157,6 +162,9 @@ impl Guard {
                     if !matches!(self.outcomes.get(name), Some(Outcome::Failed(known)) if *known == text) {
                         error!("{name}: NOT guarded: {text}");
                         changed = true;
+                    }
+                    if in_kernel.is_some_and(is_whole) {
+                        self.kept.insert(name.clone(), ifindex);
                     }
                     Outcome::Failed(text)
                 }
@@ -258,6 +266,7 @@ impl Guard {
             }
         }
         self.outcomes.retain(|name, _| self.wanted.contains_key(name));
+        self.kept.retain(|name, _| self.wanted.contains_key(name));
         self.present.retain(|name, _| self.wanted.contains_key(name));
         (guarded, changed)
     }
@@ -279,12 +288,17 @@ impl Guard {
         let mut names = BTreeSet::new();
         for (name, wanted) in &self.wanted {
             let outcome = self.outcomes.get(name);
-            if let Some(Outcome::Guarded(attachment, _)) = outcome {
-                judged.insert(attachment.ifindex);
+            let guarded = match outcome {
+                Some(Outcome::Guarded(attachment, _)) => Some(attachment.ifindex),
+                Some(Outcome::Failed(_)) => self.kept.get(name).copied(),
+                None => None,
+            };
+            if let Some(ifindex) = guarded {
+                judged.insert(ifindex);
                 if wanted.role == Role::Endpoint {
-                    workloads.insert(attachment.ifindex);
+                    workloads.insert(ifindex);
                 }
-                self.had_bridge |= network.bridge_ports.contains(&attachment.ifindex);
+                self.had_bridge |= network.bridge_ports.contains(&ifindex);
             }
             let is_closed = match wanted.role {
                 Role::Endpoint => true,
