@@ -739,3 +739,25 @@ fn cause(error: &(dyn std::error::Error + 'static)) -> io::Error {
             io::Error::from_raw_os_error,
         )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_without_af_xdp_is_named_with_the_option_it_lacks() {
+        let error = |errno| umem_error(64, io::Error::from_raw_os_error(errno));
+        let unsupported = error(libc::EAFNOSUPPORT);
+        let text = unsupported.to_string();
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        assert!(
+            text.starts_with(&format!("Linux {} has no AF_XDP", release.trim()))
+                && text.contains("CONFIG_XDP_SOCKETS"),
+            "{text}"
+        );
+        assert_eq!(io::Error::from(unsupported).kind(), io::ErrorKind::Unsupported);
+        // Anything else is about the memory.
+        let other = error(libc::ENOMEM);
+        assert!(matches!(other, Error::Memory { frames: 64, .. }), "{other}");
+    }
+}
