@@ -907,7 +907,7 @@ fn a_head_that_does_not_end_is_ended() {
                     let end = talk.hear_all(OPEN);
                     let took = begin.elapsed();
                     assert!(
-                        !matches!(end, Ok(false)) && (1_500..5_000).contains(&took.as_millis()),
+                        !matches!(end, Ok(false)) && (1_500..18_000).contains(&took.as_millis()),
                         "slowly: {slowly} {family:?}: {end:?} after {took:?}\n{}",
                         daemon.report()
                     );
