@@ -55,6 +55,9 @@ struct Busy {
     traffic: [Traffic; 4],
 }
 
+/// Asks once; `None`: there was no answer.
+type Ask<'a> = &'a dyn Fn() -> Option<u16>;
+
 /// A loop that asks for one thing.
 struct Traffic {
     what: &'static str,
@@ -138,7 +141,7 @@ impl Busy {
     #[track_caller]
     fn reads(&self) {
         for family in FAMILIES {
-            let asks: [(&str, u16, &dyn Fn() -> Option<u16>); 4] = [
+            let asks: [(&str, u16, Ask<'_>); 4] = [
                 ("www.example", NOERROR, &|| {
                     question(&self.apps, family, "www.example")
                 }),
