@@ -73,11 +73,14 @@ struct Sink(UdpSocket);
 
 impl Sink {
     fn open(ns: &Ns, like: IpAddr, port: u16) -> Self {
+        Self::at(ns, SocketAddr::new(any(like), port))
+    }
+
+    fn at(ns: &Ns, at: SocketAddr) -> Self {
         ns.enter(|| {
-            let at = SocketAddr::new(any(like), port);
             let socket =
                 Socket::new(Domain::for_address(at), Type::DGRAM, Some(Protocol::UDP)).expect("socket");
-            if like.is_ipv4() {
+            if at.is_ipv4() {
                 socket.set_ip_transparent_v4(true).expect("transparent");
             } else {
                 socket.set_only_v6(true).expect("IPv6 only");
@@ -343,6 +346,43 @@ fn datagrams_that_tproxy_or_a_mark_turns_to_the_node_are_not_delivered_where_its
         let to = SocketAddr::new(to.parse().expect("address"), 81);
         send(&topology.internet, to, "new");
         sinks[n].until("new");
+    }
+}
+
+#[test]
+fn a_service_address_that_a_rule_by_port_turns_to_the_node_is_judged_as_the_nodes() {
+    let topology = topology();
+    let daemon = daemon(&topology, &[("node.yaml", NODE)]);
+    routes_to_services(&topology);
+    for (family, all) in [("-4", "0.0.0.0/0"), ("-6", "::/0")] {
+        for command in [
+            "rule add ipproto udp dport 80-81 lookup 100".to_owned(),
+            format!("route add local {all} dev lo table 100"),
+        ] {
+            let args: Vec<&str> = [family].into_iter().chain(command.split(' ')).collect();
+            topology.node.run("ip", &args).expect("routing by port");
+        }
+    }
+    for service in services() {
+        let denied = Sink::open(&topology.node, service, 80);
+        let to = SocketAddr::new(service, 81);
+        let server = Sink::at(&topology.node, to);
+        server.0.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        for from in ["internet", "client"] {
+            let ns = topology.ns(from);
+            send(ns, SocketAddr::new(service, 80), from);
+            let client = ns.enter(|| UdpSocket::bind((any(service), 0)).expect("socket"));
+            client.set_read_timeout(Some(PATIENCE)).expect("timeout");
+            client.send_to(b"question", to).expect("send");
+            let mut buffer = [0; 64];
+            let came = server.0.recv_from(&mut buffer);
+            let (_, peer) = came.unwrap_or_else(|error| panic!("{from}: {error}\n{}", daemon.report()));
+            server.0.send_to(b"answer", peer).expect("answer");
+            let answered = client.recv_from(&mut buffer);
+            let (_, by) = answered.unwrap_or_else(|error| panic!("{from}: {error}\n{}", daemon.report()));
+            assert_eq!(by, to);
+        }
+        assert_eq!(denied.rest(), [""; 0], "{}", daemon.report());
     }
 }
 

@@ -3,7 +3,7 @@
 use aya_ebpf::bindings::bpf_fib_lookup;
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use palisade_abi::identity::FIRST_LOCAL;
-use palisade_abi::{Addr, IpcacheEntry, LearnedKey};
+use palisade_abi::{Addr, IpcacheEntry, LearnedKey, protocol};
 use palisade_packet::flags;
 
 use crate::ctx::Context;
@@ -130,18 +130,23 @@ pub fn is_forwarded<C: Context>(ctx: C, frame: &Frame) -> bool {
 /// The interface by which the kernel would send the packet on; [`NOWHERE`] if it would refuse to; 0 if it takes it itself.
 #[inline(always)]
 pub fn route<C: Context>(ctx: C, frame: &Frame) -> u32 {
-    route_to(ctx, frame, &frame.packet.destination)
+    ask_route(ctx, frame, false)
 }
 
 /// The same for a packet that goes back to the source of this one.
 #[inline(always)]
 pub fn route_back<C: Context>(ctx: C, frame: &Frame) -> u32 {
-    route_to(ctx, frame, &frame.packet.source)
+    ask_route(ctx, frame, true)
 }
 
 #[inline(never)]
-fn route_to<C: Context>(ctx: C, frame: &Frame, to: &Addr) -> u32 {
+fn ask_route<C: Context>(ctx: C, frame: &Frame, back: bool) -> u32 {
     let packet = &frame.packet;
+    let (from, to) = if back {
+        (&packet.destination, &packet.source)
+    } else {
+        (&packet.source, &packet.destination)
+    };
     let ipv6 = packet.is(flags::IPV6);
     let first = to.bytes()[if ipv6 { 0 } else { 12 }];
     if if ipv6 { first == 0xff } else { first >= 224 } {
@@ -152,11 +157,22 @@ fn route_to<C: Context>(ctx: C, frame: &Frame, to: &Addr) -> u32 {
     question.family = if ipv6 { AF_INET6 } else { AF_INET };
     question.l4_protocol = packet.protocol;
     question.ifindex = frame.ifindex;
+    // `ip rule` may choose by ports. Of a fragment the kernel does not know them here.
+    if matches!(packet.protocol, protocol::TCP | protocol::UDP | protocol::SCTP)
+        && !packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER)
+    {
+        let (source, destination) = (packet.source_port.to_be(), packet.destination_port.to_be());
+        (question.sport, question.dport) = if back {
+            (destination, source)
+        } else {
+            (source, destination)
+        };
+    }
     if ipv6 {
-        question.__bindgen_anon_3.ipv6_src = packet.source.0;
+        question.__bindgen_anon_3.ipv6_src = from.0;
         question.__bindgen_anon_4.ipv6_dst = to.0;
     } else {
-        question.__bindgen_anon_3.ipv4_src = packet.source.0[3];
+        question.__bindgen_anon_3.ipv4_src = from.0[3];
         question.__bindgen_anon_4.ipv4_dst = to.0[3];
     }
     // BPF_FIB_LKUP_RET_*: 0 a route, 1 to 3 the kernel refuses, 4 for this machine, 5 forwarding is off,

@@ -140,6 +140,8 @@ impl Part {
     }
 }
 
+/// Tables by family and name.
+type Tables = Vec<(Family, String)>;
 /// A request and what it is about.
 type Step = (Part, String, Request);
 
@@ -255,7 +257,7 @@ impl Netfilter {
 
     /// The tables of this daemon, also those that it made under another name; and what to say if the table of this name
     /// belongs to another.
-    fn tables(&mut self) -> Result<(Vec<(Family, String)>, Option<NetfilterError>), NetfilterError> {
+    fn tables(&mut self) -> Result<(Tables, Option<NetfilterError>), NetfilterError> {
         let mut tables = Vec::new();
         let call = "listing the nftables tables";
         self.socket
