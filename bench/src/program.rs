@@ -13,8 +13,8 @@ use aya::{
 };
 use palisade_abi::{
     Addr, CLASS_SLOTS, Class, Config, CtEntry, CtKey, DIRECTIONS, Decision, EndpointState, Interface,
-    IpcacheEntry, MatchKind, PolicyEntry, PolicyKey, Share, class_slot, identity, maps, programs, protocol,
-    role,
+    IpcacheEntry, MatchKind, PolicyEntry, PolicyKey, Share, class_slot, endpoint_flags, identity, maps,
+    programs, protocol, role,
 };
 use palisade_datapath::Sizes;
 use palisade_testbed::Ns;
@@ -227,7 +227,8 @@ impl Loaded {
             policy: POLICY,
             revision: 1,
             identity: identity::FIRST_LABELS,
-            flags: 0,
+            // As the compiler has it for these rules: nothing is read, nothing denied by name.
+            flags: endpoint_flags::PLAIN_INGRESS | endpoint_flags::PLAIN_EGRESS,
         };
         self.array::<{ size_of::<EndpointState>() }>(maps::ENDPOINTS)?
             .set(ENDPOINT.into(), raw(&state)?, 0)?;

@@ -1,8 +1,8 @@
 //! The verdict function: one for XDP and tc, for both roles and both directions.
 
 use palisade_abi::{
-    Addr, CtEntry, Decision, Direction, EventKind, Reason, TracePoint, carry_flags, class_slot,
-    class_slot_unknown_port, ct_flags, endpoint_flags, entry_flags, event_flags, protocol, role,
+    Addr, CtEntry, Decision, Direction, EndpointState, EventKind, Reason, TracePoint, carry_flags,
+    class_slot, class_slot_unknown_port, ct_flags, endpoint_flags, entry_flags, event_flags, protocol, role,
 };
 use palisade_packet::{Bytes as _, Quote, TCP_ACK, TCP_RST, TCP_SYN, decode_quote, flags, icmp, icmpv6};
 
@@ -24,11 +24,7 @@ pub fn judge<C: Context, const IN_PLACE: bool>(ctx: C, frame: &mut Frame) {
     let Some(state) = ENDPOINTS.get_ptr(frame.endpoint & 0xffff) else {
         return frame.set(Reason::NoPolicy);
     };
-    // Policy and revision are stored by one 8-byte store, and so they are read.
-    // SAFETY: a map value of 16 bytes, aligned to 8; user space may write it meanwhile, hence volatile.
-    let word = unsafe { core::ptr::read_volatile(state.cast::<u64>()) }.to_ne_bytes();
-    frame.policy = u32::from_ne_bytes([word[0], word[1], word[2], word[3]]);
-    frame.revision = u32::from_ne_bytes([word[4], word[5], word[6], word[7]]);
+    (frame.policy, frame.revision) = policy_of(state);
     // SAFETY: as above; it may change a moment later than the policy, in which case nothing has been learned yet.
     frame.learns =
         unsafe { core::ptr::read_volatile(&raw const (*state).flags) } as u8 & endpoint_flags::LEARNS as u8;
@@ -188,6 +184,36 @@ fn may_be_turned(flow_protocol: u8, is_opened_by_syn: bool) -> bool {
     }
 }
 
+/// Whether the policy that `frame` is judged by says nothing in the given direction that [`ask_direction`] would have to
+/// find out. User space changes policy and flags one after the other: flags that were read while the policy was the one
+/// of `frame` are flags that hold for it.
+#[inline(always)]
+fn is_plain(frame: &Frame, ingress: u32) -> bool {
+    let Some(state) = ENDPOINTS.get_ptr(frame.endpoint & 0xffff) else {
+        return false;
+    };
+    // SAFETY: a map value; user space may write it meanwhile, hence volatile.
+    let flags = unsafe { core::ptr::read_volatile(&raw const (*state).flags) };
+    let (policy, revision) = policy_of(state);
+    let plain = if ingress != 0 {
+        endpoint_flags::PLAIN_INGRESS
+    } else {
+        endpoint_flags::PLAIN_EGRESS
+    };
+    flags & plain != 0 && policy == frame.policy && revision == frame.revision
+}
+
+/// Policy and revision of an endpoint: stored by one 8-byte store, and so they are read.
+#[inline(always)]
+fn policy_of(state: *const EndpointState) -> (u32, u32) {
+    // SAFETY: a map value of 16 bytes, aligned to 8; user space may write it meanwhile, hence volatile.
+    let word = unsafe { core::ptr::read_volatile(state.cast::<u64>()) }.to_ne_bytes();
+    (
+        u32::from_ne_bytes([word[0], word[1], word[2], word[3]]),
+        u32::from_ne_bytes([word[4], word[5], word[6], word[7]]),
+    )
+}
+
 /// Whether a packet that leaves with the address of a workload was judged at the workload's interface: it entered by a
 /// guarded one, where its source address was checked, or by what is above such a one.
 #[inline(always)]
@@ -260,7 +286,10 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
     // A packet that opens no connection does not show which end opened the flow: an attacker that sends the first one
     // would choose the direction by which the whole flow is judged.
     frame.other = other::NOTHING;
-    if frame.stateful && may_be_turned(frame.packet.protocol, conntrack::is_bare_syn(&frame.packet)) {
+    if frame.stateful
+        && may_be_turned(frame.packet.protocol, conntrack::is_bare_syn(&frame.packet))
+        && !is_plain(frame, u32::from(!ingress))
+    {
         ask_direction(frame, u32::from(!ingress));
     }
     policy::judge(frame, identity, slot, u32::from(frame.direction));
@@ -525,7 +554,7 @@ pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
     let ingress = u32::from(flow_flags & ct_flags::INGRESS != 0);
     frame.other = other::NOTHING;
     let by_syn = flow_flags & (ct_flags::MIDSTREAM | ct_flags::SEEDED) == 0;
-    if may_be_turned(frame.key.protocol, by_syn) {
+    if may_be_turned(frame.key.protocol, by_syn) && !is_plain(frame, ingress ^ 1) {
         ask_direction(frame, ingress ^ 1);
     }
     judge_direction(frame, ingress);

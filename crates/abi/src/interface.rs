@@ -59,6 +59,11 @@ pub struct Interface {
 pub mod endpoint_flags {
     /// Its policy names peers by DNS names: addresses it has learned are looked up.
     pub const LEARNS: u32 = 1;
+    /// No entry of its ingress table has anything read, and none denies by name: what that table says of a flow that was
+    /// opened the other way need not be asked. Holds for the policy that stands beside it only.
+    pub const PLAIN_INGRESS: u32 = 2;
+    /// The same of its egress table.
+    pub const PLAIN_EGRESS: u32 = PLAIN_INGRESS << 1;
 }
 
 /// Flags of a [`Config`].

@@ -203,17 +203,19 @@ pub fn plan(old: &Snapshot, new: &Snapshot) -> Vec<Op> {
         let rewritten = !switched && changes.new.contains(&state.policy);
         if switched || rewritten {
             // If numbers are still to settle, flows are judged again once more when they have.
-            // The same where a program may still have read other flags than it read of the policy.
-            let revision = if settle.is_empty() && flags == state.flags {
+            // The same where a program may still have read another LEARNS than it read of the policy.
+            let learns_as_before = (flags ^ state.flags) & endpoint_flags::LEARNS == 0;
+            let revision = if settle.is_empty() && learns_as_before {
                 state.revision
             } else {
                 state.revision.wrapping_sub(1)
             };
             // As long as the old policy may judge, what was learned counts if it did. What learned addresses are in
-            // between is right by either policy, so it can end before they settle.
+            // between is right by either policy, so it can end before they settle. A table is plain only if both are.
             let both = EndpointState {
                 revision,
-                flags: state.flags | flags,
+                flags: (state.flags | flags) & endpoint_flags::LEARNS
+                    | state.flags & flags & !endpoint_flags::LEARNS,
                 ..*state
             };
             let state = EndpointState { revision, ..*state };

@@ -8,8 +8,8 @@ use std::{
 };
 
 use palisade_abi::{
-    Addr, CLASS_ANY, Class, Direction, EndpointState, Identity, Inspector, IpcacheEntry, LearnedKey,
-    PolicyEntry, PolicyKey, PrefixKey, identity,
+    Addr, CLASS_ANY, Class, Decision, Direction, EndpointState, Identity, Inspector, IpcacheEntry,
+    LearnedKey, PolicyEntry, PolicyKey, PrefixKey, endpoint_flags, identity,
 };
 
 use crate::{
@@ -107,6 +107,21 @@ pub struct Table {
 }
 
 impl Table {
+    /// The [`endpoint_flags`] of the directions in which no entry has anything read or denies by name.
+    #[must_use]
+    pub fn plain(&self) -> u32 {
+        let mut plain = endpoint_flags::PLAIN_INGRESS | endpoint_flags::PLAIN_EGRESS;
+        for (key, entry) in &self.entries {
+            if matches!(
+                Decision::from_u8(entry.decision),
+                Decision::Inspect | Decision::DenyExplicit
+            ) {
+                plain &= !(endpoint_flags::PLAIN_INGRESS << (key.direction & 1));
+            }
+        }
+        plain
+    }
+
     /// The entries of one direction and identity.
     pub fn row(&self, direction: u8, identity: Identity) -> impl Iterator<Item = (&TableKey, &PolicyEntry)> {
         let key = |class| TableKey {

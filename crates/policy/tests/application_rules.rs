@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use palisade_abi::{Decision, Direction, Inspector, PolicyEntry, entry_flags};
+use palisade_abi::{Decision, Direction, Inspector, PolicyEntry, endpoint_flags, entry_flags};
 use palisade_policy::{
     compile::{Changes, Compiler, CompilerState, FileContent},
     l7::{HttpRequest, Request, passing},
@@ -445,4 +445,30 @@ fn the_expressions_of_an_endpoint_have_a_bound_together() {
         files: BTreeMap::from([("front".to_owned(), Some(content))]),
     };
     assert!(compiler.update(changes).is_ok());
+}
+
+#[test]
+fn a_table_is_plain_where_nothing_is_read_and_nothing_denied_by_name() {
+    let (ingress, egress) = (endpoint_flags::PLAIN_INGRESS, endpoint_flags::PLAIN_EGRESS);
+    let read =
+        "  ingress:\n  - toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {http: [{path: /a}]}}]";
+    let denied = "  egressDeny:\n  - toCIDR: [192.0.2.0/24]";
+    let allowed = "  ingress: [{fromEntities: [world]}]\n  egress: [{toCIDR: [192.0.2.0/24]}]";
+    for (spec, plain) in [(read, egress), (denied, ingress), (allowed, ingress | egress)] {
+        let Compiled(compiler) = compile(world(), &[("a", spec)]).unwrap();
+        let endpoints = &compiler.snapshot().endpoints;
+        assert_eq!(endpoints[&1].flags, plain, "{spec}");
+        assert_eq!(endpoints[&2].flags, ingress | egress);
+    }
+    // The same when a policy comes and goes.
+    let Compiled(mut compiler) = compile(world(), &[("a", allowed)]).unwrap();
+    for (content, plain) in [
+        (Some(policy("b", read)), egress),
+        (Some(policy("b", denied)), ingress),
+        (None, ingress | egress),
+    ] {
+        let files = BTreeMap::from([("b".to_owned(), content)]);
+        compiler.update(Changes { world: None, files }).unwrap();
+        assert_eq!(compiler.snapshot().endpoints[&1].flags, plain);
+    }
 }

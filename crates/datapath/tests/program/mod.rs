@@ -7,6 +7,8 @@
 pub mod packets;
 pub mod sys;
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::os::fd::{AsFd as _, BorrowedFd};
 
@@ -15,8 +17,8 @@ use aya::programs::{Program, ProgramError, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use palisade_abi::{
     Addr, CLASS_SLOTS, Config, Counter, CtEntry, CtKey, Decision, Direction, EndpointState, Event, EventKind,
-    Interface, IpcacheEntry, MatchKind, PolicyEntry, PolicyKey, PrefixKey, Reason, Share, identity, maps,
-    programs, role,
+    Interface, IpcacheEntry, MatchKind, PolicyEntry, PolicyKey, PrefixKey, Reason, Share, endpoint_flags,
+    identity, maps, programs, role,
 };
 use palisade_datapath::Sizes;
 use zerocopy::{FromBytes, IntoBytes};
@@ -118,6 +120,9 @@ pub struct World {
     ebpf: Ebpf,
     events: RingBuf<aya::maps::MapData>,
     counters: Vec<(u32, u64)>,
+    /// What POLICY and ENDPOINTS hold.
+    rules: RefCell<HashMap<PolicyKey, PolicyEntry>>,
+    states: RefCell<HashMap<u16, EndpointState>>,
 }
 
 impl World {
@@ -164,6 +169,8 @@ impl World {
             ebpf,
             events,
             counters: Vec::new(),
+            rules: RefCell::default(),
+            states: RefCell::default(),
         };
         world.config(|_| ());
         world.interface(role, endpoint, 0);
@@ -298,7 +305,7 @@ impl World {
         self.run_from(Hook::TcOut, frame, origin)
     }
 
-    /// An endpoint's policy and revision.
+    /// An endpoint's policy and revision. Its flags say which directions of the policy are plain, as the compiler does.
     pub fn state(&self, endpoint: u16, policy: u32, revision: u32, identity: u32) {
         let state = EndpointState {
             policy,
@@ -306,12 +313,38 @@ impl World {
             identity,
             flags: 0,
         };
+        self.states.borrow_mut().insert(endpoint, state);
+        self.tell(endpoint);
+    }
+
+    /// Writes the state of an endpoint.
+    fn tell(&self, endpoint: u16) {
+        let mut state = self.states.borrow()[&endpoint];
+        state.flags = endpoint_flags::PLAIN_INGRESS | endpoint_flags::PLAIN_EGRESS;
+        for (key, entry) in self.rules.borrow().iter() {
+            let decision = Decision::from_u8(entry.decision);
+            if key.policy == state.policy && matches!(decision, Decision::Inspect | Decision::DenyExplicit) {
+                state.flags &= !if key.direction == Direction::Ingress as u8 {
+                    endpoint_flags::PLAIN_INGRESS
+                } else {
+                    endpoint_flags::PLAIN_EGRESS
+                };
+            }
+        }
         sys::update(
             self.map(maps::ENDPOINTS),
             u32::from(endpoint).as_bytes(),
             state.as_bytes(),
         )
         .unwrap();
+    }
+
+    /// Writes the states of the endpoints that have a policy.
+    fn tell_all(&self, policy: u32) {
+        let states = self.states.borrow().clone();
+        for (endpoint, _) in states.iter().filter(|(_, state)| state.policy == policy) {
+            self.tell(*endpoint);
+        }
     }
 
     /// Port classes, by slot; every other slot has class 0.
@@ -333,6 +366,8 @@ impl World {
             zero: 0,
         };
         sys::update(self.map(maps::POLICY), key.as_bytes(), entry.as_bytes()).unwrap();
+        self.rules.borrow_mut().insert(key, entry);
+        self.tell_all(key.policy);
     }
 
     pub fn remove_rule(&self, policy: u16, direction: Direction, identity: u32, class: u16) {
@@ -344,6 +379,8 @@ impl World {
             zero: 0,
         };
         sys::delete(self.map(maps::POLICY), key.as_bytes()).unwrap();
+        self.rules.borrow_mut().remove(&key);
+        self.tell_all(key.policy);
     }
 
     pub fn forget_address(&self, addr: &str) {

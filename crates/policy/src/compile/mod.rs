@@ -525,6 +525,7 @@ impl Compiler {
                             ..SubjectNames::default()
                         },
                         policy: known.as_ref().map_or(0, |known| known.policy),
+                        plain: known.as_ref().map_or(0, |known| known.plain),
                         table: known.map(|known| known.table).unwrap_or_default(),
                     });
                 }

@@ -44,6 +44,8 @@ pub(super) struct Subject {
     pub(super) names: SubjectNames,
     pub(super) policy: u32,
     pub(super) table: Arc<Table>,
+    /// [`Table::plain`] of it.
+    pub(super) plain: u32,
 }
 
 impl Subject {
@@ -196,6 +198,7 @@ impl Compiler {
                             subject.policy = self.next_policy;
                             self.next_policy = self.next_policy.wrapping_add(1).max(1);
                         }
+                        subject.plain = table.plain();
                         subject.table = Arc::new(table);
                     }
                 }
@@ -302,9 +305,10 @@ impl Compiler {
             .flat_map(|subject| {
                 let policy = subject.policy;
                 let flags = if subject.names.selectors.is_empty() {
-                    0
+                    subject.plain
                 } else {
-                    endpoint_flags::LEARNS
+                    // Rows for learned identities join the live egress table under the same flags.
+                    endpoint_flags::LEARNS | (subject.plain & !endpoint_flags::PLAIN_EGRESS)
                 };
                 subject
                     .endpoints

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, HashMap};
 
 use palisade_abi::{
-    Addr, CLASS_ANY, CLASS_SLOTS, Class, Direction, EndpointState, IpcacheEntry, LearnedKey, PolicyEntry,
-    PolicyKey, PrefixKey, class_slot, class_slot_unknown_port, endpoint_flags, identity,
+    Addr, CLASS_ANY, CLASS_SLOTS, Class, Decision, Direction, EndpointState, IpcacheEntry, LearnedKey,
+    PolicyEntry, PolicyKey, PrefixKey, class_slot, class_slot_unknown_port, endpoint_flags, identity,
 };
 use palisade_policy::{
     plan::{MapContents, Op},
@@ -198,6 +198,21 @@ impl Maps {
             self.endpoints,
             snapshot.endpoints.iter().map(|(id, s)| (*id, *s)).collect()
         );
+        // What the programs do not ask of a table, because of the flags, says nothing.
+        for state in snapshot.endpoints.values() {
+            for (key, entry) in &snapshot.tables[&state.policy].entries {
+                let plain = if key.direction == Direction::Ingress as u8 {
+                    endpoint_flags::PLAIN_INGRESS
+                } else {
+                    endpoint_flags::PLAIN_EGRESS
+                };
+                let asked = [Decision::Inspect, Decision::DenyExplicit].map(|decision| decision as u8);
+                assert!(
+                    state.flags & plain == 0 || !asked.contains(&entry.decision),
+                    "{state:?} {key:?} {entry:?}"
+                );
+            }
+        }
     }
 
     pub fn endpoint(&self, id: u16) -> Option<EndpointState> {
