@@ -7,7 +7,7 @@
 use core::sync::atomic::{Ordering, compiler_fence};
 
 use aya_ebpf::bindings::BPF_NOEXIST;
-use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_jiffies64, bpf_ktime_get_coarse_ns};
+use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_coarse_ns};
 use palisade_abi::{
     Config, CtEntry, CtKey, EventKind, Reason, TracePoint, budget_slot, ct_flags, event_flags, protocol,
 };
@@ -407,8 +407,7 @@ pub fn insert(frame: &mut Frame) {
     let Some(config) = CONFIG.get(0) else {
         return frame.set(Reason::CtInsertionFailed);
     };
-    // SAFETY: takes and changes nothing.
-    frame.serial = unsafe { bpf_get_prandom_u32() };
+    frame.serial = share::random();
     let packet = &frame.packet;
     // No answer has been seen, and a reset begins nothing.
     let lifetime = match packet.protocol {
@@ -443,6 +442,7 @@ pub fn insert(frame: &mut Frame) {
         &frame.key,
         u32::from(frame.flow_flags & ct_flags::INGRESS == 0),
         frame.now,
+        frame.serial,
     ) == 0
     {
         return frame.set(Reason::CtInsertionFailed);

@@ -35,22 +35,27 @@ fn share_of(key: &CtKey, entry: &CtEntry) -> Option<*mut Share> {
     )
 }
 
-/// A place among `slots`, at a multiple of [`SHARE_WAYS`]; what is left behind the last such place is not used.
+/// A random number.
 #[inline(always)]
-fn place(slots: u32) -> u32 {
-    let sets = slots / SHARE_WAYS;
-    if sets == 0 {
-        return 0;
-    }
+pub fn random() -> u32 {
     // SAFETY: takes and changes nothing.
-    (unsafe { bpf_get_prandom_u32() }) % sets * SHARE_WAYS
+    unsafe { bpf_get_prandom_u32() }
 }
 
-/// Takes a slot for a flow, before its entry is made. The flow that had the slot is deleted unless it is kept.
+/// A place among `slots`, at a multiple of [`SHARE_WAYS`], by a random number; what is left behind the last such place is
+/// not used.
+#[inline(always)]
+fn place(slots: u32, random: u32) -> u32 {
+    let sets = slots / SHARE_WAYS;
+    ((u64::from(random) * u64::from(sets)) >> 32) as u32 * SHARE_WAYS
+}
+
+/// Takes a slot for a flow, at a random place, before its entry is made. The flow that had the slot is deleted unless it
+/// is kept.
 ///
 /// Returns 0 if the endpoint has no share.
 #[inline(never)]
-pub fn enter(key: &CtKey, direction: u32, created: u64) -> u32 {
+pub fn enter(key: &CtKey, direction: u32, created: u64, random: u32) -> u32 {
     let Some(share) = share(u32::from(key.endpoint), direction) else {
         return 0;
     };
@@ -64,7 +69,7 @@ pub fn enter(key: &CtKey, direction: u32, created: u64) -> u32 {
     if slots == 0 {
         return 0;
     }
-    let first = first.wrapping_add(place(slots));
+    let first = first.wrapping_add(place(slots, random));
     // A program that is about to be replaced may have a smaller map than the shares are cut for. Then the flow has no
     // slot and lives until its timeout.
     let Some(mut oldest) = FLOW_SLOTS.get_ptr_mut(first) else {
@@ -75,7 +80,8 @@ pub fn enter(key: &CtKey, direction: u32, created: u64) -> u32 {
     let mut oldest_at = unsafe { core::ptr::read_volatile(&raw const (*oldest).created) };
     let (mut second, mut second_at) = (oldest, u64::MAX);
     for way in 1..SHARE_WAYS {
-        if way >= slots {
+        // A slot that no flow has had yet is as good as any.
+        if way >= slots || oldest_at == 0 {
             break;
         }
         if let Some(other) = FLOW_SLOTS.get_ptr_mut(first.wrapping_add(way)) {
@@ -92,7 +98,8 @@ pub fn enter(key: &CtKey, direction: u32, created: u64) -> u32 {
     // Of two flows that would have to go, the one that was used last stays: the oldest may be a port that a resolver's
     // client has just used again.
     let (mut slot, mut holder) = (oldest, holder(oldest, oldest_at));
-    if !holder.is_null() && second_at != u64::MAX {
+    // SAFETY: see `conntrack::find`.
+    if !holder.is_null() && second_at != u64::MAX && unsafe { (*holder).expires > created } {
         let other = self::holder(second, second_at);
         // SAFETY: see `conntrack::find`.
         if other.is_null() || unsafe { (*other).expires < (*holder).expires } {
@@ -136,6 +143,7 @@ pub fn settle(key: &CtKey, entry: &mut CtEntry, settled: u32) -> u32 {
             key,
             u32::from(entry.flags & ct_flags::INGRESS == 0),
             entry.created,
+            random(),
         );
     }
     0
@@ -197,7 +205,7 @@ pub fn enter_fragment(key: &FragmentKey, endpoint: u32, expires: u64) -> u32 {
     if slots == 0 {
         return 0;
     }
-    let first = first.wrapping_add(place(slots));
+    let first = first.wrapping_add(place(slots, random()));
     let Some(mut slot) = FRAGMENT_SLOTS.get_ptr_mut(first) else {
         return 1;
     };
