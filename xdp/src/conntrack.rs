@@ -130,14 +130,6 @@ fn lookup(key: &CtKey) -> *mut CtEntry {
     }
 }
 
-/// Writes an entry; returns 0, or 1 if the map refuses it. The key is copied as in [`lookup`]. The result is a number:
-/// a `Result` in memory tells the verifier less.
-#[inline(never)]
-fn put(key: &CtKey, entry: &CtEntry, how: u64) -> u32 {
-    let key = *key;
-    u32::from(CONNTRACK.insert(&key, entry, how).is_err())
-}
-
 /// Returns the live entry of a key.
 #[inline(always)]
 pub fn find(key: &CtKey, now: u64) -> Option<&'static mut CtEntry> {
@@ -401,13 +393,21 @@ pub fn direction_flags(entry: &CtEntry, ingress: bool) -> u8 {
     out
 }
 
-/// Makes the entry of a flow whose first packet is `frame`'s. The verdict changes only if the map takes nothing.
+/// Takes a slot for the flow whose first packet is `frame`'s, and gives it its serial. Returns 0 if there is none. A
+/// function beside [`insert`] and not in it for the stack that both take.
+#[inline(always)]
+pub fn enter(frame: &mut Frame) -> u32 {
+    frame.serial = share::random();
+    let egress = u32::from(frame.flow_flags & ct_flags::INGRESS == 0);
+    share::enter(&frame.key, egress, frame.now, frame.serial)
+}
+
+/// Makes the entry of a flow that has a slot. The verdict changes only if the map takes nothing.
 #[inline(never)]
 pub fn insert(frame: &mut Frame) {
     let Some(config) = CONFIG.get(0) else {
         return frame.set(Reason::CtInsertionFailed);
     };
-    frame.serial = share::random();
     let packet = &frame.packet;
     // No answer has been seen, and a reset begins nothing.
     let lifetime = match packet.protocol {
@@ -438,33 +438,25 @@ pub fn insert(frame: &mut Frame) {
     entry.ruleset = frame.ruleset;
     entry.inspector = frame.inspector;
     entry.carry_flags = frame.carry_flags;
-    if share::enter(
-        &frame.key,
-        u32::from(frame.flow_flags & ct_flags::INGRESS == 0),
-        frame.now,
-        frame.serial,
-    ) == 0
-    {
-        return frame.set(Reason::CtInsertionFailed);
-    }
+    // On the stack, as in `lookup`.
+    let key = frame.key;
     // What takes the place of a flow that is over adds nothing to the map.
-    if put(&frame.key, &entry, u64::from(BPF_NOEXIST)) == 0 {
+    if CONNTRACK.insert(&key, &entry, u64::from(BPF_NOEXIST)).is_ok() {
         counters::conntrack_made();
     } else {
-        give_back(&frame.key);
-        if put(&frame.key, &entry, 0) != 0 {
+        give_back(&key);
+        if CONNTRACK.insert(&key, &entry, 0).is_err() {
             frame.set(Reason::CtInsertionFailed);
         }
     }
 }
 
-/// The entry of a key is about to be overwritten.
+/// The entry of a key is about to be overwritten. The key is on the stack of the caller.
 #[inline(never)]
 fn give_back(key: &CtKey) -> u32 {
-    let key = *key;
-    if let Some(old) = CONNTRACK.get_ptr_mut(&key) {
+    if let Some(old) = CONNTRACK.get_ptr_mut(key) {
         // SAFETY: see `find`.
-        share::give_back(&key, unsafe { &mut *old });
+        share::give_back(key, unsafe { &mut *old });
     }
     0
 }

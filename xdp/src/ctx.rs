@@ -259,7 +259,9 @@ macro_rules! calls {
         }
         #[inline(always)]
         fn send(self, frame: &Frame, what: u32, flow: *const CtEntry) {
-            $send(self.0, frame, what, flow);
+            if event::may_send(frame, what) {
+                $send(self.0, frame, what, flow);
+            }
         }
     };
 }

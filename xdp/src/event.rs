@@ -16,9 +16,17 @@ pub const fn what(kind: EventKind, point: TracePoint) -> u32 {
     (kind as u32) << 8 | point as u32
 }
 
-/// Takes a token from the budget of this kind and reason. A bucket is filled once a second.
+/// The budget of an event about `frame`.
 #[inline(always)]
-fn may_send(slot: u32, now: u64) -> bool {
+fn slot(frame: &Frame, what: u32) -> u32 {
+    (what >> 8) * 256 + u32::from(frame.reason)
+}
+
+/// Takes a token from the budget of this kind and reason. A bucket is filled once a second. Asked before [`send`] is
+/// called: in a flood nearly no event is sent, and the call is what it would cost.
+#[inline(always)]
+pub fn may_send(frame: &Frame, what: u32) -> bool {
+    let (slot, now) = (slot(frame, what), frame.now);
     let (Some(budget), Some(config)) = (BUDGETS.get_ptr_mut(slot), CONFIG.get(0)) else {
         return false;
     };
@@ -37,16 +45,12 @@ fn may_send(slot: u32, now: u64) -> bool {
     true
 }
 
-/// Sends an event about `frame` if there is budget for it. `flow` gives a trace its numbers.
+/// Sends an event about `frame`, for which there is budget. `flow` gives a trace its numbers.
 #[inline(always)]
 pub fn send<C: Context>(ctx: C, frame: &Frame, what: u32, flow: Option<&CtEntry>) {
     let kind = what >> 8;
-    let slot = kind * 256 + u32::from(frame.reason);
-    if !may_send(slot, frame.now) {
-        return;
-    }
     let Some(mut record) = EVENTS.reserve_untyped::<Event>(0) else {
-        if let Some(budget) = BUDGETS.get_ptr_mut(slot) {
+        if let Some(budget) = BUDGETS.get_ptr_mut(slot(frame, what)) {
             // SAFETY: a map value of this CPU, which lives as long as the map.
             unsafe { (*budget).lost += 1 };
         }

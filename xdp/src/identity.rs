@@ -54,12 +54,18 @@ pub fn exact(addr: &Addr) -> Known {
 // Returns one word: an aggregate would come back through memory, which the verifier follows less well.
 #[inline(never)]
 fn exact_word(addr: &Addr) -> u64 {
+    exact_here(addr).0
+}
+
+/// [`exact`] without a call, where the stack has room for the key.
+#[inline(always)]
+pub fn exact_here(addr: &Addr) -> Known {
     // On the stack: the verifier of Linux 6.1 takes no map key from the memory of a global function's parameter.
     let key = *addr;
     // SAFETY: user space replaces an element, it never changes one in place; the copy is taken at once.
     match unsafe { IPCACHE.get(&key) } {
-        Some(entry) => Known::new(entry).0,
-        None => Known::NOTHING.0,
+        Some(entry) => Known::new(entry),
+        None => Known::NOTHING,
     }
 }
 
@@ -82,12 +88,16 @@ pub fn learned(addr: &Addr, known: u64, endpoint: u32) -> u32 {
 }
 
 /// The identity of an address whose exact entry is `known`: that, or the longest prefix, or the world.
-#[inline(never)]
+#[inline(always)]
 pub fn identity(addr: &Addr, known: u64) -> u32 {
-    let identity = Known(known).identity();
-    if identity != 0 {
-        return identity;
+    match Known(known).identity() {
+        0 => by_prefix(addr),
+        identity => identity,
     }
+}
+
+#[inline(never)]
+fn by_prefix(addr: &Addr) -> u32 {
     if let Some(entry) = PREFIXES.get(&Key::new(128, *addr)) {
         return entry.identity;
     }

@@ -57,7 +57,7 @@ pub fn judge(frame: &mut Frame, identity: u32, slot: u32, direction: u32) {
 }
 
 /// The entry that decides. Changes the key on its way.
-#[inline(never)]
+#[inline(always)]
 fn find(key: &mut PolicyKey) -> Option<&'static PolicyEntry> {
     let class = key.class;
     // SAFETY: entries are replaced, never changed in place; and so below.

@@ -126,24 +126,31 @@ fn admits<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) -> bool {
 /// Whether the SYN of a side that is to answer opens, taken by itself, a connection that must be read.
 #[inline(always)]
 fn is_read_by_itself(frame: &mut Frame, ingress: bool) -> bool {
-    ask_direction(frame, u32::from(ingress));
+    let known = known_remote(frame);
+    ask_direction(frame, known.into(), u32::from(ingress));
     frame.other == other::READ
 }
 
-/// Judges the flow of `frame.key` as one that was opened in the given direction.
-#[inline(never)]
-fn judge_direction(frame: &mut Frame, ingress: u32) -> u32 {
-    let mut known = identity::exact(&frame.key.remote);
+/// What the ipcache knows of the other end of the flow of `frame.key`.
+#[inline(always)]
+fn known_remote(frame: &Frame) -> Known {
     // See `forget_other_links`.
     if identity::is_link_local(&frame.key.remote)
         && (frame.place == place::NIC_IN || frame.place == place::NIC_OUT)
     {
-        known = Known::NOTHING;
+        return Known::NOTHING;
     }
+    identity::exact(&frame.key.remote)
+}
+
+/// Judges the flow of `frame.key`, of whose other end the ipcache knows `known`, as one that was opened in the given
+/// direction.
+#[inline(never)]
+fn judge_direction(frame: &mut Frame, known: u64, ingress: u32) -> u32 {
     let identity = if frame.learns != 0 && ingress == 0 {
-        identity::learned(&frame.key.remote, known.into(), frame.endpoint)
+        identity::learned(&frame.key.remote, known, frame.endpoint)
     } else {
-        identity::identity(&frame.key.remote, known.into())
+        identity::identity(&frame.key.remote, known)
     };
     let key = &frame.key;
     let port = match key.protocol {
@@ -159,9 +166,9 @@ fn judge_direction(frame: &mut Frame, ingress: u32) -> u32 {
 
 /// Writes what the policy says of the flow of `frame.key` in the given direction into `frame.other`, and no more.
 #[inline(never)]
-fn ask_direction(frame: &mut Frame, ingress: u32) -> u32 {
+fn ask_direction(frame: &mut Frame, known: u64, ingress: u32) -> u32 {
     frame.forget_decision();
-    judge_direction(frame, ingress);
+    judge_direction(frame, known, ingress);
     frame.other = if frame.decision == Decision::Inspect as u8 && frame.entry_flags & entry_flags::AUDIT == 0
     {
         other::READ
@@ -290,7 +297,7 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
         && may_be_turned(frame.packet.protocol, conntrack::is_bare_syn(&frame.packet))
         && !is_plain(frame, u32::from(!ingress))
     {
-        ask_direction(frame, u32::from(!ingress));
+        ask_direction(frame, frame.known, u32::from(!ingress));
     }
     policy::judge(frame, identity, slot, u32::from(frame.direction));
     if frame.other != other::NOTHING && frame.reason == Reason::Allowed as u8 && frame.inspector == 0 {
@@ -334,6 +341,9 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
         if is_tcp && frame.packet.tcp_flags & conntrack::STATE_FLAGS != TCP_SYN {
             frame.flow_flags |= ct_flags::MIDSTREAM;
         }
+        if conntrack::enter(frame) == 0 {
+            return frame.set(Reason::CtInsertionFailed);
+        }
         conntrack::insert(frame);
         if frame.is_dropped() {
             return;
@@ -369,7 +379,7 @@ fn turn(frame: &mut Frame, ingress: u32) -> u32 {
     }
     if is_tcp && frame.other == other::READ && packet.tcp_flags & (TCP_SYN | TCP_RST) == 0 {
         frame.forget_decision();
-        judge_direction(frame, ingress);
+        judge_direction(frame, frame.known, ingress);
         frame.turned = true;
         return 0;
     }
@@ -384,8 +394,8 @@ fn turn(frame: &mut Frame, ingress: u32) -> u32 {
 fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
     const LOCAL: u8 = ct_flags::REMOTE_IS_LOCAL;
     const HOST: u8 = ct_flags::REMOTE_IS_HOST;
-    let mut source = identity::exact(&frame.packet.source);
-    let mut destination = identity::exact(&frame.packet.destination);
+    let mut source = identity::exact_here(&frame.packet.source);
+    let mut destination = identity::exact_here(&frame.packet.destination);
     forget_other_links(ctx, frame, &mut source, &mut destination);
     let from = source.endpoint();
     let to = destination.endpoint();
@@ -536,13 +546,7 @@ fn is_to_group<C: Context>(ctx: C, frame: &Frame, to: u32) -> bool {
 /// it is over: without one the answering side's next packet would be judged as a flow of its own.
 #[inline(always)]
 pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
-    let mut known = identity::exact(&frame.key.remote);
-    // See `forget_other_links`.
-    if identity::is_link_local(&frame.key.remote)
-        && (frame.place == place::NIC_IN || frame.place == place::NIC_OUT)
-    {
-        known = Known::NOTHING;
-    }
+    let known = known_remote(frame);
     // The configuration may have given the address to another endpoint meanwhile.
     if matches!(frame.place, place::FROM_WORKLOAD | place::TO_WORKLOAD) {
         let owner = identity::exact(&frame.key.local).endpoint();
@@ -555,9 +559,9 @@ pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
     frame.other = other::NOTHING;
     let by_syn = flow_flags & (ct_flags::MIDSTREAM | ct_flags::SEEDED) == 0;
     if may_be_turned(frame.key.protocol, by_syn) && !is_plain(frame, ingress ^ 1) {
-        ask_direction(frame, ingress ^ 1);
+        ask_direction(frame, known.into(), ingress ^ 1);
     }
-    judge_direction(frame, ingress);
+    judge_direction(frame, known.into(), ingress);
     // See `turn`.
     if frame.other != other::NOTHING && frame.reason == Reason::Allowed as u8 && frame.inspector == 0 {
         if frame.key.protocol != protocol::TCP {
@@ -566,7 +570,7 @@ pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
             }
         } else if frame.other == other::READ {
             frame.forget_decision();
-            judge_direction(frame, ingress ^ 1);
+            judge_direction(frame, known.into(), ingress ^ 1);
             // Shares are counted by direction.
             conntrack::keep_no_more(&frame.key, entry);
             flow_flags = (flow_flags ^ ct_flags::INGRESS) | ct_flags::MIDSTREAM;
