@@ -146,11 +146,6 @@ fn without_a_worker_nothing_passes_unless_that_is_wanted() {
 fn what_cannot_be_carried() {
     for hook in ENTRIES {
         let mut world = reading(NIC, HOST);
-        let fits = udp(CLIENT, SERVER, &vec![1; MAX_CARRIED_FRAME as usize - 42]);
-        assert_eq!(fits.len(), MAX_CARRIED_FRAME as usize);
-        carried(&world.run(hook, &fits), &fits);
-        let longer = udp(CLIENT, SERVER, &vec![1; MAX_CARRIED_FRAME as usize - 41]);
-        assert_eq!(world.run(hook, &longer).reason, Reason::CarryUnsupported);
         // What belongs to no flow.
         let got = world.run(hook, &tcp((WORLD_V4, 5000), SERVER, RST));
         assert_eq!(got.reason, Reason::CtInvalidState);
@@ -162,6 +157,47 @@ fn what_cannot_be_carried() {
         });
         let question = udp(CLIENT, SERVER, b"question");
         assert_eq!(world.run(hook, &question).reason, Reason::NoDnsInspector);
+    }
+}
+
+/// Both ways the longest frame fits the carrier's MTU with all that stands around it.
+#[test]
+fn the_longest_frame_is_carried_there_and_back() {
+    const LONGEST: usize = MAX_CARRIED_FRAME as usize;
+    // veth takes its MTU and an Ethernet header.
+    let room = palisade_abi::CARRIER_MTU as usize + 14;
+    for (client, server, headers) in [(WORLD_V4, HOST_V4, 42), (WORLD_V6, HOST_V6, 62)] {
+        let datagram = |length: usize| udp((client, 4000), (server, 80), &vec![1; length - headers]);
+        for hook in ENTRIES {
+            let mut world = reading(NIC, HOST);
+            let longest = datagram(LONGEST);
+            assert_eq!(longest.len(), LONGEST);
+            let there = world.run(hook, &longest);
+            carried(&there, &longest);
+            assert!(longest.len() + size_of::<Carried>() <= room);
+            for way in [release::INGRESS, release::EGRESS] {
+                let behind = Released {
+                    cookie: COOKIE,
+                    ifindex: IFINDEX,
+                    way,
+                    flags: release::COMMAND | release::SECOND_COMMAND,
+                    zero: [0; 2],
+                };
+                let command = FlowCommand::default();
+                let back = [
+                    &longest[..],
+                    command.as_bytes(),
+                    command.as_bytes(),
+                    behind.as_bytes(),
+                ]
+                .concat();
+                assert!(back.len() <= room, "{} bytes", back.len());
+                let (retval, out, _) = world.run_back(&back);
+                assert_eq!((retval, out), (REDIRECT, longest.clone()));
+            }
+            let longer = datagram(LONGEST + 1);
+            assert_eq!(world.run(hook, &longer).reason, Reason::CarryUnsupported);
+        }
     }
 }
 
