@@ -520,6 +520,58 @@ fn the_table_is_written_again_and_goes_with_detach_and_no_other_is_touched() {
     assert_eq!(tables(&other.node), "");
 }
 
+/// Becomes another program, for which the kernel has no netlink for netfilter (seccomp(2): EPROTONOSUPPORT for
+/// socket(AF_NETLINK, ..., NETLINK_NETFILTER)).
+const WITHOUT_NETFILTER: &str = r#"
+import ctypes, os, platform, struct, sys
+number = {"x86_64": 41, "aarch64": 198}[platform.machine()]
+LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
+rules = [
+    (LOAD, 0, 0, 0), (EQUAL, 0, 5, number),
+    (LOAD, 0, 0, 16), (EQUAL, 0, 3, 16),
+    (LOAD, 0, 0, 32), (EQUAL, 0, 1, 12),
+    (RETURN, 0, 0, 0x00050000 | 93), (RETURN, 0, 0, 0x7fff0000),
+]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(rules), ctypes.addressof(code)))
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program, 0, 0):
+    raise OSError(ctypes.get_errno(), "prctl")
+os.execvp(sys.argv[1], sys.argv[1:])
+"#;
+
+#[test]
+fn a_kernel_without_nf_tables_is_said_and_everything_else_goes_on() {
+    let topology = topology();
+    let mut daemon =
+        Daemon::prepare(&topology, &Settings::default(), &[("node.yaml", NODE)]).expect("a daemon");
+    daemon.start_through(["python3", "-c", WITHOUT_NETFILTER].map(str::to_owned).into());
+    daemon.restart().expect("start");
+    assert_eq!(table(&topology.node), "");
+    let status = daemon.status().expect("status");
+    let warnings = status["warnings"].to_string();
+    assert!(
+        status["ready"] == true && warnings.contains("CONFIG_NF_TABLES"),
+        "{status:#}"
+    );
+    for own in both(&topology, "node") {
+        let [denied, allowed] = [80, 81].map(|port| Sink::open(&topology.node, own, port));
+        for from in ["internet", "client"] {
+            send(topology.ns(from), SocketAddr::new(own, 80), from);
+            send(topology.ns(from), SocketAddr::new(own, 81), from);
+            allowed.until(from);
+        }
+        assert_eq!(denied.rest(), [""; 0]);
+    }
+    // With nf_tables at the next start everything is as it should be.
+    daemon.kill9().expect("kill -9");
+    daemon.start_through(Vec::new());
+    daemon.restart().expect("restart");
+    assert!(table(&topology.node).contains("@names"));
+    let status = daemon.status().expect("status");
+    assert_eq!(status["warnings"].as_array().map(Vec::len), Some(0), "{status:#}");
+}
+
 #[test]
 fn a_port_of_a_bridge_that_is_made_again_reaches_neither_node_nor_neighbours() {
     let topology = Topology::new()

@@ -3,6 +3,7 @@
 //! ```text
 //! <pin_dir>/v1/POLICY, CONNTRACK, ...      maps, of one version of palisade_abi
 //! <pin_dir>/links/<ifindex>/xdp, ...       what holds the programs at an interface
+//! nftables: table inet <name>               what no program sees
 //! ```
 //!
 //! What is attached keeps enforcing when the process ends, by whatever end. A later [`Datapath::open`] finds the

@@ -471,8 +471,8 @@ impl Control {
                 Message::Policies(changes) => self.policies_changed(&changes),
                 Message::Network(network) => self.network_changed(network),
                 Message::Netfilter(change) => {
-                    if change.touched {
-                        self.netfilter.was_touched();
+                    if change.touched || change.may_be_touched {
+                        self.netfilter.was_touched(change.touched);
                     }
                     self.translates = change.translates;
                     self.netfilter_due = true;

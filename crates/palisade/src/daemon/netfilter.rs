@@ -15,6 +15,7 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{setsockopt, sockopt::RcvBufForce},
 };
 use palisade_abi::{Counter, Direction, Reason};
 use palisade_datapath::{Netfilter, NetfilterError, Rules};
@@ -29,6 +30,8 @@ const GROUP: u32 = 1 << (7 - 1);
 const SETTLE: Duration = Duration::from_millis(5);
 /// Nobody tells of the tables of the kernel's own iptables; they are looked at so often.
 const LOOK: u16 = 2_000;
+/// Bytes of notifications that may wait to be read.
+const BUFFER: usize = 4 << 20;
 /// `NFNL_SUBSYS_NFTABLES`, `NFT_MSG_NEWGEN`.
 const SUBSYSTEM: u16 = 10;
 const NEW_GENERATION: u16 = 15;
@@ -148,9 +151,9 @@ impl Keeper {
         table.write(rules)
     }
 
-    /// Another program has changed the table.
-    pub fn was_touched(&mut self) {
-        if self.written.take().is_some() {
+    /// Another program has changed the table, or may have: then that is no news for the operator.
+    pub fn was_touched(&mut self, is_sure: bool) {
+        if self.written.take().is_some() && is_sure {
             warn!(
                 event = "nftables-restored",
                 "another program has removed or changed the nftables table {}; it is written again",
@@ -177,6 +180,9 @@ impl Keeper {
         let socket = Socket::new(NETLINK_NETFILTER).and_then(|mut socket| {
             socket.bind(&SocketAddr::new(0, GROUP))?;
             socket.set_non_blocking(true)?;
+            // Rulesets are replaced as a whole; the kernel tells of each rule. With less room more is lost, and the table is
+            // written more often than it has to be.
+            let _ = setsockopt(&socket, RcvBufForce, &BUFFER);
             Ok(socket)
         });
         if let Err(problem) = &socket {
@@ -196,12 +202,13 @@ impl Keeper {
                     chains = nat::nft_chains() > 0;
                 }
                 let now = chains || !nat::legacy_tables().is_empty();
-                if !seen.touched && now == translates {
+                if !seen.touched && !seen.lost && now == translates {
                     continue;
                 }
                 translates = now;
                 let change = Change {
                     touched: seen.touched,
+                    may_be_touched: seen.lost,
                     translates,
                 };
                 if !changed(change) {
@@ -218,6 +225,8 @@ impl Keeper {
 pub struct Change {
     /// The table was changed or removed.
     pub touched: bool,
+    /// Notifications were lost.
+    pub may_be_touched: bool,
     /// The node translates addresses.
     pub translates: bool,
 }
@@ -231,6 +240,8 @@ struct Seen {
     touched: bool,
     /// Of the last transaction not everything has been read.
     is_open: bool,
+    /// Some of what was told is lost.
+    lost: bool,
 }
 
 fn wait() -> Seen {
@@ -259,11 +270,7 @@ fn notified(socket: &Socket, table: &str, port: &AtomicU32) -> Seen {
             }
             Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => {
                 // What was lost may have been about the table.
-                seen = Seen {
-                    ruleset: true,
-                    touched: true,
-                    is_open: false,
-                };
+                (seen.ruleset, seen.lost) = (true, true);
             }
             Err(_) => {
                 thread::sleep(SETTLE);
@@ -335,7 +342,7 @@ mod tests {
             Seen {
                 ruleset: true,
                 touched: true,
-                is_open: false,
+                ..Seen::default()
             },
         );
         assert_eq!(seen(&[message(2, 7, b"palisade\0"), generation(7)]), nothing);
