@@ -98,7 +98,7 @@ fn refused(why: &'static str, becomes: String) -> Denial {
     Denial::Refused { why, becomes }
 }
 
-/// The head of a described request, as HTTP/1.1 has it. A part with a line end in it would be read as several.
+/// The head of a described request. A part with a line end in it would be read as several.
 fn head_of(http: &HttpRequest) -> Result<String, Refusal> {
     use std::fmt::Write as _;
 
@@ -112,12 +112,14 @@ fn head_of(http: &HttpRequest) -> Result<String, Refusal> {
     } else {
         &http.path
     };
-    let mut head = format!("{} {target} HTTP/1.1\r\n", http.method);
+    let version = u8::from(!http.is_http10);
+    let mut head = format!("{} {target} HTTP/1.{version}\r\n", http.method);
     let names_host = http
         .headers
         .iter()
         .any(|(name, _)| name.eq_ignore_ascii_case("host"));
-    if !names_host || !http.host.is_empty() {
+    // HTTP/1.1 asks for the field, also where it is empty.
+    if !http.host.is_empty() || !(names_host || http.is_http10) {
         let _ = write!(head, "Host: {}\r\n", http.host);
     }
     for (name, value) in &http.headers {
@@ -160,6 +162,7 @@ mod tests {
                 .iter()
                 .map(|(name, value)| ((*name).into(), (*value).into()))
                 .collect(),
+            ..HttpRequest::default()
         };
         let request = Request {
             http: Some(http),

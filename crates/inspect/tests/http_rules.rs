@@ -288,6 +288,7 @@ fn facts(request: &Request<'_>) -> l7::Request {
                 .iter()
                 .map(|(name, value)| (name.into(), text(value)))
                 .collect(),
+            is_http10: request.version == 0,
         }),
         ..l7::Request::default()
     }

@@ -175,6 +175,7 @@ struct HttpFacts {
     host: String,
     #[serde(default)]
     headers: BTreeMap<String, Values>,
+    version: Option<String>,
 }
 
 /// The value of a field, or those of a field that occurs several times.
@@ -525,6 +526,12 @@ fn outcome(
 }
 
 fn request(check: &Check) -> Result<Request, String> {
+    let version = check.http.as_ref().and_then(|http| http.version.as_deref());
+    let is_http10 = match version {
+        None | Some("1.1") => false,
+        Some("1.0") => true,
+        Some(other) => return Err(format!("version {other:?} is neither \"1.0\" nor \"1.1\"")),
+    };
     let http = check.http.as_ref().map(|http| {
         let method = http.method.clone().unwrap_or_else(|| "GET".into());
         // CONNECT names a host and has no path.
@@ -534,6 +541,7 @@ fn request(check: &Check) -> Result<Request, String> {
             path: http.path.clone().unwrap_or_else(|| no_path.into()),
             method,
             host: http.host.clone(),
+            is_http10,
             headers: fields
                 .flat_map(|(name, values)| values.all().iter().map(|value| (name.clone(), value.clone())))
                 .collect(),

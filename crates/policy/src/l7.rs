@@ -60,6 +60,8 @@ pub struct HttpRequest {
     pub host: String,
     /// Header fields.
     pub headers: Vec<(String, String)>,
+    /// HTTP/1.0; else HTTP/1.1.
+    pub is_http10: bool,
 }
 
 /// A Kafka request.
@@ -380,6 +382,7 @@ mod tests {
                 path: path.into(),
                 host: "a.test".into(),
                 headers: headers.iter().map(|(n, v)| ((*n).into(), (*v).into())).collect(),
+                ..HttpRequest::default()
             }),
             ..Request::default()
         }

@@ -854,6 +854,7 @@ spec:
                 path: path.into(),
                 host: "a.test".into(),
                 headers: vec![("x-team".into(), team.into())],
+                ..HttpRequest::default()
             }),
             ..Request::default()
         }

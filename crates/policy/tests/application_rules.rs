@@ -109,7 +109,7 @@ impl Compiled {
                 method: "GET".into(),
                 path: path.into(),
                 host: "web".into(),
-                headers: Vec::new(),
+                ..HttpRequest::default()
             }),
             ..Request::default()
         };

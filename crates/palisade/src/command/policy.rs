@@ -193,6 +193,7 @@ pub fn http_request(line: &str, headers: &[String]) -> anyhow::Result<TraceHttp>
     }
     let mut request = TraceHttp {
         method: method.to_owned(),
+        is_http10: line.ends_with(" HTTP/1.0"),
         ..TraceHttp::default()
     };
     let scheme = ["http://", "https://"].into_iter().find(|scheme| {
@@ -440,6 +441,9 @@ mod tests {
             is("GET", "a.test", "/x", &[])
         );
         assert_eq!(read("GET /x HTTP/1.1", &[]).unwrap(), is("GET", "", "/x", &[]));
+        assert_eq!(read("GET /x HTTP/1.0", &[]).unwrap(), is("GET", "", "/x", &[]));
+        assert!(http_request("GET /x HTTP/1.0", &[]).unwrap().is_http10);
+        assert!(!http_request("GET /x HTTP/1.1", &[]).unwrap().is_http10);
         assert_eq!(read("OPTIONS *", &[]).unwrap(), is("OPTIONS", "", "*", &[]));
         assert_eq!(
             read("CONNECT a.test:443", &[]).unwrap(),

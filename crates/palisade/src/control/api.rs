@@ -104,6 +104,9 @@ pub struct TraceHttp {
     pub host: String,
     /// Header fields.
     pub headers: Vec<(String, String)>,
+    /// HTTP/1.0; else HTTP/1.1.
+    #[serde(default)]
+    pub is_http10: bool,
 }
 
 /// A line of the daemon's answer.

@@ -604,6 +604,7 @@ fn asked(request: &TraceRequest) -> l7::Request {
             path: http.path.clone(),
             host: http.host.clone(),
             headers: http.headers.clone(),
+            is_http10: http.is_http10,
         }),
         dns: request.dns.clone(),
         tls: request.tls.clone(),
