@@ -227,6 +227,23 @@ fn routes_to_services(topology: &Topology) {
 #[test]
 fn datagrams_that_dnat_turns_to_the_node_are_not_delivered_where_its_ingress_is_enforced() {
     let topology = topology();
+    // Prefixes that the node takes for its own.
+    let (local4, local6): (IpAddr, IpAddr) = (
+        "203.0.113.200".parse().expect("v4"),
+        "2001:db8:6::6".parse().expect("v6"),
+    );
+    topology
+        .node
+        .ip("route add local 203.0.113.128/25 dev lo\nroute add local 2001:db8:6::/48 dev lo")
+        .expect("local routes");
+    topology
+        .internet
+        .ip(&format!(
+            "route add {local4} via {}\nroute add {local6} via {}",
+            topology.addr("node", Family::V4),
+            topology.addr("node", Family::V6)
+        ))
+        .expect("routes");
     let daemon = daemon(&topology, &[("node.yaml", NODE)]);
     let ([v4, v6], [node4, node6]) = (services(), both(&topology, "node"));
     routes_to_services(&topology);
@@ -242,7 +259,8 @@ fn datagrams_that_dnat_turns_to_the_node_are_not_delivered_where_its_ingress_is_
             "table inet services {{\n\
              chain before {{ type nat hook prerouting priority -100;\n\
              ip daddr {v4} dnat ip to {node4}\nip6 daddr {v6} dnat ip6 to {node6}\n\
-             ip daddr {node4} udp dport 8080 redirect to :80\nip6 daddr {node6} udp dport 8080 redirect to :80\n\
+             ip daddr {{ {node4}, {local4} }} udp dport 8080 redirect to :80\n\
+             ip6 daddr {{ {node6}, {local6} }} udp dport 8080 redirect to :80\n\
              }}\n\
              chain out {{ type nat hook output priority -100;\n\
              ip daddr {v4} dnat ip to {0}\nip6 daddr {v6} dnat ip6 to {1}\n\
@@ -259,11 +277,13 @@ fn datagrams_that_dnat_turns_to_the_node_are_not_delivered_where_its_ingress_is_
 
     // A port of the node's own that is published under another number, and what answers the node behind its own DNAT.
     let _server = Echo::start(&topology.internet, &both(&topology, "internet"), &[], &[53]).expect("server");
-    for (own, service) in [node4, node6].into_iter().zip([v4, v6]) {
+    for ((own, local), service) in [(node4, local4), (node6, local6)].into_iter().zip([v4, v6]) {
         let sink = Sink::open(&topology.node, own, 80);
         for from in ["internet", "client"] {
-            send(topology.ns(from), SocketAddr::new(own, 8080), from);
-            sink.until(from);
+            for to in [own, local] {
+                send(topology.ns(from), SocketAddr::new(to, 8080), from);
+                sink.until(from);
+            }
         }
         let to = SocketAddr::new(service, 53);
         assert_eq!(udp(&topology.node, None, to, 20, PATIENCE), Outcome::Open, "{to}");
