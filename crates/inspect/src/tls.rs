@@ -13,7 +13,7 @@ use crate::{
     Millis, Rules, Sink, View,
     record::{About, Record, Text, Verdict, What},
     rules::TlsRules,
-    tcp::{Connections, Reader, Remember, Side, Step, TcpLimits, TcpStats, quote::QuotedSegment},
+    tcp::{Action, Connections, Reader, Remember, Side, TcpLimits, TcpStats, quote::QuotedSegment},
 };
 
 /// What to do with a hello that carries an encrypted one. Its outer name is all that can be read.
@@ -280,7 +280,7 @@ fn what(hello: &ClientHello) -> What {
 }
 
 impl<F> Reader<F> for Reading<'_> {
-    fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Step {
+    fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Action {
         match side {
             Side::Client => self.client(bytes, end, sink),
             Side::Server => self.server(bytes, sink),
@@ -310,9 +310,9 @@ impl<'a> Reading<'a> {
         }
     }
 
-    fn client<F, S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Step {
+    fn client<F, S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Action {
         if bytes.is_empty() {
-            return Step::Release(0);
+            return Action::Forward(0);
         }
         let mut input = bytes.get(self.flow.fed..).unwrap_or_default();
         match self.flow.client.next(&mut input) {
@@ -322,7 +322,7 @@ impl<'a> Reading<'a> {
             }
             Ok(ClientStep::More) => {
                 self.flow.fed = bytes.len();
-                Step::More
+                Action::NeedMore
             }
             Ok(ClientStep::Other) => self.pass(bytes, input),
             Ok(ClientStep::Hello(hello)) => match self.judge(hello, sink) {
@@ -340,12 +340,12 @@ impl<'a> Reading<'a> {
     }
 
     /// Lets go what is before the rest.
-    fn pass(&mut self, bytes: &[u8], rest: &[u8]) -> Step {
+    fn pass(&mut self, bytes: &[u8], rest: &[u8]) -> Action {
         self.flow.fed = 0;
-        Step::Release(bytes.len() - rest.len())
+        Action::Forward(bytes.len() - rest.len())
     }
 
-    fn judge<F, S: Sink<F>>(&mut self, hello: Box<ClientHello>, sink: &mut S) -> Result<(), Step> {
+    fn judge<F, S: Sink<F>>(&mut self, hello: Box<ClientHello>, sink: &mut S) -> Result<(), Action> {
         self.stats.hellos += 1;
         let what = what(&hello);
         let known = self.is_known(&hello);
@@ -392,12 +392,12 @@ impl<'a> Reading<'a> {
             .is_none_or(|(endpoint, address)| names.has(endpoint, address, name))
     }
 
-    fn refuse<F, S: Sink<F>>(&mut self, reason: Reason, detail: &'static str, sink: &mut S) -> Step {
+    fn refuse<F, S: Sink<F>>(&mut self, reason: Reason, detail: &'static str, sink: &mut S) -> Action {
         self.deny(reason, What::Unreadable { detail }, sink)
     }
 
     /// Reports what is refused. Audit mode lets it go on; then nothing more needs reading.
-    fn deny<F, S: Sink<F>>(&mut self, reason: Reason, what: What, sink: &mut S) -> Step {
+    fn deny<F, S: Sink<F>>(&mut self, reason: Reason, what: What, sink: &mut S) -> Action {
         let audit = is_audit(self.slot);
         if let Some(about) = &self.flow.about {
             sink.record(&Record {
@@ -408,15 +408,15 @@ impl<'a> Reading<'a> {
         }
         if audit {
             self.stats.audited += 1;
-            Step::Offload
+            Action::Offload
         } else {
-            Step::Cut(reason)
+            Action::Abort(reason)
         }
     }
 
-    fn server<F, S: Sink<F>>(&mut self, bytes: &[u8], sink: &mut S) -> Step {
+    fn server<F, S: Sink<F>>(&mut self, bytes: &[u8], sink: &mut S) -> Action {
         if bytes.is_empty() {
-            return Step::Release(0);
+            return Action::Forward(0);
         }
         // A server speaks second (RFC 8446, 2).
         if !self.flow.begun {
@@ -424,10 +424,10 @@ impl<'a> Reading<'a> {
         }
         let mut input = bytes;
         match self.flow.server.next(&mut input) {
-            Ok(ServerStep::Answered(_)) => Step::Offload,
+            Ok(ServerStep::Answered(_)) => Action::Offload,
             // What was read is gone: it is not shown again.
-            Ok(ServerStep::More) => Step::Release(bytes.len()),
-            Ok(ServerStep::Again | ServerStep::Refused) => Step::Release(bytes.len() - input.len()),
+            Ok(ServerStep::More) => Action::Forward(bytes.len()),
+            Ok(ServerStep::Again | ServerStep::Refused) => Action::Forward(bytes.len() - input.len()),
             Err(refusal) => {
                 self.stats.malformed[refusal as usize] += 1;
                 self.refuse(Reason::AppMalformed, refusal.text(), sink)

@@ -15,7 +15,7 @@ use crate::{
     Millis, Rules, Sink, View,
     engine::Spare,
     record::{Record, What},
-    tcp::{Connections, Reader, Remember, Side, Step, TcpLimits, TcpStats, key, quote::QuotedSegment},
+    tcp::{Action, Connections, Reader, Remember, Side, TcpLimits, TcpStats, key, quote::QuotedSegment},
 };
 
 /// Length in front of a message.
@@ -281,9 +281,9 @@ impl<F> Streams<F> {
 }
 
 impl<F> Reader<F> for Reading<'_, '_, F> {
-    fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Step {
+    fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Action {
         if let Some(reason) = self.flow.broken {
-            return Step::Cut(reason);
+            return Action::Abort(reason);
         }
         match side {
             Side::Client => self.client(bytes, end, sink),
@@ -301,50 +301,50 @@ impl<F> Reader<F> for Reading<'_, '_, F> {
 
 impl<'a, 'v, F> Reading<'a, 'v, F> {
     /// Reports what cannot be read as messages. Audit mode lets it pass; then nothing more can be read.
-    fn refuse<S: Sink<F>>(&mut self, detail: &'static str, sink: &mut S) -> Step {
+    fn refuse<S: Sink<F>>(&mut self, detail: &'static str, sink: &mut S) -> Action {
         const REASON: Reason = Reason::AppMalformed;
         let Some((view, _)) = self.packet else {
-            return Step::Cut(REASON);
+            return Action::Abort(REASON);
         };
         let record = Record::of(view, What::Unreadable { detail });
         if self.dns.refused(is_audit(view.slot), record, REASON, sink) {
-            Step::Cut(REASON)
+            Action::Abort(REASON)
         } else {
-            Step::Offload
+            Action::Offload
         }
     }
 
-    fn malformed<S: Sink<F>>(&mut self, refusal: Refusal, sink: &mut S) -> Step {
+    fn malformed<S: Sink<F>>(&mut self, refusal: Refusal, sink: &mut S) -> Action {
         self.dns.stats.malformed[refusal as usize] += 1;
         self.refuse(refusal.text(), sink)
     }
 
-    fn client<S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Step {
+    fn client<S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Action {
         if self.flow.refused.is_some() {
             return self.answer(bytes, sink);
         }
         if bytes.is_empty() {
-            return Step::Release(0);
+            return Action::Forward(0);
         }
         let message = match first_message(bytes, Limits::QUERY.message) {
             Ok(Some(message)) => message,
             Ok(None) if end => return self.refuse("the end within a message", sink),
             // Some clients send the length by itself, and wait.
-            Ok(None) if bytes.len() <= PREFIX => return Step::Ahead(bytes.len()),
-            Ok(None) => return Step::More,
+            Ok(None) if bytes.len() <= PREFIX => return Action::ForwardUnjudged(bytes.len()),
+            Ok(None) => return Action::NeedMore,
             Err(refusal) => return self.malformed(refusal, sink),
         };
         match self.query(message, sink) {
-            None => Step::More,
+            None => Action::NeedMore,
             Some(QueryVerdict::Pass | QueryVerdict::Transfer(_)) => {
                 let length = PREFIX + message.len();
                 self.flow.asked += length as u64;
                 self.flow.leaving.push_back(self.flow.asked);
-                Step::Release(length)
+                Action::Forward(length)
             }
             Some(QueryVerdict::Refuse(reason, rcode)) => {
                 let Some(replies) = rcode.and_then(|rcode| framed_reply(message, rcode)) else {
-                    return Step::Cut(reason);
+                    return Action::Abort(reason);
                 };
                 self.dns.stats.replies += 1;
                 self.flow.refused = Some(Refused {
@@ -359,7 +359,7 @@ impl<'a, 'v, F> Reading<'a, 'v, F> {
 
     /// Answers the queries that go no further, once those before them are answered. Who asks for the addresses of both
     /// families at once is told so of both.
-    fn answer<S: Sink<F>>(&mut self, bytes: &[u8], sink: &mut S) -> Step {
+    fn answer<S: Sink<F>>(&mut self, bytes: &[u8], sink: &mut S) -> Action {
         let packet = self.packet_of(Side::Client);
         let flow = &mut *self.flow;
         if let Some((view, rules)) = packet
@@ -387,11 +387,11 @@ impl<'a, 'v, F> Reading<'a, 'v, F> {
         // What stands before them in the same packet is sent on by itself after a moment, if one may make packets here.
         let comes_late = !flow.leaving.is_empty() && !flow.is_shared;
         if comes_late || flow.answered < flow.sent {
-            return Step::More;
+            return Action::NeedMore;
         }
         match flow.refused.take() {
-            Some(refused) => Step::Answer(refused.reason, refused.replies),
-            None => Step::More,
+            Some(refused) => Action::Respond(refused.reason, refused.replies),
+            None => Action::NeedMore,
         }
     }
 
@@ -428,13 +428,13 @@ impl<'a, 'v, F> Reading<'a, 'v, F> {
         Some(verdict)
     }
 
-    fn server<S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Step {
+    fn server<S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Action {
         let flow = &mut *self.flow;
         if bytes.is_empty() {
             // Who waits behind others for an answer waits in vain.
             return match &flow.refused {
-                Some(refused) => Step::Cut(refused.reason),
-                None => Step::Release(0),
+                Some(refused) => Action::Abort(refused.reason),
+                None => Action::Forward(0),
             };
         }
         if flow.rest > 0 {
@@ -442,7 +442,7 @@ impl<'a, 'v, F> Reading<'a, 'v, F> {
             flow.rest -= n;
             flow.told += n as u64;
             flow.judged = flow.told;
-            return Step::Release(n);
+            return Action::Forward(n);
         }
         loop {
             let at = (self.flow.judged - self.flow.told) as usize;
@@ -453,7 +453,7 @@ impl<'a, 'v, F> Reading<'a, 'v, F> {
                     return self.refuse("the end within a message", sink);
                 }
                 Ok(None) => match self.begin(unjudged, sink) {
-                    Some(n) => return Step::Release(n),
+                    Some(n) => return Action::Forward(n),
                     None => break,
                 },
                 Err(refusal) => return self.malformed(refusal, sink),
@@ -461,7 +461,7 @@ impl<'a, 'v, F> Reading<'a, 'v, F> {
             match self.told(message, sink) {
                 Ok(true) => {}
                 Ok(false) => break,
-                Err(reason) => return Step::Cut(reason),
+                Err(reason) => return Action::Abort(reason),
             }
         }
         let flow = &mut *self.flow;
@@ -471,7 +471,7 @@ impl<'a, 'v, F> Reading<'a, 'v, F> {
             flow.answered += u64::from(judged.closes);
         }
         if flow.told > before {
-            return Step::Release((flow.told - before) as usize);
+            return Action::Forward((flow.told - before) as usize);
         }
         // A long answer is not sent to its end before its beginning is acknowledged; without its end nobody takes it
         // for one.
@@ -479,7 +479,7 @@ impl<'a, 'v, F> Reading<'a, 'v, F> {
             .answers
             .front()
             .map(|judged| (judged.end - flow.told) as usize - 1);
-        Step::Ahead(last.unwrap_or(bytes.len()))
+        Action::ForwardUnjudged(last.unwrap_or(bytes.len()))
     }
 
     /// Judges a message of the server. False: not now. Err: why the connection ends.

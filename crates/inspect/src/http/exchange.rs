@@ -10,7 +10,7 @@ use crate::{
     Millis, Rules, Sink,
     record::{About, Record, Text, Verdict, What, Word},
     rules::{HttpDenial, HttpScratch, HttpVerdict},
-    tcp::{Reader, Remember, Side, Step},
+    tcp::{Action, Reader, Remember, Side},
 };
 
 /// Requests of a connection that may wait for their answers; what comes behind them waits here.
@@ -61,21 +61,21 @@ impl Place {
 
     /// Goes through what follows a head: what may go, and whether the message ends with it. Its content is not looked
     /// at, but all that frames it is.
-    fn follow(&mut self, bytes: &[u8]) -> Result<(Step, bool), Refusal> {
+    fn follow(&mut self, bytes: &[u8]) -> Result<(Action, bool), Refusal> {
         match mem::take(self) {
-            Self::Body(n) => Ok((Step::Skip(n), true)),
+            Self::Body(n) => Ok((Action::Bypass(n), true)),
             Self::Rest => {
                 *self = Self::Rest;
-                Ok((Step::Skip(ENDLESS), false))
+                Ok((Action::Bypass(ENDLESS), false))
             }
             Self::Content(chunks, n) => {
                 *self = Self::Chunks(chunks);
-                Ok((Step::Skip(n), false))
+                Ok((Action::Bypass(n), false))
             }
             Self::Chunks(mut chunks) => {
                 let mut rest = bytes;
                 let piece = chunks.next(&mut rest)?;
-                let step = Step::Release(bytes.len() - rest.len());
+                let step = Action::Forward(bytes.len() - rest.len());
                 match piece {
                     Piece::More => *self = Self::Chunks(chunks),
                     Piece::Content(n) => *self = Self::Content(chunks, n),
@@ -85,7 +85,7 @@ impl Place {
             }
             Self::Head(head) => {
                 *self = Self::Head(head);
-                Ok((Step::More, false))
+                Ok((Action::NeedMore, false))
             }
         }
     }
@@ -211,7 +211,7 @@ pub(super) struct Reading<'a> {
 }
 
 impl<F> Reader<F> for Reading<'_> {
-    fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Step {
+    fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Action {
         match side {
             Side::Client => self.client(bytes, end, sink),
             Side::Server => self.server(bytes, end, sink),
@@ -224,12 +224,12 @@ impl Reading<'_> {
         self.slot.flags & carry_flags::AUDIT != 0
     }
 
-    fn client<F, S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Step {
+    fn client<F, S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Action {
         if let Some(refused) = self.flow.refused {
             return self.refuse(refused);
         }
         if bytes.is_empty() {
-            return Step::Release(0);
+            return Action::Forward(0);
         }
         if !self.flow.client.is_between_messages() {
             // The server owes no attention to a body that it has answered already. Some servers wait for the next request
@@ -243,10 +243,10 @@ impl Reading<'_> {
             };
         }
         if self.flow.may_switch() || self.flow.pending() >= MOST_PENDING {
-            return Step::Wait;
+            return Action::AwaitPeer;
         }
         let Place::Head(head) = &mut self.flow.client else {
-            return Step::More;
+            return Action::NeedMore;
         };
         match head.find(bytes, &self.limits.head) {
             Ok(Some(length)) => {
@@ -257,19 +257,19 @@ impl Reading<'_> {
                     Err(refusal) => self.malformed(refusal, 0, sink),
                 }
             }
-            Ok(None) if end => self.cut(Reason::AppMalformed, "the end within a request", sink),
-            Ok(None) => Step::More,
+            Ok(None) if end => self.abort(Reason::AppMalformed, "the end within a request", sink),
+            Ok(None) => Action::NeedMore,
             Err(refusal) => self.malformed(refusal, 0, sink),
         }
     }
 
     /// A whole head of a request, of so many bytes.
-    fn request<F, S: Sink<F>>(&mut self, request: &Request<'_>, length: usize, sink: &mut S) -> Step {
+    fn request<F, S: Sink<F>>(&mut self, request: &Request<'_>, length: usize, sink: &mut S) -> Action {
         let may_switch = request.may_upgrade() || request.method == "CONNECT";
         // What an earlier answer says must not be taken for the answer to this request, whose 101 or 200 has the connection
         // left unread: a server may send more behind an answer than its head says (a body to HEAD).
         if may_switch && self.flow.pending() > 0 {
-            return Step::Wait;
+            return Action::AwaitPeer;
         }
         self.stats.requests += 1;
         self.flow.begun = true;
@@ -279,7 +279,7 @@ impl Reading<'_> {
         redact::headers(request.headers.iter(), &self.limits.record_headers, &mut headers);
         let method = Word::from(request.method.as_bytes());
         let Some(rules) = self.rules.http(self.slot.ruleset) else {
-            return self.cut(Reason::UnknownRuleset, Reason::UnknownRuleset.text(), sink);
+            return self.abort(Reason::UnknownRuleset, Reason::UnknownRuleset.text(), sink);
         };
         let verdict = rules.judge(request, self.limits.paths, self.scratch);
         let audit = self.is_audit();
@@ -347,17 +347,17 @@ impl Reading<'_> {
             may_switch,
             upgrades,
         });
-        Step::Release(length)
+        Action::Forward(length)
     }
 
     /// Answers instead of the server, once that has answered what the client asked before.
-    fn refuse(&mut self, refused: Refused) -> Step {
+    fn refuse(&mut self, refused: Refused) -> Action {
         self.flow.refused = Some(refused);
         if self.flow.ended || matches!(self.flow.server, Place::Rest) {
-            return Step::Cut(refused.reason);
+            return Action::Abort(refused.reason);
         }
         if self.flow.pending() > refused.own || !self.flow.server.is_between_messages() {
-            return Step::Wait;
+            return Action::AwaitPeer;
         }
         let (phrase, body) = match refused.status {
             403 => ("Forbidden", "Access denied\r\n"),
@@ -375,19 +375,19 @@ impl Reading<'_> {
             body.len(),
             if refused.bodiless { "" } else { body }
         );
-        Step::Answer(refused.reason, text.into_bytes())
+        Action::Respond(refused.reason, text.into_bytes())
     }
 
     /// What the client sends is no HTTP/1, or could be read in more than one way. `own`: requests of which a part has
     /// gone on already, so that this is their answer too.
-    fn malformed<F, S: Sink<F>>(&mut self, refusal: Refusal, own: usize, sink: &mut S) -> Step {
+    fn malformed<F, S: Sink<F>>(&mut self, refusal: Refusal, own: usize, sink: &mut S) -> Action {
         self.stats.malformed[refusal as usize] += 1;
         let reason = match refusal {
             Refusal::Http2 => Reason::AppHttp2,
             _ => Reason::AppMalformed,
         };
         let Some(status) = status_of(refusal, self.flow.begun) else {
-            return self.cut(reason, refusal.text(), sink);
+            return self.abort(reason, refusal.text(), sink);
         };
         if self.is_audit() {
             return self.leave(reason, refusal.text(), sink);
@@ -412,28 +412,28 @@ impl Reading<'_> {
     }
 
     /// In audit mode what cannot be read goes on, and is not read any more.
-    fn leave<F, S: Sink<F>>(&mut self, reason: Reason, detail: &'static str, sink: &mut S) -> Step {
+    fn leave<F, S: Sink<F>>(&mut self, reason: Reason, detail: &'static str, sink: &mut S) -> Action {
         self.stats.audited += 1;
         self.tell(reason, detail, Verdict::Audit, sink);
         self.flow.left = Left {
             ruleset: self.slot.ruleset,
             audit: true,
         };
-        Step::Offload
+        Action::Offload
     }
 
-    fn cut<F, S: Sink<F>>(&mut self, reason: Reason, detail: &'static str, sink: &mut S) -> Step {
+    fn abort<F, S: Sink<F>>(&mut self, reason: Reason, detail: &'static str, sink: &mut S) -> Action {
         if self.is_audit() {
             return self.leave(reason, detail, sink);
         }
         self.tell(reason, detail, Verdict::Dropped, sink);
-        Step::Cut(reason)
+        Action::Abort(reason)
     }
 
-    fn server<F, S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Step {
+    fn server<F, S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Action {
         if bytes.is_empty() {
             self.flow.ended = true;
-            return Step::Release(0);
+            return Action::Forward(0);
         }
         if !self.flow.server.is_between_messages() {
             return match self.flow.server.follow(bytes) {
@@ -447,7 +447,7 @@ impl Reading<'_> {
             };
         }
         let Place::Head(head) = &mut self.flow.server else {
-            return Step::More;
+            return Action::NeedMore;
         };
         match head.find(bytes, &self.limits.head) {
             Ok(Some(length)) => {
@@ -460,19 +460,19 @@ impl Reading<'_> {
                     Err(refusal) => self.bad_answer(refusal, sink),
                 }
             }
-            Ok(None) if end => self.cut(Reason::AppMalformed, "the end within an answer", sink),
-            Ok(None) => Step::More,
+            Ok(None) if end => self.abort(Reason::AppMalformed, "the end within an answer", sink),
+            Ok(None) => Action::NeedMore,
             Err(refusal) => self.bad_answer(refusal, sink),
         }
     }
 
-    fn bad_answer<F, S: Sink<F>>(&mut self, refusal: Refusal, sink: &mut S) -> Step {
+    fn bad_answer<F, S: Sink<F>>(&mut self, refusal: Refusal, sink: &mut S) -> Action {
         self.stats.malformed[refusal as usize] += 1;
-        self.cut(Reason::AppMalformed, refusal.text(), sink)
+        self.abort(Reason::AppMalformed, refusal.text(), sink)
     }
 
     /// A whole head of an answer, of so many bytes.
-    fn response<F, S: Sink<F>>(&mut self, response: &Response<'_>, length: usize, sink: &mut S) -> Step {
+    fn response<F, S: Sink<F>>(&mut self, response: &Response<'_>, length: usize, sink: &mut S) -> Action {
         let Some(current) = &self.flow.current else {
             return self.unasked(response, length, sink);
         };
@@ -481,7 +481,7 @@ impl Reading<'_> {
             if is_announced && response.status == 100 {
                 self.flow.announced = Announced::No;
             }
-            return Step::Release(length);
+            return Action::Forward(length);
         }
         if is_announced {
             self.flow.announced = Announced::Late;
@@ -509,27 +509,27 @@ impl Reading<'_> {
         }
         if response.body == Body::Tunnel {
             if response.status == 101 && !is_asked_for(response, &current.upgrades) {
-                return self.cut(Reason::AppMalformed, "101 that nobody asked for", sink);
+                return self.abort(Reason::AppMalformed, "101 that nobody asked for", sink);
             }
             self.stats.tunnels += 1;
             self.flow.left = Left {
                 ruleset: self.slot.ruleset,
                 audit: false,
             };
-            return Step::Offload;
+            return Action::Offload;
         }
         self.flow.server = Place::of_answer(response.body);
         if self.flow.server.is_between_messages() {
             self.flow.pop();
         }
-        Step::Release(length)
+        Action::Forward(length)
     }
 
     /// An answer to no request: servers say so when they have waited too long for one (408), and close.
-    fn unasked<F, S: Sink<F>>(&mut self, response: &Response<'_>, length: usize, sink: &mut S) -> Step {
+    fn unasked<F, S: Sink<F>>(&mut self, response: &Response<'_>, length: usize, sink: &mut S) -> Action {
         self.stats.unasked += 1;
         if response.status != 408 {
-            return self.cut(Reason::AppMalformed, "an answer that nobody asked for", sink);
+            return self.abort(Reason::AppMalformed, "an answer that nobody asked for", sink);
         }
         self.flow.refused = Some(Refused {
             reason: Reason::AppMalformed,
@@ -538,7 +538,7 @@ impl Reading<'_> {
             own: 0,
         });
         self.flow.server = Place::Rest;
-        Step::Release(length)
+        Action::Forward(length)
     }
 }
 

@@ -11,7 +11,7 @@ mod quoted;
 use palisade_abi::{CarrySlot, CtKey, FlowCommand, Reason, carry_flags, order};
 
 use super::{
-    Reader, Shared, Side, Step,
+    Action, Reader, Shared, Side,
     half::{Arrival, Half, Held, Position, START},
     order,
     segment::{Link, Make, Segment},
@@ -43,7 +43,7 @@ enum Phase {
     /// Nothing needs reading any more.
     Offloaded,
     /// It has been cut.
-    Cut(Reason),
+    Aborted(Reason),
 }
 
 /// Something that the programs are told once.
@@ -159,7 +159,7 @@ impl<F> Connection<F> {
 
     /// Whether it has been seen to end, so that a new connection by the same ports loses nothing.
     pub(super) fn is_closed(&self) -> bool {
-        self.closed != Told::No || matches!(self.phase, Phase::Cut(_))
+        self.closed != Told::No || matches!(self.phase, Phase::Aborted(_))
     }
 
     /// Whether this SYN of a side has been here before, and may come again.
@@ -272,7 +272,7 @@ impl<F> Connection<F> {
             } else {
                 let reason = Reason::InspectDeadline;
                 self.tell(Verdict::Dropped, reason, reason.text(), sink);
-                self.cut(Reason::InspectDeadline, shared, sink);
+                self.abort(Reason::InspectDeadline, shared, sink);
             }
         }
         self.count(shared);
@@ -299,14 +299,14 @@ impl<F> Connection<F> {
     }
 
     /// Ends the connection for both sides.
-    pub(crate) fn cut<S: Sink<F>>(&mut self, reason: Reason, shared: &mut Shared, sink: &mut S) {
-        if matches!(self.phase, Phase::Cut(_)) {
+    pub(crate) fn abort<S: Sink<F>>(&mut self, reason: Reason, shared: &mut Shared, sink: &mut S) {
+        if matches!(self.phase, Phase::Aborted(_)) {
             return;
         }
         shared.stats.cut += 1;
         self.reset_to(Side::Client, shared, sink);
         self.reset_to(Side::Server, shared, sink);
-        self.phase = Phase::Cut(reason);
+        self.phase = Phase::Aborted(reason);
         self.close(reason, shared, sink);
         self.closed = Told::Yes;
         sink.command(&self.order(order::CLOSE));
@@ -493,7 +493,7 @@ impl<F> Connection<F> {
                 }
                 return;
             }
-            Phase::Cut(reason) => {
+            Phase::Aborted(reason) => {
                 sink.discard(frame, *reason);
                 Self::refuse(view, shared, sink);
                 return;
@@ -849,7 +849,7 @@ impl<F> Connection<F> {
         sink.discard(frame, Reason::TcpHeld);
         self.reset_to(side.other(), shared, sink);
         self.reset = true;
-        self.phase = Phase::Cut(Reason::TcpHeld);
+        self.phase = Phase::Aborted(Reason::TcpHeld);
         self.close(Reason::TcpHeld, shared, sink);
         self.closed = Told::Yes;
         sink.command(&self.order(order::CLOSE));
@@ -954,17 +954,17 @@ impl<F> Connection<F> {
                 reader.sent(side, half.sent.saturating_sub(START + 1));
                 reader.read(side, bytes, end, sink)
             }
-            rest => Step::Skip(rest),
+            rest => Action::Bypass(rest),
         };
         // What may go of a shared connection's packet goes with the rest of it only; the other side may wait for just that.
-        half.is_patient = matches!(step, Step::Wait) && !(self.is_shared && half.part().is_some());
+        half.is_patient = matches!(step, Action::AwaitPeer) && !(self.is_shared && half.part().is_some());
         match step {
-            Step::More | Step::Wait => false,
-            Step::Ahead(n) => {
+            Action::NeedMore | Action::AwaitPeer => false,
+            Action::ForwardUnjudged(n) => {
                 half.ahead = half.judged + n.min(there) as u64;
                 false
             }
-            Step::Release(n) => {
+            Action::Forward(n) => {
                 half.pass(n.min(there) as u64);
                 if there == 0 {
                     half.end_read = true;
@@ -973,22 +973,22 @@ impl<F> Connection<F> {
                 }
                 n > 0
             }
-            Step::Skip(n) => {
+            Action::Bypass(n) => {
                 self.skip(side, n, there as u64, shared);
                 n > 0
             }
-            Step::Offload => {
+            Action::Offload => {
                 shared.stats.offloaded += 1;
                 self.phase = Phase::Offloaded;
                 false
             }
-            Step::Cut(reason) => {
+            Action::Abort(reason) => {
                 self.flush(side, shared, sink);
                 self.split(side, shared, sink);
-                self.cut(reason, shared, sink);
+                self.abort(reason, shared, sink);
                 false
             }
-            Step::Answer(reason, bytes) => {
+            Action::Respond(reason, bytes) => {
                 self.flush(side, shared, sink);
                 self.split(side, shared, sink);
                 let until = now.saturating_add(shared.limits.deadline / 2);

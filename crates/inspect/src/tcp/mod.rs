@@ -70,28 +70,28 @@ impl Side {
     }
 }
 
-/// What is to be done with bytes.
+/// What an inspector decides of bytes that it was shown.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Step {
-    /// Nothing can be said of the first of them yet. Asked again when more has come from either side.
-    More,
-    /// The same, and it is the other side that is waited for, so there is no deadline.
-    Wait,
-    /// The first so many may go now, but are not judged: they are shown again. Of what can be read only as a whole,
-    /// anything but its end.
-    Ahead(usize),
-    /// The first so many may go.
-    Release(usize),
-    /// The first so many may go, and may be other bytes when they come again: nothing depends on what they are. May
-    /// be more than have come.
-    Skip(u64),
-    /// Nothing that either side sends needs reading from now on.
+pub(crate) enum Action {
+    /// The first byte cannot be judged yet. The inspector is called again when either side has sent more.
+    NeedMore,
+    /// As `NeedMore`, but the other side has to send first, so no deadline runs.
+    AwaitPeer,
+    /// The first bytes, this many, are forwarded but stay unjudged and are shown again: for messages that can be judged
+    /// only as a whole, of which the end is held.
+    ForwardUnjudged(usize),
+    /// The first bytes, this many, are judged and forwarded.
+    Forward(usize),
+    /// The first bytes, this many, are forwarded without inspection, also when a retransmission carries other bytes. May
+    /// be more than have arrived.
+    Bypass(u64),
+    /// From now on neither side is inspected.
     Offload,
-    /// No more of this connection goes on. It is reset.
-    Cut(Reason),
-    /// No more of what this side sends goes on. It gets these bytes as if from the other side, after what that
-    /// side has sent so far, and the end; the other side gets the end too.
-    Answer(Reason, Vec<u8>),
+    /// Nothing more is forwarded; both ends are reset.
+    Abort(Reason),
+    /// Nothing more of this side is forwarded. It gets these bytes as if from the other side, behind what that side has
+    /// sent so far, and the end of the stream; the other side gets the end too.
+    Respond(Reason, Vec<u8>),
 }
 
 /// What is kept of a connection while it is read.
@@ -106,8 +106,8 @@ pub(crate) trait Remember {
 /// Reads what both sides of a connection send.
 pub(crate) trait Reader<F> {
     /// Looks at the bytes of one side that have come and have not been let go. `end`: nothing follows them. With
-    /// `end` and no bytes, `Release(0)` lets the end go.
-    fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Step;
+    /// `end` and no bytes, `Forward(0)` lets the end go.
+    fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Action;
 
     /// Says, before each `read`, how many bytes of the side have been sent on, of all that it has sent.
     fn sent(&mut self, _side: Side, _to: u64) {}

@@ -8,7 +8,7 @@ use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_flags, carry
 use palisade_packet::{Packet, Start, decode};
 use proptest::prelude::*;
 
-use super::{Connections, Reader, Remember, Side, Step, TcpLimits};
+use super::{Action, Connections, Reader, Remember, Side, TcpLimits};
 use crate::{
     Learn, Millis, Route, Sink, View,
     record::{Record, Verdict, What},
@@ -203,37 +203,37 @@ impl Remember for Messages {
 }
 
 impl Reader<Vec<u8>> for &mut Messages {
-    fn read<S: Sink<Vec<u8>>>(&mut self, side: Side, bytes: &[u8], end: bool, _: &mut S) -> Step {
+    fn read<S: Sink<Vec<u8>>>(&mut self, side: Side, bytes: &[u8], end: bool, _: &mut S) -> Action {
         if side == Side::Server {
-            return Step::Release(bytes.len());
+            return Action::Forward(bytes.len());
         }
         let Some((&length, rest)) = bytes.split_first() else {
-            return Step::Release(0);
+            return Action::Forward(0);
         };
         let Some(message) = rest.get(..usize::from(length)) else {
             return if end {
-                Step::Cut(Reason::AppMalformed)
+                Action::Abort(Reason::AppMalformed)
             } else {
-                Step::More
+                Action::NeedMore
             };
         };
         match message {
-            [b'X', ..] => Step::Cut(Reason::AppDenied),
-            [b'A', ..] => Step::Answer(Reason::AppDenied, b"no".repeat(400)),
-            [b'O', ..] => Step::Offload,
+            [b'X', ..] => Action::Abort(Reason::AppDenied),
+            [b'A', ..] => Action::Respond(Reason::AppDenied, b"no".repeat(400)),
+            [b'O', ..] => Action::Offload,
             [b'S', high, low, ..] => {
                 let n = u64::from(*high) << 8 | u64::from(*low);
-                Step::Skip(1 + u64::from(length) + n)
+                Action::Bypass(1 + u64::from(length) + n)
             }
             [b'L', high, low, ..] => {
                 let n = 1 + usize::from(length) + (usize::from(*high) << 8 | usize::from(*low));
                 if bytes.len() < n {
-                    Step::More
+                    Action::NeedMore
                 } else {
-                    Step::Release(n)
+                    Action::Forward(n)
                 }
             }
-            _ => Step::Release(1 + usize::from(length)),
+            _ => Action::Forward(1 + usize::from(length)),
         }
     }
 }

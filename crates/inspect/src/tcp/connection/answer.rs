@@ -224,7 +224,7 @@ impl<F> Connection<F> {
             return;
         }
         if segment.is_rst() {
-            self.phase = Phase::Cut(answer.reason);
+            self.phase = Phase::Aborted(answer.reason);
             return;
         }
         if let Some((value, _)) = segment.options.timestamp
@@ -251,7 +251,7 @@ impl<F> Connection<F> {
             }
             if answer.next - answer.first > SPILL {
                 self.reset_to(side, shared, sink);
-                self.phase = Phase::Cut(answer.reason);
+                self.phase = Phase::Aborted(answer.reason);
                 return;
             }
             let make = Make {

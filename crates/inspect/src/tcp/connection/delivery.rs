@@ -162,7 +162,7 @@ impl<F> Connection<F> {
         if tries >= TRIES {
             self.half(side).again = None;
             self.tell(Verdict::Dropped, Reason::InspectDeadline, UNDELIVERED, sink);
-            self.cut(Reason::InspectDeadline, shared, sink);
+            self.abort(Reason::InspectDeadline, shared, sink);
             return;
         }
         if tries > 0 {

@@ -56,7 +56,7 @@ impl<F> Connection<F> {
         // An error lowers sizes only if the number is known to be under way: of an offloaded connection, what the worker
         // has sent itself.
         let counted = match self.phase {
-            Phase::Cut(_) => 0,
+            Phase::Aborted(_) => 0,
             Phase::Offloaded => half.sent,
             _ => sent,
         };
@@ -68,7 +68,7 @@ impl<F> Connection<F> {
         }
         match self.phase {
             // All that both ends have sent is acknowledged, or they have been reset: there is no byte to be sent again.
-            Phase::Answered(_) | Phase::Cut(_) => Quoted::Ours,
+            Phase::Answered(_) | Phase::Aborted(_) => Quoted::Ours,
             _ if is_theirs => Quoted::Theirs,
             _ => Quoted::Ours,
         }
