@@ -13,7 +13,7 @@ use crate::{
     Millis, Rules, Sink, View,
     record::{About, Record, Text, Verdict, What},
     rules::TlsRules,
-    tcp::{Action, Connections, Reader, Remember, Side, TcpLimits, TcpStats, quote::QuotedSegment},
+    tcp::{Action, Connections, Remember, Side, StreamInspector, TcpLimits, TcpStats, quote::QuotedSegment},
 };
 
 /// What to do with a hello that carries an encrypted one. Its outer name is all that can be read.
@@ -123,7 +123,7 @@ pub(crate) struct Tls<F> {
 }
 
 /// Reads one connection for the time of a call.
-struct Reading<'a> {
+struct TlsStream<'a> {
     flow: &'a mut Flow,
     rules: &'a Rules,
     names: Option<&'a Known>,
@@ -173,7 +173,7 @@ impl<F> Tls<F> {
             view,
             frame,
             Flow::default,
-            |flow| Reading::new(flow, view, rules, names, ech, stats),
+            |flow| TlsStream::new(flow, view, rules, names, ech, stats),
             |judged, sink| match judged {
                 Some(judged) => recall(judged, view, rules, ech, sink),
                 // It went on unread because of audit mode.
@@ -279,7 +279,7 @@ fn what(hello: &ClientHello) -> What {
     }
 }
 
-impl<F> Reader<F> for Reading<'_> {
+impl<F> StreamInspector<F> for TlsStream<'_> {
     fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Action {
         match side {
             Side::Client => self.client(bytes, end, sink),
@@ -288,7 +288,7 @@ impl<F> Reader<F> for Reading<'_> {
     }
 }
 
-impl<'a> Reading<'a> {
+impl<'a> TlsStream<'a> {
     fn new(
         flow: &'a mut Flow,
         view: &View<'a>,

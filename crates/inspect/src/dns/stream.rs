@@ -15,7 +15,9 @@ use crate::{
     Millis, Rules, Sink, View,
     engine::Spare,
     record::{Record, What},
-    tcp::{Action, Connections, Reader, Remember, Side, TcpLimits, TcpStats, key, quote::QuotedSegment},
+    tcp::{
+        Action, Connections, Remember, Side, StreamInspector, TcpLimits, TcpStats, key, quote::QuotedSegment,
+    },
 };
 
 /// Length in front of a message.
@@ -145,7 +147,7 @@ pub(crate) struct Streams<F> {
 }
 
 /// Reads one connection for the time of a call.
-struct Reading<'a, 'v, F> {
+struct DnsStream<'a, 'v, F> {
     flow: &'a mut Flow,
     dns: &'a mut Dns<F>,
     spare: &'a mut Spare<F>,
@@ -194,7 +196,7 @@ impl<F> Streams<F> {
             },
             |flow| {
                 flow.is_shared |= view.slot.flags & carry_flags::SHARED != 0;
-                Reading {
+                DnsStream {
                     flow,
                     dns: &mut *dns,
                     spare: &mut *spare,
@@ -242,7 +244,7 @@ impl<F> Streams<F> {
                 &place.key,
                 |flow| {
                     flow.settle(place, resolved.passes);
-                    Reading {
+                    DnsStream {
                         flow,
                         dns: &mut *dns,
                         spare: &mut *spare,
@@ -280,7 +282,7 @@ impl<F> Streams<F> {
     }
 }
 
-impl<F> Reader<F> for Reading<'_, '_, F> {
+impl<F> StreamInspector<F> for DnsStream<'_, '_, F> {
     fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Action {
         if let Some(reason) = self.flow.broken {
             return Action::Abort(reason);
@@ -299,7 +301,7 @@ impl<F> Reader<F> for Reading<'_, '_, F> {
     }
 }
 
-impl<'a, 'v, F> Reading<'a, 'v, F> {
+impl<'a, 'v, F> DnsStream<'a, 'v, F> {
     /// Reports what cannot be read as messages. Audit mode lets it pass; then nothing more can be read.
     fn refuse<S: Sink<F>>(&mut self, detail: &'static str, sink: &mut S) -> Action {
         const REASON: Reason = Reason::AppMalformed;

@@ -10,7 +10,7 @@ use crate::{
     Millis, Rules, Sink,
     record::{About, Record, Text, Verdict, What, Word},
     rules::{HttpDenial, HttpScratch, HttpVerdict},
-    tcp::{Action, Reader, Remember, Side},
+    tcp::{Action, Remember, Side, StreamInspector},
 };
 
 /// Requests of a connection that may wait for their answers; what comes behind them waits here.
@@ -200,7 +200,7 @@ impl Flow {
 }
 
 /// Reads one connection for the time of a call.
-pub(super) struct Reading<'a> {
+pub(super) struct HttpStream<'a> {
     pub(super) flow: &'a mut Flow,
     pub(super) now: Millis,
     pub(super) slot: &'a CarrySlot,
@@ -210,7 +210,7 @@ pub(super) struct Reading<'a> {
     pub(super) stats: &'a mut HttpStats,
 }
 
-impl<F> Reader<F> for Reading<'_> {
+impl<F> StreamInspector<F> for HttpStream<'_> {
     fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Action {
         match side {
             Side::Client => self.client(bytes, end, sink),
@@ -219,7 +219,7 @@ impl<F> Reader<F> for Reading<'_> {
     }
 }
 
-impl Reading<'_> {
+impl HttpStream<'_> {
     fn is_audit(&self) -> bool {
         self.slot.flags & carry_flags::AUDIT != 0
     }

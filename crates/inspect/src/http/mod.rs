@@ -15,7 +15,7 @@ use crate::{
     rules::HttpScratch,
     tcp::{Connections, Side, TcpLimits, TcpStats, quote::QuotedSegment},
 };
-use exchange::{Flow, Reading};
+use exchange::{Flow, HttpStream};
 pub(crate) use exchange::{has_refused_body, status_of};
 
 /// How HTTP is judged, and how much may be held of it. Of one worker.
@@ -133,7 +133,7 @@ impl<F> Http<F> {
                     Side::Client => About::of(view),
                     Side::Server => About::of(view).turned(),
                 });
-                Reading {
+                HttpStream {
                     flow,
                     now,
                     slot: view.slot,

@@ -1,7 +1,7 @@
 //! One TCP connection: RFC 9293, 3.10.7 as far as a firewall between the ends has to follow it.
 //!
 //! Start at `Connection::packet`: a segment is checked against the state (`arrive`, `open`, `reset`), its payload goes to
-//! the [`Half`] of its direction, and the [`Reader`] says what of it may go on (`read`). `answer` replies in the server's
+//! the [`Half`] of its direction, and the [`StreamInspector`] says what of it may go on (`read`). `answer` replies in the server's
 //! place, `delivery` delivers what was acknowledged to the sender.
 
 mod answer;
@@ -11,7 +11,7 @@ mod quoted;
 use palisade_abi::{CarrySlot, CtKey, FlowCommand, Reason, carry_flags, order};
 
 use super::{
-    Action, Reader, Shared, Side,
+    Action, Shared, Side, StreamInspector,
     half::{Arrival, Half, Held, Position, START},
     order,
     segment::{Link, Make, Segment},
@@ -312,7 +312,7 @@ impl<F> Connection<F> {
         sink.command(&self.order(order::CLOSE));
     }
 
-    /// Names a connection that is cut for a reason that no reader has told.
+    /// Names a connection that is cut for a reason that no inspector has told.
     fn tell<S: Sink<F>>(&self, verdict: Verdict, reason: Reason, detail: &'static str, sink: &mut S) {
         sink.record(&Record {
             verdict,
@@ -455,7 +455,7 @@ impl<F> Connection<F> {
         now: Millis,
         view: &View<'_>,
         frame: F,
-        reader: &mut impl Reader<F>,
+        inspector: &mut impl StreamInspector<F>,
         shared: &mut Shared,
         sink: &mut S,
     ) {
@@ -521,7 +521,7 @@ impl<F> Connection<F> {
         }
         match self.arrive(now, side, view, &segment, frame, shared, sink) {
             Ok(false) => {}
-            Ok(true) => self.read(now, reader, shared, sink),
+            Ok(true) => self.read(now, inspector, shared, sink),
             Err((reason, frame)) => {
                 let half = &self.halves[side as usize];
                 if reason == Reason::TcpHeld && half.promised > half.acked {
@@ -550,15 +550,15 @@ impl<F> Connection<F> {
         self.count(shared);
     }
 
-    /// The reader knows something new.
+    /// The inspector knows something new.
     pub(super) fn resume<S: Sink<F>>(
         &mut self,
         now: Millis,
-        reader: &mut impl Reader<F>,
+        inspector: &mut impl StreamInspector<F>,
         shared: &mut Shared,
         sink: &mut S,
     ) {
-        self.read(now, reader, shared, sink);
+        self.read(now, inspector, shared, sink);
         self.arm(now, shared, sink);
         self.count(shared);
     }
@@ -603,7 +603,7 @@ impl<F> Connection<F> {
         }
         let acked = other.position(segment.ack);
         if acked > other.sent && self.is_shared && segment.payload.is_empty() {
-            // The other policy's reader has sent it, and has to hear that; a receiver drops what acknowledges more than
+            // The other policy's inspector has sent it, and has to hear that; a receiver drops what acknowledges more than
             // it has sent (RFC 9293, 3.10.7.4). So the connection ends.
             self.reset = true;
             self.release(frame, shared, sink);
@@ -886,11 +886,11 @@ impl<F> Connection<F> {
         sink.release_with(frame, &command);
     }
 
-    /// Shows the reader what there is, until nothing more happens.
+    /// Shows the inspector what there is, until nothing more happens.
     fn read<S: Sink<F>>(
         &mut self,
         now: Millis,
-        reader: &mut impl Reader<F>,
+        inspector: &mut impl StreamInspector<F>,
         shared: &mut Shared,
         sink: &mut S,
     ) {
@@ -903,7 +903,8 @@ impl<F> Connection<F> {
         let mut again = true;
         while std::mem::take(&mut again) {
             for side in [Side::Client, Side::Server] {
-                while matches!(self.phase, Phase::Open) && self.read_once(now, side, reader, shared, sink) {
+                while matches!(self.phase, Phase::Open) && self.read_once(now, side, inspector, shared, sink)
+                {
                     again = true;
                 }
                 self.flush(side, shared, sink);
@@ -933,12 +934,12 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Asks the reader once. Whether something came of it.
+    /// Asks the inspector once. Whether something came of it.
     fn read_once<S: Sink<F>>(
         &mut self,
         now: Millis,
         side: Side,
-        reader: &mut impl Reader<F>,
+        inspector: &mut impl StreamInspector<F>,
         shared: &mut Shared,
         sink: &mut S,
     ) -> bool {
@@ -951,8 +952,8 @@ impl<F> Connection<F> {
         }
         let step = match std::mem::take(&mut self.rest[side as usize]) {
             0 => {
-                reader.sent(side, half.sent.saturating_sub(START + 1));
-                reader.read(side, bytes, end, sink)
+                inspector.sent(side, half.sent.saturating_sub(START + 1));
+                inspector.read(side, bytes, end, sink)
             }
             rest => Action::Bypass(rest),
         };

@@ -1,6 +1,6 @@
 //! TCP connections that are read without being ended here: packets are held, go on unchanged, or are dropped.
 //!
-//! A [`Connection`] puts the bytes of both directions into their order and shows them to a [`Reader`]. A packet goes
+//! A [`Connection`] puts the bytes of both directions into their order and shows them to a [`StreamInspector`]. A packet goes
 //! on when the reader has let go all of its bytes. If the rest of it is refused, or waits for the other side, the part
 //! that may go does so in a packet made here. What was read is what the receiver gets: bytes
 //! that have been here are kept until the receiver has acknowledged them, and a packet that says something else at
@@ -104,7 +104,7 @@ pub(crate) trait Remember {
 }
 
 /// Reads what both sides of a connection send.
-pub(crate) trait Reader<F> {
+pub(crate) trait StreamInspector<F> {
     /// Looks at the bytes of one side that have come and have not been let go. `end`: nothing follows them. With
     /// `end` and no bytes, `Forward(0)` lets the end go.
     fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Action;

@@ -1,4 +1,4 @@
-//! All TCP connections of one reader: finds the connection of a packet, makes new ones, and enforces limits and deadlines.
+//! All TCP connections of one inspector: finds the connection of a packet, makes new ones, and enforces limits and deadlines.
 //!
 //! Start at `Connections::packet`.
 
@@ -10,7 +10,7 @@ use palisade_abi::{CtKey, Reason, carry_flags, order, protocol};
 use palisade_packet::{TCP_RST, TCP_SYN, flags};
 
 use super::{
-    Connection, Reader, Remember, Shared, Side, TcpLimits, TcpStats, connection::Quoted, order,
+    Connection, Remember, Shared, Side, StreamInspector, TcpLimits, TcpStats, connection::Quoted, order,
     quote::QuotedSegment, segment::Segment,
 };
 use crate::{
@@ -18,10 +18,10 @@ use crate::{
     record::{Record, Verdict, What},
 };
 
-/// A connection, and what its reader knows of it.
+/// A connection, and what its inspector knows of it.
 struct Entry<F, T> {
     connection: Connection<F>,
-    reader: T,
+    inspector: T,
     /// When it is looked at next, at the latest.
     due: Millis,
     /// Its place among the half-open ones, if it is one.
@@ -62,7 +62,7 @@ enum Place {
     Unknown,
 }
 
-/// The connections that are read by one kind of reader; `T` is what it keeps of each.
+/// The connections that are read by one kind of inspector; `T` is what it keeps of each.
 pub(crate) struct Connections<F, T: Remember> {
     entries: HashMap<CtKey, Box<Entry<F, T>>>,
     /// Those whose SYN has come while another connection by the same ports was known. The server decides: the new one
@@ -164,19 +164,19 @@ impl<F, T: Remember> Connections<F, T> {
         }
     }
 
-    /// A packet. `make` makes what is kept of a new connection; `reader` a reader of it, for this call; `recall` says
+    /// A packet. `make` makes what is kept of a new connection; `inspector` a inspector of it, for this call; `recall` says
     /// whether a connection that is not read any more may go on, and else why not.
     #[expect(
         clippy::too_many_arguments,
         reason = "a packet, who reads it, and where it goes"
     )]
-    pub(crate) fn packet<'t, S: Sink<F>, R: Reader<F>>(
+    pub(crate) fn packet<'t, S: Sink<F>, R: StreamInspector<F>>(
         &'t mut self,
         now: Millis,
         view: &View<'_>,
         frame: F,
         make: impl FnOnce() -> T,
-        reader: impl FnOnce(&'t mut T) -> R,
+        inspector: impl FnOnce(&'t mut T) -> R,
         recall: impl FnOnce(&mut T::Memory, &mut S) -> Result<(), Reason>,
         sink: &mut S,
     ) {
@@ -275,10 +275,10 @@ impl<F, T: Remember> Connections<F, T> {
         let Some(entry) = all.get_mut(&key) else {
             return;
         };
-        let mut reader = reader(&mut entry.reader);
+        let mut inspector = inspector(&mut entry.inspector);
         entry
             .connection
-            .packet(now, view, frame, &mut reader, &mut self.shared, sink);
+            .packet(now, view, frame, &mut inspector, &mut self.shared, sink);
         let due = entry.connection.deadline(&self.shared);
         if due < entry.due {
             schedule(&mut self.due, &mut entry.due, due, Key(key, which));
@@ -403,7 +403,7 @@ impl<F, T: Remember> Connections<F, T> {
     }
 
     /// Adds a connection that begins.
-    fn insert<S: Sink<F>>(&mut self, key: Key, connection: Connection<F>, reader: T, sink: &mut S) {
+    fn insert<S: Sink<F>>(&mut self, key: Key, connection: Connection<F>, inspector: T, sink: &mut S) {
         while self.half_open >= self.shared.limits.half_open.max(1) {
             let most = self.shares.values().max_by_key(|share| share.half_open.len());
             let Some((_, oldest)) = most.and_then(|share| share.half_open.first_key_value()) else {
@@ -424,7 +424,7 @@ impl<F, T: Remember> Connections<F, T> {
         self.shared.stats.opened += 1;
         let entry = Box::new(Entry {
             connection,
-            reader,
+            inspector,
             due: Millis::MAX,
             half_open: Some(self.number),
         });
@@ -464,19 +464,21 @@ impl<F, T: Remember> Connections<F, T> {
         }
     }
 
-    /// Has a connection read again, without a packet of it: its reader knows something new.
-    pub(crate) fn resume<'t, S: Sink<F>, R: Reader<F>>(
+    /// Has a connection read again, without a packet of it: its inspector knows something new.
+    pub(crate) fn resume<'t, S: Sink<F>, R: StreamInspector<F>>(
         &'t mut self,
         now: Millis,
         key: &CtKey,
-        reader: impl FnOnce(&'t mut T) -> R,
+        inspector: impl FnOnce(&'t mut T) -> R,
         sink: &mut S,
     ) {
         let Some(entry) = self.entries.get_mut(key) else {
             return;
         };
-        let mut reader = reader(&mut entry.reader);
-        entry.connection.resume(now, &mut reader, &mut self.shared, sink);
+        let mut inspector = inspector(&mut entry.inspector);
+        entry
+            .connection
+            .resume(now, &mut inspector, &mut self.shared, sink);
         let due = entry.connection.deadline(&self.shared);
         if due < entry.due {
             schedule(&mut self.due, &mut entry.due, due, Key(*key, CURRENT));
@@ -491,7 +493,7 @@ impl<F, T: Remember> Connections<F, T> {
         entry.connection.account(&mut self.shared);
         let past = Past {
             serial: entry.connection.serial(),
-            memory: entry.reader.remember(),
+            memory: entry.inspector.remember(),
         };
         self.add_past(key, past);
     }

@@ -8,7 +8,7 @@ use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_flags, carry
 use palisade_packet::{Packet, Start, decode};
 use proptest::prelude::*;
 
-use super::{Action, Connections, Reader, Remember, Side, TcpLimits};
+use super::{Action, Connections, Remember, Side, StreamInspector, TcpLimits};
 use crate::{
     Learn, Millis, Route, Sink, View,
     record::{Record, Verdict, What},
@@ -202,7 +202,7 @@ impl Remember for Messages {
     fn remember(&mut self) {}
 }
 
-impl Reader<Vec<u8>> for &mut Messages {
+impl StreamInspector<Vec<u8>> for &mut Messages {
     fn read<S: Sink<Vec<u8>>>(&mut self, side: Side, bytes: &[u8], end: bool, _: &mut S) -> Action {
         if side == Side::Server {
             return Action::Forward(bytes.len());

@@ -40,7 +40,7 @@ use super::{
     pulse::{Beats, Pulse, hanging},
     selector_text::peer_text,
     view::{Shared, View, class_names, kind_name, prefix_text},
-    workers::READERS,
+    workers::INSPECTORS,
 };
 use crate::config::{Config, limit_hint, with_option};
 use crate::control::{
@@ -551,7 +551,7 @@ impl Clients {
 fn missing_inspectors(snapshot: &Snapshot) -> Vec<MissingInspector> {
     let mut wanted: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
     for entry in snapshot.tables.values().flat_map(|table| table.entries.values()) {
-        let read = READERS >> (entry.inspector & 31) & 1 != 0;
+        let read = INSPECTORS >> (entry.inspector & 31) & 1 != 0;
         if Decision::from_u8(entry.decision) == Decision::Inspect && !read {
             let policies = wanted.entry(inspector_name(entry.inspector)).or_default();
             if let Some(rule) = snapshot.rules.get(&entry.rule)
@@ -581,7 +581,7 @@ pub fn trace(compiler: &Compiler, config: &Config, request: &TraceRequest) -> Re
             paths: config.http.paths,
             get_bodies: config.http.get_bodies,
         },
-        readers: Some(READERS),
+        readers: Some(INSPECTORS),
         protocol: request.protocol,
         port: request.port,
     };

@@ -36,7 +36,7 @@ const READY: Duration = Duration::from_secs(10);
 /// More workers than that are only for those who ask for them.
 const MOST_BY_ITSELF: usize = 8;
 /// What they read: a bit for each [`Inspector`].
-pub const READERS: u32 =
+pub const INSPECTORS: u32 =
     1 << Inspector::Http as u32 | 1 << Inspector::Dns as u32 | 1 << Inspector::Tls as u32;
 /// Answers of one worker that may wait to be learned.
 const LEARNS: usize = 1_024;
@@ -152,7 +152,7 @@ impl Workers {
         if let Ok(running) = &self.running {
             told.carrier = running.carrier.map_or(0, |carrier| carrier.ifindex());
             told.workers = running.pool.counters().len() as u32;
-            told.inspectors = READERS;
+            told.inspectors = INSPECTORS;
         }
     }
 
