@@ -79,7 +79,7 @@ fn each_of_tcp(group: &'static str, stats: &TcpStats, f: &mut dyn FnMut(Number, 
         so far: opened retransmitted overlaps out_of_window invalid midstream limited overdue cut answered offloaded
             windows acknowledged delivered repeated split crowded replaced icmp_errors icmp_unrelated
             icmp_narrowed;
-        now: connections half_open bytes frames past;
+        now: connections half_open bytes frames offloaded_flows;
         by hand: ;
     });
 }

@@ -13,7 +13,9 @@ use crate::{
     Millis, Rules, Sink, View,
     record::{About, Record, Text, Verdict, What},
     rules::TlsRules,
-    tcp::{Action, Connections, Remember, Side, StreamInspector, TcpLimits, TcpStats, quote::QuotedSegment},
+    tcp::{
+        Action, Connections, Offloadable, Side, StreamInspector, TcpLimits, TcpStats, quote::QuotedSegment,
+    },
 };
 
 /// What to do with a hello that carries an encrypted one. Its outer name is all that can be read.
@@ -107,10 +109,10 @@ struct Judged {
     known: bool,
 }
 
-impl Remember for Flow {
+impl Offloadable for Flow {
     /// None: it went on unread because of audit mode.
-    type Memory = Option<Judged>;
-    fn remember(&mut self) -> Self::Memory {
+    type OffloadVerdict = Option<Judged>;
+    fn remember(&mut self) -> Self::OffloadVerdict {
         self.judged.take()
     }
 }

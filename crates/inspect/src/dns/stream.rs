@@ -16,7 +16,8 @@ use crate::{
     engine::Spare,
     record::{Record, What},
     tcp::{
-        Action, Connections, Remember, Side, StreamInspector, TcpLimits, TcpStats, key, quote::QuotedSegment,
+        Action, Connections, Offloadable, Side, StreamInspector, TcpLimits, TcpStats, key,
+        quote::QuotedSegment,
     },
 };
 
@@ -134,9 +135,9 @@ impl Flow {
     }
 }
 
-impl Remember for Flow {
+impl Offloadable for Flow {
     /// It went on unread because of audit mode.
-    type Memory = ();
+    type OffloadVerdict = ();
     fn remember(&mut self) {}
 }
 

@@ -10,7 +10,7 @@ use crate::{
     Millis, Rules, Sink,
     record::{About, Record, Text, Verdict, What, Word},
     rules::{HttpDenial, HttpScratch, HttpVerdict},
-    tcp::{Action, Remember, Side, StreamInspector},
+    tcp::{Action, Offloadable, Side, StreamInspector},
 };
 
 /// Requests of a connection that may wait for their answers; what comes behind them waits here.
@@ -166,8 +166,8 @@ impl Left {
     }
 }
 
-impl Remember for Flow {
-    type Memory = Left;
+impl Offloadable for Flow {
+    type OffloadVerdict = Left;
     fn remember(&mut self) -> Left {
         self.left
     }

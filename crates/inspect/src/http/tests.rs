@@ -430,7 +430,7 @@ fn other_protocols_are_let_in_when_they_were_asked_for() {
     assert!(talk.got[0].ends_with(b"anything"));
     // the same rules go on, others do not
     talk.tick(10);
-    assert_eq!(talk.engine.stats().http.tcp.past, 1);
+    assert_eq!(talk.engine.stats().http.tcp.offloaded_flows, 1);
     talk.client(b"more");
     assert!(talk.got[0].ends_with(b"more") && !talk.reset);
     talk.ruleset = OTHER;

@@ -72,14 +72,14 @@ enum Wanted {
 #[derive(Debug, Default)]
 pub struct HttpScratch {
     resolved: Vec<u8>,
-    memories: Vec<Memories>,
+    memories: Vec<OffloadVerdicts>,
     uses: u64,
     matched: Matched,
 }
 
 /// What is remembered of a rule set.
 #[derive(Debug, Default)]
-struct Memories {
+struct OffloadVerdicts {
     id: u64,
     used: u64,
     path: Memory,
@@ -409,13 +409,17 @@ fn header_tests(rule: &HttpRule) -> Box<[HeaderTest]> {
 }
 
 /// The memories of a rule set; those that were used longest ago make room.
-fn memories_of<'m>(id: u64, memories: &'m mut Vec<Memories>, uses: &mut u64) -> &'m mut Memories {
+fn memories_of<'m>(
+    id: u64,
+    memories: &'m mut Vec<OffloadVerdicts>,
+    uses: &mut u64,
+) -> &'m mut OffloadVerdicts {
     *uses += 1;
     let found = memories.iter().position(|memory| memory.id == id);
     let index = found.unwrap_or_else(|| {
-        let fresh = Memories {
+        let fresh = OffloadVerdicts {
             id,
-            ..Memories::default()
+            ..OffloadVerdicts::default()
         };
         if memories.len() < SETS_REMEMBERED {
             memories.push(fresh);

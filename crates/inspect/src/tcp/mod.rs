@@ -95,12 +95,12 @@ pub(crate) enum Action {
 }
 
 /// What is kept of a connection while it is read.
-pub(crate) trait Remember {
+pub(crate) trait Offloadable {
     /// What is kept once nothing of it needs reading any more, to judge it again if its rules change. The default: it
     /// was never read, because of audit mode.
-    type Memory: Default;
+    type OffloadVerdict: Default;
     /// Takes it out.
-    fn remember(&mut self) -> Self::Memory;
+    fn remember(&mut self) -> Self::OffloadVerdict;
 }
 
 /// Reads what both sides of a connection send.
@@ -138,7 +138,7 @@ pub struct TcpLimits {
     /// What is held so long is acknowledged to its sender.
     pub acknowledge: Millis,
     /// Connections that are not read any more, and are remembered in case the rules change.
-    pub past: usize,
+    pub offloaded_flows: usize,
     /// A connection whose packets are not seen for so long is forgotten.
     pub idle: Millis,
     /// The same of one that is closed, cut, or not read any more.
@@ -160,7 +160,7 @@ impl Default for TcpLimits {
             frames: 4096,
             deadline: 30_000,
             acknowledge: 10,
-            past: 65_536,
+            offloaded_flows: 65_536,
             idle: 6 * 3600 * 1000,
             idle_closed: 60_000,
             window: u64::MAX,
@@ -223,7 +223,7 @@ pub struct TcpStats {
     /// How often what was acknowledged here was not acknowledged by its receiver in time, and was sent again.
     pub repeated: u64,
     /// Connections that are not read any more and are remembered.
-    pub past: u64,
+    pub offloaded_flows: u64,
 }
 
 /// Dropped packets that are reported a second.

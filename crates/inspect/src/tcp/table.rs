@@ -10,7 +10,7 @@ use palisade_abi::{CtKey, Reason, carry_flags, order, protocol};
 use palisade_packet::{TCP_RST, TCP_SYN, flags};
 
 use super::{
-    Connection, Remember, Shared, Side, StreamInspector, TcpLimits, TcpStats, connection::Quoted, order,
+    Connection, Offloadable, Shared, Side, StreamInspector, TcpLimits, TcpStats, connection::Quoted, order,
     quote::QuotedSegment, segment::Segment,
 };
 use crate::{
@@ -29,7 +29,7 @@ struct Entry<F, T> {
 }
 
 /// A connection that is not read any more: its packets stay with the programs as long as the same rules hold for it.
-struct Past<M> {
+struct OffloadedFlow<M> {
     serial: u32,
     memory: M,
 }
@@ -53,7 +53,7 @@ enum Place {
     /// To one that begins with it.
     New(bool),
     /// To one that is not read any more.
-    Past,
+    OffloadedFlow,
     /// To none: a SYN that nothing explains.
     Stray,
     /// To none: a SYN that opens nothing, because it carries data or a second meaning.
@@ -63,7 +63,7 @@ enum Place {
 }
 
 /// The connections that are read by one kind of inspector; `T` is what it keeps of each.
-pub(crate) struct Connections<F, T: Remember> {
+pub(crate) struct Connections<F, T: Offloadable> {
     entries: HashMap<CtKey, Box<Entry<F, T>>>,
     /// Those whose SYN has come while another connection by the same ports was known. The server decides: the new one
     /// takes the place of the old one when the server has acknowledged its SYN.
@@ -73,7 +73,7 @@ pub(crate) struct Connections<F, T: Remember> {
     half_open: usize,
     /// Counts the half-open ones, so that the oldest is known.
     number: u64,
-    past: HashMap<CtKey, Past<T::Memory>>,
+    offloaded_flows: HashMap<CtKey, OffloadedFlow<T::OffloadVerdict>>,
     /// The keys of `past` in the order in which they got there, with serials: those that are gone linger.
     order: VecDeque<(CtKey, u32)>,
     /// When they are due, each once.
@@ -139,7 +139,7 @@ pub(crate) fn key(view: &View<'_>) -> CtKey {
     }
 }
 
-impl<F, T: Remember> Connections<F, T> {
+impl<F, T: Offloadable> Connections<F, T> {
     pub(crate) fn new(limits: &TcpLimits) -> Self {
         Self {
             entries: HashMap::new(),
@@ -148,7 +148,7 @@ impl<F, T: Remember> Connections<F, T> {
             open: 0,
             half_open: 0,
             number: 0,
-            past: HashMap::new(),
+            offloaded_flows: HashMap::new(),
             order: VecDeque::new(),
             due: BTreeSet::new(),
             shared: Shared::new(limits),
@@ -159,7 +159,7 @@ impl<F, T: Remember> Connections<F, T> {
         TcpStats {
             connections: self.entries.len() as u64,
             half_open: self.half_open as u64,
-            past: self.past.len() as u64,
+            offloaded_flows: self.offloaded_flows.len() as u64,
             ..self.shared.stats
         }
     }
@@ -177,7 +177,7 @@ impl<F, T: Remember> Connections<F, T> {
         frame: F,
         make: impl FnOnce() -> T,
         inspector: impl FnOnce(&'t mut T) -> R,
-        recall: impl FnOnce(&mut T::Memory, &mut S) -> Result<(), Reason>,
+        recall: impl FnOnce(&mut T::OffloadVerdict, &mut S) -> Result<(), Reason>,
         sink: &mut S,
     ) {
         let key = key(view);
@@ -209,14 +209,14 @@ impl<F, T: Remember> Connections<F, T> {
                     self.insert(Key(key, which), Connection::new(key, view), make(), sink);
                     which
                 }
-                Place::Past => {
-                    let Some(past) = self.past.get_mut(&key) else {
+                Place::OffloadedFlow => {
+                    let Some(flow) = self.offloaded_flows.get_mut(&key) else {
                         return;
                     };
-                    match recall(&mut past.memory, sink) {
+                    match recall(&mut flow.memory, sink) {
                         Ok(()) => sink.release_with(frame, &order(key, view.slot, order::OFFLOAD)),
                         Err(reason) => {
-                            self.past.remove(&key);
+                            self.offloaded_flows.remove(&key);
                             self.shared.stats.cut += 1;
                             sink.discard(frame, reason);
                             if Connection::<F>::disown(view, &mut self.shared, sink) {
@@ -310,17 +310,21 @@ impl<F, T: Remember> Connections<F, T> {
         let opens = has_syn && side == Side::Client && segment.is_some_and(|s| !s.is_ack());
         if let Some(entry) = self.entries.get(&key) {
             if entry.connection.is_over() {
-                self.put_past(key);
+                self.remember_offloaded(key);
             } else if of_current == Some(false) {
                 // The programs have made another entry since.
                 self.give_up(key, sink);
             }
         }
-        if self.past.get(&key).is_some_and(|past| past.serial != slot.serial) {
-            self.past.remove(&key);
+        if self
+            .offloaded_flows
+            .get(&key)
+            .is_some_and(|flow| flow.serial != slot.serial)
+        {
+            self.offloaded_flows.remove(&key);
             self.remove(Key(key, CANDIDATE));
         }
-        let is_past = self.past.contains_key(&key);
+        let is_offloaded = self.offloaded_flows.contains_key(&key);
         let current = self.entries.get(&key).map(|entry| &entry.connection);
         if let Some(segment) = segment
             && let Some(candidate) = self.candidates.get(&key)
@@ -335,7 +339,7 @@ impl<F, T: Remember> Connections<F, T> {
             }
             self.shared.stats.replaced += 1;
             self.give_up_current(key, sink);
-            self.past.remove(&key);
+            self.offloaded_flows.remove(&key);
             self.promote(key);
             return Place::Known(CURRENT);
         }
@@ -350,7 +354,7 @@ impl<F, T: Remember> Connections<F, T> {
                 if current.is_closed() {
                     return Place::New(CURRENT);
                 }
-            } else if !is_past {
+            } else if !is_offloaded {
                 return Place::New(CURRENT);
             }
             if let Some(candidate) = self.candidates.get(&key)
@@ -370,8 +374,8 @@ impl<F, T: Remember> Connections<F, T> {
                 }
             }
             Some(_) => Place::Known(CURRENT),
-            None if is_past && has_syn => Place::Stray,
-            None if is_past => Place::Past,
+            None if is_offloaded && has_syn => Place::Stray,
+            None if is_offloaded => Place::OffloadedFlow,
             None => Place::Unknown,
         }
     }
@@ -486,28 +490,32 @@ impl<F, T: Remember> Connections<F, T> {
     }
 
     /// Keeps no more of a connection than what has to be known if its rules change.
-    fn put_past(&mut self, key: CtKey) {
+    fn remember_offloaded(&mut self, key: CtKey) {
         let Some(mut entry) = self.remove(Key(key, CURRENT)) else {
             return;
         };
         entry.connection.account(&mut self.shared);
-        let past = Past {
+        let flow = OffloadedFlow {
             serial: entry.connection.serial(),
             memory: entry.inspector.remember(),
         };
-        self.add_past(key, past);
+        self.add_offloaded(key, flow);
     }
 
-    fn add_past(&mut self, key: CtKey, past: Past<T::Memory>) {
-        self.order.push_back((key, past.serial));
-        self.past.insert(key, past);
-        let most = self.shared.limits.past;
-        while self.past.len() > most || self.order.len() > 2 * most {
+    fn add_offloaded(&mut self, key: CtKey, flow: OffloadedFlow<T::OffloadVerdict>) {
+        self.order.push_back((key, flow.serial));
+        self.offloaded_flows.insert(key, flow);
+        let most = self.shared.limits.offloaded_flows;
+        while self.offloaded_flows.len() > most || self.order.len() > 2 * most {
             let Some((key, serial)) = self.order.pop_front() else {
                 break;
             };
-            if self.past.get(&key).is_some_and(|past| past.serial == serial) {
-                self.past.remove(&key);
+            if self
+                .offloaded_flows
+                .get(&key)
+                .is_some_and(|flow| flow.serial == serial)
+            {
+                self.offloaded_flows.remove(&key);
             }
         }
     }
@@ -556,8 +564,8 @@ impl<F, T: Remember> Connections<F, T> {
         }
         if audit {
             let (key, serial) = (key(view), view.slot.serial);
-            let memory = T::Memory::default();
-            self.add_past(key, Past { serial, memory });
+            let memory = T::OffloadVerdict::default();
+            self.add_offloaded(key, OffloadedFlow { serial, memory });
             sink.release_with(frame, &order(key, view.slot, order::OFFLOAD));
         } else {
             sink.discard(frame, reason);
@@ -642,7 +650,11 @@ impl<F, T: Remember> Connections<F, T> {
                 }
             }
         }
-        if self.past.get(&key).is_some_and(|past| past.serial == serial) {
+        if self
+            .offloaded_flows
+            .get(&key)
+            .is_some_and(|flow| flow.serial == serial)
+        {
             sink.release(frame);
             return;
         }
@@ -700,7 +712,7 @@ impl<F, T: Remember> Connections<F, T> {
             };
             let stays = entry.connection.tick(now, &mut self.shared, sink);
             if entry.connection.is_over() {
-                self.put_past(key.0);
+                self.remember_offloaded(key.0);
             } else if stays {
                 let due = entry.connection.deadline(&self.shared).max(now + 1);
                 schedule(&mut self.due, &mut entry.due, due, key);
@@ -716,7 +728,7 @@ impl<F, T: Remember> Connections<F, T> {
 
     /// Forgets the connections of an endpoint, or all; what is held of them is dropped.
     pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, sink: &mut S) {
-        self.past
+        self.offloaded_flows
             .retain(|key, _| endpoint.is_some_and(|endpoint| endpoint != key.endpoint));
         let all = self.entries.keys().map(|key| Key(*key, CURRENT));
         let all = all.chain(self.candidates.keys().map(|key| Key(*key, CANDIDATE)));

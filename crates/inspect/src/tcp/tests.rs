@@ -8,7 +8,7 @@ use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_flags, carry
 use palisade_packet::{Packet, Start, decode};
 use proptest::prelude::*;
 
-use super::{Action, Connections, Remember, Side, StreamInspector, TcpLimits};
+use super::{Action, Connections, Offloadable, Side, StreamInspector, TcpLimits};
 use crate::{
     Learn, Millis, Route, Sink, View,
     record::{Record, Verdict, What},
@@ -197,8 +197,8 @@ impl Sink<Vec<u8>> for Out {
 #[derive(Default)]
 struct Messages;
 
-impl Remember for Messages {
-    type Memory = ();
+impl Offloadable for Messages {
+    type OffloadVerdict = ();
     fn remember(&mut self) {}
 }
 
@@ -1081,21 +1081,24 @@ fn what_is_new_behind_what_the_receiver_has_goes_on() {
 #[test]
 fn what_is_not_read_any_more_is_remembered_within_limits() {
     let mut bench = Bench::new(TcpLimits {
-        past: 1,
+        offloaded_flows: 1,
         ..TcpLimits::default()
     });
     bench.handshake();
     bench.put(&client(0, b"\x01O"));
     bench.tick(1);
     let stats = bench.table.stats();
-    assert_eq!((stats.connections, stats.past, stats.offloaded), (0, 1, 1));
+    assert_eq!(
+        (stats.connections, stats.offloaded_flows, stats.offloaded),
+        (0, 1, 1)
+    );
     bench.take();
     bench.put(&client(2, b"x"));
     let out = bench.take();
     assert_eq!((out.released.len(), out.commands.len()), (1, 1));
     // other ports take its place
     bench.handshake();
-    assert_eq!(bench.table.stats().past, 0);
+    assert_eq!(bench.table.stats().offloaded_flows, 0);
 }
 
 /// The same ports again, by a SYN that the programs know no end before: the server decides whether it begins another
@@ -1166,7 +1169,7 @@ fn a_connection_in_the_place_of_another_is_read_from_its_start() {
             assert_ne!(serial, 99);
         }
         assert_eq!(bench.table.stats().replaced, 1);
-        assert_eq!(bench.table.stats().past, 0);
+        assert_eq!(bench.table.stats().offloaded_flows, 0);
         // What was under way of the old one is not in its place.
         bench.put_as(&client(2, b"x"), 99, 0);
         assert_eq!(bench.take().released.len(), 0);
@@ -1514,7 +1517,10 @@ fn in_audit_mode_what_would_open_beyond_the_limit_goes_on_unread() {
     );
     bench.tick(1);
     let stats = bench.table.stats();
-    assert_eq!((stats.connections, stats.half_open, stats.past), (1, 0, 1));
+    assert_eq!(
+        (stats.connections, stats.half_open, stats.offloaded_flows),
+        (1, 0, 1)
+    );
 }
 
 /// A SYN that is refused leaves the SYN that waits for the server's answer in its place.

@@ -384,7 +384,7 @@ fn add_up(report: &mut api::Workers, numbers: impl Iterator<Item = (Number, u64)
         let keeps = &mut report.keeps;
         match number.name {
             "connections" if number.now => keeps.connections += value,
-            "past" if number.now => keeps.remembered += value,
+            "offloaded_flows" if number.now => keeps.remembered += value,
             "bytes" if number.now => keeps.bytes += value,
             "frames" | "held" if number.now => keeps.packets += value,
             _ => {}
@@ -487,7 +487,7 @@ mod tests {
             connections: 2,
             bytes: 1_000,
             frames: 3,
-            past: 4,
+            offloaded_flows: 4,
             ..TcpStats::default()
         };
         let stats = Stats {
