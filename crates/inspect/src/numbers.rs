@@ -77,7 +77,7 @@ fn each_of_tcp(group: &'static str, stats: &TcpStats, f: &mut dyn FnMut(Number, 
     let mut f = of_group;
     tell!(f, "tcp", stats => TcpStats {
         so far: opened retransmitted overlaps out_of_window invalid midstream limited overdue cut answered offloaded
-            windows acknowledged delivered repeated split crowded replaced icmp_errors icmp_unrelated
+            windows acknowledged delivered repeated split half_open_evicted replaced icmp_errors icmp_unrelated
             icmp_narrowed;
         now: connections half_open bytes frames offloaded_flows;
         by hand: ;

@@ -48,7 +48,7 @@ enum Phase {
 
 /// Something that the programs are told once.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Told {
+enum Announcement {
     No,
     /// With the next packet.
     Next,
@@ -73,8 +73,8 @@ pub(crate) struct Connection<F> {
     /// The programs know it by `serial`.
     is_known: bool,
     /// What else the programs have been told of it, or are to be told with the next packet that is released.
-    opened: Told,
-    closed: Told,
+    opened: Announcement,
+    closed: Announcement,
     about: About,
     /// Another policy has its packets read too, and must not miss any: none are made in their place.
     is_shared: bool,
@@ -111,8 +111,8 @@ impl<F> Connection<F> {
             },
             before: (!is_known).then_some(serial),
             is_known,
-            opened: Told::No,
-            closed: Told::No,
+            opened: Announcement::No,
+            closed: Announcement::No,
             halves: [Half::new(), Half::new()],
             phase: Phase::Open,
             key,
@@ -159,7 +159,7 @@ impl<F> Connection<F> {
 
     /// Whether it has been seen to end, so that a new connection by the same ports loses nothing.
     pub(super) fn is_closed(&self) -> bool {
-        self.closed != Told::No || matches!(self.phase, Phase::Aborted(_))
+        self.closed != Announcement::No || matches!(self.phase, Phase::Aborted(_))
     }
 
     /// Whether this SYN of a side has been here before, and may come again.
@@ -195,8 +195,8 @@ impl<F> Connection<F> {
 
     /// Says that it is over, if the programs do not know.
     pub(super) fn forgotten<S: Sink<F>>(&mut self, sink: &mut S) {
-        if self.is_done() && self.is_known && self.closed != Told::Yes {
-            self.closed = Told::Yes;
+        if self.is_done() && self.is_known && self.closed != Announcement::Yes {
+            self.closed = Announcement::Yes;
             sink.command(&self.order(order::CLOSE));
         }
     }
@@ -255,7 +255,7 @@ impl<F> Connection<F> {
         }
         for side in [Side::Client, Side::Server] {
             if self.half(side).promise_at.is_some_and(|at| at <= now) {
-                self.promise(side, shared, sink);
+                self.ack_on_behalf(side, shared, sink);
                 self.deliver(side, shared, sink);
             }
             self.deliver_again(now, side, shared, sink);
@@ -308,7 +308,7 @@ impl<F> Connection<F> {
         self.reset_to(Side::Server, shared, sink);
         self.phase = Phase::Aborted(reason);
         self.close(reason, shared, sink);
-        self.closed = Told::Yes;
+        self.closed = Announcement::Yes;
         sink.command(&self.order(order::CLOSE));
     }
 
@@ -334,13 +334,13 @@ impl<F> Connection<F> {
         shared.may_report(now)
     }
 
-    /// Whether nothing of it is read any more, and nothing is owed to anybody.
+    /// Whether the connection is offloaded or ended, and every byte acknowledged on behalf of a receiver has reached it.
     pub(super) fn is_over(&self) -> bool {
-        matches!(self.phase, Phase::Offloaded) && self.is_settled()
+        matches!(self.phase, Phase::Offloaded) && self.is_drained()
     }
 
-    fn is_settled(&self) -> bool {
-        self.halves.iter().all(Half::is_settled)
+    fn is_drained(&self) -> bool {
+        self.halves.iter().all(Half::is_drained)
     }
 
     /// How packets to `side` look.
@@ -400,7 +400,7 @@ impl<F> Connection<F> {
     /// acknowledgement (RFC 9293, 3.10.7.4), or with a reset if it has no such connection. The acknowledgement comes
     /// here as a packet that takes up nothing, and gives both numbers. The sender of the packet repeats it until then,
     /// so a loss does not matter.
-    pub(super) fn disown<S: Sink<F>>(view: &View<'_>, shared: &mut Shared, sink: &mut S) -> bool {
+    pub(super) fn reset_unknown<S: Sink<F>>(view: &View<'_>, shared: &mut Shared, sink: &mut S) -> bool {
         let (Some(link), Some(segment)) = (Link::of(view), Segment::read(view)) else {
             return true;
         };
@@ -469,26 +469,26 @@ impl<F> Connection<F> {
         }
         match &self.phase {
             Phase::Offloaded => {
-                // Until the receivers have all that was promised, this has to know what they have.
+                // Until the receivers have every byte acknowledged on their behalf, this module has to know what they have.
                 if let Some(segment) = Segment::read(view).filter(Segment::is_ack) {
                     let other = self.half(side.other());
                     let acked = other.position(segment.ack);
-                    if acked <= other.promised {
+                    if acked <= other.proxy_acked {
                         other.acknowledge(acked, 0);
                     } else {
-                        other.acknowledge(other.promised, 0);
+                        other.acknowledge(other.proxy_acked, 0);
                     }
                 }
-                // Judged by the old rules; by the new ones once nothing is owed any more.
+                // Judged by the old rules; by the new ones once every byte acknowledged on behalf of a receiver is delivered.
                 if (view.slot.ruleset, view.slot.flags & carry_flags::AUDIT)
                     != (self.slot.ruleset, self.slot.flags & carry_flags::AUDIT)
                 {
                     sink.discard(frame, Reason::TcpHeld);
                     return;
                 }
-                self.command = self.is_settled();
+                self.command = self.is_drained();
                 self.release(frame, shared, sink);
-                if !self.is_settled() {
+                if !self.is_drained() {
                     self.arm(now, shared, sink);
                 }
                 return;
@@ -519,12 +519,12 @@ impl<F> Connection<F> {
             self.answered(side, &segment, frame, shared, sink);
             return;
         }
-        match self.arrive(now, side, view, &segment, frame, shared, sink) {
+        match self.receive(now, side, view, &segment, frame, shared, sink) {
             Ok(false) => {}
             Ok(true) => self.read(now, inspector, shared, sink),
             Err((reason, frame)) => {
                 let half = &self.halves[side as usize];
-                if reason == Reason::TcpHeld && half.promised > half.acked {
+                if reason == Reason::TcpHeld && half.proxy_acked > half.acked {
                     self.acknowledge(side, shared, sink);
                 }
                 match reason {
@@ -565,7 +565,7 @@ impl<F> Connection<F> {
 
     /// Takes a packet into its place. Ok: whether there may be something to read.
     #[expect(clippy::too_many_arguments, reason = "a packet and where it goes")]
-    fn arrive<S: Sink<F>>(
+    fn receive<S: Sink<F>>(
         &mut self,
         now: Millis,
         side: Side,
@@ -665,7 +665,7 @@ impl<F> Connection<F> {
                 if own.take(own.acked, new) == Arrival::Differs {
                     return Err((Reason::TcpOverlap, frame));
                 }
-                own.promised = own.promised.max(own.next);
+                own.proxy_acked = own.proxy_acked.max(own.next);
                 sink.absorb(frame);
                 self.acknowledge(side, shared, sink);
                 return Ok(true);
@@ -674,7 +674,7 @@ impl<F> Connection<F> {
             self.acknowledge(side, shared, sink);
             return Ok(progress);
         }
-        let waits = behind > own.goes();
+        let waits = behind > own.forward_limit();
         if end > own.reach(shared.limits.bytes_per_direction as u64)
             || shared.stats.bytes > shared.limits.bytes as u64
             || (waits
@@ -796,14 +796,14 @@ impl<F> Connection<F> {
 
     /// Notes what the programs are to be told of its state: they believe only what was verified here.
     fn note_state(&mut self) {
-        if self.opened == Told::No && self.is_opened() {
-            self.opened = Told::Next;
+        if self.opened == Announcement::No && self.is_opened() {
+            self.opened = Announcement::Next;
         }
         let is_ended = |half: &Half<F>| half.fin.is_some_and(|fin| half.acked > fin);
-        if self.closed == Told::No && self.halves.iter().all(is_ended) {
-            self.closed = Told::Next;
+        if self.closed == Announcement::No && self.halves.iter().all(is_ended) {
+            self.closed = Announcement::Next;
         }
-        if self.closed == Told::No {
+        if self.closed == Announcement::No {
             // Its ends go on: the reset did not name the byte that its receiver waited for.
             self.reset = false;
         }
@@ -827,7 +827,7 @@ impl<F> Connection<F> {
                 return Err((Reason::TcpOutOfWindow, frame));
             }
             self.reset = true;
-            self.closed = Told::Next;
+            self.closed = Announcement::Next;
             self.release(frame, shared, sink);
             return Ok(());
         }
@@ -836,8 +836,8 @@ impl<F> Connection<F> {
             self.reset = true;
             // What the receiver has of the bytes that are under way is not known here. If some are, it may answer with a
             // challenge instead (RFC 5961, 3.2).
-            if own.acked == own.sent && self.closed == Told::No {
-                self.closed = Told::Next;
+            if own.acked == own.sent && self.closed == Announcement::No {
+                self.closed = Announcement::Next;
             }
             self.release(frame, shared, sink);
             return Ok(());
@@ -851,7 +851,7 @@ impl<F> Connection<F> {
         self.reset = true;
         self.phase = Phase::Aborted(Reason::TcpHeld);
         self.close(Reason::TcpHeld, shared, sink);
-        self.closed = Told::Yes;
+        self.closed = Announcement::Yes;
         sink.command(&self.order(order::CLOSE));
         Ok(())
     }
@@ -862,9 +862,9 @@ impl<F> Connection<F> {
                 (&mut self.closed, order::CLOSE),
                 (&mut self.opened, order::OPENED),
             ];
-            let next = told.into_iter().find(|(told, _)| **told == Told::Next);
+            let next = told.into_iter().find(|(told, _)| **told == Announcement::Next);
             match next.map(|(told, what)| {
-                *told = Told::Yes;
+                *told = Announcement::Yes;
                 what
             }) {
                 Some(what) => sink.release_with(frame, &self.order(what)),
@@ -873,7 +873,7 @@ impl<F> Connection<F> {
             return;
         }
         // Either says that it is open, too.
-        self.opened = Told::Yes;
+        self.opened = Announcement::Yes;
         if matches!(self.phase, Phase::Offloaded) {
             sink.release_with(frame, &self.order(order::OFFLOAD));
             return;
@@ -1004,10 +1004,10 @@ impl<F> Connection<F> {
         const SMALL: u64 = 4096;
         let half = &mut self.halves[side as usize];
         // What is to be delivered from here is kept.
-        let owed = half.promised.saturating_sub(half.judged).min(n);
-        if owed > 0 {
-            half.pass(owed);
-            self.rest[side as usize] = n - owed;
+        let undelivered = half.proxy_acked.saturating_sub(half.judged).min(n);
+        if undelivered > 0 {
+            half.pass(undelivered);
+            self.rest[side as usize] = n - undelivered;
             return;
         }
         let taken = n.min(LONGEST_WINDOW);
@@ -1019,7 +1019,7 @@ impl<F> Connection<F> {
         let is_apart = half.skip(taken);
         self.rest[side as usize] = n - taken;
         // The acknowledgements of bytes in a window are not seen here.
-        if is_apart && n - there >= shared.limits.window && self.is_settled() {
+        if is_apart && n - there >= shared.limits.window && self.is_drained() {
             let at = side as usize * 2;
             self.windows[at] = from;
             let end = self.halves[side as usize].judged;
@@ -1034,20 +1034,20 @@ impl<F> Connection<F> {
         if matches!(self.phase, Phase::Offloaded) {
             for side in [Side::Client, Side::Server] {
                 let half = self.half(side);
-                half.judged = half.judged.max(half.promised);
+                half.judged = half.judged.max(half.proxy_acked);
                 self.deliver(side, shared, sink);
             }
-            let is_settled = self.is_settled();
+            let is_drained = self.is_drained();
             // The last one takes the command along: what the programs let pass from then on is not before these.
             let mut rest = self.halves[0].held.len() + self.halves[1].held.len();
             for side in [Side::Client, Side::Server] {
                 while let Some(held) = self.half(side).held.pop_front() {
                     rest -= 1;
-                    self.command = rest == 0 && is_settled;
+                    self.command = rest == 0 && is_drained;
                     self.release(held.frame, shared, sink);
                 }
             }
-            if is_settled {
+            if is_drained {
                 self.close(Reason::Allowed, shared, sink);
             }
             return;

@@ -186,7 +186,7 @@ pub(super) struct Half<F> {
     /// The receiver has acknowledged all bytes before.
     pub(super) acked: Position,
     /// All bytes before have been acknowledged to the sender: by the receiver, or here.
-    pub(super) promised: Position,
+    pub(super) proxy_acked: Position,
     /// When what is held is acknowledged here.
     pub(super) promise_at: Option<Millis>,
     /// When what was promised is sent to the receiver again, and how often it has been.
@@ -230,7 +230,7 @@ impl<F> Half<F> {
             sent: FIRST,
             highest: FIRST,
             acked: START,
-            promised: START,
+            proxy_acked: START,
             promise_at: None,
             again: None,
             lost: START,
@@ -268,7 +268,7 @@ impl<F> Half<F> {
     pub(super) fn acknowledge(&mut self, position: Position, window: u64) {
         if position > self.acked {
             self.acked = position;
-            self.promised = self.promised.max(position);
+            self.proxy_acked = self.proxy_acked.max(position);
             self.again = None;
         }
         self.edge = self.edge.max(position + window);
@@ -345,12 +345,12 @@ impl<F> Half<F> {
     pub(super) fn is_contiguous(&self) -> bool {
         self.pieces
             .back()
-            .is_some_and(|piece| piece.start <= self.promised.max(START + 1))
+            .is_some_and(|piece| piece.start <= self.proxy_acked.max(START + 1))
     }
 
     /// Bytes that the receiver has not acknowledged and the sender will not send again: up to `most` of them, from
     /// `from` on.
-    pub(super) fn owed(&self, from: Position, most: usize) -> &[u8] {
+    pub(super) fn undelivered(&self, from: Position, most: usize) -> &[u8] {
         let Some(piece) = self
             .pieces
             .iter()
@@ -358,7 +358,7 @@ impl<F> Half<F> {
         else {
             return &[];
         };
-        let to = self.promised.min(self.judged).min(piece.end());
+        let to = self.proxy_acked.min(self.judged).min(piece.end());
         piece.slice(from, to.clamp(from, from + most as u64))
     }
 
@@ -391,12 +391,12 @@ impl<F> Half<F> {
 
     /// How far what was promised has been sent on.
     pub(super) fn delivered(&self) -> Position {
-        self.sent.min(self.promised)
+        self.sent.min(self.proxy_acked)
     }
 
     /// Whether the receiver has all that was promised.
-    pub(super) fn is_settled(&self) -> bool {
-        self.acked >= self.promised
+    pub(super) fn is_drained(&self) -> bool {
+        self.acked >= self.proxy_acked
     }
 
     /// Bytes of a packet made for this side.
@@ -533,13 +533,16 @@ impl<F> Half<F> {
     }
 
     /// All bytes before may go, judged or not.
-    pub(super) fn goes(&self) -> Position {
+    pub(super) fn forward_limit(&self) -> Position {
         self.judged.max(self.ahead)
     }
 
     /// Takes out the next packet that may go.
     pub(super) fn releasable(&mut self) -> Option<Held<F>> {
-        let at = self.held.iter().position(|held| held.end <= self.goes())?;
+        let at = self
+            .held
+            .iter()
+            .position(|held| held.end <= self.forward_limit())?;
         let held = self.held.remove(at)?;
         self.sent = self.sent.max(held.end);
         Some(held)

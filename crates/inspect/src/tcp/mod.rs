@@ -179,7 +179,7 @@ pub struct TcpStats {
     /// acknowledged the server's SYN.
     pub half_open: u64,
     /// Such connections that were forgotten to make room.
-    pub crowded: u64,
+    pub half_open_evicted: u64,
     /// Connections whose ports were used again before they had been seen to end.
     pub replaced: u64,
     /// Bytes that are kept now.

@@ -202,7 +202,7 @@ impl<F, T: Offloadable> Connections<F, T> {
                         return;
                     }
                     if which == CURRENT {
-                        self.give_up(key, sink);
+                        self.forget_with_candidate(key, sink);
                     } else {
                         self.remove(Key(key, CANDIDATE));
                     }
@@ -219,7 +219,7 @@ impl<F, T: Offloadable> Connections<F, T> {
                             self.offloaded_flows.remove(&key);
                             self.shared.stats.cut += 1;
                             sink.discard(frame, reason);
-                            if Connection::<F>::disown(view, &mut self.shared, sink) {
+                            if Connection::<F>::reset_unknown(view, &mut self.shared, sink) {
                                 sink.command(&order(key, view.slot, order::CLOSE));
                             }
                         }
@@ -313,7 +313,7 @@ impl<F, T: Offloadable> Connections<F, T> {
                 self.remember_offloaded(key);
             } else if of_current == Some(false) {
                 // The programs have made another entry since.
-                self.give_up(key, sink);
+                self.forget_with_candidate(key, sink);
             }
         }
         if self
@@ -338,7 +338,7 @@ impl<F, T: Offloadable> Connections<F, T> {
                 return Place::Known(CANDIDATE);
             }
             self.shared.stats.replaced += 1;
-            self.give_up_current(key, sink);
+            self.forget_current(key, sink);
             self.offloaded_flows.remove(&key);
             self.promote(key);
             return Place::Known(CURRENT);
@@ -414,7 +414,7 @@ impl<F, T: Offloadable> Connections<F, T> {
                 break;
             };
             let oldest = *oldest;
-            self.shared.stats.crowded += 1;
+            self.shared.stats.half_open_evicted += 1;
             if let Some(mut entry) = self.remove(oldest) {
                 entry
                     .connection
@@ -455,12 +455,12 @@ impl<F, T: Offloadable> Connections<F, T> {
     }
 
     /// Forgets a connection, and who wants its place.
-    fn give_up<S: Sink<F>>(&mut self, key: CtKey, sink: &mut S) {
-        self.give_up_current(key, sink);
+    fn forget_with_candidate<S: Sink<F>>(&mut self, key: CtKey, sink: &mut S) {
+        self.forget_current(key, sink);
         self.remove(Key(key, CANDIDATE));
     }
 
-    fn give_up_current<S: Sink<F>>(&mut self, key: CtKey, sink: &mut S) {
+    fn forget_current<S: Sink<F>>(&mut self, key: CtKey, sink: &mut S) {
         if let Some(mut entry) = self.remove(Key(key, CURRENT)) {
             entry
                 .connection
@@ -596,7 +596,7 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
         if self.refuse(now, view, frame, Reason::TcpMidstream, sink)
             && !segment.is_rst()
-            && Connection::<F>::disown(view, &mut self.shared, sink)
+            && Connection::<F>::reset_unknown(view, &mut self.shared, sink)
         {
             sink.command(&order(key(view), view.slot, order::CLOSE));
         }

@@ -1653,9 +1653,9 @@ proptest! {
         let mut receiver = Receiver { bytes: BTreeMap::new(), last_wins };
         let mut acknowledged = 0;
         // What the sender was told has come: it does not send that again.
-        let mut promised = 0;
+        let mut proxy_acked = 0;
         let mut send = |bench: &mut Bench, receiver: &mut Receiver, from: usize, to: usize, lost: bool, acks: bool| {
-            let from = from.max(promised);
+            let from = from.max(proxy_acked);
             if from <= to {
                 let mut seg = client(from as u32, &stream[from..to]);
                 if to == stream.len() { seg.flags |= FIN; }
@@ -1664,7 +1664,7 @@ proptest! {
             let out = bench.take();
             for (seg, _) in &out.emitted {
                 if seg.from == Side::Server && seg.flags == ACK {
-                    promised = promised.max(seg.ack.wrapping_sub(CLIENT_ISN.wrapping_add(1)) as usize);
+                    proxy_acked = proxy_acked.max(seg.ack.wrapping_sub(CLIENT_ISN.wrapping_add(1)) as usize);
                 }
             }
             let made = out.emitted.iter().map(|(seg, _)| seg).filter(|seg| seg.from == Side::Client);

@@ -970,11 +970,17 @@ fn half_open_connections_have_a_limit_of_their_own() {
         assert_eq!(Other(2, port).syn(&mut it), Fate::Released, "{port}");
     }
     let stats = it.tcp();
-    assert_eq!((stats.connections, stats.half_open, stats.crowded), (4, 3, 0));
+    assert_eq!(
+        (stats.connections, stats.half_open, stats.half_open_evicted),
+        (4, 3, 0)
+    );
     // One more takes the place of the oldest of the endpoint that has most.
     assert_eq!(Other(3, 4001).syn(&mut it), Fate::Released);
     let stats = it.tcp();
-    assert_eq!((stats.half_open, stats.crowded, stats.limited), (3, 1, 0));
+    assert_eq!(
+        (stats.half_open, stats.half_open_evicted, stats.limited),
+        (3, 1, 0)
+    );
     let forgotten = Fate::Discarded(Reason::TcpMidstream);
     assert_eq!(Other(2, 4001).syn_ack(&mut it), forgotten);
     for other in [Other(2, 4002), Other(2, 4003), Other(3, 4001)] {

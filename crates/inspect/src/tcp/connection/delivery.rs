@@ -20,15 +20,15 @@ const UNDELIVERED: &str = "What was acknowledged for the receiver does not reach
 impl<F> Connection<F> {
     /// Acknowledges to a side what it has sent and what is held of that: it may wait for it (see the module). The
     /// packets are not needed any more then.
-    pub(super) fn promise<S: Sink<F>>(&mut self, side: Side, shared: &mut Shared, sink: &mut S) {
+    pub(super) fn ack_on_behalf<S: Sink<F>>(&mut self, side: Side, shared: &mut Shared, sink: &mut S) {
         let half = &mut self.halves[side as usize];
         half.promise_at = None;
-        if half.next <= half.promised || half.held.is_empty() || !half.is_contiguous() {
+        if half.next <= half.proxy_acked || half.held.is_empty() || !half.is_contiguous() {
             return;
         }
-        half.promised = half.next;
+        half.proxy_acked = half.next;
         while let Some(held) = half.held.front()
-            && held.end <= half.promised
+            && held.end <= half.proxy_acked
             && let Some(held) = half.held.pop_front()
         {
             sink.absorb(held.frame);
@@ -44,10 +44,10 @@ impl<F> Connection<F> {
         let (own, other) = (&self.halves[side as usize], &self.halves[side.other() as usize]);
         let scales = self.halves.iter().all(|half| half.scale.is_some());
         let shift = other.scale.filter(|_| scales).unwrap_or(0);
-        let window = own.edge.saturating_sub(own.promised) >> shift;
+        let window = own.edge.saturating_sub(own.proxy_acked) >> shift;
         let make = Make {
             seq: other.seq(other.sent),
-            ack: Some(own.seq(own.promised)),
+            ack: Some(own.seq(own.proxy_acked)),
             window: window.min(u64::from(u16::MAX)) as u16,
             timestamp: self.timestamp(side),
             ..Make::default()
@@ -56,7 +56,7 @@ impl<F> Connection<F> {
     }
 
     /// One packet of what a side was told has come, from a position on. How many bytes it has.
-    pub(super) fn make_owed<S: Sink<F>>(
+    pub(super) fn deliver_missing<S: Sink<F>>(
         &self,
         side: Side,
         from: Position,
@@ -66,13 +66,13 @@ impl<F> Connection<F> {
         let to = side.other();
         let (own, receiver) = (&self.halves[side as usize], &self.halves[to as usize]);
         let timestamp = self.timestamp(to);
-        let payload = own.owed(from, receiver.payload_size(timestamp.is_some()));
+        let payload = own.undelivered(from, receiver.payload_size(timestamp.is_some()));
         if payload.is_empty() {
             return 0;
         }
         let make = Make {
             seq: own.seq(from),
-            ack: Some(receiver.seq(receiver.promised.max(START + 1))),
+            ack: Some(receiver.seq(receiver.proxy_acked.max(START + 1))),
             window: own.window,
             timestamp,
             payload,
@@ -117,7 +117,7 @@ impl<F> Connection<F> {
         for payload in bytes.chunks(receiver.payload_size(timestamp.is_some())) {
             let make = Make {
                 seq: own.seq(at),
-                ack: Some(receiver.seq(receiver.promised.max(START + 1))),
+                ack: Some(receiver.seq(receiver.proxy_acked.max(START + 1))),
                 window: own.window,
                 timestamp,
                 payload,
@@ -135,10 +135,10 @@ impl<F> Connection<F> {
     pub(super) fn deliver<S: Sink<F>>(&mut self, side: Side, shared: &mut Shared, sink: &mut S) {
         loop {
             let half = &self.halves[side as usize];
-            if half.sent >= half.promised.min(half.judged) {
+            if half.sent >= half.proxy_acked.min(half.judged) {
                 return;
             }
-            let n = self.make_owed(side, half.sent, shared, sink);
+            let n = self.deliver_missing(side, half.sent, shared, sink);
             if n == 0 {
                 return;
             }
@@ -186,7 +186,7 @@ impl<F> Connection<F> {
         let from = half.resent.max(start);
         let mut at = from;
         while at < end {
-            let n = self.make_owed(side, at, shared, sink);
+            let n = self.deliver_missing(side, at, shared, sink);
             if n == 0 {
                 break;
             }
@@ -208,10 +208,10 @@ impl<F> Connection<F> {
             if half.delivered() > half.acked.max(START + 1) {
                 half.again.get_or_insert((now + FIRST_TRY, 0));
             }
-            if is_shared || half.held.is_empty() || half.next <= half.promised {
+            if is_shared || half.held.is_empty() || half.next <= half.proxy_acked {
                 half.promise_at = None;
             } else if half.held.len() > most {
-                self.promise(side, shared, sink);
+                self.ack_on_behalf(side, shared, sink);
             } else if half.promise_at.is_none() {
                 half.promise_at = Some(now + shared.limits.acknowledge);
             }

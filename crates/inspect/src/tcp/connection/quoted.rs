@@ -52,7 +52,7 @@ impl<F> Connection<F> {
             return Quoted::Unrelated;
         }
         // The sender needs to hear of a link's MTU only if it has to send the byte again itself.
-        let is_theirs = at >= half.promised || quoted.mtu.is_none();
+        let is_theirs = at >= half.proxy_acked || quoted.mtu.is_none();
         // An error lowers sizes only if the number is known to be under way: of an offloaded connection, what the worker
         // has sent itself.
         let counted = match self.phase {
