@@ -39,7 +39,7 @@ impl Stats {
             by hand: dns http tls fragments;
         });
         tell!(f, "dns", &self.dns => DnsStats {
-            so far: queries denied too_many replies answers transferred committed told uncommitted overdue not_held audited;
+            so far: queries denied too_many replies answers transferred committed fast_path uncommitted overdue not_held audited;
             now: held;
             by hand: tcp malformed unasked;
         });

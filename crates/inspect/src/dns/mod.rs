@@ -6,11 +6,11 @@ use palisade_abi::{Addr, CarrySlot, Reason, carry_flags};
 use palisade_fqdn::{Asked, Flow, TrackLimits, Tracker, Unasked};
 use palisade_protocols::dns::{Answer, Limits, Name, Query, Question, Rcode, Refusal, reply, rtype};
 
+mod committed;
 pub(crate) mod stream;
-mod told;
 
+use committed::CommittedAnswers;
 use stream::{Place, Transfer};
-use told::Told;
 
 use crate::{
     DnsRules, Learn, Learned, Millis, Route, Rules, Sink, View,
@@ -91,7 +91,7 @@ pub struct DnsStats {
     /// Answers released after what they teach was committed.
     pub committed: u64,
     /// Of them, those that taught nothing new and did not have to wait.
-    pub told: u64,
+    pub fast_path: u64,
     /// Answers whose learning failed, or could not be asked for.
     pub uncommitted: u64,
     /// Answers that waited too long.
@@ -119,7 +119,7 @@ impl Default for DnsStats {
             answers: 0,
             transferred: 0,
             committed: 0,
-            told: 0,
+            fast_path: 0,
             uncommitted: 0,
             overdue: 0,
             not_held: 0,
@@ -188,7 +188,7 @@ pub(crate) struct Dns<F> {
     tracker: Tracker<Note>,
     held: Aged<Held<F>>,
     held_by: HashMap<u16, usize>,
-    told: Told,
+    committed: CommittedAnswers,
     #[expect(
         clippy::vec_box,
         reason = "the boxes travel: they go out with a `Learn` and come back"
@@ -207,7 +207,7 @@ impl<F> Dns<F> {
             tracker: Tracker::new(limits.track),
             held: Aged::new(),
             held_by: HashMap::new(),
-            told: Told::new(),
+            committed: CommittedAnswers::new(),
             answers: Vec::new(),
             resolved: Vec::new(),
             out: Vec::new(),
@@ -424,7 +424,7 @@ impl<F> Dns<F> {
         self.stats.answers += 1;
         if !answer.addresses.is_empty() && endpoint_asks(view.slot) {
             let endpoint = view.slot.endpoint;
-            if !self.told.has(endpoint, &answer, sink.epoch(), now) {
+            if !self.committed.has(endpoint, &answer, sink.epoch(), now) {
                 return AnswerVerdict::Learn(answer, asked);
             }
             let record = answer_record(now, view, &answer, asked);
@@ -436,7 +436,7 @@ impl<F> Dns<F> {
             return match sink.refresh(refresh) {
                 Ok(()) => {
                     self.stats.committed += 1;
-                    self.stats.told += 1;
+                    self.stats.fast_path += 1;
                     sink.record(&record);
                     AnswerVerdict::Pass
                 }
@@ -540,7 +540,7 @@ impl<F> Dns<F> {
         sink: &mut impl Sink<F>,
     ) {
         if let (true, Some(lease)) = (learned.committed, learned.lease) {
-            self.told.note(learned.endpoint, &learned.answer, lease, now);
+            self.committed.note(learned.endpoint, &learned.answer, lease, now);
         }
         self.recycle(learned.answer);
         if learned.ticket == REFRESH {

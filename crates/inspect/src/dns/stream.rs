@@ -53,9 +53,9 @@ struct Flow {
     /// From here on nothing of the client goes any further.
     refused: Option<Refused>,
     transfers: Vec<Transfer>,
-    /// So far the server's messages may go.
-    told: u64,
-    /// Where its first message begins that is not judged.
+    /// Position up to which the server's messages are forwarded.
+    forwarded: u64,
+    /// Position of the first message that is not judged yet.
     judged: u64,
     /// What is to come of a message of a transfer whose beginning may go.
     rest: usize,
@@ -105,7 +105,7 @@ impl Flow {
             answered: 0,
             refused: None,
             transfers: Vec::new(),
-            told: 0,
+            forwarded: 0,
             judged: 0,
             rest: 0,
             answers: VecDeque::new(),
@@ -361,7 +361,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
     }
 
     /// Answers the queries that go no further, once those before them are answered. Who asks for the addresses of both
-    /// families at once is told so of both.
+    /// families at once gets an answer for both.
     fn answer<S: Sink<F>>(&mut self, bytes: &[u8], sink: &mut S) -> Action {
         let packet = self.packet_of(Side::Client);
         let flow = &mut *self.flow;
@@ -443,12 +443,12 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         if flow.rest > 0 {
             let n = flow.rest.min(bytes.len());
             flow.rest -= n;
-            flow.told += n as u64;
-            flow.judged = flow.told;
+            flow.forwarded += n as u64;
+            flow.judged = flow.forwarded;
             return Action::Forward(n);
         }
         loop {
-            let at = (self.flow.judged - self.flow.told) as usize;
+            let at = (self.flow.judged - self.flow.forwarded) as usize;
             let unjudged = bytes.get(at..).unwrap_or_default();
             let message = match first_message(unjudged, Limits::ANSWER.message) {
                 Ok(Some(message)) => message,
@@ -461,32 +461,32 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
                 },
                 Err(refusal) => return self.malformed(refusal, sink),
             };
-            match self.told(message, sink) {
+            match self.judge_answer(message, sink) {
                 Ok(true) => {}
                 Ok(false) => break,
                 Err(reason) => return Action::Abort(reason),
             }
         }
         let flow = &mut *self.flow;
-        let before = flow.told;
+        let before = flow.forwarded;
         while let Some(judged) = flow.answers.pop_front_if(|judged| judged.passes) {
-            flow.told = judged.end;
+            flow.forwarded = judged.end;
             flow.answered += u64::from(judged.closes);
         }
-        if flow.told > before {
-            return Action::Forward((flow.told - before) as usize);
+        if flow.forwarded > before {
+            return Action::Forward((flow.forwarded - before) as usize);
         }
         // A long answer is not sent to its end before its beginning is acknowledged; without its end nobody takes it
         // for one.
         let last = flow
             .answers
             .front()
-            .map(|judged| (judged.end - flow.told) as usize - 1);
+            .map(|judged| (judged.end - flow.forwarded) as usize - 1);
         Action::ForwardUnjudged(last.unwrap_or(bytes.len()))
     }
 
     /// Judges a message of the server. False: not now. Err: why the connection ends.
-    fn told<S: Sink<F>>(&mut self, message: &[u8], sink: &mut S) -> Result<bool, Reason> {
+    fn judge_answer<S: Sink<F>>(&mut self, message: &[u8], sink: &mut S) -> Result<bool, Reason> {
         let Some((view, _)) = self.packet_of(Side::Server) else {
             return Ok(false);
         };
@@ -527,8 +527,8 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         let flow = &mut *self.flow;
         flow.answered += u64::from(closes);
         flow.rest = usize::from(u16::from_be_bytes(*prefix)) - message.len();
-        flow.told += bytes.len() as u64;
-        flow.judged = flow.told;
+        flow.forwarded += bytes.len() as u64;
+        flow.judged = flow.forwarded;
         Some(bytes.len())
     }
 

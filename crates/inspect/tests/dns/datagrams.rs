@@ -347,7 +347,7 @@ fn an_answer_that_teaches_nothing_new_goes_on_at_once() {
     world.learned(false);
     assert_eq!(world.fate(late), Some(&Fate::Discarded(Reason::DnsUncommitted)));
     let stats = world.engine.stats().dns;
-    assert_eq!((stats.answers, stats.committed, stats.told), (7, 6, 2));
+    assert_eq!((stats.answers, stats.committed, stats.fast_path), (7, 6, 2));
     assert_eq!((stats.uncommitted, stats.held), (1, 0));
     world.end();
 }

@@ -1,7 +1,7 @@
-//! Answers that were told before: what they teach is in the maps already.
+//! The fast path for DNS answers whose addresses are in the maps already.
 //!
-//! Most answers repeat another one. To wait until what they teach is committed, when it has long been, would cost each
-//! of them a way to another thread and back.
+//! Most answers repeat an earlier one. Without this table each of them would be held until the name cache, which is
+//! another thread, has confirmed its addresses again.
 
 use std::{
     hash::{BuildHasher as _, Hash as _, Hasher as _},
@@ -13,27 +13,26 @@ use palisade_protocols::dns::{Answer, Name};
 
 use crate::{Lease, Millis};
 
-/// Addresses of names that are remembered; then all are forgotten, and found out anew.
-const MOST: usize = 16_384;
-/// Before the lease ends by so much, an answer is not taken for known any more: what it says has to get to who keeps
-/// the time, before that does what is due then. Milliseconds.
+/// Entries, each an address of a name for one endpoint. A full table is cleared; later answers take the slow path once.
+const MAX_ENTRIES: usize = 16_384;
+/// Safety margin before the end of a lease, ms: the refresh must reach the name cache before the entry expires there.
 const MARGIN: Millis = 5_000;
 
 #[derive(Clone, Copy, Debug)]
-struct Until {
+struct LeaseEnd {
     time: Millis,
     epoch: u64,
 }
 
-/// What is known to be in the maps: by hashes with a key that nobody else has. If two names had the same, a
-/// connection would be refused that should not be; the other way round nothing can go wrong.
+/// Answers whose addresses are in the maps, as keyed 64-bit hashes. A collision can only skip a commit; the address then
+/// stays unreachable (fails closed).
 #[derive(Debug)]
-pub(super) struct Told {
+pub(super) struct CommittedAnswers {
     hashes: RandomState,
-    until: HashMap<u64, Until>,
+    until: HashMap<u64, LeaseEnd>,
 }
 
-impl Told {
+impl CommittedAnswers {
     pub(super) fn new() -> Self {
         Self {
             hashes: RandomState::default(),
@@ -41,25 +40,25 @@ impl Told {
         }
     }
 
-    /// Takes note that an answer has been committed.
+    /// Records that the addresses of an answer have been committed, until shortly before `lease` ends.
     pub(super) fn note(&mut self, endpoint: u16, answer: &Answer, lease: Lease, now: Millis) {
         let Some(good_for) = lease.good_for.checked_sub(MARGIN) else {
             return;
         };
-        let until = Until {
+        let until = LeaseEnd {
             time: now.saturating_add(good_for),
             epoch: lease.epoch,
         };
-        if self.until.len() + answer.addresses.len() > MOST {
+        if self.until.len() + answer.addresses.len() > MAX_ENTRIES {
             self.until.clear();
         }
         let name = self.name(endpoint, answer);
-        for address in answer.addresses.iter().take(MOST) {
+        for address in answer.addresses.iter().take(MAX_ENTRIES) {
             self.until.insert(self.pair(name, address.ip), until);
         }
     }
 
-    /// Whether all that an answer teaches is in the maps, and will be for some time.
+    /// Returns whether every address of an answer is in the maps, with a lease of this epoch that lasts beyond `now`.
     pub(super) fn has(&self, endpoint: u16, answer: &Answer, epoch: u64, now: Millis) -> bool {
         if self.until.is_empty() {
             return false;
@@ -72,7 +71,7 @@ impl Told {
         })
     }
 
-    /// Who asked, and for what: the aliases on the way may teach something too.
+    /// Hashes the endpoint, the question and the aliases: each alias may match a selector of its own.
     fn name(&self, endpoint: u16, answer: &Answer) -> u64 {
         let mut hasher = self.hashes.build_hasher();
         endpoint.hash(&mut hasher);
@@ -123,20 +122,20 @@ mod tests {
     }
 
     #[test]
-    fn only_what_was_told_to_this_endpoint_by_this_name_is_known() {
-        let mut told = Told::new();
+    fn an_answer_is_committed_for_one_endpoint_and_one_chain_of_names() {
+        let mut committed = CommittedAnswers::new();
         let first = answer("a.example", &[], &["192.0.2.1", "2001:db8::1"]);
-        assert!(!told.has(7, &first, 3, 100));
-        told.note(7, &first, LEASE, 100);
-        assert!(told.has(7, &first, 3, 100));
+        assert!(!committed.has(7, &first, 3, 100));
+        committed.note(7, &first, LEASE, 100);
+        assert!(committed.has(7, &first, 3, 100));
         // In another order, or not all of them: nothing new either.
-        assert!(told.has(
+        assert!(committed.has(
             7,
             &answer("A.example", &[], &["2001:db8::1", "192.0.2.1"]),
             3,
             100
         ));
-        assert!(told.has(7, &answer("a.example", &[], &["192.0.2.1"]), 3, 100));
+        assert!(committed.has(7, &answer("a.example", &[], &["192.0.2.1"]), 3, 100));
         for (endpoint, other) in [
             (8, first.clone()),
             (7, answer("b.example", &[], &["192.0.2.1"])),
@@ -150,40 +149,43 @@ mod tests {
                 },
             ),
         ] {
-            assert!(!told.has(endpoint, &other, 3, 100), "{endpoint} {other:?}");
+            assert!(!committed.has(endpoint, &other, 3, 100), "{endpoint} {other:?}");
         }
     }
 
     #[test]
     fn it_is_known_until_something_is_taken_out_or_its_time_comes_near() {
-        let mut told = Told::new();
+        let mut committed = CommittedAnswers::new();
         let first = answer("a.example", &[], &["192.0.2.1"]);
-        told.note(7, &first, LEASE, 100);
-        assert!(!told.has(7, &first, 4, 100), "another epoch");
-        assert!(told.has(7, &first, 3, 25_099));
-        assert!(!told.has(7, &first, 3, 25_100));
+        committed.note(7, &first, LEASE, 100);
+        assert!(!committed.has(7, &first, 4, 100), "another epoch");
+        assert!(committed.has(7, &first, 3, 25_099));
+        assert!(!committed.has(7, &first, 3, 25_100));
         let short = Lease {
             good_for: MARGIN - 1,
             ..LEASE
         };
         let other = answer("b.example", &[], &["192.0.2.1"]);
-        told.note(7, &other, short, 100);
-        assert!(!told.has(7, &other, 3, 100), "its lease is too short to rely on");
+        committed.note(7, &other, short, 100);
+        assert!(
+            !committed.has(7, &other, 3, 100),
+            "its lease is too short to rely on"
+        );
     }
 
     #[test]
     fn it_is_bounded() {
-        let mut told = Told::new();
-        for n in 0..3 * MOST {
-            told.note(
+        let mut committed = CommittedAnswers::new();
+        for n in 0..3 * MAX_ENTRIES {
+            committed.note(
                 7,
                 &answer(&format!("n{n}.example"), &[], &["192.0.2.1"]),
                 LEASE,
                 100,
             );
-            assert!(told.until.len() <= MOST);
+            assert!(committed.until.len() <= MAX_ENTRIES);
         }
-        let last = answer(&format!("n{}.example", 3 * MOST - 1), &[], &["192.0.2.1"]);
-        assert!(told.has(7, &last, 3, 100));
+        let last = answer(&format!("n{}.example", 3 * MAX_ENTRIES - 1), &[], &["192.0.2.1"]);
+        assert!(committed.has(7, &last, 3, 100));
     }
 }
