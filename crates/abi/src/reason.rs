@@ -140,7 +140,7 @@ reasons! {
     /// Not what the rules say that it is, or malformed.
     AppMalformed = 241, "Malformed application data";
     /// A DNS answer that no query asked for.
-    DnsUnasked = 242, "DNS answer that nobody asked for";
+    DnsUnsolicited = 242, "Unsolicited DNS answer";
     /// A DNS answer whose addresses could not be made reachable.
     DnsUncommitted = 243, "DNS answer not committed";
     /// A TCP segment whose sequence or acknowledgement number is not acceptable (RFC 9293, 3.10.7.4).

@@ -6,7 +6,7 @@
 //! [`Cache::learn`] gives a [`Pending`], and only [`Cache::commit`] turns it into the [`Committed`] that whoever
 //! releases the answer must ask for.
 //!
-//! [`Tracker`] knows which questions are open, so that an answer that nobody asked for is never read.
+//! [`Tracker`] knows which questions are open, so that an unsolicited answer is never parsed.
 //!
 //! Nothing here does I/O or looks at a clock: time is a parameter, in milliseconds of one monotonic clock.
 //!
@@ -30,7 +30,7 @@ pub use known::Known;
 pub use saved::{SavedAddress, SavedName};
 pub use selectors::{SelectorId, Selectors};
 pub use special::{Listed, Special, is_special, is_special_prefix};
-pub use track::{Asked, Flow, TrackLimits, Tracker, Unasked};
+pub use track::{Flow, OpenQuestion, TrackLimits, Tracker, Unsolicited};
 
 /// Milliseconds of one monotonic clock.
 pub type Millis = u64;

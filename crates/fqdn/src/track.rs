@@ -48,7 +48,7 @@ impl Default for TrackLimits {
 
 /// A question that is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Asked<T> {
+pub struct OpenQuestion<T> {
     /// When it was asked.
     pub at: Millis,
     /// What the caller noted with it.
@@ -57,7 +57,7 @@ pub struct Asked<T> {
 
 /// Why a question or an answer is not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Unasked {
+pub enum Unsolicited {
     /// Nobody asked this: another id, port, address, question, or too late.
     NoQuestion,
     /// It was answered before.
@@ -68,7 +68,7 @@ pub enum Unasked {
     Full,
 }
 
-impl Unasked {
+impl Unsolicited {
     /// All of them.
     pub const ALL: &[Self] = &[Self::NoQuestion, Self::Duplicate, Self::EndpointFull, Self::Full];
 
@@ -84,13 +84,13 @@ impl Unasked {
     }
 }
 
-impl fmt::Display for Unasked {
+impl fmt::Display for Unsolicited {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.text())
     }
 }
 
-impl std::error::Error for Unasked {}
+impl std::error::Error for Unsolicited {}
 
 /// Flow and id: almost always one question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -106,7 +106,7 @@ struct Slot<T> {
     key: Key,
     /// What is asked, as a hash with a random key: who answers cannot find a name that collides.
     question: u64,
-    asked: Asked<T>,
+    asked: OpenQuestion<T>,
     /// The next slot with the same key.
     same: u32,
     /// Neighbours by age: `older` was asked before. In a free slot `newer` is the next free one.
@@ -130,7 +130,7 @@ pub struct Tracker<T> {
     free: u32,
     oldest: u32,
     newest: u32,
-    /// Hashes of the questions that were answered last, to tell a second answer from one that nobody asked for.
+    /// Hashes of the questions that were answered last, which tell a duplicate answer from an unsolicited one.
     answered: Box<[u64]>,
     timeouts: u64,
 }
@@ -170,7 +170,7 @@ impl<T: Copy> Tracker<T> {
         question: &Question,
         note: T,
         now: Millis,
-    ) -> Result<(), Unasked> {
+    ) -> Result<(), Unsolicited> {
         self.expire(now);
         let key = Key { flow, id };
         let question = self.hash(question);
@@ -178,17 +178,17 @@ impl<T: Copy> Tracker<T> {
             self.remove(slot);
         }
         if self.open >= self.limits.total || self.chain(key).count() >= SAME_ID {
-            return Err(Unasked::Full);
+            return Err(Unsolicited::Full);
         }
         let open = self.endpoints.entry(flow.endpoint).or_default();
         if *open >= self.limits.per_endpoint {
-            return Err(Unasked::EndpointFull);
+            return Err(Unsolicited::EndpointFull);
         }
         *open += 1;
         let slot = Slot {
             key,
             question,
-            asked: Asked { at: now, note },
+            asked: OpenQuestion { at: now, note },
             same: self.keys.get(&key).copied().unwrap_or(NONE),
             older: self.newest,
             newer: NONE,
@@ -221,13 +221,18 @@ impl<T: Copy> Tracker<T> {
     ///
     /// # Errors
     /// If there is none: the answer must not be read.
-    pub fn answered(&mut self, flow: Flow, answer: &Answer, now: Millis) -> Result<Asked<T>, Unasked> {
+    pub fn answered(
+        &mut self,
+        flow: Flow,
+        answer: &Answer,
+        now: Millis,
+    ) -> Result<OpenQuestion<T>, Unsolicited> {
         self.expire(now);
         let key = Key { flow, id: answer.id };
         let Some(question) = &answer.question else {
             // some errors come without the question; they carry no records, and answer the newest with their id
             let newest = self.chain(key).next().filter(|_| answer.rcode != 0);
-            return newest.map(|at| self.close(at)).ok_or(Unasked::NoQuestion);
+            return newest.map(|at| self.close(at)).ok_or(Unsolicited::NoQuestion);
         };
         let question = self.hash(question);
         if let Some(at) = self.find(key, question) {
@@ -236,9 +241,9 @@ impl<T: Copy> Tracker<T> {
         let hash = self.hasher.hash_one((key, question));
         let known = self.answered[hash as usize % ANSWERED] == hash;
         Err(if known {
-            Unasked::Duplicate
+            Unsolicited::Duplicate
         } else {
-            Unasked::NoQuestion
+            Unsolicited::NoQuestion
         })
     }
 
@@ -297,14 +302,14 @@ impl<T: Copy> Tracker<T> {
     }
 
     /// Removes a question that was answered, and remembers that it was.
-    fn close(&mut self, at: u32) -> Asked<T> {
+    fn close(&mut self, at: u32) -> OpenQuestion<T> {
         let slot = &self.slots[at as usize];
         let hash = self.hasher.hash_one((slot.key, slot.question));
         self.answered[hash as usize % ANSWERED] = hash;
         self.remove(at)
     }
 
-    fn remove(&mut self, at: u32) -> Asked<T> {
+    fn remove(&mut self, at: u32) -> OpenQuestion<T> {
         let Slot {
             key,
             asked,
@@ -414,21 +419,24 @@ mod tests {
         ] {
             assert_eq!(
                 tracker.answered(flow, &answer(id, name), 20),
-                Err(Unasked::NoQuestion)
+                Err(Unsolicited::NoQuestion)
             );
         }
         let mut other_type = answer(7, "a.test");
         other_type.question.as_mut().unwrap().rtype = rtype::AAAA;
         assert_eq!(
             tracker.answered(flow(1, 4000), &other_type, 20),
-            Err(Unasked::NoQuestion)
+            Err(Unsolicited::NoQuestion)
         );
         let a = answer(7, "A.test");
         assert_eq!(
             tracker.answered(flow(1, 4000), &a, 25),
-            Ok(Asked { at: 10, note: "note" })
+            Ok(OpenQuestion { at: 10, note: "note" })
         );
-        assert_eq!(tracker.answered(flow(1, 4000), &a, 25), Err(Unasked::Duplicate));
+        assert_eq!(
+            tracker.answered(flow(1, 4000), &a, 25),
+            Err(Unsolicited::Duplicate)
+        );
         // asked again it may be answered again
         tracker
             .asked(flow(1, 4000), 7, &question("a.test"), "again", 30)
@@ -452,7 +460,7 @@ mod tests {
             .unwrap();
         assert_eq!(
             tracker.answered(flow(1, 4000), &bare, 1),
-            Err(Unasked::NoQuestion)
+            Err(Unsolicited::NoQuestion)
         );
         bare.rcode = 1;
         assert_eq!(tracker.answered(flow(1, 4000), &bare, 1).unwrap().note, 2);
@@ -465,7 +473,7 @@ mod tests {
         );
         assert_eq!(
             tracker.answered(flow(1, 4000), &bare, 1),
-            Err(Unasked::NoQuestion)
+            Err(Unsolicited::NoQuestion)
         );
     }
 
@@ -479,7 +487,7 @@ mod tests {
         }
         assert_eq!(
             tracker.asked(flow(1, 4000), 9, &question("a.test"), (), 0),
-            Err(Unasked::EndpointFull)
+            Err(Unsolicited::EndpointFull)
         );
         // the same question again takes no more room
         tracker
@@ -493,7 +501,7 @@ mod tests {
             .unwrap();
         assert_eq!(
             tracker.asked(flow(4, 4000), 1, &question("a.test"), (), 0),
-            Err(Unasked::Full)
+            Err(Unsolicited::Full)
         );
         tracker.remove_endpoint(1);
         assert_eq!(tracker.open(), 2);
@@ -516,7 +524,7 @@ mod tests {
         }
         assert_eq!(
             tracker.asked(flow(1, 4000), 7, &question("e.test"), 9, 0),
-            Err(Unasked::Full)
+            Err(Unsolicited::Full)
         );
         for (i, name) in ["b.test", "d.test", "a.test", "c.test"]
             .iter()
@@ -550,9 +558,9 @@ mod tests {
                         open.remove(at);
                     }
                     let expected = if open.len() >= LIMITS.total {
-                        Err(Unasked::Full)
+                        Err(Unsolicited::Full)
                     } else if open.iter().filter(|e| e.0 == endpoint).count() >= LIMITS.per_endpoint {
-                        Err(Unasked::EndpointFull)
+                        Err(Unsolicited::EndpointFull)
                     } else {
                         open.push((endpoint, port, id, name, now));
                         Ok(())
@@ -564,7 +572,7 @@ mod tests {
                     match same {
                         Some(at) => {
                             let at = open.remove(at).4;
-                            prop_assert_eq!(result, Ok(Asked { at, note: at }));
+                            prop_assert_eq!(result, Ok(OpenQuestion { at, note: at }));
                         }
                         None => prop_assert!(result.is_err()),
                     }

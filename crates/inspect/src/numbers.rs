@@ -1,6 +1,6 @@
 //! What an engine has counted, number by number: for those who keep, add up or show them without knowing each.
 
-use palisade_fqdn::Unasked;
+use palisade_fqdn::Unsolicited;
 use palisade_protocols::{dns, http1, tls};
 
 use crate::{DnsStats, FragmentStats, HttpStats, Stats, TcpStats, TlsStats};
@@ -41,15 +41,15 @@ impl Stats {
         tell!(f, "dns", &self.dns => DnsStats {
             so far: queries denied too_many replies answers transferred committed fast_path uncommitted overdue not_held audited;
             now: held;
-            by hand: tcp malformed unasked;
+            by hand: tcp malformed unsolicited;
         });
         let kinds = dns::Refusal::ALL.iter().map(|kind| kind.text());
         each_kind("dns.malformed", kinds, &self.dns.malformed, f);
-        let kinds = Unasked::ALL.iter().map(|kind| kind.text());
-        each_kind("dns.unasked", kinds, &self.dns.unasked, f);
+        let kinds = Unsolicited::ALL.iter().map(|kind| kind.text());
+        each_kind("dns.unsolicited", kinds, &self.dns.unsolicited, f);
         each_of_tcp("dns.tcp", &self.dns.tcp, f);
         tell!(f, "http", &self.http => HttpStats {
-            so far: requests denied responses unasked tunnels audited;
+            so far: requests denied responses unsolicited tunnels audited;
             now: ;
             by hand: tcp malformed;
         });

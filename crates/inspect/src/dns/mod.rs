@@ -3,7 +3,7 @@
 use std::{collections::HashMap, net::SocketAddr};
 
 use palisade_abi::{Addr, CarrySlot, Reason, carry_flags};
-use palisade_fqdn::{Asked, Flow, TrackLimits, Tracker, Unasked};
+use palisade_fqdn::{Flow, OpenQuestion, TrackLimits, Tracker, Unsolicited};
 use palisade_protocols::dns::{Answer, Limits, Name, Query, Question, Rcode, Refusal, reply, rtype};
 
 mod committed;
@@ -102,8 +102,8 @@ pub struct DnsStats {
     pub held: u64,
     /// Messages that are not well-formed, by [`Refusal`].
     pub malformed: [u64; Refusal::ALL.len()],
-    /// Answers that nobody asked for, by [`Unasked`].
-    pub unasked: [u64; Unasked::ALL.len()],
+    /// Unsolicited answers, by [`Unsolicited`].
+    pub unsolicited: [u64; Unsolicited::ALL.len()],
     /// Packets that would have been refused and passed because of audit mode.
     pub audited: u64,
 }
@@ -125,7 +125,7 @@ impl Default for DnsStats {
             not_held: 0,
             held: 0,
             malformed: [0; _],
-            unasked: [0; _],
+            unsolicited: [0; _],
             audited: 0,
         }
     }
@@ -180,7 +180,7 @@ pub(crate) enum AnswerVerdict {
     Pass,
     Refuse(Reason),
     /// It teaches something: only when that is committed.
-    Learn(Box<Answer>, Asked<Note>),
+    Learn(Box<Answer>, OpenQuestion<Note>),
 }
 
 pub(crate) struct Dns<F> {
@@ -414,11 +414,11 @@ impl<F> Dns<F> {
         }
         let asked = match self.tracker.answered(flow(view), &answer, now) {
             Ok(asked) => asked,
-            Err(unasked) => {
-                self.stats.unasked[unasked as usize] += 1;
+            Err(unsolicited) => {
+                self.stats.unsolicited[unsolicited as usize] += 1;
                 let record = Record::of(view, describe(&answer));
                 self.recycle(answer);
-                return self.refuse_answer(view, record, Reason::DnsUnasked, sink);
+                return self.refuse_answer(view, record, Reason::DnsUnsolicited, sink);
             }
         };
         self.stats.answers += 1;
@@ -495,7 +495,7 @@ impl<F> Dns<F> {
         now: Millis,
         view: &View<'_>,
         answer: Box<Answer>,
-        asked: Asked<Note>,
+        asked: OpenQuestion<Note>,
         what: Waiting<F>,
         spare: &mut Spare<F>,
         sink: &mut impl Sink<F>,
@@ -697,7 +697,7 @@ fn describe(answer: &Answer) -> What {
     }
 }
 
-fn answer_record(now: Millis, view: &View<'_>, answer: &Answer, asked: Asked<Note>) -> Record {
+fn answer_record(now: Millis, view: &View<'_>, answer: &Answer, asked: OpenQuestion<Note>) -> Record {
     Record {
         rule: asked.note.rule,
         latency: u32::try_from(now.saturating_sub(asked.at)).ok(),

@@ -474,7 +474,7 @@ impl HttpStream<'_> {
     /// A whole head of an answer, of so many bytes.
     fn response<F, S: Sink<F>>(&mut self, response: &Response<'_>, length: usize, sink: &mut S) -> Action {
         let Some(current) = &self.flow.current else {
-            return self.unasked(response, length, sink);
+            return self.unsolicited(response, length, sink);
         };
         let is_announced = self.flow.behind.is_empty() && self.flow.announced == Announced::Waits;
         if response.is_interim() {
@@ -509,7 +509,7 @@ impl HttpStream<'_> {
         }
         if response.body == Body::Tunnel {
             if response.status == 101 && !is_asked_for(response, &current.upgrades) {
-                return self.abort(Reason::AppMalformed, "101 that nobody asked for", sink);
+                return self.abort(Reason::AppMalformed, "unsolicited 101", sink);
             }
             self.stats.tunnels += 1;
             self.flow.left = Left {
@@ -526,10 +526,10 @@ impl HttpStream<'_> {
     }
 
     /// An answer to no request: servers say so when they have waited too long for one (408), and close.
-    fn unasked<F, S: Sink<F>>(&mut self, response: &Response<'_>, length: usize, sink: &mut S) -> Action {
-        self.stats.unasked += 1;
+    fn unsolicited<F, S: Sink<F>>(&mut self, response: &Response<'_>, length: usize, sink: &mut S) -> Action {
+        self.stats.unsolicited += 1;
         if response.status != 408 {
-            return self.abort(Reason::AppMalformed, "an answer that nobody asked for", sink);
+            return self.abort(Reason::AppMalformed, "unsolicited response", sink);
         }
         self.flow.refused = Some(Refused {
             reason: Reason::AppMalformed,

@@ -60,8 +60,8 @@ pub struct HttpStats {
     pub denied: u64,
     /// Answers that were read.
     pub responses: u64,
-    /// Answers that nobody asked for.
-    pub unasked: u64,
+    /// Unsolicited responses.
+    pub unsolicited: u64,
     /// Connections that were handed over to another protocol.
     pub tunnels: u64,
     /// Streams that are not what they should be, by [`http1::Refusal`].
@@ -77,7 +77,7 @@ impl Default for HttpStats {
             requests: 0,
             denied: 0,
             responses: 0,
-            unasked: 0,
+            unsolicited: 0,
             tunnels: 0,
             malformed: [0; _],
             audited: 0,

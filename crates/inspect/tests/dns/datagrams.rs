@@ -2,7 +2,7 @@
 
 use palisade_abi::{CarrySlot, Reason, carry_hook};
 use palisade_inspect::{
-    Denial, DnsLimits, Lease, Limits, Route, TrackLimits, Unasked,
+    Denial, DnsLimits, Lease, Limits, Route, TrackLimits, Unsolicited,
     record::{Verdict, What},
 };
 use palisade_packet::{Packet, Start, decode};
@@ -114,7 +114,7 @@ fn a_denied_query_is_answered_and_goes_no_further() {
         assert_eq!((stats.queries, stats.denied, stats.replies), (8, 8, 8));
         // it was not asked, so it is not answered by anybody else
         let frame = tell(&mut world, &address(7, "denied.test"));
-        assert_eq!(world.fate(frame), Some(&Fate::Discarded(Reason::DnsUnasked)));
+        assert_eq!(world.fate(frame), Some(&Fate::Discarded(Reason::DnsUnsolicited)));
         world.end();
     }
 }
@@ -434,10 +434,10 @@ fn a_name_that_only_a_search_list_has_made_does_not_exist() {
 fn answers_that_nobody_asked_for_are_dropped() {
     let mut world = world();
     let kinds = |world: &World| {
-        let unasked = world.engine.stats().dns.unasked;
+        let unsolicited = world.engine.stats().dns.unsolicited;
         (
-            unasked[Unasked::NoQuestion as usize],
-            unasked[Unasked::Duplicate as usize],
+            unsolicited[Unsolicited::NoQuestion as usize],
+            unsolicited[Unsolicited::Duplicate as usize],
         )
     };
     ask(&mut world, 7, "allowed.test");
@@ -448,8 +448,8 @@ fn answers_that_nobody_asked_for_are_dropped() {
         (4000, answer(7, "allowed.test", AAAA, 0, &[])),
     ] {
         let frame = world.send(&is_told(1), &to_client(port, &message).frame());
-        assert_eq!(world.fate(frame), Some(&Fate::Discarded(Reason::DnsUnasked)));
-        assert_eq!(world.verdict(), (DROPPED, Reason::DnsUnasked, ASKING));
+        assert_eq!(world.fate(frame), Some(&Fate::Discarded(Reason::DnsUnsolicited)));
+        assert_eq!(world.verdict(), (DROPPED, Reason::DnsUnsolicited, ASKING));
     }
     let elsewhere = Udp {
         source: ([10, 0, 0, 54].into(), 53),
@@ -463,13 +463,13 @@ fn answers_that_nobody_asked_for_are_dropped() {
     // the right one, and again
     tell(&mut world, &address(7, "allowed.test"));
     let again = tell(&mut world, &address(7, "allowed.test"));
-    assert_eq!(world.fate(again), Some(&Fate::Discarded(Reason::DnsUnasked)));
+    assert_eq!(world.fate(again), Some(&Fate::Discarded(Reason::DnsUnsolicited)));
     assert_eq!(kinds(&world), (6, 1));
     // too late
     ask(&mut world, 9, "allowed.test");
     world.wait(10_001);
     let late = tell(&mut world, &address(9, "allowed.test"));
-    assert_eq!(world.fate(late), Some(&Fate::Discarded(Reason::DnsUnasked)));
+    assert_eq!(world.fate(late), Some(&Fate::Discarded(Reason::DnsUnsolicited)));
     world.end();
 }
 
@@ -510,7 +510,7 @@ fn the_endpoint_s_own_server_is_judged_and_learns_nothing() {
     assert_eq!(world.fate(first), Some(&Fate::Released));
     assert!(!world.last().ingress && world.last().reply);
     let second = world.send(&tells(3), &answer.frame());
-    assert_eq!(world.fate(second), Some(&Fate::Discarded(Reason::DnsUnasked)));
+    assert_eq!(world.fate(second), Some(&Fate::Discarded(Reason::DnsUnsolicited)));
     assert!(world.sink.learns.is_empty());
     world.end();
 }
@@ -605,8 +605,8 @@ fn audit_mode_lets_pass_what_it_reports() {
     check(&world, not_held, Reason::InspectLimit);
     world.learned(false);
     check(&world, held, Reason::DnsUncommitted);
-    let unasked = tell(&mut world, &address(9, "denied.test"));
-    check(&world, unasked, Reason::DnsUnasked);
+    let unsolicited = tell(&mut world, &address(9, "denied.test"));
+    check(&world, unsolicited, Reason::DnsUnsolicited);
     for garbage in [ask(&mut world, b"garbage"), tell(&mut world, b"garbage")] {
         assert_eq!(world.fate(garbage), Some(&Fate::Released));
     }
@@ -706,7 +706,10 @@ fn what_is_held_of_an_endpoint_that_is_gone_is_dropped() {
     world.learned(true);
     assert_eq!(world.fate(frames[1]), Some(&Fate::Released));
     let forgotten = world.send(&is_told(1), &to_client(4001, &address(8, "allowed.test")).frame());
-    assert_eq!(world.fate(forgotten), Some(&Fate::Discarded(Reason::DnsUnasked)));
+    assert_eq!(
+        world.fate(forgotten),
+        Some(&Fate::Discarded(Reason::DnsUnsolicited))
+    );
     world.end();
 }
 

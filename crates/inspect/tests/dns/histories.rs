@@ -112,7 +112,7 @@ impl Model {
         }
         self.expire(now);
         if self.open.remove(&who).is_none() {
-            return Ok(Fate::Discarded(Reason::DnsUnasked));
+            return Ok(Fate::Discarded(Reason::DnsUnsolicited));
         }
         if matches!(kind, AnswerKind::NoAddress) || who.0 == 3 {
             return Ok(Fate::Released);

@@ -603,7 +603,7 @@ fn an_answer_that_may_not_pass_ends_the_connection() {
     }
     let malformed = vec![0; 13];
     for (message, reason) in [
-        (address(8, "allowed.test"), Reason::DnsUnasked),
+        (address(8, "allowed.test"), Reason::DnsUnsolicited),
         (malformed, Reason::AppMalformed),
     ] {
         let mut it = Connection::new();
@@ -1074,8 +1074,8 @@ fn what_belongs_to_no_transfer_ends_the_connection() {
     }
     // nor without a question
     let mut it = Connection::new();
-    let unasked = it.resolver(0, ACK, &framed(&[zone(7, 252, 1, true)]));
-    assert!(matches!(it.fate(unasked), Some(Fate::Discarded(_))));
+    let unsolicited = it.resolver(0, ACK, &framed(&[zone(7, 252, 1, true)]));
+    assert!(matches!(it.fate(unsolicited), Some(Fate::Discarded(_))));
     it.world.end();
     // a zone that may not be asked for
     let mut it = Connection::new();

@@ -544,7 +544,7 @@ mod tests {
                 ("dns".to_owned(), numbers(&[("queries", 0)])),
                 (
                     "http".to_owned(),
-                    numbers(&[("denied", 2), ("requests", 12), ("unasked", 0)]),
+                    numbers(&[("denied", 2), ("requests", 12), ("unsolicited", 0)]),
                 ),
                 ("tls.tcp".to_owned(), numbers(&[("out_of_window", 3)])),
             ]),
