@@ -98,7 +98,7 @@ fn an_address_is_open_only_by_the_names_it_was_learned_by() {
     }
     // five of them in each family
     let wanted = |status: &serde_json::Value| {
-        status["workers"]["inspection"]["tls"]["strangers"] == 10 && counted(status, NOT_LEARNED) >= 10
+        status["workers"]["inspection"]["tls"]["sni_mismatches"] == 10 && counted(status, NOT_LEARNED) >= 10
     };
     daemon.wait_status("ten refusals", wanted).expect("status");
 

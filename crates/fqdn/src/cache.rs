@@ -9,7 +9,7 @@ use palisade_protocols::dns::{Answer, CLASS_IN, Name, NameError};
 use serde::Serialize;
 
 use crate::{
-    EndpointId, Known, Listed, Millis, SelectorId, Selectors, Special,
+    EndpointId, Listed, Millis, SelectorId, Selectors, SniAddressIndex, Special,
     change::{Change, Committed, Pending, Uncommitted, Update},
     endpoint::{AddressEntry, Endpoint, Limits, NameEntry, Pair, Sink, Triple},
     is_special,
@@ -127,7 +127,7 @@ pub struct Cache {
     /// Counts turns of triples, to live and to gone.
     turns: u64,
     stats: Stats,
-    known: Option<Arc<Known>>,
+    sni_index: Option<Arc<SniAddressIndex>>,
 }
 
 impl Cache {
@@ -142,9 +142,9 @@ impl Cache {
 
     /// Keeps `known` up to date from now on. To be called while the cache is empty.
     #[must_use]
-    pub fn with_known(self, known: Arc<Known>) -> Self {
+    pub fn with_sni_index(self, sni_index: Arc<SniAddressIndex>) -> Self {
         Self {
-            known: Some(known),
+            sni_index: Some(sni_index),
             ..self
         }
     }
@@ -207,7 +207,7 @@ impl Cache {
             changes: &mut pending.changes,
             turns: &mut self.turns,
             stats: &mut self.stats,
-            known: self.known.as_deref(),
+            sni_index: self.sni_index.as_deref(),
         };
         for name in names() {
             state.learn(
@@ -280,7 +280,7 @@ impl Cache {
                 changes,
                 turns: &mut self.turns,
                 stats: &mut self.stats,
-                known: self.known.as_deref(),
+                sni_index: self.sni_index.as_deref(),
             };
             let gone = state.give(need, &mut sink);
             self.total -= gone;
@@ -304,7 +304,7 @@ impl Cache {
                 changes,
                 turns: &mut self.turns,
                 stats: &mut self.stats,
-                known: self.known.as_deref(),
+                sni_index: self.sni_index.as_deref(),
             };
             let gone = state.give_in_use(over, &mut sink);
             self.total -= gone;
@@ -337,7 +337,7 @@ impl Cache {
             changes: &mut pending.changes,
             turns: &mut self.turns,
             stats: &mut self.stats,
-            known: self.known.as_deref(),
+            sni_index: self.sni_index.as_deref(),
         };
         let mut complete = true;
         for (key, address) in &pending.pairs {
@@ -369,7 +369,7 @@ impl Cache {
             changes: &mut changes,
             turns: &mut self.turns,
             stats: &mut self.stats,
-            known: self.known.as_deref(),
+            sni_index: self.sni_index.as_deref(),
         };
         let before = state.pairs;
         for (key, address) in &pending.pairs {
@@ -472,7 +472,7 @@ impl Cache {
                 changes: &mut changes,
                 turns: &mut self.turns,
                 stats: &mut self.stats,
-                known: self.known.as_deref(),
+                sni_index: self.sni_index.as_deref(),
             };
             let before = state.pairs;
             change(state, &mut sink);
@@ -644,7 +644,7 @@ impl Cache {
         let mut memory = Memory {
             endpoints: self.endpoints.len(),
             bytes: table(self.endpoints.capacity(), size_of::<(EndpointId, Endpoint)>())
-                + self.known.as_ref().map_or(0, |known| known.bytes()),
+                + self.sni_index.as_ref().map_or(0, |index| index.bytes()),
             ..Memory::default()
         };
         for state in self.endpoints.values() {

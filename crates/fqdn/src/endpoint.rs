@@ -11,7 +11,7 @@ use std::{
 use palisade_protocols::dns::Name;
 
 use crate::{
-    EndpointId, Known, Listed, Millis, SelectorId, Selectors, Stats,
+    EndpointId, Listed, Millis, SelectorId, Selectors, SniAddressIndex, Stats,
     change::{Change, ChangeKind},
 };
 
@@ -106,7 +106,7 @@ pub(crate) struct Sink<'a> {
     pub(crate) turns: &'a mut u64,
     pub(crate) stats: &'a mut Stats,
     /// Where others look.
-    pub(crate) known: Option<&'a Known>,
+    pub(crate) sni_index: Option<&'a SniAddressIndex>,
 }
 
 impl Sink<'_> {
@@ -368,8 +368,8 @@ impl Endpoint {
         name.pairs.push(pair);
         self.pairs += 1;
         sink.stats.learned += 1;
-        if let Some(known) = sink.known {
-            known.add(sink.endpoint, address, key);
+        if let Some(index) = sink.sni_index {
+            index.add(sink.endpoint, address, key);
         }
         let entry = self.addresses.entry(address).or_insert_with(|| AddressEntry {
             names: 0,
@@ -395,8 +395,8 @@ impl Endpoint {
         name.pairs.remove(at);
         self.pairs -= 1;
         self.exhausted = false;
-        if let Some(known) = sink.known {
-            known.remove(sink.endpoint, address, key);
+        if let Some(index) = sink.sni_index {
+            index.remove(sink.endpoint, address, key);
         }
         if let Some(entry) = self.addresses.get_mut(&address) {
             entry.names -= 1;

@@ -18,17 +18,17 @@
 mod cache;
 mod change;
 mod endpoint;
-mod known;
 mod saved;
 mod selectors;
+mod sni_index;
 mod special;
 mod track;
 
 pub use cache::{Cache, CachedAddress, CachedName, Config, Memory, Stats};
 pub use change::{Change, ChangeKind, Committed, Pending, Uncommitted, Update};
-pub use known::Known;
 pub use saved::{SavedAddress, SavedName};
 pub use selectors::{SelectorId, Selectors};
+pub use sni_index::SniAddressIndex;
 pub use special::{Listed, Special, is_special, is_special_prefix};
 pub use track::{Flow, OpenQuestion, TrackLimits, Tracker, Unsolicited};
 

@@ -8,8 +8,8 @@ use std::{
 };
 
 use palisade_fqdn::{
-    Cache, Change, ChangeKind, Config, EndpointId, Known as Looked, Millis, Pending, SelectorId, Selectors,
-    Uncommitted, Update,
+    Cache, Change, ChangeKind, Config, EndpointId, Millis, Pending, SelectorId, Selectors,
+    SniAddressIndex as Looked, Uncommitted, Update,
 };
 use palisade_policy::{l7::name_matches, rule::FqdnPattern};
 use palisade_protocols::dns::{Address, Answer, Question, Source, rtype};
@@ -93,7 +93,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 #[derive(Clone, Debug)]
-struct Known {
+struct SniAddressIndex {
     endpoint: EndpointId,
     name: usize,
     ip: IpAddr,
@@ -106,7 +106,7 @@ struct Known {
 /// A list of what is known, searched from one end to the other.
 #[derive(Default)]
 struct Model {
-    known: Vec<Known>,
+    known: Vec<SniAddressIndex>,
     policies: BTreeMap<EndpointId, BTreeSet<usize>>,
     /// Last learning of a name that taught something, and its place among the names of that learning.
     ages: BTreeMap<(EndpointId, usize), (u64, usize)>,
@@ -134,7 +134,9 @@ impl Model {
     }
 
     fn count(&self, endpoint: EndpointId, name: Option<usize>) -> usize {
-        let of = |known: &&Known| known.endpoint == endpoint && name.is_none_or(|name| known.name == name);
+        let of = |known: &&SniAddressIndex| {
+            known.endpoint == endpoint && name.is_none_or(|name| known.name == name)
+        };
         self.known.iter().filter(of).count()
     }
 
@@ -182,7 +184,7 @@ impl Model {
         let known = &self.known;
         self.marked
             .retain(|key, _| known.iter().any(|k| (k.endpoint, k.ip) == *key));
-        self.known.push(Known {
+        self.known.push(SniAddressIndex {
             endpoint,
             name,
             ip,
@@ -252,7 +254,7 @@ impl World {
         };
         let looked = Arc::<Looked>::default();
         Self {
-            cache: Cache::new(config.clone()).with_known(looked.clone()),
+            cache: Cache::new(config.clone()).with_sni_index(looked.clone()),
             looked,
             config,
             model: Model::default(),

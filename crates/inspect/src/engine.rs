@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use palisade_abi::{Inspector, Reason, carry_flags, protocol};
-use palisade_fqdn::Known;
+use palisade_fqdn::SniAddressIndex;
 use palisade_packet::flags;
 
 use crate::{
@@ -126,7 +126,7 @@ impl<F> Engine<F> {
     }
 
     /// From now on, who connects by a server name that a rule allows must have learned the address by that name.
-    pub fn verify_server_names(&mut self, known: Arc<Known>) {
+    pub fn verify_server_names(&mut self, known: Arc<SniAddressIndex>) {
         self.tls.verify(known);
     }
 

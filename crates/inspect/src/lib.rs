@@ -35,7 +35,7 @@ pub use fragments::{FragmentLimits, FragmentStats};
 pub use http::{GetBodies, HttpLimits, HttpStats, Paths};
 pub use judge::Inspectors;
 pub use numbers::Number;
-pub use palisade_fqdn::{Known, TrackLimits, Unsolicited};
+pub use palisade_fqdn::{SniAddressIndex, TrackLimits, Unsolicited};
 pub use rules::{DnsRules, HttpDenial, HttpRules, HttpScratch, HttpVerdict, Problem, Rules, TlsRules};
 pub use tcp::{
     TcpLimits, TcpStats,

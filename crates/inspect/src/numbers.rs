@@ -57,7 +57,7 @@ impl Stats {
         each_kind("http.malformed", kinds, &self.http.malformed, f);
         each_of_tcp("http.tcp", &self.http.tcp, f);
         tell!(f, "tls", &self.tls => TlsStats {
-            so far: hellos denied ech_denied strangers audited;
+            so far: hellos denied ech_denied sni_mismatches audited;
             now: ;
             by hand: tcp malformed;
         });

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use palisade_abi::{CarrySlot, Reason, carry_flags};
-use palisade_fqdn::Known;
+use palisade_fqdn::SniAddressIndex;
 use palisade_protocols::tls::{
     ClientHello, ClientReader, ClientStep, Refusal, ServerName, ServerReader, ServerStep,
 };
@@ -64,7 +64,7 @@ pub struct TlsStats {
     /// Hellos with an encrypted one that were refused for that.
     pub ech_denied: u64,
     /// Hellos whose name is allowed, to an address that was not learned by it.
-    pub strangers: u64,
+    pub sni_mismatches: u64,
     /// Streams that are not what they should be, by [`Refusal`].
     pub malformed: [u64; Refusal::ALL.len()],
     /// Connections that would have been cut and go on because of audit mode.
@@ -78,7 +78,7 @@ impl Default for TlsStats {
             hellos: 0,
             denied: 0,
             ech_denied: 0,
-            strangers: 0,
+            sni_mismatches: 0,
             malformed: [0; _],
             audited: 0,
         }
@@ -119,7 +119,7 @@ impl Offloadable for Flow {
 
 pub(crate) struct Tls<F> {
     ech: Ech,
-    names: Option<Arc<Known>>,
+    names: Option<Arc<SniAddressIndex>>,
     connections: Connections<F, Flow>,
     stats: TlsStats,
 }
@@ -128,7 +128,7 @@ pub(crate) struct Tls<F> {
 struct TlsStream<'a> {
     flow: &'a mut Flow,
     rules: &'a Rules,
-    names: Option<&'a Known>,
+    names: Option<&'a SniAddressIndex>,
     stats: &'a mut TlsStats,
     ech: Ech,
     slot: &'a CarrySlot,
@@ -144,7 +144,7 @@ impl<F> Tls<F> {
         }
     }
 
-    pub(crate) fn verify(&mut self, names: Arc<Known>) {
+    pub(crate) fn verify(&mut self, names: Arc<SniAddressIndex>) {
         self.names = Some(names);
     }
 
@@ -295,7 +295,7 @@ impl<'a> TlsStream<'a> {
         flow: &'a mut Flow,
         view: &View<'a>,
         rules: &'a Rules,
-        names: Option<&'a Known>,
+        names: Option<&'a SniAddressIndex>,
         ech: Ech,
         stats: &'a mut TlsStats,
     ) -> Self {
@@ -353,7 +353,7 @@ impl<'a> TlsStream<'a> {
         let known = self.is_known(&hello);
         let verdict = judge(&hello, self.rules, self.slot.ruleset, self.ech, known);
         if verdict == Err(Reason::SniAddress) {
-            self.stats.strangers += 1;
+            self.stats.sni_mismatches += 1;
         }
         if verdict == Err(Reason::AppDenied) {
             if hello.ech && self.ech == Ech::Deny {

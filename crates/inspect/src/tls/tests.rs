@@ -222,9 +222,9 @@ fn audit_lets_it_go_on_and_says_so() {
 }
 
 /// Endpoint 7 has learned 10.0.0.2, where all connections of these tests go, by the names `c.b.test` and `x.test`.
-fn learned() -> Arc<Known> {
-    let known = Arc::<Known>::default();
-    let mut cache = Cache::new(Config::default()).with_known(Arc::clone(&known));
+fn learned() -> Arc<SniAddressIndex> {
+    let known = Arc::<SniAddressIndex>::default();
+    let mut cache = Cache::new(Config::default()).with_sni_index(Arc::clone(&known));
     for (endpoint, name, ip) in [
         (7, "c.b.test", [10, 0, 0, 2]),
         (7, "x.test", [10, 0, 0, 2]),
@@ -278,7 +278,10 @@ fn who_connects_must_have_learned_the_address_by_the_name() {
             (Verdict::Dropped, Reason::SniAddress)
         );
         assert_eq!(
-            (talk.engine.stats().tls.strangers, talk.engine.stats().tls.denied),
+            (
+                talk.engine.stats().tls.sni_mismatches,
+                talk.engine.stats().tls.denied
+            ),
             (1, 0)
         );
     }

@@ -18,7 +18,7 @@ use ipnet::IpNet;
 use palisade_abi::{Config as Told, Direction, EndpointState, MAX_CARRIED_FRAME, MAX_CARRIED_MSS, identity};
 use palisade_datapath::{Datapath, Options, Rules, detach_all};
 use palisade_flowlog::Ring;
-use palisade_fqdn::{Cache, Known, Special};
+use palisade_fqdn::{Cache, SniAddressIndex, Special};
 use palisade_policy::{
     compile::{Compiler, CompilerState},
     world::Enforcement,
@@ -196,14 +196,17 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     };
 
     let mut state = state;
-    let known = config.tls.verify_sni_address.then(Arc::<Known>::default);
+    let known = config
+        .tls
+        .verify_sni_address
+        .then(Arc::<SniAddressIndex>::default);
     let names = {
         let sender = sender.clone();
         // The control thread has ended: nothing is released any more.
         let wish = move |wish| drop(sender.send(Message::Names(wish)));
         let cache = Cache::new(names_config(&config));
         let cache = match &known {
-            Some(known) => cache.with_known(Arc::clone(known)),
+            Some(known) => cache.with_sni_index(Arc::clone(known)),
             None => cache,
         };
         let mut names = Names::new(cache, datapath.learned()?, Arc::clone(&datapath), wish);

@@ -16,7 +16,7 @@ use std::{
 use anyhow::Context as _;
 use palisade_abi::{Config as Told, Inspector, Reason, config_flags};
 use palisade_datapath::{Attached, Carrier, Datapath, HookKind, monotonic_coarse};
-use palisade_inspect::{Denial, Engine, Known, Limits, Millis, Rules, learning::Lessons};
+use palisade_inspect::{Denial, Engine, Limits, Millis, Rules, SniAddressIndex, learning::Lessons};
 use palisade_policy::snapshot::RuleSet;
 use palisade_worker::{Counters, Handle, Mode, Number, Pool, Receiver, Setup, State, TimedRecord};
 use palisade_xsk::{Config as SocketConfig, Socket};
@@ -82,7 +82,7 @@ impl Workers {
     pub fn start(
         config: &Config,
         datapath: &Datapath,
-        known: Option<Arc<Known>>,
+        known: Option<Arc<SniAddressIndex>>,
         failed: impl Fn() + Send + Sync + 'static,
     ) -> anyhow::Result<(Self, Option<Output>)> {
         let wanted = &config.worker;
@@ -295,7 +295,7 @@ fn limits(config: &Config) -> Limits {
 fn start(
     wanted: &Wanted,
     limits: Limits,
-    known: Option<Arc<Known>>,
+    known: Option<Arc<SniAddressIndex>>,
     datapath: &Datapath,
     cookie: u64,
     failed: impl Fn() + Send + Sync + 'static,

@@ -50,7 +50,7 @@ pub struct Found {
     /// Lines that could not be read.
     pub broken: usize,
     /// Names of endpoints that are not the same any more.
-    pub strangers: usize,
+    pub sni_mismatches: usize,
 }
 
 /// The file, for those who have something to be written.
@@ -122,7 +122,7 @@ fn read_file(file: File, endpoints: &BTreeMap<u16, String>, found: &mut Found) -
                     // A clock that was set back: as if it were now.
                     found.names.push((name, now.saturating_sub(at)));
                 } else {
-                    found.strangers += 1;
+                    found.sni_mismatches += 1;
                 }
             }
             Err(_) => found.broken += 1,
@@ -460,7 +460,7 @@ mod tests {
         journal.flush();
         let now = [(2, "default/b".to_owned()), (3, "default/b".to_owned())].into();
         let found = read(dir.path(), &now).unwrap();
-        assert_eq!((names(&found), found.strangers), (vec!["b.test"], 1));
-        assert_eq!(read(dir.path(), &BTreeMap::new()).unwrap().strangers, 2);
+        assert_eq!((names(&found), found.sni_mismatches), (vec!["b.test"], 1));
+        assert_eq!(read(dir.path(), &BTreeMap::new()).unwrap().sni_mismatches, 2);
     }
 }

@@ -263,11 +263,11 @@ impl Names {
             let addresses = name.addresses.iter().map(|address| address.ip);
             self.known_as(name.endpoint, &name.name, addresses, Source::Restored);
         }
-        if !found.names.is_empty() || found.strangers > 0 {
+        if !found.names.is_empty() || found.sni_mismatches > 0 {
             info!(
                 "{} learned names are remembered, {} belonged to endpoints that are gone",
                 all.len(),
-                found.strangers
+                found.sni_mismatches
             );
         }
         self.journal = Some(Journal::begin(dir, endpoints, all)?);

@@ -22,7 +22,7 @@ const PARTS: usize = 64;
 ///
 /// Whoever looks waits at most for one pair to be written or taken out.
 #[derive(Debug)]
-pub struct Known {
+pub struct SniAddressIndex {
     hashes: RandomState,
     parts: [RwLock<HashSet<Pair>>; PARTS],
 }
@@ -36,7 +36,7 @@ struct Pair {
     name: u64,
 }
 
-impl Default for Known {
+impl Default for SniAddressIndex {
     fn default() -> Self {
         Self {
             hashes: RandomState::new(),
@@ -45,7 +45,7 @@ impl Default for Known {
     }
 }
 
-impl Known {
+impl SniAddressIndex {
     /// Whether the endpoint has learned the address by this name, and it is not forgotten.
     #[must_use]
     pub fn has(&self, endpoint: EndpointId, address: IpAddr, name: &Name) -> bool {
