@@ -2,35 +2,29 @@
 //! learned for (`[tls] verify_sni_address`).
 
 use std::{
-    array,
-    collections::HashSet,
     hash::{BuildHasher as _, RandomState},
     mem::size_of,
     net::IpAddr,
-    sync::{PoisonError, RwLock},
 };
 
+use dashmap::DashSet;
 use palisade_protocols::dns::Name;
 
 use crate::EndpointId;
 
-/// Parts that are locked one by one. A power of two.
-const PARTS: usize = 64;
-
-/// Which endpoint knows which address by which name, for other threads to look at: always what the [`crate::Cache`]
-/// holds that keeps it, so its limits are those of the cache.
+/// The (endpoint, address, name) triples that the [`crate::Cache`] holds, for other threads: at any time the same as the
+/// cache, so the limits of the cache bound the index too.
 ///
-/// Whoever looks waits at most for one pair to be written or taken out.
+/// A lookup waits at most for one insertion or removal in the same shard.
 #[derive(Debug)]
 pub struct SniAddressIndex {
     hashes: RandomState,
-    parts: [RwLock<HashSet<Pair>>; PARTS],
+    entries: DashSet<Entry, RandomState>,
 }
 
-/// The name is there by its hash only. That has 64 bits, by a key that nobody else has: nobody can find two names
-/// that have the same.
+/// A name is represented by a 64-bit hash with a random key, so no peer can construct two names with the same hash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Pair {
+struct Entry {
     endpoint: EndpointId,
     address: IpAddr,
     name: u64,
@@ -38,66 +32,53 @@ struct Pair {
 
 impl Default for SniAddressIndex {
     fn default() -> Self {
+        let hashes = RandomState::new();
         Self {
-            hashes: RandomState::new(),
-            parts: array::from_fn(|_| RwLock::default()),
+            entries: DashSet::with_hasher(hashes.clone()),
+            hashes,
         }
     }
 }
 
 impl SniAddressIndex {
-    /// Whether the endpoint has learned the address by this name, and it is not forgotten.
+    /// Returns whether the endpoint has learned the address for this name, and the cache still holds it.
     #[must_use]
     pub fn has(&self, endpoint: EndpointId, address: IpAddr, name: &Name) -> bool {
-        let (part, pair) = self.place(endpoint, address, name.wire());
-        let part = part.read().unwrap_or_else(PoisonError::into_inner);
-        part.contains(&pair)
+        self.entries.contains(&self.entry(endpoint, address, name.wire()))
     }
 
-    /// Addresses of names.
+    /// Returns the number of triples.
     #[must_use]
     pub fn len(&self) -> usize {
-        let parts = self.parts.iter();
-        parts
-            .map(|part| part.read().unwrap_or_else(PoisonError::into_inner).len())
-            .sum()
+        self.entries.len()
     }
 
-    /// Whether nobody has learned anything.
+    /// Returns whether no endpoint has learned an address.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.entries.is_empty()
     }
 
-    /// What it takes, in bytes.
+    /// Returns the memory that the index takes, in bytes.
     pub(crate) fn bytes(&self) -> usize {
-        let parts = self.parts.iter();
-        let places: usize = parts
-            .map(|part| part.read().unwrap_or_else(PoisonError::into_inner).capacity())
-            .sum();
-        size_of::<Self>() + (places * 8 / 7) * (size_of::<Pair>() + 1)
+        // The tables of hashbrown: 7 of 8 slots are filled at most, and each slot has a control byte.
+        size_of::<Self>() + (self.entries.capacity() * 8 / 7) * (size_of::<Entry>() + 1)
     }
 
     pub(crate) fn add(&self, endpoint: EndpointId, address: IpAddr, name: &[u8]) {
-        let (part, pair) = self.place(endpoint, address, name);
-        part.write().unwrap_or_else(PoisonError::into_inner).insert(pair);
+        self.entries.insert(self.entry(endpoint, address, name));
     }
 
     pub(crate) fn remove(&self, endpoint: EndpointId, address: IpAddr, name: &[u8]) {
-        let (part, pair) = self.place(endpoint, address, name);
-        part.write().unwrap_or_else(PoisonError::into_inner).remove(&pair);
+        self.entries.remove(&self.entry(endpoint, address, name));
     }
 
-    fn place(&self, endpoint: EndpointId, address: IpAddr, name: &[u8]) -> (&RwLock<HashSet<Pair>>, Pair) {
-        let name = self.hashes.hash_one(name);
-        let pair = Pair {
+    fn entry(&self, endpoint: EndpointId, address: IpAddr, name: &[u8]) -> Entry {
+        Entry {
             endpoint,
-            // a connection to ::ffff:192.0.2.1 leaves as one to 192.0.2.1 (RFC 4291, 2.5.5.2)
+            // A connection to ::ffff:192.0.2.1 leaves as one to 192.0.2.1 (RFC 4291, section 2.5.5.2).
             address: address.to_canonical(),
-            name,
-        };
-        // Names with many addresses are spread too.
-        let part = self.hashes.hash_one(pair) as usize % PARTS;
-        (&self.parts[part], pair)
+            name: self.hashes.hash_one(name),
+        }
     }
 }
