@@ -19,7 +19,7 @@ mod fragments;
 mod http;
 mod judge;
 pub mod learning;
-mod numbers;
+mod metrics;
 pub mod record;
 mod rules;
 mod tcp;
@@ -34,7 +34,7 @@ pub use engine::{Engine, Limits, Stats};
 pub use fragments::{FragmentLimits, FragmentStats};
 pub use http::{GetBodies, HttpLimits, HttpStats, Paths};
 pub use judge::Inspectors;
-pub use numbers::Number;
+pub use metrics::Metric;
 pub use palisade_fqdn::{SniAddressIndex, TrackLimits, Unsolicited};
 pub use rules::{DnsRules, HttpDenial, HttpRules, HttpScratch, HttpVerdict, Problem, Rules, TlsRules};
 pub use tcp::{

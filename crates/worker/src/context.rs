@@ -31,9 +31,9 @@ pub type TimedRecord = (SystemTime, Record);
 
 /// The state of a worker thread that outlives its restarts.
 pub struct WorkerContext<R> {
-    /// Number of the worker, from 0, and of its queue of the punt link.
+    /// Metric of the worker, from 0, and of its queue of the punt link.
     pub number: usize,
-    /// Number of workers.
+    /// Metric of workers.
     pub workers: usize,
     /// Secret that proves that a frame on the punt link was put there by the programs.
     pub cookie: u64,

@@ -6,7 +6,7 @@ use std::sync::{
 };
 
 use palisade_abi::Reason;
-use palisade_inspect::Number;
+use palisade_inspect::Metric;
 
 use crate::{failure::Failure, inspect::Inspect, port::PortStatistics};
 
@@ -91,7 +91,7 @@ pub struct Counters {
     /// Losses in the rings of all sockets of this worker, in the order of [`Counters::ring`].
     ring: [Count; 4],
     /// The metrics of all engines of this worker. The first engine sets the list.
-    metrics: OnceLock<Box<[(Number, Count)]>>,
+    metrics: OnceLock<Box<[(Metric, Count)]>>,
     /// Why the worker is down.
     failure: Mutex<Option<Arc<Failure>>>,
 }
@@ -199,7 +199,7 @@ impl Counters {
     }
 
     /// Returns the metrics of all engines of this worker, up to a second old.
-    pub fn metrics(&self) -> impl Iterator<Item = (Number, u64)> {
+    pub fn metrics(&self) -> impl Iterator<Item = (Metric, u64)> {
         let metrics = self.metrics.get().into_iter().flatten();
         metrics.map(|(number, count)| (*number, count.get()))
     }
@@ -257,8 +257,8 @@ mod tests {
                 None
             }
             fn forget_endpoint(&mut self, _: u16, _: &mut impl Sink<Handle>) {}
-            fn metrics(&self, visit: &mut dyn FnMut(Number, u64)) {
-                let number = |name, now| Number {
+            fn metrics(&self, visit: &mut dyn FnMut(Metric, u64)) {
+                let number = |name, now| Metric {
                     group: "test",
                     name,
                     now,

@@ -1,7 +1,7 @@
 //! Fair shedding: chooses the packets to drop when more arrive than can be inspected, so that a flood loses packets
 //! before small flows do. Depends on nothing else in this crate; start at [`Fair::halve`].
 
-/// Number of counters. Flows are assigned to them by hash.
+/// Metric of counters. Flows are assigned to them by hash.
 const BUCKETS: usize = 256;
 /// Time after which the counters start from zero, ns.
 const INTERVAL: u64 = 10_000_000;

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use palisade_inspect::{Engine, Learned, Millis, Number, Rules, Sink, View};
+use palisade_inspect::{Engine, Learned, Metric, Millis, Rules, Sink, View};
 
 use crate::held::Handle;
 
@@ -33,7 +33,7 @@ pub trait Inspect {
         0
     }
     /// Calls `visit` with each metric: always the same ones in the same order.
-    fn metrics(&self, _visit: &mut dyn FnMut(Number, u64)) {}
+    fn metrics(&self, _visit: &mut dyn FnMut(Metric, u64)) {}
 }
 
 impl Inspect for Engine<Handle> {
@@ -72,7 +72,7 @@ impl Inspect for Engine<Handle> {
         stats.dns.tcp.connections + stats.http.tcp.connections + stats.tls.tcp.connections
     }
 
-    fn metrics(&self, visit: &mut dyn FnMut(Number, u64)) {
-        self.stats().each(visit);
+    fn metrics(&self, visit: &mut dyn FnMut(Metric, u64)) {
+        self.stats().visit(visit);
     }
 }

@@ -40,7 +40,7 @@ pub use counters::{Count, Counters, State};
 pub use failure::Failure;
 pub use held::Handle;
 pub use inspect::Inspect;
-pub use palisade_inspect::Number;
+pub use palisade_inspect::Metric;
 pub use palisade_xsk::Mode;
 pub use pool::{Pool, Setup};
 pub use port::{Port, PortStatistics};

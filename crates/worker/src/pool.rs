@@ -30,7 +30,7 @@ const HANDOFF_DEPTH: usize = 128;
 
 /// The configuration of a pool.
 pub struct Setup<P, E: Inspect> {
-    /// Number of workers: one for each queue of the punt link.
+    /// Metric of workers: one for each queue of the punt link.
     pub workers: usize,
     /// How workers wait for packets.
     pub mode: Mode,

@@ -21,7 +21,7 @@ const HANDOFF_BATCH: usize = 64;
 pub struct Peers<'a> {
     /// This worker's number.
     pub number: usize,
-    /// Number of workers.
+    /// Metric of workers.
     pub workers: usize,
     /// Hand-off rings to the other workers, by number.
     pub senders: &'a mut [Option<handoff::Sender<()>>],

@@ -18,7 +18,7 @@ use palisade_abi::{Config as Told, Inspector, Reason, config_flags};
 use palisade_datapath::{Attached, Carrier, Datapath, HookKind, monotonic_coarse};
 use palisade_inspect::{Denial, Engine, Limits, Millis, Rules, SniAddressIndex, learning::Lessons};
 use palisade_policy::snapshot::RuleSet;
-use palisade_worker::{Counters, Handle, Mode, Number, Pool, Receiver, Setup, State, TimedRecord};
+use palisade_worker::{Counters, Handle, Metric, Mode, Pool, Receiver, Setup, State, TimedRecord};
 use palisade_xsk::{Config as SocketConfig, Socket};
 use tracing::{error, info};
 
@@ -379,7 +379,7 @@ fn secrets() -> io::Result<(u64, u32)> {
 }
 
 /// What the workers have counted, and what they keep.
-fn add_up(report: &mut api::Workers, numbers: impl Iterator<Item = (Number, u64)>) {
+fn add_up(report: &mut api::Workers, numbers: impl Iterator<Item = (Metric, u64)>) {
     for (number, value) in numbers {
         let keeps = &mut report.keeps;
         match number.name {
@@ -513,7 +513,7 @@ mod tests {
         };
         let mut numbers = Vec::new();
         for _worker in 0..2 {
-            stats.each(&mut |number, value| numbers.push((number, value)));
+            stats.visit(&mut |number, value| numbers.push((number, value)));
         }
         let mut report = api::Workers::default();
         add_up(&mut report, numbers.into_iter());

@@ -7,7 +7,7 @@ use crate::{DnsStats, FragmentStats, HttpStats, Stats, TcpStats, TlsStats};
 
 /// What a number is about.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Number {
+pub struct Metric {
     /// Whose it is: `dns`, `tls.tcp`, ...
     pub group: &'static str,
     /// What is counted, as the field of its statistics is called; of what is counted by kind, the kind in words.
@@ -17,14 +17,14 @@ pub struct Number {
 }
 
 /// Every field has to stand in one of the lists; what is told otherwise is `by hand`.
-macro_rules! tell {
+macro_rules! metrics {
     ($f:expr, $group:literal, $stats:expr => $type:ident {
         so far: $($name:ident)*;
         now: $($now:ident)*;
         by hand: $($hand:ident)*;
     }) => {{
         let $type { $($name,)* $($now,)* $($hand: _,)* } = $stats;
-        let number = |name, now| Number { group: $group, name, now };
+        let number = |name, now| Metric { group: $group, name, now };
         $($f(number(stringify!($name), false), *$name);)*
         $($f(number(stringify!($now), true), *$now);)*
     }};
@@ -32,13 +32,13 @@ macro_rules! tell {
 
 impl Stats {
     /// Tells all numbers: always as many, in the same order.
-    pub fn each(&self, f: &mut dyn FnMut(Number, u64)) {
-        tell!(f, "inspection", self => Stats {
+    pub fn visit(&self, f: &mut dyn FnMut(Metric, u64)) {
+        metrics!(f, "inspection", self => Stats {
             so far: unsupported;
             now: ;
             by hand: dns http tls fragments;
         });
-        tell!(f, "dns", &self.dns => DnsStats {
+        metrics!(f, "dns", &self.dns => DnsStats {
             so far: queries denied too_many replies answers transferred committed fast_path uncommitted overdue not_held audited;
             now: held;
             by hand: tcp malformed unsolicited;
@@ -48,7 +48,7 @@ impl Stats {
         let kinds = Unsolicited::ALL.iter().map(|kind| kind.text());
         each_kind("dns.unsolicited", kinds, &self.dns.unsolicited, f);
         each_of_tcp("dns.tcp", &self.dns.tcp, f);
-        tell!(f, "http", &self.http => HttpStats {
+        metrics!(f, "http", &self.http => HttpStats {
             so far: requests denied responses unsolicited tunnels audited;
             now: ;
             by hand: tcp malformed;
@@ -56,7 +56,7 @@ impl Stats {
         let kinds = http1::Refusal::ALL.iter().map(|kind| kind.text());
         each_kind("http.malformed", kinds, &self.http.malformed, f);
         each_of_tcp("http.tcp", &self.http.tcp, f);
-        tell!(f, "tls", &self.tls => TlsStats {
+        metrics!(f, "tls", &self.tls => TlsStats {
             so far: hellos denied ech_denied sni_mismatches audited;
             now: ;
             by hand: tcp malformed;
@@ -64,7 +64,7 @@ impl Stats {
         let kinds = tls::Refusal::ALL.iter().map(|kind| kind.text());
         each_kind("tls.malformed", kinds, &self.tls.malformed, f);
         each_of_tcp("tls.tcp", &self.tls.tcp, f);
-        tell!(f, "fragments", &self.fragments => FragmentStats {
+        metrics!(f, "fragments", &self.fragments => FragmentStats {
             so far: fragments complete incomplete contradicting duplicates limited;
             now: held;
             by hand: ;
@@ -72,10 +72,10 @@ impl Stats {
     }
 }
 
-fn each_of_tcp(group: &'static str, stats: &TcpStats, f: &mut dyn FnMut(Number, u64)) {
-    let of_group = |number: Number, value| f(Number { group, ..number }, value);
+fn each_of_tcp(group: &'static str, stats: &TcpStats, f: &mut dyn FnMut(Metric, u64)) {
+    let of_group = |number: Metric, value| f(Metric { group, ..number }, value);
     let mut f = of_group;
-    tell!(f, "tcp", stats => TcpStats {
+    metrics!(f, "tcp", stats => TcpStats {
         so far: opened retransmitted overlaps out_of_window invalid midstream limited overdue cut answered offloaded
             windows acknowledged delivered repeated split half_open_evicted replaced icmp_errors icmp_unrelated
             icmp_narrowed;
@@ -88,10 +88,10 @@ fn each_kind(
     group: &'static str,
     kinds: impl Iterator<Item = &'static str>,
     counts: &[u64],
-    f: &mut dyn FnMut(Number, u64),
+    f: &mut dyn FnMut(Metric, u64),
 ) {
     for (name, count) in kinds.zip(counts) {
-        let number = Number {
+        let number = Metric {
             group,
             name,
             now: false,
@@ -119,10 +119,10 @@ mod tests {
             ..Stats::default()
         };
         let (mut names, mut found) = (HashSet::new(), 0);
-        stats.each(&mut |number, value| {
+        stats.visit(&mut |number, value| {
             assert!(names.insert((number.group, number.name)), "{number:?}");
             if value != 0 {
-                let connections = Number {
+                let connections = Metric {
                     group: "tls.tcp",
                     name: "connections",
                     now: true,
@@ -133,7 +133,7 @@ mod tests {
         });
         assert_eq!(found, 1);
         let mut again = Vec::new();
-        Stats::default().each(&mut |number, _| again.push(number));
+        Stats::default().visit(&mut |number, _| again.push(number));
         assert_eq!(again.len(), names.len());
     }
 }
