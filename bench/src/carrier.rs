@@ -36,7 +36,7 @@ use aya::{
 };
 use palisade_abi::{Carried, CarrySlot, Config as Told, Inspector, carry_flags, carry_hook, maps, programs};
 use palisade_datapath::monotonic_coarse;
-use palisade_inspect::{Engine, Learned, Limits, Millis, Rules, Sink, View};
+use palisade_inspect::{Engine, Learned, Limits, Millis, PacketView, Rules, Sink};
 use palisade_policy::{
     rule::FqdnPattern,
     snapshot::{Alternative, Matcher, RuleSet},
@@ -100,7 +100,7 @@ impl Inspect for Open {
         true
     }
 
-    fn packet(&mut self, _: Millis, _: &View<'_>, frame: Handle, sink: &mut impl Sink<Handle>) {
+    fn packet(&mut self, _: Millis, _: &PacketView<'_>, frame: Handle, sink: &mut impl Sink<Handle>) {
         sink.release(frame);
     }
 

@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use palisade_abi::{CarrySlot, FlowCommand, Reason, carry_hook};
-use palisade_inspect::{Engine, Learn, Millis, Route, Sink, View, record::Record};
+use palisade_inspect::{Engine, Learn, Millis, PacketView, Route, Sink, record::Record};
 use palisade_packet::{Packet, Start, decode};
 use palisade_testbed::packet;
 
@@ -194,7 +194,7 @@ pub fn read(engine: &mut Engine<()>, outcome: &mut Outcome, now: Millis, slot: &
         6 => usize::from(frame[transport + 12] >> 4) * 4,
         _ => 8,
     };
-    let view = View {
+    let view = PacketView {
         slot,
         ifindex: 1,
         hook: carry_hook::TC_INGRESS,

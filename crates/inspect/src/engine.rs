@@ -10,8 +10,8 @@ use palisade_fqdn::SniAddressIndex;
 use palisade_packet::flags;
 
 use crate::{
-    DnsLimits, DnsStats, FragmentLimits, FragmentStats, HttpLimits, HttpStats, Learned, Millis, Rules, Sink,
-    TlsLimits, TlsStats, View,
+    DnsLimits, DnsStats, FragmentLimits, FragmentStats, HttpLimits, HttpStats, Learned, Millis, PacketView,
+    Rules, Sink, TlsLimits, TlsStats,
     dns::{Dns, stream::Streams},
     fragments::Reassembler,
     http::Http,
@@ -137,7 +137,7 @@ impl<F> Engine<F> {
     }
 
     /// A packet to be read for one slot. Its handle comes back to the sink: now, or later from any other call.
-    pub fn packet(&mut self, now: Millis, view: &View<'_>, frame: F, sink: &mut impl Sink<F>) {
+    pub fn packet(&mut self, now: Millis, view: &PacketView<'_>, frame: F, sink: &mut impl Sink<F>) {
         if view.packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER) {
             self.fragment(now, view, frame, sink);
             return;
@@ -194,7 +194,7 @@ impl<F> Engine<F> {
     }
 
     /// An ICMP error. The programs punt those about TCP connections only.
-    fn error(&mut self, now: Millis, view: &View<'_>, frame: F, sink: &mut impl Sink<F>) {
+    fn error(&mut self, now: Millis, view: &PacketView<'_>, frame: F, sink: &mut impl Sink<F>) {
         const DNS: u8 = Inspector::Dns as u8;
         const HTTP: u8 = Inspector::Http as u8;
         const TLS: u8 = Inspector::Tls as u8;
@@ -215,7 +215,7 @@ impl<F> Engine<F> {
     }
 
     /// A fragment: once its datagram is complete, that is read like one that came in one piece.
-    fn fragment(&mut self, now: Millis, view: &View<'_>, frame: F, sink: &mut impl Sink<F>) {
+    fn fragment(&mut self, now: Millis, view: &PacketView<'_>, frame: F, sink: &mut impl Sink<F>) {
         let mut whole = match self.fragments.take(now, view, frame, &mut self.spare, sink) {
             Ok(Some(whole)) => whole,
             Ok(None) => return,
@@ -225,7 +225,7 @@ impl<F> Engine<F> {
             }
         };
         // the frame gives the link header; everything else is what the first fragment says
-        let view = View {
+        let view = PacketView {
             slot: &whole.slot,
             packet: &whole.packet,
             ..*view
@@ -311,7 +311,7 @@ impl<F> Engine<F> {
 }
 
 /// What a UDP datagram carries, by its own length.
-fn datagram_payload<'a>(view: &View<'a>) -> Option<&'a [u8]> {
+fn datagram_payload<'a>(view: &PacketView<'a>) -> Option<&'a [u8]> {
     let datagram = view.frame.get(view.transport..)?;
     let length = usize::from(u16::from_be_bytes(*datagram.get(4..6)?.first_chunk()?));
     datagram.get(8..length)
@@ -319,7 +319,7 @@ fn datagram_payload<'a>(view: &View<'a>) -> Option<&'a [u8]> {
 
 /// Refuses a packet that cannot be read; audit mode lets it pass.
 fn refuse<F>(
-    view: &View<'_>,
+    view: &PacketView<'_>,
     frames: Frames<F>,
     reason: Reason,
     spare: &mut Spare<F>,

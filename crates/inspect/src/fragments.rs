@@ -10,10 +10,10 @@ use palisade_abi::{Addr, CarrySlot, Reason, carry_flags, protocol};
 use palisade_packet::{Packet, flags};
 
 use crate::{
-    Millis, Sink, View,
-    aged::Aged,
-    build::Sum,
+    Millis, PacketView, Sink,
     engine::Spare,
+    expiry_queue::ExpiryQueue,
+    packet_builder::Sum,
     record::{Record, Verdict, What},
 };
 
@@ -179,7 +179,7 @@ impl<F> Whole<F> {
 /// Puts fragmented datagrams together.
 pub(crate) struct Reassembler<F> {
     limits: FragmentLimits,
-    datagrams: Aged<Datagram<F>>,
+    datagrams: ExpiryQueue<Datagram<F>>,
     numbers: HashMap<Key, u64>,
     by_endpoint: HashMap<u16, usize>,
     bytes: usize,
@@ -192,7 +192,7 @@ impl<F> Reassembler<F> {
     pub(crate) fn new(limits: &FragmentLimits) -> Self {
         Self {
             limits: *limits,
-            datagrams: Aged::new(),
+            datagrams: ExpiryQueue::new(),
             numbers: HashMap::new(),
             by_endpoint: HashMap::new(),
             bytes: 0,
@@ -216,7 +216,7 @@ impl<F> Reassembler<F> {
     pub(crate) fn take(
         &mut self,
         now: Millis,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         frame: F,
         spare: &mut Spare<F>,
         sink: &mut impl Sink<F>,
@@ -326,7 +326,7 @@ impl<F> Reassembler<F> {
         }
     }
 
-    fn begin(&mut self, now: Millis, view: &View<'_>, key: Key, spare: &mut Spare<F>) -> Option<u64> {
+    fn begin(&mut self, now: Millis, view: &PacketView<'_>, key: Key, spare: &mut Spare<F>) -> Option<u64> {
         let by_endpoint = self.by_endpoint.get(&key.endpoint).copied().unwrap_or(0);
         if self.datagrams.len() >= self.limits.datagrams || by_endpoint >= self.limits.datagrams_per_endpoint
         {
@@ -492,7 +492,7 @@ impl<F> Datagram<F> {
 }
 
 /// Reads where a fragment belongs.
-fn position(view: &View<'_>) -> Option<Position> {
+fn position(view: &PacketView<'_>) -> Option<Position> {
     /// IPv6 fragment header.
     const FRAGMENT: u8 = 44;
     /// IPv6 authentication header: its length counts in fours.

@@ -11,15 +11,15 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![warn(unreachable_pub)]
 
-mod aged;
-mod build;
 mod dns;
 mod engine;
+mod expiry_queue;
 mod fragments;
 mod http;
 mod judge;
 pub mod learning;
 mod metrics;
+mod packet_builder;
 pub mod record;
 mod rules;
 mod tcp;
@@ -48,7 +48,7 @@ pub type Millis = u64;
 
 /// A carried packet, seen by the engine for one of its slots.
 #[derive(Clone, Copy, Debug)]
-pub struct View<'a> {
+pub struct PacketView<'a> {
     /// Who asks for the reading, and by which rules.
     pub slot: &'a CarrySlot,
     /// The interface where it was caught.

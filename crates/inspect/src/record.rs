@@ -8,7 +8,7 @@ use std::{
 use palisade_abi::{Addr, Reason, carry_flags};
 use palisade_protocols::dns::Name;
 
-use crate::View;
+use crate::PacketView;
 
 /// Longest text of a record; longer ones are cut.
 pub const TEXT: usize = 256;
@@ -164,8 +164,8 @@ pub(crate) struct About {
 }
 
 impl About {
-    pub(crate) fn of(view: &View<'_>) -> Self {
-        let View { slot, packet, .. } = view;
+    pub(crate) fn of(view: &PacketView<'_>) -> Self {
+        let PacketView { slot, packet, .. } = view;
         Self {
             source: (packet.source, packet.source_port),
             destination: (packet.destination, packet.destination_port),
@@ -219,7 +219,7 @@ impl Record {
     /// Of a packet that passes, by the rule that has it read. Where no application rule matches, that is the one to be
     /// named too: what it does not allow is denied.
     #[must_use]
-    pub fn of(view: &View<'_>, what: What) -> Self {
+    pub fn of(view: &PacketView<'_>, what: What) -> Self {
         Self::about(&About::of(view), what)
     }
 }

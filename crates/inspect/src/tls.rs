@@ -10,7 +10,7 @@ use palisade_protocols::tls::{
 };
 
 use crate::{
-    Millis, Rules, Sink, View,
+    Millis, PacketView, Rules, Sink,
     record::{About, Record, Text, Verdict, What},
     rules::TlsRules,
     tcp::{
@@ -158,7 +158,7 @@ impl<F> Tls<F> {
     pub(crate) fn packet<S: Sink<F>>(
         &mut self,
         now: Millis,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         frame: F,
         rules: &Rules,
         sink: &mut S,
@@ -190,7 +190,7 @@ impl<F> Tls<F> {
     pub(crate) fn error<S: Sink<F>>(
         &mut self,
         now: Millis,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         quoted: &QuotedSegment,
         frame: F,
         sink: &mut S,
@@ -239,7 +239,7 @@ pub(crate) fn judge_name(name: &ServerName, rules: &TlsRules, known: bool) -> Re
 /// Whether a connection that is not read any more may go on under the rules of a packet of it.
 fn recall<F, S: Sink<F>>(
     judged: &mut Judged,
-    view: &View<'_>,
+    view: &PacketView<'_>,
     rules: &Rules,
     ech: Ech,
     sink: &mut S,
@@ -293,7 +293,7 @@ impl<F> StreamInspector<F> for TlsStream<'_> {
 impl<'a> TlsStream<'a> {
     fn new(
         flow: &'a mut Flow,
-        view: &View<'a>,
+        view: &PacketView<'a>,
         rules: &'a Rules,
         names: Option<&'a SniAddressIndex>,
         ech: Ech,

@@ -15,7 +15,9 @@ use common::{
     A, ACK, SYN, Udp, address, answer, asks, framed, is_told, query, rules, segment, to_client, to_server,
 };
 use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_hook};
-use palisade_inspect::{Engine, HttpScratch, Learn, Limits, Paths, Route, Rules, Sink, View, record::Record};
+use palisade_inspect::{
+    Engine, HttpScratch, Learn, Limits, PacketView, Paths, Route, Rules, Sink, record::Record,
+};
 use palisade_packet::{Packet, Start, decode};
 use palisade_policy::{
     rule::HttpRule,
@@ -93,7 +95,7 @@ fn run(engine: &mut Engine<u32>, sink: &mut Counts, now: u64, frames: &[(CarrySl
             6 => usize::from(frame[transport + 12] >> 4) * 4,
             _ => 8,
         };
-        let view = View {
+        let view = PacketView {
             slot,
             ifindex: 7,
             hook: carry_hook::TC_EGRESS,

@@ -233,7 +233,7 @@ impl Counters {
 
 #[cfg(test)]
 mod tests {
-    use palisade_inspect::{Engine, Learned, Limits, Millis, Sink, View};
+    use palisade_inspect::{Engine, Learned, Limits, Millis, PacketView, Sink};
 
     use super::*;
     use crate::held::Handle;
@@ -250,7 +250,7 @@ mod tests {
             fn knows(&self, _: u32) -> bool {
                 false
             }
-            fn packet(&mut self, _: Millis, _: &View<'_>, _: Handle, _: &mut impl Sink<Handle>) {}
+            fn packet(&mut self, _: Millis, _: &PacketView<'_>, _: Handle, _: &mut impl Sink<Handle>) {}
             fn learned(&mut self, _: Millis, _: Learned, _: &mut impl Sink<Handle>) {}
             fn tick(&mut self, _: Millis, _: &mut impl Sink<Handle>) {}
             fn deadline(&self) -> Option<Millis> {

@@ -8,7 +8,7 @@ use palisade_abi::{
     Carried, CarrySlot, FlowCommand, MAX_CARRIED_MSS, MAX_ON_CARRIER, MAX_TRAILER, Reason, Released,
     carry_hook, protocol, release,
 };
-use palisade_inspect::{OptionProblem, Route, View};
+use palisade_inspect::{OptionProblem, PacketView, Route};
 use palisade_packet::{Packet, Start, flags};
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
@@ -60,9 +60,15 @@ pub struct Prepared {
 impl Prepared {
     /// Returns the packet as an inspector sees it. `frame`: the bytes from the Ethernet header on.
     #[must_use]
-    pub fn view<'a>(&'a self, slot: &'a CarrySlot, ifindex: u32, hook: u8, frame: &'a [u8]) -> View<'a> {
+    pub fn view<'a>(
+        &'a self,
+        slot: &'a CarrySlot,
+        ifindex: u32,
+        hook: u8,
+        frame: &'a [u8],
+    ) -> PacketView<'a> {
         let transport = usize::from(self.packet.transport_offset);
-        View {
+        PacketView {
             slot,
             ifindex,
             hook,

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use palisade_inspect::{Engine, Learned, Metric, Millis, Rules, Sink, View};
+use palisade_inspect::{Engine, Learned, Metric, Millis, PacketView, Rules, Sink};
 
 use crate::held::Handle;
 
@@ -19,7 +19,7 @@ pub trait Inspect {
     /// Returns whether the rules contain a rule set.
     fn knows(&self, ruleset: u32) -> bool;
     /// Inspects a packet for one slot. The effects go to `sink`, for this frame or for others that are held.
-    fn packet(&mut self, now: Millis, view: &View<'_>, frame: Handle, sink: &mut impl Sink<Handle>);
+    fn packet(&mut self, now: Millis, view: &PacketView<'_>, frame: Handle, sink: &mut impl Sink<Handle>);
     /// Takes the result of a commit of learned addresses.
     fn learned(&mut self, now: Millis, learned: Learned, sink: &mut impl Sink<Handle>);
     /// Acts on the deadlines that have passed.
@@ -47,7 +47,7 @@ impl Inspect for Engine<Handle> {
         Self::knows(self, ruleset)
     }
 
-    fn packet(&mut self, now: Millis, view: &View<'_>, frame: Handle, sink: &mut impl Sink<Handle>) {
+    fn packet(&mut self, now: Millis, view: &PacketView<'_>, frame: Handle, sink: &mut impl Sink<Handle>) {
         Self::packet(self, now, view, frame, sink);
     }
 

@@ -15,7 +15,7 @@ use std::{
 };
 
 use palisade_abi::{Carried, CarrySlot, Inspector, Reason, Released, carry_hook};
-use palisade_inspect::{Learned, Millis, Sink, View, record::Record};
+use palisade_inspect::{Learned, Millis, PacketView, Sink, record::Record};
 use palisade_worker::{Handle, Inspect, Mode, Pool, Port, PortStatistics, Setup, State};
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
@@ -182,7 +182,7 @@ impl Inspect for Script {
         true
     }
 
-    fn packet(&mut self, _: Millis, view: &View<'_>, frame: Handle, sink: &mut impl Sink<Handle>) {
+    fn packet(&mut self, _: Millis, view: &PacketView<'_>, frame: Handle, sink: &mut impl Sink<Handle>) {
         self.count += 1;
         assert!(
             self.panic_at.is_none_or(|at| self.count < at),

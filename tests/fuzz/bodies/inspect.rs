@@ -10,7 +10,7 @@ use std::{
 };
 
 use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_flags, carry_hook};
-use palisade_inspect::{Engine, Learn, Limits, Route, Rules, Sink, View, record::Record};
+use palisade_inspect::{Engine, Learn, Limits, PacketView, Route, Rules, Sink, record::Record};
 use palisade_packet::{Packet, Start, decode};
 use palisade_policy::{
     rule::FqdnPattern,
@@ -119,7 +119,7 @@ pub fn run(bytes: &[u8]) {
                 6 => usize::from(byte(12) >> 4) * 4,
                 _ => 8,
             };
-            let view = View {
+            let view = PacketView {
                 slot: &slot,
                 ifindex: 1,
                 hook: carry_hook::TC_EGRESS,

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_hook, order};
-use palisade_inspect::{Engine, Learn, Route, Rules, Sink, View, record::Record};
+use palisade_inspect::{Engine, Learn, PacketView, Route, Rules, Sink, record::Record};
 use palisade_packet::{Packet, Start, decode};
 use palisade_policy::{
     rule::{FqdnPattern, HttpRule},
@@ -144,7 +144,7 @@ pub fn give(
     } else {
         transport
     };
-    let view = View {
+    let view = PacketView {
         slot,
         ifindex: 1,
         hook: carry_hook::TC_EGRESS,

@@ -16,9 +16,13 @@ fuzz_target!(|bytes: &[u8]| {
         return;
     }
     bytes[..8].copy_from_slice(&COOKIE.to_ne_bytes());
-    let Ok(carried) = header::parse(&bytes, COOKIE) else { return };
+    let Ok(carried) = header::parse(&bytes, COOKIE) else {
+        return;
+    };
     let length = bytes.len();
-    let Ok(prepared) = header::prepare(&mut bytes, &carried) else { return };
+    let Ok(prepared) = header::prepare(&mut bytes, &carried) else {
+        return;
+    };
     // A VLAN tag that is put back makes the frame four bytes longer.
     let tag = if carried.vlan_protocol == 0 { 0 } else { 4 };
     assert_eq!(prepared.start + tag, header::PUNT_HEADER);
@@ -43,7 +47,10 @@ fuzz_target!(|bytes: &[u8]| {
         let released = header::trailer(COOKIE, route, back);
         let command = FlowCommand::default();
         let mut room = frame.clone();
-        assert_eq!(header::append_trailer(&mut room, frame.len(), &released, [None; 2]), None);
+        assert_eq!(
+            header::append_trailer(&mut room, frame.len(), &released, [None; 2]),
+            None
+        );
         room.resize(frame.len() + header::MAX_TRAILER_BYTES, 0);
         let whole = header::append_trailer(&mut room, frame.len(), &released, [Some(&command); 2]);
         let fits = room.len() <= MAX_ON_CARRIER as usize;

@@ -14,7 +14,10 @@ fuzz_target!(|bytes: &[u8]| {
     let mut out = [0; 512];
     if let Ok(len) = reply(bytes, Rcode::Refused, &mut out) {
         // the opcode is the query's
-        assert!(matches!(Answer::parse(&out[..len], &Limits::ANSWER), Ok(_) | Err(Refusal::Opcode)));
+        assert!(matches!(
+            Answer::parse(&out[..len], &Limits::ANSWER),
+            Ok(_) | Err(Refusal::Opcode)
+        ));
     }
     let mut rest = bytes;
     while let Ok(Some(message)) = first_message(rest, 4096) {

@@ -13,10 +13,10 @@ use committed::CommittedAnswers;
 use stream::{Place, Transfer};
 
 use crate::{
-    DnsRules, Learn, Learned, Millis, Route, Rules, Sink, View,
-    aged::Aged,
-    build,
+    DnsRules, Learn, Learned, Millis, PacketView, Route, Rules, Sink,
     engine::{Frames, Spare},
+    expiry_queue::ExpiryQueue,
+    packet_builder,
     record::{Record, Text, Verdict, What},
     tcp::{TcpLimits, TcpStats},
 };
@@ -186,7 +186,7 @@ pub(crate) enum AnswerVerdict {
 pub(crate) struct Dns<F> {
     limits: DnsLimits,
     tracker: Tracker<Note>,
-    held: Aged<Held<F>>,
+    held: ExpiryQueue<Held<F>>,
     held_by: HashMap<u16, usize>,
     committed: CommittedAnswers,
     #[expect(
@@ -205,7 +205,7 @@ impl<F> Dns<F> {
         Self {
             limits: *limits,
             tracker: Tracker::new(limits.track),
-            held: Aged::new(),
+            held: ExpiryQueue::new(),
             held_by: HashMap::new(),
             committed: CommittedAnswers::new(),
             answers: Vec::new(),
@@ -230,7 +230,7 @@ impl<F> Dns<F> {
     pub(crate) fn datagram(
         &mut self,
         now: Millis,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         message: &[u8],
         frames: Frames<F>,
         rules: &Rules,
@@ -263,7 +263,7 @@ impl<F> Dns<F> {
     pub(crate) fn query<S: Sink<F>>(
         &mut self,
         now: Millis,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         message: &[u8],
         rules: &Rules,
         sink: &mut S,
@@ -331,13 +331,13 @@ impl<F> Dns<F> {
     }
 
     /// Refuses a query whose answers cannot be told from others.
-    fn too_many<S: Sink<F>>(&mut self, view: &View<'_>, record: Record, sink: &mut S) -> QueryVerdict {
+    fn too_many<S: Sink<F>>(&mut self, view: &PacketView<'_>, record: Record, sink: &mut S) -> QueryVerdict {
         self.stats.too_many += 1;
         self.refuse_query(view, record, Reason::InspectLimit, None, sink)
     }
 
     /// Whether a message is a query that may go. Takes no note of it.
-    fn allows(&self, view: &View<'_>, message: &[u8], rules: &Rules) -> bool {
+    fn allows(&self, view: &PacketView<'_>, message: &[u8], rules: &Rules) -> bool {
         let query = Query::parse(message, &Limits::QUERY);
         query.is_ok_and(|query| {
             let rules = rules.dns(view.slot.ruleset);
@@ -347,7 +347,7 @@ impl<F> Dns<F> {
 
     fn refuse_query<S: Sink<F>>(
         &mut self,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         record: Record,
         reason: Reason,
         rcode: Option<Rcode>,
@@ -380,10 +380,10 @@ impl<F> Dns<F> {
     }
 
     /// Answers a query that goes no further.
-    fn reply<S: Sink<F>>(&mut self, view: &View<'_>, query: &[u8], rcode: Rcode, sink: &mut S) {
+    fn reply<S: Sink<F>>(&mut self, view: &PacketView<'_>, query: &[u8], rcode: Rcode, sink: &mut S) {
         let mut message = [0; 512];
         if let Ok(length) = reply(query, rcode, &mut message)
-            && build::datagram_back(view, &message[..length], &mut self.out)
+            && packet_builder::datagram_back(view, &message[..length], &mut self.out)
         {
             self.stats.replies += 1;
             let route = Route {
@@ -399,7 +399,7 @@ impl<F> Dns<F> {
     pub(crate) fn answer<S: Sink<F>>(
         &mut self,
         now: Millis,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         message: &[u8],
         sink: &mut S,
     ) -> AnswerVerdict {
@@ -452,7 +452,7 @@ impl<F> Dns<F> {
     fn transfer_begins<S: Sink<F>>(
         &mut self,
         now: Millis,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         transfer: &Transfer,
         rcode: u16,
         sink: &mut S,
@@ -476,7 +476,7 @@ impl<F> Dns<F> {
 
     fn refuse_answer<S: Sink<F>>(
         &mut self,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         record: Record,
         reason: Reason,
         sink: &mut S,
@@ -493,7 +493,7 @@ impl<F> Dns<F> {
     pub(crate) fn hold(
         &mut self,
         now: Millis,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         answer: Box<Answer>,
         asked: OpenQuestion<Note>,
         what: Waiting<F>,
@@ -652,7 +652,7 @@ pub(crate) const fn is_audit(slot: &CarrySlot) -> bool {
 }
 
 /// Between whom the packet goes.
-pub(crate) fn flow(view: &View<'_>) -> Flow {
+pub(crate) fn flow(view: &PacketView<'_>) -> Flow {
     let packet = view.packet;
     let source = SocketAddr::new(packet.source.into(), packet.source_port);
     let destination = SocketAddr::new(packet.destination.into(), packet.destination_port);
@@ -697,7 +697,7 @@ fn describe(answer: &Answer) -> What {
     }
 }
 
-fn answer_record(now: Millis, view: &View<'_>, answer: &Answer, asked: OpenQuestion<Note>) -> Record {
+fn answer_record(now: Millis, view: &PacketView<'_>, answer: &Answer, asked: OpenQuestion<Note>) -> Record {
     Record {
         rule: asked.note.rule,
         latency: u32::try_from(now.saturating_sub(asked.at)).ok(),

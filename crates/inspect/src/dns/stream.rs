@@ -12,7 +12,7 @@ use palisade_protocols::dns::{Head, Limits, Query, Question, Rcode, Refusal, fir
 
 use super::{AnswerVerdict, Dns, Note, QueryVerdict, Waiting, describe_query, is_audit};
 use crate::{
-    Millis, Rules, Sink, View,
+    Millis, PacketView, Rules, Sink,
     engine::Spare,
     record::{Record, What},
     tcp::{
@@ -156,7 +156,7 @@ struct DnsStream<'a, 'v, F> {
     now: Millis,
     /// The packet that has come, if it is one, and by what it is judged. Every message is judged when the packet that
     /// completes it is here.
-    packet: Option<(&'a View<'v>, &'a Rules)>,
+    packet: Option<(&'a PacketView<'v>, &'a Rules)>,
 }
 
 impl<F> Streams<F> {
@@ -179,7 +179,7 @@ impl<F> Streams<F> {
     pub(crate) fn segment<S: Sink<F>>(
         &mut self,
         now: Millis,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         frame: F,
         dns: &mut Dns<F>,
         rules: &Rules,
@@ -222,7 +222,7 @@ impl<F> Streams<F> {
     pub(crate) fn error<S: Sink<F>>(
         &mut self,
         now: Millis,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         quoted: &QuotedSegment,
         frame: F,
         sink: &mut S,
@@ -399,7 +399,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
     }
 
     /// The packet that has come, if it is this side's.
-    fn packet_of(&self, side: Side) -> Option<(&'a View<'v>, &'a Rules)> {
+    fn packet_of(&self, side: Side) -> Option<(&'a PacketView<'v>, &'a Rules)> {
         self.packet.filter(|(view, _)| Side::of(view.slot) == side)
     }
 
@@ -533,7 +533,12 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
     }
 
     /// Takes a message, or the beginning of one, as part of a transfer; `None` if it is not. Whether it is the first.
-    fn transferred<S: Sink<F>>(&mut self, view: &View<'_>, message: &[u8], sink: &mut S) -> Option<bool> {
+    fn transferred<S: Sink<F>>(
+        &mut self,
+        view: &PacketView<'_>,
+        message: &[u8],
+        sink: &mut S,
+    ) -> Option<bool> {
         if self.flow.transfers.is_empty() {
             return None;
         }

@@ -10,7 +10,7 @@ pub use palisade_policy::l7::{GetBodies, Paths};
 use palisade_protocols::http1;
 
 use crate::{
-    Millis, Rules, Sink, View,
+    Millis, PacketView, Rules, Sink,
     record::About,
     rules::HttpScratch,
     tcp::{Connections, Side, TcpLimits, TcpStats, quote::QuotedSegment},
@@ -112,7 +112,7 @@ impl<F> Http<F> {
     pub(crate) fn packet<S: Sink<F>>(
         &mut self,
         now: Millis,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         frame: F,
         rules: &Rules,
         sink: &mut S,
@@ -152,7 +152,7 @@ impl<F> Http<F> {
     pub(crate) fn error<S: Sink<F>>(
         &mut self,
         now: Millis,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         quoted: &QuotedSegment,
         frame: F,
         sink: &mut S,

@@ -17,7 +17,7 @@ use super::{
     segment::{Link, Make, Segment},
 };
 use crate::{
-    Millis, Sink, View,
+    Millis, PacketView, Sink,
     record::{About, Record, Verdict, What},
 };
 use answer::Answer;
@@ -99,7 +99,7 @@ pub(crate) struct Connection<F> {
 
 impl<F> Connection<F> {
     /// Of a connection whose first packet is just being looked at.
-    pub(super) fn new(key: CtKey, view: &View<'_>) -> Self {
+    pub(super) fn new(key: CtKey, view: &PacketView<'_>) -> Self {
         let serial = view.slot.serial;
         // An entry that was made by this packet has nothing decided yet.
         let is_known = view.slot.flags & carry_flags::NEW != 0;
@@ -372,7 +372,7 @@ impl<F> Connection<F> {
     }
 
     /// A reset in answer to a packet of a connection that is no more (RFC 9293, 3.10.7.1).
-    pub(super) fn refuse<S: Sink<F>>(view: &View<'_>, shared: &mut Shared, sink: &mut S) {
+    pub(super) fn refuse<S: Sink<F>>(view: &PacketView<'_>, shared: &mut Shared, sink: &mut S) {
         if let (Some(link), Some(segment)) = (Link::of(view), Segment::read(view))
             && !segment.is_rst()
         {
@@ -400,7 +400,11 @@ impl<F> Connection<F> {
     /// acknowledgement (RFC 9293, 3.10.7.4), or with a reset if it has no such connection. The acknowledgement comes
     /// here as a packet that takes up nothing, and gives both numbers. The sender of the packet repeats it until then,
     /// so a loss does not matter.
-    pub(super) fn reset_unknown<S: Sink<F>>(view: &View<'_>, shared: &mut Shared, sink: &mut S) -> bool {
+    pub(super) fn reset_unknown<S: Sink<F>>(
+        view: &PacketView<'_>,
+        shared: &mut Shared,
+        sink: &mut S,
+    ) -> bool {
         let (Some(link), Some(segment)) = (Link::of(view), Segment::read(view)) else {
             return true;
         };
@@ -453,7 +457,7 @@ impl<F> Connection<F> {
     pub(super) fn packet<S: Sink<F>>(
         &mut self,
         now: Millis,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         frame: F,
         inspector: &mut impl StreamInspector<F>,
         shared: &mut Shared,
@@ -569,7 +573,7 @@ impl<F> Connection<F> {
         &mut self,
         now: Millis,
         side: Side,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         segment: &Segment<'_>,
         frame: F,
         shared: &mut Shared,
@@ -723,7 +727,7 @@ impl<F> Connection<F> {
     fn open<S: Sink<F>>(
         &mut self,
         side: Side,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         segment: &Segment<'_>,
         frame: F,
         shared: &mut Shared,

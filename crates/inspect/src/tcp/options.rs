@@ -9,7 +9,7 @@
 
 use palisade_packet::TCP_SYN;
 
-use crate::build::Sum;
+use crate::packet_builder::Sum;
 
 pub(super) const END: u8 = 0;
 pub(super) const NOP: u8 = 1;

@@ -8,7 +8,7 @@ use palisade_abi::{CtKey, carry_flags, protocol};
 use palisade_packet::{Quote, decode_quote, flags, icmp, icmpv6};
 
 use super::Side;
-use crate::View;
+use crate::PacketView;
 
 /// Code of "destination unreachable" over IPv4: "fragmentation needed" (RFC 1191, 4).
 const TOO_BIG: u16 = 4;
@@ -31,8 +31,8 @@ pub(crate) struct QuotedSegment {
 impl QuotedSegment {
     /// Returns what an ICMP error quotes; none if that is no TCP segment in the form in which the programs punt errors:
     /// behind a network header without options and extension headers.
-    pub(crate) fn read(view: &View<'_>) -> Option<Self> {
-        let View { packet, frame, .. } = view;
+    pub(crate) fn read(view: &PacketView<'_>) -> Option<Self> {
+        let PacketView { packet, frame, .. } = view;
         let is_ipv6 = packet.is(flags::IPV6);
         let mut quote = Quote::default();
         decode_quote(*frame, packet, &mut quote).ok()?;

@@ -4,7 +4,7 @@ use palisade_abi::{Addr, protocol};
 use palisade_packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, flags};
 
 use super::options;
-use crate::{Route, View, build::Sum};
+use crate::{PacketView, Route, packet_builder::Sum};
 
 const URGENT: u8 = 32;
 const PUSH: u8 = 8;
@@ -35,7 +35,7 @@ pub(super) struct Segment<'a> {
 
 impl<'a> Segment<'a> {
     /// None: receivers could read it differently.
-    pub(super) fn read(view: &View<'a>) -> Option<Self> {
+    pub(super) fn read(view: &PacketView<'a>) -> Option<Self> {
         let header = view.frame.get(view.transport..view.payload.0)?;
         let fixed: &[u8; 20] = header.first_chunk()?;
         let word = |at: usize| u32::from_be_bytes([fixed[at], fixed[at + 1], fixed[at + 2], fixed[at + 3]]);
@@ -137,7 +137,7 @@ impl Link {
     /// Ethernet with two tags.
     const LONGEST: usize = 22;
 
-    pub(super) fn of(view: &View<'_>) -> Option<Self> {
+    pub(super) fn of(view: &PacketView<'_>) -> Option<Self> {
         let from = view.frame.get(..view.network)?;
         let mut header = [0; Self::LONGEST];
         header.get_mut(..from.len())?.copy_from_slice(from);

@@ -14,7 +14,7 @@ use super::{
     quote::QuotedSegment, segment::Segment,
 };
 use crate::{
-    Millis, Sink, View,
+    Millis, PacketView, Sink,
     record::{Record, Verdict, What},
 };
 
@@ -119,7 +119,7 @@ fn schedule(all: &mut BTreeSet<(Millis, Key)>, known: &mut Millis, due: Millis, 
 }
 
 /// The conntrack key of a packet, as the slot's endpoint sees it.
-pub(crate) fn key(view: &View<'_>) -> CtKey {
+pub(crate) fn key(view: &PacketView<'_>) -> CtKey {
     let packet = view.packet;
     let source = (packet.source, packet.source_port);
     let destination = (packet.destination, packet.destination_port);
@@ -173,7 +173,7 @@ impl<F, T: Offloadable> Connections<F, T> {
     pub(crate) fn packet<'t, S: Sink<F>, R: StreamInspector<F>>(
         &'t mut self,
         now: Millis,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         frame: F,
         make: impl FnOnce() -> T,
         inspector: impl FnOnce(&'t mut T) -> R,
@@ -300,7 +300,7 @@ impl<F, T: Offloadable> Connections<F, T> {
     fn place<S: Sink<F>>(
         &mut self,
         key: CtKey,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         of_current: Option<bool>,
         has_syn: bool,
         sink: &mut S,
@@ -398,7 +398,7 @@ impl<F, T: Offloadable> Connections<F, T> {
 
     /// Whether a packet completes the handshake of a connection for which there is no room among the open ones. More
     /// connections can be half-open than may open, so that SYNs with forged sources take no room from the others.
-    fn is_opened_beyond_limit(&self, key: &CtKey, view: &View<'_>) -> bool {
+    fn is_opened_beyond_limit(&self, key: &CtKey, view: &PacketView<'_>) -> bool {
         self.entries.get(key).is_some_and(|entry| {
             entry.half_open.is_some()
                 && Segment::read(view)
@@ -548,7 +548,7 @@ impl<F, T: Offloadable> Connections<F, T> {
     fn refuse<S: Sink<F>>(
         &mut self,
         now: Millis,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         frame: F,
         reason: Reason,
         sink: &mut S,
@@ -574,7 +574,7 @@ impl<F, T: Offloadable> Connections<F, T> {
     }
 
     /// A packet of a connection that is not known: it is older than what is known, or was forgotten.
-    fn unknown<S: Sink<F>>(&mut self, now: Millis, view: &View<'_>, frame: F, sink: &mut S) {
+    fn unknown<S: Sink<F>>(&mut self, now: Millis, view: &PacketView<'_>, frame: F, sink: &mut S) {
         let Some(segment) = Segment::read(view) else {
             self.shared.stats.invalid += 1;
             self.refuse(now, view, frame, Reason::TcpInvalid, sink);
@@ -608,7 +608,7 @@ impl<F, T: Offloadable> Connections<F, T> {
     pub(crate) fn error<S: Sink<F>>(
         &mut self,
         now: Millis,
-        view: &View<'_>,
+        view: &PacketView<'_>,
         quoted: &QuotedSegment,
         frame: F,
         sink: &mut S,

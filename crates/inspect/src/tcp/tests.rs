@@ -10,7 +10,7 @@ use proptest::prelude::*;
 
 use super::{Action, Connections, Offloadable, Side, StreamInspector, TcpLimits};
 use crate::{
-    Learn, Millis, Route, Sink, View,
+    Learn, Millis, PacketView, Route, Sink,
     record::{Record, Verdict, What},
 };
 
@@ -79,7 +79,7 @@ impl Seg {
 
     /// Shows it as a carried packet: towards the endpoint is what the client sends, or the server if the slot's
     /// flags have INGRESS.
-    pub(crate) fn view(&self, slot: CarrySlot, f: impl FnOnce(&View<'_>, Vec<u8>)) {
+    pub(crate) fn view(&self, slot: CarrySlot, f: impl FnOnce(&PacketView<'_>, Vec<u8>)) {
         let frame = self.frame();
         let mut packet = Packet::default();
         decode(&frame[..], Start::Ethernet { tags_removed: 0 }, &mut packet).unwrap();
@@ -99,7 +99,7 @@ impl Seg {
             ..slot
         };
         let header = usize::from(frame[46] >> 4) * 4;
-        let view = View {
+        let view = PacketView {
             slot: &slot,
             ifindex: 5,
             hook: if answers {

@@ -9,7 +9,7 @@ use std::{
 
 use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_flags, carry_hook, order};
 use palisade_inspect::{
-    Engine, Learn, Lease, Limits, Millis, Route, Rules, Sink, View,
+    Engine, Learn, Lease, Limits, Millis, PacketView, Route, Rules, Sink,
     record::{Record, Verdict, What},
 };
 use palisade_packet::{Packet, Start, decode};
@@ -148,7 +148,7 @@ impl World {
             _ => 8,
         };
         let end = usize::from(packet.network_offset) + packet.length as usize;
-        let view = View {
+        let view = PacketView {
             slot,
             ifindex: IFINDEX,
             hook: carry_hook::TC_EGRESS,

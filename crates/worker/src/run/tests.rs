@@ -8,7 +8,7 @@ use std::{
 use palisade_abi::{
     Carried, CarrySlot, CtKey, FlowCommand, Inspector, Reason, Released, carry_hook, order, protocol, release,
 };
-use palisade_inspect::{Learned, Millis, Route, Sink, View, learning::lessons, record::Record};
+use palisade_inspect::{Learned, Millis, PacketView, Route, Sink, learning::lessons, record::Record};
 use palisade_xsk::handoff;
 use proptest::prelude::*;
 use zerocopy::{FromBytes as _, IntoBytes as _};
@@ -187,7 +187,7 @@ impl Inspect for Script {
         ruleset < self.rules
     }
 
-    fn packet(&mut self, _: Millis, view: &View<'_>, frame: Handle, sink: &mut impl Sink<Handle>) {
+    fn packet(&mut self, _: Millis, view: &PacketView<'_>, frame: Handle, sink: &mut impl Sink<Handle>) {
         self.seen.push((view.slot.endpoint, view.frame.to_vec()));
         match view.slot.ruleset {
             does::RELEASE => sink.release(frame),

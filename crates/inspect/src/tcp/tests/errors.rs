@@ -113,7 +113,7 @@ impl Bench {
             flags: slot.flags | direction,
             ..slot
         };
-        let view = View {
+        let view = PacketView {
             slot: &slot,
             ifindex: 5,
             hook: carry_hook::TC_EGRESS,

@@ -4,7 +4,7 @@ use palisade_abi::{Addr, protocol};
 pub(crate) use palisade_packet::checksum::Sum;
 use palisade_packet::{Packet, flags};
 
-use crate::View;
+use crate::PacketView;
 
 /// TTL or hop limit of packets that are made here (RFC 1700's default).
 const HOP_LIMIT: u8 = 64;
@@ -12,7 +12,7 @@ const UDP_HEADER: usize = 8;
 
 /// Makes the datagram that answers the one in `view`: addresses and ports swapped. False if it is not to be
 /// answered: it was sent to a group, or from nobody.
-pub(crate) fn datagram_back(view: &View<'_>, payload: &[u8], out: &mut Vec<u8>) -> bool {
+pub(crate) fn datagram_back(view: &PacketView<'_>, payload: &[u8], out: &mut Vec<u8>) -> bool {
     let packet = view.packet;
     let Some(link) = view.frame.get(..view.network).filter(|link| link.len() >= 14) else {
         return false;

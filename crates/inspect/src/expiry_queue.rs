@@ -7,7 +7,7 @@ const NONE: u32 = u32::MAX;
 
 /// Things that wait, by number and by age. Nothing is allocated once it has grown to what is needed.
 #[derive(Debug)]
-pub(crate) struct Aged<T> {
+pub(crate) struct ExpiryQueue<T> {
     slots: Vec<Slot<T>>,
     len: usize,
     free: u32,
@@ -26,7 +26,7 @@ struct Slot<T> {
     newer: u32,
 }
 
-impl<T> Aged<T> {
+impl<T> ExpiryQueue<T> {
     pub(crate) const fn new() -> Self {
         Self {
             slots: Vec::new(),
@@ -139,7 +139,7 @@ mod tests {
     proptest! {
         #[test]
         fn as_a_list_does(steps in prop::collection::vec((0_u8..5, any::<prop::sample::Index>()), 1..200)) {
-            let mut aged = Aged::new();
+            let mut aged = ExpiryQueue::new();
             let mut list: Vec<(u64, u32, Millis)> = vec![];
             let mut gone = vec![];
             for (now, (step, index)) in steps.into_iter().enumerate() {
