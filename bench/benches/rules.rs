@@ -9,7 +9,7 @@ use palisade_policy::{
     rule::HttpRule,
     snapshot::{Alternative, Matcher, RuleSet},
 };
-use palisade_protocols::http1::{Request, Room};
+use palisade_protocols::http1::{HeaderBuffer, Request};
 
 /// Requests that take turns, so that not always the same way is taken through what was compiled.
 const REQUESTS: usize = 1000;
@@ -63,7 +63,7 @@ fn judging(criterion: &mut Criterion) {
             let heads: Vec<String> = (0..REQUESTS)
                 .map(|n| format!("GET {} HTTP/1.1\r\nHost: a.test\r\n\r\n", path(n * 7 % count)))
                 .collect();
-            let mut rooms: Vec<_> = heads.iter().map(|_| Room::new()).collect();
+            let mut rooms: Vec<_> = heads.iter().map(|_| HeaderBuffer::new()).collect();
             let requests: Vec<_> = heads
                 .iter()
                 .zip(&mut rooms)

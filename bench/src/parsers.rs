@@ -261,7 +261,7 @@ pub fn works() -> Vec<Work> {
                 let stream = black_box(&head[..]);
                 let length = http1::Head::default().find(stream, &http1::Limits::default());
                 let length = length.ok().flatten().unwrap_or_default();
-                black_box(http1::Request::parse(&stream[..length], &mut http1::Room::new()).is_ok());
+                black_box(http1::Request::parse(&stream[..length], &mut http1::HeaderBuffer::new()).is_ok());
             })
         }),
         work("http request", "httparse", &head, {

@@ -9,7 +9,7 @@ use palisade_policy::{
 };
 use palisade_protocols::{
     dns::Name,
-    http1::{self, Head, Refusal, Room},
+    http1::{self, Head, HeaderBuffer, ParseError},
     tls::ServerName,
 };
 
@@ -70,7 +70,7 @@ impl Judge for Inspectors {
 
 impl Inspectors {
     fn http(&self, rules: &HttpRules, http: &HttpRequest, options: HttpOptions) -> Result<u32, Denial> {
-        let malformed = |refusal: Refusal| {
+        let malformed = |refusal: ParseError| {
             let becomes = match status_of(refusal, false) {
                 Some(status) => format!("it is answered {status}"),
                 None => "its connection is reset".to_owned(),
@@ -80,15 +80,15 @@ impl Inspectors {
         let head = head_of(http).map_err(malformed)?;
         match Head::default().find(head.as_bytes(), &self.head) {
             Ok(Some(length)) if length == head.len() => {}
-            Ok(_) => return Err(malformed(Refusal::BadStartLine)),
+            Ok(_) => return Err(malformed(ParseError::BadStartLine)),
             Err(refusal) => return Err(malformed(refusal)),
         }
-        let mut room = Room::new();
+        let mut room = HeaderBuffer::new();
         let request = http1::Request::parse(head.as_bytes(), &mut room).map_err(malformed)?;
         let verdict = rules.judge(&request, options.paths, &mut HttpScratch::default());
         let rule = verdict.map_err(|_| Denial::NoRule)?.rule;
         if has_refused_body(&request, verdict, options.get_bodies) {
-            return Err(malformed(Refusal::UnexpectedBody));
+            return Err(malformed(ParseError::UnexpectedBody));
         }
         Ok(rule)
     }
@@ -99,13 +99,13 @@ fn refused(why: &'static str, becomes: String) -> Denial {
 }
 
 /// The head of a described request. A part with a line end in it would be read as several.
-fn head_of(http: &HttpRequest) -> Result<String, Refusal> {
+fn head_of(http: &HttpRequest) -> Result<String, ParseError> {
     use std::fmt::Write as _;
 
     let parts = [&http.method, &http.path, &http.host].into_iter();
     let fields = http.headers.iter().flat_map(|(name, value)| [name, value]);
     if parts.chain(fields).any(|part| part.contains(['\r', '\n'])) {
-        return Err(Refusal::ControlCharacter);
+        return Err(ParseError::ControlCharacter);
     }
     let target = if http.path.is_empty() {
         &http.host
@@ -175,7 +175,7 @@ mod tests {
         Inspectors::default().judge(&set(Inspector::Http, Matcher::Http(rule)), &request, options)
     }
 
-    fn refusal(refusal: Refusal, status: u16) -> Result<u32, Denial> {
+    fn refusal(refusal: ParseError, status: u16) -> Result<u32, Denial> {
         Err(refused(refusal.text(), format!("it is answered {status}")))
     }
 
@@ -189,28 +189,34 @@ mod tests {
         assert_eq!(asks(&[("X-A", "1")]), Ok(7));
         assert_eq!(
             asks(&[("Transfer_Encoding", "chunked")]),
-            refusal(Refusal::DisguisedName, 400)
+            refusal(ParseError::DisguisedName, 400)
         );
         assert_eq!(
             asks(&[("Connection", "Content-Length")]),
-            refusal(Refusal::BadConnection, 400)
+            refusal(ParseError::BadConnection, 400)
         );
-        assert_eq!(asks(&[("Expect", "tea")]), refusal(Refusal::BadExpect, 417));
-        assert_eq!(asks(&[("Host", "b.test")]), refusal(Refusal::SeveralHosts, 400));
-        assert_eq!(asks(&[("X A", "1")]), refusal(Refusal::BadName, 400));
+        assert_eq!(asks(&[("Expect", "tea")]), refusal(ParseError::BadExpect, 417));
+        assert_eq!(
+            asks(&[("Host", "b.test")]),
+            refusal(ParseError::SeveralHosts, 400)
+        );
+        assert_eq!(asks(&[("X A", "1")]), refusal(ParseError::BadName, 400));
         assert_eq!(
             asks(&[("X-A", "1\r\n\r\nGET /y HTTP/1.1")]),
-            refusal(Refusal::ControlCharacter, 400)
+            refusal(ParseError::ControlCharacter, 400)
         );
         let long = "x".repeat(20_000);
-        assert_eq!(asks(&[("X-A", &long)]), refusal(Refusal::LineTooLong, 431));
+        assert_eq!(asks(&[("X-A", &long)]), refusal(ParseError::LineTooLong, 431));
         assert_eq!(
             judge(plain(), "GET", "/x y", &[], GetBodies::Refuse),
-            refusal(Refusal::BadStartLine, 400)
+            refusal(ParseError::BadStartLine, 400)
         );
         assert_eq!(
             judge(plain(), "", "/x", &[], GetBodies::Refuse),
-            Err(refused(Refusal::NotHttp.text(), "its connection is reset".into()))
+            Err(refused(
+                ParseError::NotHttp.text(),
+                "its connection is reset".into()
+            ))
         );
     }
 
@@ -228,7 +234,7 @@ mod tests {
         let asks = |rule: HttpRule, method: &str, bodies| judge(rule, method, "/x", &length, bodies);
         assert_eq!(
             asks(search(), "GET", GetBodies::Refuse),
-            refusal(Refusal::UnexpectedBody, 400)
+            refusal(ParseError::UnexpectedBody, 400)
         );
         assert_eq!(asks(search(), "POST", GetBodies::Refuse), Ok(7));
         assert_eq!(asks(search(), "GET", GetBodies::Allow), Ok(7));

@@ -43,7 +43,7 @@ impl Stats {
             now: held;
             by hand: tcp malformed unsolicited;
         });
-        let kinds = dns::Refusal::ALL.iter().map(|kind| kind.text());
+        let kinds = dns::ParseError::ALL.iter().map(|kind| kind.text());
         each_kind("dns.malformed", kinds, &self.dns.malformed, f);
         let kinds = Unsolicited::ALL.iter().map(|kind| kind.text());
         each_kind("dns.unsolicited", kinds, &self.dns.unsolicited, f);
@@ -53,7 +53,7 @@ impl Stats {
             now: ;
             by hand: tcp malformed;
         });
-        let kinds = http1::Refusal::ALL.iter().map(|kind| kind.text());
+        let kinds = http1::ParseError::ALL.iter().map(|kind| kind.text());
         each_kind("http.malformed", kinds, &self.http.malformed, f);
         each_of_tcp("http.tcp", &self.http.tcp, f);
         metrics!(f, "tls", &self.tls => TlsStats {
@@ -61,7 +61,7 @@ impl Stats {
             now: ;
             by hand: tcp malformed;
         });
-        let kinds = tls::Refusal::ALL.iter().map(|kind| kind.text());
+        let kinds = tls::ParseError::ALL.iter().map(|kind| kind.text());
         each_kind("tls.malformed", kinds, &self.tls.malformed, f);
         each_of_tcp("tls.tcp", &self.tls.tcp, f);
         metrics!(f, "fragments", &self.fragments => FragmentStats {

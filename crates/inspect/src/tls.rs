@@ -6,7 +6,7 @@ use std::sync::Arc;
 use palisade_abi::{CarrySlot, Reason, carry_flags};
 use palisade_fqdn::SniAddressIndex;
 use palisade_protocols::tls::{
-    ClientHello, ClientReader, ClientStep, Refusal, ServerName, ServerReader, ServerStep,
+    ClientHello, ClientReader, ClientStep, ParseError, ServerName, ServerReader, ServerStep,
 };
 
 use crate::{
@@ -65,8 +65,8 @@ pub struct TlsStats {
     pub ech_denied: u64,
     /// Hellos whose name is allowed, to an address that was not learned by it.
     pub sni_mismatches: u64,
-    /// Streams that are not what they should be, by [`Refusal`].
-    pub malformed: [u64; Refusal::ALL.len()],
+    /// Streams that are not what they should be, by [`ParseError`].
+    pub malformed: [u64; ParseError::ALL.len()],
     /// Connections that would have been cut and go on because of audit mode.
     pub audited: u64,
 }
@@ -422,7 +422,7 @@ impl<'a> TlsStream<'a> {
         }
         // A server speaks second (RFC 8446, 2).
         if !self.flow.begun {
-            return self.refuse(Reason::AppMalformed, Refusal::NotTls.text(), sink);
+            return self.refuse(Reason::AppMalformed, ParseError::NotTls.text(), sink);
         }
         let mut input = bytes;
         match self.flow.server.next(&mut input) {

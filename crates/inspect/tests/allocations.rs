@@ -23,7 +23,7 @@ use palisade_policy::{
     rule::HttpRule,
     snapshot::{Alternative, Matcher, RuleSet},
 };
-use palisade_protocols::http1::{Request, Room};
+use palisade_protocols::http1::{HeaderBuffer, Request};
 
 struct Counting;
 
@@ -266,7 +266,7 @@ fn nothing_to_judge_requests() {
         let allowed = heads
             .iter()
             .filter(|head| {
-                let mut room = Room::new();
+                let mut room = HeaderBuffer::new();
                 let request = Request::parse(head.as_bytes(), &mut room).unwrap();
                 rules.judge(&request, Paths::Both, &mut scratch).is_ok()
             })

@@ -9,7 +9,7 @@ use palisade_policy::{
     rule::{FqdnPattern, HeaderMatch, HttpRule, MismatchAction},
     snapshot::{Alternative, Matcher, RuleSet},
 };
-use palisade_protocols::http1::{PathError, Request, Room};
+use palisade_protocols::http1::{HeaderBuffer, PathError, Request};
 use proptest::{collection::vec, option, prelude::*, sample::select};
 
 /// Sets of rules, numbered from 0, whose rules are numbered from 100.
@@ -39,7 +39,7 @@ fn allowing(rules: Vec<HttpRule>) -> Rules {
 }
 
 fn judge(rules: &Rules, head: &str, paths: Paths) -> Result<HttpVerdict, HttpDenial> {
-    let mut room = Room::new();
+    let mut room = HeaderBuffer::new();
     let request = Request::parse(head.as_bytes(), &mut room).unwrap();
     rules
         .http(0)
@@ -170,7 +170,7 @@ fn what_lets_everything_pass_is_known() {
     assert_eq!(judge(&rules, &get("/a", ""), Paths::Both), passes(100));
     assert_eq!(judge(&rules, &get("/%zz", ""), Paths::Both), passes(101));
     let request = get("/a", "");
-    let mut room = Room::new();
+    let mut room = HeaderBuffer::new();
     let request = Request::parse(request.as_bytes(), &mut room).unwrap();
     // Rules of other protocols allow no request.
     let other = rules.http(1).unwrap();
@@ -307,7 +307,7 @@ proptest! {
         prop_assert_eq!(rules.problems(), []);
         let mut scratch = HttpScratch::default();
         for head in &heads {
-            let mut room = Room::new();
+            let mut room = HeaderBuffer::new();
             let Ok(request) = Request::parse(head.as_bytes(), &mut room) else { continue };
             let facts = facts(&request);
             for (id, set) in &sets {

@@ -13,7 +13,7 @@ use hickory_proto::{
     },
 };
 use palisade_protocols::dns::{
-    Address, Answer, Flags, Head, Limits, Name, Query, Rcode, Refusal, Source, first_message, reply, rtype,
+    Address, Answer, Flags, Head, Limits, Name, ParseError, Query, Rcode, Source, first_message, reply, rtype,
 };
 use proptest::prelude::*;
 
@@ -230,7 +230,7 @@ fn record(owner: &[u8], kind: u16, data: &[u8]) -> Vec<u8> {
     record
 }
 
-fn answer_with(records: &[Vec<u8>]) -> Result<Answer, Refusal> {
+fn answer_with(records: &[Vec<u8>]) -> Result<Answer, ParseError> {
     let body = [QUESTION, &records.concat()].concat();
     Answer::parse(
         &raw(RESPONSE, [1, records.len() as u16, 0, 0], &body),
@@ -246,16 +246,16 @@ fn queries_that_nobody_should_send() {
         b"\x00\x00\x01\x00\x01".to_vec(),
     ]
     .concat();
-    let table: Vec<(Vec<u8>, Refusal)> = vec![
-        (vec![], Refusal::Short),
-        (vec![0; 11], Refusal::Short),
-        (raw(0x0100, [0; 4], &[]), Refusal::NoQuestion),
-        (raw(0x0100, [1, 0, 0, 0], &[0; 5000]), Refusal::TooLong),
-        (raw(RESPONSE, [1, 0, 0, 0], QUESTION), Refusal::WrongDirection),
-        (raw(0x2800, [1, 0, 0, 0], QUESTION), Refusal::Opcode),
+    let table: Vec<(Vec<u8>, ParseError)> = vec![
+        (vec![], ParseError::Short),
+        (vec![0; 11], ParseError::Short),
+        (raw(0x0100, [0; 4], &[]), ParseError::NoQuestion),
+        (raw(0x0100, [1, 0, 0, 0], &[0; 5000]), ParseError::TooLong),
+        (raw(RESPONSE, [1, 0, 0, 0], QUESTION), ParseError::WrongDirection),
+        (raw(0x2800, [1, 0, 0, 0], QUESTION), ParseError::Opcode),
         (
             raw(0x0100, [2, 0, 0, 0], &QUESTION.repeat(2)),
-            Refusal::ManyQuestions,
+            ParseError::ManyQuestions,
         ),
         (
             raw(
@@ -263,7 +263,7 @@ fn queries_that_nobody_should_send() {
                 [1, 1, 0, 0],
                 &[QUESTION, &record(b"\xc0\x0c", 1, &[1; 4])].concat(),
             ),
-            Refusal::RecordsInQuery,
+            ParseError::RecordsInQuery,
         ),
         (
             raw(
@@ -271,27 +271,27 @@ fn queries_that_nobody_should_send() {
                 [1, 0, 1, 0],
                 &[QUESTION, &record(b"\xc0\x0c", 1, &[1; 4])].concat(),
             ),
-            Refusal::RecordsInQuery,
+            ParseError::RecordsInQuery,
         ),
-        (raw(0x0100, [1, 0, 0, 9], QUESTION), Refusal::TooManyRecords),
-        (raw(0x0100, [1, 0, 0, 1], QUESTION), Refusal::Truncated),
-        (question(b"\x01x\x04te"), Refusal::Truncated),
-        (question(b"\x01x\x00\x00\x01\x00"), Refusal::Truncated),
-        (question(&[QUESTION, b"\x00"].concat()), Refusal::TrailingBytes),
-        (question(b"\x41x\x00\x00\x01\x00\x01"), Refusal::LabelType),
-        (question(b"\x81x\x00\x00\x01\x00\x01"), Refusal::LabelType),
-        (question(b"\xc0\x0c\x00\x01\x00\x01"), Refusal::BadPointer),
-        (question(b"\xc0\x00\x00\x01\x00\x01"), Refusal::BadPointer),
-        (question(b"\x01x\xc0\x0c\x00\x01\x00\x01"), Refusal::BadPointer),
-        (question(b"\x01x\xff\xff\x00\x01\x00\x01"), Refusal::BadPointer),
-        (question(&long_name), Refusal::NameTooLong),
+        (raw(0x0100, [1, 0, 0, 9], QUESTION), ParseError::TooManyRecords),
+        (raw(0x0100, [1, 0, 0, 1], QUESTION), ParseError::Truncated),
+        (question(b"\x01x\x04te"), ParseError::Truncated),
+        (question(b"\x01x\x00\x00\x01\x00"), ParseError::Truncated),
+        (question(&[QUESTION, b"\x00"].concat()), ParseError::TrailingBytes),
+        (question(b"\x41x\x00\x00\x01\x00\x01"), ParseError::LabelType),
+        (question(b"\x81x\x00\x00\x01\x00\x01"), ParseError::LabelType),
+        (question(b"\xc0\x0c\x00\x01\x00\x01"), ParseError::BadPointer),
+        (question(b"\xc0\x00\x00\x01\x00\x01"), ParseError::BadPointer),
+        (question(b"\x01x\xc0\x0c\x00\x01\x00\x01"), ParseError::BadPointer),
+        (question(b"\x01x\xff\xff\x00\x01\x00\x01"), ParseError::BadPointer),
+        (question(&long_name), ParseError::NameTooLong),
         (
             raw(
                 0x0100,
                 [1, 0, 0, 2],
                 &[QUESTION, &record(b"\x00", 41, &[]).repeat(2)].concat(),
             ),
-            Refusal::BadOpt,
+            ParseError::BadOpt,
         ),
         (
             raw(
@@ -299,7 +299,7 @@ fn queries_that_nobody_should_send() {
                 [1, 0, 0, 1],
                 &[QUESTION, &record(b"\xc0\x0c", 41, &[])].concat(),
             ),
-            Refusal::BadOpt,
+            ParseError::BadOpt,
         ),
         (
             raw(
@@ -307,7 +307,7 @@ fn queries_that_nobody_should_send() {
                 [1, 0, 0, 1],
                 &[QUESTION, &record(b"\x00", 41, b"\x00\x0c\x00\x04x")].concat(),
             ),
-            Refusal::Truncated,
+            ParseError::Truncated,
         ),
         (
             raw(
@@ -320,7 +320,7 @@ fn queries_that_nobody_should_send() {
                 ]
                 .concat(),
             ),
-            Refusal::BadOpt,
+            ParseError::BadOpt,
         ),
     ];
     for (message, refusal) in table {
@@ -346,57 +346,57 @@ fn queries_that_nobody_should_send() {
 #[test]
 fn answers_that_nobody_should_send() {
     let https = |data: &[u8]| record(b"\xc0\x0c", rtype::HTTPS, data);
-    let table: Vec<(Vec<Vec<u8>>, Refusal)> = vec![
-        (vec![record(b"\xc0\x0c", 1, &[1; 5])], Refusal::BadRdata),
-        (vec![record(b"\xc0\x0c", 28, &[1; 4])], Refusal::BadRdata),
-        (vec![record(b"\x01y\x00", 1, &[1; 3])], Refusal::BadRdata),
-        (vec![record(b"\xc0\x0c", 5, b"\x01y\x00x")], Refusal::BadRdata),
-        (vec![record(b"\xc0\x0c", 5, b"\xc0\x0c")], Refusal::AliasLoop),
+    let table: Vec<(Vec<Vec<u8>>, ParseError)> = vec![
+        (vec![record(b"\xc0\x0c", 1, &[1; 5])], ParseError::BadRdata),
+        (vec![record(b"\xc0\x0c", 28, &[1; 4])], ParseError::BadRdata),
+        (vec![record(b"\x01y\x00", 1, &[1; 3])], ParseError::BadRdata),
+        (vec![record(b"\xc0\x0c", 5, b"\x01y\x00x")], ParseError::BadRdata),
+        (vec![record(b"\xc0\x0c", 5, b"\xc0\x0c")], ParseError::AliasLoop),
         (
             vec![
                 record(b"\xc0\x0c", 5, b"\x01y\x00"),
                 record(b"\x01y\x00", 5, b"\xc0\x0c"),
             ],
-            Refusal::AliasLoop,
+            ParseError::AliasLoop,
         ),
         (
             vec![
                 record(b"\xc0\x0c", 5, b"\x01y\x00"),
                 record(b"\x01y\x00", 5, b"\x01y\x00"),
             ],
-            Refusal::AliasLoop,
+            ParseError::AliasLoop,
         ),
-        (vec![record(b"\xc0\x0c", 41, &[])], Refusal::BadOpt),
-        (vec![record(b"\xc0\x50", 1, &[1; 4])], Refusal::BadPointer),
-        (vec![https(b"\x00\x01")], Refusal::BadSvcParams),
+        (vec![record(b"\xc0\x0c", 41, &[])], ParseError::BadOpt),
+        (vec![record(b"\xc0\x50", 1, &[1; 4])], ParseError::BadPointer),
+        (vec![https(b"\x00\x01")], ParseError::BadSvcParams),
         (
             vec![https(b"\x00\x01\x00\x00\x04\x00\x00")],
-            Refusal::BadSvcParams,
+            ParseError::BadSvcParams,
         ),
         (
             vec![https(b"\x00\x01\x00\x00\x04\x00\x05abcde")],
-            Refusal::BadSvcParams,
+            ParseError::BadSvcParams,
         ),
         (
             vec![https(b"\x00\x01\x00\x00\x06\x00\x04abcd")],
-            Refusal::BadSvcParams,
+            ParseError::BadSvcParams,
         ),
         (
             vec![https(b"\x00\x01\x00\x00\x04\x00\x04abcd\x00\x04\x00\x04abcd")],
-            Refusal::BadSvcParams,
+            ParseError::BadSvcParams,
         ),
         (
             vec![https(b"\x00\x01\x00\x00\x04\x00\x04abcd\x00\x01\x00\x00")],
-            Refusal::BadSvcParams,
+            ParseError::BadSvcParams,
         ),
         // the parameter reaches into the next record
         (
             vec![https(b"\x00\x01\x00\x00\x04\x00\x08abcd"), https(b"\x00\x01\x00")],
-            Refusal::BadSvcParams,
+            ParseError::BadSvcParams,
         ),
         (
             vec![https(b"\x00\x01\x05a"), https(b"\x00\x01\x00")],
-            Refusal::BadSvcParams,
+            ParseError::BadSvcParams,
         ),
     ];
     for (records, refusal) in table {
@@ -405,12 +405,12 @@ fn answers_that_nobody_should_send() {
     let nothing_asked = raw(RESPONSE, [0, 1, 0, 0], &record(b"\x00", 1, &[1; 4]));
     assert_eq!(
         Answer::parse(&nothing_asked, &Limits::ANSWER).unwrap_err(),
-        Refusal::NoQuestion
+        ParseError::NoQuestion
     );
     let query = raw(0x0100, [1, 0, 0, 0], QUESTION);
     assert_eq!(
         Answer::parse(&query, &Limits::ANSWER).unwrap_err(),
-        Refusal::WrongDirection
+        ParseError::WrongDirection
     );
     let header_alone = raw(RESPONSE | 1, [0; 4], &[]);
     let answer = Answer::parse(&header_alone, &Limits::ANSWER).unwrap();
@@ -445,7 +445,7 @@ fn chains_of_aliases_end_at_the_limit() {
         answer_with(&records)
     };
     assert_eq!(chain(16).unwrap().addresses.len(), 1);
-    assert_eq!(chain(17).unwrap_err(), Refusal::TooManyAliases);
+    assert_eq!(chain(17).unwrap_err(), ParseError::TooManyAliases);
 }
 
 /// A chain of pointers to pointers, and two thousand records that each follow all of it.
@@ -462,7 +462,7 @@ fn a_compression_bomb_is_refused_early() {
     let mut records = vec![record(b"\xc0\x0c", 16, &pointers)];
     let to_last = (0xc000 | last as u16).to_be_bytes();
     records.extend((0..2000).map(|_| record(&to_last, 1, &[1; 4])));
-    assert_eq!(answer_with(&records).unwrap_err(), Refusal::TooManyPointers);
+    assert_eq!(answer_with(&records).unwrap_err(), ParseError::TooManyPointers);
     records.truncate(4);
     assert_eq!(answer_with(&records).unwrap().addresses.len(), 3);
 }
@@ -471,7 +471,7 @@ fn a_compression_bomb_is_refused_early() {
 fn many_records_are_taken_up_to_the_limit() {
     let records = |n| answer_with(&vec![record(b"\xc0\x0c", 1, &[1; 4]); n]);
     assert_eq!(records(2048).unwrap().addresses.len(), 2048);
-    assert_eq!(records(2049).unwrap_err(), Refusal::TooManyRecords);
+    assert_eq!(records(2049).unwrap_err(), ParseError::TooManyRecords);
 }
 
 #[test]
@@ -515,15 +515,18 @@ fn replies_to_what_was_refused_are_a_header() {
     let update = raw(0x2900, [1, 0, 0, 0], QUESTION);
     let len = reply(&update, Rcode::NotImp, &mut out).unwrap();
     assert_eq!(out[..len], raw(0xa984, [0; 4], &[]));
-    assert_eq!(Refusal::Opcode.rcode(), Some(Rcode::NotImp));
-    assert_eq!(reply(&update[..11], Rcode::NotImp, &mut out), Err(Refusal::Short));
+    assert_eq!(ParseError::Opcode.rcode(), Some(Rcode::NotImp));
+    assert_eq!(
+        reply(&update[..11], Rcode::NotImp, &mut out),
+        Err(ParseError::Short)
+    );
     assert_eq!(
         reply(&raw(RESPONSE, [0; 4], &[]), Rcode::Refused, &mut out),
-        Err(Refusal::WrongDirection)
+        Err(ParseError::WrongDirection)
     );
     assert_eq!(
         reply(&update, Rcode::NotImp, &mut out[..11]),
-        Err(Refusal::TooLong)
+        Err(ParseError::TooLong)
     );
 }
 
@@ -547,8 +550,8 @@ fn tcp_streams_are_cut_into_messages() {
     for end in 0..2 + first.len() {
         assert_eq!(first_message(&stream[..end], 4096), Ok(None), "{end}");
     }
-    assert_eq!(first_message(&[0, 11, 1], 100), Err(Refusal::BadTcpLength));
-    assert_eq!(first_message(&[0, 101], 100), Err(Refusal::TooLong));
+    assert_eq!(first_message(&[0, 11, 1], 100), Err(ParseError::BadTcpLength));
+    assert_eq!(first_message(&[0, 101], 100), Err(ParseError::TooLong));
 }
 
 #[test]
@@ -561,18 +564,18 @@ fn the_head_of_an_answer_needs_nothing_behind_it() {
     }
     for end in 0..answer.len() {
         let short = if end < 12 {
-            Refusal::Short
+            ParseError::Short
         } else {
-            Refusal::Truncated
+            ParseError::Truncated
         };
         assert_eq!(Head::read(&answer[..end]), Err(short));
     }
     let head = Head::read(&raw(RESPONSE, [0, 9, 0, 0], &[])).unwrap();
     assert_eq!(head.question, None);
     for (flags, questions, refusal) in [
-        (0x0100, 1, Refusal::WrongDirection),
-        (RESPONSE | 0x2800, 1, Refusal::Opcode),
-        (RESPONSE, 2, Refusal::ManyQuestions),
+        (0x0100, 1, ParseError::WrongDirection),
+        (RESPONSE | 0x2800, 1, ParseError::Opcode),
+        (RESPONSE, 2, ParseError::ManyQuestions),
     ] {
         assert_eq!(
             Head::read(&raw(flags, [questions, 0, 0, 0], QUESTION)),
@@ -763,7 +766,7 @@ proptest! {
         match Answer::parse(&bytes, &Limits::ANSWER) {
             Ok(_) => agrees_with_hickory(&bytes)?,
             Err(refusal) => {
-                prop_assert_eq!(refusal, Refusal::AliasLoop);
+                prop_assert_eq!(refusal, ParseError::AliasLoop);
                 prop_assert!(by_hickory(&message).is_none());
             }
         }
@@ -814,7 +817,7 @@ fn mutated_messages_never_panic_and_never_differ() {
         if let Ok(len) = reply(&bytes, Rcode::Refused, &mut out) {
             // the opcode is the query's
             let made = Answer::parse(&out[..len], &Limits::ANSWER);
-            assert!(matches!(made, Ok(_) | Err(Refusal::Opcode)), "{bytes:x?}");
+            assert!(matches!(made, Ok(_) | Err(ParseError::Opcode)), "{bytes:x?}");
         }
         taken += usize::from(Query::parse(&bytes, &Limits::QUERY).is_ok());
         taken += usize::from(Answer::parse(&bytes, &Limits::ANSWER).is_ok());

@@ -3,7 +3,9 @@
 //! The first byte of the input says how the stream is cut.
 
 use palisade_policy::path::resolved;
-use palisade_protocols::http1::{Body, Chunks, Head, Limits, Piece, Refusal, Request, Response, Room};
+use palisade_protocols::http1::{
+    Body, Chunks, Head, HeaderBuffer, Limits, ParseError, Piece, Request, Response,
+};
 
 /// Runs one stream.
 pub fn run(input: &[u8]) {
@@ -33,9 +35,9 @@ fn head(stream: &[u8], step: usize) {
     let head = &stream[..length];
     assert!(head.ends_with(b"\r\n\r\n") && length <= limits.block);
     for method in ["GET", "HEAD", "CONNECT"] {
-        let _ = Response::parse(head, method, &mut Room::new());
+        let _ = Response::parse(head, method, &mut HeaderBuffer::new());
     }
-    if let Ok(request) = Request::parse(head, &mut Room::new()) {
+    if let Ok(request) = Request::parse(head, &mut HeaderBuffer::new()) {
         accepted(head, &request);
     }
 }
@@ -92,7 +94,7 @@ fn accepted(head: &[u8], request: &Request<'_>) {
 }
 
 /// Content, where the body ends, and why it was refused.
-type Followed = (Vec<u8>, Option<usize>, Option<Refusal>);
+type Followed = (Vec<u8>, Option<usize>, Option<ParseError>);
 
 fn chunks(stream: &[u8], step: usize) {
     let whole = follow(Chunks::default(), stream, stream.len());

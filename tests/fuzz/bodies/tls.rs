@@ -3,7 +3,7 @@
 //! The first byte of the input says how the stream is cut.
 
 use palisade_protocols::tls::{
-    ClientHello, ClientReader, ClientStep, Refusal, ServerName, ServerReader, ServerStep,
+    ClientHello, ClientReader, ClientStep, ParseError, ServerName, ServerReader, ServerStep,
 };
 
 /// Runs one stream.
@@ -29,7 +29,7 @@ pub fn run(input: &[u8]) {
 }
 
 /// The hellos with where they end, and why the stream was refused.
-fn client(stream: &[u8], step: usize) -> (Vec<(usize, ClientHello)>, Option<Refusal>) {
+fn client(stream: &[u8], step: usize) -> (Vec<(usize, ClientHello)>, Option<ParseError>) {
     let mut reader = ClientReader::default();
     let (mut hellos, mut at) = (Vec::new(), 0);
     for piece in stream.chunks(step.max(1)) {
@@ -54,7 +54,7 @@ fn client(stream: &[u8], step: usize) -> (Vec<(usize, ClientHello)>, Option<Refu
 }
 
 /// What the server's side came to, with where.
-fn server(stream: &[u8], step: usize) -> (Vec<(usize, ServerStep)>, Option<Refusal>) {
+fn server(stream: &[u8], step: usize) -> (Vec<(usize, ServerStep)>, Option<ParseError>) {
     let mut reader = ServerReader::default();
     let (mut steps, mut at) = (Vec::new(), 0);
     for piece in stream.chunks(step.max(1)) {

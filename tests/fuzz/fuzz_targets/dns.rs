@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use palisade_protocols::dns::{Answer, Head, Limits, Query, Rcode, Refusal, first_message, reply};
+use palisade_protocols::dns::{Answer, Head, Limits, Query, Rcode, ParseError, first_message, reply};
 
 fuzz_target!(|bytes: &[u8]| {
     let _ = Query::parse(bytes, &Limits::QUERY);
@@ -16,7 +16,7 @@ fuzz_target!(|bytes: &[u8]| {
         // the opcode is the query's
         assert!(matches!(
             Answer::parse(&out[..len], &Limits::ANSWER),
-            Ok(_) | Err(Refusal::Opcode)
+            Ok(_) | Err(ParseError::Opcode)
         ));
     }
     let mut rest = bytes;

@@ -4,7 +4,7 @@ use std::{collections::HashMap, net::SocketAddr};
 
 use palisade_abi::{Addr, CarrySlot, Reason, carry_flags};
 use palisade_fqdn::{Flow, OpenQuestion, TrackLimits, Tracker, Unsolicited};
-use palisade_protocols::dns::{Answer, Limits, Name, Query, Question, Rcode, Refusal, reply, rtype};
+use palisade_protocols::dns::{Answer, Limits, Name, ParseError, Query, Question, Rcode, reply, rtype};
 
 mod committed;
 pub(crate) mod stream;
@@ -100,8 +100,8 @@ pub struct DnsStats {
     pub not_held: u64,
     /// Answers that wait now.
     pub held: u64,
-    /// Messages that are not well-formed, by [`Refusal`].
-    pub malformed: [u64; Refusal::ALL.len()],
+    /// Messages that are not well-formed, by [`ParseError`].
+    pub malformed: [u64; ParseError::ALL.len()],
     /// Unsolicited answers, by [`Unsolicited`].
     pub unsolicited: [u64; Unsolicited::ALL.len()],
     /// Packets that would have been refused and passed because of audit mode.

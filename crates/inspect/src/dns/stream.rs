@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 
 use palisade_abi::{CtKey, Reason, carry_flags};
-use palisade_protocols::dns::{Head, Limits, Query, Question, Rcode, Refusal, first_message, reply};
+use palisade_protocols::dns::{Head, Limits, ParseError, Query, Question, Rcode, first_message, reply};
 
 use super::{AnswerVerdict, Dns, Note, QueryVerdict, Waiting, describe_query, is_audit};
 use crate::{
@@ -317,7 +317,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         }
     }
 
-    fn malformed<S: Sink<F>>(&mut self, refusal: Refusal, sink: &mut S) -> Action {
+    fn malformed<S: Sink<F>>(&mut self, refusal: ParseError, sink: &mut S) -> Action {
         self.dns.stats.malformed[refusal as usize] += 1;
         self.refuse(refusal.text(), sink)
     }

@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, mem};
 
 use palisade_abi::{CarrySlot, Reason, carry_flags};
-use palisade_protocols::http1::{Body, Chunks, Head, Piece, Refusal, Request, Response, Room};
+use palisade_protocols::http1::{Body, Chunks, Head, HeaderBuffer, ParseError, Piece, Request, Response};
 
 use super::{GetBodies, HttpLimits, HttpStats, redact};
 use crate::{
@@ -61,7 +61,7 @@ impl Place {
 
     /// Goes through what follows a head: what may go, and whether the message ends with it. Its content is not looked
     /// at, but all that frames it is.
-    fn follow(&mut self, bytes: &[u8]) -> Result<(Action, bool), Refusal> {
+    fn follow(&mut self, bytes: &[u8]) -> Result<(Action, bool), ParseError> {
         match mem::take(self) {
             Self::Body(n) => Ok((Action::Bypass(n), true)),
             Self::Rest => {
@@ -235,7 +235,7 @@ impl HttpStream<'_> {
             // The server owes no attention to a body that it has answered already. Some servers wait for the next request
             // then, and would find it in the body.
             if mem::take(&mut self.flow.announced) == Announced::Late {
-                return self.malformed(Refusal::LateBody, 0, sink);
+                return self.malformed(ParseError::LateBody, 0, sink);
             }
             return match self.flow.client.follow(bytes) {
                 Ok((step, _)) => step,
@@ -252,7 +252,7 @@ impl HttpStream<'_> {
             Ok(Some(length)) => {
                 self.flow.client = Place::default();
                 let head = bytes.get(..length).unwrap_or_default();
-                match Request::parse(head, &mut Room::new()) {
+                match Request::parse(head, &mut HeaderBuffer::new()) {
                     Ok(request) => self.request(&request, length, sink),
                     Err(refusal) => self.malformed(refusal, 0, sink),
                 }
@@ -318,13 +318,13 @@ impl HttpStream<'_> {
         }
         if has_refused_body(request, verdict, self.limits.get_bodies) {
             if !audit {
-                return self.malformed(Refusal::UnexpectedBody, 0, sink);
+                return self.malformed(ParseError::UnexpectedBody, 0, sink);
             }
-            self.stats.malformed[Refusal::UnexpectedBody as usize] += 1;
+            self.stats.malformed[ParseError::UnexpectedBody as usize] += 1;
             self.stats.audited += 1;
             self.tell(
                 Reason::AppMalformed,
-                Refusal::UnexpectedBody.text(),
+                ParseError::UnexpectedBody.text(),
                 Verdict::Audit,
                 sink,
             );
@@ -380,10 +380,10 @@ impl HttpStream<'_> {
 
     /// What the client sends is no HTTP/1, or could be read in more than one way. `own`: requests of which a part has
     /// gone on already, so that this is their answer too.
-    fn malformed<F, S: Sink<F>>(&mut self, refusal: Refusal, own: usize, sink: &mut S) -> Action {
+    fn malformed<F, S: Sink<F>>(&mut self, refusal: ParseError, own: usize, sink: &mut S) -> Action {
         self.stats.malformed[refusal as usize] += 1;
         let reason = match refusal {
-            Refusal::Http2 => Reason::AppHttp2,
+            ParseError::Http2 => Reason::AppHttp2,
             _ => Reason::AppMalformed,
         };
         let Some(status) = status_of(refusal, self.flow.begun) else {
@@ -455,7 +455,11 @@ impl HttpStream<'_> {
                 let method = self.flow.current.as_ref().map(|current| current.method);
                 let method = method.unwrap_or_default();
                 let method = std::str::from_utf8(method.bytes()).unwrap_or_default();
-                match Response::parse(bytes.get(..length).unwrap_or_default(), method, &mut Room::new()) {
+                match Response::parse(
+                    bytes.get(..length).unwrap_or_default(),
+                    method,
+                    &mut HeaderBuffer::new(),
+                ) {
                     Ok(response) => self.response(&response, length, sink),
                     Err(refusal) => self.bad_answer(refusal, sink),
                 }
@@ -466,7 +470,7 @@ impl HttpStream<'_> {
         }
     }
 
-    fn bad_answer<F, S: Sink<F>>(&mut self, refusal: Refusal, sink: &mut S) -> Action {
+    fn bad_answer<F, S: Sink<F>>(&mut self, refusal: ParseError, sink: &mut S) -> Action {
         self.stats.malformed[refusal as usize] += 1;
         self.abort(Reason::AppMalformed, refusal.text(), sink)
     }
@@ -554,13 +558,13 @@ pub(crate) fn has_refused_body(
 
 /// Returns the status that a malformed request is answered with; none if the connection is reset, because its client
 /// speaks no HTTP/1. `begun`: the client has sent a well-formed request before.
-pub(crate) fn status_of(refusal: Refusal, begun: bool) -> Option<u16> {
+pub(crate) fn status_of(refusal: ParseError, begun: bool) -> Option<u16> {
     match refusal {
-        Refusal::Http2 => None,
-        Refusal::NotHttp if !begun => None,
-        Refusal::StartLineTooLong => Some(414),
-        Refusal::BadExpect => Some(417),
-        Refusal::LineTooLong | Refusal::HeadTooLong | Refusal::TooManyHeaders => Some(431),
+        ParseError::Http2 => None,
+        ParseError::NotHttp if !begun => None,
+        ParseError::StartLineTooLong => Some(414),
+        ParseError::BadExpect => Some(417),
+        ParseError::LineTooLong | ParseError::HeadTooLong | ParseError::TooManyHeaders => Some(431),
         _ => Some(400),
     }
 }

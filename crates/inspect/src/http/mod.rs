@@ -64,8 +64,8 @@ pub struct HttpStats {
     pub unsolicited: u64,
     /// Connections that were handed over to another protocol.
     pub tunnels: u64,
-    /// Streams that are not what they should be, by [`http1::Refusal`].
-    pub malformed: [u64; http1::Refusal::ALL.len()],
+    /// Streams that are not what they should be, by [`http1::ParseError`].
+    pub malformed: [u64; http1::ParseError::ALL.len()],
     /// Requests and connections that would have been refused and go on because of audit mode.
     pub audited: u64,
 }

@@ -6,7 +6,7 @@ use palisade_inspect::{
     record::{Verdict, What},
 };
 use palisade_packet::{Packet, Start, decode};
-use palisade_protocols::dns::{Answer, Limits as MessageLimits, Refusal};
+use palisade_protocols::dns::{Answer, Limits as MessageLimits, ParseError};
 
 use crate::common::*;
 
@@ -155,14 +155,14 @@ fn malformed_queries_are_refused_by_kind() {
     none[5] = 0;
     let with_tail = [query(7, "allowed.test", A), vec![0]].concat();
     for (message, refusal, rcode) in [
-        (two_questions, Refusal::ManyQuestions, Some(1)),
-        (none, Refusal::NoQuestion, Some(1)),
-        (update, Refusal::Opcode, Some(4)),
-        (cut, Refusal::Truncated, None),
-        (with_tail, Refusal::TrailingBytes, None),
-        (vec![0; 11], Refusal::Short, None),
-        (vec![], Refusal::Short, None),
-        (address(7, "allowed.test"), Refusal::WrongDirection, None),
+        (two_questions, ParseError::ManyQuestions, Some(1)),
+        (none, ParseError::NoQuestion, Some(1)),
+        (update, ParseError::Opcode, Some(4)),
+        (cut, ParseError::Truncated, None),
+        (with_tail, ParseError::TrailingBytes, None),
+        (vec![0; 11], ParseError::Short, None),
+        (vec![], ParseError::Short, None),
+        (address(7, "allowed.test"), ParseError::WrongDirection, None),
     ] {
         let mut world = world();
         let asked = to_server(4000, &message);
@@ -481,11 +481,11 @@ fn malformed_answers_are_dropped_and_their_question_stays_open() {
     bad.pop();
     let frame = tell(&mut world, &bad);
     assert_eq!(world.fate(frame), Some(&Fate::Discarded(Reason::AppMalformed)));
-    assert_eq!(world.detail(), Refusal::Truncated.text());
+    assert_eq!(world.detail(), ParseError::Truncated.text());
     let a_query = tell(&mut world, &query(7, "allowed.test", A));
     assert_eq!(world.fate(a_query), Some(&Fate::Discarded(Reason::AppMalformed)));
     assert_eq!(
-        world.engine.stats().dns.malformed[Refusal::WrongDirection as usize],
+        world.engine.stats().dns.malformed[ParseError::WrongDirection as usize],
         1
     );
     let right = tell(&mut world, &address(7, "allowed.test"));

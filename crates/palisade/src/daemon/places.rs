@@ -36,21 +36,21 @@ const MAX_DEPTH: usize = 8;
 
 /// Why a directory is not used.
 #[derive(Debug)]
-pub enum Refusal {
+pub enum UnsafePath {
     /// Another user than root could change what is in it.
     Untrusted(String),
     /// It is not there and cannot be made, or cannot be read.
     Failed(String),
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for UnsafePath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (Self::Untrusted(text) | Self::Failed(text)) = self;
         f.write_str(text)
     }
 }
 
-impl std::error::Error for Refusal {}
+impl std::error::Error for UnsafePath {}
 
 /// What belongs to one daemon only, for as long as this value lives.
 #[derive(Debug)]
@@ -71,7 +71,7 @@ pub struct Places {
 pub fn take(node: &Node) -> anyhow::Result<Places> {
     let (state, state_problem) = match private_dir(&node.state_dir, "[node] state_dir") {
         Ok(dir) => (Some(lock_dir(&dir, "state_dir")?), None),
-        Err(Refusal::Failed(problem)) => (None, Some(problem)),
+        Err(UnsafePath::Failed(problem)) => (None, Some(problem)),
         Err(refusal) => return Err(refusal.into()),
     };
     // Another file system than a bpffs is refused before anything is made on it.
@@ -135,8 +135,8 @@ pub fn check(config: &Config) -> (Vec<String>, Vec<String>) {
         ("[node] socket", socket_dir),
     ] {
         match walk(path) {
-            Err(Refusal::Untrusted(problem)) => refused.push(format!("{setting}: {problem}")),
-            Err(Refusal::Failed(problem)) => missing.push(format!("{setting}: {problem}")),
+            Err(UnsafePath::Untrusted(problem)) => refused.push(format!("{setting}: {problem}")),
+            Err(UnsafePath::Failed(problem)) => missing.push(format!("{setting}: {problem}")),
             Ok(found) if found.missing.as_os_str().is_empty() => match fs::symlink_metadata(&found.there) {
                 Ok(metadata) if !metadata.is_dir() => {
                     refused.push(format!("{setting}: {} is not a directory", path.display()));
@@ -174,8 +174,8 @@ pub fn check(config: &Config) -> (Vec<String>, Vec<String>) {
 /// root's, and no directory on the way to it that another user could exchange. Returns its path without links.
 ///
 /// # Errors
-/// See [`Refusal`]. `setting` is what the message says to change.
-pub fn private_dir(path: &Path, setting: &str) -> Result<PathBuf, Refusal> {
+/// See [`UnsafePath`]. `setting` is what the message says to change.
+pub fn private_dir(path: &Path, setting: &str) -> Result<PathBuf, UnsafePath> {
     let found = walk(path)?;
     if !found.missing.as_os_str().is_empty() {
         let whole = found.there.join(&found.missing);
@@ -191,13 +191,16 @@ pub fn private_dir(path: &Path, setting: &str) -> Result<PathBuf, Refusal> {
     private(found.there, setting)
 }
 
-fn private(dir: PathBuf, setting: &str) -> Result<PathBuf, Refusal> {
+fn private(dir: PathBuf, setting: &str) -> Result<PathBuf, UnsafePath> {
     let metadata = fs::symlink_metadata(&dir).map_err(|error| failed(&dir, &error))?;
     if !metadata.is_dir() {
-        return Err(Refusal::Failed(format!("{} is not a directory", dir.display())));
+        return Err(UnsafePath::Failed(format!(
+            "{} is not a directory",
+            dir.display()
+        )));
     }
     if !is_own(&metadata) {
-        return Err(Refusal::Untrusted(format!(
+        return Err(UnsafePath::Untrusted(format!(
             "{} belongs to user {}, who could remove or exchange what Palisade keeps there: remove it, or set \
              {setting} to a directory of root",
             dir.display(),
@@ -210,7 +213,7 @@ fn private(dir: PathBuf, setting: &str) -> Result<PathBuf, Refusal> {
 }
 
 /// Takes the rights of others away. What others made before that is found by [`look_into`] afterwards.
-fn tighten(dir: &Path, metadata: &Metadata) -> Result<(), Refusal> {
+fn tighten(dir: &Path, metadata: &Metadata) -> Result<(), UnsafePath> {
     if metadata.mode() & 0o077 == 0 {
         return Ok(());
     }
@@ -223,9 +226,9 @@ fn tighten(dir: &Path, metadata: &Metadata) -> Result<(), Refusal> {
 }
 
 /// Everything in the directory must be root's.
-fn look_into(dir: &Path, setting: &str, depth: usize) -> Result<(), Refusal> {
+fn look_into(dir: &Path, setting: &str, depth: usize) -> Result<(), UnsafePath> {
     if depth > MAX_DEPTH {
-        return Err(Refusal::Untrusted(format!(
+        return Err(UnsafePath::Untrusted(format!(
             "{}: directories in directories, which Palisade does not make: remove it, or set another {setting}",
             dir.display()
         )));
@@ -238,7 +241,7 @@ fn look_into(dir: &Path, setting: &str, depth: usize) -> Result<(), Refusal> {
             Err(error) => return Err(failed(&path, &error)),
         };
         if !is_own(&metadata) {
-            return Err(Refusal::Untrusted(format!(
+            return Err(UnsafePath::Untrusted(format!(
                 "{} belongs to user {}, not to root: remove it, or set another {setting}",
                 path.display(),
                 metadata.uid()
@@ -248,7 +251,7 @@ fn look_into(dir: &Path, setting: &str, depth: usize) -> Result<(), Refusal> {
             tighten(&path, &metadata)?;
             look_into(&path, setting, depth + 1)?;
         } else if metadata.is_file() && metadata.mode() & 0o022 != 0 {
-            return Err(Refusal::Untrusted(format!(
+            return Err(UnsafePath::Untrusted(format!(
                 "{} can be written by other users than root (mode {:04o}): remove it, or set another {setting}",
                 path.display(),
                 metadata.mode() & 0o7777
@@ -261,8 +264,8 @@ fn look_into(dir: &Path, setting: &str, depth: usize) -> Result<(), Refusal> {
 /// The directory that is to hold the socket: made if it is missing, open to be passed through by others.
 ///
 /// # Errors
-/// See [`Refusal`].
-pub fn socket_dir(dir: &Path) -> Result<PathBuf, Refusal> {
+/// See [`UnsafePath`].
+pub fn socket_dir(dir: &Path) -> Result<PathBuf, UnsafePath> {
     let found = walk(dir)?;
     let whole = found.there.join(&found.missing);
     if !found.missing.as_os_str().is_empty() {
@@ -288,7 +291,7 @@ struct Found {
 
 /// Follows a path as the kernel does, and fails if a user other than root could exchange a directory or a link on the
 /// way. What the path names itself is only looked up.
-fn walk(path: &Path) -> Result<Found, Refusal> {
+fn walk(path: &Path) -> Result<Found, UnsafePath> {
     let mut here = PathBuf::from("/");
     let mut rest: VecDeque<OsString> = parts(path).collect();
     let mut links = 0;
@@ -313,7 +316,7 @@ fn walk(path: &Path) -> Result<Found, Refusal> {
                     return Err(failed(&path, &Errno::ELOOP.into()));
                 }
                 if !is_own(&metadata) {
-                    return Err(Refusal::Untrusted(format!(
+                    return Err(UnsafePath::Untrusted(format!(
                         "{}: a link of user {}, who can point it elsewhere: remove it",
                         path.display(),
                         metadata.uid()
@@ -351,10 +354,10 @@ fn parts(path: &Path) -> impl Iterator<Item = OsString> + '_ {
 
 /// A directory whose entries another user could exchange leads nowhere safe. In a directory with the sticky bit only
 /// the owner of an entry, or of the directory, may rename or remove it (unlink(2): EPERM).
-fn on_the_way(dir: &Path, metadata: &Metadata) -> Result<(), Refusal> {
+fn on_the_way(dir: &Path, metadata: &Metadata) -> Result<(), UnsafePath> {
     let (mode, sticky) = (metadata.mode(), metadata.mode() & 0o1000 != 0);
     if !is_own(metadata) {
-        return Err(Refusal::Untrusted(format!(
+        return Err(UnsafePath::Untrusted(format!(
             "{} belongs to user {}, who could exchange what is in it: a directory of root is needed",
             dir.display(),
             metadata.uid()
@@ -362,7 +365,7 @@ fn on_the_way(dir: &Path, metadata: &Metadata) -> Result<(), Refusal> {
     }
     let by_group = mode & 0o020 != 0 && metadata.gid() != 0;
     if !sticky && (by_group || mode & 0o002 != 0) {
-        return Err(Refusal::Untrusted(format!(
+        return Err(UnsafePath::Untrusted(format!(
             "{} can be written by other users than root (mode {:04o}): they could exchange what is in it; \
              `chmod go-w {}`",
             dir.display(),
@@ -378,13 +381,13 @@ fn is_own(metadata: &Metadata) -> bool {
     metadata.uid() == 0 || metadata.uid() == geteuid().as_raw()
 }
 
-fn failed(path: &Path, error: &io::Error) -> Refusal {
+fn failed(path: &Path, error: &io::Error) -> UnsafePath {
     let fix = match error.kind() {
         io::ErrorKind::ReadOnlyFilesystem => "; `mount -o remount,rw` makes its file system writable",
         io::ErrorKind::StorageFull => "; its file system is full",
         _ => "",
     };
-    Refusal::Failed(format!("{}: {error}{fix}", path.display()))
+    UnsafePath::Failed(format!("{}: {error}{fix}", path.display()))
 }
 
 /// Locks a directory. The lock is of the directory itself, so it needs no file, which a full or read-only file system
@@ -445,8 +448,8 @@ mod tests {
 
     fn refused(path: &Path) -> String {
         match private_dir(path, "[node] state_dir").unwrap_err() {
-            Refusal::Untrusted(text) => text,
-            Refusal::Failed(text) => panic!("{text}"),
+            UnsafePath::Untrusted(text) => text,
+            UnsafePath::Failed(text) => panic!("{text}"),
         }
     }
 

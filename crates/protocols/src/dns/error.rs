@@ -4,15 +4,15 @@ use std::fmt;
 
 use super::Rcode;
 
-macro_rules! refusals {
+macro_rules! parse_errors {
     ($($(#[$doc:meta])* $name:ident = $text:literal $(=> $rcode:ident)?;)*) => {
         /// Why a message was not taken. Each kind is a counter of its own.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-        pub enum Refusal {
+        pub enum ParseError {
             $($(#[$doc])* $name,)*
         }
 
-        impl Refusal {
+        impl ParseError {
             /// All of them.
             pub const ALL: &[Self] = &[$(Self::$name,)*];
 
@@ -38,7 +38,7 @@ macro_rules! refusals {
     };
 }
 
-refusals! {
+parse_errors! {
     /// Shorter than a header.
     Short = "message shorter than its header";
     /// Longer than [`super::Limits::message`].
@@ -81,10 +81,10 @@ refusals! {
     BadTcpLength = "TCP length prefix shorter than a header";
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for ParseError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.text())
     }
 }
 
-impl std::error::Error for Refusal {}
+impl std::error::Error for ParseError {}

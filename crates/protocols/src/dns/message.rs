@@ -4,7 +4,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{
-    CLASS_IN, HEADER_LEN, Refusal,
+    CLASS_IN, HEADER_LEN, ParseError,
     name::{MAX_LABEL, Name, NameBuilder},
     rtype,
 };
@@ -119,14 +119,14 @@ impl Query {
     ///
     /// # Errors
     /// If the message is not one query with one question, well-formed to its last byte.
-    pub fn parse(message: &[u8], limits: &Limits) -> Result<Self, Refusal> {
+    pub fn parse(message: &[u8], limits: &Limits) -> Result<Self, ParseError> {
         let header = Header::parse(message, limits)?;
         if header.flags.response() {
-            return Err(Refusal::WrongDirection);
+            return Err(ParseError::WrongDirection);
         }
         header.check(limits)?;
         if header.questions == 0 {
-            return Err(Refusal::NoQuestion);
+            return Err(ParseError::NoQuestion);
         }
         let mut reader = Reader {
             message,
@@ -136,7 +136,7 @@ impl Query {
         let question = reader.question()?;
         // an incremental transfer says in its authority section what it has (RFC 1995, 3)
         if header.answers > 0 || header.authorities > 0 && question.rtype != rtype::IXFR {
-            return Err(Refusal::RecordsInQuery);
+            return Err(ParseError::RecordsInQuery);
         }
         reader.skip_records(header.authorities)?;
         let edns = reader.additionals(header.additionals)?;
@@ -165,15 +165,15 @@ impl Head {
     /// Reads the beginning of an answer: header and question.
     ///
     /// # Errors
-    /// If it is none. [`Refusal::Short`] and [`Refusal::Truncated`]: more is needed to say so.
-    pub fn read(message: &[u8]) -> Result<Self, Refusal> {
+    /// If it is none. [`ParseError::Short`] and [`ParseError::Truncated`]: more is needed to say so.
+    pub fn read(message: &[u8]) -> Result<Self, ParseError> {
         let limits = Limits {
             records: u32::MAX,
             ..Limits::ANSWER
         };
         let header = Header::parse(message, &limits)?;
         if !header.flags.response() {
-            return Err(Refusal::WrongDirection);
+            return Err(ParseError::WrongDirection);
         }
         header.check(&limits)?;
         let mut reader = Reader {
@@ -250,7 +250,7 @@ impl Answer {
     ///
     /// # Errors
     /// As [`Answer::read`].
-    pub fn parse(message: &[u8], limits: &Limits) -> Result<Self, Refusal> {
+    pub fn parse(message: &[u8], limits: &Limits) -> Result<Self, ParseError> {
         let mut answer = Self::default();
         answer.read(message, limits)?;
         Ok(answer)
@@ -266,7 +266,7 @@ impl Answer {
     ///
     /// # Errors
     /// If the message is no answer, or not well-formed to its last byte. The value is empty then.
-    pub fn read(&mut self, message: &[u8], limits: &Limits) -> Result<(), Refusal> {
+    pub fn read(&mut self, message: &[u8], limits: &Limits) -> Result<(), ParseError> {
         let result = self.read_sections(message, limits);
         if result.is_err() {
             self.clear();
@@ -282,14 +282,14 @@ impl Answer {
         self.edns = None;
     }
 
-    fn read_sections(&mut self, message: &[u8], limits: &Limits) -> Result<(), Refusal> {
+    fn read_sections(&mut self, message: &[u8], limits: &Limits) -> Result<(), ParseError> {
         self.clear();
         let header = Header::parse(message, limits)?;
         self.id = header.id;
         self.flags = header.flags;
         self.rcode = header.rcode;
         if !header.flags.response() {
-            return Err(Refusal::WrongDirection);
+            return Err(ParseError::WrongDirection);
         }
         header.check(limits)?;
         let mut reader = Reader {
@@ -300,7 +300,7 @@ impl Answer {
         let question = if header.questions == 1 {
             reader.question()?
         } else if header.answers > 0 {
-            return Err(Refusal::NoQuestion);
+            return Err(ParseError::NoQuestion);
         } else {
             reader.skip_records(header.authorities)?;
             self.edns = reader.additionals(header.additionals)?;
@@ -317,10 +317,10 @@ impl Answer {
             reader.skip_name()?;
             let record = reader.record()?;
             match record.rtype {
-                rtype::OPT => return Err(Refusal::BadOpt),
+                rtype::OPT => return Err(ParseError::BadOpt),
                 _ if record.class != CLASS_IN => {}
                 rtype::CNAME => {
-                    let slot = cnames.get_mut(aliases).ok_or(Refusal::TooManyAliases)?;
+                    let slot = cnames.get_mut(aliases).ok_or(ParseError::TooManyAliases)?;
                     *slot = Cname {
                         owner,
                         target: record.data,
@@ -331,7 +331,7 @@ impl Answer {
                     reader.at = record.data;
                     reader.name()?;
                     if reader.at != end {
-                        return Err(Refusal::BadRdata);
+                        return Err(ParseError::BadRdata);
                     }
                 }
                 rtype::A | rtype::AAAA | rtype::SVCB | rtype::HTTPS => addresses += 1,
@@ -381,7 +381,7 @@ impl Answer {
         reader: &mut Reader<'_>,
         asked: &Name,
         cnames: &[Cname],
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), ParseError> {
         'chain: loop {
             let current = self.aliases.last().unwrap_or(asked);
             for cname in cnames {
@@ -391,7 +391,7 @@ impl Answer {
                 reader.at = cname.target;
                 let target = reader.name()?;
                 if target == *asked || self.aliases.contains(&target) {
-                    return Err(Refusal::AliasLoop);
+                    return Err(ParseError::AliasLoop);
                 }
                 self.aliases.push(target);
                 self.lower_ttl(cname.ttl);
@@ -410,7 +410,7 @@ impl Answer {
         question: &Question,
         section: usize,
         answers: u16,
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), ParseError> {
         if !self.addresses.is_empty() || ![rtype::A, rtype::AAAA, rtype::ANY].contains(&question.rtype) {
             return Ok(());
         }
@@ -431,7 +431,7 @@ impl Answer {
         reader: &mut Reader<'_>,
         record: &Record,
         belongs: bool,
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), ParseError> {
         let data = &reader.message[record.data..reader.at];
         let Record { ttl, .. } = *record;
         let mut add = |ip, source| {
@@ -441,11 +441,11 @@ impl Answer {
         };
         match record.rtype {
             rtype::A => {
-                let octets: [u8; 4] = data.try_into().map_err(|_| Refusal::BadRdata)?;
+                let octets: [u8; 4] = data.try_into().map_err(|_| ParseError::BadRdata)?;
                 add(Ipv4Addr::from(octets).into(), Source::Record);
             }
             rtype::AAAA => {
-                let octets: [u8; 16] = data.try_into().map_err(|_| Refusal::BadRdata)?;
+                let octets: [u8; 16] = data.try_into().map_err(|_| ParseError::BadRdata)?;
                 add(Ipv6Addr::from(octets).into(), Source::Record);
             }
             rtype::SVCB | rtype::HTTPS => {
@@ -484,12 +484,12 @@ struct Header {
 }
 
 impl Header {
-    fn parse(message: &[u8], limits: &Limits) -> Result<Self, Refusal> {
+    fn parse(message: &[u8], limits: &Limits) -> Result<Self, ParseError> {
         let Some(header) = message.first_chunk::<HEADER_LEN>() else {
-            return Err(Refusal::Short);
+            return Err(ParseError::Short);
         };
         if message.len() > limits.message {
-            return Err(Refusal::TooLong);
+            return Err(ParseError::TooLong);
         }
         let word = |i: usize| u16::from_be_bytes([header[2 * i], header[2 * i + 1]]);
         Ok(Self {
@@ -503,16 +503,16 @@ impl Header {
         })
     }
 
-    fn check(&self, limits: &Limits) -> Result<(), Refusal> {
+    fn check(&self, limits: &Limits) -> Result<(), ParseError> {
         if self.flags.opcode() != 0 {
-            return Err(Refusal::Opcode);
+            return Err(ParseError::Opcode);
         }
         if self.questions > 1 {
-            return Err(Refusal::ManyQuestions);
+            return Err(ParseError::ManyQuestions);
         }
         let records = u32::from(self.answers) + u32::from(self.authorities) + u32::from(self.additionals);
         if records > limits.records {
-            return Err(Refusal::TooManyRecords);
+            return Err(ParseError::TooManyRecords);
         }
         Ok(())
     }
@@ -540,35 +540,35 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], Refusal> {
-        let rest = self.message.get(self.at..).ok_or(Refusal::Truncated)?;
-        let bytes = rest.first_chunk::<N>().ok_or(Refusal::Truncated)?;
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], ParseError> {
+        let rest = self.message.get(self.at..).ok_or(ParseError::Truncated)?;
+        let bytes = rest.first_chunk::<N>().ok_or(ParseError::Truncated)?;
         self.at += N;
         Ok(*bytes)
     }
 
-    fn word(&mut self) -> Result<u16, Refusal> {
+    fn word(&mut self) -> Result<u16, ParseError> {
         self.take().map(u16::from_be_bytes)
     }
 
-    fn slice(&mut self, len: usize) -> Result<&'a [u8], Refusal> {
+    fn slice(&mut self, len: usize) -> Result<&'a [u8], ParseError> {
         let slice = self
             .message
             .get(self.at..self.at + len)
-            .ok_or(Refusal::Truncated)?;
+            .ok_or(ParseError::Truncated)?;
         self.at += len;
         Ok(slice)
     }
 
-    fn end(&self) -> Result<(), Refusal> {
+    fn end(&self) -> Result<(), ParseError> {
         if self.at == self.message.len() {
             Ok(())
         } else {
-            Err(Refusal::TrailingBytes)
+            Err(ParseError::TrailingBytes)
         }
     }
 
-    fn question(&mut self) -> Result<Question, Refusal> {
+    fn question(&mut self) -> Result<Question, ParseError> {
         let name = self.name()?;
         let [t0, t1, c0, c1] = self.take()?;
         Ok(Question {
@@ -578,7 +578,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    fn record(&mut self) -> Result<Record, Refusal> {
+    fn record(&mut self) -> Result<Record, ParseError> {
         let [t0, t1, c0, c1, a, b, c, d, l0, l1] = self.take()?;
         let ttl = u32::from_be_bytes([a, b, c, d]);
         let record = Record {
@@ -594,13 +594,13 @@ impl<'a> Reader<'a> {
 
     /// Reads a name, following pointers. Every pointer must lead before everything that was read of the name so
     /// far (RFC 1035, 4.1.4: to a prior occurrence), so no name can go in circles.
-    fn name(&mut self) -> Result<Name, Refusal> {
+    fn name(&mut self) -> Result<Name, ParseError> {
         let mut builder = NameBuilder::new();
         let mut at = self.at;
         let mut start = at;
         let mut jumped = false;
         loop {
-            let &length = self.message.get(at).ok_or(Refusal::Truncated)?;
+            let &length = self.message.get(at).ok_or(ParseError::Truncated)?;
             let length = usize::from(length);
             match length {
                 0 => {
@@ -613,13 +613,13 @@ impl<'a> Reader<'a> {
                     let label = self
                         .message
                         .get(at + 1..at + 1 + length)
-                        .ok_or(Refusal::Truncated)?;
-                    builder.push(label).map_err(|_| Refusal::NameTooLong)?;
+                        .ok_or(ParseError::Truncated)?;
+                    builder.push(label).map_err(|_| ParseError::NameTooLong)?;
                     at += 1 + length;
                 }
                 0xc0.. => {
                     let target = self.pointer(at, start)?;
-                    self.pointers = self.pointers.checked_sub(1).ok_or(Refusal::TooManyPointers)?;
+                    self.pointers = self.pointers.checked_sub(1).ok_or(ParseError::TooManyPointers)?;
                     if !jumped {
                         self.at = at + 2;
                         jumped = true;
@@ -627,26 +627,26 @@ impl<'a> Reader<'a> {
                     start = target;
                     at = target;
                 }
-                _ => return Err(Refusal::LabelType),
+                _ => return Err(ParseError::LabelType),
             }
         }
     }
 
     /// Whether the name at `at` is this one; compares in place and stops at the first difference.
-    fn name_is(&mut self, mut at: usize, name: &Name) -> Result<bool, Refusal> {
+    fn name_is(&mut self, mut at: usize, name: &Name) -> Result<bool, ParseError> {
         let mut start = at;
         let mut rest = name.wire();
         loop {
-            let &length = self.message.get(at).ok_or(Refusal::Truncated)?;
+            let &length = self.message.get(at).ok_or(ParseError::Truncated)?;
             if length >= 0xc0 {
                 at = self.pointer(at, start)?;
                 start = at;
-                self.pointers = self.pointers.checked_sub(1).ok_or(Refusal::TooManyPointers)?;
+                self.pointers = self.pointers.checked_sub(1).ok_or(ParseError::TooManyPointers)?;
                 continue;
             }
             // a label or the root, with its length
             let end = at + 1 + usize::from(length);
-            let label = self.message.get(at..end).ok_or(Refusal::Truncated)?;
+            let label = self.message.get(at..end).ok_or(ParseError::Truncated)?;
             let Some((expected, tail)) = rest.split_at_checked(label.len()) else {
                 return Ok(false);
             };
@@ -662,25 +662,25 @@ impl<'a> Reader<'a> {
     }
 
     /// Where the pointer at `at` leads to, which must be before `start`.
-    fn pointer(&self, at: usize, start: usize) -> Result<usize, Refusal> {
+    fn pointer(&self, at: usize, start: usize) -> Result<usize, ParseError> {
         let &[high, low] = self
             .message
             .get(at..)
             .and_then(|rest| rest.first_chunk())
-            .ok_or(Refusal::Truncated)?;
+            .ok_or(ParseError::Truncated)?;
         let target = usize::from(u16::from_be_bytes([high & 0x3f, low]));
         if (HEADER_LEN..start).contains(&target) {
             Ok(target)
         } else {
-            Err(Refusal::BadPointer)
+            Err(ParseError::BadPointer)
         }
     }
 
     /// Steps over a name without following its pointer.
-    fn skip_name(&mut self) -> Result<(), Refusal> {
+    fn skip_name(&mut self) -> Result<(), ParseError> {
         let start = self.at;
         loop {
-            let &length = self.message.get(self.at).ok_or(Refusal::Truncated)?;
+            let &length = self.message.get(self.at).ok_or(ParseError::Truncated)?;
             match usize::from(length) {
                 0 => {
                     self.at += 1;
@@ -692,13 +692,13 @@ impl<'a> Reader<'a> {
                     self.at += 2;
                     return Ok(());
                 }
-                _ => return Err(Refusal::LabelType),
+                _ => return Err(ParseError::LabelType),
             }
         }
     }
 
     /// Reads the owner of a record: whether it is the asked name or one of its aliases.
-    fn owner_is_one_of(&mut self, asked: &Name, aliases: &[Name]) -> Result<bool, Refusal> {
+    fn owner_is_one_of(&mut self, asked: &Name, aliases: &[Name]) -> Result<bool, ParseError> {
         // by far the most frequent form: a pointer to the question
         if self.message.get(self.at..).and_then(|rest| rest.first_chunk()) == Some(&[0xc0, HEADER_LEN as u8])
         {
@@ -716,18 +716,18 @@ impl<'a> Reader<'a> {
         Ok(false)
     }
 
-    fn skip_records(&mut self, count: u16) -> Result<(), Refusal> {
+    fn skip_records(&mut self, count: u16) -> Result<(), ParseError> {
         for _ in 0..count {
             self.skip_name()?;
             if self.record()?.rtype == rtype::OPT {
-                return Err(Refusal::BadOpt);
+                return Err(ParseError::BadOpt);
             }
         }
         Ok(())
     }
 
     /// The additional section: steps over everything but EDNS.
-    fn additionals(&mut self, count: u16) -> Result<Option<Edns>, Refusal> {
+    fn additionals(&mut self, count: u16) -> Result<Option<Edns>, ParseError> {
         let mut edns = None;
         for _ in 0..count {
             let owner = self.at;
@@ -739,7 +739,7 @@ impl<'a> Reader<'a> {
                 continue;
             }
             if !at_root || edns.is_some() {
-                return Err(Refusal::BadOpt);
+                return Err(ParseError::BadOpt);
             }
             let end = self.at;
             // the time to live holds code, version and flags; it is read anew because of the top bit
@@ -758,19 +758,19 @@ impl<'a> Reader<'a> {
                 self.slice(usize::from(len))?;
             }
             if self.at != end {
-                return Err(Refusal::BadOpt);
+                return Err(ParseError::BadOpt);
             }
         }
         Ok(edns)
     }
 
     /// The address hints of SVCB data that ends at `end` (RFC 9460, 2.2).
-    fn service_hints(&mut self, end: usize) -> Result<Hints<'a>, Refusal> {
+    fn service_hints(&mut self, end: usize) -> Result<Hints<'a>, ParseError> {
         const IPV4HINT: u16 = 4;
         const IPV6HINT: u16 = 6;
         let mut hints = Hints { v4: &[], v6: &[] };
         if end - self.at < 3 {
-            return Err(Refusal::BadSvcParams);
+            return Err(ParseError::BadSvcParams);
         }
         let priority = self.word()?;
         self.skip_name()?;
@@ -785,7 +785,7 @@ impl<'a> Reader<'a> {
             let value = self.slice(usize::from(len))?;
             // strictly increasing keys; a key twice makes the record malformed
             if last.is_some_and(|last| key <= last) || self.at > end {
-                return Err(Refusal::BadSvcParams);
+                return Err(ParseError::BadSvcParams);
             }
             last = Some(key);
             let rest = match key {
@@ -802,13 +802,13 @@ impl<'a> Reader<'a> {
                 _ => continue,
             };
             if value.is_empty() || !rest.is_empty() {
-                return Err(Refusal::BadSvcParams);
+                return Err(ParseError::BadSvcParams);
             }
         }
         if self.at == end {
             Ok(hints)
         } else {
-            Err(Refusal::BadSvcParams)
+            Err(ParseError::BadSvcParams)
         }
     }
 }

@@ -14,7 +14,7 @@ mod pattern;
 mod reply;
 mod tcp;
 
-pub use error::Refusal;
+pub use error::ParseError;
 pub use message::{Address, Answer, Edns, Flags, Head, Limits, Query, Question, Source};
 pub use name::{Labels, Name, NameError};
 pub use pattern::{NameSet, PatternError};

@@ -1,6 +1,6 @@
 //! Answers that are made here: REFUSED, NXDOMAIN, FORMERR, NOTIMP.
 
-use super::{HEADER_LEN, Limits, Query, Refusal, message::Flags, name::MAX_NAME};
+use super::{HEADER_LEN, Limits, ParseError, Query, message::Flags, name::MAX_NAME};
 
 /// Response codes of answers that are made here (RFC 1035, 4.1.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,15 +30,15 @@ const UDP_PAYLOAD: u16 = 1232;
 /// (RFC 6891, 7), the DO bit is copied (RFC 3225, 3). A query that was refused as malformed gets the header alone.
 ///
 /// # Errors
-/// If the message has no header of a query: there is nothing to answer. [`Refusal::TooLong`] if `out` is shorter
+/// If the message has no header of a query: there is nothing to answer. [`ParseError::TooLong`] if `out` is shorter
 /// than the reply; 512 bytes always suffice.
-pub fn reply(query: &[u8], rcode: Rcode, out: &mut [u8]) -> Result<usize, Refusal> {
+pub fn reply(query: &[u8], rcode: Rcode, out: &mut [u8]) -> Result<usize, ParseError> {
     let Some(&[id0, id1, flags0, flags1, ..]) = query.first_chunk::<HEADER_LEN>() else {
-        return Err(Refusal::Short);
+        return Err(ParseError::Short);
     };
     let flags = Flags(u16::from_be_bytes([flags0, flags1]));
     if flags.response() {
-        return Err(Refusal::WrongDirection);
+        return Err(ParseError::WrongDirection);
     }
     let mut reply = [0; REPLY_MAX];
     let mut len = HEADER_LEN;
@@ -75,7 +75,7 @@ pub fn reply(query: &[u8], rcode: Rcode, out: &mut [u8]) -> Result<usize, Refusa
     reply[..4].copy_from_slice(&[id0, id1, flags0, flags1]);
     reply[4..HEADER_LEN].copy_from_slice(&counts);
     out.get_mut(..len)
-        .ok_or(Refusal::TooLong)?
+        .ok_or(ParseError::TooLong)?
         .copy_from_slice(&reply[..len]);
     Ok(len)
 }

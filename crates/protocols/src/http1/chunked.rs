@@ -1,7 +1,7 @@
 //! Chunked bodies and their trailers (RFC 9112, 7.1).
 
 use super::{
-    Refusal,
+    ParseError,
     head::{Folded, is_token},
 };
 
@@ -122,7 +122,7 @@ impl Chunks {
     ///
     /// # Errors
     /// This is no chunked body that all read alike.
-    pub fn next(&mut self, input: &mut &[u8]) -> Result<Piece, Refusal> {
+    pub fn next(&mut self, input: &mut &[u8]) -> Result<Piece, ParseError> {
         while self.state != State::Done {
             let Some((&byte, rest)) = input.split_first() else {
                 return Ok(Piece::More);
@@ -135,7 +135,7 @@ impl Chunks {
         Ok(Piece::End)
     }
 
-    fn step(&mut self, byte: u8) -> Result<Option<Piece>, Refusal> {
+    fn step(&mut self, byte: u8) -> Result<Option<Piece>, ParseError> {
         self.state = match (&self.state, byte) {
             (State::Size, b'\r') if self.digits > 0 => State::SizeEnd,
             (State::Size, b';' | b' ' | b'\t') if self.digits > 0 && self.is_answer => {
@@ -143,10 +143,10 @@ impl Chunks {
             }
             (State::Size, b';') if self.digits > 0 => State::ExtensionStart,
             (State::Size, _) => {
-                let digit = char::from(byte).to_digit(16).ok_or(Refusal::BadChunk)?;
+                let digit = char::from(byte).to_digit(16).ok_or(ParseError::BadChunk)?;
                 self.digits += 1;
                 if self.digits > MAX_DIGITS {
-                    return Err(Refusal::BadChunk);
+                    return Err(ParseError::BadChunk);
                 }
                 self.size = self.size << 4 | u64::from(digit);
                 State::Size
@@ -179,7 +179,7 @@ impl Chunks {
                 | State::ExtensionClosed
                 | State::ExtensionOfAnswer,
                 _,
-            ) => return Err(Refusal::BadChunk),
+            ) => return Err(ParseError::BadChunk),
             (State::SizeEnd, b'\n') => {
                 let size = std::mem::take(&mut self.size);
                 self.digits = 0;
@@ -187,7 +187,7 @@ impl Chunks {
                 if size == 0 {
                     State::Trailer
                 } else if size > i64::MAX as u64 {
-                    return Err(Refusal::BadChunk);
+                    return Err(ParseError::BadChunk);
                 } else {
                     self.state = State::ContentReturn;
                     return Ok(Some(Piece::Content(size)));
@@ -206,7 +206,7 @@ impl Chunks {
             }
             (State::Name, b':') => {
                 if self.name.is_among(&NO_TRAILERS) {
-                    return Err(Refusal::BadTrailer);
+                    return Err(ParseError::BadTrailer);
                 }
                 State::Value
             }
@@ -214,27 +214,29 @@ impl Chunks {
             (State::Value, b'\r') => State::ValueEnd,
             (State::Value, b'\t' | 0x20..=0x7e | 0x80..) => State::Value,
             (State::ValueEnd, b'\n') => State::Trailer,
-            (State::SizeEnd | State::ContentReturn | State::ContentEnd, _) => return Err(Refusal::BadChunk),
-            _ => return Err(Refusal::BadTrailer),
+            (State::SizeEnd | State::ContentReturn | State::ContentEnd, _) => {
+                return Err(ParseError::BadChunk);
+            }
+            _ => return Err(ParseError::BadTrailer),
         };
         if self.state.is_extension() {
             self.extension += 1;
             if self.extension > MAX_EXTENSION {
-                return Err(Refusal::BadChunk);
+                return Err(ParseError::BadChunk);
             }
         }
         if matches!(self.state, State::Name | State::Value | State::ValueEnd) {
             self.trailer += 1;
             if self.trailer > MAX_TRAILER {
-                return Err(Refusal::HeadTooLong);
+                return Err(ParseError::HeadTooLong);
             }
         }
         Ok(None)
     }
 
-    fn name(&mut self, byte: u8) -> Result<State, Refusal> {
+    fn name(&mut self, byte: u8) -> Result<State, ParseError> {
         if !is_token(byte) {
-            return Err(Refusal::BadTrailer);
+            return Err(ParseError::BadTrailer);
         }
         self.name.push(byte);
         Ok(State::Name)

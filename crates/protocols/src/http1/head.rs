@@ -1,6 +1,6 @@
 //! Finds the end of a head in a stream, and refuses bytes that no head may have.
 
-use super::Refusal;
+use super::ParseError;
 
 /// What a head may be at most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,20 +46,20 @@ impl Head {
     ///
     /// # Errors
     /// This is no head, whatever follows.
-    pub fn find(&mut self, stream: &[u8], limits: &Limits) -> Result<Option<usize>, Refusal> {
+    pub fn find(&mut self, stream: &[u8], limits: &Limits) -> Result<Option<usize>, ParseError> {
         loop {
             self.seen += self.plain(stream, limits);
             let Some(&byte) = stream.get(self.seen) else {
                 return Ok(None);
             };
             if self.seen >= limits.block {
-                return Err(Refusal::HeadTooLong);
+                return Err(ParseError::HeadTooLong);
             }
             if self.seen - self.line >= limits.line {
                 return Err(if self.begun {
-                    Refusal::LineTooLong
+                    ParseError::LineTooLong
                 } else {
-                    Refusal::StartLineTooLong
+                    ParseError::StartLineTooLong
                 });
             }
             let at = self.seen;
@@ -67,7 +67,7 @@ impl Head {
             if self.carriage {
                 self.carriage = false;
                 if byte != b'\n' {
-                    return Err(Refusal::BareLineEnd);
+                    return Err(ParseError::BareLineEnd);
                 }
                 let empty = at - 1 == self.line;
                 self.line = self.seen;
@@ -78,7 +78,7 @@ impl Head {
                 } else {
                     self.leading += 1;
                     if self.leading > LEADING_LINES {
-                        return Err(Refusal::NotHttp);
+                        return Err(ParseError::NotHttp);
                     }
                 }
                 continue;
@@ -86,27 +86,27 @@ impl Head {
             match byte {
                 b'\r' => {
                     if !self.begun && self.is_preface(stream, at) {
-                        return Err(Refusal::Http2);
+                        return Err(ParseError::Http2);
                     }
                     self.carriage = true;
                 }
-                b'\n' => return Err(Refusal::BareLineEnd),
+                b'\n' => return Err(ParseError::BareLineEnd),
                 b' ' | b'\t' if at == self.line => {
                     return Err(if self.begun {
-                        Refusal::Folding
+                        ParseError::Folding
                     } else {
-                        Refusal::NotHttp
+                        ParseError::NotHttp
                     });
                 }
                 // A method or a version is a token (RFC 9110, 5.6.2): what begins otherwise is something else.
-                _ if !self.begun && at == self.line && !is_token(byte) => return Err(Refusal::NotHttp),
+                _ if !self.begun && at == self.line && !is_token(byte) => return Err(ParseError::NotHttp),
                 b'\t' | 0x20..=0x7e | 0x80.. => {}
                 _ => {
                     // Behind a method and a space it is HTTP that somebody has put it into.
                     return Err(if self.begun || stream[self.line..at].contains(&b' ') {
-                        Refusal::ControlCharacter
+                        ParseError::ControlCharacter
                     } else {
-                        Refusal::NotHttp
+                        ParseError::NotHttp
                     });
                 }
             }

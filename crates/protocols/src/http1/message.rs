@@ -3,7 +3,7 @@
 use std::{mem::MaybeUninit, str};
 
 use super::{
-    Refusal,
+    ParseError,
     head::{Folded, is_token},
 };
 
@@ -51,11 +51,11 @@ pub enum Target {
     Asterisk,
 }
 
-/// Room for the fields of one head.
+/// HeaderBuffer for the fields of one head.
 #[derive(Debug)]
-pub struct Room<'a>([MaybeUninit<httparse::Header<'a>>; MAX_HEADERS]);
+pub struct HeaderBuffer<'a>([MaybeUninit<httparse::Header<'a>>; MAX_HEADERS]);
 
-impl Room<'_> {
+impl HeaderBuffer<'_> {
     /// Costs nothing: only what a head needs of it is ever written.
     #[must_use]
     pub const fn new() -> Self {
@@ -63,7 +63,7 @@ impl Room<'_> {
     }
 }
 
-impl Default for Room<'_> {
+impl Default for HeaderBuffer<'_> {
     fn default() -> Self {
         Self::new()
     }
@@ -93,10 +93,10 @@ impl<'a> Headers<'a> {
             .any(|part| part.eq_ignore_ascii_case(element.as_bytes()))
     }
 
-    fn of(parsed: &'a [httparse::Header<'a>]) -> Result<Self, Refusal> {
+    fn of(parsed: &'a [httparse::Header<'a>]) -> Result<Self, ParseError> {
         let is_name = |name: &str| !name.is_empty() && name.bytes().all(is_token);
         if !parsed.iter().all(|field| is_name(field.name)) {
-            return Err(Refusal::BadName);
+            return Err(ParseError::BadName);
         }
         Ok(Self(parsed))
     }
@@ -135,28 +135,28 @@ impl<'a> Headers<'a> {
     }
 
     /// How the fields frame a body, if they do.
-    fn framing(&self, version: u8) -> Result<Option<Body>, Refusal> {
+    fn framing(&self, version: u8) -> Result<Option<Body>, ParseError> {
         let mut lengths = self.values("content-length");
         let mut encodings = self.values("transfer-encoding");
         let (length, encoding) = (lengths.next(), encodings.next());
         match (length, encoding) {
             (None, None) => Ok(None),
-            (Some(_), Some(_)) => Err(Refusal::LengthAndEncoding),
+            (Some(_), Some(_)) => Err(ParseError::LengthAndEncoding),
             (Some(length), None) => {
                 if lengths.next().is_some() || length.is_empty() || !length.iter().all(u8::is_ascii_digit) {
-                    return Err(Refusal::BadLength);
+                    return Err(ParseError::BadLength);
                 }
                 let length = str::from_utf8(length)
                     .ok()
                     .and_then(|text| text.parse().ok())
-                    .ok_or(Refusal::BadLength)?;
+                    .ok_or(ParseError::BadLength)?;
                 Ok(Some(Body::Length(length)))
             }
             (None, Some(encoding)) => {
                 // RFC 9112, 6.1: a 1.0 message with a transfer coding is to be treated as faulty.
                 let alone = encodings.next().is_none() && encoding.eq_ignore_ascii_case(b"chunked");
                 if !alone || version == 0 {
-                    return Err(Refusal::BadEncoding);
+                    return Err(ParseError::BadEncoding);
                 }
                 Ok(Some(Body::Chunked))
             }
@@ -188,49 +188,49 @@ impl<'a> Request<'a> {
     ///
     /// # Errors
     /// If it is malformed or ambiguous.
-    pub fn parse(head: &'a [u8], room: &'a mut Room<'a>) -> Result<Self, Refusal> {
+    pub fn parse(head: &'a [u8], room: &'a mut HeaderBuffer<'a>) -> Result<Self, ParseError> {
         has_single_spaces(head)?;
         let mut parsed = httparse::Request::new(&mut []);
         match parsed.parse_with_uninit_headers(head, &mut room.0) {
             Ok(httparse::Status::Complete(length)) if length == head.len() => {}
-            Ok(_) => return Err(Refusal::BadStartLine),
+            Ok(_) => return Err(ParseError::BadStartLine),
             Err(error) => return Err(refusal(error)),
         }
         let (Some(method), Some(target), Some(version)) = (parsed.method, parsed.path, parsed.version) else {
-            return Err(Refusal::BadStartLine);
+            return Err(ParseError::BadStartLine);
         };
         // What answers these methods has no body, and some servers take methods in any case.
         if ["HEAD", "CONNECT"]
             .iter()
             .any(|name| method != *name && method.eq_ignore_ascii_case(name))
         {
-            return Err(Refusal::BadStartLine);
+            return Err(ParseError::BadStartLine);
         }
         let headers = Headers::of(parsed.headers)?;
         if headers.has_disguised(&FRAMING) {
-            return Err(Refusal::DisguisedName);
+            return Err(ParseError::DisguisedName);
         }
         // A proxy takes out the fields that Connection names (RFC 9110, 7.6.1). Without its framing the body would be
         // the next request.
         let kept = ["content-length", "transfer-encoding", "host", "expect"];
         if kept.into_iter().any(|name| headers.has("connection", name)) {
-            return Err(Refusal::BadConnection);
+            return Err(ParseError::BadConnection);
         }
         let body = headers.framing(version)?.unwrap_or(Body::None);
         let mut hosts = headers.values("host");
         let field = match (hosts.next(), hosts.next()) {
-            (_, Some(_)) => return Err(Refusal::SeveralHosts),
+            (_, Some(_)) => return Err(ParseError::SeveralHosts),
             (Some(host), None) => {
-                let host = str::from_utf8(host).map_err(|_| Refusal::BadHost)?;
+                let host = str::from_utf8(host).map_err(|_| ParseError::BadHost)?;
                 // It may be empty where the target has no authority (RFC 9110, 7.2). An IPv6 address without the brackets
                 // of RFC 3986, 3.2.2 is what some clients send (h2load); rules see it as it is.
                 let is_bare_address = host.parse::<std::net::Ipv6Addr>().is_ok();
                 if !host.is_empty() && !is_bare_address && !is_authority(host) {
-                    return Err(Refusal::BadHost);
+                    return Err(ParseError::BadHost);
                 }
                 Some(host)
             }
-            (None, None) if version == 1 => return Err(Refusal::NoHost),
+            (None, None) if version == 1 => return Err(ParseError::NoHost),
             (None, None) => None,
         };
         let (form, authority, path) = read_target(method, target)?;
@@ -238,11 +238,11 @@ impl<'a> Request<'a> {
         if let Some(expect) = expects.next()
             && (expects.next().is_some() || !expect.eq_ignore_ascii_case(b"100-continue"))
         {
-            return Err(Refusal::BadExpect);
+            return Err(ParseError::BadExpect);
         }
         let host = match (authority, field) {
             (Some(authority), Some(host)) if !is_same_host(target, authority, host) => {
-                return Err(Refusal::HostDiffers);
+                return Err(ParseError::HostDiffers);
             }
             (Some(authority), _) => authority,
             (None, host) => host.unwrap_or_default(),
@@ -316,21 +316,21 @@ impl<'a> Response<'a> {
     ///
     /// # Errors
     /// If it is malformed or ambiguous.
-    pub fn parse(head: &'a [u8], method: &str, room: &'a mut Room<'a>) -> Result<Self, Refusal> {
+    pub fn parse(head: &'a [u8], method: &str, room: &'a mut HeaderBuffer<'a>) -> Result<Self, ParseError> {
         let mut parsed = httparse::Response::new(&mut []);
         let parser = httparse::ParserConfig::default();
         match parser.parse_response_with_uninit_headers(&mut parsed, head, &mut room.0) {
             Ok(httparse::Status::Complete(length)) if length == head.len() => {}
-            Ok(_) => return Err(Refusal::BadStartLine),
+            Ok(_) => return Err(ParseError::BadStartLine),
             Err(error) => return Err(refusal(error)),
         }
         let (Some(status), Some(version)) = (parsed.code, parsed.version) else {
-            return Err(Refusal::BadStartLine);
+            return Err(ParseError::BadStartLine);
         };
         let headers = Headers::of(parsed.headers)?;
         // Where an answer ends decides what is taken for the next one, and a 101 has the connection left unread.
         if headers.has_disguised(&FRAMING[..2]) {
-            return Err(Refusal::DisguisedName);
+            return Err(ParseError::DisguisedName);
         }
         let framing = headers.framing(version)?;
         let body = match status {
@@ -366,20 +366,20 @@ impl<'a> Response<'a> {
     }
 }
 
-fn refusal(error: httparse::Error) -> Refusal {
+fn refusal(error: httparse::Error) -> ParseError {
     match error {
-        httparse::Error::HeaderName => Refusal::BadName,
-        httparse::Error::HeaderValue => Refusal::ControlCharacter,
+        httparse::Error::HeaderName => ParseError::BadName,
+        httparse::Error::HeaderValue => ParseError::ControlCharacter,
         // Bare line ends do not get this far.
-        httparse::Error::NewLine => Refusal::BadStartLine,
-        httparse::Error::TooManyHeaders => Refusal::TooManyHeaders,
-        httparse::Error::Version => Refusal::Version,
-        httparse::Error::Status | httparse::Error::Token => Refusal::BadStartLine,
+        httparse::Error::NewLine => ParseError::BadStartLine,
+        httparse::Error::TooManyHeaders => ParseError::TooManyHeaders,
+        httparse::Error::Version => ParseError::Version,
+        httparse::Error::Status | httparse::Error::Token => ParseError::BadStartLine,
     }
 }
 
 /// The request line has its two spaces and no other white space (RFC 9112, 3).
-fn has_single_spaces(head: &[u8]) -> Result<(), Refusal> {
+fn has_single_spaces(head: &[u8]) -> Result<(), ParseError> {
     let line = head
         .split(|byte| *byte == b'\n')
         .find(|line| line.len() > 1)
@@ -389,21 +389,21 @@ fn has_single_spaces(head: &[u8]) -> Result<(), Refusal> {
     if white == 2 {
         Ok(())
     } else {
-        Err(Refusal::BadStartLine)
+        Err(ParseError::BadStartLine)
     }
 }
 
 /// Form, authority and path of a target.
-fn read_target<'a>(method: &str, target: &'a str) -> Result<(Target, Option<&'a str>, &'a str), Refusal> {
+fn read_target<'a>(method: &str, target: &'a str) -> Result<(Target, Option<&'a str>, &'a str), ParseError> {
     // A fragment is never sent (RFC 9112, 3.2); what is no visible ASCII belongs in percent-encoding.
     if !target.bytes().all(|byte| matches!(byte, 0x21..=0x7e)) || target.contains('#') {
-        return Err(Refusal::BadTarget);
+        return Err(ParseError::BadTarget);
     }
     if method == "CONNECT" {
-        let (host, port) = target.rsplit_once(':').ok_or(Refusal::BadTarget)?;
+        let (host, port) = target.rsplit_once(':').ok_or(ParseError::BadTarget)?;
         let is_port = !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
         if host.is_empty() || !is_port || !is_authority(target) {
-            return Err(Refusal::BadTarget);
+            return Err(ParseError::BadTarget);
         }
         return Ok((Target::Authority, Some(target), ""));
     }
@@ -411,7 +411,7 @@ fn read_target<'a>(method: &str, target: &'a str) -> Result<(Target, Option<&'a 
         return if method == "OPTIONS" {
             Ok((Target::Asterisk, None, target))
         } else {
-            Err(Refusal::BadTarget)
+            Err(ParseError::BadTarget)
         };
     }
     if target.starts_with('/') {
@@ -424,17 +424,17 @@ fn read_target<'a>(method: &str, target: &'a str) -> Result<(Target, Option<&'a 
                 .get(..scheme.len())
                 .is_some_and(|begin| begin.eq_ignore_ascii_case(scheme))
         })
-        .ok_or(Refusal::BadTarget)?;
+        .ok_or(ParseError::BadTarget)?;
     let rest = &target[scheme.len()..];
     let end = rest.find(['/', '?']).unwrap_or(rest.len());
     let (authority, path) = rest.split_at(end);
     if !is_authority(authority) {
-        return Err(Refusal::BadTarget);
+        return Err(ParseError::BadTarget);
     }
     match path {
         "" => Ok((Target::Absolute, Some(authority), "/")),
         // An empty path before a query: servers differ in what they make of it.
-        _ if path.starts_with('?') => Err(Refusal::BadTarget),
+        _ if path.starts_with('?') => Err(ParseError::BadTarget),
         _ => Ok((Target::Absolute, Some(authority), path)),
     }
 }

@@ -13,20 +13,20 @@ mod message;
 
 pub use chunked::{Chunks, Piece};
 pub use head::{Head, Limits};
-pub use message::{Body, Headers, MAX_HEADERS, Request, Response, Room, Target};
+pub use message::{Body, HeaderBuffer, Headers, MAX_HEADERS, Request, Response, Target};
 pub use palisade_policy::path::{PathError, resolved};
 
 use std::fmt;
 
-macro_rules! refusals {
+macro_rules! parse_errors {
     ($($(#[$doc:meta])* $name:ident = $text:literal;)*) => {
         /// Why a stream was not taken. Each kind is a counter of its own.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-        pub enum Refusal {
+        pub enum ParseError {
             $($(#[$doc])* $name,)*
         }
 
-        impl Refusal {
+        impl ParseError {
             /// All of them.
             pub const ALL: &[Self] = &[$(Self::$name,)*];
 
@@ -39,7 +39,7 @@ macro_rules! refusals {
     };
 }
 
-refusals! {
+parse_errors! {
     /// The first bytes are no HTTP.
     NotHttp = "not HTTP";
     /// The preface of HTTP/2 (RFC 9113, 3.4).
@@ -97,13 +97,13 @@ refusals! {
     BadTrailer = "trailer that may not be one";
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for ParseError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.text())
     }
 }
 
-impl std::error::Error for Refusal {}
+impl std::error::Error for ParseError {}
 
 #[cfg(test)]
 mod tests;

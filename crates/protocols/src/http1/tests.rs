@@ -4,31 +4,31 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn find(stream: &[u8]) -> Result<Option<usize>, Refusal> {
+fn find(stream: &[u8]) -> Result<Option<usize>, ParseError> {
     Head::default().find(stream, &Limits::default())
 }
 
 /// Finds and reads a request that is the whole of `text`.
-/// Room that lives as long as what a test looks at.
-fn room<'a>() -> &'a mut Room<'a> {
+/// HeaderBuffer that lives as long as what a test looks at.
+fn room<'a>() -> &'a mut HeaderBuffer<'a> {
     Box::leak(Box::default())
 }
 
-fn request(text: &str) -> Result<Request<'_>, Refusal> {
+fn request(text: &str) -> Result<Request<'_>, ParseError> {
     match find(text.as_bytes())? {
         Some(length) if length == text.len() => Request::parse(text.as_bytes(), room()),
         other => panic!("head ends at {other:?} of {}", text.len()),
     }
 }
 
-fn refused(text: &str) -> Refusal {
+fn refused(text: &str) -> ParseError {
     match request(text) {
         Err(refusal) => refusal,
         Ok(request) => panic!("{text:?} was taken: {request:?}"),
     }
 }
 
-fn response<'a>(text: &'a str, method: &str) -> Result<Response<'a>, Refusal> {
+fn response<'a>(text: &'a str, method: &str) -> Result<Response<'a>, ParseError> {
     assert_eq!(find(text.as_bytes())?, Some(text.len()));
     Response::parse(text.as_bytes(), method, room())
 }
@@ -79,17 +79,17 @@ fn bodies_are_framed_by_what_all_read_alike() {
     for length in ["", "+1", "-1", "1,1", "0x1", "1 1", "99999999999999999999999"] {
         assert_eq!(
             body(&format!("Content-Length: {length}\r\n")),
-            Err(Refusal::BadLength),
+            Err(ParseError::BadLength),
             "{length}"
         );
     }
     assert_eq!(
         body("Content-Length: 1\r\nContent-Length: 1\r\n"),
-        Err(Refusal::BadLength)
+        Err(ParseError::BadLength)
     );
     assert_eq!(
         body("Content-Length: 1\r\nTransfer-Encoding: chunked\r\n"),
-        Err(Refusal::LengthAndEncoding)
+        Err(ParseError::LengthAndEncoding)
     );
     for encoding in [
         "gzip",
@@ -101,64 +101,79 @@ fn bodies_are_framed_by_what_all_read_alike() {
     ] {
         assert_eq!(
             body(&format!("Transfer-Encoding: {encoding}\r\n")),
-            Err(Refusal::BadEncoding),
+            Err(ParseError::BadEncoding),
             "{encoding}"
         );
     }
     assert_eq!(
         body("Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n"),
-        Err(Refusal::BadEncoding)
+        Err(ParseError::BadEncoding)
     );
     assert_eq!(
         refused("POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n"),
-        Refusal::BadEncoding
+        ParseError::BadEncoding
     );
 }
 
 #[test]
 fn ambiguity_is_refused() {
     for (text, refusal) in [
-        ("GET / HTTP/1.1\nHost: a\r\n\r\n", Refusal::BareLineEnd),
-        ("GET / HTTP/1.1\r\nHost: a\n\r\n", Refusal::BareLineEnd),
-        ("GET / HTTP/1.1\r\nHost: a\rb\r\n\r\n", Refusal::BareLineEnd),
-        ("GET / HTTP/1.1\r\nHost: a\r\n b\r\n\r\n", Refusal::Folding),
-        ("GET / HTTP/1.1\r\nHost: a\r\n\tb\r\n\r\n", Refusal::Folding),
-        ("GET / HTTP/1.1\r\nHost : a\r\n\r\n", Refusal::BadName),
-        ("GET / HTTP/1.1\r\nHost: a\r\nX Y: b\r\n\r\n", Refusal::BadName),
-        ("GET / HTTP/1.1\r\nHost: a\r\nnothing\r\n\r\n", Refusal::BadName),
-        ("GET / HTTP/1.1\r\nHost: a\r\n: b\r\n\r\n", Refusal::BadName),
-        ("GET / HTTP/1.1\r\nHost: a\0b\r\n\r\n", Refusal::ControlCharacter),
+        ("GET / HTTP/1.1\nHost: a\r\n\r\n", ParseError::BareLineEnd),
+        ("GET / HTTP/1.1\r\nHost: a\n\r\n", ParseError::BareLineEnd),
+        ("GET / HTTP/1.1\r\nHost: a\rb\r\n\r\n", ParseError::BareLineEnd),
+        ("GET / HTTP/1.1\r\nHost: a\r\n b\r\n\r\n", ParseError::Folding),
+        ("GET / HTTP/1.1\r\nHost: a\r\n\tb\r\n\r\n", ParseError::Folding),
+        ("GET / HTTP/1.1\r\nHost : a\r\n\r\n", ParseError::BadName),
+        ("GET / HTTP/1.1\r\nHost: a\r\nX Y: b\r\n\r\n", ParseError::BadName),
+        (
+            "GET / HTTP/1.1\r\nHost: a\r\nnothing\r\n\r\n",
+            ParseError::BadName,
+        ),
+        ("GET / HTTP/1.1\r\nHost: a\r\n: b\r\n\r\n", ParseError::BadName),
+        (
+            "GET / HTTP/1.1\r\nHost: a\0b\r\n\r\n",
+            ParseError::ControlCharacter,
+        ),
         (
             "GET / HTTP/1.1\r\nHost: a\r\nX: \x0b\r\n\r\n",
-            Refusal::ControlCharacter,
+            ParseError::ControlCharacter,
         ),
-        ("GET / HTTP/1.1\r\n\r\n", Refusal::NoHost),
+        ("GET / HTTP/1.1\r\n\r\n", ParseError::NoHost),
         (
             "GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n",
-            Refusal::SeveralHosts,
+            ParseError::SeveralHosts,
         ),
-        ("GET / HTTP/1.1\r\nHost: a b\r\n\r\n", Refusal::BadHost),
-        ("GET / HTTP/1.1\r\nHost: a, b\r\n\r\n", Refusal::BadHost),
-        ("GET / HTTP/1.1\r\nHost: u@a\r\n\r\n", Refusal::BadHost),
-        ("GET http://a/ HTTP/1.1\r\nHost: b\r\n\r\n", Refusal::HostDiffers),
-        ("GET http://u@a/ HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadTarget),
-        ("GET http://a?x HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadTarget),
-        ("GET a HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadTarget),
-        ("GET * HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadTarget),
-        ("GET /#x HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadTarget),
-        ("CONNECT a HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadTarget),
-        ("CONNECT a:1x HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadTarget),
-        ("GET  / HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadStartLine),
-        ("GET /  HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadStartLine),
-        ("GET / HTTP/1.1 \r\nHost: a\r\n\r\n", Refusal::BadStartLine),
-        ("GET /a b HTTP/1.1\r\nHost: a\r\n\r\n", Refusal::BadStartLine),
-        ("GET /\r\nHost: a\r\n\r\n", Refusal::BadStartLine),
-        ("GET / HTTP/2.0\r\nHost: a\r\n\r\n", Refusal::Version),
-        ("GET / HTTP/1.10\r\nHost: a\r\n\r\n", Refusal::BadStartLine),
-        ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Refusal::Http2),
-        ("\x16\x03\x01\x02\x00", Refusal::NotHttp),
-        (" GET / HTTP/1.1\r\n", Refusal::NotHttp),
-        ("\r\n\r\n\r\n\r\n\r\nGET", Refusal::NotHttp),
+        ("GET / HTTP/1.1\r\nHost: a b\r\n\r\n", ParseError::BadHost),
+        ("GET / HTTP/1.1\r\nHost: a, b\r\n\r\n", ParseError::BadHost),
+        ("GET / HTTP/1.1\r\nHost: u@a\r\n\r\n", ParseError::BadHost),
+        (
+            "GET http://a/ HTTP/1.1\r\nHost: b\r\n\r\n",
+            ParseError::HostDiffers,
+        ),
+        (
+            "GET http://u@a/ HTTP/1.1\r\nHost: a\r\n\r\n",
+            ParseError::BadTarget,
+        ),
+        (
+            "GET http://a?x HTTP/1.1\r\nHost: a\r\n\r\n",
+            ParseError::BadTarget,
+        ),
+        ("GET a HTTP/1.1\r\nHost: a\r\n\r\n", ParseError::BadTarget),
+        ("GET * HTTP/1.1\r\nHost: a\r\n\r\n", ParseError::BadTarget),
+        ("GET /#x HTTP/1.1\r\nHost: a\r\n\r\n", ParseError::BadTarget),
+        ("CONNECT a HTTP/1.1\r\nHost: a\r\n\r\n", ParseError::BadTarget),
+        ("CONNECT a:1x HTTP/1.1\r\nHost: a\r\n\r\n", ParseError::BadTarget),
+        ("GET  / HTTP/1.1\r\nHost: a\r\n\r\n", ParseError::BadStartLine),
+        ("GET /  HTTP/1.1\r\nHost: a\r\n\r\n", ParseError::BadStartLine),
+        ("GET / HTTP/1.1 \r\nHost: a\r\n\r\n", ParseError::BadStartLine),
+        ("GET /a b HTTP/1.1\r\nHost: a\r\n\r\n", ParseError::BadStartLine),
+        ("GET /\r\nHost: a\r\n\r\n", ParseError::BadStartLine),
+        ("GET / HTTP/2.0\r\nHost: a\r\n\r\n", ParseError::Version),
+        ("GET / HTTP/1.10\r\nHost: a\r\n\r\n", ParseError::BadStartLine),
+        ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", ParseError::Http2),
+        ("\x16\x03\x01\x02\x00", ParseError::NotHttp),
+        (" GET / HTTP/1.1\r\n", ParseError::NotHttp),
+        ("\r\n\r\n\r\n\r\n\r\nGET", ParseError::NotHttp),
     ] {
         assert_eq!(refused(text), refusal, "{text:?}");
     }
@@ -166,13 +181,13 @@ fn ambiguity_is_refused() {
         "GET / HTTP/1.1\r\nHost: a\r\n{}\r\n",
         "X: y\r\n".repeat(MAX_HEADERS)
     );
-    assert_eq!(refused(&many), Refusal::TooManyHeaders);
+    assert_eq!(refused(&many), ParseError::TooManyHeaders);
     let long = format!("GET /{} HTTP/1.1\r\n", "a".repeat(Limits::default().line));
-    assert_eq!(find(long.as_bytes()), Err(Refusal::StartLineTooLong));
+    assert_eq!(find(long.as_bytes()), Err(ParseError::StartLineTooLong));
     let long = format!("GET / HTTP/1.1\r\nX: {}\r\n", "a".repeat(Limits::default().line));
-    assert_eq!(find(long.as_bytes()), Err(Refusal::LineTooLong));
+    assert_eq!(find(long.as_bytes()), Err(ParseError::LineTooLong));
     let endless = format!("GET / HTTP/1.1\r\n{}", "X: y\r\n".repeat(11_000));
-    assert_eq!(find(endless.as_bytes()), Err(Refusal::HeadTooLong));
+    assert_eq!(find(endless.as_bytes()), Err(ParseError::HeadTooLong));
 }
 
 #[test]
@@ -208,10 +223,10 @@ fn answers_are_framed_by_status_and_method() {
     assert!(!response("HTTP/1.1 200 OK\r\n\r\n", "GET").unwrap().keeps_alive());
     assert!(response(length, "GET").unwrap().keeps_alive());
     let both = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n";
-    assert_eq!(response(both, "GET").unwrap_err(), Refusal::LengthAndEncoding);
+    assert_eq!(response(both, "GET").unwrap_err(), ParseError::LengthAndEncoding);
     assert_eq!(
         response("HTTP/1.1 2000 OK\r\n\r\n", "GET").unwrap_err(),
-        Refusal::BadStartLine
+        ParseError::BadStartLine
     );
 }
 
@@ -259,11 +274,11 @@ fn paths_are_resolved_as_servers_do() {
 }
 
 /// What is left of a chunked body without its framing, and how many bytes it took, if it ends.
-fn unchunk(stream: &[u8], cut: usize) -> Result<(Vec<u8>, Option<usize>), Refusal> {
+fn unchunk(stream: &[u8], cut: usize) -> Result<(Vec<u8>, Option<usize>), ParseError> {
     unchunk_by(Chunks::default(), stream, cut)
 }
 
-fn unchunk_by(mut chunks: Chunks, stream: &[u8], cut: usize) -> Result<(Vec<u8>, Option<usize>), Refusal> {
+fn unchunk_by(mut chunks: Chunks, stream: &[u8], cut: usize) -> Result<(Vec<u8>, Option<usize>), ParseError> {
     let mut content = Vec::new();
     let mut left = 0_u64;
     let mut at = 0;
@@ -306,7 +321,7 @@ fn chunk_extensions_pass_where_all_find_their_end() {
     }
     let long = |n: usize| [b"1;".to_vec(), vec![b'a'; n], b"\r\nx\r\n0\r\n\r\n".to_vec()].concat();
     assert!(unchunk(&long(1_000), 7).is_ok());
-    assert_eq!(unchunk(&long(1_100), 7), Err(Refusal::BadChunk));
+    assert_eq!(unchunk(&long(1_100), 7), Err(ParseError::BadChunk));
     // A server may write what it likes, but for what ends a line.
     for line in [
         "1 \r\n",
@@ -322,7 +337,7 @@ fn chunk_extensions_pass_where_all_find_their_end() {
     }
     for line in ["1;\n", "1;\0\r\n", "1;\rx\r\n", ";a\r\n", " 1\r\n", "1x\r\n"] {
         let found = unchunk_by(Chunks::of_answer(), line.as_bytes(), 1);
-        assert_eq!(found, Err(Refusal::BadChunk), "{line:?}");
+        assert_eq!(found, Err(ParseError::BadChunk), "{line:?}");
     }
 }
 
@@ -352,7 +367,7 @@ fn names_that_some_servers_take_for_a_framing_field_are_refused() {
     ] {
         assert_eq!(
             with(&format!("{name}: x")).unwrap_err(),
-            Refusal::DisguisedName,
+            ParseError::DisguisedName,
             "{name}"
         );
     }
@@ -390,12 +405,12 @@ fn names_that_some_servers_take_for_a_framing_field_are_refused() {
     for name in ["Content-Length", "close, transfer-encoding", "Host", "expect"] {
         assert_eq!(
             with(&format!("Connection: {name}")).unwrap_err(),
-            Refusal::BadConnection,
+            ParseError::BadConnection,
             "{name}"
         );
     }
     let answer = "HTTP/1.1 200 OK\r\nTransfer_Encoding: chunked\r\nContent-Length: 5\r\n\r\n";
-    assert_eq!(response(answer, "GET").unwrap_err(), Refusal::DisguisedName);
+    assert_eq!(response(answer, "GET").unwrap_err(), ParseError::DisguisedName);
     let akamai = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: Transfer-Encoding\r\n\r\n";
     assert_eq!(response(akamai, "GET").unwrap().body, Body::Chunked);
 }
@@ -409,18 +424,18 @@ fn expectations_and_hosts_are_read_in_one_way_or_refused() {
     for expect in ["y 100-continue", "100-continue, x", "", "200-ok"] {
         assert_eq!(
             with(&format!("Host: a\r\nExpect: {expect}\r\n")).unwrap_err(),
-            Refusal::BadExpect
+            ParseError::BadExpect
         );
     }
     let twice = "Host: a\r\nExpect: 100-continue\r\nExpect: 100-continue\r\n";
-    assert_eq!(with(twice).unwrap_err(), Refusal::BadExpect);
+    assert_eq!(with(twice).unwrap_err(), ParseError::BadExpect);
     assert!(with("Host: a\r\nExpect: 100-Continue\r\n").unwrap().1);
     for host in [
         "a:80:b", "a:b", "[::1", "::1]", "[::1]x", "[]", "[::1]:b", ":80", "a]", "[a]b:80",
     ] {
         assert_eq!(
             with(&format!("Host: {host}\r\n")).unwrap_err(),
-            Refusal::BadHost,
+            ParseError::BadHost,
             "{host}"
         );
     }
@@ -449,12 +464,12 @@ fn expectations_and_hosts_are_read_in_one_way_or_refused() {
         ("https://a/", "a:80"),
         ("http://a/", ""),
     ] {
-        assert_eq!(target(uri, host), Err(Refusal::HostDiffers), "{uri} {host}");
+        assert_eq!(target(uri, host), Err(ParseError::HostDiffers), "{uri} {host}");
     }
     for method in ["head", "Connect"] {
         assert_eq!(
             refused(&format!("{method} / HTTP/1.1\r\nHost: a\r\n\r\n")),
-            Refusal::BadStartLine
+            ParseError::BadStartLine
         );
     }
 }
@@ -494,37 +509,37 @@ fn chunks_are_followed_to_their_end() {
         (b"a".to_vec(), None)
     );
     for (bad, refusal) in [
-        (&b"\r\n"[..], Refusal::BadChunk),
-        (b"g\r\n", Refusal::BadChunk),
-        (b" 1\r\n", Refusal::BadChunk),
-        (b"1 \r\n", Refusal::BadChunk),
-        (b"0x1\r\n", Refusal::BadChunk),
-        (b"+1\r\n", Refusal::BadChunk),
-        (b"1 ;a=b\r\n", Refusal::BadChunk),
-        (b"1;\r\n", Refusal::BadChunk),
-        (b"1; a=b\r\n", Refusal::BadChunk),
-        (b"1;a=\r\n", Refusal::BadChunk),
-        (b"1;a =b\r\n", Refusal::BadChunk),
-        (b"1;a=b \r\n", Refusal::BadChunk),
-        (b"1;a=b\n", Refusal::BadChunk),
-        (b"1;a\nx\r\n", Refusal::BadChunk),
-        (b"1;a=\"\r\n\"\r\n", Refusal::BadChunk),
-        (b"1;a=\"b\"c\r\n", Refusal::BadChunk),
-        (b"1;a=\"\0\"\r\n", Refusal::BadChunk),
-        (b"1;a=\"\xff\"\r\n", Refusal::BadChunk),
-        (b";a\r\n", Refusal::BadChunk),
-        (b"0\r\nTransfer_Encoding: chunked\r\n\r\n", Refusal::BadTrailer),
-        (b"0\r\nExpect: 100-continue\r\n\r\n", Refusal::BadTrailer),
-        (b"1\nab", Refusal::BadChunk),
-        (b"1\r\nab\r\n", Refusal::BadChunk),
-        (b"1\r\na\n", Refusal::BadChunk),
-        (b"ffffffffffffffff\r\n", Refusal::BadChunk),
-        (b"00000000000000001\r\n", Refusal::BadChunk),
-        (b"0\r\nContent-Length: 1\r\n\r\n", Refusal::BadTrailer),
-        (b"0\r\nhOST: a\r\n\r\n", Refusal::BadTrailer),
-        (b"0\r\n: a\r\n\r\n", Refusal::BadTrailer),
-        (b"0\r\n folded\r\n\r\n", Refusal::BadTrailer),
-        (b"0\r\nX: \0\r\n", Refusal::BadTrailer),
+        (&b"\r\n"[..], ParseError::BadChunk),
+        (b"g\r\n", ParseError::BadChunk),
+        (b" 1\r\n", ParseError::BadChunk),
+        (b"1 \r\n", ParseError::BadChunk),
+        (b"0x1\r\n", ParseError::BadChunk),
+        (b"+1\r\n", ParseError::BadChunk),
+        (b"1 ;a=b\r\n", ParseError::BadChunk),
+        (b"1;\r\n", ParseError::BadChunk),
+        (b"1; a=b\r\n", ParseError::BadChunk),
+        (b"1;a=\r\n", ParseError::BadChunk),
+        (b"1;a =b\r\n", ParseError::BadChunk),
+        (b"1;a=b \r\n", ParseError::BadChunk),
+        (b"1;a=b\n", ParseError::BadChunk),
+        (b"1;a\nx\r\n", ParseError::BadChunk),
+        (b"1;a=\"\r\n\"\r\n", ParseError::BadChunk),
+        (b"1;a=\"b\"c\r\n", ParseError::BadChunk),
+        (b"1;a=\"\0\"\r\n", ParseError::BadChunk),
+        (b"1;a=\"\xff\"\r\n", ParseError::BadChunk),
+        (b";a\r\n", ParseError::BadChunk),
+        (b"0\r\nTransfer_Encoding: chunked\r\n\r\n", ParseError::BadTrailer),
+        (b"0\r\nExpect: 100-continue\r\n\r\n", ParseError::BadTrailer),
+        (b"1\nab", ParseError::BadChunk),
+        (b"1\r\nab\r\n", ParseError::BadChunk),
+        (b"1\r\na\n", ParseError::BadChunk),
+        (b"ffffffffffffffff\r\n", ParseError::BadChunk),
+        (b"00000000000000001\r\n", ParseError::BadChunk),
+        (b"0\r\nContent-Length: 1\r\n\r\n", ParseError::BadTrailer),
+        (b"0\r\nhOST: a\r\n\r\n", ParseError::BadTrailer),
+        (b"0\r\n: a\r\n\r\n", ParseError::BadTrailer),
+        (b"0\r\n folded\r\n\r\n", ParseError::BadTrailer),
+        (b"0\r\nX: \0\r\n", ParseError::BadTrailer),
     ] {
         assert_eq!(
             unchunk(bad, 1),
@@ -534,7 +549,7 @@ fn chunks_are_followed_to_their_end() {
         );
     }
     let endless = [b"0\r\n".to_vec(), b"X: y\r\n".repeat(2_000)].concat();
-    assert_eq!(unchunk(&endless, 1), Err(Refusal::HeadTooLong));
+    assert_eq!(unchunk(&endless, 1), Err(ParseError::HeadTooLong));
 }
 
 proptest! {
@@ -560,7 +575,7 @@ proptest! {
         }
         prop_assert_eq!(grown, find(&stream));
         if let Ok(Some(length)) = grown {
-            let _ = Request::parse(&stream[..length], &mut Room::new());
+            let _ = Request::parse(&stream[..length], &mut HeaderBuffer::new());
         }
     }
 
@@ -599,8 +614,8 @@ proptest! {
     #[test]
     fn nothing_panics(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
         let _ = find(&bytes);
-        let _ = Request::parse(&bytes, &mut Room::new());
-        let _ = Response::parse(&bytes, "GET", &mut Room::new());
+        let _ = Request::parse(&bytes, &mut HeaderBuffer::new());
+        let _ = Response::parse(&bytes, "GET", &mut HeaderBuffer::new());
         let _ = unchunk(&bytes, 3);
         let _ = resolved(&String::from_utf8_lossy(&bytes), &mut Vec::new());
     }

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::Refusal;
+use super::ParseError;
 use crate::dns::Name;
 
 /// What a ClientHello says.
@@ -47,55 +47,55 @@ const MAX_EXTENSIONS: usize = 128;
 struct Cursor<'a>(&'a [u8]);
 
 impl<'a> Cursor<'a> {
-    fn take(&mut self, n: usize) -> Result<&'a [u8], Refusal> {
-        let (taken, rest) = self.0.split_at_checked(n).ok_or(Refusal::Malformed)?;
+    fn take(&mut self, n: usize) -> Result<&'a [u8], ParseError> {
+        let (taken, rest) = self.0.split_at_checked(n).ok_or(ParseError::Malformed)?;
         self.0 = rest;
         Ok(taken)
     }
 
-    fn u8(&mut self) -> Result<u8, Refusal> {
+    fn u8(&mut self) -> Result<u8, ParseError> {
         Ok(self.take(1)?[0])
     }
 
-    fn u16(&mut self) -> Result<u16, Refusal> {
+    fn u16(&mut self) -> Result<u16, ParseError> {
         let bytes = self.take(2)?;
         Ok(u16::from_be_bytes([bytes[0], bytes[1]]))
     }
 
-    fn vector8(&mut self) -> Result<&'a [u8], Refusal> {
+    fn vector8(&mut self) -> Result<&'a [u8], ParseError> {
         let length = self.u8()?;
         self.take(usize::from(length))
     }
 
-    fn vector16(&mut self) -> Result<&'a [u8], Refusal> {
+    fn vector16(&mut self) -> Result<&'a [u8], ParseError> {
         let length = self.u16()?;
         self.take(usize::from(length))
     }
 
-    fn finish(self) -> Result<(), Refusal> {
+    fn finish(self) -> Result<(), ParseError> {
         if self.0.is_empty() {
             Ok(())
         } else {
-            Err(Refusal::Malformed)
+            Err(ParseError::Malformed)
         }
     }
 }
 
 impl ClientHello {
     /// Reads the body of a ClientHello: what stands behind the four bytes of type and length.
-    pub(super) fn parse(body: &[u8]) -> Result<Self, Refusal> {
+    pub(super) fn parse(body: &[u8]) -> Result<Self, ParseError> {
         let mut cursor = Cursor(body);
         let mut version = cursor.u16()?;
         cursor.take(32)?;
         if cursor.vector8()?.len() > 32 {
-            return Err(Refusal::Malformed);
+            return Err(ParseError::Malformed);
         }
         let suites = cursor.vector16()?;
         if suites.is_empty() || suites.len() % 2 != 0 {
-            return Err(Refusal::Malformed);
+            return Err(ParseError::Malformed);
         }
         if cursor.vector8()?.is_empty() {
-            return Err(Refusal::Malformed);
+            return Err(ParseError::Malformed);
         }
         let mut hello = Self {
             version,
@@ -115,9 +115,9 @@ impl ClientHello {
             let kind = extensions.u16()?;
             let data = extensions.vector16()?;
             if seen[..count].contains(&kind) {
-                return Err(Refusal::DuplicateExtension);
+                return Err(ParseError::DuplicateExtension);
             }
-            *seen.get_mut(count).ok_or(Refusal::Malformed)? = kind;
+            *seen.get_mut(count).ok_or(ParseError::Malformed)? = kind;
             count += 1;
             match kind {
                 SERVER_NAME => hello.server_name = server_name(data)?,
@@ -132,14 +132,14 @@ impl ClientHello {
     }
 }
 
-fn server_name(data: &[u8]) -> Result<ServerName, Refusal> {
+fn server_name(data: &[u8]) -> Result<ServerName, ParseError> {
     let mut cursor = Cursor(data);
     let mut list = Cursor(cursor.vector16()?);
     cursor.finish()?;
     let kind = list.u8()?;
     let text = list.vector16()?;
     if kind != HOST_NAME || !list.0.is_empty() {
-        return Err(Refusal::SeveralNames);
+        return Err(ParseError::SeveralNames);
     }
     ServerName::of_host(text)
 }
@@ -148,18 +148,18 @@ impl ServerName {
     /// Returns what the host name of a hello stands for: a name, or an address in text form.
     ///
     /// # Errors
-    /// [`Refusal::BadName`] if it is neither.
-    pub fn of_host(text: &[u8]) -> Result<Self, Refusal> {
-        let text = std::str::from_utf8(text).map_err(|_| Refusal::BadName)?;
+    /// [`ParseError::BadName`] if it is neither.
+    pub fn of_host(text: &[u8]) -> Result<Self, ParseError> {
+        let text = std::str::from_utf8(text).map_err(|_| ParseError::BadName)?;
         if let Ok(address) = text.parse() {
             return Ok(Self::Address(address));
         }
         if !text.bytes().all(is_host_byte) {
-            return Err(Refusal::BadName);
+            return Err(ParseError::BadName);
         }
         match text.parse::<Name>() {
             Ok(name) if !name.is_root() => Ok(Self::Name(name)),
-            _ => Err(Refusal::BadName),
+            _ => Err(ParseError::BadName),
         }
     }
 }
@@ -171,12 +171,12 @@ fn is_host_byte(byte: u8) -> bool {
 }
 
 /// The highest version of a list, leaving out those that only test tolerance (GREASE, RFC 8701).
-fn highest_version(data: &[u8]) -> Result<u16, Refusal> {
+fn highest_version(data: &[u8]) -> Result<u16, ParseError> {
     let mut cursor = Cursor(data);
     let list = cursor.vector8()?;
     cursor.finish()?;
     if list.is_empty() || list.len() % 2 != 0 {
-        return Err(Refusal::Malformed);
+        return Err(ParseError::Malformed);
     }
     let versions = list.chunks_exact(2).map(|v| u16::from_be_bytes([v[0], v[1]]));
     Ok(versions

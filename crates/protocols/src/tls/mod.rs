@@ -20,15 +20,15 @@ use std::fmt;
 /// padding or tickets may come on top. The protocol itself allows 16 MiB.
 pub const MAX_HELLO: usize = 16_384;
 
-macro_rules! refusals {
+macro_rules! parse_errors {
     ($($(#[$doc:meta])* $name:ident = $text:literal;)*) => {
         /// Why a stream was not taken. Each kind is a counter of its own.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-        pub enum Refusal {
+        pub enum ParseError {
             $($(#[$doc])* $name,)*
         }
 
-        impl Refusal {
+        impl ParseError {
             /// All of them.
             pub const ALL: &[Self] = &[$(Self::$name,)*];
 
@@ -41,7 +41,7 @@ macro_rules! refusals {
     };
 }
 
-refusals! {
+parse_errors! {
     /// The first bytes are no TLS record.
     NotTls = "not TLS";
     /// A hello in the form of SSL 2 (RFC 6101, appendix E.1).
@@ -68,13 +68,13 @@ refusals! {
     BadName = "malformed server name";
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for ParseError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.text())
     }
 }
 
-impl std::error::Error for Refusal {}
+impl std::error::Error for ParseError {}
 
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,6 @@
 //! TLS records and the handshake messages in them: [`ClientReader`] and [`ServerReader`] take bytes as they come.
 
-use super::{ClientHello, MAX_HELLO, Refusal};
+use super::{ClientHello, MAX_HELLO, ParseError};
 
 /// Content types of records (RFC 8446, 5.1).
 const CHANGE_CIPHER_SPEC: u8 = 20;
@@ -45,7 +45,7 @@ struct Piece<'a> {
 
 impl Records {
     /// Takes the next piece off the front of `input`; `None`: more bytes are needed.
-    fn next<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<Piece<'a>>, Refusal> {
+    fn next<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<Piece<'a>>, ParseError> {
         let mut first = false;
         if self.left == 0 {
             while self.have < RECORD_HEADER {
@@ -57,10 +57,10 @@ impl Records {
                 *input = rest;
                 // What can be said by the first bytes is said at once: nobody waits for the rest of what is not TLS.
                 match self.header[..self.have] {
-                    [first, ..] if first & 0x80 != 0 => return Err(Refusal::Ssl2),
+                    [first, ..] if first & 0x80 != 0 => return Err(ParseError::Ssl2),
                     [CHANGE_CIPHER_SPEC..=APPLICATION_DATA] => {}
                     [CHANGE_CIPHER_SPEC..=APPLICATION_DATA, 3, ..] => {}
-                    _ => return Err(Refusal::NotTls),
+                    _ => return Err(ParseError::NotTls),
                 }
             }
             self.have = 0;
@@ -72,13 +72,13 @@ impl Records {
                 MAX_RECORD
             };
             if self.left > longest {
-                return Err(Refusal::RecordTooLong);
+                return Err(ParseError::RecordTooLong);
             }
             first = true;
             if self.left == 0 {
                 // Only application data may be empty (RFC 8446, 5.1).
                 if self.kind != APPLICATION_DATA {
-                    return Err(Refusal::EmptyRecord);
+                    return Err(ParseError::EmptyRecord);
                 }
                 return Ok(Some(Piece {
                     kind: self.kind,
@@ -138,17 +138,17 @@ impl ClientReader {
     ///
     /// # Errors
     /// The stream cannot be read any further.
-    pub fn next(&mut self, input: &mut &[u8]) -> Result<ClientStep, Refusal> {
+    pub fn next(&mut self, input: &mut &[u8]) -> Result<ClientStep, ParseError> {
         loop {
             let Some(piece) = self.records.next(input)? else {
                 return Ok(ClientStep::More);
             };
             if piece.kind != HANDSHAKE {
                 if !self.begun {
-                    return Err(Refusal::NotHello);
+                    return Err(ParseError::NotHello);
                 }
                 if !self.held.is_empty() {
-                    return Err(Refusal::Interleaved);
+                    return Err(ParseError::Interleaved);
                 }
                 return Ok(ClientStep::Other);
             }
@@ -157,7 +157,7 @@ impl ClientReader {
                 continue;
             };
             if self.held.len() > length || !piece.last {
-                return Err(Refusal::Trailing);
+                return Err(ParseError::Trailing);
             }
             let hello = ClientHello::parse(&self.held[MESSAGE_HEADER..])?;
             self.held.clear();
@@ -167,12 +167,12 @@ impl ClientReader {
     }
 
     /// Adds to the message; its length if it is complete.
-    fn take(&mut self, bytes: &[u8]) -> Result<Option<usize>, Refusal> {
+    fn take(&mut self, bytes: &[u8]) -> Result<Option<usize>, ParseError> {
         if self.held.is_empty() && bytes.first().is_some_and(|kind| *kind != CLIENT_HELLO) {
-            return Err(Refusal::NotHello);
+            return Err(ParseError::NotHello);
         }
         if self.held.len() + bytes.len() > MESSAGE_HEADER + MAX_HELLO {
-            return Err(Refusal::HelloTooLong);
+            return Err(ParseError::HelloTooLong);
         }
         self.held.extend_from_slice(bytes);
         let [_, a, b, c, ..] = self.held[..] else {
@@ -180,7 +180,7 @@ impl ClientReader {
         };
         let length = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
         if length > MAX_HELLO {
-            return Err(Refusal::HelloTooLong);
+            return Err(ParseError::HelloTooLong);
         }
         let length = MESSAGE_HEADER + length;
         Ok((self.held.len() >= length).then_some(length))
@@ -223,7 +223,7 @@ impl ServerReader {
     ///
     /// # Errors
     /// This is no TLS server.
-    pub fn next(&mut self, input: &mut &[u8]) -> Result<ServerStep, Refusal> {
+    pub fn next(&mut self, input: &mut &[u8]) -> Result<ServerStep, ParseError> {
         loop {
             let Some(piece) = self.records.next(input)? else {
                 return Ok(ServerStep::More);
@@ -233,7 +233,7 @@ impl ServerReader {
                 HANDSHAKE => {}
                 // Behind a HelloRetryRequest, for middleboxes (RFC 8446, appendix D.4).
                 CHANGE_CIPHER_SPEC if self.held.is_empty() => continue,
-                _ => return Err(Refusal::NotHello),
+                _ => return Err(ParseError::NotHello),
             }
             if let Some(step) = self.take(&piece)? {
                 return Ok(step);
@@ -241,19 +241,19 @@ impl ServerReader {
         }
     }
 
-    fn take(&mut self, piece: &Piece<'_>) -> Result<Option<ServerStep>, Refusal> {
+    fn take(&mut self, piece: &Piece<'_>) -> Result<Option<ServerStep>, ParseError> {
         let bytes = piece.bytes;
         let missing = MESSAGE_HEADER + MAX_HELLO - self.held.len();
         self.held.extend_from_slice(&bytes[..bytes.len().min(missing)]);
         if self.held.first() != Some(&SERVER_HELLO) {
-            return Err(Refusal::NotHello);
+            return Err(ParseError::NotHello);
         }
         let [_, a, b, c, ..] = self.held[..] else {
             return Ok(None);
         };
         let length = MESSAGE_HEADER + (usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c));
         if !(SERVER_HELLO_FIXED..=MESSAGE_HEADER + MAX_HELLO).contains(&length) {
-            return Err(Refusal::Malformed);
+            return Err(ParseError::Malformed);
         }
         if self.held.len() < length {
             return Ok(None);
@@ -264,7 +264,7 @@ impl ServerReader {
         // A server that asks for another hello has nothing more to say: what stands behind it would be read or not,
         // depending on how the stream is cut.
         if again && (self.held.len() > length || !piece.last) {
-            return Err(Refusal::Trailing);
+            return Err(ParseError::Trailing);
         }
         self.held.clear();
         Ok(Some(if again {

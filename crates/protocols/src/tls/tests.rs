@@ -58,11 +58,11 @@ fn records(kind: u8, content: &[u8], size: usize) -> Vec<u8> {
         .collect()
 }
 
-fn first(stream: &[u8]) -> Result<ClientStep, Refusal> {
+fn first(stream: &[u8]) -> Result<ClientStep, ParseError> {
     ClientReader::default().next(&mut &stream[..])
 }
 
-fn read(extensions: &[u8]) -> Result<ClientHello, Refusal> {
+fn read(extensions: &[u8]) -> Result<ClientHello, ParseError> {
     match first(&record(22, &hello(extensions)))? {
         ClientStep::Hello(hello) => Ok(*hello),
         other => panic!("{other:?}"),
@@ -115,24 +115,30 @@ fn names_that_two_readers_could_read_differently_are_refused() {
         b"\xff\xfe",
         &long,
     ] {
-        assert_eq!(read(&name_extension(bad)), Err(Refusal::BadName), "{bad:?}");
+        assert_eq!(read(&name_extension(bad)), Err(ParseError::BadName), "{bad:?}");
     }
     let mut two = vec![0];
     two.extend(vector16(b"a.example"));
     two.push(0);
     two.extend(vector16(b"b.example"));
-    assert_eq!(read(&extension(0, &vector16(&two))), Err(Refusal::SeveralNames));
+    assert_eq!(
+        read(&extension(0, &vector16(&two))),
+        Err(ParseError::SeveralNames)
+    );
     let mut other = vec![1];
     other.extend(vector16(b"a.example"));
-    assert_eq!(read(&extension(0, &vector16(&other))), Err(Refusal::SeveralNames));
+    assert_eq!(
+        read(&extension(0, &vector16(&other))),
+        Err(ParseError::SeveralNames)
+    );
     let twice = [name_extension(b"a.example"), name_extension(b"b.example")].concat();
-    assert_eq!(read(&twice), Err(Refusal::DuplicateExtension));
+    assert_eq!(read(&twice), Err(ParseError::DuplicateExtension));
     // An empty list, or bytes behind it.
-    assert_eq!(read(&extension(0, &[])), Err(Refusal::Malformed));
-    assert_eq!(read(&extension(0, &[0, 0])), Err(Refusal::Malformed));
+    assert_eq!(read(&extension(0, &[])), Err(ParseError::Malformed));
+    assert_eq!(read(&extension(0, &[0, 0])), Err(ParseError::Malformed));
     assert_eq!(
         read(&extension(0, &[0, 4, 0, 0, 1, b'a', 0])),
-        Err(Refusal::Malformed)
+        Err(ParseError::Malformed)
     );
 }
 
@@ -168,16 +174,16 @@ fn encrypted_hellos_and_early_data_are_told() {
 #[test]
 fn what_is_not_tls_is_told_by_its_first_bytes() {
     for (bytes, refusal) in [
-        (&b"GET / HTTP/1.1\r\n"[..], Refusal::NotTls),
-        (b"\x00", Refusal::NotTls),
-        (b"\x16\x02", Refusal::NotTls),
-        (b"\x80\x2e\x01\x03\x01", Refusal::Ssl2),
-        (b"\x16\x03\x01\x40\x01", Refusal::RecordTooLong),
-        (b"\x16\x03\x01\x00\x00", Refusal::EmptyRecord),
-        (b"\x17\x03\x03\x00\x01x", Refusal::NotHello),
-        (b"\x15\x03\x01\x00\x02\x01\x00", Refusal::NotHello),
-        (b"\x16\x03\x01\x00\x04\x02\x00\x00\x00", Refusal::NotHello),
-        (b"\x16\x03\x01\x00\x04\x01\x01\x00\x00", Refusal::HelloTooLong),
+        (&b"GET / HTTP/1.1\r\n"[..], ParseError::NotTls),
+        (b"\x00", ParseError::NotTls),
+        (b"\x16\x02", ParseError::NotTls),
+        (b"\x80\x2e\x01\x03\x01", ParseError::Ssl2),
+        (b"\x16\x03\x01\x40\x01", ParseError::RecordTooLong),
+        (b"\x16\x03\x01\x00\x00", ParseError::EmptyRecord),
+        (b"\x17\x03\x03\x00\x01x", ParseError::NotHello),
+        (b"\x15\x03\x01\x00\x02\x01\x00", ParseError::NotHello),
+        (b"\x16\x03\x01\x00\x04\x02\x00\x00\x00", ParseError::NotHello),
+        (b"\x16\x03\x01\x00\x04\x01\x01\x00\x00", ParseError::HelloTooLong),
     ] {
         assert_eq!(first(bytes), Err(refusal), "{bytes:?}");
     }
@@ -190,21 +196,21 @@ fn nothing_hides_behind_or_within_a_hello() {
     let hello = hello(&name_extension(b"a.example"));
     let mut trailing = hello.clone();
     trailing.push(0);
-    assert_eq!(first(&record(22, &trailing)), Err(Refusal::Trailing));
+    assert_eq!(first(&record(22, &trailing)), Err(ParseError::Trailing));
     let twice = [hello.clone(), hello.clone()].concat();
-    assert_eq!(first(&record(22, &twice)), Err(Refusal::Trailing));
+    assert_eq!(first(&record(22, &twice)), Err(ParseError::Trailing));
     // The record says that there is more, which has not come.
     let mut promised = record(22, &trailing);
     promised.pop();
-    assert_eq!(first(&promised), Err(Refusal::Trailing));
+    assert_eq!(first(&promised), Err(ParseError::Trailing));
     let (a, b) = hello.split_at(20);
     let between = [record(22, a), record(20, &[1]), record(22, b)].concat();
-    assert_eq!(first(&between), Err(Refusal::NotHello));
+    assert_eq!(first(&between), Err(ParseError::NotHello));
     let mut reader = ClientReader::default();
     let whole = [record(22, &hello), record(22, a), record(21, &[1, 0])].concat();
     let mut input = &whole[..];
     assert!(matches!(reader.next(&mut input), Ok(ClientStep::Hello(_))));
-    assert_eq!(reader.next(&mut input), Err(Refusal::Interleaved));
+    assert_eq!(reader.next(&mut input), Err(ParseError::Interleaved));
 }
 
 #[test]
@@ -248,8 +254,8 @@ fn the_server_says_whether_another_hello_follows() {
     let old = record(22, &server_hello([1; 32], &[]));
     assert_eq!(read(&old), Ok(ServerStep::Answered(0x0303)));
     assert_eq!(read(&record(21, &[2, 40])), Ok(ServerStep::Refused));
-    assert_eq!(read(&record(23, &[1])), Err(Refusal::NotHello));
-    assert_eq!(read(b"HTTP/1.1 400"), Err(Refusal::NotTls));
+    assert_eq!(read(&record(23, &[1])), Err(ParseError::NotHello));
+    assert_eq!(read(b"HTTP/1.1 400"), Err(ParseError::NotTls));
     assert_eq!(read(&answer[..20]), Ok(ServerStep::More));
     // Certificate and the rest may stand in the same record.
     let mut flight = server_hello([1; 32], &[]);
@@ -260,8 +266,8 @@ fn the_server_says_whether_another_hello_follows() {
     let length = more.len();
     more.extend(server_hello([1; 32], &tls13));
     let more = record(22, &more);
-    assert_eq!(read(&more), Err(Refusal::Trailing));
-    assert_eq!(read(&more[..5 + length]), Err(Refusal::Trailing));
+    assert_eq!(read(&more), Err(ParseError::Trailing));
+    assert_eq!(read(&more[..5 + length]), Err(ParseError::Trailing));
 
     let retry = [
         record(22, &server_hello(record::RETRY_RANDOM, &tls13)),
@@ -277,7 +283,7 @@ fn the_server_says_whether_another_hello_follows() {
 
 /// All that a reader says of a stream that comes in pieces. What needs no judgement counts once in a row: it is told
 /// piece by piece.
-fn steps(stream: &[u8], cuts: &[usize]) -> Vec<Result<ClientStep, Refusal>> {
+fn steps(stream: &[u8], cuts: &[usize]) -> Vec<Result<ClientStep, ParseError>> {
     let mut reader = ClientReader::default();
     let mut out = Vec::new();
     let mut from = 0;
