@@ -9,9 +9,9 @@ use palisade_protocols::dns::{Answer, CLASS_IN, Name, NameError};
 use serde::Serialize;
 
 use crate::{
-    EndpointId, Listed, Millis, SelectorId, Selectors, SniAddressIndex, Special,
+    EndpointId, ListedPrefixes, Millis, SelectorId, Selectors, SniAddressIndex, Special,
     change::{Change, Committed, Pending, Uncommitted, Update},
-    endpoint::{AddressEntry, Endpoint, Limits, NameEntry, Pair, Sink, Triple},
+    endpoint::{AddressEntry, Endpoint, LearnedTriple, Limits, NameEntry, Pair, Sink},
     is_special,
     saved::{SavedAddress, SavedName},
     special,
@@ -282,7 +282,7 @@ impl Cache {
                 stats: &mut self.stats,
                 sni_index: self.sni_index.as_deref(),
             };
-            let gone = state.give(need, &mut sink);
+            let gone = state.evict(need, &mut sink);
             self.total -= gone;
             need -= gone;
             if gone > 0 {
@@ -306,7 +306,7 @@ impl Cache {
                 stats: &mut self.stats,
                 sni_index: self.sni_index.as_deref(),
             };
-            let gone = state.give_in_use(over, &mut sink);
+            let gone = state.evict_in_use(over, &mut sink);
             self.total -= gone;
             if gone == 0 {
                 break;
@@ -402,7 +402,7 @@ impl Cache {
 
     /// Tells which special-purpose addresses the policy of an endpoint lists. Those that were learned before and are not
     /// listed any more are forgotten, in use or not.
-    pub fn set_listed(&mut self, endpoint: EndpointId, listed: Arc<Listed>) -> Update {
+    pub fn set_listed(&mut self, endpoint: EndpointId, listed: Arc<ListedPrefixes>) -> Update {
         let Special::Refuse(except) = self.config.special.clone() else {
             return Update::default();
         };
@@ -661,7 +661,7 @@ impl Cache {
             }
             for entry in state.addresses.values() {
                 memory.triples += entry.triples.len();
-                memory.bytes += heap(entry.triples.capacity() * size_of::<Triple>());
+                memory.bytes += heap(entry.triples.capacity() * size_of::<LearnedTriple>());
             }
         }
         memory

@@ -11,7 +11,7 @@ use std::{
 use palisade_protocols::dns::Name;
 
 use crate::{
-    EndpointId, Listed, Millis, SelectorId, Selectors, SniAddressIndex, Stats,
+    EndpointId, ListedPrefixes, Millis, SelectorId, Selectors, SniAddressIndex, Stats,
     change::{Change, ChangeKind},
 };
 
@@ -32,7 +32,7 @@ pub(crate) struct Limits {
 pub(crate) struct Endpoint {
     pub(crate) selectors: Option<Arc<Selectors>>,
     /// Which special-purpose addresses its policy lists; `None`: not told yet.
-    pub(crate) listed: Option<Arc<Listed>>,
+    pub(crate) listed: Option<Arc<ListedPrefixes>>,
     pub(crate) names: HashMap<Arc<[u8]>, NameEntry>,
     pub(crate) addresses: HashMap<IpAddr, AddressEntry>,
     /// The names, the one that was learned longest ago first.
@@ -75,12 +75,12 @@ pub(crate) struct AddressEntry {
     /// The round in which it was last seen in use; 0: never.
     used: u64,
     /// By selector, ascending.
-    pub(crate) triples: Vec<Triple>,
+    pub(crate) triples: Vec<LearnedTriple>,
 }
 
 /// A selector that an address belongs to.
 #[derive(Debug)]
-pub(crate) struct Triple {
+pub(crate) struct LearnedTriple {
     selector: SelectorId,
     /// Names of the address that match the selector. Live while there is one.
     names: u32,
@@ -110,7 +110,7 @@ pub(crate) struct Sink<'a> {
 }
 
 impl Sink<'_> {
-    fn emit(&mut self, address: IpAddr, triple: &mut Triple) {
+    fn emit(&mut self, address: IpAddr, triple: &mut LearnedTriple) {
         let kind = if triple.names > 0 {
             ChangeKind::Live
         } else {
@@ -303,12 +303,12 @@ impl Endpoint {
 
     /// Removes up to `count` addresses of names that no connection uses, those of the name that was learned longest ago
     /// first. Returns how many.
-    pub(crate) fn give(&mut self, count: usize, sink: &mut Sink<'_>) -> usize {
+    pub(crate) fn evict(&mut self, count: usize, sink: &mut Sink<'_>) -> usize {
         self.take(count, |state, pair| !state.in_use(pair.address), sink)
     }
 
     /// Removes up to `count` addresses of names whether connections use them or not. Returns how many.
-    pub(crate) fn give_in_use(&mut self, count: usize, sink: &mut Sink<'_>) -> usize {
+    pub(crate) fn evict_in_use(&mut self, count: usize, sink: &mut Sink<'_>) -> usize {
         self.take(count, |_, _| true, sink)
     }
 
@@ -635,7 +635,7 @@ impl AddressEntry {
             }
             self.triples.insert(
                 at,
-                Triple {
+                LearnedTriple {
                     selector,
                     names: 0,
                     map: MapState::Absent,

@@ -29,7 +29,7 @@ pub use change::{Change, ChangeKind, Committed, Pending, Uncommitted, Update};
 pub use saved::{SavedAddress, SavedName};
 pub use selectors::{SelectorId, Selectors};
 pub use sni_index::SniAddressIndex;
-pub use special::{Listed, Special, is_special, is_special_prefix};
+pub use special::{ListedPrefixes, Special, is_special, is_special_prefix};
 pub use track::{Flow, OpenQuestion, TrackLimits, Tracker, Unsolicited};
 
 /// Milliseconds of one monotonic clock.

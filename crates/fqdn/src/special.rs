@@ -23,7 +23,7 @@ pub enum Special {
 
 /// What the policy of an endpoint says about special-purpose addresses.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
-pub struct Listed {
+pub struct ListedPrefixes {
     /// Prefixes that egress rules of the endpoint name.
     pub prefixes: Vec<IpNet>,
     /// Selectors of rules that deny. Addresses of names that match one are learned in any case: what is not learned
@@ -31,7 +31,7 @@ pub struct Listed {
     pub denied: Vec<SelectorId>,
 }
 
-impl Listed {
+impl ListedPrefixes {
     /// Returns whether an address of a name with these selectors is learned although it is special-purpose.
     pub(crate) fn takes(&self, address: IpAddr, selectors: &[SelectorId]) -> bool {
         lists(&self.prefixes, address) || selectors.iter().any(|selector| self.denied.contains(selector))

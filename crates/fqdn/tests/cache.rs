@@ -3,7 +3,7 @@
 use std::{net::IpAddr, sync::Arc};
 
 use palisade_fqdn::{
-    Cache, ChangeKind, Config, EndpointId, Listed, Millis, Pending, SavedName, SelectorId, Selectors,
+    Cache, ChangeKind, Config, EndpointId, ListedPrefixes, Millis, Pending, SavedName, SelectorId, Selectors,
     Special, Uncommitted, Update,
 };
 use palisade_policy::rule::FqdnPattern;
@@ -535,7 +535,7 @@ fn special_purpose_addresses_teach_nothing_unless_listed() {
         [live(1, 1, "10.20.0.1"), live(1, 1, "8.8.8.8")]
     );
     // A rule of the endpoint lists one; a name that is denied is learned with all its addresses.
-    let listed = Listed {
+    let listed = ListedPrefixes {
         prefixes: vec!["192.168.1.0/24".parse().unwrap(), "0.0.0.0/0".parse().unwrap()],
         denied: vec![SelectorId(2)],
     };

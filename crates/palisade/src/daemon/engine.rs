@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use ipnet::IpNet;
 use palisade_abi::{CLASS_ANY, Decision, Direction, Identity, entry_flags, identity};
 use palisade_datapath::{ApplyError, Datapath, Dump};
-use palisade_fqdn::{EndpointId, Listed, SelectorId, Selectors};
+use palisade_fqdn::{EndpointId, ListedPrefixes, SelectorId, Selectors};
 use palisade_policy::{
     compile::{Changes, Compiler},
     labels::{Labels, reserved},
@@ -432,7 +432,7 @@ impl Engine {
             let prefixes = listed_prefixes(&self.compiler, *endpoint);
             policy
                 .listed
-                .insert(*endpoint, Arc::new(Listed { prefixes, denied }));
+                .insert(*endpoint, Arc::new(ListedPrefixes { prefixes, denied }));
         }
         self.compiled = compiled;
         policy

@@ -36,8 +36,8 @@ use journal::Journal;
 use palisade_abi::{Identity, LearnedKey};
 use palisade_datapath::Datapath;
 use palisade_fqdn::{
-    Cache, CachedName, ChangeKind, EndpointId, Listed, Millis, Pending, SavedName, SelectorId, Selectors,
-    Stats, Update,
+    Cache, CachedName, ChangeKind, EndpointId, ListedPrefixes, Millis, Pending, SavedName, SelectorId,
+    Selectors, Stats, Update,
 };
 use palisade_inspect::{
     Lease,
@@ -198,7 +198,7 @@ pub struct Policy {
     /// Selectors that a deny rule of the endpoint has.
     pub denied: HashSet<(EndpointId, SelectorId)>,
     /// Special-purpose addresses that the policy of an endpoint with selectors lists.
-    pub listed: BTreeMap<EndpointId, Arc<Listed>>,
+    pub listed: BTreeMap<EndpointId, Arc<ListedPrefixes>>,
 }
 
 /// A change of the policy under way; see [`Names::change`].
