@@ -829,7 +829,9 @@ impl Control {
                     .push(full_name(endpoint));
             }
         }
-        let mut rules: BTreeMap<(&str, &str, &str), Vec<(&RulePlace, RuleSummary)>> = BTreeMap::new();
+        /// The rules of a policy, by its file, kind and name.
+        type RulesByPolicy<'a> = BTreeMap<(&'a str, &'a str, &'a str), Vec<(&'a RulePlace, RuleSummary)>>;
+        let mut rules: RulesByPolicy<'_> = BTreeMap::new();
         for (id, rule) in &*compiler.snapshot().rules {
             if let RuleKey::Rule(place) = &rule.key
                 && let Some(location) = &rule.location
