@@ -34,7 +34,9 @@ use aya::{
     maps::{Array, XskMap},
     programs::{Xdp, xdp::XdpMode},
 };
-use palisade_abi::{Carried, CarrySlot, Config as Told, Inspector, carry_flags, carry_hook, maps, programs};
+use palisade_abi::{
+    Config as Told, Inspector, PuntHeader, PuntRequest, maps, programs, punt_flags, punt_hook,
+};
 use palisade_datapath::monotonic_coarse;
 use palisade_inspect::{Engine, Learned, Limits, Millis, PacketView, Rules, Sink};
 use palisade_policy::{
@@ -118,7 +120,7 @@ impl Inspect for Open {
 /// A query and its answer (there is no such name, so nothing is to be learned) for each flow, as they are carried.
 fn frames() -> Vec<Vec<u8>> {
     let (client, server) = (Ipv4Addr::new(10, 0, 1, 10), Ipv4Addr::new(198, 51, 100, 2));
-    let slot = |flags| CarrySlot {
+    let slot = |flags| PuntRequest {
         rule: 9,
         ruleset: RULESET,
         remote_identity: 2,
@@ -129,13 +131,13 @@ fn frames() -> Vec<Vec<u8>> {
         flags,
     };
     let carried = |slot, hook, frame: &[u8], hash| {
-        let carried = Carried {
+        let carried = PuntHeader {
             cookie: COOKIE,
             ifindex: 1,
             hash,
             hook,
-            slots: [slot, CarrySlot::default()],
-            ..Carried::default()
+            slots: [slot, PuntRequest::default()],
+            ..PuntHeader::default()
         };
         [carried.as_bytes(), frame].concat()
     };
@@ -148,10 +150,10 @@ fn frames() -> Vec<Vec<u8>> {
             let there = wire::udp(at, to, &query);
             let back = wire::udp(to, at, &answer);
             [
-                carried(slot(0), carry_hook::TC_INGRESS, &there, n.into()),
+                carried(slot(0), punt_hook::TC_INGRESS, &there, n.into()),
                 carried(
-                    slot(carry_flags::INGRESS | carry_flags::REPLY),
-                    carry_hook::TC_EGRESS,
+                    slot(punt_flags::INGRESS | punt_flags::REPLY),
+                    punt_hook::TC_EGRESS,
                     &back,
                     n.into(),
                 ),

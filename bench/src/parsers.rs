@@ -5,7 +5,7 @@ use std::{hint::black_box, net::Ipv4Addr, process::Command, sync::Arc, time::Ins
 
 use anyhow::{Context, Result};
 use hickory_proto::op::Message;
-use palisade_abi::{CarrySlot, Inspector, carry_flags};
+use palisade_abi::{Inspector, PuntRequest, punt_flags};
 use palisade_inspect::{Engine, Limits, Rules, Stats};
 use palisade_policy::{
     rule::{FqdnPattern, HttpRule},
@@ -115,8 +115,8 @@ pub fn rules() -> Rules {
 
 /// A flow of an endpoint, as the programs tell of it.
 #[must_use]
-pub fn slot(inspector: Inspector, reply: bool) -> CarrySlot {
-    CarrySlot {
+pub fn slot(inspector: Inspector, reply: bool) -> PuntRequest {
+    PuntRequest {
         rule: 9,
         ruleset: inspector as u32,
         remote_identity: 2,
@@ -125,7 +125,7 @@ pub fn slot(inspector: Inspector, reply: bool) -> CarrySlot {
         endpoint: 1,
         inspector: inspector as u8,
         flags: if reply {
-            carry_flags::INGRESS | carry_flags::REPLY
+            punt_flags::INGRESS | punt_flags::REPLY
         } else {
             0
         },

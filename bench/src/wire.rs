@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use palisade_abi::{CarrySlot, FlowCommand, Reason, carry_hook};
+use palisade_abi::{FlowCommand, PuntRequest, Reason, punt_hook};
 use palisade_inspect::{Engine, Learn, Millis, PacketView, Route, Sink, record::Record};
 use palisade_packet::{Packet, Start, decode};
 use palisade_testbed::packet;
@@ -180,7 +180,7 @@ impl Sink<()> for Outcome {
 }
 
 /// Gives an engine a frame for a slot.
-pub fn read(engine: &mut Engine<()>, outcome: &mut Outcome, now: Millis, slot: &CarrySlot, frame: &[u8]) {
+pub fn read(engine: &mut Engine<()>, outcome: &mut Outcome, now: Millis, slot: &PuntRequest, frame: &[u8]) {
     let mut packet = Packet::default();
     if decode(frame, Start::Ethernet { tags_removed: 0 }, &mut packet).is_err() {
         outcome.discarded += 1;
@@ -197,7 +197,7 @@ pub fn read(engine: &mut Engine<()>, outcome: &mut Outcome, now: Millis, slot: &
     let view = PacketView {
         slot,
         ifindex: 1,
-        hook: carry_hook::TC_INGRESS,
+        hook: punt_hook::TC_INGRESS,
         packet: &packet,
         frame,
         network,

@@ -80,7 +80,7 @@ fn jumbo_frames(hooks: Hooks) {
 /// A frame as long as may be carried has to fit on its way back too, with the order that says how long the body is.
 #[test]
 fn the_longest_frame_that_is_carried_comes_back_with_an_order() {
-    /// `palisade_abi::MAX_CARRIED_FRAME`.
+    /// `palisade_abi::MAX_PUNT_FRAME`.
     const LONGEST: usize = 3_254;
     let apps = with_jumbo_frames();
     let servers = ["internet", "server", "node"];

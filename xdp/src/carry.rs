@@ -1,10 +1,10 @@
-//! Packets to the workers and back: what stands before them, what stands behind them (`palisade_abi::carry`).
+//! Packets to the workers and back: what stands before them, what stands behind them (`palisade_abi::punt`).
 
 use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_change_tail, bpf_skb_load_bytes};
 use palisade_abi::{
-    Addr, CarrySlot, CtEntry, CtKey, Direction, FlowCommand, Reason, Released, carry_flags, config_flags,
-    ct_flags, order, protocol, release,
+    Addr, CtEntry, CtKey, Direction, FlowCommand, PuntRequest, Reason, ReinjectTrailer, config_flags,
+    ct_flags, order, protocol, punt_flags, release,
 };
 use palisade_packet::{Bytes, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, flags};
 
@@ -20,17 +20,17 @@ pub fn ask_again<C: Context>(ctx: C, frame: &mut Frame, entry: &CtEntry) {
     need(ctx, frame, entry);
     let mut flags = 0;
     if conntrack::is_reply(entry, frame.is_ingress()) {
-        flags |= carry_flags::REPLY;
+        flags |= punt_flags::REPLY;
     }
     if entry.flags & ct_flags::MIDSTREAM != 0 {
-        flags |= carry_flags::MIDSTREAM;
+        flags |= punt_flags::MIDSTREAM;
     }
     frame.rule = entry.rule;
     frame.ruleset = entry.ruleset;
     frame.remote_identity = entry.remote_identity;
     frame.serial = entry.serial;
     frame.inspector = entry.inspector;
-    frame.carry_flags = entry.carry_flags;
+    frame.punt_flags = entry.punt_flags;
     ask(frame, flags);
 }
 
@@ -40,11 +40,11 @@ pub fn ask(frame: &mut Frame, flags: u8) -> u32 {
     let Some(carried) = CARRY.get_ptr_mut(0) else {
         return 0;
     };
-    let mut flags = flags | frame.carry_flags;
+    let mut flags = flags | frame.punt_flags;
     if frame.is_ingress() {
-        flags |= carry_flags::INGRESS;
+        flags |= punt_flags::INGRESS;
     }
-    let slot = CarrySlot {
+    let slot = PuntRequest {
         rule: frame.rule,
         ruleset: frame.ruleset,
         remote_identity: frame.remote_identity,
@@ -152,7 +152,7 @@ fn is_in_window<C: Context>(ctx: C, frame: &Frame, entry: &CtEntry) -> bool {
     } else {
         [from, to, other_from, other_to]
     };
-    if entry.decided != CtEntry::windowed(entry.serial, entry.ruleset, entry.carry_flags, windows) {
+    if entry.decided != CtEntry::windowed(entry.serial, entry.ruleset, entry.punt_flags, windows) {
         return false;
     }
     let bytes = ctx.bytes(false);
@@ -182,10 +182,10 @@ fn is_in_window<C: Context>(ctx: C, frame: &Frame, entry: &CtEntry) -> bool {
 #[inline(always)]
 pub fn carry<C: Context>(ctx: C, frame: &mut Frame) {
     let (Some(config), Some(carried)) = (CONFIG.get(0), CARRY.get_ptr_mut(0)) else {
-        return frame.set(Reason::CarryFailed);
+        return frame.set(Reason::PuntFailed);
     };
     if frame.layer3 != 0 || frame.generic != 0 {
-        return frame.set(Reason::CarryUnsupported);
+        return frame.set(Reason::PuntUnsupported);
     }
     let queue = if config.workers == 0 {
         0
@@ -215,7 +215,7 @@ pub fn carry<C: Context>(ctx: C, frame: &mut Frame) {
     carried.hook = ctx.hook(frame.egress != 0);
     carried.zero = [0; 3];
     if frame.asks < 2 {
-        carried.slots[1] = CarrySlot::default();
+        carried.slots[1] = PuntRequest::default();
     }
     let failed = ctx.push(carried, queue, config.carrier);
     if failed != 0 {
@@ -264,7 +264,7 @@ pub fn only_carried(ctx: Skb) -> i32 {
     if has_cookie(&bytes) {
         return TC_ACT_UNSPEC;
     }
-    count(Reason::CarryForeign, bytes.len());
+    count(Reason::PuntForeign, bytes.len());
     TC_ACT_SHOT
 }
 
@@ -274,7 +274,7 @@ pub fn to_worker(ctx: Xdp) -> u32 {
     let bytes = ctx.bytes(false);
     let length = bytes.len();
     if !has_cookie(&bytes) {
-        count(Reason::CarryForeign, length);
+        count(Reason::PuntForeign, length);
         return xdp_action::XDP_DROP;
     }
     // SAFETY: the context pointer is the one the kernel gave the program, valid while it runs.
@@ -290,7 +290,7 @@ pub fn to_worker(ctx: Xdp) -> u32 {
 
 /// Values that any bytes make.
 trait Plain {}
-impl Plain for Released {}
+impl Plain for ReinjectTrailer {}
 impl Plain for FlowCommand {}
 
 /// Reads a value out of a packet; whether it lies within.
@@ -305,19 +305,19 @@ fn load<T: Plain>(ctx: Skb, at: u32, into: &mut T) -> bool {
 /// What enters the node's end of the carrier goes where its last bytes say, if they are ours.
 #[inline(always)]
 pub fn from_worker(ctx: Skb) -> i32 {
-    const TRAILER: u32 = size_of::<Released>() as u32;
+    const TRAILER: u32 = size_of::<ReinjectTrailer>() as u32;
     const COMMAND: u32 = size_of::<FlowCommand>() as u32;
     let skb = ctx.0;
     // SAFETY: the context pointer is the one the kernel gave the program, valid while it runs.
     let length = unsafe { (*skb).len };
-    let mut released = Released::default();
+    let mut released = ReinjectTrailer::default();
     let ours = length >= TRAILER + 14 && load(ctx, length - TRAILER, &mut released);
     let (true, Some(config)) = (ours, CONFIG.get(0)) else {
-        count(Reason::CarryForeign, length);
+        count(Reason::PuntForeign, length);
         return TC_ACT_SHOT;
     };
     if released.cookie != config.cookie || config.cookie == 0 {
-        count(Reason::CarryForeign, length);
+        count(Reason::PuntForeign, length);
         return TC_ACT_SHOT;
     }
     let mut tail = TRAILER;
@@ -327,7 +327,7 @@ pub fn from_worker(ctx: Skb) -> i32 {
         tail += COMMAND;
         let loaded = length >= tail + 14 && load(ctx, length - tail, &mut command);
         if !loaded {
-            count(Reason::CarryForeign, length);
+            count(Reason::PuntForeign, length);
             return TC_ACT_SHOT;
         }
         if obey(&command) == 0 && command.order == order::REPLACE {
@@ -347,7 +347,7 @@ pub fn from_worker(ctx: Skb) -> i32 {
     // SAFETY: as above.
     unsafe {
         if bpf_skb_change_tail(skb, length - tail, 0) != 0 {
-            count(Reason::CarryFailed, length);
+            count(Reason::PuntFailed, length);
             return TC_ACT_SHOT;
         }
         (*skb).mark = if released.flags & release::MARK != 0 {
@@ -361,7 +361,7 @@ pub fn from_worker(ctx: Skb) -> i32 {
             0
         };
         if bpf_redirect(released.ifindex, flags) != i64::from(TC_ACT_REDIRECT) {
-            count(Reason::CarryFailed, length);
+            count(Reason::PuntFailed, length);
             return TC_ACT_SHOT;
         }
     }
@@ -395,13 +395,13 @@ fn obey(command: &FlowCommand) -> u32 {
         _ => {}
     }
     // Rules may have changed since the worker got the packet that it decided by.
-    if entry.ruleset != command.ruleset || u32::from(entry.carry_flags) != command.carry_flags {
+    if entry.ruleset != command.ruleset || u32::from(entry.punt_flags) != command.punt_flags {
         return 0;
     }
     // Data is sent after the handshake only.
     conntrack::opened(entry);
     // If the entry changes now, on another CPU, `decided` says what it was decided for: it will not count.
-    let (serial, ruleset, flags) = (command.serial, command.ruleset, command.carry_flags as u8);
+    let (serial, ruleset, flags) = (command.serial, command.ruleset, command.punt_flags as u8);
     let decided = if command.order == order::OFFLOAD {
         CtEntry::offload(serial, ruleset, flags)
     } else {

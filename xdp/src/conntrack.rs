@@ -437,7 +437,7 @@ pub fn insert(frame: &mut Frame) {
     entry.serial = frame.serial;
     entry.ruleset = frame.ruleset;
     entry.inspector = frame.inspector;
-    entry.carry_flags = frame.carry_flags;
+    entry.punt_flags = frame.punt_flags;
     // On the stack, as in `lookup`.
     let key = frame.key;
     // What takes the place of a flow that is over adds nothing to the map.

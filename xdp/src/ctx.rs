@@ -8,7 +8,7 @@ use aya_ebpf::helpers::generated::{
     bpf_skb_pull_data, bpf_skb_store_bytes, bpf_skb_vlan_pop, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
     bpf_xdp_get_buff_len, bpf_xdp_load_bytes, bpf_xdp_store_bytes,
 };
-use palisade_abi::{Carried, CtEntry, MAX_CARRIED_FRAME, MAX_SEGMENT_HEADERS, Reason, carry_hook};
+use palisade_abi::{CtEntry, MAX_PUNT_FRAME, MAX_SEGMENT_HEADERS, PuntHeader, Reason, punt_hook};
 use palisade_packet::{Bytes, MAX_HEADERS};
 
 use crate::frame::Frame;
@@ -19,7 +19,7 @@ const OFFSET_MASK: u32 = 2 * MAX_HEADERS - 1;
 const _: () = assert!(MAX_HEADERS.is_power_of_two());
 
 /// Why a packet was not put on the carrier, if nothing else is known.
-const FAILED: u32 = Reason::CarryFailed as u32;
+const FAILED: u32 = Reason::PuntFailed as u32;
 
 /// The readable part of a frame, by direct packet access.
 pub struct Linear {
@@ -113,8 +113,8 @@ pub trait Context: Copy + crate::link::Judge {
     fn cut(self, length: u32) -> bool;
     /// What differs of [`crate::carry::carry`]: puts what stands before a packet there, and has it redirected. 0, or
     /// the number of the [`Reason`] why that did not work.
-    fn push(self, carried: &mut Carried, queue: u32, carrier: u32) -> u32;
-    /// [`palisade_abi::carry_hook`].
+    fn push(self, carried: &mut PuntHeader, queue: u32, carrier: u32) -> u32;
+    /// [`palisade_abi::punt_hook`].
     fn hook(self, egress: bool) -> u8;
     /// [`crate::event::send`].
     fn send(self, frame: &Frame, what: u32, flow: *const CtEntry);
@@ -357,10 +357,10 @@ impl Context for Xdp {
 
     /// The frame is copied where it lies: XDP leaves room for headers in front.
     #[inline(always)]
-    fn push(self, carried: &mut Carried, _: u32, carrier: u32) -> u32 {
-        const LENGTH: usize = size_of::<Carried>();
-        if self.bytes(true).len > MAX_CARRIED_FRAME {
-            return Reason::CarryUnsupported as u32;
+    fn push(self, carried: &mut PuntHeader, _: u32, carrier: u32) -> u32 {
+        const LENGTH: usize = size_of::<PuntHeader>();
+        if self.bytes(true).len > MAX_PUNT_FRAME {
+            return Reason::PuntUnsupported as u32;
         }
         // SAFETY: see above the impl.
         if unsafe { bpf_xdp_adjust_head(self.0, -(LENGTH as i32)) } != 0 {
@@ -387,7 +387,7 @@ impl Context for Xdp {
 
     #[inline(always)]
     fn hook(self, _: bool) -> u8 {
-        carry_hook::XDP_INGRESS
+        punt_hook::XDP_INGRESS
     }
 }
 
@@ -488,8 +488,8 @@ impl Context for Skb {
 
     /// The head grows in front of the Ethernet header; what is segmented later takes it along.
     #[inline(always)]
-    fn push(self, carried: &mut Carried, queue: u32, carrier: u32) -> u32 {
-        const LENGTH: u32 = size_of::<Carried>() as u32;
+    fn push(self, carried: &mut PuntHeader, queue: u32, carrier: u32) -> u32 {
+        const LENGTH: u32 = size_of::<PuntHeader>() as u32;
         // SAFETY: see above the impl; `carried` is memory of `LENGTH` bytes.
         unsafe {
             let skb = self.0;
@@ -500,8 +500,8 @@ impl Context for Skb {
             } else {
                 gso + MAX_SEGMENT_HEADERS
             };
-            if longest > MAX_CARRIED_FRAME {
-                return Reason::CarryUnsupported as u32;
+            if longest > MAX_PUNT_FRAME {
+                return Reason::PuntUnsupported as u32;
             }
             if (*skb).vlan_present != 0 {
                 carried.vlan = (*skb).vlan_tci as u16;
@@ -511,7 +511,7 @@ impl Context for Skb {
                 }
                 // Of two tags the inner one has taken the place beside the frame; there is room for one only.
                 if core::ptr::read_volatile(&raw const (*skb).vlan_present) != 0 {
-                    return Reason::CarryUnsupported as u32;
+                    return Reason::PuntUnsupported as u32;
                 }
             }
             if bpf_skb_change_head(skb, LENGTH, 0) != 0
@@ -531,9 +531,9 @@ impl Context for Skb {
     #[inline(always)]
     fn hook(self, egress: bool) -> u8 {
         if egress {
-            carry_hook::TC_EGRESS
+            punt_hook::TC_EGRESS
         } else {
-            carry_hook::TC_INGRESS
+            punt_hook::TC_INGRESS
         }
     }
 }

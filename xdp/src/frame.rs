@@ -50,7 +50,7 @@ pub struct Frame {
     pub ruleset: u32,
     /// [`palisade_abi::CtEntry::serial`] of the flow.
     pub serial: u32,
-    /// [`palisade_abi::Carried::hash`], once somebody asks.
+    /// [`palisade_abi::PuntHeader::hash`], once somebody asks.
     pub hash: u32,
     /// [`palisade_abi::event_flags`] known so far.
     pub event_flags: u8,
@@ -88,8 +88,8 @@ pub struct Frame {
     pub needed: bool,
     /// The endpoint has learned addresses by name.
     pub learns: u8,
-    /// [`palisade_abi::carry_flags::AUDIT`] if the flow's application rules only audit.
-    pub carry_flags: u8,
+    /// [`palisade_abi::punt_flags::AUDIT`] if the flow's application rules only audit.
+    pub punt_flags: u8,
     /// What the policy says of the same flow in the other direction: see [`other`].
     pub other: u8,
     /// The packet begins a flow of which it is an answer.
@@ -141,7 +141,7 @@ impl Frame {
             asks: 0,
             needed: false,
             learns: 0,
-            carry_flags: 0,
+            punt_flags: 0,
             other: other::NOTHING,
             turned: false,
         }
@@ -168,7 +168,7 @@ impl Frame {
         self.match_kind = MatchKind::None as u8;
         self.inspector = 0;
         self.ruleset = 0;
-        self.carry_flags = 0;
+        self.punt_flags = 0;
         self.entry_flags = 0;
         self.turned = false;
     }

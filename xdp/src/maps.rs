@@ -5,8 +5,8 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, XskMap};
 use aya_ebpf::macros::btf_map;
 use palisade_abi::{
-    Addr, CLASS_SLOTS, Carried, Config, Counter, CtEntry, CtKey, EndpointState, FlowSlot, FragmentKey,
-    FragmentPorts, FragmentSlot, Interface, IpcacheEntry, LearnedKey, MAX_WORKERS, PolicyEntry, PolicyKey,
+    Addr, CLASS_SLOTS, Config, Counter, CtEntry, CtKey, EndpointState, FlowSlot, FragmentKey, FragmentPorts,
+    FragmentSlot, Interface, IpcacheEntry, LearnedKey, MAX_WORKERS, PolicyEntry, PolicyKey, PuntHeader,
     RateBudget, Share,
 };
 
@@ -79,7 +79,7 @@ pub static CONFIG: Array<Config, 1> = Array::new();
 pub static WORKERS: Array<u64, MAX_WORKERS, MMAPABLE> = Array::new();
 
 #[btf_map]
-pub static CARRY: PerCpuArray<Carried, 1> = PerCpuArray::new();
+pub static CARRY: PerCpuArray<PuntHeader, 1> = PerCpuArray::new();
 
 #[btf_map]
 pub static XSKS: XskMap<MAX_WORKERS> = XskMap::new();

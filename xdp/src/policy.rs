@@ -1,8 +1,8 @@
 //! The policy table.
 
 use palisade_abi::{
-    CLASS_ANY, CLASS_SLOTS, Decision, Inspector, PolicyEntry, PolicyKey, Reason, carry_flags, entry_flags,
-    identity,
+    CLASS_ANY, CLASS_SLOTS, Decision, Inspector, PolicyEntry, PolicyKey, Reason, entry_flags, identity,
+    punt_flags,
 };
 
 use crate::frame::Frame;
@@ -43,12 +43,12 @@ pub fn judge(frame: &mut Frame, identity: u32, slot: u32, direction: u32) {
     frame.entry_flags = entry.flags;
     frame.inspector = 0;
     frame.ruleset = 0;
-    frame.carry_flags = 0;
+    frame.punt_flags = 0;
     if entry.decision == Decision::Inspect as u8 && is_reader(entry.inspector) {
         frame.inspector = entry.inspector;
         frame.ruleset = entry.ruleset;
         if entry.flags & entry_flags::AUDIT != 0 {
-            frame.carry_flags = carry_flags::AUDIT;
+            frame.punt_flags = punt_flags::AUDIT;
         }
         return frame.set(Reason::Allowed);
     }

@@ -1,8 +1,8 @@
 //! The verdict function: one for XDP and tc, for both roles and both directions.
 
 use palisade_abi::{
-    Addr, CtEntry, Decision, Direction, EndpointState, EventKind, Reason, TracePoint, carry_flags,
-    class_slot, class_slot_unknown_port, ct_flags, endpoint_flags, entry_flags, event_flags, protocol, role,
+    Addr, CtEntry, Decision, Direction, EndpointState, EventKind, Reason, TracePoint, class_slot,
+    class_slot_unknown_port, ct_flags, endpoint_flags, entry_flags, event_flags, protocol, punt_flags, role,
 };
 use palisade_packet::{Bytes as _, Quote, TCP_ACK, TCP_RST, TCP_SYN, decode_quote, flags, icmp, icmpv6};
 
@@ -353,10 +353,10 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
         ctx.send(frame, start, core::ptr::null());
         if frame.inspector != 0 {
             let opens = !is_tcp || tcp_flags == TCP_SYN;
-            let midstream = if opens { 0 } else { carry_flags::MIDSTREAM };
-            let reply = if frame.turned { carry_flags::REPLY } else { 0 };
+            let midstream = if opens { 0 } else { punt_flags::MIDSTREAM };
+            let reply = if frame.turned { punt_flags::REPLY } else { 0 };
             frame.needed = true;
-            carry::ask(frame, carry_flags::NEW | midstream | reply);
+            carry::ask(frame, punt_flags::NEW | midstream | reply);
         }
     }
     ctx.send(
@@ -591,7 +591,7 @@ pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
     entry.rule = frame.rule;
     entry.match_kind = frame.match_kind;
     entry.remote_identity = frame.remote_identity;
-    if entry.ruleset != frame.ruleset || entry.carry_flags != frame.carry_flags {
+    if entry.ruleset != frame.ruleset || entry.punt_flags != frame.punt_flags {
         // Other rules have other windows.
         carry::set_windows(entry, [0; 4]);
         entry.decided = 0;
@@ -606,7 +606,7 @@ pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
         entry.serial = entry.serial.wrapping_add(1);
     }
     entry.ruleset = frame.ruleset;
-    entry.carry_flags = frame.carry_flags;
+    entry.punt_flags = frame.punt_flags;
     entry.flags = flow_flags;
     frame.event_flags = conntrack::direction_flags(entry, frame.is_ingress());
     if frame.is_dropped() {

@@ -94,8 +94,8 @@ pub struct CtEntry {
     pub ruleset: u32,
     /// [`crate::Inspector`] that reads the flow; 0: nobody does.
     pub inspector: u8,
-    /// [`crate::carry_flags::AUDIT`] if what the application rules deny passes.
-    pub carry_flags: u8,
+    /// [`crate::punt_flags::AUDIT`] if what the application rules deny passes.
+    pub punt_flags: u8,
     /// Not 0: the inspector has seen the connection end. What a packet of a flow that is read says about its end does
     /// not count before: its checksum and its place in the stream are known to the inspector only.
     pub over: u8,
@@ -125,15 +125,15 @@ impl CtEntry {
     /// changes nothing, whichever of the two writes first.
     #[inline(always)]
     #[must_use]
-    pub const fn offload(serial: u32, ruleset: u32, carry_flags: u8) -> u64 {
-        mix(mix(1, serial as u64 | (ruleset as u64) << 32), carry_flags as u64) | 1
+    pub const fn offload(serial: u32, ruleset: u32, punt_flags: u8) -> u64 {
+        mix(mix(1, serial as u64 | (ruleset as u64) << 32), punt_flags as u64) | 1
     }
 
     /// Returns what [`Self::decided`] holds after an order that what lies in these windows needs no reading.
     #[inline(always)]
     #[must_use]
-    pub const fn windowed(serial: u32, ruleset: u32, carry_flags: u8, windows: [u32; 4]) -> u64 {
-        let flow = mix(mix(2, serial as u64 | (ruleset as u64) << 32), carry_flags as u64);
+    pub const fn windowed(serial: u32, ruleset: u32, punt_flags: u8, windows: [u32; 4]) -> u64 {
+        let flow = mix(mix(2, serial as u64 | (ruleset as u64) << 32), punt_flags as u64);
         let forward = windows[0] as u64 | (windows[1] as u64) << 32;
         let reply = windows[2] as u64 | (windows[3] as u64) << 32;
         mix(mix(flow, forward), reply) | 1
@@ -143,7 +143,7 @@ impl CtEntry {
     #[inline(always)]
     #[must_use]
     pub const fn is_unread(&self) -> bool {
-        self.decided == Self::offload(self.serial, self.ruleset, self.carry_flags)
+        self.decided == Self::offload(self.serial, self.ruleset, self.punt_flags)
     }
 }
 

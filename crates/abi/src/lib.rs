@@ -14,20 +14,15 @@
 #![warn(unreachable_pub)]
 
 mod addr;
-mod carry;
 mod class;
 mod conntrack;
 mod event;
 mod interface;
 mod policy;
+mod punt;
 mod reason;
 
 pub use addr::{Addr, IpcacheEntry, PrefixKey};
-pub use carry::{
-    CARRIER_MTU, Carried, CarrySlot, FlowCommand, LearnedKey, MAX_CARRIED_FRAME, MAX_CARRIED_MSS,
-    MAX_ON_CARRIER, MAX_SEGMENT_HEADERS, MAX_TRAILER, MAX_WORKERS, Released, carry_flags, carry_hook, order,
-    release,
-};
 pub use class::{
     CLASS_ANY, CLASS_SLOTS, CLASS_UNKNOWN, Class, FIRST_DYNAMIC_CLASS, ICMP_SLOTS, PORT_SLOTS,
     PROTOCOL_SLOTS, class_slot, class_slot_unknown_port,
@@ -42,6 +37,10 @@ pub use interface::{
 };
 pub use policy::{
     DIRECTIONS, Decision, Direction, Identity, Inspector, PolicyEntry, PolicyKey, entry_flags, identity,
+};
+pub use punt::{
+    FlowCommand, LearnedKey, MAX_ON_CARRIER, MAX_PUNT_FRAME, MAX_PUNT_MSS, MAX_SEGMENT_HEADERS, MAX_TRAILER,
+    MAX_WORKERS, PUNT_MTU, PuntHeader, PuntRequest, ReinjectTrailer, order, punt_flags, punt_hook, release,
 };
 pub use reason::{Reason, budget_slot, counter_slot};
 
@@ -104,7 +103,7 @@ pub mod maps {
     /// `ARRAY[MAX_WORKERS]`, memory-mapped, queue -> `u64`: when the worker of the queue last said that it lives, ns of
     /// the coarse monotonic clock.
     pub const WORKERS: &str = "WORKERS";
-    /// `PERCPU_ARRAY[1]` [`crate::Carried`]: where a program writes what it puts in front of a packet.
+    /// `PERCPU_ARRAY[1]` [`crate::PuntHeader`]: where a program writes what it puts in front of a packet.
     pub const CARRY: &str = "CARRY";
     /// `XSKMAP[MAX_WORKERS]` queue of the carrier -> socket.
     pub const XSKS: &str = "XSKS";

@@ -118,11 +118,11 @@ reasons! {
     /// It must be read, and no worker lives that could.
     NoWorker = 230, "No worker";
     /// A packet that must be read could not be put on the carrier, or not be sent on when it came back.
-    CarryFailed = 231, "Not carried";
+    PuntFailed = 231, "Punt failed";
     /// A packet that must be read has a length, VLAN tags or a device that the carrier does not take.
-    CarryUnsupported = 232, "Cannot be carried";
+    PuntUnsupported = 232, "Cannot be punted";
     /// A frame on the carrier that nobody carried.
-    CarryForeign = 233, "Foreign frame on the carrier";
+    PuntForeign = 233, "Foreign frame on the punt link";
     /// The worker has more to read than it can.
     WorkerOverload = 234, "Worker overloaded";
     /// The worker does not know the set of application rules.

@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use palisade_abi::{CARRIER_MTU as MTU, MAX_WORKERS};
+use palisade_abi::{MAX_WORKERS, PUNT_MTU as MTU};
 
 use crate::{
     AttachError, Datapath, HookKind, MapError, SyscallError, TcMode,

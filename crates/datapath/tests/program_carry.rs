@@ -3,9 +3,9 @@
 mod program;
 
 use palisade_abi::{
-    Carried, Config, CtEntry, CtKey, Decision, Direction, FlowCommand, Inspector, MAX_CARRIED_FRAME,
-    PolicyEntry, Reason, Released, carry_flags, carry_hook, config_flags, ct_flags, entry_flags, identity,
-    order, release,
+    Config, CtEntry, CtKey, Decision, Direction, FlowCommand, Inspector, MAX_PUNT_FRAME, PolicyEntry,
+    PuntHeader, Reason, ReinjectTrailer, config_flags, ct_flags, entry_flags, identity, order, punt_flags,
+    punt_hook, release,
 };
 use program::packets::*;
 use program::*;
@@ -54,18 +54,18 @@ fn reading(role: u8, endpoint: u16) -> World {
     world
 }
 
-fn carried(got: &Outcome, frame: &[u8]) -> Carried {
+fn carried(got: &Outcome, frame: &[u8]) -> PuntHeader {
     assert!(got.carried, "{:?}", got.reason);
-    let prefix = size_of::<Carried>();
+    let prefix = size_of::<PuntHeader>();
     assert_eq!(got.frame[prefix..], *frame, "the frame itself is untouched");
-    Carried::read_from_bytes(&got.frame[..prefix]).unwrap()
+    PuntHeader::read_from_bytes(&got.frame[..prefix]).unwrap()
 }
 
 #[test]
 fn what_stands_before_a_carried_packet() {
     for (hook, expected) in [
-        (Hook::Xdp, carry_hook::XDP_INGRESS),
-        (Hook::TcIn, carry_hook::TC_INGRESS),
+        (Hook::Xdp, punt_hook::XDP_INGRESS),
+        (Hook::TcIn, punt_hook::TC_INGRESS),
     ] {
         for (client, server) in [(WORLD_V4, HOST_V4), (WORLD_V6, HOST_V6)] {
             let mut world = reading(NIC, HOST);
@@ -81,7 +81,7 @@ fn what_stands_before_a_carried_packet() {
             assert_eq!((slot.endpoint, slot.rule, slot.ruleset), (HOST, 11, 21));
             assert_eq!(
                 (slot.inspector, slot.flags),
-                (Inspector::Dns as u8, carry_flags::INGRESS | carry_flags::NEW)
+                (Inspector::Dns as u8, punt_flags::INGRESS | punt_flags::NEW)
             );
             assert_eq!(first.slots[1].endpoint, 0);
             let flow: CtEntry = world.flow(&key(HOST, 17, (server, 80), (client, 4000))).unwrap();
@@ -96,9 +96,9 @@ fn what_stands_before_a_carried_packet() {
             let second = carried(&got, &answer);
             assert_eq!(
                 (second.hash, second.slots[0].serial, second.hook),
-                (first.hash, slot.serial, carry_hook::TC_EGRESS)
+                (first.hash, slot.serial, punt_hook::TC_EGRESS)
             );
-            assert_eq!(second.slots[0].flags, carry_flags::REPLY);
+            assert_eq!(second.slots[0].flags, punt_flags::REPLY);
         }
     }
 }
@@ -110,8 +110,8 @@ fn both_policies_ask() {
     let first = carried(&world.run(Hook::TcIn, &question), &question);
     assert_eq!(first.slots.map(|slot| slot.endpoint), [A, HOST]);
     assert_eq!(first.slots.map(|slot| slot.ruleset), [22, 21]);
-    assert_eq!(first.slots[0].flags, carry_flags::NEW);
-    assert_eq!(first.slots[1].flags, carry_flags::NEW | carry_flags::INGRESS);
+    assert_eq!(first.slots[0].flags, punt_flags::NEW);
+    assert_eq!(first.slots[1].flags, punt_flags::NEW | punt_flags::INGRESS);
     // Where only the node asks it is still the same worker.
     let mut world = reading(WORKLOAD, A);
     world.rule(A, EGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
@@ -163,9 +163,9 @@ fn what_cannot_be_carried() {
 /// Both ways the longest frame fits the carrier's MTU with all that stands around it.
 #[test]
 fn the_longest_frame_is_carried_there_and_back() {
-    const LONGEST: usize = MAX_CARRIED_FRAME as usize;
+    const LONGEST: usize = MAX_PUNT_FRAME as usize;
     // veth takes its MTU and an Ethernet header.
-    let room = palisade_abi::CARRIER_MTU as usize + 14;
+    let room = palisade_abi::PUNT_MTU as usize + 14;
     for (client, server, headers) in [(WORLD_V4, HOST_V4, 42), (WORLD_V6, HOST_V6, 62)] {
         let datagram = |length: usize| udp((client, 4000), (server, 80), &vec![1; length - headers]);
         for hook in ENTRIES {
@@ -174,9 +174,9 @@ fn the_longest_frame_is_carried_there_and_back() {
             assert_eq!(longest.len(), LONGEST);
             let there = world.run(hook, &longest);
             carried(&there, &longest);
-            assert!(longest.len() + size_of::<Carried>() <= room);
+            assert!(longest.len() + size_of::<PuntHeader>() <= room);
             for way in [release::INGRESS, release::EGRESS] {
-                let behind = Released {
+                let behind = ReinjectTrailer {
                     cookie: COOKIE,
                     ifindex: IFINDEX,
                     way,
@@ -196,7 +196,7 @@ fn the_longest_frame_is_carried_there_and_back() {
                 assert_eq!((retval, out), (REDIRECT, longest.clone()));
             }
             let longer = datagram(LONGEST + 1);
-            assert_eq!(world.run(hook, &longer).reason, Reason::CarryUnsupported);
+            assert_eq!(world.run(hook, &longer).reason, Reason::PuntUnsupported);
         }
     }
 }
@@ -214,7 +214,7 @@ fn at_the_egress_of_the_carrier_only_what_the_programs_redirect_passes() {
     other_cookie[7] ^= 1;
     for foreign in [other_cookie, frame, vec![0; 60]] {
         let (retval, _, counted) = world.run_at_carrier(palisade_abi::programs::GUARD, &foreign);
-        assert_eq!((retval, counted), (SHOT, vec![(Reason::CarryForeign, 1)]));
+        assert_eq!((retval, counted), (SHOT, vec![(Reason::PuntForeign, 1)]));
     }
     // Before the daemon has told its cookie, nothing passes.
     world.config(|config| config.cookie = 0);
@@ -234,7 +234,7 @@ fn audit_reads_and_does_not_deny() {
     let first = carried(&world.run(Hook::Xdp, &question), &question);
     assert_eq!(
         first.slots[0].flags,
-        carry_flags::INGRESS | carry_flags::NEW | carry_flags::AUDIT
+        punt_flags::INGRESS | punt_flags::NEW | punt_flags::AUDIT
     );
     // Without the inspector it passes as before.
     world.config(|config| {
@@ -277,7 +277,7 @@ fn a_window_needs_no_reading() {
     let mut windows = |from: u32, to: u32, of: u32| {
         let mut flow = world.flow(&flow_key).unwrap();
         flow.windows = [from, to, 0, 0];
-        flow.decided = CtEntry::windowed(flow.serial, flow.ruleset, flow.carry_flags, flow.windows);
+        flow.decided = CtEntry::windowed(flow.serial, flow.ruleset, flow.punt_flags, flow.windows);
         world.set_flow(&flow_key, &flow);
         let data_carried = world.run(Hook::Xdp, &data).carried;
         let ack_carried = world.run_local(&ack(of)).carried;
@@ -366,7 +366,7 @@ impl Read {
             serial: flow.serial,
             order,
             ruleset: flow.ruleset,
-            carry_flags: u32::from(flow.carry_flags),
+            punt_flags: u32::from(flow.punt_flags),
             windows: [1000, 1100, 0, 0],
         }
     }
@@ -388,7 +388,7 @@ impl Read {
 
 /// A packet as a worker sends it.
 fn released(packet: &[u8], way: u8, command: Option<&FlowCommand>) -> Vec<u8> {
-    let behind = Released {
+    let behind = ReinjectTrailer {
         cookie: COOKIE,
         ifindex: IFINDEX,
         way,
@@ -436,7 +436,7 @@ fn a_command_that_agrees_with_its_flow_is_obeyed() {
     };
     for mut flow in read_connections(audited) {
         let command = flow.command(order::OFFLOAD);
-        assert_eq!(command.carry_flags, u32::from(carry_flags::AUDIT));
+        assert_eq!(command.punt_flags, u32::from(punt_flags::AUDIT));
         flow.give(&command);
         assert!(!flow.is_read());
     }
@@ -455,10 +455,10 @@ fn a_command_that_does_not_agree_with_its_flow_is_ignored() {
         ("rules that hold no more", |command| command.ruleset += 1),
         ("no rules", |command| command.ruleset = 0),
         ("audit, or not", |command| {
-            command.carry_flags ^= u32::from(carry_flags::AUDIT);
+            command.punt_flags ^= u32::from(punt_flags::AUDIT);
         }),
         // More than a flow's flags have room for.
-        ("a flag beyond", |command| command.carry_flags |= 256),
+        ("a flag beyond", |command| command.punt_flags |= 256),
         ("another endpoint's", |command| command.key.endpoint = A),
     ];
     for entry in [inspected(11, 21), audited] {
@@ -492,7 +492,7 @@ fn a_reset_counts_whatever_the_rules() {
     for mut flow in read_connections(inspected(11, 21)) {
         let command = FlowCommand {
             ruleset: 20,
-            carry_flags: u32::from(carry_flags::AUDIT),
+            punt_flags: u32::from(punt_flags::AUDIT),
             ..flow.command(order::CLOSE)
         };
         flow.give(&command);
@@ -547,8 +547,8 @@ fn a_command_that_comes_in_between_does_not_count() {
     for mut flow in read_connections(inspected(11, 21)) {
         let now = flow.flow();
         let old = (21, 0);
-        assert_eq!((now.ruleset, now.carry_flags), old, "the rules of the world");
-        for (ruleset, flags) in [(20, 0), (21, carry_flags::AUDIT), (0, 0), old] {
+        assert_eq!((now.ruleset, now.punt_flags), old, "the rules of the world");
+        for (ruleset, flags) in [(20, 0), (21, punt_flags::AUDIT), (0, 0), old] {
             // The entry may have gone to another connection, too.
             for serial in [now.serial, now.serial ^ 1] {
                 let windows = [1000, 1100, 0, 0];
@@ -600,14 +600,14 @@ fn a_command_of_somebody_else_is_foreign() {
     for mut flow in read_connections(inspected(11, 21)) {
         let command = flow.command(order::OFFLOAD);
         let ours = released(&[0; 14], release::NOWHERE, Some(&command));
-        let trailer = ours.len() - size_of::<Released>();
+        let trailer = ours.len() - size_of::<ReinjectTrailer>();
         let mut other_cookie = ours.clone();
         other_cookie[trailer] ^= 1;
         // It says that a command stands before it, and there is no room for one.
         let without = [&[0; 30][..], &ours[trailer..]].concat();
         for frame in [other_cookie, without, vec![0; 40]] {
             let (retval, _, counted) = flow.world.run_back(&frame);
-            assert_eq!((retval, counted), (SHOT, vec![(Reason::CarryForeign, 1)]));
+            assert_eq!((retval, counted), (SHOT, vec![(Reason::PuntForeign, 1)]));
             assert!(flow.is_read());
         }
         let (_, _, counted) = flow.world.run_back(&ours);
@@ -670,7 +670,7 @@ fn what_a_packet_says_of_the_state_counts_once_it_was_verified() {
             serial,
             order,
             ruleset: 21,
-            carry_flags: 0,
+            punt_flags: 0,
             windows: [0; 4],
         };
         let give = |world: &mut World, order| {
@@ -712,7 +712,7 @@ fn a_flow_that_died_is_not_made_again_in_the_other_direction() {
             let first = carried(&world.run_local(&data), &data).slots[0];
             assert_eq!(
                 first.flags,
-                carry_flags::NEW | carry_flags::MIDSTREAM | carry_flags::REPLY
+                punt_flags::NEW | punt_flags::MIDSTREAM | punt_flags::REPLY
             );
             assert_eq!((first.ruleset, first.rule), (21, 11));
             let flow = world.flow(&key).unwrap();
@@ -720,7 +720,7 @@ fn a_flow_that_died_is_not_made_again_in_the_other_direction() {
             let request = segment(client, server, ACK, b"GET /admin");
             let second = carried(&world.run(Hook::Xdp, &request), &request).slots[0];
             assert_eq!((second.serial, second.ruleset), (first.serial, 21));
-            assert_eq!(second.flags, carry_flags::INGRESS | carry_flags::MIDSTREAM);
+            assert_eq!(second.flags, punt_flags::INGRESS | punt_flags::MIDSTREAM);
             expire(&world, &key);
         }
         // Without the inspector it is dropped.
@@ -794,7 +794,7 @@ fn a_flow_seen_in_mid_stream_is_read_once_a_rule_wants_its_other_direction_read(
             world.rule(HOST, INGRESS, identity::ANY, 5, inspected(11, 21));
             world.state(HOST, u32::from(HOST), 2, identity::HOST);
             let slot = carried(&world.run_local(&data), &data).slots[0];
-            assert_eq!(slot.flags, carry_flags::REPLY | carry_flags::MIDSTREAM);
+            assert_eq!(slot.flags, punt_flags::REPLY | punt_flags::MIDSTREAM);
             assert_eq!(slot.ruleset, 21);
         }
     }
@@ -816,7 +816,7 @@ fn a_forged_syn_does_not_choose_who_has_opened() {
         );
         let syn = tcp(own, other, SYN);
         let slot = carried(&world.run_local(&syn), &syn).slots[0];
-        assert_eq!((slot.flags, slot.ruleset), (carry_flags::NEW, 21));
+        assert_eq!((slot.flags, slot.ruleset), (punt_flags::NEW, 21));
         assert_eq!(world.flow(&key).unwrap().flags & ct_flags::INGRESS, 0);
         // And the other way round: a SYN of the answering side does not turn a flow that is read.
         let serial = world.flow(&key).unwrap().serial;
@@ -892,11 +892,11 @@ fn a_packet_brings_the_orders_of_both_policies() {
         serial: slots[at].serial,
         order,
         ruleset: slots[at].ruleset,
-        carry_flags: 0,
+        punt_flags: 0,
         windows,
     };
     let both = |first: FlowCommand, second: FlowCommand| {
-        let behind = Released {
+        let behind = ReinjectTrailer {
             cookie: COOKIE,
             ifindex: IFINDEX,
             way: release::INGRESS,
@@ -1040,12 +1040,12 @@ fn error_about(router: &str, quoted: &[u8]) -> Vec<u8> {
 }
 
 /// The error that a carried one is: cut to what it must quote.
-fn carried_error(got: &Outcome, error: &[u8]) -> Carried {
+fn carried_error(got: &Outcome, error: &[u8]) -> PuntHeader {
     assert!(got.carried, "{:?}", got.reason);
     assert_eq!(got.reason, Reason::Related);
     let v6 = error[12..14] == [0x86, 0xdd];
     let header = if v6 { 40 } else { 20 };
-    let (prefix, transport) = (size_of::<Carried>(), 14 + header);
+    let (prefix, transport) = (size_of::<PuntHeader>(), 14 + header);
     let cut = &got.frame[prefix..];
     assert_eq!(cut.len(), transport + 8 + header + 8);
     assert_eq!(cut[..14], error[..14]);
@@ -1057,7 +1057,7 @@ fn carried_error(got: &Outcome, error: &[u8]) -> Carried {
     if !v6 {
         assert_eq!((sum(&[&cut[14..34]]), sum(&[&cut[34..]])), (0xffff, 0xffff));
     }
-    Carried::read_from_bytes(&got.frame[..prefix]).unwrap()
+    PuntHeader::read_from_bytes(&got.frame[..prefix]).unwrap()
 }
 
 fn router_of(client: (&str, u16)) -> &'static str {
@@ -1083,13 +1083,13 @@ fn an_error_about_a_connection_that_is_read_goes_to_the_worker_of_that_connectio
             assert_eq!(got.slots[1].endpoint, 0);
             let slot = got.slots[0];
             assert_eq!(slot, of_flow.slots[0], "{hook:?}");
-            assert_eq!(slot.flags, carry_flags::INGRESS);
+            assert_eq!(slot.flags, punt_flags::INGRESS);
         }
         // About what the client has sent: the node itself says so.
         let error = error_about(server.0, &flow.data);
         let got = carried_error(&flow.world.run_local(&error), &error);
-        assert_eq!((got.hash, got.hook), (of_flow.hash, carry_hook::TC_EGRESS));
-        assert_eq!(got.slots[0].flags, carry_flags::REPLY);
+        assert_eq!((got.hash, got.hook), (of_flow.hash, punt_hook::TC_EGRESS));
+        assert_eq!(got.slots[0].flags, punt_flags::REPLY);
         assert_eq!(got.slots[0].serial, of_flow.slots[0].serial);
         // It is no packet of the flow.
         let before = flow.flow();
@@ -1133,7 +1133,7 @@ fn an_error_about_a_connection_is_read_as_long_as_the_connection_is() {
         let quoted = segment(flow.server, flow.client, ACK, &[7; 400]);
         let error = error_about(router_of(flow.client), &quoted);
         let slot = carried_error(&flow.run(&error), &error).slots[0];
-        assert_eq!(slot.flags, carry_flags::INGRESS | carry_flags::AUDIT);
+        assert_eq!(slot.flags, punt_flags::INGRESS | punt_flags::AUDIT);
     }
 }
 
@@ -1177,7 +1177,7 @@ fn both_policies_ask_for_an_error_about_what_both_read() {
         // The node refuses the SYN.
         let error = error_about(host, &syn);
         let got = carried_error(&world.run_local(&error), &error);
-        assert_eq!((got.hash, got.hook), (of_flow.hash, carry_hook::TC_EGRESS));
+        assert_eq!((got.hash, got.hook), (of_flow.hash, punt_hook::TC_EGRESS));
         assert_eq!(got.slots.map(|slot| slot.endpoint), [A, HOST]);
         assert_eq!(
             got.slots.map(|slot| slot.serial),
@@ -1185,7 +1185,7 @@ fn both_policies_ask_for_an_error_about_what_both_read() {
         );
         assert_eq!(
             got.slots.map(|slot| slot.flags),
-            [carry_flags::INGRESS | carry_flags::REPLY, carry_flags::REPLY]
+            [punt_flags::INGRESS | punt_flags::REPLY, punt_flags::REPLY]
         );
         // A workload about an answer that it might have got.
         let mut world = reading(WORKLOAD, A);

@@ -10,8 +10,8 @@ use std::cell::RefCell;
 use std::collections::HashSet;
 
 use palisade_abi::{
-    Carried, Config, CtEntry, CtKey, Decision, Direction, FlowCommand, Inspector, PolicyEntry, Released,
-    carry_flags, identity, order, release,
+    Config, CtEntry, CtKey, Decision, Direction, FlowCommand, Inspector, PolicyEntry, PuntHeader,
+    ReinjectTrailer, identity, order, punt_flags, release,
 };
 use program::packets::*;
 use program::*;
@@ -199,15 +199,15 @@ impl Play<'_> {
                 let got = self.run(own, &frame);
                 let entry = self.world.flow(&self.key(6));
                 if got.carried {
-                    let slot = Carried::read_from_bytes(&got.frame[..size_of::<Carried>()])
+                    let slot = PuntHeader::read_from_bytes(&got.frame[..size_of::<PuntHeader>()])
                         .unwrap()
                         .slots[0];
                     prop_assert_eq!(slot.endpoint, self.scene.endpoint);
-                    if slot.flags & carry_flags::NEW != 0 {
+                    if slot.flags & punt_flags::NEW != 0 {
                         self.connection += 1;
                         self.answer = None;
                     }
-                    let audit = u32::from(slot.flags & carry_flags::AUDIT);
+                    let audit = u32::from(slot.flags & punt_flags::AUDIT);
                     self.told.push((slot.serial, slot.ruleset, audit));
                     if flags == SYN | ACK && !spoilt {
                         self.answer = Some((frame, slot.serial));
@@ -242,7 +242,7 @@ impl Play<'_> {
                 from,
                 length,
             } => {
-                let Some(&(serial, ruleset, carry_flags)) = self.told.iter().nth_back(usize::from(which))
+                let Some(&(serial, ruleset, punt_flags)) = self.told.iter().nth_back(usize::from(which))
                 else {
                     return Ok(());
                 };
@@ -252,7 +252,7 @@ impl Play<'_> {
                     serial,
                     order: what,
                     ruleset,
-                    carry_flags,
+                    punt_flags,
                     windows: if what == order::WINDOWS {
                         [from, to, from, to]
                     } else {
@@ -311,8 +311,8 @@ impl Play<'_> {
         Ok(())
     }
 
-    fn behind(&self, way: u8) -> Released {
-        Released {
+    fn behind(&self, way: u8) -> ReinjectTrailer {
+        ReinjectTrailer {
             cookie: COOKIE,
             ifindex: IFINDEX,
             way,

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use palisade_abi::{Inspector, Reason, carry_flags, protocol};
+use palisade_abi::{Inspector, Reason, protocol, punt_flags};
 use palisade_fqdn::SniAddressIndex;
 use palisade_packet::flags;
 
@@ -325,7 +325,7 @@ fn refuse<F>(
     spare: &mut Spare<F>,
     sink: &mut impl Sink<F>,
 ) {
-    let audit = view.slot.flags & carry_flags::AUDIT != 0;
+    let audit = view.slot.flags & punt_flags::AUDIT != 0;
     let what = What::Unreadable {
         detail: reason.text(),
     };

@@ -6,7 +6,7 @@
 
 use foldhash::{HashMap, HashMapExt as _};
 
-use palisade_abi::{Addr, CarrySlot, Reason, carry_flags, protocol};
+use palisade_abi::{Addr, PuntRequest, Reason, protocol, punt_flags};
 use palisade_packet::{Packet, flags};
 
 use crate::{
@@ -111,7 +111,7 @@ struct Datagram<F> {
 #[derive(Clone, Copy)]
 struct First {
     packet: Packet,
-    slot: CarrySlot,
+    slot: PuntRequest,
     /// Where in the datagram the transport header is: behind further IPv6 headers.
     transport: usize,
 }
@@ -130,7 +130,7 @@ pub(crate) struct Whole<F> {
     /// What the first fragment says.
     pub packet: Packet,
     /// Of the first fragment.
-    pub slot: CarrySlot,
+    pub slot: PuntRequest,
     buffers: Buffers,
     transport: usize,
 }
@@ -340,7 +340,7 @@ impl<F> Reassembler<F> {
             total: None,
             first: None,
             broken: None,
-            audit: view.slot.flags & carry_flags::AUDIT != 0,
+            audit: view.slot.flags & punt_flags::AUDIT != 0,
             record: Record::of(
                 view,
                 What::Unreadable {

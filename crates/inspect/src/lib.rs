@@ -25,7 +25,7 @@ mod rules;
 mod tcp;
 mod tls;
 
-use palisade_abi::{CarrySlot, FlowCommand, Reason};
+use palisade_abi::{FlowCommand, PuntRequest, Reason};
 use palisade_packet::Packet;
 use palisade_protocols::dns::Answer;
 
@@ -50,10 +50,10 @@ pub type Millis = u64;
 #[derive(Clone, Copy, Debug)]
 pub struct PacketView<'a> {
     /// Who asks for the reading, and by which rules.
-    pub slot: &'a CarrySlot,
+    pub slot: &'a PuntRequest,
     /// The interface where it was caught.
     pub ifindex: u32,
-    /// Where it was caught: [`palisade_abi::carry_hook`].
+    /// Where it was caught: [`palisade_abi::punt_hook`].
     pub hook: u8,
     /// What was decoded of `frame`.
     pub packet: &'a Packet,
@@ -73,7 +73,7 @@ pub struct PacketView<'a> {
 pub struct Route {
     /// The interface of the packet that it is about.
     pub ifindex: u32,
-    /// Where that was caught: [`palisade_abi::carry_hook`].
+    /// Where that was caught: [`palisade_abi::punt_hook`].
     pub hook: u8,
     /// Back to where that packet came from; else onward, as that packet would have gone.
     pub back: bool,

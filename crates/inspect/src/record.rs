@@ -5,7 +5,7 @@ use std::{
     net::IpAddr,
 };
 
-use palisade_abi::{Addr, Reason, carry_flags};
+use palisade_abi::{Addr, Reason, punt_flags};
 use palisade_protocols::dns::Name;
 
 use crate::PacketView;
@@ -174,8 +174,8 @@ impl About {
             rule: slot.rule,
             endpoint: slot.endpoint,
             protocol: packet.protocol,
-            ingress: slot.flags & carry_flags::INGRESS != 0,
-            reply: slot.flags & carry_flags::REPLY != 0,
+            ingress: slot.flags & punt_flags::INGRESS != 0,
+            reply: slot.flags & punt_flags::REPLY != 0,
         }
     }
 

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use palisade_abi::{CarrySlot, Reason, carry_flags};
+use palisade_abi::{PuntRequest, Reason, punt_flags};
 use palisade_fqdn::SniAddressIndex;
 use palisade_protocols::tls::{
     ClientHello, ClientReader, ClientStep, ParseError, ServerName, ServerReader, ServerStep,
@@ -131,7 +131,7 @@ struct TlsStream<'a> {
     names: Option<&'a SniAddressIndex>,
     stats: &'a mut TlsStats,
     ech: Ech,
-    slot: &'a CarrySlot,
+    slot: &'a PuntRequest,
 }
 
 impl<F> Tls<F> {
@@ -211,8 +211,8 @@ impl<F> Tls<F> {
     }
 }
 
-fn is_audit(slot: &CarrySlot) -> bool {
-    slot.flags & carry_flags::AUDIT != 0
+fn is_audit(slot: &PuntRequest) -> bool {
+    slot.flags & punt_flags::AUDIT != 0
 }
 
 /// The rule by which a hello may pass, or why it may not. `known`: the address is known by its name.

@@ -14,7 +14,7 @@ use std::{
 use common::{
     A, ACK, SYN, Udp, address, answer, asks, framed, is_told, query, rules, segment, to_client, to_server,
 };
-use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_hook};
+use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, punt_hook};
 use palisade_inspect::{
     Engine, HttpScratch, Learn, Limits, PacketView, Paths, Route, Rules, Sink, record::Record,
 };
@@ -86,7 +86,7 @@ impl Sink<u32> for Counts {
 }
 
 /// Frames and the slots they are read for; after each, what is to be learned is.
-fn run(engine: &mut Engine<u32>, sink: &mut Counts, now: u64, frames: &[(CarrySlot, Vec<u8>)]) {
+fn run(engine: &mut Engine<u32>, sink: &mut Counts, now: u64, frames: &[(PuntRequest, Vec<u8>)]) {
     for (slot, frame) in frames {
         let mut packet = Packet::default();
         decode(&frame[..], Start::Ethernet { tags_removed: 0 }, &mut packet).unwrap();
@@ -98,7 +98,7 @@ fn run(engine: &mut Engine<u32>, sink: &mut Counts, now: u64, frames: &[(CarrySl
         let view = PacketView {
             slot,
             ifindex: 7,
-            hook: carry_hook::TC_EGRESS,
+            hook: punt_hook::TC_EGRESS,
             packet: &packet,
             frame,
             network: usize::from(packet.network_offset),
@@ -195,7 +195,7 @@ fn nothing_for_http_requests_on_an_open_connection() {
     let mut engine = Engine::new(&Limits::default());
     let sets = BTreeMap::from([(SET, Arc::new(set))]);
     engine.set_rules(Arc::new(Rules::prepare(&sets, None)));
-    let slot = |slot: CarrySlot| CarrySlot {
+    let slot = |slot: PuntRequest| PuntRequest {
         inspector: Inspector::Http as u8,
         ruleset: SET,
         ..slot

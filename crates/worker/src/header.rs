@@ -5,8 +5,8 @@
 //! [`trailer`] and [`append_trailer`] before it is sent.
 
 use palisade_abi::{
-    Carried, CarrySlot, FlowCommand, MAX_CARRIED_MSS, MAX_ON_CARRIER, MAX_TRAILER, Reason, Released,
-    carry_hook, protocol, release,
+    FlowCommand, MAX_ON_CARRIER, MAX_PUNT_MSS, MAX_TRAILER, PuntHeader, PuntRequest, Reason, ReinjectTrailer,
+    protocol, punt_hook, release,
 };
 use palisade_inspect::{OptionProblem, PacketView, Route};
 use palisade_packet::{Packet, Start, flags};
@@ -15,7 +15,7 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 use crate::checksum;
 
 /// Length of the punt header, bytes.
-pub const PUNT_HEADER: usize = size_of::<Carried>();
+pub const PUNT_HEADER: usize = size_of::<PuntHeader>();
 /// Greatest length of the trailer with its flow commands, bytes.
 pub const MAX_TRAILER_BYTES: usize = MAX_TRAILER as usize;
 /// Length of an Ethernet header, bytes.
@@ -24,20 +24,20 @@ pub const ETHERNET_HEADER: usize = 14;
 /// Parses the punt header.
 ///
 /// # Errors
-/// [`Reason::CarryForeign`] if the cookie is wrong, the hook is unknown, the interface is zero, or no slot requests
+/// [`Reason::PuntForeign`] if the cookie is wrong, the hook is unknown, the interface is zero, or no slot requests
 /// inspection: the programs did not put this frame on the punt link.
-pub fn parse(bytes: &[u8], cookie: u64) -> Result<Carried, Reason> {
-    let (carried, frame) = Carried::read_from_prefix(bytes).map_err(|_| Reason::CarryForeign)?;
+pub fn parse(bytes: &[u8], cookie: u64) -> Result<PuntHeader, Reason> {
+    let (carried, frame) = PuntHeader::read_from_prefix(bytes).map_err(|_| Reason::PuntForeign)?;
     if carried.cookie != cookie || frame.len() < ETHERNET_HEADER {
-        return Err(Reason::CarryForeign);
+        return Err(Reason::PuntForeign);
     }
     let known = matches!(
         carried.hook,
-        carry_hook::XDP_INGRESS | carry_hook::TC_INGRESS | carry_hook::TC_EGRESS
+        punt_hook::XDP_INGRESS | punt_hook::TC_INGRESS | punt_hook::TC_EGRESS
     );
     let requested = carried.slots.iter().any(|slot| slot.endpoint != 0);
     if !known || !requested || carried.ifindex == 0 {
-        return Err(Reason::CarryForeign);
+        return Err(Reason::PuntForeign);
     }
     Ok(carried)
 }
@@ -45,7 +45,7 @@ pub fn parse(bytes: &[u8], cookie: u64) -> Result<Carried, Reason> {
 /// Returns the flow hash of the punt header without validating the header; 0 if the frame is shorter than one.
 #[must_use]
 pub fn flow_hash(bytes: &[u8]) -> u32 {
-    Carried::read_from_prefix(bytes).map_or(0, |(carried, _)| carried.hash)
+    PuntHeader::read_from_prefix(bytes).map_or(0, |(carried, _)| carried.hash)
 }
 
 /// A packet that is ready for inspection.
@@ -62,7 +62,7 @@ impl Prepared {
     #[must_use]
     pub fn view<'a>(
         &'a self,
-        slot: &'a CarrySlot,
+        slot: &'a PuntRequest,
         ifindex: u32,
         hook: u8,
         frame: &'a [u8],
@@ -95,7 +95,7 @@ pub fn normalise_options(bytes: &mut [u8], prepared: &Prepared) -> Result<bool, 
     let start = prepared.start + usize::from(packet.transport_offset);
     let end = prepared.start + usize::from(packet.network_offset) + packet.length as usize;
     let segment = bytes.get_mut(start..end).ok_or(OptionProblem::Length)?;
-    palisade_inspect::normalise_options(segment, Some(MAX_CARRIED_MSS))
+    palisade_inspect::normalise_options(segment, Some(MAX_PUNT_MSS))
 }
 
 /// Returns start and end of the transport's payload; of a fragment that is not the first one, of its whole contents.
@@ -124,7 +124,7 @@ fn payload(frame: &[u8], packet: &Packet) -> (usize, usize) {
 ///
 /// # Errors
 /// The packet cannot be decoded, or its receiver would discard it. Returns the drop reason and what was decoded.
-pub fn prepare(bytes: &mut [u8], carried: &Carried) -> Result<Prepared, (Reason, Packet)> {
+pub fn prepare(bytes: &mut [u8], carried: &PuntHeader) -> Result<Prepared, (Reason, Packet)> {
     let mut start = PUNT_HEADER;
     match carried.vlan_protocol {
         0 => {}
@@ -135,7 +135,7 @@ pub fn prepare(bytes: &mut [u8], carried: &Carried) -> Result<Prepared, (Reason,
             bytes[start + 12..start + 14].copy_from_slice(&carried.vlan_protocol.to_be_bytes());
             bytes[start + 14..start + 16].copy_from_slice(&carried.vlan.to_be_bytes());
         }
-        _ => return Err((Reason::CarryUnsupported, Packet::default())),
+        _ => return Err((Reason::PuntUnsupported, Packet::default())),
     }
     let packet = decode(&bytes[start..])?;
     checksum::complete_or_verify(&mut bytes[start..], &packet).map_err(|reason| (reason, packet))?;
@@ -150,7 +150,7 @@ pub fn prepare(bytes: &mut [u8], carried: &Carried) -> Result<Prepared, (Reason,
 pub fn decode(frame: &[u8]) -> Result<Packet, (Reason, Packet)> {
     let mut packet = Packet::default();
     match palisade_packet::decode(frame, Start::Ethernet { tags_removed: 0 }, &mut packet) {
-        Ok(()) if packet.is(flags::NOT_IP) => Err((Reason::CarryUnsupported, packet)),
+        Ok(()) if packet.is(flags::NOT_IP) => Err((Reason::PuntUnsupported, packet)),
         Ok(()) => Ok(packet),
         Err(reason) => Err((reason, packet)),
     }
@@ -161,10 +161,10 @@ pub fn decode(frame: &[u8]) -> Result<Packet, (Reason, Packet)> {
 /// The mark tells the tc program of that direction to let the packet pass. It is left out where XDP is the ingress hook
 /// of the interface (`xdp`): a reinjected packet does not pass XDP again, so no program would clear the mark.
 #[must_use]
-pub fn trailer(cookie: u64, route: Route, xdp: bool) -> Released {
-    let ingress = (route.hook == carry_hook::TC_EGRESS) == route.back;
-    let mark = !(ingress && (xdp || route.hook == carry_hook::XDP_INGRESS));
-    Released {
+pub fn trailer(cookie: u64, route: Route, xdp: bool) -> ReinjectTrailer {
+    let ingress = (route.hook == punt_hook::TC_EGRESS) == route.back;
+    let mark = !(ingress && (xdp || route.hook == punt_hook::XDP_INGRESS));
+    ReinjectTrailer {
         cookie,
         ifindex: route.ifindex,
         way: if ingress {
@@ -182,7 +182,7 @@ pub fn trailer(cookie: u64, route: Route, xdp: bool) -> Released {
 pub fn append_trailer(
     room: &mut [u8],
     length: usize,
-    released: &Released,
+    released: &ReinjectTrailer,
     commands: [Option<&FlowCommand>; 2],
 ) -> Option<usize> {
     let mut released = *released;
@@ -218,7 +218,7 @@ mod tests {
             assert_eq!((released.cookie, released.ifindex), (5, 7));
             (released.way, released.flags)
         };
-        use carry_hook::{TC_EGRESS, TC_INGRESS, XDP_INGRESS};
+        use punt_hook::{TC_EGRESS, TC_INGRESS, XDP_INGRESS};
         assert_eq!(way(XDP_INGRESS, false, true), (release::INGRESS, 0));
         assert_eq!(way(XDP_INGRESS, false, false), (release::INGRESS, 0));
         assert_eq!(way(XDP_INGRESS, true, true), (release::EGRESS, release::MARK));
@@ -231,20 +231,20 @@ mod tests {
 
     #[test]
     fn a_frame_without_a_valid_punt_header_is_refused() {
-        let good = Carried {
+        let good = PuntHeader {
             cookie: 9,
             ifindex: 3,
-            hook: carry_hook::TC_INGRESS,
+            hook: punt_hook::TC_INGRESS,
             slots: [
-                CarrySlot {
+                PuntRequest {
                     endpoint: 4,
-                    ..CarrySlot::default()
+                    ..PuntRequest::default()
                 },
-                CarrySlot::default(),
+                PuntRequest::default(),
             ],
-            ..Carried::default()
+            ..PuntHeader::default()
         };
-        let bytes = |carried: &Carried, frame: usize| {
+        let bytes = |carried: &PuntHeader, frame: usize| {
             let mut bytes = carried.as_bytes().to_vec();
             bytes.resize(bytes.len() + frame, 0);
             bytes
@@ -253,20 +253,20 @@ mod tests {
         for (bad, frame, cookie) in [
             (good, 14, 8),
             (good, 13, 9),
-            (Carried { hook: 0, ..good }, 14, 9),
-            (Carried { hook: 4, ..good }, 14, 9),
-            (Carried { ifindex: 0, ..good }, 14, 9),
+            (PuntHeader { hook: 0, ..good }, 14, 9),
+            (PuntHeader { hook: 4, ..good }, 14, 9),
+            (PuntHeader { ifindex: 0, ..good }, 14, 9),
             (
-                Carried {
-                    slots: [CarrySlot::default(); 2],
+                PuntHeader {
+                    slots: [PuntRequest::default(); 2],
                     ..good
                 },
                 14,
                 9,
             ),
         ] {
-            assert_eq!(parse(&bytes(&bad, frame), cookie), Err(Reason::CarryForeign));
+            assert_eq!(parse(&bytes(&bad, frame), cookie), Err(Reason::PuntForeign));
         }
-        assert_eq!(parse(&[0; 20], 0), Err(Reason::CarryForeign));
+        assert_eq!(parse(&[0; 20], 0), Err(Reason::PuntForeign));
     }
 }

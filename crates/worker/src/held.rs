@@ -3,7 +3,7 @@
 //! The frames are in a `slab`. This module adds a bound, so that it never allocates, and keys that can be used only
 //! once. Start at [`HeldFrames`].
 
-use palisade_abi::{CarrySlot, FlowCommand};
+use palisade_abi::{FlowCommand, PuntRequest};
 
 /// A handle on a held frame. It cannot be cloned, and a decision about the frame consumes it, so there is one decision
 /// per frame.
@@ -29,7 +29,7 @@ pub struct HeldFrame<F> {
     /// The hook that punted the packet.
     pub hook: u8,
     /// The second policy's request for inspection, until the first policy's inspector has released the packet.
-    pub second: Option<CarrySlot>,
+    pub second: Option<PuntRequest>,
     /// Command of the first policy's inspector, if it has to travel with the packet.
     pub first_command: Option<FlowCommand>,
 }

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use palisade_abi::{Carried, CarrySlot, FlowCommand, Reason, carry_flags, order};
+use palisade_abi::{FlowCommand, PuntHeader, PuntRequest, Reason, order, punt_flags};
 use palisade_inspect::{
     Millis, Sink as _,
     record::{Record, Verdict, What},
@@ -105,7 +105,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
     }
 
     /// Takes in a packet of a flow that this worker owns.
-    pub fn packet(&mut self, port: &mut P, mut frame: P::Frame, carried: &Carried) {
+    pub fn packet(&mut self, port: &mut P, mut frame: P::Frame, carried: &PuntHeader) {
         let length = port.data(&frame).len();
         let buffer = port.buffer_mut(&mut frame);
         let prepared = match header::prepare(&mut buffer[..length], carried) {
@@ -129,12 +129,12 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         let mut slots = carried.slots;
         if slots.iter().all(|slot| slot.endpoint != 0) {
             for slot in &mut slots {
-                slot.flags |= carry_flags::SHARED;
+                slot.flags |= punt_flags::SHARED;
             }
         }
         let mut slots = slots.iter().filter(|slot| slot.endpoint != 0);
         let Some(first) = slots.next() else {
-            self.counters.count_drop(Reason::CarryForeign);
+            self.counters.count_drop(Reason::PuntForeign);
             port.free(frame);
             return;
         };
@@ -159,7 +159,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
     }
 
     /// Shows a held packet to the inspector of a slot.
-    fn inspect(&mut self, port: &mut P, handle: Handle, slot: &CarrySlot, prepared: &Prepared) {
+    fn inspect(&mut self, port: &mut P, handle: Handle, slot: &PuntRequest, prepared: &Prepared) {
         if !self.engine.knows(slot.ruleset) {
             // The control plane sends rules to the workers before it writes the maps that name them, so the rules of
             // this packet are there, but may have come after this turn began.
@@ -175,7 +175,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         let (ifindex, hook) = (held.ifindex, held.hook);
         let packet = port.data(&held.frame).get(held.start..held.start + held.length);
         let Some(packet) = packet else {
-            self.effects.discard(handle, Reason::CarryFailed);
+            self.effects.discard(handle, Reason::PuntFailed);
             return;
         };
         let view = prepared.view(slot, ifindex, hook, packet);
@@ -239,7 +239,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
     }
 
     /// Drops a packet before an inspector sees it, and records that.
-    fn refuse(&mut self, carried: &Carried, reason: Reason, detail: &'static str, packet: &Packet) {
+    fn refuse(&mut self, carried: &PuntHeader, reason: Reason, detail: &'static str, packet: &Packet) {
         self.counters.count_drop(reason);
         let Some(slot) = carried.slots.iter().find(|slot| slot.endpoint != 0) else {
             return;
@@ -318,26 +318,26 @@ const fn millis(ns: u64) -> Millis {
 }
 
 /// Returns whether every policy that requests inspection of the packet is in audit mode.
-fn is_audit(carried: &Carried) -> bool {
+fn is_audit(carried: &PuntHeader) -> bool {
     carried
         .slots
         .iter()
         .filter(|slot| slot.endpoint != 0)
-        .all(|slot| slot.flags & carry_flags::AUDIT != 0)
+        .all(|slot| slot.flags & punt_flags::AUDIT != 0)
 }
 
 /// Returns the record of a packet that no inspector sees.
 fn unreadable(
-    carried: &Carried,
-    slot: &CarrySlot,
+    carried: &PuntHeader,
+    slot: &PuntRequest,
     packet: &Packet,
     reason: Reason,
     detail: &'static str,
 ) -> Record {
     Record {
         endpoint: slot.endpoint,
-        ingress: slot.flags & carry_flags::INGRESS != 0,
-        reply: slot.flags & carry_flags::REPLY != 0,
+        ingress: slot.flags & punt_flags::INGRESS != 0,
+        reply: slot.flags & punt_flags::REPLY != 0,
         source: (packet.source, packet.source_port),
         destination: (packet.destination, packet.destination_port),
         protocol: packet.protocol,

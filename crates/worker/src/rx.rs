@@ -7,7 +7,7 @@
 use std::{collections::VecDeque, io, sync::Arc};
 
 use mio::Waker;
-use palisade_abi::{Carried, Reason};
+use palisade_abi::{PuntHeader, Reason};
 use palisade_xsk::handoff;
 
 use crate::{counters::Counters, fair::Fair, header, port::Port};
@@ -94,7 +94,11 @@ impl<'a, F> Rx<'a, F> {
     }
 
     /// Calls `own` with each packet of the batch whose flow this worker owns, and hands off the others.
-    pub fn dispatch<P: Port<Frame = F>>(&mut self, port: &mut P, mut own: impl FnMut(&mut P, F, &Carried)) {
+    pub fn dispatch<P: Port<Frame = F>>(
+        &mut self,
+        port: &mut P,
+        mut own: impl FnMut(&mut P, F, &PuntHeader),
+    ) {
         while let Some(frame) = self.batch.pop_front() {
             let data = port.data(&frame);
             self.counters.packets_in.add(1);
@@ -134,7 +138,7 @@ impl<'a, F> Rx<'a, F> {
     pub fn receive_handoffs<P: Port<Frame = F>>(
         &mut self,
         port: &mut P,
-        mut own: impl FnMut(&mut P, F, &Carried),
+        mut own: impl FnMut(&mut P, F, &PuntHeader),
     ) -> bool {
         let mut any = false;
         for receiver in self.peers.receivers.iter_mut().flatten() {

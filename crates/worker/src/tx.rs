@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use palisade_abi::{FlowCommand, Reason, Released, release};
+use palisade_abi::{FlowCommand, Reason, ReinjectTrailer, release};
 use palisade_inspect::Route;
 
 use crate::{counters::Counters, header, held::HeldFrame, port::Port};
@@ -74,7 +74,7 @@ impl Tx {
     ///
     /// Without a free frame the command is lost. The flow then stays with the worker, which is slower but not wrong.
     pub fn send_command<P: Port>(&self, port: &mut P, command: &FlowCommand) {
-        let trailer = Released {
+        let trailer = ReinjectTrailer {
             cookie: self.cookie,
             ifindex: 0,
             way: release::NOWHERE,
@@ -95,7 +95,7 @@ impl Tx {
         );
     }
 
-    fn trailer(&self, route: Route) -> Released {
+    fn trailer(&self, route: Route) -> ReinjectTrailer {
         header::trailer(self.cookie, route, self.xdp.contains(&route.ifindex))
     }
 
@@ -106,7 +106,7 @@ impl Tx {
         mut frame: P::Frame,
         mut start: usize,
         length: usize,
-        trailer: &Released,
+        trailer: &ReinjectTrailer,
         commands: [Option<&FlowCommand>; 2],
     ) -> bool {
         let buffer = port.buffer_mut(&mut frame);
@@ -116,7 +116,7 @@ impl Tx {
             start = 0;
         }
         let Some(total) = header::append_trailer(&mut buffer[start..], length, trailer, commands) else {
-            self.counters.count_drop(Reason::CarryUnsupported);
+            self.counters.count_drop(Reason::PuntUnsupported);
             port.free(frame);
             return false;
         };

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use palisade_abi::{Carried, CarrySlot, Inspector, Reason, Released, carry_hook};
+use palisade_abi::{Inspector, PuntHeader, PuntRequest, Reason, ReinjectTrailer, punt_hook};
 use palisade_inspect::{Learned, Millis, PacketView, Sink, record::Record};
 use palisade_worker::{Handle, Inspect, Mode, Pool, Port, PortStatistics, Setup, State};
 use zerocopy::{FromBytes as _, IntoBytes as _};
@@ -135,7 +135,7 @@ impl Port for Loop {
 
     fn transmit(&mut self, frame: usize, start: usize, length: usize) -> Result<(), usize> {
         let bytes = &self.chunks[frame][start..start + length];
-        let right = Released::read_from_suffix(bytes)
+        let right = ReinjectTrailer::read_from_suffix(bytes)
             .is_ok_and(|(_, released)| released.cookie == COOKIE && released.ifindex == 4);
         self.seen.wrong.fetch_add(u64::from(!right), Ordering::Relaxed);
         self.free.push(frame);
@@ -219,18 +219,18 @@ impl Inspect for Script {
 
 /// Returns a punted UDP datagram without a checksum.
 fn packet(hash: u32, second: bool) -> Vec<u8> {
-    let slot = CarrySlot {
+    let slot = PuntRequest {
         endpoint: 2,
         inspector: Inspector::Dns as u8,
-        ..CarrySlot::default()
+        ..PuntRequest::default()
     };
-    let carried = Carried {
+    let carried = PuntHeader {
         cookie: COOKIE,
         ifindex: 4,
         hash,
-        hook: carry_hook::TC_INGRESS,
-        slots: [slot, if second { slot } else { CarrySlot::default() }],
-        ..Carried::default()
+        hook: punt_hook::TC_INGRESS,
+        slots: [slot, if second { slot } else { PuntRequest::default() }],
+        ..PuntHeader::default()
     };
     let mut bytes = carried.as_bytes().to_vec();
     bytes.extend([2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0]);

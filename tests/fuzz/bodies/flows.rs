@@ -3,7 +3,7 @@
 //! The input is a history: what happens (a byte), the length of a frame (two), the frame. Whatever it is, every
 //! handle comes back exactly once, and what the engine makes can be decoded.
 
-use palisade_abi::{CarrySlot, carry_flags};
+use palisade_abi::{PuntRequest, punt_flags};
 use palisade_inspect::{Engine, Limits};
 
 #[path = "packets.rs"]
@@ -41,16 +41,16 @@ pub fn run(bytes: &[u8]) {
             (true, false) => TLS,
             (true, true) => OTHER_TLS,
         };
-        let slot = CarrySlot {
+        let slot = PuntRequest {
             rule: 9,
             ruleset,
             serial: u32::from(is(what::OTHER_SERIAL)),
             endpoint: 1,
             inspector: inspector(ruleset),
-            flags: flag(what::INGRESS, carry_flags::INGRESS)
-                | flag(what::REPLY, carry_flags::REPLY)
-                | flag(what::AUDIT, carry_flags::AUDIT),
-            ..CarrySlot::default()
+            flags: flag(what::INGRESS, punt_flags::INGRESS)
+                | flag(what::REPLY, punt_flags::REPLY)
+                | flag(what::AUDIT, punt_flags::AUDIT),
+            ..PuntRequest::default()
         };
         if give(&mut engine, now, &slot, frame, given, &mut done) {
             given += 1;

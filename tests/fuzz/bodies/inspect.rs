@@ -9,7 +9,7 @@ use std::{
     sync::Arc,
 };
 
-use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_flags, carry_hook};
+use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, punt_flags, punt_hook};
 use palisade_inspect::{Engine, Learn, Limits, PacketView, Route, Rules, Sink, record::Record};
 use palisade_packet::{Packet, Start, decode};
 use palisade_policy::{
@@ -96,16 +96,16 @@ pub fn run(bytes: &[u8]) {
         rest = after;
         let is = |bit| happens & bit != 0;
         let flag = |bit, flag| if is(bit) { flag } else { 0 };
-        let slot = CarrySlot {
+        let slot = PuntRequest {
             rule: 9,
             ruleset: 1,
             serial: u32::from(is(what::OTHER_SERIAL)),
             endpoint: 1,
             inspector: Inspector::Dns as u8,
-            flags: flag(what::INGRESS, carry_flags::INGRESS)
-                | flag(what::REPLY, carry_flags::REPLY)
-                | flag(what::AUDIT, carry_flags::AUDIT),
-            ..CarrySlot::default()
+            flags: flag(what::INGRESS, punt_flags::INGRESS)
+                | flag(what::REPLY, punt_flags::REPLY)
+                | flag(what::AUDIT, punt_flags::AUDIT),
+            ..PuntRequest::default()
         };
         let mut packet = Packet::default();
         let decoded = decode(frame, Start::Ethernet { tags_removed: 0 }, &mut packet);
@@ -122,7 +122,7 @@ pub fn run(bytes: &[u8]) {
             let view = PacketView {
                 slot: &slot,
                 ifindex: 1,
-                hook: carry_hook::TC_EGRESS,
+                hook: punt_hook::TC_EGRESS,
                 packet: &packet,
                 frame,
                 network,

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_hook, order};
+use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, order, punt_hook};
 use palisade_inspect::{Engine, Learn, PacketView, Route, Rules, Sink, record::Record};
 use palisade_packet::{Packet, Start, decode};
 use palisade_policy::{
@@ -124,7 +124,7 @@ impl Sink<usize> for Done {
 pub fn give(
     engine: &mut Engine<usize>,
     now: u64,
-    slot: &CarrySlot,
+    slot: &PuntRequest,
     frame: &[u8],
     handle: usize,
     done: &mut Done,
@@ -147,7 +147,7 @@ pub fn give(
     let view = PacketView {
         slot,
         ifindex: 1,
-        hook: carry_hook::TC_EGRESS,
+        hook: punt_hook::TC_EGRESS,
         packet: &packet,
         frame,
         network,

@@ -4,7 +4,7 @@
 //! The input: what is said (a byte), which of it is denied in one stream and in the other (a byte), then what happens,
 //! four bytes each.
 
-use palisade_abi::{CarrySlot, carry_flags};
+use palisade_abi::{PuntRequest, punt_flags};
 use palisade_inspect::{Engine, Limits, normalise_options};
 
 #[path = "packets.rs"]
@@ -241,7 +241,7 @@ impl Game {
         let mut frame = segment.frame();
         // As the worker does before a packet is read.
         let is_understood = normalise_options(&mut frame[ETHERNET + IP..], None).is_ok();
-        let slot = CarrySlot {
+        let slot = PuntRequest {
             rule: 9,
             ruleset: self.ruleset,
             endpoint: 1,
@@ -249,9 +249,9 @@ impl Game {
             flags: if segment.client {
                 0
             } else {
-                carry_flags::REPLY | carry_flags::INGRESS
+                punt_flags::REPLY | punt_flags::INGRESS
             },
-            ..CarrySlot::default()
+            ..PuntRequest::default()
         };
         let handle = self.frames.len();
         // the programs do not carry what no receiver takes
@@ -280,18 +280,18 @@ impl Game {
         frame.extend_from_slice(&[kind[0], kind[1], 0, 0, 0, 0]);
         frame.extend_from_slice(&mtu.to_be_bytes());
         frame.extend_from_slice(&quoted[ETHERNET..ETHERNET + IP + 8]);
-        let slot = CarrySlot {
+        let slot = PuntRequest {
             rule: 9,
             ruleset: self.ruleset,
             endpoint: 1,
             inspector: inspector(self.ruleset),
             // The endpoint is the client.
             flags: if about_client {
-                carry_flags::REPLY | carry_flags::INGRESS
+                punt_flags::REPLY | punt_flags::INGRESS
             } else {
                 0
             },
-            ..CarrySlot::default()
+            ..PuntRequest::default()
         };
         let handle = self.frames.len();
         if give(&mut self.engine, self.now, &slot, &frame, handle, &mut self.done) {

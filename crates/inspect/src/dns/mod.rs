@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, net::SocketAddr};
 
-use palisade_abi::{Addr, CarrySlot, Reason, carry_flags};
+use palisade_abi::{Addr, PuntRequest, Reason, punt_flags};
 use palisade_fqdn::{Flow, OpenQuestion, TrackLimits, Tracker, Unsolicited};
 use palisade_protocols::dns::{Answer, Limits, Name, ParseError, Query, Question, Rcode, reply, rtype};
 
@@ -237,7 +237,7 @@ impl<F> Dns<F> {
         spare: &mut Spare<F>,
         sink: &mut impl Sink<F>,
     ) {
-        if view.slot.flags & carry_flags::REPLY == 0 {
+        if view.slot.flags & punt_flags::REPLY == 0 {
             match self.query(now, view, message, rules, sink) {
                 QueryVerdict::Pass | QueryVerdict::Transfer(_) => frames.release(spare, sink),
                 QueryVerdict::Refuse(reason, rcode) => {
@@ -643,12 +643,12 @@ impl<F> Dns<F> {
 }
 
 /// Whether the endpoint is the one who asks: then the answers teach it addresses. Else it is the one who is asked.
-const fn endpoint_asks(slot: &CarrySlot) -> bool {
-    (slot.flags & carry_flags::INGRESS != 0) == (slot.flags & carry_flags::REPLY != 0)
+const fn endpoint_asks(slot: &PuntRequest) -> bool {
+    (slot.flags & punt_flags::INGRESS != 0) == (slot.flags & punt_flags::REPLY != 0)
 }
 
-pub(crate) const fn is_audit(slot: &CarrySlot) -> bool {
-    slot.flags & carry_flags::AUDIT != 0
+pub(crate) const fn is_audit(slot: &PuntRequest) -> bool {
+    slot.flags & punt_flags::AUDIT != 0
 }
 
 /// Between whom the packet goes.
@@ -656,7 +656,7 @@ pub(crate) fn flow(view: &PacketView<'_>) -> Flow {
     let packet = view.packet;
     let source = SocketAddr::new(packet.source.into(), packet.source_port);
     let destination = SocketAddr::new(packet.destination.into(), packet.destination_port);
-    let (client, resolver) = if view.slot.flags & carry_flags::REPLY == 0 {
+    let (client, resolver) = if view.slot.flags & punt_flags::REPLY == 0 {
         (source, destination)
     } else {
         (destination, source)

@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 
-use palisade_abi::{CtKey, Reason, carry_flags};
+use palisade_abi::{CtKey, Reason, punt_flags};
 use palisade_protocols::dns::{Head, Limits, ParseError, Query, Question, Rcode, first_message, reply};
 
 use super::{AnswerVerdict, Dns, Note, QueryVerdict, Waiting, describe_query, is_audit};
@@ -196,7 +196,7 @@ impl<F> Streams<F> {
                 Flow::new(*numbers)
             },
             |flow| {
-                flow.is_shared |= view.slot.flags & carry_flags::SHARED != 0;
+                flow.is_shared |= view.slot.flags & punt_flags::SHARED != 0;
                 DnsStream {
                     flow,
                     dns: &mut *dns,

@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, mem};
 
-use palisade_abi::{CarrySlot, Reason, carry_flags};
+use palisade_abi::{PuntRequest, Reason, punt_flags};
 use palisade_protocols::http1::{Body, Chunks, Head, HeaderBuffer, ParseError, Piece, Request, Response};
 
 use super::{GetBodies, HttpLimits, HttpStats, redact};
@@ -156,8 +156,8 @@ pub(super) struct Left {
 
 impl Left {
     /// A tunnel has no other request that new rules could be asked about, so it ends with the old ones.
-    pub(super) fn may_go_on(self, slot: &CarrySlot) -> Result<(), Reason> {
-        let audit = slot.flags & carry_flags::AUDIT != 0;
+    pub(super) fn may_go_on(self, slot: &PuntRequest) -> Result<(), Reason> {
+        let audit = slot.flags & punt_flags::AUDIT != 0;
         if audit || (self.ruleset == slot.ruleset && !self.audit) {
             Ok(())
         } else {
@@ -203,7 +203,7 @@ impl Flow {
 pub(super) struct HttpStream<'a> {
     pub(super) flow: &'a mut Flow,
     pub(super) now: Millis,
-    pub(super) slot: &'a CarrySlot,
+    pub(super) slot: &'a PuntRequest,
     pub(super) rules: &'a Rules,
     pub(super) limits: &'a HttpLimits,
     pub(super) scratch: &'a mut HttpScratch,
@@ -221,7 +221,7 @@ impl<F> StreamInspector<F> for HttpStream<'_> {
 
 impl HttpStream<'_> {
     fn is_audit(&self) -> bool {
-        self.slot.flags & carry_flags::AUDIT != 0
+        self.slot.flags & punt_flags::AUDIT != 0
     }
 
     fn client<F, S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Action {

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use palisade_abi::{CarrySlot, Inspector, Reason};
+use palisade_abi::{Inspector, PuntRequest, Reason};
 use palisade_policy::{
     rule::HttpRule,
     snapshot::{Alternative, Matcher, RuleSet},
@@ -95,12 +95,12 @@ impl Talk {
         let ack = syn + self.got[side.other() as usize].len() as u32 + u32::from(self.closed[side as usize]);
         let seg = Seg::new(side, flags, seq, if flags & ACK == 0 { 0 } else { ack }, data);
         self.sent[side as usize] += data.len() as u32 + u32::from(flags & (SYN | FIN) != 0);
-        let slot = CarrySlot {
+        let slot = PuntRequest {
             inspector: Inspector::Http as u8,
             ruleset: self.ruleset,
             rule: 3,
             flags: self.flags,
-            ..CarrySlot::default()
+            ..PuntRequest::default()
         };
         let (engine, out, now) = (&mut self.engine, &mut self.out, self.now);
         seg.view(slot, |view, frame| engine.packet(now, view, frame, out));
@@ -572,7 +572,7 @@ fn a_body_that_many_servers_do_not_read_needs_a_rule_that_names_it() {
         assert_eq!(talk.take().records.last().unwrap().reason, Reason::AppMalformed);
         // reported in audit mode, and followed
         let mut talk = Talk::new();
-        talk.flags = palisade_abi::carry_flags::AUDIT;
+        talk.flags = palisade_abi::punt_flags::AUDIT;
         talk.client(request(method, "/public/a").as_bytes());
         assert_eq!(talk.at_server(), request(method, "/public/a"));
         let records = talk.take().records;
@@ -797,7 +797,7 @@ fn what_is_allowed_goes_before_a_reset_that_shares_its_packet() {
 fn where_two_policies_read_nothing_is_made_and_nothing_waits_for_ever() {
     let (head, body, behind) = upload(30);
     let mut talk = Talk::new();
-    talk.flags = palisade_abi::carry_flags::SHARED;
+    talk.flags = palisade_abi::punt_flags::SHARED;
     talk.client(&[head.as_bytes(), &body[..20]].concat());
     talk.client(&[&body[20..], behind.as_bytes()].concat());
     assert_eq!(talk.got[0], [head.as_bytes(), &body[..20]].concat());
@@ -808,7 +808,7 @@ fn where_two_policies_read_nothing_is_made_and_nothing_waits_for_ever() {
 #[test]
 fn audit_lets_go_on_and_says_so() {
     let mut talk = Talk::new();
-    talk.flags = palisade_abi::carry_flags::AUDIT;
+    talk.flags = palisade_abi::punt_flags::AUDIT;
     talk.client(get("/secret").as_bytes());
     assert_eq!(talk.at_server(), get("/secret"));
     let record = talk.take().records[0];

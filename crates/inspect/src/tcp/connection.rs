@@ -8,7 +8,7 @@ mod answer;
 mod delivery;
 mod quoted;
 
-use palisade_abi::{CarrySlot, CtKey, FlowCommand, Reason, carry_flags, order};
+use palisade_abi::{CtKey, FlowCommand, PuntRequest, Reason, order, punt_flags};
 
 use super::{
     Action, Shared, Side, StreamInspector,
@@ -64,7 +64,7 @@ pub(crate) struct Connection<F> {
     phase: Phase,
     key: CtKey,
     /// Of the packet that was read last.
-    slot: CarrySlot,
+    slot: PuntRequest,
     /// The number by which the programs know it, or will once it has taken the place of the one before.
     serial: u32,
     /// The number of the entry that another connection by these ports has left. With the answer to the SYN the programs
@@ -102,7 +102,7 @@ impl<F> Connection<F> {
     pub(super) fn new(key: CtKey, view: &PacketView<'_>) -> Self {
         let serial = view.slot.serial;
         // An entry that was made by this packet has nothing decided yet.
-        let is_known = view.slot.flags & carry_flags::NEW != 0;
+        let is_known = view.slot.flags & punt_flags::NEW != 0;
         Self {
             serial: if is_known {
                 serial
@@ -466,8 +466,8 @@ impl<F> Connection<F> {
         self.seen = now;
         self.is_known |= view.slot.serial == self.serial;
         let side = Side::of(view.slot);
-        self.is_audit = view.slot.flags & carry_flags::AUDIT != 0;
-        self.is_shared |= view.slot.flags & carry_flags::SHARED != 0;
+        self.is_audit = view.slot.flags & punt_flags::AUDIT != 0;
+        self.is_shared |= view.slot.flags & punt_flags::SHARED != 0;
         if side == Side::Client {
             self.about = About::of(view);
         }
@@ -484,8 +484,8 @@ impl<F> Connection<F> {
                     }
                 }
                 // Judged by the old rules; by the new ones once every byte acknowledged on behalf of a receiver is delivered.
-                if (view.slot.ruleset, view.slot.flags & carry_flags::AUDIT)
-                    != (self.slot.ruleset, self.slot.flags & carry_flags::AUDIT)
+                if (view.slot.ruleset, view.slot.flags & punt_flags::AUDIT)
+                    != (self.slot.ruleset, self.slot.flags & punt_flags::AUDIT)
                 {
                     sink.discard(frame, Reason::TcpHeld);
                     return;

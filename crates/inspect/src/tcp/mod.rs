@@ -22,7 +22,7 @@ mod table;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use palisade_abi::{CarrySlot, CtKey, FlowCommand, Reason, carry_flags};
+use palisade_abi::{CtKey, FlowCommand, PuntRequest, Reason, punt_flags};
 
 pub(crate) use connection::Connection;
 pub(crate) use table::{Connections, key};
@@ -30,13 +30,13 @@ pub(crate) use table::{Connections, key};
 use crate::{Millis, Sink};
 
 /// What the programs are to do with a flow.
-fn order(key: CtKey, slot: &CarrySlot, order: u32) -> FlowCommand {
+fn order(key: CtKey, slot: &PuntRequest, order: u32) -> FlowCommand {
     FlowCommand {
         key,
         serial: slot.serial,
         order,
         ruleset: slot.ruleset,
-        carry_flags: u32::from(slot.flags & carry_flags::AUDIT),
+        punt_flags: u32::from(slot.flags & punt_flags::AUDIT),
         windows: [0; 4],
     }
 }
@@ -52,8 +52,8 @@ pub(crate) enum Side {
 
 impl Side {
     /// Who sent a packet.
-    pub(crate) const fn of(slot: &CarrySlot) -> Self {
-        if slot.flags & carry_flags::REPLY == 0 {
+    pub(crate) const fn of(slot: &PuntRequest) -> Self {
+        if slot.flags & punt_flags::REPLY == 0 {
             Self::Client
         } else {
             Self::Server

@@ -4,7 +4,7 @@
 //! acknowledged (RFC 5927, 4.1): an attacker that does not see the connection has to guess that number. The programs
 //! have compared addresses and ports with the flow, and have cut the error to the quoted network header and eight bytes.
 
-use palisade_abi::{CtKey, carry_flags, protocol};
+use palisade_abi::{CtKey, protocol, punt_flags};
 use palisade_packet::{Quote, decode_quote, flags, icmp, icmpv6};
 
 use super::Side;
@@ -56,7 +56,7 @@ impl QuotedSegment {
         let source = (quote.source, quote.source_port);
         let destination = (quote.destination, quote.destination_port);
         // The quoted packet went the other way.
-        let (local, remote) = if view.slot.flags & carry_flags::INGRESS != 0 {
+        let (local, remote) = if view.slot.flags & punt_flags::INGRESS != 0 {
             (source, destination)
         } else {
             (destination, source)

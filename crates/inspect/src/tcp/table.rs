@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use foldhash::{HashMap, HashMapExt as _};
 
-use palisade_abi::{CtKey, Reason, carry_flags, order, protocol};
+use palisade_abi::{CtKey, Reason, order, protocol, punt_flags};
 use palisade_packet::{TCP_RST, TCP_SYN, flags};
 
 use super::{
@@ -123,7 +123,7 @@ pub(crate) fn key(view: &PacketView<'_>) -> CtKey {
     let packet = view.packet;
     let source = (packet.source, packet.source_port);
     let destination = (packet.destination, packet.destination_port);
-    let (local, remote) = if view.slot.flags & carry_flags::INGRESS != 0 {
+    let (local, remote) = if view.slot.flags & punt_flags::INGRESS != 0 {
         (destination, source)
     } else {
         (source, destination)
@@ -226,7 +226,7 @@ impl<F, T: Offloadable> Connections<F, T> {
                     }
                     return;
                 }
-                Place::Stray if view.slot.flags & carry_flags::AUDIT != 0 => {
+                Place::Stray if view.slot.flags & punt_flags::AUDIT != 0 => {
                     sink.release(frame);
                     return;
                 }
@@ -257,7 +257,7 @@ impl<F, T: Offloadable> Connections<F, T> {
         if which == CURRENT && self.is_opened_beyond_limit(&key, view) {
             self.shared.stats.limited += 1;
             match self.entries.get_mut(&key) {
-                Some(entry) if view.slot.flags & carry_flags::AUDIT != 0 => {
+                Some(entry) if view.slot.flags & punt_flags::AUDIT != 0 => {
                     let reason = Reason::InspectLimit;
                     entry.connection.pass_unread(reason, &mut self.shared, sink);
                 }
@@ -553,7 +553,7 @@ impl<F, T: Offloadable> Connections<F, T> {
         reason: Reason,
         sink: &mut S,
     ) -> bool {
-        let audit = view.slot.flags & carry_flags::AUDIT != 0;
+        let audit = view.slot.flags & punt_flags::AUDIT != 0;
         if self.shared.may_report(now) {
             let detail = reason.text();
             sink.record(&Record {
@@ -581,7 +581,7 @@ impl<F, T: Offloadable> Connections<F, T> {
             return;
         };
         self.shared.stats.midstream += 1;
-        let is_audit = view.slot.flags & carry_flags::AUDIT != 0;
+        let is_audit = view.slot.flags & punt_flags::AUDIT != 0;
         if segment.is_syn() && !is_audit {
             // The answer to a SYN that was forgotten, or came to a worker that is no more. Its sender hears nothing, so the
             // client sends its SYN again, and that is known.
@@ -664,7 +664,7 @@ impl<F, T: Offloadable> Connections<F, T> {
         } else {
             (Reason::TcpMidstream, Reason::TcpMidstream.text())
         };
-        let is_audit = view.slot.flags & carry_flags::AUDIT != 0;
+        let is_audit = view.slot.flags & punt_flags::AUDIT != 0;
         let reports = match self.entries.get_mut(&key) {
             Some(entry) => entry.connection.may_report(now, reason, &mut self.shared),
             None => self.shared.may_report(now),

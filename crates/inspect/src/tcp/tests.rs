@@ -4,7 +4,7 @@ mod errors;
 
 use std::collections::BTreeMap;
 
-use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_flags, carry_hook, order};
+use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, order, punt_flags, punt_hook};
 use palisade_packet::{Packet, Start, decode};
 use proptest::prelude::*;
 
@@ -79,23 +79,23 @@ impl Seg {
 
     /// Shows it as a carried packet: towards the endpoint is what the client sends, or the server if the slot's
     /// flags have INGRESS.
-    pub(crate) fn view(&self, slot: CarrySlot, f: impl FnOnce(&PacketView<'_>, Vec<u8>)) {
+    pub(crate) fn view(&self, slot: PuntRequest, f: impl FnOnce(&PacketView<'_>, Vec<u8>)) {
         let frame = self.frame();
         let mut packet = Packet::default();
         decode(&frame[..], Start::Ethernet { tags_removed: 0 }, &mut packet).unwrap();
         let answers = self.from == Side::Server;
         // The programs make an entry for a SYN, unless the test says which connection is meant.
         let is_new = !answers && self.flags & (SYN | ACK) == SYN && slot.serial == 0;
-        let slot = CarrySlot {
+        let slot = PuntRequest {
             endpoint: if slot.endpoint == 0 { 7 } else { slot.endpoint },
             serial: if slot.serial == 0 { 99 } else { slot.serial },
             flags: slot.flags
                 ^ if answers {
-                    carry_flags::REPLY
+                    punt_flags::REPLY
                 } else {
-                    carry_flags::INGRESS
+                    punt_flags::INGRESS
                 }
-                | if is_new { carry_flags::NEW } else { 0 },
+                | if is_new { punt_flags::NEW } else { 0 },
             ..slot
         };
         let header = usize::from(frame[46] >> 4) * 4;
@@ -103,9 +103,9 @@ impl Seg {
             slot: &slot,
             ifindex: 5,
             hook: if answers {
-                carry_hook::TC_EGRESS
+                punt_hook::TC_EGRESS
             } else {
-                carry_hook::TC_INGRESS
+                punt_hook::TC_INGRESS
             },
             packet: &packet,
             frame: &frame,
@@ -283,12 +283,12 @@ impl Bench {
     /// A packet of an entry with this serial, if it is not 0, that the packet has not made; of this endpoint.
     fn put_as(&mut self, seg: &Seg, serial: u32, endpoint: u16) {
         let (table, out, now) = (&mut self.table, &mut self.out, self.now);
-        let slot = CarrySlot {
+        let slot = PuntRequest {
             inspector: Inspector::Http as u8,
             serial,
             endpoint,
-            flags: if self.is_audit { carry_flags::AUDIT } else { 0 },
-            ..CarrySlot::default()
+            flags: if self.is_audit { punt_flags::AUDIT } else { 0 },
+            ..PuntRequest::default()
         };
         seg.view(slot, |view, frame| {
             table.packet(now, view, frame, Messages::default, |m| m, |(), _| Ok(()), out);
@@ -387,7 +387,7 @@ fn what_is_refused_resets_both_sides() {
     assert_eq!(to_client.ack, CLIENT_ISN.wrapping_add(1 + 7));
     assert_eq!(
         (back.ifindex, back.hook, back.back),
-        (5, carry_hook::TC_EGRESS, false)
+        (5, punt_hook::TC_EGRESS, false)
     );
     assert_eq!((to_server.from, to_server.flags & RST), (Side::Client, RST));
     assert_eq!(
@@ -395,7 +395,7 @@ fn what_is_refused_resets_both_sides() {
         CLIENT_ISN.wrapping_add(1 + 3),
         "what the server expects next"
     );
-    assert_eq!((on.hook, on.back), (carry_hook::TC_INGRESS, false));
+    assert_eq!((on.hook, on.back), (punt_hook::TC_INGRESS, false));
     // what comes later is refused, too
     bench.put(&client(7, b"\x01a"));
     let out = bench.take();

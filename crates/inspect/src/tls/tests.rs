@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use palisade_abi::{CarrySlot, Inspector};
+use palisade_abi::{Inspector, PuntRequest};
 use palisade_fqdn::{Cache, Config};
 use palisade_policy::{
     rule::FqdnPattern,
@@ -115,12 +115,12 @@ impl Talk {
         };
         let seg = Seg::new(side, flags, seq, ack, data);
         self.sent[side as usize] += data.len() as u32 + u32::from(flags & SYN != 0);
-        let slot = CarrySlot {
+        let slot = PuntRequest {
             inspector: Inspector::Tls as u8,
             ruleset: RULESET,
             rule: 3,
             flags: self.flags,
-            ..CarrySlot::default()
+            ..PuntRequest::default()
         };
         let (engine, out) = (&mut self.engine, &mut self.out);
         seg.view(slot, |view, frame| engine.packet(0, view, frame, out));
@@ -212,7 +212,7 @@ fn a_second_hello_is_judged_like_the_first() {
 #[test]
 fn audit_lets_it_go_on_and_says_so() {
     let mut talk = Talk::new(false);
-    talk.flags = carry_flags::AUDIT;
+    talk.flags = punt_flags::AUDIT;
     let out = talk.client(&hello(Some("x.test"), 10_000));
     assert_eq!((out.released.len(), out.commands.len()), (1, 1));
     assert_eq!(
@@ -258,7 +258,7 @@ fn who_connects_must_have_learned_the_address_by_the_name() {
         talk.engine.verify_server_names(learned());
         talk
     };
-    let egress = carry_flags::INGRESS;
+    let egress = punt_flags::INGRESS;
     // The name is allowed, and the address was learned by it.
     let mut known = talk(false, egress);
     let out = known.client(&hello(Some("C.B.test."), 10_000));
@@ -297,7 +297,7 @@ fn who_connects_must_have_learned_the_address_by_the_name() {
     let out = ingress.client(&hello(Some("a.test"), 10_000));
     assert_eq!((out.released.len(), out.records[0].rule), (1, 11));
     // Audit mode says so.
-    let mut audited = talk(false, egress | carry_flags::AUDIT);
+    let mut audited = talk(false, egress | punt_flags::AUDIT);
     let out = audited.client(&hello(Some("a.test"), 10_000));
     assert_eq!((out.released.len(), out.commands.len()), (1, 1));
     assert_eq!(

@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use palisade_abi::{CarrySlot, FlowCommand, Inspector, Reason, carry_flags, carry_hook, order};
+use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, order, punt_flags, punt_hook};
 use palisade_inspect::{
     Engine, Learn, Lease, Limits, Millis, PacketView, Route, Rules, Sink,
     record::{Record, Verdict, What},
@@ -137,7 +137,7 @@ impl World {
     }
 
     /// Gives the engine a frame; its handle is the number of the frame.
-    pub fn send(&mut self, slot: &CarrySlot, frame: &[u8]) -> usize {
+    pub fn send(&mut self, slot: &PuntRequest, frame: &[u8]) -> usize {
         let handle = self.sent;
         self.sent += 1;
         let mut packet = Packet::default();
@@ -151,7 +151,7 @@ impl World {
         let view = PacketView {
             slot,
             ifindex: IFINDEX,
-            hook: carry_hook::TC_EGRESS,
+            hook: punt_hook::TC_EGRESS,
             packet: &packet,
             frame,
             network: usize::from(packet.network_offset),
@@ -248,8 +248,8 @@ pub fn rules() -> Rules {
     Rules::prepare(&sets, None)
 }
 
-pub fn slot(endpoint: u16, flags: u8) -> CarrySlot {
-    CarrySlot {
+pub fn slot(endpoint: u16, flags: u8) -> PuntRequest {
+    PuntRequest {
         rule: ASKING,
         ruleset: NAMES,
         remote_identity: 1234,
@@ -262,28 +262,28 @@ pub fn slot(endpoint: u16, flags: u8) -> CarrySlot {
 }
 
 /// The endpoint asks somebody.
-pub fn asks(endpoint: u16) -> CarrySlot {
+pub fn asks(endpoint: u16) -> PuntRequest {
     slot(endpoint, 0)
 }
 
 /// Somebody answers the endpoint.
-pub fn is_told(endpoint: u16) -> CarrySlot {
-    slot(endpoint, carry_flags::INGRESS | carry_flags::REPLY)
+pub fn is_told(endpoint: u16) -> PuntRequest {
+    slot(endpoint, punt_flags::INGRESS | punt_flags::REPLY)
 }
 
 /// Somebody asks the endpoint.
-pub fn is_asked(endpoint: u16) -> CarrySlot {
-    slot(endpoint, carry_flags::INGRESS)
+pub fn is_asked(endpoint: u16) -> PuntRequest {
+    slot(endpoint, punt_flags::INGRESS)
 }
 
 /// The endpoint answers somebody.
-pub fn tells(endpoint: u16) -> CarrySlot {
-    slot(endpoint, carry_flags::REPLY)
+pub fn tells(endpoint: u16) -> PuntRequest {
+    slot(endpoint, punt_flags::REPLY)
 }
 
-pub fn audit(slot: CarrySlot) -> CarrySlot {
-    CarrySlot {
-        flags: slot.flags | carry_flags::AUDIT,
+pub fn audit(slot: PuntRequest) -> PuntRequest {
+    PuntRequest {
+        flags: slot.flags | punt_flags::AUDIT,
         ..slot
     }
 }

@@ -1,6 +1,6 @@
 //! DNS over UDP: queries and answers, one datagram each.
 
-use palisade_abi::{CarrySlot, Reason, carry_hook};
+use palisade_abi::{PuntRequest, Reason, punt_hook};
 use palisade_inspect::{
     Denial, DnsLimits, Lease, Limits, Route, TrackLimits, Unsolicited,
     record::{Verdict, What},
@@ -54,7 +54,7 @@ fn check_reply(world: &World, asked: &Udp, id: u16) -> u16 {
         *route,
         Route {
             ifindex: IFINDEX,
-            hook: carry_hook::TC_EGRESS,
+            hook: punt_hook::TC_EGRESS,
             back: true
         }
     );
@@ -518,7 +518,7 @@ fn the_endpoint_s_own_server_is_judged_and_learns_nothing() {
 #[test]
 fn a_plain_allow_still_reads_and_learns() {
     let mut world = world();
-    let everything = |slot: CarrySlot| CarrySlot {
+    let everything = |slot: PuntRequest| PuntRequest {
         ruleset: EVERYTHING,
         ..slot
     };
@@ -541,7 +541,7 @@ fn a_plain_allow_still_reads_and_learns() {
 #[test]
 fn rules_that_are_not_known_let_nothing_pass() {
     let mut world = world();
-    let unknown = |slot: CarrySlot| CarrySlot { ruleset: 77, ..slot };
+    let unknown = |slot: PuntRequest| PuntRequest { ruleset: 77, ..slot };
     assert!(!world.engine.knows(77) && world.engine.knows(NAMES));
     let ask = to_server(4000, &query(7, "allowed.test", A)).frame();
     let frame = world.send(&unknown(asks(1)), &ask);
@@ -555,7 +555,7 @@ fn rules_that_are_not_known_let_nothing_pass() {
 fn what_has_no_reader_is_dropped() {
     let mut world = world();
     let ask = to_server(4000, &query(7, "allowed.test", A));
-    let http = CarrySlot {
+    let http = PuntRequest {
         inspector: palisade_abi::Inspector::Http as u8,
         ..asks(1)
     };

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use palisade_abi::{CarrySlot, Reason};
+use palisade_abi::{PuntRequest, Reason};
 use palisade_inspect::{FragmentLimits, Limits, record::Verdict};
 use proptest::prelude::*;
 
@@ -409,7 +409,7 @@ proptest! {
                 continue;
             }
             let frame = asked.around(&piece.bytes, Some((piece.from, piece.more, id)));
-            let slot: CarrySlot = asks(endpoint);
+            let slot: PuntRequest = asks(endpoint);
             let before = world.sink.fates.len();
             let handle = world.send(&slot, &frame);
             let expected = model.take(&piece, handle, &bytes);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use palisade_abi::{CarrySlot, Reason};
+use palisade_abi::{PuntRequest, Reason};
 use palisade_inspect::{DnsLimits, Learn, Limits, Millis, TrackLimits};
 use proptest::prelude::*;
 
@@ -155,7 +155,7 @@ fn run(steps: Vec<Step>) -> Result<(), TestCaseError> {
         match step {
             Step::Ask { who, audit: mode } => {
                 let (endpoint, port, id, name) = who;
-                let slot: CarrySlot = if endpoint == 3 {
+                let slot: PuntRequest = if endpoint == 3 {
                     is_asked(3)
                 } else {
                     asks(endpoint)

@@ -1,6 +1,6 @@
 //! DNS over TCP.
 
-use palisade_abi::{CarrySlot, Reason, carry_flags};
+use palisade_abi::{PuntRequest, Reason, punt_flags};
 use palisade_inspect::{Denial, DnsLimits, Limits, TcpLimits, TcpStats, record::Verdict};
 use palisade_packet::{Packet, Start, decode};
 use proptest::prelude::*;
@@ -34,7 +34,7 @@ struct Made {
 struct Connection {
     world: World,
     v6: bool,
-    slots: [CarrySlot; 2],
+    slots: [PuntRequest; 2],
     /// The programs have a conntrack entry: no later packet of the client makes one.
     is_tracked: bool,
 }
@@ -44,7 +44,7 @@ impl Connection {
         Self::with(&Limits::default(), false, [asks(1), is_told(1)])
     }
 
-    fn with(limits: &Limits, v6: bool, slots: [CarrySlot; 2]) -> Self {
+    fn with(limits: &Limits, v6: bool, slots: [PuntRequest; 2]) -> Self {
         let mut connection = Self {
             world: World::new(limits),
             v6,
@@ -92,7 +92,7 @@ impl Connection {
     }
 
     /// Sends a frame, and executes a `REPLACE` command as the programs do: the entry gets another serial.
-    fn send(&mut self, slot: &CarrySlot, frame: &[u8]) -> usize {
+    fn send(&mut self, slot: &PuntRequest, frame: &[u8]) -> usize {
         let handle = self.world.send(slot, frame);
         if let Some((before, serial)) = self.world.sink.replaced.take() {
             for slot in &mut self.slots {
@@ -207,9 +207,9 @@ impl Connection {
 }
 
 /// The slot of the packet that makes the conntrack entry.
-fn new(slot: CarrySlot) -> CarrySlot {
-    CarrySlot {
-        flags: slot.flags | carry_flags::NEW,
+fn new(slot: PuntRequest) -> PuntRequest {
+    PuntRequest {
+        flags: slot.flags | punt_flags::NEW,
         ..slot
     }
 }
@@ -236,7 +236,7 @@ impl Other {
         self.send(it, &asks(endpoint), &frame)
     }
 
-    fn send(&self, it: &mut Connection, slot: &CarrySlot, frame: &[u8]) -> Fate {
+    fn send(&self, it: &mut Connection, slot: &PuntRequest, frame: &[u8]) -> Fate {
         let handle = it.world.send(slot, frame);
         it.fate(handle).expect("a handshake is not held").clone()
     }
@@ -501,9 +501,9 @@ fn of_several_queries_in_one_segment_those_before_a_denied_one_go_on() {
 }
 
 /// Two policies have it read.
-fn shared(slot: CarrySlot) -> CarrySlot {
-    CarrySlot {
-        flags: slot.flags | carry_flags::SHARED,
+fn shared(slot: PuntRequest) -> PuntRequest {
+    PuntRequest {
+        flags: slot.flags | punt_flags::SHARED,
         ..slot
     }
 }

@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use palisade_abi::{Config as Told, Direction, EndpointState, MAX_CARRIED_FRAME, MAX_CARRIED_MSS, identity};
+use palisade_abi::{Config as Told, Direction, EndpointState, MAX_PUNT_FRAME, MAX_PUNT_MSS, identity};
 use palisade_datapath::{Datapath, Options, Rules, detach_all};
 use palisade_flowlog::Ring;
 use palisade_fqdn::{Cache, SniAddressIndex, Special};
@@ -1011,11 +1011,11 @@ impl Control {
         interfaces
             .iter()
             .filter_map(|interface| Some((&interface.name, mtu(interface)?)))
-            .filter(|(_, mtu)| mtu + 14 > MAX_CARRIED_FRAME)
+            .filter(|(_, mtu)| mtu + 14 > MAX_PUNT_FRAME)
             .map(|(name, mtu)| {
                 format!(
-                    "interface {name}: its MTU of {mtu} is more than the workers are given ({MAX_CARRIED_FRAME} bytes \
-                     a frame): connections that are read agree on segments of {MAX_CARRIED_MSS} bytes; what is longer \
+                    "interface {name}: its MTU of {mtu} is more than the workers are given ({MAX_PUNT_FRAME} bytes \
+                     a frame): connections that are read agree on segments of {MAX_PUNT_MSS} bytes; what is longer \
                      and must be read is dropped (232)"
                 )
             })

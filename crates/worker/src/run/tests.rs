@@ -6,7 +6,8 @@ use std::{
 };
 
 use palisade_abi::{
-    Carried, CarrySlot, CtKey, FlowCommand, Inspector, Reason, Released, carry_hook, order, protocol, release,
+    CtKey, FlowCommand, Inspector, PuntHeader, PuntRequest, Reason, ReinjectTrailer, order, protocol,
+    punt_hook, release,
 };
 use palisade_inspect::{Learned, Millis, PacketView, Route, Sink, learning::lessons, record::Record};
 use palisade_xsk::handoff;
@@ -170,7 +171,7 @@ fn command(endpoint: u16) -> FlowCommand {
         serial: 77,
         order: 1,
         ruleset: 0,
-        carry_flags: 0,
+        punt_flags: 0,
         windows: [0; 4],
     }
 }
@@ -383,18 +384,18 @@ impl Sent {
     }
 }
 
-fn slot(endpoint: u16, ruleset: u32) -> CarrySlot {
-    CarrySlot {
+fn slot(endpoint: u16, ruleset: u32) -> PuntRequest {
+    PuntRequest {
         endpoint,
         ruleset,
         inspector: Inspector::Dns as u8,
-        ..CarrySlot::default()
+        ..PuntRequest::default()
     }
 }
 
 /// Returns the frame as the programs punt it. `stripped`: the outermost VLAN tag is in the punt header instead of in
 /// the frame.
-fn carry(frame: &[u8], stripped: bool, hook: u8, hash: u32, slots: [CarrySlot; 2]) -> Vec<u8> {
+fn carry(frame: &[u8], stripped: bool, hook: u8, hash: u32, slots: [PuntRequest; 2]) -> Vec<u8> {
     let mut frame = frame.to_vec();
     let (mut vlan, mut vlan_protocol) = (0, 0);
     if stripped {
@@ -402,7 +403,7 @@ fn carry(frame: &[u8], stripped: bool, hook: u8, hash: u32, slots: [CarrySlot; 2
         vlan_protocol = u16::from_be_bytes([tag[0], tag[1]]);
         vlan = u16::from_be_bytes([tag[2], tag[3]]);
     }
-    let carried = Carried {
+    let carried = PuntHeader {
         cookie: COOKIE,
         ifindex: 7,
         hash,
@@ -418,8 +419,8 @@ fn carry(frame: &[u8], stripped: bool, hook: u8, hash: u32, slots: [CarrySlot; 2
 }
 
 /// Splits a sent frame into packet, trailer and flow command.
-fn split(bytes: &[u8]) -> (Vec<u8>, Released, Option<FlowCommand>) {
-    let (rest, released) = Released::read_from_suffix(bytes).unwrap();
+fn split(bytes: &[u8]) -> (Vec<u8>, ReinjectTrailer, Option<FlowCommand>) {
+    let (rest, released) = ReinjectTrailer::read_from_suffix(bytes).unwrap();
     assert_eq!(released.cookie, COOKIE);
     if released.flags & release::COMMAND == 0 {
         return (rest.to_vec(), released, None);
@@ -446,12 +447,12 @@ fn udp() -> Sent {
 /// without one.
 #[test]
 fn the_longest_frame_is_forwarded_with_two_commands() {
-    use palisade_abi::{MAX_CARRIED_FRAME, MAX_ON_CARRIER};
+    use palisade_abi::{MAX_ON_CARRIER, MAX_PUNT_FRAME};
 
     for hook in [
-        carry_hook::XDP_INGRESS,
-        carry_hook::TC_INGRESS,
-        carry_hook::TC_EGRESS,
+        punt_hook::XDP_INGRESS,
+        punt_hook::TC_INGRESS,
+        punt_hook::TC_EGRESS,
     ] {
         for (ipv6, tags, more) in [false, true]
             .into_iter()
@@ -465,14 +466,14 @@ fn the_longest_frame_is_forwarded_with_two_commands() {
             };
             // The VLAN tag is in the punt header, not in the frame.
             let headers = sent.frames().0.len() - sent.payload.len() - 4 * tags;
-            sent.payload = vec![7; MAX_CARRIED_FRAME as usize - headers + more];
+            sent.payload = vec![7; MAX_PUNT_FRAME as usize - headers + more];
             let (frame, _) = sent.frames();
-            assert_eq!(frame.len() - 4 * tags, MAX_CARRIED_FRAME as usize + more);
+            assert_eq!(frame.len() - 4 * tags, MAX_PUNT_FRAME as usize + more);
             let mut slots = [slot(3, does::COMMAND), slot(1, does::COMMAND)];
             slots[0].rule = REPLACES;
             let (mut back, drops, _) = work(vec![carry(&frame, tags > 0, hook, 5, slots)]);
             if more > 0 {
-                assert_eq!(drops, HashMap::from([(Reason::CarryUnsupported as u8, 1)]));
+                assert_eq!(drops, HashMap::from([(Reason::PuntUnsupported as u8, 1)]));
                 continue;
             }
             assert_eq!(drops, HashMap::new());
@@ -538,7 +539,7 @@ proptest! {
         for (sent, unfinished, stripped, hook, first, second, two) in packets {
             let (whole, partial) = sent.frames();
             let unfinished = unfinished && sent.fragment == 0;
-            let slots = [slot(3, first), if two { slot(1, second) } else { CarrySlot::default() }];
+            let slots = [slot(3, first), if two { slot(1, second) } else { PuntRequest::default() }];
             let frame = if unfinished { &partial } else { &whole };
             arriving.push(carry(frame, stripped && sent.tags > 0, hook, 5, slots));
             expected.push((whole, hook));
@@ -553,8 +554,8 @@ proptest! {
         }).collect();
         let mut expected: Vec<_> = expected.into_iter().map(|(frame, hook)| {
             let (way, flags) = match hook {
-                carry_hook::XDP_INGRESS => (release::INGRESS, 0),
-                carry_hook::TC_INGRESS => (release::INGRESS, release::MARK),
+                punt_hook::XDP_INGRESS => (release::INGRESS, 0),
+                punt_hook::TC_INGRESS => (release::INGRESS, release::MARK),
                 _ => (release::EGRESS, release::MARK),
             };
             (frame, way, flags)
@@ -576,7 +577,7 @@ proptest! {
         // A flipped bit may make the checksum of a datagram zero, which means that there is none.
         let field = network + 20 + sent.options * 4 + 6;
         prop_assume!(sent.tcp || broken[field..field + 2] != [0, 0]);
-        let slots = [slot(3, does::RELEASE), CarrySlot::default()];
+        let slots = [slot(3, does::RELEASE), PuntRequest::default()];
         let (sent, drops, records) = work(vec![carry(&broken, false, 2, 0, slots)]);
         prop_assert!(sent.is_empty());
         prop_assert_eq!(drops.values().sum::<u64>(), 1);
@@ -603,7 +604,7 @@ fn a_packet_of_two_policies_is_inspected_for_both_in_order_and_either_can_drop_i
     let run = |first, second| {
         let slots = [slot(3, first), slot(1, second)];
         let (mut context, _control, _) = context(0, 1);
-        let port = MemoryPort::new(vec![carry(&partial, false, carry_hook::TC_EGRESS, 0, slots)]);
+        let port = MemoryPort::new(vec![carry(&partial, false, punt_hook::TC_EGRESS, 0, slots)]);
         let mut worker = Worker::new(&mut context, port, Script::default(), FRAMES);
         for _ in 0..5 {
             worker.turn().unwrap();
@@ -645,8 +646,8 @@ fn a_packet_of_two_policies_is_inspected_for_both_in_order_and_either_can_drop_i
 #[test]
 fn a_generated_response_takes_the_opposite_path() {
     let (whole, _) = udp().frames();
-    let slots = [slot(3, does::ANSWER), CarrySlot::default()];
-    let (sent, drops, _) = work(vec![carry(&whole, false, carry_hook::TC_EGRESS, 0, slots)]);
+    let slots = [slot(3, does::ANSWER), PuntRequest::default()];
+    let (sent, drops, _) = work(vec![carry(&whole, false, punt_hook::TC_EGRESS, 0, slots)]);
     assert_eq!(drops, [(Reason::AppDenied as u8, 1)].into());
     let (frame, released, _) = split(&sent[0]);
     assert_eq!(frame, &whole[..30]);
@@ -657,8 +658,8 @@ fn a_generated_response_takes_the_opposite_path() {
 fn new_rules_are_applied_before_a_packet_with_an_unknown_rule_set_is_dropped() {
     let (whole, _) = udp().frames();
     let packet = || {
-        let slots = [slot(3, does::COMMAND), CarrySlot::default()];
-        carry(&whole, false, carry_hook::TC_INGRESS, 0, slots)
+        let slots = [slot(3, does::COMMAND), PuntRequest::default()];
+        carry(&whole, false, punt_hook::TC_INGRESS, 0, slots)
     };
     let (mut context, control, _) = context(0, 1);
     control.modify(|control| control.rules = Arc::new(2));
@@ -686,10 +687,10 @@ fn new_rules_are_applied_before_a_packet_with_an_unknown_rule_set_is_dropped() {
 #[test]
 fn the_held_packets_of_a_deleted_endpoint_are_dropped() {
     let (whole, _) = udp().frames();
-    let slots = [slot(3, does::HOLD), CarrySlot::default()];
+    let slots = [slot(3, does::HOLD), PuntRequest::default()];
     let (mut context, control, _) = context(0, 1);
     let counters = Arc::clone(&context.counters);
-    let port = MemoryPort::new(vec![carry(&whole, false, carry_hook::TC_INGRESS, 0, slots)]);
+    let port = MemoryPort::new(vec![carry(&whole, false, punt_hook::TC_INGRESS, 0, slots)]);
     let mut worker = Worker::new(&mut context, port, Script::default(), FRAMES);
     worker.rx.receive(&mut worker.port, clock()).unwrap();
     worker.inspect_batch();
@@ -706,8 +707,8 @@ fn the_held_packets_of_a_deleted_endpoint_are_dropped() {
 #[test]
 fn a_packet_of_another_workers_flow_is_handed_off_to_that_worker() {
     let (whole, partial) = udp().frames();
-    let slots = [slot(3, does::RELEASE), CarrySlot::default()];
-    let packet = carry(&partial, false, carry_hook::XDP_INGRESS, 7, slots);
+    let slots = [slot(3, does::RELEASE), PuntRequest::default()];
+    let packet = carry(&partial, false, punt_hook::XDP_INGRESS, 7, slots);
     let (mut first, _control, _) = context(0, 2);
     let (mut second, _other_control, _) = context(1, 2);
     let (sender, receiver) = handoff::ring(2, CHUNK);
@@ -740,8 +741,8 @@ fn a_packet_of_another_workers_flow_is_handed_off_to_that_worker() {
 #[test]
 fn a_full_transmit_ring_loses_packets_but_no_frames() {
     let (whole, _) = udp().frames();
-    let slots = [slot(3, does::RELEASE), CarrySlot::default()];
-    let packet = carry(&whole, false, carry_hook::TC_INGRESS, 0, slots);
+    let slots = [slot(3, does::RELEASE), PuntRequest::default()];
+    let packet = carry(&whole, false, punt_hook::TC_INGRESS, 0, slots);
     let (mut context, _control, _) = context(0, 1);
     let counters = Arc::clone(&context.counters);
     let mut port = MemoryPort::new(vec![packet; 10]);
@@ -760,8 +761,8 @@ fn a_full_transmit_ring_loses_packets_but_no_frames() {
 fn overload_sheds_the_large_flow_and_not_the_small_one() {
     let (whole, _) = udp().frames();
     let packet = |hash, endpoint| {
-        let slots = [slot(endpoint, does::RELEASE), CarrySlot::default()];
-        carry(&whole, false, carry_hook::TC_INGRESS, hash, slots)
+        let slots = [slot(endpoint, does::RELEASE), PuntRequest::default()];
+        carry(&whole, false, punt_hook::TC_INGRESS, hash, slots)
     };
     let mut arriving = Vec::new();
     for n in 0..1_000u32 {

@@ -94,19 +94,19 @@ impl Bench {
     }
 
     fn error(&mut self, error: Error) -> Fate {
-        self.error_as(error, CarrySlot::default())
+        self.error_as(error, PuntRequest::default())
     }
 
     /// Gives it an error of an entry with this serial, if it is not 0, and these flags.
-    fn error_as(&mut self, error: Error, slot: CarrySlot) -> Fate {
+    fn error_as(&mut self, error: Error, slot: PuntRequest) -> Fate {
         let frame = error.frame();
         let mut packet = Packet::default();
         decode(&frame[..], Start::Ethernet { tags_removed: 0 }, &mut packet).unwrap();
         let direction = match error.to {
-            Side::Client => carry_flags::REPLY,
-            Side::Server => carry_flags::INGRESS,
+            Side::Client => punt_flags::REPLY,
+            Side::Server => punt_flags::INGRESS,
         };
-        let slot = CarrySlot {
+        let slot = PuntRequest {
             inspector: Inspector::Http as u8,
             endpoint: 7,
             serial: if slot.serial == 0 { 99 } else { slot.serial },
@@ -116,7 +116,7 @@ impl Bench {
         let view = PacketView {
             slot: &slot,
             ifindex: 5,
-            hook: carry_hook::TC_EGRESS,
+            hook: punt_hook::TC_EGRESS,
             packet: &packet,
             frame: &frame,
             network: 14,
@@ -250,9 +250,9 @@ fn forged_errors_fill_neither_records_nor_memory() {
     );
     let identity = |error: Error| {
         let mut bench = Bench::new(TcpLimits::default());
-        let slot = CarrySlot {
+        let slot = PuntRequest {
             remote_identity: 1_234,
-            ..CarrySlot::default()
+            ..PuntRequest::default()
         };
         bench.error_as(error, slot);
         bench.out.records[0].remote_identity
@@ -429,9 +429,9 @@ fn errors_pass_where_nothing_is_read_any_more_and_in_audit_mode() {
         assert_eq!(bench.error(too_big(Side::Client, 1_300, seq)), Passed);
     }
     // Of another connection.
-    let other = CarrySlot {
+    let other = PuntRequest {
         serial: 98,
-        ..CarrySlot::default()
+        ..PuntRequest::default()
     };
     let unknown = Dropped(Reason::TcpMidstream);
     assert_eq!(bench.error_as(hard(Side::Client, c(0)), other), unknown);
@@ -448,9 +448,9 @@ fn errors_pass_where_nothing_is_read_any_more_and_in_audit_mode() {
     assert!(bench.made().is_empty());
     assert_eq!(bench.table.stats().icmp_narrowed, 1);
     // Audit mode.
-    let audit = CarrySlot {
-        flags: carry_flags::AUDIT,
-        ..CarrySlot::default()
+    let audit = PuntRequest {
+        flags: punt_flags::AUDIT,
+        ..PuntRequest::default()
     };
     let mut bench = Bench::open();
     assert_eq!(bench.error_as(hard(Side::Client, c(50)), audit), Passed);

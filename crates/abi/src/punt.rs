@@ -1,16 +1,16 @@
 //! Packets on their way to a worker and back.
 //!
 //! A packet that must be read is sent through the *carrier*, a veth pair of Palisade's own: `<name>0` and
-//! `<name>1`. The programs put a [`Carried`] in front of it and redirect it to `<name>0`; at `<name>1` an XDP program
-//! gives it to the AF_XDP socket of its queue. A worker sends it back on the same socket with a [`Released`]
+//! `<name>1`. The programs put a [`PuntHeader`] in front of it and redirect it to `<name>0`; at `<name>1` an XDP program
+//! gives it to the AF_XDP socket of its queue. A worker sends it back on the same socket with a [`ReinjectTrailer`]
 //! behind it; the program at the ingress of `<name>0` takes that off and redirects the packet to where it was.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{Addr, CtKey};
 
-/// Flags of a [`CarrySlot`].
-pub mod carry_flags {
+/// Flags of a [`PuntRequest`].
+pub mod punt_flags {
     /// The packet goes *to* the endpoint of the slot; else it comes from it.
     pub const INGRESS: u8 = 1;
     /// The packet is of the direction that answers the flow.
@@ -26,7 +26,7 @@ pub mod carry_flags {
 }
 
 /// Where a carried packet was caught. Its way on is the same hook of the same interface.
-pub mod carry_hook {
+pub mod punt_hook {
     /// XDP at the ingress of the interface: goes on into the local stack.
     pub const XDP_INGRESS: u8 = 1;
     /// tc at the ingress of the interface: goes on into the local stack.
@@ -38,7 +38,7 @@ pub mod carry_hook {
 /// Who wants a packet read, and by what.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
-pub struct CarrySlot {
+pub struct PuntRequest {
     /// The deciding rule of the flow.
     pub rule: u32,
     /// The set of application rules.
@@ -53,14 +53,14 @@ pub struct CarrySlot {
     pub endpoint: u16,
     /// [`crate::Inspector`].
     pub inspector: u8,
-    /// [`carry_flags`].
+    /// [`punt_flags`].
     pub flags: u8,
 }
 
 /// What stands in front of a carried packet, directly before its Ethernet header.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
-pub struct Carried {
+pub struct PuntHeader {
     /// [`crate::Config::cookie`]: nobody else puts packets on the carrier.
     pub cookie: u64,
     /// The interface where it was caught.
@@ -71,15 +71,15 @@ pub struct Carried {
     pub vlan: u16,
     /// EtherType of that tag, machine order.
     pub vlan_protocol: u16,
-    /// [`carry_hook`].
+    /// [`punt_hook`].
     pub hook: u8,
     /// Zero.
     pub zero: [u8; 3],
     /// Whose policy asks: first the interface's endpoint, then the node, in the order in which they judge.
-    pub slots: [CarrySlot; 2],
+    pub slots: [PuntRequest; 2],
 }
 
-/// What a [`Released`] asks for.
+/// What a [`ReinjectTrailer`] asks for.
 pub mod release {
     /// Into the local stack, as received on the interface.
     pub const INGRESS: u8 = 1;
@@ -100,7 +100,7 @@ pub mod release {
 /// What stands behind a released packet: the last bytes of the frame.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
-pub struct Released {
+pub struct ReinjectTrailer {
     /// [`crate::Config::cookie`].
     pub cookie: u64,
     /// The interface it goes to.
@@ -139,11 +139,11 @@ pub struct FlowCommand {
     pub serial: u32,
     /// [`order`].
     pub order: u32,
-    /// The application rules by which the flow was read, and their flags ([`carry_flags::AUDIT`] or 0). If others hold
+    /// The application rules by which the flow was read, and their flags ([`punt_flags::AUDIT`] or 0). If others hold
     /// for it by now, it is not left to the programs.
     pub ruleset: u32,
     /// See `ruleset`.
-    pub carry_flags: u32,
+    pub punt_flags: u32,
     /// See [`crate::CtEntry::windows`].
     pub windows: [u32; 4],
 }
@@ -173,32 +173,32 @@ pub struct LearnedKey {
 }
 
 /// MTU of the carrier: what native XDP on a veth takes in one page with everything that it puts around it.
-pub const CARRIER_MTU: u32 = 3_400;
+pub const PUNT_MTU: u32 = 3_400;
 
 /// Length of an Ethernet header, which a device's MTU does not count.
 const ETHERNET: u32 = 14;
 
 /// The most that stands behind a frame on its way back from a worker: two policies may have a command each.
-pub const MAX_TRAILER: u32 = (size_of::<Released>() + 2 * size_of::<FlowCommand>()) as u32;
+pub const MAX_TRAILER: u32 = (size_of::<ReinjectTrailer>() + 2 * size_of::<FlowCommand>()) as u32;
 
 /// Longest frame that can be carried, from its Ethernet header on. veth drops what is longer than its MTU without a
 /// counter of ours (`is_skb_forwardable`), so the frame fits with what stands in front of it on its way to a worker, and
 /// with what stands behind it on its way back.
-pub const MAX_CARRIED_FRAME: u32 = CARRIER_MTU + ETHERNET - MAX_TRAILER;
+pub const MAX_PUNT_FRAME: u32 = PUNT_MTU + ETHERNET - MAX_TRAILER;
 
-const _: () = assert!(MAX_CARRIED_FRAME + size_of::<Carried>() as u32 <= CARRIER_MTU + ETHERNET);
-const _: () = assert!(MAX_CARRIED_FRAME + MAX_TRAILER <= CARRIER_MTU + ETHERNET);
+const _: () = assert!(MAX_PUNT_FRAME + size_of::<PuntHeader>() as u32 <= PUNT_MTU + ETHERNET);
+const _: () = assert!(MAX_PUNT_FRAME + MAX_TRAILER <= PUNT_MTU + ETHERNET);
 
 /// Longest frame on the carrier with all that is around it. A VLAN tag that the kernel kept beside the frame on its way to
 /// a worker stands in it on its way back; veth allows for one.
-pub const MAX_ON_CARRIER: u32 = CARRIER_MTU + ETHERNET + 4;
+pub const MAX_ON_CARRIER: u32 = PUNT_MTU + ETHERNET + 4;
 
 /// More than the headers of a segment take, Ethernet and IPv6 extension headers included. A super-frame is carried if
-/// its segment size and these fit into [`MAX_CARRIED_FRAME`].
+/// its segment size and these fit into [`MAX_PUNT_FRAME`].
 pub const MAX_SEGMENT_HEADERS: u32 = 256;
 
 /// Largest MSS of a connection whose segments can all be carried (RFC 9293, 3.7.1).
-pub const MAX_CARRIED_MSS: u16 = (MAX_CARRIED_FRAME - MAX_SEGMENT_HEADERS) as u16;
+pub const MAX_PUNT_MSS: u16 = (MAX_PUNT_FRAME - MAX_SEGMENT_HEADERS) as u16;
 
 /// Most workers that there can be: slots of the WORKERS and XSKS maps.
 pub const MAX_WORKERS: usize = 64;
