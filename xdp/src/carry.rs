@@ -4,7 +4,7 @@ use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNS
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_change_tail, bpf_skb_load_bytes};
 use palisade_abi::{
     Addr, CtEntry, CtKey, Direction, FlowCommand, PuntRequest, Reason, ReinjectTrailer, config_flags,
-    ct_flags, order, protocol, punt_flags, release,
+    ct_flags, order, protocol, punt_flags, reinject_flags, reinject_path,
 };
 use palisade_packet::{Bytes, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, flags};
 
@@ -322,7 +322,7 @@ pub fn from_worker(ctx: Skb) -> i32 {
     }
     let mut tail = TRAILER;
     let mut command = FlowCommand::default();
-    let mut more = released.flags & release::COMMAND;
+    let mut more = released.flags & reinject_flags::COMMAND;
     while more != 0 {
         tail += COMMAND;
         let loaded = length >= tail + 14 && load(ctx, length - tail, &mut command);
@@ -336,12 +336,12 @@ pub fn from_worker(ctx: Skb) -> i32 {
             return TC_ACT_SHOT;
         }
         more = if tail == TRAILER + COMMAND {
-            released.flags & release::SECOND_COMMAND
+            released.flags & reinject_flags::SECOND_COMMAND
         } else {
             0
         };
     }
-    if released.way == release::NOWHERE {
+    if released.path == reinject_path::NONE {
         return TC_ACT_SHOT;
     }
     // SAFETY: as above.
@@ -350,12 +350,12 @@ pub fn from_worker(ctx: Skb) -> i32 {
             count(Reason::PuntFailed, length);
             return TC_ACT_SHOT;
         }
-        (*skb).mark = if released.flags & release::MARK != 0 {
+        (*skb).mark = if released.flags & reinject_flags::MARK != 0 {
             config.mark
         } else {
             0
         };
-        let flags = if released.way == release::INGRESS {
+        let flags = if released.path == reinject_path::INGRESS {
             u64::from(BPF_F_INGRESS)
         } else {
             0

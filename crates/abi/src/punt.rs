@@ -79,25 +79,28 @@ pub struct PuntHeader {
     pub slots: [PuntRequest; 2],
 }
 
-/// What a [`ReinjectTrailer`] asks for.
-pub mod release {
+/// Where a reinjected packet goes on, from the interface that its [`ReinjectTrailer`] names.
+pub mod reinject_path {
     /// Into the local stack, as received on the interface.
     pub const INGRESS: u8 = 1;
     /// Out of the interface.
     pub const EGRESS: u8 = 2;
-    /// Nowhere: only the commands count.
-    pub const NOWHERE: u8 = 3;
+    /// Nowhere: the frame only brings commands.
+    pub const NONE: u8 = 3;
+}
 
-    /// Flag: the tc program of that direction at the interface lets it pass by [`crate::Config::mark`]. Not where
-    /// no tc program of ours stands (XDP is the ingress hook): there nobody would take the mark off.
+/// Flags of a [`ReinjectTrailer`].
+pub mod reinject_flags {
+    /// The tc program of that direction at the interface lets the packet pass by [`crate::Config::mark`]. Not set where
+    /// the ingress hook is XDP: no tc program would take the mark off again.
     pub const MARK: u8 = 1;
-    /// Flag: a [`super::FlowCommand`] stands before this.
+    /// A [`super::FlowCommand`] stands before the trailer.
     pub const COMMAND: u8 = 2;
-    /// Flag: another one stands before that. Two policies may read one packet.
+    /// A second command stands before the first. Two policies may inspect one packet.
     pub const SECOND_COMMAND: u8 = 4;
 }
 
-/// What stands behind a released packet: the last bytes of the frame.
+/// The last bytes of a reinjected frame.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct ReinjectTrailer {
@@ -105,9 +108,9 @@ pub struct ReinjectTrailer {
     pub cookie: u64,
     /// The interface it goes to.
     pub ifindex: u32,
-    /// [`release`]: the way.
-    pub way: u8,
-    /// [`release`]: flags.
+    /// [`reinject_path`].
+    pub path: u8,
+    /// [`reinject_flags`].
     pub flags: u8,
     /// Zero.
     pub zero: [u8; 2],

@@ -5,7 +5,7 @@ mod program;
 use palisade_abi::{
     Config, CtEntry, CtKey, Decision, Direction, FlowCommand, Inspector, MAX_PUNT_FRAME, PolicyEntry,
     PuntHeader, Reason, ReinjectTrailer, config_flags, ct_flags, entry_flags, identity, order, punt_flags,
-    punt_hook, release,
+    punt_hook, reinject_flags, reinject_path,
 };
 use program::packets::*;
 use program::*;
@@ -175,12 +175,12 @@ fn the_longest_frame_is_carried_there_and_back() {
             let there = world.run(hook, &longest);
             carried(&there, &longest);
             assert!(longest.len() + size_of::<PuntHeader>() <= room);
-            for way in [release::INGRESS, release::EGRESS] {
+            for path in [reinject_path::INGRESS, reinject_path::EGRESS] {
                 let behind = ReinjectTrailer {
                     cookie: COOKIE,
                     ifindex: IFINDEX,
-                    way,
-                    flags: release::COMMAND | release::SECOND_COMMAND,
+                    path,
+                    flags: reinject_flags::COMMAND | reinject_flags::SECOND_COMMAND,
                     zero: [0; 2],
                 };
                 let command = FlowCommand::default();
@@ -373,7 +373,7 @@ impl Read {
 
     /// Has a worker give a command. It is never an error: whether it still holds is the programs' business.
     fn give(&mut self, command: &FlowCommand) {
-        let alone = released(&[0; 14], release::NOWHERE, Some(command));
+        let alone = released(&[0; 14], reinject_path::NONE, Some(command));
         let (retval, _, counted) = self.world.run_back(&alone);
         assert_eq!((retval, counted), (SHOT, vec![]));
     }
@@ -387,12 +387,16 @@ impl Read {
 }
 
 /// A packet as a worker sends it.
-fn released(packet: &[u8], way: u8, command: Option<&FlowCommand>) -> Vec<u8> {
+fn released(packet: &[u8], path: u8, command: Option<&FlowCommand>) -> Vec<u8> {
     let behind = ReinjectTrailer {
         cookie: COOKIE,
         ifindex: IFINDEX,
-        way,
-        flags: if command.is_some() { release::COMMAND } else { 0 },
+        path,
+        flags: if command.is_some() {
+            reinject_flags::COMMAND
+        } else {
+            0
+        },
         zero: [0; 2],
     };
     let command = command.map_or(&[][..], |command| command.as_bytes());
@@ -584,7 +588,7 @@ fn a_command_that_comes_in_between_does_not_count() {
 #[test]
 fn a_packet_goes_on_whether_its_command_holds_or_not() {
     for mut flow in read_connections(inspected(11, 21)) {
-        for (way, stale) in [(release::INGRESS, true), (release::EGRESS, false)] {
+        for (way, stale) in [(reinject_path::INGRESS, true), (reinject_path::EGRESS, false)] {
             let mut command = flow.command(order::OFFLOAD);
             command.serial ^= u32::from(stale);
             let (retval, out, counted) = flow.world.run_back(&released(&flow.data, way, Some(&command)));
@@ -599,7 +603,7 @@ fn a_packet_goes_on_whether_its_command_holds_or_not() {
 fn a_command_of_somebody_else_is_foreign() {
     for mut flow in read_connections(inspected(11, 21)) {
         let command = flow.command(order::OFFLOAD);
-        let ours = released(&[0; 14], release::NOWHERE, Some(&command));
+        let ours = released(&[0; 14], reinject_path::NONE, Some(&command));
         let trailer = ours.len() - size_of::<ReinjectTrailer>();
         let mut other_cookie = ours.clone();
         other_cookie[trailer] ^= 1;
@@ -674,7 +678,7 @@ fn what_a_packet_says_of_the_state_counts_once_it_was_verified() {
             windows: [0; 4],
         };
         let give = |world: &mut World, order| {
-            world.run_back(&released(&[0; 14], release::NOWHERE, Some(&command(order))));
+            world.run_back(&released(&[0; 14], reinject_path::NONE, Some(&command(order))));
             world.flow(&key).unwrap().expires - palisade_datapath::monotonic_coarse()
         };
         assert!(give(&mut world, order::OPENED) > 3_500_000_000_000);
@@ -864,7 +868,7 @@ fn another_connection_by_the_same_ports_is_read_whatever_was_decided() {
             let answer = tcp(server, client, SYN | ACK);
             let (retval, out, counted) =
                 flow.world
-                    .run_back(&released(&answer, release::EGRESS, Some(&replace)));
+                    .run_back(&released(&answer, reinject_path::EGRESS, Some(&replace)));
             assert_eq!((retval, out, counted), (REDIRECT, answer.clone(), vec![]));
             let after = flow.flow();
             assert_eq!((after.serial, after.forward_tcp), (before.serial ^ 77, SYN));
@@ -874,7 +878,7 @@ fn another_connection_by_the_same_ports_is_read_whatever_was_decided() {
             assert!(flow.is_read());
             let (retval, _, counted) =
                 flow.world
-                    .run_back(&released(&answer, release::EGRESS, Some(&replace)));
+                    .run_back(&released(&answer, reinject_path::EGRESS, Some(&replace)));
             assert_eq!((retval, counted), (SHOT, vec![(Reason::CtInvalidState, 1)]));
         }
     }
@@ -899,8 +903,8 @@ fn a_packet_brings_the_orders_of_both_policies() {
         let behind = ReinjectTrailer {
             cookie: COOKIE,
             ifindex: IFINDEX,
-            way: release::INGRESS,
-            flags: release::COMMAND | release::SECOND_COMMAND,
+            path: reinject_path::INGRESS,
+            flags: reinject_flags::COMMAND | reinject_flags::SECOND_COMMAND,
             zero: [0; 2],
         };
         [&syn[..], first.as_bytes(), second.as_bytes(), behind.as_bytes()].concat()

@@ -11,7 +11,7 @@ use std::collections::HashSet;
 
 use palisade_abi::{
     Config, CtEntry, CtKey, Decision, Direction, FlowCommand, Inspector, PolicyEntry, PuntHeader,
-    ReinjectTrailer, identity, order, punt_flags, release,
+    ReinjectTrailer, identity, order, punt_flags, reinject_flags, reinject_path,
 };
 use program::packets::*;
 use program::*;
@@ -262,7 +262,7 @@ impl Play<'_> {
                 let frame = [
                     &[0; 14],
                     command.as_bytes(),
-                    self.behind(release::NOWHERE).as_bytes(),
+                    self.behind(reinject_path::NONE).as_bytes(),
                 ]
                 .concat();
                 self.world.run_back(&frame);
@@ -283,7 +283,7 @@ impl Play<'_> {
                     windows: [next, 0, 0, 0],
                     ..FlowCommand::default()
                 };
-                let behind = self.behind(release::EGRESS);
+                let behind = self.behind(reinject_path::EGRESS);
                 let frame = [&frame[..], command.as_bytes(), behind.as_bytes()].concat();
                 let (retval, ..) = self.world.run_back(&frame);
                 let is_of_it = self
@@ -311,12 +311,12 @@ impl Play<'_> {
         Ok(())
     }
 
-    fn behind(&self, way: u8) -> ReinjectTrailer {
+    fn behind(&self, path: u8) -> ReinjectTrailer {
         ReinjectTrailer {
             cookie: COOKIE,
             ifindex: IFINDEX,
-            way,
-            flags: release::COMMAND,
+            path,
+            flags: reinject_flags::COMMAND,
             zero: [0; 2],
         }
     }

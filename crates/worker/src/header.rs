@@ -6,7 +6,7 @@
 
 use palisade_abi::{
     FlowCommand, MAX_ON_CARRIER, MAX_PUNT_MSS, MAX_TRAILER, PuntHeader, PuntRequest, Reason, ReinjectTrailer,
-    protocol, punt_hook, release,
+    protocol, punt_hook, reinject_flags, reinject_path,
 };
 use palisade_inspect::{OptionProblem, PacketView, Route};
 use palisade_packet::{Packet, Start, flags};
@@ -167,12 +167,12 @@ pub fn trailer(cookie: u64, route: Route, xdp: bool) -> ReinjectTrailer {
     ReinjectTrailer {
         cookie,
         ifindex: route.ifindex,
-        way: if ingress {
-            release::INGRESS
+        path: if ingress {
+            reinject_path::INGRESS
         } else {
-            release::EGRESS
+            reinject_path::EGRESS
         },
-        flags: if mark { release::MARK } else { 0 },
+        flags: if mark { reinject_flags::MARK } else { 0 },
         zero: [0; 2],
     }
 }
@@ -188,10 +188,10 @@ pub fn append_trailer(
     let mut released = *released;
     let mut at = length;
     for command in commands.into_iter().flatten() {
-        released.flags |= if released.flags & release::COMMAND == 0 {
-            release::COMMAND
+        released.flags |= if released.flags & reinject_flags::COMMAND == 0 {
+            reinject_flags::COMMAND
         } else {
-            release::SECOND_COMMAND
+            reinject_flags::SECOND_COMMAND
         };
         let bytes = command.as_bytes();
         room.get_mut(at..at + bytes.len())?.copy_from_slice(bytes);
@@ -216,17 +216,32 @@ mod tests {
         let way = |hook, back, xdp| {
             let released = trailer(5, route(hook, back), xdp);
             assert_eq!((released.cookie, released.ifindex), (5, 7));
-            (released.way, released.flags)
+            (released.path, released.flags)
         };
         use punt_hook::{TC_EGRESS, TC_INGRESS, XDP_INGRESS};
-        assert_eq!(way(XDP_INGRESS, false, true), (release::INGRESS, 0));
-        assert_eq!(way(XDP_INGRESS, false, false), (release::INGRESS, 0));
-        assert_eq!(way(XDP_INGRESS, true, true), (release::EGRESS, release::MARK));
-        assert_eq!(way(TC_INGRESS, false, false), (release::INGRESS, release::MARK));
-        assert_eq!(way(TC_INGRESS, true, false), (release::EGRESS, release::MARK));
-        assert_eq!(way(TC_EGRESS, false, true), (release::EGRESS, release::MARK));
-        assert_eq!(way(TC_EGRESS, true, false), (release::INGRESS, release::MARK));
-        assert_eq!(way(TC_EGRESS, true, true), (release::INGRESS, 0));
+        assert_eq!(way(XDP_INGRESS, false, true), (reinject_path::INGRESS, 0));
+        assert_eq!(way(XDP_INGRESS, false, false), (reinject_path::INGRESS, 0));
+        assert_eq!(
+            way(XDP_INGRESS, true, true),
+            (reinject_path::EGRESS, reinject_flags::MARK)
+        );
+        assert_eq!(
+            way(TC_INGRESS, false, false),
+            (reinject_path::INGRESS, reinject_flags::MARK)
+        );
+        assert_eq!(
+            way(TC_INGRESS, true, false),
+            (reinject_path::EGRESS, reinject_flags::MARK)
+        );
+        assert_eq!(
+            way(TC_EGRESS, false, true),
+            (reinject_path::EGRESS, reinject_flags::MARK)
+        );
+        assert_eq!(
+            way(TC_EGRESS, true, false),
+            (reinject_path::INGRESS, reinject_flags::MARK)
+        );
+        assert_eq!(way(TC_EGRESS, true, true), (reinject_path::INGRESS, 0));
     }
 
     #[test]

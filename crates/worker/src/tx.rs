@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use palisade_abi::{FlowCommand, Reason, ReinjectTrailer, release};
+use palisade_abi::{FlowCommand, Reason, ReinjectTrailer, reinject_path};
 use palisade_inspect::Route;
 
 use crate::{counters::Counters, header, held::HeldFrame, port::Port};
@@ -77,7 +77,7 @@ impl Tx {
         let trailer = ReinjectTrailer {
             cookie: self.cookie,
             ifindex: 0,
-            way: release::NOWHERE,
+            path: reinject_path::NONE,
             flags: 0,
             zero: [0; 2],
         };

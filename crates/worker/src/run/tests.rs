@@ -7,7 +7,7 @@ use std::{
 
 use palisade_abi::{
     CtKey, FlowCommand, Inspector, PuntHeader, PuntRequest, Reason, ReinjectTrailer, order, protocol,
-    punt_hook, release,
+    punt_hook, reinject_flags, reinject_path,
 };
 use palisade_inspect::{Learned, Millis, PacketView, Route, Sink, learning::lessons, record::Record};
 use palisade_xsk::handoff;
@@ -422,7 +422,7 @@ fn carry(frame: &[u8], stripped: bool, hook: u8, hash: u32, slots: [PuntRequest;
 fn split(bytes: &[u8]) -> (Vec<u8>, ReinjectTrailer, Option<FlowCommand>) {
     let (rest, released) = ReinjectTrailer::read_from_suffix(bytes).unwrap();
     assert_eq!(released.cookie, COOKIE);
-    if released.flags & release::COMMAND == 0 {
+    if released.flags & reinject_flags::COMMAND == 0 {
         return (rest.to_vec(), released, None);
     }
     let (rest, command) = FlowCommand::read_from_suffix(rest).unwrap();
@@ -480,7 +480,7 @@ fn the_longest_frame_is_forwarded_with_two_commands() {
             let whole = back.pop().unwrap();
             assert!(whole.len() <= MAX_ON_CARRIER as usize, "{}", whole.len());
             let (rest, released, first) = split(&whole);
-            assert_ne!(released.flags & release::SECOND_COMMAND, 0);
+            assert_ne!(released.flags & reinject_flags::SECOND_COMMAND, 0);
             let (rest, second) = FlowCommand::read_from_suffix(&rest).unwrap();
             assert_eq!(first.map(|first| first.order), Some(order::REPLACE));
             assert_eq!(second, command(1));
@@ -550,13 +550,13 @@ proptest! {
             let (frame, released, command) = split(bytes);
             assert!(command.is_none());
             assert_eq!(released.ifindex, 7);
-            (frame, released.way, released.flags)
+            (frame, released.path, released.flags)
         }).collect();
         let mut expected: Vec<_> = expected.into_iter().map(|(frame, hook)| {
             let (way, flags) = match hook {
-                punt_hook::XDP_INGRESS => (release::INGRESS, 0),
-                punt_hook::TC_INGRESS => (release::INGRESS, release::MARK),
-                _ => (release::EGRESS, release::MARK),
+                punt_hook::XDP_INGRESS => (reinject_path::INGRESS, 0),
+                punt_hook::TC_INGRESS => (reinject_path::INGRESS, reinject_flags::MARK),
+                _ => (reinject_path::EGRESS, reinject_flags::MARK),
             };
             (frame, way, flags)
         }).collect();
@@ -633,12 +633,15 @@ fn a_packet_of_two_policies_is_inspected_for_both_in_order_and_either_can_drop_i
         panic!("{sent:?}");
     };
     assert_eq!(empty.len(), header::ETHERNET_HEADER);
-    assert_eq!(first.way, release::NOWHERE);
+    assert_eq!(first.path, reinject_path::NONE);
     assert_eq!(*first_command, Some(command(3)));
     assert_eq!(frame, &whole);
     assert_eq!(
-        (last.way, last.flags),
-        (release::EGRESS, release::MARK | release::COMMAND)
+        (last.path, last.flags),
+        (
+            reinject_path::EGRESS,
+            reinject_flags::MARK | reinject_flags::COMMAND
+        )
     );
     assert_eq!(*last_command, Some(command(1)));
 }
@@ -651,7 +654,10 @@ fn a_generated_response_takes_the_opposite_path() {
     assert_eq!(drops, [(Reason::AppDenied as u8, 1)].into());
     let (frame, released, _) = split(&sent[0]);
     assert_eq!(frame, &whole[..30]);
-    assert_eq!((released.way, released.flags), (release::INGRESS, release::MARK));
+    assert_eq!(
+        (released.path, released.flags),
+        (reinject_path::INGRESS, reinject_flags::MARK)
+    );
 }
 
 #[test]
