@@ -4,7 +4,7 @@ use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNS
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_change_tail, bpf_skb_load_bytes};
 use palisade_abi::{
     Addr, CtEntry, CtKey, Direction, FlowCommand, PuntRequest, Reason, ReinjectTrailer, config_flags,
-    ct_flags, order, protocol, punt_flags, reinject_flags, reinject_path,
+    ct_flags, flow_op, protocol, punt_flags, reinject_flags, reinject_path,
 };
 use palisade_packet::{Bytes, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, flags};
 
@@ -330,7 +330,7 @@ pub fn from_worker(ctx: Skb) -> i32 {
             count(Reason::PuntForeign, length);
             return TC_ACT_SHOT;
         }
-        if obey(&command) == 0 && command.order == order::REPLACE {
+        if obey(&command) == 0 && command.op == flow_op::REPLACE {
             // What was decided for the connection before might hold for the one that this packet opens.
             count(Reason::CtInvalidState, length);
             return TC_ACT_SHOT;
@@ -379,16 +379,16 @@ fn obey(command: &FlowCommand) -> u32 {
     if entry.serial != command.serial {
         return 0;
     }
-    match command.order {
-        order::CLOSE => {
+    match command.op {
+        flow_op::CLOSE => {
             conntrack::close(&command.key, entry);
             return 1;
         }
-        order::OPENED => {
+        flow_op::OPENED => {
             conntrack::opened(entry);
             return 1;
         }
-        order::REPLACE => {
+        flow_op::REPLACE => {
             conntrack::replace(&command.key, entry, command.windows[0]);
             return 1;
         }
@@ -402,7 +402,7 @@ fn obey(command: &FlowCommand) -> u32 {
     conntrack::opened(entry);
     // If the entry changes now, on another CPU, `decided` says what it was decided for: it will not count.
     let (serial, ruleset, flags) = (command.serial, command.ruleset, command.punt_flags as u8);
-    let decided = if command.order == order::OFFLOAD {
+    let decided = if command.op == flow_op::OFFLOAD {
         CtEntry::offload(serial, ruleset, flags)
     } else {
         set_windows(entry, command.windows);

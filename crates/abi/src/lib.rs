@@ -40,7 +40,7 @@ pub use policy::{
 };
 pub use punt::{
     FlowCommand, LearnedKey, MAX_ON_CARRIER, MAX_PUNT_FRAME, MAX_PUNT_MSS, MAX_SEGMENT_HEADERS, MAX_TRAILER,
-    MAX_WORKERS, PUNT_MTU, PuntHeader, PuntRequest, ReinjectTrailer, order, punt_flags, punt_hook,
+    MAX_WORKERS, PUNT_MTU, PuntHeader, PuntRequest, ReinjectTrailer, flow_op, punt_flags, punt_hook,
     reinject_flags, reinject_path,
 };
 pub use reason::{Reason, budget_slot, counter_slot};

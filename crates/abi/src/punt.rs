@@ -117,7 +117,7 @@ pub struct ReinjectTrailer {
 }
 
 /// What a [`FlowCommand`] wants.
-pub mod order {
+pub mod flow_op {
     /// What lies in the windows needs no reading.
     pub const WINDOWS: u32 = 0;
     /// Nothing needs reading any more. The windows are ignored.
@@ -141,7 +141,7 @@ pub struct FlowCommand {
     /// Only if the entry still has this [`crate::CtEntry::serial`].
     pub serial: u32,
     /// [`order`].
-    pub order: u32,
+    pub op: u32,
     /// The application rules by which the flow was read, and their flags ([`punt_flags::AUDIT`] or 0). If others hold
     /// for it by now, it is not left to the programs.
     pub ruleset: u32,

@@ -4,7 +4,7 @@ mod program;
 
 use palisade_abi::{
     Config, CtEntry, CtKey, Decision, Direction, FlowCommand, Inspector, MAX_PUNT_FRAME, PolicyEntry,
-    PuntHeader, Reason, ReinjectTrailer, config_flags, ct_flags, entry_flags, identity, order, punt_flags,
+    PuntHeader, Reason, ReinjectTrailer, config_flags, ct_flags, entry_flags, flow_op, identity, punt_flags,
     punt_hook, reinject_flags, reinject_path,
 };
 use program::packets::*;
@@ -359,12 +359,12 @@ impl Read {
     }
 
     /// What agrees with the flow as it is.
-    fn command(&self, order: u32) -> FlowCommand {
+    fn command(&self, op: u32) -> FlowCommand {
         let flow = self.flow();
         FlowCommand {
             key: self.key,
             serial: flow.serial,
-            order,
+            op,
             ruleset: flow.ruleset,
             punt_flags: u32::from(flow.punt_flags),
             windows: [1000, 1100, 0, 0],
@@ -408,11 +408,11 @@ fn a_command_that_agrees_with_its_flow_is_obeyed() {
     for mut flow in read_connections(inspected(11, 21)) {
         // The window: what lies in it is not read, what does not is.
         let longer = segment(flow.client, flow.server, ACK, &[7; 101]);
-        flow.give(&flow.command(order::WINDOWS));
+        flow.give(&flow.command(flow_op::WINDOWS));
         assert!(!flow.is_read());
         assert!(flow.run(&longer).carried);
         // All of it, in both directions.
-        flow.give(&flow.command(order::OFFLOAD));
+        flow.give(&flow.command(flow_op::OFFLOAD));
         let answer = segment(flow.server, flow.client, ACK, &[8; 100]);
         let end = tcp(flow.client, flow.server, FIN | ACK);
         assert!(!flow.is_read());
@@ -423,7 +423,7 @@ fn a_command_that_agrees_with_its_flow_is_obeyed() {
     }
     for mut flow in read_connections(inspected(11, 21)) {
         let before = flow.flow();
-        flow.give(&flow.command(order::CLOSE));
+        flow.give(&flow.command(flow_op::CLOSE));
         // A connection that has been reset lives for ten seconds, and the next one by its ports is another one, which
         // is read.
         let after = flow.flow();
@@ -439,7 +439,7 @@ fn a_command_that_agrees_with_its_flow_is_obeyed() {
         ..inspected(11, 21)
     };
     for mut flow in read_connections(audited) {
-        let command = flow.command(order::OFFLOAD);
+        let command = flow.command(flow_op::OFFLOAD);
         assert_eq!(command.punt_flags, u32::from(punt_flags::AUDIT));
         flow.give(&command);
         assert!(!flow.is_read());
@@ -468,24 +468,22 @@ fn a_command_that_does_not_agree_with_its_flow_is_ignored() {
     for entry in [inspected(11, 21), audited] {
         for mut flow in read_connections(entry) {
             for (what, change) in changes {
-                for order in [order::WINDOWS, order::OFFLOAD, order::CLOSE] {
-                    let mut command = flow.command(order);
+                for op in [flow_op::WINDOWS, flow_op::OFFLOAD, flow_op::CLOSE] {
+                    let mut command = flow.command(op);
                     change(&mut command);
                     // That a connection has been reset is so by whatever rules.
-                    if order == order::CLOSE
-                        && command.serial == flow.flow().serial
-                        && command.key == flow.key
+                    if op == flow_op::CLOSE && command.serial == flow.flow().serial && command.key == flow.key
                     {
                         continue;
                     }
                     let before = flow.flow();
                     flow.give(&command);
-                    assert_eq!(flow.flow(), before, "{what}, order {order}");
-                    assert!(flow.is_read(), "{what}, order {order}");
+                    assert_eq!(flow.flow(), before, "{what}, op {op}");
+                    assert!(flow.is_read(), "{what}, op {op}");
                 }
             }
             // It was not for something else that they were ignored.
-            flow.give(&flow.command(order::OFFLOAD));
+            flow.give(&flow.command(flow_op::OFFLOAD));
             assert!(!flow.is_read());
         }
     }
@@ -497,7 +495,7 @@ fn a_reset_counts_whatever_the_rules() {
         let command = FlowCommand {
             ruleset: 20,
             punt_flags: u32::from(punt_flags::AUDIT),
-            ..flow.command(order::CLOSE)
+            ..flow.command(flow_op::CLOSE)
         };
         flow.give(&command);
         // It says that the connection is over, and nothing about what is read.
@@ -518,17 +516,17 @@ fn a_command_by_rules_that_have_changed_meanwhile_is_ignored() {
     };
     for new in [inspected(12, 33), audited] {
         for mut flow in read_connections(inspected(11, 21)) {
-            for order in [order::WINDOWS, order::OFFLOAD] {
+            for op in [flow_op::WINDOWS, flow_op::OFFLOAD] {
                 flow.world
                     .rule(HOST, INGRESS, identity::ANY, 5, inspected(11, 21));
                 flow.world.state(HOST, u32::from(HOST), 2, identity::HOST);
                 assert!(flow.is_read());
-                let command = flow.command(order);
+                let command = flow.command(op);
                 flow.world.rule(HOST, INGRESS, identity::ANY, 5, new);
                 flow.world.state(HOST, u32::from(HOST), 3, identity::HOST);
                 assert!(flow.is_read());
                 flow.give(&command);
-                assert!(flow.is_read(), "order {order}");
+                assert!(flow.is_read(), "op {op}");
                 // If it arrives first, the next packet is judged anew, and read.
                 flow.world
                     .rule(HOST, INGRESS, identity::ANY, 5, inspected(11, 21));
@@ -538,7 +536,7 @@ fn a_command_by_rules_that_have_changed_meanwhile_is_ignored() {
                 flow.world.state(HOST, u32::from(HOST), 5, identity::HOST);
                 flow.give(&command);
                 assert_ne!(flow.flow().windows[1] + u32::from(flow.flow().is_unread()), 0);
-                assert!(flow.is_read(), "order {order}");
+                assert!(flow.is_read(), "op {op}");
             }
         }
     }
@@ -589,7 +587,7 @@ fn a_command_that_comes_in_between_does_not_count() {
 fn a_packet_goes_on_whether_its_command_holds_or_not() {
     for mut flow in read_connections(inspected(11, 21)) {
         for (way, stale) in [(reinject_path::INGRESS, true), (reinject_path::EGRESS, false)] {
-            let mut command = flow.command(order::OFFLOAD);
+            let mut command = flow.command(flow_op::OFFLOAD);
             command.serial ^= u32::from(stale);
             let (retval, out, counted) = flow.world.run_back(&released(&flow.data, way, Some(&command)));
             assert_eq!((retval, counted), (REDIRECT, vec![]));
@@ -602,7 +600,7 @@ fn a_packet_goes_on_whether_its_command_holds_or_not() {
 #[test]
 fn a_command_of_somebody_else_is_foreign() {
     for mut flow in read_connections(inspected(11, 21)) {
-        let command = flow.command(order::OFFLOAD);
+        let command = flow.command(flow_op::OFFLOAD);
         let ours = released(&[0; 14], reinject_path::NONE, Some(&command));
         let trailer = ours.len() - size_of::<ReinjectTrailer>();
         let mut other_cookie = ours.clone();
@@ -669,28 +667,28 @@ fn what_a_packet_says_of_the_state_counts_once_it_was_verified() {
         let left = flow.expires - palisade_datapath::monotonic_coarse();
         assert!((50_000_000_000..=60_000_000_000).contains(&left), "{left}");
         // The worker says when it is open, and when it is over.
-        let command = |order| FlowCommand {
+        let command = |op| FlowCommand {
             key,
             serial,
-            order,
+            op,
             ruleset: 21,
             punt_flags: 0,
             windows: [0; 4],
         };
-        let give = |world: &mut World, order| {
-            world.run_back(&released(&[0; 14], reinject_path::NONE, Some(&command(order))));
+        let give = |world: &mut World, op| {
+            world.run_back(&released(&[0; 14], reinject_path::NONE, Some(&command(op))));
             world.flow(&key).unwrap().expires - palisade_datapath::monotonic_coarse()
         };
-        assert!(give(&mut world, order::OPENED) > 3_500_000_000_000);
+        assert!(give(&mut world, flow_op::OPENED) > 3_500_000_000_000);
         for flags in [RST, FIN | ACK] {
             world.run(Hook::Xdp, &tcp(client, server, flags));
             world.run_local(&tcp(server, client, flags));
         }
         let flow = world.flow(&key).unwrap();
         assert!(flow.expires - palisade_datapath::monotonic_coarse() > 3_500_000_000_000);
-        assert!(give(&mut world, order::CLOSE) <= 10_000_000_000);
+        assert!(give(&mut world, flow_op::CLOSE) <= 10_000_000_000);
         // A connection that is over is not opened again by an order that was late.
-        assert!(give(&mut world, order::OPENED) <= 10_000_000_000);
+        assert!(give(&mut world, flow_op::OPENED) <= 10_000_000_000);
     }
 }
 
@@ -837,7 +835,7 @@ fn a_forged_syn_does_not_choose_who_has_opened() {
 
 #[test]
 fn another_connection_by_the_same_ports_is_read_whatever_was_decided() {
-    for decided in [order::OFFLOAD, order::WINDOWS] {
+    for decided in [flow_op::OFFLOAD, flow_op::WINDOWS] {
         for mut flow in read_connections(inspected(11, 21)) {
             let (client, server) = (flow.client, flow.server);
             flow.give(&flow.command(decided));
@@ -862,7 +860,7 @@ fn another_connection_by_the_same_ports_is_read_whatever_was_decided() {
             // The worker has seen the server answer it.
             let replace = FlowCommand {
                 windows: [before.serial ^ 77, 0, 0, 0],
-                ..flow.command(order::REPLACE)
+                ..flow.command(flow_op::REPLACE)
             };
             let late = flow.command(decided);
             let answer = tcp(server, client, SYN | ACK);
@@ -891,10 +889,10 @@ fn a_packet_brings_the_orders_of_both_policies() {
     let syn = tcp(client, server, SYN);
     let slots = carried(&world.run(Hook::TcIn, &syn), &syn).slots;
     let keys = [key(A, 6, client, server), key(HOST, 6, server, client)];
-    let command = |at: usize, order, windows| FlowCommand {
+    let command = |at: usize, op, windows| FlowCommand {
         key: keys[at],
         serial: slots[at].serial,
-        order,
+        op,
         ruleset: slots[at].ruleset,
         punt_flags: 0,
         windows,
@@ -909,8 +907,8 @@ fn a_packet_brings_the_orders_of_both_policies() {
         };
         [&syn[..], first.as_bytes(), second.as_bytes(), behind.as_bytes()].concat()
     };
-    let replace = |at| command(at, order::REPLACE, [5, 0, 0, 0]);
-    let (retval, out, _) = world.run_back(&both(replace(0), command(1, order::OFFLOAD, [0; 4])));
+    let replace = |at| command(at, flow_op::REPLACE, [5, 0, 0, 0]);
+    let (retval, out, _) = world.run_back(&both(replace(0), command(1, flow_op::OFFLOAD, [0; 4])));
     assert_eq!((retval, out), (REDIRECT, syn.clone()));
     assert_eq!(world.flow(&keys[0]).unwrap().serial, 5);
     assert!(world.flow(&keys[1]).unwrap().is_unread());
@@ -1110,7 +1108,7 @@ fn an_error_about_a_connection_is_read_as_long_as_the_connection_is() {
     for mut flow in read_connections(inspected(11, 21)) {
         let (client, server) = (flow.client, flow.server);
         let error = error_about(router_of(client), &segment(server, client, ACK, &[7; 400]));
-        flow.give(&flow.command(order::WINDOWS));
+        flow.give(&flow.command(flow_op::WINDOWS));
         assert!(!flow.is_read());
         assert!(flow.run(&error).carried, "in a window, too");
         // Nothing else that is quoted is of the flow.
@@ -1121,7 +1119,7 @@ fn an_error_about_a_connection_is_read_as_long_as_the_connection_is() {
             let got = flow.run(&error_about(router_of(client), &foreign));
             assert_eq!((got.carried, got.reason), (false, Reason::UnrelatedIcmp));
         }
-        flow.give(&flow.command(order::OFFLOAD));
+        flow.give(&flow.command(flow_op::OFFLOAD));
         let got = flow.run(&error);
         assert_eq!(
             (got.passed, got.carried, got.reason),

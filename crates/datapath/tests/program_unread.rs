@@ -11,7 +11,7 @@ use std::collections::HashSet;
 
 use palisade_abi::{
     Config, CtEntry, CtKey, Decision, Direction, FlowCommand, Inspector, PolicyEntry, PuntHeader,
-    ReinjectTrailer, identity, order, punt_flags, reinject_flags, reinject_path,
+    ReinjectTrailer, flow_op, identity, punt_flags, reinject_flags, reinject_path,
 };
 use program::packets::*;
 use program::*;
@@ -64,10 +64,10 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => Just(FIN | ACK),
     ];
     let what = prop_oneof![
-        3 => Just(order::OFFLOAD),
-        3 => Just(order::WINDOWS),
-        1 => Just(order::OPENED),
-        1 => Just(order::CLOSE),
+        3 => Just(flow_op::OFFLOAD),
+        3 => Just(flow_op::WINDOWS),
+        1 => Just(flow_op::OPENED),
+        1 => Just(flow_op::CLOSE),
     ];
     let step = prop_oneof![
         16 => (any::<bool>(), flags, 0u8..6, 0u8..3, prop::bool::weighted(0.3)).prop_map(
@@ -250,10 +250,10 @@ impl Play<'_> {
                 let command = FlowCommand {
                     key: self.key(6),
                     serial,
-                    order: what,
+                    op: what,
                     ruleset,
                     punt_flags,
-                    windows: if what == order::WINDOWS {
+                    windows: if what == flow_op::WINDOWS {
                         [from, to, from, to]
                     } else {
                         [0; 4]
@@ -279,7 +279,7 @@ impl Play<'_> {
                 let command = FlowCommand {
                     key: self.key(6),
                     serial,
-                    order: order::REPLACE,
+                    op: flow_op::REPLACE,
                     windows: [next, 0, 0, 0],
                     ..FlowCommand::default()
                 };
@@ -343,13 +343,13 @@ impl Play<'_> {
             let command = &given.command;
             command.serial == entry.serial
                 && command.ruleset == entry.ruleset
-                && matches!(command.order, order::OFFLOAD | order::WINDOWS)
+                && matches!(command.op, flow_op::OFFLOAD | flow_op::WINDOWS)
         });
         let Some(Given { connection, command }) = last else {
-            return Err(TestCaseError::fail(format!("no order: {entry:?}")));
+            return Err(TestCaseError::fail(format!("no command: {entry:?}")));
         };
-        prop_assert_eq!(*connection, self.connection, "an order for another connection");
-        if command.order == order::WINDOWS && length > 0 {
+        prop_assert_eq!(*connection, self.connection, "a command for another connection");
+        if command.op == flow_op::WINDOWS && length > 0 {
             let reply = (entry.flags & palisade_abi::ct_flags::INGRESS != 0) == own;
             let at = usize::from(reply) * 2;
             let start = sequence(place).wrapping_sub(command.windows[at]);
@@ -448,6 +448,6 @@ fn nothing_passes_unread_that_no_order_for_this_connection_covers() {
         unread += passed.into_inner();
     }
     // The histories do reach what is left to the programs.
-    println!("{unread} packets passed unread, by order");
+    println!("{unread} packets passed unread, by command");
     assert!(unread > 100, "{unread}");
 }

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use palisade_abi::{FlowCommand, PuntHeader, PuntRequest, Reason, order, punt_flags};
+use palisade_abi::{FlowCommand, PuntHeader, PuntRequest, Reason, flow_op, punt_flags};
 use palisade_inspect::{
     Millis, Sink as _,
     record::{Record, Verdict, What},
@@ -183,7 +183,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
             .packet(millis(self.now), &view, handle, &mut self.effects);
     }
 
-    /// Runs the queued effects, in their order.
+    /// Runs the queued effects, in their flow_op.
     fn run_effects(&mut self, port: &mut P) {
         while let Some(effect) = self.effects.next() {
             match effect {
@@ -222,7 +222,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         // Each policy has a flow of its own. A command for the first flow is sent ahead, because the second inspector may
         // hold the packet for long. Except `REPLACE`: the programs run it when they see this packet, so it travels with it.
         match command {
-            Some(command) if command.order == order::REPLACE => held.first_command = Some(*command),
+            Some(command) if command.op == flow_op::REPLACE => held.first_command = Some(*command),
             Some(command) => self.tx.send_command(port, command),
             None => {}
         }

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, order, punt_hook};
+use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, flow_op, punt_hook};
 use palisade_inspect::{Engine, Learn, PacketView, Route, Rules, Sink, record::Record};
 use palisade_packet::{Packet, Start, decode};
 use palisade_policy::{
@@ -94,12 +94,12 @@ impl Sink<usize> for Done {
     }
 
     fn release_with(&mut self, frame: usize, command: &FlowCommand) {
-        self.offloaded |= command.order == order::OFFLOAD;
+        self.offloaded |= command.op == flow_op::OFFLOAD;
         self.back(frame, true);
     }
 
     fn command(&mut self, command: &FlowCommand) {
-        self.offloaded |= command.order == order::OFFLOAD;
+        self.offloaded |= command.op == flow_op::OFFLOAD;
     }
 
     fn discard(&mut self, frame: usize, reason: Reason) {

@@ -349,7 +349,7 @@ fn long_bodies_are_left_to_the_programs() {
     let [command] = &commands[..] else {
         panic!("{commands:?}")
     };
-    assert_eq!(command.order, 0);
+    assert_eq!(command.op, 0);
     assert_eq!(command.windows[1].wrapping_sub(command.windows[0]), 1_000_000);
     assert_eq!(command.windows[2..], [0, 0]);
     // behind it, everything is read again
@@ -425,7 +425,7 @@ fn other_protocols_are_let_in_when_they_were_asked_for() {
         [upgrade("websocket").as_bytes(), b"\x81\x01x"].concat()
     );
     let out = talk.take();
-    assert!(out.commands.iter().any(|command| command.order == 1));
+    assert!(out.commands.iter().any(|command| command.op == 1));
     talk.client(b"anything");
     assert!(talk.got[0].ends_with(b"anything"));
     // the same rules go on, others do not

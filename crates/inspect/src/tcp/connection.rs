@@ -8,12 +8,11 @@ mod answer;
 mod delivery;
 mod quoted;
 
-use palisade_abi::{CtKey, FlowCommand, PuntRequest, Reason, order, punt_flags};
+use palisade_abi::{CtKey, FlowCommand, PuntRequest, Reason, flow_op, punt_flags};
 
 use super::{
-    Action, Shared, Side, StreamInspector,
+    Action, Shared, Side, StreamInspector, flow_command,
     half::{Arrival, Half, Held, Position, START},
-    order,
     segment::{Link, Make, Segment},
 };
 use crate::{
@@ -175,10 +174,10 @@ impl<F> Connection<F> {
     }
 
     /// An order to the programs about it.
-    fn order(&self, what: u32) -> FlowCommand {
+    fn flow_command(&self, what: u32) -> FlowCommand {
         FlowCommand {
             serial: self.serial,
-            ..order(self.key, &self.slot, what)
+            ..flow_command(self.key, &self.slot, what)
         }
     }
 
@@ -197,7 +196,7 @@ impl<F> Connection<F> {
     pub(super) fn forgotten<S: Sink<F>>(&mut self, sink: &mut S) {
         if self.is_done() && self.is_known && self.closed != Announcement::Yes {
             self.closed = Announcement::Yes;
-            sink.command(&self.order(order::CLOSE));
+            sink.command(&self.flow_command(flow_op::CLOSE));
         }
     }
 
@@ -309,7 +308,7 @@ impl<F> Connection<F> {
         self.phase = Phase::Aborted(reason);
         self.close(reason, shared, sink);
         self.closed = Announcement::Yes;
-        sink.command(&self.order(order::CLOSE));
+        sink.command(&self.flow_command(flow_op::CLOSE));
     }
 
     /// Names a connection that is cut for a reason that no inspector has told.
@@ -789,7 +788,7 @@ impl<F> Connection<F> {
                 let command = FlowCommand {
                     serial: before,
                     windows: [self.serial, 0, 0, 0],
-                    ..self.order(order::REPLACE)
+                    ..self.flow_command(flow_op::REPLACE)
                 };
                 sink.release_with(frame, &command);
             }
@@ -856,22 +855,22 @@ impl<F> Connection<F> {
         self.phase = Phase::Aborted(Reason::TcpHeld);
         self.close(Reason::TcpHeld, shared, sink);
         self.closed = Announcement::Yes;
-        sink.command(&self.order(order::CLOSE));
+        sink.command(&self.flow_command(flow_op::CLOSE));
         Ok(())
     }
 
     fn release<S: Sink<F>>(&mut self, frame: F, shared: &mut Shared, sink: &mut S) {
         if !std::mem::take(&mut self.command) {
             let told = [
-                (&mut self.closed, order::CLOSE),
-                (&mut self.opened, order::OPENED),
+                (&mut self.closed, flow_op::CLOSE),
+                (&mut self.opened, flow_op::OPENED),
             ];
             let next = told.into_iter().find(|(told, _)| **told == Announcement::Next);
             match next.map(|(told, what)| {
                 *told = Announcement::Yes;
                 what
             }) {
-                Some(what) => sink.release_with(frame, &self.order(what)),
+                Some(what) => sink.release_with(frame, &self.flow_command(what)),
                 None => sink.release(frame),
             }
             return;
@@ -879,13 +878,13 @@ impl<F> Connection<F> {
         // Either says that it is open, too.
         self.opened = Announcement::Yes;
         if matches!(self.phase, Phase::Offloaded) {
-            sink.release_with(frame, &self.order(order::OFFLOAD));
+            sink.release_with(frame, &self.flow_command(flow_op::OFFLOAD));
             return;
         }
         shared.stats.windows += 1;
         let command = FlowCommand {
             windows: self.windows,
-            ..self.order(order::WINDOWS)
+            ..self.flow_command(flow_op::WINDOWS)
         };
         sink.release_with(frame, &command);
     }

@@ -30,11 +30,11 @@ pub(crate) use table::{Connections, key};
 use crate::{Millis, Sink};
 
 /// What the programs are to do with a flow.
-fn order(key: CtKey, slot: &PuntRequest, order: u32) -> FlowCommand {
+fn flow_command(key: CtKey, slot: &PuntRequest, op: u32) -> FlowCommand {
     FlowCommand {
         key,
         serial: slot.serial,
-        order,
+        op,
         ruleset: slot.ruleset,
         punt_flags: u32::from(slot.flags & punt_flags::AUDIT),
         windows: [0; 4],

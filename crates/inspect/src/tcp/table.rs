@@ -6,12 +6,12 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use foldhash::{HashMap, HashMapExt as _};
 
-use palisade_abi::{CtKey, Reason, order, protocol, punt_flags};
+use palisade_abi::{CtKey, Reason, flow_op, protocol, punt_flags};
 use palisade_packet::{TCP_RST, TCP_SYN, flags};
 
 use super::{
-    Connection, Offloadable, Shared, Side, StreamInspector, TcpLimits, TcpStats, connection::Quoted, order,
-    quote::QuotedSegment, segment::Segment,
+    Connection, Offloadable, Shared, Side, StreamInspector, TcpLimits, TcpStats, connection::Quoted,
+    flow_command, quote::QuotedSegment, segment::Segment,
 };
 use crate::{
     Millis, PacketView, Sink,
@@ -75,7 +75,7 @@ pub(crate) struct Connections<F, T: Offloadable> {
     number: u64,
     offloaded_flows: HashMap<CtKey, OffloadedFlow<T::OffloadVerdict>>,
     /// The keys of `past` in the order in which they got there, with serials: those that are gone linger.
-    order: VecDeque<(CtKey, u32)>,
+    oldest_first: VecDeque<(CtKey, u32)>,
     /// When they are due, each once.
     due: BTreeSet<(Millis, Key)>,
     shared: Shared,
@@ -149,7 +149,7 @@ impl<F, T: Offloadable> Connections<F, T> {
             half_open: 0,
             number: 0,
             offloaded_flows: HashMap::new(),
-            order: VecDeque::new(),
+            oldest_first: VecDeque::new(),
             due: BTreeSet::new(),
             shared: Shared::new(limits),
         }
@@ -214,13 +214,13 @@ impl<F, T: Offloadable> Connections<F, T> {
                         return;
                     };
                     match recall(&mut flow.memory, sink) {
-                        Ok(()) => sink.release_with(frame, &order(key, view.slot, order::OFFLOAD)),
+                        Ok(()) => sink.release_with(frame, &flow_command(key, view.slot, flow_op::OFFLOAD)),
                         Err(reason) => {
                             self.offloaded_flows.remove(&key);
                             self.shared.stats.cut += 1;
                             sink.discard(frame, reason);
                             if Connection::<F>::reset_unknown(view, &mut self.shared, sink) {
-                                sink.command(&order(key, view.slot, order::CLOSE));
+                                sink.command(&flow_command(key, view.slot, flow_op::CLOSE));
                             }
                         }
                     }
@@ -503,11 +503,11 @@ impl<F, T: Offloadable> Connections<F, T> {
     }
 
     fn add_offloaded(&mut self, key: CtKey, flow: OffloadedFlow<T::OffloadVerdict>) {
-        self.order.push_back((key, flow.serial));
+        self.oldest_first.push_back((key, flow.serial));
         self.offloaded_flows.insert(key, flow);
         let most = self.shared.limits.offloaded_flows;
-        while self.offloaded_flows.len() > most || self.order.len() > 2 * most {
-            let Some((key, serial)) = self.order.pop_front() else {
+        while self.offloaded_flows.len() > most || self.oldest_first.len() > 2 * most {
+            let Some((key, serial)) = self.oldest_first.pop_front() else {
                 break;
             };
             if self
@@ -566,7 +566,7 @@ impl<F, T: Offloadable> Connections<F, T> {
             let (key, serial) = (key(view), view.slot.serial);
             let memory = T::OffloadVerdict::default();
             self.add_offloaded(key, OffloadedFlow { serial, memory });
-            sink.release_with(frame, &order(key, view.slot, order::OFFLOAD));
+            sink.release_with(frame, &flow_command(key, view.slot, flow_op::OFFLOAD));
         } else {
             sink.discard(frame, reason);
         }
@@ -598,7 +598,7 @@ impl<F, T: Offloadable> Connections<F, T> {
             && !segment.is_rst()
             && Connection::<F>::reset_unknown(view, &mut self.shared, sink)
         {
-            sink.command(&order(key(view), view.slot, order::CLOSE));
+            sink.command(&flow_command(key(view), view.slot, flow_op::CLOSE));
         }
     }
 

@@ -4,7 +4,7 @@ mod errors;
 
 use std::collections::BTreeMap;
 
-use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, order, punt_flags, punt_hook};
+use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, flow_op, punt_flags, punt_hook};
 use palisade_packet::{Packet, Start, decode};
 use proptest::prelude::*;
 
@@ -838,7 +838,7 @@ fn what_needs_no_reading_is_left_to_the_programs() {
     let out = bench.take();
     assert_eq!((out.released.len(), out.commands.len()), (2, 1));
     let command = out.commands[0];
-    assert_eq!((command.order, command.serial, command.key.endpoint), (1, 99, 7));
+    assert_eq!((command.op, command.serial, command.key.endpoint), (1, 99, 7));
     assert_eq!((command.key.local_port, command.key.remote_port), (80, 1000));
     bench.put(&client(3, b"\x01X"));
     let out = bench.take();
@@ -859,7 +859,7 @@ fn stretches_that_need_no_reading_go_by_and_what_is_behind_is_read() {
     assert_eq!((out.released.len(), out.commands.len()), (1, 1));
     let begin = CLIENT_ISN.wrapping_add(1);
     assert_eq!(
-        (out.commands[0].order, out.commands[0].windows),
+        (out.commands[0].op, out.commands[0].windows),
         (0, [begin, begin.wrapping_add(20_004), 0, 0])
     );
     bench.put(&client(1000, b"anything"));
@@ -1164,7 +1164,7 @@ fn a_connection_in_the_place_of_another_is_read_from_its_start() {
             let out = bench.take();
             assert_eq!((out.released.len(), out.commands.len()), (1, 1));
             let command = out.commands[0];
-            assert_eq!((command.order, command.serial), (order::REPLACE, 99));
+            assert_eq!((command.op, command.serial), (flow_op::REPLACE, 99));
             serial = command.windows[0];
             assert_ne!(serial, 99);
         }
@@ -1178,13 +1178,13 @@ fn a_connection_in_the_place_of_another_is_read_from_its_start() {
         let out = bench.take();
         assert_eq!((out.released.len(), out.commands.len()), (1, 1));
         assert_eq!(
-            (out.commands[0].order, out.commands[0].serial),
-            (order::OPENED, serial)
+            (out.commands[0].op, out.commands[0].serial),
+            (flow_op::OPENED, serial)
         );
         bench.put_as(&data(0, b"\x02Xy"), serial, 0);
         let out = bench.take();
         assert_eq!(out.discarded, [Reason::AppDenied]);
-        assert_eq!((out.told[0].order, out.told[0].serial), (order::CLOSE, serial));
+        assert_eq!((out.told[0].op, out.told[0].serial), (flow_op::CLOSE, serial));
     }
 }
 
@@ -1198,8 +1198,8 @@ fn what_was_decided_before_the_worker_began_does_not_hold_for_a_new_connection()
     bench.put_as(&Seg::new(Side::Server, SYN | ACK, SERVER_ISN, isn, b""), 41, 0);
     let out = bench.take();
     assert_eq!(
-        (out.commands[0].order, out.commands[0].serial),
-        (order::REPLACE, 41)
+        (out.commands[0].op, out.commands[0].serial),
+        (flow_op::REPLACE, 41)
     );
     // The answer to a SYN that is not known here causes no reset: the SYN comes again.
     bench.table.forget(None, &mut bench.out);
@@ -1228,10 +1228,7 @@ fn a_server_that_still_has_the_connection_says_so_and_the_client_resets_it() {
     bench.put(&reset(2));
     let out = bench.take();
     assert_eq!((out.released.len(), out.commands.len()), (3, 1));
-    assert_eq!(
-        (out.commands[0].order, out.commands[0].serial),
-        (order::CLOSE, 99)
-    );
+    assert_eq!((out.commands[0].op, out.commands[0].serial), (flow_op::CLOSE, 99));
     // The programs begin another entry for the SYN when it comes again.
     bench.put(&syn);
     let answer = Seg::new(Side::Server, SYN | ACK, 77, 900_001, b"");
@@ -1265,7 +1262,7 @@ fn the_end_of_a_connection_is_told_once_it_is_sure() {
     last.ack = last.ack.wrapping_add(1);
     bench.put(&last);
     let out = bench.take();
-    assert_eq!((out.released.len(), out.commands[0].order), (1, order::CLOSE));
+    assert_eq!((out.released.len(), out.commands[0].op), (1, flow_op::CLOSE));
     // A reset that may be a challenged one: with bytes under way it is not known what the receiver waits for.
     let mut bench = Bench::open();
     bench.put(&client(0, b"\x01a"));
@@ -1509,11 +1506,8 @@ fn in_audit_mode_what_would_open_beyond_the_limit_goes_on_unread() {
         .collect();
     assert_eq!(audited, [(Verdict::Audit, Reason::InspectLimit)]);
     assert_eq!(
-        out.commands
-            .iter()
-            .map(|command| command.order)
-            .collect::<Vec<_>>(),
-        [order::OPENED, order::OFFLOAD]
+        out.commands.iter().map(|command| command.op).collect::<Vec<_>>(),
+        [flow_op::OPENED, flow_op::OFFLOAD]
     );
     bench.tick(1);
     let stats = bench.table.stats();
@@ -1565,7 +1559,7 @@ fn a_syn_that_is_refused_leaves_the_one_that_waits() {
     bench.put_as(&answer, 99, 7);
     let out = bench.take();
     assert_eq!((out.released.len(), out.commands.len()), (1, 1));
-    assert_eq!(out.commands[0].order, order::REPLACE);
+    assert_eq!(out.commands[0].op, flow_op::REPLACE);
 }
 
 /// What a receiver makes of the packets that reach it.

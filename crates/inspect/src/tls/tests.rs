@@ -161,7 +161,7 @@ fn a_name_that_is_allowed_goes_on_and_is_no_longer_read_once_the_server_has_answ
     assert_eq!((out.released.len(), out.commands.len()), (1, 1));
     assert_eq!(
         (
-            out.commands[0].order,
+            out.commands[0].op,
             out.commands[0].serial,
             out.commands[0].key.endpoint
         ),

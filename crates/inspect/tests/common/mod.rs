@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, order, punt_flags, punt_hook};
+use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, flow_op, punt_flags, punt_hook};
 use palisade_inspect::{
     Engine, Learn, Lease, Limits, Millis, PacketView, Route, Rules, Sink,
     record::{Record, Verdict, What},
@@ -70,7 +70,7 @@ impl Sink<usize> for Fake {
     }
 
     fn release_with(&mut self, frame: usize, command: &FlowCommand) {
-        if command.order == order::REPLACE {
+        if command.op == flow_op::REPLACE {
             self.replaced = Some((command.serial, command.windows[0]));
         }
         self.release(frame);

@@ -6,7 +6,7 @@ use std::{
 };
 
 use palisade_abi::{
-    CtKey, FlowCommand, Inspector, PuntHeader, PuntRequest, Reason, ReinjectTrailer, order, protocol,
+    CtKey, FlowCommand, Inspector, PuntHeader, PuntRequest, Reason, ReinjectTrailer, flow_op, protocol,
     punt_hook, reinject_flags, reinject_path,
 };
 use palisade_inspect::{Learned, Millis, PacketView, Route, Sink, learning::lessons, record::Record};
@@ -169,7 +169,7 @@ fn command(endpoint: u16) -> FlowCommand {
             ..CtKey::default()
         },
         serial: 77,
-        order: 1,
+        op: 1,
         ruleset: 0,
         punt_flags: 0,
         windows: [0; 4],
@@ -206,7 +206,7 @@ impl Inspect for Script {
             does::COMMAND => {
                 let mut command = command(view.slot.endpoint);
                 if view.slot.rule == REPLACES {
-                    command.order = order::REPLACE;
+                    command.op = flow_op::REPLACE;
                 }
                 sink.release_with(frame, &command);
             }
@@ -482,7 +482,7 @@ fn the_longest_frame_is_forwarded_with_two_commands() {
             let (rest, released, first) = split(&whole);
             assert_ne!(released.flags & reinject_flags::SECOND_COMMAND, 0);
             let (rest, second) = FlowCommand::read_from_suffix(&rest).unwrap();
-            assert_eq!(first.map(|first| first.order), Some(order::REPLACE));
+            assert_eq!(first.map(|first| first.op), Some(flow_op::REPLACE));
             assert_eq!(second, command(1));
             assert_eq!(rest, frame);
         }
