@@ -1,9 +1,10 @@
-//! Packets on their way to a worker and back.
+//! What programs and workers put around a packet that is punted and reinjected.
 //!
-//! A packet that must be read is sent through the *carrier*, a veth pair of Palisade's own: `<name>0` and
-//! `<name>1`. The programs put a [`PuntHeader`] in front of it and redirect it to `<name>0`; at `<name>1` an XDP program
-//! gives it to the AF_XDP socket of its queue. A worker sends it back on the same socket with a [`ReinjectTrailer`]
-//! behind it; the program at the ingress of `<name>0` takes that off and redirects the packet to where it was.
+//! A packet that needs inspection goes over the punt link, a veth pair of Palisade's own: `<name>0` and `<name>1`. The
+//! programs put a [`PuntHeader`] in front of the packet and redirect it to `<name>0`; at `<name>1` an XDP program redirects
+//! it into the AF_XDP socket of its queue. The worker sends the packet from the same socket with a [`ReinjectTrailer`]
+//! behind it; the program at the ingress of `<name>0` removes the trailer and redirects the packet to the hook that punted
+//! it.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -11,21 +12,22 @@ use crate::{Addr, CtKey};
 
 /// Flags of a [`PuntRequest`].
 pub mod punt_flags {
-    /// The packet goes *to* the endpoint of the slot; else it comes from it.
+    /// The packet goes *to* the endpoint of the request; otherwise it comes from that endpoint.
     pub const INGRESS: u8 = 1;
-    /// The packet is of the direction that answers the flow.
+    /// The packet is of the reply direction of the flow.
     pub const REPLY: u8 = 2;
-    /// What the application rules deny passes, and is reported as AUDIT.
+    /// Audit mode: what the application rules deny passes and is reported as AUDIT.
     pub const AUDIT: u8 = 4;
     /// The flow was first seen in mid-stream (TCP without SYN).
     pub const MIDSTREAM: u8 = 8;
-    /// The flow was made by this very packet.
+    /// This packet created the flow.
     pub const NEW: u8 = 16;
-    /// Set by the worker: another policy has the packet read too. What is made in its place would not be read by that.
+    /// Set by the worker: a second policy inspects the packet too. It would not see a packet that the worker generates in
+    /// its place.
     pub const SHARED: u8 = 32;
 }
 
-/// Where a carried packet was caught. Its way on is the same hook of the same interface.
+/// The hook that punted a packet. The packet is reinjected at the same hook of the same interface.
 pub mod punt_hook {
     /// XDP at the ingress of the interface: goes on into the local stack.
     pub const XDP_INGRESS: u8 = 1;
@@ -35,21 +37,21 @@ pub mod punt_hook {
     pub const TC_EGRESS: u8 = 3;
 }
 
-/// Who wants a packet read, and by what.
+/// A request of one policy to inspect a packet.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct PuntRequest {
-    /// The deciding rule of the flow.
+    /// Number of the rule that decided the flow.
     pub rule: u32,
     /// The set of application rules.
     pub ruleset: u32,
-    /// Identity of the other end.
+    /// Identity of the peer.
     pub remote_identity: u32,
     /// The endpoint's revision.
     pub revision: u32,
     /// [`crate::CtEntry::serial`]: tells a connection from the next one with the same addresses and ports.
     pub serial: u32,
-    /// The endpoint whose policy asks; 0: the slot is not used.
+    /// The endpoint whose policy requests inspection; 0: no request.
     pub endpoint: u16,
     /// [`crate::Inspector`].
     pub inspector: u8,
@@ -57,13 +59,13 @@ pub struct PuntRequest {
     pub flags: u8,
 }
 
-/// What stands in front of a carried packet, directly before its Ethernet header.
+/// The header of a punted packet, directly before its Ethernet header.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct PuntHeader {
-    /// [`crate::Config::cookie`]: nobody else puts packets on the carrier.
+    /// [`crate::Config::cookie`], which only programs and workers know: tells punted packets from other frames.
     pub cookie: u64,
-    /// The interface where it was caught.
+    /// Index of the interface where the packet was punted.
     pub ifindex: u32,
     /// The same for both directions of a flow as one endpoint sees it; chooses the worker (`hash % workers`).
     pub hash: u32,
@@ -75,7 +77,7 @@ pub struct PuntHeader {
     pub hook: u8,
     /// Zero.
     pub zero: [u8; 3],
-    /// Whose policy asks: first the interface's endpoint, then the node, in the order in which they judge.
+    /// The requests: first of the interface's endpoint, then of the node, in the order in which their policies decide.
     pub slots: [PuntRequest; 2],
 }
 
@@ -106,7 +108,7 @@ pub mod reinject_flags {
 pub struct ReinjectTrailer {
     /// [`crate::Config::cookie`].
     pub cookie: u64,
-    /// The interface it goes to.
+    /// Index of the interface where the packet is reinjected.
     pub ifindex: u32,
     /// [`reinject_path`].
     pub path: u8,
@@ -116,23 +118,23 @@ pub struct ReinjectTrailer {
     pub zero: [u8; 2],
 }
 
-/// What a [`FlowCommand`] wants.
+/// Operations of a [`FlowCommand`].
 pub mod flow_op {
-    /// What lies in the windows needs no reading.
+    /// Set the offload windows: sequence numbers inside them need no inspection.
     pub const WINDOWS: u32 = 0;
-    /// Nothing needs reading any more. The windows are ignored.
+    /// Offload the flow: neither direction needs inspection any more. The windows are ignored.
     pub const OFFLOAD: u32 = 1;
     /// The connection is over: it was closed or reset in packets that the inspector has verified, or by the inspector.
     pub const CLOSE: u32 = 2;
     /// The opener has acknowledged the answering side's SYN.
     pub const OPENED: u32 = 3;
-    /// Another connection by the same ports has taken the place of the one that the entry was made for. Nothing that
-    /// was decided for that one holds for it, and it has a serial of its own: the first number of the windows. A packet
-    /// that brings this order goes on only if it was obeyed.
+    /// A new connection with the same addresses and ports replaces the one that the entry was made for. Nothing decided
+    /// for the old one holds for it, and its serial is the first number of the windows. A packet that brings this command
+    /// is reinjected only if the command was applied.
     pub const REPLACE: u32 = 4;
 }
 
-/// What the programs are to do with a flow from now on. In force before the packet that carries it goes on.
+/// An instruction of a worker to the programs about one flow. Applied before the packet that brings it is reinjected.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct FlowCommand {
@@ -142,8 +144,8 @@ pub struct FlowCommand {
     pub serial: u32,
     /// [`order`].
     pub op: u32,
-    /// The application rules by which the flow was read, and their flags ([`punt_flags::AUDIT`] or 0). If others hold
-    /// for it by now, it is not left to the programs.
+    /// The rule set by which the flow was inspected, with its flags ([`punt_flags::AUDIT`] or 0). The command is ignored
+    /// if another rule set is in force for the flow by now.
     pub ruleset: u32,
     /// See `ruleset`.
     pub punt_flags: u32,
@@ -151,7 +153,7 @@ pub struct FlowCommand {
     pub windows: [u32; 4],
 }
 
-/// Key of an address that an endpoint has learned by a name.
+/// Key of a learned address.
 #[repr(C)]
 #[derive(
     Clone,
@@ -175,33 +177,34 @@ pub struct LearnedKey {
     pub endpoint: u32,
 }
 
-/// MTU of the carrier: what native XDP on a veth takes in one page with everything that it puts around it.
+/// MTU of the punt link, bytes: the most that native XDP on a veth receives into one page, with headroom and
+/// `skb_shared_info`.
 pub const PUNT_MTU: u32 = 3_400;
 
 /// Length of an Ethernet header, which a device's MTU does not count.
 const ETHERNET: u32 = 14;
 
-/// The most that stands behind a frame on its way back from a worker: two policies may have a command each.
+/// Longest trailer of a reinjected frame, bytes: two policies may bring a command each.
 pub const MAX_TRAILER: u32 = (size_of::<ReinjectTrailer>() + 2 * size_of::<FlowCommand>()) as u32;
 
-/// Longest frame that can be carried, from its Ethernet header on. veth drops what is longer than its MTU without a
-/// counter of ours (`is_skb_forwardable`), so the frame fits with what stands in front of it on its way to a worker, and
-/// with what stands behind it on its way back.
+/// Longest frame that can be punted, bytes from its Ethernet header on. A veth drops longer frames than its MTU allows
+/// without a counter of ours (`is_skb_forwardable`), so the frame must fit with the header when it is punted, and with the
+/// trailer when it is reinjected.
 pub const MAX_PUNT_FRAME: u32 = PUNT_MTU + ETHERNET - MAX_TRAILER;
 
 const _: () = assert!(MAX_PUNT_FRAME + size_of::<PuntHeader>() as u32 <= PUNT_MTU + ETHERNET);
 const _: () = assert!(MAX_PUNT_FRAME + MAX_TRAILER <= PUNT_MTU + ETHERNET);
 
-/// Longest frame on the carrier with all that is around it. A VLAN tag that the kernel kept beside the frame on its way to
-/// a worker stands in it on its way back; veth allows for one.
+/// Longest frame on the punt link, header or trailer included, bytes. A VLAN tag that the kernel keeps beside a punted
+/// frame stands in the reinjected one; veth allows for one tag.
 pub const MAX_ON_CARRIER: u32 = PUNT_MTU + ETHERNET + 4;
 
-/// More than the headers of a segment take, Ethernet and IPv6 extension headers included. A super-frame is carried if
-/// its segment size and these fit into [`MAX_PUNT_FRAME`].
+/// Upper bound of the headers of a segment, bytes, Ethernet and IPv6 extension headers included. A super-frame (GSO) is
+/// punted if its segment size and these headers fit into [`MAX_PUNT_FRAME`].
 pub const MAX_SEGMENT_HEADERS: u32 = 256;
 
-/// Largest MSS of a connection whose segments can all be carried (RFC 9293, 3.7.1).
+/// Largest MSS of a connection whose segments can all be punted (RFC 9293, section 3.7.1).
 pub const MAX_PUNT_MSS: u16 = (MAX_PUNT_FRAME - MAX_SEGMENT_HEADERS) as u16;
 
-/// Most workers that there can be: slots of the WORKERS and XSKS maps.
+/// Largest number of workers: size of the WORKERS and XSKS maps.
 pub const MAX_WORKERS: usize = 64;

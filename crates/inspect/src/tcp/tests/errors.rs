@@ -420,10 +420,7 @@ fn errors_about_a_syn_pass_and_forged_ones_do_not() {
 fn errors_pass_where_nothing_is_read_any_more_and_in_audit_mode() {
     let mut bench = Bench::open();
     bench.put(&client(0, b"\x02Ox"));
-    assert_eq!(
-        bench.take().commands.last().map(|c| c.op),
-        Some(flow_op::OFFLOAD)
-    );
+    assert_eq!(bench.take().commands.last().map(|c| c.op), Some(flow_op::OFFLOAD));
     for seq in [c(0), c(70_000)] {
         assert_eq!(bench.error(hard(Side::Client, seq)), Passed);
         assert_eq!(bench.error(too_big(Side::Client, 1_300, seq)), Passed);
