@@ -16,8 +16,8 @@ use palisade_packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, flags};
 use crate::counters;
 use crate::ctx::Context;
 use crate::event;
-use crate::frame::Frame;
 use crate::maps::{BUDGETS, CONFIG, CONNTRACK};
+use crate::packet_context::PacketContext;
 use crate::share;
 
 /// A flow without a handshake is kept when the other side has answered and it has gone on for so long, ns. A question
@@ -118,7 +118,7 @@ pub fn ends(packet: &Packet) -> Ends<'_> {
 
 /// Returns the entry of a key, dead or alive; null without one.
 ///
-/// The key is copied to the stack of a function of its own. [`Frame`] is memory of a global function's parameter, and
+/// The key is copied to the stack of a function of its own. [`PacketContext`] is memory of a global function's parameter, and
 /// the verifier of Linux 6.1 takes a map key from the stack, a packet or a map value only. The copy would take 40 bytes
 /// of every caller's stack, and the longest chain of calls leaves no room for them.
 #[inline(never)]
@@ -207,7 +207,7 @@ pub fn crosses(entry: &CtEntry, packet: &Packet, ingress: bool) -> bool {
 /// looking at windows. A SYN always: it may be the begin of another connection by the same ports, for which nothing has
 /// been decided.
 #[inline(always)]
-pub fn is_read(entry: &CtEntry, packet: &Packet) -> bool {
+pub fn is_inspected(entry: &CtEntry, packet: &Packet) -> bool {
     entry.inspector != 0
         && (!entry.is_unread() || (packet.protocol == protocol::TCP && packet.tcp_flags & TCP_SYN != 0))
 }
@@ -243,7 +243,7 @@ fn is_settled(protocol: u8, flow_flags: u8, forward_tcp: u8, reply_tcp: u8, age:
 
 /// Has the flow kept if it is settled now, or no longer kept if it is closing.
 #[inline(never)]
-fn settle(frame: &Frame, entry: &mut CtEntry) -> u32 {
+fn settle(frame: &PacketContext, entry: &mut CtEntry) -> u32 {
     let age = frame.now.saturating_sub(entry.created);
     let protocol = frame.packet.protocol;
     let settled = is_settled(protocol, entry.flags, entry.forward_tcp, entry.reply_tcp, age);
@@ -309,7 +309,7 @@ pub fn replace(key: &CtKey, entry: &mut CtEntry, serial: u32) {
 /// Notes a packet of a flow that is let through. `is_read`: its inspector sees it. Then it says nothing about the state
 /// of the connection here: only the inspector knows whether the receiver would take it.
 #[inline(always)]
-pub fn note<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry, is_read: bool) {
+pub fn note<C: Context>(ctx: C, frame: &mut PacketContext, entry: &mut CtEntry, is_inspected: bool) {
     let Some(config) = CONFIG.get(0) else { return };
     let packet = &frame.packet;
     let reply = is_reply(entry, frame.is_ingress());
@@ -323,7 +323,7 @@ pub fn note<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry, is_read:
         entry.forward_bytes += u64::from(packet.length);
     }
     let (mut forward_tcp, mut reply_tcp) = (entry.forward_tcp, entry.reply_tcp);
-    if packet.protocol == protocol::TCP && !is_read && !packet.is(flags::FRAGMENT_LATER) {
+    if packet.protocol == protocol::TCP && !is_inspected && !packet.is(flags::FRAGMENT_LATER) {
         // A side that goes on sending has not reset the connection: somebody else claimed that it had. So a
         // forged reset shortens a timeout until the next packet, and a real one until the entry is gone.
         let mut seen = packet.tcp_flags & STATE_FLAGS;
@@ -368,7 +368,7 @@ pub fn note<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry, is_read:
 
 /// Reports a flow.
 #[inline(always)]
-fn trace<C: Context>(ctx: C, frame: &mut Frame, entry: &CtEntry, point: TracePoint) {
+fn trace<C: Context>(ctx: C, frame: &mut PacketContext, entry: &CtEntry, point: TracePoint) {
     frame.rule = entry.rule;
     frame.match_kind = entry.match_kind;
     frame.remote_identity = entry.remote_identity;
@@ -396,7 +396,7 @@ pub fn direction_flags(entry: &CtEntry, ingress: bool) -> u8 {
 /// Takes a slot for the flow whose first packet is `frame`'s, and gives it its serial. Returns 0 if there is none. A
 /// function beside [`insert`] and not in it for the stack that both take.
 #[inline(always)]
-pub fn enter(frame: &mut Frame) -> u32 {
+pub fn enter(frame: &mut PacketContext) -> u32 {
     frame.serial = share::random();
     let egress = u32::from(frame.flow_flags & ct_flags::INGRESS == 0);
     share::enter(&frame.key, egress, frame.now, frame.serial)
@@ -404,7 +404,7 @@ pub fn enter(frame: &mut Frame) -> u32 {
 
 /// Makes the entry of a flow that has a slot. The verdict changes only if the map takes nothing.
 #[inline(never)]
-pub fn insert(frame: &mut Frame) {
+pub fn insert(frame: &mut PacketContext) {
     let Some(config) = CONFIG.get(0) else {
         return frame.set(Reason::CtInsertionFailed);
     };

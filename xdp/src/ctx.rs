@@ -11,8 +11,8 @@ use aya_ebpf::helpers::generated::{
 use palisade_abi::{CtEntry, MAX_PUNT_FRAME, MAX_SEGMENT_HEADERS, PuntHeader, Reason, punt_hook};
 use palisade_packet::{Bytes, MAX_HEADERS};
 
-use crate::frame::Frame;
-use crate::{event, verdict};
+use crate::packet_context::PacketContext;
+use crate::{enforce, event};
 
 /// The bits of an offset into the headers.
 const OFFSET_MASK: u32 = 2 * MAX_HEADERS - 1;
@@ -85,61 +85,61 @@ pub trait Context: Copy + crate::link::Judge {
     fn ifindex(self) -> u32;
     /// Whether the packet was made on this machine rather than received.
     fn is_local(self) -> bool;
-    /// The interface by which the packet entered the node; 0 if it was made here. Known at egress only.
+    /// The interface by which the packet entered the node; 0 if it was made here. IpcacheHit at egress only.
     fn entered_by(self) -> u32;
     /// VLAN tags that the kernel keeps beside the frame.
     fn tags_removed(self) -> u32;
     /// Makes more of the frame readable, or its true length known. Whether that changed anything.
-    fn widen(self) -> bool;
+    fn pull_headers(self) -> bool;
     /// `bpf_fib_lookup`.
     fn route(self, question: &mut bpf_fib_lookup) -> i64;
     /// [`crate::decode`].
-    fn decode(self, frame: &mut Frame);
-    /// [`crate::verdict::judge`].
-    fn judge(self, frame: &mut Frame);
-    /// [`crate::verdict::judge_packet`].
-    fn judge_packet(self, frame: &mut Frame);
-    /// [`crate::verdict::judge_flow`].
-    fn judge_flow(self, frame: &mut Frame, entry: &mut CtEntry);
-    /// [`crate::verdict::related`].
-    fn related(self, frame: &mut Frame);
-    /// [`crate::carry::carry`].
-    fn carry(self, frame: &mut Frame);
+    fn decode(self, frame: &mut PacketContext);
+    /// [`crate::enforce::enforce_endpoint`].
+    fn enforce_endpoint(self, frame: &mut PacketContext);
+    /// [`crate::enforce::admit_new_flow`].
+    fn admit_new_flow(self, frame: &mut PacketContext);
+    /// [`crate::enforce::reevaluate_flow`].
+    fn reevaluate_flow(self, frame: &mut PacketContext, entry: &mut CtEntry);
+    /// [`crate::enforce::match_icmp_error`].
+    fn match_icmp_error(self, frame: &mut PacketContext);
+    /// [`crate::punt::punt`].
+    fn punt(self, frame: &mut PacketContext);
     /// Copies bytes of the frame; whether it has them.
     fn load<const N: usize>(self, at: u32, into: &mut [u32; N]) -> bool;
     /// Overwrites `length` bytes of the frame by the first ones of `from`; whether it has them.
     fn store<const N: usize>(self, at: u32, from: &mut [u32; N], length: u32) -> bool;
     /// Cuts the frame to this length; whether that worked.
     fn cut(self, length: u32) -> bool;
-    /// What differs of [`crate::carry::carry`]: puts what stands before a packet there, and has it redirected. 0, or
+    /// What differs of [`crate::punt::punt`]: puts what stands before a packet there, and has it redirected. 0, or
     /// the number of the [`Reason`] why that did not work.
     fn push(self, carried: &mut PuntHeader, queue: u32, carrier: u32) -> u32;
     /// [`palisade_abi::punt_hook`].
     fn hook(self, egress: bool) -> u8;
     /// [`crate::event::send`].
-    fn send(self, frame: &Frame, what: u32, flow: *const CtEntry);
+    fn send(self, frame: &PacketContext, what: u32, flow: *const CtEntry);
 }
 
 /// Functions with C linkage: global functions of the program, which the verifier takes once and by their types,
 /// whatever calls them. A global function gets memory whose content is unknown and which may be missing, and returns
 /// a number.
 macro_rules! global_functions {
-    ($context:ident, $raw:ty, $decode:ident, $judge:ident, $judge_packet:ident, $judge_flow:ident,
-     $related:ident, $carry:ident, $send:ident) => {
+    ($context:ident, $raw:ty, $decode:ident, $enforce_endpoint:ident, $admit_new_flow:ident, $reevaluate_flow:ident,
+     $match_icmp_error:ident, $punt:ident, $send:ident) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $carry(ctx: *mut $raw, frame: *mut Frame) -> u32 {
+        extern "C" fn $punt(ctx: *mut $raw, frame: *mut PacketContext) -> u32 {
             // SAFETY: see the next function.
             let Some(frame) = (unsafe { frame.as_mut() }) else {
                 return 0;
             };
-            crate::carry::carry($context(ctx), frame);
+            crate::punt::punt($context(ctx), frame);
             0
         }
 
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $decode(ctx: *mut $raw, frame: *mut Frame) -> u32 {
+        extern "C" fn $decode(ctx: *mut $raw, frame: *mut PacketContext) -> u32 {
             // SAFETY: the callers below pass references; the verifier wants the comparison with null.
             let Some(frame) = (unsafe { frame.as_mut() }) else {
                 return 0;
@@ -150,51 +150,60 @@ macro_rules! global_functions {
 
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $judge(ctx: *mut $raw, frame: *mut Frame) -> u32 {
+        extern "C" fn $enforce_endpoint(ctx: *mut $raw, frame: *mut PacketContext) -> u32 {
             // SAFETY: see the first function.
             let Some(frame) = (unsafe { frame.as_mut() }) else {
                 return 0;
             };
-            verdict::judge::<$context, false>($context(ctx), frame);
+            enforce::enforce_endpoint::<$context, false>($context(ctx), frame);
             0
         }
 
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $judge_packet(ctx: *mut $raw, frame: *mut Frame) -> u32 {
+        extern "C" fn $admit_new_flow(ctx: *mut $raw, frame: *mut PacketContext) -> u32 {
             // SAFETY: see the first function.
             let Some(frame) = (unsafe { frame.as_mut() }) else {
                 return 0;
             };
-            verdict::judge_packet($context(ctx), frame);
+            enforce::admit_new_flow($context(ctx), frame);
             0
         }
 
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $judge_flow(ctx: *mut $raw, frame: *mut Frame, entry: *mut CtEntry) -> u32 {
+        extern "C" fn $reevaluate_flow(
+            ctx: *mut $raw,
+            frame: *mut PacketContext,
+            entry: *mut CtEntry,
+        ) -> u32 {
             // SAFETY: see the first function.
             let (Some(frame), Some(entry)) = (unsafe { (frame.as_mut(), entry.as_mut()) }) else {
                 return 0;
             };
-            verdict::judge_flow($context(ctx), frame, entry);
+            enforce::reevaluate_flow($context(ctx), frame, entry);
             0
         }
 
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $related(ctx: *mut $raw, frame: *mut Frame) -> u32 {
+        extern "C" fn $match_icmp_error(ctx: *mut $raw, frame: *mut PacketContext) -> u32 {
             // SAFETY: see the first function.
             let Some(frame) = (unsafe { frame.as_mut() }) else {
                 return 0;
             };
-            verdict::related($context(ctx), frame);
+            enforce::match_icmp_error($context(ctx), frame);
             0
         }
 
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $send(ctx: *mut $raw, frame: *const Frame, what: u32, flow: *const CtEntry) -> u32 {
+        extern "C" fn $send(
+            ctx: *mut $raw,
+            frame: *const PacketContext,
+            what: u32,
+            flow: *const CtEntry,
+        ) -> u32 {
             // SAFETY: see the first function.
             let Some(frame) = (unsafe { frame.as_ref() }) else {
                 return 0;
@@ -210,55 +219,55 @@ global_functions!(
     Xdp,
     xdp_md,
     xdp_decode,
-    xdp_judge,
-    xdp_judge_packet,
-    xdp_judge_flow,
-    xdp_related,
-    xdp_carry,
+    xdp_enforce_endpoint,
+    xdp_admit_new_flow,
+    xdp_reevaluate_flow,
+    xdp_match_icmp_error,
+    xdp_punt,
     xdp_send
 );
 global_functions!(
     Skb,
     __sk_buff,
     tc_decode,
-    tc_judge,
-    tc_judge_packet,
-    tc_judge_flow,
-    tc_related,
-    tc_carry,
+    tc_enforce_endpoint,
+    tc_admit_new_flow,
+    tc_reevaluate_flow,
+    tc_match_icmp_error,
+    tc_punt,
     tc_send
 );
 
 /// The methods of [`Context`] that call the global functions.
 macro_rules! calls {
-    ($decode:ident, $judge:ident, $judge_packet:ident, $judge_flow:ident, $related:ident, $carry:ident,
+    ($decode:ident, $enforce_endpoint:ident, $admit_new_flow:ident, $reevaluate_flow:ident, $match_icmp_error:ident, $punt:ident,
      $send:ident) => {
         #[inline(always)]
-        fn carry(self, frame: &mut Frame) {
-            $carry(self.0, frame);
+        fn punt(self, frame: &mut PacketContext) {
+            $punt(self.0, frame);
         }
         #[inline(always)]
-        fn decode(self, frame: &mut Frame) {
+        fn decode(self, frame: &mut PacketContext) {
             $decode(self.0, frame);
         }
         #[inline(always)]
-        fn judge(self, frame: &mut Frame) {
-            $judge(self.0, frame);
+        fn enforce_endpoint(self, frame: &mut PacketContext) {
+            $enforce_endpoint(self.0, frame);
         }
         #[inline(always)]
-        fn judge_packet(self, frame: &mut Frame) {
-            $judge_packet(self.0, frame);
+        fn admit_new_flow(self, frame: &mut PacketContext) {
+            $admit_new_flow(self.0, frame);
         }
         #[inline(always)]
-        fn judge_flow(self, frame: &mut Frame, entry: &mut CtEntry) {
-            $judge_flow(self.0, frame, entry);
+        fn reevaluate_flow(self, frame: &mut PacketContext, entry: &mut CtEntry) {
+            $reevaluate_flow(self.0, frame, entry);
         }
         #[inline(always)]
-        fn related(self, frame: &mut Frame) {
-            $related(self.0, frame);
+        fn match_icmp_error(self, frame: &mut PacketContext) {
+            $match_icmp_error(self.0, frame);
         }
         #[inline(always)]
-        fn send(self, frame: &Frame, what: u32, flow: *const CtEntry) {
+        fn send(self, frame: &PacketContext, what: u32, flow: *const CtEntry) {
             if event::may_send(frame, what) {
                 $send(self.0, frame, what, flow);
             }
@@ -275,11 +284,11 @@ pub struct Xdp(pub *mut xdp_md);
 impl Context for Xdp {
     calls!(
         xdp_decode,
-        xdp_judge,
-        xdp_judge_packet,
-        xdp_judge_flow,
-        xdp_related,
-        xdp_carry,
+        xdp_enforce_endpoint,
+        xdp_admit_new_flow,
+        xdp_reevaluate_flow,
+        xdp_match_icmp_error,
+        xdp_punt,
         xdp_send
     );
 
@@ -324,7 +333,7 @@ impl Context for Xdp {
 
     /// A frame of several buffers (jumbo frames) is longer than its readable part.
     #[inline(always)]
-    fn widen(self) -> bool {
+    fn pull_headers(self) -> bool {
         let linear = self.bytes(false).len;
         self.bytes(true).len > linear
     }
@@ -400,11 +409,11 @@ pub struct Skb(pub *mut __sk_buff);
 impl Context for Skb {
     calls!(
         tc_decode,
-        tc_judge,
-        tc_judge_packet,
-        tc_judge_flow,
-        tc_related,
-        tc_carry,
+        tc_enforce_endpoint,
+        tc_admit_new_flow,
+        tc_reevaluate_flow,
+        tc_match_icmp_error,
+        tc_punt,
         tc_send
     );
 
@@ -446,7 +455,7 @@ impl Context for Skb {
 
     /// Headers may lie in the pages of a socket buffer instead of its linear part.
     #[inline(always)]
-    fn widen(self) -> bool {
+    fn pull_headers(self) -> bool {
         let bytes = self.bytes(false);
         let wanted = if bytes.len > MAX_HEADERS {
             MAX_HEADERS

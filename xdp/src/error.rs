@@ -11,7 +11,7 @@ use palisade_abi::protocol;
 use palisade_packet::{flags, icmp, icmpv6};
 
 use crate::ctx::Context;
-use crate::frame::Frame;
+use crate::packet_context::PacketContext;
 
 /// Bytes of an ICMP header, and quoted bytes behind the quoted network header.
 const HEADER: u32 = 8;
@@ -39,7 +39,7 @@ fn sum(words: *mut u32, length: u32, seed: u32) -> u64 {
 /// Cuts the error of `frame`, which quotes a packet of the flow `frame.key`. Returns 0 if that worked. What quotes
 /// options or extension headers is not cut but refused, and so is a fragment.
 #[inline(never)]
-pub fn cut<C: Context>(ctx: C, frame: &mut Frame) -> u32 {
+pub fn cut<C: Context>(ctx: C, frame: &mut PacketContext) -> u32 {
     let network = u32::from(frame.packet.network_offset);
     let transport = u32::from(frame.packet.transport_offset);
     let ipv6 = frame.packet.is(flags::IPV6);
@@ -93,7 +93,7 @@ pub fn cut<C: Context>(ctx: C, frame: &mut Frame) -> u32 {
 
 /// Makes the message of `WORDS` words at `transport` say what its type needs and no more, with its checksum.
 #[inline(always)]
-fn rewrite<C: Context, const WORDS: usize>(ctx: C, frame: &mut Frame, transport: u32) -> u32 {
+fn rewrite<C: Context, const WORDS: usize>(ctx: C, frame: &mut PacketContext, transport: u32) -> u32 {
     let length = 4 * WORDS as u32;
     let mut message = [0_u32; WORDS];
     if !ctx.load(transport, &mut message) {

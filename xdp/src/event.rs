@@ -5,8 +5,8 @@ use palisade_abi::{CtEntry, Event, EventKind, TracePoint, event_flags};
 use palisade_packet::{Bytes, flags};
 
 use crate::ctx::Context;
-use crate::frame::Frame;
 use crate::maps::{BUDGETS, CONFIG, ENDPOINTS, EVENTS};
+use crate::packet_context::PacketContext;
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -18,14 +18,14 @@ pub const fn what(kind: EventKind, point: TracePoint) -> u32 {
 
 /// The budget of an event about `frame`.
 #[inline(always)]
-fn slot(frame: &Frame, what: u32) -> u32 {
+fn slot(frame: &PacketContext, what: u32) -> u32 {
     (what >> 8) * 256 + u32::from(frame.reason)
 }
 
 /// Takes a token from the budget of this kind and reason. A bucket is filled once a second. Asked before [`send`] is
 /// called: in a flood nearly no event is sent, and the call is what it would cost.
 #[inline(always)]
-pub fn may_send(frame: &Frame, what: u32) -> bool {
+pub fn may_send(frame: &PacketContext, what: u32) -> bool {
     let (slot, now) = (slot(frame, what), frame.now);
     let (Some(budget), Some(config)) = (BUDGETS.get_ptr_mut(slot), CONFIG.get(0)) else {
         return false;
@@ -47,7 +47,7 @@ pub fn may_send(frame: &Frame, what: u32) -> bool {
 
 /// Sends an event about `frame`, for which there is budget. `flow` gives a trace its numbers.
 #[inline(always)]
-pub fn send<C: Context>(ctx: C, frame: &Frame, what: u32, flow: Option<&CtEntry>) {
+pub fn send<C: Context>(ctx: C, frame: &PacketContext, what: u32, flow: Option<&CtEntry>) {
     let kind = what >> 8;
     let Some(mut record) = EVENTS.reserve_untyped::<Event>(0) else {
         if let Some(budget) = BUDGETS.get_ptr_mut(slot(frame, what)) {

@@ -3,8 +3,8 @@
 use palisade_abi::{FragmentKey, FragmentPorts, Reason, protocol};
 use palisade_packet::{flags, icmp_kind};
 
-use crate::frame::Frame;
 use crate::maps::{CONFIG, FRAGMENTS, INTERFACES, SLOTS};
+use crate::packet_context::PacketContext;
 use crate::share;
 
 /// IPv6 fragment header: stands for "whatever the datagram's protocol is".
@@ -12,7 +12,7 @@ const IPV6_FRAGMENT: u32 = 44;
 
 /// The datagram of a fragment, at the interface and hook where the program stands.
 #[inline(always)]
-fn key(frame: &Frame) -> FragmentKey {
+fn key(frame: &PacketContext) -> FragmentKey {
     let packet = &frame.packet;
     FragmentKey {
         source: packet.source,
@@ -30,7 +30,7 @@ fn key(frame: &Frame) -> FragmentKey {
 /// Remembers the ports of a first fragment that was judged by rules. The later fragments of a denied datagram are then
 /// denied by the same rule. What has a spoofed source, is malformed or is only forwarded leaves nothing here.
 #[inline(never)]
-pub fn remember(frame: &mut Frame) -> u32 {
+pub fn remember(frame: &mut PacketContext) -> u32 {
     let judged = !frame.is_dropped() || frame.rule != 0;
     if !judged || frame.reason == Reason::Forwarded as u8 {
         return 0;
@@ -67,7 +67,7 @@ pub fn remember(frame: &mut Frame) -> u32 {
 
 /// Gives a later fragment the ports of the first.
 #[inline(never)]
-pub fn resolve(frame: &mut Frame) -> u32 {
+pub fn resolve(frame: &mut PacketContext) -> u32 {
     let key = key(frame);
     let packet = &mut frame.packet;
     let ipv6 = packet.is(flags::IPV6);

@@ -7,16 +7,16 @@ use palisade_abi::{Addr, IpcacheEntry, LearnedKey, protocol};
 use palisade_packet::flags;
 
 use crate::ctx::Context;
-use crate::frame::Frame;
 use crate::maps::{CONFIG, IPCACHE, LEARNED, PREFIXES};
+use crate::packet_context::PacketContext;
 
 /// What the ipcache knows of an address.
 #[derive(Clone, Copy)]
-pub struct Known(u64);
+pub struct IpcacheHit(u64);
 
-impl Known {
+impl IpcacheHit {
     /// Of an address that it does not know.
-    pub const NOTHING: Self = Self(0);
+    pub const NONE: Self = Self(0);
 
     #[inline(always)]
     fn new(entry: &IpcacheEntry) -> Self {
@@ -47,8 +47,8 @@ pub fn host_endpoint() -> u32 {
 
 /// The exact address.
 #[inline(always)]
-pub fn exact(addr: &Addr) -> Known {
-    Known(exact_word(addr))
+pub fn exact(addr: &Addr) -> IpcacheHit {
+    IpcacheHit(exact_word(addr))
 }
 
 // Returns one word: an aggregate would come back through memory, which the verifier follows less well.
@@ -59,13 +59,13 @@ fn exact_word(addr: &Addr) -> u64 {
 
 /// [`exact`] without a call, where the stack has room for the key.
 #[inline(always)]
-pub fn exact_here(addr: &Addr) -> Known {
+pub fn exact_here(addr: &Addr) -> IpcacheHit {
     // On the stack: the verifier of Linux 6.1 takes no map key from the memory of a global function's parameter.
     let key = *addr;
     // SAFETY: user space replaces an element, it never changes one in place; the copy is taken at once.
     match unsafe { IPCACHE.get(&key) } {
-        Some(entry) => Known::new(entry),
-        None => Known::NOTHING,
+        Some(entry) => IpcacheHit::new(entry),
+        None => IpcacheHit::NONE,
     }
 }
 
@@ -73,7 +73,7 @@ pub fn exact_here(addr: &Addr) -> Known {
 /// but not before what has labels of its own.
 #[inline(never)]
 pub fn learned(addr: &Addr, known: u64, endpoint: u32) -> u32 {
-    let exact = Known(known).identity();
+    let exact = IpcacheHit(known).identity();
     if exact == 0 || exact >= FIRST_LOCAL {
         let key = LearnedKey {
             addr: *addr,
@@ -90,7 +90,7 @@ pub fn learned(addr: &Addr, known: u64, endpoint: u32) -> u32 {
 /// The identity of an address whose exact entry is `known`: that, or the longest prefix, or the world.
 #[inline(always)]
 pub fn identity(addr: &Addr, known: u64) -> u32 {
-    match Known(known).identity() {
+    match IpcacheHit(known).identity() {
         0 => by_prefix(addr),
         identity => identity,
     }
@@ -108,9 +108,9 @@ fn by_prefix(addr: &Addr) -> u32 {
     }
 }
 
-impl From<Known> for u64 {
+impl From<IpcacheHit> for u64 {
     #[inline(always)]
-    fn from(known: Known) -> Self {
+    fn from(known: IpcacheHit) -> Self {
         known.0
     }
 }
@@ -133,24 +133,24 @@ pub fn is_link_local(addr: &Addr) -> bool {
 /// The ipcache knows the addresses of the node that the configuration and the daemon know; the routing table
 /// knows all, also one that appeared a moment ago. Anything but a clear answer counts as "takes it".
 #[inline(always)]
-pub fn is_forwarded<C: Context>(ctx: C, frame: &Frame) -> bool {
+pub fn is_forwarded<C: Context>(ctx: C, frame: &PacketContext) -> bool {
     route(ctx, frame) != 0
 }
 
 /// The interface by which the kernel would send the packet on; [`NOWHERE`] if it would refuse to; 0 if it takes it itself.
 #[inline(always)]
-pub fn route<C: Context>(ctx: C, frame: &Frame) -> u32 {
+pub fn route<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
     ask_route(ctx, frame, false)
 }
 
 /// The same for a packet that goes back to the source of this one.
 #[inline(always)]
-pub fn route_back<C: Context>(ctx: C, frame: &Frame) -> u32 {
+pub fn route_back<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
     ask_route(ctx, frame, true)
 }
 
 #[inline(never)]
-fn ask_route<C: Context>(ctx: C, frame: &Frame, back: bool) -> u32 {
+fn ask_route<C: Context>(ctx: C, frame: &PacketContext, back: bool) -> u32 {
     let packet = &frame.packet;
     let (from, to) = if back {
         (&packet.destination, &packet.source)

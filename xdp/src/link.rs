@@ -14,9 +14,9 @@ use palisade_packet::{Bytes, ETHER_TYPE_ARP, Packet, flags, icmpv6};
 
 use crate::ctx::{Context, Linear, Skb, Xdp};
 use crate::event;
-use crate::frame::{Frame, place};
 use crate::identity;
 use crate::maps::{ENDPOINTS, INTERFACES, POLICY, SLOTS};
+use crate::packet_context::{PacketContext, hook_point};
 
 /// An ARP packet of Ethernet and IPv4 in the shortest frame, 60 bytes without checksum, and two VLAN tags.
 const MAX_ARP: u32 = 46 + 8;
@@ -35,14 +35,14 @@ const SPOOFED: u32 = Reason::InvalidSourceIp as u32;
 /// [`judge`] as a global function, see `ctx.rs`.
 pub trait Judge {
     /// Judges a frame that is not IP, an IGMP or an ICMPv6 message, as far as the link is concerned.
-    fn link(self, frame: &mut Frame);
+    fn link(self, frame: &mut PacketContext);
 }
 
 macro_rules! global_function {
     ($context:ident, $raw:ty, $name:ident) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $name(ctx: *mut $raw, frame: *mut Frame) -> u32 {
+        extern "C" fn $name(ctx: *mut $raw, frame: *mut PacketContext) -> u32 {
             // SAFETY: the caller below passes a reference; the verifier wants the comparison with null.
             let Some(frame) = (unsafe { frame.as_mut() }) else {
                 return 0;
@@ -53,7 +53,7 @@ macro_rules! global_function {
 
         impl Judge for $context {
             #[inline(always)]
-            fn link(self, frame: &mut Frame) {
+            fn link(self, frame: &mut PacketContext) {
                 $name(self.0, frame);
             }
         }
@@ -64,7 +64,7 @@ global_function!(Xdp, xdp_md, xdp_link);
 global_function!(Skb, __sk_buff, tc_link);
 
 #[inline(always)]
-fn judge<C: Context>(ctx: C, frame: &mut Frame) {
+fn judge<C: Context>(ctx: C, frame: &mut PacketContext) {
     let packet = &frame.packet;
     let reason = if packet.is(flags::NOT_IP) {
         not_ip(ctx, frame)
@@ -88,8 +88,8 @@ fn judge<C: Context>(ctx: C, frame: &mut Frame) {
 }
 
 #[inline(always)]
-fn is_nic(frame: &Frame) -> bool {
-    frame.place == place::NIC_IN || frame.place == place::NIC_OUT
+fn is_nic(frame: &PacketContext) -> bool {
+    frame.hook_point == hook_point::NIC_IN || frame.hook_point == hook_point::NIC_OUT
 }
 
 /// The interface that a frame is at.
@@ -116,7 +116,7 @@ fn read<C: Context, const N: usize>(ctx: C, at: u32) -> Option<[u8; N]> {
     if let Some(found) = ctx.bytes(false).array::<N>(at) {
         return Some(*found);
     }
-    if !ctx.widen() {
+    if !ctx.pull_headers() {
         return None;
     }
     ctx.bytes(false).array::<N>(at).copied()
@@ -132,7 +132,7 @@ fn word<const N: usize>(header: &[u8; N], at: usize) -> u32 {
 /// LACP, LLDP, 802.1X; IEEE 802.1Q, table 8-1) and what the configuration names; and everything where no policy enforces
 /// the direction.
 #[inline(always)]
-fn not_ip<C: Context>(ctx: C, frame: &Frame) -> u32 {
+fn not_ip<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
     if frame.layer3 == 0 {
         if frame.packet.ether_type == ETHER_TYPE_ARP {
             return arp(ctx, frame);
@@ -153,7 +153,7 @@ fn is_control_group<C: Context>(ctx: C) -> bool {
 }
 
 #[inline(always)]
-fn is_configured(frame: &Frame) -> bool {
+fn is_configured(frame: &PacketContext) -> bool {
     let Some(interface) = interface(frame.ifindex) else {
         return false;
     };
@@ -173,7 +173,7 @@ fn is_configured(frame: &Frame) -> bool {
 /// A frame that has neither address nor port: what the policy says of every peer and port decides. On a workload's
 /// interface the other end may be the node, so the node's policy must let it pass too.
 #[inline(always)]
-fn unenforced(frame: &Frame) -> u32 {
+fn unenforced(frame: &PacketContext) -> u32 {
     let own = otherwise(frame.endpoint, u32::from(frame.direction));
     let host = identity::host_endpoint();
     let node = if is_nic(frame) || host == 0 {
@@ -229,12 +229,12 @@ fn otherwise(endpoint: u32, direction: u32) -> u32 {
 /// has; the node's own pass, so that the kernel sees address conflicts (RFC 5227, RFC 4862, 5.4). Towards a workload and
 /// out of a NIC: what the node itself says (also for others: proxy ARP), and what was checked at a guarded interface.
 #[inline(always)]
-fn may_name<C: Context>(ctx: C, frame: &Frame, addr: &Addr) -> bool {
+fn may_name<C: Context>(ctx: C, frame: &PacketContext, addr: &Addr) -> bool {
     let owner = identity::exact(addr).endpoint();
-    match frame.place {
-        place::FROM_WORKLOAD if owner == 0 => identity::is_link_local(addr),
-        place::FROM_WORKLOAD => owner == frame.endpoint,
-        place::NIC_IN => owner == 0 || owner == identity::host_endpoint(),
+    match frame.hook_point {
+        hook_point::FROM_WORKLOAD if owner == 0 => identity::is_link_local(addr),
+        hook_point::FROM_WORKLOAD => owner == frame.endpoint,
+        hook_point::NIC_IN => owner == 0 || owner == identity::host_endpoint(),
         _ => {
             ctx.is_local()
                 || owner == 0
@@ -246,7 +246,7 @@ fn may_name<C: Context>(ctx: C, frame: &Frame, addr: &Addr) -> bool {
 /// RFC 826. At a workload only requests and replies for IPv4 over Ethernet, whose sender is the workload or has no
 /// address yet (RFC 5227, 2.1.1).
 #[inline(always)]
-fn arp<C: Context>(ctx: C, frame: &Frame) -> u32 {
+fn arp<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
     const ETHERNET_IPV4: [u8; 6] = [0, 1, 8, 0, 6, 4];
     let is_workload = !is_nic(frame);
     let malformed = if is_workload {
@@ -266,7 +266,7 @@ fn arp<C: Context>(ctx: C, frame: &Frame) -> u32 {
         if !is_known || frame.packet.length > MAX_ARP {
             return malformed;
         }
-        if frame.place == place::FROM_WORKLOAD
+        if frame.hook_point == hook_point::FROM_WORKLOAD
             && !is_source_mac(
                 ctx,
                 [
@@ -296,7 +296,7 @@ fn is_source_mac<C: Context>(ctx: C, mac: [u8; 6]) -> bool {
 /// RFC 3376, 4: sent with a TTL of 1; and to a group, which is not routed here. (A packet to one address that had a TTL
 /// of 2 on the way has one of 1 when it is sent on.)
 #[inline(always)]
-fn igmp<C: Context>(ctx: C, frame: &Frame) -> u32 {
+fn igmp<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
     let packet = &frame.packet;
     if packet.is(flags::IPV6)
         || packet.hop_limit != 1
@@ -334,13 +334,13 @@ fn headers(packet: &Packet) -> u32 {
 }
 
 #[inline(always)]
-fn icmpv6<C: Context>(ctx: C, frame: &Frame) -> u32 {
+fn icmpv6<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
     match frame.packet.source_port as u8 {
         icmpv6::NEIGHBOUR_SOLICITATION | icmpv6::NEIGHBOUR_ADVERTISEMENT | icmpv6::ROUTER_SOLICITATION => {
             discovery(ctx, frame)
         }
         // Only a router of the NIC's link may tell this node where to send.
-        icmpv6::ROUTER_ADVERTISEMENT if frame.place == place::NIC_IN => discovery(ctx, frame),
+        icmpv6::ROUTER_ADVERTISEMENT if frame.hook_point == hook_point::NIC_IN => discovery(ctx, frame),
         icmpv6::LISTENER_QUERY..=icmpv6::LISTENER_DONE | icmpv6::LISTENER_REPORT_V2 => listener(ctx, frame),
         _ => JUDGE,
     }
@@ -348,7 +348,7 @@ fn icmpv6<C: Context>(ctx: C, frame: &Frame) -> u32 {
 
 /// MLD: hop limit 1, to a group, from a link-local source address or none yet (RFC 2710, 3; RFC 3590).
 #[inline(always)]
-fn listener<C: Context>(ctx: C, frame: &Frame) -> u32 {
+fn listener<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
     let packet = &frame.packet;
     let is_link_source = identity::is_link_local(&packet.source) || packet.source == Addr::UNSPECIFIED;
     if packet.hop_limit != 1 || packet.destination.0[0].to_ne_bytes()[0] != 0xff || !is_link_source {
@@ -380,7 +380,7 @@ fn listener<C: Context>(ctx: C, frame: &Frame) -> u32 {
 /// Neighbour discovery (RFC 4861). Receivers take it with hop limit 255 and code 0 only, and a packet that was forwarded
 /// has a smaller one.
 #[inline(always)]
-fn discovery<C: Context>(ctx: C, frame: &Frame) -> u32 {
+fn discovery<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
     let packet = &frame.packet;
     if packet.hop_limit != 255 || packet.destination_port != 0 {
         return JUDGE;
@@ -422,7 +422,7 @@ fn discovery<C: Context>(ctx: C, frame: &Frame) -> u32 {
             return JUDGE;
         }
     }
-    if frame.place == place::FROM_WORKLOAD {
+    if frame.hook_point == hook_point::FROM_WORKLOAD {
         let first = names_another_mac(ctx, at + options, length >= options + 8);
         let second = names_another_mac(ctx, at + options + 8, length >= options + 16);
         if first || second {
@@ -451,7 +451,7 @@ fn names_another_mac<C: Context>(ctx: C, at: u32, present: bool) -> bool {
 /// Whether the node does not send the packet on to another link: link-local destinations, those of ff02::/16, and what the
 /// routing table delivers here or to this very link.
 #[inline(always)]
-fn stays_on_link<C: Context>(ctx: C, frame: &Frame) -> bool {
+fn stays_on_link<C: Context>(ctx: C, frame: &PacketContext) -> bool {
     let to = &frame.packet.destination;
     let first = to.0[0].to_ne_bytes();
     if first[0] == 0xff {
@@ -461,18 +461,19 @@ fn stays_on_link<C: Context>(ctx: C, frame: &Frame) -> bool {
         return true;
     }
     let owner = identity::exact(to).endpoint();
-    match frame.place {
-        place::NIC_OUT => ctx.is_local(),
-        place::TO_WORKLOAD => owner == frame.endpoint,
+    match frame.hook_point {
+        hook_point::NIC_OUT => ctx.is_local(),
+        hook_point::TO_WORKLOAD => owner == frame.endpoint,
         _ if owner != 0 && owner == identity::host_endpoint() => true,
-        place::NIC_IN if owner != 0 => false,
+        hook_point::NIC_IN if owner != 0 => false,
         _ => {
             let link = match interface(frame.ifindex) {
                 Some(interface) => interface.link,
                 None => 0,
             };
             let way = identity::route(ctx, frame);
-            way == 0 || (frame.place == place::FROM_WORKLOAD && (way == frame.ifindex || way == link))
+            way == 0
+                || (frame.hook_point == hook_point::FROM_WORKLOAD && (way == frame.ifindex || way == link))
         }
     }
 }

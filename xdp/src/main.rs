@@ -4,28 +4,29 @@
 //! The parts are global functions (`ctx.rs`): the verifier takes each once. Where a path is short and hot it is
 //! inlined.
 //!
-//! Depends on `palisade-abi` and `palisade-packet`. Start at [`palisade_xdp`]: `judge` and `verdict` below it are the
-//! frame of the walk, `verdict.rs` the verdict for one endpoint, `policy.rs` the table lookup.
+//! Depends on `palisade-abi` and `palisade-packet`. Start at [`palisade_xdp`]: below it, `process` and `classify` are the
+//! frame of the pipeline, `enforce.rs` gives the verdict for one endpoint, `policy.rs` looks the policy table up. Comments
+//! number the steps as docs/ARCHITECTURE.md does.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![allow(
     clippy::needless_borrows_for_generic_args,
     reason = "a key that is handed over by value is copied to the stack, of which there are 512 bytes"
 )]
 
-mod carry;
 mod conntrack;
 mod counters;
 mod ctx;
+mod enforce;
 mod error;
 mod event;
 mod fragment;
-mod frame;
 mod identity;
 mod link;
 mod maps;
+mod packet_context;
 mod policy;
+mod punt;
 mod share;
-mod verdict;
 
 use aya_ebpf::bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
 use aya_ebpf::macros::{classifier, xdp};
@@ -34,47 +35,47 @@ use palisade_abi::{EventKind, Reason, TracePoint, ct_flags, interface_flags, pro
 use palisade_packet::{Packet, Start, decode, flags};
 
 use crate::ctx::{Context, Skb, Xdp};
-use crate::frame::{Frame, place};
 use crate::maps::{INTERFACES, SLOTS};
+use crate::packet_context::{PacketContext, hook_point};
 
 /// XDP, ingress of an interface of either role.
 #[xdp(frags)]
 pub fn palisade_xdp(ctx: XdpContext) -> u32 {
-    match judge(Xdp(ctx.ctx), false) {
-        Way::On => xdp_action::XDP_PASS,
-        Way::Carrier => xdp_action::XDP_REDIRECT,
-        Way::Nowhere => xdp_action::XDP_DROP,
+    match process(Xdp(ctx.ctx), false) {
+        Action::Pass => xdp_action::XDP_PASS,
+        Action::Punt => xdp_action::XDP_REDIRECT,
+        Action::Drop => xdp_action::XDP_DROP,
     }
 }
 
 /// tc, ingress of an interface of either role. What passes goes on to the next program of the hook.
 #[classifier]
 pub fn palisade_in(ctx: TcContext) -> i32 {
-    judge_skb(Skb(ctx.skb.skb), false)
+    process_skb(Skb(ctx.skb.skb), false)
 }
 
 /// tc, egress of an interface of either role.
 #[classifier]
 pub fn palisade_out(ctx: TcContext) -> i32 {
-    judge_skb(Skb(ctx.skb.skb), true)
+    process_skb(Skb(ctx.skb.skb), true)
 }
 
 /// XDP, ingress of the workers' end of the carrier.
 #[xdp(frags)]
 pub fn palisade_carry(ctx: XdpContext) -> u32 {
-    carry::to_worker(Xdp(ctx.ctx))
+    punt::to_worker(Xdp(ctx.ctx))
 }
 
 /// tc, ingress of the node's end of the carrier.
 #[classifier]
 pub fn palisade_back(ctx: TcContext) -> i32 {
-    carry::from_worker(Skb(ctx.skb.skb))
+    punt::reinject(Skb(ctx.skb.skb))
 }
 
 /// tc, egress of both ends of the carrier.
 #[classifier]
 pub fn palisade_guard(ctx: TcContext) -> i32 {
-    carry::only_carried(Skb(ctx.skb.skb))
+    punt::only_punted(Skb(ctx.skb.skb))
 }
 
 /// XDP, ingress of the node's end of the carrier, only on kernels that need it.
@@ -88,14 +89,14 @@ pub fn palisade_pass(_: XdpContext) -> u32 {
 }
 
 #[inline(always)]
-fn judge_skb(ctx: Skb, egress: bool) -> i32 {
-    if carry::is_back(ctx) {
+fn process_skb(ctx: Skb, egress: bool) -> i32 {
+    if punt::is_reinjected(ctx) {
         return TC_ACT_UNSPEC;
     }
-    match judge(ctx, egress) {
-        Way::On => TC_ACT_UNSPEC,
-        Way::Carrier => TC_ACT_REDIRECT,
-        Way::Nowhere => TC_ACT_SHOT,
+    match process(ctx, egress) {
+        Action::Pass => TC_ACT_UNSPEC,
+        Action::Punt => TC_ACT_REDIRECT,
+        Action::Drop => TC_ACT_SHOT,
     }
 }
 
@@ -122,7 +123,7 @@ pub fn bench_baseline_tc(ctx: TcContext) -> i32 {
 /// Decodes, and looks the connection up as one of endpoint 1.
 #[inline(always)]
 fn is_known<C: Context>(ctx: C) -> bool {
-    let mut frame = Frame::new(ctx.ifindex());
+    let mut frame = PacketContext::new(ctx.ifindex());
     ctx.decode(&mut frame);
     if frame.reason != 0 {
         return false;
@@ -131,33 +132,33 @@ fn is_known<C: Context>(ctx: C) -> bool {
     conntrack::find_in_place(&frame.key, 0).is_some()
 }
 
-/// Where a packet goes.
+/// What the hook does with a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
-    /// On, as if there were no program.
-    On,
-    /// To a worker.
-    Carrier,
+enum Action {
+    /// The packet goes on as without a program.
+    Pass,
+    /// It is redirected to the punt link.
+    Punt,
     /// It is dropped.
-    Nowhere,
+    Drop,
 }
 
-/// Judges, counts, and reports a drop.
+/// Gives the verdict on a packet, counts it by its reason, and reports a drop.
 #[inline(always)]
-fn judge<C: Context>(ctx: C, egress: bool) -> Way {
-    let mut frame = Frame::new(ctx.ifindex());
+fn process<C: Context>(ctx: C, egress: bool) -> Action {
+    let mut frame = PacketContext::new(ctx.ifindex());
     frame.now = conntrack::now();
     frame.direction = u8::from(egress);
     frame.egress = u8::from(egress);
-    verdict(ctx, &mut frame, u32::from(egress));
+    classify(ctx, &mut frame, u32::from(egress));
     if frame.packet.is(flags::FRAGMENT_FIRST) {
         fragment::remember(&mut frame);
     }
-    let mut way = Way::On;
-    if frame.needed && !frame.is_dropped() {
-        ctx.carry(&mut frame);
+    let mut action = Action::Pass;
+    if frame.must_punt && !frame.is_dropped() {
+        ctx.punt(&mut frame);
         if frame.reason != Reason::PassedUnread as u8 {
-            way = Way::Carrier;
+            action = Action::Punt;
         }
     }
     counters::reason(
@@ -166,18 +167,20 @@ fn judge<C: Context>(ctx: C, egress: bool) -> Way {
         frame.packet.length,
     );
     if !frame.is_dropped() {
-        return way;
+        return action;
     }
     ctx.send(
         &frame,
         event::what(EventKind::Drop, TracePoint::None),
         core::ptr::null(),
     );
-    Way::Nowhere
+    Action::Drop
 }
 
+/// Finds the interface, its endpoint and the direction, and applies the policies of up to two endpoints: the interface's
+/// and, at a workload's interface, the node's.
 #[inline(always)]
-fn verdict<C: Context>(ctx: C, frame: &mut Frame, egress: u32) {
+fn classify<C: Context>(ctx: C, frame: &mut PacketContext, egress: u32) {
     let egress = egress != 0;
     let interface = match INTERFACES.get(frame.ifindex & (SLOTS as u32 - 1)) {
         Some(interface)
@@ -194,22 +197,24 @@ fn verdict<C: Context>(ctx: C, frame: &mut Frame, egress: u32) {
     frame.generic = interface.flags & interface_flags::XDP_GENERIC;
     // From a workload's interface comes what leaves the workload.
     frame.direction = u8::from(is_workload != egress);
-    frame.place = match (is_workload, egress) {
-        (false, false) => place::NIC_IN,
-        (false, true) => place::NIC_OUT,
-        (true, false) => place::FROM_WORKLOAD,
-        (true, true) => place::TO_WORKLOAD,
+    frame.hook_point = match (is_workload, egress) {
+        (false, false) => hook_point::NIC_IN,
+        (false, true) => hook_point::NIC_OUT,
+        (true, false) => hook_point::FROM_WORKLOAD,
+        (true, true) => hook_point::TO_WORKLOAD,
     };
+    // Step 1: parse. The headers may lie outside the linear part of the frame: pull them in and decode once more.
     ctx.decode(frame);
     if frame.reason != 0 {
-        if ctx.widen() {
-            frame.whole = true;
+        if ctx.pull_headers() {
+            frame.full_length = true;
             ctx.decode(frame);
         }
         if frame.reason != 0 {
             return;
         }
     }
+    // Step 2: link control.
     if frame.packet.is(flags::NOT_IP) {
         return ctx.link(frame);
     }
@@ -222,22 +227,22 @@ fn verdict<C: Context>(ctx: C, frame: &mut Frame, egress: u32) {
     if frame.packet.is(flags::FRAGMENT_LATER) {
         fragment::resolve(frame);
     }
-    // Inlined here, called below: the first is every packet's way.
-    verdict::judge::<C, true>(ctx, frame);
+    // Steps 3 to 8. Inlined here because every packet comes this way; called below.
+    enforce::enforce_endpoint::<C, true>(ctx, frame);
     if frame.is_dropped() || !is_workload || frame.flow_flags & ct_flags::REMOTE_IS_HOST == 0 {
         return;
     }
-    // The other end is the node: what leaves the workload enters the node, and the other way round.
+    // The peer is the node: egress of the workload is ingress of the node, and the other way round.
     frame.endpoint = identity::host_endpoint();
     frame.direction ^= 1;
-    frame.place = place::NODE;
-    frame.forget_decision();
-    ctx.judge(frame);
+    frame.hook_point = hook_point::NODE;
+    frame.clear_decision();
+    ctx.enforce_endpoint(frame);
 }
 
 /// Decodes the frame; the reason is 0 if that works.
 #[inline(always)]
-fn decode_frame<C: Context>(ctx: C, frame: &mut Frame) {
+fn decode_frame<C: Context>(ctx: C, frame: &mut PacketContext) {
     frame.packet = Packet::default();
     let start = if frame.layer3 != 0 {
         Start::Network
@@ -246,7 +251,7 @@ fn decode_frame<C: Context>(ctx: C, frame: &mut Frame) {
             tags_removed: ctx.tags_removed(),
         }
     };
-    match decode(&ctx.bytes(frame.whole), start, &mut frame.packet) {
+    match decode(&ctx.bytes(frame.full_length), start, &mut frame.packet) {
         Ok(()) => frame.reason = 0,
         Err(reason) => frame.set(reason),
     }

@@ -5,8 +5,8 @@ use palisade_abi::{
     punt_flags,
 };
 
-use crate::frame::Frame;
 use crate::maps::{CLASSES, CONFIG, POLICY};
+use crate::packet_context::PacketContext;
 
 /// The class of a slot.
 #[inline(always)]
@@ -20,7 +20,7 @@ fn class(slot: u32) -> u16 {
 /// Judges `frame` by its policy: (identity, class), (identity, any), (any, class), (any, any). The verdict and
 /// what decided it are written into `frame`.
 #[inline(never)]
-pub fn judge(frame: &mut Frame, identity: u32, slot: u32, direction: u32) {
+pub fn lookup(frame: &mut PacketContext, identity: u32, slot: u32, direction: u32) {
     frame.remote_identity = identity;
     frame.set(Reason::NoPolicy);
     let policy = frame.policy;
@@ -44,7 +44,7 @@ pub fn judge(frame: &mut Frame, identity: u32, slot: u32, direction: u32) {
     frame.inspector = 0;
     frame.ruleset = 0;
     frame.punt_flags = 0;
-    if entry.decision == Decision::Inspect as u8 && is_reader(entry.inspector) {
+    if entry.decision == Decision::Inspect as u8 && has_inspector(entry.inspector) {
         frame.inspector = entry.inspector;
         frame.ruleset = entry.ruleset;
         if entry.flags & entry_flags::AUDIT != 0 {
@@ -82,7 +82,7 @@ fn find(key: &mut PolicyKey) -> Option<&'static PolicyEntry> {
 
 /// Whether there is a reader of this number.
 #[inline(always)]
-fn is_reader(inspector: u8) -> bool {
+fn has_inspector(inspector: u8) -> bool {
     match CONFIG.get(0) {
         Some(config) => config.workers != 0 && config.inspectors >> (inspector & 31) & 1 != 0,
         None => false,

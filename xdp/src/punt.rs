@@ -11,13 +11,13 @@ use palisade_packet::{Bytes, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, flags};
 use crate::conntrack;
 use crate::counters;
 use crate::ctx::{Context, Skb, Xdp};
-use crate::frame::Frame;
 use crate::maps::{CARRY, CONFIG, CONNTRACK, WORKERS, XSKS};
+use crate::packet_context::PacketContext;
 
 /// Notes that a policy wants a packet of an older flow read.
 #[inline(always)]
-pub fn ask_again<C: Context>(ctx: C, frame: &mut Frame, entry: &CtEntry) {
-    need(ctx, frame, entry);
+pub fn request_punt_of_flow<C: Context>(ctx: C, frame: &mut PacketContext, entry: &CtEntry) {
+    check_window(ctx, frame, entry);
     let mut flags = 0;
     if conntrack::is_reply(entry, frame.is_ingress()) {
         flags |= punt_flags::REPLY;
@@ -31,12 +31,12 @@ pub fn ask_again<C: Context>(ctx: C, frame: &mut Frame, entry: &CtEntry) {
     frame.serial = entry.serial;
     frame.inspector = entry.inspector;
     frame.punt_flags = entry.punt_flags;
-    ask(frame, flags);
+    request_punt(frame, flags);
 }
 
 /// Notes that a policy wants a packet read.
 #[inline(never)]
-pub fn ask(frame: &mut Frame, flags: u8) -> u32 {
+pub fn request_punt(frame: &mut PacketContext, flags: u8) -> u32 {
     let Some(carried) = CARRY.get_ptr_mut(0) else {
         return 0;
     };
@@ -57,14 +57,14 @@ pub fn ask(frame: &mut Frame, flags: u8) -> u32 {
     // SAFETY: a map value of this CPU, which lives as long as the map. Nobody else writes it while this packet is
     // judged: a program is not interrupted by another of its CPU.
     unsafe {
-        if frame.asks == 0 {
+        if frame.punt_requests == 0 {
             (*carried).slots[0] = slot;
             frame.hash = hash(&frame.key);
         } else {
             (*carried).slots[1] = slot;
         }
     }
-    frame.asks += 1;
+    frame.punt_requests += 1;
     0
 }
 
@@ -121,9 +121,9 @@ pub fn set_windows(entry: &mut CtEntry, windows: [u32; 4]) {
 /// Notes that the flow's inspector needs the packet, if it does. Both flows of a packet keep their slots: what the one
 /// does not need, the other may.
 #[inline(never)]
-fn need<C: Context>(ctx: C, frame: &mut Frame, entry: &CtEntry) -> u32 {
+fn check_window<C: Context>(ctx: C, frame: &mut PacketContext, entry: &CtEntry) -> u32 {
     if !is_in_window(ctx, frame, entry) {
-        frame.needed = true;
+        frame.must_punt = true;
     }
     0
 }
@@ -131,7 +131,7 @@ fn need<C: Context>(ctx: C, frame: &mut Frame, entry: &CtEntry) -> u32 {
 /// Whether the inspector of the flow has said that it need not see this packet: a segment whose bytes all lie in the
 /// window of its direction, or an acknowledgment without data while the other direction has a window.
 #[inline(always)]
-fn is_in_window<C: Context>(ctx: C, frame: &Frame, entry: &CtEntry) -> bool {
+fn is_in_window<C: Context>(ctx: C, frame: &PacketContext, entry: &CtEntry) -> bool {
     const URGENT: u8 = 32;
     let packet = &frame.packet;
     if packet.protocol != protocol::TCP
@@ -180,7 +180,7 @@ fn is_in_window<C: Context>(ctx: C, frame: &Frame, entry: &CtEntry) -> bool {
 /// Sends a packet to the worker of its flow. The verdict changes if that cannot be done, and to
 /// [`Reason::PassedUnread`] if the packet is to pass then.
 #[inline(always)]
-pub fn carry<C: Context>(ctx: C, frame: &mut Frame) {
+pub fn punt<C: Context>(ctx: C, frame: &mut PacketContext) {
     let (Some(config), Some(carried)) = (CONFIG.get(0), CARRY.get_ptr_mut(0)) else {
         return frame.set(Reason::PuntFailed);
     };
@@ -214,7 +214,7 @@ pub fn carry<C: Context>(ctx: C, frame: &mut Frame) {
     carried.vlan_protocol = 0;
     carried.hook = ctx.hook(frame.egress != 0);
     carried.zero = [0; 3];
-    if frame.asks < 2 {
+    if frame.punt_requests < 2 {
         carried.slots[1] = PuntRequest::default();
     }
     let failed = ctx.push(carried, queue, config.carrier);
@@ -225,7 +225,7 @@ pub fn carry<C: Context>(ctx: C, frame: &mut Frame) {
 
 /// Whether a packet comes back from a worker: then it was judged before. Takes the mark off.
 #[inline(always)]
-pub fn is_back(ctx: Skb) -> bool {
+pub fn is_reinjected(ctx: Skb) -> bool {
     // SAFETY: the context pointer is the one the kernel gave the program, valid while it runs.
     unsafe {
         let mark = (*ctx.0).mark;
@@ -259,7 +259,7 @@ fn has_cookie(bytes: &crate::ctx::Linear) -> bool {
 /// other end. The egress hook does not see what the programs redirect by XDP, nor what AF_XDP sends (it goes by
 /// `dev_direct_xmit`); what a tc program redirects begins with the cookie.
 #[inline(always)]
-pub fn only_carried(ctx: Skb) -> i32 {
+pub fn only_punted(ctx: Skb) -> i32 {
     let bytes = ctx.bytes(false);
     if has_cookie(&bytes) {
         return TC_ACT_UNSPEC;
@@ -304,7 +304,7 @@ fn load<T: Plain>(ctx: Skb, at: u32, into: &mut T) -> bool {
 
 /// What enters the node's end of the carrier goes where its last bytes say, if they are ours.
 #[inline(always)]
-pub fn from_worker(ctx: Skb) -> i32 {
+pub fn reinject(ctx: Skb) -> i32 {
     const TRAILER: u32 = size_of::<ReinjectTrailer>() as u32;
     const COMMAND: u32 = size_of::<FlowCommand>() as u32;
     let skb = ctx.0;
@@ -330,7 +330,7 @@ pub fn from_worker(ctx: Skb) -> i32 {
             count(Reason::PuntForeign, length);
             return TC_ACT_SHOT;
         }
-        if obey(&command) == 0 && command.op == flow_op::REPLACE {
+        if apply_command(&command) == 0 && command.op == flow_op::REPLACE {
             // What was decided for the connection before might hold for the one that this packet opens.
             count(Reason::CtInvalidState, length);
             return TC_ACT_SHOT;
@@ -370,7 +370,7 @@ pub fn from_worker(ctx: Skb) -> i32 {
 
 /// Changes how a flow is read. Whether the flow is the one that is meant.
 #[inline(never)]
-fn obey(command: &FlowCommand) -> u32 {
+fn apply_command(command: &FlowCommand) -> u32 {
     let Some(entry) = CONNTRACK.get_ptr_mut(&command.key) else {
         return 0;
     };

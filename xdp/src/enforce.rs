@@ -1,4 +1,6 @@
-//! The verdict function: one for XDP and tc, for both roles and both directions.
+//! The verdict for one endpoint, the same for XDP and tc, both roles and both directions.
+//!
+//! Depends on `conntrack`, `identity`, `link` and `policy` for the single steps. Start at [`enforce_endpoint`].
 
 use palisade_abi::{
     Addr, CtEntry, Decision, Direction, EndpointState, EventKind, Reason, TracePoint, class_slot,
@@ -6,39 +8,41 @@ use palisade_abi::{
 };
 use palisade_packet::{Bytes as _, Quote, TCP_ACK, TCP_RST, TCP_SYN, decode_quote, flags, icmp, icmpv6};
 
-use crate::carry;
 use crate::conntrack::{self, Ends};
 use crate::counters;
 use crate::ctx::Context;
 use crate::error;
 use crate::event;
-use crate::frame::{Frame, other, place};
-use crate::identity::{self, Known};
+use crate::identity::{self, IpcacheHit};
 use crate::link;
 use crate::maps::ENDPOINTS;
+use crate::packet_context::{PacketContext, hook_point, opposite};
 use crate::policy;
+use crate::punt;
 
-/// Judges `frame` by the policy of `frame.endpoint`. `IN_PLACE`: it is on the stack of the program's main function.
+/// Gives the verdict on a packet by the policy of `frame.endpoint`: steps 3 to 8 of the pipeline. A packet of a known flow
+/// ends at step 4. `IN_PLACE`: `frame` is on the stack of the program's main function.
 #[inline(always)]
-pub fn judge<C: Context, const IN_PLACE: bool>(ctx: C, frame: &mut Frame) {
+pub fn enforce_endpoint<C: Context, const IN_PLACE: bool>(ctx: C, frame: &mut PacketContext) {
     let Some(state) = ENDPOINTS.get_ptr(frame.endpoint & 0xffff) else {
         return frame.set(Reason::NoPolicy);
     };
     (frame.policy, frame.revision) = policy_of(state);
-    // SAFETY: as above; it may change a moment later than the policy, in which case nothing has been learned yet.
+    // SAFETY: a map value; user space may write it meanwhile, hence volatile. LEARNS may follow the policy a moment later;
+    // until then the endpoint has learned no address.
     frame.learns =
         unsafe { core::ptr::read_volatile(&raw const (*state).flags) } as u8 & endpoint_flags::LEARNS as u8;
     frame.event_flags = event_flags::REPLY_UNKNOWN;
     frame.stateful = !frame.ports_unknown && !is_plain_icmp(frame);
     if frame.packet.is(flags::ICMP_ERROR) {
-        ctx.related(frame);
+        ctx.match_icmp_error(frame);
         if frame.is_dropped() && frame.reason != Reason::UnrelatedIcmp as u8 {
             return;
         }
         if frame.reason == Reason::Related as u8
             && let Some(entry) = conntrack::find(&frame.key, frame.now)
         {
-            if admits(ctx, frame, entry) {
+            if recheck_flow(ctx, frame, entry) {
                 if entry.inspector != 0 && !entry.is_unread() {
                     if error::cut(ctx, frame) != 0 {
                         return frame.set(Reason::UnrelatedIcmp);
@@ -47,7 +51,7 @@ pub fn judge<C: Context, const IN_PLACE: bool>(ctx: C, frame: &mut Frame) {
                     // made are too big. A DNS datagram has no such number, and no packet is made in its place: an error
                     // about one quotes nothing that the worker could check but the ports, which are the flow's.
                     if frame.key.protocol == protocol::TCP {
-                        carry::ask_again(ctx, frame, entry);
+                        punt::request_punt_of_flow(ctx, frame, entry);
                     }
                 }
                 conntrack::count(entry, &frame.packet);
@@ -57,6 +61,7 @@ pub fn judge<C: Context, const IN_PLACE: bool>(ctx: C, frame: &mut Frame) {
             return;
         }
     }
+    // Step 4: conntrack. The key holds the endpoint's address, so a known flow has passed step 3.
     if frame.stateful {
         let ingress = frame.is_ingress();
         conntrack::write_key(
@@ -72,39 +77,40 @@ pub fn judge<C: Context, const IN_PLACE: bool>(ctx: C, frame: &mut Frame) {
         };
         if let Some(entry) = entry
             && !conntrack::begins_another(entry, &frame.packet, ingress)
-            && !(conntrack::crosses(entry, &frame.packet, ingress) && is_read_by_itself(frame, ingress))
+            && !(conntrack::crosses(entry, &frame.packet, ingress) && would_be_inspected(frame, ingress))
         {
-            if !admits(ctx, frame, entry) {
+            if !recheck_flow(ctx, frame, entry) {
                 return;
             }
-            // The flow's other end is not the node; see `is_translated`.
-            if frame.place == place::TO_WORKLOAD
+            // The peer of the flow is not the node; see `is_translated`.
+            if frame.hook_point == hook_point::TO_WORKLOAD
                 && ctx.is_local()
                 && entry.flags & ct_flags::REMOTE_IS_HOST == 0
                 && is_translated(ctx, frame)
             {
                 return frame.set(Reason::Translated);
             }
-            let is_read = conntrack::is_read(entry, &frame.packet);
-            conntrack::note(ctx, frame, entry, is_read);
+            let is_inspected = conntrack::is_inspected(entry, &frame.packet);
+            conntrack::note(ctx, frame, entry, is_inspected);
             conntrack::count(entry, &frame.packet);
             frame.flow_flags = entry.flags;
-            if is_read {
-                carry::ask_again(ctx, frame, entry);
+            if is_inspected {
+                punt::request_punt_of_flow(ctx, frame, entry);
             }
             return frame.set(Reason::Established);
         }
     }
-    ctx.judge_packet(frame);
+    ctx.admit_new_flow(frame);
 }
 
-/// Whether a live entry still lets its flow through; else the verdict is set.
+/// Returns whether a live entry still allows its flow; sets the verdict otherwise. An entry of an older revision is
+/// evaluated by the policy in force.
 #[inline(always)]
-fn admits<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) -> bool {
+fn recheck_flow<C: Context>(ctx: C, frame: &mut PacketContext, entry: &mut CtEntry) -> bool {
     // Another connection by the same ports is judged by what is known now of the other end.
     let opens = entry.inspector != 0 && conntrack::is_bare_syn(&frame.packet);
     if entry.revision != frame.revision || opens {
-        ctx.judge_flow(frame, entry);
+        ctx.reevaluate_flow(frame, entry);
         if frame.is_dropped() {
             return false;
         }
@@ -112,41 +118,41 @@ fn admits<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) -> bool {
     if entry.flags & ct_flags::REMOTE_IS_LOCAL == 0 {
         return true;
     }
-    if frame.place == place::NIC_IN {
+    if frame.hook_point == hook_point::NIC_IN {
         frame.set(Reason::InvalidSourceIp);
         return false;
     }
-    if frame.place == place::TO_WORKLOAD && !ctx.is_local() && !left_its_workload(ctx) {
+    if frame.hook_point == hook_point::TO_WORKLOAD && !ctx.is_local() && !left_its_workload(ctx) {
         frame.set(Reason::Unguarded);
         return false;
     }
     true
 }
 
-/// Whether the SYN of a side that is to answer opens, taken by itself, a connection that must be read.
+/// Returns whether the SYN of the answering side, taken by itself, opens a connection that needs inspection.
 #[inline(always)]
-fn is_read_by_itself(frame: &mut Frame, ingress: bool) -> bool {
+fn would_be_inspected(frame: &mut PacketContext, ingress: bool) -> bool {
     let known = known_remote(frame);
-    ask_direction(frame, known.into(), u32::from(ingress));
-    frame.other == other::READ
+    probe_direction(frame, known.into(), u32::from(ingress));
+    frame.opposite == opposite::INSPECTED
 }
 
-/// What the ipcache knows of the other end of the flow of `frame.key`.
+/// Returns the ipcache entry of the peer of the flow `frame.key`.
 #[inline(always)]
-fn known_remote(frame: &Frame) -> Known {
+fn known_remote(frame: &PacketContext) -> IpcacheHit {
     // See `forget_other_links`.
     if identity::is_link_local(&frame.key.remote)
-        && (frame.place == place::NIC_IN || frame.place == place::NIC_OUT)
+        && (frame.hook_point == hook_point::NIC_IN || frame.hook_point == hook_point::NIC_OUT)
     {
-        return Known::NOTHING;
+        return IpcacheHit::NONE;
     }
     identity::exact(&frame.key.remote)
 }
 
-/// Judges the flow of `frame.key`, of whose other end the ipcache knows `known`, as one that was opened in the given
-/// direction.
+/// Looks up the policy for the flow `frame.key` as one that was opened in the given direction. `known`: the ipcache entry
+/// of the peer.
 #[inline(never)]
-fn judge_direction(frame: &mut Frame, known: u64, ingress: u32) -> u32 {
+fn lookup_direction(frame: &mut PacketContext, known: u64, ingress: u32) -> u32 {
     let identity = if frame.learns != 0 && ingress == 0 {
         identity::learned(&frame.key.remote, known, frame.endpoint)
     } else {
@@ -160,42 +166,42 @@ fn judge_direction(frame: &mut Frame, known: u64, ingress: u32) -> u32 {
         _ => key.remote_port,
     };
     let slot = class_slot(key.protocol, port);
-    policy::judge(frame, identity, slot, u32::from(ingress == 0));
+    policy::lookup(frame, identity, slot, u32::from(ingress == 0));
     0
 }
 
-/// Writes what the policy says of the flow of `frame.key` in the given direction into `frame.other`, and no more.
+/// Looks up the flow `frame.key` in the given direction and stores only `frame.opposite`.
 #[inline(never)]
-fn ask_direction(frame: &mut Frame, known: u64, ingress: u32) -> u32 {
-    frame.forget_decision();
-    judge_direction(frame, known, ingress);
-    frame.other = if frame.decision == Decision::Inspect as u8 && frame.entry_flags & entry_flags::AUDIT == 0
-    {
-        other::READ
-    } else if frame.reason == Reason::PolicyDeniedByDenylist as u8 {
-        other::DENIED
-    } else {
-        other::NOTHING
-    };
-    frame.forget_decision();
+fn probe_direction(frame: &mut PacketContext, known: u64, ingress: u32) -> u32 {
+    frame.clear_decision();
+    lookup_direction(frame, known, ingress);
+    frame.opposite =
+        if frame.decision == Decision::Inspect as u8 && frame.entry_flags & entry_flags::AUDIT == 0 {
+            opposite::INSPECTED
+        } else if frame.reason == Reason::PolicyDeniedByDenylist as u8 {
+            opposite::DENIED
+        } else {
+            opposite::NONE
+        };
+    frame.clear_decision();
     frame.set(Reason::Allowed);
     0
 }
 
-/// Whether the direction in which a flow was opened is known: only a bare SYN says it.
+/// Returns whether it is uncertain which end opened a flow: only a bare SYN shows it.
 #[inline(always)]
-fn may_be_turned(flow_protocol: u8, is_opened_by_syn: bool) -> bool {
+fn direction_is_uncertain(flow_protocol: u8, is_opened_by_syn: bool) -> bool {
     match flow_protocol {
         protocol::TCP => !is_opened_by_syn,
         p => p == protocol::UDP || p == protocol::SCTP,
     }
 }
 
-/// Whether the policy that `frame` is judged by says nothing in the given direction that [`ask_direction`] would have to
+/// Whether the policy that `frame` is judged by says nothing in the given direction that [`probe_direction`] would have to
 /// find out. User space changes policy and flags one after the other: flags that were read while the policy was the one
 /// of `frame` are flags that hold for it.
 #[inline(always)]
-fn is_plain(frame: &Frame, ingress: u32) -> bool {
+fn is_plain(frame: &PacketContext, ingress: u32) -> bool {
     let Some(state) = ENDPOINTS.get_ptr(frame.endpoint & 0xffff) else {
         return false;
     };
@@ -231,7 +237,7 @@ fn left_its_workload<C: Context>(ctx: C) -> bool {
 /// Whether a packet that is sent on to the address of a workload goes where it is judged: to an interface that is guarded,
 /// or what is above such a one. What the kernel takes itself, or refuses, goes nowhere.
 #[inline(always)]
-fn reaches_its_workload<C: Context>(ctx: C, frame: &Frame) -> bool {
+fn reaches_its_workload<C: Context>(ctx: C, frame: &PacketContext) -> bool {
     match identity::route(ctx, frame) {
         0 | identity::NOWHERE => true,
         way => matches!(link::role_of(way), role::ENDPOINT | role::LINK | role::HOST),
@@ -244,7 +250,7 @@ fn reaches_its_workload<C: Context>(ctx: C, frame: &Frame) -> bool {
 /// answered, unless the node's policy lets everything in anyway. A reset is the kernel's own: a filter of the node rejects
 /// what it does not send on.
 #[inline(always)]
-fn is_translated<C: Context>(ctx: C, frame: &Frame) -> bool {
+fn is_translated<C: Context>(ctx: C, frame: &PacketContext) -> bool {
     let source = &frame.packet.source;
     ctx.is_local()
         && frame.packet.tcp_flags & TCP_RST == 0
@@ -256,14 +262,14 @@ fn is_translated<C: Context>(ctx: C, frame: &Frame) -> bool {
 
 /// An ICMP message that is neither echo nor error: judged by its type, packet by packet.
 #[inline(always)]
-fn is_plain_icmp(frame: &Frame) -> bool {
+fn is_plain_icmp(frame: &PacketContext) -> bool {
     matches!(frame.packet.protocol, protocol::ICMP | protocol::ICMPV6)
         && !frame.packet.is(flags::ECHO_REQUEST | flags::ECHO_REPLY)
 }
 
 /// The slot of the class table for a packet that opens a flow.
 #[inline(always)]
-fn slot(frame: &Frame) -> u32 {
+fn slot(frame: &PacketContext) -> u32 {
     let packet = &frame.packet;
     match packet.protocol {
         p if frame.ports_unknown => class_slot_unknown_port(p),
@@ -272,12 +278,14 @@ fn slot(frame: &Frame) -> u32 {
     }
 }
 
-/// Judges a packet that belongs to no live flow.
+/// Gives the verdict on a packet that belongs to no live flow, and creates the conntrack entry: steps 3 and 5 to 8.
 #[inline(always)]
-pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
-    if !enter(ctx, frame) {
+pub fn admit_new_flow<C: Context>(ctx: C, frame: &mut PacketContext) {
+    // Step 3: addresses.
+    if !check_addresses(ctx, frame) {
         return;
     }
+    // Step 5: identity of the peer.
     let ingress = frame.is_ingress();
     let other = if ingress {
         &frame.packet.source
@@ -285,28 +293,30 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
         &frame.packet.destination
     };
     let identity = if frame.learns != 0 && !ingress {
-        identity::learned(other, frame.known, frame.endpoint)
+        identity::learned(other, frame.ipcache_hit, frame.endpoint)
     } else {
-        identity::identity(other, frame.known)
+        identity::identity(other, frame.ipcache_hit)
     };
+    // Step 6: class of protocol and port.
     let slot = slot(frame);
     // A packet that opens no connection does not show which end opened the flow: an attacker that sends the first one
     // would choose the direction by which the whole flow is judged.
-    frame.other = other::NOTHING;
+    frame.opposite = opposite::NONE;
     if frame.stateful
-        && may_be_turned(frame.packet.protocol, conntrack::is_bare_syn(&frame.packet))
+        && direction_is_uncertain(frame.packet.protocol, conntrack::is_bare_syn(&frame.packet))
         && !is_plain(frame, u32::from(!ingress))
     {
-        ask_direction(frame, frame.known, u32::from(!ingress));
+        probe_direction(frame, frame.ipcache_hit, u32::from(!ingress));
     }
-    policy::judge(frame, identity, slot, u32::from(frame.direction));
-    if frame.other != other::NOTHING && frame.reason == Reason::Allowed as u8 && frame.inspector == 0 {
-        turn(frame, u32::from(!ingress));
+    // Step 7: policy table.
+    policy::lookup(frame, identity, slot, u32::from(frame.direction));
+    if frame.opposite != opposite::NONE && frame.reason == Reason::Allowed as u8 && frame.inspector == 0 {
+        reverse_flow(frame, u32::from(!ingress));
     }
     let packet = &frame.packet;
     let tcp_flags = packet.tcp_flags & (TCP_SYN | TCP_RST | TCP_ACK);
     let is_tcp = packet.protocol == protocol::TCP;
-    // Nothing allows it; that it comes at all says more.
+    // Default deny: report the more specific cause, if there is one.
     if frame.reason == Reason::PolicyDenied as u8 {
         if frame.ports_unknown {
             frame.set(Reason::FragmentNotFound);
@@ -316,8 +326,9 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
             frame.set(Reason::CtInvalidState);
         }
     }
+    // Step 8: allowed, denied, or inspect.
     let packet = &frame.packet;
-    if ingress == frame.turned {
+    if ingress == frame.reversed {
         frame.event_flags |= event_flags::FLOW_EGRESS;
     } else {
         frame.flow_flags |= ct_flags::INGRESS;
@@ -329,11 +340,11 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
     if frame.rule != 0 {
         counters::rule(frame.rule, packet.length);
     }
-    // No answer begins a flow, and no reset. (Where both directions are allowed unread, a SYN+ACK whose SYN took another
-    // way passes by itself.)
+    // Neither a SYN+ACK nor a reset creates a flow. Where both directions are allowed without inspection, a SYN+ACK whose
+    // SYN took another route passes by itself.
     let answers = tcp_flags & TCP_RST != 0 || tcp_flags == TCP_SYN | TCP_ACK;
     let begins = frame.stateful && !packet.is(flags::ECHO_REPLY) && !(is_tcp && answers);
-    // What belongs to no flow cannot be read.
+    // A packet without a flow cannot be inspected.
     if !begins && frame.inspector != 0 && !frame.is_dropped() {
         frame.set(Reason::CtInvalidState);
     }
@@ -348,15 +359,15 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
         if frame.is_dropped() {
             return;
         }
-        // From here and not from `insert`: the entry takes a third of the stack there.
+        // Sent from here and not from `insert`, where the entry takes a third of the stack.
         let start = event::what(EventKind::Trace, TracePoint::Start);
         ctx.send(frame, start, core::ptr::null());
         if frame.inspector != 0 {
             let opens = !is_tcp || tcp_flags == TCP_SYN;
             let midstream = if opens { 0 } else { punt_flags::MIDSTREAM };
-            let reply = if frame.turned { punt_flags::REPLY } else { 0 };
-            frame.needed = true;
-            carry::ask(frame, punt_flags::NEW | midstream | reply);
+            let reply = if frame.reversed { punt_flags::REPLY } else { 0 };
+            frame.must_punt = true;
+            punt::request_punt(frame, punt_flags::NEW | midstream | reply);
         }
     }
     ctx.send(
@@ -366,32 +377,32 @@ pub fn judge_packet<C: Context>(ctx: C, frame: &mut Frame) {
     );
 }
 
-/// A packet that its own direction lets through unread, and that opens no connection, where the other direction would
-/// have it read, or a rule denies the other direction. Of TCP in mid-stream it becomes a flow of the other direction:
-/// its inspector has not seen it from its start and ends it for both sides. Everything else is dropped. That nothing
-/// allows the other direction says nothing: so it is for whatever a client sends.
+/// Handles a packet that opens no connection, that its own direction allows without inspection, and whose opposite direction
+/// needs inspection or is denied by a deny rule. TCP in mid-stream becomes a flow of the opposite direction: its inspector
+/// has not seen it from its start and resets both ends. Everything else is dropped. A default deny of the opposite direction
+/// does not count: it applies to every packet that a client sends.
 #[inline(never)]
-fn turn(frame: &mut Frame, ingress: u32) -> u32 {
+fn reverse_flow(frame: &mut PacketContext, ingress: u32) -> u32 {
     let packet = &frame.packet;
     let is_tcp = packet.protocol == protocol::TCP;
-    if !is_tcp && frame.other != other::READ {
+    if !is_tcp && frame.opposite != opposite::INSPECTED {
         return 0;
     }
-    if is_tcp && frame.other == other::READ && packet.tcp_flags & (TCP_SYN | TCP_RST) == 0 {
-        frame.forget_decision();
-        judge_direction(frame, frame.known, ingress);
-        frame.turned = true;
+    if is_tcp && frame.opposite == opposite::INSPECTED && packet.tcp_flags & (TCP_SYN | TCP_RST) == 0 {
+        frame.clear_decision();
+        lookup_direction(frame, frame.ipcache_hit, ingress);
+        frame.reversed = true;
         return 0;
     }
     frame.set(Reason::CtInvalidState);
     0
 }
 
-/// Checks the source address, and whether the packet concerns the endpoint at all; else the verdict is set. What
-/// is known of the other end is written into `frame`.
+/// Step 3: returns whether the source address is valid and the packet concerns the endpoint; sets the verdict otherwise.
+/// Writes the ipcache entry of the peer into `frame`.
 // Not inlined: its spilled registers would stay on the stack while `insert` runs, of which Linux 6.1 has no more.
 #[inline(never)]
-fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
+fn check_addresses<C: Context>(ctx: C, frame: &mut PacketContext) -> bool {
     const LOCAL: u8 = ct_flags::REMOTE_IS_LOCAL;
     const HOST: u8 = ct_flags::REMOTE_IS_HOST;
     let mut source = identity::exact_here(&frame.packet.source);
@@ -402,13 +413,13 @@ fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
     let host = identity::host_endpoint();
     let from_host = from != 0 && from == host;
     let to_host = to != 0 && to == host;
-    frame.known = if frame.is_ingress() {
+    frame.ipcache_hit = if frame.is_ingress() {
         source.into()
     } else {
         destination.into()
     };
-    match frame.place {
-        place::NIC_IN => {
+    match frame.hook_point {
+        hook_point::NIC_IN => {
             frame.flow_flags = 0;
             if from != 0 {
                 frame.set(Reason::InvalidSourceIp);
@@ -424,7 +435,7 @@ fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
                 return false;
             }
         }
-        place::NIC_OUT => {
+        hook_point::NIC_OUT => {
             if !ctx.is_local() {
                 let guarded = if from != 0 && !from_host {
                     left_its_workload(ctx)
@@ -445,7 +456,7 @@ fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
             }
             frame.flow_flags = if to != 0 { LOCAL } else { 0 };
         }
-        place::FROM_WORKLOAD => {
+        hook_point::FROM_WORKLOAD => {
             if from == 0 || from != frame.endpoint {
                 frame.set(Reason::InvalidSourceIp);
                 return false;
@@ -464,7 +475,7 @@ fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
                 HOST
             };
         }
-        place::TO_WORKLOAD => {
+        hook_point::TO_WORKLOAD => {
             if to != frame.endpoint && !(to == 0 && identity::is_link_local(&frame.packet.destination)) {
                 if !is_to_group(ctx, frame, to) {
                     frame.set(Reason::NotTheEndpoints);
@@ -504,17 +515,24 @@ fn enter<C: Context>(ctx: C, frame: &mut Frame) -> bool {
 /// cannot say which one a packet means. A packet that entered by a NIC, or was made elsewhere than on this machine, comes
 /// from no link-local address of the node, and one that leaves by a NIC goes to none.
 #[inline(always)]
-fn forget_other_links<C: Context>(ctx: C, frame: &Frame, source: &mut Known, destination: &mut Known) {
+fn forget_other_links<C: Context>(
+    ctx: C,
+    frame: &PacketContext,
+    source: &mut IpcacheHit,
+    destination: &mut IpcacheHit,
+) {
     let packet = &frame.packet;
-    match frame.place {
-        place::NIC_IN if identity::is_link_local(&packet.source) => *source = Known::NOTHING,
-        place::NIC_OUT if identity::is_link_local(&packet.destination) => *destination = Known::NOTHING,
-        place::TO_WORKLOAD
+    match frame.hook_point {
+        hook_point::NIC_IN if identity::is_link_local(&packet.source) => *source = IpcacheHit::NONE,
+        hook_point::NIC_OUT if identity::is_link_local(&packet.destination) => {
+            *destination = IpcacheHit::NONE
+        }
+        hook_point::TO_WORKLOAD
             if identity::is_link_local(&packet.source)
                 && !ctx.is_local()
                 && source.endpoint() == identity::host_endpoint() =>
         {
-            *source = Known::NOTHING;
+            *source = IpcacheHit::NONE;
         }
         _ => {}
     }
@@ -523,7 +541,7 @@ fn forget_other_links<C: Context>(ctx: C, frame: &Frame, source: &mut Known, des
 /// Whether a packet towards a workload goes to a group or is a broadcast: by its address, or, where only the subnet knows
 /// its broadcast address, by the frame's.
 #[inline(always)]
-fn is_to_group<C: Context>(ctx: C, frame: &Frame, to: u32) -> bool {
+fn is_to_group<C: Context>(ctx: C, frame: &PacketContext, to: u32) -> bool {
     let to_addr = frame.packet.destination.0;
     if frame.packet.is(flags::IPV6) {
         return to_addr[0].to_ne_bytes()[0] == 0xff;
@@ -545,10 +563,13 @@ fn is_to_group<C: Context>(ctx: C, frame: &Frame, to: u32) -> bool {
 /// whatever direction this packet has. A denied flow keeps its entry, so that it stays denied both ways until
 /// it is over: without one the answering side's next packet would be judged as a flow of its own.
 #[inline(always)]
-pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
+pub fn reevaluate_flow<C: Context>(ctx: C, frame: &mut PacketContext, entry: &mut CtEntry) {
     let known = known_remote(frame);
     // The configuration may have given the address to another endpoint meanwhile.
-    if matches!(frame.place, place::FROM_WORKLOAD | place::TO_WORKLOAD) {
+    if matches!(
+        frame.hook_point,
+        hook_point::FROM_WORKLOAD | hook_point::TO_WORKLOAD
+    ) {
         let owner = identity::exact(&frame.key.local).endpoint();
         if owner != frame.endpoint && !(owner == 0 && identity::is_link_local(&frame.key.local)) {
             return frame.set(Reason::InvalidSourceIp);
@@ -556,21 +577,21 @@ pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
     }
     let mut flow_flags = entry.flags & !(ct_flags::AUDIT | ct_flags::REMOTE_IS_LOCAL);
     let ingress = u32::from(flow_flags & ct_flags::INGRESS != 0);
-    frame.other = other::NOTHING;
+    frame.opposite = opposite::NONE;
     let by_syn = flow_flags & (ct_flags::MIDSTREAM | ct_flags::SEEDED) == 0;
-    if may_be_turned(frame.key.protocol, by_syn) && !is_plain(frame, ingress ^ 1) {
-        ask_direction(frame, known.into(), ingress ^ 1);
+    if direction_is_uncertain(frame.key.protocol, by_syn) && !is_plain(frame, ingress ^ 1) {
+        probe_direction(frame, known.into(), ingress ^ 1);
     }
-    judge_direction(frame, known.into(), ingress);
+    lookup_direction(frame, known.into(), ingress);
     // See `turn`.
-    if frame.other != other::NOTHING && frame.reason == Reason::Allowed as u8 && frame.inspector == 0 {
+    if frame.opposite != opposite::NONE && frame.reason == Reason::Allowed as u8 && frame.inspector == 0 {
         if frame.key.protocol != protocol::TCP {
-            if frame.other == other::READ {
+            if frame.opposite == opposite::INSPECTED {
                 frame.set(Reason::CtInvalidState);
             }
-        } else if frame.other == other::READ {
-            frame.forget_decision();
-            judge_direction(frame, known.into(), ingress ^ 1);
+        } else if frame.opposite == opposite::INSPECTED {
+            frame.clear_decision();
+            lookup_direction(frame, known.into(), ingress ^ 1);
             // Shares are counted by direction.
             conntrack::keep_no_more(&frame.key, entry);
             flow_flags = (flow_flags ^ ct_flags::INGRESS) | ct_flags::MIDSTREAM;
@@ -581,7 +602,7 @@ pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
     if frame.reason == Reason::Audited as u8 {
         flow_flags |= ct_flags::AUDIT;
     }
-    if known.endpoint() != 0 || frame.place == place::NODE {
+    if known.endpoint() != 0 || frame.hook_point == hook_point::NODE {
         flow_flags |= ct_flags::REMOTE_IS_LOCAL;
     }
     if known.endpoint() != 0 && known.endpoint() == identity::host_endpoint() {
@@ -593,7 +614,7 @@ pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
     entry.remote_identity = frame.remote_identity;
     if entry.ruleset != frame.ruleset || entry.punt_flags != frame.punt_flags {
         // Other rules have other windows.
-        carry::set_windows(entry, [0; 4]);
+        punt::set_windows(entry, [0; 4]);
         entry.decided = 0;
         entry.over = 0;
         entry.inspector = frame.inspector;
@@ -625,16 +646,16 @@ pub fn judge_flow<C: Context>(ctx: C, frame: &mut Frame, entry: &mut CtEntry) {
 /// Decodes what an ICMP error quotes; returns 0 if that is a packet whose flow can be known. A function of its own for
 /// the stack it takes.
 #[inline(never)]
-fn read_quote<C: Context>(ctx: C, frame: &Frame, quote: &mut Quote) -> u32 {
+fn read_quote<C: Context>(ctx: C, frame: &PacketContext, quote: &mut Quote) -> u32 {
     // Errors are few: made readable always rather than when it turns out to be needed.
-    ctx.widen();
+    ctx.pull_headers();
     u32::from(decode_quote(&ctx.bytes(true), &frame.packet, quote).is_err())
 }
 
 /// Writes the key of the flow that an ICMP error quotes a packet of: [`Reason::Related`], if that flow lives. Else the
 /// verdict is set. (The flow is looked up by the caller: with the quote on the stack there is no room for what follows.)
 #[inline(always)]
-pub fn related<C: Context>(ctx: C, frame: &mut Frame) {
+pub fn match_icmp_error<C: Context>(ctx: C, frame: &mut PacketContext) {
     let mut quote = Quote::default();
     frame.set(Reason::UnrelatedIcmp);
     if read_quote(ctx, frame, &mut quote) != 0 {
@@ -646,11 +667,11 @@ pub fn related<C: Context>(ctx: C, frame: &mut Frame) {
     }
     // A spoofed error is no better than another spoofed packet.
     let source = identity::exact(&frame.packet.source).endpoint();
-    match frame.place {
-        place::NIC_IN if source != 0 && !identity::is_link_local(&frame.packet.source) => {
+    match frame.hook_point {
+        hook_point::NIC_IN if source != 0 && !identity::is_link_local(&frame.packet.source) => {
             return frame.set(Reason::InvalidSourceIp);
         }
-        place::TO_WORKLOAD
+        hook_point::TO_WORKLOAD
             if source != 0
                 && source != identity::host_endpoint()
                 && !ctx.is_local()
@@ -658,7 +679,7 @@ pub fn related<C: Context>(ctx: C, frame: &mut Frame) {
         {
             return frame.set(Reason::Unguarded);
         }
-        place::FROM_WORKLOAD if source == 0 || source != frame.endpoint => {
+        hook_point::FROM_WORKLOAD if source == 0 || source != frame.endpoint => {
             return frame.set(Reason::InvalidSourceIp);
         }
         _ => {}
