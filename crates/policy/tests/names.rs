@@ -276,7 +276,10 @@ fn selectors_keep_their_numbers_as_long_as_they_are_used() {
             .clone()
     };
     let without = update("a", Some("  egress:\n  - toEntities: [world]"));
-    assert_eq!(without.endpoints[&1].flags, 0);
+    assert_eq!(
+        without.endpoints[&1].flags & palisade_abi::endpoint_flags::LEARNS,
+        0
+    );
     assert!(!without.fqdn.contains_key(&1));
     assert_eq!(selector(&without, 2, "*.example.com"), any);
     let again = update("a", Some(A));
