@@ -8,7 +8,6 @@
 #![allow(unsafe_code, reason = "a counting allocator")]
 
 pub mod bulk;
-pub mod carrier;
 pub mod commit;
 pub mod compile;
 pub mod dns;
@@ -21,6 +20,7 @@ pub mod memory;
 pub mod parsers;
 pub mod policies;
 pub mod program;
+pub mod punt;
 pub mod report;
 pub mod traffic;
 pub mod web;

@@ -9,10 +9,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use palisade_bench::{
-    Effort, bulk, carrier, commit, compile, dns, footprint, forward, http, latency,
+    Effort, bulk, commit, compile, dns, footprint, forward, http, latency,
     machine::Machine,
     memory::Counting,
-    parsers, program, progress,
+    parsers, program, progress, punt,
     report::{Measure, Report},
 };
 use palisade_flowlog::Timestamp;
@@ -33,7 +33,7 @@ const MEASURES: &[Entry] = &[
     ("commit", commit::measure),
     ("parsers", parsers::measure),
     ("footprint", footprint::measure),
-    ("carrier", carrier::measure),
+    ("punt", punt::measure),
     ("latency", latency::measure),
     ("dns", dns::throughput),
     ("committed", dns::committed),

@@ -1,4 +1,4 @@
-//! Connections that are read where the interfaces take jumbo frames, which the carrier does not.
+//! Connections that are read where the interfaces take jumbo frames, which the punt link does not.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ const PORT: u16 = 80;
 /// A transfer takes less; a connection whose segments are dropped takes all of it.
 const LONG: Duration = Duration::from_secs(10);
 
-/// Gives every interface an MTU that the carrier does not have.
+/// Gives every interface an MTU that the punt link does not have.
 fn with_jumbo_frames() -> Apps {
     let apps = apps();
     let node = apps.ns("node");

@@ -1,4 +1,4 @@
-//! Workers that cannot read, because somebody meddles with the carrier: nothing that is denied gets through, the daemon
+//! Workers that cannot read, because somebody meddles with the punt link: nothing that is denied gets through, the daemon
 //! says so, and it reads again without being started again.
 
 use std::{
@@ -174,21 +174,21 @@ impl Busy {
         self.daemon.status().expect("status")
     }
 
-    /// The carrier's two ends.
-    fn carrier(&self) -> [String; 2] {
-        let end = self.status()["workers"]["carrier"]
+    /// The punt link's two ends.
+    fn punt_link(&self) -> [String; 2] {
+        let end = self.status()["workers"]["punt_link"]
             .as_str()
-            .expect("carrier")
+            .expect("punt_link")
             .to_owned();
         let other = format!("{}1", end.trim_end_matches('0'));
         [end, other]
     }
 
-    /// Does something to the carrier, after which it is put in order and all is read. `anew`: the workers have to begin
+    /// Does something to the punt link, after which it is put in order and all is read. `anew`: the workers have to begin
     /// anew for that.
     #[track_caller]
     fn survives(&self, what: &str, anew: bool, fault: impl FnOnce()) {
-        let ends = self.carrier();
+        let ends = self.punt_link();
         let before = restarts(&self.status());
         let begun = Instant::now();
         fault();
@@ -240,13 +240,13 @@ impl Busy {
 }
 
 #[test]
-fn a_carrier_that_is_deleted_set_down_or_taken_away_is_put_in_order() {
+fn a_punt_link_that_is_deleted_set_down_or_taken_away_is_put_in_order() {
     let busy = Busy::start();
-    let [node_end, worker_end] = busy.carrier();
+    let [node_end, worker_end] = busy.punt_link();
     busy.survives("deleted", true, || busy.ip(&format!("link del {node_end}\n")));
     let log = busy.daemon.log();
     for said in [
-        "the carrier is down or gone",
+        "the punt link is down or gone",
         &format!("{node_end} was gone and is made again"),
         "runs again",
     ] {
@@ -265,9 +265,9 @@ fn a_carrier_that_is_deleted_set_down_or_taken_away_is_put_in_order() {
 }
 
 #[test]
-fn a_carrier_that_cannot_be_made_again_costs_what_must_be_read_and_is_told() {
+fn a_punt_link_that_cannot_be_made_again_costs_what_must_be_read_and_is_told() {
     let busy = Busy::start();
-    let [node_end, worker_end] = busy.carrier();
+    let [node_end, worker_end] = busy.punt_link();
     // Renamed while it is in use, so that the name is taken before the daemon can make it again.
     busy.ip(&format!(
         "link set {node_end} name away\nlink add {node_end} type bridge\n"
@@ -295,18 +295,18 @@ fn a_carrier_that_cannot_be_made_again_costs_what_must_be_read_and_is_told() {
     }
     assert_eq!(busy.resolver.asked().len(), asked, "questions pass unread");
     let log = busy.daemon.log();
-    let said = log.matches("an interface of this name is no carrier").count();
+    let said = log.matches("an interface of this name is no punt link").count();
     assert_eq!(said, 1, "told once: {log}");
     assert!(log.lines().count() < 60, "{log}");
     busy.survives("the name is free", false, || {
         busy.ip(&format!("link del {node_end}\n"))
     });
-    assert_eq!(busy.carrier(), [node_end, worker_end]);
+    assert_eq!(busy.punt_link(), [node_end, worker_end]);
     busy.finish();
 }
 
 #[test]
-fn a_carrier_that_cannot_be_made_at_the_start_is_made_once_its_name_is_free() {
+fn a_punt_link_that_cannot_be_made_at_the_start_is_made_once_its_name_is_free() {
     // The second end: a socket could be bound to the foreign interface, and no worker may do that.
     for taken in ["palisade0", "palisade1"] {
         let busy = Busy::start_with(|apps, settings, policies| {
@@ -333,7 +333,7 @@ fn a_carrier_that_cannot_be_made_at_the_start_is_made_once_its_name_is_free() {
         assert_eq!(busy.resolver.asked().len(), 0, "questions pass unread");
         assert!(counted(&busy.status(), NO_WORKER) > 0, "{:#}", busy.status());
         let log = busy.daemon.log();
-        let said = log.matches("an interface of this name is no carrier").count();
+        let said = log.matches("an interface of this name is no punt link").count();
         assert_eq!(said, 1, "told once: {log}");
         busy.survives("the name is free", false, || {
             busy.ip(&format!("link del {taken}\n"))

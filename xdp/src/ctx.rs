@@ -18,7 +18,7 @@ use crate::{enforce, event};
 const OFFSET_MASK: u32 = 2 * MAX_HEADERS - 1;
 const _: () = assert!(MAX_HEADERS.is_power_of_two());
 
-/// Why a packet was not put on the carrier, if nothing else is known.
+/// Why a packet was not put on the punt link, if nothing else is known.
 const FAILED: u32 = Reason::PuntFailed as u32;
 
 /// The readable part of a frame, by direct packet access.
@@ -113,7 +113,7 @@ pub trait Context: Copy + crate::link::Judge {
     fn cut(self, length: u32) -> bool;
     /// What differs of [`crate::punt::punt`]: puts what stands before a packet there, and has it redirected. 0, or
     /// the number of the [`Reason`] why that did not work.
-    fn push(self, carried: &mut PuntHeader, queue: u32, carrier: u32) -> u32;
+    fn push(self, carried: &mut PuntHeader, queue: u32, punt_link: u32) -> u32;
     /// [`palisade_abi::punt_hook`].
     fn hook(self, egress: bool) -> u8;
     /// [`crate::event::send`].
@@ -366,7 +366,7 @@ impl Context for Xdp {
 
     /// The frame is copied where it lies: XDP leaves room for headers in front.
     #[inline(always)]
-    fn push(self, carried: &mut PuntHeader, _: u32, carrier: u32) -> u32 {
+    fn push(self, carried: &mut PuntHeader, _: u32, punt_link: u32) -> u32 {
         const LENGTH: usize = size_of::<PuntHeader>();
         if self.bytes(true).len > MAX_PUNT_FRAME {
             return Reason::PuntUnsupported as u32;
@@ -388,7 +388,7 @@ impl Context for Xdp {
             }
         }
         // SAFETY: takes and changes nothing but what becomes of this packet.
-        if unsafe { bpf_redirect(carrier, 0) } != i64::from(xdp_action::XDP_REDIRECT) {
+        if unsafe { bpf_redirect(punt_link, 0) } != i64::from(xdp_action::XDP_REDIRECT) {
             return FAILED;
         }
         0
@@ -497,12 +497,12 @@ impl Context for Skb {
 
     /// The head grows in front of the Ethernet header; what is segmented later takes it along.
     #[inline(always)]
-    fn push(self, carried: &mut PuntHeader, queue: u32, carrier: u32) -> u32 {
+    fn push(self, carried: &mut PuntHeader, queue: u32, punt_link: u32) -> u32 {
         const LENGTH: u32 = size_of::<PuntHeader>() as u32;
         // SAFETY: see above the impl; `carried` is memory of `LENGTH` bytes.
         unsafe {
             let skb = self.0;
-            // A super-frame is cut to its segment size when it enters the carrier.
+            // A super-frame is cut to its segment size when it enters the punt link.
             let gso = (*skb).gso_size;
             let longest = if gso == 0 {
                 (*skb).len
@@ -528,9 +528,9 @@ impl Context for Skb {
             {
                 return FAILED;
             }
-            // Of the queues of the carrier the kernel takes the one before this.
+            // Of the queues of the punt link the kernel takes the one before this.
             (*skb).queue_mapping = queue + 1;
-            if bpf_redirect(carrier, 0) != i64::from(TC_ACT_REDIRECT) {
+            if bpf_redirect(punt_link, 0) != i64::from(TC_ACT_REDIRECT) {
                 return FAILED;
             }
             0

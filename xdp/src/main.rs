@@ -60,25 +60,25 @@ pub fn palisade_out(ctx: TcContext) -> i32 {
     process_skb(Skb(ctx.skb.skb), true)
 }
 
-/// XDP, ingress of the workers' end of the carrier.
+/// XDP, ingress of the workers' end of the punt link.
 #[xdp(frags)]
 pub fn palisade_carry(ctx: XdpContext) -> u32 {
     punt::to_worker(Xdp(ctx.ctx))
 }
 
-/// tc, ingress of the node's end of the carrier.
+/// tc, ingress of the node's end of the punt link.
 #[classifier]
 pub fn palisade_back(ctx: TcContext) -> i32 {
     punt::reinject(Skb(ctx.skb.skb))
 }
 
-/// tc, egress of both ends of the carrier.
+/// tc, egress of both ends of the punt link.
 #[classifier]
 pub fn palisade_guard(ctx: TcContext) -> i32 {
     punt::only_punted(Skb(ctx.skb.skb))
 }
 
-/// XDP, ingress of the node's end of the carrier, only on kernels that need it.
+/// XDP, ingress of the node's end of the punt link, only on kernels that need it.
 ///
 /// Native XDP on veth has a frame of AF_XDP, which has no headroom, copied into a buffer of its own, and frees the
 /// original: its destructor runs before tc and the IP layer write to `skb->cb`, where Linux 6.16.8 to 6.17.10 keep what

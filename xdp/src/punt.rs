@@ -198,7 +198,7 @@ pub fn punt<C: Context>(ctx: C, frame: &mut PacketContext) {
         None => 0,
     };
     // A worker may have looked at the clock after this CPU did.
-    if config.carrier == 0 || frame.now.saturating_sub(beat) > config.worker_patience {
+    if config.punt_ifindex == 0 || frame.now.saturating_sub(beat) > config.worker_patience {
         return frame.set(if config.flags & config_flags::PASS_WITHOUT_WORKER != 0 {
             Reason::PassedUnread
         } else {
@@ -217,7 +217,7 @@ pub fn punt<C: Context>(ctx: C, frame: &mut PacketContext) {
     if frame.punt_requests < 2 {
         carried.slots[1] = PuntRequest::default();
     }
-    let failed = ctx.push(carried, queue, config.carrier);
+    let failed = ctx.push(carried, queue, config.punt_ifindex);
     if failed != 0 {
         frame.reason = failed as u8;
     }
@@ -242,7 +242,7 @@ pub fn is_reinjected(ctx: Skb) -> bool {
     }
 }
 
-/// Whether a frame begins with the cookie, as every frame that the programs put on the carrier does.
+/// Whether a frame begins with the cookie, as every frame that the programs put on the punt link does.
 #[inline(always)]
 fn has_cookie(bytes: &crate::ctx::Linear) -> bool {
     match (CONFIG.get(0), bytes.array::<8>(0)) {
@@ -255,7 +255,7 @@ fn has_cookie(bytes: &crate::ctx::Linear) -> bool {
     }
 }
 
-/// Drops what a socket of this machine sends to an end of the carrier, before it takes a place in the queue of the
+/// Drops what a socket of this machine sends to an end of the punt link, before it takes a place in the queue of the
 /// other end. The egress hook does not see what the programs redirect by XDP, nor what AF_XDP sends (it goes by
 /// `dev_direct_xmit`); what a tc program redirects begins with the cookie.
 #[inline(always)]
@@ -268,7 +268,7 @@ pub fn only_punted(ctx: Skb) -> i32 {
     TC_ACT_SHOT
 }
 
-/// What enters the workers' end of the carrier goes to the socket of its queue, if it is ours.
+/// What enters the workers' end of the punt link goes to the socket of its queue, if it is ours.
 #[inline(always)]
 pub fn to_worker(ctx: Xdp) -> u32 {
     let bytes = ctx.bytes(false);
@@ -302,7 +302,7 @@ fn load<T: Plain>(ctx: Skb, at: u32, into: &mut T) -> bool {
     unsafe { bpf_skb_load_bytes(ctx.0.cast(), at, core::ptr::from_mut(into).cast(), size) == 0 }
 }
 
-/// What enters the node's end of the carrier goes where its last bytes say, if they are ours.
+/// What enters the node's end of the punt link goes where its last bytes say, if they are ours.
 #[inline(always)]
 pub fn reinject(ctx: Skb) -> i32 {
     const TRAILER: u32 = size_of::<ReinjectTrailer>() as u32;

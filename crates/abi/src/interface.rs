@@ -139,13 +139,13 @@ pub struct Config {
     pub world_ipv6: u32,
     /// Entries in the RULES map.
     pub rules: u32,
-    /// What proves that a packet on the carrier is ours; another one after each start.
+    /// What proves that a packet on the punt link is ours; another one after each start.
     pub cookie: u64,
     /// A worker that has not said for so long that it lives is taken for dead.
     pub worker_patience: u64,
-    /// The node's end of the carrier; 0: nothing is carried.
-    pub carrier: u32,
-    /// Workers, which is queues of the carrier.
+    /// The node's end of the punt link; 0: nothing is carried.
+    pub punt_ifindex: u32,
+    /// Workers, which is queues of the punt link.
     pub workers: u32,
     /// Mark of packets that come back to an interface where a tc program of ours stands. Never 0.
     pub mark: u32,

@@ -39,9 +39,9 @@ pub use policy::{
     DIRECTIONS, Decision, Direction, Identity, Inspector, PolicyEntry, PolicyKey, entry_flags, identity,
 };
 pub use punt::{
-    FlowCommand, LearnedKey, MAX_ON_CARRIER, MAX_PUNT_FRAME, MAX_PUNT_MSS, MAX_SEGMENT_HEADERS, MAX_TRAILER,
-    MAX_WORKERS, PUNT_MTU, PuntHeader, PuntRequest, ReinjectTrailer, flow_op, punt_flags, punt_hook,
-    reinject_flags, reinject_path,
+    FlowCommand, LearnedKey, MAX_ON_PUNT_LINK, MAX_PUNT_FRAME, MAX_PUNT_MSS, MAX_SEGMENT_HEADERS,
+    MAX_TRAILER, MAX_WORKERS, PUNT_MTU, PuntHeader, PuntRequest, ReinjectTrailer, flow_op, punt_flags,
+    punt_hook, reinject_flags, reinject_path,
 };
 pub use reason::{Reason, budget_slot, counter_slot};
 
@@ -106,7 +106,7 @@ pub mod maps {
     pub const WORKERS: &str = "WORKERS";
     /// `PERCPU_ARRAY[1]` [`crate::PuntHeader`]: where a program writes what it puts in front of a packet.
     pub const CARRY: &str = "CARRY";
-    /// `XSKMAP[MAX_WORKERS]` queue of the carrier -> socket.
+    /// `XSKMAP[MAX_WORKERS]` queue of the punt link -> socket.
     pub const XSKS: &str = "XSKS";
 }
 
@@ -118,12 +118,12 @@ pub mod programs {
     pub const TC_INGRESS: &str = "palisade_in";
     /// tc classifier (tcx or clsact), egress of an interface of either role.
     pub const TC_EGRESS: &str = "palisade_out";
-    /// XDP at the workers' end of the carrier: packets to the sockets.
+    /// XDP at the workers' end of the punt link: packets to the sockets.
     pub const CARRY: &str = "palisade_carry";
-    /// tc, ingress of the node's end of the carrier: packets that come back from the workers.
+    /// tc, ingress of the node's end of the punt link: packets that come back from the workers.
     pub const BACK: &str = "palisade_back";
-    /// tc, egress of both ends of the carrier: nothing but what the programs redirect there.
+    /// tc, egress of both ends of the punt link: nothing but what the programs redirect there.
     pub const GUARD: &str = "palisade_guard";
-    /// XDP at the node's end of the carrier, on kernels that need a copy of what workers send.
+    /// XDP at the node's end of the punt link, on kernels that need a copy of what workers send.
     pub const PASS: &str = "palisade_pass";
 }

@@ -197,7 +197,7 @@ const _: () = assert!(MAX_PUNT_FRAME + MAX_TRAILER <= PUNT_MTU + ETHERNET);
 
 /// Longest frame on the punt link, header or trailer included, bytes. A VLAN tag that the kernel keeps beside a punted
 /// frame stands in the reinjected one; veth allows for one tag.
-pub const MAX_ON_CARRIER: u32 = PUNT_MTU + ETHERNET + 4;
+pub const MAX_ON_PUNT_LINK: u32 = PUNT_MTU + ETHERNET + 4;
 
 /// Upper bound of the headers of a segment, bytes, Ethernet and IPv6 extension headers included. A super-frame (GSO) is
 /// punted if its segment size and these headers fit into [`MAX_PUNT_FRAME`].

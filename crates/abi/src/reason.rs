@@ -117,11 +117,11 @@ reasons! {
     Translated = 229, "Source is not the node's (DNAT or TPROXY)";
     /// It must be read, and no worker lives that could.
     NoWorker = 230, "No worker";
-    /// A packet that must be read could not be put on the carrier, or not be sent on when it came back.
+    /// A packet that must be read could not be put on the punt link, or not be sent on when it came back.
     PuntFailed = 231, "Punt failed";
-    /// A packet that must be read has a length, VLAN tags or a device that the carrier does not take.
+    /// A packet that must be read has a length, VLAN tags or a device that the punt link does not take.
     PuntUnsupported = 232, "Cannot be punted";
-    /// A frame on the carrier that nobody carried.
+    /// A frame on the punt link that nobody carried.
     PuntForeign = 233, "Foreign frame on the punt link";
     /// The worker has more to read than it can.
     WorkerOverload = 234, "Worker overloaded";

@@ -22,8 +22,8 @@ use palisade_abi::{Direction, ETHER_TYPES, Interface, interface_flags, programs,
 
 use crate::{
     Datapath, MapError, OpenError, SyscallError,
-    carrier::remove_carrier,
     loader::{Program, make_dir, remove_dir_of_pins, version_dirs},
+    punt_link::remove_punt_link,
     sys::{
         bpf::{self, AttachType},
         clsact,
@@ -799,7 +799,7 @@ pub fn detach_all(pin_dir: &Path) -> Result<()> {
             ifindex,
         ));
     }
-    note(remove_carrier(pin_dir));
+    note(remove_punt_link(pin_dir));
     for dir in version_dirs(pin_dir).map_err(Box::new)? {
         note(remove_dir_of_pins(&dir).map_err(|e| Box::new(e).into()));
     }

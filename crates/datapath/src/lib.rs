@@ -23,7 +23,6 @@
 
 mod apply;
 mod attach;
-mod carrier;
 mod clock;
 mod conntrack;
 mod counters;
@@ -34,6 +33,7 @@ mod loader;
 mod maps;
 mod netfilter;
 mod object;
+mod punt_link;
 mod seed;
 mod shares;
 mod support;
@@ -41,7 +41,6 @@ mod sys;
 
 pub use apply::ApplyError;
 pub use attach::{AttachError, Attached, Attachment, Hook, HookKind, Role, TcMode, XdpMode, detach_all};
-pub use carrier::{Carrier, Seats};
 pub use clock::{Clock, monotonic_coarse};
 pub use conntrack::{Conntrack, ConntrackCounts, Ended, Sweep};
 pub use counters::{Counters, EventBudget};
@@ -51,6 +50,7 @@ pub use loader::{Datapath, Limits, OpenError, Options, check_pin_dir};
 pub use maps::MapError;
 pub use netfilter::{Netfilter, NetfilterError, Rules};
 pub use object::OBJECT;
+pub use punt_link::{PuntLink, SocketMap};
 pub use seed::{
     Connection, End, LocalEndpoints, Progress, Scope, SeedError, connections, connections_of_netns, seeds,
 };

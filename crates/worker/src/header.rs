@@ -5,8 +5,8 @@
 //! [`trailer`] and [`append_trailer`] before it is sent.
 
 use palisade_abi::{
-    FlowCommand, MAX_ON_CARRIER, MAX_PUNT_MSS, MAX_TRAILER, PuntHeader, PuntRequest, Reason, ReinjectTrailer,
-    protocol, punt_hook, reinject_flags, reinject_path,
+    FlowCommand, MAX_ON_PUNT_LINK, MAX_PUNT_MSS, MAX_TRAILER, PuntHeader, PuntRequest, Reason,
+    ReinjectTrailer, protocol, punt_hook, reinject_flags, reinject_path,
 };
 use palisade_inspect::{OptionProblem, PacketView, Route};
 use palisade_packet::{Packet, Start, flags};
@@ -199,7 +199,7 @@ pub fn append_trailer(
     }
     let bytes = released.as_bytes();
     room.get_mut(at..at + bytes.len())?.copy_from_slice(bytes);
-    Some(at + bytes.len()).filter(|total| *total <= MAX_ON_CARRIER as usize)
+    Some(at + bytes.len()).filter(|total| *total <= MAX_ON_PUNT_LINK as usize)
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use crate::port::{Port, PortStatistics};
 fn explain(error: io::Error) -> io::Error {
     match error.raw_os_error() {
         Some(libc::ENETDOWN | libc::ENXIO | libc::ENODEV) => {
-            io::Error::new(error.kind(), format!("the carrier is down or gone: {error}"))
+            io::Error::new(error.kind(), format!("the punt link is down or gone: {error}"))
         }
         _ => error,
     }

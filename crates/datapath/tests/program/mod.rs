@@ -470,11 +470,11 @@ impl World {
     /// Runs a packet that comes back from a worker. Answers what the program returned, what it made of the packet, and
     /// what it counted.
     pub fn run_back(&mut self, frame: &[u8]) -> (u32, Vec<u8>, Vec<(Reason, u64)>) {
-        self.run_at_carrier(programs::BACK, frame)
+        self.run_at_punt_link(programs::BACK, frame)
     }
 
-    /// Runs a packet through a tc program of the carrier. Answers as [`Self::run_back`].
-    pub fn run_at_carrier(&mut self, program: &str, frame: &[u8]) -> (u32, Vec<u8>, Vec<(Reason, u64)>) {
+    /// Runs a packet through a tc program of the punt link. Answers as [`Self::run_back`].
+    pub fn run_at_punt_link(&mut self, program: &str, frame: &[u8]) -> (u32, Vec<u8>, Vec<(Reason, u64)>) {
         let (retval, out, counted) = self.run_counted(program, frame, &[]);
         let counted = counted
             .into_iter()

@@ -502,7 +502,7 @@ fn workers(out: &mut dyn Write, workers: &Workers) -> io::Result<()> {
     }
     let title = format!(
         "Workers ({}, on failure {}) at {}",
-        workers.mode, workers.on_failure, workers.carrier
+        workers.mode, workers.on_failure, workers.punt_link
     );
     section(out, &title, &table, "none")?;
     let mut reasons = BTreeMap::new();

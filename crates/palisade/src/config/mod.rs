@@ -233,7 +233,7 @@ pub struct Worker {
     pub on_failure: OnFailure,
     /// Frames of each worker's socket.
     pub frames: u32,
-    /// What the names of the carrier's two ends start with.
+    /// What the names of the punt link's two ends start with.
     pub interface: String,
 }
 
@@ -430,7 +430,7 @@ fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Config {
         let name = format!("{}{end}", config.worker.interface);
         taken
             .interfaces
-            .insert(name, "the carrier ([worker] interface)".to_owned());
+            .insert(name, "the punt link ([worker] interface)".to_owned());
     }
     for address in &config.node.addresses {
         taken

@@ -276,8 +276,8 @@ pub struct MapFill {
 /// The threads that read packets.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Workers {
-    /// The carrier's end at the node; empty if there is no carrier.
-    pub carrier: String,
+    /// The punt link's end at the node; empty if there is no punt link.
+    pub punt_link: String,
     /// poll, spin, busy-poll.
     pub mode: String,
     /// What becomes of packets that no worker can read: drop or pass.

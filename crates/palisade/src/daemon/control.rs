@@ -100,7 +100,7 @@ impl Message {
             Self::Signal(SIGHUP) | Self::Ask(Request::Reload, _) => "reading the configuration again",
             Self::Signal(_) | Self::Ask(Request::Stop { .. }, _) => "ending",
             Self::Names(_) => "making identities of learned names",
-            Self::WorkerEnded => "putting the carrier in order",
+            Self::WorkerEnded => "putting the punt link in order",
             Self::Ask(..) => "answering a command",
         }
     }
@@ -506,7 +506,7 @@ impl Control {
                         self.enforce(Instant::now());
                     }
                 }
-                Message::WorkerEnded => self.repair_carrier(),
+                Message::WorkerEnded => self.repair_punt_link(),
                 Message::Ask(Request::Stop { detach: true }, answer) => return End::Detach(answer),
                 Message::Ask(Request::Stop { detach: false }, answer) => {
                     let _ = answer.send(Ok(Value::Null));
@@ -651,7 +651,7 @@ impl Control {
         };
         let links = others(&network) != others(&self.network);
         self.network = network;
-        self.repair_carrier();
+        self.repair_punt_link();
         if !addresses && !links {
             return;
         }
@@ -665,11 +665,11 @@ impl Control {
         self.attach();
     }
 
-    fn repair_carrier(&mut self) {
+    fn repair_punt_link(&mut self) {
         if self.workers.repair(&self.datapath, &self.network)
             && let Err(problem) = self.tell_programs()
         {
-            error!("the programs cannot be told of the workers' carrier: {problem:#}");
+            error!("the programs cannot be told of the workers' punt link: {problem:#}");
         }
     }
 
@@ -1002,7 +1002,7 @@ impl Control {
         })
     }
 
-    /// What the carrier limits at interfaces whose packets may be longer than it takes, if anything is to be read.
+    /// What the punt link limits at interfaces whose packets may be longer than it takes, if anything is to be read.
     fn limited_interfaces(&self, interfaces: &[InterfaceStatus]) -> Vec<String> {
         if self.engine.compiler.snapshot().rulesets.is_empty() {
             return Vec::new();

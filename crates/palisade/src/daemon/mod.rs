@@ -7,7 +7,7 @@
 //! nftables (netlink) ─┼─ Message ─> control thread ─ publishes ─> View <─ events, clients
 //! signals, clients  ──┘              compile, plan, apply, attach
 //! events (BPF ring) ──> flow ring <── clients (observe)        sweeper ──> conntrack map
-//! workers (carrier) ──> records ─> flow ring; rules <── control thread
+//! workers (punt link) ──> records ─> flow ring; rules <── control thread
 //! ```
 
 mod answers;

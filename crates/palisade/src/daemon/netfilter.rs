@@ -46,7 +46,7 @@ const OPEN: &str = "open without it: one-way datagrams that DNAT, TPROXY or rout
 /// Which table is this daemon's.
 #[derive(Clone, Debug)]
 pub struct Place {
-    /// The name of this daemon's carrier, which no other daemon of the network namespace can have.
+    /// The name of this daemon's punt link, which no other daemon of the network namespace can have.
     name: String,
     owner: String,
 }

@@ -1,4 +1,4 @@
-//! The carrier and the workers at its end.
+//! The punt link and the workers at its end.
 
 use std::{
     collections::BTreeMap,
@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::Context as _;
 use palisade_abi::{Config as Told, Inspector, Reason, config_flags};
-use palisade_datapath::{Attached, Carrier, Datapath, HookKind, monotonic_coarse};
+use palisade_datapath::{Attached, Datapath, HookKind, PuntLink, monotonic_coarse};
 use palisade_inspect::{Denial, Engine, Limits, Millis, Rules, SniAddressIndex, learning::Lessons};
 use palisade_policy::snapshot::RuleSet;
 use palisade_worker::{Counters, Handle, Metric, Mode, Pool, Receiver, Setup, State, TimedRecord};
@@ -50,16 +50,16 @@ pub struct Workers {
     cookie: u64,
     mark: u32,
     running: Result<Running, String>,
-    /// Why the carrier cannot be put in order.
-    carrier_problem: Option<String>,
+    /// Why the punt link cannot be put in order.
+    punt_link_problem: Option<String>,
 }
 
 #[derive(Debug)]
 struct Running {
     pool: Pool<Rules>,
     /// The last one that there was; none before the first.
-    carrier: Option<Carrier>,
-    /// Whether sockets may be bound to the interface of the carrier's name: it may be an interface of another kind.
+    punt_link: Option<PuntLink>,
+    /// Whether sockets may be bound to the interface of the punt link's name: it may be an interface of another kind.
     usable: Arc<AtomicBool>,
     beats: Arc<Beats>,
     rules: Arc<Rules>,
@@ -76,7 +76,7 @@ pub struct Output {
 }
 
 impl Workers {
-    /// Makes the carrier and starts the workers. Without them, nothing that must be read passes; all else does, so
+    /// Makes the punt link and starts the workers. Without them, nothing that must be read passes; all else does, so
     /// the daemon goes on. `known`: addresses must be known by the server names that are asked for. `failed` is called
     /// at each end of a worker.
     pub fn start(
@@ -88,7 +88,7 @@ impl Workers {
         let wanted = &config.worker;
         let (cookie, mark) = secrets().context("/dev/urandom")?;
         let started = start(wanted, limits(config), known, datapath, cookie, failed);
-        let (running, output, carrier_problem) = match started {
+        let (running, output, punt_link_problem) = match started {
             Ok((running, output, problem)) => (Ok(running), Some(output), problem),
             Err(problem) => {
                 let problem = format!("{problem:#}");
@@ -104,12 +104,12 @@ impl Workers {
             cookie,
             mark,
             running,
-            carrier_problem,
+            punt_link_problem,
         };
         Ok((workers, output))
     }
 
-    /// Puts the carrier in order if it is what workers do not run for: it may have been deleted or set down, or could
+    /// Puts the punt link in order if it is what workers do not run for: it may have been deleted or set down, or could
     /// not be made at the start. Workers try again by themselves. Answers whether the programs have to be told of another one.
     pub fn repair(&mut self, datapath: &Datapath, network: &Network) -> bool {
         let Ok(running) = &mut self.running else {
@@ -118,25 +118,25 @@ impl Workers {
         let counters = running.pool.counters();
         let all_run = counters.iter().all(|counters| counters.state() == State::Running);
         // The workers do not see that the node's end is down.
-        let is_down = |carrier: Carrier| network.down.contains(&carrier.ifindex());
-        if all_run && !running.carrier.is_some_and(is_down) {
+        let is_down = |punt_link: PuntLink| network.down.contains(&punt_link.ifindex());
+        if all_run && !running.punt_link.is_some_and(is_down) {
             return false;
         }
-        let found = datapath.carrier(&self.wanted.interface, counters.len() as u32);
+        let found = datapath.punt_link(&self.wanted.interface, counters.len() as u32);
         let problem = found.as_ref().err().map(ToString::to_string);
         if let Some(problem) = &problem
-            && self.carrier_problem.as_ref() != Some(problem)
+            && self.punt_link_problem.as_ref() != Some(problem)
         {
-            error!("the carrier of the workers: {problem}");
+            error!("the punt link of the workers: {problem}");
         }
-        self.carrier_problem = problem;
+        self.punt_link_problem = problem;
         running.usable.store(found.is_ok(), Ordering::Release);
-        let Ok(carrier) = found else { return false };
+        let Ok(punt_link) = found else { return false };
         let name = &self.wanted.interface;
-        match running.carrier.replace(carrier) {
-            Some(former) if former.ifindex() == carrier.ifindex() => return false,
-            Some(_) => info!("the carrier {name}0 was gone and is made again"),
-            None => info!("the carrier {name}0 is made"),
+        match running.punt_link.replace(punt_link) {
+            Some(former) if former.ifindex() == punt_link.ifindex() => return false,
+            Some(_) => info!("the punt link {name}0 was gone and is made again"),
+            None => info!("the punt link {name}0 is made"),
         }
         true
     }
@@ -150,7 +150,7 @@ impl Workers {
             told.flags |= config_flags::PASS_WITHOUT_WORKER;
         }
         if let Ok(running) = &self.running {
-            told.carrier = running.carrier.map_or(0, |carrier| carrier.ifindex());
+            told.punt_ifindex = running.punt_link.map_or(0, |punt_link| punt_link.ifindex());
             told.workers = running.pool.counters().len() as u32;
             told.inspectors = INSPECTORS;
         }
@@ -216,7 +216,7 @@ impl Workers {
                 let why = || {
                     let failure = counters.iter().find_map(|counters| counters.failure());
                     let failure = failure.map(|failure| failure.to_string());
-                    self.carrier_problem.clone().or(failure).unwrap_or_default()
+                    self.punt_link_problem.clone().or(failure).unwrap_or_default()
                 };
                 if let Some((number, since)) = running.beats.silent(monotonic_coarse()).first() {
                     return Some(format!(
@@ -248,7 +248,7 @@ impl Workers {
         };
         match &self.running {
             Ok(running) => {
-                report.carrier = format!("{}0", self.wanted.interface);
+                report.punt_link = format!("{}0", self.wanted.interface);
                 let counters = running.pool.counters().iter().enumerate();
                 report.workers = counters
                     .map(|(number, counters)| worker(number, counters))
@@ -304,18 +304,18 @@ fn start(
         0 => thread::available_parallelism().map_or(1, |n| n.get().min(MOST_BY_ITSELF)),
         threads => threads,
     };
-    let found = datapath.carrier(&wanted.interface, workers as u32);
+    let found = datapath.punt_link(&wanted.interface, workers as u32);
     let problem = found.as_ref().err().map(ToString::to_string);
     if let Some(problem) = &problem {
         error!(
-            "the carrier of the workers: {problem}; it is tried again each second, and what policies want read is {} \
+            "the punt link of the workers: {problem}; it is tried again each second, and what policies want read is {} \
              meanwhile",
             becomes(wanted.on_failure)
         );
     }
-    let carrier = found.ok();
-    let usable = Arc::new(AtomicBool::new(carrier.is_some()));
-    let seats = Arc::new(datapath.seats().context("the maps of the workers")?);
+    let punt_link = found.ok();
+    let usable = Arc::new(AtomicBool::new(punt_link.is_some()));
+    let socket_map = Arc::new(datapath.socket_map().context("the maps of the workers")?);
     let rules = Arc::<Rules>::default();
     let beats = Arc::new(Beats::new(workers));
     let (pool, lessons, records) = Pool::start(Setup {
@@ -324,7 +324,7 @@ fn start(
         cookie,
         clock: monotonic_coarse,
         max_handoff: 4_096,
-        port: socket_maker(wanted, &seats, &usable),
+        port: socket_maker(wanted, &socket_map, &usable),
         engine: Arc::new(move |_| {
             let mut engine = Engine::<Handle>::new(&limits);
             if let Some(known) = &known {
@@ -333,9 +333,9 @@ fn start(
             engine
         }),
         heartbeat: {
-            let (seats, beats) = (Arc::clone(&seats), Arc::clone(&beats));
+            let (socket_map, beats) = (Arc::clone(&socket_map), Arc::clone(&beats));
             Arc::new(move |number, now| {
-                seats.beat(number as u32, now);
+                socket_map.beat(number as u32, now);
                 beats.beat(number, now);
                 if now == 0 {
                     failed();
@@ -347,7 +347,7 @@ fn start(
         records: RECORDS,
     })
     .context("starting threads")?;
-    if carrier.is_none() {
+    if punt_link.is_none() {
         // Nothing to wait for.
     } else if pool.wait_until_running(READY) {
         info!("{workers} workers at {}1", wanted.interface);
@@ -360,7 +360,7 @@ fn start(
     }
     let running = Running {
         pool,
-        carrier,
+        punt_link,
         beats,
         usable,
         rules,
@@ -369,7 +369,7 @@ fn start(
     Ok((running, Output { lessons, records }, problem))
 }
 
-/// What nobody else can know: the cookie of packets on the carrier, the mark of those that come back.
+/// What nobody else can know: the cookie of packets on the punt link, the mark of those that come back.
 fn secrets() -> io::Result<(u64, u32)> {
     let mut random = File::open("/dev/urandom")?;
     let (mut cookie, mut mark) = ([0; 8], [0; 4]);
@@ -449,7 +449,7 @@ fn worker(number: usize, counters: &Counters) -> api::Worker {
 /// Makes the socket of a worker, and puts it where the programs find it.
 fn socket_maker(
     wanted: &Wanted,
-    seats: &Arc<palisade_datapath::Seats>,
+    socket_map: &Arc<palisade_datapath::SocketMap>,
     usable: &Arc<AtomicBool>,
 ) -> Arc<dyn Fn(usize) -> io::Result<(Socket, usize)> + Send + Sync> {
     let config = SocketConfig {
@@ -457,17 +457,17 @@ fn socket_maker(
         mode: wanted.mode,
         ..SocketConfig::new(&format!("{}1", wanted.interface), 0)
     };
-    let (seats, usable) = (Arc::clone(seats), Arc::clone(usable));
+    let (socket_map, usable) = (Arc::clone(socket_map), Arc::clone(usable));
     Arc::new(move |number| {
         if !usable.load(Ordering::Acquire) {
-            return Err(io::Error::other("there is no carrier"));
+            return Err(io::Error::other("there is no punt link"));
         }
         let config = SocketConfig {
             queue: number as u32,
             ..config.clone()
         };
         let socket = Socket::new(&config)?;
-        seats
+        socket_map
             .insert_socket(number as u32, socket.as_fd())
             .map_err(io::Error::other)?;
         Ok((socket, config.frames as usize))

@@ -447,7 +447,7 @@ fn udp() -> Sent {
 /// without one.
 #[test]
 fn the_longest_frame_is_forwarded_with_two_commands() {
-    use palisade_abi::{MAX_ON_CARRIER, MAX_PUNT_FRAME};
+    use palisade_abi::{MAX_ON_PUNT_LINK, MAX_PUNT_FRAME};
 
     for hook in [
         punt_hook::XDP_INGRESS,
@@ -478,7 +478,7 @@ fn the_longest_frame_is_forwarded_with_two_commands() {
             }
             assert_eq!(drops, HashMap::new());
             let whole = back.pop().unwrap();
-            assert!(whole.len() <= MAX_ON_CARRIER as usize, "{}", whole.len());
+            assert!(whole.len() <= MAX_ON_PUNT_LINK as usize, "{}", whole.len());
             let (rest, released, first) = split(&whole);
             assert_ne!(released.flags & reinject_flags::SECOND_COMMAND, 0);
             let (rest, second) = FlowCommand::read_from_suffix(&rest).unwrap();
@@ -586,7 +586,7 @@ proptest! {
     }
 
     #[test]
-    fn arbitrary_frames_on_the_carrier_cause_no_panic_and_are_counted(
+    fn arbitrary_frames_on_the_punt_link_cause_no_panic_and_are_counted(
         mut bytes in proptest::collection::vec(any::<u8>(), 0..300),
         valid_cookie: bool,
     ) {

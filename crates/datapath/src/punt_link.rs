@@ -1,8 +1,8 @@
-//! The carrier: the veth pair on which packets go to the workers and come back.
+//! The punt link: the veth pair on which packets go to the workers and come back.
 //!
 //! `<name>0` is the node's end: the programs redirect what is to be read to it, and `palisade_back` at its ingress
 //! takes what comes back. `<name>1` is the workers' end, with `palisade_carry` and one AF_XDP socket for each
-//! queue. At the egress of both, `palisade_guard` drops what sockets of this machine send. The pair and the links (below `<pin_dir>/carrier/`) outlive the daemon like everything else:
+//! queue. At the egress of both, `palisade_guard` drops what sockets of this machine send. The pair and the links (below `<pin_dir>/punt_link/`) outlive the daemon like everything else:
 //! without workers what must be read is dropped by the programs, which then see no sign of life.
 
 use std::{
@@ -40,28 +40,28 @@ const VETH_INFO_PEER: u16 = 1;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 
-/// Names of the pins below `<pin_dir>/carrier/`.
+/// Names of the pins below `<pin_dir>/punt_link/`.
 const XDP_PIN: &str = "xdp";
 const PASS_PIN: &str = "xdp_node";
 const BACK_PIN: &str = "tcx_ingress";
 const NODE_GUARD_PIN: &str = "tcx_egress_node";
 const WORKER_GUARD_PIN: &str = "tcx_egress_worker";
 
-/// The carrier of a node, ready for sockets.
+/// The punt link of a node, ready for sockets.
 #[derive(Clone, Copy, Debug)]
-pub struct Carrier {
+pub struct PuntLink {
     ifindex: u32,
     workers: u32,
 }
 
-/// Where workers leave their sockets and signs of life, whether there is a carrier or not.
+/// Where workers leave their sockets and signs of life, whether there is a punt link or not.
 #[derive(Debug)]
-pub struct Seats {
+pub struct SocketMap {
     sockets: std::os::fd::OwnedFd,
     heartbeats: Heartbeats,
 }
 
-impl Carrier {
+impl PuntLink {
     /// Index of the node's end.
     #[must_use]
     pub fn ifindex(&self) -> u32 {
@@ -75,7 +75,7 @@ impl Carrier {
     }
 }
 
-impl Seats {
+impl SocketMap {
     /// Gives a queue its AF_XDP socket. One that is closed leaves by itself.
     ///
     /// # Errors
@@ -104,23 +104,23 @@ impl Datapath {
     ///
     /// # Errors
     /// If a map cannot be had once more.
-    pub fn seats(&self) -> std::result::Result<Seats, MapError> {
+    pub fn socket_map(&self) -> std::result::Result<SocketMap, MapError> {
         let sockets = bpf::duplicate(&self.sockets.fd).map_err(|source| MapError::Syscall {
             map: "xsks".to_owned(),
             source,
         })?;
-        Ok(Seats {
+        Ok(SocketMap {
             sockets,
             heartbeats: Heartbeats::new(&self.workers)?,
         })
     }
 
-    /// Finds or makes the carrier with one queue for each worker, and attaches its programs. What a former daemon
+    /// Finds or makes the punt link with one queue for each worker, and attaches its programs. What a former daemon
     /// left is used again if it has as many queues.
     ///
     /// # Errors
     /// If the pair cannot be made or the programs not be attached.
-    pub fn carrier(&self, name: &str, workers: u32) -> Result<Carrier> {
+    pub fn punt_link(&self, name: &str, workers: u32) -> Result<PuntLink> {
         let workers = workers.clamp(1, MAX_WORKERS as u32);
         let [node_end, worker_end] = [format!("{name}0"), format!("{name}1")];
         let failed = |source| AttachError::Syscall {
@@ -142,7 +142,7 @@ impl Datapath {
                     return Err(AttachError::Syscall {
                         name: foreign.name.clone(),
                         source: SyscallError::new(
-                            "an interface of this name is no carrier; set [worker] interface to another name",
+                            "an interface of this name is no punt link; set [worker] interface to another name",
                             io::Error::from_raw_os_error(libc::EEXIST),
                         ),
                     });
@@ -172,18 +172,18 @@ impl Datapath {
             set_quiet(end).map_err(failed)?;
         }
         // Guarded before it is up.
-        self.attach_carrier(&node, &worker)?;
+        self.attach_punt_link(&node, &worker)?;
         for end in [&node, &worker] {
             set_up(end.ifindex).map_err(failed)?;
         }
-        Ok(Carrier {
+        Ok(PuntLink {
             ifindex: node.ifindex,
             workers,
         })
     }
 
-    fn attach_carrier(&self, node: &Link, worker: &Link) -> Result<()> {
-        let dir = carrier_dir(&self.pin_dir);
+    fn attach_punt_link(&self, node: &Link, worker: &Link) -> Result<()> {
+        let dir = punt_link_dir(&self.pin_dir);
         make_dir(&dir).map_err(Box::new)?;
         place_xdp(&dir.join(XDP_PIN), worker, &self.programs.carry)?;
         let release = kernel_release();
@@ -224,7 +224,7 @@ fn panics_after_reinjection(release: &str) -> bool {
     ((6, 16, 8)..=(6, 17, 10)).contains(&version)
 }
 
-/// Puts native XDP at an end of the carrier, or in the place of what a former daemon left there.
+/// Puts native XDP at an end of the punt link, or in the place of what a former daemon left there.
 fn place_xdp(path: &Path, end: &Link, program: &Program) -> Result<()> {
     let failed = refused(end);
     match pinned_link(path, end.ifindex)? {
@@ -240,7 +240,7 @@ fn place_xdp(path: &Path, end: &Link, program: &Program) -> Result<()> {
     }
 }
 
-/// Puts a program at a tc hook of an end of the carrier, or in the place of what a former daemon left there. A filter
+/// Puts a program at a tc hook of an end of the punt link, or in the place of what a former daemon left there. A filter
 /// of clsact has no pin.
 fn place_tc(path: &Path, end: &Link, direction: Direction, program: &Program) -> Result<()> {
     let failed = refused(end);
@@ -273,13 +273,13 @@ fn refused(end: &Link) -> impl FnOnce(SyscallError) -> AttachError {
     move |source| AttachError::Syscall { name, source }
 }
 
-fn carrier_dir(pin_dir: &Path) -> PathBuf {
-    pin_dir.join("carrier")
+fn punt_link_dir(pin_dir: &Path) -> PathBuf {
+    pin_dir.join("punt_link")
 }
 
 /// Removes the pair with its programs, and the pins.
-pub(crate) fn remove_carrier(pin_dir: &Path) -> Result<()> {
-    let dir = carrier_dir(pin_dir);
+pub(crate) fn remove_punt_link(pin_dir: &Path) -> Result<()> {
+    let dir = punt_link_dir(pin_dir);
     if !dir.is_dir() {
         return Ok(());
     }
@@ -295,7 +295,7 @@ pub(crate) fn remove_carrier(pin_dir: &Path) -> Result<()> {
         let info = bpf::link_info(link.as_fd()).map_err(failed)?;
         bpf::link_detach(link.as_fd()).map_err(failed)?;
         unpin(&path)?;
-        // The end of another network namespace's carrier may have the same index: the program tells.
+        // The end of another network namespace's punt link may have the same index: the program tells.
         if file == XDP_PIN
             && let Some(device) = find_device(info.ifindex)?
             && device.xdp.is_none()
@@ -421,7 +421,7 @@ fn without_veth(error: SyscallError) -> SyscallError {
     }
 }
 
-/// No IPv6 and no ARP: no protocol of this machine sends on the carrier. Without IPv6 there are no reports of multicast
+/// No IPv6 and no ARP: no protocol of this machine sends on the punt link. Without IPv6 there are no reports of multicast
 /// groups either, which a node that forwards IPv6 otherwise sends from every interface (ff02::2; RFC 3810).
 fn set_quiet(end: &Link) -> std::result::Result<(), SyscallError> {
     let call = format!("RTM_NEWLINK of interface {}", end.ifindex);

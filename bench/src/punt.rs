@@ -184,7 +184,7 @@ struct Veth {
 
 impl Veth {
     fn new() -> Result<Self> {
-        let ns = Ns::new("carrier")?;
+        let ns = Ns::new("punt")?;
         ns.sysctl("ipv6/conf/default/disable_ipv6", "1")?;
         ns.ip(&format!(
             "link add name {NODE_END} numtxqueues 1 numrxqueues 1 type veth peer name {WORKER_END} numtxqueues 1 numrxqueues 1\n\
@@ -464,7 +464,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
         ],
     );
     progress(format_args!(
-        "carrier: {rounds} rounds of {} ms, {} ways, {} modes",
+        "punt: {rounds} rounds of {} ms, {} ways, {} modes",
         duration.as_millis(),
         Way::ALL.len(),
         modes.len()
@@ -525,7 +525,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
         }
     }
     Ok(Measure {
-        name: "carrier",
+        name: "punt",
         title: "Packets carried by a worker",
         method: format!(
             "A worker and a bare AF_XDP forwarder (receive, send back, flush) at the same end of the same veth pair, behind the same XDP program, with the same socket, get the same frames: DNS queries and answers of {FLOWS} flows. At most {UNDER_WAY} frames are under way; what has not come back 200 ms after the end is lost. {rounds} rounds of {} ms take the ways in turn, each with a fresh socket.",

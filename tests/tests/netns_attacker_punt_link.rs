@@ -1,4 +1,4 @@
-//! What local users can do to the carrier, the pair of interfaces between the programs and the workers.
+//! What local users can do to the punt link, the pair of interfaces between the programs and the workers.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6},
@@ -14,11 +14,11 @@ use palisade_tests::{
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 
-/// The reason of frames on the carrier that the programs did not put there.
+/// The reason of frames on the punt link that the programs did not put there.
 const FOREIGN: u64 = 233;
 const ENDS: [&str; 2] = ["palisade0", "palisade1"];
 
-/// Frames that an end of the carrier has sent.
+/// Frames that an end of the punt link has sent.
 fn sent(apps: &Apps, end: &str) -> u64 {
     let shown = apps
         .ns("node")
@@ -37,7 +37,7 @@ fn send_by(interface: &str, to: SocketAddr) -> std::io::Result<usize> {
 }
 
 #[test]
-fn a_node_without_traffic_has_no_frames_on_the_carrier() {
+fn a_node_without_traffic_has_no_frames_on_the_punt_link() {
     let apps = apps();
     // A node that forwards IPv6 reports the groups of all routers on every interface (RFC 3810).
     apps.ns("node")
@@ -53,7 +53,7 @@ fn a_node_without_traffic_has_no_frames_on_the_carrier() {
 }
 
 #[test]
-fn nothing_that_a_socket_of_the_node_sends_enters_the_carrier() {
+fn nothing_that_a_socket_of_the_node_sends_enters_the_punt_link() {
     let apps = apps();
     let daemon = daemon(&apps.topology, &[]);
     let mut tried = 0;

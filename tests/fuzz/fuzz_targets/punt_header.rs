@@ -1,8 +1,8 @@
-//! Frames of the punt link: parsed, prepared for inspection, and given a reinject trailer. Run: `cargo +nightly fuzz run carrier` in tests/.
+//! Frames of the punt link: parsed, prepared for inspection, and given a reinject trailer. Run: `cargo +nightly fuzz run punt link` in tests/.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use palisade_abi::{FlowCommand, MAX_ON_CARRIER};
+use palisade_abi::{FlowCommand, MAX_ON_PUNT_LINK};
 use palisade_inspect::Route;
 use palisade_worker::{checksum, header};
 
@@ -53,7 +53,7 @@ fuzz_target!(|bytes: &[u8]| {
         );
         room.resize(frame.len() + header::MAX_TRAILER_BYTES, 0);
         let whole = header::append_trailer(&mut room, frame.len(), &released, [Some(&command); 2]);
-        let fits = room.len() <= MAX_ON_CARRIER as usize;
+        let fits = room.len() <= MAX_ON_PUNT_LINK as usize;
         assert_eq!(whole, fits.then_some(room.len()));
         assert_eq!(room[..frame.len()], frame);
     }

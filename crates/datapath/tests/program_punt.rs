@@ -21,7 +21,7 @@ const SERVER: (&str, u16) = (HOST_V4, 80);
 fn carrying(config: &mut Config) {
     config.cookie = COOKIE;
     config.worker_patience = 500_000_000;
-    config.carrier = IFINDEX;
+    config.punt_ifindex = IFINDEX;
     config.workers = 1;
     config.mark = MARK;
     config.inspectors = 1 << Inspector::Dns as u32;
@@ -160,7 +160,7 @@ fn what_cannot_be_carried() {
     }
 }
 
-/// Both ways the longest frame fits the carrier's MTU with all that stands around it.
+/// Both ways the longest frame fits the punt link's MTU with all that stands around it.
 #[test]
 fn the_longest_frame_is_carried_there_and_back() {
     const LONGEST: usize = MAX_PUNT_FRAME as usize;
@@ -203,22 +203,22 @@ fn the_longest_frame_is_carried_there_and_back() {
 
 /// What a socket of the node sends must not take a place in the queues to and from the workers.
 #[test]
-fn at_the_egress_of_the_carrier_only_what_the_programs_redirect_passes() {
+fn at_the_egress_of_the_punt_link_only_what_the_programs_redirect_passes() {
     const UNSPEC: u32 = 0xffff_ffff;
     let mut world = reading(NIC, HOST);
     let frame = udp(CLIENT, SERVER, b"question");
     let ours = [&COOKIE.to_ne_bytes()[..], &[0; 64], &frame].concat();
-    let (retval, out, counted) = world.run_at_carrier(palisade_abi::programs::GUARD, &ours);
+    let (retval, out, counted) = world.run_at_punt_link(palisade_abi::programs::GUARD, &ours);
     assert_eq!((retval, out, counted), (UNSPEC, ours.clone(), vec![]));
     let mut other_cookie = ours;
     other_cookie[7] ^= 1;
     for foreign in [other_cookie, frame, vec![0; 60]] {
-        let (retval, _, counted) = world.run_at_carrier(palisade_abi::programs::GUARD, &foreign);
+        let (retval, _, counted) = world.run_at_punt_link(palisade_abi::programs::GUARD, &foreign);
         assert_eq!((retval, counted), (SHOT, vec![(Reason::PuntForeign, 1)]));
     }
     // Before the daemon has told its cookie, nothing passes.
     world.config(|config| config.cookie = 0);
-    let (retval, ..) = world.run_at_carrier(palisade_abi::programs::GUARD, &[0; 128]);
+    let (retval, ..) = world.run_at_punt_link(palisade_abi::programs::GUARD, &[0; 128]);
     assert_eq!(retval, SHOT);
 }
 
