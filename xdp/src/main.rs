@@ -157,7 +157,7 @@ fn process<C: Context>(ctx: C, egress: bool) -> Action {
     let mut action = Action::Pass;
     if frame.must_punt && !frame.is_dropped() {
         ctx.punt(&mut frame);
-        if frame.reason != Reason::PassedUnread as u8 {
+        if frame.reason != Reason::FailedOpen as u8 {
             action = Action::Punt;
         }
     }

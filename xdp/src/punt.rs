@@ -178,7 +178,7 @@ fn is_in_window<C: Context>(ctx: C, frame: &PacketContext, entry: &CtEntry) -> b
 }
 
 /// Sends a packet to the worker of its flow. The verdict changes if that cannot be done, and to
-/// [`Reason::PassedUnread`] if the packet is to pass then.
+/// [`Reason::FailedOpen`] if the packet is to pass then.
 #[inline(always)]
 pub fn punt<C: Context>(ctx: C, frame: &mut PacketContext) {
     let (Some(config), Some(carried)) = (CONFIG.get(0), CARRY.get_ptr_mut(0)) else {
@@ -192,15 +192,15 @@ pub fn punt<C: Context>(ctx: C, frame: &mut PacketContext) {
     } else {
         frame.hash % config.workers
     };
-    let beat = match WORKERS.get_ptr(queue) {
+    let heartbeat = match WORKERS.get_ptr(queue) {
         // SAFETY: an aligned word of a map; user space writes it meanwhile, hence volatile.
-        Some(beat) => unsafe { core::ptr::read_volatile(beat) },
+        Some(heartbeat) => unsafe { core::ptr::read_volatile(heartbeat) },
         None => 0,
     };
     // A worker may have looked at the clock after this CPU did.
-    if config.punt_ifindex == 0 || frame.now.saturating_sub(beat) > config.worker_patience {
-        return frame.set(if config.flags & config_flags::PASS_WITHOUT_WORKER != 0 {
-            Reason::PassedUnread
+    if config.punt_ifindex == 0 || frame.now.saturating_sub(heartbeat) > config.worker_timeout {
+        return frame.set(if config.flags & config_flags::FAIL_OPEN != 0 {
+            Reason::FailedOpen
         } else {
             Reason::NoWorker
         });

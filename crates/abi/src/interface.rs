@@ -69,7 +69,7 @@ pub mod endpoint_flags {
 /// Flags of a [`Config`].
 pub mod config_flags {
     /// What cannot be carried because no worker lives passes unread instead of being dropped.
-    pub const PASS_WITHOUT_WORKER: u32 = 1;
+    pub const FAIL_OPEN: u32 = 1;
 }
 
 /// What changes about an endpoint while traffic flows. Written by one 8-byte store for the first two fields
@@ -142,7 +142,7 @@ pub struct Config {
     /// What proves that a packet on the punt link is ours; another one after each start.
     pub cookie: u64,
     /// A worker that has not said for so long that it lives is taken for dead.
-    pub worker_patience: u64,
+    pub worker_timeout: u64,
     /// The node's end of the punt link; 0: nothing is carried.
     pub punt_ifindex: u32,
     /// Workers, which is queues of the punt link.

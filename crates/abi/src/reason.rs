@@ -46,7 +46,7 @@ reasons! {
     /// Let through: forwarded by this node, not for it; judged at the endpoint's interface if it has one.
     Forwarded = 5, "Forwarded";
     /// Let through unread, because no worker lives and the operator wants it so.
-    PassedUnread = 6, "Passed without being read";
+    FailedOpen = 6, "Failed open: not inspected";
 
     /// The source address is not one the sender may use.
     InvalidSourceIp = 132, "Invalid source ip";

@@ -561,7 +561,7 @@ impl Heartbeats {
     }
 
     /// Nothing for a queue that the map has no slot for.
-    pub fn beat(&self, queue: u32, now: u64) {
+    pub fn heartbeat(&self, queue: u32, now: u64) {
         if queue < self.count {
             self.memory
                 .at::<AtomicU64>(queue as usize * size_of::<u64>())

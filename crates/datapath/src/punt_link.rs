@@ -94,8 +94,8 @@ impl SocketMap {
     }
 
     /// Says that the worker of a queue lives. `now`: coarse monotonic clock, ns.
-    pub fn beat(&self, queue: u32, now: u64) {
-        self.heartbeats.beat(queue, now);
+    pub fn heartbeat(&self, queue: u32, now: u64) {
+        self.heartbeats.heartbeat(queue, now);
     }
 }
 

@@ -20,7 +20,7 @@ const SERVER: (&str, u16) = (HOST_V4, 80);
 
 fn carrying(config: &mut Config) {
     config.cookie = COOKIE;
-    config.worker_patience = 500_000_000;
+    config.worker_timeout = 500_000_000;
     config.punt_ifindex = IFINDEX;
     config.workers = 1;
     config.mark = MARK;
@@ -132,11 +132,11 @@ fn without_a_worker_nothing_passes_unless_that_is_wanted() {
         assert_eq!(world.run(hook, &question).reason, Reason::NoWorker);
         world.config(|config| {
             carrying(config);
-            config.flags = config_flags::PASS_WITHOUT_WORKER;
+            config.flags = config_flags::FAIL_OPEN;
         });
         let got = world.run(hook, &question);
         assert!(got.passed && !got.carried);
-        assert_eq!(got.reason, Reason::PassedUnread);
+        assert_eq!(got.reason, Reason::FailedOpen);
         world.beat(palisade_datapath::monotonic_coarse());
         carried(&world.run(hook, &question), &question);
     }
@@ -1150,12 +1150,12 @@ fn an_error_that_cannot_be_read_is_dropped() {
         assert_eq!((got.passed, got.reason), (false, Reason::NoWorker));
         flow.world.config(|config| {
             carrying(config);
-            config.flags = config_flags::PASS_WITHOUT_WORKER;
+            config.flags = config_flags::FAIL_OPEN;
         });
         let got = flow.world.run(Hook::Xdp, &error);
         assert_eq!(
             (got.passed, got.carried, got.reason),
-            (true, false, Reason::PassedUnread)
+            (true, false, Reason::FailedOpen)
         );
         assert!(got.frame.len() < 120, "it is cut all the same");
         // A denied connection has no errors either.

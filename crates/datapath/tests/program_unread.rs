@@ -120,7 +120,7 @@ struct Play<'a> {
 
 fn reading(config: &mut Config) {
     config.cookie = COOKIE;
-    config.worker_patience = 5_000_000_000;
+    config.worker_timeout = 5_000_000_000;
     config.punt_ifindex = IFINDEX;
     config.workers = 1;
     config.mark = 0x5a5a_0001;

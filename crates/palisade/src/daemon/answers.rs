@@ -37,9 +37,9 @@ use super::{
     control::{Answer, Control, Message},
     names::Names,
     netfilter,
-    pulse::{Beats, Pulse, hanging},
     selector_text::peer_text,
     view::{Shared, View, class_names, kind_name, prefix_text},
+    watchdog::{ControlActivity, WorkerHeartbeats, hanging},
     workers::INSPECTORS,
 };
 use crate::config::{Config, limit_hint, with_option};
@@ -75,9 +75,9 @@ pub struct Clients {
     /// Events read so far.
     pub events: Arc<AtomicU64>,
     /// What the control thread is at.
-    pub pulse: Arc<Pulse>,
+    pub activity: Arc<ControlActivity>,
     /// When workers have said last that they live.
-    pub beats: Option<Arc<Beats>>,
+    pub heartbeats: Option<Arc<WorkerHeartbeats>>,
     /// The daemon's nftables table.
     pub netfilter: netfilter::Place,
     /// The server's own counts, once it runs.
@@ -144,8 +144,8 @@ impl Clients {
             Ok(answer) => answer,
             Err(mpsc::RecvTimeoutError::Timeout) => {
                 let busy = hanging(
-                    &self.pulse,
-                    self.beats.as_deref(),
+                    &self.activity,
+                    self.heartbeats.as_deref(),
                     Duration::ZERO,
                     monotonic_coarse(),
                 );

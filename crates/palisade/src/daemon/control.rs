@@ -41,10 +41,10 @@ use super::{
     network::{self, Network},
     places,
     policies::{Event, PolicyFiles},
-    pulse::{Pulse, feed_watchdog},
     state::{NODE, StateFile},
     sweeper::{self, Interval},
     view::{Shared, View},
+    watchdog::{ControlActivity, feed_watchdog},
     watcher::{self, Changes},
     workers::Workers,
 };
@@ -125,7 +125,7 @@ pub struct Control {
     shared: Arc<Shared>,
     sweep: Interval,
     pub workers: Workers,
-    pulse: Arc<Pulse>,
+    activity: Arc<ControlActivity>,
     started: Instant,
     /// Changes that were put in force.
     changes: u64,
@@ -229,7 +229,7 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
         move || drop(sender.send(Message::WorkerEnded))
     };
     let (workers, output) = Workers::start(&config, &datapath, known, ended)?;
-    let (pulse, beats) = (Arc::<Pulse>::default(), workers.beats());
+    let (activity, heartbeats) = (Arc::<ControlActivity>::default(), workers.heartbeats());
     let mut control = Control {
         state,
         engine,
@@ -245,7 +245,7 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
         shared: Arc::clone(&shared),
         sweep: sweep.clone(),
         workers,
-        pulse: Arc::clone(&pulse),
+        activity: Arc::clone(&activity),
         started,
         changes: 0,
         last_change: Duration::ZERO,
@@ -298,8 +298,8 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
         names: Arc::clone(&names),
         ring,
         events: read,
-        pulse: Arc::clone(&pulse),
-        beats: beats.clone(),
+        activity: Arc::clone(&activity),
+        heartbeats: heartbeats.clone(),
         netfilter: netfilter::Place::new(&control.config),
         server: std::sync::OnceLock::new(),
     };
@@ -317,7 +317,7 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
         started.elapsed()
     );
     notify(&[NotifyState::Ready]);
-    feed_watchdog(pulse, beats).context("the thread that feeds the watchdog")?;
+    feed_watchdog(activity, heartbeats).context("the thread that feeds the watchdog")?;
     // It has worked as a whole: this is what a start with a broken file goes back to.
     control.keep_config();
     let end = control.serve(&messages);
@@ -457,11 +457,11 @@ impl Control {
             {
                 self.save();
             }
-            self.pulse.rest();
+            self.activity.rest();
             let message = match messages.recv_timeout(self.patience()) {
                 Ok(message) => message,
                 Err(RecvTimeoutError::Timeout) => {
-                    self.pulse.begin("looking after everything");
+                    self.activity.begin("looking after everything");
                     self.idle();
                     self.write_netfilter();
                     continue;
@@ -469,7 +469,7 @@ impl Control {
                 // The control thread itself holds no sender, but the clients do for as long as the daemon runs.
                 Err(RecvTimeoutError::Disconnected) => return End::Stay,
             };
-            self.pulse.begin(message.what());
+            self.activity.begin(message.what());
             match message {
                 Message::Policies(changes) => self.policies_changed(&changes),
                 Message::Network(network) => self.network_changed(network),

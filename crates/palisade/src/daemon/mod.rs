@@ -25,11 +25,11 @@ mod netfilter;
 mod network;
 mod places;
 mod policies;
-mod pulse;
 mod selector_text;
 mod state;
 mod sweeper;
 mod view;
+mod watchdog;
 mod watcher;
 mod workers;
 

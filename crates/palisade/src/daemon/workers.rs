@@ -27,7 +27,7 @@ use crate::{
     control::api,
 };
 
-use super::{network::Network, pulse::Beats};
+use super::{network::Network, watchdog::WorkerHeartbeats};
 
 /// A worker that has not said for so long that it lives is taken for dead. It says so twenty times in that time.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -61,7 +61,7 @@ struct Running {
     punt_link: Option<PuntLink>,
     /// Whether sockets may be bound to the interface of the punt link's name: it may be an interface of another kind.
     usable: Arc<AtomicBool>,
-    beats: Arc<Beats>,
+    heartbeats: Arc<WorkerHeartbeats>,
     rules: Arc<Rules>,
     xdp: Vec<u32>,
 }
@@ -145,9 +145,9 @@ impl Workers {
     pub fn tell(&self, told: &mut Told) {
         told.cookie = self.cookie;
         told.mark = self.mark;
-        told.worker_patience = PATIENCE.as_nanos() as u64;
+        told.worker_timeout = PATIENCE.as_nanos() as u64;
         if self.wanted.on_failure == OnFailure::Pass {
-            told.flags |= config_flags::PASS_WITHOUT_WORKER;
+            told.flags |= config_flags::FAIL_OPEN;
         }
         if let Ok(running) = &self.running {
             told.punt_ifindex = running.punt_link.map_or(0, |punt_link| punt_link.ifindex());
@@ -188,11 +188,11 @@ impl Workers {
     }
 
     /// When each worker has said last that it lives.
-    pub fn beats(&self) -> Option<Arc<Beats>> {
+    pub fn heartbeats(&self) -> Option<Arc<WorkerHeartbeats>> {
         self.running
             .as_ref()
             .ok()
-            .map(|running| Arc::clone(&running.beats))
+            .map(|running| Arc::clone(&running.heartbeats))
     }
 
     /// Has everything dropped that is held of endpoints that are no more.
@@ -218,7 +218,7 @@ impl Workers {
                     let failure = failure.map(|failure| failure.to_string());
                     self.punt_link_problem.clone().or(failure).unwrap_or_default()
                 };
-                if let Some((number, since)) = running.beats.silent(monotonic_coarse()).first() {
+                if let Some((number, since)) = running.heartbeats.silent(monotonic_coarse()).first() {
                     return Some(format!(
                         "worker {number} has been silent for {since:.0?}: it hangs, and what it reads is {}",
                         becomes(self.wanted.on_failure)
@@ -317,7 +317,7 @@ fn start(
     let usable = Arc::new(AtomicBool::new(punt_link.is_some()));
     let socket_map = Arc::new(datapath.socket_map().context("the maps of the workers")?);
     let rules = Arc::<Rules>::default();
-    let beats = Arc::new(Beats::new(workers));
+    let heartbeats = Arc::new(WorkerHeartbeats::new(workers));
     let (pool, lessons, records) = Pool::start(Setup {
         workers,
         mode: wanted.mode,
@@ -333,10 +333,10 @@ fn start(
             engine
         }),
         heartbeat: {
-            let (socket_map, beats) = (Arc::clone(&socket_map), Arc::clone(&beats));
+            let (socket_map, heartbeats) = (Arc::clone(&socket_map), Arc::clone(&heartbeats));
             Arc::new(move |number, now| {
-                socket_map.beat(number as u32, now);
-                beats.beat(number, now);
+                socket_map.heartbeat(number as u32, now);
+                heartbeats.heartbeat(number, now);
                 if now == 0 {
                     failed();
                 }
@@ -361,7 +361,7 @@ fn start(
     let running = Running {
         pool,
         punt_link,
-        beats,
+        heartbeats,
         usable,
         rules,
         xdp: Vec::new(),

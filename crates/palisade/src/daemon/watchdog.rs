@@ -22,9 +22,9 @@ const TOLD: u32 = 4;
 
 /// What the control thread is at.
 #[derive(Debug, Default)]
-pub struct Pulse(Mutex<Option<(Instant, &'static str)>>);
+pub struct ControlActivity(Mutex<Option<(Instant, &'static str)>>);
 
-impl Pulse {
+impl ControlActivity {
     /// It begins something.
     pub fn begin(&self, what: &'static str) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), what));
@@ -44,16 +44,16 @@ impl Pulse {
 
 /// When each worker has said last that it lives: coarse monotonic clock, ns; 0: it does not.
 #[derive(Debug)]
-pub struct Beats(Box<[AtomicU64]>);
+pub struct WorkerHeartbeats(Box<[AtomicU64]>);
 
-impl Beats {
+impl WorkerHeartbeats {
     /// Returns the heartbeats of `workers` workers.
     pub fn new(workers: usize) -> Self {
         Self((0..workers).map(|_| AtomicU64::new(0)).collect())
     }
 
     /// A worker lives, or does not (0).
-    pub fn beat(&self, number: usize, now: u64) {
+    pub fn heartbeat(&self, number: usize, now: u64) {
         if let Some(last) = self.0.get(number) {
             last.store(now, Ordering::Relaxed);
         }
@@ -72,14 +72,22 @@ impl Beats {
 }
 
 /// What hangs, in words; `None`: nothing does.
-pub fn hanging(pulse: &Pulse, beats: Option<&Beats>, patience: Duration, now: u64) -> Option<String> {
+pub fn hanging(
+    activity: &ControlActivity,
+    heartbeats: Option<&WorkerHeartbeats>,
+    patience: Duration,
+    now: u64,
+) -> Option<String> {
     let mut text = String::new();
-    if let Some((since, what)) = pulse.busy()
+    if let Some((since, what)) = activity.busy()
         && since > patience
     {
         let _ = write!(text, "the control thread has been busy for {since:.0?} ({what})");
     }
-    for (number, since) in beats.map(|beats| beats.silent(now)).unwrap_or_default() {
+    for (number, since) in heartbeats
+        .map(|heartbeats| heartbeats.silent(now))
+        .unwrap_or_default()
+    {
         let comma = if text.is_empty() { "" } else { "; " };
         let _ = write!(text, "{comma}worker {number} has been silent for {since:.0?}");
     }
@@ -88,14 +96,17 @@ pub fn hanging(pulse: &Pulse, beats: Option<&Beats>, patience: Duration, now: u6
 
 /// Tells the service manager that the daemon lives, as often as it wants to be told (`WatchdogSec=`), for as long as
 /// nothing hangs. It ends and restarts a daemon that does not say so.
-pub fn feed_watchdog(pulse: Arc<Pulse>, beats: Option<Arc<Beats>>) -> std::io::Result<()> {
+pub fn feed_watchdog(
+    activity: Arc<ControlActivity>,
+    heartbeats: Option<Arc<WorkerHeartbeats>>,
+) -> std::io::Result<()> {
     let Some(interval) = sd_notify::watchdog_enabled() else {
         return Ok(());
     };
     thread::Builder::new().name("watchdog".into()).spawn(move || {
         let mut told = None;
         loop {
-            let hangs = hanging(&pulse, beats.as_deref(), interval, monotonic_coarse());
+            let hangs = hanging(&activity, heartbeats.as_deref(), interval, monotonic_coarse());
             match &hangs {
                 None => {
                     if told.is_some() {
@@ -126,14 +137,14 @@ mod tests {
     #[test]
     fn what_hangs_is_named_and_what_only_works_or_has_ended_is_not() {
         let second = Duration::from_secs(1).as_nanos() as u64;
-        let (pulse, beats) = (Pulse::default(), Beats::new(3));
-        let hangs = |patience, now| hanging(&pulse, Some(&beats), patience, now);
+        let (activity, heartbeats) = (ControlActivity::default(), WorkerHeartbeats::new(3));
+        let hangs = |patience, now| hanging(&activity, Some(&heartbeats), patience, now);
         let now = 1_000 * second;
-        beats.beat(0, now);
-        beats.beat(1, now - 30 * second);
-        beats.beat(1, 0);
+        heartbeats.heartbeat(0, now);
+        heartbeats.heartbeat(1, now - 30 * second);
+        heartbeats.heartbeat(1, 0);
         assert_eq!(hangs(Duration::ZERO, now), None);
-        pulse.begin("reading policies");
+        activity.begin("reading policies");
         assert_eq!(hangs(Duration::from_secs(60), now), None);
         thread::sleep(Duration::from_millis(2));
         let text = hangs(Duration::from_millis(1), now + 11 * second).unwrap();
@@ -144,8 +155,8 @@ mod tests {
             "{text}"
         );
         assert!(!text.contains("worker 1") && !text.contains("worker 2"), "{text}");
-        pulse.rest();
-        beats.beat(0, now + 11 * second);
+        activity.rest();
+        heartbeats.heartbeat(0, now + 11 * second);
         assert_eq!(hangs(Duration::ZERO, now + 12 * second), None);
     }
 }
