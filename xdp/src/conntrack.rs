@@ -20,7 +20,7 @@ use crate::maps::{BUDGETS, CONFIG, CONNTRACK};
 use crate::packet_context::PacketContext;
 use crate::share;
 
-/// A flow without a handshake is kept when the other side has answered and it has gone on for so long, ns. A question
+/// A flow without a handshake is protected once the other side has answered and it has lasted this long, ns. A question
 /// and its answer take less.
 const SETTLES_AFTER: u64 = 2_000_000_000;
 
@@ -241,23 +241,23 @@ fn is_settled(protocol: u8, flow_flags: u8, forward_tcp: u8, reply_tcp: u8, age:
     }
 }
 
-/// Has the flow kept if it is settled now, or no longer kept if it is closing.
+/// Protects the flow if both ends use it by now, and ends the protection of a flow that is closing.
 #[inline(never)]
-fn settle(frame: &PacketContext, entry: &mut CtEntry) -> u32 {
+fn set_protected(frame: &PacketContext, entry: &mut CtEntry) -> u32 {
     let age = frame.now.saturating_sub(entry.created);
     let protocol = frame.packet.protocol;
     let settled = is_settled(protocol, entry.flags, entry.forward_tcp, entry.reply_tcp, age);
-    if settled != (entry.kept != 0) {
-        share::settle(&frame.key, entry, u32::from(settled));
+    if settled != (entry.protected != 0) {
+        share::set_protected(&frame.key, entry, u32::from(settled));
     }
     0
 }
 
 /// Has a flow give up the place of one that both ends use.
 #[inline(always)]
-pub fn keep_no_more(key: &CtKey, entry: &mut CtEntry) {
-    if entry.kept != 0 {
-        share::settle(key, entry, 0);
+pub fn unprotect(key: &CtKey, entry: &mut CtEntry) {
+    if entry.protected != 0 {
+        share::set_protected(key, entry, 0);
     }
 }
 
@@ -267,7 +267,7 @@ pub fn close(key: &CtKey, entry: &mut CtEntry) {
     if let Some(config) = CONFIG.get(0) {
         entry.forward_tcp |= TCP_RST;
         entry.over = 1;
-        keep_no_more(key, entry);
+        unprotect(key, entry);
         let expires = now() + config.tcp_closing;
         if expires < entry.expires {
             entry.expires = expires;
@@ -302,7 +302,7 @@ pub fn replace(key: &CtKey, entry: &mut CtEntry, serial: u32) {
         entry.flags &= !(ct_flags::MIDSTREAM | ct_flags::SEEDED | ct_flags::CLOSED);
         entry.expires = now() + config.tcp_opening;
         // Half open, it has the place of a new flow.
-        keep_no_more(key, entry);
+        unprotect(key, entry);
     }
 }
 
@@ -347,8 +347,8 @@ pub fn note<C: Context>(ctx: C, frame: &mut PacketContext, entry: &mut CtEntry, 
         entry.flags = flow_flags;
     }
     entry.expires = frame.now + timeout(config, packet.protocol, flow_flags, forward_tcp, reply_tcp);
-    if ended || (entry.kept == 0 && flow_flags & ct_flags::REPLIED != 0) {
-        settle(frame, entry);
+    if ended || (entry.protected == 0 && flow_flags & ct_flags::REPLIED != 0) {
+        set_protected(frame, entry);
     }
     let interval = config.trace_interval;
     if ended || (interval != 0 && frame.now.saturating_sub(entry.reported) >= interval) {
@@ -396,10 +396,10 @@ pub fn direction_flags(entry: &CtEntry, ingress: bool) -> u8 {
 /// Takes a slot for the flow whose first packet is `frame`'s, and gives it its serial. Returns 0 if there is none. A
 /// function beside [`insert`] and not in it for the stack that both take.
 #[inline(always)]
-pub fn enter(frame: &mut PacketContext) -> u32 {
+pub fn claim_slot(frame: &mut PacketContext) -> u32 {
     frame.serial = share::random();
     let egress = u32::from(frame.flow_flags & ct_flags::INGRESS == 0);
-    share::enter(&frame.key, egress, frame.now, frame.serial)
+    share::claim_slot(&frame.key, egress, frame.now, frame.serial)
 }
 
 /// Makes the entry of a flow that has a slot. The verdict changes only if the map takes nothing.
@@ -442,9 +442,9 @@ pub fn insert(frame: &mut PacketContext) {
     let key = frame.key;
     // What takes the place of a flow that is over adds nothing to the map.
     if CONNTRACK.insert(&key, &entry, u64::from(BPF_NOEXIST)).is_ok() {
-        counters::conntrack_made();
+        counters::conntrack_created();
     } else {
-        give_back(&key);
+        release_protection(&key);
         if CONNTRACK.insert(&key, &entry, 0).is_err() {
             frame.set(Reason::CtInsertionFailed);
         }
@@ -453,10 +453,10 @@ pub fn insert(frame: &mut PacketContext) {
 
 /// The entry of a key is about to be overwritten. The key is on the stack of the caller.
 #[inline(never)]
-fn give_back(key: &CtKey) -> u32 {
+fn release_protection(key: &CtKey) -> u32 {
     if let Some(old) = CONNTRACK.get_ptr_mut(key) {
         // SAFETY: see `find`.
-        share::give_back(key, unsafe { &mut *old });
+        share::release_protection(key, unsafe { &mut *old });
     }
     0
 }

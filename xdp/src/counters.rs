@@ -25,8 +25,8 @@ pub fn rule(rule: u32, bytes: u32) {
 
 /// Counts an entry that was added to the conntrack map.
 #[inline(always)]
-pub fn conntrack_made() {
-    if let Some(counter) = COUNTERS.get_ptr_mut(counter_slot::CONNTRACK_MADE) {
+pub fn conntrack_created() {
+    if let Some(counter) = COUNTERS.get_ptr_mut(counter_slot::CONNTRACK_CREATED) {
         add(counter, 0);
     }
 }

@@ -352,7 +352,7 @@ pub fn admit_new_flow<C: Context>(ctx: C, frame: &mut PacketContext) {
         if is_tcp && frame.packet.tcp_flags & conntrack::STATE_FLAGS != TCP_SYN {
             frame.flow_flags |= ct_flags::MIDSTREAM;
         }
-        if conntrack::enter(frame) == 0 {
+        if conntrack::claim_slot(frame) == 0 {
             return frame.set(Reason::CtInsertionFailed);
         }
         conntrack::insert(frame);
@@ -593,7 +593,7 @@ pub fn reevaluate_flow<C: Context>(ctx: C, frame: &mut PacketContext, entry: &mu
             frame.clear_decision();
             lookup_direction(frame, known.into(), ingress ^ 1);
             // Shares are counted by direction.
-            conntrack::keep_no_more(&frame.key, entry);
+            conntrack::unprotect(&frame.key, entry);
             flow_flags = (flow_flags ^ ct_flags::INGRESS) | ct_flags::MIDSTREAM;
         } else {
             frame.set(Reason::CtInvalidState);

@@ -58,7 +58,7 @@ pub fn remember(frame: &mut PacketContext) -> u32 {
         protocol: packet.protocol,
         zero: [0; 2],
     };
-    if share::enter_fragment(&key, u32::from(interface.endpoint), ports.expires) != 0 {
+    if share::claim_fragment_slot(&key, u32::from(interface.endpoint), ports.expires) != 0 {
         // Where the map takes nothing the later fragments have no ports.
         let _ = FRAGMENTS.insert(&key, &ports, 0);
     }

@@ -1,14 +1,14 @@
 //! Shares of the conntrack and fragment maps, so that no endpoint's flows push out those of another one.
 //!
 //! A new flow takes a slot among those of its endpoint and direction; the flow that had the slot is deleted unless it
-//! is kept. A flow is kept once both ends use it: it counts against the endpoint's budget of kept flows, and gives its
+//! is protected. A flow is protected once both ends use it: it counts against the endpoint's budget of protected flows, and gives its
 //! place back when it closes. Where the budget is used up the flow stays in its slot. So a flood, also one of flows
 //! that are opened as the protocol wants it, takes the place of other new flows of the same endpoint and direction and
 //! of nothing else.
 //!
 //! The slot is that of the oldest flow of [`SHARE_WAYS`] at a random place: close to "the oldest of all" without a
 //! cursor that all CPUs would have to share (and without atomic additions, which the BPF target of Rust does not have).
-//! Counts of kept flows are plain additions: where two CPUs change one at the same instant it is wrong by one until
+//! Counts of protected flows are plain additions: where two CPUs change one at the same instant it is wrong by one until
 //! the next sweep has counted. The map has room for more such errors than ten seconds can make (`datapath::shares`).
 
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
@@ -51,11 +51,11 @@ fn place(slots: u32, random: u32) -> u32 {
 }
 
 /// Takes a slot for a flow, at a random place, before its entry is made. The flow that had the slot is deleted unless it
-/// is kept.
+/// is protected.
 ///
 /// Returns 0 if the endpoint has no share.
 #[inline(never)]
-pub fn enter(key: &CtKey, direction: u32, created: u64, random: u32) -> u32 {
+pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32 {
     let Some(share) = share(u32::from(key.endpoint), direction) else {
         return 0;
     };
@@ -117,7 +117,7 @@ pub fn enter(key: &CtKey, direction: u32, created: u64, random: u32) -> u32 {
 }
 
 /// Returns the entry of the flow that has needed its slot since `created`; null if the slot is free, or its flow is gone
-/// or kept.
+/// or protected.
 #[inline(always)]
 fn holder(slot: *mut FlowSlot, created: u64) -> *mut CtEntry {
     // SAFETY: a map value, which lives as long as the map.
@@ -127,19 +127,19 @@ fn holder(slot: *mut FlowSlot, created: u64) -> *mut CtEntry {
     }
     match CONNTRACK.get_ptr_mut(&slot.key) {
         // SAFETY: see `conntrack::find`.
-        Some(entry) if unsafe { (*entry).created == created && (*entry).kept == 0 } => entry,
+        Some(entry) if unsafe { (*entry).created == created && (*entry).protected == 0 } => entry,
         _ => core::ptr::null_mut(),
     }
 }
 
 /// Notes that a flow is in use by both ends, or is no more. Where the budget is used up nothing changes.
 #[inline(never)]
-pub fn settle(key: &CtKey, entry: &mut CtEntry, settled: u32) -> u32 {
+pub fn set_protected(key: &CtKey, entry: &mut CtEntry, settled: u32) -> u32 {
     if settled != 0 {
-        keep(key, entry);
+        protect(key, entry);
     } else {
-        give_back(key, entry);
-        enter(
+        release_protection(key, entry);
+        claim_slot(
             key,
             u32::from(entry.flags & ct_flags::INGRESS == 0),
             entry.created,
@@ -150,39 +150,39 @@ pub fn settle(key: &CtKey, entry: &mut CtEntry, settled: u32) -> u32 {
 }
 
 #[inline(always)]
-fn keep(key: &CtKey, entry: &mut CtEntry) {
+fn protect(key: &CtKey, entry: &mut CtEntry) {
     let (Some(share), Some(pool)) = (share_of(key, entry), SHARES.get_ptr_mut(POOL)) else {
         return;
     };
     // SAFETY: map values, which live as long as the map; each field is read and written by one access.
     unsafe {
-        if (*share).kept >= i64::from((*share).guaranteed) {
-            if (*pool).kept >= i64::from((*pool).guaranteed) {
+        if (*share).protected >= i64::from((*share).guaranteed) {
+            if (*pool).protected >= i64::from((*pool).guaranteed) {
                 return;
             }
-            (*pool).kept += 1;
+            (*pool).protected += 1;
         }
-        (*share).kept += 1;
+        (*share).protected += 1;
     }
-    entry.kept = 1;
+    entry.protected = 1;
 }
 
-/// A kept flow is over, or its entry is about to be overwritten.
+/// A protected flow is over, or its entry is about to be overwritten.
 #[inline(always)]
-pub fn give_back(key: &CtKey, entry: &mut CtEntry) {
-    if entry.kept == 0 {
+pub fn release_protection(key: &CtKey, entry: &mut CtEntry) {
+    if entry.protected == 0 {
         return;
     }
-    entry.kept = 0;
+    entry.protected = 0;
     let (Some(share), Some(pool)) = (share_of(key, entry), SHARES.get_ptr_mut(POOL)) else {
         return;
     };
     // SAFETY: see `keep`.
     unsafe {
-        if (*share).kept > i64::from((*share).guaranteed) {
-            (*pool).kept -= 1;
+        if (*share).protected > i64::from((*share).guaranteed) {
+            (*pool).protected -= 1;
         }
-        (*share).kept -= 1;
+        (*share).protected -= 1;
     }
 }
 
@@ -191,7 +191,7 @@ pub fn give_back(key: &CtKey, entry: &mut CtEntry) {
 ///
 /// Returns 0 if the endpoint has no share.
 #[inline(never)]
-pub fn enter_fragment(key: &FragmentKey, endpoint: u32, expires: u64) -> u32 {
+pub fn claim_fragment_slot(key: &FragmentKey, endpoint: u32, expires: u64) -> u32 {
     let Some(share) = share(endpoint, key.hook & 1) else {
         return 0;
     };

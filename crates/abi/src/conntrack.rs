@@ -99,8 +99,8 @@ pub struct CtEntry {
     /// Not 0: the inspector has seen the connection end. What a packet of a flow that is read says about its end does
     /// not count before: its checksum and its place in the stream are known to the inspector only.
     pub over: u8,
-    /// Not 0: the flow is in use by both ends and counts at [`Share::kept`]; no other flow takes its place.
-    pub kept: u8,
+    /// Not 0: the flow is in use by both ends and counts in [`Share::protected`]; no new flow evicts it.
+    pub protected: u8,
     /// TCP sequence numbers that need no reading: from the side that opened it [0, 1), from the other side [2, 3).
     /// Equal: none.
     pub windows: [u32; 4],
@@ -167,14 +167,15 @@ pub struct Share {
     pub guaranteed: u32,
     /// Zero.
     pub zero: u32,
-    /// Kept flows. Of the pool: kept flows beyond what their shares are guaranteed. For a moment it may be below zero.
-    pub kept: i64,
+    /// Number of protected flows. Of the pool: protected flows beyond what their shares are guaranteed. May be below zero
+    /// for a moment.
+    pub protected: i64,
 }
 
 /// Slots of FLOW_SLOTS and FRAGMENT_SLOTS among which a new flow or datagram takes that of the oldest.
 pub const SHARE_WAYS: u32 = 4;
 
-/// Slot of FLOW_SLOTS: a flow that gives way when its slot is taken again, unless it is kept by then.
+/// Slot of FLOW_SLOTS: a flow that is evicted when its slot is taken again, unless it is protected by then.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct FlowSlot {

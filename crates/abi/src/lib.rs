@@ -79,7 +79,7 @@ pub mod maps {
     /// `HASH` [`crate::PolicyKey`] -> [`crate::PolicyEntry`].
     pub const POLICY: &str = "POLICY";
     /// `LRU_HASH` [`crate::CtKey`] -> [`crate::CtEntry`]. The shares are so cut that it is never full. An entry that
-    /// the programs make (for a new key) counts at [`crate::counter_slot::CONNTRACK_MADE`].
+    /// the programs make (for a new key) counts at [`crate::counter_slot::CONNTRACK_CREATED`].
     pub const CONNTRACK: &str = "CONNTRACK";
     /// `ARRAY[131072]`, memory-mapped, endpoint × 2 + direction -> [`crate::Share`].
     pub const SHARES: &str = "SHARES";

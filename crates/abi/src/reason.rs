@@ -178,7 +178,7 @@ pub mod counter_slot {
     /// `packets`: conntrack entries that gave way to a newer flow of their share.
     pub const CONNTRACK_EVICTED: u32 = 509;
     /// `packets`: conntrack entries that the programs made.
-    pub const CONNTRACK_MADE: u32 = 510;
+    pub const CONNTRACK_CREATED: u32 = 510;
     /// Written by user space only. `packets`: conntrack entries it swept; `bytes`: entries it seeded.
     pub const CONNTRACK_SWEPT: u32 = 511;
 }

@@ -6,7 +6,7 @@ use crate::{
     Datapath, MapError,
     counters::sum,
     maps::{Map, PerCpuArray},
-    shares::{Kept, Shares},
+    shares::{ProtectedCounts, Shares},
 };
 
 /// Works on the connections.
@@ -49,7 +49,7 @@ pub struct ConntrackCounts {
     /// Removed to make room: by a newer flow of the same share, or by the kernel. Approximate while traffic flows.
     pub evicted: u64,
     /// In use by both ends, so that no other flow takes their place.
-    pub kept: u64,
+    pub protected: u64,
     /// Size of the map.
     pub max_entries: u64,
 }
@@ -113,12 +113,12 @@ impl Conntrack<'_> {
         let mut sweep = Sweep::default();
         let mut keys = Vec::new();
         let before = self.shares.counts();
-        let mut kept = Kept::default();
+        let mut protected = ProtectedCounts::default();
         self.map.for_each(|key, entry| {
             if dead(&key, &entry) {
                 keys.push(key);
             } else {
-                kept.add(&key, &entry);
+                protected.add(&key, &entry);
                 sweep.present += 1;
             }
         })?;
@@ -132,11 +132,11 @@ impl Conntrack<'_> {
                 // A packet came in between and the flow lives again. What the programs may have made meanwhile
                 // is newer than this.
                 self.map.insert_new(&key, &entry)?;
-                kept.add(&key, &entry);
+                protected.add(&key, &entry);
                 sweep.present += 1;
             }
         }
-        self.shares.correct(&before, &kept);
+        self.shares.correct(&before, &protected);
         self.add(sweep.ended.len() as u64, 0)?;
         Ok(sweep)
     }
@@ -149,7 +149,7 @@ impl Conntrack<'_> {
         let mut seeded = 0;
         for (key, entry) in flows {
             let mut entry = *entry;
-            entry.kept = u8::from(self.shares.keep(key, &entry));
+            entry.protected = u8::from(self.shares.protect(key, &entry));
             seeded += usize::from(self.map.insert_new(key, &entry)?);
         }
         // Of those that were there already, a place was taken too many.
@@ -170,15 +170,15 @@ impl Conntrack<'_> {
     /// # Errors
     /// If a map cannot be read.
     pub fn counts(&self) -> Result<ConntrackCounts, MapError> {
-        let made = self.counter(counter_slot::CONNTRACK_MADE)?.packets;
+        let made = self.counter(counter_slot::CONNTRACK_CREATED)?.packets;
         let Counter {
             packets: swept,
             bytes: seeded,
         } = self.counter(counter_slot::CONNTRACK_SWEPT)?;
-        let (mut present, mut kept) = (0, 0);
+        let (mut present, mut protected) = (0, 0);
         self.map.for_each(|_, entry| {
             present += 1;
-            kept += u64::from(entry.kept != 0);
+            protected += u64::from(entry.protected != 0);
         })?;
         Ok(ConntrackCounts {
             made,
@@ -186,7 +186,7 @@ impl Conntrack<'_> {
             swept,
             present,
             evicted: (made + seeded).saturating_sub(swept + present),
-            kept,
+            protected,
             max_entries: u64::from(self.map.max_entries()),
         })
     }

@@ -45,12 +45,12 @@ pub fn shares(endpoints: &BTreeSet<u16>, sizes: Sizes) -> BTreeMap<u32, Share> {
     let free = (sizes.flows / 16)
         .max(FREE_PER_CPU.saturating_mul(sizes.cpus.saturating_add(1)))
         .min(sizes.flows / 4);
-    let kept = sizes.flows.saturating_sub(sizes.flow_table + free);
+    let protected = sizes.flows.saturating_sub(sizes.flow_table + free);
     let count = (endpoints.len() as u32 * 2).max(1);
-    let guaranteed = kept / 2 / count;
+    let guaranteed = protected / 2 / count;
     let mut shares = BTreeMap::new();
     let pool = Share {
-        guaranteed: kept - guaranteed * count,
+        guaranteed: protected - guaranteed * count,
         ..Share::default()
     };
     shares.insert(0, pool);
@@ -76,13 +76,13 @@ pub fn shares(endpoints: &BTreeSet<u16>, sizes: Sizes) -> BTreeMap<u32, Share> {
     shares
 }
 
-/// The kept flows of a walk through the map, by share.
+/// The protected flows of a walk through the map, by share.
 #[derive(Debug, Default)]
-pub(crate) struct Kept(BTreeMap<u32, i64>);
+pub(crate) struct ProtectedCounts(BTreeMap<u32, i64>);
 
-impl Kept {
+impl ProtectedCounts {
     pub fn add(&mut self, key: &CtKey, entry: &CtEntry) {
-        if entry.kept != 0 {
+        if entry.protected != 0 {
             *self.0.entry(slot_of(key, entry)).or_default() += 1;
         }
     }
@@ -122,9 +122,9 @@ impl Shares {
             .at(slot as usize * size_of::<Share>() + field * size_of::<u32>())
     }
 
-    fn kept_at(&self, slot: u32) -> &AtomicU64 {
+    fn protected_at(&self, slot: u32) -> &AtomicU64 {
         self.memory
-            .at(slot as usize * size_of::<Share>() + std::mem::offset_of!(Share, kept))
+            .at(slot as usize * size_of::<Share>() + std::mem::offset_of!(Share, protected))
     }
 
     fn guaranteed(&self, slot: u32) -> i64 {
@@ -159,63 +159,66 @@ impl Shares {
             .collect()
     }
 
-    /// Takes a place among the kept flows for one that is seeded; whether there was one.
-    pub fn keep(&self, key: &CtKey, entry: &CtEntry) -> bool {
+    /// Protects a seeded flow. Returns whether its share or the pool had room.
+    pub fn protect(&self, key: &CtKey, entry: &CtEntry) -> bool {
         let slot = slot_of(key, entry);
         if self.at(slot, field::FLOW_SLOTS).load(Ordering::Relaxed) == 0 {
             return false;
         }
-        let (kept, lent) = (self.kept_at(slot), self.kept_at(0));
-        if (kept.fetch_add(1, Ordering::Relaxed) as i64) < self.guaranteed(slot)
+        let (protected, lent) = (self.protected_at(slot), self.protected_at(0));
+        if (protected.fetch_add(1, Ordering::Relaxed) as i64) < self.guaranteed(slot)
             || (lent.fetch_add(1, Ordering::Relaxed) as i64) < self.guaranteed(0)
         {
             return true;
         }
         lent.fetch_sub(1, Ordering::Relaxed);
-        kept.fetch_sub(1, Ordering::Relaxed);
+        protected.fetch_sub(1, Ordering::Relaxed);
         false
     }
 
-    /// Kept flows of a share.
-    pub fn kept(&self, slot: u32) -> i64 {
-        self.kept_at(slot).load(Ordering::Relaxed) as i64
+    /// Returns the number of protected flows of a share.
+    pub fn protected(&self, slot: u32) -> i64 {
+        self.protected_at(slot).load(Ordering::Relaxed) as i64
     }
 
     /// Sets the counts right after a walk. Flows that are deleted by user space, and additions that two CPUs make for
     /// one flow, are settled so. What the programs count during the walk may be counted twice until the next one.
-    pub fn correct(&self, before: &BTreeMap<u32, i64>, kept: &Kept) {
-        let slots: BTreeSet<u32> = before.keys().chain(kept.0.keys()).copied().collect();
+    pub fn correct(&self, before: &BTreeMap<u32, i64>, protected: &ProtectedCounts) {
+        let slots: BTreeSet<u32> = before.keys().chain(protected.0.keys()).copied().collect();
         for slot in slots.into_iter().filter(|&slot| slot != 0 && slot < self.count) {
             let was = before.get(&slot).copied().unwrap_or_default();
-            let is = kept.0.get(&slot).copied().unwrap_or_default();
+            let is = protected.0.get(&slot).copied().unwrap_or_default();
             if is != was {
-                self.kept_at(slot).fetch_add((is - was) as u64, Ordering::Relaxed);
+                self.protected_at(slot)
+                    .fetch_add((is - was) as u64, Ordering::Relaxed);
             }
         }
-        let was = self.kept(0);
+        let was = self.protected(0);
         let is: i64 = (1..self.count)
-            .map(|slot| (self.kept(slot) - self.guaranteed(slot)).max(0))
+            .map(|slot| (self.protected(slot) - self.guaranteed(slot)).max(0))
             .sum();
-        self.kept_at(0).fetch_add((is - was) as u64, Ordering::Relaxed);
+        self.protected_at(0)
+            .fetch_add((is - was) as u64, Ordering::Relaxed);
     }
 
     /// All counts, those that are not zero.
     pub fn counts(&self) -> BTreeMap<u32, i64> {
         (1..self.count)
-            .map(|slot| (slot, self.kept(slot)))
-            .filter(|&(_, kept)| kept != 0)
+            .map(|slot| (slot, self.protected(slot)))
+            .filter(|&(_, protected)| protected != 0)
             .collect()
     }
 
     /// Endpoints whose flows of a direction have all that they are guaranteed, when the pool is used up.
     pub fn exhausted(&self) -> BTreeSet<u16> {
-        let used_up =
-            |slot| self.kept(slot) as i32 >= self.at(slot, field::GUARANTEED).load(Ordering::Relaxed) as i32;
+        let used_up = |slot| {
+            self.protected(slot) as i32 >= self.at(slot, field::GUARANTEED).load(Ordering::Relaxed) as i32
+        };
         if !used_up(0) {
             return BTreeSet::new();
         }
         (1..self.count)
-            .filter(|&slot| self.kept(slot) != 0 && used_up(slot))
+            .filter(|&slot| self.protected(slot) != 0 && used_up(slot))
             .filter_map(|slot| u16::try_from(slot / 2).ok())
             .collect()
     }
@@ -271,8 +274,8 @@ mod tests {
                 fragments += share.fragment_slots;
             }
             assert!(end <= SIZES.flow_table && fragments <= SIZES.fragment_table);
-            let kept: u32 = of_endpoints.iter().map(|share| share.guaranteed).sum();
-            assert!(end + kept + pool.guaranteed + SIZES.flows / 16 <= SIZES.flows);
+            let protected: u32 = of_endpoints.iter().map(|share| share.guaranteed).sum();
+            assert!(end + protected + pool.guaranteed + SIZES.flows / 16 <= SIZES.flows);
         }
     }
 

@@ -373,7 +373,7 @@ fn every_endpoint_with_a_policy_has_a_share() {
             ..ct_key(n)
         };
         datapath.conntrack().seed(&[(key, alive)]).unwrap();
-        datapath.conntrack().get(&key).unwrap().unwrap().kept
+        datapath.conntrack().get(&key).unwrap().unwrap().protected
     };
     assert_eq!(seeded(1, 3), 0);
     datapath.apply(&[put(3, 1), put(4, 1)]).unwrap();
@@ -381,14 +381,14 @@ fn every_endpoint_with_a_policy_has_a_share() {
     datapath.apply(&[put(5, 1), put(3, 0)]).unwrap();
     assert_eq!((seeded(5, 4), seeded(6, 5)), (1, 1));
     let counts = datapath.conntrack().counts().unwrap();
-    assert_eq!((counts.kept, counts.present), (4, 6));
+    assert_eq!((counts.protected, counts.present), (4, 6));
     // What is removed gives its place back.
     datapath
         .conntrack()
         .remove_if(|key, _| key.endpoint == 4)
         .unwrap();
     assert!(datapath.conntrack().exhausted().is_empty());
-    assert_eq!(datapath.conntrack().counts().unwrap().kept, 2);
+    assert_eq!(datapath.conntrack().counts().unwrap().protected, 2);
 }
 
 /// The daemon may keep it in one thread and read counters in another.

@@ -46,6 +46,6 @@ fn an_established_flow_against_the_baseline() {
             f64::from(real) / f64::from(baseline)
         );
         let flow: CtEntry = world.flow(&key(HOST, 6, (server, 80), (client, 4000))).unwrap();
-        assert!(flow.forward_packets > 500_000 && flow.kept == 1);
+        assert!(flow.forward_packets > 500_000 && flow.protected == 1);
     }
 }

@@ -43,7 +43,7 @@ fn connect(world: &mut World, endpoint: u16, local: &str, remote: &str, port: u1
 /// other ports than 80, so without its entry it does not.)
 fn lives(world: &mut World, endpoint: u16, flow: &CtKey, frame: &[u8]) {
     world.interface(WORKLOAD, endpoint, 0);
-    assert!(world.flow(flow).is_some_and(|entry| entry.kept == 1));
+    assert!(world.flow(flow).is_some_and(|entry| entry.protected == 1));
     assert_eq!(world.run(Hook::TcOut, frame).reason, Reason::Established);
 }
 
@@ -88,7 +88,7 @@ fn a_flood_of_one_workload_leaves_its_own_and_every_others_connections_alone() {
         assert!(world.flows().len() <= ROOM as usize);
         // What the flood holds is bounded; others and the node still have what they are guaranteed.
         let share = world.share(A, EGRESS);
-        assert!(share.kept > i64::from(share.guaranteed), "{share:?}");
+        assert!(share.protected > i64::from(share.guaranteed), "{share:?}");
         for port in 50_000..50_000 + share.guaranteed as u16 / 2 {
             let flow = connect(&mut world, B, b, outside, port);
             lives(&mut world, B, &flow, &tcp((outside, 80), (b, port), ACK));
@@ -141,7 +141,7 @@ fn a_flood_of_the_node_by_its_nic_takes_from_nobody() {
                 world.flood(hook, [tcp(from, to, SYN), udp(from, to, &[])]);
             }
             let of_client = key(HOST, 6, server, client);
-            assert!(world.flow(&of_client).is_some_and(|entry| entry.kept == 1));
+            assert!(world.flow(&of_client).is_some_and(|entry| entry.protected == 1));
             assert_eq!(
                 world.run(hook, &tcp(client, server, ACK)).reason,
                 Reason::Established
@@ -164,7 +164,7 @@ fn connections_that_end_give_their_place_back() {
                 world.flood(Hook::TcIn, [tcp(from, to, SYN)]);
                 world.flood(Hook::TcOut, [tcp(to, from, SYN | ACK)]);
                 world.flood(Hook::TcIn, [tcp(from, to, ACK)]);
-                assert!(world.share(A, EGRESS).kept >= 1);
+                assert!(world.share(A, EGRESS).protected >= 1);
                 if port % 2 == 0 {
                     world.flood(Hook::TcIn, [tcp(from, to, FIN | ACK)]);
                     world.flood(Hook::TcOut, [tcp(to, from, FIN | ACK)]);
@@ -180,7 +180,7 @@ fn connections_that_end_give_their_place_back() {
         dead.expires = 0;
         world.set_flow(&flow, &dead);
         connect(&mut world, A, a, outside, 60_000);
-        assert_eq!(world.share(A, EGRESS).kept, 1);
+        assert_eq!(world.share(A, EGRESS).protected, 1);
     }
 }
 
@@ -199,12 +199,12 @@ fn flows_without_a_handshake_are_kept_once_they_have_gone_on_for_a_while() {
             assert_eq!(world.run(Hook::TcIn, there).reason, Reason::Allowed);
             assert_eq!(world.run(Hook::TcOut, back).reason, Reason::Established);
         }
-        assert!(keys.iter().all(|key| world.flow(key).unwrap().kept == 0));
+        assert!(keys.iter().all(|key| world.flow(key).unwrap().protected == 0));
         std::thread::sleep(std::time::Duration::from_millis(2_100));
         for there in &there {
             assert_eq!(world.run(Hook::TcIn, there).reason, Reason::Established);
         }
-        assert!(keys.iter().all(|key| world.flow(key).unwrap().kept == 1));
+        assert!(keys.iter().all(|key| world.flow(key).unwrap().protected == 1));
         floods(&mut world, a, outside);
         for back in &back {
             assert_eq!(world.run(Hook::TcOut, back).reason, Reason::Established);

@@ -360,9 +360,9 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
     let conntrack = &status.conntrack;
     writeln!(
         out,
-        "\nConnections: {} present, {} of them kept, {} made, {} seeded, {} swept, {} evicted by newer ones",
+        "\nConnections: {} present, {} of them protected, {} made, {} seeded, {} swept, {} evicted by newer ones",
         conntrack.entries,
-        conntrack.kept,
+        conntrack.protected,
         conntrack.made,
         conntrack.seeded,
         conntrack.swept,

@@ -397,7 +397,7 @@ pub struct ConntrackStatus {
     pub evicted: u64,
     /// In use by both ends: newer flows do not push these out.
     #[serde(default)]
-    pub kept: u64,
+    pub protected: u64,
 }
 
 /// Events.

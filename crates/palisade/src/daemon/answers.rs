@@ -217,7 +217,7 @@ impl Clients {
             seeded: conntrack.seeded,
             swept: conntrack.swept,
             evicted: conntrack.evicted,
-            kept: conntrack.kept,
+            protected: conntrack.protected,
         };
         let exhausted = self.datapath.conntrack().exhausted();
         if !exhausted.is_empty() {
