@@ -142,7 +142,7 @@ pub struct FlowCommand {
     pub key: CtKey,
     /// Only if the entry still has this [`crate::CtEntry::serial`].
     pub serial: u32,
-    /// [`order`].
+    /// [`flow_op`].
     pub op: u32,
     /// The rule set by which the flow was inspected, with its flags ([`punt_flags::AUDIT`] or 0). The command is ignored
     /// if another rule set is in force for the flow by now.
