@@ -38,7 +38,7 @@ use palisade_abi::{
     Config as Told, Inspector, PuntHeader, PuntRequest, maps, programs, punt_flags, punt_hook,
 };
 use palisade_datapath::monotonic_coarse;
-use palisade_inspect::{Engine, Learned, Limits, Millis, PacketView, Rules, Sink};
+use palisade_inspect::{CommitResult, Engine, Limits, Millis, PacketView, Rules, Sink};
 use palisade_policy::{
     rule::FqdnPattern,
     snapshot::{Alternative, Matcher, RuleSet},
@@ -106,7 +106,7 @@ impl Inspect for Open {
         sink.release(frame);
     }
 
-    fn learned(&mut self, _: Millis, _: Learned, _: &mut impl Sink<Handle>) {}
+    fn committed(&mut self, _: Millis, _: CommitResult, _: &mut impl Sink<Handle>) {}
 
     fn tick(&mut self, _: Millis, _: &mut impl Sink<Handle>) {}
 
@@ -303,7 +303,7 @@ fn start<E: Inspect + 'static>(
     taker: &mut Taker,
 ) -> Result<()> {
     let frames = socket(mode).frames as usize;
-    let (pool, lessons, records) = Pool::start(Setup {
+    let (pool, commits, records) = Pool::start(Setup {
         workers: 1,
         mode,
         cookie: COOKIE,
@@ -313,11 +313,11 @@ fn start<E: Inspect + 'static>(
         engine: Arc::new(engine),
         heartbeat: Arc::new(|_, _| {}),
         rules: Arc::new(rules),
-        learns: 1_024,
+        max_commits: 1_024,
         records: 2_048,
     })?;
     taker.counters = pool.counters().first().cloned();
-    taker.pool = Some(Box::new((pool, lessons)));
+    taker.pool = Some(Box::new((pool, commits)));
     let stop = Arc::clone(&taker.stop);
     taker.threads.push(thread::spawn(move || {
         while !stop.load(Relaxed) {

@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use palisade_abi::{FlowCommand, PuntRequest, Reason, punt_hook};
-use palisade_inspect::{Engine, Learn, Millis, PacketView, Route, Sink, record::Record};
+use palisade_inspect::{CommitRequest, Engine, Millis, PacketView, Route, Sink, record::Record};
 use palisade_packet::{Packet, Start, decode};
 use palisade_testbed::packet;
 
@@ -149,7 +149,7 @@ pub fn response() -> Vec<u8> {
 /// What came of packets that an engine was given. Learns everything at once.
 #[derive(Default)]
 pub struct Outcome {
-    learn: Option<Learn>,
+    learn: Option<CommitRequest>,
     /// Packets that went on.
     pub released: u64,
     /// Packets that did not.
@@ -171,7 +171,7 @@ impl Sink<()> for Outcome {
 
     fn emit(&mut self, _: &[u8], _: Route) {}
 
-    fn learn(&mut self, learn: Learn) -> Result<(), Learn> {
+    fn commit(&mut self, learn: CommitRequest) -> Result<(), CommitRequest> {
         self.learn = Some(learn);
         Ok(())
     }
@@ -207,6 +207,6 @@ pub fn read(engine: &mut Engine<()>, outcome: &mut Outcome, now: Millis, slot: &
     engine.packet(now, &view, (), outcome);
     if let Some(learn) = outcome.learn.take() {
         let learned = learn.done(true, None);
-        engine.learned(now, learned, outcome);
+        engine.committed(now, learned, outcome);
     }
 }

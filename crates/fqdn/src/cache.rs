@@ -48,7 +48,7 @@ impl Default for Config {
             addresses_per_endpoint: 100_000,
             addresses_total: usize::MAX,
             aliases: false,
-            special: Special::Learn,
+            special: Special::CommitRequest,
         }
     }
 }

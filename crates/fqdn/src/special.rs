@@ -15,7 +15,7 @@ use crate::SelectorId;
 pub enum Special {
     /// They are learned like all others.
     #[default]
-    Learn,
+    CommitRequest,
     /// They are not learned, except for those in these prefixes and in the prefixes that the rules of the endpoint
     /// name ([`crate::Cache::set_listed`]).
     Refuse(Vec<IpNet>),

@@ -10,8 +10,8 @@ use palisade_fqdn::SniAddressIndex;
 use palisade_packet::flags;
 
 use crate::{
-    DnsLimits, DnsStats, FragmentLimits, FragmentStats, HttpLimits, HttpStats, Learned, Millis, PacketView,
-    Rules, Sink, TlsLimits, TlsStats,
+    CommitResult, DnsLimits, DnsStats, FragmentLimits, FragmentStats, HttpLimits, HttpStats, Millis,
+    PacketView, Rules, Sink, TlsLimits, TlsStats,
     dns::{Dns, stream::Streams},
     fragments::Reassembler,
     http::Http,
@@ -247,8 +247,8 @@ impl<F> Engine<F> {
     }
 
     /// What became of an answer that was to be learned.
-    pub fn learned(&mut self, now: Millis, learned: Learned, sink: &mut impl Sink<F>) {
-        self.dns.learned(now, learned, &mut self.spare, sink);
+    pub fn committed(&mut self, now: Millis, learned: CommitResult, sink: &mut impl Sink<F>) {
+        self.dns.committed(now, learned, &mut self.spare, sink);
         self.streams.resolve(now, &mut self.dns, &mut self.spare, sink);
     }
 

@@ -11,13 +11,13 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![warn(unreachable_pub)]
 
+pub mod commit;
 mod dns;
 mod engine;
 mod expiry_queue;
 mod fragments;
 mod http;
 mod judge;
-pub mod learning;
 mod metrics;
 mod packet_builder;
 pub mod record;
@@ -81,8 +81,8 @@ pub struct Route {
 
 /// An answer whose addresses have to be reachable before it may go on.
 #[derive(Debug)]
-pub struct Learn {
-    /// The engine's number for it; comes back in [`Learned`].
+pub struct CommitRequest {
+    /// The engine's number for it; comes back in [`CommitResult`].
     pub ticket: u64,
     /// Who learns.
     pub endpoint: u16,
@@ -90,11 +90,11 @@ pub struct Learn {
     pub answer: Box<Answer>,
 }
 
-impl Learn {
+impl CommitRequest {
     /// What became of it.
     #[must_use]
-    pub fn done(self, committed: bool, lease: Option<Lease>) -> Learned {
-        Learned {
+    pub fn done(self, committed: bool, lease: Option<Lease>) -> CommitResult {
+        CommitResult {
             ticket: self.ticket,
             endpoint: self.endpoint,
             committed,
@@ -104,9 +104,9 @@ impl Learn {
     }
 }
 
-/// What became of a [`Learn`].
+/// What became of a [`CommitRequest`].
 #[derive(Debug)]
-pub struct Learned {
+pub struct CommitResult {
     /// The number of the question.
     pub ticket: u64,
     /// Who was to learn.
@@ -149,13 +149,13 @@ pub trait Sink<F> {
     ///
     /// # Errors
     /// The queue is full: nothing will come back.
-    fn learn(&mut self, learn: Learn) -> Result<(), Learn>;
+    fn commit(&mut self, learn: CommitRequest) -> Result<(), CommitRequest>;
     /// Tells of an answer that teaches nothing new, so that what it taught before is kept for as long as it says. Its
     /// box comes back at some time.
     ///
     /// # Errors
     /// The queue is full: nothing will come back.
-    fn refresh(&mut self, learn: Learn) -> Result<(), Learn> {
+    fn refresh(&mut self, learn: CommitRequest) -> Result<(), CommitRequest> {
         Err(learn)
     }
     /// Changes whenever something learned is taken out of the maps before its time.

@@ -16,7 +16,7 @@ use common::{
 };
 use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, punt_hook};
 use palisade_inspect::{
-    Engine, HttpScratch, Learn, Limits, PacketView, Paths, Route, Rules, Sink, record::Record,
+    CommitRequest, Engine, HttpScratch, Limits, PacketView, Paths, Route, Rules, Sink, record::Record,
 };
 use palisade_packet::{Packet, Start, decode};
 use palisade_policy::{
@@ -51,7 +51,7 @@ static COUNTING: Counting = Counting;
 
 #[derive(Default)]
 struct Counts {
-    learn: Option<Learn>,
+    learn: Option<CommitRequest>,
     released: usize,
     discarded: usize,
     emitted: usize,
@@ -75,7 +75,7 @@ impl Sink<u32> for Counts {
         self.emitted += 1;
     }
 
-    fn learn(&mut self, learn: Learn) -> Result<(), Learn> {
+    fn commit(&mut self, learn: CommitRequest) -> Result<(), CommitRequest> {
         self.learn = Some(learn);
         Ok(())
     }
@@ -108,7 +108,7 @@ fn run(engine: &mut Engine<u32>, sink: &mut Counts, now: u64, frames: &[(PuntReq
         engine.packet(now, &view, 1, sink);
         if let Some(learn) = sink.learn.take() {
             let learned = learn.done(true, None);
-            engine.learned(now, learned, sink);
+            engine.committed(now, learned, sink);
         }
     }
     engine.tick(now, sink);

@@ -7,7 +7,7 @@ use std::{
 };
 
 use mio::{Poll, Token, Waker};
-use palisade_inspect::{learning::Learners, record::Record};
+use palisade_inspect::{commit::CommitQueue, record::Record};
 use palisade_xsk::{Mode, handoff};
 
 use crate::{counters::Counters, queue, watch};
@@ -56,8 +56,8 @@ pub struct WorkerContext<R> {
     /// The epoll instance with the worker's waker.
     pub poll: Poll,
     /// The queue of learned addresses to commit.
-    pub learners: Learners,
+    pub commit_queue: CommitQueue,
     /// Most commits of learned addresses that this worker may have open.
-    pub learns: usize,
+    pub max_commits: usize,
     pub records: queue::Sender<TimedRecord>,
 }

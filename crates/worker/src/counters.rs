@@ -233,7 +233,7 @@ impl Counters {
 
 #[cfg(test)]
 mod tests {
-    use palisade_inspect::{Engine, Learned, Limits, Millis, PacketView, Sink};
+    use palisade_inspect::{CommitResult, Engine, Limits, Millis, PacketView, Sink};
 
     use super::*;
     use crate::held::Handle;
@@ -251,7 +251,7 @@ mod tests {
                 false
             }
             fn packet(&mut self, _: Millis, _: &PacketView<'_>, _: Handle, _: &mut impl Sink<Handle>) {}
-            fn learned(&mut self, _: Millis, _: Learned, _: &mut impl Sink<Handle>) {}
+            fn committed(&mut self, _: Millis, _: CommitResult, _: &mut impl Sink<Handle>) {}
             fn tick(&mut self, _: Millis, _: &mut impl Sink<Handle>) {}
             fn deadline(&self) -> Option<Millis> {
                 None

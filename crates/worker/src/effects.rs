@@ -8,7 +8,7 @@
 use std::{collections::VecDeque, sync::Arc, time::SystemTime};
 
 use palisade_abi::{FlowCommand, Reason};
-use palisade_inspect::{Learn, Learned, Route, Sink, learning::Learner, record::Record};
+use palisade_inspect::{CommitRequest, CommitResult, Route, Sink, commit::Committer, record::Record};
 
 use crate::{context::TimedRecord, counters::Counters, header, held::Handle, queue};
 
@@ -40,7 +40,7 @@ pub struct Effects {
     /// Bytes of the generated packets, one after the other.
     generated: Vec<u8>,
     /// Sends learned addresses to the thread that commits them, and receives the results.
-    learner: Learner,
+    committer: Committer,
     records: queue::Sender<TimedRecord>,
     /// Time of the last wake-up of the records' reader, ns.
     records_flushed: u64,
@@ -54,14 +54,14 @@ impl Effects {
     /// Creates an empty queue. `frames`: number of frames of the socket, each of which can have an effect.
     pub fn new(
         frames: usize,
-        learner: Learner,
+        committer: Committer,
         records: queue::Sender<TimedRecord>,
         counters: Arc<Counters>,
     ) -> Self {
         Self {
             queue: VecDeque::with_capacity(frames),
             generated: Vec::with_capacity(MAX_GENERATED_BYTES),
-            learner,
+            committer,
             records,
             records_flushed: 0,
             refreshes_flushed: 0,
@@ -84,13 +84,13 @@ impl Effects {
     }
 
     /// Returns the next result of a commit of learned addresses.
-    pub fn next_committed(&mut self) -> Option<Learned> {
-        self.learner.take()
+    pub fn next_committed(&mut self) -> Option<CommitResult> {
+        self.committer.take()
     }
 
     /// Returns whether a result of a commit is waiting.
     pub fn has_committed(&self) -> bool {
-        self.learner.is_answered()
+        self.committer.is_answered()
     }
 
     /// Wakes the reader of the records and passes refreshes on, each at most once per tick of the coarse clock. `now`:
@@ -103,15 +103,15 @@ impl Effects {
             self.records.wake();
             self.records_flushed = now;
         }
-        if self.learner.has_to_tell() && now != self.refreshes_flushed {
-            self.learner.flush();
+        if self.committer.has_refreshes() && now != self.refreshes_flushed {
+            self.committer.flush();
             self.refreshes_flushed = now;
         }
     }
 
     /// Returns whether records or refreshes wait for [`Effects::flush`].
     pub fn has_unflushed(&self) -> bool {
-        self.records.has_unflushed() || self.learner.has_to_tell()
+        self.records.has_unflushed() || self.committer.has_refreshes()
     }
 }
 
@@ -150,16 +150,16 @@ impl Sink<Handle> for Effects {
         });
     }
 
-    fn learn(&mut self, learn: Learn) -> Result<(), Learn> {
-        self.learner.ask(learn)
+    fn commit(&mut self, learn: CommitRequest) -> Result<(), CommitRequest> {
+        self.committer.submit(learn)
     }
 
-    fn refresh(&mut self, learn: Learn) -> Result<(), Learn> {
-        self.learner.tell(learn)
+    fn refresh(&mut self, learn: CommitRequest) -> Result<(), CommitRequest> {
+        self.committer.refresh(learn)
     }
 
     fn epoch(&self) -> u64 {
-        self.learner.epoch()
+        self.committer.epoch()
     }
 
     fn record(&mut self, record: &Record) {

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use palisade_inspect::{Engine, Learned, Metric, Millis, PacketView, Rules, Sink};
+use palisade_inspect::{CommitResult, Engine, Metric, Millis, PacketView, Rules, Sink};
 
 use crate::held::Handle;
 
@@ -21,7 +21,7 @@ pub trait Inspect {
     /// Inspects a packet for one slot. The effects go to `sink`, for this frame or for others that are held.
     fn packet(&mut self, now: Millis, view: &PacketView<'_>, frame: Handle, sink: &mut impl Sink<Handle>);
     /// Takes the result of a commit of learned addresses.
-    fn learned(&mut self, now: Millis, learned: Learned, sink: &mut impl Sink<Handle>);
+    fn committed(&mut self, now: Millis, learned: CommitResult, sink: &mut impl Sink<Handle>);
     /// Acts on the deadlines that have passed.
     fn tick(&mut self, now: Millis, sink: &mut impl Sink<Handle>);
     /// Returns the time of the next deadline.
@@ -51,8 +51,8 @@ impl Inspect for Engine<Handle> {
         Self::packet(self, now, view, frame, sink);
     }
 
-    fn learned(&mut self, now: Millis, learned: Learned, sink: &mut impl Sink<Handle>) {
-        Self::learned(self, now, learned, sink);
+    fn committed(&mut self, now: Millis, learned: CommitResult, sink: &mut impl Sink<Handle>) {
+        Self::committed(self, now, learned, sink);
     }
 
     fn tick(&mut self, now: Millis, sink: &mut impl Sink<Handle>) {

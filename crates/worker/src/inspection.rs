@@ -256,7 +256,8 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         let mut any = false;
         while let Some(learned) = self.effects.next_committed() {
             any = true;
-            self.engine.learned(millis(self.now), learned, &mut self.effects);
+            self.engine
+                .committed(millis(self.now), learned, &mut self.effects);
             self.run_effects(port);
         }
         any

@@ -12,7 +12,7 @@ use std::{
 };
 
 use mio::{Poll, Waker};
-use palisade_inspect::learning::{Lessons, lessons};
+use palisade_inspect::commit::{self, CommitReceiver};
 use palisade_xsk::{Mode, handoff};
 
 use crate::{
@@ -50,7 +50,7 @@ pub struct Setup<P, E: Inspect> {
     /// The application rules at the start.
     pub rules: Arc<E::Rules>,
     /// Most commits of learned addresses that one worker may have open.
-    pub learns: usize,
+    pub max_commits: usize,
     /// Most records that may wait for their reader.
     pub records: usize,
 }
@@ -77,13 +77,13 @@ impl<R: Send + Sync + 'static> Pool<R> {
     ///
     /// # Errors
     /// A thread, an epoll instance or its waker could not be made.
-    pub fn start<P, E>(setup: Setup<P, E>) -> io::Result<(Self, Lessons, queue::Receiver<TimedRecord>)>
+    pub fn start<P, E>(setup: Setup<P, E>) -> io::Result<(Self, CommitReceiver, queue::Receiver<TimedRecord>)>
     where
         P: Port + 'static,
         E: Inspect<Rules = R> + 'static,
     {
         let workers = setup.workers.max(1);
-        let (learners, lessons) = lessons(setup.learns * workers);
+        let (commit_queue, commits) = commit::commit_queue(setup.max_commits * workers);
         let (record_sender, records) = queue::queue(setup.records);
         let mut polls = Vec::new();
         let mut wakers = Vec::new();
@@ -134,8 +134,8 @@ impl<R: Send + Sync + 'static> Pool<R> {
                 handoff_receivers: receivers,
                 wakers: pool.wakers.clone(),
                 poll,
-                learners: learners.clone(),
-                learns: setup.learns,
+                commit_queue: commit_queue.clone(),
+                max_commits: setup.max_commits,
                 records: record_sender.clone(),
             };
             let factories = Arc::clone(&factories);
@@ -144,7 +144,7 @@ impl<R: Send + Sync + 'static> Pool<R> {
                 .spawn(move || supervise(context, &factories))?;
             pool.threads.push(thread);
         }
-        Ok((pool, lessons, records))
+        Ok((pool, commits, records))
     }
 
     /// Waits until every worker runs or has failed once, at most for `timeout`. Returns whether all run.

@@ -14,7 +14,7 @@ use std::{
 };
 
 use mio::{Events, Interest, Poll, Token, unix::SourceFd};
-use palisade_inspect::learning::Wake;
+use palisade_inspect::commit::Wake;
 use palisade_xsk::Mode;
 
 use crate::{
@@ -75,7 +75,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         let counters = Arc::clone(&context.counters);
         let effects = Effects::new(
             frames,
-            context.learners.learner(context.learns, wake),
+            context.commit_queue.committer(context.max_commits, wake),
             context.records.clone(),
             Arc::clone(&counters),
         );

@@ -15,7 +15,7 @@ use std::{
 };
 
 use palisade_abi::{Inspector, PuntHeader, PuntRequest, Reason, ReinjectTrailer, punt_hook};
-use palisade_inspect::{Learned, Millis, PacketView, Sink, record::Record};
+use palisade_inspect::{CommitResult, Millis, PacketView, Sink, record::Record};
 use palisade_worker::{Handle, Inspect, Mode, Pool, Port, PortStatistics, Setup, State};
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
@@ -200,7 +200,7 @@ impl Inspect for Script {
         }
     }
 
-    fn learned(&mut self, _: Millis, _: Learned, _: &mut impl Sink<Handle>) {}
+    fn committed(&mut self, _: Millis, _: CommitResult, _: &mut impl Sink<Handle>) {}
 
     fn tick(&mut self, _: Millis, sink: &mut impl Sink<Handle>) {
         self.held.drain(..).for_each(|frame| sink.release(frame));
@@ -306,7 +306,7 @@ fn bench(workers: usize, warm: u64, fail_at: Option<u64>, panic_at: Option<u64>)
             Arc::new(move |number, now| heartbeats[number].store(now, Ordering::Relaxed))
         },
         rules: Arc::new(()),
-        learns: 4,
+        max_commits: 4,
         records: 64,
     })
     .unwrap();

@@ -10,7 +10,7 @@ use std::{
 };
 
 use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, punt_flags, punt_hook};
-use palisade_inspect::{Engine, Learn, Limits, PacketView, Route, Rules, Sink, record::Record};
+use palisade_inspect::{CommitRequest, Engine, Limits, PacketView, Route, Rules, Sink, record::Record};
 use palisade_packet::{Packet, Start, decode};
 use palisade_policy::{
     rule::FqdnPattern,
@@ -32,7 +32,7 @@ mod what {
 #[derive(Default)]
 struct Checked {
     returned: HashMap<usize, bool>,
-    learns: Vec<Learn>,
+    learns: Vec<CommitRequest>,
 }
 
 impl Checked {
@@ -63,7 +63,7 @@ impl Sink<usize> for Checked {
         assert!(made.is_ok(), "{made:?}");
     }
 
-    fn learn(&mut self, learn: Learn) -> Result<(), Learn> {
+    fn commit(&mut self, learn: CommitRequest) -> Result<(), CommitRequest> {
         assert!(!learn.answer.addresses.is_empty());
         self.learns.push(learn);
         Ok(())
@@ -146,7 +146,7 @@ pub fn run(bytes: &[u8]) {
             && let Some(learn) = sink.learns.pop()
         {
             let learned = learn.done(is(what::COMMIT), None);
-            engine.learned(now, learned, &mut sink);
+            engine.committed(now, learned, &mut sink);
         }
         if is(what::WAIT) {
             now += 1500;

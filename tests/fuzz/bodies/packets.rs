@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, flow_op, punt_hook};
-use palisade_inspect::{Engine, Learn, PacketView, Route, Rules, Sink, record::Record};
+use palisade_inspect::{CommitRequest, Engine, PacketView, Route, Rules, Sink, record::Record};
 use palisade_packet::{Packet, Start, decode};
 use palisade_policy::{
     rule::{FqdnPattern, HttpRule},
@@ -113,7 +113,7 @@ impl Sink<usize> for Done {
         self.passed.push(Passed::Made(frame.to_vec()));
     }
 
-    fn learn(&mut self, learn: Learn) -> Result<(), Learn> {
+    fn commit(&mut self, learn: CommitRequest) -> Result<(), CommitRequest> {
         Err(learn)
     }
 

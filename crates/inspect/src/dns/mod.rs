@@ -13,7 +13,7 @@ use committed::CommittedAnswers;
 use stream::{Place, Transfer};
 
 use crate::{
-    DnsRules, Learn, Learned, Millis, PacketView, Route, Rules, Sink,
+    CommitRequest, CommitResult, DnsRules, Millis, PacketView, Route, Rules, Sink,
     engine::{Frames, Spare},
     expiry_queue::ExpiryQueue,
     packet_builder,
@@ -180,7 +180,7 @@ pub(crate) enum AnswerVerdict {
     Pass,
     Refuse(Reason),
     /// It teaches something: only when that is committed.
-    Learn(Box<Answer>, OpenQuestion<Note>),
+    CommitRequest(Box<Answer>, OpenQuestion<Note>),
 }
 
 pub(crate) struct Dns<F> {
@@ -191,7 +191,7 @@ pub(crate) struct Dns<F> {
     committed: CommittedAnswers,
     #[expect(
         clippy::vec_box,
-        reason = "the boxes travel: they go out with a `Learn` and come back"
+        reason = "the boxes travel: they go out with a `CommitRequest` and come back"
     )]
     answers: Vec<Box<Answer>>,
     /// Of answers in streams: what became of them, for their streams to hear.
@@ -252,7 +252,7 @@ impl<F> Dns<F> {
         match self.answer(now, view, message, sink) {
             AnswerVerdict::Pass => frames.release(spare, sink),
             AnswerVerdict::Refuse(reason) => frames.discard(reason, spare, sink),
-            AnswerVerdict::Learn(answer, asked) => {
+            AnswerVerdict::CommitRequest(answer, asked) => {
                 let what = Waiting::Datagram(frames);
                 self.hold(now, view, answer, asked, what, spare, sink);
             }
@@ -425,10 +425,10 @@ impl<F> Dns<F> {
         if !answer.addresses.is_empty() && endpoint_asks(view.slot) {
             let endpoint = view.slot.endpoint;
             if !self.committed.has(endpoint, &answer, sink.epoch(), now) {
-                return AnswerVerdict::Learn(answer, asked);
+                return AnswerVerdict::CommitRequest(answer, asked);
             }
             let record = answer_record(now, view, &answer, asked);
-            let refresh = Learn {
+            let refresh = CommitRequest {
                 ticket: REFRESH,
                 endpoint,
                 answer,
@@ -440,7 +440,7 @@ impl<F> Dns<F> {
                     sink.record(&record);
                     AnswerVerdict::Pass
                 }
-                Err(learn) => AnswerVerdict::Learn(learn.answer, asked),
+                Err(learn) => AnswerVerdict::CommitRequest(learn.answer, asked),
             };
         }
         sink.record(&answer_record(now, view, &answer, asked));
@@ -516,12 +516,12 @@ impl<F> Dns<F> {
         *by_endpoint += 1;
         let audit = is_audit(view.slot);
         let ticket = self.held.push(Held { what, audit, record }, now);
-        let learn = Learn {
+        let learn = CommitRequest {
             ticket,
             endpoint,
             answer,
         };
-        if let Err(learn) = sink.learn(learn) {
+        if let Err(learn) = sink.commit(learn) {
             self.recycle(learn.answer);
             if let Some(held) = self.held.remove(ticket) {
                 self.count_down(endpoint);
@@ -532,10 +532,10 @@ impl<F> Dns<F> {
     }
 
     /// What was asked to be learned is, or is not.
-    pub(crate) fn learned(
+    pub(crate) fn committed(
         &mut self,
         now: Millis,
-        learned: Learned,
+        learned: CommitResult,
         spare: &mut Spare<F>,
         sink: &mut impl Sink<F>,
     ) {

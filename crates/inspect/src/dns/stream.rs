@@ -497,7 +497,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
             match self.dns.answer(self.now, view, message, sink) {
                 AnswerVerdict::Pass => (true, true),
                 AnswerVerdict::Refuse(reason) => return Err(reason),
-                AnswerVerdict::Learn(answer, asked) => {
+                AnswerVerdict::CommitRequest(answer, asked) => {
                     let place = Place {
                         key: self.key,
                         number: self.flow.number,

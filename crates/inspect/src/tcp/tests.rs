@@ -10,7 +10,7 @@ use proptest::prelude::*;
 
 use super::{Action, Connections, Offloadable, Side, StreamInspector, TcpLimits};
 use crate::{
-    Learn, Millis, PacketView, Route, Sink,
+    CommitRequest, Millis, PacketView, Route, Sink,
     record::{Record, Verdict, What},
 };
 
@@ -184,7 +184,7 @@ impl Sink<Vec<u8>> for Out {
         assert_eq!(sum(tcp, sum(&frame[26..34], 6 + tcp.len() as u32)), 0xffff);
         self.emitted.push((Seg::read(frame), route));
     }
-    fn learn(&mut self, learn: Learn) -> Result<(), Learn> {
+    fn commit(&mut self, learn: CommitRequest) -> Result<(), CommitRequest> {
         Err(learn)
     }
     fn record(&mut self, record: &Record) {

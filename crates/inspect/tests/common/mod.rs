@@ -9,7 +9,7 @@ use std::{
 
 use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, flow_op, punt_flags, punt_hook};
 use palisade_inspect::{
-    Engine, Learn, Lease, Limits, Millis, PacketView, Route, Rules, Sink,
+    CommitRequest, Engine, Lease, Limits, Millis, PacketView, Route, Rules, Sink,
     record::{Record, Verdict, What},
 };
 use palisade_packet::{Packet, Start, decode};
@@ -42,11 +42,11 @@ pub struct Fake {
     pub released: Vec<usize>,
     pub emitted: Vec<(Vec<u8>, Route)>,
     pub records: Vec<Record>,
-    pub learns: VecDeque<Learn>,
+    pub learns: VecDeque<CommitRequest>,
     /// So many more can be learned.
     pub room: Option<usize>,
     /// Answers that taught nothing new.
-    pub refreshes: Vec<Learn>,
+    pub refreshes: Vec<CommitRequest>,
     /// So many of them are taken.
     pub refreshes_room: usize,
     pub epoch: u64,
@@ -89,7 +89,7 @@ impl Sink<usize> for Fake {
         self.emitted.push((frame.to_vec(), route));
     }
 
-    fn learn(&mut self, learn: Learn) -> Result<(), Learn> {
+    fn commit(&mut self, learn: CommitRequest) -> Result<(), CommitRequest> {
         if let Some(room) = &mut self.room {
             if *room == 0 {
                 return Err(learn);
@@ -100,7 +100,7 @@ impl Sink<usize> for Fake {
         Ok(())
     }
 
-    fn refresh(&mut self, learn: Learn) -> Result<(), Learn> {
+    fn refresh(&mut self, learn: CommitRequest) -> Result<(), CommitRequest> {
         if self.refreshes.len() >= self.refreshes_room {
             return Err(learn);
         }
@@ -163,18 +163,18 @@ impl World {
     }
 
     /// Says what became of the oldest question to learn.
-    pub fn learned(&mut self, committed: bool) {
+    pub fn committed(&mut self, committed: bool) {
         let learn = self.sink.learns.pop_front().expect("something to learn");
         self.learned_one(learn, committed);
     }
 
-    pub fn learned_one(&mut self, learn: Learn, committed: bool) {
+    pub fn learned_one(&mut self, learn: CommitRequest, committed: bool) {
         self.learned_for(learn, committed, None);
     }
 
-    pub fn learned_for(&mut self, learn: Learn, committed: bool, lease: Option<Lease>) {
+    pub fn learned_for(&mut self, learn: CommitRequest, committed: bool, lease: Option<Lease>) {
         let learned = learn.done(committed, lease);
-        self.engine.learned(self.now, learned, &mut self.sink);
+        self.engine.committed(self.now, learned, &mut self.sink);
     }
 
     pub fn wait(&mut self, time: Millis) {

@@ -223,7 +223,7 @@ fn an_answer_goes_on_only_when_its_addresses_are_committed() {
     );
     let records = world.sink.records.len();
     world.wait(3);
-    world.learned(true);
+    world.committed(true);
     assert_eq!(world.fate(frame), Some(&Fate::Released));
     assert_eq!(world.sink.records.len(), records + 1);
     assert_eq!(world.verdict(), (Verdict::Forwarded, Reason::Allowed, 41));
@@ -260,7 +260,7 @@ fn an_answer_that_is_not_committed_never_goes_on() {
     let mut world = world();
     ask(&mut world, 7, "allowed.test");
     let refused = tell(&mut world, &address(7, "allowed.test"));
-    world.learned(false);
+    world.committed(false);
     assert_eq!(
         world.fate(refused),
         Some(&Fate::Discarded(Reason::DnsUncommitted))
@@ -277,7 +277,7 @@ fn an_answer_that_is_not_committed_never_goes_on() {
         Some(&Fate::Discarded(Reason::DnsUncommitted))
     );
     // too late
-    world.learned(true);
+    world.committed(true);
     // the queue is full
     world.sink.room = Some(0);
     ask(&mut world, 9, "allowed.test");
@@ -344,7 +344,7 @@ fn an_answer_that_teaches_nothing_new_goes_on_at_once() {
     world.wait(60_000);
     let late = told(&mut world);
     assert_eq!(world.fate(late), None);
-    world.learned(false);
+    world.committed(false);
     assert_eq!(world.fate(late), Some(&Fate::Discarded(Reason::DnsUncommitted)));
     let stats = world.engine.stats().dns;
     assert_eq!((stats.answers, stats.committed, stats.fast_path), (7, 6, 2));
@@ -363,7 +363,7 @@ fn hints_and_both_families_are_learned() {
         let frame = world.send(&is_told(1), &to_client(4000, &message).v6().frame());
         assert_eq!(world.fate(frame), None);
         assert_eq!(world.sink.learns[0].answer.addresses.len(), 1);
-        world.learned(true);
+        world.committed(true);
         assert_eq!(world.fate(frame), Some(&Fate::Released));
     }
     world.end();
@@ -405,7 +405,7 @@ fn an_address_of_another_owner_is_learned_before_the_answer_goes_on() {
         let frame = tell(&mut world, &message);
         assert_eq!(world.fate(frame), None);
         assert_eq!(world.sink.learns[0].answer.addresses.len(), 1);
-        world.learned(true);
+        world.committed(true);
         assert_eq!(world.fate(frame), Some(&Fate::Released));
         world.end();
     }
@@ -489,7 +489,7 @@ fn malformed_answers_are_dropped_and_their_question_stays_open() {
         1
     );
     let right = tell(&mut world, &address(7, "allowed.test"));
-    world.learned(true);
+    world.committed(true);
     assert_eq!(world.fate(right), Some(&Fate::Released));
     world.end();
 }
@@ -531,7 +531,7 @@ fn a_plain_allow_still_reads_and_learns() {
         &to_client(4000, &address(7, "denied.test")).frame(),
     );
     assert_eq!(world.fate(frame), None);
-    world.learned(true);
+    world.committed(true);
     assert_eq!(world.fate(frame), Some(&Fate::Released));
     let garbage = world.send(&everything(asks(1)), &to_server(4000, b"garbage").frame());
     assert_eq!(world.fate(garbage), Some(&Fate::Discarded(Reason::AppMalformed)));
@@ -603,7 +603,7 @@ fn audit_mode_lets_pass_what_it_reports() {
     ask(&mut world, &query(8, "allowed.test", A));
     let not_held = tell(&mut world, &address(8, "allowed.test"));
     check(&world, not_held, Reason::InspectLimit);
-    world.learned(false);
+    world.committed(false);
     check(&world, held, Reason::DnsUncommitted);
     let unsolicited = tell(&mut world, &address(9, "denied.test"));
     check(&world, unsolicited, Reason::DnsUnsolicited);
@@ -674,7 +674,7 @@ fn limits_hold_for_all_and_for_each_endpoint() {
     let stats = world.engine.stats().dns;
     assert_eq!((stats.too_many, stats.not_held, stats.held), (2, 2, 3));
     // one goes, one comes
-    world.learned(true);
+    world.committed(true);
     let next = tell(&mut world, 2, 2);
     assert_eq!(world.fate(next), None);
     world.end();
@@ -701,9 +701,9 @@ fn what_is_held_of_an_endpoint_that_is_gone_is_dropped() {
     );
     assert_eq!(world.fate(frames[1]), None);
     // the commit of the dead one's answer releases nothing
-    world.learned(true);
+    world.committed(true);
     assert_eq!(world.fate(frames[1]), None);
-    world.learned(true);
+    world.committed(true);
     assert_eq!(world.fate(frames[1]), Some(&Fate::Released));
     let forgotten = world.send(&is_told(1), &to_client(4001, &address(8, "allowed.test")).frame());
     assert_eq!(

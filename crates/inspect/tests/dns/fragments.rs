@@ -63,7 +63,7 @@ fn an_answer_in_fragments_is_held_until_it_is_committed() {
         assert_eq!(world.sink.learns[0].answer.addresses.len(), 100);
         assert!(sent.iter().all(|frame| world.fate(*frame).is_none()));
         world.sink.released.clear();
-        world.learned(true);
+        world.committed(true);
         assert_eq!(world.sink.released, sent);
         // the ports are those of the first fragment
         assert_eq!((world.last().source.1, world.last().destination.1), (53, 4000));
@@ -192,7 +192,7 @@ fn a_fragment_that_comes_twice_is_taken_once() {
     let again = world.send(&is_told(1), &frames[0]);
     assert_eq!((world.fate(first), world.fate(again)), (None, Some(&INVALID)));
     let second = world.send(&is_told(1), &frames[1]);
-    world.learned(true);
+    world.committed(true);
     assert_eq!(world.fate(first), Some(&Fate::Released));
     assert_eq!(world.fate(second), Some(&Fate::Released));
     assert_eq!(world.engine.stats().fragments.duplicates, 1);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use palisade_abi::{PuntRequest, Reason};
-use palisade_inspect::{DnsLimits, Learn, Limits, Millis, TrackLimits};
+use palisade_inspect::{CommitRequest, DnsLimits, Limits, Millis, TrackLimits};
 use proptest::prelude::*;
 
 use crate::common::*;
@@ -27,7 +27,7 @@ enum Step {
         kind: AnswerKind,
         audit: bool,
     },
-    Learned {
+    CommitResult {
         which: prop::sample::Index,
         committed: bool,
     },
@@ -67,7 +67,7 @@ fn step() -> impl Strategy<Value = Step> {
         8 => (who(), audit()).prop_map(|(who, audit)| Step::Ask { who, audit }),
         8 => (who(), kind, audit()).prop_map(|(who, kind, audit)| Step::Answer { who, kind, audit }),
         5 => (any::<prop::sample::Index>(), prop::bool::weighted(0.7))
-            .prop_map(|(which, committed)| Step::Learned { which, committed }),
+            .prop_map(|(which, committed)| Step::CommitResult { which, committed }),
         3 => (0..3 * DEADLINE).prop_map(|time| Step::Wait { time }),
         1 => (1_u16..4).prop_map(|endpoint| Step::Forget { endpoint }),
         1 => any::<bool>().prop_map(|full| Step::QueueFull { full }),
@@ -149,7 +149,7 @@ fn run(steps: Vec<Step>) -> Result<(), TestCaseError> {
     });
     let mut model = Model::default();
     // what was asked to be learned and has not come back
-    let mut out: Vec<Learn> = vec![];
+    let mut out: Vec<CommitRequest> = vec![];
     let mut committed_before_release = vec![];
     for step in steps {
         match step {
@@ -206,7 +206,7 @@ fn run(steps: Vec<Step>) -> Result<(), TestCaseError> {
                 }
                 prop_assert!(world.sink.learns.is_empty());
             }
-            Step::Learned { which, committed } => {
+            Step::CommitResult { which, committed } => {
                 if out.is_empty() {
                     continue;
                 }

@@ -273,7 +273,7 @@ fn a_query_and_its_answer() {
         let fin = it.resolver(answer.len() as i64, FIN | ACK, &[]);
         assert_eq!(it.fate(fin), None);
         it.world.sink.released.clear();
-        it.world.learned(true);
+        it.world.committed(true);
         assert_eq!(it.world.sink.released, [told, fin]);
         assert_eq!(it.world.verdict(), (Verdict::Forwarded, Reason::Allowed, 41));
         let last = it.client_acknowledges(asked, answer.len() as u32 + 1, FIN | ACK, &[]);
@@ -351,7 +351,7 @@ fn an_answer_of_ones_own_comes_behind_those_to_earlier_queries() {
     let two = it.resolver(first.len() as i64, ACK, &second);
     assert_eq!((it.fate(one), it.fate(two)), (Some(&Fate::Released), None));
     assert!(it.made().is_empty());
-    it.world.learned(true);
+    it.world.committed(true);
     assert_eq!(it.fate(two), Some(&Fate::Released));
     assert!(it.made().is_empty(), "the client does not have them yet");
     let told = (first.len() + second.len()) as u32;
@@ -582,14 +582,14 @@ fn a_long_answer_goes_on_but_for_its_end() {
         }
     }
     assert_eq!(it.world.sink.learns[0].answer.addresses.len(), 1000);
-    it.world.learned(true);
+    it.world.committed(true);
     assert_eq!(it.fate(last), Some(&Fate::Released));
     it.world.end();
 }
 
 #[test]
 fn an_answer_that_may_not_pass_ends_the_connection() {
-    let uncommitted = |it: &mut Connection| it.world.learned(false);
+    let uncommitted = |it: &mut Connection| it.world.committed(false);
     let overdue = |it: &mut Connection| it.world.wait(2000);
     for settle in [&uncommitted as &dyn Fn(&mut Connection), &overdue] {
         let mut it = Connection::new();
@@ -629,7 +629,7 @@ fn answers_out_of_their_order_wait_for_each_other() {
     let learn = it.world.sink.learns.pop_back().unwrap();
     it.world.learned_one(learn, true);
     assert_eq!((it.fate(one), it.fate(two)), (None, None));
-    it.world.learned(true);
+    it.world.committed(true);
     assert_eq!(it.fate(one), Some(&Fate::Released));
     assert_eq!(it.fate(two), Some(&Fate::Released));
     it.world.end();
@@ -866,7 +866,7 @@ fn only_a_reset_that_is_believed_goes_on() {
     let right = it.client(asked, RST, &[]);
     assert_eq!(it.fate(right), Some(&Fate::Released));
     // what is held still goes on only if it may
-    it.world.learned(false);
+    it.world.committed(false);
     assert_eq!(it.fate(told), Some(&Fate::Discarded(Reason::DnsUncommitted)));
     // the same ports again
     it.greet();
@@ -1042,7 +1042,7 @@ fn all_messages_of_a_zone_transfer_go_on_and_teach_nothing() {
         assert!(it.world.sink.learns.is_empty());
         let rest = it.resolver(own as i64, ACK, &stream[own..]);
         assert_eq!(it.fate(rest), None, "behind an answer that waits, it waits");
-        it.world.learned(true);
+        it.world.committed(true);
         assert_eq!(it.fate(rest), Some(&Fate::Released));
         let stats = it.world.engine.stats().dns;
         assert_eq!((stats.transferred, stats.answers, stats.committed), (4, 2, 1));
@@ -1122,7 +1122,7 @@ fn audit_mode_lets_pass_what_it_reports() {
     assert_eq!(it.world.verdict(), (Verdict::Audit, Reason::AppDenied, ASKING));
     let told = it.resolver(0, ACK, &framed(&[address(7, "denied.test")]));
     assert_eq!(it.fate(told), None);
-    it.world.learned(false);
+    it.world.committed(false);
     assert_eq!(it.fate(told), Some(&Fate::Released));
     // no message at all: from here on nothing is read
     let garbage = it.client(denied.len() as i64, ACK, &[0, 0, 0]);

@@ -434,7 +434,7 @@ fn names_config(config: &Config) -> palisade_fqdn::Config {
         special: if dns.refuse_special {
             Special::Refuse(dns.allow_special.clone())
         } else {
-            Special::Learn
+            Special::CommitRequest
         },
     }
 }

@@ -16,7 +16,7 @@ use std::{
 use anyhow::Context as _;
 use palisade_abi::{Config as Told, Inspector, Reason, config_flags};
 use palisade_datapath::{Attached, Datapath, HookKind, PuntLink, monotonic_coarse};
-use palisade_inspect::{Denial, Engine, Limits, Millis, Rules, SniAddressIndex, learning::Lessons};
+use palisade_inspect::{Denial, Engine, Limits, Millis, Rules, SniAddressIndex, commit::CommitReceiver};
 use palisade_policy::snapshot::RuleSet;
 use palisade_worker::{Counters, Handle, Metric, Mode, Pool, Receiver, Setup, State, TimedRecord};
 use palisade_xsk::{Config as SocketConfig, Socket};
@@ -70,7 +70,7 @@ struct Running {
 #[derive(Debug)]
 pub struct Output {
     /// Answers to be learned.
-    pub lessons: Lessons,
+    pub lessons: CommitReceiver,
     /// What was seen.
     pub records: Receiver<TimedRecord>,
 }
@@ -343,7 +343,7 @@ fn start(
             })
         },
         rules: Arc::clone(&rules),
-        learns: LEARNS,
+        max_commits: LEARNS,
         records: RECORDS,
     })
     .context("starting threads")?;

@@ -9,7 +9,7 @@ use palisade_abi::{
     CtKey, FlowCommand, Inspector, PuntHeader, PuntRequest, Reason, ReinjectTrailer, flow_op, protocol,
     punt_hook, reinject_flags, reinject_path,
 };
-use palisade_inspect::{Learned, Millis, PacketView, Route, Sink, learning::lessons, record::Record};
+use palisade_inspect::{CommitResult, Millis, PacketView, Route, Sink, commit::commit_queue, record::Record};
 use palisade_xsk::handoff;
 use proptest::prelude::*;
 use zerocopy::{FromBytes as _, IntoBytes as _};
@@ -214,7 +214,7 @@ impl Inspect for Script {
         }
     }
 
-    fn learned(&mut self, _: Millis, _: Learned, _: &mut impl Sink<Handle>) {}
+    fn committed(&mut self, _: Millis, _: CommitResult, _: &mut impl Sink<Handle>) {}
 
     fn tick(&mut self, _: Millis, sink: &mut impl Sink<Handle>) {
         for frame in self.held.drain(..) {
@@ -267,8 +267,8 @@ fn context(number: usize, workers: usize) -> (WorkerContext<u32>, Control, queue
         handoff_receivers: (0..workers).map(|_| None).collect(),
         wakers: vec![waker; workers],
         poll,
-        learners: lessons(4).0,
-        learns: 4,
+        commit_queue: commit_queue(4).0,
+        max_commits: 4,
         records,
     };
     (context, sender, received)

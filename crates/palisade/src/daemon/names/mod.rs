@@ -1,7 +1,7 @@
 //! Learned names: no answer is released before the maps hold everything that it implies.
 //!
 //! ```text
-//! workers ── Learn ──> names thread: cache ─ changes ─> identities ─> LEARNED ─> commit ── Learned ──> workers
+//! workers ── CommitRequest ──> names thread: cache ─ changes ─> identities ─> LEARNED ─> commit ── CommitResult ──> workers
 //!                          │ an identity that nobody has needed yet         ▲
 //!                          └─> control thread: compile, plan, apply ────────┘
 //! ```
@@ -41,7 +41,7 @@ use palisade_fqdn::{
 };
 use palisade_inspect::{
     Lease,
-    learning::{Epoch, Lesson, Lessons},
+    commit::{CommitReceiver, CommitTask, Epoch},
 };
 use palisade_protocols::dns::{Answer, Name};
 pub use prefetch::{Prefetch, Targets, node_servers};
@@ -152,7 +152,7 @@ struct Waiting {
     since: Instant,
     pending: Pending,
     /// `None`: asked ahead, nobody waits.
-    lesson: Option<Lesson>,
+    task: Option<CommitTask>,
 }
 
 /// Nobody has an identity.
@@ -296,7 +296,7 @@ impl Names {
     }
 
     /// Answers the workers' questions until there is nobody left to ask.
-    pub fn serve(self: &Arc<Self>, lessons: Lessons) -> io::Result<()> {
+    pub fn serve(self: &Arc<Self>, lessons: CommitReceiver) -> io::Result<()> {
         self.tell_epochs(lessons.epoch());
         let names = Arc::clone(self);
         thread::Builder::new().name("names".into()).spawn(move || {
@@ -312,7 +312,7 @@ impl Names {
                 {
                     batch.push(next);
                 }
-                waiting = names.teach(&mut batch);
+                waiting = names.commit_answers(&mut batch);
             }
         })?;
         Ok(())
@@ -341,17 +341,17 @@ impl Names {
         pending
     }
 
-    /// Deals with answers; says whether some of them (or of those before) wait.
-    pub fn teach(&self, batch: &mut Vec<Lesson>) -> bool {
+    /// Commits a batch of answers. Returns whether some of them, or of earlier ones, are still pending.
+    pub fn commit_answers(&self, batch: &mut Vec<CommitTask>) -> bool {
         let now = self.now();
         let mut lines = Vec::new();
         let mut guard = self.lock();
         let state = &mut *guard;
-        for lesson in batch.drain(..) {
-            let endpoint = lesson.learn.endpoint;
-            let pending = self.learn(state, endpoint, &lesson.learn.answer, now);
-            self.tell_name(&state.book.cache, endpoint, &lesson.learn.answer, Source::Answer);
-            self.finish(state, pending, Some(lesson), None, now, &mut lines);
+        for task in batch.drain(..) {
+            let endpoint = task.request.endpoint;
+            let pending = self.learn(state, endpoint, &task.request.answer, now);
+            self.tell_name(&state.book.cache, endpoint, &task.request.answer, Source::Answer);
+            self.finish(state, pending, Some(task), None, now, &mut lines);
         }
         let late = |waiting: &mut Waiting| waiting.since.elapsed() > PATIENCE;
         for given_up in state.waiting.extract_if(.., late).collect::<Vec<_>>() {
@@ -387,7 +387,7 @@ impl Names {
         &self,
         state: &mut State,
         pending: Pending,
-        lesson: Option<Lesson>,
+        task: Option<CommitTask>,
         since: Option<Instant>,
         now: Millis,
         lines: &mut Vec<SavedName>,
@@ -427,7 +427,7 @@ impl Names {
                 state.waiting.push(Waiting {
                     since: since.unwrap_or_else(Instant::now),
                     pending,
-                    lesson,
+                    task,
                 });
                 return;
             }
@@ -435,11 +435,11 @@ impl Names {
         if !committed || state.book.failures != failures {
             self.end_epoch();
         }
-        if let Some(lesson) = lesson {
+        if let Some(task) = task {
             let epoch = self.epoch.get().map(Epoch::now);
             // Of one that has waited, something may have been taken out meanwhile, and learned again for less long.
             let lease = epoch.zip(lease).filter(|_| committed && since.is_none());
-            lesson.done(
+            task.done(
                 committed,
                 lease.map(|(epoch, good_for)| Lease { good_for, epoch }),
             );
@@ -454,7 +454,7 @@ impl Names {
             self.finish(
                 state,
                 waiting.pending,
-                waiting.lesson,
+                waiting.task,
                 Some(waiting.since),
                 now,
                 &mut lines,
@@ -687,8 +687,8 @@ impl Names {
     fn give_up(&self, state: &mut State, waiting: Waiting) {
         state.book.cache.abort(waiting.pending);
         self.answers.refused.fetch_add(1, Ordering::Relaxed);
-        if let Some(lesson) = waiting.lesson {
-            lesson.done(false, None);
+        if let Some(task) = waiting.task {
+            task.done(false, None);
         }
         self.end_epoch();
     }

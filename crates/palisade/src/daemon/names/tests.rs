@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, sync::PoisonError};
 
 use palisade_fqdn::Config;
-use palisade_inspect::{Learn, learning::lessons};
+use palisade_inspect::{CommitRequest, commit::commit_queue};
 use palisade_policy::rule::FqdnPattern;
 use palisade_protocols::dns::{Address, CLASS_IN, Question, Source as RecordSource, rtype};
 use proptest::prelude::*;
@@ -105,7 +105,7 @@ impl Writer for FakeMap {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Learn {
+    CommitRequest {
         endpoint: u16,
         name: usize,
         addresses: u8,
@@ -138,7 +138,7 @@ fn step() -> impl Strategy<Value = Step> {
     let policies = || [0..POLICIES.len(), 0..POLICIES.len()];
     prop_oneof![
         8 => (1..3_u16, 0..3_usize, 1..16_u8, prop_oneof![Just(0), Just(3600)])
-            .prop_map(|(endpoint, name, addresses, ttl)| Step::Learn { endpoint, name, addresses, ttl }),
+            .prop_map(|(endpoint, name, addresses, ttl)| Step::CommitRequest { endpoint, name, addresses, ttl }),
         2 => (0..3_usize).prop_map(|after| Step::FailNext { after }),
         2 => any::<u8>().prop_map(|in_use| Step::Sweep { in_use }),
         1 => (0..3_usize).prop_map(|name| Step::Clean { name }),
@@ -200,9 +200,9 @@ proptest! {
         let config = Config { min_ttl: 0, ..Config::default() };
         let names = Names::new(Cache::new(config), found, map.clone(), |_| {});
         let endpoints: BTreeMap<u16, String> = [(1, "a".to_owned()), (2, "b".to_owned())].into();
-        let (learners, questions) = lessons(256);
+        let (queue, questions) = commit_queue(256);
         names.tell_epochs(questions.epoch());
-        let mut learner = learners.learner(256, Arc::new(|| {}));
+        let mut committer = queue.committer(256, Arc::new(|| {}));
         let mut asked: Vec<(u16, usize, u8)> = Vec::new();
         // What may be released again without being asked for.
         let mut leases: Vec<(Lease, u64)> = Vec::new();
@@ -212,12 +212,12 @@ proptest! {
         let end = [Step::Policy { policies: [2, 1], known: 0xff }, Step::Sweep { in_use: 0 }];
         for step in std::iter::once(begin).chain(steps).chain(end) {
             match step {
-                Step::Learn { endpoint, name, addresses, ttl } => {
+                Step::CommitRequest { endpoint, name, addresses, ttl } => {
                     let ticket = asked.len() as u64;
                     asked.push((endpoint, name, addresses));
-                    learner.ask(Learn { ticket, endpoint, answer: answer(name, addresses, ttl) }).unwrap();
+                    committer.submit(CommitRequest { ticket, endpoint, answer: answer(name, addresses, ttl) }).unwrap();
                     let mut batch = vec![questions.next_waiting().unwrap()];
-                    names.teach(&mut batch);
+                    names.commit_answers(&mut batch);
                 }
                 Step::FailNext { after } => map.lock().good_for = Some(after),
                 Step::Sweep { in_use } => {
@@ -269,7 +269,7 @@ proptest! {
                 }
             }
             let mut committed = Vec::new();
-            while let Some(learned) = learner.take() {
+            while let Some(learned) = committer.take() {
                 if !learned.committed {
                     prop_assert_eq!(learned.lease, None);
                     continue;
@@ -278,7 +278,7 @@ proptest! {
                 // A quarter of an hour: nothing of that expires while this runs.
                 leases.extend(learned.lease.filter(|lease| lease.good_for > 900_000).map(|lease| (lease, learned.ticket)));
             }
-            leases.retain(|(lease, _)| lease.epoch == learner.epoch());
+            leases.retain(|(lease, _)| lease.epoch == committer.epoch());
             for ticket in leases.iter().map(|(_, ticket)| *ticket).chain(committed) {
                 let (endpoint, name, addresses) = asked[ticket as usize];
                 let implied: u32 = POLICIES[policies[usize::from(endpoint) - 1]]
@@ -296,7 +296,7 @@ proptest! {
         }
         // Nobody fails any more: the map holds what the cache says, all of it and nothing else.
         names.sweep(&HashMap::new());
-        prop_assert_eq!(learner.open(), 0, "answers that nobody brings to an end");
+        prop_assert_eq!(committer.open(), 0, "answers that nobody brings to an end");
         let mut wanted: BTreeMap<LearnedKey, BTreeSet<u32>> = BTreeMap::new();
         for (name, _) in names.list(None) {
             for address in &name.addresses {
@@ -333,17 +333,17 @@ fn what_was_learned_is_there_again_after_a_restart() {
         names
     };
     let names = open(&map);
-    let (learners, questions) = lessons(8);
-    let mut learner = learners.learner(8, Arc::new(|| {}));
-    learner
-        .ask(Learn {
+    let (queue, questions) = commit_queue(8);
+    let mut committer = queue.committer(8, Arc::new(|| {}));
+    committer
+        .submit(CommitRequest {
             ticket: 7,
             endpoint: 1,
             answer: answer(0, 3, 0),
         })
         .unwrap();
-    names.teach(&mut vec![questions.next_waiting().unwrap()]);
-    let back = learner.take().unwrap();
+    names.commit_answers(&mut vec![questions.next_waiting().unwrap()]);
+    let back = committer.take().unwrap();
     assert!(back.committed && back.ticket == 7);
     assert_eq!(*names.names_of(1, address(0)), [Arc::from("a.test")]);
     let before = map.lock().entries.clone();
@@ -375,9 +375,9 @@ fn what_makes_room_for_others_ends_the_epoch() {
         ..Config::default()
     };
     let names = Names::new(Cache::new(config), Vec::new(), map.clone(), |_| {});
-    let (learners, questions) = lessons(8);
+    let (queue, questions) = commit_queue(8);
     names.tell_epochs(questions.epoch());
-    let mut learner = learners.learner(8, Arc::new(|| {}));
+    let mut committer = queue.committer(8, Arc::new(|| {}));
     let endpoints: BTreeMap<u16, String> = [(1, "a".to_owned())].into();
     let change = names.change(&policy_of([0, 3]), &endpoints, true);
     let meaning = Fake {
@@ -388,16 +388,16 @@ fn what_makes_room_for_others_ends_the_epoch() {
     map.go(&way, usize::MAX);
     change.done(&way, Arc::new(meaning));
     let mut learn = |addresses| {
-        let learn = Learn {
+        let learn = CommitRequest {
             ticket: 0,
             endpoint: 1,
             answer: answer(0, addresses, 3600),
         };
-        learner.ask(learn).unwrap();
-        names.teach(&mut vec![questions.next_waiting().unwrap()]);
-        let learned = learner.take().unwrap();
+        committer.submit(learn).unwrap();
+        names.commit_answers(&mut vec![questions.next_waiting().unwrap()]);
+        let learned = committer.take().unwrap();
         assert!(learned.committed);
-        (learned.lease, learner.epoch())
+        (learned.lease, committer.epoch())
     };
     let (first, epoch) = learn(1);
     assert_eq!(

@@ -1,0 +1,368 @@
+//! The queues between workers and the thread that writes result addresses to the maps: a [`CommitRequest`] goes there, a
+//! [`CommitResult`] comes back.
+//!
+//! All workers share one queue of requests; each worker has a queue of results. Both are bounded and neither end blocks the
+//! other: a worker has at most as many requests open as its queue of results can hold.
+//!
+//! Depends on `crossbeam-channel`. Start at [`commit_queue`].
+
+use std::{
+    collections::VecDeque,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
+
+use crate::{CommitRequest, CommitResult, Lease};
+
+/// Wakes a worker that sleeps, after a result was queued for it.
+pub type Wake = Arc<dyn Fn() + Send + Sync>;
+
+/// Capacity of a worker's list of refreshes that wait for [`Committer::flush`].
+const MAX_REFRESHES: usize = 64;
+
+/// The workers' end of the queue; makes a [`Committer`] for each worker.
+#[derive(Clone, Debug)]
+pub struct CommitQueue {
+    requests: Sender<CommitTask>,
+    epoch: Epoch,
+}
+
+/// The receiving end of the queue.
+#[derive(Debug)]
+pub struct CommitReceiver {
+    requests: Receiver<CommitTask>,
+    epoch: Epoch,
+}
+
+/// A counter that ends all leases: it is raised when a result address leaves the maps before its lease ends. The name cache
+/// raises it, workers read it.
+#[derive(Clone, Debug, Default)]
+pub struct Epoch(Arc<AtomicU64>);
+
+impl Epoch {
+    /// Returns the current epoch.
+    #[must_use]
+    pub fn now(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Begins the next epoch.
+    pub fn end(&self) {
+        self.0.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+/// One worker's end of the queues.
+#[derive(Debug)]
+pub struct Committer {
+    requests: Sender<CommitTask>,
+    results: Receiver<CommitResult>,
+    back: ReplyPath,
+    open: usize,
+    limit: usize,
+    /// Refreshes that are sent together, so that the receiver is not woken for each.
+    refreshes: VecDeque<CommitTask>,
+    epoch: Epoch,
+}
+
+/// A request with the path of its result.
+#[derive(Debug)]
+pub struct CommitTask {
+    /// The request.
+    pub request: CommitRequest,
+    back: ReplyPath,
+    /// Whether the worker is woken for the result: an answer is held for it.
+    wakes: bool,
+}
+
+/// The queue of results of a worker.
+#[derive(Clone)]
+struct ReplyPath(Arc<(Sender<CommitResult>, Wake)>);
+
+impl fmt::Debug for ReplyPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ReplyPath")
+    }
+}
+
+/// Returns both ends of the queue of requests. `capacity`: number of requests that it can hold.
+#[must_use]
+pub fn commit_queue(capacity: usize) -> (CommitQueue, CommitReceiver) {
+    let (sender, receiver) = bounded(capacity);
+    let epoch = Epoch::default();
+    let queue = CommitQueue {
+        requests: sender,
+        epoch: epoch.clone(),
+    };
+    (
+        queue,
+        CommitReceiver {
+            requests: receiver,
+            epoch,
+        },
+    )
+}
+
+impl CommitQueue {
+    /// Returns the end of a worker that may have `limit` requests open. `wake` is called after a result was queued.
+    #[must_use]
+    pub fn committer(&self, limit: usize, wake: Wake) -> Committer {
+        let (sender, results) = bounded(limit);
+        Committer {
+            requests: self.requests.clone(),
+            results,
+            back: ReplyPath(Arc::new((sender, wake))),
+            open: 0,
+            limit,
+            refreshes: VecDeque::with_capacity(MAX_REFRESHES),
+            epoch: self.epoch.clone(),
+        }
+    }
+}
+
+impl Committer {
+    /// Sends a request. Does not allocate or block.
+    ///
+    /// # Errors
+    /// Returns the request if too many are open, or if the receiver has ended.
+    pub fn submit(&mut self, request: CommitRequest) -> Result<(), CommitRequest> {
+        if self.open >= self.limit {
+            return Err(request);
+        }
+        let task = CommitTask {
+            request,
+            back: self.back.clone(),
+            wakes: true,
+        };
+        match self.requests.try_send(task) {
+            Ok(()) => {
+                self.open += 1;
+                Ok(())
+            }
+            Err(TrySendError::Full(task) | TrySendError::Disconnected(task)) => Err(task.request),
+        }
+    }
+
+    /// Refreshes the lease of an answer that is committed already; sent by the next [`Committer::flush`] at the latest. Does
+    /// not allocate or block.
+    ///
+    /// # Errors
+    /// Returns the request if too many are open, or if the receiver has ended.
+    pub fn refresh(&mut self, request: CommitRequest) -> Result<(), CommitRequest> {
+        if self.refreshes.len() >= MAX_REFRESHES {
+            self.flush();
+        }
+        if self.open >= self.limit || self.refreshes.len() >= MAX_REFRESHES {
+            return Err(request);
+        }
+        self.refreshes.push_back(CommitTask {
+            request,
+            back: self.back.clone(),
+            wakes: false,
+        });
+        self.open += 1;
+        Ok(())
+    }
+
+    /// Returns whether there are refreshes to send.
+    #[must_use]
+    pub fn has_refreshes(&self) -> bool {
+        !self.refreshes.is_empty()
+    }
+
+    /// Sends the refreshes. Those for which the queue has no room stay for the next call.
+    pub fn flush(&mut self) {
+        while let Some(task) = self.refreshes.pop_front() {
+            match self.requests.try_send(task) {
+                Ok(()) => {}
+                Err(TrySendError::Full(task) | TrySendError::Disconnected(task)) => {
+                    self.refreshes.push_front(task);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// See [`crate::Sink::epoch`].
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.epoch.now()
+    }
+
+    /// Returns the next result, if there is one.
+    pub fn take(&mut self) -> Option<CommitResult> {
+        let result = self.results.try_recv().ok()?;
+        self.open -= 1;
+        Some(result)
+    }
+
+    /// Returns whether there is a result.
+    #[must_use]
+    pub fn is_answered(&self) -> bool {
+        !self.results.is_empty()
+    }
+
+    /// Returns the number of requests without a result.
+    #[must_use]
+    pub fn open(&self) -> usize {
+        self.open
+    }
+}
+
+impl CommitReceiver {
+    /// Waits for the next request. `Ok(None)`: none came in time.
+    ///
+    /// # Errors
+    /// If all workers have ended.
+    pub fn wait(&self, patience: std::time::Duration) -> Result<Option<CommitTask>, QueueClosed> {
+        match self.requests.recv_timeout(patience) {
+            Ok(task) => Ok(Some(task)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(QueueClosed),
+        }
+    }
+
+    /// Returns the epoch, for the thread that removes addresses from the maps.
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        self.epoch.clone()
+    }
+
+    /// Returns the next request, if there is one.
+    #[must_use]
+    pub fn next_waiting(&self) -> Option<CommitTask> {
+        self.requests.try_recv().ok()
+    }
+}
+
+/// All workers have ended: no request will follow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct QueueClosed;
+
+impl CommitTask {
+    /// Queues the result. A worker that has ended gets none.
+    pub fn done(self, committed: bool, lease: Option<Lease>) {
+        let Self { request, back, wakes } = self;
+        let result = request.done(committed, lease);
+        let (sender, wake) = &*back.0;
+        // The queue of results has room for every request that its worker may have open.
+        if sender.try_send(result).is_ok() && wakes {
+            wake();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::atomic::{AtomicUsize, Ordering},
+        time::Duration,
+    };
+
+    use super::*;
+
+    fn request(ticket: u64) -> CommitRequest {
+        CommitRequest {
+            ticket,
+            endpoint: 7,
+            answer: Box::default(),
+        }
+    }
+
+    #[test]
+    fn what_teaches_nothing_new_is_told_later_and_wakes_nobody() {
+        let (queue, receiver) = commit_queue(2);
+        let woken = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&woken);
+        let wake = move || {
+            count.fetch_add(1, Ordering::Relaxed);
+        };
+        let mut committer = queue.committer(MAX_REFRESHES + 8, Arc::new(wake));
+        committer.refresh(request(1)).unwrap();
+        assert!(committer.has_refreshes() && receiver.next_waiting().is_none());
+        committer.flush();
+        assert!(!committer.has_refreshes());
+        receiver.next_waiting().unwrap().done(true, None);
+        assert!(committer.is_answered(), "its box comes back");
+        assert_eq!(committer.take().unwrap().ticket, 1);
+        assert_eq!((committer.open(), woken.load(Ordering::Relaxed)), (0, 0));
+        // Nobody reads: what wakes is bounded, and nothing of it is lost.
+        let mut told = 0;
+        while committer.refresh(request(told)).is_ok() {
+            told += 1;
+        }
+        assert_eq!(
+            told,
+            MAX_REFRESHES as u64 + 2,
+            "those that wait, and those in the queue"
+        );
+        assert_eq!(committer.open(), MAX_REFRESHES + 2);
+        let mut heard = Vec::new();
+        while committer.open() > 0 {
+            committer.flush();
+            while let Some(task) = receiver.next_waiting() {
+                heard.push(task.request.ticket);
+                task.done(true, None);
+            }
+            while committer.take().is_some() {}
+        }
+        assert_eq!(heard, (0..told).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn what_is_asked_comes_back_to_who_asked_and_wakes_it() {
+        let (queue, receiver) = commit_queue(8);
+        let woken = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&woken);
+        let mut one = queue.committer(
+            2,
+            Arc::new(move || {
+                count.fetch_add(1, Ordering::Relaxed);
+            }),
+        );
+        let mut other = queue.committer(2, Arc::new(|| {}));
+        one.submit(request(1)).unwrap();
+        one.submit(request(2)).unwrap();
+        other.submit(request(1)).unwrap();
+        assert_eq!(one.submit(request(3)).unwrap_err().ticket, 3, "two may be open");
+        let first = receiver.wait(Duration::ZERO).unwrap().unwrap();
+        assert_eq!((first.request.ticket, first.request.endpoint), (1, 7));
+        first.done(true, None);
+        let back = one.take().unwrap();
+        assert_eq!(
+            (
+                back.ticket,
+                back.committed,
+                one.open(),
+                woken.load(Ordering::Relaxed)
+            ),
+            (1, true, 1, 1)
+        );
+        assert!(one.take().is_none() && other.take().is_none());
+        one.submit(request(3)).unwrap();
+        receiver.next_waiting().unwrap().done(false, None);
+        assert!(!one.take().unwrap().committed);
+        // a worker that has ended
+        drop(other);
+        receiver.next_waiting().unwrap().done(true, None);
+        receiver.next_waiting().unwrap().done(true, None);
+        assert_eq!(one.take().unwrap().ticket, 3);
+        assert!(receiver.next_waiting().is_none());
+    }
+
+    #[test]
+    fn nobody_waits_for_a_queue_that_is_full_or_gone() {
+        let (queue, receiver) = commit_queue(1);
+        let mut one = queue.committer(9, Arc::new(|| {}));
+        one.submit(request(1)).unwrap();
+        assert!(one.submit(request(2)).is_err());
+        assert_eq!(one.open(), 1);
+        drop(receiver);
+        assert!(one.submit(request(3)).is_err());
+    }
+}
