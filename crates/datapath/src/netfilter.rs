@@ -31,6 +31,10 @@ const LOOPBACK: u32 = 1;
 /// nft refuses longer comments.
 const LONGEST_NOTE: usize = 120;
 
+/// Comments of rules.
+const DISCOVERY: &str = "neighbour discovery";
+const UNGUARDED: &str = "219: configured and not guarded";
+
 const UNGUARDED_IN: &str = "unguarded_in";
 const UNGUARDED_OUT: &str = "unguarded_out";
 const TRANSLATED: &str = "translated";
@@ -397,12 +401,15 @@ fn steps(
             add(Part::Base, "a set of addresses", request);
         }
     }
-    for (chain, hook, priority) in [
-        ("prerouting", Hook::Prerouting, RAW),
-        ("input", Hook::Input, LATE),
-        ("postrouting", Hook::Postrouting, LATE),
+    for (chain, hook) in [
+        ("input", Hook::Input),
+        ("forward", Hook::Forward),
+        ("output", Hook::Output),
     ] {
-        add(Part::Base, "a chain", inet.chain(chain, hook, priority));
+        // Every packet pays for a hook, also where no rule matches. Only workloads have a policy for what is forwarded.
+        if hook != Hook::Forward || !rules.endpoints.is_empty() {
+            add(Part::Base, "a chain", inet.chain(chain, hook, LATE));
+        }
     }
     for (part, chain, expressions, note) in inet_rules(rules) {
         let what = format!("a rule of {chain}");
@@ -452,9 +459,6 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
     let v4 = [Of(Meta::Family), Compare(Comparison::Equal, vec![2])];
     let v6 = [Of(Meta::Family), Compare(Comparison::Equal, vec![10])];
     let mut all = Vec::new();
-    for (chain, expressions, note) in unguarded_rules(true) {
-        all.push((Part::Base, chain, expressions, note));
-    }
     let mut input = |part: Part, expressions: Vec<Expression>, note: &'static str| {
         all.push((part, "input", expressions, note));
     };
@@ -503,9 +507,15 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
             "219: an address of a workload by an interface that is not guarded",
         );
     }
+    for (chain, expressions, note) in unguarded_rules(!rules.endpoints.is_empty()) {
+        all.push((Part::Base, chain, expressions, note));
+    }
     if !rules.is_enforced {
         return all;
     }
+    let mut input = |part: Part, expressions: Vec<Expression>, note: &'static str| {
+        all.push((part, "input", expressions, note));
+    };
     for (family, destination, own) in [
         (
             &v4,
@@ -572,50 +582,91 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
     all
 }
 
+/// Drops frames between the ports of a bridge, where one of them is a configured interface that is not guarded.
 fn bridge_rules() -> Vec<(&'static str, Vec<Expression>, &'static str)> {
-    unguarded_rules(false)
-}
-
-/// What enters or leaves by a configured interface that is not guarded.
-fn unguarded_rules(is_ip: bool) -> Vec<(&'static str, Vec<Expression>, &'static str)> {
-    use Expression::{Accept, Compare, Count, Drop, In, Meta as Of, Network, Transport};
+    use Expression::{Accept, Count, Drop, In, Meta as Of};
     let mut all = Vec::new();
     for (chain, index, name, counter) in [
         ("prerouting", Meta::InIndex, Meta::InName, UNGUARDED_IN),
         ("postrouting", Meta::OutIndex, Meta::OutName, UNGUARDED_OUT),
     ] {
         all.push((chain, vec![Of(index), In(JUDGED), Accept], ""));
-        if is_ip {
-            // Solicitations and advertisements that did not come through a router (RFC 4861, 7.1) and are not sent on. ARP
-            // does not pass here at all; without either the first packets of a new interface would wait for a second.
-            let mut expressions = vec![
-                Of(Meta::Family),
-                Compare(Comparison::Equal, vec![10]),
-                Of(Meta::Protocol),
-                Compare(Comparison::Equal, vec![protocol::ICMPV6]),
-                Transport { offset: 0, length: 1 },
-                Compare(Comparison::GreaterOrEqual, vec![135]),
-                Compare(Comparison::LessOrEqual, vec![136]),
-                Network { offset: 7, length: 1 },
-                Compare(Comparison::Equal, vec![255]),
-            ];
-            if chain == "prerouting" {
-                expressions.extend([
-                    Network {
-                        offset: 24,
-                        length: 16,
-                    },
-                    In(OWN_V6),
-                ]);
-            }
-            expressions.push(Accept);
-            all.push((chain, expressions, "neighbour discovery"));
+        all.push((chain, vec![Of(name), In(NAMES), Count(counter), Drop], UNGUARDED));
+    }
+    all
+}
+
+/// Drops packets that enter or leave by a configured interface that is not guarded: those that the node receives or sends,
+/// and, with `forwards`, those that it forwards. What enters by a guarded interface and would leave by another one is the
+/// programs' (`xdp/src/link.rs`), so a forwarded packet pays for one lookup.
+fn unguarded_rules(forwards: bool) -> Vec<(&'static str, Vec<Expression>, &'static str)> {
+    use Expression::{Accept, Compare, Count, Drop, In, Meta as Of, Network, NotIn, Transport};
+    // Solicitations and advertisements that did not come through a router (RFC 4861, section 7.1). ARP does not pass these
+    // hooks; without either, the first packets of a new interface would wait for a second.
+    let discovery = |index: Meta, own: bool| {
+        let mut expressions = vec![
+            Of(Meta::Family),
+            Compare(Comparison::Equal, vec![10]),
+            Of(Meta::Protocol),
+            Compare(Comparison::Equal, vec![protocol::ICMPV6]),
+            Of(index),
+            NotIn(JUDGED),
+            Transport { offset: 0, length: 1 },
+            Compare(Comparison::GreaterOrEqual, vec![135]),
+            Compare(Comparison::LessOrEqual, vec![136]),
+            Network { offset: 7, length: 1 },
+            Compare(Comparison::Equal, vec![255]),
+        ];
+        if own {
+            expressions.extend([
+                Network {
+                    offset: 24,
+                    length: 16,
+                },
+                In(OWN_V6),
+            ]);
         }
-        all.push((
-            chain,
-            vec![Of(name), In(NAMES), Count(counter), Drop],
-            "219: configured and not guarded",
-        ));
+        expressions.push(Accept);
+        expressions
+    };
+    let unguarded = |index: Meta, name: Meta, counter: &'static str| {
+        vec![
+            Of(index),
+            NotIn(JUDGED),
+            Of(name),
+            In(NAMES),
+            Count(counter),
+            Drop,
+        ]
+    };
+    let mut all = vec![
+        ("input", discovery(Meta::InIndex, true), DISCOVERY),
+        (
+            "input",
+            unguarded(Meta::InIndex, Meta::InName, UNGUARDED_IN),
+            UNGUARDED,
+        ),
+        ("output", discovery(Meta::OutIndex, false), DISCOVERY),
+        (
+            "output",
+            unguarded(Meta::OutIndex, Meta::OutName, UNGUARDED_OUT),
+            UNGUARDED,
+        ),
+    ];
+    if forwards {
+        all.extend([
+            ("forward", vec![Of(Meta::InIndex), In(JUDGED), Accept], ""),
+            (
+                "forward",
+                vec![Of(Meta::InName), In(NAMES), Count(UNGUARDED_IN), Drop],
+                UNGUARDED,
+            ),
+            (
+                "forward",
+                unguarded(Meta::OutIndex, Meta::OutName, UNGUARDED_OUT),
+                UNGUARDED,
+            ),
+        ]);
     }
     all
 }

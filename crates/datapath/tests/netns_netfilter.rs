@@ -54,27 +54,28 @@ table inet palisade {
   set endpoints6 { type ipv6_addr; size 1; elements = { fd00::10 } }
   set own4 { type ipv4_addr; flags interval; elements = { 192.0.2.1, 198.51.100.0/24, 224.0.0.0/3 } }
   set own6 { type ipv6_addr; flags interval; elements = { 2001:db8::1, ff00::/8 } }
-  chain prerouting {
-    type filter hook prerouting priority -300;
-    iif @judged accept
-    meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type >= 135 icmpv6 type <= 136 ip6 hoplimit 255 ip6 daddr @own6 accept comment "neighbour discovery"
-    iifname @names counter name "unguarded_in" drop comment "219: configured and not guarded"
-  }
   chain input {
     type filter hook input priority 300;
     iif 1 accept comment "the node itself"
     meta nfproto ipv4 ip saddr @endpoints4 iif != @workloads counter name "unguarded_in" drop comment "219: an address of a workload by an interface that is not guarded"
     meta nfproto ipv6 ip6 saddr @endpoints6 iif != @workloads counter name "unguarded_in" drop comment "219: an address of a workload by an interface that is not guarded"
+    meta nfproto ipv6 meta l4proto ipv6-icmp iif != @judged icmpv6 type >= 135 icmpv6 type <= 136 ip6 hoplimit 255 ip6 daddr @own6 accept comment "neighbour discovery"
+    iif != @judged iifname @names counter name "unguarded_in" drop comment "219: configured and not guarded"
     meta mark != 0 iif @judged meta nfproto ipv4 ip daddr != @own4 fib daddr type != 2 fib daddr type != 3 fib daddr type != 4 fib daddr type != 5 counter name "translated" drop comment "229: turned to the node by TPROXY or a mark"
     meta mark != 0 iif @judged meta nfproto ipv6 ip6 daddr != @own6 fib daddr type != 2 fib daddr type != 3 fib daddr type != 4 fib daddr type != 5 counter name "translated" drop comment "229: turned to the node by TPROXY or a mark"
     ct direction original ct status & dnat != 0 iif @judged ct original ip daddr != @own4 counter name "translated" drop comment "229: turned to the node by DNAT"
     ct direction original ct status & dnat != 0 iif @judged ct original ip6 daddr != @own6 counter name "translated" drop comment "229: turned to the node by DNAT"
   }
-  chain postrouting {
-    type filter hook postrouting priority 300;
-    oif @judged accept
-    meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type >= 135 icmpv6 type <= 136 ip6 hoplimit 255 accept comment "neighbour discovery"
-    oifname @names counter name "unguarded_out" drop comment "219: configured and not guarded"
+  chain forward {
+    type filter hook forward priority 300;
+    iif @judged accept
+    iifname @names counter name "unguarded_in" drop comment "219: configured and not guarded"
+    oif != @judged oifname @names counter name "unguarded_out" drop comment "219: configured and not guarded"
+  }
+  chain output {
+    type filter hook output priority 300;
+    meta nfproto ipv6 meta l4proto ipv6-icmp oif != @judged icmpv6 type >= 135 icmpv6 type <= 136 ip6 hoplimit 255 accept comment "neighbour discovery"
+    oif != @judged oifname @names counter name "unguarded_out" drop comment "219: configured and not guarded"
   }
 }
 table bridge palisade {
@@ -200,7 +201,7 @@ fn counters_go_on_when_the_table_is_replaced() {
         let socket = std::net::UdpSocket::bind("192.0.2.1:0").unwrap();
         socket.set_broadcast(true).unwrap();
         for _ in 0..3 {
-            // What postrouting drops may be an error to the sender.
+            // What the output hook drops is an error to the sender (EPERM).
             let _ = socket.send_to(b"x", "192.0.2.255:9");
         }
         let first = table.counts().unwrap();

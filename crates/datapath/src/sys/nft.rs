@@ -50,6 +50,8 @@ pub(crate) enum Family {
 pub(crate) enum Hook {
     Prerouting = 0,
     Input = 1,
+    Forward = 2,
+    Output = 3,
     Postrouting = 4,
 }
 
