@@ -66,6 +66,8 @@ pub struct Rules {
     pub endpoints: BTreeSet<IpAddr>,
     /// What the programs take for the node itself: addresses, broadcast addresses, local routes.
     pub own: BTreeSet<IpNet>,
+    /// Packets may be forwarded that pass no guarded interface: close that too. Every forwarded packet pays for it.
+    pub forwards: bool,
     /// The node's ingress policy is enforced: what is delivered to the node without having been judged by it is dropped.
     pub is_enforced: bool,
     /// The node translates addresses. Only then may a rule ask for connections: such a rule has the kernel track them.
@@ -79,6 +81,11 @@ impl Rules {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.names.is_empty() && self.endpoints.is_empty() && !self.is_enforced
+    }
+
+    /// Returns whether forwarded packets meet the table.
+    fn closes_forwarding(&self) -> bool {
+        self.forwards && !self.endpoints.is_empty()
     }
 }
 
@@ -407,7 +414,7 @@ fn steps(
         ("output", Hook::Output),
     ] {
         // Every packet pays for a hook, also where no rule matches. Only workloads have a policy for what is forwarded.
-        if hook != Hook::Forward || !rules.endpoints.is_empty() {
+        if hook != Hook::Forward || rules.closes_forwarding() {
             add(Part::Base, "a chain", inet.chain(chain, hook, LATE));
         }
     }
@@ -507,7 +514,7 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
             "219: an address of a workload by an interface that is not guarded",
         );
     }
-    for (chain, expressions, note) in unguarded_rules(!rules.endpoints.is_empty()) {
+    for (chain, expressions, note) in unguarded_rules(rules.closes_forwarding()) {
         all.push((Part::Base, chain, expressions, note));
     }
     if !rules.is_enforced {
@@ -841,6 +848,27 @@ mod tests {
         for at in [Some(0), None] {
             send_what_is_taken(all, |_| Err((at, refused()))).unwrap_err();
         }
+    }
+
+    #[test]
+    fn forwarded_packets_meet_the_table_only_where_endpoints_need_it() {
+        let chains = |forwards, endpoints: &[IpAddr]| {
+            let rules = Rules {
+                forwards,
+                names: ["veth-a".to_owned()].into(),
+                endpoints: endpoints.iter().copied().collect(),
+                ..Rules::default()
+            };
+            let steps = steps("t", "a", &rules, &[], &[Counter::default(); 3]);
+            let made = steps.iter().filter(|(_, what, _)| what == "a chain").count();
+            let used: BTreeSet<_> = inet_rules(&rules).iter().map(|(_, chain, ..)| *chain).collect();
+            assert_eq!(used.len(), made);
+            used.contains("forward")
+        };
+        let endpoints = [IpAddr::from([10, 0, 0, 1])];
+        assert!(chains(true, &endpoints));
+        assert!(!chains(false, &endpoints));
+        assert!(!chains(true, &[]));
     }
 
     #[test]

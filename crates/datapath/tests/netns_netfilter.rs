@@ -34,6 +34,7 @@ fn rules() -> Rules {
         own: ["192.0.2.1/32", "198.51.100.0/24", "2001:db8::1/128"]
             .map(|a| a.parse().unwrap())
             .into(),
+        forwards: true,
         is_enforced: true,
         has_nat: true,
         has_bridge: true,

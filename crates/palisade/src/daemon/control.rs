@@ -345,6 +345,8 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
             anyhow::bail!("not everything could be detached: {problem}");
         }
     } else {
+        // Interfaces that are made while no daemon runs are not guarded.
+        control.netfilter.close_forwarding();
         info!("ended; what is attached goes on enforcing the last policy");
     }
     socket.close();
@@ -776,7 +778,13 @@ impl Control {
         }
         let enforced = |direction| self.engine.node_enforces(direction);
         let (ingress, egress) = (enforced(Direction::Ingress), enforced(Direction::Egress));
-        let guarded = self.guard.rules(&self.network, ingress || egress);
+        let mut guarded = self.guard.rules(&self.network, ingress || egress);
+        // By an interface without programs, packets leave the node that entered it by another one. Where there is none, one
+        // end of every forwarded packet is a guarded interface, whose programs drop what did not enter by one (219).
+        let punt_link = [0, 1].map(|end| format!("{}{end}", self.config.worker.interface));
+        guarded.forwards |= self.network.links.iter().any(|(name, ifindex)| {
+            name != "lo" && !punt_link.contains(name) && !guarded.judged.contains(ifindex)
+        });
         let world = self.engine.compiler.world();
         let (nodes, workloads): (Vec<_>, Vec<_>) =
             world.endpoints.iter().partition(|endpoint| endpoint.is_node());

@@ -286,6 +286,7 @@ impl Guard {
     pub fn rules(&mut self, network: &Network, nics: bool) -> Rules {
         let (mut judged, mut workloads) = (BTreeSet::new(), BTreeSet::new());
         let mut names = BTreeSet::new();
+        let mut forwards = false;
         for (name, wanted) in &self.wanted {
             let outcome = self.outcomes.get(name);
             let guarded = match outcome {
@@ -293,6 +294,7 @@ impl Guard {
                 Some(Outcome::Failed(_)) => self.kept.get(name).copied(),
                 None => None,
             };
+            forwards |= guarded.is_none();
             if let Some(ifindex) = guarded {
                 judged.insert(ifindex);
                 if wanted.role == Role::Endpoint {
@@ -319,6 +321,7 @@ impl Guard {
             judged,
             workloads,
             names,
+            forwards,
             has_bridge: self.had_bridge,
             ..Rules::default()
         }

@@ -139,6 +139,16 @@ impl Keeper {
         }
     }
 
+    /// Closes forwarding between interfaces that are not guarded, before the daemon ends.
+    pub fn close_forwarding(&mut self) {
+        if let Some(rules) = self.written.clone() {
+            self.write(Rules {
+                forwards: true,
+                ..rules
+            });
+        }
+    }
+
     fn try_write(&mut self, rules: &Rules) -> Result<Vec<String>, NetfilterError> {
         let table = match &mut self.table {
             Some(table) => table,
