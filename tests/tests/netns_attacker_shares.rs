@@ -167,5 +167,5 @@ fn kept_connections_live_on_over_a_restart_and_a_resized_map() {
         status["conntrack"]["capacity"].as_u64(),
         Some(u64::from(2 * ROOM))
     );
-    assert!(status["conntrack"]["kept"].as_u64() >= Some(2), "{status:#}");
+    assert!(status["conntrack"]["protected"].as_u64() >= Some(2), "{status:#}");
 }

@@ -190,6 +190,8 @@ fn the_table_is_replaced_and_removed_and_no_other_is_touched() {
 #[test]
 fn counters_go_on_when_the_table_is_replaced() {
     let ns = namespace();
+    // Group reports of a new interface would be counted at any time.
+    ns.sysctl("ipv6/conf/all/disable_ipv6", "1").unwrap();
     ns.ip("addr add 192.0.2.1/24 dev v0\nlink set v0 up\nlink set v1 up")
         .unwrap();
     let rules = Rules {
