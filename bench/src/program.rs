@@ -460,7 +460,7 @@ fn by_slot(place: &Place) -> Result<[f64; 3]> {
         Ok(())
     };
     deleted(&mut loaded, &mut free)?;
-    // Places are taken at random: so many leave next to no slot without a flow.
+    // Slots are chosen at random: this many flows leave hardly a slot without one.
     let filled = 6 * SLOTS;
     for (n, (other, port)) in (0..filled + PACKETS).map(|n| (n, flow(n))) {
         let time = loaded.run(place.program, &place.frame(other, port), 1)?;

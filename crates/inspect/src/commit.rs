@@ -291,7 +291,7 @@ mod tests {
         assert!(committer.is_answered(), "its box comes back");
         assert_eq!(committer.take().unwrap().ticket, 1);
         assert_eq!((committer.open(), woken.load(Ordering::Relaxed)), (0, 0));
-        // Nobody reads: what wakes is bounded, and nothing of it is lost.
+        // Without a reader: the number of wake-ups is bounded, and no value is lost.
         let mut told = 0;
         while committer.refresh(request(told)).is_ok() {
             told += 1;

@@ -28,7 +28,7 @@ use crate::config::Config;
 const GROUP: u32 = 1 << (7 - 1);
 /// After a notification, more are awaited for so long: a transaction comes as many.
 const SETTLE: Duration = Duration::from_millis(5);
-/// Nobody tells of the tables of the kernel's own iptables; they are looked at so often.
+/// Interval at which the tables of the kernel's own iptables are read, ms: the kernel sends no notification about them.
 const LOOK: u16 = 2_000;
 /// Bytes of notifications that may wait to be read.
 const BUFFER: usize = 4 << 20;

@@ -369,7 +369,7 @@ fn start(
     Ok((running, Output { lessons, records }, problem))
 }
 
-/// What nobody else can know: the cookie of packets on the punt link, the mark of those that come back.
+/// The secrets of this start: the cookie of packets on the punt link, and the mark of reinjected ones.
 fn secrets() -> io::Result<(u64, u32)> {
     let mut random = File::open("/dev/urandom")?;
     let (mut cookie, mut mark) = ([0; 8], [0; 4]);
