@@ -17,7 +17,58 @@ use std::{
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 
-use crate::{CommitRequest, CommitResult, Lease};
+use palisade_protocols::dns::Answer;
+
+use crate::Millis;
+
+/// Request to write the addresses of an answer to the maps, before the answer is forwarded.
+#[derive(Debug)]
+pub struct CommitRequest {
+    /// The engine's number of the request. [`CommitResult`] repeats it.
+    pub ticket: u64,
+    /// Number of the endpoint that learns the addresses.
+    pub endpoint: u16,
+    /// The answer. [`CommitResult`] returns the box for reuse.
+    pub answer: Box<Answer>,
+}
+
+impl CommitRequest {
+    /// Returns the result of this request.
+    #[must_use]
+    pub fn done(self, committed: bool, lease: Option<Lease>) -> CommitResult {
+        CommitResult {
+            ticket: self.ticket,
+            endpoint: self.endpoint,
+            committed,
+            lease,
+            answer: self.answer,
+        }
+    }
+}
+
+/// Result of a [`CommitRequest`].
+#[derive(Debug)]
+pub struct CommitResult {
+    /// Number of the request.
+    pub ticket: u64,
+    /// Number of the endpoint that learns the addresses.
+    pub endpoint: u16,
+    /// Whether every address of the answer is in the maps. If not, the answer must not be forwarded.
+    pub committed: bool,
+    /// Lease of the addresses; none if the maps may lose them at any time.
+    pub lease: Option<Lease>,
+    /// The box of the request.
+    pub answer: Box<Answer>,
+}
+
+/// How long the addresses of a committed answer stay in the maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// Time that the addresses stay if the epoch does not end before, ms.
+    pub good_for: Millis,
+    /// Epoch of the lease: see [`crate::Sink::epoch`].
+    pub epoch: u64,
+}
 
 /// Wakes a worker that sleeps, after a result was queued for it.
 pub type Wake = Arc<dyn Fn() + Send + Sync>;

@@ -14,6 +14,7 @@ use crate::{
     PacketView, Rules, Sink, TlsLimits, TlsStats,
     dns::{Dns, stream::Streams},
     fragments::Reassembler,
+    frames::{Frames, Spare},
     http::Http,
     record::{Record, Verdict, What},
     tcp::quote::QuotedSegment,
@@ -48,50 +49,6 @@ pub struct Stats {
     pub unsupported: u64,
 }
 
-/// The frames of one datagram: one, or one for each fragment, in the order in which they came.
-pub(crate) enum Frames<F> {
-    One(F),
-    Many(Vec<F>),
-}
-
-/// Vectors that have been used.
-pub(crate) struct Spare<F>(Vec<Vec<F>>);
-
-impl<F> Spare<F> {
-    /// More are not kept.
-    const KEPT: usize = 64;
-
-    pub(crate) fn take(&mut self) -> Vec<F> {
-        self.0.pop().unwrap_or_default()
-    }
-
-    pub(crate) fn give(&mut self, used: Vec<F>) {
-        if self.0.len() < Self::KEPT {
-            self.0.push(used);
-        }
-    }
-}
-
-impl<F> Frames<F> {
-    fn each(self, spare: &mut Spare<F>, mut f: impl FnMut(F)) {
-        match self {
-            Self::One(frame) => f(frame),
-            Self::Many(mut frames) => {
-                frames.drain(..).for_each(f);
-                spare.give(frames);
-            }
-        }
-    }
-
-    pub(crate) fn release(self, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
-        self.each(spare, |frame| sink.release(frame));
-    }
-
-    pub(crate) fn discard(self, reason: Reason, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
-        self.each(spare, |frame| sink.discard(frame, reason));
-    }
-}
-
 /// Reads what a worker is given, and decides. One for each worker.
 pub struct Engine<F> {
     rules: Arc<Rules>,
@@ -115,7 +72,7 @@ impl<F> Engine<F> {
             http: Http::new(&limits.http),
             tls: Tls::new(&limits.tls),
             fragments: Reassembler::new(&limits.fragments),
-            spare: Spare(Vec::new()),
+            spare: Spare::new(),
             unsupported: 0,
         }
     }

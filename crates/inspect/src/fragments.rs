@@ -11,8 +11,8 @@ use palisade_packet::{Packet, flags};
 
 use crate::{
     Millis, PacketView, Sink,
-    engine::Spare,
     expiry_queue::ExpiryQueue,
+    frames::Spare,
     packet_builder::Sum,
     record::{Record, Verdict, What},
 };

@@ -8,7 +8,7 @@ use std::{
 use palisade_abi::{Addr, Reason, punt_flags};
 use palisade_protocols::dns::Name;
 
-use crate::PacketView;
+use crate::packet::PacketView;
 
 /// Longest text of a record; longer ones are cut.
 pub const TEXT: usize = 256;

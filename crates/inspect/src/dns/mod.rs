@@ -3,184 +3,34 @@
 use std::{collections::HashMap, net::SocketAddr};
 
 use palisade_abi::{Addr, PuntRequest, Reason, punt_flags};
-use palisade_fqdn::{Flow, OpenQuestion, TrackLimits, Tracker, Unsolicited};
-use palisade_protocols::dns::{Answer, Limits, Name, ParseError, Query, Question, Rcode, reply, rtype};
+use palisade_fqdn::{Flow, OpenQuestion, Tracker};
+use palisade_protocols::dns::{Answer, Limits, Name, Query, Question, Rcode, reply, rtype};
 
 mod committed;
+mod config;
 pub(crate) mod stream;
+mod types;
 
 use committed::CommittedAnswers;
-use stream::{Place, Transfer};
+pub use config::{Denial, DnsLimits, DnsStats};
+use types::{AnswerVerdict, Note, QueryVerdict, Resolved, Transfer, Waiting};
 
 use crate::{
     CommitRequest, CommitResult, DnsRules, Millis, PacketView, Route, Rules, Sink,
-    engine::{Frames, Spare},
     expiry_queue::ExpiryQueue,
+    frames::{Frames, Spare},
     packet_builder,
     record::{Record, Text, Verdict, What},
-    tcp::{TcpLimits, TcpStats},
 };
-
-/// What a query for a name that is not allowed is answered with.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Denial {
-    /// REFUSED: policy says no.
-    #[default]
-    Refused,
-    /// NXDOMAIN: there is no such name. Some clients stop asking others then.
-    NxDomain,
-}
-
-/// How much DNS inspection may hold, and for how long. Of one worker.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct DnsLimits {
-    /// What a denied query is answered with.
-    pub denial: Denial,
-    /// Questions that are open.
-    pub track: TrackLimits,
-    /// Answers that wait until their addresses can be reached.
-    pub held: usize,
-    /// Of them, those of one endpoint.
-    pub held_per_endpoint: usize,
-    /// How long such an answer waits; then it is dropped.
-    pub deadline: Millis,
-    /// Connections. Their deadline is that of an unfinished message.
-    pub tcp: TcpLimits,
-}
-
-impl Default for DnsLimits {
-    fn default() -> Self {
-        Self {
-            denial: Denial::default(),
-            track: TrackLimits::default(),
-            held: 4096,
-            held_per_endpoint: 1024,
-            deadline: 2000,
-            tcp: TcpLimits {
-                connections: 4096,
-                connections_per_endpoint: 1024,
-                // The longest message, and what is asked and answered meanwhile.
-                bytes_per_direction: 160 << 10,
-                bytes: 64 << 20,
-                frames_per_direction: 256,
-                deadline: 10_000,
-                idle: 120_000,
-                ..TcpLimits::default()
-            },
-        }
-    }
-}
-
-/// What has happened so far.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct DnsStats {
-    /// Connections.
-    pub tcp: TcpStats,
-    /// Queries that were read.
-    pub queries: u64,
-    /// Queries for a name that is not allowed.
-    pub denied: u64,
-    /// Queries that were not tracked because a limit is reached.
-    pub too_many: u64,
-    /// Queries and answers that were answered here.
-    pub replies: u64,
-    /// Answers that were read and asked for.
-    pub answers: u64,
-    /// Messages of zone transfers that went on.
-    pub transferred: u64,
-    /// Answers released after what they teach was committed.
-    pub committed: u64,
-    /// Of them, those that taught nothing new and did not have to wait.
-    pub fast_path: u64,
-    /// Answers whose learning failed, or could not be asked for.
-    pub uncommitted: u64,
-    /// Answers that waited too long.
-    pub overdue: u64,
-    /// Answers that were not held because a limit is reached.
-    pub not_held: u64,
-    /// Answers that wait now.
-    pub held: u64,
-    /// Messages that are not well-formed, by [`ParseError`].
-    pub malformed: [u64; ParseError::ALL.len()],
-    /// Unsolicited answers, by [`Unsolicited`].
-    pub unsolicited: [u64; Unsolicited::ALL.len()],
-    /// Packets that would have been refused and passed because of audit mode.
-    pub audited: u64,
-}
-
-impl Default for DnsStats {
-    fn default() -> Self {
-        Self {
-            tcp: TcpStats::default(),
-            queries: 0,
-            denied: 0,
-            too_many: 0,
-            replies: 0,
-            answers: 0,
-            transferred: 0,
-            committed: 0,
-            fast_path: 0,
-            uncommitted: 0,
-            overdue: 0,
-            not_held: 0,
-            held: 0,
-            malformed: [0; _],
-            unsolicited: [0; _],
-            audited: 0,
-        }
-    }
-}
 
 /// The ticket of what nobody waits for.
 const REFRESH: u64 = u64::MAX;
 
-/// What is noted with a question.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Note {
-    /// The rule that let it pass.
-    rule: u32,
-}
-
-/// An answer that waits.
+/// An answer that is held until its addresses are committed.
 struct Held<F> {
     what: Waiting<F>,
     audit: bool,
     record: Record,
-}
-
-/// Where an answer stands.
-pub(crate) enum Waiting<F> {
-    /// In these frames.
-    Datagram(Frames<F>),
-    /// In a stream.
-    Stream(Place),
-}
-
-/// What became of an answer in a stream.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Resolved {
-    /// Which.
-    pub place: Place,
-    /// It may go on; else why not.
-    pub passes: Result<(), Reason>,
-}
-
-/// What becomes of a query.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum QueryVerdict {
-    Pass,
-    /// It passes, and asks for a whole zone over TCP: it has many answers, and none of them is tracked.
-    Transfer(Note),
-    Refuse(Reason, Option<Rcode>),
-}
-
-/// What becomes of an answer.
-#[derive(Debug)]
-pub(crate) enum AnswerVerdict {
-    Pass,
-    Refuse(Reason),
-    /// It teaches something: only when that is committed.
-    CommitRequest(Box<Answer>, OpenQuestion<Note>),
 }
 
 pub(crate) struct Dns<F> {
@@ -252,7 +102,7 @@ impl<F> Dns<F> {
         match self.answer(now, view, message, sink) {
             AnswerVerdict::Pass => frames.release(spare, sink),
             AnswerVerdict::Refuse(reason) => frames.discard(reason, spare, sink),
-            AnswerVerdict::CommitRequest(answer, asked) => {
+            AnswerVerdict::Commit(answer, asked) => {
                 let what = Waiting::Datagram(frames);
                 self.hold(now, view, answer, asked, what, spare, sink);
             }
@@ -425,7 +275,7 @@ impl<F> Dns<F> {
         if !answer.addresses.is_empty() && endpoint_asks(view.slot) {
             let endpoint = view.slot.endpoint;
             if !self.committed.has(endpoint, &answer, sink.epoch(), now) {
-                return AnswerVerdict::CommitRequest(answer, asked);
+                return AnswerVerdict::Commit(answer, asked);
             }
             let record = answer_record(now, view, &answer, asked);
             let refresh = CommitRequest {
@@ -440,7 +290,7 @@ impl<F> Dns<F> {
                     sink.record(&record);
                     AnswerVerdict::Pass
                 }
-                Err(learn) => AnswerVerdict::CommitRequest(learn.answer, asked),
+                Err(learn) => AnswerVerdict::Commit(learn.answer, asked),
             };
         }
         sink.record(&answer_record(now, view, &answer, asked));

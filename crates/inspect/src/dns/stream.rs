@@ -8,12 +8,15 @@
 use std::collections::VecDeque;
 
 use palisade_abi::{CtKey, Reason, punt_flags};
-use palisade_protocols::dns::{Head, Limits, ParseError, Query, Question, Rcode, first_message, reply};
+use palisade_protocols::dns::{Head, Limits, ParseError, Query, Rcode, first_message, reply};
 
-use super::{AnswerVerdict, Dns, Note, QueryVerdict, Waiting, describe_query, is_audit};
+use super::{
+    Dns, describe_query, is_audit,
+    types::{AnswerVerdict, Place, QueryVerdict, Transfer, Waiting},
+};
 use crate::{
     Millis, PacketView, Rules, Sink,
-    engine::Spare,
+    frames::Spare,
     record::{Record, What},
     tcp::{
         Action, Connections, Offloadable, Side, StreamInspector, TcpLimits, TcpStats, key,
@@ -27,16 +30,6 @@ const PREFIX: usize = 2;
 const REPLIES: usize = 4096;
 /// Zone transfers of one connection that are remembered.
 const TRANSFERS: usize = 16;
-
-/// Where an answer stands.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Place {
-    key: CtKey,
-    /// Which connection of this key.
-    number: u64,
-    /// Where in the stream it ends.
-    end: u64,
-}
 
 /// What is kept of a connection. Places in a stream count from its first byte.
 struct Flow {
@@ -82,16 +75,6 @@ struct Judged {
     passes: bool,
     /// It answers a query.
     closes: bool,
-}
-
-/// A question for a whole zone.
-pub(super) struct Transfer {
-    id: u16,
-    pub(super) question: Question,
-    pub(super) note: Note,
-    pub(super) at: Millis,
-    /// Its first message has come.
-    begun: bool,
 }
 
 impl Flow {
@@ -497,7 +480,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
             match self.dns.answer(self.now, view, message, sink) {
                 AnswerVerdict::Pass => (true, true),
                 AnswerVerdict::Refuse(reason) => return Err(reason),
-                AnswerVerdict::CommitRequest(answer, asked) => {
+                AnswerVerdict::Commit(answer, asked) => {
                     let place = Place {
                         key: self.key,
                         number: self.flow.number,

@@ -3,9 +3,13 @@
 use std::{collections::VecDeque, mem};
 
 use palisade_abi::{PuntRequest, Reason, punt_flags};
+use palisade_policy::l7::GetBodies;
 use palisade_protocols::http1::{Body, Chunks, Head, HeaderBuffer, ParseError, Piece, Request, Response};
 
-use super::{GetBodies, HttpLimits, HttpStats, redact};
+use super::{
+    config::{HttpLimits, HttpStats},
+    redact,
+};
 use crate::{
     Millis, Rules, Sink,
     record::{About, Record, Text, Verdict, What, Word},

@@ -1,0 +1,53 @@
+//! The frame handles of one datagram, and the vectors in which fragments are kept.
+
+use palisade_abi::Reason;
+
+use crate::Sink;
+
+/// Frames of one datagram: one, or one for each fragment in order of arrival.
+pub(crate) enum Frames<F> {
+    One(F),
+    Many(Vec<F>),
+}
+
+/// Pool of empty vectors, so that fragments allocate nothing in the steady state.
+pub(crate) struct Spare<F>(Vec<Vec<F>>);
+
+impl<F> Spare<F> {
+    /// Maximum number of vectors in the pool.
+    const KEPT: usize = 64;
+
+    pub(crate) const fn new() -> Self {
+        Self(Vec::new())
+    }
+
+    pub(crate) fn take(&mut self) -> Vec<F> {
+        self.0.pop().unwrap_or_default()
+    }
+
+    pub(crate) fn give(&mut self, used: Vec<F>) {
+        if self.0.len() < Self::KEPT {
+            self.0.push(used);
+        }
+    }
+}
+
+impl<F> Frames<F> {
+    fn each(self, spare: &mut Spare<F>, mut f: impl FnMut(F)) {
+        match self {
+            Self::One(frame) => f(frame),
+            Self::Many(mut frames) => {
+                frames.drain(..).for_each(f);
+                spare.give(frames);
+            }
+        }
+    }
+
+    pub(crate) fn release(self, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
+        self.each(spare, |frame| sink.release(frame));
+    }
+
+    pub(crate) fn discard(self, reason: Reason, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
+        self.each(spare, |frame| sink.discard(frame, reason));
+    }
+}

@@ -1,0 +1,42 @@
+//! The interface through which the engine acts: frames go back to the caller, and everything else that the engine wants done.
+
+use palisade_abi::{FlowCommand, Reason};
+
+use crate::{commit::CommitRequest, packet::Route, record::Record};
+
+/// Receives the effects of the engine, in the order in which they must happen.
+pub trait Sink<F> {
+    /// Forwards the packet unchanged.
+    fn release(&mut self, frame: F);
+    /// Forwards the packet unchanged, together with a flow command for the BPF programs.
+    fn release_with(&mut self, frame: F, command: &FlowCommand);
+    /// Sends a flow command to the BPF programs without a packet.
+    fn command(&mut self, _command: &FlowCommand) {}
+    /// Consumes a packet whose bytes the engine has acknowledged to the sender and delivers itself, or an ICMP error about
+    /// packets that the engine has built.
+    fn absorb(&mut self, frame: F) {
+        self.discard(frame, Reason::TcpHeld);
+    }
+    /// Drops the packet.
+    fn discard(&mut self, frame: F, reason: Reason);
+    /// Sends a packet that the engine has built: a whole Ethernet frame with valid checksums.
+    fn emit(&mut self, frame: &[u8], route: Route);
+    /// Requests that the addresses of an answer are written to the maps.
+    ///
+    /// # Errors
+    /// Returns the request if the queue is full. No result follows then.
+    fn commit(&mut self, learn: CommitRequest) -> Result<(), CommitRequest>;
+    /// Refreshes the lease of an answer whose addresses are in the maps already. The result returns the box of the answer.
+    ///
+    /// # Errors
+    /// Returns the request if the queue is full. No result follows then.
+    fn refresh(&mut self, learn: CommitRequest) -> Result<(), CommitRequest> {
+        Err(learn)
+    }
+    /// Returns the current epoch: it changes whenever a learned address leaves the maps before its lease ends.
+    fn epoch(&self) -> u64 {
+        0
+    }
+    /// Reports a record.
+    fn record(&mut self, record: &Record);
+}
