@@ -201,8 +201,8 @@ impl Veth {
         let config = ebpf.map_mut(maps::CONFIG).context(maps::CONFIG)?;
         Array::<_, [u8; size_of::<Told>()]>::try_from(config)?.set(0, told, 0)?;
         let program: &mut Xdp = ebpf
-            .program_mut(programs::CARRY)
-            .context(programs::CARRY)?
+            .program_mut(programs::PUNT)
+            .context(programs::PUNT)?
             .try_into()?;
         program.load()?;
         ns.enter(|| program.attach(WORKER_END, XdpMode::Driver))?;

@@ -62,19 +62,19 @@ pub fn palisade_out(ctx: TcContext) -> i32 {
 
 /// XDP, ingress of the workers' end of the punt link.
 #[xdp(frags)]
-pub fn palisade_carry(ctx: XdpContext) -> u32 {
+pub fn palisade_punt(ctx: XdpContext) -> u32 {
     punt::to_worker(Xdp(ctx.ctx))
 }
 
 /// tc, ingress of the node's end of the punt link.
 #[classifier]
-pub fn palisade_back(ctx: TcContext) -> i32 {
+pub fn palisade_reinject(ctx: TcContext) -> i32 {
     punt::reinject(Skb(ctx.skb.skb))
 }
 
 /// tc, egress of both ends of the punt link.
 #[classifier]
-pub fn palisade_guard(ctx: TcContext) -> i32 {
+pub fn palisade_punt_filter(ctx: TcContext) -> i32 {
     punt::only_punted(Skb(ctx.skb.skb))
 }
 

@@ -79,7 +79,7 @@ pub static CONFIG: Array<Config, 1> = Array::new();
 pub static WORKERS: Array<u64, MAX_WORKERS, MMAPABLE> = Array::new();
 
 #[btf_map]
-pub static CARRY: PerCpuArray<PuntHeader, 1> = PerCpuArray::new();
+pub static PUNT: PerCpuArray<PuntHeader, 1> = PerCpuArray::new();
 
 #[btf_map]
 pub static XSKS: XskMap<MAX_WORKERS> = XskMap::new();

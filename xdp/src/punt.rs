@@ -11,7 +11,7 @@ use palisade_packet::{Bytes, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, flags};
 use crate::conntrack;
 use crate::counters;
 use crate::ctx::{Context, Skb, Xdp};
-use crate::maps::{CARRY, CONFIG, CONNTRACK, WORKERS, XSKS};
+use crate::maps::{CONFIG, CONNTRACK, PUNT, WORKERS, XSKS};
 use crate::packet_context::PacketContext;
 
 /// Notes that a policy wants a packet of an older flow read.
@@ -37,7 +37,7 @@ pub fn request_punt_of_flow<C: Context>(ctx: C, frame: &mut PacketContext, entry
 /// Notes that a policy wants a packet read.
 #[inline(never)]
 pub fn request_punt(frame: &mut PacketContext, flags: u8) -> u32 {
-    let Some(carried) = CARRY.get_ptr_mut(0) else {
+    let Some(carried) = PUNT.get_ptr_mut(0) else {
         return 0;
     };
     let mut flags = flags | frame.punt_flags;
@@ -181,7 +181,7 @@ fn is_in_window<C: Context>(ctx: C, frame: &PacketContext, entry: &CtEntry) -> b
 /// [`Reason::FailedOpen`] if the packet is to pass then.
 #[inline(always)]
 pub fn punt<C: Context>(ctx: C, frame: &mut PacketContext) {
-    let (Some(config), Some(carried)) = (CONFIG.get(0), CARRY.get_ptr_mut(0)) else {
+    let (Some(config), Some(carried)) = (CONFIG.get(0), PUNT.get_ptr_mut(0)) else {
         return frame.set(Reason::PuntFailed);
     };
     if frame.layer3 != 0 || frame.generic != 0 {

@@ -105,7 +105,7 @@ pub mod maps {
     /// the coarse monotonic clock.
     pub const WORKERS: &str = "WORKERS";
     /// `PERCPU_ARRAY[1]` [`crate::PuntHeader`]: where a program writes what it puts in front of a packet.
-    pub const CARRY: &str = "CARRY";
+    pub const PUNT: &str = "PUNT";
     /// `XSKMAP[MAX_WORKERS]` queue of the punt link -> socket.
     pub const XSKS: &str = "XSKS";
 }
@@ -119,11 +119,11 @@ pub mod programs {
     /// tc classifier (tcx or clsact), egress of an interface of either role.
     pub const TC_EGRESS: &str = "palisade_out";
     /// XDP at the workers' end of the punt link: packets to the sockets.
-    pub const CARRY: &str = "palisade_carry";
+    pub const PUNT: &str = "palisade_punt";
     /// tc, ingress of the node's end of the punt link: packets that come back from the workers.
-    pub const BACK: &str = "palisade_back";
+    pub const REINJECT: &str = "palisade_reinject";
     /// tc, egress of both ends of the punt link: nothing but what the programs redirect there.
-    pub const GUARD: &str = "palisade_guard";
+    pub const PUNT_FILTER: &str = "palisade_punt_filter";
     /// XDP at the node's end of the punt link, on kernels that need a copy of what workers send.
     pub const PASS: &str = "palisade_pass";
 }

@@ -227,9 +227,9 @@ pub(crate) struct Programs {
     pub xdp: Program,
     pub tc_ingress: Program,
     pub tc_egress: Program,
-    pub carry: Program,
-    pub back: Program,
-    pub guard: Program,
+    pub punt: Program,
+    pub reinject: Program,
+    pub punt_filter: Program,
     pub pass: Program,
 }
 
@@ -386,12 +386,12 @@ impl Datapath {
             xdp,
             tc_ingress,
             tc_egress,
-            carry,
-            back,
-            guard,
+            punt,
+            reinject,
+            punt_filter,
             pass,
         } = &self.programs;
-        [xdp, tc_ingress, tc_egress, carry, back, guard, pass]
+        [xdp, tc_ingress, tc_egress, punt, reinject, punt_filter, pass]
             .into_iter()
             .filter_map(|p| Some((p.name, p.instructions?)))
             .collect()
@@ -404,12 +404,12 @@ impl Datapath {
             xdp,
             tc_ingress,
             tc_egress,
-            carry,
-            back,
-            guard,
+            punt,
+            reinject,
+            punt_filter,
             pass,
         } = &self.programs;
-        [xdp, tc_ingress, tc_egress, carry, back, guard, pass]
+        [xdp, tc_ingress, tc_egress, punt, reinject, punt_filter, pass]
             .into_iter()
             .find(|p| p.name == name)
             .map(Program::fd)
@@ -808,9 +808,9 @@ fn load_programs(map_dir: &Path, maps: &BTreeMap<String, RawMap>) -> Result<Prog
         xdp: take(programs::XDP_INGRESS)?,
         tc_ingress: take(programs::TC_INGRESS)?,
         tc_egress: take(programs::TC_EGRESS)?,
-        carry: take(programs::CARRY)?,
-        back: take(programs::BACK)?,
-        guard: take(programs::GUARD)?,
+        punt: take(programs::PUNT)?,
+        reinject: take(programs::REINJECT)?,
+        punt_filter: take(programs::PUNT_FILTER)?,
         pass: take(programs::PASS)?,
     })
 }
@@ -819,9 +819,9 @@ const PROGRAMS: [&str; 7] = [
     programs::XDP_INGRESS,
     programs::TC_INGRESS,
     programs::TC_EGRESS,
-    programs::CARRY,
-    programs::BACK,
-    programs::GUARD,
+    programs::PUNT,
+    programs::REINJECT,
+    programs::PUNT_FILTER,
     programs::PASS,
 ];
 
@@ -830,7 +830,7 @@ fn load_program(name: &'static str, program: &mut aya::programs::Program) -> Res
         program: name,
         error: Box::new(error),
     };
-    if matches!(name, programs::XDP_INGRESS | programs::CARRY | programs::PASS) {
+    if matches!(name, programs::XDP_INGRESS | programs::PUNT | programs::PASS) {
         let xdp: &mut Xdp = program.try_into().map_err(refused)?;
         xdp.load().map_err(refused)?;
     } else {

@@ -1,8 +1,8 @@
 //! The punt link: the veth pair on which packets go to the workers and come back.
 //!
-//! `<name>0` is the node's end: the programs redirect what is to be read to it, and `palisade_back` at its ingress
-//! takes what comes back. `<name>1` is the workers' end, with `palisade_carry` and one AF_XDP socket for each
-//! queue. At the egress of both, `palisade_guard` drops what sockets of this machine send. The pair and the links (below `<pin_dir>/punt_link/`) outlive the daemon like everything else:
+//! `<name>0` is the node's end: the programs redirect what is to be read to it, and `palisade_reinject` at its ingress
+//! takes what comes back. `<name>1` is the workers' end, with `palisade_punt` and one AF_XDP socket for each
+//! queue. At the egress of both, `palisade_punt_filter` drops what sockets of this machine send. The pair and the links (below `<pin_dir>/punt_link/`) outlive the daemon like everything else:
 //! without workers what must be read is dropped by the programs, which then see no sign of life.
 
 use std::{
@@ -43,9 +43,9 @@ const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 /// Names of the pins below `<pin_dir>/punt_link/`.
 const XDP_PIN: &str = "xdp";
 const PASS_PIN: &str = "xdp_node";
-const BACK_PIN: &str = "tcx_ingress";
-const NODE_GUARD_PIN: &str = "tcx_egress_node";
-const WORKER_GUARD_PIN: &str = "tcx_egress_worker";
+const REINJECT_PIN: &str = "tcx_ingress";
+const NODE_FILTER_PIN: &str = "tcx_egress_node";
+const WORKER_FILTER_PIN: &str = "tcx_egress_worker";
 
 /// The punt link of a node, ready for sockets.
 #[derive(Clone, Copy, Debug)]
@@ -185,7 +185,7 @@ impl Datapath {
     fn attach_punt_link(&self, node: &Link, worker: &Link) -> Result<()> {
         let dir = punt_link_dir(&self.pin_dir);
         make_dir(&dir).map_err(Box::new)?;
-        place_xdp(&dir.join(XDP_PIN), worker, &self.programs.carry)?;
+        place_xdp(&dir.join(XDP_PIN), worker, &self.programs.punt)?;
         let release = kernel_release();
         if panics_after_reinjection(&release) {
             place_xdp(&dir.join(PASS_PIN), node, &self.programs.pass).map_err(|error| match error {
@@ -205,9 +205,14 @@ impl Datapath {
             })?;
         }
         let (programs, ingress, egress) = (&self.programs, Direction::Ingress, Direction::Egress);
-        place_tc(&dir.join(BACK_PIN), node, ingress, &programs.back)?;
-        place_tc(&dir.join(NODE_GUARD_PIN), node, egress, &programs.guard)?;
-        place_tc(&dir.join(WORKER_GUARD_PIN), worker, egress, &programs.guard)
+        place_tc(&dir.join(REINJECT_PIN), node, ingress, &programs.reinject)?;
+        place_tc(&dir.join(NODE_FILTER_PIN), node, egress, &programs.punt_filter)?;
+        place_tc(
+            &dir.join(WORKER_FILTER_PIN),
+            worker,
+            egress,
+            &programs.punt_filter,
+        )
     }
 }
 
@@ -283,7 +288,13 @@ pub(crate) fn remove_punt_link(pin_dir: &Path) -> Result<()> {
     if !dir.is_dir() {
         return Ok(());
     }
-    for file in [XDP_PIN, PASS_PIN, BACK_PIN, NODE_GUARD_PIN, WORKER_GUARD_PIN] {
+    for file in [
+        XDP_PIN,
+        PASS_PIN,
+        REINJECT_PIN,
+        NODE_FILTER_PIN,
+        WORKER_FILTER_PIN,
+    ] {
         let path = dir.join(file);
         let failed = |source| AttachError::Syscall {
             name: path.display().to_string(),
@@ -438,7 +449,7 @@ fn set_quiet(end: &Link) -> std::result::Result<(), SyscallError> {
         Err(e) if matches!(e.errno(), libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL) => {}
         other => other?,
     }
-    // Where it cannot be written (no IPv6; /proc/sys is read-only), `palisade_guard` drops what IPv6 sends.
+    // Where it cannot be written (no IPv6; /proc/sys is read-only), `palisade_punt_filter` drops what IPv6 sends.
     let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", end.name), "1");
     let flags = libc::IFF_NOARP as u32;
     socket.execute(

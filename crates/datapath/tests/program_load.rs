@@ -180,9 +180,9 @@ fn no_chain_of_calls_takes_more_stack_than_the_oldest_kernel_gives() {
         programs::XDP_INGRESS,
         programs::TC_INGRESS,
         programs::TC_EGRESS,
-        programs::CARRY,
-        programs::BACK,
-        programs::GUARD,
+        programs::PUNT,
+        programs::REINJECT,
+        programs::PUNT_FILTER,
         programs::PASS,
     ] {
         let program = functions

@@ -208,17 +208,17 @@ fn at_the_egress_of_the_punt_link_only_what_the_programs_redirect_passes() {
     let mut world = reading(NIC, HOST);
     let frame = udp(CLIENT, SERVER, b"question");
     let ours = [&COOKIE.to_ne_bytes()[..], &[0; 64], &frame].concat();
-    let (retval, out, counted) = world.run_at_punt_link(palisade_abi::programs::GUARD, &ours);
+    let (retval, out, counted) = world.run_at_punt_link(palisade_abi::programs::PUNT_FILTER, &ours);
     assert_eq!((retval, out, counted), (UNSPEC, ours.clone(), vec![]));
     let mut other_cookie = ours;
     other_cookie[7] ^= 1;
     for foreign in [other_cookie, frame, vec![0; 60]] {
-        let (retval, _, counted) = world.run_at_punt_link(palisade_abi::programs::GUARD, &foreign);
+        let (retval, _, counted) = world.run_at_punt_link(palisade_abi::programs::PUNT_FILTER, &foreign);
         assert_eq!((retval, counted), (SHOT, vec![(Reason::PuntForeign, 1)]));
     }
     // Before the daemon has told its cookie, nothing passes.
     world.config(|config| config.cookie = 0);
-    let (retval, ..) = world.run_at_punt_link(palisade_abi::programs::GUARD, &[0; 128]);
+    let (retval, ..) = world.run_at_punt_link(palisade_abi::programs::PUNT_FILTER, &[0; 128]);
     assert_eq!(retval, SHOT);
 }
 

@@ -470,7 +470,7 @@ impl World {
     /// Runs a packet that comes back from a worker. Answers what the program returned, what it made of the packet, and
     /// what it counted.
     pub fn run_back(&mut self, frame: &[u8]) -> (u32, Vec<u8>, Vec<(Reason, u64)>) {
-        self.run_at_punt_link(programs::BACK, frame)
+        self.run_at_punt_link(programs::REINJECT, frame)
     }
 
     /// Runs a packet through a tc program of the punt link. Answers as [`Self::run_back`].
