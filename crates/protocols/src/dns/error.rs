@@ -1,89 +1,93 @@
 //! Why a DNS message is refused, and which response code says so.
 
-use std::fmt;
+use strum::{Display, IntoStaticStr, VariantArray};
 
-use super::Rcode;
+use super::rcode::Rcode;
 
-macro_rules! parse_errors {
-    ($($(#[$doc:meta])* $name:ident = $text:literal $(=> $rcode:ident)?;)*) => {
-        /// Why a message was not taken. Each kind is a counter of its own.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-        pub enum ParseError {
-            $($(#[$doc])* $name,)*
-        }
-
-        impl ParseError {
-            /// All of them.
-            pub const ALL: &[Self] = &[$(Self::$name,)*];
-
-            /// The text that people read.
-            #[must_use]
-            pub const fn text(self) -> &'static str {
-                match self { $(Self::$name => $text,)* }
-            }
-
-            /// What to answer to a query that was refused so; `None`: it is not worth an answer, drop it.
-            #[must_use]
-            pub const fn rcode(self) -> Option<Rcode> {
-                #[allow(unused_mut, unused_assignments, reason = "most kinds have no answer")]
-                match self {
-                    $(Self::$name => {
-                        let mut rcode = None;
-                        $(rcode = Some(Rcode::$rcode);)?
-                        rcode
-                    })*
-                }
-            }
-        }
-    };
-}
-
-parse_errors! {
+/// The reason why a message is refused. Each has a counter of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Display, IntoStaticStr, VariantArray)]
+pub enum ParseError {
     /// Shorter than a header.
-    Short = "message shorter than its header";
+    #[strum(serialize = "message shorter than its header")]
+    Short,
     /// Longer than [`super::Limits::message`].
-    TooLong = "message too long";
+    #[strum(serialize = "message too long")]
+    TooLong,
     /// A query where an answer must be, or the other way round.
-    WrongDirection = "QR bit does not fit the direction";
+    #[strum(serialize = "QR bit does not fit the direction")]
+    WrongDirection,
     /// An opcode other than QUERY (NOTIFY, UPDATE, DSO, ...).
-    Opcode = "opcode other than QUERY" => NotImp;
+    #[strum(serialize = "opcode other than QUERY")]
+    Opcode,
     /// No question.
-    NoQuestion = "no question" => FormErr;
+    #[strum(serialize = "no question")]
+    NoQuestion,
     /// More than one question: nobody agrees on what that means.
-    ManyQuestions = "more than one question" => FormErr;
+    #[strum(serialize = "more than one question")]
+    ManyQuestions,
     /// A query that carries answers, or an authority section outside an incremental zone transfer.
-    RecordsInQuery = "query with records that no query has" => FormErr;
+    #[strum(serialize = "query with records that no query has")]
+    RecordsInQuery,
     /// More records than [`super::Limits::records`].
-    TooManyRecords = "too many records";
+    #[strum(serialize = "too many records")]
+    TooManyRecords,
     /// The message ends inside a name, a record or a question.
-    Truncated = "message ends within a record";
+    #[strum(serialize = "message ends within a record")]
+    Truncated,
     /// Bytes after the last record.
-    TrailingBytes = "bytes after the last record";
+    #[strum(serialize = "bytes after the last record")]
+    TrailingBytes,
     /// A label type other than literal and pointer (RFC 6891, 5: extended labels are obsolete).
-    LabelType = "unknown label type";
+    #[strum(serialize = "unknown label type")]
+    LabelType,
     /// A name of more than 255 bytes.
-    NameTooLong = "name longer than 255 bytes";
+    #[strum(serialize = "name longer than 255 bytes")]
+    NameTooLong,
     /// A compression pointer that does not point to an earlier name: a loop, or into the header.
-    BadPointer = "compression pointer that does not point backwards";
+    #[strum(serialize = "compression pointer that does not point backwards")]
+    BadPointer,
     /// More compression pointers in a message than [`super::Limits::pointers`].
-    TooManyPointers = "too many compression pointers";
+    #[strum(serialize = "too many compression pointers")]
+    TooManyPointers,
     /// A, AAAA or CNAME data whose length does not fit.
-    BadRdata = "record data of the wrong length";
+    #[strum(serialize = "record data of the wrong length")]
+    BadRdata,
     /// SVCB or HTTPS parameters that are malformed (RFC 9460, 2.2).
-    BadSvcParams = "malformed service parameters";
+    #[strum(serialize = "malformed service parameters")]
+    BadSvcParams,
     /// A second OPT record, or one that does not stand at the root, or options that do not fit (RFC 6891, 6.1.1).
-    BadOpt = "malformed EDNS record";
+    #[strum(serialize = "malformed EDNS record")]
+    BadOpt,
     /// More than sixteen CNAME records.
-    TooManyAliases = "too many aliases";
+    #[strum(serialize = "too many aliases")]
+    TooManyAliases,
     /// Aliases in a circle.
-    AliasLoop = "aliases in a circle";
+    #[strum(serialize = "aliases in a circle")]
+    AliasLoop,
     /// A TCP message of less than a header.
-    BadTcpLength = "TCP length prefix shorter than a header";
+    #[strum(serialize = "TCP length prefix shorter than a header")]
+    BadTcpLength,
 }
 
-impl fmt::Display for ParseError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.text())
+impl ParseError {
+    /// All reasons, in the order of their discriminants.
+    pub const ALL: &[Self] = Self::VARIANTS;
+
+    /// Returns the text of the reason, as logs and metrics show it.
+    #[must_use]
+    pub fn text(self) -> &'static str {
+        self.into()
+    }
+
+    /// Returns the response code for a query that is refused for this reason; `None` if the query must be dropped
+    /// without a response.
+    #[must_use]
+    pub const fn rcode(self) -> Option<Rcode> {
+        match self {
+            Self::Opcode => Some(Rcode::NotImp),
+            Self::NoQuestion | Self::ManyQuestions | Self::RecordsInQuery => Some(Rcode::FormErr),
+            _ => None,
+        }
     }
 }
 

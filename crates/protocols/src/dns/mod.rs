@@ -11,6 +11,7 @@ mod error;
 mod message;
 mod name;
 mod pattern;
+mod rcode;
 mod reply;
 mod tcp;
 
@@ -18,7 +19,8 @@ pub use error::ParseError;
 pub use message::{Address, Answer, Edns, Flags, Head, Limits, Query, Question, Source};
 pub use name::{Labels, Name, NameError};
 pub use pattern::{NameSet, PatternError};
-pub use reply::{Rcode, reply};
+pub use rcode::Rcode;
+pub use reply::reply;
 pub use tcp::first_message;
 
 /// Length of the fixed header (RFC 1035, 4.1.1).

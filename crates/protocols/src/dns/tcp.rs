@@ -1,6 +1,6 @@
 //! DNS over TCP: messages behind their two-byte length.
 
-use super::{HEADER_LEN, ParseError};
+use super::{HEADER_LEN, error::ParseError};
 
 /// The first message of a stream (RFC 1035, 4.2.2: each stands behind its length, of two bytes); `None`: it is not
 /// all there.

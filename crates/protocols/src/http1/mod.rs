@@ -16,90 +16,103 @@ pub use head::{Head, Limits};
 pub use message::{Body, HeaderBuffer, Headers, MAX_HEADERS, Request, Response, Target};
 pub use palisade_policy::path::{PathError, resolved};
 
-use std::fmt;
+use strum::{Display, IntoStaticStr, VariantArray};
 
-macro_rules! parse_errors {
-    ($($(#[$doc:meta])* $name:ident = $text:literal;)*) => {
-        /// Why a stream was not taken. Each kind is a counter of its own.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-        pub enum ParseError {
-            $($(#[$doc])* $name,)*
-        }
-
-        impl ParseError {
-            /// All of them.
-            pub const ALL: &[Self] = &[$(Self::$name,)*];
-
-            /// The text that people read.
-            #[must_use]
-            pub const fn text(self) -> &'static str {
-                match self { $(Self::$name => $text,)* }
-            }
-        }
-    };
-}
-
-parse_errors! {
+/// The reason why a stream is refused. Each has a counter of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Display, IntoStaticStr, VariantArray)]
+pub enum ParseError {
     /// The first bytes are no HTTP.
-    NotHttp = "not HTTP";
+    #[strum(serialize = "not HTTP")]
+    NotHttp,
     /// The preface of HTTP/2 (RFC 9113, 3.4).
-    Http2 = "HTTP/2 preface";
+    #[strum(serialize = "HTTP/2 preface")]
+    Http2,
     /// A carriage return that no line feed follows, or a line feed without one (RFC 9112, 2.2).
-    BareLineEnd = "bare CR or LF";
+    #[strum(serialize = "bare CR or LF")]
+    BareLineEnd,
     /// A NUL or another control character.
-    ControlCharacter = "control character in a head";
+    #[strum(serialize = "control character in a head")]
+    ControlCharacter,
     /// A line that begins with white space: folding (RFC 9112, 5.2).
-    Folding = "folded header line";
+    #[strum(serialize = "folded header line")]
+    Folding,
     /// White space between a field's name and its colon (RFC 9112, 5.1), or no colon at all.
-    BadName = "malformed header name";
+    #[strum(serialize = "malformed header name")]
+    BadName,
     /// A request or status line that is malformed, or has white space beside the single spaces.
-    BadStartLine = "malformed start line";
+    #[strum(serialize = "malformed start line")]
+    BadStartLine,
     /// A version other than 1.0 and 1.1.
-    Version = "version other than HTTP/1.0 and 1.1";
+    #[strum(serialize = "version other than HTTP/1.0 and 1.1")]
+    Version,
     /// A first line longer than [`Limits::line`].
-    StartLineTooLong = "start line too long";
+    #[strum(serialize = "start line too long")]
+    StartLineTooLong,
     /// A field longer than [`Limits::line`].
-    LineTooLong = "line too long";
+    #[strum(serialize = "line too long")]
+    LineTooLong,
     /// A head longer than [`Limits::block`].
-    HeadTooLong = "head too long";
+    #[strum(serialize = "head too long")]
+    HeadTooLong,
     /// A field that some servers read as one that frames or routes the message: `Transfer_Encoding`.
-    DisguisedName = "header name that some servers read as a framing header";
+    #[strum(serialize = "header name that some servers read as a framing header")]
+    DisguisedName,
     /// `Connection` names a field that frames or routes the message: a proxy would take it out.
-    BadConnection = "Connection names a framing header";
+    #[strum(serialize = "Connection names a framing header")]
+    BadConnection,
     /// An Expect other than `100-continue` (RFC 9110, 10.1.1).
-    BadExpect = "Expect other than 100-continue";
+    #[strum(serialize = "Expect other than 100-continue")]
+    BadExpect,
     /// A final answer came before any of the body that was announced with `Expect`: the receiver may take the body
     /// for a request.
-    LateBody = "body behind the final answer to Expect";
+    #[strum(serialize = "body behind the final answer to Expect")]
+    LateBody,
     /// A body of a method whose body many servers do not read.
-    UnexpectedBody = "body of a method that has none";
+    #[strum(serialize = "body of a method that has none")]
+    UnexpectedBody,
     /// More fields than [`MAX_HEADERS`].
-    TooManyHeaders = "too many headers";
+    #[strum(serialize = "too many headers")]
+    TooManyHeaders,
     /// Content-Length beside Transfer-Encoding (RFC 9112, 6.1).
-    LengthAndEncoding = "Content-Length with Transfer-Encoding";
+    #[strum(serialize = "Content-Length with Transfer-Encoding")]
+    LengthAndEncoding,
     /// A Content-Length that is no number, or several of them.
-    BadLength = "malformed or repeated Content-Length";
+    #[strum(serialize = "malformed or repeated Content-Length")]
+    BadLength,
     /// A Transfer-Encoding other than a single `chunked`, or one in HTTP/1.0.
-    BadEncoding = "Transfer-Encoding other than chunked";
+    #[strum(serialize = "Transfer-Encoding other than chunked")]
+    BadEncoding,
     /// A request of HTTP/1.1 without Host (RFC 9112, 3.2).
-    NoHost = "no Host";
+    #[strum(serialize = "no Host")]
+    NoHost,
     /// More than one Host.
-    SeveralHosts = "several Hosts";
+    #[strum(serialize = "several Hosts")]
+    SeveralHosts,
     /// A Host that is no host.
-    BadHost = "malformed Host";
+    #[strum(serialize = "malformed Host")]
+    BadHost,
     /// A target in absolute form that names another host than Host does.
-    HostDiffers = "target and Host disagree";
+    #[strum(serialize = "target and Host disagree")]
+    HostDiffers,
     /// A target of no form that its method has (RFC 9112, 3.2).
-    BadTarget = "malformed request target";
+    #[strum(serialize = "malformed request target")]
+    BadTarget,
     /// A chunk size that is no number or is too large, or a malformed chunk extension.
-    BadChunk = "malformed chunk size";
+    #[strum(serialize = "malformed chunk size")]
+    BadChunk,
     /// A field in a trailer that frames or routes a message (RFC 9110, 6.5.1), or is malformed.
-    BadTrailer = "trailer that may not be one";
+    #[strum(serialize = "trailer that may not be one")]
+    BadTrailer,
 }
 
-impl fmt::Display for ParseError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.text())
+impl ParseError {
+    /// All reasons, in the order of their discriminants.
+    pub const ALL: &[Self] = Self::VARIANTS;
+
+    /// Returns the text of the reason, as logs and metrics show it.
+    #[must_use]
+    pub fn text(self) -> &'static str {
+        self.into()
     }
 }
 

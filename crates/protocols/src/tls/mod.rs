@@ -14,63 +14,61 @@ mod record;
 pub use hello::{ClientHello, ServerName};
 pub use record::{ClientReader, ClientStep, ServerReader, ServerStep};
 
-use std::fmt;
+use strum::{Display, IntoStaticStr, VariantArray};
 
 /// Longest ClientHello that is read, bytes. Post-quantum key shares make one of about 1,800; some thousand of
 /// padding or tickets may come on top. The protocol itself allows 16 MiB.
 pub const MAX_HELLO: usize = 16_384;
 
-macro_rules! parse_errors {
-    ($($(#[$doc:meta])* $name:ident = $text:literal;)*) => {
-        /// Why a stream was not taken. Each kind is a counter of its own.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-        pub enum ParseError {
-            $($(#[$doc])* $name,)*
-        }
-
-        impl ParseError {
-            /// All of them.
-            pub const ALL: &[Self] = &[$(Self::$name,)*];
-
-            /// The text that people read.
-            #[must_use]
-            pub const fn text(self) -> &'static str {
-                match self { $(Self::$name => $text,)* }
-            }
-        }
-    };
-}
-
-parse_errors! {
+/// The reason why a stream is refused. Each has a counter of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Display, IntoStaticStr, VariantArray)]
+pub enum ParseError {
     /// The first bytes are no TLS record.
-    NotTls = "not TLS";
+    #[strum(serialize = "not TLS")]
+    NotTls,
     /// A hello in the form of SSL 2 (RFC 6101, appendix E.1).
-    Ssl2 = "hello in the form of SSL 2";
+    #[strum(serialize = "hello in the form of SSL 2")]
+    Ssl2,
     /// A record of more than 2^14 bytes (RFC 8446, 5.1).
-    RecordTooLong = "record too long";
+    #[strum(serialize = "record too long")]
+    RecordTooLong,
     /// A handshake record without content (RFC 8446, 5.1).
-    EmptyRecord = "handshake record without content";
+    #[strum(serialize = "handshake record without content")]
+    EmptyRecord,
     /// A record of another kind before the hello is complete (RFC 8446, 5.1).
-    Interleaved = "record of another kind within the hello";
+    #[strum(serialize = "record of another kind within the hello")]
+    Interleaved,
     /// A handshake message that is no hello where one must be.
-    NotHello = "handshake message other than a hello";
+    #[strum(serialize = "handshake message other than a hello")]
+    NotHello,
     /// Longer than [`MAX_HELLO`].
-    HelloTooLong = "hello too long";
+    #[strum(serialize = "hello too long")]
+    HelloTooLong,
     /// Bytes behind the hello in its last record: a message that nobody read.
-    Trailing = "bytes behind the hello in its record";
+    #[strum(serialize = "bytes behind the hello in its record")]
+    Trailing,
     /// A length that does not fit, a vector that is cut short or empty where it may not be.
-    Malformed = "malformed hello";
+    #[strum(serialize = "malformed hello")]
+    Malformed,
     /// An extension twice (RFC 8446, 4.2).
-    DuplicateExtension = "extension twice";
+    #[strum(serialize = "extension twice")]
+    DuplicateExtension,
     /// More than one server name, or one of an unknown kind (RFC 6066, 3).
-    SeveralNames = "several server names";
+    #[strum(serialize = "several server names")]
+    SeveralNames,
     /// A server name that is no name: empty, too long, or of bytes that no host name has.
-    BadName = "malformed server name";
+    #[strum(serialize = "malformed server name")]
+    BadName,
 }
 
-impl fmt::Display for ParseError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.text())
+impl ParseError {
+    /// All reasons, in the order of their discriminants.
+    pub const ALL: &[Self] = Self::VARIANTS;
+
+    /// Returns the text of the reason, as logs and metrics show it.
+    #[must_use]
+    pub fn text(self) -> &'static str {
+        self.into()
     }
 }
 
