@@ -6,7 +6,13 @@
 //! Depends on `palisade-policy` for the types of patterns and paths. Start at [`dns::Query`] and [`dns::Answer`],
 //! [`http1::Request`], [`tls::ClientReader`].
 #![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::string_slice
+)]
 #![warn(unreachable_pub)]
 
 pub mod dns;

@@ -432,7 +432,10 @@ impl Answer {
         record: &Record,
         belongs: bool,
     ) -> Result<(), ParseError> {
-        let data = &reader.message[record.data..reader.at];
+        let data = reader
+            .message
+            .get(record.data..reader.at)
+            .ok_or(ParseError::Truncated)?;
         let Record { ttl, .. } = *record;
         let mut add = |ip, source| {
             if belongs {
@@ -491,15 +494,16 @@ impl Header {
         if message.len() > limits.message {
             return Err(ParseError::TooLong);
         }
-        let word = |i: usize| u16::from_be_bytes([header[2 * i], header[2 * i + 1]]);
+        let &[id0, id1, flags0, flags1, qd0, qd1, an0, an1, ns0, ns1, ar0, ar1] = header;
+        let flags = u16::from_be_bytes([flags0, flags1]);
         Ok(Self {
-            id: word(0),
-            flags: Flags(word(1) & 0xfff0),
-            rcode: word(1) & 15,
-            questions: word(2),
-            answers: word(3),
-            authorities: word(4),
-            additionals: word(5),
+            id: u16::from_be_bytes([id0, id1]),
+            flags: Flags(flags & 0xfff0),
+            rcode: flags & 15,
+            questions: u16::from_be_bytes([qd0, qd1]),
+            answers: u16::from_be_bytes([an0, an1]),
+            authorities: u16::from_be_bytes([ns0, ns1]),
+            additionals: u16::from_be_bytes([ar0, ar1]),
         })
     }
 

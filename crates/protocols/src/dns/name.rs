@@ -32,7 +32,7 @@ impl Name {
     /// The bytes on the wire, root label included.
     #[must_use]
     pub fn wire(&self) -> &[u8] {
-        &self.wire[..usize::from(self.len)]
+        self.wire.get(..usize::from(self.len)).unwrap_or_default()
     }
 
     /// Whether it is the root.
@@ -141,7 +141,7 @@ impl FromStr for Name {
                     if len == 0 {
                         return Err(NameError::EmptyLabel);
                     }
-                    builder.push(&label[..len])?;
+                    builder.push(label.get(..len).ok_or(NameError::LabelTooLong)?)?;
                     len = 0;
                     continue;
                 }
@@ -162,7 +162,7 @@ impl FromStr for Name {
             len += 1;
         }
         if len > 0 {
-            builder.push(&label[..len])?;
+            builder.push(label.get(..len).ok_or(NameError::LabelTooLong)?)?;
         } else if text.is_empty() {
             return Err(NameError::EmptyLabel);
         }
@@ -243,10 +243,11 @@ impl NameBuilder {
         if end >= MAX_NAME {
             return Err(NameError::TooLong);
         }
-        let target = &mut self.wire[self.len..end];
-        target[0] = label.len() as u8;
-        target[1..].copy_from_slice(label);
-        target[1..].make_ascii_lowercase();
+        let target = self.wire.get_mut(self.len..end).ok_or(NameError::TooLong)?;
+        let (length, bytes) = target.split_first_mut().ok_or(NameError::TooLong)?;
+        *length = label.len() as u8;
+        bytes.copy_from_slice(label);
+        bytes.make_ascii_lowercase();
         self.len = end;
         Ok(())
     }

@@ -88,7 +88,7 @@ impl Glob {
                 .position(|window| window == &part[..])
             {
                 Some(at) => {
-                    rest = &rest[at + part.len()..];
+                    rest = rest.get(at + part.len()..).unwrap_or_default();
                     true
                 }
                 None => false,
@@ -127,7 +127,9 @@ impl Key {
             len: bytes.len() as u8,
             bytes: [0; MAX_LABEL],
         };
-        key.bytes[..bytes.len()].copy_from_slice(bytes);
+        if let Some(target) = key.bytes.get_mut(..bytes.len()) {
+            target.copy_from_slice(bytes);
+        }
         key
     }
 }
@@ -225,7 +227,7 @@ impl NameSet {
                 *slot = label;
                 count += 1;
             }
-            let labels = &labels[..count];
+            let labels = labels.get(..count).unwrap_or_default();
             let plain = labels
                 .iter()
                 .take_while(|label| label.iter().copied().all(is_plain))
@@ -259,17 +261,11 @@ impl NameSet {
         if let Some(child) = here.any {
             self.walk(child, rest, plain, report);
         }
-        for len in bits(here.prefixes).take_while(|&len| len <= label.len()) {
-            self.branches(Key::new(node, PREFIX, &label[..len]), label, rest, plain, report);
+        for prefix in bits(here.prefixes).map_while(|len| label.get(..len)) {
+            self.branches(Key::new(node, PREFIX, prefix), label, rest, plain, report);
         }
-        for len in bits(here.suffixes).take_while(|&len| len <= label.len()) {
-            self.branches(
-                Key::new(node, SUFFIX, &label[label.len() - len..]),
-                label,
-                rest,
-                plain,
-                report,
-            );
+        for suffix in bits(here.suffixes).map_while(|len| label.get(label.len().checked_sub(len)?..)) {
+            self.branches(Key::new(node, SUFFIX, suffix), label, rest, plain, report);
         }
         for branch in here.infixes.iter().filter(|branch| branch.glob.matches(label)) {
             self.walk(branch.node, rest, plain, report);
@@ -293,7 +289,7 @@ impl NameSet {
 
     fn add_pattern(&mut self, pattern: &str, index: u32) -> Result<(), NameError> {
         let pattern = pattern.to_ascii_lowercase();
-        let pattern = &pattern[..];
+        let pattern = pattern.as_str();
         if pattern == "*" {
             self.everything.push(index);
             return Ok(());
@@ -327,7 +323,9 @@ impl NameSet {
     /// The child of a node for one label of a pattern, made if it is not there.
     fn child(&mut self, parent: u32, label: &[u8]) -> u32 {
         let new = self.nodes.len() as u32;
-        let node = &mut self.nodes[parent as usize];
+        let Some(node) = self.nodes.get_mut(parent as usize) else {
+            return new;
+        };
         let child = if !label.contains(&b'*') {
             node.literals = true;
             *self

@@ -21,7 +21,8 @@ impl Default for Limits {
     }
 }
 
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n";
+/// First line of the preface of HTTP/2 (RFC 9113, section 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0";
 /// Empty lines that may stand before a request (RFC 9112, 2.2: at least one).
 const LEADING_LINES: usize = 4;
 
@@ -103,11 +104,13 @@ impl Head {
                 b'\t' | 0x20..=0x7e | 0x80.. => {}
                 _ => {
                     // Behind a method and a space it is HTTP that somebody has put it into.
-                    return Err(if self.begun || stream[self.line..at].contains(&b' ') {
-                        ParseError::ControlCharacter
-                    } else {
-                        ParseError::NotHttp
-                    });
+                    return Err(
+                        if self.begun || stream.get(self.line..at).is_some_and(|line| line.contains(&b' ')) {
+                            ParseError::ControlCharacter
+                        } else {
+                            ParseError::NotHttp
+                        },
+                    );
                 }
             }
         }
@@ -125,7 +128,7 @@ impl Head {
     }
 
     fn is_preface(&self, stream: &[u8], end: usize) -> bool {
-        stream[self.line..end] == PREFACE[..PREFACE.len() - 2]
+        stream.get(self.line..end) == Some(PREFACE)
     }
 
     /// Empty lines that stood before the head, bytes.

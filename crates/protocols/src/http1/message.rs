@@ -417,15 +417,10 @@ fn read_target<'a>(method: &str, target: &'a str) -> Result<(Target, Option<&'a 
     if target.starts_with('/') {
         return Ok((Target::Origin, None, target));
     }
-    let scheme = ["http://", "https://"]
+    let rest = ["http://", "https://"]
         .into_iter()
-        .find(|scheme| {
-            target
-                .get(..scheme.len())
-                .is_some_and(|begin| begin.eq_ignore_ascii_case(scheme))
-        })
+        .find_map(|scheme| strip_scheme(target, scheme))
         .ok_or(ParseError::BadTarget)?;
-    let rest = &target[scheme.len()..];
     let end = rest.find(['/', '?']).unwrap_or(rest.len());
     let (authority, path) = rest.split_at(end);
     if !is_authority(authority) {
@@ -460,17 +455,20 @@ fn is_authority(text: &str) -> bool {
 /// Whether the authority of a target and Host are one: whatever their case, with the scheme's default port or without;
 /// Host may be without the port of CONNECT's target.
 fn is_same_host(target: &str, authority: &str, host: &str) -> bool {
-    let begins = |scheme: &str| {
-        target
-            .get(..scheme.len())
-            .is_some_and(|begin| begin.eq_ignore_ascii_case(scheme))
-    };
     let default = match () {
-        () if begins("http://") => ":80",
-        () if begins("https://") => ":443",
-        () => authority.rfind(':').map_or("", |colon| &authority[colon..]),
+        () if strip_scheme(target, "http://").is_some() => ":80",
+        () if strip_scheme(target, "https://").is_some() => ":443",
+        () => authority
+            .rfind(':')
+            .and_then(|colon| authority.get(colon..))
+            .unwrap_or_default(),
     };
-    let bare = |host: &str| host.len() - host.strip_suffix(default).map_or(0, |_| default.len());
-    authority.eq_ignore_ascii_case(host)
-        || authority[..bare(authority)].eq_ignore_ascii_case(&host[..bare(host)])
+    let without_port = |host| str::strip_suffix(host, default).unwrap_or(host);
+    authority.eq_ignore_ascii_case(host) || without_port(authority).eq_ignore_ascii_case(without_port(host))
+}
+
+/// Returns what follows the scheme of an absolute target; `None` if the target has another scheme.
+fn strip_scheme<'a>(target: &'a str, scheme: &str) -> Option<&'a str> {
+    let (begin, rest) = target.split_at_checked(scheme.len())?;
+    begin.eq_ignore_ascii_case(scheme).then_some(rest)
 }

@@ -53,13 +53,19 @@ impl<'a> Cursor<'a> {
         Ok(taken)
     }
 
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], ParseError> {
+        let (taken, rest) = self.0.split_first_chunk().ok_or(ParseError::Malformed)?;
+        self.0 = rest;
+        Ok(*taken)
+    }
+
     fn u8(&mut self) -> Result<u8, ParseError> {
-        Ok(self.take(1)?[0])
+        let [byte] = self.array()?;
+        Ok(byte)
     }
 
     fn u16(&mut self) -> Result<u16, ParseError> {
-        let bytes = self.take(2)?;
-        Ok(u16::from_be_bytes([bytes[0], bytes[1]]))
+        self.array().map(u16::from_be_bytes)
     }
 
     fn vector8(&mut self) -> Result<&'a [u8], ParseError> {
@@ -114,7 +120,7 @@ impl ClientHello {
         while !extensions.0.is_empty() {
             let kind = extensions.u16()?;
             let data = extensions.vector16()?;
-            if seen[..count].contains(&kind) {
+            if seen.get(..count).ok_or(ParseError::Malformed)?.contains(&kind) {
                 return Err(ParseError::DuplicateExtension);
             }
             *seen.get_mut(count).ok_or(ParseError::Malformed)? = kind;
@@ -175,11 +181,13 @@ fn highest_version(data: &[u8]) -> Result<u16, ParseError> {
     let mut cursor = Cursor(data);
     let list = cursor.vector8()?;
     cursor.finish()?;
-    if list.is_empty() || list.len() % 2 != 0 {
+    let (versions, rest) = list.as_chunks();
+    if versions.is_empty() || !rest.is_empty() {
         return Err(ParseError::Malformed);
     }
-    let versions = list.chunks_exact(2).map(|v| u16::from_be_bytes([v[0], v[1]]));
     Ok(versions
+        .iter()
+        .map(|version| u16::from_be_bytes(*version))
         .filter(|version| version & 0x0f0f != 0x0a0a)
         .max()
         .unwrap_or(0))

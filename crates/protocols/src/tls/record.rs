@@ -48,15 +48,15 @@ impl Records {
     fn next<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<Piece<'a>>, ParseError> {
         let mut first = false;
         if self.left == 0 {
-            while self.have < RECORD_HEADER {
+            while let Some(slot) = self.header.get_mut(self.have) {
                 let Some((byte, rest)) = input.split_first() else {
                     return Ok(None);
                 };
-                self.header[self.have] = *byte;
+                *slot = *byte;
                 self.have += 1;
                 *input = rest;
                 // What can be said by the first bytes is said at once: nobody waits for the rest of what is not TLS.
-                match self.header[..self.have] {
+                match self.header.get(..self.have).unwrap_or_default() {
                     [first, ..] if first & 0x80 != 0 => return Err(ParseError::Ssl2),
                     [CHANGE_CIPHER_SPEC..=APPLICATION_DATA] => {}
                     [CHANGE_CIPHER_SPEC..=APPLICATION_DATA, 3, ..] => {}
@@ -159,7 +159,7 @@ impl ClientReader {
             if self.held.len() > length || !piece.last {
                 return Err(ParseError::Trailing);
             }
-            let hello = ClientHello::parse(&self.held[MESSAGE_HEADER..])?;
+            let hello = ClientHello::parse(self.held.get(MESSAGE_HEADER..).unwrap_or_default())?;
             self.held.clear();
             self.begun = true;
             return Ok(ClientStep::Hello(Box::new(hello)));
@@ -244,7 +244,7 @@ impl ServerReader {
     fn take(&mut self, piece: &Piece<'_>) -> Result<Option<ServerStep>, ParseError> {
         let bytes = piece.bytes;
         let missing = MESSAGE_HEADER + MAX_HELLO - self.held.len();
-        self.held.extend_from_slice(&bytes[..bytes.len().min(missing)]);
+        self.held.extend_from_slice(bytes.get(..missing).unwrap_or(bytes));
         if self.held.first() != Some(&SERVER_HELLO) {
             return Err(ParseError::NotHello);
         }
@@ -255,11 +255,10 @@ impl ServerReader {
         if !(SERVER_HELLO_FIXED..=MESSAGE_HEADER + MAX_HELLO).contains(&length) {
             return Err(ParseError::Malformed);
         }
-        if self.held.len() < length {
+        let Some(body) = self.held.get(MESSAGE_HEADER..length) else {
             return Ok(None);
-        }
-        let body = &self.held[MESSAGE_HEADER..length];
-        let again = body[2..34] == RETRY_RANDOM;
+        };
+        let again = body.get(2..34) == Some(&RETRY_RANDOM[..]);
         let version = server_version(body);
         // A server that asks for another hello has nothing more to say: what stands behind it would be read or not,
         // depending on how the stream is cut.
@@ -277,7 +276,9 @@ impl ServerReader {
 
 /// The version that a ServerHello chooses: of its extension if it has one (RFC 8446, 4.2.1).
 fn server_version(body: &[u8]) -> u16 {
-    let legacy = u16::from_be_bytes([body[0], body[1]]);
+    let legacy = body
+        .first_chunk()
+        .map_or(0, |version| u16::from_be_bytes(*version));
     let chosen = || -> Option<u16> {
         let (session, rest) = body.get(34..)?.split_first()?;
         // Session id, cipher suite, compression method, length of the extensions.
