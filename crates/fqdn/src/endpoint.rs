@@ -578,7 +578,9 @@ impl Endpoint {
         let Ok(at) = entry.find(change.selector) else {
             return;
         };
-        let triple = &mut entry.triples[at];
+        let Some(triple) = entry.triples.get_mut(at) else {
+            return;
+        };
         triple.map = match change.kind {
             // written later than a newer change: the maps may hold either
             _ if triple.turn != change.turn => MapState::Unsure,
@@ -617,10 +619,11 @@ impl AddressEntry {
         let mut complete = true;
         for &selector in selectors {
             if let Ok(at) = self.find(selector)
-                && self.triples[at].map != MapState::Present
+                && let Some(triple) = self.triples.get_mut(at)
+                && triple.map != MapState::Present
             {
                 complete = false;
-                sink.emit(address, &mut self.triples[at]);
+                sink.emit(address, triple);
             }
         }
         complete
@@ -644,7 +647,9 @@ impl AddressEntry {
             );
             at
         });
-        let triple = &mut self.triples[at];
+        let Some(triple) = self.triples.get_mut(at) else {
+            return;
+        };
         if triple.names == 0 {
             triple.turn = sink.next_turn();
         }
@@ -657,7 +662,9 @@ impl AddressEntry {
     /// One name of the address less matches the selector.
     fn release(&mut self, address: IpAddr, selector: SelectorId, sink: &mut Sink<'_>) {
         let Ok(at) = self.find(selector) else { return };
-        let triple = &mut self.triples[at];
+        let Some(triple) = self.triples.get_mut(at) else {
+            return;
+        };
         triple.names -= 1;
         if triple.names == 0 {
             triple.turn = sink.next_turn();

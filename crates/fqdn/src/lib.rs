@@ -12,7 +12,13 @@
 //!
 //! Depends on `palisade-protocols` (names, answers) and `palisade-policy` (patterns).
 #![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::string_slice
+)]
 #![warn(unreachable_pub)]
 
 mod cache;
@@ -22,14 +28,16 @@ mod saved;
 mod selectors;
 mod sni_index;
 mod special;
+mod stats;
 mod track;
 
-pub use cache::{Cache, CachedAddress, CachedName, Config, Memory, Stats};
+pub use cache::{Cache, CachedAddress, CachedName, Config};
 pub use change::{Change, ChangeKind, Committed, Pending, Uncommitted, Update};
 pub use saved::{SavedAddress, SavedName};
 pub use selectors::{SelectorId, Selectors};
 pub use sni_index::SniAddressIndex;
 pub use special::{ListedPrefixes, Special, is_special, is_special_prefix};
+pub use stats::{Memory, Stats};
 pub use track::{Flow, OpenQuestion, TrackLimits, Tracker, Unsolicited};
 
 /// Milliseconds of one monotonic clock.

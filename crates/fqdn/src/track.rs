@@ -1,5 +1,9 @@
 //! Open DNS questions: an answer counts only if its id, addresses, ports and question belong to one. [`Tracker`] has
 //! limits for each endpoint and for all, and allocates nothing in the steady state.
+//!
+//! The questions are in a vector with a free list, linked by age and by key. `inspect` has a similar queue for values
+//! that expire in order (`expiry_queue.rs`). It is not used here: each slot is also in the chain of its key, so that an
+//! answer finds its question by id, and a removal must update both lists.
 
 use std::{
     collections::{HashMap, hash_map::RandomState},
@@ -193,14 +197,17 @@ impl<T: Copy> Tracker<T> {
             older: self.newest,
             newer: NONE,
         };
-        let at = if self.free == NONE {
-            self.slots.push(slot);
-            (self.slots.len() - 1) as u32
-        } else {
-            let at = self.free;
-            self.free = self.slots[at as usize].newer;
-            self.slots[at as usize] = slot;
-            at
+        let at = match self.slots.get_mut(self.free as usize) {
+            Some(free) => {
+                let at = self.free;
+                self.free = free.newer;
+                *free = slot;
+                at
+            }
+            None => {
+                self.slots.push(slot);
+                (self.slots.len() - 1) as u32
+            }
         };
         match self.slots.get_mut(self.newest as usize) {
             Some(newest) => newest.newer = at,
@@ -210,8 +217,9 @@ impl<T: Copy> Tracker<T> {
         self.keys.insert(key, at);
         self.open += 1;
         let hash = self.hasher.hash_one((key, question));
-        let remembered = &mut self.answered[hash as usize % ANSWERED];
-        if *remembered == hash {
+        if let Some(remembered) = self.answered.get_mut(hash as usize % ANSWERED)
+            && *remembered == hash
+        {
             *remembered = 0;
         }
         Ok(())
@@ -232,14 +240,16 @@ impl<T: Copy> Tracker<T> {
         let Some(question) = &answer.question else {
             // some errors come without the question; they carry no records, and answer the newest with their id
             let newest = self.chain(key).next().filter(|_| answer.rcode != 0);
-            return newest.map(|at| self.close(at)).ok_or(Unsolicited::NoQuestion);
+            return newest
+                .and_then(|at| self.close(at))
+                .ok_or(Unsolicited::NoQuestion);
         };
         let question = self.hash(question);
-        if let Some(at) = self.find(key, question) {
-            return Ok(self.close(at));
+        if let Some(open) = self.find(key, question).and_then(|at| self.close(at)) {
+            return Ok(open);
         }
         let hash = self.hasher.hash_one((key, question));
-        let known = self.answered[hash as usize % ANSWERED] == hash;
+        let known = self.answered.get(hash as usize % ANSWERED) == Some(&hash);
         Err(if known {
             Unsolicited::Duplicate
         } else {
@@ -297,19 +307,23 @@ impl<T: Copy> Tracker<T> {
     }
 
     fn find(&self, key: Key, question: u64) -> Option<u32> {
-        self.chain(key)
-            .find(|&at| self.slots[at as usize].question == question)
+        self.chain(key).find(|&at| {
+            let slot = self.slots.get(at as usize);
+            slot.is_some_and(|slot| slot.question == question)
+        })
     }
 
     /// Removes a question that was answered, and remembers that it was.
-    fn close(&mut self, at: u32) -> OpenQuestion<T> {
-        let slot = &self.slots[at as usize];
+    fn close(&mut self, at: u32) -> Option<OpenQuestion<T>> {
+        let slot = self.slots.get(at as usize)?;
         let hash = self.hasher.hash_one((slot.key, slot.question));
-        self.answered[hash as usize % ANSWERED] = hash;
+        if let Some(remembered) = self.answered.get_mut(hash as usize % ANSWERED) {
+            *remembered = hash;
+        }
         self.remove(at)
     }
 
-    fn remove(&mut self, at: u32) -> OpenQuestion<T> {
+    fn remove(&mut self, at: u32) -> Option<OpenQuestion<T>> {
         let Slot {
             key,
             asked,
@@ -317,12 +331,13 @@ impl<T: Copy> Tracker<T> {
             older,
             newer,
             ..
-        } = self.slots[at as usize];
-        let before = self
-            .chain(key)
-            .find(|&other| self.slots[other as usize].same == at);
-        match before {
-            Some(before) => self.slots[before as usize].same = same,
+        } = *self.slots.get(at as usize)?;
+        let before = self.chain(key).find(|&other| {
+            let slot = self.slots.get(other as usize);
+            slot.is_some_and(|slot| slot.same == at)
+        });
+        match before.and_then(|before| self.slots.get_mut(before as usize)) {
+            Some(before) => before.same = same,
             None if same == NONE => {
                 self.keys.remove(&key);
             }
@@ -338,8 +353,10 @@ impl<T: Copy> Tracker<T> {
             Some(slot) => slot.older = older,
             None => self.newest = older,
         }
-        self.slots[at as usize].newer = self.free;
-        self.free = at;
+        if let Some(slot) = self.slots.get_mut(at as usize) {
+            slot.newer = self.free;
+            self.free = at;
+        }
         self.open -= 1;
         if let Some(open) = self.endpoints.get_mut(&key.flow.endpoint) {
             *open -= 1;
@@ -347,7 +364,7 @@ impl<T: Copy> Tracker<T> {
                 self.endpoints.remove(&key.flow.endpoint);
             }
         }
-        asked
+        Some(asked)
     }
 }
 
