@@ -19,7 +19,7 @@ use regex::{Regex, RegexBuilder};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    ParseTimeError, Timestamp,
+    ParseTimeError, Timestamp, duration,
     flow::{
         DropReason, Endpoint, Flow, HttpHeader, IpVersion, Layer4, TcpFlags, TracePoint, TrafficDirection,
         Verdict, event_type, reserved_name,
@@ -1060,31 +1060,8 @@ fn one_of<T: Into<String>>(names: impl Iterator<Item = T>) -> String {
 /// RFC 3339, a date, or a duration before `now`.
 fn parse_time(text: &str, now: Timestamp) -> Result<Timestamp, String> {
     let absolute: Result<Timestamp, ParseTimeError> = text.parse();
-    let relative = || parse_duration(text).map(|duration| Timestamp(now.0.saturating_sub(duration)));
-    absolute.ok().or_else(relative).ok_or_else(|| {
+    let relative = || duration::parse(text).map(|ago| now.before(ago));
+    absolute.or_else(|_| relative()).map_err(|_| {
         "neither a time such as 2026-04-28T01:04:16Z nor how long ago, such as 30s, 5m, 1h30m or 2d".into()
     })
-}
-
-/// `1h30m`, `1.5h`, `200ms`: ns.
-fn parse_duration(text: &str) -> Option<i64> {
-    let mut rest = text;
-    let mut total = 0_f64;
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
-        let (number, after) = rest.split_at(digits);
-        let unit_length = after.find(|c: char| c.is_ascii_digit()).unwrap_or(after.len());
-        let (unit, after) = after.split_at(unit_length);
-        let ns = match unit {
-            "ms" => 1e6,
-            "s" => 1e9,
-            "m" => 60e9,
-            "h" => 3_600e9,
-            "d" => 86_400e9,
-            _ => return None,
-        };
-        total += number.parse::<f64>().ok()? * ns;
-        rest = after;
-    }
-    (!text.is_empty()).then_some(total as i64)
 }

@@ -10,6 +10,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![warn(unreachable_pub)]
 
+pub mod duration;
 pub mod filter;
 pub mod flow;
 pub mod format;

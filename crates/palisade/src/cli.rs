@@ -7,11 +7,12 @@ use clap::{
     value_parser,
 };
 use palisade_flowlog::{
+    duration,
     filter::FLAGS,
     format::{Format, Printer},
 };
 
-use crate::{config, duration};
+use crate::config;
 
 const EXIT_CODES: &str = "\
 Exit codes:

@@ -9,7 +9,6 @@ mod command;
 mod config;
 mod control;
 mod daemon;
-mod duration;
 mod table;
 
 use std::process::ExitCode;

@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use nix::unistd::geteuid;
+use palisade_flowlog::duration;
 use tracing::{Level, error};
 use tracing_subscriber::{
     Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
@@ -24,7 +25,7 @@ use crate::{
         api::{PolicyFile, PolicyFileState, Request, Status, Workers},
         client::{Client, ClientError, ask, ask_within},
     },
-    daemon, duration,
+    daemon,
     table::Table,
 };
 

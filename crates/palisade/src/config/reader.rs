@@ -14,9 +14,9 @@ use ipnet::IpNet;
 use toml::de::{DeTable, DeValue};
 
 use palisade_abi::ETHER_TYPE_LLC;
+use palisade_flowlog::duration;
 
 use super::suggest::suggestion;
-use crate::duration;
 
 /// Something wrong at a place of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
