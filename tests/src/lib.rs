@@ -16,11 +16,10 @@
 //! Depends on `palisade-testbed`; runs the built binary. Start at a file of `tests/`.
 #![forbid(unsafe_code)]
 
-pub mod apps;
+pub mod evasion;
+pub mod fixtures;
 pub mod flows;
-pub mod games;
-pub mod names;
-pub mod secret;
+pub mod opaque_tls;
 pub mod setup;
 
 use std::{

@@ -13,7 +13,7 @@ use palisade_testbed::{
     web::{Web, curl},
 };
 
-use crate::apps::{Apps, borrowed, policies, policy};
+use crate::fixtures::apps::{Apps, borrowed, policies, policy};
 
 /// Programs at tcx, but at the ingress of the NIC by XDP.
 pub const XDP_AT_THE_NIC: Hooks = Hooks {

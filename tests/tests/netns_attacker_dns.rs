@@ -1,7 +1,7 @@
 //! DNS rules as clients meet them that read answers in another way than the policy's author thinks.
 
 use palisade_testbed::{daemon::Settings, topology::FAMILIES};
-use palisade_tests::names::{names, resolver, site};
+use palisade_tests::fixtures::dns::{names, resolver, site};
 
 const CLIENT: &str = r#"
 apiVersion: cilium.io/v2

@@ -20,7 +20,7 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    apps::{OK, answers_requests, apps, borrowed, policies, policy},
+    fixtures::apps::{OK, answers_requests, apps, borrowed, policies, policy},
     setup::tables,
 };
 

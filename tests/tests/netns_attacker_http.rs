@@ -15,7 +15,7 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    apps::{Apps, apps},
+    fixtures::apps::{Apps, apps},
     setup::{client_only, client_only_with},
 };
 

@@ -9,7 +9,7 @@ use palisade_testbed::{
     dns::{Asked, Said, Scripted},
     topology::{FAMILIES, Family},
 };
-use palisade_tests::names::{Names, names, resolver, site};
+use palisade_tests::fixtures::dns::{Names, names, resolver, site};
 
 fn daemon(names: &Names, tables: &str, policy: &str) -> Daemon {
     let settings = Settings {

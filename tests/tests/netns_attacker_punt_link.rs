@@ -7,8 +7,8 @@ use std::{
 };
 
 use palisade_tests::{
-    apps::{Apps, apps},
-    names::counted,
+    fixtures::apps::{Apps, apps},
+    fixtures::dns::counted,
     setup::daemon,
 };
 use serde_json::Value;

@@ -19,7 +19,7 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    apps::{Apps, OK, answers_requests, apps, borrowed, policies},
+    fixtures::apps::{Apps, OK, answers_requests, apps, borrowed, policies},
 };
 use socket2::{Domain, Protocol, Socket, Type};
 

@@ -13,7 +13,7 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    apps::{apps, policy},
+    fixtures::apps::{apps, policy},
 };
 
 const WEB: u16 = 80;

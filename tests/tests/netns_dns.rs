@@ -18,7 +18,7 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    names::{EVIL, Names, WEB, counted, names, other_resolver, resolver, site},
+    fixtures::dns::{EVIL, Names, WEB, counted, names, other_resolver, resolver, site},
     setup::{TCX, XDP_AND_CLSACT, XDP_AT_THE_NIC, daemon, daemon_with},
 };
 

@@ -11,7 +11,7 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     CLOSED, OPEN,
-    names::{EVIL, Names, names, resolver, site},
+    fixtures::dns::{EVIL, Names, names, resolver, site},
 };
 
 const PACE: Duration = Duration::from_millis(2);

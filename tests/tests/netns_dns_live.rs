@@ -19,7 +19,7 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    names::{EVIL, Finish, Names, counted, names, resolver, site},
+    fixtures::dns::{EVIL, Finish, Names, counted, names, resolver, site},
 };
 
 /// The port of a connection that goes on while things happen.

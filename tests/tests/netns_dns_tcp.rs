@@ -9,7 +9,7 @@ use palisade_testbed::{
     topology::{FAMILIES, Family},
 };
 use palisade_tests::{
-    names::{EVIL, Names, counted, names, resolver, site},
+    fixtures::dns::{EVIL, Names, counted, names, resolver, site},
     setup::daemon,
 };
 

@@ -18,8 +18,8 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    apps::{Apps, WAYS, answers_requests, apps, has_default_offloads, packets_read},
-    names::counted,
+    fixtures::apps::{Apps, WAYS, answers_requests, apps, has_default_offloads, packets_read},
+    fixtures::dns::counted,
     setup::{TCX, XDP_AND_CLSACT, XDP_AT_THE_NIC, client_only, client_only_with, on_all_ways, tables, webs},
 };
 

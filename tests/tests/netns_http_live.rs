@@ -14,7 +14,7 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    apps::{Apps, Loop, apps, policy},
+    fixtures::apps::{Apps, Loop, apps, policy},
     flows::endpoint_id,
 };
 use serde_json::Value;

@@ -10,7 +10,7 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    apps::{Apps, WAYS, apps},
+    fixtures::apps::{Apps, WAYS, apps},
     setup::{on_all_ways, webs},
 };
 

@@ -9,7 +9,7 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    apps::{apps, policy},
+    fixtures::apps::{apps, policy},
     flows, world,
 };
 

@@ -16,7 +16,7 @@ use palisade_testbed::{
     recorder::Recorder,
     topology::{FAMILIES, Family, INNER},
 };
-use palisade_tests::apps::{Apps, OK, answers_requests, apps, borrowed, policies, policy};
+use palisade_tests::fixtures::apps::{Apps, OK, answers_requests, apps, borrowed, policies, policy};
 
 const PORT: u16 = 80;
 const RULES: &str = "      rules:\n        http: [{method: GET, path: \"/.*\"}]\n";

@@ -12,7 +12,7 @@ use palisade_testbed::{
     daemon::Settings,
     topology::{FAMILIES, Family},
 };
-use palisade_tests::apps::{Apps, OK, apps, policy};
+use palisade_tests::fixtures::apps::{Apps, OK, apps, policy};
 
 const PORT: u16 = 80;
 /// How long an end may take to learn that the connection is over: some retransmissions.

@@ -18,8 +18,8 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    apps::{Apps, OK, answers_requests, apps, borrowed, packets_read, policies},
-    games::{Field, Streams},
+    evasion::{Field, Streams},
+    fixtures::apps::{Apps, OK, answers_requests, apps, borrowed, packets_read, policies},
 };
 
 const PORT: u16 = 443;

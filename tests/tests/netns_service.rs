@@ -10,8 +10,8 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    apps::apps,
-    names::zone,
+    fixtures::apps::apps,
+    fixtures::dns::zone,
     setup::{question, request, tables, webs},
 };
 

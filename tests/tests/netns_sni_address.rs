@@ -11,8 +11,8 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    names::{Names, counted, names, resolver, site},
-    secret,
+    fixtures::dns::{Names, counted, names, resolver, site},
+    opaque_tls,
 };
 
 const TLS: u16 = 8443;
@@ -71,7 +71,7 @@ fn an_address_is_open_only_by_the_names_it_was_learned_by() {
         .iter()
         .flat_map(|n| FAMILIES.map(|family| site(*n, family)))
         .collect();
-    let server = secret::server(names.ns("internet"), &sites, &[TLS]).expect("server");
+    let server = opaque_tls::server(names.ns("internet"), &sites, &[TLS]).expect("server");
     let mut daemon = start(&names, "[tls]\nverify_sni_address = true\n");
     for family in FAMILIES {
         let asks = |daemon: &Daemon, from: &str, name: &str, n: u8| {

@@ -21,9 +21,9 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    apps::{Apps, WAYS, apps, has_default_offloads, packets_read, tracked},
-    names::counted,
-    secret,
+    fixtures::apps::{Apps, WAYS, apps, has_default_offloads, packets_read, tracked},
+    fixtures::dns::counted,
+    opaque_tls,
     setup::{TCX, XDP_AND_CLSACT, XDP_AT_THE_NIC, client_only, client_only_with, on_all_ways, tables, webs},
 };
 
@@ -351,7 +351,7 @@ fn what_is_not_tls_is_reset() {
 #[test]
 fn a_hello_that_does_not_end_is_ended() {
     let apps = apps();
-    let server = secret::server(apps.ns("internet"), &apps.both("internet"), &[HTTPS]).expect("server");
+    let server = opaque_tls::server(apps.ns("internet"), &apps.both("internet"), &[HTTPS]).expect("server");
     let daemon = client_only_with(&apps, &tables("[tls]\nhello_timeout = \"2s\"\n"), &[HTTPS], RULES);
     let hello = Hello::to("www.allowed.example").bytes();
     thread::scope(|scope| {
@@ -470,7 +470,7 @@ fn a_second_hello_is_judged_too() {
 #[test]
 fn hellos_that_are_encrypted_are_judged_by_their_outer_name_or_refused() {
     let apps = apps();
-    let server = secret::server(apps.ns("internet"), &apps.both("internet"), &[HTTPS]).expect("server");
+    let server = opaque_tls::server(apps.ns("internet"), &apps.both("internet"), &[HTTPS]).expect("server");
     // RFC 9849: outer, a cipher suite, a configuration, a key, something encrypted
     let mut encrypted = vec![0, 0, 1, 0, 1, 9, 0, 32];
     encrypted.extend_from_slice(&[3; 32]);

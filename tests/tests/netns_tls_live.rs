@@ -17,9 +17,9 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    apps::{Apps, Loop, apps, policy},
+    fixtures::apps::{Apps, Loop, apps, policy},
     flows::endpoint_id,
-    secret::{self, Secret},
+    opaque_tls::{self, Secret},
 };
 
 const PORT: u16 = 443;
@@ -63,7 +63,7 @@ fn secrets(apps: &Apps, name: &str) -> [Secret; 2] {
 #[test]
 fn a_change_of_names_ends_what_it_denies_and_nothing_else() {
     let apps = apps();
-    let _server = secret::server(apps.ns("internet"), &apps.both("internet"), &[SECRET]).expect("server");
+    let _server = opaque_tls::server(apps.ns("internet"), &apps.both("internet"), &[SECRET]).expect("server");
     let daemon = apps
         .daemon(
             &Settings::default(),
@@ -132,7 +132,7 @@ fn a_change_of_names_ends_what_it_denies_and_nothing_else() {
 fn reload_under_load_loses_no_connection_that_is_allowed() {
     let apps = apps();
     let _web = Web::start(apps.ns("internet"), "internet", &[], &[PORT], &apps.certificate).expect("nginx");
-    let server = secret::server(apps.ns("internet"), &apps.both("internet"), &[SECRET]).expect("server");
+    let server = opaque_tls::server(apps.ns("internet"), &apps.both("internet"), &[SECRET]).expect("server");
     let daemon = apps
         .daemon(&Settings::default(), &[("p.yaml", &names("a.example"))])
         .expect("daemon");
@@ -179,7 +179,7 @@ fn reload_under_load_loses_no_connection_that_is_allowed() {
 fn kill9_and_restart_leave_connections_alone_and_let_no_other_name_through() {
     let apps = apps();
     let web = Web::start(apps.ns("internet"), "internet", &[], &[PORT], &apps.certificate).expect("nginx");
-    let _server = secret::server(apps.ns("internet"), &apps.both("internet"), &[SECRET]).expect("server");
+    let _server = opaque_tls::server(apps.ns("internet"), &apps.both("internet"), &[SECRET]).expect("server");
     let mut daemon = apps
         .daemon(&Settings::default(), &[("p.yaml", &names("a.example"))])
         .expect("daemon");
@@ -234,7 +234,7 @@ fn kill9_and_restart_leave_connections_alone_and_let_no_other_name_through() {
 #[test]
 fn a_policy_for_names_that_comes_late() {
     let apps = apps();
-    let _server = secret::server(apps.ns("internet"), &apps.both("internet"), &[SECRET]).expect("server");
+    let _server = opaque_tls::server(apps.ns("internet"), &apps.both("internet"), &[SECRET]).expect("server");
     let daemon = apps
         .daemon(
             &Settings::default(),

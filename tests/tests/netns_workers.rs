@@ -13,8 +13,8 @@ use palisade_testbed::{
     Daemon, daemon::Settings, dns::Scripted, ns::wait_until, topology::FAMILIES, web::Web,
 };
 use palisade_tests::{
-    apps::{Apps, Loop, apps},
-    names::{counted, zone},
+    fixtures::apps::{Apps, Loop, apps},
+    fixtures::dns::{counted, zone},
     setup::{daemon_with, question, request, tables, webs},
 };
 use serde_json::Value;

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-#[path = "../../../tests/fuzz/bodies/inspect.rs"]
+#[path = "../../../tests/fuzz/harness/inspect.rs"]
 mod body;
 
 /// For how long.

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-#[path = "../../../tests/fuzz/bodies/reassembly.rs"]
+#[path = "../../../tests/fuzz/harness/reassembly.rs"]
 mod body;
-#[path = "../../../tests/fuzz/bodies/mutate.rs"]
+#[path = "../../../tests/fuzz/harness/mutate.rs"]
 mod mutate;
 
 #[test]

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-#[path = "../../../tests/fuzz/bodies/http1.rs"]
+#[path = "../../../tests/fuzz/harness/http1.rs"]
 mod http1;
-#[path = "../../../tests/fuzz/bodies/mutate.rs"]
+#[path = "../../../tests/fuzz/harness/mutate.rs"]
 mod mutate;
-#[path = "../../../tests/fuzz/bodies/tls.rs"]
+#[path = "../../../tests/fuzz/harness/tls.rs"]
 mod tls;
 
 fn corpus(name: &str) -> std::path::PathBuf {

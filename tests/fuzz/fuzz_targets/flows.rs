@@ -1,7 +1,7 @@
 //! Whole packets through the decoder and the engine that reads HTTP and TLS. Run: `cargo +nightly fuzz run flows` in tests/.
 #![no_main]
 
-#[path = "../bodies/flows.rs"]
+#[path = "../harness/flows.rs"]
 mod body;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| body::run(bytes));

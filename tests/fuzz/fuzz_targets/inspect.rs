@@ -1,7 +1,7 @@
 //! Whole packets through the decoder and the engine that reads DNS. Run: `cargo +nightly fuzz run inspect` in tests/.
 #![no_main]
 
-#[path = "../bodies/inspect.rs"]
+#[path = "../harness/inspect.rs"]
 mod body;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| body::run(bytes));

@@ -1,7 +1,7 @@
 //! A sender that contradicts itself, against receivers of two kinds. Run: `cargo +nightly fuzz run reassembly` in tests/.
 #![no_main]
 
-#[path = "../bodies/reassembly.rs"]
+#[path = "../harness/reassembly.rs"]
 mod body;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| body::run(bytes));

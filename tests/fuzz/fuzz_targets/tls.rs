@@ -1,7 +1,7 @@
 //! Both sides of a TLS handshake, cut anywhere. Run: `cargo +nightly fuzz run tls` in tests/.
 #![no_main]
 
-#[path = "../bodies/tls.rs"]
+#[path = "../harness/tls.rs"]
 mod body;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| body::run(bytes));
