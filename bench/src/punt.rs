@@ -277,7 +277,7 @@ impl Used {
 }
 
 /// What takes the frames and sends them back.
-struct Taker {
+struct BareForwarder {
     veth: Veth,
     used: Used,
     stop: Arc<AtomicBool>,
@@ -300,7 +300,7 @@ fn start<E: Inspect + 'static>(
     port: impl Fn() -> io::Result<Socket> + Send + Sync + 'static,
     engine: impl Fn(usize) -> E + Send + Sync + 'static,
     rules: E::Rules,
-    taker: &mut Taker,
+    forwarder: &mut BareForwarder,
 ) -> Result<()> {
     let frames = socket(mode).frames as usize;
     let (pool, commits, records) = Pool::start(Setup {
@@ -316,10 +316,10 @@ fn start<E: Inspect + 'static>(
         max_commits: 1_024,
         records: 2_048,
     })?;
-    taker.counters = pool.counters().first().cloned();
-    taker.pool = Some(Box::new((pool, commits)));
-    let stop = Arc::clone(&taker.stop);
-    taker.threads.push(thread::spawn(move || {
+    forwarder.counters = pool.counters().first().cloned();
+    forwarder.pool = Some(Box::new((pool, commits)));
+    let stop = Arc::clone(&forwarder.stop);
+    forwarder.threads.push(thread::spawn(move || {
         while !stop.load(Relaxed) {
             // an empty queue is no error
             let _ = records.recv_timeout(Duration::from_millis(50));
@@ -345,9 +345,9 @@ fn forward(mut socket: Socket, stop: &AtomicBool) -> io::Result<()> {
     Ok(())
 }
 
-impl Taker {
+impl BareForwarder {
     fn new(way: Way, mode: Mode) -> Result<Self> {
-        let mut taker = Self {
+        let mut forwarder = Self {
             veth: Veth::new()?,
             used: Used::default(),
             stop: Arc::default(),
@@ -358,7 +358,7 @@ impl Taker {
         // the socket is the thread's own; its descriptor is put into the map from here
         let (tell, told) = mpsc::sync_channel(1);
         let enter = {
-            let (ns, used) = (taker.veth.ns.clone(), taker.used.clone());
+            let (ns, used) = (forwarder.veth.ns.clone(), forwarder.used.clone());
             move || -> io::Result<Socket> {
                 ns.join().map_err(io::Error::other)?;
                 used.here();
@@ -370,22 +370,22 @@ impl Taker {
         };
         match way {
             Way::Bare => {
-                let stop = Arc::clone(&taker.stop);
-                taker.threads.push(thread::spawn(move || {
+                let stop = Arc::clone(&forwarder.stop);
+                forwarder.threads.push(thread::spawn(move || {
                     if let Err(problem) = enter().and_then(|socket| forward(socket, &stop)) {
                         progress(format_args!("bare forwarder: {problem}"));
                     }
                 }));
             }
-            Way::Carries => start(mode, enter, |_| Open, (), &mut taker)?,
+            Way::Carries => start(mode, enter, |_| Open, (), &mut forwarder)?,
             Way::Reads => {
                 let engine = |_| Engine::<Handle>::new(&Limits::default());
-                start(mode, enter, engine, rules(), &mut taker)?;
+                start(mode, enter, engine, rules(), &mut forwarder)?;
             }
         }
         let fd = told.recv_timeout(PATIENCE).context("no socket")?;
-        taker.veth.insert(fd)?;
-        Ok(taker)
+        forwarder.veth.insert(fd)?;
+        Ok(forwarder)
     }
 
     /// Why frames did not come back.
@@ -400,7 +400,7 @@ impl Taker {
     }
 }
 
-impl Drop for Taker {
+impl Drop for BareForwarder {
     fn drop(&mut self) {
         self.stop.store(true, Relaxed);
         self.pool = None;
@@ -424,23 +424,23 @@ struct Figures {
 
 impl Figures {
     fn take(&mut self, way: Way, mode: Mode, frames: &[Vec<u8>], duration: Duration) -> Result<()> {
-        let taker = Taker::new(way, mode)?;
-        taker.veth.drive(frames, duration / 10)?;
-        let used = taker.used.read()?;
-        let (sent, back, took) = taker.veth.drive(frames, duration)?;
-        let used = taker.used.read()?.saturating_sub(used);
+        let forwarder = BareForwarder::new(way, mode)?;
+        forwarder.veth.drive(frames, duration / 10)?;
+        let used = forwarder.used.read()?;
+        let (sent, back, took) = forwarder.veth.drive(frames, duration)?;
+        let used = forwarder.used.read()?.saturating_sub(used);
         ensure!(
             back * 2 > sent,
             "{}: of {sent} frames {back} came back{}",
             way.name(),
-            taker.report()
+            forwarder.report()
         );
         if back < sent {
             progress(format_args!(
                 "{}: {} of {sent} frames were lost{}",
                 way.name(),
                 sent - back,
-                taker.report()
+                forwarder.report()
             ));
         }
         self.rate.push(back as f64 / took.as_secs_f64());
