@@ -42,7 +42,7 @@ impl Pool {
     /// Takes a free frame for the fill ring and returns its descriptor.
     pub(crate) fn take_to_fill(&self) -> Option<FrameDesc> {
         let index = self.states.take(FrameState::Receiving)?;
-        Some(self.blank[index as usize])
+        self.blank.get(index as usize).copied()
     }
 
     /// Frees a frame that did not fit into the fill ring.
@@ -60,7 +60,8 @@ impl Pool {
     /// Returns a free frame, for a packet that user space makes.
     pub(crate) fn alloc(self: &Rc<Self>) -> Option<Frame> {
         let index = self.states.take(FrameState::Held)?;
-        Some(Frame::new(self, self.blank[index as usize], 0))
+        let desc = self.blank.get(index as usize)?;
+        Some(Frame::new(self, *desc, 0))
     }
 
     /// Returns the frame of a descriptor from the receive ring; `None` if the kernel did not have that frame or the
@@ -132,21 +133,22 @@ impl Frame {
     #[must_use]
     #[inline]
     pub fn data(&self) -> &[u8] {
-        &self.room()[self.start..self.start + self.length]
+        let packet = self.start..self.start + self.length;
+        self.room().get(packet).unwrap_or_default()
     }
 
     /// Returns the packet.
     #[inline]
     pub fn data_mut(&mut self) -> &mut [u8] {
-        let (start, end) = (self.start, self.start + self.length);
-        &mut self.room_mut()[start..end]
+        let packet = self.start..self.start + self.length;
+        self.room_mut().get_mut(packet).unwrap_or_default()
     }
 
     /// Returns the packet and the rest of the chunk behind it, which has unspecified contents.
     #[inline]
     pub fn data_and_tail_mut(&mut self) -> &mut [u8] {
         let start = self.start;
-        &mut self.room_mut()[start..]
+        self.room_mut().get_mut(start..).unwrap_or_default()
     }
 
     /// Returns the length of the packet.
@@ -209,7 +211,8 @@ impl Frame {
             self.start = bytes.len();
         }
         let (from, to) = (self.start - bytes.len(), self.start);
-        self.room_mut()[from..to].copy_from_slice(bytes);
+        let front = self.room_mut().get_mut(from..to).ok_or(NoRoom)?;
+        front.copy_from_slice(bytes);
         self.start = from;
         self.length += bytes.len();
         Ok(())
@@ -227,7 +230,8 @@ impl Frame {
             self.move_to_front();
         }
         let end = self.start + self.length;
-        self.room_mut()[end..end + bytes.len()].copy_from_slice(bytes);
+        let tail = self.room_mut().get_mut(end..end + bytes.len()).ok_or(NoRoom)?;
+        tail.copy_from_slice(bytes);
         self.length += bytes.len();
         Ok(())
     }

@@ -80,9 +80,9 @@ impl FrameStates {
     pub(crate) fn take(&self, to: FrameState) -> Option<u32> {
         debug_assert_ne!(to, FrameState::Free);
         let depth = self.depth.get().checked_sub(1)?;
-        let index = self.stack[depth].get();
+        let index = self.stack.get(depth)?.get();
+        self.states.get(index as usize)?.set(to);
         self.depth.set(depth);
-        self.states[index as usize].set(to);
         self.count(FrameState::Free, to);
         Some(index)
     }
@@ -115,7 +115,14 @@ impl FrameStates {
 
     #[inline]
     fn count(&self, from: FrameState, to: FrameState) {
-        let (from, to) = (&self.counts[from as usize], &self.counts[to as usize]);
+        let [free, receiving, sending, held] = &self.counts;
+        let count = |state| match state {
+            FrameState::Free => free,
+            FrameState::Receiving => receiving,
+            FrameState::Sending => sending,
+            FrameState::Held => held,
+        };
+        let (from, to) = (count(from), count(to));
         from.set(from.get() - 1);
         to.set(to.get() + 1);
     }

@@ -72,7 +72,10 @@ impl<H> Sender<H> {
 impl<H> Receiver<H> {
     /// Calls `f` with the oldest packet and removes it. Returns `None` if the ring is empty.
     pub fn receive<R>(&mut self, f: impl FnOnce(&H, &[u8]) -> R) -> Option<R> {
-        self.0.read(|slot| f(&slot.header, &slot.bytes[..slot.length]))
+        self.0.read(|slot| {
+            let packet = slot.bytes.get(..slot.length).unwrap_or_default();
+            f(&slot.header, packet)
+        })
     }
 
     /// Returns a lower bound of the number of packets in the ring; zero only if the ring is empty.

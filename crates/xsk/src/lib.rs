@@ -13,7 +13,12 @@
     unsafe_code,
     reason = "memory that is shared with the kernel, and rings between threads"
 )]
-#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
 #![warn(unreachable_pub)]
 
 pub mod handoff;

@@ -296,12 +296,12 @@ impl Socket {
             self.refill();
             let batch = BATCH.min(limit - received);
             // SAFETY: the ring only writes into `scratch`, and its descriptors are of this socket's UMEM.
-            let count = unsafe { self.rx.consume(&mut self.scratch[..batch]) };
+            let count = unsafe { self.rx.consume(self.scratch.get_mut(..batch).unwrap_or_default()) };
             if count == 0 {
                 break;
             }
             let mut unexpected = 0;
-            let mut frames = self.scratch[..count].iter().filter_map(|desc| {
+            let mut frames = self.scratch.iter().take(count).filter_map(|desc| {
                 let frame = self.pool.received(*desc);
                 unexpected += u64::from(frame.is_none());
                 frame
@@ -525,11 +525,11 @@ impl Socket {
             let wanted = room.min(BATCH).min(self.pool.free().saturating_sub(self.reserve));
             let mut batch = [FrameDesc::default(); BATCH];
             let mut count = 0;
-            while count < wanted {
+            for slot in batch.iter_mut().take(wanted) {
                 let Some(desc) = self.pool.take_to_fill() else {
                     break;
                 };
-                batch[count] = desc;
+                *slot = desc;
                 count += 1;
             }
             if count == 0 {
@@ -537,8 +537,8 @@ impl Socket {
             }
             // SAFETY: the frames were free, so no `Frame` owns them, and `take_to_fill` has set their state to
             // `Receiving`.
-            let produced = unsafe { self.fill.produce(&batch[..count]) };
-            for desc in &batch[produced..count] {
+            let produced = unsafe { self.fill.produce(batch.get(..count).unwrap_or_default()) };
+            for desc in batch.iter().take(count).skip(produced) {
                 self.pool.unfilled(desc);
             }
             if produced < count {
@@ -556,7 +556,7 @@ impl Socket {
         loop {
             // SAFETY: the ring only writes into `scratch`, and its descriptors are of this socket's UMEM.
             let count = unsafe { self.completion.consume(&mut self.scratch[..]) };
-            for desc in &self.scratch[..count] {
+            for desc in self.scratch.iter().take(count) {
                 self.unexpected += u64::from(!self.pool.sent(desc));
             }
             if count < BATCH {

@@ -64,9 +64,11 @@ unsafe impl<P: Send> Sync for Ring<P> {}
 unsafe impl<P: Send> Send for Ring<P> {}
 
 impl<P> Ring<P> {
-    fn slot(&self, position: usize) -> &UnsafeCell<P> {
+    /// Returns the slot of a position. There is one for every position; `None` only replaces a panic.
+    #[inline]
+    fn slot(&self, position: usize) -> Option<&UnsafeCell<P>> {
         // The number of slots is a power of two, see `ring`.
-        &self.slots[position & (self.slots.len() - 1)]
+        self.slots.get(position & (self.slots.len() - 1))
     }
 }
 
@@ -131,7 +133,7 @@ impl<P> Writer<P> {
         if !self.has_room() {
             return None;
         }
-        let publish = self.ring.slot(self.written).with_mut(|slot| {
+        let publish = self.ring.slot(self.written)?.with_mut(|slot| {
             // SAFETY: the position is not published, so the reader does not access its slot (see `Ring`), and this end
             // is borrowed mutably, so there is no other writer.
             f(unsafe { &mut *slot })
@@ -168,7 +170,7 @@ impl<P> Reader<P> {
         if self.available() == 0 {
             return None;
         }
-        let outcome = self.ring.slot(self.read).with_mut(|slot| {
+        let outcome = self.ring.slot(self.read)?.with_mut(|slot| {
             // SAFETY: the position is published, so the writer does not access its slot until `read` has passed it (see
             // `Ring`), and this end is borrowed mutably, so there is no other reader.
             f(unsafe { &mut *slot })
