@@ -378,8 +378,13 @@ impl Daemon {
         Ok(())
     }
 
-    /// Starts it again and waits until it enforces.
+    /// Ends the daemon if it runs (SIGTERM), starts it again and waits until it enforces.
+    ///
+    /// Two daemons must not overlap: the directories of the first one are locked until it has ended.
     pub fn restart(&mut self) -> Result<()> {
+        if let Some(mut process) = self.process.take() {
+            process.terminate(PATIENCE)?;
+        }
         self.spawn()?;
         self.wait()
     }
