@@ -29,9 +29,11 @@ pub fn complete_or_verify(frame: &mut [u8], packet: &Packet) -> Result<(), Reaso
     let (at, length) = match packet.protocol {
         protocol::TCP => (16, end.saturating_sub(transport)),
         protocol::UDP => {
-            let stated = frame.get(transport + 4..transport + 6);
-            let stated = stated.map_or(0, |bytes| u16::from_be_bytes([bytes[0], bytes[1]]));
-            (6, usize::from(stated))
+            let stated = frame.get(transport + 4..).and_then(<[u8]>::first_chunk);
+            (
+                6,
+                stated.map_or(0, |bytes| usize::from(u16::from_be_bytes(*bytes))),
+            )
         }
         _ => return Ok(()),
     };
@@ -46,8 +48,8 @@ pub fn complete_or_verify(frame: &mut [u8], packet: &Packet) -> Result<(), Reaso
         .add(frame.get(addresses).ok_or(malformed)?)
         .add_pseudo_tail(packet.protocol, length);
     let segment = frame.get_mut(transport..transport + length).ok_or(malformed)?;
-    let field = segment.get(at..at + 2).ok_or(malformed)?;
-    let field = u16::from_be_bytes([field[0], field[1]]);
+    let field = segment.get(at..).and_then(<[u8]>::first_chunk);
+    let field = u16::from_be_bytes(*field.ok_or(malformed)?);
     if field == 0 && packet.protocol == protocol::UDP {
         // Only UDP over IPv4 may omit the checksum (RFC 768; RFC 8200, section 8.1).
         return if ipv6 { Err(Reason::BadChecksum) } else { Ok(()) };
@@ -60,7 +62,8 @@ pub fn complete_or_verify(frame: &mut [u8], packet: &Packet) -> Result<(), Reaso
             0 if packet.protocol == protocol::UDP => 0xffff,
             complete => complete,
         };
-        segment[at..at + 2].copy_from_slice(&complete.to_be_bytes());
+        let field = segment.get_mut(at..).and_then(<[u8]>::first_chunk_mut);
+        *field.ok_or(malformed)? = complete.to_be_bytes();
         return Ok(());
     }
     if pseudo.add(segment).fold() == 0xffff {

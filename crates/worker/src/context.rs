@@ -13,11 +13,11 @@ use palisade_xsk::{Mode, handoff};
 use crate::{counters::Counters, queue, watch};
 
 /// The mio token of a worker's [`Waker`].
-pub const WAKER: Token = Token(1);
+pub(crate) const WAKER: Token = Token(1);
 
 /// The control plane's settings for a worker.
 #[derive(Debug)]
-pub struct WorkerControl<R> {
+pub(crate) struct WorkerControl<R> {
     /// The application rules in force.
     pub rules: Arc<R>,
     /// Interfaces with an XDP program at ingress, by index.
@@ -30,10 +30,10 @@ pub struct WorkerControl<R> {
 pub type TimedRecord = (SystemTime, Record);
 
 /// The state of a worker thread that outlives its restarts.
-pub struct WorkerContext<R> {
-    /// Metric of the worker, from 0, and of its queue of the punt link.
+pub(crate) struct WorkerContext<R> {
+    /// Number of the worker, from 0, which is also the number of its queue of the punt link.
     pub number: usize,
-    /// Metric of workers.
+    /// Number of workers.
     pub workers: usize,
     /// Secret that proves that a frame on the punt link was put there by the programs.
     pub cookie: u64,

@@ -127,7 +127,9 @@ impl Default for Counters {
 impl Counters {
     /// Counts a dropped packet.
     pub(crate) fn count_drop(&self, reason: Reason) {
-        self.dropped[reason as usize].add(1);
+        if let Some(count) = self.dropped.get(reason as usize) {
+            count.add(1);
+        }
     }
 
     /// Returns the dropped packets by the number of the drop reason, without zeros.

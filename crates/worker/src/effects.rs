@@ -16,7 +16,7 @@ use crate::{context::TimedRecord, counters::Counters, header, held::Handle, queu
 const MAX_GENERATED_BYTES: usize = 256 * 1024;
 
 /// What an inspector wants done.
-pub enum Effect {
+pub(crate) enum Effect {
     /// Forward a held packet unchanged, with a flow command if there is one.
     Release(Handle, Option<FlowCommand>),
     /// Drop a held packet.
@@ -35,7 +35,7 @@ pub enum Effect {
 
 /// The sink of a worker's inspectors: queues effects in their order, and passes learned addresses and records on at
 /// once.
-pub struct Effects {
+pub(crate) struct Effects {
     queue: VecDeque<Effect>,
     /// Bytes of the generated packets, one after the other.
     generated: Vec<u8>,
@@ -52,7 +52,7 @@ pub struct Effects {
 
 impl Effects {
     /// Creates an empty queue. `frames`: number of frames of the socket, each of which can have an effect.
-    pub fn new(
+    pub(crate) fn new(
         frames: usize,
         committer: Committer,
         records: queue::Sender<TimedRecord>,
@@ -70,7 +70,7 @@ impl Effects {
     }
 
     /// Removes and returns the next effect. Returns `None` when none is left, and then frees the generated packets.
-    pub fn next(&mut self) -> Option<Effect> {
+    pub(crate) fn next(&mut self) -> Option<Effect> {
         let effect = self.queue.pop_front();
         if effect.is_none() {
             self.generated.clear();
@@ -79,17 +79,17 @@ impl Effects {
     }
 
     /// Returns the bytes of a generated packet.
-    pub fn generated(&self, start: usize, length: usize) -> Option<&[u8]> {
+    pub(crate) fn generated(&self, start: usize, length: usize) -> Option<&[u8]> {
         self.generated.get(start..start + length)
     }
 
     /// Returns the next result of a commit of learned addresses.
-    pub fn next_committed(&mut self) -> Option<CommitResult> {
+    pub(crate) fn next_committed(&mut self) -> Option<CommitResult> {
         self.committer.take()
     }
 
     /// Returns whether a result of a commit is waiting.
-    pub fn has_committed(&self) -> bool {
+    pub(crate) fn has_committed(&self) -> bool {
         self.committer.is_answered()
     }
 
@@ -98,7 +98,7 @@ impl Effects {
     ///
     /// A wake-up is a system call, and the woken thread would compete for the CPU just when the packet's receiver needs
     /// it. Only a record queue that is a quarter full is not left waiting for the next tick.
-    pub fn flush(&mut self, now: u64) {
+    pub(crate) fn flush(&mut self, now: u64) {
         if self.records.has_unflushed() && (now != self.records_flushed || self.records.is_filling_up()) {
             self.records.wake();
             self.records_flushed = now;
@@ -110,7 +110,7 @@ impl Effects {
     }
 
     /// Returns whether records or refreshes wait for [`Effects::flush`].
-    pub fn has_unflushed(&self) -> bool {
+    pub(crate) fn has_unflushed(&self) -> bool {
         self.records.has_unflushed() || self.committer.has_refreshes()
     }
 }

@@ -1,13 +1,13 @@
 //! Fair shedding: chooses the packets to drop when more arrive than can be inspected, so that a flood loses packets
 //! before small flows do. Depends on nothing else in this crate; start at [`Fair::halve`].
 
-/// Metric of counters. Flows are assigned to them by hash.
+/// Number of counters. Flows are assigned to them by hash.
 const BUCKETS: usize = 256;
 /// Time after which the counters start from zero, ns.
 const INTERVAL: u64 = 10_000_000;
 
 /// The packets that were admitted in the current interval, per bucket of flows.
-pub struct Fair {
+pub(crate) struct Fair {
     admitted: [u32; BUCKETS],
     /// Start of the interval, ns.
     since: u64,
@@ -19,7 +19,7 @@ pub struct Fair {
 
 impl Fair {
     /// Creates the counters. `batch`: most packets per batch.
-    pub fn new(batch: usize) -> Self {
+    pub(crate) fn new(batch: usize) -> Self {
         Self {
             admitted: [0; BUCKETS],
             since: 0,
@@ -29,7 +29,7 @@ impl Fair {
     }
 
     /// Starts a new interval if the current one has ended. `now`: ns.
-    pub fn advance(&mut self, now: u64) {
+    pub(crate) fn advance(&mut self, now: u64) {
         if now.saturating_sub(self.since) >= INTERVAL {
             self.admitted.fill(0);
             self.since = now;
@@ -38,12 +38,13 @@ impl Fair {
 
     /// Admits half of a batch, the packets whose buckets were admitted least, and calls `refuse` with the index of each
     /// other packet. `hashes`: the packets' flow hashes.
-    pub fn halve(&mut self, hashes: impl Iterator<Item = u32> + Clone, mut refuse: impl FnMut(usize)) {
+    pub(crate) fn halve(&mut self, hashes: impl Iterator<Item = u32> + Clone, mut refuse: impl FnMut(usize)) {
         self.ranks.clear();
         for hash in hashes.clone() {
-            let admitted = &mut self.admitted[bucket(hash)];
-            self.ranks.push(*admitted);
+            let admitted = bucket(&mut self.admitted, hash);
+            let rank = *admitted;
             *admitted += 1;
+            self.ranks.push(rank);
         }
         self.sorted.clear();
         self.sorted.extend_from_slice(&self.ranks);
@@ -55,8 +56,8 @@ impl Fair {
         let limit = *limit;
         // Of the packets whose rank equals the limit, the first ones fill the half.
         let mut ties = half - below.iter().filter(|rank| **rank < limit).count();
-        for (index, hash) in hashes.enumerate() {
-            let rank = self.ranks[index];
+        for (index, (hash, rank)) in hashes.zip(&self.ranks).enumerate() {
+            let rank = *rank;
             if rank < limit {
                 continue;
             }
@@ -64,16 +65,21 @@ impl Fair {
                 ties -= 1;
                 continue;
             }
-            self.admitted[bucket(hash)] -= 1;
+            *bucket(&mut self.admitted, hash) -= 1;
             refuse(index);
         }
     }
 }
 
-/// Returns the bucket of a flow hash. Multiplied first, because all flows of a worker have the same hash modulo the
-/// number of workers.
-const fn bucket(hash: u32) -> usize {
-    (hash.wrapping_mul(0x9e37_79b1) >> 24) as usize % BUCKETS
+/// Returns the counter of a flow hash. The hash is multiplied first, because all flows of a worker have the same hash
+/// modulo the number of workers.
+const fn bucket(admitted: &mut [u32; BUCKETS], hash: u32) -> &mut u32 {
+    let index = hash.wrapping_mul(0x9e37_79b1) >> 24;
+    #[allow(
+        clippy::indexing_slicing,
+        reason = "eight bits index 256 counters; the compiler leaves out the check"
+    )]
+    &mut admitted[index as usize]
 }
 
 #[cfg(test)]

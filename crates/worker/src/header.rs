@@ -132,13 +132,17 @@ pub fn prepare(bytes: &mut [u8], carried: &PuntHeader) -> Result<Prepared, (Reas
             // The tag's four bytes overwrite the end of the punt header, which has been parsed.
             start -= 4;
             bytes.copy_within(PUNT_HEADER..PUNT_HEADER + 12, start);
-            bytes[start + 12..start + 14].copy_from_slice(&carried.vlan_protocol.to_be_bytes());
-            bytes[start + 14..start + 16].copy_from_slice(&carried.vlan.to_be_bytes());
+            let [p0, p1] = carried.vlan_protocol.to_be_bytes();
+            let [t0, t1] = carried.vlan.to_be_bytes();
+            if let Some(tag) = bytes.get_mut(start + 12..start + 16) {
+                tag.copy_from_slice(&[p0, p1, t0, t1]);
+            }
         }
         _ => return Err((Reason::PuntUnsupported, Packet::default())),
     }
-    let packet = decode(&bytes[start..])?;
-    checksum::complete_or_verify(&mut bytes[start..], &packet).map_err(|reason| (reason, packet))?;
+    let frame = bytes.get_mut(start..).unwrap_or_default();
+    let packet = decode(frame)?;
+    checksum::complete_or_verify(frame, &packet).map_err(|reason| (reason, packet))?;
     Ok(Prepared { start, packet })
 }
 

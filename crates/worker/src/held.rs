@@ -17,7 +17,7 @@ impl Handle {
 }
 
 /// A punted packet in its frame, and how to reinject it.
-pub struct HeldFrame<F> {
+pub(crate) struct HeldFrame<F> {
     /// The frame.
     pub frame: F,
     /// Offset of the Ethernet header in the frame.
@@ -35,7 +35,7 @@ pub struct HeldFrame<F> {
 }
 
 /// The held frames of a worker.
-pub struct HeldFrames<F> {
+pub(crate) struct HeldFrames<F> {
     frames: slab::Slab<HeldFrame<F>>,
     capacity: usize,
 }
@@ -43,7 +43,7 @@ pub struct HeldFrames<F> {
 impl<F> HeldFrames<F> {
     /// Creates a slab for `capacity` frames; it does not allocate again.
     #[must_use]
-    pub fn new(capacity: usize) -> Self {
+    pub(crate) fn new(capacity: usize) -> Self {
         Self {
             frames: slab::Slab::with_capacity(capacity),
             capacity,
@@ -52,7 +52,7 @@ impl<F> HeldFrames<F> {
 
     /// Returns the number of held frames.
     #[must_use]
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.frames.len()
     }
 
@@ -60,7 +60,7 @@ impl<F> HeldFrames<F> {
     ///
     /// # Errors
     /// The slab is full. Returns the frame.
-    pub fn insert(&mut self, frame: HeldFrame<F>) -> Result<Handle, HeldFrame<F>> {
+    pub(crate) fn insert(&mut self, frame: HeldFrame<F>) -> Result<Handle, HeldFrame<F>> {
         if self.frames.len() >= self.capacity {
             return Err(frame);
         }
@@ -69,17 +69,17 @@ impl<F> HeldFrames<F> {
 
     /// Returns the frame of a handle.
     #[must_use]
-    pub fn get(&self, handle: &Handle) -> Option<&HeldFrame<F>> {
+    pub(crate) fn get(&self, handle: &Handle) -> Option<&HeldFrame<F>> {
         self.frames.get(handle.key())
     }
 
     /// Returns the frame of a handle.
-    pub fn get_mut(&mut self, handle: &Handle) -> Option<&mut HeldFrame<F>> {
+    pub(crate) fn get_mut(&mut self, handle: &Handle) -> Option<&mut HeldFrame<F>> {
         self.frames.get_mut(handle.key())
     }
 
     /// Removes and returns the frame of a handle.
-    pub fn remove(&mut self, handle: Handle) -> Option<HeldFrame<F>> {
+    pub(crate) fn remove(&mut self, handle: Handle) -> Option<HeldFrame<F>> {
         self.frames.try_remove(handle.key())
     }
 }

@@ -33,7 +33,7 @@ const TX_RETRY: Duration = Duration::from_millis(1);
 const MIN_SLEEP: Duration = Duration::from_millis(1);
 
 /// What the strategy needs of its thread.
-pub trait Host {
+pub(crate) trait Host {
     /// Returns the time since a fixed point.
     fn now(&self) -> Duration;
 
@@ -61,7 +61,7 @@ pub trait Host {
 
 /// The state of the strategy.
 #[derive(Debug)]
-pub struct Idle {
+pub(crate) struct Idle {
     mode: Mode,
     /// How long to spin before the next sleep: [`MIN_SPIN`] to [`MAX_SPIN`].
     budget: Duration,
@@ -69,7 +69,7 @@ pub struct Idle {
 
 impl Idle {
     /// Creates the strategy of a mode.
-    pub fn new(mode: Mode) -> Self {
+    pub(crate) fn new(mode: Mode) -> Self {
         Self {
             mode,
             budget: MIN_SPIN,
@@ -81,7 +81,7 @@ impl Idle {
     ///
     /// # Errors
     /// The socket or `epoll_wait` failed.
-    pub fn wait<H: Host>(&mut self, host: &mut H) -> io::Result<()> {
+    pub(crate) fn wait<H: Host>(&mut self, host: &mut H) -> io::Result<()> {
         let since = host.now();
         let found = match self.mode {
             Mode::Spin => {
@@ -154,7 +154,7 @@ impl Idle {
 
 /// What limits a sleep.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Pending {
+pub(crate) struct Pending {
     /// The transmit ring has packets that the kernel did not take.
     pub unsent: bool,
     /// Records or refreshes are queued whose reader has not been woken.
@@ -164,7 +164,7 @@ pub struct Pending {
 }
 
 /// Returns how long a worker may sleep.
-pub fn sleep_timeout(pending: &Pending) -> Duration {
+pub(crate) fn sleep_timeout(pending: &Pending) -> Duration {
     let mut timeout = if pending.unsent {
         TX_RETRY
     } else {

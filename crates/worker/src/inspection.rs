@@ -30,7 +30,7 @@ const MAX_REPORTS_PER_SECOND: u32 = 200;
 
 /// The inspection stage of a worker: its engine with the frames that it holds, and the transmit side, to which effects
 /// lead.
-pub struct Inspection<'a, P: Port, E: Inspect> {
+pub(crate) struct Inspection<'a, P: Port, E: Inspect> {
     control: &'a mut watch::Receiver<WorkerControl<E::Rules>>,
     engine: E,
     held: HeldFrames<P::Frame>,
@@ -45,7 +45,7 @@ pub struct Inspection<'a, P: Port, E: Inspect> {
 
 impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
     /// Creates the inspection around an engine. `frames`: number of frames of the socket.
-    pub fn new(
+    pub(crate) fn new(
         control: &'a mut watch::Receiver<WorkerControl<E::Rules>>,
         mut engine: E,
         frames: usize,
@@ -72,17 +72,17 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
     }
 
     /// Returns the engine.
-    pub fn engine(&self) -> &E {
+    pub(crate) fn engine(&self) -> &E {
         &self.engine
     }
 
     /// Returns the number of held frames.
-    pub fn held(&self) -> usize {
+    pub(crate) fn held(&self) -> usize {
         self.held.len()
     }
 
     /// Starts a turn: takes over what the control plane has changed.
-    pub fn begin_turn(&mut self, port: &mut P, now: u64) {
+    pub(crate) fn begin_turn(&mut self, port: &mut P, now: u64) {
         self.now = now;
         self.apply_control();
         self.run_effects(port);
@@ -105,10 +105,10 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
     }
 
     /// Takes in a packet of a flow that this worker owns.
-    pub fn packet(&mut self, port: &mut P, mut frame: P::Frame, carried: &PuntHeader) {
+    pub(crate) fn packet(&mut self, port: &mut P, mut frame: P::Frame, carried: &PuntHeader) {
         let length = port.data(&frame).len();
-        let buffer = port.buffer_mut(&mut frame);
-        let prepared = match header::prepare(&mut buffer[..length], carried) {
+        let buffer = port.buffer_mut(&mut frame).get_mut(..length).unwrap_or_default();
+        let prepared = match header::prepare(buffer, carried) {
             Ok(prepared) => prepared,
             Err((reason, packet)) => {
                 self.refuse(carried, reason, reason.text(), &packet);
@@ -116,7 +116,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
                 return;
             }
         };
-        match header::normalise_options(&mut buffer[..length], &prepared) {
+        match header::normalise_options(buffer, &prepared) {
             Ok(changed) => self.counters.options_rewritten.add(u64::from(changed)),
             // In audit mode the inspector reports the packet and lets it pass if it can.
             Err(_) if is_audit(carried) => {}
@@ -183,7 +183,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
             .packet(millis(self.now), &view, handle, &mut self.effects);
     }
 
-    /// Runs the queued effects, in their flow_op.
+    /// Runs the queued effects in their order.
     fn run_effects(&mut self, port: &mut P) {
         while let Some(effect) = self.effects.next() {
             match effect {
@@ -252,7 +252,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
 
     /// Passes the results of commits of learned addresses to the engine, which forwards the answers that were held for
     /// them. Returns whether there was a result.
-    pub fn take_commits(&mut self, port: &mut P) -> bool {
+    pub(crate) fn take_commits(&mut self, port: &mut P) -> bool {
         let mut any = false;
         while let Some(learned) = self.effects.next_committed() {
             any = true;
@@ -264,7 +264,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
     }
 
     /// Lets the engine act on deadlines that have passed.
-    pub fn expire(&mut self, port: &mut P) {
+    pub(crate) fn expire(&mut self, port: &mut P) {
         let now = millis(self.now);
         if self.engine.deadline().is_some_and(|deadline| deadline <= now) {
             self.engine.tick(now, &mut self.effects);
@@ -273,23 +273,23 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
     }
 
     /// Returns the time until the engine's next deadline, ms.
-    pub fn time_to_deadline(&self) -> Option<Millis> {
+    pub(crate) fn time_to_deadline(&self) -> Option<Millis> {
         let deadline = self.engine.deadline()?;
         Some(deadline.saturating_sub(millis(self.now)))
     }
 
     /// Wakes the readers of records and refreshes. See [`Effects::flush`].
-    pub fn flush(&mut self) {
+    pub(crate) fn flush(&mut self) {
         self.effects.flush(self.now);
     }
 
     /// Returns whether records or refreshes wait for [`Inspection::flush`].
-    pub fn has_unflushed(&self) -> bool {
+    pub(crate) fn has_unflushed(&self) -> bool {
         self.effects.has_unflushed()
     }
 
     /// Returns whether a result of a commit is waiting.
-    pub fn has_committed(&self) -> bool {
+    pub(crate) fn has_committed(&self) -> bool {
         self.effects.has_committed()
     }
 }

@@ -12,7 +12,13 @@
 //! Depends on `palisade-inspect` (inspectors), `palisade-packet` (decoder) and `palisade-xsk` (sockets). Start at
 //! [`Pool`], which runs the workers; the loop of one is `run.rs`.
 #![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+#![warn(unreachable_pub)]
 
 pub mod checksum;
 mod context;

@@ -30,7 +30,7 @@ const HANDOFF_DEPTH: usize = 128;
 
 /// The configuration of a pool.
 pub struct Setup<P, E: Inspect> {
-    /// Metric of workers: one for each queue of the punt link.
+    /// Number of workers: one for each queue of the punt link.
     pub workers: usize,
     /// How workers wait for packets.
     pub mode: Mode,
@@ -92,12 +92,16 @@ impl<R: Send + Sync + 'static> Pool<R> {
             wakers.push(Arc::new(Waker::new(poll.registry(), WAKER)?));
             polls.push(poll);
         }
-        let (mut senders, mut receivers) = (matrix(workers), matrix(workers));
-        for from in 0..workers {
-            for to in (0..workers).filter(|to| *to != from) {
-                let (sender, receiver) = handoff::ring(HANDOFF_DEPTH, setup.max_handoff);
-                senders[from][to] = Some(sender);
-                receivers[to][from] = Some(receiver);
+        // Row `from` has the senders of worker `from`, row `to` the receivers of worker `to`.
+        let mut senders: Vec<Vec<_>> = (0..workers).map(|_| Vec::new()).collect();
+        let mut receivers: Vec<Vec<_>> = (0..workers).map(|_| Vec::new()).collect();
+        for (from, senders) in senders.iter_mut().enumerate() {
+            for (to, receivers) in receivers.iter_mut().enumerate() {
+                let (sender, receiver) = (to != from)
+                    .then(|| handoff::ring(HANDOFF_DEPTH, setup.max_handoff))
+                    .unzip();
+                senders.push(sender);
+                receivers.push(receiver);
             }
         }
         let mut pool = Self {
@@ -111,9 +115,9 @@ impl<R: Send + Sync + 'static> Pool<R> {
             port: setup.port,
             engine: setup.engine,
         });
-        for (number, ((poll, senders), receivers)) in
-            polls.into_iter().zip(senders).zip(receivers).enumerate()
-        {
+        let counters = pool.counters.clone();
+        let parts = polls.into_iter().zip(senders).zip(receivers).zip(counters);
+        for (number, (((poll, senders), receivers), counters)) in parts.enumerate() {
             let (sender, control) = watch::watch(WorkerControl {
                 rules: Arc::clone(&setup.rules),
                 xdp: [].into(),
@@ -127,7 +131,7 @@ impl<R: Send + Sync + 'static> Pool<R> {
                 mode: setup.mode,
                 clock: setup.clock,
                 heartbeat: Arc::clone(&setup.heartbeat),
-                counters: Arc::clone(&pool.counters[number]),
+                counters,
                 stop: Arc::clone(&pool.stop),
                 control,
                 handoff_senders: senders,
@@ -216,9 +220,4 @@ impl<R> Drop for Pool<R> {
     fn drop(&mut self) {
         self.stop();
     }
-}
-
-/// Returns a square matrix of `None`.
-fn matrix<T>(size: usize) -> Vec<Vec<Option<T>>> {
-    (0..size).map(|_| (0..size).map(|_| None).collect()).collect()
 }

@@ -18,7 +18,7 @@ const MAX_PARK: Duration = Duration::from_millis(250);
 
 /// Returns the ends of a queue for `capacity` items.
 #[must_use]
-pub fn queue<T>(capacity: usize) -> (Sender<T>, Receiver<T>) {
+pub(crate) fn queue<T>(capacity: usize) -> (Sender<T>, Receiver<T>) {
     let (sender, receiver) = bounded(capacity);
     let thread = Arc::new(OnceLock::new());
     (
@@ -36,7 +36,7 @@ pub fn queue<T>(capacity: usize) -> (Sender<T>, Receiver<T>) {
 
 /// A sending end.
 #[derive(Debug)]
-pub struct Sender<T> {
+pub(crate) struct Sender<T> {
     inner: crossbeam_channel::Sender<T>,
     /// The thread that receives, once it has waited.
     receiver: Arc<OnceLock<Thread>>,
@@ -59,7 +59,7 @@ impl<T> Sender<T> {
     ///
     /// # Errors
     /// The queue is full, or the receiver has been dropped. Returns the item.
-    pub fn push(&self, item: T) -> Result<(), T> {
+    pub(crate) fn push(&self, item: T) -> Result<(), T> {
         match self.inner.try_send(item) {
             Ok(()) => {
                 self.unflushed.set(true);
@@ -71,18 +71,18 @@ impl<T> Sender<T> {
 
     /// Returns whether this end has appended an item since it last woke the receiver.
     #[must_use]
-    pub fn has_unflushed(&self) -> bool {
+    pub(crate) fn has_unflushed(&self) -> bool {
         self.unflushed.get()
     }
 
     /// Returns whether more than a quarter of the queue is used, so that the receiver should be woken at once.
     #[must_use]
-    pub fn is_filling_up(&self) -> bool {
+    pub(crate) fn is_filling_up(&self) -> bool {
         self.inner.len() * 4 > self.inner.capacity().unwrap_or(usize::MAX)
     }
 
     /// Wakes the receiver if this end has appended an item since the last call.
-    pub fn wake(&self) {
+    pub(crate) fn wake(&self) {
         if self.unflushed.replace(false)
             && let Some(receiver) = self.receiver.get()
         {

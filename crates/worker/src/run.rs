@@ -38,7 +38,7 @@ const SOCKET: Token = Token(0);
 
 /// A worker with a socket and an engine. A restart makes a new one; what outlives it is borrowed from the
 /// [`WorkerContext`].
-pub struct Worker<'a, P: Port, E: Inspect> {
+pub(crate) struct Worker<'a, P: Port, E: Inspect> {
     number: usize,
     clock: fn() -> u64,
     heartbeat: &'a (dyn Fn(usize, u64) + Send + Sync),
@@ -66,11 +66,11 @@ pub struct Worker<'a, P: Port, E: Inspect> {
 
 impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
     /// Creates a worker. `frames`: number of frames of the socket.
-    pub fn new(context: &'a mut WorkerContext<E::Rules>, port: P, engine: E, frames: usize) -> Self {
-        let waker = Arc::clone(&context.wakers[context.number]);
+    pub(crate) fn new(context: &'a mut WorkerContext<E::Rules>, port: P, engine: E, frames: usize) -> Self {
+        let waker = context.wakers.get(context.number).map(Arc::clone);
         let wake: Wake = Arc::new(move || {
             // If this fails, the worker finds the result at its next heartbeat.
-            let _ = waker.wake();
+            let _ = waker.as_ref().map(|waker| waker.wake());
         });
         let counters = Arc::clone(&context.counters);
         let effects = Effects::new(
@@ -122,7 +122,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
     ///
     /// # Errors
     /// The socket failed.
-    pub fn turn(&mut self) -> io::Result<bool> {
+    pub(crate) fn turn(&mut self) -> io::Result<bool> {
         self.now = (self.clock)();
         self.check_link()?;
         (self.heartbeat)(self.number, self.now);
@@ -186,7 +186,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
     ///
     /// # Errors
     /// The socket failed.
-    pub fn run(&mut self) -> io::Result<()> {
+    pub(crate) fn run(&mut self) -> io::Result<()> {
         let fd = self.port.fd();
         if let Some(fd) = fd {
             self.poll

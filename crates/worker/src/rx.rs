@@ -18,10 +18,10 @@ const BATCH: usize = 64;
 const HANDOFF_BATCH: usize = 64;
 
 /// A worker's connections to the other workers.
-pub struct Peers<'a> {
+pub(crate) struct Peers<'a> {
     /// This worker's number.
     pub number: usize,
-    /// Metric of workers.
+    /// Number of workers.
     pub workers: usize,
     /// Hand-off rings to the other workers, by number.
     pub senders: &'a mut [Option<handoff::Sender<()>>],
@@ -32,7 +32,7 @@ pub struct Peers<'a> {
 }
 
 /// The receive side of a worker.
-pub struct Rx<'a, F> {
+pub(crate) struct Rx<'a, F> {
     cookie: u64,
     peers: Peers<'a>,
     /// The packets of this turn.
@@ -47,7 +47,7 @@ pub struct Rx<'a, F> {
 
 impl<'a, F> Rx<'a, F> {
     /// Creates the receive side. `rx_capacity`: size of the receive ring.
-    pub fn new(cookie: u64, peers: Peers<'a>, rx_capacity: usize, counters: Arc<Counters>) -> Self {
+    pub(crate) fn new(cookie: u64, peers: Peers<'a>, rx_capacity: usize, counters: Arc<Counters>) -> Self {
         Self {
             cookie,
             batch: VecDeque::with_capacity(BATCH.max(rx_capacity)),
@@ -63,7 +63,7 @@ impl<'a, F> Rx<'a, F> {
     ///
     /// # Errors
     /// The interface is down or gone.
-    pub fn receive<P: Port<Frame = F>>(&mut self, port: &mut P, now: u64) -> io::Result<bool> {
+    pub(crate) fn receive<P: Port<Frame = F>>(&mut self, port: &mut P, now: u64) -> io::Result<bool> {
         let received = port.receive(&mut self.batch, BATCH)?;
         self.fair.advance(now);
         if port.rx_available() + self.batch.len() > port.rx_capacity() / 2 {
@@ -78,7 +78,11 @@ impl<'a, F> Rx<'a, F> {
         self.shed.clear();
         self.shed.resize(self.batch.len(), false);
         let hashes = self.batch.iter().map(|frame| header::flow_hash(port.data(frame)));
-        self.fair.halve(hashes, |place| self.shed[place] = true);
+        self.fair.halve(hashes, |index| {
+            if let Some(shed) = self.shed.get_mut(index) {
+                *shed = true;
+            }
+        });
         for shed in &self.shed {
             let Some(frame) = self.batch.pop_front() else {
                 break;
@@ -94,7 +98,7 @@ impl<'a, F> Rx<'a, F> {
     }
 
     /// Calls `own` with each packet of the batch whose flow this worker owns, and hands off the others.
-    pub fn dispatch<P: Port<Frame = F>>(
+    pub(crate) fn dispatch<P: Port<Frame = F>>(
         &mut self,
         port: &mut P,
         mut own: impl FnMut(&mut P, F, &PuntHeader),
@@ -128,14 +132,16 @@ impl<'a, F> Rx<'a, F> {
         let sender = self.peers.senders.get_mut(owner).and_then(Option::as_mut);
         if sender.is_some_and(|sender| sender.send((), packet).is_ok()) {
             self.counters.handoff_out.add(1);
-            self.to_wake[owner] = true;
+            if let Some(to_wake) = self.to_wake.get_mut(owner) {
+                *to_wake = true;
+            }
         } else {
             self.counters.count_drop(Reason::WorkerOverload);
         }
     }
 
     /// Calls `own` with the packets that other workers have handed off to this one. Returns whether there was one.
-    pub fn receive_handoffs<P: Port<Frame = F>>(
+    pub(crate) fn receive_handoffs<P: Port<Frame = F>>(
         &mut self,
         port: &mut P,
         mut own: impl FnMut(&mut P, F, &PuntHeader),
@@ -166,13 +172,13 @@ impl<'a, F> Rx<'a, F> {
     }
 
     /// Returns whether another worker has handed off a packet to this one.
-    pub fn has_handoffs(&mut self) -> bool {
+    pub(crate) fn has_handoffs(&mut self) -> bool {
         let mut receivers = self.peers.receivers.iter_mut().flatten();
         receivers.any(|receiver| receiver.available() != 0)
     }
 
     /// Wakes the workers to which packets were handed off.
-    pub fn wake_peers(&mut self) {
+    pub(crate) fn wake_peers(&mut self) {
         for (to_wake, waker) in self.to_wake.iter_mut().zip(self.peers.wakers) {
             if std::mem::take(to_wake) {
                 // If this fails, the worker finds the packets at its next heartbeat.

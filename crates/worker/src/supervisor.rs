@@ -29,7 +29,7 @@ const MAX_BACKOFF: Duration = Duration::from_secs(1);
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 
 /// Makes the socket and the engine of a worker, at each start.
-pub struct Factories<P, E> {
+pub(crate) struct Factories<P, E> {
     /// Returns the socket of a worker and its number of frames.
     pub port: Arc<dyn Fn(usize) -> io::Result<(P, usize)> + Send + Sync>,
     /// Returns the engine of a worker.
@@ -37,7 +37,10 @@ pub struct Factories<P, E> {
 }
 
 /// Runs a worker until it is told to stop, and restarts it when it fails.
-pub fn supervise<P: Port, E: Inspect>(mut context: WorkerContext<E::Rules>, factories: &Factories<P, E>) {
+pub(crate) fn supervise<P: Port, E: Inspect>(
+    mut context: WorkerContext<E::Rules>,
+    factories: &Factories<P, E>,
+) {
     if let Err(error) = set_sched_slice(SCHED_SLICE) {
         debug!(worker = context.number, %error, "the scheduler's slice stays at its default");
     }

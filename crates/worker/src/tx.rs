@@ -11,7 +11,7 @@ use palisade_inspect::Route;
 use crate::{counters::Counters, header, held::HeldFrame, port::Port};
 
 /// The transmit side of a worker.
-pub struct Tx {
+pub(crate) struct Tx {
     cookie: u64,
     /// Interfaces with an XDP program at ingress, by index.
     xdp: Arc<[u32]>,
@@ -20,7 +20,7 @@ pub struct Tx {
 
 impl Tx {
     /// Creates the transmit side.
-    pub fn new(cookie: u64, xdp: Arc<[u32]>, counters: Arc<Counters>) -> Self {
+    pub(crate) fn new(cookie: u64, xdp: Arc<[u32]>, counters: Arc<Counters>) -> Self {
         Self {
             cookie,
             xdp,
@@ -29,12 +29,17 @@ impl Tx {
     }
 
     /// Sets the interfaces with an XDP program at ingress.
-    pub fn set_xdp(&mut self, xdp: Arc<[u32]>) {
+    pub(crate) fn set_xdp(&mut self, xdp: Arc<[u32]>) {
         self.xdp = xdp;
     }
 
     /// Forwards a held packet from its hook on, with up to two flow commands.
-    pub fn forward<P: Port>(&self, port: &mut P, held: HeldFrame<P::Frame>, command: Option<&FlowCommand>) {
+    pub(crate) fn forward<P: Port>(
+        &self,
+        port: &mut P,
+        held: HeldFrame<P::Frame>,
+        command: Option<&FlowCommand>,
+    ) {
         let route = Route {
             ifindex: held.ifindex,
             hook: held.hook,
@@ -49,7 +54,7 @@ impl Tx {
     }
 
     /// Sends a packet that an inspector has made. `None`: its bytes are missing, which counts as lost.
-    pub fn emit<P: Port>(&self, port: &mut P, packet: Option<&[u8]>, route: Route) {
+    pub(crate) fn emit<P: Port>(&self, port: &mut P, packet: Option<&[u8]>, route: Route) {
         if packet.is_some_and(|packet| self.try_emit(port, packet, route)) {
             self.counters.generated.add(1);
         } else {
@@ -73,7 +78,7 @@ impl Tx {
     /// command.
     ///
     /// Without a free frame the command is lost. The flow then stays with the worker, which is slower but not wrong.
-    pub fn send_command<P: Port>(&self, port: &mut P, command: &FlowCommand) {
+    pub(crate) fn send_command<P: Port>(&self, port: &mut P, command: &FlowCommand) {
         let trailer = ReinjectTrailer {
             cookie: self.cookie,
             ifindex: 0,
@@ -115,7 +120,8 @@ impl Tx {
             buffer.copy_within(start..start + length, 0);
             start = 0;
         }
-        let Some(total) = header::append_trailer(&mut buffer[start..], length, trailer, commands) else {
+        let packet = buffer.get_mut(start..).unwrap_or_default();
+        let Some(total) = header::append_trailer(packet, length, trailer, commands) else {
             self.counters.count_drop(Reason::PuntUnsupported);
             port.free(frame);
             return false;

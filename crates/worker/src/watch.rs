@@ -17,11 +17,11 @@ struct Shared<T> {
 
 /// The end that changes the value.
 #[derive(Debug)]
-pub struct Sender<T>(Arc<Shared<T>>);
+pub(crate) struct Sender<T>(Arc<Shared<T>>);
 
 /// The end that watches the value.
 #[derive(Debug)]
-pub struct Receiver<T> {
+pub(crate) struct Receiver<T> {
     shared: Arc<Shared<T>>,
     /// Version at the last read.
     seen: u64,
@@ -29,7 +29,7 @@ pub struct Receiver<T> {
 
 /// Returns the ends of a watched value that starts as `initial`.
 #[must_use]
-pub fn watch<T>(initial: T) -> (Sender<T>, Receiver<T>) {
+pub(crate) fn watch<T>(initial: T) -> (Sender<T>, Receiver<T>) {
     let shared = Arc::new(Shared {
         version: AtomicU64::new(0),
         value: Mutex::new(initial),
@@ -43,7 +43,7 @@ pub fn watch<T>(initial: T) -> (Sender<T>, Receiver<T>) {
 
 impl<T> Sender<T> {
     /// Changes the value in place.
-    pub fn modify(&self, modify: impl FnOnce(&mut T)) {
+    pub(crate) fn modify(&self, modify: impl FnOnce(&mut T)) {
         let mut value = self.0.value.lock().unwrap_or_else(PoisonError::into_inner);
         modify(&mut value);
         self.0.version.fetch_add(1, Ordering::Release);
@@ -53,12 +53,12 @@ impl<T> Sender<T> {
 impl<T> Receiver<T> {
     /// Returns whether the value has changed since the last read.
     #[must_use]
-    pub fn has_changed(&self) -> bool {
+    pub(crate) fn has_changed(&self) -> bool {
         self.shared.version.load(Ordering::Acquire) != self.seen
     }
 
     /// Calls `read` with the latest value. `read` may change it, for example empty a list that it has taken over.
-    pub fn read<R>(&mut self, read: impl FnOnce(&mut T) -> R) -> R {
+    pub(crate) fn read<R>(&mut self, read: impl FnOnce(&mut T) -> R) -> R {
         let mut value = self.shared.value.lock().unwrap_or_else(PoisonError::into_inner);
         self.seen = self.shared.version.load(Ordering::Acquire);
         read(&mut value)

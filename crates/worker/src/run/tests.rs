@@ -144,11 +144,11 @@ impl Port for MemoryPort {
 
 /// Rule sets that tell the engine of these tests what to do.
 mod does {
-    pub const RELEASE: u32 = 0;
-    pub const HOLD: u32 = 1;
-    pub const DENY: u32 = 2;
-    pub const ANSWER: u32 = 3;
-    pub const COMMAND: u32 = 4;
+    pub(super) const RELEASE: u32 = 0;
+    pub(super) const HOLD: u32 = 1;
+    pub(super) const DENY: u32 = 2;
+    pub(super) const ANSWER: u32 = 3;
+    pub(super) const COMMAND: u32 = 4;
 }
 
 /// A slot with this rule and [`does::COMMAND`] gets a command that must travel with its packet.
