@@ -6,127 +6,113 @@ use std::{borrow::Cow, fmt, net::IpAddr, sync::Arc};
 
 use palisade_abi::{Reason, identity};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use strum::{AsRefStr, EnumString, VariantArray};
 
 use crate::Timestamp;
 
-/// An enumeration of the API: variants with their number and their name.
-macro_rules! enumeration {
-    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $number:literal $text:literal,)* }) => {
-        $(#[$doc])*
-        #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
-        pub enum $name {
-            $($(#[$variant_doc])* #[serde(rename = $text)] $variant = $number,)*
-        }
-
-        impl $name {
-            /// All of them.
-            pub const ALL: &[Self] = &[$(Self::$variant,)*];
-
-            /// The API's name of it.
-            #[must_use]
-            pub const fn name(self) -> &'static str {
-                match self { $(Self::$variant => $text,)* }
-            }
-
-            /// From the API's name, whatever its case.
-            #[must_use]
-            pub fn from_name(name: &str) -> Option<Self> {
-                Self::ALL.iter().copied().find(|v| v.name().eq_ignore_ascii_case(name))
-            }
-        }
-    };
+/// What happened to the packet.
+#[derive(
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Debug,
+    Default,
+    Serialize,
+    Deserialize,
+    AsRefStr,
+    EnumString,
+    VariantArray,
+)]
+#[strum(ascii_case_insensitive, serialize_all = "SCREAMING_SNAKE_CASE")]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Verdict {
+    /// Not known.
+    #[default]
+    #[strum(serialize = "VERDICT_UNKNOWN")]
+    #[serde(rename = "VERDICT_UNKNOWN")]
+    Unknown = 0,
+    /// Passed.
+    Forwarded = 1,
+    /// Dropped.
+    Dropped = 2,
+    /// An error in processing.
+    Error = 3,
+    /// Passed because of audit mode only.
+    Audit = 4,
+    /// Sent to an inspector.
+    Redirected = 5,
+    /// Seen, no verdict yet.
+    Traced = 6,
+    /// Address translated.
+    Translated = 7,
 }
 
-enumeration! {
-    /// What happened to the packet.
-    Verdict {
-        /// Not known.
-        #[default]
-        Unknown = 0 "VERDICT_UNKNOWN",
-        /// Passed.
-        Forwarded = 1 "FORWARDED",
-        /// Dropped.
-        Dropped = 2 "DROPPED",
-        /// An error in processing.
-        Error = 3 "ERROR",
-        /// Passed because of audit mode only.
-        Audit = 4 "AUDIT",
-        /// Sent to an inspector.
-        Redirected = 5 "REDIRECTED",
-        /// Seen, no verdict yet.
-        Traced = 6 "TRACED",
-        /// Address translated.
-        Translated = 7 "TRANSLATED",
-    }
+/// Kind of record.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum FlowType {
+    /// About packets.
+    #[default]
+    #[serde(rename = "L3_L4")]
+    L3L4 = 1,
+    /// About what was read of application traffic.
+    L7 = 2,
 }
 
-enumeration! {
-    /// Kind of record.
-    FlowType {
-        /// About packets.
-        #[default]
-        L3L4 = 1 "L3_L4",
-        /// About what was read of application traffic.
-        L7 = 2 "L7",
-    }
+/// Which side of an application's exchange a record is about.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum L7Type {
+    /// Not known.
+    #[default]
+    #[serde(rename = "UNKNOWN_L7_TYPE")]
+    Unknown = 0,
+    /// What was asked.
+    Request = 1,
+    /// What was answered.
+    Response = 2,
 }
 
-enumeration! {
-    /// Which side of an application's exchange a record is about.
-    L7Type {
-        /// Not known.
-        #[default]
-        Unknown = 0 "UNKNOWN_L7_TYPE",
-        /// What was asked.
-        Request = 1 "REQUEST",
-        /// What was answered.
-        Response = 2 "RESPONSE",
-    }
+/// Direction of the connection, as the endpoint sees it whose policy was asked.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize, AsRefStr)]
+#[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum TrafficDirection {
+    /// Not known.
+    #[default]
+    #[strum(serialize = "TRAFFIC_DIRECTION_UNKNOWN")]
+    #[serde(rename = "TRAFFIC_DIRECTION_UNKNOWN")]
+    Unknown = 0,
+    /// Towards the endpoint.
+    Ingress = 1,
+    /// From the endpoint.
+    Egress = 2,
 }
 
-enumeration! {
-    /// Direction of the connection, as the endpoint sees it whose policy was asked.
-    TrafficDirection {
-        /// Not known.
-        #[default]
-        Unknown = 0 "TRAFFIC_DIRECTION_UNKNOWN",
-        /// Towards the endpoint.
-        Ingress = 1 "INGRESS",
-        /// From the endpoint.
-        Egress = 2 "EGRESS",
-    }
-}
-
-enumeration! {
-    /// Where a packet was seen, and where it goes next.
-    TracePoint {
-        /// Not a trace.
-        #[default]
-        Unknown = 0 "UNKNOWN_POINT",
-        /// To the node itself.
-        ToHost = 2 "TO_HOST",
-        /// From a workload into the node's network stack.
-        ToStack = 3 "TO_STACK",
-        /// From the node out of a NIC.
-        ToNetwork = 11 "TO_NETWORK",
-        /// To a workload.
-        ToEndpoint = 101 "TO_ENDPOINT",
-    }
+/// Where a packet was seen, and where it goes next.
+#[derive(
+    Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize, AsRefStr, VariantArray,
+)]
+#[strum(serialize_all = "kebab-case")]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum TracePoint {
+    /// Not a trace.
+    #[default]
+    #[serde(rename = "UNKNOWN_POINT")]
+    Unknown = 0,
+    /// To the node itself.
+    ToHost = 2,
+    /// From a workload into the node's network stack.
+    ToStack = 3,
+    /// From the node out of a NIC.
+    ToNetwork = 11,
+    /// To a workload.
+    ToEndpoint = 101,
 }
 
 impl TracePoint {
-    /// As it stands on a line: `to-endpoint`.
-    #[must_use]
-    pub const fn text(self) -> &'static str {
-        match self {
-            Self::Unknown => "unknown",
-            Self::ToHost => "to-host",
-            Self::ToStack => "to-stack",
-            Self::ToNetwork => "to-network",
-            Self::ToEndpoint => "to-endpoint",
-        }
-    }
-
     /// The number in an event's `sub_type`, where "to an endpoint" is 0.
     #[must_use]
     pub const fn sub_type(self) -> i32 {
@@ -137,17 +123,20 @@ impl TracePoint {
     }
 }
 
-enumeration! {
-    /// IP version.
-    IpVersion {
-        /// No IP.
-        #[default]
-        NotUsed = 0 "IP_NOT_USED",
-        /// IPv4.
-        V4 = 1 "IPv4",
-        /// IPv6.
-        V6 = 2 "IPv6",
-    }
+/// IP version.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum IpVersion {
+    /// No IP.
+    #[default]
+    #[serde(rename = "IP_NOT_USED")]
+    NotUsed = 0,
+    /// IPv4.
+    #[serde(rename = "IPv4")]
+    V4 = 1,
+    /// IPv6.
+    #[serde(rename = "IPv6")]
+    V6 = 2,
 }
 
 /// Why a packet was dropped, by its number; 0: it was not. The JSON form has the API's name, or the number where
@@ -421,18 +410,6 @@ pub enum Moment {
     End,
 }
 
-impl Moment {
-    /// As it is written.
-    #[must_use]
-    pub const fn text(self) -> &'static str {
-        match self {
-            Self::Start => "start",
-            Self::Interval => "interval",
-            Self::End => "end",
-        }
-    }
-}
-
 /// Link layer addresses.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
@@ -568,7 +545,8 @@ impl Layer4 {
     }
 }
 
-/// The flags of a TCP header, as its byte has them (RFC 9293, 3.1).
+/// Flags byte of a TCP header (RFC 9293, section 3.1). Not `bitflags`: Hubble lists the flags in another order than that
+/// of the bits, and as a JSON object.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct TcpFlags(pub u8);
 

@@ -200,13 +200,13 @@ impl Printer {
             Verdict::Forwarded | Verdict::Redirected if of_policy => ("ALLOWED", Paint::Good),
             Verdict::Dropped | Verdict::Error if of_policy => ("DENIED", Paint::Bad),
             Verdict::Audit if of_policy => ("AUDITED", Paint::Warning),
-            Verdict::Dropped | Verdict::Error => (flow.verdict.name(), Paint::Bad),
-            Verdict::Audit => (flow.verdict.name(), Paint::Warning),
+            Verdict::Dropped | Verdict::Error => (flow.verdict.as_ref(), Paint::Bad),
+            Verdict::Audit => (flow.verdict.as_ref(), Paint::Warning),
             Verdict::Unknown
             | Verdict::Forwarded
             | Verdict::Redirected
             | Verdict::Traced
-            | Verdict::Translated => (flow.verdict.name(), Paint::Good),
+            | Verdict::Translated => (flow.verdict.as_ref(), Paint::Good),
         };
         self.paint(paint, text)
     }
@@ -226,7 +226,7 @@ fn type_text(flow: &Flow) -> String {
         EventType {
             kind: event_type::TRACE,
             ..
-        } => flow.trace_observation_point.text().into(),
+        } => flow.trace_observation_point.as_ref().into(),
         EventType {
             kind: event_type::DROP,
             ..
@@ -238,7 +238,7 @@ fn type_text(flow: &Flow) -> String {
             format!(
                 "policy-verdict:{} {}",
                 match_text(flow.policy_match_type),
-                flow.traffic_direction.name()
+                flow.traffic_direction.as_ref()
             )
         }
         EventType {
@@ -357,7 +357,7 @@ pub fn monitor(flow: &Flow) -> String {
         event_type::ACCESS_LOG => {
             let what = match flow.verdict {
                 Verdict::Dropped => format!("dropped ({})", flow.drop_reason_desc.text()),
-                other => other.name().to_ascii_lowercase(),
+                other => other.as_ref().to_ascii_lowercase(),
             };
             format!(
                 "-> {} from endpoint {} to endpoint {}, {}, verdict {what}, {packet}: {}",
@@ -382,7 +382,7 @@ pub fn monitor(flow: &Flow) -> String {
                 (_, Some(false)) => "established",
                 (_, None) => "unknown",
             };
-            let to = match flow.trace_observation_point.text() {
+            let to = match flow.trace_observation_point.as_ref() {
                 "to-endpoint" => format!("endpoint {}", local.id),
                 point => point.trim_start_matches("to-").to_owned(),
             };

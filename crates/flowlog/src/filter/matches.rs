@@ -1,0 +1,204 @@
+//! Matching of flows against filters.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::model::{
+    EndpointName, Filters, FlowFilter, LabelSelector, PortRange, ProtocolFilter, Requirement, Sided, Test,
+};
+use crate::flow::{Endpoint, Flow, Layer4};
+
+impl Filters {
+    /// Returns whether the flow passes all filters.
+    #[must_use]
+    pub fn matches(&self, flow: &Flow) -> bool {
+        self.since.is_none_or(|since| flow.time >= since)
+            && self.until.is_none_or(|until| flow.time <= until)
+            && (self.whitelist.is_empty() || self.whitelist.iter().any(|filter| filter.matches(flow)))
+            && !self.blacklist.iter().any(|filter| filter.matches(flow))
+    }
+}
+
+impl FlowFilter {
+    /// Returns whether each field that is not empty matches the flow.
+    #[must_use]
+    pub fn matches(&self, flow: &Flow) -> bool {
+        let ip = |net: &IpNet, have: Option<IpAddr>| have.is_some_and(|address| net.contains(&address));
+        let port =
+            |want: &PortRange, have: Option<u16>| have.is_some_and(|p| want.first <= p && p <= want.last);
+        let (source, destination) = (&flow.source, &flow.destination);
+        let ports = flow.l4.and_then(Layer4::ports);
+        let dns = flow.l7.as_ref().and_then(|l7| l7.dns.as_ref());
+        let http = flow.l7.as_ref().and_then(|l7| l7.http.as_ref());
+        let tls = flow.palisade.tls.as_ref();
+        let flags = match flow.l4 {
+            Some(Layer4::Tcp { flags, .. }) => Some(flags.0),
+            _ => None,
+        };
+
+        any(&self.event_type, |want| {
+            want.kind == flow.event_type.kind
+                && want.sub_type.is_none_or(|sub| sub == flow.event_type.sub_type)
+        }) && any(&self.verdict, |want| *want == flow.verdict)
+            && any(&self.drop_reason_desc, |want| *want == flow.drop_reason_desc)
+            && any(&self.traffic_direction, |want| *want == flow.traffic_direction)
+            && any(&self.reply, |want| Some(*want) == flow.is_reply)
+            && any(&self.protocol, |want| match want {
+                ProtocolFilter::Ip(number) => flow.ip.is_some() && *number == flow.palisade.protocol,
+                ProtocolFilter::Dns => dns.is_some(),
+                ProtocolFilter::Http => http.is_some(),
+                ProtocolFilter::Tls => tls.is_some(),
+            })
+            && any(&self.http_status_code, |want| {
+                http.is_some_and(|http| (want.first..=want.last).contains(&http.code))
+            })
+            && any(&self.http_method, |want| {
+                http.is_some_and(|http| http.method.eq_ignore_ascii_case(want))
+            })
+            && (self.http_path.is_empty()
+                || http.is_some_and(|http| {
+                    let path = path_of(&http.url);
+                    self.http_path.iter().any(|want| want.0.is_match(&path))
+                }))
+            && any(&self.http_url, |want| {
+                http.is_some_and(|http| want.0.is_match(&http.url))
+            })
+            && any(&self.http_header, |want| {
+                http.is_some_and(|http| {
+                    let mut fields = http.headers.iter();
+                    fields.any(|have| have.key.eq_ignore_ascii_case(&want.key) && have.value == want.value)
+                })
+            })
+            && any(&self.tls_server_name, |want| {
+                tls.is_some_and(|tls| matches_pattern(want, &tls.server_name))
+            })
+            && any(&self.dns_query, |want| {
+                dns.is_some_and(|dns| want.0.is_match(&dns.query))
+            })
+            && self
+                .fqdn
+                .matches(&flow.source_names, &flow.destination_names, |want, names| {
+                    names.iter().any(|name| matches_pattern(want, name))
+                })
+            && any(&self.ip_version, |want| {
+                flow.ip.is_some_and(|ip| ip.version == *want)
+            })
+            && any(&self.tcp_flags, |want| {
+                flags.is_some_and(|have| have & want.0 == want.0)
+            })
+            && self.port.matches(ports.map(|p| p.0), ports.map(|p| p.1), port)
+            && self
+                .ip
+                .matches(flow.ip.map(|ip| ip.source), flow.ip.map(|ip| ip.destination), ip)
+            && self
+                .identity
+                .matches(source, destination, |want, end| *want == end.identity)
+            && self.endpoint.matches(source, destination, EndpointName::matches)
+            && self
+                .namespace
+                .matches(source, destination, |want, end| **want == *end.namespace)
+            && self
+                .label
+                .matches(source, destination, |want, end| want.matches(&end.labels))
+            && any(&self.interface, |want| {
+                flow.interface
+                    .as_ref()
+                    .is_some_and(|have| *want == *have.name || want.parse() == Ok(have.index))
+            })
+            && any(&self.node_name, |want| matches_pattern(want, &flow.node_name))
+    }
+}
+
+/// Returns the percent-decoded path of a URL, without its query.
+fn path_of(url: &str) -> String {
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    let path = rest.find('/').map_or("", |begin| &rest[begin..]);
+    let path = path.split('?').next().unwrap_or_default();
+    let mut decoded = Vec::with_capacity(path.len());
+    let mut rest = path.as_bytes();
+    while let [byte, after @ ..] = rest {
+        rest = after;
+        let escaped = match after {
+            [high, low, ..] if *byte == b'%' => hex(*high).zip(hex(*low)),
+            _ => None,
+        };
+        if let Some((high, low)) = escaped {
+            decoded.push(high << 4 | low);
+            rest = &after[2..];
+        } else {
+            decoded.push(*byte);
+        }
+    }
+    String::from_utf8_lossy(&decoded).into_owned()
+}
+
+fn hex(digit: u8) -> Option<u8> {
+    let value = char::from(digit).to_digit(16)?;
+    u8::try_from(value).ok()
+}
+
+/// Returns whether a field of a filter is empty or one of its values matches.
+fn any<T>(wanted: &[T], matches: impl FnMut(&T) -> bool) -> bool {
+    wanted.is_empty() || wanted.iter().any(matches)
+}
+
+fn matches_pattern(pattern: &str, text: &str) -> bool {
+    let Some((head, tail)) = pattern.split_once('*') else {
+        return pattern == text;
+    };
+    let Some(rest) = text.strip_prefix(head) else {
+        return false;
+    };
+    (0..=rest.len())
+        .filter(|at| rest.is_char_boundary(*at))
+        .any(|at| matches_pattern(tail, &rest[at..]))
+}
+
+impl EndpointName {
+    fn matches(&self, end: &Endpoint) -> bool {
+        if self.id.is_some_and(|id| id != 0 && id == end.id) {
+            return true;
+        }
+        self.namespace
+            .as_ref()
+            .is_none_or(|namespace| **namespace == *end.namespace)
+            && (self.prefix.is_empty() || end.pod_name.starts_with(&self.prefix))
+    }
+}
+
+impl LabelSelector {
+    /// Returns whether the labels, each `source:key[=value]`, meet all requirements.
+    #[must_use]
+    pub fn matches<L: AsRef<str>>(&self, labels: &[L]) -> bool {
+        self.0.iter().all(|requirement| requirement.holds(labels))
+    }
+}
+
+impl Requirement {
+    fn holds<L: AsRef<str>>(&self, labels: &[L]) -> bool {
+        let mut values = labels.iter().filter_map(|label| self.value_of(label.as_ref()));
+        match &self.test {
+            Test::Exists => values.next().is_some(),
+            Test::Missing => values.next().is_none(),
+            Test::In(wanted) => values.any(|have| wanted.iter().any(|want| want == have)),
+            Test::NotIn(unwanted) => !values.any(|have| unwanted.iter().any(|want| want == have)),
+        }
+    }
+
+    /// Returns the value of a label with this key, empty if the label has none. Only the first colon separates source
+    /// and key, since a key may contain colons.
+    fn value_of<'a>(&self, label: &'a str) -> Option<&'a str> {
+        let (name, value) = label.split_once('=').unwrap_or((label, ""));
+        let (source, key) = name.split_once(':').unwrap_or(("", name));
+        (key == self.key && self.source.as_ref().is_none_or(|want| want == source)).then_some(value)
+    }
+}
+
+impl<T> Sided<T> {
+    fn matches<H: Copy>(&self, source: H, destination: H, test: impl Fn(&T, H) -> bool) -> bool {
+        any(&self.source, |want| test(want, source))
+            && any(&self.destination, |want| test(want, destination))
+            && any(&self.either, |want| test(want, source) || test(want, destination))
+    }
+}

@@ -1,0 +1,21 @@
+//! Filters for flow records, with the flags of Hubble's command line.
+//!
+//! A [`FlowFilter`] has the fields of the flow API's message of that name; the fields about source and destination are
+//! one field with sides. Within a field one value must match, and every field that is set must match. A flow
+//! passes [`Filters`] if the whitelist is empty or one of its filters matches, and no filter of the blacklist matches.
+//!
+//! [`FilterBuilder`] makes filters from flags. Their order matters, since `--not` reverses the flag after it.
+//! This crate does not parse the command line: [`FLAGS`] lists every flag with its help, the binary derives its
+//! arguments from that list (each repeatable) and passes name and value in the order of their positions.
+//!
+//! A flag without a side, `--ip 10.0.1.10`, accepts either side. Several such flags are independent:
+//! `--ip 10.0.1.10 --port 80` means "10.0.1.10 is at one end, and port 80 is at one end".
+
+mod flags;
+mod matches;
+mod model;
+mod parse;
+
+pub use flags::{FLAGS, Flag};
+pub use model::{Filters, FlowFilter, LabelSelector};
+pub use parse::{FilterBuilder, FilterError, ValueError};
