@@ -15,7 +15,9 @@ use std::{
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use palisade_abi::{Config as Told, Direction, EndpointState, MAX_PUNT_FRAME, MAX_PUNT_MSS, identity};
+use palisade_abi::{
+    Config as DatapathConfig, Direction, EndpointState, MAX_PUNT_FRAME, MAX_PUNT_MSS, identity,
+};
 use palisade_datapath::{Datapath, Options, Rules, detach_all};
 use palisade_flowlog::Ring;
 use palisade_fqdn::{Cache, SniAddressIndex, Special};
@@ -258,7 +260,7 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
         config,
     };
     // The maps first, then the programs: nothing is ever judged by half a policy.
-    control.tell_programs()?;
+    control.write_datapath_config()?;
     control.new_world(Instant::now())?;
     if let Some(problem) = &control.engine.problem
         && datapath.is_fresh()
@@ -669,7 +671,7 @@ impl Control {
 
     fn repair_punt_link(&mut self) {
         if self.workers.repair(&self.datapath, &self.network)
-            && let Err(problem) = self.tell_programs()
+            && let Err(problem) = self.write_datapath_config()
         {
             error!("the programs cannot be told of the workers' punt link: {problem:#}");
         }
@@ -820,10 +822,10 @@ impl Control {
         }
     }
 
-    fn tell_programs(&self) -> anyhow::Result<()> {
+    fn write_datapath_config(&self) -> anyhow::Result<()> {
         let nanoseconds = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
         let timeouts = &self.config.timeouts;
-        let mut told = Told {
+        let mut datapath_config = DatapathConfig {
             tcp_opening: nanoseconds(timeouts.tcp_opening),
             tcp_established: nanoseconds(timeouts.tcp_established),
             tcp_closing: nanoseconds(timeouts.tcp_closing),
@@ -836,10 +838,10 @@ impl Control {
             world_ipv4: identity::WORLD_IPV4,
             world_ipv6: identity::WORLD_IPV6,
             rules: self.config.limits.rules,
-            ..Told::default()
+            ..DatapathConfig::default()
         };
-        self.workers.tell(&mut told);
-        self.datapath.set_config(&told)?;
+        self.workers.fill_datapath_config(&mut datapath_config);
+        self.datapath.set_config(&datapath_config)?;
         Ok(())
     }
 
@@ -936,7 +938,7 @@ impl Control {
         self.config = config;
         self.workers.set_on_failure(self.config.worker.on_failure);
         self.sweep.set(self.config.timeouts.sweep);
-        self.tell_programs().map_err(|problem| chain(&problem))?;
+        self.write_datapath_config().map_err(|problem| chain(&problem))?;
         self.files.update(&Changes::all());
         self.new_world(begun).map_err(|problem| chain(&problem))?;
         self.attach();

@@ -468,9 +468,9 @@ fn seed(datapath: &Datapath, config: &Config, world: &World) {
         addresses: addresses.collect(),
         host: NODE,
     };
-    let seeded = datapath.config().and_then(|told| {
-        let Some(told) = told else { return Ok(0) };
-        let entries = seeds(&found, &local, &told, monotonic_coarse());
+    let seeded = datapath.config().and_then(|config| {
+        let Some(config) = config else { return Ok(0) };
+        let entries = seeds(&found, &local, &config, monotonic_coarse());
         datapath.conntrack().seed(&entries)
     });
     match seeded {

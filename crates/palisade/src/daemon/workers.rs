@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use palisade_abi::{Config as Told, Inspector, Reason, config_flags};
+use palisade_abi::{Config as DatapathConfig, Inspector, Reason, config_flags};
 use palisade_datapath::{Attached, Datapath, HookKind, PuntLink, monotonic_coarse};
 use palisade_inspect::{Denial, Engine, Limits, Millis, Rules, SniAddressIndex, commit::CommitReceiver};
 use palisade_policy::snapshot::RuleSet;
@@ -141,18 +141,18 @@ impl Workers {
         true
     }
 
-    /// What the programs are to know of the workers.
-    pub fn tell(&self, told: &mut Told) {
-        told.cookie = self.cookie;
-        told.mark = self.mark;
-        told.worker_timeout = PATIENCE.as_nanos() as u64;
+    /// Fills in the fields of the workers: secrets, timeout, punt link, inspectors.
+    pub fn fill_datapath_config(&self, config: &mut DatapathConfig) {
+        config.cookie = self.cookie;
+        config.mark = self.mark;
+        config.worker_timeout = PATIENCE.as_nanos() as u64;
         if self.wanted.on_failure == OnFailure::Pass {
-            told.flags |= config_flags::FAIL_OPEN;
+            config.flags |= config_flags::FAIL_OPEN;
         }
         if let Ok(running) = &self.running {
-            told.punt_ifindex = running.punt_link.map_or(0, |punt_link| punt_link.ifindex());
-            told.workers = running.pool.counters().len() as u32;
-            told.inspectors = INSPECTORS;
+            config.punt_ifindex = running.punt_link.map_or(0, |punt_link| punt_link.ifindex());
+            config.workers = running.pool.counters().len() as u32;
+            config.inspectors = INSPECTORS;
         }
     }
 
