@@ -423,7 +423,7 @@ pub struct NamesStatus {
     /// Addresses in the map.
     pub in_map: usize,
     /// Addresses that the map does not hold as it should.
-    pub out_of_step: usize,
+    pub unwritten: usize,
     /// Bytes that the names take.
     pub bytes: usize,
     /// Answers that were released.

@@ -260,7 +260,7 @@ impl Clients {
             names: names.names,
             addresses: names.addresses,
             in_map: names.in_map,
-            out_of_step: names.out_of_step,
+            unwritten: names.unwritten,
             bytes: names.bytes,
             committed: names.committed,
             refused: names.refused,

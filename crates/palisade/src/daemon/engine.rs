@@ -23,7 +23,7 @@ use palisade_policy::{
 use tracing::error;
 
 use super::{
-    names::{self, Meaning, Move, Names, Wish},
+    names::{self, IdentityResolver, Names, Transition, Wish},
     network::Network,
     policies::PolicyFiles,
     state::{NODE, State},
@@ -178,21 +178,21 @@ impl Engine {
         let all = self.good.as_ref().is_none_or(|good| may_differ(good, snapshot));
         // From here to the end no answer is committed.
         let mut change = names.change(&policy, &endpoints, all);
-        let meaning = meaning(snapshot);
+        let resolver = resolver(snapshot);
         if all {
             // Sets that no learned address has any more need not be made again.
             self.granted.clear();
-            for (endpoint, address, set) in change.state.book.in_use() {
-                if let Some(set) = set_of(&meaning, address, set) {
+            for (endpoint, address, set) in change.state.learned_map.in_use() {
+                if let Some(set) = set_of(&resolver, address, set) {
                     self.grant(endpoint, set);
                 }
             }
             self.collect_granted();
         }
-        let missing = change.missing(&meaning);
+        let missing = change.missing(&resolver);
         if !missing.is_empty() {
             for (endpoint, address, set) in &missing {
-                if let Some(set) = set_of(&meaning, *address, set) {
+                if let Some(set) = set_of(&resolver, *address, set) {
                     self.grant(*endpoint, set);
                 }
             }
@@ -204,14 +204,14 @@ impl Engine {
             }
         }
         let wanted = self.compiler.snapshot().clone();
-        let meaning = self::meaning(&wanted);
-        let way = change.plan(&meaning);
+        let resolver = self::resolver(&wanted);
+        let transition = change.plan(&resolver);
         tell(&wanted.rulesets);
-        match self.go(datapath, &wanted, &way) {
+        match self.apply(datapath, &wanted, &transition) {
             Ok(changed) => {
                 self.problem = None;
                 self.good = Some(wanted);
-                change.done(&way, Arc::new(meaning));
+                change.done(&transition, Arc::new(resolver));
                 changed
             }
             Err(problem) => {
@@ -219,16 +219,16 @@ impl Engine {
                 error!("the change is not in force, the last state stays: {problem}");
                 self.problem = Some(problem);
                 self.read_back(datapath);
-                change.failed(&way);
+                change.failed(&transition);
                 if let Some(good) = self.good.clone() {
-                    let meaning = self::meaning(&good);
-                    let way = change.plan(&meaning);
-                    match self.go(datapath, &good, &way) {
-                        Ok(_) => change.done(&way, Arc::new(meaning)),
+                    let resolver = self::resolver(&good);
+                    let transition = change.plan(&resolver);
+                    match self.apply(datapath, &good, &transition) {
+                        Ok(_) => change.done(&transition, Arc::new(resolver)),
                         Err(problem) => {
                             error!("putting back what was enforced last: {}", with_option(&problem));
                             self.read_back(datapath);
-                            change.failed(&way);
+                            change.failed(&transition);
                         }
                     }
                 }
@@ -258,12 +258,17 @@ impl Engine {
     }
 
     /// Goes from what the maps hold to another state.
-    fn go(&mut self, datapath: &Datapath, to: &Snapshot, way: &Move) -> Result<bool, ApplyError> {
+    fn apply(
+        &mut self,
+        datapath: &Datapath,
+        to: &Snapshot,
+        transition: &Transition,
+    ) -> Result<bool, ApplyError> {
         let with = |snapshot: &Snapshot, learned: &palisade_policy::snapshot::Learned| Snapshot {
             learned: learned.clone(),
             ..snapshot.clone()
         };
-        let steps = plan(&with(&self.in_maps, &way.old), &with(to, &way.new));
+        let steps = plan(&with(&self.in_maps, &transition.old), &with(to, &transition.new));
         datapath.apply(&steps)?;
         self.in_maps = to.clone();
         Ok(!steps.is_empty())
@@ -285,8 +290,8 @@ impl Engine {
             return;
         }
         let mut state = names.lock();
-        let before = meaning(self.compiler.snapshot());
-        let missing = state.book.missing(&state.view, false);
+        let before = resolver(self.compiler.snapshot());
+        let missing = state.learned_map.missing(&state.view, false);
         let mut full = BTreeSet::new();
         for (endpoint, address, set) in missing {
             if let Some(set) = set_of(&before, address, &set)
@@ -297,8 +302,8 @@ impl Engine {
         }
         if !full.is_empty() {
             // Sets that were given up since the last look make room.
-            self.count_granted(&state.book, &before);
-            let missing = state.book.missing(&state.view, false);
+            self.count_granted(&state.learned_map, &before);
+            let missing = state.learned_map.missing(&state.view, false);
             full.clear();
             for (endpoint, address, set) in missing {
                 if let Some(set) = set_of(&before, address, &set)
@@ -327,7 +332,7 @@ impl Engine {
         match outcome {
             Ok(()) => {
                 let now = self.compiler.snapshot().clone();
-                names.extended(&mut state, Arc::new(meaning(&now)), &full);
+                names.extended(&mut state, Arc::new(resolver(&now)), &full);
                 self.in_maps = now.clone();
                 self.good = Some(now);
             }
@@ -348,10 +353,10 @@ impl Engine {
     }
 
     /// Counts anew which sets the learned addresses of each endpoint have, among those that were granted.
-    fn count_granted(&mut self, book: &names::Book, meaning: &By) {
+    fn count_granted(&mut self, learned_map: &names::LearnedMap, resolver: &SnapshotResolver) {
         let mut used: HashMap<EndpointId, HashSet<LearnedSet>> = HashMap::new();
-        for (endpoint, address, set) in book.in_use() {
-            if let Some(set) = set_of(meaning, address, set) {
+        for (endpoint, address, set) in learned_map.in_use() {
+            if let Some(set) = set_of(resolver, address, set) {
                 used.entry(endpoint).or_default().insert(set);
             }
         }
@@ -375,8 +380,8 @@ impl Engine {
             return false;
         }
         let before = self.wanted.len();
-        let meaning = meaning(self.compiler.snapshot());
-        self.count_granted(&names.lock().book, &meaning);
+        let resolver = resolver(self.compiler.snapshot());
+        self.count_granted(&names.lock().learned_map, &resolver);
         self.collect_granted();
         if before - self.wanted.len() < WORTH_IT.max(self.wanted.len() / 4) {
             return false;
@@ -499,21 +504,21 @@ fn denied_patterns(compiler: &Compiler, endpoint: EndpointId) -> Vec<&FqdnPatter
 }
 
 /// Who learned addresses are, by one state of the compiler.
-struct By(Meanings);
+struct SnapshotResolver(Meanings);
 
-fn meaning(snapshot: &Snapshot) -> By {
-    By(snapshot.names.clone())
+fn resolver(snapshot: &Snapshot) -> SnapshotResolver {
+    SnapshotResolver(snapshot.names.clone())
 }
 
 fn numbers(selectors: &[SelectorId]) -> Vec<u32> {
     selectors.iter().map(|id| id.0).collect()
 }
 
-fn set_of(meaning: &By, address: IpAddr, selectors: &[SelectorId]) -> Option<LearnedSet> {
-    meaning.0.set(address, &numbers(selectors))
+fn set_of(resolver: &SnapshotResolver, address: IpAddr, selectors: &[SelectorId]) -> Option<LearnedSet> {
+    resolver.0.set(address, &numbers(selectors))
 }
 
-impl Meaning for By {
+impl IdentityResolver for SnapshotResolver {
     fn identity(&self, address: IpAddr, selectors: &[SelectorId]) -> Option<Identity> {
         // Nearly every address has one selector.
         match selectors {

@@ -9,8 +9,8 @@
 //! Everything is behind one lock. The names thread takes it for an answer, the control thread for the time from
 //! planning a change of the maps to its end, so that every answer finds either the policy before or the one after.
 
-mod book;
 mod journal;
+mod learned_map;
 mod prefetch;
 #[cfg(test)]
 mod tests;
@@ -28,11 +28,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use book::Outcome;
-#[cfg(test)]
-use book::key;
-pub use book::{Book, Meaning, Move, Set, Writer};
 use journal::Journal;
+use learned_map::Outcome;
+#[cfg(test)]
+use learned_map::key;
+pub use learned_map::{IdentityResolver, LearnedMap, Set, Transition, Writer};
 use palisade_abi::{Identity, LearnedKey};
 use palisade_datapath::Datapath;
 use palisade_fqdn::{
@@ -59,7 +59,7 @@ const LOOK: Duration = Duration::from_millis(100);
 const IDLE: Duration = Duration::from_secs(1);
 
 /// Who a learned address is, by the policy in force.
-pub type View = Arc<dyn Meaning + Send + Sync>;
+pub type View = Arc<dyn IdentityResolver + Send + Sync>;
 
 /// From where it is known that a name has an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,7 +134,7 @@ impl fmt::Debug for Names {
 /// What is behind the lock.
 pub struct State {
     /// Names, addresses, and what of them is in the map.
-    pub book: Book,
+    pub learned_map: LearnedMap,
     /// By the policy in force.
     pub view: View,
     /// Selectors of the policy in force.
@@ -155,16 +155,16 @@ struct Waiting {
     task: Option<CommitTask>,
 }
 
-/// Nobody has an identity.
-struct Nobody;
+/// The resolver before the first policy: no address has an identity.
+struct NoIdentities;
 
-impl Meaning for Nobody {
+impl IdentityResolver for NoIdentities {
     fn identity(&self, _: IpAddr, _: &[SelectorId]) -> Option<Identity> {
         None
     }
 }
 
-impl Meaning for View {
+impl IdentityResolver for View {
     fn identity(&self, address: IpAddr, selectors: &[SelectorId]) -> Option<Identity> {
         (**self).identity(address, selectors)
     }
@@ -221,8 +221,8 @@ impl Names {
     ) -> Self {
         Self {
             state: Mutex::new(State {
-                book: Book::new(cache, found),
-                view: Arc::new(Nobody),
+                learned_map: LearnedMap::new(cache, found),
+                view: Arc::new(NoIdentities),
                 selectors: BTreeMap::new(),
                 denied: HashSet::new(),
                 endpoints: BTreeMap::new(),
@@ -251,12 +251,12 @@ impl Names {
             let mut state = self.lock();
             for (name, ago) in &found.names {
                 // No endpoint has selectors yet: nothing changes in the map by that.
-                if let Err(problem) = state.book.cache.restore(name, *ago, now).map(drop) {
+                if let Err(problem) = state.learned_map.cache.restore(name, *ago, now).map(drop) {
                     error!("learned name {}: {problem}", name.name);
                 }
             }
             state.endpoints.clone_from(&endpoints);
-            let all: Vec<SavedName> = state.book.cache.save(now).collect();
+            let all: Vec<SavedName> = state.learned_map.cache.save(now).collect();
             all
         };
         for name in &all {
@@ -333,9 +333,9 @@ impl Names {
 
     /// Learns an answer, without writing anything yet.
     fn learn(&self, state: &mut State, endpoint: EndpointId, answer: &Answer, now: Millis) -> Pending {
-        let before = state.book.cache.stats().evicted;
-        let pending = state.book.cache.learn(endpoint, answer, now);
-        if state.book.cache.stats().evicted != before {
+        let before = state.learned_map.cache.stats().evicted;
+        let pending = state.learned_map.cache.learn(endpoint, answer, now);
+        if state.learned_map.cache.stats().evicted != before {
             self.end_epoch();
         }
         pending
@@ -350,7 +350,12 @@ impl Names {
         for task in batch.drain(..) {
             let endpoint = task.request.endpoint;
             let pending = self.learn(state, endpoint, &task.request.answer, now);
-            self.tell_name(&state.book.cache, endpoint, &task.request.answer, Source::Answer);
+            self.tell_name(
+                &state.learned_map.cache,
+                endpoint,
+                &task.request.answer,
+                Source::Answer,
+            );
             self.finish(state, pending, Some(task), None, now, &mut lines);
         }
         let late = |waiting: &mut Waiting| waiting.since.elapsed() > PATIENCE;
@@ -359,9 +364,12 @@ impl Names {
         }
         let waiting = !state.waiting.is_empty();
         let rejudge = !state.rejudge.is_empty();
-        let again = self
-            .is_long()
-            .then(|| (state.endpoints.clone(), state.book.cache.save(now).collect()));
+        let again = self.is_long().then(|| {
+            (
+                state.endpoints.clone(),
+                state.learned_map.cache.save(now).collect(),
+            )
+        });
         drop(guard);
         if waiting {
             self.wish(Wish::Identities);
@@ -398,12 +406,15 @@ impl Names {
         };
         let denied = !state.denied.is_empty() && pending.changes().iter().any(|change| hits(&change));
         if self.journal.is_some() {
-            lines.extend(state.book.cache.journal(&pending, now));
+            lines.extend(state.learned_map.cache.journal(&pending, now));
         }
         let view = Arc::clone(&state.view);
         let lease = pending.lease();
-        let failures = state.book.failures;
-        let committed = match state.book.settle(pending, since.is_some(), &view, &self.writer) {
+        let failures = state.learned_map.failures;
+        let committed = match state
+            .learned_map
+            .settle(pending, since.is_some(), &view, &self.writer)
+        {
             Outcome::Committed(proof) => {
                 trace!(number = proof.number(), endpoint, "committed");
                 self.answers.committed.fetch_add(1, Ordering::Relaxed);
@@ -432,7 +443,7 @@ impl Names {
                 return;
             }
         };
-        if !committed || state.book.failures != failures {
+        if !committed || state.learned_map.failures != failures {
             self.end_epoch();
         }
         if let Some(task) = task {
@@ -472,7 +483,7 @@ impl Names {
         let mut guard = self.lock();
         for endpoint in endpoints {
             let pending = self.learn(&mut guard, *endpoint, answer, now);
-            self.tell_name(&guard.book.cache, *endpoint, answer, Source::Prefetch);
+            self.tell_name(&guard.learned_map.cache, *endpoint, answer, Source::Prefetch);
             self.finish(&mut guard, pending, None, None, now, &mut lines);
         }
         let waiting = !guard.waiting.is_empty();
@@ -551,27 +562,30 @@ impl Names {
 
     /// Removes what has expired and is not in use. `in_use`: every address that a live connection of an endpoint has.
     pub fn sweep(&self, in_use: &HashMap<EndpointId, HashSet<IpAddr>>) {
-        let endpoints = self.lock().book.cache.endpoints();
+        let endpoints = self.lock().learned_map.cache.endpoints();
         for endpoint in endpoints {
             // The lock for each: an answer does not wait for all of them.
             let mut guard = self.lock();
             let state = &mut *guard;
             let now = self.now();
             if let Some(addresses) = in_use.get(&endpoint) {
-                state.book.cache.mark_in_use(endpoint, addresses.iter().copied());
+                state
+                    .learned_map
+                    .cache
+                    .mark_in_use(endpoint, addresses.iter().copied());
             }
-            let update = state.book.cache.sweep(endpoint, now);
+            let update = state.learned_map.cache.sweep(endpoint, now);
             let view = Arc::clone(&state.view);
-            let failures = state.book.failures;
-            state.book.update(update, &view, &self.writer);
-            if state.book.failures != failures {
+            let failures = state.learned_map.failures;
+            state.learned_map.update(update, &view, &self.writer);
+            if state.learned_map.failures != failures {
                 self.end_epoch();
             }
         }
         let mut guard = self.lock();
         let view = Arc::clone(&guard.view);
-        guard.book.retry(&view, &self.writer);
-        if !guard.book.missing(&view, false).is_empty() {
+        guard.learned_map.retry(&view, &self.writer);
+        if !guard.learned_map.missing(&view, false).is_empty() {
             self.wish(Wish::Identities);
         }
         self.forget_names(&guard);
@@ -581,25 +595,25 @@ impl Names {
 
     fn forget_names(&self, state: &State) {
         let mut known = self.known_as.write().unwrap_or_else(PoisonError::into_inner);
-        known.retain(|(endpoint, address), _| state.book.cache.has(*endpoint, *address));
+        known.retain(|(endpoint, address), _| state.learned_map.cache.has(*endpoint, *address));
     }
 
     /// Forgets names, in use or not; answers how many addresses. Their connections are judged again.
     pub fn clean(&self, endpoint: Option<EndpointId>, filter: impl FnMut(&Name) -> bool) -> u64 {
         let mut guard = self.lock();
         let state = &mut *guard;
-        let before = state.book.cache.stats().cleaned;
+        let before = state.learned_map.cache.stats().cleaned;
         self.end_epoch();
-        let update = state.book.cache.clean(endpoint, filter);
+        let update = state.learned_map.cache.clean(endpoint, filter);
         state
             .rejudge
             .extend(update.changes().iter().map(|change| change.endpoint));
         let view = Arc::clone(&state.view);
-        state.book.update(update, &view, &self.writer);
-        let cleaned = state.book.cache.stats().cleaned - before;
+        state.learned_map.update(update, &view, &self.writer);
+        let cleaned = state.learned_map.cache.stats().cleaned - before;
         let rejudge = !state.rejudge.is_empty();
         self.forget_names(state);
-        let all = state.book.cache.save(self.now()).collect();
+        let all = state.learned_map.cache.save(self.now()).collect();
         let endpoints = state.endpoints.clone();
         drop(guard);
         if let Some(journal) = &self.journal {
@@ -618,7 +632,7 @@ impl Names {
 
     /// What is cached, with the source of each address.
     pub fn list(&self, endpoint: Option<EndpointId>) -> Vec<(CachedName, Vec<Source>)> {
-        let list = self.lock().book.cache.list(endpoint, self.now());
+        let list = self.lock().learned_map.cache.list(endpoint, self.now());
         let with_source = |name: CachedName| {
             let sources = name
                 .addresses
@@ -632,7 +646,7 @@ impl Names {
 
     /// The identities that addresses have in the map.
     pub fn identities(&self) -> BTreeMap<LearnedKey, Identity> {
-        self.lock().book.identities()
+        self.lock().learned_map.identities()
     }
 
     /// Has everything on the disk.
@@ -650,16 +664,16 @@ impl Names {
     /// How much there is, and what became of answers.
     pub fn counts(&self) -> Counts {
         let state = self.lock();
-        let memory = state.book.cache.memory();
+        let memory = state.learned_map.cache.memory();
         Counts {
             names: memory.names,
             addresses: memory.addresses,
             bytes: memory.bytes,
-            in_map: state.book.len(),
-            out_of_step: state.book.out_of_step(),
-            failures: state.book.failures,
-            failure: state.book.failure.clone(),
-            stats: state.book.cache.stats(),
+            in_map: state.learned_map.len(),
+            unwritten: state.learned_map.unwritten(),
+            failures: state.learned_map.failures,
+            failure: state.learned_map.failure.clone(),
+            stats: state.learned_map.cache.stats(),
             committed: self.answers.committed.load(Ordering::Relaxed),
             refused: self.answers.refused.load(Ordering::Relaxed),
             waited: self.answers.waited.load(Ordering::Relaxed),
@@ -672,7 +686,7 @@ impl Names {
     pub fn extended(&self, state: &mut State, view: View, full: &BTreeSet<EndpointId>) {
         state.view = view;
         let view = Arc::clone(&state.view);
-        state.book.retry(&view, &self.writer);
+        state.learned_map.retry(&view, &self.writer);
         self.finish_waiting(state);
         let given_up = state
             .waiting
@@ -685,7 +699,7 @@ impl Names {
 
     /// Withholds an answer that has waited in vain.
     fn give_up(&self, state: &mut State, waiting: Waiting) {
-        state.book.cache.abort(waiting.pending);
+        state.learned_map.cache.abort(waiting.pending);
         self.answers.refused.fetch_add(1, Ordering::Relaxed);
         if let Some(task) = waiting.task {
             task.done(false, None);
@@ -706,17 +720,20 @@ impl Names {
         };
         let mut updates = Vec::new();
         state.set_policy(policy, &mut updates);
-        for gone in state.book.cache.endpoints() {
+        for gone in state.learned_map.cache.endpoints() {
             if !endpoints.contains_key(&gone) {
-                let update = state.book.cache.remove_endpoint(gone);
-                state.book.note(update.changes());
+                let update = state.learned_map.cache.remove_endpoint(gone);
+                state.learned_map.note(update.changes());
                 updates.push(update);
             }
         }
         if state.endpoints != *endpoints {
             state.endpoints.clone_from(endpoints);
             if let Some(journal) = &self.journal {
-                journal.begin_anew(endpoints.clone(), state.book.cache.save(self.now()).collect());
+                journal.begin_anew(
+                    endpoints.clone(),
+                    state.learned_map.cache.save(self.now()).collect(),
+                );
             }
         }
         Change {
@@ -741,9 +758,9 @@ impl State {
         for endpoint in endpoints {
             // Before the selectors: special-purpose addresses that are not listed must not get one.
             let listed = policy.listed.get(&endpoint).cloned().unwrap_or_default();
-            let update = self.book.cache.set_listed(endpoint, listed);
+            let update = self.learned_map.cache.set_listed(endpoint, listed);
             if !update.changes().is_empty() {
-                self.book.note(update.changes());
+                self.learned_map.note(update.changes());
                 updates.push(update);
             }
             let (old, new) = (self.selectors.get(&endpoint), policy.selectors.get(&endpoint));
@@ -753,10 +770,10 @@ impl State {
                 continue;
             }
             let update = match new {
-                Some(new) => self.book.cache.set_selectors(endpoint, Arc::clone(new)),
-                None => self.book.cache.set_selectors(endpoint, Arc::clone(&none)),
+                Some(new) => self.learned_map.cache.set_selectors(endpoint, Arc::clone(new)),
+                None => self.learned_map.cache.set_selectors(endpoint, Arc::clone(&none)),
             };
-            self.book.note(update.changes());
+            self.learned_map.note(update.changes());
             updates.push(update);
         }
         self.selectors.clone_from(&policy.selectors);
@@ -766,29 +783,29 @@ impl State {
 
 impl Change<'_> {
     /// What of the learned addresses has no identity by the new policy.
-    pub fn missing(&self, meaning: &impl Meaning) -> Vec<(EndpointId, IpAddr, Set)> {
-        self.state.book.missing(meaning, self.all)
+    pub fn missing(&self, resolver: &impl IdentityResolver) -> Vec<(EndpointId, IpAddr, Set)> {
+        self.state.learned_map.missing(resolver, self.all)
     }
 
     /// The way of the map.
-    pub fn plan(&self, meaning: &impl Meaning) -> Move {
-        self.state.book.plan(meaning, self.all)
+    pub fn plan(&self, resolver: &impl IdentityResolver) -> Transition {
+        self.state.learned_map.plan(resolver, self.all)
     }
 
     /// The maps hold everything.
-    pub fn done(mut self, way: &Move, view: View) {
+    pub fn done(mut self, transition: &Transition, view: View) {
         let state = &mut *self.state;
-        state.book.moved(way, &view, &self.names.writer);
+        state.learned_map.committed(transition, &view, &self.names.writer);
         for update in self.updates.drain(..) {
-            state.book.written(update);
+            state.learned_map.written(update);
         }
         state.view = view;
         self.names.finish_waiting(state);
     }
 
     /// The maps hold some of it: what the policy before said counts on.
-    pub fn failed(&mut self, way: &Move) {
-        self.state.book.stuck(way);
+    pub fn failed(&mut self, transition: &Transition) {
+        self.state.learned_map.aborted(transition);
         // What they said comes again with the next sweep.
         self.updates.clear();
         let before = self.before.clone();
@@ -806,7 +823,7 @@ pub struct Counts {
     pub addresses: usize,
     pub bytes: usize,
     pub in_map: usize,
-    pub out_of_step: usize,
+    pub unwritten: usize,
     pub failures: u64,
     pub failure: Option<String>,
     pub stats: Stats,

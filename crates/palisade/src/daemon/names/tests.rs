@@ -28,7 +28,7 @@ struct Fake {
     known: u8,
 }
 
-impl Meaning for Fake {
+impl IdentityResolver for Fake {
     fn identity(&self, _: IpAddr, selectors: &[SelectorId]) -> Option<Identity> {
         let bits: u32 = selectors.iter().map(|id| 1 << id.0).sum();
         (self.known >> bits & 1 == 1).then_some(self.generation * 8 + bits)
@@ -67,15 +67,15 @@ impl FakeMap {
     }
 
     /// Goes a way, or only so many steps of it.
-    fn go(&self, way: &Move, steps: usize) {
+    fn go(&self, transition: &Transition, steps: usize) {
         let mut map = self.lock();
-        let gone = way
+        let gone = transition
             .old
             .entries
             .keys()
-            .filter(|key| !way.new.entries.contains_key(key));
+            .filter(|key| !transition.new.entries.contains_key(key));
         let gone: Vec<_> = gone.copied().map(|key| (key, None)).collect();
-        let there = way
+        let there = transition
             .new
             .entries
             .iter()
@@ -241,29 +241,29 @@ proptest! {
                     if !change.missing(&Fake { generation, known }).is_empty() {
                         known = 0xff;
                     }
-                    let meaning = Fake { generation, known };
-                    let way = change.plan(&meaning);
-                    map.go(&way, usize::MAX);
+                    let resolver = Fake { generation, known };
+                    let transition = change.plan(&resolver);
+                    map.go(&transition, usize::MAX);
                     policies = new;
-                    change.done(&way, Arc::new(meaning));
+                    change.done(&transition, Arc::new(resolver));
                 }
                 Step::FailedPolicy { policies: new, after, back } => {
                     map.lock().good_for = None;
                     let mut change = names.change(&policy_of(new), &endpoints, true);
                     let other = Fake { generation: generation + 1_000, known: 0xff };
-                    let way = change.plan(&other);
-                    map.go(&way, after);
-                    change.failed(&way);
+                    let transition = change.plan(&other);
+                    map.go(&transition, after);
+                    change.failed(&transition);
                     let old = Fake { generation, known };
-                    let way = change.plan(&old);
+                    let transition = change.plan(&old);
                     match back {
                         None => {
-                            map.go(&way, usize::MAX);
-                            change.done(&way, Arc::new(old));
+                            map.go(&transition, usize::MAX);
+                            change.done(&transition, Arc::new(old));
                         }
                         Some(steps) => {
-                            map.go(&way, steps);
-                            change.failed(&way);
+                            map.go(&transition, steps);
+                            change.failed(&transition);
                         }
                     }
                 }
@@ -323,13 +323,13 @@ fn what_was_learned_is_there_again_after_a_restart() {
         let mut names = Names::new(Cache::new(Config::default()), found, map.clone(), |_| {});
         names.remember(dir.path(), endpoints.clone()).unwrap();
         let change = names.change(&policy_of([0, 3]), &endpoints, true);
-        let meaning = Fake {
+        let resolver = Fake {
             generation: 1,
             known: 0xff,
         };
-        let way = change.plan(&meaning);
-        map.go(&way, usize::MAX);
-        change.done(&way, Arc::new(meaning));
+        let transition = change.plan(&resolver);
+        map.go(&transition, usize::MAX);
+        change.done(&transition, Arc::new(resolver));
         names
     };
     let names = open(&map);
@@ -380,13 +380,13 @@ fn what_makes_room_for_others_ends_the_epoch() {
     let mut committer = queue.committer(8, Arc::new(|| {}));
     let endpoints: BTreeMap<u16, String> = [(1, "a".to_owned())].into();
     let change = names.change(&policy_of([0, 3]), &endpoints, true);
-    let meaning = Fake {
+    let resolver = Fake {
         generation: 1,
         known: 0xff,
     };
-    let way = change.plan(&meaning);
-    map.go(&way, usize::MAX);
-    change.done(&way, Arc::new(meaning));
+    let transition = change.plan(&resolver);
+    map.go(&transition, usize::MAX);
+    change.done(&transition, Arc::new(resolver));
     let mut learn = |addresses| {
         let learn = CommitRequest {
             ticket: 0,

@@ -2,7 +2,7 @@
 //!
 //! The cache says which selectors an address of an endpoint belongs to; the policy in force says which identity
 //! such an address has; the map holds that identity. Every change goes the same way: it is noted here, the entry it
-//! touches is out of step until it was written, and nothing that touches an entry out of step is committed.
+//! touches is out of step until it was written, and nothing that touches an unwritten entry is committed.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -23,7 +23,7 @@ const COMMITS: usize = 4;
 pub type Set = Arc<[SelectorId]>;
 
 /// Who a learned address is, by a policy.
-pub trait Meaning {
+pub trait IdentityResolver {
     /// The identity of an address that belongs to selectors (one at least). `None`: nobody has needed it yet.
     fn identity(&self, address: IpAddr, selectors: &[SelectorId]) -> Option<Identity>;
 }
@@ -42,7 +42,7 @@ enum InMap {
     Nothing,
     Identity(Identity),
     /// A write failed.
-    Unsure,
+    Unknown,
 }
 
 #[derive(Debug)]
@@ -64,12 +64,12 @@ pub enum Outcome {
 
 /// See the module.
 #[derive(Debug, Default)]
-pub struct Book {
+pub struct LearnedMap {
     /// Names and addresses. Whoever changes it gives the changes to [`Self::update`] or [`Self::settle`].
     pub cache: Cache,
     entries: HashMap<LearnedKey, Entry>,
     /// Entries that the map is not known to hold as they should be.
-    out_of_step: HashSet<LearnedKey>,
+    unwritten: HashSet<LearnedKey>,
     /// Each set once: there are far fewer than addresses.
     sets: HashSet<Set>,
     /// Writes that failed.
@@ -80,7 +80,7 @@ pub struct Book {
 
 /// What has to happen to the entries of the map on the way from one policy to the next.
 #[derive(Debug, Default)]
-pub struct Move {
+pub struct Transition {
     /// What it holds.
     pub old: Learned,
     /// What it is to hold.
@@ -89,17 +89,17 @@ pub struct Move {
     purge: Vec<LearnedKey>,
 }
 
-impl Book {
+impl LearnedMap {
     /// A book whose map holds `found`, nothing of which is remembered yet.
     pub fn new(cache: Cache, found: impl IntoIterator<Item = (LearnedKey, Identity)>) -> Self {
-        let mut book = Self {
+        let mut learned_map = Self {
             cache,
             ..Self::default()
         };
-        let nobody = book.intern(&[]);
+        let nobody = learned_map.intern(&[]);
         for (key, identity) in found {
-            book.out_of_step.insert(key);
-            book.entries.insert(
+            learned_map.unwritten.insert(key);
+            learned_map.entries.insert(
                 key,
                 Entry {
                     selectors: Arc::clone(&nobody),
@@ -107,7 +107,7 @@ impl Book {
                 },
             );
         }
-        book
+        learned_map
     }
 
     /// Brings an answer to an end, or as far as it goes. `again`: it has waited. What it changes was noted when it
@@ -116,7 +116,7 @@ impl Book {
         &mut self,
         mut pending: Pending,
         again: bool,
-        meaning: &impl Meaning,
+        resolver: &impl IdentityResolver,
         writer: &impl Writer,
     ) -> Outcome {
         let mut noted = again;
@@ -134,8 +134,8 @@ impl Book {
                 .iter()
                 .map(|change| key(change.endpoint, change.address));
             let keys: BTreeSet<LearnedKey> = touched.into_iter().chain(others).collect();
-            let failed = self.write(keys.iter().copied(), meaning, writer).is_err();
-            if keys.iter().any(|key| self.out_of_step.contains(key)) {
+            let failed = self.write(keys.iter().copied(), resolver, writer).is_err();
+            if keys.iter().any(|key| self.unwritten.contains(key)) {
                 if failed {
                     self.cache.abort(pending);
                     return Outcome::Refused;
@@ -153,11 +153,11 @@ impl Book {
     }
 
     /// Writes what comes from elsewhere than an answer. What cannot be written comes again with a sweep.
-    pub fn update(&mut self, update: Update, meaning: &impl Meaning, writer: &impl Writer) {
+    pub fn update(&mut self, update: Update, resolver: &impl IdentityResolver, writer: &impl Writer) {
         self.note(update.changes());
         let keys: BTreeSet<LearnedKey> = keys_of(&update).collect();
-        let failed = self.write(keys.iter().copied(), meaning, writer).is_err();
-        if !failed && !keys.iter().any(|key| self.out_of_step.contains(key)) {
+        let failed = self.write(keys.iter().copied(), resolver, writer).is_err();
+        if !failed && !keys.iter().any(|key| self.unwritten.contains(key)) {
             self.cache.written(update);
         }
     }
@@ -183,7 +183,7 @@ impl Book {
                 // Told again: the cache does not know that it was written. Neither has to.
                 (ChangeKind::Live, Ok(_)) | (ChangeKind::Gone, Err(_)) => continue,
             };
-            self.out_of_step.insert(key);
+            self.unwritten.insert(key);
             self.entries
                 .entry(key)
                 .or_insert_with(|| Entry {
@@ -203,20 +203,20 @@ impl Book {
         set
     }
 
-    /// Writes those of the entries that are out of step and have an identity.
+    /// Writes those of the entries that are unwritten and have an identity.
     fn write(
         &mut self,
         keys: impl Iterator<Item = LearnedKey>,
-        meaning: &impl Meaning,
+        resolver: &impl IdentityResolver,
         writer: &impl Writer,
     ) -> Result<(), ()> {
         let mut puts = Vec::new();
         let mut removes = Vec::new();
         for key in keys
-            .filter(|key| self.out_of_step.contains(key))
+            .filter(|key| self.unwritten.contains(key))
             .collect::<Vec<_>>()
         {
-            match self.wanted(&key, meaning) {
+            match self.wanted(&key, resolver) {
                 Wanted::Identity(identity) => puts.push((key, identity)),
                 Wanted::Nothing => removes.push(key),
                 Wanted::Unknown => {}
@@ -229,7 +229,7 @@ impl Book {
                     .iter()
                     .for_each(|(key, identity)| self.is_in_map(key, InMap::Identity(*identity))),
                 Err(problem) => {
-                    puts.iter().for_each(|(key, _)| self.unsure(key));
+                    puts.iter().for_each(|(key, _)| self.mark_unknown(key));
                     failure = Some(problem);
                 }
             }
@@ -239,7 +239,7 @@ impl Book {
             match writer.remove(&removes) {
                 Ok(()) => removes.iter().for_each(|key| self.is_in_map(key, InMap::Nothing)),
                 Err(problem) => {
-                    removes.iter().for_each(|key| self.unsure(key));
+                    removes.iter().for_each(|key| self.mark_unknown(key));
                     failure = Some(problem);
                 }
             }
@@ -257,9 +257,9 @@ impl Book {
         }
     }
 
-    fn wanted(&self, key: &LearnedKey, meaning: &impl Meaning) -> Wanted {
+    fn wanted(&self, key: &LearnedKey, resolver: &impl IdentityResolver) -> Wanted {
         match self.entries.get(key) {
-            Some(entry) if !entry.selectors.is_empty() => meaning
+            Some(entry) if !entry.selectors.is_empty() => resolver
                 .identity(key.addr.into(), &entry.selectors)
                 .map_or(Wanted::Unknown, Wanted::Identity),
             _ => Wanted::Nothing,
@@ -267,7 +267,7 @@ impl Book {
     }
 
     fn is_in_map(&mut self, key: &LearnedKey, map: InMap) {
-        self.out_of_step.remove(key);
+        self.unwritten.remove(key);
         if let Some(entry) = self.entries.get_mut(key) {
             entry.map = map;
             if map == InMap::Nothing && entry.selectors.is_empty() {
@@ -276,18 +276,18 @@ impl Book {
         }
     }
 
-    fn unsure(&mut self, key: &LearnedKey) {
-        self.out_of_step.insert(*key);
+    fn mark_unknown(&mut self, key: &LearnedKey) {
+        self.unwritten.insert(*key);
         if let Some(entry) = self.entries.get_mut(key) {
-            entry.map = InMap::Unsure;
+            entry.map = InMap::Unknown;
         }
     }
 
     /// What of the book a policy has no identity for. `all`: also of what was in step with the policy before.
-    pub fn missing(&self, meaning: &impl Meaning, all: bool) -> Vec<(EndpointId, IpAddr, Set)> {
+    pub fn missing(&self, resolver: &impl IdentityResolver, all: bool) -> Vec<(EndpointId, IpAddr, Set)> {
         let mut missing = Vec::new();
         let mut look = |key: &LearnedKey, entry: &Entry| {
-            if !entry.selectors.is_empty() && meaning.identity(key.addr.into(), &entry.selectors).is_none() {
+            if !entry.selectors.is_empty() && resolver.identity(key.addr.into(), &entry.selectors).is_none() {
                 missing.push((
                     key.endpoint as EndpointId,
                     key.addr.into(),
@@ -298,7 +298,7 @@ impl Book {
         if all {
             self.entries.iter().for_each(|(key, entry)| look(key, entry));
         } else {
-            for key in &self.out_of_step {
+            for key in &self.unwritten {
                 if let Some(entry) = self.entries.get(key) {
                     look(key, entry);
                 }
@@ -316,58 +316,63 @@ impl Book {
     }
 
     /// The way of the map to what another policy wants of it. `all`: the identities of what is in step may be others.
-    pub fn plan(&self, meaning: &impl Meaning, all: bool) -> Move {
-        let mut way = Move::default();
+    pub fn plan(&self, resolver: &impl IdentityResolver, all: bool) -> Transition {
+        let mut transition = Transition::default();
         let mut others = BTreeSet::new();
         for (key, entry) in &self.entries {
-            if !all && !self.out_of_step.contains(key) {
+            if !all && !self.unwritten.contains(key) {
                 if let InMap::Identity(identity) = entry.map {
                     others.insert(identity);
                 }
                 continue;
             }
-            let wanted = self.wanted(key, meaning);
+            let wanted = self.wanted(key, resolver);
             match entry.map {
                 InMap::Identity(identity) => {
-                    way.old.entries.insert(*key, identity);
+                    transition.old.entries.insert(*key, identity);
                 }
-                InMap::Unsure if wanted == Wanted::Nothing => way.purge.push(*key),
-                InMap::Unsure | InMap::Nothing => {}
+                InMap::Unknown if wanted == Wanted::Nothing => transition.purge.push(*key),
+                InMap::Unknown | InMap::Nothing => {}
             }
             match wanted {
                 Wanted::Identity(identity) => {
-                    way.new.entries.insert(*key, identity);
+                    transition.new.entries.insert(*key, identity);
                 }
                 Wanted::Nothing => {}
                 // Stays what it is.
                 Wanted::Unknown => {
                     if let InMap::Identity(identity) = entry.map {
-                        way.new.entries.insert(*key, identity);
+                        transition.new.entries.insert(*key, identity);
                     }
                 }
             }
         }
-        way.old.others.clone_from(&others);
-        way.new.others = others;
-        way
+        transition.old.others.clone_from(&others);
+        transition.new.others = others;
+        transition
     }
 
     /// A way was gone to its end: the map holds what it was to.
-    pub fn moved(&mut self, way: &Move, meaning: &impl Meaning, writer: &impl Writer) {
-        let keys: BTreeSet<LearnedKey> = way
+    pub fn committed(
+        &mut self,
+        transition: &Transition,
+        resolver: &impl IdentityResolver,
+        writer: &impl Writer,
+    ) {
+        let keys: BTreeSet<LearnedKey> = transition
             .old
             .entries
             .keys()
-            .chain(way.new.entries.keys())
+            .chain(transition.new.entries.keys())
             .copied()
             .collect();
         for key in keys {
-            let now = way
+            let now = transition
                 .new
                 .entries
                 .get(&key)
                 .map_or(InMap::Nothing, |n| InMap::Identity(*n));
-            let wanted = self.wanted(&key, meaning);
+            let wanted = self.wanted(&key, resolver);
             let in_step = match (wanted, now) {
                 (Wanted::Identity(a), InMap::Identity(b)) => a == b,
                 (Wanted::Nothing, InMap::Nothing) => true,
@@ -376,43 +381,43 @@ impl Book {
             if in_step {
                 self.is_in_map(&key, now);
             } else {
-                self.out_of_step.insert(key);
+                self.unwritten.insert(key);
                 if let Some(entry) = self.entries.get_mut(&key) {
                     entry.map = now;
                 }
             }
         }
         // A failure is noted and tried again.
-        let _ = self.write(way.purge.iter().copied(), meaning, writer);
+        let _ = self.write(transition.purge.iter().copied(), resolver, writer);
         self.sets.retain(|set| Arc::strong_count(set) > 1);
     }
 
     /// A way was not gone to its end: what it touches may be as it was, or not.
-    pub fn stuck(&mut self, way: &Move) {
-        let keys: BTreeSet<LearnedKey> = way
+    pub fn aborted(&mut self, transition: &Transition) {
+        let keys: BTreeSet<LearnedKey> = transition
             .old
             .entries
             .keys()
-            .chain(way.new.entries.keys())
+            .chain(transition.new.entries.keys())
             .copied()
             .collect();
         for key in keys {
-            if way.old.entries.get(&key) != way.new.entries.get(&key) {
-                self.unsure(&key);
+            if transition.old.entries.get(&key) != transition.new.entries.get(&key) {
+                self.mark_unknown(&key);
             }
         }
     }
 
-    /// Tries again to write what is out of step.
-    pub fn retry(&mut self, meaning: &impl Meaning, writer: &impl Writer) {
-        let keys: Vec<LearnedKey> = self.out_of_step.iter().copied().collect();
+    /// Retries the unwritten entries.
+    pub fn retry(&mut self, resolver: &impl IdentityResolver, writer: &impl Writer) {
+        let keys: Vec<LearnedKey> = self.unwritten.iter().copied().collect();
         // A failure is noted and tried again.
-        let _ = self.write(keys.into_iter(), meaning, writer);
+        let _ = self.write(keys.into_iter(), resolver, writer);
     }
 
     /// Takes note that an update is in the map, if all of it is.
     pub fn written(&mut self, update: Update) {
-        if !keys_of(&update).any(|key| self.out_of_step.contains(&key)) {
+        if !keys_of(&update).any(|key| self.unwritten.contains(&key)) {
             self.cache.written(update);
         }
     }
@@ -426,15 +431,15 @@ impl Book {
     }
 
     /// Addresses that the map is not known to hold as it should.
-    pub fn out_of_step(&self) -> usize {
-        self.out_of_step.len()
+    pub fn unwritten(&self) -> usize {
+        self.unwritten.len()
     }
 
     /// Identities by address, for those who explain.
     pub fn identities(&self) -> BTreeMap<LearnedKey, Identity> {
         let known = self.entries.iter().filter_map(|(key, entry)| match entry.map {
             InMap::Identity(identity) => Some((*key, identity)),
-            InMap::Nothing | InMap::Unsure => None,
+            InMap::Nothing | InMap::Unknown => None,
         });
         known.collect()
     }
