@@ -35,7 +35,7 @@ use serde_json::Value;
 
 use super::{
     control::{Answer, Control, Message},
-    names::Names,
+    fqdn::FqdnManager,
     netfilter,
     selector_text::peer_text,
     view::{Shared, View, class_names, kind_name, prefix_text},
@@ -70,7 +70,7 @@ pub struct Clients {
     pub control: Sender<Message>,
     pub datapath: Arc<Datapath>,
     pub shared: Arc<Shared>,
-    pub names: Arc<Names>,
+    pub names: Arc<FqdnManager>,
     pub ring: Arc<Ring>,
     /// Events read so far.
     pub events: Arc<AtomicU64>,

@@ -37,8 +37,8 @@ use super::{
     answers::Clients,
     engine::{Engine, endpoint_names, world},
     events,
+    fqdn::{ControlRequest, FqdnManager, Prefetch, Targets, node_servers},
     guard::Guard,
-    names::{Names, Prefetch, Targets, Wish, node_servers},
     nat, netfilter,
     network::{self, Network},
     places,
@@ -85,7 +85,7 @@ pub enum Message {
     /// A signal.
     Signal(i32),
     /// Learned names need something.
-    Names(Wish),
+    Fqdn(ControlRequest),
     /// A worker has ended; it starts again by itself.
     WorkerEnded,
     /// A request whose answer the compiler has, or that changes something.
@@ -101,7 +101,7 @@ impl Message {
             Self::Netfilter(_) => "following a change of nftables",
             Self::Signal(SIGHUP) | Self::Ask(Request::Reload, _) => "reading the configuration again",
             Self::Signal(_) | Self::Ask(Request::Stop { .. }, _) => "ending",
-            Self::Names(_) => "making identities of learned names",
+            Self::Fqdn(_) => "making identities of learned names",
             Self::WorkerEnded => "putting the punt link in order",
             Self::Ask(..) => "answering a command",
         }
@@ -122,7 +122,7 @@ pub struct Control {
     /// What the nftables table depends on may have changed.
     netfilter_due: bool,
     pub datapath: Arc<Datapath>,
-    pub names: Arc<Names>,
+    pub names: Arc<FqdnManager>,
     prefetch: Option<Prefetch>,
     shared: Arc<Shared>,
     sweep: Interval,
@@ -205,13 +205,13 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     let names = {
         let sender = sender.clone();
         // The control thread has ended: nothing is released any more.
-        let wish = move |wish| drop(sender.send(Message::Names(wish)));
+        let wish = move |wish| drop(sender.send(Message::Fqdn(wish)));
         let cache = Cache::new(names_config(&config));
         let cache = match &known {
             Some(known) => cache.with_sni_index(Arc::clone(known)),
             None => cache,
         };
-        let mut names = Names::new(cache, datapath.learned()?, Arc::clone(&datapath), wish);
+        let mut names = FqdnManager::new(cache, datapath.learned()?, Arc::clone(&datapath), wish);
         let endpoints = endpoint_names(&world(&config, &network, &mut state.state)?);
         // A cache: its loss costs connections to learned addresses, not the start.
         if let Err(problem) = names.remember(&config.node.state_dir, endpoints) {
@@ -491,21 +491,21 @@ impl Control {
                     }
                 }
                 Message::Signal(_) => return End::Stay,
-                Message::Names(Wish::Identities) => {
+                Message::Fqdn(ControlRequest::Identities) => {
                     let workers = &mut self.workers;
                     self.engine
                         .extend(&self.datapath, &self.names, |sets| workers.set_rules(sets));
                     self.publish();
                     self.changed();
                 }
-                Message::Names(Wish::Rejudge) => {
-                    self.names.heard(Wish::Rejudge);
+                Message::Fqdn(ControlRequest::Rejudge) => {
+                    self.names.rearm(ControlRequest::Rejudge);
                     let endpoints = self.names.take_rejudged();
                     self.engine.compiler.judge_again(endpoints);
                     self.enforce(Instant::now());
                 }
-                Message::Names(Wish::Prune) => {
-                    self.names.heard(Wish::Prune);
+                Message::Fqdn(ControlRequest::Prune) => {
+                    self.names.rearm(ControlRequest::Prune);
                     if self.engine.prune(&self.names) {
                         self.enforce(Instant::now());
                     }
@@ -623,7 +623,7 @@ impl Control {
         }
     }
 
-    /// Names of the endpoints that are judged by another policy than before.
+    /// FqdnManager of the endpoints that are judged by another policy than before.
     fn touched(&self, before: &BTreeMap<u16, EndpointState>) -> String {
         const MOST: usize = 20;
         let now = &self.engine.compiler.snapshot().endpoints;

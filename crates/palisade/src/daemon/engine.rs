@@ -23,7 +23,7 @@ use palisade_policy::{
 use tracing::error;
 
 use super::{
-    names::{self, IdentityResolver, Names, Transition, Wish},
+    fqdn::{self, ControlRequest, FqdnManager, IdentityResolver, Transition},
     network::Network,
     policies::PolicyFiles,
     state::{NODE, State},
@@ -171,7 +171,12 @@ impl Engine {
     /// whether anything changed. If that fails, what was enforced last is put back, and the next try begins there.
     ///
     /// `tell` is given the application rules before a map can name them.
-    pub fn enforce(&mut self, datapath: &Datapath, names: &Names, mut tell: impl FnMut(&RuleSets)) -> bool {
+    pub fn enforce(
+        &mut self,
+        datapath: &Datapath,
+        names: &FqdnManager,
+        mut tell: impl FnMut(&RuleSets),
+    ) -> bool {
         let policy = self.names_policy();
         let endpoints = endpoint_names(self.compiler.world());
         let snapshot = self.compiler.snapshot();
@@ -283,8 +288,8 @@ impl Engine {
 
     /// Makes the identities that answers wait for. Costs what they cost, not what the policies do. `tell`: see
     /// [`Self::enforce`].
-    pub fn extend(&mut self, datapath: &Datapath, names: &Names, mut tell: impl FnMut(&RuleSets)) {
-        names.heard(Wish::Identities);
+    pub fn extend(&mut self, datapath: &Datapath, names: &FqdnManager, mut tell: impl FnMut(&RuleSets)) {
+        names.rearm(ControlRequest::Identities);
         if self.problem.is_some() || self.good.is_none() {
             self.enforce(datapath, names, tell);
             return;
@@ -353,7 +358,7 @@ impl Engine {
     }
 
     /// Counts anew which sets the learned addresses of each endpoint have, among those that were granted.
-    fn count_granted(&mut self, learned_map: &names::LearnedMap, resolver: &SnapshotResolver) {
+    fn count_granted(&mut self, learned_map: &fqdn::LearnedMap, resolver: &SnapshotResolver) {
         let mut used: HashMap<EndpointId, HashSet<LearnedSet>> = HashMap::new();
         for (endpoint, address, set) in learned_map.in_use() {
             if let Some(set) = set_of(resolver, address, set) {
@@ -373,7 +378,7 @@ impl Engine {
 
     /// Drops the identities of sets that no learned address has any more, once they are many. Returns whether the maps
     /// hold more than they need: then [`Self::enforce`] removes it.
-    pub fn prune(&mut self, names: &Names) -> bool {
+    pub fn prune(&mut self, names: &FqdnManager) -> bool {
         /// Fewer unused sets cost less than a compilation.
         const WORTH_IT: usize = 32;
         if self.wanted.len() < WORTH_IT || self.problem.is_some() {
@@ -405,9 +410,9 @@ impl Engine {
     }
 
     /// The selectors of every endpoint, compiled.
-    fn names_policy(&mut self) -> names::Policy {
+    fn names_policy(&mut self) -> fqdn::Policy {
         let snapshot = self.compiler.snapshot();
-        let mut policy = names::Policy::default();
+        let mut policy = fqdn::Policy::default();
         let mut compiled = HashMap::new();
         for (endpoint, list) in &snapshot.fqdn {
             let at = Arc::as_ptr(list).cast::<u8>() as usize;
@@ -443,7 +448,7 @@ impl Engine {
         policy
     }
 
-    /// Names that policies give in full, with the endpoints that they are given for.
+    /// FqdnManager that policies give in full, with the endpoints that they are given for.
     pub fn full_names(&self) -> BTreeMap<String, BTreeSet<EndpointId>> {
         let mut names: BTreeMap<String, BTreeSet<EndpointId>> = BTreeMap::new();
         for (endpoint, list) in &self.compiler.snapshot().fqdn {
@@ -457,7 +462,7 @@ impl Engine {
     }
 }
 
-/// Names of endpoints by number.
+/// FqdnManager of endpoints by number.
 pub fn endpoint_names(world: &World) -> BTreeMap<EndpointId, String> {
     let endpoints = world.endpoints.iter();
     endpoints

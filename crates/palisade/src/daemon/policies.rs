@@ -574,7 +574,7 @@ fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
     fs::read(path)
 }
 
-/// Names of the policy files of a folder.
+/// FqdnManager of the policy files of a folder.
 pub fn policy_file_names(dir: &Path) -> io::Result<BTreeSet<String>> {
     let mut names = BTreeSet::new();
     for entry in fs::read_dir(dir)? {

@@ -19,7 +19,7 @@ use tracing::error;
 
 use super::{
     events,
-    names::Names,
+    fqdn::FqdnManager,
     view::{EventNames, Shared},
 };
 
@@ -64,7 +64,7 @@ pub fn run(
     interval: Interval,
     ring: Arc<Ring>,
     shared: Arc<Shared>,
-    learned: Arc<Names>,
+    learned: Arc<FqdnManager>,
 ) -> io::Result<()> {
     thread::Builder::new().name("sweeper".into()).spawn(move || {
         loop {

@@ -15,7 +15,7 @@ use palisade_policy::{
     world::World,
 };
 
-use super::names::Names;
+use super::fqdn::FqdnManager;
 
 /// The state that is in force.
 #[derive(Debug, Default)]
@@ -24,10 +24,10 @@ pub struct View {
     pub node: Arc<str>,
     /// What the maps hold.
     pub snapshot: Snapshot,
-    /// Names of interfaces by index.
+    /// FqdnManager of interfaces by index.
     pub interfaces: BTreeMap<u32, Arc<str>>,
     /// What endpoints have learned.
-    pub learned: Option<Arc<Names>>,
+    pub learned: Option<Arc<FqdnManager>>,
     owners: HashMap<u16, Owner>,
     addresses: HashMap<IpAddr, Owner>,
 }
@@ -39,7 +39,7 @@ impl View {
         snapshot: Snapshot,
         world: &World,
         links: &BTreeMap<String, u32>,
-        learned: Option<Arc<Names>>,
+        learned: Option<Arc<FqdnManager>>,
     ) -> Self {
         let mut owners = HashMap::new();
         let mut addresses = HashMap::new();
@@ -128,7 +128,7 @@ impl Shared {
     }
 }
 
-/// Names for the numbers in events, remembered while the view is the same.
+/// FqdnManager for the numbers in events, remembered while the view is the same.
 pub struct EventNames {
     view: Arc<View>,
     labels: Mutex<HashMap<Identity, Arc<[Arc<str>]>>>,

@@ -9,9 +9,6 @@
 //! Everything is behind one lock. The names thread takes it for an answer, the control thread for the time from
 //! planning a change of the maps to its end, so that every answer finds either the policy before or the one after.
 
-mod journal;
-mod learned_map;
-mod prefetch;
 #[cfg(test)]
 mod tests;
 
@@ -28,11 +25,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use journal::Journal;
-use learned_map::Outcome;
-#[cfg(test)]
-use learned_map::key;
-pub use learned_map::{IdentityResolver, LearnedMap, Set, Transition, Writer};
 use palisade_abi::{Identity, LearnedKey};
 use palisade_datapath::Datapath;
 use palisade_fqdn::{
@@ -44,9 +36,14 @@ use palisade_inspect::{
     commit::{CommitReceiver, CommitTask, Epoch},
 };
 use palisade_protocols::dns::{Answer, Name};
-pub use prefetch::{Prefetch, Targets, node_servers};
 use tracing::{error, info, trace};
 
+#[cfg(test)]
+use super::learned_map::key;
+use super::{
+    journal::{self, Journal},
+    learned_map::{IdentityResolver, LearnedMap, Outcome, Set, Transition, Writer},
+};
 use crate::config::with_option;
 
 /// Answers that are dealt with under one lock.
@@ -85,22 +82,22 @@ impl Source {
 
 /// What the names thread wants of the control thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wish {
+pub enum ControlRequest {
     /// Answers wait for identities that the policy in force does not have.
     Identities,
-    /// Connections of endpoints have to be judged again: see [`Names::take_rejudged`].
+    /// Connections of endpoints have to be judged again: see [`FqdnManager::take_rejudged`].
     Rejudge,
     /// A sweep has ended: identities that no learned address has any more can be dropped.
     Prune,
 }
 
 /// What the endpoints have learned. One for the daemon; all threads share it.
-pub struct Names {
+pub struct FqdnManager {
     state: Mutex<State>,
     writer: Box<dyn Writer + Send + Sync>,
-    wish: Box<dyn Fn(Wish) + Send + Sync>,
+    on_request: Box<dyn Fn(ControlRequest) + Send + Sync>,
     /// One of each kind on its way is enough.
-    wished: [AtomicBool; 3],
+    requested: [AtomicBool; 3],
     journal: Option<Journal>,
     known_as: RwLock<HashMap<(EndpointId, IpAddr), KnownAs>>,
     start: Instant,
@@ -125,15 +122,15 @@ struct KnownAs {
     source: Source,
 }
 
-impl fmt::Debug for Names {
+impl fmt::Debug for FqdnManager {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Names")
+        f.write_str("FqdnManager")
     }
 }
 
 /// What is behind the lock.
 pub struct State {
-    /// Names, addresses, and what of them is in the map.
+    /// FqdnManager, addresses, and what of them is in the map.
     pub learned_map: LearnedMap,
     /// By the policy in force.
     pub view: View,
@@ -141,7 +138,7 @@ pub struct State {
     selectors: BTreeMap<EndpointId, Arc<Selectors>>,
     /// Selectors that a deny rule of the endpoint has.
     denied: HashSet<(EndpointId, SelectorId)>,
-    /// Names of endpoints by number.
+    /// FqdnManager of endpoints by number.
     endpoints: BTreeMap<EndpointId, String>,
     waiting: Vec<Waiting>,
     rejudge: BTreeSet<EndpointId>,
@@ -201,9 +198,9 @@ pub struct Policy {
     pub listed: BTreeMap<EndpointId, Arc<ListedPrefixes>>,
 }
 
-/// A change of the policy under way; see [`Names::change`].
+/// A change of the policy under way; see [`FqdnManager::change`].
 pub struct Change<'a> {
-    names: &'a Names,
+    names: &'a FqdnManager,
     /// What is locked.
     pub state: MutexGuard<'a, State>,
     updates: Vec<Update>,
@@ -211,13 +208,13 @@ pub struct Change<'a> {
     all: bool,
 }
 
-impl Names {
+impl FqdnManager {
     /// What is remembered from before, with the map as `found`.
     pub fn new(
         cache: Cache,
         found: Vec<(LearnedKey, Identity)>,
         writer: impl Writer + Send + Sync + 'static,
-        wish: impl Fn(Wish) + Send + Sync + 'static,
+        on_request: impl Fn(ControlRequest) + Send + Sync + 'static,
     ) -> Self {
         Self {
             state: Mutex::new(State {
@@ -230,8 +227,8 @@ impl Names {
                 rejudge: BTreeSet::new(),
             }),
             writer: Box::new(writer),
-            wish: Box::new(wish),
-            wished: Default::default(),
+            on_request: Box::new(on_request),
+            requested: Default::default(),
             journal: None,
             known_as: RwLock::default(),
             start: Instant::now(),
@@ -284,15 +281,15 @@ impl Names {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wish(&self, wish: Wish) {
-        if !self.wished[wish as usize].swap(true, Ordering::AcqRel) {
-            (self.wish)(wish);
+    fn request(&self, request: ControlRequest) {
+        if !self.requested[request as usize].swap(true, Ordering::AcqRel) {
+            (self.on_request)(request);
         }
     }
 
     /// A wish is being looked after: what comes from now on is another one.
-    pub fn heard(&self, wish: Wish) {
-        self.wished[wish as usize].store(false, Ordering::Release);
+    pub fn rearm(&self, request: ControlRequest) {
+        self.requested[request as usize].store(false, Ordering::Release);
     }
 
     /// Answers the workers' questions until there is nobody left to ask.
@@ -372,10 +369,10 @@ impl Names {
         });
         drop(guard);
         if waiting {
-            self.wish(Wish::Identities);
+            self.request(ControlRequest::Identities);
         }
         if rejudge {
-            self.wish(Wish::Rejudge);
+            self.request(ControlRequest::Rejudge);
         }
         if let Some(journal) = &self.journal {
             match again {
@@ -490,10 +487,10 @@ impl Names {
         let rejudge = !guard.rejudge.is_empty();
         drop(guard);
         if waiting {
-            self.wish(Wish::Identities);
+            self.request(ControlRequest::Identities);
         }
         if rejudge {
-            self.wish(Wish::Rejudge);
+            self.request(ControlRequest::Rejudge);
         }
         if let Some(journal) = &self.journal {
             journal.append(lines);
@@ -586,11 +583,11 @@ impl Names {
         let view = Arc::clone(&guard.view);
         guard.learned_map.retry(&view, &self.writer);
         if !guard.learned_map.missing(&view, false).is_empty() {
-            self.wish(Wish::Identities);
+            self.request(ControlRequest::Identities);
         }
         self.forget_names(&guard);
         drop(guard);
-        self.wish(Wish::Prune);
+        self.request(ControlRequest::Prune);
     }
 
     fn forget_names(&self, state: &State) {
@@ -620,7 +617,7 @@ impl Names {
             journal.begin_anew(endpoints, all);
         }
         if rejudge {
-            self.wish(Wish::Rejudge);
+            self.request(ControlRequest::Rejudge);
         }
         cleaned
     }
@@ -816,7 +813,7 @@ impl Change<'_> {
     }
 }
 
-/// See [`Names::counts`].
+/// See [`FqdnManager::counts`].
 #[derive(Clone, Debug, Default)]
 pub struct Counts {
     pub names: usize,

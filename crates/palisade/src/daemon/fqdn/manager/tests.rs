@@ -198,7 +198,7 @@ proptest! {
         map.lock().entries.insert(key(1, address(0)), 99_999);
         let found = map.lock().entries.clone().into_iter().collect();
         let config = Config { min_ttl: 0, ..Config::default() };
-        let names = Names::new(Cache::new(config), found, map.clone(), |_| {});
+        let names = FqdnManager::new(Cache::new(config), found, map.clone(), |_| {});
         let endpoints: BTreeMap<u16, String> = [(1, "a".to_owned()), (2, "b".to_owned())].into();
         let (queue, questions) = commit_queue(256);
         names.tell_epochs(questions.epoch());
@@ -320,7 +320,7 @@ fn what_was_learned_is_there_again_after_a_restart() {
     let map = FakeMap::default();
     let open = |map: &FakeMap| {
         let found = map.lock().entries.clone().into_iter().collect();
-        let mut names = Names::new(Cache::new(Config::default()), found, map.clone(), |_| {});
+        let mut names = FqdnManager::new(Cache::new(Config::default()), found, map.clone(), |_| {});
         names.remember(dir.path(), endpoints.clone()).unwrap();
         let change = names.change(&policy_of([0, 3]), &endpoints, true);
         let resolver = Fake {
@@ -374,7 +374,7 @@ fn what_makes_room_for_others_ends_the_epoch() {
         addresses_per_name: 1,
         ..Config::default()
     };
-    let names = Names::new(Cache::new(config), Vec::new(), map.clone(), |_| {});
+    let names = FqdnManager::new(Cache::new(config), Vec::new(), map.clone(), |_| {});
     let (queue, questions) = commit_queue(8);
     names.tell_epochs(questions.epoch());
     let mut committer = queue.committer(8, Arc::new(|| {}));

@@ -1,4 +1,4 @@
-//! Names that policies give in full, resolved ahead: a client that answers itself from a cache of its own asks
+//! FqdnManager that policies give in full, resolved ahead: a client that answers itself from a cache of its own asks
 //! nothing that could be learned from. The questions are the node's own.
 
 use std::{
@@ -24,7 +24,7 @@ use palisade_protocols::dns::{Address, Answer, CLASS_IN, Name, Question, Source,
 use tokio::{sync::watch, task::JoinSet, time::Instant};
 use tracing::{debug, warn};
 
-use super::Names;
+use super::manager::FqdnManager;
 
 /// Questions under way at a time.
 const AT_ONCE: usize = 16;
@@ -42,7 +42,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// What is to be resolved.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Targets {
-    /// Names, and for whom.
+    /// FqdnManager, and for whom.
     pub names: BTreeMap<String, BTreeSet<EndpointId>>,
     /// Whom to ask.
     pub servers: Vec<SocketAddr>,
@@ -54,7 +54,7 @@ pub struct Prefetch(watch::Sender<Targets>);
 
 impl Prefetch {
     /// Begins with nothing to do.
-    pub fn start(names: &Arc<Names>) -> io::Result<Self> {
+    pub fn start(names: &Arc<FqdnManager>) -> io::Result<Self> {
         let (sender, targets) = watch::channel(Targets::default());
         let names = Arc::downgrade(names);
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -102,7 +102,7 @@ struct Asked {
     answers: Vec<Answer>,
 }
 
-async fn run(mut targets: watch::Receiver<Targets>, names: &Weak<Names>) {
+async fn run(mut targets: watch::Receiver<Targets>, names: &Weak<FqdnManager>) {
     let mut plans: BTreeMap<String, Plan> = BTreeMap::new();
     let mut asking: JoinSet<Asked> = JoinSet::new();
     let mut resolver: Option<(Vec<SocketAddr>, TokioResolver)> = None;
@@ -236,7 +236,7 @@ fn answer_of(name: &str, kind: u16, records: &[hickory_resolver::proto::rr::Reco
     (!answer.addresses.is_empty()).then_some(answer)
 }
 
-fn learned(names: &Names, wanted: &Targets, plans: &mut BTreeMap<String, Plan>, asked: &Asked) {
+fn learned(names: &FqdnManager, wanted: &Targets, plans: &mut BTreeMap<String, Plan>, asked: &Asked) {
     let Some(plan) = plans.get_mut(&asked.name) else {
         return;
     };

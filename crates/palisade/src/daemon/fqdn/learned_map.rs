@@ -65,7 +65,7 @@ pub enum Outcome {
 /// See the module.
 #[derive(Debug, Default)]
 pub struct LearnedMap {
-    /// Names and addresses. Whoever changes it gives the changes to [`Self::update`] or [`Self::settle`].
+    /// FqdnManager and addresses. Whoever changes it gives the changes to [`Self::update`] or [`Self::settle`].
     pub cache: Cache,
     entries: HashMap<LearnedKey, Entry>,
     /// Entries that the map is not known to hold as they should be.
