@@ -34,15 +34,15 @@ use signal_hook::{
 use tracing::{debug, error, info, warn};
 
 use super::{
-    answers::Clients,
-    engine::{Engine, endpoint_names, world},
+    enforcer::{Enforcer, endpoint_names, world},
     events,
     fqdn::{ControlRequest, FqdnManager, Prefetch, Targets, node_servers},
-    guard::Guard,
+    handlers::Handlers,
+    interfaces::Interfaces,
     nat, netfilter,
     network::{self, Network},
-    places,
     policies::{Event, PolicyFiles},
+    private_dirs,
     state::{NODE, StateFile},
     sweeper::{self, Interval},
     view::{Shared, View},
@@ -112,9 +112,9 @@ impl Message {
 pub struct Control {
     pub config: Config,
     pub state: StateFile<CompilerState>,
-    pub engine: Engine,
+    pub enforcer: Enforcer,
     pub files: PolicyFiles,
-    pub guard: Guard,
+    pub interfaces: Interfaces,
     pub network: Network,
     netfilter: netfilter::Keeper,
     /// This node translates addresses.
@@ -155,18 +155,18 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     // Before anything else: a signal that comes while everything is being set up ends the daemon in order, or has the
     // configuration read again, once everything is.
     forward_signals(sender.clone())?;
-    let places = places::take(&config.node)?;
+    let dirs = private_dirs::take(&config.node)?;
 
     let state = StateFile::<CompilerState>::load(&config.node.state_dir)
         .context("the thread that writes the state")?;
     let mut notes = Vec::new();
-    if let Some(problem) = &places.state_problem {
+    if let Some(problem) = &dirs.state_problem {
         let note = format!("[node] state_dir: {problem}: nothing is known of what was kept there");
         error!("{note}");
         notes.push(note);
     }
     notes.extend(state.problem.clone());
-    for problem in places::writable_by_others(&config) {
+    for problem in private_dirs::writable_by_others(&config) {
         warn!("{problem}");
         notes.push(problem);
     }
@@ -174,7 +174,7 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     if !datapath.resized().is_empty() {
         info!("maps of another size now: {}", datapath.resized().join(", "));
     }
-    let engine = Engine::new(Compiler::new(&state.state.compiler), &datapath)?;
+    let enforcer = Enforcer::new(Compiler::new(&state.state.compiler), &datapath)?;
     if !datapath.is_fresh() {
         info!("a node that is guarded already: what is attached goes on enforcing the last policy");
     }
@@ -234,9 +234,9 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     let (activity, heartbeats) = (Arc::<ControlActivity>::default(), workers.heartbeats());
     let mut control = Control {
         state,
-        engine,
+        enforcer,
         files,
-        guard: Guard::default(),
+        interfaces: Interfaces::default(),
         network,
         netfilter,
         translates,
@@ -262,7 +262,7 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     // The maps first, then the programs: nothing is ever judged by half a policy.
     control.write_datapath_config()?;
     control.new_world(Instant::now())?;
-    if let Some(problem) = &control.engine.problem
+    if let Some(problem) = &control.enforcer.problem
         && datapath.is_fresh()
     {
         anyhow::bail!("the maps cannot be filled: {problem}");
@@ -277,7 +277,7 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     };
     control.attach();
     control.write_netfilter();
-    for limited in control.limited_interfaces(&control.guard.report(&control.datapath)) {
+    for limited in control.limited_interfaces(&control.interfaces.report(&control.datapath)) {
         warn!("{limited}");
     }
     control.retire_old_maps();
@@ -293,7 +293,7 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
         Arc::clone(&shared),
         Arc::clone(&names),
     )?;
-    let clients = Clients {
+    let clients = Handlers {
         control: sender,
         datapath,
         shared,
@@ -307,7 +307,7 @@ pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     };
     let path = control.config.node.socket.clone();
     let clients = Arc::new(clients);
-    let socket = server::listen(places.socket, Arc::clone(&clients))
+    let socket = server::listen(dirs.socket, Arc::clone(&clients))
         .with_context(|| format!("control socket {}", path.display()))?;
     // Nobody else sets it.
     let _ = clients.server.set(Arc::clone(&socket.counts));
@@ -493,7 +493,7 @@ impl Control {
                 Message::Signal(_) => return End::Stay,
                 Message::Fqdn(ControlRequest::Identities) => {
                     let workers = &mut self.workers;
-                    self.engine
+                    self.enforcer
                         .extend(&self.datapath, &self.names, |sets| workers.set_rules(sets));
                     self.publish();
                     self.changed();
@@ -501,12 +501,12 @@ impl Control {
                 Message::Fqdn(ControlRequest::Rejudge) => {
                     self.names.rearm(ControlRequest::Rejudge);
                     let endpoints = self.names.take_rejudged();
-                    self.engine.compiler.judge_again(endpoints);
+                    self.enforcer.compiler.judge_again(endpoints);
                     self.enforce(Instant::now());
                 }
                 Message::Fqdn(ControlRequest::Prune) => {
                     self.names.rearm(ControlRequest::Prune);
-                    if self.engine.prune(&self.names) {
+                    if self.enforcer.prune(&self.names) {
                         self.enforce(Instant::now());
                     }
                 }
@@ -532,7 +532,7 @@ impl Control {
             quiet.min(SAVE_AT_LAST.saturating_sub(first.elapsed()))
         });
         let failed =
-            self.engine.problem.is_some() || self.guard.has_failures() || self.netfilter.has_failed();
+            self.enforcer.problem.is_some() || self.interfaces.has_failures() || self.netfilter.has_failed();
         let again = failed.then_some(TRY_AGAIN);
         [save, again].into_iter().flatten().min().unwrap_or(LOOK_AFTER)
     }
@@ -548,7 +548,7 @@ impl Control {
         if self.unsaved.is_some() {
             self.save();
         }
-        if self.engine.problem.is_some() {
+        if self.enforcer.problem.is_some() {
             self.enforce(Instant::now());
         }
         self.attach();
@@ -564,9 +564,9 @@ impl Control {
                 error!("{problem:#}");
             }
         }
-        let before = self.engine.compiler.snapshot().endpoints.clone();
+        let before = self.enforcer.compiler.snapshot().endpoints.clone();
         if offers {
-            self.engine.compile(None, &mut self.files);
+            self.enforcer.compile(None, &mut self.files);
             let compiled = begun.elapsed();
             self.enforce(begun);
             debug!(
@@ -588,7 +588,7 @@ impl Control {
         }
         let endpoints = self.touched(before);
         let milliseconds = begun.elapsed().as_secs_f64() * 1_000.0;
-        let problem = self.engine.problem.as_deref();
+        let problem = self.enforcer.problem.as_deref();
         for news in news {
             let (file, policies) = (news.file, news.policies.join(","));
             let revision = self.changes;
@@ -626,8 +626,8 @@ impl Control {
     /// FqdnManager of the endpoints that are judged by another policy than before.
     fn touched(&self, before: &BTreeMap<u16, EndpointState>) -> String {
         const MOST: usize = 20;
-        let now = &self.engine.compiler.snapshot().endpoints;
-        let names = endpoint_names(self.engine.compiler.world());
+        let now = &self.enforcer.compiler.snapshot().endpoints;
+        let names = endpoint_names(self.enforcer.compiler.world());
         let ids = before
             .keys()
             .chain(now.keys().filter(|id| !before.contains_key(*id)));
@@ -685,9 +685,9 @@ impl Control {
         if self.closed && world.options.enforcement == Enforcement::Default {
             world.options.enforcement = Enforcement::Always;
         }
-        let world = (world != *self.engine.compiler.world()).then_some(world);
-        self.guard.configure(&self.config, &self.state.state);
-        self.engine.compile(world, &mut self.files);
+        let world = (world != *self.enforcer.compiler.world()).then_some(world);
+        self.interfaces.configure(&self.config, &self.state.state);
+        self.enforcer.compile(world, &mut self.files);
         self.enforce(begun);
         Ok(())
     }
@@ -696,7 +696,7 @@ impl Control {
         let gone = self.gone_endpoints();
         let workers = &mut self.workers;
         if self
-            .engine
+            .enforcer
             .enforce(&self.datapath, &self.names, |sets| workers.set_rules(sets))
         {
             self.changes += 1;
@@ -722,7 +722,7 @@ impl Control {
         let Some(prefetch) = &self.prefetch else { return };
         let mut targets = Targets::default();
         if dns.prefetch {
-            targets.names = self.engine.full_names();
+            targets.names = self.enforcer.full_names();
             targets.servers.clone_from(&dns.servers);
             if targets.servers.is_empty() {
                 targets.servers = node_servers(Path::new("/etc/resolv.conf"));
@@ -734,7 +734,7 @@ impl Control {
     /// Endpoints that are in force and will not be any more.
     fn gone_endpoints(&self) -> Vec<u16> {
         let view = self.shared.get();
-        let wanted = &self.engine.compiler.snapshot().endpoints;
+        let wanted = &self.enforcer.compiler.snapshot().endpoints;
         let known = view.snapshot.endpoints.keys().copied();
         known.filter(|id| !wanted.contains_key(id)).collect()
     }
@@ -757,18 +757,18 @@ impl Control {
     fn publish(&self) {
         self.shared.set(View::new(
             &self.config.node.name,
-            self.engine.compiler.snapshot().clone(),
-            self.engine.compiler.world(),
+            self.enforcer.compiler.snapshot().clone(),
+            self.enforcer.compiler.world(),
             &self.network.links,
             Some(Arc::clone(&self.names)),
         ));
     }
 
     fn attach(&mut self) {
-        let world = self.engine.compiler.world();
-        self.guard
+        let world = self.enforcer.compiler.world();
+        self.interfaces
             .reconcile(&self.datapath, &self.network, &self.config, world);
-        self.workers.set_attached(self.guard.attached());
+        self.workers.set_attached(self.interfaces.attached());
         self.netfilter_due = true;
     }
 
@@ -778,16 +778,16 @@ impl Control {
         if !std::mem::take(&mut self.netfilter_due) {
             return;
         }
-        let enforced = |direction| self.engine.node_enforces(direction);
+        let enforced = |direction| self.enforcer.node_enforces(direction);
         let (ingress, egress) = (enforced(Direction::Ingress), enforced(Direction::Egress));
-        let mut guarded = self.guard.rules(&self.network, ingress || egress);
+        let mut guarded = self.interfaces.rules(&self.network, ingress || egress);
         // By an interface without programs, packets leave the node that entered it by another one. Where there is none, one
         // end of every forwarded packet is a guarded interface, whose programs drop what did not enter by one (219).
         let punt_link = [0, 1].map(|end| format!("{}{end}", self.config.worker.interface));
         guarded.forwards |= self.network.links.iter().any(|(name, ifindex)| {
             name != "lo" && !punt_link.contains(name) && !guarded.judged.contains(ifindex)
         });
-        let world = self.engine.compiler.world();
+        let world = self.enforcer.compiler.world();
         let (nodes, workloads): (Vec<_>, Vec<_>) =
             world.endpoints.iter().partition(|endpoint| endpoint.is_node());
         let own: BTreeSet<IpAddr> = nodes
@@ -815,7 +815,7 @@ impl Control {
 
     /// Maps of an older version serve until every interface has this version's programs.
     fn retire_old_maps(&self) {
-        if !self.guard.has_failures()
+        if !self.interfaces.has_failures()
             && let Err(problem) = self.datapath.retire_other_versions()
         {
             warn!("removing maps of another version: {problem}");
@@ -926,7 +926,7 @@ impl Control {
             );
         }
         if enforcement != self.config.policy.enforcement {
-            let enforcement = super::answers::enforcement_name(enforcement);
+            let enforcement = super::handlers::enforcement_name(enforcement);
             info!(
                 event = "enforcement",
                 endpoints = "all",
@@ -934,7 +934,7 @@ impl Control {
                 "[policy] enforcement was changed"
             );
         }
-        let before = self.engine.compiler.snapshot().endpoints.clone();
+        let before = self.enforcer.compiler.snapshot().endpoints.clone();
         self.config = config;
         self.workers.set_on_failure(self.config.worker.on_failure);
         self.sweep.set(self.config.timeouts.sweep);
@@ -961,7 +961,7 @@ impl Control {
 
     fn save(&mut self) {
         self.unsaved = None;
-        self.state.state.compiler = self.engine.compiler.state();
+        self.state.state.compiler = self.enforcer.compiler.state();
         self.state.save();
         self.state.keeper.policies(self.files.to_keep());
     }
@@ -976,7 +976,7 @@ impl Control {
     }
 
     fn policy_count(&self) -> usize {
-        self.engine
+        self.enforcer
             .compiler
             .files()
             .map(|(_, content)| content.policies.len())
@@ -1014,7 +1014,7 @@ impl Control {
 
     /// What the punt link limits at interfaces whose packets may be longer than it takes, if anything is to be read.
     fn limited_interfaces(&self, interfaces: &[InterfaceStatus]) -> Vec<String> {
-        if self.engine.compiler.snapshot().rulesets.is_empty() {
+        if self.enforcer.compiler.snapshot().rulesets.is_empty() {
             return Vec::new();
         }
         let mtu = |interface: &InterfaceStatus| self.network.mtus.get(&interface.ifindex).copied();
@@ -1035,9 +1035,9 @@ impl Control {
     /// `palisade status`, as far as the control thread knows it.
     pub fn status(&self) -> Status {
         let policy_files = self.files.report();
-        let interfaces = self.guard.report(&self.datapath);
+        let interfaces = self.interfaces.report(&self.datapath);
         let mut missing: Vec<String> = Vec::new();
-        if let Some(problem) = &self.engine.problem {
+        if let Some(problem) = &self.enforcer.problem {
             missing.push(format!("the last change is not in force: {problem}"));
         }
         for interface in &interfaces {
@@ -1077,7 +1077,7 @@ impl Control {
             }
         }
         warnings.extend(self.limited_interfaces(&interfaces));
-        let remarks = &self.engine.compiler.snapshot().diagnostics;
+        let remarks = &self.enforcer.compiler.snapshot().diagnostics;
         warnings.extend(remarks.iter().map(ToString::to_string));
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -1087,7 +1087,7 @@ impl Control {
             ready: missing.is_empty(),
             missing,
             warnings,
-            enforcement: super::answers::enforcement_name(self.config.policy.enforcement).to_owned(),
+            enforcement: super::handlers::enforcement_name(self.config.policy.enforcement).to_owned(),
             audit: self.config.policy.audit,
             revision: self.changes,
             last_change_ms: self.last_change.as_secs_f64() * 1_000.0,

@@ -16,9 +16,10 @@ use std::{
 use tracing::{error, info};
 
 use super::{
+    checked_file,
     files::{sync_dir, write_atomic},
-    kept, places,
     policies::policy_file_names,
+    private_dirs,
 };
 
 /// Between two attempts to write what could not be written.
@@ -180,7 +181,8 @@ impl Writing {
         }
         if !self.dir.exists() {
             // It could not be made at the start, or was removed.
-            places::private_dir(&self.dir, "[node] state_dir").map_err(|refusal| refusal.to_string())?;
+            private_dirs::private_dir(&self.dir, "[node] state_dir")
+                .map_err(|refusal| refusal.to_string())?;
         }
         let mut outcome = Ok(());
         let mut note = |path: &Path, result: io::Result<()>| {
@@ -193,7 +195,7 @@ impl Writing {
         for (name, text) in [(STATE, &mut self.state), (CONFIG, &mut self.config)] {
             let path = self.dir.join(name);
             if let Some(content) = &*text
-                && note(&path, write_atomic(&path, kept::seal(content).as_bytes()))
+                && note(&path, write_atomic(&path, checked_file::seal(content).as_bytes()))
             {
                 *text = None;
             }
@@ -226,11 +228,11 @@ pub fn keep_policies(
         }
         let path = dir.join(name);
         // From before the last start.
-        if kept::read(&path).is_ok_and(|there| there == **text) {
+        if checked_file::read(&path).is_ok_and(|there| there == **text) {
             written.insert(name.clone(), Arc::clone(text));
             continue;
         }
-        match kept::write_beside(&path, text) {
+        match checked_file::write_beside(&path, text) {
             Ok(temporary) => beside.push((name, text, temporary, path)),
             Err(problem) => {
                 outcome = Err(problem);
@@ -294,7 +296,7 @@ mod tests {
             |list: &[(&str, Option<&str>)]| keep_policies(&dir, &texts(list), &mut written).unwrap();
         keep(&[("a.yaml", Some("a")), ("b.yaml", Some("b"))]);
         keep(&[("a.yaml", Some("c")), ("b.yaml", None)]);
-        let read = |name| kept::read(&dir.join(name)).ok();
+        let read = |name| checked_file::read(&dir.join(name)).ok();
         assert_eq!(
             (read("a.yaml").as_deref(), read("b.yaml").as_deref()),
             (Some("c"), Some("b"))
@@ -318,14 +320,14 @@ mod tests {
         let problem = keeper.flush().unwrap_err();
         assert!(problem.contains("state.json: "), "{problem}");
         assert_eq!(keeper.problem(), Some(problem));
-        assert_eq!(kept::read(&dir.join(CONFIG)).unwrap(), "[node]");
+        assert_eq!(checked_file::read(&dir.join(CONFIG)).unwrap(), "[node]");
         fs::remove_dir_all(dir.join(STATE)).unwrap();
         let until = std::time::Instant::now() + TRY_AGAIN * 30;
         while keeper.problem().is_some() {
             assert!(std::time::Instant::now() < until, "{:?}", keeper.problem());
             thread::sleep(Duration::from_millis(20));
         }
-        assert_eq!(kept::read(&dir.join(STATE)).unwrap(), "{}");
+        assert_eq!(checked_file::read(&dir.join(STATE)).unwrap(), "{}");
         keeper.flush().unwrap();
     }
 }

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{keeper::CONFIG, kept, places::private_dir};
+use super::{checked_file, keeper::CONFIG, private_dirs::private_dir};
 use crate::config::{Config, DEFAULT_STATE_DIR};
 
 /// Says of which file a copy is.
@@ -61,7 +61,7 @@ fn read(dir: &Path, path: &Path) -> Result<Config, String> {
     }
     // What another user could have written is no configuration of root's.
     private_dir(dir, "[node] state_dir").map_err(|refusal| refusal.to_string())?;
-    let content = kept::read(&copy).map_err(|error| match error.kind() {
+    let content = checked_file::read(&copy).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => format!("{shown}: no last good configuration is kept there"),
         _ => format!("{shown}: cannot be used: {error}"),
     })?;
@@ -92,7 +92,7 @@ mod tests {
         let (path, dir) = (root.path().join("palisade.toml"), root.path().join("state"));
         fs::create_dir(&dir).unwrap();
         let config = Config::parse(&path, GOOD).unwrap();
-        let keep = |text: &str| fs::write(dir.join(CONFIG), kept::seal(text)).unwrap();
+        let keep = |text: &str| fs::write(dir.join(CONFIG), checked_file::seal(text)).unwrap();
         keep(&text(&config));
         for broken in [
             format!("[node]\nstate_dir = {dir:?}\n[[interface]]\nnam = \"eth0\"\n"),

@@ -10,21 +10,21 @@
 //! workers (punt link) ──> records ─> flow ring; rules <── control thread
 //! ```
 
-mod answers;
+mod checked_file;
 mod control;
-mod engine;
+mod enforcer;
 mod events;
 mod files;
 mod fqdn;
-mod guard;
+mod handlers;
+mod interfaces;
 mod keeper;
-mod kept;
 mod last_good;
 mod nat;
 mod netfilter;
 mod network;
-mod places;
 mod policies;
+mod private_dirs;
 mod selector_text;
 mod state;
 mod sweeper;
@@ -38,9 +38,9 @@ pub use last_good::find as last_good_config;
 pub use netfilter::Place as NetfilterTable;
 use network::Network;
 use palisade_policy::{compile::Compiler, diagnostic::Diagnostic};
-pub use places::{check as check_places, lock_file, socket_dir, take_for_detaching};
 use policies::Offers;
 pub use policies::policy_file_names;
+pub use private_dirs::{check as check_places, lock_file, socket_dir, take_for_detaching};
 use state::State;
 
 use crate::{
@@ -64,7 +64,7 @@ pub fn trace_offline(config: &Config, files: Offers, request: &TraceRequest) -> 
             bail!("{}", lines.join("\n"));
         }
     };
-    answers::trace(&compiler, config, request).map_err(anyhow::Error::msg)
+    handlers::trace(&compiler, config, request).map_err(anyhow::Error::msg)
 }
 
 /// What there is to say about policies together with the endpoints and peers of a configuration.
@@ -77,7 +77,7 @@ pub fn remarks_offline(config: &Config, files: Offers) -> anyhow::Result<Vec<Dia
 
 fn compile_offline(config: &Config, files: Offers) -> anyhow::Result<Result<Compiler, Vec<Diagnostic>>> {
     let mut state = State::<()>::default();
-    let world = engine::world(config, &Network::default(), &mut state)?;
+    let world = enforcer::world(config, &Network::default(), &mut state)?;
     let mut compiler = Compiler::default();
     let changes = palisade_policy::compile::Changes {
         world: Some(world),

@@ -16,8 +16,8 @@ use palisade_policy::{
 use tracing::{error, info, warn};
 
 use super::{
+    checked_file,
     keeper::{POLICIES, PolicyTexts},
-    kept,
     watcher::{Changes, is_policy_file},
 };
 use crate::control::api::{PolicyFile, PolicyFileState};
@@ -396,7 +396,7 @@ impl PolicyFiles {
         if !path.exists() {
             return None;
         }
-        let text = kept::read(&path)
+        let text = checked_file::read(&path)
             .inspect_err(|problem| warn!("{}: {problem}", path.display()))
             .ok()?;
         // Under the name of the file it was, so that rules are where people look for them.

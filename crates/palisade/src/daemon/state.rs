@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use tracing::{error, warn};
 
 use super::{
+    checked_file,
     keeper::{Keeper, STATE},
-    kept,
 };
 
 /// The node's own endpoint. Always the same, so that it never has to be looked up.
@@ -105,8 +105,8 @@ where
 
 fn understand<C: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<State<C>, String> {
     // Before texts were sealed, the file was the JSON alone.
-    let text = if kept::is_sealed(bytes) {
-        kept::unseal(bytes)?.as_bytes()
+    let text = if checked_file::is_sealed(bytes) {
+        checked_file::unseal(bytes)?.as_bytes()
     } else {
         bytes
     };

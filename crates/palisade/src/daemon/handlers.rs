@@ -66,7 +66,7 @@ const REORDER: Duration = Duration::from_millis(50);
 const REORDERED: usize = 4_096;
 
 /// Answers clients, each on a thread of its own: what can be read without the control thread is.
-pub struct Clients {
+pub struct Handlers {
     pub control: Sender<Message>,
     pub datapath: Arc<Datapath>,
     pub shared: Arc<Shared>,
@@ -84,7 +84,7 @@ pub struct Clients {
     pub server: OnceLock<Arc<Counts>>,
 }
 
-impl Handler for Clients {
+impl Handler for Handlers {
     fn handle(&self, request: Request, sink: &mut dyn Sink) -> io::Result<()> {
         let answer = match request {
             Request::Observe(request) => return self.observe(&request, sink),
@@ -123,7 +123,7 @@ fn map_error(error: MapError) -> String {
     with_option(&error)
 }
 
-impl Clients {
+impl Handlers {
     /// Asks the control thread.
     fn ask(&self, request: Request) -> Answer {
         let (sender, receiver) = mpsc::sync_channel(1);
@@ -674,7 +674,7 @@ impl Control {
             Request::PolicyGet { name } => self.policy_summaries(name.as_deref()),
             Request::PolicySelectors => to_value(&self.selectors()),
             Request::PolicyTrace(request) => {
-                let mut answer = trace(&self.engine.compiler, &self.config, &request)?;
+                let mut answer = trace(&self.enforcer.compiler, &self.config, &request)?;
                 if let Some(note) = self.translation_note() {
                     answer.text.push_str("\nnote: ");
                     answer.text.push_str(&note);
@@ -689,9 +689,10 @@ impl Control {
                 to_value(&answer)
             }
             Request::EndpointList => to_value(&self.endpoints()),
-            Request::EndpointGet { endpoint } => {
-                to_value(&self.endpoint(self.find_endpoint(&endpoint)?, &self.guard.report(&self.datapath)))
-            }
+            Request::EndpointGet { endpoint } => to_value(&self.endpoint(
+                self.find_endpoint(&endpoint)?,
+                &self.interfaces.report(&self.datapath),
+            )),
             Request::EndpointConfig { endpoint, options } => {
                 let found = self.find_endpoint(&endpoint)?;
                 let name = full_name(found);
@@ -718,7 +719,7 @@ impl Control {
 
     /// By number, name or address.
     fn find_endpoint(&self, wanted: &str) -> Result<&WorldEndpoint, String> {
-        let endpoints = &self.engine.compiler.world().endpoints;
+        let endpoints = &self.enforcer.compiler.world().endpoints;
         let number = wanted.parse::<u16>().ok();
         let address = wanted
             .parse::<IpAddr>()
@@ -750,12 +751,12 @@ impl Control {
 
     /// Every endpoint, the node first.
     fn endpoints(&self) -> Vec<Endpoint> {
-        self.endpoints_with(&self.guard.report(&self.datapath))
+        self.endpoints_with(&self.interfaces.report(&self.datapath))
     }
 
     /// The same, given the state of the interfaces.
     pub fn endpoints_with(&self, interfaces: &[InterfaceStatus]) -> Vec<Endpoint> {
-        let world = self.engine.compiler.world();
+        let world = self.enforcer.compiler.world();
         let endpoints = world.endpoints.iter();
         endpoints
             .map(|endpoint| self.endpoint(endpoint, interfaces))
@@ -763,7 +764,7 @@ impl Control {
     }
 
     fn endpoint(&self, endpoint: &WorldEndpoint, interfaces: &[InterfaceStatus]) -> Endpoint {
-        let snapshot = self.engine.compiler.snapshot();
+        let snapshot = self.enforcer.compiler.snapshot();
         let state = snapshot.endpoints.get(&endpoint.id).copied().unwrap_or_default();
         let enforcement = |direction: Direction| {
             let otherwise = TableKey {
@@ -801,7 +802,7 @@ impl Control {
             policy: state.policy,
             revision: state.revision,
             policies: self
-                .engine
+                .enforcer
                 .compiler
                 .policies_of(endpoint.id)
                 .iter()
@@ -819,7 +820,7 @@ impl Control {
     }
 
     fn policy_summaries(&self, name: Option<&str>) -> Answer {
-        let compiler = &self.engine.compiler;
+        let compiler = &self.enforcer.compiler;
         let mut selected: BTreeMap<*const Policy, Vec<String>> = BTreeMap::new();
         for endpoint in &compiler.world().endpoints {
             for policy in compiler.policies_of(endpoint.id) {
@@ -902,7 +903,7 @@ impl Control {
     }
 
     fn selectors(&self) -> Vec<SelectorRow> {
-        let compiler = &self.engine.compiler;
+        let compiler = &self.enforcer.compiler;
         let mut users: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
         for policy in compiler.files().flat_map(|(_, content)| &content.policies) {
             for peer in policy.specs.iter().flat_map(peers_of) {

@@ -38,7 +38,7 @@ const SETS_PER_ENDPOINT: usize = 256;
 
 /// The compiler, and what of its results is in the maps.
 #[derive(Debug)]
-pub struct Engine {
+pub struct Enforcer {
     /// The compiler.
     pub compiler: Compiler,
     /// What the maps hold.
@@ -55,7 +55,7 @@ pub struct Engine {
     pub problem: Option<String>,
 }
 
-impl Engine {
+impl Enforcer {
     /// Goes on from what the maps of a running node hold.
     pub fn new(mut compiler: Compiler, datapath: &Datapath) -> anyhow::Result<Self> {
         let in_maps = found(datapath.dump()?);

@@ -37,7 +37,7 @@ enum Outcome {
 
 /// The guarded interfaces, by name.
 #[derive(Debug, Default)]
-pub struct Guard {
+pub struct Interfaces {
     wanted: BTreeMap<String, Wanted>,
     outcomes: BTreeMap<String, Outcome>,
     /// Index of each as it was when it was looked at last; none: it was not there.
@@ -53,7 +53,7 @@ pub struct Guard {
     had_bridge: bool,
 }
 
-impl Guard {
+impl Interfaces {
     /// Takes over what the configuration wants. The endpoints have their numbers already.
     pub fn configure<C>(&mut self, config: &Config, state: &State<C>) {
         self.wanted.clear();

@@ -54,7 +54,7 @@ impl std::error::Error for UnsafePath {}
 
 /// What belongs to one daemon only, for as long as this value lives.
 #[derive(Debug)]
-pub struct Places {
+pub struct PrivateDirs {
     /// The socket's path, which no other daemon listens at.
     pub socket: server::Claim,
     /// Why nothing can be kept in the state directory.
@@ -68,7 +68,7 @@ pub struct Places {
 ///
 /// # Errors
 /// Another daemon has one of them, or another user could change what is in them.
-pub fn take(node: &Node) -> anyhow::Result<Places> {
+pub fn take(node: &Node) -> anyhow::Result<PrivateDirs> {
     let (state, state_problem) = match private_dir(&node.state_dir, "[node] state_dir") {
         Ok(dir) => (Some(lock_dir(&dir, "state_dir")?), None),
         Err(UnsafePath::Failed(problem)) => (None, Some(problem)),
@@ -78,7 +78,7 @@ pub fn take(node: &Node) -> anyhow::Result<Places> {
     check_pin_dir(&node.pin_dir)?;
     let pins = private_dir(&node.pin_dir, "[node] pin_dir")?;
     let pins = lock_dir(&pins, "pin_dir")?;
-    Ok(Places {
+    Ok(PrivateDirs {
         socket: server::claim(&node.socket)?,
         state_problem,
         _pins: Some(pins),
@@ -91,12 +91,12 @@ pub fn take(node: &Node) -> anyhow::Result<Places> {
 /// # Errors
 /// Those of [`take`]: in a pin directory of another user, what looks like a directory of pins may be a link to any other
 /// directory, whose files would be removed.
-pub fn take_for_detaching(node: &Node) -> anyhow::Result<Places> {
+pub fn take_for_detaching(node: &Node) -> anyhow::Result<PrivateDirs> {
     let lock = |dir: &Path, setting| dir.exists().then(|| lock_dir(dir, setting)).transpose();
     if node.pin_dir.exists() {
         private_dir(&node.pin_dir, "[node] pin_dir")?;
     }
-    Ok(Places {
+    Ok(PrivateDirs {
         _state: lock(&node.state_dir, "state_dir")?,
         _pins: lock(&node.pin_dir, "pin_dir")?,
         socket: server::claim(&node.socket)?,
