@@ -9,7 +9,7 @@ use std::{
 use anyhow::bail;
 use palisade_flowlog::{FilterBuilder, Timestamp, format};
 
-use super::DONE;
+use super::EXIT_OK;
 use crate::{
     cli::{ObserveArgs, Output},
     control::{
@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// So many are shown if nobody says how many.
-const USUAL_COUNT: usize = 20;
+const DEFAULT_COUNT: usize = 20;
 
 /// `palisade observe`.
 pub fn observe(socket: &Path, args: &ObserveArgs) -> anyhow::Result<u8> {
@@ -34,7 +34,7 @@ pub fn observe(socket: &Path, args: &ObserveArgs) -> anyhow::Result<u8> {
         Some(last) => Some(last),
         None if args.all || in_time => None,
         None if args.follow => Some(0),
-        None => Some(USUAL_COUNT),
+        None => Some(DEFAULT_COUNT),
     };
     let request = ObserveRequest {
         filters: args.filters.clone(),
@@ -96,7 +96,7 @@ fn stream(
                 out.flush()?;
                 eprintln!("palisade: {count} flows were overwritten before they could be shown");
             }
-            Some(Answer::Ok(_) | Answer::Alive) => return Ok(DONE),
+            Some(Answer::Ok(_) | Answer::Alive) => return Ok(EXIT_OK),
             Some(Answer::Error(message)) => bail!(message),
             None if follow => {
                 bail!("the daemon has ended, or this command did not read fast enough and was cut off")

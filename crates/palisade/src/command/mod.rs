@@ -26,13 +26,13 @@ use crate::{
 };
 
 /// Done.
-pub const DONE: u8 = 0;
+pub const EXIT_OK: u8 = 0;
 /// The answer is no.
-pub const NO: u8 = 1;
+pub const EXIT_NO: u8 = 1;
 /// The daemon cannot be asked.
-pub const NO_DAEMON: u8 = 3;
+pub const EXIT_NO_DAEMON: u8 = 3;
 /// Something else failed.
-pub const FAILED: u8 = 4;
+pub const EXIT_FAILED: u8 = 4;
 
 /// Does what the command line says.
 pub fn execute(cli: Cli) -> ExitCode {
@@ -46,12 +46,12 @@ pub fn execute(cli: Cli) -> ExitCode {
             .downcast_ref::<io::Error>()
             .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
         {
-            return DONE;
+            return EXIT_OK;
         }
         eprintln!("palisade: {}", chain(&error));
         match error.downcast_ref::<ClientError>() {
-            Some(ClientError::Refused(_)) | None => FAILED,
-            Some(_) => NO_DAEMON,
+            Some(ClientError::Refused(_)) | None => EXIT_FAILED,
+            Some(_) => EXIT_NO_DAEMON,
         }
     });
     ExitCode::from(code)
@@ -186,7 +186,7 @@ fn print_errors(errors: &[ConfigError]) {
 
 fn check_config(path: &Path) -> anyhow::Result<u8> {
     let Some(config) = load_config(path) else {
-        return Ok(NO);
+        return Ok(EXIT_NO);
     };
     let (refused, warnings) = daemon::check_places(&config);
     for warning in warnings {
@@ -196,7 +196,7 @@ fn check_config(path: &Path) -> anyhow::Result<u8> {
         for problem in refused {
             eprintln!("{}: {problem}", path.display());
         }
-        return Ok(NO);
+        return Ok(EXIT_NO);
     }
     writeln!(
         io::stdout(),
@@ -206,7 +206,7 @@ fn check_config(path: &Path) -> anyhow::Result<u8> {
         count(config.endpoints.len(), "endpoint", "endpoints"),
         count(config.peers.len(), "peer", "peers")
     )?;
-    Ok(DONE)
+    Ok(EXIT_OK)
 }
 
 /// An answer as JSON, or as `table` writes it for people.
@@ -223,5 +223,5 @@ fn show<T: Serialize>(
         }
         Output::Table => table(answer, &mut out)?,
     }
-    Ok(DONE)
+    Ok(EXIT_OK)
 }

@@ -17,7 +17,7 @@ use palisade_policy::{
     rule::{Location, Policy},
 };
 
-use super::{DONE, NO, load_config, show};
+use super::{EXIT_NO, EXIT_OK, load_config, show};
 use crate::{
     cli::{Output, TraceArgs},
     control::{
@@ -30,7 +30,7 @@ use crate::{
 /// `palisade policy validate`. With a configuration also what the policies come to for its endpoints and peers.
 pub fn validate(paths: &[PathBuf], quiet: bool, config: Option<&Path>) -> anyhow::Result<u8> {
     let config = match config.map(load_config) {
-        Some(None) => return Ok(NO),
+        Some(None) => return Ok(EXIT_NO),
         Some(config) => config,
         None => None,
     };
@@ -91,7 +91,7 @@ pub fn validate(paths: &[PathBuf], quiet: bool, config: Option<&Path>) -> anyhow
     if !sources.problems.is_empty() {
         bail!("{}", sources.problems.join("\n"));
     }
-    Ok(if errors == 0 { DONE } else { NO })
+    Ok(if errors == 0 { EXIT_OK } else { EXIT_NO })
 }
 
 /// `palisade policy test`.
@@ -116,7 +116,7 @@ pub fn test(paths: &[PathBuf]) -> anyhow::Result<u8> {
         total.failed += report.failed;
     }
     writeln!(out, "{}", total.summary())?;
-    Ok(if total.failed == 0 { DONE } else { NO })
+    Ok(if total.failed == 0 { EXIT_OK } else { EXIT_NO })
 }
 
 /// The packet that is asked about.
@@ -247,7 +247,7 @@ pub fn trace(
         ask(socket, &Request::PolicyTrace(request))?
     } else {
         let Some(config) = load_config(config) else {
-            return Ok(NO);
+            return Ok(EXIT_NO);
         };
         let sources = read(policies);
         for (_, parsed) in &sources.files {
@@ -272,7 +272,7 @@ pub fn trace(
         Output::Json => show(&answer.trace, output, |_, _| Ok(()))?,
         Output::Table => show(&answer, output, |answer, out| writeln!(out, "{}", answer.text))?,
     };
-    Ok(if passes { DONE } else { NO })
+    Ok(if passes { EXIT_OK } else { EXIT_NO })
 }
 
 fn plural(count: usize, what: &str) -> String {

@@ -17,7 +17,7 @@ use tracing_subscriber::{
     Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
 };
 
-use super::{DONE, FAILED, NO, count, inspect::endpoint_table, load_config, show};
+use super::{EXIT_FAILED, EXIT_NO, EXIT_OK, count, inspect::endpoint_table, load_config, show};
 use crate::{
     cli::Output,
     config::{Config, DEFAULT_PIN_DIR},
@@ -30,9 +30,9 @@ use crate::{
 };
 
 /// With more policy files than that only those are listed of which there is something to say.
-const MOST_FILES: usize = 50;
+const MAX_FILES_SHOWN: usize = 50;
 /// Between two questions whether everything is ready.
-const ASK_AGAIN: Duration = Duration::from_millis(50);
+const STATUS_POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// The daemon has ended by then, or will not.
 const STOP_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -59,10 +59,10 @@ pub fn run(path: &Path) -> anyhow::Result<u8> {
         );
     }
     let Some((config, replaced)) = config_to_run(path) else {
-        return Ok(NO);
+        return Ok(EXIT_NO);
     };
     daemon::run(config, replaced)?;
-    Ok(DONE)
+    Ok(EXIT_OK)
 }
 
 /// The configuration, or the last good one if its file is broken, with what `status` says of that then.
@@ -149,7 +149,7 @@ fn status_of(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::R
                 for missing in &status.missing {
                     eprintln!("  {missing}");
                 }
-                return Ok(NO);
+                return Ok(EXIT_NO);
             }
             // The daemon may be about to start, or to come to itself.
             Err(ClientError::NotRunning { .. } | ClientError::Broken(_) | ClientError::Hangs { .. })
@@ -158,7 +158,7 @@ fn status_of(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::R
             Err(error) => return Err(error.into()),
             Ok(_) => {}
         }
-        thread::sleep(ASK_AGAIN.min(until.saturating_duration_since(Instant::now())));
+        thread::sleep(STATUS_POLL_INTERVAL.min(until.saturating_duration_since(Instant::now())));
     }
 }
 
@@ -166,18 +166,18 @@ fn status_of(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::R
 pub fn reload(config: &Path, socket: &Path) -> anyhow::Result<u8> {
     // The daemon reads the file it was started with; if this is it, errors are better shown one a line.
     if config.exists() && load_config(config).is_none() {
-        return Ok(NO);
+        return Ok(EXIT_NO);
     }
     match ask::<Option<Vec<String>>>(socket, &Request::Reload) {
         Ok(notes) => {
             for note in notes.unwrap_or_default() {
                 eprintln!("palisade: {note}");
             }
-            Ok(DONE)
+            Ok(EXIT_OK)
         }
         Err(ClientError::Refused(problem)) => {
             eprintln!("palisade: {problem}");
-            Ok(NO)
+            Ok(EXIT_NO)
         }
         Err(error) => Err(error.into()),
     }
@@ -189,7 +189,7 @@ pub fn stop(config: &Path, socket: &Path, detach: bool) -> anyhow::Result<u8> {
         Ok(client) => {
             client.answer::<serde_json::Value>()?;
             let code = daemon_ended(socket)?;
-            if code == DONE {
+            if code == EXIT_OK {
                 let text = if detach {
                     "the daemon has ended, and everything is detached: nothing is enforced any more"
                 } else {
@@ -203,7 +203,7 @@ pub fn stop(config: &Path, socket: &Path, detach: bool) -> anyhow::Result<u8> {
         Err(error @ ClientError::NotRunning { .. }) if !detach => Err(error.into()),
         Err(ClientError::NotRunning { .. }) => {
             let Some(config) = load_config(config) else {
-                return Ok(NO);
+                return Ok(EXIT_NO);
             };
             detach_without_daemon(&config)
         }
@@ -217,11 +217,11 @@ fn daemon_ended(socket: &Path) -> anyhow::Result<u8> {
     while socket.exists() {
         if Instant::now() >= until {
             eprintln!("palisade: the daemon has agreed to end but is still there");
-            return Ok(FAILED);
+            return Ok(EXIT_FAILED);
         }
         thread::sleep(Duration::from_millis(10));
     }
-    Ok(DONE)
+    Ok(EXIT_OK)
 }
 
 fn detach_without_daemon(config: &crate::config::Config) -> anyhow::Result<u8> {
@@ -238,7 +238,7 @@ fn detach_without_daemon(config: &crate::config::Config) -> anyhow::Result<u8> {
             "the daemon is not running, and nothing is pinned in {}",
             pins.display()
         )?;
-        return Ok(DONE);
+        return Ok(EXIT_OK);
     }
     palisade_datapath::detach_all(pins).with_context(|| pins.display().to_string())?;
     table?;
@@ -247,7 +247,7 @@ fn detach_without_daemon(config: &crate::config::Config) -> anyhow::Result<u8> {
         "the daemon is not running; everything that {} kept attached is detached",
         pins.display()
     )?;
-    Ok(DONE)
+    Ok(EXIT_OK)
 }
 
 fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
@@ -312,7 +312,7 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
         .fold((0, 0), |(files, policies), file| {
             (files + 1, policies + file.policies)
         });
-    let summed = status.policy_files.len() > MOST_FILES;
+    let summed = status.policy_files.len() > MAX_FILES_SHOWN;
     if summed && files > 0 {
         table.row([
             format!("({})", count(files, "file", "files")),

@@ -40,11 +40,11 @@ pub const DEFAULT_SOCKET: &str = "/run/palisade/palisade.sock";
 /// The label that says in which namespace an endpoint is.
 const NAMESPACE_LABEL: &str = "io.kubernetes.pod.namespace";
 /// What the labels of an endpoint's namespace start with among its own.
-const NAMESPACE_LABELS: &str = "io.cilium.k8s.namespace.labels.";
+const NAMESPACE_LABEL_PREFIX: &str = "io.cilium.k8s.namespace.labels.";
 /// The label that every Kubernetes namespace has: its name.
-const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
+const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
 /// Sources that are Palisade's own to give.
-const OWN_SOURCES: [&str; 5] = ["reserved", "cidr", "cidrgroup", "fqdn", "any"];
+const RESERVED_SOURCES: [&str; 5] = ["reserved", "cidr", "cidrgroup", "fqdn", "any"];
 
 /// Everything the configuration says, validated, defaults filled in.
 #[derive(Clone, Debug, PartialEq)]
@@ -634,12 +634,12 @@ fn allow_special(section: &Section<'_, '_>) -> Vec<IpNet> {
 
 fn http(section: Section<'_, '_>) -> Http {
     // Heads are held whole; what is kept of one direction of a connection is twice that.
-    const LONGEST: u64 = 128 << 10;
+    const MAX_HEAD_BYTES: u64 = 128 << 10;
     let forms = [("both", Paths::Both), ("raw", Paths::Raw)];
     let bodies = [("refuse", GetBodies::Refuse), ("allow", GetBodies::Allow)];
     let default = http1::Limits::default();
     let bytes = |key, default: usize| {
-        let asked = section.integer(key, 256..LONGEST + 1);
+        let asked = section.integer(key, 256..MAX_HEAD_BYTES + 1);
         asked.and_then(|n| usize::try_from(n).ok()).unwrap_or(default)
     };
     let block = bytes("max_head", default.block);
@@ -662,17 +662,17 @@ fn http(section: Section<'_, '_>) -> Http {
 
 /// `record_headers`. A record has a few hundred bytes for them.
 fn record_headers(section: &Section<'_, '_>) -> Vec<String> {
-    const MOST: usize = 16;
+    const MAX_NAMES: usize = 16;
     const DEFAULT: [&str; 3] = ["content-type", "user-agent", "x-request-id"];
     let Some(asked) = section.header_names("record_headers") else {
         return DEFAULT.map(str::to_owned).to_vec();
     };
     let mut names: Vec<String> = Vec::new();
     for (position, at) in asked.into_iter().enumerate() {
-        if position == MOST {
+        if position == MAX_NAMES {
             section.error_at(
                 at.offset,
-                format!("http.record_headers has more than {MOST} names"),
+                format!("http.record_headers has more than {MAX_NAMES} names"),
             );
         }
         if names.contains(&at.value) {
@@ -909,7 +909,7 @@ fn own_labels(section: &Section<'_, '_>) -> Vec<Label> {
                 name.offset,
                 format!("'{}' cannot be the key of a label", name.value),
             );
-        } else if OWN_SOURCES.contains(&label.source.as_str()) {
+        } else if RESERVED_SOURCES.contains(&label.source.as_str()) {
             section.error_at(
                 name.offset,
                 format!(
@@ -933,10 +933,16 @@ fn namespace_labels(namespace: &str, namespaces: &HashMap<String, Vec<Label>>) -
     };
     let mut list = vec![
         k8s(NAMESPACE_LABEL.into(), namespace),
-        k8s(format!("{NAMESPACE_LABELS}{NAMESPACE_NAME}"), namespace),
+        k8s(
+            format!("{NAMESPACE_LABEL_PREFIX}{NAMESPACE_NAME_LABEL}"),
+            namespace,
+        ),
     ];
     for label in namespaces.get(namespace).into_iter().flatten() {
-        list.push(k8s(format!("{NAMESPACE_LABELS}{}", label.key), &label.value));
+        list.push(k8s(
+            format!("{NAMESPACE_LABEL_PREFIX}{}", label.key),
+            &label.value,
+        ));
     }
     list
 }

@@ -27,11 +27,11 @@ use super::{
 
 /// The daemon accepts a connection and a request by then, and sends each line of an answer that needs nothing but
 /// what it knows.
-const PATIENCE: Duration = Duration::from_secs(10);
+const READ_TIMEOUT: Duration = Duration::from_secs(10);
 /// What changes something may have to wait for the control thread, which gives up itself after a minute.
-const CHANGE_PATIENCE: Duration = Duration::from_secs(70);
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(70);
 /// The least that a daemon that lives is given.
-const LEAST_PATIENCE: Duration = Duration::from_millis(500);
+const MIN_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -99,18 +99,22 @@ impl Client {
         );
         if changes {
             // Whether anything is answered at all is known sooner.
-            match ask_within::<serde_json::Value>(socket, &Request::Ping, PATIENCE) {
+            match ask_within::<serde_json::Value>(socket, &Request::Ping, READ_TIMEOUT) {
                 // A daemon of an older version does not know the question, and so answers too.
                 Ok(_) | Err(ClientError::Refused(_)) => {}
                 Err(error) => return Err(error),
             }
         }
-        Self::send_within(socket, request, if changes { CHANGE_PATIENCE } else { PATIENCE })
+        Self::send_within(
+            socket,
+            request,
+            if changes { CHANGE_TIMEOUT } else { READ_TIMEOUT },
+        )
     }
 
     fn send_within(path: &Path, request: &Request, patience: Duration) -> Result<Self, ClientError> {
         let begun = Instant::now();
-        let patience = patience.max(LEAST_PATIENCE);
+        let patience = patience.max(MIN_TIMEOUT);
         let failed = |error: Errno| {
             let (socket, error) = (path.to_owned(), io::Error::from(error));
             match error.kind() {
@@ -132,7 +136,8 @@ impl Client {
         )
         .map_err(failed)?;
         // Also how long connecting waits for room in the queue (unix(7), socket(7): SO_SNDTIMEO).
-        let send = TimeVal::milliseconds(i64::try_from(patience.min(PATIENCE).as_millis()).unwrap_or(10_000));
+        let send =
+            TimeVal::milliseconds(i64::try_from(patience.min(READ_TIMEOUT).as_millis()).unwrap_or(10_000));
         setsockopt(&socket, SendTimeout, &send).map_err(failed)?;
         connect(socket.as_raw_fd(), &address).map_err(failed)?;
         // What root is told here must come from root: the socket may stand where others can make one.
@@ -234,5 +239,5 @@ pub fn ask_within<T: DeserializeOwned>(
     request: &Request,
     patience: Duration,
 ) -> Result<T, ClientError> {
-    Client::send_within(socket, request, patience.min(PATIENCE))?.answer()
+    Client::send_within(socket, request, patience.min(READ_TIMEOUT))?.answer()
 }

@@ -18,4 +18,4 @@ pub const MAX_ANSWER: usize = 1 << 30;
 /// The longest request: filters and trace descriptions are short.
 pub const MAX_REQUEST: usize = 64 * 1024;
 /// Longest time between two lines to a following client: without flows, the line only says that the daemon lives.
-pub const ALIVE: Duration = Duration::from_secs(2);
+pub const ALIVE_INTERVAL: Duration = Duration::from_secs(2);

@@ -42,7 +42,7 @@ const MAX_CLIENTS: usize = 64;
 /// A client must have sent its request by then.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
 /// So much is sent at a time.
-const PIECE: usize = 64 * 1024;
+const WRITE_CHUNK_BYTES: usize = 64 * 1024;
 /// A client must take a piece of what it is sent by then.
 const WRITE_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -52,7 +52,7 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(180);
 const MAX_FOLLOWERS: usize = MAX_CLIENTS - 16;
 
 /// Clients that follow flows would keep the daemon from ending.
-const LAST_MOMENT: Duration = Duration::from_millis(300);
+const CLOSE_GRACE_PERIOD: Duration = Duration::from_millis(300);
 
 /// Writes the lines of an answer.
 pub trait Sink {
@@ -165,7 +165,7 @@ pub struct Socket {
 impl Socket {
     /// Gives clients a moment to get their last answer (their threads end with the process), and removes the socket.
     pub fn close(self) {
-        let until = Instant::now() + LAST_MOMENT;
+        let until = Instant::now() + CLOSE_GRACE_PERIOD;
         while self.counts.clients.load(Ordering::SeqCst) > 0 && Instant::now() < until {
             thread::sleep(Duration::from_millis(2));
         }
@@ -313,7 +313,7 @@ fn write_all(
     deadline: Duration,
     at_last: Option<Instant>,
 ) -> io::Result<()> {
-    for piece in bytes.chunks(PIECE) {
+    for piece in bytes.chunks(WRITE_CHUNK_BYTES) {
         let until = Instant::now() + deadline;
         let until = at_last.map_or(until, |at_last| until.min(at_last));
         let mut rest = piece;
@@ -359,7 +359,7 @@ impl Sink for StreamSink<'_> {
     fn queue(&mut self, answer: &Answer) -> io::Result<()> {
         serde_json::to_writer(&mut self.buffer, answer)?;
         self.buffer.push(b'\n');
-        if self.buffer.len() >= PIECE {
+        if self.buffer.len() >= WRITE_CHUNK_BYTES {
             self.flush()
         } else {
             Ok(())

@@ -60,16 +60,16 @@ use crate::{
 };
 
 /// Whether everything is still attached is looked at so often.
-const LOOK_AFTER: Duration = Duration::from_secs(15);
+const ATTACH_CHECK_INTERVAL: Duration = Duration::from_secs(15);
 /// Rules that translate addresses are looked at again no sooner than this.
-const LOOK_AT_NAT_AFTER: Duration = Duration::from_secs(2);
+const NAT_CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// What failed is tried again so often.
-const TRY_AGAIN: Duration = Duration::from_secs(2);
+const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// What outlives the daemon is written once nothing has changed for so long.
-const SAVE_AFTER: Duration = Duration::from_millis(500);
+const SAVE_DEBOUNCE: Duration = Duration::from_millis(500);
 
 /// And at the latest after so long.
-const SAVE_AT_LAST: Duration = Duration::from_secs(10);
+const SAVE_MAX_DELAY: Duration = Duration::from_secs(10);
 
 /// The answer to a request: what it is, or why there is none.
 pub type Answer = Result<Value, String>;
@@ -457,7 +457,7 @@ impl Control {
             // Also when messages come without a pause.
             if self
                 .unsaved
-                .is_some_and(|(first, _)| first.elapsed() > SAVE_AT_LAST)
+                .is_some_and(|(first, _)| first.elapsed() > SAVE_MAX_DELAY)
             {
                 self.save();
             }
@@ -528,13 +528,17 @@ impl Control {
     /// How long to wait for a message.
     fn patience(&self) -> Duration {
         let save = self.unsaved.map(|(first, last)| {
-            let quiet = SAVE_AFTER.saturating_sub(last.elapsed());
-            quiet.min(SAVE_AT_LAST.saturating_sub(first.elapsed()))
+            let quiet = SAVE_DEBOUNCE.saturating_sub(last.elapsed());
+            quiet.min(SAVE_MAX_DELAY.saturating_sub(first.elapsed()))
         });
         let failed =
             self.enforcer.problem.is_some() || self.interfaces.has_failures() || self.netfilter.has_failed();
-        let again = failed.then_some(TRY_AGAIN);
-        [save, again].into_iter().flatten().min().unwrap_or(LOOK_AFTER)
+        let again = failed.then_some(RETRY_INTERVAL);
+        [save, again]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or(ATTACH_CHECK_INTERVAL)
     }
 
     /// Something was changed that has to be saved.
@@ -625,7 +629,7 @@ impl Control {
 
     /// FqdnManager of the endpoints that are judged by another policy than before.
     fn touched(&self, before: &BTreeMap<u16, EndpointState>) -> String {
-        const MOST: usize = 20;
+        const MAX_NAMES_SHOWN: usize = 20;
         let now = &self.enforcer.compiler.snapshot().endpoints;
         let names = endpoint_names(self.enforcer.compiler.world());
         let ids = before
@@ -635,8 +639,8 @@ impl Control {
             .filter(|id| before.get(*id) != now.get(*id))
             .map(|id| names.get(id).map_or("(gone)", String::as_str))
             .collect();
-        let shown = touched[..touched.len().min(MOST)].join(",");
-        match touched.len().saturating_sub(MOST) {
+        let shown = touched[..touched.len().min(MAX_NAMES_SHOWN)].join(",");
+        match touched.len().saturating_sub(MAX_NAMES_SHOWN) {
             0 => shown,
             more => format!("{shown} and {more} more"),
         }
@@ -1105,7 +1109,7 @@ impl Control {
         let mut known = self.translations.borrow_mut();
         if known
             .as_ref()
-            .is_none_or(|(when, _)| when.elapsed() > LOOK_AT_NAT_AFTER)
+            .is_none_or(|(when, _)| when.elapsed() > NAT_CHECK_INTERVAL)
         {
             *known = Some((Instant::now(), nat::found()));
         }

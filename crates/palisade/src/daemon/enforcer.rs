@@ -34,7 +34,7 @@ use crate::config::{Config, with_option};
 pub type RuleSets = BTreeMap<u32, Arc<RuleSet>>;
 
 /// Sets of selectors, beyond the single ones on the world, that the learned addresses of one endpoint may have.
-const SETS_PER_ENDPOINT: usize = 256;
+const MAX_SETS_PER_ENDPOINT: usize = 256;
 
 /// The compiler, and what of its results is in the maps.
 #[derive(Debug)]
@@ -354,7 +354,7 @@ impl Enforcer {
     /// choose how large the tables of the endpoint are.
     fn grant(&mut self, endpoint: EndpointId, set: LearnedSet) -> bool {
         let granted = self.granted.entry(endpoint).or_default();
-        granted.contains(&set) || (granted.len() < SETS_PER_ENDPOINT && granted.insert(set))
+        granted.contains(&set) || (granted.len() < MAX_SETS_PER_ENDPOINT && granted.insert(set))
     }
 
     /// Counts anew which sets the learned addresses of each endpoint have, among those that were granted.
@@ -380,15 +380,15 @@ impl Enforcer {
     /// hold more than they need: then [`Self::enforce`] removes it.
     pub fn prune(&mut self, names: &FqdnManager) -> bool {
         /// Fewer unused sets cost less than a compilation.
-        const WORTH_IT: usize = 32;
-        if self.wanted.len() < WORTH_IT || self.problem.is_some() {
+        const MIN_PRUNED_SETS: usize = 32;
+        if self.wanted.len() < MIN_PRUNED_SETS || self.problem.is_some() {
             return false;
         }
         let before = self.wanted.len();
         let resolver = resolver(self.compiler.snapshot());
         self.count_granted(&names.lock().learned_map, &resolver);
         self.collect_granted();
-        if before - self.wanted.len() < WORTH_IT.max(self.wanted.len() / 4) {
+        if before - self.wanted.len() < MIN_PRUNED_SETS.max(self.wanted.len() / 4) {
             return false;
         }
         let outcome = self.compiler.learned(&self.wanted).and_then(|_| {

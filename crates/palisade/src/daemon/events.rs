@@ -21,15 +21,15 @@ use tracing::error;
 use super::view::{EventNames, Shared};
 
 /// Events between two looks at what is in force.
-const BATCH: usize = 512;
+const MAX_BATCH: usize = 512;
 /// Records become flows when no other has come for so long,
-const SETTLE_SILENT: Duration = Duration::from_millis(20);
+const SETTLE_IDLE_TIME: Duration = Duration::from_millis(20);
 /// and those that are so old.
-const SETTLE_AGE: Duration = Duration::from_secs(1);
+const MAX_UNSETTLED_AGE: Duration = Duration::from_secs(1);
 /// The thread that takes records sleeps for so long if there are none.
-const SLEEP: Duration = Duration::from_secs(60);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// The wall clock is looked at so often.
-const CLOCK_AGE: Duration = Duration::from_secs(1);
+const MAX_CLOCK_AGE: Duration = Duration::from_secs(1);
 
 /// Reads events for ever, on a thread of its own; counts them.
 pub fn read(mut reader: EventReader, ring: Arc<Ring>, shared: Arc<Shared>) -> io::Result<Arc<AtomicU64>> {
@@ -51,14 +51,14 @@ pub fn read(mut reader: EventReader, ring: Arc<Ring>, shared: Arc<Shared>) -> io
                 if !names.is_of(&view) {
                     names = EventNames::new(view);
                 }
-                if clock.1.elapsed() > CLOCK_AGE {
+                if clock.1.elapsed() > MAX_CLOCK_AGE {
                     clock = (clock_offset(), Instant::now());
                 }
-                let read = reader.drain(BATCH, |event| {
+                let read = reader.drain(MAX_BATCH, |event| {
                     ring.push(Flow::from_event(event, &names, clock.0));
                 });
                 counter.fetch_add(read as u64, Ordering::Relaxed);
-                if read < BATCH {
+                if read < MAX_BATCH {
                     break;
                 }
             }
@@ -78,7 +78,11 @@ pub fn records(records: Receiver<TimedRecord>, ring: Arc<Ring>, shared: Arc<Shar
         // Since when the ring holds some of which no flow was made.
         let mut unsettled: Option<Instant> = None;
         loop {
-            let timeout = if unsettled.is_some() { SETTLE_SILENT } else { SLEEP };
+            let timeout = if unsettled.is_some() {
+                SETTLE_IDLE_TIME
+            } else {
+                IDLE_TIMEOUT
+            };
             let first = records.recv_timeout(timeout);
             if matches!(first, Err(RecvError::Disconnected)) {
                 ring.settle(Timestamp::MAX);
@@ -90,16 +94,16 @@ pub fn records(records: Receiver<TimedRecord>, ring: Arc<Ring>, shared: Arc<Shar
             if unsettled.is_some() && (changed || first.is_err()) {
                 ring.settle(Timestamp::MAX);
                 unsettled = None;
-            } else if unsettled.is_some_and(|since| since.elapsed() > SETTLE_AGE) {
+            } else if unsettled.is_some_and(|since| since.elapsed() > MAX_UNSETTLED_AGE) {
                 // If there are very many, none is that old: it was overwritten.
-                ring.settle(now.before(SETTLE_AGE));
+                ring.settle(now.before(MAX_UNSETTLED_AGE));
                 unsettled = Some(Instant::now());
             }
             if changed {
                 view = now_view;
                 names = Arc::new(EventNames::new(Arc::clone(&view)));
             }
-            let others = std::iter::from_fn(|| records.try_recv().ok()).take(BATCH);
+            let others = std::iter::from_fn(|| records.try_recv().ok()).take(MAX_BATCH);
             for (time, record) in first.into_iter().chain(others) {
                 ring.push_record(&record, &names, Timestamp::from_system_time(time));
                 unsettled.get_or_insert_with(Instant::now);

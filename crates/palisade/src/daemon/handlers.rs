@@ -44,7 +44,7 @@ use super::{
 };
 use crate::config::{Config, limit_hint, with_option};
 use crate::control::{
-    ALIVE,
+    ALIVE_INTERVAL,
     api::{
         self, ConnectionRow, ConntrackStatus, DropCount, Endpoint, FqdnRow, IdentityRow, InterfaceStatus,
         IpcacheRow, MapFill, MissingInspector, NamesStatus, ObserveRequest, PolicyFileState, PolicyRow,
@@ -58,12 +58,12 @@ const CONTROL_DEADLINE: Duration = Duration::from_secs(60);
 /// It answers what it only has to look up by then, or it is busy, and that is the answer.
 const LOOKUP_DEADLINE: Duration = Duration::from_secs(5);
 /// A client that follows is looked after so often when nothing happens.
-const FOLLOW_POLL: Duration = Duration::from_millis(250);
+const FOLLOW_POLL_INTERVAL: Duration = Duration::from_millis(250);
 /// Records of workers come to the ring so much later than events of the programs, at most (a tick of the coarse clock,
 /// and what the threads wait for their turn). Flows that are followed are put in order within that time.
-const REORDER: Duration = Duration::from_millis(50);
+const REORDER_WINDOW: Duration = Duration::from_millis(50);
 /// So many of them, at most.
-const REORDERED: usize = 4_096;
+const MAX_REORDERED_FLOWS: usize = 4_096;
 
 /// Answers clients, each on a thread of its own: what can be read without the control thread is.
 pub struct Handlers {
@@ -183,7 +183,7 @@ impl Handlers {
             return sink.send(&api::Answer::Error(why));
         }
         let mut said = Instant::now();
-        let mut ordered = Ordered::new(REORDER, REORDERED);
+        let mut ordered = Ordered::new(REORDER_WINDOW, MAX_REORDERED_FLOWS);
         loop {
             while let Some(next) = cursor.read() {
                 match next {
@@ -196,11 +196,15 @@ impl Handlers {
                 sink.queue(&api::Answer::Flow(Box::new((*flow).clone())))?;
             }
             sink.flush()?;
-            let patience = if ordered.is_empty() { FOLLOW_POLL } else { REORDER };
+            let patience = if ordered.is_empty() {
+                FOLLOW_POLL_INTERVAL
+            } else {
+                REORDER_WINDOW
+            };
             if !cursor.wait(patience) && sink.closed() {
                 return Ok(());
             }
-            if said.elapsed() >= ALIVE {
+            if said.elapsed() >= ALIVE_INTERVAL {
                 sink.send(&api::Answer::Alive)?;
                 said = Instant::now();
             }

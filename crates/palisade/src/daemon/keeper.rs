@@ -23,11 +23,11 @@ use super::{
 };
 
 /// Between two attempts to write what could not be written.
-const TRY_AGAIN: Duration = Duration::from_secs(2);
+const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// A file is on the disk by then, or the disk is in no state to be waited for.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(10);
 /// Most files of a batch that are flushed by one `fsync` each; a larger batch is flushed by one `syncfs`.
-const ONE_BY_ONE: usize = 16;
+const MAX_SINGLE_FSYNCS: usize = 16;
 
 /// Last good policy files by name; `None`: what is kept of it stays as it is.
 pub type PolicyTexts = BTreeMap<String, Option<Arc<str>>>;
@@ -132,7 +132,7 @@ impl Writing {
         loop {
             let failing = self.state.is_some() || self.config.is_some() || self.policies.is_some();
             let first = if failing {
-                match orders.recv_timeout(TRY_AGAIN) {
+                match orders.recv_timeout(RETRY_INTERVAL) {
                     Ok(order) => Some(order),
                     Err(RecvTimeoutError::Timeout) => None,
                     Err(RecvTimeoutError::Disconnected) => return,
@@ -165,7 +165,7 @@ impl Writing {
         match problem {
             Some(problem) if told.as_ref() != Some(problem) => error!(
                 "{problem}: NOT KEPT, and lost at the next start unless it can be written before; tried again every \
-                 {TRY_AGAIN:?}"
+                 {RETRY_INTERVAL:?}"
             ),
             None if told.is_some() => {
                 info!("{}: can be written again, everything is kept", self.dir.display())
@@ -242,7 +242,7 @@ pub fn keep_policies(
     }
     let synced = match beside.as_slice() {
         [] => Ok(()),
-        few if few.len() <= ONE_BY_ONE => few
+        few if few.len() <= MAX_SINGLE_FSYNCS => few
             .iter()
             .try_for_each(|(_, _, temporary, _)| fs::File::open(temporary)?.sync_all()),
         _ => nix::unistd::syncfs(fs::File::open(dir)?).map_err(io::Error::from),
@@ -322,7 +322,7 @@ mod tests {
         assert_eq!(keeper.problem(), Some(problem));
         assert_eq!(checked_file::read(&dir.join(CONFIG)).unwrap(), "[node]");
         fs::remove_dir_all(dir.join(STATE)).unwrap();
-        let until = std::time::Instant::now() + TRY_AGAIN * 30;
+        let until = std::time::Instant::now() + RETRY_INTERVAL * 30;
         while keeper.problem().is_some() {
             assert!(std::time::Instant::now() < until, "{:?}", keeper.problem());
             thread::sleep(Duration::from_millis(20));

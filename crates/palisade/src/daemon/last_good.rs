@@ -10,11 +10,11 @@ use super::{checked_file, keeper::CONFIG, private_dirs::private_dir};
 use crate::config::{Config, DEFAULT_STATE_DIR};
 
 /// Says of which file a copy is.
-const OF: &str = "# last good content of ";
+const COPY_PREFIX: &str = "# last good content of ";
 
 /// What is kept of a configuration.
 pub fn text(config: &Config) -> String {
-    format!("{OF}{}\n{}", config.path.display(), config.text)
+    format!("{COPY_PREFIX}{}\n{}", config.path.display(), config.text)
 }
 
 /// The last good configuration of a file that is broken or missing, and where it was found. If there is none: why,
@@ -65,7 +65,10 @@ fn read(dir: &Path, path: &Path) -> Result<Config, String> {
         io::ErrorKind::NotFound => format!("{shown}: no last good configuration is kept there"),
         _ => format!("{shown}: cannot be used: {error}"),
     })?;
-    let of = content.lines().next().and_then(|line| line.strip_prefix(OF));
+    let of = content
+        .lines()
+        .next()
+        .and_then(|line| line.strip_prefix(COPY_PREFIX));
     if of != Some(&*path.display().to_string()) {
         return Err(format!(
             "{shown}: is kept of another file ({})",

@@ -27,11 +27,11 @@ use crate::config::Config;
 /// `NFNLGRP_NFTABLES` as a bit of a socket's groups (linux/netfilter/nfnetlink.h).
 const GROUP: u32 = 1 << (7 - 1);
 /// After a notification, more are awaited for so long: a transaction comes as many.
-const SETTLE: Duration = Duration::from_millis(5);
+const DEBOUNCE: Duration = Duration::from_millis(5);
 /// Interval at which the tables of the kernel's own iptables are read, ms: the kernel sends no notification about them.
-const LOOK: u16 = 2_000;
+const POLL_INTERVAL_MS: u16 = 2_000;
 /// Bytes of notifications that may wait to be read.
-const BUFFER: usize = 4 << 20;
+const RECEIVE_BUFFER_BYTES: usize = 4 << 20;
 /// `NFNL_SUBSYS_NFTABLES`, `NFT_MSG_NEWGEN`.
 const SUBSYSTEM: u16 = 10;
 const NEW_GENERATION: u16 = 15;
@@ -40,7 +40,7 @@ const HEADER: usize = 16;
 const HEADERS: usize = HEADER + 4;
 
 /// What is open without the table.
-const OPEN: &str = "open without it: one-way datagrams that DNAT, TPROXY or routing by mark turns to the node, and the \
+const OPEN_WITHOUT_TABLE: &str = "open without it: one-way datagrams that DNAT, TPROXY or routing by mark turns to the node, and the \
                     node's own sockets towards interfaces that are configured and not guarded";
 
 /// Which table is this daemon's.
@@ -130,7 +130,9 @@ impl Keeper {
                 } else {
                     ""
                 };
-                let text = format!("the nftables table is not as it should be: {problem}{hint}; {OPEN}");
+                let text = format!(
+                    "the nftables table is not as it should be: {problem}{hint}; {OPEN_WITHOUT_TABLE}"
+                );
                 if self.problem.as_ref() != Some(&text) {
                     error!("{text}");
                 }
@@ -192,7 +194,7 @@ impl Keeper {
             socket.set_non_blocking(true)?;
             // Rulesets are replaced as a whole; the kernel tells of each rule. With less room more is lost, and the table is
             // written more often than it has to be.
-            let _ = setsockopt(&socket, RcvBufForce, &BUFFER);
+            let _ = setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER_BYTES);
             Ok(socket)
         });
         if let Err(problem) = &socket {
@@ -255,16 +257,16 @@ struct Seen {
 }
 
 fn wait() -> Seen {
-    thread::sleep(Duration::from_millis(LOOK.into()));
+    thread::sleep(Duration::from_millis(POLL_INTERVAL_MS.into()));
     Seen::default()
 }
 
-/// Waits for notifications, for [`LOOK`] at most.
+/// Waits for notifications, for [`POLL_INTERVAL_MS`] at most.
 fn notified(socket: &Socket, table: &str, port: &AtomicU32) -> Seen {
     let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-    match poll(&mut fds, PollTimeout::from(LOOK)) {
+    match poll(&mut fds, PollTimeout::from(POLL_INTERVAL_MS)) {
         Ok(0) => return Seen::default(),
-        Ok(_) => thread::sleep(SETTLE),
+        Ok(_) => thread::sleep(DEBOUNCE),
         Err(_) => return wait(),
     }
     let mut seen = Seen::default();
@@ -273,7 +275,7 @@ fn notified(socket: &Socket, table: &str, port: &AtomicU32) -> Seen {
             Ok((received, _)) => read(&received, table, port.load(Ordering::Acquire), &mut seen),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 // The end of the transaction is still to come.
-                if seen.is_open && matches!(poll(&mut fds, PollTimeout::from(LOOK)), Ok(1..)) {
+                if seen.is_open && matches!(poll(&mut fds, PollTimeout::from(POLL_INTERVAL_MS)), Ok(1..)) {
                     continue;
                 }
                 return seen;
@@ -283,7 +285,7 @@ fn notified(socket: &Socket, table: &str, port: &AtomicU32) -> Seen {
                 (seen.ruleset, seen.lost) = (true, true);
             }
             Err(_) => {
-                thread::sleep(SETTLE);
+                thread::sleep(DEBOUNCE);
                 return seen;
             }
         }

@@ -24,7 +24,7 @@ use tracing::warn;
 /// Multicast groups of rtnetlink (linux/rtnetlink.h): links, IPv4 addresses, IPv6 addresses.
 const GROUPS: u32 = 0x1 | 0x10 | 0x100;
 /// After a message, more are awaited for so long: a veth pair with addresses comes as a dozen.
-const SETTLE: Duration = Duration::from_millis(5);
+const DEBOUNCE: Duration = Duration::from_millis(5);
 
 /// What there is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -241,7 +241,7 @@ fn dump(request: RouteNetlinkMessage, mut each: impl FnMut(RouteNetlinkMessage))
 fn read_whole() -> io::Result<Network> {
     loop {
         match read() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => thread::sleep(SETTLE),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => thread::sleep(DEBOUNCE),
             other => return other,
         }
     }
@@ -265,7 +265,7 @@ pub fn watch(mut changed: impl FnMut(Network) -> bool + Send + 'static) -> io::R
                 warn!("watching interfaces: {error}");
                 thread::sleep(Duration::from_secs(1));
             }
-            thread::sleep(SETTLE);
+            thread::sleep(DEBOUNCE);
             if socket.set_non_blocking(true).is_ok() {
                 while socket.recv_from_full().is_ok() {}
                 let _ = socket.set_non_blocking(false);

@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// A daemon that was just told to end may hold its locks for a moment still.
-const LOCK_PATIENCE: Duration = Duration::from_millis(500);
+const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
 /// Links that are followed on the way to a directory, as the kernel does (path_resolution(7): 40).
 const MAX_LINKS: usize = 40;
 /// Directories below each other that are looked into. The deepest that a daemon makes is two below.
@@ -416,7 +416,7 @@ fn lock_dir(path: &Path, setting: &str) -> anyhow::Result<Flock<File>> {
 
 /// Locks a file that is open, waiting for a moment if another daemon is just ending.
 pub fn lock_file(mut file: File, path: &Path, setting: &str) -> anyhow::Result<Flock<File>> {
-    let until = Instant::now() + LOCK_PATIENCE;
+    let until = Instant::now() + LOCK_TIMEOUT;
     loop {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(lock),

@@ -24,7 +24,7 @@ use super::{
 };
 
 /// Ends of flows told of after one sweep; more would push everything else out of the ring.
-const TOLD: usize = 1_000;
+const MAX_END_EVENTS: usize = 1_000;
 
 /// How often; can be changed while the sweeper runs.
 #[derive(Clone, Debug)]
@@ -75,7 +75,7 @@ pub fn run(
                     let names = EventNames::new(shared.get());
                     let offset = events::clock_offset();
                     let ends = sweep.ended.iter().filter_map(|ended| events::ended(ended, now));
-                    for event in ends.take(TOLD) {
+                    for event in ends.take(MAX_END_EVENTS) {
                         ring.push(Flow::from_event(&event, &names, offset));
                     }
                 }

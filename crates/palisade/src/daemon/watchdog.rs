@@ -16,9 +16,9 @@ use tracing::{error, info, warn};
 
 /// A worker whose last sign of life is older than this hangs. It says that it lives twenty times a second, and the programs take
 /// it for dead after one second; the rest is for a machine that is overloaded.
-const WORKER_HANGS: Duration = Duration::from_secs(10);
+const WORKER_HANG_TIMEOUT: Duration = Duration::from_secs(10);
 /// Calls of the watchdog in each of its intervals: one late call does no harm.
-const TOLD: u32 = 4;
+const NOTIFICATIONS_PER_INTERVAL: u32 = 4;
 
 /// What the control thread is at.
 #[derive(Debug, Default)]
@@ -65,7 +65,7 @@ impl WorkerHeartbeats {
         let silent = self.0.iter().enumerate().filter_map(|(number, last)| {
             let last = last.load(Ordering::Relaxed);
             let for_long = Duration::from_nanos(now.saturating_sub(last));
-            (last != 0 && for_long > WORKER_HANGS).then_some((number, for_long))
+            (last != 0 && for_long > WORKER_HANG_TIMEOUT).then_some((number, for_long))
         });
         silent.collect()
     }
@@ -124,7 +124,7 @@ pub fn feed_watchdog(
                 Some(_) => {}
             }
             told = hangs;
-            thread::sleep(interval / TOLD);
+            thread::sleep(interval / NOTIFICATIONS_PER_INTERVAL);
         }
     })?;
     Ok(())

@@ -17,9 +17,9 @@ use nix::{
 use tracing::warn;
 
 /// Of two changes, the later one prolongs the wait only so many times.
-const LONGEST_WAIT: u32 = 10;
+const MAX_DEBOUNCE_PERIODS: u32 = 10;
 /// How often a folder that vanished is looked for.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
+const DIR_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Whether a file of this name is a policy file. Editors' temporary and backup files are not.
 pub fn is_policy_file(name: &str) -> bool {
@@ -90,7 +90,7 @@ impl Batch {
     /// How long to wait for more; `None`: for ever, there is nothing to tell.
     fn wait(&self, now: Instant) -> Option<Duration> {
         let quiet = self.last? + self.debounce;
-        let patience = self.first? + self.debounce * LONGEST_WAIT;
+        let patience = self.first? + self.debounce * MAX_DEBOUNCE_PERIODS;
         Some(quiet.min(patience).saturating_duration_since(now))
     }
 
@@ -160,7 +160,7 @@ pub fn watch(
                     batch.rescan(now);
                 }
             }
-            let look_again = watched.is_none().then_some(LOOK_AGAIN);
+            let look_again = watched.is_none().then_some(DIR_POLL_INTERVAL);
             let wait = [batch.wait(now), look_again].into_iter().flatten().min();
             // Rounded up: woken a moment too early, it would spin for the rest of the millisecond.
             let timeout = wait.map_or(PollTimeout::NONE, |wait| {
@@ -171,7 +171,7 @@ pub fn watch(
                 && error != Errno::EINTR
             {
                 warn!("watching {}: {error}", dir.display());
-                thread::sleep(LOOK_AGAIN);
+                thread::sleep(DIR_POLL_INTERVAL);
             }
             let now = Instant::now();
             // EAGAIN: no events yet.

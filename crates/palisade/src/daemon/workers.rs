@@ -30,18 +30,18 @@ use crate::{
 use super::{network::Network, watchdog::WorkerHeartbeats};
 
 /// A worker that has not said for so long that it lives is taken for dead. It says so twenty times in that time.
-const PATIENCE: Duration = Duration::from_secs(1);
+const WORKER_TIMEOUT: Duration = Duration::from_secs(1);
 /// The sockets of all workers are there by then, or the daemon goes on without.
-const READY: Duration = Duration::from_secs(10);
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// More workers than that are only for those who ask for them.
-const MOST_BY_ITSELF: usize = 8;
+const MAX_DEFAULT_WORKERS: usize = 8;
 /// What they read: a bit for each [`Inspector`].
 pub const INSPECTORS: u32 =
     1 << Inspector::Http as u32 | 1 << Inspector::Dns as u32 | 1 << Inspector::Tls as u32;
 /// Answers of one worker that may wait to be learned.
-const LEARNS: usize = 1_024;
+const MAX_QUEUED_COMMITS: usize = 1_024;
 /// Records that may wait to be read.
-const RECORDS: usize = 2_048;
+const MAX_QUEUED_RECORDS: usize = 2_048;
 
 /// The workers, or why there are none.
 #[derive(Debug)]
@@ -145,7 +145,7 @@ impl Workers {
     pub fn fill_datapath_config(&self, config: &mut DatapathConfig) {
         config.cookie = self.cookie;
         config.mark = self.mark;
-        config.worker_timeout = PATIENCE.as_nanos() as u64;
+        config.worker_timeout = WORKER_TIMEOUT.as_nanos() as u64;
         if self.wanted.on_failure == OnFailure::Pass {
             config.flags |= config_flags::FAIL_OPEN;
         }
@@ -301,7 +301,7 @@ fn start(
     failed: impl Fn() + Send + Sync + 'static,
 ) -> anyhow::Result<(Running, Output, Option<String>)> {
     let workers = match wanted.threads {
-        0 => thread::available_parallelism().map_or(1, |n| n.get().min(MOST_BY_ITSELF)),
+        0 => thread::available_parallelism().map_or(1, |n| n.get().min(MAX_DEFAULT_WORKERS)),
         threads => threads,
     };
     let found = datapath.punt_link(&wanted.interface, workers as u32);
@@ -343,13 +343,13 @@ fn start(
             })
         },
         rules: Arc::clone(&rules),
-        max_commits: LEARNS,
-        records: RECORDS,
+        max_commits: MAX_QUEUED_COMMITS,
+        records: MAX_QUEUED_RECORDS,
     })
     .context("starting threads")?;
     if punt_link.is_none() {
         // Nothing to wait for.
-    } else if pool.wait_until_running(READY) {
+    } else if pool.wait_until_running(READY_TIMEOUT) {
         info!("{workers} workers at {}1", wanted.interface);
     } else {
         let mut failures = pool.counters().iter().filter_map(|counters| counters.failure());

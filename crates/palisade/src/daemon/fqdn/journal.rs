@@ -22,15 +22,15 @@ use serde::{Deserialize, Serialize};
 use tracing::{error, info, warn};
 
 /// The file is brought to the disk so often.
-const SYNC: Duration = Duration::from_secs(5);
+const SYNC_INTERVAL: Duration = Duration::from_secs(5);
 /// A journal is begun anew when so much was appended, or as much as there was at its beginning, if that is more.
-const LEAST: u64 = 4 << 20;
+const MIN_COMPACTION_BYTES: u64 = 4 << 20;
 /// Between two attempts to write what could not be written.
-const AGAIN: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
+const RETRY_INTERVAL: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 /// A disk answers by then.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(10);
 /// Orders that may wait for the disk.
-const QUEUE: usize = 1_024;
+const MAX_QUEUED_WRITES: usize = 1_024;
 
 /// A line.
 #[derive(Debug, Serialize, Deserialize)]
@@ -133,7 +133,7 @@ fn read_file(file: File, endpoints: &BTreeMap<u16, String>, found: &mut Found) -
 impl Journal {
     /// Begins with what there is now.
     pub fn begin(dir: &Path, endpoints: BTreeMap<u16, String>, all: Vec<SavedName>) -> io::Result<Self> {
-        let (orders, receiver) = mpsc::sync_channel(QUEUE);
+        let (orders, receiver) = mpsc::sync_channel(MAX_QUEUED_WRITES);
         let journal = Self {
             orders,
             appended: Arc::default(),
@@ -168,7 +168,7 @@ impl Journal {
     /// Whether so much was appended that it should begin anew.
     pub fn is_long(&self) -> bool {
         let begun = self.begun.load(Ordering::Relaxed);
-        self.appended.load(Ordering::Relaxed) > LEAST.max(begun)
+        self.appended.load(Ordering::Relaxed) > MIN_COMPACTION_BYTES.max(begun)
     }
 
     /// Begins anew, with what there is now.
@@ -219,13 +219,17 @@ struct Writing {
 impl Writing {
     fn serve(mut self, orders: &Receiver<Order>) {
         loop {
-            if self.failed.is_some_and(|when| when.elapsed() >= AGAIN) {
+            if self.failed.is_some_and(|when| when.elapsed() >= RETRY_INTERVAL) {
                 // The next answer has everything written anew, what was lost meanwhile too.
                 self.failed = None;
                 self.appended.store(u64::MAX / 2, Ordering::Relaxed);
             }
-            let sync = self.unsynced.map(|since| SYNC.saturating_sub(since.elapsed()));
-            let again = self.failed.map(|when| AGAIN.saturating_sub(when.elapsed()));
+            let sync = self
+                .unsynced
+                .map(|since| SYNC_INTERVAL.saturating_sub(since.elapsed()));
+            let again = self
+                .failed
+                .map(|when| RETRY_INTERVAL.saturating_sub(when.elapsed()));
             let patience = [sync, again].into_iter().flatten().min();
             let patience = patience.unwrap_or(Duration::from_secs(3_600));
             let outcome = match orders.recv_timeout(patience) {
@@ -396,11 +400,11 @@ mod tests {
             "{:?}",
             journal.problem()
         );
-        let until = Instant::now() + AGAIN * 30;
+        let until = Instant::now() + RETRY_INTERVAL * 30;
         let mut all = Vec::new();
         while journal.problem().is_some() {
             assert!(Instant::now() < until, "{:?}", journal.problem());
-            if until.saturating_duration_since(Instant::now()) < AGAIN * 27 {
+            if until.saturating_duration_since(Instant::now()) < RETRY_INTERVAL * 27 {
                 let _ = fs::remove_dir(&blocked);
             }
             // As answers are taken.

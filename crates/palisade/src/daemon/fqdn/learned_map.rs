@@ -17,7 +17,7 @@ use palisade_fqdn::{
 use palisade_policy::snapshot::Learned;
 
 /// What was committed may lack something that came to be implied meanwhile; under one lock that happens once.
-const COMMITS: usize = 4;
+const MAX_COMMIT_RETRIES: usize = 4;
 
 /// A set of selectors that an address belongs to, ascending.
 pub type Set = Arc<[SelectorId]>;
@@ -120,7 +120,7 @@ impl LearnedMap {
         writer: &impl Writer,
     ) -> Outcome {
         let mut noted = again;
-        for _ in 0..COMMITS {
+        for _ in 0..MAX_COMMIT_RETRIES {
             if !std::mem::take(&mut noted) {
                 self.note(pending.changes());
             }

@@ -47,13 +47,13 @@ use super::{
 use crate::config::with_option;
 
 /// Answers that are dealt with under one lock.
-const BATCH: usize = 64;
+const MAX_BATCH: usize = 64;
 /// How long an answer may wait for an identity. Whoever holds the packet gives up at about that time too.
-const PATIENCE: Duration = Duration::from_secs(2);
+const IDENTITY_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often it is looked whether one has waited too long.
-const LOOK: Duration = Duration::from_millis(100);
+const TIMEOUT_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 /// And how long the thread sleeps when nothing waits.
-const IDLE: Duration = Duration::from_secs(1);
+const IDLE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Who a learned address is, by the policy in force.
 pub type View = Arc<dyn IdentityResolver + Send + Sync>;
@@ -297,14 +297,18 @@ impl FqdnManager {
         self.tell_epochs(lessons.epoch());
         let names = Arc::clone(self);
         thread::Builder::new().name("names".into()).spawn(move || {
-            let mut batch = Vec::with_capacity(BATCH);
+            let mut batch = Vec::with_capacity(MAX_BATCH);
             let mut waiting = false;
             loop {
-                match lessons.wait(if waiting { LOOK } else { IDLE }) {
+                match lessons.wait(if waiting {
+                    TIMEOUT_CHECK_INTERVAL
+                } else {
+                    IDLE_INTERVAL
+                }) {
                     Ok(first) => batch.extend(first),
                     Err(_) => return,
                 }
-                while batch.len() < BATCH
+                while batch.len() < MAX_BATCH
                     && let Some(next) = lessons.next_waiting()
                 {
                     batch.push(next);
@@ -355,7 +359,7 @@ impl FqdnManager {
             );
             self.finish(state, pending, Some(task), None, now, &mut lines);
         }
-        let late = |waiting: &mut Waiting| waiting.since.elapsed() > PATIENCE;
+        let late = |waiting: &mut Waiting| waiting.since.elapsed() > IDENTITY_TIMEOUT;
         for given_up in state.waiting.extract_if(.., late).collect::<Vec<_>>() {
             self.give_up(state, given_up);
         }

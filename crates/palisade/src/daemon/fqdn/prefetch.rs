@@ -27,17 +27,17 @@ use tracing::{debug, warn};
 use super::manager::FqdnManager;
 
 /// Questions under way at a time.
-const AT_ONCE: usize = 16;
+const MAX_CONCURRENT_QUERIES: usize = 16;
 /// A name is not asked for more often, whatever its time to live.
-const LEAST: Duration = Duration::from_secs(5);
+const MIN_REFRESH_INTERVAL: Duration = Duration::from_secs(5);
 /// And at least so often: a cache of a day does not notice a move.
-const MOST: Duration = Duration::from_secs(3_600);
+const MAX_REFRESH_INTERVAL: Duration = Duration::from_secs(3_600);
 /// A name that could not be resolved is asked for again after this, then after twice as long, and so on.
-const AGAIN: Duration = Duration::from_secs(5);
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 /// Up to this.
-const AGAIN_AT_MOST: Duration = Duration::from_secs(300);
+const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(300);
 /// The resolver gives up a question after so long.
-const PATIENCE: Duration = Duration::from_secs(3);
+const QUERY_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// What is to be resolved.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -129,18 +129,18 @@ async fn run(mut targets: watch::Receiver<Targets>, names: &Weak<FqdnManager>) {
                 let due = plans.iter_mut().filter(|(name, plan)| {
                     !plan.asking && plan.due <= now && wanted.names.contains_key(*name)
                 });
-                for (name, plan) in due.take(AT_ONCE.saturating_sub(asking.len())) {
+                for (name, plan) in due.take(MAX_CONCURRENT_QUERIES.saturating_sub(asking.len())) {
                     plan.asking = true;
                     asking.spawn(ask(resolver.clone(), name.clone()));
                 }
             }
-            let next = if asking.len() < AT_ONCE && resolver.is_some() {
+            let next = if asking.len() < MAX_CONCURRENT_QUERIES && resolver.is_some() {
                 let waiting = plans.values().filter(|plan| !plan.asking);
                 waiting.map(|plan| plan.due).min()
             } else {
                 None
             };
-            let next = next.unwrap_or(now + MOST);
+            let next = next.unwrap_or(now + MAX_REFRESH_INTERVAL);
             tokio::select! {
                 changed = targets.changed() => {
                     if changed.is_err() {
@@ -177,7 +177,7 @@ fn resolver_of(servers: &[SocketAddr]) -> Option<TokioResolver> {
     // Every question is asked: what has to be refreshed must not be answered from here.
     options.cache_size = 0;
     options.use_hosts_file = ResolveHosts::Never;
-    options.timeout = PATIENCE;
+    options.timeout = QUERY_TIMEOUT;
     match builder.build() {
         Ok(resolver) => Some(resolver),
         Err(problem) => {
@@ -242,13 +242,16 @@ fn learned(names: &FqdnManager, wanted: &Targets, plans: &mut BTreeMap<String, P
     };
     plan.asking = false;
     let Some(ttl) = asked.answers.iter().filter_map(|answer| answer.ttl).min() else {
-        let again = AGAIN.saturating_mul(1 << plan.failures.min(8)).min(AGAIN_AT_MOST);
+        let again = RETRY_INTERVAL
+            .saturating_mul(1 << plan.failures.min(8))
+            .min(MAX_RETRY_INTERVAL);
         plan.failures += 1;
         plan.due = Instant::now() + again;
         return;
     };
     plan.failures = 0;
-    plan.due = Instant::now() + Duration::from_secs(ttl.into()).clamp(LEAST, MOST);
+    plan.due =
+        Instant::now() + Duration::from_secs(ttl.into()).clamp(MIN_REFRESH_INTERVAL, MAX_REFRESH_INTERVAL);
     let Some(endpoints) = wanted.names.get(&asked.name) else {
         return;
     };
