@@ -540,6 +540,89 @@ fn the_table_is_written_again_and_goes_with_detach_and_no_other_is_touched() {
     assert_eq!(tables(&other.node), "");
 }
 
+#[test]
+fn the_forward_hook_exists_only_while_an_interface_is_unguarded() {
+    let mut topology = topology();
+    let mut daemon = daemon(&topology, &[]);
+    let (node, inside) = (topology.node.clone(), topology.ns("client").clone());
+    let is_hooked = |table: &str| table.contains("hook forward");
+    let wait_hook = |daemon: &Daemon, wanted: bool, when: &str| {
+        wait_table(daemon, &node, when, |table| {
+            !table.is_empty() && is_hooked(table) == wanted
+        });
+    };
+    wait_hook(&daemon, false, "all interfaces are guarded");
+    topology.unplug("client").expect("unplug");
+    wait_hook(&daemon, true, "a configured interface is missing");
+    topology.plug("client").expect("plug");
+    wait_hook(&daemon, false, "the interface is guarded again");
+    node.ip(&format!(
+        "link add extra0 type veth peer name extra1 netns {}\n\
+         addr add 10.9.0.1/24 dev extra0\naddr add fd09::1/64 dev extra0 nodad\nlink set extra0 up",
+        topology.internet.name()
+    ))
+    .expect("link");
+    topology
+        .internet
+        .ip("addr add 10.9.0.2/24 dev extra1\naddr add fd09::2/64 dev extra1 nodad\nlink set extra1 up")
+        .expect("link");
+    wait_hook(&daemon, true, "an interface is not configured");
+
+    // Neither end of this path has programs once the workload's interface is made again without a daemon.
+    let targets = ["10.9.0.2", "fd09::2"].map(|to| to.parse::<IpAddr>().expect("address"));
+    let sinks = targets.map(|to| Sink::open(&topology.internet, to, 9));
+    let arrives = |what: &str| {
+        for (sink, to) in sinks.iter().zip(targets) {
+            wait_until(what, PATIENCE, || {
+                send(&inside, SocketAddr::new(to, 9), "datagram");
+                !sink.rest().is_empty()
+            })
+            .unwrap_or_else(|error| panic!("{to}: {error:#}\n{}", table(&node)));
+        }
+    };
+    topology.meet().expect("the workload reaches the node");
+    arrives("a guarded interface forwards to one that is not configured");
+    daemon.terminate().expect("an orderly end");
+    assert!(is_hooked(&table(&node)), "{}", table(&node));
+    topology.unplug("client").expect("unplug");
+    topology.plug("client").expect("plug");
+    // The table drops neighbour solicitations that a workload sends from its own address by an unguarded interface.
+    let veth = topology.get("client").interface.clone();
+    let link = node
+        .run("ip", &["-brief", "link", "show", "dev", &veth])
+        .expect("link");
+    let mac = link.split_whitespace().nth(2).expect("MAC address");
+    let gateway = topology.get("client").gateway(Family::V6);
+    inside
+        .ip(&format!(
+            "neigh replace {gateway} lladdr {mac} dev {INNER} nud permanent"
+        ))
+        .expect("neighbour");
+    for to in targets {
+        inside.enter(|| {
+            let socket = UdpSocket::bind((any(to), 0)).expect("socket");
+            for _ in 0..20 {
+                // The node may answer that sending is prohibited.
+                let _ = socket.send_to(b"datagram", (to, 9));
+            }
+        });
+    }
+    for sink in &sinks {
+        assert_eq!(sink.rest(), [""; 0], "{}", table(&node));
+    }
+    // Without the rules of this hook the same datagrams arrive: nothing else has stopped them.
+    node.nft("flush chain inet palisade forward").expect("flush");
+    arrives("the forward chain is empty");
+
+    daemon.restart().expect("restart");
+    wait_hook(&daemon, true, "an interface is not configured, after a restart");
+    node.ip("link del extra0").expect("delete");
+    wait_hook(&daemon, false, "all interfaces are guarded, after a restart");
+    // The daemon cannot know which interfaces are made while it does not run.
+    daemon.terminate().expect("an orderly end");
+    assert!(is_hooked(&table(&node)), "{}", table(&node));
+}
+
 /// Becomes another program, for which the kernel has no netlink for netfilter (seccomp(2): EPROTONOSUPPORT for
 /// socket(AF_NETLINK, ..., NETLINK_NETFILTER)).
 const WITHOUT_NETFILTER: &str = r#"
