@@ -10,6 +10,8 @@ mod config;
 mod control;
 mod daemon;
 mod table;
+mod text;
+mod trusted_path;
 
 use std::process::ExitCode;
 

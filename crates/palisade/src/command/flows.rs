@@ -9,7 +9,7 @@ use std::{
 use anyhow::bail;
 use palisade_flowlog::{FilterBuilder, Timestamp, format};
 
-use super::EXIT_OK;
+use super::output::EXIT_OK;
 use crate::{
     cli::{ObserveArgs, Output},
     control::{

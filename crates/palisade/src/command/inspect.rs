@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::bail;
 
-use super::show;
+use super::output::{EXIT_OK, show};
 use crate::{
     cli::{Output, PolicyOutput},
     control::{
@@ -50,7 +50,7 @@ pub fn policies(socket: &Path, name: Option<&str>, output: PolicyOutput) -> anyh
                 let separator = if at == 0 { "" } else { "---\n" };
                 writeln!(out, "{separator}{}", text.trim_end_matches('\n'))?;
             }
-            return Ok(super::EXIT_OK);
+            return Ok(EXIT_OK);
         }
     };
     show(&answer, output, |policies, out| {
@@ -162,7 +162,7 @@ pub fn clean_names(
     };
     let cleaned: u64 = ask(socket, &request)?;
     println!("{cleaned} addresses were forgotten");
-    Ok(super::EXIT_OK)
+    Ok(EXIT_OK)
 }
 
 pub fn endpoints(socket: &Path, output: Output) -> anyhow::Result<u8> {

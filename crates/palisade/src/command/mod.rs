@@ -2,6 +2,7 @@
 
 mod flows;
 mod inspect;
+mod output;
 mod policy;
 mod service;
 
@@ -13,26 +14,18 @@ use std::{
 };
 
 use anyhow::bail;
-use serde::Serialize;
 
 use crate::{
     cli::{
         BpfCommand, BpfCtCommand, BpfIpcacheCommand, BpfPolicyCommand, Cli, Command, EndpointCommand,
-        FqdnCacheCommand, FqdnCommand, IdentityCommand, Output, PolicyCommand,
+        FqdnCacheCommand, FqdnCommand, IdentityCommand, PolicyCommand,
     },
-    config::{self, Config, ConfigError},
+    config::{self, Config},
     control::client::ClientError,
     daemon,
+    text::{chain, count},
 };
-
-/// Done.
-pub const EXIT_OK: u8 = 0;
-/// The answer is no.
-pub const EXIT_NO: u8 = 1;
-/// The daemon cannot be asked.
-pub const EXIT_NO_DAEMON: u8 = 3;
-/// Something else failed.
-pub const EXIT_FAILED: u8 = 4;
+use output::{EXIT_FAILED, EXIT_NO, EXIT_NO_DAEMON, EXIT_OK, load_config};
 
 /// Does what the command line says.
 pub fn execute(cli: Cli) -> ExitCode {
@@ -55,23 +48,6 @@ pub fn execute(cli: Cli) -> ExitCode {
         }
     });
     ExitCode::from(code)
-}
-
-/// An error with its causes, without those that it tells already.
-pub fn chain(error: &anyhow::Error) -> String {
-    let mut text = error.to_string();
-    for cause in error.chain().skip(1) {
-        let cause = cause.to_string();
-        if !text.ends_with(&cause) {
-            text = format!("{text}: {cause}");
-        }
-    }
-    text
-}
-
-/// `1 policy`, `2 policies`.
-pub fn count(number: usize, one: &str, more: &str) -> String {
-    format!("{number} {}", if number == 1 { one } else { more })
 }
 
 fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
@@ -173,22 +149,11 @@ fn socket(cli: &Cli) -> anyhow::Result<PathBuf> {
     Ok(Config::node_path(&text, "socket").unwrap_or_else(|| config::DEFAULT_SOCKET.into()))
 }
 
-/// The configuration; if it is wrong, every error is printed and nothing is answered.
-fn load_config(path: &Path) -> Option<Config> {
-    Config::load(path).map_err(|errors| print_errors(&errors)).ok()
-}
-
-fn print_errors(errors: &[ConfigError]) {
-    for error in errors {
-        eprintln!("{error}");
-    }
-}
-
 fn check_config(path: &Path) -> anyhow::Result<u8> {
     let Some(config) = load_config(path) else {
         return Ok(EXIT_NO);
     };
-    let (refused, warnings) = daemon::check_places(&config);
+    let (refused, warnings) = daemon::check_dirs(&config);
     for warning in warnings {
         eprintln!("{}: warning: {warning}", path.display());
     }
@@ -206,22 +171,5 @@ fn check_config(path: &Path) -> anyhow::Result<u8> {
         count(config.endpoints.len(), "endpoint", "endpoints"),
         count(config.peers.len(), "peer", "peers")
     )?;
-    Ok(EXIT_OK)
-}
-
-/// An answer as JSON, or as `table` writes it for people.
-fn show<T: Serialize>(
-    answer: &T,
-    output: Output,
-    table: impl FnOnce(&T, &mut dyn io::Write) -> io::Result<()>,
-) -> anyhow::Result<u8> {
-    let mut out = io::stdout().lock();
-    match output {
-        Output::Json => {
-            serde_json::to_writer_pretty(&mut out, answer)?;
-            writeln!(out)?;
-        }
-        Output::Table => table(answer, &mut out)?,
-    }
     Ok(EXIT_OK)
 }

@@ -17,7 +17,7 @@ use palisade_policy::{
     rule::{Location, Policy},
 };
 
-use super::{EXIT_NO, EXIT_OK, load_config, show};
+use super::output::{EXIT_NO, EXIT_OK, load_config, show};
 use crate::{
     cli::{Output, TraceArgs},
     control::{

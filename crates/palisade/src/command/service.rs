@@ -17,7 +17,10 @@ use tracing_subscriber::{
     Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
 };
 
-use super::{EXIT_FAILED, EXIT_NO, EXIT_OK, count, inspect::endpoint_table, load_config, show};
+use super::{
+    inspect::endpoint_table,
+    output::{EXIT_FAILED, EXIT_NO, EXIT_OK, load_config, show},
+};
 use crate::{
     cli::Output,
     config::{Config, DEFAULT_PIN_DIR},
@@ -27,6 +30,7 @@ use crate::{
     },
     daemon,
     table::Table,
+    text::count,
 };
 
 /// With more policy files than that only those are listed of which there is something to say.
@@ -226,7 +230,7 @@ fn daemon_ended(socket: &Path) -> anyhow::Result<u8> {
 
 fn detach_without_daemon(config: &crate::config::Config) -> anyhow::Result<u8> {
     // Held until the end, so that no daemon starts in the middle of it.
-    let _places = daemon::take_for_detaching(&config.node)?;
+    let _dirs = daemon::take_for_detaching(&config.node)?;
     let pins = &config.node.pin_dir;
     let table = daemon::NetfilterTable::new(config)
         .remove()

@@ -30,7 +30,7 @@ use nix::{
 };
 use tracing::{debug, warn};
 
-use crate::daemon::{lock_file, socket_dir};
+use crate::trusted_path::{lock_file, socket_dir};
 
 use super::{
     MAX_REQUEST,

@@ -51,12 +51,12 @@ use super::{
     workers::Workers,
 };
 use crate::{
-    command::{chain, count},
     config::{Config, Dns, WithoutPolicies, with_option},
     control::{
         api::{InterfaceStatus, PolicyFileState, Request, Status},
         server,
     },
+    text::{chain, count},
 };
 
 /// Whether everything is still attached is looked at so often.
@@ -627,7 +627,7 @@ impl Control {
         }
     }
 
-    /// FqdnManager of the endpoints that are judged by another policy than before.
+    /// Names of the endpoints that are judged by another policy than before.
     fn touched(&self, before: &BTreeMap<u16, EndpointState>) -> String {
         const MAX_NAMES_SHOWN: usize = 20;
         let now = &self.enforcer.compiler.snapshot().endpoints;

@@ -448,7 +448,7 @@ impl Enforcer {
         policy
     }
 
-    /// FqdnManager that policies give in full, with the endpoints that they are given for.
+    /// Names that policies give in full, with the endpoints that they are given for.
     pub fn full_names(&self) -> BTreeMap<String, BTreeSet<EndpointId>> {
         let mut names: BTreeMap<String, BTreeSet<EndpointId>> = BTreeMap::new();
         for (endpoint, list) in &self.compiler.snapshot().fqdn {
@@ -462,7 +462,7 @@ impl Enforcer {
     }
 }
 
-/// FqdnManager of endpoints by number.
+/// Names of endpoints by number.
 pub fn endpoint_names(world: &World) -> BTreeMap<EndpointId, String> {
     let endpoints = world.endpoints.iter();
     endpoints

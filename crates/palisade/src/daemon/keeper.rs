@@ -18,9 +18,9 @@ use tracing::{error, info};
 use super::{
     checked_file,
     files::{sync_dir, write_atomic},
-    policies::policy_file_names,
-    private_dirs,
+    watcher::policy_file_names,
 };
+use crate::trusted_path::private_dir;
 
 /// Between two attempts to write what could not be written.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
@@ -181,8 +181,7 @@ impl Writing {
         }
         if !self.dir.exists() {
             // It could not be made at the start, or was removed.
-            private_dirs::private_dir(&self.dir, "[node] state_dir")
-                .map_err(|refusal| refusal.to_string())?;
+            private_dir(&self.dir, "[node] state_dir").map_err(|refusal| refusal.to_string())?;
         }
         let mut outcome = Ok(());
         let mut note = |path: &Path, result: io::Result<()>| {

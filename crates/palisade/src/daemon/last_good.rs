@@ -6,8 +6,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{checked_file, keeper::CONFIG, private_dirs::private_dir};
-use crate::config::{Config, DEFAULT_STATE_DIR};
+use super::{checked_file, keeper::CONFIG};
+use crate::{
+    config::{Config, DEFAULT_STATE_DIR},
+    trusted_path::private_dir,
+};
 
 /// Says of which file a copy is.
 const COPY_PREFIX: &str = "# last good content of ";

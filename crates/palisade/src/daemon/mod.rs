@@ -39,9 +39,9 @@ pub use netfilter::Place as NetfilterTable;
 use network::Network;
 use palisade_policy::{compile::Compiler, diagnostic::Diagnostic};
 use policies::Offers;
-pub use policies::policy_file_names;
-pub use private_dirs::{check as check_places, lock_file, socket_dir, take_for_detaching};
+pub use private_dirs::{check as check_dirs, take_for_detaching};
 use state::State;
+pub use watcher::policy_file_names;
 
 use crate::{
     config::Config,

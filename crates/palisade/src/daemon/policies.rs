@@ -18,7 +18,7 @@ use tracing::{error, info, warn};
 use super::{
     checked_file,
     keeper::{POLICIES, PolicyTexts},
-    watcher::{Changes, is_policy_file},
+    watcher::{Changes, policy_file_names},
 };
 use crate::control::api::{PolicyFile, PolicyFileState};
 
@@ -572,19 +572,6 @@ fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
         return Err(io::Error::other(format!("larger than {} MiB", MAX_FILE >> 20)));
     }
     fs::read(path)
-}
-
-/// FqdnManager of the policy files of a folder.
-pub fn policy_file_names(dir: &Path) -> io::Result<BTreeSet<String>> {
-    let mut names = BTreeSet::new();
-    for entry in fs::read_dir(dir)? {
-        if let Ok(name) = entry?.file_name().into_string()
-            && is_policy_file(&name)
-        {
-            names.insert(name);
-        }
-    }
-    Ok(names)
 }
 
 #[cfg(test)]

@@ -24,7 +24,7 @@ pub struct View {
     pub node: Arc<str>,
     /// What the maps hold.
     pub snapshot: Snapshot,
-    /// FqdnManager of interfaces by index.
+    /// Names of interfaces by index.
     pub interfaces: BTreeMap<u32, Arc<str>>,
     /// What endpoints have learned.
     pub learned: Option<Arc<FqdnManager>>,
@@ -128,7 +128,7 @@ impl Shared {
     }
 }
 
-/// FqdnManager for the numbers in events, remembered while the view is the same.
+/// Names for the numbers in events, remembered while the view is the same.
 pub struct EventNames {
     view: Arc<View>,
     labels: Mutex<HashMap<Identity, Arc<[Arc<str>]>>>,

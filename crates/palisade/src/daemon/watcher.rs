@@ -30,6 +30,19 @@ pub fn is_policy_file(name: &str) -> bool {
     !hidden && matches!(extension, Some("yaml" | "yml" | "json"))
 }
 
+/// Returns the names of the policy files of a folder.
+pub fn policy_file_names(dir: &Path) -> io::Result<BTreeSet<String>> {
+    let mut names = BTreeSet::new();
+    for entry in fs::read_dir(dir)? {
+        if let Ok(name) = entry?.file_name().into_string()
+            && is_policy_file(&name)
+        {
+            names.insert(name);
+        }
+    }
+    Ok(names)
+}
+
 /// What changed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {

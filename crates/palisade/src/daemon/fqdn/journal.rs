@@ -36,7 +36,7 @@ const MAX_QUEUED_WRITES: usize = 1_024;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Line {
-    /// FqdnManager of endpoints by number: a number may have become another's since.
+    /// Names of endpoints by number: a number may have become another's since.
     Endpoints(BTreeMap<u16, String>),
     /// A name, and when that was, ms since 1970.
     Name(u64, SavedName),
@@ -45,11 +45,11 @@ enum Line {
 /// What was found on the disk.
 #[derive(Debug, Default)]
 pub struct Found {
-    /// FqdnManager, with how many milliseconds ago they were written. In their order.
+    /// Names, with how many milliseconds ago they were written. In their order.
     pub names: Vec<(SavedName, u64)>,
     /// Lines that could not be read.
     pub broken: usize,
-    /// FqdnManager of endpoints that are not the same any more.
+    /// Names of endpoints that are not the same any more.
     pub sni_mismatches: usize,
 }
 

@@ -130,7 +130,7 @@ impl fmt::Debug for FqdnManager {
 
 /// What is behind the lock.
 pub struct State {
-    /// FqdnManager, addresses, and what of them is in the map.
+    /// Names, addresses, and what of them is in the map.
     pub learned_map: LearnedMap,
     /// By the policy in force.
     pub view: View,
@@ -138,7 +138,7 @@ pub struct State {
     selectors: BTreeMap<EndpointId, Arc<Selectors>>,
     /// Selectors that a deny rule of the endpoint has.
     denied: HashSet<(EndpointId, SelectorId)>,
-    /// FqdnManager of endpoints by number.
+    /// Names of endpoints by number.
     endpoints: BTreeMap<EndpointId, String>,
     waiting: Vec<Waiting>,
     rejudge: BTreeSet<EndpointId>,

@@ -1,4 +1,4 @@
-//! FqdnManager that policies give in full, resolved ahead: a client that answers itself from a cache of its own asks
+//! Names that policies give in full, resolved ahead: a client that answers itself from a cache of its own asks
 //! nothing that could be learned from. The questions are the node's own.
 
 use std::{
@@ -42,7 +42,7 @@ const QUERY_TIMEOUT: Duration = Duration::from_secs(3);
 /// What is to be resolved.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Targets {
-    /// FqdnManager, and for whom.
+    /// Names, and for whom.
     pub names: BTreeMap<String, BTreeSet<EndpointId>>,
     /// Whom to ask.
     pub servers: Vec<SocketAddr>,

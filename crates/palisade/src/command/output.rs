@@ -1,0 +1,50 @@
+//! Exit codes, and how commands print answers and configuration errors.
+
+use std::{
+    io::{self, Write as _},
+    path::Path,
+};
+
+use serde::Serialize;
+
+use crate::{
+    cli::Output,
+    config::{Config, ConfigError},
+};
+
+/// The command is done, or the answer is yes.
+pub const EXIT_OK: u8 = 0;
+/// The answer is no.
+pub const EXIT_NO: u8 = 1;
+/// The daemon does not answer.
+pub const EXIT_NO_DAEMON: u8 = 3;
+/// Any other failure.
+pub const EXIT_FAILED: u8 = 4;
+
+/// Returns the configuration; `None`, after printing every error, if it is wrong.
+pub fn load_config(path: &Path) -> Option<Config> {
+    Config::load(path).map_err(|errors| print_errors(&errors)).ok()
+}
+
+fn print_errors(errors: &[ConfigError]) {
+    for error in errors {
+        eprintln!("{error}");
+    }
+}
+
+/// Prints an answer as JSON, or as `table` writes it. Returns [`EXIT_OK`].
+pub fn show<T: Serialize>(
+    answer: &T,
+    output: Output,
+    table: impl FnOnce(&T, &mut dyn io::Write) -> io::Result<()>,
+) -> anyhow::Result<u8> {
+    let mut out = io::stdout().lock();
+    match output {
+        Output::Json => {
+            serde_json::to_writer_pretty(&mut out, answer)?;
+            writeln!(out)?;
+        }
+        Output::Table => table(answer, &mut out)?,
+    }
+    Ok(EXIT_OK)
+}

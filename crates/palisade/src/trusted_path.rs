@@ -1,0 +1,411 @@
+//! Paths whose entries no user but root can exchange, and locks on them. A user that can rename an entry of a directory on
+//! the way to a file decides what the daemon finds there: an unprivileged user that made the pin directory first could
+//! unlink the pins that hold the programs at their interfaces.
+
+use std::{
+    collections::VecDeque,
+    ffi::{OsStr, OsString},
+    fmt,
+    fs::{self, DirBuilder, File, Metadata, OpenOptions, Permissions},
+    io,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    path::{Component, Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg, OFlag},
+    unistd::geteuid,
+};
+
+/// A daemon that was just told to end may hold its locks for a moment still.
+const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
+/// Links that are followed on the way to a directory, as the kernel does (path_resolution(7): 40).
+const MAX_LINKS: usize = 40;
+/// Directories below each other that are looked into. The deepest that a daemon makes is two below.
+const MAX_DEPTH: usize = 8;
+
+/// Why a directory is not used.
+#[derive(Debug)]
+pub enum UnsafePath {
+    /// Another user than root could change what is in it.
+    Untrusted(String),
+    /// It is not there and cannot be made, or cannot be read.
+    Failed(String),
+}
+
+impl fmt::Display for UnsafePath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Self::Untrusted(text) | Self::Failed(text)) = self;
+        f.write_str(text)
+    }
+}
+
+impl std::error::Error for UnsafePath {}
+
+/// Makes a directory that only root can read or write, or finds it so: mode 0700 from it downwards, everything in it
+/// root's, and no directory on the way to it that another user could exchange. Returns its path without links.
+///
+/// # Errors
+/// See [`UnsafePath`]. `setting` is what the message says to change.
+pub fn private_dir(path: &Path, setting: &str) -> Result<PathBuf, UnsafePath> {
+    let found = walk(path)?;
+    if !found.missing.as_os_str().is_empty() {
+        let whole = found.there.join(&found.missing);
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&whole)
+            .map_err(|error| failed(&whole, &error))?;
+        // With the way looked at once more: the directory may have been made by another at the same time.
+        let again = walk(&whole)?;
+        return private(again.there, setting);
+    }
+    private(found.there, setting)
+}
+
+fn private(dir: PathBuf, setting: &str) -> Result<PathBuf, UnsafePath> {
+    let metadata = fs::symlink_metadata(&dir).map_err(|error| failed(&dir, &error))?;
+    if !metadata.is_dir() {
+        return Err(UnsafePath::Failed(format!(
+            "{} is not a directory",
+            dir.display()
+        )));
+    }
+    if !is_own(&metadata) {
+        return Err(UnsafePath::Untrusted(format!(
+            "{} belongs to user {}, who could remove or exchange what Palisade keeps there: remove it, or set \
+             {setting} to a directory of root",
+            dir.display(),
+            metadata.uid()
+        )));
+    }
+    tighten(&dir, &metadata)?;
+    look_into(&dir, setting, 0)?;
+    Ok(dir)
+}
+
+/// Takes the rights of others away. What others made before that is found by [`look_into`] afterwards.
+fn tighten(dir: &Path, metadata: &Metadata) -> Result<(), UnsafePath> {
+    if metadata.mode() & 0o077 == 0 {
+        return Ok(());
+    }
+    match fs::set_permissions(dir, Permissions::from_mode(0o700)) {
+        Ok(()) => Ok(()),
+        // Not writable by others: it stays as it is on a file system that is read-only.
+        Err(_) if metadata.mode() & 0o022 == 0 => Ok(()),
+        Err(error) => Err(failed(dir, &error)),
+    }
+}
+
+/// Everything in the directory must be root's.
+fn look_into(dir: &Path, setting: &str, depth: usize) -> Result<(), UnsafePath> {
+    if depth > MAX_DEPTH {
+        return Err(UnsafePath::Untrusted(format!(
+            "{}: directories in directories, which Palisade does not make: remove it, or set another {setting}",
+            dir.display()
+        )));
+    }
+    for entry in fs::read_dir(dir).map_err(|error| failed(dir, &error))? {
+        let path = entry.map_err(|error| failed(dir, &error))?.path();
+        let metadata = match fs::symlink_metadata(&path) {
+            Ok(metadata) => metadata,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(failed(&path, &error)),
+        };
+        if !is_own(&metadata) {
+            return Err(UnsafePath::Untrusted(format!(
+                "{} belongs to user {}, not to root: remove it, or set another {setting}",
+                path.display(),
+                metadata.uid()
+            )));
+        }
+        if metadata.is_dir() {
+            tighten(&path, &metadata)?;
+            look_into(&path, setting, depth + 1)?;
+        } else if metadata.is_file() && metadata.mode() & 0o022 != 0 {
+            return Err(UnsafePath::Untrusted(format!(
+                "{} can be written by other users than root (mode {:04o}): remove it, or set another {setting}",
+                path.display(),
+                metadata.mode() & 0o7777
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The directory that is to hold the socket: made if it is missing, open to be passed through by others.
+///
+/// # Errors
+/// See [`UnsafePath`].
+pub fn socket_dir(dir: &Path) -> Result<PathBuf, UnsafePath> {
+    let found = walk(dir)?;
+    let whole = found.there.join(&found.missing);
+    if !found.missing.as_os_str().is_empty() {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(&whole)
+            .map_err(|error| failed(&whole, &error))?;
+    }
+    let metadata = fs::symlink_metadata(&whole).map_err(|error| failed(&whole, &error))?;
+    on_the_way(&whole, &metadata)?;
+    Ok(whole)
+}
+
+/// How far a path leads.
+#[derive(Debug)]
+pub struct Found {
+    /// What is there of it, without links.
+    pub there: PathBuf,
+    /// What is not.
+    pub missing: PathBuf,
+}
+
+/// Follows a path as the kernel does, and fails if a user other than root could exchange a directory or a link on the
+/// way. What the path names itself is only looked up.
+pub fn walk(path: &Path) -> Result<Found, UnsafePath> {
+    let mut here = PathBuf::from("/");
+    let mut rest: VecDeque<OsString> = parts(path).collect();
+    let mut links = 0;
+    loop {
+        let Some(next) = rest.pop_front() else {
+            return Ok(Found {
+                there: here,
+                missing: PathBuf::new(),
+            });
+        };
+        let metadata = fs::symlink_metadata(&here).map_err(|error| failed(&here, &error))?;
+        on_the_way(&here, &metadata)?;
+        if next == ".." {
+            here.pop();
+            continue;
+        }
+        let path = here.join(&next);
+        match fs::symlink_metadata(&path) {
+            Ok(metadata) if metadata.is_symlink() => {
+                links += 1;
+                if links > MAX_LINKS {
+                    return Err(failed(&path, &Errno::ELOOP.into()));
+                }
+                if !is_own(&metadata) {
+                    return Err(UnsafePath::Untrusted(format!(
+                        "{}: a link of user {}, who can point it elsewhere: remove it",
+                        path.display(),
+                        metadata.uid()
+                    )));
+                }
+                let target = fs::read_link(&path).map_err(|error| failed(&path, &error))?;
+                if target.is_absolute() {
+                    here = PathBuf::from("/");
+                }
+                parts(&target)
+                    .collect::<Vec<_>>()
+                    .into_iter()
+                    .rev()
+                    .for_each(|part| rest.push_front(part));
+            }
+            Ok(_) => here = path,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Found {
+                    there: here,
+                    missing: std::iter::once(next).chain(rest).collect(),
+                });
+            }
+            Err(error) => return Err(failed(&path, &error)),
+        }
+    }
+}
+
+fn parts(path: &Path) -> impl Iterator<Item = OsString> + '_ {
+    path.components().filter_map(|component| match component {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some(OsStr::new("..").to_owned()),
+        Component::RootDir | Component::CurDir | Component::Prefix(_) => None,
+    })
+}
+
+/// A directory whose entries another user could exchange leads nowhere safe. In a directory with the sticky bit only
+/// the owner of an entry, or of the directory, may rename or remove it (unlink(2): EPERM).
+fn on_the_way(dir: &Path, metadata: &Metadata) -> Result<(), UnsafePath> {
+    let (mode, sticky) = (metadata.mode(), metadata.mode() & 0o1000 != 0);
+    if !is_own(metadata) {
+        return Err(UnsafePath::Untrusted(format!(
+            "{} belongs to user {}, who could exchange what is in it: a directory of root is needed",
+            dir.display(),
+            metadata.uid()
+        )));
+    }
+    let by_group = mode & 0o020 != 0 && metadata.gid() != 0;
+    if !sticky && (by_group || mode & 0o002 != 0) {
+        return Err(UnsafePath::Untrusted(format!(
+            "{} can be written by other users than root (mode {:04o}): they could exchange what is in it; \
+             `chmod go-w {}`",
+            dir.display(),
+            mode & 0o7777,
+            dir.display()
+        )));
+    }
+    Ok(())
+}
+
+/// Whether a file is root's, or the user's that this process runs as.
+pub fn is_own(metadata: &Metadata) -> bool {
+    metadata.uid() == 0 || metadata.uid() == geteuid().as_raw()
+}
+
+fn failed(path: &Path, error: &io::Error) -> UnsafePath {
+    let fix = match error.kind() {
+        io::ErrorKind::ReadOnlyFilesystem => "; `mount -o remount,rw` makes its file system writable",
+        io::ErrorKind::StorageFull => "; its file system is full",
+        _ => "",
+    };
+    UnsafePath::Failed(format!("{}: {error}{fix}", path.display()))
+}
+
+/// Locks a directory. The lock is of the directory itself, so it needs no file, which a full or read-only file system
+/// could not have, and which bpffs never has.
+pub fn lock_dir(path: &Path, setting: &str) -> anyhow::Result<Flock<File>> {
+    loop {
+        let dir = OpenOptions::new()
+            .read(true)
+            .custom_flags(OFlag::O_DIRECTORY.bits())
+            .open(path)
+            .with_context(|| path.display().to_string())?;
+        let lock = lock_file(dir, path, &format!("[node] {setting}"))?;
+        let locked = lock.metadata().map(|metadata| (metadata.dev(), metadata.ino()));
+        let named = fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino()));
+        match (locked, named) {
+            (Ok(locked), Ok(named)) if locked == named => return Ok(lock),
+            // The daemon that ended in this moment has removed it (`palisade stop --detach`).
+            _ => DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(path)
+                .with_context(|| path.display().to_string())?,
+        }
+    }
+}
+
+/// Locks a file that is open, waiting for a moment if another daemon is just ending.
+pub fn lock_file(mut file: File, path: &Path, setting: &str) -> anyhow::Result<Flock<File>> {
+    let until = Instant::now() + LOCK_TIMEOUT;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((same, Errno::EWOULDBLOCK)) if Instant::now() < until => {
+                file = same;
+                thread::sleep(Duration::from_millis(10));
+            }
+            Err((_, Errno::EWOULDBLOCK)) => bail!(
+                "{}: another palisade daemon uses it; end that one with `palisade stop`, or give this one another \
+                 {setting}",
+                path.display()
+            ),
+            Err((_, error)) => {
+                return Err(io::Error::from(error)).with_context(|| path.display().to_string());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{chown, symlink};
+
+    use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().mode() & 0o7777
+    }
+
+    fn refused(path: &Path) -> String {
+        match private_dir(path, "[node] state_dir").unwrap_err() {
+            UnsafePath::Untrusted(text) => text,
+            UnsafePath::Failed(text) => panic!("{text}"),
+        }
+    }
+
+    #[test]
+    fn a_directory_is_made_for_root_only_with_those_above_it() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("a/b");
+        assert_eq!(private_dir(&dir, "x").unwrap(), fs::canonicalize(&dir).unwrap());
+        assert_eq!((mode(&dir), mode(&root.path().join("a"))), (0o700, 0o700));
+    }
+
+    #[test]
+    fn rights_of_others_are_taken_away_from_a_directory_and_from_those_below_it() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("state");
+        fs::create_dir_all(dir.join("policies")).unwrap();
+        for open in [&dir, &dir.join("policies")] {
+            fs::set_permissions(open, Permissions::from_mode(0o777)).unwrap();
+        }
+        private_dir(&dir, "x").unwrap();
+        assert_eq!((mode(&dir), mode(&dir.join("policies"))), (0o700, 0o700));
+    }
+
+    #[test]
+    fn what_another_user_owns_or_can_write_is_refused_wherever_it_is() {
+        if !geteuid().is_root() {
+            return;
+        }
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("state");
+        fs::create_dir_all(dir.join("below")).unwrap();
+        let file = dir.join("below/file");
+        fs::write(&file, "x").unwrap();
+        private_dir(&dir, "x").unwrap();
+        for path in [&dir, &dir.join("below"), &file, &root.path().to_owned()] {
+            chown(path, Some(4711), None).unwrap();
+            let text = refused(&dir);
+            assert!(
+                text.contains("user 4711") && text.contains(&*path.to_string_lossy()),
+                "{text}"
+            );
+            chown(path, Some(0), None).unwrap();
+        }
+        fs::set_permissions(&file, Permissions::from_mode(0o666)).unwrap();
+        assert!(refused(&dir).contains("0666"));
+        fs::remove_file(&file).unwrap();
+        // On the way: only with the sticky bit is a directory that others write a safe one.
+        fs::set_permissions(root.path(), Permissions::from_mode(0o777)).unwrap();
+        assert!(refused(&dir).contains("0777"));
+        fs::set_permissions(root.path(), Permissions::from_mode(0o1777)).unwrap();
+        private_dir(&dir, "x").unwrap();
+    }
+
+    #[test]
+    fn links_are_followed_if_they_are_root_s_and_refused_if_another_can_point_them_elsewhere() {
+        let root = tempfile::tempdir().unwrap();
+        let (real, link) = (root.path().join("real"), root.path().join("link"));
+        fs::create_dir(&real).unwrap();
+        symlink("real", &link).unwrap();
+        let found = private_dir(&link.join("state"), "x").unwrap();
+        assert_eq!(found, fs::canonicalize(&real).unwrap().join("state"));
+        symlink(root.path().join("loop"), root.path().join("loop")).unwrap();
+        assert!(private_dir(&root.path().join("loop/x"), "x").is_err());
+        if geteuid().is_root() {
+            std::os::unix::fs::lchown(&link, Some(4711), None).unwrap();
+            assert!(refused(&link.join("state")).contains("a link of user 4711"));
+            assert!(refused(&link).contains("a link of user 4711"));
+        }
+    }
+
+    #[test]
+    fn there_is_one_daemon_for_a_directory() {
+        let root = tempfile::tempdir().unwrap();
+        let first = lock_dir(root.path(), "state_dir").unwrap();
+        let error = lock_dir(root.path(), "state_dir").unwrap_err().to_string();
+        assert!(
+            error.contains("another palisade daemon") && error.contains("state_dir"),
+            "{error}"
+        );
+        drop(first);
+        lock_dir(root.path(), "state_dir").unwrap();
+    }
+}
