@@ -1,17 +1,18 @@
-//! The entry point of the crate: one [`Engine`] for each worker.
+//! Entry point of the crate: one [`Engine`] for each worker.
 //!
-//! [`Engine::packet`] dispatches a packet to the reader of its rule set: DNS datagrams to `dns`, TCP to the connection
-//! tables of `dns::stream`, `http` and `tls`, fragments to `fragments` first.
+//! [`Engine::packet`] dispatches a packet by form, inspector and protocol: fragments to `fragments` first, DNS datagrams to
+//! `dns`, TCP to the connection tables of `dns::stream`, `http` and `tls`.
 
 use std::sync::Arc;
 
 use palisade_abi::{Inspector, Reason, protocol, punt_flags};
 use palisade_fqdn::SniAddressIndex;
-use palisade_packet::flags;
+use palisade_packet::{Packet, flags};
 
 use crate::{
     CommitResult, DnsLimits, DnsStats, FragmentLimits, FragmentStats, HttpLimits, HttpStats, Millis,
     PacketView, Rules, Sink, TlsLimits, TlsStats,
+    context::Cx,
     dns::{Dns, stream::Streams},
     fragments::Reassembler,
     frames::{Frames, Spare},
@@ -21,279 +22,294 @@ use crate::{
     tls::Tls,
 };
 
-/// What an engine may hold. Of one worker.
+const DNS: u8 = Inspector::Dns as u8;
+const HTTP: u8 = Inspector::Http as u8;
+const TLS: u8 = Inspector::Tls as u8;
+
+/// Limits of an engine. There is one engine for each worker.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Limits {
-    /// DNS.
+    /// Limits of DNS inspection.
     pub dns: DnsLimits,
-    /// HTTP.
+    /// Limits of HTTP inspection.
     pub http: HttpLimits,
-    /// TLS.
+    /// Limits of TLS inspection.
     pub tls: TlsLimits,
-    /// Fragmented datagrams.
+    /// Limits of fragment reassembly.
     pub fragments: FragmentLimits,
 }
 
-/// What has happened so far.
+/// Counters of an engine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Stats {
-    /// DNS.
+    /// Counters of DNS inspection.
     pub dns: DnsStats,
-    /// HTTP.
+    /// Counters of HTTP inspection.
     pub http: HttpStats,
-    /// TLS.
+    /// Counters of TLS inspection.
     pub tls: TlsStats,
-    /// Fragmented datagrams.
+    /// Counters of fragment reassembly.
     pub fragments: FragmentStats,
-    /// Packets of a protocol that no reader takes.
+    /// Packets for which there is no inspector.
     pub unsupported: u64,
 }
 
-/// Reads what a worker is given, and decides. One for each worker.
+/// Form of a packet, by which it is dispatched.
+#[derive(Clone, Copy)]
+enum Form {
+    Whole,
+    Fragment,
+    IcmpError,
+}
+
+impl Form {
+    fn of(packet: &Packet) -> Self {
+        if packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER) {
+            Self::Fragment
+        } else if packet.is(flags::ICMP_ERROR) {
+            Self::IcmpError
+        } else {
+            Self::Whole
+        }
+    }
+}
+
+/// Inspects the packets of one worker.
 pub struct Engine<F> {
     rules: Arc<Rules>,
+    spare: Spare<F>,
+    inspectors: InspectorSet<F>,
+}
+
+/// The inspectors of an engine, apart from what a [`Cx`] borrows.
+struct InspectorSet<F> {
     dns: Dns<F>,
     streams: Streams<F>,
     http: Http<F>,
     tls: Tls<F>,
     fragments: Reassembler<F>,
-    spare: Spare<F>,
     unsupported: u64,
 }
 
 impl<F> Engine<F> {
-    /// Knows no rules yet.
+    /// Returns an engine without rules.
     #[must_use]
     pub fn new(limits: &Limits) -> Self {
         Self {
             rules: Arc::default(),
-            dns: Dns::new(&limits.dns),
-            streams: Streams::new(&limits.dns.tcp),
-            http: Http::new(&limits.http),
-            tls: Tls::new(&limits.tls),
-            fragments: Reassembler::new(&limits.fragments),
             spare: Spare::new(),
-            unsupported: 0,
+            inspectors: InspectorSet {
+                dns: Dns::new(&limits.dns),
+                streams: Streams::new(&limits.dns.tcp),
+                http: Http::new(&limits.http),
+                tls: Tls::new(&limits.tls),
+                fragments: Reassembler::new(&limits.fragments),
+                unsupported: 0,
+            },
         }
     }
 
-    /// From now on these rules hold. To be called before a packet can name a set that is new in them.
+    /// Replaces the rules. Must be called before a packet names a rule set that is new in them.
     pub fn set_rules(&mut self, rules: Arc<Rules>) {
         self.rules = rules;
     }
 
-    /// From now on, who connects by a server name that a rule allows must have learned the address by that name.
+    /// Requires from now on that a TLS client has learned the address by the server name that it sends.
     pub fn verify_server_names(&mut self, known: Arc<SniAddressIndex>) {
-        self.tls.verify(known);
+        self.inspectors.tls.verify(known);
     }
 
-    /// Whether a set of rules is known.
+    /// Returns whether a rule set is known.
     #[must_use]
     pub fn knows(&self, ruleset: u32) -> bool {
         self.rules.knows(ruleset)
     }
 
-    /// A packet to be read for one slot. Its handle comes back to the sink: now, or later from any other call.
+    /// Returns the context of a call, and the inspectors.
+    fn parts<'a, S>(&'a mut self, now: Millis, sink: &'a mut S) -> (Cx<'a, F, S>, &'a mut InspectorSet<F>) {
+        let cx = Cx {
+            now,
+            rules: &self.rules,
+            spare: &mut self.spare,
+            sink,
+        };
+        (cx, &mut self.inspectors)
+    }
+
+    /// Inspects a packet for one punt request. The sink gets the frame's handle back in this call or in a later one.
     pub fn packet(&mut self, now: Millis, view: &PacketView<'_>, frame: F, sink: &mut impl Sink<F>) {
-        if view.packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER) {
-            self.fragment(now, view, frame, sink);
-            return;
-        }
-        if view.packet.is(flags::ICMP_ERROR) {
-            self.error(now, view, frame, sink);
-            return;
-        }
-        let is_dns = view.slot.inspector == Inspector::Dns as u8;
-        if is_dns && view.packet.protocol == protocol::TCP {
-            self.streams.segment(
-                now,
-                view,
-                frame,
-                &mut self.dns,
-                &self.rules,
-                &mut self.spare,
-                sink,
-            );
-            return;
-        }
-        if view.slot.inspector == Inspector::Http as u8 && view.packet.protocol == protocol::TCP {
-            self.http.packet(now, view, frame, &self.rules, sink);
-            return;
-        }
-        if view.slot.inspector == Inspector::Tls as u8 && view.packet.protocol == protocol::TCP {
-            self.tls.packet(now, view, frame, &self.rules, sink);
-            return;
-        }
-        if !is_dns || view.packet.protocol != protocol::UDP {
-            self.unsupported += 1;
-            refuse(
-                view,
-                Frames::One(frame),
-                Reason::AppUnsupported,
-                &mut self.spare,
-                sink,
-            );
-            return;
-        }
-        let Some(message) = datagram_payload(view) else {
-            refuse(
-                view,
-                Frames::One(frame),
-                Reason::AppMalformed,
-                &mut self.spare,
-                sink,
-            );
-            return;
-        };
-        let frames = Frames::One(frame);
-        self.dns
-            .datagram(now, view, message, frames, &self.rules, &mut self.spare, sink);
+        let (mut cx, inspectors) = self.parts(now, sink);
+        inspectors.packet(view, frame, &mut cx);
     }
 
-    /// An ICMP error. The programs punt those about TCP connections only.
-    fn error(&mut self, now: Millis, view: &PacketView<'_>, frame: F, sink: &mut impl Sink<F>) {
-        const DNS: u8 = Inspector::Dns as u8;
-        const HTTP: u8 = Inspector::Http as u8;
-        const TLS: u8 = Inspector::Tls as u8;
-        let Some(quoted) = QuotedSegment::read(view) else {
-            self.unsupported += 1;
-            sink.discard(frame, Reason::UnrelatedIcmp);
-            return;
-        };
-        match view.slot.inspector {
-            DNS => self.streams.error(now, view, &quoted, frame, sink),
-            HTTP => self.http.error(now, view, &quoted, frame, sink),
-            TLS => self.tls.error(now, view, &quoted, frame, sink),
-            _ => {
-                self.unsupported += 1;
-                sink.discard(frame, Reason::AppUnsupported);
-            }
-        }
+    /// Handles the result of a commit request.
+    pub fn committed(&mut self, now: Millis, result: CommitResult, sink: &mut impl Sink<F>) {
+        let (mut cx, inspectors) = self.parts(now, sink);
+        inspectors.dns.committed(result, &mut cx);
+        inspectors.streams.resolve(&mut inspectors.dns, &mut cx);
     }
 
-    /// A fragment: once its datagram is complete, that is read like one that came in one piece.
-    fn fragment(&mut self, now: Millis, view: &PacketView<'_>, frame: F, sink: &mut impl Sink<F>) {
-        let mut whole = match self.fragments.take(now, view, frame, &mut self.spare, sink) {
-            Ok(Some(whole)) => whole,
-            Ok(None) => return,
-            Err((frame, reason)) => {
-                refuse(view, Frames::One(frame), reason, &mut self.spare, sink);
-                return;
-            }
-        };
-        // the frame gives the link header; everything else is what the first fragment says
-        let view = PacketView {
-            slot: &whole.slot,
-            packet: &whole.packet,
-            ..*view
-        };
-        let frames = Frames::Many(std::mem::take(&mut whole.frames));
-        if view.slot.inspector != Inspector::Dns as u8 || view.packet.protocol != protocol::UDP {
-            self.unsupported += 1;
-            refuse(&view, frames, Reason::AppUnsupported, &mut self.spare, sink);
-        } else {
-            match whole.message() {
-                Ok(message) => {
-                    self.dns
-                        .datagram(now, &view, message, frames, &self.rules, &mut self.spare, sink);
-                }
-                Err(reason) => refuse(&view, frames, reason, &mut self.spare, sink),
-            }
-        }
-        self.fragments.recycle(whole);
-    }
-
-    /// What became of an answer that was to be learned.
-    pub fn committed(&mut self, now: Millis, learned: CommitResult, sink: &mut impl Sink<F>) {
-        self.dns.committed(now, learned, &mut self.spare, sink);
-        self.streams.resolve(now, &mut self.dns, &mut self.spare, sink);
-    }
-
-    /// Lets go what has waited too long. To be called when [`Engine::deadline`] has come; at any time, too.
+    /// Handles the timeouts that are due. Must be called at [`Engine::deadline`], and may be called at any time.
     pub fn tick(&mut self, now: Millis, sink: &mut impl Sink<F>) {
-        self.dns.tick(now, &mut self.spare, sink);
-        self.streams.tick(now, &mut self.dns, &mut self.spare, sink);
-        self.http.tick(now, sink);
-        self.tls.tick(now, sink);
-        self.fragments.tick(now, &mut self.spare, sink);
+        let (mut cx, inspectors) = self.parts(now, sink);
+        let cx = &mut cx;
+        inspectors.dns.tick(cx);
+        inspectors.streams.tick(&mut inspectors.dns, cx);
+        inspectors.http.tick(cx);
+        inspectors.tls.tick(cx);
+        inspectors.fragments.tick(cx);
     }
 
-    /// When [`Engine::tick`] has something to do, if nothing happens before.
+    /// Returns the time of the next timeout, ms.
     #[must_use]
     pub fn deadline(&self) -> Option<Millis> {
+        let inspectors = &self.inspectors;
         [
-            self.dns.deadline(),
-            self.streams.deadline(),
-            self.http.deadline(),
-            self.tls.deadline(),
-            self.fragments.deadline(),
+            inspectors.dns.deadline(),
+            inspectors.streams.deadline(),
+            inspectors.http.deadline(),
+            inspectors.tls.deadline(),
+            inspectors.fragments.deadline(),
         ]
         .into_iter()
         .flatten()
         .min()
     }
 
-    /// Drops what is held of an endpoint that is no more, and forgets its questions.
+    /// Drops the held packets of an endpoint that was removed, and its open questions.
     pub fn forget_endpoint(&mut self, endpoint: u16, sink: &mut impl Sink<F>) {
-        self.dns.forget(Some(endpoint), &mut self.spare, sink);
-        self.streams.forget(Some(endpoint), &mut self.dns, sink);
-        self.http.forget(Some(endpoint), sink);
-        self.tls.forget(Some(endpoint), sink);
-        self.fragments.forget(Some(endpoint), &mut self.spare, sink);
+        self.forget(Some(endpoint), sink);
     }
 
-    /// Drops everything that is held: the worker ends.
+    /// Drops all held packets, because the worker ends.
     pub fn drain(&mut self, sink: &mut impl Sink<F>) {
-        self.dns.forget(None, &mut self.spare, sink);
-        self.streams.forget(None, &mut self.dns, sink);
-        self.http.forget(None, sink);
-        self.tls.forget(None, sink);
-        self.fragments.forget(None, &mut self.spare, sink);
+        self.forget(None, sink);
     }
 
-    /// What has happened so far.
+    fn forget(&mut self, endpoint: Option<u16>, sink: &mut impl Sink<F>) {
+        // No timer starts here, so the time is of no account.
+        let (mut cx, inspectors) = self.parts(0, sink);
+        let cx = &mut cx;
+        inspectors.dns.forget(endpoint, cx);
+        inspectors.streams.forget(endpoint, &mut inspectors.dns, cx);
+        inspectors.http.forget(endpoint, cx);
+        inspectors.tls.forget(endpoint, cx);
+        inspectors.fragments.forget(endpoint, cx);
+    }
+
+    /// Returns the counters.
     #[must_use]
     pub fn stats(&self) -> Stats {
+        let inspectors = &self.inspectors;
         Stats {
             dns: DnsStats {
-                tcp: self.streams.stats(),
-                ..self.dns.stats()
+                tcp: inspectors.streams.stats(),
+                ..inspectors.dns.stats()
             },
-            http: self.http.stats(),
-            tls: self.tls.stats(),
-            fragments: self.fragments.stats(),
-            unsupported: self.unsupported,
+            http: inspectors.http.stats(),
+            tls: inspectors.tls.stats(),
+            fragments: inspectors.fragments.stats(),
+            unsupported: inspectors.unsupported,
         }
     }
 }
 
-/// What a UDP datagram carries, by its own length.
+impl<F> InspectorSet<F> {
+    /// Dispatches a packet.
+    fn packet<S: Sink<F>>(&mut self, view: &PacketView<'_>, frame: F, cx: &mut Cx<'_, F, S>) {
+        match (Form::of(view.packet), view.slot.inspector, view.packet.protocol) {
+            (Form::Fragment, _, _) => self.fragment(view, frame, cx),
+            (Form::IcmpError, _, _) => self.error(view, frame, cx),
+            (Form::Whole, DNS, protocol::UDP) => self.datagram(view, frame, cx),
+            (Form::Whole, DNS, protocol::TCP) => self.streams.segment(view, frame, &mut self.dns, cx),
+            (Form::Whole, HTTP, protocol::TCP) => self.http.packet(view, frame, cx),
+            (Form::Whole, TLS, protocol::TCP) => self.tls.packet(view, frame, cx),
+            (Form::Whole, _, _) => {
+                self.unsupported += 1;
+                refuse(view, Frames::One(frame), Reason::AppUnsupported, cx);
+            }
+        }
+    }
+
+    /// Inspects a DNS datagram in one packet.
+    fn datagram<S: Sink<F>>(&mut self, view: &PacketView<'_>, frame: F, cx: &mut Cx<'_, F, S>) {
+        let frames = Frames::One(frame);
+        match datagram_payload(view) {
+            Some(message) => self.dns.datagram(view, message, frames, cx),
+            None => refuse(view, frames, Reason::AppMalformed, cx),
+        }
+    }
+
+    /// Handles an ICMP error. The BPF programs punt errors about TCP connections only.
+    fn error<S: Sink<F>>(&mut self, view: &PacketView<'_>, frame: F, cx: &mut Cx<'_, F, S>) {
+        let Some(quoted) = QuotedSegment::read(view) else {
+            self.unsupported += 1;
+            cx.sink.discard(frame, Reason::UnrelatedIcmp);
+            return;
+        };
+        match view.slot.inspector {
+            DNS => self.streams.error(view, &quoted, frame, cx),
+            HTTP => self.http.error(view, &quoted, frame, cx),
+            TLS => self.tls.error(view, &quoted, frame, cx),
+            _ => {
+                self.unsupported += 1;
+                cx.sink.discard(frame, Reason::AppUnsupported);
+            }
+        }
+    }
+
+    /// Handles a fragment. Once all fragments of its datagram have arrived, the datagram is inspected.
+    fn fragment<S: Sink<F>>(&mut self, view: &PacketView<'_>, frame: F, cx: &mut Cx<'_, F, S>) {
+        let mut whole = match self.fragments.take(view, frame, cx) {
+            Ok(Some(whole)) => whole,
+            Ok(None) => return,
+            Err((frame, reason)) => {
+                refuse(view, Frames::One(frame), reason, cx);
+                return;
+            }
+        };
+        // The link header is that of the last fragment, everything else that of the first one.
+        let view = PacketView {
+            slot: &whole.slot,
+            packet: &whole.packet,
+            ..*view
+        };
+        let frames = Frames::Many(std::mem::take(&mut whole.frames));
+        match (view.slot.inspector, view.packet.protocol, whole.message()) {
+            (DNS, protocol::UDP, Ok(message)) => self.dns.datagram(&view, message, frames, cx),
+            (DNS, protocol::UDP, Err(reason)) => refuse(&view, frames, reason, cx),
+            _ => {
+                self.unsupported += 1;
+                refuse(&view, frames, Reason::AppUnsupported, cx);
+            }
+        }
+        self.fragments.recycle(whole);
+    }
+}
+
+/// Returns the payload of a UDP datagram, by its length field.
 fn datagram_payload<'a>(view: &PacketView<'a>) -> Option<&'a [u8]> {
     let datagram = view.frame.get(view.transport..)?;
     let length = usize::from(u16::from_be_bytes(*datagram.get(4..6)?.first_chunk()?));
     datagram.get(8..length)
 }
 
-/// Refuses a packet that cannot be read; audit mode lets it pass.
-fn refuse<F>(
-    view: &PacketView<'_>,
-    frames: Frames<F>,
-    reason: Reason,
-    spare: &mut Spare<F>,
-    sink: &mut impl Sink<F>,
-) {
-    let audit = view.slot.flags & punt_flags::AUDIT != 0;
-    let what = What::Unreadable {
-        detail: reason.text(),
-    };
-    sink.record(&Record {
-        verdict: if audit { Verdict::Audit } else { Verdict::Dropped },
+/// Records and drops a packet that cannot be inspected. Audit mode forwards it.
+fn refuse<F, S: Sink<F>>(view: &PacketView<'_>, frames: Frames<F>, reason: Reason, cx: &mut Cx<'_, F, S>) {
+    let is_audit = view.slot.flags & punt_flags::AUDIT != 0;
+    let detail = reason.text();
+    cx.sink.record(&Record {
+        verdict: if is_audit {
+            Verdict::Audit
+        } else {
+            Verdict::Dropped
+        },
         reason,
-        ..Record::of(view, what)
+        ..Record::of(view, What::Unreadable { detail })
     });
-    if audit {
-        frames.release(spare, sink);
+    if is_audit {
+        frames.release(cx.spare, cx.sink);
     } else {
-        frames.discard(reason, spare, sink);
+        frames.discard(reason, cx.spare, cx.sink);
     }
 }

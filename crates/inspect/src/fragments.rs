@@ -11,6 +11,7 @@ use palisade_packet::{Packet, flags};
 
 use crate::{
     Millis, PacketView, Sink,
+    context::Cx,
     expiry_queue::ExpiryQueue,
     frames::Spare,
     packet_builder::Sum,
@@ -213,13 +214,11 @@ impl<F> Reassembler<F> {
     ///
     /// # Errors
     /// Gives the fragment back with the reason why it must not pass.
-    pub(crate) fn take(
+    pub(crate) fn take<S: Sink<F>>(
         &mut self,
-        now: Millis,
         view: &PacketView<'_>,
         frame: F,
-        spare: &mut Spare<F>,
-        sink: &mut impl Sink<F>,
+        cx: &mut Cx<'_, F, S>,
     ) -> Result<Option<Whole<F>>, (F, Reason)> {
         self.stats.fragments += 1;
         let Some(position) = position(view) else {
@@ -240,7 +239,7 @@ impl<F> Reassembler<F> {
         };
         let number = match self.numbers.get(&key) {
             Some(&number) => number,
-            None => match self.begin(now, view, key, spare) {
+            None => match self.begin(cx.now, view, key, cx.spare) {
                 Some(number) => number,
                 None => {
                     self.stats.limited += 1;
@@ -267,7 +266,7 @@ impl<F> Reassembler<F> {
             Ok(Added::Again) => {
                 self.stats.duplicates += 1;
                 // the first of the two is held, so this one is not missed
-                sink.discard(frame, Reason::InvalidFragment);
+                cx.sink.discard(frame, Reason::InvalidFragment);
                 return Ok(None);
             }
             Err(reason) => {
@@ -276,7 +275,7 @@ impl<F> Reassembler<F> {
                 } else {
                     self.stats.contradicting += 1;
                 }
-                self.spoil(number, reason, spare, sink);
+                self.spoil(number, reason, cx);
                 return Err((frame, reason));
             }
         }
@@ -373,7 +372,7 @@ impl<F> Reassembler<F> {
     }
 
     /// Nothing of a datagram may pass, whatever comes of it.
-    fn spoil(&mut self, number: u64, reason: Reason, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
+    fn spoil<S: Sink<F>>(&mut self, number: u64, reason: Reason, cx: &mut Cx<'_, F, S>) {
         let Some(datagram) = self.datagrams.get_mut(number) else {
             return;
         };
@@ -384,27 +383,27 @@ impl<F> Reassembler<F> {
         self.bytes -= buffers.bytes.len();
         self.fragments -= frames.len();
         self.recycle_buffers(buffers);
-        let_go(frames, audit, reason, spare, sink);
+        let_go(frames, audit, reason, cx);
     }
 
     /// What has not come by now is not waited for.
-    pub(crate) fn tick(&mut self, now: Millis, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
-        let Some(limit) = now.checked_sub(self.limits.timeout) else {
+    pub(crate) fn tick<S: Sink<F>>(&mut self, cx: &mut Cx<'_, F, S>) {
+        let Some(limit) = cx.now.checked_sub(self.limits.timeout) else {
             return;
         };
         while let Some(datagram) = self.datagrams.pop_since(limit) {
-            self.give_up(datagram, spare, sink);
+            self.give_up(datagram, cx);
         }
     }
 
-    fn give_up(&mut self, datagram: Datagram<F>, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
+    fn give_up<S: Sink<F>>(&mut self, datagram: Datagram<F>, cx: &mut Cx<'_, F, S>) {
         self.forget_key(&datagram);
         if datagram.broken.is_some() {
             return;
         }
         self.stats.incomplete += 1;
         let reason = Reason::FragmentsIncomplete;
-        sink.record(&Record {
+        cx.sink.record(&Record {
             verdict: if datagram.audit {
                 Verdict::Audit
             } else {
@@ -414,7 +413,7 @@ impl<F> Reassembler<F> {
             ..datagram.record
         });
         self.recycle_buffers(datagram.buffers);
-        let_go(datagram.frames, datagram.audit, reason, spare, sink);
+        let_go(datagram.frames, datagram.audit, reason, cx);
     }
 
     pub(crate) fn deadline(&self) -> Option<Millis> {
@@ -424,26 +423,27 @@ impl<F> Reassembler<F> {
     }
 
     /// Drops what is held of an endpoint, or of all.
-    pub(crate) fn forget(&mut self, endpoint: Option<u16>, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
+    pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, cx: &mut Cx<'_, F, S>) {
         while let Some(mut datagram) = self
             .datagrams
             .pop_if(|datagram| endpoint.is_none_or(|endpoint| datagram.key.endpoint == endpoint))
         {
             datagram.audit = false;
-            self.give_up(datagram, spare, sink);
+            self.give_up(datagram, cx);
         }
     }
 }
 
-fn let_go<F>(mut frames: Vec<F>, audit: bool, reason: Reason, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
+/// Drops the fragments of a datagram, or forwards them in audit mode.
+fn let_go<F, S: Sink<F>>(mut frames: Vec<F>, audit: bool, reason: Reason, cx: &mut Cx<'_, F, S>) {
     for frame in frames.drain(..) {
         if audit {
-            sink.release(frame);
+            cx.sink.release(frame);
         } else {
-            sink.discard(frame, reason);
+            cx.sink.discard(frame, reason);
         }
     }
-    spare.give(frames);
+    cx.spare.give(frames);
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

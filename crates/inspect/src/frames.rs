@@ -43,11 +43,11 @@ impl<F> Frames<F> {
         }
     }
 
-    pub(crate) fn release(self, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
+    pub(crate) fn release<S: Sink<F>>(self, spare: &mut Spare<F>, sink: &mut S) {
         self.each(spare, |frame| sink.release(frame));
     }
 
-    pub(crate) fn discard(self, reason: Reason, spare: &mut Spare<F>, sink: &mut impl Sink<F>) {
+    pub(crate) fn discard<S: Sink<F>>(self, reason: Reason, spare: &mut Spare<F>, sink: &mut S) {
         self.each(spare, |frame| sink.discard(frame, reason));
     }
 }

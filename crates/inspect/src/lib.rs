@@ -12,6 +12,7 @@
 #![warn(unreachable_pub)]
 
 pub mod commit;
+mod context;
 mod dns;
 mod engine;
 mod expiry_queue;

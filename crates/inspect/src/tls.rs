@@ -11,6 +11,7 @@ use palisade_protocols::tls::{
 
 use crate::{
     Millis, PacketView, Rules, Sink,
+    context::Cx,
     record::{About, Record, Text, Verdict, What},
     rules::TlsRules,
     tcp::{
@@ -127,7 +128,6 @@ pub(crate) struct Tls<F> {
 /// Reads one connection for the time of a call.
 struct TlsStream<'a> {
     flow: &'a mut Flow,
-    rules: &'a Rules,
     names: Option<&'a SniAddressIndex>,
     stats: &'a mut TlsStats,
     ech: Ech,
@@ -155,14 +155,7 @@ impl<F> Tls<F> {
         }
     }
 
-    pub(crate) fn packet<S: Sink<F>>(
-        &mut self,
-        now: Millis,
-        view: &PacketView<'_>,
-        frame: F,
-        rules: &Rules,
-        sink: &mut S,
-    ) {
+    pub(crate) fn packet<S: Sink<F>>(&mut self, view: &PacketView<'_>, frame: F, cx: &mut Cx<'_, F, S>) {
         let Self {
             ech,
             names,
@@ -171,43 +164,41 @@ impl<F> Tls<F> {
         } = self;
         let (ech, names) = (*ech, names.as_deref());
         connections.packet(
-            now,
             view,
             frame,
             Flow::default,
-            |flow| TlsStream::new(flow, view, rules, names, ech, stats),
-            |judged, sink| match judged {
-                Some(judged) => recall(judged, view, rules, ech, sink),
-                // It went on unread because of audit mode.
+            |flow| TlsStream::new(flow, view, names, ech, stats),
+            |judged, cx| match judged {
+                Some(judged) => recall(judged, view, ech, cx),
+                // Audit mode has offloaded the connection before a hello was judged.
                 None if is_audit(view.slot) => Ok(()),
                 None => Err(Reason::TcpMidstream),
             },
-            sink,
+            cx,
         );
     }
 
-    /// An ICMP error about a connection.
+    /// Handles an ICMP error about a connection.
     pub(crate) fn error<S: Sink<F>>(
         &mut self,
-        now: Millis,
         view: &PacketView<'_>,
         quoted: &QuotedSegment,
         frame: F,
-        sink: &mut S,
+        cx: &mut Cx<'_, F, S>,
     ) {
-        self.connections.error(now, view, quoted, frame, sink);
+        self.connections.error(view, quoted, frame, cx);
     }
 
-    pub(crate) fn tick<S: Sink<F>>(&mut self, now: Millis, sink: &mut S) {
-        self.connections.tick(now, sink);
+    pub(crate) fn tick<S: Sink<F>>(&mut self, cx: &mut Cx<'_, F, S>) {
+        self.connections.tick(cx);
     }
 
     pub(crate) fn deadline(&self) -> Option<Millis> {
         self.connections.deadline()
     }
 
-    pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, sink: &mut S) {
-        self.connections.forget(endpoint, sink);
+    pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, cx: &mut Cx<'_, F, S>) {
+        self.connections.forget(endpoint, cx);
     }
 }
 
@@ -240,20 +231,19 @@ pub(crate) fn judge_name(name: &ServerName, rules: &TlsRules, known: bool) -> Re
 fn recall<F, S: Sink<F>>(
     judged: &mut Judged,
     view: &PacketView<'_>,
-    rules: &Rules,
     ech: Ech,
-    sink: &mut S,
+    cx: &mut Cx<'_, F, S>,
 ) -> Result<(), Reason> {
     let audit = is_audit(view.slot);
     if (judged.ruleset, judged.audit) == (view.slot.ruleset, audit) {
         return Ok(());
     }
     (judged.ruleset, judged.audit) = (view.slot.ruleset, audit);
-    let Err(reason) = judge(&judged.hello, rules, view.slot.ruleset, ech, judged.known) else {
+    let Err(reason) = judge(&judged.hello, cx.rules, view.slot.ruleset, ech, judged.known) else {
         return Ok(());
     };
     let about = About::of(view);
-    sink.record(&Record {
+    cx.sink.record(&Record {
         verdict: if audit { Verdict::Audit } else { Verdict::Dropped },
         reason,
         ..Record::about(
@@ -282,10 +272,10 @@ fn what(hello: &ClientHello) -> What {
 }
 
 impl<F> StreamInspector<F> for TlsStream<'_> {
-    fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Action {
+    fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, cx: &mut Cx<'_, F, S>) -> Action {
         match side {
-            Side::Client => self.client(bytes, end, sink),
-            Side::Server => self.server(bytes, sink),
+            Side::Client => self.client(bytes, end, cx),
+            Side::Server => self.server(bytes, cx),
         }
     }
 }
@@ -294,7 +284,6 @@ impl<'a> TlsStream<'a> {
     fn new(
         flow: &'a mut Flow,
         view: &PacketView<'a>,
-        rules: &'a Rules,
         names: Option<&'a SniAddressIndex>,
         ech: Ech,
         stats: &'a mut TlsStats,
@@ -304,7 +293,6 @@ impl<'a> TlsStream<'a> {
         }
         Self {
             flow,
-            rules,
             names,
             stats,
             ech,
@@ -312,7 +300,7 @@ impl<'a> TlsStream<'a> {
         }
     }
 
-    fn client<F, S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Action {
+    fn client<F, S: Sink<F>>(&mut self, bytes: &[u8], end: bool, cx: &mut Cx<'_, F, S>) -> Action {
         if bytes.is_empty() {
             return Action::Forward(0);
         }
@@ -320,14 +308,14 @@ impl<'a> TlsStream<'a> {
         match self.flow.client.next(&mut input) {
             Ok(ClientStep::More) if end => {
                 // The half-closed rest of a connection that needs no hello any more holds nobody up.
-                self.refuse(Reason::AppMalformed, "the end within a hello or a record", sink)
+                self.refuse(Reason::AppMalformed, "the end within a hello or a record", cx)
             }
             Ok(ClientStep::More) => {
                 self.flow.fed = bytes.len();
                 Action::NeedMore
             }
             Ok(ClientStep::Other) => self.pass(bytes, input),
-            Ok(ClientStep::Hello(hello)) => match self.judge(hello, sink) {
+            Ok(ClientStep::Hello(hello)) => match self.judge(hello, cx) {
                 Ok(()) => {
                     self.flow.begun = true;
                     self.pass(bytes, input)
@@ -336,7 +324,7 @@ impl<'a> TlsStream<'a> {
             },
             Err(refusal) => {
                 self.stats.malformed[refusal as usize] += 1;
-                self.refuse(Reason::AppMalformed, refusal.text(), sink)
+                self.refuse(Reason::AppMalformed, refusal.text(), cx)
             }
         }
     }
@@ -347,11 +335,11 @@ impl<'a> TlsStream<'a> {
         Action::Forward(bytes.len() - rest.len())
     }
 
-    fn judge<F, S: Sink<F>>(&mut self, hello: Box<ClientHello>, sink: &mut S) -> Result<(), Action> {
+    fn judge<F, S: Sink<F>>(&mut self, hello: Box<ClientHello>, cx: &mut Cx<'_, F, S>) -> Result<(), Action> {
         self.stats.hellos += 1;
         let what = what(&hello);
         let known = self.is_known(&hello);
-        let verdict = judge(&hello, self.rules, self.slot.ruleset, self.ech, known);
+        let verdict = judge(&hello, cx.rules, self.slot.ruleset, self.ech, known);
         if verdict == Err(Reason::SniAddress) {
             self.stats.sni_mismatches += 1;
         }
@@ -370,14 +358,14 @@ impl<'a> TlsStream<'a> {
         });
         match (verdict, &self.flow.about) {
             (Ok(rule), Some(about)) => {
-                sink.record(&Record {
+                cx.sink.record(&Record {
                     rule,
                     ..Record::about(about, what)
                 });
                 Ok(())
             }
             (Ok(_), None) => Ok(()),
-            (Err(reason), _) => Err(self.deny(reason, what, sink)),
+            (Err(reason), _) => Err(self.deny(reason, what, cx)),
         }
     }
 
@@ -394,15 +382,20 @@ impl<'a> TlsStream<'a> {
             .is_none_or(|(endpoint, address)| names.has(endpoint, address, name))
     }
 
-    fn refuse<F, S: Sink<F>>(&mut self, reason: Reason, detail: &'static str, sink: &mut S) -> Action {
-        self.deny(reason, What::Unreadable { detail }, sink)
+    fn refuse<F, S: Sink<F>>(
+        &mut self,
+        reason: Reason,
+        detail: &'static str,
+        cx: &mut Cx<'_, F, S>,
+    ) -> Action {
+        self.deny(reason, What::Unreadable { detail }, cx)
     }
 
     /// Reports what is refused. Audit mode lets it go on; then nothing more needs reading.
-    fn deny<F, S: Sink<F>>(&mut self, reason: Reason, what: What, sink: &mut S) -> Action {
+    fn deny<F, S: Sink<F>>(&mut self, reason: Reason, what: What, cx: &mut Cx<'_, F, S>) -> Action {
         let audit = is_audit(self.slot);
         if let Some(about) = &self.flow.about {
-            sink.record(&Record {
+            cx.sink.record(&Record {
                 verdict: if audit { Verdict::Audit } else { Verdict::Dropped },
                 reason,
                 ..Record::about(about, what)
@@ -416,13 +409,13 @@ impl<'a> TlsStream<'a> {
         }
     }
 
-    fn server<F, S: Sink<F>>(&mut self, bytes: &[u8], sink: &mut S) -> Action {
+    fn server<F, S: Sink<F>>(&mut self, bytes: &[u8], cx: &mut Cx<'_, F, S>) -> Action {
         if bytes.is_empty() {
             return Action::Forward(0);
         }
         // A server speaks second (RFC 8446, 2).
         if !self.flow.begun {
-            return self.refuse(Reason::AppMalformed, ParseError::NotTls.text(), sink);
+            return self.refuse(Reason::AppMalformed, ParseError::NotTls.text(), cx);
         }
         let mut input = bytes;
         match self.flow.server.next(&mut input) {
@@ -432,7 +425,7 @@ impl<'a> TlsStream<'a> {
             Ok(ServerStep::Again | ServerStep::Refused) => Action::Forward(bytes.len() - input.len()),
             Err(refusal) => {
                 self.stats.malformed[refusal as usize] += 1;
-                self.refuse(Reason::AppMalformed, refusal.text(), sink)
+                self.refuse(Reason::AppMalformed, refusal.text(), cx)
             }
         }
     }

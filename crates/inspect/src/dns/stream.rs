@@ -1,9 +1,9 @@
-//! DNS over TCP (RFC 7766): a reader of connections. A query goes on when it is judged, an answer when it belongs to a
-//! question and what it teaches is committed. A query that is refused is answered on its connection, which ends with
-//! that; an answer that must not pass ends it at once.
+//! DNS over TCP (RFC 7766): the inspector of one connection. A query is forwarded once it is judged, an answer once it
+//! belongs to a question and its addresses are committed. A query that is denied gets a response, which ends the connection.
+//! An answer that is dropped resets the connection.
 //!
-//! Of a zone transfer (RFC 5936, RFC 1995) all messages go on: from the question on, whatever has its number. It is a
-//! copy for a secondary, not a lookup, and teaches nothing.
+//! All messages of a zone transfer (RFC 5936, RFC 1995) are forwarded: every message with the ID of the question, until the
+//! connection ends. A transfer is a copy for a secondary server, not a lookup, so its addresses are not learned.
 
 use std::collections::VecDeque;
 
@@ -11,12 +11,14 @@ use palisade_abi::{CtKey, Reason, punt_flags};
 use palisade_protocols::dns::{Head, Limits, ParseError, Query, Rcode, first_message, reply};
 
 use super::{
-    Dns, describe_query, is_audit,
+    Dns, is_audit,
+    query::is_allowed,
+    records,
     types::{AnswerVerdict, Place, QueryVerdict, Transfer, Waiting},
 };
 use crate::{
-    Millis, PacketView, Rules, Sink,
-    frames::Spare,
+    Millis, PacketView, Sink,
+    context::Cx,
     record::{Record, What},
     tcp::{
         Action, Connections, Offloadable, Side, StreamInspector, TcpLimits, TcpStats, key,
@@ -24,56 +26,57 @@ use crate::{
     },
 };
 
-/// Length in front of a message.
+/// Length of the length field in front of a message, bytes.
 const PREFIX: usize = 2;
-/// Bytes of answers made here after which queries behind are not answered any more.
+/// Number of bytes of responses beyond which further denied queries get none.
 const REPLIES: usize = 4096;
-/// Zone transfers of one connection that are remembered.
+/// Maximum number of zone transfers of one connection that are tracked.
 const TRANSFERS: usize = 16;
 
-/// What is kept of a connection. Places in a stream count from its first byte.
+/// State of a connection. Offsets count from the first byte of a stream.
 struct Flow {
     number: u64,
-    /// Another policy has its packets read too.
+    /// Whether a second policy inspects the same packets.
     is_shared: bool,
-    /// So far the client's messages may go.
+    /// Offset up to which the client's messages may be forwarded.
     asked: u64,
-    /// Ends of queries that may go and are not known to be on their way.
+    /// Ends of queries that may be forwarded and are not known to be.
     leaving: VecDeque<u64>,
-    /// How many have been on their way, and how many answers may go.
+    /// Number of queries that were forwarded.
     sent: u64,
+    /// Number of answers that may be forwarded.
     answered: u64,
-    /// From here on nothing of the client goes any further.
+    /// The first denied query and those behind it: nothing of the client is forwarded from there on.
     refused: Option<Refused>,
     transfers: Vec<Transfer>,
-    /// Position up to which the server's messages are forwarded.
+    /// Offset up to which the server's messages are forwarded.
     forwarded: u64,
-    /// Position of the first message that is not judged yet.
+    /// Offset of the first message that is not judged yet.
     judged: u64,
-    /// What is to come of a message of a transfer whose beginning may go.
+    /// Number of missing bytes of a transfer message whose beginning is forwarded.
     rest: usize,
-    /// Its messages between the two.
+    /// Messages between `forwarded` and `judged`.
     answers: VecDeque<Judged>,
-    /// It must not go on.
+    /// Reason for which the connection must be aborted.
     broken: Option<Reason>,
 }
 
-/// Queries that go no further.
+/// Denied queries.
 struct Refused {
-    /// Why the first does not.
+    /// Reason of the first one.
     reason: Reason,
-    /// Their answers.
+    /// The responses.
     replies: Vec<u8>,
-    /// How far they have been judged, from the beginning of the first.
+    /// Number of judged bytes, from the beginning of the first denied query.
     judged: usize,
 }
 
 /// An answer that was judged.
 struct Judged {
     end: u64,
-    /// It may go; else it waits to be committed.
+    /// Whether it may be forwarded. If not, it waits for its commit.
     passes: bool,
-    /// It answers a query.
+    /// Whether it is the first message that answers a query.
     closes: bool,
 }
 
@@ -96,14 +99,15 @@ impl Flow {
         }
     }
 
-    /// The transfer that a message belongs to. An ordinary question may have the number of one; its answer repeats it.
+    /// Returns the transfer to which a message belongs. An ordinary question may have the same ID; its answer repeats the
+    /// question, which tells them apart.
     fn transfer(&mut self, head: &Head) -> Option<&mut Transfer> {
         self.transfers.iter_mut().find(|transfer| {
             transfer.id == head.id && head.question.as_ref().is_none_or(|q| *q == transfer.question)
         })
     }
 
-    /// What became of an answer that waits.
+    /// Stores the verdict of a held answer.
     fn settle(&mut self, place: Place, passes: Result<(), Reason>) {
         if self.number != place.number {
             return;
@@ -119,27 +123,25 @@ impl Flow {
 }
 
 impl Offloadable for Flow {
-    /// It went on unread because of audit mode.
+    /// DNS connections are offloaded in audit mode only, so there is no verdict to keep.
     type OffloadVerdict = ();
     fn remember(&mut self) {}
 }
 
-/// The connections of one worker.
+/// The DNS connections of one worker.
 pub(crate) struct Streams<F> {
     connections: Connections<F, Flow>,
+    /// Number of the last connection.
     numbers: u64,
 }
 
-/// Reads one connection for the time of a call.
+/// Inspector of one connection for one call.
 struct DnsStream<'a, 'v, F> {
     flow: &'a mut Flow,
     dns: &'a mut Dns<F>,
-    spare: &'a mut Spare<F>,
     key: CtKey,
-    now: Millis,
-    /// The packet that has come, if it is one, and by what it is judged. Every message is judged when the packet that
-    /// completes it is here.
-    packet: Option<(&'a PacketView<'v>, &'a Rules)>,
+    /// The packet that has arrived, if the call is for one. A message is judged when the packet that completes it arrives.
+    packet: Option<&'a PacketView<'v>>,
 }
 
 impl<F> Streams<F> {
@@ -154,24 +156,16 @@ impl<F> Streams<F> {
         self.connections.stats()
     }
 
-    /// A segment.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the engine's parts, each borrowed for itself"
-    )]
+    /// Handles a segment.
     pub(crate) fn segment<S: Sink<F>>(
         &mut self,
-        now: Millis,
         view: &PacketView<'_>,
         frame: F,
         dns: &mut Dns<F>,
-        rules: &Rules,
-        spare: &mut Spare<F>,
-        sink: &mut S,
+        cx: &mut Cx<'_, F, S>,
     ) {
         let Self { connections, numbers } = self;
         connections.packet(
-            now,
             view,
             frame,
             || {
@@ -183,10 +177,8 @@ impl<F> Streams<F> {
                 DnsStream {
                     flow,
                     dns: &mut *dns,
-                    spare: &mut *spare,
                     key: key(view),
-                    now,
-                    packet: Some((view, rules)),
+                    packet: Some(view),
                 }
             },
             |(), _| {
@@ -196,84 +188,73 @@ impl<F> Streams<F> {
                     Err(Reason::TcpMidstream)
                 }
             },
-            sink,
+            cx,
         );
-        self.resolve(now, dns, spare, sink);
+        self.resolve(dns, cx);
     }
 
-    /// An ICMP error about a connection.
+    /// Handles an ICMP error about a connection.
     pub(crate) fn error<S: Sink<F>>(
         &mut self,
-        now: Millis,
         view: &PacketView<'_>,
         quoted: &QuotedSegment,
         frame: F,
-        sink: &mut S,
+        cx: &mut Cx<'_, F, S>,
     ) {
-        self.connections.error(now, view, quoted, frame, sink);
+        self.connections.error(view, quoted, frame, cx);
     }
 
-    /// Tells the connections what became of their answers.
-    pub(crate) fn resolve<S: Sink<F>>(
-        &mut self,
-        now: Millis,
-        dns: &mut Dns<F>,
-        spare: &mut Spare<F>,
-        sink: &mut S,
-    ) {
+    /// Hands the verdicts of held answers to their connections.
+    pub(crate) fn resolve<S: Sink<F>>(&mut self, dns: &mut Dns<F>, cx: &mut Cx<'_, F, S>) {
         while let Some(resolved) = dns.next_resolved() {
             let place = resolved.place;
             self.connections.resume(
-                now,
                 &place.key,
                 |flow| {
                     flow.settle(place, resolved.passes);
                     DnsStream {
                         flow,
                         dns: &mut *dns,
-                        spare: &mut *spare,
                         key: place.key,
-                        now,
                         packet: None,
                     }
                 },
-                sink,
+                cx,
             );
         }
     }
 
-    /// Does what is due.
-    pub(crate) fn tick<S: Sink<F>>(
-        &mut self,
-        now: Millis,
-        dns: &mut Dns<F>,
-        spare: &mut Spare<F>,
-        sink: &mut S,
-    ) {
-        self.resolve(now, dns, spare, sink);
-        self.connections.tick(now, sink);
+    /// Handles the timeouts that are due.
+    pub(crate) fn tick<S: Sink<F>>(&mut self, dns: &mut Dns<F>, cx: &mut Cx<'_, F, S>) {
+        self.resolve(dns, cx);
+        self.connections.tick(cx);
     }
 
     pub(crate) fn deadline(&self) -> Option<Millis> {
         self.connections.deadline()
     }
 
-    /// Drops what is held of an endpoint, or of all.
-    pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, dns: &mut Dns<F>, sink: &mut S) {
-        self.connections.forget(endpoint, sink);
-        // their connections are gone
+    /// Removes the connections of an endpoint, or all, and drops their held packets.
+    pub(crate) fn forget<S: Sink<F>>(
+        &mut self,
+        endpoint: Option<u16>,
+        dns: &mut Dns<F>,
+        cx: &mut Cx<'_, F, S>,
+    ) {
+        self.connections.forget(endpoint, cx);
+        // These verdicts belong to connections that were removed.
         while dns.next_resolved().is_some() {}
     }
 }
 
 impl<F> StreamInspector<F> for DnsStream<'_, '_, F> {
-    fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Action {
+    fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, cx: &mut Cx<'_, F, S>) -> Action {
         if let Some(reason) = self.flow.broken {
             return Action::Abort(reason);
         }
         match side {
-            Side::Client => self.client(bytes, end, sink),
-            Side::Server => self.server(bytes, end, sink),
+            Side::Client => self.client(bytes, end, cx),
+            Side::Server => self.server(bytes, end, cx),
         }
     }
 
@@ -286,41 +267,44 @@ impl<F> StreamInspector<F> for DnsStream<'_, '_, F> {
 }
 
 impl<'a, 'v, F> DnsStream<'a, 'v, F> {
-    /// Reports what cannot be read as messages. Audit mode lets it pass; then nothing more can be read.
-    fn refuse<S: Sink<F>>(&mut self, detail: &'static str, sink: &mut S) -> Action {
+    /// Records a stream that is no sequence of messages, and aborts the connection. Audit mode offloads the connection: the next
+    /// message cannot be found.
+    fn refuse<S: Sink<F>>(&mut self, detail: &'static str, cx: &mut Cx<'_, F, S>) -> Action {
         const REASON: Reason = Reason::AppMalformed;
-        let Some((view, _)) = self.packet else {
+        let Some(view) = self.packet else {
             return Action::Abort(REASON);
         };
         let record = Record::of(view, What::Unreadable { detail });
-        if self.dns.refused(is_audit(view.slot), record, REASON, sink) {
+        if self.dns.refused(is_audit(view.slot), record, REASON, cx) {
             Action::Abort(REASON)
         } else {
             Action::Offload
         }
     }
 
-    fn malformed<S: Sink<F>>(&mut self, refusal: ParseError, sink: &mut S) -> Action {
-        self.dns.stats.malformed[refusal as usize] += 1;
-        self.refuse(refusal.text(), sink)
+    fn malformed<S: Sink<F>>(&mut self, error: ParseError, cx: &mut Cx<'_, F, S>) -> Action {
+        if let Some(count) = self.dns.stats.malformed.get_mut(error as usize) {
+            *count += 1;
+        }
+        self.refuse(error.text(), cx)
     }
 
-    fn client<S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Action {
+    fn client<S: Sink<F>>(&mut self, bytes: &[u8], end: bool, cx: &mut Cx<'_, F, S>) -> Action {
         if self.flow.refused.is_some() {
-            return self.answer(bytes, sink);
+            return self.respond(bytes, cx);
         }
         if bytes.is_empty() {
             return Action::Forward(0);
         }
         let message = match first_message(bytes, Limits::QUERY.message) {
             Ok(Some(message)) => message,
-            Ok(None) if end => return self.refuse("the end within a message", sink),
-            // Some clients send the length by itself, and wait.
+            Ok(None) if end => return self.refuse("the end within a message", cx),
+            // Some clients send the length in a segment of its own and wait for its acknowledgement.
             Ok(None) if bytes.len() <= PREFIX => return Action::ForwardUnjudged(bytes.len()),
             Ok(None) => return Action::NeedMore,
-            Err(refusal) => return self.malformed(refusal, sink),
+            Err(refusal) => return self.malformed(refusal, cx),
         };
-        match self.query(message, sink) {
+        match self.query(message, cx) {
             None => Action::NeedMore,
             Some(QueryVerdict::Pass | QueryVerdict::Transfer(_)) => {
                 let length = PREFIX + message.len();
@@ -338,25 +322,25 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
                     replies,
                     judged: PREFIX + message.len(),
                 });
-                self.answer(bytes, sink)
+                self.respond(bytes, cx)
             }
         }
     }
 
-    /// Answers the queries that go no further, once those before them are answered. Who asks for the addresses of both
-    /// families at once gets an answer for both.
-    fn answer<S: Sink<F>>(&mut self, bytes: &[u8], sink: &mut S) -> Action {
+    /// Responds to the denied queries once all queries before them are answered. Denied queries that follow directly get a
+    /// response too, so that a client which asks for A and AAAA at once gets both.
+    fn respond<S: Sink<F>>(&mut self, bytes: &[u8], cx: &mut Cx<'_, F, S>) -> Action {
         let packet = self.packet_of(Side::Client);
         let flow = &mut *self.flow;
-        if let Some((view, rules)) = packet
+        if let Some(view) = packet
             && let Some(refused) = &mut flow.refused
         {
             while refused.replies.len() < REPLIES
                 && let rest = bytes.get(refused.judged..).unwrap_or_default()
                 && let Ok(Some(message)) = first_message(rest, Limits::QUERY.message)
-                && !self.dns.allows(view, message, rules)
+                && !is_allowed(view, message, cx)
             {
-                let verdict = self.dns.query(self.now, view, message, rules, sink);
+                let verdict = self.dns.query(view, message, cx);
                 let reply = match verdict {
                     QueryVerdict::Refuse(_, Some(rcode)) => framed_reply(message, rcode),
                     _ => None,
@@ -370,7 +354,8 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
                 refused.judged += PREFIX + message.len();
             }
         }
-        // What stands before them in the same packet is sent on by itself after a moment, if one may make packets here.
+        // Queries in the same packet before the denied one are forwarded in a built packet, once they are acknowledged on
+        // behalf of the resolver. With a second policy that never happens.
         let comes_late = !flow.leaving.is_empty() && !flow.is_shared;
         if comes_late || flow.answered < flow.sent {
             return Action::NeedMore;
@@ -381,25 +366,25 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         }
     }
 
-    /// The packet that has come, if it is this side's.
-    fn packet_of(&self, side: Side) -> Option<(&'a PacketView<'v>, &'a Rules)> {
-        self.packet.filter(|(view, _)| Side::of(view.slot) == side)
+    /// Returns the packet that has arrived, if `side` has sent it.
+    fn packet_of(&self, side: Side) -> Option<&'a PacketView<'v>> {
+        self.packet.filter(|view| Side::of(view.slot) == side)
     }
 
-    fn query<S: Sink<F>>(&mut self, message: &[u8], sink: &mut S) -> Option<QueryVerdict> {
-        let (view, rules) = self.packet_of(Side::Client)?;
-        let verdict = self.dns.query(self.now, view, message, rules, sink);
+    fn query<S: Sink<F>>(&mut self, message: &[u8], cx: &mut Cx<'_, F, S>) -> Option<QueryVerdict> {
+        let view = self.packet_of(Side::Client)?;
+        let verdict = self.dns.query(view, message, cx);
         if let QueryVerdict::Transfer(note) = verdict
             && let Ok(query) = Query::parse(message, &Limits::QUERY)
         {
             let transfers = &mut self.flow.transfers;
             transfers.retain(|known| known.id != query.id || known.question != query.question);
             if transfers.len() >= TRANSFERS {
-                // Where another ends is not read: the oldest that has begun is over by now.
+                // The end of a transfer is not tracked. The oldest one that has begun is taken for complete.
                 let oldest = transfers.iter().position(|transfer| transfer.begun);
                 let Some(oldest) = oldest else {
-                    let record = Record::of(view, describe_query(&query.question));
-                    return Some(self.dns.too_many(view, record, sink));
+                    let record = Record::of(view, records::query(&query.question));
+                    return Some(self.dns.too_many(view, record, cx));
                 };
                 transfers.remove(oldest);
             }
@@ -407,17 +392,17 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
                 id: query.id,
                 question: query.question,
                 note,
-                at: self.now,
+                at: cx.now,
                 begun: false,
             });
         }
         Some(verdict)
     }
 
-    fn server<S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Action {
+    fn server<S: Sink<F>>(&mut self, bytes: &[u8], end: bool, cx: &mut Cx<'_, F, S>) -> Action {
         let flow = &mut *self.flow;
         if bytes.is_empty() {
-            // Who waits behind others for an answer waits in vain.
+            // The queries before the denied one get no answer any more, so their client must not wait for the response.
             return match &flow.refused {
                 Some(refused) => Action::Abort(refused.reason),
                 None => Action::Forward(0),
@@ -436,15 +421,15 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
             let message = match first_message(unjudged, Limits::ANSWER.message) {
                 Ok(Some(message)) => message,
                 Ok(None) if end && !unjudged.is_empty() => {
-                    return self.refuse("the end within a message", sink);
+                    return self.refuse("the end within a message", cx);
                 }
-                Ok(None) => match self.begin(unjudged, sink) {
+                Ok(None) => match self.begin(unjudged, cx) {
                     Some(n) => return Action::Forward(n),
                     None => break,
                 },
-                Err(refusal) => return self.malformed(refusal, sink),
+                Err(refusal) => return self.malformed(refusal, cx),
             };
-            match self.judge_answer(message, sink) {
+            match self.judge_answer(message, cx) {
                 Ok(true) => {}
                 Ok(false) => break,
                 Err(reason) => return Action::Abort(reason),
@@ -459,8 +444,8 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         if flow.forwarded > before {
             return Action::Forward((flow.forwarded - before) as usize);
         }
-        // A long answer is not sent to its end before its beginning is acknowledged; without its end nobody takes it
-        // for one.
+        // A server may send the end of a long answer only after its beginning is acknowledged. The beginning is of no use to
+        // the client: a message without its end is incomplete.
         let last = flow
             .answers
             .front()
@@ -468,16 +453,19 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         Action::ForwardUnjudged(last.unwrap_or(bytes.len()))
     }
 
-    /// Judges a message of the server. False: not now. Err: why the connection ends.
-    fn judge_answer<S: Sink<F>>(&mut self, message: &[u8], sink: &mut S) -> Result<bool, Reason> {
-        let Some((view, _)) = self.packet_of(Side::Server) else {
+    /// Judges a message of the server. Returns false if its packet is not here, so that it has to wait.
+    ///
+    /// # Errors
+    /// Returns the reason if the connection must be aborted.
+    fn judge_answer<S: Sink<F>>(&mut self, message: &[u8], cx: &mut Cx<'_, F, S>) -> Result<bool, Reason> {
+        let Some(view) = self.packet_of(Side::Server) else {
             return Ok(false);
         };
         let end = self.flow.judged + (PREFIX + message.len()) as u64;
-        let (passes, closes) = if let Some(closes) = self.transferred(view, message, sink) {
+        let (passes, closes) = if let Some(closes) = self.transferred(view, message, cx) {
             (true, closes)
         } else {
-            match self.dns.answer(self.now, view, message, sink) {
+            match self.dns.answer(view, message, cx) {
                 AnswerVerdict::Pass => (true, true),
                 AnswerVerdict::Refuse(reason) => return Err(reason),
                 AnswerVerdict::Commit(answer, asked) => {
@@ -487,8 +475,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
                         end,
                     };
                     let what = Waiting::Stream(place);
-                    self.dns
-                        .hold(self.now, view, answer, asked, what, self.spare, sink);
+                    self.dns.hold(view, answer, asked, what, cx);
                     (false, true)
                 }
             }
@@ -498,15 +485,15 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         Ok(true)
     }
 
-    /// The beginning of a message of a transfer need not wait for its end, if nothing before it waits. How much of it
-    /// may go.
-    fn begin<S: Sink<F>>(&mut self, bytes: &[u8], sink: &mut S) -> Option<usize> {
-        let (view, _) = self.packet_of(Side::Server)?;
+    /// Forwards the beginning of a transfer message before its end has arrived, if no message before it waits. Returns the
+    /// number of bytes; none if the message is not of a transfer.
+    fn begin<S: Sink<F>>(&mut self, bytes: &[u8], cx: &mut Cx<'_, F, S>) -> Option<usize> {
+        let view = self.packet_of(Side::Server)?;
         let (prefix, message) = bytes.split_first_chunk::<PREFIX>()?;
         if !self.flow.answers.is_empty() {
             return None;
         }
-        let closes = self.transferred(view, message, sink)?;
+        let closes = self.transferred(view, message, cx)?;
         let flow = &mut *self.flow;
         flow.answered += u64::from(closes);
         flow.rest = usize::from(u16::from_be_bytes(*prefix)) - message.len();
@@ -515,12 +502,13 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         Some(bytes.len())
     }
 
-    /// Takes a message, or the beginning of one, as part of a transfer; `None` if it is not. Whether it is the first.
+    /// Counts a message, or the beginning of one, as part of a transfer. Returns whether it is the first of its transfer; none if
+    /// it belongs to no transfer.
     fn transferred<S: Sink<F>>(
         &mut self,
         view: &PacketView<'_>,
         message: &[u8],
-        sink: &mut S,
+        cx: &mut Cx<'_, F, S>,
     ) -> Option<bool> {
         if self.flow.transfers.is_empty() {
             return None;
@@ -531,14 +519,13 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         let is_first = !transfer.begun;
         if is_first {
             transfer.begun = true;
-            self.dns
-                .transfer_begins(self.now, view, transfer, head.rcode, sink);
+            self.dns.transfer_begins(view, transfer, head.rcode, cx);
         }
         Some(is_first)
     }
 }
 
-/// The answer to a query as it stands in a stream.
+/// Returns the response to a query with its length in front; none if the query allows no response.
 fn framed_reply(query: &[u8], rcode: Rcode) -> Option<Vec<u8>> {
     let mut message = [0; 512];
     let length = reply(query, rcode, &mut message).ok()?;

@@ -11,7 +11,8 @@ use super::{
     redact,
 };
 use crate::{
-    Millis, Rules, Sink,
+    Millis, Sink,
+    context::Cx,
     record::{About, Record, Text, Verdict, What, Word},
     rules::{HttpDenial, HttpScratch, HttpVerdict},
     tcp::{Action, Offloadable, Side, StreamInspector},
@@ -206,19 +207,17 @@ impl Flow {
 /// Reads one connection for the time of a call.
 pub(super) struct HttpStream<'a> {
     pub(super) flow: &'a mut Flow,
-    pub(super) now: Millis,
     pub(super) slot: &'a PuntRequest,
-    pub(super) rules: &'a Rules,
     pub(super) limits: &'a HttpLimits,
     pub(super) scratch: &'a mut HttpScratch,
     pub(super) stats: &'a mut HttpStats,
 }
 
 impl<F> StreamInspector<F> for HttpStream<'_> {
-    fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, sink: &mut S) -> Action {
+    fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, cx: &mut Cx<'_, F, S>) -> Action {
         match side {
-            Side::Client => self.client(bytes, end, sink),
-            Side::Server => self.server(bytes, end, sink),
+            Side::Client => self.client(bytes, end, cx),
+            Side::Server => self.server(bytes, end, cx),
         }
     }
 }
@@ -228,7 +227,7 @@ impl HttpStream<'_> {
         self.slot.flags & punt_flags::AUDIT != 0
     }
 
-    fn client<F, S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Action {
+    fn client<F, S: Sink<F>>(&mut self, bytes: &[u8], end: bool, cx: &mut Cx<'_, F, S>) -> Action {
         if let Some(refused) = self.flow.refused {
             return self.refuse(refused);
         }
@@ -239,11 +238,11 @@ impl HttpStream<'_> {
             // The server owes no attention to a body that it has answered already. Some servers wait for the next request
             // then, and would find it in the body.
             if mem::take(&mut self.flow.announced) == Announced::Late {
-                return self.malformed(ParseError::LateBody, 0, sink);
+                return self.malformed(ParseError::LateBody, 0, cx);
             }
             return match self.flow.client.follow(bytes) {
                 Ok((step, _)) => step,
-                Err(refusal) => self.malformed(refusal, 1, sink),
+                Err(refusal) => self.malformed(refusal, 1, cx),
             };
         }
         if self.flow.may_switch() || self.flow.pending() >= MOST_PENDING {
@@ -257,18 +256,23 @@ impl HttpStream<'_> {
                 self.flow.client = Place::default();
                 let head = bytes.get(..length).unwrap_or_default();
                 match Request::parse(head, &mut HeaderBuffer::new()) {
-                    Ok(request) => self.request(&request, length, sink),
-                    Err(refusal) => self.malformed(refusal, 0, sink),
+                    Ok(request) => self.request(&request, length, cx),
+                    Err(refusal) => self.malformed(refusal, 0, cx),
                 }
             }
-            Ok(None) if end => self.abort(Reason::AppMalformed, "the end within a request", sink),
+            Ok(None) if end => self.abort(Reason::AppMalformed, "the end within a request", cx),
             Ok(None) => Action::NeedMore,
-            Err(refusal) => self.malformed(refusal, 0, sink),
+            Err(refusal) => self.malformed(refusal, 0, cx),
         }
     }
 
     /// A whole head of a request, of so many bytes.
-    fn request<F, S: Sink<F>>(&mut self, request: &Request<'_>, length: usize, sink: &mut S) -> Action {
+    fn request<F, S: Sink<F>>(
+        &mut self,
+        request: &Request<'_>,
+        length: usize,
+        cx: &mut Cx<'_, F, S>,
+    ) -> Action {
         let may_switch = request.may_upgrade() || request.method == "CONNECT";
         // What an earlier answer says must not be taken for the answer to this request, whose 101 or 200 has the connection
         // left unread: a server may send more behind an answer than its head says (a body to HEAD).
@@ -282,8 +286,8 @@ impl HttpStream<'_> {
         let mut headers = Text::default();
         redact::headers(request.headers.iter(), &self.limits.record_headers, &mut headers);
         let method = Word::from(request.method.as_bytes());
-        let Some(rules) = self.rules.http(self.slot.ruleset) else {
-            return self.abort(Reason::UnknownRuleset, Reason::UnknownRuleset.text(), sink);
+        let Some(rules) = cx.rules.http(self.slot.ruleset) else {
+            return self.abort(Reason::UnknownRuleset, Reason::UnknownRuleset.text(), cx);
         };
         let verdict = rules.judge(request, self.limits.paths, self.scratch);
         let audit = self.is_audit();
@@ -296,7 +300,7 @@ impl HttpStream<'_> {
                 mismatch: verdict.is_ok_and(|verdict| verdict.log),
             };
             let record = Record::about(about, what);
-            sink.record(&match verdict {
+            cx.sink.record(&match verdict {
                 Ok(verdict) => Record {
                     rule: verdict.rule,
                     ..record
@@ -322,7 +326,7 @@ impl HttpStream<'_> {
         }
         if has_refused_body(request, verdict, self.limits.get_bodies) {
             if !audit {
-                return self.malformed(ParseError::UnexpectedBody, 0, sink);
+                return self.malformed(ParseError::UnexpectedBody, 0, cx);
             }
             self.stats.malformed[ParseError::UnexpectedBody as usize] += 1;
             self.stats.audited += 1;
@@ -330,7 +334,7 @@ impl HttpStream<'_> {
                 Reason::AppMalformed,
                 ParseError::UnexpectedBody.text(),
                 Verdict::Audit,
-                sink,
+                cx,
             );
         }
         self.flow.client = Place::of(request.body);
@@ -347,7 +351,7 @@ impl HttpStream<'_> {
         self.flow.push(Exchange {
             url,
             method,
-            since: self.now,
+            since: cx.now,
             may_switch,
             upgrades,
         });
@@ -384,19 +388,19 @@ impl HttpStream<'_> {
 
     /// What the client sends is no HTTP/1, or could be read in more than one way. `own`: requests of which a part has
     /// gone on already, so that this is their answer too.
-    fn malformed<F, S: Sink<F>>(&mut self, refusal: ParseError, own: usize, sink: &mut S) -> Action {
+    fn malformed<F, S: Sink<F>>(&mut self, refusal: ParseError, own: usize, cx: &mut Cx<'_, F, S>) -> Action {
         self.stats.malformed[refusal as usize] += 1;
         let reason = match refusal {
             ParseError::Http2 => Reason::AppHttp2,
             _ => Reason::AppMalformed,
         };
         let Some(status) = status_of(refusal, self.flow.begun) else {
-            return self.abort(reason, refusal.text(), sink);
+            return self.abort(reason, refusal.text(), cx);
         };
         if self.is_audit() {
-            return self.leave(reason, refusal.text(), sink);
+            return self.leave(reason, refusal.text(), cx);
         }
-        self.tell(reason, refusal.text(), Verdict::Dropped, sink);
+        self.tell(reason, refusal.text(), Verdict::Dropped, cx);
         self.refuse(Refused {
             reason,
             status,
@@ -405,9 +409,15 @@ impl HttpStream<'_> {
         })
     }
 
-    fn tell<F, S: Sink<F>>(&self, reason: Reason, detail: &'static str, verdict: Verdict, sink: &mut S) {
+    fn tell<F, S: Sink<F>>(
+        &self,
+        reason: Reason,
+        detail: &'static str,
+        verdict: Verdict,
+        cx: &mut Cx<'_, F, S>,
+    ) {
         if let Some(about) = &self.flow.about {
-            sink.record(&Record {
+            cx.sink.record(&Record {
                 verdict,
                 reason,
                 ..Record::about(about, What::Unreadable { detail })
@@ -416,9 +426,14 @@ impl HttpStream<'_> {
     }
 
     /// In audit mode what cannot be read goes on, and is not read any more.
-    fn leave<F, S: Sink<F>>(&mut self, reason: Reason, detail: &'static str, sink: &mut S) -> Action {
+    fn leave<F, S: Sink<F>>(
+        &mut self,
+        reason: Reason,
+        detail: &'static str,
+        cx: &mut Cx<'_, F, S>,
+    ) -> Action {
         self.stats.audited += 1;
-        self.tell(reason, detail, Verdict::Audit, sink);
+        self.tell(reason, detail, Verdict::Audit, cx);
         self.flow.left = Left {
             ruleset: self.slot.ruleset,
             audit: true,
@@ -426,15 +441,20 @@ impl HttpStream<'_> {
         Action::Offload
     }
 
-    fn abort<F, S: Sink<F>>(&mut self, reason: Reason, detail: &'static str, sink: &mut S) -> Action {
+    fn abort<F, S: Sink<F>>(
+        &mut self,
+        reason: Reason,
+        detail: &'static str,
+        cx: &mut Cx<'_, F, S>,
+    ) -> Action {
         if self.is_audit() {
-            return self.leave(reason, detail, sink);
+            return self.leave(reason, detail, cx);
         }
-        self.tell(reason, detail, Verdict::Dropped, sink);
+        self.tell(reason, detail, Verdict::Dropped, cx);
         Action::Abort(reason)
     }
 
-    fn server<F, S: Sink<F>>(&mut self, bytes: &[u8], end: bool, sink: &mut S) -> Action {
+    fn server<F, S: Sink<F>>(&mut self, bytes: &[u8], end: bool, cx: &mut Cx<'_, F, S>) -> Action {
         if bytes.is_empty() {
             self.flow.ended = true;
             return Action::Forward(0);
@@ -447,7 +467,7 @@ impl HttpStream<'_> {
                     }
                     step
                 }
-                Err(refusal) => self.bad_answer(refusal, sink),
+                Err(refusal) => self.bad_answer(refusal, cx),
             };
         }
         let Place::Head(head) = &mut self.flow.server else {
@@ -464,25 +484,30 @@ impl HttpStream<'_> {
                     method,
                     &mut HeaderBuffer::new(),
                 ) {
-                    Ok(response) => self.response(&response, length, sink),
-                    Err(refusal) => self.bad_answer(refusal, sink),
+                    Ok(response) => self.response(&response, length, cx),
+                    Err(refusal) => self.bad_answer(refusal, cx),
                 }
             }
-            Ok(None) if end => self.abort(Reason::AppMalformed, "the end within an answer", sink),
+            Ok(None) if end => self.abort(Reason::AppMalformed, "the end within an answer", cx),
             Ok(None) => Action::NeedMore,
-            Err(refusal) => self.bad_answer(refusal, sink),
+            Err(refusal) => self.bad_answer(refusal, cx),
         }
     }
 
-    fn bad_answer<F, S: Sink<F>>(&mut self, refusal: ParseError, sink: &mut S) -> Action {
+    fn bad_answer<F, S: Sink<F>>(&mut self, refusal: ParseError, cx: &mut Cx<'_, F, S>) -> Action {
         self.stats.malformed[refusal as usize] += 1;
-        self.abort(Reason::AppMalformed, refusal.text(), sink)
+        self.abort(Reason::AppMalformed, refusal.text(), cx)
     }
 
     /// A whole head of an answer, of so many bytes.
-    fn response<F, S: Sink<F>>(&mut self, response: &Response<'_>, length: usize, sink: &mut S) -> Action {
+    fn response<F, S: Sink<F>>(
+        &mut self,
+        response: &Response<'_>,
+        length: usize,
+        cx: &mut Cx<'_, F, S>,
+    ) -> Action {
         let Some(current) = &self.flow.current else {
-            return self.unsolicited(response, length, sink);
+            return self.unsolicited(response, length, cx);
         };
         let is_announced = self.flow.behind.is_empty() && self.flow.announced == Announced::Waits;
         if response.is_interim() {
@@ -510,14 +535,14 @@ impl HttpStream<'_> {
                 },
                 headers,
             };
-            sink.record(&Record {
-                latency: u32::try_from(self.now.saturating_sub(current.since)).ok(),
+            cx.sink.record(&Record {
+                latency: u32::try_from(cx.now.saturating_sub(current.since)).ok(),
                 ..Record::about(&about.turned(), what)
             });
         }
         if response.body == Body::Tunnel {
             if response.status == 101 && !is_asked_for(response, &current.upgrades) {
-                return self.abort(Reason::AppMalformed, "unsolicited 101", sink);
+                return self.abort(Reason::AppMalformed, "unsolicited 101", cx);
             }
             self.stats.tunnels += 1;
             self.flow.left = Left {
@@ -534,10 +559,15 @@ impl HttpStream<'_> {
     }
 
     /// An answer to no request: servers say so when they have waited too long for one (408), and close.
-    fn unsolicited<F, S: Sink<F>>(&mut self, response: &Response<'_>, length: usize, sink: &mut S) -> Action {
+    fn unsolicited<F, S: Sink<F>>(
+        &mut self,
+        response: &Response<'_>,
+        length: usize,
+        cx: &mut Cx<'_, F, S>,
+    ) -> Action {
         self.stats.unsolicited += 1;
         if response.status != 408 {
-            return self.abort(Reason::AppMalformed, "unsolicited response", sink);
+            return self.abort(Reason::AppMalformed, "unsolicited response", cx);
         }
         self.flow.refused = Some(Refused {
             reason: Reason::AppMalformed,

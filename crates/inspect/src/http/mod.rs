@@ -1,12 +1,13 @@
-//! HTTP/1: a request goes on if a rule allows it; its body and the answers do too, and long bodies are left to the
-//! programs.
+//! HTTP/1: a request is forwarded if a rule allows it, and with it its body and the response. Long bodies stay in the BPF
+//! programs, by an offload window.
 
 mod config;
 mod exchange;
 mod redact;
 
 use crate::{
-    Millis, PacketView, Rules, Sink,
+    Millis, PacketView, Sink,
+    context::Cx,
     record::About,
     rules::HttpScratch,
     tcp::{Connections, Side, quote::QuotedSegment},
@@ -40,14 +41,7 @@ impl<F> Http<F> {
         }
     }
 
-    pub(crate) fn packet<S: Sink<F>>(
-        &mut self,
-        now: Millis,
-        view: &PacketView<'_>,
-        frame: F,
-        rules: &Rules,
-        sink: &mut S,
-    ) {
+    pub(crate) fn packet<S: Sink<F>>(&mut self, view: &PacketView<'_>, frame: F, cx: &mut Cx<'_, F, S>) {
         let Self {
             limits,
             connections,
@@ -55,7 +49,6 @@ impl<F> Http<F> {
             stats,
         } = self;
         connections.packet(
-            now,
             view,
             frame,
             Flow::default,
@@ -66,41 +59,38 @@ impl<F> Http<F> {
                 });
                 HttpStream {
                     flow,
-                    now,
                     slot: view.slot,
-                    rules,
                     limits,
                     scratch,
                     stats,
                 }
             },
             |left, _| left.may_go_on(view.slot),
-            sink,
+            cx,
         );
     }
 
-    /// An ICMP error about a connection.
+    /// Handles an ICMP error about a connection.
     pub(crate) fn error<S: Sink<F>>(
         &mut self,
-        now: Millis,
         view: &PacketView<'_>,
         quoted: &QuotedSegment,
         frame: F,
-        sink: &mut S,
+        cx: &mut Cx<'_, F, S>,
     ) {
-        self.connections.error(now, view, quoted, frame, sink);
+        self.connections.error(view, quoted, frame, cx);
     }
 
-    pub(crate) fn tick<S: Sink<F>>(&mut self, now: Millis, sink: &mut S) {
-        self.connections.tick(now, sink);
+    pub(crate) fn tick<S: Sink<F>>(&mut self, cx: &mut Cx<'_, F, S>) {
+        self.connections.tick(cx);
     }
 
     pub(crate) fn deadline(&self) -> Option<Millis> {
         self.connections.deadline()
     }
 
-    pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, sink: &mut S) {
-        self.connections.forget(endpoint, sink);
+    pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, cx: &mut Cx<'_, F, S>) {
+        self.connections.forget(endpoint, cx);
     }
 }
 

@@ -1,57 +1,62 @@
-//! One direction of a connection: the bytes of a sender as far as they have come, been judged, and been released.
+//! One direction of a connection: which bytes of the sender have arrived, are judged, were forwarded and are acknowledged.
 
 use std::collections::VecDeque;
 
 use super::segment::{Link, Segment};
 use crate::Millis;
 
-/// Where in a stream: counts bytes without wrapping. The sender's SYN is at [`START`].
+/// Position in a stream: a sequence number that does not wrap. The SYN of the sender is at [`START`].
 pub(super) type Position = u64;
 
-/// Far enough from zero that nothing before it is below zero.
+/// Position of the SYN. High enough that positions one window below it do not underflow.
 pub(super) const START: Position = 1 << 33;
 
-/// Largest payload that is made here: what IPv6 leaves of 1,500 bytes.
+/// Maximum payload of a built packet, bytes: an IPv6 packet of 1,500 bytes.
 const LARGEST: u16 = 1_440;
 
-/// Smaller payloads, tried when the path loses what is made here (RFC 8899, 5.1.2): what an IPv6 link must carry (RFC
-/// 8200, 5), then what every IPv4 host must take (RFC 1122, 3.3.2).
+/// Payload after built packets were lost (RFC 8899, 5.1.2), bytes: it fits the minimum MTU of IPv6 (RFC 8200, 5).
 const SMALLER: u16 = 1_220;
+/// Payload after further losses over IPv4, bytes: it fits what every host must accept (RFC 1122, 3.3.2).
 const SMALLEST_IPV4: u16 = 536;
 
-/// What every link and host takes, from the network header on: smaller packets are not made, whatever an ICMP error
-/// claims (RFC 1122, 3.3.2; RFC 8200, 5).
+/// Minimum size of a built packet from the network header on, bytes, whatever MTU an ICMP error claims (RFC 1122, 3.3.2; RFC
+/// 8200, 5).
 const FLOOR_IPV4: u32 = 576;
 const FLOOR_IPV6: u32 = 1_280;
-/// Headers of a packet that is made here, without TCP options.
+/// Size of the headers of a built packet without TCP options, bytes.
 const HEADERS_IPV4: u32 = 40;
 const HEADERS_IPV6: u32 = 60;
-/// Sizes to try where a router does not say what its link takes (RFC 1191, 7.1).
+/// Sizes to try if the router reports no MTU, bytes (RFC 1191, 7.1).
 const PLATEAUS: [u32; 2] = [1_492, 1_006];
-/// How many ICMP errors can make the packets for one end smaller. Each has packets sent again, so their number has to be
-/// bounded; a path has fewer links of different MTU.
+/// Maximum number of ICMP errors that lower the size of packets to one end. Each error causes retransmissions, so forged
+/// ones must be bounded. A path has fewer links with different MTUs.
 const NARROWINGS: u8 = 8;
 
-/// Bytes that were released may come again so far back, at the least.
+/// Minimum distance below the acknowledged position at which retransmissions are accepted, bytes.
 const OLD: u64 = 1 << 16;
 
-/// A packet that waits for a verdict.
+/// Maximum number of byte ranges that are kept at the same time.
+const MAX_PIECES: usize = 8;
+
+/// A packet that is held until its verdict.
 pub(super) struct Held<F> {
     pub(super) frame: F,
     pub(super) start: Position,
-    /// Behind its last byte, its FIN among them.
+    /// Position behind the last byte or the FIN.
     pub(super) end: Position,
+    /// Time of arrival, ms.
     pub(super) since: Millis,
 }
 
-/// Bytes that are kept, without a gap that is not to be filled.
+/// A range of kept bytes. Skipped bytes lie between two pieces.
 #[derive(Debug, Default)]
 struct Piece {
+    /// Position of the first byte that is needed.
     start: Position,
     bytes: Vec<u8>,
-    /// Bytes at the front that are not needed any more, and are not counted by `start`.
+    /// Number of bytes at the front of `bytes` that lie below `start`.
     gone: usize,
-    /// What of it has come: sorted, apart from each other.
+    /// Ranges that have arrived, sorted and disjoint.
     have: Vec<(Position, Position)>,
 }
 
@@ -72,16 +77,17 @@ impl Piece {
         self.start + (self.bytes.len() - self.gone) as u64
     }
 
-    /// Whether what has come of these bytes is the same.
+    /// Returns whether `data` equals the bytes that have arrived at its position.
     fn agrees(&self, start: Position, data: &[u8]) -> bool {
         let end = start + data.len() as u64;
         self.have.iter().all(|&(from, to)| {
             let (from, to) = (from.max(start), to.min(end));
-            from >= to || self.slice(from, to) == &data[(from - start) as usize..(to - start) as usize]
+            from >= to
+                || data.get((from - start) as usize..(to - start) as usize) == Some(self.slice(from, to))
         })
     }
 
-    /// Keeps bytes. Whether any of them is new.
+    /// Stores bytes. Returns whether any of them is new.
     fn store(&mut self, start: Position, data: &[u8]) -> bool {
         let end = start + data.len() as u64;
         if self.have.iter().any(|&(from, to)| from <= start && end <= to) {
@@ -91,22 +97,26 @@ impl Piece {
         if self.bytes.len() < at + data.len() {
             self.bytes.resize(at + data.len(), 0);
         }
-        self.bytes[at..at + data.len()].copy_from_slice(data);
+        // Bytes without room do not count as arrived, so their packet stays held until the deadline.
+        let Some(room) = self.bytes.get_mut(at..at + data.len()) else {
+            return false;
+        };
+        room.copy_from_slice(data);
         let (mut from, mut to) = (start, end);
         self.have.retain(|&(a, b)| {
-            let apart = b < from || a > to;
-            if !apart {
+            let is_apart = b < from || a > to;
+            if !is_apart {
                 from = from.min(a);
                 to = to.max(b);
             }
-            apart
+            is_apart
         });
         let place = self.have.partition_point(|&(a, _)| a < from);
         self.have.insert(place, (from, to));
         true
     }
 
-    /// Forgets what is before a position.
+    /// Removes the bytes below a position.
     fn forget(&mut self, before: Position) {
         let before = before.min(self.end());
         if before <= self.start {
@@ -130,7 +140,7 @@ impl Piece {
         }
     }
 
-    /// Forgets what is at or behind a position.
+    /// Removes the bytes from a position on.
     fn cut(&mut self, at: Position) {
         let keep = self.gone + (at.max(self.start) - self.start) as usize;
         self.bytes.truncate(keep);
@@ -141,72 +151,78 @@ impl Piece {
     }
 }
 
-/// What a new packet's bytes are.
+/// Result of the comparison of a segment with the bytes that have arrived before.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Arrival {
-    /// Something of it has not been here before.
+    /// At least one byte is new.
     New,
-    /// All of it has.
+    /// All bytes have arrived before, with the same values.
     Known,
-    /// It says something else than what was here before.
+    /// A byte has arrived before with another value.
     Differs,
 }
 
-/// One direction.
+/// One direction of a connection. `sender` and `receiver` are those of this direction.
 pub(super) struct Half<F> {
-    /// Sequence number of the SYN, once that was seen.
+    /// Sequence number of the sender's SYN, once that was seen.
     pub(super) isn: Option<u32>,
+    /// Link header and route of the sender's packets.
     pub(super) link: Option<Link>,
-    /// Options of the SYN.
+    /// Window scale option of the sender's SYN.
     pub(super) scale: Option<u8>,
+    /// MSS option of the sender's SYN, bytes.
     pub(super) mss: u16,
-    /// Largest payload that the path to this end takes, as far as is known.
+    /// Maximum payload of packets that are built for the *sender*, bytes, as far as its path is known.
     path: u16,
-    /// How often an ICMP error has made that smaller.
+    /// Number of ICMP errors that have lowered `path`.
     narrowings: u8,
+    /// Whether the sender's SYN had the timestamp option.
     pub(super) has_timestamps: bool,
-    /// Greatest timestamp of a segment that the receiver expected next (RFC 7323, 4.3).
+    /// TS.Recent of the receiver: greatest timestamp of a segment that the receiver expected next (RFC 7323, 4.3).
     pub(super) recent: u32,
-    /// Greatest timestamp of all segments that were taken in. Packets that are made in the place of this side carry it:
-    /// the receiver may have taken the segment that had it, and drops what is older (RFC 7323, 5.3). `recent` lags
-    /// behind by what is on its way and not acknowledged.
+    /// Greatest timestamp of all accepted segments. Packets that are built in the sender's place carry it: the receiver may
+    /// have accepted that segment, and drops segments with an older timestamp (RFC 7323, 5.3). `recent` lags behind by the
+    /// segments in flight.
     pub(super) latest: u32,
-    /// Window field of the last segment.
+    /// Window field of the sender's last segment.
     pub(super) window: u16,
-    /// All bytes before have come.
+    /// Position below which all bytes have arrived.
     pub(super) next: Position,
-    /// All bytes before may go.
+    /// Position below which all bytes are judged and may be forwarded.
     pub(super) judged: Position,
-    /// All bytes before may go unjudged.
+    /// Position below which all bytes may be forwarded, judged or not.
     pub(super) ahead: Position,
-    /// Behind the last byte that may have reached the receiver.
+    /// Position behind the last byte that was forwarded (SND.NXT as the receiver sees it).
     pub(super) sent: Position,
-    /// Behind the last byte that has come.
+    /// Position behind the last byte that has arrived.
     pub(super) highest: Position,
-    /// The receiver has acknowledged all bytes before.
+    /// Position below which the receiver has acknowledged all bytes (SND.UNA).
     pub(super) acked: Position,
-    /// All bytes before have been acknowledged to the sender: by the receiver, or here.
+    /// Position below which all bytes are acknowledged to the sender, by the receiver or on its behalf.
     pub(super) proxy_acked: Position,
-    /// When what is held is acknowledged here.
-    pub(super) promise_at: Option<Millis>,
-    /// When what was promised is sent to the receiver again, and how often it has been.
+    /// Time at which the held bytes are acknowledged on behalf of the receiver, ms.
+    pub(super) ack_at: Option<Millis>,
+    /// Time of the next retransmission of bytes acknowledged on behalf of the receiver, ms, and the number of
+    /// retransmissions so far.
     pub(super) again: Option<(Millis, u32)>,
-    /// Of what was promised, everything before this may have been lost, and has been sent again up to `resent`.
+    /// Position below which bytes acknowledged on behalf of the receiver may be lost.
     pub(super) lost: Position,
+    /// Position below which the lost bytes were retransmitted.
     pub(super) resent: Position,
-    /// Since when the first byte that is not judged waits.
+    /// Time since which the first unjudged byte waits, ms.
     pub(super) since: Option<Millis>,
-    /// The reader waits for the other side.
+    /// Whether the inspector waits for the other side, so that no deadline runs.
     pub(super) is_patient: bool,
-    /// Right edge of what the receiver takes.
+    /// Right edge of the receiver's window.
     pub(super) edge: Position,
-    /// Widest window that the receiver has offered.
+    /// Maximum window that the receiver has offered, bytes.
     pub(super) widest: u64,
-    /// Where the FIN stands.
+    /// Position of the FIN.
     pub(super) fin: Option<Position>,
-    /// The reader has been told of the end.
+    /// Whether the inspector has judged the end of the stream.
     pub(super) end_read: bool,
     pieces: VecDeque<Piece>,
+    /// Held packets in the order of the stream.
     pub(super) held: VecDeque<Held<F>>,
 }
 
@@ -231,7 +247,7 @@ impl<F> Half<F> {
             highest: FIRST,
             acked: START,
             proxy_acked: START,
-            promise_at: None,
+            ack_at: None,
             again: None,
             lost: START,
             resent: START,
@@ -246,25 +262,25 @@ impl<F> Half<F> {
         }
     }
 
-    /// The position that a sequence number means.
+    /// Returns the position of a sequence number: the one that is closest to `next`.
     pub(super) fn position(&self, seq: u32) -> Position {
         let near = self.next;
         near.wrapping_add_signed(i64::from(seq.wrapping_sub(self.seq(near)) as i32))
     }
 
-    /// The sequence number of a position.
+    /// Returns the sequence number of a position.
     pub(super) fn seq(&self, position: Position) -> u32 {
         self.isn
             .unwrap_or(0)
             .wrapping_add(position.wrapping_sub(START) as u32)
     }
 
-    /// Oldest position that a segment of it may have, and an acknowledgement of it may name.
+    /// Returns the lowest position at which a segment, or an acknowledgement of this direction, is acceptable.
     pub(super) fn oldest(&self) -> Position {
         self.acked - self.widest.clamp(OLD, START / 2)
     }
 
-    /// Takes what the receiver says in a segment of its own: what it has, and what it takes.
+    /// Updates the acknowledged position and the window from a segment of the receiver.
     pub(super) fn acknowledge(&mut self, position: Position, window: u64) {
         if position > self.acked {
             self.acked = position;
@@ -278,7 +294,7 @@ impl<F> Half<F> {
 
     fn forget(&mut self) {
         let unneeded = self.acked.min(self.judged).min(self.next);
-        while self.pieces.len() > 1 && self.pieces[1].start <= unneeded {
+        while self.pieces.get(1).is_some_and(|second| second.start <= unneeded) {
             self.pieces.pop_front();
         }
         if let Some(piece) = self.pieces.front_mut() {
@@ -286,39 +302,39 @@ impl<F> Half<F> {
         }
     }
 
-    /// Compares bytes with what was here before and keeps them, until they are acknowledged and judged.
+    /// Compares the bytes of a segment with those that have arrived before, and keeps new ones until they are acknowledged
+    /// and judged.
     pub(super) fn take(&mut self, start: Position, data: &[u8]) -> Arrival {
         let end = start + data.len() as u64;
-        let mut parts = [(0, 0); 8];
-        let mut count = 0;
+        let mut last = None;
         for (index, piece) in self.pieces.iter().enumerate() {
-            let behind = self.pieces.get(index + 1).map(|_| piece.end());
-            let (from, to) = (start.max(piece.start), end.min(behind.unwrap_or(end)));
+            // Only the last piece grows. The bytes between two pieces were skipped and are not compared.
+            let is_last = index + 1 == self.pieces.len();
+            let from = start.max(piece.start);
+            let to = if is_last { end } else { end.min(piece.end()) };
             if from >= to {
                 continue;
             }
-            let part = &data[(from - start) as usize..(to - start) as usize];
-            if !piece.agrees(from, part) {
+            let part = data.get((from - start) as usize..(to - start) as usize);
+            let Some(part) = part.filter(|part| piece.agrees(from, part)) else {
                 return Arrival::Differs;
-            }
-            if let Some(slot) = parts.get_mut(count) {
-                *slot = (index, from);
-                count += 1;
+            };
+            if is_last {
+                last = Some((from, part));
             }
         }
-        let mut new = end > self.highest;
-        // Only the last piece grows; the others have all that there is of them.
-        if let Some(&(index, from)) = parts[..count].last()
-            && index + 1 == self.pieces.len()
-            && let Some(piece) = self.pieces.get_mut(index)
+        let mut is_new = end > self.highest;
+        if let Some((from, part)) = last
+            && let Some(piece) = self.pieces.back_mut()
         {
-            new |= piece.store(from, &data[(from - start) as usize..]);
+            is_new |= piece.store(from, part);
         }
         self.highest = self.highest.max(end);
         self.advance();
-        if new { Arrival::New } else { Arrival::Known }
+        if is_new { Arrival::New } else { Arrival::Known }
     }
 
+    /// Raises `next` to the end of the range that it lies in.
     fn advance(&mut self) {
         if let Some(piece) = self.pieces.back()
             && let Some(&(_, to)) = piece
@@ -330,9 +346,9 @@ impl<F> Half<F> {
         }
     }
 
-    /// How far bytes may lie behind those that have come, given how many may be kept.
+    /// Returns the highest acceptable end of a segment if `limit` bytes may be kept.
     pub(super) fn reach(&self, limit: u64) -> Position {
-        let kept: u64 = self.kept() as u64;
+        let kept = self.kept() as u64;
         let unread = self.pieces.back().map_or(0, |piece| piece.end() - piece.start);
         self.pieces
             .back()
@@ -340,16 +356,14 @@ impl<F> Half<F> {
             .saturating_add(limit.saturating_sub(kept - unread))
     }
 
-    /// Whether all bytes before `next` have really come: those that were skipped are known to have when the receiver
-    /// has acknowledged them.
+    /// Returns whether all bytes below `next` have arrived. Skipped bytes count as arrived once they are acknowledged.
     pub(super) fn is_contiguous(&self) -> bool {
         self.pieces
             .back()
             .is_some_and(|piece| piece.start <= self.proxy_acked.max(START + 1))
     }
 
-    /// Bytes that the receiver has not acknowledged and the sender will not send again: up to `most` of them, from
-    /// `from` on.
+    /// Returns bytes that were acknowledged on behalf of the receiver and are judged: up to `most`, from `from` on.
     pub(super) fn undelivered(&self, from: Position, most: usize) -> &[u8] {
         let Some(piece) = self
             .pieces
@@ -362,25 +376,25 @@ impl<F> Half<F> {
         piece.slice(from, to.clamp(from, from + most as u64))
     }
 
-    /// Everything that is on its way of what was promised may be lost.
+    /// Marks all bytes in flight that were acknowledged on behalf of the receiver as lost.
     pub(super) fn lose(&mut self) {
         self.lost = self.delivered();
         self.resent = self.acked;
     }
 
-    /// Whether some of what may be lost is still not acknowledged.
+    /// Returns whether the receiver has not acknowledged all lost bytes.
     pub(super) fn is_recovering(&self) -> bool {
         self.acked < self.lost
     }
 
-    /// The part of the first packet that waits which may go and has not gone: where that part begins and ends.
+    /// Returns the judged bytes of the first held packet that were not forwarded: their start and end.
     pub(super) fn part(&self) -> Option<(Position, Position)> {
         let held = self.held.front().filter(|held| held.end > self.judged)?;
         let from = held.start.max(self.sent);
         (from < self.judged).then_some((from, self.judged))
     }
 
-    /// Bytes that are kept: those of one piece at most.
+    /// Returns the kept bytes of a range, up to the end of the piece in which `from` lies.
     pub(super) fn bytes(&self, from: Position, to: Position) -> &[u8] {
         let piece = self
             .pieces
@@ -389,22 +403,22 @@ impl<F> Half<F> {
         piece.map_or(&[], |piece| piece.slice(from, to.clamp(from, piece.end())))
     }
 
-    /// How far what was promised has been sent on.
+    /// Returns the position up to which bytes acknowledged on behalf of the receiver were sent to it.
     pub(super) fn delivered(&self) -> Position {
         self.sent.min(self.proxy_acked)
     }
 
-    /// Whether the receiver has all that was promised.
+    /// Returns whether the receiver has every byte that was acknowledged on its behalf.
     pub(super) fn is_drained(&self) -> bool {
         self.acked >= self.proxy_acked
     }
 
-    /// Bytes of a packet made for this side.
+    /// Returns the maximum payload of a packet built for the sender, bytes.
     pub(super) fn payload_size(&self, has_timestamps: bool) -> usize {
         usize::from(self.mss.clamp(64, self.path)) - if has_timestamps { 12 } else { 0 }
     }
 
-    /// Packets made for this side get lost: the next ones are smaller.
+    /// Lowers the size of packets built for the sender, because such packets were lost.
     pub(super) fn shrink(&mut self, is_ipv6: bool) {
         self.path = if self.path > SMALLER || is_ipv6 {
             self.path.min(SMALLER)
@@ -413,8 +427,8 @@ impl<F> Half<F> {
         };
     }
 
-    /// A link on the path to this side takes packets of `mtu` bytes only; 0: its router does not say. Returns whether
-    /// packets made for this side become smaller by that.
+    /// Lowers the size of packets built for the sender to the MTU of a link, bytes; 0 if the router did not report it.
+    /// Returns whether the size has changed.
     pub(super) fn narrow(&mut self, mtu: u32, is_ipv6: bool) -> bool {
         let (floor, headers) = if is_ipv6 {
             (FLOOR_IPV6, HEADERS_IPV6)
@@ -437,7 +451,7 @@ impl<F> Half<F> {
         true
     }
 
-    /// Since when something waits for a verdict that has to come in time.
+    /// Returns the time since which a packet or byte waits for its verdict, ms; none if no deadline runs.
     pub(super) fn waits_since(&self) -> Option<Millis> {
         let held = self.held.front().map(|held| held.since);
         [held, self.since]
@@ -447,24 +461,24 @@ impl<F> Half<F> {
             .filter(|_| !self.is_patient)
     }
 
-    /// When this direction wants to be looked at again.
+    /// Returns the time of the next timeout of this direction, ms.
     pub(super) fn due(&self, deadline: Millis) -> Option<Millis> {
         let waits = self.waits_since().map(|since| since.saturating_add(deadline));
         let again = self.again.map(|(at, _)| at);
-        [waits, again, self.promise_at].into_iter().flatten().min()
+        [waits, again, self.ack_at].into_iter().flatten().min()
     }
 
-    /// Lets go of everything that is kept.
+    /// Removes all kept bytes and held packets, and stops the timers.
     pub(super) fn clear(&mut self) {
         self.held = VecDeque::new();
         self.pieces = VecDeque::from([Piece::at(self.next)]);
         self.judged = self.next;
         self.since = None;
-        self.promise_at = None;
+        self.ack_at = None;
         self.again = None;
     }
 
-    /// Bytes that are kept.
+    /// Returns the number of kept bytes.
     pub(super) fn kept(&self) -> usize {
         self.pieces
             .iter()
@@ -472,7 +486,7 @@ impl<F> Half<F> {
             .sum()
     }
 
-    /// What has come and is not judged.
+    /// Returns the bytes that have arrived and are not judged.
     pub(super) fn unjudged(&self) -> &[u8] {
         match self.pieces.back() {
             Some(piece) if self.judged < self.next && piece.start <= self.judged => {
@@ -482,22 +496,26 @@ impl<F> Half<F> {
         }
     }
 
-    /// All bytes have come.
+    /// Returns whether the receiver has acknowledged the FIN.
+    pub(super) fn is_ended(&self) -> bool {
+        self.fin.is_some_and(|fin| self.acked > fin)
+    }
+
+    /// Returns whether all bytes up to the FIN have arrived.
     pub(super) fn is_whole(&self) -> bool {
         self.fin.is_some_and(|fin| self.next >= fin)
     }
 
-    /// The first bytes that are not judged may go. They stay to be compared until they are acknowledged.
+    /// Marks the next `n` bytes as judged. They are kept for comparison until they are acknowledged.
     pub(super) fn pass(&mut self, n: u64) {
         self.judged += n;
         self.forget();
     }
 
-    /// So many bytes may go unread and uncompared, whatever they are. False: they may go, and will be compared,
-    /// because too many others like them are not acknowledged.
+    /// Marks the next `n` bytes as judged and does not compare retransmissions of them. Returns false if they are compared,
+    /// because too many skipped ranges are not acknowledged.
     pub(super) fn skip(&mut self, n: u64) -> bool {
-        const MOST: usize = 8;
-        if self.pieces.len() >= MOST {
+        if self.pieces.len() >= MAX_PIECES {
             self.pass(n);
             return false;
         }
@@ -517,14 +535,14 @@ impl<F> Half<F> {
         self.judged = end;
         self.next = self.next.max(end);
         self.sent = self.sent.max(end);
-        // Not `highest`: who skips to the end of the stream does not know where that is, and a FIN may come before.
+        // `highest` does not change: the range may extend beyond the end of the stream, and a FIN below it is valid.
         self.edge = self.edge.max(end + self.widest);
         self.advance();
         self.forget();
         true
     }
 
-    /// Keeps a packet; in the order of the stream.
+    /// Holds a packet.
     pub(super) fn hold(&mut self, held: Held<F>) {
         let place = self
             .held
@@ -532,12 +550,12 @@ impl<F> Half<F> {
         self.held.insert(place, held);
     }
 
-    /// All bytes before may go, judged or not.
+    /// Returns the position below which bytes may be forwarded.
     pub(super) fn forward_limit(&self) -> Position {
         self.judged.max(self.ahead)
     }
 
-    /// Takes out the next packet that may go.
+    /// Removes and returns the next held packet that may be forwarded.
     pub(super) fn releasable(&mut self) -> Option<Held<F>> {
         let at = self
             .held
@@ -548,9 +566,9 @@ impl<F> Half<F> {
         Some(held)
     }
 
-    /// The timestamp is older than one that the receiver has taken (RFC 7323, 5).
-    pub(super) fn is_stale(&mut self, segment: &Segment<'_>, start: Position, agreed: bool) -> bool {
-        let Some((value, _)) = segment.options.timestamp.filter(|_| agreed) else {
+    /// Returns whether the timestamp is older than TS.Recent (RFC 7323, 5.3). Updates `recent` and `latest`.
+    pub(super) fn is_stale(&mut self, segment: &Segment<'_>, start: Position, is_agreed: bool) -> bool {
+        let Some((value, _)) = segment.options.timestamp.filter(|_| is_agreed) else {
             return false;
         };
         let newer = value.wrapping_sub(self.recent) as i32;

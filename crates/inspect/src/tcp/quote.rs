@@ -7,30 +7,41 @@
 use palisade_abi::{CtKey, protocol, punt_flags};
 use palisade_packet::{Quote, decode_quote, flags, icmp, icmpv6};
 
-use super::Side;
+use super::{flow::key_of, side::Side};
 use crate::PacketView;
 
-/// Code of "destination unreachable" over IPv4: "fragmentation needed" (RFC 1191, 4).
+/// ICMP code "fragmentation needed" of the type "destination unreachable" (RFC 1191, 4).
 const TOO_BIG: u16 = 4;
-/// Length of an ICMP header.
+/// Length of an ICMP header, bytes.
 const HEADER: usize = 8;
+
+/// Verdict of an ICMP error.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Quoted {
+    /// The error is dropped: it quotes no sequence number in flight.
+    Unrelated,
+    /// The error is consumed: the bytes are acknowledged to their sender, so only the worker can retransmit them.
+    Ours,
+    /// The error is forwarded to the sender of the quoted segment.
+    Theirs,
+}
 
 /// An ICMP error that quotes a TCP segment.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct QuotedSegment {
-    /// The conntrack key of its connection, as the slot's endpoint sees it.
+    /// Conntrack key of the connection, as the endpoint of the punt request sees it.
     pub(super) key: CtKey,
-    /// The end that sent the segment: to which the error goes.
+    /// Sender of the segment, and so the receiver of the error.
     pub(super) sender: Side,
     /// Sequence number of the segment.
     pub(super) seq: u32,
-    /// Of "packet too big": the MTU of the next hop; 0 if the router does not say.
+    /// MTU of the next hop from a Packet Too Big message, bytes; 0 if the router did not set it. None for other errors.
     pub(super) mtu: Option<u32>,
 }
 
 impl QuotedSegment {
-    /// Returns what an ICMP error quotes; none if that is no TCP segment in the form in which the programs punt errors:
-    /// behind a network header without options and extension headers.
+    /// Returns the segment that an ICMP error quotes; none if the quoted packet is not TCP, or has IP options or extension
+    /// headers. The BPF programs punt no such errors.
     pub(crate) fn read(view: &PacketView<'_>) -> Option<Self> {
         let PacketView { packet, frame, .. } = view;
         let is_ipv6 = packet.is(flags::IPV6);
@@ -55,22 +66,14 @@ impl QuotedSegment {
         };
         let source = (quote.source, quote.source_port);
         let destination = (quote.destination, quote.destination_port);
-        // The quoted packet went the other way.
+        // The error goes to the sender of the quoted packet, in the opposite direction.
         let (local, remote) = if view.slot.flags & punt_flags::INGRESS != 0 {
             (source, destination)
         } else {
             (destination, source)
         };
         Some(Self {
-            key: CtKey {
-                local: local.0,
-                remote: remote.0,
-                local_port: local.1,
-                remote_port: remote.1,
-                endpoint: view.slot.endpoint,
-                protocol: protocol::TCP,
-                zero: 0,
-            },
+            key: key_of(local, remote, view.slot.endpoint),
             sender: Side::of(view.slot).other(),
             seq: word(network + header + 4)?,
             mtu,

@@ -1,28 +1,33 @@
-//! TCP segments: read, and made.
+//! TCP segments: parsed, and built.
 
 use palisade_abi::{Addr, protocol};
 use palisade_packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, flags};
 
-use super::options;
-use crate::{PacketView, Route, packet_builder::Sum};
+use super::{options, side::Side};
+use crate::{
+    PacketView, Route,
+    packet_builder::{Sum, network_header},
+};
 
 const URGENT: u8 = 32;
 const PUSH: u8 = 8;
-/// Largest shift of a window (RFC 7323, 2.3).
+/// Maximum shift of a window (RFC 7323, 2.3).
 const MAX_SCALE: u8 = 14;
 
-/// Options that matter here.
+/// Values of the TCP options that the inspection uses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Options {
+    /// MSS, bytes.
     pub(super) mss: Option<u16>,
+    /// Shift of the window.
     pub(super) scale: Option<u8>,
-    /// Value and echo.
+    /// TSval and TSecr.
     pub(super) timestamp: Option<(u32, u32)>,
-    /// Right edges of selective acknowledgements.
+    /// Right edges of the SACK blocks.
     pub(super) sack: [Option<u32>; 4],
 }
 
-/// A TCP segment of a whole packet.
+/// A TCP segment.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Segment<'a> {
     pub(super) seq: u32,
@@ -34,22 +39,21 @@ pub(super) struct Segment<'a> {
 }
 
 impl<'a> Segment<'a> {
-    /// None: receivers could read it differently.
+    /// Returns the segment of a packet; none if receivers could interpret it differently.
     pub(super) fn read(view: &PacketView<'a>) -> Option<Self> {
         let header = view.frame.get(view.transport..view.payload.0)?;
-        let fixed: &[u8; 20] = header.first_chunk()?;
-        let word = |at: usize| u32::from_be_bytes([fixed[at], fixed[at + 1], fixed[at + 2], fixed[at + 3]]);
-        let flags = fixed[13];
-        // Urgent data is taken out of the stream by some receivers and left in by others (RFC 6093).
+        let (fixed, options) = header.split_first_chunk::<20>()?;
+        let [_, _, _, _, s0, s1, s2, s3, a0, a1, a2, a3, _, flags, w0, w1, ..] = *fixed;
+        // Some receivers take urgent data out of the stream, others leave it in (RFC 6093).
         if flags & URGENT != 0 {
             return None;
         }
         Some(Self {
-            seq: word(4),
-            ack: word(8),
-            window: u16::from_be_bytes([fixed[14], fixed[15]]),
+            seq: u32::from_be_bytes([s0, s1, s2, s3]),
+            ack: u32::from_be_bytes([a0, a1, a2, a3]),
+            window: u16::from_be_bytes([w0, w1]),
             flags,
-            options: Options::read(&header[20..])?,
+            options: Options::read(options)?,
             payload: view.frame.get(view.payload.0..view.payload.1)?,
         })
     }
@@ -72,8 +76,8 @@ impl<'a> Segment<'a> {
 }
 
 impl Options {
-    /// None: a length does not fit, or a receiver could do something with an option that is not done here.
-    /// [`options::normalise`] leaves no such option in a packet.
+    /// Parses the options. Returns none if a length is wrong, or if an option is unknown here: a receiver may know it.
+    /// [`options::normalise`] removes unknown options before.
     fn read(mut bytes: &[u8]) -> Option<Self> {
         let mut options = Self::default();
         while let Some((&kind, rest)) = bytes.split_first() {
@@ -87,21 +91,21 @@ impl Options {
             }
             let length = usize::from(*rest.first()?);
             let data = bytes.get(2..length)?;
-            bytes = &bytes[length..];
-            let word = |at: usize| {
-                data.get(at..at + 4)
-                    .and_then(|word| Some(u32::from_be_bytes(*word.first_chunk()?)))
-            };
-            match (kind, data.len()) {
-                (options::MSS, 2) => options.mss = Some(u16::from_be_bytes([data[0], data[1]])),
-                (options::SCALE, 1) => options.scale = Some(data[0].min(MAX_SCALE)),
-                (options::SACK_PERMITTED, 0) => {}
-                (options::SACK, length) if length % 8 == 0 && length <= 32 => {
-                    for (block, edge) in options.sack.iter_mut().enumerate() {
-                        *edge = word(block * 8 + 4);
+            bytes = bytes.get(length..)?;
+            match (kind, data) {
+                (options::MSS, &[high, low]) => options.mss = Some(u16::from_be_bytes([high, low])),
+                (options::SCALE, &[scale]) => options.scale = Some(scale.min(MAX_SCALE)),
+                (options::SACK_PERMITTED, []) => {}
+                (options::SACK, blocks) if blocks.len() % 8 == 0 && blocks.len() <= 32 => {
+                    options.sack = [None; 4];
+                    for (edge, block) in options.sack.iter_mut().zip(blocks.chunks_exact(8)) {
+                        *edge = block.last_chunk().map(|right| u32::from_be_bytes(*right));
                     }
                 }
-                (options::TIMESTAMP, 8) => options.timestamp = word(0).zip(word(4)),
+                (options::TIMESTAMP, &[v0, v1, v2, v3, e0, e1, e2, e3]) => {
+                    let value = u32::from_be_bytes([v0, v1, v2, v3]);
+                    options.timestamp = Some((value, u32::from_be_bytes([e0, e1, e2, e3])));
+                }
                 _ => return None,
             }
         }
@@ -109,7 +113,14 @@ impl Options {
     }
 }
 
-/// How packets of one direction look below TCP, and where they go.
+/// A segment that arrives, and its sender.
+pub(super) struct Arrived<'a, 'p> {
+    pub(super) side: Side,
+    pub(super) view: &'a PacketView<'p>,
+    pub(super) segment: Segment<'p>,
+}
+
+/// Headers below TCP and route of the packets of one direction.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Link {
     header: [u8; Self::LONGEST],
@@ -120,23 +131,25 @@ pub(super) struct Link {
     route: Route,
 }
 
-/// A segment to be made.
+/// A segment that is built here.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Make<'a> {
+pub(super) struct OutSegment<'a> {
     pub(super) seq: u32,
-    /// None: no acknowledgement.
+    /// Acknowledgement number; none for a segment without ACK.
     pub(super) ack: Option<u32>,
     pub(super) window: u16,
     pub(super) rst: bool,
     pub(super) fin: bool,
+    /// TSval and TSecr.
     pub(super) timestamp: Option<(u32, u32)>,
     pub(super) payload: &'a [u8],
 }
 
 impl Link {
-    /// Ethernet with two tags.
+    /// Maximum length of the link header, bytes: Ethernet with two VLAN tags.
     const LONGEST: usize = 22;
 
+    /// Returns the link of the direction in which a packet goes.
     pub(super) fn of(view: &PacketView<'_>) -> Option<Self> {
         let from = view.frame.get(..view.network)?;
         let mut header = [0; Self::LONGEST];
@@ -159,14 +172,14 @@ impl Link {
         })
     }
 
-    /// The way back.
-    pub(super) fn turned(&self) -> Self {
-        let mut turned = *self;
-        turned.header[..6].copy_from_slice(&self.header[6..12]);
-        turned.header[6..12].copy_from_slice(&self.header[..6]);
-        (turned.source, turned.destination) = (self.destination, self.source);
-        turned.route.back = !self.route.back;
-        turned
+    /// Returns the link of the opposite direction.
+    pub(super) fn reversed(&self) -> Self {
+        let mut reversed = *self;
+        reversed.header[..6].copy_from_slice(&self.header[6..12]);
+        reversed.header[6..12].copy_from_slice(&self.header[..6]);
+        (reversed.source, reversed.destination) = (self.destination, self.source);
+        reversed.route.back = !self.route.back;
+        reversed
     }
 
     pub(super) const fn is_ipv6(&self) -> bool {
@@ -177,64 +190,51 @@ impl Link {
         self.route
     }
 
-    /// Writes the whole frame.
-    pub(super) fn write(&self, make: &Make<'_>, out: &mut Vec<u8>) {
-        const HOP_LIMIT: u8 = 64;
+    /// Writes the frame of a segment to `out`, with valid checksums.
+    pub(super) fn write(&self, segment: &OutSegment<'_>, out: &mut Vec<u8>) {
         out.clear();
-        out.extend_from_slice(&self.header[..usize::from(self.length)]);
-        let options = if make.timestamp.is_some() { 12 } else { 0 };
-        // No caller makes a segment that long.
-        let length = u16::try_from(20 + options + make.payload.len()).unwrap_or(u16::MAX);
-        let (from, to) = (self.source.0.bytes(), self.destination.0.bytes());
-        if self.ipv6 {
-            out.extend_from_slice(&[0x60, 0, 0, 0]);
-            out.extend_from_slice(&length.to_be_bytes());
-            out.extend_from_slice(&[protocol::TCP, HOP_LIMIT]);
-            out.extend_from_slice(&from);
-            out.extend_from_slice(&to);
-        } else {
-            let at = out.len();
-            out.extend_from_slice(&[0x45, 0]);
-            out.extend_from_slice(&length.saturating_add(20).to_be_bytes());
-            // Not to be fragmented, so no identification is needed (RFC 6864).
-            out.extend_from_slice(&[0, 0, 0x40, 0, HOP_LIMIT, protocol::TCP, 0, 0]);
-            out.extend_from_slice(&from[12..]);
-            out.extend_from_slice(&to[12..]);
-            let sum = !Sum::default().add(&out[at..]).fold();
-            out[at + 10..at + 12].copy_from_slice(&sum.to_be_bytes());
-        }
-        let at = out.len();
+        out.extend_from_slice(
+            self.header
+                .get(..usize::from(self.length))
+                .unwrap_or(&self.header),
+        );
+        let options = if segment.timestamp.is_some() { 12 } else { 0 };
+        // No caller builds a segment that exceeds 16 bits: payloads are limited to the MSS.
+        let length = u16::try_from(20 + options + segment.payload.len()).unwrap_or(u16::MAX);
+        let (source, destination) = (self.source.0, self.destination.0);
+        network_header(source, destination, self.ipv6, protocol::TCP, length, out);
         let mut flags = 0;
-        for (set, flag) in [
-            (make.ack.is_some(), TCP_ACK),
-            (make.rst, TCP_RST),
-            (make.fin, TCP_FIN),
-            (!make.payload.is_empty(), PUSH),
+        for (is_set, flag) in [
+            (segment.ack.is_some(), TCP_ACK),
+            (segment.rst, TCP_RST),
+            (segment.fin, TCP_FIN),
+            (!segment.payload.is_empty(), PUSH),
         ] {
-            if set {
+            if is_set {
                 flags |= flag;
             }
         }
-        out.extend_from_slice(&self.source.1.to_be_bytes());
-        out.extend_from_slice(&self.destination.1.to_be_bytes());
-        out.extend_from_slice(&make.seq.to_be_bytes());
-        out.extend_from_slice(&make.ack.unwrap_or(0).to_be_bytes());
-        out.extend_from_slice(&[((20 + options) as u8) << 2, flags]);
-        out.extend_from_slice(&make.window.to_be_bytes());
-        out.extend_from_slice(&[0; 4]);
-        if let Some((value, echo)) = make.timestamp {
-            out.extend_from_slice(&[1, 1, 8, 10]);
-            out.extend_from_slice(&value.to_be_bytes());
-            out.extend_from_slice(&echo.to_be_bytes());
+        let mut header = [0; 20];
+        header[..2].copy_from_slice(&self.source.1.to_be_bytes());
+        header[2..4].copy_from_slice(&self.destination.1.to_be_bytes());
+        header[4..8].copy_from_slice(&segment.seq.to_be_bytes());
+        header[8..12].copy_from_slice(&segment.ack.unwrap_or(0).to_be_bytes());
+        header[12] = ((20 + options) as u8) << 2;
+        header[13] = flags;
+        header[14..16].copy_from_slice(&segment.window.to_be_bytes());
+        let mut timestamp = [0; 12];
+        if let Some((value, echo)) = segment.timestamp {
+            timestamp[..4].copy_from_slice(&[options::NOP, options::NOP, options::TIMESTAMP, 10]);
+            timestamp[4..8].copy_from_slice(&value.to_be_bytes());
+            timestamp[8..].copy_from_slice(&echo.to_be_bytes());
         }
-        out.extend_from_slice(make.payload);
-        let sum = Sum::pseudo(
-            self.source.0,
-            self.destination.0,
-            protocol::TCP,
-            usize::from(length),
-        );
-        let sum = !sum.add(&out[at..]).fold();
-        out[at + 16..at + 18].copy_from_slice(&sum.to_be_bytes());
+        let sum = Sum::pseudo(source, destination, protocol::TCP, usize::from(length))
+            .add(&header)
+            .add(&timestamp)
+            .add(segment.payload);
+        header[16..18].copy_from_slice(&(!sum.fold()).to_be_bytes());
+        out.extend_from_slice(&header);
+        out.extend_from_slice(timestamp.get(..options).unwrap_or(&timestamp));
+        out.extend_from_slice(segment.payload);
     }
 }

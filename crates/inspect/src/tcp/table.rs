@@ -1,4 +1,4 @@
-//! All TCP connections of one inspector: finds the connection of a packet, makes new ones, and enforces limits and deadlines.
+//! The TCP connections of one inspector: finds the connection of a packet, adds new ones, enforces limits and deadlines.
 //!
 //! Start at `Connections::packet`.
 
@@ -6,29 +6,36 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use foldhash::{HashMap, HashMapExt as _};
 
-use palisade_abi::{CtKey, Reason, flow_op, protocol, punt_flags};
+use palisade_abi::{CtKey, Reason, flow_op, punt_flags};
 use palisade_packet::{TCP_RST, TCP_SYN, flags};
 
 use super::{
-    Connection, Offloadable, Shared, Side, StreamInspector, TcpLimits, TcpStats, connection::Quoted,
-    flow_command, quote::QuotedSegment, segment::Segment,
+    config::{TcpLimits, TcpStats},
+    connection::Connection,
+    flow::{flow_command, key},
+    inspector::{Offloadable, StreamInspector},
+    quote::{Quoted, QuotedSegment},
+    segment::Segment,
+    shared::Shared,
+    side::Side,
 };
 use crate::{
     Millis, PacketView, Sink,
+    context::Cx,
     record::{Record, Verdict, What},
 };
 
-/// A connection, and what its inspector knows of it.
+/// A connection, and the state that its inspector keeps.
 struct Entry<F, T> {
     connection: Connection<F>,
     inspector: T,
-    /// When it is looked at next, at the latest.
+    /// Time at which the connection is due in [`Connections::due`], ms.
     due: Millis,
-    /// Its place among the half-open ones, if it is one.
+    /// Number of the connection among the half-open ones; none if it is open.
     half_open: Option<u64>,
 }
 
-/// A connection that is not read any more: its packets stay with the programs as long as the same rules hold for it.
+/// An offloaded connection: the BPF programs forward its packets as long as its rules do not change.
 struct OffloadedFlow<M> {
     serial: u32,
     memory: M,
@@ -37,57 +44,62 @@ struct OffloadedFlow<M> {
 /// Connections of one endpoint.
 #[derive(Default)]
 struct Share {
-    /// Those that are open.
+    /// Number of open connections.
     open: usize,
-    /// The others, oldest first.
+    /// Half-open connections by their number, the oldest first.
     half_open: BTreeMap<u64, Key>,
 }
 
-/// What the record says of an ICMP error that is dropped.
+/// Detail of the record of an ICMP error that is dropped.
 const NOT_UNDER_WAY: &str = "ICMP error about a TCP segment that is not under way";
 
-/// Where a packet belongs.
+/// Connection to which a packet belongs.
 enum Place {
-    /// To one of the two connections of its key.
-    Known(bool),
-    /// To one that begins with it.
-    New(bool),
-    /// To one that is not read any more.
+    /// A known connection of the key.
+    Known(Slot),
+    /// A new connection that the packet opens.
+    New(Slot),
+    /// An offloaded connection.
     OffloadedFlow,
-    /// To none: a SYN that nothing explains.
+    /// None: a SYN+ACK that answers no SYN.
     Stray,
-    /// To none: a SYN that opens nothing, because it carries data or a second meaning.
+    /// None: a SYN that must not open a connection, because it carries data, FIN or RST.
     Invalid,
-    /// To none that is known.
+    /// None that is known.
     Unknown,
 }
 
-/// The connections that are read by one kind of inspector; `T` is what it keeps of each.
+/// One of the two connections that a key can have.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Slot {
+    /// The connection that is in use.
+    Current,
+    /// A connection with the same ports, opened before the end of the current one was seen.
+    Candidate,
+}
+
+/// The connections of one inspector. `T` is the state that the inspector keeps for each connection.
 pub(crate) struct Connections<F, T: Offloadable> {
     entries: HashMap<CtKey, Box<Entry<F, T>>>,
-    /// Those whose SYN has come while another connection by the same ports was known. The server decides: the new one
-    /// takes the place of the old one when the server has acknowledged its SYN.
+    /// Connections whose SYN arrived while another connection with the same ports was known. Only the server knows whether
+    /// that one has ended: a candidate replaces it when the server acknowledges the candidate's SYN.
     candidates: HashMap<CtKey, Box<Entry<F, T>>>,
     shares: HashMap<u16, Share>,
     open: usize,
     half_open: usize,
-    /// Counts the half-open ones, so that the oldest is known.
+    /// Number of the last half-open connection. Numbers order them by age.
     number: u64,
     offloaded_flows: HashMap<CtKey, OffloadedFlow<T::OffloadVerdict>>,
-    /// The keys of `past` in the order in which they got there, with serials: those that are gone linger.
+    /// Keys and serials of `offloaded_flows`, the oldest first. Entries of removed flows stay until they are the oldest.
     oldest_first: VecDeque<(CtKey, u32)>,
-    /// When they are due, each once.
+    /// Deadline of each connection.
     due: BTreeSet<(Millis, Key)>,
     shared: Shared,
 }
 
-/// A key that has an order, and which of the two connections of that key is meant.
+/// A conntrack key with an order, and one of its two connections.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Key(CtKey, bool);
-
-/// In [`Key`]: the connection that is known, or the candidate for its place.
-const CURRENT: bool = false;
-const CANDIDATE: bool = true;
+struct Key(CtKey, Slot);
 
 impl Ord for Key {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
@@ -111,32 +123,11 @@ impl PartialOrd for Key {
     }
 }
 
-/// Notes when a connection is due. `known`: what was noted.
+/// Moves a connection in `all` to an earlier or later deadline. `known`: its present deadline.
 fn schedule(all: &mut BTreeSet<(Millis, Key)>, known: &mut Millis, due: Millis, key: Key) {
     all.remove(&(*known, key));
     all.insert((due, key));
     *known = due;
-}
-
-/// The conntrack key of a packet, as the slot's endpoint sees it.
-pub(crate) fn key(view: &PacketView<'_>) -> CtKey {
-    let packet = view.packet;
-    let source = (packet.source, packet.source_port);
-    let destination = (packet.destination, packet.destination_port);
-    let (local, remote) = if view.slot.flags & punt_flags::INGRESS != 0 {
-        (destination, source)
-    } else {
-        (source, destination)
-    };
-    CtKey {
-        local: local.0,
-        remote: remote.0,
-        local_port: local.1,
-        remote_port: remote.1,
-        endpoint: view.slot.endpoint,
-        protocol: protocol::TCP,
-        zero: 0,
-    }
 }
 
 impl<F, T: Offloadable> Connections<F, T> {
@@ -164,124 +155,80 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// A packet. `make` makes what is kept of a new connection; `inspector` a inspector of it, for this call; `recall` says
-    /// whether a connection that is not read any more may go on, and else why not.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "a packet, who reads it, and where it goes"
-    )]
+    /// Handles a packet. `make` returns the state of a new connection; `inspector` returns an inspector for this call; `recall`
+    /// judges an offloaded connection again and returns the reason if it must end.
     pub(crate) fn packet<'t, S: Sink<F>, R: StreamInspector<F>>(
         &'t mut self,
-        now: Millis,
         view: &PacketView<'_>,
         frame: F,
         make: impl FnOnce() -> T,
         inspector: impl FnOnce(&'t mut T) -> R,
-        recall: impl FnOnce(&mut T::OffloadVerdict, &mut S) -> Result<(), Reason>,
-        sink: &mut S,
+        recall: impl FnOnce(&mut T::OffloadVerdict, &mut Cx<'_, F, S>) -> Result<(), Reason>,
+        cx: &mut Cx<'_, F, S>,
     ) {
         let key = key(view);
-        let serial = view.slot.serial;
-        let of_current = self
-            .entries
-            .get(&key)
-            .map(|entry| entry.connection.is_of(serial) && !entry.connection.is_over());
-        let has_syn = view.packet.tcp_flags & TCP_SYN != 0 && !view.packet.is(flags::FRAGMENT_LATER);
-        // Nearly always it is one that goes on.
-        let goes_on = view.packet.tcp_flags & (TCP_SYN | TCP_RST) == 0;
-        let which = if of_current == Some(true) && goes_on {
-            CURRENT
-        } else {
-            match self.place(key, view, of_current, has_syn, sink) {
-                Place::Known(which) => which,
-                Place::New(which) => {
-                    // A SYN that is refused changes nothing: what waits by the same ports goes on to wait.
-                    if self.is_full(&key) {
-                        self.shared.stats.limited += 1;
-                        self.refuse(now, view, frame, Reason::InspectLimit, sink);
-                        return;
-                    }
-                    if which == CURRENT {
-                        self.forget_with_candidate(key, sink);
-                    } else {
-                        self.remove(Key(key, CANDIDATE));
-                    }
-                    self.insert(Key(key, which), Connection::new(key, view), make(), sink);
-                    which
-                }
-                Place::OffloadedFlow => {
-                    let Some(flow) = self.offloaded_flows.get_mut(&key) else {
-                        return;
-                    };
-                    match recall(&mut flow.memory, sink) {
-                        Ok(()) => sink.release_with(frame, &flow_command(key, view.slot, flow_op::OFFLOAD)),
-                        Err(reason) => {
-                            self.offloaded_flows.remove(&key);
-                            self.shared.stats.cut += 1;
-                            sink.discard(frame, reason);
-                            if Connection::<F>::reset_unknown(view, &mut self.shared, sink) {
-                                sink.command(&flow_command(key, view.slot, flow_op::CLOSE));
-                            }
-                        }
-                    }
+        let slot = match self.place(key, view, cx) {
+            Place::Known(slot) => slot,
+            Place::New(slot) => {
+                // A SYN that is refused must not affect the existing connection.
+                if self.is_full(&key) {
+                    self.shared.stats.limited += 1;
+                    self.refuse(view, frame, Reason::InspectLimit, cx);
                     return;
                 }
-                Place::Stray if view.slot.flags & punt_flags::AUDIT != 0 => {
-                    sink.release(frame);
-                    return;
+                if slot == Slot::Current {
+                    self.forget_with_candidate(key, cx);
+                } else {
+                    self.remove(Key(key, Slot::Candidate));
                 }
-                Place::Stray | Place::Invalid => {
-                    let reason = Reason::TcpInvalid;
-                    self.shared.stats.invalid += 1;
-                    let reports = match self.entries.get_mut(&key) {
-                        Some(entry) => entry.connection.may_report(now, reason, &mut self.shared),
-                        None => self.shared.may_report(now),
-                    };
-                    if reports {
-                        let detail = reason.text();
-                        sink.record(&Record {
-                            verdict: Verdict::Dropped,
-                            reason,
-                            ..Record::of(view, What::Unreadable { detail })
-                        });
-                    }
-                    sink.discard(frame, reason);
-                    return;
-                }
-                Place::Unknown => {
-                    self.unknown(now, view, frame, sink);
-                    return;
-                }
+                self.insert(Key(key, slot), Connection::new(key, view), make(), cx);
+                slot
+            }
+            Place::OffloadedFlow => {
+                self.packet_of_offloaded(key, view, frame, recall, cx);
+                return;
+            }
+            Place::Stray if is_audit(view) => {
+                cx.sink.release(frame);
+                return;
+            }
+            Place::Stray | Place::Invalid => {
+                self.reject_syn(key, view, frame, cx);
+                return;
+            }
+            Place::Unknown => {
+                self.unknown(view, frame, cx);
+                return;
             }
         };
-        if which == CURRENT && self.is_opened_beyond_limit(&key, view) {
+        if slot == Slot::Current && self.is_opened_beyond_limit(&key, view) {
             self.shared.stats.limited += 1;
             match self.entries.get_mut(&key) {
-                Some(entry) if view.slot.flags & punt_flags::AUDIT != 0 => {
-                    let reason = Reason::InspectLimit;
-                    entry.connection.pass_unread(reason, &mut self.shared, sink);
+                Some(entry) if is_audit(view) => {
+                    let cx = &mut self.shared.context(cx);
+                    entry.connection.pass_unread(Reason::InspectLimit, cx);
                 }
                 _ => {
-                    self.refuse(now, view, frame, Reason::InspectLimit, sink);
+                    self.refuse(view, frame, Reason::InspectLimit, cx);
                     return;
                 }
             }
         }
-        let all = if which == CANDIDATE {
-            &mut self.candidates
-        } else {
-            &mut self.entries
+        let all = match slot {
+            Slot::Candidate => &mut self.candidates,
+            Slot::Current => &mut self.entries,
         };
         let Some(entry) = all.get_mut(&key) else {
+            // Not reached: `place` has found the connection, or `insert` has added it.
+            cx.sink.discard(frame, Reason::TcpMidstream);
             return;
         };
         let mut inspector = inspector(&mut entry.inspector);
-        entry
-            .connection
-            .packet(now, view, frame, &mut inspector, &mut self.shared, sink);
-        let due = entry.connection.deadline(&self.shared);
+        let cx = &mut self.shared.context(cx);
+        entry.connection.packet(view, frame, &mut inspector, cx);
+        let due = entry.connection.deadline(cx.shared);
         if due < entry.due {
-            schedule(&mut self.due, &mut entry.due, due, Key(key, which));
+            schedule(&mut self.due, &mut entry.due, due, Key(key, slot));
         }
         if let Some(number) = entry.half_open
             && entry.connection.is_opened()
@@ -295,93 +242,170 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// Where a packet belongs that is not simply one more of a connection that goes on. `of_current`: whether it names
-    /// the connection that is known, if one is.
-    fn place<S: Sink<F>>(
+    /// Handles a packet of an offloaded connection: the BPF programs punt one if its rules have changed.
+    fn packet_of_offloaded<S: Sink<F>>(
         &mut self,
         key: CtKey,
         view: &PacketView<'_>,
-        of_current: Option<bool>,
-        has_syn: bool,
-        sink: &mut S,
-    ) -> Place {
-        let (slot, side) = (view.slot, Side::of(view.slot));
-        let segment = Segment::read(view);
-        let opens = has_syn && side == Side::Client && segment.is_some_and(|s| !s.is_ack());
-        if let Some(entry) = self.entries.get(&key) {
-            if entry.connection.is_over() {
-                self.remember_offloaded(key);
-            } else if of_current == Some(false) {
-                // The programs have made another entry since.
-                self.forget_with_candidate(key, sink);
+        frame: F,
+        recall: impl FnOnce(&mut T::OffloadVerdict, &mut Cx<'_, F, S>) -> Result<(), Reason>,
+        cx: &mut Cx<'_, F, S>,
+    ) {
+        let verdict = match self.offloaded_flows.get_mut(&key) {
+            Some(flow) => recall(&mut flow.memory, cx),
+            // Not reached: `place` has found the flow.
+            None => Err(Reason::TcpMidstream),
+        };
+        match verdict {
+            Ok(()) => cx
+                .sink
+                .release_with(frame, &flow_command(key, view.slot, flow_op::OFFLOAD)),
+            Err(reason) => {
+                self.offloaded_flows.remove(&key);
+                self.shared.stats.cut += 1;
+                cx.sink.discard(frame, reason);
+                if Connection::reset_unknown(view, &mut self.shared.context(cx)) {
+                    cx.sink.command(&flow_command(key, view.slot, flow_op::CLOSE));
+                }
             }
         }
-        if self
-            .offloaded_flows
-            .get(&key)
-            .is_some_and(|flow| flow.serial != slot.serial)
-        {
-            self.offloaded_flows.remove(&key);
-            self.remove(Key(key, CANDIDATE));
+    }
+
+    /// Records and drops a SYN or SYN+ACK that must not open a connection.
+    fn reject_syn<S: Sink<F>>(&mut self, key: CtKey, view: &PacketView<'_>, frame: F, cx: &mut Cx<'_, F, S>) {
+        let reason = Reason::TcpInvalid;
+        self.shared.stats.invalid += 1;
+        if self.may_report(&key, reason, cx) {
+            let detail = reason.text();
+            cx.sink.record(&Record {
+                verdict: Verdict::Dropped,
+                reason,
+                ..Record::of(view, What::Unreadable { detail })
+            });
         }
-        let is_offloaded = self.offloaded_flows.contains_key(&key);
-        let current = self.entries.get(&key).map(|entry| &entry.connection);
+        cx.sink.discard(frame, reason);
+    }
+
+    /// Returns whether a dropped packet is recorded, by the limits of its connection if it has one.
+    fn may_report<S>(&mut self, key: &CtKey, reason: Reason, cx: &mut Cx<'_, F, S>) -> bool {
+        match self.entries.get_mut(key) {
+            Some(entry) => entry.connection.may_report(reason, &mut self.shared.context(cx)),
+            None => self.shared.may_report(cx.now),
+        }
+    }
+
+    /// Returns the connection to which a packet belongs.
+    fn place<S: Sink<F>>(&mut self, key: CtKey, view: &PacketView<'_>, cx: &mut Cx<'_, F, S>) -> Place {
+        let serial = view.slot.serial;
+        let of_current = self
+            .entries
+            .get(&key)
+            .map(|entry| entry.connection.is_of(serial) && !entry.connection.is_over());
+        // The common case: one more segment of a known connection.
+        if of_current == Some(true) && view.packet.tcp_flags & (TCP_SYN | TCP_RST) == 0 {
+            return Place::Known(Slot::Current);
+        }
+        self.remove_outdated(key, serial, of_current, cx);
+        let (side, segment) = (Side::of(view.slot), Segment::read(view));
         if let Some(segment) = segment
-            && let Some(candidate) = self.candidates.get(&key)
             && side == Side::Server
             && (segment.is_syn() || segment.is_rst())
-            && candidate.connection.is_of(slot.serial)
-            && candidate.connection.is_answered_by(&segment)
-            && !current.is_some_and(|current| current.repeats(side, &segment))
+            && self.is_answer_to_candidate(&key, serial, &segment)
         {
             if segment.is_rst() {
-                return Place::Known(CANDIDATE);
+                return Place::Known(Slot::Candidate);
             }
             self.shared.stats.replaced += 1;
-            self.forget_current(key, sink);
+            self.forget_current(key, cx);
             self.offloaded_flows.remove(&key);
             self.promote(key);
-            return Place::Known(CURRENT);
+            return Place::Known(Slot::Current);
         }
-        if opens && let Some(segment) = segment {
-            if !segment.payload.is_empty() || segment.is_fin() || segment.is_rst() {
-                return Place::Invalid;
-            }
-            if let Some(current) = current {
-                if current.repeats(side, &segment) && !current.is_opened() {
-                    return Place::Known(CURRENT);
-                }
-                if current.is_closed() {
-                    return Place::New(CURRENT);
-                }
-            } else if !is_offloaded {
-                return Place::New(CURRENT);
-            }
-            if let Some(candidate) = self.candidates.get(&key)
-                && candidate.connection.repeats(side, &segment)
-                && candidate.connection.is_of(slot.serial)
-            {
-                return Place::Known(CANDIDATE);
-            }
-            return Place::New(CANDIDATE);
+        let has_syn = view.packet.tcp_flags & TCP_SYN != 0 && !view.packet.is(flags::FRAGMENT_LATER);
+        if let Some(segment) = segment
+            && has_syn
+            && side == Side::Client
+            && !segment.is_ack()
+        {
+            return self.place_of_syn(&key, serial, &segment);
         }
-        match current {
-            // A SYN that answers nothing that was let through is no part of a connection that is open.
+        let is_offloaded = self.offloaded_flows.contains_key(&key);
+        match self.entries.get(&key).map(|entry| &entry.connection) {
+            // In an open connection only a retransmitted SYN+ACK is valid.
             Some(current) if has_syn && current.is_opened() => {
                 match segment.filter(|segment| current.repeats(side, segment)) {
-                    Some(_) => Place::Known(CURRENT),
+                    Some(_) => Place::Known(Slot::Current),
                     None => Place::Stray,
                 }
             }
-            Some(_) => Place::Known(CURRENT),
+            Some(_) => Place::Known(Slot::Current),
             None if is_offloaded && has_syn => Place::Stray,
             None if is_offloaded => Place::OffloadedFlow,
             None => Place::Unknown,
         }
     }
 
-    /// Whether the endpoint of a connection has as many open ones as it may have beside this one: a connection in the
-    /// place of an open one with the same ports takes that one's share.
+    /// Removes what the serial of a packet proves to be outdated: the BPF programs have made a new conntrack entry since. Moves
+    /// a connection that is over to the offloaded ones.
+    fn remove_outdated<S: Sink<F>>(
+        &mut self,
+        key: CtKey,
+        serial: u32,
+        of_current: Option<bool>,
+        cx: &mut Cx<'_, F, S>,
+    ) {
+        if let Some(entry) = self.entries.get(&key) {
+            if entry.connection.is_over() {
+                self.remember_offloaded(key);
+            } else if of_current == Some(false) {
+                self.forget_with_candidate(key, cx);
+            }
+        }
+        if self
+            .offloaded_flows
+            .get(&key)
+            .is_some_and(|flow| flow.serial != serial)
+        {
+            self.offloaded_flows.remove(&key);
+            self.remove(Key(key, Slot::Candidate));
+        }
+    }
+
+    /// Returns whether a SYN+ACK or RST of the server answers the SYN of the candidate, and not that of the current connection.
+    fn is_answer_to_candidate(&self, key: &CtKey, serial: u32, segment: &Segment<'_>) -> bool {
+        let current = self.entries.get(key).map(|entry| &entry.connection);
+        self.candidates.get(key).is_some_and(|candidate| {
+            candidate.connection.is_of(serial) && candidate.connection.is_answered_by(segment)
+        }) && !current.is_some_and(|current| current.repeats(Side::Server, segment))
+    }
+
+    /// Returns the connection to which a SYN of the client belongs.
+    fn place_of_syn(&self, key: &CtKey, serial: u32, segment: &Segment<'_>) -> Place {
+        if !segment.payload.is_empty() || segment.is_fin() || segment.is_rst() {
+            return Place::Invalid;
+        }
+        if let Some(entry) = self.entries.get(key) {
+            let current = &entry.connection;
+            if current.repeats(Side::Client, segment) && !current.is_opened() {
+                return Place::Known(Slot::Current);
+            }
+            if current.is_closed() {
+                return Place::New(Slot::Current);
+            }
+        } else if !self.offloaded_flows.contains_key(key) {
+            return Place::New(Slot::Current);
+        }
+        if let Some(candidate) = self.candidates.get(key)
+            && candidate.connection.repeats(Side::Client, segment)
+            && candidate.connection.is_of(serial)
+        {
+            return Place::Known(Slot::Candidate);
+        }
+        Place::New(Slot::Candidate)
+    }
+
+    /// Returns whether the limits forbid one more open connection of the endpoint. An open connection with the same key does
+    /// not count, because the new one replaces it.
     fn is_full(&self, key: &CtKey) -> bool {
         let replaces = self
             .entries
@@ -396,8 +420,9 @@ impl<F, T: Offloadable> Connections<F, T> {
         others >= limits.connections_per_endpoint.min(left.saturating_mul(3))
     }
 
-    /// Whether a packet completes the handshake of a connection for which there is no room among the open ones. More
-    /// connections can be half-open than may open, so that SYNs with forged sources take no room from the others.
+    /// Returns whether a packet completes a handshake while the limits forbid one more open connection. Half-open connections
+    /// do not count against that limit, so that SYNs with forged sources take no room from open ones; so the limit has to be
+    /// checked again here.
     fn is_opened_beyond_limit(&self, key: &CtKey, view: &PacketView<'_>) -> bool {
         self.entries.get(key).is_some_and(|entry| {
             entry.half_open.is_some()
@@ -406,8 +431,14 @@ impl<F, T: Offloadable> Connections<F, T> {
         }) && self.is_full(key)
     }
 
-    /// Adds a connection that begins.
-    fn insert<S: Sink<F>>(&mut self, key: Key, connection: Connection<F>, inspector: T, sink: &mut S) {
+    /// Adds a new connection. Evicts the oldest half-open connection of the endpoint that has most, if there are too many.
+    fn insert<S: Sink<F>>(
+        &mut self,
+        key: Key,
+        connection: Connection<F>,
+        inspector: T,
+        cx: &mut Cx<'_, F, S>,
+    ) {
         while self.half_open >= self.shared.limits.half_open.max(1) {
             let most = self.shares.values().max_by_key(|share| share.half_open.len());
             let Some((_, oldest)) = most.and_then(|share| share.half_open.first_key_value()) else {
@@ -416,9 +447,8 @@ impl<F, T: Offloadable> Connections<F, T> {
             let oldest = *oldest;
             self.shared.stats.half_open_evicted += 1;
             if let Some(mut entry) = self.remove(oldest) {
-                entry
-                    .connection
-                    .close(Reason::InspectLimit, &mut self.shared, sink);
+                let cx = &mut self.shared.context(cx);
+                entry.connection.close(Reason::InspectLimit, cx);
             }
         }
         self.number += 1;
@@ -432,66 +462,62 @@ impl<F, T: Offloadable> Connections<F, T> {
             due: Millis::MAX,
             half_open: Some(self.number),
         });
-        if key.1 == CANDIDATE {
-            self.candidates.insert(key.0, entry);
-        } else {
-            self.entries.insert(key.0, entry);
-        }
+        match key.1 {
+            Slot::Candidate => self.candidates.insert(key.0, entry),
+            Slot::Current => self.entries.insert(key.0, entry),
+        };
     }
 
-    /// Gives a candidate the place that it wanted.
+    /// Makes a candidate the current connection.
     fn promote(&mut self, key: CtKey) {
         let Some(mut entry) = self.candidates.remove(&key) else {
             return;
         };
-        self.due.remove(&(entry.due, Key(key, CANDIDATE)));
+        self.due.remove(&(entry.due, Key(key, Slot::Candidate)));
         if let Some(number) = entry.half_open
             && let Some(share) = self.shares.get_mut(&key.endpoint)
         {
-            share.half_open.insert(number, Key(key, CURRENT));
+            share.half_open.insert(number, Key(key, Slot::Current));
         }
         entry.due = Millis::MAX;
         self.entries.insert(key, entry);
     }
 
-    /// Forgets a connection, and who wants its place.
-    fn forget_with_candidate<S: Sink<F>>(&mut self, key: CtKey, sink: &mut S) {
-        self.forget_current(key, sink);
-        self.remove(Key(key, CANDIDATE));
+    /// Removes both connections of a key.
+    fn forget_with_candidate<S: Sink<F>>(&mut self, key: CtKey, cx: &mut Cx<'_, F, S>) {
+        self.forget_current(key, cx);
+        self.remove(Key(key, Slot::Candidate));
     }
 
-    fn forget_current<S: Sink<F>>(&mut self, key: CtKey, sink: &mut S) {
-        if let Some(mut entry) = self.remove(Key(key, CURRENT)) {
-            entry
-                .connection
-                .close(Reason::TcpMidstream, &mut self.shared, sink);
+    fn forget_current<S: Sink<F>>(&mut self, key: CtKey, cx: &mut Cx<'_, F, S>) {
+        if let Some(mut entry) = self.remove(Key(key, Slot::Current)) {
+            let cx = &mut self.shared.context(cx);
+            entry.connection.close(Reason::TcpMidstream, cx);
         }
     }
 
-    /// Has a connection read again, without a packet of it: its inspector knows something new.
+    /// Inspects a connection again without a packet, because its inspector has new information.
     pub(crate) fn resume<'t, S: Sink<F>, R: StreamInspector<F>>(
         &'t mut self,
-        now: Millis,
         key: &CtKey,
         inspector: impl FnOnce(&'t mut T) -> R,
-        sink: &mut S,
+        cx: &mut Cx<'_, F, S>,
     ) {
         let Some(entry) = self.entries.get_mut(key) else {
             return;
         };
         let mut inspector = inspector(&mut entry.inspector);
-        entry
-            .connection
-            .resume(now, &mut inspector, &mut self.shared, sink);
-        let due = entry.connection.deadline(&self.shared);
+        let cx = &mut self.shared.context(cx);
+        entry.connection.resume(&mut inspector, cx);
+        let due = entry.connection.deadline(cx.shared);
         if due < entry.due {
-            schedule(&mut self.due, &mut entry.due, due, Key(*key, CURRENT));
+            schedule(&mut self.due, &mut entry.due, due, Key(*key, Slot::Current));
         }
     }
 
-    /// Keeps no more of a connection than what has to be known if its rules change.
+    /// Moves the current connection to the offloaded ones, with no more state than a change of its rules needs.
     fn remember_offloaded(&mut self, key: CtKey) {
-        let Some(mut entry) = self.remove(Key(key, CURRENT)) else {
+        let Some(mut entry) = self.remove(Key(key, Slot::Current)) else {
             return;
         };
         entry.connection.account(&mut self.shared);
@@ -521,12 +547,10 @@ impl<F, T: Offloadable> Connections<F, T> {
     }
 
     fn remove(&mut self, key: Key) -> Option<Box<Entry<F, T>>> {
-        let all = if key.1 == CANDIDATE {
-            &mut self.candidates
-        } else {
-            &mut self.entries
-        };
-        let entry = all.remove(&key.0)?;
+        let entry = match key.1 {
+            Slot::Candidate => self.candidates.remove(&key.0),
+            Slot::Current => self.entries.remove(&key.0),
+        }?;
         self.due.remove(&(entry.due, key));
         if let Some(share) = self.shares.get_mut(&key.0.endpoint) {
             if let Some(number) = entry.half_open {
@@ -543,109 +567,105 @@ impl<F, T: Offloadable> Connections<F, T> {
         Some(entry)
     }
 
-    /// Reports and drops a packet of a connection that is not read. False: audit mode lets the connection pass,
-    /// unread.
+    /// Records and drops a packet of a connection that cannot be inspected. In audit mode the connection is offloaded
+    /// instead, and the result is false.
     fn refuse<S: Sink<F>>(
         &mut self,
-        now: Millis,
         view: &PacketView<'_>,
         frame: F,
         reason: Reason,
-        sink: &mut S,
+        cx: &mut Cx<'_, F, S>,
     ) -> bool {
-        let audit = view.slot.flags & punt_flags::AUDIT != 0;
-        if self.shared.may_report(now) {
+        let is_audit = is_audit(view);
+        if self.shared.may_report(cx.now) {
             let detail = reason.text();
-            sink.record(&Record {
-                verdict: if audit { Verdict::Audit } else { Verdict::Dropped },
+            cx.sink.record(&Record {
+                verdict: verdict(is_audit),
                 reason,
                 ..Record::of(view, What::Unreadable { detail })
             });
         }
-        if audit {
+        if is_audit {
             let (key, serial) = (key(view), view.slot.serial);
             let memory = T::OffloadVerdict::default();
             self.add_offloaded(key, OffloadedFlow { serial, memory });
-            sink.release_with(frame, &flow_command(key, view.slot, flow_op::OFFLOAD));
+            cx.sink
+                .release_with(frame, &flow_command(key, view.slot, flow_op::OFFLOAD));
         } else {
-            sink.discard(frame, reason);
+            cx.sink.discard(frame, reason);
         }
-        !audit
+        !is_audit
     }
 
-    /// A packet of a connection that is not known: it is older than what is known, or was forgotten.
-    fn unknown<S: Sink<F>>(&mut self, now: Millis, view: &PacketView<'_>, frame: F, sink: &mut S) {
+    /// Handles a packet of an unknown connection: its handshake was not seen, or the connection was removed.
+    fn unknown<S: Sink<F>>(&mut self, view: &PacketView<'_>, frame: F, cx: &mut Cx<'_, F, S>) {
         let Some(segment) = Segment::read(view) else {
             self.shared.stats.invalid += 1;
-            self.refuse(now, view, frame, Reason::TcpInvalid, sink);
+            self.refuse(view, frame, Reason::TcpInvalid, cx);
             return;
         };
         self.shared.stats.midstream += 1;
-        let is_audit = view.slot.flags & punt_flags::AUDIT != 0;
-        if segment.is_syn() && !is_audit {
-            // The answer to a SYN that was forgotten, or came to a worker that is no more. Its sender hears nothing, so the
-            // client sends its SYN again, and that is known.
-            sink.discard(frame, Reason::TcpMidstream);
+        if segment.is_syn() && !is_audit(view) {
+            // A SYN+ACK to a SYN that was evicted, or that a worker has seen which no longer runs. It gets no reset, so the
+            // client retransmits its SYN, which opens the connection here.
+            cx.sink.discard(frame, Reason::TcpMidstream);
             return;
         }
-        // The answer of an end that has no such connection, perhaps to what [`Connection::disown`] asked; it names what
-        // the other end waits for.
+        // The reset of an end that has no such connection, perhaps in answer to the probe of [`Connection::reset_unknown`].
+        // Its sequence number is the one that the other end waits for.
         if segment.is_rst() && segment.payload.is_empty() {
-            sink.release(frame);
+            cx.sink.release(frame);
             return;
         }
-        if self.refuse(now, view, frame, Reason::TcpMidstream, sink)
+        if self.refuse(view, frame, Reason::TcpMidstream, cx)
             && !segment.is_rst()
-            && Connection::<F>::reset_unknown(view, &mut self.shared, sink)
+            && Connection::reset_unknown(view, &mut self.shared.context(cx))
         {
-            sink.command(&flow_command(key(view), view.slot, flow_op::CLOSE));
+            cx.sink
+                .command(&flow_command(key(view), view.slot, flow_op::CLOSE));
         }
     }
 
-    /// An ICMP error that quotes a segment of a connection. It goes on, ends here, or is dropped ([`Quoted`]).
-    ///
-    /// It is no packet of the connection, so it resets no timeout.
+    /// Handles an ICMP error that quotes a segment of a connection: forwards, consumes or drops it ([`Quoted`]). The error is
+    /// no packet of the connection, so it resets no idle timeout.
     pub(crate) fn error<S: Sink<F>>(
         &mut self,
-        now: Millis,
         view: &PacketView<'_>,
         quoted: &QuotedSegment,
         frame: F,
-        sink: &mut S,
+        cx: &mut Cx<'_, F, S>,
     ) {
         let (key, serial) = (quoted.key, view.slot.serial);
         let is_ipv6 = view.packet.is(flags::IPV6);
         self.shared.stats.icmp_errors += 1;
         let mut is_known = false;
-        for which in [CURRENT, CANDIDATE] {
-            let all = if which == CANDIDATE {
-                &mut self.candidates
-            } else {
-                &mut self.entries
+        for slot in [Slot::Current, Slot::Candidate] {
+            let all = match slot {
+                Slot::Candidate => &mut self.candidates,
+                Slot::Current => &mut self.entries,
             };
             let Some(entry) = all.get_mut(&key).filter(|entry| entry.connection.is_of(serial)) else {
                 continue;
             };
             if entry.connection.is_over() {
-                sink.release(frame);
+                cx.sink.release(frame);
                 return;
             }
             is_known = true;
-            let quoted = entry
-                .connection
-                .quoted(now, quoted, is_ipv6, &mut self.shared, sink);
-            let due = entry.connection.deadline(&self.shared);
+            let tcp = &mut self.shared.context(cx);
+            let verdict = entry.connection.quoted(quoted, is_ipv6, tcp);
+            let due = entry.connection.deadline(tcp.shared);
             if due < entry.due {
-                schedule(&mut self.due, &mut entry.due, due, Key(key, which));
+                schedule(&mut self.due, &mut entry.due, due, Key(key, slot));
             }
-            match quoted {
+            match verdict {
                 Quoted::Unrelated => {}
                 Quoted::Ours => {
-                    sink.absorb(frame);
+                    cx.sink.absorb(frame);
                     return;
                 }
                 Quoted::Theirs => {
-                    sink.release(frame);
+                    cx.sink.release(frame);
                     return;
                 }
             }
@@ -655,92 +675,107 @@ impl<F, T: Offloadable> Connections<F, T> {
             .get(&key)
             .is_some_and(|flow| flow.serial == serial)
         {
-            sink.release(frame);
+            cx.sink.release(frame);
             return;
         }
+        self.reject_error(view, &key, is_known, frame, cx);
+    }
+
+    /// Records and drops an ICMP error that quotes no sequence number in flight. Audit mode forwards it.
+    fn reject_error<S: Sink<F>>(
+        &mut self,
+        view: &PacketView<'_>,
+        key: &CtKey,
+        is_known: bool,
+        frame: F,
+        cx: &mut Cx<'_, F, S>,
+    ) {
         self.shared.stats.icmp_unrelated += 1;
         let (reason, detail) = if is_known {
             (Reason::UnrelatedIcmp, NOT_UNDER_WAY)
         } else {
             (Reason::TcpMidstream, Reason::TcpMidstream.text())
         };
-        let is_audit = view.slot.flags & punt_flags::AUDIT != 0;
-        let reports = match self.entries.get_mut(&key) {
-            Some(entry) => entry.connection.may_report(now, reason, &mut self.shared),
-            None => self.shared.may_report(now),
-        };
-        if reports {
+        let is_audit = is_audit(view);
+        if self.may_report(key, reason, cx) {
             let record = Record::of(view, What::Unreadable { detail });
-            // The slot names the identity of the connection's other end; a router is not that end.
-            let is_end = [view.packet.source, view.packet.destination].contains(&key.remote);
-            sink.record(&Record {
-                verdict: if is_audit {
-                    Verdict::Audit
-                } else {
-                    Verdict::Dropped
-                },
+            // The punt request has the identity of the connection's peer. If a router has sent the error, that is not the
+            // identity of the error's source.
+            let is_of_peer = [view.packet.source, view.packet.destination].contains(&key.remote);
+            cx.sink.record(&Record {
+                verdict: verdict(is_audit),
                 reason,
-                remote_identity: if is_end { record.remote_identity } else { 0 },
+                remote_identity: if is_of_peer { record.remote_identity } else { 0 },
                 ..record
             });
         }
         if is_audit {
-            sink.release(frame);
+            cx.sink.release(frame);
         } else {
-            sink.discard(frame, reason);
+            cx.sink.discard(frame, reason);
         }
     }
 
-    /// When [`Connections::tick`] has something to do.
+    /// Returns the time at which [`Connections::tick`] must be called, ms.
     pub(crate) fn deadline(&self) -> Option<Millis> {
         self.due.first().map(|(due, _)| *due)
     }
 
-    /// Does what is due.
-    pub(crate) fn tick<S: Sink<F>>(&mut self, now: Millis, sink: &mut S) {
+    /// Handles the timeouts that are due.
+    pub(crate) fn tick<S: Sink<F>>(&mut self, cx: &mut Cx<'_, F, S>) {
         while let Some(&(due, key)) = self.due.first()
-            && due <= now
+            && due <= cx.now
         {
-            let all = if key.1 == CANDIDATE {
-                &mut self.candidates
-            } else {
-                &mut self.entries
+            let all = match key.1 {
+                Slot::Candidate => &mut self.candidates,
+                Slot::Current => &mut self.entries,
             };
             let Some(entry) = all.get_mut(&key.0) else {
                 self.due.pop_first();
                 continue;
             };
-            let stays = entry.connection.tick(now, &mut self.shared, sink);
+            let tcp = &mut self.shared.context(cx);
+            let stays = entry.connection.tick(tcp);
             if entry.connection.is_over() {
                 self.remember_offloaded(key.0);
             } else if stays {
-                let due = entry.connection.deadline(&self.shared).max(now + 1);
+                let due = entry.connection.deadline(tcp.shared).max(tcp.now + 1);
                 schedule(&mut self.due, &mut entry.due, due, key);
             } else {
-                entry
-                    .connection
-                    .close(Reason::InspectDeadline, &mut self.shared, sink);
-                entry.connection.forgotten(sink);
+                entry.connection.close(Reason::InspectDeadline, tcp);
+                entry.connection.forgotten(tcp);
                 self.remove(key);
             }
         }
     }
 
-    /// Forgets the connections of an endpoint, or all; what is held of them is dropped.
-    pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, sink: &mut S) {
+    /// Removes the connections of an endpoint, or all, and drops their held packets.
+    pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, cx: &mut Cx<'_, F, S>) {
         self.offloaded_flows
             .retain(|key, _| endpoint.is_some_and(|endpoint| endpoint != key.endpoint));
-        let all = self.entries.keys().map(|key| Key(*key, CURRENT));
-        let all = all.chain(self.candidates.keys().map(|key| Key(*key, CANDIDATE)));
+        let all = self.entries.keys().map(|key| Key(*key, Slot::Current));
+        let all = all.chain(self.candidates.keys().map(|key| Key(*key, Slot::Candidate)));
         let gone: Vec<Key> = all
             .filter(|key| endpoint.is_none_or(|endpoint| endpoint == key.0.endpoint))
             .collect();
         for key in gone {
             if let Some(mut entry) = self.remove(key) {
-                entry
-                    .connection
-                    .close(Reason::TcpMidstream, &mut self.shared, sink);
+                let cx = &mut self.shared.context(cx);
+                entry.connection.close(Reason::TcpMidstream, cx);
             }
         }
+    }
+}
+
+const fn is_audit(view: &PacketView<'_>) -> bool {
+    view.slot.flags & punt_flags::AUDIT != 0
+}
+
+/// Returns the verdict that the record of a refused packet shows.
+const fn verdict(is_audit: bool) -> Verdict {
+    if is_audit {
+        Verdict::Audit
+    } else {
+        Verdict::Dropped
     }
 }

@@ -10,7 +10,9 @@ use proptest::prelude::*;
 
 use super::{Action, Connections, Offloadable, Side, StreamInspector, TcpLimits};
 use crate::{
-    CommitRequest, Millis, PacketView, Route, Sink,
+    CommitRequest, Millis, PacketView, Route, Rules, Sink,
+    context::Cx,
+    frames::Spare,
     record::{Record, Verdict, What},
 };
 
@@ -203,7 +205,13 @@ impl Offloadable for Messages {
 }
 
 impl StreamInspector<Vec<u8>> for &mut Messages {
-    fn read<S: Sink<Vec<u8>>>(&mut self, side: Side, bytes: &[u8], end: bool, _: &mut S) -> Action {
+    fn read<S: Sink<Vec<u8>>>(
+        &mut self,
+        side: Side,
+        bytes: &[u8],
+        end: bool,
+        _: &mut Cx<'_, Vec<u8>, S>,
+    ) -> Action {
         if side == Side::Server {
             return Action::Forward(bytes.len());
         }
@@ -236,6 +244,16 @@ impl StreamInspector<Vec<u8>> for &mut Messages {
             _ => Action::Forward(1 + usize::from(length)),
         }
     }
+}
+
+/// Calls `f` with a context without rules.
+fn with_context(now: Millis, out: &mut Out, f: impl FnOnce(&mut Cx<'_, Vec<u8>, Out>)) {
+    f(&mut Cx {
+        now,
+        rules: &Rules::default(),
+        spare: &mut Spare::new(),
+        sink: out,
+    });
 }
 
 struct Bench {
@@ -291,7 +309,9 @@ impl Bench {
             ..PuntRequest::default()
         };
         seg.view(slot, |view, frame| {
-            table.packet(now, view, frame, Messages::default, |m| m, |(), _| Ok(()), out);
+            with_context(now, out, |cx| {
+                table.packet(view, frame, Messages::default, |m| m, |(), _| Ok(()), cx);
+            });
         });
         self.check();
     }
@@ -304,7 +324,12 @@ impl Bench {
 
     fn tick(&mut self, now: Millis) {
         self.now = now;
-        self.table.tick(now, &mut self.out);
+        with_context(now, &mut self.out, |cx| self.table.tick(cx));
+    }
+
+    /// Removes all connections.
+    fn forget(&mut self) {
+        with_context(self.now, &mut self.out, |cx| self.table.forget(None, cx));
     }
 
     fn take(&mut self) -> Out {
@@ -900,7 +925,7 @@ fn nothing_waits_for_ever_and_what_is_held_is_bounded() {
     assert_eq!(out.emitted.len(), 2);
     assert_eq!(out.records.len(), 1, "it is named");
     assert_eq!((bench.table.stats().bytes, bench.table.stats().frames), (0, 0));
-    bench.table.forget(None, &mut bench.out);
+    bench.forget();
     assert_eq!(bench.table.stats().connections, 0);
 }
 
@@ -1202,7 +1227,7 @@ fn what_was_decided_before_the_worker_began_does_not_hold_for_a_new_connection()
         (flow_op::REPLACE, 41)
     );
     // The answer to a SYN that is not known here causes no reset: the SYN comes again.
-    bench.table.forget(None, &mut bench.out);
+    bench.forget();
     bench.put_as(&Seg::new(Side::Server, SYN | ACK, SERVER_ISN, isn, b""), 41, 0);
     let out = bench.take();
     assert_eq!(
@@ -1735,7 +1760,7 @@ proptest! {
             let stats = bench.table.stats();
             prop_assert!(stats.bytes < 1000 && stats.frames < 1000);
         }
-        bench.table.forget(None, &mut bench.out);
+        bench.forget();
         prop_assert_eq!((bench.table.stats().bytes, bench.table.stats().frames), (0, 0));
     }
 }

@@ -125,8 +125,10 @@ impl Bench {
         };
         let quoted = QuotedSegment::read(&view).unwrap();
         let (errors, discarded) = (self.out.errors, self.out.discarded.len());
-        self.table
-            .error(self.now, &view, &quoted, frame.clone(), &mut self.out);
+        let table = &mut self.table;
+        with_context(self.now, &mut self.out, |cx| {
+            table.error(&view, &quoted, frame.clone(), cx);
+        });
         self.check();
         match (self.out.errors - errors, self.out.discarded.len() - discarded) {
             (1, 0) => Passed,

@@ -1,0 +1,116 @@
+//! Limits and counters of TCP inspection.
+
+use crate::Millis;
+
+/// Limits of TCP inspection, per worker and inspector.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TcpLimits {
+    /// Maximum number of open connections.
+    pub connections: usize,
+    /// Maximum number of open connections of one endpoint. An endpoint also gets at most three times the room that is
+    /// left, so that the others still find some.
+    pub connections_per_endpoint: usize,
+    /// Maximum number of half-open connections: the client has not acknowledged the server's SYN. Beyond it the oldest one
+    /// of the endpoint that has most is removed, because its source may be forged.
+    pub half_open: usize,
+    /// Idle timeout of a half-open connection, ms.
+    pub half_open_idle: Millis,
+    /// Maximum number of bytes kept for one direction of a connection.
+    pub bytes_per_direction: usize,
+    /// Maximum number of bytes kept for all connections.
+    pub bytes: usize,
+    /// Maximum number of packets held for one direction of a connection.
+    pub frames_per_direction: usize,
+    /// Maximum number of packets held for all connections.
+    pub frames: usize,
+    /// Time that a packet may wait for a verdict, ms. Then the connection is aborted.
+    pub deadline: Millis,
+    /// Time after which held bytes are acknowledged on behalf of the receiver, ms.
+    pub acknowledge: Millis,
+    /// Maximum number of offloaded connections that are remembered, to judge them again if their rules change.
+    pub offloaded_flows: usize,
+    /// Idle timeout of an open connection, ms.
+    pub idle: Millis,
+    /// Idle timeout of a connection that is closed, aborted or offloaded, ms.
+    pub idle_closed: Millis,
+    /// Minimum length of an offload window, bytes.
+    pub window: u64,
+}
+
+impl Default for TcpLimits {
+    fn default() -> Self {
+        Self {
+            connections: 131_072,
+            connections_per_endpoint: usize::MAX,
+            half_open: 16_384,
+            half_open_idle: 10_000,
+            bytes_per_direction: 1 << 20,
+            bytes: 256 << 20,
+            frames_per_direction: 512,
+            frames: 4096,
+            deadline: 30_000,
+            acknowledge: 10,
+            offloaded_flows: 65_536,
+            idle: 6 * 3600 * 1000,
+            idle_closed: 60_000,
+            window: u64::MAX,
+        }
+    }
+}
+
+/// Counters of TCP inspection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct TcpStats {
+    /// Connections that were added, half-open.
+    pub opened: u64,
+    /// Connections in the table now.
+    pub connections: u64,
+    /// Half-open connections now, candidates for the place of an existing connection included.
+    pub half_open: u64,
+    /// Half-open connections that were removed because of the limit.
+    pub half_open_evicted: u64,
+    /// Connections that a new one with the same ports replaced before their end was seen.
+    pub replaced: u64,
+    /// Bytes that are kept now.
+    pub bytes: u64,
+    /// Packets that are held now.
+    pub frames: u64,
+    /// Retransmissions with the same bytes.
+    pub retransmitted: u64,
+    /// Retransmissions with other bytes.
+    pub overlaps: u64,
+    /// Segments outside the window.
+    pub out_of_window: u64,
+    /// Segments that receivers could interpret differently.
+    pub invalid: u64,
+    /// Packets of connections whose handshake was not seen.
+    pub midstream: u64,
+    /// Packets that were dropped because of a limit.
+    pub limited: u64,
+    /// Connections whose verdict took longer than the deadline.
+    pub overdue: u64,
+    /// Connections that were aborted.
+    pub cut: u64,
+    /// Connections that were ended by a response in the server's place.
+    pub answered: u64,
+    /// Connections that were offloaded.
+    pub offloaded: u64,
+    /// Offload windows that were set.
+    pub windows: u64,
+    /// Acknowledgements that were sent on behalf of a receiver.
+    pub acknowledged: u64,
+    /// Packets that were built to deliver acknowledged bytes.
+    pub delivered: u64,
+    /// Packets that were built to forward the judged part of a held packet.
+    pub split: u64,
+    /// ICMP errors that quote a segment of a connection.
+    pub icmp_errors: u64,
+    /// ICMP errors that quote no sequence number in flight.
+    pub icmp_unrelated: u64,
+    /// ICMP errors that lowered the size of built packets.
+    pub icmp_narrowed: u64,
+    /// Retransmission timeouts of acknowledged bytes.
+    pub repeated: u64,
+    /// Offloaded connections that are remembered now.
+    pub offloaded_flows: u64,
+}

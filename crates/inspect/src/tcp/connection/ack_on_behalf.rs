@@ -1,0 +1,201 @@
+//! Acknowledges held bytes on behalf of the receiver, and delivers them with retransmissions (RFC 3135, 2.4: a split
+//! connection, but only while bytes are held).
+
+use palisade_abi::Reason;
+
+use super::{
+    super::{
+        half::{Position, START},
+        segment::OutSegment,
+        shared::TcpCx,
+        side::Side,
+    },
+    Connection, FIRST_TRY, TRIES,
+};
+use crate::{Sink, record::Verdict};
+
+/// Maximum number of packets in flight when lost bytes are sent again.
+const AGAIN: u64 = 8;
+/// Detail of the record when the receiver acknowledges none of the retransmissions.
+const UNDELIVERED: &str = "What was acknowledged for the receiver does not reach it";
+
+impl<F> Connection<F> {
+    /// Acknowledges the held bytes of one side. Their frames are not needed any more: the bytes are kept and are delivered in
+    /// built packets.
+    pub(super) fn ack_on_behalf<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
+        let half = &mut self.halves[side];
+        half.ack_at = None;
+        if half.next <= half.proxy_acked || half.held.is_empty() || !half.is_contiguous() {
+            return;
+        }
+        half.proxy_acked = half.next;
+        while let Some(held) = half.held.pop_front_if(|held| held.end <= half.proxy_acked) {
+            cx.sink.absorb(held.frame);
+        }
+        self.acknowledge(side, cx);
+        // The first of the bytes may be judged already.
+        self.deliver(side, cx);
+    }
+
+    /// Sends an acknowledgement to one side, for all bytes that the receiver or the worker has acknowledged.
+    pub(super) fn acknowledge<S: Sink<F>>(&self, side: Side, cx: &mut TcpCx<'_, F, S>) {
+        cx.shared.stats.acknowledged += 1;
+        let (own, other) = (&self.halves[side], &self.halves[side.other()]);
+        let is_scaled = self.halves.both().iter().all(|half| half.scale.is_some());
+        let shift = other.scale.filter(|_| is_scaled).unwrap_or(0);
+        let window = own.edge.saturating_sub(own.proxy_acked) >> shift;
+        let segment = OutSegment {
+            seq: other.seq(other.sent),
+            ack: Some(own.seq(own.proxy_acked)),
+            window: window.min(u64::from(u16::MAX)) as u16,
+            timestamp: self.timestamp(side),
+            ..OutSegment::default()
+        };
+        self.emit(side, &segment, cx);
+    }
+
+    /// Returns the segment that carries `payload` of `side` at a position.
+    fn data_segment<'p>(&self, side: Side, at: Position, payload: &'p [u8]) -> OutSegment<'p> {
+        let (own, receiver) = (&self.halves[side], &self.halves[side.other()]);
+        OutSegment {
+            seq: own.seq(at),
+            ack: Some(receiver.seq(receiver.proxy_acked.max(START + 1))),
+            window: own.window,
+            timestamp: self.timestamp(side.other()),
+            payload,
+            ..OutSegment::default()
+        }
+    }
+
+    /// Returns the maximum payload of a built packet to `to`, bytes.
+    fn payload_to(&self, to: Side) -> usize {
+        self.halves[to].payload_size(self.has_timestamps())
+    }
+
+    /// Sends one packet of acknowledged bytes of `side`, from a position on. Returns the number of bytes.
+    fn send_acknowledged<S: Sink<F>>(&self, side: Side, from: Position, cx: &mut TcpCx<'_, F, S>) -> u64 {
+        let payload = self.halves[side].undelivered(from, self.payload_to(side.other()));
+        if payload.is_empty() {
+            return 0;
+        }
+        self.emit(side.other(), &self.data_segment(side, from, payload), cx);
+        cx.shared.stats.delivered += 1;
+        payload.len() as u64
+    }
+
+    /// Forwards the judged bytes of a packet whose last bytes are not judged. The sender stays responsible for them: it
+    /// retransmits the packet until all of it is acknowledged.
+    ///
+    /// Does nothing if another policy inspects the packets too, because its inspector would not see the built packet.
+    pub(super) fn split<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
+        while let Some((from, to)) = self.halves[side].part().filter(|_| !self.is_shared) {
+            let part = self.halves[side].bytes(from, to);
+            if part.is_empty() {
+                return;
+            }
+            let mut bytes = std::mem::take(&mut cx.shared.part);
+            bytes.clear();
+            bytes.extend_from_slice(part);
+            self.send_part(side, from, &bytes, cx);
+            cx.shared.part = bytes;
+        }
+    }
+
+    /// Sends bytes of a packet of `side` in built packets.
+    pub(super) fn send_part<S: Sink<F>>(
+        &mut self,
+        side: Side,
+        from: Position,
+        bytes: &[u8],
+        cx: &mut TcpCx<'_, F, S>,
+    ) {
+        let mut at = from;
+        for payload in bytes.chunks(self.payload_to(side.other())) {
+            self.emit(side.other(), &self.data_segment(side, at, payload), cx);
+            cx.shared.stats.split += 1;
+            at += payload.len() as u64;
+        }
+        let own = &mut self.halves[side];
+        own.sent = own.sent.max(at);
+    }
+
+    /// Sends the acknowledged bytes of `side` that are judged and were not sent.
+    pub(super) fn deliver<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
+        loop {
+            let half = &self.halves[side];
+            if half.sent >= half.proxy_acked.min(half.judged) {
+                return;
+            }
+            let n = self.send_acknowledged(side, half.sent, cx);
+            if n == 0 {
+                return;
+            }
+            self.halves[side].sent += n;
+        }
+    }
+
+    /// Retransmits acknowledged bytes of `side` after a timeout. From the second timeout on the packets are smaller, since a
+    /// link may drop large packets without an ICMP error (RFC 2923, 2.1).
+    pub(super) fn retransmit<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
+        let Some((_, tries)) = self.halves[side].again.filter(|(at, _)| *at <= cx.now) else {
+            return;
+        };
+        if tries >= TRIES {
+            self.halves[side].again = None;
+            self.report_end(Verdict::Dropped, Reason::InspectDeadline, UNDELIVERED, cx);
+            self.abort(Reason::InspectDeadline, cx);
+            return;
+        }
+        if tries > 0 {
+            let is_ipv6 = self.link_to(side.other()).is_some_and(|link| link.is_ipv6());
+            self.halves[side.other()].shrink(is_ipv6);
+        }
+        cx.shared.stats.repeated += 1;
+        self.halves[side].lose();
+        let is_sent = self.recover(side, cx);
+        self.halves[side].again = is_sent.then(|| (cx.now + (FIRST_TRY << (tries + 1)), tries + 1));
+    }
+
+    /// Retransmits bytes that may be lost, at most [`AGAIN`] packets ahead of the receiver's acknowledgement. Returns whether
+    /// anything was sent.
+    pub(super) fn recover<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) -> bool {
+        let half = &self.halves[side];
+        let start = half.acked.max(START + 1);
+        let size = self.halves[side.other()].payload_size(false) as u64;
+        let end = half.lost.min(half.delivered()).min(start + AGAIN * size);
+        let from = half.resent.max(start);
+        let mut at = from;
+        while at < end {
+            let n = self.send_acknowledged(side, at, cx);
+            if n == 0 {
+                break;
+            }
+            at += n;
+        }
+        self.halves[side].resent = at;
+        at > from
+    }
+
+    /// Sets the timers for acknowledgements on behalf of a receiver and for retransmissions.
+    pub(super) fn arm<S: Sink<F>>(&mut self, cx: &mut TcpCx<'_, F, S>) {
+        for side in Side::BOTH {
+            // Early enough that the other half of the frames can still be held.
+            let most = cx.shared.limits.frames_per_direction / 2;
+            if self.halves[side].is_recovering() {
+                self.recover(side, cx);
+            }
+            let is_shared = self.is_shared;
+            let half = &mut self.halves[side];
+            if half.delivered() > half.acked.max(START + 1) {
+                half.again.get_or_insert((cx.now + FIRST_TRY, 0));
+            }
+            if is_shared || half.held.is_empty() || half.next <= half.proxy_acked {
+                half.ack_at = None;
+            } else if half.held.len() > most {
+                self.ack_on_behalf(side, cx);
+            } else if half.ack_at.is_none() {
+                half.ack_at = Some(cx.now + cx.shared.limits.acknowledge);
+            }
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! Shows the reassembled streams to the inspector, and forwards what it has judged.
+
+use palisade_abi::Reason;
+
+use super::{
+    super::{
+        half::START,
+        inspector::{Action, StreamInspector},
+        shared::{Shared, TcpCx},
+        side::Side,
+    },
+    Connection, Phase,
+    phase::Response,
+};
+use crate::Sink;
+
+/// Maximum length of an offload window, bytes: the BPF programs compare sequence numbers modulo 2^32.
+const LONGEST_WINDOW: u64 = 1 << 30;
+/// Number of bytes behind an offload window after which the window is removed.
+const WINDOW_AGE: u64 = 1 << 28;
+/// Maximum number of missing bytes that are waited for, where a longer rest of a message is skipped.
+const SMALL: u64 = 4096;
+
+impl<F> Connection<F> {
+    /// Calls the inspector until it has judged all that it can, and forwards what it allows.
+    pub(super) fn inspect<S: Sink<F>>(
+        &mut self,
+        inspector: &mut impl StreamInspector<F>,
+        cx: &mut TcpCx<'_, F, S>,
+    ) {
+        if matches!(self.phase, Phase::Responding(_)) {
+            self.respond_when_due(cx);
+            return;
+        }
+        self.remove_old_windows();
+        let judged = (self.halves.client.judged, self.halves.server.judged);
+        let mut again = true;
+        while std::mem::take(&mut again) {
+            for side in Side::BOTH {
+                while matches!(self.phase, Phase::Open) && self.inspect_once(side, inspector, cx) {
+                    again = true;
+                }
+                self.flush(side, cx);
+            }
+        }
+        for (half, judged) in self.halves.both_mut().into_iter().zip([judged.0, judged.1]) {
+            if half.unjudged().is_empty() {
+                half.since = None;
+            } else if half.since.is_none() || half.judged > judged {
+                half.since = Some(cx.now);
+            }
+        }
+    }
+
+    /// Removes offload windows before their sequence numbers wrap around (2^32 bytes). The command is repeated, in case the
+    /// packet that carries it is lost.
+    fn remove_old_windows(&mut self) {
+        for side in Side::BOTH {
+            if let Some(end) = self.window_ends[side]
+                && self.halves[side].judged > end
+            {
+                self.windows[side] = [0; 2];
+                self.command = true;
+                self.window_ends[side] = Some(end + WINDOW_AGE);
+            }
+        }
+    }
+
+    /// Calls the inspector once for one side. Returns whether a further call may have a result.
+    fn inspect_once<S: Sink<F>>(
+        &mut self,
+        side: Side,
+        inspector: &mut impl StreamInspector<F>,
+        cx: &mut TcpCx<'_, F, S>,
+    ) -> bool {
+        let half = &mut self.halves[side];
+        let is_whole = half.is_whole();
+        let bytes = half.unjudged();
+        let available = bytes.len();
+        if available == 0 && (!is_whole || half.end_read || half.judged > half.next) {
+            return false;
+        }
+        let action = match std::mem::take(&mut self.rest[side]) {
+            0 => {
+                inspector.sent(side, half.sent.saturating_sub(START + 1));
+                inspector.read(side, bytes, is_whole, &mut cx.engine())
+            }
+            rest => Action::Bypass(rest),
+        };
+        // Of a connection with two inspectors, the judged part of a packet is not forwarded by itself. The other side may
+        // wait for that part, so the deadline must run.
+        half.is_patient = matches!(action, Action::AwaitPeer) && !(self.is_shared && half.part().is_some());
+        match action {
+            Action::NeedMore | Action::AwaitPeer => false,
+            Action::ForwardUnjudged(n) => {
+                half.ahead = half.judged + n.min(available) as u64;
+                false
+            }
+            Action::Forward(n) => {
+                half.pass(n.min(available) as u64);
+                if available == 0 {
+                    half.end_read = true;
+                    half.judged += 1;
+                    return true;
+                }
+                n > 0
+            }
+            Action::Bypass(n) => {
+                self.skip(side, n, available as u64, cx.shared);
+                n > 0
+            }
+            Action::Offload => {
+                cx.shared.stats.offloaded += 1;
+                self.phase = Phase::Offloaded;
+                false
+            }
+            Action::Abort(reason) => {
+                self.flush(side, cx);
+                self.split(side, cx);
+                self.abort(reason, cx);
+                false
+            }
+            Action::Respond(reason, bytes) => {
+                self.flush(side, cx);
+                self.split(side, cx);
+                let until = cx.now.saturating_add(cx.shared.limits.deadline / 2);
+                self.phase = Phase::Responding(Box::new(Response::new(reason, side, bytes, until)));
+                self.respond_when_due(cx);
+                false
+            }
+        }
+    }
+
+    /// Marks the next `n` bytes of one side as judged, of which `available` have arrived. Sets an offload window if that is
+    /// worth it.
+    fn skip(&mut self, side: Side, n: u64, available: u64, shared: &Shared) {
+        let half = &mut self.halves[side];
+        // Bytes that were acknowledged on behalf of the receiver must be kept until they are delivered.
+        let undelivered = half.proxy_acked.saturating_sub(half.judged).min(n);
+        if undelivered > 0 {
+            half.pass(undelivered);
+            self.rest[side] = n - undelivered;
+            return;
+        }
+        let taken = n.min(LONGEST_WINDOW);
+        if n <= available + SMALL {
+            half.pass(n);
+            return;
+        }
+        let from = half.seq(half.judged);
+        let is_skipped = half.skip(taken);
+        self.rest[side] = n - taken;
+        // Acknowledgements of bytes in a window are not punted, so nothing may wait for one.
+        if is_skipped && n - available >= shared.limits.window && self.is_drained() {
+            let half = &self.halves[side];
+            self.windows[side] = [from, half.seq(half.judged)];
+            self.window_ends[side] = Some(half.judged + WINDOW_AGE);
+            self.command = true;
+        }
+    }
+
+    /// Forwards the held packets whose bytes are all judged.
+    pub(super) fn flush<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
+        if matches!(self.phase, Phase::Offloaded) {
+            self.flush_all(cx);
+            return;
+        }
+        self.deliver(side, cx);
+        while let Some(held) = self.halves[side].releasable() {
+            self.release(held.frame, cx);
+        }
+        let half = &self.halves[side];
+        // In all other cases the rest of the packet is about to arrive, or is soon acknowledged on behalf of the receiver.
+        if half.is_patient || !half.is_contiguous() {
+            self.split(side, cx);
+        }
+    }
+
+    /// Forwards all held packets of a connection that was just offloaded.
+    fn flush_all<S: Sink<F>>(&mut self, cx: &mut TcpCx<'_, F, S>) {
+        for side in Side::BOTH {
+            let half = &mut self.halves[side];
+            half.judged = half.judged.max(half.proxy_acked);
+            self.deliver(side, cx);
+        }
+        let is_drained = self.is_drained();
+        // The last packet carries the command, so that packets which the BPF programs forward from then on do not overtake
+        // the held ones.
+        let mut rest = self.halves.client.held.len() + self.halves.server.held.len();
+        for side in Side::BOTH {
+            while let Some(held) = self.halves[side].held.pop_front() {
+                rest -= 1;
+                self.command = rest == 0 && is_drained;
+                self.release(held.frame, cx);
+            }
+        }
+        if is_drained {
+            self.close(Reason::Allowed, cx);
+        }
+    }
+}

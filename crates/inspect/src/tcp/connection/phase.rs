@@ -1,0 +1,91 @@
+//! Phases of a connection, and the response that ends one.
+
+use palisade_abi::Reason;
+
+use super::super::{half::Position, side::Side};
+use crate::Millis;
+
+/// Maximum number of retransmissions of a packet that was built here.
+pub(super) const TRIES: u32 = 6;
+/// First retransmission timeout of a packet that was built here, ms. It doubles with each retransmission.
+pub(super) const FIRST_TRY: Millis = 250;
+
+/// Phase of a connection.
+pub(super) enum Phase {
+    Open,
+    /// A response waits until the client has all that the server has sent before.
+    Responding(Box<Response>),
+    /// The response has been sent.
+    Responded(Box<Response>),
+    /// The rest of the connection needs no inspection.
+    Offloaded,
+    /// The connection was reset at both ends.
+    Aborted(Reason),
+}
+
+/// State of a notification to the BPF programs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Announcement {
+    No,
+    /// Goes out with the next packet that is forwarded.
+    Next,
+    Sent,
+}
+
+/// Response to one end in the place of the other end.
+pub(super) struct Response {
+    pub(super) reason: Reason,
+    /// Receiver of the response.
+    pub(super) to: Side,
+    pub(super) bytes: Vec<u8>,
+    /// Position of the response in the stream to `to`.
+    pub(super) start: Position,
+    /// Position up to which the stream from `to` is acknowledged.
+    pub(super) next: Position,
+    /// Value of `next` when the response was sent.
+    pub(super) first: Position,
+    /// Number of retransmissions.
+    pub(super) tries: u32,
+    /// Time of the next retransmission, ms; before the response is sent, the time at which it is sent at the latest.
+    pub(super) again: Millis,
+    pub(super) other: Closing,
+}
+
+/// The end that does not get the response. To it, the receiver of the response seems to have closed the connection.
+#[derive(Default)]
+pub(super) struct Closing {
+    /// Position of the built FIN in the stream to this end.
+    pub(super) fin: Position,
+    /// Position up to which the stream from this end is acknowledged.
+    pub(super) next: Position,
+    /// Value of `next` when the response was sent.
+    pub(super) first: Position,
+    /// Whether this end has acknowledged the FIN or has reset the connection.
+    pub(super) done: bool,
+}
+
+impl Response {
+    /// Returns a response that is sent at `again` at the latest.
+    pub(super) fn new(reason: Reason, to: Side, bytes: Vec<u8>, again: Millis) -> Self {
+        Self {
+            reason,
+            to,
+            bytes,
+            start: 0,
+            next: 0,
+            first: 0,
+            tries: 0,
+            again,
+            other: Closing::default(),
+        }
+    }
+
+    /// Returns the position behind the FIN that was built in the place of `side`.
+    pub(super) fn end_of(&self, side: Side) -> Position {
+        if side == self.to {
+            self.other.fin + 1
+        } else {
+            self.start + self.bytes.len() as u64 + 1
+        }
+    }
+}

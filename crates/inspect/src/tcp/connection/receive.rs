@@ -1,0 +1,308 @@
+//! A segment arrives: RFC 9293, 3.10.7.4, in the order of the RFC. SYN and RST have their own files.
+//!
+//! A segment is checked against what its receiver has acknowledged and offered. Where receivers differ, the strictest one
+//! counts: a segment that is dropped is retransmitted, but one that is wrongly accepted could carry bytes that the receiver
+//! does not take.
+
+use palisade_abi::Reason;
+
+use super::{
+    super::{
+        half::{Arrival, Held, Position},
+        segment::{Arrived, Link},
+        shared::TcpCx,
+        side::Side,
+    },
+    Connection, Phase,
+};
+use crate::Sink;
+
+/// Sequence space of a segment.
+#[derive(Clone, Copy)]
+struct Extent {
+    /// Position of the first byte.
+    start: Position,
+    /// Position behind the last data byte.
+    end: Position,
+    /// Position behind the last data byte or the FIN.
+    behind: Position,
+}
+
+impl Extent {
+    const fn is_empty(self) -> bool {
+        self.behind == self.start
+    }
+}
+
+/// Result of the checks of a segment.
+enum Checked {
+    /// The segment is acceptable and acknowledges this position of the other end.
+    Acceptable(Extent, Position),
+    /// The segment acknowledges bytes that another policy's inspector has sent.
+    AcksOtherInspector,
+}
+
+impl<F> Connection<F> {
+    /// Handles a segment. Returns whether the inspector may have something to read.
+    ///
+    /// # Errors
+    /// Returns the frame and the reason if the segment must be dropped.
+    pub(super) fn receive<S: Sink<F>>(
+        &mut self,
+        arrived: &Arrived<'_, '_>,
+        frame: F,
+        cx: &mut TcpCx<'_, F, S>,
+    ) -> Result<bool, (Reason, F)> {
+        if arrived.segment.is_syn() {
+            return self.open(arrived, frame, cx).map(|()| false);
+        }
+        if arrived.segment.is_rst() {
+            return self.reset(arrived, frame, cx).map(|()| false);
+        }
+        let (at, acked) = match self.check(arrived) {
+            Ok(Checked::Acceptable(at, acked)) => (at, acked),
+            Ok(Checked::AcksOtherInspector) => {
+                // That inspector has responded in the server's place and needs the acknowledgement. The receiver drops a
+                // segment that acknowledges more than it has sent, so forwarding this one is harmless.
+                self.is_reset = true;
+                self.release(frame, cx);
+                return Ok(false);
+            }
+            Err(reason) => return Err((reason, frame)),
+        };
+        self.take_ack(arrived, acked);
+        // A response may be due now that more is acknowledged.
+        let progress = matches!(self.phase, Phase::Responding(_));
+        if at.is_empty() {
+            self.release(frame, cx);
+            return Ok(progress);
+        }
+        if self.contradicts_fin(arrived, at) {
+            return Err((Reason::TcpOverlap, frame));
+        }
+        if at.start < self.halves[arrived.side].acked {
+            return self.on_retransmission(arrived, at, frame, cx);
+        }
+        self.accept_data(arrived, at, frame, cx)
+    }
+
+    /// Checks the sequence number, the acknowledgement and the timestamp of a segment.
+    fn check(&mut self, arrived: &Arrived<'_, '_>) -> Result<Checked, Reason> {
+        let at = self.check_sequence(arrived)?;
+        let Some(acked) = self.check_ack(arrived)? else {
+            return Ok(Checked::AcksOtherInspector);
+        };
+        self.check_timestamp(arrived, at.start)?;
+        Ok(Checked::Acceptable(at, acked))
+    }
+
+    /// "First, check sequence number": a segment is acceptable if it lies in the window that the receiver has offered, or
+    /// repeats bytes within one window below. One byte beyond the window is a zero-window probe (RFC 9293, 3.8.6.1).
+    fn check_sequence(&self, arrived: &Arrived<'_, '_>) -> Result<Extent, Reason> {
+        let (own, other) = (&self.halves[arrived.side], &self.halves[arrived.side.other()]);
+        let segment = &arrived.segment;
+        // In the synchronized states every segment carries an ACK; one without is dropped.
+        if own.isn.is_none() || other.isn.is_none() || !segment.is_ack() {
+            return Err(Reason::TcpInvalid);
+        }
+        let start = own.position(segment.seq);
+        let end = start + segment.payload.len() as u64;
+        let behind = end + u64::from(segment.is_fin());
+        if start < own.oldest() || behind > own.edge + 1 {
+            return Err(Reason::TcpOutOfWindow);
+        }
+        Ok(Extent { start, end, behind })
+    }
+
+    /// "Fifth, check the ACK field": the segment must not acknowledge more than the other end has sent, nor less than one
+    /// window below what it has acknowledged before (RFC 5961, 5.2). The same holds for selective acknowledgements.
+    ///
+    /// Returns none if the segment acknowledges bytes that another policy's inspector has sent.
+    fn check_ack(&self, arrived: &Arrived<'_, '_>) -> Result<Option<Position>, Reason> {
+        let other = &self.halves[arrived.side.other()];
+        let segment = &arrived.segment;
+        let acked = other.position(segment.ack);
+        if acked > other.sent && self.is_shared && segment.payload.is_empty() {
+            return Ok(None);
+        }
+        if acked > other.sent || acked < other.oldest() {
+            return Err(Reason::TcpOutOfWindow);
+        }
+        let mut edges = segment.options.sack.iter().flatten();
+        if edges.any(|edge| other.position(*edge) > other.sent) {
+            return Err(Reason::TcpInvalid);
+        }
+        Ok(Some(acked))
+    }
+
+    /// Protection against wrapped sequences (RFC 7323, 5.3): if both ends have agreed on timestamps, a segment without one
+    /// or with an old one is dropped.
+    fn check_timestamp(&mut self, arrived: &Arrived<'_, '_>, start: Position) -> Result<(), Reason> {
+        let is_agreed = self.has_timestamps();
+        let segment = &arrived.segment;
+        if is_agreed && segment.options.timestamp.is_none() {
+            return Err(Reason::TcpInvalid);
+        }
+        if self.halves[arrived.side].is_stale(segment, start, is_agreed) {
+            return Err(Reason::TcpOutOfWindow);
+        }
+        Ok(())
+    }
+
+    /// "Fifth, check the ACK field", continued: SND.UNA and the send window of the other end are updated. The window is
+    /// scaled if both SYNs carried that option (RFC 7323, 2.3).
+    fn take_ack(&mut self, arrived: &Arrived<'_, '_>, acked: Position) {
+        let is_scaled = self.halves.both().iter().all(|half| half.scale.is_some());
+        let (own, other) = self.halves.pair_mut(arrived.side);
+        let shift = if is_scaled { own.scale.unwrap_or(0) } else { 0 };
+        own.window = arrived.segment.window;
+        own.link = Link::of(arrived.view).or(own.link);
+        other.acknowledge(acked, u64::from(arrived.segment.window) << shift);
+        self.note_state();
+    }
+
+    /// "Eighth, check the FIN bit": returns whether the segment has bytes behind the FIN, or a FIN at another position or
+    /// before bytes that have arrived.
+    fn contradicts_fin(&self, arrived: &Arrived<'_, '_>, at: Extent) -> bool {
+        let own = &self.halves[arrived.side];
+        let has_fin = arrived.segment.is_fin();
+        own.fin
+            .is_some_and(|fin| at.end > fin || (has_fin && at.end != fin))
+            || (has_fin && own.highest > at.end)
+    }
+
+    /// Handles a segment that begins with bytes that the receiver has acknowledged. A receiver that has acknowledged bytes
+    /// ignores them here, unless it has lied to get bytes that no inspector has seen. So the segment is not forwarded: the
+    /// sender gets the acknowledgement, and new bytes behind the acknowledged ones are delivered in built packets.
+    fn on_retransmission<S: Sink<F>>(
+        &mut self,
+        arrived: &Arrived<'_, '_>,
+        at: Extent,
+        frame: F,
+        cx: &mut TcpCx<'_, F, S>,
+    ) -> Result<bool, (Reason, F)> {
+        let (side, segment) = (arrived.side, &arrived.segment);
+        let progress = matches!(self.phase, Phase::Responding(_));
+        cx.shared.stats.retransmitted += 1;
+        let own = &mut self.halves[side];
+        // A keepalive probe may repeat the last acknowledged byte (RFC 9293, 3.8.4).
+        if at.behind == own.acked && segment.payload.len() <= 1 {
+            self.release(frame, cx);
+            return Ok(progress);
+        }
+        let limits = &cx.shared.limits;
+        let has_room = at.end <= own.reach(limits.bytes_per_direction as u64)
+            && cx.shared.stats.bytes <= limits.bytes as u64;
+        let new = segment
+            .payload
+            .get((own.acked - at.start) as usize..)
+            .filter(|new| !new.is_empty() && has_room && !self.is_shared && own.is_contiguous());
+        let Some(new) = new else {
+            cx.sink.discard(frame, Reason::TcpHeld);
+            self.acknowledge(side, cx);
+            return Ok(progress);
+        };
+        if own.take(own.acked, new) == Arrival::Differs {
+            return Err((Reason::TcpOverlap, frame));
+        }
+        own.proxy_acked = own.proxy_acked.max(own.next);
+        cx.sink.absorb(frame);
+        self.acknowledge(side, cx);
+        Ok(true)
+    }
+
+    /// "Seventh, process the segment text": stores the bytes and compares them with an earlier copy. The packet is forwarded
+    /// if all of its bytes may be, else held.
+    fn accept_data<S: Sink<F>>(
+        &mut self,
+        arrived: &Arrived<'_, '_>,
+        at: Extent,
+        frame: F,
+        cx: &mut TcpCx<'_, F, S>,
+    ) -> Result<bool, (Reason, F)> {
+        let (side, segment) = (arrived.side, &arrived.segment);
+        let own = &mut self.halves[side];
+        let waits = at.behind > own.forward_limit();
+        let (limits, stats) = (&cx.shared.limits, &cx.shared.stats);
+        if at.end > own.reach(limits.bytes_per_direction as u64)
+            || stats.bytes > limits.bytes as u64
+            || (waits
+                && (own.held.len() >= limits.frames_per_direction || stats.frames >= limits.frames as u64))
+        {
+            return Err((Reason::InspectLimit, frame));
+        }
+        let is_new = match own.take(at.start, segment.payload) {
+            Arrival::Differs => return Err((Reason::TcpOverlap, frame)),
+            Arrival::New => true,
+            Arrival::Known => segment.is_fin() && own.fin.is_none(),
+        };
+        if segment.is_fin() {
+            own.fin = Some(at.end);
+        }
+        if !waits {
+            own.sent = own.sent.max(at.behind);
+            if !is_new {
+                cx.shared.stats.retransmitted += 1;
+            }
+            self.release(frame, cx);
+            return Ok(true);
+        }
+        self.send_judged_part(side, at, segment.payload, is_new, cx);
+        if !is_new {
+            return Err((Reason::TcpHeld, frame));
+        }
+        self.halves[side].hold(Held {
+            frame,
+            start: at.start,
+            end: at.behind,
+            since: cx.now,
+        });
+        Ok(true)
+    }
+
+    /// Forwards the judged bytes at the beginning of a segment that has to wait, in a built packet. Bytes that are kept are
+    /// forwarded by [`Connection::split`] instead, and here only again if the sender retransmits them.
+    fn send_judged_part<S: Sink<F>>(
+        &mut self,
+        side: Side,
+        at: Extent,
+        payload: &[u8],
+        is_new: bool,
+        cx: &mut TcpCx<'_, F, S>,
+    ) {
+        let own = &self.halves[side];
+        let is_kept = !own.bytes(at.start, at.end).is_empty();
+        if self.is_shared || at.start >= own.judged || (is_kept && (is_new || own.sent <= at.start)) {
+            return;
+        }
+        let length = (own.judged - at.start) as usize;
+        self.send_part(side, at.start, payload.get(..length).unwrap_or(payload), cx);
+    }
+
+    /// Drops a segment that [`Connection::receive`] has refused. A retransmission of held bytes is no loss, since the first
+    /// copy is held, so it makes no record.
+    pub(super) fn reject<S: Sink<F>>(
+        &mut self,
+        arrived: &Arrived<'_, '_>,
+        reason: Reason,
+        frame: F,
+        cx: &mut TcpCx<'_, F, S>,
+    ) {
+        let half = &self.halves[arrived.side];
+        if reason == Reason::TcpHeld && half.proxy_acked > half.acked {
+            self.acknowledge(arrived.side, cx);
+        }
+        let stats = &mut cx.shared.stats;
+        match reason {
+            Reason::TcpOutOfWindow => stats.out_of_window += 1,
+            Reason::TcpOverlap => stats.overlaps += 1,
+            Reason::TcpHeld => stats.retransmitted += 1,
+            Reason::InspectLimit => stats.limited += 1,
+            _ => stats.invalid += 1,
+        }
+        if reason != Reason::TcpHeld {
+            self.report_drop(arrived.view, reason, cx);
+        }
+        cx.sink.discard(frame, reason);
+    }
+}

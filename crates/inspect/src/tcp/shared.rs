@@ -1,0 +1,85 @@
+//! State that all connections of one inspector share, and the context in which a connection runs.
+
+use super::{
+    config::{TcpLimits, TcpStats},
+    segment::{Link, OutSegment},
+};
+use crate::{Millis, Sink, context::Cx, frames::Spare, rules::Rules};
+
+/// Maximum number of records about dropped packets per second.
+const REPORTS: u32 = 200;
+
+/// State that all connections of one inspector share.
+pub(crate) struct Shared {
+    pub(super) limits: TcpLimits,
+    pub(super) stats: TcpStats,
+    /// Buffer for the packet that is built.
+    out: Vec<u8>,
+    /// Start of the current second of reports, and the number of reports left in it.
+    reports: (Millis, u32),
+    /// Buffer for the judged part of a packet.
+    pub(super) part: Vec<u8>,
+}
+
+impl Shared {
+    pub(super) fn new(limits: &TcpLimits) -> Self {
+        Self {
+            limits: *limits,
+            stats: TcpStats::default(),
+            out: Vec::new(),
+            reports: (0, REPORTS),
+            part: Vec::new(),
+        }
+    }
+
+    /// Returns the context for a connection: that of the engine, with this state.
+    pub(super) const fn context<'a, F, S>(&'a mut self, cx: &'a mut Cx<'_, F, S>) -> TcpCx<'a, F, S> {
+        TcpCx {
+            now: cx.now,
+            rules: cx.rules,
+            spare: cx.spare,
+            sink: cx.sink,
+            shared: self,
+        }
+    }
+
+    /// Returns whether one more dropped packet is reported: the limit keeps a sender from filling the records.
+    pub(super) const fn may_report(&mut self, now: Millis) -> bool {
+        if now.saturating_sub(self.reports.0) >= 1_000 {
+            self.reports = (now, REPORTS);
+        }
+        if self.reports.1 == 0 {
+            return false;
+        }
+        self.reports.1 -= 1;
+        true
+    }
+}
+
+/// Context in which a connection runs: that of the engine, and the state that all connections share.
+pub(super) struct TcpCx<'a, F, S> {
+    /// Time of the call, ms.
+    pub(super) now: Millis,
+    rules: &'a Rules,
+    spare: &'a mut Spare<F>,
+    pub(super) sink: &'a mut S,
+    pub(super) shared: &'a mut Shared,
+}
+
+impl<F, S: Sink<F>> TcpCx<'_, F, S> {
+    /// Returns the context of the engine, for an inspector.
+    pub(super) const fn engine(&mut self) -> Cx<'_, F, S> {
+        Cx {
+            now: self.now,
+            rules: self.rules,
+            spare: self.spare,
+            sink: self.sink,
+        }
+    }
+
+    /// Builds a segment and sends it.
+    pub(super) fn emit(&mut self, link: &Link, segment: &OutSegment<'_>) {
+        link.write(segment, &mut self.shared.out);
+        self.sink.emit(&self.shared.out, link.route());
+    }
+}
