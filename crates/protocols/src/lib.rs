@@ -1,7 +1,7 @@
-//! Parsers of application protocols: bytes in, facts out.
+//! Parsers of application protocols: DNS, HTTP/1 and TLS hellos.
 //!
-//! Every byte here comes from the network and is hostile. Nothing in this crate does I/O, looks at a clock or
-//! panics on input; what a parser does not take, it refuses with a kind that has a text and can be counted.
+//! The input comes from the network and may be crafted by an attacker. The parsers do no I/O, read no clock and do not
+//! panic. They refuse malformed or ambiguous input with an error that has a text and a counter of its own.
 //!
 //! Depends on `palisade-policy` for the types of patterns and paths. Start at [`dns::Query`] and [`dns::Answer`],
 //! [`http1::Request`], [`tls::ClientReader`].

@@ -84,7 +84,7 @@ fn ips(answer: &Answer) -> Vec<String> {
 }
 
 #[test]
-fn a_query_is_read_as_it_was_asked() {
+fn a_query_is_parsed() {
     let mut message = question("WWW.Example.com.", RecordType::HTTPS);
     let mut edns = HickoryEdns::new();
     edns.set_max_payload(4096).set_dnssec_ok(true);
@@ -99,7 +99,7 @@ fn a_query_is_read_as_it_was_asked() {
 }
 
 #[test]
-fn only_what_the_question_leads_to_is_taken() {
+fn only_records_of_the_queried_name_and_its_aliases_count() {
     let mut message = response(
         "www.shop.test.",
         RecordType::A,
@@ -175,7 +175,7 @@ fn hints_of_service_bindings_count_as_addresses() {
 }
 
 #[test]
-fn a_time_to_live_with_the_top_bit_is_zero() {
+fn a_ttl_with_the_most_significant_bit_is_zero() {
     let answer = parse(&response(
         "x.test.",
         RecordType::A,
@@ -185,7 +185,7 @@ fn a_time_to_live_with_the_top_bit_is_zero() {
 }
 
 #[test]
-fn other_classes_are_not_taken() {
+fn records_of_other_classes_are_ignored() {
     let mut record = a("x.test.", 9, "192.0.2.1");
     record.dns_class = DNSClass::CH;
     let answer = parse(&response(
@@ -197,7 +197,7 @@ fn other_classes_are_not_taken() {
 }
 
 #[test]
-fn response_codes_with_their_upper_bits() {
+fn response_codes_include_the_upper_bits_of_edns() {
     let mut message = response("x.test.", RecordType::A, vec![]);
     message.metadata.response_code = ResponseCode::BADVERS;
     message.set_edns(HickoryEdns::new());
@@ -239,7 +239,7 @@ fn answer_with(records: &[Vec<u8>]) -> Result<Answer, ParseError> {
 }
 
 #[test]
-fn queries_that_nobody_should_send() {
+fn malformed_queries_are_refused() {
     let question = |bytes: &[u8]| raw(0x0100, [1, 0, 0, 0], bytes);
     let long_name = [
         [b"\x3f".as_slice(), &[b'a'; 63]].concat().repeat(4),
@@ -344,7 +344,7 @@ fn queries_that_nobody_should_send() {
 }
 
 #[test]
-fn answers_that_nobody_should_send() {
+fn malformed_answers_are_refused() {
     let https = |data: &[u8]| record(b"\xc0\x0c", rtype::HTTPS, data);
     let table: Vec<(Vec<Vec<u8>>, ParseError)> = vec![
         (vec![record(b"\xc0\x0c", 1, &[1; 5])], ParseError::BadRdata),
@@ -418,7 +418,7 @@ fn answers_that_nobody_should_send() {
 }
 
 #[test]
-fn an_answer_that_was_refused_leaves_nothing() {
+fn a_refused_answer_leaves_the_value_empty() {
     let mut answer = answer_with(&[record(b"\xc0\x0c", 1, &[1; 4])]).unwrap();
     assert_eq!(answer.addresses.len(), 1);
     let body = [
@@ -436,7 +436,7 @@ fn an_answer_that_was_refused_leaves_nothing() {
 }
 
 #[test]
-fn chains_of_aliases_end_at_the_limit() {
+fn chains_of_aliases_are_limited() {
     let label = |n: u8| vec![2, b'n', b'a' + n, 0];
     let chain = |n: u8| {
         let mut records = vec![record(b"\xc0\x0c", 5, &label(0))];
@@ -468,7 +468,7 @@ fn a_compression_bomb_is_refused_early() {
 }
 
 #[test]
-fn many_records_are_taken_up_to_the_limit() {
+fn records_are_accepted_up_to_the_limit() {
     let records = |n| answer_with(&vec![record(b"\xc0\x0c", 1, &[1; 4]); n]);
     assert_eq!(records(2048).unwrap().addresses.len(), 2048);
     assert_eq!(records(2049).unwrap_err(), ParseError::TooManyRecords);
@@ -510,7 +510,7 @@ fn replies_echo_the_question_and_answer_edns() {
 }
 
 #[test]
-fn replies_to_what_was_refused_are_a_header() {
+fn the_response_to_a_malformed_query_is_a_header() {
     let mut out = [0; 512];
     let update = raw(0x2900, [1, 0, 0, 0], QUESTION);
     let len = reply(&update, Rcode::NotImp, &mut out).unwrap();
@@ -531,7 +531,7 @@ fn replies_to_what_was_refused_are_a_header() {
 }
 
 #[test]
-fn tcp_streams_are_cut_into_messages() {
+fn tcp_streams_are_split_into_messages() {
     let first = raw(0x0100, [1, 0, 0, 0], QUESTION);
     let second = raw(0x0100, [0; 4], &[]);
     let mut stream = vec![];
@@ -555,7 +555,7 @@ fn tcp_streams_are_cut_into_messages() {
 }
 
 #[test]
-fn the_head_of_an_answer_needs_nothing_behind_it() {
+fn the_head_of_an_answer_parses_without_the_rest() {
     let answer = raw(RESPONSE | 5, [1, 9999, 9999, 9999], QUESTION);
     for more in [&[][..], b"whatever"] {
         let head = Head::read(&[&answer[..], more].concat()).unwrap();
@@ -730,7 +730,7 @@ fn agrees_with_hickory(bytes: &[u8]) -> Result<(), TestCaseError> {
 
 proptest! {
     #[test]
-    fn valid_queries_are_read_as_hickory_reads_them(
+    fn valid_queries_parse_as_in_hickory(
         asked in owner(), kind in any::<u16>(), id in any::<u16>(), edns in any::<bool>(), rd in any::<bool>(),
     ) {
         // hickory reads OPT, TSIG and the class bits of mDNS its own way in a question
@@ -749,7 +749,7 @@ proptest! {
     }
 
     #[test]
-    fn valid_answers_are_read_as_hickory_reads_them(
+    fn valid_answers_parse_as_in_hickory(
         asked in owner(),
         answers in prop::collection::vec(any_record(), 0..14),
         more in prop::collection::vec(any_record(), 0..6),

@@ -16,11 +16,11 @@ fn corpus(name: &str) -> std::path::PathBuf {
 }
 
 #[test]
-fn http1_and_what_is_like_it() {
+fn mutated_http1_streams_never_panic_and_parse_equally_when_cut() {
     mutate::run(&corpus("http1"), http1::run);
 }
 
 #[test]
-fn tls_and_what_is_like_it() {
+fn mutated_tls_streams_never_panic_and_parse_equally_when_cut() {
     mutate::run(&corpus("tls"), tls::run);
 }

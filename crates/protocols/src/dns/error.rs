@@ -1,10 +1,10 @@
-//! Why a DNS message is refused, and which response code says so.
+//! Reasons to refuse a DNS message, and the response code for each.
 
 use strum::{Display, IntoStaticStr, VariantArray};
 
 use super::rcode::Rcode;
 
-/// The reason why a message is refused. Each has a counter of its own.
+/// The reason why a message is refused. Each reason has a counter of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Display, IntoStaticStr, VariantArray)]
 pub enum ParseError {
     /// Shorter than a header.
@@ -13,7 +13,7 @@ pub enum ParseError {
     /// Longer than [`super::Limits::message`].
     #[strum(serialize = "message too long")]
     TooLong,
-    /// A query where an answer must be, or the other way round.
+    /// A query where an answer is expected, or an answer where a query is expected.
     #[strum(serialize = "QR bit does not fit the direction")]
     WrongDirection,
     /// An opcode other than QUERY (NOTIFY, UPDATE, DSO, ...).
@@ -22,49 +22,50 @@ pub enum ParseError {
     /// No question.
     #[strum(serialize = "no question")]
     NoQuestion,
-    /// More than one question: nobody agrees on what that means.
+    /// More than one question. Servers differ in which of them they answer (RFC 9619).
     #[strum(serialize = "more than one question")]
     ManyQuestions,
-    /// A query that carries answers, or an authority section outside an incremental zone transfer.
+    /// A query with an answer section, or with an authority section unless it requests an incremental zone transfer.
     #[strum(serialize = "query with records that no query has")]
     RecordsInQuery,
     /// More records than [`super::Limits::records`].
     #[strum(serialize = "too many records")]
     TooManyRecords,
-    /// The message ends inside a name, a record or a question.
+    /// The message ends within a name, a record or a question.
     #[strum(serialize = "message ends within a record")]
     Truncated,
     /// Bytes after the last record.
     #[strum(serialize = "bytes after the last record")]
     TrailingBytes,
-    /// A label type other than literal and pointer (RFC 6891, 5: extended labels are obsolete).
+    /// A label type other than literal and pointer. Extended labels are obsolete (RFC 6891, section 5).
     #[strum(serialize = "unknown label type")]
     LabelType,
     /// A name of more than 255 bytes.
     #[strum(serialize = "name longer than 255 bytes")]
     NameTooLong,
-    /// A compression pointer that does not point to an earlier name: a loop, or into the header.
+    /// A compression pointer that does not point to an earlier name: it makes a loop or points into the header.
     #[strum(serialize = "compression pointer that does not point backwards")]
     BadPointer,
-    /// More compression pointers in a message than [`super::Limits::pointers`].
+    /// More followed compression pointers than [`super::Limits::pointers`].
     #[strum(serialize = "too many compression pointers")]
     TooManyPointers,
-    /// A, AAAA or CNAME data whose length does not fit.
+    /// A, AAAA or CNAME data of the wrong length.
     #[strum(serialize = "record data of the wrong length")]
     BadRdata,
-    /// SVCB or HTTPS parameters that are malformed (RFC 9460, 2.2).
+    /// Malformed SVCB or HTTPS parameters (RFC 9460, section 2.2).
     #[strum(serialize = "malformed service parameters")]
     BadSvcParams,
-    /// A second OPT record, or one that does not stand at the root, or options that do not fit (RFC 6891, 6.1.1).
+    /// A second OPT record, an OPT record whose owner is not the root, or options that exceed the record (RFC 6891,
+    /// section 6.1.1).
     #[strum(serialize = "malformed EDNS record")]
     BadOpt,
     /// More than sixteen CNAME records.
     #[strum(serialize = "too many aliases")]
     TooManyAliases,
-    /// Aliases in a circle.
+    /// A loop of CNAME records.
     #[strum(serialize = "aliases in a circle")]
     AliasLoop,
-    /// A TCP message of less than a header.
+    /// A length prefix of DNS over TCP that is shorter than a DNS header.
     #[strum(serialize = "TCP length prefix shorter than a header")]
     BadTcpLength,
 }

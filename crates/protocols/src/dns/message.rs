@@ -1,5 +1,5 @@
-//! DNS messages: [`Query`] and [`Answer`], parsed in one pass over the bytes, with limits on names, records and CNAME
-//! chains.
+//! Parsers of [`Query`], [`Answer`] and the [`Head`] of an answer. Limits on records, compression pointers and CNAME
+//! records bound the time that one message can take.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -9,25 +9,25 @@ use super::{
     rtype,
 };
 
-/// What a message may cost at most.
+/// Limits on one message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes of a message.
+    /// Longest message, bytes.
     pub message: usize,
-    /// Records of all sections together.
+    /// Most records in all sections together.
     pub records: u32,
-    /// Compression pointers followed in all names together.
+    /// Most compression pointers that are followed in all names together.
     pub pointers: u32,
 }
 
 impl Limits {
-    /// For queries: one question, EDNS with padding (RFC 8467), perhaps a signature.
+    /// Limits for queries: enough for one question, EDNS with padding (RFC 8467) and a signature.
     pub const QUERY: Self = Self {
         message: 4096,
         records: 8,
         pointers: 64,
     };
-    /// For answers, also over TCP: a round-robin set of a thousand addresses still passes.
+    /// Limits for answers over UDP and TCP: enough for a round-robin set of a thousand addresses.
     pub const ANSWER: Self = Self {
         message: 65_535,
         records: 2048,
@@ -35,49 +35,49 @@ impl Limits {
     };
 }
 
-/// The second word of the header, without the response code.
+/// The second 16-bit word of the header, without the response code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Flags(pub u16);
 
 impl Flags {
-    /// QR: an answer.
+    /// Returns QR: whether the message is an answer.
     #[must_use]
     pub const fn response(self) -> bool {
         self.0 & 0x8000 != 0
     }
 
-    /// What kind of query it is.
+    /// Returns the opcode.
     #[must_use]
     pub const fn opcode(self) -> u8 {
         (self.0 >> 11 & 15) as u8
     }
 
-    /// AA: from an authority.
+    /// Returns AA: whether the server is an authority for the name.
     #[must_use]
     pub const fn authoritative(self) -> bool {
         self.0 & 0x0400 != 0
     }
 
-    /// TC: the rest did not fit; ask again over TCP.
+    /// Returns TC: whether the answer was truncated, so that the client repeats the query over TCP.
     #[must_use]
     pub const fn truncated(self) -> bool {
         self.0 & 0x0200 != 0
     }
 
-    /// RD: please ask others.
+    /// Returns RD: whether the client desires recursion.
     #[must_use]
     pub const fn recursion_desired(self) -> bool {
         self.0 & 0x0100 != 0
     }
 
-    /// CD: no validation wanted (RFC 4035, 3.2.2).
+    /// Returns CD: whether the client disables DNSSEC validation (RFC 4035, section 3.2.2).
     #[must_use]
     pub const fn checking_disabled(self) -> bool {
         self.0 & 0x0010 != 0
     }
 }
 
-/// What is asked.
+/// The question of a query: name, type and class.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Question {
     /// The name.
@@ -91,34 +91,34 @@ pub struct Question {
 /// The fixed part of an EDNS record (RFC 6891, 6.1.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Edns {
-    /// How large a UDP message the sender takes.
+    /// Largest UDP payload that the sender accepts, bytes.
     pub udp_payload: u16,
     /// Upper eight bits of the response code.
     pub rcode_high: u8,
-    /// The version; there is only 0.
+    /// The EDNS version; only 0 is defined.
     pub version: u8,
-    /// DO: signatures wanted.
+    /// DO: the sender accepts DNSSEC records.
     pub dnssec_ok: bool,
 }
 
-/// What a client asks.
+/// A query with exactly one question.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Query {
-    /// Number that the answer repeats.
+    /// Message id, which the answer repeats.
     pub id: u16,
     /// Flags; the opcode is QUERY.
     pub flags: Flags,
     /// The one question.
     pub question: Question,
-    /// EDNS, if the client has it.
+    /// The OPT record, if the query has one.
     pub edns: Option<Edns>,
 }
 
 impl Query {
-    /// Reads a query. Allocates nothing.
+    /// Parses a query without allocating.
     ///
     /// # Errors
-    /// If the message is not one query with one question, well-formed to its last byte.
+    /// [`ParseError`] if the message is not a query with one question that is well-formed up to its last byte.
     pub fn parse(message: &[u8], limits: &Limits) -> Result<Self, ParseError> {
         let header = Header::parse(message, limits)?;
         if header.flags.response() {
@@ -134,7 +134,8 @@ impl Query {
             pointers: limits.pointers,
         };
         let question = reader.question()?;
-        // an incremental transfer says in its authority section what it has (RFC 1995, 3)
+        // The query of an incremental zone transfer names the client's version of the zone in the authority section (RFC
+        // 1995, section 3).
         if header.answers > 0 || header.authorities > 0 && question.rtype != rtype::IXFR {
             return Err(ParseError::RecordsInQuery);
         }
@@ -150,22 +151,24 @@ impl Query {
     }
 }
 
-/// The beginning of an answer, of which the rest may be still to come or is nobody's concern.
+/// Header and question of an answer. The inspector uses it before the rest of the message has arrived, and for zone
+/// transfers, whose records are not inspected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Head {
-    /// Number of the query.
+    /// Message id of the query.
     pub id: u16,
     /// Response code, without the upper bits of EDNS.
     pub rcode: u16,
-    /// The question repeated, if it is.
+    /// The question, if the answer repeats it.
     pub question: Option<Question>,
 }
 
 impl Head {
-    /// Reads the beginning of an answer: header and question.
+    /// Parses the header and the question of an answer.
     ///
     /// # Errors
-    /// If it is none. [`ParseError::Short`] and [`ParseError::Truncated`]: more is needed to say so.
+    /// [`ParseError::Short`] or [`ParseError::Truncated`] if more bytes are needed; any other error if the bytes cannot
+    /// be the start of an answer.
     pub fn read(message: &[u8]) -> Result<Self, ParseError> {
         let limits = Limits {
             records: u32::MAX,
@@ -190,54 +193,55 @@ impl Head {
     }
 }
 
-/// Where an address comes from.
+/// The kind of record that an address comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Source {
     /// An A or AAAA record.
     Record,
-    /// An address hint of an SVCB or HTTPS record (RFC 9460, 7.3).
+    /// An address hint of an SVCB or HTTPS record (RFC 9460, section 7.3).
     Hint,
 }
 
-/// An address that an answer gives the asked name.
+/// An address of the queried name in an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Address {
     /// The address.
     pub ip: IpAddr,
-    /// Seconds that its record may be kept.
+    /// Time to live of its record, s.
     pub ttl: u32,
-    /// The kind of record it stood in.
+    /// The kind of record it comes from.
     pub source: Source,
 }
 
-/// What a resolver says about the asked name.
+/// The answer to a query: response code, and the addresses of the queried name.
 ///
-/// Its vectors keep their capacity: a reader that calls [`Answer::read`] on the same value allocates nothing in
-/// the long run.
+/// [`Answer::read`] reuses the capacity of the vectors, so repeated calls on one value do not allocate in the steady
+/// state.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Answer {
-    /// Number of the query.
+    /// Message id of the query.
     pub id: u16,
     /// Flags.
     pub flags: Flags,
     /// Response code, with the upper bits of EDNS.
     pub rcode: u16,
-    /// The question repeated. Servers leave it out of some errors; an answer without it carries no records.
+    /// The question, if the answer repeats it. Servers omit it in some error responses; an answer without a question but
+    /// with records is refused.
     pub question: Option<Question>,
-    /// The names that the question leads to through CNAME records, in order, without the asked name.
+    /// The targets of the CNAME chain that starts at the queried name, in order.
     pub aliases: Vec<Name>,
-    /// The addresses of the asked name and its aliases, in the order of the message.
+    /// The addresses of the queried name and its aliases, in the order of the message.
     pub addresses: Vec<Address>,
-    /// The least time to live of the aliases and addresses; `None` if there are none.
+    /// The lowest time to live of the aliases and addresses, s; `None` if there are none.
     pub ttl: Option<u32>,
-    /// EDNS, if the resolver sent it.
+    /// The OPT record, if the answer has one.
     pub edns: Option<Edns>,
 }
 
-/// CNAME records that an answer section may have.
+/// Most CNAME records in an answer section.
 const ALIASES: usize = 16;
 
-/// Where the names of a CNAME record stand.
+/// Offsets of the owner and the target of a CNAME record in the message.
 #[derive(Clone, Copy, Default)]
 struct Cname {
     owner: usize,
@@ -246,26 +250,26 @@ struct Cname {
 }
 
 impl Answer {
-    /// Reads an answer into a new value.
+    /// Parses an answer into a new value.
     ///
     /// # Errors
-    /// As [`Answer::read`].
+    /// See [`Answer::read`].
     pub fn parse(message: &[u8], limits: &Limits) -> Result<Self, ParseError> {
         let mut answer = Self::default();
         answer.read(message, limits)?;
         Ok(answer)
     }
 
-    /// Whether the answer did not fit and the client will ask over TCP.
+    /// Returns whether the answer was truncated, so that the client repeats the query over TCP.
     #[must_use]
     pub fn truncated(&self) -> bool {
         self.flags.truncated()
     }
 
-    /// Reads an answer into this value, whatever it was before.
+    /// Parses an answer and replaces this value.
     ///
     /// # Errors
-    /// If the message is no answer, or not well-formed to its last byte. The value is empty then.
+    /// [`ParseError`] if the message is not an answer that is well-formed up to its last byte. The value is empty then.
     pub fn read(&mut self, message: &[u8], limits: &Limits) -> Result<(), ParseError> {
         let result = self.read_sections(message, limits);
         if result.is_err() {
@@ -308,7 +312,7 @@ impl Answer {
             return reader.end();
         };
 
-        // first walk: everything to the last byte, and the aliases, which may stand in any order
+        // First pass: check all records up to the last byte, and collect CNAME records, whose order is arbitrary.
         let section = reader.at;
         let mut addresses = 0_u32;
         let (mut cnames, mut aliases) = ([Cname::default(); ALIASES], 0);
@@ -349,7 +353,7 @@ impl Answer {
             cnames.get(..aliases).unwrap_or_default(),
         )?;
 
-        // second walk: the addresses of the names that the question leads to
+        // Second pass: collect the addresses of the queried name and of the aliases, which are known now.
         if addresses > 0 && question.class == CLASS_IN {
             reader.at = section;
             for _ in 0..header.answers {
@@ -375,7 +379,8 @@ impl Answer {
         self.ttl = Some(self.ttl.map_or(ttl, |lowest| lowest.min(ttl)));
     }
 
-    /// A name has one CNAME (RFC 2181, 10.1): of several the first counts.
+    /// Follows the CNAME chain of the queried name. A name has only one CNAME record (RFC 2181, section 10.1), so only
+    /// the first one of each name is followed.
     fn follow_aliases(
         &mut self,
         reader: &mut Reader<'_>,
@@ -401,9 +406,10 @@ impl Answer {
         }
     }
 
-    /// If nothing that the question leads to has an address, the addresses of other owners count. musl, c-ares and the
-    /// resolver of Go take those, glibc does not; servers that rewrite questions send such answers. Who answers for a
-    /// name decides which addresses the name has in either case.
+    /// Collects addresses of other owners if neither the queried name nor an alias has one.
+    ///
+    /// Servers that rewrite questions send such answers. musl, c-ares and the resolver of Go use these addresses; glibc
+    /// does not. Learning them gives the server no new power: it could as well put the queried name there as the owner.
     fn take_strays(
         &mut self,
         reader: &mut Reader<'_>,
@@ -425,7 +431,8 @@ impl Answer {
         Ok(())
     }
 
-    /// Malformed data is refused also where it does not belong to the question: who knows what a client takes.
+    /// Checks the data of an address record, and adds its addresses if `belongs` is set. Malformed data is refused also
+    /// in records of other owners, because some clients use their addresses.
     fn take_addresses(
         &mut self,
         reader: &mut Reader<'_>,
@@ -462,7 +469,7 @@ impl Answer {
                 for octets in hints.v6 {
                     add(Ipv6Addr::from(*octets).into(), Source::Hint);
                 }
-                // without hints the record says nothing about addresses, and its time to live neither
+                // A record without hints has no address, so its time to live does not limit that of the addresses.
                 if hints.v4.is_empty() && hints.v6.is_empty() {
                     return Ok(());
                 }
@@ -522,24 +529,27 @@ impl Header {
     }
 }
 
-/// The part of a record after its owner. The reader stands behind the data.
+/// The fields of a record that follow its owner. [`Reader::record`] leaves the reader at the end of the data.
 struct Record {
     rtype: u16,
     class: u16,
     ttl: u32,
-    /// Where the data starts.
+    /// Offset of the data in the message.
     data: usize,
 }
 
+/// Address hints of an SVCB or HTTPS record.
 struct Hints<'a> {
     v4: &'a [[u8; 4]],
     v6: &'a [[u8; 16]],
 }
 
+/// A position in a message.
 struct Reader<'a> {
     message: &'a [u8],
+    /// Offset of the next byte to read.
     at: usize,
-    /// Compression pointers that may still be followed.
+    /// Number of compression pointers that may still be followed.
     pointers: u32,
 }
 
@@ -588,7 +598,7 @@ impl<'a> Reader<'a> {
         let record = Record {
             rtype: u16::from_be_bytes([t0, t1]),
             class: u16::from_be_bytes([c0, c1]),
-            // the top bit set means zero (RFC 2181, 8)
+            // A time to live with the most significant bit set is treated as zero (RFC 2181, section 8).
             ttl: if ttl > i32::MAX as u32 { 0 } else { ttl },
             data: self.at,
         };
@@ -596,8 +606,8 @@ impl<'a> Reader<'a> {
         Ok(record)
     }
 
-    /// Reads a name, following pointers. Every pointer must lead before everything that was read of the name so
-    /// far (RFC 1035, 4.1.4: to a prior occurrence), so no name can go in circles.
+    /// Reads a name and follows its compression pointers. Each pointer must point before the start of the labels that
+    /// led to it (RFC 1035, section 4.1.4: "a prior occurrence"), so there are no loops.
     fn name(&mut self) -> Result<Name, ParseError> {
         let mut builder = NameBuilder::new();
         let mut at = self.at;
@@ -636,7 +646,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Whether the name at `at` is this one; compares in place and stops at the first difference.
+    /// Returns whether the name at offset `at` equals `name`. Compares in place and stops at the first difference.
     fn name_is(&mut self, mut at: usize, name: &Name) -> Result<bool, ParseError> {
         let mut start = at;
         let mut rest = name.wire();
@@ -648,7 +658,7 @@ impl<'a> Reader<'a> {
                 self.pointers = self.pointers.checked_sub(1).ok_or(ParseError::TooManyPointers)?;
                 continue;
             }
-            // a label or the root, with its length
+            // A label or the root label, with its length byte. Length bytes are below 64, so ASCII case does not apply.
             let end = at + 1 + usize::from(length);
             let label = self.message.get(at..end).ok_or(ParseError::Truncated)?;
             let Some((expected, tail)) = rest.split_at_checked(label.len()) else {
@@ -665,7 +675,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Where the pointer at `at` leads to, which must be before `start`.
+    /// Returns the target of the compression pointer at `at`. The target must be behind the header and before `start`.
     fn pointer(&self, at: usize, start: usize) -> Result<usize, ParseError> {
         let &[high, low] = self
             .message
@@ -680,7 +690,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Steps over a name without following its pointer.
+    /// Skips a name without following its compression pointer.
     fn skip_name(&mut self) -> Result<(), ParseError> {
         let start = self.at;
         loop {
@@ -701,9 +711,9 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Reads the owner of a record: whether it is the asked name or one of its aliases.
+    /// Reads the owner of a record. Returns whether it is the queried name or one of its aliases.
     fn owner_is_one_of(&mut self, asked: &Name, aliases: &[Name]) -> Result<bool, ParseError> {
-        // by far the most frequent form: a pointer to the question
+        // Fast path: most owners are a compression pointer to the question.
         if self.message.get(self.at..).and_then(|rest| rest.first_chunk()) == Some(&[0xc0, HEADER_LEN as u8])
         {
             self.at += 2;
@@ -711,7 +721,7 @@ impl<'a> Reader<'a> {
         }
         let owner = self.at;
         self.skip_name()?;
-        // addresses stand at the end of the chain
+        // Address records belong to the last name of the CNAME chain, so compare that one first.
         for name in aliases.iter().rev().chain([asked]) {
             if self.name_is(owner, name)? {
                 return Ok(true);
@@ -730,7 +740,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// The additional section: steps over everything but EDNS.
+    /// Reads the additional section. Returns its OPT record and skips all others.
     fn additionals(&mut self, count: u16) -> Result<Option<Edns>, ParseError> {
         let mut edns = None;
         for _ in 0..count {
@@ -746,7 +756,8 @@ impl<'a> Reader<'a> {
                 return Err(ParseError::BadOpt);
             }
             let end = self.at;
-            // the time to live holds code, version and flags; it is read anew because of the top bit
+            // In an OPT record the TTL field holds extended response code, version and flags (RFC 6891, section 6.1.3).
+            // Read these again: `record` replaces a TTL with the most significant bit set by zero.
             self.at = fixed + 4;
             let [rcode_high, version, flags, _] = self.take()?;
             edns = Some(Edns {
@@ -768,7 +779,7 @@ impl<'a> Reader<'a> {
         Ok(edns)
     }
 
-    /// The address hints of SVCB data that ends at `end` (RFC 9460, 2.2).
+    /// Reads the address hints of SVCB or HTTPS data that ends at offset `end` (RFC 9460, section 2.2).
     fn service_hints(&mut self, end: usize) -> Result<Hints<'a>, ParseError> {
         const IPV4HINT: u16 = 4;
         const IPV6HINT: u16 = 6;
@@ -778,7 +789,7 @@ impl<'a> Reader<'a> {
         }
         let priority = self.word()?;
         self.skip_name()?;
-        // alias mode: there are no parameters, or they are ignored (RFC 9460, 2.4.2)
+        // Priority 0 is AliasMode, in which recipients ignore parameters (RFC 9460, section 2.4.2).
         if priority == 0 && self.at <= end {
             return Ok(hints);
         }
@@ -787,7 +798,7 @@ impl<'a> Reader<'a> {
             let key = self.word()?;
             let len = self.word()?;
             let value = self.slice(usize::from(len))?;
-            // strictly increasing keys; a key twice makes the record malformed
+            // Keys must be strictly increasing, otherwise the record is malformed (RFC 9460, section 2.2).
             if last.is_some_and(|last| key <= last) || self.at > end {
                 return Err(ParseError::BadSvcParams);
             }

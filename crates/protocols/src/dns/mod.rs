@@ -1,11 +1,30 @@
 //! DNS messages (RFC 1035), as far as a firewall must understand them.
 //!
-//! A [`Query`] is what a client asks: exactly one question. An [`Answer`] is what a resolver says about the name
-//! that was asked: the records of the answer section that the question reaches through aliases, and nothing of
-//! the authority or additional section, which a resolver may fill with whatever it likes.
+//! A [`Query`] has exactly one question. An [`Answer`] has the addresses that a resolver returns for the queried name:
+//! from records of the answer section whose owner is that name or an alias of it. Records of the authority and
+//! additional sections are ignored, because a resolver can put any name there.
 //!
-//! The parsers take a message whole or refuse it: all sections are walked to the last byte, so that nobody reads
-//! in it what was not read here.
+//! The parsers check all sections up to the last byte. So a client cannot find a record in an accepted message that
+//! the parser has not seen.
+//!
+//! ```
+//! use palisade_protocols::dns::{Limits, ParseError, Query, Rcode, reply, rtype};
+//!
+//! // id 7, RD, one question: example.com A IN
+//! let message = b"\0\x07\x01\0\0\x01\0\0\0\0\0\0\x07Example\x03com\0\0\x01\0\x01";
+//! let query = Query::parse(message, &Limits::QUERY)?;
+//! assert_eq!((query.id, query.question.rtype), (7, rtype::A));
+//! assert_eq!(query.question.name, "example.com".parse()?);
+//!
+//! // A denied query gets a response that echoes the question.
+//! let mut buffer = [0; 512];
+//! let length = reply(message, Rcode::Refused, &mut buffer)?;
+//! assert_eq!(buffer[3] & 15, Rcode::Refused as u8);
+//! assert_eq!(buffer[12..length], message[12..]);
+//!
+//! assert_eq!(Query::parse(&message[..20], &Limits::QUERY), Err(ParseError::Truncated));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod error;
 mod message;
@@ -23,14 +42,14 @@ pub use rcode::Rcode;
 pub use reply::reply;
 pub use tcp::first_message;
 
-/// Length of the fixed header (RFC 1035, 4.1.1).
+/// Length of the message header, bytes (RFC 1035, section 4.1.1).
 pub const HEADER_LEN: usize = 12;
 
-/// Resource record types that are told apart here.
+/// Resource record types.
 pub mod rtype {
     /// IPv4 address, RFC 1035.
     pub const A: u16 = 1;
-    /// Alias, RFC 1035.
+    /// Canonical name of an alias, RFC 1035.
     pub const CNAME: u16 = 5;
     /// Signature of a message, RFC 2931.
     pub const SIG: u16 = 24;
@@ -48,10 +67,10 @@ pub mod rtype {
     pub const IXFR: u16 = 251;
     /// Zone transfer, RFC 5936.
     pub const AXFR: u16 = 252;
-    /// All kinds that the server has at hand, RFC 8482.
+    /// All types, RFC 8482.
     pub const ANY: u16 = 255;
 
-    /// The name that people and flow clients know a type by; `None` for one without a name here.
+    /// Returns the mnemonic of a type; `None` for a type that is not in this table.
     #[must_use]
     pub const fn name(rtype: u16) -> Option<&'static str> {
         Some(match rtype {

@@ -7,15 +7,15 @@ use std::{
     str::FromStr,
 };
 
-/// Longest name on the wire, with the root label (RFC 1035, 3.1).
+/// Longest name on the wire with its root label, bytes (RFC 1035, section 3.1).
 pub(super) const MAX_NAME: usize = 255;
-/// Longest label (RFC 1035, 3.1).
+/// Longest label, bytes (RFC 1035, section 3.1).
 pub(super) const MAX_LABEL: usize = 63;
 
-/// A domain name in lower case, uncompressed, as it stands on the wire: length-prefixed labels and the root.
+/// A domain name in wire form: length-prefixed labels and the root label, in lower case and uncompressed.
 ///
-/// The wire form keeps apart what text confuses (a label with a dot in it is no two labels), and compares as one
-/// slice. It lives in place: making one allocates nothing.
+/// In text a dot within a label looks like a separator; in wire form it does not. Two names are compared as one slice.
+/// The bytes are stored inline, so a name needs no allocation.
 #[derive(Clone)]
 pub struct Name {
     len: u8,
@@ -23,34 +23,34 @@ pub struct Name {
 }
 
 impl Name {
-    /// The root.
+    /// The root name.
     pub const ROOT: Self = Self {
         len: 1,
         wire: [0; MAX_NAME],
     };
 
-    /// The bytes on the wire, root label included.
+    /// Returns the wire form, with the root label.
     #[must_use]
     pub fn wire(&self) -> &[u8] {
         self.wire.get(..usize::from(self.len)).unwrap_or_default()
     }
 
-    /// Whether it is the root.
+    /// Returns whether this is the root name.
     #[must_use]
     pub fn is_root(&self) -> bool {
         self.len == 1
     }
 
-    /// The labels from the left, without the root.
+    /// Returns the labels from left to right, without the root label.
     #[must_use]
     pub fn labels(&self) -> Labels<'_> {
         Labels { rest: self.wire() }
     }
 
-    /// From the wire form, as [`Name::wire`] gives it.
+    /// Parses the wire form that [`Name::wire`] returns.
     ///
     /// # Errors
-    /// If it is no uncompressed name.
+    /// [`NameError`] if the bytes are not exactly one uncompressed name.
     pub fn from_wire(wire: &[u8]) -> Result<Self, NameError> {
         let mut builder = NameBuilder::new();
         let mut rest = wire;
@@ -100,7 +100,8 @@ impl fmt::Debug for Name {
     }
 }
 
-/// Text without the trailing dot; the root is `.`. Bytes that text cannot hold are escaped (RFC 4343, 2.1).
+/// Formats the name as text without the trailing dot; the root name is `.`. Dots within labels, backslashes and bytes
+/// that are not printable are escaped (RFC 4343, section 2.1).
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         use fmt::Write as _;
@@ -123,7 +124,7 @@ impl fmt::Display for Name {
     }
 }
 
-/// From text, with or without the trailing dot, with the escapes that [`Name`] is displayed with.
+/// Parses text with or without the trailing dot, with the escapes that `Display` writes.
 impl FromStr for Name {
     type Err = NameError;
 
@@ -170,7 +171,7 @@ impl FromStr for Name {
     }
 }
 
-/// The labels of a [`Name`], from the left.
+/// Iterator over the labels of a [`Name`], from left to right.
 #[derive(Clone, Debug)]
 pub struct Labels<'a> {
     rest: &'a [u8],
@@ -190,18 +191,18 @@ impl<'a> Iterator for Labels<'a> {
     }
 }
 
-/// Why a text or bytes are no name.
+/// The reason why text or bytes are not a valid name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NameError {
     /// More than 255 bytes.
     TooLong,
     /// A label of more than 63 bytes.
     LabelTooLong,
-    /// Two dots in a row, a dot in front, or no text at all.
+    /// Two adjacent dots, a leading dot, or empty text.
     EmptyLabel,
-    /// A backslash that is followed by neither a character nor three digits of a byte.
+    /// A backslash that is followed neither by a character nor by three digits up to 255.
     Escape,
-    /// Not the wire form of a name.
+    /// Bytes that are not an uncompressed name in wire form.
     NotWire,
 }
 
@@ -212,14 +213,14 @@ impl fmt::Display for NameError {
             Self::LabelTooLong => "label longer than 63 bytes",
             Self::EmptyLabel => "empty label",
             Self::Escape => "bad escape",
-            Self::NotWire => "not a name on the wire",
+            Self::NotWire => "not the wire form of a name",
         })
     }
 }
 
 impl std::error::Error for NameError {}
 
-/// Puts a name together from the left, label by label.
+/// Builds a name from its labels, from left to right.
 pub(super) struct NameBuilder {
     len: usize,
     wire: [u8; MAX_NAME],
@@ -233,13 +234,13 @@ impl NameBuilder {
         }
     }
 
-    /// Appends a label of 1 to 63 bytes, in lower case.
+    /// Appends a label of 1 to 63 bytes and converts it to lower case.
     pub(super) fn push(&mut self, label: &[u8]) -> Result<(), NameError> {
         if label.len() > MAX_LABEL {
             return Err(NameError::LabelTooLong);
         }
         let end = self.len + 1 + label.len();
-        // the root label needs a byte too
+        // One byte is reserved for the root label.
         if end >= MAX_NAME {
             return Err(NameError::TooLong);
         }
@@ -253,7 +254,7 @@ impl NameBuilder {
     }
 
     pub(super) fn finish(self) -> Name {
-        // `push` left room for the root label, and the array was zero
+        // The root label is the zero byte that `push` has reserved.
         Name {
             len: (self.len + 1) as u8,
             wire: self.wire,

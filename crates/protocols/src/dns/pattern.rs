@@ -1,4 +1,4 @@
-//! Sets of `matchName` and `matchPattern`, compiled: [`NameSet`] finds which of thousands of patterns match a name.
+//! Compiled sets of `matchName` and `matchPattern`: [`NameSet`] finds which of thousands of patterns match a name.
 
 use std::{
     collections::HashMap,
@@ -10,57 +10,71 @@ use palisade_policy::rule::FqdnPattern;
 
 use super::name::{MAX_LABEL, Name, NameError};
 
-/// Names and patterns of a policy, compiled: judges a name against thousands of them by a few hash look-ups.
+/// The compiled names and patterns of a policy. A name is matched against thousands of them by a few hash lookups.
 ///
-/// Names without a wildcard are one look-up of the whole name. Patterns are a tree of labels from the right; a
-/// literal label is a look-up, a label with wildcards is found by the length and bytes of its literal beginning
-/// or end. Only labels like `*a*`, which have neither, are tried one by one.
+/// All names without a wildcard are checked by one lookup of the whole name. Patterns form a tree of labels from right
+/// to left. A literal label is found by one lookup, a label with wildcards by lookups of its literal prefix or suffix.
+/// Only labels such as `*a*`, which have neither, are compared one by one.
+///
+/// ```
+/// use palisade_policy::rule::FqdnPattern;
+/// use palisade_protocols::dns::NameSet;
+///
+/// let set = NameSet::new(&[
+///     FqdnPattern::Name("example.com".into()),
+///     FqdnPattern::Pattern("*.example.com".into()),
+/// ])?;
+/// assert_eq!(set.first(&"example.com".parse()?), Some(0));
+/// assert_eq!(set.first(&"www.example.com".parse()?), Some(1));
+/// assert_eq!(set.first(&"a.b.example.com".parse()?), None);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct NameSet {
     len: usize,
     exact: HashMap<Box<[u8]>, Vec<u32>>,
     everything: Vec<u32>,
     nodes: Vec<Node>,
-    /// Node and literal label -> child.
+    /// Child nodes by node and literal label.
     literal: HashMap<Key, u32>,
-    /// Node, side and literal part -> wildcard labels that begin or end so.
+    /// Branches with a wildcard label, by node, side and the label's literal prefix or suffix.
     affixes: HashMap<Key, Vec<Branch>>,
 }
 
 /// One label position in the tree.
 #[derive(Clone, Debug, Default)]
 struct Node {
-    /// Patterns whose leftmost label this is.
+    /// Patterns that end at this label, their leftmost one.
     ends: Vec<u32>,
-    /// Patterns with `**.` to the left of this.
+    /// Patterns that have `**.` to the left of this label.
     deep: Vec<u32>,
-    /// The child for a label that is `*` alone.
+    /// The child for the label `*`.
     any: Option<u32>,
-    /// Whether there are children for literal labels.
+    /// Whether this node has children for literal labels.
     literals: bool,
-    /// Bit `n`: there are children whose label begins with `n` literal bytes, then a wildcard.
+    /// Bit `n` is set if this node has children whose label starts with `n` literal bytes and a wildcard.
     prefixes: u64,
-    /// Bit `n`: there are children whose label begins with a wildcard and ends with `n` literal bytes.
+    /// Bit `n` is set if this node has children whose label starts with a wildcard and ends with `n` literal bytes.
     suffixes: u64,
-    /// Children whose label begins and ends with a wildcard.
+    /// Children whose label starts and ends with a wildcard.
     infixes: Vec<Branch>,
 }
 
-/// A child behind a label with wildcards.
+/// A label with wildcards, and the child node that it leads to.
 #[derive(Clone, Debug)]
 struct Branch {
     glob: Glob,
     node: u32,
 }
 
-/// A label with wildcards: the literal parts between them. The first and the last may be empty.
+/// A label with wildcards, as the literal parts between the wildcards. The first and the last part may be empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Glob(Vec<Box<[u8]>>);
 
 impl Glob {
     fn new(label: &[u8]) -> Self {
         let mut parts: Vec<Box<[u8]>> = label.split(|&byte| byte == b'*').map(Into::into).collect();
-        // between two wildcards in a row is nothing to look for
+        // Two adjacent wildcards match the same labels as one, so drop the empty part between them.
         let last = parts.len() - 1;
         let mut at = 0;
         parts.retain(|part| {
@@ -70,7 +84,7 @@ impl Glob {
         Self(parts)
     }
 
-    /// Whether the label matches; all its bytes must be such as a wildcard takes.
+    /// Returns whether the label matches. The caller has checked that all bytes of the label are [`is_plain`].
     fn matches(&self, label: &[u8]) -> bool {
         let [first, middle @ .., last] = &self.0[..] else {
             return false;
@@ -82,7 +96,7 @@ impl Glob {
             return false;
         };
         middle.iter().all(|part| {
-            // the leftmost occurrence leaves the most for what follows
+            // The leftmost occurrence leaves the longest rest for the parts that follow.
             match rest
                 .windows(part.len().max(1))
                 .position(|window| window == &part[..])
@@ -101,7 +115,7 @@ const LITERAL: u8 = 0;
 const PREFIX: u8 = 1;
 const SUFFIX: u8 = 2;
 
-/// Key of a child: node, kind, bytes. In place, so that looking up allocates nothing.
+/// Hash key of a child: node, kind and bytes. The bytes are stored inline, so a lookup does not allocate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Key {
     node: u32,
@@ -112,14 +126,14 @@ struct Key {
 
 impl Hash for Key {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        // what stands behind `len` is zero in every key
+        // Bytes behind `len` are zero in every key, so `Eq` may compare them and the hash may omit them.
         state.write_u64(u64::from(self.node) << 16 | u64::from(self.kind) << 8 | u64::from(self.len));
         state.write(self.bytes.get(..usize::from(self.len)).unwrap_or_default());
     }
 }
 
 impl Key {
-    /// `bytes` are a label or a part of one.
+    /// Creates a key. `bytes`: a label or a part of a label, so at most 63 bytes.
     fn new(node: u32, kind: u8, bytes: &[u8]) -> Self {
         let mut key = Self {
             node,
@@ -134,19 +148,19 @@ impl Key {
     }
 }
 
-/// What a wildcard takes (in lower case).
+/// Returns whether a wildcard matches the byte (in lower case), as Cilium's patterns do.
 const fn is_plain(byte: u8) -> bool {
     matches!(byte, b'-' | b'_' | b'0'..=b'9' | b'a'..=b'z')
 }
 
-/// Why a pattern cannot be compiled.
+/// A pattern that cannot be compiled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PatternError {
-    /// Which of the patterns it is.
+    /// Index of the pattern in the input.
     pub index: usize,
     /// The pattern.
     pub pattern: String,
-    /// What is wrong with it.
+    /// The reason.
     pub reason: NameError,
 }
 
@@ -159,10 +173,10 @@ impl fmt::Display for PatternError {
 impl std::error::Error for PatternError {}
 
 impl NameSet {
-    /// Compiles patterns; what matches is told by their place in this order.
+    /// Compiles patterns. Matches are reported as indices into this input.
     ///
     /// # Errors
-    /// If one of them is no name and no pattern.
+    /// [`PatternError`] for the first item that is neither a name nor a pattern.
     pub fn new<'a>(patterns: impl IntoIterator<Item = &'a FqdnPattern>) -> Result<Self, PatternError> {
         let mut set = Self {
             nodes: vec![Node::default()],
@@ -191,19 +205,19 @@ impl NameSet {
         Ok(set)
     }
 
-    /// Number of patterns.
+    /// Returns the number of patterns.
     #[must_use]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there are none.
+    /// Returns whether the set is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The first pattern that matches.
+    /// Returns the index of the first pattern that matches the name.
     #[must_use]
     pub fn first(&self, name: &Name) -> Option<usize> {
         let mut first = None;
@@ -213,7 +227,7 @@ impl NameSet {
         first
     }
 
-    /// Calls `f` for every pattern that matches, once, in no particular order.
+    /// Calls `f` once with the index of each pattern that matches the name, in no particular order.
     pub fn for_each(&self, name: &Name, mut f: impl FnMut(usize)) {
         let mut report = |indices: &[u32]| indices.iter().for_each(|&index| f(index as usize));
         report(&self.everything);
@@ -236,8 +250,8 @@ impl NameSet {
         }
     }
 
-    /// Follows the labels from the right. Of `labels`, which are left to follow, the first `plain` are such as a
-    /// wildcard takes (if it is more than there are, all). Every node has one way to it, so none is visited twice.
+    /// Descends the tree with the remaining labels, from right to left. `plain`: the number of labels at the start of
+    /// the name that a wildcard matches. The nodes form a tree, so no node is visited twice.
     fn walk(&self, node: u32, labels: &[&[u8]], plain: usize, report: &mut impl FnMut(&[u32])) {
         let Some(here) = self.nodes.get(node as usize) else {
             return;
@@ -320,7 +334,7 @@ impl NameSet {
         Ok(())
     }
 
-    /// The child of a node for one label of a pattern, made if it is not there.
+    /// Returns the child of a node for one label of a pattern. Creates the child if it does not exist.
     fn child(&mut self, parent: u32, label: &[u8]) -> u32 {
         let new = self.nodes.len() as u32;
         let Some(node) = self.nodes.get_mut(parent as usize) else {
@@ -372,7 +386,7 @@ impl Node {
     }
 }
 
-/// The numbers of the bits that are set, ascending.
+/// Returns the numbers of the bits that are set, in ascending order.
 fn bits(mut mask: u64) -> impl Iterator<Item = usize> {
     std::iter::from_fn(move || {
         let bit = mask.trailing_zeros();
@@ -406,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn the_forms_of_the_language() {
+    fn all_forms_of_patterns_match_as_documented() {
         let table: &[(&str, &[&str], &[&str])] = &[
             (
                 "example.com",
@@ -463,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_match_are_told() {
+    fn all_matching_patterns_are_reported() {
         let patterns = [
             "*.example.com",
             "a.example.com",
@@ -477,7 +491,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_pattern_is_an_error() {
+    fn an_invalid_pattern_is_an_error() {
         for (text, reason) in [
             ("a..*", NameError::EmptyLabel),
             ("**.", NameError::EmptyLabel),
@@ -515,7 +529,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_set_matches_as_regular_expressions_do(
+        fn a_set_matches_as_equivalent_regular_expressions_do(
             patterns in prop::collection::vec(
                 (prop::bool::weighted(0.2), prop::collection::vec(label(true), 1..4)), 1..40),
             names in prop::collection::vec(prop::collection::vec(label(false), 1..5), 1..40),

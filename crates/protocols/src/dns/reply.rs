@@ -1,4 +1,4 @@
-//! Answers that are made here: REFUSED, NXDOMAIN, FORMERR, NOTIMP.
+//! Responses to denied and malformed queries: REFUSED, NXDOMAIN, FORMERR, NOTIMP.
 
 use super::{
     HEADER_LEN,
@@ -8,17 +8,18 @@ use super::{
     rtype,
 };
 
-/// The UDP size that replies announce (DNS flag day 2020).
+/// UDP payload size in the OPT record of responses, bytes (DNS flag day 2020).
 const UDP_PAYLOAD: u16 = 1232;
 
-/// Makes the answer `rcode` to a query, into `out`; returns its length.
+/// Writes the response with code `rcode` to a query into `out` and returns its length.
 ///
-/// The question is echoed byte for byte (clients compare its case, too), EDNS is answered with EDNS
-/// (RFC 6891, 7), the DO bit is copied (RFC 3225, 3). A query that was refused as malformed gets the header alone.
+/// The question is echoed byte for byte, because some clients compare its case. A query with an OPT record gets one
+/// back (RFC 6891, section 7), with the same DO bit (RFC 3225, section 3). The response to a malformed query is a
+/// header without a question.
 ///
 /// # Errors
-/// If the message has no header of a query: there is nothing to answer. [`ParseError::TooLong`] if `out` is shorter
-/// than the reply; 512 bytes always suffice.
+/// [`ParseError::Short`] or [`ParseError::WrongDirection`] if `query` does not begin with the header of a query.
+/// [`ParseError::TooLong`] if `out` is too short; 512 bytes always suffice.
 pub fn reply(query: &[u8], rcode: Rcode, out: &mut [u8]) -> Result<usize, ParseError> {
     let Some(&[id0, id1, flags0, flags1, ..]) = query.first_chunk::<HEADER_LEN>() else {
         return Err(ParseError::Short);

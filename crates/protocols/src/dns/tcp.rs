@@ -1,12 +1,12 @@
-//! DNS over TCP: messages behind their two-byte length.
+//! DNS over TCP: each message follows its length, two bytes (RFC 1035, section 4.2.2).
 
 use super::{HEADER_LEN, error::ParseError};
 
-/// The first message of a stream (RFC 1035, 4.2.2: each stands behind its length, of two bytes); `None`: it is not
-/// all there.
+/// Returns the first message of a stream, without its length prefix; `None` if the stream does not hold all of it yet.
 ///
 /// # Errors
-/// On a length that no message has, or above `longest`: the stream cannot be read any further, and must be cut.
+/// The length is less than a DNS header or greater than `longest`. Message boundaries are unknown from here on, so the
+/// connection must be aborted.
 pub fn first_message(stream: &[u8], longest: usize) -> Result<Option<&[u8]>, ParseError> {
     let Some((prefix, rest)) = stream.split_first_chunk() else {
         return Ok(None);

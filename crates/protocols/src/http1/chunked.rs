@@ -1,59 +1,67 @@
-//! Chunked bodies and their trailers (RFC 9112, 7.1).
+//! Chunked bodies and their trailers (RFC 9112, section 7.1).
 
 use super::{
     ParseError,
     head::{Folded, is_token},
 };
 
-/// Longest chunk size, digits.
+/// Most digits of a chunk size.
 const MAX_DIGITS: u32 = 16;
-/// Longest extension of one chunk, bytes. Servers that allow more have been made to read without end (CVE-2024-22019).
+/// Longest extension of one chunk, bytes. Unlimited extensions let an attacker exhaust servers (CVE-2024-22019).
 const MAX_EXTENSION: usize = 1_024;
 /// Longest trailer section, bytes.
 const MAX_TRAILER: usize = 8_192;
 
-/// What comes next in a chunked body.
+/// The next part of a chunked body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Piece {
-    /// More bytes are needed.
+    /// The input is used up; more bytes are needed.
     More,
-    /// So many bytes of content follow now, with no framing between them. The caller takes them off.
+    /// Length of the chunk content that follows, bytes. The caller removes the content from the stream.
     Content(u64),
-    /// The body ends here.
+    /// The body is complete.
     End,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// Position in the framing.
 enum State {
-    /// In a size, after so many digits.
+    /// In a chunk size.
     #[default]
     Size,
-    /// In an extension: at the first byte of its name, in its name, at the first byte of its value, in a token as its
-    /// value, in a quoted string, behind a backslash there, behind its closing quote.
+    /// Before the first byte of an extension name.
     ExtensionStart,
+    /// In an extension name.
     ExtensionName,
+    /// Before the first byte of an extension value.
     ExtensionValue,
+    /// In an extension value that is a token.
     ExtensionToken,
+    /// In an extension value that is a quoted string.
     ExtensionQuoted,
+    /// After a backslash in a quoted string.
     ExtensionEscape,
+    /// After the closing quote of a quoted string.
     ExtensionClosed,
-    /// In whatever a server wrote behind a chunk size.
+    /// In the extension of a response, which may have any form.
     ExtensionOfAnswer,
-    /// Behind the carriage return of a size line.
+    /// After the CR of a size line.
     SizeEnd,
-    /// Behind content: its line end.
+    /// After the content of a chunk, before its CR.
     ContentReturn,
+    /// After the CR that follows the content.
     ContentEnd,
-    /// At the beginning of a line of the trailer section.
+    /// At the start of a line of the trailer section.
     Trailer,
     /// In the name of a trailer field.
     Name,
     /// In the value of a trailer field.
     Value,
-    /// Behind the carriage return of a trailer field.
+    /// After the CR of a trailer field.
     ValueEnd,
-    /// Behind the carriage return of the empty line.
+    /// After the CR of the empty line that ends the trailer section.
     LastEnd,
+    /// After the body.
     Done,
 }
 
@@ -73,24 +81,24 @@ impl State {
     }
 }
 
-/// Follows a chunked body (RFC 9112, 7.1).
+/// Finds the chunks and the end of a chunked body (RFC 9112, section 7.1).
 #[derive(Clone, Debug, Default)]
 pub struct Chunks {
     state: State,
     size: u64,
     digits: u32,
-    /// Bytes of the extension at hand.
+    /// Length so far of the current extension, bytes.
     extension: usize,
-    /// Bytes of the trailer section.
+    /// Length so far of the trailer section, bytes.
     trailer: usize,
-    /// The name of the trailer field at hand.
+    /// Name of the current trailer field.
     name: Folded,
-    /// The body of an answer: see [`Chunks::of_answer`].
+    /// Whether this is the body of a response, see [`Chunks::of_answer`].
     is_answer: bool,
 }
 
-/// Fields that frame or route a message must not come in a trailer (RFC 9110, 6.5.1), as [`Folded`]: some servers
-/// merge trailers into the fields of the head.
+/// Fields that frame or route a message, as [`Folded`]. They are refused in trailers (RFC 9110, section 6.5.1), because
+/// some servers merge trailer fields into the header fields.
 const NO_TRAILERS: [&[u8]; 11] = [
     b"contentlength",
     b"transferencoding",
@@ -106,10 +114,11 @@ const NO_TRAILERS: [&[u8]; 11] = [
 ];
 
 impl Chunks {
-    /// Follows the body of an answer. Its chunk extensions may be anything but control characters: a recipient ignores
-    /// them (RFC 9112, 7.1.1), and the server that wrote them is not the side that the policy is about. A request's
-    /// extensions must be tokens or quoted strings without white space around them, because servers differ in what else
-    /// they take for the end of a size line.
+    /// Creates a parser for the body of a response.
+    ///
+    /// Chunk extensions of a response may contain anything but control characters: recipients ignore them (RFC 9112,
+    /// section 7.1.1), and HTTP rules restrict requests only. Chunk extensions of a request must be tokens or quoted
+    /// strings without white space around them, because servers differ in where a size line with other bytes ends.
     #[must_use]
     pub fn of_answer() -> Self {
         Self {
@@ -118,10 +127,10 @@ impl Chunks {
         }
     }
 
-    /// Takes framing off the front of `input` up to the next content, or the end.
+    /// Removes framing from the front of `input`, up to the next content or the end of the body.
     ///
     /// # Errors
-    /// This is no chunked body that all read alike.
+    /// [`ParseError`] if the framing is malformed, or servers could read it in different ways.
     pub fn next(&mut self, input: &mut &[u8]) -> Result<Piece, ParseError> {
         while self.state != State::Done {
             let Some((&byte, rest)) = input.split_first() else {

@@ -1,18 +1,19 @@
-//! Finds the end of a head in a stream, and refuses bytes that no head may have.
+//! Finds the end of a head in a stream, and refuses bytes that are not allowed in a head.
 
 use super::ParseError;
 
-/// What a head may be at most.
+/// Limits on a head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Longest line, bytes, with its end.
+    /// Longest line including its CR LF, bytes.
     pub line: usize,
-    /// Longest head, bytes, with the empty line.
+    /// Longest head including its empty line, bytes.
     pub block: usize,
 }
 
 impl Default for Limits {
-    /// Somewhat above what common servers take, and below what receivers take at first: a head is held until it is whole.
+    /// Returns limits above those of common servers, and below a receiver's initial TCP window: the worker holds the
+    /// segments of a head until the head is complete.
     fn default() -> Self {
         Self {
             line: 16_384,
@@ -23,30 +24,30 @@ impl Default for Limits {
 
 /// First line of the preface of HTTP/2 (RFC 9113, section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0";
-/// Empty lines that may stand before a request (RFC 9112, 2.2: at least one).
+/// Most empty lines before a request. RFC 9112, section 2.2, requires servers to ignore at least one.
 const LEADING_LINES: usize = 4;
 
-/// Looks for the end of a head. Each byte is looked at once, however the stream is cut.
+/// A search for the end of a head. Each byte is examined once, however the stream is segmented.
 #[derive(Clone, Debug, Default)]
 pub struct Head {
-    /// Bytes that have been looked at.
+    /// Number of examined bytes.
     seen: usize,
-    /// Where the line at hand begins.
+    /// Offset of the current line.
     line: usize,
-    /// Empty lines before the first line.
+    /// Number of empty lines before the start line.
     leading: usize,
-    /// A first line has been seen.
+    /// Whether the start line is complete.
     begun: bool,
-    /// The last byte was a carriage return.
+    /// Whether the last byte was a CR.
     carriage: bool,
 }
 
 impl Head {
-    /// Looks at `stream`, the bytes from where the head begins, as far as they have come: each call with at least
-    /// what the last one had. Gives the length of the head once it is whole.
+    /// Continues the search and returns the length of the head once the head is complete. `stream`: the bytes received
+    /// so far, from the start of the head on; no shorter than at the last call.
     ///
     /// # Errors
-    /// This is no head, whatever follows.
+    /// [`ParseError`] if no further bytes can make this a valid head.
     pub fn find(&mut self, stream: &[u8], limits: &Limits) -> Result<Option<usize>, ParseError> {
         loop {
             self.seen += self.plain(stream, limits);
@@ -99,11 +100,11 @@ impl Head {
                         ParseError::NotHttp
                     });
                 }
-                // A method or a version is a token (RFC 9110, 5.6.2): what begins otherwise is something else.
+                // A start line begins with a method or a version, both tokens (RFC 9110, section 5.6.2).
                 _ if !self.begun && at == self.line && !is_token(byte) => return Err(ParseError::NotHttp),
                 b'\t' | 0x20..=0x7e | 0x80.. => {}
                 _ => {
-                    // Behind a method and a space it is HTTP that somebody has put it into.
+                    // A start line with a space is most likely HTTP, so the error names the control character.
                     return Err(
                         if self.begun || stream.get(self.line..at).is_some_and(|line| line.contains(&b' ')) {
                             ParseError::ControlCharacter
@@ -116,7 +117,8 @@ impl Head {
         }
     }
 
-    /// How many bytes within a line come next that have nothing to say, as far as no limit is reached.
+    /// Returns the number of the next bytes that need no check of their own: within a line, no control characters, and
+    /// within all limits.
     fn plain(&self, stream: &[u8], limits: &Limits) -> usize {
         if self.carriage || self.seen == self.line {
             return 0;
@@ -131,18 +133,17 @@ impl Head {
         stream.get(self.line..end) == Some(PREFACE)
     }
 
-    /// Empty lines that stood before the head, bytes.
+    /// Returns the length of the empty lines before the start line, bytes.
     #[must_use]
     pub fn skipped(&self) -> usize {
         self.leading * 2
     }
 }
 
-/// A field name as the least careful servers compare it: its letters and digits, in lower case.
+/// A field name reduced to its letters and digits in lower case, for comparison with names that some servers confuse.
 ///
-/// CGI and the interfaces made after it (WSGI, Rack, PHP) turn `-` into `_`, some turn every byte but letters and
-/// digits into `_`, and gateways turn that back. So `Transfer_Encoding`, `Transfer.Encoding` and `Transfer-Encoding`
-/// become one field there.
+/// CGI, WSGI, Rack and PHP replace `-` by `_`; some implementations replace every byte that is not a letter or a digit,
+/// and gateways reverse that. So `Transfer_Encoding`, `Transfer.Encoding` and `Transfer-Encoding` become the same field.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Folded {
     bytes: [u8; 24],
@@ -166,7 +167,7 @@ impl Folded {
         self.length += 1;
     }
 
-    /// Whether it is one of these, which have less than 24 bytes: a longer name is none of them.
+    /// Returns whether the name is one of `names`, which must be shorter than 24 bytes.
     pub(super) fn is_among(&self, names: &[&[u8]]) -> bool {
         self.bytes
             .get(..self.length)
@@ -174,7 +175,7 @@ impl Folded {
     }
 }
 
-/// Bytes of a token (RFC 9110, 5.6.2).
+/// Returns whether the byte is allowed in a token (RFC 9110, section 5.6.2).
 pub(super) fn is_token(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }

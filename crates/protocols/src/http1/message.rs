@@ -1,4 +1,4 @@
-//! Heads of requests and responses: target, fields, and how the body is framed (RFC 9112, 6).
+//! Heads of requests and responses: target, fields, and the framing of the body (RFC 9112, section 6).
 
 use std::{mem::MaybeUninit, str};
 
@@ -7,10 +7,10 @@ use super::{
     head::{Folded, is_token},
 };
 
-/// Most fields of a head.
+/// Most fields in a head.
 pub const MAX_HEADERS: usize = 128;
 
-/// The fields that frame or route a message, as they are written and as [`Folded`].
+/// The fields that frame or route a message: their names and the [`Folded`] names.
 const FRAMING: [(&str, &[u8]); 9] = [
     ("content-length", b"contentlength"),
     ("transfer-encoding", b"transferencoding"),
@@ -23,40 +23,40 @@ const FRAMING: [(&str, &[u8]); 9] = [
     ("http2-settings", b"http2settings"),
 ];
 
-/// How the body of a message is framed (RFC 9112, 6.3).
+/// The framing of a body (RFC 9112, section 6.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Body {
-    /// There is none.
+    /// The message has no body.
     None,
-    /// So many bytes.
+    /// Content-Length, bytes.
     Length(u64),
-    /// Chunks.
+    /// Transfer-Encoding: chunked.
     Chunked,
-    /// Everything until the connection is closed; answers only.
+    /// The body ends with the connection; responses only.
     UntilClose,
-    /// No HTTP any more: the connection was handed over (101, or an answer to CONNECT).
+    /// The connection switches to another protocol: a 101 response, or a successful response to CONNECT.
     Tunnel,
 }
 
-/// The form of a request's target (RFC 9112, 3.2).
+/// The form of a request target (RFC 9112, section 3.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// A path.
+    /// A path, with an optional query.
     Origin,
-    /// A whole URI, as proxies get it.
+    /// A URI, as clients send it to proxies.
     Absolute,
-    /// Host and port, of CONNECT.
+    /// Host and port; only CONNECT.
     Authority,
-    /// `*`, of OPTIONS.
+    /// `*`; only OPTIONS.
     Asterisk,
 }
 
-/// HeaderBuffer for the fields of one head.
+/// A buffer for the fields of one head.
 #[derive(Debug)]
 pub struct HeaderBuffer<'a>([MaybeUninit<httparse::Header<'a>>; MAX_HEADERS]);
 
 impl HeaderBuffer<'_> {
-    /// Costs nothing: only what a head needs of it is ever written.
+    /// Creates a buffer without initialising it, so that it costs nothing per message.
     #[must_use]
     pub const fn new() -> Self {
         Self([const { MaybeUninit::uninit() }; MAX_HEADERS])
@@ -74,19 +74,19 @@ impl Default for HeaderBuffer<'_> {
 pub struct Headers<'a>(&'a [httparse::Header<'a>]);
 
 impl<'a> Headers<'a> {
-    /// All fields in their order.
+    /// Returns the names and values of all fields in order.
     pub fn iter(&self) -> impl Iterator<Item = (&'a str, &'a [u8])> {
         self.0.iter().map(|field| (field.name, field.value))
     }
 
-    /// The values of a field, whatever the case of its name.
+    /// Returns the values of all fields with this name; the case of names is ignored.
     pub fn values(&self, name: &str) -> impl Iterator<Item = &'a [u8]> {
         self.iter()
             .filter(move |(known, _)| known.eq_ignore_ascii_case(name))
             .map(|(_, value)| value)
     }
 
-    /// Whether a comma-separated field has an element, whatever its case.
+    /// Returns whether a comma-separated field has an element; the case is ignored.
     #[must_use]
     pub fn has(&self, name: &str, element: &str) -> bool {
         self.elements(name)
@@ -101,9 +101,9 @@ impl<'a> Headers<'a> {
         Ok(Self(parsed))
     }
 
-    /// Whether some receivers take another field for this one, or may not get this one: a field's name differs from it in
-    /// bytes that CGI and the interfaces made after it fold (`X_Role` for `X-Role`), or `Connection` names it, so that a
-    /// proxy takes it out (RFC 9110, 7.6.1).
+    /// Returns whether servers could disagree about this field. One cause is another field that becomes the same variable
+    /// in CGI and similar interfaces (`X_Role` and `X-Role`). The other is a `Connection` field that names this field, so
+    /// that a proxy removes it (RFC 9110, section 7.6.1).
     #[must_use]
     pub fn is_doubtful(&self, name: &str) -> bool {
         fn folded(name: &str) -> impl Iterator<Item = u8> {
@@ -116,7 +116,7 @@ impl<'a> Headers<'a> {
                 .any(|(other, _)| !other.eq_ignore_ascii_case(name) && folded(other).eq(folded(name)))
     }
 
-    /// Whether there is a field that is none of `fields`, and some receivers take it for one of them.
+    /// Returns whether there is a field whose name is not in `fields`, but some servers read it as one of `fields`.
     fn has_disguised(&self, fields: &[(&str, &[u8])]) -> bool {
         self.iter().any(|(name, _)| {
             let folded = Folded::of(name);
@@ -126,7 +126,8 @@ impl<'a> Headers<'a> {
         })
     }
 
-    /// The elements of a comma-separated field, of all its lines (RFC 9110, 5.6.1). Empty ones do not count.
+    /// Returns the elements of a comma-separated field, from all of its lines, without empty elements (RFC 9110, section
+    /// 5.6.1).
     pub fn elements(&self, name: &str) -> impl Iterator<Item = &'a [u8]> {
         self.values(name)
             .flat_map(|value| value.split(|byte| *byte == b','))
@@ -134,7 +135,7 @@ impl<'a> Headers<'a> {
             .filter(|element| !element.is_empty())
     }
 
-    /// How the fields frame a body, if they do.
+    /// Returns the framing that Content-Length or Transfer-Encoding specifies; `None` if there is neither.
     fn framing(&self, version: u8) -> Result<Option<Body>, ParseError> {
         let mut lengths = self.values("content-length");
         let mut encodings = self.values("transfer-encoding");
@@ -153,7 +154,7 @@ impl<'a> Headers<'a> {
                 Ok(Some(Body::Length(length)))
             }
             (None, Some(encoding)) => {
-                // RFC 9112, 6.1: a 1.0 message with a transfer coding is to be treated as faulty.
+                // An HTTP/1.0 message with Transfer-Encoding has faulty framing (RFC 9112, section 6.1).
                 let alone = encodings.next().is_none() && encoding.eq_ignore_ascii_case(b"chunked");
                 if !alone || version == 0 {
                     return Err(ParseError::BadEncoding);
@@ -167,27 +168,27 @@ impl<'a> Headers<'a> {
 /// The head of a request.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
-    /// Method, as sent.
+    /// The method, as sent.
     pub method: &'a str,
-    /// Form of the target.
+    /// The form of the target.
     pub form: Target,
-    /// Path and query, as sent (`/` if an absolute URI has none; `*` of OPTIONS; empty of CONNECT).
+    /// Path and query, as sent. `/` if an absolute URI has no path, `*` for OPTIONS, empty for CONNECT.
     pub path: &'a str,
-    /// Host, with its port if one was sent, as sent; empty if there is none (HTTP/1.0).
+    /// Host and optional port, as sent; empty if an HTTP/1.0 request has no Host.
     pub host: &'a str,
-    /// 0 or 1: the minor version.
+    /// The minor version, 0 or 1.
     pub version: u8,
-    /// How its body is framed.
+    /// The framing of the body.
     pub body: Body,
-    /// Fields.
+    /// The fields.
     pub headers: Headers<'a>,
 }
 
 impl<'a> Request<'a> {
-    /// Reads a head that [`super::Head::find`] has found whole.
+    /// Parses a complete head, as [`super::Head::find`] delimits it.
     ///
     /// # Errors
-    /// If it is malformed or ambiguous.
+    /// [`ParseError`] if the head is malformed or ambiguous.
     pub fn parse(head: &'a [u8], room: &'a mut HeaderBuffer<'a>) -> Result<Self, ParseError> {
         has_single_spaces(head)?;
         let mut parsed = httparse::Request::new(&mut []);
@@ -199,7 +200,8 @@ impl<'a> Request<'a> {
         let (Some(method), Some(target), Some(version)) = (parsed.method, parsed.path, parsed.version) else {
             return Err(ParseError::BadStartLine);
         };
-        // What answers these methods has no body, and some servers take methods in any case.
+        // Responses to HEAD and CONNECT are framed in another way. Some servers ignore the case of methods, so `head`
+        // would make the end of the response ambiguous.
         if ["HEAD", "CONNECT"]
             .iter()
             .any(|name| method != *name && method.eq_ignore_ascii_case(name))
@@ -210,8 +212,8 @@ impl<'a> Request<'a> {
         if headers.has_disguised(&FRAMING) {
             return Err(ParseError::DisguisedName);
         }
-        // A proxy takes out the fields that Connection names (RFC 9110, 7.6.1). Without its framing the body would be
-        // the next request.
+        // A proxy removes the fields that Connection names (RFC 9110, section 7.6.1). If it removed Content-Length, the
+        // server would read the body as the next request.
         let kept = ["content-length", "transfer-encoding", "host", "expect"];
         if kept.into_iter().any(|name| headers.has("connection", name)) {
             return Err(ParseError::BadConnection);
@@ -222,8 +224,8 @@ impl<'a> Request<'a> {
             (_, Some(_)) => return Err(ParseError::SeveralHosts),
             (Some(host), None) => {
                 let host = str::from_utf8(host).map_err(|_| ParseError::BadHost)?;
-                // It may be empty where the target has no authority (RFC 9110, 7.2). An IPv6 address without the brackets
-                // of RFC 3986, 3.2.2 is what some clients send (h2load); rules see it as it is.
+                // Host is empty if the target URI has no authority (RFC 9110, section 7.2). Some clients (h2load) send an
+                // IPv6 address without the brackets of RFC 3986, section 3.2.2; rules are matched against it as sent.
                 let is_bare_address = host.parse::<std::net::Ipv6Addr>().is_ok();
                 if !host.is_empty() && !is_bare_address && !is_authority(host) {
                     return Err(ParseError::BadHost);
@@ -258,21 +260,22 @@ impl<'a> Request<'a> {
         })
     }
 
-    /// The protocols that the client asks to go over to (RFC 9110, 7.8). None in HTTP/1.0, and none without `upgrade`
-    /// in Connection.
+    /// Returns the protocols that the client requests with Upgrade (RFC 9110, section 7.8). Empty in HTTP/1.0, and if
+    /// Connection does not contain `upgrade`.
     pub fn upgrades(&self) -> impl Iterator<Item = &'a [u8]> {
         let asks = self.version > 0 && self.headers.has("connection", "upgrade");
         self.headers.elements("upgrade").filter(move |_| asks)
     }
 
-    /// Whether some server may take it for a request to go over to another protocol.
+    /// Returns whether the request has an Upgrade field. Some servers switch protocols even if [`Self::upgrades`] is
+    /// empty.
     #[must_use]
     pub fn may_upgrade(&self) -> bool {
         self.headers.values("upgrade").next().is_some()
     }
 
-    /// Whether it has a body that many servers do not read: RFC 9110, 9.3, gives the content of these methods no meaning.
-    /// A server that does not read it takes it for the next request.
+    /// Returns whether the request has a body although RFC 9110, section 9.3, defines none for its method. Many servers do
+    /// not read such a body and parse it as the next request.
     #[must_use]
     pub fn has_unexpected_body(&self) -> bool {
         const WITHOUT: [&str; 6] = ["GET", "HEAD", "DELETE", "TRACE", "OPTIONS", "CONNECT"];
@@ -280,14 +283,14 @@ impl<'a> Request<'a> {
             && WITHOUT.iter().any(|name| self.method.eq_ignore_ascii_case(name))
     }
 
-    /// Whether the client may wait for 100 before it sends the body (RFC 9110, 10.1.1). A server ignores that in
-    /// HTTP/1.0, but not every server does.
+    /// Returns whether the client may wait for a 100 response before it sends the body (RFC 9110, section 10.1.1). This
+    /// includes HTTP/1.0, where servers must ignore Expect, but some do not.
     #[must_use]
     pub fn expects_continue(&self) -> bool {
         self.headers.values("expect").next().is_some()
     }
 
-    /// Whether the connection may carry another request after this one (RFC 9112, 9.3).
+    /// Returns whether another request may follow on the connection (RFC 9112, section 9.3).
     #[must_use]
     pub fn keeps_alive(&self) -> bool {
         if self.version == 0 {
@@ -298,24 +301,24 @@ impl<'a> Request<'a> {
     }
 }
 
-/// The head of an answer.
+/// The head of a response.
 #[derive(Clone, Copy, Debug)]
 pub struct Response<'a> {
-    /// Status code.
+    /// The status code.
     pub status: u16,
-    /// 0 or 1: the minor version.
+    /// The minor version, 0 or 1.
     pub version: u8,
-    /// How its body is framed.
+    /// The framing of the body.
     pub body: Body,
-    /// Fields.
+    /// The fields.
     pub headers: Headers<'a>,
 }
 
 impl<'a> Response<'a> {
-    /// Reads a head that [`super::Head::find`] has found whole, of an answer to a request with `method`.
+    /// Parses the complete head of a response to a request with `method`, as [`super::Head::find`] delimits it.
     ///
     /// # Errors
-    /// If it is malformed or ambiguous.
+    /// [`ParseError`] if the head is malformed or ambiguous.
     pub fn parse(head: &'a [u8], method: &str, room: &'a mut HeaderBuffer<'a>) -> Result<Self, ParseError> {
         let mut parsed = httparse::Response::new(&mut []);
         let parser = httparse::ParserConfig::default();
@@ -328,7 +331,7 @@ impl<'a> Response<'a> {
             return Err(ParseError::BadStartLine);
         };
         let headers = Headers::of(parsed.headers)?;
-        // Where an answer ends decides what is taken for the next one, and a 101 has the connection left unread.
+        // Only the names that frame a response: if they were ambiguous, the start of the next response would be too.
         if headers.has_disguised(&FRAMING[..2]) {
             return Err(ParseError::DisguisedName);
         }
@@ -348,13 +351,14 @@ impl<'a> Response<'a> {
         })
     }
 
-    /// Whether another answer to the same request follows (RFC 9110, 15.2). 101 is the last one.
+    /// Returns whether this is an interim response, which another response to the same request follows (RFC 9110, section
+    /// 15.2). No further response follows a 101.
     #[must_use]
     pub fn is_interim(&self) -> bool {
         (100..200).contains(&self.status) && self.status != 101
     }
 
-    /// Whether the connection may carry another answer after this one.
+    /// Returns whether another response may follow on the connection.
     #[must_use]
     pub fn keeps_alive(&self) -> bool {
         self.body != Body::UntilClose
@@ -370,7 +374,7 @@ fn refusal(error: httparse::Error) -> ParseError {
     match error {
         httparse::Error::HeaderName => ParseError::BadName,
         httparse::Error::HeaderValue => ParseError::ControlCharacter,
-        // Bare line ends do not get this far.
+        // `Head::find` has refused bare line ends, so this is an error in the start line.
         httparse::Error::NewLine => ParseError::BadStartLine,
         httparse::Error::TooManyHeaders => ParseError::TooManyHeaders,
         httparse::Error::Version => ParseError::Version,
@@ -378,7 +382,7 @@ fn refusal(error: httparse::Error) -> ParseError {
     }
 }
 
-/// The request line has its two spaces and no other white space (RFC 9112, 3).
+/// Returns an error unless the request line has exactly two spaces and no other white space (RFC 9112, section 3).
 fn has_single_spaces(head: &[u8]) -> Result<(), ParseError> {
     let line = head
         .split(|byte| *byte == b'\n')
@@ -393,9 +397,9 @@ fn has_single_spaces(head: &[u8]) -> Result<(), ParseError> {
     }
 }
 
-/// Form, authority and path of a target.
+/// Returns form, authority and path of a request target.
 fn read_target<'a>(method: &str, target: &'a str) -> Result<(Target, Option<&'a str>, &'a str), ParseError> {
-    // A fragment is never sent (RFC 9112, 3.2); what is no visible ASCII belongs in percent-encoding.
+    // A target has no fragment (RFC 9112, section 3.2), and bytes other than visible ASCII must be percent-encoded.
     if !target.bytes().all(|byte| matches!(byte, 0x21..=0x7e)) || target.contains('#') {
         return Err(ParseError::BadTarget);
     }
@@ -428,14 +432,15 @@ fn read_target<'a>(method: &str, target: &'a str) -> Result<(Target, Option<&'a 
     }
     match path {
         "" => Ok((Target::Absolute, Some(authority), "/")),
-        // An empty path before a query: servers differ in what they make of it.
+        // Servers differ in which path they use for an empty path before a query.
         _ if path.starts_with('?') => Err(ParseError::BadTarget),
         _ => Ok((Target::Absolute, Some(authority), path)),
     }
 }
 
-/// A host, perhaps with a port (RFC 3986, 3.2.2). No user information (RFC 9110, 4.2.4), no escapes. Only an address
-/// in brackets has colons in it, so that all receivers find the same port.
+/// Returns whether the text is a host with an optional port (RFC 3986, section 3.2.2), without user information (RFC
+/// 9110, section 4.2.4) and without escapes. A host may contain colons only in brackets, so that all servers agree on
+/// where the port starts.
 fn is_authority(text: &str) -> bool {
     let is_port = |port: &str| port.bytes().all(|byte| byte.is_ascii_digit());
     if let Some(rest) = text.strip_prefix('[') {
@@ -452,8 +457,8 @@ fn is_authority(text: &str) -> bool {
     !host.is_empty() && host.bytes().all(is_host) && is_port(port)
 }
 
-/// Whether the authority of a target and Host are one: whatever their case, with the scheme's default port or without;
-/// Host may be without the port of CONNECT's target.
+/// Returns whether the authority of a target and the Host field name the same host. The case and the default port of
+/// the scheme are ignored. For CONNECT, Host may omit the port of the target.
 fn is_same_host(target: &str, authority: &str, host: &str) -> bool {
     let default = match () {
         () if strip_scheme(target, "http://").is_some() => ":80",

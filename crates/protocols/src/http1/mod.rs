@@ -1,11 +1,29 @@
-//! HTTP/1.0 and HTTP/1.1 messages (RFC 9110, RFC 9112): where a head ends, what it says, how its body is framed.
+//! Parser of HTTP/1.0 and HTTP/1.1 messages (RFC 9110, RFC 9112): heads and the framing of bodies.
 //!
-//! [`Head`] looks for the end of a head in a stream, wherever that is cut, and refuses on the way what two readers
-//! could read differently. [`Request`] and [`Response`] are what a whole head says. [`Chunks`] follows a chunked body.
-//! [`resolved`] is a path as a server would resolve it.
+//! [`Head`] finds the end of a head in a stream of segments. [`Request`] and [`Response`] parse a complete head.
+//! [`Chunks`] finds the end of a chunked body. [`resolved`] removes dot segments and escapes from a path as a server
+//! would.
 //!
-//! A firewall that reads a message in another way than the server behind it is no firewall. So everything
-//! ambiguous is refused, also where the RFC lets a recipient repair it.
+//! If the inspector and the server disagreed about where a message ends, the client could hide a request from the
+//! inspector (request smuggling). So ambiguous messages are refused, even where an RFC lets the recipient repair them.
+//!
+//! ```
+//! use palisade_protocols::http1::{Body, Head, HeaderBuffer, Limits, ParseError, Request};
+//!
+//! let stream = b"GET /v1?a=b HTTP/1.1\r\nHost: api.example\r\n\r\nGET /next";
+//! let mut head = Head::default();
+//! assert_eq!(head.find(&stream[..30], &Limits::default())?, None);
+//! let length = head.find(stream, &Limits::default())?.expect("the head is complete");
+//!
+//! let mut buffer = HeaderBuffer::new();
+//! let request = Request::parse(&stream[..length], &mut buffer)?;
+//! assert_eq!((request.method, request.host, request.path), ("GET", "api.example", "/v1?a=b"));
+//! assert_eq!(request.body, Body::None);
+//!
+//! let folded = b"GET / HTTP/1.1\r\nHost: a\r\n b\r\n\r\n";
+//! assert_eq!(Head::default().find(folded, &Limits::default()), Err(ParseError::Folding));
+//! # Ok::<(), ParseError>(())
+//! ```
 
 mod chunked;
 mod head;
@@ -18,28 +36,28 @@ pub use palisade_policy::path::{PathError, resolved};
 
 use strum::{Display, IntoStaticStr, VariantArray};
 
-/// The reason why a stream is refused. Each has a counter of its own.
+/// The reason why a stream is refused. Each reason has a counter of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Display, IntoStaticStr, VariantArray)]
 pub enum ParseError {
-    /// The first bytes are no HTTP.
+    /// The first bytes are not HTTP.
     #[strum(serialize = "not HTTP")]
     NotHttp,
-    /// The preface of HTTP/2 (RFC 9113, 3.4).
+    /// The connection preface of HTTP/2 (RFC 9113, section 3.4).
     #[strum(serialize = "HTTP/2 preface")]
     Http2,
-    /// A carriage return that no line feed follows, or a line feed without one (RFC 9112, 2.2).
+    /// A CR without LF, or an LF without CR (RFC 9112, section 2.2).
     #[strum(serialize = "bare CR or LF")]
     BareLineEnd,
     /// A NUL or another control character.
     #[strum(serialize = "control character in a head")]
     ControlCharacter,
-    /// A line that begins with white space: folding (RFC 9112, 5.2).
+    /// A line that starts with white space: obsolete line folding (RFC 9112, section 5.2).
     #[strum(serialize = "folded header line")]
     Folding,
-    /// White space between a field's name and its colon (RFC 9112, 5.1), or no colon at all.
+    /// White space between a field name and its colon (RFC 9112, section 5.1), or no colon.
     #[strum(serialize = "malformed header name")]
     BadName,
-    /// A request or status line that is malformed, or has white space beside the single spaces.
+    /// A malformed request or status line, or one with other white space than single spaces.
     #[strum(serialize = "malformed start line")]
     BadStartLine,
     /// A version other than 1.0 and 1.1.
@@ -54,53 +72,53 @@ pub enum ParseError {
     /// A head longer than [`Limits::block`].
     #[strum(serialize = "head too long")]
     HeadTooLong,
-    /// A field that some servers read as one that frames or routes the message: `Transfer_Encoding`.
+    /// A field name such as `Transfer_Encoding`, which some servers read as a field that frames or routes the message.
     #[strum(serialize = "header name that some servers read as a framing header")]
     DisguisedName,
-    /// `Connection` names a field that frames or routes the message: a proxy would take it out.
+    /// A `Connection` field that names a field that frames or routes the message, which makes a proxy remove that field.
     #[strum(serialize = "Connection names a framing header")]
     BadConnection,
-    /// An Expect other than `100-continue` (RFC 9110, 10.1.1).
+    /// An Expect other than `100-continue` (RFC 9110, section 10.1.1).
     #[strum(serialize = "Expect other than 100-continue")]
     BadExpect,
-    /// A final answer came before any of the body that was announced with `Expect`: the receiver may take the body
-    /// for a request.
+    /// A body that follows the final response to a request with `Expect`. The server may read the body as the next
+    /// request.
     #[strum(serialize = "body behind the final answer to Expect")]
     LateBody,
-    /// A body of a method whose body many servers do not read.
+    /// A body in a request whose method has no body; many servers do not read such a body.
     #[strum(serialize = "body of a method that has none")]
     UnexpectedBody,
     /// More fields than [`MAX_HEADERS`].
     #[strum(serialize = "too many headers")]
     TooManyHeaders,
-    /// Content-Length beside Transfer-Encoding (RFC 9112, 6.1).
+    /// Content-Length together with Transfer-Encoding (RFC 9112, section 6.1).
     #[strum(serialize = "Content-Length with Transfer-Encoding")]
     LengthAndEncoding,
-    /// A Content-Length that is no number, or several of them.
+    /// A Content-Length that is not a number, or several of them.
     #[strum(serialize = "malformed or repeated Content-Length")]
     BadLength,
     /// A Transfer-Encoding other than a single `chunked`, or one in HTTP/1.0.
     #[strum(serialize = "Transfer-Encoding other than chunked")]
     BadEncoding,
-    /// A request of HTTP/1.1 without Host (RFC 9112, 3.2).
+    /// An HTTP/1.1 request without Host (RFC 9112, section 3.2).
     #[strum(serialize = "no Host")]
     NoHost,
     /// More than one Host.
     #[strum(serialize = "several Hosts")]
     SeveralHosts,
-    /// A Host that is no host.
+    /// A Host that is not a host with an optional port.
     #[strum(serialize = "malformed Host")]
     BadHost,
-    /// A target in absolute form that names another host than Host does.
+    /// A request target in absolute form with another host than the Host field.
     #[strum(serialize = "target and Host disagree")]
     HostDiffers,
-    /// A target of no form that its method has (RFC 9112, 3.2).
+    /// A request target in a form that its method does not have (RFC 9112, section 3.2).
     #[strum(serialize = "malformed request target")]
     BadTarget,
-    /// A chunk size that is no number or is too large, or a malformed chunk extension.
+    /// A chunk size that is not a number or too large, or a malformed chunk extension.
     #[strum(serialize = "malformed chunk size")]
     BadChunk,
-    /// A field in a trailer that frames or routes a message (RFC 9110, 6.5.1), or is malformed.
+    /// A trailer field that is malformed, or that frames or routes a message (RFC 9110, section 6.5.1).
     #[strum(serialize = "trailer that may not be one")]
     BadTrailer,
 }

@@ -34,7 +34,7 @@ fn response<'a>(text: &'a str, method: &str) -> Result<Response<'a>, ParseError>
 }
 
 #[test]
-fn requests_say_what_rules_ask_for() {
+fn a_request_yields_method_host_path_and_headers() {
     let get =
         request("GET /a/b?c=d HTTP/1.1\r\nHost: Example.com:8080\r\nX-A: 1\r\nx-a:  2 \r\n\r\n").unwrap();
     assert_eq!(
@@ -71,7 +71,7 @@ fn requests_say_what_rules_ask_for() {
 }
 
 #[test]
-fn bodies_are_framed_by_what_all_read_alike() {
+fn bodies_are_framed_by_unambiguous_fields() {
     let body = |fields: &str| request(&format!("POST / HTTP/1.1\r\nHost: a\r\n{fields}\r\n")).map(|r| r.body);
     assert_eq!(body(""), Ok(Body::None));
     assert_eq!(body("Content-Length: 42\r\n"), Ok(Body::Length(42)));
@@ -116,7 +116,7 @@ fn bodies_are_framed_by_what_all_read_alike() {
 }
 
 #[test]
-fn ambiguity_is_refused() {
+fn ambiguous_requests_are_refused() {
     for (text, refusal) in [
         ("GET / HTTP/1.1\nHost: a\r\n\r\n", ParseError::BareLineEnd),
         ("GET / HTTP/1.1\r\nHost: a\n\r\n", ParseError::BareLineEnd),
@@ -191,7 +191,7 @@ fn ambiguity_is_refused() {
 }
 
 #[test]
-fn an_empty_line_before_a_request_is_not_one() {
+fn empty_lines_before_a_request_are_skipped() {
     let text = "\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n";
     assert_eq!(request(text).unwrap().path, "/");
     let mut head = Head::default();
@@ -200,7 +200,7 @@ fn an_empty_line_before_a_request_is_not_one() {
 }
 
 #[test]
-fn answers_are_framed_by_status_and_method() {
+fn responses_are_framed_by_status_and_method() {
     let length = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n";
     assert_eq!(response(length, "GET").unwrap().body, Body::Length(5));
     assert_eq!(response(length, "HEAD").unwrap().body, Body::None);
@@ -231,7 +231,7 @@ fn answers_are_framed_by_status_and_method() {
 }
 
 #[test]
-fn paths_are_resolved_as_servers_do() {
+fn paths_are_resolved_as_servers_resolve_them() {
     let mut out = Vec::new();
     for (path, expected) in [
         ("/", "/"),
@@ -306,7 +306,7 @@ fn unchunk_by(mut chunks: Chunks, stream: &[u8], cut: usize) -> Result<(Vec<u8>,
 }
 
 #[test]
-fn chunk_extensions_pass_where_all_find_their_end() {
+fn chunk_extensions_pass_if_their_end_is_unambiguous() {
     for text in [
         &b"1;a\r\nx\r\n0;b=c;d=\"e;\\\" f\"\r\n\r\n"[..],
         b"1;chunk-signature=0123456789abcdef\r\nx\r\n0;chunk-signature=00\r\n\r\n",
@@ -342,7 +342,7 @@ fn chunk_extensions_pass_where_all_find_their_end() {
 }
 
 #[test]
-fn names_that_some_servers_take_for_a_framing_field_are_refused() {
+fn names_that_some_servers_read_as_framing_fields_are_refused() {
     let with = |field: &str| {
         request(&format!("POST / HTTP/1.1\r\nHost: a\r\n{field}\r\n\r\n")).map(|request| request.body)
     };
@@ -416,7 +416,7 @@ fn names_that_some_servers_take_for_a_framing_field_are_refused() {
 }
 
 #[test]
-fn expectations_and_hosts_are_read_in_one_way_or_refused() {
+fn ambiguous_expect_and_host_fields_are_refused() {
     let with = |fields: &str| {
         request(&format!("POST / HTTP/1.1\r\n{fields}\r\n"))
             .map(|request| (request.host.to_owned(), request.expects_continue()))
@@ -475,7 +475,7 @@ fn expectations_and_hosts_are_read_in_one_way_or_refused() {
 }
 
 #[test]
-fn bodies_of_methods_without_one_are_unexpected() {
+fn bodies_of_methods_without_a_body_are_unexpected() {
     let has = |method: &str, field: &str| {
         request(&format!("{method} /a HTTP/1.1\r\nHost: a\r\n{field}\r\n"))
             .unwrap()
@@ -495,7 +495,7 @@ fn bodies_of_methods_without_one_are_unexpected() {
 }
 
 #[test]
-fn chunks_are_followed_to_their_end() {
+fn chunks_are_parsed_up_to_the_end_of_the_body() {
     let body = b"4\r\nWiki\r\n6\r\npedia \r\nE\r\nin \r\n\r\nchunks.\r\n0\r\n\r\nGET";
     for cut in [1, 2, 3, 7, 1000] {
         let (content, end) = unchunk(body, cut).unwrap();
@@ -554,7 +554,7 @@ fn chunks_are_followed_to_their_end() {
 
 proptest! {
     #[test]
-    fn however_it_is_cut_a_head_ends_at_the_same_byte(
+    fn a_head_ends_at_the_same_byte_however_the_stream_is_segmented(
         path in "/[a-z%./]{0,40}",
         fields in prop::collection::vec(("[A-Za-z-]{1,10}", "[ -~]{0,30}"), 0..10),
         noise in prop::option::of((0_usize..300, any::<u8>())),
@@ -580,7 +580,7 @@ proptest! {
     }
 
     #[test]
-    fn chunked_bodies_come_out_as_they_went_in(
+    fn the_content_of_a_chunked_body_is_unchanged(
         parts in prop::collection::vec(prop::collection::vec(any::<u8>(), 1..50), 0..10),
         cut in 1_usize..20,
     ) {
@@ -597,7 +597,7 @@ proptest! {
     }
 
     #[test]
-    fn a_resolved_path_has_no_dots_left_and_stays_as_it_is(path in "/[a-z./%2eEfF5cC;\\\\]{0,30}") {
+    fn a_resolved_path_has_no_dot_segments_and_resolves_to_itself(path in "/[a-z./%2eEfF5cC;\\\\]{0,30}") {
         let mut once = Vec::new();
         if resolved(&path, &mut once).is_ok() && once.is_ascii() && !once.contains(&b'%') {
             let mut segments = once.split(|byte| *byte == b'/');

@@ -1,35 +1,36 @@
-//! The ClientHello: server name, ALPN, encrypted client hello, versions (RFC 8446, 4.1.2; RFC 6066, 3).
+//! Parser of the ClientHello: server name, versions, early data, ECH (RFC 8446, section 4.1.2; RFC 6066, section 3).
 
 use std::net::IpAddr;
 
 use super::ParseError;
 use crate::dns::Name;
 
-/// What a ClientHello says.
+/// The parts of a ClientHello that rules and records need.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientHello {
-    /// The highest version that is offered: 0x0303 is TLS 1.2, 0x0304 TLS 1.3.
+    /// The highest version that the client offers: 0x0303 for TLS 1.2, 0x0304 for TLS 1.3.
     pub version: u16,
-    /// Whom it asks for.
+    /// The server name.
     pub server_name: ServerName,
-    /// It carries an encrypted hello; the name is the outer one. Clients that only grease it look the same.
+    /// Whether the hello has an encrypted inner hello (ECH), so that `server_name` is the outer name. A GREASE extension
+    /// looks the same (RFC 9849, section 6.2).
     pub ech: bool,
-    /// It asks to go on with a session whose first bytes come with the hello (early data).
+    /// Whether the client sends early data (0-RTT, RFC 8446, section 4.2.10).
     pub early_data: bool,
 }
 
-/// The name in a ClientHello.
+/// The server name in a ClientHello.
 #[allow(
     clippy::large_enum_variant,
-    reason = "one lives for each hello that is being judged; a box would be an allocation each"
+    reason = "only one exists per hello that is being inspected; boxing it would allocate for each"
 )]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ServerName {
-    /// There is none.
+    /// The hello has no server name.
     Missing,
-    /// A host name, in lower case, without the last dot.
+    /// A host name in lower case, without the trailing dot.
     Name(Name),
-    /// An address in text form. No client should send one (RFC 6066, 3), some do.
+    /// An IP address in text form. RFC 6066, section 3, forbids it, but some clients send it.
     Address(IpAddr),
 }
 
@@ -40,10 +41,10 @@ const ENCRYPTED_HELLO: u16 = 0xfe0d;
 /// Name type `host_name`.
 const HOST_NAME: u8 = 0;
 
-/// Most extensions that are looked at: each is compared with those before it.
+/// Most extensions in a hello. Each is compared with all before it, so the limit bounds that quadratic cost.
 const MAX_EXTENSIONS: usize = 128;
 
-/// Takes big-endian numbers and length-prefixed vectors off the front of bytes.
+/// Reads big-endian numbers and length-prefixed vectors from the front of a slice.
 struct Cursor<'a>(&'a [u8]);
 
 impl<'a> Cursor<'a> {
@@ -88,7 +89,7 @@ impl<'a> Cursor<'a> {
 }
 
 impl ClientHello {
-    /// Reads the body of a ClientHello: what stands behind the four bytes of type and length.
+    /// Parses the body of a ClientHello, without the four bytes of handshake type and length.
     pub(super) fn parse(body: &[u8]) -> Result<Self, ParseError> {
         let mut cursor = Cursor(body);
         let mut version = cursor.u16()?;
@@ -109,7 +110,7 @@ impl ClientHello {
             ech: false,
             early_data: false,
         };
-        // A hello may end here (RFC 5246, 7.4.1.2).
+        // Extensions are optional in TLS 1.2 (RFC 5246, section 7.4.1.2).
         if cursor.0.is_empty() {
             return Ok(hello);
         }
@@ -151,10 +152,10 @@ fn server_name(data: &[u8]) -> Result<ServerName, ParseError> {
 }
 
 impl ServerName {
-    /// Returns what the host name of a hello stands for: a name, or an address in text form.
+    /// Parses the host name of a hello: a name, or an IP address in text form.
     ///
     /// # Errors
-    /// [`ParseError::BadName`] if it is neither.
+    /// [`ParseError::BadName`] if the text is neither.
     pub fn of_host(text: &[u8]) -> Result<Self, ParseError> {
         let text = std::str::from_utf8(text).map_err(|_| ParseError::BadName)?;
         if let Ok(address) = text.parse() {
@@ -170,13 +171,13 @@ impl ServerName {
     }
 }
 
-/// Bytes of host names as they are used: letters, digits, hyphens, underscores, and dots between labels. With
-/// anything else (an escape, a NUL) two readers could see two names.
+/// Returns whether the byte occurs in host names: letters, digits, hyphens, underscores, and dots between labels. Other
+/// bytes are refused because implementations could read an escape or a NUL in different ways.
 fn is_host_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.')
 }
 
-/// The highest version of a list, leaving out those that only test tolerance (GREASE, RFC 8701).
+/// Returns the highest version in a list, without GREASE values (RFC 8701).
 fn highest_version(data: &[u8]) -> Result<u16, ParseError> {
     let mut cursor = Cursor(data);
     let list = cursor.vector8()?;

@@ -1,12 +1,23 @@
-//! TLS as far as it can be read without keys: the ClientHello, and whether the server asks for another.
+//! Parser of the unencrypted part of TLS handshakes: the ClientHello, and the server's first message.
 //!
-//! [`ClientReader`] takes the bytes of the client's side of a connection and gives its hello once that is complete,
-//! however many records and segments it is spread over. [`ServerReader`] takes the server's side and says whether its
-//! first message leaves room for a second hello. Neither copies more than one hello, and both refuse what two
-//! readers could read differently: hidden bytes behind a hello, records of another kind between its parts, an
-//! extension that stands twice.
+//! [`ClientReader`] assembles the ClientHello from any number of records and segments. [`ServerReader`] finds out
+//! whether the server requests a second ClientHello. Each buffers at most one handshake message. Both refuse streams
+//! that implementations could read in different ways: bytes behind a ClientHello in its record, records of another
+//! type between its fragments, duplicate extensions.
 //!
 //! RFC 8446 (TLS 1.3), RFC 5246 (TLS 1.2), RFC 6066 (server names), RFC 9849 (ECH).
+//!
+//! ```
+//! use palisade_protocols::tls::{ClientReader, ClientStep, ParseError};
+//!
+//! // The header of a handshake record arrives alone, so the reader needs more bytes.
+//! let mut reader = ClientReader::default();
+//! assert_eq!(reader.next(&mut &b"\x16\x03\x01\x01\x00"[..])?, ClientStep::More);
+//!
+//! // A stream that is not TLS is refused at its first byte.
+//! assert_eq!(ClientReader::default().next(&mut &b"GET"[..]), Err(ParseError::NotTls));
+//! # Ok::<(), ParseError>(())
+//! ```
 
 mod hello;
 mod record;
@@ -16,47 +27,47 @@ pub use record::{ClientReader, ClientStep, ServerReader, ServerStep};
 
 use strum::{Display, IntoStaticStr, VariantArray};
 
-/// Longest ClientHello that is read, bytes. Post-quantum key shares make one of about 1,800; some thousand of
-/// padding or tickets may come on top. The protocol itself allows 16 MiB.
+/// Longest ClientHello that is accepted, bytes. Post-quantum key shares make it about 1,800 bytes long; padding and
+/// session tickets can add several thousand. The protocol allows 16 MiB.
 pub const MAX_HELLO: usize = 16_384;
 
-/// The reason why a stream is refused. Each has a counter of its own.
+/// The reason why a stream is refused. Each reason has a counter of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Display, IntoStaticStr, VariantArray)]
 pub enum ParseError {
-    /// The first bytes are no TLS record.
+    /// The first bytes are not a TLS record.
     #[strum(serialize = "not TLS")]
     NotTls,
-    /// A hello in the form of SSL 2 (RFC 6101, appendix E.1).
+    /// A ClientHello in SSL 2 format (RFC 6101, appendix E.1).
     #[strum(serialize = "hello in the form of SSL 2")]
     Ssl2,
-    /// A record of more than 2^14 bytes (RFC 8446, 5.1).
+    /// A record longer than 2^14 bytes (RFC 8446, section 5.1).
     #[strum(serialize = "record too long")]
     RecordTooLong,
-    /// A handshake record without content (RFC 8446, 5.1).
+    /// A handshake record without content (RFC 8446, section 5.1).
     #[strum(serialize = "handshake record without content")]
     EmptyRecord,
-    /// A record of another kind before the hello is complete (RFC 8446, 5.1).
+    /// A record of another type before the ClientHello is complete (RFC 8446, section 5.1).
     #[strum(serialize = "record of another kind within the hello")]
     Interleaved,
-    /// A handshake message that is no hello where one must be.
+    /// A handshake message of another type where a hello is required.
     #[strum(serialize = "handshake message other than a hello")]
     NotHello,
-    /// Longer than [`MAX_HELLO`].
+    /// A ClientHello longer than [`MAX_HELLO`].
     #[strum(serialize = "hello too long")]
     HelloTooLong,
-    /// Bytes behind the hello in its last record: a message that nobody read.
+    /// Bytes behind the hello in its last record: another message, which the parser would not check.
     #[strum(serialize = "bytes behind the hello in its record")]
     Trailing,
-    /// A length that does not fit, a vector that is cut short or empty where it may not be.
+    /// A wrong length, or a vector that is truncated or must not be empty.
     #[strum(serialize = "malformed hello")]
     Malformed,
-    /// An extension twice (RFC 8446, 4.2).
+    /// A duplicate extension (RFC 8446, section 4.2).
     #[strum(serialize = "extension twice")]
     DuplicateExtension,
-    /// More than one server name, or one of an unknown kind (RFC 6066, 3).
+    /// More than one server name, or a name of an unknown type (RFC 6066, section 3).
     #[strum(serialize = "several server names")]
     SeveralNames,
-    /// A server name that is no name: empty, too long, or of bytes that no host name has.
+    /// A server name that is empty, too long, or has bytes that are not allowed in host names.
     #[strum(serialize = "malformed server name")]
     BadName,
 }

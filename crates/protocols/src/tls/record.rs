@@ -1,8 +1,8 @@
-//! TLS records and the handshake messages in them: [`ClientReader`] and [`ServerReader`] take bytes as they come.
+//! TLS records, and the handshake messages in them: [`ClientReader`] and [`ServerReader`].
 
 use super::{ClientHello, MAX_HELLO, ParseError};
 
-/// Content types of records (RFC 8446, 5.1).
+/// Content types of records (RFC 8446, section 5.1).
 const CHANGE_CIPHER_SPEC: u8 = 20;
 const ALERT: u8 = 21;
 const HANDSHAKE: u8 = 22;
@@ -13,25 +13,26 @@ const SERVER_HELLO: u8 = 2;
 
 const RECORD_HEADER: usize = 5;
 const MESSAGE_HEADER: usize = 4;
-/// Longest plaintext record (RFC 8446, 5.1).
+/// Longest plaintext record, bytes (RFC 8446, section 5.1).
 const MAX_RECORD: usize = 1 << 14;
-/// Longest protected record (RFC 5246, 6.2.3), the longer of the two versions.
+/// Longest protected record, bytes: that of TLS 1.2 (RFC 5246, section 6.2.3), which exceeds that of TLS 1.3.
 const MAX_PROTECTED: usize = MAX_RECORD + 2_048;
 
-/// The random of a HelloRetryRequest (RFC 8446, 4.1.3): SHA-256 of "HelloRetryRequest".
+/// The random of a HelloRetryRequest: the SHA-256 of "HelloRetryRequest" (RFC 8446, section 4.1.3).
 pub(super) const RETRY_RANDOM: [u8; 32] = [
     0xcf, 0x21, 0xad, 0x74, 0xe5, 0x9a, 0x61, 0x11, 0xbe, 0x1d, 0x8c, 0x02, 0x1e, 0x65, 0xb8, 0x91, 0xc2,
     0xa2, 0x11, 0x16, 0x7a, 0xbb, 0x8c, 0x5e, 0x07, 0x9e, 0x09, 0xe2, 0xc8, 0xa8, 0x33, 0x9c,
 ];
 
-/// What is left of the record at hand, and how its header is coming along.
+/// Splits a stream into the contents of its records.
 #[derive(Clone, Debug, Default)]
 struct Records {
     header: [u8; RECORD_HEADER],
+    /// Number of header bytes received.
     have: usize,
-    /// Content type of the record, once its header is complete.
+    /// Content type of the record; valid once the header is complete.
     kind: u8,
-    /// Bytes of its content that have not come.
+    /// Number of content bytes that have not arrived yet.
     left: usize,
 }
 
@@ -39,12 +40,12 @@ struct Records {
 struct Piece<'a> {
     kind: u8,
     bytes: &'a [u8],
-    /// The record ends with this piece.
+    /// Whether the record ends with this piece.
     last: bool,
 }
 
 impl Records {
-    /// Takes the next piece off the front of `input`; `None`: more bytes are needed.
+    /// Removes the next piece from the front of `input`. Returns `None` if more bytes are needed.
     fn next<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<Piece<'a>>, ParseError> {
         let mut first = false;
         if self.left == 0 {
@@ -55,7 +56,7 @@ impl Records {
                 *slot = *byte;
                 self.have += 1;
                 *input = rest;
-                // What can be said by the first bytes is said at once: nobody waits for the rest of what is not TLS.
+                // Refuse a stream that is not TLS at its first wrong byte: its client may never send the rest of a header.
                 match self.header.get(..self.have).unwrap_or_default() {
                     [first, ..] if first & 0x80 != 0 => return Err(ParseError::Ssl2),
                     [CHANGE_CIPHER_SPEC..=APPLICATION_DATA] => {}
@@ -76,7 +77,7 @@ impl Records {
             }
             first = true;
             if self.left == 0 {
-                // Only application data may be empty (RFC 8446, 5.1).
+                // Only application data records may be empty (RFC 8446, section 5.1).
                 if self.kind != APPLICATION_DATA {
                     return Err(ParseError::EmptyRecord);
                 }
@@ -88,7 +89,7 @@ impl Records {
             }
         }
         if input.is_empty() {
-            // The header is complete, its content is not here yet: the next call begins the record.
+            // No content has arrived yet, so the next call starts with the complete header.
             if first {
                 self.restart();
             }
@@ -104,40 +105,40 @@ impl Records {
         }))
     }
 
-    /// Puts a complete header back, so that it is looked at again when content comes.
+    /// Marks the complete header as unprocessed, so that the next call processes it again.
     fn restart(&mut self) {
         self.have = RECORD_HEADER;
         self.left = 0;
     }
 }
 
-/// What the client's bytes say so far.
+/// The result of reading bytes of the client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ClientStep {
-    /// Nothing yet. None of the bytes may go on.
+    /// The hello is not complete; its bytes must be held.
     More,
-    /// A hello is complete with the byte before the rest of the input.
+    /// A complete hello, which ends where the rest of the input starts.
     Hello(Box<ClientHello>),
-    /// Something that is no hello and needs no judgement: an alert, early data, a change of cipher.
+    /// A piece of another record that needs no decision: an alert, early data, or ChangeCipherSpec.
     Other,
 }
 
-/// Reads the client's side of a connection, hello by hello.
+/// Reads the hellos in the client's direction of a connection.
 #[derive(Clone, Debug, Default)]
 pub struct ClientReader {
     records: Records,
-    /// Handshake message as far as it has come.
+    /// The bytes of the incomplete handshake message.
     held: Vec<u8>,
-    /// A hello has been read: other records may follow.
+    /// Whether a hello has been read, so that other records may follow.
     begun: bool,
 }
 
 impl ClientReader {
-    /// Takes bytes off the front of `input` up to the next thing to be said; `input` is empty after
+    /// Removes bytes from the front of `input` up to the next hello or other record; `input` is empty after
     /// [`ClientStep::More`].
     ///
     /// # Errors
-    /// The stream cannot be read any further.
+    /// [`ParseError`]; the rest of the stream cannot be parsed.
     pub fn next(&mut self, input: &mut &[u8]) -> Result<ClientStep, ParseError> {
         loop {
             let Some(piece) = self.records.next(input)? else {
@@ -166,7 +167,7 @@ impl ClientReader {
         }
     }
 
-    /// Adds to the message; its length if it is complete.
+    /// Appends bytes to the handshake message. Returns the length of the message if it is complete.
     fn take(&mut self, bytes: &[u8]) -> Result<Option<usize>, ParseError> {
         if self.held.is_empty() && bytes.first().is_some_and(|kind| *kind != CLIENT_HELLO) {
             return Err(ParseError::NotHello);
@@ -186,43 +187,43 @@ impl ClientReader {
         Ok((self.held.len() >= length).then_some(length))
     }
 
-    /// Bytes held of a hello that is not complete.
+    /// Returns the number of buffered bytes of an incomplete hello.
     #[must_use]
     pub fn held(&self) -> usize {
         self.held.len()
     }
 }
 
-/// What the server's bytes say so far.
+/// The result of reading bytes of the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ServerStep {
-    /// Not enough to say.
+    /// The first message is not complete.
     More,
-    /// It asks for another hello (RFC 8446, 4.1.4).
+    /// A HelloRetryRequest: the server requests another ClientHello (RFC 8446, section 4.1.4).
     Again,
-    /// It has answered with this version: no other hello can follow in the clear.
+    /// A ServerHello with this version. No unencrypted ClientHello can follow.
     Answered(u16),
-    /// It has refused with an alert.
+    /// An alert: the server refuses the handshake.
     Refused,
 }
 
-/// Reads the first message of the server's side.
+/// Reads the first handshake message in the server's direction of a connection.
 #[derive(Clone, Debug, Default)]
 pub struct ServerReader {
     records: Records,
-    /// The beginning of the message, as far as it has come.
+    /// The received bytes of the message.
     held: Vec<u8>,
 }
 
-/// Header, version and random of a ServerHello.
+/// Length of message header, version and random of a ServerHello, bytes.
 const SERVER_HELLO_FIXED: usize = MESSAGE_HEADER + 2 + 32;
 
 impl ServerReader {
-    /// Takes bytes off the front of `input`; see [`ServerStep`]. After [`ServerStep::Answered`] and
-    /// [`ServerStep::Refused`] nothing more needs reading.
+    /// Removes bytes from the front of `input` up to the end of the first message. After [`ServerStep::Answered`] and
+    /// [`ServerStep::Refused`] no further bytes need to be read.
     ///
     /// # Errors
-    /// This is no TLS server.
+    /// [`ParseError`] if the bytes are not the start of a TLS server's handshake.
     pub fn next(&mut self, input: &mut &[u8]) -> Result<ServerStep, ParseError> {
         loop {
             let Some(piece) = self.records.next(input)? else {
@@ -231,7 +232,7 @@ impl ServerReader {
             match piece.kind {
                 ALERT => return Ok(ServerStep::Refused),
                 HANDSHAKE => {}
-                // Behind a HelloRetryRequest, for middleboxes (RFC 8446, appendix D.4).
+                // Servers send ChangeCipherSpec after a HelloRetryRequest, for middleboxes (RFC 8446, appendix D.4).
                 CHANGE_CIPHER_SPEC if self.held.is_empty() => continue,
                 _ => return Err(ParseError::NotHello),
             }
@@ -260,8 +261,8 @@ impl ServerReader {
         };
         let again = body.get(2..34) == Some(&RETRY_RANDOM[..]);
         let version = server_version(body);
-        // A server that asks for another hello has nothing more to say: what stands behind it would be read or not,
-        // depending on how the stream is cut.
+        // A server sends nothing behind a HelloRetryRequest in its record. Whether such bytes were parsed would depend on
+        // the segmentation of the stream, so they are refused.
         if again && (self.held.len() > length || !piece.last) {
             return Err(ParseError::Trailing);
         }
@@ -274,14 +275,15 @@ impl ServerReader {
     }
 }
 
-/// The version that a ServerHello chooses: of its extension if it has one (RFC 8446, 4.2.1).
+/// Returns the version of a ServerHello: that of the supported_versions extension if there is one (RFC 8446, section
+/// 4.2.1).
 fn server_version(body: &[u8]) -> u16 {
     let legacy = body
         .first_chunk()
         .map_or(0, |version| u16::from_be_bytes(*version));
     let chosen = || -> Option<u16> {
         let (session, rest) = body.get(34..)?.split_first()?;
-        // Session id, cipher suite, compression method, length of the extensions.
+        // Skip session id, cipher suite, compression method and the length of the extensions.
         let mut rest = rest.get(usize::from(*session) + 3 + 2..)?;
         loop {
             let (header, tail) = rest.split_first_chunk::<4>()?;

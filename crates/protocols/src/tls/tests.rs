@@ -74,7 +74,7 @@ fn name(text: &str) -> ServerName {
 }
 
 #[test]
-fn names_are_those_that_are_asked_for() {
+fn the_server_name_is_parsed() {
     for (sent, expected) in [
         ("example.com", name("example.com")),
         ("WWW.Example.COM", name("www.example.com")),
@@ -101,7 +101,7 @@ fn names_are_those_that_are_asked_for() {
 }
 
 #[test]
-fn names_that_two_readers_could_read_differently_are_refused() {
+fn ambiguous_server_names_are_refused() {
     let long = [b'a'; 300];
     for bad in [
         &b""[..],
@@ -143,7 +143,7 @@ fn names_that_two_readers_could_read_differently_are_refused() {
 }
 
 #[test]
-fn versions_leave_out_grease() {
+fn grease_versions_are_ignored() {
     assert_eq!(read(&[]).unwrap().version, 0x0303);
     let versions = extension(43, &[6, 0x7a, 0x7a, 3, 4, 3, 3]);
     assert_eq!(read(&versions).unwrap().version, 0x0304);
@@ -157,7 +157,7 @@ fn versions_leave_out_grease() {
 }
 
 #[test]
-fn encrypted_hellos_and_early_data_are_told() {
+fn encrypted_hellos_and_early_data_are_detected() {
     let hello = read(
         &[
             name_extension(b"outer.example"),
@@ -172,7 +172,7 @@ fn encrypted_hellos_and_early_data_are_told() {
 }
 
 #[test]
-fn what_is_not_tls_is_told_by_its_first_bytes() {
+fn a_stream_that_is_not_tls_is_refused_at_its_first_bytes() {
     for (bytes, refusal) in [
         (&b"GET / HTTP/1.1\r\n"[..], ParseError::NotTls),
         (b"\x00", ParseError::NotTls),
@@ -192,7 +192,7 @@ fn what_is_not_tls_is_told_by_its_first_bytes() {
 }
 
 #[test]
-fn nothing_hides_behind_or_within_a_hello() {
+fn bytes_behind_or_records_within_a_hello_are_refused() {
     let hello = hello(&name_extension(b"a.example"));
     let mut trailing = hello.clone();
     trailing.push(0);
@@ -214,7 +214,7 @@ fn nothing_hides_behind_or_within_a_hello() {
 }
 
 #[test]
-fn a_second_hello_is_read_like_the_first() {
+fn a_second_hello_is_parsed_like_the_first() {
     let stream = [
         record(22, &hello(&name_extension(b"a.example"))),
         record(20, &[1]),
@@ -246,7 +246,7 @@ fn server_hello(random: [u8; 32], extensions: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn the_server_says_whether_another_hello_follows() {
+fn the_server_reader_detects_whether_another_hello_follows() {
     let tls13 = extension(43, &[3, 4]);
     let read = |stream: &[u8]| ServerReader::default().next(&mut &stream[..]);
     let answer = record(22, &server_hello([1; 32], &tls13));
@@ -307,7 +307,7 @@ fn steps(stream: &[u8], cuts: &[usize]) -> Vec<Result<ClientStep, ParseError>> {
 
 proptest! {
     #[test]
-    fn however_it_is_cut_a_hello_says_the_same(
+    fn a_hello_parses_equally_however_the_stream_is_segmented(
         label in "[a-z]{1,20}",
         padding in 0_usize..3_000,
         size in 1_usize..600,
@@ -329,7 +329,7 @@ proptest! {
     }
 
     #[test]
-    fn a_damaged_hello_is_read_alike_in_one_piece_and_in_many(
+    fn a_damaged_hello_parses_equally_in_one_piece_and_in_many(
         at in 0_usize..200,
         value in any::<u8>(),
         size in 1_usize..200,
