@@ -1,7 +1,8 @@
 //! The cache of names and addresses of all endpoints.
 //!
-//! An answer is taken in by [`Cache::learn`], written to the maps by the caller, and then confirmed by [`Cache::commit`].
-//! Limits, statistics, save and restore are here; the entries of one endpoint are in `endpoint`.
+//! The caller passes an answer to [`Cache::learn`], writes the resulting changes to the maps, and then calls
+//! [`Cache::commit`]. This module has the limits, statistics, save and restore; the entries of one endpoint are in
+//! `endpoint.rs`.
 
 use std::{collections::HashMap, mem::size_of, net::IpAddr, sync::Arc};
 
@@ -18,25 +19,25 @@ use crate::{
     stats::{Memory, Stats},
 };
 
-/// How much is learned, and for how long.
+/// Limits on the cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// The least time that an address is kept, whatever the answer says: the connection that follows an answer
-    /// with a time to live of 0 has to come through.
+    /// Shortest lifetime of an address, ms. It exceeds the time to live of an answer if that is lower, because the client
+    /// connects after the answer even if its time to live is 0.
     pub min_ttl: Millis,
-    /// The longest time that an answer can ask for.
+    /// Longest lifetime of an address, ms, even if the answer has a longer time to live.
     pub max_ttl: Millis,
-    /// Addresses of one name that an endpoint keeps.
+    /// Most addresses of one name per endpoint.
     pub addresses_per_name: usize,
-    /// Addresses of all names together that an endpoint keeps.
+    /// Most addresses of all names together per endpoint.
     pub addresses_per_endpoint: usize,
-    /// Addresses of all names of all endpoints together. When as many are kept, the endpoint that has most gives
-    /// addresses that no connection uses; addresses in use only while it has more than an equal share and the learning
-    /// endpoint has less than that.
+    /// Most addresses of all names of all endpoints together. At the limit, unused addresses of the endpoint with the most
+    /// addresses are evicted. Addresses in use are evicted only if that endpoint has more than an equal share and the
+    /// learning endpoint has less.
     pub addresses_total: usize,
-    /// Whether addresses are learned for the aliases on the way too, not only for the name that was asked.
+    /// Whether addresses are learned for the aliases in the CNAME chain as well as for the queried name.
     pub aliases: bool,
-    /// What is done with special-purpose addresses (RFC 6890).
+    /// Whether special-purpose addresses (RFC 6890) are learned.
     pub special: Special,
 }
 
@@ -49,7 +50,7 @@ impl Default for Config {
             addresses_per_endpoint: 100_000,
             addresses_total: usize::MAX,
             aliases: false,
-            special: Special::CommitRequest,
+            special: Special::Learn,
         }
     }
 }
@@ -57,13 +58,13 @@ impl Default for Config {
 /// A name as `fqdn cache list` shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct CachedName {
-    /// Who learned it.
+    /// The endpoint that has learned the name.
     pub endpoint: EndpointId,
-    /// The name, as people write it.
+    /// The name as text.
     pub name: String,
-    /// The selectors it matches.
+    /// The selectors that the name matches.
     pub selectors: Vec<SelectorId>,
-    /// Its addresses.
+    /// The addresses of the name.
     pub addresses: Vec<CachedAddress>,
 }
 
@@ -72,29 +73,29 @@ pub struct CachedName {
 pub struct CachedAddress {
     /// The address.
     pub ip: IpAddr,
-    /// Milliseconds until it expires; none if it has.
+    /// Time until the address expires, ms; `None` if it has expired.
     pub left: Option<Millis>,
-    /// Whether a connection was seen to use it.
+    /// Whether a connection uses the address, according to the last two sweeps.
     pub in_use: bool,
 }
 
-/// The names that the endpoints have learned.
+/// The learned names and addresses of all endpoints.
 #[derive(Debug, Default)]
 pub struct Cache {
     config: Config,
     endpoints: HashMap<EndpointId, Endpoint>,
-    /// Addresses of names of all endpoints: the sum of [`Endpoint::pairs`].
+    /// Number of (name, address) pairs of all endpoints: the sum of [`Endpoint::pairs`].
     total: usize,
-    /// Counts learnings.
+    /// Number of answers learned so far; numbers the next one.
     learnings: u64,
-    /// Counts turns of triples, to live and to gone.
+    /// Number of transitions of triples between live and gone so far; numbers the next one.
     turns: u64,
     stats: Stats,
     sni_index: Option<Arc<SniAddressIndex>>,
 }
 
 impl Cache {
-    /// An empty cache.
+    /// Creates an empty cache.
     #[must_use]
     pub fn new(config: Config) -> Self {
         Self {
@@ -103,7 +104,7 @@ impl Cache {
         }
     }
 
-    /// Keeps `known` up to date from now on. To be called while the cache is empty.
+    /// Sets the index that the cache keeps up to date. The cache must be empty.
     #[must_use]
     pub fn with_sni_index(self, sni_index: Arc<SniAddressIndex>) -> Self {
         Self {
@@ -112,8 +113,8 @@ impl Cache {
         }
     }
 
-    /// Learns what an answer tells an endpoint. Only answers without an error, of the Internet class, teach
-    /// something; but the answer is released by [`Cache::commit`] in any case.
+    /// Learns the addresses of an answer for an endpoint. Error responses and answers of other classes than IN add no
+    /// address, but they too are forwarded only after [`Cache::commit`].
     pub fn learn(&mut self, endpoint: EndpointId, answer: &Answer, now: Millis) -> Pending {
         self.learnings += 1;
         let number = self.learnings;
@@ -137,7 +138,7 @@ impl Cache {
             .max(self.config.min_ttl);
         pending.lease = ttl;
         let mut addresses: Vec<(IpAddr, Millis)> = Vec::with_capacity(answer.addresses.len());
-        // a connection to ::ffff:192.0.2.1 leaves as one to 192.0.2.1 (RFC 4291, 2.5.5.2)
+        // A connection to ::ffff:192.0.2.1 is sent as IPv4 to 192.0.2.1 (RFC 4291, section 2.5.5.2).
         addresses.extend(
             answer
                 .addresses
@@ -192,7 +193,7 @@ impl Cache {
         pending
     }
 
-    /// Leaves out the special-purpose addresses that neither the configuration nor a rule of the endpoint lists.
+    /// Removes the special-purpose addresses that are listed neither in the configuration nor in a rule of the endpoint.
     fn refuse_special(
         &mut self,
         endpoint: EndpointId,
@@ -222,11 +223,11 @@ impl Cache {
         self.stats.special += (before - addresses.len()) as u64;
     }
 
-    /// Returns how many addresses of names, up to `wanted`, the endpoint may add: makes room where there is none. The
-    /// removals go to `changes`.
+    /// Evicts addresses if the limit on all endpoints requires it, and appends the removals to `changes`. Returns the number
+    /// of addresses that `endpoint` may add, at most `wanted`.
     fn make_room(&mut self, endpoint: EndpointId, wanted: usize, changes: &mut Vec<Change>) -> usize {
-        /// Addresses that are removed at once beyond those that are needed: finding the endpoint that has most takes a
-        /// look at all of them.
+        /// Number of additional addresses to evict at a time, because finding the largest endpoint takes a scan of all
+        /// endpoints.
         const BATCH: usize = 64;
         let limit = self.config.addresses_total;
         if self.total.saturating_add(wanted) <= limit {
@@ -279,11 +280,11 @@ impl Cache {
         limit.saturating_sub(self.total).min(wanted)
     }
 
-    /// Takes note that the changes of an answer are in the maps. If these hold everything that the answer implies
-    /// now, it may be released.
+    /// Records that the changes of an answer have been written to the maps. Returns a [`Committed`] if the maps now hold
+    /// all addresses of the answer under the current policy.
     ///
     /// # Errors
-    /// If it may not be released, or not yet: see [`Uncommitted`].
+    /// [`Uncommitted`] if the answer must not be forwarded, or not yet.
     pub fn commit(&mut self, mut pending: Pending) -> Result<Committed, Uncommitted> {
         self.note_written(&pending.changes);
         pending.changes.clear();
@@ -319,8 +320,8 @@ impl Cache {
         }
     }
 
-    /// Gives up an answer that is not going to be released. What only it told is forgotten; the changes that
-    /// follow from that come with the next sweep.
+    /// Aborts an answer that will not be forwarded. Removes the addresses that no other answer has given; the next sweep
+    /// returns the resulting changes.
     pub fn abort(&mut self, pending: Pending) {
         self.stats.aborted += 1;
         let Some(state) = self.endpoints.get_mut(&pending.endpoint) else {
@@ -341,7 +342,7 @@ impl Cache {
         self.total = self.total - before + state.pairs;
     }
 
-    /// Takes note that the changes of an update are in the maps.
+    /// Records that the changes of an update have been written to the maps.
     pub fn written(&mut self, update: Update) {
         self.note_written(&update.changes);
     }
@@ -357,14 +358,14 @@ impl Cache {
         }
     }
 
-    /// Gives an endpoint the selectors of its policy. Names that it learned before count.
+    /// Sets the selectors of an endpoint's policy. They apply to names that were learned before, too.
     pub fn set_selectors(&mut self, endpoint: EndpointId, selectors: Arc<Selectors>) -> Update {
         self.endpoints.entry(endpoint).or_default();
         self.update(endpoint, |state, sink| state.set_selectors(Some(selectors), sink))
     }
 
-    /// Tells which special-purpose addresses the policy of an endpoint lists. Those that were learned before and are not
-    /// listed any more are forgotten, in use or not.
+    /// Sets the special-purpose addresses that the policy of an endpoint lists. Removes learned special-purpose addresses
+    /// that are no longer listed, even if they are in use.
     pub fn set_listed(&mut self, endpoint: EndpointId, listed: Arc<ListedPrefixes>) -> Update {
         let Special::Refuse(except) = self.config.special.clone() else {
             return Update::default();
@@ -386,7 +387,7 @@ impl Cache {
         })
     }
 
-    /// Forgets an endpoint.
+    /// Removes an endpoint.
     pub fn remove_endpoint(&mut self, endpoint: EndpointId) -> Update {
         let update = self.update(endpoint, |state, sink| {
             state.clean(|_| true, sink);
@@ -399,8 +400,8 @@ impl Cache {
         update
     }
 
-    /// Tells which addresses live connections of an endpoint use. For a sweep to be right, it must be told all of
-    /// them since the last one.
+    /// Marks addresses as used by connections of an endpoint. Between two sweeps the caller must pass all such addresses,
+    /// because [`Cache::sweep`] treats the others as unused.
     pub fn mark_in_use(&mut self, endpoint: EndpointId, addresses: impl IntoIterator<Item = IpAddr>) {
         if let Some(state) = self.endpoints.get_mut(&endpoint) {
             addresses
@@ -409,13 +410,13 @@ impl Cache {
         }
     }
 
-    /// Removes what has expired and was not in use in this sweep nor in the one before; hands out again the
-    /// changes that were not written.
+    /// Removes the expired addresses that were unused before this sweep and before the previous one. The update also
+    /// repeats changes that were not written.
     pub fn sweep(&mut self, endpoint: EndpointId, now: Millis) -> Update {
         self.update(endpoint, |state, sink| state.sweep(now, sink))
     }
 
-    /// Forgets names, whether they are in use or not: of one endpoint or of all, those that `filter` takes.
+    /// Removes the names for which `filter` returns true, of one endpoint or of all, even if connections use them.
     pub fn clean(&mut self, endpoint: Option<EndpointId>, mut filter: impl FnMut(&Name) -> bool) -> Update {
         let mut changes = Vec::new();
         for id in self.select(endpoint) {
@@ -455,13 +456,13 @@ impl Cache {
         all
     }
 
-    /// The endpoints that have selectors or names.
+    /// Returns the endpoints that have selectors or names, in ascending order.
     #[must_use]
     pub fn endpoints(&self) -> Vec<EndpointId> {
         self.select(None)
     }
 
-    /// What is cached, of one endpoint or of all, by endpoint and name.
+    /// Returns the cached names of one endpoint or of all, sorted by endpoint and name.
     #[must_use]
     pub fn list(&self, endpoint: Option<EndpointId>, now: Millis) -> Vec<CachedName> {
         let mut list = Vec::new();
@@ -493,7 +494,7 @@ impl Cache {
         list
     }
 
-    /// Whether an endpoint knows a name with this address.
+    /// Returns whether an endpoint has learned the address for any name.
     #[must_use]
     pub fn has(&self, endpoint: EndpointId, address: IpAddr) -> bool {
         let entry = self
@@ -503,7 +504,7 @@ impl Cache {
         entry.is_some_and(AddressEntry::is_named)
     }
 
-    /// The name by which an endpoint learned an address last, for reports.
+    /// Returns the name for which an endpoint has learned the address most recently, for flow records.
     #[must_use]
     pub fn name_of(&self, endpoint: EndpointId, address: IpAddr) -> Option<Name> {
         let entry = self
@@ -514,7 +515,7 @@ impl Cache {
         Name::from_wire(&entry.name).ok()
     }
 
-    /// Everything, to be kept over a restart.
+    /// Returns all names in the form that survives a restart.
     pub fn save(&self, now: Millis) -> impl Iterator<Item = SavedName> + '_ {
         self.endpoints.iter().flat_map(move |(&endpoint, state)| {
             state.names.iter().map(move |(key, entry)| SavedName {
@@ -525,8 +526,8 @@ impl Cache {
         })
     }
 
-    /// What an answer taught, to be appended to a journal before it is released: read after the last whole save,
-    /// it brings back what was learned since.
+    /// Returns the names and addresses of an answer, for the journal. The journal holds what was learned since the last
+    /// complete save, so an answer must be appended to it before the answer is forwarded.
     #[must_use]
     pub fn journal(&self, pending: &Pending, now: Millis) -> Vec<SavedName> {
         let Some(state) = self.endpoints.get(&pending.endpoint) else {
@@ -554,11 +555,11 @@ impl Cache {
         lines
     }
 
-    /// Brings back what was saved `elapsed` milliseconds ago. What has expired meanwhile comes back too: a
-    /// connection may have lived through the restart; sweeps find out. The limits hold.
+    /// Restores a name that was saved `elapsed` ms ago, within the limits. Restores expired addresses too, because
+    /// connections may have survived the restart; sweeps remove the unused ones.
     ///
     /// # Errors
-    /// If the name is none.
+    /// [`NameError`] if the saved text is not a name.
     pub fn restore(&mut self, saved: &SavedName, elapsed: Millis, now: Millis) -> Result<Update, NameError> {
         let name: Name = saved.name.parse()?;
         self.learnings += 1;
@@ -587,18 +588,18 @@ impl Cache {
         Ok(Update { changes })
     }
 
-    /// What has happened so far.
+    /// Returns the counters.
     #[must_use]
     pub fn stats(&self) -> Stats {
         self.stats
     }
 
-    /// What is held, and what it takes.
+    /// Returns the number of entries and the memory that they take.
     #[must_use]
     pub fn memory(&self) -> Memory {
-        // a table has a byte of control for each place, and is at most seven eighths full
+        // hashbrown: one control byte per slot, and at most seven of eight slots are filled.
         let table = |capacity: usize, entry: usize| (capacity * 8 / 7) * (entry + 1);
-        // what an allocation takes besides its bytes, and how these are rounded
+        // malloc of glibc: a header of eight bytes, sizes rounded up to 16 bytes, at least 32.
         let heap = |bytes: usize| {
             if bytes == 0 {
                 0
@@ -617,7 +618,7 @@ impl Cache {
             memory.addresses += state.pairs;
             memory.bytes += table(state.names.capacity(), size_of::<(Arc<[u8]>, NameEntry)>())
                 + table(state.addresses.capacity(), size_of::<(IpAddr, AddressEntry)>())
-                // the nodes of a B-tree are about two thirds full
+                // The nodes of a B-tree are about two thirds full.
                 + state.names.len() * size_of::<(u64, Arc<[u8]>)>() * 3 / 2;
             for (key, entry) in &state.names {
                 memory.bytes += heap(2 * size_of::<usize>() + key.len())

@@ -1,39 +1,38 @@
-//! What the cache wants changed in the maps, and the types that tie the release of an answer to those changes:
-//! [`Pending`] until they are written, [`Committed`] afterwards.
+//! Changes to the maps, and the types that order the forwarding of an answer after its changes: [`Pending`] before they
+//! are written, [`Committed`] afterwards.
 
 use std::{fmt, net::IpAddr, sync::Arc};
 
 use crate::{EndpointId, Millis, SelectorId};
 
-/// What happens to a triple of endpoint, selector and address.
+/// The new state of an (endpoint, selector, address) triple.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ChangeKind {
-    /// The endpoint may reach the address by the selector.
+    /// The selector allows the endpoint to reach the address.
     Live,
-    /// No longer.
+    /// The selector no longer allows the endpoint to reach the address.
     Gone,
 }
 
-/// One change of what the maps must hold. Making it twice does no harm.
+/// A change to the maps. Writing a change twice has the effect of writing it once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {
-    /// Whose.
+    /// The endpoint.
     pub endpoint: EndpointId,
-    /// By which selector.
+    /// The selector.
     pub selector: SelectorId,
-    /// Which address.
+    /// The address.
     pub address: IpAddr,
-    /// What happens.
+    /// The new state.
     pub kind: ChangeKind,
-    /// Number of the turn (to live, to gone) that the change belongs to. A repeated change has the same.
+    /// Number of the triple's transition to this state. A repeated change has the same number.
     pub(crate) turn: u64,
 }
 
-/// Changes that come from elsewhere than an answer: expiry, a policy, an operator.
+/// Changes that have another cause than an answer: expiry, a policy, an operator.
 ///
-/// Changes are written to the maps in the order in which the cache handed them out, those of answers and these
-/// together. Then this goes to [`crate::Cache::written`]. If writing failed, it is dropped: what did not reach
-/// the maps comes again with the next sweep.
+/// The caller writes all changes, those of answers included, in the order in which the cache has returned them, and then
+/// calls [`crate::Cache::written`]. If a write fails, the caller drops the update; the next sweep repeats its changes.
 #[derive(Debug, Default)]
 #[must_use = "the maps do not hold what the cache says until these changes are written"]
 pub struct Update {
@@ -41,90 +40,90 @@ pub struct Update {
 }
 
 impl Update {
-    /// The changes, in the order in which they are to be written.
+    /// Returns the changes in the order in which they must be written.
     #[must_use]
     pub fn changes(&self) -> &[Change] {
         &self.changes
     }
 }
 
-/// An answer that was learned and must not be released yet.
+/// An answer whose addresses were learned, and which must not be forwarded yet.
 ///
-/// Write its changes (in the order in which the cache handed changes out), then [`crate::Cache::commit`]; or
-/// [`crate::Cache::abort`], and the answer is dropped.
+/// The caller writes the changes, in the order in which the cache has returned them, and calls [`crate::Cache::commit`];
+/// or it calls [`crate::Cache::abort`] and drops the answer.
 #[derive(Debug)]
-#[must_use = "an answer is released only after what it implies is committed"]
+#[must_use = "an answer must be committed before it is forwarded"]
 pub struct Pending {
     pub(crate) number: u64,
     pub(crate) endpoint: EndpointId,
     pub(crate) changes: Vec<Change>,
-    /// Everything the answer taught: name (as on the wire) and address.
+    /// All (name in wire form, address) pairs of the answer, known ones included.
     pub(crate) pairs: Vec<(Arc<[u8]>, IpAddr)>,
     pub(crate) refused: usize,
-    /// How long they are kept at least, from when they were learned.
+    /// Shortest time that the pairs are kept after the answer was learned, ms.
     pub(crate) lease: Millis,
 }
 
 impl Pending {
-    /// The changes, in the order in which they are to be written. Often none: everything was known.
+    /// Returns the changes in the order in which they must be written; often none, because all addresses were known.
     #[must_use]
     pub fn changes(&self) -> &[Change] {
         &self.changes
     }
 
-    /// Number of the learning, for the report.
+    /// Returns the number of the answer, for reports.
     #[must_use]
     pub fn number(&self) -> u64 {
         self.number
     }
 
-    /// Whose answer it is.
+    /// Returns the endpoint that receives the answer.
     #[must_use]
     pub fn endpoint(&self) -> EndpointId {
         self.endpoint
     }
 
-    /// The addresses that it taught, known ones too; one may come several times.
+    /// Returns the addresses of the answer, known ones included. An address can occur several times.
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.pairs.iter().map(|(_, address)| *address)
     }
 
-    /// How many of the answer's addresses were not learned, because a limit is reached and everything is in use.
+    /// Returns the number of addresses that were not learned because a limit is reached and all addresses are in use.
     #[must_use]
     pub fn refused(&self) -> usize {
         self.refused
     }
 
-    /// For how long from its learning everything that it taught is kept, in milliseconds; none if not everything is, or
-    /// there is nothing.
+    /// Returns the time that all addresses of the answer are kept after it was learned, ms; `None` if it has no addresses
+    /// or some were not learned.
     #[must_use]
     pub fn lease(&self) -> Option<Millis> {
         (self.refused == 0 && !self.pairs.is_empty()).then_some(self.lease)
     }
 }
 
-/// Proof that the maps hold everything an answer implies. Only [`crate::Cache::commit`] makes one, for one answer.
+/// Proof that the maps hold all changes of one answer. Only [`crate::Cache::commit`] creates it.
 #[derive(Debug)]
-#[must_use = "the answer may be released now"]
+#[must_use = "the answer may be forwarded now"]
 pub struct Committed {
     pub(crate) number: u64,
 }
 
 impl Committed {
-    /// Number of the learning: [`Pending::number`].
+    /// Returns the number of the answer, see [`Pending::number`].
     #[must_use]
     pub fn number(&self) -> u64 {
         self.number
     }
 }
 
-/// Why an answer may not be released.
+/// The reason why an answer must not be forwarded.
 #[derive(Debug)]
 pub enum Uncommitted {
-    /// Since it was learned, something else came to be implied (a policy was loaded, another write failed). Its
-    /// changes have been handed out anew: write them in their turn, commit again.
+    /// The maps lack changes of the answer, because the policy was replaced or another write failed since. The caller
+    /// writes the changes of this [`Pending`] and commits again.
     Missing(Pending),
-    /// An address of the answer has been removed since (a limit, an operator): drop the answer.
+    /// A limit or an operator has removed an address of the answer since. The caller drops the answer.
     Superseded,
 }
 
@@ -132,9 +131,9 @@ impl fmt::Display for Uncommitted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Missing(pending) => {
-                write!(f, "the answer implies {} more changes", pending.changes.len())
+                write!(f, "the maps lack {} changes of the answer", pending.changes.len())
             }
-            Self::Superseded => f.write_str("an address of the answer was removed before it was released"),
+            Self::Superseded => f.write_str("an address of the answer was removed before the commit"),
         }
     }
 }

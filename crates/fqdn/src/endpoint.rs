@@ -1,6 +1,6 @@
-//! Names, addresses and selectors of one endpoint: expiry, limits, and which changes the maps still lack.
+//! Names, addresses and selectors of one endpoint: expiry, limits, and the changes that the maps still lack.
 //!
-//! Used by [`crate::Cache`] only.
+//! Only [`crate::Cache`] uses this module.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -15,36 +15,38 @@ use crate::{
     change::{Change, ChangeKind},
 };
 
-/// Sweeps that an expired address must be seen unused before it goes.
+/// Number of consecutive sweeps after which an expired and unused address is removed.
 const IDLE_SWEEPS: u8 = 2;
 
-/// How many addresses one endpoint may keep at a learning.
+/// Limits on the addresses of one endpoint while it learns an answer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
-    /// Of one name.
+    /// Most addresses of one name.
     pub(crate) per_name: usize,
-    /// Of all names together.
+    /// Most addresses of all names together.
     pub(crate) per_endpoint: usize,
 }
 
-/// What one endpoint has learned.
+/// The learned names and addresses of one endpoint.
 #[derive(Debug)]
 pub(crate) struct Endpoint {
     pub(crate) selectors: Option<Arc<Selectors>>,
-    /// Which special-purpose addresses its policy lists; `None`: not told yet.
+    /// The special-purpose addresses that its policy lists; `None` before the first [`crate::Cache::set_listed`].
     pub(crate) listed: Option<Arc<ListedPrefixes>>,
     pub(crate) names: HashMap<Arc<[u8]>, NameEntry>,
     pub(crate) addresses: HashMap<IpAddr, AddressEntry>,
-    /// The names, the one that was learned longest ago first.
+    /// The names in the order in which they were learned last, oldest first.
     ages: BTreeMap<u64, Arc<[u8]>>,
-    /// Pairs of name and address.
+    /// Number of (name, address) pairs.
     pub(crate) pairs: usize,
-    /// Number of the round that the next sweep ends.
+    /// Number of the current round. Each sweep ends a round.
     round: u64,
-    /// The limit was reached with everything in use; nothing was freed since.
+    /// Whether the limit was reached while all addresses were in use, and no address has been removed since. Saves the
+    /// search for a victim.
     exhausted: bool,
 }
 
+/// A name with its addresses.
 #[derive(Debug)]
 pub(crate) struct NameEntry {
     pub(crate) selectors: Box<[SelectorId]>,
@@ -58,54 +60,55 @@ pub(crate) struct NameEntry {
 pub(crate) struct Pair {
     pub(crate) address: IpAddr,
     pub(crate) expires: Millis,
-    /// Number of the learning that told it last.
+    /// Number of the last answer that contained the pair.
     learned: u64,
-    /// Number of the learning that told it first.
+    /// Number of the answer that added the pair.
     born: u64,
-    /// Sweeps in a row that saw it expired and unused.
+    /// Number of consecutive sweeps at which the pair was expired and its address unused.
     idle: u8,
 }
 
+/// An address with its selectors.
 #[derive(Debug)]
 pub(crate) struct AddressEntry {
-    /// Names that have it.
+    /// Number of names that have the address.
     names: u32,
-    /// The name it was learned for last.
+    /// The name for which the address was learned last.
     pub(crate) name: Arc<[u8]>,
-    /// The round in which it was last seen in use; 0: never.
+    /// The round in which a connection last used the address; 0 if none has.
     used: u64,
-    /// By selector, ascending.
+    /// The selectors of the address, in ascending order.
     pub(crate) triples: Vec<LearnedTriple>,
 }
 
-/// A selector that an address belongs to.
+/// A selector of an address: with the endpoint and the address, the triple that the maps hold.
 #[derive(Debug)]
 pub(crate) struct LearnedTriple {
     selector: SelectorId,
-    /// Names of the address that match the selector. Live while there is one.
+    /// Number of the address's names that match the selector. The triple is live while it is not 0.
     names: u32,
     map: MapState,
-    /// Number of the last turn to live or to gone.
+    /// Number of the last transition between live and gone.
     turn: u64,
 }
 
-/// What is known of the maps about a triple.
+/// Whether the maps hold a triple.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum MapState {
     Absent,
     Present,
-    /// A change was handed out, and is not known to be written.
+    /// A change was returned to the caller, who has not confirmed its write.
     Unsure,
 }
 
-/// Where changes go.
+/// Outputs of an operation on an endpoint.
 pub(crate) struct Sink<'a> {
     pub(crate) endpoint: EndpointId,
     pub(crate) changes: &'a mut Vec<Change>,
-    /// Counts turns.
+    /// Number of transitions of triples so far.
     pub(crate) turns: &'a mut u64,
     pub(crate) stats: &'a mut Stats,
-    /// Where others look.
+    /// The index for other threads.
     pub(crate) sni_index: Option<&'a SniAddressIndex>,
 }
 
@@ -148,12 +151,12 @@ impl Default for Endpoint {
 }
 
 impl Endpoint {
-    /// Whether nothing is left of it.
+    /// Returns whether the endpoint has no state left.
     pub(crate) fn is_empty(&self) -> bool {
         self.selectors.is_none() && self.names.is_empty() && self.addresses.is_empty()
     }
 
-    /// Whether a connection was seen to use the address in this round or the last.
+    /// Returns whether a connection has used the address in this round or the previous one.
     pub(crate) fn in_use(&self, address: IpAddr) -> bool {
         self.addresses
             .get(&address)
@@ -166,14 +169,14 @@ impl Endpoint {
         }
     }
 
-    /// Returns how many of the addresses the name does not have.
+    /// Returns the number of `addresses` that the name does not have yet.
     pub(crate) fn count_new(&self, name: &Name, addresses: &[(IpAddr, Millis)]) -> usize {
         let known = self.names.get(name.wire()).map_or(&[][..], |name| &name.pairs);
         let is_new = |(address, _): &&(IpAddr, Millis)| known.iter().all(|pair| pair.address != *address);
         addresses.iter().filter(is_new).count()
     }
 
-    /// Learns addresses of a name; gives the name's key, and tells for each address whether it was taken.
+    /// Learns addresses of a name. Calls `taken` for each address with the key of the name and whether it was learned.
     pub(crate) fn learn(
         &mut self,
         name: &Name,
@@ -232,7 +235,8 @@ impl Endpoint {
         self.drop_name_if_empty(&key);
     }
 
-    /// A pair that is known lives on; what the maps are not known to hold is handed out again.
+    /// Extends the lifetime of a known pair, and repeats its changes that are not confirmed. Returns whether the pair is
+    /// known.
     fn refresh(
         &mut self,
         key: &Arc<[u8]>,
@@ -258,8 +262,8 @@ impl Endpoint {
         true
     }
 
-    /// Makes room for one more pair of the name, if need be by removing the oldest that is not in use. What this
-    /// learning itself told is not removed again.
+    /// Makes room for one more pair of the name by evicting the oldest unused pair if a limit is reached. Pairs of the
+    /// answer `number` are not evicted. Returns whether there is room.
     fn make_room(&mut self, key: &Arc<[u8]>, number: u64, limits: &Limits, sink: &mut Sink<'_>) -> bool {
         let full = self
             .names
@@ -284,7 +288,7 @@ impl Endpoint {
                 .find_map(|name| Some((name.clone(), self.victim_of(name, number)?)))
         };
         let Some((name, victim)) = victim else {
-            // what this learning told is spared only by this learning
+            // Pairs of this answer may be evicted for the next answer, so only addresses in use count here.
             self.exhausted = self
                 .names
                 .values()
@@ -301,13 +305,13 @@ impl Endpoint {
         true
     }
 
-    /// Removes up to `count` addresses of names that no connection uses, those of the name that was learned longest ago
-    /// first. Returns how many.
+    /// Evicts up to `count` pairs whose address no connection uses, starting with the name that was learned longest ago.
+    /// Returns the number of evicted pairs.
     pub(crate) fn evict(&mut self, count: usize, sink: &mut Sink<'_>) -> usize {
         self.take(count, |state, pair| !state.in_use(pair.address), sink)
     }
 
-    /// Removes up to `count` addresses of names whether connections use them or not. Returns how many.
+    /// Evicts up to `count` pairs even if connections use their addresses. Returns the number of evicted pairs.
     pub(crate) fn evict_in_use(&mut self, count: usize, sink: &mut Sink<'_>) -> usize {
         self.take(count, |_, _| true, sink)
     }
@@ -332,7 +336,7 @@ impl Endpoint {
         gone.len()
     }
 
-    /// Forgets the addresses that `filter` takes, of all names.
+    /// Removes the addresses for which `filter` returns true, of all names.
     pub(crate) fn remove_addresses(
         &mut self,
         filter: impl Fn(&[SelectorId], IpAddr) -> bool,
@@ -350,7 +354,7 @@ impl Endpoint {
         }
     }
 
-    /// The address of a name that was told longest ago, among those that no connection uses.
+    /// Returns the unused address of a name that was learned longest ago, other than by the answer `number`.
     fn victim_of(&self, name: &Arc<[u8]>, number: u64) -> Option<IpAddr> {
         let pairs = &self.names.get(name)?.pairs;
         pairs
@@ -384,7 +388,7 @@ impl Endpoint {
         }
     }
 
-    /// Removes an address of a name. The name stays, even without addresses.
+    /// Removes an address of a name. The name remains, even without addresses.
     fn remove_pair(&mut self, key: &Arc<[u8]>, address: IpAddr, sink: &mut Sink<'_>) {
         let Some(name) = self.names.get_mut(key) else {
             return;
@@ -410,7 +414,7 @@ impl Endpoint {
         }
     }
 
-    /// An address without names lives on while the maps may hold something of it.
+    /// Removes an address that has no names, unless the maps may still hold a triple of it.
     fn drop_address_if_empty(&mut self, address: IpAddr) {
         if self
             .addresses
@@ -429,8 +433,8 @@ impl Endpoint {
         }
     }
 
-    /// A learning tells several names when aliases count; their order among each other does not matter, but each
-    /// needs a key of its own.
+    /// Moves a name to the end of the age order. An answer with aliases has several names with the same `number`; each
+    /// gets a key of its own, in arbitrary order.
     fn renew_age(&mut self, key: &Arc<[u8]>, number: u64) {
         let Some(name) = self.names.get_mut(key) else {
             return;
@@ -444,8 +448,8 @@ impl Endpoint {
         self.ages.insert(age, key.clone());
     }
 
-    /// Ends a round: what has expired and was seen unused often enough goes; what the maps are not known to hold
-    /// as they should is handed out again.
+    /// Ends a round: removes the pairs that have been expired and unused for [`IDLE_SWEEPS`], and repeats the changes that
+    /// are not confirmed.
     pub(crate) fn sweep(&mut self, now: Millis, sink: &mut Sink<'_>) {
         let round = self.round;
         let mut dead = Vec::new();
@@ -475,9 +479,9 @@ impl Endpoint {
         self.repair(sink);
     }
 
-    /// Hands out again whatever is not known to be written.
+    /// Repeats the changes that are not confirmed.
     fn repair(&mut self, sink: &mut Sink<'_>) {
-        // each only once, also if it has just turned
+        // A triple that has just changed is in the list already.
         let from = sink
             .changes
             .iter()
@@ -492,7 +496,8 @@ impl Endpoint {
         }
     }
 
-    /// Another policy. What it adds comes before what it takes away, so that nothing that both allow is ever cut.
+    /// Replaces the selectors. Additions precede removals, so that an address that the old and the new policy allow remains
+    /// reachable.
     pub(crate) fn set_selectors(&mut self, selectors: Option<Arc<Selectors>>, sink: &mut Sink<'_>) {
         let mut old = Vec::new();
         for (key, name) in &mut self.names {
@@ -538,7 +543,8 @@ impl Endpoint {
         self.selectors = selectors;
     }
 
-    /// Forgets the names that `filter` takes, whether in use or not. Returns how many addresses went.
+    /// Removes the names for which `filter` returns true, even if connections use their addresses. Returns the number of
+    /// removed pairs.
     pub(crate) fn clean(&mut self, mut filter: impl FnMut(&Name) -> bool, sink: &mut Sink<'_>) -> usize {
         let before = self.pairs;
         let keys: Vec<_> = self
@@ -561,7 +567,7 @@ impl Endpoint {
         before - self.pairs
     }
 
-    /// Takes back what a learning added, unless another has told it since.
+    /// Removes a pair that the answer `number` has added, unless another answer has contained it since.
     pub(crate) fn unlearn(&mut self, number: u64, key: &Arc<[u8]>, address: IpAddr, sink: &mut Sink<'_>) {
         let own = |pair: &Pair| pair.address == address && pair.born == number && pair.learned == number;
         if self.names.get(key).is_some_and(|name| name.pairs.iter().any(own)) {
@@ -570,7 +576,7 @@ impl Endpoint {
         }
     }
 
-    /// A change is in the maps.
+    /// Records that a change has been written to the maps.
     pub(crate) fn written(&mut self, change: &Change) {
         let Some(entry) = self.addresses.get_mut(&change.address) else {
             return;
@@ -582,7 +588,7 @@ impl Endpoint {
             return;
         };
         triple.map = match change.kind {
-            // written later than a newer change: the maps may hold either
+            // A newer change exists, and the order of the two writes is unknown.
             _ if triple.turn != change.turn => MapState::Unsure,
             ChangeKind::Live => MapState::Present,
             ChangeKind::Gone => MapState::Absent,
@@ -593,8 +599,8 @@ impl Endpoint {
         }
     }
 
-    /// Whether a pair is there and the maps hold everything of it; hands out again what they do not. `None`: the
-    /// pair is gone.
+    /// Returns whether the maps hold all triples of a pair, and repeats the changes that are not confirmed. Returns `None`
+    /// if the pair was removed.
     pub(crate) fn check(&mut self, key: &Arc<[u8]>, address: IpAddr, sink: &mut Sink<'_>) -> Option<bool> {
         let name = self.names.get(key)?;
         name.pairs.iter().find(|pair| pair.address == address)?;
@@ -604,7 +610,7 @@ impl Endpoint {
 }
 
 impl AddressEntry {
-    /// Whether a name has it still.
+    /// Returns whether at least one name has the address.
     pub(crate) fn is_named(&self) -> bool {
         self.names > 0
     }
@@ -614,7 +620,7 @@ impl AddressEntry {
             .binary_search_by_key(&selector, |triple| triple.selector)
     }
 
-    /// Whether the maps hold the address for all of the selectors; hands out again what they are not known to.
+    /// Returns whether the maps hold the address for all of `selectors`, and repeats the changes that are not confirmed.
     fn complete(&mut self, address: IpAddr, selectors: &[SelectorId], sink: &mut Sink<'_>) -> bool {
         let mut complete = true;
         for &selector in selectors {
@@ -629,10 +635,10 @@ impl AddressEntry {
         complete
     }
 
-    /// One more name of the address matches the selector.
+    /// Counts one more name of the address that matches the selector.
     fn acquire(&mut self, address: IpAddr, selector: SelectorId, sink: &mut Sink<'_>) {
         let at = self.find(selector).unwrap_or_else(|at| {
-            // most addresses have one
+            // Most addresses have one selector, so do not reserve room for four.
             if self.triples.is_empty() {
                 self.triples.reserve_exact(1);
             }
@@ -659,7 +665,7 @@ impl AddressEntry {
         }
     }
 
-    /// One name of the address less matches the selector.
+    /// Counts one name less of the address that matches the selector.
     fn release(&mut self, address: IpAddr, selector: SelectorId, sink: &mut Sink<'_>) {
         let Ok(at) = self.find(selector) else { return };
         let Some(triple) = self.triples.get_mut(at) else {

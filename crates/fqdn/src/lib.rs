@@ -1,14 +1,41 @@
-//! Names -> addresses: what an answer allows an endpoint to reach, and for how long.
+//! The addresses that endpoints learn from DNS answers, and for how long these addresses are allowed.
 //!
-//! [`Cache`] holds what the endpoints have learned, each for itself: an address that one endpoint was told opens
-//! nothing for another. Its output are [`Change`]s: (endpoint, selector, address) becomes reachable, or stops
-//! being so. The promise is that no answer is released before the maps hold everything it implies; so
-//! [`Cache::learn`] gives a [`Pending`], and only [`Cache::commit`] turns it into the [`Committed`] that whoever
-//! releases the answer must ask for.
+//! [`Cache`] stores learned addresses per endpoint: an address that one endpoint has learned is not allowed for
+//! another. The cache outputs [`Change`]s: an endpoint may, or may no longer, reach an address by a selector. An answer
+//! must not be forwarded before the maps hold all of its changes. Therefore [`Cache::learn`] returns a [`Pending`], and
+//! only [`Cache::commit`] turns it into a [`Committed`], which the caller needs to forward the answer.
 //!
-//! [`Tracker`] knows which questions are open, so that an unsolicited answer is never parsed.
+//! [`Tracker`] stores the open questions, so that answers without a question are dropped.
 //!
-//! Nothing here does I/O or looks at a clock: time is a parameter, in milliseconds of one monotonic clock.
+//! This crate does no I/O and reads no clock: all times are parameters, in ms of one monotonic clock.
+//!
+//! ```
+//! use std::net::{IpAddr, Ipv4Addr};
+//!
+//! use palisade_fqdn::{Cache, Config};
+//! use palisade_protocols::dns::{Address, Answer, CLASS_IN, Question, Source, rtype};
+//!
+//! let ip = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
+//! let answer = Answer {
+//!     question: Some(Question { name: "example.com".parse()?, rtype: rtype::A, class: CLASS_IN }),
+//!     addresses: vec![Address { ip, ttl: 300, source: Source::Record }],
+//!     ttl: Some(300),
+//!     ..Answer::default()
+//! };
+//!
+//! let (endpoint, now) = (7, 0);
+//! let mut cache = Cache::new(Config::default());
+//! let pending = cache.learn(endpoint, &answer, now);
+//! for change in pending.changes() {
+//!     // Write the change to the maps.
+//! }
+//! let committed = cache.commit(pending)?;
+//! // Now forward the answer.
+//! assert!(cache.has(endpoint, ip));
+//! assert!(!cache.has(8, ip));
+//! # let _ = committed;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 //!
 //! Depends on `palisade-protocols` (names, answers) and `palisade-policy` (patterns).
 #![forbid(unsafe_code)]
@@ -40,8 +67,8 @@ pub use special::{ListedPrefixes, Special, is_special, is_special_prefix};
 pub use stats::{Memory, Stats};
 pub use track::{Flow, OpenQuestion, TrackLimits, Tracker, Unsolicited};
 
-/// Milliseconds of one monotonic clock.
+/// A time or a duration on the caller's monotonic clock, ms.
 pub type Millis = u64;
 
-/// Number of an endpoint, as the maps know it.
+/// Number of an endpoint, as in the maps.
 pub type EndpointId = u16;

@@ -1,4 +1,4 @@
-//! The form in which a learned name survives a restart: one JSON line of the daemon's journal.
+//! The form in which learned names survive a restart: each is a JSON line of the daemon's journal.
 
 use std::net::IpAddr;
 
@@ -6,16 +6,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::{EndpointId, Millis};
 
-/// What is kept of a name over a restart: a line of the saved cache or of its journal.
+/// A learned name in the saved cache or its journal.
 ///
-/// Times are kept as what is left, because clocks do not survive a restart.
+/// Times are stored as remaining lifetimes, because the monotonic clock starts again at a reboot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SavedName {
-    /// Who learned it.
+    /// The endpoint that has learned the name.
     pub endpoint: EndpointId,
-    /// The name, as people write it.
+    /// The name as text.
     pub name: String,
-    /// Its addresses.
+    /// The addresses of the name.
     pub addresses: Vec<SavedAddress>,
 }
 
@@ -24,6 +24,6 @@ pub struct SavedName {
 pub struct SavedAddress {
     /// The address.
     pub ip: IpAddr,
-    /// Milliseconds until it expires; 0: it has, and lives on because it may be in use.
+    /// Remaining lifetime, ms; 0 if the address has expired but may be in use.
     pub left: Millis,
 }

@@ -1,13 +1,13 @@
-//! The toFQDNs selectors of a policy, compiled to one [`NameSet`].
+//! The toFQDNs selectors of a policy, compiled into one [`NameSet`].
 
 use palisade_policy::rule::FqdnPattern;
 use palisade_protocols::dns::{Name, NameSet, PatternError};
 
-/// Number of a toFQDNs selector, given by whoever compiles the policy.
+/// Number of a toFQDNs selector. The policy compiler assigns it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub struct SelectorId(pub u32);
 
-/// The toFQDNs selectors of one policy, compiled. Endpoints with the same policy share one.
+/// The compiled toFQDNs selectors of one policy. Endpoints with the same policy share them.
 #[derive(Clone, Debug, Default)]
 pub struct Selectors {
     names: NameSet,
@@ -15,10 +15,10 @@ pub struct Selectors {
 }
 
 impl Selectors {
-    /// Compiles selectors. An id may have several patterns.
+    /// Compiles selectors. A selector can have several patterns.
     ///
     /// # Errors
-    /// If one of them is no name and no pattern.
+    /// [`PatternError`] for the first pattern that is invalid.
     pub fn new<'a>(
         selectors: impl IntoIterator<Item = (SelectorId, &'a FqdnPattern)>,
     ) -> Result<Self, PatternError> {
@@ -29,7 +29,7 @@ impl Selectors {
         })
     }
 
-    /// The selectors that a name matches, ascending, each once.
+    /// Returns the selectors that a name matches, in ascending order and without duplicates.
     #[must_use]
     pub fn matching(&self, name: &Name) -> Box<[SelectorId]> {
         let mut found = Vec::new();

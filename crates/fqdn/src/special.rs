@@ -1,8 +1,8 @@
-//! Special-purpose addresses: what a public name has no business to point to.
+//! Special-purpose addresses (RFC 6890), to which public names should not resolve.
 //!
-//! A name that a policy allows is resolved by a server that its owner chooses. If the answer says 169.254.169.254, a
-//! loopback or a LAN address, learning that answer would open the node's surroundings to the workload by the word of a
-//! stranger (DNS rebinding). So such an answer teaches nothing, unless the operator lists the address.
+//! The owner of a name decides to which addresses it resolves. If a name that a policy allows resolved to
+//! 169.254.169.254, to a loopback or to a LAN address, learning that address would let the name's owner open the node's
+//! own network to the workload (DNS rebinding). So such an address is learned only if the operator lists it.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -10,24 +10,24 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::SelectorId;
 
-/// What is done with special-purpose addresses in answers.
+/// Whether special-purpose addresses in answers are learned.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub enum Special {
-    /// They are learned like all others.
+    /// Special-purpose addresses are learned like all others.
     #[default]
-    CommitRequest,
-    /// They are not learned, except for those in these prefixes and in the prefixes that the rules of the endpoint
-    /// name ([`crate::Cache::set_listed`]).
+    Learn,
+    /// Special-purpose addresses are learned only if they are in one of these prefixes, or in a prefix that a rule of the
+    /// endpoint lists ([`crate::Cache::set_listed`]).
     Refuse(Vec<IpNet>),
 }
 
-/// What the policy of an endpoint says about special-purpose addresses.
+/// The special-purpose addresses that the policy of an endpoint lists.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct ListedPrefixes {
-    /// Prefixes that egress rules of the endpoint name.
+    /// Prefixes in egress rules of the endpoint.
     pub prefixes: Vec<IpNet>,
-    /// Selectors of rules that deny. Addresses of names that match one are learned in any case: what is not learned
-    /// cannot be denied by its name.
+    /// Selectors of egressDeny rules. Addresses of names that match one of them are always learned, because a rule cannot
+    /// deny an address that was not learned for its name.
     pub denied: Vec<SelectorId>,
 }
 
@@ -46,7 +46,7 @@ const fn v6(a: u16, b: u16, c: u16, length: u8) -> Ipv6Net {
     Ipv6Net::new_assert(Ipv6Addr::new(a, b, c, 0, 0, 0, 0, 0), length)
 }
 
-/// The IANA registry of special-purpose IPv4 addresses (RFC 6890), without the blocks that are reachable globally, and
+/// The blocks of the IANA registry of special-purpose IPv4 addresses (RFC 6890) that are not globally reachable, and
 /// multicast (RFC 5771).
 const IPV4: &[Ipv4Net] = &[
     v4(0, 0, 0, 8),
@@ -66,8 +66,9 @@ const IPV4: &[Ipv4Net] = &[
     v4(240, 0, 0, 4),
 ];
 
-/// The same for IPv6, with multicast (RFC 4291, 2.7) and the site-local prefix (RFC 3879), which some stacks still
-/// route. `::/96` holds the unspecified address, the loopback and the IPv4-compatible addresses (RFC 4291, 2.5.5.1).
+/// The corresponding blocks for IPv6, multicast (RFC 4291, section 2.7), and the deprecated site-local prefix (RFC 3879),
+/// which some stacks still route. `::/96` contains the unspecified address, the loopback address and the IPv4-compatible
+/// addresses (RFC 4291, section 2.5.5.1).
 const IPV6: &[Ipv6Net] = &[
     v6(0, 0, 0, 96),
     v6(0x64, 0xff9b, 1, 48),
@@ -82,8 +83,8 @@ const IPV6: &[Ipv6Net] = &[
     v6(0xff00, 0, 0, 8),
 ];
 
-/// Returns whether an address is special-purpose. An IPv6 address that a translator or a tunnel turns into an IPv4
-/// address (RFC 6052, 2.1; RFC 3056) is what that IPv4 address is.
+/// Returns whether an address is special-purpose. A NAT64 or 6to4 address (RFC 6052, section 2.1; RFC 3056) is
+/// special-purpose if the IPv4 address embedded in it is.
 #[must_use]
 pub fn is_special(address: IpAddr) -> bool {
     match address.to_canonical() {
@@ -106,14 +107,14 @@ pub fn is_special(address: IpAddr) -> bool {
     }
 }
 
-/// Returns whether a prefix lies within a special block. One that is wider than the block, as `0.0.0.0/0` in a rule for
-/// the whole internet, does not mean the block.
+/// Returns whether a prefix lies within a special-purpose block. A prefix that is wider than the block, such as
+/// `0.0.0.0/0` in a rule for the whole internet, does not list the addresses of the block.
 #[must_use]
 pub fn is_special_prefix(prefix: &IpNet) -> bool {
     match prefix {
         IpNet::V4(net) => IPV4.iter().any(|block| block.contains(net)),
         IpNet::V6(net) => {
-            // The parts of a NAT64 or 6to4 prefix that stand for a part of a special IPv4 block.
+            // The embedded IPv4 address of a NAT64 or 6to4 prefix, and how many of its bits the prefix covers.
             let (first, length) = (net.network().segments(), net.prefix_len());
             let embedded = match first {
                 [0x64, 0xff9b, 0, 0, 0, 0, high, low] if length >= 96 => Some((high, low, length - 96)),

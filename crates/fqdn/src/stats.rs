@@ -2,40 +2,40 @@
 
 use serde::Serialize;
 
-/// What has happened so far, in addresses of names.
+/// Counters of the cache. The unit is (name, address) pairs, except for `superseded` and `aborted`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize)]
 pub struct Stats {
-    /// Learned anew.
+    /// Pairs that were added.
     pub learned: u64,
-    /// Told again.
+    /// Known pairs that another answer contained.
     pub refreshed: u64,
-    /// Removed because of a limit.
+    /// Pairs that were evicted because of a limit.
     pub evicted: u64,
-    /// Not learned because of a limit, everything being in use.
+    /// Pairs that were not added because a limit was reached and all pairs were in use.
     pub refused: u64,
-    /// Not learned because they are special-purpose addresses (RFC 6890).
+    /// Addresses that were not learned because they are special-purpose addresses (RFC 6890).
     pub special: u64,
-    /// Removed after they expired and were seen unused.
+    /// Pairs that were removed because they had expired and were unused.
     pub expired: u64,
-    /// Removed by an operator.
+    /// Pairs that an operator has removed.
     pub cleaned: u64,
-    /// Answers that could not be released, because an address of theirs was removed before.
+    /// Answers that were not forwarded because one of their addresses was removed before the commit.
     pub superseded: u64,
     /// Answers that were aborted.
     pub aborted: u64,
 }
 
-/// What the cache holds, and what that takes. The bytes are computed from the capacities of its tables.
+/// Number of entries in the cache and their memory, computed from the capacities of the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize)]
 pub struct Memory {
-    /// Endpoints.
+    /// Number of endpoints.
     pub endpoints: usize,
-    /// Names, of all endpoints.
+    /// Number of names of all endpoints.
     pub names: usize,
-    /// Addresses of names.
+    /// Number of (name, address) pairs.
     pub addresses: usize,
-    /// (endpoint, selector, address).
+    /// Number of (endpoint, selector, address) triples.
     pub triples: usize,
-    /// Bytes.
+    /// Memory, bytes.
     pub bytes: usize,
 }

@@ -1,5 +1,5 @@
-//! Open DNS questions: an answer counts only if its id, addresses, ports and question belong to one. [`Tracker`] has
-//! limits for each endpoint and for all, and allocates nothing in the steady state.
+//! Open DNS questions. An answer is accepted only if its id, addresses, ports and question match an open question (RFC
+//! 5452). [`Tracker`] has a limit per endpoint and one for all, and does not allocate in the steady state.
 //!
 //! The questions are in a vector with a free list, linked by age and by key. `inspect` has a similar queue for values
 //! that expire in order (`expiry_queue.rs`). It is not used here: each slot is also in the chain of its key, so that an
@@ -16,27 +16,27 @@ use palisade_protocols::dns::{Answer, Question};
 
 use crate::{EndpointId, Millis};
 
-/// Between whom questions and answers go.
+/// The client and the resolver of questions and answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Flow {
-    /// Whose questions.
+    /// The endpoint that sends the questions or receives them.
     pub endpoint: EndpointId,
-    /// Over TCP; else UDP.
+    /// Whether the transport is TCP; otherwise it is UDP.
     pub tcp: bool,
-    /// Where the endpoint asks from.
+    /// Address and port of the client.
     pub client: SocketAddr,
-    /// Whom it asks.
+    /// Address and port of the resolver.
     pub resolver: SocketAddr,
 }
 
-/// How many questions may be open, and for how long.
+/// Limits on open questions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TrackLimits {
-    /// Open questions of all endpoints.
+    /// Most open questions of all endpoints together.
     pub total: usize,
-    /// Open questions of one endpoint.
+    /// Most open questions of one endpoint.
     pub per_endpoint: usize,
-    /// A question without an answer is forgotten after this.
+    /// Time after which a question without an answer is closed, ms.
     pub timeout: Millis,
 }
 
@@ -50,33 +50,33 @@ impl Default for TrackLimits {
     }
 }
 
-/// A question that is open.
+/// An open question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpenQuestion<T> {
-    /// When it was asked.
+    /// Time of the last query with the question.
     pub at: Millis,
-    /// What the caller noted with it.
+    /// Data of the caller.
     pub note: T,
 }
 
-/// Why a question or an answer is not taken.
+/// The reason why a query or an answer is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Unsolicited {
-    /// Nobody asked this: another id, port, address, question, or too late.
+    /// No open question matches: the answer has another id, port, address or question, or is too late.
     NoQuestion,
-    /// It was answered before.
+    /// The question was answered before.
     Duplicate,
-    /// Too many questions of the endpoint are open.
+    /// The endpoint has too many open questions.
     EndpointFull,
-    /// Too many questions are open, or too many with this id on this flow.
+    /// There are too many open questions, or too many with this id on this flow.
     Full,
 }
 
 impl Unsolicited {
-    /// All of them.
+    /// All reasons.
     pub const ALL: &[Self] = &[Self::NoQuestion, Self::Duplicate, Self::EndpointFull, Self::Full];
 
-    /// The text that people read.
+    /// Returns the text of the reason, as logs and metrics show it.
     #[must_use]
     pub const fn text(self) -> &'static str {
         match self {
@@ -96,7 +96,7 @@ impl fmt::Display for Unsolicited {
 
 impl std::error::Error for Unsolicited {}
 
-/// Flow and id: almost always one question.
+/// Flow and message id. Almost all keys have one question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     flow: Flow,
@@ -108,25 +108,24 @@ const NONE: u32 = u32::MAX;
 #[derive(Debug)]
 struct Slot<T> {
     key: Key,
-    /// What is asked, as a hash with a random key: who answers cannot find a name that collides.
+    /// Hash of name, type and class with a random key, so that a resolver cannot construct a name that collides.
     question: u64,
     asked: OpenQuestion<T>,
-    /// The next slot with the same key.
+    /// The next slot with the same key, or [`NONE`].
     same: u32,
-    /// Neighbours by age: `older` was asked before. In a free slot `newer` is the next free one.
+    /// The previous and the next slot by age, or [`NONE`]. In a free slot, `newer` is the next free slot.
     older: u32,
     newer: u32,
 }
 
-/// The questions that are open. A second question with the same id and content (a client that tries again) is the
-/// same question asked later.
+/// The open questions. A retransmitted query (same flow, id and question) replaces its earlier copy.
 ///
-/// Nothing is allocated once the tables have grown to what is needed.
+/// The tables grow to the largest number of open questions so far; apart from that nothing is allocated.
 #[derive(Debug)]
 pub struct Tracker<T> {
     limits: TrackLimits,
     hasher: RandomState,
-    /// The first slot of a key.
+    /// The first slot of each key.
     keys: HashMap<Key, u32>,
     open: usize,
     endpoints: HashMap<EndpointId, usize>,
@@ -134,18 +133,18 @@ pub struct Tracker<T> {
     free: u32,
     oldest: u32,
     newest: u32,
-    /// Hashes of the questions that were answered last, which tell a duplicate answer from an unsolicited one.
+    /// Hashes of recently answered questions, which distinguish a duplicate answer from an unsolicited one.
     answered: Box<[u64]>,
     timeouts: u64,
 }
 
-/// How many answered questions are remembered; a power of two.
+/// Number of answered questions that are remembered; a power of two.
 const ANSWERED: usize = 4096;
-/// How many different questions with one id a flow may have open.
+/// Most open questions with the same id on one flow.
 const SAME_ID: usize = 4;
 
 impl<T: Copy> Tracker<T> {
-    /// No question is open.
+    /// Creates a tracker without open questions.
     #[must_use]
     pub fn new(limits: TrackLimits) -> Self {
         Self {
@@ -163,10 +162,11 @@ impl<T: Copy> Tracker<T> {
         }
     }
 
-    /// A question goes out.
+    /// Opens a question.
     ///
     /// # Errors
-    /// If too many are open: then it must not go out, because its answer could not be taken.
+    /// [`Unsolicited::EndpointFull`] or [`Unsolicited::Full`]: the query must be dropped, because its answer would be
+    /// refused.
     pub fn asked(
         &mut self,
         flow: Flow,
@@ -225,10 +225,10 @@ impl<T: Copy> Tracker<T> {
         Ok(())
     }
 
-    /// An answer comes in: gives its question, which is closed then.
+    /// Closes the question of an answer and returns it.
     ///
     /// # Errors
-    /// If there is none: the answer must not be read.
+    /// [`Unsolicited::NoQuestion`] or [`Unsolicited::Duplicate`]: the answer must be dropped.
     pub fn answered(
         &mut self,
         flow: Flow,
@@ -238,7 +238,7 @@ impl<T: Copy> Tracker<T> {
         self.expire(now);
         let key = Key { flow, id: answer.id };
         let Some(question) = &answer.question else {
-            // some errors come without the question; they carry no records, and answer the newest with their id
+            // Some error responses omit the question. They have no records, and close the newest question with their id.
             let newest = self.chain(key).next().filter(|_| answer.rcode != 0);
             return newest
                 .and_then(|at| self.close(at))
@@ -257,7 +257,7 @@ impl<T: Copy> Tracker<T> {
         })
     }
 
-    /// Forgets what has waited too long. Every call does; this is for quiet times.
+    /// Closes the questions that have timed out. The other methods do so too; this one is for times without queries.
     pub fn expire(&mut self, now: Millis) {
         while let Some(slot) = self.slots.get(self.oldest as usize)
             && now.saturating_sub(slot.asked.at) > self.limits.timeout
@@ -267,19 +267,19 @@ impl<T: Copy> Tracker<T> {
         }
     }
 
-    /// How many questions are open.
+    /// Returns the number of open questions.
     #[must_use]
     pub fn open(&self) -> usize {
         self.open
     }
 
-    /// How many questions were never answered.
+    /// Returns the number of questions that have timed out so far.
     #[must_use]
     pub fn timeouts(&self) -> u64 {
         self.timeouts
     }
 
-    /// Forgets the questions of an endpoint that is no more.
+    /// Removes the questions of a deleted endpoint.
     pub fn remove_endpoint(&mut self, endpoint: EndpointId) {
         let mut at = self.oldest;
         while let Some(slot) = self.slots.get(at as usize) {
@@ -296,7 +296,7 @@ impl<T: Copy> Tracker<T> {
             .hash_one((question.name.wire(), question.rtype, question.class))
     }
 
-    /// The slots of a key, the newest first.
+    /// Returns the slots of a key, newest first.
     fn chain(&self, key: Key) -> impl Iterator<Item = u32> + '_ {
         std::iter::successors(self.keys.get(&key).copied(), |&at| {
             self.slots
@@ -313,7 +313,7 @@ impl<T: Copy> Tracker<T> {
         })
     }
 
-    /// Removes a question that was answered, and remembers that it was.
+    /// Removes an answered question and remembers its hash.
     fn close(&mut self, at: u32) -> Option<OpenQuestion<T>> {
         let slot = self.slots.get(at as usize)?;
         let hash = self.hasher.hash_one((slot.key, slot.question));
@@ -407,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_must_be_asked_for_and_comes_once() {
+    fn an_answer_is_accepted_once_and_only_for_an_open_question() {
         let mut tracker = Tracker::new(LIMITS);
         tracker
             .asked(flow(1, 4000), 7, &question("a.test"), "note", 10)
@@ -463,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_without_a_question_close_the_newest_of_their_id() {
+    fn errors_without_a_question_close_the_newest_question_with_their_id() {
         let mut tracker = Tracker::new(LIMITS);
         let mut bare = Answer {
             id: 7,
@@ -495,7 +495,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_of_one_endpoint_leaves_room_for_others() {
+    fn a_flood_of_one_endpoint_does_not_use_up_the_limit_of_others() {
         let mut tracker = Tracker::new(LIMITS);
         for id in 0..4 {
             tracker
@@ -530,7 +530,7 @@ mod tests {
     }
 
     #[test]
-    fn one_id_for_many_questions_is_bounded() {
+    fn questions_with_the_same_id_are_limited() {
         let mut tracker = Tracker::new(TrackLimits {
             per_endpoint: 100,
             total: 100,

@@ -56,7 +56,7 @@ const ANSWER: &[u8] =
     \xc0\x2b\x00\x01\x00\x01\x00\x00\x00\x3c\x00\x04\xc0\x00\x02\x02";
 
 #[test]
-fn questions_and_answers_in_the_steady_state() {
+fn tracking_in_the_steady_state_allocates_nothing() {
     let patterns = [
         "a.test",
         "*.shop.test",
@@ -100,7 +100,7 @@ fn questions_and_answers_in_the_steady_state() {
 }
 
 #[test]
-fn the_memory_that_the_cache_reports_is_what_it_takes() {
+fn the_reported_memory_matches_the_allocations() {
     let pattern = FqdnPattern::Pattern("*.hosts.test".to_owned());
     let selectors = Selectors::new([(SelectorId(1), &pattern)]).unwrap();
     let mut cache = Cache::new(Config::default());

@@ -112,7 +112,7 @@ fn sweep(cache: &mut Cache, now: Millis) -> Vec<Flat> {
 }
 
 #[test]
-fn an_endpoint_learns_for_itself() {
+fn addresses_are_learned_per_endpoint() {
     let mut cache = cache(Config::default(), &[(1, "a.test"), (2, "*.test"), (3, "b.test")]);
     let update = cache.set_selectors(2, selectors(&[(1, "a.test")]));
     cache.written(update);
@@ -138,7 +138,7 @@ fn an_endpoint_learns_for_itself() {
 }
 
 #[test]
-fn only_answers_without_error_teach() {
+fn error_responses_add_no_address() {
     let mut cache = cache(Config::default(), EVERYTHING);
     let mut failed = answer("a.test", 60, &["192.0.2.1"]);
     failed.rcode = 3;
@@ -151,7 +151,7 @@ fn only_answers_without_error_teach() {
 }
 
 #[test]
-fn mapped_addresses_are_the_addresses_that_connections_use() {
+fn ipv4_mapped_addresses_are_learned_as_ipv4() {
     let mut cache = cache(Config::default(), EVERYTHING);
     let a = answer("a.test", 60, &["::ffff:192.0.2.1", "192.0.2.1"]);
     assert_eq!(learn(&mut cache, 1, &a, 0), [live(1, 1, "192.0.2.1")]);
@@ -176,7 +176,7 @@ fn a_time_to_live_of_zero_gets_the_minimum() {
 }
 
 #[test]
-fn an_expired_address_lives_while_it_is_used_and_goes_after_two_sweeps() {
+fn an_expired_address_is_removed_after_two_sweeps_without_use() {
     let mut cache = cache(Config::default(), EVERYTHING);
     learn(
         &mut cache,
@@ -203,7 +203,7 @@ fn an_expired_address_lives_while_it_is_used_and_goes_after_two_sweeps() {
 }
 
 #[test]
-fn names_that_share_an_address_keep_it_for_each_other() {
+fn an_address_of_two_names_remains_until_both_are_removed() {
     let mut cache = cache(Config::default(), &[(1, "*.a.test"), (2, "z.test")]);
     assert_eq!(
         learn(&mut cache, 1, &answer("x.a.test", 60, &["192.0.2.1"]), 0),
@@ -225,7 +225,7 @@ fn names_that_share_an_address_keep_it_for_each_other() {
 }
 
 #[test]
-fn aliases_count_by_option() {
+fn aliases_are_learned_only_if_configured() {
     for aliases in [false, true] {
         let config = Config {
             aliases,
@@ -244,7 +244,7 @@ fn aliases_count_by_option() {
 }
 
 #[test]
-fn the_limit_of_a_name_removes_the_oldest_that_is_not_in_use() {
+fn the_limit_of_a_name_evicts_the_oldest_unused_address() {
     let config = Config {
         addresses_per_name: 2,
         ..Config::default()
@@ -302,7 +302,7 @@ fn the_limit_of_an_endpoint_does_not_touch_others() {
 }
 
 #[test]
-fn an_answer_waits_for_the_policy_that_came_in_between() {
+fn an_answer_waits_for_the_changes_of_a_new_policy() {
     let mut cache = cache(Config::default(), &[(1, "a.test")]);
     let pending = cache.learn(1, &answer("a.test", 60, &["192.0.2.1"]), 0);
     let update = cache.set_selectors(1, selectors(&[(2, "*.test")]));
@@ -320,7 +320,7 @@ fn an_answer_waits_for_the_policy_that_came_in_between() {
 }
 
 #[test]
-fn an_answer_waits_for_another_that_implies_the_same() {
+fn an_answer_waits_for_the_same_changes_of_another_answer() {
     let mut cache = cache(Config::default(), EVERYTHING);
     let a = answer("a.test", 60, &["192.0.2.1"]);
     let first = cache.learn(1, &a, 0);
@@ -333,7 +333,7 @@ fn an_answer_waits_for_another_that_implies_the_same() {
 }
 
 #[test]
-fn what_is_cleaned_is_not_released() {
+fn an_answer_with_a_cleaned_address_is_not_released() {
     let mut cache = cache(Config::default(), EVERYTHING);
     let pending = cache.learn(1, &answer("a.test", 60, &["192.0.2.1"]), 0);
     let update = cache.clean(None, |name| name.to_string() == "a.test");
@@ -344,7 +344,7 @@ fn what_is_cleaned_is_not_released() {
 }
 
 #[test]
-fn what_was_not_written_comes_again() {
+fn changes_that_were_not_written_are_repeated() {
     let mut cache = cache(Config::default(), EVERYTHING);
     let pending = cache.learn(1, &answer("a.test", 60, &["192.0.2.1"]), 0);
     assert_eq!(pending.changes().len(), 1);
@@ -355,7 +355,7 @@ fn what_was_not_written_comes_again() {
 }
 
 #[test]
-fn a_restart_keeps_what_was_learned() {
+fn learned_addresses_survive_a_restart() {
     let mut cache = cache(Config::default(), EVERYTHING);
     learn(&mut cache, 1, &answer("a\\.b.test", 60, &["192.0.2.1"]), 0);
     learn(&mut cache, 1, &answer("b.test", 10, &["192.0.2.2"]), 0);
@@ -457,7 +457,7 @@ fn held(cache: &Cache, endpoint: EndpointId) -> Vec<IpAddr> {
 }
 
 #[test]
-fn endpoints_that_fill_the_table_give_room_to_the_others() {
+fn the_largest_endpoint_loses_addresses_to_the_others() {
     let config = Config {
         addresses_total: 3000,
         ..Config::default()
@@ -486,7 +486,7 @@ fn endpoints_that_fill_the_table_give_room_to_the_others() {
 }
 
 #[test]
-fn an_endpoint_over_its_share_gives_also_addresses_in_use_and_one_below_gives_none() {
+fn only_an_endpoint_above_its_share_loses_addresses_in_use() {
     let config = Config {
         addresses_total: 1000,
         ..Config::default()
@@ -508,7 +508,7 @@ fn an_endpoint_over_its_share_gives_also_addresses_in_use_and_one_below_gives_no
 }
 
 #[test]
-fn special_purpose_addresses_teach_nothing_unless_listed() {
+fn special_purpose_addresses_are_learned_only_if_listed() {
     let config = Config {
         special: Special::Refuse(vec!["10.20.0.0/16".parse().unwrap()]),
         ..Config::default()

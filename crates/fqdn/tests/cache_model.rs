@@ -514,7 +514,7 @@ impl World {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(ProptestConfig::default().cases.max(600)))]
     #[test]
-    fn nothing_is_released_before_the_maps_hold_it(
+    fn an_answer_is_released_only_after_the_maps_hold_its_addresses(
         aliases in any::<bool>(),
         steps in prop::collection::vec(step(), 1..120),
     ) {

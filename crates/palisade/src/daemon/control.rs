@@ -438,7 +438,7 @@ fn names_config(config: &Config) -> palisade_fqdn::Config {
         special: if dns.refuse_special {
             Special::Refuse(dns.allow_special.clone())
         } else {
-            Special::CommitRequest
+            Special::Learn
         },
     }
 }
