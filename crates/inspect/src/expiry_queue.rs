@@ -43,27 +43,29 @@ impl<T> ExpiryQueue<T> {
 
     /// Adds the youngest; gives its number.
     pub(crate) fn push(&mut self, value: T, now: Millis) -> u64 {
-        let at = if self.free == NONE {
-            self.slots.push(Slot {
-                value: None,
-                generation: 0,
-                since: 0,
-                older: NONE,
-                newer: NONE,
-            });
-            (self.slots.len() - 1) as u32
-        } else {
-            self.free
-        };
         let newest = self.newest;
-        let slot = &mut self.slots[at as usize];
-        self.free = slot.newer;
-        slot.generation = slot.generation.wrapping_add(1);
-        slot.value = Some(value);
-        slot.since = now;
-        slot.older = newest;
-        slot.newer = NONE;
-        let number = u64::from(slot.generation) << 32 | u64::from(at);
+        let (at, generation) = match self.slots.get_mut(self.free as usize) {
+            Some(slot) => {
+                let at = std::mem::replace(&mut self.free, slot.newer);
+                slot.generation = slot.generation.wrapping_add(1);
+                slot.value = Some(value);
+                slot.since = now;
+                slot.older = newest;
+                slot.newer = NONE;
+                (at, slot.generation)
+            }
+            None => {
+                self.slots.push(Slot {
+                    value: Some(value),
+                    generation: 1,
+                    since: now,
+                    older: newest,
+                    newer: NONE,
+                });
+                ((self.slots.len() - 1) as u32, 1)
+            }
+        };
+        let number = u64::from(generation) << 32 | u64::from(at);
         match self.slots.get_mut(newest as usize) {
             Some(slot) => slot.newer = at,
             None => self.oldest = at,
@@ -73,23 +75,22 @@ impl<T> ExpiryQueue<T> {
         number
     }
 
-    fn slot(&self, number: u64) -> Option<&Slot<T>> {
-        let slot = self.slots.get(number as u32 as usize)?;
+    fn slot_mut(&mut self, number: u64) -> Option<&mut Slot<T>> {
+        let slot = self.slots.get_mut(number as u32 as usize)?;
         (slot.generation == (number >> 32) as u32).then_some(slot)
     }
 
     pub(crate) fn get_mut(&mut self, number: u64) -> Option<&mut T> {
-        self.slot(number)?;
-        self.slots[number as u32 as usize].value.as_mut()
+        self.slot_mut(number)?.value.as_mut()
     }
 
     pub(crate) fn remove(&mut self, number: u64) -> Option<T> {
-        self.slot(number)?;
         let at = number as u32;
-        let slot = &mut self.slots[at as usize];
+        let free = self.free;
+        let slot = self.slot_mut(number)?;
         let value = slot.value.take()?;
         let (older, newer) = (slot.older, slot.newer);
-        slot.newer = self.free;
+        slot.newer = free;
         self.free = at;
         match self.slots.get_mut(older as usize) {
             Some(slot) => slot.newer = newer,

@@ -170,7 +170,7 @@ impl<F> Whole<F> {
                 == 0xffff
         };
         if right {
-            Ok(&datagram[8..])
+            datagram.get(8..).ok_or(Reason::AppMalformed)
         } else {
             Err(Reason::BadChecksum)
         }
@@ -481,7 +481,10 @@ impl<F> Datagram<F> {
         if self.buffers.bytes.len() < to {
             self.buffers.bytes.resize(to, 0);
         }
-        self.buffers.bytes[from..to].copy_from_slice(bytes);
+        let Some(room) = self.buffers.bytes.get_mut(from..to) else {
+            return Err(Reason::InspectLimit);
+        };
+        room.copy_from_slice(bytes);
         self.buffers.pieces.push((from, to));
         self.have += bytes.len();
         if !position.more {
@@ -522,8 +525,8 @@ fn position(view: &PacketView<'_>) -> Option<Position> {
         let word = u16::from_be_bytes([fragment[2], fragment[3]]);
         (view.network + at + 8, (word >> 3, word & 1 != 0))
     } else {
-        let [first, ..] = *header.first_chunk::<20>()?;
-        let word = u16::from_be_bytes([header[6], header[7]]);
+        let [first, _, _, _, _, _, high, low, ..] = *header.first_chunk::<20>()?;
+        let word = u16::from_be_bytes([high, low]);
         let length = usize::from(first & 15) * 4;
         (view.network + length, (word & 0x1fff, word & 0x2000 != 0))
     };

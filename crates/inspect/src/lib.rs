@@ -8,7 +8,12 @@
 //! Depends on `palisade-packet`, `palisade-protocols`, `palisade-fqdn` and `palisade-policy` (rule sets). Start at
 //! [`Engine::packet`]. [`Rules`] is the prepared form of the rule sets, [`Sink`] is the trait that a caller implements.
 #![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
 #![warn(unreachable_pub)]
 
 pub mod commit;

@@ -38,9 +38,7 @@ impl fmt::Debug for Text {
 impl From<&[u8]> for Text {
     fn from(from: &[u8]) -> Self {
         let mut text = Self::default();
-        let length = from.len().min(TEXT);
-        text.bytes[..length].copy_from_slice(&from[..length]);
-        text.length = length as u16;
+        text.append(from);
         text
     }
 }
@@ -49,19 +47,31 @@ impl Text {
     /// Its bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
-        &self.bytes[..usize::from(self.length)]
+        self.bytes.get(..usize::from(self.length)).unwrap_or_default()
+    }
+
+    /// Appends bytes, as many as fit.
+    fn append(&mut self, from: &[u8]) {
+        let room = self.bytes.get_mut(usize::from(self.length)..).unwrap_or_default();
+        self.length += copy_prefix(room, from) as u16;
     }
 }
 
-/// What is written past the end is cut.
+/// Writes a text, cut at the end of the room.
 impl fmt::Write for Text {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        let at = usize::from(self.length);
-        let taken = text.len().min(TEXT - at);
-        self.bytes[at..at + taken].copy_from_slice(&text.as_bytes()[..taken]);
-        self.length += taken as u16;
+        self.append(text.as_bytes());
         Ok(())
     }
+}
+
+/// Copies as many bytes as fit. Returns their number.
+fn copy_prefix(to: &mut [u8], from: &[u8]) -> usize {
+    let length = to.len().min(from.len());
+    if let (Some(to), Some(from)) = (to.get_mut(..length), from.get(..length)) {
+        to.copy_from_slice(from);
+    }
+    length
 }
 
 impl Text {
@@ -84,11 +94,9 @@ pub struct Word {
 
 impl From<&[u8]> for Word {
     fn from(from: &[u8]) -> Self {
-        let mut word = Self::default();
-        let length = from.len().min(word.bytes.len());
-        word.bytes[..length].copy_from_slice(&from[..length]);
-        word.length = length as u8;
-        word
+        let mut bytes = [0; 16];
+        let length = copy_prefix(&mut bytes, from) as u8;
+        Self { length, bytes }
     }
 }
 
@@ -96,7 +104,7 @@ impl Word {
     /// Its bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
-        &self.bytes[..usize::from(self.length)]
+        self.bytes.get(..usize::from(self.length)).unwrap_or_default()
     }
 }
 

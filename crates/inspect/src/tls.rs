@@ -323,7 +323,7 @@ impl<'a> TlsStream<'a> {
                 Err(step) => step,
             },
             Err(refusal) => {
-                self.stats.malformed[refusal as usize] += 1;
+                self.count_malformed(refusal);
                 self.refuse(Reason::AppMalformed, refusal.text(), cx)
             }
         }
@@ -409,6 +409,12 @@ impl<'a> TlsStream<'a> {
         }
     }
 
+    fn count_malformed(&mut self, error: ParseError) {
+        if let Some(count) = self.stats.malformed.get_mut(error as usize) {
+            *count += 1;
+        }
+    }
+
     fn server<F, S: Sink<F>>(&mut self, bytes: &[u8], cx: &mut Cx<'_, F, S>) -> Action {
         if bytes.is_empty() {
             return Action::Forward(0);
@@ -424,7 +430,7 @@ impl<'a> TlsStream<'a> {
             Ok(ServerStep::More) => Action::Forward(bytes.len()),
             Ok(ServerStep::Again | ServerStep::Refused) => Action::Forward(bytes.len() - input.len()),
             Err(refusal) => {
-                self.stats.malformed[refusal as usize] += 1;
+                self.count_malformed(refusal);
                 self.refuse(Reason::AppMalformed, refusal.text(), cx)
             }
         }

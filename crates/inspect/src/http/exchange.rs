@@ -328,7 +328,7 @@ impl HttpStream<'_> {
             if !audit {
                 return self.malformed(ParseError::UnexpectedBody, 0, cx);
             }
-            self.stats.malformed[ParseError::UnexpectedBody as usize] += 1;
+            self.count_malformed(ParseError::UnexpectedBody);
             self.stats.audited += 1;
             self.tell(
                 Reason::AppMalformed,
@@ -389,7 +389,7 @@ impl HttpStream<'_> {
     /// What the client sends is no HTTP/1, or could be read in more than one way. `own`: requests of which a part has
     /// gone on already, so that this is their answer too.
     fn malformed<F, S: Sink<F>>(&mut self, refusal: ParseError, own: usize, cx: &mut Cx<'_, F, S>) -> Action {
-        self.stats.malformed[refusal as usize] += 1;
+        self.count_malformed(refusal);
         let reason = match refusal {
             ParseError::Http2 => Reason::AppHttp2,
             _ => Reason::AppMalformed,
@@ -494,8 +494,14 @@ impl HttpStream<'_> {
         }
     }
 
+    fn count_malformed(&mut self, error: ParseError) {
+        if let Some(count) = self.stats.malformed.get_mut(error as usize) {
+            *count += 1;
+        }
+    }
+
     fn bad_answer<F, S: Sink<F>>(&mut self, refusal: ParseError, cx: &mut Cx<'_, F, S>) -> Action {
-        self.stats.malformed[refusal as usize] += 1;
+        self.count_malformed(refusal);
         self.abort(Reason::AppMalformed, refusal.text(), cx)
     }
 

@@ -99,7 +99,7 @@ impl Form {
 /// Writes bytes so that they can be seen. Also letters beyond ASCII are escaped: some of them turn a line around.
 fn visible(bytes: &[u8], form: Form, out: &mut Text) {
     // Each byte takes at least one.
-    let bytes = &bytes[..bytes.len().min(TEXT)];
+    let bytes = part(bytes, 0, bytes.len().min(TEXT));
     for run in bytes.chunk_by(|a, b| form.is_plain(*a) == form.is_plain(*b)) {
         match str::from_utf8(run) {
             Ok(text) if run.iter().all(|byte| form.is_plain(*byte)) => {
@@ -131,7 +131,7 @@ fn without_secrets(bytes: &[u8], form: Form, out: &mut Text) {
     let mut name = (form == Form::Field).then(Name::default);
     let mut authority = None;
     let mut at = 0;
-    while let Some((byte, length)) = next(&bytes[at..]) {
+    while let Some((byte, length)) = next(part(bytes, at, bytes.len())) {
         let raw = length == 1;
         let after = at + length;
         if hidden {
@@ -155,14 +155,14 @@ fn without_secrets(bytes: &[u8], form: Form, out: &mut Text) {
             }
             b',' if form == Form::Field => name = Some(Name::default()),
             b'=' if name.take().is_some_and(Name::is_secret) => {
-                visible(&bytes[from..after], form, out);
+                visible(part(bytes, from, after), form, out);
                 let _ = out.write_str(REDACTED);
                 hidden = true;
             }
             b'/' if raw && !query => name = None,
             b'@' => {
                 if let Some(begin) = authority.take() {
-                    visible(&bytes[from..begin], form, out);
+                    visible(part(bytes, from, begin), form, out);
                     let _ = out.write_str(REDACTED);
                     from = at;
                 }
@@ -174,18 +174,23 @@ fn without_secrets(bytes: &[u8], form: Form, out: &mut Text) {
             }
         }
         match byte {
-            b'/' if bytes[..at].ends_with(b":/") => authority = Some(after),
+            b'/' if part(bytes, 0, at).ends_with(b":/") => authority = Some(after),
             b'/' | b'?' | b'#' | b' ' => authority = None,
             _ => {}
         }
         at = after;
     }
     if !hidden {
-        visible(&bytes[from..], form, out);
+        visible(part(bytes, from, bytes.len()), form, out);
     }
 }
 
-/// The first byte, decoded, and how long it is written.
+/// Returns a range of bytes; none of them if it is out of bounds, so that nothing unredacted is written.
+fn part(bytes: &[u8], from: usize, to: usize) -> &[u8] {
+    bytes.get(from..to).unwrap_or_default()
+}
+
+/// Returns the first byte, percent-decoded, and the number of bytes that encode it.
 fn next(bytes: &[u8]) -> Option<(u8, usize)> {
     let digit = |byte: u8| char::from(byte).to_digit(16);
     if let [b'%', high, low, ..] = *bytes
@@ -252,7 +257,7 @@ impl Name {
         self.tail[Self::TAIL - 1] = byte.to_ascii_lowercase();
         self.letters += 1;
         self.word += 1;
-        let tail = &self.tail[Self::TAIL.saturating_sub(self.letters)..];
+        let tail = part(&self.tail, Self::TAIL.saturating_sub(self.letters), Self::TAIL);
         self.secret = SECRET_PARTS.iter().any(|part| tail.ends_with(part));
     }
 

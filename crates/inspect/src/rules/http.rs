@@ -165,13 +165,10 @@ impl HttpRules {
             .into_iter()
             .filter_map(|(number, numbered, field)| {
                 let number = number? as usize;
-                Some((numbered.uses[number], number, field))
+                Some((numbered.uses.get(number)?, field.leads.get_mut(number)?))
             })
-            .min_by_key(|(uses, ..)| *uses);
-            let list = match lead {
-                Some((_, number, field)) => &mut field.leads[number],
-                None => &mut rules.bare,
-            };
+            .min_by_key(|(uses, _)| *uses);
+            let list = lead.map_or(&mut rules.bare, |(_, list)| list);
             list.push(place as u32);
         }
         rules
@@ -193,7 +190,10 @@ impl HttpRules {
             uses,
             matched,
         } = scratch;
-        let memories = memories_of(self.id, memories, uses);
+        // Not reached: the caches are found or added.
+        let Some(memories) = memories_of(self.id, memories, uses) else {
+            return Err(HttpDenial::NoRule);
+        };
         let facts = Facts { request, path: None };
         let host = facts.host().map_or(&b""[..], str::as_bytes);
         self.method.patterns.matching(
@@ -408,15 +408,15 @@ fn header_tests(rule: &HttpRule) -> Box<[HeaderTest]> {
     plain.chain(others).collect()
 }
 
-/// The memories of a rule set; those that were used longest ago make room.
+/// Returns the DFA caches of a rule set. Evicts those of the least recently used set if there are too many.
 fn memories_of<'m>(
     id: u64,
     memories: &'m mut Vec<OffloadVerdicts>,
     uses: &mut u64,
-) -> &'m mut OffloadVerdicts {
+) -> Option<&'m mut OffloadVerdicts> {
     *uses += 1;
-    let found = memories.iter().position(|memory| memory.id == id);
-    let index = found.unwrap_or_else(|| {
+    let known = memories.iter().position(|memory| memory.id == id);
+    let index = known.unwrap_or_else(|| {
         let fresh = OffloadVerdicts {
             id,
             ..OffloadVerdicts::default()
@@ -425,12 +425,16 @@ fn memories_of<'m>(
             memories.push(fresh);
             return memories.len() - 1;
         }
-        let oldest = memories.iter().enumerate().min_by_key(|(_, memory)| memory.used);
-        let index = oldest.map_or(0, |(index, _)| index);
-        memories[index] = fresh;
-        index
+        let oldest = memories
+            .iter_mut()
+            .enumerate()
+            .min_by_key(|(_, memory)| memory.used);
+        oldest.map_or(0, |(index, oldest)| {
+            *oldest = fresh;
+            index
+        })
     });
-    let found = &mut memories[index];
+    let found = memories.get_mut(index)?;
     found.used = *uses;
-    found
+    Some(found)
 }

@@ -268,11 +268,13 @@ impl<'a> Numbered<'a> {
     pub(super) fn number(&mut self, text: &'a str) -> u32 {
         let next = self.texts.len() as u32;
         let number = *self.known.entry(text).or_insert(next);
-        if number == next {
-            self.texts.push(text);
-            self.uses.push(0);
+        match self.uses.get_mut(number as usize) {
+            Some(uses) => *uses += 1,
+            None => {
+                self.texts.push(text);
+                self.uses.push(1);
+            }
         }
-        self.uses[number as usize] += 1;
         number
     }
 }

@@ -22,10 +22,10 @@ const MD5: u8 = 19;
 const AO: u8 = 29;
 const MPTCP: u8 = 30;
 
-/// The length of a TCP header without options.
+/// Length of a TCP header without options, bytes.
 const HEADER: usize = 20;
-/// Where the checksum stands in it.
-const CHECKSUM: usize = 16;
+/// Maximum length of the options, bytes.
+const MAX_OPTIONS: usize = 40;
 
 /// Why the options of a segment are refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -61,41 +61,37 @@ impl OptionProblem {
 /// # Errors
 /// The segment must not pass. Nothing was changed.
 pub fn normalise(segment: &mut [u8], mss_clamp: Option<u16>) -> Result<bool, OptionProblem> {
-    let Some(header) = segment
-        .get(12)
-        .map(|offset| usize::from(offset >> 4) * 4)
-        .filter(|header| *header >= HEADER && *header <= segment.len())
-    else {
+    let Some((fixed, rest)) = segment.split_first_chunk_mut::<HEADER>() else {
         return Err(OptionProblem::Length);
     };
-    let is_syn = segment[13] & TCP_SYN != 0;
-    let options = &segment[HEADER..header];
+    let [.., offset, flags, _, _, sum0, sum1, _, _] = fixed;
+    let is_syn = *flags & TCP_SYN != 0;
+    let length = (usize::from(*offset >> 4) * 4).checked_sub(HEADER);
+    let Some(options) = length.and_then(|length| rest.get_mut(..length)) else {
+        return Err(OptionProblem::Length);
+    };
     // The usual options of an established connection, in the order in which most stacks write them.
     if !is_syn
         && (options.is_empty() || matches!(options, [NOP, NOP, TIMESTAMP, 10, ..] if options.len() == 12))
     {
         return Ok(false);
     }
-    let mut mended = [NOP; 40];
-    mended[..options.len()].copy_from_slice(options);
-    rewrite(&mut mended[..options.len()], is_syn, mss_clamp)?;
-    if mended[..options.len()] == *options {
+    let mut room = [NOP; MAX_OPTIONS];
+    let Some(mended) = room.get_mut(..options.len()) else {
+        return Err(OptionProblem::Length);
+    };
+    mended.copy_from_slice(options);
+    rewrite(mended, is_syn, mss_clamp)?;
+    if mended == options {
         return Ok(false);
     }
     // RFC 1624, equation 3: HC' = ~(~HC + ~m + m'). The options begin at an even offset and have an even length.
-    let field = [!segment[CHECKSUM], !segment[CHECKSUM + 1]];
-    let mut inverted = [0; 40];
-    for (inverted, option) in inverted.iter_mut().zip(options) {
-        *inverted = !option;
+    let mut sum = Sum::default().add(&[!*sum0, !*sum1]);
+    for word in options.as_chunks::<4>().0 {
+        sum = sum.add(&word.map(|byte| !byte));
     }
-    let sum = Sum::default()
-        .add(&field)
-        .add(&inverted[..options.len()])
-        .add(&mended[..options.len()]);
-    let sum = !sum.fold();
-    let length = options.len();
-    segment[CHECKSUM..CHECKSUM + 2].copy_from_slice(&sum.to_be_bytes());
-    segment[HEADER..header].copy_from_slice(&mended[..length]);
+    [*sum0, *sum1] = (!sum.add(mended).fold()).to_be_bytes();
+    options.copy_from_slice(mended);
     Ok(true)
 }
 
@@ -106,7 +102,7 @@ fn rewrite(options: &mut [u8], is_syn: bool, mss_clamp: Option<u16>) -> Result<(
     while let Some(&kind) = options.get(at) {
         match kind {
             END => {
-                options[at..].fill(END);
+                options.iter_mut().skip(at).for_each(|option| *option = END);
                 return Ok(());
             }
             NOP => {
@@ -141,11 +137,10 @@ fn rewrite(options: &mut [u8], is_syn: bool, mss_clamp: Option<u16>) -> Result<(
             option.fill(NOP);
         } else {
             seen |= 1 << kind.min(15);
-            if kind == MSS
-                && let Some(clamp) = mss_clamp
-                && u16::from_be_bytes([option[2], option[3]]) > clamp
+            if let ([MSS, _, high, low], Some(clamp)) = (option, mss_clamp)
+                && u16::from_be_bytes([*high, *low]) > clamp
             {
-                option[2..4].copy_from_slice(&clamp.to_be_bytes());
+                [*high, *low] = clamp.to_be_bytes();
             }
         }
         at += length;
@@ -160,6 +155,8 @@ mod tests {
     use super::*;
 
     const ADDRESS: Addr = Addr([0; 4]);
+    /// Offset of the checksum in a TCP header, bytes.
+    const CHECKSUM: usize = 16;
 
     fn sum(segment: &[u8]) -> u16 {
         Sum::pseudo(ADDRESS, ADDRESS, protocol::TCP, segment.len())
