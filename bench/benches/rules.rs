@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, hint::black_box, sync::Arc};
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use palisade_inspect::{HttpScratch, Paths, Rules};
-use palisade_policy::{
+use palisade_model::{
     rule::HttpRule,
     snapshot::{Alternative, Matcher, RuleSet},
 };

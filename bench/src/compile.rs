@@ -3,13 +3,15 @@
 use std::{net::IpAddr, time::Instant};
 
 use anyhow::{Result, bail};
+use palisade_model::{
+    inventory::{Endpoint, NamedPorts, Options, Peer, World},
+    labels::{Labels, parse_label},
+    snapshot::Snapshot,
+};
 use palisade_policy::{
     compile::{Changes, Compiler, CompilerState, FileContent},
-    labels::{Labels, parse_label},
     parse::parse,
     plan::plan,
-    snapshot::Snapshot,
-    world::{Endpoint, NamedPorts, Options, Peer, World},
 };
 
 use crate::{

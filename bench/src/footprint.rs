@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use palisade_abi::Inspector;
 use palisade_fqdn::{Cache, Config, SelectorId, Selectors};
 use palisade_inspect::Limits;
-use palisade_policy::rule::FqdnPattern;
+use palisade_model::rule::FqdnPattern;
 use palisade_protocols::dns::{Address, Answer, Question, Source, rtype};
 
 use crate::{

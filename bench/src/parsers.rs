@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use hickory_proto::op::Message;
 use palisade_abi::{Inspector, PuntRequest, punt_flags};
 use palisade_inspect::{Engine, Limits, Rules, Stats};
-use palisade_policy::{
+use palisade_model::{
     rule::{FqdnPattern, HttpRule},
     snapshot::{Alternative, Matcher, RuleSet},
 };

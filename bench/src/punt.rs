@@ -39,7 +39,7 @@ use palisade_abi::{
 };
 use palisade_datapath::monotonic_coarse;
 use palisade_inspect::{CommitResult, Engine, Limits, Millis, PacketView, Rules, Sink};
-use palisade_policy::{
+use palisade_model::{
     rule::FqdnPattern,
     snapshot::{Alternative, Matcher, RuleSet},
 };

@@ -69,6 +69,18 @@ impl Addr {
         ]
     }
 
+    /// Returns the first `length` bits of the address; the others are zero.
+    #[must_use]
+    pub const fn mask(self, length: u32) -> Self {
+        let bits = u128::from_be_bytes(self.bytes());
+        let kept = match length {
+            0 => 0,
+            1..=127 => bits & (u128::MAX << (128 - length)),
+            _ => bits,
+        };
+        Self::from_bytes(kept.to_be_bytes())
+    }
+
     /// Whether this is an IPv4-mapped address.
     #[inline(always)]
     #[must_use]

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use palisade_abi::{Addr, Identity, IpcacheEntry, LearnedKey, PrefixKey};
-use palisade_policy::plan::Op;
+use palisade_model::op::Op;
 
 use crate::{Datapath, MapError};
 

@@ -14,7 +14,7 @@
 //! interfaces are those of the network namespace of the calling thread; bpffs belongs to the mount namespace, so
 //! daemons of several network namespaces need a `pin_dir` each.
 //!
-//! Depends on `palisade-abi` and, for plans, on `palisade-policy`. Start at [`Datapath::open`], [`Datapath::apply`] and
+//! Depends on `palisade-abi` and, for plans, on `palisade-model`. Start at [`Datapath::open`], [`Datapath::apply`] and
 //! [`Datapath::attach`].
 #![allow(
     unsafe_code,

@@ -6,7 +6,7 @@ use std::{
 };
 
 use palisade_abi::{CtEntry, CtKey, Share, ct_flags};
-use palisade_policy::plan::Op;
+use palisade_model::op::Op;
 
 use crate::{
     Datapath, MapError,

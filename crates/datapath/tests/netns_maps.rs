@@ -8,7 +8,7 @@ use palisade_abi::{
     PrefixKey, class_slot, protocol,
 };
 use palisade_datapath::{Datapath, Hook, Limits, OpenError, Options, Role, TcMode, monotonic_coarse};
-use palisade_policy::plan::Op;
+use palisade_model::op::Op;
 
 fn entry(rule: u32) -> PolicyEntry {
     PolicyEntry {

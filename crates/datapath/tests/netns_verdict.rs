@@ -11,7 +11,7 @@ use std::{
 use common::*;
 use palisade_abi::Decision;
 use palisade_datapath::{Hook, Role, TcMode, connections, monotonic_coarse, seeds};
-use palisade_policy::plan::Op;
+use palisade_model::op::Op;
 
 /// The other half: nothing that is denied slips through while programs and modes are exchanged.
 #[test]
@@ -145,7 +145,7 @@ fn a_seeded_connection_lives_if_its_direction_is_allowed() {
 }
 
 /// Everybody may be asked, nobody may ask.
-fn egress_only() -> Vec<palisade_policy::plan::Op> {
+fn egress_only() -> Vec<palisade_model::op::Op> {
     let mut ops = whole_policy(9, Role::Host, Decision::Allow);
     if let Op::PolicyPut(entries) = &mut ops[0] {
         for (key, entry) in entries {

@@ -5,7 +5,7 @@ use std::{hint::black_box, net::IpAddr, sync::Arc};
 
 use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
 use palisade_fqdn::{Cache, Config, Flow, SelectorId, Selectors, TrackLimits, Tracker};
-use palisade_policy::rule::FqdnPattern;
+use palisade_model::rule::FqdnPattern;
 use palisade_protocols::dns::{Address, Answer, Question, Source, rtype};
 
 fn answer(host: u32) -> Answer {

@@ -37,7 +37,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Depends on `palisade-protocols` (names, answers) and `palisade-policy` (patterns).
+//! Depends on `palisade-protocols` (names, answers) and `palisade-model` (patterns).
 #![forbid(unsafe_code)]
 #![deny(
     clippy::unwrap_used,

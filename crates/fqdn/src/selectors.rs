@@ -1,6 +1,6 @@
 //! The toFQDNs selectors of a policy, compiled into one [`NameSet`].
 
-use palisade_policy::rule::FqdnPattern;
+use palisade_model::rule::FqdnPattern;
 use palisade_protocols::dns::{Name, NameSet, PatternError};
 
 /// Number of a toFQDNs selector. The policy compiler assigns it.

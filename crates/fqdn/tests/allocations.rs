@@ -8,7 +8,7 @@ use std::{
 };
 
 use palisade_fqdn::{Cache, Config, Flow, SelectorId, Selectors, TrackLimits, Tracker};
-use palisade_policy::rule::FqdnPattern;
+use palisade_model::rule::FqdnPattern;
 use palisade_protocols::dns::{
     Address, Answer, Limits, NameSet, Query, Question, Rcode, Source, first_message, reply,
 };

@@ -6,7 +6,7 @@ use palisade_fqdn::{
     Cache, ChangeKind, Config, EndpointId, ListedPrefixes, Millis, Pending, SavedName, SelectorId, Selectors,
     Special, Uncommitted, Update,
 };
-use palisade_policy::rule::FqdnPattern;
+use palisade_model::rule::FqdnPattern;
 use palisade_protocols::dns::{Address, Answer, Question, Source, rtype};
 
 const EVERYTHING: &[(u32, &str)] = &[(1, "*")];

@@ -11,7 +11,8 @@ use palisade_fqdn::{
     Cache, Change, ChangeKind, Config, EndpointId, Millis, Pending, SelectorId, Selectors,
     SniAddressIndex as Looked, Uncommitted, Update,
 };
-use palisade_policy::{l7::name_matches, rule::FqdnPattern};
+use palisade_model::rule::FqdnPattern;
+use palisade_policy::l7::name_matches;
 use palisade_protocols::dns::{Address, Answer, Question, Source, rtype};
 use proptest::prelude::*;
 

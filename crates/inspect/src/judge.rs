@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use palisade_abi::{Inspector, Reason};
-use palisade_policy::{
-    l7::{Denial, HttpOptions, HttpRequest, Judge, Request, passing_as},
+use palisade_model::{
+    request::{Denial, HttpOptions, HttpRequest, Judge, Request},
     snapshot::RuleSet,
 };
 use palisade_protocols::{
@@ -16,7 +16,7 @@ use palisade_protocols::{
 use crate::{
     Rules,
     http::{has_refused_body, status_of},
-    rules::{HttpRules, HttpScratch},
+    rules::HttpScratch,
     tls::judge_name,
 };
 
@@ -31,45 +31,52 @@ pub struct Inspectors {
 }
 
 impl Judge for Inspectors {
-    fn judge(&self, set: &Arc<RuleSet>, request: &Request, options: HttpOptions) -> Result<u32, Denial> {
+    fn judge(
+        &self,
+        set: &Arc<RuleSet>,
+        request: &Request,
+        options: HttpOptions,
+    ) -> Option<Result<u32, Denial>> {
         // The engine does not terminate TLS, so it reads none of the requests inside.
         let is_inside_tls = set.terminating_tls.is_some() || !set.server_names.is_empty();
         let is_read_as = |inspector: Inspector| set.reads == inspector as u8 && !is_inside_tls;
         let rules = Rules::prepare(&BTreeMap::from([(SET, set.clone())]), None);
         match request {
             Request { http: Some(http), .. } if is_read_as(Inspector::Http) => {
-                let rules = rules.http(SET).ok_or(Denial::NoRule)?;
-                self.http(rules, http, options)
+                Some(self.http(&rules, http, options))
             }
-            Request { tls: Some(name), .. } if is_read_as(Inspector::Tls) => {
-                let rules = rules.tls(SET).ok_or(Denial::NoRule)?;
-                let name = match name.as_str() {
-                    "" => ServerName::Missing,
-                    host => ServerName::of_host(host.as_bytes())
-                        .map_err(|refusal| refused(refusal.text(), "its connection is reset".into()))?,
-                };
-                // The address is taken for one that the endpoint has learned by this name.
-                judge_name(&name, rules, true).map_err(|reason| match reason {
-                    Reason::AppDenied => Denial::NoRule,
-                    other => refused(other.text(), "its connection is reset".into()),
-                })
-            }
-            Request { dns: Some(name), .. } if is_read_as(Inspector::Dns) => {
-                let rules = rules.dns(SET).ok_or(Denial::NoRule)?;
-                let name: Name = name
-                    .parse()
-                    .map_err(|_| refused("no name that a query can hold", "no client can send it".into()))?;
-                rules.judge(&name).ok_or(Denial::NoRule)
-            }
-            _ => passing_as(set, request, options.paths)
-                .map(|alternative| alternative.rule)
-                .ok_or(Denial::NoRule),
+            Request { tls: Some(name), .. } if is_read_as(Inspector::Tls) => Some(server_name(&rules, name)),
+            Request { dns: Some(name), .. } if is_read_as(Inspector::Dns) => Some(dns_name(&rules, name)),
+            _ => None,
         }
     }
 }
 
+fn server_name(rules: &Rules, name: &str) -> Result<u32, Denial> {
+    let rules = rules.tls(SET).ok_or(Denial::NoRule)?;
+    let name = match name {
+        "" => ServerName::Missing,
+        host => ServerName::of_host(host.as_bytes())
+            .map_err(|refusal| refused(refusal.text(), "its connection is reset".into()))?,
+    };
+    // The address is taken for one that the endpoint has learned by this name.
+    judge_name(&name, rules, true).map_err(|reason| match reason {
+        Reason::AppDenied => Denial::NoRule,
+        other => refused(other.text(), "its connection is reset".into()),
+    })
+}
+
+fn dns_name(rules: &Rules, name: &str) -> Result<u32, Denial> {
+    let rules = rules.dns(SET).ok_or(Denial::NoRule)?;
+    let name: Name = name
+        .parse()
+        .map_err(|_| refused("no name that a query can hold", "no client can send it".into()))?;
+    rules.judge(&name).ok_or(Denial::NoRule)
+}
+
 impl Inspectors {
-    fn http(&self, rules: &HttpRules, http: &HttpRequest, options: HttpOptions) -> Result<u32, Denial> {
+    fn http(&self, rules: &Rules, http: &HttpRequest, options: HttpOptions) -> Result<u32, Denial> {
+        let rules = rules.http(SET).ok_or(Denial::NoRule)?;
         let malformed = |refusal: ParseError| {
             let becomes = match status_of(refusal, false) {
                 Some(status) => format!("it is answered {status}"),
@@ -131,8 +138,8 @@ fn head_of(http: &HttpRequest) -> Result<String, ParseError> {
 
 #[cfg(test)]
 mod tests {
-    use palisade_policy::{
-        l7::{GetBodies, Paths},
+    use palisade_model::{
+        request::{GetBodies, Paths},
         rule::{FqdnPattern, HttpRule},
         snapshot::{Alternative, Matcher},
     };
@@ -172,7 +179,9 @@ mod tests {
             paths: Paths::Both,
             get_bodies: bodies,
         };
-        Inspectors::default().judge(&set(Inspector::Http, Matcher::Http(rule)), &request, options)
+        Inspectors::default()
+            .judge(&set(Inspector::Http, Matcher::Http(rule)), &request, options)
+            .expect("the HTTP inspector reads it")
     }
 
     fn refusal(refusal: ParseError, status: u16) -> Result<u32, Denial> {
@@ -263,7 +272,9 @@ mod tests {
     fn names_are_judged_as_in_queries_and_hellos() {
         let pattern = FqdnPattern::Pattern("*.example.com".into());
         let asks = |reads: Inspector, matcher: Matcher, request: Request| {
-            Inspectors::default().judge(&set(reads, matcher), &request, HttpOptions::default())
+            Inspectors::default()
+                .judge(&set(reads, matcher), &request, HttpOptions::default())
+                .expect("an inspector reads it")
         };
         let query = |name: &str| {
             let request = Request {

@@ -5,7 +5,7 @@
 //! number, bytes and time. The sink also receives packets that the engine builds, commit requests for DNS answers, and
 //! records.
 //!
-//! Depends on `palisade-packet`, `palisade-protocols`, `palisade-fqdn` and `palisade-policy` (rule sets). Start at
+//! Depends on `palisade-packet`, `palisade-protocols`, `palisade-fqdn` and `palisade-model` (rule sets). Start at
 //! [`Engine::packet`]. [`Rules`] is the prepared form of the rule sets, [`Sink`] is the trait that a caller implements.
 #![forbid(unsafe_code)]
 #![deny(

@@ -18,11 +18,11 @@ use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, punt_hook};
 use palisade_inspect::{
     CommitRequest, Engine, HttpScratch, Limits, PacketView, Paths, Route, Rules, Sink, record::Record,
 };
-use palisade_packet::{Packet, Start, decode};
-use palisade_policy::{
+use palisade_model::{
     rule::HttpRule,
     snapshot::{Alternative, Matcher, RuleSet},
 };
+use palisade_packet::{Packet, Start, decode};
 use palisade_protocols::http1::{HeaderBuffer, Request};
 
 struct Counting;

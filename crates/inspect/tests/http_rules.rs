@@ -4,11 +4,12 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use palisade_abi::Inspector;
 use palisade_inspect::{HttpDenial, HttpScratch, HttpVerdict, Paths, Rules};
-use palisade_policy::{
-    l7::{self, HttpRequest},
+use palisade_model::{
+    request::{self, HttpRequest},
     rule::{FqdnPattern, HeaderMatch, HttpRule, MismatchAction},
     snapshot::{Alternative, Matcher, RuleSet},
 };
+use palisade_policy::l7;
 use palisade_protocols::http1::{HeaderBuffer, PathError, Request};
 use proptest::{collection::vec, option, prelude::*, sample::select};
 
@@ -276,9 +277,9 @@ fn heads() -> impl Strategy<Value = String> {
 }
 
 /// The facts of a case file.
-fn facts(request: &Request<'_>) -> l7::Request {
+fn facts(request: &Request<'_>) -> request::Request {
     let text = |value: &[u8]| String::from_utf8(value.to_vec()).unwrap();
-    l7::Request {
+    request::Request {
         http: Some(HttpRequest {
             method: request.method.into(),
             path: request.path.into(),
@@ -290,7 +291,7 @@ fn facts(request: &Request<'_>) -> l7::Request {
                 .collect(),
             is_http10: request.version == 0,
         }),
-        ..l7::Request::default()
+        ..request::Request::default()
     }
 }
 

@@ -8,17 +8,20 @@ use std::{
 
 use ipnet::IpNet;
 use palisade_abi::{Decision, Direction, Identity, PolicyEntry, entry_flags, protocol};
+use palisade_model::{
+    diagnostic::{Diagnostic, Severity},
+    inventory::{Endpoint, Enforcement, NamedPort, NamedPorts, Options, Peer, World},
+    labels::{Labels, parse_label},
+    request::{Denial, GetBodies, HttpOptions, HttpRequest, Judge, KafkaRequest, Paths, Request},
+    snapshot::{Snapshot, inspector_name},
+};
 use serde::Deserialize;
 
 use crate::{
     compile::{Changes, Compiler, CompilerState, FileContent},
     conflict::possible_conflicts,
-    diagnostic::{Diagnostic, Severity},
-    l7::{Denial, GetBodies, HttpOptions, HttpRequest, Judge, KafkaRequest, Paths, Request},
-    labels::{Labels, parse_label},
+    l7::decide,
     parse::{parse_rules_json, yaml_to_json},
-    snapshot::{Snapshot, inspector_name},
-    world::{Endpoint, Enforcement, NamedPort, NamedPorts, Options, Peer, World},
 };
 
 /// What came of a case file.
@@ -515,7 +518,7 @@ fn outcome(
                     Some("the traffic is read as another protocol"),
                 );
             }
-            match judge.judge(set, request, options) {
+            match decide(judge, set, request, options) {
                 Ok(rule) => ("allow".into(), rule, None),
                 // In audit mode, what no application rule allows passes too.
                 Err(Denial::NoRule) => (denied(), entry.rule, None),

@@ -6,14 +6,16 @@ use std::{
 };
 
 use palisade_abi::{Direction, protocol};
-
-use crate::{
-    compile::{problem, section_rules, sections_of},
+use palisade_model::{
     diagnostic::Diagnostic,
     rule::{
         Entity, L4Protocol, LabelSource, Location, Peer, Peers, Policy, PortSpec, Ports, Requirement, Spec,
         Subject as SpecSubject, Test,
     },
+};
+
+use crate::{
+    compile::{problem, section_rules, sections_of},
     select::Meaning,
     table::Reading,
 };
@@ -266,8 +268,10 @@ fn can_overlap(a: &SpecSubject, b: &SpecSubject) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use palisade_model::rule::Selector;
+
     use super::*;
-    use crate::{parse::parse_rules_json, rule::Selector};
+    use crate::parse::parse_rules_json;
 
     /// Two toPorts entries of two rules about the same peers; what is wrong with them together.
     fn together(a: &str, b: &str) -> Vec<String> {

@@ -6,140 +6,39 @@
 use std::{cell::RefCell, collections::HashMap, net::IpAddr, sync::Arc};
 
 use palisade_abi::Inspector;
-use regex::bytes::Regex;
-
-use crate::{
-    parse::http_regex,
-    path::resolved,
+use palisade_model::{
+    request::{Denial, HttpOptions, HttpRequest, Judge, KafkaRequest, Paths, Request},
     rule::{FqdnPattern, HttpRule, KafkaRule, MismatchAction},
     snapshot::{Alternative, Matcher, RuleSet},
 };
-
-/// What is known of a request.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Request {
-    /// An HTTP request.
-    pub http: Option<HttpRequest>,
-    /// The name that a DNS query asks for.
-    pub dns: Option<String>,
-    /// The server name of a TLS ClientHello.
-    pub tls: Option<String>,
-    /// A Kafka request.
-    pub kafka: Option<KafkaRequest>,
-}
-
-impl Request {
-    /// The [`Inspector`] that reads such a request.
-    #[must_use]
-    pub const fn inspector(&self) -> u8 {
-        let inspector = match self {
-            Self { http: Some(_), .. } => Inspector::Http,
-            Self { tls: Some(_), .. } => Inspector::Tls,
-            Self { dns: Some(_), .. } => Inspector::Dns,
-            Self { kafka: Some(_), .. } => Inspector::Kafka,
-            _ => Inspector::None,
-        };
-        inspector as u8
-    }
-
-    /// Whether nothing is known.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        *self == Self::default()
-    }
-}
-
-/// An HTTP request.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct HttpRequest {
-    /// Method.
-    pub method: String,
-    /// Path with query.
-    pub path: String,
-    /// Host or authority.
-    pub host: String,
-    /// Header fields.
-    pub headers: Vec<(String, String)>,
-    /// HTTP/1.0; else HTTP/1.1.
-    pub is_http10: bool,
-}
-
-/// A Kafka request.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct KafkaRequest {
-    /// API key.
-    pub api_key: i16,
-    /// API version.
-    pub api_version: Option<i16>,
-    /// Client id.
-    pub client_id: Option<String>,
-    /// Topics that it is about; each must be allowed.
-    pub topics: Vec<String>,
-}
-
-/// In which form the path of a request is judged.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Paths {
-    /// As sent, and as a server would resolve it: a rule must allow both.
-    #[default]
-    Both,
-    /// As sent only.
-    Raw,
-}
-
-/// What becomes of a request whose method has no body for many servers (GET, HEAD, DELETE, TRACE, OPTIONS, CONNECT), and
-/// which has one.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum GetBodies {
-    /// Refused, unless a rule that allows the request names `Content-Length` or `Transfer-Encoding`.
-    #[default]
-    Refuse,
-    /// Judged like any other.
-    Allow,
-}
-
-/// What the configuration says about the judgement of HTTP requests.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct HttpOptions {
-    /// In which form a path is judged.
-    pub paths: Paths,
-    /// Whether a GET may have a body.
-    pub get_bodies: GetBodies,
-}
-
-/// Why a described request does not pass.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Denial {
-    /// No rule allows it.
-    NoRule,
-    /// Whatever the rules say: it is malformed, or two receivers could read it differently.
-    Refused {
-        /// What is wrong with it.
-        why: &'static str,
-        /// What its sender sees.
-        becomes: String,
-    },
-}
-
-/// Judges described requests by the application rules of an entry, as the inspector of the traffic does.
-pub trait Judge {
-    /// Returns the rule that lets a request pass. The request is of the kind that `set` reads.
-    ///
-    /// # Errors
-    /// Why it does not pass.
-    fn judge(&self, set: &Arc<RuleSet>, request: &Request, options: HttpOptions) -> Result<u32, Denial>;
-}
+use palisade_protocols::http1::{re2, resolved};
+use regex::bytes::Regex;
 
 /// The rules in their plainest form ([`passing_as`]); it knows nothing of malformed requests.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Plain;
 
 impl Judge for Plain {
-    fn judge(&self, set: &Arc<RuleSet>, request: &Request, options: HttpOptions) -> Result<u32, Denial> {
+    fn judge(&self, _: &Arc<RuleSet>, _: &Request, _: HttpOptions) -> Option<Result<u32, Denial>> {
+        None
+    }
+}
+
+/// Returns the rule that allows a request: by `judge`, or by [`passing_as`] if no inspector reads such traffic.
+///
+/// # Errors
+/// Why the request is denied.
+pub(crate) fn decide(
+    judge: &dyn Judge,
+    set: &Arc<RuleSet>,
+    request: &Request,
+    options: HttpOptions,
+) -> Result<u32, Denial> {
+    judge.judge(set, request, options).unwrap_or_else(|| {
         passing_as(set, request, options.paths)
             .map(|alternative| alternative.rule)
             .ok_or(Denial::NoRule)
-    }
+    })
 }
 
 /// The first alternative that lets the request pass.
@@ -348,7 +247,7 @@ fn full_match(pattern: &str, text: &[u8]) -> bool {
         }
         known
             .entry(pattern.to_owned())
-            .or_insert_with(|| http_regex(pattern).ok())
+            .or_insert_with(|| re2::compile(pattern).ok())
             .as_ref()
             .is_some_and(|regex| regex.is_match(text))
     })
@@ -356,8 +255,9 @@ fn full_match(pattern: &str, text: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use palisade_model::rule::HeaderMatch;
+
     use super::*;
-    use crate::rule::HeaderMatch;
 
     fn set(matchers: Vec<Matcher>) -> RuleSet {
         let reads = match matchers.first() {

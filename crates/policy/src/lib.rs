@@ -8,8 +8,10 @@
 //!
 //! Pure: no I/O, no maps, no clock. The same compiler answers `palisade policy test` and fills the maps.
 //!
-//! Depends on `palisade-abi`. Start at [`compile::Compiler`]; its input are the [`rule`] types that [`parse`] makes, its
-//! output a [`snapshot::Snapshot`], from one of which to the next [`plan::plan`] leads.
+//! Depends on `palisade-model`, which holds the types at both ends, and on `palisade-protocols` for the paths and
+//! regular expressions of HTTP rules. Start at [`compile::Compiler`]: its input are the
+//! [`rule`](palisade_model::rule) types that [`parse`] makes, its output is a
+//! [`Snapshot`](palisade_model::snapshot::Snapshot). [`plan::plan`] leads from one snapshot to the next.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![warn(unreachable_pub)]
@@ -18,18 +20,10 @@ pub mod cases;
 pub mod classes;
 pub mod compile;
 mod conflict;
-pub mod diagnostic;
 pub mod identity;
 pub mod l7;
-pub mod labels;
-pub mod lookup;
-pub mod names;
 pub mod parse;
-pub mod path;
 pub mod plan;
-pub mod rule;
 mod select;
-pub mod snapshot;
 mod table;
 pub mod trace;
-pub mod world;

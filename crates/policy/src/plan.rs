@@ -28,83 +28,10 @@ use palisade_abi::{
     Addr, Class, EndpointState, Identity, IpcacheEntry, LearnedKey, PolicyEntry, PolicyKey, PrefixKey,
     endpoint_flags, identity,
 };
-
-use crate::snapshot::{Snapshot, Table, TableKey, differing};
-
-/// One step. The data path carries them out in their order; within a step each element is atomic by itself,
-/// and the elements may be written in any order.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Op {
-    /// Add or replace entries of the policy table.
-    PolicyPut(Vec<(PolicyKey, PolicyEntry)>),
-    /// Remove entries of the policy table. One that is not there is not an error.
-    PolicyDelete(Vec<PolicyKey>),
-    /// Store the class of slots ([`palisade_abi::class_slot`]).
-    ClassPut(Vec<(u32, Class)>),
-    /// Add or replace a full-length address.
-    AddressPut(Addr, IpcacheEntry),
-    /// Remove a full-length address.
-    AddressDelete(Addr),
-    /// Add or replace a prefix of the trie.
-    PrefixPut(PrefixKey, IpcacheEntry),
-    /// Remove a prefix of the trie.
-    PrefixDelete(PrefixKey),
-    /// Add or replace an address that an endpoint has learned.
-    LearnedPut(LearnedKey, Identity),
-    /// Remove an address that an endpoint had learned.
-    LearnedDelete(LearnedKey),
-    /// Store the state of an endpoint. All zero: the endpoint is gone (everything of it is dropped).
-    EndpointPut(u16, EndpointState),
-}
-
-/// What the maps hold, read back after a restart.
-#[derive(Clone, Debug, Default)]
-pub struct MapContents {
-    /// The ipcache map.
-    pub addresses: HashMap<Addr, IpcacheEntry>,
-    /// The prefix trie.
-    pub prefixes: HashMap<PrefixKey, IpcacheEntry>,
-    /// The class of every slot.
-    pub classes: Vec<Class>,
-    /// The policy map.
-    pub policy: Vec<(PolicyKey, PolicyEntry)>,
-    /// The endpoints that have a state.
-    pub endpoints: Vec<(u16, EndpointState)>,
-    /// The identity of unknown addresses, IPv4.
-    pub world_ipv4: Identity,
-    /// The same for IPv6.
-    pub world_ipv6: Identity,
-}
-
-impl Snapshot {
-    /// The state of maps that were read back: what to plan from after a restart. Give it to
-    /// [`Compiler::avoid`](crate::compile::Compiler::avoid) before the first update, so that the new tables have
-    /// policy ids and revisions of their own; the endpoints then stay enforced by what is there until they are switched.
-    #[must_use]
-    pub fn from_maps(contents: MapContents) -> Self {
-        let mut tables: BTreeMap<u32, Table> = BTreeMap::new();
-        for (key, entry) in contents.policy {
-            tables
-                .entry(key.policy)
-                .or_default()
-                .entries
-                .insert(TableKey::from(key), entry);
-        }
-        Self {
-            addresses: Arc::new(contents.addresses),
-            prefixes: Arc::new(contents.prefixes),
-            classes: Arc::new(contents.classes),
-            tables: tables
-                .into_iter()
-                .map(|(id, table)| (id, Arc::new(table)))
-                .collect(),
-            endpoints: contents.endpoints.into_iter().collect(),
-            world_ipv4: contents.world_ipv4,
-            world_ipv6: contents.world_ipv6,
-            ..Self::default()
-        }
-    }
-}
+use palisade_model::{
+    op::Op,
+    snapshot::{Snapshot, Table, TableKey, differing},
+};
 
 /// The steps from one state to another, in their order.
 ///

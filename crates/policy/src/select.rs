@@ -7,8 +7,7 @@ use std::{
 
 use ipnet::IpNet;
 use palisade_abi::Identity;
-
-use crate::{
+use palisade_model::{
     identity::cidr_of,
     labels::Labels,
     rule::{CidrGroup, CidrRule, Entity, FqdnPattern, Peer, Selector, Test},
@@ -104,11 +103,16 @@ impl Meaning {
 
 /// The labels of a group as selectors see them.
 fn group_labels(group: &CidrGroup) -> Labels {
-    Labels::new(group.labels.iter().map(|(key, value)| crate::rule::Label {
-        source: "cidrgroup".into(),
-        key: key.clone(),
-        value: value.clone(),
-    }))
+    Labels::new(
+        group
+            .labels
+            .iter()
+            .map(|(key, value)| palisade_model::rule::Label {
+                source: "cidrgroup".into(),
+                key: key.clone(),
+                value: value.clone(),
+            }),
+    )
 }
 
 fn normal_name(name: &str) -> String {
@@ -327,11 +331,12 @@ fn first_address(prefix: IpNet) -> (bool, u128) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::{
+    use palisade_model::{
         labels::parse_label,
         rule::{LabelSource, Requirement},
     };
+
+    use super::*;
 
     fn labels(texts: &[&str]) -> Labels {
         Labels::new(texts.iter().map(|text| parse_label(text)))

@@ -8,14 +8,16 @@ use std::{
 use palisade_abi::{
     CLASS_ANY, Class, Decision, Direction, Identity, Inspector, MatchKind, PolicyEntry, entry_flags, identity,
 };
+use palisade_model::{
+    learned_identities::SelectorNumber,
+    rule::{FqdnPattern, L7, L7Rules, Listener, TlsContext},
+    snapshot::{Alternative, Matcher, RuleSet, TableKey},
+};
 
 use crate::{
     classes::PortSet,
     compile::{LearnedIdentity, LearnedRows},
-    names::SelectorNumber,
-    rule::{FqdnPattern, L7, L7Rules, Listener, TlsContext},
     select::Meaning,
-    snapshot::{Alternative, Matcher, RuleSet, TableKey},
 };
 
 /// What is read on a port, ready to be merged.
@@ -102,7 +104,7 @@ impl Reading {
 
     /// What of a rule's reading cannot be combined with another's on the same peer and port, in words.
     pub(crate) fn conflict(&self, other: &Self) -> Option<String> {
-        let name = |reading: &Self| crate::snapshot::inspector_name(reading.kind as u8);
+        let name = |reading: &Self| palisade_model::snapshot::inspector_name(reading.kind as u8);
         // Server names can stand beside rules about what is inside, if that can be seen.
         let names = |reading: &Self| {
             let names = reading

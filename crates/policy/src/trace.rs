@@ -3,15 +3,18 @@
 use std::{borrow::Cow, fmt, net::IpAddr};
 
 use palisade_abi::{Decision, Direction, Identity, PolicyEntry, entry_flags, protocol};
+use palisade_model::{
+    inventory::Enforcement,
+    labels::Labels,
+    learned_identities::{Names, SelectorNumber},
+    request::{Denial, HttpOptions, Judge, Request},
+    snapshot::{RuleKey, inspector_name},
+};
 use serde::Serialize;
 
 use crate::{
     compile::Compiler,
-    l7::{Denial, HttpOptions, Judge, Request, name_matches},
-    labels::Labels,
-    names::{Names, SelectorNumber},
-    snapshot::{RuleKey, inspector_name},
-    world::Enforcement,
+    l7::{decide, name_matches},
 };
 
 /// A packet that somebody asks about.
@@ -419,12 +422,10 @@ fn side(
                 let reads = inspector_name(reads);
                 Err(format!("it is read as {reads}, and {what} is none"))
             }
-            _ => judge
-                .judge(set, &question.request, question.http)
-                .map_err(|denial| match denial {
-                    Denial::NoRule => format!("no rule allows {what}; {}", becomes(&question.request)),
-                    Denial::Refused { why, becomes } => format!("{what} is refused: {why}; {becomes}"),
-                }),
+            _ => decide(judge, set, &question.request, question.http).map_err(|denial| match denial {
+                Denial::NoRule => format!("no rule allows {what}; {}", becomes(&question.request)),
+                Denial::Refused { why, becomes } => format!("{what} is refused: {why}; {becomes}"),
+            }),
         };
         (verdict, reason) = match judged {
             Ok(allowing) => {
@@ -565,14 +566,17 @@ mod tests {
     use std::collections::BTreeMap;
 
     use palisade_abi::Inspector;
+    use palisade_model::{
+        inventory::{Endpoint, World},
+        labels::parse_label,
+        request::HttpRequest,
+    };
 
     use super::*;
     use crate::{
         compile::{Changes, CompilerState, FileContent},
-        l7::{HttpRequest, Plain},
-        labels::parse_label,
+        l7::Plain,
         parse::parse,
-        world::{Endpoint, World},
     };
 
     const POLICY: &str = "\

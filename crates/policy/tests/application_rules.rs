@@ -3,13 +3,16 @@
 use std::collections::BTreeMap;
 
 use palisade_abi::{Decision, Direction, Inspector, PolicyEntry, endpoint_flags, entry_flags};
+use palisade_model::{
+    inventory::{Endpoint, Options, World},
+    labels::{Labels, parse_label},
+    request::{HttpRequest, Request},
+    snapshot::{Matcher, RuleKey, RuleSet},
+};
 use palisade_policy::{
     compile::{Changes, Compiler, CompilerState, FileContent},
-    l7::{HttpRequest, Request, passing},
-    labels::{Labels, parse_label},
+    l7::passing,
     parse::parse,
-    snapshot::{Matcher, RuleKey, RuleSet},
-    world::{Endpoint, Options, World},
 };
 
 fn endpoint(id: u16, app: &str) -> Endpoint {

@@ -6,15 +6,18 @@ use std::{
 };
 
 use palisade_abi::{Decision, Direction, endpoint_flags, identity};
-use palisade_policy::{
-    compile::{Changes, Compiler, CompilerState, FileContent},
+use palisade_model::{
+    inventory::{Endpoint, Peer, World},
     labels::{Labels, parse_label},
-    names::{LearnedSet, SelectorNumber},
-    parse::parse,
-    plan::{Op, plan},
+    learned_identities::{LearnedSet, SelectorNumber},
+    op::Op,
     rule::{self, FqdnPattern},
     snapshot::Snapshot,
-    world::{Endpoint, Peer, World},
+};
+use palisade_policy::{
+    compile::{Changes, Compiler, CompilerState, FileContent},
+    parse::parse,
+    plan::plan,
 };
 
 fn labels(texts: &[&str]) -> Labels {

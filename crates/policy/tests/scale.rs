@@ -7,13 +7,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+use palisade_model::{
+    inventory::{Endpoint, Options, Peer, World},
+    labels::{Labels, parse_label},
+    op::Op,
+    snapshot::Snapshot,
+};
 use palisade_policy::{
     compile::{Changes, Compiler, CompilerState, FileContent},
-    labels::{Labels, parse_label},
     parse::parse,
-    plan::{Op, plan},
-    snapshot::Snapshot,
-    world::{Endpoint, Options, Peer, World},
+    plan::plan,
 };
 
 fn labels(texts: &[String]) -> Labels {

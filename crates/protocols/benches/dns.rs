@@ -5,7 +5,7 @@ use std::{hint::black_box, path::Path};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use hickory_proto::op::Message;
-use palisade_policy::rule::FqdnPattern;
+use palisade_model::rule::FqdnPattern;
 use palisade_protocols::dns::{Answer, Limits, Name, NameSet, Query, Rcode, reply};
 
 fn corpus(file: &str) -> Vec<u8> {

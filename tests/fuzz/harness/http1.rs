@@ -2,7 +2,7 @@
 //!
 //! The first byte of the input says how the stream is cut.
 
-use palisade_policy::path::resolved;
+use palisade_protocols::http1::resolved;
 use palisade_protocols::http1::{
     Body, Chunks, Head, HeaderBuffer, Limits, ParseError, Piece, Request, Response,
 };

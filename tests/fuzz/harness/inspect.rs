@@ -11,11 +11,11 @@ use std::{
 
 use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, punt_flags, punt_hook};
 use palisade_inspect::{CommitRequest, Engine, Limits, PacketView, Route, Rules, Sink, record::Record};
-use palisade_packet::{Packet, Start, decode};
-use palisade_policy::{
+use palisade_model::{
     rule::FqdnPattern,
     snapshot::{Alternative, Matcher, RuleSet},
 };
+use palisade_packet::{Packet, Start, decode};
 
 /// What happens besides the frame: bits of the first byte.
 mod what {

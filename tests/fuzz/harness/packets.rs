@@ -4,11 +4,11 @@ use std::{collections::HashMap, sync::Arc};
 
 use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, flow_op, punt_hook};
 use palisade_inspect::{CommitRequest, Engine, PacketView, Route, Rules, Sink, record::Record};
-use palisade_packet::{Packet, Start, decode};
-use palisade_policy::{
+use palisade_model::{
     rule::{FqdnPattern, HttpRule},
     snapshot::{Alternative, Matcher, RuleSet},
 };
+use palisade_packet::{Packet, Start, decode};
 
 /// The set of HTTP rules: paths that begin with `/good`.
 pub const HTTP: u32 = 1;

@@ -14,7 +14,7 @@ use palisade_datapath::{
     Attachment, Connection, Datapath, End, Hook, HookKind, Limits, LocalEndpoints, Options, Progress, Role,
     TcMode, XdpMode,
 };
-use palisade_policy::plan::Op;
+use palisade_model::op::Op;
 use palisade_testbed::ns::{Ns, ensure_bpffs, pin_dir};
 
 pub const HOST_ENDPOINT: u16 = 1;

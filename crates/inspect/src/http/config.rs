@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use palisade_policy::l7::{GetBodies, Paths};
+use palisade_model::request::{GetBodies, Paths};
 use palisade_protocols::http1;
 
 use crate::tcp::{TcpLimits, TcpStats};

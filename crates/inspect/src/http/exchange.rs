@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, mem};
 
 use palisade_abi::{PuntRequest, Reason, punt_flags};
-use palisade_policy::l7::GetBodies;
+use palisade_model::request::GetBodies;
 use palisade_protocols::http1::{Body, Chunks, Head, HeaderBuffer, ParseError, Piece, Request, Response};
 
 use super::{

@@ -15,7 +15,7 @@ use crate::{
 pub use config::{HttpLimits, HttpStats};
 use exchange::{Flow, HttpStream};
 pub(crate) use exchange::{has_refused_body, status_of};
-pub use palisade_policy::l7::{GetBodies, Paths};
+pub use palisade_model::request::{GetBodies, Paths};
 
 pub(crate) struct Http<F> {
     limits: HttpLimits,

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use palisade_abi::{Inspector, PuntRequest, Reason};
-use palisade_policy::{
+use palisade_model::{
     rule::HttpRule,
     snapshot::{Alternative, Matcher, RuleSet},
 };

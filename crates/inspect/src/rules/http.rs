@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use palisade_policy::{
+use palisade_model::{
     rule::{HttpRule, MismatchAction},
     snapshot::{Matcher, RuleSet},
 };

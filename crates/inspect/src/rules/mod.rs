@@ -6,7 +6,7 @@ mod patterns;
 use std::{collections::BTreeMap, sync::Arc};
 
 use foldhash::HashMap;
-use palisade_policy::{
+use palisade_model::{
     rule::FqdnPattern,
     snapshot::{Matcher, RuleSet},
 };

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use palisade_policy::parse::http_pattern;
+use palisade_protocols::http1::re2;
 use regex_automata::{
     Anchored, Input, MatchKind,
     hybrid::dfa::{Cache, DFA},
@@ -191,7 +191,7 @@ impl Automaton {
 }
 
 fn parse(expression: &str) -> Result<Hir, String> {
-    let translated = http_pattern(expression)?;
+    let translated = re2::translate(expression)?;
     // As the `regex` crate reads it for texts of any bytes.
     let mut parser = ParserBuilder::new().utf8(false).build();
     parser.parse(&translated).map_err(|error| error.to_string())
@@ -281,7 +281,6 @@ impl<'a> Numbered<'a> {
 
 #[cfg(test)]
 mod tests {
-    use palisade_policy::parse::http_regex;
     use proptest::prelude::*;
 
     use super::*;
@@ -396,7 +395,7 @@ mod tests {
             expressions in prop::collection::vec(expression(), 1..8),
             texts in prop::collection::vec("[ab/A.é\n]{0,6}", 1..8),
         ) {
-            let alone: Vec<_> = expressions.iter().filter_map(|e| Some((e.as_str(), http_regex(e).ok()?))).collect();
+            let alone: Vec<_> = expressions.iter().filter_map(|e| Some((e.as_str(), re2::compile(e).ok()?))).collect();
             let fit: Vec<&str> = alone.iter().map(|(expression, _)| *expression).collect();
             let together = patterns(&fit);
             let mut memory = Memory::default();

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use palisade_abi::{Inspector, PuntRequest};
 use palisade_fqdn::{Cache, Config};
-use palisade_policy::{
+use palisade_model::{
     rule::FqdnPattern,
     snapshot::{Alternative, Matcher, RuleSet},
 };

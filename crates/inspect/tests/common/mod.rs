@@ -12,11 +12,11 @@ use palisade_inspect::{
     CommitRequest, Engine, Lease, Limits, Millis, PacketView, Route, Rules, Sink,
     record::{Record, Verdict, What},
 };
-use palisade_packet::{Packet, Start, decode};
-use palisade_policy::{
+use palisade_model::{
     rule::FqdnPattern,
     snapshot::{Alternative, Matcher, RuleSet},
 };
+use palisade_packet::{Packet, Start, decode};
 
 pub const IFINDEX: u32 = 7;
 /// Its rules: `allowed.test` by rule 41, `*.wild.test` by rule 42.

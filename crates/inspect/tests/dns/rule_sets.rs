@@ -51,8 +51,5 @@ fn a_pattern_that_cannot_be_prepared_matches_nothing_and_is_told() {
     assert_eq!(dns.judge(&"b.test".parse().unwrap()), Some(11));
     assert_eq!(dns.judge(&"a.test".parse().unwrap()), None);
     assert!(Arc::ptr_eq(rules.source(1).unwrap(), &sets[&1]));
-    assert!(matches!(
-        pattern("a"),
-        palisade_policy::rule::FqdnPattern::Name(_)
-    ));
+    assert!(matches!(pattern("a"), palisade_model::rule::FqdnPattern::Name(_)));
 }

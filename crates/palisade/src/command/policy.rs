@@ -9,12 +9,14 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use palisade_inspect::Inspectors;
+use palisade_model::{
+    diagnostic::{Diagnostic, Severity},
+    rule::{Location, Policy},
+};
 use palisade_policy::{
     cases::{self, Report},
     compile::{FileContent, ResourceName, already_there, conflicts},
-    diagnostic::{Diagnostic, Severity},
     parse::{Parsed, decode, parse},
-    rule::{Location, Policy},
 };
 
 use super::output::{EXIT_NO, EXIT_OK, load_config, show};

@@ -17,10 +17,10 @@ use ipnet::IpNet;
 pub use limit_option::{limit_hint, with_option};
 use palisade_abi::{ETHER_TYPES, MAX_WORKERS};
 use palisade_inspect::{Ech, GetBodies, Paths};
-use palisade_policy::{
+use palisade_model::{
+    inventory::{Enforcement, NamedPort, NamedPorts},
     labels::{self, Labels},
     rule::Label,
-    world::{Enforcement, NamedPort, NamedPorts},
 };
 use palisade_protocols::http1;
 use palisade_worker::Mode;

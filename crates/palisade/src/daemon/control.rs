@@ -21,10 +21,8 @@ use palisade_abi::{
 use palisade_datapath::{Datapath, Options, Rules, detach_all};
 use palisade_flowlog::Ring;
 use palisade_fqdn::{Cache, SniAddressIndex, Special};
-use palisade_policy::{
-    compile::{Compiler, CompilerState},
-    world::Enforcement,
-};
+use palisade_model::inventory::Enforcement;
+use palisade_policy::compile::{Compiler, CompilerState};
 use sd_notify::NotifyState;
 use serde_json::Value;
 use signal_hook::{

@@ -11,14 +11,16 @@ use ipnet::IpNet;
 use palisade_abi::{CLASS_ANY, Decision, Direction, Identity, entry_flags, identity};
 use palisade_datapath::{ApplyError, Datapath, Dump};
 use palisade_fqdn::{EndpointId, ListedPrefixes, SelectorId, Selectors};
+use palisade_model::{
+    inventory::{Endpoint, NamedPorts, Options, Peer, World},
+    labels::{Labels, reserved},
+    learned_identities::{LearnedSet, Names as Meanings, SelectorList},
+    rule::{FqdnPattern, Peer as RulePeer, Peers},
+    snapshot::{MapContents, RuleSet, Snapshot, TableKey},
+};
 use palisade_policy::{
     compile::{Changes, Compiler},
-    labels::{Labels, reserved},
-    names::{LearnedSet, Names as Meanings, SelectorList},
-    plan::{MapContents, plan},
-    rule::{FqdnPattern, Peer as RulePeer, Peers},
-    snapshot::{RuleSet, Snapshot, TableKey},
-    world::{Endpoint, NamedPorts, Options, Peer, World},
+    plan::plan,
 };
 use tracing::error;
 
@@ -59,7 +61,7 @@ impl Enforcer {
     /// Goes on from what the maps of a running node hold.
     pub fn new(mut compiler: Compiler, datapath: &Datapath) -> anyhow::Result<Self> {
         let in_maps = found(datapath.dump()?);
-        let learned = palisade_policy::snapshot::Learned {
+        let learned = palisade_model::snapshot::Learned {
             entries: datapath.learned()?.into_iter().collect(),
             ..Default::default()
         };
@@ -151,7 +153,7 @@ impl Enforcer {
     fn refuse(
         &mut self,
         name: &str,
-        problems: Vec<palisade_policy::diagnostic::Diagnostic>,
+        problems: Vec<palisade_model::diagnostic::Diagnostic>,
         files: &mut PolicyFiles,
     ) {
         let Some(kept) = files.rejected(name, problems) else {
@@ -269,7 +271,7 @@ impl Enforcer {
         to: &Snapshot,
         transition: &Transition,
     ) -> Result<bool, ApplyError> {
-        let with = |snapshot: &Snapshot, learned: &palisade_policy::snapshot::Learned| Snapshot {
+        let with = |snapshot: &Snapshot, learned: &palisade_model::snapshot::Learned| Snapshot {
             learned: learned.clone(),
             ..snapshot.clone()
         };

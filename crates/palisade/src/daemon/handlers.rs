@@ -20,14 +20,16 @@ use palisade_datapath::{Datapath, MapError, monotonic_coarse};
 use palisade_flowlog::{FilterBuilder, Next, Ordered, Ring, Timestamp};
 use palisade_fqdn::{SelectorId, Selectors};
 use palisade_inspect::Inspectors;
-use palisade_policy::{
-    compile::Compiler,
-    l7::{self, HttpOptions},
-    parse::yaml_to_json,
+use palisade_model::{
+    inventory::{Endpoint as WorldEndpoint, Enforcement},
+    request::{self, HttpOptions},
     rule::{FqdnPattern, Peer, Policy},
     snapshot::{RuleKey, RulePlace, Snapshot, TableKey, inspector_name},
+};
+use palisade_policy::{
+    compile::Compiler,
+    parse::yaml_to_json,
     trace::{self, Outcome, Question},
-    world::{Endpoint as WorldEndpoint, Enforcement},
 };
 use palisade_protocols::dns::Name;
 use serde::Serialize;
@@ -601,9 +603,9 @@ pub fn trace(compiler: &Compiler, config: &Config, request: &TraceRequest) -> Re
 }
 
 /// What the flow asks for, as policies judge it.
-fn asked(request: &TraceRequest) -> l7::Request {
-    l7::Request {
-        http: request.http.as_ref().map(|http| l7::HttpRequest {
+fn asked(request: &TraceRequest) -> request::Request {
+    request::Request {
+        http: request.http.as_ref().map(|http| request::HttpRequest {
             method: http.method.clone(),
             path: http.path.clone(),
             host: http.host.clone(),
@@ -932,14 +934,14 @@ impl Control {
     }
 }
 
-fn peers_of(spec: &palisade_policy::rule::Spec) -> impl Iterator<Item = &Peer> {
+fn peers_of(spec: &palisade_model::rule::Spec) -> impl Iterator<Item = &Peer> {
     [&spec.ingress, &spec.ingress_deny, &spec.egress, &spec.egress_deny]
         .into_iter()
         .flatten()
         .flatten()
         .flat_map(|rule| match &rule.peers {
-            palisade_policy::rule::Peers::OneOf(peers) => peers.as_slice(),
-            palisade_policy::rule::Peers::Any | palisade_policy::rule::Peers::Nobody => &[],
+            palisade_model::rule::Peers::OneOf(peers) => peers.as_slice(),
+            palisade_model::rule::Peers::Any | palisade_model::rule::Peers::Nobody => &[],
         })
 }
 
@@ -1009,7 +1011,8 @@ fn full_name(endpoint: &WorldEndpoint) -> String {
 
 #[cfg(test)]
 mod tests {
-    use palisade_policy::{parse::parse, snapshot::Section};
+    use palisade_model::snapshot::Section;
+    use palisade_policy::parse::parse;
 
     use super::*;
 

@@ -7,7 +7,7 @@ use palisade_datapath::{
     Attached, Attachment, Datapath, Hook, HookKind, LocalEndpoints, Role, Rules, TcMode, XdpMode,
     connections, connections_of_netns, monotonic_coarse, seeds,
 };
-use palisade_policy::world::World;
+use palisade_model::inventory::World;
 use tracing::{error, info, warn};
 
 use super::{
@@ -443,7 +443,7 @@ fn seed(datapath: &Datapath, config: &Config, world: &World) {
     });
     for endpoint in &config.endpoints {
         let Some(netns) = &endpoint.netns else { continue };
-        let same = |known: &&palisade_policy::world::Endpoint| {
+        let same = |known: &&palisade_model::inventory::Endpoint| {
             (&known.name, &known.namespace) == (&endpoint.name, &endpoint.namespace)
         };
         let Some(known) = world.endpoints.iter().find(same) else {

@@ -7,11 +7,13 @@ use std::{
     sync::Arc,
 };
 
+use palisade_model::{
+    diagnostic::{Diagnostic, Severity},
+    rule::{Location, Policy},
+};
 use palisade_policy::{
     compile::{FileContent, ResourceName, already_there},
-    diagnostic::{Diagnostic, Severity},
     parse::{Parsed, decode, is_blank, parse},
-    rule::{Location, Policy},
 };
 use tracing::{error, info, warn};
 

@@ -1,7 +1,7 @@
 //! Peers of rules in words, as short as they can be written.
 
 use ipnet::IpNet;
-use palisade_policy::rule::{Entity, FqdnPattern, LabelSource, Peer, Requirement, Selector, Test};
+use palisade_model::rule::{Entity, FqdnPattern, LabelSource, Peer, Requirement, Selector, Test};
 
 /// A peer: `k8s:app=web,tier in (a, b)`, `cidr:10.0.0.0/8 except 10.1.0.0/16`, `entity:world`, ...
 pub fn peer_text(peer: &Peer) -> String {
@@ -75,7 +75,7 @@ const fn entity_name(entity: Entity) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use palisade_policy::rule::CidrRule;
+    use palisade_model::rule::CidrRule;
 
     use super::*;
 

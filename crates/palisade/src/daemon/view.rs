@@ -9,10 +9,10 @@ use std::{
 use ipnet::IpNet;
 use palisade_abi::{CLASS_ANY, CLASS_SLOTS, Class, Identity, protocol};
 use palisade_flowlog::{Names as FlowNames, Owner, RuleInfo as FlowRule, flow::Policy as FlowPolicy};
-use palisade_policy::{
+use palisade_model::{
+    inventory::World,
     rule::PolicyKind,
     snapshot::{RuleInfo, RuleKey, Snapshot},
-    world::World,
 };
 
 use super::fqdn::FqdnManager;

@@ -17,7 +17,7 @@ use anyhow::Context as _;
 use palisade_abi::{Config as DatapathConfig, Inspector, Reason, config_flags};
 use palisade_datapath::{Attached, Datapath, HookKind, PuntLink, monotonic_coarse};
 use palisade_inspect::{Denial, Engine, Limits, Millis, Rules, SniAddressIndex, commit::CommitReceiver};
-use palisade_policy::snapshot::RuleSet;
+use palisade_model::snapshot::RuleSet;
 use palisade_worker::{Counters, Handle, Metric, Mode, Pool, Receiver, Setup, State, TimedRecord};
 use palisade_xsk::{Config as SocketConfig, Socket};
 use tracing::{error, info};

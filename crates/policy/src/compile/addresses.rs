@@ -8,16 +8,16 @@ use std::{
 
 use ipnet::{IpNet, Ipv6Net};
 use palisade_abi::{Addr, Identity, IpcacheEntry, PrefixKey, identity};
-
-use super::{Compiler, NamedPortOwners, Progress, UnitPeers, problem};
-use crate::{
+use palisade_model::{
     diagnostic::Diagnostic,
     identity::{cidr_label, prefix_labels},
+    inventory::World,
     labels::Labels,
     rule::Location,
-    select::Meaning,
-    world::World,
 };
+
+use super::{Compiler, NamedPortOwners, Progress, UnitPeers, problem};
+use crate::select::Meaning;
 
 /// Prefixes and addresses that the world names.
 #[derive(Clone, Debug, Default)]

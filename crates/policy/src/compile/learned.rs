@@ -9,18 +9,19 @@ use std::{
 };
 
 use palisade_abi::{Direction, Identity, PolicyEntry, PolicyKey};
-
-use super::{Compiler, Progress, problem, subject::Subject};
-use crate::{
+use palisade_model::{
     diagnostic::Diagnostic,
     identity::is_combined,
+    inventory::Enforcement,
     labels::Labels,
-    names::{LearnedSet, Names, SelectorList, SelectorNumber, Sets, learnable},
-    plan::{Op, plan},
+    learned_identities::{LearnedSet, Names, SelectorList, SelectorNumber, Sets, learnable},
+    op::Op,
     rule::{FqdnPattern, Label, Location},
     snapshot::TableKey,
-    world::Enforcement,
 };
+
+use super::{Compiler, Progress, problem, subject::Subject};
+use crate::plan::plan;
 
 /// What [`Compiler::learned`] came to.
 #[derive(Clone, Debug, Default)]
@@ -481,7 +482,7 @@ impl Compiler {
     }
 
     /// What the snapshot says about names.
-    pub(super) fn finish_names(&mut self, before: &crate::snapshot::Snapshot) {
+    pub(super) fn finish_names(&mut self, before: &palisade_model::snapshot::Snapshot) {
         // Selectors that no rule uses any more; their numbers never come back.
         let used: HashSet<SelectorNumber> = self
             .specs

@@ -11,23 +11,25 @@ use std::{
 
 use ipnet::IpNet;
 use palisade_abi::{Direction, Identity};
-use serde::{Deserialize, Serialize};
-
-use crate::{
-    classes::Classes,
+use palisade_model::{
     diagnostic::{Diagnostic, Severity},
-    identity::{Allocator, AllocatorState},
+    inventory::{Enforcement, World},
     labels::Labels,
-    names::SelectorNumber,
-    parse::http_cost,
+    learned_identities::SelectorNumber,
     rule::{
         CidrGroup, L7Rules, Location, Peer, Peers, Policy, PolicyKind, Ports, Rule, Selector, Spec,
         Subject as SpecSubject,
     },
-    select::{Known, Meaning},
     snapshot::{RuleInfo, RuleKey, RulePlace, Section, Snapshot},
+};
+use palisade_protocols::http1::re2;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    classes::Classes,
+    identity::{Allocator, AllocatorState},
+    select::{Known, Meaning},
     table::Members,
-    world::{Enforcement, World},
 };
 
 mod addresses;
@@ -400,7 +402,10 @@ impl Compiler {
                     _ if rule.denies => "deny".to_owned(),
                     _ if rule.auth_required => "authenticate".to_owned(),
                     Some(reading) => {
-                        format!("inspect {}", crate::snapshot::inspector_name(reading.kind as u8))
+                        format!(
+                            "inspect {}",
+                            palisade_model::snapshot::inspector_name(reading.kind as u8)
+                        )
                     }
                     None => "allow".to_owned(),
                 };
@@ -612,7 +617,7 @@ impl Compiler {
             let cost = match self.expressions.get(pattern) {
                 Some(cost) => *cost,
                 None => {
-                    let cost = http_cost(pattern).unwrap_or(0);
+                    let cost = re2::cost(pattern).unwrap_or(0);
                     self.expressions.insert(pattern.clone(), cost);
                     cost
                 }

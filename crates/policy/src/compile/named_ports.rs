@@ -6,8 +6,7 @@ use std::{
 };
 
 use palisade_abi::Identity;
-
-use crate::world::{NamedPort, NamedPorts};
+use palisade_model::inventory::{NamedPort, NamedPorts};
 
 /// Ports by name over all endpoints and peers, with the identities of those that have them.
 #[derive(Clone, Debug, Default)]

@@ -6,10 +6,9 @@ use std::{
     sync::Arc,
 };
 
-use crate::{
-    snapshot::{RuleInfo, RuleSet},
-    table::RuleSets,
-};
+use palisade_model::snapshot::{RuleInfo, RuleSet};
+
+use crate::table::RuleSets;
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct RuleIds {

@@ -6,11 +6,9 @@ use std::{
 };
 
 use palisade_abi::Identity;
+use palisade_model::rule::{CidrGroup, Peer};
 
-use crate::{
-    rule::{CidrGroup, Peer},
-    select::{Known, Meaning},
-};
+use crate::select::{Known, Meaning};
 
 /// The identities that each distinct peer means.
 #[derive(Clone, Debug, Default)]

@@ -7,11 +7,12 @@ use std::{
     sync::Arc,
 };
 
-use super::{Compiler, FileContent, problem};
-use crate::{
+use palisade_model::{
     diagnostic::Diagnostic,
     rule::{Location, PolicyKind},
 };
+
+use super::{Compiler, FileContent, problem};
 
 /// What may be there only once: a kind of resource with its namespace and name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

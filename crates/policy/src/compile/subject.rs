@@ -8,6 +8,13 @@ use std::{
 use palisade_abi::{
     Class, Direction, EndpointState, Identity, PolicyEntry, endpoint_flags, identity, protocol,
 };
+use palisade_model::{
+    diagnostic::{Diagnostic, Severity},
+    inventory::{Enforcement, NamedPorts},
+    labels::Labels,
+    rule::{Entity, L4Protocol, Location, Peer, PolicyKind, PortSpec, Ports, Selector, Spec},
+    snapshot::{RuleInfo, RuleKey, Section, Snapshot, Table, TableKey, differing},
+};
 
 use super::{
     Compiler, MAX_ENDPOINT_EXPRESSIONS, Progress, SECTIONS, SpecKey, SpecUnit, SubjectNames, UnitPeers,
@@ -16,13 +23,8 @@ use super::{
 use crate::{
     classes::PortSet,
     conflict::ConflictFinder,
-    diagnostic::{Diagnostic, Severity},
-    labels::Labels,
-    rule::{Entity, L4Protocol, Location, Peer, PolicyKind, PortSpec, Ports, Selector, Spec},
     select::Meaning,
-    snapshot::{RuleInfo, RuleKey, Section, Snapshot, Table, TableKey, differing},
     table::{Builder, Learned, Member, Members, Otherwise, Reading, TablePorts, TableRule},
-    world::{Enforcement, NamedPorts},
 };
 
 /// Endpoints that policies cannot tell apart.
@@ -366,7 +368,7 @@ impl Compiler {
             return Vec::new();
         };
         let units = self.specs.values().filter(|unit| {
-            unit.subjects.is_empty() && matches!(unit.spec().subject, crate::rule::Subject::Node(_))
+            unit.subjects.is_empty() && matches!(unit.spec().subject, palisade_model::rule::Subject::Node(_))
         });
         units
             .map(|unit| Diagnostic {

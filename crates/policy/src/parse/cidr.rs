@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use palisade_model::rule::{CidrRule, Peer};
 
 use super::{
     names::is_dns_subdomain,
@@ -10,7 +11,6 @@ use super::{
     reader::{At, Object},
     selector::{self, Keys},
 };
-use crate::rule::{CidrRule, Peer};
 
 /// `ADDRESS/LENGTH` as it was written: the address may have bits below the length.
 #[derive(Clone, Copy)]

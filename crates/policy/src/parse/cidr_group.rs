@@ -1,7 +1,8 @@
 //! CiliumCIDRGroup: prefixes under a name.
 
+use palisade_model::rule::CidrGroup;
+
 use super::{cidr::net, metadata::Metadata, reader::At};
-use crate::rule::CidrGroup;
 
 /// Reads the spec of a group.
 pub(super) fn read(document: At<'_>, spec: At<'_>, metadata: Metadata<'_>) -> Option<CidrGroup> {

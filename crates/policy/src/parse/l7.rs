@@ -1,14 +1,15 @@
 //! Application rules: what stands beside `ports` in an entry of toPorts.
 
+use palisade_model::rule::{
+    FqdnPattern, HeaderMatch, HttpRule, KafkaRule, L7, L7Rules, Listener, MismatchAction, PolicyKind,
+    TlsContext,
+};
+
 use super::{
     names::{host_name, names_no_host},
     node::quoted,
     reader::{At, Object, hint},
     rules::{Direction, Section},
-};
-use crate::rule::{
-    FqdnPattern, HeaderMatch, HttpRule, KafkaRule, L7, L7Rules, Listener, MismatchAction, PolicyKind,
-    TlsContext,
 };
 
 /// Reads the members of an entry that lets through.

@@ -2,13 +2,13 @@
 //!
 //! ```text
 //! YAML text ── yaml ──┐                     ┌─ spec ── rules ──┬─ peers ── selector, cidr
-//!                     ├─> node ── resource ─┼─ network_policy  └─ ports ── l7 ── re2
+//!                     ├─> node ── resource ─┼─ network_policy  └─ ports ── l7
 //! JSON value ─────────┘          (metadata) └─ cidr_group
 //! ```
 //!
 //! A tree whose every node knows its place is read with `reader`: members are taken by name, what nobody asked
 //! for is an unknown field. Reading goes on after an error, so that all of them are reported. What a policy of
-//! the language means is put into the form that [`rule`](crate::rule) documents: namespaces into selectors,
+//! the language means is put into the form that [`rule`](palisade_model::rule) documents: namespaces into selectors,
 //! empty forms into what they mean.
 
 mod cidr;
@@ -20,7 +20,6 @@ mod network_policy;
 mod node;
 mod peers;
 mod ports;
-mod re2;
 mod reader;
 mod resource;
 mod rules;
@@ -32,13 +31,12 @@ mod yaml;
 
 pub(crate) use l7::kafka_api_key;
 use node::Node;
-use reader::{At, Context};
-use resource::Resources;
-
-use crate::{
+use palisade_model::{
     diagnostic::{Diagnostic, Severity},
     rule::{CidrGroup, Policy, PolicyKind},
 };
+use reader::{At, Context};
+use resource::Resources;
 
 /// What was read from a file.
 ///
@@ -172,24 +170,6 @@ pub fn yaml_to_json(file: &str, text: &str) -> Result<Vec<serde_json::Value>, Ve
     } else {
         Err(context.into_diagnostics())
     }
-}
-
-/// Compiles a regular expression of an http rule: RE2 syntax, matching the whole of a text.
-pub fn http_regex(pattern: &str) -> Result<regex::bytes::Regex, String> {
-    re2::compile(pattern)
-}
-
-/// About how many states the automaton of an expression of an http rule has; `None` if it is no valid one.
-pub(crate) fn http_cost(pattern: &str) -> Option<usize> {
-    re2::cost(pattern).ok()
-}
-
-/// The same expression in the syntax of the `regex` crate, not yet bound to the ends of the text.
-///
-/// # Errors
-/// If it is none of RE2.
-pub fn http_pattern(pattern: &str) -> Result<String, String> {
-    re2::translate(pattern)
 }
 
 fn documents(context: &Context, text: &str) -> Vec<Node> {

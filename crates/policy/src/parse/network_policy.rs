@@ -1,5 +1,7 @@
 //! NetworkPolicy of networking.k8s.io/v1.
 
+use palisade_model::rule::{Entity, Peer, Peers, PolicyKind, Ports, Rule, Selector, Spec, Subject};
+
 use super::{
     cidr::ip_block,
     node::quoted,
@@ -7,7 +9,6 @@ use super::{
     reader::{At, Object, hint},
     selector::{self, Keys, Scope},
 };
-use crate::rule::{Entity, Peer, Peers, PolicyKind, Ports, Rule, Selector, Spec, Subject};
 
 /// Reads the spec of a NetworkPolicy.
 pub(super) fn spec(at: At<'_>, namespace: &str) -> Option<Spec> {

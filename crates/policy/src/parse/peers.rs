@@ -1,5 +1,7 @@
 //! Whom a rule is about: the from* and to* members.
 
+use palisade_model::rule::{CidrRule, Entity, Peer, Peers, Selector};
+
 use super::{
     cidr::{cidr_set_entry, net_or_address},
     l7::fqdn_selector,
@@ -8,7 +10,6 @@ use super::{
     rules::{Direction, Section},
     selector::{self, Keys},
 };
-use crate::rule::{CidrRule, Entity, Peer, Peers, Selector};
 
 /// The names of the members by direction.
 struct Names {

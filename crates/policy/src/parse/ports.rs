@@ -1,5 +1,7 @@
 //! Ports and protocols: `toPorts`, `icmps`, and the `ports` of a NetworkPolicy.
 
+use palisade_model::rule::{L4Protocol, L7, L7Rules, PortRule, PortSpec};
+
 use super::{
     l7,
     names::{is_service_name, port_number},
@@ -7,7 +9,6 @@ use super::{
     reader::{At, Object, hint, suggestion},
     rules::Section,
 };
-use crate::rule::{L4Protocol, L7, L7Rules, PortRule, PortSpec};
 
 /// The IP protocols of icmps.
 const ICMP: u8 = 1;

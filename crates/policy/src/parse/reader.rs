@@ -9,14 +9,18 @@ use std::{
     sync::Arc,
 };
 
-use super::{
-    node::{Entry, Node, Position, Value, quoted},
-    re2,
-};
-use crate::{
+use palisade_model::{
     diagnostic::{Diagnostic, Severity},
     rule::Location,
 };
+use palisade_protocols::http1::re2;
+
+use super::node::{Entry, Node, Position, Value, quoted};
+
+/// Bound on the cost of all regular expressions of one policy, in states ([`re2::cost`]).
+pub(super) const MAX_POLICY_COST: usize = 250_000;
+/// Bound on the cost of all regular expressions of one file, in states.
+const MAX_FILE_COST: usize = 2_000_000;
 
 /// What is common to everything that is read from one file: its name, and what was found wrong so far.
 pub(super) struct Context {
@@ -73,8 +77,7 @@ impl Context {
             return known.clone();
         }
         // Once the bound is reached, nothing more is read either.
-        let used_up =
-            expressions.of_policy > re2::MAX_POLICY_COST || expressions.of_file > re2::MAX_FILE_COST;
+        let used_up = expressions.of_policy > MAX_POLICY_COST || expressions.of_file > MAX_FILE_COST;
         let cost = if used_up { Ok(1) } else { re2::cost(pattern) };
         if cost.is_err() {
             expressions.of_policy = expressions.of_policy.saturating_add(2_000);
@@ -84,8 +87,8 @@ impl Context {
             expressions.of_policy = expressions.of_policy.saturating_add(cost);
             expressions.of_file = expressions.of_file.saturating_add(cost);
             for (sum, most, whose) in [
-                (expressions.of_policy, re2::MAX_POLICY_COST, "policy"),
-                (expressions.of_file, re2::MAX_FILE_COST, "file"),
+                (expressions.of_policy, MAX_POLICY_COST, "policy"),
+                (expressions.of_file, MAX_FILE_COST, "file"),
             ] {
                 if sum > most {
                     return Err(format!(
@@ -94,6 +97,8 @@ impl Context {
                     ));
                 }
             }
+            #[cfg(test)]
+            compiled::count(cost);
             re2::compile(pattern).map(drop)
         });
         expressions.known.insert(pattern.to_owned(), checked.clone());
@@ -125,6 +130,26 @@ impl Context {
         let mut diagnostics = self.diagnostics.into_inner();
         diagnostics.sort_by_key(|diagnostic| (diagnostic.location.line, diagnostic.location.column));
         diagnostics
+    }
+}
+
+/// Counts the states of compiled expressions: tests bound the work by this number, as the time depends on the load of
+/// the machine.
+#[cfg(test)]
+pub(super) mod compiled {
+    use std::cell::Cell;
+
+    thread_local! {
+        static STATES: Cell<usize> = const { Cell::new(0) };
+    }
+
+    pub(super) fn count(states: usize) {
+        STATES.set(STATES.get().saturating_add(states));
+    }
+
+    /// Returns the sum and resets it.
+    pub(in crate::parse) fn take() -> usize {
+        STATES.take()
     }
 }
 
@@ -564,7 +589,7 @@ mod tests {
         let context = Context::new("f");
         context.begin_policy();
         context.check_expression("/a.*").unwrap();
-        context.expressions.borrow_mut().of_policy = re2::MAX_POLICY_COST;
+        context.expressions.borrow_mut().of_policy = MAX_POLICY_COST;
         let error = context.check_expression("/b.*").unwrap_err();
         assert!(
             error.contains("of this policy up to here are too large together"),
@@ -574,7 +599,7 @@ mod tests {
         context.check_expression("/a.*").unwrap();
         context.begin_policy();
         context.check_expression("/c.*").unwrap();
-        context.expressions.borrow_mut().of_file = re2::MAX_FILE_COST;
+        context.expressions.borrow_mut().of_file = MAX_FILE_COST;
         let error = context.check_expression("/d.*").unwrap_err();
         assert!(
             error.contains("of this file up to here are too large together"),

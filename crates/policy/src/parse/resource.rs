@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use palisade_model::rule::{CidrGroup, Location, Policy, PolicyKind, Spec};
+
 use super::{
     Parsed, cidr_group,
     metadata::{self, Metadata},
@@ -10,7 +12,6 @@ use super::{
     reader::{At, Context, Object, suggestion},
     spec,
 };
-use crate::rule::{CidrGroup, Location, Policy, PolicyKind, Spec};
 
 /// The kinds that are read, with their groups and versions.
 const KINDS: [(&str, &str, &[&str]); 4] = [

@@ -1,15 +1,14 @@
 //! The rules of a section: peers, ports, authentication.
 
+use palisade_model::rule::{Peers, Ports, Rule};
+
 use super::{
     peers,
     ports::{icmp_rule, port_rule},
     reader::{At, hint},
     selector::Scope,
 };
-use crate::{
-    parse::node::quoted,
-    rule::{Peers, Ports, Rule},
-};
+use crate::parse::node::quoted;
 
 /// Which way a section looks.
 #[derive(Clone, Copy, PartialEq, Eq)]

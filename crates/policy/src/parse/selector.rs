@@ -1,11 +1,12 @@
 //! Label selectors, and the namespaces that are put into them.
 
+use palisade_model::rule::{LabelSource, PolicyKind, Requirement, Selector, Test};
+
 use super::{
     names::{check_label_key, check_label_value},
     node::quoted,
     reader::{At, hint},
 };
-use crate::rule::{LabelSource, PolicyKind, Requirement, Selector, Test};
 
 /// The label that says in which namespace an endpoint is.
 pub(super) const NAMESPACE: &str = "io.kubernetes.pod.namespace";

@@ -1,11 +1,12 @@
 //! `spec` of a CiliumNetworkPolicy or CiliumClusterwideNetworkPolicy, and the bare rules of case files.
 
+use palisade_model::rule::{PolicyKind, Rule, Spec, Subject};
+
 use super::{
     reader::{At, Object},
     rules::{self, Direction, Section},
     selector::{self, Keys, Scope},
 };
-use crate::rule::{PolicyKind, Rule, Spec, Subject};
 
 /// Reads a spec of a policy of this kind and namespace.
 pub(super) fn read(at: At<'_>, kind: PolicyKind, namespace: Option<&str>) -> Option<Spec> {

@@ -6,9 +6,9 @@ use palisade_abi::{
     Addr, CLASS_ANY, CLASS_SLOTS, Class, Decision, Direction, EndpointState, IpcacheEntry, LearnedKey,
     PolicyEntry, PolicyKey, PrefixKey, class_slot, class_slot_unknown_port, endpoint_flags, identity,
 };
-use palisade_policy::{
-    plan::{MapContents, Op},
-    snapshot::Snapshot,
+use palisade_model::{
+    op::Op,
+    snapshot::{MapContents, Snapshot},
 };
 
 use crate::random::Packet;

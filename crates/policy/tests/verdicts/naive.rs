@@ -7,15 +7,15 @@ use std::{
 
 use ipnet::IpNet;
 use palisade_abi::Direction;
-use palisade_policy::{
-    compile::FileContent,
+use palisade_model::{
+    inventory::{Endpoint, Enforcement, NamedPorts, World},
     labels::Labels,
     rule::{
         CidrGroup, CidrRule, Entity, FqdnPattern, L4Protocol, L7, L7Rules, LabelSource, Peer, Peers, Policy,
         PolicyKind, PortSpec, Ports, Requirement, Rule, Selector, Spec, Subject, Test,
     },
-    world::{Endpoint, Enforcement, NamedPorts, World},
 };
+use palisade_policy::compile::FileContent;
 
 use crate::random::{Fact, Packet};
 

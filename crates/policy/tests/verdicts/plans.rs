@@ -2,15 +2,19 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-use crate::{maps::Maps, random::Packet};
 use palisade_abi::{DIRECTIONS, Decision, Direction, PolicyEntry, entry_flags};
+use palisade_model::{
+    inventory::{Endpoint, Options, Peer, World},
+    labels::{Labels, parse_label},
+    op::Op,
+};
 use palisade_policy::{
     compile::{Changes, Compiler, CompilerState, FileContent},
-    labels::{Labels, parse_label},
     parse::parse,
-    plan::{Op, plan},
-    world::{Endpoint, Options, Peer, World},
+    plan::plan,
 };
+
+use crate::{maps::Maps, random::Packet};
 
 const ADDRESSES: [&str; 9] = [
     "10.0.0.2",

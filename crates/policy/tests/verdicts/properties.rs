@@ -5,24 +5,27 @@ use std::{
     net::IpAddr,
 };
 
-use crate::{
-    maps::Maps,
-    naive::{Judged, Naive, Verdict, name_fits},
-    random::{ADDRESSES, Fact, Packet, Tape, fact, file, files, packets, world},
-};
 use palisade_abi::{Decision, Direction, LearnedKey, PolicyEntry, entry_flags};
-use palisade_policy::{
-    compile::{Changes, Compiler, CompilerState, FileContent, LearnedUpdate},
-    names::LearnedSet,
-    plan::plan,
+use palisade_model::{
+    inventory::World,
+    learned_identities::LearnedSet,
     rule::{
         CidrRule, FqdnPattern, Location, Peer as RulePeer, Peers, Policy, PolicyKind, Ports, Rule, Selector,
         Spec, Subject,
     },
     snapshot::{RuleKey, Snapshot, inspector_name},
-    world::World,
+};
+use palisade_policy::{
+    compile::{Changes, Compiler, CompilerState, FileContent, LearnedUpdate},
+    plan::plan,
 };
 use proptest::prelude::*;
+
+use crate::{
+    maps::Maps,
+    naive::{Judged, Naive, Verdict, name_fits},
+    random::{ADDRESSES, Fact, Packet, Tape, fact, file, files, packets, world},
+};
 
 fn changes(world: Option<World>, files: &BTreeMap<String, FileContent>) -> Changes {
     Changes {

@@ -5,16 +5,16 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use ipnet::IpNet;
 use palisade_abi::Direction;
-use palisade_policy::{
-    compile::FileContent,
+use palisade_model::{
+    inventory::{self, Endpoint, Enforcement, NamedPort, Options, World},
     labels::{Labels, parse_label},
     rule::{
         CidrGroup, CidrRule, Entity, FqdnPattern, HttpRule, L4Protocol, L7, L7Rules, LabelSource, Location,
         Peer, Peers, Policy, PolicyKind, PortRule, PortSpec, Ports, Requirement, Rule, Selector, Spec,
         Subject, Test,
     },
-    world::{self, Endpoint, Enforcement, NamedPort, Options, World},
 };
+use palisade_policy::compile::FileContent;
 
 pub struct Tape<'a> {
     bytes: &'a [u8],
@@ -154,7 +154,7 @@ pub fn world(tape: &mut Tape<'_>) -> World {
     .enumerate()
     {
         if tape.pick(2) == 1 {
-            peers.push(world::Peer {
+            peers.push(inventory::Peer {
                 name: format!("p{number}"),
                 labels: labels(kinds),
                 named_ports: tape

@@ -6,7 +6,7 @@ use std::{
     hash::{Hash, Hasher},
 };
 
-use palisade_policy::rule::FqdnPattern;
+use palisade_model::rule::FqdnPattern;
 
 use super::name::{MAX_LABEL, Name, NameError};
 

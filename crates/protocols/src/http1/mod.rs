@@ -2,7 +2,7 @@
 //!
 //! [`Head`] finds the end of a head in a stream of segments. [`Request`] and [`Response`] parse a complete head.
 //! [`Chunks`] finds the end of a chunked body. [`resolved`] removes dot segments and escapes from a path as a server
-//! would.
+//! would. [`re2`] compiles the regular expressions of HTTP rules.
 //!
 //! If the inspector and the server disagreed about where a message ends, the client could hide a request from the
 //! inspector (request smuggling). So ambiguous messages are refused, even where an RFC lets the recipient repair them.
@@ -28,11 +28,13 @@
 mod chunked;
 mod head;
 mod message;
+mod path;
+pub mod re2;
 
 pub use chunked::{Chunks, Piece};
 pub use head::{Head, Limits};
 pub use message::{Body, HeaderBuffer, Headers, MAX_HEADERS, Request, Response, Target};
-pub use palisade_policy::path::{PathError, resolved};
+pub use path::{PathError, resolved};
 
 use strum::{Display, IntoStaticStr, VariantArray};
 

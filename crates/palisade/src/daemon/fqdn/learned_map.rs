@@ -14,7 +14,7 @@ use palisade_abi::{Identity, LearnedKey};
 use palisade_fqdn::{
     Cache, Change, ChangeKind, Committed, EndpointId, Pending, SelectorId, Uncommitted, Update,
 };
-use palisade_policy::snapshot::Learned;
+use palisade_model::snapshot::Learned;
 
 /// What was committed may lack something that came to be implied meanwhile; under one lock that happens once.
 const MAX_COMMIT_RETRIES: usize = 4;

@@ -1,12 +1,10 @@
 //! Case files: JSON without places.
 
+use palisade_model::rule::{Peers, PolicyKind, Subject};
 use serde_json::json;
 
 use super::errors_of;
-use crate::{
-    parse::{parse_rules_json, yaml_to_json},
-    rule::{Peers, PolicyKind, Subject},
-};
+use crate::parse::{parse_rules_json, yaml_to_json};
 
 /// Rules that the original rejects.
 #[test]
@@ -85,7 +83,7 @@ fn bare_rules_are_not_scoped() {
     let peers = &first.specs[0].ingress.as_ref().expect("a section")[0].peers;
     assert_eq!(
         *peers,
-        Peers::OneOf(vec![crate::rule::Peer::Labels(super::all([]))])
+        Peers::OneOf(vec![palisade_model::rule::Peer::Labels(super::all([]))])
     );
     assert_eq!(second.specs[0].subject, Subject::Node(super::all([])));
 }

@@ -9,7 +9,8 @@ use proptest::prelude::*;
 
 use super::{cnp, said};
 use crate::parse::{
-    parse, parse_rules_json, re2,
+    parse, parse_rules_json,
+    reader::{MAX_POLICY_COST, compiled},
     yaml::{MAX_ALIASED_NODES, work},
     yaml_to_json,
 };
@@ -29,14 +30,14 @@ fn on_cpu() -> Duration {
 #[track_caller]
 fn counted(text: &str) -> (Vec<String>, usize) {
     work::take();
-    re2::work::take();
+    compiled::take();
     let start = on_cpu();
     let said = said(text);
-    let (took, nodes, states) = (on_cpu() - start, work::take(), re2::work::take());
+    let (took, nodes, states) = (on_cpu() - start, work::take(), compiled::take());
     // Each node stands for a byte of the text at the least, and what is over the limit may be counted before it is refused.
     let most = text.len() + 3 * MAX_ALIASED_NODES;
     assert!(nodes <= most, "{nodes} nodes of {} bytes", text.len());
-    let most = re2::MAX_POLICY_COST + re2::MAX_COST;
+    let most = MAX_POLICY_COST + palisade_protocols::http1::re2::MAX_COST;
     assert!(states <= most, "{states} states");
     assert!(took < LONGEST, "{took:?} on a CPU");
     (said, states)

@@ -1,14 +1,13 @@
 //! What snippets of the language become.
 
-use super::{all, cnp, egress, in_namespace, is, port_rule, ports, requirement, spec};
-use crate::{
-    parse::parse,
-    rule::{
-        CidrRule, Entity, FqdnPattern, HeaderMatch, HttpRule, KafkaRule, L4Protocol, L7, L7Rules, Listener,
-        MismatchAction, Peer, Peers, PortRule, PortSpec, Ports, Requirement, Selector, Spec, Subject, Test,
-        TlsContext,
-    },
+use palisade_model::rule::{
+    CidrRule, Entity, FqdnPattern, HeaderMatch, HttpRule, KafkaRule, L4Protocol, L7, L7Rules, Listener,
+    MismatchAction, Peer, Peers, PortRule, PortSpec, Ports, Requirement, Selector, Spec, Subject, Test,
+    TlsContext,
 };
+
+use super::{all, cnp, egress, in_namespace, is, port_rule, ports, requirement, spec};
+use crate::parse::parse;
 
 fn ccnp(rest: &str) -> Spec {
     spec(&format!(

@@ -8,8 +8,9 @@ mod network_policy;
 mod resources;
 mod yaml;
 
+use palisade_model::rule::{LabelSource, PortRule, PortSpec, Requirement, Rule, Selector, Spec, Test};
+
 use super::{Parsed, parse};
-use crate::rule::{LabelSource, PortRule, PortSpec, Requirement, Rule, Selector, Spec, Test};
 
 /// A CiliumNetworkPolicy of the namespace `shop` for every endpoint, with `spec` as the rest of its spec.
 fn cnp(spec: &str) -> String {
@@ -55,7 +56,7 @@ fn egress(rule: &str) -> Rule {
 #[track_caller]
 fn port_rule(entry: &str) -> PortRule {
     match egress(&format!("toPorts: [{entry}]")).ports {
-        crate::rule::Ports::OneOf(mut rules) if rules.len() == 1 => rules.remove(0),
+        palisade_model::rule::Ports::OneOf(mut rules) if rules.len() == 1 => rules.remove(0),
         other => panic!("{other:?}"),
     }
 }

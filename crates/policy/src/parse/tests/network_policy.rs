@@ -1,9 +1,10 @@
 //! NetworkPolicy: what it means, what is refused.
 
-use super::{all, in_namespace, is, requirement, said, spec};
-use crate::rule::{
+use palisade_model::rule::{
     CidrRule, Entity, L4Protocol, L7, Peer, Peers, PortSpec, Ports, Rule, Spec, Subject, Test,
 };
+
+use super::{all, in_namespace, is, requirement, said, spec};
 
 fn text(spec: &str) -> String {
     format!(

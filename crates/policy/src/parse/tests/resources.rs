@@ -1,10 +1,9 @@
 //! Kinds, versions, metadata, lists.
 
+use palisade_model::rule::{PolicyKind, Subject};
+
 use super::{cnp, errors_of, is, said};
-use crate::{
-    parse::parse,
-    rule::{PolicyKind, Subject},
-};
+use crate::parse::parse;
 
 const SPEC: &str = "spec: {endpointSelector: {}, ingress: [{}]}\n";
 

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, sync::PoisonError};
 
 use palisade_fqdn::Config;
 use palisade_inspect::{CommitRequest, commit::commit_queue};
-use palisade_policy::rule::FqdnPattern;
+use palisade_model::rule::FqdnPattern;
 use palisade_protocols::dns::{Address, CLASS_IN, Question, Source as RecordSource, rtype};
 use proptest::prelude::*;
 

@@ -12,7 +12,7 @@ use std::{
 
 use palisade_abi::{Addr, Identity, IpcacheEntry, PrefixKey, identity};
 
-use crate::{lookup::mask, rule::FqdnPattern};
+use crate::rule::FqdnPattern;
 
 /// Number of a `toFQDNs` selector. The same as long as a rule uses it; never given away again.
 pub type SelectorNumber = u32;
@@ -40,23 +40,26 @@ pub const fn learnable(base: Identity) -> bool {
 }
 
 /// Identities of sets: by base, then by selectors.
-pub(crate) type Sets = HashMap<Identity, HashMap<Arc<[SelectorNumber]>, Identity>>;
+pub type Sets = HashMap<Identity, HashMap<Arc<[SelectorNumber]>, Identity>>;
 
 /// What is needed to tell who a learned address is. Cheap to copy, and made to be asked by another thread; it changes
 /// with the [`Snapshot`](crate::snapshot::Snapshot) that it belongs to.
 #[derive(Clone, Debug, Default)]
 pub struct Names {
-    pub(crate) addresses: Arc<HashMap<Addr, IpcacheEntry>>,
-    pub(crate) prefixes: Arc<HashMap<PrefixKey, IpcacheEntry>>,
+    /// Full-length addresses, as in the snapshot.
+    pub addresses: Arc<HashMap<Addr, IpcacheEntry>>,
+    /// Shorter prefixes, as in the snapshot.
+    pub prefixes: Arc<HashMap<PrefixKey, IpcacheEntry>>,
     /// The lengths that prefixes have, the longest first.
-    pub(crate) lengths: Arc<[u32]>,
-    pub(crate) worlds: [Identity; 2],
+    pub lengths: Arc<[u32]>,
+    /// Identities of addresses that no prefix contains: IPv4, IPv6.
+    pub worlds: [Identity; 2],
     /// The selectors that somebody uses.
-    pub(crate) selectors: Arc<BTreeSet<SelectorNumber>>,
+    pub selectors: Arc<BTreeSet<SelectorNumber>>,
     /// Sets that are always there.
-    pub(crate) standing: Arc<Sets>,
+    pub standing: Arc<Sets>,
     /// Sets that were asked for.
-    pub(crate) wanted: Arc<Sets>,
+    pub wanted: Arc<Sets>,
 }
 
 impl Names {
@@ -70,7 +73,7 @@ impl Names {
         let prefix = self.lengths.iter().find_map(|length| {
             self.prefixes.get(&PrefixKey {
                 length: *length,
-                addr: mask(addr, *length),
+                addr: addr.mask(*length),
             })
         });
         match prefix {
@@ -80,7 +83,7 @@ impl Names {
     }
 
     /// Who an address is that was learned through these selectors (ascending). `None`: nobody has asked for such an
-    /// identity yet; [`Self::set`] says what to ask [`Compiler::learned`](crate::compile::Compiler::learned) for.
+    /// identity yet; [`Self::set`] says what to ask the compiler for.
     ///
     /// Selectors that nobody uses count for nothing. An address that no name can add to is who it is.
     #[must_use]

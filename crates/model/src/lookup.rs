@@ -34,7 +34,7 @@ impl Snapshot {
 
     /// The entry of the longest prefix that an address is in, among those of at most `longest` bits.
     #[must_use]
-    pub(crate) fn longest_prefix(&self, address: Addr, longest: u32) -> Option<IpcacheEntry> {
+    pub fn longest_prefix(&self, address: Addr, longest: u32) -> Option<IpcacheEntry> {
         if self.prefixes.is_empty() {
             return None;
         }
@@ -42,7 +42,7 @@ impl Snapshot {
             self.prefixes
                 .get(&PrefixKey {
                     length,
-                    addr: mask(address, length),
+                    addr: address.mask(length),
                 })
                 .copied()
         })
@@ -67,16 +67,4 @@ impl Snapshot {
         let class = *self.classes.get(slot as usize)?;
         table.lookup(direction, other, class).copied()
     }
-}
-
-/// The first `length` bits of an address.
-#[must_use]
-pub(crate) fn mask(address: Addr, length: u32) -> Addr {
-    let bits = u128::from_be_bytes(address.bytes());
-    let kept = match length {
-        0 => 0,
-        1..=127 => bits & (u128::MAX << (128 - length)),
-        _ => bits,
-    };
-    Addr::from_bytes(kept.to_be_bytes())
 }

@@ -15,7 +15,7 @@ use palisade_abi::{
 use crate::{
     diagnostic::Diagnostic,
     labels::Labels,
-    names::{Names, SelectorList},
+    learned_identities::{Names, SelectorList},
     rule::{FqdnPattern, HttpRule, KafkaRule, Listener, Location, PolicyKind, TlsContext},
 };
 
@@ -52,6 +52,55 @@ pub struct Snapshot {
     pub revision: u32,
     /// What there is to say about the policies as a whole: ports nobody has, conflicts, services nobody resolves.
     pub diagnostics: Vec<Diagnostic>,
+}
+
+/// What the maps hold, read back after a restart.
+#[derive(Clone, Debug, Default)]
+pub struct MapContents {
+    /// The ipcache map.
+    pub addresses: HashMap<Addr, IpcacheEntry>,
+    /// The prefix trie.
+    pub prefixes: HashMap<PrefixKey, IpcacheEntry>,
+    /// The class of every slot.
+    pub classes: Vec<Class>,
+    /// The policy map.
+    pub policy: Vec<(PolicyKey, PolicyEntry)>,
+    /// The endpoints that have a state.
+    pub endpoints: Vec<(u16, EndpointState)>,
+    /// The identity of unknown addresses, IPv4.
+    pub world_ipv4: Identity,
+    /// The same for IPv6.
+    pub world_ipv6: Identity,
+}
+
+impl Snapshot {
+    /// The state of maps that were read back: what to plan from after a restart. The
+    /// compiler must avoid its numbers (`Compiler::avoid`) before the first update: then new tables have policy ids and
+    /// revisions of their own, and the old tables enforce until each endpoint is switched.
+    #[must_use]
+    pub fn from_maps(contents: MapContents) -> Self {
+        let mut tables: BTreeMap<u32, Table> = BTreeMap::new();
+        for (key, entry) in contents.policy {
+            tables
+                .entry(key.policy)
+                .or_default()
+                .entries
+                .insert(TableKey::from(key), entry);
+        }
+        Self {
+            addresses: Arc::new(contents.addresses),
+            prefixes: Arc::new(contents.prefixes),
+            classes: Arc::new(contents.classes),
+            tables: tables
+                .into_iter()
+                .map(|(id, table)| (id, Arc::new(table)))
+                .collect(),
+            endpoints: contents.endpoints.into_iter().collect(),
+            world_ipv4: contents.world_ipv4,
+            world_ipv6: contents.world_ipv6,
+            ..Self::default()
+        }
+    }
 }
 
 /// What endpoints have learned by names (the LEARNED map): only what differs between the two states of a plan has to
@@ -155,7 +204,7 @@ impl Table {
 }
 
 /// The keys whose entries differ, in their order, with the entry of each side. One walk along both.
-pub(crate) fn differing<'a>(
+pub fn differing<'a>(
     old: &'a BTreeMap<TableKey, PolicyEntry>,
     new: &'a BTreeMap<TableKey, PolicyEntry>,
 ) -> impl Iterator<Item = (&'a TableKey, Option<&'a PolicyEntry>, Option<&'a PolicyEntry>)> {

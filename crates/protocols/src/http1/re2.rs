@@ -18,11 +18,7 @@ const MAX_REPEAT: u32 = 1000;
 /// How long an expression may be, in bytes. Reading one takes time that grows with the square of its length.
 const MAX_LENGTH: usize = 8 << 10;
 /// What one expression may cost, see [`cost`].
-pub(super) const MAX_COST: usize = 40_000;
-/// What all expressions of a policy may cost together.
-pub(super) const MAX_POLICY_COST: usize = 250_000;
-/// What all expressions of a file may cost together.
-pub(super) const MAX_FILE_COST: usize = 2_000_000;
+pub const MAX_COST: usize = 40_000;
 
 /// What reading an expression costs before anything of it is known: classes are the dearest, `(?i)` with them.
 fn cost_of_reading(pattern: &str) -> usize {
@@ -37,7 +33,7 @@ fn cost_of_reading(pattern: &str) -> usize {
 ///
 /// # Errors
 /// If it is none of RE2, or costs too much by itself.
-pub(crate) fn cost(pattern: &str) -> Result<usize, String> {
+pub fn cost(pattern: &str) -> Result<usize, String> {
     if pattern.len() > MAX_LENGTH {
         return Err(format!("it is longer than {MAX_LENGTH} bytes"));
     }
@@ -92,38 +88,12 @@ fn last_line(error: &str) -> String {
 }
 
 /// Translates an expression into the syntax of the `regex` crate.
-pub(crate) fn translate(pattern: &str) -> Result<String, String> {
+pub fn translate(pattern: &str) -> Result<String, String> {
     Translator::new(pattern).translate()
 }
 
-/// What tests count in place of time, which depends on what else the machine does.
-#[cfg(test)]
-pub(super) mod work {
-    use std::cell::Cell;
-
-    thread_local! {
-        /// What the expressions cost that this thread has compiled, as [`super::cost`] says.
-        static COMPILED: Cell<usize> = const { Cell::new(0) };
-    }
-
-    pub(super) fn count(pattern: &str) {
-        COMPILED.set(
-            COMPILED
-                .get()
-                .saturating_add(super::cost(pattern).unwrap_or(usize::MAX)),
-        );
-    }
-
-    /// Returns the sum and begins anew.
-    pub(in crate::parse) fn take() -> usize {
-        COMPILED.take()
-    }
-}
-
 /// Compiles an expression that has to match the whole of a text.
-pub(crate) fn compile(pattern: &str) -> Result<Regex, String> {
-    #[cfg(test)]
-    work::count(pattern);
+pub fn compile(pattern: &str) -> Result<Regex, String> {
     let translated = translate(pattern)?;
     RegexBuilder::new(&format!(r"\A(?:{translated})\z"))
         .size_limit(SIZE_LIMIT)
