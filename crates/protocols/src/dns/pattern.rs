@@ -17,7 +17,7 @@ use super::name::{MAX_LABEL, Name, NameError};
 /// Only labels such as `*a*`, which have neither, are compared one by one.
 ///
 /// ```
-/// use palisade_policy::rule::FqdnPattern;
+/// use palisade_model::rule::FqdnPattern;
 /// use palisade_protocols::dns::NameSet;
 ///
 /// let set = NameSet::new(&[
