@@ -164,7 +164,7 @@ fn a_pin_directory_that_an_unprivileged_user_made_first_is_refused() {
 }
 
 #[test]
-fn an_unprivileged_user_cannot_unpin_what_is_attached_on_a_bpffs_that_everybody_may_write() {
+fn an_unprivileged_user_cannot_unpin_programs_on_a_world_writable_bpffs() {
     let world = world();
     let mut daemon = prepared(&world, "", &[("front.yaml", FROM_FRONT)]);
     let mounts = Mounts::new(&daemon, "mount -t bpf -o mode=1777 bpf /sys/fs/bpf");
@@ -280,7 +280,7 @@ fn fill(state: &str) -> String {
 }
 
 #[test]
-fn a_setting_that_cannot_be_kept_fails_is_told_and_is_written_when_there_is_room() {
+fn a_setting_that_cannot_be_saved_fails_and_is_saved_once_the_disk_has_space() {
     let world = world();
     let mut daemon = prepared(&world, "", &[("front.yaml", FROM_FRONT)]);
     let (mounts, state) = small_disk(&daemon);
@@ -417,7 +417,7 @@ fn a_broken_configuration_at_boot_leaves_the_last_good_one_in_force() {
 }
 
 #[test]
-fn without_any_policy_that_can_be_had_the_node_is_open_or_closed_as_configured() {
+fn without_a_readable_policy_on_failure_opens_or_closes_the_node() {
     let world = world();
     for (setting, reach) in [("", EVERYBODY), ("on_failure = \"closed\"", NOBODY)] {
         let mut daemon = prepared(&world, "", &[]);
@@ -447,7 +447,7 @@ fn without_any_policy_that_can_be_had_the_node_is_open_or_closed_as_configured()
 }
 
 #[test]
-fn a_policy_that_was_lost_closes_the_node_only_if_configured() {
+fn a_lost_policy_closes_the_node_only_if_configured() {
     let world = world();
     let broken = "apiVersion: cilium.io/v2\nkind: [\n";
     for (setting, reach) in [
@@ -470,7 +470,7 @@ fn a_policy_that_was_lost_closes_the_node_only_if_configured() {
 }
 
 #[test]
-fn no_command_waits_for_a_daemon_that_hangs() {
+fn no_command_waits_for_a_hung_daemon() {
     let world = world();
     let daemon = world
         .daemon(Settings::default(), &[("front.yaml", FROM_FRONT)])
@@ -536,7 +536,7 @@ fn no_command_waits_for_a_daemon_that_hangs() {
 }
 
 #[test]
-fn the_watchdog_is_fed_while_the_daemon_lives_and_not_while_it_hangs() {
+fn the_watchdog_is_notified_unless_the_daemon_hangs() {
     let world = world();
     let mut daemon = prepared(&world, "", &[]);
     let path = beside(&daemon, "notify");
@@ -575,7 +575,7 @@ fn the_watchdog_is_fed_while_the_daemon_lives_and_not_while_it_hangs() {
 }
 
 #[test]
-fn what_another_user_made_in_place_of_pins_is_not_removed_by_stop_detach() {
+fn stop_detach_does_not_remove_another_users_files_in_place_of_pins() {
     let world = world();
     let daemon = prepared(&world, "", &[]);
     let precious = beside(&daemon, "precious");
@@ -604,7 +604,7 @@ fn what_another_user_made_in_place_of_pins_is_not_removed_by_stop_detach() {
 }
 
 #[test]
-fn commands_of_root_do_not_believe_a_daemon_of_another_user() {
+fn commands_of_root_refuse_a_socket_of_another_user() {
     let world = world();
     let daemon = prepared(&world, "", &[]);
     let dir = beside(&daemon, "run");

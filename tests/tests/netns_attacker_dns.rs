@@ -21,7 +21,7 @@ spec:
 "#;
 
 #[test]
-fn a_name_that_a_search_list_has_made_does_not_exist_and_others_are_refused() {
+fn denied_search_list_names_get_nxdomain_and_other_names_refused() {
     let names = names();
     let daemon = names
         .daemon(&Settings::default(), &[("client.yaml", CLIENT)])
@@ -52,7 +52,7 @@ fn a_name_that_a_search_list_has_made_does_not_exist_and_others_are_refused() {
 }
 
 #[test]
-fn flows_are_shown_in_the_order_in_which_they_happened() {
+fn flows_are_shown_in_order_of_time() {
     let names = names();
     let daemon = names
         .daemon(&Settings::default(), &[("client.yaml", CLIENT)])

@@ -56,7 +56,7 @@ fn open_again(client: &mut RawTcp, at: i64, isn: u32) {
 }
 
 #[test]
-fn a_connection_by_the_ports_of_one_that_is_not_read_any_more_is_read() {
+fn a_connection_that_reuses_the_ports_of_an_offloaded_one_is_inspected() {
     let apps = apps();
     let recorders = ["server", "node", "internet"].map(|name| {
         let recorder = Recorder::start(apps.ns(name), &apps.both(name), &[PORT], |done, all: &[u8]| {
@@ -114,7 +114,7 @@ fn a_connection_by_the_ports_of_one_that_is_not_read_any_more_is_read() {
 }
 
 #[test]
-fn a_connection_by_the_ports_of_one_with_a_long_body_is_read() {
+fn a_connection_that_reuses_the_ports_of_an_offload_window_is_inspected() {
     let apps = apps();
     let recorders = ["server", "node", "internet"].map(|name| {
         let recorder = Recorder::start(apps.ns(name), &apps.both(name), &[PORT], answers_requests);
@@ -160,7 +160,7 @@ fn a_connection_by_the_ports_of_one_with_a_long_body_is_read() {
 /// The server may send to port 443 of any host. An attacker at such a port lets the entry of its SYN die, and waits for
 /// the server to repeat its answer.
 #[test]
-fn a_connection_whose_entry_has_died_is_not_made_again_as_the_servers_own() {
+fn an_expired_inspected_flow_is_not_recreated_in_the_servers_direction() {
     let apps = apps();
     let recorder = Recorder::start(apps.ns("server"), &apps.both("server"), &[PORT], answers_requests)
         .expect("recorder");
@@ -197,7 +197,7 @@ fn a_connection_whose_entry_has_died_is_not_made_again_as_the_servers_own() {
 
 /// One forged datagram from the resolver's port, and the workload asks from the port that it went to.
 #[test]
-fn a_datagram_in_the_resolvers_name_does_not_make_questions_unread() {
+fn a_spoofed_resolver_datagram_does_not_disable_inspection_of_queries() {
     let apps = apps();
     let rules = "      rules:\n        dns: [{matchName: good.example}]\n";
     let policy = policy("client", "egress", &[53], rules).replace("protocol: TCP", "protocol: ANY");
@@ -273,7 +273,7 @@ fn is_served(stream: &mut TcpStream, path: &str) -> bool {
 }
 
 #[test]
-fn ports_are_used_again_when_one_end_has_forgotten_the_connection() {
+fn ports_can_be_reused_when_one_end_has_lost_the_connection() {
     let apps = apps();
     let daemon = apps
         .daemon(&Settings::default(), &borrowed(&policies(&[PORT], PATHS)))

@@ -268,7 +268,7 @@ fn nasty() -> Vec<Vec<u8>> {
 }
 
 #[test]
-fn what_a_server_takes_for_a_request_was_judged() {
+fn every_request_that_a_server_parses_was_inspected() {
     let apps = apps();
     let web = Web::start(apps.ns("internet"), "internet", &[WEB], &[], &apps.certificate).expect("nginx");
     let careless = Careless::start(&apps);
@@ -321,7 +321,7 @@ fn what_a_server_takes_for_a_request_was_judged() {
 }
 
 #[test]
-fn a_get_may_have_a_body_where_the_configuration_says_so() {
+fn a_get_may_have_a_body_if_configured() {
     let apps = apps();
     let careless = Careless::start(&apps);
     let body = "{\"query\": {}}";
@@ -346,7 +346,7 @@ fn a_get_may_have_a_body_where_the_configuration_says_so() {
 }
 
 #[test]
-fn a_server_that_takes_another_upgrade_than_the_first_is_cut_off() {
+fn a_server_that_accepts_an_upgrade_other_than_the_first_is_reset() {
     let apps = apps();
     let careless = Careless::start(&apps);
     let daemon = client_only(&apps, PORTS, RULES);
@@ -394,7 +394,7 @@ fn a_server_that_takes_another_upgrade_than_the_first_is_cut_off() {
 }
 
 #[test]
-fn the_end_of_an_upload_arrives_before_the_request_in_its_packet_is_refused() {
+fn the_end_of_an_upload_arrives_before_a_denied_request_in_its_packet_is_refused() {
     let apps = apps();
     let careless = Careless::start(&apps);
     let daemon = client_only(&apps, PORTS, RULES);
@@ -433,7 +433,7 @@ fn the_end_of_an_upload_arrives_before_the_request_in_its_packet_is_refused() {
 }
 
 #[test]
-fn a_head_that_is_too_long_gets_a_status_of_its_own() {
+fn an_oversized_head_gets_its_own_status_code() {
     let apps = apps();
     let _careless = Careless::start(&apps);
     let daemon = client_only(&apps, PORTS, RULES);

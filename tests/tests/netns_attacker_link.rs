@@ -80,7 +80,7 @@ fn both(topology: &Topology, name: &str) -> [IpAddr; 2] {
 }
 
 #[test]
-fn neighbour_discovery_carries_nothing_off_the_link() {
+fn neighbour_discovery_is_not_forwarded_off_the_link() {
     let topology = topology();
     let _daemon = daemon(&topology, &[("deny.yaml", DENY_CLIENT)]);
     let client = topology.get("client");
@@ -118,7 +118,7 @@ fn neighbour_discovery_carries_nothing_off_the_link() {
 }
 
 #[test]
-fn what_others_have_poisoned_does_not_reach_a_workload_and_is_not_answered_by_it() {
+fn a_workload_neither_receives_nor_answers_packets_of_a_poisoned_neighbour_entry() {
     let topology = topology();
     let _daemon = daemon(&topology, &[]);
     let client = topology.get("client");
@@ -161,7 +161,7 @@ fn what_others_have_poisoned_does_not_reach_a_workload_and_is_not_answered_by_it
 }
 
 #[test]
-fn an_interface_that_is_made_again_lets_nothing_out_or_in_before_it_is_guarded() {
+fn a_recreated_interface_passes_nothing_before_it_is_guarded() {
     let mut topology = topology();
     let mut daemon = daemon(&topology, &[("deny.yaml", DENY_CLIENT)]);
     let from = both(&topology, "client");
@@ -214,7 +214,7 @@ fn an_interface_that_is_made_again_lets_nothing_out_or_in_before_it_is_guarded()
 }
 
 #[test]
-fn an_interface_that_is_renamed_stays_guarded_also_over_a_restart() {
+fn a_renamed_interface_stays_guarded_across_a_restart() {
     let topology = topology();
     let policies = [
         (
@@ -264,7 +264,7 @@ spec:
 }
 
 #[test]
-fn the_routers_link_local_address_may_be_one_that_the_node_has_on_another_link() {
+fn the_router_may_use_a_link_local_address_that_the_node_has_on_another_link() {
     let topology = topology();
     topology
         .node
@@ -307,7 +307,7 @@ spec:
 }
 
 #[test]
-fn a_service_address_that_is_translated_to_the_node_does_not_go_around_its_policy() {
+fn a_service_address_translated_to_the_node_does_not_bypass_its_policy() {
     let topology = topology();
     let policy = "
 apiVersion: cilium.io/v2

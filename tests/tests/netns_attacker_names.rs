@@ -107,7 +107,7 @@ fn combinations(asked: &Asked) -> Vec<Said> {
 }
 
 #[test]
-fn a_server_that_combines_names_in_every_way_does_not_choose_how_large_the_tables_are() {
+fn a_dns_server_that_combines_names_does_not_control_the_size_of_the_tables() {
     let names = names();
     names
         .topology

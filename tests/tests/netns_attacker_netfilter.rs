@@ -225,7 +225,7 @@ fn routes_to_services(topology: &Topology) {
 }
 
 #[test]
-fn datagrams_that_dnat_turns_to_the_node_are_not_delivered_where_its_ingress_is_enforced() {
+fn datagrams_redirected_to_the_node_by_dnat_are_dropped_while_its_ingress_is_enforced() {
     let topology = topology();
     // Prefixes that the node takes for its own.
     let (local4, local6): (IpAddr, IpAddr) = (
@@ -295,7 +295,7 @@ fn datagrams_that_dnat_turns_to_the_node_are_not_delivered_where_its_ingress_is_
 }
 
 #[test]
-fn datagrams_that_tproxy_or_a_mark_turns_to_the_node_are_not_delivered_where_its_ingress_is_enforced() {
+fn datagrams_redirected_to_the_node_by_tproxy_or_mark_are_dropped_while_its_ingress_is_enforced() {
     let topology = topology();
     let daemon = daemon(&topology, &[("node.yaml", NODE)]);
     let [v4, v6] = services();
@@ -370,7 +370,7 @@ fn datagrams_that_tproxy_or_a_mark_turns_to_the_node_are_not_delivered_where_its
 }
 
 #[test]
-fn a_service_address_that_a_rule_by_port_turns_to_the_node_is_judged_as_the_nodes() {
+fn a_service_address_routed_to_the_node_by_port_is_subject_to_its_policy() {
     let topology = topology();
     let daemon = daemon(&topology, &[("node.yaml", NODE)]);
     routes_to_services(&topology);
@@ -407,7 +407,7 @@ fn a_service_address_that_a_rule_by_port_turns_to_the_node_is_judged_as_the_node
 }
 
 #[test]
-fn an_interface_that_is_not_guarded_yet_does_not_reach_the_node_nor_the_node_it() {
+fn the_node_and_an_unguarded_interface_cannot_reach_each_other() {
     let mut topology = topology();
     let mut daemon = daemon(&topology, &[("deny.yaml", DENY_CLIENT)]);
     let inside = topology.ns("client").clone();
@@ -484,7 +484,7 @@ fn family_of(address: IpAddr) -> Family {
 }
 
 #[test]
-fn the_table_is_written_again_and_goes_with_detach_and_no_other_is_touched() {
+fn the_nftables_table_is_restored_and_detach_removes_it_and_no_other() {
     let (topology, other) = (topology(), topology());
     let policies = [("node.yaml", NODE)];
     let (mut daemon, mut beside) = (daemon(&topology, &policies), daemon(&other, &policies));
@@ -644,7 +644,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 "#;
 
 #[test]
-fn a_kernel_without_nf_tables_is_said_and_everything_else_goes_on() {
+fn a_kernel_without_nf_tables_is_reported_and_the_programs_enforce() {
     let topology = topology();
     let mut daemon =
         Daemon::prepare(&topology, &Settings::default(), &[("node.yaml", NODE)]).expect("a daemon");
@@ -676,7 +676,7 @@ fn a_kernel_without_nf_tables_is_said_and_everything_else_goes_on() {
 }
 
 #[test]
-fn a_port_of_a_bridge_that_is_made_again_reaches_neither_node_nor_neighbours() {
+fn a_recreated_bridge_port_reaches_neither_the_node_nor_other_ports() {
     let topology = Topology::new()
         .and_then(|topology| topology.apps(&["client", "server"]))
         .unwrap_or_else(|error| panic!("{error:#}"));
@@ -776,7 +776,7 @@ fn a_port_of_a_bridge_that_is_made_again_reaches_neither_node_nor_neighbours() {
 }
 
 #[test]
-fn an_interface_to_which_new_programs_cannot_be_attached_is_not_cut_off() {
+fn a_failed_attachment_keeps_the_old_programs_and_an_unguarded_nic_open() {
     let topology = topology();
     let node = &topology.node;
     let settings = |tc| Settings {

@@ -37,7 +37,7 @@ fn send_by(interface: &str, to: SocketAddr) -> std::io::Result<usize> {
 }
 
 #[test]
-fn a_node_without_traffic_has_no_frames_on_the_punt_link() {
+fn an_idle_node_has_no_frames_on_the_punt_link() {
     let apps = apps();
     // A node that forwards IPv6 reports the groups of all routers on every interface (RFC 3810).
     apps.ns("node")
@@ -53,7 +53,7 @@ fn a_node_without_traffic_has_no_frames_on_the_punt_link() {
 }
 
 #[test]
-fn nothing_that_a_socket_of_the_node_sends_enters_the_punt_link() {
+fn packets_from_local_sockets_do_not_enter_the_punt_link() {
     let apps = apps();
     let daemon = daemon(&apps.topology, &[]);
     let mut tried = 0;

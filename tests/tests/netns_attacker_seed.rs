@@ -193,7 +193,7 @@ fn sockets_with_another_workloads_address_do_not_open_that_workloads_ingress() {
 }
 
 #[test]
-fn connections_are_taken_over_at_the_first_start_only() {
+fn conntrack_is_seeded_at_the_first_start_only() {
     let world = world();
     let mut daemon = world
         .daemon(Settings::default(), &[("one-way.yaml", ONE_WAY)])

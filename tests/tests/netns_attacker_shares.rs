@@ -87,7 +87,7 @@ fn flood(world: &World, from: &str, to: &str, family: Family, port: u16) {
 }
 
 #[test]
-fn a_flood_of_one_workload_cuts_nobodys_idle_connection() {
+fn a_flood_from_a_workload_evicts_no_idle_connection() {
     let world = world();
     let daemon = world
         .daemon(settings(), &[("nobody-in.yaml", POLICY)])
@@ -116,7 +116,7 @@ fn a_flood_of_one_workload_cuts_nobodys_idle_connection() {
 }
 
 #[test]
-fn a_flood_towards_a_workload_and_the_node_cuts_no_idle_connection() {
+fn a_flood_to_a_workload_and_the_node_evicts_no_idle_connection() {
     let world = world();
     let daemon = world
         .daemon(settings(), &[("nobody-in.yaml", POLICY)])
@@ -140,7 +140,7 @@ fn a_flood_towards_a_workload_and_the_node_cuts_no_idle_connection() {
 }
 
 #[test]
-fn kept_connections_live_on_over_a_restart_and_a_resized_map() {
+fn protected_flows_survive_a_restart_and_a_resized_map() {
     let world = world();
     let mut daemon = world
         .daemon(settings(), &[("nobody-in.yaml", POLICY)])

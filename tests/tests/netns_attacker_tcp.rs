@@ -231,7 +231,7 @@ fn remap(world: &World, from: &str, to: &str, family: Family) -> Vec<u8> {
 }
 
 #[test]
-fn without_rules_the_remapped_request_does_arrive() {
+fn without_http_rules_the_remapped_request_arrives() {
     // Otherwise the test below proves nothing.
     let world = World::new();
     for family in FAMILIES {
@@ -245,7 +245,7 @@ fn without_rules_the_remapped_request_does_arrive() {
 }
 
 #[test]
-fn a_request_that_mptcp_maps_behind_an_allowed_one_does_not_arrive() {
+fn a_denied_request_mapped_by_mptcp_after_an_allowed_one_does_not_arrive() {
     let world = World::guarded(PATHS);
     for family in FAMILIES {
         for (from, to) in WAYS {
@@ -319,7 +319,7 @@ fn neither_end_sees_options_that_change_what_a_segment_means() {
 }
 
 #[test]
-fn mptcp_is_off_wherever_a_connection_is_read() {
+fn mptcp_is_disabled_on_inspected_connections() {
     // DNS rules are for egress only.
     let egress = |name: &str| name.contains("egress");
     for world in [World::guarded(NAMES), World::guarded_where(QUERIES, egress)] {
@@ -379,7 +379,7 @@ fn multipath_and_signature_options_in_a_later_segment_are_refused() {
 }
 
 #[test]
-fn data_in_a_syn_counts_with_no_fast_open_cookie() {
+fn data_in_a_syn_is_not_accepted_with_any_fast_open_cookie() {
     let world = World::guarded(PATHS);
     for name in ["server", "node", "internet"] {
         // Server side for all listeners, without a cookie.

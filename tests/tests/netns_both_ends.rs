@@ -26,7 +26,7 @@ fn paths(one: &str, other: &str) -> String {
 }
 
 #[test]
-fn a_request_goes_on_only_if_both_ends_allow_it() {
+fn a_request_is_forwarded_only_if_both_endpoints_allow_it() {
     let apps = apps();
     let web = Web::start(apps.ns("server"), "server", &[WEB], &[], &apps.certificate).expect("nginx");
     let node = policy("node", "egress", &[WEB], &paths("both", "node"));

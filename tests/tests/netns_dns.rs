@@ -196,22 +196,22 @@ fn all_ways(hooks: Hooks) {
 }
 
 #[test]
-fn all_ways_by_tcx_and_xdp_at_the_nic() {
+fn all_paths_with_tcx_and_xdp_at_the_nic() {
     all_ways(XDP_AT_THE_NIC);
 }
 
 #[test]
-fn all_ways_by_tcx_also_at_the_nic() {
+fn all_paths_with_tcx_at_every_interface() {
     all_ways(TCX);
 }
 
 #[test]
-fn all_ways_by_xdp_and_clsact() {
+fn all_paths_with_xdp_and_clsact() {
     all_ways(XDP_AND_CLSACT);
 }
 
 #[test]
-fn an_address_is_open_only_for_who_has_asked_and_only_after_that() {
+fn an_address_is_reachable_only_after_its_own_client_resolved_it() {
     let names = names();
     let daemon = daemon(
         &names.topology,
@@ -260,7 +260,7 @@ fn an_address_is_open_only_for_who_has_asked_and_only_after_that() {
 }
 
 #[test]
-fn all_kinds_of_answers_teach_what_they_say_of_the_asked_name_and_nothing_else() {
+fn from_every_kind_of_answer_only_addresses_of_the_queried_name_are_learned() {
     let names = names();
     let daemon = client_only(&names);
     for family in FAMILIES {
@@ -316,7 +316,7 @@ fn all_kinds_of_answers_teach_what_they_say_of_the_asked_name_and_nothing_else()
 }
 
 #[test]
-fn answers_that_nobody_asked_for_are_dropped_and_teach_nothing() {
+fn unsolicited_answers_are_dropped_and_nothing_is_learned() {
     let names = names();
     let daemon = client_only(&names);
     for family in FAMILIES {
@@ -386,7 +386,7 @@ fn answers_that_nobody_asked_for_are_dropped_and_teach_nothing() {
 }
 
 #[test]
-fn what_is_no_plain_question_never_reaches_a_server() {
+fn malformed_and_unusual_queries_never_reach_a_server() {
     let names = names();
     let daemon = client_only(&names);
     let www = ("www.example", rtype::A);
@@ -483,7 +483,7 @@ fn what_is_no_plain_question_never_reaches_a_server() {
 }
 
 #[test]
-fn flows_name_question_answer_verdict_and_rule() {
+fn flow_records_name_query_answer_verdict_and_rule() {
     let names = names();
     let daemon = client_only(&names);
     for family in FAMILIES {
@@ -551,7 +551,7 @@ fn flows_name_question_answer_verdict_and_rule() {
 }
 
 #[test]
-fn audit_mode_lets_everything_pass_and_reports_it() {
+fn audit_mode_passes_and_reports_everything() {
     let names = names();
     let settings = Settings {
         audit: true,
@@ -584,7 +584,7 @@ fn audit_mode_lets_everything_pass_and_reports_it() {
 }
 
 #[test]
-fn real_servers_and_real_clients() {
+fn real_dns_servers_and_clients() {
     let names = names();
     let t = &names.topology;
     let web = |family| site(10, family);
@@ -670,7 +670,7 @@ fn real_servers_and_real_clients() {
 }
 
 #[test]
-fn without_a_rule_for_names_all_may_be_asked_for_and_nothing_is_learned() {
+fn without_dns_rules_every_name_can_be_queried_and_nothing_is_learned() {
     let names = names();
     let policy = r#"
 apiVersion: cilium.io/v2

@@ -58,7 +58,7 @@ fn load(names: &Names, n: u8, family: Family) -> TcpLoad {
 const SHORT_TTL: &str = "[dns]\nmin_ttl = \"5s\"\n[timeouts]\nsweep = \"500ms\"\ntcp_closing = \"1s\"\n";
 
 #[test]
-fn an_expired_address_goes_unless_a_connection_uses_it() {
+fn an_expired_address_is_removed_unless_a_connection_uses_it() {
     let names = names();
     let daemon = daemon(&names, SHORT_TTL, CLIENT);
     // one family is in use, the other is not
@@ -92,7 +92,7 @@ fn an_expired_address_goes_unless_a_connection_uses_it() {
 }
 
 #[test]
-fn what_was_learned_outlives_the_daemon() {
+fn learned_addresses_survive_a_restart() {
     let names = names();
     let mut daemon = daemon(&names, "", CLIENT);
     for family in FAMILIES {
@@ -128,7 +128,7 @@ fn what_was_learned_outlives_the_daemon() {
 }
 
 #[test]
-fn what_is_cleaned_has_to_be_asked_for_again() {
+fn a_cleaned_name_must_be_resolved_again() {
     let names = names();
     let daemon = daemon(&names, "", CLIENT);
     let family = Family::V4;
@@ -171,7 +171,7 @@ fn what_is_cleaned_has_to_be_asked_for_again() {
 }
 
 #[test]
-fn names_on_the_way_count_only_if_that_is_wanted() {
+fn cname_targets_count_only_with_follow_cname() {
     let names = names();
     let family = Family::V4;
     for (tables, open) in [("", false), ("[dns]\nfollow_cname = true\n", true)] {
@@ -193,7 +193,7 @@ fn names_on_the_way_count_only_if_that_is_wanted() {
 }
 
 #[test]
-fn names_are_resolved_ahead_for_clients_that_answer_themselves() {
+fn prefetch_resolves_names_for_clients_that_send_no_queries() {
     let names = names();
     let daemon = daemon(
         &names,
@@ -213,7 +213,7 @@ fn names_are_resolved_ahead_for_clients_that_answer_themselves() {
 }
 
 #[test]
-fn a_search_list_goes_on_where_names_that_are_denied_do_not_exist() {
+fn a_resolver_continues_its_search_list_after_nxdomain_for_a_denied_name() {
     let names = names();
     let internet = &names.topology.internet;
     internet.ip("addr add 192.0.2.61/32 dev lo").expect("address");
@@ -242,7 +242,7 @@ fn a_search_list_goes_on_where_names_that_are_denied_do_not_exist() {
 }
 
 #[test]
-fn denied_names_close_what_wide_rules_leave_open() {
+fn an_egress_deny_rule_by_name_overrides_a_wide_allow_rule() {
     let names = names();
     let policy = r#"
 apiVersion: cilium.io/v2

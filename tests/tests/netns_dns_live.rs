@@ -114,22 +114,22 @@ fn race(family: Family, reload: bool) {
 }
 
 #[test]
-fn a_connection_behind_its_answer_is_never_lost_v4() {
+fn a_connection_right_after_its_answer_is_never_lost_v4() {
     race(Family::V4, false);
 }
 
 #[test]
-fn a_connection_behind_its_answer_is_never_lost_v6() {
+fn a_connection_right_after_its_answer_is_never_lost_v6() {
     race(Family::V6, false);
 }
 
 #[test]
-fn a_connection_behind_its_answer_is_never_lost_while_policies_change() {
+fn a_connection_right_after_its_answer_is_never_lost_while_policies_change() {
     race(Family::V4, true);
 }
 
 #[test]
-fn reload_under_load_loses_no_question_and_lets_no_other_through() {
+fn reload_under_load_loses_no_query_and_passes_no_denied_one() {
     let names = names();
     let daemon = start(&names, "");
     let (good, bad) = (
@@ -282,12 +282,12 @@ fn crash_under_load(restart_by: fn(&mut Daemon)) {
 }
 
 #[test]
-fn kill9_under_load_fails_closed_and_a_restart_opens_again() {
+fn kill9_under_load_fails_closed_and_a_restart_recovers() {
     crash_under_load(|daemon| daemon.restart().expect("restart"));
 }
 
 #[test]
-fn workers_that_stand_still_are_not_waited_for() {
+fn queries_are_dropped_while_workers_are_stopped() {
     let names = names();
     let daemon = start(&names, "");
     let family = Family::V4;
@@ -329,7 +329,7 @@ fn workers_that_stand_still_are_not_waited_for() {
 }
 
 #[test]
-fn who_wants_it_may_have_questions_pass_while_nobody_can_read_them() {
+fn on_failure_pass_forwards_queries_while_workers_are_stopped() {
     let names = names();
     let mut daemon = start(&names, "[worker]\non_failure = \"pass\"\n");
     let family = Family::V4;

@@ -95,7 +95,7 @@ fn ask(names: &Names, from: &str, server: IpAddr, pause: u32, cuts: &str, asked:
 }
 
 #[test]
-fn who_is_refused_is_told_so_behind_what_was_answered_before() {
+fn a_refusal_follows_the_answers_to_earlier_queries() {
     let names = names();
     let daemon = daemon(&names.topology, &[("client.yaml", CLIENT)]);
     for family in FAMILIES {
@@ -152,7 +152,7 @@ fn who_is_refused_is_told_so_behind_what_was_answered_before() {
 }
 
 #[test]
-fn long_answers_and_zone_transfers_go_through() {
+fn long_answers_and_zone_transfers_pass() {
     const MANY: usize = 1_200;
     let names = names();
     let t = &names.topology;

@@ -27,7 +27,7 @@ spec:
 ";
 
 #[test]
-fn never_enforces_nothing() {
+fn enforcement_never_passes_everything() {
     let world = world();
     let daemon = world
         .daemon(
@@ -47,7 +47,7 @@ fn never_enforces_nothing() {
 }
 
 #[test]
-fn always_denies_both_directions_of_every_workload_until_a_policy_allows() {
+fn enforcement_always_denies_both_directions_until_a_policy_allows() {
     let world = world();
     let daemon = world
         .daemon(
@@ -97,7 +97,7 @@ spec:
 }
 
 #[test]
-fn the_node_reaches_its_workloads_always_if_the_configuration_says_so_but_not_against_a_deny() {
+fn allow_localhost_always_overrides_default_deny_and_no_deny_rule() {
     let world = world();
     let settings = || Settings {
         allow_localhost: "always",
@@ -130,7 +130,7 @@ spec:
 }
 
 #[test]
-fn global_audit_lets_everything_pass_and_names_what_would_have_dropped_it() {
+fn global_audit_mode_passes_everything_and_names_what_would_drop_it() {
     let world = world();
     let daemon = world
         .daemon(
@@ -159,7 +159,7 @@ fn global_audit_lets_everything_pass_and_names_what_would_have_dropped_it() {
 }
 
 #[test]
-fn audit_of_one_endpoint_is_set_by_command_and_kept_over_a_restart() {
+fn audit_mode_of_an_endpoint_is_set_by_command_and_survives_a_restart() {
     let world = world();
     let policies =
         DENY_ALL.to_owned() + "---\n" + &DENY_ALL.replace("back", "db").replace("deny-all", "deny-db");
@@ -200,7 +200,7 @@ fn audit_of_one_endpoint_is_set_by_command_and_kept_over_a_restart() {
 }
 
 #[test]
-fn audit_of_one_policy_reports_what_it_would_drop_and_leaves_other_policies_alone() {
+fn audit_mode_of_a_policy_leaves_other_policies_enforced() {
     let world: World = world();
     let audited = DENY_FRONT.replace(
         "metadata: {name: deny-front}",

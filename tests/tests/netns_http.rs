@@ -130,22 +130,22 @@ fn all_ways(hooks: Hooks) {
 }
 
 #[test]
-fn all_ways_by_tcx_and_xdp_at_the_nic() {
+fn all_paths_with_tcx_and_xdp_at_the_nic() {
     all_ways(XDP_AT_THE_NIC);
 }
 
 #[test]
-fn all_ways_by_tcx_also_at_the_nic() {
+fn all_paths_with_tcx_at_every_interface() {
     all_ways(TCX);
 }
 
 #[test]
-fn all_ways_by_xdp_and_clsact() {
+fn all_paths_with_xdp_and_clsact() {
     all_ways(XDP_AND_CLSACT);
 }
 
 #[test]
-fn messages_of_every_kind() {
+fn every_kind_of_message_passes() {
     let apps = apps();
     let peer = peer(&apps);
     let _caddy = Caddy::start(apps.ns("internet"), "caddy", CADDY, 8443, &apps.certificate).expect("caddy");
@@ -250,7 +250,7 @@ fn messages_of_every_kind() {
 }
 
 #[test]
-fn what_goes_over_to_another_protocol() {
+fn upgrades_to_other_protocols() {
     let apps = apps();
     let peer = peer(&apps);
     let daemon = client_only(&apps, PORTS, RULES);
@@ -333,7 +333,7 @@ fn what_goes_over_to_another_protocol() {
 }
 
 #[test]
-fn requests_that_do_not_wait_for_answers() {
+fn pipelined_requests() {
     let apps = apps();
     let peer = peer(&apps);
     let daemon = client_only(&apps, PORTS, RULES);
@@ -395,7 +395,7 @@ fn requests_that_do_not_wait_for_answers() {
 }
 
 #[test]
-fn paths_are_judged_as_sent_and_as_resolved() {
+fn paths_are_matched_as_sent_and_as_normalized() {
     let apps = apps();
     let peer = peer(&apps);
     let daemon = client_only(&apps, PORTS, RULES);
@@ -468,7 +468,7 @@ fn paths_are_judged_as_sent_and_as_resolved() {
 }
 
 #[test]
-fn rules_on_hosts_and_fields() {
+fn rules_on_hosts_and_header_fields() {
     let apps = apps();
     let peer = peer(&apps);
     let daemon = client_only(&apps, PORTS, RULES);
@@ -670,7 +670,7 @@ fn ambiguous() -> Vec<(&'static str, Vec<u8>)> {
 }
 
 #[test]
-fn what_two_readers_could_read_differently_is_refused() {
+fn ambiguous_requests_are_refused() {
     let apps = apps();
     let hears = recorder(&apps);
     let daemon = client_only(&apps, PORTS, RULES);
@@ -748,7 +748,7 @@ fn what_two_readers_could_read_differently_is_refused() {
 }
 
 #[test]
-fn bodies_whose_framing_is_no_framing_end_where_that_begins() {
+fn a_body_ends_at_its_first_invalid_chunk() {
     let apps = apps();
     let hears = recorder(&apps);
     let daemon = client_only(&apps, PORTS, RULES);
@@ -809,7 +809,7 @@ fn bodies_whose_framing_is_no_framing_end_where_that_begins() {
 }
 
 #[test]
-fn what_is_not_http_is_reset_and_http2_is_told_apart() {
+fn other_protocols_are_reset_and_http2_has_its_own_reason() {
     let apps = apps();
     let hears = recorder(&apps);
     let [web] = webs(&apps, ["internet"], &[WEB], &[]);
@@ -865,7 +865,7 @@ fn what_is_not_http_is_reset_and_http2_is_told_apart() {
 }
 
 #[test]
-fn a_head_that_does_not_end_is_ended() {
+fn an_endless_head_is_aborted() {
     let apps = apps();
     let hears = recorder(&apps);
     let settings = tables("[http]\nheader_timeout = \"2s\"\n");
@@ -923,7 +923,7 @@ fn a_head_that_does_not_end_is_ended() {
 }
 
 #[test]
-fn clients_that_wait_for_acknowledgements_are_not_held_up() {
+fn clients_that_wait_for_acknowledgements_are_not_stalled() {
     let apps = apps();
     let _peer = peer(&apps);
     let daemon = client_only(&apps, PORTS, RULES);
@@ -971,7 +971,7 @@ fn clients_that_wait_for_acknowledgements_are_not_held_up() {
 }
 
 #[test]
-fn large_bodies_go_on_in_the_kernel() {
+fn large_bodies_are_offloaded() {
     const SIZE: u64 = 120_000_000;
     let apps = apps();
     let servers = webs(&apps, ["internet", "node"], &[WEB], &[]);
@@ -1043,7 +1043,7 @@ fn large_bodies_go_on_in_the_kernel() {
 }
 
 #[test]
-fn flows_name_request_answer_verdict_and_rule() {
+fn flow_records_name_request_response_verdict_and_rule() {
     let apps = apps();
     let _peer = peer(&apps);
     let daemon = client_only(&apps, PORTS, RULES);

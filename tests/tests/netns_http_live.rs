@@ -85,7 +85,7 @@ fn ask(daemon: &Daemon, talk: &mut Talk, path: &str) -> Option<u16> {
 }
 
 #[test]
-fn the_next_request_is_judged_by_the_rules_that_hold_then() {
+fn each_request_is_matched_against_the_rules_in_force() {
     let apps = apps();
     let web = web(&apps);
     let daemon = start(&apps, &paths(&["/a", "/b"]));
@@ -126,7 +126,7 @@ fn the_next_request_is_judged_by_the_rules_that_hold_then() {
 }
 
 #[test]
-fn a_connection_that_nobody_has_read_for_a_while_is_cut_when_it_is_to_be_read() {
+fn a_connection_that_was_not_inspected_for_a_while_is_reset_when_rules_inspect_it() {
     let apps = apps();
     let web = web(&apps);
     let daemon = start(&apps, &paths(&["/a"]));
@@ -216,7 +216,7 @@ fn reload_under_load_answers_every_request() {
 }
 
 #[test]
-fn kill9_and_restart_under_load_let_nothing_through_that_is_denied() {
+fn kill9_and_restart_under_load_pass_no_denied_request() {
     let apps = apps();
     let web = web(&apps);
     let mut daemon = start(&apps, &paths(&["/ok", "/files/.*"]));
@@ -279,7 +279,7 @@ fn kill9_and_restart_under_load_let_nothing_through_that_is_denied() {
 }
 
 #[test]
-fn what_is_lost_on_the_way_comes_again() {
+fn lost_segments_are_retransmitted() {
     let apps = apps();
     let web = web(&apps);
     random_file(&web.files().join("down"), 400_000).expect("file");
@@ -384,7 +384,7 @@ fn is_audited(apps: &Apps, daemon: &Daemon) {
 }
 
 #[test]
-fn audit_mode_of_all_of_an_endpoint_and_of_a_policy() {
+fn audit_mode_globally_per_endpoint_and_per_policy() {
     let apps = apps();
     let _web = web(&apps);
     let text = paths(&["/ok"]);

@@ -79,7 +79,7 @@ fn jumbo_frames(hooks: Hooks) {
 
 /// A frame as long as may be carried has to fit on its way back too, with the order that says how long the body is.
 #[test]
-fn the_longest_frame_that_is_carried_comes_back_with_an_order() {
+fn the_longest_punted_frame_is_reinjected_with_a_flow_command() {
     /// `palisade_abi::MAX_PUNT_FRAME`.
     const LONGEST: usize = 3_254;
     let apps = with_jumbo_frames();
@@ -113,7 +113,7 @@ fn the_longest_frame_that_is_carried_comes_back_with_an_order() {
 }
 
 #[test]
-fn jumbo_frames_pass_inspected_connections_by_tcx() {
+fn jumbo_frames_pass_on_inspected_connections_with_tcx() {
     jumbo_frames(Hooks {
         host: "tc",
         ..Hooks::default()
@@ -121,6 +121,6 @@ fn jumbo_frames_pass_inspected_connections_by_tcx() {
 }
 
 #[test]
-fn jumbo_frames_pass_inspected_connections_by_xdp_at_the_nic() {
+fn jumbo_frames_pass_on_inspected_connections_with_xdp_at_the_nic() {
     jumbo_frames(Hooks::default());
 }

@@ -172,7 +172,7 @@ fn reload_under_load(hooks: Hooks) {
 }
 
 #[test]
-fn reload_under_load_loses_and_leaks_nothing_by_tcx() {
+fn reload_under_load_loses_and_leaks_nothing_with_tcx() {
     reload_under_load(Hooks {
         endpoint: "tc",
         host: "xdp",
@@ -181,7 +181,7 @@ fn reload_under_load_loses_and_leaks_nothing_by_tcx() {
 }
 
 #[test]
-fn reload_under_load_loses_and_leaks_nothing_by_xdp_and_clsact() {
+fn reload_under_load_loses_and_leaks_nothing_with_xdp_and_clsact() {
     reload_under_load(Hooks {
         endpoint: "xdp",
         host: "tc",
@@ -190,7 +190,7 @@ fn reload_under_load_loses_and_leaks_nothing_by_xdp_and_clsact() {
 }
 
 #[test]
-fn a_policy_change_cuts_a_live_connection_and_opens_it_again() {
+fn a_policy_change_stops_and_resumes_a_live_connection() {
     let world = world();
     let daemon = world
         .daemon(Settings::default(), &[("loads.yaml", &policy(0))])
@@ -286,7 +286,7 @@ fn kill9_and_restart_under_load(hooks: Hooks) {
 }
 
 #[test]
-fn kill9_and_restart_under_load_lose_and_leak_nothing_by_tcx() {
+fn kill9_and_restart_under_load_lose_and_leak_nothing_with_tcx() {
     kill9_and_restart_under_load(Hooks {
         endpoint: "tc",
         host: "xdp",
@@ -295,7 +295,7 @@ fn kill9_and_restart_under_load_lose_and_leak_nothing_by_tcx() {
 }
 
 #[test]
-fn kill9_and_restart_under_load_lose_and_leak_nothing_by_xdp_and_clsact() {
+fn kill9_and_restart_under_load_lose_and_leak_nothing_with_xdp_and_clsact() {
     kill9_and_restart_under_load(Hooks {
         endpoint: "xdp",
         host: "tc",
@@ -395,7 +395,7 @@ fn connections_older_than_palisade_keep_working_unless_the_policy_denies_their_d
 }
 
 #[test]
-fn connections_older_than_palisade_are_found_in_the_nodes_own_conntrack_as_well() {
+fn conntrack_is_also_seeded_from_nf_conntrack() {
     let world = world();
     world.topology.track_connections().expect("conntrack");
     let mut streams: Vec<_> = FAMILIES
@@ -422,7 +422,7 @@ fn connections_older_than_palisade_are_found_in_the_nodes_own_conntrack_as_well(
 }
 
 #[test]
-fn a_full_conntrack_map_is_visible_and_lets_nothing_through() {
+fn a_full_conntrack_map_is_reported_and_passes_nothing_denied() {
     let world = world();
     let settings = Settings {
         tables: "[limits]\nconntrack = 128\n".into(),

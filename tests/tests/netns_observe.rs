@@ -173,7 +173,7 @@ fn filters_by_label_identity_endpoint_protocol_and_count() {
 }
 
 #[test]
-fn observe_and_monitor_follow_what_comes() {
+fn observe_and_monitor_follow_new_flows() {
     let world = world();
     let daemon = world
         .daemon(Settings::default(), &[("p.yaml", POLICIES)])
@@ -248,7 +248,7 @@ spec:
 ";
 
 #[test]
-fn what_must_be_inspected_is_dropped_with_a_reason_of_its_own_until_somebody_can() {
+fn flows_without_an_inspector_are_dropped_with_their_own_reason() {
     let world = world();
     let daemon = world
         .daemon(Settings::default(), &[("l7.yaml", INSPECTED)])
@@ -322,7 +322,7 @@ fn what_must_be_inspected_is_dropped_with_a_reason_of_its_own_until_somebody_can
 
 /// Requests and hellos of real programs, as they are filtered, shown and counted.
 #[test]
-fn what_was_read_is_shown_and_counted() {
+fn inspected_traffic_is_shown_and_counted() {
     let apps = apps();
     let _web = Web::start(apps.ns("internet"), "internet", &[80], &[443], &apps.certificate).expect("nginx");
     let policies = format!(
@@ -426,7 +426,7 @@ fn what_was_read_is_shown_and_counted() {
 }
 
 #[test]
-fn a_changed_limit_of_reading_waits_for_a_restart() {
+fn a_changed_inspection_limit_needs_a_restart() {
     let world = world();
     let daemon = world
         .daemon(Settings::default(), &[("p.yaml", POLICIES)])
@@ -448,7 +448,7 @@ fn a_changed_limit_of_reading_waits_for_a_restart() {
 }
 
 #[test]
-fn listings_show_the_world_as_it_is() {
+fn list_commands_show_the_current_state() {
     let world = world();
     let daemon = world
         .daemon(Settings::default(), &[("p.yaml", POLICIES)])

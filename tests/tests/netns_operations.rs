@@ -114,7 +114,7 @@ fn many_files_changed_at_once_are_one_change() {
 }
 
 #[test]
-fn an_interface_that_appears_later_is_attached_when_it_appears_and_again_when_it_comes_back() {
+fn programs_are_attached_when_an_interface_appears_and_when_it_is_recreated() {
     let mut world = world();
     world
         .topology
@@ -266,7 +266,7 @@ fn detach_works_when_the_daemon_is_dead() {
 }
 
 #[test]
-fn status_says_at_which_hook_and_in_which_mode_it_stands() {
+fn status_names_hook_and_mode_of_each_attachment() {
     let world = world();
     for (hooks, endpoint, host) in [
         (

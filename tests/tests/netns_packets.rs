@@ -91,7 +91,7 @@ fn fragments_take_the_verdict_of_their_first_fragment() {
 }
 
 #[test]
-fn a_denied_datagram_arrives_in_no_part() {
+fn no_fragment_of_a_denied_datagram_arrives() {
     let world = world();
     let daemon = world
         .daemon(Settings::default(), &[("udp-53.yaml", UDP_53_AND_PING)])
@@ -256,7 +256,7 @@ fn icmp_errors_about_a_live_flow_pass_and_others_do_not() {
 }
 
 #[test]
-fn path_mtu_is_found_though_nothing_may_come_in() {
+fn path_mtu_discovery_works_with_denied_ingress() {
     let world = world();
     let t = &world.topology;
     for hooks in HOOKS {
@@ -304,7 +304,7 @@ fn path_mtu_is_found_though_nothing_may_come_in() {
 }
 
 #[test]
-fn a_workload_cannot_speak_with_anothers_address_nor_the_world_with_ours() {
+fn spoofed_sources_from_workloads_and_from_the_world_are_dropped() {
     let world = world();
     let daemon = world.daemon(Settings::default(), &[]).expect("daemon");
     for family in FAMILIES {

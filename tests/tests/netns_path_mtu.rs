@@ -95,7 +95,7 @@ fn head(first_line: &str) -> String {
 }
 
 #[test]
-fn what_is_acknowledged_here_arrives_over_paths_with_a_small_mtu() {
+fn bytes_acknowledged_on_behalf_arrive_over_paths_with_a_small_mtu() {
     let world = Far::new();
     let recorder = world.recorder();
     let daemon = world
@@ -199,7 +199,7 @@ fn deliver(world: &Far, recorder: &Recorder, listener: &TcpListener, way: &str, 
 /// The router's errors are about packets that were made here. They come to the end in whose name these were made, and are
 /// heeded on their way: nothing waits until it counts as lost.
 #[test]
-fn a_router_that_says_how_much_its_link_takes_is_heard_here() {
+fn packets_sent_on_behalf_shrink_to_the_mtu_that_a_router_reports() {
     let world = Far::new();
     let recorder = world.recorder();
     let listeners = FAMILIES.map(|family| {
@@ -288,7 +288,7 @@ fn flood(from: &Wire, router: IpAddr, to: &Wire, quoted: [SocketAddr; 2], forged
 }
 
 #[test]
-fn forged_errors_reach_no_end_and_change_nothing() {
+fn forged_icmp_errors_reach_no_end_and_change_nothing() {
     const REQUEST: &[u8] = b"GET /a HTTP/1.1\r\nHost: x.example\r\n\r\n";
     let apps = apps();
     let recorder = Recorder::start(
@@ -365,7 +365,7 @@ fn forged_errors_reach_no_end_and_change_nothing() {
 
 /// A long body is left to the programs, but for what is about it: the server hears of a link that takes less.
 #[test]
-fn errors_about_a_body_that_is_not_read_reach_its_sender() {
+fn icmp_errors_about_an_offloaded_body_reach_its_sender() {
     const LENGTH: usize = 4 << 20;
     let world = Far::new();
     let daemon = world

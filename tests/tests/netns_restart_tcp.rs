@@ -122,7 +122,7 @@ fn both_are_reset(what: &str, pair: &mut Pair, daemon: &Daemon) {
 }
 
 #[test]
-fn both_ends_of_a_kept_alive_connection_learn_that_it_is_over() {
+fn both_ends_of_a_keep_alive_connection_are_reset_after_a_restart() {
     let apps = apps();
     let mut daemon = start(&apps);
     for family in FAMILIES {
@@ -150,7 +150,7 @@ fn both_ends_of_a_kept_alive_connection_learn_that_it_is_over() {
 }
 
 #[test]
-fn an_acknowledgement_that_was_lost_with_the_daemon_leaves_no_end_waiting() {
+fn an_acknowledgement_lost_with_the_daemon_leaves_no_end_waiting() {
     let apps = apps();
     let mut daemon = start(&apps);
     for family in FAMILIES {

@@ -190,62 +190,62 @@ const FOUR: &[(&str, &str)] = &[
 ];
 
 #[test]
-fn a_hello_cut_in_every_odd_way_is_judged_alike() {
+fn a_hello_in_any_segmentation_gets_the_same_verdict() {
     Arena::new(NAMES, hellos()).play(FOUR, |field| field.cuts());
 }
 
 #[test]
-fn a_hello_split_anywhere_is_judged_alike() {
+fn a_hello_split_at_any_byte_gets_the_same_verdict() {
     Arena::new(NAMES, hellos()).play(&[("client", "internet"), ("internet", "node")], |field| {
         field.splits()
     });
 }
 
 #[test]
-fn who_mixes_two_hellos_brings_through_none_that_is_denied() {
+fn overlapping_segments_cannot_smuggle_a_denied_hello() {
     Arena::new(NAMES, hellos()).play(FOUR, |field| field.mixes());
 }
 
 #[test]
-fn a_second_hello_is_judged_alike_however_it_comes() {
+fn a_second_hello_in_any_segmentation_gets_the_same_verdict() {
     let arena = Arena::new(NAMES, second_hellos());
     arena.play(FOUR, |field| field.cuts());
     arena.play(FOUR, |field| field.mixes());
 }
 
 #[test]
-fn a_request_cut_in_every_odd_way_is_judged_alike() {
+fn a_request_in_any_segmentation_gets_the_same_verdict() {
     let arena = Arena::new(PATHS, requests());
     arena.play(FOUR, |field| field.cuts());
     arena.play(&FOUR[1..3], |field| field.splits());
 }
 
 #[test]
-fn who_mixes_two_requests_brings_through_none_that_is_denied() {
+fn overlapping_segments_cannot_smuggle_a_denied_first_request() {
     Arena::new(PATHS, requests()).play(FOUR, |field| field.mixes());
 }
 
 #[test]
-fn a_second_request_cut_in_every_odd_way_is_judged_alike() {
+fn a_second_request_in_any_segmentation_gets_the_same_verdict() {
     let arena = Arena::new(PATHS, second_requests());
     arena.play(FOUR, |field| field.cuts());
     arena.play(&FOUR[..1], |field| field.splits());
 }
 
 #[test]
-fn who_mixes_what_follows_a_request_brings_through_nothing_that_is_denied() {
+fn overlapping_segments_cannot_smuggle_a_denied_request() {
     Arena::new(PATHS, second_requests()).play(FOUR, |field| field.mixes());
 }
 
 #[test]
-fn who_mixes_lengths_of_bodies_brings_no_request_through() {
+fn overlapping_content_lengths_cannot_smuggle_a_request() {
     let arena = Arena::new(PATHS, lengths());
     arena.play(FOUR, |field| field.cuts());
     arena.play(FOUR, |field| field.mixes());
 }
 
 #[test]
-fn without_a_rule_for_names_the_mixtures_do_bring_both_through() {
+fn without_rules_overlapping_segments_deliver_both_hellos() {
     // else the other tests would prove nothing
     let failures = Arena::new("", hellos()).outcome(&FOUR[..1], |field| field.mixes());
     assert!(
@@ -257,7 +257,7 @@ fn without_a_rule_for_names_the_mixtures_do_bring_both_through() {
 }
 
 #[test]
-fn what_follows_a_hello_arrives_whole_and_unread() {
+fn bytes_after_a_hello_are_offloaded_and_arrive_complete() {
     let arena = Arena::new(NAMES, hellos());
     let data: Vec<u8> = (0..120_000_u32).map(|n| (n / 3) as u8).collect();
     for (from, to) in FOUR {
@@ -316,7 +316,7 @@ fn what_follows_a_hello_arrives_whole_and_unread() {
 }
 
 #[test]
-fn a_server_that_takes_little_at_a_time_gets_all() {
+fn a_server_with_a_small_window_receives_everything() {
     let apps = apps();
     let policies = policies(&[PORT], NAMES);
     let daemon = apps

@@ -88,7 +88,7 @@ fn as_a_service() -> Vec<String> {
 }
 
 #[test]
-fn the_service_may_do_what_it_has_to() {
+fn the_sandbox_of_the_unit_permits_everything_the_daemon_needs() {
     let apps = apps();
     let _resolver = Scripted::start(apps.ns("internet"), &apps.both("internet"), zone).expect("resolver");
     let [_web] = webs(&apps, ["internet"], &[80], &[]);
@@ -133,7 +133,7 @@ fn the_service_may_do_what_it_has_to() {
 }
 
 #[test]
-fn the_service_manager_never_gives_up_and_notices_a_daemon_that_hangs() {
+fn the_unit_restarts_a_failed_or_hung_daemon_without_limit() {
     let unit = fs::read_to_string(UNIT).expect("the unit");
     assert_eq!(setting(&unit, "StartLimitIntervalSec"), ["0"]);
     assert_eq!(setting(&unit, "Restart"), ["on-failure"]);

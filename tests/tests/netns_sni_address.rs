@@ -65,7 +65,7 @@ fn answers(names: &Names, from: &str, n: u8, family: Family, name: &str) -> bool
 }
 
 #[test]
-fn an_address_is_open_only_by_the_names_it_was_learned_by() {
+fn an_address_accepts_only_the_server_names_it_was_learned_for() {
     let names = names();
     let sites: Vec<_> = [10, 11, 19]
         .iter()

@@ -87,17 +87,17 @@ fn all_ways(hooks: Hooks) {
 }
 
 #[test]
-fn all_ways_by_tcx_and_xdp_at_the_nic() {
+fn all_paths_with_tcx_and_xdp_at_the_nic() {
     all_ways(XDP_AT_THE_NIC);
 }
 
 #[test]
-fn all_ways_by_tcx_also_at_the_nic() {
+fn all_paths_with_tcx_at_every_interface() {
     all_ways(TCX);
 }
 
 #[test]
-fn all_ways_by_xdp_and_clsact() {
+fn all_paths_with_xdp_and_clsact() {
     all_ways(XDP_AND_CLSACT);
 }
 
@@ -113,7 +113,7 @@ fn s_client(apps: &Apps, to: SocketAddr, args: &[&str]) -> Handshake {
 }
 
 #[test]
-fn names_in_every_form_by_openssl() {
+fn every_form_of_server_name_from_openssl() {
     let apps = apps();
     let [web] = webs(&apps, ["internet"], &[], &[HTTPS]);
     let daemon = client_only(&apps, &[HTTPS], RULES);
@@ -239,7 +239,7 @@ fn names_in_every_form_by_openssl() {
 }
 
 #[test]
-fn what_is_not_tls_is_reset() {
+fn other_protocols_than_tls_are_reset() {
     let apps = apps();
     let hears = Recorder::start(apps.ns("internet"), &apps.both("internet"), &[HTTPS], |_, _| {
         b"220 ready\r\n".to_vec()
@@ -349,7 +349,7 @@ fn what_is_not_tls_is_reset() {
 }
 
 #[test]
-fn a_hello_that_does_not_end_is_ended() {
+fn an_endless_hello_is_aborted() {
     let apps = apps();
     let server = opaque_tls::server(apps.ns("internet"), &apps.both("internet"), &[HTTPS]).expect("server");
     let daemon = client_only_with(&apps, &tables("[tls]\nhello_timeout = \"2s\"\n"), &[HTTPS], RULES);
@@ -382,7 +382,7 @@ fn a_hello_that_does_not_end_is_ended() {
 }
 
 #[test]
-fn a_second_hello_is_judged_too() {
+fn a_second_hello_is_inspected_too() {
     let apps = apps();
     let servers: Vec<Program> = FAMILIES
         .iter()
@@ -468,7 +468,7 @@ fn a_second_hello_is_judged_too() {
 }
 
 #[test]
-fn hellos_that_are_encrypted_are_judged_by_their_outer_name_or_refused() {
+fn encrypted_hellos_are_matched_by_their_outer_name_or_refused() {
     let apps = apps();
     let server = opaque_tls::server(apps.ns("internet"), &apps.both("internet"), &[HTTPS]).expect("server");
     // RFC 9849: outer, a cipher suite, a configuration, a key, something encrypted
@@ -511,7 +511,7 @@ fn hellos_that_are_encrypted_are_judged_by_their_outer_name_or_refused() {
 }
 
 #[test]
-fn other_clients_and_servers() {
+fn other_tls_clients_and_servers() {
     let apps = apps();
     let _web = Web::start(apps.ns("internet"), "nginx", &[], &[HTTPS], &apps.certificate).expect("nginx");
     let _caddy = Caddy::start(apps.ns("internet"), "caddy", 8080, 8443, &apps.certificate).expect("caddy");
@@ -568,7 +568,7 @@ fn other_clients_and_servers() {
 }
 
 #[test]
-fn large_transfers_go_on_in_the_kernel() {
+fn large_transfers_are_offloaded() {
     const SIZE: u64 = 60_000_000;
     let apps = apps();
     let servers = webs(&apps, ["internet", "node"], &[], &[HTTPS]);
@@ -624,7 +624,7 @@ fn large_transfers_go_on_in_the_kernel() {
 }
 
 #[test]
-fn flows_name_the_server_name_the_verdict_and_the_rule() {
+fn flow_records_name_server_name_verdict_and_rule() {
     let apps = apps();
     let [_web] = webs(&apps, ["internet"], &[], &[HTTPS]);
     let daemon = client_only(&apps, &[HTTPS], RULES);

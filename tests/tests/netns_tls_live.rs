@@ -61,7 +61,7 @@ fn secrets(apps: &Apps, name: &str) -> [Secret; 2] {
 }
 
 #[test]
-fn a_change_of_names_ends_what_it_denies_and_nothing_else() {
+fn a_changed_server_name_rule_resets_only_denied_connections() {
     let apps = apps();
     let _server = opaque_tls::server(apps.ns("internet"), &apps.both("internet"), &[SECRET]).expect("server");
     let daemon = apps
@@ -176,7 +176,7 @@ fn reload_under_load_loses_no_connection_that_is_allowed() {
 }
 
 #[test]
-fn kill9_and_restart_leave_connections_alone_and_let_no_other_name_through() {
+fn kill9_and_restart_keep_connections_and_pass_no_denied_name() {
     let apps = apps();
     let web = Web::start(apps.ns("internet"), "internet", &[], &[PORT], &apps.certificate).expect("nginx");
     let _server = opaque_tls::server(apps.ns("internet"), &apps.both("internet"), &[SECRET]).expect("server");
@@ -232,7 +232,7 @@ fn kill9_and_restart_leave_connections_alone_and_let_no_other_name_through() {
 }
 
 #[test]
-fn a_policy_for_names_that_comes_late() {
+fn a_new_server_name_policy_resets_connections_whose_hello_was_not_inspected() {
     let apps = apps();
     let _server = opaque_tls::server(apps.ns("internet"), &apps.both("internet"), &[SECRET]).expect("server");
     let daemon = apps
@@ -292,7 +292,7 @@ fn is_audited(apps: &Apps, daemon: &Daemon) {
 }
 
 #[test]
-fn audit_mode_of_all_of_an_endpoint_and_of_a_policy() {
+fn audit_mode_globally_per_endpoint_and_per_policy() {
     let apps = apps();
     let _web = Web::start(apps.ns("internet"), "internet", &[], &[PORT], &apps.certificate).expect("nginx");
     let text = names("a.example");
@@ -330,7 +330,7 @@ fn audit_mode_of_all_of_an_endpoint_and_of_a_policy() {
 }
 
 #[test]
-fn what_is_lost_on_the_way_comes_again() {
+fn lost_segments_are_retransmitted() {
     const LONG: usize = 6_000;
     let apps = apps();
     let web = Web::start(apps.ns("internet"), "internet", &[], &[PORT], &apps.certificate).expect("nginx");

@@ -240,7 +240,7 @@ impl Busy {
 }
 
 #[test]
-fn a_punt_link_that_is_deleted_set_down_or_taken_away_is_put_in_order() {
+fn a_punt_link_that_is_deleted_set_down_or_moved_is_repaired() {
     let busy = Busy::start();
     let [node_end, worker_end] = busy.punt_link();
     busy.survives("deleted", true, || busy.ip(&format!("link del {node_end}\n")));
@@ -267,7 +267,7 @@ fn a_punt_link_that_is_deleted_set_down_or_taken_away_is_put_in_order() {
 }
 
 #[test]
-fn a_punt_link_that_cannot_be_made_again_costs_what_must_be_read_and_is_told() {
+fn without_a_punt_link_packets_that_need_inspection_drop_and_status_says_why() {
     let busy = Busy::start();
     let [node_end, worker_end] = busy.punt_link();
     // Renamed while it is in use, so that the name is taken before the daemon can make it again.
@@ -308,7 +308,7 @@ fn a_punt_link_that_cannot_be_made_again_costs_what_must_be_read_and_is_told() {
 }
 
 #[test]
-fn a_punt_link_that_cannot_be_made_at_the_start_is_made_once_its_name_is_free() {
+fn a_missing_punt_link_is_made_once_its_name_is_free() {
     // The second end: a socket could be bound to the foreign interface, and no worker may do that.
     for taken in ["palisade0", "palisade1"] {
         let busy = Busy::start_with(|apps, settings, policies| {

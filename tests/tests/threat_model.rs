@@ -63,7 +63,7 @@ fn problems(document: &str, read: impl Fn(&str) -> Option<String>) -> Vec<String
 }
 
 #[test]
-fn each_test_that_the_threat_model_names_exists_where_it_says() {
+fn each_test_named_in_the_threat_model_exists() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let document = fs::read_to_string(root.join("docs/THREAT-MODEL.md")).unwrap();
     let found = problems(&document, |file| fs::read_to_string(root.join(file)).ok());
@@ -75,7 +75,7 @@ fn each_test_that_the_threat_model_names_exists_where_it_says() {
 }
 
 #[test]
-fn evidence_that_does_not_hold_is_found() {
+fn wrong_evidence_is_reported() {
     let read = |file: &str| {
         (file == "a/b.rs").then(|| {
             "fn helper() {}\n#[test]\n// Why.\n#[ignore]\nfn holds() {}\n    #[test]\n    fn inner(x in 0..2) {}\n"

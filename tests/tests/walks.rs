@@ -118,7 +118,7 @@ fn each_function_of_a_diagram_exists() {
 }
 
 #[test]
-fn a_step_that_is_wrong_is_found() {
+fn wrong_steps_are_reported() {
     let read =
         |file: &str| (file == "a.rs").then(|| "pub fn one<T>() {}\nfn two() {}\n// fn three()\n".to_owned());
     let walk = |steps: &str| problems(&format!("## Walk\n\n{steps}"), read);
