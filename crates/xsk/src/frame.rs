@@ -10,10 +10,10 @@ use xsk_rs::umem::{Umem, frame::FrameDesc};
 
 use crate::frame_states::{Counts, FrameState, FrameStates};
 
-/// Size of a chunk, bytes. The kernel accepts at most a page.
+/// Size of a chunk, bytes. The kernel limits it to a page.
 pub(crate) const CHUNK: usize = 4096;
 
-/// The UMEM of a socket and the states of its frames. Each held frame keeps it alive.
+/// The UMEM of a socket and the states of its frames. Each held frame keeps the pool alive.
 pub(crate) struct Pool {
     umem: Umem,
     /// The descriptor of each frame without data, by frame number.
@@ -51,7 +51,7 @@ impl Pool {
             .transition(desc.addr() / CHUNK, FrameState::Receiving, FrameState::Free);
     }
 
-    /// Frees a frame that the completion ring returned. Returns false if the frame was not in flight.
+    /// Frees a frame that the completion ring returned. Returns whether the frame was in flight.
     pub(crate) fn sent(&self, desc: &FrameDesc) -> bool {
         self.states
             .transition(desc.addr() / CHUNK, FrameState::Sending, FrameState::Free)
@@ -276,7 +276,7 @@ impl Frame {
         self.pool
             .states
             .transition(index, FrameState::Held, FrameState::Sending);
-        // The drop that follows finds another state than `Held`, and changes nothing.
+        // `Drop` runs now, but does nothing because the state is no longer `Held`.
     }
 }
 

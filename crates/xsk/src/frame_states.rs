@@ -41,8 +41,8 @@ impl Counts {
     }
 }
 
-/// The states of all frames, and a stack of the free ones. A stack, because the frame that was freed last is most
-/// likely still in the CPU's cache.
+/// The states of all frames, and a stack of the free frames. The frame that was freed last is reused first, because it is
+/// most likely still in the CPU's cache.
 #[derive(Debug)]
 pub(crate) struct FrameStates {
     states: Box<[Cell<FrameState>]>,
@@ -87,8 +87,8 @@ impl FrameStates {
         Some(index)
     }
 
-    /// Changes the state of a frame that was taken before. Returns false, and changes nothing, if the frame's state is
-    /// not `from` or there is no such frame.
+    /// Changes the state of a frame that is not free from `from` to `to`. Returns whether the state was changed: it is
+    /// unchanged if it was not `from` or the frame does not exist.
     #[inline]
     pub(crate) fn transition(&self, index: usize, from: FrameState, to: FrameState) -> bool {
         let Some(state) = self.states.get(index) else {
@@ -105,7 +105,7 @@ impl FrameStates {
             top.set(index as u32);
             self.depth.set(depth + 1);
         } else if from == FrameState::Free {
-            // A free frame is on the stack, from where only `take` removes it.
+            // A free frame is on the stack, and only `take` removes frames from the stack.
             return false;
         }
         state.set(to);

@@ -22,7 +22,7 @@ pub struct Sender<H>(spsc::Writer<Slot<H>>);
 #[derive(Debug)]
 pub struct Receiver<H>(spsc::Reader<Slot<H>>);
 
-/// Why a packet was not handed off.
+/// The reason why a packet was not handed off.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum SendError {
     /// The receiver is behind: no slot is free.

@@ -53,12 +53,12 @@ pub enum Mode {
 /// Whether the kernel copies packets between its buffers and the UMEM.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum CopyMode {
-    /// It copies unless the driver supports zero-copy.
+    /// The kernel copies unless the driver supports zero-copy.
     #[default]
     Auto,
-    /// It copies (`XDP_COPY`).
+    /// The kernel copies (`XDP_COPY`).
     Copy,
-    /// It does not copy (`XDP_ZEROCOPY`); binding fails if the driver does not support that.
+    /// The kernel does not copy (`XDP_ZEROCOPY`). Binding fails if the driver does not support zero-copy.
     ZeroCopy,
 }
 
@@ -69,7 +69,7 @@ pub struct Config {
     pub interface: String,
     /// Queue of the interface.
     pub queue: u32,
-    /// Number of frames, a page of locked memory each. A power of two, at least 16.
+    /// Number of frames; each takes a page of locked memory. Must be a power of two, at least 16.
     pub frames: u32,
     /// Copy or zero-copy.
     pub copy_mode: CopyMode,
@@ -79,7 +79,7 @@ pub struct Config {
     pub busy_poll: u32,
     /// Most packets per poll of the driver in [`Mode::BusyPoll`] (`SO_BUSY_POLL_BUDGET`).
     pub busy_budget: u32,
-    /// How long [`Socket::new`] retries while another socket is bound to the queue.
+    /// Longest time that [`Socket::new`] retries while another socket is bound to the queue.
     pub bind_timeout: Duration,
 }
 
@@ -100,7 +100,7 @@ impl Config {
     }
 }
 
-/// Why a socket could not be made.
+/// The reason why a socket could not be made.
 #[derive(Debug, ThisError)]
 pub enum Error {
     /// The number of frames is not a power of two, or too small.
@@ -130,7 +130,7 @@ pub enum Error {
         interface: String,
         /// The queue.
         queue: u32,
-        /// How long binding was retried.
+        /// Time for which binding was retried.
         waited: Duration,
     },
     /// Binding to the queue failed.
@@ -188,10 +188,10 @@ pub struct Statistics {
     pub rx_invalid: u64,
     /// Invalid descriptors in the transmit ring.
     pub tx_invalid: u64,
-    /// Times that the kernel found the transmit ring empty. Harmless.
+    /// Times that the kernel found the transmit ring empty, which is not a loss.
     pub tx_ring_empty: u64,
-    /// Descriptors of the receive and completion rings whose frame the kernel did not have. Not zero means a driver
-    /// bug.
+    /// Descriptors in the receive and completion rings whose frame the kernel did not own. Other values than 0 indicate a
+    /// driver bug.
     pub unexpected: u64,
 }
 
@@ -215,7 +215,7 @@ pub struct Socket {
     tx_size: usize,
     fill_size: usize,
     unexpected: u64,
-    /// Errno that ended the socket, or 0. Kept, because reading `SO_ERROR` clears it in the kernel.
+    /// Errno that ended the socket, or 0. Stored here because the kernel clears `SO_ERROR` when it is read.
     fatal_errno: Cell<i32>,
     scratch: Box<[FrameDesc; BATCH]>,
 }
@@ -234,7 +234,7 @@ impl Socket {
         let chunk = FrameSize::new(CHUNK as u32).map_err(|_| Error::Frames(frames))?;
         let umem_config = UmemConfig::builder()
             .frame_size(chunk)
-            // All frames can be in flight at once, but at most half of them are in the fill ring.
+            // All frames can be in transmission at once, but at most half of them are in the fill ring.
             .comp_queue_size(size(frames)?)
             .fill_queue_size(size(frames / 2)?)
             .build()
@@ -411,7 +411,7 @@ impl Socket {
         self.tx_size - self.tx.nb_free_exact() as usize
     }
 
-    /// Waits for a packet as the socket's mode says, at most for `timeout`. Returns whether one is available.
+    /// Waits for a packet according to the socket's mode, at most for `timeout`. Returns whether a packet is available.
     ///
     /// # Errors
     /// The interface is down or gone.
@@ -684,8 +684,8 @@ impl AsFd for Socket {
     }
 }
 
-/// Binds a socket. Retries while the queue is in use (`EBUSY`): the kernel releases the queue of a process that has
-/// ended with a delay.
+/// Binds a socket. Retries while the queue is in use (`EBUSY`), because the kernel releases a queue some time after the
+/// process that used it has ended.
 fn bind(
     config: &Config,
     socket: SocketConfig,

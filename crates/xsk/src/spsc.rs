@@ -4,8 +4,8 @@
 //! Slots are allocated once and used in place, so a packet is copied once and never moved. The ends cannot be cloned
 //! and their methods take `&mut self`, so the type system guarantees a single writer and a single reader.
 //!
-//! Not `crossbeam` or `rtrb`: their queues move values in and out, but a packet slot must be filled and read in place;
-//! and this ring is model-checked with loom (`tests/loom.rs`), which needs loom's atomics inside.
+//! The queues of `crossbeam` and `rtrb` move values in and out, but a packet slot must be filled and read in place. Also,
+//! this ring is model-checked with loom (`tests/loom.rs`), which requires loom's atomics in the implementation.
 
 #[cfg(loom)]
 use loom::{
@@ -64,7 +64,7 @@ unsafe impl<P: Send> Sync for Ring<P> {}
 unsafe impl<P: Send> Send for Ring<P> {}
 
 impl<P> Ring<P> {
-    /// Returns the slot of a position. There is one for every position; `None` only replaces a panic.
+    /// Returns the slot of a position. Every position has a slot, so this does not return `None`.
     #[inline]
     fn slot(&self, position: usize) -> Option<&UnsafeCell<P>> {
         // The number of slots is a power of two, see `ring`.
@@ -115,8 +115,8 @@ pub fn ring<P>(min_slots: usize, mut make: impl FnMut() -> P) -> (Writer<P>, Rea
 }
 
 impl<P> Writer<P> {
-    /// Lets `f` fill the next slot, which holds what the reader left in it, and publishes the slot. Returns `None` if
-    /// the ring is full.
+    /// Calls `f` with the next slot, which still has the contents that the reader left, and publishes the slot. Returns
+    /// `None` if the ring is full.
     #[inline]
     pub fn write<R>(&mut self, f: impl FnOnce(&mut P) -> R) -> Option<R> {
         let mut outcome = None;
@@ -163,8 +163,7 @@ impl<P> Writer<P> {
 }
 
 impl<P> Reader<P> {
-    /// Lets `f` read the oldest slot and returns the slot to the writer, with what `f` left in it. Returns `None` if
-    /// the ring is empty.
+    /// Calls `f` with the oldest slot and then returns the slot to the writer. Returns `None` if the ring is empty.
     #[inline]
     pub fn read<R>(&mut self, f: impl FnOnce(&mut P) -> R) -> Option<R> {
         if self.available() == 0 {
