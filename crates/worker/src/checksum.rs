@@ -1,13 +1,13 @@
-//! Transport checksums of punted packets: completed where the local sender left them to its device, verified everywhere
-//! else.
+//! Transport checksums of punted packets. A checksum that the local sender left to its device is completed; all others
+//! are verified.
 //!
 //! The sum itself is [`palisade_packet::checksum`].
 
 use palisade_abi::{Reason, protocol};
 use palisade_packet::{Packet, checksum::Sum, flags};
 
-/// Completes or verifies the checksums of a frame. Afterwards they are valid, or cannot be checked: fragments,
-/// protocols without a checksum, UDP over IPv4 without one.
+/// Completes or verifies the checksums of a frame. Does not check fragments, protocols without a checksum, and UDP over
+/// IPv4 without one.
 ///
 /// # Errors
 /// A checksum is wrong. The receiver will discard the packet, so inspecting it would allow an insertion attack: the
@@ -42,7 +42,7 @@ pub fn complete_or_verify(frame: &mut [u8], packet: &Packet) -> Result<(), Reaso
     } else {
         network + 12..network + 20
     };
-    // The decoder has checked these lengths; the error only replaces a panic.
+    // The decoder has checked these lengths, so this error does not occur; it stands here instead of a panic.
     let malformed = Reason::TruncatedL4;
     let pseudo = Sum::default()
         .add(frame.get(addresses).ok_or(malformed)?)

@@ -1,5 +1,5 @@
-//! The state that a worker thread keeps over restarts: its connections to the other threads, and its counters. The
-//! supervisor owns it and lends it to each run of the worker.
+//! The state of a worker thread that survives restarts of the worker: its connections to other threads, and its
+//! counters. The supervisor owns this state and lends it to each run of the worker.
 
 use std::{
     sync::{Arc, atomic::AtomicBool},
@@ -22,7 +22,8 @@ pub(crate) struct WorkerControl<R> {
     pub rules: Arc<R>,
     /// Interfaces with an XDP program at ingress, by index.
     pub xdp: Arc<[u32]>,
-    /// Endpoints that were deleted since the worker last read this. The worker drops their state and empties the list.
+    /// Endpoints that were deleted since the worker last read the settings. The worker drops their state and empties the
+    /// list.
     pub gone: Vec<u16>,
 }
 
@@ -31,20 +32,20 @@ pub type TimedRecord = (SystemTime, Record);
 
 /// The state of a worker thread that outlives its restarts.
 pub(crate) struct WorkerContext<R> {
-    /// Number of the worker, from 0, which is also the number of its queue of the punt link.
+    /// Number of the worker and of its queue of the punt link, from 0.
     pub number: usize,
     /// Number of workers.
     pub workers: usize,
-    /// Secret that proves that a frame on the punt link was put there by the programs.
+    /// Secret number in each punt header. Frames with another number were not punted by the programs.
     pub cookie: u64,
     /// How the worker waits for packets.
     pub mode: Mode,
-    /// Returns the coarse monotonic time, ns.
+    /// Function that returns the coarse monotonic time, ns.
     pub clock: fn() -> u64,
-    /// Publishes the worker's number and the time of its heartbeat in ns, or 0 when it does not run.
+    /// Callback that publishes the number of a worker and the time of its heartbeat, ns; 0 if the worker does not run.
     pub heartbeat: Arc<dyn Fn(usize, u64) + Send + Sync>,
     pub counters: Arc<Counters>,
-    /// Set when the worker is to stop.
+    /// Set to stop the worker.
     pub stop: Arc<AtomicBool>,
     pub control: watch::Receiver<WorkerControl<R>>,
     /// Hand-off rings to the other workers, by number; `None` at the worker's own number.

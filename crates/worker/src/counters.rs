@@ -17,7 +17,7 @@ pub struct Count(AtomicU64);
 impl Count {
     /// Adds `more` to the counter.
     pub(crate) fn add(&self, more: u64) {
-        // One writer, so a load and a store do; an atomic add would cost a locked instruction.
+        // There is only one writer, so a load and a store suffice; an atomic add would cost a locked instruction.
         self.0
             .store(self.0.load(Ordering::Relaxed) + more, Ordering::Relaxed);
     }
@@ -38,14 +38,14 @@ impl Count {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(u8)]
 pub enum State {
-    /// Its socket and inspectors are being made for the first time.
+    /// The worker makes its socket and inspectors for the first time.
     #[default]
     Starting = 0,
-    /// It inspects packets.
+    /// The worker inspects packets.
     Running = 1,
-    /// It failed and will be restarted. The programs do not punt to it meanwhile.
+    /// The worker has failed and will be restarted. The programs do not punt to it meanwhile.
     Down = 2,
-    /// It was told to stop, and has.
+    /// The worker has stopped as requested.
     Ended = 3,
 }
 
@@ -56,15 +56,16 @@ pub struct Counters {
     state: AtomicU8,
     /// Packets received from the socket.
     pub packets_in: Count,
-    /// Bytes of these, from the Ethernet header on.
+    /// Bytes of the received packets, from the Ethernet header on.
     pub bytes_in: Count,
     /// Punted packets that were forwarded.
     pub packets_out: Count,
-    /// Bytes of these.
+    /// Bytes of the forwarded packets.
     pub bytes_out: Count,
     /// Packets that inspectors made and the worker sent: refusals, resets, acknowledgements, redelivered bytes.
     pub generated: Count,
-    /// Packets that inspectors made and the worker could not send for want of a frame or of room in the transmit ring.
+    /// Packets that inspectors made and the worker could not send, because no frame was free or the transmit ring was
+    /// full.
     pub generated_lost: Count,
     /// Packets whose bytes were delivered in generated packets.
     pub absorbed: Count,
@@ -74,7 +75,7 @@ pub struct Counters {
     pub handoff_out: Count,
     /// Packets that other workers handed off to this one.
     pub handoff_in: Count,
-    /// Frames that are held now, most of them until a verdict.
+    /// Frames that inspectors hold now, most of them until a verdict.
     pub held: Count,
     /// Connections that are tracked now.
     pub flows: Count,
@@ -92,7 +93,7 @@ pub struct Counters {
     ring: [Count; 4],
     /// The metrics of all engines of this worker. The first engine sets the list.
     metrics: OnceLock<Box<[(Metric, Count)]>>,
-    /// Why the worker is down.
+    /// The failure that ended the worker's last run.
     failure: Mutex<Option<Arc<Failure>>>,
 }
 
@@ -166,8 +167,8 @@ impl Counters {
         }
     }
 
-    /// Takes over the metrics of an engine. `before`: their values at the last call for this engine; empty at its
-    /// first.
+    /// Updates the metrics from those of an engine. `before`: the engine's values at the last call; empty at its first
+    /// call.
     pub(crate) fn update_metrics(&self, engine: &impl Inspect, before: &mut Vec<u64>) {
         let metrics = self.metrics.get_or_init(|| {
             let mut list = Vec::new();
@@ -190,7 +191,7 @@ impl Counters {
         });
     }
 
-    /// Sets all gauges to zero: the engine is gone, and all that it held.
+    /// Sets all gauges to zero, because the engine and the frames that it held no longer exist.
     pub(crate) fn reset_gauges(&self) {
         self.held.set(0);
         self.flows.set(0);
@@ -206,7 +207,7 @@ impl Counters {
         metrics.map(|(number, count)| (*number, count.get()))
     }
 
-    /// Sets the state, and why the worker is down.
+    /// Sets the state and the failure that led to it.
     pub(crate) fn set_state(&self, state: State, failure: Option<Failure>) {
         *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure.map(Arc::new);
         self.state.store(state as u8, Ordering::Release);
@@ -223,7 +224,7 @@ impl Counters {
         }
     }
 
-    /// Returns why the worker is down.
+    /// Returns the failure that ended the worker's last run; `None` if the worker runs.
     #[must_use]
     pub fn failure(&self) -> Option<Arc<Failure>> {
         self.failure

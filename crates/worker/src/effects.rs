@@ -1,5 +1,5 @@
-//! Effects: what an inspector wants done after it has seen a packet (forward it, discard it, send another one, command
-//! the programs).
+//! Effects: the actions that an inspector requests for a packet. It can forward or discard held packets, send generated
+//! packets, and send commands to the programs.
 //!
 //! An inspector borrows the packet's frame while it runs, so it cannot send that frame. It queues effects instead, and
 //! the worker runs them when the inspector has returned (`inspection.rs`). Start at [`Effects`], which is the
@@ -15,7 +15,7 @@ use crate::{context::TimedRecord, counters::Counters, header, held::Handle, queu
 /// Most bytes of generated packets that can be queued at once.
 const MAX_GENERATED_BYTES: usize = 256 * 1024;
 
-/// What an inspector wants done.
+/// An action that an inspector requests.
 pub(crate) enum Effect {
     /// Forward a held packet unchanged, with a flow command if there is one.
     Release(Handle, Option<FlowCommand>),
@@ -45,7 +45,7 @@ pub(crate) struct Effects {
     /// Time of the last wake-up of the records' reader, ns.
     records_flushed: u64,
     /// Time at which refreshes were last passed to the thread that commits addresses, ns. A refresh is an answer whose
-    /// addresses are committed already; it extends their time.
+    /// addresses are committed already; it extends their lifetime.
     refreshes_flushed: u64,
     counters: Arc<Counters>,
 }
@@ -97,7 +97,7 @@ impl Effects {
     /// ns.
     ///
     /// A wake-up is a system call, and the woken thread would compete for the CPU just when the packet's receiver needs
-    /// it. Only a record queue that is a quarter full is not left waiting for the next tick.
+    /// it. If the record queue is more than a quarter full, its reader is woken without waiting for the next tick.
     pub(crate) fn flush(&mut self, now: u64) {
         if self.records.has_unflushed() && (now != self.records_flushed || self.records.is_filling_up()) {
             self.records.wake();
@@ -163,8 +163,8 @@ impl Sink<Handle> for Effects {
     }
 
     fn record(&mut self, record: &Record) {
-        // The precise clock, which also stamps the programs' events: with the coarse one, a record could seem older
-        // than the packet that caused it.
+        // Use the precise clock, as for the programs' events. With the coarse clock, a record could seem older than the
+        // packet that caused it.
         if self.records.push((SystemTime::now(), *record)).is_err() {
             self.counters.records_lost.add(1);
         }

@@ -1,16 +1,16 @@
-//! Why a worker stopped. `status` shows it until the worker runs again.
+//! The failure that ended a run of a worker. `palisade status` shows the failure until the worker runs again.
 
 use std::io;
 
 use thiserror::Error;
 
-/// Why a worker stopped.
+/// The failure that ended a run of a worker.
 #[derive(Debug, Error)]
 pub enum Failure {
-    /// Its socket could not be made, or failed.
+    /// The socket could not be made, or failed.
     #[error(transparent)]
     Socket(#[from] io::Error),
-    /// It panicked with this message.
+    /// The worker panicked with this message.
     #[error("panic: {0}")]
     Panic(String),
 }

@@ -1,7 +1,7 @@
-//! Fair shedding: chooses the packets to drop when more arrive than can be inspected, so that a flood loses packets
+//! Fair shedding: chooses the packets to drop when more packets arrive than the worker can inspect. A flood loses packets
 //! before small flows do. Depends on nothing else in this crate; start at [`Fair::halve`].
 
-/// Number of counters. Flows are assigned to them by hash.
+/// Number of counters. The hash of a flow selects its counter.
 const BUCKETS: usize = 256;
 /// Time after which the counters start from zero, ns.
 const INTERVAL: u64 = 10_000_000;
@@ -11,7 +11,7 @@ pub(crate) struct Fair {
     admitted: [u32; BUCKETS],
     /// Start of the interval, ns.
     since: u64,
-    /// For each packet of a batch, how many of its bucket were admitted before it.
+    /// For each packet of a batch, the number of packets of its bucket that were admitted before it.
     ranks: Vec<u32>,
     /// The ranks, partially sorted.
     sorted: Vec<u32>,
@@ -54,7 +54,7 @@ impl Fair {
         }
         let (below, limit, _) = self.sorted.select_nth_unstable(half);
         let limit = *limit;
-        // Of the packets whose rank equals the limit, the first ones fill the half.
+        // Number of packets with this rank to admit, so that exactly half of the batch is admitted.
         let mut ties = half - below.iter().filter(|rank| **rank < limit).count();
         for (index, (hash, rank)) in hashes.zip(&self.ranks).enumerate() {
             let rank = *rank;
@@ -71,7 +71,7 @@ impl Fair {
     }
 }
 
-/// Returns the counter of a flow hash. The hash is multiplied first, because all flows of a worker have the same hash
+/// Returns the bucket of a flow hash. The hash is multiplied first, because all flows of a worker have the same hash
 /// modulo the number of workers.
 const fn bucket(admitted: &mut [u32; BUCKETS], hash: u32) -> &mut u32 {
     let index = hash.wrapping_mul(0x9e37_79b1) >> 24;

@@ -1,5 +1,5 @@
-//! The punt header in front of a punted packet, and the reinject trailer behind a forwarded one. Pure: bytes in, bytes
-//! out.
+//! The punt header in front of a punted packet, and the reinject trailer behind a forwarded one. The functions only
+//! convert bytes; they do no I/O.
 //!
 //! A packet goes through [`parse`], [`prepare`] and [`normalise_options`] before it is inspected, and through
 //! [`trailer`] and [`append_trailer`] before it is sent.
@@ -25,27 +25,27 @@ pub const ETHERNET_HEADER: usize = 14;
 ///
 /// # Errors
 /// [`Reason::PuntForeign`] if the cookie is wrong, the hook is unknown, the interface is zero, or no slot requests
-/// inspection: the programs did not put this frame on the punt link.
+/// inspection. Such a frame was not punted by the programs.
 pub fn parse(bytes: &[u8], cookie: u64) -> Result<PuntHeader, Reason> {
-    let (carried, frame) = PuntHeader::read_from_prefix(bytes).map_err(|_| Reason::PuntForeign)?;
-    if carried.cookie != cookie || frame.len() < ETHERNET_HEADER {
+    let (punted, frame) = PuntHeader::read_from_prefix(bytes).map_err(|_| Reason::PuntForeign)?;
+    if punted.cookie != cookie || frame.len() < ETHERNET_HEADER {
         return Err(Reason::PuntForeign);
     }
     let known = matches!(
-        carried.hook,
+        punted.hook,
         punt_hook::XDP_INGRESS | punt_hook::TC_INGRESS | punt_hook::TC_EGRESS
     );
-    let requested = carried.slots.iter().any(|slot| slot.endpoint != 0);
-    if !known || !requested || carried.ifindex == 0 {
+    let requested = punted.slots.iter().any(|slot| slot.endpoint != 0);
+    if !known || !requested || punted.ifindex == 0 {
         return Err(Reason::PuntForeign);
     }
-    Ok(carried)
+    Ok(punted)
 }
 
 /// Returns the flow hash of the punt header without validating the header; 0 if the frame is shorter than one.
 #[must_use]
 pub fn flow_hash(bytes: &[u8]) -> u32 {
-    PuntHeader::read_from_prefix(bytes).map_or(0, |(carried, _)| carried.hash)
+    PuntHeader::read_from_prefix(bytes).map_or(0, |(punted, _)| punted.hash)
 }
 
 /// A packet that is ready for inspection.
@@ -98,7 +98,7 @@ pub fn normalise_options(bytes: &mut [u8], prepared: &Prepared) -> Result<bool, 
     palisade_inspect::normalise_options(segment, Some(MAX_PUNT_MSS))
 }
 
-/// Returns start and end of the transport's payload; of a fragment that is not the first one, of its whole contents.
+/// Returns start and end of the transport payload. For a later fragment this is the whole content of the fragment.
 fn payload(frame: &[u8], packet: &Packet) -> (usize, usize) {
     let transport = usize::from(packet.transport_offset);
     let end = (usize::from(packet.network_offset) + packet.length as usize).min(frame.len());
@@ -123,17 +123,18 @@ fn payload(frame: &[u8], packet: &Packet) -> (usize, usize) {
 /// the headers, and completes or verifies the checksums.
 ///
 /// # Errors
-/// The packet cannot be decoded, or its receiver would discard it. Returns the drop reason and what was decoded.
-pub fn prepare(bytes: &mut [u8], carried: &PuntHeader) -> Result<Prepared, (Reason, Packet)> {
+/// The packet cannot be decoded, or its receiver would discard it. Returns the drop reason and the headers that were
+/// decoded.
+pub fn prepare(bytes: &mut [u8], punted: &PuntHeader) -> Result<Prepared, (Reason, Packet)> {
     let mut start = PUNT_HEADER;
-    match carried.vlan_protocol {
+    match punted.vlan_protocol {
         0 => {}
         0x8100 | 0x88a8 => {
             // The tag's four bytes overwrite the end of the punt header, which has been parsed.
             start -= 4;
             bytes.copy_within(PUNT_HEADER..PUNT_HEADER + 12, start);
-            let [p0, p1] = carried.vlan_protocol.to_be_bytes();
-            let [t0, t1] = carried.vlan.to_be_bytes();
+            let [p0, p1] = punted.vlan_protocol.to_be_bytes();
+            let [t0, t1] = punted.vlan.to_be_bytes();
             if let Some(tag) = bytes.get_mut(start + 12..start + 16) {
                 tag.copy_from_slice(&[p0, p1, t0, t1]);
             }
@@ -149,8 +150,8 @@ pub fn prepare(bytes: &mut [u8], carried: &PuntHeader) -> Result<Prepared, (Reas
 /// Decodes an Ethernet frame with an IP packet.
 ///
 /// # Errors
-/// The frame is malformed or not IP. Returns the drop reason, the same as the programs' for that frame, and what was
-/// decoded.
+/// The frame is malformed or not IP. Returns the drop reason, which is the one that the programs would give, and the
+/// headers that were decoded.
 pub fn decode(frame: &[u8]) -> Result<Packet, (Reason, Packet)> {
     let mut packet = Packet::default();
     match palisade_packet::decode(frame, Start::Ethernet { tags_removed: 0 }, &mut packet) {
@@ -162,8 +163,8 @@ pub fn decode(frame: &[u8]) -> Result<Packet, (Reason, Packet)> {
 
 /// Returns the trailer of a packet that was punted at a hook, or was made in response to one (`route.back`).
 ///
-/// The mark tells the tc program of that direction to let the packet pass. It is left out where XDP is the ingress hook
-/// of the interface (`xdp`): a reinjected packet does not pass XDP again, so no program would clear the mark.
+/// The mark makes the tc program of that direction pass the packet. It is not set if XDP is the ingress hook of the
+/// interface (`xdp`): a reinjected packet does not go through XDP again, so no program would clear the mark.
 #[must_use]
 pub fn trailer(cookie: u64, route: Route, xdp: bool) -> ReinjectTrailer {
     let ingress = (route.hook == punt_hook::TC_EGRESS) == route.back;
@@ -182,17 +183,17 @@ pub fn trailer(cookie: u64, route: Route, xdp: bool) -> ReinjectTrailer {
 }
 
 /// Appends flow commands and trailer to a packet of `length` bytes at the start of `room`. Returns the new length, or
-/// `None` if there is not enough room or the punt link would not take a frame of that length.
+/// `None` if there is not enough room or the frame would exceed the MTU of the punt link.
 pub fn append_trailer(
     room: &mut [u8],
     length: usize,
-    released: &ReinjectTrailer,
+    trailer: &ReinjectTrailer,
     commands: [Option<&FlowCommand>; 2],
 ) -> Option<usize> {
-    let mut released = *released;
+    let mut trailer = *trailer;
     let mut at = length;
     for command in commands.into_iter().flatten() {
-        released.flags |= if released.flags & reinject_flags::COMMAND == 0 {
+        trailer.flags |= if trailer.flags & reinject_flags::COMMAND == 0 {
             reinject_flags::COMMAND
         } else {
             reinject_flags::SECOND_COMMAND
@@ -201,7 +202,7 @@ pub fn append_trailer(
         room.get_mut(at..at + bytes.len())?.copy_from_slice(bytes);
         at += bytes.len();
     }
-    let bytes = released.as_bytes();
+    let bytes = trailer.as_bytes();
     room.get_mut(at..at + bytes.len())?.copy_from_slice(bytes);
     Some(at + bytes.len()).filter(|total| *total <= MAX_ON_PUNT_LINK as usize)
 }
@@ -218,9 +219,9 @@ mod tests {
             back,
         };
         let way = |hook, back, xdp| {
-            let released = trailer(5, route(hook, back), xdp);
-            assert_eq!((released.cookie, released.ifindex), (5, 7));
-            (released.path, released.flags)
+            let trailer = trailer(5, route(hook, back), xdp);
+            assert_eq!((trailer.cookie, trailer.ifindex), (5, 7));
+            (trailer.path, trailer.flags)
         };
         use punt_hook::{TC_EGRESS, TC_INGRESS, XDP_INGRESS};
         assert_eq!(way(XDP_INGRESS, false, true), (reinject_path::INGRESS, 0));
@@ -263,8 +264,8 @@ mod tests {
             ],
             ..PuntHeader::default()
         };
-        let bytes = |carried: &PuntHeader, frame: usize| {
-            let mut bytes = carried.as_bytes().to_vec();
+        let bytes = |punted: &PuntHeader, frame: usize| {
+            let mut bytes = punted.as_bytes().to_vec();
             bytes.resize(bytes.len() + frame, 0);
             bytes
         };

@@ -1,6 +1,6 @@
 //! The frames that inspectors hold, and the handles by which inspectors refer to them.
 //!
-//! The frames are in a `slab`. This module adds a bound, so that it never allocates, and keys that can be used only
+//! The frames are in a `slab`. This module adds a bound, so that the slab never grows, and keys that can be used only
 //! once. Start at [`HeldFrames`].
 
 use palisade_abi::{FlowCommand, PuntRequest};
@@ -30,7 +30,7 @@ pub(crate) struct HeldFrame<F> {
     pub hook: u8,
     /// The second policy's request for inspection, until the first policy's inspector has released the packet.
     pub second: Option<PuntRequest>,
-    /// Command of the first policy's inspector, if it has to travel with the packet.
+    /// Command of the first policy's inspector, if that command must be sent with the packet.
     pub first_command: Option<FlowCommand>,
 }
 
@@ -41,7 +41,7 @@ pub(crate) struct HeldFrames<F> {
 }
 
 impl<F> HeldFrames<F> {
-    /// Creates a slab for `capacity` frames; it does not allocate again.
+    /// Creates a slab for `capacity` frames. Inserting frames does not allocate.
     #[must_use]
     pub(crate) fn new(capacity: usize) -> Self {
         Self {

@@ -1,8 +1,8 @@
 //! The waiting strategy of a worker that has nothing to do.
 //!
-//! A packet that arrives while the worker sleeps pays for a wake-up; a worker that spins takes a CPU from others. So a
-//! worker in [`Mode::Poll`] spins for a short budget first, yields the CPU while it spins, and then sleeps. The budget
-//! adapts: it doubles when spinning found work, or would have found it, and halves when it would not.
+//! A packet that arrives while the worker sleeps is delayed by the wake-up, but a worker that spins takes CPU time from
+//! other threads. So a worker in [`Mode::Poll`] first spins for a short budget, yields the CPU while it spins, and then
+//! sleeps. The budget doubles if spinning found work or longer spinning would have found it, and halves otherwise.
 //!
 //! The strategy is a state machine over [`Host`], which has the clock and the system calls; the tests give it a
 //! simulated one. Start at [`Idle::wait`]. Depends on nothing else in this crate.
@@ -26,13 +26,13 @@ const IDLE_YIELD: Duration = Duration::from_micros(2);
 const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(50);
 /// Longest time that a record or a refresh waits until its reader is woken.
 const MAX_FLUSH_DELAY: Duration = Duration::from_millis(4);
-/// Sleep while the transmit ring has packets that the kernel did not take. Nothing wakes the worker when it has room
-/// again.
+/// Sleep while the transmit ring has packets that the kernel did not take. The kernel does not wake the worker when the
+/// device can send again.
 const TX_RETRY: Duration = Duration::from_millis(1);
 /// Shortest sleep before a deadline: the resolution of `epoll_wait`.
 const MIN_SLEEP: Duration = Duration::from_millis(1);
 
-/// What the strategy needs of its thread.
+/// The clock and the system calls that the strategy uses.
 pub(crate) trait Host {
     /// Returns the time since a fixed point.
     fn now(&self) -> Duration;
@@ -46,7 +46,7 @@ pub(crate) trait Host {
     /// Lets another runnable thread have the CPU (`sched_yield`).
     fn yield_now(&mut self);
 
-    /// Polls the driver in this thread and does the work that it finds. Returns whether there was some.
+    /// Polls the driver in this thread and does the work that arrives. Returns whether there was work.
     ///
     /// # Errors
     /// The socket failed.
@@ -63,7 +63,7 @@ pub(crate) trait Host {
 #[derive(Debug)]
 pub(crate) struct Idle {
     mode: Mode,
-    /// How long to spin before the next sleep: [`MIN_SPIN`] to [`MAX_SPIN`].
+    /// Time to spin before the next sleep, from [`MIN_SPIN`] to [`MAX_SPIN`].
     budget: Duration,
 }
 
@@ -76,8 +76,7 @@ impl Idle {
         }
     }
 
-    /// Waits for work. Returns when there is some, or when it is time to look again: the caller does a turn in either
-    /// case.
+    /// Waits until there is work or the sleep timeout ends. The caller does a turn in either case.
     ///
     /// # Errors
     /// The socket or `epoll_wait` failed.
@@ -108,9 +107,9 @@ impl Idle {
     /// Spins until there is work, the budget is used up, or other threads have had the CPU [`MAX_YIELDS`] times.
     /// Returns whether there is work.
     ///
-    /// A yield often runs the very thread whose packets the worker waits for, and then several arrive at once; hence
-    /// more than one. After that the worker sleeps rather than waits in the run queue: the kernel wakes a sleeping
-    /// thread on any idle CPU, but leaves a runnable one where it is.
+    /// The thread that runs after a yield is often the one that sends the packets that the worker waits for, so the worker
+    /// yields more than once. After that it sleeps instead of waiting in the run queue: the kernel wakes a sleeping thread
+    /// on any idle CPU, but leaves a runnable thread on its CPU.
     fn spin<H: Host>(&self, host: &mut H, since: Duration) -> bool {
         let mut yields = 0;
         loop {
@@ -152,7 +151,7 @@ impl Idle {
     }
 }
 
-/// What limits a sleep.
+/// The conditions that limit a sleep.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Pending {
     /// The transmit ring has packets that the kernel did not take.
@@ -163,7 +162,7 @@ pub(crate) struct Pending {
     pub deadline: Option<Duration>,
 }
 
-/// Returns how long a worker may sleep.
+/// Returns the longest time that a worker may sleep.
 pub(crate) fn sleep_timeout(pending: &Pending) -> Duration {
     let mut timeout = if pending.unsent {
         TX_RETRY

@@ -1,4 +1,4 @@
-//! The interface to the inspectors of a worker. A trait, so that the loop can be tested without them.
+//! The interface to the inspectors of a worker. It is a trait so that the loop can be tested without inspectors.
 //!
 //! [`palisade_inspect::Engine`] implements it.
 
@@ -8,8 +8,8 @@ use palisade_inspect::{CommitResult, Engine, Metric, Millis, PacketView, Rules, 
 
 use crate::held::Handle;
 
-/// The engine of a worker: its inspectors with their state. Each start of a worker makes a new one, so no state
-/// survives the failure that ended the previous run.
+/// The engine of a worker: its inspectors with their state. Each start of a worker makes a new engine, so no inspection
+/// state survives the failure that ended the previous run.
 pub trait Inspect {
     /// The application rules.
     type Rules: Send + Sync + 'static;
@@ -18,7 +18,7 @@ pub trait Inspect {
     fn set_rules(&mut self, rules: Arc<Self::Rules>);
     /// Returns whether the rules contain a rule set.
     fn knows(&self, ruleset: u32) -> bool;
-    /// Inspects a packet for one slot. The effects go to `sink`, for this frame or for others that are held.
+    /// Inspects a packet for one slot. Queues effects on this frame and on other held frames in `sink`.
     fn packet(&mut self, now: Millis, view: &PacketView<'_>, frame: Handle, sink: &mut impl Sink<Handle>);
     /// Takes the result of a commit of learned addresses.
     fn committed(&mut self, now: Millis, learned: CommitResult, sink: &mut impl Sink<Handle>);
@@ -32,7 +32,7 @@ pub trait Inspect {
     fn flows(&self) -> u64 {
         0
     }
-    /// Calls `visit` with each metric: always the same ones in the same order.
+    /// Calls `visit` with each metric, always with the same metrics in the same order.
     fn metrics(&self, _visit: &mut dyn FnMut(Metric, u64)) {}
 }
 

@@ -1,8 +1,7 @@
-//! The inspection of a worker's own packets: prepares a packet, shows it to the inspectors, and runs the effects that
-//! they queue.
+//! The inspection of the packets whose flow a worker owns: prepares a packet, passes it to the inspectors, and runs the
+//! effects that they queue.
 //!
-//! A packet comes in at [`Inspection::packet`]. It is dropped there, or it becomes a [`HeldFrame`] until an effect
-//! decides about it.
+//! [`Inspection::packet`] drops a packet or makes it a [`HeldFrame`] until an effect forwards or discards it.
 
 use std::sync::Arc;
 
@@ -28,15 +27,14 @@ use crate::{
 /// Most records per second of packets that are dropped before an inspector sees them.
 const MAX_REPORTS_PER_SECOND: u32 = 200;
 
-/// The inspection stage of a worker: its engine with the frames that it holds, and the transmit side, to which effects
-/// lead.
+/// The inspection stage of a worker: the engine, the frames that it holds, and the transmit side, which effects use.
 pub(crate) struct Inspection<'a, P: Port, E: Inspect> {
     control: &'a mut watch::Receiver<WorkerControl<E::Rules>>,
     engine: E,
     held: HeldFrames<P::Frame>,
     effects: Effects,
     tx: Tx,
-    /// Limit of the records of refused packets.
+    /// Rate limit of records about refused packets.
     reports: RateLimit,
     counters: Arc<Counters>,
     /// Time of this turn, ns.
@@ -54,7 +52,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         counters: Arc<Counters>,
     ) -> Self {
         let (rules, xdp) = control.read(|control| {
-            // The engine is new and holds nothing of deleted endpoints.
+            // A new engine has no state of deleted endpoints.
             control.gone.clear();
             (Arc::clone(&control.rules), Arc::clone(&control.xdp))
         });
@@ -81,14 +79,14 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         self.held.len()
     }
 
-    /// Starts a turn: takes over what the control plane has changed.
+    /// Starts a turn: applies changes of the control plane's settings.
     pub(crate) fn begin_turn(&mut self, port: &mut P, now: u64) {
         self.now = now;
         self.apply_control();
         self.run_effects(port);
     }
 
-    /// Takes over the control plane's settings if they have changed.
+    /// Applies the control plane's settings if they have changed.
     fn apply_control(&mut self) {
         if !self.control.has_changed() {
             return;
@@ -104,29 +102,29 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         }
     }
 
-    /// Takes in a packet of a flow that this worker owns.
-    pub(crate) fn packet(&mut self, port: &mut P, mut frame: P::Frame, carried: &PuntHeader) {
+    /// Inspects a packet of a flow that this worker owns.
+    pub(crate) fn packet(&mut self, port: &mut P, mut frame: P::Frame, punted: &PuntHeader) {
         let length = port.data(&frame).len();
         let buffer = port.buffer_mut(&mut frame).get_mut(..length).unwrap_or_default();
-        let prepared = match header::prepare(buffer, carried) {
+        let prepared = match header::prepare(buffer, punted) {
             Ok(prepared) => prepared,
             Err((reason, packet)) => {
-                self.refuse(carried, reason, reason.text(), &packet);
+                self.refuse(punted, reason, reason.text(), &packet);
                 port.free(frame);
                 return;
             }
         };
         match header::normalise_options(buffer, &prepared) {
             Ok(changed) => self.counters.options_rewritten.add(u64::from(changed)),
-            // In audit mode the inspector reports the packet and lets it pass if it can.
-            Err(_) if is_audit(carried) => {}
+            // In audit mode the inspector reports the packet, and forwards it if it can.
+            Err(_) if is_audit(punted) => {}
             Err(error) => {
-                self.refuse(carried, Reason::TcpInvalid, error.text(), &prepared.packet);
+                self.refuse(punted, Reason::TcpInvalid, error.text(), &prepared.packet);
                 port.free(frame);
                 return;
             }
         }
-        let mut slots = carried.slots;
+        let mut slots = punted.slots;
         if slots.iter().all(|slot| slot.endpoint != 0) {
             for slot in &mut slots {
                 slot.flags |= punt_flags::SHARED;
@@ -141,8 +139,8 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         let held = HeldFrame {
             start: prepared.start,
             length: length - prepared.start,
-            ifindex: carried.ifindex,
-            hook: carried.hook,
+            ifindex: punted.ifindex,
+            hook: punted.hook,
             second: slots.next().copied(),
             first_command: None,
             frame,
@@ -158,11 +156,11 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         self.run_effects(port);
     }
 
-    /// Shows a held packet to the inspector of a slot.
+    /// Passes a held packet to the inspector of a slot.
     fn inspect(&mut self, port: &mut P, handle: Handle, slot: &PuntRequest, prepared: &Prepared) {
         if !self.engine.knows(slot.ruleset) {
-            // The control plane sends rules to the workers before it writes the maps that name them, so the rules of
-            // this packet are there, but may have come after this turn began.
+            // The control plane sends rules to the workers before it writes their numbers to the maps. So the rules of
+            // this packet have been sent, but possibly after this turn began.
             self.apply_control();
             if !self.engine.knows(slot.ruleset) {
                 self.effects.discard(handle, Reason::UnknownRuleset);
@@ -208,7 +206,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         }
     }
 
-    /// Releases a held packet: shows it to the second policy's inspector if there is one, or forwards it.
+    /// Releases a held packet: passes it to the second policy's inspector if there is one, or forwards it.
     fn release(&mut self, port: &mut P, handle: Handle, command: Option<&FlowCommand>) {
         let Some(held) = self.held.get_mut(&handle) else {
             return;
@@ -219,8 +217,8 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
             }
             return;
         };
-        // Each policy has a flow of its own. A command for the first flow is sent ahead, because the second inspector may
-        // hold the packet for long. Except `REPLACE`: the programs run it when they see this packet, so it travels with it.
+        // Each policy has a flow of its own. A command for the first flow is sent now, because the second inspector may
+        // hold the packet for long. `REPLACE` is sent with the packet, because the programs apply it to that packet.
         match command {
             Some(command) if command.op == flow_op::REPLACE => held.first_command = Some(*command),
             Some(command) => self.tx.send_command(port, command),
@@ -239,13 +237,13 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
     }
 
     /// Drops a packet before an inspector sees it, and records that.
-    fn refuse(&mut self, carried: &PuntHeader, reason: Reason, detail: &'static str, packet: &Packet) {
+    fn refuse(&mut self, punted: &PuntHeader, reason: Reason, detail: &'static str, packet: &Packet) {
         self.counters.count_drop(reason);
-        let Some(slot) = carried.slots.iter().find(|slot| slot.endpoint != 0) else {
+        let Some(slot) = punted.slots.iter().find(|slot| slot.endpoint != 0) else {
             return;
         };
         if self.reports.admit(self.now) {
-            let record = unreadable(carried, slot, packet, reason, detail);
+            let record = unreadable(punted, slot, packet, reason, detail);
             self.effects.record(&record);
         }
     }
@@ -263,7 +261,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         any
     }
 
-    /// Lets the engine act on deadlines that have passed.
+    /// Calls [`Inspect::tick`] if a deadline has passed.
     pub(crate) fn expire(&mut self, port: &mut P) {
         let now = millis(self.now);
         if self.engine.deadline().is_some_and(|deadline| deadline <= now) {
@@ -319,8 +317,8 @@ const fn millis(ns: u64) -> Millis {
 }
 
 /// Returns whether every policy that requests inspection of the packet is in audit mode.
-fn is_audit(carried: &PuntHeader) -> bool {
-    carried
+fn is_audit(punted: &PuntHeader) -> bool {
+    punted
         .slots
         .iter()
         .filter(|slot| slot.endpoint != 0)
@@ -329,7 +327,7 @@ fn is_audit(carried: &PuntHeader) -> bool {
 
 /// Returns the record of a packet that no inspector sees.
 fn unreadable(
-    carried: &PuntHeader,
+    punted: &PuntHeader,
     slot: &PuntRequest,
     packet: &Packet,
     reason: Reason,
@@ -343,7 +341,7 @@ fn unreadable(
         destination: (packet.destination, packet.destination_port),
         protocol: packet.protocol,
         remote_identity: slot.remote_identity,
-        ifindex: carried.ifindex,
+        ifindex: punted.ifindex,
         verdict: Verdict::Dropped,
         reason,
         rule: slot.rule,

@@ -1,4 +1,4 @@
-//! The workers: threads that receive punted packets, have them inspected, and reinject them.
+//! The workers: threads that receive punted packets, inspect them, and reinject them.
 //!
 //! Each worker owns an AF_XDP socket with its UMEM, an engine (the inspectors of its flows with their state), and
 //! timers. It shares hand-off rings with the other workers ([`palisade_xsk::handoff`]), two queues with the control

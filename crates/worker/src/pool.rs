@@ -1,5 +1,5 @@
-//! All workers of a node: starts their threads, connects them, and is the control plane's interface to them. Start at
-//! [`Pool::start`].
+//! All workers of a node. [`Pool`] starts their threads, connects them, and is the interface of the control plane to the
+//! workers. Start at [`Pool::start`].
 
 use std::{
     fmt, io,
@@ -34,18 +34,18 @@ pub struct Setup<P, E: Inspect> {
     pub workers: usize,
     /// How workers wait for packets.
     pub mode: Mode,
-    /// Secret that proves that a frame on the punt link was put there by the programs.
+    /// Secret number in each punt header. Frames with another number were not punted by the programs.
     pub cookie: u64,
-    /// Returns the coarse monotonic time, ns.
+    /// Function that returns the coarse monotonic time, ns.
     pub clock: fn() -> u64,
     /// Largest packet that one worker can hand off to another, bytes.
     pub max_handoff: usize,
-    /// Makes the socket of a worker and returns it with its number of frames. Called on the worker's thread at each
-    /// start.
+    /// Callback that makes the socket of a worker and returns it with its number of frames. Called on the worker's thread
+    /// at each start.
     pub port: Arc<dyn Fn(usize) -> io::Result<(P, usize)> + Send + Sync>,
-    /// Makes the inspectors of a worker. Called on the worker's thread at each start.
+    /// Callback that makes the inspectors of a worker. Called on the worker's thread at each start.
     pub engine: Arc<dyn Fn(usize) -> E + Send + Sync>,
-    /// Publishes the number of a worker and the time of its heartbeat in ns, or 0 when it does not run.
+    /// Callback that publishes the number of a worker and the time of its heartbeat, ns; 0 if the worker does not run.
     pub heartbeat: Arc<dyn Fn(usize, u64) + Send + Sync>,
     /// The application rules at the start.
     pub rules: Arc<E::Rules>,
@@ -151,7 +151,7 @@ impl<R: Send + Sync + 'static> Pool<R> {
         Ok((pool, commits, records))
     }
 
-    /// Waits until every worker runs or has failed once, at most for `timeout`. Returns whether all run.
+    /// Waits until every worker runs or has failed once, at most for `timeout`. Returns whether all workers run.
     pub fn wait_until_running(&self, timeout: Duration) -> bool {
         let until = Instant::now() + timeout;
         loop {
@@ -182,7 +182,7 @@ impl<R: Send + Sync + 'static> Pool<R> {
         self.modify(|control| control.gone.extend_from_slice(endpoints));
     }
 
-    /// Changes what each worker is to do, and wakes it.
+    /// Changes the settings of each worker and wakes it.
     fn modify(&self, modify: impl Fn(&mut WorkerControl<R>)) {
         for control in &self.control {
             control.modify(&modify);

@@ -1,4 +1,4 @@
-//! The interface to the socket of a worker. A trait, so that the loop can be tested without an AF_XDP socket.
+//! The interface to the socket of a worker. It is a trait so that the loop can be tested without an AF_XDP socket.
 //!
 //! [`palisade_xsk::Socket`] implements it in `socket.rs`.
 
@@ -49,8 +49,8 @@ pub trait Port {
     /// Frees a frame.
     fn free(&mut self, frame: Self::Frame);
 
-    /// Puts `length` bytes from offset `start` of [`Port::buffer_mut`] into the transmit ring. They are sent with the
-    /// next [`Port::flush`] at the latest.
+    /// Puts a frame into the transmit ring; the packet is `length` bytes from offset `start` of [`Port::buffer_mut`]. The
+    /// kernel sends it with the next [`Port::flush`] at the latest.
     ///
     /// # Errors
     /// The transmit ring is full. Returns the frame.
@@ -71,7 +71,7 @@ pub trait Port {
         Ok(())
     }
 
-    /// Checks that packets can still arrive. A worker that only waits for packets would not notice otherwise.
+    /// Checks that the interface is up. A worker that only waits for packets would not notice that its interface is gone.
     ///
     /// # Errors
     /// The interface is down or gone.

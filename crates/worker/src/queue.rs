@@ -1,8 +1,8 @@
-//! A bounded queue from many threads to one that sleeps. Appending is lock-free and never wakes the receiver; a sender
-//! wakes it with a call of its own, once for many items.
+//! A bounded queue from many threads to one thread that sleeps. Appending is lock-free and never wakes the receiver. A
+//! separate call wakes the receiver, once for many items.
 //!
 //! The items are in a `crossbeam-channel`. Its blocking `recv` is not used: with a receiver blocked there, each `send`
-//! takes a lock and makes a system call to wake it. Here the receiver parks, and [`Sender::wake`] unparks it.
+//! takes a lock and makes a system call to wake the receiver. Here the receiver parks, and [`Sender::wake`] unparks it.
 
 use std::{
     cell::Cell,
@@ -13,7 +13,7 @@ use std::{
 
 use crossbeam_channel::{TryRecvError, TrySendError, bounded};
 
-/// Longest park of a receiver. Dropping the last sender does not wake the receiver, so it checks for that itself.
+/// Longest park of a receiver. Dropping the last sender does not unpark the receiver, so it has to check regularly.
 const MAX_PARK: Duration = Duration::from_millis(250);
 
 /// Returns the ends of a queue for `capacity` items.
@@ -38,7 +38,7 @@ pub(crate) fn queue<T>(capacity: usize) -> (Sender<T>, Receiver<T>) {
 #[derive(Debug)]
 pub(crate) struct Sender<T> {
     inner: crossbeam_channel::Sender<T>,
-    /// The thread that receives, once it has waited.
+    /// The receiving thread; set when it waits for the first time.
     receiver: Arc<OnceLock<Thread>>,
     /// Whether this end has appended an item since it last woke the receiver.
     unflushed: Cell<bool>,
@@ -98,7 +98,7 @@ pub struct Receiver<T> {
     thread: Arc<OnceLock<Thread>>,
 }
 
-/// Why no item was received.
+/// The reason why no item was received.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum RecvError {
     /// The queue is empty.
@@ -111,7 +111,7 @@ impl<T> Receiver<T> {
     /// Returns the next item without waiting.
     ///
     /// # Errors
-    /// There is none.
+    /// [`RecvError`] if the queue is empty.
     pub fn try_recv(&self) -> Result<T, RecvError> {
         self.inner.try_recv().map_err(|error| match error {
             TryRecvError::Empty => RecvError::Empty,
@@ -122,7 +122,7 @@ impl<T> Receiver<T> {
     /// Waits for the next item. All calls must come from the same thread: senders wake the thread of the first call.
     ///
     /// # Errors
-    /// None has arrived within `timeout`, or all senders have been dropped.
+    /// [`RecvError`] if no item has arrived within `timeout`, or all senders have been dropped.
     pub fn recv_timeout(&self, timeout: Duration) -> Result<T, RecvError> {
         self.thread.get_or_init(thread::current);
         let mut until = None;

@@ -1,5 +1,4 @@
-//! The loop of a worker: [`Worker::turn`] does everything that there is to do now, [`Worker::run`] repeats it and waits
-//! in between.
+//! The loop of a worker. [`Worker::turn`] does all pending work once; [`Worker::run`] repeats turns and waits in between.
 //!
 //! The parts of a turn are in `rx.rs`, `inspection.rs` and `tx.rs`; the waiting strategy is in `idle.rs`.
 
@@ -36,8 +35,8 @@ const STATISTICS_INTERVAL: u64 = 1_000_000_000;
 /// The mio token of the socket.
 const SOCKET: Token = Token(0);
 
-/// A worker with a socket and an engine. A restart makes a new one; what outlives it is borrowed from the
-/// [`WorkerContext`].
+/// A worker with its socket and its engine. A restart makes a new `Worker`; the state that survives a restart is borrowed
+/// from the [`WorkerContext`].
 pub(crate) struct Worker<'a, P: Port, E: Inspect> {
     number: usize,
     clock: fn() -> u64,
@@ -56,11 +55,11 @@ pub(crate) struct Worker<'a, P: Port, E: Inspect> {
     now: u64,
     /// Time of the last link check, ns.
     checked: u64,
-    /// Time of the last statistics, ns, and what the socket reported then.
+    /// Time of the last statistics, ns, and the statistics of the socket at that time.
     statistics: (u64, PortStatistics),
-    /// What the engine had counted at the last statistics.
+    /// The metrics of the engine at the last statistics.
     counted: Vec<u64>,
-    /// The transmit ring has packets that the kernel did not take.
+    /// Whether the transmit ring has packets that the kernel did not take.
     unsent: bool,
 }
 
@@ -118,7 +117,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         }
     }
 
-    /// Does everything that there is to do now. Returns whether there was something.
+    /// Does all pending work once. Returns whether there was work.
     ///
     /// # Errors
     /// The socket failed.
@@ -139,8 +138,8 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         Ok(busy)
     }
 
-    /// Checks every [`LINK_CHECK_INTERVAL`] that packets can still arrive. Runs before the heartbeat, because a recent
-    /// heartbeat makes the programs punt, and what they punt to a dead socket would be lost without a drop reason.
+    /// Checks every [`LINK_CHECK_INTERVAL`] that the interface is up. Must run before the heartbeat: a recent heartbeat
+    /// makes the programs punt, and packets punted to a dead socket would be lost without a drop reason.
     fn check_link(&mut self) -> io::Result<()> {
         if self.now.saturating_sub(self.checked) >= LINK_CHECK_INTERVAL {
             self.port.check()?;
@@ -154,8 +153,8 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         let Self {
             port, rx, inspection, ..
         } = self;
-        rx.dispatch(port, |port, frame, carried| {
-            inspection.packet(port, frame, carried);
+        rx.dispatch(port, |port, frame, punted| {
+            inspection.packet(port, frame, punted);
         });
     }
 
@@ -164,8 +163,8 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         let Self {
             port, rx, inspection, ..
         } = self;
-        rx.receive_handoffs(port, |port, frame, carried| {
-            inspection.packet(port, frame, carried);
+        rx.receive_handoffs(port, |port, frame, punted| {
+            inspection.packet(port, frame, punted);
         })
     }
 

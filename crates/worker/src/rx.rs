@@ -2,7 +2,7 @@
 //! of other workers' flows off to those workers.
 //!
 //! XDP can redirect a packet only to a socket of the queue that the packet arrived at, and the queue depends on the
-//! CPU. So a packet can arrive at any worker; the flow hash in its punt header says which worker owns the flow.
+//! CPU. So a packet can arrive at any worker; the flow hash in its punt header selects the worker that owns the flow.
 
 use std::{collections::VecDeque, io, sync::Arc};
 
@@ -40,7 +40,7 @@ pub(crate) struct Rx<'a, F> {
     fair: Fair,
     /// For each packet of the batch, whether it is shed.
     shed: Vec<bool>,
-    /// Whether a worker was handed a packet and has not been woken yet, by number.
+    /// For each worker, whether a packet was handed off to it and it has not been woken yet.
     to_wake: Vec<bool>,
     counters: Arc<Counters>,
 }
@@ -109,17 +109,17 @@ impl<'a, F> Rx<'a, F> {
             self.counters
                 .bytes_in
                 .add(data.len().saturating_sub(header::PUNT_HEADER) as u64);
-            let carried = match header::parse(data, self.cookie) {
-                Ok(carried) => carried,
+            let punted = match header::parse(data, self.cookie) {
+                Ok(punted) => punted,
                 Err(reason) => {
                     self.counters.count_drop(reason);
                     port.free(frame);
                     continue;
                 }
             };
-            let owner = carried.hash as usize % self.peers.workers;
+            let owner = punted.hash as usize % self.peers.workers;
             if owner == self.peers.number {
-                own(port, frame, &carried);
+                own(port, frame, &punted);
             } else {
                 self.hand_off(owner, port.data(&frame));
                 port.free(frame);
@@ -140,7 +140,7 @@ impl<'a, F> Rx<'a, F> {
         }
     }
 
-    /// Calls `own` with the packets that other workers have handed off to this one. Returns whether there was one.
+    /// Calls `own` with the packets that other workers have handed off to this one. Returns whether there was a packet.
     pub(crate) fn receive_handoffs<P: Port<Frame = F>>(
         &mut self,
         port: &mut P,
@@ -158,9 +158,9 @@ impl<'a, F> Rx<'a, F> {
                     continue;
                 };
                 self.counters.handoff_in.add(1);
-                // The sending worker has validated the header; a copy of it is parsed here.
+                // The sending worker has validated the header, so this does not fail.
                 match header::parse(port.data(&frame), self.cookie) {
-                    Ok(carried) => own(port, frame, &carried),
+                    Ok(punted) => own(port, frame, &punted),
                     Err(reason) => {
                         self.counters.count_drop(reason);
                         port.free(frame);
@@ -188,8 +188,8 @@ impl<'a, F> Rx<'a, F> {
     }
 }
 
-/// Copies a packet into a free frame of this worker's socket. Returns `None` if there is no free frame, or it is too
-/// small.
+/// Copies a packet into a free frame of this worker's socket. Returns `None` if no frame is free, or the packet is larger
+/// than a frame.
 fn copy_to_frame<P: Port>(port: &mut P, bytes: &[u8]) -> Option<P::Frame> {
     let mut frame = port.alloc()?;
     let Some(buffer) = port.buffer_mut(&mut frame).get_mut(..bytes.len()) else {

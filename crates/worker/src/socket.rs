@@ -10,7 +10,7 @@ use palisade_xsk::{Frame, Socket};
 
 use crate::port::{Port, PortStatistics};
 
-/// Adds to an error of a socket whose interface is down or gone what that interface is.
+/// Adds the role of the interface to the error of a socket whose interface is down or gone.
 fn explain(error: io::Error) -> io::Error {
     match error.raw_os_error() {
         Some(libc::ENETDOWN | libc::ENXIO | libc::ENODEV) => {

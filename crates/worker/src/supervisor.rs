@@ -1,4 +1,4 @@
-//! The thread of a worker: makes its socket and its engine, runs it, and starts it anew with a back-off when it fails.
+//! The thread of a worker: makes its socket and its engine, runs the worker, and restarts it with a back-off if it fails.
 //!
 //! Start at [`supervise`].
 
@@ -28,11 +28,11 @@ const MAX_BACKOFF: Duration = Duration::from_secs(1);
 /// Run time after which a failure starts with [`MIN_BACKOFF`] again.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 
-/// Makes the socket and the engine of a worker, at each start.
+/// Callbacks that make the socket and the engine of a worker at each start.
 pub(crate) struct Factories<P, E> {
-    /// Returns the socket of a worker and its number of frames.
+    /// Callback that returns the socket of a worker and its number of frames.
     pub port: Arc<dyn Fn(usize) -> io::Result<(P, usize)> + Send + Sync>,
-    /// Returns the engine of a worker.
+    /// Callback that returns the engine of a worker.
     pub engine: Arc<dyn Fn(usize) -> E + Send + Sync>,
 }
 
@@ -83,7 +83,7 @@ fn run_once<P: Port, E: Inspect>(
     factories: &Factories<P, E>,
 ) -> io::Result<()> {
     let (port, frames) = (factories.port)(context.number)?;
-    // Drop what was handed off to the previous run: the engine that knew these packets' flows is gone.
+    // Drop the packets that were handed off to the previous run: the engine with the state of their flows is gone.
     for receiver in context.handoff_receivers.iter_mut().flatten() {
         while receiver
             .receive(|(), _| context.counters.count_drop(Reason::NoWorker))
@@ -96,7 +96,7 @@ fn run_once<P: Port, E: Inspect>(
     }
     let counters = Arc::clone(&context.counters);
     let mut worker = Worker::new(context, port, engine, frames);
-    // The first turn publishes the heartbeat: once the state is `Running`, the programs punt to this worker.
+    // The first turn publishes the heartbeat, so that the programs punt to this worker before its state is `Running`.
     worker.turn()?;
     counters.set_state(State::Running, None);
     worker.run()

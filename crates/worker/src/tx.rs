@@ -33,7 +33,7 @@ impl Tx {
         self.xdp = xdp;
     }
 
-    /// Forwards a held packet from its hook on, with up to two flow commands.
+    /// Forwards a held packet, which continues at its hook, with up to two flow commands.
     pub(crate) fn forward<P: Port>(
         &self,
         port: &mut P,
@@ -53,7 +53,7 @@ impl Tx {
         }
     }
 
-    /// Sends a packet that an inspector has made. `None`: its bytes are missing, which counts as lost.
+    /// Sends a packet that an inspector has made. `packet` is `None` if its bytes are missing; it is then counted as lost.
     pub(crate) fn emit<P: Port>(&self, port: &mut P, packet: Option<&[u8]>, route: Route) {
         if packet.is_some_and(|packet| self.try_emit(port, packet, route)) {
             self.counters.generated.add(1);
@@ -77,7 +77,8 @@ impl Tx {
     /// Sends a flow command behind an empty Ethernet header; the programs drop that frame after they have run the
     /// command.
     ///
-    /// Without a free frame the command is lost. The flow then stays with the worker, which is slower but not wrong.
+    /// Without a free frame the command is lost. The worker then continues to inspect the flow, which is slower but not
+    /// wrong.
     pub(crate) fn send_command<P: Port>(&self, port: &mut P, command: &FlowCommand) {
         let trailer = ReinjectTrailer {
             cookie: self.cookie,

@@ -1,8 +1,8 @@
 //! A value that the control plane changes and one worker watches. Without a change, the worker pays one load per check.
 //!
-//! Like `tokio::sync::watch`, for threads. Not `arc-swap`, which replaces whole values: the settings include the list
-//! of deleted endpoints, to which the control plane appends and which the worker empties, so both ends need a
-//! read-modify-write. Depends on nothing else in this crate; start at [`watch`].
+//! This is `tokio::sync::watch` for threads. `arc-swap` would replace whole values, but both ends must modify this one:
+//! the settings include the list of deleted endpoints, to which the control plane appends and which the worker empties.
+//! Depends on nothing else in this crate; start at [`watch`].
 
 use std::sync::{
     Arc, Mutex, PoisonError,
@@ -57,7 +57,7 @@ impl<T> Receiver<T> {
         self.shared.version.load(Ordering::Acquire) != self.seen
     }
 
-    /// Calls `read` with the latest value. `read` may change it, for example empty a list that it has taken over.
+    /// Calls `read` with the latest value. `read` may change the value, for example empty a list.
     pub(crate) fn read<R>(&mut self, read: impl FnOnce(&mut T) -> R) -> R {
         let mut value = self.shared.value.lock().unwrap_or_else(PoisonError::into_inner);
         self.seen = self.shared.version.load(Ordering::Acquire);

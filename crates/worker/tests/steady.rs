@@ -224,7 +224,7 @@ fn packet(hash: u32, second: bool) -> Vec<u8> {
         inspector: Inspector::Dns as u8,
         ..PuntRequest::default()
     };
-    let carried = PuntHeader {
+    let punted = PuntHeader {
         cookie: COOKIE,
         ifindex: 4,
         hash,
@@ -232,7 +232,7 @@ fn packet(hash: u32, second: bool) -> Vec<u8> {
         slots: [slot, if second { slot } else { PuntRequest::default() }],
         ..PuntHeader::default()
     };
-    let mut bytes = carried.as_bytes().to_vec();
+    let mut bytes = punted.as_bytes().to_vec();
     bytes.extend([2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0]);
     bytes.extend([
         0x45, 0, 0, 32, 0, 0, 0x40, 0, 64, 17, 0x26, 0xcb, 10, 0, 0, 1, 10, 0, 0, 2,

@@ -403,7 +403,7 @@ fn carry(frame: &[u8], stripped: bool, hook: u8, hash: u32, slots: [PuntRequest;
         vlan_protocol = u16::from_be_bytes([tag[0], tag[1]]);
         vlan = u16::from_be_bytes([tag[2], tag[3]]);
     }
-    let carried = PuntHeader {
+    let punted = PuntHeader {
         cookie: COOKIE,
         ifindex: 7,
         hash,
@@ -413,7 +413,7 @@ fn carry(frame: &[u8], stripped: bool, hook: u8, hash: u32, slots: [PuntRequest;
         zero: [0; 3],
         slots,
     };
-    let mut bytes = carried.as_bytes().to_vec();
+    let mut bytes = punted.as_bytes().to_vec();
     bytes.extend(frame);
     bytes
 }
