@@ -10,16 +10,15 @@ use palisade_testbed::packet;
 /// Address and port of one end.
 pub type End = (Ipv4Addr, u16);
 
-/// Flags of TCP.
+/// TCP flags.
 pub mod flags {
-    /// Opens.
-    pub const SYN: u8 = 2;
-    /// Acknowledges, and nothing follows.
-    pub const END: u8 = 17;
-    /// Acknowledges.
-    pub const ACK: u8 = 16;
-    /// Acknowledges, and what it carries is for the application.
-    pub const PUSH: u8 = 24;
+    pub use palisade_abi::tcp_flags::{ACK, SYN};
+    use palisade_abi::tcp_flags::{FIN, PSH};
+
+    /// The last segment of its sender.
+    pub const END: u8 = FIN | ACK;
+    /// A segment whose data goes to the application at once.
+    pub const PUSH: u8 = PSH | ACK;
 }
 
 /// An Ethernet frame around a segment of a transport whose checksum stands at `sum_at`.

@@ -9,14 +9,14 @@ use core::sync::atomic::{Ordering, compiler_fence};
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_coarse_ns};
 use palisade_abi::{
-    Config, CtEntry, CtKey, EventKind, Reason, TracePoint, budget_slot, ct_flags, event_flags, protocol,
+    Config, CtEntry, CtKey, EventKind, Reason, TracePoint, ct_flags, event_flags, protocol, tcp_flags,
 };
-use palisade_packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, flags};
+use palisade_packet::{Packet, flags};
 
 use crate::counters;
 use crate::ctx::Context;
 use crate::event;
-use crate::maps::{BUDGETS, CONFIG, CONNTRACK};
+use crate::maps::{CLOCK, CONFIG, CONNTRACK};
 use crate::packet_context::PacketContext;
 use crate::share;
 
@@ -25,7 +25,7 @@ use crate::share;
 const SETTLES_AFTER: u64 = 2_000_000_000;
 
 /// The flags that say something about a connection's state.
-pub const STATE_FLAGS: u8 = TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK;
+pub const STATE_FLAGS: u8 = tcp_flags::FIN | tcp_flags::SYN | tcp_flags::RST | tcp_flags::ACK;
 
 /// The clock of all timeouts: the coarse monotonic clock, which advances with the tick. Asking the kernel for it
 /// costs 13 of the 100 ns that a packet of a known flow takes, so each CPU asks once a jiffy. It may lag by a tick.
@@ -33,20 +33,20 @@ pub const STATE_FLAGS: u8 = TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK;
 pub fn now() -> u64 {
     // SAFETY: takes and changes nothing.
     let jiffy = unsafe { bpf_jiffies64() };
-    let clock = BUDGETS.get_ptr_mut(budget_slot::CLOCK);
+    let clock = CLOCK.get_ptr_mut(0);
     if let Some(clock) = clock {
         // SAFETY: a map value of this CPU, which lives as long as the map.
         let clock = unsafe { &*clock };
-        if clock.tokens == jiffy {
-            return clock.filled_at;
+        if clock.jiffy == jiffy {
+            return clock.time;
         }
     }
     // SAFETY: as above.
     unsafe {
         let now = bpf_ktime_get_coarse_ns();
         if let Some(clock) = clock {
-            (*clock).filled_at = now;
-            (*clock).tokens = jiffy;
+            (*clock).time = now;
+            (*clock).jiffy = jiffy;
         }
         now
     }
@@ -164,7 +164,7 @@ pub fn is_reply(entry: &CtEntry, ingress: bool) -> bool {
 /// Whether a connection has been reset, or closed by both sides.
 #[inline(always)]
 fn is_closing(forward: u8, reply: u8) -> bool {
-    (forward | reply) & TCP_RST != 0 || forward & reply & TCP_FIN != 0
+    (forward | reply) & tcp_flags::RST != 0 || forward & reply & tcp_flags::FIN != 0
 }
 
 /// Whether the packet begins another connection than the one of the entry it hits.
@@ -185,14 +185,14 @@ pub fn begins_another(entry: &CtEntry, packet: &Packet, ingress: bool) -> bool {
     if is_closing(entry.forward_tcp, entry.reply_tcp) {
         return true;
     }
-    is_reply(entry, ingress) && (entry.forward_tcp | entry.reply_tcp) & TCP_ACK != 0
+    is_reply(entry, ingress) && (entry.forward_tcp | entry.reply_tcp) & tcp_flags::ACK != 0
 }
 
 /// Whether the packet opens a connection.
 #[inline(always)]
 pub fn is_bare_syn(packet: &Packet) -> bool {
     packet.protocol == protocol::TCP
-        && packet.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN
+        && packet.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN
         && !packet.is(flags::FRAGMENT_LATER)
 }
 
@@ -209,7 +209,8 @@ pub fn crosses(entry: &CtEntry, packet: &Packet, ingress: bool) -> bool {
 #[inline(always)]
 pub fn is_inspected(entry: &CtEntry, packet: &Packet) -> bool {
     entry.inspector != 0
-        && (!entry.is_unread() || (packet.protocol == protocol::TCP && packet.tcp_flags & TCP_SYN != 0))
+        && (!entry.is_unread()
+            || (packet.protocol == protocol::TCP && packet.tcp_flags & tcp_flags::SYN != 0))
 }
 
 /// How long a flow in this state lives without a packet.
@@ -218,7 +219,7 @@ fn timeout(config: &Config, protocol: u8, flow_flags: u8, forward_tcp: u8, reply
     match protocol {
         protocol::TCP if is_closing(forward_tcp, reply_tcp) => config.tcp_closing,
         // An answered SYN proves nothing: its source may be forged. The opener's acknowledgment does.
-        protocol::TCP if flow_flags & ct_flags::REPLIED != 0 && forward_tcp & TCP_ACK != 0 => {
+        protocol::TCP if flow_flags & ct_flags::REPLIED != 0 && forward_tcp & tcp_flags::ACK != 0 => {
             config.tcp_established
         }
         protocol::TCP => config.tcp_opening,
@@ -235,7 +236,7 @@ fn is_settled(protocol: u8, flow_flags: u8, forward_tcp: u8, reply_tcp: u8, age:
         return false;
     }
     if protocol == protocol::TCP {
-        forward_tcp & TCP_ACK != 0 && !is_closing(forward_tcp, reply_tcp)
+        forward_tcp & tcp_flags::ACK != 0 && !is_closing(forward_tcp, reply_tcp)
     } else {
         age >= SETTLES_AFTER
     }
@@ -265,7 +266,7 @@ pub fn unprotect(key: &CtKey, entry: &mut CtEntry) {
 #[inline(always)]
 pub fn close(key: &CtKey, entry: &mut CtEntry) {
     if let Some(config) = CONFIG.get(0) {
-        entry.forward_tcp |= TCP_RST;
+        entry.forward_tcp |= tcp_flags::RST;
         entry.over = 1;
         unprotect(key, entry);
         let expires = now() + config.tcp_closing;
@@ -281,8 +282,8 @@ pub fn opened(entry: &mut CtEntry) {
     if let Some(config) = CONFIG.get(0)
         && !is_closing(entry.forward_tcp, entry.reply_tcp)
     {
-        entry.forward_tcp |= TCP_SYN | TCP_ACK;
-        entry.reply_tcp |= TCP_SYN | TCP_ACK;
+        entry.forward_tcp |= tcp_flags::SYN | tcp_flags::ACK;
+        entry.reply_tcp |= tcp_flags::SYN | tcp_flags::ACK;
         entry.flags |= ct_flags::REPLIED;
         entry.expires = now() + config.tcp_established;
     }
@@ -297,8 +298,8 @@ pub fn replace(key: &CtKey, entry: &mut CtEntry, serial: u32) {
         unsafe { core::ptr::write_volatile(&raw mut entry.serial, serial) };
         entry.decided = 0;
         entry.over = 0;
-        entry.forward_tcp = TCP_SYN;
-        entry.reply_tcp = TCP_SYN | TCP_ACK;
+        entry.forward_tcp = tcp_flags::SYN;
+        entry.reply_tcp = tcp_flags::SYN | tcp_flags::ACK;
         entry.flags &= !(ct_flags::MIDSTREAM | ct_flags::SEEDED | ct_flags::CLOSED);
         entry.expires = now() + config.tcp_opening;
         // Half open, it has the place of a new flow.
@@ -328,14 +329,14 @@ pub fn note<C: Context>(ctx: C, frame: &mut PacketContext, entry: &mut CtEntry, 
         // forged reset shortens a timeout until the next packet, and a real one until the entry is gone.
         let mut seen = packet.tcp_flags & STATE_FLAGS;
         if reply {
-            reply_tcp = (reply_tcp & !TCP_RST) | seen;
+            reply_tcp = (reply_tcp & !tcp_flags::RST) | seen;
             entry.reply_tcp = reply_tcp;
         } else {
             // What acknowledges an answer that has not come opens nothing.
-            if forward_tcp & TCP_SYN != 0 && reply_tcp == 0 {
-                seen &= !TCP_ACK;
+            if forward_tcp & tcp_flags::SYN != 0 && reply_tcp == 0 {
+                seen &= !tcp_flags::ACK;
             }
-            forward_tcp = (forward_tcp & !TCP_RST) | seen;
+            forward_tcp = (forward_tcp & !tcp_flags::RST) | seen;
             entry.forward_tcp = forward_tcp;
         }
     }

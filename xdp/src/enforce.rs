@@ -5,8 +5,9 @@
 use palisade_abi::{
     Addr, CtEntry, Decision, Direction, EndpointState, EventKind, Reason, TracePoint, class_slot,
     class_slot_unknown_port, ct_flags, endpoint_flags, entry_flags, event_flags, protocol, punt_flags, role,
+    tcp_flags,
 };
-use palisade_packet::{Bytes as _, Quote, TCP_ACK, TCP_RST, TCP_SYN, decode_quote, flags, icmp, icmpv6};
+use palisade_packet::{Bytes as _, Quote, decode_quote, flags, icmp, icmpv6};
 
 use crate::conntrack::{self, Ends};
 use crate::counters;
@@ -253,7 +254,7 @@ fn reaches_its_workload<C: Context>(ctx: C, frame: &PacketContext) -> bool {
 fn is_translated<C: Context>(ctx: C, frame: &PacketContext) -> bool {
     let source = &frame.packet.source;
     ctx.is_local()
-        && frame.packet.tcp_flags & TCP_RST == 0
+        && frame.packet.tcp_flags & tcp_flags::RST == 0
         && *source != Addr::UNSPECIFIED
         && *source != Addr::from_v4([0; 4])
         && link::is_enforced(identity::host_endpoint(), Direction::Ingress as u32)
@@ -314,7 +315,7 @@ pub fn admit_new_flow<C: Context>(ctx: C, frame: &mut PacketContext) {
         reverse_flow(frame, u32::from(!ingress));
     }
     let packet = &frame.packet;
-    let tcp_flags = packet.tcp_flags & (TCP_SYN | TCP_RST | TCP_ACK);
+    let tcp_flags = packet.tcp_flags & (tcp_flags::SYN | tcp_flags::RST | tcp_flags::ACK);
     let is_tcp = packet.protocol == protocol::TCP;
     // Default deny: report the more specific cause, if there is one.
     if frame.reason == Reason::PolicyDenied as u8 {
@@ -322,7 +323,7 @@ pub fn admit_new_flow<C: Context>(ctx: C, frame: &mut PacketContext) {
             frame.set(Reason::FragmentNotFound);
         } else if packet.is(flags::ICMP_ERROR) {
             frame.set(Reason::UnrelatedIcmp);
-        } else if is_tcp && tcp_flags == TCP_SYN | TCP_ACK {
+        } else if is_tcp && tcp_flags == tcp_flags::SYN | tcp_flags::ACK {
             frame.set(Reason::CtInvalidState);
         }
     }
@@ -342,14 +343,14 @@ pub fn admit_new_flow<C: Context>(ctx: C, frame: &mut PacketContext) {
     }
     // Neither a SYN+ACK nor a reset creates a flow. Where both directions are allowed without inspection, a SYN+ACK whose
     // SYN took another route passes by itself.
-    let answers = tcp_flags & TCP_RST != 0 || tcp_flags == TCP_SYN | TCP_ACK;
+    let answers = tcp_flags & tcp_flags::RST != 0 || tcp_flags == tcp_flags::SYN | tcp_flags::ACK;
     let begins = frame.stateful && !packet.is(flags::ECHO_REPLY) && !(is_tcp && answers);
     // A packet without a flow cannot be inspected.
     if !begins && frame.inspector != 0 && !frame.is_dropped() {
         frame.set(Reason::CtInvalidState);
     }
     if begins && !frame.is_dropped() {
-        if is_tcp && frame.packet.tcp_flags & conntrack::STATE_FLAGS != TCP_SYN {
+        if is_tcp && frame.packet.tcp_flags & conntrack::STATE_FLAGS != tcp_flags::SYN {
             frame.flow_flags |= ct_flags::MIDSTREAM;
         }
         if conntrack::claim_slot(frame) == 0 {
@@ -363,7 +364,7 @@ pub fn admit_new_flow<C: Context>(ctx: C, frame: &mut PacketContext) {
         let start = event::what(EventKind::Trace, TracePoint::Start);
         ctx.send(frame, start, core::ptr::null());
         if frame.inspector != 0 {
-            let opens = !is_tcp || tcp_flags == TCP_SYN;
+            let opens = !is_tcp || tcp_flags == tcp_flags::SYN;
             let midstream = if opens { 0 } else { punt_flags::MIDSTREAM };
             let reply = if frame.reversed { punt_flags::REPLY } else { 0 };
             frame.must_punt = true;
@@ -388,7 +389,10 @@ fn reverse_flow(frame: &mut PacketContext, ingress: u32) -> u32 {
     if !is_tcp && frame.opposite != opposite::INSPECTED {
         return 0;
     }
-    if is_tcp && frame.opposite == opposite::INSPECTED && packet.tcp_flags & (TCP_SYN | TCP_RST) == 0 {
+    if is_tcp
+        && frame.opposite == opposite::INSPECTED
+        && packet.tcp_flags & (tcp_flags::SYN | tcp_flags::RST) == 0
+    {
         frame.clear_decision();
         lookup_direction(frame, frame.ipcache_hit, ingress);
         frame.reversed = true;

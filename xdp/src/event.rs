@@ -1,7 +1,7 @@
 //! Events: what happened, into the ring, within a budget.
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
-use palisade_abi::{CtEntry, Event, EventKind, TracePoint, event_flags};
+use palisade_abi::{CtEntry, Event, EventKind, TracePoint, budget_slot, event_flags};
 use palisade_packet::{Bytes, flags};
 
 use crate::ctx::Context;
@@ -19,7 +19,7 @@ pub const fn what(kind: EventKind, point: TracePoint) -> u32 {
 /// The budget of an event about `frame`.
 #[inline(always)]
 fn slot(frame: &PacketContext, what: u32) -> u32 {
-    (what >> 8) * 256 + u32::from(frame.reason)
+    budget_slot(what >> 8, frame.reason)
 }
 
 /// Takes a token from the budget of this kind and reason. A bucket is filled once a second. Asked before [`send`] is

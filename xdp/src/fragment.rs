@@ -1,9 +1,9 @@
 //! Fragments: the later ones take the ports of the first.
 
-use palisade_abi::{FragmentKey, FragmentPorts, Reason, protocol};
+use palisade_abi::{FragmentKey, FragmentPorts, ID_SLOTS, Reason, protocol};
 use palisade_packet::{flags, icmp_kind};
 
-use crate::maps::{CONFIG, FRAGMENTS, INTERFACES, SLOTS};
+use crate::maps::{CONFIG, FRAGMENTS, INTERFACES};
 use crate::packet_context::PacketContext;
 use crate::share;
 
@@ -36,7 +36,7 @@ pub fn remember(frame: &mut PacketContext) -> u32 {
         return 0;
     }
     // Where the node's policy was asked too, the endpoint is the node by now.
-    let Some(interface) = INTERFACES.get(frame.ifindex & (SLOTS as u32 - 1)) else {
+    let Some(interface) = INTERFACES.get(frame.ifindex & (ID_SLOTS as u32 - 1)) else {
         return 0;
     };
     let key = key(frame);

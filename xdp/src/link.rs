@@ -7,7 +7,7 @@
 
 use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use palisade_abi::{
-    Addr, CLASS_ANY, Decision, ETHER_TYPE_LLC, EventKind, Interface, PolicyKey, Reason, TracePoint,
+    Addr, CLASS_ANY, Decision, ETHER_TYPE_LLC, EventKind, ID_SLOTS, Interface, PolicyKey, Reason, TracePoint,
     entry_flags, event_flags, identity as identities, interface_flags, protocol, role,
 };
 use palisade_packet::{Bytes, ETHER_TYPE_ARP, Packet, flags, icmpv6};
@@ -15,7 +15,7 @@ use palisade_packet::{Bytes, ETHER_TYPE_ARP, Packet, flags, icmpv6};
 use crate::ctx::{Context, Linear, Skb, Xdp};
 use crate::event;
 use crate::identity;
-use crate::maps::{ENDPOINTS, INTERFACES, POLICY, SLOTS};
+use crate::maps::{ENDPOINTS, INTERFACES, POLICY};
 use crate::packet_context::{PacketContext, hook_point};
 
 /// An ARP packet of Ethernet and IPv4 in the shortest frame, 60 bytes without checksum, and two VLAN tags.
@@ -95,7 +95,7 @@ fn is_nic(frame: &PacketContext) -> bool {
 /// The interface that a frame is at.
 #[inline(always)]
 fn interface(ifindex: u32) -> Option<&'static Interface> {
-    match INTERFACES.get(ifindex & (SLOTS as u32 - 1)) {
+    match INTERFACES.get(ifindex & (ID_SLOTS as u32 - 1)) {
         Some(interface) if interface.ifindex == ifindex => Some(interface),
         _ => None,
     }

@@ -31,11 +31,11 @@ mod share;
 use aya_ebpf::bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
 use aya_ebpf::macros::{classifier, xdp};
 use aya_ebpf::programs::{TcContext, XdpContext};
-use palisade_abi::{EventKind, Reason, TracePoint, ct_flags, interface_flags, protocol, role};
+use palisade_abi::{EventKind, ID_SLOTS, Reason, TracePoint, ct_flags, interface_flags, protocol, role};
 use palisade_packet::{Packet, Start, decode, flags};
 
 use crate::ctx::{Context, Skb, Xdp};
-use crate::maps::{INTERFACES, SLOTS};
+use crate::maps::INTERFACES;
 use crate::packet_context::{PacketContext, hook_point};
 
 /// XDP, ingress of an interface of either role.
@@ -182,7 +182,7 @@ fn process<C: Context>(ctx: C, egress: bool) -> Action {
 #[inline(always)]
 fn classify<C: Context>(ctx: C, frame: &mut PacketContext, egress: u32) {
     let egress = egress != 0;
-    let interface = match INTERFACES.get(frame.ifindex & (SLOTS as u32 - 1)) {
+    let interface = match INTERFACES.get(frame.ifindex & (ID_SLOTS as u32 - 1)) {
         Some(interface)
             if interface.ifindex == frame.ifindex
                 && matches!(interface.role, role::HOST | role::ENDPOINT) =>

@@ -5,28 +5,19 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, XskMap};
 use aya_ebpf::macros::btf_map;
 use palisade_abi::{
-    Addr, CLASS_SLOTS, Config, Counter, CtEntry, CtKey, EndpointState, FlowSlot, FragmentKey, FragmentPorts,
-    FragmentSlot, Interface, IpcacheEntry, LearnedKey, MAX_WORKERS, PolicyEntry, PolicyKey, PuntHeader,
-    RateBudget, Share,
+    Addr, BUDGET_SLOTS, CLASS_SLOTS, COUNTER_SLOTS, Clock, Config, Counter, CtEntry, CtKey, EndpointState,
+    FlowSlot, FragmentKey, FragmentPorts, FragmentSlot, ID_SLOTS, Interface, IpcacheEntry, LearnedKey,
+    MAX_WORKERS, PolicyEntry, PolicyKey, PuntHeader, RateBudget, SHARE_SLOTS, Share,
 };
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 
-/// Slots of the arrays that are indexed by an interface index or an endpoint id.
-pub const SLOTS: usize = 65_536;
-/// Entries of SHARES: endpoint × direction.
-pub const SHARE_SLOTS: usize = 2 * SLOTS;
-/// Entries of COUNTERS: reason × direction.
-pub const COUNTER_SLOTS: usize = 512;
-/// Entries of BUDGETS: kind of event × reason.
-pub const BUDGET_SLOTS: usize = 768;
+#[btf_map]
+pub static INTERFACES: Array<Interface, ID_SLOTS> = Array::new();
 
 #[btf_map]
-pub static INTERFACES: Array<Interface, SLOTS> = Array::new();
-
-#[btf_map]
-pub static ENDPOINTS: Array<EndpointState, SLOTS, MMAPABLE> = Array::new();
+pub static ENDPOINTS: Array<EndpointState, ID_SLOTS, MMAPABLE> = Array::new();
 
 #[btf_map]
 pub static IPCACHE: HashMap<Addr, IpcacheEntry, 262_144, NO_PREALLOC> = HashMap::new();
@@ -65,6 +56,9 @@ pub static EVENTS: RingBuf<(), 1_048_576> = RingBuf::new();
 
 #[btf_map]
 pub static BUDGETS: PerCpuArray<RateBudget, BUDGET_SLOTS> = PerCpuArray::new();
+
+#[btf_map]
+pub static CLOCK: PerCpuArray<Clock, 1> = PerCpuArray::new();
 
 #[btf_map]
 pub static COUNTERS: PerCpuArray<Counter, COUNTER_SLOTS> = PerCpuArray::new();

@@ -156,7 +156,7 @@ impl PacketContext {
     /// Returns whether the verdict so far is a drop.
     #[inline(always)]
     pub fn is_dropped(&self) -> bool {
-        self.reason >= 130
+        Reason::is_drop_number(self.reason)
     }
 
     /// Clears the decision of another endpoint's policy.

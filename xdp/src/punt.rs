@@ -4,9 +4,9 @@ use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNS
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_change_tail, bpf_skb_load_bytes};
 use palisade_abi::{
     Addr, CtEntry, CtKey, Direction, FlowCommand, PuntRequest, Reason, ReinjectTrailer, config_flags,
-    ct_flags, flow_op, protocol, punt_flags, reinject_flags, reinject_path,
+    ct_flags, flow_op, protocol, punt_flags, reinject_flags, reinject_path, tcp_flags,
 };
-use palisade_packet::{Bytes, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, flags};
+use palisade_packet::{Bytes, flags};
 
 use crate::conntrack;
 use crate::counters;
@@ -132,11 +132,12 @@ fn check_window<C: Context>(ctx: C, frame: &mut PacketContext, entry: &CtEntry) 
 /// window of its direction, or an acknowledgment without data while the other direction has a window.
 #[inline(always)]
 fn is_in_window<C: Context>(ctx: C, frame: &PacketContext, entry: &CtEntry) -> bool {
-    const URGENT: u8 = 32;
     let packet = &frame.packet;
     if packet.protocol != protocol::TCP
         || packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER)
-        || packet.tcp_flags & (TCP_ACK | TCP_SYN | TCP_FIN | TCP_RST | URGENT) != TCP_ACK
+        || packet.tcp_flags
+            & (tcp_flags::ACK | tcp_flags::SYN | tcp_flags::FIN | tcp_flags::RST | tcp_flags::URG)
+            != tcp_flags::ACK
     {
         return false;
     }

@@ -12,10 +12,10 @@
 //! the next sweep has counted. The map has room for more such errors than ten seconds can make (`datapath::shares`).
 
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
-use palisade_abi::{CtEntry, CtKey, FlowSlot, FragmentKey, SHARE_WAYS, Share, ct_flags};
+use palisade_abi::{CtEntry, CtKey, FlowSlot, FragmentKey, SHARE_SLOTS, SHARE_WAYS, Share, ct_flags};
 
 use crate::counters;
-use crate::maps::{CONNTRACK, FLOW_SLOTS, FRAGMENT_SLOTS, FRAGMENTS, SHARE_SLOTS, SHARES};
+use crate::maps::{CONNTRACK, FLOW_SLOTS, FRAGMENT_SLOTS, FRAGMENTS, SHARES};
 
 /// Slot of the pool.
 const POOL: u32 = 0;

@@ -172,6 +172,9 @@ pub struct Share {
     pub protected: i64,
 }
 
+/// Slots of the SHARES map: endpoint × direction.
+pub const SHARE_SLOTS: usize = 2 * crate::ID_SLOTS;
+
 /// Slots of FLOW_SLOTS and FRAGMENT_SLOTS among which a new flow or datagram takes that of the oldest.
 pub const SHARE_WAYS: u32 = 4;
 

@@ -4,6 +4,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::Addr;
+use crate::reason::REASONS;
 
 /// What an event tells.
 #[repr(u8)]
@@ -15,6 +16,22 @@ pub enum EventKind {
     Drop = 1,
     /// A flow began, goes on, or ended.
     Trace = 2,
+}
+
+/// Slots of the BUDGETS map: kind of event × reason.
+pub const BUDGET_SLOTS: usize = 3 * REASONS;
+
+/// Returns the slot of the BUDGETS map for events of a kind (a number of [`EventKind`]) and a reason.
+#[inline(always)]
+#[must_use]
+pub const fn budget_slot(kind: u32, reason: u8) -> u32 {
+    kind * REASONS as u32 + reason as u32
+}
+
+/// Returns the kind (a number of [`EventKind`]) and the reason of a slot of the BUDGETS map.
+#[must_use]
+pub const fn budget_of(slot: u32) -> (u32, u8) {
+    (slot / REASONS as u32, (slot % REASONS as u32) as u8)
 }
 
 /// How specific the deciding rule was. The names are those of the flow API.

@@ -111,6 +111,16 @@ pub struct RateBudget {
     pub lost: u64,
 }
 
+/// The clock of one CPU's programs.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Clock {
+    /// The coarse monotonic clock when it was last read, ns.
+    pub time: u64,
+    /// The jiffy in which it was read.
+    pub jiffy: u64,
+}
+
 /// What the programs are told at run time. Times in ns.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]

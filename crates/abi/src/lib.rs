@@ -13,40 +13,60 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![warn(unreachable_pub)]
 
-mod addr;
 mod class;
 mod conntrack;
 mod event;
 mod interface;
+mod ipcache;
 mod policy;
 mod punt;
 mod reason;
 
-pub use addr::{Addr, IpcacheEntry, PrefixKey};
 pub use class::{
     CLASS_ANY, CLASS_SLOTS, CLASS_UNKNOWN, Class, FIRST_DYNAMIC_CLASS, ICMP_SLOTS, PORT_SLOTS,
     PROTOCOL_SLOTS, class_slot, class_slot_unknown_port,
 };
 pub use conntrack::{
-    CtEntry, CtKey, FlowSlot, FragmentKey, FragmentPorts, FragmentSlot, SHARE_WAYS, Share, TcpState, ct_flags,
+    CtEntry, CtKey, FlowSlot, FragmentKey, FragmentPorts, FragmentSlot, SHARE_SLOTS, SHARE_WAYS, Share,
+    TcpState, ct_flags,
 };
-pub use event::{Event, EventKind, MatchKind, TracePoint, event_flags};
+pub use event::{BUDGET_SLOTS, Event, EventKind, MatchKind, TracePoint, budget_of, budget_slot, event_flags};
 pub use interface::{
-    Config, Counter, ETHER_TYPE_LLC, ETHER_TYPES, EndpointState, Interface, RateBudget, config_flags,
+    Clock, Config, Counter, ETHER_TYPE_LLC, ETHER_TYPES, EndpointState, Interface, RateBudget, config_flags,
     endpoint_flags, interface_flags, role,
 };
+pub use ipcache::{Addr, IpcacheEntry, LearnedKey, PrefixKey};
 pub use policy::{
     DIRECTIONS, Decision, Direction, Identity, Inspector, PolicyEntry, PolicyKey, entry_flags, identity,
 };
 pub use punt::{
-    FlowCommand, LearnedKey, MAX_ON_PUNT_LINK, MAX_PUNT_FRAME, MAX_PUNT_MSS, MAX_SEGMENT_HEADERS,
-    MAX_TRAILER, MAX_WORKERS, PUNT_MTU, PuntHeader, PuntRequest, ReinjectTrailer, flow_op, punt_flags,
-    punt_hook, reinject_flags, reinject_path,
+    FlowCommand, MAX_ON_PUNT_LINK, MAX_PUNT_FRAME, MAX_PUNT_MSS, MAX_SEGMENT_HEADERS, MAX_TRAILER,
+    MAX_WORKERS, PUNT_MTU, PuntHeader, PuntRequest, ReinjectTrailer, flow_op, punt_flags, punt_hook,
+    reinject_flags, reinject_path,
 };
-pub use reason::{Reason, budget_slot, counter_slot};
+pub use reason::{COUNTER_SLOTS, Reason, counter_slot};
 
 /// Version of every layout in this crate. Part of the pin directory's name.
 pub const VERSION: u32 = 5;
+
+/// Slots of the arrays that are indexed by an endpoint id or by the low 16 bits of an interface index.
+pub const ID_SLOTS: usize = 1 << 16;
+
+/// TCP flags (RFC 9293, section 3.1).
+pub mod tcp_flags {
+    /// The sender has no more data.
+    pub const FIN: u8 = 1;
+    /// Synchronizes sequence numbers.
+    pub const SYN: u8 = 2;
+    /// Resets the connection.
+    pub const RST: u8 = 4;
+    /// Pushes buffered data to the application.
+    pub const PSH: u8 = 8;
+    /// The acknowledgment field is valid.
+    pub const ACK: u8 = 16;
+    /// The urgent pointer is valid.
+    pub const URG: u8 = 32;
+}
 
 /// IP protocol numbers (IANA) that the programs treat by name.
 pub mod protocol {
@@ -66,9 +86,9 @@ pub mod protocol {
 
 /// Names of the BPF maps, as they are declared in `xdp/` and pinned by `datapath`.
 pub mod maps {
-    /// `ARRAY[65536]` slot `ifindex & 0xffff` -> [`crate::Interface`].
+    /// `ARRAY[ID_SLOTS]` slot `ifindex & 0xffff` -> [`crate::Interface`].
     pub const INTERFACES: &str = "INTERFACES";
-    /// `ARRAY[65536]`, memory-mapped, endpoint id -> [`crate::EndpointState`].
+    /// `ARRAY[ID_SLOTS]`, memory-mapped, endpoint id -> [`crate::EndpointState`].
     pub const ENDPOINTS: &str = "ENDPOINTS";
     /// `HASH` [`crate::Addr`] -> [`crate::IpcacheEntry`]: full-length addresses.
     pub const IPCACHE: &str = "IPCACHE";
@@ -81,7 +101,7 @@ pub mod maps {
     /// `LRU_HASH` [`crate::CtKey`] -> [`crate::CtEntry`]. The shares are so cut that it is never full. An entry that
     /// the programs make (for a new key) counts at [`crate::counter_slot::CONNTRACK_CREATED`].
     pub const CONNTRACK: &str = "CONNTRACK";
-    /// `ARRAY[131072]`, memory-mapped, endpoint × 2 + direction -> [`crate::Share`].
+    /// `ARRAY[SHARE_SLOTS]`, memory-mapped, endpoint × 2 + direction -> [`crate::Share`].
     pub const SHARES: &str = "SHARES";
     /// `ARRAY` of [`crate::FlowSlot`], half as many as CONNTRACK has entries.
     pub const FLOW_SLOTS: &str = "FLOW_SLOTS";
@@ -91,9 +111,11 @@ pub mod maps {
     pub const FRAGMENTS: &str = "FRAGMENTS";
     /// `RINGBUF` of [`crate::Event`].
     pub const EVENTS: &str = "EVENTS";
-    /// `PERCPU_ARRAY` [`crate::EventKind`] × 256 + reason -> [`crate::RateBudget`]; and [`crate::budget_slot`].
+    /// `PERCPU_ARRAY[BUDGET_SLOTS]` [`crate::budget_slot`] -> [`crate::RateBudget`].
     pub const BUDGETS: &str = "BUDGETS";
-    /// `PERCPU_ARRAY[512]` reason × 2 + direction -> [`crate::Counter`]; and [`crate::counter_slot`].
+    /// `PERCPU_ARRAY[1]` [`crate::Clock`].
+    pub const CLOCK: &str = "CLOCK";
+    /// `PERCPU_ARRAY[COUNTER_SLOTS]` reason × 2 + direction -> [`crate::Counter`]; and [`crate::counter_slot`].
     pub const COUNTERS: &str = "COUNTERS";
     /// `PERCPU_ARRAY` rule id -> [`crate::Counter`]; ids beyond its size count at 0.
     pub const RULES: &str = "RULES";

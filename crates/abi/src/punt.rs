@@ -8,7 +8,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::{Addr, CtKey};
+use crate::CtKey;
 
 /// Flags of a [`PuntRequest`].
 pub mod punt_flags {
@@ -151,30 +151,6 @@ pub struct FlowCommand {
     pub punt_flags: u32,
     /// See [`crate::CtEntry::windows`].
     pub windows: [u32; 4],
-}
-
-/// Key of a learned address.
-#[repr(C)]
-#[derive(
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    PartialOrd,
-    Ord,
-    Hash,
-    Debug,
-    Default,
-    FromBytes,
-    IntoBytes,
-    Immutable,
-    KnownLayout,
-)]
-pub struct LearnedKey {
-    /// The address.
-    pub addr: Addr,
-    /// The endpoint.
-    pub endpoint: u32,
 }
 
 /// MTU of the punt link, bytes: the most that native XDP on a veth receives into one page, with headroom and

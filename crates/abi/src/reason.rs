@@ -165,26 +165,38 @@ reasons! {
     InvalidFragment = 252, "Invalid fragment: cut or overlapped header or data";
 }
 
+/// The lowest number of a reason that drops the packet.
+const FIRST_DROP: u8 = 130;
+
 impl Reason {
-    /// Whether packets with this reason are dropped.
+    /// Returns whether packets with this reason are dropped.
     #[must_use]
     pub const fn is_drop(self) -> bool {
-        self as u8 >= 130
+        Self::is_drop_number(self as u8)
+    }
+
+    /// Returns whether packets with the reason of this number are dropped.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_drop_number(n: u8) -> bool {
+        n >= FIRST_DROP
     }
 }
 
-/// Slots of the COUNTERS map that are not about a reason: numbers 253 and up are no reason's.
+/// Numbers that a reason can have.
+pub(crate) const REASONS: usize = 1 << u8::BITS;
+
+/// Slots of the COUNTERS map: reason × direction, and [`counter_slot`].
+pub const COUNTER_SLOTS: usize = 2 * REASONS;
+
+/// Slots of the COUNTERS map that count something else than packets by reason. No reason has a number above 253.
 pub mod counter_slot {
-    /// `packets`: conntrack entries that gave way to a newer flow of their share.
+    /// `packets`: conntrack entries that user space made from the tables of the kernel.
+    pub const CONNTRACK_SEEDED: u32 = 508;
+    /// `packets`: conntrack entries that the programs deleted for a newer flow of the same share.
     pub const CONNTRACK_EVICTED: u32 = 509;
     /// `packets`: conntrack entries that the programs made.
     pub const CONNTRACK_CREATED: u32 = 510;
-    /// Written by user space only. `packets`: conntrack entries it swept; `bytes`: entries it seeded.
+    /// `packets`: expired conntrack entries that user space deleted.
     pub const CONNTRACK_SWEPT: u32 = 511;
-}
-
-/// Slots of the BUDGETS map that are not about a kind of event and a reason.
-pub mod budget_slot {
-    /// The programs' clock: `filled_at` is the coarse monotonic time, ns, and `tokens` the jiffy it was read in.
-    pub const CLOCK: u32 = 767;
 }

@@ -137,7 +137,7 @@ impl Conntrack<'_> {
             }
         }
         self.shares.correct(&before, &protected);
-        self.add(sweep.ended.len() as u64, 0)?;
+        self.add(counter_slot::CONNTRACK_SWEPT, sweep.ended.len() as u64)?;
         Ok(sweep)
     }
 
@@ -154,7 +154,7 @@ impl Conntrack<'_> {
         }
         // Of those that were there already, a place was taken too many.
         self.remove_if(|_, _| false)?;
-        self.add(0, seeded as u64)?;
+        self.add(counter_slot::CONNTRACK_SEEDED, seeded as u64)?;
         Ok(seeded)
     }
 
@@ -171,10 +171,8 @@ impl Conntrack<'_> {
     /// If a map cannot be read.
     pub fn counts(&self) -> Result<ConntrackCounts, MapError> {
         let made = self.counter(counter_slot::CONNTRACK_CREATED)?.packets;
-        let Counter {
-            packets: swept,
-            bytes: seeded,
-        } = self.counter(counter_slot::CONNTRACK_SWEPT)?;
+        let seeded = self.counter(counter_slot::CONNTRACK_SEEDED)?.packets;
+        let swept = self.counter(counter_slot::CONNTRACK_SWEPT)?.packets;
         let (mut present, mut protected) = (0, 0);
         self.map.for_each(|_, entry| {
             present += 1;
@@ -195,15 +193,13 @@ impl Conntrack<'_> {
         Ok(sum(&mut self.counters.get(slot)?.into_iter()))
     }
 
-    fn add(&self, swept: u64, seeded: u64) -> Result<(), MapError> {
-        if swept == 0 && seeded == 0 {
+    /// Adds to a counter that only user space writes.
+    fn add(&self, slot: u32, entries: u64) -> Result<(), MapError> {
+        if entries == 0 {
             return Ok(());
         }
-        let before = self.counter(counter_slot::CONNTRACK_SWEPT)?;
-        let after = Counter {
-            packets: before.packets + swept,
-            bytes: before.bytes + seeded,
-        };
-        self.counters.set(counter_slot::CONNTRACK_SWEPT, &after)
+        let mut counter = self.counter(slot)?;
+        counter.packets += entries;
+        self.counters.set(slot, &counter)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use palisade_abi::{Counter, DIRECTIONS, Direction, EventKind, RateBudget, Reason};
+use palisade_abi::{Counter, DIRECTIONS, Direction, EventKind, RateBudget, Reason, budget_of};
 
 use crate::{Datapath, MapError, maps::PerCpuArray};
 
@@ -103,8 +103,8 @@ impl Counters<'_> {
         const KINDS: [EventKind; 3] = [EventKind::PolicyVerdict, EventKind::Drop, EventKind::Trace];
         let mut found = Vec::new();
         self.budgets.for_each(|slot, values| {
-            let kind = KINDS.get(slot as usize / 256);
-            let (Some(&kind), Some(reason)) = (kind, Reason::from_u8((slot % 256) as u8)) else {
+            let (kind, reason) = budget_of(slot);
+            let (Some(&kind), Some(reason)) = (KINDS.get(kind as usize), Reason::from_u8(reason)) else {
                 return;
             };
             let mut total = EventBudget::default();

@@ -31,7 +31,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use palisade_abi::{Addr, Config, CtEntry, CtKey, ct_flags, protocol};
+use palisade_abi::{
+    Addr, Config, CtEntry, CtKey, ct_flags, protocol,
+    tcp_flags::{ACK, FIN, SYN},
+};
 
 use crate::{
     SyscallError,
@@ -89,10 +92,6 @@ pub enum Progress {
     /// Both have sent FIN.
     Closed,
 }
-
-const FIN: u8 = 1;
-const SYN: u8 = 2;
-const ACK: u8 = 16;
 
 impl Progress {
     /// The TCP flags that the opener and the responder must have sent.

@@ -23,7 +23,9 @@ impl Sum {
             self.0 += u64::from(u32::from_ne_bytes(*word));
         }
         let mut last = [0; 4];
-        last[..rest.len()].copy_from_slice(rest);
+        for (to, from) in last.iter_mut().zip(rest) {
+            *to = *from;
+        }
         self.0 += u64::from(u32::from_ne_bytes(last));
         self
     }

@@ -11,6 +11,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 #![warn(unreachable_pub)]
 
 pub mod checksum;
@@ -24,7 +25,7 @@ use palisade_abi::{Addr, Reason, protocol};
 
 pub use ethernet::{ETHER_TYPE_ARP, ETHER_TYPE_IPV4, ETHER_TYPE_IPV6};
 pub use quote::{Quote, decode_quote};
-pub use transport::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, icmp, icmp_kind, icmpv6, valid_tcp_flags};
+pub use transport::{icmp, icmp_kind, icmpv6, valid_tcp_flags};
 
 /// How far into a frame headers may reach. What lies beyond is not followed: an IPv6 extension header chain
 /// that long is dropped, a quoted packet that far is related to nothing.
@@ -46,11 +47,14 @@ pub trait Bytes {
     /// `N` bytes at `offset`; none if they are not (all) readable in place.
     fn array<const N: usize>(&self, offset: u32) -> Option<&[u8; N]>;
 
-    /// Four bytes at `at` (at most `N - 4`, and even) of a header that [`Self::array`] gave, in memory order.
+    /// Returns the four bytes at offset `at` of a header from [`Self::array`], in memory order. Callers pass a constant
+    /// `at`, even and at most `N - 4`.
     #[inline(always)]
     #[must_use]
     fn word<const N: usize>(header: &[u8; N], at: usize) -> u32 {
-        u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
+        let word = header.get(at..).and_then(<[u8]>::first_chunk);
+        debug_assert!(word.is_some(), "a word at {at} of {N} bytes");
+        u32::from_ne_bytes(word.copied().unwrap_or_default())
     }
 }
 

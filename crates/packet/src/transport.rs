@@ -1,17 +1,8 @@
 //! Transport headers: ports of TCP, UDP and SCTP, TCP flags, types of ICMP and ICMPv6.
 
-use palisade_abi::{Reason, protocol};
+use palisade_abi::{Reason, protocol, tcp_flags};
 
 use crate::{Bytes, Packet, flags, is_icmp, take};
-
-/// No more data from the sender.
-pub const TCP_FIN: u8 = 1;
-/// Synchronize sequence numbers.
-pub const TCP_SYN: u8 = 2;
-/// Reset.
-pub const TCP_RST: u8 = 4;
-/// The acknowledgment field counts.
-pub const TCP_ACK: u8 = 16;
 
 /// ICMP types (RFC 792).
 pub mod icmp {
@@ -59,14 +50,14 @@ pub mod icmpv6 {
 /// congestion flags say nothing about state).
 #[inline(always)]
 #[must_use]
-pub const fn valid_tcp_flags(tcp_flags: u8) -> bool {
-    const VALID: u32 = 1 << TCP_SYN
-        | 1 << (TCP_SYN | TCP_ACK)
-        | 1 << TCP_RST
-        | 1 << (TCP_RST | TCP_ACK)
-        | 1 << (TCP_FIN | TCP_ACK)
-        | 1 << TCP_ACK;
-    VALID >> (tcp_flags & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK)) & 1 != 0
+pub const fn valid_tcp_flags(set: u8) -> bool {
+    const VALID: u32 = 1 << tcp_flags::SYN
+        | 1 << (tcp_flags::SYN | tcp_flags::ACK)
+        | 1 << tcp_flags::RST
+        | 1 << (tcp_flags::RST | tcp_flags::ACK)
+        | 1 << (tcp_flags::FIN | tcp_flags::ACK)
+        | 1 << tcp_flags::ACK;
+    VALID >> (set & (tcp_flags::FIN | tcp_flags::SYN | tcp_flags::RST | tcp_flags::ACK)) & 1 != 0
 }
 
 /// Reads the transport header, unless this is a later fragment.

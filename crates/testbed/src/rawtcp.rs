@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+pub use palisade_abi::tcp_flags as flags;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
@@ -24,17 +25,6 @@ const FIRST_PORT: u16 = 20_000;
 const LAST_PORT: u16 = 29_999;
 /// What it sends carries this mark.
 const MARK: u32 = 0x7a;
-
-/// TCP flags.
-pub mod flags {
-    #![allow(missing_docs, reason = "the names are those of RFC 9293")]
-    pub const FIN: u8 = 1;
-    pub const SYN: u8 = 2;
-    pub const RST: u8 = 4;
-    pub const PSH: u8 = 8;
-    pub const ACK: u8 = 16;
-    pub const URG: u8 = 32;
-}
 
 /// A segment to be sent.
 #[derive(Clone, Debug)]

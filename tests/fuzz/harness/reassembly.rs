@@ -4,7 +4,10 @@
 //! The input: what is said (a byte), which of it is denied in one stream and in the other (a byte), then what happens,
 //! four bytes each.
 
-use palisade_abi::{PuntRequest, punt_flags};
+use palisade_abi::{
+    PuntRequest, punt_flags,
+    tcp_flags::{ACK, FIN, RST, SYN, URG},
+};
 use palisade_inspect::{Engine, Limits, normalise_options};
 
 #[path = "packets.rs"]
@@ -15,11 +18,6 @@ use packets::{Done, HTTP, Passed, TLS, give, inspector, prepare};
 const CLIENT: ([u8; 4], u16) = ([10, 0, 0, 1], 40_000);
 const SERVER: ([u8; 4], u16) = ([10, 0, 0, 2], 443);
 const ISN: [u32; 2] = [0xffff_ff80, 0x1000];
-const FIN: u8 = 1;
-const SYN: u8 = 2;
-const RST: u8 = 4;
-const ACK: u8 = 16;
-const URG: u8 = 32;
 const ETHERNET: usize = 14;
 const IP: usize = 20;
 const TCP: usize = 20;

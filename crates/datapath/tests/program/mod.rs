@@ -17,8 +17,8 @@ use aya::programs::{Program, ProgramError, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use palisade_abi::{
     Addr, CLASS_SLOTS, Config, Counter, CtEntry, CtKey, Decision, Direction, EndpointState, Event, EventKind,
-    Interface, IpcacheEntry, MatchKind, PolicyEntry, PolicyKey, PrefixKey, Reason, Share, endpoint_flags,
-    identity, maps, programs, role,
+    Interface, IpcacheEntry, MatchKind, PolicyEntry, PolicyKey, PrefixKey, Reason, Share, budget_slot,
+    endpoint_flags, identity, maps, programs, role,
 };
 use palisade_datapath::Sizes;
 use zerocopy::{FromBytes, IntoBytes};
@@ -572,7 +572,7 @@ impl World {
 
     /// Suppressed events of a kind and reason.
     pub fn suppressed(&self, kind: EventKind, reason: Reason) -> u64 {
-        let slot = kind as u32 * 256 + reason as u32;
+        let slot = budget_slot(kind as u32, reason as u8);
         let values = sys::lookup(
             self.map(maps::BUDGETS),
             slot.as_bytes(),

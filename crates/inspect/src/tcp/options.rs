@@ -7,7 +7,7 @@
 //! An extension that both ends have to agree on is off then: neither end sees the other's option in the handshake
 //! (RFC 8684, 3.7: both fall back to plain TCP).
 
-use palisade_packet::TCP_SYN;
+use palisade_abi::tcp_flags;
 
 use crate::packet_builder::Sum;
 
@@ -65,7 +65,7 @@ pub fn normalise(segment: &mut [u8], mss_clamp: Option<u16>) -> Result<bool, Opt
         return Err(OptionProblem::Length);
     };
     let [.., offset, flags, _, _, sum0, sum1, _, _] = fixed;
-    let is_syn = *flags & TCP_SYN != 0;
+    let is_syn = *flags & tcp_flags::SYN != 0;
     let length = (usize::from(*offset >> 4) * 4).checked_sub(HEADER);
     let Some(options) = length.and_then(|length| rest.get_mut(..length)) else {
         return Err(OptionProblem::Length);

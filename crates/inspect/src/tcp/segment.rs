@@ -1,7 +1,7 @@
 //! TCP segments: parsed, and built.
 
-use palisade_abi::{Addr, protocol};
-use palisade_packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, flags};
+use palisade_abi::{Addr, protocol, tcp_flags};
+use palisade_packet::flags;
 
 use super::{options, side::Side};
 use crate::{
@@ -9,8 +9,6 @@ use crate::{
     packet_builder::{Sum, network_header},
 };
 
-const URGENT: u8 = 32;
-const PUSH: u8 = 8;
 /// Maximum shift of a window (RFC 7323, 2.3).
 const MAX_SCALE: u8 = 14;
 
@@ -45,7 +43,7 @@ impl<'a> Segment<'a> {
         let (fixed, options) = header.split_first_chunk::<20>()?;
         let [_, _, _, _, s0, s1, s2, s3, a0, a1, a2, a3, _, flags, w0, w1, ..] = *fixed;
         // Some receivers take urgent data out of the stream, others leave it in (RFC 6093).
-        if flags & URGENT != 0 {
+        if flags & tcp_flags::URG != 0 {
             return None;
         }
         Some(Self {
@@ -59,19 +57,19 @@ impl<'a> Segment<'a> {
     }
 
     pub(super) const fn is_syn(&self) -> bool {
-        self.flags & TCP_SYN != 0
+        self.flags & tcp_flags::SYN != 0
     }
 
     pub(super) const fn is_ack(&self) -> bool {
-        self.flags & TCP_ACK != 0
+        self.flags & tcp_flags::ACK != 0
     }
 
     pub(super) const fn is_fin(&self) -> bool {
-        self.flags & TCP_FIN != 0
+        self.flags & tcp_flags::FIN != 0
     }
 
     pub(super) const fn is_rst(&self) -> bool {
-        self.flags & TCP_RST != 0
+        self.flags & tcp_flags::RST != 0
     }
 }
 
@@ -205,10 +203,10 @@ impl Link {
         network_header(source, destination, self.ipv6, protocol::TCP, length, out);
         let mut flags = 0;
         for (is_set, flag) in [
-            (segment.ack.is_some(), TCP_ACK),
-            (segment.rst, TCP_RST),
-            (segment.fin, TCP_FIN),
-            (!segment.payload.is_empty(), PUSH),
+            (segment.ack.is_some(), tcp_flags::ACK),
+            (segment.rst, tcp_flags::RST),
+            (segment.fin, tcp_flags::FIN),
+            (!segment.payload.is_empty(), tcp_flags::PSH),
         ] {
             if is_set {
                 flags |= flag;

@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use foldhash::{HashMap, HashMapExt as _};
 
-use palisade_abi::{CtKey, Reason, flow_op, punt_flags};
-use palisade_packet::{TCP_RST, TCP_SYN, flags};
+use palisade_abi::{CtKey, Reason, flow_op, punt_flags, tcp_flags};
+use palisade_packet::flags;
 
 use super::{
     config::{TcpLimits, TcpStats},
@@ -302,7 +302,7 @@ impl<F, T: Offloadable> Connections<F, T> {
             .get(&key)
             .map(|entry| entry.connection.is_of(serial) && !entry.connection.is_over());
         // The common case: one more segment of a known connection.
-        if of_current == Some(true) && view.packet.tcp_flags & (TCP_SYN | TCP_RST) == 0 {
+        if of_current == Some(true) && view.packet.tcp_flags & (tcp_flags::SYN | tcp_flags::RST) == 0 {
             return Place::Known(Slot::Current);
         }
         self.remove_outdated(key, serial, of_current, cx);
@@ -321,7 +321,7 @@ impl<F, T: Offloadable> Connections<F, T> {
             self.promote(key);
             return Place::Known(Slot::Current);
         }
-        let has_syn = view.packet.tcp_flags & TCP_SYN != 0 && !view.packet.is(flags::FRAGMENT_LATER);
+        let has_syn = view.packet.tcp_flags & tcp_flags::SYN != 0 && !view.packet.is(flags::FRAGMENT_LATER);
         if let Some(segment) = segment
             && has_syn
             && side == Side::Client

@@ -16,11 +16,8 @@ use crate::{
     record::{Record, Verdict, What},
 };
 
-pub(crate) const SYN: u8 = 2;
-pub(crate) const ACK: u8 = 16;
-pub(crate) const FIN: u8 = 1;
-pub(crate) const RST: u8 = 4;
-const URG: u8 = 32;
+pub(crate) use palisade_abi::tcp_flags::{ACK, FIN, RST, SYN, URG};
+
 const CLIENT_ISN: u32 = 0xffff_ff00;
 const SERVER_ISN: u32 = 0x7fff_fff0;
 

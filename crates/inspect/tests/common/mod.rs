@@ -487,11 +487,8 @@ pub fn address(id: u16, name: &str) -> Vec<u8> {
     answer(id, name, A, 0, &[(name, A, 60, &[192, 0, 2, 1])])
 }
 
-pub const FIN: u8 = 1;
-pub const SYN: u8 = 2;
-pub const RST: u8 = 4;
-pub const ACK: u8 = 16;
-pub const URG: u8 = 32;
+#[allow(unused_imports, reason = "not every test uses all of them")]
+pub use palisade_abi::tcp_flags::{ACK, FIN, RST, SYN, URG};
 
 /// A segment to be.
 pub fn segment(addresses: &Udp, sequence: u32, acknowledgment: u32, flags: u8, payload: &[u8]) -> Vec<u8> {

@@ -11,10 +11,7 @@ use etherparse::{
 pub const MAC_A: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const MAC_B: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
-pub const FIN: u8 = 1;
-pub const SYN: u8 = 2;
-pub const RST: u8 = 4;
-pub const ACK: u8 = 16;
+pub use palisade_abi::tcp_flags::{ACK, FIN, RST, SYN};
 
 /// Ethernet and IP of a packet between two addresses.
 fn ip(source: &str, destination: &str, hop_limit: u8) -> PacketBuilderStep<IpHeaders> {

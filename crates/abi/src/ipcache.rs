@@ -130,3 +130,27 @@ pub struct IpcacheEntry {
     /// None defined yet; zero.
     pub flags: u16,
 }
+
+/// Key of the learned addresses: an address that an endpoint has learned by a DNS name.
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Debug,
+    Default,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+)]
+pub struct LearnedKey {
+    /// The learned address.
+    pub addr: Addr,
+    /// The endpoint that learned it.
+    pub endpoint: u32,
+}
