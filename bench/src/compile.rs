@@ -4,7 +4,7 @@ use std::{net::IpAddr, time::Instant};
 
 use anyhow::{Result, bail};
 use palisade_model::{
-    inventory::{Endpoint, NamedPorts, Options, Peer, World},
+    inventory::{Endpoint, Inventory, NamedPorts, Options, Peer},
     labels::{Labels, parse_label},
     snapshot::Snapshot,
 };
@@ -26,7 +26,7 @@ const HERE: usize = 50;
 
 /// A node with 50 workloads, and 150 elsewhere.
 #[must_use]
-pub fn world() -> World {
+pub fn inventory() -> Inventory {
     let labels = |n: usize| {
         let text = [
             format!("k8s:app=app-{n}"),
@@ -36,7 +36,7 @@ pub fn world() -> World {
         Labels::new(text.iter().map(|label| parse_label(label)))
     };
     let address = |n: usize| IpAddr::from([10, 0, (n / 200) as u8, (n % 200 + 10) as u8]);
-    World {
+    Inventory {
         options: Options::default(),
         endpoints: (0..HERE)
             .map(|n| Endpoint {
@@ -79,7 +79,7 @@ pub fn read(files: &[(String, String)]) -> Result<Changes> {
 
 /// A compiler that has taken everything in.
 pub fn full(mut changes: Changes) -> Result<Compiler> {
-    changes.world = Some(world());
+    changes.inventory = Some(inventory());
     let mut compiler = Compiler::new(&CompilerState::default());
     match compiler.update(changes) {
         Ok(_) => Ok(compiler),

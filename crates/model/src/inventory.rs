@@ -96,7 +96,7 @@ pub struct Peer {
 
 /// Everything a node knows besides its policies.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
-pub struct World {
+pub struct Inventory {
     /// The switches.
     pub options: Options,
     /// What is on this node, the node itself among them.

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use palisade_abi::{Decision, Direction, Identity, PolicyEntry, entry_flags, protocol};
 use palisade_model::{
     diagnostic::{Diagnostic, Severity},
-    inventory::{Endpoint, Enforcement, NamedPort, NamedPorts, Options, Peer, World},
+    inventory::{Endpoint, Enforcement, Inventory, NamedPort, NamedPorts, Options, Peer},
     labels::{Labels, parse_label},
     request::{Denial, GetBodies, HttpOptions, HttpRequest, Judge, KafkaRequest, Paths, Request},
     snapshot::{Snapshot, inspector_name},
@@ -340,20 +340,21 @@ fn run_case(place: &str, case: &Case, judge: &dyn Judge) -> Report {
         // Without endpoints the compiler has no tables to find them in: whoever there could be counts.
         errors.extend(possible_conflicts(&parsed.policies));
     }
-    let (world, options) = match world(case).and_then(|world| Ok((world, case.config.http.options()?))) {
-        Ok(read) => read,
-        Err(error) => {
-            report.fail(format!("{place}: {error}"));
-            return report;
-        }
-    };
+    let (inventory, options) =
+        match inventory(case).and_then(|inventory| Ok((inventory, case.config.http.options()?))) {
+            Ok(read) => read,
+            Err(error) => {
+                report.fail(format!("{place}: {error}"));
+                return report;
+            }
+        };
     let mut compiler = Compiler::new(&CompilerState::default());
     let content = FileContent {
         policies: parsed.policies,
         cidr_groups: parsed.cidr_groups,
     };
     let changes = Changes {
-        world: Some(world),
+        inventory: Some(inventory),
         files: BTreeMap::from([(place.clone(), Some(content))]),
     };
     if errors.is_empty()
@@ -380,7 +381,7 @@ fn run_case(place: &str, case: &Case, judge: &dyn Judge) -> Report {
     }
 
     let snapshot = compiler.snapshot();
-    let names = Names::new(compiler.world(), snapshot);
+    let names = Names::new(compiler.inventory(), snapshot);
     for (number, check) in case.checks.iter().enumerate() {
         match run_check(snapshot, &names, check, options, judge) {
             Ok(None) => report.passed += 1,
@@ -406,7 +407,7 @@ struct Names<'a> {
 }
 
 impl<'a> Names<'a> {
-    fn new(world: &'a World, snapshot: &Snapshot) -> Self {
+    fn new(inventory: &'a Inventory, snapshot: &Snapshot) -> Self {
         let numbers: HashMap<&Labels, Identity> = snapshot
             .identities
             .iter()
@@ -416,12 +417,12 @@ impl<'a> Names<'a> {
             endpoints: HashMap::new(),
             identities: HashMap::new(),
         };
-        for peer in &world.peers {
+        for peer in &inventory.peers {
             if let Some(number) = numbers.get(&peer.labels) {
                 names.identities.insert(&peer.name, *number);
             }
         }
-        for endpoint in &world.endpoints {
+        for endpoint in &inventory.endpoints {
             names.endpoints.insert(&endpoint.name, endpoint.id);
             if let Some(state) = snapshot.endpoints.get(&endpoint.id) {
                 names.identities.insert(&endpoint.name, state.identity);
@@ -586,7 +587,7 @@ pub fn protocol_number(name: &str) -> Result<u8, String> {
     })
 }
 
-fn world(case: &Case) -> Result<World, String> {
+fn inventory(case: &Case) -> Result<Inventory, String> {
     let options = Options {
         enforcement: match case.config.enforcement.as_str() {
             "default" => Enforcement::Default,
@@ -637,7 +638,7 @@ fn world(case: &Case) -> Result<World, String> {
             prefixes: prefixes.collect::<Result<_, _>>()?,
         });
     }
-    Ok(World {
+    Ok(Inventory {
         options,
         endpoints,
         peers,

@@ -263,7 +263,7 @@ fn judged_as_the_node(
     source: &End,
     destination: &End,
 ) -> Vec<String> {
-    let endpoints = &compiler.world().endpoints;
+    let endpoints = &compiler.inventory().endpoints;
     let Some(node) = endpoints.iter().find(|endpoint| endpoint.is_node()) else {
         return Vec::new();
     };
@@ -279,7 +279,7 @@ fn judged_as_the_node(
             Direction::Ingress => spec.ingress.is_some() || spec.ingress_deny.is_some(),
         })
     });
-    let always = compiler.world().options.enforcement == Enforcement::Always;
+    let always = compiler.inventory().options.enforcement == Enforcement::Always;
     if !enforced && !always {
         return Vec::new();
     }
@@ -303,14 +303,14 @@ fn judged_as_the_node(
 
 fn end(compiler: &Compiler, text: &str) -> Result<End, String> {
     let snapshot = compiler.snapshot();
-    let world = compiler.world();
+    let inventory = compiler.inventory();
     let found = |identity: Identity, endpoint: Option<u16>| End {
         name: text.to_owned(),
         identity,
         labels: snapshot.identities.get(&identity).cloned().unwrap_or_default(),
         endpoint: endpoint.filter(|id| *id != 0),
     };
-    let named = world.endpoints.iter().find(|endpoint| {
+    let named = inventory.endpoints.iter().find(|endpoint| {
         endpoint.name == text || format!("{}/{}", endpoint.namespace, endpoint.name) == text
     });
     if let Some(endpoint) = named {
@@ -320,7 +320,7 @@ fn end(compiler: &Compiler, text: &str) -> Result<End, String> {
             .map_or(0, |state| state.identity);
         return Ok(found(identity, Some(endpoint.id)));
     }
-    if let Some(peer) = world.peers.iter().find(|peer| peer.name == text) {
+    if let Some(peer) = inventory.peers.iter().find(|peer| peer.name == text) {
         let identity = match peer.prefixes.first() {
             Some(prefix) => snapshot.identity_of(prefix.addr()).identity,
             None => snapshot
@@ -332,7 +332,7 @@ fn end(compiler: &Compiler, text: &str) -> Result<End, String> {
         return Ok(found(identity, None));
     }
     let number = text.parse::<u16>().ok();
-    let by_number = world
+    let by_number = inventory
         .endpoints
         .iter()
         .find(|endpoint| Some(endpoint.id) == number || (text == "host" && endpoint.is_node()));
@@ -371,7 +371,7 @@ fn side(
         .judge(endpoint, direction, other, question.protocol, Some(question.port))
         .ok_or_else(|| format!("endpoint {endpoint} has no compiled policy"))?;
     let name = compiler
-        .world()
+        .inventory()
         .endpoints
         .iter()
         .find(|known| known.id == endpoint)
@@ -567,7 +567,7 @@ mod tests {
 
     use palisade_abi::Inspector;
     use palisade_model::{
-        inventory::{Endpoint, World},
+        inventory::{Endpoint, Inventory},
         labels::parse_label,
         request::HttpRequest,
     };
@@ -617,9 +617,9 @@ spec:
         let mut compiler = Compiler::new(&CompilerState::default());
         compiler
             .update(Changes {
-                world: Some(World {
+                inventory: Some(Inventory {
                     endpoints: vec![endpoint(1, "front"), endpoint(2, "web")],
-                    ..World::default()
+                    ..Inventory::default()
                 }),
                 files: BTreeMap::from([("web.yaml".into(), Some(content))]),
             })
@@ -726,7 +726,7 @@ spec:
         };
         compiler
             .update(Changes {
-                world: None,
+                inventory: None,
                 files: BTreeMap::from([(name.into(), Some(content))]),
             })
             .unwrap();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use palisade_abi::{Decision, Direction, Inspector, PolicyEntry, endpoint_flags, entry_flags};
 use palisade_model::{
-    inventory::{Endpoint, Options, World},
+    inventory::{Endpoint, Inventory, Options},
     labels::{Labels, parse_label},
     request::{HttpRequest, Request},
     snapshot::{Matcher, RuleKey, RuleSet},
@@ -49,24 +49,24 @@ fn policy(name: &str, spec: &str) -> FileContent {
     }
 }
 
-fn world() -> World {
-    World {
+fn inventory() -> Inventory {
+    Inventory {
         endpoints: vec![endpoint(1, "web"), endpoint(2, "front"), endpoint(3, "back")],
-        ..World::default()
+        ..Inventory::default()
     }
 }
 
 /// The policies of a world, compiled.
 struct Compiled(Compiler);
 
-fn compile(world: World, policies: &[(&str, &str)]) -> Result<Compiled, Vec<String>> {
+fn compile(inventory: Inventory, policies: &[(&str, &str)]) -> Result<Compiled, Vec<String>> {
     let mut compiler = Compiler::new(&CompilerState::default());
     let files = policies
         .iter()
         .map(|(name, spec)| ((*name).to_owned(), Some(policy(name, spec))))
         .collect();
     let changes = Changes {
-        world: Some(world),
+        inventory: Some(inventory),
         files,
     };
     match compiler.update(changes) {
@@ -76,14 +76,14 @@ fn compile(world: World, policies: &[(&str, &str)]) -> Result<Compiled, Vec<Stri
 }
 
 fn compiled(policies: &[(&str, &str)]) -> Compiled {
-    compile(world(), policies).unwrap_or_else(|errors| panic!("{errors:?}"))
+    compile(inventory(), policies).unwrap_or_else(|errors| panic!("{errors:?}"))
 }
 
 impl Compiled {
     /// What `app` finds at TCP port 80 of the web server.
     fn entry(&self, app: &str) -> PolicyEntry {
         let snapshot = self.0.snapshot();
-        let address = world()
+        let address = inventory()
             .endpoints
             .iter()
             .find_map(|endpoint| (endpoint.name == app).then(|| endpoint.addresses[0]));
@@ -248,7 +248,7 @@ fn other_kinds_for_the_same_peer_and_port_are_refused_with_both_policies_named()
             ),
         ),
     ] {
-        let errors = compile(world(), &[("one", &one), ("other", &other)])
+        let errors = compile(inventory(), &[("one", &one), ("other", &other)])
             .err()
             .unwrap();
         assert!(
@@ -263,7 +263,7 @@ fn other_kinds_for_the_same_peer_and_port_are_refused_with_both_policies_named()
         )
     };
     let errors = compile(
-        world(),
+        inventory(),
         &[("one", &terminating("a")), ("other", &terminating("b"))],
     )
     .err()
@@ -271,7 +271,7 @@ fn other_kinds_for_the_same_peer_and_port_are_refused_with_both_policies_named()
     assert!(errors[0].contains("terminatingTLS"), "{errors:?}");
     assert!(
         compile(
-            world(),
+            inventory(),
             &[("one", &terminating("a")), ("other", &terminating("a"))]
         )
         .is_ok()
@@ -320,17 +320,17 @@ fn audit_mode_of_all_or_of_the_endpoint_is_that_of_its_requests() {
     let rule = http(FRONT, "/a.*");
     let policies = [("a", rule.as_str())];
     assert!(!compiled(&policies).is_audited("front"));
-    let everywhere = World {
+    let everywhere = Inventory {
         options: Options {
             audit: true,
             ..Options::default()
         },
-        ..world()
+        ..inventory()
     };
-    let mut one = world();
+    let mut one = inventory();
     one.endpoints[0].audit = true;
-    for world in [everywhere, one] {
-        let all = compile(world, &policies).ok().unwrap();
+    for inventory in [everywhere, one] {
+        let all = compile(inventory, &policies).ok().unwrap();
         assert!(all.is_audited("front"));
         assert_eq!(
             all.asks("front", "/x"),
@@ -415,8 +415,8 @@ fn the_expressions_of_an_endpoint_have_a_bound_together() {
         .zip(&specs)
         .map(|(name, spec)| (name.as_str(), spec.as_str()))
         .collect();
-    assert!(compile(world(), &policies[..4]).is_ok());
-    let Err(errors) = compile(world(), &policies) else {
+    assert!(compile(inventory(), &policies[..4]).is_ok());
+    let Err(errors) = compile(inventory(), &policies) else {
         panic!("expressions of more than a million states together are taken");
     };
     assert_eq!(errors.len(), 1, "{errors:?}");
@@ -429,7 +429,7 @@ fn the_expressions_of_an_endpoint_have_a_bound_together() {
     }
     // The policies of another endpoint do not count.
     let elsewhere = specs[4].clone();
-    let mut compiler = compile(world(), &policies[..4])
+    let mut compiler = compile(inventory(), &policies[..4])
         .unwrap_or_else(|errors| panic!("{errors:?}"))
         .0;
     let parsed = parse(
@@ -444,7 +444,7 @@ fn the_expressions_of_an_endpoint_have_a_bound_together() {
         cidr_groups: parsed.cidr_groups,
     };
     let changes = Changes {
-        world: None,
+        inventory: None,
         files: BTreeMap::from([("front".to_owned(), Some(content))]),
     };
     assert!(compiler.update(changes).is_ok());
@@ -458,20 +458,25 @@ fn a_table_is_plain_where_nothing_is_read_and_nothing_denied_by_name() {
     let denied = "  egressDeny:\n  - toCIDR: [192.0.2.0/24]";
     let allowed = "  ingress: [{fromEntities: [world]}]\n  egress: [{toCIDR: [192.0.2.0/24]}]";
     for (spec, plain) in [(read, egress), (denied, ingress), (allowed, ingress | egress)] {
-        let Compiled(compiler) = compile(world(), &[("a", spec)]).unwrap();
+        let Compiled(compiler) = compile(inventory(), &[("a", spec)]).unwrap();
         let endpoints = &compiler.snapshot().endpoints;
         assert_eq!(endpoints[&1].flags, plain, "{spec}");
         assert_eq!(endpoints[&2].flags, ingress | egress);
     }
     // The same when a policy comes and goes.
-    let Compiled(mut compiler) = compile(world(), &[("a", allowed)]).unwrap();
+    let Compiled(mut compiler) = compile(inventory(), &[("a", allowed)]).unwrap();
     for (content, plain) in [
         (Some(policy("b", read)), egress),
         (Some(policy("b", denied)), ingress),
         (None, ingress | egress),
     ] {
         let files = BTreeMap::from([("b".to_owned(), content)]);
-        compiler.update(Changes { world: None, files }).unwrap();
+        compiler
+            .update(Changes {
+                inventory: None,
+                files,
+            })
+            .unwrap();
         assert_eq!(compiler.snapshot().endpoints[&1].flags, plain);
     }
 }

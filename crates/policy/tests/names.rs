@@ -7,7 +7,7 @@ use std::{
 
 use palisade_abi::{Decision, Direction, endpoint_flags, identity};
 use palisade_model::{
-    inventory::{Endpoint, Peer, World},
+    inventory::{Endpoint, Inventory, Peer},
     labels::{Labels, parse_label},
     learned_identities::{LearnedSet, SelectorNumber},
     op::Op,
@@ -39,8 +39,8 @@ fn endpoint(id: u16, app: &str) -> Endpoint {
     }
 }
 
-fn world() -> World {
-    World {
+fn inventory() -> Inventory {
+    Inventory {
         endpoints: vec![endpoint(1, "a"), endpoint(2, "b"), endpoint(3, "c")],
         peers: vec![Peer {
             name: "db".into(),
@@ -48,7 +48,7 @@ fn world() -> World {
             named_ports: BTreeMap::new(),
             prefixes: vec!["10.7.0.0/24".parse().unwrap()],
         }],
-        ..World::default()
+        ..Inventory::default()
     }
 }
 
@@ -84,7 +84,7 @@ fn compiler() -> Compiler {
     let mut compiler = Compiler::new(&CompilerState::default());
     compiler
         .update(Changes {
-            world: Some(world()),
+            inventory: Some(inventory()),
             files: BTreeMap::from([
                 ("a".into(), Some(file("a", "a", A))),
                 ("b".into(), Some(file("b", "b", B))),
@@ -171,7 +171,7 @@ fn what_is_somebody_stays_who_it_is() {
     assert_eq!(snapshot.names.identity(ip("198.51.100.7"), &[]), Some(world));
     assert_eq!(
         snapshot.names.identity(ip("198.51.100.7"), &[any + 1000]),
-        Some(world)
+        Some(inventory)
     );
 }
 
@@ -250,7 +250,7 @@ fn other_sets_are_made_when_they_are_asked_for_and_only_add_entries() {
 
     // An update keeps what is wanted and drops what is not.
     let no_change = || Changes {
-        world: None,
+        inventory: None,
         files: BTreeMap::from([("b".into(), Some(file("b", "b", B)))]),
     };
     let kept = compiler.update(no_change()).unwrap().clone();
@@ -272,7 +272,7 @@ fn selectors_keep_their_numbers_as_long_as_they_are_used() {
     let mut update = |name: &str, rules: Option<&str>| {
         compiler
             .update(Changes {
-                world: None,
+                inventory: None,
                 files: BTreeMap::from([(name.into(), rules.map(|rules| file(name, name, rules)))]),
             })
             .unwrap()

@@ -8,7 +8,7 @@ use std::{
 };
 
 use palisade_model::{
-    inventory::{Endpoint, Options, Peer, World},
+    inventory::{Endpoint, Inventory, Options, Peer},
     labels::{Labels, parse_label},
     op::Op,
     snapshot::Snapshot,
@@ -23,9 +23,9 @@ fn labels(texts: &[String]) -> Labels {
     Labels::new(texts.iter().map(|text| parse_label(text)))
 }
 
-fn world(endpoints: u16, peers: u32) -> World {
+fn inventory(endpoints: u16, peers: u32) -> Inventory {
     let namespace = "k8s:io.kubernetes.pod.namespace=default".to_owned();
-    World {
+    Inventory {
         options: Options::default(),
         endpoints: (1..=endpoints)
             .map(|id| Endpoint {
@@ -100,7 +100,7 @@ fn measure(policies: usize, endpoints: u16, ports: usize) {
     let (_, full) = timed("  full compile", || {
         compiler
             .update(Changes {
-                world: Some(world(endpoints, policies as u32)),
+                inventory: Some(inventory(endpoints, policies as u32)),
                 files,
             })
             .unwrap();
@@ -119,7 +119,7 @@ fn measure(policies: usize, endpoints: u16, ports: usize) {
         // Another port, or prefixes that nobody mentions otherwise.
         let other = if round % 2 == 0 { number } else { policies + round };
         let change = Changes {
-            world: None,
+            inventory: None,
             files: BTreeMap::from([(
                 format!("p{number}.yaml"),
                 Some(file(other, endpoint_of(number), port_of(number + 1 + round))),

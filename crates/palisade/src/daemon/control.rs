@@ -629,7 +629,7 @@ impl Control {
     fn touched(&self, before: &BTreeMap<u16, EndpointState>) -> String {
         const MAX_NAMES_SHOWN: usize = 20;
         let now = &self.enforcer.compiler.snapshot().endpoints;
-        let names = endpoint_names(self.enforcer.compiler.world());
+        let names = endpoint_names(self.enforcer.compiler.inventory());
         let ids = before
             .keys()
             .chain(now.keys().filter(|id| !before.contains_key(*id)));
@@ -687,7 +687,7 @@ impl Control {
         if self.closed && world.options.enforcement == Enforcement::Default {
             world.options.enforcement = Enforcement::Always;
         }
-        let world = (world != *self.enforcer.compiler.world()).then_some(world);
+        let world = (world != *self.enforcer.compiler.inventory()).then_some(world);
         self.interfaces.configure(&self.config, &self.state.state);
         self.enforcer.compile(world, &mut self.files);
         self.enforce(begun);
@@ -760,14 +760,14 @@ impl Control {
         self.shared.set(View::new(
             &self.config.node.name,
             self.enforcer.compiler.snapshot().clone(),
-            self.enforcer.compiler.world(),
+            self.enforcer.compiler.inventory(),
             &self.network.links,
             Some(Arc::clone(&self.names)),
         ));
     }
 
     fn attach(&mut self) {
-        let world = self.enforcer.compiler.world();
+        let world = self.enforcer.compiler.inventory();
         self.interfaces
             .reconcile(&self.datapath, &self.network, &self.config, world);
         self.workers.set_attached(self.interfaces.attached());
@@ -789,7 +789,7 @@ impl Control {
         guarded.forwards |= self.network.links.iter().any(|(name, ifindex)| {
             name != "lo" && !punt_link.contains(name) && !guarded.judged.contains(ifindex)
         });
-        let world = self.enforcer.compiler.world();
+        let world = self.enforcer.compiler.inventory();
         let (nodes, workloads): (Vec<_>, Vec<_>) =
             world.endpoints.iter().partition(|endpoint| endpoint.is_node());
         let own: BTreeSet<IpAddr> = nodes

@@ -12,7 +12,7 @@ use palisade_abi::{CLASS_ANY, Decision, Direction, Identity, entry_flags, identi
 use palisade_datapath::{ApplyError, Datapath, Dump};
 use palisade_fqdn::{EndpointId, ListedPrefixes, SelectorId, Selectors};
 use palisade_model::{
-    inventory::{Endpoint, NamedPorts, Options, Peer, World},
+    inventory::{Endpoint, Inventory, NamedPorts, Options, Peer},
     labels::{Labels, reserved},
     learned_identities::{LearnedSet, Names as Meanings, SelectorList},
     rule::{FqdnPattern, Peer as RulePeer, Peers},
@@ -82,11 +82,11 @@ impl Enforcer {
 
     /// Has the compiler take a new world and everything new of the files. If it does not take all of it at once,
     /// then each file by itself, so that one bad file does not keep out the others.
-    pub fn compile(&mut self, world: Option<World>, files: &mut PolicyFiles) {
+    pub fn compile(&mut self, inventory: Option<Inventory>, files: &mut PolicyFiles) {
         let offers = files.offers();
         let names: Vec<String> = offers.keys().cloned().collect();
         let Err(problems) = self.compiler.update(Changes {
-            world: world.clone(),
+            inventory: inventory.clone(),
             files: offers,
         }) else {
             for name in names {
@@ -94,9 +94,9 @@ impl Enforcer {
             }
             return;
         };
-        if world.is_some()
+        if inventory.is_some()
             && let Err(problems) = self.compiler.update(Changes {
-                world,
+                inventory,
                 files: BTreeMap::new(),
             })
         {
@@ -120,7 +120,7 @@ impl Enforcer {
                 .map(|name| (name.clone(), files.offered(name)))
                 .collect();
             let changes = Changes {
-                world: None,
+                inventory: None,
                 files: offers,
             };
             if self.compiler.update(changes).is_ok() {
@@ -139,7 +139,7 @@ impl Enforcer {
         let (gone, here): (Vec<_>, Vec<_>) = offers.partition(|(_, content)| content.is_none());
         for (name, content) in gone.into_iter().chain(here) {
             let changes = Changes {
-                world: None,
+                inventory: None,
                 files: [(name.clone(), content)].into(),
             };
             match self.compiler.update(changes) {
@@ -160,7 +160,7 @@ impl Enforcer {
             return;
         };
         let changes = Changes {
-            world: None,
+            inventory: None,
             files: [(name.to_owned(), Some(kept))].into(),
         };
         match self.compiler.update(changes) {
@@ -180,7 +180,7 @@ impl Enforcer {
         mut tell: impl FnMut(&RuleSets),
     ) -> bool {
         let policy = self.names_policy();
-        let endpoints = endpoint_names(self.compiler.world());
+        let endpoints = endpoint_names(self.compiler.inventory());
         let snapshot = self.compiler.snapshot();
         let all = self.good.as_ref().is_none_or(|good| may_differ(good, snapshot));
         // From here to the end no answer is committed.
@@ -396,7 +396,7 @@ impl Enforcer {
         let outcome = self.compiler.learned(&self.wanted).and_then(|_| {
             // Sets that are not wanted any more are dropped by the next update, also by one that changes nothing else.
             self.compiler.update(Changes {
-                world: None,
+                inventory: None,
                 files: BTreeMap::new(),
             })
         });
@@ -465,7 +465,7 @@ impl Enforcer {
 }
 
 /// Names of endpoints by number.
-pub fn endpoint_names(world: &World) -> BTreeMap<EndpointId, String> {
+pub fn endpoint_names(world: &Inventory) -> BTreeMap<EndpointId, String> {
     let endpoints = world.endpoints.iter();
     endpoints
         .map(|endpoint| (endpoint.id, format!("{}/{}", endpoint.namespace, endpoint.name)))
@@ -557,7 +557,7 @@ fn found(dump: Dump) -> Snapshot {
 }
 
 /// What the node knows besides its policies.
-pub fn world<C>(config: &Config, network: &Network, state: &mut State<C>) -> anyhow::Result<World> {
+pub fn world<C>(config: &Config, network: &Network, state: &mut State<C>) -> anyhow::Result<Inventory> {
     let names: BTreeSet<String> = config
         .endpoints
         .iter()
@@ -604,7 +604,7 @@ pub fn world<C>(config: &Config, network: &Network, state: &mut State<C>) -> any
         named_ports: NamedPorts::new(),
         prefixes: peer.addresses.clone(),
     });
-    Ok(World {
+    Ok(Inventory {
         options: Options {
             enforcement: config.policy.enforcement,
             allow_localhost: config.policy.allow_localhost,

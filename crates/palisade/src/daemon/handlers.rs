@@ -725,7 +725,7 @@ impl Control {
 
     /// By number, name or address.
     fn find_endpoint(&self, wanted: &str) -> Result<&WorldEndpoint, String> {
-        let endpoints = &self.enforcer.compiler.world().endpoints;
+        let endpoints = &self.enforcer.compiler.inventory().endpoints;
         let number = wanted.parse::<u16>().ok();
         let address = wanted
             .parse::<IpAddr>()
@@ -762,7 +762,7 @@ impl Control {
 
     /// The same, given the state of the interfaces.
     pub fn endpoints_with(&self, interfaces: &[InterfaceStatus]) -> Vec<Endpoint> {
-        let world = self.enforcer.compiler.world();
+        let world = self.enforcer.compiler.inventory();
         let endpoints = world.endpoints.iter();
         endpoints
             .map(|endpoint| self.endpoint(endpoint, interfaces))
@@ -828,7 +828,7 @@ impl Control {
     fn policy_summaries(&self, name: Option<&str>) -> Answer {
         let compiler = &self.enforcer.compiler;
         let mut selected: BTreeMap<*const Policy, Vec<String>> = BTreeMap::new();
-        for endpoint in &compiler.world().endpoints {
+        for endpoint in &compiler.inventory().endpoints {
             for policy in compiler.policies_of(endpoint.id) {
                 selected
                     .entry(std::ptr::from_ref(policy))

@@ -7,7 +7,7 @@ use palisade_datapath::{
     Attached, Attachment, Datapath, Hook, HookKind, LocalEndpoints, Role, Rules, TcMode, XdpMode,
     connections, connections_of_netns, monotonic_coarse, seeds,
 };
-use palisade_model::inventory::World;
+use palisade_model::inventory::Inventory;
 use tracing::{error, info, warn};
 
 use super::{
@@ -87,7 +87,7 @@ impl Interfaces {
         datapath: &Datapath,
         network: &Network,
         config: &Config,
-        world: &World,
+        world: &Inventory,
     ) -> bool {
         let kernel = attached(datapath);
         let found = self.find(network, &kernel);
@@ -436,7 +436,7 @@ fn hook_text(kind: Option<HookKind>) -> String {
 }
 
 /// Takes over the connections that the kernel knows of already.
-fn seed(datapath: &Datapath, config: &Config, world: &World) {
+fn seed(datapath: &Datapath, config: &Config, world: &Inventory) {
     let mut found = connections(NODE).unwrap_or_else(|problem| {
         warn!("{problem}; connections of the node that exist already are judged by their next packet");
         Vec::new()

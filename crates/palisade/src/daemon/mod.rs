@@ -81,7 +81,7 @@ fn compile_offline(config: &Config, files: Offers) -> anyhow::Result<Result<Comp
     let world = enforcer::world(config, &Network::default(), &mut state)?;
     let mut compiler = Compiler::default();
     let changes = palisade_policy::compile::Changes {
-        world: Some(world),
+        inventory: Some(world),
         files,
     };
     let problems = compiler.update(changes).err();

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use palisade_abi::{CLASS_ANY, CLASS_SLOTS, Class, Identity, protocol};
 use palisade_flowlog::{Names as FlowNames, Owner, RuleInfo as FlowRule, flow::Policy as FlowPolicy};
 use palisade_model::{
-    inventory::World,
+    inventory::Inventory,
     rule::PolicyKind,
     snapshot::{RuleInfo, RuleKey, Snapshot},
 };
@@ -37,7 +37,7 @@ impl View {
     pub fn new(
         node: &str,
         snapshot: Snapshot,
-        world: &World,
+        world: &Inventory,
         links: &BTreeMap<String, u32>,
         learned: Option<Arc<FqdnManager>>,
     ) -> Self {

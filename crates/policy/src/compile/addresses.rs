@@ -11,7 +11,7 @@ use palisade_abi::{Addr, Identity, IpcacheEntry, PrefixKey, identity};
 use palisade_model::{
     diagnostic::Diagnostic,
     identity::{cidr_label, prefix_labels},
-    inventory::World,
+    inventory::Inventory,
     labels::Labels,
     rule::Location,
 };
@@ -30,15 +30,18 @@ pub(super) struct NamedPrefixes {
 }
 
 impl NamedPrefixes {
-    pub(super) fn of(world: &World) -> Self {
+    pub(super) fn of(inventory: &Inventory) -> Self {
         let peers = |chosen: fn(&Labels) -> bool| {
-            world
+            inventory
                 .peers
                 .iter()
                 .filter(move |peer| chosen(&peer.labels))
                 .flat_map(|peer| peer.prefixes.iter().map(IpNet::trunc))
         };
-        let addresses = world.endpoints.iter().flat_map(|endpoint| &endpoint.addresses);
+        let addresses = inventory
+            .endpoints
+            .iter()
+            .flat_map(|endpoint| &endpoint.addresses);
         let labelled: HashSet<IpNet> = peers(|labels| !is_world(labels)).collect();
         Self {
             all: peers(|_| true)
@@ -68,17 +71,17 @@ impl Compiler {
         let mut wanted: BTreeMap<Identity, Labels> = BTreeMap::new();
         let mut addresses: HashMap<Addr, IpcacheEntry> = HashMap::new();
         let mut prefixes: HashMap<PrefixKey, IpcacheEntry> = HashMap::new();
-        let options = self.world.options;
+        let options = self.inventory.options;
 
         // The node's own labels have the node's own number, whatever they are.
         let node_labels = self
-            .world
+            .inventory
             .endpoints
             .iter()
             .find(|endpoint| endpoint.is_node())
             .map(|endpoint| &endpoint.labels)
             .or_else(|| {
-                let peers = self.world.peers.iter().map(|peer| &peer.labels);
+                let peers = self.inventory.peers.iter().map(|peer| &peer.labels);
                 peers.into_iter().find(|labels| labels.has_reserved("host"))
             })
             .cloned();
@@ -134,7 +137,7 @@ impl Compiler {
             wanted.insert(identity, labels);
             put(*prefix, entry(identity, 0));
         }
-        for peer in &self.world.peers {
+        for peer in &self.inventory.peers {
             if peer.prefixes.is_empty() || !is_world(&peer.labels) {
                 let identity = number(&peer.labels)?;
                 named_ports.add(&peer.named_ports, identity);
@@ -154,7 +157,7 @@ impl Compiler {
             }
         }
         let mut of_endpoint: HashMap<u16, Identity> = HashMap::new();
-        for endpoint in &self.world.endpoints {
+        for endpoint in &self.inventory.endpoints {
             let identity = number(&endpoint.labels)?;
             named_ports.add(&endpoint.named_ports, identity);
             wanted.insert(identity, endpoint.labels.clone());
@@ -224,7 +227,7 @@ impl Compiler {
             })
             .collect();
         for (prefix, step) in changes {
-            let labels = prefix_labels(prefix, &self.world.options);
+            let labels = prefix_labels(prefix, &self.inventory.options);
             let known = &self.snapshot.identities;
             let identity = self
                 .identities

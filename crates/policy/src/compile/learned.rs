@@ -320,7 +320,7 @@ impl Compiler {
         progress: &mut Progress,
     ) -> Result<BTreeMap<usize, BTreeSet<Identity>>, Vec<Diagnostic>> {
         let mut differing: BTreeMap<usize, BTreeSet<Identity>> = BTreeMap::new();
-        let enforced = self.world.options.enforcement != Enforcement::Never;
+        let enforced = self.inventory.options.enforcement != Enforcement::Never;
         let mut changed_users: BTreeSet<usize> = BTreeSet::new();
         for at in &progress.dirty {
             let subject = &mut self.subjects[*at];

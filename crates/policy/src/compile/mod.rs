@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use palisade_abi::{Direction, Identity};
 use palisade_model::{
     diagnostic::{Diagnostic, Severity},
-    inventory::{Enforcement, World},
+    inventory::{Enforcement, Inventory},
     labels::Labels,
     learned_identities::SelectorNumber,
     rule::{
@@ -65,7 +65,7 @@ pub struct FileContent {
 #[derive(Clone, Debug, Default)]
 pub struct Changes {
     /// The world as it is now, if it has changed.
-    pub world: Option<World>,
+    pub inventory: Option<Inventory>,
     /// Files as they are now, by name; `None`: the file is gone.
     pub files: BTreeMap<String, Option<FileContent>>,
 }
@@ -86,7 +86,7 @@ pub struct CompilerState {
 /// Turns policies and a world into [`Snapshot`]s.
 #[derive(Clone, Debug, Default)]
 pub struct Compiler {
-    world: World,
+    inventory: Inventory,
     files: BTreeMap<String, Arc<FileContent>>,
     /// In which file each resource is, and where.
     owners: HashMap<ResourceName, (Arc<str>, Location)>,
@@ -201,7 +201,7 @@ pub(crate) const fn sections_of(direction: Direction) -> [Section; 2] {
 
 /// [`Changes`], with the contents shared.
 struct Intake {
-    world: Option<World>,
+    inventory: Option<Inventory>,
     files: BTreeMap<String, Option<Arc<FileContent>>>,
 }
 
@@ -303,8 +303,8 @@ impl Compiler {
 
     /// The world of the last update.
     #[must_use]
-    pub fn world(&self) -> &World {
-        &self.world
+    pub fn inventory(&self) -> &Inventory {
+        &self.inventory
     }
 
     /// The policies in use, file by file.
@@ -377,7 +377,7 @@ impl Compiler {
             .subjects
             .iter()
             .position(|subject| subject.endpoints.iter().any(|(id, _)| *id == endpoint));
-        let Some(at) = subject.filter(|_| self.world.options.enforcement != Enforcement::Never) else {
+        let Some(at) = subject.filter(|_| self.inventory.options.enforcement != Enforcement::Never) else {
             return Vec::new();
         };
         let learned = self.names.identities().get(&other);
@@ -420,7 +420,7 @@ impl Compiler {
     /// Takes the changes in. On errors (each with its place) everything stays as it was.
     pub fn update(&mut self, changes: Changes) -> Result<&Snapshot, Vec<Diagnostic>> {
         let intake = Intake {
-            world: changes.world,
+            inventory: changes.inventory,
             files: changes
                 .files
                 .into_iter()
@@ -432,7 +432,7 @@ impl Compiler {
             return Err(twice);
         }
         let undo = Intake {
-            world: intake.world.as_ref().map(|_| self.world.clone()),
+            inventory: intake.inventory.as_ref().map(|_| self.inventory.clone()),
             files: intake
                 .files
                 .keys()
@@ -462,9 +462,9 @@ impl Compiler {
             let after = content.as_ref().map(|content| content.cidr_groups.as_slice());
             before.unwrap_or_default() != after.unwrap_or_default()
         });
-        if changes.world.is_some() || groups_change {
-            if let Some(world) = changes.world {
-                self.world = world;
+        if changes.inventory.is_some() || groups_change {
+            if let Some(inventory) = changes.inventory {
+                self.inventory = inventory;
             }
             for (name, content) in changes.files {
                 match content {
@@ -495,7 +495,7 @@ impl Compiler {
         self.peers = PeerCache::default();
         self.prefixes.clear();
         self.known = Known::default();
-        self.named = NamedPrefixes::of(&self.world);
+        self.named = NamedPrefixes::of(&self.inventory);
 
         let mut before: Vec<Subject> = std::mem::take(&mut self.subjects);
         for selecting in before
@@ -505,7 +505,7 @@ impl Compiler {
             self.classes.release(&selecting.sets);
         }
         let mut subjects: Vec<Subject> = Vec::new();
-        for endpoint in &self.world.endpoints {
+        for endpoint in &self.inventory.endpoints {
             let same = |subject: &Subject| {
                 subject.labels == endpoint.labels
                     && subject.named_ports == endpoint.named_ports

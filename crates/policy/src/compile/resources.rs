@@ -156,7 +156,7 @@ mod tests {
         files: impl IntoIterator<Item = (String, Option<FileContent>)>,
     ) -> Result<(), Vec<String>> {
         let changes = Changes {
-            world: None,
+            inventory: None,
             files: files.into_iter().collect(),
         };
         match compiler.update(changes) {

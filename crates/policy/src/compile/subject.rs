@@ -364,7 +364,12 @@ impl Compiler {
     /// Remarks about specs for nodes that do not select this one. On a node that has other labels this is as it should be;
     /// but a label's value that differs a little leaves the node without its policy, and nothing else says so.
     fn unselected_nodes(&self) -> Vec<Diagnostic> {
-        let Some(node) = self.world.endpoints.iter().find(|endpoint| endpoint.is_node()) else {
+        let Some(node) = self
+            .inventory
+            .endpoints
+            .iter()
+            .find(|endpoint| endpoint.is_node())
+        else {
             return Vec::new();
         };
         let units = self.specs.values().filter(|unit| {
@@ -545,7 +550,7 @@ impl Compiler {
         }
 
         // Where nothing is enforced nothing is read either.
-        let enforced = self.world.options.enforcement != Enforcement::Never;
+        let enforced = self.inventory.options.enforcement != Enforcement::Never;
         if enforced && subject.specs.values().any(|selecting| selecting.unit.reads) {
             let mut errors = Vec::new();
             for direction in palisade_abi::DIRECTIONS {
@@ -624,7 +629,7 @@ impl Compiler {
             units().max_by_key(|(_, selecting)| (selecting.stale, selecting.unit.expressions))?;
         let endpoint = subject.endpoints.first().map(|(id, _)| *id);
         let endpoint = self
-            .world
+            .inventory
             .endpoints
             .iter()
             .find(|known| Some(known.id) == endpoint);
@@ -648,7 +653,7 @@ impl Compiler {
         rows: Option<&BTreeSet<Identity>>,
         entries: &mut Vec<(TableKey, PolicyEntry)>,
     ) {
-        let options = self.world.options;
+        let options = self.inventory.options;
         let egress = direction == Direction::Egress;
         let localhost =
             (!egress && options.allow_localhost && !self.subjects[at].node && !otherwise.unenforced)
@@ -889,7 +894,7 @@ impl Compiler {
         let whom = match direction {
             Direction::Ingress => {
                 let endpoint = subject.endpoints.first().map(|(id, _)| *id);
-                let endpoint = self.world.endpoints.iter().find(|e| Some(e.id) == endpoint);
+                let endpoint = self.inventory.endpoints.iter().find(|e| Some(e.id) == endpoint);
                 let endpoint = endpoint.map_or("", |endpoint| endpoint.name.as_str());
                 format!("endpoint {endpoint} has no port of that name and protocol")
             }
@@ -922,7 +927,7 @@ impl Compiler {
                 denying.push((key, unit.audit));
             }
         }
-        let enforcement = self.world.options.enforcement;
+        let enforcement = self.inventory.options.enforcement;
         let init = subject.labels.has_reserved("init");
         let not_enforced = enforcement == Enforcement::Never
             || (enforcement == Enforcement::Default && !init && any_rules.is_none());

@@ -8,7 +8,7 @@ use std::{
 use ipnet::IpNet;
 use palisade_abi::Direction;
 use palisade_model::{
-    inventory::{Endpoint, Enforcement, NamedPorts, World},
+    inventory::{Endpoint, Enforcement, Inventory, NamedPorts},
     labels::Labels,
     rule::{
         CidrGroup, CidrRule, Entity, FqdnPattern, L4Protocol, L7, L7Rules, LabelSource, Peer, Peers, Policy,
@@ -40,17 +40,21 @@ struct Other {
 }
 
 pub struct Naive<'a> {
-    world: &'a World,
+    inventory: &'a Inventory,
     policies: Vec<&'a Policy>,
     groups: Vec<&'a CidrGroup>,
     facts: &'a [Fact],
 }
 
 impl<'a> Naive<'a> {
-    pub fn new(world: &'a World, files: &'a BTreeMap<String, FileContent>, facts: &'a [Fact]) -> Self {
+    pub fn new(
+        inventory: &'a Inventory,
+        files: &'a BTreeMap<String, FileContent>,
+        facts: &'a [Fact],
+    ) -> Self {
         Self {
             facts,
-            world,
+            inventory,
             policies: files.values().flat_map(|file| &file.policies).collect(),
             groups: files.values().flat_map(|file| &file.cidr_groups).collect(),
         }
@@ -90,7 +94,7 @@ impl<'a> Naive<'a> {
     }
 
     fn who(&self, address: IpAddr) -> Other {
-        let endpoints = &self.world.endpoints;
+        let endpoints = &self.inventory.endpoints;
         if let Some(endpoint) = endpoints
             .iter()
             .find(|endpoint| endpoint.addresses.contains(&address))
@@ -107,14 +111,14 @@ impl<'a> Naive<'a> {
                 .any(|l| l.source == "reserved" && l.key.starts_with("world"))
         };
         let peer = self
-            .world
+            .inventory
             .peers
             .iter()
             .flat_map(|peer| peer.prefixes.iter().map(move |prefix| (prefix, peer)))
             .filter(|(prefix, _)| prefix.contains(&address))
             .max_by_key(|(prefix, _)| prefix.prefix_len());
         let labelled = |inner: &IpNet| {
-            let peers = self.world.peers.iter().filter(|peer| !is_world(&peer.labels));
+            let peers = self.inventory.peers.iter().filter(|peer| !is_world(&peer.labels));
             peers
                 .flat_map(|peer| &peer.prefixes)
                 .any(|outer| outer.contains(inner))
@@ -140,7 +144,7 @@ impl<'a> Naive<'a> {
                 }
             }
             (_, mentioned) => Other {
-                labels: self.world.options.world_labels(address.is_ipv6()),
+                labels: self.inventory.options.world_labels(address.is_ipv6()),
                 prefix: mentioned,
                 names: Vec::new(),
             },
@@ -149,7 +153,7 @@ impl<'a> Naive<'a> {
 
     pub fn judge(&self, packet: &Packet) -> Option<Judged> {
         let subject = self
-            .world
+            .inventory
             .endpoints
             .iter()
             .find(|endpoint| endpoint.id == packet.endpoint)?;
@@ -170,7 +174,7 @@ impl<'a> Naive<'a> {
     }
 
     fn judge_other(&self, subject: &Endpoint, packet: &Packet, other: &Other) -> Judged {
-        let options = self.world.options;
+        let options = self.inventory.options;
         if options.enforcement == Enforcement::Never {
             return (Verdict::Allow, false);
         }
@@ -421,8 +425,12 @@ impl<'a> Naive<'a> {
                     return number(&subject.named_ports).is_some_and(|number| matches(&number));
                 }
                 // Everybody who has a port of that name, and among them those that are the other end.
-                let endpoints = self.world.endpoints.iter().map(|e| (&e.labels, &e.named_ports));
-                let peers = self.world.peers.iter().map(|p| (&p.labels, &p.named_ports));
+                let endpoints = self
+                    .inventory
+                    .endpoints
+                    .iter()
+                    .map(|e| (&e.labels, &e.named_ports));
+                let peers = self.inventory.peers.iter().map(|p| (&p.labels, &p.named_ports));
                 let owners: Vec<(&Labels, u16)> = endpoints
                     .chain(peers)
                     .filter_map(|(labels, ports)| Some((labels, number(ports)?)))

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use palisade_abi::{DIRECTIONS, Decision, Direction, PolicyEntry, entry_flags};
 use palisade_model::{
-    inventory::{Endpoint, Options, Peer, World},
+    inventory::{Endpoint, Inventory, Options, Peer},
     labels::{Labels, parse_label},
     op::Op,
 };
@@ -47,8 +47,8 @@ fn endpoint(id: u16, app: &str) -> Endpoint {
     }
 }
 
-fn world() -> World {
-    World {
+fn inventory() -> Inventory {
+    Inventory {
         options: Options::default(),
         endpoints: vec![endpoint(2, "a"), endpoint(3, "b")],
         peers: vec![Peer {
@@ -108,7 +108,7 @@ impl Node {
     fn new(rules: &str) -> Self {
         let mut compiler = Compiler::new(&CompilerState::default());
         let changes = Changes {
-            world: Some(world()),
+            inventory: Some(inventory()),
             files: BTreeMap::from([("p.yaml".into(), Some(policy(rules)))]),
         };
         compiler.update(changes).unwrap();
@@ -157,14 +157,14 @@ impl Node {
 
     fn rules(&mut self, rules: &str) -> Vec<Op> {
         self.change(Changes {
-            world: None,
+            inventory: None,
             files: BTreeMap::from([("p.yaml".into(), Some(policy(rules)))]),
         })
     }
 
-    fn world(&mut self, world: World, rules: &str) -> Vec<Op> {
+    fn inventory(&mut self, inventory: Inventory, rules: &str) -> Vec<Op> {
         self.change(Changes {
-            world: Some(world),
+            inventory: Some(inventory),
             files: BTreeMap::from([("p.yaml".into(), Some(policy(rules)))]),
         })
     }
@@ -238,14 +238,14 @@ fn an_address_gets_labels_that_others_have_already() {
     let denied = "  egress:\n  - toEntities: [world]\n  egressDeny:\n  - toEndpoints: [{matchLabels: {app: db}}]\n    \
                   toPorts: [{ports: [{port: '8080', protocol: TCP}]}]";
     let mut node = Node::new(rules);
-    let mut wider = world();
+    let mut wider = inventory();
     wider.peers[0].prefixes.push("10.1.2.3/32".parse().unwrap());
-    node.world(wider.clone(), rules);
+    node.inventory(wider.clone(), rules);
     assert!(!node.allows(2, Direction::Egress, "10.1.2.3", 443));
     assert!(node.allows(2, Direction::Egress, "10.1.2.4", 443));
-    node.world(world(), denied);
-    node.world(wider, rules);
-    node.world(world(), rules);
+    node.inventory(inventory(), denied);
+    node.inventory(wider, rules);
+    node.inventory(inventory(), rules);
     assert!(node.allows(2, Direction::Egress, "10.1.2.3", 443));
 }
 
@@ -253,16 +253,16 @@ fn an_address_gets_labels_that_others_have_already() {
 fn endpoints_exchange_their_labels() {
     let rules = "  ingress:\n  - fromEndpoints: [{matchLabels: {app: b}}]";
     let mut node = Node::new(rules);
-    let mut exchanged = world();
+    let mut exchanged = inventory();
     exchanged.endpoints = vec![endpoint(2, "b"), endpoint(3, "a")];
-    node.world(exchanged, rules);
+    node.inventory(exchanged, rules);
     assert!(node.allows(3, Direction::Ingress, "10.0.0.2", 80));
     assert!(!node.allows(3, Direction::Ingress, "192.0.2.1", 80));
     assert!(node.allows(2, Direction::Ingress, "192.0.2.1", 80));
-    let mut alone = world();
+    let mut alone = inventory();
     alone.endpoints.truncate(1);
-    node.world(alone, rules);
-    node.world(world(), rules);
+    node.inventory(alone, rules);
+    node.inventory(inventory(), rules);
     assert!(node.allows(2, Direction::Ingress, "10.0.0.3", 80));
 }
 
@@ -280,7 +280,7 @@ fn a_change_elsewhere_writes_nothing_here() {
     };
     let before = node.compiler.snapshot().endpoints[&2];
     let ops = node.change(Changes {
-        world: None,
+        inventory: None,
         files: BTreeMap::from([("q.yaml".into(), Some(other))]),
     });
     assert_eq!(node.compiler.snapshot().endpoints[&2], before);
@@ -301,7 +301,7 @@ fn a_restarted_daemon_takes_over_without_a_gap() {
     let mut compiler = Compiler::new(&serde_json::from_str(&state).unwrap());
     compiler.avoid(&found);
     let changes = Changes {
-        world: Some(world()),
+        inventory: Some(inventory()),
         files: BTreeMap::from([("p.yaml".into(), Some(policy(WIDE)))]),
     };
     let new = compiler.update(changes).unwrap().clone();
@@ -347,7 +347,7 @@ fn rules_that_exclude_each_other_leave_everything_as_it_was() {
     let errors = node
         .compiler
         .update(Changes {
-            world: None,
+            inventory: None,
             files: BTreeMap::from([("p.yaml".into(), Some(conflicting))]),
         })
         .unwrap_err();
@@ -365,7 +365,7 @@ fn rules_that_exclude_each_other_leave_everything_as_it_was() {
          {app: b}}\n  ingress: [{fromEntities: [world], toPorts: [{ports: [{port: '443', protocol: TCP}]}]}]\n",
     );
     node.change(Changes {
-        world: None,
+        inventory: None,
         files: BTreeMap::from([(
             "q.yaml".into(),
             Some(FileContent {
@@ -387,9 +387,9 @@ fn flows_are_judged_again_when_an_address_becomes_somebody_else() {
     let mut node = Node::new(rules);
     assert!(!node.allows(2, Direction::Egress, "10.1.2.3", 80));
     let before = node.compiler.snapshot().clone();
-    let mut wider = world();
+    let mut wider = inventory();
     wider.peers[0].prefixes.push("10.1.2.3/32".parse().unwrap());
-    node.world(wider, rules);
+    node.inventory(wider, rules);
     assert!(node.allows(2, Direction::Egress, "10.1.2.3", 80));
     let after = node.compiler.snapshot();
     assert_eq!(

@@ -7,7 +7,7 @@ use std::{
 
 use palisade_abi::{Decision, Direction, LearnedKey, PolicyEntry, entry_flags};
 use palisade_model::{
-    inventory::World,
+    inventory::Inventory,
     learned_identities::LearnedSet,
     rule::{
         CidrRule, FqdnPattern, Location, Peer as RulePeer, Peers, Policy, PolicyKind, Ports, Rule, Selector,
@@ -24,12 +24,12 @@ use proptest::prelude::*;
 use crate::{
     maps::Maps,
     naive::{Judged, Naive, Verdict, name_fits},
-    random::{ADDRESSES, Fact, Packet, Tape, fact, file, files, packets, world},
+    random::{ADDRESSES, Fact, Packet, Tape, fact, file, files, inventory, packets},
 };
 
-fn changes(world: Option<World>, files: &BTreeMap<String, FileContent>) -> Changes {
+fn changes(inventory: Option<Inventory>, files: &BTreeMap<String, FileContent>) -> Changes {
     Changes {
-        world,
+        inventory,
         files: files
             .iter()
             .map(|(name, content)| (name.clone(), Some(content.clone())))
@@ -213,8 +213,8 @@ fn what_excludes_everything_excludes_only_who_has_a_prefix() {
         (false, "0.0.0.0/0", "0.0.0.0/0", known, false),
         (true, "0.0.0.0/0", "0.0.0.0/0", known, false),
     ] {
-        let mut world = world(&mut Tape::new(&[]));
-        world.options.dual_stack = dual_stack;
+        let mut inventory = inventory(&mut Tape::new(&[]));
+        inventory.options.dual_stack = dual_stack;
         let policy = Policy {
             kind: PolicyKind::Raw,
             name: "p".into(),
@@ -233,7 +233,7 @@ fn what_excludes_everything_excludes_only_who_has_a_prefix() {
         };
         let files: BTreeMap<String, FileContent> = [("p.yaml".to_owned(), content)].into();
         let mut compiler = Compiler::new(&CompilerState::default());
-        compiler.update(changes(Some(world.clone()), &files)).unwrap();
+        compiler.update(changes(Some(inventory.clone()), &files)).unwrap();
         let packet = Packet {
             endpoint: 1,
             direction: Direction::Egress,
@@ -245,7 +245,11 @@ fn what_excludes_everything_excludes_only_who_has_a_prefix() {
         let expected = if allowed { Verdict::Allow } else { Verdict::Deny };
         let case = format!("{cidr} except {except} for {address}, dual stack: {dual_stack}");
         assert_eq!(table, Some((expected, false)), "{case}");
-        assert_eq!(Naive::new(&world, &files, &[]).judge(&packet), table, "{case}");
+        assert_eq!(
+            Naive::new(&inventory, &files, &[]).judge(&packet),
+            table,
+            "{case}"
+        );
     }
 }
 
@@ -255,17 +259,17 @@ proptest! {
     #[test]
     fn the_table_says_what_the_rules_say(bytes in tape(500)) {
         let mut tape = Tape::new(&bytes);
-        let world = world(&mut tape);
+        let inventory = inventory(&mut tape);
         let files = files(&mut tape);
         let facts: Vec<Fact> = (0..tape.pick(9)).map(|_| fact(&mut tape)).collect();
         let mut compiler = Compiler::new(&CompilerState::default());
-        if compiler.update(changes(Some(world.clone()), &files)).is_err() {
+        if compiler.update(changes(Some(inventory.clone()), &files)).is_err() {
             // Rules that exclude each other.
             return Ok(());
         }
         let (snapshot, _) = taught(&mut compiler, &facts);
         let snapshot = &snapshot;
-        let naive = Naive::new(&world, &files, &facts);
+        let naive = Naive::new(&inventory, &files, &facts);
         for packet in packets() {
             let table = judged(snapshot, &packet);
             prop_assert_eq!(table.map(|(verdict, _)| verdict), naive.judge(&packet), "{:?}", packet);
@@ -281,11 +285,11 @@ proptest! {
     #[test]
     fn no_packet_notices_a_change(bytes in tape(900), restart in any::<bool>()) {
         let mut tape = Tape::new(&bytes);
-        let mut the_world = world(&mut tape);
+        let mut the_inventory = inventory(&mut tape);
         let mut the_files = files(&mut tape);
-        let dual_stack = the_world.options.dual_stack;
+        let dual_stack = the_inventory.options.dual_stack;
         let mut compiler = Compiler::new(&CompilerState::default());
-        if compiler.update(changes(Some(the_world.clone()), &the_files)).is_err() {
+        if compiler.update(changes(Some(the_inventory.clone()), &the_files)).is_err() {
             return Ok(());
         }
         let mut facts: Vec<Fact> = (0..tape.pick(9)).map(|_| fact(&mut tape)).collect();
@@ -312,12 +316,12 @@ proptest! {
                 old = new;
             }
             let mut change = Changes::default();
-            let unchanged = (the_world.clone(), the_files.clone());
+            let unchanged = (the_inventory.clone(), the_files.clone());
             if tape.pick(2) == 1 {
-                the_world = world(&mut tape);
+                the_inventory = inventory(&mut tape);
                 // Who the world is belongs to the configuration of the programs, which no plan changes.
-                the_world.options.dual_stack = dual_stack;
-                change.world = Some(the_world.clone());
+                the_inventory.options.dual_stack = dual_stack;
+                change.inventory = Some(the_inventory.clone());
             }
             for _ in 0..tape.pick(3) {
                 let name = format!("{}.yaml", tape.pick(5));
@@ -335,7 +339,7 @@ proptest! {
                 compiler = Compiler::new(&serde_json::from_str(&state).unwrap());
                 old = maps.read_back();
                 compiler.avoid(&old);
-                change = changes(Some(the_world.clone()), &the_files);
+                change = changes(Some(the_inventory.clone()), &the_files);
             }
             if compiler.update(change).is_err() {
                 // What was there stays, and what comes next builds on it.
@@ -345,7 +349,7 @@ proptest! {
                 let mut same = compiler.snapshot().clone();
                 same.learned = old.learned.clone();
                 prop_assert!(plan(&old, &same).is_empty());
-                (the_world, the_files) = unchanged;
+                (the_inventory, the_files) = unchanged;
                 continue;
             }
             let (new, _) = taught(&mut compiler, &facts);
@@ -361,7 +365,7 @@ proptest! {
             }
             // What is compiled step by step is what is compiled at once.
             let mut at_once = Compiler::new(&CompilerState::default());
-            prop_assert!(at_once.update(changes(Some(the_world.clone()), &the_files)).is_ok());
+            prop_assert!(at_once.update(changes(Some(the_inventory.clone()), &the_files)).is_ok());
             let (at_once, _) = taught(&mut at_once, &facts);
             for packet in packets() {
                 prop_assert_eq!(

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 use ipnet::IpNet;
 use palisade_abi::Direction;
 use palisade_model::{
-    inventory::{self, Endpoint, Enforcement, NamedPort, Options, World},
+    inventory::{self, Endpoint, Enforcement, Inventory, NamedPort, Options},
     labels::{Labels, parse_label},
     rule::{
         CidrGroup, CidrRule, Entity, FqdnPattern, HttpRule, L4Protocol, L7, L7Rules, LabelSource, Location,
@@ -84,7 +84,7 @@ pub const ADDRESSES: [&str; 14] = [
 
 const PORTS: [u16; 7] = [80, 443, 81, 1, 65_535, 8080, 53];
 
-pub fn world(tape: &mut Tape<'_>) -> World {
+pub fn inventory(tape: &mut Tape<'_>) -> Inventory {
     let options = Options {
         enforcement: match tape.pick(8) {
             6 => Enforcement::Always,
@@ -184,7 +184,7 @@ pub fn world(tape: &mut Tape<'_>) -> World {
             new
         });
     }
-    World {
+    Inventory {
         options,
         endpoints,
         peers,
