@@ -442,7 +442,7 @@ fn a_changed_inspection_limit_needs_a_restart() {
     let status = daemon.status().expect("status");
     let warnings = status["warnings"].to_string();
     assert!(
-        warnings.contains("only used after a restart: [http], [tls]"),
+        warnings.contains("only used after a restart: [http] path_normalization, [tls] ech"),
         "{warnings}"
     );
 }

@@ -1,7 +1,7 @@
 //! `palisade`: the daemon and its command line.
 //!
 //! Depends on every other crate. The command line is `cli` and `command`, the daemon `daemon` (start at
-//! `daemon::control::run`), the socket between the two `control`, the configuration file `config`.
+//! `daemon::startup::run`), the socket between the two `control`, the configuration file `config`.
 #![forbid(unsafe_code)]
 
 mod cli;

@@ -376,7 +376,7 @@ fn each_change_of_what_is_enforced_is_one_line_of_the_log() {
     let out = daemon.try_cli(&["reload"]).unwrap();
     let said = String::from_utf8_lossy(&out.stderr).into_owned();
     assert!(
-        out.status.success() && said.contains("only used after a restart: [limits]"),
+        out.status.success() && said.contains("only used after a restart: [limits] rules"),
         "{said}"
     );
     one(&["event=\"audit\"", "endpoints=\"all\"", "audit=true"]);

@@ -452,6 +452,26 @@ fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Config {
     config
 }
 
+/// Returns the value of `[policy] enforcement` as it is written in the configuration.
+pub const fn enforcement_name(enforcement: Enforcement) -> &'static str {
+    match enforcement {
+        Enforcement::Default => "default",
+        Enforcement::Always => "always",
+        Enforcement::Never => "never",
+    }
+}
+
+/// Returns every option that the configuration has, as `section.option`.
+#[cfg(test)]
+pub(crate) fn option_names() -> std::collections::BTreeSet<String> {
+    let text = "[[namespace]]\n[[interface]]\n[[endpoint]]\n[[peer]]\n";
+    let reader = Reader::new("p.toml", text);
+    let (table, _) = DeTable::parse_recoverable(text);
+    read(Path::new("p.toml"), &reader, table.get_ref());
+    let asked = reader.asked.into_inner();
+    asked.into_iter().filter(|path| path.contains('.')).collect()
+}
+
 /// What may be there only once.
 #[derive(Default)]
 struct Taken {

@@ -67,6 +67,9 @@ pub struct Reader<'a> {
     file: &'a str,
     text: &'a str,
     errors: RefCell<Vec<(usize, ConfigError)>>,
+    /// Paths of all keys that were looked up, for the test that each option has a reload rule.
+    #[cfg(test)]
+    pub asked: RefCell<std::collections::BTreeSet<String>>,
 }
 
 impl<'a> Reader<'a> {
@@ -75,6 +78,8 @@ impl<'a> Reader<'a> {
             file,
             text,
             errors: RefCell::default(),
+            #[cfg(test)]
+            asked: RefCell::default(),
         }
     }
 
@@ -140,6 +145,8 @@ impl<'r, 'a> Section<'r, 'a> {
 
     fn get(&self, key: &'static str) -> Option<(&'r DeValue<'r>, Range<usize>)> {
         self.asked.borrow_mut().push(key);
+        #[cfg(test)]
+        self.reader.asked.borrow_mut().insert(self.path(key));
         let value = self.table?.get(key)?;
         Some((value.get_ref(), value.span()))
     }

@@ -20,14 +20,19 @@ mod handlers;
 mod interfaces;
 mod keeper;
 mod last_good;
+mod message;
 mod nat;
 mod netfilter;
 mod network;
 mod policies;
 mod private_dirs;
+mod reload;
 mod selector_text;
+mod startup;
 mod state;
+mod status;
 mod sweeper;
+mod trace;
 mod view;
 mod watchdog;
 mod watcher;
@@ -53,7 +58,7 @@ use crate::{
 ///
 /// `replaced`: why this is not what the configuration file says now, but its last good copy.
 pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
-    control::run(config, replaced)
+    startup::run(config, replaced)
 }
 
 /// Explains a packet by policies that are not in force, with the endpoints and peers of a configuration.
@@ -65,7 +70,7 @@ pub fn trace_offline(config: &Config, files: Offers, request: &TraceRequest) -> 
             bail!("{}", lines.join("\n"));
         }
     };
-    handlers::trace(&compiler, config, request).map_err(anyhow::Error::msg)
+    trace::trace(&compiler, config, request).map_err(anyhow::Error::msg)
 }
 
 /// What there is to say about policies together with the endpoints and peers of a configuration.

@@ -1,0 +1,301 @@
+//! Answers from the published view and the maps.
+
+use std::net::IpAddr;
+
+use palisade_abi::{
+    Counter, Decision, Direction, Identity, LearnedKey, ct_flags, entry_flags, identity, protocol,
+};
+use palisade_datapath::monotonic_coarse;
+use palisade_fqdn::{SelectorId, Selectors};
+use palisade_model::{rule::FqdnPattern, snapshot::inspector_name};
+use palisade_protocols::dns::Name;
+
+use super::{
+    super::{
+        message::ClientRequest,
+        view::{View, class_names, prefix_text},
+    },
+    Handlers, map_error,
+};
+use crate::control::api::{
+    ConnectionRow, Endpoint, FqdnRow, IdentityRow, IpcacheRow, PolicyRow, PolicySummary,
+};
+
+impl Handlers {
+    pub(super) fn policies(&self, name: Option<String>) -> Result<Vec<PolicySummary>, String> {
+        let mut policies = self.look_up(|reply| ClientRequest::Policies { name, reply })?;
+        let counters = self.datapath.counters().rules().map_err(map_error)?;
+        for rule in policies.iter_mut().flat_map(|policy| &mut policy.rules) {
+            let Counter { packets, bytes } = counters.get(&rule.id).copied().unwrap_or_default();
+            (rule.packets, rule.bytes) = (packets, bytes);
+        }
+        Ok(policies)
+    }
+
+    pub(super) fn identities(&self) -> Vec<IdentityRow> {
+        let view = self.shared.get();
+        let row = |id: &Identity| IdentityRow {
+            id: *id,
+            labels: view.labels(*id),
+        };
+        view.snapshot.identities.keys().map(row).collect()
+    }
+
+    pub(super) fn identity(&self, identity: Identity) -> Result<IdentityRow, String> {
+        let view = self.shared.get();
+        if !view.snapshot.identities.contains_key(&identity) {
+            return Err(format!(
+                "identity {identity} is not in use; `palisade identity list` shows which are"
+            ));
+        }
+        Ok(IdentityRow {
+            id: identity,
+            labels: view.labels(identity),
+        })
+    }
+
+    pub(super) fn policy_table(&self, endpoint: String) -> Result<Vec<PolicyRow>, String> {
+        let endpoint = self.endpoint(endpoint)?;
+        let view = self.shared.get();
+        let states = self.datapath.endpoint_states();
+        let Some(state) = states.get(&endpoint.id) else {
+            return Err(format!("endpoint {} has no policy table yet", endpoint.id));
+        };
+        let mut entries = self.datapath.policy_entries().map_err(map_error)?;
+        entries.retain(|(key, _)| key.policy == state.policy);
+        entries.sort_by_key(|(key, _)| (key.direction, key.identity, key.class));
+        let counters = self.datapath.counters().rules().map_err(map_error)?;
+        let classes = class_names(&view.snapshot.classes);
+        let rows = entries
+            .into_iter()
+            .map(|(key, entry)| {
+                let decision = Decision::from_u8(entry.decision);
+                let count = counters.get(&entry.rule).copied().unwrap_or_default();
+                PolicyRow {
+                    policy: decision_name(decision).to_owned(),
+                    direction: if key.direction == Direction::Ingress as u8 {
+                        "Ingress"
+                    } else {
+                        "Egress"
+                    }
+                    .to_owned(),
+                    identity: key.identity,
+                    labels: if key.identity == identity::ANY {
+                        vec!["ANY".to_owned()]
+                    } else {
+                        known_or_number(&view, key.identity)
+                    },
+                    ports: classes
+                        .get(&key.class)
+                        .cloned()
+                        .unwrap_or_else(|| vec![format!("class {}", key.class)]),
+                    inspector: (decision == Decision::Inspect)
+                        .then(|| inspector_name(entry.inspector).to_owned()),
+                    auth: decision == Decision::AuthRequired,
+                    audit: entry.flags & entry_flags::AUDIT != 0 && !matches!(decision, Decision::Allow),
+                    rule: entry.rule,
+                    decided_by: view.rule(entry.rule),
+                    bytes: count.bytes,
+                    packets: count.packets,
+                }
+            })
+            .collect();
+        Ok(rows)
+    }
+
+    pub(super) fn connections(&self) -> Result<Vec<ConnectionRow>, String> {
+        let mut entries = self.datapath.conntrack().entries().map_err(map_error)?;
+        entries.sort_by_key(|(key, _)| (key.endpoint, key.protocol, key.local, key.local_port, key.remote));
+        let now = monotonic_coarse();
+        let rows = entries
+            .into_iter()
+            .map(|(key, entry)| {
+                let end = |address, port: u16| {
+                    let address = IpAddr::from(address);
+                    match (address, key.protocol) {
+                        (address, protocol::ICMP | protocol::ICMPV6) => address.to_string(),
+                        (IpAddr::V4(address), _) => format!("{address}:{port}"),
+                        (IpAddr::V6(address), _) => format!("[{address}]:{port}"),
+                    }
+                };
+                let ingress = entry.flags & ct_flags::INGRESS != 0;
+                let (local, remote) = (end(key.local, key.local_port), end(key.remote, key.remote_port));
+                let (source, destination) = if ingress { (remote, local) } else { (local, remote) };
+                let flags = [
+                    (ct_flags::AUDIT, "Audit"),
+                    (ct_flags::REPLIED, "Replied"),
+                    (ct_flags::SEEDED, "Seeded"),
+                    (ct_flags::MIDSTREAM, "Midstream"),
+                    (ct_flags::CLOSED, "Closed"),
+                ];
+                ConnectionRow {
+                    protocol: protocol_name(key.protocol),
+                    direction: if ingress { "IN" } else { "OUT" }.to_owned(),
+                    source,
+                    destination,
+                    endpoint: key.endpoint,
+                    expires: seconds_until(entry.expires, now),
+                    forward_packets: entry.forward_packets,
+                    forward_bytes: entry.forward_bytes,
+                    reply_packets: entry.reply_packets,
+                    reply_bytes: entry.reply_bytes,
+                    forward_tcp: entry.forward_tcp,
+                    reply_tcp: entry.reply_tcp,
+                    identity: entry.remote_identity,
+                    revision: entry.revision,
+                    rule: entry.rule,
+                    flags: flags
+                        .into_iter()
+                        .filter(|(bit, _)| entry.flags & bit != 0)
+                        .map(|(_, name)| name.to_owned())
+                        .collect(),
+                }
+            })
+            .collect();
+        Ok(rows)
+    }
+
+    /// Returns an endpoint that is given by number, name or address.
+    pub(super) fn endpoint(&self, endpoint: String) -> Result<Endpoint, String> {
+        self.look_up(|reply| ClientRequest::Endpoint { endpoint, reply })
+    }
+
+    /// Returns the number of an endpoint that is given by number, name or address.
+    fn endpoint_number(&self, endpoint: Option<String>) -> Result<Option<u16>, String> {
+        let Some(endpoint) = endpoint else { return Ok(None) };
+        Ok(Some(self.endpoint(endpoint)?.id))
+    }
+
+    pub(super) fn learned_names(&self, endpoint: Option<String>) -> Result<Vec<FqdnRow>, String> {
+        let endpoint = self.endpoint_number(endpoint)?;
+        let endpoints = self.look_up(ClientRequest::Endpoints)?;
+        let view = self.shared.get();
+        let identities = self.names.identities();
+        let mut rows = Vec::new();
+        for (name, sources) in self.names.list(endpoint) {
+            let list = view.snapshot.fqdn.get(&name.endpoint);
+            let text = |selector: &SelectorId| {
+                let patterns = list.into_iter().flat_map(|list| list.iter());
+                let mut found = patterns.filter(|(number, _)| *number == selector.0);
+                found.next().map_or_else(
+                    || format!("selector {}", selector.0),
+                    |(_, pattern)| match pattern {
+                        FqdnPattern::Name(text) | FqdnPattern::Pattern(text) => text.clone(),
+                    },
+                )
+            };
+            let selectors: Vec<String> = name.selectors.iter().map(text).collect();
+            let mut owners = endpoints.iter().filter(|owner| owner.id == name.endpoint);
+            let owner = owners.next().map(|owner| owner.name.clone()).unwrap_or_default();
+            for (address, source) in name.addresses.iter().zip(sources) {
+                let key = LearnedKey {
+                    addr: address.ip.into(),
+                    endpoint: name.endpoint.into(),
+                };
+                rows.push(FqdnRow {
+                    endpoint: name.endpoint,
+                    endpoint_name: owner.clone(),
+                    name: name.name.clone(),
+                    address: address.ip.to_string(),
+                    selectors: selectors.clone(),
+                    identity: identities.get(&key).copied().unwrap_or_default(),
+                    ttl: address.left.map_or(0, |left| left.div_ceil(1_000)),
+                    state: match (address.left, address.in_use) {
+                        (Some(_), _) => "live",
+                        (None, true) => "expired-in-use",
+                        (None, false) => "expired",
+                    }
+                    .to_owned(),
+                    source: source.text().to_owned(),
+                });
+            }
+        }
+        Ok(rows)
+    }
+
+    pub(super) fn clean_names(
+        &self,
+        endpoint: Option<String>,
+        name: Option<String>,
+        pattern: Option<String>,
+    ) -> Result<u64, String> {
+        let endpoint = self.endpoint_number(endpoint)?;
+        let pattern = match (name, pattern) {
+            (Some(name), _) => Some(FqdnPattern::Name(name)),
+            (None, Some(pattern)) => Some(FqdnPattern::Pattern(pattern)),
+            (None, None) => None,
+        };
+        let filter = match &pattern {
+            Some(pattern) => {
+                let selectors = Selectors::new([(SelectorId(0), pattern)]);
+                Some(selectors.map_err(|error| error.to_string())?)
+            }
+            None => None,
+        };
+        let wanted = |name: &Name| {
+            filter
+                .as_ref()
+                .is_none_or(|filter| !filter.matching(name).is_empty())
+        };
+        Ok(self.names.clean(endpoint, wanted))
+    }
+
+    pub(super) fn ipcache(&self) -> Result<Vec<IpcacheRow>, String> {
+        let view = self.shared.get();
+        let mut rows = Vec::new();
+        let mut addresses = self.datapath.addresses().map_err(map_error)?;
+        addresses.sort_by_key(|(address, _)| IpAddr::from(*address));
+        for (address, entry) in addresses {
+            let address = IpAddr::from(address);
+            let length = if address.is_ipv4() { 32 } else { 128 };
+            rows.push((format!("{address}/{length}"), entry));
+        }
+        let mut prefixes = self.datapath.prefixes().map_err(map_error)?;
+        prefixes.sort_by_key(|(key, _)| (IpAddr::from(key.addr), key.length));
+        rows.extend(prefixes.into_iter().map(|(key, entry)| (prefix_text(key), entry)));
+        let rows = rows
+            .into_iter()
+            .map(|(prefix, entry)| IpcacheRow {
+                prefix,
+                identity: entry.identity,
+                endpoint: entry.endpoint,
+                labels: view.labels(entry.identity),
+            })
+            .collect();
+        Ok(rows)
+    }
+}
+
+fn known_or_number(view: &View, identity: Identity) -> Vec<String> {
+    let labels = view.labels(identity);
+    if labels.is_empty() {
+        vec![format!("identity {identity}")]
+    } else {
+        labels
+    }
+}
+
+fn seconds_until(time: u64, now: u64) -> i64 {
+    let difference = i128::from(time) - i128::from(now);
+    i64::try_from(difference / 1_000_000_000).unwrap_or(i64::MAX)
+}
+
+const fn decision_name(decision: Decision) -> &'static str {
+    match decision {
+        Decision::Allow => "Allow",
+        Decision::Inspect => "Inspect",
+        Decision::AuthRequired => "Auth",
+        Decision::Deny | Decision::DenyExplicit => "Deny",
+    }
+}
+
+fn protocol_name(number: u8) -> String {
+    match number {
+        protocol::TCP => "TCP".to_owned(),
+        protocol::UDP => "UDP".to_owned(),
+        protocol::SCTP => "SCTP".to_owned(),
+        protocol::ICMP => "ICMP".to_owned(),
+        protocol::ICMPV6 => "ICMPv6".to_owned(),
+        other => other.to_string(),
+    }
+}

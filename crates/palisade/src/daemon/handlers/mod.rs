@@ -1,0 +1,207 @@
+//! Requests of clients. `maps` answers what the published view and the maps hold, `control` what only the control thread
+//! can answer; this module decides which of the two it is.
+
+mod control;
+mod maps;
+
+use std::{
+    io,
+    sync::{
+        Arc, OnceLock,
+        atomic::AtomicU64,
+        mpsc::{RecvTimeoutError, Sender},
+    },
+    time::{Duration, Instant, SystemTime},
+};
+
+use palisade_datapath::{Datapath, MapError, monotonic_coarse};
+use palisade_flowlog::{FilterBuilder, Next, Ordered, Ring, Timestamp};
+use serde::Serialize;
+use serde_json::Value;
+
+use super::{
+    fqdn::FqdnManager,
+    message::{ClientRequest, Message, Reply},
+    netfilter,
+    view::Shared,
+    watchdog::{ControlActivity, WorkerHeartbeats, hanging},
+};
+use crate::{
+    config::with_option,
+    control::{
+        ALIVE_INTERVAL,
+        api::{self, ObserveRequest, Request},
+        server::{Counts, Handler, Sink},
+    },
+};
+
+/// Time for a change by the control thread. A compilation of thousands of policies takes seconds.
+const CHANGE_DEADLINE: Duration = Duration::from_secs(60);
+/// Time for a lookup by the control thread. After that the client is told what keeps the thread busy.
+const LOOKUP_DEADLINE: Duration = Duration::from_secs(5);
+/// Interval at which the end of a following client is noticed when no flow arrives.
+const FOLLOW_POLL_INTERVAL: Duration = Duration::from_millis(250);
+/// Time within which followed flows are put in order. A record of a worker reaches the ring later than an event of the
+/// programs, by at most a tick of the coarse clock plus the scheduling delay of the threads.
+const REORDER_WINDOW: Duration = Duration::from_millis(50);
+/// Most flows that are held back to be put in order.
+const MAX_REORDERED_FLOWS: usize = 4_096;
+
+/// Answers clients, each on a thread of its own. Whatever the published view or the maps can answer does not involve the
+/// control thread, which may be busy with a compilation.
+pub(super) struct Handlers {
+    pub(super) control: Sender<Message>,
+    pub(super) datapath: Arc<Datapath>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) names: Arc<FqdnManager>,
+    pub(super) ring: Arc<Ring>,
+    /// Number of events read.
+    pub(super) events: Arc<AtomicU64>,
+    /// What the control thread does at the moment.
+    pub(super) activity: Arc<ControlActivity>,
+    /// Last heartbeat of each worker; `None` without workers.
+    pub(super) heartbeats: Option<Arc<WorkerHeartbeats>>,
+    /// The daemon's nftables table.
+    pub(super) netfilter: netfilter::Place,
+    /// Counters of the control socket's server, set once it runs.
+    pub(super) server: OnceLock<Arc<Counts>>,
+}
+
+impl Handler for Handlers {
+    fn handle(&self, request: Request, sink: &mut dyn Sink) -> io::Result<()> {
+        let answer = match request {
+            Request::Observe(request) => return self.observe(&request, sink),
+            Request::Ping => Ok(Value::Null),
+            Request::Status => json(self.status()),
+            Request::Stop { detach } => {
+                json(self.send(CHANGE_DEADLINE, |reply| Message::Stop { detach, reply }))
+            }
+            Request::Reload => json(self.change(ClientRequest::Reload)),
+            Request::PolicyGet { name } => json(self.policies(name)),
+            Request::PolicySelectors => json(self.look_up(ClientRequest::Selectors)),
+            Request::PolicyTrace(request) => json(self.look_up(|reply| ClientRequest::Trace(request, reply))),
+            Request::EndpointList => json(self.look_up(ClientRequest::Endpoints)),
+            Request::EndpointGet { endpoint } => json(self.endpoint(endpoint)),
+            Request::EndpointConfig { endpoint, options } => {
+                json(self.change(|reply| ClientRequest::EndpointConfig {
+                    endpoint,
+                    options,
+                    reply,
+                }))
+            }
+            Request::IdentityList => json(Ok(self.identities())),
+            Request::IdentityGet { identity } => json(self.identity(identity)),
+            Request::BpfPolicyGet { endpoint } => json(self.policy_table(endpoint)),
+            Request::BpfCtList => json(self.connections()),
+            Request::BpfIpcacheList => json(self.ipcache()),
+            Request::FqdnCacheList { endpoint } => json(self.learned_names(endpoint)),
+            Request::FqdnCacheClean {
+                endpoint,
+                name,
+                pattern,
+            } => json(self.clean_names(endpoint, name, pattern)),
+        };
+        sink.send(&match answer {
+            Ok(value) => api::Answer::Ok(value),
+            Err(message) => api::Answer::Error(message),
+        })
+    }
+}
+
+/// Returns an answer as it is sent.
+fn json<T: Serialize>(answer: Result<T, String>) -> Result<Value, String> {
+    serde_json::to_value(answer?).map_err(|error| error.to_string())
+}
+
+/// Returns the text of an error, with the option to raise if a map is too small.
+pub(super) fn map_error(error: MapError) -> String {
+    with_option(&error)
+}
+
+impl Handlers {
+    /// Has the control thread look something up.
+    pub(super) fn look_up<T>(&self, request: impl FnOnce(Reply<T>) -> ClientRequest) -> Result<T, String> {
+        self.send(LOOKUP_DEADLINE, |reply| Message::Client(request(reply)))
+    }
+
+    /// Has the control thread change something.
+    fn change<T>(&self, request: impl FnOnce(Reply<T>) -> ClientRequest) -> Result<T, String> {
+        self.send(CHANGE_DEADLINE, |reply| Message::Client(request(reply)))
+    }
+
+    /// Sends a message to the control thread and waits for the answer.
+    fn send<T>(&self, deadline: Duration, message: impl FnOnce(Reply<T>) -> Message) -> Result<T, String> {
+        let (reply, receiver) = Reply::channel();
+        let gone = || "the daemon is ending".to_owned();
+        self.control.send(message(reply)).map_err(|_| gone())?;
+        match receiver.recv_timeout(deadline) {
+            Ok(answer) => answer,
+            Err(RecvTimeoutError::Timeout) => {
+                let busy = hanging(
+                    &self.activity,
+                    self.heartbeats.as_deref(),
+                    Duration::ZERO,
+                    monotonic_coarse(),
+                );
+                Err(format!(
+                    "{}; what is attached goes on enforcing the last policy; try again",
+                    busy.unwrap_or_else(|| "the daemon is busy".to_owned())
+                ))
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(gone()),
+        }
+    }
+
+    fn observe(&self, request: &ObserveRequest, sink: &mut dyn Sink) -> io::Result<()> {
+        let mut builder = FilterBuilder::new(Timestamp::from_system_time(SystemTime::now()));
+        let built = request
+            .filters
+            .iter()
+            .try_for_each(|(flag, value)| builder.flag(flag, value))
+            .and_then(|()| builder.finish());
+        let filters = match built {
+            Ok(filters) => filters,
+            Err(error) => return sink.send(&api::Answer::Error(error.to_string())),
+        };
+        let (mut flows, mut cursor) = self.ring.last(request.last.unwrap_or(usize::MAX), &filters);
+        flows.sort_by_key(|flow| flow.time);
+        for flow in flows {
+            sink.queue(&api::Answer::Flow(Box::new((*flow).clone())))?;
+        }
+        sink.flush()?;
+        if !request.follow {
+            return sink.send(&api::Answer::Ok(Value::Null));
+        }
+        if !sink.follow() {
+            let why = "too many clients follow flows at the same time; end one of them".to_owned();
+            return sink.send(&api::Answer::Error(why));
+        }
+        let mut said = Instant::now();
+        let mut ordered = Ordered::new(REORDER_WINDOW, MAX_REORDERED_FLOWS);
+        loop {
+            while let Some(next) = cursor.read() {
+                match next {
+                    Next::Flow(flow) if filters.matches(&flow) => ordered.push(flow, Instant::now()),
+                    Next::Flow(_) => {}
+                    Next::Lost(count) => sink.queue(&api::Answer::Lost(count))?,
+                }
+            }
+            while let Some(flow) = ordered.due(Instant::now()) {
+                sink.queue(&api::Answer::Flow(Box::new((*flow).clone())))?;
+            }
+            sink.flush()?;
+            let patience = if ordered.is_empty() {
+                FOLLOW_POLL_INTERVAL
+            } else {
+                REORDER_WINDOW
+            };
+            if !cursor.wait(patience) && sink.closed() {
+                return Ok(());
+            }
+            if said.elapsed() >= ALIVE_INTERVAL {
+                sink.send(&api::Answer::Alive)?;
+                said = Instant::now();
+            }
+        }
+    }
+}

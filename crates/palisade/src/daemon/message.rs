@@ -1,0 +1,96 @@
+//! What other threads send to the control thread.
+
+use std::{
+    collections::BTreeMap,
+    sync::mpsc::{self, Receiver, SyncSender},
+};
+
+use signal_hook::consts::SIGHUP;
+
+use super::{fqdn::ControlRequest, netfilter, network::Network, watcher::Changes};
+use crate::control::api::{Endpoint, PolicySummary, SelectorRow, Status, TraceAnswer, TraceRequest};
+
+/// A message to the control thread.
+pub(super) enum Message {
+    /// Files of the policy folder have changed.
+    Policies(Changes),
+    /// Interfaces or addresses of the node have changed.
+    Network(Network),
+    /// Another process has changed the nftables rule set.
+    Netfilter(netfilter::Change),
+    /// The process has received this signal.
+    Signal(i32),
+    /// The FQDN manager needs the compiler.
+    Fqdn(ControlRequest),
+    /// A worker has ended. It starts again by itself.
+    WorkerEnded,
+    /// A client wants the daemon to end; with `detach` everything that it attached is removed first.
+    Stop { detach: bool, reply: Reply<()> },
+    /// A client needs what only the control thread has.
+    Client(ClientRequest),
+}
+
+impl Message {
+    /// Returns what the control thread does when it handles this message, for reports of a busy or hanging thread.
+    pub(super) const fn task(&self) -> &'static str {
+        match self {
+            Self::Policies(_) => "putting changed policies in force",
+            Self::Network(_) => "following a change of interfaces or addresses",
+            Self::Netfilter(_) => "following a change of nftables",
+            Self::Signal(SIGHUP) | Self::Client(ClientRequest::Reload(_)) => {
+                "reading the configuration again"
+            }
+            Self::Signal(_) | Self::Stop { .. } => "ending",
+            Self::Fqdn(_) => "making identities of learned names",
+            Self::WorkerEnded => "repairing the punt link",
+            Self::Client(_) => "answering a command",
+        }
+    }
+}
+
+/// Requests of clients that the control thread answers, because they need the compiler or change something. All others
+/// are answered by the threads of the clients ([`super::handlers`]).
+pub(super) enum ClientRequest {
+    /// The part of the status that the control thread has.
+    Status(Reply<Status>),
+    /// Reads the configuration and the policies again. The answer is what changes only after a restart.
+    Reload(Reply<Vec<String>>),
+    /// One policy, or all.
+    Policies {
+        name: Option<String>,
+        reply: Reply<Vec<PolicySummary>>,
+    },
+    /// The selectors of all policies.
+    Selectors(Reply<Vec<SelectorRow>>),
+    /// Explains the verdict on a packet that is described by hand.
+    Trace(TraceRequest, Reply<TraceAnswer>),
+    /// All endpoints.
+    Endpoints(Reply<Vec<Endpoint>>),
+    /// One endpoint, by number, name or address.
+    Endpoint {
+        endpoint: String,
+        reply: Reply<Endpoint>,
+    },
+    /// Sets options of an endpoint. The answer is all of its options.
+    EndpointConfig {
+        endpoint: String,
+        options: BTreeMap<String, bool>,
+        reply: Reply<BTreeMap<String, bool>>,
+    },
+}
+
+/// Sender of one answer.
+pub(super) struct Reply<T>(SyncSender<Result<T, String>>);
+
+impl<T> Reply<T> {
+    /// Returns a reply and the receiver of its answer.
+    pub(super) fn channel() -> (Self, Receiver<Result<T, String>>) {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        (Self(sender), receiver)
+    }
+
+    /// Sends the answer. A client that has disconnected needs none.
+    pub(super) fn send(self, answer: Result<T, String>) {
+        let _ = self.0.send(answer);
+    }
+}

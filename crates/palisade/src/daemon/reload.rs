@@ -1,0 +1,223 @@
+//! `palisade reload`: which options a running daemon takes over, and which only a restart does.
+
+use std::time::Instant;
+
+use tracing::{error, info, warn};
+
+use super::{control::Control, watcher::Changes};
+use crate::{
+    config::{Config, enforcement_name},
+    text::chain,
+};
+
+/// When a changed option takes effect.
+#[derive(Clone, Copy)]
+enum Effect {
+    /// At a reload.
+    Reload,
+    /// At a restart. The function puts the running value into the new configuration and returns whether it differed.
+    Restart(fn(&Config, &mut Config) -> bool),
+}
+
+/// An [`Effect::Restart`] of the option that this field of [`Config`] holds.
+macro_rules! restart {
+    ($($field:ident).+) => {
+        Effect::Restart(|running, new| {
+            let differs = running.$($field).+ != new.$($field).+;
+            new.$($field).+.clone_from(&running.$($field).+);
+            differs
+        })
+    };
+}
+
+/// Section, option and effect of every option. A restart takes whatever sizes maps, opens files and sockets, or is copied
+/// into the inspectors when the workers start.
+const RULES: &[(&str, &str, Effect)] = &[
+    ("node", "name", Effect::Reload),
+    ("node", "labels", Effect::Reload),
+    ("node", "addresses", Effect::Reload),
+    ("node", "pin_dir", restart!(node.pin_dir)),
+    ("node", "state_dir", restart!(node.state_dir)),
+    ("node", "socket", restart!(node.socket)),
+    ("node", "on_failure", Effect::Reload),
+    ("policy", "dir", restart!(policy.dir)),
+    ("policy", "enforcement", Effect::Reload),
+    ("policy", "audit", Effect::Reload),
+    ("policy", "allow_localhost", Effect::Reload),
+    ("policy", "debounce", restart!(policy.debounce)),
+    ("limits", "conntrack", restart!(limits.conntrack)),
+    ("limits", "policy", restart!(limits.policy)),
+    ("limits", "ipcache", restart!(limits.ipcache)),
+    ("limits", "learned", restart!(limits.learned)),
+    ("limits", "rules", restart!(limits.rules)),
+    ("limits", "fragments", restart!(limits.fragments)),
+    ("limits", "events_per_second", Effect::Reload),
+    ("limits", "flows", restart!(limits.flows)),
+    ("timeouts", "tcp_opening", Effect::Reload),
+    ("timeouts", "tcp_established", Effect::Reload),
+    ("timeouts", "tcp_closing", Effect::Reload),
+    ("timeouts", "udp", Effect::Reload),
+    ("timeouts", "other", Effect::Reload),
+    ("timeouts", "fragment", Effect::Reload),
+    ("timeouts", "trace_interval", Effect::Reload),
+    ("timeouts", "sweep", Effect::Reload),
+    ("dns", "min_ttl", restart!(dns.min_ttl)),
+    ("dns", "max_ttl", restart!(dns.max_ttl)),
+    ("dns", "addresses_per_name", restart!(dns.addresses_per_name)),
+    (
+        "dns",
+        "addresses_per_endpoint",
+        restart!(dns.addresses_per_endpoint),
+    ),
+    ("dns", "follow_cname", restart!(dns.follow_cname)),
+    ("dns", "deny_answer", restart!(dns.deny_answer)),
+    ("dns", "prefetch", Effect::Reload),
+    ("dns", "servers", Effect::Reload),
+    ("dns", "refuse_special", restart!(dns.refuse_special)),
+    ("dns", "allow_special", restart!(dns.allow_special)),
+    ("http", "path_normalization", restart!(http.paths)),
+    ("http", "get_bodies", restart!(http.get_bodies)),
+    ("http", "header_timeout", restart!(http.header_timeout)),
+    ("http", "max_head", restart!(http.head.block)),
+    ("http", "max_line", restart!(http.head.line)),
+    ("http", "record_headers", restart!(http.record_headers)),
+    ("tls", "ech", restart!(tls.ech)),
+    ("tls", "hello_timeout", restart!(tls.hello_timeout)),
+    ("tls", "verify_sni_address", restart!(tls.verify_sni_address)),
+    ("worker", "threads", restart!(worker.threads)),
+    ("worker", "mode", restart!(worker.mode)),
+    ("worker", "on_failure", Effect::Reload),
+    ("worker", "frames", restart!(worker.frames)),
+    ("worker", "interface", restart!(worker.interface)),
+    ("namespace", "name", Effect::Reload),
+    ("namespace", "labels", Effect::Reload),
+    ("interface", "name", Effect::Reload),
+    ("interface", "role", Effect::Reload),
+    ("interface", "ingress", Effect::Reload),
+    ("interface", "xdp_mode", Effect::Reload),
+    ("interface", "tc", Effect::Reload),
+    ("interface", "allow_ethertypes", Effect::Reload),
+    ("endpoint", "name", Effect::Reload),
+    ("endpoint", "namespace", Effect::Reload),
+    ("endpoint", "interface", Effect::Reload),
+    ("endpoint", "addresses", Effect::Reload),
+    ("endpoint", "labels", Effect::Reload),
+    ("endpoint", "named_ports", Effect::Reload),
+    ("endpoint", "netns", Effect::Reload),
+    ("endpoint", "ingress", Effect::Reload),
+    ("endpoint", "xdp_mode", Effect::Reload),
+    ("endpoint", "tc", Effect::Reload),
+    ("peer", "name", Effect::Reload),
+    ("peer", "addresses", Effect::Reload),
+    ("peer", "entity", Effect::Reload),
+    ("peer", "namespace", Effect::Reload),
+    ("peer", "labels", Effect::Reload),
+];
+
+/// Puts the running value of each option that only a restart changes into a new configuration. Returns the options
+/// that differed: `[limits] conntrack`.
+fn keep_running_values(running: &Config, new: &mut Config) -> Vec<String> {
+    let mut kept = Vec::new();
+    for (section, option, effect) in RULES {
+        if let Effect::Restart(keep) = effect
+            && keep(running, new)
+        {
+            kept.push(format!("[{section}] {option}"));
+        }
+    }
+    kept
+}
+
+impl Control {
+    /// Reads the configuration and the policies again. Returns what changes only after a restart.
+    ///
+    /// # Errors
+    /// The configuration has errors, then nothing changes; or the new one could not be put in force.
+    pub(super) fn reload(&mut self) -> Result<Vec<String>, String> {
+        let begun = Instant::now();
+        let mut config = Config::load(&self.config.path).map_err(|errors| {
+            let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
+            let problem = format!("the configuration stays as it was: {}", lines.join("; "));
+            error!("{problem}");
+            self.reload_problem = Some(problem.clone());
+            problem
+        })?;
+        self.reload_problem = None;
+        let fixed = keep_running_values(&self.config, &mut config);
+        self.notes.clear();
+        if !fixed.is_empty() {
+            let note = format!("changed, but only used after a restart: {}", fixed.join(", "));
+            warn!("{note}");
+            self.notes.push(note);
+        }
+        let (audit, enforcement) = (config.policy.audit, config.policy.enforcement);
+        if audit != self.config.policy.audit {
+            info!(
+                event = "audit",
+                endpoints = "all",
+                audit,
+                "[policy] audit was switched"
+            );
+        }
+        if enforcement != self.config.policy.enforcement {
+            let enforcement = enforcement_name(enforcement);
+            info!(
+                event = "enforcement",
+                endpoints = "all",
+                enforcement,
+                "[policy] enforcement was changed"
+            );
+        }
+        let before = self.enforcer.compiler.snapshot().endpoints.clone();
+        self.config = config;
+        self.workers.set_on_failure(self.config.worker.on_failure);
+        self.sweep.set(self.config.timeouts.sweep);
+        self.write_datapath_config().map_err(|problem| chain(&problem))?;
+        self.files.update(&Changes::all());
+        self.new_world(begun).map_err(|problem| chain(&problem))?;
+        self.attach();
+        self.log_policies(&before, begun);
+        info!(
+            event = "reload",
+            revision = self.changes,
+            endpoints = self.touched(&before),
+            enforced_after_ms = begun.elapsed().as_secs_f64() * 1_000.0,
+            "the configuration was read again"
+        );
+        self.keep_config();
+        Ok(self.notes.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, path::Path};
+
+    use super::*;
+    use crate::config::option_names;
+
+    #[test]
+    fn every_option_has_a_rule_and_every_rule_an_option() {
+        let rules: BTreeSet<String> = RULES
+            .iter()
+            .map(|(section, option, _)| format!("{section}.{option}"))
+            .collect();
+        assert_eq!(rules.len(), RULES.len());
+        assert_eq!(rules, option_names());
+    }
+
+    #[test]
+    fn options_of_a_restart_keep_their_running_value_and_are_named() {
+        let parse = |text: &str| Config::parse(Path::new("/p.toml"), text).unwrap();
+        let text = "[node]\nname = \"n\"\n[limits]\nconntrack = 100\n[tls]\nech = \"deny\"\n";
+        let running = parse(text);
+        let mut new = parse("[node]\nname = \"m\"\n[limits]\nconntrack = 200\n[timeouts]\nudp = \"5s\"\n");
+        assert_eq!(
+            keep_running_values(&running, &mut new),
+            ["[limits] conntrack", "[tls] ech"]
+        );
+        assert_eq!((new.limits, &new.tls), (running.limits, &running.tls));
+        assert_eq!((new.node.name.as_str(), new.timeouts.udp.as_secs()), ("m", 5));
+        assert!(keep_running_values(&running, &mut new).is_empty());
+    }
+}

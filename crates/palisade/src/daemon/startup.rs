@@ -1,0 +1,427 @@
+//! The life of the daemon, phase by phase: [`open`] what outlives a process, [`watch`] what the policies depend on,
+//! [`fill`] the maps, [`attach`] the programs, [`serve`] clients, handle messages, [`shut_down`].
+//!
+//! The order keeps two invariants. Whatever changes after its source was read arrives as a message, so each source is
+//! watched before it is read. And no packet meets a map that is not filled, or an inspector that does not run, so workers
+//! start before the maps name an inspector, and programs are attached last.
+
+use std::{
+    cell::RefCell,
+    path::Path,
+    sync::{
+        Arc, OnceLock,
+        mpsc::{self, Sender},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+use palisade_datapath::{Datapath, Options, detach_all};
+use palisade_flowlog::Ring;
+use palisade_fqdn::{Cache, SniAddressIndex, Special};
+use palisade_policy::compile::{Compiler, CompilerState};
+use palisade_worker::{Receiver, TimedRecord};
+use sd_notify::NotifyState;
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGTERM},
+    iterator::Signals,
+};
+use tracing::{error, info, warn};
+
+use super::{
+    control::{Control, End},
+    enforcer::{Enforcer, endpoint_names, world},
+    events,
+    fqdn::FqdnManager,
+    handlers::Handlers,
+    interfaces::Interfaces,
+    message::Message,
+    netfilter,
+    network::{self, Network},
+    policies::PolicyFiles,
+    private_dirs,
+    state::StateFile,
+    sweeper::{self, Interval},
+    watchdog::{ControlActivity, feed_watchdog},
+    watcher,
+    workers::Workers,
+};
+use crate::{
+    config::{Config, with_option},
+    control::server::{self, Socket},
+    text::count,
+};
+
+/// Runs the daemon until it is told to end. `replaced`: why `config` is the last good copy and not the file itself.
+///
+/// # Errors
+/// A phase of the start failed, or not everything could be detached at the end.
+pub(super) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
+    let started = Instant::now();
+    let (sender, messages) = mpsc::channel();
+    // First of all, so that a signal during the start is handled after it.
+    forward_signals(sender.clone())?;
+    let dirs = private_dirs::take(&config.node)?;
+    let opened = open(&config, dirs.state_problem.as_deref())?;
+    let watched = watch(&config, &sender)?;
+    let (mut control, records) = fill(config, opened, watched, started, &sender)?;
+    control.reload_problem = replaced;
+    attach(&mut control);
+    let socket = serve(&mut control, records, dirs.socket, sender)?;
+    control.files.take_news(); // The next line counts them.
+    info!(
+        "running: {} in force, ready in {:?}",
+        count(control.policy_count(), "policy", "policies"),
+        started.elapsed()
+    );
+    notify(&[NotifyState::Ready]);
+    feed_watchdog(Arc::clone(&control.activity), control.workers.heartbeats())
+        .context("the thread that feeds the watchdog")?;
+    // The start has succeeded with this configuration: a later start with a broken file uses it.
+    control.keep_config();
+    let end = control.serve(&messages);
+    shut_down(control, socket, end)
+}
+
+/// What an earlier process has left: the state file and the pinned maps.
+struct Opened {
+    state: StateFile<CompilerState>,
+    datapath: Arc<Datapath>,
+    enforcer: Enforcer,
+    /// Problems for `palisade status`.
+    notes: Vec<String>,
+}
+
+fn open(config: &Config, state_problem: Option<&str>) -> anyhow::Result<Opened> {
+    let state = StateFile::<CompilerState>::load(&config.node.state_dir)
+        .context("the thread that writes the state")?;
+    let mut notes = Vec::new();
+    if let Some(problem) = state_problem {
+        let note = format!("[node] state_dir: {problem}: nothing is known of what was kept there");
+        error!("{note}");
+        notes.push(note);
+    }
+    notes.extend(state.problem.clone());
+    for problem in private_dirs::writable_by_others(config) {
+        warn!("{problem}");
+        notes.push(problem);
+    }
+    let datapath = Arc::new(open_datapath(config)?);
+    if !datapath.resized().is_empty() {
+        info!("maps of another size now: {}", datapath.resized().join(", "));
+    }
+    let enforcer = Enforcer::new(Compiler::new(&state.state.compiler), &datapath)?;
+    if !datapath.is_fresh() {
+        info!("a node that is guarded already: what is attached goes on enforcing the last policy");
+    }
+    Ok(Opened {
+        state,
+        datapath,
+        enforcer,
+        notes,
+    })
+}
+
+/// The sources of what is enforced. Each of them sends a message when it changes.
+struct Watched {
+    files: PolicyFiles,
+    network: Network,
+    netfilter: netfilter::Keeper,
+    /// This node translates addresses.
+    translates: bool,
+}
+
+fn watch(config: &Config, sender: &Sender<Message>) -> anyhow::Result<Watched> {
+    let mut files = PolicyFiles::new(&config.policy.dir, &config.node.state_dir);
+    let policies = sender.clone();
+    watcher::watch(
+        config.policy.dir.clone(),
+        config.policy.debounce,
+        move |changes| policies.send(Message::Policies(changes)).is_ok(),
+    )
+    .context("watching policies")?;
+    files.load();
+    let links = sender.clone();
+    let network = network::watch(move |network| links.send(Message::Network(network)).is_ok())
+        .context("watching interfaces")?;
+    let netfilter = netfilter::Keeper::new(netfilter::Place::new(config));
+    let rules = sender.clone();
+    let translates = netfilter
+        .watch(move |change| rules.send(Message::Netfilter(change)).is_ok())
+        .context("watching nftables")?;
+    Ok(Watched {
+        files,
+        network,
+        netfilter,
+        translates,
+    })
+}
+
+/// Starts the FQDN manager and the workers, and writes all maps. Returns the control thread's data, and the records of the
+/// workers if there are workers.
+fn fill(
+    config: Config,
+    opened: Opened,
+    watched: Watched,
+    started: Instant,
+    sender: &Sender<Message>,
+) -> anyhow::Result<(Control, Option<Receiver<TimedRecord>>)> {
+    let Opened {
+        mut state,
+        datapath,
+        enforcer,
+        mut notes,
+    } = opened;
+    let sni_index = config
+        .tls
+        .verify_sni_address
+        .then(Arc::<SniAddressIndex>::default);
+    let cache = Cache::new(fqdn_config(&config));
+    let cache = match &sni_index {
+        Some(index) => cache.with_sni_index(Arc::clone(index)),
+        None => cache,
+    };
+    let fqdn = sender.clone();
+    // A failure to send means that the daemon ends: then no answer is released any more.
+    let request = move |request| drop(fqdn.send(Message::Fqdn(request)));
+    let mut names = FqdnManager::new(cache, datapath.learned()?, Arc::clone(&datapath), request);
+    let endpoints = endpoint_names(&world(&config, &watched.network, &mut state.state)?);
+    // Learned names are a cache: without the journal connections to learned addresses fail, but the daemon starts.
+    if let Err(problem) = names.remember(&config.node.state_dir, endpoints) {
+        let note = format!("learned names are not remembered: {problem}");
+        error!("{note}");
+        notes.push(note);
+    }
+    let names = Arc::new(names);
+    let ended = sender.clone();
+    let (workers, output) = Workers::start(&config, &datapath, sni_index, move || {
+        drop(ended.send(Message::WorkerEnded));
+    })?;
+    let mut control = Control {
+        state,
+        enforcer,
+        files: watched.files,
+        interfaces: Interfaces::default(),
+        network: watched.network,
+        netfilter: watched.netfilter,
+        translates: watched.translates,
+        netfilter_due: false,
+        datapath,
+        names,
+        prefetch: None,
+        shared: Arc::default(),
+        sweep: Interval::new(config.timeouts.sweep),
+        workers,
+        activity: Arc::<ControlActivity>::default(),
+        started,
+        changes: 0,
+        last_change: Duration::ZERO,
+        closed: false,
+        unsaved: None,
+        reload_problem: None,
+        start_notes: notes,
+        notes: Vec::new(),
+        translations: RefCell::new(None),
+        config,
+    };
+    control.write_datapath_config()?;
+    control.new_world(Instant::now())?;
+    if let Some(problem) = &control.enforcer.problem
+        && control.datapath.is_fresh()
+    {
+        bail!("the maps cannot be filled: {problem}");
+    }
+    let Some(output) = output else {
+        return Ok((control, None));
+    };
+    // Before the first program can punt a DNS answer.
+    control.names.serve(output.lessons)?;
+    Ok((control, Some(output.records)))
+}
+
+/// Attaches the programs to all interfaces and writes the nftables table.
+fn attach(control: &mut Control) {
+    control.attach();
+    control.write_netfilter();
+    for limited in control.limited_interfaces(&control.interfaces.report(&control.datapath)) {
+        warn!("{limited}");
+    }
+    // Maps of another version serve until every interface has the programs of this one.
+    if !control.interfaces.has_failures()
+        && let Err(problem) = control.datapath.retire_other_versions()
+    {
+        warn!("removing maps of another version: {problem}");
+    }
+}
+
+/// Starts the threads that read events and records, sweep connections and answer clients.
+fn serve(
+    control: &mut Control,
+    records: Option<Receiver<TimedRecord>>,
+    claim: server::Claim,
+    sender: Sender<Message>,
+) -> anyhow::Result<Socket> {
+    let ring = Ring::new(control.config.limits.flows as usize);
+    let datapath = Arc::clone(&control.datapath);
+    let (shared, names) = (Arc::clone(&control.shared), Arc::clone(&control.names));
+    let events = events::read(datapath.events()?, Arc::clone(&ring), Arc::clone(&shared))?;
+    if let Some(records) = records {
+        events::records(records, Arc::clone(&ring), Arc::clone(&shared))?;
+    }
+    sweeper::run(
+        Arc::clone(&datapath),
+        control.sweep.clone(),
+        Arc::clone(&ring),
+        Arc::clone(&shared),
+        Arc::clone(&names),
+    )?;
+    let handlers = Arc::new(Handlers {
+        control: sender,
+        datapath,
+        shared,
+        names,
+        ring,
+        events,
+        activity: Arc::clone(&control.activity),
+        heartbeats: control.workers.heartbeats(),
+        netfilter: netfilter::Place::new(&control.config),
+        server: OnceLock::new(),
+    });
+    let socket = server::listen(claim, Arc::clone(&handlers))
+        .with_context(|| format!("control socket {}", control.config.node.socket.display()))?;
+    // The cell is new, so it cannot be set already.
+    let _ = handlers.server.set(Arc::clone(&socket.counts));
+    Ok(socket)
+}
+
+/// Writes the state and ends the workers. What is attached stays, unless a client has asked for its removal.
+fn shut_down(mut control: Control, socket: Socket, end: End) -> anyhow::Result<()> {
+    notify(&[NotifyState::Stopping]);
+    control.save();
+    if let Err(problem) = control.state.keeper.flush() {
+        error!("{problem}: what has changed since it was written last is lost");
+    }
+    control.names.flush();
+    control.workers.end();
+    if let End::Detach(reply) = end {
+        let done = detach_all(&control.config.node.pin_dir).map_err(|problem| problem.to_string());
+        // A table that stays would stop interfaces that are made later.
+        let table = netfilter::Place::new(&control.config)
+            .remove()
+            .map_err(|problem| problem.to_string());
+        let done = done.and(table);
+        match &done {
+            Ok(()) => info!("everything is detached"),
+            Err(problem) => error!("detaching: {problem}"),
+        }
+        reply.send(done.clone());
+        if let Err(problem) = done {
+            bail!("not everything could be detached: {problem}");
+        }
+    } else {
+        // No daemon will guard interfaces that are made from now on.
+        control.netfilter.close_forwarding();
+        info!("ended; what is attached goes on enforcing the last policy");
+    }
+    socket.close();
+    Ok(())
+}
+
+fn forward_signals(sender: mpsc::Sender<Message>) -> anyhow::Result<()> {
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signals")?;
+    thread::Builder::new().name("signals".into()).spawn(move || {
+        for signal in &mut signals {
+            if sender.send(Message::Signal(signal)).is_err() {
+                return;
+            }
+        }
+    })?;
+    Ok(())
+}
+
+fn open_datapath(config: &Config) -> anyhow::Result<Datapath> {
+    let limits = palisade_datapath::Limits {
+        conntrack_entries: config.limits.conntrack,
+        fragment_entries: config.limits.fragments,
+        policy_entries: config.limits.policy,
+        ipcache_entries: config.limits.ipcache,
+        learned_entries: config.limits.learned,
+        prefix_entries: config.limits.ipcache,
+        rules: config.limits.rules,
+        ..palisade_datapath::Limits::default()
+    };
+    let options = Options {
+        pin_dir: config.node.pin_dir.clone(),
+        limits,
+    };
+    let error = match Datapath::open(&options) {
+        Ok(datapath) => return Ok(datapath),
+        Err(error) => error,
+    };
+    // The error has only the end of the log; a report of the problem needs all of it.
+    let Some(log) = error.verifier_log() else {
+        return Err(anyhow::anyhow!(with_option(&error)));
+    };
+    let kept = keep_verifier_log(&config.node.state_dir, &log);
+    Err(anyhow::Error::new(error).context(kept))
+}
+
+/// Writes the verifier's log into the state directory. Returns where the log is, or why it could not be written.
+fn keep_verifier_log(state_dir: &Path, log: &str) -> String {
+    let path = state_dir.join("verifier.log");
+    match std::fs::write(&path, log) {
+        Ok(()) => format!("the verifier's whole log is in {}", path.display()),
+        Err(problem) => format!(
+            "the verifier's log cannot be kept in {}: {problem}",
+            path.display()
+        ),
+    }
+}
+
+/// Returns the limits and lifetimes of learned names.
+fn fqdn_config(config: &Config) -> palisade_fqdn::Config {
+    let (dns, learned) = (&config.dns, config.limits.learned as usize);
+    let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    palisade_fqdn::Config {
+        min_ttl: milliseconds(dns.min_ttl),
+        max_ttl: milliseconds(dns.max_ttl),
+        addresses_per_name: dns.addresses_per_name as usize,
+        addresses_per_endpoint: dns.addresses_per_endpoint as usize,
+        // The addresses of an answer are written before the entries that they evict are removed, so the map holds more than
+        // the cache by the addresses of some answers (at most 4,095 A records fit into one).
+        addresses_total: learned - (learned / 8).min(8192),
+        aliases: dns.follow_cname,
+        special: if dns.refuse_special {
+            Special::Refuse(dns.allow_special.clone())
+        } else {
+            Special::Learn
+        },
+    }
+}
+
+/// Notifies systemd, if it started the daemon.
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(problem) = sd_notify::notify(states) {
+        warn!("telling the service manager: {problem}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::keep_verifier_log;
+
+    #[test]
+    fn the_verifiers_log_is_kept_and_the_message_says_where() {
+        let dir = tempfile::tempdir().unwrap();
+        let said = keep_verifier_log(dir.path(), "R1 invalid mem access\n");
+        let path = dir.path().join("verifier.log");
+        assert_eq!(said, format!("the verifier's whole log is in {}", path.display()));
+        assert_eq!(std::fs::read_to_string(path).unwrap(), "R1 invalid mem access\n");
+        let said = keep_verifier_log(&dir.path().join("gone"), "");
+        assert!(
+            said.starts_with("the verifier's log cannot be kept in ") && said.contains("No such file"),
+            "{said}"
+        );
+    }
+}

@@ -1,0 +1,278 @@
+//! `palisade status`: what the control thread has, and what the maps and the other threads have counted.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
+
+use palisade_abi::{Decision, Direction, EventKind, MAX_PUNT_FRAME, MAX_PUNT_MSS, maps};
+use palisade_model::{
+    inventory::Enforcement,
+    snapshot::{RuleKey, Snapshot, inspector_name},
+};
+
+use super::{
+    control::Control,
+    handlers::{Handlers, map_error},
+    message::ClientRequest,
+    nat,
+    workers::INSPECTORS,
+};
+use crate::{
+    config::{enforcement_name, limit_hint},
+    control::api::{
+        ConntrackStatus, DropCount, InterfaceStatus, MapFill, MissingInspector, NamesStatus, PolicyFileState,
+        Status,
+    },
+};
+
+/// Interval at which rules that translate addresses are looked up again.
+const NAT_CHECK_INTERVAL: Duration = Duration::from_secs(2);
+
+impl Control {
+    /// What the punt link limits at interfaces whose packets may be longer than it takes, if anything is to be read.
+    pub(super) fn limited_interfaces(&self, interfaces: &[InterfaceStatus]) -> Vec<String> {
+        if self.enforcer.compiler.snapshot().rulesets.is_empty() {
+            return Vec::new();
+        }
+        let mtu = |interface: &InterfaceStatus| self.network.mtus.get(&interface.ifindex).copied();
+        interfaces
+            .iter()
+            .filter_map(|interface| Some((&interface.name, mtu(interface)?)))
+            .filter(|(_, mtu)| mtu + 14 > MAX_PUNT_FRAME)
+            .map(|(name, mtu)| {
+                format!(
+                    "interface {name}: its MTU of {mtu} is more than the workers are given ({MAX_PUNT_FRAME} bytes \
+                     a frame): connections that are read agree on segments of {MAX_PUNT_MSS} bytes; what is longer \
+                     and must be read is dropped (232)"
+                )
+            })
+            .collect()
+    }
+
+    /// `palisade status`, as far as the control thread knows it.
+    pub(super) fn status(&self) -> Status {
+        let policy_files = self.files.report();
+        let interfaces = self.interfaces.report(&self.datapath);
+        let mut missing: Vec<String> = Vec::new();
+        if let Some(problem) = &self.enforcer.problem {
+            missing.push(format!("the last change is not in force: {problem}"));
+        }
+        for interface in &interfaces {
+            if let Some(problem) = &interface.problem {
+                missing.push(format!("interface {}: {problem}", interface.name));
+            }
+        }
+        missing.extend(self.workers.missing());
+        let mut warnings = self.notes.clone();
+        warnings.extend(self.start_notes.iter().cloned());
+        if let Some(problem) = self.state.keeper.problem() {
+            warnings.push(format!(
+                "{problem}: what has changed since is NOT KEPT and is lost at the next start; it is tried again"
+            ));
+        }
+        warnings.extend(self.names.journal_problem());
+        if let Some(problem) = self.files.unknown() {
+            let meaning = match (self.closed, self.config.policy.enforcement) {
+                (true, Enforcement::Default) => "closed: whatever no policy allows is denied",
+                _ => "open: whatever no other policy denies passes",
+            };
+            missing.push(format!("{problem}; [node] on_failure = {meaning}"));
+        }
+        warnings.extend(self.reload_problem.clone());
+        warnings.extend(self.files.folder_problem().map(ToOwned::to_owned));
+        warnings.extend(self.translation_note());
+        warnings.extend(self.netfilter.warnings());
+        for file in &policy_files {
+            match file.state {
+                PolicyFileState::InForce => {}
+                PolicyFileState::LastGood => {
+                    warnings.push(format!("{}: broken; what it said before is in force", file.file));
+                }
+                PolicyFileState::Unused => {
+                    missing.push(format!("{}: broken; nothing of it is in force", file.file));
+                }
+            }
+        }
+        warnings.extend(self.limited_interfaces(&interfaces));
+        let remarks = &self.enforcer.compiler.snapshot().diagnostics;
+        warnings.extend(remarks.iter().map(ToString::to_string));
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            node: self.config.node.name.clone(),
+            pid: std::process::id(),
+            uptime: self.started.elapsed().as_secs(),
+            ready: missing.is_empty(),
+            missing,
+            warnings,
+            enforcement: enforcement_name(self.config.policy.enforcement).to_owned(),
+            audit: self.config.policy.audit,
+            revision: self.changes,
+            last_change_ms: self.last_change.as_secs_f64() * 1_000.0,
+            endpoints: self.endpoints_with(&interfaces),
+            interfaces,
+            policy_dir: self.config.policy.dir.display().to_string(),
+            policy_files,
+            workers: self.workers.report(),
+            ..Status::default()
+        }
+    }
+
+    /// What an operator must know where this node translates addresses; none where it does not.
+    pub(super) fn translation_note(&self) -> Option<String> {
+        let mut known = self.translations.borrow_mut();
+        if known
+            .as_ref()
+            .is_none_or(|(when, _)| when.elapsed() > NAT_CHECK_INTERVAL)
+        {
+            *known = Some((Instant::now(), nat::found()));
+        }
+        let (_, found) = known.as_ref()?;
+        (!found.is_empty()).then(|| {
+            format!(
+                "this node translates or redirects ({}): an incoming packet is judged by its addresses and ports before DNAT, \
+                 an outgoing one by those after SNAT; `policy trace` does not know the rules",
+                found.join("; ")
+            )
+        })
+    }
+}
+
+impl Handlers {
+    /// Returns the status: what the control thread has, and what the maps and the threads have counted.
+    pub(super) fn status(&self) -> Result<Status, String> {
+        let mut status = self.look_up(ClientRequest::Status)?;
+        let conntrack = self.datapath.conntrack().counts().map_err(map_error)?;
+        status.conntrack = ConntrackStatus {
+            entries: conntrack.present,
+            capacity: conntrack.max_entries,
+            made: conntrack.made,
+            seeded: conntrack.seeded,
+            swept: conntrack.swept,
+            evicted: conntrack.evicted,
+            protected: conntrack.protected,
+        };
+        let exhausted = self.datapath.conntrack().exhausted();
+        if !exhausted.is_empty() {
+            let names: Vec<String> = exhausted.iter().map(ToString::to_string).collect();
+            status.warnings.push(format!(
+                "endpoints {} have as many connections as the conntrack map has room for: further ones give way to \
+                 newer ones of the same endpoint; raise [limits] conntrack",
+                names.join(", ")
+            ));
+        }
+        let fills = self.datapath.fill_levels().map_err(map_error)?;
+        status.maps = fills
+            .into_iter()
+            .map(|fill| MapFill {
+                map: fill.map.to_lowercase(),
+                entries: fill.entries,
+                capacity: fill.max_entries,
+            })
+            .collect();
+        for map in &status.maps {
+            // The conntrack map may be full: the oldest flow makes room. The others refuse.
+            if map.map != maps::CONNTRACK.to_lowercase() && map.entries * 10 > map.capacity * 9 {
+                let percent = (map.entries * 100).checked_div(map.capacity).unwrap_or(0);
+                let hint = limit_hint(&map.map);
+                status
+                    .warnings
+                    .push(format!("map {} is {percent}% full{hint}", map.map));
+            }
+        }
+        // Not by the control thread: tables may be large.
+        status.missing_inspectors = missing_inspectors(&self.shared.get().snapshot);
+        let counters = self.datapath.counters();
+        for (kind, _, budget) in counters.unsent_events().map_err(map_error)? {
+            let (EventKind::PolicyVerdict | EventKind::Drop | EventKind::Trace) = kind;
+            status.events.suppressed += budget.suppressed;
+            status.events.lost += budget.lost;
+        }
+        let names = self.names.counts();
+        status.names = NamesStatus {
+            names: names.names,
+            addresses: names.addresses,
+            in_map: names.in_map,
+            unwritten: names.unwritten,
+            bytes: names.bytes,
+            committed: names.committed,
+            refused: names.refused,
+            waited: names.waited,
+            evicted: names.stats.evicted,
+            over_limit: names.stats.refused,
+            special: names.stats.special,
+            identities_over_limit: names.over_limit,
+            expired: names.stats.expired,
+            failures: names.failures,
+            failure: names.failure.clone(),
+        };
+        if let Some(problem) = names.failure {
+            status.warnings.push(format!(
+                "learned addresses cannot be written, and their answers are withheld: {problem}"
+            ));
+        }
+        status.events.read = self.events.load(Ordering::Relaxed);
+        status.events.slow_clients = self
+            .server
+            .get()
+            .map_or(0, |counts| counts.slow.load(Ordering::Relaxed));
+        // What the nftables table drops has the reasons that the programs have for the same.
+        let mut counts = counters.reasons().map_err(map_error)?;
+        for (reason, direction, more) in self.netfilter.counts() {
+            match counts
+                .iter_mut()
+                .find(|(known, at, _)| (*known, *at) == (reason, direction))
+            {
+                Some((.., count)) => {
+                    count.packets += more.packets;
+                    count.bytes += more.bytes;
+                }
+                None => counts.push((reason, direction, more)),
+            }
+        }
+        counts.sort_by_key(|&(reason, direction, _)| (reason, direction));
+        for (reason, direction, count) in counts {
+            if reason.is_drop() {
+                status.drops.push(DropCount {
+                    reason: reason as u8,
+                    text: reason.text().to_owned(),
+                    direction: direction_name(direction).to_owned(),
+                    packets: count.packets,
+                    bytes: count.bytes,
+                });
+            }
+        }
+        Ok(status)
+    }
+}
+
+/// Kinds of inspection that policies want, with the policies.
+fn missing_inspectors(snapshot: &Snapshot) -> Vec<MissingInspector> {
+    let mut wanted: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+    for entry in snapshot.tables.values().flat_map(|table| table.entries.values()) {
+        let read = INSPECTORS >> (entry.inspector & 31) & 1 != 0;
+        if Decision::from_u8(entry.decision) == Decision::Inspect && !read {
+            let policies = wanted.entry(inspector_name(entry.inspector)).or_default();
+            if let Some(rule) = snapshot.rules.get(&entry.rule)
+                && let RuleKey::Rule(place) = &rule.key
+            {
+                policies.insert(place.policy.to_string());
+            }
+        }
+    }
+    wanted
+        .into_iter()
+        .map(|(inspector, policies)| MissingInspector {
+            inspector: inspector.to_owned(),
+            policies: policies.into_iter().collect(),
+        })
+        .collect()
+}
+
+const fn direction_name(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Ingress => "ingress",
+        Direction::Egress => "egress",
+    }
+}

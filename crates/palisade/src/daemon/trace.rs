@@ -1,0 +1,63 @@
+//! `palisade policy trace`: the verdict on a packet that is described by hand.
+
+use palisade_inspect::Inspectors;
+use palisade_model::request::{self, HttpOptions};
+use palisade_policy::{
+    compile::Compiler,
+    trace::{self, Outcome, Question},
+};
+
+use super::workers::INSPECTORS;
+use crate::{
+    config::Config,
+    control::api::{TraceAnswer, TraceRequest},
+};
+
+/// Explains the verdict on a packet by the policies of a compiler.
+///
+/// # Errors
+/// The request names an endpoint, a peer or a name that does not exist, or is contradictory.
+pub(super) fn trace(
+    compiler: &Compiler,
+    config: &Config,
+    request: &TraceRequest,
+) -> Result<TraceAnswer, String> {
+    let question = Question {
+        source: request.from.clone(),
+        destination: request.to.clone(),
+        to_fqdn: request.to_fqdn.clone(),
+        request: application_request(request),
+        http: HttpOptions {
+            paths: config.http.paths,
+            get_bodies: config.http.get_bodies,
+        },
+        readers: Some(INSPECTORS),
+        protocol: request.protocol,
+        port: request.port,
+    };
+    let inspectors = Inspectors {
+        head: config.http.head,
+    };
+    let trace = trace::trace(compiler, &question, &inspectors)?;
+    Ok(TraceAnswer {
+        passes: trace.verdict != Outcome::Denied,
+        text: trace.to_string(),
+        trace: serde_json::to_value(&trace).map_err(|error| error.to_string())?,
+    })
+}
+
+/// Returns the application request of the packet in the terms of the compiler.
+fn application_request(request: &TraceRequest) -> request::Request {
+    request::Request {
+        http: request.http.as_ref().map(|http| request::HttpRequest {
+            method: http.method.clone(),
+            path: http.path.clone(),
+            host: http.host.clone(),
+            headers: http.headers.clone(),
+            is_http10: http.is_http10,
+        }),
+        dns: request.dns.clone(),
+        tls: request.tls.clone(),
+        kafka: None,
+    }
+}
