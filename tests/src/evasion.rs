@@ -1,8 +1,8 @@
-//! What a client of its own can do with segments: the same bytes in every odd way, and bytes that contradict others.
+//! Segmentations of one byte stream, and segments that contradict each other, as a client with its own TCP can send them.
 //!
-//! Two streams of the same length are given: a *good* one, which the policy allows, and a *bad* one, which it does not;
-//! they differ in a few bytes. Sent in whatever odd way, the good one arrives byte for byte, and nothing of the bad
-//! one does. And whoever mixes the two brings through nothing but what is also the beginning of the good one.
+//! Two streams of the same length differ in a few bytes: the policy allows the *good* one and denies the *bad* one. In
+//! every segmentation, the good stream must arrive byte for byte, and no byte of the bad one. From a mixture of both
+//! streams, only a prefix of the good one may arrive.
 
 use std::time::Duration;
 
@@ -16,32 +16,32 @@ use palisade_testbed::{
 
 use std::net::{IpAddr, SocketAddr};
 
-/// How long what is allowed may take.
+/// Longest time until allowed bytes arrive.
 const PATIENCE: Duration = Duration::from_secs(8);
-/// How long it is waited for what must not come.
+/// Time to wait before a test concludes that bytes do not arrive.
 const SHORT: Duration = Duration::from_millis(60);
 
 /// The two streams.
 #[derive(Clone, Debug)]
 pub struct Streams {
-    /// Allowed.
+    /// The allowed stream.
     pub good: Vec<u8>,
-    /// Not allowed, as long.
+    /// The denied stream, of the same length.
     pub bad: Vec<u8>,
-    /// Where they begin to differ.
+    /// Offset of the first byte in which the streams differ.
     pub from: usize,
-    /// Behind the last byte in which they differ.
+    /// Offset after the last byte in which the streams differ.
     pub to: usize,
-    /// What a good one is answered with.
+    /// The server's response to the good stream.
     pub answer: Vec<u8>,
-    /// After that answer nothing is read any more.
+    /// Whether the flow is offloaded after that response.
     pub ends_reading: bool,
-    /// What may arrive besides the good one, if the two are mixed: a part of the bad one that is allowed.
+    /// Other streams that may arrive from a mixture: parts of the bad stream that are allowed.
     pub also: Vec<Vec<u8>>,
 }
 
 impl Streams {
-    /// Of two that differ.
+    /// Returns a pair of streams that differ between two offsets.
     ///
     /// # Panics
     /// If they do not, or are not as long as each other.
@@ -65,21 +65,21 @@ impl Streams {
         }
     }
 
-    /// Nothing is read any more once it has been answered.
+    /// Marks the flow as offloaded after the response.
     #[must_use]
     pub fn ends_reading(mut self) -> Self {
         self.ends_reading = true;
         self
     }
 
-    /// This may arrive as well.
+    /// Adds a stream that may arrive from a mixture.
     #[must_use]
     pub fn also(mut self, bytes: Vec<u8>) -> Self {
         self.also.push(bytes);
         self
     }
 
-    /// Whether a server may have heard this of a mixture.
+    /// Returns whether a server may have received these bytes from a mixture.
     fn may_hear(&self, heard: &[u8], client: &RawTcp) -> bool {
         self.good.starts_with(heard)
             || self.also.iter().any(|also| also.starts_with(heard))
@@ -91,14 +91,14 @@ impl Streams {
     }
 }
 
-/// Where it is played.
+/// The path on which streams are sent.
 #[derive(Debug)]
 pub struct Field<'a> {
-    /// Who sends, [`palisade_testbed::rawtcp::prepare`]d.
+    /// Namespace of the client, [`palisade_testbed::rawtcp::prepare`]d.
     pub ns: &'a Ns,
-    /// From which address.
+    /// Source address of the client.
     pub source: IpAddr,
-    /// To a recorder.
+    /// Address of the recorder.
     pub to: SocketAddr,
     /// The recorder.
     pub recorder: &'a Recorder,
@@ -106,10 +106,10 @@ pub struct Field<'a> {
     pub streams: &'a Streams,
 }
 
-/// A way to cut a stream into segments.
+/// A segmentation of a stream.
 type Cut = fn(&[u8]) -> Vec<Segment>;
 
-/// A small generator: what it makes only has to be mixed.
+/// Shuffles with a fixed pseudo-random sequence, so that each run is the same.
 fn shuffled<T>(mut items: Vec<T>) -> Vec<T> {
     let mut state = 0x2545_f491_4f6c_dd1d_u64;
     for n in (1..items.len()).rev() {
@@ -121,7 +121,7 @@ fn shuffled<T>(mut items: Vec<T>) -> Vec<T> {
     items
 }
 
-/// Something that receivers do not take, at the same place: with another content, which must not be read.
+/// Adds, for each segment, one with other content that a receiver must discard.
 fn with_decoys(bytes: &[u8], decoy: impl Fn(Segment) -> Segment) -> Vec<Segment> {
     pieces(0, bytes, 40)
         .into_iter()
@@ -133,7 +133,7 @@ fn with_decoys(bytes: &[u8], decoy: impl Fn(Segment) -> Segment) -> Vec<Segment>
         .collect()
 }
 
-/// The same bytes in odd ways.
+/// Segmentations of one stream.
 pub const CUTS: &[(&str, Cut)] = &[
     ("in one", |b| pieces(0, b, 1400)),
     ("a byte a packet", |b| pieces(0, b, 1)),
@@ -218,7 +218,7 @@ pub const CUTS: &[(&str, Cut)] = &[
         all
     }),
     ("while the client takes nothing", |b| {
-        // until it has said everything: else it could not be answered
+        // Until the receiver has the whole stream; the recorder responds only then.
         let mut all = pieces(0, b, 60);
         let last = all.pop();
         all.into_iter().map(|p| p.window(0)).chain(last).collect()
@@ -231,10 +231,10 @@ pub const CUTS: &[(&str, Cut)] = &[
     }),
 ];
 
-/// A mixture of both streams.
+/// A mixture of segments of both streams.
 type Mix = fn(&mut RawTcp, &Streams) -> Result<()>;
 
-/// Sends segments of both, and lets a moment pass.
+/// Sends the segments, then waits for a moment.
 fn play(client: &mut RawTcp, segments: &[Segment]) -> Result<()> {
     for segment in segments {
         client.send(segment)?;
@@ -243,15 +243,15 @@ fn play(client: &mut RawTcp, segments: &[Segment]) -> Result<()> {
     Ok(())
 }
 
-/// Good bytes in a form that the receiver does not take, then bad ones at the same place.
+/// Sends good bytes in segments that the receiver discards, then bad bytes at the same sequence numbers.
 fn hidden(client: &mut RawTcp, streams: &Streams, hide: impl Fn(Segment) -> Segment) -> Result<()> {
     let (good, bad, middle) = (&streams.good, &streams.bad, streams.from);
-    // all at once
+    // The whole stream at once.
     play(client, &[hide(Segment::data(0, good)), Segment::data(0, bad)])?;
     if client.is_reset() {
         return Ok(());
     }
-    // and only what differs
+    // Only the bytes that differ.
     play(
         client,
         &[
@@ -263,7 +263,7 @@ fn hidden(client: &mut RawTcp, streams: &Streams, hide: impl Fn(Segment) -> Segm
     )
 }
 
-/// Both streams mixed: nothing of the bad one may arrive.
+/// Mixtures of both streams: nothing of the bad one may arrive.
 pub const MIXES: &[(&str, Mix)] = &[
     ("good ones that die on the way, then bad ones", |c, s| {
         hidden(c, s, |p| p.ttl(1))
@@ -464,12 +464,13 @@ impl Field<'_> {
         RawTcp::connect(self.ns, self.source, self.to)
     }
 
-    /// What the recorder has heard of a client, once that is done.
+    /// Returns the bytes that the recorder received from a client, once the connection has ended.
     fn heard(&self, client: &RawTcp) -> Vec<u8> {
         self.recorder.bytes(client.local())
     }
 
-    /// A stream in one odd way: it arrives, or nothing does.
+    /// Sends one stream in one segmentation, and fails unless the good one arrives completely or nothing of the bad one
+    /// does.
     fn cut(&self, mut client: RawTcp, good: bool, segments: &[Segment]) -> Result<()> {
         let bytes = self.streams.of(good);
         let outcome = client.deliver(segments, bytes.len() as i64, PATIENCE)?;
@@ -497,19 +498,19 @@ impl Field<'_> {
                 "the server has heard {}",
                 String::from_utf8_lossy(&heard)
             );
-            // what was refused so early that nobody had accepted it was never there
+            // A connection that was refused before the server accepted it does not exist for the recorder.
             wait_until("the server's end is closed", PATIENCE, || {
                 self.recorder
                     .from(client.local())
                     .is_none_or(|heard| heard.end != End::Open)
             })?;
         }
-        // what is over is not left to time out
+        // Resets the connection, which would otherwise stay until its timeout.
         client.send(&Segment::data(client.acked().max(0), b"").flags(flags::RST))?;
         Ok(())
     }
 
-    /// Both streams in every odd way.
+    /// Sends both streams in every segmentation. Returns the failures.
     pub fn cuts(&self) -> Vec<String> {
         let mut failures = Vec::new();
         let mut note = |what: &str, good: bool, result: Result<()>| {
@@ -532,7 +533,7 @@ impl Field<'_> {
                 RawTcp::connect_with_timestamps(self.ns, self.source, self.to)
                     .and_then(|c| self.cut(c, good, &shuffled(pieces(0, bytes, 9)))),
             );
-            // the sequence numbers wrap within the stream
+            // The sequence numbers wrap within the stream.
             for before in [1_u32, 20, bytes.len() as u32] {
                 let wrapped = || -> Result<RawTcp> {
                     let mut client = RawTcp::new(self.ns, self.source, self.to)?;
@@ -550,7 +551,7 @@ impl Field<'_> {
         failures
     }
 
-    /// Both streams, split in two at every place, in order and in the other.
+    /// Sends both streams split in two at every byte, in order and reversed. Returns the failures.
     pub fn splits(&self) -> Vec<String> {
         let mut failures = Vec::new();
         for good in [true, false] {
@@ -572,7 +573,7 @@ impl Field<'_> {
         failures
     }
 
-    /// Mixtures of both.
+    /// Sends every mixture of both streams. Returns the failures.
     pub fn mixes(&self) -> Vec<String> {
         let half = |timestamps: bool| -> Vec<String> {
             MIXES
@@ -614,7 +615,7 @@ impl Field<'_> {
         self.check(&mut client)
     }
 
-    /// Whatever was sent: the server has heard nothing but the beginning of what is allowed.
+    /// Fails if the server has received anything but a prefix of an allowed stream.
     fn check(&self, client: &mut RawTcp) -> Result<()> {
         client.listen(SHORT, |_| false)?;
         let heard = self.heard(client);
@@ -626,14 +627,14 @@ impl Field<'_> {
         client.send(&Segment::data(client.acked().max(0), b"").flags(flags::RST))
     }
 
-    /// What is older than what the receiver has seen is not taken by it (RFC 7323, 5).
+    /// A receiver discards segments with a timestamp older than the newest one that it has seen (RFC 7323, section 5).
     fn old_timestamps(&self) -> Result<()> {
         let mut client = RawTcp::connect_with_timestamps(self.ns, self.source, self.to)?;
         hidden(&mut client, self.streams, |p| p.timestamp(0x0fff_0000))?;
         self.check(&mut client)
     }
 
-    /// Data in a SYN is not read, so it must not arrive; the connection may open all the same.
+    /// Data in a SYN is not inspected, so it must not arrive. The connection may open.
     fn data_in_syn(&self) -> Result<()> {
         let mut client = RawTcp::new(self.ns, self.source, self.to)?;
         let mut syn = Segment::data(-1, &self.streams.bad).flags(flags::SYN);

@@ -1,4 +1,4 @@
-//! What `palisade observe` has to say.
+//! Expectations about the output of `palisade observe`.
 
 use std::net::IpAddr;
 
@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::World;
 
-/// The policies that a flow names as deciding, by `namespace/name`.
+/// Returns the policies that a flow names as deciding, as `namespace/name`.
 #[must_use]
 pub fn deciding(flow: &Value) -> Vec<String> {
     let policies = flow["palisade"]["rule"]["policies"].as_array();
@@ -18,11 +18,11 @@ pub fn deciding(flow: &Value) -> Vec<String> {
         .collect()
 }
 
-/// Waits until `observe` shows, in both families, a flow between two ends to a port with this verdict that
-/// names `policy` as deciding.
+/// Waits until `observe` shows, in both address families, a flow between two ends to a port with this verdict that names
+/// `policy` as deciding.
 ///
 /// # Panics
-/// If it does not come.
+/// If the flow does not appear in time.
 #[track_caller]
 pub fn expect(
     daemon: &Daemon,
@@ -38,10 +38,10 @@ pub fn expect(
     }
 }
 
-/// The same between two addresses.
+/// Waits for such a flow between two addresses.
 ///
 /// # Panics
-/// If it does not come.
+/// If the flow does not appear in time.
 #[track_caller]
 pub fn expect_between(
     daemon: &Daemon,
@@ -72,20 +72,20 @@ pub fn expect_between(
     }
 }
 
-/// No flow passes these filters.
+/// Asserts that no flow matches these filters.
 ///
 /// # Panics
-/// If one does.
+/// If a flow does.
 #[track_caller]
 pub fn expect_none(daemon: &Daemon, filters: &[&str]) {
     let flows = daemon.flows(filters).unwrap_or_else(|error| panic!("{error:#}"));
     assert!(flows.is_empty(), "{filters:?}: {flows:#?}");
 }
 
-/// The number of an endpoint by its name.
+/// Returns the id of an endpoint, by its name.
 ///
 /// # Panics
-/// If there is none.
+/// If there is no such endpoint.
 #[must_use]
 #[track_caller]
 pub fn endpoint_id(daemon: &Daemon, name: &str) -> String {

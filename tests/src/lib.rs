@@ -42,14 +42,14 @@ use palisade_testbed::{
     topology::{FAMILIES, Family, INNER, WorkloadSpec},
 };
 
-/// How long something that must be open may take, whatever else the machine does.
+/// Longest time until an allowed flow passes, also on a busy machine.
 pub const OPEN: Duration = Duration::from_secs(20);
-/// How long it is waited for something that must not come.
+/// Time to wait before a test concludes that a packet does not arrive.
 pub const CLOSED: Duration = Duration::from_millis(400);
 
-/// TCP ports on which everybody answers.
+/// TCP ports on which every host and workload answers.
 pub const TCP: &[u16] = &[22, 80, 81, 443, 8080, 8085];
-/// UDP ports on which everybody answers.
+/// UDP ports on which every host and workload answers.
 pub const UDP: &[u16] = &[53, 80, 8080];
 
 /// Hosts behind the NIC: name, IPv4, IPv6.
@@ -61,7 +61,7 @@ pub const HOSTS: &[(&str, &str, &str)] = &[
     ("api", "192.0.2.30", "2001:db8:c::30"),
 ];
 
-/// What the configuration says of them.
+/// The same hosts as `[[peer]]` tables of the configuration.
 const PEERS: &str = r#"
 [[namespace]]
 name = "prod"
@@ -84,10 +84,10 @@ addresses = ["192.0.2.30", "2001:db8:c::30"]
 entity = "kube-apiserver"
 "#;
 
-/// The world's workloads, hosts and servers, without a daemon.
+/// Workloads, hosts and servers, without a daemon.
 ///
-/// Workloads: `front` (app=front), `back` (app=back, named ports http and dns), `db` (app=db), and `pfront`
-/// (app=front, in the namespace `prod`). Everybody, the node included, answers on [`TCP`] and [`UDP`].
+/// Workloads: `front` (app=front), `back` (app=back, named ports http and dns), `db` (app=db), and `pfront` (app=front, in
+/// the namespace `prod`). All of them, the hosts and the node answer on [`TCP`] and [`UDP`].
 #[derive(Debug)]
 pub struct World {
     servers: Vec<(String, Echo)>,
@@ -96,7 +96,7 @@ pub struct World {
 }
 
 impl World {
-    /// Everything in place and answering.
+    /// Creates the namespaces and starts the servers.
     pub fn new() -> Result<Self> {
         let addresses: Vec<&str> = HOSTS.iter().flat_map(|(_, v4, v6)| [*v4, *v6]).collect();
         let topology = Topology::new()?
@@ -126,7 +126,7 @@ impl World {
             let addresses = FAMILIES.map(|f| world.topology.addr(name, f));
             world.serve(name, &addresses)?;
         }
-        // the node's addresses: on its NIC and as the workloads' gateway
+        // The node's addresses: on its NIC, and as the gateway of each workload.
         let mut own: Vec<IpAddr> = FAMILIES.iter().map(|f| world.topology.addr("node", *f)).collect();
         own.extend(world.topology.all().flat_map(|w| FAMILIES.map(|f| w.gateway(f))));
         world.serve("node", &own)?;
@@ -145,7 +145,7 @@ impl World {
         Ok(())
     }
 
-    /// The namespace that somebody is in.
+    /// Returns the network namespace of a workload, a host or the node.
     #[must_use]
     pub fn ns(&self, name: &str) -> &Ns {
         if HOSTS.iter().any(|(host, ..)| *host == name) {
@@ -155,10 +155,10 @@ impl World {
         }
     }
 
-    /// Somebody's address.
+    /// Returns the address of a workload, a host or the node.
     ///
     /// # Panics
-    /// If there is nobody of this name.
+    /// If there is none of this name.
     #[must_use]
     pub fn addr(&self, name: &str, family: Family) -> IpAddr {
         match HOSTS.iter().find(|(host, ..)| *host == name) {
@@ -170,34 +170,34 @@ impl World {
         }
     }
 
-    /// Somebody's address and a port.
+    /// Returns an address and a port.
     #[must_use]
     pub fn at(&self, name: &str, family: Family, port: u16) -> SocketAddr {
         SocketAddr::new(self.addr(name, family), port)
     }
 
-    /// The address from which somebody speaks, where it has several.
+    /// Returns the source address towards `to`, for a sender with several addresses.
     fn source(&self, from: &str, to: &str, family: Family) -> IpAddr {
         match from {
-            // the node speaks to a workload from its address on that link
+            // The node sends to a workload from its address on that link.
             "node" if self.topology.all().any(|w| w.name == to) => self.topology.get(to).gateway(family),
             _ => self.addr(from, family),
         }
     }
 
-    /// Everything that reached any server since it had had so many contacts.
+    /// Returns the contacts of all servers after these counts.
     fn contacts_since(&self, counts: &[usize]) -> Vec<Contact> {
         let all = self.servers.iter().zip(counts);
         all.flat_map(|((_, echo), count)| echo.contacts().split_off(*count))
             .collect()
     }
 
-    /// Starts the daemon on this world's node.
+    /// Starts the daemon on the node.
     pub fn daemon(&self, settings: Settings, policies: &[(&str, &str)]) -> Result<Daemon> {
         Daemon::start(&self.topology, &with_peers(settings), policies)
     }
 
-    /// Makes the attempts, all at the same time; what came out differently, in words.
+    /// Makes all attempts at the same time. Returns one line for each that came out differently.
     pub fn check(&self, lines: &str) -> Result<Vec<String>> {
         self.run(&parse_checks(lines)?)
     }
@@ -270,7 +270,7 @@ impl World {
         Ok(failures)
     }
 
-    /// Sends a single packet that no server answers, and says whether it stood at its destination's interface.
+    /// Sends a single packet that no server answers. Returns whether it arrived at its destination's interface.
     fn arrives(&self, check: &Check) -> Result<bool> {
         let source = self.source(&check.from, &check.to, check.family);
         let to = self.addr(&check.to, check.family);
@@ -283,14 +283,14 @@ impl World {
         };
         let wait = if check.open { OPEN } else { CLOSED };
         if check.to == "node" {
-            // a capture on the node's own interface would see the packet before tc has judged it
+            // A capture on the node's own interface would see the packet before the tc program.
             let receiver = RawReceiver::start(self.ns(&check.to), to, protocol)?;
             send_raw(self.ns(&check.from), Some(source), to, protocol, &payload)?;
             return receiver.hears(source, payload[0], wait);
         }
         let wanted = payload.clone();
         let capture = Capture::start_where(self.ns(&check.to), INNER, move |p| {
-            // ICMPv6 checksums are the kernel's; type and code are ours
+            // The kernel fills in ICMPv6 checksums; type and code are the test's.
             !p.outgoing
                 && p.source == source
                 && p.destination == to
@@ -302,10 +302,10 @@ impl World {
         Ok(wait_until("arrival", wait, || capture.count(|_| true) > 0).is_ok())
     }
 
-    /// Checks, and panics with everything that differs and what the daemon knows about it.
+    /// Makes all attempts.
     ///
     /// # Panics
-    /// If anything differs.
+    /// If one comes out differently; with what the daemon reports about it.
     #[track_caller]
     pub fn expect(&self, daemon: &Daemon, lines: &str) {
         let failures = self.check(lines).unwrap_or_else(|error| panic!("{error:#}"));
@@ -318,14 +318,18 @@ impl World {
     }
 }
 
-/// The settings with what the world's configuration says of its peers.
+/// Returns the settings with the peers of this topology.
 #[must_use]
 pub fn with_peers(mut settings: Settings) -> Settings {
     settings.tables.push_str(PEERS);
     settings
 }
 
-/// How many attempts some lines of checks stand for; an error if they cannot be read.
+/// Returns the number of attempts in some lines of checks.
+///
+/// # Errors
+///
+/// A line cannot be parsed.
 pub fn count_checks(lines: &str) -> Result<usize> {
     parse_checks(lines).map(|checks| checks.len())
 }
@@ -339,7 +343,7 @@ fn parse_checks(lines: &str) -> Result<Vec<Check>> {
     Ok(checks)
 }
 
-/// What is tried.
+/// The kind of attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum What {
     Tcp(u16),
@@ -359,7 +363,7 @@ impl What {
     }
 }
 
-/// One line of a case, for one family.
+/// One line of a case, for one address family.
 #[derive(Clone, Debug)]
 struct Check {
     family: Family,
@@ -377,7 +381,7 @@ impl fmt::Display for Check {
 }
 
 impl Check {
-    /// `[4|6] FROM -> TO WHAT open|drop`
+    /// Parses `[4|6] FROM -> TO WHAT open|drop`.
     fn parse(line: &str) -> Result<Vec<Self>> {
         let mut words: Vec<&str> = line.split_whitespace().collect();
         let families: &[Family] = match words.first() {
@@ -433,7 +437,7 @@ pub struct Case {
     pub checks: String,
 }
 
-/// The cases of one folder below `cases/netns/`, by name.
+/// Returns the cases of one folder below `cases/netns/`, by name.
 pub fn cases(folder: &str) -> Result<Vec<Case>> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("cases/netns")
@@ -465,7 +469,7 @@ pub fn cases(folder: &str) -> Result<Vec<Case>> {
     Ok(cases)
 }
 
-/// Applies one case after the other to a running daemon; everything that differs, with what the daemon says of it.
+/// Applies each case to a running daemon. Returns what came out differently, with the daemon's report.
 pub fn run_cases(world: &World, daemon: &Daemon, cases: &[Case]) -> Result<String> {
     let only = std::env::var("PALISADE_CASE").unwrap_or_default();
     let mut report = String::new();
@@ -487,7 +491,7 @@ pub fn run_cases(world: &World, daemon: &Daemon, cases: &[Case]) -> Result<Strin
     Ok(report)
 }
 
-/// A world.
+/// Returns the topology with its servers.
 ///
 /// # Panics
 /// If it cannot be made.

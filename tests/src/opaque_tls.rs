@@ -1,4 +1,4 @@
-//! Connections that begin like TLS and then say anything: they go on for as long as they are let.
+//! Connections that begin with a TLS hello and then carry arbitrary bytes.
 
 use std::{
     io::{self, ErrorKind, Read, Write},
@@ -20,9 +20,7 @@ use palisade_testbed::{
     tls::{Hello, server_hello},
 };
 
-/// What an answer to a hello is, and what comes after it: an echo.
-///
-/// Listens on `ports` of these addresses.
+/// Starts a server that responds to a hello and then echoes everything, on `ports` of these addresses.
 pub fn server(ns: &Ns, addresses: &[IpAddr], ports: &[u16]) -> Result<Recorder> {
     Recorder::start(ns, addresses, ports, |dealt_with, all| {
         if *dealt_with == 0 {
@@ -38,18 +36,18 @@ pub fn server(ns: &Ns, addresses: &[IpAddr], ports: &[u16]) -> Result<Recorder> 
     })
 }
 
-/// How long the first record is, once it has come.
+/// Returns the length of the first record, once it is complete.
 fn first_record(bytes: &[u8]) -> Option<usize> {
     let length = 5 + usize::from(u16::from_be_bytes([*bytes.get(3)?, *bytes.get(4)?]));
     (bytes.len() >= length).then_some(length)
 }
 
-/// A connection that is in use: a number goes out and comes back, over and over.
+/// A connection in use: the client sends a number and the server echoes it, over and over.
 #[derive(Debug)]
 pub struct Secret {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
-    /// Its own end.
+    /// Address of the client's end.
     pub local: SocketAddr,
 }
 
@@ -63,7 +61,7 @@ struct Shared {
 }
 
 impl Secret {
-    /// Opens it with a hello for a name.
+    /// Opens the connection with a hello for a name.
     pub fn open(ns: &Ns, to: SocketAddr, name: &str) -> Result<Self> {
         let mut stream = probe::open(ns, None, to, Duration::from_secs(5))?;
         stream.set_nodelay(true)?;
@@ -94,32 +92,32 @@ impl Secret {
         })
     }
 
-    /// Numbers that have come back.
+    /// Returns how many numbers have come back.
     #[must_use]
     pub fn rounds(&self) -> u64 {
         self.shared.rounds.load(Relaxed)
     }
 
-    /// It goes on: so many numbers more come back in time.
+    /// Returns whether this many more numbers come back before the timeout.
     #[must_use]
     pub fn moves(&self, more: u64, timeout: Duration) -> bool {
         let wanted = self.rounds() + more;
         wait_until("it moves", timeout, || self.rounds() >= wanted).is_ok()
     }
 
-    /// It has been reset, in time.
+    /// Returns whether the connection is reset before the timeout.
     #[must_use]
     pub fn is_cut(&self, timeout: Duration) -> bool {
         wait_until("it is cut", timeout, || self.shared.reset.load(Relaxed)).is_ok()
     }
 
-    /// It is over, or has been changed on the way.
+    /// Returns whether the connection has ended or its bytes were changed.
     #[must_use]
     pub fn is_broken(&self) -> bool {
         self.shared.ended.load(Relaxed)
     }
 
-    /// The longest time that a number took.
+    /// Returns the longest time that a number took to come back.
     #[must_use]
     pub fn longest(&self) -> Duration {
         Duration::from_millis(self.shared.longest.load(Relaxed))

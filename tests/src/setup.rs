@@ -1,4 +1,4 @@
-//! What many tests begin with: where the programs stand, web servers, and a daemon with its policies.
+//! Common setup of tests: hooks of the programs, web servers, and a daemon with its policies.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -15,7 +15,7 @@ use palisade_testbed::{
 
 use crate::fixtures::apps::{Apps, borrowed, policies, policy};
 
-/// Programs at tcx, but at the ingress of the NIC by XDP.
+/// Programs at tcx, but XDP at the ingress of the NIC.
 pub const XDP_AT_THE_NIC: Hooks = Hooks {
     endpoint: "tc",
     host: "xdp",
@@ -27,34 +27,34 @@ pub const TCX: Hooks = Hooks {
     host: "tc",
     tc: "tcx",
 };
-/// Programs by XDP at every ingress, and behind clsact at every egress.
+/// XDP at every ingress, and tc behind a clsact qdisc at every egress.
 pub const XDP_AND_CLSACT: Hooks = Hooks {
     endpoint: "xdp",
     host: "xdp",
     tc: "clsact",
 };
 
-/// The daemon with these policies.
+/// Starts the daemon with these policies.
 ///
 /// # Panics
-/// If it does not enforce them.
+/// If the daemon does not enforce them.
 #[must_use]
 #[track_caller]
 pub fn daemon(topology: &Topology, policies: &[(&str, &str)]) -> Daemon {
     daemon_with(topology, &Settings::default(), policies)
 }
 
-/// The daemon with another configuration.
+/// Starts the daemon with other settings.
 ///
 /// # Panics
-/// If it does not enforce the policies.
+/// If the daemon does not enforce the policies.
 #[must_use]
 #[track_caller]
 pub fn daemon_with(topology: &Topology, settings: &Settings, policies: &[(&str, &str)]) -> Daemon {
     Daemon::start(topology, settings, policies).unwrap_or_else(|error| panic!("{error:#}"))
 }
 
-/// Settings with further tables of the configuration.
+/// Returns settings with additional tables of the configuration.
 #[must_use]
 pub fn tables(tables: &str) -> Settings {
     Settings {
@@ -63,20 +63,20 @@ pub fn tables(tables: &str) -> Settings {
     }
 }
 
-/// The daemon with rules for what the workload `client` sends to these ports.
+/// Starts the daemon with rules for what the workload `client` sends to these ports.
 ///
 /// # Panics
-/// If it does not enforce them.
+/// If the daemon does not enforce them.
 #[must_use]
 #[track_caller]
 pub fn client_only(apps: &Apps, ports: &[u16], rules: &str) -> Daemon {
     client_only_with(apps, &Settings::default(), ports, rules)
 }
 
-/// The same with another configuration.
+/// Starts such a daemon with other settings.
 ///
 /// # Panics
-/// As that.
+/// If the daemon does not enforce the policies.
 #[must_use]
 #[track_caller]
 pub fn client_only_with(apps: &Apps, settings: &Settings, ports: &[u16], rules: &str) -> Daemon {
@@ -84,10 +84,10 @@ pub fn client_only_with(apps: &Apps, settings: &Settings, ports: &[u16], rules: 
     daemon_with(&apps.topology, settings, &[("client.yaml", &text)])
 }
 
-/// The daemon with the same rules for all four ways: out of `client`, into `server`, into the node and out of it.
+/// Starts the daemon with the same rules for egress of `client`, ingress of `server`, and both directions of the node.
 ///
 /// # Panics
-/// If it does not enforce them.
+/// If the daemon does not enforce them.
 #[must_use]
 #[track_caller]
 pub fn on_all_ways(apps: &Apps, hooks: Hooks, ports: &[u16], rules: &str) -> Daemon {
@@ -98,10 +98,10 @@ pub fn on_all_ways(apps: &Apps, hooks: Hooks, ports: &[u16], rules: &str) -> Dae
     daemon_with(&apps.topology, &settings, &borrowed(&policies(ports, rules)))
 }
 
-/// nginx on ports of some of the world, in their order; it says `hello from NAME`.
+/// Starts nginx on these ports, one instance for each name; it responds `hello from NAME`.
 ///
 /// # Panics
-/// If one does not start.
+/// If an instance does not start.
 #[must_use]
 #[track_caller]
 pub fn webs<const N: usize>(apps: &Apps, names: [&'static str; N], http: &[u16], https: &[u16]) -> [Web; N] {
@@ -111,10 +111,10 @@ pub fn webs<const N: usize>(apps: &Apps, names: [&'static str; N], http: &[u16],
     })
 }
 
-/// The code that a question is answered with; `None`: it is not answered.
+/// Returns the DNS response code to a query; `None` if there is no response.
 ///
 /// # Panics
-/// If it cannot be asked.
+/// If the query cannot be sent.
 #[must_use]
 pub fn question(apps: &Apps, family: Family, name: &str) -> Option<u16> {
     let any: IpAddr = match family {
@@ -133,10 +133,10 @@ pub fn question(apps: &Apps, family: Family, name: &str) -> Option<u16> {
     rcode(answers.expect("a question").first()?).map(u16::from)
 }
 
-/// The status of a request; `None`: it is not answered.
+/// Returns the HTTP status of a request; `None` if there is no response.
 ///
 /// # Panics
-/// If it cannot be asked.
+/// If the request cannot be sent.
 #[must_use]
 pub fn request(apps: &Apps, family: Family, path: &str) -> Option<u16> {
     let url = format!("http://{}{path}", apps.at("internet", family, 80));

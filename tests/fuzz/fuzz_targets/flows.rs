@@ -1,4 +1,4 @@
-//! Whole packets through the decoder and the engine that reads HTTP and TLS. Run: `cargo +nightly fuzz run flows` in tests/.
+//! Whole packets through the decoder and the inspectors of HTTP and TLS. Run: `cargo +nightly fuzz run flows` in tests/.
 #![no_main]
 
 #[path = "../harness/flows.rs"]

@@ -1,4 +1,4 @@
-//! Heads, bodies and paths of HTTP/1, cut anywhere. Run: `cargo +nightly fuzz run http1` in tests/.
+//! HTTP/1 heads, bodies and paths, cut at any byte. Run: `cargo +nightly fuzz run http1` in tests/.
 #![no_main]
 
 #[path = "../harness/http1.rs"]

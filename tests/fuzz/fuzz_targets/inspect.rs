@@ -1,4 +1,4 @@
-//! Whole packets through the decoder and the engine that reads DNS. Run: `cargo +nightly fuzz run inspect` in tests/.
+//! Whole packets through the decoder and the DNS inspector. Run: `cargo +nightly fuzz run inspect` in tests/.
 #![no_main]
 
 #[path = "../harness/inspect.rs"]

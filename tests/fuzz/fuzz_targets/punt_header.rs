@@ -1,4 +1,5 @@
-//! Frames of the punt link: parsed, prepared for inspection, and given a reinject trailer. Run: `cargo +nightly fuzz run punt link` in tests/.
+//! Frames of the punt link: parsed, prepared for inspection, and given a reinject trailer. Run: `cargo +nightly fuzz run
+//! punt_header` in tests/.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

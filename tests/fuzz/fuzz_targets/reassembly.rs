@@ -1,4 +1,5 @@
-//! A sender that contradicts itself, against receivers of two kinds. Run: `cargo +nightly fuzz run reassembly` in tests/.
+//! A sender whose segments contradict each other, against two models of receivers. Run: `cargo +nightly fuzz run
+//! reassembly` in tests/.
 #![no_main]
 
 #[path = "../harness/reassembly.rs"]

@@ -1,4 +1,4 @@
-//! Both sides of a TLS handshake, cut anywhere. Run: `cargo +nightly fuzz run tls` in tests/.
+//! Both sides of a TLS handshake, cut at any byte. Run: `cargo +nightly fuzz run tls` in tests/.
 #![no_main]
 
 #[path = "../harness/tls.rs"]

@@ -1,7 +1,7 @@
-//! Whole packets through the decoder and the engine that reads HTTP and TLS.
+//! Whole packets through the decoder and the inspectors of HTTP and TLS.
 //!
-//! The input is a history: what happens (a byte), the length of a frame (two), the frame. Whatever it is, every
-//! handle comes back exactly once, and what the engine makes can be decoded.
+//! The input is a list of steps: flags (one byte), the length of a frame (two bytes), the frame. For every input, the
+//! engine returns each handle exactly once, and the decoder accepts each frame that the engine makes.
 
 use palisade_abi::{PuntRequest, punt_flags};
 use palisade_inspect::{Engine, Limits};
@@ -11,7 +11,7 @@ mod packets;
 
 use packets::{Done, HTTP, OTHER_HTTP, OTHER_TLS, TLS, give, inspector, prepare};
 
-/// What happens besides the frame: bits of the first byte.
+/// Bits of the first byte of a step.
 mod what {
     pub const INGRESS: u8 = 1;
     pub const REPLY: u8 = 2;
@@ -23,7 +23,7 @@ mod what {
     pub const OTHER_SERIAL: u8 = 128;
 }
 
-/// Runs one history.
+/// Runs one list of steps.
 pub fn run(bytes: &[u8]) {
     let mut engine = Engine::new(&Limits::default());
     prepare(&mut engine);

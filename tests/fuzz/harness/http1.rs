@@ -1,13 +1,13 @@
-//! HTTP/1 messages: however a stream is cut, the same is found in it, and what is taken can be read in one way only.
+//! HTTP/1 messages: the parser finds the same in a stream wherever it is cut, and what it accepts has one reading only.
 //!
-//! The first byte of the input says how the stream is cut.
+//! The first byte of the input selects the cuts.
 
 use palisade_protocols::http1::resolved;
 use palisade_protocols::http1::{
     Body, Chunks, Head, HeaderBuffer, Limits, ParseError, Piece, Request, Response,
 };
 
-/// Runs one stream.
+/// Parses one stream.
 pub fn run(input: &[u8]) {
     let Some((&cut, stream)) = input.split_first() else {
         return;
@@ -42,7 +42,7 @@ fn head(stream: &[u8], step: usize) {
     }
 }
 
-/// What a simple reader finds in a head that was taken.
+/// Checks an accepted head against a simple parser.
 fn accepted(head: &[u8], request: &Request<'_>) {
     let ends = |byte| head.iter().filter(|b| **b == byte).count();
     assert!(ends(0) == 0 && ends(b'\r') == ends(b'\n'));
@@ -71,7 +71,7 @@ fn accepted(head: &[u8], request: &Request<'_>) {
     let (lengths, codings, hosts) = (all("content-length"), all("transfer-encoding"), all("host"));
     assert!(hosts.len() <= 1 && lengths.len() <= 1 && codings.len() <= 1);
     assert!(lengths.is_empty() || codings.is_empty());
-    // A server that folds names must not find other framing than is found here.
+    // A server that normalizes names of fields must not find other framing fields.
     let folded = |name: &str| -> String { name.chars().filter(char::is_ascii_alphanumeric).collect() };
     for (name, _) in &fields {
         for plain in [
@@ -93,7 +93,7 @@ fn accepted(head: &[u8], request: &Request<'_>) {
     assert_eq!(request.headers.iter().count(), fields.len());
 }
 
-/// Content, where the body ends, and why it was refused.
+/// Content, end of the body, and why the body was refused.
 type Followed = (Vec<u8>, Option<usize>, Option<ParseError>);
 
 fn chunks(stream: &[u8], step: usize) {
@@ -104,14 +104,13 @@ fn chunks(stream: &[u8], step: usize) {
     let (content, end, _) = &whole;
     if let Some(end) = *end {
         assert!(stream[..end].ends_with(b"\r\n") && content.len() < end);
-        // What passes in a request is found alike by the most careless reader, which ends a line at any line feed and
-        // takes the digits at its front.
+        // A careless parser, which ends a line at any line feed and reads leading digits only, must find the same content.
         assert_eq!(careless(&stream[..end]).as_ref(), Some(content));
         assert_eq!(of_answer, whole);
     }
 }
 
-/// The content as a reader finds it that knows neither extensions nor trailers.
+/// Returns the content as a parser finds it that knows neither extensions nor trailers.
 fn careless(mut stream: &[u8]) -> Option<Vec<u8>> {
     let mut content = Vec::new();
     loop {

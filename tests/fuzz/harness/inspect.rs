@@ -1,9 +1,8 @@
-//! Whole packets through the decoder and the engine that reads DNS: what the fuzzer runs, and the test that mutates its
-//! corpus.
+//! Whole packets through the decoder and the DNS inspector: run by the fuzzer, and by a test with mutations of its corpus.
 //!
-//! The input is a history: what happens (a byte), the length of a frame (two), the frame. Whatever it is, every
-//! handle comes back exactly once, an answer that waits goes on only when it is committed, and what the engine
-//! makes can be decoded.
+//! The input is a list of steps: flags (one byte), the length of a frame (two bytes), the frame. For every input, the
+//! engine returns each handle exactly once, forwards a held answer only after it is committed, and the decoder accepts each
+//! frame that the engine makes.
 use std::{
     collections::{BTreeMap, HashMap},
     sync::Arc,
@@ -17,7 +16,7 @@ use palisade_model::{
 };
 use palisade_packet::{Packet, Start, decode};
 
-/// What happens besides the frame: bits of the first byte.
+/// Bits of the first byte of a step.
 mod what {
     pub const INGRESS: u8 = 1;
     pub const REPLY: u8 = 2;
@@ -84,7 +83,7 @@ thread_local! {
     };
 }
 
-/// Runs one history.
+/// Runs one list of steps.
 pub fn run(bytes: &[u8]) {
     let mut engine = Engine::new(&Limits::default());
     RULES.with(|rules| engine.set_rules(rules.clone()));
@@ -109,7 +108,7 @@ pub fn run(bytes: &[u8]) {
         };
         let mut packet = Packet::default();
         let decoded = decode(frame, Start::Ethernet { tags_removed: 0 }, &mut packet);
-        // the programs carry what they can judge, and nothing else
+        // The programs punt only packets that the decoder accepts.
         if decoded.is_ok() && !packet.is(palisade_packet::flags::NOT_IP) {
             let transport = usize::from(packet.transport_offset);
             let network = usize::from(packet.network_offset);

@@ -1,4 +1,4 @@
-//! A fuzz target's corpus, and mutations of it for a few seconds: what the tests run on any toolchain.
+//! Runs the corpus of a fuzz target and mutations of it for a few seconds, on any toolchain.
 
 use std::{
     fs,
@@ -6,15 +6,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// For how many seconds, unless PALISADE_FUZZ_SECONDS says otherwise.
+/// Seconds to run, unless PALISADE_FUZZ_SECONDS is set.
 const SECONDS: u64 = 4;
-/// Longest input.
+/// Longest input, bytes.
 const LONGEST: usize = 8_192;
 
-/// Bytes that mean something.
+/// Bytes with a meaning in the parsed protocols.
 const ODD: &[u8] = b"\0\x01\x7f\x80\xff\r\n :;,/.%0A";
 
-/// xorshift64*: what it makes only has to differ.
+/// xorshift64*: statistical quality does not matter here.
 struct Random(u64);
 
 impl Random {
@@ -25,7 +25,7 @@ impl Random {
         (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32) as usize % limit.max(1)
     }
 
-    /// Changes an input a little: bytes, stretches that go, come twice, or come from another one.
+    /// Mutates an input: changes bytes, and removes, repeats or replaces ranges by those of another input.
     fn change(&mut self, input: &mut Vec<u8>, other: &[u8]) {
         for _ in 0..=self.below(6) {
             let at = self.below(input.len());
@@ -54,7 +54,7 @@ impl Random {
     }
 }
 
-/// Runs `body` with everything in a target's corpus below `corpus`, then with what is like it.
+/// Runs `body` with every input of the corpus, then with mutations.
 pub fn run(corpus: &Path, body: fn(&[u8])) {
     let mut paths: Vec<_> = fs::read_dir(corpus)
         .unwrap()

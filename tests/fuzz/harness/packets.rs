@@ -1,4 +1,4 @@
-//! Packets for the engine, and what it does with them.
+//! Packets for the engine, and the effects that the engine produces.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -10,13 +10,13 @@ use palisade_model::{
 };
 use palisade_packet::{Packet, Start, decode};
 
-/// The set of HTTP rules: paths that begin with `/good`.
+/// Number of the HTTP rule set that allows paths with the prefix `/good`.
 pub const HTTP: u32 = 1;
-/// Another one that allows nothing of that.
+/// Number of an HTTP rule set that allows none of these paths.
 pub const OTHER_HTTP: u32 = 2;
-/// The set of server names: `good.test`.
+/// Number of the rule set that allows the server name `good.test`.
 pub const TLS: u32 = 3;
-/// Another one that does not allow that.
+/// Number of a rule set that does not allow that name.
 pub const OTHER_TLS: u32 = 4;
 
 thread_local! {
@@ -46,12 +46,12 @@ thread_local! {
     };
 }
 
-/// Gives an engine the rules.
+/// Loads the rule sets into an engine.
 pub fn prepare(engine: &mut Engine<usize>) {
     RULES.with(|rules| engine.set_rules(rules.clone()));
 }
 
-/// Which inspector reads by a set of rules.
+/// Returns the inspector of a rule set.
 pub fn inspector(ruleset: u32) -> u8 {
     (if ruleset < TLS {
         Inspector::Http
@@ -60,18 +60,18 @@ pub fn inspector(ruleset: u32) -> u8 {
     }) as u8
 }
 
-/// What the engine has done.
+/// Effects of the engine.
 #[derive(Default)]
 pub struct Done {
-    /// Handles that came back, and whether their packets go on.
+    /// Handles that the engine has returned, and whether it forwarded their packets.
     pub returned: HashMap<usize, bool>,
-    /// What goes on, in order.
+    /// Forwarded packets, in order.
     pub passed: Vec<Passed>,
-    /// The programs were told to let the flow be.
+    /// Whether the engine has offloaded the flow.
     pub offloaded: bool,
 }
 
-/// Something that goes on: a packet by its handle, or a frame that was made.
+/// A forwarded packet by its handle, or a frame that the engine made.
 #[allow(dead_code, reason = "who only counts what comes back does not look at it")]
 pub enum Passed {
     Packet(usize),
@@ -120,7 +120,7 @@ impl Sink<usize> for Done {
     fn record(&mut self, _record: &Record) {}
 }
 
-/// Gives a frame to the engine, if the programs would have carried it; whether they would.
+/// Passes a frame to the engine if the programs would punt it. Returns whether they would.
 pub fn give(
     engine: &mut Engine<usize>,
     now: u64,
@@ -131,7 +131,7 @@ pub fn give(
 ) -> bool {
     let mut packet = Packet::default();
     let decoded = decode(frame, Start::Ethernet { tags_removed: 0 }, &mut packet);
-    // the programs carry what they can judge, and nothing else
+    // The programs punt only packets that the decoder accepts.
     if decoded.is_err() || packet.is(palisade_packet::flags::NOT_IP) {
         return false;
     }

@@ -1,8 +1,8 @@
-//! A sender that contradicts itself, against two receivers: one that keeps what came first, one that keeps what came
-//! last. Whatever it sends, in whatever order, and whatever is lost: neither reads a request (or a name) that is denied.
+//! A sender whose segments contradict each other, against two models of receivers: in one the first copy of a byte wins, in
+//! the other the last. Whatever is sent, reordered or lost, neither may read a denied request or server name.
 //!
-//! The input: what is said (a byte), which of it is denied in one stream and in the other (a byte), then what happens,
-//! four bytes each.
+//! The input: the contents (one byte), which of them are denied in each of two streams (one byte), then events of four
+//! bytes each.
 
 use palisade_abi::{
     PuntRequest, punt_flags,
@@ -22,13 +22,13 @@ const ETHERNET: usize = 14;
 const IP: usize = 20;
 const TCP: usize = 20;
 
-/// A segment of either side; `at` counts from behind the SYN.
+/// A segment of either side; `at` counts from the byte after the SYN.
 struct Segment<'a> {
     client: bool,
     flags: u8,
     at: i64,
     ack: u32,
-    /// A multiple of four bytes.
+    /// TCP options; the length is a multiple of four bytes.
     options: &'a [u8],
     data: &'a [u8],
 }
@@ -58,12 +58,12 @@ impl Segment<'_> {
     }
 }
 
-/// What a receiver has of the client's stream.
+/// A receiver's part of the client's stream.
 struct Receiver {
-    /// A byte that comes again takes the place of one that has not been read.
+    /// Whether a repeated byte replaces one that has not been read.
     last_wins: bool,
     bytes: Vec<Option<u8>>,
-    /// All before has been read.
+    /// Bytes that have been read.
     read: usize,
     closed: bool,
 }
@@ -74,9 +74,9 @@ impl Receiver {
         let seq = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
         let (flags, header) = (tcp[13], usize::from(tcp[12] >> 4) * 4);
         let at = i64::from(seq.wrapping_sub(ISN[0].wrapping_add(1)) as i32);
-        // A receiver with MPTCP goes by the mapping, and not by the sequence number.
+        // A receiver with MPTCP places payload by the mapping, not by the sequence number.
         let at = mapped(&tcp[TCP..header]).unwrap_or(at);
-        // a reset or an end is the end, where it counts
+        // A reset or FIN ends the connection if its sequence number is valid.
         if flags & RST != 0 {
             self.closed |= at == self.read as i64;
             return;
@@ -109,7 +109,8 @@ impl Receiver {
     }
 }
 
-/// Where an option of kind 30 says that the payload belongs. Reads on behind the end of the list.
+/// Returns where an option of kind 30 places the payload. Continues after the end of the option list, as a careless
+/// receiver may.
 fn mapped(options: &[u8]) -> Option<i64> {
     let mut at = 0;
     while let Some(&[kind, length]) = options.get(at..at + 2) {
@@ -122,7 +123,7 @@ fn mapped(options: &[u8]) -> Option<i64> {
     None
 }
 
-/// Where in the client's stream a frame ends; 0 if it has no bytes.
+/// Returns the end of a frame's payload in the client's stream; 0 without payload.
 fn end_of(frame: &[u8]) -> usize {
     let tcp = &frame[ETHERNET + IP..];
     let seq = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
@@ -135,13 +136,13 @@ fn end_of(frame: &[u8]) -> usize {
     at as usize + length
 }
 
-/// A place in a stream at which something must stand, if it is not to be denied.
+/// A place in a stream that must hold an allowed value.
 struct Slot {
     at: usize,
     allowed: &'static [u8],
 }
 
-/// Both streams, which differ in what is denied only, and the places where they may.
+/// Returns both streams, which differ only in denied values, and the places of these values.
 fn streams(said: u8, denied: u8) -> (Vec<u8>, Vec<u8>, Vec<Slot>) {
     let (mut one, mut two, mut slots) = (Vec::new(), Vec::new(), Vec::new());
     let tls = said & 0x80 != 0;
@@ -152,9 +153,9 @@ fn streams(said: u8, denied: u8) -> (Vec<u8>, Vec<u8>, Vec<Slot>) {
             }
             (hello(0), b"good.test", b"evil.test", hello(1))
         } else {
-            // the highest bit is taken
+            // The highest bit has another use.
             let kind = (said & 0x7f) >> (n * 2) & 3;
-            // the body of a request may look like one that is denied
+            // The body of a request may look like a denied request.
             let body = "GET /evil HTTP/1.1\r\nHost: x\r\n\r\n";
             let (method, behind) = match kind {
                 0 | 1 => ("GET ", " HTTP/1.1\r\nHost: x\r\n\r\n".to_owned()),
@@ -189,13 +190,13 @@ fn streams(said: u8, denied: u8) -> (Vec<u8>, Vec<u8>, Vec<Slot>) {
     (one, two, slots)
 }
 
-/// A ClientHello before and behind its name.
+/// Returns a ClientHello up to its name, and the rest of it.
 fn hello(part: usize) -> Vec<u8> {
     const NAME: usize = 9;
     let mut body = vec![3, 3];
     body.extend_from_slice(&[7; 32]);
     body.extend_from_slice(&[0, 0, 2, 0x13, 1, 1, 0]);
-    // server name, then supported versions
+    // Server name, then supported versions.
     let extensions = 9 + NAME + 7;
     body.extend_from_slice(&(extensions as u16).to_be_bytes());
     body.extend_from_slice(&[0, 0, 0, NAME as u8 + 5, 0, NAME as u8 + 3, 0, 0, NAME as u8]);
@@ -205,7 +206,7 @@ fn hello(part: usize) -> Vec<u8> {
     [head, behind][part].clone()
 }
 
-/// A ServerHello that asks for another hello.
+/// Returns a HelloRetryRequest.
 fn retry() -> Vec<u8> {
     let mut hello = vec![22, 3, 3, 0, 50, 2, 0, 0, 46, 3, 3];
     hello.extend_from_slice(&[
@@ -226,18 +227,18 @@ struct Game {
     ruleset: u32,
     receivers: [Receiver; 2],
     slots: Vec<Slot>,
-    /// Bytes that the server has said.
+    /// Bytes that the server has sent.
     said: usize,
-    /// The next so many packets that go to the server are lost.
+    /// Number of the next packets to the server that are lost.
     lost: u8,
-    /// Behind the last byte that has gone on to the server, lost or not.
+    /// End of the bytes that were forwarded to the server, lost or not.
     forwarded: usize,
 }
 
 impl Game {
     fn send(&mut self, segment: &Segment<'_>) {
         let mut frame = segment.frame();
-        // As the worker does before a packet is read.
+        // The worker normalises options before inspection.
         let is_understood = normalise_options(&mut frame[ETHERNET + IP..], None).is_ok();
         let slot = PuntRequest {
             rule: 9,
@@ -252,7 +253,7 @@ impl Game {
             ..PuntRequest::default()
         };
         let handle = self.frames.len();
-        // the programs do not carry what no receiver takes
+        // The programs do not punt what no receiver accepts.
         if is_understood && give(&mut self.engine, self.now, &slot, &frame, handle, &mut self.done) {
             self.given += 1;
         }
@@ -260,7 +261,7 @@ impl Game {
         self.deliver();
     }
 
-    /// An ICMP error of a router about a segment of one of the ends.
+    /// Passes an ICMP error of a router about a segment of one end.
     fn error(&mut self, about_client: bool, seq: u32, kind: [u8; 2], mtu: u16) {
         let segment = Segment {
             client: about_client,
@@ -273,7 +274,7 @@ impl Game {
         let quoted = segment.frame();
         let mut frame = quoted[..ETHERNET].to_vec();
         frame.extend_from_slice(&[0x45, 0, 0, 56, 0, 0, 0, 0, 60, 1, 0, 0, 203, 0, 113, 9]);
-        // To the source of what is quoted.
+        // To the source of the quoted packet.
         frame.extend_from_slice(&quoted[ETHERNET + 12..ETHERNET + 16]);
         frame.extend_from_slice(&[kind[0], kind[1], 0, 0, 0, 0]);
         frame.extend_from_slice(&mtu.to_be_bytes());
@@ -305,7 +306,7 @@ impl Game {
         self.deliver();
     }
 
-    /// Takes to the receivers what goes on to them.
+    /// Delivers forwarded packets to the receivers.
     fn deliver(&mut self) {
         for passed in std::mem::take(&mut self.done.passed) {
             let frame = match passed {
@@ -340,7 +341,7 @@ impl Game {
         }
     }
 
-    /// What both receivers have read.
+    /// Returns the end of what both receivers have read.
     fn acknowledged(&self) -> u32 {
         let read = self.receivers.iter().map(|r| r.read).min().unwrap_or(0);
         ISN[0].wrapping_add(1 + read as u32)
@@ -365,7 +366,7 @@ impl Game {
     }
 }
 
-/// Runs one game.
+/// Runs one connection.
 pub fn run(input: &[u8]) {
     let Some((&[said, denied], mut rest)) = input.split_first_chunk() else {
         return;
@@ -432,7 +433,7 @@ pub fn run(input: &[u8]) {
             data,
         };
         match what >> 1 & 15 {
-            // an error about what is under way, or nearly; or about anything
+            // An error about a segment in flight, or close to one, or about any number.
             6 => {
                 let (client, wild) = (what & 1 == 0, what >> 5 == 7);
                 let near = if client { game.forwarded } else { game.said };
@@ -442,19 +443,19 @@ pub fn run(input: &[u8]) {
                 let seq = if wild { seq.wrapping_mul(0x0101_0101) } else { seq };
                 game.error(client, seq, kind, u16::from(length) * 8);
             }
-            // some of either stream
+            // A part of either stream.
             0..=5 => {
                 if more & 1 != 0 && to == stream.len() {
                     segment.flags |= FIN;
                 }
                 game.send(&segment);
             }
-            // the same, and it is lost behind the engine
+            // The same, lost after the engine.
             7 => {
                 game.lost = 1 + more % 3;
                 game.send(&segment);
             }
-            // something that receivers do not take
+            // A segment that receivers discard.
             8 => {
                 segment.flags = [0, ACK | URG, ACK | SYN, ACK | SYN | FIN, FIN, SYN][usize::from(more % 6)];
                 game.send(&segment);
@@ -468,12 +469,12 @@ pub fn run(input: &[u8]) {
                 segment.data = b"";
                 game.send(&segment);
             }
-            // it may say that it has what was lost
+            // The receiver may acknowledge bytes that were lost.
             11 => game.server(b"", more & 1 != 0),
             12 => game.server(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", false),
             13 => game.server(&retry(), false),
             14 => {
-                // it says that it has what was said
+                // The client acknowledges the server's bytes.
                 segment.data = b"";
                 game.send(&segment);
             }

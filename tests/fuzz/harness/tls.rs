@@ -1,12 +1,12 @@
-//! Both sides of a TLS connection: however the streams are cut, the same is read in them.
+//! Both sides of a TLS connection: the parser finds the same in a stream wherever it is cut.
 //!
-//! The first byte of the input says how the stream is cut.
+//! The first byte of the input selects the cuts.
 
 use palisade_protocols::tls::{
     ClientHello, ClientReader, ClientStep, ParseError, ServerName, ServerReader, ServerStep,
 };
 
-/// Runs one stream.
+/// Parses one stream.
 pub fn run(input: &[u8]) {
     let Some((&cut, stream)) = input.split_first() else {
         return;
@@ -28,7 +28,7 @@ pub fn run(input: &[u8]) {
     }
 }
 
-/// The hellos with where they end, and why the stream was refused.
+/// Returns the hellos with their ends, and why the stream was refused.
 fn client(stream: &[u8], step: usize) -> (Vec<(usize, ClientHello)>, Option<ParseError>) {
     let mut reader = ClientReader::default();
     let (mut hellos, mut at) = (Vec::new(), 0);
@@ -53,7 +53,7 @@ fn client(stream: &[u8], step: usize) -> (Vec<(usize, ClientHello)>, Option<Pars
     (hellos, None)
 }
 
-/// What the server's side came to, with where.
+/// Returns the steps of the server's side with their ends.
 fn server(stream: &[u8], step: usize) -> (Vec<(usize, ServerStep)>, Option<ParseError>) {
     let mut reader = ServerReader::default();
     let (mut steps, mut at) = (Vec::new(), 0);
@@ -64,7 +64,7 @@ fn server(stream: &[u8], step: usize) -> (Vec<(usize, ServerStep)>, Option<Parse
                 Ok(ServerStep::More) => break,
                 Ok(step @ ServerStep::Again) => steps.push((at + piece.len() - input.len(), step)),
                 Ok(step) => {
-                    // where in its record an alert ends makes no difference
+                    // The place of an alert within its record makes no difference.
                     steps.push((0, step));
                     return (steps, None);
                 }
