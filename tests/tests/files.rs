@@ -1,4 +1,4 @@
-//! The files that tests and people start from can be read at all.
+//! Policy cases and example policies can be parsed.
 
 use std::{fs, path::Path};
 
@@ -18,7 +18,7 @@ fn every_case_is_a_valid_policy_with_valid_checks() {
     let mut all = 0;
     for folder in ["peers", "ports", "deny", "kubernetes", "host"] {
         for case in cases(folder).expect("cases") {
-            // a warning may be what the case is about
+            // A warning may be what the case tests.
             assert!(
                 !parse(&case.name, &case.policy).has_errors(),
                 "{:#?}",

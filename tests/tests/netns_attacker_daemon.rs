@@ -1,5 +1,5 @@
-//! The daemon among users and files that mean it no good: directories that another user made first, a second daemon,
-//! a disk that is full, files that a power failure has cut short.
+//! The daemon against hostile users and broken files: directories that another user made first, a second daemon, a full
+//! disk, files that a power failure has truncated.
 
 use std::{
     fs,
@@ -55,19 +55,19 @@ fn change_config(daemon: &Daemon, from: &str, to: &str) {
     fs::write(daemon.config(), text.replacen(from, to, 1)).expect("configuration");
 }
 
-/// Puts a line into the table `[node]`.
+/// Adds a line to the table `[node]`.
 fn set_node(daemon: &Daemon, line: &str) {
     change_config(daemon, "[node]\n", &format!("[node]\n{line}\n"));
 }
 
-/// What the daemon that does not start says.
+/// Returns the error of a daemon that does not start.
 fn refusal(daemon: &mut Daemon) -> String {
     daemon.spawn().expect("spawn");
     let error = daemon.wait().expect_err("it has started");
     format!("{error:#}")
 }
 
-/// Starts it as after a boot: nothing is pinned.
+/// Starts the daemon as after a boot: nothing is pinned.
 fn boot(daemon: &mut Daemon) {
     daemon.spawn().expect("spawn");
     daemon
@@ -88,11 +88,11 @@ fn text(output: &Output) -> String {
     )
 }
 
-/// A mount namespace of its own, for as long as this lives.
+/// A mount namespace that lives as long as this process.
 struct Mounts(Process);
 
 impl Mounts {
-    /// `script` mounts what is wanted.
+    /// Creates the namespace; `script` mounts file systems in it.
     fn new(daemon: &Daemon, script: &str) -> Self {
         let mut command = Command::new("unshare");
         let ready = beside(daemon, "mounted");
@@ -120,7 +120,7 @@ impl Mounts {
     }
 }
 
-/// Does something as the unprivileged user.
+/// Returns a script that runs as the unprivileged user.
 fn as_user(script: &str) -> String {
     format!("setpriv --reuid={USER} --regid={USER} --clear-groups sh -c '{script}'")
 }
@@ -132,7 +132,7 @@ fn a_pin_directory_that_an_unprivileged_user_made_first_is_refused() {
     let pins = daemon.pins().display().to_string();
     for (made, says) in [
         (as_user(&format!("mkdir {pins}")), pins.clone()),
-        // A directory of root in which the user made one before root closed it.
+        // A directory of root in which the unprivileged user created a directory before root restricted it.
         (
             format!(
                 "mkdir -m 1777 {pins}\n{}",
@@ -153,7 +153,7 @@ fn a_pin_directory_that_an_unprivileged_user_made_first_is_refused() {
         );
         fs::remove_file(beside(&daemon, "mounted")).expect("mark");
     }
-    // One that everybody may write, without the sticky bit, lets everybody exchange the directory.
+    // A directory that is world-writable without the sticky bit lets any user replace the entries in it.
     let mounts = Mounts::new(&daemon, "mount -t bpf bpf /sys/fs/bpf\nchmod 0777 /sys/fs/bpf");
     daemon.start_through(mounts.enter());
     let refusal = refusal(&mut daemon);
@@ -202,7 +202,7 @@ fn a_state_directory_or_socket_directory_that_another_user_can_change_is_refused
         "{said}"
     );
     chown(&state, Some(0), None).expect("chown");
-    // A link of another user, as it can be put into /tmp.
+    // A symbolic link of another user, as it can be made in /tmp.
     fs::remove_dir(&state).expect("state");
     std::os::unix::fs::symlink("/var", &state).expect("link");
     std::os::unix::fs::lchown(&state, Some(USER), None).expect("chown");
@@ -245,7 +245,7 @@ fn a_second_daemon_takes_neither_the_socket_nor_the_pins_of_the_first() {
             said.contains("another palisade daemon") && said.contains(&format!("[node] {shared}")),
             "{said}"
         );
-        // Nor does a command that detaches without a daemon.
+        // A command that detaches without a daemon refuses it as well.
         if shared == "pin_dir" {
             let detach = second.try_cli(&["stop", "--detach"]).expect("stop");
             assert!(
@@ -261,7 +261,7 @@ fn a_second_daemon_takes_neither_the_socket_nor_the_pins_of_the_first() {
     assert!(fs::metadata(lock).is_ok());
 }
 
-/// A state directory on a file system of its own, which can be filled.
+/// Mounts a state directory on a file system of its own, which can be filled.
 fn small_disk(daemon: &Daemon) -> (Mounts, String) {
     let state = beside(daemon, "state");
     fs::create_dir_all(&state).expect("state");
@@ -311,7 +311,7 @@ fn a_setting_that_cannot_be_saved_fails_and_is_saved_once_the_disk_has_space() {
     let status = daemon.status().expect("status");
     assert!(lines(&status, "warnings").contains("NOT KEPT"), "{status:#}");
     assert!(daemon.log().contains("NOT KEPT"), "{}", daemon.log());
-    // What was there before is whole.
+    // The previous content is complete.
     let whole = mounts.run(&format!("head -c 17 {state}/state.json; ls -A {state}"));
     assert!(text(&whole).starts_with("# kept by palisad"), "{}", text(&whole));
 
@@ -383,13 +383,13 @@ fn a_broken_configuration_at_boot_leaves_the_last_good_one_in_force() {
         assert!(daemon.log().contains(&format!("palisade.toml:{line}:")) || warnings.contains("role"));
         daemon.detach().expect("detach");
     }
-    // The policies come from their last good copies too.
+    // The last good copies of the policies are used too.
     daemon
         .write("front.yaml", "apiVersion: cilium.io/v2\nkind: [\n")
         .expect("policy");
     boot(&mut daemon);
     world.expect(&daemon, ONLY_FRONT);
-    // Mended: no start is needed.
+    // A corrected file needs no restart.
     fs::write(daemon.config(), &good).expect("configuration");
     daemon.cli(&["reload"]).expect("reload");
     let status = daemon.status().expect("status");
@@ -397,7 +397,7 @@ fn a_broken_configuration_at_boot_leaves_the_last_good_one_in_force() {
     world.expect(&daemon, ONLY_FRONT);
     daemon.detach().expect("detach");
 
-    // A copy that is not whole is not used, and named.
+    // A truncated copy is not used, and is reported.
     let kept = beside(&daemon, "state/config.kept");
     let whole = fs::read(&kept).expect("copy");
     fs::write(daemon.config(), good.replacen("[[interface]]", "[[interface", 1)).expect("configuration");
@@ -522,11 +522,11 @@ fn no_command_waits_for_a_hung_daemon() {
     });
     let ended = follower.wait(PATIENCE).expect("it notices");
     assert_eq!(ended.code(), Some(3), "{}", follower.log());
-    // What is attached does not need the daemon.
+    // The attached programs do not depend on the daemon.
     assert_eq!(world.check(ONLY_FRONT).expect("check"), [""; 0]);
     signal("-CONT");
     let status = daemon.status().expect("it answers again");
-    // The commands that were given up changed nothing afterwards.
+    // The commands that timed out had no effect later.
     assert!(status["uptime"].as_u64() <= Some(started.elapsed().as_secs() + 30));
     let back = daemon
         .json(&["endpoint", "get", "default/back"])
@@ -614,7 +614,7 @@ fn commands_of_root_refuse_a_socket_of_another_user() {
     fs::set_permissions(&parent, fs::Permissions::from_mode(0o755)).expect("chmod");
     let path = dir.join("palisade.sock");
     let mut listener = Command::new("setpriv");
-    // perl: a part of every Debian system, and readable to every user.
+    // perl is part of every Debian system and readable for every user.
     listener
         .arg(format!("--reuid={USER}"))
         .args(["--clear-groups", "perl", "-MIO::Socket::UNIX", "-e"])

@@ -1,4 +1,4 @@
-//! DNS rules as clients meet them that read answers in another way than the policy's author thinks.
+//! DNS rules against clients that resolve names in other ways than the policy's author expects.
 
 use palisade_testbed::{daemon::Settings, topology::FAMILIES};
 use palisade_tests::fixtures::dns::{names, resolver, site};

@@ -1,5 +1,5 @@
-//! An attacker who re-uses ports, forges resets and lets connections die, so that what must be read passes unread; and
-//! the same by accident, which must work.
+//! An attacker reuses ports, forges resets and lets flows expire so that inspected traffic passes without inspection. The
+//! same events without an attacker must work.
 
 use std::{
     io::{Read as _, Write as _},
@@ -42,7 +42,7 @@ fn contains(all: &[u8], part: &[u8]) -> bool {
     all.windows(part.len()).any(|window| window == part)
 }
 
-/// Ends a connection for the server, takes the mark of that away, and opens another one by the same ports.
+/// Ends a connection on behalf of the server, hides the reset from the programs, and opens another one with the same ports.
 fn open_again(client: &mut RawTcp, at: i64, isn: u32) {
     client
         .send(&Segment::data(at, b"").flags(flags::RST))
@@ -94,7 +94,7 @@ fn a_connection_that_reuses_the_ports_of_an_offloaded_one_is_inspected() {
                 .deliver_pieces(0, &evil, 1_000, Duration::from_secs(2))
                 .expect("hello");
             assert_eq!(outcome, Delivered::Reset, "{from} -> {to}\n{}", daemon.report());
-            // What is allowed goes on as ever, by the same ports.
+            // Allowed requests pass, with the same ports.
             client.begin_anew(0x2222_0000);
             client.open().expect("a third connection");
             let at = tunnel(&mut client);
@@ -133,7 +133,7 @@ fn a_connection_that_reuses_the_ports_of_an_offload_window_is_inspected() {
             let outcome = client.deliver_pieces(0, &begin, 1_000, OPEN).expect("request");
             assert_eq!(outcome, Delivered::Whole, "{}", daemon.report());
             let at = begin.len() as i64;
-            // Within the stretch that is left to the programs.
+            // A sequence number within the offload window.
             let inside = client.seq(at).wrapping_add(500_000);
             open_again(&mut client, at, inside);
             let evil = b"POST /evil/delete-all HTTP/1.1\r\nHost: x.example\r\nContent-Length: 0\r\n\r\n";
@@ -157,8 +157,8 @@ fn a_connection_that_reuses_the_ports_of_an_offload_window_is_inspected() {
     }
 }
 
-/// The server may send to port 443 of any host. An attacker at such a port lets the entry of its SYN die, and waits for
-/// the server to repeat its answer.
+/// The server may send to port 443 of any host. An attacker at such a port lets the entry of its SYN expire and waits until
+/// the server retransmits its SYN+ACK.
 #[test]
 fn an_expired_inspected_flow_is_not_recreated_in_the_servers_direction() {
     let apps = apps();
@@ -183,7 +183,7 @@ fn an_expired_inspected_flow_is_not_recreated_in_the_servers_direction() {
             .expect("reset");
         let answered = client.listen(OPEN, |c| c.acked() >= 0).expect("answer");
         assert!(answered, "{}", daemon.report());
-        // The server repeats its answer after one, three and seven seconds.
+        // The server retransmits its SYN+ACK after one, three and seven seconds.
         thread::sleep(Duration::from_millis(4_000));
         let evil = b"GET /evil HTTP/1.1\r\nHost: x.example\r\n\r\n";
         client
@@ -195,7 +195,7 @@ fn an_expired_inspected_flow_is_not_recreated_in_the_servers_direction() {
     }
 }
 
-/// One forged datagram from the resolver's port, and the workload asks from the port that it went to.
+/// A forged datagram from the resolver's port to the port from which the workload then sends its query.
 #[test]
 fn a_spoofed_resolver_datagram_does_not_disable_inspection_of_queries() {
     let apps = apps();
@@ -232,7 +232,7 @@ fn a_spoofed_resolver_datagram_does_not_disable_inspection_of_queries() {
     }
 }
 
-/// A socket of one end of a connection that this end forgets without a word.
+/// Removes the socket of one end without a packet on the wire.
 fn forget(ns: &Ns, stream: TcpStream) {
     ns.nft(
         "table inet mute {}\ndelete table inet mute\ntable inet mute {\nchain output {\n\
@@ -247,7 +247,7 @@ fn forget(ns: &Ns, stream: TcpStream) {
     ns.nft("delete table inet mute\n").expect("nft");
 }
 
-/// A connection from a given port, and how long it took.
+/// Opens a connection from a given port. Returns it and how long the handshake took.
 fn connect(ns: &Ns, from: SocketAddr, to: SocketAddr) -> (TcpStream, Duration) {
     let begun = Instant::now();
     let stream = ns
@@ -262,7 +262,7 @@ fn connect(ns: &Ns, from: SocketAddr, to: SocketAddr) -> (TcpStream, Duration) {
     (stream, begun.elapsed())
 }
 
-/// A request, and whether it is answered as it should be.
+/// Returns whether a request gets its response.
 fn is_served(stream: &mut TcpStream, path: &str) -> bool {
     stream.set_read_timeout(Some(OPEN)).expect("timeout");
     let request = format!("GET {path} HTTP/1.1\r\nHost: x.example\r\n\r\n");
@@ -286,7 +286,7 @@ fn ports_can_be_reused_when_one_end_has_lost_the_connection() {
                 port += 1;
                 let own = SocketAddr::new(apps.source(from, to, family), port);
                 let listener = apps.ns(to).enter(|| TcpListener::bind(at)).expect("listener");
-                // What it serves; the connections stay open until the end.
+                // Accepts connections and keeps them open until the end.
                 let serve = |listener: &TcpListener| {
                     let (mut stream, _) = listener.accept().expect("accept");
                     let mut request = [0; 400];
@@ -314,14 +314,15 @@ fn ports_can_be_reused_when_one_end_has_lost_the_connection() {
                         "{from} -> {to}\n{}",
                         daemon.report()
                     );
-                    // One SYN is sent again if the server has to be told first that the old connection is no more.
+                    // A server with the old connection answers the SYN with a challenge ACK, and the client retransmits its
+                    // SYN.
                     assert!(
                         took < Duration::from_millis(2_900),
                         "{from} -> {to}: {took:?}\n{}",
                         daemon.report()
                     );
                     let second_served = served.join().expect("server");
-                    // And it is read.
+                    // The new connection is inspected.
                     assert!(!is_served(&mut second, "/evil"), "{from} -> {to}");
                     let _ = second.shutdown(Shutdown::Both);
                     drop((second, second_served, kept));

@@ -1,4 +1,4 @@
-//! Attackers behind HTTP rules: what a server takes for a request must be a request that was judged.
+//! Attackers behind HTTP rules: each request that a server parses must be one that was inspected.
 
 use std::{
     fs,
@@ -32,7 +32,7 @@ const RULES: &str = "      rules:
 const DENIED: &str = "Access denied\r\n";
 const HIDDEN: &str = "DELETE /denied/all HTTP/1.1\r\nHost: x\r\n\r\n";
 
-/// A server that reads requests in the ways that firewalls are gone around by.
+/// A server that parses requests in the ways that known attacks on firewalls rely on.
 struct Careless {
     _process: Process,
     log: std::path::PathBuf,
@@ -66,7 +66,7 @@ impl Careless {
         text.lines().map(str::to_owned).collect()
     }
 
-    /// Waits for a line.
+    /// Waits for a line of the log.
     #[track_caller]
     fn expect(&self, line: &str, daemon: &Daemon) {
         let begin = Instant::now();
@@ -82,17 +82,17 @@ impl Careless {
     }
 }
 
-/// A connection on which this is said at once; what was answered until it is silent or ends.
+/// Sends bytes at once on a new connection. Returns what the server sent until it is silent or the connection ends.
 fn said(apps: &Apps, to: SocketAddr, bytes: &[u8]) -> String {
     let mut talk = Talk::open(apps.ns("client"), to, OPEN).expect("connection");
     if talk.say(bytes).is_ok() {
-        // a reset is an end like any other
+        // A reset ends the connection like a FIN.
         let _ = talk.hear(Duration::from_millis(400), |_| false);
     }
     talk.text()
 }
 
-/// Streams that some server takes for more, or other, requests than another does. Each names its number in its path.
+/// Returns streams in which servers find different requests. Each request has its number in its path.
 fn nasty() -> Vec<Vec<u8>> {
     let length = HIDDEN.len();
     let chunk = format!("{length:x}\r\n{HIDDEN}\r\n0\r\n\r\n");
@@ -100,7 +100,7 @@ fn nasty() -> Vec<Vec<u8>> {
     let mut head = |line: &str, fields: &str, body: &str| {
         streams.push(format!("{line} HTTP/1.1\r\nHost: x\r\n{fields}\r\n{body}"));
     };
-    // bodies that are not read
+    // Bodies that some servers ignore.
     for method in ["GET", "HEAD", "DELETE", "OPTIONS", "TRACE", "get"] {
         head(
             &format!("{method} /allowed/N"),
@@ -113,7 +113,7 @@ fn nasty() -> Vec<Vec<u8>> {
             &chunk,
         );
     }
-    // framing in disguise
+    // Framing fields with unusual spellings.
     for name in [
         "Transfer_Encoding",
         "Transfer.Encoding",
@@ -152,7 +152,7 @@ fn nasty() -> Vec<Vec<u8>> {
             &chunk,
         );
     }
-    // framing twice, or malformed
+    // Repeated or malformed framing fields.
     for fields in [
         format!("Content-Length: {length}\r\nContent-Length: 0\r\n"),
         format!("Content-Length: 0\r\nContent-Length: {length}\r\n"),
@@ -183,7 +183,7 @@ fn nasty() -> Vec<Vec<u8>> {
             &format!("0\r\n\r\n{HIDDEN}"),
         );
     }
-    // chunks
+    // Chunks.
     for size in [
         "0x0",
         "+0",
@@ -223,7 +223,7 @@ fn nasty() -> Vec<Vec<u8>> {
             &format!("0\r\n{trailer}\r\n\r\n{HIDDEN}"),
         );
     }
-    // expectations
+    // Expect fields.
     for expect in [
         "100-continue",
         "y 100-continue",
@@ -236,7 +236,7 @@ fn nasty() -> Vec<Vec<u8>> {
             HIDDEN,
         );
     }
-    // targets and hosts
+    // Targets and hosts.
     head("GET http://y/allowed/N", "", "");
     head("GET /allowed/N/../../denied/N", "", "");
     head("GET /allowed/N\tHTTP/1.1\r\nX: GET /denied/N", "", "");
@@ -244,7 +244,7 @@ fn nasty() -> Vec<Vec<u8>> {
     head("GET  /denied/N /allowed/N", "", "");
     head("GET /allowed/N", "Host: y\r\n", "");
     head("GET /allowed/N", "Host_: y\r\n", "");
-    // requests behind requests
+    // Requests after requests.
     for end in ["\n\n", "\r\n\n", "\r\r", "\r\n \r\n\r\n"] {
         streams.push(format!("GET /allowed/N HTTP/1.1\r\nHost: x{end}{HIDDEN}"));
     }
@@ -279,7 +279,7 @@ fn every_request_that_a_server_parses_was_inspected() {
         thread::scope(|scope| {
             for port in PORTS {
                 let (apps, streams, at) = (&apps, &streams, apps.at("internet", family, *port));
-                // in four threads: most of the time is spent in waiting for silence
+                // Four threads, because most of the time is spent waiting for silence.
                 for part in 0..4 {
                     scope.spawn(move || {
                         for stream in streams.iter().skip(part).step_by(4) {
@@ -295,7 +295,7 @@ fn every_request_that_a_server_parses_was_inspected() {
             }
         });
     }
-    // Both logs say what was taken for a request; the flows, what was judged.
+    // The logs of both servers list the requests that they parsed; the flow log lists the inspected requests.
     let judged: Vec<String> = daemon
         .flows(&["--protocol", "http", "--verdict", "FORWARDED", "--reply", "false"])
         .expect("flows")
@@ -363,7 +363,7 @@ fn a_server_that_accepts_an_upgrade_other_than_the_first_is_reset() {
             let head = format!("GET /allowed/up HTTP/1.1\r\nHost: x\r\n{fields}\r\n");
             let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
             talk.say(format!("{head}{behind}").as_bytes()).expect("a request");
-            // Until it ends, or long enough for a server that has taken the other protocol.
+            // Until the connection ends, or for as long as a server needs that has accepted the other protocol.
             let _ = talk.hear(Duration::from_secs(6), |_| false);
             assert!(
                 !talk.text().contains("101"),

@@ -1,5 +1,5 @@
-//! A workload with root in its own namespace, against what is between its interface and the policy: neighbour discovery,
-//! addresses of others, an interface that is made again or renamed.
+//! A workload with root in its own namespace attacks what its interface passes without a rule: neighbour discovery,
+//! addresses of others, an interface that is recreated or renamed.
 
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
@@ -31,7 +31,7 @@ spec:
 ";
 
 const PATIENCE: Duration = Duration::from_secs(8);
-/// How long it is waited for what must not come.
+/// Time to wait before a test concludes that a packet does not arrive.
 const SHORT: Duration = Duration::from_millis(400);
 
 fn topology() -> Topology {
@@ -46,8 +46,8 @@ fn daemon(topology: &Topology, policies: &[(&str, &str)]) -> Daemon {
     Daemon::start(topology, &Settings::default(), policies).unwrap_or_else(|error| panic!("{error:#}"))
 }
 
-/// Sends datagrams from a namespace to both addresses of a name, as fast as it can, for as long as `duration`. Errors (no
-/// route, no interface yet) are what it goes on after.
+/// Sends datagrams from a namespace to both addresses of a name, as fast as possible, for `duration`. Continues after
+/// errors (no route, no interface yet).
 fn flood(topology: &Topology, from: &str, to: &[IpAddr], duration: Duration) -> u32 {
     topology.ns(from).enter(|| {
         let begun = Instant::now();
@@ -111,7 +111,7 @@ fn neighbour_discovery_is_not_forwarded_off_the_link() {
         let leaked = capture.count(|packet| packet.payload.windows(8).any(|bytes| bytes == [0x53; 8]));
         assert_eq!(leaked, 0, "{:#?}", capture.packets());
     }
-    // Discovery on the link goes on working.
+    // Neighbour discovery on the link still works.
     let gateway = client.gateway(Family::V6);
     client.ns.ip(&format!("neigh flush dev {INNER}")).expect("flush");
     Wire::open(&client.ns, INNER, gateway).expect("the gateway answers a solicitation");
@@ -128,7 +128,7 @@ fn a_workload_neither_receives_nor_answers_packets_of_a_poisoned_neighbour_entry
     let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
     let capture = Capture::start(&client.ns, INNER).expect("capture");
     for family in FAMILIES {
-        // The node believes that the other workload's address is behind the client's link.
+        // A route and a neighbour entry of the node send the other workload's address to the client's link.
         let server = topology.addr("server", family);
         let length = if server.is_ipv4() { 32 } else { 128 };
         topology
@@ -145,7 +145,7 @@ fn a_workload_neither_receives_nor_answers_packets_of_a_poisoned_neighbour_entry
             capture.count(|packet| !packet.outgoing && packet.destination == server),
             0
         );
-        // It answers with the other's address nevertheless.
+        // The client sends from the other workload's address nevertheless.
         let wire = Wire::open(&client.ns, INNER, client.gateway(family)).expect("wire");
         let outside = Capture::start(&topology.internet, INNER).expect("capture");
         wire.udp(
@@ -195,7 +195,7 @@ fn a_recreated_interface_passes_nothing_before_it_is_guarded() {
         );
     }
 
-    // With the daemon back the policy decides again, and what it allows passes.
+    // After the restart the policy decides again, and allowed packets pass.
     daemon.restart().expect("restart");
     let internet = both(&topology, "internet");
     let servers = Echo::start(&topology.internet, &internet, &[], &[53]).expect("server");

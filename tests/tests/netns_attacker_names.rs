@@ -1,5 +1,5 @@
-//! Owners of allowed names that choose their answers: addresses of the node's surroundings; many different
-//! combinations of addresses would make the tables grow without end.
+//! Owners of allowed names choose their answers: addresses of the node's own network, and many combinations of addresses,
+//! which would make the tables grow without a bound.
 
 use std::{fs, net::Ipv4Addr, time::Duration};
 
@@ -21,7 +21,7 @@ fn daemon(names: &Names, tables: &str, policy: &str) -> Daemon {
         .expect("daemon")
 }
 
-/// What the client may do; `more` are further egress rules.
+/// Returns the client's policy; `more` are further egress rules.
 fn client(more: &str) -> String {
     format!(
         r#"
@@ -45,10 +45,10 @@ spec:
 #[test]
 fn special_purpose_addresses_are_reachable_by_name_only_if_they_are_listed() {
     let names = names();
-    // The sites have documentation addresses, which this daemon is not told to accept.
+    // The sites have documentation addresses, which the configuration does not allow.
     let daemon = daemon(&names, "[dns]\nallow_special = [\"192.0.2.0/24\"]\n", &client(""));
     for family in FAMILIES {
-        // The answer is passed on, but opens nothing.
+        // The answer is forwarded, but its address is not reachable.
         names.resolves(
             &daemon,
             "client",
@@ -62,7 +62,8 @@ fn special_purpose_addresses_are_reachable_by_name_only_if_they_are_listed() {
     assert!(status["names"]["special"].as_u64() >= Some(2), "{status:#}");
     assert_eq!(status["names"]["in_map"].as_u64(), Some(0), "{status:#}");
 
-    // A rule for another port names the prefix: now the name may point there. A rule for the internet is no such rule.
+    // A rule for another port lists the prefix: the name may now resolve to it. A rule for the whole internet does not
+    // count.
     let listed = "  - toCIDR: [\"203.0.113.0/24\", \"::/0\"]\n    toPorts: [{ports: [{port: \"9\"}]}]\n";
     daemon
         .apply(&[("client.yaml", &client(listed))])
@@ -79,7 +80,7 @@ fn special_purpose_addresses_are_reachable_by_name_only_if_they_are_listed() {
     names.reaches(&daemon, "client", 10, Family::V4);
     names.does_not_reach(&daemon, "client", 10, Family::V6);
 
-    // The rule goes, and with it what was learned.
+    // Without that rule the learned address is removed.
     daemon
         .apply(&[("client.yaml", &client(""))])
         .expect("the first policy");
@@ -88,7 +89,7 @@ fn special_purpose_addresses_are_reachable_by_name_only_if_they_are_listed() {
     }
 }
 
-/// Names of the policy, and addresses that are told: the address with the number `m` for the names whose bits `m` has.
+/// Names of the policy. The address with number `m` belongs to the names whose bits `m` has.
 const NAMES: u32 = 10;
 
 fn combinations(asked: &Asked) -> Vec<Said> {
@@ -161,7 +162,7 @@ fn a_dns_server_that_combines_names_does_not_control_the_size_of_the_tables() {
     );
     names.reaches(&daemon, "client", 10, Family::V4);
 
-    // What has expired takes its identities with it, and the state file knows none of them.
+    // Identities are removed with their expired addresses, and the state file does not keep them.
     palisade_testbed::ns::wait_until("identities are pruned", Duration::from_secs(60), || {
         identities().is_some_and(|now| now <= before + 64)
     })
@@ -174,7 +175,7 @@ fn a_dns_server_that_combines_names_does_not_control_the_size_of_the_tables() {
         .collect();
     assert!(!written.is_empty());
     let largest = written.matches("fqdn:n").count();
-    // Each name alone, on the IPv4 and on the IPv6 world.
+    // Each name alone, combined with the IPv4 and the IPv6 world.
     assert!(
         largest <= 2 * NAMES as usize,
         "{largest} names in the kept identities"

@@ -1,5 +1,5 @@
-//! What no program sees: packets that NAT, TPROXY or a mark turns to the node after they were judged, and interfaces that
-//! are configured and not guarded.
+//! Packets that no program can judge: those that NAT, TPROXY or a mark redirects to the node after the hooks, and those of
+//! interfaces that are configured and not guarded.
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
@@ -16,7 +16,7 @@ use palisade_testbed::{
 };
 use socket2::{Domain, InterfaceIndexOrAddress, Protocol, Socket, Type};
 
-/// The node lets in what goes to these ports, and nothing else.
+/// The node accepts packets to these ports only.
 const NODE: &str = r#"
 apiVersion: cilium.io/v2
 kind: CiliumClusterwideNetworkPolicy
@@ -42,7 +42,7 @@ spec:
 ";
 
 const PATIENCE: Duration = Duration::from_secs(8);
-/// How long it is waited for what must not come.
+/// Time to wait before a test concludes that a packet does not arrive.
 const SHORT: Duration = Duration::from_millis(400);
 
 fn topology() -> Topology {
@@ -68,7 +68,7 @@ fn any(like: IpAddr) -> IpAddr {
     }
 }
 
-/// Receives datagrams to a port of the node, also those that TPROXY gives it.
+/// Receives datagrams to a port of the node, including those that TPROXY redirects.
 struct Sink(UdpSocket);
 
 impl Sink {
@@ -91,7 +91,7 @@ impl Sink {
         })
     }
 
-    /// What comes until the datagram `last` does.
+    /// Returns the datagrams that arrive before the datagram `last`.
     fn until(&self, last: &str) -> Vec<String> {
         self.0.set_read_timeout(Some(PATIENCE)).expect("timeout");
         let mut got = Vec::new();
@@ -109,7 +109,7 @@ impl Sink {
         }
     }
 
-    /// What has come, after a moment.
+    /// Returns the datagrams that arrive within a moment.
     fn rest(&self) -> Vec<String> {
         self.0.set_read_timeout(Some(SHORT)).expect("timeout");
         let mut got = Vec::new();
@@ -131,7 +131,7 @@ fn send(from: &Ns, to: SocketAddr, text: &str) {
     });
 }
 
-/// The daemon's table, as nft shows it; empty if there is none.
+/// Returns the daemon's nftables table as nft prints it; empty if there is none.
 fn table(ns: &Ns) -> String {
     ns.run("nft", &["list", "table", "inet", "palisade"])
         .unwrap_or_default()
@@ -142,7 +142,7 @@ fn wait_table(daemon: &Daemon, ns: &Ns, what: &str, wanted: impl Fn(&str) -> boo
         .unwrap_or_else(|error| panic!("{error:#}\n{}\n{}", table(ns), daemon.report()));
 }
 
-/// Packets that the table has dropped for a reason, as `status` tells them.
+/// Returns how many packets the table has dropped for a reason, as `status` counts them.
 fn dropped(daemon: &Daemon, reason: u64) -> u64 {
     let status = daemon.status().expect("status");
     let drops = status["drops"].as_array().expect("drops");
@@ -160,8 +160,8 @@ fn services() -> [IpAddr; 2] {
     ]
 }
 
-/// Datagrams from outside and from a workload to a service address that the node turns to itself: none is delivered while
-/// the node's ingress is enforced, all are otherwise.
+/// Sends datagrams from outside and from a workload to a service address that is redirected to the node. None may be
+/// delivered while the node's ingress is enforced; all must be otherwise.
 fn one_way(topology: &Topology, daemon: &Daemon, how: &str) {
     let node = both(topology, "node");
     let sinks = node.map(|own| [80, 81].map(|port| Sink::open(&topology.node, own, port)));
@@ -172,7 +172,7 @@ fn one_way(topology: &Topology, daemon: &Daemon, how: &str) {
                     let text = format!("{from} {port} {n}");
                     send(topology.ns(from), SocketAddr::new(service, port), &text);
                 }
-                // Comes the same way behind them, by a port that the policy allows.
+                // Arrives after them on the same path, to an allowed port.
                 send(
                     topology.ns(from),
                     SocketAddr::new(own, 81),
@@ -227,7 +227,7 @@ fn routes_to_services(topology: &Topology) {
 #[test]
 fn datagrams_redirected_to_the_node_by_dnat_are_dropped_while_its_ingress_is_enforced() {
     let topology = topology();
-    // Prefixes that the node takes for its own.
+    // Prefixes of the node's local routing table.
     let (local4, local6): (IpAddr, IpAddr) = (
         "203.0.113.200".parse().expect("v4"),
         "2001:db8:6::6".parse().expect("v6"),
@@ -247,7 +247,7 @@ fn datagrams_redirected_to_the_node_by_dnat_are_dropped_while_its_ingress_is_enf
     let daemon = daemon(&topology, &[("node.yaml", NODE)]);
     let ([v4, v6], [node4, node6]) = (services(), both(&topology, "node"));
     routes_to_services(&topology);
-    // No rule has the kernel track connections that it would not track otherwise.
+    // No rule makes the kernel track connections that it would not track otherwise.
     assert!(
         !table(&topology.node).contains("ct "),
         "{}",
@@ -275,7 +275,7 @@ fn datagrams_redirected_to_the_node_by_dnat_are_dropped_while_its_ingress_is_enf
     });
     one_way(&topology, &daemon, "DNAT");
 
-    // A port of the node's own that is published under another number, and what answers the node behind its own DNAT.
+    // A port of the node published under another number, and responses to the node's own packets after its DNAT.
     let _server = Echo::start(&topology.internet, &both(&topology, "internet"), &[], &[53]).expect("server");
     for ((own, local), service) in [(node4, local4), (node6, local6)].into_iter().zip([v4, v6]) {
         let sink = Sink::open(&topology.node, own, 80);
@@ -328,7 +328,7 @@ fn datagrams_redirected_to_the_node_by_tproxy_or_mark_are_dropped_while_its_ingr
     ));
     one_way(&topology, &daemon, "TPROXY");
 
-    // Groups, broadcasts, link-local addresses and an address of this moment are the node's, whatever mark a packet has.
+    // Multicast, broadcast, link-local and newly added addresses belong to the node, whatever mark a packet has.
     chain("meta mark set 2");
     let (group4, group6) = (Ipv4Addr::new(239, 1, 1, 1), "ff05::123".parse().expect("group"));
     let sinks = both(&topology, "node").map(|own| Sink::open(&topology.node, own, 81));
@@ -421,7 +421,7 @@ fn the_node_and_an_unguarded_interface_cannot_reach_each_other() {
         .collect();
     let nothing_passes = |when: &str| {
         for to in &to {
-            // Either end may not know the other yet, or be told that it may not send.
+            // Sending may fail while an end has no neighbour entry, or because the node answers that it is prohibited.
             for (from, to) in [(&inside, *to), (&node, client.addr(family_of(*to)))] {
                 from.enter(|| {
                     let socket = UdpSocket::bind((any(to), 0)).expect("socket");
@@ -457,7 +457,7 @@ fn the_node_and_an_unguarded_interface_cannot_reach_each_other() {
         into[usize::from(to.is_ipv6())].until(&n.to_string());
     }
 
-    // An interface that is not configured is open as before, except for the address that the workload has at its own.
+    // An unconfigured interface stays open, except for the workload's address.
     node.ip(&format!(
         "link add extra0 type veth peer name extra1 netns {}\naddr add fd09::1/64 dev extra0 nodad\nlink set extra0 up",
         inside.name()
@@ -508,7 +508,7 @@ fn the_nftables_table_is_restored_and_detach_removes_it_and_no_other() {
     }
     assert_eq!(beside.log().matches("nftables-restored").count(), 0);
 
-    // What stands in the table's place and is another program's is left alone and said.
+    // A table of this name that another program made is left alone and reported.
     let foreign = "table inet palisade {\n chain mine { }\n}";
     node.nft(&format!("delete table inet palisade\n{foreign}"))
         .expect("foreign");
@@ -533,7 +533,7 @@ fn the_nftables_table_is_restored_and_detach_removes_it_and_no_other() {
     assert_eq!(tables(node), "table inet operator\n");
     assert!(table(&other.node).contains("@names"));
 
-    // Also without the daemon.
+    // The command works without the daemon too.
     beside.kill9().expect("kill -9");
     assert!(table(&other.node).contains("@names"));
     beside.cli(&["stop", "--detach"]).expect("detach");
@@ -623,8 +623,8 @@ fn the_forward_hook_exists_only_while_an_interface_is_unguarded() {
     assert!(is_hooked(&table(&node)), "{}", table(&node));
 }
 
-/// Becomes another program, for which the kernel has no netlink for netfilter (seccomp(2): EPROTONOSUPPORT for
-/// socket(AF_NETLINK, ..., NETLINK_NETFILTER)).
+/// Runs another program with a seccomp filter under which the kernel has no NETLINK_NETFILTER: socket(2) fails with
+/// EPROTONOSUPPORT.
 const WITHOUT_NETFILTER: &str = r#"
 import ctypes, os, platform, struct, sys
 number = {"x86_64": 41, "aarch64": 198}[platform.machine()]
@@ -666,7 +666,7 @@ fn a_kernel_without_nf_tables_is_reported_and_the_programs_enforce() {
         }
         assert_eq!(denied.rest(), [""; 0]);
     }
-    // With nf_tables at the next start everything is as it should be.
+    // At the next start with nf_tables, the table is written.
     daemon.kill9().expect("kill -9");
     daemon.start_through(Vec::new());
     daemon.restart().expect("restart");
@@ -683,7 +683,7 @@ fn a_recreated_bridge_port_reaches_neither_the_node_nor_other_ports() {
     let node = &topology.node;
     let (client, server) = (topology.get("client"), topology.get("server"));
     let peers = [(client, server), (server, client)];
-    // Without an address of its own it takes that of a port, and another one when the port goes.
+    // Without an address of its own, a bridge takes that of a port, and another one when the port is removed.
     node.ip("link add br0 address 02:00:00:00:00:01 type bridge\nlink set br0 up")
         .expect("bridge");
     let join = |w: &Workload, other: &Workload| {
@@ -766,7 +766,7 @@ fn a_recreated_bridge_port_reaches_neither_the_node_nor_other_ports() {
     topology.meet().expect("the workloads reach the node");
     for (n, family) in FAMILIES.into_iter().enumerate() {
         let to = SocketAddr::new(server.addr(family), 9);
-        // The neighbour is asked for first.
+        // The first datagram waits for neighbour resolution.
         wait_until("the other workload is reached", PATIENCE, || {
             send(&client.ns, to, "hello");
             !sinks[2][n].rest().is_empty()
@@ -786,7 +786,7 @@ fn a_failed_attachment_keeps_the_old_programs_and_an_unguarded_nic_open() {
         },
         ..Settings::default()
     };
-    // Where this one stands there is no room for a clsact qdisc.
+    // With this qdisc in place, a clsact qdisc cannot be added.
     let occupy = |interface: &str| {
         node.run("tc", &["qdisc", "add", "dev", interface, "ingress"])
             .expect("qdisc");
@@ -811,7 +811,7 @@ fn a_failed_attachment_keeps_the_old_programs_and_an_unguarded_nic_open() {
     let sinks = both(&topology, "node").map(|own| [9, 81].map(|port| Sink::open(node, own, port)));
     for (sinks, own) in sinks.iter().zip(both(&topology, "node")) {
         for from in ["internet", "client"] {
-            // The programs that were attached before go on.
+            // The programs that were attached before still enforce.
             send(topology.ns(from), SocketAddr::new(own, 9), "denied");
             send(topology.ns(from), SocketAddr::new(own, 81), from);
             sinks[1].until(from);
@@ -820,7 +820,7 @@ fn a_failed_attachment_keeps_the_old_programs_and_an_unguarded_nic_open() {
     }
     daemon.detach().expect("detach");
 
-    // A NIC that never was guarded stays open, so that the node can be reached; a workload's interface does not.
+    // A NIC that never was guarded stays open, so that the operator can reach the node; a workload's interface does not.
     daemon.spawn().expect("spawn");
     wait_until("it runs", PATIENCE * 4, || {
         daemon.status().is_ok_and(|status| fails(&status))
@@ -833,7 +833,7 @@ fn a_failed_attachment_keeps_the_old_programs_and_an_unguarded_nic_open() {
                 let _ = socket.send_to(b"unguarded", (own, 81));
             }
         });
-        // The table is written after the attempt to attach: until then the name of the NIC may be closed.
+        // The daemon writes the table after its attempt to attach; until then the NIC's name may be closed.
         wait_until("a NIC that never was guarded is open", PATIENCE, || {
             send(&topology.internet, SocketAddr::new(own, 9), "open");
             sinks[0].rest().iter().any(|text| text == "open")

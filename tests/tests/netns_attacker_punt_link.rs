@@ -1,4 +1,4 @@
-//! What local users can do to the punt link, the pair of interfaces between the programs and the workers.
+//! Attacks of local users on the punt link, the pair of interfaces between the programs and the workers.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6},
@@ -14,11 +14,11 @@ use palisade_tests::{
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 
-/// The reason of frames on the punt link that the programs did not put there.
+/// Drop reason of frames on the punt link that the programs did not put there.
 const FOREIGN: u64 = 233;
 const ENDS: [&str; 2] = ["palisade0", "palisade1"];
 
-/// Frames that an end of the punt link has sent.
+/// Returns how many frames an end of the punt link has sent.
 fn sent(apps: &Apps, end: &str) -> u64 {
     let shown = apps
         .ns("node")
@@ -28,7 +28,7 @@ fn sent(apps: &Apps, end: &str) -> u64 {
     shown[0]["stats64"]["tx"]["packets"].as_u64().expect("packets")
 }
 
-/// Sends a datagram by an interface, as any user may (SO_BINDTODEVICE needs no privilege on a socket without a device).
+/// Sends a datagram by an interface. SO_BINDTODEVICE needs no privilege on a socket without a device.
 fn send_by(interface: &str, to: SocketAddr) -> std::io::Result<usize> {
     let socket = Socket::new(Domain::for_address(to), Type::DGRAM, None)?;
     socket.bind_device(Some(interface.as_bytes()))?;
@@ -39,7 +39,7 @@ fn send_by(interface: &str, to: SocketAddr) -> std::io::Result<usize> {
 #[test]
 fn an_idle_node_has_no_frames_on_the_punt_link() {
     let apps = apps();
-    // A node that forwards IPv6 reports the groups of all routers on every interface (RFC 3810).
+    // A node that forwards IPv6 reports the all-routers groups on every interface (RFC 3810).
     apps.ns("node")
         .sysctl("ipv6/conf/all/forwarding", "1")
         .expect("sysctl");

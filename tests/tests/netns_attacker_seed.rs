@@ -1,5 +1,5 @@
-//! Socket lists that lie: flows that are older than Palisade are taken over from the kernel's tables, and some of these
-//! tables are in the hands of the workloads and of ordinary users.
+//! Forged socket lists: conntrack is seeded from the kernel's tables, some of which workloads and unprivileged users can
+//! fill.
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
@@ -17,7 +17,7 @@ use palisade_testbed::{
 };
 use palisade_tests::{CLOSED, OPEN, world};
 
-/// The node takes everything and may send only to port 443; `back` takes nothing and may send everything.
+/// The node allows all ingress, and egress only to port 443; `back` denies ingress and allows all egress.
 const ONE_WAY: &str = "
 apiVersion: cilium.io/v2
 kind: CiliumClusterwideNetworkPolicy
@@ -40,9 +40,9 @@ spec:
   - {}
 ";
 
-/// Connects a UDP socket. As `ordinary-user-called`, gives up root and binds a second socket to the same local port: to
-/// a reader of the socket list that looks like a server that was called. As `root-calls`, one that calls. Sends one
-/// datagram to the peer for each line that it reads.
+/// Connects a UDP socket. As `ordinary-user-called`, drops root and binds a second socket to the same local port, which
+/// looks like a server's socket in the socket list. As `root-calls`, a client's socket. Sends one datagram to the peer for
+/// each line of its input.
 const SOCKETS: &str = r#"
 import os, socket, sys
 local, remote = sys.argv[1], sys.argv[2]
@@ -69,7 +69,7 @@ for _ in sys.stdin:
 const LOCAL_PORT: u16 = 5000;
 const REMOTE_PORT: u16 = 5300;
 
-/// The program, in a namespace.
+/// The Python program in a namespace.
 struct Sockets {
     child: Child,
     stdin: Option<ChildStdin>,
@@ -103,7 +103,7 @@ impl Sockets {
 
 impl Drop for Sockets {
     fn drop(&mut self) {
-        // End of input ends the program.
+        // The end of its input ends the program.
         self.stdin.take();
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -134,13 +134,13 @@ fn two_udp_sockets_of_an_ordinary_user_do_not_open_the_nodes_egress() {
             );
             let receiver = receiver(world.ns("far"), &far, REMOTE_PORT);
             let mut sockets = Sockets::new(world.ns("node"), &node, &far, "ordinary-user-called");
-            // The first datagrams may be lost while the link resolves its neighbours.
+            // The first datagrams may be lost during neighbour resolution.
             let arrives = (0..10).any(|_| {
                 sockets.send();
                 hears(&receiver)
             });
             assert!(arrives, "{family:?}: without a firewall the datagram arrives");
-            // What waited for the resolution must not count below.
+            // Datagrams that waited for the resolution must not count below.
             while hears(&receiver) {}
             (family, receiver, sockets)
         })
@@ -164,7 +164,7 @@ fn sockets_with_another_workloads_address_do_not_open_that_workloads_ingress() {
             world.addr("far", family).to_string(),
         );
         let length = if family == Family::V4 { 32 } else { 128 };
-        // Root of `front` gives the address of `back` to its own loopback, and "calls" far from it.
+        // Root in `front` adds the address of `back` to its loopback interface and connects from it to `far`.
         let nodad = if family == Family::V6 { " nodad" } else { "" };
         world
             .ns("front")
@@ -209,7 +209,7 @@ fn conntrack_is_seeded_at_the_first_start_only() {
         .map(|&family| open(world.ns("back"), None, world.at("far", family, 443), OPEN).expect("connection"))
         .collect();
     daemon.kill9().expect("kill -9");
-    // A connection that begins while no daemon runs is judged by the pinned programs.
+    // The pinned programs decide on a connection that begins while no daemon runs.
     for &family in FAMILIES.iter() {
         streams.push(open(world.ns("back"), None, world.at("far", family, 80), OPEN).expect("connection"));
     }

@@ -1,4 +1,4 @@
-//! An attacker that opens as many flows as it can: connections of others stay, idle ones too.
+//! An attacker opens as many flows as it can. Connections of other endpoints survive, including idle ones.
 
 use std::{
     io::{Read as _, Write as _},
@@ -15,7 +15,7 @@ use palisade_testbed::{
 use palisade_tests::{OPEN, World, world};
 use socket2::{Domain, Protocol, Socket, Type};
 
-/// Nobody is let in to `back` and `front`; they may open whatever they like, and so may everybody to `db`.
+/// `back` and `front` deny all ingress and allow all egress; `db` allows ingress from everywhere.
 const POLICY: &str = "
 apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
@@ -37,7 +37,7 @@ fn settings() -> Settings {
     }
 }
 
-/// A connection of which both ends are at hand.
+/// A connection with both of its ends.
 struct Pair {
     client: TcpStream,
     server: TcpStream,
@@ -54,8 +54,8 @@ impl Pair {
         Self { client, server }
     }
 
-    /// The answering side says something: what comes without an entry is judged as a flow of its own, and nobody is
-    /// let in to the client.
+    /// Sends bytes from the answering side. Without a conntrack entry the packet would be a flow of its own, and the client
+    /// denies ingress.
     fn server_speaks(&mut self) -> bool {
         let mut byte = [0];
         self.client.set_read_timeout(Some(OPEN)).expect("timeout");
@@ -64,12 +64,12 @@ impl Pair {
     }
 }
 
-/// Two packets a flow: a datagram from each of many ports and to many ports, which the other end answers.
+/// Sends a datagram from each of many ports to many ports, each of which the other end answers.
 fn flood(world: &World, from: &str, to: &str, family: Family, port: u16) {
     let (source, destination) = (world.addr(from, family), world.addr(to, family));
     world.ns(from).enter(|| {
         let address = SocketAddr::new(destination, 0);
-        // IPPROTO_RAW: with its network header as given.
+        // IPPROTO_RAW: the caller supplies the IP header.
         let protocol = Protocol::from(255);
         let socket = Socket::new(Domain::for_address(address), Type::RAW, Some(protocol)).expect("socket");
         if address.is_ipv6() {
@@ -78,7 +78,7 @@ fn flood(world: &World, from: &str, to: &str, family: Family, port: u16) {
         for flow in 0..FLOOD {
             let datagram = packet::whole_udp(source, destination, 10_000 + flow as u16, port, b"flood");
             socket.send_to(&datagram, &address.into()).expect("datagram");
-            // Paced, so that the other end's queue takes it.
+            // Paced, so that the receiver's queue does not overflow.
             if flow % 64 == 0 {
                 std::thread::sleep(Duration::from_millis(1));
             }
@@ -97,9 +97,9 @@ fn a_flood_from_a_workload_evicts_no_idle_connection() {
         let mut pairs = [
             Pair::open(world.ns("back"), world.ns("db"), db(0)),
             Pair::open(world.ns("back"), world.ns("far"), world.at("far", family, 0)),
-            // The flooding workload's own.
+            // A connection of the flooding workload.
             Pair::open(world.ns("front"), world.ns("db"), db(0)),
-            // The node's.
+            // A connection of the node.
             Pair::open(world.ns("node"), world.ns("far"), world.at("far", family, 0)),
         ];
         flood(&world, "front", "db", family, 53);
@@ -133,7 +133,7 @@ fn a_flood_to_a_workload_and_the_node_evicts_no_idle_connection() {
         for (n, pair) in pairs.iter_mut().enumerate() {
             assert!(pair.server_speaks(), "{family:?} {n}\n{}", daemon.report());
         }
-        // Another workload still opens what it likes.
+        // Another workload can still open connections.
         let mut pair = Pair::open(world.ns("back"), world.ns("far"), world.at("far", family, 0));
         assert!(pair.server_speaks());
     }

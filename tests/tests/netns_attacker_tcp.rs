@@ -1,4 +1,4 @@
-//! An attacker who says in TCP options, and not in sequence numbers, what the receiver makes of a segment.
+//! An attacker uses TCP options, not sequence numbers, to change what the receiver reads.
 
 use std::{
     io::{self, Read, Write},
@@ -26,7 +26,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 const PORT: u16 = 80;
 const IPPROTO_MPTCP: i32 = 262;
 const MPTCP: u8 = 30;
-/// The attacker's key; its SHA-256 gives the first data sequence number (RFC 8684, 3.1).
+/// The attacker's key; its SHA-256 gives the first data sequence number (RFC 8684, section 3.1).
 const KEY: [u8; 8] = *b"Palisade";
 
 const PATHS: &str = "      rules:\n        http: [{method: GET, path: /public}]\n";
@@ -53,7 +53,7 @@ fn sha256(bytes: &[u8]) -> [u8; 32] {
     sum
 }
 
-/// The data sequence number of the first byte behind the handshake, by a key.
+/// Returns the data sequence number of the first byte after the handshake, for a key.
 fn first_data(key: &[u8]) -> u64 {
     let sum = sha256(key);
     u64::from_be_bytes(sum[24..].try_into().expect("eight bytes")).wrapping_add(1)
@@ -72,7 +72,7 @@ fn mptcp_listener(at: SocketAddr) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
-/// A server that takes part in MPTCP, at both addresses of a place.
+/// Starts a server with MPTCP, at both addresses of a name.
 fn recorder(apps: &Apps, name: &str) -> Recorder {
     let listeners = FAMILIES
         .into_iter()
@@ -85,7 +85,7 @@ fn recorder(apps: &Apps, name: &str) -> Recorder {
 }
 
 struct World {
-    // The daemon goes before the namespaces.
+    // Declared first: the daemon must end before the namespaces are removed.
     daemon: Option<Daemon>,
     recorders: Vec<(&'static str, Recorder)>,
     apps: Apps,
@@ -111,7 +111,7 @@ impl World {
         Self::guarded_where(rules, |_| true)
     }
 
-    /// With the policies whose name is wanted.
+    /// Starts the daemon with the policies whose name is `wanted`.
     fn guarded_where(rules: &str, wanted: fn(&str) -> bool) -> Self {
         let mut world = Self::new();
         let mut policies = policies(&[PORT], rules);
@@ -142,7 +142,7 @@ impl World {
         Wire::open(self.apps.ns(from), interface, gateway).expect("wire")
     }
 
-    /// Opens a connection; takes part in MPTCP if the other end offers it.
+    /// Opens a connection, with MPTCP if the other end offers it.
     fn open(&self, from: &str, to: &str, family: Family, in_syn: &[u8]) -> Forged {
         let port = 20_000 + (serial() % 9_000) as u16;
         let local = SocketAddr::new(self.apps.source(from, to, family), port);
@@ -163,7 +163,8 @@ impl World {
         .unwrap_or_else(|error| panic!("{from} -> {to} {family:?}: {error:#}\n{}", self.report()))
     }
 
-    /// Waits until the server has heard a text from an attacker, or the time is over; all that it has heard.
+    /// Waits until the server has received a text from an attacker, or for `timeout`. Returns all bytes that it has
+    /// received.
     fn heard(&self, to: &str, from: SocketAddr, text: &str, timeout: Duration) -> Vec<u8> {
         let contains = |bytes: &[u8]| bytes.windows(text.len()).any(|w| w == text.as_bytes());
         let _ = self
@@ -177,8 +178,8 @@ fn request(method: &str, path: &str) -> Vec<u8> {
     format!("{method} {path} HTTP/1.1\r\nHost: x.example\r\n\r\n").into()
 }
 
-/// An allowed request, then its beginning again, mapped onto data that the receiver has, and behind it, in its place in
-/// the connection, what is denied. Returns what the server has heard.
+/// Sends an allowed request, then its beginning again, mapped onto data that the receiver already has, and after it a
+/// denied request at the following sequence number. Returns what the server has received.
 fn remap(world: &World, from: &str, to: &str, family: Family) -> Vec<u8> {
     let syn = [option::mss(1_400), option::mp_capable(&[], None)].concat();
     let own = world.open(from, to, family, &syn);
@@ -190,7 +191,7 @@ fn remap(world: &World, from: &str, to: &str, family: Family) -> Vec<u8> {
             let keys = [KEY, key[..].try_into().expect("a key")];
             option::mp_capable(&keys, Some(public.len() as u16))
         }
-        // Without MPTCP the request goes without it; what follows tries it all the same.
+        // Without MPTCP, the test still sends the denied request without a mapping.
         None => Vec::new(),
     };
     let at_isn = own.isn.wrapping_add(1);
@@ -232,7 +233,7 @@ fn remap(world: &World, from: &str, to: &str, family: Family) -> Vec<u8> {
 
 #[test]
 fn without_http_rules_the_remapped_request_arrives() {
-    // Otherwise the test below proves nothing.
+    // Without this, the test below would prove nothing.
     let world = World::new();
     for family in FAMILIES {
         let heard = remap(&world, "client", "internet", family);
@@ -307,7 +308,7 @@ fn neither_end_sees_options_that_change_what_a_segment_means() {
             for kind in [MPTCP, 34, 253, 254] {
                 assert_eq!(options(kind), None, "{from} -> {to} {family:?}: {kind}");
             }
-            // An option of an unknown kind is taken out of a later segment, which goes on.
+            // An option of an unknown kind is removed from a later segment, which is forwarded.
             let public = request("GET", "/public");
             let end = own.isn.wrapping_add(1 + public.len() as u32);
             own.send(&own.segment(1).option(&[172, 4, 1, 1]).payload(&public))
@@ -382,7 +383,7 @@ fn multipath_and_signature_options_in_a_later_segment_are_refused() {
 fn data_in_a_syn_is_not_accepted_with_any_fast_open_cookie() {
     let world = World::guarded(PATHS);
     for name in ["server", "node", "internet"] {
-        // Server side for all listeners, without a cookie.
+        // For all listeners, without a cookie.
         world
             .apps
             .ns(name)

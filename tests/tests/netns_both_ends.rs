@@ -1,4 +1,4 @@
-//! Packets between the node and its own workloads, which the policies of both ends have read.
+//! Packets between the node and its workloads that the policies of both ends inspect.
 
 use std::{
     net::SocketAddr,
@@ -46,7 +46,7 @@ fn a_request_is_forwarded_only_if_both_endpoints_allow_it() {
             ("node", "/node", 403),
             ("node", "/server", 403),
             ("node", "/other", 403),
-            // who is not the node is judged by one of them
+            // Packets of other hosts are subject to one policy.
             ("internet", "/server", 200),
             ("internet", "/node", 403),
         ] {
@@ -61,7 +61,7 @@ fn a_request_is_forwarded_only_if_both_endpoints_allow_it() {
             assert_eq!(got.body == DENIED, status == 403, "{got:?}");
             assert!(begun.elapsed() < Duration::from_secs(1), "{from} {path}: {got:?}");
         }
-        // several on one connection, as long as they are allowed
+        // Several requests on one connection, until one is denied.
         for denied in ["/node", "/server"] {
             let urls = ["/both/1", "/both/2", denied, "/both/3"].map(url);
             let urls: Vec<&str> = urls.iter().map(String::as_str).collect();
@@ -81,7 +81,7 @@ fn a_request_is_forwarded_only_if_both_endpoints_allow_it() {
             .all(|seen| seen.request.starts_with("GET /both") || seen.request.starts_with("GET /server")),
         "{seen:?}"
     );
-    // each of the two names itself
+    // Each of the two policies is named in its own flow record.
     for (policy, path) in [("node-egress", "/server$"), ("server-ingress", "/node$")] {
         daemon
             .wait_flows(
@@ -100,7 +100,7 @@ fn a_request_is_forwarded_only_if_both_endpoints_allow_it() {
             )
             .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
     }
-    // nobody is left with a connection that the other end knows nothing of
+    // Neither end may keep a connection that the other end does not know.
     std::thread::sleep(Duration::from_secs(1));
     for name in ["node", "server"] {
         let mut ss = apps.ns(name).command("ss");

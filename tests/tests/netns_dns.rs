@@ -1,5 +1,5 @@
-//! DNS rules and egress by name, with real programs: who may ask for what, who gets which answer, and where one may
-//! go after that.
+//! DNS rules and egress by name, with real programs: which queries pass, what they are answered, and which addresses are
+//! reachable afterwards.
 
 use std::{
     fs,
@@ -24,7 +24,7 @@ use palisade_tests::{
 
 const SOON: Duration = Duration::from_millis(300);
 
-/// The client asks for some names, and goes where they lead.
+/// The client may query some names and connect to their addresses.
 const CLIENT: &str = r#"
 apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
@@ -75,7 +75,7 @@ spec:
     - ports: [{port: "80", protocol: ANY}]
 "#;
 
-/// The server in the workload is open to all, and asks for some names itself.
+/// Any endpoint may query the server in the workload, which may query some names itself.
 const SERVER: &str = r#"
 apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
@@ -94,7 +94,7 @@ spec:
         dns: [{matchName: api.example}]
 "#;
 
-/// The node asks for some names only.
+/// The node may query some names only.
 const NODE: &str = r#"
 apiVersion: cilium.io/v2
 kind: CiliumClusterwideNetworkPolicy
@@ -125,8 +125,8 @@ fn client_only(names: &Names) -> Daemon {
     daemon(&names.topology, &[("client.yaml", CLIENT)])
 }
 
-/// Every way a question and its answer can take: out of a workload and into it, out of the node and into it, and
-/// between guarded endpoints.
+/// Every path of a query and its answer: out of a workload and into it, out of the node and into it, and between guarded
+/// endpoints.
 fn all_ways(hooks: Hooks) {
     let names = names();
     let settings = Settings {
@@ -180,7 +180,7 @@ fn all_ways(hooks: Hooks) {
                 names.is_refused(&daemon, from, at(server), name);
             }
         }
-        // who has asked may go there; where nobody may ask for, nobody goes
+        // The client that queried reaches the site; other endpoints do not.
         names.reaches(&daemon, "client", 10, family);
         names.does_not_reach(&daemon, "client", EVIL, family);
         names.reaches(&daemon, "node", 10, family);
@@ -235,11 +235,11 @@ fn an_address_is_reachable_only_after_its_own_client_resolved_it() {
             site(10, family),
         );
         names.reaches(&daemon, "client", 10, family);
-        // the other one has the same policy, but has not asked
+        // The other endpoint has the same policy but has not queried the name.
         names.does_not_reach(&daemon, "dns", 10, family);
         names.resolves(&daemon, "dns", resolver(family), "www.example", site(10, family));
         names.reaches(&daemon, "dns", 10, family);
-        // by name, but not to another port
+        // The rule by name allows other ports only.
         let to = SocketAddr::new(site(10, family), 443);
         assert_eq!(
             connect(names.ns("client"), to, SOON),
@@ -247,7 +247,7 @@ fn an_address_is_reachable_only_after_its_own_client_resolved_it() {
             "{}",
             daemon.report()
         );
-        // allowed to be asked for, but not to be gone to
+        // The name may be queried, but no rule allows its address.
         names.resolves(
             &daemon,
             "client",
@@ -275,7 +275,7 @@ fn from_every_kind_of_answer_only_addresses_of_the_queried_name_are_learned() {
         resolves("slow.example", 23);
         names.reaches(&daemon, "client", 23, family);
 
-        // truncated: asked again over TCP, and judged there too
+        // Truncated: the client repeats the query over TCP, where it is inspected too.
         let kind = if family == Family::V4 { "A" } else { "AAAA" };
         let dug = names.dig("client", server, &["cut.example", kind]);
         assert!(
@@ -290,7 +290,7 @@ fn from_every_kind_of_answer_only_addresses_of_the_queried_name_are_learned() {
         names.reaches(&daemon, "client", 10, family);
         names.is_refused_over_tcp(&daemon, "client", server, "evil.example");
 
-        // in fragments
+        // In fragments.
         let dug = names.dig("client", server, &["long.example", kind, "+bufsize=8192"]);
         assert_eq!(
             dug.answers,
@@ -301,13 +301,13 @@ fn from_every_kind_of_answer_only_addresses_of_the_queried_name_are_learned() {
         );
         names.reaches(&daemon, "client", 15, family);
 
-        // what it says of other names, and in other sections, teaches nothing
+        // Records of other names and other sections are not learned.
         let dug = names.dig("client", server, &["greedy.example", kind]);
         assert_eq!(dug.status, "NOERROR", "{}\n{}", dug.text, daemon.report());
         names.reaches(&daemon, "client", 18, family);
         names.does_not_reach(&daemon, "client", EVIL, family);
     }
-    // hints of both families come in one answer
+    // One answer has hints of both address families.
     let dug = names.dig("client", resolver(Family::V4), &["service.example", "HTTPS"]);
     assert!(dug.answers[0].contains("ipv6hint"), "{}", dug.text);
     for family in FAMILIES {
@@ -345,7 +345,8 @@ fn unsolicited_answers_are_dropped_and_nothing_is_learned() {
             names.reaches(&daemon, "client", good, family);
             names.does_not_reach(&daemon, "client", EVIL, family);
         }
-        // from elsewhere: no answer to this flow, so it may arrive if ingress is open, but it teaches nothing
+        // From another address or port: not an answer of this flow. It may arrive if ingress is open, but nothing is
+        // learned from it.
         for name in ["other-port.example", "other-address.example"] {
             let answers = heard(name);
             assert!(
@@ -355,7 +356,7 @@ fn unsolicited_answers_are_dropped_and_nothing_is_learned() {
             );
             names.does_not_reach(&daemon, "client", EVIL, family);
         }
-        // out of the blue, to a port from which nobody has asked
+        // Unsolicited, to a port without a query.
         let message = dns::answer(
             1,
             "www.example",
@@ -396,7 +397,7 @@ fn malformed_and_unusual_queries_never_reach_a_server() {
         message[at..at + bytes.len()].copy_from_slice(bytes);
         message
     };
-    // name, message, the code of the answer if there is one
+    // Name, message, and the response code if there is a response.
     let odd: &[(&str, Vec<u8>, Option<u8>)] = &[
         (
             "two questions, both allowed",
@@ -442,14 +443,14 @@ fn malformed_and_unusual_queries_never_reach_a_server() {
                 daemon.report()
             );
         }
-        // and the plain question still does, in any case of letters, with EDNS and without
+        // The plain query still passes, in any letter case, with and without EDNS.
         let answers = ask(names.ns("client"), from, server, &good, SOON).expect("ask");
         assert_eq!(answers.len(), 1, "{}", daemon.report());
         for how in [["WwW.eXaMpLe", "+noedns"], ["www.example.", "+bufsize=4096"]] {
             let dug = names.dig("client", server.ip(), &how);
             assert_eq!(dug.status, "NOERROR", "{how:?}: {}", dug.text);
         }
-        // a refusal echoes the letters as they were asked
+        // A refusal echoes the letter case of the query.
         let dug = names.dig("client", server.ip(), &["eViL.eXaMpLe"]);
         assert_eq!(
             (dug.status.as_str(), dug.question.as_str()),
@@ -623,7 +624,7 @@ fn real_dns_servers_and_clients() {
     let client = names.ns("client");
     for server in addresses {
         let conf = t.dir().join("resolv.conf");
-        // `www` is looked for below the first of the list, and a name with a dot too (ndots:2)
+        // The resolver tries `www` below the first search domain, and a name with one dot too (ndots:2).
         fs::write(
             &conf,
             format!("nameserver {server}\nsearch shop.example\noptions ndots:2 timeout:1 attempts:2\n"),
@@ -656,7 +657,7 @@ fn real_dns_servers_and_clients() {
                 daemon.report()
             );
         }
-        // by an address that nobody asked for
+        // By an address that no query resolved.
         let mut curl = client.command("curl");
         curl.args([
             "-sS",

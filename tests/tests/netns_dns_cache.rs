@@ -1,4 +1,4 @@
-//! How long a name leads somewhere: time to live, connections in use, restarts, cleaning, resolving ahead.
+//! Lifetime of learned addresses: TTL, connections in use, restarts, cleaning, prefetch.
 
 use std::{fs, net::SocketAddr, time::Duration};
 
@@ -61,7 +61,7 @@ const SHORT_TTL: &str = "[dns]\nmin_ttl = \"5s\"\n[timeouts]\nsweep = \"500ms\"\
 fn an_expired_address_is_removed_unless_a_connection_uses_it() {
     let names = names();
     let daemon = daemon(&names, SHORT_TTL, CLIENT);
-    // one family is in use, the other is not
+    // One family is in use, the other is not.
     let (used, unused) = (Family::V4, Family::V6);
     for family in FAMILIES {
         names.resolves(
@@ -86,7 +86,7 @@ fn an_expired_address_is_removed_unless_a_connection_uses_it() {
     assert!(live.finish(OPEN).whole());
     in_map("the address expires after its connection", 0);
     names.does_not_reach(&daemon, "client", 22, used);
-    // asked for again, it is there again
+    // After another query the address is reachable again.
     names.resolves(&daemon, "client", resolver(used), "short.example", site(22, used));
     names.reaches(&daemon, "client", 22, used);
 }
@@ -108,7 +108,7 @@ fn learned_addresses_survive_a_restart() {
     for end in [Daemon::kill9, Daemon::terminate] {
         end(&mut daemon).expect("end");
         for family in FAMILIES {
-            // nobody has to live for what is in the maps
+            // The map needs no running daemon.
             names.reaches(&daemon, "client", 10, family);
             names.does_not_reach(&daemon, "client", EVIL, family);
         }
@@ -176,7 +176,7 @@ fn cname_targets_count_only_with_follow_cname() {
     let family = Family::V4;
     for (tables, open) in [("", false), ("[dns]\nfollow_cname = true\n", true)] {
         let daemon = daemon(&names, tables, CLIENT);
-        // an alias of target.example, which the policy names
+        // An alias of target.example, which the policy names.
         names.resolves(
             &daemon,
             "client",

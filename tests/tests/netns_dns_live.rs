@@ -1,5 +1,5 @@
-//! Names while traffic flows: races between an answer and what follows it, reloads, crashes, workers that are too slow.
-//! Nothing that is allowed is lost, nothing that is denied gets through.
+//! DNS under load: races between an answer and the connection that follows it, reloads, crashes, stopped workers. Nothing
+//! allowed is lost, nothing denied passes.
 
 use std::{
     net::SocketAddr,
@@ -22,10 +22,11 @@ use palisade_tests::{
     fixtures::dns::{EVIL, Finish, Names, counted, names, resolver, site},
 };
 
-/// The port of a connection that goes on while things happen.
+/// Port of a connection that lasts for the whole test.
 const LOAD: u16 = 8082;
 
-/// Lets the client ask for these and go there; `n` only changes how it is said.
+/// Returns a policy that allows the client to query these names and to connect to their addresses; `n` changes its text
+/// only.
 fn policy(n: usize) -> String {
     let extra: String = (0..n % 5)
         .map(|m| format!("        - matchName: extra{n}-{m}.example\n"))
@@ -71,7 +72,7 @@ fn start(names: &Names, tables: &str) -> Daemon {
         .expect("daemon")
 }
 
-/// `count` names, below `wild`, that are allowed.
+/// Returns `count` allowed names below `wild`.
 fn allowed(count: usize) -> Vec<String> {
     (0..count).map(|n| format!("h{n}.wild.example A")).collect()
 }
@@ -162,7 +163,7 @@ fn reload_under_load_loses_no_query_and_passes_no_denied_one() {
     assert_eq!(names.questions("evil.example") + names.questions("no.example"), 0);
 }
 
-/// Asks for what is refused, and goes where nobody may, for as long as it lives.
+/// Sends denied queries and connects to denied addresses until it is dropped.
 struct Forbidden {
     leaks: Vec<Leak>,
 }
@@ -222,7 +223,7 @@ fn crash_under_load(restart_by: fn(&mut Daemon)) {
         thread::sleep(Duration::from_millis(700));
         daemon.kill9().expect("kill -9");
         let begin = Instant::now();
-        // what needs no reading goes on; what does is dropped, also after those that were under way
+        // A flow without inspection continues. Packets that need inspection are dropped, after those in flight.
         assert!(live.moves(200, OPEN), "the connection stands still");
         let mut asked = names.resolver.asked().len();
         let quiet = wait_until("no more questions come", OPEN, || {
@@ -239,7 +240,7 @@ fn crash_under_load(restart_by: fn(&mut Daemon)) {
         );
         restart_by(&mut daemon);
         dead_time += begin.elapsed();
-        // learned before, and still known
+        // Learned before and still in the map.
         names.reaches(&daemon, "client", 10, family);
         names.resolves(
             &daemon,

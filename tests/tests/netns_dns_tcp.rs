@@ -1,5 +1,5 @@
-//! DNS over TCP, with real programs: who is refused is told so, connections with several queries, queries in pieces,
-//! long answers, zone transfers.
+//! DNS over TCP with real programs: refusals, connections with several queries, queries in pieces, long answers, zone
+//! transfers.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -13,7 +13,7 @@ use palisade_tests::{
     setup::daemon,
 };
 
-/// Which names the client may ask for, and of whom.
+/// Names that the client may query, and at which servers.
 const CLIENT: &str = r#"
 apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
@@ -38,9 +38,9 @@ spec:
     - ports: [{port: "80", protocol: TCP}]
 "#;
 
-/// Asks over one connection and prints what comes back: number and code of each message, and how it ends.
+/// Sends queries over one connection and prints id and code of each response, and how the connection ends.
 ///
-/// ask.py SERVER PAUSE CUTS NAME...: one stream of all queries; each cut is a place in it where a new write begins, after
+/// ask.py SERVER PAUSE CUTS NAME...: all queries form one stream; each cut is an offset at which a new write begins, after
 /// a pause in ms.
 const ASK: &str = r#"
 import socket, struct, sys, time
@@ -82,7 +82,7 @@ except TimeoutError:
     print("nothing")
 "#;
 
-/// Runs [`ASK`] where a name says.
+/// Runs [`ASK`] in the namespace of a name.
 #[track_caller]
 fn ask(names: &Names, from: &str, server: IpAddr, pause: u32, cuts: &str, asked: &[&str]) -> String {
     let mut python = names.ns(from).command("python3");
@@ -108,7 +108,7 @@ fn a_refusal_follows_the_answers_to_earlier_queries() {
         names.is_refused_over_tcp(&daemon, "client", server, "api.example");
         let refused = names.questions("evil.example");
         let (www, evil) = ("www.example", "evil.example");
-        // one after the other and both at once; the length of a message apart from it; every byte by itself
+        // One after the other, and both at once; the length prefix apart from its message; byte by byte.
         says(0, "", &[www], "0 0;");
         says(0, "2", &[www], "0 0;");
         says(300, "2", &[www], "0 0;");
@@ -122,15 +122,15 @@ fn a_refusal_follows_the_answers_to_earlier_queries() {
         says(0, "31", &[www, evil], "0 0;1 5;");
         says(100, "31", &[www, evil], "0 0;1 5;");
         says(0, "31,63", &[www, "mail.example", evil], "0 0;1 0;2 5;");
-        // the resolver takes its time
+        // The resolver is slow.
         says(0, "32", &["slow.example", evil], "0 0;1 5;");
         says(0, "32,63", &["slow.example", www, evil], "0 0;1 0;2 5;");
-        // all in one write
+        // All in one write.
         says(0, "", &[www, evil], "0 0;1 5;");
         says(0, "", &[www, "mail.example", evil, evil], "0 0;1 0;2 5;3 5;");
         says(0, "", &[evil, "api.example", www], "0 5;1 5;end;");
         assert_eq!(names.questions(evil), refused, "{}", daemon.report());
-        // no answer at all: they are not told, and not kept waiting
+        // The resolver does not answer: the connection ends without a refusal, but ends.
         let got = ask(&names, "client", server, 0, "34", &["silent.example", evil]);
         assert!(got == "nothing;" || got == "reset;", "{got}\n{}", daemon.report());
         names.reaches(&daemon, "client", 10, family);
@@ -139,7 +139,7 @@ fn a_refusal_follows_the_answers_to_earlier_queries() {
     daemon
         .wait_status("denied queries are counted", |status| counted(status, 240) >= 10)
         .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
-    // dig keeps its connection and asks both
+    // dig sends both queries over one connection.
     let text = names
         .dig(
             "client",
@@ -161,7 +161,7 @@ fn long_answers_and_zone_transfers_pass() {
     let mut records: Vec<String> = (0..MANY)
         .map(|n| format!("many.shop. 60 IN A 198.18.{}.{}", n / 250, n % 250 + 1))
         .collect();
-    // more than fits in one message
+    // More records than one message holds.
     records.extend((0..9_000).map(|n| format!("h{n}.zone. 60 IN A 198.19.{}.{}", n / 250, n % 250 + 1)));
     records.push(format!("zone. 60 IN A {}", site(EVIL, Family::V4)));
     records.push(format!("www.secret. 60 IN A {}", site(EVIL, Family::V4)));
@@ -172,7 +172,7 @@ fn long_answers_and_zone_transfers_pass() {
     let dug = names.dig("client", server, &["many.shop", "A", "+tcp"]);
     assert_eq!(dug.answers.len(), MANY, "{}\n{}", dug.text, daemon.report());
 
-    // dig prints the records of a transfer, and how many messages there were
+    // dig prints the records of a transfer, and the number of messages.
     let transfer = |from: &str, asked: &[&str]| {
         let text = names.dig(from, server, asked).text;
         let records = text
@@ -191,12 +191,12 @@ fn long_answers_and_zone_transfers_pass() {
         assert!(messages > 1, "{asked:?} {records:?}\n{}", daemon.report());
         assert_eq!(records, whole, "{asked:?}\n{}", daemon.report());
     }
-    // what the zone says teaches nothing
+    // Addresses in a zone transfer are not learned.
     names.does_not_reach(&daemon, "client", EVIL, Family::V4);
     let dug = names.dig("client", server, &["zone", "A", "+tcp"]);
     assert_eq!(dug.status, "NOERROR", "{}\n{}", dug.text, daemon.report());
     names.reaches(&daemon, "client", EVIL, Family::V4);
-    // nor is another zone handed out
+    // A transfer of another zone is refused.
     let dug = names.dig("client", server, &["secret", "AXFR"]);
     assert!(dug.answers.is_empty(), "{}", dug.text);
     assert!(

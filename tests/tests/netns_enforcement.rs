@@ -1,4 +1,4 @@
-//! Enforcement modes, and audit in its three ways.
+//! Enforcement modes, and audit mode globally, per endpoint and per policy.
 
 use palisade_testbed::daemon::Settings;
 use palisade_tests::{World, flows, world};

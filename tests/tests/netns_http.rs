@@ -1,4 +1,5 @@
-//! HTTP rules with real programs: which requests reach a server, on which way, in which form, and what the others get.
+//! HTTP rules with real programs: which requests reach a server, on which path, in which form, and the responses to denied
+//! ones.
 
 use std::{
     collections::BTreeMap,
@@ -33,7 +34,7 @@ const PORTS: &[u16] = &[WEB, PEER, RAW, CADDY];
 const HTTP2: u64 = 250;
 const DENIED: &str = "Access denied\r\n";
 
-/// Everything below `/allowed`, uploads and downloads of files, and some that hang on fields.
+/// Allows everything below `/allowed`, uploads and downloads of files, and some requests by their header fields.
 const RULES: &str = "      rules:
         http:
         - {method: \"GET|HEAD|POST|PUT|OPTIONS\", path: \"/allowed(/.*)?\"}
@@ -60,7 +61,7 @@ fn peer(apps: &Apps) -> Peer {
     Peer::start(apps.ns("internet"), PEER, &apps.both("internet")).expect("peer")
 }
 
-/// A server that keeps what it hears and answers each head with a few bytes.
+/// Starts a server that records what it receives and answers each head with a few bytes.
 fn recorder(apps: &Apps) -> Recorder {
     Recorder::start(
         apps.ns("internet"),
@@ -102,7 +103,7 @@ fn all_ways(hooks: Hooks) {
                     daemon.report()
                 );
             }
-            // several on one connection, as long as they are allowed
+            // Several requests on one connection, until one is denied.
             let urls = ["/allowed/1", "/denied/2", "/allowed/3"].map(|path| url(at, path));
             let urls: Vec<&str> = urls.iter().map(String::as_str).collect();
             let got = curl(apps.ns(from), &urls, OPEN).expect("curl");
@@ -161,7 +162,7 @@ fn every_kind_of_message_passes() {
         let expect = |what: &str, got: &Curl, good: bool| {
             assert!(good, "{what} {family:?}: {got:?}\n{}", daemon.report());
         };
-        // bodies up, by length and in chunks, with and without waiting for leave
+        // Request bodies, with a length and chunked, with and without Expect.
         for (what, args) in [
             ("length", &["-H", "Expect:", "--data-binary", &from_body][..]),
             (
@@ -182,7 +183,7 @@ fn every_kind_of_message_passes() {
             let got = get(&apps, "client", at, args, "/denied/up");
             expect(what, &got, got.status == 403 && got.body == DENIED);
         }
-        // and down
+        // Response bodies.
         let got = get(&apps, "client", at, &["-i"], "/allowed/chunked?40,3000");
         let chunks = got.body.matches("AAA").count() > 900 && got.body.contains("X-Sum: ");
         expect("chunks down", &got, got.status == 200 && chunks);
@@ -193,7 +194,7 @@ fn every_kind_of_message_passes() {
             ("/allowed/until-close", 200, "until the end\n"),
             ("/allowed/slow", 200, "slow\n"),
         ] {
-            // twice, where that goes, so that what follows on the connection is found
+            // Twice where the connection persists, so that the parser must find the next message.
             let url = url(at, path);
             let got = curl(client, &[&url, &url], OPEN).expect("curl");
             expect(
@@ -202,7 +203,7 @@ fn every_kind_of_message_passes() {
                 got.code == 0 && got.status == status && got.body == body.repeat(2),
             );
         }
-        // HEAD has no body, whatever its answer says
+        // A response to HEAD has no body, whatever its head says.
         let (head, plain) = (url(at, "/allowed/head"), url(at, "/allowed/plain"));
         let got = curl(client, &["-I", &head, "--next", "-sS", &plain], OPEN).expect("curl");
         expect(
@@ -212,14 +213,14 @@ fn every_kind_of_message_passes() {
         );
         let got = get(&apps, "client", at, &["-I"], "/denied/head");
         expect("HEAD", &got, got.code == 0 && got.status == 403);
-        // HTTP/1.0, and what keeps such a connection open
+        // HTTP/1.0, with and without keep-alive.
         for args in [&["-0"][..], &["-0", "-H", "Connection: keep-alive"]] {
             let got = get(&apps, "client", at, args, "/allowed/old");
             expect("HTTP/1.0", &got, got.status == 200);
             let got = get(&apps, "client", at, args, "/denied/old");
             expect("HTTP/1.0", &got, got.status == 403 && got.body == DENIED);
         }
-        // an offer to go over to HTTP/2 is not taken
+        // The server does not accept the upgrade to HTTP/2.
         let got = get(&apps, "client", at, &["--http2"], "/allowed/offer");
         expect("h2c", &got, got.status == 200);
         let got = get(
@@ -269,7 +270,7 @@ fn upgrades_to_other_protocols() {
             "{said}\n{}",
             daemon.report()
         );
-        // who does not ask for it is not taken over
+        // Without a request for it there is no upgrade.
         let got = get(&apps, "client", at, &[], "/allowed/ws");
         assert_eq!(got.status, 426, "{got:?}\n{}", daemon.report());
         let got = get(&apps, "client", at, &[], "/allowed/liar");
@@ -278,7 +279,7 @@ fn upgrades_to_other_protocols() {
             "{got:?}\n{}",
             daemon.report()
         );
-        // what is asked behind a question of that kind waits for its answer
+        // A request after an Upgrade request waits for the response.
         let mut talk = Talk::open(client, at, OPEN).expect("connection");
         talk.say(
             b"GET /allowed/slow HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n\
@@ -293,7 +294,7 @@ fn upgrades_to_other_protocols() {
             daemon.report()
         );
 
-        // a tunnel, by CONNECT
+        // A tunnel, by CONNECT.
         for (host, allowed) in [("good.example:443", true), ("evil.example:443", false)] {
             let mut talk = Talk::open(client, at, OPEN).expect("connection");
             talk.say(format!("CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n\r\n").as_bytes())
@@ -312,7 +313,7 @@ fn upgrades_to_other_protocols() {
             );
             let before = packets_read(&daemon).expect("status");
             for n in 0..50 {
-                // anything, also what looks like a request
+                // Arbitrary bytes, also such that look like a request.
                 let said = format!("GET /denied/{n} HTTP/1.1\r\n\r\n");
                 talk.say(said.as_bytes()).expect("bytes");
                 talk.hear(OPEN, |heard| heard.ends_with(said.as_bytes()))
@@ -354,12 +355,12 @@ fn pipelined_requests() {
             "/denied/6",
             "/allowed/7",
         ]);
-        // at once, in pieces, and byte by byte
+        // At once, in pieces, and byte by byte.
         for size in [all.len(), 60, 1] {
             let before = peer.requests().len();
             let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
             for piece in all.chunks(size) {
-                // it may be over before everything is said
+                // The connection may end before all bytes are sent.
                 if talk.say(piece).is_err() {
                     break;
                 }
@@ -457,7 +458,7 @@ fn paths_are_matched_as_sent_and_as_normalized() {
         assert!(good.iter().any(|path| request["path"] == *path), "{request}");
     }
     drop(daemon);
-    // who knows what the server does may have them judged as they are
+    // An operator who knows the server can match paths as sent.
     let settings = tables("[http]\npath_normalization = \"raw\"\n");
     let daemon = client_only_with(&apps, &settings, PORTS, RULES);
     let at = apps.at("internet", Family::V4, PEER);
@@ -507,7 +508,7 @@ fn rules_on_hosts_and_header_fields() {
     for family in FAMILIES {
         let at = apps.at("internet", family, PEER);
         for (path, fields, status) in cases {
-            // curl adds a Host of its own, so these are written by hand
+            // Written by hand, because curl adds a Host field.
             let mut head = format!("GET {path} HTTP/1.1\r\nConnection: close\r\n");
             if !fields.iter().any(|field| field.starts_with("Host:")) {
                 head += "Host: x\r\n";
@@ -530,7 +531,7 @@ fn rules_on_hosts_and_header_fields() {
     assert_eq!(peer.requests().len(), 2 * allowed);
 }
 
-/// Heads that two readers could read differently, or no reader at all.
+/// Returns heads that are ambiguous or malformed.
 fn ambiguous() -> Vec<(&'static str, Vec<u8>)> {
     let with = |fields: &str| -> Vec<u8> {
         format!("POST /allowed/x HTTP/1.1\r\nHost: x\r\n{fields}\r\n").into_bytes()
@@ -681,7 +682,7 @@ fn ambiguous_requests_are_refused() {
             scope.spawn(move || {
                 let at = apps.at("internet", family, RAW);
                 for (what, bytes) in cases {
-                    // alone, and behind a request that is allowed
+                    // Alone, and after an allowed request.
                     let first = b"GET /allowed/first HTTP/1.1\r\nHost: x\r\n\r\n";
                     for before in [&b""[..], first] {
                         let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
@@ -695,7 +696,7 @@ fn ambiguous_requests_are_refused() {
                             "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
                         };
                         let refused = text.strip_prefix(answers).unwrap_or_default();
-                        // RFC 6585, 5: a head that is too large has a status of its own.
+                        // RFC 6585, section 5: too large a head has its own status.
                         let status = match *what {
                             "a long line" | "a long head" | "many fields" => "HTTP/1.1 431 ",
                             _ => "HTTP/1.1 400 ",
@@ -778,7 +779,7 @@ fn a_body_ends_at_its_first_invalid_chunk() {
             let local = talk.stream().local_addr().expect("address");
             talk.say([head, good, bad, smuggled].concat().as_bytes())
                 .expect("bytes");
-            // in good order or by a reset: the server may have begun to answer
+            // By FIN or by a reset: the server may have begun to answer.
             let _ = talk.hear_all(OPEN);
             let heard = hears
                 .wait(local, "its end", OPEN, |heard| heard.end != End::Open)
@@ -791,7 +792,7 @@ fn a_body_ends_at_its_first_invalid_chunk() {
                 daemon.report()
             );
         }
-        // chunks that are right, with a trailer, and a request behind them
+        // Valid chunks with a trailer, and a request after them.
         let all = [
             head,
             good,
@@ -849,7 +850,7 @@ fn other_protocols_are_reset_and_http2_has_its_own_reason() {
         let got = curl(apps.ns("client"), &["--http2-prior-knowledge", &url], OPEN).expect("curl");
         assert!(got.code != 0 && got.status == 0, "{got:?}\n{}", daemon.report());
         assert_eq!(web.seen().len(), if family == Family::V4 { 0 } else { 400 });
-        // the same program by HTTP/1.1 gets everything, several requests at a time
+        // The same program over HTTP/1.1 gets everything, with several pipelined requests.
         let args = ["--h1", "-n", "400", "-c", "4", "-m", "8", &url];
         let counted = h2load(apps.ns("client"), &args).expect("h2load");
         assert_eq!(
@@ -879,7 +880,7 @@ fn an_endless_head_is_aborted() {
                     let at = apps.at("internet", family, RAW);
                     let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
                     let local = talk.stream().local_addr().expect("address");
-                    // a whole one first, and then longer than that without one
+                    // A complete head first, and then a longer one that does not end.
                     talk.say(b"GET /allowed/1 HTTP/1.1\r\nHost: x\r\n\r\n")
                         .expect("bytes");
                     talk.hear(OPEN, |heard| heard.ends_with(b"ok"))
@@ -893,7 +894,7 @@ fn an_endless_head_is_aborted() {
                     .expect("an answer");
                     let begin = Instant::now();
                     if slowly {
-                        // each byte in time, all of it not
+                        // Each byte in time, but never a complete head.
                         for byte in head.iter().cycle() {
                             let said = talk.say(&[*byte]);
                             if said.is_err() || begin.elapsed() > OPEN {
@@ -938,7 +939,7 @@ fn clients_that_wait_for_acknowledgements_are_not_stalled() {
         print(time.time() - t)";
     for family in FAMILIES {
         let at = apps.at("internet", family, PEER);
-        // Nagle's algorithm is on unless a program says otherwise
+        // Nagle's algorithm is on unless a program turns it off.
         let mut stream = probe::open(apps.ns("client"), None, at, OPEN).expect("connection");
         stream.set_read_timeout(Some(OPEN)).expect("timeout");
         let begin = Instant::now();
@@ -991,7 +992,7 @@ fn large_bodies_are_offloaded() {
         let before = packets_read(&daemon).expect("status");
         let got = apps.topology.dir().join("got");
         let (got_text, up_text) = (got.display().to_string(), up.display().to_string());
-        // both on one connection, with a request behind them
+        // Both directions on one connection, with a request after them.
         let name = format!("up-{from}");
         let urls = [
             url(at, "/files/down"),
@@ -1019,13 +1020,13 @@ fn large_bodies_are_offloaded() {
             daemon.report()
         );
     }
-    // in chunks, large and small ones
+    // Large and small chunks.
     let peer = peer(&apps);
     let at = apps.at("internet", Family::V4, PEER);
     for (count, size, most) in [(4, 20_000_000, 15_000), (5_000, 1_000, 10_000)] {
         let before = packets_read(&daemon).expect("status");
         let url = url(at, &format!("/allowed/chunked?{count},{size}"));
-        // as long as a busy machine takes
+        // Long enough for a busy machine.
         let patience = Duration::from_secs(40);
         let got = curl(apps.ns("client"), &["-H", "X: y", &url], patience).expect("curl");
         let expected: usize = count * size;

@@ -1,4 +1,4 @@
-//! HTTP while policies change, daemons end and begin, packets are lost, and in audit mode.
+//! HTTP during policy changes, restarts of the daemon and packet loss, and in audit mode.
 
 use std::{
     sync::Arc,
@@ -21,7 +21,7 @@ use serde_json::Value;
 
 const PORT: u16 = 80;
 
-/// GET of these paths.
+/// Returns a rule for GET of these paths.
 fn paths(paths: &[&str]) -> String {
     let rules: String = paths
         .iter()
@@ -48,7 +48,7 @@ fn url(apps: &Apps, family: Family, path: &str) -> String {
     format!("http://{}{path}", apps.at("internet", family, PORT))
 }
 
-/// The status that curl gets.
+/// Returns the status that curl gets.
 fn status(apps: &Apps, family: Family, path: &str) -> u16 {
     let url = url(apps, family, path);
     curl(apps.ns("client"), &[&url], Duration::from_secs(3))
@@ -60,10 +60,10 @@ fn talk(apps: &Apps, family: Family) -> Talk {
     Talk::open(apps.ns("client"), apps.at("internet", family, PORT), OPEN).expect("connection")
 }
 
-/// Asks on an open connection; the status, or `None` if the connection is over.
+/// Sends a request on an open connection. Returns the status, or `None` if the connection has ended.
 ///
 /// # Panics
-/// If it is neither answered nor over.
+/// If there is neither a response nor an end.
 #[track_caller]
 fn ask(daemon: &Daemon, talk: &mut Talk, path: &str) -> Option<u16> {
     let before = talk.text().len();
@@ -101,7 +101,7 @@ fn each_request_is_matched_against_the_rules_in_force() {
         assert_eq!(ask(&daemon, &mut one, "/b"), None, "{}", daemon.report());
         assert_eq!(ask(&daemon, &mut two, "/b"), Some(200), "{}", daemon.report());
         assert_eq!(ask(&daemon, &mut two, "/c"), Some(200), "{}", daemon.report());
-        // on the port no more
+        // No rule for the port any more.
         let mut four = talk(&apps, family);
         assert_eq!(ask(&daemon, &mut four, "/b"), Some(200));
         let seen = web.seen().len();
@@ -111,7 +111,7 @@ fn each_request_is_matched_against_the_rules_in_force() {
         let _ = four.say(b"GET /b HTTP/1.1\r\nHost: x\r\n\r\n");
         thread::sleep(Duration::from_millis(300));
         assert_eq!(web.seen().len(), seen, "{}", daemon.report());
-        // Without lingering: else the request is repeated until the rules of the other family allow it again.
+        // SO_LINGER 0: otherwise the kernel retransmits the request until the rules of the other family allow it again.
         socket2::SockRef::from(four.stream())
             .set_linger(Some(Duration::ZERO))
             .expect("no lingering");
@@ -133,7 +133,7 @@ fn a_connection_that_was_not_inspected_for_a_while_is_reset_when_rules_inspect_i
     for family in FAMILIES {
         let mut read = talk(&apps, family);
         assert_eq!(ask(&daemon, &mut read, "/a"), Some(200));
-        // on the port, but of no application
+        // A rule for the port, without application rules.
         daemon
             .apply(&[("p.yaml", &policy("client", "egress", &[PORT], ""))])
             .expect("apply");
@@ -141,7 +141,7 @@ fn a_connection_that_was_not_inspected_for_a_while_is_reset_when_rules_inspect_i
         for talk in [&mut read, &mut unread] {
             assert_eq!(ask(&daemon, talk, "/b"), Some(200), "{}", daemon.report());
         }
-        // read again: neither can be told where it stands
+        // Inspected again: the parser cannot know the position in either connection.
         daemon.apply(&[("p.yaml", &paths(&["/a"]))]).expect("apply");
         for talk in [&mut unread, &mut read] {
             assert_eq!(ask(&daemon, talk, "/c"), None, "{}", daemon.report());
@@ -166,7 +166,7 @@ fn reload_under_load_answers_every_request() {
         let apps = apps.clone();
         Loop::start(move |n| status(&apps, FAMILIES[n % 2], "/denied"))
     };
-    // a body of which a part has gone on already must not be lost either
+    // A partially forwarded body must not be lost either.
     let upload = {
         let (apps, up) = (apps.clone(), up.display().to_string());
         Loop::start(move |n| {
@@ -227,7 +227,7 @@ fn kill9_and_restart_under_load_pass_no_denied_request() {
         let apps = apps.clone();
         Loop::start(move |n| status(&apps, FAMILIES[n % 2], "/denied"))
     };
-    // what is left to the kernel goes on without a daemon
+    // Offloaded bytes pass without a daemon.
     let got = apps.topology.dir().join("got");
     let download = {
         let (apps, got) = (apps.clone(), got.display().to_string());
@@ -286,7 +286,7 @@ fn lost_segments_are_retransmitted() {
     let up = apps.topology.dir().join("up");
     random_file(&up, 400_000).expect("file");
     let daemon = start(&apps, &paths(&["/ok.*", "/files/.*"]));
-    // beyond the firewall, in both directions
+    // Between the firewall and the server, in both directions.
     apps.ns("internet")
         .nft(&format!(
             "table inet loss {{\nchain i {{\ntype filter hook input priority 0;\n\
@@ -295,7 +295,7 @@ fn lost_segments_are_retransmitted() {
              tcp sport {PORT} numgen random mod 100 < 8 drop;\n}}\n}}\n"
         ))
         .expect("nft");
-    // and before it
+    // Between the client and the firewall.
     apps.ns("client")
         .nft(&format!(
             "table inet loss {{\nchain o {{\ntype filter hook output priority 0;\n\
@@ -312,7 +312,8 @@ fn lost_segments_are_retransmitted() {
             scope.spawn(move || {
                 let family = FAMILIES[n % 2];
                 let got = apps.topology.dir().join(format!("got-{n}"));
-                // fields of many segments, bodies up and down, and at last what is denied, on one connection
+                // Header fields of many segments, bodies in both directions, and at last a denied request, on one
+                // connection.
                 let long = format!("X-Long: {}", "y".repeat(7_000));
                 let urls = ["/ok", "/files/down", "/denied"].map(|path| url(apps, family, path));
                 let target = url(apps, family, &format!("/files/up-{n}"));
@@ -336,7 +337,7 @@ fn lost_segments_are_retransmitted() {
     assert!(!web.seen().iter().any(|seen| seen.request.contains("denied")));
 }
 
-/// Everything passes, and what would be denied is reported.
+/// Asserts that everything passes, and that what would be denied is reported.
 #[track_caller]
 fn is_audited(apps: &Apps, daemon: &Daemon) {
     for family in FAMILIES {
@@ -348,7 +349,7 @@ fn is_audited(apps: &Apps, daemon: &Daemon) {
                 daemon.report()
             );
         }
-        // what cannot be read goes on as well: the server says what it thinks of it
+        // Bytes that are not HTTP pass too: the server responds to them.
         let mut talk = talk(apps, family);
         talk.say(b"GET /ok HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n")
             .expect("a request");
@@ -403,7 +404,7 @@ fn audit_mode_globally_per_endpoint_and_per_policy() {
         .cli(&["endpoint", "config", &id, "PolicyAuditMode=Enabled"])
         .expect("endpoint config");
     is_audited(&apps, &daemon);
-    // also on a connection that lives
+    // On a live connection too.
     let mut talk = talk(&apps, Family::V4);
     assert_eq!(
         ask(&daemon, &mut talk, "/denied/1"),

@@ -1,4 +1,4 @@
-//! Connections that are read where the interfaces take jumbo frames, which the punt link does not.
+//! Inspected connections over interfaces with jumbo frames, whose MTU is larger than that of the punt link.
 
 use std::time::Duration;
 
@@ -16,10 +16,10 @@ use palisade_tests::{
 
 const RULES: &str = "      rules:\n        http: [{path: /files/.*}]\n";
 const PORT: u16 = 80;
-/// A transfer takes less; a connection whose segments are dropped takes all of it.
+/// A transfer is faster; a connection whose segments are dropped needs all of this time.
 const LONG: Duration = Duration::from_secs(10);
 
-/// Gives every interface an MTU that the punt link does not have.
+/// Gives every interface a larger MTU than the punt link has.
 fn with_jumbo_frames() -> Apps {
     let apps = apps();
     let node = apps.ns("node");
@@ -77,7 +77,8 @@ fn jumbo_frames(hooks: Hooks) {
     }
 }
 
-/// A frame as long as may be carried has to fit on its way back too, with the order that says how long the body is.
+/// A frame of the greatest length that can be punted must also fit when it is reinjected with the flow command for the
+/// length of the body.
 #[test]
 fn the_longest_punted_frame_is_reinjected_with_a_flow_command() {
     /// `palisade_abi::MAX_PUNT_FRAME`.
@@ -95,7 +96,7 @@ fn the_longest_punted_frame_is_reinjected_with_a_flow_command() {
                 format!("PUT /files/up HTTP/1.1\r\nHost: {to}.example\r\nContent-Length: 1000000\r\n\r\n")
                     .into_bytes();
             bytes.resize(LONGEST - 14 - network - 20, b'x');
-            // Once: what is sent again would come back without the order.
+            // Sent once: a retransmission would be reinjected without the command.
             client.send(&Segment::data(0, &bytes)).expect("segment");
             let end = i64::try_from(bytes.len()).expect("a length");
             let arrived = client

@@ -1,5 +1,5 @@
-//! What happens while traffic flows: reloads, crashes, restarts, connections older than Palisade, and a full
-//! connection table. Nothing that is allowed is lost or changed, nothing that is denied gets through.
+//! Reloads, crashes, restarts, connections older than Palisade, and a full conntrack map, under traffic. Nothing allowed is
+//! lost or changed, nothing denied passes.
 
 use std::{
     net::TcpStream,
@@ -20,7 +20,7 @@ const TCP_LOAD: u16 = 7001;
 const UDP_LOAD: u16 = 7002;
 const DENIED: u16 = 9;
 
-/// The loads of one family, all allowed, and what must never get through.
+/// Allowed loads of one address family, and attempts that must never succeed.
 struct Traffic {
     tcp: TcpLoad,
     udp: UdpLoad,
@@ -88,8 +88,8 @@ impl Traffic {
     }
 }
 
-/// Lets the loads through, in one of several ways that come to the same; ports, prefixes and selectors differ, so
-/// that classes, identities and tables change with each.
+/// Returns one of several policies with the same effect; ports, prefixes and selectors differ, so that port classes,
+/// identities and tables change with each.
 fn policy(n: usize) -> String {
     let (first, last) = (TCP_LOAD - 1 - (n % 7) as u16, UDP_LOAD + 1 + (n % 5) as u16);
     let front = if n.is_multiple_of(2) {
@@ -211,7 +211,7 @@ spec:
         daemon
             .apply(&[("loads.yaml", &policy(0)), ("deny.yaml", deny)])
             .expect("apply");
-        // what was under way when the policy became valid
+        // Packets that were in flight when the policy was enforced.
         std::thread::sleep(Duration::from_millis(50));
         assert!(
             !traffic.tcp.moves(1, CLOSED),
@@ -268,7 +268,7 @@ fn kill9_and_restart_under_load(hooks: Hooks) {
             "while the daemon is dead"
         );
         if round == 1 {
-            // the policy that waits for the daemon is another one than the one that is enforced
+            // The policy on disk differs from the one that is enforced.
             daemon.write("loads.yaml", &policy(3)).expect("policy");
         }
         daemon.restart().expect("restart");
@@ -303,7 +303,7 @@ fn kill9_and_restart_under_load_lose_and_leak_nothing_with_xdp_and_clsact() {
     });
 }
 
-/// Ingress of `back` from `front` only; the node takes nothing from outside but ssh.
+/// `back` allows ingress from `front` only; the node allows ingress from outside to ssh only.
 const SEEDED: &str = "
 apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
@@ -344,12 +344,12 @@ fn connections_older_than_palisade_keep_working_unless_the_policy_denies_their_d
     let (mut kept, mut cut) = (Vec::new(), Vec::new());
     for family in FAMILIES {
         for (from, to, port) in [
-            ("front", "back", 80), // allowed
-            ("back", "far", 443),  // egress is not restricted; the answers are ingress of `back`
+            ("front", "back", 80), // Allowed.
+            ("back", "far", 443),  // Egress is not restricted; the replies are ingress of `back`.
             ("back", "pfront", 80),
-            ("back", "node", 80), // and the node's policy denies that: see below
+            ("back", "node", 80), // Denied by the node's policy: see below.
             ("far", "node", 22),
-            ("node", "far", 80), // the answers are ingress of the node
+            ("node", "far", 80), // The replies are ingress of the node.
             ("node", "front", 80),
         ] {
             let stream = connect(from, to, family, port);
@@ -390,7 +390,7 @@ fn connections_older_than_palisade_keep_working_unless_the_policy_denies_their_d
     }
     let seeded = daemon.status().expect("status")["conntrack"]["seeded"].as_u64();
     assert!(seeded >= Some(kept.len() as u64), "{seeded:?}");
-    // a stream in the middle that was in nobody's table: an answer without a question
+    // A stream whose entry is in no table: its next packet is a reply without a flow.
     world.expect(&daemon, "far -> back tcp/80 drop\nback -> far tcp/80 open");
 }
 
@@ -440,7 +440,7 @@ fn a_full_conntrack_map_is_reported_and_passes_nothing_denied() {
         2 * PACE,
     )
     .expect("leak prober");
-    // several times what the map holds, all allowed, all open at the same time
+    // Several times the capacity of the map, all allowed, all open at the same time.
     let mut streams: Vec<_> = (0..500)
         .map(|_| open(world.ns("front"), None, world.at("db", family, 80), OPEN).expect("connection"))
         .collect();

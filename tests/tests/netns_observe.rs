@@ -1,4 +1,4 @@
-//! What an operator sees: who decided, and why.
+//! The operator's view: which policy decided, and why.
 
 use palisade_testbed::{
     daemon::Settings,
@@ -75,7 +75,7 @@ fn observe_names_the_policy_that_decided() {
         "DROPPED",
         Some("default/no-db"),
     );
-    // the default deny, by the policies that caused it
+    // Default deny, with the policies that cause it.
     flows::expect(
         &daemon,
         &world,
@@ -105,7 +105,7 @@ fn observe_names_the_policy_that_decided() {
         .unwrap_or_default();
     assert!(location.contains("p.yaml:18"), "{listed:#}");
 
-    // the same on a line
+    // The same in the text output.
     let lines = daemon
         .cli(&[
             "observe",
@@ -300,7 +300,7 @@ fn flows_without_an_inspector_are_dropped_with_their_own_reason() {
     for part in ["kafka", "listener", "default/kafka-only", "default/names"] {
         assert!(missing.contains(part), "{part}: {missing}");
     }
-    // These are read: what is none of them is dropped by the reader.
+    // These have inspectors, which drop what is not their protocol.
     for part in ["dns", "http", "tls"] {
         assert!(!missing.contains(part), "{part}: {missing}");
     }
@@ -320,7 +320,7 @@ fn flows_without_an_inspector_are_dropped_with_their_own_reason() {
     );
 }
 
-/// Requests and hellos of real programs, as they are filtered, shown and counted.
+/// Requests and hellos of real programs: filtered, shown and counted.
 #[test]
 fn inspected_traffic_is_shown_and_counted() {
     let apps = apps();
@@ -489,7 +489,7 @@ fn list_commands_show_the_current_state() {
     for part in ["default/allow-front", "default/no-db", "node-in"] {
         assert!(policies.contains(part), "{part}: {policies}");
     }
-    // What is in force of a policy is shown rule by rule, also while its file is broken.
+    // The policy in force is shown rule by rule, also while its file is broken.
     daemon.write("p.yaml", "kind: [").expect("a broken file");
     daemon
         .wait_status("the file is broken", |status| {
@@ -524,7 +524,7 @@ fn list_commands_show_the_current_state() {
             !status["policy_files"].to_string().contains("last-good")
         })
         .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
-    // the counters of the rules move
+    // The counters of the rules increase.
     let before = daemon
         .json(&["policy", "get", "default/allow-front"])
         .expect("policy")

@@ -1,4 +1,4 @@
-//! Running it: files that are broken, interfaces that come and go, and leaving no trace.
+//! Operation: broken files, interfaces that appear and disappear, and detaching without a trace.
 
 use std::time::Duration;
 
@@ -38,7 +38,7 @@ fn a_broken_file_leaves_the_last_good_state_and_is_named_with_line_and_reason() 
         .expect("daemon");
     world.expect(&daemon, ONLY_FRONT);
 
-    // the file itself breaks
+    // The policy's own file breaks.
     let broken = FROM_FRONT.replace("fromEndpoints", "fromEndpoint");
     daemon.write("front.yaml", &broken).expect("write");
     let status = daemon
@@ -55,14 +55,14 @@ fn a_broken_file_leaves_the_last_good_state_and_is_named_with_line_and_reason() 
     );
     world.expect(&daemon, ONLY_FRONT);
 
-    // it is still the last good state after a restart, and with the daemon's text output it can be seen
+    // After a restart the last good state is still in force, and the text output shows it.
     daemon.kill9().expect("kill -9");
     daemon.restart().expect("restart");
     world.expect(&daemon, ONLY_FRONT);
     let text = daemon.cli(&["status"]).expect("status");
     assert!(text.contains("front.yaml:7:"), "{text}");
 
-    // another file that never was good does not stop the good ones from changing
+    // Another broken file does not stop changes of the good ones.
     daemon
         .write(
             "other.yaml",
@@ -84,7 +84,7 @@ fn a_broken_file_leaves_the_last_good_state_and_is_named_with_line_and_reason() 
         .expect("status");
     world.expect(&daemon, ONLY_DB);
 
-    // a file that goes takes its policies with it
+    // Removing a file removes its policies.
     daemon.apply(&[]).expect("apply");
     world.expect(&daemon, "front -> back tcp/80 open\ndb -> back tcp/80 open");
 }
@@ -149,7 +149,7 @@ fn programs_are_attached_when_an_interface_appears_and_when_it_is_recreated() {
         daemon
             .wait_status("veth-late is attached", attached)
             .expect("attached");
-        // nobody listens there: who gets through is refused, and so open
+        // No server listens: a packet that passes is refused with a reset, which counts as open.
         let at = |family| world.at("late", family, 80);
         for family in palisade_testbed::topology::FAMILIES {
             use palisade_testbed::{Outcome, probe::connect};

@@ -1,4 +1,4 @@
-//! Packets that are not a plain datagram: fragments, ICMP errors, spoofed sources.
+//! Packets other than plain datagrams: fragments, ICMP errors, spoofed sources.
 
 use std::fs;
 
@@ -77,7 +77,7 @@ fn fragments_take_the_verdict_of_their_first_fragment() {
              front -> node udp/53/4000 open
              far -> node ping/4000 open",
         );
-        // no piece of what was denied: only first fragments have ports, so count by what they carry
+        // Only first fragments have ports, so fragments of a denied datagram are recognised by their content.
         let allowed_ports = |p: &Packet| {
             p.ports
                 .is_none_or(|(source, destination)| destination == 53 || source == 80)
@@ -150,7 +150,7 @@ fn a_fragment_without_its_first_passes_only_where_every_port_is_allowed() {
     );
 }
 
-/// Nothing may come to `front`; it may speak to everybody.
+/// `front` denies ingress and allows all egress.
 const FRONT_DENIES_INGRESS: &str = "
 apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
@@ -183,7 +183,7 @@ fn icmp_errors_about_a_live_flow_pass_and_others_do_not() {
             )
             .expect("daemon");
         for family in FAMILIES {
-            // a closed port: its "port unreachable" makes the socket fail at once
+            // A closed port: its port unreachable makes the socket fail at once.
             for to in ["back", "far"] {
                 let at = world.at(to, family, 9999);
                 assert_eq!(
@@ -199,7 +199,7 @@ fn icmp_errors_about_a_live_flow_pass_and_others_do_not() {
                 "the node's own flow\n{}",
                 daemon.report()
             );
-            // the way of traceroute: the node's "time exceeded"
+            // As traceroute: the node's time exceeded.
             let capture = Capture::start(world.ns("front"), INNER).expect("capture");
             let far = world.at("far", family, 33434);
             world.ns("front").enter(|| {
@@ -223,7 +223,7 @@ fn icmp_errors_about_a_live_flow_pass_and_others_do_not() {
             capture
                 .wait("time exceeded", OPEN, of_type(exceeded))
                 .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
-            // an error about a flow that nobody has
+            // An error about a flow that does not exist.
             let quoted = packet::later_fragment(
                 world.addr("front", family),
                 world.addr("far", family),

@@ -1,4 +1,5 @@
-//! Paths that take smaller packets than the links at both ends: what Palisade has acknowledged, it delivers.
+//! Paths with a smaller MTU than the links at both ends: Palisade delivers all bytes that it has acknowledged on behalf of
+//! the receiver.
 
 use std::{
     io::{Read, Write},
@@ -37,7 +38,7 @@ impl Far {
         for (key, value) in [
             ("ipv4/ip_forward", "1"),
             ("ipv6/conf/all/forwarding", "1"),
-            // As many errors as there are packets that are too big.
+            // No rate limit for the errors of the router.
             ("ipv4/icmp_ratelimit", "0"),
             ("ipv6/icmp/ratelimit", "0"),
         ] {
@@ -88,7 +89,7 @@ fn connect(from: &Ns, to: SocketAddr) -> TcpStream {
     stream
 }
 
-/// A head of four packets or more.
+/// Returns a head that needs four packets or more.
 fn head(first_line: &str) -> String {
     let filler = "X-Filler: 0123456789012345678901234567890123456789\r\n".repeat(100);
     format!("{first_line}\r\nHost: x.example\r\n{filler}\r\n")
@@ -105,7 +106,7 @@ fn bytes_acknowledged_on_behalf_arrive_over_paths_with_a_small_mtu() {
             &[("p.yaml", &policy("client", "egress", &[PORT], RULES))],
         )
         .expect("daemon");
-    // The router says that packets are too big, or does not.
+    // The router reports packets that are too big, or is silent.
     for silent in [false, true] {
         if silent {
             world
@@ -123,7 +124,7 @@ fn bytes_acknowledged_on_behalf_arrive_over_paths_with_a_small_mtu() {
                 let mut stream = connect(world.apps.ns("client"), SocketAddr::new(*address, PORT));
                 let head = head("GET /a HTTP/1.1");
                 let (begin, end) = head.as_bytes().split_at(head.len() - 4);
-                // Held until its end is there, so it is acknowledged here.
+                // Held until the head is complete, so these bytes are acknowledged on behalf of the server.
                 stream.write_all(begin).expect("head");
                 thread::sleep(Duration::from_millis(100));
                 stream.write_all(end).expect("head");
@@ -143,13 +144,13 @@ fn bytes_acknowledged_on_behalf_arrive_over_paths_with_a_small_mtu() {
     }
 }
 
-/// What the readers of HTTP have counted so far: a number of their connections.
+/// Returns a counter of the HTTP inspectors' connections.
 fn counted(status: &serde_json::Value, name: &str) -> u64 {
     let number = &status["workers"]["inspection"]["http.tcp"][name];
     number.as_u64().unwrap_or_else(|| panic!("{name}: {status:#}"))
 }
 
-/// Sends a head so that Palisade acknowledges all but its end, and then delivers that.
+/// Sends a head in two parts, so that Palisade acknowledges the first on behalf of the server and then delivers it.
 fn send_held(from: &Ns, stream: &mut TcpStream, head: &str) {
     let (begin, end) = head.as_bytes().split_at(head.len() - 4);
     stream.write_all(begin).expect("head");
@@ -158,14 +159,14 @@ fn send_held(from: &Ns, stream: &mut TcpStream, head: &str) {
         let shown = from
             .run("ss", &["-Htn", "sport", "=", &format!(":{port}")])
             .expect("ss");
-        // State, what waits to be read, what is not acknowledged.
+        // State, receive queue, send queue (bytes not acknowledged).
         shown.split_whitespace().nth(2) == Some("0")
     })
     .expect("acknowledgement");
     stream.write_all(end).expect("head");
 }
 
-/// One connection by which a head is delivered from here: out of the workload `client`, out of the node, or as the answer
+/// Opens a connection on which Palisade delivers a head: out of the workload `client`, out of the node, or as the response
 /// of the workload `server`.
 fn deliver(world: &Far, recorder: &Recorder, listener: &TcpListener, way: &str, family: Family) {
     let address = world.addresses[usize::from(family == FAMILIES[1])];
@@ -196,8 +197,8 @@ fn deliver(world: &Far, recorder: &Recorder, listener: &TcpListener, way: &str, 
     assert!(heard == head.as_bytes());
 }
 
-/// The router's errors are about packets that were made here. They come to the end in whose name these were made, and are
-/// heeded on their way: nothing waits until it counts as lost.
+/// The router's errors quote packets that Palisade made. They are addressed to the end whose source address these packets
+/// have, and take effect on their way, before a retransmission timeout.
 #[test]
 fn packets_sent_on_behalf_shrink_to_the_mtu_that_a_router_reports() {
     let world = Far::new();
@@ -219,7 +220,7 @@ fn packets_sent_on_behalf_shrink_to_the_mtu_that_a_router_reports() {
         for mtu in [1_280, 1_420] {
             world.set_mtu(mtu);
             for (listener, family) in listeners.iter().zip(FAMILIES) {
-                // A machine that is busy for a quarter of a second may take packets for lost that are not.
+                // Repeated, because a busy machine may delay packets beyond the retransmission timeout.
                 let is_heard = (0..5).any(|_| {
                     let before = daemon.status().expect("status");
                     deliver(&world, &recorder, listener, way, family);
@@ -244,7 +245,7 @@ fn packets_sent_on_behalf_shrink_to_the_mtu_that_a_router_reports() {
     }
 }
 
-/// The sequence number that an ICMP error quotes.
+/// Returns the sequence number that an ICMP error quotes.
 fn quoted_seq(packet: &Packet) -> Option<u32> {
     let (is_error, at) = if packet.source.is_ipv6() {
         (
@@ -261,8 +262,8 @@ fn quoted_seq(packet: &Packet) -> Option<u32> {
     Some(u32::from_be_bytes(bytes.try_into().ok()?))
 }
 
-/// Sends errors about segments from `quoted.0` to `quoted.1`, out of `from`: forged ones, and one that is about something
-/// under way. The first that arrives at `to` must be that one.
+/// Sends forged errors about segments from `quoted.0` to `quoted.1`, and then one about a segment in flight. The first that
+/// arrives at `to` must be that one.
 fn flood(from: &Wire, router: IpAddr, to: &Wire, quoted: [SocketAddr; 2], forged: &[u32], under_way: u32) {
     let send = |seq: u32| {
         let [source, destination] = quoted;
@@ -276,7 +277,7 @@ fn flood(from: &Wire, router: IpAddr, to: &Wire, quoted: [SocketAddr; 2], forged
     for seq in forged {
         send(*seq);
     }
-    // A machine that is busy may lose some.
+    // A busy machine may lose some.
     let arrived = (0..20).find_map(|_| {
         send(under_way);
         to.wait(Duration::from_millis(500), quoted_seq)
@@ -310,7 +311,7 @@ fn forged_icmp_errors_reach_no_end_and_change_nothing() {
         client.send(&client.segment(1).payload(REQUEST)).expect("request");
         let answer = |heard: &forge::Heard| heard.payload == OK;
         client.wait(PATIENCE, answer).expect("answer");
-        // The server has all that the client has sent, and so only a bare acknowledgement can be under way.
+        // The server has received all bytes of the client, so only a bare acknowledgement can be in flight.
         let next = client.isn.wrapping_add(1 + REQUEST.len() as u32);
         let spread = |near: u32, except: std::ops::RangeInclusive<u32>| -> Vec<u32> {
             let wide = (0..1_000).map(|n: u32| n.wrapping_mul(0x0041_c64d));
@@ -326,7 +327,7 @@ fn forged_icmp_errors_reach_no_end_and_change_nothing() {
         };
         let forged = spread(next, 0..=0);
         flood(&internet, router, &client.wire, [own, server], &forged, next);
-        // The answer is under way until the client has acknowledged it, which it never does.
+        // The response is in flight until the client acknowledges it, which it never does.
         let first = client.syn_ack.seq.wrapping_add(1);
         let forged = spread(first, 0..=OK.len() as u32);
         flood(
@@ -337,7 +338,7 @@ fn forged_icmp_errors_reach_no_end_and_change_nothing() {
             &forged,
             first.wrapping_add(10),
         );
-        // The connection goes on.
+        // The connection continues.
         let request = client.segment(1 + REQUEST.len() as u32);
         let request = request.ack(first.wrapping_add(OK.len() as u32));
         client.send(&request.payload(REQUEST)).expect("request");
@@ -363,7 +364,7 @@ fn forged_icmp_errors_reach_no_end_and_change_nothing() {
     assert!((1..200).contains(&records.len()), "{}", records.len());
 }
 
-/// A long body is left to the programs, but for what is about it: the server hears of a link that takes less.
+/// A long body is offloaded, but errors about it are not lost: the server learns of a smaller MTU.
 #[test]
 fn icmp_errors_about_an_offloaded_body_reach_its_sender() {
     const LENGTH: usize = 4 << 20;

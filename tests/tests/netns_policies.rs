@@ -1,4 +1,4 @@
-//! Every member of the policy language on real traffic: the cases of `cases/netns/`, IPv4 and IPv6, from and to
+//! Every member of the policy language on real traffic: the cases of `cases/netns/`, over IPv4 and IPv6, from and to
 //! workloads, the node and the world, at each pair of hooks.
 
 use palisade_testbed::daemon::{Hooks, Settings};
@@ -56,7 +56,7 @@ groups! {
 
 #[test]
 fn without_palisade_everything_is_open() {
-    // what the checks stand on: whatever is dropped in a case is dropped by Palisade
+    // Without this the checks would prove nothing: only Palisade may drop packets.
     let world = World::new().expect("world");
     let mut lines = String::new();
     for from in [

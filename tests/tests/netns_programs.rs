@@ -1,4 +1,4 @@
-//! The programs that people use, through policies as people write them.
+//! Common programs through typical policies.
 
 use std::{process::Command, time::Duration};
 
@@ -52,7 +52,7 @@ fn daemon(world: &World, hooks: Hooks) -> Daemon {
         .expect("daemon")
 }
 
-/// Exit code and output of a program that may fail; no code if it had to be killed.
+/// Returns exit code and output of a program that may fail; no code if it was killed.
 fn run(ns: &Ns, program: &str, args: &[&str]) -> (Option<i32>, String) {
     let mut command: Command = ns.command(program);
     command.args(args);
@@ -177,7 +177,7 @@ fn netcat_talks_over_tcp_and_udp() {
         for udp in [false, true] {
             let flag = if udp { "-u" } else { "-n" };
             let say = format!("echo said by nc | nc -n {flag} -w 1 {back} 7000");
-            // a datagram socket is there when it is there: nothing tells
+            // The program does not report when its datagram socket is bound.
             let mut heard = String::new();
             for _ in 0..10 {
                 heard = run(world.ns("front"), "sh", &["-c", &say]).1;

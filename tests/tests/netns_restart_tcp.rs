@@ -1,4 +1,5 @@
-//! Connections that are inspected when the daemon dies: it has lost their state, so both ends are reset, and believe it.
+//! Inspected connections when the daemon dies: their state is lost, so both ends are reset, with sequence numbers that they
+//! accept.
 
 use std::{
     io::{self, ErrorKind, Read, Write},
@@ -15,23 +16,23 @@ use palisade_testbed::{
 use palisade_tests::fixtures::apps::{Apps, OK, apps, policy};
 
 const PORT: u16 = 80;
-/// How long an end may take to learn that the connection is over: some retransmissions.
+/// Longest time until an end learns that the connection is over: some retransmissions.
 const SOON: Duration = Duration::from_secs(8);
 
 const RULES: &str = "      rules:\n        http: [{method: \"GET|POST\", path: \"/.*\"}]\n";
 const GET: &[u8] = b"GET /a HTTP/1.1\r\nHost: x.example\r\n\r\n";
-/// The beginning of an answer of unknown length.
+/// Beginning of a response of unknown length.
 const CHUNKED: &[u8] = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n";
 
 struct Pair {
     client: TcpStream,
     server: TcpStream,
-    /// Whether an end was told of a reset when it wanted to say something.
+    /// For each end, whether a write or read has failed with a reset.
     told: [bool; 2],
 }
 
 impl Pair {
-    /// A connection on which a request has gone to the server.
+    /// Opens a connection on which a request has reached the server.
     fn open(apps: &Apps, listener: &TcpListener, request: &[u8]) -> Self {
         let at = listener.local_addr().expect("address");
         let mut client = apps
@@ -52,12 +53,12 @@ impl Pair {
         }
     }
 
-    /// The client says something; it may have been reset before.
+    /// Sends from the client; the client may have been reset before.
     fn client_says(&mut self, bytes: &[u8]) {
         self.told[0] |= is_refused(self.client.write_all(bytes));
     }
 
-    /// The same of the server.
+    /// Sends from the server.
     fn server_says(&mut self, bytes: &[u8]) {
         self.told[1] |= is_refused(self.server.write_all(bytes));
     }
@@ -71,14 +72,14 @@ fn is_refused(said: io::Result<()>) -> bool {
     }
 }
 
-/// Reads exactly this.
+/// Reads exactly these bytes.
 fn take(stream: &mut TcpStream, expected: &[u8]) {
     let mut got = vec![0; expected.len()];
     stream.read_exact(&mut got).expect("bytes");
     assert_eq!(got, expected);
 }
 
-/// Whether the stream ends by a reset soon.
+/// Returns whether the stream ends with a reset in time.
 fn is_reset(stream: &mut TcpStream) -> bool {
     let until = Instant::now() + SOON;
     let mut buffer = [0; 4096];
@@ -136,7 +137,7 @@ fn both_ends_of_a_keep_alive_connection_are_reset_after_a_restart() {
         }
         chunked.server.write_all(CHUNKED).expect("answer");
         take(&mut chunked.client, CHUNKED);
-        // Until delayed acknowledgements have gone through.
+        // Until delayed acknowledgements have been sent.
         thread::sleep(Duration::from_millis(300));
         daemon.kill9().expect("kill -9");
         daemon.restart().expect("restart");
@@ -155,12 +156,12 @@ fn an_acknowledgement_lost_with_the_daemon_leaves_no_end_waiting() {
     let mut daemon = start(&apps);
     for family in FAMILIES {
         let listener = listener(&apps, family);
-        // What the client has heard, the server does not know that it has.
+        // The client has received the response, but the server has no acknowledgement of it.
         let mut answer = Pair::open(&apps, &listener, GET);
-        // And the other way round.
+        // The same for the client.
         let post = b"POST /a HTTP/1.1\r\nHost: x.example\r\nContent-Length: 100\r\n\r\n0123456789";
         let mut upload = Pair::open(&apps, &listener, post);
-        // Bare acknowledgements get lost: the time until the delayed one is over.
+        // Bare acknowledgements get lost until the delayed one is over.
         thread::sleep(Duration::from_millis(300));
         for (name, field) in [("client", "dport"), ("internet", "sport")] {
             apps.ns(name)

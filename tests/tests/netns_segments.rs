@@ -1,5 +1,5 @@
-//! A client that writes its segments itself, against a server that keeps every byte: in whatever way bytes come, the
-//! server gets what the policy allows, unchanged, and nothing else.
+//! A client that writes its own segments, against a server that records every byte: in every segmentation, the server
+//! receives what the policy allows, unchanged, and nothing else.
 
 use std::{
     io::Read,
@@ -27,7 +27,7 @@ const PORT: u16 = 443;
 const NAMES: &str = "      serverNames: [good.example]\n";
 const PATHS: &str = "      rules:\n        http: [{path: /good.*}]\n";
 
-/// What a server says to what it has heard.
+/// Returns what the server responds to the bytes that it has received.
 type Answers = fn(&mut usize, &[u8]) -> Vec<u8>;
 
 fn hello(name: &str) -> Vec<u8> {
@@ -47,10 +47,10 @@ fn hellos() -> (Streams, Answers) {
     (streams, answers)
 }
 
-/// A hello and another one that was asked for, which has another name or the same.
+/// A hello and a second one after a HelloRetryRequest, with another name or the same.
 fn second_hellos() -> (Streams, Answers) {
     let good = hello("good.example");
-    // The allowed hello at the beginning of the bad stream goes on also behind the good stream.
+    // The allowed hello at the beginning of the bad stream also continues the good stream.
     let third = good.repeat(3);
     let streams = Streams::new(
         [&good[..], &good].concat(),
@@ -77,19 +77,19 @@ fn requests() -> (Streams, Answers) {
     (streams, answers_requests)
 }
 
-/// A request behind another one.
+/// A request after another one.
 fn second_requests() -> (Streams, Answers) {
     let streams = Streams::new(
         [request("/good/1"), request("/good")].concat(),
         [request("/good/1"), request("/evil")].concat(),
         OK.repeat(2),
     );
-    // the first of the two may come again behind them
+    // The first of the two may be repeated after them.
     let third = [request("/good/1"), request("/good"), request("/good/1")].concat();
     (streams.also(third), answers_requests)
 }
 
-/// A request in the body of another one, or behind it, as its length says.
+/// A request in the body of another one, or after it, depending on the length.
 fn post(length: usize) -> Vec<u8> {
     let head = format!("POST /good HTTP/1.1\r\nHost: x.example\r\nContent-Length: {length}\r\n\r\n");
     [head.into_bytes(), request("/evil")].concat()
@@ -98,7 +98,7 @@ fn post(length: usize) -> Vec<u8> {
 fn lengths() -> (Streams, Answers) {
     let length = request("/evil").len();
     let (good, bad) = (post(length), post(10));
-    // the digits of both can be mixed to another length: what is not the body then is no request
+    // The digits of both lengths can be mixed to a third length: then the bytes after the body are no request.
     let shorter = [10, 10 + length % 10, length / 10 * 10];
     let cut = |n: usize| -> Vec<u8> {
         let whole = post(n);
@@ -114,7 +114,7 @@ fn lengths() -> (Streams, Answers) {
 }
 
 struct Arena {
-    // in this order: the daemon goes before the world
+    // Dropped in this order: the daemon ends before the namespaces are removed.
     daemon: Daemon,
     recorders: Vec<(&'static str, Recorder)>,
     apps: Apps,
@@ -153,7 +153,7 @@ impl Arena {
         }
     }
 
-    /// Plays on several ways at the same time, in both families. What has failed.
+    /// Runs `game` on several paths at the same time, in both families. Returns the failures.
     fn outcome(&self, ways: &[(&str, &str)], game: fn(&Field<'_>) -> Vec<String>) -> Vec<String> {
         thread::scope(|scope| {
             let threads: Vec<_> = ways
@@ -246,7 +246,7 @@ fn overlapping_content_lengths_cannot_smuggle_a_request() {
 
 #[test]
 fn without_rules_overlapping_segments_deliver_both_hellos() {
-    // else the other tests would prove nothing
+    // Otherwise the other tests would prove nothing.
     let failures = Arena::new("", hellos()).outcome(&FOUR[..1], |field| field.mixes());
     assert!(
         failures.len() > 60,
@@ -270,12 +270,12 @@ fn bytes_after_a_hello_are_offloaded_and_arrive_complete() {
             assert_eq!(outcome, Delivered::Whole);
             let answered = client.listen(OPEN, |c| c.received() == arena.streams.answer);
             assert!(answered.expect("answer"), "{}", arena.daemon.report());
-            // its acknowledgement has the flow left to the kernel
+            // With this acknowledgement the flow is offloaded.
             client.send(&Segment::data(at, b"")).expect("acknowledgement");
             thread::sleep(Duration::from_millis(50));
             let before = packets_read(&arena.daemon).expect("status");
             let mut all = pieces(at, &data, 1_400);
-            // some of it in fragments, and some in another order
+            // Some of the segments fragmented, and some reordered.
             for segment in all.iter_mut().step_by(9) {
                 *segment = segment.clone().fragments(504);
             }

@@ -1,4 +1,4 @@
-//! The daemon with no more privileges than `config/palisade.service` leaves it.
+//! The daemon with only the privileges that `config/palisade.service` grants.
 
 use std::fs;
 
@@ -35,8 +35,8 @@ spec:
   - toFQDNs: [{matchName: www.example}]
 "#;
 
-/// Becomes another program that cannot make sockets of other families: what systemd does for `RestrictAddressFamilies`
-/// (seccomp(2): EAFNOSUPPORT for socket(2) with such a first argument).
+/// Runs another program with a seccomp filter under which socket(2) fails with EAFNOSUPPORT for other address families, as
+/// systemd does for `RestrictAddressFamilies`.
 const FAMILIES_ONLY: &str = r#"
 import ctypes, os, platform, socket, struct, sys
 number = {"x86_64": 41, "aarch64": 198}[platform.machine()]
@@ -62,7 +62,7 @@ except OSError as error:
 os.execvp(command[0], command)
 "#;
 
-/// The words of a setting of the unit.
+/// Returns the words of a setting of the unit.
 fn setting(unit: &str, name: &str) -> Vec<String> {
     let line = unit
         .lines()
@@ -71,7 +71,7 @@ fn setting(unit: &str, name: &str) -> Vec<String> {
     words.split_whitespace().map(str::to_owned).collect()
 }
 
-/// Starts a program as the unit says.
+/// Returns the command that starts a program as the unit does.
 fn as_a_service() -> Vec<String> {
     let unit = fs::read_to_string(UNIT).expect("the unit");
     let capabilities: Vec<String> = setting(&unit, "CapabilityBoundingSet")
@@ -92,9 +92,10 @@ fn the_sandbox_of_the_unit_permits_everything_the_daemon_needs() {
     let apps = apps();
     let _resolver = Scripted::start(apps.ns("internet"), &apps.both("internet"), zone).expect("resolver");
     let [_web] = webs(&apps, ["internet"], &[80], &[]);
-    // A name is asked for ahead: that takes sockets of the Internet.
+    // Prefetch of a name needs Internet sockets.
     let resolver = apps.at("internet", Family::V4, PORT).ip();
-    // The unit also lifts the limit of locked memory, which not everybody may do who runs a test: so fewer frames.
+    // The unit also raises the limit of locked memory, which the user who runs the test may be unable to do: fewer frames
+    // need less.
     let settings = tables(&format!(
         "[dns]\nprefetch = true\nservers = [\"{resolver}\"]\n[worker]\nframes = 256\n"
     ));
@@ -138,10 +139,10 @@ fn the_unit_restarts_a_failed_or_hung_daemon_without_limit() {
     assert_eq!(setting(&unit, "StartLimitIntervalSec"), ["0"]);
     assert_eq!(setting(&unit, "Restart"), ["on-failure"]);
     assert!(!setting(&unit, "WatchdogSec").is_empty());
-    // The watchdog is fed by the daemon's own process.
+    // The daemon's own process notifies the watchdog.
     assert_eq!(setting(&unit, "Type"), ["notify"]);
     assert_eq!(setting(&unit, "NotifyAccess"), ["main"]);
-    // Pins need a bpffs that only root can enter, in the machine's mount namespace.
+    // Pins need a bpffs that only root can enter, in the host's mount namespace.
     let mounts = setting(&unit, "ExecStartPre").join(" ");
     assert!(
         mounts.starts_with('+') && mounts.contains("mount -t bpf") && mounts.contains("mode=0700"),

@@ -1,4 +1,4 @@
-//! `[tls] verify_sni_address`: a server name opens no address but those that were learned by it.
+//! `[tls] verify_sni_address`: a server name is accepted only towards the addresses that were learned for it.
 
 use std::net::SocketAddr;
 
@@ -16,10 +16,10 @@ use palisade_tests::{
 };
 
 const TLS: u16 = 8443;
-/// Of the reason that is counted and told.
+/// Reason of the counted and reported drops.
 const NOT_LEARNED: u64 = 251;
 
-/// The whole world by some server names; all of its names may be asked for.
+/// Returns a policy that allows the whole world by some server names, and queries of all of its names.
 fn policy(app: &str) -> String {
     format!(
         r#"
@@ -55,7 +55,7 @@ fn start(names: &Names, tables: &str) -> Daemon {
     names.daemon(&settings, &policies).expect("daemon")
 }
 
-/// Whether a hello with this name is answered at a site.
+/// Returns whether a site answers a hello with this name.
 fn answers(names: &Names, from: &str, n: u8, family: Family, name: &str) -> bool {
     let at = SocketAddr::new(site(n, family), TLS);
     let mut talk = Talk::open(names.ns(from), at, OPEN).expect("connection");
@@ -78,31 +78,31 @@ fn an_address_accepts_only_the_server_names_it_was_learned_for() {
             names.resolves(daemon, from, resolver(family), name, site(n, family));
         };
         let gets = |from: &str, n: u8, name: &str| answers(&names, from, n, family, name);
-        // nobody has asked, and an address is no name
+        // No query yet.
         assert!(!gets("client", 10, "www.example"));
         asks(&daemon, "client", "www.example", 10);
         asks(&daemon, "client", "mail.example", 19);
         asks(&daemon, "client", "alias.example", 11);
         assert!(gets("client", 10, "www.example"), "{}", daemon.report());
         assert!(gets("client", 10, "WWW.example."), "{}", daemon.report());
-        // a false name: allowed, but of another address
+        // An allowed name, but of another address.
         assert!(!gets("client", 19, "www.example"));
         assert!(!gets("client", 10, "api.example"));
-        // the name that was asked for counts, not where it leads
+        // The queried name counts, not the target of its CNAME.
         assert!(gets("client", 11, "alias.example"), "{}", daemon.report());
         assert!(!gets("client", 11, "target.example"));
-        // what one endpoint has learned is nothing to another
+        // Another endpoint does not use what this one has learned.
         assert!(!gets("dns", 10, "www.example"));
         asks(&daemon, "dns", "www.example", 10);
         assert!(gets("dns", 10, "www.example"), "{}", daemon.report());
     }
-    // five of them in each family
+    // Five of them in each family.
     let wanted = |status: &serde_json::Value| {
         status["workers"]["inspection"]["tls"]["sni_mismatches"] == 10 && counted(status, NOT_LEARNED) >= 10
     };
     daemon.wait_status("ten refusals", wanted).expect("status");
 
-    // it is remembered over a restart
+    // The addresses survive a restart.
     daemon.restart().expect("restart");
     for family in FAMILIES {
         assert!(
@@ -114,7 +114,7 @@ fn an_address_accepts_only_the_server_names_it_was_learned_for() {
     }
     drop(daemon);
 
-    // and it is off unless somebody wants it
+    // The check is off by default.
     let daemon = start(&names, "");
     for family in FAMILIES {
         assert!(

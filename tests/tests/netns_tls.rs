@@ -1,4 +1,4 @@
-//! Server names in policies, with real programs: who may be asked for by TLS, in which form, on which way.
+//! Server names in policies, with real programs: which names pass, in which form, on which path.
 
 use std::{
     io::ErrorKind,
@@ -30,7 +30,7 @@ use palisade_tests::{
 const HTTPS: u16 = 443;
 const RULES: &str = "      serverNames: [www.allowed.example, \"*.wild.example\", \"**.deep.example\"]\n";
 
-/// Asks by curl for a name at an address.
+/// Requests a name at an address with curl.
 fn ask(apps: &Apps, from: &str, name: &str, to: SocketAddr) -> Curl {
     let args = by_name(name, to, "/");
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
@@ -101,7 +101,7 @@ fn all_paths_with_xdp_and_clsact() {
     all_ways(XDP_AND_CLSACT);
 }
 
-/// `client` asks the internet by openssl.
+/// Connects from `client` to the internet with openssl.
 fn s_client(apps: &Apps, to: SocketAddr, args: &[&str]) -> Handshake {
     let mut command = apps.ns("client").command("openssl");
     let at = match to {
@@ -117,7 +117,7 @@ fn every_form_of_server_name_from_openssl() {
     let apps = apps();
     let [web] = webs(&apps, ["internet"], &[], &[HTTPS]);
     let daemon = client_only(&apps, &[HTTPS], RULES);
-    // a list of protocols is a simple way to a long hello
+    // A list of protocols makes a hello long.
     let list = |bytes: usize| vec!["x".repeat(200); bytes / 201].join(",") + ",http/1.1";
     let (post_quantum, long, longer) = (list(1_400), list(12_000), list(40_000));
     let good: &[(&str, &[&str])] = &[
@@ -249,7 +249,7 @@ fn other_protocols_than_tls_are_reset() {
     let name = "www.allowed.example";
     let hello = Hello::to(name);
     let ssl2 = {
-        // RFC 6101, appendix E.1
+        // RFC 6101, appendix E.1.
         let mut hello = vec![0x80, 46, 1, 3, 3, 0, 3, 0, 0, 0, 16];
         hello.resize(48, 7);
         hello
@@ -328,7 +328,7 @@ fn other_protocols_than_tls_are_reset() {
             });
         }
     });
-    // the other side speaks first: no TLS either
+    // The server sends first: not TLS either.
     for (what, detail) in [("not TLS", "not TLS"), ("several", "several server names")] {
         let text = format!("Unreadable: {detail}");
         daemon
@@ -396,7 +396,7 @@ fn a_second_hello_is_inspected_too() {
                 apps.certificate.cert.display().to_string(),
                 apps.certificate.key.display().to_string(),
             );
-            // it takes one group only, which clients offer without a key at first
+            // The server accepts one group only, for which clients do not send a key share at first.
             let args = [
                 "s_server", "-accept", &text, "-www", "-groups", "P-384", "-cert", &cert, "-key", &key,
             ];
@@ -433,7 +433,7 @@ fn a_second_hello_is_inspected_too() {
         let shook = s_client(&apps, to, &[&args[..], &["evil.example"]].concat());
         assert!(shook.version.is_empty(), "{}\n{}", shook.text, daemon.report());
 
-        // asked for another one, a client gives another name
+        // A client sends another name after a HelloRetryRequest.
         for (name, goes_on) in [("a.wild.example", true), ("evil.example", false)] {
             let at = apps.at("internet", family, 8443);
             let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
@@ -443,7 +443,7 @@ fn a_second_hello_is_inspected_too() {
             talk.hear(OPEN, |heard| heard == retry_request())
                 .expect("an answer");
             let second = Hello::to(name).bytes();
-            // with a change of cipher before it, as clients do (RFC 8446, appendix D.4)
+            // With a ChangeCipherSpec before it, as clients send it (RFC 8446, appendix D.4).
             let change = b"\x14\x03\x03\x00\x01\x01";
             talk.say(&[change, &second[..]].concat()).expect("another hello");
             if goes_on {
@@ -471,12 +471,12 @@ fn a_second_hello_is_inspected_too() {
 fn encrypted_hellos_are_matched_by_their_outer_name_or_refused() {
     let apps = apps();
     let server = opaque_tls::server(apps.ns("internet"), &apps.both("internet"), &[HTTPS]).expect("server");
-    // RFC 9849: outer, a cipher suite, a configuration, a key, something encrypted
+    // RFC 9849: outer, a cipher suite, a configuration, a key, an encrypted payload.
     let mut encrypted = vec![0, 0, 1, 0, 1, 9, 0, 32];
     encrypted.extend_from_slice(&[3; 32]);
     encrypted.extend_from_slice(&[0, 64]);
     encrypted.extend_from_slice(&[5; 64]);
-    // beside it what no server knows (RFC 8701), and a key as long as a post-quantum one
+    // With a GREASE extension (RFC 8701), and a key share of post-quantum length.
     let hello = |name: &str| {
         let hello = Hello::to(name).with(0x0a0a, b"").with(0xfe0d, &encrypted);
         hello.with(51, &[9; 1250]).with(0x1a1a, b"\0").bytes()
@@ -523,7 +523,7 @@ fn other_tls_clients_and_servers() {
         t = b''\n\
         while b := s.recv(999): t += b\n\
         print(t.decode().split('\\r\\n\\r\\n')[1])";
-    // the same, with its hello in records of one byte
+    // The same, with the hello in records of one byte.
     let small = "import ssl, socket, sys\n\
         c = ssl.create_default_context(); c.check_hostname = False; c.verify_mode = ssl.CERT_NONE\n\
         s = socket.create_connection((sys.argv[1], int(sys.argv[2])), 5)\n\
@@ -656,7 +656,7 @@ fn flow_records_name_server_name_verdict_and_rule() {
                 .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
         }
     }
-    // a connection that was cut is over for the programs too: it does not fill their table for hours
+    // The conntrack entry of a reset connection has a short timeout.
     for entry in tracked(&daemon, HTTPS).expect("ct list") {
         assert!(entry["expires"].as_u64() < Some(60), "{entry:#}");
     }

@@ -1,5 +1,5 @@
-//! Server names while policies change, daemons end and begin, and in audit mode: what remains allowed goes on, what is
-//! not allowed any more ends.
+//! Server names during policy changes and restarts of the daemon, and in audit mode: allowed connections continue, denied
+//! ones end.
 
 use std::{
     net::SocketAddr,
@@ -23,7 +23,7 @@ use palisade_tests::{
 };
 
 const PORT: u16 = 443;
-/// Where what is not TLS for anybody but these tests is spoken.
+/// Port of a server that does not speak TLS after the hello.
 const SECRET: u16 = 8443;
 
 fn names(names: &str) -> String {
@@ -35,7 +35,7 @@ fn names(names: &str) -> String {
     )
 }
 
-/// Whether curl gets a page for a name.
+/// Returns whether curl gets a page for a name.
 fn gets(apps: &Apps, family: Family, name: &str) -> bool {
     let args = by_name(name, apps.at("internet", family, PORT), "/");
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
@@ -74,21 +74,21 @@ fn a_changed_server_name_rule_resets_only_denied_connections() {
     for secret in a.iter().chain(&b) {
         moves(secret, &daemon);
     }
-    // another name beside them
+    // Another name in addition.
     daemon
         .apply(&[("b.yaml", &names("a.example, b.example, c.example"))])
         .expect("apply");
     for secret in a.iter().chain(&b) {
         moves(secret, &daemon);
     }
-    // another rule altogether that says the same of one
+    // Another rule with the same effect for one of them.
     daemon
         .apply(&[("c.yaml", &names("\"*.example\""))])
         .expect("apply");
     for secret in a.iter().chain(&b) {
         moves(secret, &daemon);
     }
-    // one of them no more
+    // One of them is no longer allowed.
     daemon.apply(&[("d.yaml", &names("a.example"))]).expect("apply");
     for secret in &a {
         moves(secret, &daemon);
@@ -101,18 +101,18 @@ fn a_changed_server_name_rule_resets_only_denied_connections() {
             daemon.report()
         );
     }
-    // nothing is read any more
+    // Nothing is inspected any more.
     daemon
         .apply(&[("e.yaml", &policy("client", "egress", &[SECRET], ""))])
         .expect("apply");
     for secret in &a {
         moves(secret, &daemon);
     }
-    // names again, and this one among them: it was known once
+    // Server names again, including this one: its hello was inspected before.
     daemon
         .apply(&[("f.yaml", &names("a.example, b.example"))])
         .expect("apply");
-    // and the port no more
+    // No rule for the port any more.
     daemon
         .apply(&[("g.yaml", &policy("client", "egress", &[PORT], ""))])
         .expect("apply");
@@ -198,7 +198,7 @@ fn kill9_and_restart_keep_connections_and_pass_no_denied_name() {
         for secret in &live {
             moves(secret, &daemon);
         }
-        // its hello is not read, so it does not pass
+        // Its hello is not inspected, so it does not pass.
         thread::sleep(Duration::from_millis(1200));
         assert!(
             !gets(&shared, Family::V4, "a.example"),
@@ -217,7 +217,7 @@ fn kill9_and_restart_keep_connections_and_pass_no_denied_name() {
     for seen in web.seen() {
         assert_eq!(seen.server_name, "a.example", "{seen:?}");
     }
-    // after the restart, what is not allowed any more ends all the same
+    // After the restart, a connection that is no longer allowed ends all the same.
     daemon
         .apply(&[("q.yaml", &names("other.example"))])
         .expect("apply");
@@ -241,7 +241,7 @@ fn a_new_server_name_policy_resets_connections_whose_hello_was_not_inspected() {
             &[("p.yaml", &policy("client", "egress", &[SECRET], ""))],
         )
         .expect("daemon");
-    // nobody has read their hellos
+    // Their hellos were not inspected.
     let live = secrets(&apps, "a.example");
     for secret in &live {
         moves(secret, &daemon);
@@ -260,14 +260,14 @@ fn a_new_server_name_policy_resets_connections_whose_hello_was_not_inspected() {
     }
 }
 
-/// Both names pass, and what would be denied is reported.
+/// Asserts that both names pass, and that what would be denied is reported.
 #[track_caller]
 fn is_audited(apps: &Apps, daemon: &Daemon) {
     for family in FAMILIES {
         for name in ["a.example", "evil.example"] {
             assert!(gets(apps, family, name), "{name} {family:?}\n{}", daemon.report());
         }
-        // what is no TLS at all goes on as well
+        // Bytes that are not TLS pass too.
         let at = apps.at("internet", family, PORT);
         let url = format!("http://{at}/");
         let got = curl(apps.ns("client"), &[&url], OPEN).expect("curl");
@@ -339,7 +339,7 @@ fn lost_segments_are_retransmitted() {
     let daemon = apps
         .daemon(&Settings::default(), &[("p.yaml", &names("a.example"))])
         .expect("daemon");
-    // beyond the firewall, in both directions
+    // Between the firewall and the server, in both directions.
     apps.ns("internet")
         .nft(&format!(
             "table inet loss {{\nchain i {{\ntype filter hook input priority 0;\n\
@@ -365,7 +365,7 @@ fn lost_segments_are_retransmitted() {
                     assert_eq!(got.code == 0, name == "a.example", "{got:?}\n{}", daemon.report());
                 }
                 assert_eq!(sha256(&path).expect("sum"), *sum);
-                // a hello of several segments
+                // A hello of several segments.
                 let mut command = apps.ns("client").command("openssl");
                 command.args(["s_client", "-connect"]).arg(match at {
                     SocketAddr::V4(_) => at.to_string(),

@@ -1,5 +1,5 @@
-//! Workers that cannot read, because somebody meddles with the punt link: nothing that is denied gets through, the daemon
-//! says so, and it reads again without being started again.
+//! Workers without a working punt link: no denied packet passes, `status` reports it, and inspection resumes without a
+//! restart of the daemon.
 
 use std::{
     sync::{
@@ -19,7 +19,7 @@ use palisade_tests::{
 };
 use serde_json::Value;
 
-/// Lets the client ask for one name and for one path.
+/// Allows the client one name and one path.
 const POLICY: &str = r#"
 apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
@@ -37,16 +37,16 @@ spec:
         http: [{path: /ok}]
 "#;
 
-/// The reason of packets that no worker reads.
+/// Drop reason while no worker runs.
 const NO_WORKER: u64 = 230;
-/// What needs a processor for some milliseconds is done by then, whatever else the machine does.
+/// Longest time for work that needs a CPU for some milliseconds.
 const LONG: Duration = Duration::from_secs(60);
-/// Answers that each kind of traffic must have had, for its results to say something.
+/// Responses that each kind of traffic must get for its results to count.
 const ENOUGH: usize = 6;
 const NOERROR: u16 = 0;
 const REFUSED: u16 = 5;
 
-/// A client that asks without a pause for what it may and for what it may not, and its servers.
+/// A client that sends allowed and denied queries and requests without a pause, and its servers.
 struct Busy {
     daemon: Daemon,
     apps: Arc<Apps>,
@@ -55,17 +55,17 @@ struct Busy {
     traffic: [Traffic; 4],
 }
 
-/// Asks once; `None`: there was no answer.
+/// Sends one query or request; `None`: no response.
 type Ask<'a> = &'a dyn Fn() -> Option<u16>;
 
-/// A loop that asks for one thing.
+/// A loop of one query or request.
 struct Traffic {
     what: &'static str,
-    /// How that is answered while a worker reads.
+    /// The response while a worker inspects.
     expected: u16,
-    /// Attempts that were answered so far.
+    /// Attempts with a response so far.
     answered: Arc<AtomicUsize>,
-    /// The answers of all attempts.
+    /// The responses of all attempts.
     attempts: Loop<Option<u16>>,
 }
 
@@ -91,7 +91,7 @@ impl Traffic {
     }
 }
 
-/// How often each worker was started again.
+/// Returns how often each worker was restarted.
 fn restarts(status: &Value) -> Vec<u64> {
     let workers = status["workers"]["workers"].as_array();
     let workers = workers.into_iter().flatten();
@@ -106,7 +106,7 @@ impl Busy {
         busy
     }
 
-    /// `daemon`: starts the daemon.
+    /// Starts the traffic; `daemon` starts the daemon.
     fn start_with(daemon: impl FnOnce(&Apps, &Settings, &[(&str, &str)]) -> Daemon) -> Self {
         let apps = apps();
         let resolver = Scripted::start(apps.ns("internet"), &apps.both("internet"), zone).expect("resolver");
@@ -136,8 +136,8 @@ impl Busy {
         }
     }
 
-    /// What is allowed is answered, and what is denied refused, both by a worker. A question is asked once and waited for
-    /// some milliseconds, so one that came too early, or was answered too late, is asked again.
+    /// Asserts that allowed queries and requests are answered and denied ones refused, both by a worker. Repeats each: a
+    /// query is sent once and waits for some milliseconds, so it may come too early or be answered too late.
     #[track_caller]
     fn reads(&self) {
         for family in FAMILIES {
@@ -174,7 +174,7 @@ impl Busy {
         self.daemon.status().expect("status")
     }
 
-    /// The punt link's two ends.
+    /// Returns the names of the punt link's two ends.
     fn punt_link(&self) -> [String; 2] {
         let end = self.status()["workers"]["punt_link"]
             .as_str()
@@ -184,8 +184,8 @@ impl Busy {
         [end, other]
     }
 
-    /// Does something to the punt link, after which it is put in order and all is read. `anew`: the workers have to begin
-    /// anew for that.
+    /// Runs `damage` on the punt link, then waits until the link is repaired and everything is inspected. `anew`: whether
+    /// the workers must restart for that.
     #[track_caller]
     fn survives(&self, what: &str, anew: bool, fault: impl FnOnce()) {
         let ends = self.punt_link();
@@ -211,7 +211,7 @@ impl Busy {
         self.reads();
     }
 
-    /// Ends the traffic: nothing that is denied has reached anybody, and what is allowed went on.
+    /// Ends the traffic. Asserts that nothing denied arrived and that the unrelated flow continued.
     fn finish(self) {
         let enough = wait_until("all traffic is answered", LONG, || {
             self.traffic
@@ -252,8 +252,8 @@ fn a_punt_link_that_is_deleted_set_down_or_moved_is_repaired() {
     ] {
         assert!(log.contains(said), "{said}: {log}");
     }
-    // A socket stays bound while its device is down (the kernel unbinds it when the device goes), so a worker begins anew
-    // only if it looks before the daemon has set the link up again.
+    // A socket stays bound while its device is down (the kernel unbinds it only when the device is removed), so a worker
+    // restarts only if its check runs before the daemon has set the link up again.
     for end in [&node_end, &worker_end] {
         busy.survives("set down", false, || busy.ip(&format!("link set {end} down\n")));
     }
@@ -270,7 +270,7 @@ fn a_punt_link_that_is_deleted_set_down_or_moved_is_repaired() {
 fn without_a_punt_link_packets_that_need_inspection_drop_and_status_says_why() {
     let busy = Busy::start();
     let [node_end, worker_end] = busy.punt_link();
-    // Renamed while it is in use, so that the name is taken before the daemon can make it again.
+    // Renamed while it is in use, so that its name is taken before the daemon can make the link again.
     busy.ip(&format!(
         "link set {node_end} name away\nlink add {node_end} type bridge\n"
     ));
@@ -317,7 +317,7 @@ fn a_missing_punt_link_is_made_once_its_name_is_free() {
                 .expect("ip");
             let mut daemon = Daemon::prepare(&apps.topology, settings, policies).expect("daemon");
             daemon.spawn().expect("spawn");
-            // Before that nothing is enforced, and there must be no traffic yet.
+            // Nothing is enforced before, and there must be no traffic yet.
             let told = wait_until("no worker runs", Duration::from_secs(60), || {
                 daemon.status().is_ok_and(|status| {
                     let missing = status["missing"].to_string();

@@ -1,13 +1,14 @@
-//! docs/THREAT-MODEL.md names tests as evidence: each is one that exists, in the file that is named.
+//! docs/THREAT-MODEL.md names tests as evidence: each must exist in the file that is named.
 
 use std::{fs, path::Path};
 
-/// The parts of a text between backticks.
+/// Returns the parts of a text between backticks.
 fn code_spans(text: &str) -> impl Iterator<Item = &str> {
     text.split('`').skip(1).step_by(2)
 }
 
-/// Whether a source file has a test function of this name: `#[test]`, perhaps further attributes and comments, `fn`.
+/// Returns whether a source file has a test function of this name: `#[test]`, perhaps further attributes and comments,
+/// `fn`.
 fn has_test(source: &str, name: &str) -> bool {
     let start = format!("fn {name}(");
     let mut is_test = false;
@@ -18,7 +19,7 @@ fn has_test(source: &str, name: &str) -> bool {
     })
 }
 
-/// What is wrong with the evidence of a document: a line for each reference that does not hold, and for each that is not
+/// Returns the problems of a document's evidence, one line each: references that do not exist, and those that are not
 /// written as `path/file.rs::function` in backticks. `read` returns the text of a file of the repository.
 fn problems(document: &str, read: impl Fn(&str) -> Option<String>) -> Vec<String> {
     let mut problems = Vec::new();
@@ -107,7 +108,7 @@ fn wrong_evidence_is_reported() {
             "{cell}: {found:?}"
         );
     }
-    // Also outside the tables.
+    // Outside the tables too.
     assert_eq!(
         problems("See `a/b.rs::gone`.", read),
         ["line 1: a/b.rs has no test gone"]

@@ -1,12 +1,12 @@
-//! The walks of docs/WALKS.md: each names files and functions that exist, and visits no file twice. And the diagrams of
-//! docs/ARCHITECTURE.md: each function that they name exists.
+//! Checks the walks of docs/WALKS.md, whose files and functions must exist and which visit no file twice, and the diagrams
+//! of docs/ARCHITECTURE.md, whose functions must exist.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
-/// Most steps of a walk.
+/// Longest walk, in steps.
 const MAX_STEPS: usize = 12;
 
-/// Whether a source file defines a function of this name.
+/// Returns whether a source file defines a function of this name.
 fn has_function(source: &str, name: &str) -> bool {
     source.lines().any(|line| {
         let code = line.split("//").next().unwrap_or_default();
@@ -19,7 +19,7 @@ fn has_function(source: &str, name: &str) -> bool {
     })
 }
 
-/// Returns what is wrong with the walks of a document: a line for each. `read` returns the text of a file of the repository.
+/// Returns the problems of a document's walks, one line each. `read` returns the text of a file of the repository.
 fn problems(document: &str, read: impl Fn(&str) -> Option<String>) -> Vec<String> {
     let mut problems = Vec::new();
     let (mut walk, mut steps, mut visited) = ("", 0, BTreeSet::new());
