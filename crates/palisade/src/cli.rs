@@ -25,7 +25,7 @@ Exit codes:
 /// Identity firewall for bare-metal nodes.
 #[derive(Debug, Parser)]
 #[command(name = "palisade", version, about, after_help = EXIT_CODES, propagate_version = true)]
-pub struct Cli {
+pub(crate) struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -39,7 +39,7 @@ pub struct Cli {
 
 impl Cli {
     /// Whether the configuration was named, by `--config` or the environment, and is not merely the usual one.
-    pub fn names_config(&self) -> bool {
+    pub(crate) fn names_config(&self) -> bool {
         let mut arguments = std::env::args_os();
         std::env::var_os("PALISADE_CONFIG").is_some()
             || arguments.any(|argument| {
@@ -50,7 +50,7 @@ impl Cli {
 
 /// How a listing is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Default)]
-pub enum Output {
+pub(crate) enum Output {
     /// For people.
     #[default]
     Table,
@@ -60,7 +60,7 @@ pub enum Output {
 
 /// How policies are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Default)]
-pub enum PolicyOutput {
+pub(crate) enum PolicyOutput {
     /// For people.
     #[default]
     Table,
@@ -72,7 +72,7 @@ pub enum PolicyOutput {
 
 /// `-o` of the listings.
 #[derive(Clone, Copy, Debug, Args)]
-pub struct OutputArgs {
+pub(crate) struct OutputArgs {
     /// How it is written.
     #[arg(short, long, value_enum, default_value_t)]
     pub output: Output,
@@ -80,7 +80,7 @@ pub struct OutputArgs {
 
 /// The commands.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Run the daemon: fill the maps, attach, watch policies and interfaces.
     #[command(after_help = "Examples:
   palisade run
@@ -167,7 +167,7 @@ Filters of one kind are alternatives, filters of different kinds must all match;
 /// Flags of `palisade observe`. The filters are those of [`palisade_flowlog::filter::FLAGS`], in the order in which
 /// they were given.
 #[derive(Clone, Debug, Default)]
-pub struct ObserveArgs {
+pub(crate) struct ObserveArgs {
     /// Filters and their values.
     pub filters: Vec<(String, String)>,
     /// Go on with what comes.
@@ -290,7 +290,7 @@ impl Args for ObserveArgs {
 
 /// `palisade policy`.
 #[derive(Debug, Subcommand)]
-pub enum PolicyCommand {
+pub(crate) enum PolicyCommand {
     /// Check policy files. Needs neither daemon nor root.
     #[command(after_help = "Examples:
   palisade policy validate web.yaml
@@ -374,7 +374,7 @@ Exits 0 if the packet would pass (also by audit mode, or once it was inspected),
 
 /// Flags of `palisade policy trace`.
 #[derive(Debug, clap::Args)]
-pub struct TraceArgs {
+pub(crate) struct TraceArgs {
     /// Who sends.
     #[arg(long, visible_alias = "src", value_name = "END")]
     pub from: String,
@@ -418,7 +418,7 @@ pub struct TraceArgs {
 
 /// `palisade endpoint`.
 #[derive(Debug, Subcommand)]
-pub enum EndpointCommand {
+pub(crate) enum EndpointCommand {
     /// List the endpoints.
     List {
         #[command(flatten)]
@@ -451,7 +451,7 @@ Options:
 
 /// `palisade identity`.
 #[derive(Debug, Subcommand)]
-pub enum IdentityCommand {
+pub(crate) enum IdentityCommand {
     /// List the identities in use.
     List {
         #[command(flatten)]
@@ -468,7 +468,7 @@ pub enum IdentityCommand {
 
 /// `palisade fqdn`.
 #[derive(Debug, Subcommand)]
-pub enum FqdnCommand {
+pub(crate) enum FqdnCommand {
     /// The names that endpoints were answered, with their addresses.
     #[command(subcommand)]
     Cache(FqdnCacheCommand),
@@ -476,7 +476,7 @@ pub enum FqdnCommand {
 
 /// `palisade fqdn cache`.
 #[derive(Debug, Subcommand)]
-pub enum FqdnCacheCommand {
+pub(crate) enum FqdnCacheCommand {
     /// List names and addresses.
     List {
         /// Only of this endpoint (number, name or address).
@@ -505,7 +505,7 @@ pub enum FqdnCacheCommand {
 
 /// `palisade bpf`.
 #[derive(Debug, Subcommand)]
-pub enum BpfCommand {
+pub(crate) enum BpfCommand {
     /// The policy tables.
     #[command(subcommand)]
     Policy(BpfPolicyCommand),
@@ -519,7 +519,7 @@ pub enum BpfCommand {
 
 /// `palisade bpf policy`.
 #[derive(Debug, Subcommand)]
-pub enum BpfPolicyCommand {
+pub(crate) enum BpfPolicyCommand {
     /// Show the table of an endpoint.
     Get {
         /// Number, name or address.
@@ -531,7 +531,7 @@ pub enum BpfPolicyCommand {
 
 /// `palisade bpf ct`.
 #[derive(Debug, Subcommand)]
-pub enum BpfCtCommand {
+pub(crate) enum BpfCtCommand {
     /// List all connections.
     List {
         /// There is one table for all endpoints: `global` says so.
@@ -544,7 +544,7 @@ pub enum BpfCtCommand {
 
 /// `palisade bpf ipcache`.
 #[derive(Debug, Subcommand)]
-pub enum BpfIpcacheCommand {
+pub(crate) enum BpfIpcacheCommand {
     /// List all addresses and prefixes.
     List {
         #[command(flatten)]

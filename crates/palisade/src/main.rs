@@ -3,6 +3,7 @@
 //! Depends on every other crate. The command line is `cli` and `command`, the daemon `daemon` (start at
 //! `daemon::startup::run`), the socket between the two `control`, the configuration file `config`.
 #![forbid(unsafe_code)]
+#![warn(unreachable_pub)]
 
 mod cli;
 mod command;

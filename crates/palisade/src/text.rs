@@ -1,7 +1,7 @@
 //! Texts that the daemon and the command line share.
 
 /// Returns an error with its causes, without those whose text the error already ends with.
-pub fn chain(error: &anyhow::Error) -> String {
+pub(crate) fn chain(error: &anyhow::Error) -> String {
     let mut text = error.to_string();
     for cause in error.chain().skip(1) {
         let cause = cause.to_string();
@@ -13,6 +13,6 @@ pub fn chain(error: &anyhow::Error) -> String {
 }
 
 /// Returns a number with its noun: `1 policy`, `2 policies`.
-pub fn count(number: usize, one: &str, more: &str) -> String {
+pub(crate) fn count(number: usize, one: &str, more: &str) -> String {
     format!("{number} {}", if number == 1 { one } else { more })
 }

@@ -30,7 +30,7 @@ const MAX_DEPTH: usize = 8;
 
 /// Why a directory is not used.
 #[derive(Debug)]
-pub enum UnsafePath {
+pub(crate) enum UnsafePath {
     /// Another user than root could change what is in it.
     Untrusted(String),
     /// It is not there and cannot be made, or cannot be read.
@@ -51,7 +51,7 @@ impl std::error::Error for UnsafePath {}
 ///
 /// # Errors
 /// See [`UnsafePath`]. `setting` is what the message says to change.
-pub fn private_dir(path: &Path, setting: &str) -> Result<PathBuf, UnsafePath> {
+pub(crate) fn private_dir(path: &Path, setting: &str) -> Result<PathBuf, UnsafePath> {
     let found = walk(path)?;
     if !found.missing.as_os_str().is_empty() {
         let whole = found.there.join(&found.missing);
@@ -141,7 +141,7 @@ fn look_into(dir: &Path, setting: &str, depth: usize) -> Result<(), UnsafePath> 
 ///
 /// # Errors
 /// See [`UnsafePath`].
-pub fn socket_dir(dir: &Path) -> Result<PathBuf, UnsafePath> {
+pub(crate) fn socket_dir(dir: &Path) -> Result<PathBuf, UnsafePath> {
     let found = walk(dir)?;
     let whole = found.there.join(&found.missing);
     if !found.missing.as_os_str().is_empty() {
@@ -158,7 +158,7 @@ pub fn socket_dir(dir: &Path) -> Result<PathBuf, UnsafePath> {
 
 /// How far a path leads.
 #[derive(Debug)]
-pub struct Found {
+pub(crate) struct Found {
     /// What is there of it, without links.
     pub there: PathBuf,
     /// What is not.
@@ -167,7 +167,7 @@ pub struct Found {
 
 /// Follows a path as the kernel does, and fails if a user other than root could exchange a directory or a link on the
 /// way. What the path names itself is only looked up.
-pub fn walk(path: &Path) -> Result<Found, UnsafePath> {
+pub(crate) fn walk(path: &Path) -> Result<Found, UnsafePath> {
     let mut here = PathBuf::from("/");
     let mut rest: VecDeque<OsString> = parts(path).collect();
     let mut links = 0;
@@ -253,7 +253,7 @@ fn on_the_way(dir: &Path, metadata: &Metadata) -> Result<(), UnsafePath> {
 }
 
 /// Whether a file is root's, or the user's that this process runs as.
-pub fn is_own(metadata: &Metadata) -> bool {
+pub(crate) fn is_own(metadata: &Metadata) -> bool {
     metadata.uid() == 0 || metadata.uid() == geteuid().as_raw()
 }
 
@@ -268,7 +268,7 @@ fn failed(path: &Path, error: &io::Error) -> UnsafePath {
 
 /// Locks a directory. The lock is of the directory itself, so it needs no file, which a full or read-only file system
 /// could not have, and which bpffs never has.
-pub fn lock_dir(path: &Path, setting: &str) -> anyhow::Result<Flock<File>> {
+pub(crate) fn lock_dir(path: &Path, setting: &str) -> anyhow::Result<Flock<File>> {
     loop {
         let dir = OpenOptions::new()
             .read(true)
@@ -291,7 +291,7 @@ pub fn lock_dir(path: &Path, setting: &str) -> anyhow::Result<Flock<File>> {
 }
 
 /// Locks a file that is open, waiting for a moment if another daemon is just ending.
-pub fn lock_file(mut file: File, path: &Path, setting: &str) -> anyhow::Result<Flock<File>> {
+pub(crate) fn lock_file(mut file: File, path: &Path, setting: &str) -> anyhow::Result<Flock<File>> {
     let until = Instant::now() + LOCK_TIMEOUT;
     loop {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {

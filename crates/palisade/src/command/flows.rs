@@ -22,7 +22,7 @@ use crate::{
 const DEFAULT_COUNT: usize = 20;
 
 /// `palisade observe`.
-pub fn observe(socket: &Path, args: &ObserveArgs) -> anyhow::Result<u8> {
+pub(super) fn observe(socket: &Path, args: &ObserveArgs) -> anyhow::Result<u8> {
     // The daemon builds the filters; here they are only checked, so that what is wrong is said without it.
     let mut builder = FilterBuilder::new(Timestamp::from_system_time(SystemTime::now()));
     for (flag, value) in &args.filters {
@@ -45,7 +45,7 @@ pub fn observe(socket: &Path, args: &ObserveArgs) -> anyhow::Result<u8> {
 }
 
 /// `palisade monitor`.
-pub fn monitor(
+pub(super) fn monitor(
     socket: &Path,
     types: &[String],
     related_to: Option<&str>,

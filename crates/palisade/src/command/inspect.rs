@@ -22,12 +22,12 @@ use crate::{
 };
 
 /// The options of an endpoint.
-pub const OPTIONS: [&str; 1] = ["PolicyAuditMode"];
+pub(super) const OPTIONS: [&str; 1] = ["PolicyAuditMode"];
 
 /// How many endpoints of a policy a row of the list names.
 const ENDPOINTS_SHOWN: usize = 3;
 
-pub fn policies(socket: &Path, name: Option<&str>, output: PolicyOutput) -> anyhow::Result<u8> {
+pub(super) fn policies(socket: &Path, name: Option<&str>, output: PolicyOutput) -> anyhow::Result<u8> {
     let request = Request::PolicyGet {
         name: name.map(ToOwned::to_owned),
     };
@@ -101,7 +101,7 @@ pub fn policies(socket: &Path, name: Option<&str>, output: PolicyOutput) -> anyh
     })
 }
 
-pub fn selectors(socket: &Path, output: Output) -> anyhow::Result<u8> {
+pub(super) fn selectors(socket: &Path, output: Output) -> anyhow::Result<u8> {
     let answer: Vec<SelectorRow> = ask(socket, &Request::PolicySelectors)?;
     show(&answer, output, |rows, out| {
         let mut table = Table::new(&["SELECTOR", "LABELS", "USERS", "IDENTITIES"]);
@@ -117,7 +117,7 @@ pub fn selectors(socket: &Path, output: Output) -> anyhow::Result<u8> {
     })
 }
 
-pub fn names(socket: &Path, endpoint: Option<&str>, output: Output) -> anyhow::Result<u8> {
+pub(super) fn names(socket: &Path, endpoint: Option<&str>, output: Output) -> anyhow::Result<u8> {
     let request = Request::FqdnCacheList {
         endpoint: endpoint.map(ToOwned::to_owned),
     };
@@ -149,7 +149,7 @@ pub fn names(socket: &Path, endpoint: Option<&str>, output: Output) -> anyhow::R
     })
 }
 
-pub fn clean_names(
+pub(super) fn clean_names(
     socket: &Path,
     endpoint: Option<String>,
     name: Option<String>,
@@ -165,7 +165,7 @@ pub fn clean_names(
     Ok(EXIT_OK)
 }
 
-pub fn endpoints(socket: &Path, output: Output) -> anyhow::Result<u8> {
+pub(super) fn endpoints(socket: &Path, output: Output) -> anyhow::Result<u8> {
     let answer: Vec<Endpoint> = ask(socket, &Request::EndpointList)?;
     show(&answer, output, |endpoints, out| {
         write!(out, "{}", endpoint_table(endpoints))
@@ -173,7 +173,7 @@ pub fn endpoints(socket: &Path, output: Output) -> anyhow::Result<u8> {
 }
 
 /// As `endpoint list` and `status` show them.
-pub fn endpoint_table(endpoints: &[Endpoint]) -> Table {
+pub(super) fn endpoint_table(endpoints: &[Endpoint]) -> Table {
     let mut table = Table::new(&[
         "ENDPOINT",
         "POLICY (ingress) ENFORCEMENT",
@@ -205,7 +205,7 @@ pub fn endpoint_table(endpoints: &[Endpoint]) -> Table {
     table
 }
 
-pub fn endpoint(socket: &Path, endpoint: &str, output: Output) -> anyhow::Result<u8> {
+pub(super) fn endpoint(socket: &Path, endpoint: &str, output: Output) -> anyhow::Result<u8> {
     let request = Request::EndpointGet {
         endpoint: endpoint.to_owned(),
     };
@@ -239,7 +239,7 @@ pub fn endpoint(socket: &Path, endpoint: &str, output: Output) -> anyhow::Result
     })
 }
 
-pub fn endpoint_config(
+pub(super) fn endpoint_config(
     socket: &Path,
     endpoint: &str,
     options: &[String],
@@ -279,7 +279,7 @@ pub fn endpoint_config(
     Ok(code)
 }
 
-pub fn identities(socket: &Path, output: Output) -> anyhow::Result<u8> {
+pub(super) fn identities(socket: &Path, output: Output) -> anyhow::Result<u8> {
     let answer: Vec<IdentityRow> = ask(socket, &Request::IdentityList)?;
     show(&answer, output, |rows, out| {
         write!(out, "{}", identity_table(rows))
@@ -287,7 +287,7 @@ pub fn identities(socket: &Path, output: Output) -> anyhow::Result<u8> {
 }
 
 /// By number, or a reserved one by name: `host`, `reserved:world-ipv4`.
-pub fn identity(socket: &Path, identity: &str, output: Output) -> anyhow::Result<u8> {
+pub(super) fn identity(socket: &Path, identity: &str, output: Output) -> anyhow::Result<u8> {
     let number = match identity.parse::<u32>() {
         Ok(number) => number,
         Err(_) => {
@@ -320,7 +320,7 @@ fn identity_table(rows: &[IdentityRow]) -> Table {
     table
 }
 
-pub fn policy_table(socket: &Path, endpoint: &str, output: Output) -> anyhow::Result<u8> {
+pub(super) fn policy_table(socket: &Path, endpoint: &str, output: Output) -> anyhow::Result<u8> {
     let request = Request::BpfPolicyGet {
         endpoint: endpoint.to_owned(),
     };
@@ -361,7 +361,7 @@ fn policy_rows(rows: &[PolicyRow]) -> Table {
     table
 }
 
-pub fn connections(socket: &Path, output: Output) -> anyhow::Result<u8> {
+pub(super) fn connections(socket: &Path, output: Output) -> anyhow::Result<u8> {
     let answer: Vec<ConnectionRow> = ask(socket, &Request::BpfCtList)?;
     show(&answer, output, |rows, out| {
         for row in rows {
@@ -391,7 +391,7 @@ pub fn connections(socket: &Path, output: Output) -> anyhow::Result<u8> {
     })
 }
 
-pub fn ipcache(socket: &Path, output: Output) -> anyhow::Result<u8> {
+pub(super) fn ipcache(socket: &Path, output: Output) -> anyhow::Result<u8> {
     let answer: Vec<IpcacheRow> = ask(socket, &Request::BpfIpcacheList)?;
     show(&answer, output, |rows, out| {
         let mut table = Table::new(&["IP PREFIX/ADDRESS", "IDENTITY", "ENDPOINT", "LABELS"]);

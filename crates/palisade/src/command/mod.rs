@@ -28,7 +28,7 @@ use crate::{
 use output::{EXIT_FAILED, EXIT_NO, EXIT_NO_DAEMON, EXIT_OK, load_config};
 
 /// Does what the command line says.
-pub fn execute(cli: Cli) -> ExitCode {
+pub(crate) fn execute(cli: Cli) -> ExitCode {
     let outcome = dispatch(&cli).and_then(|code| {
         io::stdout().flush()?;
         Ok(code)

@@ -13,16 +13,16 @@ use crate::{
 };
 
 /// The command is done, or the answer is yes.
-pub const EXIT_OK: u8 = 0;
+pub(super) const EXIT_OK: u8 = 0;
 /// The answer is no.
-pub const EXIT_NO: u8 = 1;
+pub(super) const EXIT_NO: u8 = 1;
 /// The daemon does not answer.
-pub const EXIT_NO_DAEMON: u8 = 3;
+pub(super) const EXIT_NO_DAEMON: u8 = 3;
 /// Any other failure.
-pub const EXIT_FAILED: u8 = 4;
+pub(super) const EXIT_FAILED: u8 = 4;
 
 /// Returns the configuration; `None`, after printing every error, if it is wrong.
-pub fn load_config(path: &Path) -> Option<Config> {
+pub(super) fn load_config(path: &Path) -> Option<Config> {
     Config::load(path).map_err(|errors| print_errors(&errors)).ok()
 }
 
@@ -33,7 +33,7 @@ fn print_errors(errors: &[ConfigError]) {
 }
 
 /// Prints an answer as JSON, or as `table` writes it. Returns [`EXIT_OK`].
-pub fn show<T: Serialize>(
+pub(super) fn show<T: Serialize>(
     answer: &T,
     output: Output,
     table: impl FnOnce(&T, &mut dyn io::Write) -> io::Result<()>,

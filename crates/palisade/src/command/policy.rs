@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// `palisade policy validate`. With a configuration also what the policies come to for its endpoints and peers.
-pub fn validate(paths: &[PathBuf], quiet: bool, config: Option<&Path>) -> anyhow::Result<u8> {
+pub(super) fn validate(paths: &[PathBuf], quiet: bool, config: Option<&Path>) -> anyhow::Result<u8> {
     let config = match config.map(load_config) {
         Some(None) => return Ok(EXIT_NO),
         Some(config) => config,
@@ -97,7 +97,7 @@ pub fn validate(paths: &[PathBuf], quiet: bool, config: Option<&Path>) -> anyhow
 }
 
 /// `palisade policy test`.
-pub fn test(paths: &[PathBuf]) -> anyhow::Result<u8> {
+pub(super) fn test(paths: &[PathBuf]) -> anyhow::Result<u8> {
     let mut out = io::stdout().lock();
     let mut total = Report::default();
     for path in paths {
@@ -122,7 +122,7 @@ pub fn test(paths: &[PathBuf]) -> anyhow::Result<u8> {
 }
 
 /// The packet that is asked about.
-pub fn trace_request(args: &TraceArgs) -> anyhow::Result<TraceRequest> {
+pub(super) fn trace_request(args: &TraceArgs) -> anyhow::Result<TraceRequest> {
     let usual = match (&args.dns, &args.http, &args.sni) {
         _ if args.protocol.is_some() => None,
         (Some(_), ..) => Some("53/udp"),
@@ -177,7 +177,7 @@ fn protocol_and_port(protocol: Option<&str>, port: Option<&str>) -> anyhow::Resu
 }
 
 /// The request of `--http` and `--header`.
-pub fn http_request(line: &str, headers: &[String]) -> anyhow::Result<TraceHttp> {
+pub(super) fn http_request(line: &str, headers: &[String]) -> anyhow::Result<TraceHttp> {
     let wrong =
         || format!("--http '{line}': write METHOD and path or URL, like 'GET /x' or 'GET http://host/x'");
     let is_token = |text: &str| {
@@ -238,7 +238,7 @@ pub fn http_request(line: &str, headers: &[String]) -> anyhow::Result<TraceHttp>
 }
 
 /// `palisade policy trace`.
-pub fn trace(
+pub(super) fn trace(
     config: &Path,
     socket: &Path,
     request: TraceRequest,

@@ -41,7 +41,7 @@ const STATUS_POLL_INTERVAL: Duration = Duration::from_millis(50);
 const STOP_DEADLINE: Duration = Duration::from_secs(60);
 
 /// `palisade run`.
-pub fn run(path: &Path) -> anyhow::Result<u8> {
+pub(super) fn run(path: &Path) -> anyhow::Result<u8> {
     let level = std::env::var("PALISADE_LOG")
         .ok()
         .and_then(|level| level.parse().ok());
@@ -105,7 +105,12 @@ fn config_to_run(path: &Path) -> Option<(Config, Option<String>)> {
 }
 
 /// `palisade status`.
-pub fn status(config: &Path, socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::Result<u8> {
+pub(super) fn status(
+    config: &Path,
+    socket: &Path,
+    wait: Option<Duration>,
+    output: Output,
+) -> anyhow::Result<u8> {
     let outcome = status_of(socket, wait, output);
     if let Err(error) = &outcome
         && let Some(ClientError::NotRunning { .. }) = error.downcast_ref()
@@ -167,7 +172,7 @@ fn status_of(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::R
 }
 
 /// `palisade reload`.
-pub fn reload(config: &Path, socket: &Path) -> anyhow::Result<u8> {
+pub(super) fn reload(config: &Path, socket: &Path) -> anyhow::Result<u8> {
     // The daemon reads the file it was started with; if this is it, errors are better shown one a line.
     if config.exists() && load_config(config).is_none() {
         return Ok(EXIT_NO);
@@ -188,7 +193,7 @@ pub fn reload(config: &Path, socket: &Path) -> anyhow::Result<u8> {
 }
 
 /// `palisade stop`.
-pub fn stop(config: &Path, socket: &Path, detach: bool) -> anyhow::Result<u8> {
+pub(super) fn stop(config: &Path, socket: &Path, detach: bool) -> anyhow::Result<u8> {
     match Client::send(socket, &Request::Stop { detach }) {
         Ok(client) => {
             client.answer::<serde_json::Value>()?;

@@ -8,7 +8,7 @@ use palisade_abi::maps;
 use palisade_datapath::{ApplyError, MapError, OpenError};
 
 /// An error that a larger map can be the remedy for.
-pub trait SizeError: Display {
+pub(crate) trait SizeError: Display {
     /// Returns the map that is too small, if that is the cause.
     fn too_small(&self) -> Option<&str>;
 }
@@ -32,7 +32,7 @@ impl SizeError for OpenError {
 }
 
 /// Returns the option of `[limits]` that sets the size of a map (named in either case); `None` if no option does.
-pub fn limit_option(map: &str) -> Option<&'static str> {
+pub(super) fn limit_option(map: &str) -> Option<&'static str> {
     Some(match map.to_uppercase().as_str() {
         maps::CONNTRACK => "conntrack",
         maps::FRAGMENTS => "fragments",
@@ -46,12 +46,12 @@ pub fn limit_option(map: &str) -> Option<&'static str> {
 }
 
 /// Returns `; raise [limits] OPTION` for a map; empty if no option sets its size.
-pub fn limit_hint(map: &str) -> String {
+pub(crate) fn limit_hint(map: &str) -> String {
     limit_option(map).map_or_else(String::new, |option| format!("; raise [limits] {option}"))
 }
 
 /// Returns the text of an error, with the option to raise if a map is too small.
-pub fn with_option(error: &impl SizeError) -> String {
+pub(crate) fn with_option(error: &impl SizeError) -> String {
     let hint = error.too_small().map(limit_hint).unwrap_or_default();
     format!("{error}{hint}")
 }

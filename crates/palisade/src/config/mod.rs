@@ -14,7 +14,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-pub use limit_option::{limit_hint, with_option};
+pub(crate) use limit_option::{limit_hint, with_option};
 use palisade_abi::{ETHER_TYPES, MAX_WORKERS};
 use palisade_inspect::{Ech, GetBodies, Paths};
 use palisade_model::{
@@ -24,18 +24,18 @@ use palisade_model::{
 };
 use palisade_protocols::http1;
 use palisade_worker::Mode;
-pub use reader::ConfigError;
+pub(crate) use reader::ConfigError;
 use reader::{At, Reader, Section};
 use toml::de::DeTable;
 
 /// Where the configuration is looked for if nobody says where.
-pub const DEFAULT_PATH: &str = "/etc/palisade/palisade.toml";
+pub(crate) const DEFAULT_PATH: &str = "/etc/palisade/palisade.toml";
 /// Where links and maps are pinned.
-pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/palisade";
+pub(crate) const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/palisade";
 /// Where what outlives the daemon is kept.
-pub const DEFAULT_STATE_DIR: &str = "/var/lib/palisade";
+pub(crate) const DEFAULT_STATE_DIR: &str = "/var/lib/palisade";
 /// Where the daemon listens for the command line.
-pub const DEFAULT_SOCKET: &str = "/run/palisade/palisade.sock";
+pub(crate) const DEFAULT_SOCKET: &str = "/run/palisade/palisade.sock";
 
 /// The label that says in which namespace an endpoint is.
 const NAMESPACE_LABEL: &str = "io.kubernetes.pod.namespace";
@@ -48,7 +48,7 @@ const RESERVED_SOURCES: [&str; 5] = ["reserved", "cidr", "cidrgroup", "fqdn", "a
 
 /// Everything the configuration says, validated, defaults filled in.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Config {
+pub(crate) struct Config {
     /// The file it was read from.
     pub path: PathBuf,
     /// What the file said.
@@ -79,7 +79,7 @@ pub struct Config {
 
 /// `[node]`: this machine.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Node {
+pub(crate) struct Node {
     /// How flows and reports name it.
     pub name: String,
     /// The node's labels, without `reserved:host`.
@@ -98,7 +98,7 @@ pub struct Node {
 
 /// What becomes of traffic when policies that were there cannot be had at a start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WithoutPolicies {
+pub(crate) enum WithoutPolicies {
     /// What the other policies allow passes; without any, everything does.
     Open,
     /// Only what the other policies allow passes: every direction of every endpoint is denied by default.
@@ -107,7 +107,7 @@ pub enum WithoutPolicies {
 
 /// `[policy]`.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Policy {
+pub(crate) struct Policy {
     /// The folder with the policy files.
     pub dir: PathBuf,
     /// When a direction of an endpoint is denied by default.
@@ -122,7 +122,7 @@ pub struct Policy {
 
 /// `[limits]`: sizes of maps, and what may be used up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// Connections.
     pub conntrack: u32,
     /// Entries of all policy tables together.
@@ -143,7 +143,7 @@ pub struct Limits {
 
 /// `[timeouts]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Timeouts {
+pub(crate) struct Timeouts {
     /// TCP connection of which only one side has been heard.
     pub tcp_opening: Duration,
     /// TCP connection in use.
@@ -164,7 +164,7 @@ pub struct Timeouts {
 
 /// `[dns]`: names that policies decide by.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Dns {
+pub(crate) struct Dns {
     /// The least time that an answer's addresses can be reached.
     pub min_ttl: Duration,
     /// The longest time that an answer can ask for.
@@ -189,7 +189,7 @@ pub struct Dns {
 
 /// What a question gets that no rule allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DenyAnswer {
+pub(crate) enum DenyAnswer {
     /// REFUSED.
     Refused,
     /// NXDOMAIN, for clients that go on with the next name of their search list only then.
@@ -198,7 +198,7 @@ pub enum DenyAnswer {
 
 /// `[http]`: requests that policies decide by.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Http {
+pub(crate) struct Http {
     /// In which form the path of a request is judged.
     pub paths: Paths,
     /// What becomes of a GET with a body.
@@ -213,7 +213,7 @@ pub struct Http {
 
 /// `[tls]`: server names that policies decide by.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tls {
+pub(crate) struct Tls {
     /// What becomes of a hello that carries an encrypted one.
     pub ech: Ech,
     /// A hello must be whole by then.
@@ -224,7 +224,7 @@ pub struct Tls {
 
 /// `[worker]`: the threads that read what policies want read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Worker {
+pub(crate) struct Worker {
     /// How many; 0: one for each CPU, eight at most.
     pub threads: usize,
     /// How they wait for packets.
@@ -239,7 +239,7 @@ pub struct Worker {
 
 /// What becomes of packets that must be read and cannot be, because no worker lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OnFailure {
+pub(crate) enum OnFailure {
     /// They are dropped.
     Drop,
     /// They pass unread.
@@ -248,7 +248,7 @@ pub enum OnFailure {
 
 /// How the programs are attached to an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Attachment {
+pub(crate) struct Attachment {
     /// Which hook stands at ingress.
     pub ingress: IngressHook,
     /// Mode of XDP.
@@ -259,7 +259,7 @@ pub struct Attachment {
 
 /// Which hook stands at ingress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum IngressHook {
+pub(crate) enum IngressHook {
     /// What is faster for the role.
     Auto,
     /// XDP.
@@ -270,7 +270,7 @@ pub enum IngressHook {
 
 /// Mode of XDP. Never chosen silently: what the driver cannot do is an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum XdpMode {
+pub(crate) enum XdpMode {
     /// In the driver.
     Native,
     /// In the driver, or generic if the driver has none; which it is gets reported.
@@ -281,7 +281,7 @@ pub enum XdpMode {
 
 /// How tc programs are attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TcHook {
+pub(crate) enum TcHook {
     /// tcx where the kernel has it, else clsact.
     Auto,
     /// tcx (from Linux 6.6).
@@ -292,7 +292,7 @@ pub enum TcHook {
 
 /// `[[interface]]`: a NIC of this node.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Interface {
+pub(crate) struct Interface {
     /// Its name.
     pub name: String,
     /// EtherTypes of frames that pass unjudged; 0: none.
@@ -308,7 +308,7 @@ const DEFAULT_ETHER_TYPES: [u16; 2] = [0x88f7, 0x888e];
 
 /// `[[endpoint]]`: a workload behind the host side of a veth.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Endpoint {
+pub(crate) struct Endpoint {
     /// Its name.
     pub name: String,
     /// Its namespace.
@@ -329,14 +329,14 @@ pub struct Endpoint {
 
 impl Endpoint {
     /// `namespace/name`: how reports name it, and what its id is kept under.
-    pub fn qualified_name(&self) -> String {
+    pub(crate) fn qualified_name(&self) -> String {
         format!("{}/{}", self.namespace, self.name)
     }
 }
 
 /// `[[peer]]`: somebody who is not on this node.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Peer {
+pub(crate) struct Peer {
     /// Its name.
     pub name: String,
     /// Its addresses and prefixes.
@@ -347,7 +347,7 @@ pub struct Peer {
 
 impl Config {
     /// Reads and validates a file.
-    pub fn load(path: &Path) -> Result<Self, Vec<ConfigError>> {
+    pub(crate) fn load(path: &Path) -> Result<Self, Vec<ConfigError>> {
         let text = fs::read_to_string(path).map_err(|error| {
             let hint = if error.kind() == std::io::ErrorKind::NotFound {
                 "; name the file with --config, or start from the config/palisade.toml that comes with Palisade"
@@ -378,7 +378,7 @@ impl Config {
     }
 
     /// A path of `[node]` in a text that may be wrong elsewhere, as far as it can be read.
-    pub fn node_path(text: &str, key: &str) -> Option<PathBuf> {
+    pub(crate) fn node_path(text: &str, key: &str) -> Option<PathBuf> {
         let (table, _) = DeTable::parse_recoverable(text);
         let node = table.get_ref().get("node")?.get_ref().as_table()?;
         let path = PathBuf::from(node.get(key)?.get_ref().as_str()?);
@@ -386,7 +386,7 @@ impl Config {
     }
 
     /// Validates a text; `path` is how messages name it and what a relative policy folder is relative to.
-    pub fn parse(path: &Path, text: &str) -> Result<Self, Vec<ConfigError>> {
+    pub(crate) fn parse(path: &Path, text: &str) -> Result<Self, Vec<ConfigError>> {
         let file = path.display().to_string();
         let reader = Reader::new(&file, text);
         let (table, syntax) = DeTable::parse_recoverable(text);
@@ -453,7 +453,7 @@ fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Config {
 }
 
 /// Returns the value of `[policy] enforcement` as it is written in the configuration.
-pub const fn enforcement_name(enforcement: Enforcement) -> &'static str {
+pub(crate) const fn enforcement_name(enforcement: Enforcement) -> &'static str {
     match enforcement {
         Enforcement::Default => "default",
         Enforcement::Always => "always",

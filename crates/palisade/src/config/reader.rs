@@ -20,7 +20,7 @@ use super::suggest::suggestion;
 
 /// Something wrong at a place of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ConfigError {
+pub(crate) struct ConfigError {
     /// The file as it was named.
     pub file: String,
     /// Line, from 1; 0: the file as a whole.
@@ -63,7 +63,7 @@ const ETHER_TYPE_NAMES: &[(&str, u16)] = &[
 ];
 
 /// A text under reading, with the errors found in it so far.
-pub struct Reader<'a> {
+pub(super) struct Reader<'a> {
     file: &'a str,
     text: &'a str,
     errors: RefCell<Vec<(usize, ConfigError)>>,
@@ -73,7 +73,7 @@ pub struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    pub fn new(file: &'a str, text: &'a str) -> Self {
+    pub(super) fn new(file: &'a str, text: &'a str) -> Self {
         Self {
             file,
             text,
@@ -84,7 +84,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Notes an error at a byte offset.
-    pub fn error(&self, offset: usize, message: impl Into<String>) {
+    pub(super) fn error(&self, offset: usize, message: impl Into<String>) {
         let before = self.text.get(..offset).unwrap_or(self.text);
         let line_start = before.rfind('\n').map_or(0, |at| at + 1);
         let error = ConfigError {
@@ -97,7 +97,7 @@ impl<'a> Reader<'a> {
     }
 
     /// All errors, in the order of the text.
-    pub fn into_errors(self) -> Vec<ConfigError> {
+    pub(super) fn into_errors(self) -> Vec<ConfigError> {
         let mut errors = self.errors.into_inner();
         errors.sort_by_key(|(offset, _)| *offset);
         errors.into_iter().map(|(_, error)| error).collect()
@@ -106,13 +106,13 @@ impl<'a> Reader<'a> {
 
 /// A value that knows where it stands.
 #[derive(Clone, Debug)]
-pub struct At<T> {
+pub(super) struct At<T> {
     pub value: T,
     pub offset: usize,
 }
 
 /// One table of the text. Dropping it without [`Section::finish`] would leave unknown keys unreported.
-pub struct Section<'r, 'a> {
+pub(super) struct Section<'r, 'a> {
     reader: &'r Reader<'a>,
     name: String,
     /// `None` for a section that is not written: every value has its default.
@@ -123,7 +123,7 @@ pub struct Section<'r, 'a> {
 
 impl<'r, 'a> Section<'r, 'a> {
     /// The whole text.
-    pub fn root(reader: &'r Reader<'a>, table: &'r DeTable<'r>) -> Self {
+    pub(super) fn root(reader: &'r Reader<'a>, table: &'r DeTable<'r>) -> Self {
         Self {
             reader,
             name: String::new(),
@@ -134,12 +134,12 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// Notes an error about this section as a whole.
-    pub fn error(&self, message: impl Into<String>) {
+    pub(super) fn error(&self, message: impl Into<String>) {
         self.reader.error(self.span.start, message);
     }
 
     /// Notes an error at a value.
-    pub fn error_at(&self, offset: usize, message: impl Into<String>) {
+    pub(super) fn error_at(&self, offset: usize, message: impl Into<String>) {
         self.reader.error(offset, message);
     }
 
@@ -167,7 +167,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// A table; an absent one reads as empty.
-    pub fn table(&self, key: &'static str) -> Section<'r, 'a> {
+    pub(super) fn table(&self, key: &'static str) -> Section<'r, 'a> {
         let found = self.get(key).and_then(|(value, span)| match value {
             DeValue::Table(table) => Some((table, span)),
             other => {
@@ -186,7 +186,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// An array of tables; an absent one reads as empty.
-    pub fn tables(&self, key: &'static str) -> Vec<Section<'r, 'a>> {
+    pub(super) fn tables(&self, key: &'static str) -> Vec<Section<'r, 'a>> {
         let Some((value, span)) = self.get(key) else {
             return Vec::new();
         };
@@ -214,7 +214,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// A string that must be there and not be empty.
-    pub fn required_string(&self, key: &'static str, example: &str) -> Option<At<String>> {
+    pub(super) fn required_string(&self, key: &'static str, example: &str) -> Option<At<String>> {
         let present = self.table.is_some_and(|table| table.contains_key(key));
         match self.string(key) {
             Some(at) if at.value.is_empty() => {
@@ -233,7 +233,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// A string.
-    pub fn string(&self, key: &'static str) -> Option<At<String>> {
+    pub(super) fn string(&self, key: &'static str) -> Option<At<String>> {
         let (value, span) = self.get(key)?;
         if let DeValue::String(text) = value {
             return Some(At {
@@ -246,7 +246,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// true or false.
-    pub fn boolean(&self, key: &'static str) -> Option<bool> {
+    pub(super) fn boolean(&self, key: &'static str) -> Option<bool> {
         let (value, span) = self.get(key)?;
         if let DeValue::Boolean(boolean) = value {
             return Some(*boolean);
@@ -256,7 +256,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// A whole number within bounds.
-    pub fn integer(&self, key: &'static str, bounds: Range<u64>) -> Option<u64> {
+    pub(super) fn integer(&self, key: &'static str, bounds: Range<u64>) -> Option<u64> {
         let (value, span) = self.get(key)?;
         let DeValue::Integer(integer) = value else {
             self.wrong_type(key, "a whole number", value, span.start);
@@ -279,7 +279,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// A duration within bounds.
-    pub fn duration(&self, key: &'static str, bounds: Range<Duration>) -> Option<Duration> {
+    pub(super) fn duration(&self, key: &'static str, bounds: Range<Duration>) -> Option<Duration> {
         let at = self.string(key)?;
         match duration::parse(&at.value) {
             Ok(value) if bounds.contains(&value) => return Some(value),
@@ -300,7 +300,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// An absolute path.
-    pub fn absolute_path(&self, key: &'static str) -> Option<PathBuf> {
+    pub(super) fn absolute_path(&self, key: &'static str) -> Option<PathBuf> {
         let at = self.string(key)?;
         let path = PathBuf::from(&at.value);
         if path.is_absolute() {
@@ -312,7 +312,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// One of several words.
-    pub fn choice<T: Copy>(&self, key: &'static str, choices: &[(&'static str, T)]) -> Option<T> {
+    pub(super) fn choice<T: Copy>(&self, key: &'static str, choices: &[(&'static str, T)]) -> Option<T> {
         let at = self.string(key)?;
         if let Some((_, value)) = choices.iter().find(|(name, _)| *name == at.value) {
             return Some(*value);
@@ -360,7 +360,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// A list of IP addresses.
-    pub fn addresses(&self, key: &'static str) -> Option<Vec<At<IpAddr>>> {
+    pub(super) fn addresses(&self, key: &'static str) -> Option<Vec<At<IpAddr>>> {
         self.list(
             key,
             "a list of IP addresses: [\"10.0.1.10\", \"fd00::10\"]",
@@ -381,7 +381,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// A list of IP addresses, each with a port if it is not the usual one.
-    pub fn servers(&self, key: &'static str, port: u16) -> Option<Vec<At<SocketAddr>>> {
+    pub(super) fn servers(&self, key: &'static str, port: u16) -> Option<Vec<At<SocketAddr>>> {
         self.list(
             key,
             "a list of addresses: [\"192.0.2.53\", \"[2001:db8::53]:5353\"]",
@@ -396,7 +396,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// A list of names of header fields (RFC 9110, 5.1), in lower case.
-    pub fn header_names(&self, key: &'static str) -> Option<Vec<At<String>>> {
+    pub(super) fn header_names(&self, key: &'static str) -> Option<Vec<At<String>>> {
         const LONGEST: usize = 64;
         let is_token = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
         self.list(key, "a list of names: [\"user-agent\"]", |text| {
@@ -411,7 +411,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// A list of EtherTypes: names or numbers.
-    pub fn ether_types(&self, key: &'static str) -> Option<Vec<At<u16>>> {
+    pub(super) fn ether_types(&self, key: &'static str) -> Option<Vec<At<u16>>> {
         let wanted = "a list of EtherTypes by name or number: [\"ptp\", \"0x8863\"]";
         self.list(key, wanted, |text| {
             let names = || ETHER_TYPE_NAMES.iter().map(|(name, _)| *name);
@@ -442,7 +442,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// A list of prefixes; an address is the prefix of full length.
-    pub fn prefixes(&self, key: &'static str) -> Option<Vec<At<IpNet>>> {
+    pub(super) fn prefixes(&self, key: &'static str) -> Option<Vec<At<IpNet>>> {
         self.list(
             key,
             "a list of addresses or prefixes: [\"10.0.9.0/24\"]",
@@ -465,7 +465,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// A table of strings, in the order of the text.
-    pub fn strings(&self, key: &'static str) -> Vec<(At<String>, At<String>)> {
+    pub(super) fn strings(&self, key: &'static str) -> Vec<(At<String>, At<String>)> {
         let Some((value, span)) = self.get(key) else {
             return Vec::new();
         };
@@ -495,7 +495,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// Reports what nobody asked for.
-    pub fn finish(self) {
+    pub(super) fn finish(self) {
         let asked = self.asked.into_inner();
         for key in self.table.into_iter().flat_map(|table| table.keys()) {
             let name = key.get_ref().as_ref();

@@ -1,7 +1,7 @@
 //! "Did you mean": the nearest of the words that would have been right.
 
 /// `; did you mean 'WORD'?`, or nothing if no word is near.
-pub fn suggestion<'a>(wrong: &str, words: impl IntoIterator<Item = &'a str>) -> String {
+pub(super) fn suggestion<'a>(wrong: &str, words: impl IntoIterator<Item = &'a str>) -> String {
     let near = (wrong.chars().count() / 3).max(1) + 1;
     words
         .into_iter()

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// A request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Request {
+pub(crate) enum Request {
     /// Nothing: whether anything is answered at all.
     Ping,
     /// [`Status`].
@@ -57,7 +57,7 @@ pub enum Request {
 /// Which flows, and how many.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct ObserveRequest {
+pub(crate) struct ObserveRequest {
     /// Flags of `palisade observe` and their values, in their order.
     pub filters: Vec<(String, String)>,
     /// Go on with what comes.
@@ -69,7 +69,7 @@ pub struct ObserveRequest {
 /// One packet described by hand.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct TraceRequest {
+pub(crate) struct TraceRequest {
     /// Who sends: endpoint, peer, address, or a reserved identity.
     pub from: String,
     /// Who receives; with `to_fqdn` its address, or nothing.
@@ -95,7 +95,7 @@ pub struct TraceRequest {
 /// An HTTP request described by hand.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct TraceHttp {
+pub(crate) struct TraceHttp {
     /// Method.
     pub method: String,
     /// Path with query.
@@ -112,7 +112,7 @@ pub struct TraceHttp {
 /// A line of the daemon's answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Answer {
+pub(crate) enum Answer {
     /// The answer, or the end of a stream.
     Ok(serde_json::Value),
     /// Nothing was done.
@@ -127,7 +127,7 @@ pub enum Answer {
 
 /// What `palisade status` shows.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Status {
+pub(crate) struct Status {
     /// Of the daemon.
     pub version: String,
     /// Name of the node.
@@ -177,7 +177,7 @@ pub struct Status {
 
 /// An interface that is to be guarded.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct InterfaceStatus {
+pub(crate) struct InterfaceStatus {
     /// Its name.
     pub name: String,
     /// Its index, 0 if it is not there.
@@ -198,7 +198,7 @@ pub struct InterfaceStatus {
 
 /// An endpoint of this node.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Endpoint {
+pub(crate) struct Endpoint {
     /// Its number.
     pub id: u16,
     /// `namespace/name`.
@@ -229,7 +229,7 @@ pub struct Endpoint {
 
 /// A file of the policy folder.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct PolicyFile {
+pub(crate) struct PolicyFile {
     /// Its name within the folder.
     pub file: String,
     /// Whether what is in force is what the file says now.
@@ -243,7 +243,7 @@ pub struct PolicyFile {
 /// How what a file says and what is in force go together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum PolicyFileState {
+pub(crate) enum PolicyFileState {
     /// The same.
     #[default]
     InForce,
@@ -255,7 +255,7 @@ pub enum PolicyFileState {
 
 /// A kind of inspection that policies want and nobody does.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct MissingInspector {
+pub(crate) struct MissingInspector {
     /// http, dns, tls, kafka, listener, tls-terminate.
     pub inspector: String,
     /// The policies.
@@ -264,7 +264,7 @@ pub struct MissingInspector {
 
 /// How full a map is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct MapFill {
+pub(crate) struct MapFill {
     /// Its name.
     pub map: String,
     /// Entries in it.
@@ -275,7 +275,7 @@ pub struct MapFill {
 
 /// The threads that read packets.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Workers {
+pub(crate) struct Workers {
     /// The punt link's end at the node; empty if there is no punt link.
     pub punt_link: String,
     /// poll, spin, busy-poll.
@@ -296,7 +296,7 @@ pub struct Workers {
 
 /// What workers keep to read traffic.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Keeps {
+pub(crate) struct Keeps {
     /// Connections that are read.
     pub connections: u64,
     /// Connections that are not read any more, and are judged again if their rules change.
@@ -309,7 +309,7 @@ pub struct Keeps {
 
 /// A thread that reads packets.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Worker {
+pub(crate) struct Worker {
     /// Its number, which is that of its queue.
     pub number: usize,
     /// starting, running, down, ended.
@@ -358,7 +358,7 @@ pub struct Worker {
 
 /// Packets that a worker dropped for a reason.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct WorkerDrops {
+pub(crate) struct WorkerDrops {
     /// The reason's number.
     pub reason: u8,
     /// The reason in words.
@@ -369,7 +369,7 @@ pub struct WorkerDrops {
 
 /// What the rings of a worker's sockets have lost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WorkerRing {
+pub(crate) struct WorkerRing {
     /// Dropped for another reason than a full ring.
     pub rx_dropped: u64,
     /// Dropped because the receive ring was full.
@@ -382,7 +382,7 @@ pub struct WorkerRing {
 
 /// Connections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ConntrackStatus {
+pub(crate) struct ConntrackStatus {
     /// In the map.
     pub entries: u64,
     /// The map can have.
@@ -402,7 +402,7 @@ pub struct ConntrackStatus {
 
 /// Events.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EventStatus {
+pub(crate) struct EventStatus {
     /// Read by this daemon.
     pub read: u64,
     /// Not sent: rate limit.
@@ -415,7 +415,7 @@ pub struct EventStatus {
 
 /// Learned names.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NamesStatus {
+pub(crate) struct NamesStatus {
     /// Names that are known, each endpoint's for itself.
     pub names: usize,
     /// Addresses of names.
@@ -452,7 +452,7 @@ pub struct NamesStatus {
 
 /// An address that an endpoint has learned.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct FqdnRow {
+pub(crate) struct FqdnRow {
     /// The endpoint's number.
     pub endpoint: u16,
     /// The endpoint's name.
@@ -475,7 +475,7 @@ pub struct FqdnRow {
 
 /// Packets dropped for a reason.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct DropCount {
+pub(crate) struct DropCount {
     /// The reason's number.
     pub reason: u8,
     /// The reason in words.
@@ -490,7 +490,7 @@ pub struct DropCount {
 
 /// A policy in force.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct PolicySummary {
+pub(crate) struct PolicySummary {
     /// `namespace/name`.
     pub name: String,
     /// The resource's kind.
@@ -516,7 +516,7 @@ pub struct PolicySummary {
 
 /// A rule of a policy.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct RuleSummary {
+pub(crate) struct RuleSummary {
     /// Its number in the maps; 0 if no table has it.
     pub id: u32,
     /// In words.
@@ -532,7 +532,7 @@ pub struct RuleSummary {
 
 /// A selector of a policy.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct SelectorRow {
+pub(crate) struct SelectorRow {
     /// As it would be written.
     pub selector: String,
     /// The policies that have it.
@@ -545,7 +545,7 @@ pub struct SelectorRow {
 
 /// What would happen to a packet.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct TraceAnswer {
+pub(crate) struct TraceAnswer {
     /// Whether it would arrive.
     pub passes: bool,
     /// How that comes, in words.
@@ -556,7 +556,7 @@ pub struct TraceAnswer {
 
 /// An identity.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct IdentityRow {
+pub(crate) struct IdentityRow {
     /// Its number.
     pub id: u32,
     /// Its labels.
@@ -565,7 +565,7 @@ pub struct IdentityRow {
 
 /// An entry of a policy table.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct PolicyRow {
+pub(crate) struct PolicyRow {
     /// Allow, Deny, Inspect, Auth.
     pub policy: String,
     /// Ingress or Egress.
@@ -594,7 +594,7 @@ pub struct PolicyRow {
 
 /// A connection.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct ConnectionRow {
+pub(crate) struct ConnectionRow {
     /// TCP, UDP, ...
     pub protocol: String,
     /// IN: the other end opened it. OUT: the endpoint did.
@@ -631,7 +631,7 @@ pub struct ConnectionRow {
 
 /// Who an address is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct IpcacheRow {
+pub(crate) struct IpcacheRow {
     /// Prefix.
     pub prefix: String,
     /// Its identity.

@@ -35,7 +35,7 @@ const MIN_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
-pub enum ClientError {
+pub(crate) enum ClientError {
     /// Nobody listens.
     #[error(
         "the daemon is not running ({socket}: {error}); start it with `systemctl start palisade` or `palisade run`"
@@ -83,7 +83,7 @@ pub enum ClientError {
 
 /// A connection on which a request was sent.
 #[derive(Debug)]
-pub struct Client {
+pub(crate) struct Client {
     reader: BufReader<UnixStream>,
     pid: i32,
     /// How long to wait for each line.
@@ -92,7 +92,7 @@ pub struct Client {
 
 impl Client {
     /// Connects and sends the request.
-    pub fn send(socket: &Path, request: &Request) -> Result<Self, ClientError> {
+    pub(crate) fn send(socket: &Path, request: &Request) -> Result<Self, ClientError> {
         let changes = matches!(
             request,
             Request::Stop { .. } | Request::Reload | Request::EndpointConfig { .. }
@@ -174,7 +174,7 @@ impl Client {
     }
 
     /// The next line; `None` once the daemon has closed the connection.
-    pub fn next(&mut self) -> Result<Option<Answer>, ClientError> {
+    pub(crate) fn next(&mut self) -> Result<Option<Answer>, ClientError> {
         loop {
             let line = self.line()?;
             if line.is_empty() {
@@ -214,7 +214,7 @@ impl Client {
     }
 
     /// The answer to a request that has one.
-    pub fn answer<T: DeserializeOwned>(mut self) -> Result<T, ClientError> {
+    pub(crate) fn answer<T: DeserializeOwned>(mut self) -> Result<T, ClientError> {
         match self.next()? {
             Some(Answer::Ok(value)) => {
                 serde_json::from_value(value).map_err(|error| ClientError::Broken(error.into()))
@@ -229,12 +229,12 @@ impl Client {
 }
 
 /// One request, one answer.
-pub fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> Result<T, ClientError> {
+pub(crate) fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> Result<T, ClientError> {
     Client::send(socket, request)?.answer()
 }
 
 /// The same, with a limit to the time in which the answer must come.
-pub fn ask_within<T: DeserializeOwned>(
+pub(crate) fn ask_within<T: DeserializeOwned>(
     socket: &Path,
     request: &Request,
     patience: Duration,

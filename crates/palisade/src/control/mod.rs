@@ -9,13 +9,13 @@
 
 use std::time::Duration;
 
-pub mod api;
-pub mod client;
-pub mod server;
+pub(crate) mod api;
+pub(crate) mod client;
+pub(crate) mod server;
 
 /// The longest line that either side takes. A listing is one line: a table of a million entries has to fit.
-pub const MAX_ANSWER: usize = 1 << 30;
+pub(crate) const MAX_ANSWER: usize = 1 << 30;
 /// The longest request: filters and trace descriptions are short.
-pub const MAX_REQUEST: usize = 64 * 1024;
+pub(crate) const MAX_REQUEST: usize = 64 * 1024;
 /// Longest time between two lines to a following client: without flows, the line only says that the daemon lives.
-pub const ALIVE_INTERVAL: Duration = Duration::from_secs(2);
+pub(crate) const ALIVE_INTERVAL: Duration = Duration::from_secs(2);

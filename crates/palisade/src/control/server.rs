@@ -55,7 +55,7 @@ const MAX_FOLLOWERS: usize = MAX_CLIENTS - 16;
 const CLOSE_GRACE_PERIOD: Duration = Duration::from_millis(300);
 
 /// Writes the lines of an answer.
-pub trait Sink {
+pub(crate) trait Sink {
     /// Sends a line now.
     fn send(&mut self, answer: &Answer) -> io::Result<()>;
     /// Puts a line into the buffer; it goes out with the next [`Sink::send`] or [`Sink::flush`], or when the
@@ -70,14 +70,14 @@ pub trait Sink {
 }
 
 /// Answers requests. Called on a thread of the client's own.
-pub trait Handler: Send + Sync + 'static {
+pub(crate) trait Handler: Send + Sync + 'static {
     /// Answers by at least one line.
     fn handle(&self, request: Request, sink: &mut dyn Sink) -> io::Result<()>;
 }
 
 /// What the server did so far.
 #[derive(Debug, Default)]
-pub struct Counts {
+pub(crate) struct Counts {
     clients: AtomicUsize,
     followers: AtomicUsize,
     /// Clients cut off because they did not read.
@@ -88,7 +88,7 @@ pub struct Counts {
 
 /// The right to listen at a path: no other daemon has it while this value lives.
 #[derive(Debug)]
-pub struct Claim {
+pub(crate) struct Claim {
     path: PathBuf,
     _lock: Flock<File>,
 }
@@ -97,7 +97,7 @@ pub struct Claim {
 ///
 /// # Errors
 /// Another daemon has it, or a process listens there; another user could exchange the socket.
-pub fn claim(path: &Path) -> anyhow::Result<Claim> {
+pub(crate) fn claim(path: &Path) -> anyhow::Result<Claim> {
     let shown = || format!("[node] socket {}", path.display());
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         bail!("{}: not a path of a socket", shown());
@@ -154,7 +154,7 @@ fn is_alive(path: &Path) -> bool {
 
 /// Removes the socket when it goes.
 #[derive(Debug)]
-pub struct Socket {
+pub(crate) struct Socket {
     claim: Claim,
     /// Device and inode of the socket that was made.
     made: (u64, u64),
@@ -164,7 +164,7 @@ pub struct Socket {
 
 impl Socket {
     /// Gives clients a moment to get their last answer (their threads end with the process), and removes the socket.
-    pub fn close(self) {
+    pub(crate) fn close(self) {
         let until = Instant::now() + CLOSE_GRACE_PERIOD;
         while self.counts.clients.load(Ordering::SeqCst) > 0 && Instant::now() < until {
             thread::sleep(Duration::from_millis(2));
@@ -183,7 +183,7 @@ impl Drop for Socket {
 }
 
 /// Listens, and serves on threads of its own from now on.
-pub fn listen(claim: Claim, handler: Arc<impl Handler>) -> io::Result<Socket> {
+pub(crate) fn listen(claim: Claim, handler: Arc<impl Handler>) -> io::Result<Socket> {
     // Bound under a name that nobody knows, made private, and only then put in its place: there is no moment
     // in which others may connect.
     let private = claim.path.with_extension(format!("{}", std::process::id()));

@@ -21,7 +21,7 @@ fn header(text: &str) -> String {
 }
 
 /// A text with its first line.
-pub fn seal(text: &str) -> String {
+pub(super) fn seal(text: &str) -> String {
     header(text) + text
 }
 
@@ -29,7 +29,7 @@ pub fn seal(text: &str) -> String {
 ///
 /// # Errors
 /// It is not whole, or not what was sealed.
-pub fn unseal(content: &[u8]) -> Result<&str, String> {
+pub(super) fn unseal(content: &[u8]) -> Result<&str, String> {
     let wrong = || Err("it is not what was written to it (truncated or changed)".to_owned());
     let Ok(content) = std::str::from_utf8(content) else {
         return wrong();
@@ -41,19 +41,19 @@ pub fn unseal(content: &[u8]) -> Result<&str, String> {
 }
 
 /// Whether a file has a first line of this kind at all.
-pub fn is_sealed(content: &[u8]) -> bool {
+pub(super) fn is_sealed(content: &[u8]) -> bool {
     content.starts_with(MAGIC.as_bytes())
 }
 
 /// Reads a text that was kept.
-pub fn read(path: &Path) -> io::Result<String> {
+pub(super) fn read(path: &Path) -> io::Result<String> {
     let content = fs::read(path)?;
     let text = unseal(&content).map_err(|problem| io::Error::new(io::ErrorKind::InvalidData, problem))?;
     Ok(text.to_owned())
 }
 
 /// Writes a text beside its place. It is brought there once it is on the disk.
-pub fn write_beside(path: &Path, text: &str) -> io::Result<PathBuf> {
+pub(super) fn write_beside(path: &Path, text: &str) -> io::Result<PathBuf> {
     let temporary = temporary_name(path)?;
     let mut file = OpenOptions::new()
         .write(true)

@@ -33,14 +33,14 @@ use super::{
 use crate::config::{Config, with_option};
 
 /// Application rules by their number.
-pub type RuleSets = BTreeMap<u32, Arc<RuleSet>>;
+pub(super) type RuleSets = BTreeMap<u32, Arc<RuleSet>>;
 
 /// Sets of selectors, beyond the single ones on the world, that the learned addresses of one endpoint may have.
 const MAX_SETS_PER_ENDPOINT: usize = 256;
 
 /// The compiler, and what of its results is in the maps.
 #[derive(Debug)]
-pub struct Enforcer {
+pub(super) struct Enforcer {
     /// The compiler.
     pub compiler: Compiler,
     /// What the maps hold.
@@ -59,7 +59,7 @@ pub struct Enforcer {
 
 impl Enforcer {
     /// Goes on from what the maps of a running node hold.
-    pub fn new(mut compiler: Compiler, datapath: &Datapath) -> anyhow::Result<Self> {
+    pub(super) fn new(mut compiler: Compiler, datapath: &Datapath) -> anyhow::Result<Self> {
         let in_maps = found(datapath.dump()?);
         let learned = palisade_model::snapshot::Learned {
             entries: datapath.learned()?.into_iter().collect(),
@@ -82,7 +82,7 @@ impl Enforcer {
 
     /// Has the compiler take a new world and everything new of the files. If it does not take all of it at once,
     /// then each file by itself, so that one bad file does not keep out the others.
-    pub fn compile(&mut self, inventory: Option<Inventory>, files: &mut PolicyFiles) {
+    pub(super) fn compile(&mut self, inventory: Option<Inventory>, files: &mut PolicyFiles) {
         let offers = files.offers();
         let names: Vec<String> = offers.keys().cloned().collect();
         let Err(problems) = self.compiler.update(Changes {
@@ -173,7 +173,7 @@ impl Enforcer {
     /// whether anything changed. If that fails, what was enforced last is put back, and the next try begins there.
     ///
     /// `tell` is given the application rules before a map can name them.
-    pub fn enforce(
+    pub(super) fn enforce(
         &mut self,
         datapath: &Datapath,
         names: &FqdnManager,
@@ -246,7 +246,7 @@ impl Enforcer {
 
     /// Whether what no rule allows the node in one direction is dropped, as the programs see it (`is_enforced` in
     /// xdp/src/link.rs).
-    pub fn node_enforces(&self, direction: Direction) -> bool {
+    pub(super) fn node_enforces(&self, direction: Direction) -> bool {
         let snapshot = self.good.as_ref().unwrap_or_else(|| self.compiler.snapshot());
         let otherwise = TableKey {
             direction: direction as u8,
@@ -290,7 +290,12 @@ impl Enforcer {
 
     /// Makes the identities that answers wait for. Costs what they cost, not what the policies do. `tell`: see
     /// [`Self::enforce`].
-    pub fn extend(&mut self, datapath: &Datapath, names: &FqdnManager, mut tell: impl FnMut(&RuleSets)) {
+    pub(super) fn extend(
+        &mut self,
+        datapath: &Datapath,
+        names: &FqdnManager,
+        mut tell: impl FnMut(&RuleSets),
+    ) {
         names.rearm(ControlRequest::Identities);
         if self.problem.is_some() || self.good.is_none() {
             self.enforce(datapath, names, tell);
@@ -380,7 +385,7 @@ impl Enforcer {
 
     /// Drops the identities of sets that no learned address has any more, once they are many. Returns whether the maps
     /// hold more than they need: then [`Self::enforce`] removes it.
-    pub fn prune(&mut self, names: &FqdnManager) -> bool {
+    pub(super) fn prune(&mut self, names: &FqdnManager) -> bool {
         /// Fewer unused sets cost less than a compilation.
         const MIN_PRUNED_SETS: usize = 32;
         if self.wanted.len() < MIN_PRUNED_SETS || self.problem.is_some() {
@@ -451,7 +456,7 @@ impl Enforcer {
     }
 
     /// Names that policies give in full, with the endpoints that they are given for.
-    pub fn full_names(&self) -> BTreeMap<String, BTreeSet<EndpointId>> {
+    pub(super) fn full_names(&self) -> BTreeMap<String, BTreeSet<EndpointId>> {
         let mut names: BTreeMap<String, BTreeSet<EndpointId>> = BTreeMap::new();
         for (endpoint, list) in &self.compiler.snapshot().fqdn {
             for (_, pattern) in list.iter() {
@@ -465,7 +470,7 @@ impl Enforcer {
 }
 
 /// Names of endpoints by number.
-pub fn endpoint_names(world: &Inventory) -> BTreeMap<EndpointId, String> {
+pub(super) fn endpoint_names(world: &Inventory) -> BTreeMap<EndpointId, String> {
     let endpoints = world.endpoints.iter();
     endpoints
         .map(|endpoint| (endpoint.id, format!("{}/{}", endpoint.namespace, endpoint.name)))
@@ -557,7 +562,11 @@ fn found(dump: Dump) -> Snapshot {
 }
 
 /// What the node knows besides its policies.
-pub fn world<C>(config: &Config, network: &Network, state: &mut State<C>) -> anyhow::Result<Inventory> {
+pub(super) fn world<C>(
+    config: &Config,
+    network: &Network,
+    state: &mut State<C>,
+) -> anyhow::Result<Inventory> {
     let names: BTreeSet<String> = config
         .endpoints
         .iter()

@@ -32,7 +32,11 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const MAX_CLOCK_AGE: Duration = Duration::from_secs(1);
 
 /// Reads events for ever, on a thread of its own; counts them.
-pub fn read(mut reader: EventReader, ring: Arc<Ring>, shared: Arc<Shared>) -> io::Result<Arc<AtomicU64>> {
+pub(super) fn read(
+    mut reader: EventReader,
+    ring: Arc<Ring>,
+    shared: Arc<Shared>,
+) -> io::Result<Arc<AtomicU64>> {
     let count = Arc::new(AtomicU64::new(0));
     let counter = Arc::clone(&count);
     thread::Builder::new().name("events".into()).spawn(move || {
@@ -71,7 +75,11 @@ pub fn read(mut reader: EventReader, ring: Arc<Ring>, shared: Arc<Shared>) -> io
 ///
 /// Flows are made of it where somebody looks, and where nobody did: when the view changes, by the names of the one
 /// before; when workers are silent; and now and then, since names of addresses are forgotten.
-pub fn records(records: Receiver<TimedRecord>, ring: Arc<Ring>, shared: Arc<Shared>) -> io::Result<()> {
+pub(super) fn records(
+    records: Receiver<TimedRecord>,
+    ring: Arc<Ring>,
+    shared: Arc<Shared>,
+) -> io::Result<()> {
     thread::Builder::new().name("records".into()).spawn(move || {
         let mut view = shared.get();
         let mut names: Resolver = Arc::new(EventNames::new(Arc::clone(&view)));
@@ -114,7 +122,7 @@ pub fn records(records: Receiver<TimedRecord>, ring: Arc<Ring>, shared: Arc<Shar
 }
 
 /// What is to be added to the monotonic clock to have the time since 1970, ns.
-pub fn clock_offset() -> i64 {
+pub(super) fn clock_offset() -> i64 {
     let zero = Clock::now().wall(0);
     match zero.duration_since(UNIX_EPOCH) {
         Ok(after) => i64::try_from(after.as_nanos()).unwrap_or(i64::MAX),
@@ -123,7 +131,7 @@ pub fn clock_offset() -> i64 {
 }
 
 /// The end of a flow that nobody closed, as the programs would have told it: silence is only noticed by the sweep.
-pub fn ended(ended: &Ended, now: u64) -> Option<Event> {
+pub(super) fn ended(ended: &Ended, now: u64) -> Option<Event> {
     let (key, entry) = (&ended.key, &ended.entry);
     if entry.flags & ct_flags::CLOSED != 0 {
         return None;

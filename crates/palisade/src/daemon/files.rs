@@ -9,7 +9,7 @@ use std::{
 };
 
 /// Where a file is written before it takes its place: hidden, in the same directory.
-pub fn temporary_name(path: &Path) -> io::Result<PathBuf> {
+pub(super) fn temporary_name(path: &Path) -> io::Result<PathBuf> {
     let mut name = OsString::from(".");
     name.push(path.file_name().ok_or(io::ErrorKind::InvalidInput)?);
     name.push(".tmp");
@@ -17,12 +17,12 @@ pub fn temporary_name(path: &Path) -> io::Result<PathBuf> {
 }
 
 /// Brings the names in a directory to the disk.
-pub fn sync_dir(dir: &Path) -> io::Result<()> {
+pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
 /// Replaces a file: written under another name beside it, brought to the disk, and renamed.
-pub fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub(super) fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = temporary_name(path)?;
     let mut file = fs::OpenOptions::new()
         .write(true)

@@ -37,7 +37,7 @@ enum Outcome {
 
 /// The guarded interfaces, by name.
 #[derive(Debug, Default)]
-pub struct Interfaces {
+pub(super) struct Interfaces {
     wanted: BTreeMap<String, Wanted>,
     outcomes: BTreeMap<String, Outcome>,
     /// Index of each as it was when it was looked at last; none: it was not there.
@@ -55,7 +55,7 @@ pub struct Interfaces {
 
 impl Interfaces {
     /// Takes over what the configuration wants. The endpoints have their numbers already.
-    pub fn configure<C>(&mut self, config: &Config, state: &State<C>) {
+    pub(super) fn configure<C>(&mut self, config: &Config, state: &State<C>) {
         self.wanted.clear();
         for interface in &config.interfaces {
             let wanted = Wanted {
@@ -82,7 +82,7 @@ impl Interfaces {
 
     /// Guards what is there and wanted, and nothing else. What is guarded as it should be is left alone; what
     /// failed before is tried again. Answers whether anything is different now.
-    pub fn reconcile(
+    pub(super) fn reconcile(
         &mut self,
         datapath: &Datapath,
         network: &Network,
@@ -272,7 +272,7 @@ impl Interfaces {
     }
 
     /// The interfaces that are guarded, as they are.
-    pub fn attached(&self) -> impl Iterator<Item = &Attached> {
+    pub(super) fn attached(&self) -> impl Iterator<Item = &Attached> {
         self.outcomes.values().filter_map(|outcome| match outcome {
             Outcome::Guarded(_, attached) => Some(attached),
             Outcome::Failed(_) => None,
@@ -283,7 +283,7 @@ impl Interfaces {
     ///
     /// A NIC to which the programs cannot be attached is left out, so that the node can be reached to mend that; `status`
     /// says so.
-    pub fn rules(&mut self, network: &Network, nics: bool) -> Rules {
+    pub(super) fn rules(&mut self, network: &Network, nics: bool) -> Rules {
         let (mut judged, mut workloads) = (BTreeSet::new(), BTreeSet::new());
         let mut names = BTreeSet::new();
         let mut forwards = false;
@@ -328,14 +328,14 @@ impl Interfaces {
     }
 
     /// Whether something has to be tried again.
-    pub fn has_failures(&self) -> bool {
+    pub(super) fn has_failures(&self) -> bool {
         self.outcomes
             .values()
             .any(|outcome| matches!(outcome, Outcome::Failed(_)))
     }
 
     /// For `status`: what was attached, and whether the kernel still has it.
-    pub fn report(&self, datapath: &Datapath) -> Vec<InterfaceStatus> {
+    pub(super) fn report(&self, datapath: &Datapath) -> Vec<InterfaceStatus> {
         let kernel = datapath.attachments();
         let report = self.wanted.iter().map(|(name, wanted)| {
             let mut status = InterfaceStatus {

@@ -30,18 +30,18 @@ const FLUSH_DEADLINE: Duration = Duration::from_secs(10);
 const MAX_SINGLE_FSYNCS: usize = 16;
 
 /// Last good policy files by name; `None`: what is kept of it stays as it is.
-pub type PolicyTexts = BTreeMap<String, Option<Arc<str>>>;
+pub(super) type PolicyTexts = BTreeMap<String, Option<Arc<str>>>;
 
 /// The file with numbers and settings.
-pub const STATE: &str = "state.json";
+pub(super) const STATE: &str = "state.json";
 /// The last configuration that was good.
-pub const CONFIG: &str = "config.kept";
+pub(super) const CONFIG: &str = "config.kept";
 /// The last good policy files.
-pub const POLICIES: &str = "policies";
+pub(super) const POLICIES: &str = "policies";
 
 /// The state directory, to be written to.
 #[derive(Debug)]
-pub struct Keeper {
+pub(super) struct Keeper {
     orders: Sender<Order>,
     problem: Arc<Mutex<Option<String>>>,
 }
@@ -57,7 +57,7 @@ enum Order {
 
 impl Keeper {
     /// Starts the thread.
-    pub fn start(dir: &Path) -> io::Result<Self> {
+    pub(super) fn start(dir: &Path) -> io::Result<Self> {
         let (orders, receiver) = mpsc::channel();
         let problem = Arc::<Mutex<Option<String>>>::default();
         let mut writing = Writing {
@@ -77,17 +77,17 @@ impl Keeper {
     // The thread lives as long as this value, so nothing is lost on the way to it.
 
     /// Has the numbers and settings written.
-    pub fn state(&self, text: String) {
+    pub(super) fn state(&self, text: String) {
         let _ = self.orders.send(Order::State(text));
     }
 
     /// Has the configuration written that is in force.
-    pub fn config(&self, text: String) {
+    pub(super) fn config(&self, text: String) {
         let _ = self.orders.send(Order::Config(text));
     }
 
     /// Has the last good policy files written, and those removed that are not named.
-    pub fn policies(&self, texts: PolicyTexts) {
+    pub(super) fn policies(&self, texts: PolicyTexts) {
         let _ = self.orders.send(Order::Policies(texts));
     }
 
@@ -95,7 +95,7 @@ impl Keeper {
     ///
     /// # Errors
     /// Why it is not. It is tried again.
-    pub fn flush(&self) -> Result<(), String> {
+    pub(super) fn flush(&self) -> Result<(), String> {
         let (done, wait) = mpsc::channel();
         let _ = self.orders.send(Order::Flush(done));
         match wait.recv_timeout(FLUSH_DEADLINE) {
@@ -108,7 +108,7 @@ impl Keeper {
     }
 
     /// Why what was ordered last is not on the disk, if it could not be written.
-    pub fn problem(&self) -> Option<String> {
+    pub(super) fn problem(&self) -> Option<String> {
         self.problem
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -210,7 +210,7 @@ impl Writing {
 }
 
 /// Makes a directory hold these policy files.
-pub fn keep_policies(
+pub(super) fn keep_policies(
     dir: &Path,
     texts: &PolicyTexts,
     written: &mut HashMap<String, Arc<str>>,

@@ -16,13 +16,13 @@ use crate::{
 const COPY_PREFIX: &str = "# last good content of ";
 
 /// What is kept of a configuration.
-pub fn text(config: &Config) -> String {
+pub(super) fn text(config: &Config) -> String {
     format!("{COPY_PREFIX}{}\n{}", config.path.display(), config.text)
 }
 
 /// The last good configuration of a file that is broken or missing, and where it was found. If there is none: why,
 /// for each place that was looked at.
-pub fn find(path: &Path) -> Result<(Config, PathBuf), Vec<String>> {
+pub(crate) fn find(path: &Path) -> Result<(Config, PathBuf), Vec<String>> {
     let broken = fs::read(path).unwrap_or_default();
     let mut problems = Vec::new();
     for dir in state_dirs(&String::from_utf8_lossy(&broken)) {

@@ -39,15 +39,15 @@ mod watcher;
 mod workers;
 
 use anyhow::bail;
-pub use last_good::find as last_good_config;
-pub use netfilter::Place as NetfilterTable;
+pub(crate) use last_good::find as last_good_config;
+pub(crate) use netfilter::Place as NetfilterTable;
 use network::Network;
 use palisade_model::diagnostic::Diagnostic;
 use palisade_policy::compile::Compiler;
 use policies::Offers;
-pub use private_dirs::{check as check_dirs, take_for_detaching};
+pub(crate) use private_dirs::{check as check_dirs, take_for_detaching};
 use state::State;
-pub use watcher::policy_file_names;
+pub(crate) use watcher::policy_file_names;
 
 use crate::{
     config::Config,
@@ -57,12 +57,16 @@ use crate::{
 /// Runs the daemon until it is told to end.
 ///
 /// `replaced`: why this is not what the configuration file says now, but its last good copy.
-pub fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
+pub(crate) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     startup::run(config, replaced)
 }
 
 /// Explains a packet by policies that are not in force, with the endpoints and peers of a configuration.
-pub fn trace_offline(config: &Config, files: Offers, request: &TraceRequest) -> anyhow::Result<TraceAnswer> {
+pub(crate) fn trace_offline(
+    config: &Config,
+    files: Offers,
+    request: &TraceRequest,
+) -> anyhow::Result<TraceAnswer> {
     let compiler = match compile_offline(config, files)? {
         Ok(compiler) => compiler,
         Err(problems) => {
@@ -74,7 +78,7 @@ pub fn trace_offline(config: &Config, files: Offers, request: &TraceRequest) -> 
 }
 
 /// What there is to say about policies together with the endpoints and peers of a configuration.
-pub fn remarks_offline(config: &Config, files: Offers) -> anyhow::Result<Vec<Diagnostic>> {
+pub(crate) fn remarks_offline(config: &Config, files: Offers) -> anyhow::Result<Vec<Diagnostic>> {
     Ok(match compile_offline(config, files)? {
         Ok(compiler) => compiler.snapshot().diagnostics.clone(),
         Err(problems) => problems,

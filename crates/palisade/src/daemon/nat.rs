@@ -27,7 +27,7 @@ const NLMSG_DONE: u16 = 3;
 const HEADER: usize = 16;
 
 /// nat chains of nftables that have rules.
-pub fn nft_chains() -> usize {
+pub(super) fn nft_chains() -> usize {
     let mut chains = 0;
     // A kernel without nf_tables has no such rules; its answer is an error.
     let _ = dump(NETLINK_NETFILTER, GET_CHAIN, 4, &mut |message| {
@@ -39,7 +39,7 @@ pub fn nft_chains() -> usize {
 }
 
 /// The programs whose nat table is loaded (the kernel's own iptables, not the one that writes nftables).
-pub fn legacy_tables() -> Vec<&'static str> {
+pub(super) fn legacy_tables() -> Vec<&'static str> {
     [
         ("iptables", "/proc/thread-self/net/ip_tables_names"),
         ("ip6tables", "/proc/thread-self/net/ip6_tables_names"),
@@ -54,7 +54,7 @@ pub fn legacy_tables() -> Vec<&'static str> {
 }
 
 /// What there is, in words for the operator; empty: nothing.
-pub fn found() -> Vec<String> {
+pub(super) fn found() -> Vec<String> {
     let mut found = Vec::new();
     let chains = nft_chains();
     if chains > 0 {
@@ -143,7 +143,7 @@ fn attribute_behind(message: &[u8], header: usize, wanted: u16) -> Option<&[u8]>
 }
 
 /// The value of the first attribute of a type.
-pub fn find(mut rest: &[u8], wanted: u16) -> Option<&[u8]> {
+pub(super) fn find(mut rest: &[u8], wanted: u16) -> Option<&[u8]> {
     while rest.len() >= 4 {
         let length = usize::from(u16::from_ne_bytes([rest[0], rest[1]]));
         let kind = u16::from_ne_bytes([rest[2], rest[3]]) & 0x3fff;

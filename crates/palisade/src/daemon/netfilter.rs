@@ -45,14 +45,14 @@ const OPEN_WITHOUT_TABLE: &str = "open without it: one-way datagrams that DNAT, 
 
 /// Which table is this daemon's.
 #[derive(Clone, Debug)]
-pub struct Place {
+pub(crate) struct Place {
     /// The name of this daemon's punt link, which no other daemon of the network namespace can have.
     name: String,
     owner: String,
 }
 
 impl Place {
-    pub fn new(config: &Config) -> Self {
+    pub(crate) fn new(config: &Config) -> Self {
         Self {
             name: config.worker.interface.clone(),
             owner: format!("palisade, pins in {}", config.node.pin_dir.display()),
@@ -64,14 +64,14 @@ impl Place {
     }
 
     /// What the table has dropped; nothing if it cannot be read.
-    pub fn counts(&self) -> Vec<(Reason, Direction, Counter)> {
+    pub(crate) fn counts(&self) -> Vec<(Reason, Direction, Counter)> {
         self.open()
             .and_then(|mut table| table.counts())
             .unwrap_or_default()
     }
 
     /// Removes the table.
-    pub fn remove(&self) -> Result<(), NetfilterError> {
+    pub(crate) fn remove(&self) -> Result<(), NetfilterError> {
         match self.open().and_then(|mut table| table.remove()) {
             Err(error) if error.is_unsupported() => Ok(()),
             other => other,
@@ -81,7 +81,7 @@ impl Place {
 
 /// Keeps the table.
 #[derive(Debug)]
-pub struct Keeper {
+pub(super) struct Keeper {
     place: Place,
     table: Option<Netfilter>,
     /// Number of the socket that writes it.
@@ -95,7 +95,7 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    pub fn new(place: Place) -> Self {
+    pub(super) fn new(place: Place) -> Self {
         Self {
             place,
             table: None,
@@ -108,7 +108,7 @@ impl Keeper {
     }
 
     /// Makes the table hold these rules, if it does not.
-    pub fn write(&mut self, rules: Rules) {
+    pub(super) fn write(&mut self, rules: Rules) {
         if self.written.as_ref() == Some(&rules) {
             return;
         }
@@ -142,7 +142,7 @@ impl Keeper {
     }
 
     /// Closes forwarding between interfaces that are not guarded, before the daemon ends.
-    pub fn close_forwarding(&mut self) {
+    pub(super) fn close_forwarding(&mut self) {
         if let Some(rules) = self.written.clone() {
             self.write(Rules {
                 forwards: true,
@@ -164,7 +164,7 @@ impl Keeper {
     }
 
     /// Another program has changed the table, or may have: then that is no news for the operator.
-    pub fn was_touched(&mut self, is_sure: bool) {
+    pub(super) fn was_touched(&mut self, is_sure: bool) {
         if self.written.take().is_some() && is_sure {
             warn!(
                 event = "nftables-restored",
@@ -175,19 +175,19 @@ impl Keeper {
     }
 
     /// Whether to try again soon.
-    pub const fn has_failed(&self) -> bool {
+    pub(super) const fn has_failed(&self) -> bool {
         self.problem.is_some() && !self.unsupported
     }
 
     /// For `status`.
-    pub fn warnings(&self) -> impl Iterator<Item = String> {
+    pub(super) fn warnings(&self) -> impl Iterator<Item = String> {
         let lacking = self.lacking.iter().map(|lack| format!("nftables: {lack}"));
         self.problem.clone().into_iter().chain(lacking)
     }
 
     /// Looks at what others do to nftables, on a thread of its own, until `changed` answers false. It is told whether
     /// the table was touched, and whether this node translates addresses; the latter is also answered for now.
-    pub fn watch(&self, mut changed: impl FnMut(Change) -> bool + Send + 'static) -> io::Result<bool> {
+    pub(super) fn watch(&self, mut changed: impl FnMut(Change) -> bool + Send + 'static) -> io::Result<bool> {
         // Told first, looked then: what happens in between is told. A kernel without nf_tables tells nothing.
         let socket = Socket::new(NETLINK_NETFILTER).and_then(|mut socket| {
             socket.bind(&SocketAddr::new(0, GROUP))?;
@@ -234,7 +234,7 @@ impl Keeper {
 
 /// What others have done to nftables.
 #[derive(Clone, Copy, Debug)]
-pub struct Change {
+pub(super) struct Change {
     /// The table was changed or removed.
     pub touched: bool,
     /// Notifications were lost.

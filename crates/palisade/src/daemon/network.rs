@@ -28,7 +28,7 @@ const DEBOUNCE: Duration = Duration::from_millis(5);
 
 /// What there is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Network {
+pub(super) struct Network {
     /// Index of every interface by its name.
     pub links: BTreeMap<String, u32>,
     /// Index of every interface by its alternative names (`ip link property add altname`).
@@ -48,7 +48,7 @@ pub struct Network {
 }
 
 /// Reads what there is now.
-pub fn read() -> io::Result<Network> {
+pub(super) fn read() -> io::Result<Network> {
     let mut network = Network::default();
     dump(RouteNetlinkMessage::GetLink(LinkMessage::default()), |message| {
         if let RouteNetlinkMessage::NewLink(link) = message {
@@ -68,7 +68,7 @@ pub fn read() -> io::Result<Network> {
 
 impl Network {
     /// The index of an interface by its name or an alternative one.
-    pub fn ifindex(&self, name: &str) -> Option<u32> {
+    pub(super) fn ifindex(&self, name: &str) -> Option<u32> {
         self.links
             .get(name)
             .or_else(|| self.alternatives.get(name))
@@ -77,7 +77,7 @@ impl Network {
 
     /// The interfaces by which packets enter the node's stack after they passed one of `ports`: bridges and VRFs that these
     /// are ports of, VLANs on them, and so on.
-    pub fn above(&self, ports: &BTreeSet<u32>) -> BTreeSet<u32> {
+    pub(super) fn above(&self, ports: &BTreeSet<u32>) -> BTreeSet<u32> {
         let mut all = ports.clone();
         loop {
             let masters = all.iter().filter_map(|port| self.masters.get(port));
@@ -145,7 +145,7 @@ impl Network {
 
 /// What the kernel delivers here by its table of local routes: addresses, broadcast and anycast addresses, and prefixes
 /// of routes of type local.
-pub fn local_routes() -> BTreeSet<IpNet> {
+pub(super) fn local_routes() -> BTreeSet<IpNet> {
     /// `RT_TABLE_LOCAL`.
     const LOCAL: u8 = 255;
     let mut routes = BTreeSet::new();
@@ -249,7 +249,7 @@ fn read_whole() -> io::Result<Network> {
 
 /// Answers what there is, and from now on gives `changed` what there is whenever that is something else.
 /// Runs on a thread of its own until `changed` answers false.
-pub fn watch(mut changed: impl FnMut(Network) -> bool + Send + 'static) -> io::Result<Network> {
+pub(super) fn watch(mut changed: impl FnMut(Network) -> bool + Send + 'static) -> io::Result<Network> {
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.bind(&SocketAddr::new(0, GROUPS))?;
     // Told first, read then: what happens in between is told.

@@ -28,11 +28,11 @@ use crate::control::api::{PolicyFile, PolicyFileState};
 const MAX_FILE: u64 = 64 << 20;
 
 /// Files as the compiler is to have them, by name; `None`: gone.
-pub type Offers = BTreeMap<String, Option<FileContent>>;
+pub(super) type Offers = BTreeMap<String, Option<FileContent>>;
 
 /// The files of the folder.
 #[derive(Debug)]
-pub struct PolicyFiles {
+pub(super) struct PolicyFiles {
     dir: PathBuf,
     /// Where the last good content of each file is kept.
     good_dir: PathBuf,
@@ -51,7 +51,7 @@ pub struct PolicyFiles {
 
 /// What has become of a file.
 #[derive(Debug)]
-pub struct News {
+pub(super) struct News {
     /// Its name within the folder.
     pub file: String,
     /// What it is.
@@ -62,7 +62,7 @@ pub struct News {
 
 /// See [`News`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
+pub(super) enum Event {
     /// A file that was not there is to be in force.
     Applied,
     /// Another content is to be in force.
@@ -75,7 +75,7 @@ pub enum Event {
 
 impl Event {
     /// For the log.
-    pub const fn name(self) -> &'static str {
+    pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Applied => "applied",
             Self::Changed => "changed",
@@ -136,7 +136,7 @@ impl Candidate {
 
 impl PolicyFiles {
     /// Knows nothing yet.
-    pub fn new(dir: &Path, state_dir: &Path) -> Self {
+    pub(super) fn new(dir: &Path, state_dir: &Path) -> Self {
         Self {
             dir: dir.to_owned(),
             good_dir: state_dir.join(POLICIES),
@@ -150,13 +150,13 @@ impl PolicyFiles {
     }
 
     /// What has happened since this was called last.
-    pub fn take_news(&mut self) -> Vec<News> {
+    pub(super) fn take_news(&mut self) -> Vec<News> {
         std::mem::take(&mut self.news)
     }
 
     /// Reads every file for the first time. For one that is broken the content that was last good counts, for a
     /// folder that cannot be read those of all files.
-    pub fn load(&mut self) {
+    pub(super) fn load(&mut self) {
         match policy_file_names(&self.dir) {
             Ok(names) => {
                 for name in names {
@@ -192,7 +192,7 @@ impl PolicyFiles {
 
     /// Policies that were there and cannot be had since the start, in words: of these it is not known what they
     /// would deny.
-    pub fn unknown(&self) -> Option<String> {
+    pub(super) fn unknown(&self) -> Option<String> {
         if self.never_read {
             return self.folder_problem.clone();
         }
@@ -212,7 +212,7 @@ impl PolicyFiles {
     }
 
     /// Reads what changed. Answers whether there is something to offer.
-    pub fn update(&mut self, changes: &Changes) -> bool {
+    pub(super) fn update(&mut self, changes: &Changes) -> bool {
         let mut names = changes.files.clone();
         if changes.rescan {
             match policy_file_names(&self.dir) {
@@ -417,7 +417,7 @@ impl PolicyFiles {
     }
 
     /// What the compiler is to take: everything that has changed, and what it did not take before.
-    pub fn offers(&mut self) -> Offers {
+    pub(super) fn offers(&mut self) -> Offers {
         let mut offers = Offers::new();
         for name in std::mem::take(&mut self.removed) {
             offers.insert(name, None);
@@ -442,14 +442,14 @@ impl PolicyFiles {
     }
 
     /// What was offered of a file, once more; `None`: it is gone.
-    pub fn offered(&self, name: &str) -> Option<FileContent> {
+    pub(super) fn offered(&self, name: &str) -> Option<FileContent> {
         let candidate = self.files.get(name)?.candidate.as_ref()?;
         let parsed = parse(&self.dir.join(name).display().to_string(), &candidate.text);
         Candidate::new(Arc::clone(&candidate.text), parsed).content
     }
 
     /// The compiler has taken what was offered of a file.
-    pub fn accepted(&mut self, name: &str) {
+    pub(super) fn accepted(&mut self, name: &str) {
         let Some(file) = self.files.get_mut(name) else {
             return;
         };
@@ -476,7 +476,7 @@ impl PolicyFiles {
 
     /// The compiler has not taken what was offered of a file, and says why. Answers what can be offered instead:
     /// what was last good of it, if nothing of the file is in force.
-    pub fn rejected(&mut self, name: &str, problems: Vec<Diagnostic>) -> Option<FileContent> {
+    pub(super) fn rejected(&mut self, name: &str, problems: Vec<Diagnostic>) -> Option<FileContent> {
         let kept = match self.files.get(name) {
             Some(file) if file.good.is_none() && !file.broken => self.kept(name),
             _ => None,
@@ -503,7 +503,7 @@ impl PolicyFiles {
 
     /// What is to be kept for a restart that finds files broken: what is in force of each, and what is kept already
     /// of those of which nothing is in force.
-    pub fn to_keep(&self) -> PolicyTexts {
+    pub(super) fn to_keep(&self) -> PolicyTexts {
         let good = |file: &File| file.good.as_ref().map(|good| Arc::clone(&good.text));
         let there = self.files.iter().map(|(name, file)| (name.clone(), good(file)));
         let going = self.removed.iter().map(|name| (name.clone(), None));
@@ -511,7 +511,7 @@ impl PolicyFiles {
     }
 
     /// The files, for `status`.
-    pub fn report(&self) -> Vec<PolicyFile> {
+    pub(super) fn report(&self) -> Vec<PolicyFile> {
         let report = self.files.iter().map(|(name, file)| PolicyFile {
             file: name.clone(),
             state: match (&file.good, file.broken) {
@@ -531,18 +531,18 @@ impl PolicyFiles {
     }
 
     /// The text of a file that is in force, which is not what the file says now if that is broken.
-    pub fn text_in_force(&self, name: &str) -> Option<Arc<str>> {
+    pub(super) fn text_in_force(&self, name: &str) -> Option<Arc<str>> {
         let good = self.files.get(name)?.good.as_ref()?;
         Some(Arc::clone(&good.text))
     }
 
     /// How messages name a file.
-    pub fn shown(&self, name: &str) -> String {
+    pub(super) fn shown(&self, name: &str) -> String {
         self.dir.join(name).display().to_string()
     }
 
     /// Why the folder could not be read last time.
-    pub fn folder_problem(&self) -> Option<&str> {
+    pub(super) fn folder_problem(&self) -> Option<&str> {
         self.folder_problem.as_deref()
     }
 }

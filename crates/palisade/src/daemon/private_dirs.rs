@@ -17,7 +17,7 @@ use crate::{
 
 /// What belongs to one daemon only, for as long as this value lives.
 #[derive(Debug)]
-pub struct PrivateDirs {
+pub(crate) struct PrivateDirs {
     /// The socket's path, which no other daemon listens at.
     pub socket: server::Claim,
     /// Why nothing can be kept in the state directory.
@@ -31,7 +31,7 @@ pub struct PrivateDirs {
 ///
 /// # Errors
 /// Another daemon has one of them, or another user could change what is in them.
-pub fn take(node: &Node) -> anyhow::Result<PrivateDirs> {
+pub(super) fn take(node: &Node) -> anyhow::Result<PrivateDirs> {
     let (state, state_problem) = match private_dir(&node.state_dir, "[node] state_dir") {
         Ok(dir) => (Some(lock_dir(&dir, "state_dir")?), None),
         Err(UnsafePath::Failed(problem)) => (None, Some(problem)),
@@ -54,7 +54,7 @@ pub fn take(node: &Node) -> anyhow::Result<PrivateDirs> {
 /// # Errors
 /// Those of [`take`]: in a pin directory of another user, what looks like a directory of pins may be a link to any other
 /// directory, whose files would be removed.
-pub fn take_for_detaching(node: &Node) -> anyhow::Result<PrivateDirs> {
+pub(crate) fn take_for_detaching(node: &Node) -> anyhow::Result<PrivateDirs> {
     let lock = |dir: &Path, setting| dir.exists().then(|| lock_dir(dir, setting)).transpose();
     if node.pin_dir.exists() {
         private_dir(&node.pin_dir, "[node] pin_dir")?;
@@ -68,7 +68,7 @@ pub fn take_for_detaching(node: &Node) -> anyhow::Result<PrivateDirs> {
 }
 
 /// Files that decide what is enforced, and that other users than root can change. That may be meant.
-pub fn writable_by_others(config: &Config) -> Vec<String> {
+pub(super) fn writable_by_others(config: &Config) -> Vec<String> {
     let mut found = Vec::new();
     for path in [&config.path, &config.policy.dir] {
         let Ok(metadata) = fs::metadata(path) else {
@@ -88,7 +88,7 @@ pub fn writable_by_others(config: &Config) -> Vec<String> {
 }
 
 /// What of a configuration a daemon on this machine would refuse, and what it would miss. Changes nothing.
-pub fn check(config: &Config) -> (Vec<String>, Vec<String>) {
+pub(crate) fn check(config: &Config) -> (Vec<String>, Vec<String>) {
     let (mut refused, mut missing) = (Vec::new(), Vec::new());
     let node = &config.node;
     let socket_dir = node.socket.parent().unwrap_or(Path::new("/"));

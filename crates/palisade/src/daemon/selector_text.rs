@@ -4,7 +4,7 @@ use ipnet::IpNet;
 use palisade_model::rule::{Entity, FqdnPattern, LabelSource, Peer, Requirement, Selector, Test};
 
 /// A peer: `k8s:app=web,tier in (a, b)`, `cidr:10.0.0.0/8 except 10.1.0.0/16`, `entity:world`, ...
-pub fn peer_text(peer: &Peer) -> String {
+pub(super) fn peer_text(peer: &Peer) -> String {
     match peer {
         Peer::Labels(selector) => selector_text(selector),
         Peer::Nodes(selector) => format!("nodes:{}", selector_text(selector)),

@@ -15,7 +15,7 @@ use super::{
 };
 
 /// The node's own endpoint. Always the same, so that it never has to be looked up.
-pub const NODE: u16 = 1;
+pub(super) const NODE: u16 = 1;
 /// The first number of a workload.
 const FIRST_WORKLOAD: u16 = 2;
 /// Of the layout of the file.
@@ -23,7 +23,7 @@ const VERSION: u32 = 1;
 
 /// The state file's content.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct State<C> {
+pub(super) struct State<C> {
     version: u32,
     /// Numbers of endpoints by `namespace/name`; also of endpoints that are gone, until the numbers are needed.
     pub endpoints: BTreeMap<String, u16>,
@@ -35,7 +35,7 @@ pub struct State<C> {
 
 /// The state and its file.
 #[derive(Debug)]
-pub struct StateFile<C> {
+pub(super) struct StateFile<C> {
     /// What writes it, and all else that is kept.
     pub keeper: Keeper,
     /// As it was last given to the keeper.
@@ -54,7 +54,7 @@ where
     ///
     /// # Errors
     /// No thread could be started.
-    pub fn load(dir: &Path) -> io::Result<Self> {
+    pub(super) fn load(dir: &Path) -> io::Result<Self> {
         let path = dir.join(STATE);
         let read = match fs::read(&path) {
             Ok(bytes) => understand(&bytes),
@@ -89,7 +89,7 @@ where
     }
 
     /// Has the file written if it would be another.
-    pub fn save(&mut self) {
+    pub(super) fn save(&mut self) {
         if self.given.as_ref() == Some(&self.state) {
             return;
         }
@@ -120,7 +120,7 @@ fn understand<C: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<State<C>, St
 impl<C> State<C> {
     /// The number of an endpoint, the same one whenever it is asked. `configured` says which names must keep
     /// theirs when all numbers are taken.
-    pub fn endpoint(&mut self, name: &str, configured: impl Fn(&str) -> bool) -> Option<u16> {
+    pub(super) fn endpoint(&mut self, name: &str, configured: impl Fn(&str) -> bool) -> Option<u16> {
         if let Some(id) = self.endpoints.get(name) {
             return Some(*id);
         }

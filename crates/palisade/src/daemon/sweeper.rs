@@ -28,16 +28,16 @@ const MAX_END_EVENTS: usize = 1_000;
 
 /// How often; can be changed while the sweeper runs.
 #[derive(Clone, Debug)]
-pub struct Interval(Arc<AtomicU64>);
+pub(super) struct Interval(Arc<AtomicU64>);
 
 impl Interval {
-    pub fn new(interval: Duration) -> Self {
+    pub(super) fn new(interval: Duration) -> Self {
         let new = Self(Arc::default());
         new.set(interval);
         new
     }
 
-    pub fn set(&self, interval: Duration) {
+    pub(super) fn set(&self, interval: Duration) {
         let milliseconds = u64::try_from(interval.as_millis()).unwrap_or(u64::MAX);
         self.0.store(milliseconds, Ordering::Relaxed);
     }
@@ -59,7 +59,7 @@ fn in_use(datapath: &Datapath, now: u64) -> Result<HashMap<u16, HashSet<IpAddr>>
 }
 
 /// Sweeps for ever.
-pub fn run(
+pub(super) fn run(
     datapath: Arc<Datapath>,
     interval: Interval,
     ring: Arc<Ring>,

@@ -19,7 +19,7 @@ use super::fqdn::FqdnManager;
 
 /// The state that is in force.
 #[derive(Debug, Default)]
-pub struct View {
+pub(super) struct View {
     /// Name of the node.
     pub node: Arc<str>,
     /// What the maps hold.
@@ -34,7 +34,7 @@ pub struct View {
 
 impl View {
     /// The view of a state.
-    pub fn new(
+    pub(super) fn new(
         node: &str,
         snapshot: Snapshot,
         world: &Inventory,
@@ -95,7 +95,7 @@ impl View {
     }
 
     /// Labels of an identity, `source:key=value`.
-    pub fn labels(&self, identity: Identity) -> Vec<String> {
+    pub(super) fn labels(&self, identity: Identity) -> Vec<String> {
         let labels = self.snapshot.identities.get(&identity);
         labels.map_or_else(Vec::new, |labels| {
             labels.iter().map(ToString::to_string).collect()
@@ -103,7 +103,7 @@ impl View {
     }
 
     /// What decided, in words.
-    pub fn rule(&self, id: u32) -> String {
+    pub(super) fn rule(&self, id: u32) -> String {
         self.snapshot
             .rules
             .get(&id)
@@ -113,23 +113,23 @@ impl View {
 
 /// The view that counts now. Readers take what is there and are not held up.
 #[derive(Debug, Default)]
-pub struct Shared(RwLock<Arc<View>>);
+pub(super) struct Shared(RwLock<Arc<View>>);
 
 impl Shared {
     /// What is in force.
-    pub fn get(&self) -> Arc<View> {
+    pub(super) fn get(&self) -> Arc<View> {
         Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Replaces it.
-    pub fn set(&self, view: View) {
+    pub(super) fn set(&self, view: View) {
         let view = Arc::new(view);
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = view;
     }
 }
 
 /// Names for the numbers in events, remembered while the view is the same.
-pub struct EventNames {
+pub(super) struct EventNames {
     view: Arc<View>,
     labels: Mutex<HashMap<Identity, Arc<[Arc<str>]>>>,
     rules: Mutex<HashMap<u32, FlowRule>>,
@@ -141,7 +141,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl EventNames {
-    pub fn new(view: Arc<View>) -> Self {
+    pub(super) fn new(view: Arc<View>) -> Self {
         Self {
             view,
             labels: Mutex::default(),
@@ -150,7 +150,7 @@ impl EventNames {
     }
 
     /// Whether this is the view that it has the names of.
-    pub fn is_of(&self, view: &Arc<View>) -> bool {
+    pub(super) fn is_of(&self, view: &Arc<View>) -> bool {
         Arc::ptr_eq(&self.view, view)
     }
 }
@@ -200,7 +200,7 @@ impl FlowNames for EventNames {
 }
 
 /// The name of a policy's kind, as it is written in files.
-pub const fn kind_name(kind: PolicyKind) -> &'static str {
+pub(super) const fn kind_name(kind: PolicyKind) -> &'static str {
     match kind {
         PolicyKind::Cnp => "CiliumNetworkPolicy",
         PolicyKind::Ccnp => "CiliumClusterwideNetworkPolicy",
@@ -248,7 +248,7 @@ fn flow_rule(rule: &RuleInfo) -> FlowRule {
 }
 
 /// What each class of a class table means, in the form `80/TCP`, `8000-8999/UDP`, `ANY/SCTP`, `ICMP 8`.
-pub fn class_names(classes: &[Class]) -> HashMap<Class, Vec<String>> {
+pub(super) fn class_names(classes: &[Class]) -> HashMap<Class, Vec<String>> {
     let mut names: HashMap<Class, Vec<String>> = HashMap::new();
     names.insert(CLASS_ANY, vec!["ANY".to_owned()]);
     if classes.len() != CLASS_SLOTS {
@@ -322,7 +322,7 @@ fn runs(class: impl Fn(u16) -> Class, last: u16) -> Vec<(Class, u16, u16)> {
 }
 
 /// A prefix of the trie as people write it.
-pub fn prefix_text(key: palisade_abi::PrefixKey) -> String {
+pub(super) fn prefix_text(key: palisade_abi::PrefixKey) -> String {
     let address = IpAddr::from(key.addr);
     let length = match address {
         IpAddr::V4(_) => key.length.saturating_sub(96),

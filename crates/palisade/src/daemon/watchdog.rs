@@ -22,21 +22,21 @@ const NOTIFICATIONS_PER_INTERVAL: u32 = 4;
 
 /// What the control thread is at.
 #[derive(Debug, Default)]
-pub struct ControlActivity(Mutex<Option<(Instant, &'static str)>>);
+pub(super) struct ControlActivity(Mutex<Option<(Instant, &'static str)>>);
 
 impl ControlActivity {
     /// It begins something.
-    pub fn begin(&self, what: &'static str) {
+    pub(super) fn begin(&self, what: &'static str) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), what));
     }
 
     /// It waits for something to do.
-    pub fn rest(&self) {
+    pub(super) fn rest(&self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// What it is at, and for how long.
-    pub fn busy(&self) -> Option<(Duration, &'static str)> {
+    pub(super) fn busy(&self) -> Option<(Duration, &'static str)> {
         let busy = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
         busy.map(|(since, what)| (since.elapsed(), what))
     }
@@ -44,16 +44,16 @@ impl ControlActivity {
 
 /// When each worker has said last that it lives: coarse monotonic clock, ns; 0: it does not.
 #[derive(Debug)]
-pub struct WorkerHeartbeats(Box<[AtomicU64]>);
+pub(super) struct WorkerHeartbeats(Box<[AtomicU64]>);
 
 impl WorkerHeartbeats {
     /// Returns the heartbeats of `workers` workers.
-    pub fn new(workers: usize) -> Self {
+    pub(super) fn new(workers: usize) -> Self {
         Self((0..workers).map(|_| AtomicU64::new(0)).collect())
     }
 
     /// A worker lives, or does not (0).
-    pub fn heartbeat(&self, number: usize, now: u64) {
+    pub(super) fn heartbeat(&self, number: usize, now: u64) {
         if let Some(last) = self.0.get(number) {
             last.store(now, Ordering::Relaxed);
         }
@@ -61,7 +61,7 @@ impl WorkerHeartbeats {
 
     /// Workers that live and have been silent for too long. One that has ended for a reason that is known is none of
     /// them: it starts again by itself.
-    pub fn silent(&self, now: u64) -> Vec<(usize, Duration)> {
+    pub(super) fn silent(&self, now: u64) -> Vec<(usize, Duration)> {
         let silent = self.0.iter().enumerate().filter_map(|(number, last)| {
             let last = last.load(Ordering::Relaxed);
             let for_long = Duration::from_nanos(now.saturating_sub(last));
@@ -72,7 +72,7 @@ impl WorkerHeartbeats {
 }
 
 /// What hangs, in words; `None`: nothing does.
-pub fn hanging(
+pub(super) fn hanging(
     activity: &ControlActivity,
     heartbeats: Option<&WorkerHeartbeats>,
     patience: Duration,
@@ -96,7 +96,7 @@ pub fn hanging(
 
 /// Tells the service manager that the daemon lives, as often as it wants to be told (`WatchdogSec=`), for as long as
 /// nothing hangs. It ends and restarts a daemon that does not say so.
-pub fn feed_watchdog(
+pub(super) fn feed_watchdog(
     activity: Arc<ControlActivity>,
     heartbeats: Option<Arc<WorkerHeartbeats>>,
 ) -> std::io::Result<()> {

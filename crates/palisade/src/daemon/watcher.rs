@@ -22,7 +22,7 @@ const MAX_DEBOUNCE_PERIODS: u32 = 10;
 const DIR_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Whether a file of this name is a policy file. Editors' temporary and backup files are not.
-pub fn is_policy_file(name: &str) -> bool {
+pub(super) fn is_policy_file(name: &str) -> bool {
     let hidden = name.starts_with(['.', '#']);
     let extension = Path::new(name)
         .extension()
@@ -31,7 +31,7 @@ pub fn is_policy_file(name: &str) -> bool {
 }
 
 /// Returns the names of the policy files of a folder.
-pub fn policy_file_names(dir: &Path) -> io::Result<BTreeSet<String>> {
+pub(crate) fn policy_file_names(dir: &Path) -> io::Result<BTreeSet<String>> {
     let mut names = BTreeSet::new();
     for entry in fs::read_dir(dir)? {
         if let Ok(name) = entry?.file_name().into_string()
@@ -45,7 +45,7 @@ pub fn policy_file_names(dir: &Path) -> io::Result<BTreeSet<String>> {
 
 /// What changed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Changes {
+pub(super) struct Changes {
     /// Files by name.
     pub files: BTreeSet<String>,
     /// Anything may have changed.
@@ -54,7 +54,7 @@ pub struct Changes {
 
 impl Changes {
     /// Everything has to be read again.
-    pub fn all() -> Self {
+    pub(super) fn all() -> Self {
         Self {
             files: BTreeSet::new(),
             rescan: true,
@@ -156,7 +156,7 @@ fn note(batch: &mut Batch, dir: &Path, event: &InotifyEvent, now: Instant) {
 
 /// Tells `changed` of every change of the folder from now on, on a thread of its own, until it answers false.
 /// If the folder is not there, it is waited for.
-pub fn watch(
+pub(super) fn watch(
     dir: PathBuf,
     debounce: Duration,
     mut changed: impl FnMut(Changes) -> bool + Send + 'static,

@@ -36,7 +36,7 @@ const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// More workers than that are only for those who ask for them.
 const MAX_DEFAULT_WORKERS: usize = 8;
 /// What they read: a bit for each [`Inspector`].
-pub const INSPECTORS: u32 =
+pub(super) const INSPECTORS: u32 =
     1 << Inspector::Http as u32 | 1 << Inspector::Dns as u32 | 1 << Inspector::Tls as u32;
 /// Answers of one worker that may wait to be learned.
 const MAX_QUEUED_COMMITS: usize = 1_024;
@@ -45,7 +45,7 @@ const MAX_QUEUED_RECORDS: usize = 2_048;
 
 /// The workers, or why there are none.
 #[derive(Debug)]
-pub struct Workers {
+pub(super) struct Workers {
     wanted: Wanted,
     cookie: u64,
     mark: u32,
@@ -68,7 +68,7 @@ struct Running {
 
 /// What comes out of the workers beside packets.
 #[derive(Debug)]
-pub struct Output {
+pub(super) struct Output {
     /// Answers to be learned.
     pub lessons: CommitReceiver,
     /// What was seen.
@@ -79,7 +79,7 @@ impl Workers {
     /// Makes the punt link and starts the workers. Without them, nothing that must be read passes; all else does, so
     /// the daemon goes on. `known`: addresses must be known by the server names that are asked for. `failed` is called
     /// at each end of a worker.
-    pub fn start(
+    pub(super) fn start(
         config: &Config,
         datapath: &Datapath,
         known: Option<Arc<SniAddressIndex>>,
@@ -111,7 +111,7 @@ impl Workers {
 
     /// Puts the punt link in order if it is what workers do not run for: it may have been deleted or set down, or could
     /// not be made at the start. Workers try again by themselves. Answers whether the programs have to be told of another one.
-    pub fn repair(&mut self, datapath: &Datapath, network: &Network) -> bool {
+    pub(super) fn repair(&mut self, datapath: &Datapath, network: &Network) -> bool {
         let Ok(running) = &mut self.running else {
             return false;
         };
@@ -142,7 +142,7 @@ impl Workers {
     }
 
     /// Fills in the fields of the workers: secrets, timeout, punt link, inspectors.
-    pub fn fill_datapath_config(&self, config: &mut DatapathConfig) {
+    pub(super) fn fill_datapath_config(&self, config: &mut DatapathConfig) {
         config.cookie = self.cookie;
         config.mark = self.mark;
         config.worker_timeout = WORKER_TIMEOUT.as_nanos() as u64;
@@ -157,12 +157,12 @@ impl Workers {
     }
 
     /// What becomes of packets that no worker can read, from now on (once the programs are told).
-    pub fn set_on_failure(&mut self, on_failure: OnFailure) {
+    pub(super) fn set_on_failure(&mut self, on_failure: OnFailure) {
         self.wanted.on_failure = on_failure;
     }
 
     /// Gives the workers the application rules of a state that is going to be in force.
-    pub fn set_rules(&mut self, sets: &BTreeMap<u32, Arc<RuleSet>>) {
+    pub(super) fn set_rules(&mut self, sets: &BTreeMap<u32, Arc<RuleSet>>) {
         let Ok(running) = &mut self.running else { return };
         let rules = Rules::prepare(sets, Some(&running.rules));
         for problem in rules.problems() {
@@ -173,7 +173,7 @@ impl Workers {
     }
 
     /// Tells the workers where XDP stands: packets that are sent in there must not carry the mark.
-    pub fn set_attached<'a>(&mut self, attached: impl Iterator<Item = &'a Attached>) {
+    pub(super) fn set_attached<'a>(&mut self, attached: impl Iterator<Item = &'a Attached>) {
         let Ok(running) = &mut self.running else { return };
         let is_xdp = |kind| matches!(kind, Some(HookKind::XdpNative | HookKind::XdpGeneric));
         let mut xdp: Vec<u32> = attached
@@ -188,7 +188,7 @@ impl Workers {
     }
 
     /// When each worker has said last that it lives.
-    pub fn heartbeats(&self) -> Option<Arc<WorkerHeartbeats>> {
+    pub(super) fn heartbeats(&self) -> Option<Arc<WorkerHeartbeats>> {
         self.running
             .as_ref()
             .ok()
@@ -196,7 +196,7 @@ impl Workers {
     }
 
     /// Has everything dropped that is held of endpoints that are no more.
-    pub fn forget_endpoints(&self, endpoints: &[u16]) {
+    pub(super) fn forget_endpoints(&self, endpoints: &[u16]) {
         if let Ok(running) = &self.running
             && !endpoints.is_empty()
         {
@@ -205,7 +205,7 @@ impl Workers {
     }
 
     /// What is missing for everything that must be read to be read.
-    pub fn missing(&self) -> Option<String> {
+    pub(super) fn missing(&self) -> Option<String> {
         match &self.running {
             Ok(running) => {
                 let counters = running.pool.counters();
@@ -231,7 +231,7 @@ impl Workers {
     }
 
     /// For `status`.
-    pub fn report(&self) -> api::Workers {
+    pub(super) fn report(&self) -> api::Workers {
         let mut report = api::Workers {
             mode: match self.wanted.mode {
                 Mode::Poll => "poll",
@@ -266,7 +266,7 @@ impl Workers {
     }
 
     /// Ends the workers.
-    pub fn end(&mut self) {
+    pub(super) fn end(&mut self) {
         if let Ok(running) = &mut self.running {
             running.pool.stop();
         }

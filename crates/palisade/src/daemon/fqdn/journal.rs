@@ -44,7 +44,7 @@ enum Line {
 
 /// What was found on the disk.
 #[derive(Debug, Default)]
-pub struct Found {
+pub(super) struct Found {
     /// Names, with how many milliseconds ago they were written. In their order.
     pub names: Vec<(SavedName, u64)>,
     /// Lines that could not be read.
@@ -55,7 +55,7 @@ pub struct Found {
 
 /// The file, for those who have something to be written.
 #[derive(Clone, Debug)]
-pub struct Journal {
+pub(super) struct Journal {
     orders: SyncSender<Order>,
     appended: Arc<AtomicU64>,
     begun: Arc<AtomicU64>,
@@ -85,7 +85,7 @@ fn now() -> u64 {
 }
 
 /// Reads what there is. `endpoints`: their names now.
-pub fn read(dir: &Path, endpoints: &BTreeMap<u16, String>) -> io::Result<Found> {
+pub(super) fn read(dir: &Path, endpoints: &BTreeMap<u16, String>) -> io::Result<Found> {
     let mut found = Found::default();
     for path in [old_path_of(dir), path_of(dir)] {
         match File::open(&path) {
@@ -132,7 +132,11 @@ fn read_file(file: File, endpoints: &BTreeMap<u16, String>, found: &mut Found) -
 
 impl Journal {
     /// Begins with what there is now.
-    pub fn begin(dir: &Path, endpoints: BTreeMap<u16, String>, all: Vec<SavedName>) -> io::Result<Self> {
+    pub(super) fn begin(
+        dir: &Path,
+        endpoints: BTreeMap<u16, String>,
+        all: Vec<SavedName>,
+    ) -> io::Result<Self> {
         let (orders, receiver) = mpsc::sync_channel(MAX_QUEUED_WRITES);
         let journal = Self {
             orders,
@@ -159,20 +163,20 @@ impl Journal {
     }
 
     /// Has names written behind the others.
-    pub fn append(&self, names: Vec<SavedName>) {
+    pub(super) fn append(&self, names: Vec<SavedName>) {
         if !names.is_empty() {
             self.order(Order::Append(now(), names));
         }
     }
 
     /// Whether so much was appended that it should begin anew.
-    pub fn is_long(&self) -> bool {
+    pub(super) fn is_long(&self) -> bool {
         let begun = self.begun.load(Ordering::Relaxed);
         self.appended.load(Ordering::Relaxed) > MIN_COMPACTION_BYTES.max(begun)
     }
 
     /// Begins anew, with what there is now.
-    pub fn begin_anew(&self, endpoints: BTreeMap<u16, String>, all: Vec<SavedName>) {
+    pub(super) fn begin_anew(&self, endpoints: BTreeMap<u16, String>, all: Vec<SavedName>) {
         self.appended.store(0, Ordering::Relaxed);
         self.order(Order::Begin(now(), endpoints, all));
     }
@@ -187,7 +191,7 @@ impl Journal {
     }
 
     /// Waits until everything is on the disk, or the disk is in no state to be waited for.
-    pub fn flush(&self) {
+    pub(super) fn flush(&self) {
         let (done, wait) = mpsc::channel();
         if self.orders.try_send(Order::Flush(done)).is_ok() {
             // An end without an answer: nothing is left to wait for.
@@ -196,7 +200,7 @@ impl Journal {
     }
 
     /// Why what is learned now is not written, if it is not.
-    pub fn problem(&self) -> Option<String> {
+    pub(super) fn problem(&self) -> Option<String> {
         self.problem
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

@@ -20,16 +20,16 @@ use palisade_model::snapshot::Learned;
 const MAX_COMMIT_RETRIES: usize = 4;
 
 /// A set of selectors that an address belongs to, ascending.
-pub type Set = Arc<[SelectorId]>;
+pub(super) type Set = Arc<[SelectorId]>;
 
 /// Who a learned address is, by a policy.
-pub trait IdentityResolver {
+pub(crate) trait IdentityResolver {
     /// The identity of an address that belongs to selectors (one at least). `None`: nobody has needed it yet.
     fn identity(&self, address: IpAddr, selectors: &[SelectorId]) -> Option<Identity>;
 }
 
 /// The map of learned addresses.
-pub trait Writer {
+pub(crate) trait Writer {
     /// Adds or replaces entries. When it returns they are all in the map.
     fn put(&self, entries: &[(LearnedKey, Identity)]) -> Result<(), String>;
     /// Removes entries.
@@ -53,7 +53,7 @@ struct Entry {
 
 /// What became of an answer.
 #[derive(Debug)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// The maps hold everything that it implies.
     Committed(Committed),
     /// It must not be released.
@@ -64,7 +64,7 @@ pub enum Outcome {
 
 /// See the module.
 #[derive(Debug, Default)]
-pub struct LearnedMap {
+pub(crate) struct LearnedMap {
     /// FqdnManager and addresses. Whoever changes it gives the changes to [`Self::update`] or [`Self::settle`].
     pub cache: Cache,
     entries: HashMap<LearnedKey, Entry>,
@@ -80,7 +80,7 @@ pub struct LearnedMap {
 
 /// What has to happen to the entries of the map on the way from one policy to the next.
 #[derive(Debug, Default)]
-pub struct Transition {
+pub(crate) struct Transition {
     /// What it holds.
     pub old: Learned,
     /// What it is to hold.
@@ -91,7 +91,7 @@ pub struct Transition {
 
 impl LearnedMap {
     /// A book whose map holds `found`, nothing of which is remembered yet.
-    pub fn new(cache: Cache, found: impl IntoIterator<Item = (LearnedKey, Identity)>) -> Self {
+    pub(crate) fn new(cache: Cache, found: impl IntoIterator<Item = (LearnedKey, Identity)>) -> Self {
         let mut learned_map = Self {
             cache,
             ..Self::default()
@@ -112,7 +112,7 @@ impl LearnedMap {
 
     /// Brings an answer to an end, or as far as it goes. `again`: it has waited. What it changes was noted when it
     /// came, and something newer may have been noted since.
-    pub fn settle(
+    pub(crate) fn settle(
         &mut self,
         mut pending: Pending,
         again: bool,
@@ -153,7 +153,7 @@ impl LearnedMap {
     }
 
     /// Writes what comes from elsewhere than an answer. What cannot be written comes again with a sweep.
-    pub fn update(&mut self, update: Update, resolver: &impl IdentityResolver, writer: &impl Writer) {
+    pub(crate) fn update(&mut self, update: Update, resolver: &impl IdentityResolver, writer: &impl Writer) {
         self.note(update.changes());
         let keys: BTreeSet<LearnedKey> = keys_of(&update).collect();
         let failed = self.write(keys.iter().copied(), resolver, writer).is_err();
@@ -163,7 +163,7 @@ impl LearnedMap {
     }
 
     /// Takes note of changes, without writing them.
-    pub fn note(&mut self, changes: &[Change]) {
+    pub(crate) fn note(&mut self, changes: &[Change]) {
         for change in changes {
             let key = key(change.endpoint, change.address);
             let known = self.entries.get(&key).map(|entry| Arc::clone(&entry.selectors));
@@ -284,7 +284,11 @@ impl LearnedMap {
     }
 
     /// What of the book a policy has no identity for. `all`: also of what was in step with the policy before.
-    pub fn missing(&self, resolver: &impl IdentityResolver, all: bool) -> Vec<(EndpointId, IpAddr, Set)> {
+    pub(crate) fn missing(
+        &self,
+        resolver: &impl IdentityResolver,
+        all: bool,
+    ) -> Vec<(EndpointId, IpAddr, Set)> {
         let mut missing = Vec::new();
         let mut look = |key: &LearnedKey, entry: &Entry| {
             if !entry.selectors.is_empty() && resolver.identity(key.addr.into(), &entry.selectors).is_none() {
@@ -308,7 +312,7 @@ impl LearnedMap {
     }
 
     /// Everything that an identity is needed for.
-    pub fn in_use(&self) -> impl Iterator<Item = (EndpointId, IpAddr, &Set)> {
+    pub(crate) fn in_use(&self) -> impl Iterator<Item = (EndpointId, IpAddr, &Set)> {
         self.entries
             .iter()
             .filter(|(_, entry)| !entry.selectors.is_empty())
@@ -316,7 +320,7 @@ impl LearnedMap {
     }
 
     /// The way of the map to what another policy wants of it. `all`: the identities of what is in step may be others.
-    pub fn plan(&self, resolver: &impl IdentityResolver, all: bool) -> Transition {
+    pub(crate) fn plan(&self, resolver: &impl IdentityResolver, all: bool) -> Transition {
         let mut transition = Transition::default();
         let mut others = BTreeSet::new();
         for (key, entry) in &self.entries {
@@ -353,7 +357,7 @@ impl LearnedMap {
     }
 
     /// A way was gone to its end: the map holds what it was to.
-    pub fn committed(
+    pub(crate) fn committed(
         &mut self,
         transition: &Transition,
         resolver: &impl IdentityResolver,
@@ -393,7 +397,7 @@ impl LearnedMap {
     }
 
     /// A way was not gone to its end: what it touches may be as it was, or not.
-    pub fn aborted(&mut self, transition: &Transition) {
+    pub(crate) fn aborted(&mut self, transition: &Transition) {
         let keys: BTreeSet<LearnedKey> = transition
             .old
             .entries
@@ -409,21 +413,21 @@ impl LearnedMap {
     }
 
     /// Retries the unwritten entries.
-    pub fn retry(&mut self, resolver: &impl IdentityResolver, writer: &impl Writer) {
+    pub(crate) fn retry(&mut self, resolver: &impl IdentityResolver, writer: &impl Writer) {
         let keys: Vec<LearnedKey> = self.unwritten.iter().copied().collect();
         // A failure is noted and tried again.
         let _ = self.write(keys.into_iter(), resolver, writer);
     }
 
     /// Takes note that an update is in the map, if all of it is.
-    pub fn written(&mut self, update: Update) {
+    pub(crate) fn written(&mut self, update: Update) {
         if !keys_of(&update).any(|key| self.unwritten.contains(&key)) {
             self.cache.written(update);
         }
     }
 
     /// Addresses in the map.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.entries
             .values()
             .filter(|entry| entry.map != InMap::Nothing)
@@ -431,12 +435,12 @@ impl LearnedMap {
     }
 
     /// Addresses that the map is not known to hold as it should.
-    pub fn unwritten(&self) -> usize {
+    pub(crate) fn unwritten(&self) -> usize {
         self.unwritten.len()
     }
 
     /// Identities by address, for those who explain.
-    pub fn identities(&self) -> BTreeMap<LearnedKey, Identity> {
+    pub(crate) fn identities(&self) -> BTreeMap<LearnedKey, Identity> {
         let known = self.entries.iter().filter_map(|(key, entry)| match entry.map {
             InMap::Identity(identity) => Some((*key, identity)),
             InMap::Nothing | InMap::Unknown => None,
@@ -461,7 +465,7 @@ fn keys_of(update: &Update) -> impl Iterator<Item = LearnedKey> + '_ {
 }
 
 /// The key of an address in the map.
-pub fn key(endpoint: EndpointId, address: IpAddr) -> LearnedKey {
+pub(super) fn key(endpoint: EndpointId, address: IpAddr) -> LearnedKey {
     LearnedKey {
         addr: address.into(),
         endpoint: endpoint.into(),

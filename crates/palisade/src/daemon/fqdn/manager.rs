@@ -56,11 +56,11 @@ const TIMEOUT_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Who a learned address is, by the policy in force.
-pub type View = Arc<dyn IdentityResolver + Send + Sync>;
+pub(super) type View = Arc<dyn IdentityResolver + Send + Sync>;
 
 /// From where it is known that a name has an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
+pub(crate) enum Source {
     /// From an answer that the endpoint got.
     Answer,
     /// Asked ahead by this daemon.
@@ -71,7 +71,7 @@ pub enum Source {
 
 impl Source {
     /// As listings say it.
-    pub const fn text(self) -> &'static str {
+    pub(crate) const fn text(self) -> &'static str {
         match self {
             Self::Answer => "answer",
             Self::Prefetch => "prefetch",
@@ -82,7 +82,7 @@ impl Source {
 
 /// What the names thread wants of the control thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ControlRequest {
+pub(crate) enum ControlRequest {
     /// Answers wait for identities that the policy in force does not have.
     Identities,
     /// Connections of endpoints have to be judged again: see [`FqdnManager::take_rejudged`].
@@ -92,7 +92,7 @@ pub enum ControlRequest {
 }
 
 /// What the endpoints have learned. One for the daemon; all threads share it.
-pub struct FqdnManager {
+pub(crate) struct FqdnManager {
     state: Mutex<State>,
     writer: Box<dyn Writer + Send + Sync>,
     on_request: Box<dyn Fn(ControlRequest) + Send + Sync>,
@@ -129,7 +129,7 @@ impl fmt::Debug for FqdnManager {
 }
 
 /// What is behind the lock.
-pub struct State {
+pub(crate) struct State {
     /// Names, addresses, and what of them is in the map.
     pub learned_map: LearnedMap,
     /// By the policy in force.
@@ -189,7 +189,7 @@ impl Writer for Box<dyn Writer + Send + Sync> {
 
 /// What the control thread knows of a policy's names.
 #[derive(Clone, Debug, Default)]
-pub struct Policy {
+pub(crate) struct Policy {
     /// Selectors by endpoint; endpoints without any may be missing.
     pub selectors: BTreeMap<EndpointId, Arc<Selectors>>,
     /// Selectors that a deny rule of the endpoint has.
@@ -199,7 +199,7 @@ pub struct Policy {
 }
 
 /// A change of the policy under way; see [`FqdnManager::change`].
-pub struct Change<'a> {
+pub(crate) struct Change<'a> {
     names: &'a FqdnManager,
     /// What is locked.
     pub state: MutexGuard<'a, State>,
@@ -210,7 +210,7 @@ pub struct Change<'a> {
 
 impl FqdnManager {
     /// What is remembered from before, with the map as `found`.
-    pub fn new(
+    pub(crate) fn new(
         cache: Cache,
         found: Vec<(LearnedKey, Identity)>,
         writer: impl Writer + Send + Sync + 'static,
@@ -238,7 +238,7 @@ impl FqdnManager {
     }
 
     /// Brings back what was learned before a restart, and keeps what is learned from now on.
-    pub fn remember(&mut self, dir: &Path, endpoints: BTreeMap<EndpointId, String>) -> io::Result<()> {
+    pub(crate) fn remember(&mut self, dir: &Path, endpoints: BTreeMap<EndpointId, String>) -> io::Result<()> {
         let found = journal::read(dir, &endpoints).unwrap_or_else(|problem| {
             error!("{}: what was learned cannot be read: {problem}", dir.display());
             Default::default()
@@ -272,12 +272,12 @@ impl FqdnManager {
     }
 
     /// The clock of the cache.
-    pub fn now(&self) -> Millis {
+    pub(crate) fn now(&self) -> Millis {
         Millis::try_from(self.start.elapsed().as_millis()).unwrap_or(Millis::MAX)
     }
 
     /// The lock.
-    pub fn lock(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -288,12 +288,12 @@ impl FqdnManager {
     }
 
     /// A wish is being looked after: what comes from now on is another one.
-    pub fn rearm(&self, request: ControlRequest) {
+    pub(crate) fn rearm(&self, request: ControlRequest) {
         self.requested[request as usize].store(false, Ordering::Release);
     }
 
     /// Answers the workers' questions until there is nobody left to ask.
-    pub fn serve(self: &Arc<Self>, lessons: CommitReceiver) -> io::Result<()> {
+    pub(crate) fn serve(self: &Arc<Self>, lessons: CommitReceiver) -> io::Result<()> {
         self.tell_epochs(lessons.epoch());
         let names = Arc::clone(self);
         thread::Builder::new().name("names".into()).spawn(move || {
@@ -343,7 +343,7 @@ impl FqdnManager {
     }
 
     /// Commits a batch of answers. Returns whether some of them, or of earlier ones, are still pending.
-    pub fn commit_answers(&self, batch: &mut Vec<CommitTask>) -> bool {
+    pub(crate) fn commit_answers(&self, batch: &mut Vec<CommitTask>) -> bool {
         let now = self.now();
         let mut lines = Vec::new();
         let mut guard = self.lock();
@@ -478,7 +478,7 @@ impl FqdnManager {
     }
 
     /// Learns what the daemon itself asked for.
-    pub fn asked_ahead(&self, endpoints: &[EndpointId], answer: &Answer) {
+    pub(crate) fn asked_ahead(&self, endpoints: &[EndpointId], answer: &Answer) {
         let now = self.now();
         let mut lines = Vec::new();
         let mut guard = self.lock();
@@ -546,7 +546,7 @@ impl FqdnManager {
     }
 
     /// The name by which an endpoint learned an address last.
-    pub fn names_of(&self, endpoint: EndpointId, address: IpAddr) -> Arc<[Arc<str>]> {
+    pub(crate) fn names_of(&self, endpoint: EndpointId, address: IpAddr) -> Arc<[Arc<str>]> {
         let known = self.known_as.read().unwrap_or_else(PoisonError::into_inner);
         known
             .get(&(endpoint, address.to_canonical()))
@@ -562,7 +562,7 @@ impl FqdnManager {
     }
 
     /// Removes what has expired and is not in use. `in_use`: every address that a live connection of an endpoint has.
-    pub fn sweep(&self, in_use: &HashMap<EndpointId, HashSet<IpAddr>>) {
+    pub(crate) fn sweep(&self, in_use: &HashMap<EndpointId, HashSet<IpAddr>>) {
         let endpoints = self.lock().learned_map.cache.endpoints();
         for endpoint in endpoints {
             // The lock for each: an answer does not wait for all of them.
@@ -600,7 +600,7 @@ impl FqdnManager {
     }
 
     /// Forgets names, in use or not; answers how many addresses. Their connections are judged again.
-    pub fn clean(&self, endpoint: Option<EndpointId>, filter: impl FnMut(&Name) -> bool) -> u64 {
+    pub(crate) fn clean(&self, endpoint: Option<EndpointId>, filter: impl FnMut(&Name) -> bool) -> u64 {
         let mut guard = self.lock();
         let state = &mut *guard;
         let before = state.learned_map.cache.stats().cleaned;
@@ -627,12 +627,12 @@ impl FqdnManager {
     }
 
     /// The endpoints whose connections have to be judged again.
-    pub fn take_rejudged(&self) -> BTreeSet<EndpointId> {
+    pub(crate) fn take_rejudged(&self) -> BTreeSet<EndpointId> {
         std::mem::take(&mut self.lock().rejudge)
     }
 
     /// What is cached, with the source of each address.
-    pub fn list(&self, endpoint: Option<EndpointId>) -> Vec<(CachedName, Vec<Source>)> {
+    pub(crate) fn list(&self, endpoint: Option<EndpointId>) -> Vec<(CachedName, Vec<Source>)> {
         let list = self.lock().learned_map.cache.list(endpoint, self.now());
         let with_source = |name: CachedName| {
             let sources = name
@@ -646,24 +646,24 @@ impl FqdnManager {
     }
 
     /// The identities that addresses have in the map.
-    pub fn identities(&self) -> BTreeMap<LearnedKey, Identity> {
+    pub(crate) fn identities(&self) -> BTreeMap<LearnedKey, Identity> {
         self.lock().learned_map.identities()
     }
 
     /// Has everything on the disk.
-    pub fn flush(&self) {
+    pub(crate) fn flush(&self) {
         if let Some(journal) = &self.journal {
             journal.flush();
         }
     }
 
     /// Why what is learned now may not outlive a restart, if that is so.
-    pub fn journal_problem(&self) -> Option<String> {
+    pub(crate) fn journal_problem(&self) -> Option<String> {
         self.journal.as_ref().and_then(Journal::problem)
     }
 
     /// How much there is, and what became of answers.
-    pub fn counts(&self) -> Counts {
+    pub(crate) fn counts(&self) -> Counts {
         let state = self.lock();
         let memory = state.learned_map.cache.memory();
         Counts {
@@ -684,7 +684,7 @@ impl FqdnManager {
 
     /// The policy in force has identities that it did not have. Endpoints that are `full` get no more: what they still
     /// wait for is given up.
-    pub fn extended(&self, state: &mut State, view: View, full: &BTreeSet<EndpointId>) {
+    pub(crate) fn extended(&self, state: &mut State, view: View, full: &BTreeSet<EndpointId>) {
         state.view = view;
         let view = Arc::clone(&state.view);
         state.learned_map.retry(&view, &self.writer);
@@ -710,7 +710,12 @@ impl FqdnManager {
 
     /// Begins a change of what the maps hold: nothing is committed until it is brought to its end. `all`: the
     /// identities of addresses may be others afterwards, not only what names they belong to.
-    pub fn change(&self, policy: &Policy, endpoints: &BTreeMap<EndpointId, String>, all: bool) -> Change<'_> {
+    pub(crate) fn change(
+        &self,
+        policy: &Policy,
+        endpoints: &BTreeMap<EndpointId, String>,
+        all: bool,
+    ) -> Change<'_> {
         let mut state = self.lock();
         self.end_epoch();
         let before = Policy {
@@ -784,17 +789,17 @@ impl State {
 
 impl Change<'_> {
     /// What of the learned addresses has no identity by the new policy.
-    pub fn missing(&self, resolver: &impl IdentityResolver) -> Vec<(EndpointId, IpAddr, Set)> {
+    pub(crate) fn missing(&self, resolver: &impl IdentityResolver) -> Vec<(EndpointId, IpAddr, Set)> {
         self.state.learned_map.missing(resolver, self.all)
     }
 
     /// The way of the map.
-    pub fn plan(&self, resolver: &impl IdentityResolver) -> Transition {
+    pub(crate) fn plan(&self, resolver: &impl IdentityResolver) -> Transition {
         self.state.learned_map.plan(resolver, self.all)
     }
 
     /// The maps hold everything.
-    pub fn done(mut self, transition: &Transition, view: View) {
+    pub(crate) fn done(mut self, transition: &Transition, view: View) {
         let state = &mut *self.state;
         state.learned_map.committed(transition, &view, &self.names.writer);
         for update in self.updates.drain(..) {
@@ -805,7 +810,7 @@ impl Change<'_> {
     }
 
     /// The maps hold some of it: what the policy before said counts on.
-    pub fn failed(&mut self, transition: &Transition) {
+    pub(crate) fn failed(&mut self, transition: &Transition) {
         self.state.learned_map.aborted(transition);
         // What they said comes again with the next sweep.
         self.updates.clear();
@@ -819,7 +824,7 @@ impl Change<'_> {
 
 /// See [`FqdnManager::counts`].
 #[derive(Clone, Debug, Default)]
-pub struct Counts {
+pub(crate) struct Counts {
     pub names: usize,
     pub addresses: usize,
     pub bytes: usize,

@@ -5,6 +5,6 @@ mod learned_map;
 mod manager;
 mod prefetch;
 
-pub use learned_map::{IdentityResolver, LearnedMap, Transition};
-pub use manager::{ControlRequest, FqdnManager, Policy};
-pub use prefetch::{Prefetch, Targets, node_servers};
+pub(super) use learned_map::{IdentityResolver, LearnedMap, Transition};
+pub(super) use manager::{ControlRequest, FqdnManager, Policy};
+pub(super) use prefetch::{Prefetch, Targets, node_servers};

@@ -41,7 +41,7 @@ const QUERY_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// What is to be resolved.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Targets {
+pub(crate) struct Targets {
     /// Names, and for whom.
     pub names: BTreeMap<String, BTreeSet<EndpointId>>,
     /// Whom to ask.
@@ -50,11 +50,11 @@ pub struct Targets {
 
 /// The thread that asks.
 #[derive(Debug)]
-pub struct Prefetch(watch::Sender<Targets>);
+pub(crate) struct Prefetch(watch::Sender<Targets>);
 
 impl Prefetch {
     /// Begins with nothing to do.
-    pub fn start(names: &Arc<FqdnManager>) -> io::Result<Self> {
+    pub(crate) fn start(names: &Arc<FqdnManager>) -> io::Result<Self> {
         let (sender, targets) = watch::channel(Targets::default());
         let names = Arc::downgrade(names);
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -67,7 +67,7 @@ impl Prefetch {
     }
 
     /// From now on this.
-    pub fn set(&self, targets: Targets) {
+    pub(crate) fn set(&self, targets: Targets) {
         self.0.send_if_modified(|now| {
             let other = *now != targets;
             *now = targets;
@@ -77,7 +77,7 @@ impl Prefetch {
 }
 
 /// The servers that the node itself asks.
-pub fn node_servers(resolv_conf: &Path) -> Vec<SocketAddr> {
+pub(crate) fn node_servers(resolv_conf: &Path) -> Vec<SocketAddr> {
     let text = fs::read_to_string(resolv_conf).unwrap_or_default();
     let servers = text.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
