@@ -16,7 +16,7 @@ use palisade_model::{
 
 use crate::{
     compile::{problem, section_rules, sections_of},
-    select::Meaning,
+    select::ResolvedSelector,
     table::Reading,
 };
 
@@ -50,7 +50,7 @@ impl<'a> ConflictFinder<'a> {
                     continue;
                 }
                 // Everybody is one peer, in whatever way it is written and whoever is named beside.
-                let everybody = |peer: &Peer| Meaning::of(peer, &[]) == Meaning::Everybody;
+                let everybody = |peer: &Peer| ResolvedSelector::of(peer, &[]) == ResolvedSelector::Everybody;
                 let peers: Vec<Option<Cow<'_, Peer>>> = match &rule.peers {
                     Peers::Nobody => continue,
                     Peers::Any => vec![None],

@@ -18,7 +18,7 @@ const CLUSTER_LABEL: (&str, &str, &str) = ("k8s", "io.cilium.k8s.policy.cluster"
 
 /// A peer with its groups of prefixes looked up.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Meaning {
+pub(crate) enum ResolvedSelector {
     Everybody,
     Labels(Selector),
     Nodes(Selector),
@@ -27,7 +27,7 @@ pub(crate) enum Meaning {
     Fqdn(String),
 }
 
-impl Meaning {
+impl ResolvedSelector {
     pub(crate) fn of(peer: &Peer, groups: &[&CidrGroup]) -> Self {
         let expand = |group: &CidrGroup, except: &[IpNet]| -> Vec<CidrRule> {
             let cidrs = group.cidrs.iter();
@@ -176,14 +176,14 @@ fn is_labelled(labels: &Labels) -> bool {
 
 /// The identities that exist, findable by what selectors ask for.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Known {
+pub(crate) struct IdentityIndex {
     labels: BTreeMap<Identity, Labels>,
     by_label: HashMap<String, HashMap<String, BTreeSet<Identity>>>,
     /// Family (is IPv6), first address and length of `cidr` labels.
     by_prefix: BTreeSet<(bool, u128, u8, Identity)>,
 }
 
-impl Known {
+impl IdentityIndex {
     pub(crate) fn labels(&self) -> &BTreeMap<Identity, Labels> {
         &self.labels
     }
@@ -227,23 +227,25 @@ impl Known {
         }
     }
 
-    /// The identities that a peer means. ([`Meaning::Everybody`]: those there are.)
-    pub(crate) fn select(&self, meaning: &Meaning) -> BTreeSet<Identity> {
-        let candidates: Option<BTreeSet<Identity>> = match meaning {
-            Meaning::Labels(selector) => self.candidates(selector),
-            Meaning::Nodes(_) => Some(
+    /// The identities that a peer means. ([`ResolvedSelector::Everybody`]: those there are.)
+    pub(crate) fn select(&self, resolved: &ResolvedSelector) -> BTreeSet<Identity> {
+        let candidates: Option<BTreeSet<Identity>> = match resolved {
+            ResolvedSelector::Labels(selector) => self.candidates(selector),
+            ResolvedSelector::Nodes(_) => Some(
                 ["remote-node", "host"]
                     .into_iter()
                     .flat_map(|key| self.with_label(key, ""))
                     .collect(),
             ),
-            Meaning::Cidrs(rules) => Some(rules.iter().flat_map(|rule| self.inside(rule.cidr)).collect()),
-            Meaning::Everybody | Meaning::Entity(_) | Meaning::Fqdn(_) => None,
+            ResolvedSelector::Cidrs(rules) => {
+                Some(rules.iter().flat_map(|rule| self.inside(rule.cidr)).collect())
+            }
+            ResolvedSelector::Everybody | ResolvedSelector::Entity(_) | ResolvedSelector::Fqdn(_) => None,
         };
         let matches = |identity: &Identity| {
             self.labels
                 .get(identity)
-                .is_some_and(|labels| meaning.matches(labels))
+                .is_some_and(|labels| resolved.matches(labels))
         };
         match candidates {
             Some(candidates) => candidates.into_iter().filter(matches).collect(),
@@ -342,8 +344,8 @@ mod tests {
         Labels::new(texts.iter().map(|text| parse_label(text)))
     }
 
-    fn known() -> Known {
-        let mut known = Known::default();
+    fn known() -> IdentityIndex {
+        let mut known = IdentityIndex::default();
         for (number, texts) in [
             (1, vec!["reserved:host", "k8s:zone=a"]),
             (9, vec!["reserved:world-ipv4"]),
@@ -360,15 +362,15 @@ mod tests {
         known
     }
 
-    fn cidrs(cidr: &str, except: &[&str]) -> Meaning {
-        Meaning::Cidrs(vec![CidrRule {
+    fn cidrs(cidr: &str, except: &[&str]) -> ResolvedSelector {
+        ResolvedSelector::Cidrs(vec![CidrRule {
             cidr: cidr.parse().unwrap(),
             except: except.iter().map(|text| text.parse().unwrap()).collect(),
         }])
     }
 
-    fn found(meaning: &Meaning) -> Vec<Identity> {
-        known().select(meaning).into_iter().collect()
+    fn found(resolved: &ResolvedSelector) -> Vec<Identity> {
+        known().select(resolved).into_iter().collect()
     }
 
     #[test]
@@ -393,7 +395,7 @@ mod tests {
             ("app", Test::DoesNotExist),
         ];
         for (key, test) in selectors {
-            let meaning = Meaning::Labels(Selector {
+            let resolved = ResolvedSelector::Labels(Selector {
                 requirements: vec![Requirement {
                     source: LabelSource::Any,
                     key: key.into(),
@@ -404,10 +406,10 @@ mod tests {
             let one_by_one: BTreeSet<Identity> = known
                 .labels()
                 .iter()
-                .filter(|(_, labels)| meaning.matches(labels))
+                .filter(|(_, labels)| resolved.matches(labels))
                 .map(|(number, _)| *number)
                 .collect();
-            assert_eq!(known.select(&meaning), one_by_one);
+            assert_eq!(known.select(&resolved), one_by_one);
             assert!(!one_by_one.is_empty());
         }
     }
@@ -420,7 +422,7 @@ mod tests {
         assert_eq!(known.select(&cidrs("10.0.0.0/8", &[])).len(), 1);
         assert!(
             known
-                .select(&Meaning::Entity(Entity::Cluster))
+                .select(&ResolvedSelector::Entity(Entity::Cluster))
                 .iter()
                 .eq([1, 301].iter())
         );
@@ -428,6 +430,9 @@ mod tests {
 
     #[test]
     fn names_are_compared_as_dns_does() {
-        assert_eq!(found(&Meaning::Fqdn("*.example.com".into())), [20_000_003]);
+        assert_eq!(
+            found(&ResolvedSelector::Fqdn("*.example.com".into())),
+            [20_000_003]
+        );
     }
 }

@@ -17,7 +17,7 @@ use palisade_model::{
 use crate::{
     classes::PortSet,
     compile::{LearnedIdentity, LearnedRows},
-    select::Meaning,
+    select::ResolvedSelector,
 };
 
 /// What is read on a port, ready to be merged.
@@ -215,7 +215,7 @@ pub(crate) enum Learned {
     /// Those of a selector, and those whose base it means.
     Selector(SelectorNumber),
     /// Those that meet the requirements of a label selector; they may ask for names.
-    Labels(Arc<Meaning>),
+    Labels(Arc<ResolvedSelector>),
 }
 
 impl Member {
@@ -225,7 +225,7 @@ impl Member {
             Learned::Selector(selector) => {
                 identity.selectors.binary_search(selector).is_ok() || self.members.contains(&identity.base)
             }
-            Learned::Labels(meaning) => meaning.matches(&identity.labels),
+            Learned::Labels(resolved) => resolved.matches(&identity.labels),
         }
     }
 
@@ -248,10 +248,10 @@ impl Member {
                 let identities = rows.by_selector.get(selector).into_iter().flatten();
                 identities.for_each(|identity| name(*identity));
             }
-            Learned::Labels(meaning) if !meaning.asks_for(|key| rows.texts.contains(key)) => by_base(),
-            Learned::Labels(meaning) => {
+            Learned::Labels(resolved) if !resolved.asks_for(|key| rows.texts.contains(key)) => by_base(),
+            Learned::Labels(resolved) => {
                 for (number, identity) in &rows.identities {
-                    if meaning.matches(&identity.labels) {
+                    if resolved.matches(&identity.labels) {
                         name(*number);
                     }
                 }

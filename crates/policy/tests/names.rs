@@ -171,7 +171,7 @@ fn what_is_somebody_stays_who_it_is() {
     assert_eq!(snapshot.names.identity(ip("198.51.100.7"), &[]), Some(world));
     assert_eq!(
         snapshot.names.identity(ip("198.51.100.7"), &[any + 1000]),
-        Some(inventory)
+        Some(world)
     );
 }
 

@@ -17,7 +17,7 @@ use palisade_model::{
 };
 
 use super::{Compiler, NamedPortOwners, Progress, UnitPeers, problem};
-use crate::select::Meaning;
+use crate::select::ResolvedSelector;
 
 /// Prefixes and addresses that the world names.
 #[derive(Clone, Debug, Default)]
@@ -183,7 +183,7 @@ impl Compiler {
         self.named_ports = named_ports;
 
         let gone: Vec<Identity> = self
-            .known
+            .identity_index
             .labels()
             .iter()
             .filter(|(number, labels)| wanted.get(number) != Some(labels))
@@ -191,7 +191,7 @@ impl Compiler {
             .collect();
         let new: Vec<(Identity, Labels)> = wanted
             .iter()
-            .filter(|(number, labels)| self.known.labels().get(number) != Some(labels))
+            .filter(|(number, labels)| self.identity_index.labels().get(number) != Some(labels))
             .map(|(number, labels)| (*number, labels.clone()))
             .collect();
         self.change_identities(&gone, &new, progress);
@@ -279,10 +279,10 @@ impl Compiler {
             .moved
             .extend(gone.iter().chain(new.iter().map(|(number, _)| number)));
         for number in gone {
-            self.known.remove(*number);
+            self.identity_index.remove(*number);
         }
         for (number, labels) in new {
-            self.known.add(*number, labels.clone());
+            self.identity_index.add(*number, labels.clone());
         }
         for (at, subject) in self.subjects.iter().enumerate() {
             if subject.requires_something() {
@@ -292,7 +292,7 @@ impl Compiler {
         let mut changed: HashSet<u32> = HashSet::new();
         for (number, slot) in self.peers.slots.iter_mut().enumerate() {
             let Some(slot) = slot else { continue };
-            if matches!(*slot.meaning, Meaning::Everybody) {
+            if matches!(*slot.resolved, ResolvedSelector::Everybody) {
                 continue;
             }
             let left: Vec<Identity> = gone
@@ -302,7 +302,7 @@ impl Compiler {
                 .collect();
             let joined: Vec<Identity> = new
                 .iter()
-                .filter(|(_, labels)| slot.meaning.matches(labels))
+                .filter(|(_, labels)| slot.resolved.matches(labels))
                 .map(|(id, _)| *id)
                 .collect();
             if !left.is_empty() || !joined.is_empty() {

@@ -200,7 +200,7 @@ impl Compiler {
             let Some((number, labels)) = self.number_of(set)? else {
                 continue;
             };
-            let ordinary = self.known.labels().contains_key(&number);
+            let ordinary = self.identity_index.labels().contains_key(&number);
             self.names.put(set.clone(), number, labels, ordinary);
             update.numbers.insert(set.clone(), number);
             more.push((set.clone(), number));
@@ -279,7 +279,7 @@ impl Compiler {
         if self.users_of(&set.selectors).is_empty() {
             return Ok(None);
         }
-        let Some(base) = self.known.labels().get(&set.base) else {
+        let Some(base) = self.identity_index.labels().get(&set.base) else {
             return Ok(None);
         };
         let Some(labels) = self.names.labels(base, &set.selectors) else {
@@ -429,7 +429,7 @@ impl Compiler {
                 _ => self.number_of(&set)?,
             };
             if let Some((number, labels)) = found {
-                let ordinary = self.known.labels().contains_key(&number);
+                let ordinary = self.identity_index.labels().contains_key(&number);
                 self.names.put(set, number, labels, ordinary);
             }
         }
@@ -544,7 +544,7 @@ impl Compiler {
         }
         self.snapshot.names = names;
 
-        let ordinary = self.known.labels();
+        let ordinary = self.identity_index.labels();
         let learned = &self.names.identities;
         let all = || {
             ordinary.iter().map(|(number, labels)| (*number, labels)).chain(

@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     classes::Classes,
     identity::{Allocator, AllocatorState},
-    select::{Known, Meaning},
+    select::{IdentityIndex, ResolvedSelector},
     table::Members,
 };
 
@@ -94,7 +94,7 @@ pub struct Compiler {
     rule_ids: RuleIds,
     rulesets: RuleSetIds,
     classes: Classes,
-    known: Known,
+    identity_index: IdentityIndex,
     /// Prefixes that policies mention, and how often.
     prefixes: BTreeMap<IpNet, u32>,
     peers: PeerCache,
@@ -319,7 +319,7 @@ impl Compiler {
     pub fn selectors(&self) -> impl Iterator<Item = (&Peer, u32, BTreeSet<Identity>)> {
         self.peers.slots.iter().flatten().map(|slot| {
             let mut members = (*slot.members).clone();
-            if let Meaning::Fqdn(text) = &*slot.meaning
+            if let ResolvedSelector::Fqdn(text) = &*slot.resolved
                 && let Some(selector) = self.names.selector_of(text)
             {
                 let learned = self.names.identities().iter();
@@ -494,7 +494,7 @@ impl Compiler {
         self.specs.clear();
         self.peers = PeerCache::default();
         self.prefixes.clear();
-        self.known = Known::default();
+        self.identity_index = IdentityIndex::default();
         self.named = NamedPrefixes::of(&self.inventory);
 
         let mut before: Vec<Subject> = std::mem::take(&mut self.subjects);
@@ -571,7 +571,7 @@ impl Compiler {
                             peer,
                             Peer::Cidr(_) | Peer::CidrGroup { .. } | Peer::CidrGroupSelector { .. }
                         ) {
-                            mentioned.extend(Meaning::of(peer, &groups).prefixes());
+                            mentioned.extend(ResolvedSelector::of(peer, &groups).prefixes());
                         }
                     }
                 }
@@ -652,10 +652,10 @@ impl Compiler {
                     continue;
                 };
                 for number in peers {
-                    let Some(meaning) = self.peers.release(*number) else {
+                    let Some(resolved) = self.peers.release(*number) else {
                         continue;
                     };
-                    for prefix in meaning.prefixes() {
+                    for prefix in resolved.prefixes() {
                         if let Some(users) = self.prefixes.get_mut(&prefix) {
                             *users -= 1;
                             if *users == 0 {
@@ -710,9 +710,10 @@ impl Compiler {
                                 let numbers: Vec<u32> = peers
                                     .iter()
                                     .map(|peer| {
-                                        let (number, new) = self.peers.retain(peer, groups, &self.known);
+                                        let (number, new) =
+                                            self.peers.retain(peer, groups, &self.identity_index);
                                         if new && let Some(slot) = self.peers.slot(number) {
-                                            for prefix in slot.meaning.prefixes() {
+                                            for prefix in slot.resolved.prefixes() {
                                                 let users =
                                                     self.prefixes.entry(prefix).or_insert_with(|| {
                                                         progress.prefix(prefix, 1);

@@ -8,7 +8,7 @@ use std::{
 use palisade_abi::Identity;
 use palisade_model::rule::{CidrGroup, Peer};
 
-use crate::select::{Known, Meaning};
+use crate::select::{IdentityIndex, ResolvedSelector};
 
 /// The identities that each distinct peer means.
 #[derive(Clone, Debug, Default)]
@@ -21,7 +21,7 @@ pub(super) struct PeerCache {
 #[derive(Clone, Debug)]
 pub(super) struct PeerSlot {
     pub(super) peer: Peer,
-    pub(super) meaning: Arc<Meaning>,
+    pub(super) resolved: Arc<ResolvedSelector>,
     pub(super) members: Arc<BTreeSet<Identity>>,
     pub(super) users: u32,
 }
@@ -32,18 +32,23 @@ impl PeerCache {
     }
 
     /// Returns the number and whether the peer is new.
-    pub(super) fn retain(&mut self, peer: &Peer, groups: &[&CidrGroup], known: &Known) -> (u32, bool) {
+    pub(super) fn retain(
+        &mut self,
+        peer: &Peer,
+        groups: &[&CidrGroup],
+        index: &IdentityIndex,
+    ) -> (u32, bool) {
         if let Some(&number) = self.numbers.get(peer) {
             if let Some(Some(slot)) = self.slots.get_mut(number as usize) {
                 slot.users += 1;
             }
             return (number, false);
         }
-        let meaning = Arc::new(Meaning::of(peer, groups));
+        let resolved = Arc::new(ResolvedSelector::of(peer, groups));
         let slot = PeerSlot {
             peer: peer.clone(),
-            members: Arc::new(known.select(&meaning)),
-            meaning,
+            members: Arc::new(index.select(&resolved)),
+            resolved,
             users: 1,
         };
         let number = match self.free.pop() {
@@ -61,7 +66,7 @@ impl PeerCache {
     }
 
     /// Returns the meaning of the peer if this was its last user.
-    pub(super) fn release(&mut self, number: u32) -> Option<Arc<Meaning>> {
+    pub(super) fn release(&mut self, number: u32) -> Option<Arc<ResolvedSelector>> {
         let entry = self.slots.get_mut(number as usize)?;
         let slot = entry.as_mut()?;
         slot.users -= 1;
@@ -71,6 +76,6 @@ impl PeerCache {
         let slot = entry.take()?;
         self.numbers.remove(&slot.peer);
         self.free.push(number);
-        Some(slot.meaning)
+        Some(slot.resolved)
     }
 }

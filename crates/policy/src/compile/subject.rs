@@ -23,7 +23,7 @@ use super::{
 use crate::{
     classes::PortSet,
     conflict::ConflictFinder,
-    select::Meaning,
+    select::ResolvedSelector,
     table::{Builder, Learned, Member, Members, Otherwise, Reading, TablePorts, TableRule},
 };
 
@@ -690,7 +690,10 @@ impl Compiler {
             auth_required: false,
             members: Members::Of(vec![Member {
                 peer: u32::MAX,
-                members: Arc::new(self.known.select(&Meaning::Entity(Entity::Host))),
+                members: Arc::new(
+                    self.identity_index
+                        .select(&ResolvedSelector::Entity(Entity::Host)),
+                ),
                 learned: Learned::Base,
             }]),
             except: None,
@@ -745,24 +748,24 @@ impl Compiler {
                                 narrowed
                                     .requirements
                                     .extend(required.requirements.iter().cloned());
-                                let meaning = Meaning::of(&Peer::Labels(narrowed), &[]);
+                                let resolved = ResolvedSelector::of(&Peer::Labels(narrowed), &[]);
                                 members.push(Member {
                                     peer: number,
-                                    members: Arc::new(self.known.select(&meaning)),
-                                    learned: Learned::Labels(Arc::new(meaning)),
+                                    members: Arc::new(self.identity_index.select(&resolved)),
+                                    learned: Learned::Labels(Arc::new(resolved)),
                                 });
                                 continue;
                             }
-                            everybody |= matches!(*slot.meaning, Meaning::Everybody);
+                            everybody |= matches!(*slot.resolved, ResolvedSelector::Everybody);
                             remarks.extend(self.missing_group(slot, &rule.location));
-                            let selector = match &*slot.meaning {
-                                Meaning::Fqdn(text) => self.names.selector_of(text),
+                            let selector = match &*slot.resolved {
+                                ResolvedSelector::Fqdn(text) => self.names.selector_of(text),
                                 _ => None,
                             };
-                            let learned = match (&*slot.meaning, selector) {
+                            let learned = match (&*slot.resolved, selector) {
                                 (_, Some(selector)) => Learned::Selector(selector),
-                                (Meaning::Labels(_) | Meaning::Nodes(_), _) => {
-                                    Learned::Labels(Arc::clone(&slot.meaning))
+                                (ResolvedSelector::Labels(_) | ResolvedSelector::Nodes(_), _) => {
+                                    Learned::Labels(Arc::clone(&slot.resolved))
                                 }
                                 _ => Learned::Base,
                             };
@@ -871,14 +874,16 @@ impl Compiler {
 
     /// A remark about a group of prefixes by name that does not exist, or is empty.
     pub(super) fn missing_group(&self, slot: &PeerSlot, location: &Location) -> Option<Diagnostic> {
-        match (&slot.peer, &*slot.meaning) {
-            (Peer::CidrGroup { name, .. }, Meaning::Cidrs(rules)) if rules.is_empty() => Some(Diagnostic {
-                severity: Severity::Warning,
-                location: location.clone(),
-                message: format!(
-                    "there is no CiliumCIDRGroup {name} with prefixes; the reference means nobody"
-                ),
-            }),
+        match (&slot.peer, &*slot.resolved) {
+            (Peer::CidrGroup { name, .. }, ResolvedSelector::Cidrs(rules)) if rules.is_empty() => {
+                Some(Diagnostic {
+                    severity: Severity::Warning,
+                    location: location.clone(),
+                    message: format!(
+                        "there is no CiliumCIDRGroup {name} with prefixes; the reference means nobody"
+                    ),
+                })
+            }
             _ => None,
         }
     }

@@ -595,7 +595,7 @@ mod tests {
             error.contains("of this policy up to here are too large together"),
             "{error}"
         );
-        // Known ones cost nothing more; another policy begins at zero, but for the file.
+        // IdentityIndex ones cost nothing more; another policy begins at zero, but for the file.
         context.check_expression("/a.*").unwrap();
         context.begin_policy();
         context.check_expression("/c.*").unwrap();
