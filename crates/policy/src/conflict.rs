@@ -17,7 +17,7 @@ use palisade_model::{
 use crate::{
     compile::{problem, section_rules, sections_of},
     select::ResolvedSelector,
-    table::Reading,
+    table::L7Policy,
 };
 
 /// Ports as they are written, one protocol of them, and a peer (`None`: everybody): what L7 rules are merged by.
@@ -31,10 +31,10 @@ pub(crate) enum Port<'a> {
     Icmp(u8),
 }
 
-/// Finds what [`Reading::conflict`] finds, over several specs.
+/// Finds what [`L7Policy::conflict`] finds, over several specs.
 #[derive(Default)]
 pub(crate) struct ConflictFinder<'a> {
-    seen: HashMap<Spot<'a>, Vec<(Reading, String, &'a Location)>>,
+    seen: HashMap<Spot<'a>, Vec<(L7Policy, String, &'a Location)>>,
     denied: HashSet<Spot<'a>>,
     errors: Vec<Diagnostic>,
 }
@@ -58,8 +58,8 @@ impl<'a> ConflictFinder<'a> {
                     Peers::OneOf(peers) => peers.iter().flat_map(parts).map(Some).collect(),
                 };
                 for entry in entries {
-                    let reading = Reading::of(&entry.l7);
-                    if reading.is_none() && !section.denies() {
+                    let l7 = L7Policy::of(&entry.l7);
+                    if l7.is_none() && !section.denies() {
                         continue;
                     }
                     for port in &entry.ports {
@@ -67,11 +67,11 @@ impl<'a> ConflictFinder<'a> {
                         for protocol in protocols {
                             for peer in &peers {
                                 let key = (port, protocol, peer.clone());
-                                match &reading {
+                                match &l7 {
                                     None => {
                                         self.denied.insert(key);
                                     }
-                                    Some(reading) => self.check(key, reading, policy, &entry.location),
+                                    Some(l7) => self.check(key, l7, policy, &entry.location),
                                 }
                             }
                         }
@@ -81,14 +81,14 @@ impl<'a> ConflictFinder<'a> {
         }
     }
 
-    fn check(&mut self, key: Spot<'a>, reading: &Reading, policy: &str, location: &'a Location) {
+    fn check(&mut self, key: Spot<'a>, l7: &L7Policy, policy: &str, location: &'a Location) {
         // Denied before it is read: nothing to disagree about.
         if self.denied.contains(&key) {
             return;
         }
         let seen = self.seen.entry(key).or_default();
         for (other, other_policy, other_location) in seen.iter() {
-            if let Some(what) = reading.conflict(other) {
+            if let Some(what) = l7.conflict(other) {
                 self.errors.push(problem(
                     location.clone(),
                     format!(
@@ -99,8 +99,8 @@ impl<'a> ConflictFinder<'a> {
                 return;
             }
         }
-        if !seen.iter().any(|(other, _, _)| other == reading) {
-            seen.push((reading.clone(), policy.to_owned(), location));
+        if !seen.iter().any(|(other, _, _)| other == l7) {
+            seen.push((l7.clone(), policy.to_owned(), location));
         }
     }
 

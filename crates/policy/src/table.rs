@@ -22,7 +22,7 @@ use crate::{
 
 /// What is read on a port, ready to be merged.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Reading {
+pub(crate) struct L7Policy {
     /// What the traffic is read as.
     pub(crate) kind: Inspector,
     /// Of several kinds the one with the lower number wins.
@@ -36,7 +36,7 @@ pub(crate) struct Reading {
     listener: Option<Listener>,
 }
 
-impl Reading {
+impl L7Policy {
     /// What an entry of toPorts asks for. Whether requests that no rule matches pass is not decided here but by the
     /// default of the endpoint and direction ([`merge`]): a policy without default deny takes nothing away where
     /// everything is allowed by default, and its rules restrict where anything else denies by default.
@@ -104,14 +104,14 @@ impl Reading {
 
     /// What of a rule's reading cannot be combined with another's on the same peer and port, in words.
     pub(crate) fn conflict(&self, other: &Self) -> Option<String> {
-        let name = |reading: &Self| palisade_model::snapshot::inspector_name(reading.kind as u8);
+        let name = |l7: &Self| palisade_model::snapshot::inspector_name(l7.kind as u8);
         // Server names can stand beside rules about what is inside, if that can be seen.
-        let names = |reading: &Self| {
-            let names = reading
+        let names = |l7: &Self| {
+            let names = l7
                 .matchers
                 .iter()
                 .any(|matcher| matches!(matcher, Matcher::ServerName(_)));
-            names || !reading.server_names.is_empty()
+            names || !l7.server_names.is_empty()
         };
         let can_join = |outer: &Self, inner: &Self| {
             outer.kind == Inspector::Tls
@@ -290,12 +290,12 @@ pub(crate) struct TablePorts {
     pub(crate) set: PortSet,
     /// `None`: whatever the class.
     pub(crate) classes: Option<Arc<[Class]>>,
-    pub(crate) reading: Option<Arc<Reading>>,
+    pub(crate) l7: Option<Arc<L7Policy>>,
 }
 
 /// What holds where no rule matches.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Otherwise {
+pub(crate) struct DefaultVerdict {
     pub(crate) allow: bool,
     /// Nothing is enforced in this direction.
     pub(crate) unenforced: bool,
@@ -318,7 +318,7 @@ pub(crate) struct Builder<'a> {
     pub(crate) rows: Option<&'a BTreeSet<Identity>>,
     /// The learned identities that the subject can meet; none where it cannot (ingress).
     pub(crate) learned: Option<&'a LearnedRows>,
-    pub(crate) otherwise: Otherwise,
+    pub(crate) default_verdict: DefaultVerdict,
     /// Whether denials pass and are reported, whoever causes them.
     pub(crate) audit: bool,
     pub(crate) rulesets: &'a mut dyn RuleSets,
@@ -496,8 +496,8 @@ impl Builder<'_> {
                     .copied()
                     .collect();
                 let entry = self.decide(&hits);
-                let otherwise = any_class.or_else(|| wild.get(&class).copied()).unwrap_or(default);
-                if entry != otherwise {
+                let default_verdict = any_class.or_else(|| wild.get(&class).copied()).unwrap_or(default);
+                if entry != default_verdict {
                     entries.push((class, entry));
                 }
             }
@@ -537,21 +537,17 @@ impl Builder<'_> {
             return self.entry(Decision::AuthRequired, hit, true);
         }
         let best = allows()
-            .filter_map(|(_, ports)| ports.reading.as_deref())
-            .min_by_key(|reading| reading.priority);
+            .filter_map(|(_, ports)| ports.l7.as_deref())
+            .min_by_key(|l7| l7.priority);
         if let Some(best) = best {
-            let same = |(_, ports): &&Hit<'_>| {
-                ports
-                    .reading
-                    .as_deref()
-                    .is_some_and(|reading| reading.priority == best.priority)
-            };
+            let same =
+                |(_, ports): &&Hit<'_>| ports.l7.as_deref().is_some_and(|l7| l7.priority == best.priority);
             if let Some(hit) = narrowest(allows().filter(same)) {
                 // What the application rules do not allow comes to what no rule allows, unless it is only policies
                 // in audit mode that have it read at all.
                 let only_audited = self.would_pass_unread(hits);
-                let audit = only_audited || (self.otherwise.audit && !self.otherwise.allow);
-                let (inspector, set) = merge(hits, best, self.otherwise, only_audited);
+                let audit = only_audited || (self.default_verdict.audit && !self.default_verdict.allow);
+                let (inspector, set) = merge(hits, best, self.default_verdict, only_audited);
                 let mut entry = self.entry(Decision::Inspect, hit, audit);
                 entry.inspector = inspector as u8;
                 entry.ruleset = self.rulesets.number(set);
@@ -561,12 +557,12 @@ impl Builder<'_> {
         if let Some(hit) = narrowest(allows()) {
             return self.entry(Decision::Allow, hit, false);
         }
-        let Otherwise {
+        let DefaultVerdict {
             allow,
             unenforced,
             rule,
             audit,
-        } = self.otherwise;
+        } = self.default_verdict;
         let mut flags = 0;
         if unenforced {
             flags |= entry_flags::UNENFORCED;
@@ -587,8 +583,8 @@ impl Builder<'_> {
     /// Whether, without the policies in audit mode, nothing would be read and everything allowed.
     fn would_pass_unread(&self, hits: &[Hit<'_>]) -> bool {
         let enforced = || hits.iter().filter(|(rule, _)| !rule.denies && !rule.audit);
-        enforced().all(|(_, ports)| ports.reading.is_none())
-            && (self.otherwise.allow || enforced().next().is_some())
+        enforced().all(|(_, ports)| ports.l7.is_none())
+            && (self.default_verdict.allow || enforced().next().is_some())
     }
 
     fn entry(&self, decision: Decision, (rule, ports): &Hit<'_>, audit: bool) -> PolicyEntry {
@@ -631,7 +627,12 @@ fn narrowest<'h, 'a: 'h>(hits: impl Iterator<Item = &'h Hit<'a>>) -> Option<&'h 
 
 /// The application rules of an entry: those of every matching rule; a plain allow lets everything pass.
 /// `audited`: what they do not allow passes all the same, and is reported.
-fn merge(hits: &[Hit<'_>], best: &Reading, otherwise: Otherwise, audited: bool) -> (Inspector, RuleSet) {
+fn merge(
+    hits: &[Hit<'_>],
+    best: &L7Policy,
+    default_verdict: DefaultVerdict,
+    audited: bool,
+) -> (Inspector, RuleSet) {
     let mut set = RuleSet {
         reads: best.kind as u8,
         ..RuleSet::default()
@@ -650,9 +651,9 @@ fn merge(hits: &[Hit<'_>], best: &Reading, otherwise: Otherwise, audited: bool) 
     };
     let allows = || hits.iter().filter(|(rule, _)| !rule.denies);
     for (rule, ports) in allows() {
-        match &ports.reading {
-            Some(reading) => {
-                for matcher in &reading.matchers {
+        match &ports.l7 {
+            Some(l7) => {
+                for matcher in &l7.matchers {
                     add(rule.id, matcher);
                 }
             }
@@ -664,24 +665,24 @@ fn merge(hits: &[Hit<'_>], best: &Reading, otherwise: Otherwise, audited: bool) 
             None => add(rule.id, &Matcher::Everything),
         }
     }
-    if otherwise.allow {
-        add(otherwise.rule, &Matcher::Everything);
+    if default_verdict.allow {
+        add(default_verdict.rule, &Matcher::Everything);
     }
     // What lets everything pass is named only where nothing else does.
     set.alternatives
         .sort_by_key(|alternative| alternative.matcher == Matcher::Everything);
-    let readings = || allows().filter_map(|(_, ports)| ports.reading.as_deref());
-    for reading in readings().filter(|reading| reading.priority == best.priority) {
-        for name in &reading.server_names {
+    let l7s = || allows().filter_map(|(_, ports)| ports.l7.as_deref());
+    for l7 in l7s().filter(|l7| l7.priority == best.priority) {
+        for name in &l7.server_names {
             if !set.server_names.contains(name) {
                 set.server_names.push(name.clone());
             }
         }
-        set.listener = set.listener.or_else(|| reading.listener.clone());
+        set.listener = set.listener.or_else(|| l7.listener.clone());
     }
-    for reading in readings() {
-        set.terminating_tls = set.terminating_tls.or_else(|| reading.terminating_tls.clone());
-        set.originating_tls = set.originating_tls.or_else(|| reading.originating_tls.clone());
+    for l7 in l7s() {
+        set.terminating_tls = set.terminating_tls.or_else(|| l7.terminating_tls.clone());
+        set.originating_tls = set.originating_tls.or_else(|| l7.originating_tls.clone());
     }
     let inspector = if set.terminating_tls.is_some() || set.originating_tls.is_some() {
         Inspector::TlsTerminate
@@ -696,9 +697,9 @@ fn merge(hits: &[Hit<'_>], best: &Reading, otherwise: Otherwise, audited: bool) 
 fn named_elsewhere(hits: &[Hit<'_>], rule: &TableRule, ports: &TablePorts, by_audited: bool) -> bool {
     hits.iter().any(|(other, other_ports)| {
         let names = other_ports
-            .reading
+            .l7
             .as_deref()
-            .is_some_and(|reading| reading.kind == Inspector::Tls);
+            .is_some_and(|l7| l7.kind == Inspector::Tls);
         names
             && (by_audited || !other.audit)
             && other_ports.set == ports.set

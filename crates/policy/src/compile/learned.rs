@@ -474,9 +474,15 @@ impl Compiler {
 
     /// The rows of some learned identities in the table of a subject.
     fn rows_of(&mut self, at: usize, identities: &BTreeSet<Identity>) -> Vec<(TableKey, PolicyEntry)> {
-        let otherwise = self.otherwise(at, Direction::Egress);
+        let default_verdict = self.default_verdict(at, Direction::Egress);
         let mut entries = Vec::new();
-        self.build(at, Direction::Egress, otherwise, Some(identities), &mut entries);
+        self.build(
+            at,
+            Direction::Egress,
+            default_verdict,
+            Some(identities),
+            &mut entries,
+        );
         entries.retain(|(key, _)| identities.contains(&key.identity));
         entries
     }

@@ -50,7 +50,7 @@ use named_ports::NamedPortOwners;
 use numbers::{RuleIds, RuleSetIds};
 use peers::PeerCache;
 pub use resources::{ResourceName, already_there};
-use subject::{Selecting, Subject, default_deny};
+use subject::{AppliedSpec, Subject, default_deny};
 
 /// What is in one policy file.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -100,7 +100,7 @@ pub struct Compiler {
     peers: PeerCache,
     /// Prefixes and addresses that the world names.
     named: NamedPrefixes,
-    specs: BTreeMap<SpecKey, Arc<SpecUnit>>,
+    specs: BTreeMap<SpecKey, Arc<CompiledSpec>>,
     names: LearnedNames,
     subjects: Vec<Subject>,
     /// Ports by name over all endpoints and peers, with the identities of those that have them.
@@ -129,7 +129,7 @@ struct SpecKey {
 
 /// A spec with its peers looked up.
 #[derive(Clone, Debug)]
-struct SpecUnit {
+struct CompiledSpec {
     content: Arc<FileContent>,
     /// Which policy of the file.
     policy: usize,
@@ -149,7 +149,7 @@ struct SpecUnit {
     subjects: Vec<usize>,
 }
 
-impl SpecUnit {
+impl CompiledSpec {
     fn policy(&self) -> &Policy {
         &self.content.policies[self.policy]
     }
@@ -172,7 +172,7 @@ enum UnitPeers {
     OneOf(Vec<u32>),
 }
 
-/// The sections in the order of [`SpecUnit::sections`].
+/// The sections in the order of [`CompiledSpec::sections`].
 const SECTIONS: [Section; 4] = [
     Section::Ingress,
     Section::IngressDeny,
@@ -200,7 +200,7 @@ pub(crate) const fn sections_of(direction: Direction) -> [Section; 2] {
 }
 
 /// [`Changes`], with the contents shared.
-struct Intake {
+struct SharedChanges {
     inventory: Option<Inventory>,
     files: BTreeMap<String, Option<Arc<FileContent>>>,
 }
@@ -398,13 +398,13 @@ impl Compiler {
                 .iter()
                 .filter(|ports| ports.set.contains(protocol, Some(port)));
             for ports in ports.filter(|_| named) {
-                let effect = match &ports.reading {
+                let effect = match &ports.l7 {
                     _ if rule.denies => "deny".to_owned(),
                     _ if rule.auth_required => "authenticate".to_owned(),
-                    Some(reading) => {
+                    Some(l7) => {
                         format!(
                             "inspect {}",
-                            palisade_model::snapshot::inspector_name(reading.kind as u8)
+                            palisade_model::snapshot::inspector_name(l7.kind as u8)
                         )
                     }
                     None => "allow".to_owned(),
@@ -419,7 +419,7 @@ impl Compiler {
 
     /// Takes the changes in. On errors (each with its place) everything stays as it was.
     pub fn update(&mut self, changes: Changes) -> Result<&Snapshot, Vec<Diagnostic>> {
-        let intake = Intake {
+        let intake = SharedChanges {
             inventory: changes.inventory,
             files: changes
                 .files
@@ -431,7 +431,7 @@ impl Compiler {
         if !twice.is_empty() {
             return Err(twice);
         }
-        let undo = Intake {
+        let undo = SharedChanges {
             inventory: intake.inventory.as_ref().map(|_| self.inventory.clone()),
             files: intake
                 .files
@@ -454,7 +454,7 @@ impl Compiler {
         Ok(&self.snapshot)
     }
 
-    fn take_in(&mut self, changes: Intake) -> Result<(), Vec<Diagnostic>> {
+    fn take_in(&mut self, changes: SharedChanges) -> Result<(), Vec<Diagnostic>> {
         let before = self.snapshot.clone();
         let mut progress = Progress::default();
         let groups_change = changes.files.iter().any(|(name, content)| {
@@ -524,7 +524,7 @@ impl Compiler {
                         endpoints: vec![(endpoint.id, 0)],
                         specs: BTreeMap::new(),
                         retired: Vec::new(),
-                        otherwise: [None, None],
+                        default_verdict: [None, None],
                         names: SubjectNames {
                             learns: known.as_ref().is_some_and(|known| known.names.learns),
                             ..SubjectNames::default()
@@ -752,7 +752,7 @@ impl Compiler {
                     Ports::Any => false,
                     Ports::OneOf(entries) => entries.iter().any(|entry| !entry.l7.is_none()),
                 });
-            let unit = Arc::new(SpecUnit {
+            let unit = Arc::new(CompiledSpec {
                 content: Arc::clone(&content),
                 policy: policy_at,
                 spec: spec_at,
@@ -765,7 +765,7 @@ impl Compiler {
                 subjects,
             });
             for at in &unit.subjects {
-                let selecting = Selecting {
+                let selecting = AppliedSpec {
                     unit: Arc::clone(&unit),
                     stale: true,
                     regrouped: false,

@@ -17,14 +17,14 @@ use palisade_model::{
 };
 
 use super::{
-    Compiler, MAX_ENDPOINT_EXPRESSIONS, Progress, SECTIONS, SpecKey, SpecUnit, SubjectNames, UnitPeers,
+    CompiledSpec, Compiler, MAX_ENDPOINT_EXPRESSIONS, Progress, SECTIONS, SpecKey, SubjectNames, UnitPeers,
     named_ports::Numbers, peers::PeerSlot, problem, section_rules, sections_of,
 };
 use crate::{
     classes::PortSet,
     conflict::ConflictFinder,
     select::ResolvedSelector,
-    table::{Builder, Learned, Member, Members, Otherwise, Reading, TablePorts, TableRule},
+    table::{Builder, DefaultVerdict, L7Policy, Learned, Member, Members, TablePorts, TableRule},
 };
 
 /// Endpoints that policies cannot tell apart.
@@ -36,13 +36,13 @@ pub(super) struct Subject {
     pub(super) node: bool,
     /// Endpoint ids with their identity.
     pub(super) endpoints: Vec<(u16, Identity)>,
-    pub(super) specs: BTreeMap<SpecKey, Selecting>,
+    pub(super) specs: BTreeMap<SpecKey, AppliedSpec>,
     /// Specs that do not select it any more, since the table was made.
-    pub(super) retired: Vec<Selecting>,
+    pub(super) retired: Vec<AppliedSpec>,
     /// What the specs require of the endpoints that rules select, by section in the order of [`SECTIONS`].
     pub(super) required: [Selector; 4],
     /// For each direction what the table was made with.
-    pub(super) otherwise: [Option<Otherwise>; 2],
+    pub(super) default_verdict: [Option<DefaultVerdict>; 2],
     pub(super) names: SubjectNames,
     pub(super) policy: u32,
     pub(super) table: Arc<Table>,
@@ -74,15 +74,15 @@ impl Subject {
             .any(|selector| !selector.requirements.is_empty())
     }
 
-    pub(super) fn selecting(&self) -> impl Iterator<Item = (&SpecKey, &Selecting)> {
+    pub(super) fn selecting(&self) -> impl Iterator<Item = (&SpecKey, &AppliedSpec)> {
         self.specs.iter()
     }
 }
 
 /// A spec as it applies to a subject.
 #[derive(Clone, Debug)]
-pub(super) struct Selecting {
-    pub(super) unit: Arc<SpecUnit>,
+pub(super) struct AppliedSpec {
+    pub(super) unit: Arc<CompiledSpec>,
     /// Whether `rules` are still to be made from it (they are of before).
     pub(super) stale: bool,
     /// Whether only its peers mean others than when `rules` were made.
@@ -101,11 +101,11 @@ struct Resolved {
     /// Towards every peer.
     sets: Vec<PortSet>,
     /// For names that peers number differently, by protocol.
-    apart: Vec<NumberedApart>,
+    apart: Vec<NumberedDistinctPorts>,
 }
 
 /// What a name of a port comes to where peers number it differently.
-struct NumberedApart {
+struct NumberedDistinctPorts {
     /// Towards peers that have it, by their number.
     own: Vec<(PortSet, Arc<BTreeSet<Identity>>)>,
     /// Those peers.
@@ -115,13 +115,13 @@ struct NumberedApart {
 }
 
 /// The part of a rule about a name of a port that peers number differently, towards some of them.
-struct Apart {
+struct DistinctPorts {
     members: Members,
     except: Option<Arc<BTreeSet<Identity>>>,
     ports: TablePorts,
 }
 
-impl NumberedApart {
+impl NumberedDistinctPorts {
     fn sets(&self) -> impl Iterator<Item = PortSet> {
         self.own
             .iter()
@@ -131,12 +131,12 @@ impl NumberedApart {
 }
 
 /// The rows of a table that a change may touch.
-pub(super) enum Touched {
+pub(super) enum DirtyRows {
     Everything,
     Only(BTreeSet<Identity>),
 }
 
-impl Touched {
+impl DirtyRows {
     /// More rows than this are not worth picking out.
     const MANY: usize = 64;
 
@@ -171,7 +171,7 @@ impl Compiler {
     ) -> Result<(), Vec<Diagnostic>> {
         let mut errors: Vec<Diagnostic> = Vec::new();
         self.hold_port_sets(&progress.dirty);
-        let mut touched: BTreeMap<usize, Touched> = BTreeMap::new();
+        let mut touched: BTreeMap<usize, DirtyRows> = BTreeMap::new();
         match self.classes.refresh() {
             Ok(protocols) if protocols.is_empty() => {}
             Ok(protocols) => self.follow_classes(&protocols, &mut progress.dirty, &mut touched),
@@ -181,13 +181,13 @@ impl Compiler {
         for (at, identities) in learned {
             touched
                 .entry(at)
-                .or_insert_with(|| Touched::Only(BTreeSet::new()))
+                .or_insert_with(|| DirtyRows::Only(BTreeSet::new()))
                 .add_identities(identities.into_iter());
         }
         for at in &progress.dirty {
             let rows = touched
                 .remove(at)
-                .unwrap_or_else(|| Touched::Only(BTreeSet::new()));
+                .unwrap_or_else(|| DirtyRows::Only(BTreeSet::new()));
             match self.compile_subject(*at, rows, &progress.moved) {
                 Ok(table) => {
                     let subject = &mut self.subjects[*at];
@@ -244,7 +244,7 @@ impl Compiler {
         &mut self,
         protocols: &[u8],
         dirty: &mut BTreeSet<usize>,
-        touched: &mut BTreeMap<usize, Touched>,
+        touched: &mut BTreeMap<usize, DirtyRows>,
     ) {
         let mut known: HashMap<PortSet, Option<Arc<[Class]>>> = HashMap::new();
         for (at, subject) in self.subjects.iter_mut().enumerate() {
@@ -277,7 +277,7 @@ impl Compiler {
                     dirty.insert(at);
                     touched
                         .entry(at)
-                        .or_insert_with(|| Touched::Only(BTreeSet::new()))
+                        .or_insert_with(|| DirtyRows::Only(BTreeSet::new()))
                         .add(&selecting.rules);
                 }
             }
@@ -389,7 +389,7 @@ impl Compiler {
     }
 
     /// The port sets that the rules of a spec use.
-    pub(super) fn port_sets(&self, unit: &SpecUnit, own: &NamedPorts) -> Vec<PortSet> {
+    pub(super) fn port_sets(&self, unit: &CompiledSpec, own: &NamedPorts) -> Vec<PortSet> {
         let mut sets: HashSet<PortSet> = HashSet::new();
         for section in SECTIONS {
             for rule in section_rules(unit.spec(), section) {
@@ -398,7 +398,7 @@ impl Compiler {
                 };
                 for spec in entries.iter().flat_map(|entry| &entry.ports) {
                     let resolved = self.resolve(spec, section, unit.policy().kind, own);
-                    let apart = resolved.apart.iter().flat_map(NumberedApart::sets);
+                    let apart = resolved.apart.iter().flat_map(NumberedDistinctPorts::sets);
                     sets.extend(resolved.sets.iter().copied().chain(apart));
                 }
             }
@@ -483,7 +483,7 @@ impl Compiler {
                                 others.sort_unstable();
                                 others.dedup();
                             }
-                            resolved.apart.push(NumberedApart { own, owners, others });
+                            resolved.apart.push(NumberedDistinctPorts { own, owners, others });
                         }
                     }
                 }
@@ -500,7 +500,7 @@ impl Compiler {
     pub(super) fn compile_subject(
         &mut self,
         at: usize,
-        mut touched: Touched,
+        mut touched: DirtyRows,
         moved: &BTreeSet<Identity>,
     ) -> Result<Table, Vec<Diagnostic>> {
         // A requirement of one spec is one of all of them. Few have any, so all is made anew where one has.
@@ -509,10 +509,10 @@ impl Compiler {
             for selecting in subject.specs.values_mut() {
                 selecting.stale = true;
             }
-            touched = Touched::Everything;
+            touched = DirtyRows::Everything;
         }
         if let Some(error) = self.too_many_expressions(at) {
-            self.subjects[at].otherwise = [None, None];
+            self.subjects[at].default_verdict = [None, None];
             return Err(vec![error]);
         }
         // Specs that are new, or whose peers mean others now: towards whom they meant and whom they mean.
@@ -564,23 +564,29 @@ impl Compiler {
             }
             if !errors.is_empty() {
                 // The next table is made from the ground up.
-                self.subjects[at].otherwise = [None, None];
+                self.subjects[at].default_verdict = [None, None];
                 return Err(errors);
             }
         }
 
-        let otherwise = palisade_abi::DIRECTIONS.map(|direction| self.otherwise(at, direction));
+        let default_verdict = palisade_abi::DIRECTIONS.map(|direction| self.default_verdict(at, direction));
         let subject = &self.subjects[at];
-        if subject.otherwise != otherwise.map(Some) {
-            touched = Touched::Everything;
+        if subject.default_verdict != default_verdict.map(Some) {
+            touched = DirtyRows::Everything;
         }
         let rows = match &touched {
-            Touched::Everything => None,
-            Touched::Only(identities) => Some(identities),
+            DirtyRows::Everything => None,
+            DirtyRows::Only(identities) => Some(identities),
         };
         let mut entries = Vec::new();
         for direction in palisade_abi::DIRECTIONS {
-            self.build(at, direction, otherwise[direction as usize], rows, &mut entries);
+            self.build(
+                at,
+                direction,
+                default_verdict[direction as usize],
+                rows,
+                &mut entries,
+            );
         }
         let subject = &self.subjects[at];
         let table = match rows {
@@ -607,7 +613,7 @@ impl Compiler {
                 table
             }
         };
-        self.subjects[at].otherwise = otherwise.map(Some);
+        self.subjects[at].default_verdict = default_verdict.map(Some);
         Ok(table)
     }
 
@@ -649,14 +655,14 @@ impl Compiler {
         &mut self,
         at: usize,
         direction: Direction,
-        otherwise: Otherwise,
+        default_verdict: DefaultVerdict,
         rows: Option<&BTreeSet<Identity>>,
         entries: &mut Vec<(TableKey, PolicyEntry)>,
     ) {
         let options = self.inventory.options;
         let egress = direction == Direction::Egress;
         let localhost =
-            (!egress && options.allow_localhost && !self.subjects[at].node && !otherwise.unenforced)
+            (!egress && options.allow_localhost && !self.subjects[at].node && !default_verdict.unenforced)
                 .then(|| self.localhost());
         let subject = &self.subjects[at];
         let mut rules: Vec<&TableRule> = Vec::new();
@@ -674,7 +680,7 @@ impl Compiler {
             rules: &rules,
             rows,
             learned: egress.then_some(&subject.names.rows),
-            otherwise,
+            default_verdict,
             audit: options.audit || subject.audit,
             rulesets: &mut self.rulesets,
         }
@@ -700,7 +706,7 @@ impl Compiler {
             ports: vec![TablePorts {
                 set: PortSet::All,
                 classes: None,
-                reading: None,
+                l7: None,
             }],
         }
     }
@@ -710,7 +716,7 @@ impl Compiler {
         &self,
         subject: &Subject,
         key: &SpecKey,
-        selecting: &Selecting,
+        selecting: &AppliedSpec,
         direction: Direction,
         classes: &mut HashMap<PortSet, Option<Arc<[Class]>>>,
         remarks: &mut Vec<Diagnostic>,
@@ -783,17 +789,17 @@ impl Compiler {
                     }
                 };
                 // Rules of their own for names that peers number differently.
-                let mut apart: Vec<Apart> = Vec::new();
+                let mut apart: Vec<DistinctPorts> = Vec::new();
                 let mut ports = Vec::new();
                 match &rule.ports {
                     Ports::Any => ports.push(TablePorts {
                         set: PortSet::All,
                         classes: None,
-                        reading: None,
+                        l7: None,
                     }),
                     Ports::OneOf(list) => {
                         for entry in list {
-                            let reading = Reading::of(&entry.l7).map(Arc::new);
+                            let l7 = L7Policy::of(&entry.l7).map(Arc::new);
                             for port in &entry.ports {
                                 let resolved =
                                     self.resolve(port, section, unit.policy().kind, &subject.named_ports);
@@ -803,7 +809,7 @@ impl Compiler {
                                         .entry(set)
                                         .or_insert_with(|| self.classes.of(set))
                                         .clone(),
-                                    reading: reading.clone(),
+                                    l7: l7.clone(),
                                 };
                                 let mut has_effect = !resolved.sets.is_empty();
                                 ports.extend(resolved.sets.iter().map(|set| made(*set)));
@@ -812,7 +818,7 @@ impl Compiler {
                                         let members = members.among(owners);
                                         if !matches!(&members, Members::Of(peers) if peers.is_empty()) {
                                             has_effect = true;
-                                            apart.push(Apart {
+                                            apart.push(DistinctPorts {
                                                 members,
                                                 except: None,
                                                 ports: made(*set),
@@ -823,7 +829,7 @@ impl Compiler {
                                         has_effect = true;
                                         let except = matches!(members, Members::Everybody)
                                             .then(|| Arc::clone(&name.owners));
-                                        apart.push(Apart {
+                                        apart.push(DistinctPorts {
                                             members: members.without(&name.owners),
                                             except,
                                             ports: made(*set),
@@ -853,7 +859,7 @@ impl Compiler {
                     ports,
                 });
                 rules.extend(apart.into_iter().map(
-                    |Apart {
+                    |DistinctPorts {
                          members,
                          except,
                          ports,
@@ -918,12 +924,12 @@ impl Compiler {
     }
 
     /// What holds for a direction of a subject where no rule matches.
-    pub(super) fn otherwise(&mut self, at: usize, direction: Direction) -> Otherwise {
+    pub(super) fn default_verdict(&mut self, at: usize, direction: Direction) -> DefaultVerdict {
         let number = direction as u8;
         let subject = &self.subjects[at];
         let mut any_rules: Option<&SpecKey> = None;
         let mut denying: Vec<(&SpecKey, bool)> = Vec::new();
-        for (key, Selecting { unit, .. }) in subject.selecting() {
+        for (key, AppliedSpec { unit, .. }) in subject.selecting() {
             let Some(denies) = unit.denies[direction as usize] else {
                 continue;
             };
@@ -979,7 +985,7 @@ impl Compiler {
                 ..plain(key)
             },
         );
-        Otherwise {
+        DefaultVerdict {
             allow,
             unenforced: not_enforced,
             rule,
