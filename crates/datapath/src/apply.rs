@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use palisade_abi::{Addr, Identity, IpcacheEntry, LearnedKey, PrefixKey};
 use palisade_model::op::Op;
 
-use crate::{Datapath, MapError};
+use crate::{Datapath, MapError, shares::shares};
 
 /// A plan that was not carried out to its end. The steps before are done, and what was enforced stays enforced.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +87,24 @@ impl Datapath {
             })?;
         }
         Ok(())
+    }
+
+    /// Cuts the shares for the endpoints that have a policy, or get one by `ops`. With `leaving`, those that lose
+    /// theirs by `ops` have none any more.
+    fn share_out(&self, ops: &[Op], leaving: bool) {
+        let mut endpoints = self.endpoints.with_policy();
+        for op in ops {
+            if let Op::EndpointPut(endpoint, state) = op {
+                if state.policy != 0 {
+                    endpoints.insert(*endpoint);
+                } else if leaving {
+                    endpoints.remove(endpoint);
+                }
+            }
+        }
+        if self.shares.present() != endpoints {
+            self.shares.cut(&shares(&endpoints, self.sizes));
+        }
     }
 
     /// The addresses that are no longer an endpoint's after these steps. A live flow is not asked again whose address

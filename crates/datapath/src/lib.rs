@@ -18,8 +18,9 @@
 //! [`Datapath::attach`].
 #![allow(
     unsafe_code,
-    reason = "system calls that aya has no words for, and memory-mapped maps"
+    reason = "system calls that aya does not wrap, and memory-mapped maps"
 )]
+#![warn(unreachable_pub)]
 
 mod apply;
 mod attach;
@@ -27,29 +28,39 @@ mod clock;
 mod conntrack;
 mod counters;
 mod dump;
+mod error;
 mod events;
+mod hook;
 mod learned;
-mod loader;
 mod maps;
 mod netfilter;
 mod object;
+mod open;
+mod options;
+mod pin;
+mod present;
+mod programs;
 mod punt_link;
 mod seed;
 mod shares;
 mod support;
 mod sys;
+mod teardown;
 
 pub use apply::ApplyError;
-pub use attach::{AttachError, Attached, Attachment, Hook, HookKind, Role, TcMode, XdpMode, detach_all};
 pub use clock::{Clock, monotonic_coarse};
 pub use conntrack::{Conntrack, ConntrackCounts, Ended, Sweep};
 pub use counters::{Counters, EventBudget};
 pub use dump::{Dump, Fill};
+pub use error::OpenError;
 pub use events::EventReader;
-pub use loader::{Datapath, Limits, OpenError, Options, check_pin_dir};
+pub use hook::{AttachError, Attached, Attachment, Hook, HookKind, Role, TcMode, XdpMode};
 pub use maps::MapError;
 pub use netfilter::{Netfilter, NetfilterError, Rules};
 pub use object::OBJECT;
+pub use open::Datapath;
+pub use options::{Limits, Options};
+pub use pin::check_pin_dir;
 pub use punt_link::{PuntLink, SocketMap};
 pub use seed::{
     Connection, End, LocalEndpoints, Progress, Scope, SeedError, connections, connections_of_netns, seeds,
@@ -57,3 +68,4 @@ pub use seed::{
 pub use shares::{Sizes, share_slot, shares};
 pub use support::{Support, XdpSupport, support, xdp_support};
 pub use sys::SyscallError;
+pub use teardown::detach_all;

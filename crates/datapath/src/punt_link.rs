@@ -15,30 +15,19 @@ use palisade_abi::{MAX_WORKERS, PUNT_MTU as MTU};
 
 use crate::{
     AttachError, Datapath, HookKind, MapError, SyscallError, TcMode,
-    attach::{find_device, pinned_link, resolve_tc, unpin},
-    loader::{Program, kernel_release, make_dir},
+    hook::{find_device, resolve_tc},
     maps::Heartbeats,
+    pin::{make_dir, pinned_link, unpin},
+    programs::Program,
     sys::{
         bpf::{self, AttachType},
-        clsact,
-        netlink::{Request, Socket, find, text, u32_at},
+        clsact, kernel_release,
+        link::{Link, create, delete, link, link_by_index, set_quiet, set_up},
     },
 };
 use palisade_abi::Direction;
 
 type Result<T> = std::result::Result<T, AttachError>;
-
-const IFLA_IFNAME: u16 = 3;
-const IFLA_MTU: u16 = 4;
-const IFLA_LINKINFO: u16 = 18;
-const IFLA_AF_SPEC: u16 = 26;
-const IFLA_NUM_TX_QUEUES: u16 = 31;
-const IFLA_NUM_RX_QUEUES: u16 = 32;
-const IFLA_INFO_KIND: u16 = 1;
-const IFLA_INFO_DATA: u16 = 2;
-const VETH_INFO_PEER: u16 = 1;
-const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
-const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 
 /// Names of the pins below `<pin_dir>/punt_link/`.
 const XDP_PIN: &str = "xdp";
@@ -131,7 +120,7 @@ impl Datapath {
             link(&node_end).map_err(failed)?,
             link(&worker_end).map_err(failed)?,
         ) {
-            (Some(node), Some(worker)) if node.fits(workers) && worker.fits(workers) => true,
+            (Some(node), Some(worker)) if node.is_veth(workers, MTU) && worker.is_veth(workers, MTU) => true,
             (None, None) => false,
             (one, other) => {
                 if let Some(foreign) = [&one, &other]
@@ -154,7 +143,7 @@ impl Datapath {
             }
         };
         if !usable {
-            create(&node_end, &worker_end, workers).map_err(failed)?;
+            create(&node_end, &worker_end, workers, MTU).map_err(failed)?;
         }
         let find_end = |name: &str| {
             link(name).and_then(|link| {
@@ -320,185 +309,9 @@ pub(crate) fn remove_punt_link(pin_dir: &Path) -> Result<()> {
     fs::remove_dir(&dir).map_err(|source| AttachError::Io { path: dir, source })
 }
 
-/// What rtnetlink says of an end.
-#[derive(Debug)]
-struct Link {
-    ifindex: u32,
-    name: String,
-    kind: String,
-    tx_queues: u32,
-    rx_queues: u32,
-    mtu: u32,
-}
-
-impl Link {
-    fn fits(&self, workers: u32) -> bool {
-        self.kind == "veth" && self.tx_queues == workers && self.rx_queues == workers && self.mtu == MTU
-    }
-}
-
-fn ifinfo(ifindex: u32, flags: u32, change: u32) -> [u8; 16] {
-    let mut info = [0; 16];
-    info[4..8].copy_from_slice(&ifindex.to_ne_bytes());
-    info[8..12].copy_from_slice(&flags.to_ne_bytes());
-    info[12..16].copy_from_slice(&change.to_ne_bytes());
-    info
-}
-
-fn c_string(text: &str) -> Vec<u8> {
-    let mut bytes = text.as_bytes().to_vec();
-    bytes.push(0);
-    bytes
-}
-
-fn link(name: &str) -> std::result::Result<Option<Link>, SyscallError> {
-    ask(
-        Request::new(libc::RTM_GETLINK, 0)
-            .fixed(&ifinfo(0, 0, 0))
-            .attr(IFLA_IFNAME, &c_string(name)),
-        &format!("RTM_GETLINK of {name}"),
-    )
-}
-
-fn link_by_index(ifindex: u32) -> std::result::Result<Option<Link>, SyscallError> {
-    ask(
-        Request::new(libc::RTM_GETLINK, 0).fixed(&ifinfo(ifindex, 0, 0)),
-        &format!("RTM_GETLINK of interface {ifindex}"),
-    )
-}
-
-fn ask(request: Request, call: &str) -> std::result::Result<Option<Link>, SyscallError> {
-    let mut found = None;
-    let answer = Socket::open(libc::NETLINK_ROUTE)?.query(request, 0, call, &mut |kind, payload| {
-        if kind != libc::RTM_NEWLINK {
-            return;
-        }
-        let attributes = payload.get(16..).unwrap_or_default();
-        let number = |kind| find(attributes, kind).and_then(|v| u32_at(v, 0)).unwrap_or(0);
-        let info = find(attributes, IFLA_LINKINFO).unwrap_or_default();
-        found = u32_at(payload, 4).map(|ifindex| Link {
-            ifindex,
-            name: find(attributes, IFLA_IFNAME).map(text).unwrap_or_default(),
-            kind: find(info, IFLA_INFO_KIND).map(text).unwrap_or_default(),
-            tx_queues: number(IFLA_NUM_TX_QUEUES),
-            rx_queues: number(IFLA_NUM_RX_QUEUES),
-            mtu: number(IFLA_MTU),
-        });
-    });
-    match answer {
-        Ok(()) => Ok(found),
-        Err(e) if e.errno() == libc::ENODEV => Ok(None),
-        Err(e) => Err(e),
-    }
-}
-
-fn create(node_end: &str, worker_end: &str, workers: u32) -> std::result::Result<(), SyscallError> {
-    let end = |request: Request, name: &str| {
-        request
-            .attr(IFLA_IFNAME, &c_string(name))
-            .attr(IFLA_MTU, &MTU.to_ne_bytes())
-            .attr(IFLA_NUM_TX_QUEUES, &workers.to_ne_bytes())
-            .attr(IFLA_NUM_RX_QUEUES, &workers.to_ne_bytes())
-    };
-    let request =
-        Request::new(libc::RTM_NEWLINK, libc::NLM_F_CREATE | libc::NLM_F_EXCL).fixed(&ifinfo(0, 0, 0));
-    let request = end(request, node_end).nested(IFLA_LINKINFO, |info| {
-        info.attr(IFLA_INFO_KIND, b"veth\0")
-            .nested(IFLA_INFO_DATA, |data| {
-                data.nested(VETH_INFO_PEER, |peer| {
-                    end(peer.fixed(&ifinfo(0, 0, 0)), worker_end)
-                })
-            })
-    });
-    let call = format!("RTM_NEWLINK of {node_end} and {worker_end}");
-    Socket::open(libc::NETLINK_ROUTE)?
-        .execute(request, &call)
-        .map_err(without_veth)
-}
-
-/// Names what the kernel lacks if that is why a veth pair cannot be made: a kind of interface that it does not know, after
-/// it has tried to load the module.
-fn without_veth(error: SyscallError) -> SyscallError {
-    if error.errno() != libc::EOPNOTSUPP {
-        return error;
-    }
-    SyscallError {
-        call: format!(
-            "Linux {} has no veth interfaces (module veth, CONFIG_VETH): {}",
-            kernel_release(),
-            error.call
-        ),
-        ..error
-    }
-}
-
-/// No IPv6 and no ARP: no protocol of this machine sends on the punt link. Without IPv6 there are no reports of multicast
-/// groups either, which a node that forwards IPv6 otherwise sends from every interface (ff02::2; RFC 3810).
-fn set_quiet(end: &Link) -> std::result::Result<(), SyscallError> {
-    let call = format!("RTM_NEWLINK of interface {}", end.ifindex);
-    let mut socket = Socket::open(libc::NETLINK_ROUTE)?;
-    let quiet = Request::new(libc::RTM_NEWLINK, 0)
-        .fixed(&ifinfo(end.ifindex, 0, 0))
-        .nested(IFLA_AF_SPEC, |families| {
-            families.nested(libc::AF_INET6 as u16, |family| {
-                family.attr(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE])
-            })
-        });
-    match socket.execute(quiet, &call) {
-        // A kernel without IPv6, or with it switched off.
-        Err(e) if matches!(e.errno(), libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL) => {}
-        other => other?,
-    }
-    // Where it cannot be written (no IPv6; /proc/sys is read-only), `palisade_punt_filter` drops what IPv6 sends.
-    let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", end.name), "1");
-    let flags = libc::IFF_NOARP as u32;
-    socket.execute(
-        Request::new(libc::RTM_NEWLINK, 0).fixed(&ifinfo(end.ifindex, flags, flags)),
-        &call,
-    )
-}
-
-fn set_up(ifindex: u32) -> std::result::Result<(), SyscallError> {
-    let flags = libc::IFF_UP as u32;
-    Socket::open(libc::NETLINK_ROUTE)?.execute(
-        Request::new(libc::RTM_NEWLINK, 0).fixed(&ifinfo(ifindex, flags, flags)),
-        &format!("RTM_NEWLINK of interface {ifindex}"),
-    )
-}
-
-fn delete(ifindex: u32) -> std::result::Result<(), SyscallError> {
-    let request = Request::new(libc::RTM_DELLINK, 0).fixed(&ifinfo(ifindex, 0, 0));
-    match Socket::open(libc::NETLINK_ROUTE)?.execute(request, &format!("RTM_DELLINK of interface {ifindex}"))
-    {
-        // Gone with its other end.
-        Err(e) if e.errno() == libc::ENODEV => Ok(()),
-        other => other,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_kernel_without_veth_is_named_with_what_it_lacks() {
-        let error = |errno| {
-            without_veth(SyscallError {
-                call: "RTM_NEWLINK of palisade0 and palisade1".into(),
-                io_error: std::io::Error::from_raw_os_error(errno),
-            })
-            .to_string()
-        };
-        let said = error(libc::EOPNOTSUPP);
-        for part in [
-            kernel_release().as_str(),
-            "has no veth interfaces (module veth, CONFIG_VETH)",
-            "RTM_NEWLINK of palisade0 and palisade1",
-        ] {
-            assert!(said.contains(part), "{part}: {said}");
-        }
-        assert!(error(libc::EEXIST).starts_with("RTM_NEWLINK of palisade0"));
-    }
 
     #[test]
     fn kernels_that_panic_after_reinjection_are_known_by_their_release() {

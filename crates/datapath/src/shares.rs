@@ -6,10 +6,9 @@ use std::{
 };
 
 use palisade_abi::{CtEntry, CtKey, Share, ct_flags};
-use palisade_model::op::Op;
 
 use crate::{
-    Datapath, MapError,
+    MapError,
     maps::{RawMap, Shared, check_layout},
 };
 
@@ -81,7 +80,7 @@ pub fn shares(endpoints: &BTreeSet<u16>, sizes: Sizes) -> BTreeMap<u32, Share> {
 pub(crate) struct ProtectedCounts(BTreeMap<u32, i64>);
 
 impl ProtectedCounts {
-    pub fn add(&mut self, key: &CtKey, entry: &CtEntry) {
+    pub(crate) fn add(&mut self, key: &CtKey, entry: &CtEntry) {
         if entry.protected != 0 {
             *self.0.entry(slot_of(key, entry)).or_default() += 1;
         }
@@ -101,15 +100,15 @@ pub(crate) struct Shares {
 
 /// Numbers of the fields of a [`Share`].
 mod field {
-    pub const FLOWS: usize = 0;
-    pub const FLOW_SLOTS: usize = 1;
-    pub const FRAGMENTS: usize = 2;
-    pub const FRAGMENT_SLOTS: usize = 3;
-    pub const GUARANTEED: usize = 4;
+    pub(super) const FLOWS: usize = 0;
+    pub(super) const FLOW_SLOTS: usize = 1;
+    pub(super) const FRAGMENTS: usize = 2;
+    pub(super) const FRAGMENT_SLOTS: usize = 3;
+    pub(super) const GUARANTEED: usize = 4;
 }
 
 impl Shares {
-    pub fn new(raw: &RawMap) -> Result<Self, MapError> {
+    pub(crate) fn new(raw: &RawMap) -> Result<Self, MapError> {
         check_layout(raw, size_of::<u32>(), size_of::<Share>())?;
         Ok(Self {
             memory: Shared::new(raw)?,
@@ -132,7 +131,7 @@ impl Shares {
     }
 
     /// Cuts the shares anew. What is counted stays. An endpoint that has none any more can open no flow.
-    pub fn cut(&self, shares: &BTreeMap<u32, Share>) {
+    pub(crate) fn cut(&self, shares: &BTreeMap<u32, Share>) {
         for slot in 0..self.count {
             let share = shares.get(&slot).copied().unwrap_or_default();
             // Most slots are of no endpoint and have never been written: pages that are only read take no memory.
@@ -152,7 +151,7 @@ impl Shares {
     }
 
     /// Endpoints that can open flows.
-    fn present(&self) -> BTreeSet<u16> {
+    pub(crate) fn present(&self) -> BTreeSet<u16> {
         (1..self.count)
             .filter(|&slot| self.at(slot, field::FLOW_SLOTS).load(Ordering::Relaxed) != 0)
             .filter_map(|slot| u16::try_from(slot / 2).ok())
@@ -160,7 +159,7 @@ impl Shares {
     }
 
     /// Protects a seeded flow. Returns whether its share or the pool had room.
-    pub fn protect(&self, key: &CtKey, entry: &CtEntry) -> bool {
+    pub(crate) fn protect(&self, key: &CtKey, entry: &CtEntry) -> bool {
         let slot = slot_of(key, entry);
         if self.at(slot, field::FLOW_SLOTS).load(Ordering::Relaxed) == 0 {
             return false;
@@ -177,13 +176,13 @@ impl Shares {
     }
 
     /// Returns the number of protected flows of a share.
-    pub fn protected(&self, slot: u32) -> i64 {
+    pub(crate) fn protected(&self, slot: u32) -> i64 {
         self.protected_at(slot).load(Ordering::Relaxed) as i64
     }
 
     /// Sets the counts right after a walk. Flows that are deleted by user space, and additions that two CPUs make for
     /// one flow, are settled so. What the programs count during the walk may be counted twice until the next one.
-    pub fn correct(&self, before: &BTreeMap<u32, i64>, protected: &ProtectedCounts) {
+    pub(crate) fn correct(&self, before: &BTreeMap<u32, i64>, protected: &ProtectedCounts) {
         let slots: BTreeSet<u32> = before.keys().chain(protected.0.keys()).copied().collect();
         for slot in slots.into_iter().filter(|&slot| slot != 0 && slot < self.count) {
             let was = before.get(&slot).copied().unwrap_or_default();
@@ -202,7 +201,7 @@ impl Shares {
     }
 
     /// All counts, those that are not zero.
-    pub fn counts(&self) -> BTreeMap<u32, i64> {
+    pub(crate) fn counts(&self) -> BTreeMap<u32, i64> {
         (1..self.count)
             .map(|slot| (slot, self.protected(slot)))
             .filter(|&(_, protected)| protected != 0)
@@ -210,7 +209,7 @@ impl Shares {
     }
 
     /// Endpoints whose flows of a direction have all that they are guaranteed, when the pool is used up.
-    pub fn exhausted(&self) -> BTreeSet<u16> {
+    pub(crate) fn exhausted(&self) -> BTreeSet<u16> {
         let used_up = |slot| {
             self.protected(slot) as i32 >= self.at(slot, field::GUARANTEED).load(Ordering::Relaxed) as i32
         };
@@ -221,26 +220,6 @@ impl Shares {
             .filter(|&slot| self.protected(slot) != 0 && used_up(slot))
             .filter_map(|slot| u16::try_from(slot / 2).ok())
             .collect()
-    }
-}
-
-impl Datapath {
-    /// Cuts the shares for the endpoints that have a policy, or get one by `ops`. With `leaving`, those that lose
-    /// theirs by `ops` have none any more.
-    pub(crate) fn share_out(&self, ops: &[Op], leaving: bool) {
-        let mut endpoints = self.endpoints.with_policy();
-        for op in ops {
-            if let Op::EndpointPut(endpoint, state) = op {
-                if state.policy != 0 {
-                    endpoints.insert(*endpoint);
-                } else if leaving {
-                    endpoints.remove(endpoint);
-                }
-            }
-        }
-        if self.shares.present() != endpoints || ops.is_empty() {
-            self.shares.cut(&shares(&endpoints, self.sizes));
-        }
     }
 }
 

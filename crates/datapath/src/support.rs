@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use crate::{
-    loader::is_on_bpffs,
+    pin::is_on_bpffs,
     sys::{
-        SyscallError, bpf,
+        SyscallError, bpf, kernel_release,
         netlink::{Request, Socket, find, u16_at},
     },
 };
@@ -37,9 +37,8 @@ pub enum XdpSupport {
 pub fn support(pin_dir: &Path) -> Support {
     // The loopback interface: number 1 in every network namespace.
     const LOOPBACK: u32 = 1;
-    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     Support {
-        kernel: kernel.trim().to_owned(),
+        kernel: kernel_release(),
         bpffs: is_on_bpffs(pin_dir).unwrap_or(false),
         tcx: bpf::has_tcx(LOOPBACK).ok(),
     }

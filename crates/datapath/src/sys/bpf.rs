@@ -19,36 +19,36 @@ type Result<T> = std::result::Result<T, SyscallError>;
 
 /// Commands of bpf(2) (`enum bpf_cmd`).
 mod cmd {
-    pub const MAP_CREATE: libc::c_int = 0;
-    pub const MAP_LOOKUP_ELEM: libc::c_int = 1;
-    pub const MAP_UPDATE_ELEM: libc::c_int = 2;
-    pub const MAP_DELETE_ELEM: libc::c_int = 3;
-    pub const MAP_GET_NEXT_KEY: libc::c_int = 4;
-    pub const OBJ_PIN: libc::c_int = 6;
-    pub const OBJ_GET: libc::c_int = 7;
-    pub const PROG_GET_FD_BY_ID: libc::c_int = 13;
-    pub const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
-    pub const PROG_QUERY: libc::c_int = 16;
-    pub const MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
-    pub const MAP_LOOKUP_BATCH: libc::c_int = 24;
-    pub const MAP_UPDATE_BATCH: libc::c_int = 26;
-    pub const MAP_DELETE_BATCH: libc::c_int = 27;
-    pub const LINK_CREATE: libc::c_int = 28;
-    pub const LINK_UPDATE: libc::c_int = 29;
-    pub const LINK_DETACH: libc::c_int = 34;
+    pub(super) const MAP_CREATE: libc::c_int = 0;
+    pub(super) const MAP_LOOKUP_ELEM: libc::c_int = 1;
+    pub(super) const MAP_UPDATE_ELEM: libc::c_int = 2;
+    pub(super) const MAP_DELETE_ELEM: libc::c_int = 3;
+    pub(super) const MAP_GET_NEXT_KEY: libc::c_int = 4;
+    pub(super) const OBJ_PIN: libc::c_int = 6;
+    pub(super) const OBJ_GET: libc::c_int = 7;
+    pub(super) const PROG_GET_FD_BY_ID: libc::c_int = 13;
+    pub(super) const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+    pub(super) const PROG_QUERY: libc::c_int = 16;
+    pub(super) const MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
+    pub(super) const MAP_LOOKUP_BATCH: libc::c_int = 24;
+    pub(super) const MAP_UPDATE_BATCH: libc::c_int = 26;
+    pub(super) const MAP_DELETE_BATCH: libc::c_int = 27;
+    pub(super) const LINK_CREATE: libc::c_int = 28;
+    pub(super) const LINK_UPDATE: libc::c_int = 29;
+    pub(super) const LINK_DETACH: libc::c_int = 34;
 }
 
 /// Map types (`enum bpf_map_type`) that the programs use.
 pub(crate) mod map_type {
-    pub const HASH: u32 = 1;
-    pub const ARRAY: u32 = 2;
-    pub const PERCPU_ARRAY: u32 = 6;
-    pub const LRU_HASH: u32 = 9;
-    pub const LPM_TRIE: u32 = 11;
-    pub const RINGBUF: u32 = 27;
+    pub(crate) const HASH: u32 = 1;
+    pub(crate) const ARRAY: u32 = 2;
+    pub(crate) const PERCPU_ARRAY: u32 = 6;
+    pub(crate) const LRU_HASH: u32 = 9;
+    pub(crate) const LPM_TRIE: u32 = 11;
+    pub(crate) const RINGBUF: u32 = 27;
 
     /// The name that people know.
-    pub fn name(map_type: u32) -> String {
+    pub(crate) fn name(map_type: u32) -> String {
         match map_type {
             HASH => "HASH".into(),
             ARRAY => "ARRAY".into(),

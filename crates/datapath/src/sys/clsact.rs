@@ -4,10 +4,8 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use palisade_abi::Direction;
 
-use crate::loader::kernel_release;
-
 use super::{
-    SyscallError,
+    SyscallError, kernel_release,
     netlink::{Request, Socket, find, text, u32_at},
 };
 
@@ -44,7 +42,7 @@ pub(crate) struct Filter {
 
 impl Filter {
     /// Whether it stands where ours stands.
-    pub fn in_our_place(&self) -> bool {
+    pub(crate) fn in_our_place(&self) -> bool {
         self.priority == PRIORITY && self.handle == HANDLE
     }
 }

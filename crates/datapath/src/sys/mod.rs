@@ -2,7 +2,7 @@
 
 pub(crate) mod bpf;
 pub(crate) mod clsact;
-pub(crate) mod device;
+pub(crate) mod link;
 pub(crate) mod netlink;
 pub(crate) mod nft;
 
@@ -39,4 +39,10 @@ impl SyscallError {
     pub fn errno(&self) -> i32 {
         self.io_error.raw_os_error().unwrap_or(0)
     }
+}
+
+/// The release of the running kernel.
+pub(crate) fn kernel_release() -> String {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    release.trim().to_owned()
 }

@@ -1,5 +1,8 @@
-//! Netlink: requests are built in a byte vector, answers are walked attribute by attribute with every length
-//! checked. Sockets belong to the network namespace of the thread that opens them.
+//! Netlink requests, answers and sockets. Every length of an answer is checked. A socket belongs to the network namespace of
+//! the thread that opens it.
+//!
+//! Hand-written: `netlink-packet-route` covers only rtnetlink. nftables, ctnetlink, `sock_diag` and generic netlink need this
+//! code anyway, so with the library for links and tc this crate would have two netlink stacks.
 
 use std::{
     io,
@@ -21,7 +24,7 @@ pub(crate) struct Request {
 
 impl Request {
     /// `kind` is the message type; NLM_F_REQUEST is added to `flags`.
-    pub fn new(kind: u16, flags: i32) -> Self {
+    pub(crate) fn new(kind: u16, flags: i32) -> Self {
         let mut bytes = vec![0; HEADER];
         bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
         bytes[6..8].copy_from_slice(&((flags | libc::NLM_F_REQUEST) as u16).to_ne_bytes());
@@ -29,14 +32,14 @@ impl Request {
     }
 
     /// Appends the fixed part that follows the header.
-    pub fn fixed(mut self, bytes: &[u8]) -> Self {
+    pub(crate) fn fixed(mut self, bytes: &[u8]) -> Self {
         self.bytes.extend_from_slice(bytes);
         self.pad();
         self
     }
 
     /// Appends an attribute.
-    pub fn attr(mut self, kind: u16, value: &[u8]) -> Self {
+    pub(crate) fn attr(mut self, kind: u16, value: &[u8]) -> Self {
         let length = (4 + value.len()) as u16;
         self.bytes.extend_from_slice(&length.to_ne_bytes());
         self.bytes.extend_from_slice(&kind.to_ne_bytes());
@@ -46,7 +49,7 @@ impl Request {
     }
 
     /// Appends an attribute that is a list of attributes.
-    pub fn nested(mut self, kind: u16, fill: impl FnOnce(Self) -> Self) -> Self {
+    pub(crate) fn nested(mut self, kind: u16, fill: impl FnOnce(Self) -> Self) -> Self {
         let start = self.bytes.len();
         self = fill(self.attr(kind | libc::NLA_F_NESTED as u16, &[]));
         let length = (self.bytes.len() - start) as u16;
@@ -56,7 +59,7 @@ impl Request {
 
     /// What follows the header so far.
     #[cfg(test)]
-    pub fn payload(&self) -> &[u8] {
+    pub(crate) fn payload(&self) -> &[u8] {
         &self.bytes[HEADER..]
     }
 
@@ -122,7 +125,7 @@ pub(crate) struct Socket {
 }
 
 impl Socket {
-    pub fn open(protocol: libc::c_int) -> Result<Self> {
+    pub(crate) fn open(protocol: libc::c_int) -> Result<Self> {
         // SAFETY: no pointers.
         let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) };
         if fd < 0 {
@@ -153,12 +156,12 @@ impl Socket {
     }
 
     /// Sends a request and waits for the kernel's acknowledgement; `call` names it in errors.
-    pub fn execute(&mut self, request: Request, call: &str) -> Result<()> {
+    pub(crate) fn execute(&mut self, request: Request, call: &str) -> Result<()> {
         self.exchange(request, libc::NLM_F_ACK, call, &mut |_, _| {})
     }
 
     /// Sends a request that is answered by messages; each is given as (type, bytes after the header).
-    pub fn query(
+    pub(crate) fn query(
         &mut self,
         request: Request,
         flags: i32,
@@ -169,7 +172,7 @@ impl Socket {
     }
 
     /// The number of this socket, by which notifications name the cause of a change.
-    pub fn port(&self) -> Result<u32> {
+    pub(crate) fn port(&self) -> Result<u32> {
         // SAFETY: zero is a value of every field.
         let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
         let mut length = size_of_val(&address) as libc::socklen_t;
@@ -183,7 +186,7 @@ impl Socket {
     }
 
     /// Gives the socket its number before anything is sent.
-    pub fn bind(&self) -> Result<()> {
+    pub(crate) fn bind(&self) -> Result<()> {
         // SAFETY: zero is a value of every field, and means "any number" and "no groups".
         let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
         address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
@@ -198,7 +201,7 @@ impl Socket {
 
     /// Sends requests that the kernel takes all or not at all (nfnetlink), and waits for its answer. An error comes with the
     /// number of the request that it is about; none: it is about all.
-    pub fn batch(
+    pub(crate) fn batch(
         &mut self,
         requests: Vec<Request>,
         subsystem: u16,

@@ -145,14 +145,14 @@ pub(crate) enum Comparison {
 
 impl Family {
     /// As nft writes it.
-    pub const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Inet => "inet",
             Self::Bridge => "bridge",
         }
     }
 
-    pub const fn from_number(number: u8) -> Option<Self> {
+    pub(crate) const fn from_number(number: u8) -> Option<Self> {
         match number {
             1 => Some(Self::Inet),
             7 => Some(Self::Bridge),
@@ -182,7 +182,7 @@ impl Table<'_> {
     }
 
     /// Makes the table if there is none. `note`: what nft shows as its comment.
-    pub fn make(self, note: Option<&str>) -> Request {
+    pub(crate) fn make(self, note: Option<&str>) -> Request {
         let message = self.message(NEW_TABLE, libc::NLM_F_CREATE);
         match note {
             Some(note) => message.attr(TABLE_USERDATA, &comment(note)),
@@ -191,17 +191,17 @@ impl Table<'_> {
     }
 
     /// Deletes the table with everything in it.
-    pub fn delete(self) -> Request {
+    pub(crate) fn delete(self) -> Request {
         self.message(DELETE_TABLE, 0)
     }
 
     /// Asks for all counters; to be sent as a dump.
-    pub fn get_counters(self) -> Request {
+    pub(crate) fn get_counters(self) -> Request {
         self.message(GET_OBJECT, 0).attr(3, &word(OBJECT_COUNTER))
     }
 
     /// A chain at a hook, whose packets pass at its end.
-    pub fn chain(self, name: &str, hook: Hook, priority: i32) -> Request {
+    pub(crate) fn chain(self, name: &str, hook: Hook, priority: i32) -> Request {
         self.message(NEW_CHAIN, libc::NLM_F_CREATE)
             .attr(3, &text(name))
             .nested(4, |at| {
@@ -214,7 +214,7 @@ impl Table<'_> {
     }
 
     /// A counter that begins with these numbers.
-    pub fn counter(self, name: &str, packets: u64, bytes: u64) -> Request {
+    pub(crate) fn counter(self, name: &str, packets: u64, bytes: u64) -> Request {
         self.message(NEW_OBJECT, libc::NLM_F_CREATE)
             .attr(OBJECT_NAME, &text(name))
             .attr(3, &word(OBJECT_COUNTER))
@@ -225,7 +225,7 @@ impl Table<'_> {
     }
 
     /// A set of single keys.
-    pub fn set(self, name: &str, keys: KeyType, id: u32, elements: &[Vec<u8>]) -> Vec<Request> {
+    pub(crate) fn set(self, name: &str, keys: KeyType, id: u32, elements: &[Vec<u8>]) -> Vec<Request> {
         let count = u32::try_from(elements.len()).unwrap_or(u32::MAX);
         let mut messages = vec![self.new_set(name, keys, id, 0, count)];
         messages.extend(elements.chunks(ELEMENTS).map(|chunk| {
@@ -236,7 +236,7 @@ impl Table<'_> {
     }
 
     /// A set of ranges: the first key of each, and the first one behind it; none: it goes to the end. They must not meet.
-    pub fn ranges(
+    pub(crate) fn ranges(
         self,
         name: &str,
         keys: KeyType,
@@ -300,7 +300,7 @@ impl Table<'_> {
     }
 
     /// A rule at the end of a chain. `note`: what nft shows as its comment.
-    pub fn rule(self, chain: &str, expressions: &[Expression], note: &str) -> Request {
+    pub(crate) fn rule(self, chain: &str, expressions: &[Expression], note: &str) -> Request {
         let message = self
             .message(NEW_RULE, libc::NLM_F_CREATE | libc::NLM_F_APPEND)
             .attr(2, &text(chain))

@@ -1,0 +1,237 @@
+//! Errors of opening the data path.
+
+use std::{io, path::PathBuf};
+
+use aya::programs::ProgramError;
+
+use crate::{
+    MapError,
+    sys::{SyscallError, kernel_release},
+};
+
+/// Why the data path could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The pin directory is not on a bpffs.
+    #[error(
+        "{path}: not on a bpffs; mount one with `mount -t bpf bpf /sys/fs/bpf` and set [node] pin_dir to a \
+         directory on it (`ip netns exec` hides it: use `nsenter --net=`)"
+    )]
+    NotBpffs {
+        /// The pin directory.
+        path: PathBuf,
+    },
+    /// bpffs takes no dots in names.
+    #[error(
+        "{path}: [node] pin_dir must be absolute and its parts must not contain a dot, which bpffs refuses"
+    )]
+    BadPinDir {
+        /// The pin directory.
+        path: PathBuf,
+    },
+    /// A directory could not be made or read.
+    #[error("{path}: {source}")]
+    Io {
+        /// Which one.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Not allowed to use BPF.
+    #[error("{source}; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON")]
+    NotPermitted {
+        /// The call that was refused.
+        #[source]
+        source: SyscallError,
+    },
+    /// A size that no map can have.
+    #[error("{map} map of size {value}: {why}")]
+    BadLimit {
+        /// The map, in lower case.
+        map: String,
+        /// The size that was asked for.
+        value: u32,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A pinned map cannot be that of this program.
+    #[error(
+        "{path}: pinned map has {found}, this program wants {wanted}; it was made by another build: run \
+         `palisade stop --detach` and start again (connections under way are then judged anew)"
+    )]
+    Layout {
+        /// The pin.
+        path: PathBuf,
+        /// Type, sizes and flags of the pinned map.
+        found: String,
+        /// Those of the object.
+        wanted: String,
+    },
+    /// A map is to become smaller than what is in it.
+    #[error(
+        "{map} map of {limit} entries: the map of the running node holds {present}, and must not become smaller than that"
+    )]
+    TooSmall {
+        /// The map, in lower case.
+        map: String,
+        /// The size that was asked for.
+        limit: u32,
+        /// Entries in the map.
+        present: usize,
+    },
+    /// The object does not have what it should.
+    #[error("the BPF object has no {what}: it was built from other sources than this program")]
+    Missing {
+        /// Which map or program.
+        what: String,
+    },
+    /// A system call failed.
+    #[error("{0}{hint}", hint = kernel_hint())]
+    Syscall(#[from] SyscallError),
+    /// A map operation failed.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// The object could not be read.
+    #[error("the BPF object cannot be read: {0}")]
+    Parse(#[from] aya_obj::ParseError),
+    /// The object could not be loaded.
+    #[error("the BPF object cannot be loaded: {0}")]
+    Load(#[from] aya::EbpfError),
+    /// A program was refused.
+    #[error("program {program}: the kernel refused it{}: {}", program_hint(), refusal(.error))]
+    Program {
+        /// Which one.
+        program: &'static str,
+        /// What the verifier says, all of it.
+        error: Box<ProgramError>,
+    },
+}
+
+/// What a refusal of maps and programs may come from.
+fn kernel_hint() -> String {
+    let release = kernel_release();
+    if is_too_old(&release) {
+        format!("; Linux {release} is older than the 6.1 that Palisade needs")
+    } else {
+        String::new()
+    }
+}
+
+/// Which kernel refuses a program, and which are known to take it.
+fn program_hint() -> String {
+    let release = kernel_release();
+    if is_too_old(&release) {
+        kernel_hint()
+    } else {
+        format!(" (Linux {release}; tested are {TESTED})")
+    }
+}
+
+/// Why a program was refused: the verifier's reason stands at the end of its log, which may have a million lines.
+fn refusal(error: &ProgramError) -> String {
+    const LINES: usize = 12;
+    let ProgramError::LoadError {
+        io_error,
+        verifier_log,
+    } = error
+    else {
+        return error.to_string();
+    };
+    let log = verifier_log.to_string();
+    let lines: Vec<_> = log.lines().collect();
+    format!(
+        "{io_error}\n{}",
+        lines[lines.len().saturating_sub(LINES)..].join("\n")
+    )
+}
+
+/// Releases on which these programs have been run (README, "Requirements").
+const TESTED: &str = "6.1, 6.12, 6.16 and 6.18";
+
+impl OpenError {
+    /// Returns the map that has to be larger than asked for, if that is the cause.
+    #[must_use]
+    pub fn too_small(&self) -> Option<&str> {
+        match self {
+            Self::TooSmall { map, .. } => Some(map),
+            Self::Map(error) => error.too_small(),
+            _ => None,
+        }
+    }
+
+    /// The verifier's log, all of it, if the verifier refused a program. It may have many megabytes.
+    #[must_use]
+    pub fn verifier_log(&self) -> Option<String> {
+        match self {
+            Self::Program { error, .. } => match &**error {
+                ProgramError::LoadError { verifier_log, .. } => Some(verifier_log.to_string()),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+}
+
+fn is_too_old(release: &str) -> bool {
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|n| n.parse::<u32>().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) < (6, 1)
+}
+
+pub(crate) fn permission(source: SyscallError) -> OpenError {
+    if source.errno() == libc::EPERM || source.errno() == libc::EACCES {
+        OpenError::NotPermitted { source }
+    } else {
+        OpenError::Syscall(source)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_kernels_are_known_by_their_release() {
+        for (release, old) in [
+            ("5.15.0-91-generic", true),
+            ("6.0.19", true),
+            ("6.1.0-13-amd64", false),
+            ("6.18.44", false),
+            ("7.0", false),
+        ] {
+            assert_eq!(is_too_old(release), old, "{release}");
+        }
+    }
+
+    #[test]
+    fn a_refused_program_is_named_with_the_end_of_the_verifiers_log_and_the_kernel() {
+        let log: String = (0..5_000).map(|n| format!("{n}: (bf) r1 = r2\n")).collect();
+        let log = log + "R1 invalid mem access 'scalar'\nprocessed 5000 insns\n";
+        let error = OpenError::Program {
+            program: "palisade_in",
+            error: Box::new(ProgramError::LoadError {
+                io_error: std::io::Error::from_raw_os_error(libc::EACCES),
+                verifier_log: aya_obj::VerifierLog::new(log.clone()),
+            }),
+        };
+        let said = error.to_string();
+        for part in [
+            "program palisade_in: the kernel refused it",
+            kernel_release().as_str(),
+            "Permission denied",
+            "R1 invalid mem access 'scalar'\nprocessed 5000 insns",
+        ] {
+            assert!(said.contains(part), "{part}: {said}");
+        }
+        // The message has the end of the log; all of it is there to be kept.
+        assert!(said.lines().count() < 20, "{said}");
+        assert_eq!(error.verifier_log().as_deref(), Some(log.as_str()));
+        let other = OpenError::Syscall(SyscallError {
+            call: "bpf".into(),
+            io_error: std::io::Error::from_raw_os_error(libc::EPERM),
+        });
+        assert_eq!(other.verifier_log(), None);
+    }
+}

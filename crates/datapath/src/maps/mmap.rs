@@ -1,0 +1,230 @@
+//! Memory-mapped arrays: read and written without system calls.
+
+use std::{
+    collections::BTreeSet,
+    io,
+    os::fd::AsRawFd as _,
+    ptr::NonNull,
+    sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering},
+};
+
+use palisade_abi::{CLASS_SLOTS, Class, EndpointState};
+
+use super::{
+    error::MapError,
+    raw::{RawMap, check_layout},
+};
+use crate::sys::SyscallError;
+
+type Result<T> = std::result::Result<T, MapError>;
+
+/// What the memory of a map may be seen as: every bit pattern is a value, and others may write it meanwhile.
+pub(crate) trait Atomic {}
+impl Atomic for AtomicU16 {}
+impl Atomic for AtomicU32 {}
+impl Atomic for AtomicU64 {}
+
+/// A map's memory, shared with the programs.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    base: NonNull<u8>,
+    length: usize,
+}
+
+// SAFETY: the memory is only touched through atomics.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    pub(crate) fn new(raw: &RawMap) -> Result<Self> {
+        // The kernel rounds an element up to 8 bytes.
+        let length = (raw.info.value_size as usize).next_multiple_of(8) * raw.info.max_entries as usize;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                raw.fd.as_raw_fd(),
+                0,
+            )
+        };
+        let failed = || {
+            let source = SyscallError::new(format!("mmap of {length} bytes"), io::Error::last_os_error());
+            MapError::Syscall {
+                map: raw.name.to_lowercase(),
+                source,
+            }
+        };
+        if base == libc::MAP_FAILED {
+            return Err(failed());
+        }
+        Ok(Self {
+            base: NonNull::new(base.cast()).ok_or_else(failed)?,
+            length,
+        })
+    }
+
+    /// The atomic of type `A` at a byte offset.
+    pub(crate) fn at<A: Atomic>(&self, offset: usize) -> &A {
+        assert!(offset + size_of::<A>() <= self.length && offset.is_multiple_of(align_of::<A>()));
+        // SAFETY: inside the mapping and aligned (the mapping begins at a page); callers use atomics only, for
+        // which every bit pattern is a value, and everybody else (programs) writes whole words.
+        unsafe { self.base.add(offset).cast::<A>().as_ref() }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new` with this length, and no reference outlives self.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.length) };
+    }
+}
+
+/// WORKERS, memory-mapped.
+#[derive(Debug)]
+pub(crate) struct Heartbeats {
+    memory: Shared,
+    count: u32,
+}
+
+impl Heartbeats {
+    pub(crate) fn new(raw: &RawMap) -> Result<Self> {
+        check_layout(raw, size_of::<u32>(), size_of::<u64>())?;
+        Ok(Self {
+            memory: Shared::new(raw)?,
+            count: raw.info.max_entries,
+        })
+    }
+
+    /// Nothing for a queue that the map has no slot for.
+    pub(crate) fn heartbeat(&self, queue: u32, now: u64) {
+        if queue < self.count {
+            self.memory
+                .at::<AtomicU64>(queue as usize * size_of::<u64>())
+                .store(now, Ordering::Relaxed);
+        }
+    }
+}
+
+/// ENDPOINTS, memory-mapped.
+#[derive(Debug)]
+pub(crate) struct Endpoints {
+    raw: RawMap,
+    memory: Shared,
+}
+
+impl Endpoints {
+    pub(crate) fn new(raw: RawMap) -> Result<Self> {
+        check_layout(&raw, size_of::<u32>(), size_of::<EndpointState>())?;
+        Ok(Self {
+            memory: Shared::new(&raw)?,
+            raw,
+        })
+    }
+
+    /// Policy and revision change by one store, after the identity and flags: whoever sees the new policy sees the identity too.
+    pub(crate) fn set(&self, endpoint: u16, state: EndpointState) {
+        let offset = usize::from(endpoint) * size_of::<EndpointState>();
+        self.memory
+            .at::<AtomicU32>(offset + 8)
+            .store(state.identity, Ordering::Relaxed);
+        self.memory
+            .at::<AtomicU32>(offset + 12)
+            .store(state.flags, Ordering::Relaxed);
+        self.memory
+            .at::<AtomicU64>(offset)
+            .store(policy_word(state.policy, state.revision), Ordering::Release);
+    }
+
+    pub(crate) fn get(&self, endpoint: u16) -> EndpointState {
+        let offset = usize::from(endpoint) * size_of::<EndpointState>();
+        let word = self
+            .memory
+            .at::<AtomicU64>(offset)
+            .load(Ordering::Acquire)
+            .to_ne_bytes();
+        let identity = self.memory.at::<AtomicU32>(offset + 8).load(Ordering::Relaxed);
+        let [p0, p1, p2, p3, r0, r1, r2, r3] = word;
+        EndpointState {
+            policy: u32::from_ne_bytes([p0, p1, p2, p3]),
+            revision: u32::from_ne_bytes([r0, r1, r2, r3]),
+            identity,
+            flags: self.memory.at::<AtomicU32>(offset + 12).load(Ordering::Relaxed),
+        }
+    }
+
+    pub(crate) fn len(&self) -> u32 {
+        self.raw.info.max_entries
+    }
+
+    /// The endpoints that have a policy.
+    pub(crate) fn with_policy(&self) -> BTreeSet<u16> {
+        (0..=u16::MAX)
+            .filter(|&endpoint| u32::from(endpoint) < self.len() && self.get(endpoint).policy != 0)
+            .collect()
+    }
+}
+
+/// The first eight bytes of an [`EndpointState`] as one word in memory order.
+fn policy_word(policy: u32, revision: u32) -> u64 {
+    let ([p0, p1, p2, p3], [r0, r1, r2, r3]) = (policy.to_ne_bytes(), revision.to_ne_bytes());
+    u64::from_ne_bytes([p0, p1, p2, p3, r0, r1, r2, r3])
+}
+
+/// CLASSES, memory-mapped.
+#[derive(Debug)]
+pub(crate) struct Classes {
+    memory: Shared,
+}
+
+impl Classes {
+    pub(crate) fn new(raw: &RawMap) -> Result<Self> {
+        check_layout(raw, size_of::<u32>(), CLASS_SLOTS * size_of::<Class>())?;
+        Ok(Self {
+            memory: Shared::new(raw)?,
+        })
+    }
+
+    /// False if there is no such slot.
+    pub(crate) fn set(&self, slot: u32, class: Class) -> bool {
+        let slot = slot as usize;
+        if slot >= CLASS_SLOTS {
+            return false;
+        }
+        self.memory
+            .at::<AtomicU16>(slot * size_of::<Class>())
+            .store(class, Ordering::Release);
+        true
+    }
+
+    pub(crate) fn all(&self) -> Vec<Class> {
+        (0..CLASS_SLOTS)
+            .map(|slot| self.memory.at::<AtomicU16>(slot * 2).load(Ordering::Acquire))
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use zerocopy::IntoBytes as _;
+
+    use super::*;
+
+    #[test]
+    fn the_policy_word_is_the_first_half_of_the_state() {
+        let state = EndpointState {
+            policy: 0x0102_0304,
+            revision: 0x0506_0708,
+            identity: 9,
+            flags: 0,
+        };
+        assert_eq!(
+            policy_word(state.policy, state.revision).to_ne_bytes(),
+            state.as_bytes()[..8]
+        );
+        assert_eq!(9_u32.to_ne_bytes(), state.as_bytes()[8..12]);
+    }
+}

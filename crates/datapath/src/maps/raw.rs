@@ -1,0 +1,263 @@
+//! Maps by bytes, with the kernel's batch operations where it has them.
+
+use std::{
+    os::fd::{AsFd as _, OwnedFd},
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
+use super::error::MapError;
+use crate::sys::{
+    SyscallError,
+    bpf::{self, ENOTSUPP, map_type},
+};
+
+type Result<T> = std::result::Result<T, MapError>;
+
+/// Elements per batch call: large enough that the call's cost vanishes, small enough that a bucket lock or the
+/// copies of keys and values do not matter.
+pub(crate) const BATCH: usize = 4096;
+
+/// A map whose sizes are known at run time.
+#[derive(Debug)]
+pub(crate) struct RawMap {
+    pub fd: OwnedFd,
+    pub name: String,
+    pub info: bpf::MapInfo,
+    /// Bytes of a value as the system call moves it: per-CPU maps have one value per possible CPU, each rounded up to 8.
+    pub value_stride: usize,
+    pub(super) batches: AtomicBool,
+}
+
+impl RawMap {
+    pub(crate) fn new(name: &str, fd: OwnedFd) -> std::result::Result<Self, SyscallError> {
+        let info = bpf::map_info(fd.as_fd())?;
+        let value_stride = if info.map_type == map_type::PERCPU_ARRAY {
+            (info.value_size as usize).next_multiple_of(8) * possible_cpus()?
+        } else {
+            info.value_size as usize
+        };
+        Ok(Self {
+            fd,
+            name: name.to_owned(),
+            info,
+            value_stride,
+            batches: AtomicBool::new(true),
+        })
+    }
+
+    pub(crate) fn key_size(&self) -> usize {
+        self.info.key_size as usize
+    }
+
+    /// Puts the map's name to an error; a refusal for want of room becomes [`MapError::Full`].
+    pub(crate) fn error(&self, source: SyscallError) -> MapError {
+        // Hash and LRU maps and tries: E2BIG, ENOSPC.
+        if matches!(source.errno(), libc::E2BIG | libc::ENOSPC) && self.info.map_type != map_type::ARRAY {
+            return MapError::Full {
+                map: self.name.to_lowercase(),
+                present: self.count().unwrap_or(self.info.max_entries as usize),
+                max_entries: self.info.max_entries,
+            };
+        }
+        MapError::Syscall {
+            map: self.name.to_lowercase(),
+            source,
+        }
+    }
+
+    pub(crate) fn count(&self) -> Result<usize> {
+        let mut count = 0;
+        self.for_each(|_, _| count += 1)?;
+        Ok(count)
+    }
+
+    pub(crate) fn update(
+        &self,
+        key: &[u8],
+        value: &[u8],
+        flags: u64,
+    ) -> std::result::Result<(), SyscallError> {
+        debug_assert_eq!((key.len(), value.len()), (self.key_size(), self.value_stride));
+        // Without preallocation an element comes from a per-CPU cache that is refilled asynchronously (ENOMEM), and
+        // a bucket may be locked by a program on this CPU (EBUSY): both pass in no time.
+        let mut tries = 0;
+        loop {
+            match bpf::update(self.fd.as_fd(), key, value, flags) {
+                Err(e) if transient(&e) && tries < 20 => {
+                    tries += 1;
+                    std::thread::sleep(Duration::from_micros(50 * tries));
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// Writes elements that lie one after another; answers how many were written before the error.
+    pub(crate) fn update_all(
+        &self,
+        keys: &[u8],
+        values: &[u8],
+    ) -> std::result::Result<(), (usize, SyscallError)> {
+        let (k, v) = (self.key_size(), self.value_stride);
+        let total = keys.len() / k;
+        let mut done = 0;
+        let mut tries = 0;
+        while self.batches.load(Ordering::Relaxed) && done < total {
+            let count = (total - done).min(BATCH);
+            let outcome = bpf::update_batch(
+                self.fd.as_fd(),
+                &keys[done * k..],
+                &values[done * v..],
+                count as u32,
+            );
+            done += outcome.done.min(count);
+            match outcome.error {
+                None => tries = 0,
+                Some(e) if no_batches(&e) => self.batches.store(false, Ordering::Relaxed),
+                Some(e) if transient(&e) && tries < 20 => {
+                    tries += 1;
+                    std::thread::sleep(Duration::from_micros(50 * tries));
+                }
+                Some(e) => return Err((done, e)),
+            }
+        }
+        for i in done..total {
+            self.update(&keys[i * k..][..k], &values[i * v..][..v], 0)
+                .map_err(|e| (i, e))?;
+        }
+        Ok(())
+    }
+
+    /// Deletes keys that lie one after another; those that do not exist are no error.
+    pub(crate) fn delete_all(&self, keys: &[u8]) -> std::result::Result<(), SyscallError> {
+        let k = self.key_size();
+        let total = keys.len() / k;
+        let mut done = 0;
+        let mut tries = 0;
+        while self.batches.load(Ordering::Relaxed) && done < total {
+            let count = (total - done).min(BATCH);
+            let outcome = bpf::delete_batch(self.fd.as_fd(), &keys[done * k..], count as u32);
+            done += outcome.done.min(count);
+            match outcome.error {
+                None => tries = 0,
+                Some(e) if no_batches(&e) => self.batches.store(false, Ordering::Relaxed),
+                Some(e) if e.errno() == libc::ENOENT => done += 1,
+                Some(e) if transient(&e) && tries < 20 => {
+                    tries += 1;
+                    std::thread::sleep(Duration::from_micros(50 * tries));
+                }
+                Some(e) => return Err(e),
+            }
+        }
+        for key in keys[done.min(total) * k..].chunks_exact(k) {
+            bpf::delete(self.fd.as_fd(), key)?;
+        }
+        Ok(())
+    }
+
+    /// Walks all elements. While others write, an element may be missed or seen twice.
+    pub(crate) fn for_each(&self, mut each: impl FnMut(&[u8], &[u8])) -> Result<()> {
+        if self.batches.load(Ordering::Relaxed) && self.walk_by_batches(&mut each)? {
+            return Ok(());
+        }
+        self.walk_by_keys(&mut each)
+    }
+
+    /// False if the kernel has no batches for this map; then nothing was given to `each`.
+    fn walk_by_batches(&self, each: &mut impl FnMut(&[u8], &[u8])) -> Result<bool> {
+        let (k, v) = (self.key_size(), self.value_stride);
+        // The cursor of a hash map is a bucket number, that of others is a key.
+        let mut cursor = vec![0_u8; k.max(8)];
+        let mut next = vec![0_u8; k.max(8)];
+        let mut first = true;
+        let mut size = BATCH.min(self.info.max_entries as usize).max(1);
+        let (mut keys, mut values) = (vec![0_u8; size * k], vec![0_u8; size * v]);
+        loop {
+            let position = if first { None } else { Some(cursor.as_slice()) };
+            let outcome = bpf::lookup_batch(
+                self.fd.as_fd(),
+                position,
+                &mut next,
+                &mut keys,
+                &mut values,
+                size as u32,
+            );
+            let end = match outcome.error {
+                None => false,
+                Some(e) if e.errno() == libc::ENOENT => true,
+                // One bucket alone holds more than fits.
+                Some(e) if e.errno() == libc::ENOSPC => {
+                    size *= 2;
+                    keys.resize(size * k, 0);
+                    values.resize(size * v, 0);
+                    continue;
+                }
+                Some(e) if first && no_batches(&e) => {
+                    self.batches.store(false, Ordering::Relaxed);
+                    return Ok(false);
+                }
+                Some(source) => {
+                    return Err(MapError::Syscall {
+                        map: self.name.to_lowercase(),
+                        source,
+                    });
+                }
+            };
+            let done = outcome.done.min(size);
+            for (key, value) in keys.chunks_exact(k).zip(values.chunks_exact(v)).take(done) {
+                each(key, value);
+            }
+            if end {
+                return Ok(true);
+            }
+            std::mem::swap(&mut cursor, &mut next);
+            first = false;
+        }
+    }
+
+    fn walk_by_keys(&self, each: &mut impl FnMut(&[u8], &[u8])) -> Result<()> {
+        let fail = |source| MapError::Syscall {
+            map: self.name.to_lowercase(),
+            source,
+        };
+        let mut key = vec![0; self.key_size()];
+        let mut next = key.clone();
+        let mut value = vec![0; self.value_stride];
+        let mut have = false;
+        while bpf::next_key(self.fd.as_fd(), have.then_some(key.as_slice()), &mut next).map_err(fail)? {
+            if bpf::lookup(self.fd.as_fd(), &next, &mut value).map_err(fail)? {
+                each(&next, &value);
+            }
+            std::mem::swap(&mut key, &mut next);
+            have = true;
+        }
+        Ok(())
+    }
+}
+
+fn transient(e: &SyscallError) -> bool {
+    matches!(e.errno(), libc::ENOMEM | libc::EBUSY | libc::EAGAIN | libc::EINTR)
+}
+
+fn no_batches(e: &SyscallError) -> bool {
+    matches!(e.errno(), ENOTSUPP | libc::EOPNOTSUPP | libc::EINVAL)
+}
+
+pub(crate) fn possible_cpus() -> std::result::Result<usize, SyscallError> {
+    aya::util::nr_cpus().map_err(|(path, e)| SyscallError::new(format!("reading {path}"), e))
+}
+
+pub(crate) fn check_layout(raw: &RawMap, want_key: usize, want_value: usize) -> Result<()> {
+    let (key_size, value_size) = (raw.info.key_size, raw.info.value_size);
+    if key_size as usize == want_key && value_size as usize == want_value {
+        return Ok(());
+    }
+    Err(MapError::Layout {
+        map: raw.name.to_lowercase(),
+        key_size,
+        value_size,
+        want_key,
+        want_value,
+    })
+}

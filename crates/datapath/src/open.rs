@@ -1,0 +1,355 @@
+//! Maps and programs: found below the pin directory, or created.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::fd::{AsFd as _, BorrowedFd},
+    path::{Path, PathBuf},
+};
+
+use palisade_abi::{
+    Addr, Config, Counter, CtEntry, CtKey, Identity, Interface, IpcacheEntry, LearnedKey, PolicyEntry,
+    PolicyKey, PrefixKey, RateBudget, maps as names,
+};
+
+use crate::{
+    Limits, MapError, OpenError, Options,
+    error::permission,
+    maps::{Classes, Endpoints, Map, PerCpuArray, RawMap, possible_cpus},
+    object::OBJECT,
+    options::check_limits,
+    pin::{check_pin_dir, make_dir, remove_dir_of_pins, version_dir, version_dirs},
+    programs::{Program, Programs, load_programs},
+    shares::{self, Shares, Sizes},
+    sys::bpf::{self, map_type},
+};
+
+type Result<T> = std::result::Result<T, OpenError>;
+
+/// The maps and programs of a node, open.
+#[derive(Debug)]
+pub struct Datapath {
+    pub(crate) pin_dir: PathBuf,
+    pub(crate) programs: Programs,
+    pub(crate) interfaces: Map<u32, Interface>,
+    pub(crate) endpoints: Endpoints,
+    pub(crate) ipcache: Map<Addr, IpcacheEntry>,
+    pub(crate) prefixes: Map<PrefixKey, IpcacheEntry>,
+    pub(crate) learned: Map<LearnedKey, Identity>,
+    pub(crate) classes: Classes,
+    pub(crate) policy: Map<PolicyKey, PolicyEntry>,
+    pub(crate) conntrack: Map<CtKey, CtEntry>,
+    pub(crate) events: RawMap,
+    pub(crate) budgets: PerCpuArray<RateBudget>,
+    pub(crate) counters: PerCpuArray<Counter>,
+    pub(crate) rules: PerCpuArray<Counter>,
+    config: Map<u32, Config>,
+    pub(crate) workers: RawMap,
+    pub(crate) sockets: RawMap,
+    /// The conntrack map that programs attached before this one still write to, when its size was changed.
+    pub(crate) old_conntrack: Option<Map<CtKey, CtEntry>>,
+    pub(crate) shares: Shares,
+    pub(crate) sizes: Sizes,
+    fresh: bool,
+    resized: Vec<String>,
+}
+
+impl Datapath {
+    /// Finds or makes the maps, and loads the programs. Attaches nothing and changes nothing that is attached.
+    ///
+    /// A pinned map of the right layout but another size is made anew and its content copied; what is attached
+    /// goes on with the old one until [`Self::attach`].
+    ///
+    /// # Errors
+    /// What is attached stays as it is.
+    pub fn open(options: &Options) -> Result<Self> {
+        check_limits(&options.limits)?;
+        check_pin_dir(&options.pin_dir)?;
+        let map_dir = version_dir(&options.pin_dir);
+        make_dir(&map_dir)?;
+        lift_memlock();
+
+        let object = aya_obj::Object::parse(OBJECT)?;
+        let mut maps = BTreeMap::new();
+        let mut resized = Vec::new();
+        let mut old_conntrack = None;
+        let mut fresh = true;
+        for (name, definition) in &object.maps {
+            if !matches!(
+                definition.section_kind(),
+                aya_obj::EbpfSectionKind::Maps | aya_obj::EbpfSectionKind::BtfMaps
+            ) {
+                continue;
+            }
+            let wanted = Wanted::new(name, definition, &options.limits);
+            let (map, history) = wanted.provide(&map_dir)?;
+            match history {
+                History::Made => {}
+                History::Found => fresh = false,
+                History::Resized(old) => {
+                    fresh = false;
+                    // The slots go with the maps that they are for.
+                    if !matches!(name.as_str(), names::FLOW_SLOTS | names::FRAGMENT_SLOTS) {
+                        resized.push(name.clone());
+                    }
+                    if name == names::CONNTRACK {
+                        old_conntrack = Some(Map::new(old)?);
+                    }
+                }
+            }
+            maps.insert(name.clone(), map);
+        }
+
+        let programs = load_programs(&map_dir, &maps)?;
+        let mut take = |name: &str| {
+            maps.remove(name).ok_or_else(|| OpenError::Missing {
+                what: format!("map {name}"),
+            })
+        };
+        let classes = take(names::CLASSES)?;
+        let shares = Shares::new(&take(names::SHARES)?)?;
+        let conntrack = take(names::CONNTRACK)?;
+        let sizes = Sizes {
+            flows: conntrack.info.max_entries,
+            flow_table: take(names::FLOW_SLOTS)?.info.max_entries,
+            fragment_table: take(names::FRAGMENT_SLOTS)?.info.max_entries,
+            cpus: u32::try_from(possible_cpus()?).unwrap_or(u32::MAX),
+        };
+        let datapath = Self {
+            pin_dir: options.pin_dir.clone(),
+            programs,
+            interfaces: Map::new(take(names::INTERFACES)?)?,
+            endpoints: Endpoints::new(take(names::ENDPOINTS)?)?,
+            ipcache: Map::new(take(names::IPCACHE)?)?,
+            prefixes: Map::new(take(names::PREFIXES)?)?,
+            learned: Map::new(take(names::LEARNED)?)?,
+            classes: Classes::new(&classes)?,
+            policy: Map::new(take(names::POLICY)?)?,
+            conntrack: Map::new(conntrack)?,
+            events: take(names::EVENTS)?,
+            budgets: PerCpuArray::new(take(names::BUDGETS)?)?,
+            counters: PerCpuArray::new(take(names::COUNTERS)?)?,
+            rules: PerCpuArray::new(take(names::RULES)?)?,
+            config: Map::new(take(names::CONFIG)?)?,
+            workers: take(names::WORKERS)?,
+            sockets: take(names::XSKS)?,
+            old_conntrack,
+            shares,
+            sizes,
+            fresh,
+            resized,
+        };
+        // Sizes may have changed since the maps were made.
+        let endpoints = datapath.endpoints.with_policy();
+        datapath.shares.cut(&shares::shares(&endpoints, datapath.sizes));
+        Ok(datapath)
+    }
+
+    /// Whether no map was found: nothing was attached by this version before, or everything was detached.
+    #[must_use]
+    pub fn is_fresh(&self) -> bool {
+        self.fresh
+    }
+
+    /// Maps that were made anew because their sizes in the configuration changed.
+    #[must_use]
+    pub fn resized(&self) -> &[String] {
+        &self.resized
+    }
+
+    /// Tells the programs their timeouts, limits and fixed identities.
+    ///
+    /// # Errors
+    /// If the map refuses.
+    pub fn set_config(&self, config: &Config) -> std::result::Result<(), MapError> {
+        self.config.insert(&0, config)
+    }
+
+    /// What the programs are told; all zero before the first [`Self::set_config`].
+    ///
+    /// # Errors
+    /// If the map cannot be read.
+    pub fn config(&self) -> std::result::Result<Option<Config>, MapError> {
+        self.config.get(&0)
+    }
+
+    /// Instructions that the verifier walked for each program; empty before Linux 5.16.
+    #[must_use]
+    pub fn verified_instructions(&self) -> Vec<(&'static str, u32)> {
+        let Programs {
+            xdp,
+            tc_ingress,
+            tc_egress,
+            punt,
+            reinject,
+            punt_filter,
+            pass,
+        } = &self.programs;
+        [xdp, tc_ingress, tc_egress, punt, reinject, punt_filter, pass]
+            .into_iter()
+            .filter_map(|p| Some((p.name, p.instructions?)))
+            .collect()
+    }
+
+    /// The file descriptor of a program by its name in [`palisade_abi::programs`], for test runs.
+    #[must_use]
+    pub fn program(&self, name: &str) -> Option<BorrowedFd<'_>> {
+        let Programs {
+            xdp,
+            tc_ingress,
+            tc_egress,
+            punt,
+            reinject,
+            punt_filter,
+            pass,
+        } = &self.programs;
+        [xdp, tc_ingress, tc_egress, punt, reinject, punt_filter, pass]
+            .into_iter()
+            .find(|p| p.name == name)
+            .map(Program::fd)
+    }
+
+    /// Removes the maps of other versions of the layout. To be called once every interface has been attached by
+    /// this version.
+    ///
+    /// # Errors
+    /// If a directory cannot be read or removed.
+    pub fn retire_other_versions(&self) -> Result<()> {
+        let own = version_dir(&self.pin_dir);
+        for dir in version_dirs(&self.pin_dir)? {
+            if dir != own {
+                remove_dir_of_pins(&dir)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Before Linux 5.11 maps count against this limit, which is 64 kB by default. Later it has no effect; a refusal
+/// shows when a map is made.
+fn lift_memlock() {
+    let limit = libc::rlimit {
+        rlim_cur: libc::RLIM_INFINITY,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // SAFETY: the struct is valid for the call.
+    unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit) };
+}
+
+/// A map as it should be.
+struct Wanted {
+    name: String,
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    flags: u32,
+}
+
+/// Where a map came from.
+enum History {
+    Made,
+    Found,
+    Resized(RawMap),
+}
+
+impl Wanted {
+    fn new(name: &str, definition: &aya_obj::Map, limits: &Limits) -> Self {
+        let map_type = definition.map_type();
+        // The definition of a ring names the record for programs; the kernel wants no sizes.
+        let sized = map_type != map_type::RINGBUF;
+        Self {
+            name: name.to_owned(),
+            map_type,
+            key_size: if sized { definition.key_size() } else { 0 },
+            value_size: if sized { definition.value_size() } else { 0 },
+            max_entries: limits.of(name).unwrap_or(definition.max_entries()),
+            flags: definition.map_flags(),
+        }
+    }
+
+    fn provide(&self, dir: &Path) -> Result<(RawMap, History)> {
+        let path = dir.join(&self.name);
+        let Some(fd) = bpf::get_pinned(&path).map_err(permission)? else {
+            let map = self.create()?;
+            bpf::pin(map.fd.as_fd(), &path)?;
+            return Ok((map, History::Made));
+        };
+        let pinned = RawMap::new(&self.name, fd)?;
+        let layout = |map_type, key_size, value_size, flags| {
+            format!(
+                "{}, keys of {key_size}, values of {value_size} bytes, flags {flags:#x}",
+                map_type::name(map_type)
+            )
+        };
+        let info = &pinned.info;
+        let found = layout(info.map_type, info.key_size, info.value_size, info.map_flags);
+        let wanted = layout(self.map_type, self.key_size, self.value_size, self.flags);
+        if found != wanted {
+            return Err(OpenError::Layout { path, found, wanted });
+        }
+        if info.max_entries == self.max_entries {
+            return Ok((pinned, History::Found));
+        }
+        let map = self.create()?;
+        self.migrate(&pinned, &map)?;
+        // The new map takes the name in one step; nobody can open half a set.
+        let staged = dir.join(format!("{}_new", self.name));
+        let io = |source| OpenError::Io {
+            path: staged.clone(),
+            source,
+        };
+        match fs::remove_file(&staged) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io(e)),
+            _ => {}
+        }
+        bpf::pin(map.fd.as_fd(), &staged)?;
+        fs::rename(&staged, &path).map_err(io)?;
+        Ok((map, History::Resized(pinned)))
+    }
+
+    fn create(&self) -> Result<RawMap> {
+        let fd = bpf::map_create(
+            &self.name,
+            self.map_type,
+            self.key_size,
+            self.value_size,
+            self.max_entries,
+            self.flags,
+        )
+        .map_err(permission)?;
+        Ok(RawMap::new(&self.name, fd)?)
+    }
+
+    /// Copies what fits. What must not be lost, and does not fit, is an error.
+    fn migrate(&self, from: &RawMap, to: &RawMap) -> Result<()> {
+        if self.map_type == map_type::RINGBUF {
+            return Ok(());
+        }
+        let keeps_all = matches!(self.map_type, map_type::HASH | map_type::LPM_TRIE);
+        if keeps_all && self.max_entries < from.info.max_entries {
+            let present = from.count()?;
+            if present > self.max_entries as usize {
+                return Err(OpenError::TooSmall {
+                    map: self.name.to_lowercase(),
+                    limit: self.max_entries,
+                    present,
+                });
+            }
+        }
+        let is_array = matches!(self.map_type, map_type::ARRAY | map_type::PERCPU_ARRAY);
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        from.for_each(|key, value| {
+            let beyond = is_array
+                && key
+                    .try_into()
+                    .is_ok_and(|k| u32::from_ne_bytes(k) >= self.max_entries);
+            if !beyond {
+                keys.extend_from_slice(key);
+                values.extend_from_slice(value);
+            }
+        })?;
+        to.update_all(&keys, &values).map_err(|(_, e)| to.error(e))?;
+        Ok(())
+    }
+}

@@ -1,0 +1,179 @@
+//! The pin directory and its entries on a bpffs.
+
+use std::{
+    fs, io,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    },
+    path::{Path, PathBuf},
+};
+
+use crate::{AttachError, OpenError, sys::bpf};
+
+type Result<T> = std::result::Result<T, OpenError>;
+
+/// Magic number of a bpffs (`BPF_FS_MAGIC`).
+const BPF_FS_MAGIC: libc::c_long = 0xcafe_4a11;
+
+/// Where the maps of this version are pinned.
+pub(crate) fn version_dir(pin_dir: &Path) -> PathBuf {
+    pin_dir.join(format!("v{}", palisade_abi::VERSION))
+}
+
+/// Every directory `v<number>` of a pin directory.
+pub(crate) fn version_dirs(pin_dir: &Path) -> Result<Vec<PathBuf>> {
+    let io = |source| OpenError::Io {
+        path: pin_dir.to_owned(),
+        source,
+    };
+    let mut dirs = Vec::new();
+    let entries = match fs::read_dir(pin_dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(dirs),
+        other => other.map_err(io)?,
+    };
+    for entry in entries {
+        let path = entry.map_err(io)?.path();
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        if name
+            .strip_prefix('v')
+            .is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+        {
+            dirs.push(path);
+        }
+    }
+    Ok(dirs)
+}
+
+/// Removes a directory that contains pins only.
+pub(crate) fn remove_dir_of_pins(dir: &Path) -> Result<()> {
+    let io = |source| OpenError::Io {
+        path: dir.to_owned(),
+        source,
+    };
+    for entry in fs::read_dir(dir).map_err(io)? {
+        fs::remove_file(entry.map_err(io)?.path()).map_err(io)?;
+    }
+    fs::remove_dir(dir).map_err(io)
+}
+
+pub(crate) fn make_dir(path: &Path) -> Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(0o700)))
+        .map_err(|source| OpenError::Io {
+            path: path.to_owned(),
+            source,
+        })
+}
+
+/// The part of a path that exists.
+fn existing(path: &Path) -> &Path {
+    path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"))
+}
+
+/// Whether a path, or what of it exists, is on a bpffs.
+pub(crate) fn is_on_bpffs(path: &Path) -> io::Result<bool> {
+    use std::os::unix::ffi::OsStrExt as _;
+    let c_path = std::ffi::CString::new(existing(path).as_os_str().as_bytes())?;
+    // SAFETY: all zero is a value of the plain struct.
+    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: both pointers are valid for the call.
+    if unsafe { libc::statfs(c_path.as_ptr(), &mut stat) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(stat.f_type as libc::c_long == BPF_FS_MAGIC)
+}
+
+/// Whether pins can be made in a directory, which need not be there yet.
+///
+/// # Errors
+/// It is not on a bpffs, or its name is one that bpffs refuses.
+pub fn check_pin_dir(pin_dir: &Path) -> Result<()> {
+    // Dots are refused in what is made on the bpffs; the mount itself may be anywhere.
+    let dots = |p: &Path| p.to_str().is_none_or(|p| p.contains('.'));
+    let to_be_made = pin_dir.strip_prefix(existing(pin_dir)).unwrap_or(pin_dir);
+    if !pin_dir.is_absolute() || dots(to_be_made) {
+        return Err(OpenError::BadPinDir {
+            path: pin_dir.to_owned(),
+        });
+    }
+    match is_on_bpffs(pin_dir) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(OpenError::NotBpffs {
+            path: pin_dir.to_owned(),
+        }),
+        Err(source) => Err(OpenError::Io {
+            path: pin_dir.to_owned(),
+            source,
+        }),
+    }
+}
+
+pub(crate) fn links_dir(pin_dir: &Path) -> PathBuf {
+    pin_dir.join("links")
+}
+
+/// The link that is pinned at a path, if it still holds an interface. One whose interface is gone is unpinned.
+pub(crate) fn pinned_link(
+    path: &Path,
+    ifindex: u32,
+) -> std::result::Result<Option<(OwnedFd, bpf::LinkInfo)>, AttachError> {
+    let syscall = |source| AttachError::Syscall {
+        name: path.display().to_string(),
+        source,
+    };
+    let Some(link) = bpf::get_pinned(path).map_err(syscall)? else {
+        return Ok(None);
+    };
+    let info = bpf::link_info(link.as_fd()).map_err(syscall)?;
+    if info.ifindex != ifindex {
+        // The kernel shows index 0 once the interface is gone (or somebody detached the link by force).
+        unpin(path)?;
+        return Ok(None);
+    }
+    Ok(Some((link, info)))
+}
+
+pub(crate) fn unpin(path: &Path) -> std::result::Result<(), AttachError> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(AttachError::Io {
+            path: path.to_owned(),
+            source: e,
+        }),
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn remove_empty(path: &Path) -> std::result::Result<(), AttachError> {
+    match fs::remove_dir(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(AttachError::Io {
+            path: path.to_owned(),
+            source: e,
+        }),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pin_directory_elsewhere_is_refused_with_the_fix() {
+        let error = check_pin_dir(Path::new("/tmp/palisade")).unwrap_err().to_string();
+        assert!(error.contains("mount -t bpf"), "{error}");
+        for bad in [
+            "relative/dir",
+            "/sys/fs/bpf/pali.sade",
+            "/sys/fs/bpf/palisade/../x",
+        ] {
+            assert!(
+                matches!(check_pin_dir(Path::new(bad)), Err(OpenError::BadPinDir { .. })),
+                "{bad}"
+            );
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! Programs are detached, and pins, filters and qdiscs of Palisade are removed.
+
+use std::{
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+};
+
+use palisade_abi::{Direction, Interface};
+
+use crate::{
+    AttachError, Datapath,
+    hook::{AttachPoint, find_device, is_guarded, slot},
+    pin::{links_dir, pinned_link, remove_dir_of_pins, remove_empty, unpin, version_dirs},
+    present::{guarded, our_filter},
+    punt_link::remove_punt_link,
+    sys::{bpf, clsact, link::Device},
+};
+
+type Result<T> = std::result::Result<T, AttachError>;
+
+/// The directory that says that the clsact qdisc was made by us.
+pub(crate) const QDISC_FILE: &str = "clsact_qdisc";
+
+impl Datapath {
+    /// Stops guarding an interface. No error if it is not guarded or no longer exists.
+    ///
+    /// # Errors
+    /// If something could not be removed.
+    pub fn detach(&self, ifindex: u32) -> Result<()> {
+        detach_interface(&self.link_dir(ifindex), ifindex)?;
+        if self
+            .interfaces
+            .get(&slot(ifindex))?
+            .is_some_and(|i| i.ifindex == ifindex)
+        {
+            self.interfaces.insert(&slot(ifindex), &Interface::default())?;
+        }
+        Ok(())
+    }
+
+    /// Stops guarding everything and removes every pin: nothing is left of Palisade in the kernel once this value is
+    /// dropped.
+    ///
+    /// # Errors
+    /// If something could not be removed; what could be is.
+    pub fn detach_all(self) -> Result<()> {
+        detach_all(&self.pin_dir)
+    }
+
+    /// Removes what is left of interfaces that no longer exist; answers their indexes.
+    ///
+    /// # Errors
+    /// If something could not be removed.
+    pub fn forget_dead(&self) -> Result<Vec<u32>> {
+        let mut dead = Vec::new();
+        for ifindex in guarded(&self.pin_dir)? {
+            if find_device(ifindex)?.is_some() {
+                continue;
+            }
+            let dir = self.link_dir(ifindex);
+            let mut alive_elsewhere = false;
+            for point in [
+                AttachPoint::Xdp,
+                AttachPoint::Tcx(Direction::Ingress),
+                AttachPoint::Tcx(Direction::Egress),
+            ] {
+                alive_elsewhere |= pinned_link(&dir.join(point.file()), ifindex)?.is_some();
+            }
+            if !alive_elsewhere {
+                self.detach(ifindex)?;
+                dead.push(ifindex);
+            }
+        }
+        Ok(dead)
+    }
+
+    /// Takes back what a failed attachment has left.
+    pub(crate) fn undo(
+        &self,
+        device: &Device,
+        before: &[AttachPoint],
+        foreign: &[AttachPoint],
+        slot_before: &Interface,
+    ) -> Result<()> {
+        let dir = self.link_dir(device.ifindex);
+        for point in AttachPoint::ALL {
+            // A hook may have been handed over from one kind of program to another: then the new one stays.
+            let judged_before = before.iter().any(|b| b.direction() == point.direction());
+            if !judged_before && !foreign.contains(&point) {
+                remove(&dir, device.ifindex, Some(device), point)?;
+            }
+        }
+        if before.is_empty() && foreign.is_empty() {
+            remove_qdisc(&dir, device.ifindex, Some(device))?;
+            let ours = self.interfaces.get(&slot(device.ifindex))?.unwrap_or_default();
+            if ours.ifindex == device.ifindex && is_guarded(&ours) {
+                let restored = if is_guarded(slot_before) && slot_before.ifindex == device.ifindex {
+                    Interface::default()
+                } else {
+                    *slot_before
+                };
+                self.interfaces.insert(&slot(device.ifindex), &restored)?;
+            }
+            remove_empty(&dir)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn link_dir(&self, ifindex: u32) -> PathBuf {
+        links_dir(&self.pin_dir).join(ifindex.to_string())
+    }
+}
+
+/// Stops guarding every interface that a pin directory knows, and removes the directory with its maps. Needs no maps
+/// and no programs, so it works whatever version made them.
+///
+/// # Errors
+/// The first thing that could not be removed, after everything else was.
+pub fn detach_all(pin_dir: &Path) -> Result<()> {
+    let mut outcome = Ok(());
+    let mut note = |result: Result<()>| {
+        if outcome.is_ok() {
+            outcome = result;
+        }
+    };
+    for ifindex in guarded(pin_dir)? {
+        note(detach_interface(
+            &links_dir(pin_dir).join(ifindex.to_string()),
+            ifindex,
+        ));
+    }
+    note(remove_punt_link(pin_dir));
+    for dir in version_dirs(pin_dir).map_err(Box::new)? {
+        note(remove_dir_of_pins(&dir).map_err(|e| Box::new(e).into()));
+    }
+    for dir in [links_dir(pin_dir), pin_dir.to_owned()] {
+        note(remove_empty(&dir));
+    }
+    outcome
+}
+
+fn detach_interface(dir: &Path, ifindex: u32) -> Result<()> {
+    let device = find_device(ifindex)?;
+    for point in AttachPoint::ALL {
+        remove(dir, ifindex, device.as_ref(), point)?;
+    }
+    remove_qdisc(dir, ifindex, device.as_ref())?;
+    remove_empty(dir)
+}
+
+/// Removes what of ours is at a point. `device` is none if the interface is gone.
+pub(crate) fn remove(dir: &Path, ifindex: u32, device: Option<&Device>, point: AttachPoint) -> Result<()> {
+    let path = dir.join(point.file());
+    match point {
+        AttachPoint::Xdp | AttachPoint::Tcx(_) => {
+            if let Some((link, _)) = pinned_link(&path, ifindex)? {
+                // At once, and not when the last process that has it open ends.
+                bpf::link_detach(link.as_fd()).map_err(|source| AttachError::Syscall {
+                    name: path.display().to_string(),
+                    source,
+                })?;
+                unpin(&path)?;
+            }
+        }
+        AttachPoint::Clsact(direction) => {
+            if !path.is_dir() {
+                return Ok(());
+            }
+            if let Some(device) = device
+                && our_filter(device, direction)?
+            {
+                clsact::delete_filter(ifindex, direction).map_err(|source| AttachError::Syscall {
+                    name: device.name.clone(),
+                    source,
+                })?;
+            }
+            remove_empty(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes the clsact qdisc if we made it and nobody uses it.
+pub(crate) fn remove_qdisc(dir: &Path, ifindex: u32, device: Option<&Device>) -> Result<()> {
+    let path = dir.join(QDISC_FILE);
+    if !path.is_dir() {
+        return Ok(());
+    }
+    if let Some(device) = device {
+        let syscall = |source| AttachError::Syscall {
+            name: device.name.clone(),
+            source,
+        };
+        for direction in palisade_abi::DIRECTIONS {
+            let ours = dir.join(AttachPoint::Clsact(direction).file()).is_dir();
+            if ours || !clsact::filters(ifindex, direction).map_err(syscall)?.is_empty() {
+                return Ok(());
+            }
+        }
+        if clsact::qdisc(ifindex).map_err(syscall)?.as_deref() == Some("clsact") {
+            clsact::delete_qdisc(ifindex).map_err(syscall)?;
+        }
+    }
+    remove_empty(&path)
+}
