@@ -1,7 +1,7 @@
 //! Seeing: flow records made from the events of the BPF programs and the records of the inspectors, a ring of recent
 //! ones, filters, text and JSON.
 //!
-//! Pure: no I/O, no clock. The daemon implements [`Names`], makes flows with [`Flow::from_event`] and keeps them in a
+//! Pure: no I/O, no clock. The daemon implements [`FlowResolver`], makes flows with [`Flow::from_event`] and keeps them in a
 //! [`Ring`], which makes those of records ([`Flow::from_record`]) when somebody looks; a reader takes a [`Cursor`], a
 //! [`Filters`] (built from flags by [`FilterBuilder`]) and a [`format::Format`].
 //!
@@ -23,6 +23,6 @@ mod time;
 pub use filter::{FilterBuilder, FilterError, Filters, FlowFilter};
 pub use flow::Flow;
 pub use order::Ordered;
-pub use resolve::{Names, Owner, RuleInfo};
+pub use resolve::{FlowResolver, Owner, RuleInfo};
 pub use ring::{Cursor, Next, Resolver, Ring};
 pub use time::{ParseTimeError, Timestamp};

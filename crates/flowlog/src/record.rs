@@ -7,7 +7,7 @@ use palisade_inspect::record::{Record, Text, Verdict as Seen, What, Word};
 use palisade_protocols::dns::rtype;
 
 use crate::{
-    Names, Timestamp,
+    FlowResolver, Timestamp,
     flow::{
         Dns, DropReason, EventType, Extra, Flow, FlowType, Http, HttpHeader, Ip, IpVersion, L7Type, Layer4,
         Layer7, NetworkInterface, TcpFlags, Tls, TrafficDirection, Verdict, event_type,
@@ -21,7 +21,7 @@ const OBSERVER: &str = "proxy";
 impl Flow {
     /// The flow record of something that was read at `time`.
     #[must_use]
-    pub fn from_record(record: &Record, names: &(impl Names + ?Sized), time: Timestamp) -> Self {
+    pub fn from_record(record: &Record, names: &(impl FlowResolver + ?Sized), time: Timestamp) -> Self {
         let verdict = match record.verdict {
             Seen::Forwarded => Verdict::Forwarded,
             Seen::Dropped => Verdict::Dropped,

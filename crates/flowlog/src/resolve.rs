@@ -41,7 +41,7 @@ pub struct RuleInfo {
 
 /// What the daemon knows about the numbers in an event. Called for every event: answers should be clones of
 /// shared strings, not made anew.
-pub trait Names {
+pub trait FlowResolver {
     /// Name of this node.
     fn node(&self) -> Arc<str>;
     /// Labels of an identity, `source:key=value`, sorted.
@@ -66,7 +66,7 @@ impl Flow {
     /// `clock_offset` is what has to be added to the monotonic clock, in which events are stamped, to have the
     /// time since 1970, in ns.
     #[must_use]
-    pub fn from_event(event: &Event, names: &(impl Names + ?Sized), clock_offset: i64) -> Self {
+    pub fn from_event(event: &Event, names: &(impl FlowResolver + ?Sized), clock_offset: i64) -> Self {
         let flag = |bit| event.flags & bit != 0;
         let egress = flag(event_flags::EGRESS);
         let flow_egress = flag(event_flags::FLOW_EGRESS);
@@ -195,7 +195,7 @@ impl Flow {
     /// the packet.
     pub(crate) fn name_remote_end(
         &mut self,
-        names: &(impl Names + ?Sized),
+        names: &(impl FlowResolver + ?Sized),
         endpoint: u16,
         from_endpoint: bool,
     ) {
@@ -229,7 +229,7 @@ const fn kind_of(kind: u8) -> EventKind {
 }
 
 pub(crate) fn end(
-    names: &(impl Names + ?Sized),
+    names: &(impl FlowResolver + ?Sized),
     is_ip: bool,
     address: palisade_abi::Addr,
     seen_identity: u32,

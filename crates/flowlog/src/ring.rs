@@ -18,10 +18,10 @@ use std::{
 
 use palisade_inspect::record::Record;
 
-use crate::{Filters, Flow, Names, Timestamp};
+use crate::{Filters, Flow, FlowResolver, Timestamp};
 
 /// What knows the names that a record's numbers stand for.
-pub type Resolver = Arc<dyn Names + Send + Sync>;
+pub type Resolver = Arc<dyn FlowResolver + Send + Sync>;
 
 /// A record that nobody has looked at, or its flow if somebody has.
 struct Unseen {

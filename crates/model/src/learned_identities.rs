@@ -45,7 +45,7 @@ pub type Sets = HashMap<Identity, HashMap<Arc<[SelectorNumber]>, Identity>>;
 /// What is needed to tell who a learned address is. Cheap to copy, and made to be asked by another thread; it changes
 /// with the [`Snapshot`](crate::snapshot::Snapshot) that it belongs to.
 #[derive(Clone, Debug, Default)]
-pub struct Names {
+pub struct LearnedIdentities {
     /// Full-length addresses, as in the snapshot.
     pub addresses: Arc<HashMap<Addr, IpcacheEntry>>,
     /// Shorter prefixes, as in the snapshot.
@@ -62,7 +62,7 @@ pub struct Names {
     pub wanted: Arc<Sets>,
 }
 
-impl Names {
+impl LearnedIdentities {
     /// Who an address is without names: the exact address, else the longest prefix, else the world.
     #[must_use]
     pub fn base(&self, address: IpAddr) -> Identity {

@@ -15,7 +15,7 @@ use palisade_abi::{
 use crate::{
     diagnostic::Diagnostic,
     labels::Labels,
-    learned_identities::{Names, SelectorList},
+    learned_identities::{LearnedIdentities, SelectorList},
     rule::{FqdnPattern, HttpRule, KafkaRule, Listener, Location, PolicyKind, TlsContext},
 };
 
@@ -45,7 +45,7 @@ pub struct Snapshot {
     /// The `toFQDNs` selectors that the egress rules of an endpoint use; endpoints without any are not listed.
     pub fqdn: BTreeMap<u16, SelectorList>,
     /// Who learned addresses are.
-    pub names: Names,
+    pub names: LearnedIdentities,
     /// Learned addresses, where a plan has to look at them. The compiler leaves it empty.
     pub learned: Learned,
     /// The highest revision that an endpoint has or had. The number before it is free.

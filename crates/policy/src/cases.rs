@@ -381,7 +381,7 @@ fn run_case(place: &str, case: &Case, judge: &dyn Judge) -> Report {
     }
 
     let snapshot = compiler.snapshot();
-    let names = Names::new(compiler.inventory(), snapshot);
+    let names = CaseNames::new(compiler.inventory(), snapshot);
     for (number, check) in case.checks.iter().enumerate() {
         match run_check(snapshot, &names, check, options, judge) {
             Ok(None) => report.passed += 1,
@@ -401,12 +401,12 @@ fn run_case(place: &str, case: &Case, judge: &dyn Judge) -> Report {
 }
 
 /// Whom the names of a case stand for.
-struct Names<'a> {
+struct CaseNames<'a> {
     endpoints: HashMap<&'a str, u16>,
     identities: HashMap<&'a str, Identity>,
 }
 
-impl<'a> Names<'a> {
+impl<'a> CaseNames<'a> {
     fn new(inventory: &'a Inventory, snapshot: &Snapshot) -> Self {
         let numbers: HashMap<&Labels, Identity> = snapshot
             .identities
@@ -435,7 +435,7 @@ impl<'a> Names<'a> {
 /// `None`: as expected. Else what was found instead, and why.
 fn run_check(
     snapshot: &Snapshot,
-    names: &Names<'_>,
+    names: &CaseNames<'_>,
     check: &Check,
     options: HttpOptions,
     judge: &dyn Judge,

@@ -6,7 +6,7 @@ use palisade_abi::{Decision, Direction, Identity, PolicyEntry, entry_flags, prot
 use palisade_model::{
     inventory::Enforcement,
     labels::Labels,
-    learned_identities::{Names, SelectorNumber},
+    learned_identities::{LearnedIdentities, SelectorNumber},
     request::{Denial, HttpOptions, Judge, Request},
     snapshot::{RuleKey, inspector_name},
 };
@@ -163,7 +163,7 @@ pub fn trace(compiler: &Compiler, question: &Question, judge: &dyn Judge) -> Res
         .map(|(number, _)| *number)
         .collect();
     let names = snapshot.names.clone();
-    let learn = |names: &Names| match question.destination.as_str() {
+    let learn = |names: &LearnedIdentities| match question.destination.as_str() {
         // Not an address that a policy or a peer names.
         "" => names.identity_in_world(&selectors),
         _ => names.identity(address, &selectors),

@@ -13,7 +13,8 @@ use std::{
 use crate::world::{WEB, World, address, event, flow};
 use palisade_abi::{Reason, protocol};
 use palisade_flowlog::{
-    Cursor, FilterBuilder, Filters, Flow, Names, Next, Ordered, Owner, Resolver, Ring, RuleInfo, Timestamp,
+    Cursor, FilterBuilder, Filters, Flow, FlowResolver, Next, Ordered, Owner, Resolver, Ring, RuleInfo,
+    Timestamp,
 };
 use palisade_inspect::record::{Record, Verdict, What};
 use proptest::prelude::*;
@@ -271,7 +272,7 @@ struct Renamed {
     asked: AtomicUsize,
 }
 
-impl Names for Renamed {
+impl FlowResolver for Renamed {
     fn node(&self) -> Arc<str> {
         self.asked.fetch_add(1, Ordering::Relaxed);
         (*self.name.lock().unwrap()).into()

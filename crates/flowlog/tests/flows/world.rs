@@ -3,7 +3,9 @@
 use std::{net::IpAddr, sync::Arc};
 
 use palisade_abi::{Addr, Event, EventKind, MatchKind, Reason, event_flags, identity, protocol};
-use palisade_flowlog::{FilterBuilder, Filters, Flow, Names, Owner, RuleInfo, Timestamp, flow::Policy};
+use palisade_flowlog::{
+    FilterBuilder, Filters, Flow, FlowResolver, Owner, RuleInfo, Timestamp, flow::Policy,
+};
 
 pub const CLIENT: u32 = 23217;
 pub const WEB: u32 = 17513;
@@ -28,7 +30,7 @@ fn owner(endpoint: u16, identity: u32, namespace: &str, name: &str) -> Owner {
     }
 }
 
-impl Names for World {
+impl FlowResolver for World {
     fn node(&self) -> Arc<str> {
         "node1".into()
     }

@@ -14,7 +14,7 @@ use palisade_fqdn::{EndpointId, ListedPrefixes, SelectorId, Selectors};
 use palisade_model::{
     inventory::{Endpoint, Inventory, NamedPorts, Options, Peer},
     labels::{Labels, reserved},
-    learned_identities::{LearnedSet, Names as Meanings, SelectorList},
+    learned_identities::{LearnedIdentities, LearnedSet, SelectorList},
     rule::{FqdnPattern, Peer as RulePeer, Peers},
     snapshot::{MapContents, RuleSet, Snapshot, TableKey},
 };
@@ -516,7 +516,7 @@ fn denied_patterns(compiler: &Compiler, endpoint: EndpointId) -> Vec<&FqdnPatter
 }
 
 /// Who learned addresses are, by one state of the compiler.
-struct SnapshotResolver(Meanings);
+struct SnapshotResolver(LearnedIdentities);
 
 fn resolver(snapshot: &Snapshot) -> SnapshotResolver {
     SnapshotResolver(snapshot.names.clone())

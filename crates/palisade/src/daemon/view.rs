@@ -8,7 +8,7 @@ use std::{
 
 use ipnet::IpNet;
 use palisade_abi::{CLASS_ANY, CLASS_SLOTS, Class, Identity, protocol};
-use palisade_flowlog::{Names as FlowNames, Owner, RuleInfo as FlowRule, flow::Policy as FlowPolicy};
+use palisade_flowlog::{FlowResolver, Owner, RuleInfo as FlowRule, flow::Policy as FlowPolicy};
 use palisade_model::{
     inventory::Inventory,
     rule::PolicyKind,
@@ -155,7 +155,7 @@ impl EventNames {
     }
 }
 
-impl FlowNames for EventNames {
+impl FlowResolver for EventNames {
     fn node(&self) -> Arc<str> {
         Arc::clone(&self.view.node)
     }

@@ -14,7 +14,7 @@ use palisade_model::{
     identity::is_combined,
     inventory::Enforcement,
     labels::Labels,
-    learned_identities::{LearnedSet, Names, SelectorList, SelectorNumber, Sets, learnable},
+    learned_identities::{LearnedIdentities, LearnedSet, SelectorList, SelectorNumber, Sets, learnable},
     op::Op,
     rule::{FqdnPattern, Label, Location},
     snapshot::TableKey,
@@ -517,7 +517,7 @@ impl Compiler {
             let lengths: BTreeSet<u32> = self.snapshot.prefixes.keys().map(|key| key.length).collect();
             lengths.into_iter().rev().collect()
         };
-        let mut names = Names {
+        let mut names = LearnedIdentities {
             addresses: Arc::clone(&self.snapshot.addresses),
             prefixes: Arc::clone(&self.snapshot.prefixes),
             lengths,

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use palisade_model::rule::{CidrRule, Peer};
 
 use super::{
-    names::is_dns_subdomain,
+    name_syntax::is_dns_subdomain,
     node::quoted,
     reader::{At, Object},
     selector::{self, Keys},

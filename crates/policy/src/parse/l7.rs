@@ -6,7 +6,7 @@ use palisade_model::rule::{
 };
 
 use super::{
-    names::{host_name, names_no_host},
+    name_syntax::{host_name, names_no_host},
     node::quoted,
     reader::{At, Object, hint},
     rules::{Direction, Section},

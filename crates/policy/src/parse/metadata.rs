@@ -1,7 +1,7 @@
 //! `metadata` of a resource.
 
 use super::{
-    names::{is_dns_subdomain, is_namespace},
+    name_syntax::{is_dns_subdomain, is_namespace},
     node::quoted,
     reader::{At, Object, suggestion},
 };

@@ -15,7 +15,7 @@ mod cidr;
 mod cidr_group;
 mod l7;
 mod metadata;
-mod names;
+mod name_syntax;
 mod network_policy;
 mod node;
 mod peers;

@@ -12,7 +12,7 @@ use super::{
 };
 
 /// The names of the members by direction.
-struct Names {
+struct MemberNames {
     endpoints: &'static str,
     nodes: &'static str,
     cidr: &'static str,
@@ -22,7 +22,7 @@ struct Names {
     requires: &'static str,
 }
 
-const INGRESS: Names = Names {
+const INGRESS: MemberNames = MemberNames {
     endpoints: "fromEndpoints",
     nodes: "fromNodes",
     cidr: "fromCIDR",
@@ -32,7 +32,7 @@ const INGRESS: Names = Names {
     requires: "fromRequires",
 };
 
-const EGRESS: Names = Names {
+const EGRESS: MemberNames = MemberNames {
     endpoints: "toEndpoints",
     nodes: "toNodes",
     cidr: "toCIDR",

@@ -4,7 +4,7 @@ use palisade_model::rule::{L4Protocol, L7, L7Rules, PortRule, PortSpec};
 
 use super::{
     l7,
-    names::{is_service_name, port_number},
+    name_syntax::{is_service_name, port_number},
     node::{Value, quoted},
     reader::{At, Object, hint, suggestion},
     rules::Section,

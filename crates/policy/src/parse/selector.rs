@@ -3,7 +3,7 @@
 use palisade_model::rule::{LabelSource, PolicyKind, Requirement, Selector, Test};
 
 use super::{
-    names::{check_label_key, check_label_value},
+    name_syntax::{check_label_key, check_label_value},
     node::quoted,
     reader::{At, hint},
 };
