@@ -1,5 +1,5 @@
-//! What judging an HTTP request costs with few rules and with many, under criterion:
-//! `cargo bench -p palisade-bench --bench rules`.
+//! Cost of matching an HTTP request against few and many rules, with criterion: `cargo bench -p palisade-bench --bench
+//! rules`.
 
 use std::{collections::BTreeMap, hint::black_box, sync::Arc};
 
@@ -11,7 +11,7 @@ use palisade_model::{
 };
 use palisade_protocols::http1::{HeaderBuffer, Request};
 
-/// Requests that take turns, so that not always the same way is taken through what was compiled.
+/// Number of different requests, so that branch predictors and caches do not learn one of them.
 const REQUESTS: usize = 1000;
 
 fn prepare(paths: impl Iterator<Item = String>) -> Rules {
@@ -34,7 +34,7 @@ fn prepare(paths: impl Iterator<Item = String>) -> Rules {
     rules
 }
 
-/// Of each kind: the pattern of a rule, and a path that it matches.
+/// Of each kind: the pattern of a rule, and a path that matches it.
 type Kind = (&'static str, fn(usize) -> String, fn(usize) -> String);
 const KINDS: [Kind; 3] = [
     (

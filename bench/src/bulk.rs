@@ -1,4 +1,4 @@
-//! One TCP connection's throughput to and from a workload: behind an `endpoint` interface, and with no firewall.
+//! Throughput of one TCP connection to and from a workload: with Palisade on its interface, and without a firewall.
 
 use std::time::Duration;
 
@@ -61,7 +61,7 @@ impl Path {
         })
     }
 
-    /// Gbit/s that arrived, and Gbit for a second of a processor, of both iperf3s together.
+    /// Returns Gbit/s that arrived, and Gbit per CPU second of both iperf3 processes together.
     fn sample(&self, reverse: bool, seconds: u32) -> Result<(f64, f64)> {
         let address = self.topology.get("server").v4.to_string();
         let mut command = self.topology.internet.command("iperf3");
@@ -91,7 +91,7 @@ impl Path {
     }
 }
 
-/// Runs it.
+/// Runs the measure.
 pub fn measure(effort: Effort) -> Result<Measure> {
     let (rounds, seconds) = effort.pick((5, 1), (11, 2));
     progress(format_args!("bulk: {rounds} rounds of {seconds} s, both ways"));

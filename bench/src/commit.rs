@@ -1,4 +1,4 @@
-//! From the moment a policy file is renamed into place to the first packet that is judged by it.
+//! Time from the rename of a policy file into place to the first packet that gets the new verdict.
 
 use std::{
     net::{SocketAddr, UdpSocket},
@@ -19,24 +19,24 @@ use palisade_testbed::{
 
 use crate::{
     Effort,
-    policies::{allow, files, nobody},
+    policies::{allow, files, unused_address},
     progress,
     report::{Goal, Measure, Samples, Table, number},
 };
 
 const PORT: u16 = 5_000;
-/// Time between two probes: how exact a figure is.
+/// Time between two probes, which limits the precision.
 const PACE: Duration = Duration::from_micros(100);
 /// After this time a change that shows no effect is an error.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// No probe has arrived for so long: they are dropped.
+/// Time without a probe after which probes count as dropped.
 const SILENCE: Duration = Duration::from_millis(30);
 
-/// Probes that are sent all the time, and what became of them.
+/// Probes that are sent continuously, and which of them arrived.
 struct Probes {
     begin: Instant,
-    /// When each was sent, by its number, after the beginning.
+    /// When each probe was sent, by its number, since the start.
     sent: Mutex<Vec<Duration>>,
     /// Numbers of those that arrived.
     arrived: Mutex<Vec<usize>>,
@@ -64,7 +64,7 @@ impl Probes {
                 sent.push(self.begin.elapsed());
                 sent.len() as u64 - 1
             };
-            // A probe that the kernel refuses is one that does not arrive.
+            // A probe that the kernel refuses does not arrive.
             let _ = socket.send(&number.to_be_bytes());
             thread::sleep(PACE);
         }
@@ -79,7 +79,7 @@ impl Probes {
         }
     }
 
-    /// When the first probe was sent that arrived, of those sent since `since`.
+    /// Returns when the first probe that arrived was sent, of those sent since `since`.
     fn allowed_since(&self, since: Duration) -> Result<Duration> {
         self.poll("nothing arrives", || {
             let (sent, arrived) = (lock(&self.sent), lock(&self.arrived));
@@ -88,7 +88,7 @@ impl Probes {
         })
     }
 
-    /// When the first probe was sent after which none arrived any more, of those sent since `since`.
+    /// Returns when the first probe was sent after which none arrived, of those sent since `since`.
     fn denied_since(&self, since: Duration) -> Result<Duration> {
         self.poll("probes still arrive", || {
             let (sent, arrived) = (lock(&self.sent), lock(&self.arrived));
@@ -114,7 +114,7 @@ impl Probes {
     }
 }
 
-/// Runs it.
+/// Runs the measure.
 pub fn measure(effort: Effort) -> Result<Measure> {
     let sizes: &[usize] = effort.pick(&[10, 10_000], &[10, 100, 1_000, 10_000]);
     let changes = effort.pick(100, 500);
@@ -165,11 +165,11 @@ pub fn measure(effort: Effort) -> Result<Measure> {
     })
 }
 
-/// Times in ms: all changes, those that allow, those that deny.
+/// Returns times in ms: of all changes, of those that allow, and of those that deny.
 fn changes_among(count: usize, changes: usize) -> Result<(Samples, Samples, Samples)> {
     let topology = Topology::new()?.workload(WorkloadSpec::new("server").label("app", "server"))?;
     let server = topology.get("server");
-    let files = files(count, "server", &nobody(count), PORT);
+    let files = files(count, "server", &unused_address(count), PORT);
     let policies: Vec<_> = files
         .iter()
         .map(|(name, text)| (name.as_str(), text.as_str()))
@@ -199,7 +199,7 @@ fn changes_among(count: usize, changes: usize) -> Result<(Samples, Samples, Samp
                 let from = if allow_it {
                     INTERNET_V4.to_string()
                 } else {
-                    nobody(count / 2)
+                    unused_address(count / 2)
                 };
                 let text = allow(&name, "server", &from, PORT);
                 let since = probes.begin.elapsed();

@@ -1,4 +1,4 @@
-//! The policy compiler: everything at once, and one file of many.
+//! The policy compiler: all policies at once, and one changed file of many.
 
 use std::{net::IpAddr, time::Instant};
 
@@ -21,10 +21,10 @@ use crate::{
     report::{Goal, Measure, Plot, Samples, Table, number},
 };
 
-/// So many of [`APPS`] workloads are on this node; the others are peers.
+/// Number of the [`APPS`] workloads on this node; the others are peers.
 const HERE: usize = 50;
 
-/// A node with 50 workloads, and 150 elsewhere.
+/// Returns the inventory of a node with 50 workloads, and 150 elsewhere.
 #[must_use]
 pub fn inventory() -> Inventory {
     let labels = |n: usize| {
@@ -60,7 +60,7 @@ pub fn inventory() -> Inventory {
     }
 }
 
-/// Reads files of policies; an error in one of them is a fault of the benchmark.
+/// Parses policy files; an error in one of them is a fault of the benchmark.
 pub fn read(files: &[(String, String)]) -> Result<Changes> {
     let mut changes = Changes::default();
     for (name, text) in files {
@@ -77,7 +77,7 @@ pub fn read(files: &[(String, String)]) -> Result<Changes> {
     Ok(changes)
 }
 
-/// A compiler that has taken everything in.
+/// Returns a compiler that has compiled all policies.
 pub fn full(mut changes: Changes) -> Result<Compiler> {
     changes.inventory = Some(inventory());
     let mut compiler = Compiler::new(&CompilerState::default());
@@ -87,7 +87,7 @@ pub fn full(mut changes: Changes) -> Result<Compiler> {
     }
 }
 
-/// Runs it.
+/// Runs the measure.
 pub fn measure(effort: Effort) -> Result<Measure> {
     const MIB: f64 = 1_048_576.0;
     let sizes: &[usize] = effort.pick(
@@ -147,7 +147,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
                 .map(|table| table.entries.len())
                 .sum();
 
-            // One file gets the text of another, about the same workload, and its own again.
+            // One file gets the text of another one for the same workload, and then its own again.
             let (at, other) = ((round * 7) % count, (round * 7 + APPS) % count);
             for text in [&files[other].1, &files[at].1] {
                 let change = read(&[(files[at].0.clone(), text.clone())])?;

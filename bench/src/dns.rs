@@ -1,5 +1,5 @@
-//! DNS through policy: queries a second and their latency, against no firewall and against a resolver that forwards;
-//! and the time from an answer to its release, when all that it teaches is in the maps.
+//! DNS through policy: queries per second and latency, against no firewall and against a forwarding resolver; and the time
+//! from an answer to its forwarding, once its addresses are in the maps.
 
 use std::{
     fs,
@@ -25,12 +25,13 @@ use crate::{
     report::{Goal, Measure, Samples, Table, number},
 };
 
-/// Names that are asked for, each with an address of its own.
+/// Names that are queried, each with an address of its own.
 const NAMES: usize = 20_000;
-/// Questions a second at which latency is taken.
+/// Queries per second at which latency is measured.
 const CALM: u32 = 2_000;
 
-/// Lets the client ask for everything below `bench.example`, and go where it leads; `selectors` names beside.
+/// Returns a policy that allows the client every name below `bench.example` and its addresses, with `selectors` further
+/// names.
 fn policy(selectors: usize) -> String {
     let mut text = String::from(
         "\
@@ -65,7 +66,7 @@ fn topology() -> Result<Topology> {
 fn guard(topology: &Topology, selectors: usize) -> Result<Daemon> {
     let unguarded_nic = Settings {
         nic: false,
-        // all that is learned here, and the questions that are timed
+        // Room for the addresses learned before the measurement and for those that are timed.
         tables: "[dns]\naddresses_per_endpoint = 200000\n".into(),
         ..Settings::default()
     };
@@ -76,14 +77,14 @@ fn address(n: usize) -> Ipv4Addr {
     Ipv4Addr::from(0x6440_0000 + n as u32)
 }
 
-/// What stands between the client and the name server.
+/// What is between the client and the name server.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Between {
     Nothing,
     Palisade,
-    /// unbound on the node asks the name server anew for each question.
+    /// unbound on the node queries the name server for each query.
     Forwarder,
-    /// The same, and answers what it was asked before.
+    /// unbound on the node answers repeated queries from its cache.
     Cache,
 }
 
@@ -100,7 +101,7 @@ impl Between {
     }
 }
 
-/// A client, a name server, and what stands between them.
+/// A client, a name server, and what is between them.
 struct Path {
     topology: Topology,
     asked: SocketAddr,
@@ -113,7 +114,7 @@ impl Path {
     fn new(between: Between) -> Result<Self> {
         let topology = topology()?;
         let upstream = IpAddr::from(INTERNET_V4);
-        // what a forwarder may not keep has no time to live
+        // A TTL of 0 keeps the forwarder from caching.
         let ttl = if between == Between::Forwarder { 0 } else { 3600 };
         let records: Vec<String> = (0..NAMES)
             .map(|n| format!("h{n}.bench.example. {ttl} IN A {}", address(n)))
@@ -158,7 +159,7 @@ impl Path {
     }
 }
 
-/// Queries a second and latency.
+/// Measures queries per second and latency.
 pub fn throughput(effort: Effort) -> Result<Measure> {
     let (rounds, seconds) = effort.pick((3, 1), (9, 2));
     progress(format_args!(
@@ -170,7 +171,7 @@ pub fn throughput(effort: Effort) -> Result<Measure> {
         .map(|between| Path::new(between).with_context(|| between.name()))
         .into_iter()
         .collect::<Result<Vec<_>>>()?;
-    // everything is known to whoever keeps it, and learned
+    // Fills caches and learns all addresses before the measurement.
     for path in &paths {
         path.ask(&queries, seconds, None)?;
     }
@@ -258,16 +259,16 @@ pub fn throughput(effort: Effort) -> Result<Measure> {
     })
 }
 
-/// A name server that stamps each answer in the moment in which it sends it.
+/// A name server that records when it sends each answer.
 struct Stamping {
     begin: Instant,
-    /// ns after the beginning.
+    /// ns since the start.
     sent: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// `a<first>-<count>.bench.example` has `count` addresses from `first` on.
+/// Returns `first` and `count` of `a<first>-<count>.bench.example`, which has `count` addresses from `first` on.
 fn asked_range(message: &[u8]) -> Option<(usize, usize)> {
     let length = usize::from(*message.get(12)?);
     let label = std::str::from_utf8(message.get(13..13 + length)?).ok()?;
@@ -308,7 +309,7 @@ impl Stamping {
                     };
                     if let Some(message) = answer(&buffer[..length]) {
                         sent.store(begin.elapsed().as_nanos() as u64, SeqCst);
-                        // one that is lost is asked for again, and counted
+                        // A lost answer is queried again, and counted.
                         let _ = socket.send_to(&message, from);
                     }
                 }
@@ -332,7 +333,7 @@ impl Drop for Stamping {
     }
 }
 
-/// A client that asks one question after the other.
+/// A client that sends one query after the other.
 struct Asking {
     _topology: Topology,
     server: Stamping,
@@ -361,8 +362,7 @@ impl Asking {
         })
     }
 
-    /// Asks for a name with `count` addresses that nobody has heard of; from the moment in which the answer was sent to
-    /// that in which it is here, µs.
+    /// Queries a new name with `count` addresses. Returns the time from the sending of the answer to its arrival, µs.
     fn ask(&mut self, count: usize) -> Result<f64> {
         let name = format!("a{}-{count}.bench.example", self.next);
         self.next += count;
@@ -382,7 +382,7 @@ impl Asking {
         Ok((now - self.server.sent.load(SeqCst)) as f64 / 1e3)
     }
 
-    /// Resident memory of the daemon, bytes.
+    /// Returns the daemon's resident memory, bytes.
     fn memory(&self) -> Result<f64> {
         let pid = self.daemon.as_ref().and_then(Daemon::pid).context("no daemon")?;
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
@@ -392,7 +392,7 @@ impl Asking {
     }
 }
 
-/// From an answer to its release.
+/// Measures the time from an answer to its forwarding.
 pub fn committed(effort: Effort) -> Result<Measure> {
     const LEARNED: usize = 100_000;
     const AT_ONCE: usize = 64;
@@ -440,11 +440,11 @@ pub fn committed(effort: Effort) -> Result<Measure> {
         name: "committed",
         title: "From an answer to its release",
         method: format!(
-            "A client asks one question after the other, each for a name of which nobody has heard, with an address of its own. The time is from the moment in which the server sends the answer to the moment in which the client has it: two veths, carrying, reading, learning, and writing the maps. {rounds} rounds of {questions}, the ways in turn."
+            "A client sends one query after the other, each for a new name with an address of its own. The time is from the sending of the answer to its arrival at the client: two veths, punt, inspection, learning, writes of the maps, and reinjection. {rounds} rounds of {questions}, the variants in turn."
         ),
         goals: vec![
             Goal::reported(
-                "answer sent to answer released, p99, 10 and 10,000 selectors, 100,000 addresses beside",
+                "answer sent to answer forwarded, p99, 10 and 10,000 selectors, 100,000 addresses beside",
                 format!("{}, {}, {} µs", number(p99(1)), number(p99(2)), number(p99(3))),
             ),
             Goal::reported("the same without a firewall", format!("{} µs", number(p99(0)))),

@@ -1,4 +1,4 @@
-//! Memory, counted at the allocator: for a learned address, for a flow whose packets are held, for one that is idle.
+//! Memory, counted at the allocator: of a learned address, a flow with held packets, and an idle flow.
 
 use std::{net::Ipv4Addr, sync::Arc};
 
@@ -17,7 +17,7 @@ use crate::{
     wire::{self, End, Outcome},
 };
 
-/// Addresses that are learned.
+/// Number of learned addresses.
 const ADDRESSES: u32 = 100_000;
 
 fn address(n: u32) -> Answer {
@@ -37,7 +37,7 @@ fn address(n: u32) -> Answer {
     }
 }
 
-/// Bytes of the cache for each of so many addresses, each with a name of its own.
+/// Returns bytes of the cache per address, each with a name of its own.
 fn learned() -> Result<f64> {
     let pattern = FqdnPattern::Pattern("*.bench.example".into());
     let selectors = Selectors::new([(SelectorId(1), &pattern)]).expect("the pattern is right");
@@ -66,14 +66,14 @@ fn client(n: u32) -> End {
     (Ipv4Addr::new(10, 9, a, b), port)
 }
 
-/// What a flow is given to read: a part of the packets that a connection begins with.
+/// The packets of a flow that the engine receives: a part of those with which a connection begins.
 struct Kind {
     name: &'static str,
     inspector: Inspector,
     connection: fn(End) -> Vec<(bool, Vec<u8>)>,
-    /// So many of its packets come.
+    /// Number of its packets that arrive.
     packets: usize,
-    /// So many of them are kept.
+    /// Number of them that are held.
     held: u64,
 }
 
@@ -93,7 +93,7 @@ const KINDS: [Kind; 5] = [
         held: 1,
     },
     Kind {
-        name: "TLS, judged, in the kernel again",
+        name: "TLS, after its hello is allowed",
         inspector: Inspector::Tls,
         connection: parsers::tls_connection,
         packets: 6,
@@ -115,10 +115,10 @@ const KINDS: [Kind; 5] = [
     },
 ];
 
-/// Bytes of the engine for each of so many flows.
+/// Returns bytes of the engine per flow.
 fn flows(kind: &Kind, flows: u32) -> Result<f64> {
     let mut limits = Limits::default();
-    // that many, whatever a worker lets itself hold
+    // More connections than a worker's limits allow.
     for tcp in [&mut limits.tls.tcp, &mut limits.http.tcp] {
         tcp.frames = flows as usize;
         tcp.bytes = usize::MAX / 2;
@@ -128,7 +128,7 @@ fn flows(kind: &Kind, flows: u32) -> Result<f64> {
     let (made, bytes, _) = count(|| {
         let mut made = 0;
         for n in 0..flows {
-            // what is made for a flow is freed here again
+            // Frees what the bench itself allocates for a flow.
             for (reply, frame) in &(kind.connection)(client(n))[..kind.packets] {
                 let slot = parsers::slot(kind.inspector, *reply);
                 wire::read(&mut engine, &mut outcome, 1_000, &slot, frame);
@@ -155,7 +155,7 @@ fn flows(kind: &Kind, flows: u32) -> Result<f64> {
     Ok(bytes / f64::from(flows))
 }
 
-/// Runs it.
+/// Runs the measure.
 pub fn measure(effort: Effort) -> Result<Measure> {
     const FLOWS: u32 = 100_000;
     progress(format_args!("footprint: {ADDRESSES} addresses, {FLOWS} flows"));

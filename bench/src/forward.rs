@@ -1,4 +1,4 @@
-//! Packets a second through a node to a workload: plain forwarding, Palisade, nftables.
+//! Packets per second forwarded through a node to a workload: plain forwarding, Palisade, nftables.
 
 use std::{fmt::Write as _, fs, time::Duration};
 
@@ -12,7 +12,7 @@ use palisade_testbed::{
 
 use crate::{
     Effort,
-    policies::{files, nobody},
+    policies::{files, unused_address},
     progress,
     report::{Goal, Measure, Plot, Samples, Table, number},
     traffic::{Frame, Sender, Stream, mac},
@@ -23,10 +23,10 @@ const PORT: u16 = 5_000;
 /// Flows of the traffic.
 const FLOWS: u16 = 64;
 
-/// A way to filter.
+/// A packet filter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Filter {
-    /// None at all.
+    /// No filter.
     None,
     /// Palisade on the workload's interface.
     Palisade,
@@ -36,7 +36,7 @@ enum Filter {
     PalisadeNicXdp,
     /// One rule with a set of N (address, port) pairs.
     NftSet,
-    /// The same behind connection tracking: what is established is accepted first.
+    /// The same, after a rule that accepts established connections by conntrack.
     NftSetConntrack,
     /// N rules, the last of which matches.
     NftLinear,
@@ -66,9 +66,9 @@ impl Filter {
     }
 }
 
-/// nftables rules that allow the traffic by the last of `n` rules or elements and drop everything else.
+/// Returns nftables rules that allow the traffic by the last of `n` rules or elements and drop everything else.
 fn nft_rules(filter: Filter, n: usize) -> String {
-    let sources = (0..n - 1).map(nobody).chain([INTERNET_V4.to_string()]);
+    let sources = (0..n - 1).map(unused_address).chain([INTERNET_V4.to_string()]);
     let (mut sets, mut rules) = (String::new(), String::new());
     if filter == Filter::NftLinear {
         for source in sources {
@@ -85,14 +85,14 @@ fn nft_rules(filter: Filter, n: usize) -> String {
         }
         rules.push_str("ip saddr . udp dport @allowed accept\n");
     }
-    // The way back is open in all of them, as it is for answers in Palisade.
+    // All filters allow the reverse direction, as Palisade does for replies.
     let _ = writeln!(rules, "ip daddr {INTERNET_V4} accept");
     format!(
         "table ip bench {{\n{sets}chain forward {{ type filter hook forward priority 0; policy drop;\n{rules}}}\n}}\n"
     )
 }
 
-/// A node with one filter between the internet and one workload, and the traffic from the one to the other.
+/// A node with one filter between the internet and one workload, and the traffic from the internet.
 struct Path {
     filter: Filter,
     topology: Topology,
@@ -117,7 +117,7 @@ impl Path {
             from: server.v4,
             to: INTERNET_V4,
         };
-        // The server gets frames that are addressed to a neighbour: it counts them and drops them at once.
+        // The server receives frames with the MAC address of another host: its kernel counts and drops them at once.
         topology.node.ip(&format!(
             "neigh replace {} lladdr 02:00:5e:00:53:ff dev {} nud permanent\n",
             server.v4, server.interface
@@ -132,7 +132,7 @@ impl Path {
         })
     }
 
-    /// Sets the filter up for `n` rules, with all flows established.
+    /// Sets the filter up for `n` rules, and establishes all flows.
     fn prepare(&mut self, n: usize) -> Result<()> {
         let node = &self.topology.node;
         let (nic, host) = match self.filter {
@@ -146,7 +146,7 @@ impl Path {
             Filter::PalisadeNicTc => (true, "tc"),
             Filter::PalisadeNicXdp => (true, "xdp"),
         };
-        self.daemon = None; // away with the old one first
+        self.daemon = None; // The old daemon ends first.
         let files = files(n, "server", &INTERNET_V4.to_string(), PORT);
         let policies: Vec<_> = files
             .iter()
@@ -165,7 +165,7 @@ impl Path {
         self.establish()
     }
 
-    /// A packet each way for every flow.
+    /// Sends a packet in each direction for every flow.
     fn establish(&self) -> Result<()> {
         let server = self.topology.get("server");
         let before = self.received()?;
@@ -185,7 +185,7 @@ impl Path {
         packets_received(&self.topology.get("server").ns, INNER)
     }
 
-    /// Packets that arrived in a second of the sender's processor.
+    /// Returns packets that arrived per CPU second of the sender.
     fn sample(&self, duration: Duration) -> Result<f64> {
         let before = self.received()?;
         let (sent, took) = self
@@ -212,7 +212,7 @@ fn packets_received(ns: &Ns, interface: &str) -> Result<u64> {
     packets.with_context(|| format!("no packet counter of {interface}"))
 }
 
-/// Runs it.
+/// Runs the measure.
 pub fn measure(effort: Effort) -> Result<Measure> {
     let sizes: &[usize] = effort.pick(&[10, 10_000], &[10, 100, 1_000, 10_000]);
     let rounds = effort.pick(5, 11);

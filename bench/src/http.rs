@@ -1,4 +1,4 @@
-//! HTTP and TLS through policy: requests, new connections, bodies, rule sets; against nothing and against proxies.
+//! HTTP and TLS through policy: requests, new connections, bodies, rule sets; against no firewall and against proxies.
 
 use anyhow::{Context, Result};
 
@@ -13,7 +13,7 @@ const CONNECTIONS: usize = 16;
 /// Patterns in the usual rule set.
 const PATTERNS: usize = 10;
 
-/// Loads of one way, round by round.
+/// Loads of one variant, one for each round.
 #[derive(Default)]
 struct Figures {
     rate: Samples,
@@ -45,7 +45,7 @@ impl Figures {
     }
 }
 
-/// Loads every way in turn.
+/// Loads every variant in turn.
 fn rounds(paths: &[Path], rounds: usize, load: impl Fn(&Path) -> Result<Load>) -> Result<Vec<Figures>> {
     let mut figures: Vec<_> = paths.iter().map(|_| Figures::default()).collect();
     for round in 0..=rounds {
@@ -75,7 +75,7 @@ fn table(caption: &str, what: &str) -> Table {
     )
 }
 
-/// Requests on connections that are kept, and on new ones.
+/// Measures requests on persistent and on new connections.
 pub fn requests(effort: Effort) -> Result<Measure> {
     let (count, seconds) = effort.pick((3, 1), (9, 3));
     let mut notes = Vec::new();
@@ -161,7 +161,7 @@ pub fn requests(effort: Effort) -> Result<Measure> {
     })
 }
 
-/// A large body each way.
+/// Measures a large body in each direction.
 pub fn bodies(effort: Effort) -> Result<Measure> {
     let (count, blob) = effort.pick((5, 256 << 20), (11, 1 << 30));
     progress(format_args!(
@@ -216,7 +216,7 @@ pub fn bodies(effort: Effort) -> Result<Measure> {
     })
 }
 
-/// Requests under few and many rules.
+/// Measures requests under few and many rules.
 pub fn rules(effort: Effort) -> Result<Measure> {
     const MANY: usize = 1_000;
     let (count, seconds) = effort.pick((3, 1), (9, 3));
@@ -255,7 +255,7 @@ pub fn rules(effort: Effort) -> Result<Measure> {
     })
 }
 
-/// New TLS connections.
+/// Measures new TLS connections.
 pub fn tls(effort: Effort) -> Result<Measure> {
     let (count, seconds) = effort.pick((5, 1), (11, 3));
     progress(format_args!("tls: {count} rounds of {seconds} s, 2 ways"));

@@ -1,11 +1,11 @@
-//! What it adds to a packet's way that it is carried: a question and its answer, one after the other, in each of the
-//! ways in which workers wait, against a node without a firewall.
+//! Latency that inspection adds: a query and its answer, one after the other, in each waiting mode of the workers, against
+//! a node without a firewall.
 //!
-//! Where client and server run decides what they are compared with. On one processor the kernel does the whole exchange
-//! in a few µs: the sender's thread carries the packet into the receiver's socket, then sleeps, and the receiver goes on
-//! in its place; nobody else has to be woken. Ends of a network are on different processors, and waking an idle one costs
-//! more than all of that, above all in a virtual machine. So client and server are put on two processors, which is what
-//! the goal is about, and on one, the worst case for a worker: it is the only one who has to be woken elsewhere.
+//! The result depends on the CPUs of client and server. On one CPU the kernel does the whole exchange in a few µs: the
+//! sender's thread puts the packet into the receiver's socket, then sleeps, and the receiver runs; no other CPU is woken.
+//! The ends of a real network are on different CPUs, and waking an idle one costs more than all of that, most of all in a
+//! virtual machine. So client and server run on two CPUs, to which the goal applies, and on one CPU, the worst case for a
+//! worker: only the worker must be woken on another CPU.
 
 use std::{
     net::{Ipv4Addr, UdpSocket},
@@ -35,9 +35,9 @@ use crate::{
     report::{Goal, Measure, Samples, Table, number},
 };
 
-/// Port of what is carried; every query is asked for by name.
+/// Port of the inspected flow; every query is for a name.
 const READ: u16 = dns::PORT;
-/// Port of what is judged and stays in the kernel.
+/// Port of the flow that is allowed without inspection.
 const UNREAD: u16 = 5_000;
 
 const POLICY: &str = "\
@@ -57,14 +57,14 @@ spec:
     - ports: [{port: \"5000\", protocol: UDP}]
 ";
 
-/// Says to every question that there is no such name: nothing is to be learned from that.
+/// Answers every query with NXDOMAIN: nothing is learned from that.
 struct Denier {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
     ids: Vec<Pid>,
 }
 
-/// Puts a thread on a processor.
+/// Pins a thread to a CPU.
 fn pin(thread: Pid, processor: usize) -> Result<()> {
     let mut set = CpuSet::new();
     set.set(processor)?;
@@ -87,7 +87,7 @@ impl Denier {
             let stop = Arc::clone(&stop);
             let (tell, told) = mpsc::sync_channel(1);
             denier.threads.push(thread::spawn(move || {
-                // whoever asked waits
+                // The receiver waits.
                 let _ = tell.send(gettid());
                 let mut buffer = [0; 1500];
                 while !stop.load(Relaxed) {
@@ -96,7 +96,7 @@ impl Denier {
                     };
                     if let Some(flags) = buffer[..length].get_mut(2..4) {
                         flags.copy_from_slice(&[0x84, 0x83]);
-                        // a lost one is missed by whoever asked
+                        // The client counts a lost answer.
                         let _ = socket.send_to(&buffer[..length], from);
                     }
                 }
@@ -116,7 +116,7 @@ impl Drop for Denier {
     }
 }
 
-/// A client and a server, and the node between them.
+/// A client, a server, and the node between them.
 struct Path {
     topology: Topology,
     socket: UdpSocket,
@@ -149,10 +149,10 @@ impl Path {
         Daemon::start(&self.topology, &settings, &[("latency.yaml", POLICY)])
     }
 
-    /// Asks so often; µs from each question to its answer.
+    /// Sends `count` queries. Returns the µs from each query to its answer.
     fn ask(&mut self, kind: &Kind, count: usize) -> Result<Samples> {
         let processors = thread::available_parallelism().map_or(1, usize::from);
-        // in a thread of its own: what is pinned here shall not be inherited by a daemon
+        // In its own thread, so that a daemon started later does not inherit the CPU affinity.
         thread::scope(|scope| {
             let thread = scope.spawn(|| self.ask_pinned(kind, count, processors));
             thread
@@ -194,40 +194,40 @@ impl Path {
 struct Kind {
     name: &'static str,
     port: u16,
-    /// Client and server are on two processors.
+    /// Whether client and server run on two CPUs.
     apart: bool,
-    /// Between an answer and the next question.
+    /// Time between an answer and the next query.
     pause: Duration,
 }
 
 const KINDS: [Kind; 4] = [
     Kind {
-        name: "carried, two processors",
+        name: "inspected, two processors",
         port: READ,
         apart: true,
         pause: Duration::ZERO,
     },
     Kind {
-        name: "judged, not carried, two processors",
+        name: "not inspected, two processors",
         port: UNREAD,
         apart: true,
         pause: Duration::ZERO,
     },
     Kind {
-        name: "carried, two processors, calm",
+        name: "inspected, two processors, calm",
         port: READ,
         apart: true,
         pause: Duration::from_millis(1),
     },
     Kind {
-        name: "carried, one processor",
+        name: "inspected, one processor",
         port: READ,
         apart: false,
         pause: Duration::ZERO,
     },
 ];
 
-/// Medians over rounds of one way's quantiles.
+/// Quantiles of one variant: their medians over the rounds.
 #[derive(Default)]
 struct Figures {
     p50: Samples,
@@ -241,17 +241,17 @@ impl Figures {
     }
 }
 
-/// Runs it.
+/// Runs the measure.
 pub fn measure(effort: Effort) -> Result<Measure> {
     const MODES: [&str; 3] = ["poll", "spin", "busy-poll"];
     let (rounds, turns, count) = effort.pick((2, 3, 300), (5, 5, 1_000));
     progress(format_args!(
-        "latency: {rounds} rounds of {turns} turns of {count} questions, {} modes",
+        "latency: {rounds} rounds of {turns} turns of {count} queries, {} modes",
         MODES.len()
     ));
     let (mut open, mut guarded) = (Path::new()?, Path::new()?);
     let mut table = Table::new(
-        "From a question to its answer, µs; carried twice. \"Calm\": a millisecond between an answer and the next question, so that everybody sleeps",
+        "From a query to its answer, µs; two punts. \"Calm\": a millisecond between an answer and the next query, so that all threads sleep",
         &[
             "mode, what",
             "p50",
@@ -266,7 +266,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
     for mode in MODES {
         let mut figures: [[Figures; 2]; KINDS.len()] = Default::default();
         for _ in 0..rounds {
-            // A worker that spins takes a processor from all others: only one daemon runs at a time.
+            // A worker that spins takes CPU time from all others: only one daemon runs at a time.
             let daemon = guarded.guard(mode)?;
             for turn in 0..turns {
                 for (kind, [none, ours]) in KINDS.iter().zip(&mut figures) {
@@ -316,9 +316,9 @@ pub fn measure(effort: Effort) -> Result<Measure> {
     }
     Ok(Measure {
         name: "latency",
-        title: "Latency of what is carried",
+        title: "Latency of inspected packets",
         method: format!(
-            "A workload asks a server behind the NIC by UDP, one question after the other; both are threads that sleep in the kernel. Each exchange has two packets that are carried, read and released. Modes are those of `[worker] mode`, with one worker; {rounds} daemons for each, {turns} turns of {count} questions with each, in turn with a node that has no firewall."
+            "A workload asks a server behind the NIC by UDP, one query after the other; both are threads that sleep in the kernel. Each exchange has two packets that are punted, inspected and reinjected. Modes are those of `[worker] mode`, with one worker; {rounds} daemons for each, {turns} turns of {count} queries with each, in turn with a node that has no firewall."
         ),
         goals,
         tables: vec![table],

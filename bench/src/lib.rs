@@ -1,8 +1,8 @@
-//! What the packet path and the policy compiler cost, measured so that the figures can be made again.
+//! Cost of the packet path and of the policy compiler, in measures that can be repeated.
 //!
-//! `scripts/bench` runs everything and writes `bench/results/`. Each measure takes its variants in turn, again and
-//! again, so that whatever else the machine does meets all of them, and reports medians. Traffic only flows in
-//! network namespaces that the measure has made.
+//! `scripts/bench` runs all of them and writes `bench/results/`. Each measure runs its variants in turn, many times, so
+//! that other load on the machine affects all of them, and reports medians. Traffic stays in network namespaces that the
+//! measure has made.
 //!
 //! Depends on the crates that it measures and on `palisade-testbed`. Start at `main.rs`, which lists the measures.
 #![allow(unsafe_code, reason = "a counting allocator")]
@@ -26,7 +26,7 @@ pub mod traffic;
 pub mod web;
 pub mod wire;
 
-/// How much is measured.
+/// The size of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {
     /// Fewer and shorter samples, fewer sizes.
@@ -34,13 +34,13 @@ pub struct Effort {
 }
 
 impl Effort {
-    /// One of two values.
+    /// Returns one of two values.
     pub fn pick<T>(self, quick: T, full: T) -> T {
         if self.quick { quick } else { full }
     }
 }
 
-/// Says what is being done.
+/// Prints what is being measured.
 pub fn progress(text: std::fmt::Arguments<'_>) {
     eprintln!("bench: {text}");
 }

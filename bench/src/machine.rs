@@ -1,15 +1,15 @@
-//! The machine that figures are from.
+//! The machine on which figures were measured.
 
 use std::{fmt, fs};
 
 use serde::Serialize;
 
-/// What matters for figures.
+/// Properties that affect figures.
 #[derive(Debug, Serialize)]
 pub struct Machine {
     /// The processor's name.
     pub processor: String,
-    /// How many of them the system has.
+    /// Number of CPUs.
     pub processors: usize,
     /// Memory, MiB.
     pub memory_mib: u64,
@@ -17,12 +17,12 @@ pub struct Machine {
     pub kernel: String,
     /// Whether it is a virtual machine.
     pub virtual_machine: bool,
-    /// Mean number of runnable tasks over the minute before the run: others who used it.
+    /// Mean number of runnable tasks in the minute before the run: load of others.
     pub load_before: f64,
 }
 
 impl Machine {
-    /// This one.
+    /// Returns this machine.
     #[must_use]
     pub fn here() -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();

@@ -20,10 +20,10 @@ use palisade_flowlog::Timestamp;
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// A measure: its name, and what runs it.
+/// A measure: its name and its function.
 type Entry = (&'static str, fn(Effort) -> Result<Measure>);
 
-/// All of them, in the order in which they run.
+/// All measures, in the order in which they run.
 const MEASURES: &[Entry] = &[
     ("compile", compile::measure),
     ("established", program::established),
@@ -46,18 +46,18 @@ const MEASURES: &[Entry] = &[
 /// What the packet path, inspection and the policy compiler cost.
 #[derive(Parser)]
 struct Args {
-    /// Which measures; all if none is named.
+    /// Measures to run; all if none is named
     names: Vec<String>,
     /// Fewer and shorter samples, fewer sizes.
     #[arg(long)]
     quick: bool,
-    /// Where the report goes: latest.md, latest.json and plots.
+    /// Folder for the report: latest.md, latest.json and plots
     #[arg(long, default_value = "bench/results")]
     out: PathBuf,
-    /// Only reads something in memory, for who counts instructions.
+    /// Only parses something in memory, to count instructions
     #[arg(long, hide = true)]
     work: Option<String>,
-    /// So often.
+    /// Number of repetitions
     #[arg(long, hide = true, default_value_t = 1)]
     times: u64,
 }

@@ -1,4 +1,4 @@
-//! Memory in use, counted at the allocator.
+//! Memory use, counted at the allocator.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -9,7 +9,7 @@ static COUNTING: AtomicBool = AtomicBool::new(false);
 static NOW: AtomicIsize = AtomicIsize::new(0);
 static PEAK: AtomicIsize = AtomicIsize::new(0);
 
-/// The system's allocator; counts while [`count`] runs, and else costs a load and a branch.
+/// The system's allocator. Counts while [`count`] runs; otherwise it costs a load and a branch.
 pub struct Counting;
 
 fn add(bytes: isize) {
@@ -40,7 +40,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// Bytes in use after `f`, and at most during it, beyond those before; of all threads. With what `f` gave.
+/// Returns the result of `f`, the bytes in use after it, and the peak during it, in excess of those before; of all threads.
 pub fn count<T>(f: impl FnOnce() -> T) -> (T, f64, f64) {
     NOW.store(0, Relaxed);
     PEAK.store(0, Relaxed);

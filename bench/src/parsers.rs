@@ -1,5 +1,5 @@
-//! What reading costs: each parser against what it is built on or could be built on, and what a whole exchange costs
-//! in the engine. Times side by side, and instructions, which other users of the machine do not change.
+//! Cost of parsing: each parser against alternatives, and a whole exchange in the engine. Times side by side, and
+//! instruction counts, which other load does not change.
 
 use std::{hint::black_box, net::Ipv4Addr, process::Command, sync::Arc, time::Instant};
 
@@ -20,20 +20,20 @@ use crate::{
     wire::{self, End, Outcome, flags},
 };
 
-/// Something that is done again and again.
+/// An operation that is repeated.
 pub struct Work {
-    /// What is read.
+    /// Name of the input.
     pub what: &'static str,
-    /// Who reads it.
+    /// Name of the parser.
     pub who: &'static str,
-    /// Length of what is read.
+    /// Length of the input, bytes.
     pub bytes: usize,
-    /// Does it once.
+    /// Parses the input once.
     pub run: Box<dyn FnMut()>,
 }
 
 impl Work {
-    /// Its name on the command line.
+    /// Returns its name on the command line.
     #[must_use]
     pub fn name(&self) -> String {
         format!("{}/{}", self.what, self.who)
@@ -43,7 +43,7 @@ impl Work {
 const QUERY: &[u8] = include_bytes!("../../tests/fuzz/corpus/dns/query-edns");
 const ADDRESS: &[u8] = include_bytes!("../../tests/fuzz/corpus/dns/answer-a");
 const ALIAS: &[u8] = include_bytes!("../../tests/fuzz/corpus/dns/answer-cname");
-/// Itself, in tables.
+/// Name of Palisade's parsers in tables.
 const OURS: &str = "Palisade";
 
 fn hickory(what: &'static str, message: &'static [u8]) -> Work {
@@ -86,7 +86,7 @@ fn copying(what: &'static str, bytes: Vec<u8>) -> Work {
 const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 10);
 const SERVER: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 
-/// The rules of everything here, by the number of an inspector.
+/// Returns the rules of all exchanges, by the number of an inspector.
 #[must_use]
 pub fn rules() -> Rules {
     let pattern = || FqdnPattern::Pattern("*.bench.example".into());
@@ -113,7 +113,7 @@ pub fn rules() -> Rules {
     Rules::prepare(&sets.into(), None)
 }
 
-/// A flow of an endpoint, as the programs tell of it.
+/// Returns the punt request for a flow of an endpoint.
 #[must_use]
 pub fn slot(inspector: Inspector, reply: bool) -> PuntRequest {
     PuntRequest {
@@ -132,7 +132,7 @@ pub fn slot(inspector: Inspector, reply: bool) -> PuntRequest {
     }
 }
 
-/// An engine that knows the rules.
+/// Returns an engine with these rules.
 #[must_use]
 pub fn engine(limits: &Limits) -> Engine<()> {
     let mut engine = Engine::new(limits);
@@ -140,14 +140,14 @@ pub fn engine(limits: &Limits) -> Engine<()> {
     engine
 }
 
-/// Has an engine read frames, over and over. `judged`: how many exchanges it has judged and seen the end of.
+/// Returns an operation in which an engine inspects frames. `judged`: returns the number of exchanges that are complete.
 fn reads(
     what: &'static str,
     inspector: Inspector,
     exchange: impl Fn(u16) -> Vec<(bool, Vec<u8>)>,
     judged: fn(&Stats) -> u64,
 ) -> Work {
-    // another port each time, so that each exchange is a flow of its own
+    // Another port each time, so that each exchange is a flow of its own.
     let exchanges: Vec<_> = (20_000..20_256).map(exchange).collect();
     let bytes = exchanges[0].iter().map(|(_, frame)| frame.len()).sum();
     let (mut engine, mut outcome) = (engine(&Limits::default()), Outcome::default());
@@ -162,10 +162,10 @@ fn reads(
             }
             turn += 1;
             if turn % exchanges.len() == 0 {
-                // by then all of them are forgotten
+                // By then the engine has dropped all flows.
                 now += 100_000;
                 engine.tick(now, &mut outcome);
-                assert_eq!(judged(&engine.stats()), turn as u64, "each one is read");
+                assert_eq!(judged(&engine.stats()), turn as u64, "each exchange is inspected");
             }
             assert_eq!(outcome.discarded, 0, "everything is allowed");
         }),
@@ -187,7 +187,7 @@ fn dns_exchange(port: u16) -> Vec<(bool, Vec<u8>)> {
     ]
 }
 
-/// A connection from its first packet until it needs no reading any more.
+/// Returns a connection from its first packet until it is offloaded.
 #[must_use]
 pub fn tls_connection(client: End) -> Vec<(bool, Vec<u8>)> {
     let server = (SERVER, 443);
@@ -206,10 +206,10 @@ pub fn tls_connection(client: End) -> Vec<(bool, Vec<u8>)> {
     ]
 }
 
-/// The packets of [`http_connection`] up to which it is kept for another request.
+/// Number of packets of [`http_connection`] after which the connection is idle and persists.
 pub const KEPT_ALIVE: usize = 6;
 
-/// A connection with one request and its answer, from its first packet to its last one.
+/// Returns a connection with one request and its response, from its first packet to its last.
 #[must_use]
 pub fn http_connection(client: End) -> Vec<(bool, Vec<u8>)> {
     let server = (SERVER, 80);
@@ -230,7 +230,7 @@ pub fn http_connection(client: End) -> Vec<(bool, Vec<u8>)> {
     ]
 }
 
-/// All of it. What is read by several stands together, ourselves first.
+/// Returns all operations. Those with the same input are adjacent, Palisade's first.
 #[must_use]
 pub fn works() -> Vec<Work> {
     let head = wire::request("/api/v1/items/4711?page=2");
@@ -300,7 +300,7 @@ pub fn works() -> Vec<Work> {
     ]
 }
 
-/// Does one of them so often; for who counts instructions.
+/// Runs one operation `times` times, to count instructions.
 pub fn repeat(name: &str, times: u64) -> Result<()> {
     let mut works = works();
     let work = works.iter_mut().find(|work| work.name() == name);
@@ -311,7 +311,7 @@ pub fn repeat(name: &str, times: u64) -> Result<()> {
     Ok(())
 }
 
-/// Instructions of a whole run of this program, by valgrind.
+/// Returns the instructions of a whole run of this program, counted by valgrind.
 fn instructions(name: &str, times: u64) -> Result<f64> {
     let out = Command::new("valgrind")
         .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
@@ -326,15 +326,15 @@ fn instructions(name: &str, times: u64) -> Result<f64> {
     count.with_context(|| format!("valgrind: {text}"))
 }
 
-/// Instructions for one time: what more times take more.
+/// Returns the instructions of one repetition: the difference between many and few.
 fn instructions_once(name: &str) -> Result<f64> {
     const TIMES: u64 = 1_000;
-    // the first times fill tables
+    // The first repetitions fill tables.
     let (few, many) = (instructions(name, 512)?, instructions(name, 512 + TIMES)?);
     Ok((many - few) / TIMES as f64)
 }
 
-/// ns for one time.
+/// Returns the time of one repetition, ns.
 fn time(work: &mut Work, times: u32) -> f64 {
     let begin = Instant::now();
     for _ in 0..times {
@@ -343,7 +343,7 @@ fn time(work: &mut Work, times: u32) -> f64 {
     begin.elapsed().as_nanos() as f64 / f64::from(times)
 }
 
-/// Runs it.
+/// Runs the measure.
 pub fn measure(effort: Effort) -> Result<Measure> {
     let rounds = effort.pick(15, 51);
     let mut works = works();
@@ -374,7 +374,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
     let mut table = Table::new(
         "Once, in memory",
         &[
-            "what is read, by whom",
+            "input and parser",
             "bytes",
             "ns",
             "a second",

@@ -1,14 +1,14 @@
-//! Policies by the thousand.
+//! Generated policies.
 
 use std::fmt::Write as _;
 
-/// The n-th of the addresses that rules name and nobody has: 172.16.0.0/12.
+/// Returns the n-th address of 172.16.0.0/12, which rules name and no host has.
 #[must_use]
-pub fn nobody(n: usize) -> String {
+pub fn unused_address(n: usize) -> String {
     format!("172.{}.{}.{}", 16 + (n >> 16), (n >> 8) & 255, n & 255)
 }
 
-/// A policy that lets an address reach the workload `app` at a UDP port.
+/// Returns a policy that allows an address to the workload `app` at a UDP port.
 #[must_use]
 pub fn allow(name: &str, app: &str, from: &str, port: u16) -> String {
     format!(
@@ -16,7 +16,7 @@ pub fn allow(name: &str, app: &str, from: &str, port: u16) -> String {
     )
 }
 
-/// `count` files with a policy each; the last of them lets `from` in, the others let in who is not there.
+/// Returns `count` files with a policy each; the last allows `from`, the others allow addresses that no host has.
 #[must_use]
 pub fn files(count: usize, app: &str, from: &str, port: u16) -> Vec<(String, String)> {
     (0..count)
@@ -24,7 +24,7 @@ pub fn files(count: usize, app: &str, from: &str, port: u16) -> Vec<(String, Str
             let from = if n + 1 == count {
                 from.to_owned()
             } else {
-                nobody(n)
+                unused_address(n)
             };
             let name = format!("rule-{n}");
             (format!("{name}.yaml"), allow(&name, app, &from, port))
@@ -32,11 +32,11 @@ pub fn files(count: usize, app: &str, from: &str, port: u16) -> Vec<(String, Str
         .collect()
 }
 
-/// Workloads that [`mixed`] policies are about.
+/// Number of workloads that [`mixed`] policies select.
 pub const APPS: usize = 200;
 
-/// `count` policies such as people write, a file each, about [`APPS`] workloads of four tiers: labels, ports and ranges,
-/// prefixes with exceptions, the world, denials. Always the same.
+/// Returns `count` typical policies, a file each, about [`APPS`] workloads of four tiers: labels, ports and ranges,
+/// prefixes with exceptions, the world, deny rules. The same in every run.
 #[must_use]
 pub fn mixed(count: usize) -> Vec<(String, String)> {
     (0..count)
@@ -46,7 +46,7 @@ pub fn mixed(count: usize) -> Vec<(String, String)> {
 
 fn mixed_policy(n: usize) -> String {
     let mut text = String::new();
-    // Numbers that are spread but always the same (Knuth's multiplicative hash).
+    // Spread numbers that are the same in every run (Knuth's multiplicative hash).
     let pick = |salt: usize, below: usize| ((n * 31 + salt).wrapping_mul(2_654_435_761) >> 7) % below;
     let _ = write!(
         text,
@@ -124,8 +124,8 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_somebody_else_each_time() {
-        let all: std::collections::HashSet<_> = (0..100_000).map(nobody).collect();
+    fn unused_addresses_differ() {
+        let all: std::collections::HashSet<_> = (0..100_000).map(unused_address).collect();
         assert_eq!(all.len(), 100_000);
         assert!(
             all.iter()

@@ -1,7 +1,6 @@
-//! What one packet costs in the programs themselves, by BPF_PROG_TEST_RUN: no driver, no network stack.
+//! Cost of one packet in the programs alone, by BPF_PROG_TEST_RUN: no driver, no network stack.
 //!
-//! The programs run with maps of their own, filled by hand with as many rules and identities as a measure wants.
-//! Nothing is attached to anything.
+//! The programs have maps of their own, with as many rules and identities as a measure needs. Nothing is attached.
 
 use std::net::Ipv4Addr;
 
@@ -26,9 +25,9 @@ use crate::{
     traffic::{Frame, Stream},
 };
 
-/// The loopback interface: where the kernel says that test packets are.
+/// The loopback interface, by which test packets arrive.
 const IFINDEX: u32 = 1;
-/// The endpoint that is guarded: a workload, or the node.
+/// The guarded endpoint: a workload, or the node.
 const ENDPOINT: u16 = 1;
 /// The node's endpoint where a workload is guarded.
 const NODE: u16 = 9;
@@ -38,21 +37,21 @@ const PORT: u16 = 80;
 const SECOND: u64 = 1_000_000_000;
 /// Sizes of the tables of flows and of fragments: the defaults of the daemon.
 const FLOWS: u32 = 131_072;
-/// Slots of the new flows of each of the two endpoints in each direction.
+/// Slots for new flows of each of the two endpoints and directions.
 const SLOTS: usize = FLOWS as usize / 2 / 4;
 const FRAGMENTS: u32 = 8_192;
 /// The interface by which a packet for the workload entered the node.
 const NIC: u32 = 2;
 
-/// Programs that parse a packet and look one connection up.
+/// Programs that parse a packet and look up one flow.
 const BASELINE_XDP: &str = "bench_baseline";
 const BASELINE_TC: &str = "bench_baseline_tc";
 
-/// Return values of a program that drops.
+/// Return values of programs that drop.
 const XDP_DROP: u32 = 1;
 const TC_ACT_SHOT: u32 = 2;
 
-/// The n-th of the other ends.
+/// Returns the n-th peer.
 fn peer(n: u32) -> Ipv4Addr {
     Ipv4Addr::from(0x0a80_0000 + n)
 }
@@ -61,7 +60,7 @@ const fn peer_identity(n: u32) -> u32 {
     identity::FIRST_LOCAL + n
 }
 
-/// A program, where it stands, and which way the packets go that it judges.
+/// A program, its hook, and the direction of its packets.
 #[derive(Clone, Copy, Debug)]
 struct Place {
     name: &'static str,
@@ -92,7 +91,7 @@ const PLACES: [Place; 3] = [
 ];
 
 impl Place {
-    /// A UDP packet between the guarded endpoint and a peer, of one of the flows that they can have.
+    /// Returns a UDP packet between the guarded endpoint and a peer, of one of their flows.
     fn frame(&self, other: u32, flow: u16) -> Frame {
         let peer = peer(other);
         let stream = |from, to| Stream {
@@ -126,7 +125,7 @@ impl Place {
     }
 }
 
-/// A `struct __sk_buff` of a packet that came in by [`NIC`]: not one that this machine has made.
+/// A `struct __sk_buff` of a packet that entered by [`NIC`], not one that the node sends.
 const RECEIVED: [u8; 44] = {
     const INGRESS_IFINDEX: usize = 36;
     let mut context = [0; 44];
@@ -138,7 +137,7 @@ fn program_of<'a>(ebpf: &'a Ebpf, name: &str) -> Result<&'a Program> {
     ebpf.program(name).with_context(|| format!("no program {name}"))
 }
 
-/// The programs with maps of their own.
+/// The programs with their own maps.
 struct Loaded(Ebpf);
 
 fn raw<const N: usize>(value: &(impl IntoBytes + Immutable)) -> Result<[u8; N]> {
@@ -146,7 +145,7 @@ fn raw<const N: usize>(value: &(impl IntoBytes + Immutable)) -> Result<[u8; N]> 
 }
 
 impl Loaded {
-    /// With `rules` rules about `peers` identities: rule r lets peer r mod `peers` use port class 1 + r / `peers`. The
+    /// Loads `rules` rules about `peers` identities: rule r allows peer r mod `peers` the port class 1 + r / `peers`. The
     /// port of the traffic is of class 1.
     fn new(rules: u32, peers: u32) -> Result<Self> {
         let mut ebpf = EbpfLoader::new()
@@ -200,7 +199,7 @@ impl Loaded {
             other: 60 * SECOND,
             fragment: 5 * SECOND,
             trace_interval: 0,
-            // The cost of an event is not what is measured; as in any flood, nearly all of them are suppressed.
+            // Events are not measured; as in any flood, nearly all of them are suppressed.
             events_per_second: 1,
             host_endpoint: host_endpoint.into(),
             world_ipv4: identity::WORLD_IPV4,
@@ -229,7 +228,7 @@ impl Loaded {
             policy: POLICY,
             revision: 1,
             identity: identity::FIRST_LABELS,
-            // As the compiler has it for these rules: nothing is read, nothing denied by name.
+            // What the compiler sets for these rules: no inspection, no deny rules.
             flags: endpoint_flags::PLAIN_INGRESS | endpoint_flags::PLAIN_EGRESS,
         };
         self.array::<{ size_of::<EndpointState>() }>(maps::ENDPOINTS)?
@@ -300,7 +299,7 @@ impl Loaded {
         Ok(())
     }
 
-    /// Has the programs run at a place.
+    /// Configures the programs for a hook.
     fn stand_at(&mut self, place: &Place) -> Result<()> {
         self.configure(if place.role == role::HOST { ENDPOINT } else { NODE })?;
         let mut interfaces = self.array::<{ size_of::<Interface>() }>(maps::INTERFACES)?;
@@ -317,7 +316,7 @@ impl Loaded {
         Ok(())
     }
 
-    /// Mean time of `repeat` runs in ns, and whether the packet passes.
+    /// Returns the mean time of `repeat` runs in ns; fails unless the packet passes.
     fn run(&self, program: &str, frame: &Frame, repeat: u32) -> Result<f64> {
         let mut options = TestRunOptions::new();
         options.data_in = Some(frame);
@@ -337,7 +336,7 @@ impl Loaded {
         Ok(result.duration.as_nanos() as f64)
     }
 
-    /// Makes the connection known that the baseline looks up: the packet's, as ingress of endpoint 1.
+    /// Inserts the flow that the baseline looks up: that of the packet, as ingress of endpoint 1.
     fn know(&mut self, place: &Place, other: u32, flow: u16) -> Result<()> {
         const VALUE: usize = size_of::<CtEntry>();
         let (mut key, entry) = (
@@ -354,7 +353,7 @@ impl Loaded {
                 .hash::<{ size_of::<CtKey>() }, VALUE>(maps::CONNTRACK)?
                 .insert(raw(&key)?, raw(&entry)?, 0)?)
         } else {
-            Ok(()) // the program itself has made it
+            Ok(()) // The program itself has inserted it.
         }
     }
 
@@ -366,7 +365,7 @@ impl Loaded {
     }
 }
 
-/// Runs a measure in a network namespace of its own, where a packet to a peer is one to be forwarded.
+/// Runs a measure in its own network namespace, where packets to a peer are forwarded.
 fn apart(measure: impl FnOnce() -> Result<Measure> + Send) -> Result<Measure> {
     let ns = Ns::new("program")?;
     ns.sysctl("ipv4/ip_forward", "1")?;
@@ -374,12 +373,12 @@ fn apart(measure: impl FnOnce() -> Result<Measure> + Send) -> Result<Measure> {
     ns.enter(measure)
 }
 
-/// An established flow against a program that parses and does one lookup in an LRU hash.
+/// Measures a packet of an established flow, against a program that parses and does one lookup in an LRU hash.
 pub fn established(effort: Effort) -> Result<Measure> {
     apart(|| established_flow(effort))
 }
 
-/// The first packet of a flow, over numbers of rules and of identities.
+/// Measures the first packet of a flow, for several numbers of rules and identities.
 pub fn new_flow(effort: Effort) -> Result<Measure> {
     apart(|| first_packet(effort))
 }
@@ -443,8 +442,8 @@ fn established_flow(effort: Effort) -> Result<Measure> {
     })
 }
 
-/// What a new flow costs at a place, ns: where the slot that it takes is free; where that names a flow that is gone; and
-/// where it names a live one, which then has to be compared with another one and deleted.
+/// Returns the cost of a new flow at a hook, ns: with a free slot; with a slot that names a deleted flow; and with a slot
+/// that names a live flow, which is compared with another one and deleted.
 fn by_slot(place: &Place) -> Result<[f64; 3]> {
     const PEERS: u32 = 10;
     const PACKETS: usize = SLOTS / 4;
@@ -460,7 +459,7 @@ fn by_slot(place: &Place) -> Result<[f64; 3]> {
         Ok(())
     };
     deleted(&mut loaded, &mut free)?;
-    // Slots are chosen at random: this many flows leave hardly a slot without one.
+    // Slots are chosen at random: with this many flows hardly a slot is free.
     let filled = 6 * SLOTS;
     for (n, (other, port)) in (0..filled + PACKETS).map(|n| (n, flow(n))) {
         let time = loaded.run(place.program, &place.frame(other, port), 1)?;
@@ -469,7 +468,7 @@ fn by_slot(place: &Place) -> Result<[f64; 3]> {
         }
     }
     for (other, port) in (0..filled + PACKETS).map(flow) {
-        // Most have given way.
+        // Most were evicted.
         let _ = loaded.forget(&place.key(other, port));
     }
     deleted(&mut loaded, &mut gone)?;
@@ -505,7 +504,7 @@ fn first_packet(effort: Effort) -> Result<Measure> {
         }
         for n in 0..packets {
             for ((one, samples), (_, peers)) in loaded.iter_mut().zip(&mut samples).zip(sizes) {
-                // Numbers that lie far apart but are the same in every run (Knuth's multiplicative hash).
+                // Distant numbers that are the same in every run (Knuth's multiplicative hash).
                 let random = (n as u32).wrapping_mul(2_654_435_761) % peers;
                 for (other, samples) in [0, random].into_iter().zip(samples) {
                     let flow = 1_024 + (n % 60_000) as u16;

@@ -1,13 +1,13 @@
-//! Packets a second that a worker carries, against a bare AF_XDP forwarder on the same veth.
+//! Packets per second through a worker, against a bare AF_XDP forwarder on the same veth.
 //!
-//! Both sit at the same end of the same veth pair, behind the same XDP program, with the same socket (one queue, as
-//! many frames, the same way of waiting), and get the same frames: DNS queries and answers with what the programs put
-//! in front of them. So what differs is what a worker does between receiving and sending. The bare forwarder sends
-//! each frame back as it came. The worker reads what stands in front, decodes the packet, verifies its checksum, finds
-//! rules, has it read, and puts behind it where it goes.
+//! Both run at the same end of the same veth pair, behind the same XDP program, with the same socket (one queue, as many
+//! frames, the same waiting mode), and receive the same frames: DNS queries and answers with a punt header. They differ
+//! only between receiving and sending. The bare forwarder sends each frame back unchanged. The worker parses the punt
+//! header, decodes the packet, verifies its checksum, looks up rules, inspects the packet, and appends the reinject
+//! trailer.
 //!
-//! Whoever sends keeps a bounded number of frames under way and counts what comes back: the rate is one that both
-//! sustain, and what did not come back is lost.
+//! The sender limits the number of frames in flight and counts those that come back: the rate is one that both sustain, and
+//! the other frames are lost.
 
 use std::{
     any::Any,
@@ -55,26 +55,26 @@ use crate::{
     wire,
 };
 
-/// What proves that a frame is ours. Its first byte stands where a MAC address would, so it names no group.
+/// Cookie of the punt header. The first byte on the wire would be a MAC address's, so it must not be a group address.
 const COOKIE: u64 = 0x0102_0304_0506_0708 << 1;
 const RULESET: u32 = 5;
 /// Flows of the traffic.
 const FLOWS: u16 = 64;
-/// Frames under way: less than half of what the ring holds, from where on a worker sheds.
+/// Frames in flight: less than half of the ring, above which a worker sheds packets.
 const UNDER_WAY: u64 = 512;
 /// The ends of the veth pair.
 const NODE_END: &str = "a";
 const WORKER_END: &str = "b";
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Who takes the frames.
+/// The program that receives the frames.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Way {
-    /// A loop around a socket.
+    /// The bare forwarder.
     Bare,
-    /// A worker whose engine lets everything go.
+    /// A worker whose engine forwards everything.
     Carries,
-    /// A worker with the engine of the daemon, which reads DNS.
+    /// A worker with the daemon's engine, which inspects DNS.
     Reads,
 }
 
@@ -84,13 +84,13 @@ impl Way {
     const fn name(self) -> &'static str {
         match self {
             Self::Bare => "bare forwarder",
-            Self::Carries => "worker, carries",
-            Self::Reads => "worker, reads DNS",
+            Self::Carries => "worker, forwards",
+            Self::Reads => "worker, inspects DNS",
         }
     }
 }
 
-/// An engine that lets everything go.
+/// An engine that forwards everything.
 struct Open;
 
 impl Inspect for Open {
@@ -117,7 +117,7 @@ impl Inspect for Open {
     fn forget_endpoint(&mut self, _: u16, _: &mut impl Sink<Handle>) {}
 }
 
-/// A query and its answer (there is no such name, so nothing is to be learned) for each flow, as they are carried.
+/// Returns a query and its answer for each flow, with punt headers. The answer is NXDOMAIN, so that nothing is learned.
 fn frames() -> Vec<Vec<u8>> {
     let (client, server) = (Ipv4Addr::new(10, 0, 1, 10), Ipv4Addr::new(198, 51, 100, 2));
     let slot = |flags| PuntRequest {
@@ -174,11 +174,11 @@ fn rules() -> Rules {
     Rules::prepare(&[(RULESET, Arc::new(set))].into(), None)
 }
 
-/// A veth pair with the program at the workers' end that gives frames to the socket.
+/// A veth pair with the program that passes frames to the socket at the workers' end.
 struct Veth {
     ns: Ns,
     ebpf: Ebpf,
-    /// Interface counters of the namespace: always those of the thread that opened it.
+    /// Interface counters of the namespace in which the file was opened.
     counters: File,
 }
 
@@ -215,7 +215,7 @@ impl Veth {
         Ok(XskMap::try_from(map)?.set(0, socket, 0)?)
     }
 
-    /// Frames that came back.
+    /// Returns the number of frames that came back.
     fn returned(&self) -> Result<u64> {
         let mut text = [0; 2_048];
         let length = self.counters.read_at(&mut text, 0)?;
@@ -227,7 +227,8 @@ impl Veth {
         packets.context("no counter of the veth")
     }
 
-    /// Sends the frames in turn and waits for them to come back. Sent, returned, and how long that took.
+    /// Sends the frames in turn and waits until they come back. Returns how many were sent and came back, and how long that
+    /// took.
     fn drive(&self, frames: &[Vec<u8>], duration: Duration) -> Result<(u64, u64, Duration)> {
         self.ns.enter(|| {
             let sender = Sender::open(NODE_END)?;
@@ -256,12 +257,12 @@ impl Veth {
     }
 }
 
-/// How much time a thread has had a processor for.
+/// CPU time of a thread.
 #[derive(Clone, Default)]
 struct Used(Arc<OnceLock<PathBuf>>);
 
 impl Used {
-    /// Of the calling thread, which then can be asked about from everywhere.
+    /// Selects the calling thread; any thread can then read its CPU time.
     fn here(&self) {
         if let Ok(path) = fs::read_link("/proc/thread-self") {
             let _ = self.0.set(PathBuf::from("/proc").join(path).join("schedstat"));
@@ -276,7 +277,7 @@ impl Used {
     }
 }
 
-/// What takes the frames and sends them back.
+/// A receiver of the frames that sends them back.
 struct BareForwarder {
     veth: Veth,
     used: Used,
@@ -294,7 +295,7 @@ fn socket(mode: Mode) -> Config {
     }
 }
 
-/// Starts a worker, and somebody who takes the records that it writes.
+/// Starts a worker, and a thread that drains its records.
 fn start<E: Inspect + 'static>(
     mode: Mode,
     port: impl Fn() -> io::Result<Socket> + Send + Sync + 'static,
@@ -321,14 +322,14 @@ fn start<E: Inspect + 'static>(
     let stop = Arc::clone(&forwarder.stop);
     forwarder.threads.push(thread::spawn(move || {
         while !stop.load(Relaxed) {
-            // an empty queue is no error
+            // A timeout is no error: there may be no records.
             let _ = records.recv_timeout(Duration::from_millis(50));
         }
     }));
     Ok(())
 }
 
-/// The bare forwarder.
+/// Runs the bare forwarder until `stop`.
 fn forward(mut socket: Socket, stop: &AtomicBool) -> io::Result<()> {
     let mut frames = Vec::with_capacity(64);
     while !stop.load(Relaxed) {
@@ -337,7 +338,7 @@ fn forward(mut socket: Socket, stop: &AtomicBool) -> io::Result<()> {
             continue;
         }
         for frame in frames.drain(..) {
-            // what finds no room is lost, and missed by whoever counts
+            // A frame that does not fit is lost; the sender counts it.
             let _ = socket.send(frame);
         }
         socket.flush()?;
@@ -355,7 +356,7 @@ impl BareForwarder {
             counters: None,
             pool: None,
         };
-        // the socket is the thread's own; its descriptor is put into the map from here
+        // The socket belongs to the thread; this thread inserts its descriptor into the map.
         let (tell, told) = mpsc::sync_channel(1);
         let enter = {
             let (ns, used) = (forwarder.veth.ns.clone(), forwarder.used.clone());
@@ -363,7 +364,7 @@ impl BareForwarder {
                 ns.join().map_err(io::Error::other)?;
                 used.here();
                 let socket = Socket::new(&socket(mode))?;
-                // whoever asked may have given up
+                // The receiver may have given up.
                 let _ = tell.try_send(socket.as_raw_fd());
                 Ok(socket)
             }
@@ -388,7 +389,7 @@ impl BareForwarder {
         Ok(forwarder)
     }
 
-    /// Why frames did not come back.
+    /// Returns why frames did not come back.
     fn report(&self) -> String {
         self.counters.as_ref().map_or_else(String::new, |counters| {
             format!(
@@ -405,18 +406,18 @@ impl Drop for BareForwarder {
         self.stop.store(true, Relaxed);
         self.pool = None;
         for thread in self.threads.drain(..) {
-            // what it had to say it has said
+            // The thread has reported its errors already.
             let _ = thread.join();
         }
     }
 }
 
-/// What was measured of one way.
+/// Results of one receiver.
 #[derive(Default)]
 struct Figures {
-    /// Frames a second.
+    /// Frames per second.
     rate: Samples,
-    /// Frames for a second of a processor of the thread that has the socket.
+    /// Frames per CPU second of the thread that owns the socket.
     cheap: Samples,
     lost: u64,
     sent: u64,
@@ -451,7 +452,7 @@ impl Figures {
     }
 }
 
-/// Runs it.
+/// Runs the measure.
 pub fn measure(effort: Effort) -> Result<Measure> {
     let rounds = effort.pick(5, 15);
     let duration = effort.pick(Duration::from_millis(300), Duration::from_millis(600));
@@ -526,7 +527,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
     }
     Ok(Measure {
         name: "punt",
-        title: "Packets carried by a worker",
+        title: "Packets per second of a worker",
         method: format!(
             "A worker and a bare AF_XDP forwarder (receive, send back, flush) at the same end of the same veth pair, behind the same XDP program, with the same socket, get the same frames: DNS queries and answers of {FLOWS} flows. At most {UNDER_WAY} frames are under way; what has not come back 200 ms after the end is lost. {rounds} rounds of {} ms take the ways in turn, each with a fresh socket.",
             duration.as_millis()

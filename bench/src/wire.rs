@@ -21,7 +21,7 @@ pub mod flags {
     pub const PUSH: u8 = PSH | ACK;
 }
 
-/// An Ethernet frame around a segment of a transport whose checksum stands at `sum_at`.
+/// Returns an Ethernet frame around a segment whose checksum is at `sum_at`.
 fn frame(protocol: u8, from: End, to: End, mut segment: Vec<u8>, sum_at: usize) -> Vec<u8> {
     let mut pseudo = [from.0.octets(), to.0.octets()].concat();
     pseudo.extend([0, protocol]);
@@ -36,14 +36,14 @@ fn frame(protocol: u8, from: End, to: End, mut segment: Vec<u8>, sum_at: usize) 
     ip.extend(to.0.octets());
     let sum = packet::checksum(0, &ip);
     ip[10..12].copy_from_slice(&sum.to_be_bytes());
-    // to a neighbour of whoever gets it: counted, and dropped at once
+    // Addressed to another host: the receiver counts the frame and drops it at once.
     let mut frame = vec![2, 0, 0x5e, 0, 0x53, 1, 2, 0, 0x5e, 0, 0x53, 2, 8, 0];
     frame.extend(ip);
     frame.extend(segment);
     frame
 }
 
-/// A UDP datagram.
+/// Returns a UDP datagram.
 #[must_use]
 pub fn udp(from: End, to: End, payload: &[u8]) -> Vec<u8> {
     let mut segment = [from.1.to_be_bytes(), to.1.to_be_bytes()].concat();
@@ -53,7 +53,7 @@ pub fn udp(from: End, to: End, payload: &[u8]) -> Vec<u8> {
     frame(17, from, to, segment, 6)
 }
 
-/// A TCP segment.
+/// Returns a TCP segment.
 #[must_use]
 pub fn tcp(from: End, to: End, sequence: u32, acknowledged: u32, flags: u8, payload: &[u8]) -> Vec<u8> {
     let mut segment = [from.1.to_be_bytes(), to.1.to_be_bytes()].concat();
@@ -72,7 +72,7 @@ fn record(message: &[u8]) -> Vec<u8> {
     [&[22, 3, 1][..], &vector(message)].concat()
 }
 
-/// A ClientHello of a present-day browser's size: a post-quantum key share (X25519MLKEM768, 1,216 bytes) in it.
+/// Returns a ClientHello of a browser's size, with a post-quantum key share (X25519MLKEM768, 1,216 bytes).
 #[must_use]
 pub fn client_hello(name: &str) -> Vec<u8> {
     let mut extensions = vec![0, 43, 0, 3, 2, 3, 4];
@@ -89,7 +89,7 @@ pub fn client_hello(name: &str) -> Vec<u8> {
     let classic = [&[0, 0x1d][..], &vector(&[9; 32])].concat();
     extension(51, &vector(&[hybrid, classic].concat()));
     extension(45, &[1, 1]);
-    // where a browser has tickets, ECH that leads nowhere, and whatever it tries out this month
+    // Instead of a browser's tickets, GREASE ECH and experiments.
     extension(21, &[0; 320]);
     let mut body = vec![3, 3];
     body.extend([7; 32]);
@@ -101,7 +101,7 @@ pub fn client_hello(name: &str) -> Vec<u8> {
     record(&[&[1, 0][..], &vector(&body)].concat())
 }
 
-/// A ServerHello of TLS 1.3 that asks for nothing.
+/// Returns a ServerHello of TLS 1.3.
 #[must_use]
 pub fn server_hello() -> Vec<u8> {
     let mut body = vec![3, 3];
@@ -111,7 +111,7 @@ pub fn server_hello() -> Vec<u8> {
     record(&[&[2, 0][..], &vector(&body)].concat())
 }
 
-/// The head of a request as a browser sends it.
+/// Returns the head of a browser's request.
 #[must_use]
 pub fn request(path: &str) -> Vec<u8> {
     format!(
@@ -131,7 +131,7 @@ pub fn request(path: &str) -> Vec<u8> {
     .into_bytes()
 }
 
-/// An answer of 1,000 bytes as a server sends it that keeps the connection.
+/// Returns a response of 1,000 bytes on a persistent connection.
 #[must_use]
 pub fn response() -> Vec<u8> {
     let head = "HTTP/1.1 200 OK\r\n\
@@ -145,13 +145,13 @@ pub fn response() -> Vec<u8> {
     [head.as_bytes(), &[b'x'; 1_000]].concat()
 }
 
-/// What came of packets that an engine was given. Learns everything at once.
+/// Counts the effects of an engine. Commits learned addresses at once.
 #[derive(Default)]
 pub struct Outcome {
     learn: Option<CommitRequest>,
-    /// Packets that went on.
+    /// Packets that were forwarded.
     pub released: u64,
-    /// Packets that did not.
+    /// Packets that were dropped.
     pub discarded: u64,
 }
 
@@ -178,7 +178,7 @@ impl Sink<()> for Outcome {
     fn record(&mut self, _: &Record) {}
 }
 
-/// Gives an engine a frame for a slot.
+/// Passes a frame with a punt request to an engine.
 pub fn read(engine: &mut Engine<()>, outcome: &mut Outcome, now: Millis, slot: &PuntRequest, frame: &[u8]) {
     let mut packet = Packet::default();
     if decode(frame, Start::Ethernet { tags_removed: 0 }, &mut packet).is_err() {
