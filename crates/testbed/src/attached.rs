@@ -1,4 +1,4 @@
-//! What BPF has attached to an interface, asked of the kernel itself: not every version of bpftool knows tcx.
+//! Queries the BPF programs attached to an interface from the kernel, because older versions of bpftool do not know tcx.
 
 use std::io;
 
@@ -28,8 +28,8 @@ struct ProgQuery {
     revision: u64,
 }
 
-/// The hooks of an interface at which something is attached: `xdp`, `tcx ingress`, `tcx egress`,
-/// `clsact ingress`, `clsact egress`.
+/// Returns the hooks of an interface that have a program: `xdp`, `tcx ingress`, `tcx egress`, `clsact ingress`,
+/// `clsact egress`.
 pub fn hooks(ns: &Ns, interface: &str) -> Result<Vec<&'static str>> {
     let mut found = Vec::new();
     if ns
@@ -49,7 +49,7 @@ pub fn hooks(ns: &Ns, interface: &str) -> Result<Vec<&'static str>> {
         }
     }
     for (name, side) in [("clsact ingress", "ingress"), ("clsact egress", "egress")] {
-        // without the queueing discipline it prints nothing
+        // Without a clsact qdisc, `tc filter show` prints nothing.
         if ns
             .run("tc", &["filter", "show", "dev", interface, side])?
             .contains("bpf")
@@ -66,8 +66,8 @@ fn tcx_programs(ifindex: u32, attach_type: u32) -> io::Result<u32> {
         attach_type,
         ..ProgQuery::default()
     };
-    // SAFETY: the kernel reads and writes at most the given size of the structure, which lives through the call;
-    // prog_ids and link_ids are null, which asks for the count only.
+    // SAFETY: the kernel reads and writes at most the given size of the structure, which outlives the call. `prog_ids`
+    // and `link_ids` are null, so the kernel returns only the count.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -81,7 +81,7 @@ fn tcx_programs(ifindex: u32, attach_type: u32) -> io::Result<u32> {
     }
     let error = io::Error::last_os_error();
     match error.raw_os_error() {
-        // ENOENT: nothing ever was attached; EINVAL: the kernel has no tcx
+        // ENOENT: no program was ever attached. EINVAL: the kernel has no tcx.
         Some(libc::ENOENT | libc::EINVAL) => Ok(0),
         _ => Err(error),
     }

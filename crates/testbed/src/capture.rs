@@ -1,4 +1,4 @@
-//! What an interface really saw: the last word on whether something got through.
+//! Captures the packets on an interface, for tests of what the firewall has passed or dropped.
 
 use std::{
     io,
@@ -22,7 +22,7 @@ use crate::{
 
 const ETH_P_ALL: u16 = 0x0003;
 
-/// Packets of one interface, both directions, from its start on.
+/// A capture of the packets on one interface in both directions. Dropping it ends the capture.
 #[derive(Debug)]
 pub struct Capture {
     packets: Arc<Mutex<Vec<Packet>>>,
@@ -36,7 +36,7 @@ impl Capture {
         Self::start_where(ns, interface, |_| true)
     }
 
-    /// Starts to capture the IP packets on `interface` of `ns` that `wanted` says yes to.
+    /// Starts to capture the IP packets on `interface` of `ns` for which `wanted` returns true.
     pub fn start_where(
         ns: &Ns,
         interface: &str,
@@ -57,7 +57,7 @@ impl Capture {
         })
     }
 
-    /// What was seen so far.
+    /// Returns the packets captured so far.
     #[must_use]
     pub fn packets(&self) -> Vec<Packet> {
         self.packets
@@ -66,7 +66,7 @@ impl Capture {
             .clone()
     }
 
-    /// How many packets `wanted` says yes to.
+    /// Returns the number of packets for which `wanted` returns true.
     pub fn count(&self, wanted: impl Fn(&Packet) -> bool) -> usize {
         self.packets
             .lock()
@@ -76,18 +76,18 @@ impl Capture {
             .count()
     }
 
-    /// How many packets came in from `source`.
+    /// Returns the number of incoming packets from `source`.
     #[must_use]
     pub fn received_from(&self, source: IpAddr) -> usize {
         self.count(|p| !p.outgoing && p.source == source)
     }
 
-    /// Waits for a packet that `wanted` says yes to.
+    /// Waits for a packet for which `wanted` returns true.
     pub fn wait(&self, what: &str, timeout: Duration, wanted: impl Fn(&Packet) -> bool) -> Result<()> {
         self.wait_for(1, what, timeout, wanted)
     }
 
-    /// Waits for so many packets that `wanted` says yes to.
+    /// Waits for `count` packets for which `wanted` returns true.
     pub fn wait_for(
         &self,
         count: usize,
@@ -115,15 +115,15 @@ pub(crate) fn open(index: u32) -> io::Result<Socket> {
         Some(Protocol::from(i32::from(ETH_P_ALL.to_be()))),
     )?;
     let mut storage = SockAddrStorage::zeroed();
-    // SAFETY: sockaddr_ll is a valid view of the storage that a packet socket's address is kept in.
+    // SAFETY: the address of a packet socket is a `sockaddr_ll`, which fits into the zeroed storage.
     let address = unsafe { storage.view_as::<libc::sockaddr_ll>() };
     address.sll_family = libc::AF_PACKET as u16;
     address.sll_protocol = ETH_P_ALL.to_be();
     address.sll_ifindex = index.cast_signed();
-    // SAFETY: the storage holds a sockaddr_ll of that size, filled in above.
+    // SAFETY: the storage holds a `sockaddr_ll` of that size, initialised above.
     let address = unsafe { SockAddr::new(storage, size_of::<libc::sockaddr_ll>() as libc::socklen_t) };
     socket.bind(&address)?;
-    // best effort: the default holds some hundred packets
+    // The default size holds some hundred packets. If this fails, a fast sender may lose packets of the capture.
     let _ = socket.set_recv_buffer_size(8 << 20);
     socket.set_read_timeout(Some(Duration::from_millis(50)))?;
     Ok(socket)
@@ -151,7 +151,7 @@ fn receive(
             )
         };
         let Ok(n) = usize::try_from(n) else { continue };
-        // SAFETY: it was zeroed, and the kernel wrote at most its length.
+        // SAFETY: `from` was zeroed, and the kernel has written at most its size.
         let from = unsafe { from.assume_init() };
         if let Some(packet) = parse(&buffer[..n], from.sll_pkttype == libc::PACKET_OUTGOING)
             && wanted(&packet)

@@ -1,4 +1,4 @@
-//! The real daemon on a testbed's node.
+//! The Palisade daemon, running on the node of a testbed.
 
 use std::{
     fmt::Write as _,
@@ -18,19 +18,19 @@ use crate::{
     topology::{NIC, Topology},
 };
 
-/// How long anything that the daemon is asked for may take.
+/// Longest time that a request to the daemon may take.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long a start may take: the kernel's verifier has the larger part of it.
+/// Longest time that a start may take; most of it is spent in the kernel's verifier.
 const START: Duration = Duration::from_secs(90);
 
-/// Where the programs stand, as the configuration names it.
+/// The hooks of the programs, with the words of the configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hooks {
     /// `ingress` of workloads: `auto`, `xdp` or `tc`.
     pub endpoint: &'static str,
     /// `ingress` of the NIC.
     pub host: &'static str,
-    /// `tc` of both: `auto`, `tcx` or `clsact`.
+    /// `tc` of workloads and NIC: `auto`, `tcx` or `clsact`.
     pub tc: &'static str,
 }
 
@@ -44,7 +44,7 @@ impl Default for Hooks {
     }
 }
 
-/// What differs from the default configuration.
+/// The configuration of a daemon.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// `[policy] enforcement`.
@@ -53,13 +53,13 @@ pub struct Settings {
     pub audit: bool,
     /// `[policy] allow_localhost`.
     pub allow_localhost: &'static str,
-    /// Whether the node's NIC is guarded, and the node with it.
+    /// Whether the NIC is a guarded interface, and so the node an endpoint.
     pub nic: bool,
-    /// Where the programs stand.
+    /// The hooks of the programs.
     pub hooks: Hooks,
-    /// Whether the daemon is told the workloads' namespaces, from which it takes over open connections.
+    /// Whether the configuration names the workloads' network namespaces, from which the daemon seeds open connections.
     pub seed: bool,
-    /// Further tables: `[limits]`, `[timeouts]`, `[[peer]]`, `[[namespace]]`.
+    /// Further tables in TOML: `[limits]`, `[timeouts]`, `[[peer]]`, `[[namespace]]`.
     pub tables: String,
 }
 
@@ -77,7 +77,7 @@ impl Default for Settings {
     }
 }
 
-/// A daemon with its own configuration, policies, pins and state.
+/// A daemon with a configuration, policies, pins and state of its own.
 #[derive(Debug)]
 pub struct Daemon {
     binary: PathBuf,
@@ -89,7 +89,7 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Writes configuration and policies (`(file name, contents)`), starts the daemon and waits until it enforces.
+    /// Writes the configuration and the policies (`(file name, contents)`), starts the daemon and waits until it enforces.
     pub fn start(topology: &Topology, settings: &Settings, policies: &[(&str, &str)]) -> Result<Self> {
         let mut daemon = Self::prepare(topology, settings, policies)?;
         daemon.spawn()?;
@@ -97,7 +97,7 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// The same without starting it.
+    /// Writes the configuration and the policies without starting the daemon.
     pub fn prepare(topology: &Topology, settings: &Settings, policies: &[(&str, &str)]) -> Result<Self> {
         ensure_bpffs()?;
         let dir = temp_dir("daemon")?;
@@ -165,7 +165,7 @@ impl Daemon {
                 let _ = writeln!(text, "netns = {:?}", w.ns.name());
             }
         }
-        // The addresses of a testbed are special-purpose addresses, and its names point to them.
+        // The addresses of a testbed are special-purpose addresses, and the names of tests resolve to them.
         let special = "[dns]\nallow_special = [\"10.0.0.0/8\", \"100.64.0.0/10\", \"192.0.2.0/24\", \"198.18.0.0/15\", \
                        \"198.51.100.0/24\", \"203.0.113.0/24\", \"2001:db8::/32\", \"fd00::/8\"]\n";
         let tables = match settings.tables.split_once("[dns]\n") {
@@ -178,43 +178,43 @@ impl Daemon {
         text
     }
 
-    /// The configuration file.
+    /// Returns the path of the configuration file.
     #[must_use]
     pub fn config(&self) -> PathBuf {
         self.dir.path().join("palisade.toml")
     }
 
-    /// The folder with the policies.
+    /// Returns the path of the policy folder.
     #[must_use]
     pub fn policies(&self) -> PathBuf {
         self.dir.path().join("policies.d")
     }
 
-    /// The control socket.
+    /// Returns the path of the control socket.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.dir.path().join("palisade.sock")
     }
 
-    /// Where it pins.
+    /// Returns the pin directory.
     #[must_use]
     pub fn pins(&self) -> &Path {
         &self.pins
     }
 
-    /// Its process id, while it runs.
+    /// Returns the process id; `None` if the daemon was ended.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
         self.process.as_ref().map(Process::pid)
     }
 
-    /// Starts it by another program from now on, which becomes the daemon at its end: the daemon's command line is put
-    /// behind these arguments.
+    /// Sets a command through which the daemon is started. The daemon's command line is appended to its arguments, and the
+    /// command must end with `exec` of that command line.
     pub fn start_through(&mut self, command: Vec<String>) {
         self.through = command;
     }
 
-    /// Starts the process; it may not enforce yet.
+    /// Starts the process without waiting until it enforces.
     pub fn spawn(&mut self) -> Result<()> {
         let mut command = match &self.through[..] {
             [] => self.node.command(&self.binary),
@@ -229,7 +229,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// Waits until everything is attached and enforced.
+    /// Waits until the daemon has attached all programs and enforces all policies.
     pub fn wait(&mut self) -> Result<()> {
         let start = Instant::now();
         loop {
@@ -251,7 +251,7 @@ impl Daemon {
         }
     }
 
-    /// What the daemon has printed.
+    /// Returns the output of the daemon.
     #[must_use]
     pub fn log(&self) -> String {
         fs::read(self.dir.path().join("palisade.log"))
@@ -259,7 +259,7 @@ impl Daemon {
             .unwrap_or_default()
     }
 
-    /// A command of the command line, not run yet.
+    /// Returns a `palisade` command for this daemon, not started yet.
     #[must_use]
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = self.node.command(&self.binary);
@@ -272,12 +272,12 @@ impl Daemon {
         command
     }
 
-    /// Runs the command line to its end, whatever comes of it.
+    /// Runs a `palisade` command to its end and returns its output and exit status.
     pub fn try_cli(&self, args: &[&str]) -> Result<Output> {
         output(&mut self.command(args), PATIENCE)
     }
 
-    /// Runs the command line; its standard output.
+    /// Runs a `palisade` command that must succeed, and returns its standard output.
     pub fn cli(&self, args: &[&str]) -> Result<String> {
         let out = self.try_cli(args)?;
         ensure!(
@@ -291,7 +291,7 @@ impl Daemon {
         String::from_utf8(out.stdout).context("output is not UTF-8")
     }
 
-    /// Runs the command line with `-o json`.
+    /// Runs a `palisade` command with `-o json`.
     pub fn json(&self, args: &[&str]) -> Result<Value> {
         let mut args = args.to_vec();
         args.extend(["-o", "json"]);
@@ -299,7 +299,7 @@ impl Daemon {
         serde_json::from_str(&text).with_context(|| format!("palisade {}: {text}", args.join(" ")))
     }
 
-    /// Writes one policy file, atomically; does not wait.
+    /// Writes one policy file atomically. Does not wait until the daemon has read it.
     pub fn write(&self, name: &str, contents: &str) -> Result<()> {
         let mut file = tempfile::NamedTempFile::new_in(self.dir.path())?;
         std::io::Write::write_all(&mut file, contents.as_bytes())?;
@@ -307,10 +307,9 @@ impl Daemon {
         Ok(())
     }
 
-    /// Makes the folder hold exactly these policies, and waits until they are enforced.
+    /// Replaces the contents of the policy folder, and waits until the policies are enforced.
     ///
-    /// The files get names that were never there before, so that what the daemon says of its files cannot be
-    /// about their predecessors.
+    /// The files get new names, so that the daemon's status of a file cannot be that of an earlier file.
     pub fn apply(&self, policies: &[(&str, &str)]) -> Result<()> {
         let n = serial();
         let old: Vec<PathBuf> = fs::read_dir(self.policies())?
@@ -325,7 +324,7 @@ impl Daemon {
         self.settle()
     }
 
-    /// Waits until the daemon has read all files that the folder holds now, and no others.
+    /// Waits until the daemon's status lists exactly the files of the policy folder.
     pub fn settle(&self) -> Result<()> {
         let mut wanted: Vec<String> = fs::read_dir(self.policies())?
             .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
@@ -344,12 +343,12 @@ impl Daemon {
         .map(drop)
     }
 
-    /// `palisade status -o json`.
+    /// Returns the output of `palisade status -o json`.
     pub fn status(&self) -> Result<Value> {
         self.json(&["status"])
     }
 
-    /// Waits until the status satisfies `wanted`, and returns it.
+    /// Waits until `wanted` returns true for the status, and returns that status.
     pub fn wait_status(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
         let mut status = Value::Null;
         wait_until(what, PATIENCE, || {
@@ -360,13 +359,13 @@ impl Daemon {
         Ok(status)
     }
 
-    /// `kill -9`: what is attached stays.
+    /// Kills the daemon (SIGKILL). The programs remain attached.
     pub fn kill9(&mut self) -> Result<()> {
         let mut process = self.process.take().context("the daemon does not run")?;
         process.kill9()
     }
 
-    /// SIGTERM, and waits for the end: what is attached stays.
+    /// Sends SIGTERM and waits for the end of the process. The programs remain attached.
     pub fn terminate(&mut self) -> Result<()> {
         let mut process = self.process.take().context("the daemon does not run")?;
         let status = process.terminate(PATIENCE)?;
@@ -389,7 +388,7 @@ impl Daemon {
         self.wait()
     }
 
-    /// `palisade stop --detach`, and waits for the end of the process.
+    /// Runs `palisade stop --detach` and waits for the end of the process.
     pub fn detach(&mut self) -> Result<()> {
         self.cli(&["stop", "--detach"])?;
         if let Some(mut process) = self.process.take() {
@@ -403,7 +402,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// What is worth knowing when something went wrong.
+    /// Returns status, endpoints, recent flows and log, for the message of a failed test.
     #[must_use]
     pub fn report(&self) -> String {
         let mut text = String::new();
@@ -432,7 +431,7 @@ impl Daemon {
         text
     }
 
-    /// Waits until the flows that `observe` knows satisfy `wanted`; they come in batches.
+    /// Waits until `wanted` returns true for the flows of `observe`, and returns them.
     pub fn wait_flows(
         &self,
         args: &[&str],
@@ -448,7 +447,7 @@ impl Daemon {
         Ok(flows)
     }
 
-    /// The flows that `observe` knows, as JSON objects.
+    /// Returns the flows of `observe` as JSON objects.
     pub fn flows(&self, args: &[&str]) -> Result<Vec<Value>> {
         let mut all = vec!["observe", "-o", "json"];
         all.extend(args);
@@ -471,7 +470,8 @@ impl Drop for Daemon {
             eprintln!("{}", self.report());
         }
         if self.cli(&["stop", "--detach"]).is_err() {
-            self.process = None; // killed
+            // Dropping the process kills it.
+            self.process = None;
         }
         if let Some(mut process) = self.process.take() {
             let _ = process.wait(Duration::from_secs(5));
@@ -480,7 +480,8 @@ impl Drop for Daemon {
     }
 }
 
-/// The daemon's program: `PALISADE_BIN`, or the one that cargo has built beside this program; built if there is none.
+/// Returns the path of the `palisade` binary: `PALISADE_BIN`, or the one in the target directory of the running test. Builds
+/// the latter if it does not exist.
 fn binary() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("PALISADE_BIN") {
         return Ok(path.into());
@@ -503,7 +504,7 @@ fn binary() -> Result<PathBuf> {
         let status = build.status().context("cargo build --package palisade")?;
         ensure!(
             status.success() && path.exists(),
-            "{} was not built; or name it in PALISADE_BIN",
+            "{} was not built; set PALISADE_BIN to use another binary",
             path.display()
         );
     }

@@ -1,4 +1,4 @@
-//! DNS: a server that says what a test wants it to say, real servers, and real clients.
+//! DNS: a scripted server, real servers, and real clients.
 
 use std::{
     collections::BTreeMap,
@@ -31,10 +31,10 @@ use crate::{
     process::{Process, output},
 };
 
-/// The port of all of them.
+/// The port of all DNS servers.
 pub const PORT: u16 = 53;
 const START: Duration = Duration::from_secs(10);
-/// How often a thread looks whether it is to stop.
+/// Interval at which a thread checks whether it must stop.
 const TICK: Duration = Duration::from_millis(20);
 
 /// Numbers of record types.
@@ -43,7 +43,7 @@ pub mod rtype {
     pub const A: u16 = 1;
     /// Name server.
     pub const NS: u16 = 2;
-    /// Alias.
+    /// Canonical name of an alias.
     pub const CNAME: u16 = 5;
     /// Text.
     pub const TXT: u16 = 16;
@@ -55,50 +55,50 @@ pub mod rtype {
     pub const HTTPS: u16 = 65;
 }
 
-/// A question that reached a server.
+/// A question that a server has received.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Asked {
-    /// By whom.
+    /// Address and port of the client.
     pub from: SocketAddr,
-    /// At which address of the server.
+    /// Address and port of the server.
     pub to: SocketAddr,
-    /// Over TCP; else in a datagram.
+    /// Whether the transport was TCP; otherwise UDP.
     pub tcp: bool,
-    /// For which name: small letters, no last dot.
+    /// The name, in lower case and without the trailing dot.
     pub name: String,
-    /// For which type.
+    /// The type.
     pub kind: u16,
 }
 
-/// A message that the server sends when it is asked.
+/// A response of the scripted server.
 #[derive(Clone, Debug, Default)]
 pub struct Said {
-    /// After how long.
+    /// Delay before the response.
     pub delay: Duration,
     /// Response code.
     pub rcode: u8,
-    /// Answer section, each as a zone file has it: `www.example. 60 IN A 192.0.2.1`.
+    /// Records of the answer section in zone file format: `www.example. 60 IN A 192.0.2.1`.
     pub answer: Vec<String>,
-    /// Authority section.
+    /// Records of the authority section.
     pub authority: Vec<String>,
-    /// Additional section.
+    /// Records of the additional section.
     pub additional: Vec<String>,
     /// The TC bit.
     pub truncated: bool,
-    /// What the id differs by from the question's.
+    /// Bits of the id that differ from the id of the query.
     pub id_xor: u16,
-    /// The name that it says it answers, if it is another than was asked for.
+    /// The name in the question section, if it differs from that of the query.
     pub question: Option<String>,
-    /// Sent from this port of the server instead of the one that was asked.
+    /// Source port, if it differs from the port that the query was sent to.
     pub port: Option<u16>,
-    /// Sent from this address of the server instead of the one that was asked.
+    /// Source address, if it differs from the address that the query was sent to.
     pub address: Option<IpAddr>,
-    /// Behind the header and question, in place of all sections: `(counts of the sections, bytes)`.
+    /// Record counts and raw bytes that replace all sections behind the question.
     pub raw: Option<([u16; 3], Vec<u8>)>,
 }
 
 impl Said {
-    /// Records that answer.
+    /// Creates a response with these records in the answer section.
     #[must_use]
     pub fn records<S: AsRef<str>>(records: &[S]) -> Self {
         Self {
@@ -107,7 +107,7 @@ impl Said {
         }
     }
 
-    /// No records, but a code.
+    /// Creates a response without records.
     #[must_use]
     pub fn rcode(rcode: u8) -> Self {
         Self {
@@ -117,10 +117,10 @@ impl Said {
     }
 }
 
-/// What a server says to a question.
+/// Returns the responses to a question.
 type Script = dyn Fn(&Asked) -> Vec<Said> + Send + Sync;
 
-/// A DNS server that says what a script has it say.
+/// A DNS server whose responses a script determines.
 #[derive(Debug)]
 pub struct Scripted {
     asked: Arc<Mutex<Vec<Asked>>>,
@@ -130,7 +130,7 @@ pub struct Scripted {
 }
 
 impl Scripted {
-    /// Listens on port 53 of each address, UDP and TCP.
+    /// Starts a server on port 53 of each address, UDP and TCP.
     pub fn start(
         ns: &Ns,
         addresses: &[IpAddr],
@@ -168,19 +168,19 @@ impl Scripted {
         Ok(server)
     }
 
-    /// Every question so far.
+    /// Returns all questions received so far.
     #[must_use]
     pub fn asked(&self) -> Vec<Asked> {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// How often a name was asked for.
+    /// Returns the number of questions for a name.
     #[must_use]
     pub fn asked_for(&self, name: &str) -> usize {
         self.asked().iter().filter(|asked| asked.name == name).count()
     }
 
-    /// Sends a datagram that nobody has asked for, from a port of one of its addresses that it does not listen on.
+    /// Sends an unsolicited datagram from an address and port on which the server does not listen.
     pub fn push(&self, from: SocketAddr, to: SocketAddr, message: &[u8]) -> Result<()> {
         send_from(&self.ns, from, to, message).with_context(|| format!("{from} -> {to}"))
     }
@@ -250,7 +250,7 @@ impl Serving {
                             one.address.unwrap_or(this.at.ip()),
                             one.port.unwrap_or(this.at.port()),
                         );
-                        // what the policy does with an answer is none of the server's business
+                        // The policy may block the response, which makes sending fail.
                         let _ = match &socket {
                             Ok(socket) if other == this.at => socket.send_to(&message, from).map(drop),
                             _ => send_from(&this.ns, other, from, &message),
@@ -274,7 +274,7 @@ impl Serving {
             };
             let this = self.clone();
             thread::spawn(move || {
-                // the client may leave whenever it likes
+                // The client may close the connection at any time.
                 let _ = this.stream(stream, from);
             });
         }
@@ -301,7 +301,7 @@ impl Serving {
     }
 }
 
-/// A message as it travels over TCP: behind its length.
+/// Returns a message with the length prefix of DNS over TCP.
 #[must_use]
 pub fn framed(message: &[u8]) -> Vec<u8> {
     let mut framed = (message.len() as u16).to_be_bytes().to_vec();
@@ -309,11 +309,11 @@ pub fn framed(message: &[u8]) -> Vec<u8> {
     framed
 }
 
-/// What a server needs to know of a query.
+/// The parts of a query that a response needs.
 struct Query {
     id: u16,
     flags: u16,
-    /// As it was written, for the echo.
+    /// The question section as received, which the response echoes.
     question: Vec<u8>,
     name: String,
     kind: u16,
@@ -353,7 +353,7 @@ impl Query {
             Some(name) => question(name, self.kind),
             None => self.question.clone(),
         };
-        // QR, AA, RA; opcode and RD as asked
+        // QR, AA and RA are set; opcode and RD are those of the query.
         let flags = 0x8480 | self.flags & 0x7900 | u16::from(said.truncated) << 9 | u16::from(said.rcode);
         let sections = [&said.answer, &said.authority, &said.additional];
         let mut counts = sections.map(|records| records.len() as u16);
@@ -374,7 +374,7 @@ impl Query {
     }
 }
 
-/// A name as it stands in a message.
+/// Returns a name in wire form.
 #[must_use]
 pub fn wire_name(name: &str) -> Vec<u8> {
     let mut wire = Vec::new();
@@ -386,7 +386,7 @@ pub fn wire_name(name: &str) -> Vec<u8> {
     wire
 }
 
-/// A question of the class Internet.
+/// Returns a question of class IN in wire form.
 #[must_use]
 pub fn question(name: &str, kind: u16) -> Vec<u8> {
     let mut question = wire_name(name);
@@ -395,7 +395,7 @@ pub fn question(name: &str, kind: u16) -> Vec<u8> {
     question
 }
 
-/// A query with these questions, recursion desired.
+/// Returns a query with these questions and RD set.
 #[must_use]
 pub fn query(id: u16, questions: &[(&str, u16)]) -> Vec<u8> {
     let mut message = Vec::new();
@@ -408,7 +408,7 @@ pub fn query(id: u16, questions: &[(&str, u16)]) -> Vec<u8> {
     message
 }
 
-/// An answer to a question, as a server would make it that was asked with this id.
+/// Returns the answer to a question with this id.
 pub fn answer(id: u16, name: &str, kind: u16, records: &[&str]) -> Result<Vec<u8>> {
     let asked = Query {
         id,
@@ -420,7 +420,7 @@ pub fn answer(id: u16, name: &str, kind: u16, records: &[&str]) -> Result<Vec<u8
     asked.message(&Said::records(records))
 }
 
-/// `www.example. 60 IN A 192.0.2.1`
+/// Appends a record in wire form. `line`: the record in zone file format, such as `www.example. 60 IN A 192.0.2.1`.
 fn write_record(line: &str, out: &mut Vec<u8>) -> Result<()> {
     let mut words = line.split_whitespace();
     let mut next = || words.next().context("NAME TTL IN TYPE DATA");
@@ -454,14 +454,14 @@ fn write_record(line: &str, out: &mut Vec<u8>) -> Result<()> {
     Ok(())
 }
 
-/// `1 . ipv4hint=192.0.2.1,192.0.2.2 ipv6hint=2001:db8::1` (RFC 9460)
+/// Returns SVCB or HTTPS data (RFC 9460). `words`: `1 . ipv4hint=192.0.2.1,192.0.2.2 ipv6hint=2001:db8::1`.
 fn service(words: &[&str]) -> Result<Vec<u8>> {
     let [priority, target, parameters @ ..] = words else {
         bail!("PRIORITY TARGET PARAMETERS");
     };
     let mut data = priority.parse::<u16>()?.to_be_bytes().to_vec();
     data.extend(wire_name(target));
-    // in the order of their numbers, as the RFC demands
+    // Keys must be in ascending order (RFC 9460, section 2.2).
     let mut values = BTreeMap::new();
     for parameter in parameters {
         let (key, value) = parameter.split_once('=').context("KEY=VALUE")?;
@@ -502,7 +502,7 @@ fn service(words: &[&str]) -> Result<Vec<u8>> {
     Ok(data)
 }
 
-/// A real DNS server.
+/// A DNS server program.
 #[derive(Debug)]
 pub struct Server {
     process: Process,
@@ -510,7 +510,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// unbound with these records, as a zone file has them; authoritative for their last labels.
+    /// Starts unbound with these records in zone file format, authoritative for the last labels of their owners.
     pub fn unbound(ns: &Ns, addresses: &[IpAddr], records: &[&str]) -> Result<Self> {
         let mut more = String::new();
         for zone in zones(records) {
@@ -522,7 +522,7 @@ impl Server {
         Self::start_unbound(ns, addresses, &more, "")
     }
 
-    /// unbound that asks another server for everything, and keeps the answers for as long as they live.
+    /// Starts unbound as a caching forwarder to another server.
     pub fn unbound_forwarder(ns: &Ns, addresses: &[IpAddr], to: SocketAddr) -> Result<Self> {
         Self::start_unbound(
             ns,
@@ -558,7 +558,7 @@ impl Server {
         Self::run("unbound", ns, command, addresses, dir)
     }
 
-    /// dnsmasq with these A, AAAA and CNAME records.
+    /// Starts dnsmasq with these A, AAAA and CNAME records.
     pub fn dnsmasq(ns: &Ns, addresses: &[IpAddr], records: &[&str]) -> Result<Self> {
         let dir = temp_dir("dnsmasq")?;
         let mut command = ns.command("dnsmasq");
@@ -594,7 +594,7 @@ impl Server {
         Self::run("dnsmasq", ns, command, addresses, dir)
     }
 
-    /// knotd with these records in a zone of their last label, which anybody may transfer.
+    /// Starts knotd with these records in the zone of their owners' last label. Every client may transfer the zone.
     pub fn knot(ns: &Ns, addresses: &[IpAddr], records: &[&str]) -> Result<Self> {
         let dir = temp_dir("knot")?;
         let root = dir.path().display();
@@ -643,20 +643,20 @@ impl Server {
         Ok(Self { process, _dir: dir })
     }
 
-    /// Its process.
+    /// Returns the process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.process.pid()
     }
 
-    /// What it has printed.
+    /// Returns the output of the server.
     #[must_use]
     pub fn log(&self) -> String {
         self.process.log()
     }
 }
 
-/// The last label of a record's owner, as a zone: `example.`
+/// Returns the last label of a record's owner as a zone name: `example.`
 fn zone_of(record: &str) -> String {
     let name = record.split_whitespace().next().unwrap_or_default();
     let label = name.trim_end_matches('.').rsplit('.').next().unwrap_or_default();
@@ -670,25 +670,25 @@ fn zones(records: &[&str]) -> Vec<String> {
     zones
 }
 
-/// What `dig` got.
+/// The result of `dig`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Dug {
-    /// `NOERROR`, `REFUSED`, ...; empty if nothing came.
+    /// The response code, such as `NOERROR` or `REFUSED`; empty without a response.
     pub status: String,
-    /// Flags, as they stand in a line: `qr aa rd`.
+    /// The flags as printed: `qr aa rd`.
     pub flags: String,
-    /// The question that was echoed: `www.example. IN A`.
+    /// The echoed question: `www.example. IN A`.
     pub question: String,
-    /// Data of the answer's records, in the order in which they stand there.
+    /// The data of the records in the answer section, in order.
     pub answers: Vec<String>,
-    /// Whether it came over TCP.
+    /// Whether the response came over TCP.
     pub tcp: bool,
-    /// Everything that was printed.
+    /// The complete output.
     pub text: String,
 }
 
-/// Asks by `dig`: `args` are the name and what else is wanted. One try, in datagrams unless `+tcp` or a truncated answer
-/// says otherwise.
+/// Runs `dig` with one try. `args`: the name and further arguments. Uses UDP unless `args` has `+tcp` or the answer is
+/// truncated.
 pub fn dig(ns: &Ns, server: IpAddr, args: &[&str]) -> Result<Dug> {
     let mut command = ns.command("dig");
     command
@@ -728,8 +728,8 @@ fn between<'a>(text: &'a str, before: &str, after: &str) -> &'a str {
     rest.split_once(after).map_or(rest, |(part, _)| part)
 }
 
-/// Sends a datagram from a fresh port (or a given one) and collects everything that comes back to it within `wait`,
-/// whoever sends it.
+/// Sends a datagram from a new port or a given one, and returns all datagrams that the port receives within `wait`, from any
+/// sender.
 pub fn ask(
     ns: &Ns,
     source: SocketAddr,
@@ -760,21 +760,22 @@ pub fn ask(
     ns.enter(attempt).with_context(|| format!("{source} -> {server}"))
 }
 
-/// The response code of a message.
+/// Returns the response code of a message; `None` if it is shorter than a header.
 #[must_use]
 pub fn rcode(message: &[u8]) -> Option<u8> {
     message.get(3).map(|byte| byte & 15)
 }
 
-/// A command that will run in the namespace and finds `conf` as its `/etc/resolv.conf`; nobody else does.
+/// Returns a command that runs in the namespace with `conf` mounted as its `/etc/resolv.conf`, in a mount namespace of its
+/// own.
 pub fn resolving(ns: &Ns, program: &str, conf: &Path) -> Result<Command> {
     let c_path = |path: &Path| CString::new(path.as_os_str().as_bytes()).context("a path with a zero byte");
     let (from, to) = (c_path(conf)?, c_path(Path::new("/etc/resolv.conf"))?);
     let root = c_path(Path::new("/"))?;
     let mut command = ns.command(program);
-    // no answers from before, and none from a cache of the machine
+    // The environment of the test must not change how the command resolves names.
     command.env_remove("RES_OPTIONS").env_remove("LOCALDOMAIN");
-    // SAFETY: between fork and exec the closure makes system calls only; the strings were made before.
+    // SAFETY: between fork and exec the closure only makes system calls; its strings were allocated before.
     unsafe {
         command.pre_exec(move || {
             const NONE: Option<&CStr> = None;
@@ -788,7 +789,7 @@ pub fn resolving(ns: &Ns, program: &str, conf: &Path) -> Result<Command> {
     Ok(command)
 }
 
-/// What Python's `socket.getaddrinfo` says to a name: addresses, sorted; none if it does not resolve.
+/// Returns the sorted addresses that Python's `socket.getaddrinfo` finds for a name; none if it does not resolve.
 pub fn getaddrinfo(ns: &Ns, conf: &Path, name: &str) -> Result<Vec<IpAddr>> {
     const SCRIPT: &str = "
 import socket, sys
@@ -815,48 +816,48 @@ for address in sorted({entry[4][0] for entry in found}):
     Ok(addresses)
 }
 
-/// What came of dnsperf.
+/// The result of dnsperf.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Perf {
-    /// Queries that were sent.
+    /// Number of queries sent.
     pub sent: u64,
-    /// Those that were answered.
+    /// Number of queries answered.
     pub completed: u64,
-    /// Those that were not, in time.
+    /// Number of queries without a timely answer.
     pub lost: u64,
-    /// Answers by their code.
+    /// Number of answers by response code.
     pub rcodes: BTreeMap<String, u64>,
-    /// Answers in a second.
+    /// Answers per second.
     pub rate: f64,
-    /// Half of the answers took no longer, s. 0 unless they were listed.
+    /// Median latency, s; 0 unless [`PerfPlan::listed`] is set.
     pub p50: f64,
-    /// 99 of 100 answers took no longer, s. 0 unless they were listed.
+    /// 99th percentile of the latency, s; 0 unless [`PerfPlan::listed`] is set.
     pub p99: f64,
 }
 
-/// How dnsperf asks.
+/// The parameters of dnsperf.
 #[derive(Clone, Debug)]
 pub struct PerfPlan<'a> {
-    /// Whom.
+    /// The server.
     pub server: SocketAddr,
-    /// `NAME TYPE` lines, over and over.
+    /// Queries as `NAME TYPE` lines, sent repeatedly.
     pub queries: &'a [String],
-    /// For how long, s.
+    /// Duration, s.
     pub seconds: u32,
-    /// By so many sockets at the same time.
+    /// Number of sockets.
     pub clients: u32,
-    /// So many in a second at most.
+    /// Most queries per second.
     pub rate: Option<u32>,
-    /// So many unanswered at the same time at most.
+    /// Most unanswered queries at the same time.
     pub outstanding: u32,
-    /// Whether each latency is wanted, which costs.
+    /// Whether dnsperf prints the latency of each query, which slows it down.
     pub listed: bool,
-    /// TCP.
+    /// Whether to use TCP.
     pub tcp: bool,
 }
 
 impl PerfPlan<'_> {
-    /// dnsperf that runs in the namespace until [`Perfing::finish`].
+    /// Starts dnsperf in the namespace. [`Perfing::finish`] waits for its end.
     pub fn start(&self, ns: &Ns) -> Result<Perfing> {
         let dir = temp_dir("dnsperf")?;
         let file = dir.path().join("queries");
@@ -888,13 +889,13 @@ impl PerfPlan<'_> {
         })
     }
 
-    /// Runs it to its end.
+    /// Runs dnsperf to its end.
     pub fn run(&self, ns: &Ns) -> Result<Perf> {
         self.start(ns)?.finish()
     }
 }
 
-/// dnsperf at work.
+/// A running dnsperf.
 #[derive(Debug)]
 pub struct Perfing {
     process: Process,
@@ -903,7 +904,7 @@ pub struct Perfing {
 }
 
 impl Perfing {
-    /// Waits for its end.
+    /// Waits for the end of dnsperf and returns its result.
     pub fn finish(mut self) -> Result<Perf> {
         let patience = Duration::from_secs(u64::from(self.seconds) + 10);
         let status = self.process.wait(patience)?;
@@ -918,7 +919,7 @@ fn perf(text: &str) -> Result<Perf> {
     let mut latencies = Vec::new();
     for line in text.lines() {
         if let Some(listed) = line.strip_prefix("> ") {
-            // `> NOERROR www.example A 0.000123`; `> T www.example A` for one that was lost
+            // `> NOERROR www.example A 0.000123`, or `> T www.example A` for a lost query.
             if let Some(Ok(latency)) = listed.split_whitespace().nth(3).map(str::parse::<f64>) {
                 latencies.push(latency);
             }

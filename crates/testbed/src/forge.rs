@@ -1,12 +1,12 @@
 //! Forged packets: TCP segments, UDP datagrams and ICMP messages with any field, on the link of a namespace.
 //!
-//! A [`Wire`] is a packet socket on one interface. What it sends passes no netfilter, no routing and no neighbour
-//! lookup of its namespace, so the addresses and the MACs of a frame are free; tc and everything at the other end
-//! of the link see the frame as they see any other. [`Wire::wait`] returns what comes in on the same link.
+//! A [`Wire`] is a packet socket on one interface. Its frames bypass netfilter, routing and neighbour lookup of its
+//! namespace, so they can have any IP and MAC addresses. tc and the other end of the link treat them as ordinary frames.
+//! [`Wire::wait`] returns the packets that arrive on the link.
 //!
-//! The kernel of the namespace also hears the answers, and resets a connection that it does not know, if the address
-//! is its own: take a local port of [`PORTS`] after [`prepare`](crate::rawtcp::prepare), or an address that the
-//! namespace does not have.
+//! The kernel of the namespace receives these packets too, and resets connections that it does not know if the destination
+//! is one of its addresses. To prevent that, use a local port of [`PORTS`] after [`prepare`](crate::rawtcp::prepare), or an
+//! address that the namespace does not have.
 
 use std::{
     io,
@@ -26,21 +26,21 @@ use crate::{
     rawtcp::flags,
 };
 
-/// Local ports for which [`prepare`](crate::rawtcp::prepare) keeps the kernel silent.
+/// Local ports for which [`prepare`](crate::rawtcp::prepare) drops the kernel's resets.
 pub const PORTS: Range<u16> = 20_000..30_000;
 
 /// The MAC address of one end.
 pub type Mac = [u8; 6];
 
-/// What stands in a checksum field.
+/// The value of a checksum field.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Checksum {
-    /// The right one.
+    /// The correct checksum.
     #[default]
     Right,
-    /// A wrong one.
+    /// A wrong checksum.
     Wrong,
-    /// This one.
+    /// This value.
     Is(u16),
 }
 
@@ -71,16 +71,16 @@ pub struct Tcp {
     pub window: u16,
     /// Urgent pointer.
     pub urgent: u16,
-    /// Options; written as they are and padded with zeros to four bytes. See [`option`].
+    /// Options, see [`option`]. They are written unchanged and padded with zeros to a multiple of four bytes.
     pub options: Vec<u8>,
-    /// What the segment carries.
+    /// Payload.
     pub payload: Vec<u8>,
-    /// Of the segment.
+    /// Checksum of the segment.
     pub checksum: Checksum,
 }
 
 impl Tcp {
-    /// An empty segment from one port to another, without any flag.
+    /// Creates a segment without payload and without flags.
     #[must_use]
     pub fn new(source: u16, destination: u16) -> Self {
         Self {
@@ -97,21 +97,21 @@ impl Tcp {
         }
     }
 
-    /// With these flags.
+    /// Sets the flags.
     #[must_use]
     pub fn flags(mut self, flags: u8) -> Self {
         self.flags = flags;
         self
     }
 
-    /// With this sequence number.
+    /// Sets the sequence number.
     #[must_use]
     pub fn seq(mut self, seq: u32) -> Self {
         self.seq = seq;
         self
     }
 
-    /// With this acknowledgement number, and the ACK flag.
+    /// Sets the acknowledgement number and the ACK flag.
     #[must_use]
     pub fn ack(mut self, ack: u32) -> Self {
         self.ack = ack;
@@ -119,14 +119,14 @@ impl Tcp {
         self
     }
 
-    /// With these options behind those that it has.
+    /// Appends options.
     #[must_use]
     pub fn option(mut self, option: &[u8]) -> Self {
         self.options.extend_from_slice(option);
         self
     }
 
-    /// With this payload, and the PSH flag.
+    /// Sets the payload and the PSH flag.
     #[must_use]
     pub fn payload(mut self, payload: &[u8]) -> Self {
         self.payload = payload.into();
@@ -134,14 +134,14 @@ impl Tcp {
         self
     }
 
-    /// With this checksum.
+    /// Sets the checksum.
     #[must_use]
     pub fn checksum(mut self, checksum: Checksum) -> Self {
         self.checksum = checksum;
         self
     }
 
-    /// The segment as bytes; both addresses count for its checksum.
+    /// Returns the bytes of the segment. The checksum covers both addresses.
     #[must_use]
     pub fn bytes(&self, from: IpAddr, to: IpAddr) -> Vec<u8> {
         let options = self.options.len().next_multiple_of(4);
@@ -165,7 +165,7 @@ impl Tcp {
     }
 }
 
-/// TCP options, each as it stands in a header.
+/// TCP options, as bytes of the header.
 pub mod option {
     /// No operation.
     pub const NOP: [u8; 1] = [1];
@@ -174,31 +174,31 @@ pub mod option {
     /// Selective acknowledgements are permitted (RFC 2018).
     pub const SACK_PERMITTED: [u8; 2] = [4, 2];
 
-    /// An option of any kind, with its length.
+    /// Returns an option of any kind with its length.
     #[must_use]
     pub fn any(kind: u8, data: &[u8]) -> Vec<u8> {
         [&[kind, 2 + data.len() as u8], data].concat()
     }
 
-    /// Maximum segment size (RFC 9293, 3.7.1).
+    /// Returns a maximum segment size option (RFC 9293, section 3.7.1).
     #[must_use]
     pub fn mss(size: u16) -> Vec<u8> {
         any(2, &size.to_be_bytes())
     }
 
-    /// Window scale (RFC 7323, 2).
+    /// Returns a window scale option (RFC 7323, section 2).
     #[must_use]
     pub fn scale(shift: u8) -> Vec<u8> {
         any(3, &[shift])
     }
 
-    /// Timestamps (RFC 7323, 3).
+    /// Returns a timestamps option (RFC 7323, section 3).
     #[must_use]
     pub fn timestamp(value: u32, echo: u32) -> Vec<u8> {
         any(8, &[value.to_be_bytes(), echo.to_be_bytes()].concat())
     }
 
-    /// Selective acknowledgement of blocks (RFC 2018).
+    /// Returns a selective acknowledgement option (RFC 2018).
     #[must_use]
     pub fn sack(blocks: &[(u32, u32)]) -> Vec<u8> {
         let data: Vec<u8> = blocks
@@ -208,20 +208,20 @@ pub mod option {
         any(5, &data)
     }
 
-    /// TCP fast open: a cookie, or the request for one if it is empty (RFC 7413).
+    /// Returns a TCP fast open option (RFC 7413); an empty cookie requests a cookie.
     #[must_use]
     pub fn fast_open(cookie: &[u8]) -> Vec<u8> {
         any(34, cookie)
     }
 
-    /// The MD5 signature option (RFC 2385).
+    /// Returns an MD5 signature option (RFC 2385).
     #[must_use]
     pub fn md5(digest: [u8; 16]) -> Vec<u8> {
         any(19, &digest)
     }
 
-    /// MP_CAPABLE, version 1, without checksums, with HMAC-SHA256 (RFC 8684, 3.1): no key in the SYN, the keys of
-    /// both in the third packet, and there also the length of the data that it carries.
+    /// Returns an MP_CAPABLE option of version 1 without checksums, with HMAC-SHA256 (RFC 8684, section 3.1). The SYN has no
+    /// key; the third packet has the keys of both ends and the length of its payload.
     #[must_use]
     pub fn mp_capable(keys: &[[u8; 8]], length: Option<u16>) -> Vec<u8> {
         let mut data = vec![0x01, 0x01];
@@ -230,9 +230,9 @@ pub mod option {
         any(30, &data)
     }
 
-    /// A DSS option that maps `length` bytes, from byte `subflow` of the subflow on (1 is the first behind the SYN),
-    /// to a place in the connection's data, and acknowledges data if told so (RFC 8684, 3.3); four-byte numbers, or
-    /// eight-byte ones if `wide`, without checksum.
+    /// Returns a DSS option without checksum (RFC 8684, section 3.3). It maps `length` bytes from byte `subflow` of the
+    /// subflow (1 is the first byte after the SYN) to `data_seq` of the connection, and acknowledges `data_ack`. Numbers have
+    /// eight bytes if `wide` is set, otherwise four.
     #[must_use]
     pub fn dss(data_ack: Option<u64>, data_seq: u64, subflow: u32, length: u16, wide: bool) -> Vec<u8> {
         let number = |number: u64| {
@@ -253,7 +253,7 @@ pub mod option {
     }
 }
 
-/// A UDP datagram.
+/// Returns a UDP datagram.
 #[must_use]
 pub fn udp(from: SocketAddr, to: SocketAddr, payload: &[u8], sum: Checksum) -> Vec<u8> {
     let mut udp = Vec::with_capacity(8 + payload.len());
@@ -269,7 +269,7 @@ pub fn udp(from: SocketAddr, to: SocketAddr, payload: &[u8], sum: Checksum) -> V
     udp
 }
 
-/// An ICMP message, or an ICMPv6 one if the addresses are IPv6: type, code, and what follows the checksum.
+/// Returns an ICMP message, or an ICMPv6 message if the addresses are IPv6. `body`: the bytes that follow the checksum.
 #[must_use]
 pub fn icmp(from: IpAddr, to: IpAddr, kind: u8, code: u8, body: &[u8], sum: Checksum) -> Vec<u8> {
     let mut message = vec![kind, code, 0, 0];
@@ -283,8 +283,8 @@ pub fn icmp(from: IpAddr, to: IpAddr, kind: u8, code: u8, body: &[u8], sum: Chec
     message
 }
 
-/// A message that says that `quoted`, an IP packet, is too big for a link of `mtu`: ICMP "fragmentation needed" (RFC
-/// 1191) or ICMPv6 "packet too big" (RFC 8201), by the family of the addresses.
+/// Returns an ICMP "fragmentation needed" (RFC 1191) or an ICMPv6 "packet too big" message (RFC 8201) about the IP packet
+/// `quoted`, depending on the family of the addresses.
 #[must_use]
 pub fn too_big(from: IpAddr, to: IpAddr, mtu: u16, quoted: &[u8]) -> Vec<u8> {
     let quoted = &quoted[..quoted.len().min(1_200)];
@@ -294,7 +294,7 @@ pub fn too_big(from: IpAddr, to: IpAddr, mtu: u16, quoted: &[u8]) -> Vec<u8> {
     icmp(from, to, kind.0, kind.1, &body, Checksum::Right)
 }
 
-/// The checksum of a transport header with its pseudo header, whose field is zero.
+/// Returns the checksum of a transport header and its pseudo header. The checksum field in `bytes` must be zero.
 #[must_use]
 pub fn transport_checksum(from: IpAddr, to: IpAddr, protocol: u8, bytes: &[u8]) -> u16 {
     let mut all = match (from, to) {
@@ -306,10 +306,10 @@ pub fn transport_checksum(from: IpAddr, to: IpAddr, protocol: u8, bytes: &[u8]) 
     checksum(bytes.len() as u32 + u32::from(protocol), &all)
 }
 
-/// An IP packet around `contents`; its header's checksum is right, and it must not be fragmented.
+/// Returns an IP packet with a correct header checksum. An IPv4 packet has the DF flag.
 ///
 /// # Panics
-/// If the addresses are of two families.
+/// The addresses have different families.
 #[must_use]
 pub fn ip(from: IpAddr, to: IpAddr, protocol: u8, hop_limit: u8, contents: &[u8]) -> Vec<u8> {
     let mut packet = Vec::with_capacity(40 + contents.len());
@@ -336,7 +336,7 @@ pub fn ip(from: IpAddr, to: IpAddr, protocol: u8, hop_limit: u8, contents: &[u8]
     packet
 }
 
-/// An Ethernet frame around an IP packet.
+/// Returns an Ethernet frame with an IP packet.
 #[must_use]
 pub fn frame(from: Mac, to: Mac, packet: &[u8]) -> Vec<u8> {
     let ether_type: [u8; 2] = match packet.first().map(|first| first >> 4) {
@@ -346,7 +346,7 @@ pub fn frame(from: Mac, to: Mac, packet: &[u8]) -> Vec<u8> {
     [&to[..], &from, &ether_type, packet].concat()
 }
 
-/// A TCP segment that was heard.
+/// A received TCP segment.
 #[derive(Clone, Debug)]
 pub struct Heard {
     /// The sender.
@@ -361,14 +361,14 @@ pub struct Heard {
     pub flags: u8,
     /// Window, not scaled.
     pub window: u16,
-    /// Options with their padding.
+    /// Options with padding.
     pub options: Vec<u8>,
-    /// What it carries.
+    /// Payload.
     pub payload: Vec<u8>,
 }
 
 impl Heard {
-    /// The segment of a packet; None if that is not TCP, or a fragment.
+    /// Parses the segment in a packet; `None` if the packet is not TCP or is a fragment.
     #[must_use]
     pub fn read(packet: &Packet) -> Option<Self> {
         if packet.protocol != protocol::TCP || packet.fragment {
@@ -390,7 +390,7 @@ impl Heard {
         })
     }
 
-    /// The data of its first option of a kind.
+    /// Returns the data of the first option of a kind.
     #[must_use]
     pub fn option(&self, wanted: u8) -> Option<&[u8]> {
         let mut rest = &self.options[..];
@@ -422,10 +422,11 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// The wire at `interface` of `ns`. Frames go to the MAC address that `gateway`, an address on the link, has.
+    /// Opens a packet socket on `interface` of `ns`. Its frames are sent to the MAC address of `gateway`, an IP address on
+    /// the link.
     ///
     /// # Errors
-    /// There is no such interface, or no neighbour answers for `gateway`.
+    /// The interface does not exist, or the MAC address of `gateway` cannot be resolved.
     pub fn open(ns: &Ns, interface: &str, gateway: IpAddr) -> Result<Self> {
         let index = ns.ifindex(interface)?;
         let socket = ns.enter(|| capture::open(index)).context("packet socket")?;
@@ -433,7 +434,7 @@ impl Wire {
         let own = mac_behind(&own, "link/ether").with_context(|| format!("no MAC in {own}"))?;
         let gateway_text = gateway.to_string();
         let mut found = None;
-        // Any datagram makes the kernel look for the neighbour.
+        // Send a datagram to make the kernel resolve the neighbour.
         wait_until("the gateway's MAC", Duration::from_secs(60), || {
             let _ = ns.enter(|| -> io::Result<usize> {
                 let any: IpAddr = match gateway {
@@ -453,10 +454,10 @@ impl Wire {
         Ok(Self { socket, own, gateway })
     }
 
-    /// Sends a whole Ethernet frame as it is.
+    /// Sends an Ethernet frame unchanged.
     ///
     /// # Errors
-    /// The kernel does not take it: it is longer than the MTU, or the link is down.
+    /// The frame is longer than the MTU, or the link is down.
     pub fn send_frame(&self, frame: &[u8]) -> Result<()> {
         self.socket
             .send(frame)
@@ -502,8 +503,8 @@ impl Wire {
         self.send(&ip(from, to, protocol, 255, message))
     }
 
-    /// The first incoming packet for which `wanted` returns something; None if there is none in time. Packets that
-    /// came before the call count if no call has looked at them.
+    /// Waits for an incoming packet for which `wanted` returns `Some`, and returns that value; `None` after `timeout`.
+    /// Includes packets that arrived since the last call.
     pub fn wait<T>(&self, timeout: Duration, mut wanted: impl FnMut(&Packet) -> Option<T>) -> Option<T> {
         let deadline = Instant::now() + timeout;
         let mut buffer = vec![0; 1 << 16];
@@ -520,7 +521,7 @@ impl Wire {
         }
     }
 
-    /// The first segment of a connection, between these two, for which `wanted` returns true.
+    /// Waits for a TCP segment from `from` to `to` for which `wanted` returns true; `None` after `timeout`.
     pub fn wait_tcp(
         &self,
         timeout: Duration,
@@ -533,18 +534,18 @@ impl Wire {
         })
     }
 
-    /// Takes what has come, unseen.
+    /// Discards the packets that have arrived.
     pub fn drain(&self) {
         let mut buffer = vec![0; 1 << 16];
         while self.receive_with(&mut buffer, libc::MSG_DONTWAIT).is_some() {}
     }
 
-    /// Waits for one incoming frame for as long as the socket does (50 ms).
+    /// Waits for one incoming frame until the timeout of the socket (50 ms).
     fn receive(&self, buffer: &mut [u8]) -> Option<usize> {
         self.receive_with(buffer, 0).flatten()
     }
 
-    /// None: there was none. Some(None): an outgoing one.
+    /// Receives a frame. Returns `None` if there is none, `Some(None)` for an outgoing frame.
     #[expect(clippy::option_option, reason = "outgoing frames are looked at by no caller")]
     fn receive_with(&self, buffer: &mut [u8], how: i32) -> Option<Option<usize>> {
         let mut from = std::mem::MaybeUninit::<libc::sockaddr_ll>::zeroed();
@@ -561,33 +562,32 @@ impl Wire {
             )
         };
         let n = usize::try_from(n).ok()?;
-        // SAFETY: it was zeroed, and the kernel wrote at most its length.
+        // SAFETY: `from` was zeroed, and the kernel has written at most its size.
         let from = unsafe { from.assume_init() };
         Some((from.sll_pkttype != libc::PACKET_OUTGOING).then_some(n))
     }
 }
 
-/// A TCP connection whose segments are forged: the handshake is made, everything else is the caller's.
+/// A TCP connection with forged segments. [`Forged::open`] does the handshake; the caller sends all further segments.
 #[derive(Debug)]
 pub struct Forged {
-    /// Where its segments go out and the answers come in.
+    /// The socket for its segments and those of the other end.
     pub wire: Wire,
-    /// Its own address and port.
+    /// Local address and port.
     pub local: SocketAddr,
-    /// The other end.
+    /// Remote address and port.
     pub remote: SocketAddr,
-    /// The sequence number of its SYN.
+    /// Sequence number of the SYN.
     pub isn: u32,
-    /// The SYN+ACK.
+    /// The received SYN+ACK.
     pub syn_ack: Heard,
 }
 
 impl Forged {
-    /// Opens a connection with these options in the SYN and in the ACK of the SYN+ACK; the second ones are made
-    /// when the SYN+ACK is there.
+    /// Opens a connection with options in the SYN and in the ACK of the SYN+ACK. The latter can depend on the SYN+ACK.
     ///
     /// # Errors
-    /// The other end does not answer within some seconds.
+    /// The other end does not send a SYN+ACK in time.
     pub fn open(
         wire: Wire,
         local: SocketAddr,
@@ -624,7 +624,7 @@ impl Forged {
         Ok(own)
     }
 
-    /// An ACK at a place in its stream: 0 is the SYN, 1 the first byte. It acknowledges the SYN+ACK.
+    /// Returns an ACK segment that acknowledges the SYN+ACK. `at`: its offset from the SYN, so 1 is the first byte.
     #[must_use]
     pub fn segment(&self, at: u32) -> Tcp {
         Tcp::new(self.local.port(), self.remote.port())
@@ -632,7 +632,7 @@ impl Forged {
             .ack(self.syn_ack.seq.wrapping_add(1))
     }
 
-    /// Sends a segment of it, or any other between the two.
+    /// Sends a segment from the local to the remote address.
     ///
     /// # Errors
     /// See [`Wire::send_frame`].
@@ -640,13 +640,13 @@ impl Forged {
         self.wire.tcp(self.local.ip(), self.remote.ip(), segment)
     }
 
-    /// The next segment of the other end for which `wanted` returns true.
+    /// Waits for a segment of the other end for which `wanted` returns true; `None` after `timeout`.
     pub fn wait(&self, timeout: Duration, wanted: impl FnMut(&Heard) -> bool) -> Option<Heard> {
         self.wire.wait_tcp(timeout, self.remote, self.local, wanted)
     }
 }
 
-/// The MAC address that follows a word.
+/// Returns the MAC address that follows a word in the output of `ip`.
 fn mac_behind(text: &str, word: &str) -> Option<Mac> {
     let mut words = text.split_ascii_whitespace().skip_while(|w| *w != word);
     let text = words.nth(1)?;

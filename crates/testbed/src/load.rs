@@ -1,4 +1,4 @@
-//! Traffic that is counted: what was sent, what arrived, whether it was changed, and when nothing moved.
+//! Traffic generators that count lost, changed and repeated data, and measure interruptions.
 
 use std::{
     io::{self, ErrorKind, Read, Write},
@@ -22,13 +22,13 @@ use crate::{
     probe,
 };
 
-/// Bytes of a block or datagram: number, checksum, contents.
+/// Length of a block or datagram, bytes.
 const BLOCK: usize = 1024;
 const TICK: Duration = Duration::from_millis(20);
 
 type Block = [u8; BLOCK];
 
-/// Block number `n`: its number, 1,008 bytes that follow from the number, and a checksum over all that.
+/// Returns block number `n`: the number, 1,008 bytes derived from it, and a checksum of both.
 fn block(n: u64) -> Block {
     let mut bytes = [0; BLOCK];
     bytes[..8].copy_from_slice(&n.to_be_bytes());
@@ -44,20 +44,20 @@ fn block(n: u64) -> Block {
     bytes
 }
 
-/// The number of a block, if its checksum and contents are right.
+/// Returns the number of a block; `None` if its checksum or its contents are wrong.
 fn number(bytes: &[u8]) -> Option<u64> {
     let n = u64::from_be_bytes(bytes.get(..8)?.try_into().ok()?);
     (bytes == block(n)).then_some(n)
 }
 
-/// FNV-1a, 64 bit.
+/// Returns the 64-bit FNV-1a hash.
 fn fnv(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |h, b| {
         (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3)
     })
 }
 
-/// The longest time between two events of one kind.
+/// Measures the longest time between two events.
 #[derive(Debug)]
 struct Gap {
     last: Mutex<(Instant, Duration)>,
@@ -81,34 +81,34 @@ impl Gap {
     }
 }
 
-/// What came of a TCP stream.
+/// The result of a [`TcpLoad`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TcpReport {
-    /// Blocks that were sent.
+    /// Number of blocks sent.
     pub sent: u64,
-    /// Blocks that the server got, in order and unchanged.
+    /// Number of blocks that the server has received in order and unchanged.
     pub received: u64,
-    /// Blocks that came back, in order and unchanged.
+    /// Number of blocks that the client has received back in order and unchanged.
     pub returned: u64,
-    /// Blocks that were not what was sent, at either end.
+    /// Number of blocks that either end has received changed or out of order.
     pub changed: u64,
-    /// Segments that either end had to send again.
+    /// Number of segments that both ends have retransmitted.
     pub retransmitted: u32,
-    /// Longest time without a block coming back.
+    /// Longest time between two blocks that came back.
     pub longest_gap: Duration,
-    /// Why it ended early.
+    /// The error that ended the connection early.
     pub broken: Option<ErrorKind>,
 }
 
 impl TcpReport {
-    /// Whether every block arrived unchanged at both ends. (A segment that was lost was sent again.)
+    /// Returns whether all blocks arrived unchanged at both ends. Retransmissions are allowed.
     #[must_use]
     pub fn whole(&self) -> bool {
         self.broken.is_none() && self.changed == 0 && self.received == self.sent && self.returned == self.sent
     }
 }
 
-/// A TCP connection on which numbered blocks go out at a steady pace and come back.
+/// A TCP connection that sends numbered blocks at a constant rate to an echo server.
 #[derive(Debug)]
 pub struct TcpLoad {
     stream: TcpStream,
@@ -138,7 +138,7 @@ impl TcpShared {
 }
 
 impl TcpLoad {
-    /// Connects `client` to a server of its own at `to` in `server`, and sends a block every `pace`.
+    /// Starts a server at `to` in `server`, connects `client` to it, and sends a block every `pace`.
     pub fn start(client: &Ns, server: &Ns, to: SocketAddr, pace: Duration) -> Result<Self> {
         let listener = server
             .enter(|| TcpListener::bind(to))
@@ -194,20 +194,20 @@ impl TcpLoad {
         })
     }
 
-    /// Blocks that have come back so far.
+    /// Returns the number of blocks that have come back so far.
     #[must_use]
     pub fn returned(&self) -> u64 {
         self.shared.returned.load(Relaxed)
     }
 
-    /// Whether `more` further blocks come back within `timeout`.
+    /// Waits for `more` further blocks to come back. Returns whether they did within `timeout`.
     #[must_use]
     pub fn moves(&self, more: u64, timeout: Duration) -> bool {
         let start = self.returned();
         wait_until("blocks come back", timeout, || self.returned() >= start + more).is_ok()
     }
 
-    /// Stops sending, lets what is under way arrive (no longer than `grace`), and reports.
+    /// Stops sending, waits at most `grace` for blocks in flight, and returns the result.
     pub fn finish(mut self, grace: Duration) -> TcpReport {
         self.shared.stop.store(true, Relaxed);
         let complete = || self.shared.returned.load(Relaxed) + self.shared.changed.load(Relaxed);
@@ -221,7 +221,7 @@ impl TcpLoad {
                 let _ = self.stream.shutdown(Shutdown::Both);
             }
             if Instant::now() > deadline + Duration::from_secs(1) {
-                // the server's thread is still waiting for a peer that was cut off: it goes with the process
+                // The server's thread still waits for a peer that was cut off. Leave the thread to the end of the process.
                 self.threads.clear();
                 break;
             }
@@ -251,7 +251,7 @@ fn count(bytes: &[u8], good: &AtomicU64, changed: &AtomicU64) {
     }
 }
 
-/// The server's side: checks each block and sends it back.
+/// Runs the server's side: checks each block and sends it back.
 fn serve(mut stream: TcpStream, shared: &TcpShared) {
     let mut bytes = [0; BLOCK];
     while stream.read_exact(&mut bytes).is_ok() {
@@ -267,11 +267,11 @@ fn serve(mut stream: TcpStream, shared: &TcpShared) {
     let _ = stream.shutdown(Shutdown::Both);
 }
 
-/// Segments that this end sent more than once (tcp(7), TCP_INFO).
+/// Returns the number of segments that this end has retransmitted (`TCP_INFO`, tcp(7)).
 fn retransmits(stream: &TcpStream) -> u32 {
     let mut info = std::mem::MaybeUninit::<libc::tcp_info>::zeroed();
     let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
-    // SAFETY: the option's value is written to `info`, at most `length` bytes of it.
+    // SAFETY: the kernel writes at most `length` bytes, which is the size of `info`.
     let result = unsafe {
         libc::getsockopt(
             stream.as_raw_fd(),
@@ -284,34 +284,34 @@ fn retransmits(stream: &TcpStream) -> u32 {
     if result != 0 {
         return 0;
     }
-    // SAFETY: zeroed before, and filled by the kernel; every bit pattern is valid.
+    // SAFETY: `info` was zeroed, and every bit pattern is valid.
     unsafe { info.assume_init() }.tcpi_total_retrans
 }
 
-/// What came of a stream of datagrams.
+/// The result of a [`UdpLoad`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UdpReport {
-    /// Datagrams sent.
+    /// Number of datagrams sent.
     pub sent: u64,
-    /// Different datagrams that arrived unchanged.
+    /// Number of different datagrams that arrived unchanged.
     pub received: u64,
-    /// Arrived more than once.
+    /// Number of datagrams that arrived again.
     pub duplicated: u64,
-    /// Arrived, but not as any was sent.
+    /// Number of datagrams that arrived changed.
     pub changed: u64,
-    /// Sends that the own kernel refused.
+    /// Number of datagrams that the sender's kernel refused.
     pub refused: u64,
 }
 
 impl UdpReport {
-    /// Sent and never seen.
+    /// Returns the number of datagrams that were sent and did not arrive unchanged.
     #[must_use]
     pub fn lost(&self) -> u64 {
         self.sent - self.received
     }
 }
 
-/// Numbered datagrams at a steady pace.
+/// A sender of numbered datagrams at a constant rate.
 #[derive(Debug)]
 pub struct UdpLoad {
     shared: Arc<UdpShared>,
@@ -332,7 +332,7 @@ struct UdpShared {
 }
 
 impl UdpLoad {
-    /// Sends from `client` to a sink of its own at `to` in `server`, one datagram every `pace`.
+    /// Starts a receiver at `to` in `server`, and sends a datagram from `client` to it every `pace`.
     pub fn start(client: &Ns, server: &Ns, to: SocketAddr, pace: Duration) -> Result<Self> {
         let sink = server
             .enter(|| -> io::Result<UdpSocket> {
@@ -388,20 +388,20 @@ impl UdpLoad {
         })
     }
 
-    /// Datagrams that have arrived so far.
+    /// Returns the number of datagrams that have arrived so far.
     #[must_use]
     pub fn received(&self) -> u64 {
         self.shared.received.load(Relaxed)
     }
 
-    /// Whether `more` further datagrams arrive within `timeout`.
+    /// Waits for `more` further datagrams to arrive. Returns whether they did within `timeout`.
     #[must_use]
     pub fn moves(&self, more: u64, timeout: Duration) -> bool {
         let start = self.received();
         wait_until("datagrams arrive", timeout, || self.received() >= start + more).is_ok()
     }
 
-    /// Stops, lets what is under way arrive, and reports.
+    /// Stops sending, waits for datagrams in flight, and returns the result.
     pub fn finish(mut self) -> UdpReport {
         self.halt();
         let s = &self.shared;
@@ -436,18 +436,18 @@ impl Drop for UdpLoad {
     }
 }
 
-/// What came of trying what is denied.
+/// The result of a [`Leak`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LeakReport {
-    /// Datagrams and connection attempts that were sent.
+    /// Number of datagrams and connection attempts sent.
     pub tried: u64,
-    /// Packets of them that stood on the receiver's interface. Must be 0.
+    /// Number of their packets on the receiver's interface; a firewall without leaks has 0.
     pub leaked: usize,
-    /// What they looked like.
+    /// Descriptions of some of these packets.
     pub examples: Vec<String>,
 }
 
-/// Tries, without pause, what must not get through, and watches the receiver's interface.
+/// A sender of denied traffic, with a capture on the receiver's interface.
 #[derive(Debug)]
 pub struct Leak {
     capture: Capture,
@@ -457,8 +457,8 @@ pub struct Leak {
 }
 
 impl Leak {
-    /// From `source` in `from` to `to`: a datagram and a connection attempt every `pace`. The receiver's
-    /// interface is `interface` in `receiver`; nothing need listen there.
+    /// Sends a datagram and a SYN from `source` in `from` to `to` every `pace`. The receiver's interface is `interface` in
+    /// `receiver`; no socket needs to listen there.
     pub fn start(
         from: &Ns,
         source: IpAddr,
@@ -484,7 +484,7 @@ impl Leak {
             let (from, stop, tried) = (from.clone(), stop.clone(), tried.clone());
             move || {
                 if from.join().is_err() {
-                    return; // nothing is tried, and the report says so
+                    return; // The result shows that nothing was sent.
                 }
                 while !stop.load(Relaxed) {
                     if udp.send_to(&block(0), to).is_ok() {
@@ -505,7 +505,7 @@ impl Leak {
         })
     }
 
-    /// How much was tried so far.
+    /// Returns the number of attempts so far.
     #[must_use]
     pub fn tried(&self) -> u64 {
         self.tried.load(Relaxed)
@@ -517,10 +517,10 @@ impl Leak {
         wait_until("attempts are made", timeout, || self.tried() >= start + more)
     }
 
-    /// Stops and reports.
+    /// Stops sending and returns the result.
     pub fn finish(mut self) -> LeakReport {
         self.halt();
-        // what was under way when it stopped
+        // Wait for packets in flight.
         thread::sleep(TICK * 3);
         let packets = self.capture.packets();
         LeakReport {

@@ -1,4 +1,4 @@
-//! One network namespace.
+//! Network namespaces: creation, commands in them, and removal.
 
 use std::{
     fs::{self, File},
@@ -28,10 +28,10 @@ use tempfile::TempDir;
 
 use crate::process::output;
 
-/// Where `ip netns` keeps its names.
+/// Directory with the names of `ip netns`.
 const NAMES: &str = "/run/netns";
 const PREFIX: &str = "pal-";
-/// Where test daemons pin; names below it are `palisade-test-<pid>-<n>`.
+/// The BPF file system. Pin directories of test daemons are named `palisade-test-<pid>-<n>`.
 const BPFFS: &str = "/sys/fs/bpf";
 const PIN_PREFIX: &str = "palisade-test-";
 const TEMP_PREFIX: &str = "palisade-testbed-";
@@ -39,20 +39,20 @@ const TOOL_TIMEOUT: Duration = Duration::from_secs(20);
 
 static SERIAL: AtomicU32 = AtomicU32::new(0);
 
-/// A number that this process has not used yet.
+/// Returns a number that is unique in this process.
 #[must_use]
 pub fn serial() -> u32 {
     SERIAL.fetch_add(1, Ordering::Relaxed)
 }
 
-/// A directory name for the pins of one daemon, unique on this machine.
+/// Returns the path of a pin directory that is unique on this machine.
 #[must_use]
 pub fn pin_dir() -> PathBuf {
     Path::new(BPFFS).join(format!("{PIN_PREFIX}{}-{}", std::process::id(), serial()))
 }
 
-/// A network namespace with its loopback up. Clones name the same one; the last to go removes it, with every
-/// process that still runs in it.
+/// A network namespace. Clones refer to the same namespace. Dropping the last clone kills the processes in the namespace and
+/// removes it.
 #[derive(Clone, Debug)]
 pub struct Ns(Arc<Inner>);
 
@@ -63,7 +63,7 @@ struct Inner {
 }
 
 impl Ns {
-    /// A new namespace.
+    /// Creates a namespace and brings its loopback interface up.
     pub fn new(label: &str) -> Result<Self> {
         ensure_root()?;
         static SWEEP: Once = Once::new();
@@ -83,22 +83,22 @@ impl Ns {
         Ok(ns)
     }
 
-    /// Its name, as `ip netns` knows it.
+    /// Returns the name for `ip netns`.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.0.name
     }
 
-    /// Its file, for setns.
+    /// Returns the descriptor of the namespace, for `setns`.
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.0.file.as_fd()
     }
 
-    /// Runs `f` in a thread that stands in the namespace. Sockets that it opens stay in the namespace.
+    /// Runs `f` on a new thread in the namespace. Sockets that `f` opens remain in the namespace.
     ///
     /// # Panics
-    /// If the namespace cannot be entered, and if `f` panics.
+    /// `setns` fails, or `f` panics.
     pub fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -111,13 +111,14 @@ impl Ns {
         })
     }
 
-    /// Moves the calling thread into the namespace, for good.
+    /// Moves the calling thread into the namespace permanently.
     pub fn join(&self) -> Result<()> {
         setns(&self.0.file, CloneFlags::CLONE_NEWNET).with_context(|| format!("setns {}", self.name()))
     }
 
-    /// A command that will run in the namespace. Mounts stay those of the machine (`ip netns exec` would hide
-    /// the BPF file system). It dies with the *thread* that spawned it, and does not hear the terminal's Ctrl-C.
+    /// Returns a command that runs in the network namespace, but with the machine's mounts (`ip netns exec` would hide the BPF
+    /// file system). The kernel kills its process when the *thread* that spawned it ends. It does not receive the
+    /// terminal's Ctrl-C.
     #[must_use]
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new(program);
@@ -125,8 +126,8 @@ impl Ns {
         let keep = self.0.clone();
         let parent = Pid::this();
         command.process_group(0);
-        // SAFETY: between fork and exec the closure makes system calls only; it neither allocates nor locks
-        // (`keep` is only held, so that the descriptor stays open as long as the command exists).
+        // SAFETY: between fork and exec the closure only makes system calls; it neither allocates nor locks. `keep` makes the
+        // descriptor outlive the command.
         unsafe {
             command.pre_exec(move || {
                 let _open = &keep.file;
@@ -138,7 +139,7 @@ impl Ns {
         command
     }
 
-    /// Runs `ip` commands, one a line, as one batch.
+    /// Runs `ip` commands, one per line, as one batch.
     pub fn ip(&self, lines: &str) -> Result<()> {
         tool(
             Command::new("ip").args(["-n", self.name(), "-batch", "-"]),
@@ -148,7 +149,7 @@ impl Ns {
         .map(drop)
     }
 
-    /// Runs a program to its end in the namespace and returns what it printed; an exit other than 0 is an error.
+    /// Runs a program to its end in the namespace and returns its standard output. An exit status other than 0 is an error.
     pub fn run(&self, program: &str, args: &[&str]) -> Result<String> {
         tool(self.command(program).args(args), b"").with_context(|| format!("in {}", self.name()))
     }
@@ -162,14 +163,14 @@ impl Ns {
         .map(drop)
     }
 
-    /// Sets a value below `/proc/sys/net`, named by its path there: `ipv4/ip_forward`.
+    /// Sets a value below `/proc/sys/net`, such as `ipv4/ip_forward`.
     pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
         let path = Path::new("/proc/sys/net").join(key);
         self.enter(|| fs::write(&path, value))
             .with_context(|| format!("{} = {value}", path.display()))
     }
 
-    /// The index of one of its interfaces.
+    /// Returns the index of an interface.
     pub fn ifindex(&self, interface: &str) -> Result<u32> {
         self.enter(|| nix::net::if_::if_nametoindex(interface))
             .with_context(|| format!("{interface} in {}", self.name()))
@@ -185,7 +186,8 @@ impl Drop for Inner {
     }
 }
 
-/// In the child, before exec: end with the parent, also if it has gone already.
+/// Makes the kernel kill the calling process when its parent ends. Fails if the parent has ended already. For use between
+/// fork and exec.
 pub(crate) fn die_with(parent: Pid) -> io::Result<()> {
     // SAFETY: PR_SET_PDEATHSIG takes a signal number and touches no memory.
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
@@ -197,7 +199,7 @@ pub(crate) fn die_with(parent: Pid) -> io::Result<()> {
     Ok(())
 }
 
-/// Runs a tool with `input` as its standard input; its output if it exits with 0.
+/// Runs a tool with `input` as its standard input and returns its standard output. An exit status other than 0 is an error.
 pub(crate) fn tool(command: &mut Command, input: &[u8]) -> Result<String> {
     let out = crate::process::output_with_input(command, input, TOOL_TIMEOUT)?;
     ensure!(
@@ -221,7 +223,7 @@ fn remove_name(name: &str) {
     let _ = output(Command::new("ip").args(["netns", "del", name]), TOOL_TIMEOUT);
 }
 
-/// Kills what runs in the namespace with this inode: a program may have left a child behind.
+/// Kills all processes in the namespace with this inode, including children that outlived their parents.
 fn kill_inside(dev: u64, ino: u64) {
     let Ok(processes) = fs::read_dir("/proc") else {
         return;
@@ -239,14 +241,13 @@ fn kill_inside(dev: u64, ino: u64) {
     }
 }
 
-/// Removes what processes that are gone have left: namespaces, pins and temporary directories with our prefixes
-/// and the pid of a process that is no more.
+/// Removes the namespaces, pins and temporary directories of testbed processes that no longer exist.
 pub fn sweep() {
     remove_where(|pid| kill(pid, None) == Err(Errno::ESRCH));
 }
 
-/// Removes everything of this process, whoever still holds it. For a process that is about to end, and cannot
-/// wait for its destructors.
+/// Removes all namespaces, pins and temporary directories of this process, even if they are in use. For a process that ends
+/// without running its destructors.
 pub fn remove_own() {
     remove_where(|pid| pid == Pid::this());
 }
@@ -282,7 +283,7 @@ fn remove_where(wanted: impl Fn(Pid) -> bool) {
     }
 }
 
-/// A temporary directory that goes when it is dropped, or is swept like everything else.
+/// Creates a temporary directory. Dropping it removes it; [`sweep`] removes those of killed processes.
 pub fn temp_dir(label: &str) -> Result<TempDir> {
     let prefix = format!("{TEMP_PREFIX}{}-{label}-", std::process::id());
     tempfile::Builder::new()
@@ -291,13 +292,13 @@ pub fn temp_dir(label: &str) -> Result<TempDir> {
         .context("temporary directory")
 }
 
-/// Removes a directory of pins: its programs go when nothing else holds them.
+/// Removes a pin directory. The kernel frees its programs and maps once nothing else refers to them.
 pub fn remove_pins(dir: &Path) {
-    // best effort: it may never have been there
+    // An error is ignored because the directory may not exist.
     let _ = fs::remove_dir_all(dir);
 }
 
-/// Mounts the BPF file system where it belongs, unless it is there.
+/// Mounts the BPF file system at `/sys/fs/bpf` unless it is mounted.
 pub fn ensure_bpffs() -> Result<()> {
     let mounted = || -> Result<bool> {
         let stat = nix::sys::statfs::statfs(BPFFS).context(BPFFS)?;
@@ -316,7 +317,10 @@ pub fn ensure_bpffs() -> Result<()> {
     .with_context(|| format!("mounting the BPF file system at {BPFFS}"))
 }
 
-/// Asks `done` until it says yes.
+/// Calls `done` every 5 ms until it returns true.
+///
+/// # Errors
+/// `done` has not returned true within `timeout`.
 pub fn wait_until(what: &str, timeout: Duration, mut done: impl FnMut() -> bool) -> Result<()> {
     let deadline = Instant::now() + timeout;
     loop {

@@ -1,4 +1,4 @@
-//! As much of a packet as tests ask about, and packets that no socket would send.
+//! Parsed packets for assertions, and packets that ordinary sockets cannot send.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -13,10 +13,10 @@ pub mod protocol {
     pub const SCTP: u8 = 132;
 }
 
-/// A packet that was seen.
+/// A captured packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packet {
-    /// It left the interface; else it came in.
+    /// Whether the packet was outgoing; otherwise it was incoming.
     pub outgoing: bool,
     /// Source address.
     pub source: IpAddr,
@@ -24,21 +24,21 @@ pub struct Packet {
     pub destination: IpAddr,
     /// IP protocol.
     pub protocol: u8,
-    /// Source and destination port; none for protocols without, and for later fragments.
+    /// Source and destination port; `None` for protocols without ports and for later fragments.
     pub ports: Option<(u16, u16)>,
     /// ICMP type and code.
     pub icmp: Option<(u8, u8)>,
     /// TCP flags.
     pub tcp_flags: u8,
-    /// It is a fragment; true for the first as well.
+    /// Whether the packet is a fragment, including a first fragment.
     pub fragment: bool,
-    /// Bytes from the network header on.
+    /// Length from the network header on, bytes.
     pub length: usize,
-    /// What follows the network header.
+    /// The bytes that follow the network header.
     pub payload: Vec<u8>,
 }
 
-/// Reads an Ethernet frame; nothing if it is not IP, or cut short.
+/// Parses an Ethernet frame; `None` if it is not IP or is truncated.
 #[must_use]
 pub fn parse(frame: &[u8], outgoing: bool) -> Option<Packet> {
     let ether_type = u16::from_be_bytes(frame.get(12..14)?.try_into().ok()?);
@@ -104,7 +104,7 @@ pub fn parse(frame: &[u8], outgoing: bool) -> Option<Packet> {
     Some(packet)
 }
 
-/// The internet checksum (RFC 1071), continued from `sum`.
+/// Returns the internet checksum (RFC 1071) of `bytes`, starting from the sum `sum`.
 #[must_use]
 pub fn checksum(sum: u32, bytes: &[u8]) -> u16 {
     let mut sum = u64::from(sum);
@@ -117,7 +117,7 @@ pub fn checksum(sum: u32, bytes: &[u8]) -> u16 {
     !(sum as u16)
 }
 
-/// An ICMP message of a type, with its checksum (ICMPv6: the kernel fills it in on a raw socket).
+/// Returns an ICMP message with its checksum. A raw ICMPv6 socket makes the kernel replace the checksum.
 #[must_use]
 pub fn icmp(kind: u8, code: u8, body: &[u8]) -> Vec<u8> {
     let mut message = vec![kind, code, 0, 0];
@@ -127,7 +127,7 @@ pub fn icmp(kind: u8, code: u8, body: &[u8]) -> Vec<u8> {
     message
 }
 
-/// A whole UDP datagram with its network header. Without checksum over IPv4; over IPv6 it must have one.
+/// Returns a UDP datagram with its network header. The checksum is zero over IPv4; IPv6 requires one.
 #[must_use]
 pub fn whole_udp(source: IpAddr, destination: IpAddr, from: u16, to: u16, contents: &[u8]) -> Vec<u8> {
     let length = 8 + contents.len() as u16;
@@ -151,7 +151,7 @@ pub fn whole_udp(source: IpAddr, destination: IpAddr, from: u16, to: u16, conten
             packet.extend_from_slice(&[protocol::UDP, 64]);
             packet.extend_from_slice(&source.octets());
             packet.extend_from_slice(&destination.octets());
-            // RFC 8200, 8.1: over the addresses, the length and the protocol as well
+            // The checksum covers addresses, length and protocol too (RFC 8200, section 8.1).
             let sum = checksum(
                 u32::from(length) + u32::from(protocol::UDP),
                 &[&packet[8..], &datagram].concat(),
@@ -164,8 +164,8 @@ pub fn whole_udp(source: IpAddr, destination: IpAddr, from: u16, to: u16, conten
     packet
 }
 
-/// A fragment of a UDP datagram that is not its first: contents from byte `offset` (a multiple of 8) on, and it
-/// says that no more follow (RFC 791, 3.1; RFC 8200, 4.5).
+/// Returns the last fragment of a UDP datagram, with its network header (RFC 791, section 3.1; RFC 8200, section 4.5).
+/// `offset`: position of `contents` in the datagram, a multiple of 8.
 #[must_use]
 pub fn later_fragment(source: IpAddr, destination: IpAddr, id: u32, offset: u16, contents: &[u8]) -> Vec<u8> {
     let mut packet = Vec::new();
@@ -195,7 +195,7 @@ pub fn later_fragment(source: IpAddr, destination: IpAddr, id: u32, offset: u16,
     packet
 }
 
-/// An SCTP INIT (RFC 9260, 3.3.2).
+/// Returns an SCTP INIT (RFC 9260, section 3.3.2).
 #[must_use]
 pub fn sctp_init(source: u16, destination: u16) -> Vec<u8> {
     let mut packet = Vec::new();
@@ -212,7 +212,7 @@ pub fn sctp_init(source: u16, destination: u16) -> Vec<u8> {
     packet
 }
 
-/// CRC32c, as SCTP wants it (RFC 9260, appendix A).
+/// Returns the CRC32c of SCTP (RFC 9260, appendix A).
 fn crc32c(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0u32, |crc, byte| {
         (0..8).fold(crc ^ u32::from(*byte), |crc, _| {

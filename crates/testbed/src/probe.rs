@@ -1,4 +1,4 @@
-//! One attempt to talk, and what came of it.
+//! Connection attempts and their outcomes.
 
 use std::{
     io::{self, ErrorKind, Read, Write},
@@ -15,16 +15,16 @@ use crate::{
     process::output,
 };
 
-/// What came of an attempt.
+/// The outcome of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The other end answered.
+    /// The peer has responded.
     Open,
-    /// The other end (or its kernel) said no.
+    /// The peer or its kernel has refused: a TCP reset or an ICMP port unreachable.
     Refused,
-    /// Nothing came back.
+    /// No response within the timeout.
     TimedOut,
-    /// A router said that there is no way, or the own kernel did.
+    /// A router or the local kernel has reported that the destination is unreachable.
     Unreachable,
 }
 
@@ -40,32 +40,32 @@ impl Outcome {
     }
 }
 
-/// How to talk.
+/// The kind of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Open a connection.
+    /// Open a TCP connection.
     Tcp,
-    /// Send a datagram of so many bytes, and hear its echo.
+    /// Send a datagram of this length in bytes and wait for its echo.
     Udp(usize),
-    /// ICMP echo with so many bytes, by the `ping` program.
+    /// Run `ping` with this payload length in bytes.
     Ping(usize),
 }
 
 /// An attempt to be made.
 #[derive(Clone, Debug)]
 pub struct Probe {
-    /// Who tries.
+    /// The namespace that sends.
     pub from: Ns,
-    /// From which of its addresses, if not the one its routes choose.
+    /// Source address; `None` for the one that routing selects.
     pub source: Option<IpAddr>,
-    /// To whom (ICMP: the port counts for nothing).
+    /// Destination; the port is ignored for ICMP.
     pub to: SocketAddr,
-    /// How.
+    /// The kind.
     pub kind: Kind,
 }
 
 impl Probe {
-    /// Tries.
+    /// Runs the attempt.
     #[must_use]
     pub fn run(&self, timeout: Duration) -> Outcome {
         match self.kind {
@@ -76,10 +76,10 @@ impl Probe {
     }
 }
 
-/// Tries all of them, many at the same time; each has its own deadline.
+/// Runs attempts concurrently, each with its own timeout. Returns the outcomes in order.
 #[must_use]
 pub fn run_all(probes: &[(Probe, Duration)]) -> Vec<Outcome> {
-    // more than a neighbour's queue holds while its address is being resolved would lose datagrams
+    // While the kernel resolves a neighbour, it queues a limited number of packets and drops the others.
     const AT_ONCE: usize = 48;
     let mut outcomes = Vec::with_capacity(probes.len());
     for some in probes.chunks(AT_ONCE) {
@@ -105,7 +105,7 @@ fn any_of(address: IpAddr) -> IpAddr {
     }
 }
 
-/// Opens a TCP connection and keeps it.
+/// Opens a TCP connection and returns it.
 pub fn open(ns: &Ns, source: Option<IpAddr>, to: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
     ns.enter(|| {
         let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
@@ -117,7 +117,7 @@ pub fn open(ns: &Ns, source: Option<IpAddr>, to: SocketAddr, timeout: Duration) 
     })
 }
 
-/// Opens a TCP connection, and closes it.
+/// Opens a TCP connection and closes it.
 #[must_use]
 pub fn connect(ns: &Ns, to: SocketAddr, timeout: Duration) -> Outcome {
     connect_from(ns, None, to, timeout)
@@ -130,7 +130,7 @@ fn connect_from(ns: &Ns, source: Option<IpAddr>, to: SocketAddr, timeout: Durati
     }
 }
 
-/// Sends a few bytes over an open connection to an echo server, and hears them.
+/// Sends some bytes over an open connection to an echo server and waits for their echo.
 pub fn exchange(stream: &mut TcpStream, timeout: Duration) -> Outcome {
     let question = nonce(16);
     let mut answer = vec![0; question.len()];
@@ -147,7 +147,7 @@ pub fn exchange(stream: &mut TcpStream, timeout: Duration) -> Outcome {
     }
 }
 
-/// Bytes that nobody else sends.
+/// Returns unique bytes.
 fn nonce(size: usize) -> Vec<u8> {
     let mut state =
         (u64::from(std::process::id()) << 32 | u64::from(serial())).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -161,7 +161,7 @@ fn nonce(size: usize) -> Vec<u8> {
         .collect()
 }
 
-/// Sends a datagram to an echo server and waits for the same to come back. (At least 8 bytes.)
+/// Sends a datagram of `size` bytes (at least 8) to an echo server and waits for its echo.
 #[must_use]
 pub fn udp(ns: &Ns, source: Option<IpAddr>, to: SocketAddr, size: usize, timeout: Duration) -> Outcome {
     let question = nonce(size);
@@ -186,7 +186,7 @@ pub fn udp(ns: &Ns, source: Option<IpAddr>, to: SocketAddr, size: usize, timeout
     ns.enter(|| attempt().unwrap_or_else(|error| Outcome::of(&error)))
 }
 
-/// One ICMP echo, by the `ping` program.
+/// Sends one ICMP echo request with `ping`.
 #[must_use]
 pub fn ping(ns: &Ns, source: Option<IpAddr>, to: IpAddr, size: usize, timeout: Duration) -> Outcome {
     let mut command = ns.command("ping");
@@ -211,7 +211,7 @@ pub fn ping(ns: &Ns, source: Option<IpAddr>, to: IpAddr, size: usize, timeout: D
     }
 }
 
-/// Sends one packet of any protocol: the kernel writes the network header only.
+/// Sends one packet of any IP protocol. The kernel writes the network header.
 pub fn send_raw(ns: &Ns, source: Option<IpAddr>, to: IpAddr, protocol: u8, payload: &[u8]) -> Result<()> {
     ns.enter(|| -> io::Result<()> {
         let to = SocketAddr::new(to, 0);
@@ -229,15 +229,15 @@ pub fn send_raw(ns: &Ns, source: Option<IpAddr>, to: IpAddr, protocol: u8, paylo
     .with_context(|| format!("raw packet of protocol {protocol} to {to}"))
 }
 
-/// What the network stack of a namespace gets of one protocol: behind every hook at its interfaces, where a
-/// [`crate::capture::Capture`] stands before those of tc.
+/// A receiver of all packets of one IP protocol that reach the network stack of a namespace, that is, after all hooks of its
+/// interfaces. A [`crate::capture::Capture`] receives packets before the tc hooks.
 #[derive(Debug)]
 pub struct RawReceiver {
     socket: Socket,
 }
 
 impl RawReceiver {
-    /// Listens from now on, to packets for `address`' family.
+    /// Starts to receive packets of the family of `address`.
     pub fn start(ns: &Ns, address: IpAddr, protocol: u8) -> Result<Self> {
         let to = SocketAddr::new(address, 0);
         let protocol = Protocol::from(i32::from(protocol));
@@ -245,7 +245,8 @@ impl RawReceiver {
         Ok(Self { socket })
     }
 
-    /// Whether a packet from `source` that starts with the byte `first` (after its network header) comes in time.
+    /// Waits for a packet from `source` whose first byte after the network header is `first`. Returns whether it came within
+    /// `timeout`.
     pub fn hears(&self, source: IpAddr, first: u8, timeout: Duration) -> Result<bool> {
         let deadline = Instant::now() + timeout;
         let mut buffer = vec![0; 1 << 16];
@@ -257,7 +258,7 @@ impl RawReceiver {
             self.socket.set_read_timeout(Some(left))?;
             let mut socket = &self.socket;
             let Ok(n) = socket.read(&mut buffer) else { continue };
-            // raw(7): IPv4 packets come with their header, IPv6 ones without (and the source is not told here)
+            // A raw socket returns IPv4 packets with their header and IPv6 packets without it (raw(7), ipv6(7)).
             let (from, payload) = match source {
                 IpAddr::V4(_) => {
                     let header = usize::from(buffer[0] & 15) * 4;
@@ -273,8 +274,8 @@ impl RawReceiver {
     }
 }
 
-/// Sends one packet with its network header as given (the kernel fills in IPv4's checksum, and an identification
-/// that is 0).
+/// Sends one packet with the given network header. The kernel sets the checksum of an IPv4 header, and the identification if
+/// it is 0.
 pub fn send_ip(ns: &Ns, to: IpAddr, packet: &[u8]) -> Result<()> {
     ns.enter(|| -> io::Result<()> {
         let to = SocketAddr::new(to, 0);
@@ -292,7 +293,7 @@ pub fn send_ip(ns: &Ns, to: IpAddr, packet: &[u8]) -> Result<()> {
     .with_context(|| format!("packet to {to}"))
 }
 
-/// The hop limit of what an IPv6 socket sends.
+/// Sets the hop limit of the packets that an IPv6 socket sends.
 pub fn set_hop_limit_v6(socket: &std::net::UdpSocket, hops: u32) -> io::Result<()> {
     socket2::SockRef::from(socket).set_unicast_hops_v6(hops)
 }

@@ -1,4 +1,4 @@
-//! Child processes that do not outlive their owner.
+//! Child processes that are killed when their owner is dropped.
 
 use std::{
     fs::{self, File},
@@ -16,7 +16,7 @@ use nix::{
     unistd::Pid,
 };
 
-/// A running program: its output goes to a file, and it is killed when this is dropped.
+/// A child process that writes its output to a file. Dropping it kills the process.
 #[derive(Debug)]
 pub struct Process {
     name: String,
@@ -25,7 +25,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command`; standard output and error go to `<dir>/<name>.log` (appended).
+    /// Starts `command`. Appends its standard output and error to `<dir>/<name>.log`.
     pub fn spawn(name: &str, mut command: Command, dir: &Path) -> Result<Self> {
         let log = dir.join(format!("{name}.log"));
         let file = File::options()
@@ -47,13 +47,13 @@ impl Process {
         })
     }
 
-    /// Its process id.
+    /// Returns the process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// What it has printed so far.
+    /// Returns the output so far.
     #[must_use]
     pub fn log(&self) -> String {
         fs::read(&self.log)
@@ -61,12 +61,12 @@ impl Process {
             .unwrap_or_default()
     }
 
-    /// Its exit status, if it has ended.
+    /// Returns the exit status if the process has ended.
     pub fn exited(&mut self) -> Result<Option<ExitStatus>> {
         self.child.try_wait().with_context(|| self.name.clone())
     }
 
-    /// Waits for its end.
+    /// Waits for the end of the process.
     pub fn wait(&mut self, timeout: Duration) -> Result<ExitStatus> {
         match wait(&mut self.child, timeout)? {
             Some(status) => Ok(status),
@@ -78,13 +78,13 @@ impl Process {
         }
     }
 
-    /// Asks it to end (SIGTERM) and waits.
+    /// Sends SIGTERM and waits for the end of the process.
     pub fn terminate(&mut self, timeout: Duration) -> Result<ExitStatus> {
         self.signal(Signal::SIGTERM)?;
         self.wait(timeout)
     }
 
-    /// `kill -9`, and waits until it is gone.
+    /// Kills the process (SIGKILL) and waits for its end.
     pub fn kill9(&mut self) -> Result<()> {
         self.child.kill()?;
         self.child.wait()?;
@@ -121,12 +121,12 @@ fn wait(child: &mut Child, timeout: Duration) -> Result<Option<ExitStatus>> {
     }
 }
 
-/// Runs a command to its end, or kills it at the deadline (its status then says so: signal 9).
+/// Runs a command to its end. Kills it after `timeout`; the exit status then has signal 9, see [`timed_out`].
 pub fn output(command: &mut Command, timeout: Duration) -> Result<Output> {
     output_with_input(command, b"", timeout)
 }
 
-/// [`output`], with something to read.
+/// Runs a command like [`output`], with `input` as its standard input.
 pub fn output_with_input(command: &mut Command, input: &[u8], timeout: Duration) -> Result<Output> {
     let mut child = command
         .stdin(if input.is_empty() {
@@ -144,7 +144,7 @@ pub fn output_with_input(command: &mut Command, input: &[u8], timeout: Duration)
     thread::scope(|scope| {
         scope.spawn(move || {
             if let Some(mut stdin) = stdin {
-                // a program that does not read to the end has its reasons, and says so by its exit status
+                // Writing fails if the program ends before it has read all input. The exit status shows that.
                 let _ = stdin.write_all(input);
             }
         });
@@ -167,7 +167,7 @@ pub fn output_with_input(command: &mut Command, input: &[u8], timeout: Duration)
     })
 }
 
-/// Whether [`output`] had to kill the command.
+/// Returns whether [`output`] has killed the command.
 #[must_use]
 pub fn timed_out(output: &Output) -> bool {
     output.status.signal() == Some(libc::SIGKILL)
@@ -176,7 +176,7 @@ pub fn timed_out(output: &Output) -> bool {
 fn read_all(pipe: Option<&mut impl Read>) -> Vec<u8> {
     let mut bytes = Vec::new();
     if let Some(pipe) = pipe {
-        // what was read before an error is still worth showing
+        // Return the bytes that were read before an error.
         let _ = pipe.read_to_end(&mut bytes);
     }
     bytes

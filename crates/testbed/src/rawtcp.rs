@@ -1,8 +1,8 @@
-//! A TCP client that does what no kernel does: it writes each segment itself, and says what it likes in it.
+//! A TCP client in user space that can send any segment.
 //!
-//! Its ports belong to nobody: the kernel of its namespace would answer with a reset, which a filter inside the
-//! namespace stops. It sends through a raw socket, so routing, tc and the offloads of the interface are those of any
-//! other program; it hears what the network stack of the namespace gets, behind every hook.
+//! No kernel socket has its ports, so the kernel of its namespace would send resets; an nftables rule in the namespace drops
+//! them ([`prepare`]). The client sends through a raw socket, so that routing, tc and offloads apply as for other programs.
+//! It receives the packets that reach the network stack of the namespace, that is, after all hooks.
 
 use std::{
     io,
@@ -20,10 +20,10 @@ use crate::{
     packet::{checksum, protocol},
 };
 
-/// Its ports: these, and as many more as there are up to [`LAST_PORT`].
+/// The clients use ports from this one up to [`LAST_PORT`].
 const FIRST_PORT: u16 = 20_000;
 const LAST_PORT: u16 = 29_999;
-/// What it sends carries this mark.
+/// Mark of the clients' packets, which distinguishes them from the kernel's resets.
 const MARK: u32 = 0x7a;
 
 /// A segment to be sent.
@@ -44,7 +44,7 @@ pub struct Segment {
 }
 
 impl Segment {
-    /// Bytes at a place in the stream: 0 is the first behind the SYN.
+    /// Creates a segment with payload. `at`: offset of the payload in the stream; 0 is the first byte after the SYN.
     #[must_use]
     pub fn data(at: i64, data: &[u8]) -> Self {
         Self {
@@ -63,42 +63,42 @@ impl Segment {
         }
     }
 
-    /// Other flags.
+    /// Sets the flags.
     #[must_use]
     pub fn flags(mut self, flags: u8) -> Self {
         self.flags = flags;
         self
     }
 
-    /// An acknowledgement number other than what has come.
+    /// Sets the acknowledgement number, by default that of the received stream.
     #[must_use]
     pub fn ack(mut self, ack: u32) -> Self {
         self.ack = Some(ack);
         self
     }
 
-    /// Another window.
+    /// Sets the window.
     #[must_use]
     pub fn window(mut self, window: u16) -> Self {
         self.window = window;
         self
     }
 
-    /// Another time to live.
+    /// Sets the time to live.
     #[must_use]
     pub fn ttl(mut self, ttl: u8) -> Self {
         self.ttl = ttl;
         self
     }
 
-    /// With a checksum that is wrong.
+    /// Makes the checksum wrong.
     #[must_use]
     pub fn bad_checksum(mut self) -> Self {
         self.checksum = false;
         self
     }
 
-    /// With an urgent pointer.
+    /// Sets the urgent pointer and the URG flag.
     #[must_use]
     pub fn urgent(mut self, pointer: u16) -> Self {
         self.flags |= flags::URG;
@@ -106,28 +106,28 @@ impl Segment {
         self
     }
 
-    /// With further options, a multiple of four bytes.
+    /// Appends options; their length must be a multiple of four bytes.
     #[must_use]
     pub fn options(mut self, options: &[u8]) -> Self {
         self.options = options.into();
         self
     }
 
-    /// With this timestamp instead of that of the clock.
+    /// Sets the timestamp, by default that of the clock.
     #[must_use]
     pub fn timestamp(mut self, value: u32) -> Self {
         self.timestamp = Some(value);
         self
     }
 
-    /// In IP fragments of at most so many bytes (a multiple of eight).
+    /// Sends the segment in IP fragments of at most `size` bytes, a multiple of eight.
     #[must_use]
     pub fn fragments(mut self, size: usize) -> Self {
         self.fragment = Some(size);
         self
     }
 
-    /// Its fragments go out last first.
+    /// Sends the last fragment first.
     #[must_use]
     pub fn backwards(mut self) -> Self {
         self.backwards = true;
@@ -135,14 +135,14 @@ impl Segment {
     }
 }
 
-/// What came of a delivery.
+/// The result of [`RawTcp::deliver`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Delivered {
-    /// The other end has acknowledged all of it.
+    /// The other end has acknowledged all bytes.
     Whole,
     /// The connection was reset.
     Reset,
-    /// Neither, in the time there was.
+    /// The timeout has ended before.
     Not,
 }
 
@@ -156,21 +156,21 @@ pub struct RawTcp {
     isn: u32,
     their_isn: u32,
     timestamps: bool,
-    /// Greatest timestamp of the other end.
+    /// Greatest timestamp received from the other end.
     recent: u32,
     began: Instant,
     id: u16,
-    /// Behind the last byte of ours that the other end has acknowledged.
+    /// Offset of the first byte that the other end has not acknowledged.
     acked: i64,
     received: Vec<u8>,
     early: Vec<(u32, Vec<u8>)>,
     reset: bool,
     finished: bool,
-    /// Whether what comes is acknowledged.
+    /// Whether received data is acknowledged.
     pub acknowledges: bool,
 }
 
-/// Prepares a namespace for clients of this kind: its kernel must not answer for them. May be called again.
+/// Prepares a namespace for these clients: drops the kernel's resets for their ports. May be called repeatedly.
 pub fn prepare(ns: &Ns) -> Result<()> {
     ns.nft(&format!(
         "table inet rawtcp {{}}\ndelete table inet rawtcp\ntable inet rawtcp {{\nchain output {{\n\
@@ -180,7 +180,7 @@ pub fn prepare(ns: &Ns) -> Result<()> {
 }
 
 impl RawTcp {
-    /// A client at `source` for a connection to `to`; nothing is sent yet. The namespace must be [`prepare`]d.
+    /// Creates a client at `source` for a connection to `to` without sending a packet. The namespace must be [`prepare`]d.
     pub fn new(ns: &Ns, source: IpAddr, to: SocketAddr) -> Result<Self> {
         let port = FIRST_PORT + (serial() % u32::from(LAST_PORT - FIRST_PORT)) as u16;
         let local = SocketAddr::new(source, port);
@@ -207,14 +207,14 @@ impl RawTcp {
         })
     }
 
-    /// An open connection.
+    /// Creates a client and opens its connection.
     pub fn connect(ns: &Ns, source: IpAddr, to: SocketAddr) -> Result<Self> {
         let mut client = Self::new(ns, source, to)?;
         client.open()?;
         Ok(client)
     }
 
-    /// An open connection with timestamps (RFC 7323).
+    /// Creates a client and opens its connection with timestamps (RFC 7323).
     pub fn connect_with_timestamps(ns: &Ns, source: IpAddr, to: SocketAddr) -> Result<Self> {
         let mut client = Self::new(ns, source, to)?;
         client.timestamps = true;
@@ -222,12 +222,12 @@ impl RawTcp {
         Ok(client)
     }
 
-    /// Its initial sequence number, before it has opened anything.
+    /// Sets the initial sequence number. Must be called before the connection is opened.
     pub fn set_isn(&mut self, isn: u32) {
         self.isn = isn;
     }
 
-    /// Forgets its connection. The next one has the same ports, and this initial sequence number.
+    /// Drops the state of the connection. The next connection has the same ports and this initial sequence number.
     pub fn begin_anew(&mut self, isn: u32) {
         (self.isn, self.their_isn, self.acked) = (isn, 0, -1);
         self.received.clear();
@@ -235,12 +235,12 @@ impl RawTcp {
         (self.reset, self.finished) = (false, false);
     }
 
-    /// Its local port from now on.
+    /// Sets the local port.
     pub fn set_port(&mut self, port: u16) {
         self.local.set_port(port);
     }
 
-    /// The three packets that open a connection.
+    /// Opens the connection with a three-way handshake.
     pub fn open(&mut self) -> Result<()> {
         let syn = self.syn();
         for _ in 0..8 {
@@ -255,7 +255,7 @@ impl RawTcp {
         self.send(&Segment::data(0, b""))
     }
 
-    /// Its SYN.
+    /// Returns the SYN.
     #[must_use]
     pub fn syn(&self) -> Segment {
         let mut syn = Segment::data(-1, b"").flags(flags::SYN);
@@ -263,43 +263,43 @@ impl RawTcp {
         syn
     }
 
-    /// Its own address and port.
+    /// Returns the local address and port.
     #[must_use]
     pub fn local(&self) -> SocketAddr {
         self.local
     }
 
-    /// What has come, in order.
+    /// Returns the received stream.
     #[must_use]
     pub fn received(&self) -> &[u8] {
         &self.received
     }
 
-    /// Behind the last byte that the other end has acknowledged; its own FIN counts as one.
+    /// Returns the offset of the first byte that the other end has not acknowledged; a FIN counts as one byte.
     #[must_use]
     pub fn acked(&self) -> i64 {
         self.acked
     }
 
-    /// A reset has come that names the byte that is waited for (or any, before there is one).
+    /// Returns whether a valid reset has arrived: its sequence number is the next expected one, or the connection is not open.
     #[must_use]
     pub fn is_reset(&self) -> bool {
         self.reset
     }
 
-    /// The other end has sent its end.
+    /// Returns whether the other end has sent a FIN.
     #[must_use]
     pub fn is_finished(&self) -> bool {
         self.finished
     }
 
-    /// The sequence number of a place in its stream.
+    /// Returns the sequence number of an offset in the sent stream.
     #[must_use]
     pub fn seq(&self, at: i64) -> u32 {
         self.isn.wrapping_add(1).wrapping_add(at as u32)
     }
 
-    /// The acknowledgement number of all that has come.
+    /// Returns the acknowledgement number of the received stream.
     #[must_use]
     pub fn next(&self) -> u32 {
         self.their_isn
@@ -319,7 +319,7 @@ impl RawTcp {
         Ok(())
     }
 
-    /// The segment with its TCP header.
+    /// Returns the bytes of a segment with its TCP header.
     fn write(&self, segment: &Segment) -> Vec<u8> {
         let mut options = segment.options.clone();
         if self.timestamps {
@@ -367,7 +367,7 @@ impl RawTcp {
         tcp
     }
 
-    /// The packets in which a segment goes out.
+    /// Returns the packets of a segment: one, or its fragments.
     fn packets(&mut self, tcp: &[u8], segment: &Segment) -> Vec<Vec<u8>> {
         let Some(size) = segment.fragment.filter(|size| *size < tcp.len()) else {
             return vec![self.packet(tcp, segment.ttl, None)];
@@ -386,7 +386,7 @@ impl RawTcp {
         packets
     }
 
-    /// A packet; `fragment`: where it begins, and whether more follow.
+    /// Returns a packet. `fragment`: its offset, and whether more fragments follow.
     fn packet(&self, contents: &[u8], ttl: u8, fragment: Option<(u16, bool)>) -> Vec<u8> {
         let mut packet = Vec::new();
         let id = if fragment.is_some() { self.id } else { 0 };
@@ -398,7 +398,7 @@ impl RawTcp {
                 packet.extend_from_slice(&id.to_be_bytes());
                 let flags = if more { 0x2000 } else { 0 };
                 packet.extend_from_slice(&(flags | (offset / 8)).to_be_bytes());
-                // the kernel fills in the checksum
+                // The kernel sets the header checksum.
                 packet.extend_from_slice(&[ttl, protocol::TCP, 0, 0]);
                 packet.extend_from_slice(&from.octets());
                 packet.extend_from_slice(&to.octets());
@@ -423,7 +423,7 @@ impl RawTcp {
         packet
     }
 
-    /// Sends all of these, again those of which something is not acknowledged, until all before `end` is.
+    /// Sends segments, and retransmits those that are not acknowledged, until all bytes before offset `end` are acknowledged.
     pub fn deliver(&mut self, segments: &[Segment], end: i64, timeout: Duration) -> Result<Delivered> {
         let deadline = Instant::now() + timeout;
         loop {
@@ -452,7 +452,7 @@ impl RawTcp {
         }
     }
 
-    /// Sends bytes from a place on, cut into pieces of at most so many.
+    /// Delivers bytes from offset `at` in segments of at most `size` bytes.
     pub fn deliver_pieces(
         &mut self,
         at: i64,
@@ -463,7 +463,7 @@ impl RawTcp {
         self.deliver(&pieces(at, bytes, size), at + bytes.len() as i64, timeout)
     }
 
-    /// Listens until `done` says yes; whether it did in time.
+    /// Receives packets until `done` returns true. Returns whether it did within `timeout`.
     pub fn listen(&mut self, timeout: Duration, done: impl Fn(&Self) -> bool) -> Result<bool> {
         let deadline = Instant::now() + timeout;
         loop {
@@ -480,13 +480,13 @@ impl RawTcp {
         }
     }
 
-    /// Takes what has come, without waiting.
+    /// Processes the packets that have arrived, without waiting.
     fn drain(&mut self) -> Result<()> {
         while self.hear(true)? {}
         Ok(())
     }
 
-    /// Takes one packet; whether there was one.
+    /// Processes one packet. Returns whether there was a packet.
     fn hear(&mut self, at_once: bool) -> Result<bool> {
         let mut buffer = [MaybeUninit::uninit(); 1 << 16];
         let flags = if at_once { libc::MSG_DONTWAIT } else { 0 };
@@ -502,9 +502,9 @@ impl RawTcp {
             }
             Err(error) => return Err(error).context("raw socket"),
         };
-        // SAFETY: the kernel has written the first n bytes.
+        // SAFETY: the kernel has initialised the first `n` bytes.
         let bytes = unsafe { std::slice::from_raw_parts(buffer.as_ptr().cast::<u8>(), n) };
-        // raw(7): IPv4 packets come with their header, IPv6 ones without
+        // A raw socket returns IPv4 packets with their header and IPv6 packets without it (raw(7), ipv6(7)).
         let tcp = match self.remote {
             SocketAddr::V4(_) => usize::from(bytes.first().copied().unwrap_or(0) & 15) * 4,
             SocketAddr::V6(_) => 0,
@@ -568,7 +568,7 @@ impl RawTcp {
         if set & flags::FIN != 0 && !self.finished && end == self.next() {
             self.finished = true;
         }
-        // a probe asks what is taken (RFC 9293, 3.8.6.1)
+        // A zero-window probe requires an acknowledgement (RFC 9293, section 3.8.6.1).
         let is_probe = seq.wrapping_add(1) == self.next();
         if self.acknowledges && (!data.is_empty() || set & flags::FIN != 0 || is_probe) {
             let at = self.acked.max(0);
@@ -578,7 +578,7 @@ impl RawTcp {
     }
 }
 
-/// Bytes from a place on, in pieces of at most so many.
+/// Splits bytes at offset `at` into segments of at most `size` bytes.
 #[must_use]
 pub fn pieces(at: i64, bytes: &[u8], size: usize) -> Vec<Segment> {
     bytes
@@ -588,7 +588,7 @@ pub fn pieces(at: i64, bytes: &[u8], size: usize) -> Vec<Segment> {
         .collect()
 }
 
-/// Where the value of a timestamp option stands.
+/// Returns the offset of the value of the timestamp option.
 fn find_timestamp(options: &[u8]) -> Option<usize> {
     let mut at = 0;
     while let Some(&kind) = options.get(at) {
@@ -610,10 +610,10 @@ fn sockets(local: SocketAddr, remote: SocketAddr) -> io::Result<(Socket, Socket)
     }
     out.set_mark(MARK)?;
     let inward = Socket::new(domain, Type::RAW, Some(Protocol::TCP))?;
-    // only what comes from there; the socket of each connection has its own copy of it
+    // Receive only packets to this address. Each client has a raw socket of its own, which receives a copy.
     inward.bind(&SocketAddr::new(local.ip(), 0).into())?;
     inward.connect(&SocketAddr::new(remote.ip(), 0).into())?;
-    // best effort: other connections to the same server are heard here too
+    // The socket receives the packets of all clients at this address. If this fails, some may be lost and retransmitted.
     let _ = inward.set_recv_buffer_size(4 << 20);
     Ok((out, inward))
 }

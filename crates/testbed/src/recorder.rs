@@ -1,4 +1,4 @@
-//! A TCP server that keeps every byte that reaches it: the last word on what a policy let through.
+//! A TCP server that records all received bytes, for tests of what a policy has passed.
 
 use std::{
     io::{ErrorKind, Read, Write},
@@ -17,34 +17,35 @@ use crate::ns::{Ns, wait_until};
 
 const TICK: Duration = Duration::from_millis(20);
 
-/// How a connection stands, as its server sees it.
+/// The state of a connection at the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// Still open.
+    /// The connection is open.
     Open,
-    /// The client has sent its end.
+    /// The client has sent a FIN.
     Finished,
-    /// It was reset.
+    /// The connection was reset.
     Reset,
 }
 
-/// A connection that reached the server.
+/// A connection to the server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Heard {
-    /// Who.
+    /// Address and port of the client.
     pub from: SocketAddr,
-    /// At which of the server's addresses.
+    /// Address and port of the server.
     pub to: SocketAddr,
-    /// Everything that it sent.
+    /// All bytes received from the client.
     pub bytes: Vec<u8>,
-    /// How it stands.
+    /// The state.
     pub end: End,
 }
 
-/// What a server says: given the number of bytes that it has dealt with, which it may change, and all that came.
+/// Returns the bytes to send. Parameters: the number of bytes that were processed so far, which the function updates, and all
+/// bytes received so far.
 pub type Answer = dyn Fn(&mut usize, &[u8]) -> Vec<u8> + Send + Sync;
 
-/// Listens, and keeps what it hears. Each connection has a thread of its own.
+/// A server that records its connections, with one thread per connection.
 #[derive(Debug)]
 pub struct Recorder {
     heard: Arc<Mutex<Vec<Heard>>>,
@@ -53,7 +54,7 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Listens on each of `ports` at each of `addresses`, and says what `answer` makes of what has come.
+    /// Starts a server on each of `ports` at each of `addresses`, which responds with the output of `answer`.
     pub fn start(
         ns: &Ns,
         addresses: &[IpAddr],
@@ -73,7 +74,7 @@ impl Recorder {
         Self::on(listeners, answer)
     }
 
-    /// The same on listeners that are there already, of TCP or of MPTCP.
+    /// Starts a server on existing listeners, TCP or MPTCP.
     pub fn on(
         listeners: Vec<TcpListener>,
         answer: impl Fn(&mut usize, &[u8]) -> Vec<u8> + Send + Sync + 'static,
@@ -93,26 +94,26 @@ impl Recorder {
         Ok(Self { heard, stop, threads })
     }
 
-    /// Everything so far, connection by connection.
+    /// Returns all connections so far.
     #[must_use]
     pub fn heard(&self) -> Vec<Heard> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The last connection from somebody.
+    /// Returns the last connection from `from`.
     #[must_use]
     pub fn from(&self, from: SocketAddr) -> Option<Heard> {
         let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
         heard.iter().rev().find(|heard| heard.from == from).cloned()
     }
 
-    /// The bytes of the last connection from somebody; empty if there is none.
+    /// Returns the bytes of the last connection from `from`; empty if there is none.
     #[must_use]
     pub fn bytes(&self, from: SocketAddr) -> Vec<u8> {
         self.from(from).map(|heard| heard.bytes).unwrap_or_default()
     }
 
-    /// Waits until somebody's last connection is as `wanted`.
+    /// Waits until `wanted` returns true for the last connection from `from`.
     pub fn wait(
         &self,
         from: SocketAddr,
@@ -178,7 +179,7 @@ fn serve(mut stream: TcpStream, at: usize, heard: &Mutex<Vec<Heard>>, stop: &Ato
             change(own);
         }
     };
-    // without a deadline the thread could not be stopped; the answers go out as they are made
+    // With a read timeout the thread can be stopped. Without Nagle's algorithm each response is sent at once.
     let prepared = stream
         .set_nonblocking(false)
         .and_then(|()| stream.set_read_timeout(Some(TICK)))

@@ -1,4 +1,4 @@
-//! Who answers: echo servers in threads, and the real programs.
+//! Servers: echo servers in threads, nginx, iperf3 and other programs.
 
 use std::{
     fs,
@@ -30,28 +30,28 @@ use crate::{
 
 const START: Duration = Duration::from_secs(10);
 
-/// Something that reached an echo server.
+/// A connection or a datagram that an echo server has received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Contact {
-    /// Who.
+    /// Address and port of the client.
     pub from: SocketAddr,
-    /// At which of the server's addresses.
+    /// Address and port of the server.
     pub to: SocketAddr,
-    /// By TCP; else a datagram.
+    /// Whether the transport was TCP; otherwise UDP.
     pub tcp: bool,
 }
 
-/// Echoes TCP streams and UDP datagrams on several addresses and ports of one namespace.
+/// An echo server for TCP and UDP on several addresses and ports of one namespace.
 #[derive(Debug)]
 pub struct Echo {
     contacts: Arc<Mutex<Vec<Contact>>>,
-    /// Closed to stop the thread.
+    /// Closing this socket stops the thread.
     stop: Option<UnixStream>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Echo {
-    /// Listens on each of `tcp` and `udp` at each of `addresses`.
+    /// Starts a server on the ports `tcp` and `udp` at each of `addresses`.
     pub fn start(ns: &Ns, addresses: &[IpAddr], tcp: &[u16], udp: &[u16]) -> Result<Self> {
         let mut sockets = Vec::new();
         for address in addresses {
@@ -85,7 +85,7 @@ impl Echo {
         })
     }
 
-    /// Everything that reached it so far.
+    /// Returns all connections and datagrams so far.
     #[must_use]
     pub fn contacts(&self) -> Vec<Contact> {
         self.contacts
@@ -94,7 +94,7 @@ impl Echo {
             .clone()
     }
 
-    /// How often `from` reached `to`, in either way.
+    /// Returns the number of connections and datagrams from `from` to `to`.
     #[must_use]
     pub fn reached(&self, from: IpAddr, to: SocketAddr) -> usize {
         self.contacts()
@@ -129,7 +129,7 @@ impl AsFd for Open {
     }
 }
 
-/// Serves all sockets until `stopped` is readable (its other end was closed).
+/// Serves all sockets until `stopped` becomes readable because its other end was closed.
 fn echo(mut sockets: Vec<Open>, stopped: &UnixStream, contacts: &Mutex<Vec<Contact>>) {
     let mut buffer = vec![0; 1 << 16];
     let note = |contact| {
@@ -166,7 +166,7 @@ fn echo(mut sockets: Vec<Open>, stopped: &UnixStream, contacts: &Mutex<Vec<Conta
                             to: *to,
                             tcp: true,
                         });
-                        // an echo is small; a peer that does not read it must not hold up the others for long
+                        // A peer that does not read its echo must not block the other connections for long.
                         if stream.set_write_timeout(Some(Duration::from_secs(1))).is_ok() {
                             new.push(Open::Stream(stream));
                         }
@@ -180,7 +180,7 @@ fn echo(mut sockets: Vec<Open>, stopped: &UnixStream, contacts: &Mutex<Vec<Conta
                             to: *to,
                             tcp: false,
                         });
-                        // an answer that the policy stops is none of the server's business
+                        // The policy may block the response, which makes sending fail.
                         let _ = socket.send_to(&buffer[..n], from);
                     }
                     true
@@ -195,7 +195,7 @@ fn echo(mut sockets: Vec<Open>, stopped: &UnixStream, contacts: &Mutex<Vec<Conta
     }
 }
 
-/// nginx with a configuration of its own; answers every path with its name.
+/// nginx with a configuration of its own. It responds to each path with its name.
 #[derive(Debug)]
 pub struct Nginx {
     _process: Process,
@@ -203,7 +203,7 @@ pub struct Nginx {
 }
 
 impl Nginx {
-    /// Listens on `ports`, IPv4 and IPv6, and says `hello from <name>`; `/big` has `big` bytes.
+    /// Starts nginx on `ports`, IPv4 and IPv6. It responds with `hello from <name>`, and to `/big` with `big` bytes.
     pub fn start(ns: &Ns, name: &str, ports: &[u16], big: usize) -> Result<Self> {
         let dir = temp_dir("nginx")?;
         let root = dir.path();
@@ -224,7 +224,7 @@ impl Nginx {
         );
         let file = root.join("nginx.conf");
         fs::write(&file, conf)?;
-        // the worker must be able to read what the test made, whoever it runs as
+        // nginx workers run as another user, who must be able to read the files.
         set_mode(root, 0o755)?;
         let mut command = ns.command("nginx");
         command
@@ -256,13 +256,13 @@ pub struct Iperf3 {
 }
 
 impl Iperf3 {
-    /// Listens on `port`.
+    /// Starts iperf3 on `port`.
     pub fn start(ns: &Ns, port: u16) -> Result<Self> {
         let dir = temp_dir("iperf3")?;
         let mut command = ns.command("iperf3");
         command.args(["-s", "--forceflush", "-p", &port.to_string()]);
         let process = Process::spawn("iperf3", command, dir.path())?;
-        // iperf3 takes one client at a time: asking by a connection would keep the first real one out
+        // iperf3 serves one client at a time, so a connection to check that it listens would block the first real client.
         wait_until("iperf3 listens", START, || process.log().contains("listening"))?;
         Ok(Self {
             _process: process,
@@ -271,7 +271,7 @@ impl Iperf3 {
     }
 }
 
-/// Any program that listens.
+/// A server program.
 #[derive(Debug)]
 pub struct Program {
     /// The process.
@@ -280,7 +280,7 @@ pub struct Program {
 }
 
 impl Program {
-    /// Starts it in the namespace and waits until `at` accepts a connection, if it is given.
+    /// Starts a program in the namespace. If `at` is set, waits until the program accepts a connection there.
     pub fn start(ns: &Ns, program: &str, args: &[&str], at: Option<SocketAddr>) -> Result<Self> {
         let dir = temp_dir("program")?;
         let mut command = ns.command(program);
@@ -292,14 +292,14 @@ impl Program {
         Ok(Self { process, dir })
     }
 
-    /// Its working directory.
+    /// Returns the working directory.
     #[must_use]
     pub fn dir(&self) -> PathBuf {
         self.dir.path().into()
     }
 }
 
-/// Waits until a server accepts connections, seen from its own namespace.
+/// Waits until a server accepts connections from its own namespace.
 pub(crate) fn ready(ns: &Ns, process: &mut Process, at: SocketAddr) -> Result<()> {
     let mut ended = None;
     wait_until(&format!("{at} accepts connections"), START, || {

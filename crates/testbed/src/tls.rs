@@ -1,4 +1,4 @@
-//! TLS: hellos as bytes, and the real programs.
+//! TLS: hellos as bytes, certificates, and the output of `openssl s_client`.
 
 use std::{
     fs,
@@ -11,21 +11,21 @@ use anyhow::{Context, Result, ensure};
 
 use crate::process::output;
 
-/// A ClientHello that no program would send like that.
+/// A ClientHello with any contents.
 #[derive(Clone, Debug)]
 pub struct Hello {
-    /// The server name as it stands in the hello; none: no such extension.
+    /// The server name as bytes; `None` for a hello without the extension.
     pub name: Option<Vec<u8>>,
-    /// Offers TLS 1.3 beside 1.2.
+    /// Whether the hello offers TLS 1.3 as well as 1.2.
     pub tls13: bool,
-    /// Further extensions: type and contents.
+    /// Types and contents of further extensions.
     pub extensions: Vec<(u16, Vec<u8>)>,
-    /// Bytes of a record at most.
+    /// Longest record, bytes.
     pub record: usize,
 }
 
 impl Hello {
-    /// An ordinary one for a name.
+    /// Creates a usual hello with a server name.
     #[must_use]
     pub fn to(name: &str) -> Self {
         Self {
@@ -36,7 +36,7 @@ impl Hello {
         }
     }
 
-    /// One without a name.
+    /// Creates a hello without a server name.
     #[must_use]
     pub fn nameless() -> Self {
         Self {
@@ -45,27 +45,27 @@ impl Hello {
         }
     }
 
-    /// With another extension.
+    /// Adds an extension.
     #[must_use]
     pub fn with(mut self, kind: u16, contents: &[u8]) -> Self {
         self.extensions.push((kind, contents.into()));
         self
     }
 
-    /// With so many bytes of padding (RFC 7685).
+    /// Adds `bytes` bytes of padding (RFC 7685).
     #[must_use]
     pub fn padded(self, bytes: usize) -> Self {
         self.with(21, &vec![0; bytes])
     }
 
-    /// In records of at most so many bytes.
+    /// Sets the longest record, bytes.
     #[must_use]
     pub fn in_records(mut self, bytes: usize) -> Self {
         self.record = bytes;
         self
     }
 
-    /// The handshake message.
+    /// Returns the handshake message.
     #[must_use]
     pub fn message(&self) -> Vec<u8> {
         let mut extensions = Vec::new();
@@ -98,14 +98,14 @@ impl Hello {
         message
     }
 
-    /// The records.
+    /// Returns the records.
     #[must_use]
     pub fn bytes(&self) -> Vec<u8> {
         records(&self.message(), self.record)
     }
 }
 
-/// A handshake message in records of at most `size` bytes.
+/// Splits a handshake message into records of at most `size` bytes.
 #[must_use]
 pub fn records(message: &[u8], size: usize) -> Vec<u8> {
     let mut records = Vec::new();
@@ -117,13 +117,13 @@ pub fn records(message: &[u8], size: usize) -> Vec<u8> {
     records
 }
 
-/// A ServerHello of TLS 1.3 that ends all doubt: no second hello can follow.
+/// Returns a ServerHello of TLS 1.3 that is not a HelloRetryRequest, so no second ClientHello can follow.
 #[must_use]
 pub fn server_hello() -> Vec<u8> {
     hello_of_server([0x77; 32])
 }
 
-/// A ServerHello that asks for another hello (RFC 8446, 4.1.3: by its random).
+/// Returns a HelloRetryRequest: a ServerHello with a special random (RFC 8446, section 4.1.3).
 #[must_use]
 pub fn retry_request() -> Vec<u8> {
     hello_of_server([
@@ -150,7 +150,7 @@ pub struct Certificate {
     pub key: PathBuf,
 }
 
-/// Makes a certificate for some names (`*.x` may stand for all below x) by `openssl`.
+/// Makes a certificate for names, which may be wildcards such as `*.x`, with `openssl`.
 pub fn certificate(dir: &Path, names: &[&str]) -> Result<Certificate> {
     let (cert, key) = (dir.join("cert.pem"), dir.join("key.pem"));
     let names: Vec<String> = names.iter().map(|name| format!("DNS:{name}")).collect();
@@ -165,7 +165,7 @@ pub fn certificate(dir: &Path, names: &[&str]) -> Result<Certificate> {
         .arg(&cert);
     let out = output(&mut command, Duration::from_secs(20))?;
     ensure!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    // whoever serves with them may run as somebody else
+    // Servers may run as another user.
     for file in [&cert, &key] {
         let readable = std::os::unix::fs::PermissionsExt::from_mode(0o644);
         fs::set_permissions(file, readable).with_context(|| file.display().to_string())?;
@@ -173,17 +173,17 @@ pub fn certificate(dir: &Path, names: &[&str]) -> Result<Certificate> {
     Ok(Certificate { cert, key })
 }
 
-/// What `openssl s_client` saw.
+/// The result of `openssl s_client`.
 #[derive(Clone, Debug)]
 pub struct Handshake {
-    /// The version that was agreed on, such as `TLSv1.3`; empty if there was no agreement.
+    /// The negotiated version, such as `TLSv1.3`; empty if the handshake failed.
     pub version: String,
-    /// Everything that it printed.
+    /// The complete output.
     pub text: String,
 }
 
 impl Handshake {
-    /// Reads it from the output.
+    /// Parses the output.
     #[must_use]
     pub fn of(out: &Output) -> Self {
         let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);

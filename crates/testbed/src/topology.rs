@@ -1,4 +1,4 @@
-//! A node with workloads behind veths and an internet behind its NIC.
+//! A node with workloads behind veth pairs, and an internet namespace behind its NIC.
 
 use std::{
     collections::BTreeMap,
@@ -18,20 +18,20 @@ use crate::{
     probe::ping,
 };
 
-/// The node's NIC.
+/// Name of the node's NIC.
 pub const NIC: &str = "nic0";
-/// The inner end of every other veth.
+/// Name of the interface in workloads and in the internet.
 pub const INNER: &str = "eth0";
-/// The node's own addresses on its NIC.
+/// The node's IPv4 address on its NIC.
 pub const NODE_V4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
-/// See [`NODE_V4`].
+/// The node's IPv6 address on its NIC.
 pub const NODE_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xf, 0, 0, 0, 0, 1);
-/// The internet's addresses on the link to the node.
+/// The internet's IPv4 address on the link to the node.
 pub const INTERNET_V4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
-/// See [`INTERNET_V4`].
+/// The internet's IPv6 address on the link to the node.
 pub const INTERNET_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xf, 0, 0, 0, 0, 2);
 
-/// Either family.
+/// An address family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Family {
     /// IPv4.
@@ -40,10 +40,10 @@ pub enum Family {
     V6,
 }
 
-/// Both, for loops.
+/// Both families, for loops.
 pub const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 
-/// What a workload is, before it is plugged in.
+/// The description of a workload.
 #[derive(Clone, Debug)]
 pub struct WorkloadSpec {
     name: String,
@@ -53,7 +53,7 @@ pub struct WorkloadSpec {
 }
 
 impl WorkloadSpec {
-    /// A workload of the namespace `default` without labels.
+    /// Creates a workload in the policy namespace `default` without labels.
     #[must_use]
     pub fn new(name: &str) -> Self {
         Self {
@@ -64,7 +64,7 @@ impl WorkloadSpec {
         }
     }
 
-    /// Puts it into a namespace (of policies).
+    /// Sets the policy namespace.
     #[must_use]
     pub fn namespace(mut self, namespace: &str) -> Self {
         self.namespace = namespace.into();
@@ -86,33 +86,33 @@ impl WorkloadSpec {
     }
 }
 
-/// A workload in its namespace.
+/// A workload in a network namespace.
 #[derive(Clone, Debug)]
 pub struct Workload {
-    /// Where it runs.
+    /// The network namespace.
     pub ns: Ns,
-    /// Its name.
+    /// The name.
     pub name: String,
-    /// Its policy namespace.
+    /// The policy namespace.
     pub namespace: String,
-    /// Its labels.
+    /// The labels.
     pub labels: BTreeMap<String, String>,
-    /// Its named ports.
+    /// The named ports.
     pub named_ports: BTreeMap<String, String>,
-    /// The host side of its veth, in the node's namespace.
+    /// Name of the host side of the veth pair, in the node's namespace.
     pub interface: String,
-    /// Its address.
+    /// The IPv4 address.
     pub v4: Ipv4Addr,
-    /// Its address.
+    /// The IPv6 address.
     pub v6: Ipv6Addr,
-    /// The node's address on its link.
+    /// The node's IPv4 address on the link.
     pub gateway_v4: Ipv4Addr,
-    /// The node's address on its link.
+    /// The node's IPv6 address on the link.
     pub gateway_v6: Ipv6Addr,
 }
 
 impl Workload {
-    /// Its address of one family.
+    /// Returns the address of a family.
     #[must_use]
     pub fn addr(&self, family: Family) -> IpAddr {
         match family {
@@ -121,7 +121,7 @@ impl Workload {
         }
     }
 
-    /// The node's address on its link.
+    /// Returns the node's address of a family on the link.
     #[must_use]
     pub fn gateway(&self, family: Family) -> IpAddr {
         match family {
@@ -136,15 +136,15 @@ impl Workload {
 pub struct Topology {
     workloads: Vec<Workload>,
     declared: Vec<Workload>,
-    /// The node's namespace: it forwards, and has no filter of its own.
+    /// The node's namespace. It forwards packets and has no firewall rules of its own.
     pub node: Ns,
-    /// What is behind the NIC.
+    /// The namespace behind the NIC.
     pub internet: Ns,
     dir: TempDir,
 }
 
 impl Topology {
-    /// A node with its NIC and the internet; no workloads yet.
+    /// Creates a node with its NIC, and the internet, without workloads.
     pub fn new() -> Result<Self> {
         let node = prepared("node")?;
         let internet = prepared("internet")?;
@@ -184,7 +184,7 @@ impl Topology {
         })
     }
 
-    /// Adds a workload, plugged in.
+    /// Adds a workload with its interface.
     pub fn workload(mut self, spec: WorkloadSpec) -> Result<Self> {
         let name = spec.name.clone();
         self.declare(spec)?;
@@ -192,7 +192,7 @@ impl Topology {
         Ok(self)
     }
 
-    /// Adds workloads by their names, each with the label `app: <name>`.
+    /// Adds workloads with these names, each with the label `app: <name>`.
     pub fn apps(mut self, names: &[&str]) -> Result<Self> {
         for name in names {
             self = self.workload(WorkloadSpec::new(name).label("app", name))?;
@@ -200,7 +200,7 @@ impl Topology {
         Ok(self)
     }
 
-    /// Adds a workload that is known (it has addresses, and is in the configuration) but has no interface yet.
+    /// Adds a workload that has addresses and is in the configuration, but has no interface yet.
     pub fn declare(&mut self, spec: WorkloadSpec) -> Result<()> {
         let n = self.workloads.len() + self.declared.len() + 1;
         let octet = u8::try_from(n).context("at most 255 workloads")?;
@@ -225,7 +225,7 @@ impl Topology {
         Ok(())
     }
 
-    /// Gives a declared workload its interface.
+    /// Creates the interface of a declared workload.
     pub fn plug(&mut self, name: &str) -> Result<()> {
         let at = self
             .declared
@@ -268,8 +268,8 @@ impl Topology {
         Ok(())
     }
 
-    /// Waits until everybody knows the hardware address of its router: in the first moments of a new interface,
-    /// IPv6 may take a second for that (RFC 4861, RETRANS_TIMER).
+    /// Waits until each namespace has resolved the MAC address of its router. On a new interface IPv6 may take a second for
+    /// that (RETRANS_TIMER of RFC 4861).
     pub fn meet(&self) -> Result<()> {
         let links = self
             .workloads
@@ -293,7 +293,7 @@ impl Topology {
         })
     }
 
-    /// Gives the internet further addresses, reachable from the node through the NIC.
+    /// Adds addresses to the internet, which the node reaches through the NIC.
     pub fn internet_addresses(self, addresses: &[&str]) -> Result<Self> {
         let mut lines = String::new();
         for address in addresses {
@@ -305,8 +305,8 @@ impl Topology {
         Ok(self)
     }
 
-    /// Has the node track connections, as any node with a stateful firewall or NAT does (else nobody loads the
-    /// kernel's conntrack in a fresh namespace).
+    /// Enables the kernel's conntrack on the node, as a stateful firewall or NAT does. In a new namespace it is off until an
+    /// nftables rule uses it.
     pub fn track_connections(&self) -> Result<()> {
         self.node.nft(
             "table inet tracking {\n\
@@ -317,10 +317,10 @@ impl Topology {
         )
     }
 
-    /// A plugged-in workload by its name.
+    /// Returns a workload by its name.
     ///
     /// # Panics
-    /// If there is none.
+    /// There is no workload with this name.
     #[must_use]
     pub fn get(&self, name: &str) -> &Workload {
         self.workloads
@@ -329,12 +329,12 @@ impl Topology {
             .unwrap_or_else(|| panic!("the testbed has no workload {name}"))
     }
 
-    /// All workloads, plugged in or only declared.
+    /// Returns all workloads, including those without an interface.
     pub fn all(&self) -> impl Iterator<Item = &Workload> {
         self.workloads.iter().chain(&self.declared)
     }
 
-    /// The namespace of a name: a workload, `node` or `internet`.
+    /// Returns the namespace of a workload, `node` or `internet`.
     #[must_use]
     pub fn ns(&self, name: &str) -> &Ns {
         match name {
@@ -344,7 +344,7 @@ impl Topology {
         }
     }
 
-    /// The address of a name: a workload, `node` (at its NIC) or `internet`.
+    /// Returns the address of a workload, `node` (on its NIC) or `internet`.
     #[must_use]
     pub fn addr(&self, name: &str, family: Family) -> IpAddr {
         match (name, family) {
@@ -356,14 +356,14 @@ impl Topology {
         }
     }
 
-    /// A temporary directory that goes with the testbed.
+    /// Returns a temporary directory that is removed with the testbed.
     #[must_use]
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 }
 
-/// A namespace whose IPv6 neither waits for duplicate address detection nor asks for routers.
+/// Creates a namespace in which IPv6 does no duplicate address detection and sends no router solicitations.
 fn prepared(label: &str) -> Result<Ns> {
     let ns = Ns::new(label)?;
     for conf in ["all", "default"] {

@@ -1,4 +1,4 @@
-//! Web servers and their clients: nginx, caddy, Python; curl, wrk, h2load.
+//! Web servers (nginx, caddy, Python) and web clients (curl, wrk, h2load).
 
 use std::{
     fs,
@@ -20,29 +20,29 @@ use crate::{
     tls::Certificate,
 };
 
-/// nginx with TLS, uploads and a log of what reached it.
+/// nginx with TLS, uploads and an access log.
 #[derive(Debug)]
 pub struct Web {
     _process: Process,
     dir: TempDir,
 }
 
-/// A line of the log.
+/// A line of the access log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
-    /// Server name of the connection, empty without TLS or name.
+    /// Server name of the connection; empty without TLS or without a server name.
     pub server_name: String,
-    /// Who.
+    /// Address of the client.
     pub from: IpAddr,
-    /// Method, target and version as they came.
+    /// Method, target and version as received.
     pub request: String,
-    /// What was answered.
+    /// Status of the response.
     pub status: u16,
 }
 
 impl Web {
-    /// Listens on these ports, IPv4 and IPv6. `/` and below say `hello from NAME`; what is below `/files/` can be
-    /// fetched and (by PUT) written; `/empty` is 204.
+    /// Starts nginx on these ports, IPv4 and IPv6. It responds with `hello from NAME`, and to `/empty` with 204. Files below
+    /// `/files/` can be read, and written with PUT.
     pub fn start(
         ns: &Ns,
         name: &str,
@@ -98,13 +98,13 @@ impl Web {
         })
     }
 
-    /// Where `/files/` is kept.
+    /// Returns the directory of `/files/`.
     #[must_use]
     pub fn files(&self) -> PathBuf {
         self.dir.path().join("files")
     }
 
-    /// Everything that reached it and was answered.
+    /// Returns the access log.
     #[must_use]
     pub fn seen(&self) -> Vec<Seen> {
         let log = fs::read(self.dir.path().join("access.log")).unwrap_or_default();
@@ -127,7 +127,7 @@ impl Web {
     }
 }
 
-/// caddy with a certificate, on one port; says `hello from NAME`. It speaks HTTP/1.1 only.
+/// caddy with a certificate, limited to HTTP/1.1. It responds with `hello from NAME`.
 #[derive(Debug)]
 pub struct Caddy {
     _process: Process,
@@ -135,7 +135,7 @@ pub struct Caddy {
 }
 
 impl Caddy {
-    /// Listens on `http` in the clear and on `https` with TLS.
+    /// Starts caddy on port `http` without TLS and on port `https` with TLS.
     pub fn start(ns: &Ns, name: &str, http: u16, https: u16, certificate: &Certificate) -> Result<Self> {
         let dir = temp_dir("caddy")?;
         let conf = format!(
@@ -167,7 +167,7 @@ impl Caddy {
     }
 }
 
-/// A server in Python, with everything that HTTP/1.1 has: see `http_peer.py`.
+/// A server in Python for unusual parts of HTTP/1.1, see `http_peer.py`.
 #[derive(Debug)]
 pub struct Peer {
     _process: Process,
@@ -177,7 +177,7 @@ pub struct Peer {
 const PEER: &str = include_str!("http_peer.py");
 
 impl Peer {
-    /// Listens on `port` of these addresses.
+    /// Starts the server on `port` of these addresses.
     pub fn start(ns: &Ns, port: u16, addresses: &[IpAddr]) -> Result<Self> {
         let dir = temp_dir("peer")?;
         let script = dir.path().join("peer.py");
@@ -200,7 +200,7 @@ impl Peer {
         })
     }
 
-    /// The requests that reached it, as JSON.
+    /// Returns the received requests as JSON.
     #[must_use]
     pub fn requests(&self) -> Vec<Value> {
         fs::read_to_string(self.dir.path().join("requests"))
@@ -210,7 +210,7 @@ impl Peer {
             .collect()
     }
 
-    /// How many requests had this path.
+    /// Returns the number of requests with this path.
     #[must_use]
     pub fn asked_for(&self, path: &str) -> usize {
         self.requests()
@@ -219,7 +219,7 @@ impl Peer {
             .count()
     }
 
-    /// Upgrades to WebSocket at a path of a server and has frames echoed; what the client printed.
+    /// Upgrades a connection to WebSocket and sends frames to be echoed. Returns the output of the client.
     pub fn websocket(&self, from: &Ns, to: SocketAddr, path: &str) -> Result<String> {
         let mut command = from.command("python3");
         command.arg(self.dir.path().join("peer.py")).args([
@@ -233,16 +233,16 @@ impl Peer {
     }
 }
 
-/// What curl got.
+/// The result of curl.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Curl {
-    /// Its exit code: 0 if there was an answer, 28 if it took too long, 35 if TLS did not come about, 56 after a reset.
+    /// Exit code: 0 after a response, 28 after a timeout, 35 if the TLS handshake failed, 56 after a reset.
     pub code: i32,
-    /// Status of the last answer; 0 without.
+    /// Status of the last response; 0 without a response.
     pub status: u16,
-    /// Bodies, in order.
+    /// The bodies of the responses, in order.
     pub body: String,
-    /// What it said of errors.
+    /// The error messages.
     pub error: String,
 }
 
@@ -269,7 +269,7 @@ pub fn curl(ns: &Ns, args: &[&str], timeout: Duration) -> Result<Curl> {
     })
 }
 
-/// The arguments by which curl asks one address for one name over TLS, whatever the certificate says.
+/// Returns curl arguments for a request by name over TLS to a given address, without verification of the certificate.
 #[must_use]
 pub fn by_name(name: &str, at: SocketAddr, path: &str) -> Vec<String> {
     let address = match at.ip() {
@@ -284,18 +284,18 @@ pub fn by_name(name: &str, at: SocketAddr, path: &str) -> Vec<String> {
     ]
 }
 
-/// What wrk or h2load counted.
+/// The result of wrk or h2load.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counted {
-    /// Requests that were answered.
+    /// Number of requests with a response.
     pub answered: u64,
-    /// Of these, with another status than 2xx and 3xx.
+    /// Number of responses with another status than 2xx and 3xx.
     pub other_status: u64,
-    /// Connections that failed, and requests without an answer.
+    /// Number of failed connections and of requests without a response.
     pub failed: u64,
 }
 
-/// A wrk that runs.
+/// A running wrk.
 #[derive(Debug)]
 pub struct Wrk {
     process: Process,
@@ -304,7 +304,7 @@ pub struct Wrk {
 }
 
 impl Wrk {
-    /// Asks for `url` over and over for some seconds, on so many connections.
+    /// Starts to request `url` repeatedly on `connections` connections for `seconds` seconds.
     pub fn start(ns: &Ns, url: &str, connections: u32, seconds: u32) -> Result<Self> {
         let dir = temp_dir("wrk")?;
         let mut command = ns.command("wrk");
@@ -324,7 +324,7 @@ impl Wrk {
         })
     }
 
-    /// Waits for its end.
+    /// Waits for the end of wrk and returns its result.
     pub fn finish(mut self) -> Result<Counted> {
         self.process
             .wait(Duration::from_secs(u64::from(self.seconds) + 15))?;
@@ -381,7 +381,7 @@ pub fn random_file(path: &Path, size: u64) -> Result<()> {
     Ok(())
 }
 
-/// The SHA-256 of a file, by `sha256sum`.
+/// Returns the SHA-256 of a file, computed by `sha256sum`.
 pub fn sha256(path: &Path) -> Result<String> {
     let mut command = std::process::Command::new("sha256sum");
     command.arg(path);
@@ -391,7 +391,7 @@ pub fn sha256(path: &Path) -> Result<String> {
     Ok(text.split(' ').next().unwrap_or_default().to_owned())
 }
 
-/// A connection on which requests are written as bytes.
+/// A TCP connection on which a test writes and reads raw bytes.
 #[derive(Debug)]
 pub struct Talk {
     stream: TcpStream,
@@ -400,7 +400,7 @@ pub struct Talk {
 }
 
 impl Talk {
-    /// Opens it.
+    /// Opens a connection.
     pub fn open(ns: &Ns, to: SocketAddr, timeout: Duration) -> io::Result<Self> {
         let stream = probe::open(ns, None, to, timeout)?;
         stream.set_nodelay(true)?;
@@ -411,18 +411,19 @@ impl Talk {
         })
     }
 
-    /// The stream itself.
+    /// Returns the socket.
     #[must_use]
     pub fn stream(&self) -> &TcpStream {
         &self.stream
     }
 
-    /// Says something.
+    /// Sends bytes.
     pub fn say(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.write_all(bytes)
     }
 
-    /// Hears until what has come satisfies `done`, until the end, or until the time is over.
+    /// Receives until `done` returns true for the received bytes, the other end closes, or `timeout` ends. Returns all received
+    /// bytes.
     pub fn hear(&mut self, timeout: Duration, done: impl Fn(&[u8]) -> bool) -> io::Result<&[u8]> {
         let deadline = Instant::now() + timeout;
         let mut buffer = [0; 1 << 14];
@@ -445,19 +446,22 @@ impl Talk {
         Ok(&self.heard)
     }
 
-    /// Everything that has been heard, as text.
+    /// Returns all received bytes as text.
     #[must_use]
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.heard).into_owned()
     }
 
-    /// The other side has ended the connection in good order.
+    /// Returns whether the other end has closed the connection with a FIN.
     #[must_use]
     pub fn is_ended(&self) -> bool {
         self.ended
     }
 
-    /// Hears to the end: `Ok(true)`, in good order; `Ok(false)`, the time was over; an error: reset.
+    /// Receives until the connection ends. Returns `true` after a FIN and `false` after `timeout`.
+    ///
+    /// # Errors
+    /// The connection was reset.
     pub fn hear_all(&mut self, timeout: Duration) -> io::Result<bool> {
         self.hear(timeout, |_| false)?;
         Ok(self.ended)

@@ -1,4 +1,5 @@
-//! `scripts/demo`: real programs in network namespaces talk or are stopped, as the policies of `config/examples` say.
+//! The program of `scripts/demo`: runs real programs in network namespaces under the policies of `config/examples`, and shows
+//! which connections are allowed and which rule decided.
 
 use std::{
     fs,
@@ -25,13 +26,13 @@ use palisade_testbed::{
 };
 use serde_json::Value;
 
-/// A signal has come: the thread that waits for signals ends the process.
+/// Whether a signal has arrived. The thread that waits for signals then ends the process.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// How long an attempt waits for an answer. What is dropped costs as much.
+/// Timeout of an attempt. An attempt that is dropped takes this long.
 const PATIENCE: Duration = Duration::from_millis(1500);
 
-/// Who is behind the NIC: name, IPv4, IPv6.
+/// The hosts behind the NIC: name, IPv4 and IPv6 address.
 const OUTSIDE: &[(&str, &str, &str)] = &[
     ("internet", "192.0.2.10", "2001:db8:1::10"),
     ("partner", "203.0.113.10", "2001:db8:a::10"),
@@ -42,29 +43,29 @@ const OUTSIDE: &[(&str, &str, &str)] = &[
     ("tracker", "198.18.0.66", "2001:db8:b::66"),
 ];
 
-/// What the resolver knows: name, and where it leads.
+/// The records of the resolver: name, and the host of its addresses.
 const NAMES: &[(&str, &str)] = &[("api.pay.example", "payments"), ("tracker.example", "tracker")];
 
-/// The program that tries.
+/// The program that makes an attempt.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Program {
     Curl(u16),
-    /// Asks for a path: method, port, path.
+    /// curl with method, port and path.
     Http(&'static str, u16, &'static str),
-    /// Asks for a page of a server by its name, over TLS.
+    /// curl over TLS with port and server name.
     Https(u16, &'static str),
-    /// Asks for the addresses of a name.
+    /// dig for the addresses of a name.
     Dig(&'static str),
     Ping,
     Iperf3,
 }
 
-/// What is to come of it.
+/// The outcome of an attempt.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Verdict {
     Allowed,
     Denied,
-    /// Somebody said no.
+    /// The protocol reported a refusal: REFUSED, status 403, or a failed TLS handshake.
     Refused,
     Audited,
 }
@@ -85,7 +86,7 @@ use Verdict::{Allowed, Audited, Denied, Refused};
 
 type Attempt = (&'static str, &'static str, Program, Verdict);
 
-/// Who, whom, by what, what is expected.
+/// Attempts that run concurrently: source, destination, program, expected outcome.
 const ATTEMPTS: &[Attempt] = &[
     ("internet", "frontend", Curl(80), Allowed),
     ("internet", "frontend", Ping, Allowed),
@@ -115,7 +116,7 @@ const ATTEMPTS: &[Attempt] = &[
     ("frontend", "backend", Iperf, Allowed),
 ];
 
-/// The same, one after the other: what was answered opens the way.
+/// Attempts that run in order, because a DNS answer allows the connections after it.
 const BY_NAME: &[Attempt] = &[
     ("backend", "payments", Curl(443), Denied),
     ("backend", "resolver", Dig("tracker.example"), Refused),
@@ -126,7 +127,7 @@ const BY_NAME: &[Attempt] = &[
     ("frontend", "payments", Curl(443), Denied),
 ];
 
-/// What is asked for on ports that are open.
+/// Attempts on ports with HTTP and TLS rules.
 const INSIDE: &[Attempt] = &[
     ("frontend", "backend", Http("GET", 8081, "/products/7"), Allowed),
     ("frontend", "backend", Http("GET", 8081, "/admin"), Refused),
@@ -151,13 +152,13 @@ fn main() -> ExitCode {
         None => false,
         Some("--verbose") => true,
         Some(other) => {
-            eprintln!("demo: {other} is no option of mine; there is --verbose");
+            eprintln!("demo: unknown option {other}; the only option is --verbose");
             return ExitCode::from(2);
         }
     };
     let outcome = clean_up_on_signals().and_then(|()| demo(verbose));
     while INTERRUPTED.load(Ordering::SeqCst) {
-        // whatever came of it: the process ends when everything has been removed
+        // After a signal, the thread of `clean_up_on_signals` ends the process when the namespaces are removed.
         thread::park();
     }
     match outcome {
@@ -170,13 +171,13 @@ fn main() -> ExitCode {
     }
 }
 
-/// Ctrl-C and SIGTERM end the demo, but not before everything that it made is gone.
+/// Makes Ctrl-C and SIGTERM remove all namespaces before they end the demo.
 fn clean_up_on_signals() -> Result<()> {
     let mut set = SigSet::empty();
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         set.add(signal);
     }
-    // before any other thread exists, so that all of them leave these signals to the one that waits for them
+    // Block the signals before other threads start, which inherit the mask, so that only the thread below receives them.
     set.thread_block()?;
     thread::spawn(move || {
         if let Ok(signal) = set.wait() {
@@ -189,7 +190,7 @@ fn clean_up_on_signals() -> Result<()> {
     Ok(())
 }
 
-/// How it is written: colours on a terminal, plain text in a log.
+/// The style of the output: colours on a terminal, plain text otherwise.
 struct Style {
     color: bool,
 }
@@ -229,7 +230,7 @@ impl World {
         })
     }
 
-    /// The address from which somebody speaks to somebody.
+    /// Returns the source address of connections from `from` to `to`.
     fn source(&self, from: &str, to: &str, family: Family) -> Result<IpAddr> {
         if from == "node" && self.topology.all().any(|w| w.name == to) {
             return Ok(self.topology.get(to).gateway(family));
@@ -238,7 +239,7 @@ impl World {
     }
 }
 
-/// The resolver of the internet: unbound, with [`NAMES`].
+/// Starts the resolver of the internet: unbound, with [`NAMES`].
 fn resolver(world: &World) -> Result<Server> {
     let mut records = Vec::new();
     for (name, host) in NAMES {
@@ -254,7 +255,7 @@ fn resolver(world: &World) -> Result<Server> {
     Server::unbound(world.ns("resolver"), &addresses, &records)
 }
 
-/// How many attempts came out differently.
+/// Runs the demo. Returns the number of attempts with another outcome than expected.
 fn demo(verbose: bool) -> Result<usize> {
     let start = Instant::now();
     let style = Style {
@@ -307,19 +308,19 @@ fn demo(verbose: bool) -> Result<usize> {
         );
     }
 
-    style.heading("Who reaches whom");
+    style.heading("Connections");
     let rows = attempt_all(&world, &daemon)?;
     let mut different = show(&style, ATTEMPTS, &rows);
-    style.heading("Where names lead, one attempt after the other");
+    style.heading("Connections by name, in this order");
     let by_name = attempt_in_turn(&world, &daemon, BY_NAME)?;
     different += show(&style, BY_NAME, &by_name);
-    style.heading("What is asked for on ports that are open");
+    style.heading("Requests and TLS names on open ports");
     let inside = attempt_in_turn(&world, &daemon, INSIDE)?;
     different += show(&style, INSIDE, &inside);
 
-    style.heading("What was asked: palisade observe --type l7 --last 32");
+    style.heading("Requests and answers: palisade observe --type l7 --last 32");
     print!("{}", daemon.cli(&["observe", "--type", "l7", "--last", "32"])?);
-    style.heading("What was seen: palisade observe --verdict DROPPED,AUDIT --last 12");
+    style.heading("Dropped and audited flows: palisade observe --verdict DROPPED,AUDIT --last 12");
     print!(
         "{}",
         daemon.cli(&["observe", "--verdict", "DROPPED,AUDIT", "--last", "12"])?
@@ -346,7 +347,7 @@ fn demo(verbose: bool) -> Result<usize> {
     Ok(different)
 }
 
-/// The files of `config/examples`, by name.
+/// Returns names and contents of the files of `config/examples`, sorted by name.
 fn examples() -> Result<Vec<(String, String)>> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../config/examples");
     let mut policies = Vec::new();
@@ -391,21 +392,21 @@ fn draw(world: &World) -> Result<()> {
     Ok(())
 }
 
-/// What came back.
+/// The response to an attempt.
 #[derive(Clone, PartialEq, Eq)]
 enum Got {
     Nothing,
-    /// A refusal in the words of the protocol.
+    /// A refusal of the protocol.
     No,
-    /// An answer, and what the program measured or learned.
+    /// A response, with the measurement or the address that the program printed.
     Answer(String),
 }
 
-/// What came of one attempt in one family.
+/// The result of one attempt in one address family.
 struct Cell {
     verdict: Verdict,
     measured: String,
-    /// Who decided; nobody: no flow was reported.
+    /// The policies that decided; empty if no flow was reported.
     deciders: Vec<String>,
 }
 
@@ -422,7 +423,7 @@ fn attempt_all(world: &World, daemon: &Daemon) -> Result<Vec<Row>> {
             .collect();
         running.into_iter().map(|thread| thread?.join().ok()).collect()
     });
-    // alone, so that its figure means something
+    // Run iperf3 alone, so that other attempts do not affect its measurement.
     for (got, a) in got.iter_mut().zip(ATTEMPTS).filter(|(_, a)| a.2 == Iperf) {
         *got = Some(try_both(a));
     }
@@ -453,7 +454,7 @@ fn attempt_in_turn(world: &World, daemon: &Daemon, attempts: &[Attempt]) -> Resu
     attempts.iter().map(both).collect()
 }
 
-/// What an attempt has shown. `known`: how many flows of its kind there were before.
+/// Returns the result of an attempt. `known`: number of matching flows before the attempt.
 fn judge(
     world: &World,
     daemon: &Daemon,
@@ -504,7 +505,7 @@ fn attempt(world: &World, (from, to, program, _): &Attempt, family: Family) -> R
         }
         Https(port, name) => {
             command = ns.command("curl");
-            // the name in the hello is what counts; whose certificate it is does not
+            // The rule is about the server name in the ClientHello, so the certificate is not verified.
             command.args([
                 "-sS",
                 "-k",
@@ -557,7 +558,7 @@ fn attempt(world: &World, (from, to, program, _): &Attempt, family: Family) -> R
     }
     let out = output(&mut command, PATIENCE + Duration::from_secs(10))?;
     if !out.status.success() {
-        // curl(1): 22, the answer is 400 or above; 35, TLS did not come about
+        // curl(1): 22 for a status of 400 or above, 35 for a failed TLS handshake.
         let refused = matches!(program, Http(..) | Https(..)) && matches!(out.status.code(), Some(22 | 35));
         return Ok(if refused { Got::No } else { Got::Nothing });
     }
@@ -586,7 +587,8 @@ fn attempt(world: &World, (from, to, program, _): &Attempt, family: Family) -> R
         Iperf => {
             let report: Value = serde_json::from_str(&said)?;
             if report["error"].is_string() {
-                return Ok(Got::Nothing); // it exits with 0 all the same
+                // iperf3 exits with 0 even after an error.
+                return Ok(Got::Nothing);
             }
             let rate = report["end"]["sum_received"]["bits_per_second"]
                 .as_f64()
@@ -597,9 +599,10 @@ fn attempt(world: &World, (from, to, program, _): &Attempt, family: Family) -> R
     Ok(Got::Answer(measured))
 }
 
-/// Prints the table; how many attempts differ.
+/// Prints the table. Returns the number of attempts with another outcome than expected.
 fn show(style: &Style, attempts: &[Attempt], rows: &[Row]) -> usize {
-    let mut table = vec![["WHO", "WHOM", "BY", "EXPECTED", "IPv4", "IPv6", "DECIDED BY"].map(str::to_owned)];
+    let mut table =
+        vec![["FROM", "TO", "PROGRAM", "EXPECTED", "IPv4", "IPv6", "DECIDED BY"].map(str::to_owned)];
     let mut as_expected = vec![[true; 2]];
     for ((from, to, program, expected), row) in attempts.iter().zip(rows) {
         let good = row
@@ -676,7 +679,7 @@ fn color_of(cell: &str) -> &'static str {
     }
 }
 
-/// The flows of attempts of this kind, so far.
+/// Returns the flows so far that match an attempt.
 fn flows_of(
     world: &World,
     daemon: &Daemon,
@@ -706,7 +709,7 @@ fn flows_of(
     daemon.flows(&filters)
 }
 
-/// Whether an attempt passed by audit only, and who decided about it, as the daemon's flows say.
+/// Returns whether an attempt passed only because of audit mode, and the policies that decided, according to its flows.
 fn deciding(
     world: &World,
     daemon: &Daemon,
@@ -714,7 +717,7 @@ fn deciding(
     family: Family,
     known: usize,
 ) -> Result<(bool, Vec<String>)> {
-    // the flows of the last attempts may still be on their way
+    // The daemon may not have received the events of the last attempt yet.
     let mut flows = Vec::new();
     for _ in 0..40 {
         flows = flows_of(world, daemon, attempt, family)?;
@@ -725,7 +728,7 @@ fn deciding(
         thread::sleep(Duration::from_millis(50));
     }
     let audited = flows.iter().any(|f| f["verdict"] == "AUDIT");
-    // where somebody stopped or would have stopped it, that is who decided
+    // If a flow was dropped, or would have been dropped without audit mode, its policies decided.
     let stopped = |f: &&Value| f["verdict"] == "DROPPED" || f["verdict"] == "AUDIT";
     let relevant: Vec<&Value> = if flows.iter().any(|f| stopped(&f)) {
         flows.iter().filter(stopped).collect()
@@ -738,7 +741,7 @@ fn deciding(
     ))
 }
 
-/// `shop/backend (ingress)`; for a default deny, the policies that caused it.
+/// Returns the deciding policy of a flow, such as `shop/backend (ingress)`, or the policies that caused a default deny.
 fn decision(flow: &Value) -> Result<String> {
     let direction = flow["traffic_direction"].as_str().unwrap_or("?").to_lowercase();
     let rule = &flow["palisade"]["rule"];
