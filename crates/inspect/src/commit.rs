@@ -1,8 +1,8 @@
-//! The queues between workers and the thread that writes result addresses to the maps: a [`CommitRequest`] goes there, a
-//! [`CommitResult`] comes back.
+//! The queues between the workers and the thread that writes learned addresses to the maps. [`CommitRequest`]s go to that
+//! thread, [`CommitResult`]s return.
 //!
-//! All workers share one queue of requests; each worker has a queue of results. Both are bounded and neither end blocks the
-//! other: a worker has at most as many requests open as its queue of results can hold.
+//! All workers share one queue of requests. Each worker has its own queue of results. Both are bounded, and no sender blocks:
+//! a worker has at most as many requests open as its queue of results can hold.
 //!
 //! Depends on `crossbeam-channel`. Start at [`commit_queue`].
 
@@ -70,28 +70,28 @@ pub struct Lease {
     pub epoch: u64,
 }
 
-/// Wakes a worker that sleeps, after a result was queued for it.
+/// Callback that wakes a sleeping worker after a result was queued for it.
 pub type Wake = Arc<dyn Fn() + Send + Sync>;
 
-/// Capacity of a worker's list of refreshes that wait for [`Committer::flush`].
+/// Maximum number of a worker's refreshes that wait for [`Committer::flush`].
 const MAX_REFRESHES: usize = 64;
 
-/// The workers' end of the queue; makes a [`Committer`] for each worker.
+/// Sending end of the queue. Creates a [`Committer`] for each worker.
 #[derive(Clone, Debug)]
 pub struct CommitQueue {
     requests: Sender<CommitTask>,
     epoch: Epoch,
 }
 
-/// The receiving end of the queue.
+/// Receiving end of the queue.
 #[derive(Debug)]
 pub struct CommitReceiver {
     requests: Receiver<CommitTask>,
     epoch: Epoch,
 }
 
-/// A counter that ends all leases: it is raised when a result address leaves the maps before its lease ends. The name cache
-/// raises it, workers read it.
+/// A counter that ends all leases. The FQDN manager raises it when a learned address leaves the maps before its lease ends;
+/// workers compare it with the epoch of a lease.
 #[derive(Clone, Debug, Default)]
 pub struct Epoch(Arc<AtomicU64>);
 
@@ -108,7 +108,7 @@ impl Epoch {
     }
 }
 
-/// One worker's end of the queues.
+/// Ends of both queues for one worker.
 #[derive(Debug)]
 pub struct Committer {
     requests: Sender<CommitTask>,
@@ -116,22 +116,22 @@ pub struct Committer {
     back: ReplyPath,
     open: usize,
     limit: usize,
-    /// Refreshes that are sent together, so that the receiver is not woken for each.
+    /// Refreshes that are sent as a batch, so that the receiver is not woken for each of them.
     refreshes: VecDeque<CommitTask>,
     epoch: Epoch,
 }
 
-/// A request with the path of its result.
+/// A request, and the queue for its result.
 #[derive(Debug)]
 pub struct CommitTask {
     /// The request.
     pub request: CommitRequest,
     back: ReplyPath,
-    /// Whether the worker is woken for the result: an answer is held for it.
+    /// Whether the result wakes the worker, because an answer is held until then.
     wakes: bool,
 }
 
-/// The queue of results of a worker.
+/// Queue of a worker's results.
 #[derive(Clone)]
 struct ReplyPath(Arc<(Sender<CommitResult>, Wake)>);
 
@@ -141,7 +141,7 @@ impl fmt::Debug for ReplyPath {
     }
 }
 
-/// Returns both ends of the queue of requests. `capacity`: number of requests that it can hold.
+/// Returns both ends of the queue of requests. `capacity`: maximum number of queued requests.
 #[must_use]
 pub fn commit_queue(capacity: usize) -> (CommitQueue, CommitReceiver) {
     let (sender, receiver) = bounded(capacity);
@@ -160,7 +160,7 @@ pub fn commit_queue(capacity: usize) -> (CommitQueue, CommitReceiver) {
 }
 
 impl CommitQueue {
-    /// Returns the end of a worker that may have `limit` requests open. `wake` is called after a result was queued.
+    /// Returns the ends for a worker that may have `limit` requests open. `wake` is called after a result was queued.
     #[must_use]
     pub fn committer(&self, limit: usize, wake: Wake) -> Committer {
         let (sender, results) = bounded(limit);
@@ -180,7 +180,7 @@ impl Committer {
     /// Sends a request. Does not allocate or block.
     ///
     /// # Errors
-    /// Returns the request if too many are open, or if the receiver has ended.
+    /// Returns the request if too many are open, the queue is full, or the receiver has ended.
     pub fn submit(&mut self, request: CommitRequest) -> Result<(), CommitRequest> {
         if self.open >= self.limit {
             return Err(request);
@@ -199,11 +199,11 @@ impl Committer {
         }
     }
 
-    /// Refreshes the lease of an answer that is committed already; sent by the next [`Committer::flush`] at the latest. Does
-    /// not allocate or block.
+    /// Requests a new lease for an answer whose addresses are in the maps. The request is sent by the next
+    /// [`Committer::flush`]. Does not allocate or block.
     ///
     /// # Errors
-    /// Returns the request if too many are open, or if the receiver has ended.
+    /// Returns the request if too many are open.
     pub fn refresh(&mut self, request: CommitRequest) -> Result<(), CommitRequest> {
         if self.refreshes.len() >= MAX_REFRESHES {
             self.flush();
@@ -220,13 +220,13 @@ impl Committer {
         Ok(())
     }
 
-    /// Returns whether there are refreshes to send.
+    /// Returns whether refreshes wait to be sent.
     #[must_use]
     pub fn has_refreshes(&self) -> bool {
         !self.refreshes.is_empty()
     }
 
-    /// Sends the refreshes. Those for which the queue has no room stay for the next call.
+    /// Sends the refreshes. If the queue is full, the rest waits for the next call.
     pub fn flush(&mut self) {
         while let Some(task) = self.refreshes.pop_front() {
             match self.requests.try_send(task) {
@@ -252,7 +252,7 @@ impl Committer {
         Some(result)
     }
 
-    /// Returns whether there is a result.
+    /// Returns whether a result is queued.
     #[must_use]
     pub fn is_answered(&self) -> bool {
         !self.results.is_empty()
@@ -266,12 +266,12 @@ impl Committer {
 }
 
 impl CommitReceiver {
-    /// Waits for the next request. `Ok(None)`: none came in time.
+    /// Waits for the next request. Returns none after the timeout.
     ///
     /// # Errors
-    /// If all workers have ended.
-    pub fn wait(&self, patience: std::time::Duration) -> Result<Option<CommitTask>, QueueClosed> {
-        match self.requests.recv_timeout(patience) {
+    /// [`QueueClosed`] if all workers have ended.
+    pub fn wait(&self, timeout: std::time::Duration) -> Result<Option<CommitTask>, QueueClosed> {
+        match self.requests.recv_timeout(timeout) {
             Ok(task) => Ok(Some(task)),
             Err(RecvTimeoutError::Timeout) => Ok(None),
             Err(RecvTimeoutError::Disconnected) => Err(QueueClosed),
@@ -296,12 +296,12 @@ impl CommitReceiver {
 pub struct QueueClosed;
 
 impl CommitTask {
-    /// Queues the result. A worker that has ended gets none.
+    /// Queues the result for its worker. Discards it if the worker has ended.
     pub fn done(self, committed: bool, lease: Option<Lease>) {
         let Self { request, back, wakes } = self;
         let result = request.done(committed, lease);
         let (sender, wake) = &*back.0;
-        // The queue of results has room for every request that its worker may have open.
+        // Full is impossible: the queue of results has room for every open request of its worker.
         if sender.try_send(result).is_ok() && wakes {
             wake();
         }
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn what_teaches_nothing_new_is_told_later_and_wakes_nobody() {
+    fn a_refresh_is_sent_by_flush_and_its_result_wakes_no_worker() {
         let (queue, receiver) = commit_queue(2);
         let woken = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&woken);
@@ -339,34 +339,37 @@ mod tests {
         committer.flush();
         assert!(!committer.has_refreshes());
         receiver.next_waiting().unwrap().done(true, None);
-        assert!(committer.is_answered(), "its box comes back");
+        assert!(
+            committer.is_answered(),
+            "the result returns the box of the answer"
+        );
         assert_eq!(committer.take().unwrap().ticket, 1);
         assert_eq!((committer.open(), woken.load(Ordering::Relaxed)), (0, 0));
-        // Without a reader: the number of wake-ups is bounded, and no value is lost.
-        let mut told = 0;
-        while committer.refresh(request(told)).is_ok() {
-            told += 1;
+        // Without a receiver: the number of refreshes is bounded, and none is lost.
+        let mut accepted = 0;
+        while committer.refresh(request(accepted)).is_ok() {
+            accepted += 1;
         }
         assert_eq!(
-            told,
+            accepted,
             MAX_REFRESHES as u64 + 2,
-            "those that wait, and those in the queue"
+            "unsent refreshes, and those in the queue"
         );
         assert_eq!(committer.open(), MAX_REFRESHES + 2);
-        let mut heard = Vec::new();
+        let mut received = Vec::new();
         while committer.open() > 0 {
             committer.flush();
             while let Some(task) = receiver.next_waiting() {
-                heard.push(task.request.ticket);
+                received.push(task.request.ticket);
                 task.done(true, None);
             }
             while committer.take().is_some() {}
         }
-        assert_eq!(heard, (0..told).collect::<Vec<_>>());
+        assert_eq!(received, (0..accepted).collect::<Vec<_>>());
     }
 
     #[test]
-    fn what_is_asked_comes_back_to_who_asked_and_wakes_it() {
+    fn a_result_goes_to_the_worker_of_its_request_and_wakes_it() {
         let (queue, receiver) = commit_queue(8);
         let woken = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&woken);
@@ -380,7 +383,11 @@ mod tests {
         one.submit(request(1)).unwrap();
         one.submit(request(2)).unwrap();
         other.submit(request(1)).unwrap();
-        assert_eq!(one.submit(request(3)).unwrap_err().ticket, 3, "two may be open");
+        assert_eq!(
+            one.submit(request(3)).unwrap_err().ticket,
+            3,
+            "at most two requests are open"
+        );
         let first = receiver.wait(Duration::ZERO).unwrap().unwrap();
         assert_eq!((first.request.ticket, first.request.endpoint), (1, 7));
         first.done(true, None);
@@ -398,7 +405,7 @@ mod tests {
         one.submit(request(3)).unwrap();
         receiver.next_waiting().unwrap().done(false, None);
         assert!(!one.take().unwrap().committed);
-        // a worker that has ended
+        // The second worker has ended.
         drop(other);
         receiver.next_waiting().unwrap().done(true, None);
         receiver.next_waiting().unwrap().done(true, None);
@@ -407,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_waits_for_a_queue_that_is_full_or_gone() {
+    fn a_full_or_closed_queue_does_not_block() {
         let (queue, receiver) = commit_queue(1);
         let mut one = queue.committer(9, Arc::new(|| {}));
         one.submit(request(1)).unwrap();

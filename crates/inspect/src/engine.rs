@@ -268,7 +268,7 @@ impl<F> InspectorSet<F> {
                 return;
             }
         };
-        // The link header is that of the last fragment, everything else that of the first one.
+        // The view has the link header of the last fragment, and all other headers of the first one.
         let view = PacketView {
             slot: &whole.slot,
             packet: &whole.packet,

@@ -1,11 +1,11 @@
 //! A queue of values that expire in the order in which they were added, with access by number. Used for fragments and for
-//! held DNS answers.
+//! held DNS answers. The question tracker of `palisade-fqdn` does not use it: its slots are also linked by key.
 
 use crate::Millis;
 
 const NONE: u32 = u32::MAX;
 
-/// Things that wait, by number and by age. Nothing is allocated once it has grown to what is needed.
+/// Queue of values, linked by age. Slots are reused, so the steady state allocates nothing.
 #[derive(Debug)]
 pub(crate) struct ExpiryQueue<T> {
     slots: Vec<Slot<T>>,
@@ -18,11 +18,11 @@ pub(crate) struct ExpiryQueue<T> {
 #[derive(Debug)]
 struct Slot<T> {
     value: Option<T>,
-    /// Tells this use of the slot from earlier ones.
+    /// Number of uses of the slot, so that the number of a removed value is not valid for the next one.
     generation: u32,
     since: Millis,
     older: u32,
-    /// In a free slot: the next free one.
+    /// Index of the next newer slot; in a free slot, index of the next free one.
     newer: u32,
 }
 
@@ -41,7 +41,7 @@ impl<T> ExpiryQueue<T> {
         self.len
     }
 
-    /// Adds the youngest; gives its number.
+    /// Adds a value as the newest one. Returns its number.
     pub(crate) fn push(&mut self, value: T, now: Millis) -> u64 {
         let newest = self.newest;
         let (at, generation) = match self.slots.get_mut(self.free as usize) {
@@ -104,12 +104,12 @@ impl<T> ExpiryQueue<T> {
         Some(value)
     }
 
-    /// Since when the oldest has waited.
+    /// Returns the time at which the oldest value was added, ms.
     pub(crate) fn since(&self) -> Option<Millis> {
         self.slots.get(self.oldest as usize).map(|slot| slot.since)
     }
 
-    /// Removes the oldest if it has waited since `limit` or longer.
+    /// Removes the oldest value if it was added at `limit` or before.
     pub(crate) fn pop_since(&mut self, limit: Millis) -> Option<T> {
         let slot = self.slots.get(self.oldest as usize)?;
         if slot.since > limit {
@@ -118,7 +118,7 @@ impl<T> ExpiryQueue<T> {
         self.remove(u64::from(slot.generation) << 32 | u64::from(self.oldest))
     }
 
-    /// Removes the oldest for which `wanted` holds.
+    /// Removes the oldest value for which `wanted` holds.
     pub(crate) fn pop_if(&mut self, mut wanted: impl FnMut(&T) -> bool) -> Option<T> {
         let mut at = self.oldest;
         while let Some(slot) = self.slots.get(at as usize) {
@@ -139,7 +139,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn as_a_list_does(steps in prop::collection::vec((0_u8..5, any::<prop::sample::Index>()), 1..200)) {
+        fn the_queue_behaves_like_a_list(steps in prop::collection::vec((0_u8..5, any::<prop::sample::Index>()), 1..200)) {
             let mut aged = ExpiryQueue::new();
             let mut list: Vec<(u64, u32, Millis)> = vec![];
             let mut gone = vec![];

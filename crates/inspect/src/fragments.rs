@@ -1,8 +1,8 @@
-//! Datagrams that came in fragments (RFC 791, 3.2; RFC 8200, 4.5). The fragments are held until the datagram can be
-//! read whole; then they go on as they came, or none does.
+//! Reassembly of fragmented datagrams (RFC 791, 3.2; RFC 8200, 4.5). Fragments are held until the datagram is complete and
+//! judged. Then all of them are forwarded unchanged, or all are dropped.
 //!
-//! What receivers could put together in more than one way is dropped whole (RFC 5722), and so is what still comes of
-//! it: only a fragment that says again what was said before is no contradiction.
+//! If fragments overlap, receivers may reassemble different datagrams. So the whole datagram is dropped, and every further
+//! fragment of it (RFC 5722). An exact duplicate of a fragment is no overlap.
 
 use foldhash::{HashMap, HashMapExt as _};
 
@@ -18,21 +18,21 @@ use crate::{
     record::{Record, Verdict, What},
 };
 
-/// Fragments of one datagram. The longest datagram has as many when each carries 1024 bytes.
+/// Maximum number of fragments of one datagram: 64 KiB in fragments of 1,024 bytes.
 const PIECES: usize = 64;
 
-/// How much may be held of fragmented datagrams, and for how long. Of one worker.
+/// Limits of reassembly, per worker.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FragmentLimits {
-    /// Datagrams that are not complete.
+    /// Maximum number of incomplete datagrams.
     pub datagrams: usize,
-    /// Of them, those of one endpoint.
+    /// Maximum number of incomplete datagrams of one endpoint.
     pub datagrams_per_endpoint: usize,
-    /// Bytes of all of them.
+    /// Maximum number of bytes of all incomplete datagrams.
     pub bytes: usize,
-    /// Fragments of all of them: so many frames are held.
+    /// Maximum number of held fragments.
     pub fragments: usize,
-    /// A datagram that is not complete so long after its first fragment is dropped.
+    /// Time from the first fragment after which an incomplete datagram is dropped, ms.
     pub timeout: u64,
 }
 
@@ -48,48 +48,49 @@ impl Default for FragmentLimits {
     }
 }
 
-/// What has happened so far.
+/// Counters of reassembly.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct FragmentStats {
-    /// Fragments that came.
+    /// Fragments that have arrived.
     pub fragments: u64,
-    /// Datagrams that were put together.
+    /// Datagrams that were completed.
     pub complete: u64,
-    /// Datagrams whose fragments did not all come in time.
+    /// Datagrams that were incomplete at their timeout.
     pub incomplete: u64,
-    /// Datagrams that were dropped because their fragments contradict each other.
+    /// Datagrams that were dropped because of an overlap or an inconsistent length.
     pub contradicting: u64,
-    /// Fragments that were dropped because they came twice.
+    /// Fragments that were dropped as exact duplicates.
     pub duplicates: u64,
-    /// Datagrams that were dropped because a limit is reached.
+    /// Datagrams and fragments that were dropped because of a limit.
     pub limited: u64,
-    /// Datagrams that wait now.
+    /// Incomplete datagrams now.
     pub held: u64,
 }
 
-/// Which datagram a fragment belongs to, for whose policy.
+/// Identifies the datagram of a fragment, for one endpoint.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct Key {
     endpoint: u16,
     ifindex: u32,
     hook: u8,
-    /// IPv6: the fragment header, since only the first fragment says what the datagram is.
+    /// Protocol of the IPv4 header. For IPv6 that of the fragment header: only the next header of
+    /// the first fragment counts (RFC 8200, 4.5).
     protocol: u8,
     id: u32,
     source: Addr,
     destination: Addr,
 }
 
-/// Where a fragment's bytes stand in its frame, and in its datagram.
+/// Position of a fragment's payload in its frame and in its datagram, bytes.
 #[derive(Clone, Copy, Debug)]
 struct Position {
-    /// In the frame.
+    /// Start in the frame.
     from: usize,
-    /// In the frame.
+    /// End in the frame.
     to: usize,
-    /// In the datagram.
+    /// Start in the datagram.
     offset: usize,
-    /// Others follow it.
+    /// Whether the more-fragments flag is set.
     more: bool,
 }
 
@@ -97,55 +98,55 @@ struct Datagram<F> {
     key: Key,
     frames: Vec<F>,
     buffers: Buffers,
-    /// Bytes that have come.
+    /// Number of bytes that have arrived.
     have: usize,
-    /// How long it is, once the last fragment has come.
+    /// Length of the datagram, once the last fragment has arrived.
     total: Option<usize>,
-    /// Of the first fragment.
     first: Option<First>,
-    /// Nothing of it may pass: why.
+    /// Reason for which every fragment of the datagram is dropped.
     broken: Option<Reason>,
     audit: bool,
     record: Record,
 }
 
+/// Data of the first fragment.
 #[derive(Clone, Copy)]
 struct First {
     packet: Packet,
     slot: PuntRequest,
-    /// Where in the datagram the transport header is: behind further IPv6 headers.
+    /// Offset of the transport header in the datagram, bytes: IPv6 extension headers may precede it.
     transport: usize,
 }
 
 #[derive(Default)]
 struct Buffers {
     bytes: Vec<u8>,
-    /// From, to.
+    /// Start and end of each fragment in `bytes`.
     pieces: Vec<(usize, usize)>,
 }
 
-/// A datagram whose fragments have all come.
+/// A complete datagram.
 pub(crate) struct Whole<F> {
-    /// In the order in which they came.
+    /// Frames of the fragments in order of arrival.
     pub frames: Vec<F>,
-    /// What the first fragment says.
+    /// Decoded headers of the first fragment.
     pub packet: Packet,
-    /// Of the first fragment.
+    /// Punt request of the first fragment.
     pub slot: PuntRequest,
     buffers: Buffers,
     transport: usize,
 }
 
 impl<F> Whole<F> {
-    /// From the transport header on.
+    /// Returns the datagram from its transport header on.
     pub(crate) fn transport(&self) -> &[u8] {
         self.buffers.bytes.get(self.transport..).unwrap_or_default()
     }
 
-    /// What it carries, if it is a UDP datagram whose length and checksum are right.
+    /// Returns the payload of a UDP datagram.
     ///
     /// # Errors
-    /// Why it must not pass.
+    /// Returns the reason if the length or the checksum is wrong.
     pub(crate) fn message(&self) -> Result<&[u8], Reason> {
         let bytes = self.transport();
         let Some(&[_, _, _, _, length0, length1, sum0, sum1]) = bytes.first_chunk::<8>() else {
@@ -158,7 +159,7 @@ impl<F> Whole<F> {
             .ok_or(Reason::AppMalformed)?;
         let has_none = [sum0, sum1] == [0, 0];
         let right = if has_none {
-            // only IPv4 may do without
+            // The checksum is optional over IPv4 only (RFC 768; RFC 8200, 8.1).
             !self.packet.is(flags::IPV6)
         } else {
             let Packet {
@@ -177,7 +178,7 @@ impl<F> Whole<F> {
     }
 }
 
-/// Puts fragmented datagrams together.
+/// Reassembles fragmented datagrams.
 pub(crate) struct Reassembler<F> {
     limits: FragmentLimits,
     datagrams: ExpiryQueue<Datagram<F>>,
@@ -210,10 +211,10 @@ impl<F> Reassembler<F> {
         }
     }
 
-    /// Takes a fragment. Gives the datagram if that was the last one missing.
+    /// Adds a fragment. Returns the datagram if it is complete now.
     ///
     /// # Errors
-    /// Gives the fragment back with the reason why it must not pass.
+    /// Returns the fragment and the reason if it must be dropped.
     pub(crate) fn take<S: Sink<F>>(
         &mut self,
         view: &PacketView<'_>,
@@ -265,7 +266,7 @@ impl<F> Reassembler<F> {
             Ok(Added::New) => {}
             Ok(Added::Again) => {
                 self.stats.duplicates += 1;
-                // the first of the two is held, so this one is not missed
+                // The first copy is held, so dropping this one makes no record.
                 cx.sink.discard(frame, Reason::InvalidFragment);
                 return Ok(None);
             }
@@ -311,7 +312,7 @@ impl<F> Reassembler<F> {
         }))
     }
 
-    /// The buffers of a datagram that has been read. Its frames are given back before.
+    /// Takes back the buffers of a datagram. Its frames must have been taken out before.
     pub(crate) fn recycle(&mut self, whole: Whole<F>) {
         self.recycle_buffers(whole.buffers);
     }
@@ -371,7 +372,7 @@ impl<F> Reassembler<F> {
         }
     }
 
-    /// Nothing of a datagram may pass, whatever comes of it.
+    /// Drops the held fragments of a datagram, and marks the datagram so that later fragments are dropped too.
     fn spoil<S: Sink<F>>(&mut self, number: u64, reason: Reason, cx: &mut Cx<'_, F, S>) {
         let Some(datagram) = self.datagrams.get_mut(number) else {
             return;
@@ -386,7 +387,7 @@ impl<F> Reassembler<F> {
         let_go(frames, audit, reason, cx);
     }
 
-    /// What has not come by now is not waited for.
+    /// Drops the datagrams whose timeout is over.
     pub(crate) fn tick<S: Sink<F>>(&mut self, cx: &mut Cx<'_, F, S>) {
         let Some(limit) = cx.now.checked_sub(self.limits.timeout) else {
             return;
@@ -422,7 +423,7 @@ impl<F> Reassembler<F> {
             .map(|since| since.saturating_add(self.limits.timeout))
     }
 
-    /// Drops what is held of an endpoint, or of all.
+    /// Drops the held fragments of an endpoint, or all.
     pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, cx: &mut Cx<'_, F, S>) {
         while let Some(mut datagram) = self
             .datagrams
@@ -449,12 +450,12 @@ fn let_go<F, S: Sink<F>>(mut frames: Vec<F>, audit: bool, reason: Reason, cx: &m
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Added {
     New,
-    /// The same bytes were there already.
+    /// The fragment is an exact duplicate.
     Again,
 }
 
 impl<F> Datagram<F> {
-    /// Puts a fragment where it belongs. `longest`: so many bytes may be held of this datagram.
+    /// Adds a fragment. `longest`: maximum length of the datagram that the byte limit allows.
     fn add(&mut self, position: Position, bytes: &[u8], longest: usize) -> Result<Added, Reason> {
         let (from, to) = (position.offset, position.offset + bytes.len());
         let again = self.buffers.pieces.contains(&(from, to))
@@ -494,18 +495,18 @@ impl<F> Datagram<F> {
     }
 }
 
-/// Reads where a fragment belongs.
+/// Returns the position of a fragment; none if its header is malformed or the datagram would exceed 65,535 bytes.
 fn position(view: &PacketView<'_>) -> Option<Position> {
-    /// IPv6 fragment header.
+    /// Number of the IPv6 fragment header.
     const FRAGMENT: u8 = 44;
-    /// IPv6 authentication header: its length counts in fours.
+    /// Number of the authentication header. Its length is in units of 4 bytes (RFC 4302, 2.2), not 8.
     const AUTHENTICATION: u8 = 51;
     let header = view.frame.get(view.network..)?;
     let to = view.network + view.packet.length as usize;
     let (from, word) = if view.packet.is(flags::IPV6) {
         let mut next = *header.get(6)?;
         let mut at = 40;
-        // the decoder has followed them already
+        // The decoder has accepted this chain of extension headers.
         for _ in 0..palisade_packet::MAX_EXTENSIONS {
             if next == FRAGMENT {
                 break;

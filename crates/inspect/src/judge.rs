@@ -1,4 +1,4 @@
-//! Requests that are described in a case file or on a command line, judged by the code that judges traffic.
+//! Judges requests that a case file or a command line describes, with the code that judges traffic.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -20,13 +20,13 @@ use crate::{
     tls::judge_name,
 };
 
-/// Number of the only set of rules that is prepared.
+/// Number of the only rule set that is prepared.
 const SET: u32 = 1;
 
-/// Judges described requests as the engine judges those that it reads.
+/// Judges described requests as the engine judges those in traffic.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Inspectors {
-    /// What a head may be at most.
+    /// Limits of a message head.
     pub head: http1::Limits,
 }
 
@@ -37,7 +37,7 @@ impl Judge for Inspectors {
         request: &Request,
         options: HttpOptions,
     ) -> Option<Result<u32, Denial>> {
-        // The engine does not terminate TLS, so it reads none of the requests inside.
+        // The engine does not terminate TLS, so it cannot inspect requests inside.
         let is_inside_tls = set.terminating_tls.is_some() || !set.server_names.is_empty();
         let is_read_as = |inspector: Inspector| set.reads == inspector as u8 && !is_inside_tls;
         let rules = Rules::prepare(&BTreeMap::from([(SET, set.clone())]), None);
@@ -59,7 +59,7 @@ fn server_name(rules: &Rules, name: &str) -> Result<u32, Denial> {
         host => ServerName::of_host(host.as_bytes())
             .map_err(|refusal| refused(refusal.text(), "its connection is reset".into()))?,
     };
-    // The address is taken for one that the endpoint has learned by this name.
+    // The endpoint is assumed to have learned the address by this name.
     judge_name(&name, rules, true).map_err(|reason| match reason {
         Reason::AppDenied => Denial::NoRule,
         other => refused(other.text(), "its connection is reset".into()),
@@ -105,7 +105,10 @@ fn refused(why: &'static str, becomes: String) -> Denial {
     Denial::Refused { why, becomes }
 }
 
-/// The head of a described request. A part with a line end in it would be read as several.
+/// Returns the head of a described request.
+///
+/// # Errors
+/// [`ParseError::ControlCharacter`] if a part contains a line end, which would split it into several fields.
 fn head_of(http: &HttpRequest) -> Result<String, ParseError> {
     use std::fmt::Write as _;
 
@@ -125,7 +128,7 @@ fn head_of(http: &HttpRequest) -> Result<String, ParseError> {
         .headers
         .iter()
         .any(|(name, _)| name.eq_ignore_ascii_case("host"));
-    // HTTP/1.1 asks for the field, also where it is empty.
+    // HTTP/1.1 requires the field, also if its value is empty (RFC 9112, 3.2).
     if !http.host.is_empty() || !(names_host || http.is_http10) {
         let _ = write!(head, "Host: {}\r\n", http.host);
     }
@@ -189,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_described_request_is_refused_for_what_the_engine_refuses() {
+    fn a_described_request_is_refused_where_the_engine_refuses_it() {
         let plain = || HttpRule {
             path: Some("/.*".into()),
             ..HttpRule::default()
@@ -251,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_that_a_rule_names_counts_for_nothing_beside_one_in_disguise() {
+    fn a_header_does_not_match_beside_a_disguised_or_hop_by_hop_copy() {
         let rule = || HttpRule {
             headers: vec![("X-Role".into(), Some("admin".into()))],
             ..HttpRule::default()

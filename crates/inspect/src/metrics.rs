@@ -1,22 +1,23 @@
-//! What an engine has counted, number by number: for those who keep, add up or show them without knowing each.
+//! Enumerates the counters and gauges of an engine, so that callers can store, add and show them without knowing each field.
 
 use palisade_fqdn::Unsolicited;
 use palisade_protocols::{dns, http1, tls};
 
 use crate::{DnsStats, FragmentStats, HttpStats, Stats, TcpStats, TlsStats};
 
-/// What a number is about.
+/// Name and kind of a counter or gauge.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Metric {
-    /// Whose it is: `dns`, `tls.tcp`, ...
+    /// Group: `dns`, `tls.tcp` and so on.
     pub group: &'static str,
-    /// What is counted, as the field of its statistics is called; of what is counted by kind, the kind in words.
+    /// Name of the field. In a group that counts by kind (`dns.malformed`), the text of the kind.
     pub name: &'static str,
-    /// How many there are now; else how many there have been so far.
+    /// Whether the value is a gauge; otherwise it is a counter.
     pub now: bool,
 }
 
-/// Every field has to stand in one of the lists; what is told otherwise is `by hand`.
+/// Visits the fields of a struct. Each field must be in one of the lists, so that a new one is not forgotten: `so far` are
+/// counters, `now` gauges, and fields `by hand` are visited by other code.
 macro_rules! metrics {
     ($f:expr, $group:literal, $stats:expr => $type:ident {
         so far: $($name:ident)*;
@@ -31,7 +32,7 @@ macro_rules! metrics {
 }
 
 impl Stats {
-    /// Tells all numbers: always as many, in the same order.
+    /// Calls `f` for each value. The number of values and their order never change.
     pub fn visit(&self, f: &mut dyn FnMut(Metric, u64)) {
         metrics!(f, "inspection", self => Stats {
             so far: unsupported;
@@ -107,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_number_has_a_name_of_its_own() {
+    fn each_value_has_a_unique_name() {
         let stats = Stats {
             tls: TlsStats {
                 tcp: TcpStats {

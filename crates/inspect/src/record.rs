@@ -1,4 +1,4 @@
-//! Records of what was read: fixed in size, so that handing one on allocates nothing.
+//! Records of requests, answers and drops. A record has a fixed size, so that passing it on allocates nothing.
 
 use std::{
     fmt::{self, Write as _},
@@ -10,7 +10,7 @@ use palisade_protocols::dns::Name;
 
 use crate::packet::PacketView;
 
-/// Longest text of a record; longer ones are cut.
+/// Maximum length of a text in a record, bytes. Longer texts are truncated.
 pub const TEXT: usize = 256;
 
 /// A text in a record.
@@ -44,7 +44,7 @@ impl From<&[u8]> for Text {
 }
 
 impl Text {
-    /// Its bytes.
+    /// Returns the bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         self.bytes.get(..usize::from(self.length)).unwrap_or_default()
@@ -57,7 +57,7 @@ impl Text {
     }
 }
 
-/// Writes a text, cut at the end of the room.
+/// Appends a text, truncated at [`TEXT`] bytes. Never fails.
 impl fmt::Write for Text {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         self.append(text.as_bytes());
@@ -75,17 +75,17 @@ fn copy_prefix(to: &mut [u8], from: &[u8]) -> usize {
 }
 
 impl Text {
-    /// A name as people write it.
+    /// Returns the text form of a name.
     #[must_use]
     pub fn of(name: &Name) -> Self {
         let mut text = Self::default();
-        // writing to a text does not fail
+        // Writing to a `Text` cannot fail.
         let _ = write!(text, "{name}");
         text
     }
 }
 
-/// A word in a record, at most 16 bytes; longer ones are cut.
+/// A word in a record, truncated at 16 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub struct Word {
     length: u8,
@@ -101,7 +101,7 @@ impl From<&[u8]> for Word {
 }
 
 impl Word {
-    /// Its bytes.
+    /// Returns the bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         self.bytes.get(..usize::from(self.length)).unwrap_or_default()
@@ -117,47 +117,46 @@ impl fmt::Debug for Word {
 /// Verdict of a record.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Verdict {
-    /// Released.
+    /// The packet was forwarded.
     Forwarded,
-    /// Refused, or never released.
+    /// The packet was dropped.
     Dropped,
-    /// Released because of audit mode.
+    /// The packet was forwarded only because of audit mode.
     Audit,
 }
 
-/// Something that was read.
+/// Report of an inspector about a packet.
 #[derive(Clone, Copy, Debug)]
 pub struct Record {
-    /// The endpoint whose policy asked.
+    /// Number of the endpoint whose policy required the inspection.
     pub endpoint: u16,
-    /// Whether the *packet* goes to that endpoint.
+    /// Whether the *packet* goes to that endpoint; the flow may be of the other direction.
     pub ingress: bool,
-    /// Whether the packet answers the flow.
+    /// Whether the packet is of the reply direction.
     pub reply: bool,
-    /// Source of the packet.
+    /// Source address and port of the packet.
     pub source: (Addr, u16),
-    /// Destination of the packet.
+    /// Destination address and port of the packet.
     pub destination: (Addr, u16),
     /// IP protocol.
     pub protocol: u8,
-    /// Identity of the other end.
+    /// Identity of the peer.
     pub remote_identity: u32,
-    /// The interface.
+    /// Index of the interface at which the packet was punted.
     pub ifindex: u32,
-    /// Verdict.
+    /// Verdict of the packet.
     pub verdict: Verdict,
-    /// Why, if it was dropped (or would have been).
+    /// Reason of a drop; also in audit mode.
     pub reason: Reason,
-    /// The rule that decided: of an application rule that matched, the rule it stands in; else the one that has the
-    /// flow read.
+    /// Number of the deciding rule: the rule of the application rule that matched, else the rule that required the inspection.
     pub rule: u32,
-    /// Milliseconds from the request to this answer; answers only.
+    /// Time from the request to this answer, ms; none in other records.
     pub latency: Option<u32>,
-    /// What it is about.
+    /// Content of the record.
     pub what: What,
 }
 
-/// Who talks to whom, as records say it: of one direction of a flow.
+/// Fields of a record that are the same for all packets of one direction of a flow.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct About {
     source: (Addr, u16),
@@ -187,12 +186,13 @@ impl About {
         }
     }
 
-    /// The endpoint, and whom it wants to reach; none if it is the one that is reached. Of a client's packet.
+    /// Returns the endpoint and the address to which it connects, from a packet of the client; none if the endpoint is the
+    /// server.
     pub(crate) fn reaches(&self) -> Option<(u16, IpAddr)> {
         (!self.ingress).then(|| (self.endpoint, self.destination.0.into()))
     }
 
-    /// Of the other direction.
+    /// Returns the same for the other direction.
     pub(crate) const fn turned(self) -> Self {
         Self {
             source: self.destination,
@@ -205,7 +205,7 @@ impl About {
 }
 
 impl Record {
-    /// Of what passes, by the rule that has it read.
+    /// Returns the record of a packet that is forwarded, with the rule that required the inspection.
     pub(crate) const fn about(about: &About, what: What) -> Self {
         Self {
             endpoint: about.endpoint,
@@ -224,81 +224,81 @@ impl Record {
         }
     }
 
-    /// Of a packet that passes, by the rule that has it read. Where no application rule matches, that is the one to be
-    /// named too: what it does not allow is denied.
+    /// Returns the record of a packet that is forwarded, with the rule that required the inspection. That rule is also the
+    /// deciding one if no application rule matches, because it denies everything else.
     #[must_use]
     pub fn of(view: &PacketView<'_>, what: What) -> Self {
         Self::about(&About::of(view), what)
     }
 }
 
-/// What a record is about. Fixed in size, so that nothing is allocated.
+/// Content of a record.
 #[derive(Clone, Copy, Debug)]
 pub enum What {
     /// A DNS query.
     DnsQuery {
-        /// The name in text form, without the last dot unless it is the root.
+        /// Name in text form, without the trailing dot unless it is the root.
         name: Text,
         /// QTYPE.
         kind: u16,
     },
     /// A DNS answer.
     DnsAnswer {
-        /// The name that was asked for.
+        /// Name of the question.
         name: Text,
         /// QTYPE.
         kind: u16,
         /// RCODE.
         rcode: u16,
-        /// The first addresses; `count` of them are set.
+        /// First addresses of the answer. Only the first `count` are valid.
         addresses: [Addr; 8],
-        /// How many addresses are set.
+        /// Number of valid addresses.
         count: u8,
         /// Lowest TTL, s.
         ttl: u32,
-        /// Last name of the CNAME chain, empty if there is none.
+        /// Last name of the CNAME chain; empty without a CNAME.
         cname: Text,
     },
     /// A ClientHello.
     TlsHello {
-        /// The server name in lower case, without its last dot; empty if there is none.
+        /// Server name in lower case, without the trailing dot; empty if the hello has none.
         name: Text,
-        /// The highest version that is offered.
+        /// Highest TLS version that the client offers.
         version: u16,
-        /// It carries an encrypted hello; the name is the outer one.
+        /// Whether the hello carries an encrypted one (ECH). The name is that of the outer hello.
         ech: bool,
     },
     /// An HTTP request.
     HttpRequest {
-        /// Method as sent; a long one is cut.
+        /// Method as sent; a long one is truncated.
         method: Word,
-        /// 0 or 1: the minor version of HTTP/1.
+        /// Minor version of HTTP/1: 0 or 1.
         version: u8,
-        /// `http://HOST/PATH?QUERY`, without secrets.
+        /// `http://HOST/PATH?QUERY`, redacted.
         url: Text,
-        /// The fields that are to be recorded, `Name: value` each with a line feed behind it; without secrets.
+        /// Configured header fields, one `Name: value` per line, redacted.
         headers: Text,
-        /// A headerMatches of the rule did not match, and is to be logged.
+        /// Whether a headerMatches of the rule with mismatch LOG did not match.
         mismatch: bool,
     },
-    /// An HTTP answer that is the last one to its request.
+    /// The final response to an HTTP request.
     HttpResponse {
         /// Method of the request.
         method: Word,
         /// URL of the request.
         url: Text,
-        /// 0 or 1: the minor version of HTTP/1.
+        /// Minor version of HTTP/1: 0 or 1.
         version: u8,
         /// Status code.
         status: u16,
-        /// Bytes of its body, where its head says so.
+        /// Length of the body, bytes, if the head has it.
         length: Option<u64>,
-        /// As of the request.
+        /// Configured header fields, as for a request.
         headers: Text,
     },
-    /// A packet that could not be read: `detail` says what was wrong.
+    /// A packet that could not be inspected.
     Unreadable {
-        /// A fixed text.
+        /// Description of the problem.
         detail: &'static str,
     },
 }

@@ -1,4 +1,5 @@
-//! The interface through which the engine acts: frames go back to the caller, and everything else that the engine wants done.
+//! The interface through which an engine returns frames to its caller, and sends packets, flow commands, commit requests and
+//! records.
 
 use palisade_abi::{FlowCommand, Reason};
 

@@ -1,5 +1,5 @@
-//! TLS: a connection goes on if its server name may be asked for. Once the server has answered so that no other hello
-//! can follow, nothing is read any more.
+//! TLS: a connection is forwarded if a rule allows its server name. It is offloaded once the server has answered so that no
+//! second ClientHello can follow.
 
 use std::sync::Arc;
 
@@ -19,22 +19,22 @@ use crate::{
     },
 };
 
-/// What to do with a hello that carries an encrypted one. Its outer name is all that can be read.
+/// Handling of a ClientHello that carries an encrypted one (ECH). Only the server name of the outer hello can be read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Ech {
-    /// Judged by its outer name.
+    /// The hello is judged by its outer name.
     #[default]
     AllowOuter,
-    /// Refused.
+    /// The connection is aborted.
     Deny,
 }
 
-/// How TLS is judged, and how much may be held of it. Of one worker.
+/// Limits and options of TLS inspection, per worker.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TlsLimits {
-    /// Connections. Their deadline is that of an unfinished hello.
+    /// Limits of TLS connections. Their deadline is that of an incomplete hello.
     pub tcp: TcpLimits,
-    /// Encrypted hellos.
+    /// Handling of encrypted hellos.
     pub ech: Ech,
 }
 
@@ -42,7 +42,7 @@ impl Default for TlsLimits {
     fn default() -> Self {
         Self {
             tcp: TcpLimits {
-                // A hello, and what comes until the server has answered it.
+                // A hello, and early data of the client until the server has answered.
                 bytes_per_direction: 256 << 10,
                 bytes: 64 << 20,
                 deadline: 10_000,
@@ -53,22 +53,22 @@ impl Default for TlsLimits {
     }
 }
 
-/// What has happened so far.
+/// Counters of TLS inspection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TlsStats {
-    /// Connections.
+    /// Counters of TLS connections.
     pub tcp: TcpStats,
-    /// Hellos that were read.
+    /// Well-formed ClientHellos.
     pub hellos: u64,
-    /// Hellos whose name is not allowed.
+    /// Hellos with a name that no rule allows.
     pub denied: u64,
-    /// Hellos with an encrypted one that were refused for that.
+    /// Hellos that were denied because they carry an encrypted one.
     pub ech_denied: u64,
-    /// Hellos whose name is allowed, to an address that was not learned by it.
+    /// Hellos with an allowed name, to an address that the endpoint has not learned by that name.
     pub sni_mismatches: u64,
-    /// Streams that are not what they should be, by [`ParseError`].
+    /// Malformed streams, by [`ParseError`].
     pub malformed: [u64; ParseError::ALL.len()],
-    /// Connections that would have been cut and go on because of audit mode.
+    /// Connections that were forwarded only because of audit mode.
     pub audited: u64,
 }
 
@@ -86,32 +86,32 @@ impl Default for TlsStats {
     }
 }
 
-/// What is kept of a connection.
+/// State of a connection.
 #[derive(Default)]
 struct Flow {
     client: ClientReader,
     server: ServerReader,
-    /// Bytes of the client that wait and have been read.
+    /// Number of unjudged bytes of the client that the parser has read.
     fed: usize,
-    /// A hello has been let go.
+    /// Whether a hello has been forwarded.
     begun: bool,
-    /// Of the client's packets.
+    /// Record fields of the client's packets.
     about: Option<About>,
-    /// The last hello that was judged.
+    /// The last hello.
     judged: Option<Judged>,
 }
 
-/// A hello that was let go, by rules or because of audit mode.
+/// A hello that was forwarded, by a rule or because of audit mode.
 struct Judged {
     ruleset: u32,
     audit: bool,
     hello: Box<ClientHello>,
-    /// The address was known by the name then, or that does not matter.
+    /// Whether the endpoint had learned the address by the name, or that was not required.
     known: bool,
 }
 
 impl Offloadable for Flow {
-    /// None: it went on unread because of audit mode.
+    /// None: audit mode has offloaded the connection before a hello was judged.
     type OffloadVerdict = Option<Judged>;
     fn remember(&mut self) -> Self::OffloadVerdict {
         self.judged.take()
@@ -125,7 +125,7 @@ pub(crate) struct Tls<F> {
     stats: TlsStats,
 }
 
-/// Reads one connection for the time of a call.
+/// Inspector of one connection for one call.
 struct TlsStream<'a> {
     flow: &'a mut Flow,
     names: Option<&'a SniAddressIndex>,
@@ -206,7 +206,8 @@ fn is_audit(slot: &PuntRequest) -> bool {
     slot.flags & punt_flags::AUDIT != 0
 }
 
-/// The rule by which a hello may pass, or why it may not. `known`: the address is known by its name.
+/// Returns the rule that allows a hello, or the reason of its denial. `known`: whether the endpoint has learned the address by
+/// the server name.
 fn judge(hello: &ClientHello, rules: &Rules, ruleset: u32, ech: Ech, known: bool) -> Result<u32, Reason> {
     let rules = rules.tls(ruleset).ok_or(Reason::UnknownRuleset)?;
     if hello.ech && ech == Ech::Deny {
@@ -215,10 +216,10 @@ fn judge(hello: &ClientHello, rules: &Rules, ruleset: u32, ech: Ech, known: bool
     judge_name(&hello.server_name, rules, known)
 }
 
-/// Returns the rule by which a hello with this name may pass.
+/// Returns the rule that allows a hello with this name, or the reason of its denial.
 pub(crate) fn judge_name(name: &ServerName, rules: &TlsRules, known: bool) -> Result<u32, Reason> {
     match name {
-        // Where anybody may be reached, a false name opens nothing.
+        // A rule that allows every server name allows the address too, so a false name gains nothing.
         ServerName::Name(name) if !known && rules.judge(name).is_some() => {
             rules.anyone().ok_or(Reason::SniAddress)
         }
@@ -227,7 +228,7 @@ pub(crate) fn judge_name(name: &ServerName, rules: &TlsRules, known: bool) -> Re
     }
 }
 
-/// Whether a connection that is not read any more may go on under the rules of a packet of it.
+/// Judges the hello of an offloaded connection by the rules of a later packet.
 fn recall<F, S: Sink<F>>(
     judged: &mut Judged,
     view: &PacketView<'_>,
@@ -258,7 +259,7 @@ fn recall<F, S: Sink<F>>(
     if audit { Ok(()) } else { Err(reason) }
 }
 
-/// What a record says of a hello.
+/// Returns the content of the record of a hello.
 fn what(hello: &ClientHello) -> What {
     What::TlsHello {
         name: match &hello.server_name {
@@ -307,7 +308,7 @@ impl<'a> TlsStream<'a> {
         let mut input = bytes.get(self.flow.fed..).unwrap_or_default();
         match self.flow.client.next(&mut input) {
             Ok(ClientStep::More) if end => {
-                // The half-closed rest of a connection that needs no hello any more holds nobody up.
+                // A FIN of the client before its hello is complete.
                 self.refuse(Reason::AppMalformed, "the end within a hello or a record", cx)
             }
             Ok(ClientStep::More) => {
@@ -329,7 +330,7 @@ impl<'a> TlsStream<'a> {
         }
     }
 
-    /// Lets go what is before the rest.
+    /// Forwards the bytes before `rest`.
     fn pass(&mut self, bytes: &[u8], rest: &[u8]) -> Action {
         self.flow.fed = 0;
         Action::Forward(bytes.len() - rest.len())
@@ -369,7 +370,8 @@ impl<'a> TlsStream<'a> {
         }
     }
 
-    /// Whether whom the endpoint wants to reach is who the hello says. Of those who come to it nothing is known.
+    /// Returns whether the endpoint has learned the address of the server by the server name. True if the endpoint is the
+    /// server, because nothing is learned about its clients.
     fn is_known(&self, hello: &ClientHello) -> bool {
         let (Some(names), ServerName::Name(name)) = (self.names, &hello.server_name) else {
             return true;
@@ -391,7 +393,7 @@ impl<'a> TlsStream<'a> {
         self.deny(reason, What::Unreadable { detail }, cx)
     }
 
-    /// Reports what is refused. Audit mode lets it go on; then nothing more needs reading.
+    /// Records a denied connection and aborts it. Audit mode offloads it instead.
     fn deny<F, S: Sink<F>>(&mut self, reason: Reason, what: What, cx: &mut Cx<'_, F, S>) -> Action {
         let audit = is_audit(self.slot);
         if let Some(about) = &self.flow.about {
@@ -419,14 +421,14 @@ impl<'a> TlsStream<'a> {
         if bytes.is_empty() {
             return Action::Forward(0);
         }
-        // A server speaks second (RFC 8446, 2).
+        // The client sends first (RFC 8446, 2).
         if !self.flow.begun {
             return self.refuse(Reason::AppMalformed, ParseError::NotTls.text(), cx);
         }
         let mut input = bytes;
         match self.flow.server.next(&mut input) {
             Ok(ServerStep::Answered(_)) => Action::Offload,
-            // What was read is gone: it is not shown again.
+            // The parser keeps what it has read.
             Ok(ServerStep::More) => Action::Forward(bytes.len()),
             Ok(ServerStep::Again | ServerStep::Refused) => Action::Forward(bytes.len() - input.len()),
             Err(refusal) => {

@@ -1,7 +1,7 @@
 //! The fast path for DNS answers whose addresses are in the maps already.
 //!
-//! Most answers repeat an earlier one. Without this table each of them would be held until the name cache, which is
-//! another thread, has confirmed its addresses again.
+//! Most answers repeat an earlier one. Without this table each of them would be held until the FQDN manager, another thread,
+//! has confirmed its addresses again.
 
 use std::{
     hash::{BuildHasher as _, Hash as _, Hasher as _},
@@ -13,9 +13,11 @@ use palisade_protocols::dns::{Answer, Name};
 
 use crate::{Lease, Millis};
 
-/// Entries, each an address of a name for one endpoint. A full table is cleared; later answers take the slow path once.
+/// Maximum number of entries: an address of a name for one endpoint. A full table is cleared. Then each answer is committed
+/// once more.
 const MAX_ENTRIES: usize = 16_384;
-/// Safety margin before the end of a lease, ms: the refresh must reach the name cache before the entry expires there.
+/// Time before the end of a lease at which an entry expires here, ms: the refresh must reach the FQDN manager before the entry
+/// expires there.
 const MARGIN: Millis = 5_000;
 
 #[derive(Clone, Copy, Debug)]
@@ -24,8 +26,8 @@ struct LeaseEnd {
     epoch: u64,
 }
 
-/// Answers whose addresses are in the maps, as keyed 64-bit hashes. A collision can only skip a commit; the address then
-/// stays unreachable (fails closed).
+/// Answers whose addresses are in the maps, as keyed 64-bit hashes. After a hash collision an answer is forwarded without a
+/// commit: the client cannot reach its addresses (fails closed).
 #[derive(Debug)]
 pub(super) struct CommittedAnswers {
     hashes: RandomState,
@@ -40,7 +42,7 @@ impl CommittedAnswers {
         }
     }
 
-    /// Records that the addresses of an answer have been committed, until shortly before `lease` ends.
+    /// Records that the addresses of an answer are in the maps until shortly before the lease ends.
     pub(super) fn note(&mut self, endpoint: u16, answer: &Answer, lease: Lease, now: Millis) {
         let Some(good_for) = lease.good_for.checked_sub(MARGIN) else {
             return;
@@ -71,7 +73,7 @@ impl CommittedAnswers {
         })
     }
 
-    /// Hashes the endpoint, the question and the aliases: each alias may match a selector of its own.
+    /// Returns the hash of the endpoint, the question and the aliases. Each alias may match another selector.
     fn name(&self, endpoint: u16, answer: &Answer) -> u64 {
         let mut hasher = self.hashes.build_hasher();
         endpoint.hash(&mut hasher);
@@ -122,13 +124,13 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_committed_for_one_endpoint_and_one_chain_of_names() {
+    fn a_commit_counts_for_one_endpoint_and_one_chain_of_names() {
         let mut committed = CommittedAnswers::new();
         let first = answer("a.example", &[], &["192.0.2.1", "2001:db8::1"]);
         assert!(!committed.has(7, &first, 3, 100));
         committed.note(7, &first, LEASE, 100);
         assert!(committed.has(7, &first, 3, 100));
-        // In another order, or not all of them: nothing new either.
+        // The same addresses in another order, or a part of them.
         assert!(committed.has(
             7,
             &answer("A.example", &[], &["2001:db8::1", "192.0.2.1"]),
@@ -154,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_known_until_something_is_taken_out_or_its_time_comes_near() {
+    fn an_entry_ends_with_its_epoch_and_before_its_lease() {
         let mut committed = CommittedAnswers::new();
         let first = answer("a.example", &[], &["192.0.2.1"]);
         committed.note(7, &first, LEASE, 100);
@@ -169,12 +171,12 @@ mod tests {
         committed.note(7, &other, short, 100);
         assert!(
             !committed.has(7, &other, 3, 100),
-            "its lease is too short to rely on"
+            "the lease is shorter than the margin"
         );
     }
 
     #[test]
-    fn it_is_bounded() {
+    fn the_table_is_bounded() {
         let mut committed = CommittedAnswers::new();
         for n in 0..3 * MAX_ENTRIES {
             committed.note(

@@ -79,7 +79,7 @@ impl<F> Dns<F> {
         passes
     }
 
-    /// Refuses a query that cannot be tracked, because its answer could not be told from an unsolicited one.
+    /// Refuses a query that cannot be tracked, because its answer would count as unsolicited.
     pub(super) fn too_many<S: Sink<F>>(
         &mut self,
         view: &PacketView<'_>,

@@ -46,14 +46,14 @@ struct Flow {
     sent: u64,
     /// Number of answers that may be forwarded.
     answered: u64,
-    /// The first denied query and those behind it: nothing of the client is forwarded from there on.
+    /// The denied queries. No byte of the client is forwarded from the first of them on.
     refused: Option<Refused>,
     transfers: Vec<Transfer>,
     /// Offset up to which the server's messages are forwarded.
     forwarded: u64,
     /// Offset of the first message that is not judged yet.
     judged: u64,
-    /// Number of missing bytes of a transfer message whose beginning is forwarded.
+    /// Number of missing bytes of a transfer message whose beginning was forwarded.
     rest: usize,
     /// Messages between `forwarded` and `judged`.
     answers: VecDeque<Judged>,
@@ -74,7 +74,7 @@ struct Refused {
 /// An answer that was judged.
 struct Judged {
     end: u64,
-    /// Whether it may be forwarded. If not, it waits for its commit.
+    /// Whether the answer may be forwarded. If not, its addresses are not committed yet.
     passes: bool,
     /// Whether it is the first message that answers a query.
     closes: bool,
@@ -140,7 +140,8 @@ struct DnsStream<'a, 'v, F> {
     flow: &'a mut Flow,
     dns: &'a mut Dns<F>,
     key: CtKey,
-    /// The packet that has arrived, if the call is for one. A message is judged when the packet that completes it arrives.
+    /// The packet that has arrived; none if the call is for the result of a commit. A message is judged when the packet that
+    /// completes it arrives.
     packet: Option<&'a PacketView<'v>>,
 }
 
@@ -402,7 +403,8 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
     fn server<S: Sink<F>>(&mut self, bytes: &[u8], end: bool, cx: &mut Cx<'_, F, S>) -> Action {
         let flow = &mut *self.flow;
         if bytes.is_empty() {
-            // The queries before the denied one get no answer any more, so their client must not wait for the response.
+            // The server has closed the connection before it has answered the queries that precede the denied one, so the
+            // response would never be due.
             return match &flow.refused {
                 Some(refused) => Action::Abort(refused.reason),
                 None => Action::Forward(0),
@@ -453,7 +455,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         Action::ForwardUnjudged(last.unwrap_or(bytes.len()))
     }
 
-    /// Judges a message of the server. Returns false if its packet is not here, so that it has to wait.
+    /// Judges a message of the server. Returns false if the call is not for a packet of the server: then the message waits.
     ///
     /// # Errors
     /// Returns the reason if the connection must be aborted.

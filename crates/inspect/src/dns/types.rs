@@ -25,7 +25,7 @@ pub(crate) enum Waiting<F> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place {
     pub(super) key: CtKey,
-    /// Number of the connection: tells apart connections that use the same key one after the other.
+    /// Number of the connection, which distinguishes connections that use the same key one after the other.
     pub(super) number: u64,
     /// Offset of the end of the message from the first byte of the stream.
     pub(super) end: u64,
@@ -55,7 +55,7 @@ pub(crate) enum QueryVerdict {
 pub(crate) enum AnswerVerdict {
     Pass,
     Refuse(Reason),
-    /// The answer has addresses of a question; it is held until they are committed.
+    /// The answer has addresses for its question and is held until they are committed.
     Commit(Box<Answer>, OpenQuestion<Note>),
 }
 

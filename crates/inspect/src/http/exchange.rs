@@ -1,4 +1,4 @@
-//! One connection: where both sides are in their messages, and which requests wait for their answers.
+//! One HTTP connection: the position of both sides in their messages, and the requests that wait for a response.
 
 use std::{collections::VecDeque, mem};
 
@@ -18,22 +18,22 @@ use crate::{
     tcp::{Action, Offloadable, Side, StreamInspector},
 };
 
-/// Requests of a connection that may wait for their answers; what comes behind them waits here.
+/// Maximum number of forwarded requests of a connection without a response. Further requests are held.
 const MOST_PENDING: usize = 32;
-/// More than any body has.
+/// Length of a body that ends with the connection: more than any connection carries.
 const ENDLESS: u64 = 1 << 62;
 
-/// Where in its messages a side is.
+/// Position of a side in its messages.
 enum Place {
-    /// Before the end of a head.
+    /// In a head.
     Head(Head),
-    /// Before a body of so many bytes.
+    /// At the start of a body with this length, bytes.
     Body(u64),
     /// In the framing of a chunked body.
     Chunks(Chunks),
-    /// Before the content of a chunk.
+    /// At the start of the content of a chunk with this length, bytes.
     Content(Chunks, u64),
-    /// In an answer that ends with the connection.
+    /// In a response whose body ends with the connection.
     Rest,
 }
 
@@ -64,8 +64,8 @@ impl Place {
         matches!(self, Self::Head(_))
     }
 
-    /// Goes through what follows a head: what may go, and whether the message ends with it. Its content is not looked
-    /// at, but all that frames it is.
+    /// Handles bytes behind a head. Returns the action, and whether the message ends with it. The content of a body is not
+    /// inspected, but all of its framing is.
     fn follow(&mut self, bytes: &[u8]) -> Result<(Action, bool), ParseError> {
         match mem::take(self) {
             Self::Body(n) => Ok((Action::Bypass(n), true)),
@@ -96,71 +96,73 @@ impl Place {
     }
 }
 
-/// A request that was let go and is not answered yet.
+/// A request that was forwarded and has no final response.
 struct Exchange {
     url: Text,
     method: Word,
     since: Millis,
-    /// Some server may take what follows it for another protocol.
+    /// Whether the server may switch to another protocol behind it (Upgrade, CONNECT).
     may_switch: bool,
-    /// The protocols that a 101 may go over to, in lower case, each behind a comma.
+    /// Protocols to which a 101 may switch, in lower case, each behind a comma.
     upgrades: Vec<u8>,
 }
 
-/// What has become of a body that was announced with `Expect: 100-continue`.
+/// State of a body that was announced with `Expect: 100-continue`.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 enum Announced {
-    /// There is none, or some of it has gone on, or the server has asked for it.
+    /// No body is announced, or the client may send it: it has begun, or the server has sent 100.
     #[default]
     No,
-    /// None of it has come.
+    /// No byte of the body has arrived.
     Waits,
-    /// The final answer has come before.
+    /// The final response has arrived before the body.
     Late,
 }
 
-/// What a connection that is not going on gets.
+/// Response to a refused request, which ends the connection.
 #[derive(Clone, Copy)]
 struct Refused {
     reason: Reason,
     status: u16,
-    /// The request has no body in its answer.
+    /// Whether the response has no body, because the request is HEAD.
     bodiless: bool,
-    /// Requests that went on, at least in part, and get this as their answer.
+    /// Number of forwarded requests to which this is the response: 1 if the body of a forwarded head is malformed.
     own: usize,
 }
 
-/// What is kept of a connection.
+/// State of a connection.
 #[derive(Default)]
 pub(super) struct Flow {
     client: Place,
     server: Place,
-    /// The request that is being answered, and those behind it.
+    /// The request to which the next response belongs.
     current: Option<Exchange>,
+    /// The forwarded requests behind `current`.
     behind: VecDeque<Exchange>,
     announced: Announced,
-    /// The client gets no further, once what it asked before is answered.
+    /// The refused request: its response is sent once all requests before it are answered.
     refused: Option<Refused>,
-    /// The first request has been read.
+    /// Whether the client has sent a well-formed request.
     begun: bool,
-    /// The server sends no more.
+    /// Whether the server has sent a FIN.
     ended: bool,
-    /// Under which rules, and whether in audit mode, it was left unread.
+    /// State of an offload.
     left: Left,
-    /// Of the client's packets.
+    /// Record fields of the client's packets.
     pub(super) about: Option<About>,
 }
 
-/// Of a connection that is not read any more: a tunnel that was allowed, or what cannot be read and goes on because
-/// of audit mode.
+/// State of an offloaded connection: an allowed tunnel, or a stream that cannot be parsed and that audit mode forwards.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Left {
     ruleset: u32,
+    /// Whether audit mode was the cause.
     audit: bool,
 }
 
 impl Left {
-    /// A tunnel has no other request that new rules could be asked about, so it ends with the old ones.
+    /// Judges an offloaded connection again. A tunnel has no further request that new rules could judge, so it ends when its
+    /// rule set changes.
     pub(super) fn may_go_on(self, slot: &PuntRequest) -> Result<(), Reason> {
         let audit = slot.flags & punt_flags::AUDIT != 0;
         if audit || (self.ruleset == slot.ruleset && !self.audit) {
@@ -195,7 +197,7 @@ impl Flow {
         self.current = self.behind.pop_front();
     }
 
-    /// What follows may be no HTTP: that depends on the answer to the last request.
+    /// Returns whether the bytes behind the last request may be of another protocol, depending on its response.
     fn may_switch(&self) -> bool {
         self.behind
             .back()
@@ -204,7 +206,7 @@ impl Flow {
     }
 }
 
-/// Reads one connection for the time of a call.
+/// Inspector of one connection for one call.
 pub(super) struct HttpStream<'a> {
     pub(super) flow: &'a mut Flow,
     pub(super) slot: &'a PuntRequest,
@@ -235,8 +237,7 @@ impl HttpStream<'_> {
             return Action::Forward(0);
         }
         if !self.flow.client.is_between_messages() {
-            // The server owes no attention to a body that it has answered already. Some servers wait for the next request
-            // then, and would find it in the body.
+            // A server may ignore a body after its final response. Some servers then parse the body as the next request.
             if mem::take(&mut self.flow.announced) == Announced::Late {
                 return self.malformed(ParseError::LateBody, 0, cx);
             }
@@ -266,7 +267,7 @@ impl HttpStream<'_> {
         }
     }
 
-    /// A whole head of a request, of so many bytes.
+    /// Judges a request with a complete head of `length` bytes.
     fn request<F, S: Sink<F>>(
         &mut self,
         request: &Request<'_>,
@@ -274,8 +275,8 @@ impl HttpStream<'_> {
         cx: &mut Cx<'_, F, S>,
     ) -> Action {
         let may_switch = request.may_upgrade() || request.method == "CONNECT";
-        // What an earlier answer says must not be taken for the answer to this request, whose 101 or 200 has the connection
-        // left unread: a server may send more behind an answer than its head says (a body to HEAD).
+        // A 101 or 200 to this request offloads the connection. So no earlier request may be open: a faulty server may send more
+        // than one response to it (for example a body to HEAD), which must not be taken for the response to this one.
         if may_switch && self.flow.pending() > 0 {
             return Action::AwaitPeer;
         }
@@ -330,7 +331,7 @@ impl HttpStream<'_> {
             }
             self.count_malformed(ParseError::UnexpectedBody);
             self.stats.audited += 1;
-            self.tell(
+            self.report(
                 Reason::AppMalformed,
                 ParseError::UnexpectedBody.text(),
                 Verdict::Audit,
@@ -358,7 +359,7 @@ impl HttpStream<'_> {
         Action::Forward(length)
     }
 
-    /// Answers instead of the server, once that has answered what the client asked before.
+    /// Responds in the server's place, once all requests before the refused one are answered.
     fn refuse(&mut self, refused: Refused) -> Action {
         self.flow.refused = Some(refused);
         if self.flow.ended || matches!(self.flow.server, Place::Rest) {
@@ -386,8 +387,7 @@ impl HttpStream<'_> {
         Action::Respond(refused.reason, text.into_bytes())
     }
 
-    /// What the client sends is no HTTP/1, or could be read in more than one way. `own`: requests of which a part has
-    /// gone on already, so that this is their answer too.
+    /// Refuses a stream of the client that is not HTTP/1 or is ambiguous. `own`: see [`Refused::own`].
     fn malformed<F, S: Sink<F>>(&mut self, refusal: ParseError, own: usize, cx: &mut Cx<'_, F, S>) -> Action {
         self.count_malformed(refusal);
         let reason = match refusal {
@@ -400,7 +400,7 @@ impl HttpStream<'_> {
         if self.is_audit() {
             return self.leave(reason, refusal.text(), cx);
         }
-        self.tell(reason, refusal.text(), Verdict::Dropped, cx);
+        self.report(reason, refusal.text(), Verdict::Dropped, cx);
         self.refuse(Refused {
             reason,
             status,
@@ -409,7 +409,7 @@ impl HttpStream<'_> {
         })
     }
 
-    fn tell<F, S: Sink<F>>(
+    fn report<F, S: Sink<F>>(
         &self,
         reason: Reason,
         detail: &'static str,
@@ -425,7 +425,7 @@ impl HttpStream<'_> {
         }
     }
 
-    /// In audit mode what cannot be read goes on, and is not read any more.
+    /// Records a stream that cannot be parsed, and offloads the connection because of audit mode.
     fn leave<F, S: Sink<F>>(
         &mut self,
         reason: Reason,
@@ -433,7 +433,7 @@ impl HttpStream<'_> {
         cx: &mut Cx<'_, F, S>,
     ) -> Action {
         self.stats.audited += 1;
-        self.tell(reason, detail, Verdict::Audit, cx);
+        self.report(reason, detail, Verdict::Audit, cx);
         self.flow.left = Left {
             ruleset: self.slot.ruleset,
             audit: true,
@@ -450,7 +450,7 @@ impl HttpStream<'_> {
         if self.is_audit() {
             return self.leave(reason, detail, cx);
         }
-        self.tell(reason, detail, Verdict::Dropped, cx);
+        self.report(reason, detail, Verdict::Dropped, cx);
         Action::Abort(reason)
     }
 
@@ -505,7 +505,7 @@ impl HttpStream<'_> {
         self.abort(Reason::AppMalformed, refusal.text(), cx)
     }
 
-    /// A whole head of an answer, of so many bytes.
+    /// Handles a response with a complete head of `length` bytes.
     fn response<F, S: Sink<F>>(
         &mut self,
         response: &Response<'_>,
@@ -564,7 +564,8 @@ impl HttpStream<'_> {
         Action::Forward(length)
     }
 
-    /// An answer to no request: servers say so when they have waited too long for one (408), and close.
+    /// Handles a response without a request. Only 408 is forwarded: servers send it when they have waited too long for a request,
+    /// and close the connection (RFC 9110, 15.5.9).
     fn unsolicited<F, S: Sink<F>>(
         &mut self,
         response: &Response<'_>,
@@ -586,7 +587,7 @@ impl HttpStream<'_> {
     }
 }
 
-/// Whether a request is refused because of its body, although its head may pass.
+/// Returns whether an allowed request is refused because of its body.
 pub(crate) fn has_refused_body(
     request: &Request<'_>,
     verdict: Result<HttpVerdict, HttpDenial>,
@@ -596,8 +597,8 @@ pub(crate) fn has_refused_body(
     !takes_bodies && request.has_unexpected_body()
 }
 
-/// Returns the status that a malformed request is answered with; none if the connection is reset, because its client
-/// speaks no HTTP/1. `begun`: the client has sent a well-formed request before.
+/// Returns the status of the response to a malformed request; none if the connection is reset, because the client does not
+/// speak HTTP/1. `begun`: whether the client has sent a well-formed request before.
 pub(crate) fn status_of(refusal: ParseError, begun: bool) -> Option<u16> {
     match refusal {
         ParseError::Http2 => None,
@@ -609,8 +610,8 @@ pub(crate) fn status_of(refusal: ParseError, begun: bool) -> Option<u16> {
     }
 }
 
-/// Whether a connection may go over to a protocol (RFC 9110, 7.8: a name, perhaps with a version). HTTP/2, and HTTP behind
-/// TLS (RFC 2817), would be requests that are not read.
+/// Returns whether a connection may switch to a protocol (RFC 9110, 7.8: a name, perhaps with a version). HTTP/2, and HTTP
+/// inside TLS (RFC 2817), would carry requests that are not inspected.
 fn may_become(protocol: &[u8]) -> bool {
     let name = protocol.to_ascii_lowercase();
     ![&b"h2"[..], b"h3", b"http", b"tls", b"ssl"]
@@ -618,7 +619,7 @@ fn may_become(protocol: &[u8]) -> bool {
         .any(|unread| name.starts_with(unread))
 }
 
-/// Whether all protocols that a 101 goes over to are among those of the request: it has to name them (RFC 9110, 15.2.2).
+/// Returns whether the request has offered all protocols that a 101 names. A 101 must name them (RFC 9110, 15.2.2).
 fn is_asked_for(response: &Response<'_>, upgrades: &[u8]) -> bool {
     let mut chosen = response.headers.elements("upgrade").peekable();
     let is_asked = |name: &[u8]| {

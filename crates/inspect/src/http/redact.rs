@@ -1,16 +1,16 @@
-//! What records say of URLs and fields: readable, in one line, without secrets.
+//! URLs and header fields in records: one line of visible ASCII, without secrets.
 //!
-//! Records go to logs and terminals. So nothing that a peer sends is written as it is unless it is visible ASCII, and
-//! values that look like secrets by their names are left out. Rather too many of them than too few.
+//! Records go to logs and terminals. So bytes of a peer that are not visible ASCII are escaped, and the value of a parameter
+//! or field whose name suggests a secret is redacted. A name that is in doubt counts as that of a secret.
 
 use std::fmt::Write as _;
 
 use crate::record::{TEXT, Text};
 
-/// What stands in place of a secret.
+/// Replacement of a secret value.
 const REDACTED: &str = "[redacted]";
 
-/// Fields that are secret as a whole, beside those whose names suggest it.
+/// Header fields with a secret value, beside those with a name of the lists below.
 const SECRET_FIELDS: [&str; 5] = [
     "authorization",
     "proxy-authorization",
@@ -19,7 +19,7 @@ const SECRET_FIELDS: [&str; 5] = [
     "set-cookie",
 ];
 
-/// A name with one of these anywhere in it is that of a secret.
+/// Substrings that make a name the name of a secret.
 const SECRET_PARTS: [&[u8]; 16] = [
     b"accesskey",
     b"apikey",
@@ -39,21 +39,21 @@ const SECRET_PARTS: [&[u8]; 16] = [
     b"token",
 ];
 
-/// A name with one of these as a word of its own is that of a secret: `api_key` and `apiKey` are, `monkey` is not.
+/// Words that make a name the name of a secret: `api_key` and `apiKey` contain the word `key`, `monkey` does not.
 const SECRET_WORDS: [&[u8]; 12] = [
     b"auth", b"code", b"hmac", b"jwt", b"key", b"oauth", b"otp", b"pass", b"pin", b"pwd", b"sid", b"sig",
 ];
 
-/// `http://HOST/PATH?QUERY`, with `[redacted]` for the values of parameters whose names suggest a secret.
+/// Writes `http://HOST/PATH?QUERY`, with `[redacted]` for the values of parameters whose names suggest a secret.
 pub(crate) fn url(host: &str, path: &str, out: &mut Text) {
-    // Writing to a text does not fail; what does not fit is cut.
+    // Writing to a `Text` cannot fail. It truncates.
     let _ = out.write_str("http://");
     visible(host.as_bytes(), Form::Url, out);
     without_secrets(path.as_bytes(), Form::Url, out);
 }
 
-/// The chosen fields, `Name: value` and a line feed each, with `[redacted]` for values that are secret. A name is
-/// written as it was chosen.
+/// Writes the chosen fields, one `Name: value` per line, with `[redacted]` for secret values. Names are written in the
+/// spelling of `chosen`.
 pub(crate) fn headers<'a>(
     fields: impl Iterator<Item = (&'a str, &'a [u8])>,
     chosen: &[String],
@@ -77,7 +77,7 @@ pub(crate) fn headers<'a>(
     }
 }
 
-/// How bytes are written that are not written as they are.
+/// Form in which a byte is escaped.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Form {
     /// `%1B`, as in any URL.
@@ -90,15 +90,15 @@ impl Form {
     const fn is_plain(self, byte: u8) -> bool {
         match self {
             Self::Url => matches!(byte, 0x21..=0x7e),
-            // So that nobody can write what looks like an escaped byte.
+            // A backslash is escaped too, so that a peer cannot forge an escape sequence.
             Self::Field => matches!(byte, 0x20..=0x7e) && byte != b'\\',
         }
     }
 }
 
-/// Writes bytes so that they can be seen. Also letters beyond ASCII are escaped: some of them turn a line around.
+/// Writes bytes as visible ASCII. Non-ASCII letters are escaped too, because some change the direction of a line.
 fn visible(bytes: &[u8], form: Form, out: &mut Text) {
-    // Each byte takes at least one.
+    // Each byte takes at least one byte in the text.
     let bytes = part(bytes, 0, bytes.len().min(TEXT));
     for run in bytes.chunk_by(|a, b| form.is_plain(*a) == form.is_plain(*b)) {
         match str::from_utf8(run) {
@@ -119,12 +119,11 @@ fn visible(bytes: &[u8], form: Form, out: &mut Text) {
 
 /// Writes a URL from its path on, or a value that may have URLs or parameters in it.
 ///
-/// Parameters begin after `?`, `&` and `;` (those of a path too: `/a;jsessionid=1`), in fields also at the beginning
-/// and after a comma. Those that are percent-encoded count too: a URL may be the parameter of another one. The
-/// value of a secret ends only where no reader could take it for going on. A user and password before a host are
-/// secret as well.
+/// Parameters begin after `?`, `&` and `;` (also in a path: `/a;jsessionid=1`), in fields also at the beginning and after a
+/// comma. Percent-encoded delimiters count too, because a URL may be the parameter of another one. A secret value ends only at
+/// a delimiter that every parser takes for the end. A user and password before a host are redacted too.
 fn without_secrets(bytes: &[u8], form: Form, out: &mut Text) {
-    // What has not been written yet begins here.
+    // Offset of the first byte that is not written.
     let mut from = 0;
     let mut hidden = false;
     let mut query = form == Form::Field;
@@ -137,7 +136,7 @@ fn without_secrets(bytes: &[u8], form: Form, out: &mut Text) {
         if hidden {
             let ends = match byte {
                 b'&' => true,
-                // Behind a query both may be part of a value.
+                // In a query both may be part of a value.
                 b'/' | b'?' => !query,
                 _ => false,
             };
@@ -210,25 +209,25 @@ fn is_secret_field(name: &str) -> bool {
         || words.is_secret()
 }
 
-/// Looks for secrets in a name while it comes byte by byte.
+/// Searches a name for signs of a secret, byte by byte.
 #[derive(Clone, Copy, Default)]
 struct Name {
     /// The last letters, in lower case.
     tail: [u8; Self::TAIL],
-    /// How many letters there are since something that is none.
+    /// Number of letters since the last byte that is no letter.
     letters: usize,
-    /// How many of them belong to the last word.
+    /// Number of letters of the last word.
     word: usize,
-    /// The last letter is upper case.
+    /// Whether the last letter is in upper case.
     upper: bool,
-    /// The one before it is upper case too.
+    /// Whether the letter before the last one is in upper case.
     run: bool,
-    /// Something was found.
+    /// Whether a sign of a secret was found.
     secret: bool,
 }
 
 impl Name {
-    /// The longest part and the longest word fit.
+    /// Number of letters that are kept: at least the longest entry of both lists.
     const TAIL: usize = 12;
 
     fn push(&mut self, byte: u8) {
@@ -243,11 +242,11 @@ impl Name {
         }
         let upper = byte.is_ascii_uppercase();
         if upper && !self.upper {
-            // fooBar
+            // `fooBar`: a word begins at an upper-case letter.
             self.end_word(0);
             self.word = 0;
         } else if !upper && self.upper && self.run {
-            // APIKey: the last upper case letter begins the word.
+            // `APIKey`: a word begins at the last upper-case letter.
             self.end_word(1);
             self.word = 1;
         }
@@ -261,7 +260,7 @@ impl Name {
         self.secret = SECRET_PARTS.iter().any(|part| tail.ends_with(part));
     }
 
-    /// The last word ends before the last so many letters.
+    /// Checks the last word, which ends `before` letters before the end.
     fn end_word(&mut self, before: usize) {
         let end = Self::TAIL - before;
         let word = Self::TAIL

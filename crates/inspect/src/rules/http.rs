@@ -1,4 +1,4 @@
-//! HTTP rules in the form that requests are judged by.
+//! HTTP rules, prepared for matching.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -8,47 +8,47 @@ use palisade_model::{
 };
 use palisade_protocols::http1::{PathError, Request, resolved};
 
-use super::patterns::{Memory, Numbered, Patterns};
+use super::patterns::{DfaCache, Numbered, Patterns};
 use crate::Paths;
 
-/// Rule sets of which a worker remembers how texts run through their expressions.
-const SETS_REMEMBERED: usize = 16;
+/// Maximum number of rule sets for which a worker keeps DFA caches.
+const SETS_CACHED: usize = 16;
 
-/// The requests that may be made.
+/// Requests that clients may make.
 #[derive(Debug, Default)]
 pub struct HttpRules {
-    /// Which rules these are: no others have the same number.
+    /// Unique number of these rules, by which a worker finds its DFA caches.
     id: u64,
-    /// In the order of the rule set; only what may match an HTTP request.
+    /// Alternatives that can match an HTTP request, in the order of the rule set.
     alternatives: Vec<Alternative>,
-    /// The first alternative that lets everything pass.
+    /// Index of the first alternative that allows everything.
     everything: Option<u32>,
     path: Field,
     method: Field,
     host: Field,
-    /// The expressions for hosts once more, whatever the case of a letter.
+    /// The expressions for hosts, case-insensitive.
     folded_host: Patterns,
-    /// Alternatives without an expression.
+    /// Indexes of the alternatives without an expression.
     bare: Vec<u32>,
 }
 
-/// The expressions of a part of the request.
+/// Expressions for one part of a request.
 #[derive(Debug, Default)]
 struct Field {
     patterns: Patterns,
-    /// For each expression the alternatives that are looked at only if it matches, in their order.
+    /// Indexes of the alternatives that are checked only if the expression matches, for each expression.
     leads: Vec<Vec<u32>>,
 }
 
 #[derive(Debug, Default)]
 struct Alternative {
     rule: u32,
-    /// The number of each expression.
+    /// Numbers of its expressions.
     path: Option<u32>,
     method: Option<u32>,
     host: Option<u32>,
     headers: Box<[HeaderTest]>,
-    /// Requests that it allows may have a body whatever their method.
+    /// Whether requests that the alternative allows may have a body with every method.
     takes_bodies: bool,
 }
 
@@ -56,7 +56,7 @@ struct Alternative {
 struct HeaderTest {
     name: Box<str>,
     wanted: Wanted,
-    /// A mismatch is reported, nothing else.
+    /// Whether a mismatch is only recorded.
     log: bool,
 }
 
@@ -64,31 +64,32 @@ struct HeaderTest {
 enum Wanted {
     Present,
     Value(Box<[u8]>),
-    /// The value of a secret, which is not known.
+    /// A value from a Kubernetes secret, which is not available here.
     Unknown,
 }
 
-/// Memory that is used again from one request to the next. Of one worker.
+/// Buffers and DFA caches of one worker, kept from one request to the next.
 #[derive(Debug, Default)]
 pub struct HttpScratch {
     resolved: Vec<u8>,
-    memories: Vec<OffloadVerdicts>,
+    caches: Vec<SetCaches>,
     uses: u64,
     matched: Matched,
 }
 
-/// What is remembered of a rule set.
+/// DFA caches of one rule set.
 #[derive(Debug, Default)]
-struct OffloadVerdicts {
+struct SetCaches {
     id: u64,
+    /// Value of [`HttpScratch::uses`] at the last use.
     used: u64,
-    path: Memory,
-    method: Memory,
-    host: Memory,
-    folded_host: Memory,
+    path: DfaCache,
+    method: DfaCache,
+    host: DfaCache,
+    folded_host: DfaCache,
 }
 
-/// The numbers of the expressions that match, in their order.
+/// Numbers of the expressions that match, in ascending order.
 #[derive(Debug, Default)]
 struct Matched {
     path: Vec<u32>,
@@ -97,29 +98,30 @@ struct Matched {
     folded_host: Vec<u32>,
 }
 
-/// How a request that may be made was judged.
+/// Verdict of an allowed request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HttpVerdict {
-    /// The rule that lets it pass.
+    /// Number of the rule that allows the request.
     pub rule: u32,
-    /// A headerMatches with mismatch LOG did not match.
+    /// Whether a headerMatches with mismatch LOG did not match.
     pub log: bool,
-    /// The request may have a body whatever its method: a rule that allows the request names `Content-Length` or
+    /// Whether the request may have a body with every method: a rule that allows the request names `Content-Length` or
     /// `Transfer-Encoding`, or allows every request.
     pub takes_bodies: bool,
 }
 
-/// Why a request may not be made.
+/// Reason for which a request is denied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HttpDenial {
-    /// No rule allows it.
+    /// No rule allows the request.
     NoRule,
-    /// Its path cannot be resolved, and only rules that look at paths would allow it.
+    /// The path cannot be resolved, and only rules with a path would allow the request.
     Path(PathError),
 }
 
 impl HttpRules {
-    /// `problem` is told of each expression that cannot be compiled, and why. It matches nothing.
+    /// Prepares the HTTP rules of a rule set. `problem` gets each expression that cannot be compiled, and the error. Such an
+    /// expression matches nothing.
     pub(super) fn prepare(set: &RuleSet, mut problem: impl FnMut(&str, String)) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let mut rules = Self {
@@ -156,7 +158,7 @@ impl HttpRules {
         let folded: Vec<String> = hosts.texts.iter().map(|text| format!("(?i:{text})")).collect();
         rules.folded_host = Patterns::new(folded.iter().map(String::as_str), &mut problem);
         for (place, alternative) in rules.alternatives.iter().enumerate() {
-            // By its rarest expression, so that few are looked at where many share one.
+            // An alternative is found by its rarest expression, so that few are checked if many share an expression.
             let lead = [
                 (alternative.path, &paths, &mut rules.path),
                 (alternative.host, &hosts, &mut rules.host),
@@ -174,10 +176,10 @@ impl HttpRules {
         rules
     }
 
-    /// The rule that lets a request pass: that of the first alternative that matches.
+    /// Judges a request. The verdict has the rule of the first alternative that matches.
     ///
     /// # Errors
-    /// None does: the request is not to be made.
+    /// [`HttpDenial`] if no alternative matches.
     pub fn judge(
         &self,
         request: &Request<'_>,
@@ -186,31 +188,30 @@ impl HttpRules {
     ) -> Result<HttpVerdict, HttpDenial> {
         let HttpScratch {
             resolved: other_path,
-            memories,
+            caches,
             uses,
             matched,
         } = scratch;
         // Not reached: the caches are found or added.
-        let Some(memories) = memories_of(self.id, memories, uses) else {
+        let Some(caches) = caches_of(self.id, caches, uses) else {
             return Err(HttpDenial::NoRule);
         };
         let facts = Facts { request, path: None };
         let host = facts.host().map_or(&b""[..], str::as_bytes);
-        self.method.patterns.matching(
-            request.method.as_bytes(),
-            &mut memories.method,
-            &mut matched.method,
-        );
-        // What is not there matches no expression, not even one that would match nothing at all.
+        self.method
+            .patterns
+            .matching(request.method.as_bytes(), &mut caches.method, &mut matched.method);
+        // A missing host matches no expression, not even one that matches the empty text.
         matched.host.clear();
         if !host.is_empty() {
             self.host
                 .patterns
-                .matching(host, &mut memories.host, &mut matched.host);
-            // A server takes hosts in any case: no change of case may open a door that is otherwise closed.
+                .matching(host, &mut caches.host, &mut matched.host);
+            // Hosts are case-insensitive (RFC 9110, 4.2.3). An expression like `[^a].*` matches `A.test`, which the server reads
+            // as `a.test`. So a host with upper-case letters must match case-insensitively too.
             if host.iter().any(u8::is_ascii_uppercase) && !matched.host.is_empty() {
                 self.folded_host
-                    .matching(host, &mut memories.folded_host, &mut matched.folded_host);
+                    .matching(host, &mut caches.folded_host, &mut matched.folded_host);
                 let folded = &matched.folded_host;
                 matched.host.retain(|number| folded.binary_search(number).is_ok());
             }
@@ -220,7 +221,7 @@ impl HttpRules {
         if !sent.is_empty() {
             self.path
                 .patterns
-                .matching(sent, &mut memories.path, &mut matched.path);
+                .matching(sent, &mut caches.path, &mut matched.path);
         }
         let facts = Facts {
             request,
@@ -242,7 +243,7 @@ impl HttpRules {
             Ok(()) => {
                 self.path
                     .patterns
-                    .matching(other_path, &mut memories.path, &mut matched.path);
+                    .matching(other_path, &mut caches.path, &mut matched.path);
                 let facts = Facts {
                     request,
                     path: (!other_path.is_empty()).then_some(other_path),
@@ -267,7 +268,7 @@ impl HttpRules {
             .any(|alternative| alternative.takes_bodies && alternative.holds(facts, matched))
     }
 
-    /// The rule that lets every request pass, whatever it says.
+    /// Returns the rule that allows every request.
     #[must_use]
     pub fn anyone(&self) -> Option<u32> {
         let place = self.everything?;
@@ -326,15 +327,15 @@ impl Alternative {
             && self.headers.iter().all(|test| test.log || test.holds(facts))
     }
 
-    /// Whether it says the same of every path.
+    /// Returns whether the path is irrelevant.
     fn ignores_paths(&self) -> bool {
         self.path.is_none() && !self.headers.iter().any(|test| &*test.name == ":path")
     }
 }
 
 impl HeaderTest {
-    /// Every value has to be the one that is wanted, else a server may use another than the one that was judged. For the
-    /// same reason no other field may be one that some servers take for it.
+    /// Returns whether the header has the wanted value. All fields with this name must have it, because a server may use another
+    /// field than the one that was judged. For the same reason no field may have a name that some servers treat as the same.
     fn holds(&self, facts: &Facts<'_>) -> bool {
         let is_wanted = |value: &[u8]| match &self.wanted {
             Wanted::Present => true,
@@ -344,7 +345,7 @@ impl HeaderTest {
         let alone = match &*self.name {
             ":method" => Some(facts.request.method.as_bytes()),
             ":path" => facts.path,
-            // As proxies have it: one field under two names, and the target's own host is what counts.
+            // Envoy treats both names as one field. A host in the request target takes precedence (RFC 9112, 3.2.2).
             ":authority" | "host" => facts.host().map(str::as_bytes),
             name if name.starts_with(':') => None,
             name => {
@@ -358,10 +359,10 @@ impl HeaderTest {
     }
 }
 
-/// What a request says, with the path in the form that is judged.
+/// A request with its path in the form that is matched.
 struct Facts<'a> {
     request: &'a Request<'a>,
-    /// None if there is none or none is known.
+    /// Path; none if the request has none or it cannot be resolved.
     path: Option<&'a [u8]>,
 }
 
@@ -371,8 +372,9 @@ impl<'a> Facts<'a> {
     }
 }
 
-/// A rule that names a header of the framing is about requests with a body; behind one that allows every request,
-/// nothing can be hidden in a body that is not allowed by itself.
+/// Returns whether requests that a rule allows may have a body with every method. That is so if the rule names a framing
+/// header, and so is meant for requests with a body, or if it allows every request: then a request that is smuggled in a body
+/// is allowed too.
 fn takes_bodies(rule: &HttpRule) -> bool {
     let mut names = rule
         .headers
@@ -397,44 +399,37 @@ fn header_tests(rule: &HttpRule) -> Box<[HeaderTest]> {
     let others = rule.header_matches.iter().map(|wanted| HeaderTest {
         name: wanted.name.to_ascii_lowercase().into(),
         wanted: match (&wanted.value, &wanted.secret) {
-            // Beside a secret, it is what counts as long as the secret cannot be read.
+            // The value of a secret is not available here. A value beside the secret is used instead.
             (Some(text), _) => value(text),
             (None, Some(_)) => Wanted::Unknown,
             (None, None) => Wanted::Present,
         },
-        // What would change the request cannot be done: then it does not match.
+        // ADD, DELETE and REPLACE would have to change the request. They count as a mismatch.
         log: wanted.mismatch == MismatchAction::Log,
     });
     plain.chain(others).collect()
 }
 
 /// Returns the DFA caches of a rule set. Evicts those of the least recently used set if there are too many.
-fn memories_of<'m>(
-    id: u64,
-    memories: &'m mut Vec<OffloadVerdicts>,
-    uses: &mut u64,
-) -> Option<&'m mut OffloadVerdicts> {
+fn caches_of<'c>(id: u64, caches: &'c mut Vec<SetCaches>, uses: &mut u64) -> Option<&'c mut SetCaches> {
     *uses += 1;
-    let known = memories.iter().position(|memory| memory.id == id);
+    let known = caches.iter().position(|set| set.id == id);
     let index = known.unwrap_or_else(|| {
-        let fresh = OffloadVerdicts {
+        let fresh = SetCaches {
             id,
-            ..OffloadVerdicts::default()
+            ..SetCaches::default()
         };
-        if memories.len() < SETS_REMEMBERED {
-            memories.push(fresh);
-            return memories.len() - 1;
+        if caches.len() < SETS_CACHED {
+            caches.push(fresh);
+            return caches.len() - 1;
         }
-        let oldest = memories
-            .iter_mut()
-            .enumerate()
-            .min_by_key(|(_, memory)| memory.used);
+        let oldest = caches.iter_mut().enumerate().min_by_key(|(_, set)| set.used);
         oldest.map_or(0, |(index, oldest)| {
             *oldest = fresh;
             index
         })
     });
-    let found = memories.get_mut(index)?;
+    let found = caches.get_mut(index)?;
     found.used = *uses;
     Some(found)
 }

@@ -1,4 +1,4 @@
-//! Application rules in the form that traffic is judged by.
+//! Application rules, prepared for matching.
 
 mod http;
 mod patterns;
@@ -14,20 +14,20 @@ use palisade_protocols::dns::{Name, NameSet, PatternError};
 
 pub use http::{HttpDenial, HttpRules, HttpScratch, HttpVerdict};
 
-/// The application rules of a snapshot, in the form that traffic is judged by.
+/// Application rules of a snapshot, prepared for matching.
 #[derive(Debug, Default)]
 pub struct Rules {
     sets: HashMap<u32, Prepared>,
     problems: Vec<Problem>,
 }
 
-/// A pattern that could not be prepared. It matches nothing. Validation refuses such patterns, so this is a bug, or
-/// the expressions of a rule set are too large together.
+/// A pattern that could not be prepared. It matches nothing. Validation rejects such patterns, so this is a bug, or the
+/// expressions of a rule set together exceed a limit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// The set of rules.
+    /// Number of the rule set.
     pub ruleset: u32,
-    /// Which pattern, and what is wrong with it.
+    /// The pattern and the problem.
     pub error: String,
 }
 
@@ -40,7 +40,7 @@ struct Prepared {
 }
 
 impl Rules {
-    /// Prepares the rule sets of a snapshot. Those that `previous` has too are taken from there.
+    /// Prepares the rule sets of a snapshot. Unchanged ones are taken from `previous`.
     #[must_use]
     pub fn prepare(sets: &BTreeMap<u32, Arc<RuleSet>>, previous: Option<&Self>) -> Self {
         let mut rules = Self::default();
@@ -73,44 +73,44 @@ impl Rules {
         rules
     }
 
-    /// Whether a set of rules is known.
+    /// Returns whether a rule set is known.
     #[must_use]
     pub fn knows(&self, ruleset: u32) -> bool {
         self.sets.contains_key(&ruleset)
     }
 
-    /// How DNS queries are judged by a set of rules.
+    /// Returns the DNS rules of a rule set.
     #[must_use]
     pub fn dns(&self, ruleset: u32) -> Option<&DnsRules> {
         self.sets.get(&ruleset).map(|set| &*set.dns)
     }
 
-    /// How server names are judged by a set of rules.
+    /// Returns the TLS rules of a rule set.
     #[must_use]
     pub fn tls(&self, ruleset: u32) -> Option<&TlsRules> {
         self.sets.get(&ruleset).map(|set| &*set.tls)
     }
 
-    /// How HTTP requests are judged by a set of rules.
+    /// Returns the HTTP rules of a rule set.
     #[must_use]
     pub fn http(&self, ruleset: u32) -> Option<&HttpRules> {
         self.sets.get(&ruleset).map(|set| &*set.http)
     }
 
-    /// The rules as they were given.
+    /// Returns the rule set from which the rules were prepared.
     #[must_use]
     pub fn source(&self, ruleset: u32) -> Option<&Arc<RuleSet>> {
         self.sets.get(&ruleset).map(|set| &set.source)
     }
 
-    /// What could not be prepared of the sets that are new.
+    /// Returns the problems of the rule sets that were not taken from `previous`.
     #[must_use]
     pub fn problems(&self) -> &[Problem] {
         &self.problems
     }
 }
 
-/// The names that may be asked for.
+/// Names that queries may ask for.
 #[derive(Debug, Default)]
 pub struct DnsRules(NameRules);
 
@@ -122,14 +122,14 @@ impl DnsRules {
         }))
     }
 
-    /// The rule that lets a name be asked for: that of the first alternative that matches.
+    /// Returns the rule of the first alternative that allows a query for `name`.
     #[must_use]
     pub fn judge(&self, name: &Name) -> Option<u32> {
         self.0.judge(name)
     }
 }
 
-/// The server names that may be connected to.
+/// Server names to which clients may connect.
 #[derive(Debug, Default)]
 pub struct TlsRules(NameRules);
 
@@ -141,26 +141,26 @@ impl TlsRules {
         }))
     }
 
-    /// The rule that lets a connection to a server name pass: that of the first alternative that matches.
+    /// Returns the rule of the first alternative that allows a connection with the server name `name`.
     #[must_use]
     pub fn judge(&self, name: &Name) -> Option<u32> {
         self.0.judge(name)
     }
 
-    /// The rule that lets a connection pass whatever its server name, also without one.
+    /// Returns the rule that allows every connection, also one without a server name.
     #[must_use]
     pub fn anyone(&self) -> Option<u32> {
         self.0.everything.map(|(_, rule)| rule)
     }
 }
 
-/// Names, and the rules that they stand in.
+/// Names and patterns, with their rules.
 #[derive(Debug, Default)]
 struct NameRules {
     names: NameSet,
-    /// For each name or pattern: its place among the alternatives, and the rule that it stands in.
+    /// Index of the alternative and number of the rule, for each name or pattern.
     places: Vec<(usize, u32)>,
-    /// The first alternative that lets everything pass.
+    /// Index of the first alternative that allows everything, and number of its rule.
     everything: Option<(usize, u32)>,
 }
 

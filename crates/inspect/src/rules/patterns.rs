@@ -1,4 +1,4 @@
-//! Regular expressions that are matched together, each against the whole of a text.
+//! Regular expressions that are matched together, each against a whole text.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -13,20 +13,19 @@ use regex_syntax::{
     hir::{Dot, Hir, HirKind, Look, literal},
 };
 
-/// What one expression may take once it is compiled, in bytes, as validation has it too.
+/// Maximum size of one compiled expression, bytes. Validation has the same limit.
 const ONE: usize = 1 << 20;
-/// What the expressions of one field of one rule set may take together.
+/// Maximum size of the compiled expressions of one field of a rule set, bytes.
 const TOGETHER: usize = 32 << 20;
-/// What a worker remembers of how texts run through the expressions of one field. Taken as it is needed, begun anew
-/// when it is full.
-const REMEMBERED: usize = 8 << 20;
-/// Texts that an expression may stand for to be looked up instead of run.
+/// Maximum size of a worker's cache of DFA states for one field, bytes. A full cache is cleared.
+const CACHE: usize = 8 << 20;
+/// Maximum number of texts to which an expression is expanded, to be looked up instead of matched.
 const LITERALS: usize = 64;
 
-/// Expressions, by the order in which they were given.
+/// Expressions, numbered in the order in which they were given.
 ///
-/// What stands for a few texts only (`GET|HEAD`, `/healthz`) is looked up. All others are one automaton: a text runs
-/// through it once, however many they are.
+/// An expression that matches only a few texts (`GET|HEAD`, `/healthz`) is expanded to them, and looked up in a hash table. All
+/// others are compiled to one automaton, which reads a text once for all of them.
 #[derive(Debug, Default)]
 pub(super) struct Patterns {
     exact: HashMap<Box<[u8]>, Vec<u32>>,
@@ -36,23 +35,23 @@ pub(super) struct Patterns {
 #[derive(Debug)]
 struct Automaton {
     dfa: DFA,
-    /// What each of its patterns is.
+    /// Description of each of its patterns.
     parts: Vec<Part>,
 }
 
-/// What the automaton reads of an expression.
+/// The part of an expression that the automaton reads.
 #[derive(Clone, Copy, Debug)]
 struct Part {
-    /// Which expression.
+    /// Number of the expression.
     number: u32,
-    /// What may follow what it reads. The run ends early where nothing but this is left of the expressions; so do
-    /// expressions like `/api/.*`, the most common ones, and as many of them as there may be take no more room.
+    /// Suffix behind that part. The most common expressions are like `/api/.*`. Without their suffix the automaton stops early,
+    /// and stays small for many of them.
     rest: Rest,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Rest {
-    /// Nothing: the expression is read to its end.
+    /// No suffix: the automaton reads the whole expression.
     None,
     /// `.*`
     Line,
@@ -60,12 +59,12 @@ enum Rest {
     Text,
 }
 
-/// What a worker remembers of an automaton.
+/// DFA states of an automaton that a worker has computed so far.
 #[derive(Debug, Default)]
-pub(super) struct Memory(Option<Cache>);
+pub(super) struct DfaCache(Option<Cache>);
 
 impl Patterns {
-    /// Compiles expressions. Those that cannot be match nothing and are told.
+    /// Compiles expressions. `problem` gets each one that cannot be compiled, and the error. Such an expression matches nothing.
     pub(super) fn new<'a>(
         expressions: impl IntoIterator<Item = &'a str>,
         mut problem: impl FnMut(&str, String),
@@ -99,7 +98,7 @@ impl Patterns {
                 Hir::empty()
             };
             let whole = Hir::concat(vec![Hir::look(Look::Start), read, end]);
-            // Alone first, to know what it takes.
+            // Compiled alone first, to know its size.
             match compile(std::slice::from_ref(&whole), ONE) {
                 Ok(alone) if size + alone.memory_usage() <= TOGETHER => {
                     size += alone.memory_usage();
@@ -113,11 +112,11 @@ impl Patterns {
         if run.is_empty() {
             return patterns;
         }
-        // Together they take less than each alone: there is one way in, and most texts leave it early.
+        // The common automaton is smaller than the sum, because it has one start state.
         let dfa = compile(&run, 2 * TOGETHER).and_then(|nfa| {
             let config = DFA::config()
                 .match_kind(MatchKind::All)
-                .cache_capacity(REMEMBERED)
+                .cache_capacity(CACHE)
                 .skip_cache_capacity_check(true);
             DFA::builder()
                 .configure(config)
@@ -131,15 +130,15 @@ impl Patterns {
         patterns
     }
 
-    /// Writes the numbers of those that match the whole of `text` into `out`, in their order. `out` is cleared first.
-    pub(super) fn matching(&self, text: &[u8], memory: &mut Memory, out: &mut Vec<u32>) {
+    /// Writes the numbers of the expressions that match the whole `text` to `out`, in ascending order. Clears `out` first.
+    pub(super) fn matching(&self, text: &[u8], cache: &mut DfaCache, out: &mut Vec<u32>) {
         out.clear();
         if let Some(numbers) = self.exact.get(text) {
             out.extend_from_slice(numbers);
         }
         if let Some(automaton) = &self.automaton {
-            let cache = memory.0.get_or_insert_with(|| automaton.dfa.create_cache());
-            // It does not give up and there is no byte that it does not read; if it did, nothing would match.
+            let cache = cache.0.get_or_insert_with(|| automaton.dfa.create_cache());
+            // The DFA has no quit bytes and does not give up when its cache is full. If it did, nothing would match.
             let _ = automaton.run(text, cache, out);
             out.sort_unstable();
             out.dedup();
@@ -157,8 +156,7 @@ impl Automaton {
             if !state.is_tagged() {
                 continue;
             }
-            // The automaton is one byte late: what matches did so before this one. All that goes to the end of the
-            // text is known only there.
+            // The automaton reports a match one byte late. So the suffix begins at this byte.
             if state.is_match() {
                 let rest = text.get(at..)?;
                 let is_text = str::from_utf8(rest).is_ok();
@@ -192,7 +190,7 @@ impl Automaton {
 
 fn parse(expression: &str) -> Result<Hir, String> {
     let translated = re2::translate(expression)?;
-    // As the `regex` crate reads it for texts of any bytes.
+    // Texts may be invalid UTF-8, as for `regex::bytes`.
     let mut parser = ParserBuilder::new().utf8(false).build();
     parser.parse(&translated).map_err(|error| error.to_string())
 }
@@ -208,9 +206,9 @@ fn compile(expressions: &[Hir], size: usize) -> Result<NFA, String> {
         .map_err(|error| error.to_string())
 }
 
-/// The texts that an expression stands for, if they are few.
+/// Returns the texts that an expression matches, if they are at most [`LITERALS`].
 fn texts_of(expression: &Hir) -> Option<Vec<Box<[u8]>>> {
-    // What depends on its surroundings is no text.
+    // An expression with assertions (`^`, `\b`) depends on the surrounding text.
     if !expression.properties().look_set().is_empty() {
         return None;
     }
@@ -225,8 +223,8 @@ fn texts_of(expression: &Hir) -> Option<Vec<Box<[u8]>>> {
     Some(texts.iter().map(|text| text.as_bytes().into()).collect())
 }
 
-/// What has to be read of an expression, and what may follow. Only what stands for a few texts is split off: it can
-/// match in a few places of a text at most.
+/// Splits the suffix `.*` off an expression. The rest must be a few literal texts, so that it matches at a few positions of a
+/// text at most.
 fn split(expression: Hir) -> (Hir, Rest) {
     let HirKind::Concat(parts) = expression.kind() else {
         return (expression, Rest::None);
@@ -255,12 +253,12 @@ fn split(expression: Hir) -> (Hir, Rest) {
     (expression, Rest::None)
 }
 
-/// Gives each different text a number, in the order in which they come.
+/// Numbers different texts in the order of their first use.
 #[derive(Debug, Default)]
 pub(super) struct Numbered<'a> {
     known: BTreeMap<&'a str, u32>,
     pub(super) texts: Vec<&'a str>,
-    /// How often each came.
+    /// Number of uses of each text.
     pub(super) uses: Vec<u32>,
 }
 
@@ -293,12 +291,12 @@ mod tests {
 
     fn matching(patterns: &Patterns, text: &str) -> Vec<u32> {
         let mut out = vec![7];
-        patterns.matching(text.as_bytes(), &mut Memory::default(), &mut out);
+        patterns.matching(text.as_bytes(), &mut DfaCache::default(), &mut out);
         out
     }
 
     #[test]
-    fn what_stands_for_a_few_texts_is_looked_up() {
+    fn an_expression_for_a_few_texts_is_looked_up() {
         let some = patterns(&["GET|HEAD", "/healthz", "", "a(b|c)?", "GET"]);
         assert!(some.automaton.is_none());
         assert_eq!(matching(&some, "GET"), [0, 4]);
@@ -312,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_match_the_whole_text_are_told_in_order() {
+    fn all_expressions_that_match_are_returned_in_order() {
         let some = patterns(&["/a/.*", "/a/b", ".*", "/b/.*", "/a/[a-c]", "^/a/b$", "/a"]);
         assert_eq!(matching(&some, "/a/b"), [0, 1, 2, 4, 5]);
         assert_eq!(matching(&some, "/b/"), [2, 3]);
@@ -320,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_may_follow_is_not_read() {
+    fn a_suffix_that_matches_everything_is_not_compiled() {
         let some = patterns(&[
             "/a/.*",
             "(?s)/a/.*",
@@ -338,26 +336,26 @@ mod tests {
         assert_eq!(matching(&some, "/a/\n"), [1, 3, 4]);
         assert_eq!(matching(&some, "/a/bc\n"), [1, 4]);
         let mut out = Vec::new();
-        some.matching(b"/a/\xc0\xae", &mut Memory::default(), &mut out);
-        assert_eq!(out, [0_u32; 0], "what is no text matches nothing");
+        some.matching(b"/a/\xc0\xae", &mut DfaCache::default(), &mut out);
+        assert_eq!(out, [0_u32; 0], "invalid UTF-8 matches no dot");
     }
 
     #[test]
-    fn what_cannot_be_compiled_or_is_too_much_matches_nothing_and_is_told() {
-        let mut told = Vec::new();
+    fn an_expression_that_is_invalid_or_too_large_is_reported_and_matches_nothing() {
+        let mut problems = Vec::new();
         let expressions = ["(", "/a.*", "(((a{1000}){1000}){1000})"];
-        let some = Patterns::new(expressions, |expression, _| told.push(expression.to_owned()));
-        assert_eq!(told, [expressions[0], expressions[2]]);
+        let some = Patterns::new(expressions, |expression, _| problems.push(expression.to_owned()));
+        assert_eq!(problems, [expressions[0], expressions[2]]);
         assert_eq!(matching(&some, "/ab"), [1]);
         assert_eq!(matching(&some, "("), [0_u32; 0]);
 
-        // Each is fit to be used, all together are not.
+        // Each expression is within its limit, all together are not.
         let large: Vec<String> = (0..80)
             .map(|n| format!("/{n}/(abcdefghijklmnopqrstu[0-9]*){{1000}}"))
             .collect();
-        let mut told = 0;
-        let some = Patterns::new(large.iter().map(String::as_str), |_, _| told += 1);
-        assert!((1..80).contains(&told), "{told}");
+        let mut problems = 0;
+        let some = Patterns::new(large.iter().map(String::as_str), |_, _| problems += 1);
+        assert!((1..80).contains(&problems), "{problems}");
         assert_eq!(
             matching(&some, &format!("/0/{}", "abcdefghijklmnopqrstu1".repeat(1000))),
             [0]
@@ -365,9 +363,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_remembered_is_bounded() {
+    fn the_dfa_cache_is_bounded() {
         let some = patterns(&["(.*[ab].{14}c)", "/x.*"]);
-        let mut memory = Memory::default();
+        let mut cache = DfaCache::default();
         let mut out = Vec::new();
         let mut seed = 1_u32;
         for _ in 0..300 {
@@ -377,13 +375,13 @@ mod tests {
                     b"abcd"[(seed >> 30) as usize]
                 })
                 .collect();
-            some.matching(&text, &mut memory, &mut out);
+            some.matching(&text, &mut cache, &mut out);
             let wanted = text.len() >= 16 && text.ends_with(b"c") && b"ab".contains(&text[text.len() - 16]);
             assert_eq!(!out.is_empty(), wanted);
         }
-        let cache = memory.0.unwrap();
+        let cache = cache.0.unwrap();
         assert!(
-            cache.memory_usage() <= REMEMBERED + (1 << 20),
+            cache.memory_usage() <= CACHE + (1 << 20),
             "{}",
             cache.memory_usage()
         );
@@ -391,17 +389,17 @@ mod tests {
 
     proptest! {
         #[test]
-        fn each_matches_as_it_does_alone(
+        fn each_expression_matches_as_it_does_alone(
             expressions in prop::collection::vec(expression(), 1..8),
             texts in prop::collection::vec("[ab/A.é\n]{0,6}", 1..8),
         ) {
             let alone: Vec<_> = expressions.iter().filter_map(|e| Some((e.as_str(), re2::compile(e).ok()?))).collect();
             let fit: Vec<&str> = alone.iter().map(|(expression, _)| *expression).collect();
             let together = patterns(&fit);
-            let mut memory = Memory::default();
+            let mut cache = DfaCache::default();
             let mut out = Vec::new();
             for text in &texts {
-                together.matching(text.as_bytes(), &mut memory, &mut out);
+                together.matching(text.as_bytes(), &mut cache, &mut out);
                 let wanted: Vec<u32> = (0..)
                     .zip(&alone)
                     .filter(|(_, (_, regex))| regex.is_match(text.as_bytes()))

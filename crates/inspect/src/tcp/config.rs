@@ -7,8 +7,8 @@ use crate::Millis;
 pub struct TcpLimits {
     /// Maximum number of open connections.
     pub connections: usize,
-    /// Maximum number of open connections of one endpoint. An endpoint also gets at most three times the room that is
-    /// left, so that the others still find some.
+    /// Maximum number of open connections of one endpoint. Besides, an endpoint gets at most three times as many as are left
+    /// for the others.
     pub connections_per_endpoint: usize,
     /// Maximum number of half-open connections: the client has not acknowledged the server's SYN. Beyond it the oldest one
     /// of the endpoint that has most is removed, because its source may be forged.
@@ -65,7 +65,7 @@ pub struct TcpStats {
     pub opened: u64,
     /// Connections in the table now.
     pub connections: u64,
-    /// Half-open connections now, candidates for the place of an existing connection included.
+    /// Half-open connections now, including candidates that may replace an existing connection.
     pub half_open: u64,
     /// Half-open connections that were removed because of the limit.
     pub half_open_evicted: u64,

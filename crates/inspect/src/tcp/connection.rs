@@ -43,7 +43,7 @@ pub(crate) struct Connection<F> {
     key: CtKey,
     /// Punt request of the last packet.
     slot: PuntRequest,
-    /// Serial of the conntrack entry, or the one that the entry gets when this connection replaces the one before.
+    /// Serial of the conntrack entry, or the serial that the entry gets when this connection replaces the previous one.
     serial: u32,
     /// Serial that a previous connection with the same ports has left in the conntrack entry. The command that goes with the
     /// SYN+ACK replaces that serial, so that no offload decision for the previous connection holds for this one.
@@ -55,8 +55,8 @@ pub(crate) struct Connection<F> {
     /// Notification of the BPF programs that the connection has ended.
     closed: Announcement,
     about: About,
-    /// Whether a second policy inspects the same packets. That inspector must see every byte, so packets must not be built
-    /// in their place here.
+    /// Whether a second policy inspects the same packets. The second inspector does not see packets that are built here, so
+    /// none may be built in the place of a sender.
     is_shared: bool,
     /// Whether audit mode is on: a connection that would be aborted is offloaded instead.
     is_audit: bool,
@@ -173,7 +173,7 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Reports the end of the connection to the BPF programs, if they do not know.
+    /// Reports the end of the connection to the BPF programs, unless that was done before.
     pub(super) fn forgotten<S: Sink<F>>(&mut self, cx: &mut TcpCx<'_, F, S>) {
         if self.is_done() && self.is_known && self.closed != Announcement::Sent {
             self.closed = Announcement::Sent;

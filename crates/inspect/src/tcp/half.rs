@@ -11,7 +11,7 @@ pub(super) type Position = u64;
 /// Position of the SYN. High enough that positions one window below it do not underflow.
 pub(super) const START: Position = 1 << 33;
 
-/// Maximum payload of a built packet, bytes: an IPv6 packet of 1,500 bytes.
+/// Maximum payload of a built packet, bytes: an IPv6 packet then has 1,500 bytes.
 const LARGEST: u16 = 1_440;
 
 /// Payload after built packets were lost (RFC 8899, 5.1.2), bytes: it fits the minimum MTU of IPv6 (RFC 8200, 5).

@@ -10,22 +10,22 @@ use crate::{Sink, context::Cx};
 pub(crate) enum Action {
     /// The first byte cannot be judged yet. The inspector is called again when either side has sent more.
     NeedMore,
-    /// As `NeedMore`, but the other side has to send first, so no deadline runs.
+    /// As `NeedMore`, but no deadline runs, because the other side has to send first.
     AwaitPeer,
-    /// The first bytes, this many, are forwarded but stay unjudged and are shown again: for messages that can be judged
-    /// only as a whole, of which the end is held.
+    /// The first bytes, this many, are forwarded but stay unjudged and are shown again. For messages that can be judged only as
+    /// a whole: their end is held.
     ForwardUnjudged(usize),
     /// The first bytes, this many, are judged and forwarded.
     Forward(usize),
-    /// The first bytes, this many, are forwarded without inspection, also when a retransmission carries other bytes. May
-    /// be more than have arrived.
+    /// The next bytes, this many, are forwarded without inspection, and retransmissions of them are not compared. The number
+    /// may exceed the bytes that have arrived.
     Bypass(u64),
     /// From now on neither side is inspected.
     Offload,
-    /// Nothing more is forwarded; both ends are reset.
+    /// No further byte is forwarded. Both ends are reset.
     Abort(Reason),
-    /// Nothing more of this side is forwarded. It gets these bytes as if from the other side, behind what that side has
-    /// sent so far, and the end of the stream; the other side gets the end too.
+    /// No further byte of this side is forwarded. This side gets these bytes and a FIN, as if from the other side and behind
+    /// the bytes that the other side has sent so far. The other side gets a FIN too.
     Respond(Reason, Vec<u8>),
 }
 

@@ -1,8 +1,8 @@
 //! Inspection of TCP connections without terminating them: packets are held, forwarded unchanged, or dropped.
 //!
-//! A [`connection::Connection`] reassembles the streams of both directions and shows them to a [`StreamInspector`]. A packet is forwarded
-//! once the inspector has judged all of its bytes. If its last bytes are denied, or wait for the other side, the judged bytes
-//! go ahead in a packet that is built here.
+//! A [`connection::Connection`] reassembles the streams of both directions and shows them to a [`StreamInspector`]. A packet
+//! is forwarded once the inspector has judged all of its bytes. If its last bytes are denied, or wait for the other side, the
+//! judged bytes are forwarded in a packet that is built here.
 //!
 //! The receiver gets exactly the bytes that were inspected. Bytes are kept until the receiver has acknowledged them, and a
 //! retransmission with other bytes is dropped. So the inspection does not depend on which copy the receiver takes, on its

@@ -1,11 +1,10 @@
-//! The options of TCP segments whose connection is inspected.
+//! TCP options of inspected connections.
 //!
-//! An option can change what the receiver makes of a segment: MPTCP (RFC 8684) maps the payload to a place in the
-//! connection that is not its sequence number, fast open (RFC 7413) lets data count before the handshake, a signature
-//! (RFC 2385, RFC 5925) decides whether the segment counts at all. The readers go by the TCP header alone. So only
-//! options pass of which the readers know the meaning; every other option becomes NOPs before the segment is read.
-//! An extension that both ends have to agree on is off then: neither end sees the other's option in the handshake
-//! (RFC 8684, 3.7: both fall back to plain TCP).
+//! An option can change how the receiver interprets a segment. MPTCP (RFC 8684) maps the payload to a position other than the
+//! sequence number, fast open (RFC 7413) accepts data before the handshake, a signature (RFC 2385, RFC 5925) decides whether
+//! the segment is accepted at all. The inspection knows none of these. So only options that it understands are forwarded, and
+//! every other option is overwritten with NOPs. This disables an extension that both ends must negotiate, because no end sees
+//! the option of the other in the handshake (RFC 8684, 3.7: both fall back to plain TCP).
 
 use palisade_abi::tcp_flags;
 
@@ -27,14 +26,14 @@ const HEADER: usize = 20;
 /// Maximum length of the options, bytes.
 const MAX_OPTIONS: usize = 40;
 
-/// Why the options of a segment are refused.
+/// Reason for which a segment is dropped because of its options.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum OptionProblem {
-    /// The length of an option does not fit its kind, or exceeds the header.
+    /// The length of an option is wrong for its kind, or exceeds the header.
     Length,
-    /// MPTCP (kind 30) outside a SYN: no SYN with that option has passed, so neither end may use it.
+    /// MPTCP (kind 30) outside a SYN: it was removed from the SYNs, so no end may use it.
     Mptcp,
-    /// A signature (kind 19 or 29): what is made here cannot be signed, and a receiver ignores what is not.
+    /// A signature (kind 19 or 29): packets that are built here cannot be signed, and the receiver drops unsigned ones.
     Signature,
 }
 
@@ -50,16 +49,16 @@ impl OptionProblem {
     }
 }
 
-/// Rewrites the options of a segment so that a receiver finds only those that the readers understand, and mends the
-/// checksum (RFC 1624). Returns whether anything was changed.
+/// Rewrites the options of a segment so that only options remain that the inspection understands, and updates the checksum
+/// (RFC 1624). Returns whether the segment has changed.
 ///
-/// `segment` begins with the TCP header and holds all of it; its checksum is right before and after. Of a SYN these
-/// options stay: MSS, window scale, SACK permitted, SACK, timestamps; of any other segment SACK and timestamps. Of
-/// an option that stands there twice the first one stays, because receivers differ in which one counts. What stands
-/// behind the end of the list becomes zero. An MSS above `mss_clamp` becomes `mss_clamp`.
+/// `segment` begins with the TCP header and contains all of it. Its checksum must be valid, and stays valid. A SYN keeps MSS,
+/// window scale, SACK permitted, SACK and timestamps, any other segment SACK and timestamps. Of a repeated option the first
+/// one is kept, because receivers differ in which one they use. Bytes behind the end of the list become zero. An MSS above
+/// `mss_clamp` is lowered to it.
 ///
 /// # Errors
-/// The segment must not pass. Nothing was changed.
+/// [`OptionProblem`] if the segment must be dropped. The segment is unchanged then.
 pub fn normalise(segment: &mut [u8], mss_clamp: Option<u16>) -> Result<bool, OptionProblem> {
     let Some((fixed, rest)) = segment.split_first_chunk_mut::<HEADER>() else {
         return Err(OptionProblem::Length);
@@ -70,19 +69,19 @@ pub fn normalise(segment: &mut [u8], mss_clamp: Option<u16>) -> Result<bool, Opt
     let Some(options) = length.and_then(|length| rest.get_mut(..length)) else {
         return Err(OptionProblem::Length);
     };
-    // The usual options of an established connection, in the order in which most stacks write them.
+    // Fast path: the layout that most stacks use in an established connection.
     if !is_syn
         && (options.is_empty() || matches!(options, [NOP, NOP, TIMESTAMP, 10, ..] if options.len() == 12))
     {
         return Ok(false);
     }
     let mut room = [NOP; MAX_OPTIONS];
-    let Some(mended) = room.get_mut(..options.len()) else {
+    let Some(rewritten) = room.get_mut(..options.len()) else {
         return Err(OptionProblem::Length);
     };
-    mended.copy_from_slice(options);
-    rewrite(mended, is_syn, mss_clamp)?;
-    if mended == options {
+    rewritten.copy_from_slice(options);
+    rewrite(rewritten, is_syn, mss_clamp)?;
+    if rewritten == options {
         return Ok(false);
     }
     // RFC 1624, equation 3: HC' = ~(~HC + ~m + m'). The options begin at an even offset and have an even length.
@@ -90,14 +89,14 @@ pub fn normalise(segment: &mut [u8], mss_clamp: Option<u16>) -> Result<bool, Opt
     for word in options.as_chunks::<4>().0 {
         sum = sum.add(&word.map(|byte| !byte));
     }
-    [*sum0, *sum1] = (!sum.add(mended).fold()).to_be_bytes();
-    options.copy_from_slice(mended);
+    [*sum0, *sum1] = (!sum.add(rewritten).fold()).to_be_bytes();
+    options.copy_from_slice(rewritten);
     Ok(true)
 }
 
 fn rewrite(options: &mut [u8], is_syn: bool, mss_clamp: Option<u16>) -> Result<(), OptionProblem> {
     let mut at = 0;
-    // One bit for each kind that may stay.
+    // One bit for each kind that is kept.
     let mut seen = 0u16;
     while let Some(&kind) = options.get(at) {
         match kind {
@@ -164,7 +163,7 @@ mod tests {
             .fold()
     }
 
-    /// A segment with a right checksum.
+    /// Returns a segment with a valid checksum.
     fn segment(flags: u8, options: &[u8], payload: &[u8]) -> Vec<u8> {
         let length = options.len().next_multiple_of(4);
         let mut segment = vec![0x12; HEADER];
@@ -180,8 +179,8 @@ mod tests {
         segment
     }
 
-    /// What becomes of options; checks that nothing else changes and that the checksum stays right.
-    fn mended(flags: u8, options: &[u8]) -> Result<Vec<u8>, OptionProblem> {
+    /// Returns the rewritten options. Checks that nothing else changes and that the checksum stays valid.
+    fn rewritten(flags: u8, options: &[u8]) -> Result<Vec<u8>, OptionProblem> {
         let before = segment(flags, options, b"payload");
         let mut after = before.clone();
         let outcome = normalise(&mut after, Some(1_400));
@@ -193,9 +192,9 @@ mod tests {
     }
 
     #[test]
-    fn a_syn_keeps_what_readers_understand_and_nothing_else() {
+    fn a_syn_keeps_only_options_that_the_inspection_understands() {
         let usual = [2, 4, 0x05, 0x50, 4, 2, 8, 10, 1, 2, 3, 4, 0, 0, 0, 0, 1, 3, 3, 7];
-        assert_eq!(mended(2, &usual), Ok(usual.to_vec()));
+        assert_eq!(rewritten(2, &usual), Ok(usual.to_vec()));
         for (option, length) in [
             (&[30, 4, 1, 1][..], 4),
             (&[34, 2][..], 2),
@@ -209,68 +208,68 @@ mod tests {
             let with = [&[2, 4, 0x05, 0x50][..], option, &[3, 3, 7]].concat();
             let mut expected = [&[2, 4, 0x05, 0x50][..], &vec![NOP; length], &[3, 3, 7]].concat();
             expected.resize(expected.len().next_multiple_of(4), 0);
-            assert_eq!(mended(2, &with), Ok(expected.clone()));
-            assert_eq!(mended(0x12, &with), Ok(expected));
+            assert_eq!(rewritten(2, &with), Ok(expected.clone()));
+            assert_eq!(rewritten(0x12, &with), Ok(expected));
         }
     }
 
     #[test]
     fn the_mss_is_clamped_and_never_raised() {
-        assert_eq!(mended(2, &[2, 4, 0x23, 0x28]), Ok(vec![2, 4, 0x05, 0x78]));
-        assert_eq!(mended(2, &[2, 4, 0x02, 0x18]), Ok(vec![2, 4, 0x02, 0x18]));
+        assert_eq!(rewritten(2, &[2, 4, 0x23, 0x28]), Ok(vec![2, 4, 0x05, 0x78]));
+        assert_eq!(rewritten(2, &[2, 4, 0x02, 0x18]), Ok(vec![2, 4, 0x02, 0x18]));
         let mut jumbo = segment(2, &[2, 4, 0x23, 0x28], b"");
         assert_eq!(normalise(&mut jumbo, None), Ok(false));
     }
 
     #[test]
-    fn of_two_options_of_a_kind_the_first_stays() {
+    fn the_first_of_two_options_of_a_kind_is_kept() {
         assert_eq!(
-            mended(2, &[2, 4, 1, 0, 2, 4, 2, 0, 3, 3, 1, 3, 3, 9, 1, 1]),
+            rewritten(2, &[2, 4, 1, 0, 2, 4, 2, 0, 3, 3, 1, 3, 3, 9, 1, 1]),
             Ok(vec![2, 4, 1, 0, 1, 1, 1, 1, 3, 3, 1, 1, 1, 1, 1, 1])
         );
         let timestamp = [8, 10, 1, 1, 1, 1, 2, 2, 2, 2];
         let twice = [&timestamp[..], &timestamp, &[1, 1, 1, 1]].concat();
         let once = [&timestamp[..], &[1; 14]].concat();
-        assert_eq!(mended(0x10, &twice), Ok(once));
+        assert_eq!(rewritten(0x10, &twice), Ok(once));
     }
 
     #[test]
-    fn behind_the_end_of_the_list_there_is_nothing() {
+    fn bytes_behind_the_end_of_the_list_become_zero() {
         assert_eq!(
-            mended(2, &[2, 4, 1, 0, 0, 30, 4, 1]),
+            rewritten(2, &[2, 4, 1, 0, 0, 30, 4, 1]),
             Ok(vec![2, 4, 1, 0, 0, 0, 0, 0])
         );
-        assert_eq!(mended(0x10, &[0, 30, 3, 0x20]), Ok(vec![0; 4]));
+        assert_eq!(rewritten(0x10, &[0, 30, 3, 0x20]), Ok(vec![0; 4]));
     }
 
     #[test]
     fn later_segments_keep_timestamps_and_selective_acknowledgements() {
         let sack = [1, 1, 5, 10, 0, 0, 0, 1, 0, 0, 0, 2];
-        assert_eq!(mended(0x10, &sack), Ok(sack.to_vec()));
+        assert_eq!(rewritten(0x10, &sack), Ok(sack.to_vec()));
         let both = [
             &[1, 1, 8, 10, 9, 9, 9, 9, 8, 8, 8, 8, 1, 1][..],
             &[5, 10, 0, 0, 0, 1, 0, 0, 0, 2],
         ]
         .concat();
-        assert_eq!(mended(0x10, &both), Ok(both.clone()));
-        // MSS and window scale count in a SYN only; AccECN (172, 174) is made to be stripped.
-        assert_eq!(mended(0x10, &[2, 4, 1, 0, 3, 3, 7, 1]), Ok(vec![1; 8]));
-        assert_eq!(mended(0x10, &[172, 5, 0, 0, 1, 1, 1, 1]), Ok(vec![1; 8]));
+        assert_eq!(rewritten(0x10, &both), Ok(both.clone()));
+        // MSS and window scale are valid in a SYN only. AccECN (172, 174) works without its options.
+        assert_eq!(rewritten(0x10, &[2, 4, 1, 0, 3, 3, 7, 1]), Ok(vec![1; 8]));
+        assert_eq!(rewritten(0x10, &[172, 5, 0, 0, 1, 1, 1, 1]), Ok(vec![1; 8]));
     }
 
     #[test]
     fn multipath_signatures_and_wrong_lengths_are_refused() {
         let mp = [30, 8, 0x20, 1, 0, 0, 0, 1];
         for flags in [0x10, 0x18, 0x11, 0x14] {
-            assert_eq!(mended(flags, &mp), Err(OptionProblem::Mptcp));
+            assert_eq!(rewritten(flags, &mp), Err(OptionProblem::Mptcp));
         }
-        // Also behind options that fill the fast path's place.
+        // Also behind options with the layout of the fast path.
         let behind = [&[1, 1, 8, 10, 1, 1, 1, 1, 2, 2, 2, 2][..], &mp].concat();
-        assert_eq!(mended(0x10, &behind), Err(OptionProblem::Mptcp));
+        assert_eq!(rewritten(0x10, &behind), Err(OptionProblem::Mptcp));
         for flags in [2, 0x12, 0x10] {
             let md5 = [&[19, 18][..], &[7; 16], &[1, 1]].concat();
-            assert_eq!(mended(flags, &md5), Err(OptionProblem::Signature));
-            assert_eq!(mended(flags, &[29, 4, 1, 1]), Err(OptionProblem::Signature));
+            assert_eq!(rewritten(flags, &md5), Err(OptionProblem::Signature));
+            assert_eq!(rewritten(flags, &[29, 4, 1, 1]), Err(OptionProblem::Signature));
             for wrong in [
                 &[2, 3, 1, 1][..],
                 &[3, 4, 1, 1],
@@ -282,7 +281,7 @@ mod tests {
                 &[77, 5, 1, 1],
                 &[1, 1, 1, 77],
             ] {
-                assert_eq!(mended(flags, wrong), Err(OptionProblem::Length), "{wrong:?}");
+                assert_eq!(rewritten(flags, wrong), Err(OptionProblem::Length), "{wrong:?}");
             }
         }
         for length in 0..HEADER {
@@ -293,8 +292,7 @@ mod tests {
         }
     }
 
-    /// Whatever stands in the options: what is left is understood, means the same the second time, and the checksum
-    /// is as right as before.
+    /// For random options: the result has only known options, is the same after a second rewrite, and keeps the checksum valid.
     #[test]
     fn random_options_become_understood_ones() {
         let mut random = 0x9e37_79b9_7f4a_7c15u64;
@@ -310,8 +308,8 @@ mod tests {
                 *byte = if next() & 1 == 0 { next() % 36 } else { next() };
             }
             let flags = if round % 2 == 0 { 2 } else { 0x10 };
-            if let Ok(first) = mended(flags, &options) {
-                assert_eq!(mended(flags, &first), Ok(first.clone()));
+            if let Ok(first) = rewritten(flags, &options) {
+                assert_eq!(rewritten(flags, &first), Ok(first.clone()));
                 let mut rest = &first[..];
                 while let Some((&kind, more)) = rest.split_first() {
                     match kind {

@@ -123,7 +123,7 @@ impl PartialOrd for Key {
     }
 }
 
-/// Moves a connection in `all` to an earlier or later deadline. `known`: its present deadline.
+/// Sets the deadline of a connection. `known`: its previous deadline.
 fn schedule(all: &mut BTreeSet<(Millis, Key)>, known: &mut Millis, due: Millis, key: Key) {
     all.remove(&(*known, key));
     all.insert((due, key));
@@ -345,8 +345,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// Removes what the serial of a packet proves to be outdated: the BPF programs have made a new conntrack entry since. Moves
-    /// a connection that is over to the offloaded ones.
+    /// Removes the connections of a key that the serial of a packet proves outdated, because the BPF programs have made a new
+    /// conntrack entry since. Moves a connection that is over to the offloaded ones.
     fn remove_outdated<S: Sink<F>>(
         &mut self,
         key: CtKey,
@@ -420,9 +420,9 @@ impl<F, T: Offloadable> Connections<F, T> {
         others >= limits.connections_per_endpoint.min(left.saturating_mul(3))
     }
 
-    /// Returns whether a packet completes a handshake while the limits forbid one more open connection. Half-open connections
-    /// do not count against that limit, so that SYNs with forged sources take no room from open ones; so the limit has to be
-    /// checked again here.
+    /// Returns whether a packet completes a handshake while the limits forbid one more open connection. The limit is checked
+    /// here again because half-open connections do not count against it: SYNs with forged sources must take no room from open
+    /// connections.
     fn is_opened_beyond_limit(&self, key: &CtKey, view: &PacketView<'_>) -> bool {
         self.entries.get(key).is_some_and(|entry| {
             entry.half_open.is_some()
@@ -606,8 +606,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         };
         self.shared.stats.midstream += 1;
         if segment.is_syn() && !is_audit(view) {
-            // A SYN+ACK to a SYN that was evicted, or that a worker has seen which no longer runs. It gets no reset, so the
-            // client retransmits its SYN, which opens the connection here.
+            // The half-open connection of this SYN+ACK was evicted, or lost with its worker. The server gets no reset, so that
+            // the client's retransmitted SYN can open the connection.
             cx.sink.discard(frame, Reason::TcpMidstream);
             return;
         }

@@ -179,7 +179,7 @@ impl<F> Connection<F> {
     /// Sets the timers for acknowledgements on behalf of a receiver and for retransmissions.
     pub(super) fn arm<S: Sink<F>>(&mut self, cx: &mut TcpCx<'_, F, S>) {
         for side in Side::BOTH {
-            // Early enough that the other half of the frames can still be held.
+            // At half of the limit, so that packets find room until the sender has the acknowledgement.
             let most = cx.shared.limits.frames_per_direction / 2;
             if self.halves[side].is_recovering() {
                 self.recover(side, cx);

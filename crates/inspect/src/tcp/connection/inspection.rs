@@ -18,7 +18,7 @@ use crate::Sink;
 const LONGEST_WINDOW: u64 = 1 << 30;
 /// Number of bytes behind an offload window after which the window is removed.
 const WINDOW_AGE: u64 = 1 << 28;
-/// Maximum number of missing bytes that are waited for, where a longer rest of a message is skipped.
+/// Maximum number of missing bytes of a message for which retransmissions are compared. A longer rest is skipped.
 const SMALL: u64 = 4096;
 
 impl<F> Connection<F> {

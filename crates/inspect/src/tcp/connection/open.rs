@@ -77,7 +77,7 @@ impl<F> Connection<F> {
             self.closed = Announcement::Next;
         }
         if self.closed == Announcement::No {
-            // A segment behind a reset: its receiver has not accepted the reset (RFC 5961, 3.2).
+            // The connection continues after a reset, so the receiver has not accepted the reset (RFC 5961, 3.2).
             self.is_reset = false;
         }
     }

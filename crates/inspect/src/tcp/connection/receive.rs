@@ -62,8 +62,8 @@ impl<F> Connection<F> {
         let (at, acked) = match self.check(arrived) {
             Ok(Checked::Acceptable(at, acked)) => (at, acked),
             Ok(Checked::AcksOtherInspector) => {
-                // That inspector has responded in the server's place and needs the acknowledgement. The receiver drops a
-                // segment that acknowledges more than it has sent, so forwarding this one is harmless.
+                // The inspector of the other policy has responded in the server's place and needs the acknowledgement. The
+                // server drops a segment that acknowledges more than it has sent, so forwarding this one is harmless.
                 self.is_reset = true;
                 self.release(frame, cx);
                 return Ok(false);
@@ -96,8 +96,8 @@ impl<F> Connection<F> {
         Ok(Checked::Acceptable(at, acked))
     }
 
-    /// "First, check sequence number": a segment is acceptable if it lies in the window that the receiver has offered, or
-    /// repeats bytes within one window below. One byte beyond the window is a zero-window probe (RFC 9293, 3.8.6.1).
+    /// "First, check sequence number": a segment is acceptable if it lies in the window that the receiver has offered, or at
+    /// most one window below. One byte beyond the window is a zero-window probe (RFC 9293, 3.8.6.1).
     fn check_sequence(&self, arrived: &Arrived<'_, '_>) -> Result<Extent, Reason> {
         let (own, other) = (&self.halves[arrived.side], &self.halves[arrived.side.other()]);
         let segment = &arrived.segment;

@@ -42,7 +42,7 @@ impl<F> Connection<F> {
         if (own.acked..=own.sent).contains(&position) {
             self.is_reset = true;
             // With bytes in flight the receiver may wait for another sequence number and answer with a challenge ACK (RFC
-            // 5961, 3.2). Then the connection goes on, so its end is not reported.
+            // 5961, 3.2). Then the connection continues, so its end is not reported.
             if own.acked == own.sent && self.closed == Announcement::No {
                 self.closed = Announcement::Next;
             }
