@@ -146,7 +146,7 @@ fn refusal(error: &ProgramError) -> String {
     )
 }
 
-/// Releases on which these programs have been run (README, "Requirements").
+/// Releases on which these programs have been run (docs/OPERATION.md, "Limits").
 const TESTED: &str = "6.1, 6.12, 6.16 and 6.18";
 
 impl OpenError {
