@@ -569,7 +569,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_block_with_one_bit_changed_is_no_block() {
+    fn a_block_with_a_flipped_bit_is_rejected() {
         let good = block(7);
         assert_eq!(number(&good), Some(7));
         for at in 0..BLOCK {

@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_cut_anywhere_is_no_packet_or_a_shorter_one() {
+    fn a_truncated_frame_is_no_packet_or_a_shorter_one() {
         let mut frame = vec![0; 12];
         frame.extend_from_slice(&[
             0x08, 0x00, 0x45, 0, 0, 32, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2,

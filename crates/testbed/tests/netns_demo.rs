@@ -39,12 +39,12 @@ fn left_of(pid: u32) -> Vec<String> {
 }
 
 #[test]
-fn everything_comes_out_as_the_example_policies_say() {
+fn the_demo_shows_the_outcomes_of_the_example_policies() {
     let out = output(&mut demo(), Duration::from_secs(90)).expect("demo");
     let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
     assert!(out.status.success(), "{text}");
     for part in [
-        "WHO",
+        "PROGRAM",
         "shop/backend (ingress)",
         "blocklist (ingress)",
         "audited",
@@ -64,7 +64,7 @@ fn everything_comes_out_as_the_example_policies_say() {
 }
 
 #[test]
-fn ctrl_c_leaves_nothing_behind() {
+fn nothing_is_left_after_ctrl_c() {
     for pause in [300, 1500, 2500] {
         let mut child = demo()
             .stdout(Stdio::null())

@@ -30,7 +30,7 @@ fn topology() -> Topology {
 }
 
 #[test]
-fn real_servers_answer_dig_in_datagrams_and_over_tcp() {
+fn dns_servers_answer_dig_over_udp_and_tcp() {
     let t = topology();
     let (client, ns) = (t.ns("client"), t.ns("server"));
     let addresses = FAMILIES.map(|family| t.addr("server", family));
@@ -65,7 +65,7 @@ fn real_servers_answer_dig_in_datagrams_and_over_tcp() {
 }
 
 #[test]
-fn a_script_says_what_it_is_told_to() {
+fn a_scripted_server_sends_its_script() {
     let t = topology();
     let (client, ns) = (t.ns("client"), t.ns("server"));
     let addresses = FAMILIES.map(|family| t.addr("server", family));
@@ -166,7 +166,7 @@ fn a_script_says_what_it_is_told_to() {
 }
 
 #[test]
-fn resolvers_take_their_own_resolv_conf_and_nobody_elses() {
+fn a_command_resolves_with_its_own_resolv_conf() {
     let t = topology();
     let (client, ns) = (t.ns("client"), t.ns("server"));
     let addresses = FAMILIES.map(|family| t.addr("server", family));
@@ -207,7 +207,7 @@ fn resolvers_take_their_own_resolv_conf_and_nobody_elses() {
 }
 
 #[test]
-fn dnsperf_counts_what_is_answered_and_what_is_lost() {
+fn dnsperf_counts_answered_and_lost_queries() {
     let t = topology();
     let (client, ns) = (t.ns("client"), t.ns("server"));
     let server = t.addr("server", FAMILIES[0]);

@@ -24,7 +24,7 @@ fn wire(t: &Topology, family: Family) -> Wire {
 }
 
 #[test]
-fn a_forged_connection_carries_its_options_and_its_bytes() {
+fn a_forged_connection_delivers_its_options_and_bytes() {
     let t = Topology::new()
         .and_then(|t| t.apps(&["front"]))
         .expect("topology");
@@ -77,7 +77,7 @@ fn a_forged_connection_carries_its_options_and_its_bytes() {
 }
 
 #[test]
-fn datagrams_and_messages_come_from_any_address_and_any_mac() {
+fn datagrams_and_icmp_messages_can_have_any_address_and_mac() {
     let t = Topology::new()
         .and_then(|t| t.apps(&["front"]))
         .expect("topology");

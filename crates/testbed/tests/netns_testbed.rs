@@ -36,7 +36,7 @@ fn far(family: Family) -> IpAddr {
 }
 
 #[test]
-fn everyone_reaches_everyone_and_probes_tell_open_refused_and_dropped_apart() {
+fn all_workloads_connect_and_probes_distinguish_open_refused_and_dropped() {
     let t = topology();
     let mut probes = Vec::new();
     let mut expected = Vec::new();
@@ -113,7 +113,7 @@ fn everyone_reaches_everyone_and_probes_tell_open_refused_and_dropped_apart() {
 }
 
 #[test]
-fn real_programs_serve_and_ask() {
+fn server_and_client_programs_work_in_namespaces() {
     let t = topology();
     let _nginx = Nginx::start(t.ns("back"), "back", &[80, 8080], 100_000).expect("nginx");
     let _iperf = Iperf3::start(t.ns("back"), 5201).expect("iperf3");
@@ -151,7 +151,7 @@ fn real_programs_serve_and_ask() {
 }
 
 #[test]
-fn loads_count_what_is_lost_and_what_arrives() {
+fn loads_count_lost_and_received_data() {
     let t = topology();
     let (front, back) = (t.ns("front"), t.ns("back"));
     for family in FAMILIES {
@@ -189,7 +189,7 @@ fn loads_count_what_is_lost_and_what_arrives() {
 }
 
 #[test]
-fn the_leak_prober_sees_what_gets_through_and_nothing_where_nothing_does() {
+fn the_leak_probe_sees_packets_only_if_they_pass() {
     let t = topology();
     for family in FAMILIES {
         let to = SocketAddr::new(t.addr("back", family), 9);
@@ -219,7 +219,7 @@ fn the_leak_prober_sees_what_gets_through_and_nothing_where_nothing_does() {
 }
 
 #[test]
-fn connections_stay_open_and_raw_packets_and_fragments_are_seen() {
+fn open_connections_last_and_raw_packets_and_fragments_are_captured() {
     let t = topology();
     for family in FAMILIES {
         let back = t.addr("back", family);
@@ -255,7 +255,7 @@ fn connections_stay_open_and_raw_packets_and_fragments_are_seen() {
 }
 
 #[test]
-fn workloads_come_and_go() {
+fn workloads_can_be_plugged_and_unplugged() {
     let mut t = topology();
     t.declare(WorkloadSpec::new("late").label("app", "late"))
         .expect("declare");
@@ -270,7 +270,7 @@ fn workloads_come_and_go() {
 }
 
 #[test]
-fn nothing_is_left_behind_also_by_a_panic_and_by_a_dead_process() {
+fn nothing_is_left_after_a_panic_or_a_killed_process() {
     let exists = |name: &str| Path::new("/run/netns").join(name).exists();
     let (name, pid) = {
         let ns = Ns::new("gone").expect("namespace");
@@ -318,7 +318,7 @@ fn nothing_is_left_behind_also_by_a_panic_and_by_a_dead_process() {
 }
 
 #[test]
-fn a_child_dies_with_the_thread_that_started_it() {
+fn a_child_is_killed_when_its_thread_ends() {
     let ns = Ns::new("deathsig").expect("namespace");
     let pid = std::thread::scope(|s| {
         s.spawn(|| ns.command("sleep").arg("1000").spawn().expect("sleep").id())

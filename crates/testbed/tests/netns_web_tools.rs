@@ -30,7 +30,7 @@ fn both(t: &Topology) -> [IpAddr; 2] {
 }
 
 #[test]
-fn segments_arrive_as_they_are_written() {
+fn forged_segments_arrive_unchanged() {
     let t = topology();
     let client = t.ns("client");
     rawtcp::prepare(client).expect("nft");
@@ -115,7 +115,7 @@ fn segments_arrive_as_they_are_written() {
 }
 
 #[test]
-fn hellos_are_what_openssl_takes_for_hellos() {
+fn openssl_accepts_the_hellos() {
     let t = topology();
     let names = certificate(t.dir(), &["www.example"]).expect("certificate");
     let _web = Web::start(t.ns("server"), "web", &[], &[443], &names).expect("nginx");
@@ -146,7 +146,7 @@ fn hellos_are_what_openssl_takes_for_hellos() {
 }
 
 #[test]
-fn servers_and_clients_do_what_they_say() {
+fn web_servers_and_clients_work() {
     let t = topology();
     let (client, ns) = (t.ns("client"), t.ns("server"));
     let names = certificate(t.dir(), &["www.example"]).expect("certificate");
