@@ -97,7 +97,7 @@ pub(crate) struct LearnedTriple {
 enum MapState {
     Absent,
     Present,
-    /// A change was returned to the caller, who has not confirmed its write.
+    /// A change was returned to the caller; its write is not confirmed.
     Unsure,
 }
 

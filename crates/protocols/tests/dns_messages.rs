@@ -825,7 +825,7 @@ fn mutated_messages_never_panic_and_never_differ() {
             panic!("{error}: {bytes:x?}");
         }
         if let Ok(answer) = Answer::parse(&bytes, &Limits::ANSWER) {
-            // who reads the beginning only reads the same there
+            // The head parses equally without the rest of the message.
             let head = Head::read(&bytes).unwrap();
             assert_eq!((head.id, head.question), (answer.id, answer.question));
         }

@@ -1,15 +1,15 @@
-//! Paths of HTTP requests as servers resolve them. Here, as the compiler's own judgement of requests needs them too.
+//! Resolution of request paths as servers do it. The inspector uses it, and so do `policy test` and `policy trace`.
 
 use std::fmt;
 
-/// Why a path cannot be resolved.
+/// The reason why a path cannot be resolved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PathError {
-    /// A percent sign that two hexadecimal digits do not follow.
+    /// A percent sign that is not followed by two hexadecimal digits.
     BadEscape,
-    /// An encoded NUL: where it ends the path depends on who reads it.
+    /// An encoded NUL. Some servers end the path there, others do not.
     Nul,
-    /// Still percent-encoded after having been decoded several times.
+    /// Percent-encoding that remains after three rounds of decoding.
     EncodedTooOften,
 }
 
@@ -25,15 +25,18 @@ impl fmt::Display for PathError {
 
 impl std::error::Error for PathError {}
 
-/// How often a path is decoded: once by the server, once more by what stands behind it, and one to spare.
+/// Number of times that a path is decoded. A proxy decodes it once, the server behind it may decode it again; the third
+/// round is a reserve.
 const ROUNDS: usize = 3;
 
-/// Writes `path` (with its query, as sent) into `out` as a server would resolve it: percent-encoding decoded, encoded
-/// or back slashes taken for slashes, repeated ones for one, `.` and `..` segments resolved (also with parameters
-/// behind `;`). The query stays as it is. `out` is cleared first; its memory is used again.
+/// Replaces the contents of `out` by `path` as a server would resolve it. `path` includes the query, which is copied
+/// unchanged.
+///
+/// Decodes percent-encoding, replaces backslashes by slashes and repeated slashes by one, and resolves `.` and `..`
+/// segments, including those with parameters after `;`.
 ///
 /// # Errors
-/// If servers would differ in what they make of it.
+/// [`PathError`] if servers could resolve the path in different ways.
 pub fn resolved(path: &str, out: &mut Vec<u8>) -> Result<(), PathError> {
     out.clear();
     let (path, query) = match path.find('?') {
@@ -46,7 +49,7 @@ pub fn resolved(path: &str, out: &mut Vec<u8>) -> Result<(), PathError> {
         if rounds == ROUNDS {
             return Err(PathError::EncodedTooOften);
         }
-        // A percent sign that was itself encoded need not begin an escape.
+        // In later rounds a percent sign may be a literal one that was encoded, so it need not begin an escape.
         if !decode(out, rounds == 0)? {
             break;
         }
@@ -60,13 +63,13 @@ pub fn resolved(path: &str, out: &mut Vec<u8>) -> Result<(), PathError> {
     Ok(())
 }
 
-/// Decodes in place; whether anything was decoded. `strict`: every percent sign must begin an escape.
+/// Decodes percent-encoding in place. Returns whether there was any. `strict`: every percent sign must begin an escape.
 fn decode(bytes: &mut Vec<u8>, strict: bool) -> Result<bool, PathError> {
     let digit = |byte: Option<&u8>| byte.and_then(|byte| char::from(*byte).to_digit(16));
     let (mut from, mut to) = (0, 0);
     let mut decoded = false;
-    while from < bytes.len() {
-        let mut byte = bytes[from];
+    while let Some(&raw) = bytes.get(from) {
+        let mut byte = raw;
         let mut taken = 1;
         if byte == b'%' {
             match (digit(bytes.get(from + 1)), digit(bytes.get(from + 2))) {
@@ -82,7 +85,9 @@ fn decode(bytes: &mut Vec<u8>, strict: bool) -> Result<bool, PathError> {
                 _ => {}
             }
         }
-        bytes[to] = byte;
+        if let Some(slot) = bytes.get_mut(to) {
+            *slot = byte;
+        }
         from += taken;
         to += 1;
     }
@@ -90,54 +95,59 @@ fn decode(bytes: &mut Vec<u8>, strict: bool) -> Result<bool, PathError> {
     Ok(decoded)
 }
 
-/// Takes repeated slashes and dot segments out, in place (RFC 3986, 5.2.4). The path begins with a slash or is kept
-/// as it is (`*`, empty).
+/// Removes repeated slashes and dot segments in place (RFC 3986, section 5.2.4). A path that does not begin with a slash
+/// (`*`, empty) is unchanged.
 fn resolve(path: &mut Vec<u8>) {
     if path.first() != Some(&b'/') {
         return;
     }
-    // What is written never overtakes what is read.
+    // The output is never longer than the input read so far, so `to` does not exceed `from`.
     let mut to = 0;
     let mut from = 0;
     while from < path.len() {
-        while from < path.len() && path[from] == b'/' {
+        while path.get(from) == Some(&b'/') {
             from += 1;
         }
         let begin = from;
-        while from < path.len() && path[from] != b'/' {
+        while path.get(from).is_some_and(|byte| *byte != b'/') {
             from += 1;
         }
         let is_last = from == path.len();
-        let segment = &path[begin..from];
+        let segment = path.get(begin..from).unwrap_or_default();
         let name = segment.split(|byte| *byte == b';').next().unwrap_or_default();
         match name {
             b"." => {
                 if is_last {
-                    path[to] = b'/';
-                    to += 1;
+                    put_slash(path, &mut to);
                 }
             }
             b".." => {
                 while to > 0 {
                     to -= 1;
-                    if path[to] == b'/' {
+                    if path.get(to) == Some(&b'/') {
                         break;
                     }
                 }
                 if is_last {
-                    path[to] = b'/';
-                    to += 1;
+                    put_slash(path, &mut to);
                 }
             }
             _ => {
-                path[to] = b'/';
-                path.copy_within(begin..from, to + 1);
-                to += 1 + (from - begin);
+                put_slash(path, &mut to);
+                path.copy_within(begin..from, to);
+                to += from - begin;
             }
         }
     }
     path.truncate(to);
     if path.is_empty() {
         path.push(b'/');
+    }
+}
+
+fn put_slash(path: &mut [u8], to: &mut usize) {
+    if let Some(slot) = path.get_mut(*to) {
+        *slot = b'/';
+        *to += 1;
     }
 }

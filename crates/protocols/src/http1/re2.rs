@@ -1,8 +1,8 @@
-//! Regular expressions of http rules.
+//! Regular expressions of HTTP rules.
 //!
-//! The language's are RE2's. The `regex` crate reads nearly the same, but gives a few things another meaning, so
-//! these are translated: classes like `\d` are ASCII, `[a&&b]` and `[[a]` are plain characters, `\<` is `<`, a `{`
-//! that begins no repetition is itself, repetitions of repetitions are errors.
+//! Cilium's HTTP rules have the syntax of RE2. The `regex` crate has nearly the same syntax, but gives some parts another
+//! meaning, so this module translates them. In RE2, classes such as `\d` are ASCII, `&&` and `[` have no special meaning
+//! within a class, `\<` is `<`, a `{` that begins no repetition is a literal, and a repetition of a repetition is an error.
 
 use regex::bytes::{Regex, RegexBuilder};
 use regex_syntax::{
@@ -10,17 +10,18 @@ use regex_syntax::{
     hir::{Class, Hir, HirKind},
 };
 
-/// What a compiled expression may take, in bytes: enough for any sensible one, too little to hurt.
+/// Largest compiled expression, bytes.
 const SIZE_LIMIT: usize = 1 << 20;
-/// RE2's limit for a counted repetition.
+/// Greatest count of a counted repetition, as in RE2.
 const MAX_REPEAT: u32 = 1000;
 
-/// How long an expression may be, in bytes. Reading one takes time that grows with the square of its length.
+/// Longest expression, bytes. The time to parse an expression can grow with the square of its length.
 const MAX_LENGTH: usize = 8 << 10;
-/// What one expression may cost, see [`cost`].
+/// Greatest cost of one expression, see [`cost`].
 pub const MAX_COST: usize = 40_000;
 
-/// What reading an expression costs before anything of it is known: classes are the dearest, `(?i)` with them.
+/// Estimates the cost of parsing an expression without parsing it. Unicode classes cost most, and `(?i)` multiplies their
+/// cost.
 fn cost_of_reading(pattern: &str) -> usize {
     let folds = pattern.contains("(?") && pattern.contains('i');
     let classes = pattern.matches(r"\p").count() + pattern.matches(r"\P").count();
@@ -28,11 +29,11 @@ fn cost_of_reading(pattern: &str) -> usize {
     cost * if folds { 8 } else { 1 }
 }
 
-/// What it costs to compile an expression and to match with it: about the number of states of its automaton. Found
-/// without compiling it, which for `\pL{1000}` takes milliseconds and megabytes.
+/// Returns the cost to compile and match an expression: the approximate number of states of its automaton. Estimates the
+/// cost without compiling, because compiling `\pL{1000}` takes milliseconds and megabytes.
 ///
 /// # Errors
-/// If it is none of RE2, or costs too much by itself.
+/// The expression is not valid RE2 syntax, or its cost exceeds [`MAX_COST`]. Returns the text for the operator.
 pub fn cost(pattern: &str) -> Result<usize, String> {
     if pattern.len() > MAX_LENGTH {
         return Err(format!("it is longer than {MAX_LENGTH} bytes"));
@@ -60,12 +61,13 @@ pub fn cost(pattern: &str) -> Result<usize, String> {
     }
 }
 
-/// About how many states an expression needs. The depth of the recursion is that of the groups, which the parser bounds.
+/// Returns the approximate number of states of an expression. The depth of the recursion is that of the groups, which the
+/// parser limits.
 fn states(hir: &Hir) -> usize {
     match hir.kind() {
         HirKind::Empty | HirKind::Look(_) => 1,
         HirKind::Literal(literal) => literal.0.len(),
-        // A range of characters takes some sequences of bytes.
+        // A range of characters compiles to several ranges of byte sequences.
         HirKind::Class(Class::Unicode(class)) => class.ranges().len() * 2,
         HirKind::Class(Class::Bytes(class)) => class.ranges().len(),
         HirKind::Repetition(repetition) => {
@@ -81,18 +83,24 @@ fn states(hir: &Hir) -> usize {
     }
 }
 
-/// Of the several lines of an error about an expression, the last one says what is wrong.
+/// Returns the last line of an error of the `regex` crate, which has the reason.
 fn last_line(error: &str) -> String {
     let last = error.lines().last().unwrap_or_default();
     last.trim_start_matches("error: ").trim().to_owned()
 }
 
 /// Translates an expression into the syntax of the `regex` crate.
+///
+/// # Errors
+/// The expression is not valid RE2 syntax. Returns the text for the operator.
 pub fn translate(pattern: &str) -> Result<String, String> {
     Translator::new(pattern).translate()
 }
 
-/// Compiles an expression that has to match the whole of a text.
+/// Compiles an expression that must match the whole text.
+///
+/// # Errors
+/// The expression is not valid RE2 syntax, or its compiled form is too large. Returns the text for the operator.
 pub fn compile(pattern: &str) -> Result<Regex, String> {
     let translated = translate(pattern)?;
     RegexBuilder::new(&format!(r"\A(?:{translated})\z"))
@@ -104,14 +112,14 @@ pub fn compile(pattern: &str) -> Result<Regex, String> {
         })
 }
 
-/// What stands before the place that is being read, as far as repetition is concerned.
+/// Whether the item before the current position is a repetition.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Before {
-    /// Nothing that could be repeated twice.
+    /// The item is not a repetition, so it may be repeated.
     Other,
-    /// A repetition; `?` makes it lazy.
+    /// The item is a repetition; a `?` makes it lazy.
     Repetition,
-    /// A lazy repetition.
+    /// The item is a lazy repetition.
     Lazy,
 }
 
@@ -181,7 +189,7 @@ impl<'p> Translator<'p> {
         Ok(())
     }
 
-    /// `{n}`, `{n,}`, `{n,m}`, after the brace; anything else is a plain brace.
+    /// Translates the rest of `{n}`, `{n,}` or `{n,m}` after the brace. Returns false if the brace is a literal.
     fn counted_repetition(&mut self) -> Result<bool, String> {
         let Some((inside, rest)) = self.rest.split_once('}') else {
             return Ok(false);
@@ -248,7 +256,7 @@ impl<'p> Translator<'p> {
                 self.out.push_str(flags);
                 self.out.push(close);
                 self.depth -= usize::from(close == ')');
-                self.rest = &rest[1..];
+                self.rest = rest.get(1..).unwrap_or_default();
                 Ok(())
             }
             _ => Err("unknown group \"(?\"; look-around is not part of RE2".into()),
@@ -262,7 +270,7 @@ impl<'p> Translator<'p> {
             self.out.push('^');
             self.rest = rest;
         }
-        // At the start, "]" and "-" are themselves.
+        // At the start of a class, "]" and "-" are literals.
         let mut start = true;
         let mut after_hyphen = false;
         loop {
@@ -295,7 +303,7 @@ impl<'p> Translator<'p> {
     }
 }
 
-/// RE2's classes are of ASCII.
+/// Returns the ASCII class of an escape; `None` if the escape is not a class.
 fn ascii_class(letter: char) -> Option<&'static str> {
     Some(match letter {
         'd' => "[0-9]",
@@ -320,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn the_whole_text_has_to_match() {
+    fn an_expression_must_match_the_whole_text() {
         assert!(matches("/api/.*", "/api/x?y=1"));
         assert!(!matches("/api", "/api/x"));
         assert!(!matches("GET|HEAD", "GETS"));
@@ -328,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn what_rust_reads_otherwise_means_what_it_means_in_re2() {
+    fn syntax_that_differs_from_rusts_has_the_meaning_of_re2() {
         assert!(!matches(r"\d", "٣"), "digits are ASCII");
         assert!(matches(r"[\d]", "3") && matches(r"[^\D]", "3"));
         assert!(matches("[a&&b]+", "a&b") && !matches("[a&&b]", "c"));
@@ -344,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn errors() {
+    fn invalid_expressions_have_specific_errors() {
         for (pattern, message) in [
             ("*", "missing expression"),
             ("a**", "repeats a repetition"),
