@@ -1,6 +1,12 @@
 //! Tests of the configuration: what is accepted, the text and place of each error, and the options that other texts name.
 
-use super::*;
+use std::time::Duration;
+
+use palisade_inspect::{Ech, GetBodies, Paths};
+use palisade_model::inventory::{Enforcement, NamedPort};
+use palisade_protocols::http1;
+
+use super::{labels::NAMESPACE_LABEL, *};
 
 fn errors(text: &str) -> Vec<String> {
     Config::parse(Path::new("p.toml"), text)

@@ -1,0 +1,113 @@
+//! Labels, names and namespaces of the configuration.
+
+use std::collections::HashMap;
+
+use palisade_model::{labels, rule::Label};
+
+use super::reader::{At, Section};
+
+/// The label that says in which namespace an endpoint is.
+pub(super) const NAMESPACE_LABEL: &str = "io.kubernetes.pod.namespace";
+/// What the labels of an endpoint's namespace start with among its own.
+const NAMESPACE_LABEL_PREFIX: &str = "io.cilium.k8s.namespace.labels.";
+/// The label that every Kubernetes namespace has: its name.
+const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
+/// Sources that are Palisade's own to give.
+const RESERVED_SOURCES: [&str; 5] = ["reserved", "cidr", "cidrgroup", "fqdn", "any"];
+
+/// The labels of each `[[namespace]]`, beside its name.
+pub(super) fn namespaces(sections: Vec<Section<'_, '_>>) -> HashMap<String, Vec<Label>> {
+    let mut namespaces = HashMap::new();
+    for section in sections {
+        let name = dns_name(&section, "name", "\"prod\"");
+        let labels = own_labels(&section);
+        if let Some(name) = name
+            && namespaces.insert(name.value.clone(), labels).is_some()
+        {
+            section.error_at(name.offset, format!("there is another namespace {}", name.value));
+        }
+        section.finish();
+    }
+    namespaces
+}
+
+/// A name that may stand in `namespace/name` and in a label's value.
+pub(super) fn dns_name(section: &Section<'_, '_>, key: &'static str, example: &str) -> Option<At<String>> {
+    let at = section.required_string(key, example)?;
+    if valid_name(&at.value) {
+        return Some(at);
+    }
+    section.error_at(
+        at.offset,
+        format!(
+            "'{}' cannot be a name: letters, digits, '-', '_' and '.', at most 253 of them",
+            at.value
+        ),
+    );
+    None
+}
+
+pub(super) fn valid_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 253
+        && name
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+}
+
+pub(super) fn namespace_of(section: &Section<'_, '_>) -> Option<String> {
+    let at = section.string("namespace")?;
+    if !valid_name(&at.value) {
+        section.error_at(at.offset, format!("'{}' cannot be a namespace", at.value));
+        return None;
+    }
+    Some(at.value)
+}
+
+/// `labels`, as they were written.
+pub(super) fn own_labels(section: &Section<'_, '_>) -> Vec<Label> {
+    let mut list = Vec::new();
+    for (name, value) in section.strings("labels") {
+        let label = labels::parse_label(&format!("{}={}", name.value, value.value));
+        if name.value.is_empty() || label.key.is_empty() || name.value.contains(['=', ' ']) {
+            section.error_at(
+                name.offset,
+                format!("'{}' cannot be the key of a label", name.value),
+            );
+        } else if RESERVED_SOURCES.contains(&label.source.as_str()) {
+            section.error_at(
+                name.offset,
+                format!(
+                    "labels of source '{}' are given by Palisade and cannot be configured",
+                    label.source
+                ),
+            );
+        } else {
+            list.push(label);
+        }
+    }
+    list
+}
+
+/// The labels that being in a namespace means.
+pub(super) fn namespace_labels(namespace: &str, namespaces: &HashMap<String, Vec<Label>>) -> Vec<Label> {
+    let k8s = |key: String, value: &str| Label {
+        source: "k8s".into(),
+        key,
+        value: value.to_owned(),
+    };
+    let mut list = vec![
+        k8s(NAMESPACE_LABEL.into(), namespace),
+        k8s(
+            format!("{NAMESPACE_LABEL_PREFIX}{NAMESPACE_NAME_LABEL}"),
+            namespace,
+        ),
+    ];
+    for label in namespaces.get(namespace).into_iter().flatten() {
+        list.push(k8s(
+            format!("{NAMESPACE_LABEL_PREFIX}{}", label.key),
+            &label.value,
+        ));
+    }
+    list
+}
