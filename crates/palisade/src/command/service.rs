@@ -75,8 +75,8 @@ fn config_to_run(path: &Path) -> Option<(Config, Option<String>)> {
         Ok(config) => return Some((config, None)),
         Err(errors) => errors,
     };
-    for problem in &errors {
-        error!("{problem}");
+    for error in &errors {
+        error!(%error, "the configuration has an error");
     }
     match daemon::last_good_config(path) {
         Ok((config, copy)) => {
@@ -86,18 +86,17 @@ fn config_to_run(path: &Path) -> Option<(Config, Option<String>)> {
                 copy.display(),
                 lines.join("; ")
             );
-            error!("{text}");
+            error!(copy = %copy.display(), "the configuration is BROKEN; its last good content is in force");
             Some((config, Some(text)))
         }
         Err(problems) => {
             for problem in problems {
-                error!("{problem}");
+                error!(error = problem, "a last good copy cannot be used");
             }
             error!(
-                "{}: mend it (`palisade run --check-config` says what is wrong). Without a configuration it is not known \
-                 what to guard: what was attached before goes on enforcing, and on a node that has just booted \
-                 EVERYTHING PASSES",
-                path.display()
+                file = %path.display(),
+                "there is no usable configuration; `palisade run --check-config` shows its errors. What was attached before \
+                 goes on enforcing; on a node that has just booted EVERYTHING PASSES"
             );
             None
         }

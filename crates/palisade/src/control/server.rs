@@ -203,7 +203,7 @@ pub(crate) fn listen(claim: Claim, handler: Arc<impl Handler>) -> io::Result<Soc
             match stream {
                 Ok(stream) => accept(stream, &handler, &counts),
                 Err(error) => {
-                    warn!("control socket: {error}");
+                    warn!(%error, "a client cannot be accepted");
                     // Out of file descriptors, most likely: trying at once would only spin.
                     thread::sleep(Duration::from_millis(100));
                 }
@@ -232,13 +232,13 @@ fn accept<H: Handler>(stream: UnixStream, handler: &Arc<H>, counts: &Arc<Counts>
             if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) {
                 counts_of_client.slow.fetch_add(1, Ordering::Relaxed);
             }
-            debug!("client: {error}");
+            debug!(%error, "a client is disconnected");
         }
         counts_of_client.clients.fetch_sub(1, Ordering::SeqCst);
     });
     if let Err(error) = spawned {
         counts.clients.fetch_sub(1, Ordering::SeqCst);
-        warn!("no thread for a client: {error}");
+        warn!(%error, "no thread can be started for a client");
     }
 }
 

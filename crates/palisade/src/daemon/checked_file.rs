@@ -1,5 +1,5 @@
-//! What a text in the state directory looks like: a first line with the length and the CRC-32 of what follows, so that
-//! a file that a power failure has cut short, filled with zeroes or mixed with another is known by it and not used.
+//! Texts in the state directory. The first line of each file has the length and the CRC-32 of the rest, so that a file
+//! that a power failure has truncated, filled with zeroes or mixed with another one is detected and not used.
 
 use std::{
     fs::{self, OpenOptions},
@@ -20,39 +20,42 @@ fn header(text: &str) -> String {
     )
 }
 
-/// A text with its first line.
+/// Returns a text with its first line.
 pub(super) fn seal(text: &str) -> String {
     header(text) + text
 }
 
-/// The text without its first line.
+/// Error of a file whose content differs from what was written to it.
+#[derive(Debug, thiserror::Error)]
+#[error("it is not what was written to it (truncated or changed)")]
+pub(super) struct Damaged;
+
+/// Returns the text of a sealed file.
 ///
 /// # Errors
-/// It is not whole, or not what was sealed.
-pub(super) fn unseal(content: &[u8]) -> Result<&str, String> {
-    let wrong = || Err("it is not what was written to it (truncated or changed)".to_owned());
-    let Ok(content) = std::str::from_utf8(content) else {
-        return wrong();
-    };
+/// [`Damaged`] if length or CRC-32 differ from those in the first line, or there is no such line.
+pub(super) fn unseal(content: &[u8]) -> Result<&str, Damaged> {
+    let content = std::str::from_utf8(content).map_err(|_| Damaged)?;
     match content.split_once('\n') {
         Some((first, text)) if header(text).trim_end() == first => Ok(text),
-        _ => wrong(),
+        _ => Err(Damaged),
     }
 }
 
-/// Whether a file has a first line of this kind at all.
+/// Returns whether a file begins with such a first line, whatever the line says.
 pub(super) fn is_sealed(content: &[u8]) -> bool {
     content.starts_with(MAGIC.as_bytes())
 }
 
-/// Reads a text that was kept.
+/// Reads a sealed file and returns its text.
 pub(super) fn read(path: &Path) -> io::Result<String> {
     let content = fs::read(path)?;
-    let text = unseal(&content).map_err(|problem| io::Error::new(io::ErrorKind::InvalidData, problem))?;
+    let text = unseal(&content).map_err(|damaged| io::Error::new(io::ErrorKind::InvalidData, damaged))?;
     Ok(text.to_owned())
 }
 
-/// Writes a text beside its place. It is brought there once it is on the disk.
+/// Writes a sealed text to a temporary file in the same directory and returns its path. The caller flushes it and
+/// renames it to `path`.
 pub(super) fn write_beside(path: &Path, text: &str) -> io::Result<PathBuf> {
     let temporary = temporary_name(path)?;
     let mut file = OpenOptions::new()

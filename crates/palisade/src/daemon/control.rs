@@ -21,7 +21,7 @@ use signal_hook::consts::SIGHUP;
 use tracing::{debug, error, info, warn};
 
 use super::{
-    enforcer::{Enforcer, endpoint_names, world},
+    enforcer::{Enforcer, endpoint_names, inventory},
     fqdn::{ControlRequest, FqdnManager, Prefetch, Targets, node_servers},
     interfaces::Interfaces,
     last_good,
@@ -40,14 +40,14 @@ use crate::config::{Config, WithoutPolicies};
 
 /// Interval at which the daemon checks that everything is still attached.
 const ATTACH_CHECK_INTERVAL: Duration = Duration::from_secs(15);
-/// Interval at which whatever failed is tried again.
+/// Interval at which a failed operation is tried again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// Time without a change after which the state is written.
 const SAVE_DEBOUNCE: Duration = Duration::from_millis(500);
 /// Longest time from a change to the writing of the state.
 const SAVE_MAX_DELAY: Duration = Duration::from_secs(10);
 
-/// Everything that the control thread owns.
+/// The data of the control thread.
 pub(super) struct Control {
     pub(super) config: Config,
     pub(super) state: StateFile<CompilerState>,
@@ -56,9 +56,9 @@ pub(super) struct Control {
     pub(super) interfaces: Interfaces,
     pub(super) network: Network,
     pub(super) netfilter: netfilter::Keeper,
-    /// This node translates addresses.
+    /// Whether this node translates addresses.
     pub(super) translates: bool,
-    /// What the nftables table depends on may have changed.
+    /// Whether the input of the nftables table may have changed since the last write.
     pub(super) netfilter_due: bool,
     pub(super) datapath: Arc<Datapath>,
     pub(super) names: Arc<FqdnManager>,
@@ -68,36 +68,36 @@ pub(super) struct Control {
     pub(super) workers: Workers,
     pub(super) activity: Arc<ControlActivity>,
     pub(super) started: Instant,
-    /// Changes that were put in force.
+    /// Number of changes that were put in force.
     pub(super) changes: u64,
     pub(super) last_change: Duration,
-    /// Every direction is denied by default, because policies cannot be had.
+    /// Whether every direction is denied by default, because policies cannot be read.
     pub(super) closed: bool,
-    /// When something was changed first and last that has to be saved; `None`: nothing.
+    /// Time of the first and of the last change since the state was last written; `None` without a change.
     pub(super) unsaved: Option<(Instant, Instant)>,
-    /// Why the configuration could not be read again.
+    /// Why the last reload of the configuration failed.
     pub(super) reload_problem: Option<String>,
-    /// What was not as it should be at the start.
+    /// Problems at the start, for `status`.
     pub(super) start_notes: Vec<String>,
-    /// What an operator should look at since the configuration was read last.
+    /// Options of the last reload that take effect after a restart, for `status`.
     pub(super) notes: Vec<String>,
-    /// What translates addresses on this node, and when that was looked at.
+    /// Rules that translate addresses on this node, and the time at which they were looked up.
     pub(super) translations: RefCell<Option<(Instant, Vec<String>)>>,
 }
 
-/// How the daemon is to end.
+/// How the daemon ends.
 pub(super) enum End {
-    /// What is attached stays.
+    /// The programs stay attached.
     Stay,
-    /// Nothing stays; the answer goes to whoever asked for that.
+    /// Everything is detached. The client that requested it gets the answer.
     Detach(Reply<()>),
 }
 
 impl Control {
-    /// Does what it is told until it is told to end.
+    /// Handles messages until one of them ends the daemon.
     pub(super) fn serve(&mut self, messages: &Receiver<Message>) -> End {
         loop {
-            // Also when messages come without a pause.
+            // Checked before each message, because a continuous stream of messages would starve `idle`.
             if self
                 .unsaved
                 .is_some_and(|(first, _)| first.elapsed() > SAVE_MAX_DELAY)
@@ -113,7 +113,7 @@ impl Control {
                     self.write_netfilter();
                     continue;
                 }
-                // The control thread itself holds no sender, but the clients do for as long as the daemon runs.
+                // Not reached while the daemon runs: the threads of the clients hold senders.
                 Err(RecvTimeoutError::Disconnected) => return End::Stay,
             };
             self.activity.begin(message.task());
@@ -128,9 +128,9 @@ impl Control {
                     self.netfilter_due = true;
                 }
                 Message::Signal(SIGHUP) => {
-                    // What is wrong with the file is in the log already.
+                    // `reload` has logged the errors of the file.
                     if let Err(problem) = self.reload() {
-                        warn!("SIGHUP: {problem}");
+                        warn!(error = problem, "the reload after SIGHUP failed");
                     }
                 }
                 Message::Signal(_) => return End::Stay,
@@ -165,7 +165,7 @@ impl Control {
         }
     }
 
-    /// How long to wait for a message.
+    /// Returns how long to wait for the next message.
     fn patience(&self) -> Duration {
         let save = self.unsaved.map(|(first, last)| {
             let quiet = SAVE_DEBOUNCE.saturating_sub(last.elapsed());
@@ -181,13 +181,13 @@ impl Control {
             .unwrap_or(ATTACH_CHECK_INTERVAL)
     }
 
-    /// Something was changed that has to be saved.
+    /// Notes that the state differs from what was written.
     pub(super) fn changed(&mut self) {
         let now = Instant::now();
         self.unsaved = Some((self.unsaved.map_or(now, |(first, _)| first), now));
     }
 
-    /// Nothing has happened for a while.
+    /// Does the periodic work: writes the state, retries failed operations, checks the attachments.
     fn idle(&mut self) {
         if self.unsaved.is_some() {
             self.save();
@@ -203,9 +203,12 @@ impl Control {
         let offers = self.files.update(changes);
         let read = begun.elapsed();
         if self.closed && self.files.unknown().is_none() {
-            info!("all policies can be had again: endpoints are denied by default as the configuration says");
-            if let Err(problem) = self.new_world(begun) {
-                error!("{problem:#}");
+            info!("all policies can be read again; default deny follows [policy] enforcement");
+            if let Err(problem) = self.update_inventory(begun) {
+                error!(
+                    error = format!("{problem:#}"),
+                    "endpoints and peers cannot be put in force"
+                );
             }
         }
         let before = self.enforcer.compiler.snapshot().endpoints.clone();
@@ -214,17 +217,18 @@ impl Control {
             let compiled = begun.elapsed();
             self.enforce(begun);
             debug!(
-                "policies changed: read in {read:?}, compiled in {:?}, in force after {:?}, all done after {:?}",
-                compiled.saturating_sub(read),
-                self.last_change,
-                begun.elapsed()
+                ?read,
+                compiled = ?compiled.saturating_sub(read),
+                in_force = ?self.last_change,
+                total = ?begun.elapsed(),
+                "a change of policies is timed"
             );
         }
         self.log_policies(&before, begun);
         self.changed();
     }
 
-    /// One line for each file that has changed: the audit trail of what was put in force and when.
+    /// Logs one line for each changed file: the audit trail of what was put in force and when.
     pub(super) fn log_policies(&mut self, before: &BTreeMap<u16, EndpointState>, begun: Instant) {
         let news = self.files.take_news();
         if news.is_empty() {
@@ -267,7 +271,7 @@ impl Control {
         }
     }
 
-    /// Names of the endpoints that are judged by another policy than before.
+    /// Returns the names of the endpoints whose policy differs from that in `before`, at most 20 of them.
     pub(super) fn touched(&self, before: &BTreeMap<u16, EndpointState>) -> String {
         const MAX_NAMES_SHOWN: usize = 20;
         let now = &self.enforcer.compiler.snapshot().endpoints;
@@ -304,8 +308,11 @@ impl Control {
             return;
         }
         if addresses {
-            if let Err(problem) = self.new_world(begun) {
-                error!("{problem:#}");
+            if let Err(problem) = self.update_inventory(begun) {
+                error!(
+                    error = format!("{problem:#}"),
+                    "endpoints and peers cannot be put in force"
+                );
             }
         } else {
             self.publish();
@@ -317,21 +324,24 @@ impl Control {
         if self.workers.repair(&self.datapath, &self.network)
             && let Err(problem) = self.write_datapath_config()
         {
-            error!("the programs cannot be told of the workers' punt link: {problem:#}");
+            error!(
+                error = format!("{problem:#}"),
+                "the punt link cannot be written into the datapath configuration"
+            );
         }
     }
 
-    /// Has everything compiled that depends on endpoints, peers and options, and puts it in force.
-    pub(super) fn new_world(&mut self, begun: Instant) -> anyhow::Result<()> {
-        let mut world = world(&self.config, &self.network, &mut self.state.state)?;
+    /// Compiles whatever depends on endpoints, peers and options, and puts it in force.
+    pub(super) fn update_inventory(&mut self, begun: Instant) -> anyhow::Result<()> {
+        let mut inventory = inventory(&self.config, &self.network, &mut self.state.state)?;
         self.closed =
             self.config.node.on_failure == WithoutPolicies::Closed && self.files.unknown().is_some();
-        if self.closed && world.options.enforcement == Enforcement::Default {
-            world.options.enforcement = Enforcement::Always;
+        if self.closed && inventory.options.enforcement == Enforcement::Default {
+            inventory.options.enforcement = Enforcement::Always;
         }
-        let world = (world != *self.enforcer.compiler.inventory()).then_some(world);
+        let inventory = (inventory != *self.enforcer.compiler.inventory()).then_some(inventory);
         self.interfaces.configure(&self.config, &self.state.state);
-        self.enforcer.compile(world, &mut self.files);
+        self.enforcer.compile(inventory, &mut self.files);
         self.enforce(begun);
         Ok(())
     }
@@ -354,13 +364,13 @@ impl Control {
         self.netfilter_due = true;
     }
 
-    /// Has names resolved ahead, as the configuration and the policies want it.
+    /// Passes the names that policies give in full, and the DNS servers, to the prefetcher.
     fn prefetch(&mut self) {
         let dns = &self.config.dns;
         if self.prefetch.is_none() && dns.prefetch {
             match Prefetch::start(&self.names) {
                 Ok(prefetch) => self.prefetch = Some(prefetch),
-                Err(problem) => error!("[dns] prefetch: {problem}"),
+                Err(error) => error!(%error, "the thread of [dns] prefetch cannot be started"),
             }
         }
         let Some(prefetch) = &self.prefetch else { return };
@@ -375,7 +385,7 @@ impl Control {
         prefetch.set(targets);
     }
 
-    /// Endpoints that are in force and will not be any more.
+    /// Returns the endpoints that the published view has and the compiler has no more.
     fn gone_endpoints(&self) -> Vec<u16> {
         let view = self.shared.get();
         let wanted = &self.enforcer.compiler.snapshot().endpoints;
@@ -383,7 +393,8 @@ impl Control {
         known.filter(|id| !wanted.contains_key(id)).collect()
     }
 
-    /// Another endpoint may get the number one day; it must not inherit connections.
+    /// Removes the connections of endpoints. Their numbers can be used again, and a new endpoint must not inherit
+    /// connections.
     fn forget_connections(&self, endpoints: &[u16]) {
         if endpoints.is_empty() {
             return;
@@ -393,11 +404,11 @@ impl Control {
             .conntrack()
             .remove_if(|key, _| endpoints.contains(&key.endpoint));
         if let Err(problem) = outcome {
-            warn!("forgetting connections of endpoints that are gone: {problem}");
+            warn!(error = %problem, "connections of removed endpoints cannot be removed");
         }
     }
 
-    /// Lets everybody else see what is in force.
+    /// Publishes the current state to the threads that answer clients and report flows.
     fn publish(&self) {
         self.shared.set(View::new(
             &self.config.node.name,
@@ -409,15 +420,15 @@ impl Control {
     }
 
     pub(super) fn attach(&mut self) {
-        let world = self.enforcer.compiler.inventory();
+        let inventory = self.enforcer.compiler.inventory();
         self.interfaces
-            .reconcile(&self.datapath, &self.network, &self.config, world);
+            .reconcile(&self.datapath, &self.network, &self.config, inventory);
         self.workers.set_attached(self.interfaces.attached());
         self.netfilter_due = true;
     }
 
-    /// Makes the nftables table what interfaces, addresses and the node's policy want. Only after the interfaces were
-    /// attached: the table of a daemon before this one knows which are guarded.
+    /// Writes the nftables table for the current interfaces, addresses and node policy. Runs after the interfaces are
+    /// attached, because until then only the table of the previous daemon knows which interfaces are guarded.
     pub(super) fn write_netfilter(&mut self) {
         if !std::mem::take(&mut self.netfilter_due) {
             return;
@@ -425,15 +436,18 @@ impl Control {
         let enforced = |direction| self.enforcer.node_enforces(direction);
         let (ingress, egress) = (enforced(Direction::Ingress), enforced(Direction::Egress));
         let mut guarded = self.interfaces.rules(&self.network, ingress || egress);
-        // By an interface without programs, packets leave the node that entered it by another one. Where there is none, one
-        // end of every forwarded packet is a guarded interface, whose programs drop what did not enter by one (219).
+        // A packet that entered by a guarded interface can leave the node by an interface without programs. If there is
+        // no such interface, one end of each forwarded packet is a guarded interface, and its programs drop packets
+        // that did not enter by a guarded one (219).
         let punt_link = [0, 1].map(|end| format!("{}{end}", self.config.worker.interface));
         guarded.forwards |= self.network.links.iter().any(|(name, ifindex)| {
             name != "lo" && !punt_link.contains(name) && !guarded.judged.contains(ifindex)
         });
-        let world = self.enforcer.compiler.inventory();
-        let (nodes, workloads): (Vec<_>, Vec<_>) =
-            world.endpoints.iter().partition(|endpoint| endpoint.is_node());
+        let inventory = self.enforcer.compiler.inventory();
+        let (nodes, workloads): (Vec<_>, Vec<_>) = inventory
+            .endpoints
+            .iter()
+            .partition(|endpoint| endpoint.is_node());
         let own: BTreeSet<IpAddr> = nodes
             .iter()
             .flat_map(|node| node.addresses.iter().copied())
@@ -487,9 +501,9 @@ impl Control {
         self.state.keeper.policies(self.files.to_keep());
     }
 
-    /// Has the configuration kept for a start that finds its file broken.
+    /// Keeps a copy of the configuration for a start that finds its file broken.
     pub(super) fn keep_config(&self) {
-        // Not what was kept already, and not what is going to be mended.
+        // After a failed reload the file is broken; the copy must stay the last good one.
         if self.reload_problem.is_none() {
             let text = last_good::text(&self.config);
             self.state.keeper.config(text);

@@ -1,4 +1,4 @@
-//! From policies and a world to what the maps hold, and from one such state to the next.
+//! Compiles policies and inventory, and moves the maps from one compiled state to the next.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -25,40 +25,41 @@ use palisade_policy::{
 use tracing::error;
 
 use super::{
-    fqdn::{self, ControlRequest, FqdnManager, IdentityResolver, Transition},
+    fqdn::{self, Change, ControlRequest, FqdnManager, IdentityResolver, Transition},
     network::Network,
     policies::PolicyFiles,
     state::{NODE, State},
 };
 use crate::config::{Config, with_option};
 
-/// Application rules by their number.
+/// Rule sets by number.
 pub(super) type RuleSets = BTreeMap<u32, Arc<RuleSet>>;
 
-/// Sets of selectors, beyond the single ones on the world, that the learned addresses of one endpoint may have.
+/// Most sets of selectors that the learned addresses of one endpoint may have, beyond single selectors on the world
+/// identity.
 const MAX_SETS_PER_ENDPOINT: usize = 256;
 
-/// The compiler, and what of its results is in the maps.
+/// The compiler, and which of its results the maps hold.
 #[derive(Debug)]
 pub(super) struct Enforcer {
     /// The compiler.
     pub compiler: Compiler,
-    /// What the maps hold.
+    /// Content of the maps.
     in_maps: Snapshot,
-    /// The last state that they held as a whole.
+    /// Last state that the maps held completely.
     good: Option<Snapshot>,
-    /// Sets of selectors that learned addresses belong to.
+    /// Sets of selectors that learned addresses belong to, of all endpoints.
     wanted: BTreeSet<LearnedSet>,
-    /// The same by endpoint.
+    /// The sets of `wanted`, by endpoint.
     granted: HashMap<EndpointId, HashSet<LearnedSet>>,
-    /// Selectors that were compiled, by the address of the list that they were compiled from.
+    /// Compiled selectors, by the address of the list from which they were compiled.
     compiled: HashMap<usize, (SelectorList, Arc<Selectors>)>,
-    /// Why they do not hold what the compiler says.
+    /// Why the maps do not hold the compiler's state.
     pub problem: Option<String>,
 }
 
 impl Enforcer {
-    /// Goes on from what the maps of a running node hold.
+    /// Starts from what the maps of a running node hold.
     pub(super) fn new(mut compiler: Compiler, datapath: &Datapath) -> anyhow::Result<Self> {
         let in_maps = found(datapath.dump()?);
         let learned = palisade_model::snapshot::Learned {
@@ -80,8 +81,8 @@ impl Enforcer {
         })
     }
 
-    /// Has the compiler take a new world and everything new of the files. If it does not take all of it at once,
-    /// then each file by itself, so that one bad file does not keep out the others.
+    /// Compiles a new inventory and all new policy files. If the compiler refuses the whole, each file is tried alone,
+    /// so that one bad file does not keep out the others.
     pub(super) fn compile(&mut self, inventory: Option<Inventory>, files: &mut PolicyFiles) {
         let offers = files.offers();
         let names: Vec<String> = offers.keys().cloned().collect();
@@ -101,14 +102,17 @@ impl Enforcer {
             })
         {
             for problem in problems {
-                error!("endpoints and peers: {}", problem.message);
+                error!(
+                    error = problem.message,
+                    "the configured endpoints and peers cannot be compiled"
+                );
             }
         }
         if let [name] = names.as_slice() {
             return self.refuse(name, problems, files);
         }
-        // Most often the rest can be taken without the files that the errors are in; file by file takes long if there
-        // are thousands.
+        // Usually everything but the files with errors compiles at once. Trying each file alone takes long with
+        // thousands of files.
         let is_named = |name: &String| {
             let shown = files.shown(name);
             problems.iter().any(|problem| *problem.location.file == *shown)
@@ -135,7 +139,7 @@ impl Enforcer {
 
     fn one_by_one(&mut self, names: &[String], files: &mut PolicyFiles) {
         let offers = names.iter().map(|name| (name, files.offered(name)));
-        // What goes first may make room for what comes.
+        // Removals first: a removed file can resolve the conflict of an added one.
         let (gone, here): (Vec<_>, Vec<_>) = offers.partition(|(_, content)| content.is_none());
         for (name, content) in gone.into_iter().chain(here) {
             let changes = Changes {
@@ -149,7 +153,7 @@ impl Enforcer {
         }
     }
 
-    /// What a file says cannot be taken: what it said before may be, if it is not in force anyway.
+    /// Handles a file that the compiler refuses: its last good content is compiled, unless that is in force already.
     fn refuse(
         &mut self,
         name: &str,
@@ -169,10 +173,11 @@ impl Enforcer {
         }
     }
 
-    /// Makes the maps hold what the compiler says, without a packet noticing, learned addresses included. Answers
-    /// whether anything changed. If that fails, what was enforced last is put back, and the next try begins there.
+    /// Makes the maps hold the compiler's state, learned addresses included, in an order in which every packet meets
+    /// the old rules or the new ones. Returns whether anything changed. After a failure the last state is put back, and
+    /// the next attempt starts from there.
     ///
-    /// `tell` is given the application rules before a map can name them.
+    /// `tell` gets the rule sets before a map refers to them.
     pub(super) fn enforce(
         &mut self,
         datapath: &Datapath,
@@ -183,11 +188,11 @@ impl Enforcer {
         let endpoints = endpoint_names(self.compiler.inventory());
         let snapshot = self.compiler.snapshot();
         let all = self.good.as_ref().is_none_or(|good| may_differ(good, snapshot));
-        // From here to the end no answer is committed.
+        // The FQDN manager is locked from here to the end, so no DNS answer is committed between two states.
         let mut change = names.change(&policy, &endpoints, all);
         let resolver = resolver(snapshot);
         if all {
-            // Sets that no learned address has any more need not be made again.
+            // Sets that no learned address uses any more get no identity in the new state.
             self.granted.clear();
             for (endpoint, address, set) in change.state.learned_map.in_use() {
                 if let Some(set) = set_of(&resolver, address, set) {
@@ -205,9 +210,12 @@ impl Enforcer {
             }
             self.collect_granted();
             if let Err(problems) = self.compiler.learned(&self.wanted) {
-                problems
-                    .iter()
-                    .for_each(|problem| error!("learned names: {}", problem.message));
+                problems.iter().for_each(|problem| {
+                    error!(
+                        error = problem.message,
+                        "identities of learned addresses cannot be compiled"
+                    )
+                });
             }
         }
         let wanted = self.compiler.snapshot().clone();
@@ -223,29 +231,40 @@ impl Enforcer {
             }
             Err(problem) => {
                 let problem = with_option(&problem);
-                error!("the change is not in force, the last state stays: {problem}");
+                error!(
+                    error = problem,
+                    "the change is rolled back, the last policy stays in force"
+                );
                 self.problem = Some(problem);
                 self.read_back(datapath);
                 change.failed(&transition);
-                if let Some(good) = self.good.clone() {
-                    let resolver = self::resolver(&good);
-                    let transition = change.plan(&resolver);
-                    match self.apply(datapath, &good, &transition) {
-                        Ok(_) => change.done(&transition, Arc::new(resolver)),
-                        Err(problem) => {
-                            error!("putting back what was enforced last: {}", with_option(&problem));
-                            self.read_back(datapath);
-                            change.failed(&transition);
-                        }
-                    }
-                }
+                self.roll_back(datapath, change);
                 true
             }
         }
     }
 
-    /// Whether what no rule allows the node in one direction is dropped, as the programs see it (`is_enforced` in
-    /// xdp/src/link.rs).
+    /// Puts back the last state that the maps held as a whole. If that fails too, the next attempt starts from what the
+    /// maps hold.
+    fn roll_back(&mut self, datapath: &Datapath, mut change: Change<'_>) {
+        let Some(good) = self.good.clone() else { return };
+        let resolver = resolver(&good);
+        let transition = change.plan(&resolver);
+        match self.apply(datapath, &good, &transition) {
+            Ok(_) => change.done(&transition, Arc::new(resolver)),
+            Err(problem) => {
+                error!(
+                    error = with_option(&problem),
+                    "the rollback to the last policy failed and is tried again"
+                );
+                self.read_back(datapath);
+                change.failed(&transition);
+            }
+        }
+    }
+
+    /// Returns whether the node drops packets of one direction that no rule allows, by the same condition as
+    /// `is_enforced` in xdp/src/link.rs.
     pub(super) fn node_enforces(&self, direction: Direction) -> bool {
         let snapshot = self.good.as_ref().unwrap_or_else(|| self.compiler.snapshot());
         let otherwise = TableKey {
@@ -264,7 +283,7 @@ impl Enforcer {
             })
     }
 
-    /// Goes from what the maps hold to another state.
+    /// Moves the maps from their content to another state. Returns whether that took any operation.
     fn apply(
         &mut self,
         datapath: &Datapath,
@@ -284,12 +303,12 @@ impl Enforcer {
     fn read_back(&mut self, datapath: &Datapath) {
         match datapath.dump() {
             Ok(dump) => self.in_maps = found(dump),
-            Err(problem) => error!("reading the maps back: {problem}"),
+            Err(error) => error!(%error, "the maps cannot be read back"),
         }
     }
 
-    /// Makes the identities that answers wait for. Costs what they cost, not what the policies do. `tell`: see
-    /// [`Self::enforce`].
+    /// Makes the identities that pending DNS answers need. The cost depends on their number, not on the size of the
+    /// policies. `tell`: see [`Self::enforce`].
     pub(super) fn extend(
         &mut self,
         datapath: &Datapath,
@@ -313,7 +332,7 @@ impl Enforcer {
             }
         }
         if !full.is_empty() {
-            // Sets that were given up since the last look make room.
+            // Counts again before refusing: sets that went out of use since the last count free their places.
             self.count_granted(&state.learned_map, &before);
             let missing = state.learned_map.missing(&state.view, false);
             full.clear();
@@ -349,22 +368,25 @@ impl Enforcer {
                 self.good = Some(now);
             }
             Err(problem) => {
-                error!("answers cannot be released: {problem}");
+                error!(
+                    error = problem,
+                    "DNS answers that need new identities are withheld"
+                );
                 self.problem = Some(problem);
                 self.read_back(datapath);
             }
         }
     }
 
-    /// Lets learned addresses of an endpoint have the identity of a set. Returns false if the endpoint has as many sets
-    /// as it may: the servers that answer choose which addresses share which names, so without a bound they would
-    /// choose how large the tables of the endpoint are.
+    /// Allows an identity for a set of selectors of an endpoint. Returns false if the endpoint has
+    /// [`MAX_SETS_PER_ENDPOINT`] sets: DNS servers choose which addresses share which names, so without a bound they
+    /// would choose the size of the endpoint's tables.
     fn grant(&mut self, endpoint: EndpointId, set: LearnedSet) -> bool {
         let granted = self.granted.entry(endpoint).or_default();
         granted.contains(&set) || (granted.len() < MAX_SETS_PER_ENDPOINT && granted.insert(set))
     }
 
-    /// Counts anew which sets the learned addresses of each endpoint have, among those that were granted.
+    /// Removes granted sets that no learned address of the endpoint uses any more.
     fn count_granted(&mut self, learned_map: &fqdn::LearnedMap, resolver: &SnapshotResolver) {
         let mut used: HashMap<EndpointId, HashSet<LearnedSet>> = HashMap::new();
         for (endpoint, address, set) in learned_map.in_use() {
@@ -383,10 +405,10 @@ impl Enforcer {
         self.wanted = self.granted.values().flatten().cloned().collect();
     }
 
-    /// Drops the identities of sets that no learned address has any more, once they are many. Returns whether the maps
-    /// hold more than they need: then [`Self::enforce`] removes it.
+    /// Drops the identities of sets that no learned address uses any more, if they are at least [`MIN_PRUNED_SETS`].
+    /// Returns whether the maps hold more than the compiler's state; then [`Self::enforce`] removes the rest.
     pub(super) fn prune(&mut self, names: &FqdnManager) -> bool {
-        /// Fewer unused sets cost less than a compilation.
+        /// Fewest unused sets that are worth a compilation.
         const MIN_PRUNED_SETS: usize = 32;
         if self.wanted.len() < MIN_PRUNED_SETS || self.problem.is_some() {
             return false;
@@ -399,7 +421,7 @@ impl Enforcer {
             return false;
         }
         let outcome = self.compiler.learned(&self.wanted).and_then(|_| {
-            // Sets that are not wanted any more are dropped by the next update, also by one that changes nothing else.
+            // An update removes unused sets even if nothing else changes.
             self.compiler.update(Changes {
                 inventory: None,
                 files: BTreeMap::new(),
@@ -409,14 +431,17 @@ impl Enforcer {
             Ok(_) => true,
             Err(problems) => {
                 for problem in problems {
-                    error!("learned names: {}", problem.message);
+                    error!(
+                        error = problem.message,
+                        "unused identities of learned addresses cannot be removed"
+                    );
                 }
                 false
             }
         }
     }
 
-    /// The selectors of every endpoint, compiled.
+    /// Returns the compiled selectors of every endpoint.
     fn names_policy(&mut self) -> fqdn::Policy {
         let snapshot = self.compiler.snapshot();
         let mut policy = fqdn::Policy::default();
@@ -432,7 +457,7 @@ impl Enforcer {
                     match Selectors::new(numbered) {
                         Ok(selectors) => Arc::new(selectors),
                         Err(problem) => {
-                            error!("names of endpoint {endpoint}: {problem}");
+                            error!(endpoint, error = %problem, "the name selectors of an endpoint cannot be compiled");
                             continue;
                         }
                     }
@@ -455,7 +480,7 @@ impl Enforcer {
         policy
     }
 
-    /// Names that policies give in full, with the endpoints that they are given for.
+    /// Returns the names that policies give in full (`matchName`), each with its endpoints.
     pub(super) fn full_names(&self) -> BTreeMap<String, BTreeSet<EndpointId>> {
         let mut names: BTreeMap<String, BTreeSet<EndpointId>> = BTreeMap::new();
         for (endpoint, list) in &self.compiler.snapshot().fqdn {
@@ -469,9 +494,9 @@ impl Enforcer {
     }
 }
 
-/// Names of endpoints by number.
-pub(super) fn endpoint_names(world: &Inventory) -> BTreeMap<EndpointId, String> {
-    let endpoints = world.endpoints.iter();
+/// Returns the names of endpoints by number.
+pub(super) fn endpoint_names(inventory: &Inventory) -> BTreeMap<EndpointId, String> {
+    let endpoints = inventory.endpoints.iter();
     endpoints
         .map(|endpoint| (endpoint.id, format!("{}/{}", endpoint.namespace, endpoint.name)))
         .collect()
@@ -497,7 +522,7 @@ fn listed_prefixes(compiler: &Compiler, endpoint: EndpointId) -> Vec<IpNet> {
     prefixes.into_iter().collect()
 }
 
-/// The names that deny rules of an endpoint have.
+/// Returns the name patterns in the egress deny rules of an endpoint.
 fn denied_patterns(compiler: &Compiler, endpoint: EndpointId) -> Vec<&FqdnPattern> {
     let policies = compiler.policies_of(endpoint);
     let rules = policies.into_iter().flat_map(|policy| &policy.specs);
@@ -515,7 +540,7 @@ fn denied_patterns(compiler: &Compiler, endpoint: EndpointId) -> Vec<&FqdnPatter
         .collect()
 }
 
-/// Who learned addresses are, by one state of the compiler.
+/// Resolves learned addresses to identities by one snapshot of the compiler.
 struct SnapshotResolver(LearnedIdentities);
 
 fn resolver(snapshot: &Snapshot) -> SnapshotResolver {
@@ -532,7 +557,7 @@ fn set_of(resolver: &SnapshotResolver, address: IpAddr, selectors: &[SelectorId]
 
 impl IdentityResolver for SnapshotResolver {
     fn identity(&self, address: IpAddr, selectors: &[SelectorId]) -> Option<Identity> {
-        // Nearly every address has one selector.
+        // Nearly every address has one selector, so this case allocates nothing.
         match selectors {
             [one] => self.0.identity(address, &[one.0]),
             several => self.0.identity(address, &numbers(several)),
@@ -540,7 +565,7 @@ impl IdentityResolver for SnapshotResolver {
     }
 }
 
-/// Whether addresses whose names have not changed may have other identities.
+/// Returns whether an address can have another identity in the new snapshot although its names are the same.
 fn may_differ(old: &Snapshot, new: &Snapshot) -> bool {
     !Arc::ptr_eq(&old.addresses, &new.addresses)
         || !Arc::ptr_eq(&old.prefixes, &new.prefixes)
@@ -548,7 +573,7 @@ fn may_differ(old: &Snapshot, new: &Snapshot) -> bool {
         || (old.world_ipv4, old.world_ipv6) != (new.world_ipv4, new.world_ipv6)
 }
 
-/// The state that the maps hold.
+/// Returns the snapshot that the maps hold.
 fn found(dump: Dump) -> Snapshot {
     Snapshot::from_maps(MapContents {
         addresses: dump.addresses.into_iter().collect(),
@@ -561,8 +586,8 @@ fn found(dump: Dump) -> Snapshot {
     })
 }
 
-/// What the node knows besides its policies.
-pub(super) fn world<C>(
+/// Returns the inventory: the node, its endpoints and peers, from the configuration and the node's own addresses.
+pub(super) fn inventory<C>(
     config: &Config,
     network: &Network,
     state: &mut State<C>,
@@ -588,7 +613,7 @@ pub(super) fn world<C>(
             audit: state.audit.contains(&name),
         });
     }
-    // Whoever is configured with an address has it, also if an interface of the node says otherwise.
+    // An address of a configured endpoint belongs to the endpoint even if an interface of the node has it.
     let taken: BTreeSet<IpAddr> = endpoints
         .iter()
         .flat_map(|endpoint| endpoint.addresses.iter().copied())
@@ -644,13 +669,13 @@ mod tests {
         };
         let mut state = State::<()>::default();
         state.audit.insert("default/web".into());
-        let world = world(&config, &network, &mut state).unwrap();
-        let node = &world.endpoints[0];
+        let inventory = inventory(&config, &network, &mut state).unwrap();
+        let node = &inventory.endpoints[0];
         assert_eq!((node.id, node.is_node()), (NODE, true));
         assert_eq!(node.labels.to_string(), "k8s:zone=a,reserved:host");
         let addresses: Vec<String> = node.addresses.iter().map(ToString::to_string).collect();
         assert_eq!(addresses, ["192.0.2.1", "192.0.2.9", "fe80::1"]);
-        assert!(world.endpoints[1].audit && !node.audit);
-        assert_eq!(world.endpoints[1].id, state.endpoints["default/web"]);
+        assert!(inventory.endpoints[1].audit && !node.audit);
+        assert_eq!(inventory.endpoints[1].id, state.endpoints["default/web"]);
     }
 }

@@ -1,4 +1,4 @@
-//! The event ring of the programs, read into the ring of flows.
+//! Reads the event ring of the programs and the records of the workers into the flow ring.
 
 use std::{
     io,
@@ -20,18 +20,18 @@ use tracing::error;
 
 use super::view::{EventNames, Shared};
 
-/// Events between two looks at what is in force.
+/// Most events between two checks for a new view.
 const MAX_BATCH: usize = 512;
-/// Records become flows when no other has come for so long,
+/// Time without a new record after which records are turned into flows.
 const SETTLE_IDLE_TIME: Duration = Duration::from_millis(20);
-/// and those that are so old.
+/// Age at which records are turned into flows even while new ones arrive.
 const MAX_UNSETTLED_AGE: Duration = Duration::from_secs(1);
-/// The thread that takes records sleeps for so long if there are none.
+/// Longest sleep of the thread that takes records.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-/// The wall clock is looked at so often.
+/// Age at which the offset to the wall clock is read again.
 const MAX_CLOCK_AGE: Duration = Duration::from_secs(1);
 
-/// Reads events for ever, on a thread of its own; counts them.
+/// Starts the thread that reads events. Returns its counter of events.
 pub(super) fn read(
     mut reader: EventReader,
     ring: Arc<Ring>,
@@ -47,7 +47,7 @@ pub(super) fn read(
             if let Err(problem) = poll(&mut fds, PollTimeout::NONE)
                 && problem != nix::errno::Errno::EINTR
             {
-                error!("waiting for events: {problem}");
+                error!(error = %problem, "the event ring cannot be polled");
                 thread::sleep(Duration::from_secs(1));
             }
             loop {
@@ -71,10 +71,11 @@ pub(super) fn read(
     Ok(count)
 }
 
-/// Takes what workers have seen into the ring of flows for as long as there are workers, on a thread of its own.
+/// Starts the thread that moves records of workers into the flow ring. The thread ends with the workers.
 ///
-/// Flows are made of it where somebody looks, and where nobody did: when the view changes, by the names of the one
-/// before; when workers are silent; and now and then, since names of addresses are forgotten.
+/// The ring turns a record into a flow when a client reads it. This thread does it for the others: when the view
+/// changes, with the names of the old view; when no record arrives; and at intervals, because names of addresses
+/// expire.
 pub(super) fn records(
     records: Receiver<TimedRecord>,
     ring: Arc<Ring>,
@@ -83,7 +84,7 @@ pub(super) fn records(
     thread::Builder::new().name("records".into()).spawn(move || {
         let mut view = shared.get();
         let mut names: Resolver = Arc::new(EventNames::new(Arc::clone(&view)));
-        // Since when the ring holds some of which no flow was made.
+        // Since when the ring has records that are not flows yet.
         let mut unsettled: Option<Instant> = None;
         loop {
             let timeout = if unsettled.is_some() {
@@ -103,7 +104,7 @@ pub(super) fn records(
                 ring.settle(Timestamp::MAX);
                 unsettled = None;
             } else if unsettled.is_some_and(|since| since.elapsed() > MAX_UNSETTLED_AGE) {
-                // If there are very many, none is that old: it was overwritten.
+                // Under load no record in the ring is that old, because newer ones overwrite it, so this costs little.
                 ring.settle(now.before(MAX_UNSETTLED_AGE));
                 unsettled = Some(Instant::now());
             }
@@ -121,7 +122,7 @@ pub(super) fn records(
     Ok(())
 }
 
-/// What is to be added to the monotonic clock to have the time since 1970, ns.
+/// Returns what to add to the monotonic clock to get the time since 1970, ns.
 pub(super) fn clock_offset() -> i64 {
     let zero = Clock::now().wall(0);
     match zero.duration_since(UNIX_EPOCH) {
@@ -130,7 +131,8 @@ pub(super) fn clock_offset() -> i64 {
     }
 }
 
-/// The end of a flow that nobody closed, as the programs would have told it: silence is only noticed by the sweep.
+/// Returns the end event of a flow that expired without FIN or RST; `None` if the programs have reported its end. The
+/// programs see no packet when a flow falls silent, so the sweep reports it.
 pub(super) fn ended(ended: &Ended, now: u64) -> Option<Event> {
     let (key, entry) = (&ended.key, &ended.entry);
     if entry.flags & ct_flags::CLOSED != 0 {

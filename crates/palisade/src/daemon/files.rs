@@ -1,4 +1,4 @@
-//! Files that must be whole whenever they are read, whatever happens to the machine.
+//! Files that are replaced atomically, so that a crash or a power failure leaves the old or the new content.
 
 use std::{
     ffi::OsString,
@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Where a file is written before it takes its place: hidden, in the same directory.
+/// Returns the path of the temporary file: hidden, in the same directory.
 pub(super) fn temporary_name(path: &Path) -> io::Result<PathBuf> {
     let mut name = OsString::from(".");
     name.push(path.file_name().ok_or(io::ErrorKind::InvalidInput)?);
@@ -16,12 +16,12 @@ pub(super) fn temporary_name(path: &Path) -> io::Result<PathBuf> {
     Ok(path.with_file_name(name))
 }
 
-/// Brings the names in a directory to the disk.
+/// Flushes the entries of a directory to the disk.
 pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
-/// Replaces a file: written under another name beside it, brought to the disk, and renamed.
+/// Replaces a file: writes a temporary file, flushes it, renames it.
 pub(super) fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = temporary_name(path)?;
     let mut file = fs::OpenOptions::new()
@@ -33,12 +33,12 @@ pub(super) fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let written = file.write_all(bytes).and_then(|()| file.sync_all());
     drop(file);
     if let Err(error) = written {
-        // What was written of it takes space that is wanted elsewhere.
+        // A partly written file takes space on a disk that may be full.
         let _ = fs::remove_file(&temporary);
         return Err(error);
     }
     fs::rename(&temporary, path)?;
-    // The rename itself has to survive too.
+    // Without this a power failure can undo the rename.
     sync_dir(path.parent().unwrap_or(Path::new("/")))
 }
 

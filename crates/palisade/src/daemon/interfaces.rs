@@ -1,4 +1,4 @@
-//! Which interfaces are to be guarded, and which are.
+//! Attaches the programs to the configured interfaces and keeps them attached.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,7 +19,7 @@ use crate::{
     control::api::InterfaceStatus,
 };
 
-/// An interface that is to be guarded.
+/// A configured interface.
 #[derive(Clone, Debug)]
 struct Wanted {
     role: Role,
@@ -28,33 +28,32 @@ struct Wanted {
     how: config::Attachment,
 }
 
-/// What came of it.
+/// Result of the last attempt to attach an interface.
 #[derive(Clone, Debug)]
 enum Outcome {
     Guarded(Attachment, Attached),
     Failed(String),
 }
 
-/// The guarded interfaces, by name.
+/// The configured interfaces, by name.
 #[derive(Debug, Default)]
 pub(super) struct Interfaces {
     wanted: BTreeMap<String, Wanted>,
     outcomes: BTreeMap<String, Outcome>,
-    /// Index of each as it was when it was looked at last; none: it was not there.
+    /// Index of each interface at the last check; absent if the interface did not exist.
     present: BTreeMap<String, u32>,
-    /// Whether the connections of the kernel's tables have been taken over, or must not be any more.
+    /// Whether existing connections of the kernel were seeded, or must not be seeded any more.
     seeded: bool,
-    /// What the programs were told of interfaces that are not guarded; none: nothing yet.
+    /// The list of unguarded interfaces that the programs have; `None` before the first write.
     others: Option<BTreeMap<u32, bool>>,
-    /// Index of each to which the programs could not be attached and that keeps what was attached before: those programs
-    /// go on.
+    /// Index of each interface at which attaching failed and the programs of an earlier attachment still run.
     kept: BTreeMap<String, u32>,
-    /// Whether one of them is or was a port of a bridge.
+    /// Whether one of the interfaces is or was a port of a bridge.
     had_bridge: bool,
 }
 
 impl Interfaces {
-    /// Takes over what the configuration wants. The endpoints have their numbers already.
+    /// Takes over the interfaces of the configuration. The endpoints have their numbers already.
     pub(super) fn configure<C>(&mut self, config: &Config, state: &State<C>) {
         self.wanted.clear();
         for interface in &config.interfaces {
@@ -80,33 +79,34 @@ impl Interfaces {
         }
     }
 
-    /// Guards what is there and wanted, and nothing else. What is guarded as it should be is left alone; what
-    /// failed before is tried again. Answers whether anything is different now.
+    /// Attaches the programs to configured interfaces and detaches them from others. Interfaces that are attached as
+    /// configured are left alone; failed ones are tried again. Returns whether anything changed.
     pub(super) fn reconcile(
         &mut self,
         datapath: &Datapath,
         network: &Network,
         config: &Config,
-        world: &Inventory,
+        inventory: &Inventory,
     ) -> bool {
         let kernel = attached(datapath);
         let found = self.find(network, &kernel);
         let (guarded, mut changed) = self.release(datapath, kernel, &found);
         if let Err(problem) = self.tell_of_others(datapath, network, &found) {
             error!(
-                "the programs cannot be told which interfaces there are; what enters by new ones is dropped: {problem}"
+                error = %problem,
+                "the list of unguarded interfaces cannot be written; packets that enter by new ones are dropped"
             );
         }
         if !self.seeded {
             self.seeded = true;
-            // Once, before the first program of this boot judges a packet: which end opened an existing connection
-            // does not show in its packets. Never again while the maps exist: from then on every connection begins
-            // under the policy, and the socket lists that the seeds come from are in the hands of the workloads.
+            // Seed once, before the first program of this boot sees a packet: the packets of an existing connection do
+            // not show which end opened it. Never again while the maps exist: from then on every connection begins
+            // under the policy, and workloads can forge the socket lists that seeds come from.
             if datapath.is_fresh() {
-                seed(datapath, config, world);
+                seed(datapath, config, inventory);
             }
         }
-        // Workloads first: what comes from a workload whose interface is not guarded is not forwarded by a NIC that is.
+        // Workloads first: a guarded NIC does not forward packets that entered by an unguarded workload interface.
         let mut order: Vec<_> = self.wanted.iter().collect();
         order.sort_by_key(|(_, wanted)| wanted.role == Role::Host);
         for (name, wanted) in order {
@@ -117,7 +117,7 @@ impl Interfaces {
                     info!(
                         event = "interface-gone",
                         interface = name,
-                        "{name}: gone; guarded again when it comes back"
+                        "the interface is gone; it is guarded again when it comes back"
                     );
                 }
                 continue;
@@ -131,7 +131,10 @@ impl Interfaces {
                 if in_kernel.is_some_and(is_whole) {
                     continue;
                 }
-                error!("{name}: somebody has removed our programs; putting them back");
+                error!(
+                    interface = name,
+                    "another process has removed the programs; they are attached again"
+                );
             }
             self.kept.remove(name);
             let outcome = match datapath.attach(&attachment) {
@@ -139,28 +142,32 @@ impl Interfaces {
                     info!(
                         event = "interface-guarded",
                         interface = name,
-                        "{name}: guarded as {}, ingress by {}, egress by {}",
-                        role_name(wanted.role),
-                        hook_text(attached.ingress),
-                        hook_text(attached.egress)
+                        role = role_name(wanted.role),
+                        ingress = hook_text(attached.ingress),
+                        egress = hook_text(attached.egress),
+                        "the interface is guarded"
                     );
                     if let Some(note) = &attached.note {
-                        warn!("{name}: {note}");
+                        warn!(
+                            interface = name,
+                            note, "the interface is guarded in another way than the first choice"
+                        );
                     }
                     changed = true;
                     if attached.name != *name {
                         warn!(
-                            "{name}: the interface is called {} now; it stays guarded",
-                            attached.name
+                            interface = name,
+                            new_name = attached.name,
+                            "the interface was renamed; it stays guarded"
                         );
                     }
                     Outcome::Guarded(attachment, attached)
                 }
                 Err(problem) => {
                     let text = problem.to_string();
-                    // The same failure is not told again at every try.
+                    // Do not log the same failure at every attempt.
                     if !matches!(self.outcomes.get(name), Some(Outcome::Failed(known)) if *known == text) {
-                        error!("{name}: NOT guarded: {text}");
+                        error!(interface = name, error = text, "the interface is NOT guarded");
                         changed = true;
                     }
                     if in_kernel.is_some_and(is_whole) {
@@ -174,8 +181,8 @@ impl Interfaces {
         changed
     }
 
-    /// The index of every interface that is wanted and there: by its name, by an alternative name, or, if it was renamed
-    /// while it was guarded and no other has its name, as the one that was guarded by that name.
+    /// Returns the index of every configured interface that exists: by its name, by an alternative name, or, if it was
+    /// renamed while guarded and no other interface has its name, by its attachment.
     fn find(&self, network: &Network, kernel: &[Attached]) -> BTreeMap<String, u32> {
         let mut found: BTreeMap<String, u32> = self
             .wanted
@@ -191,8 +198,8 @@ impl Interfaces {
                 Some(Outcome::Guarded(attachment, _)) => Some(attachment.ifindex),
                 _ => None,
             };
-            // A daemon before this one may have guarded it: a NIC or a workload of that number whose name is gone. Later it
-            // is known which name an interface was guarded by.
+            // Before the first write of the unguarded list, the attachment may be that of a previous daemon; it is
+            // recognised by role and endpoint. Later the name of each attachment is known.
             if known.is_none() && self.others.is_some() {
                 continue;
             }
@@ -211,8 +218,8 @@ impl Interfaces {
         found
     }
 
-    /// Tells the programs which interfaces there are that are not to be guarded. What is to be guarded and is not yet is
-    /// none of them: nothing that enters by it is forwarded.
+    /// Writes the list of interfaces that need not be guarded into the map of the programs. Configured interfaces that
+    /// are not guarded yet are left out, so that the programs forward nothing that enters by them.
     fn tell_of_others(
         &mut self,
         datapath: &Datapath,
@@ -239,8 +246,8 @@ impl Interfaces {
         Ok(())
     }
 
-    /// Stops guarding what is no longer wanted, and forgets interfaces that are gone. Answers what the kernel has
-    /// now, and whether that is different.
+    /// Detaches interfaces that are not configured any more and removes the pins of deleted ones. Returns the
+    /// attachments that the kernel has now, and whether they have changed.
     fn release(
         &mut self,
         datapath: &Datapath,
@@ -248,17 +255,22 @@ impl Interfaces {
         found: &BTreeMap<String, u32>,
     ) -> (Vec<Attached>, bool) {
         if let Err(problem) = datapath.forget_dead() {
-            warn!("forgetting interfaces that are gone: {problem}");
+            warn!(error = %problem, "pins of removed interfaces cannot be removed");
         }
         let wanted: BTreeSet<u32> = found.values().copied().collect();
         let mut changed = false;
         for attached in &guarded {
             if !wanted.contains(&attached.ifindex) {
                 match datapath.detach(attached.ifindex) {
-                    Ok(()) => info!("{}: no longer guarded: it is not configured", attached.name),
-                    Err(problem) => error!("{}: cannot be released: {problem}", attached.name),
+                    Ok(()) => info!(
+                        interface = attached.name,
+                        "the interface is not configured and no longer guarded"
+                    ),
+                    Err(error) => {
+                        error!(interface = attached.name, %error, "the programs cannot be detached")
+                    }
                 }
-                // Else the programs would not be told of it again.
+                // Removed from the list, so that the next write adds the interface as an unguarded one.
                 if let Some(others) = &mut self.others {
                     others.remove(&attached.ifindex);
                 }
@@ -271,7 +283,7 @@ impl Interfaces {
         (guarded, changed)
     }
 
-    /// The interfaces that are guarded, as they are.
+    /// Returns the attachments of all guarded interfaces.
     pub(super) fn attached(&self) -> impl Iterator<Item = &Attached> {
         self.outcomes.values().filter_map(|outcome| match outcome {
             Outcome::Guarded(_, attached) => Some(attached),
@@ -279,10 +291,10 @@ impl Interfaces {
         })
     }
 
-    /// What the nftables table has to know of interfaces. `nics`: whether nothing passes a NIC that is not guarded.
+    /// Returns the part of the nftables rules that depends on interfaces. `nics`: whether the table stops traffic of
+    /// unguarded NICs.
     ///
-    /// A NIC to which the programs cannot be attached is left out, so that the node can be reached to mend that; `status`
-    /// says so.
+    /// A NIC at which attaching failed is left out, so that an operator can still reach the node; `status` reports it.
     pub(super) fn rules(&mut self, network: &Network, nics: bool) -> Rules {
         let (mut judged, mut workloads) = (BTreeSet::new(), BTreeSet::new());
         let mut names = BTreeSet::new();
@@ -309,7 +321,7 @@ impl Interfaces {
             if !is_closed {
                 continue;
             }
-            // nftables knows no alternative names.
+            // nftables matches no alternative names, so the primary name is added.
             let index = network.alternatives.get(name);
             let first = network.links.iter().find(|(_, link)| Some(*link) == index);
             names.extend(first.map(|(first, _)| first.clone()));
@@ -327,14 +339,14 @@ impl Interfaces {
         }
     }
 
-    /// Whether something has to be tried again.
+    /// Returns whether attaching an interface failed and is to be tried again.
     pub(super) fn has_failures(&self) -> bool {
         self.outcomes
             .values()
             .any(|outcome| matches!(outcome, Outcome::Failed(_)))
     }
 
-    /// For `status`: what was attached, and whether the kernel still has it.
+    /// Returns for `status` the attachment of each interface, and whether the kernel still has it.
     pub(super) fn report(&self, datapath: &Datapath) -> Vec<InterfaceStatus> {
         let kernel = datapath.attachments();
         let report = self.wanted.iter().map(|(name, wanted)| {
@@ -368,10 +380,10 @@ impl Interfaces {
     }
 }
 
-/// What is guarded, as the kernel has it.
+/// Returns the attachments that the kernel has.
 fn attached(datapath: &Datapath) -> Vec<Attached> {
     datapath.attachments().unwrap_or_else(|problem| {
-        warn!("what is guarded cannot be read: {problem}");
+        warn!(error = %problem, "the attachments cannot be read from the kernel");
         Vec::new()
     })
 }
@@ -408,7 +420,7 @@ fn attachment(ifindex: u32, wanted: &Wanted, network: &Network) -> Attachment {
     }
 }
 
-/// Whether something judges packets in both directions.
+/// Returns whether programs are attached in both directions.
 const fn is_whole(attached: &Attached) -> bool {
     attached.ingress.is_some() && attached.egress.is_some()
 }
@@ -420,7 +432,7 @@ const fn role_name(role: Role) -> &'static str {
     }
 }
 
-/// The names of the configuration.
+/// Returns the name of a hook as the configuration has it.
 fn hook_name(kind: HookKind) -> String {
     match kind {
         HookKind::XdpNative => "xdp (native)",
@@ -435,10 +447,10 @@ fn hook_text(kind: Option<HookKind>) -> String {
     kind.map_or_else(|| "nothing".to_owned(), hook_name)
 }
 
-/// Takes over the connections that the kernel knows of already.
-fn seed(datapath: &Datapath, config: &Config, world: &Inventory) {
+/// Makes conntrack entries from the connections of the kernel's own tables.
+fn seed(datapath: &Datapath, config: &Config, inventory: &Inventory) {
     let mut found = connections(NODE).unwrap_or_else(|problem| {
-        warn!("{problem}; connections of the node that exist already are judged by their next packet");
+        warn!(error = %problem, "existing connections of the node are not seeded; their next packet decides");
         Vec::new()
     });
     for endpoint in &config.endpoints {
@@ -446,18 +458,19 @@ fn seed(datapath: &Datapath, config: &Config, world: &Inventory) {
         let same = |known: &&palisade_model::inventory::Endpoint| {
             (&known.name, &known.namespace) == (&endpoint.name, &endpoint.namespace)
         };
-        let Some(known) = world.endpoints.iter().find(same) else {
+        let Some(known) = inventory.endpoints.iter().find(same) else {
             continue;
         };
         match connections_of_netns(netns, known.id) {
             Ok(more) => found.extend(more),
             Err(problem) => warn!(
-                "endpoint {}: {problem}; its connections that exist already are judged by their next packet",
-                endpoint.qualified_name()
+                endpoint = endpoint.qualified_name(),
+                error = %problem,
+                "existing connections of an endpoint are not seeded; their next packet decides"
             ),
         }
     }
-    let addresses = world.endpoints.iter().flat_map(|endpoint| {
+    let addresses = inventory.endpoints.iter().flat_map(|endpoint| {
         let id = endpoint.id;
         endpoint
             .addresses
@@ -475,7 +488,7 @@ fn seed(datapath: &Datapath, config: &Config, world: &Inventory) {
     });
     match seeded {
         Ok(0) => {}
-        Ok(count) => info!("{count} connections that exist already were taken over"),
-        Err(problem) => warn!("connections that exist already: {problem}"),
+        Ok(connections) => info!(connections, "existing connections are seeded"),
+        Err(error) => warn!(%error, "existing connections cannot be seeded"),
     }
 }

@@ -1,5 +1,5 @@
-//! Writes what outlives the daemon. A thread of its own does it: bringing a file to the disk may take long, and a
-//! change of policies must not wait for that. What cannot be written is tried again until it is, and said meanwhile.
+//! Writes the state directory on a thread of its own, because fsync(2) can take seconds and a policy change must not
+//! wait for it. Failed writes are retried and reported by `status`.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -22,24 +22,24 @@ use super::{
 };
 use crate::trusted_path::private_dir;
 
-/// Between two attempts to write what could not be written.
+/// Interval between two attempts after a failed write.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
-/// A file is on the disk by then, or the disk is in no state to be waited for.
+/// Longest time to wait for the disk.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(10);
 /// Most files of a batch that are flushed by one `fsync` each; a larger batch is flushed by one `syncfs`.
 const MAX_SINGLE_FSYNCS: usize = 16;
 
-/// Last good policy files by name; `None`: what is kept of it stays as it is.
+/// Last good policy files by name; `None` leaves the copy on the disk unchanged.
 pub(super) type PolicyTexts = BTreeMap<String, Option<Arc<str>>>;
 
-/// The file with numbers and settings.
+/// File of the endpoint numbers, the audit settings and the compiler's numbers.
 pub(super) const STATE: &str = "state.json";
-/// The last configuration that was good.
+/// File of the last good configuration.
 pub(super) const CONFIG: &str = "config.kept";
-/// The last good policy files.
+/// Directory of the last good policy files.
 pub(super) const POLICIES: &str = "policies";
 
-/// The state directory, to be written to.
+/// Handle of the thread that writes the state directory.
 #[derive(Debug)]
 pub(super) struct Keeper {
     orders: Sender<Order>,
@@ -51,7 +51,7 @@ enum Order {
     State(String),
     Config(String),
     Policies(PolicyTexts),
-    /// Tell when everything before this is on the disk, or why it is not.
+    /// Send a result once everything before this order is on the disk or has failed.
     Flush(Sender<Result<(), String>>),
 }
 
@@ -74,27 +74,28 @@ impl Keeper {
         Ok(Self { orders, problem })
     }
 
-    // The thread lives as long as this value, so nothing is lost on the way to it.
+    // Sending cannot fail: the thread lives as long as this handle.
 
-    /// Has the numbers and settings written.
+    /// Writes the state file.
     pub(super) fn state(&self, text: String) {
         let _ = self.orders.send(Order::State(text));
     }
 
-    /// Has the configuration written that is in force.
+    /// Writes the copy of the configuration.
     pub(super) fn config(&self, text: String) {
         let _ = self.orders.send(Order::Config(text));
     }
 
-    /// Has the last good policy files written, and those removed that are not named.
+    /// Writes the last good policy files, and removes the copies that are not named.
     pub(super) fn policies(&self, texts: PolicyTexts) {
         let _ = self.orders.send(Order::Policies(texts));
     }
 
-    /// Waits until everything that was ordered is on the disk.
+    /// Waits until everything that was ordered before is on the disk.
     ///
     /// # Errors
-    /// Why it is not. It is tried again.
+    /// Text of the first failed write, or that the disk has not answered for [`FLUSH_DEADLINE`]. Failed writes are
+    /// retried.
     pub(super) fn flush(&self) -> Result<(), String> {
         let (done, wait) = mpsc::channel();
         let _ = self.orders.send(Order::Flush(done));
@@ -107,7 +108,7 @@ impl Keeper {
         }
     }
 
-    /// Why what was ordered last is not on the disk, if it could not be written.
+    /// Returns the error of the last write if it failed.
     pub(super) fn problem(&self) -> Option<String> {
         self.problem
             .lock()
@@ -118,11 +119,11 @@ impl Keeper {
 
 struct Writing {
     dir: PathBuf,
-    // What is not on the disk yet.
+    // Orders that are not on the disk yet.
     state: Option<String>,
     config: Option<String>,
     policies: Option<PolicyTexts>,
-    /// What of the policies is on the disk, as far as this thread has written or read it.
+    /// Policy files on the disk, as far as this thread has written or read them.
     written: HashMap<String, Arc<str>>,
     problem: Arc<Mutex<Option<String>>>,
 }
@@ -142,7 +143,7 @@ impl Writing {
                 Some(order)
             };
             let mut waiting = Vec::new();
-            // What was overtaken needs no writing.
+            // Only the last order of each kind counts.
             for order in first.into_iter().chain(orders.try_iter()) {
                 match order {
                     Order::State(text) => self.state = Some(text),
@@ -154,7 +155,7 @@ impl Writing {
             let outcome = self.write();
             self.tell(outcome.as_ref().err());
             for done in waiting {
-                // The receiver may be gone: its client has ended.
+                // A receiver that timed out is gone.
                 let _ = done.send(outcome.clone());
             }
         }
@@ -164,11 +165,11 @@ impl Writing {
         let mut told = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         match problem {
             Some(problem) if told.as_ref() != Some(problem) => error!(
-                "{problem}: NOT KEPT, and lost at the next start unless it can be written before; tried again every \
-                 {RETRY_INTERVAL:?}"
+                error = problem,
+                "the state is NOT KEPT and is lost at the next start, unless a retry (every {RETRY_INTERVAL:?}) succeeds"
             ),
             None if told.is_some() => {
-                info!("{}: can be written again, everything is kept", self.dir.display())
+                info!(dir = %self.dir.display(), "the state can be written again and is kept")
             }
             _ => {}
         }
@@ -180,7 +181,7 @@ impl Writing {
             return Ok(());
         }
         if !self.dir.exists() {
-            // It could not be made at the start, or was removed.
+            // The directory could not be made at the start, or was removed since.
             private_dir(&self.dir, "[node] state_dir").map_err(|refusal| refusal.to_string())?;
         }
         let mut outcome = Ok(());
@@ -209,7 +210,7 @@ impl Writing {
     }
 }
 
-/// Makes a directory hold these policy files.
+/// Makes a directory hold exactly these policy files.
 pub(super) fn keep_policies(
     dir: &Path,
     texts: &PolicyTexts,
@@ -226,7 +227,7 @@ pub(super) fn keep_policies(
             continue;
         }
         let path = dir.join(name);
-        // From before the last start.
+        // A previous daemon may have written the same content.
         if checked_file::read(&path).is_ok_and(|there| there == **text) {
             written.insert(name.clone(), Arc::clone(text));
             continue;
@@ -250,7 +251,8 @@ pub(super) fn keep_policies(
         let put = if synced.is_ok() && outcome.is_ok() {
             fs::rename(temporary, path)
         } else {
-            // All or nothing: it takes space that is wanted elsewhere.
+            // After a failure no file of the batch is replaced; the temporary ones take space on a disk that may be
+            // full.
             fs::remove_file(temporary)
         };
         match put {
@@ -311,7 +313,7 @@ mod tests {
     fn what_cannot_be_written_is_told_and_written_when_it_can_be() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("state");
-        // A directory stands where the file is to be, which root cannot replace by a file either.
+        // A directory in place of the file makes the write fail for root too.
         fs::create_dir_all(dir.join(STATE).join("x")).unwrap();
         let keeper = Keeper::start(&dir).unwrap();
         keeper.state("{}".to_owned());

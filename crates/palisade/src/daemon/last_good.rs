@@ -1,5 +1,5 @@
-//! The last good configuration, for a start that finds the file broken. Without it nothing would be guarded: which
-//! interfaces and endpoints there are stands nowhere else.
+//! The last good configuration, for a start that finds the file broken. Without it nothing would be guarded, because
+//! only the configuration names interfaces and endpoints.
 
 use std::{
     env, fs, io,
@@ -12,16 +12,18 @@ use crate::{
     trusted_path::private_dir,
 };
 
-/// Says of which file a copy is.
+/// Start of the first line, followed by the path of the file that the copy is of.
 const COPY_PREFIX: &str = "# last good content of ";
 
-/// What is kept of a configuration.
+/// Returns the content of the copy of a configuration.
 pub(super) fn text(config: &Config) -> String {
     format!("{COPY_PREFIX}{}\n{}", config.path.display(), config.text)
 }
 
-/// The last good configuration of a file that is broken or missing, and where it was found. If there is none: why,
-/// for each place that was looked at.
+/// Returns the last good copy of a configuration file that is broken or missing, and the path of the copy.
+///
+/// # Errors
+/// A text for each state directory that was searched.
 pub(crate) fn find(path: &Path) -> Result<(Config, PathBuf), Vec<String>> {
     let broken = fs::read(path).unwrap_or_default();
     let mut problems = Vec::new();
@@ -34,8 +36,8 @@ pub(crate) fn find(path: &Path) -> Result<(Config, PathBuf), Vec<String>> {
     Err(problems)
 }
 
-/// Where the state may be kept: where the broken file says, if that can be read; where the service manager says
-/// (systemd.exec(5), StateDirectory=); where it is by default.
+/// Returns the possible state directories: that of the broken file, if that line can be read; that of the service
+/// manager (systemd.exec(5), `StateDirectory=`); the default one.
 fn state_dirs(broken: &str) -> Vec<PathBuf> {
     let managed = env::var_os("STATE_DIRECTORY")
         .map(PathBuf::from)
@@ -62,7 +64,7 @@ fn read(dir: &Path, path: &Path) -> Result<Config, String> {
     if !dir.is_dir() {
         return Err(format!("{shown}: no last good configuration is kept there"));
     }
-    // What another user could have written is no configuration of root's.
+    // A copy that another user could have written must not configure the daemon.
     private_dir(dir, "[node] state_dir").map_err(|refusal| refusal.to_string())?;
     let content = checked_file::read(&copy).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => format!("{shown}: no last good configuration is kept there"),
@@ -78,7 +80,7 @@ fn read(dir: &Path, path: &Path) -> Result<Config, String> {
             of.unwrap_or("which is not named")
         ));
     }
-    // Without the first line, so that messages about it have the lines of the file.
+    // Without the first line, so that line numbers in errors are those of the original file.
     let text = content.split_once('\n').map_or("", |(_, text)| text);
     Config::parse(path, text).map_err(|errors| {
         let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
@@ -108,7 +110,7 @@ mod tests {
             let (found, from) = find(&path).unwrap();
             assert_eq!((found, from), (config.clone(), dir.join(CONFIG)));
         }
-        // Of another file, cut short, of another version: not used, and each time it is said why.
+        // Copies of another file, of another version and truncated ones are not used, each with its own error.
         keep(&text(&config).replace("palisade.toml", "other.toml"));
         assert!(find(&path).unwrap_err()[0].contains("of another file"));
         keep(&text(&config).replace("role", "roll"));

@@ -1,5 +1,5 @@
-//! The daemon. One thread, the control thread, owns the compiler and changes the maps; all others send it messages
-//! or read what it has published.
+//! The daemon. One thread, the control thread, owns the compiler and changes the maps. All other threads send it
+//! messages or read the view that it publishes.
 //!
 //! ```text
 //! policies (inotify) ─┐
@@ -54,14 +54,14 @@ use crate::{
     control::api::{TraceAnswer, TraceRequest},
 };
 
-/// Runs the daemon until it is told to end.
+/// Runs the daemon until a signal or a client ends it.
 ///
-/// `replaced`: why this is not what the configuration file says now, but its last good copy.
+/// `replaced`: why `config` is the last good copy and not the file itself.
 pub(crate) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     startup::run(config, replaced)
 }
 
-/// Explains a packet by policies that are not in force, with the endpoints and peers of a configuration.
+/// Explains the verdict on a packet by policies that are not in force, with the endpoints and peers of a configuration.
 pub(crate) fn trace_offline(
     config: &Config,
     files: Offers,
@@ -77,7 +77,7 @@ pub(crate) fn trace_offline(
     trace::trace(&compiler, config, request).map_err(anyhow::Error::msg)
 }
 
-/// What there is to say about policies together with the endpoints and peers of a configuration.
+/// Returns the diagnostics of policies together with the endpoints and peers of a configuration.
 pub(crate) fn remarks_offline(config: &Config, files: Offers) -> anyhow::Result<Vec<Diagnostic>> {
     Ok(match compile_offline(config, files)? {
         Ok(compiler) => compiler.snapshot().diagnostics.clone(),
@@ -87,10 +87,10 @@ pub(crate) fn remarks_offline(config: &Config, files: Offers) -> anyhow::Result<
 
 fn compile_offline(config: &Config, files: Offers) -> anyhow::Result<Result<Compiler, Vec<Diagnostic>>> {
     let mut state = State::<()>::default();
-    let world = enforcer::world(config, &Network::default(), &mut state)?;
+    let inventory = enforcer::inventory(config, &Network::default(), &mut state)?;
     let mut compiler = Compiler::default();
     let changes = palisade_policy::compile::Changes {
-        inventory: Some(world),
+        inventory: Some(inventory),
         files,
     };
     let problems = compiler.update(changes).err();

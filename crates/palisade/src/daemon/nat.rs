@@ -1,5 +1,5 @@
-//! Whether this network namespace translates addresses or delivers what is not addressed to it: then a packet has other
-//! addresses where it is judged than where it ends.
+//! Finds rules that translate addresses or redirect packets in this network namespace. Where there are any, a packet
+//! can have other addresses at the hook that decides than at its socket.
 
 use std::{fs, io};
 
@@ -14,7 +14,7 @@ const GET_CHAIN: u16 = 10 << 8 | 4;
 const GET_RULE: u16 = 10 << 8 | 7;
 /// `RTM_GETRULE` (linux/rtnetlink.h).
 const GET_ROUTING_RULE: u16 = 34;
-/// `NFTA_CHAIN_USE`: how many rules and jumps use the chain.
+/// `NFTA_CHAIN_USE`: number of rules and jumps that use the chain.
 const CHAIN_USE: u16 = 6;
 /// `NFTA_CHAIN_TYPE`.
 const CHAIN_TYPE: u16 = 7;
@@ -26,10 +26,10 @@ const NLMSG_DONE: u16 = 3;
 /// `struct nlmsghdr`.
 const HEADER: usize = 16;
 
-/// nat chains of nftables that have rules.
+/// Returns the number of nat chains of nftables that have rules.
 pub(super) fn nft_chains() -> usize {
     let mut chains = 0;
-    // A kernel without nf_tables has no such rules; its answer is an error.
+    // A kernel without nf_tables has no such rules and answers with an error.
     let _ = dump(NETLINK_NETFILTER, GET_CHAIN, 4, &mut |message| {
         let is_nat = attribute(message, CHAIN_TYPE).is_some_and(|kind| kind.starts_with(b"nat\0"));
         let used = attribute(message, CHAIN_USE).is_some_and(|used| used.iter().any(|byte| *byte != 0));
@@ -38,7 +38,8 @@ pub(super) fn nft_chains() -> usize {
     chains
 }
 
-/// The programs whose nat table is loaded (the kernel's own iptables, not the one that writes nftables).
+/// Returns the programs whose nat table is loaded. Only the kernel's own iptables has such a table; iptables-nft writes
+/// nftables.
 pub(super) fn legacy_tables() -> Vec<&'static str> {
     [
         ("iptables", "/proc/thread-self/net/ip_tables_names"),
@@ -53,7 +54,7 @@ pub(super) fn legacy_tables() -> Vec<&'static str> {
     .collect()
 }
 
-/// What there is, in words for the operator; empty: nothing.
+/// Returns a text for each kind of rule that was found.
 pub(super) fn found() -> Vec<String> {
     let mut found = Vec::new();
     let chains = nft_chains();
@@ -75,7 +76,7 @@ pub(super) fn found() -> Vec<String> {
     );
     let mut marks = 0;
     for family in [nix::libc::AF_INET, nix::libc::AF_INET6] {
-        // struct fib_rule_hdr, 12 bytes, begins with the family.
+        // The family is the first byte of `struct fib_rule_hdr` (12 bytes).
         let _ = dump_of(
             NETLINK_ROUTE,
             GET_ROUTING_RULE,
@@ -97,7 +98,7 @@ fn dump(protocol: isize, kind: u16, header: usize, each: &mut dyn FnMut(&[u8])) 
     dump_of(protocol, kind, header, 0, each)
 }
 
-/// Asks for everything of a kind and gives each message, without its netlink header.
+/// Dumps all objects of a kind and passes each message to `each`, without its netlink header.
 fn dump_of(
     protocol: isize,
     kind: u16,
@@ -133,7 +134,7 @@ fn dump_of(
     }
 }
 
-/// An attribute of a netfilter message, behind `struct nfgenmsg`.
+/// Returns an attribute of a netfilter message. The attributes follow `struct nfgenmsg`.
 fn attribute(message: &[u8], wanted: u16) -> Option<&[u8]> {
     attribute_behind(message, 4, wanted)
 }
@@ -142,7 +143,7 @@ fn attribute_behind(message: &[u8], header: usize, wanted: u16) -> Option<&[u8]>
     find(message.get(header..)?, wanted)
 }
 
-/// The value of the first attribute of a type.
+/// Returns the value of the first attribute of a type.
 pub(super) fn find(mut rest: &[u8], wanted: u16) -> Option<&[u8]> {
     while rest.len() >= 4 {
         let length = usize::from(u16::from_ne_bytes([rest[0], rest[1]]));

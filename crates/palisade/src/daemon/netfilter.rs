@@ -1,4 +1,4 @@
-//! The nftables table of this daemon: kept as it should be, also when another program takes it away.
+//! The nftables table of this daemon. It is written again when another program changes or removes it.
 
 use std::{
     io,
@@ -26,27 +26,27 @@ use crate::config::Config;
 
 /// `NFNLGRP_NFTABLES` as a bit of a socket's groups (linux/netfilter/nfnetlink.h).
 const GROUP: u32 = 1 << (7 - 1);
-/// After a notification, more are awaited for so long: a transaction comes as many.
+/// Wait after a notification, because the kernel sends many for one transaction.
 const DEBOUNCE: Duration = Duration::from_millis(5);
 /// Interval at which the tables of the kernel's own iptables are read, ms: the kernel sends no notification about them.
 const POLL_INTERVAL_MS: u16 = 2_000;
-/// Bytes of notifications that may wait to be read.
+/// Size of the socket's receive buffer, bytes.
 const RECEIVE_BUFFER_BYTES: usize = 4 << 20;
 /// `NFNL_SUBSYS_NFTABLES`, `NFT_MSG_NEWGEN`.
 const SUBSYSTEM: u16 = 10;
 const NEW_GENERATION: u16 = 15;
-/// `struct nlmsghdr` and `struct nfgenmsg`.
+/// Size of `struct nlmsghdr`; with `struct nfgenmsg` it is [`HEADERS`].
 const HEADER: usize = 16;
 const HEADERS: usize = HEADER + 4;
 
-/// What is open without the table.
+/// Consequence of a missing table, for log and `status`.
 const OPEN_WITHOUT_TABLE: &str = "open without it: one-way datagrams that DNAT, TPROXY or routing by mark turns to the node, and the \
                     node's own sockets towards interfaces that are configured and not guarded";
 
-/// Which table is this daemon's.
+/// Name and owner of this daemon's table.
 #[derive(Clone, Debug)]
 pub(crate) struct Place {
-    /// The name of this daemon's punt link, which no other daemon of the network namespace can have.
+    /// Name of the punt link, which is unique in the network namespace.
     name: String,
     owner: String,
 }
@@ -63,7 +63,7 @@ impl Place {
         Netfilter::open(&self.name, &self.owner)
     }
 
-    /// What the table has dropped; nothing if it cannot be read.
+    /// Returns the packets that the table has dropped; empty if the table cannot be read.
     pub(crate) fn counts(&self) -> Vec<(Reason, Direction, Counter)> {
         self.open()
             .and_then(|mut table| table.counts())
@@ -79,18 +79,18 @@ impl Place {
     }
 }
 
-/// Keeps the table.
+/// Writes the table and watches it.
 #[derive(Debug)]
 pub(super) struct Keeper {
     place: Place,
     table: Option<Netfilter>,
-    /// Number of the socket that writes it.
+    /// Netlink port of the socket that writes the table.
     port: Arc<AtomicU32>,
     written: Option<Rules>,
-    /// What the kernel cannot do.
+    /// Features that the kernel lacks.
     lacking: Vec<String>,
     problem: Option<String>,
-    /// The kernel has no nf_tables.
+    /// Whether the kernel has no nf_tables.
     unsupported: bool,
 }
 
@@ -107,7 +107,7 @@ impl Keeper {
         }
     }
 
-    /// Makes the table hold these rules, if it does not.
+    /// Makes the table hold these rules.
     pub(super) fn write(&mut self, rules: Rules) {
         if self.written.as_ref() == Some(&rules) {
             return;
@@ -115,10 +115,12 @@ impl Keeper {
         match self.try_write(&rules) {
             Ok(lacking) => {
                 if self.problem.take().is_some() {
-                    info!("the nftables table {} is written", self.place.name);
+                    info!(table = self.place.name, "the nftables table is written");
                 }
                 if lacking != self.lacking {
-                    lacking.iter().for_each(|lack| warn!("nftables: {lack}"));
+                    lacking
+                        .iter()
+                        .for_each(|lack| warn!(table = self.place.name, lack, "nftables lacks a feature"));
                 }
                 (self.lacking, self.written, self.unsupported) = (lacking, Some(rules), false);
             }
@@ -134,14 +136,14 @@ impl Keeper {
                     "the nftables table is not as it should be: {problem}{hint}; {OPEN_WITHOUT_TABLE}"
                 );
                 if self.problem.as_ref() != Some(&text) {
-                    error!("{text}");
+                    error!(table = self.place.name, error = %problem, "the nftables table cannot be written{hint}");
                 }
                 self.problem = Some(text);
             }
         }
     }
 
-    /// Closes forwarding between interfaces that are not guarded, before the daemon ends.
+    /// Closes forwarding between unguarded interfaces, because no daemon will guard new ones from now on.
     pub(super) fn close_forwarding(&mut self) {
         if let Some(rules) = self.written.clone() {
             self.write(Rules {
@@ -163,42 +165,44 @@ impl Keeper {
         table.write(rules)
     }
 
-    /// Another program has changed the table, or may have: then that is no news for the operator.
+    /// Notes that another program has changed the table, so that the next write is not skipped. `is_sure`: false if
+    /// notifications were lost; then nothing is logged.
     pub(super) fn was_touched(&mut self, is_sure: bool) {
         if self.written.take().is_some() && is_sure {
             warn!(
                 event = "nftables-restored",
-                "another program has removed or changed the nftables table {}; it is written again",
-                self.place.name
+                table = self.place.name,
+                "another program has removed or changed the nftables table; it is written again"
             );
         }
     }
 
-    /// Whether to try again soon.
+    /// Returns whether the last write failed and is to be tried again.
     pub(super) const fn has_failed(&self) -> bool {
         self.problem.is_some() && !self.unsupported
     }
 
-    /// For `status`.
+    /// Returns the problem of the last write and the missing features, for `status`.
     pub(super) fn warnings(&self) -> impl Iterator<Item = String> {
         let lacking = self.lacking.iter().map(|lack| format!("nftables: {lack}"));
         self.problem.clone().into_iter().chain(lacking)
     }
 
-    /// Looks at what others do to nftables, on a thread of its own, until `changed` answers false. It is told whether
-    /// the table was touched, and whether this node translates addresses; the latter is also answered for now.
+    /// Starts a thread that watches nftables until `changed` returns false. `changed` gets whether another program has
+    /// touched the table, and whether this node translates addresses. Returns the latter for now.
     pub(super) fn watch(&self, mut changed: impl FnMut(Change) -> bool + Send + 'static) -> io::Result<bool> {
-        // Told first, looked then: what happens in between is told. A kernel without nf_tables tells nothing.
+        // The socket is bound before the first dump, so that no change is missed. Without nf_tables there are no
+        // notifications, and the thread polls.
         let socket = Socket::new(NETLINK_NETFILTER).and_then(|mut socket| {
             socket.bind(&SocketAddr::new(0, GROUP))?;
             socket.set_non_blocking(true)?;
-            // Rulesets are replaced as a whole; the kernel tells of each rule. With less room more is lost, and the table is
-            // written more often than it has to be.
+            // A rule set is replaced as a whole, with one notification per rule. Lost notifications make the daemon
+            // write the table again without need.
             let _ = setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER_BYTES);
             Ok(socket)
         });
         if let Err(problem) = &socket {
-            warn!("changes of nftables are not noticed: {problem}");
+            warn!(error = %problem, "changes of nftables by other programs cannot be received");
         }
         let socket = socket.ok();
         let (name, port) = (self.place.name.clone(), Arc::clone(&self.port));
@@ -232,27 +236,27 @@ impl Keeper {
     }
 }
 
-/// What others have done to nftables.
+/// Change of nftables by another program.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Change {
-    /// The table was changed or removed.
+    /// Whether the table of this daemon was changed or removed.
     pub touched: bool,
-    /// Notifications were lost.
+    /// Whether notifications were lost, which may have been about the table.
     pub may_be_touched: bool,
-    /// The node translates addresses.
+    /// Whether the node translates addresses now.
     pub translates: bool,
 }
 
-/// What notifications say.
+/// Content of the notifications that were read at once.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
 struct Seen {
-    /// Rules of others have changed.
+    /// Whether another program has changed rules.
     ruleset: bool,
-    /// The table of this daemon has changed.
+    /// Whether another program has changed the table of this daemon.
     touched: bool,
-    /// Of the last transaction not everything has been read.
+    /// Whether the last transaction is incomplete: its generation message was not read yet.
     is_open: bool,
-    /// Some of what was told is lost.
+    /// Whether notifications were lost.
     lost: bool,
 }
 
@@ -261,7 +265,7 @@ fn wait() -> Seen {
     Seen::default()
 }
 
-/// Waits for notifications, for [`POLL_INTERVAL_MS`] at most.
+/// Waits for notifications, at most [`POLL_INTERVAL_MS`].
 fn notified(socket: &Socket, table: &str, port: &AtomicU32) -> Seen {
     let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
     match poll(&mut fds, PollTimeout::from(POLL_INTERVAL_MS)) {
@@ -274,14 +278,14 @@ fn notified(socket: &Socket, table: &str, port: &AtomicU32) -> Seen {
         match socket.recv_from_full() {
             Ok((received, _)) => read(&received, table, port.load(Ordering::Acquire), &mut seen),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                // The end of the transaction is still to come.
+                // Wait for the rest of an incomplete transaction.
                 if seen.is_open && matches!(poll(&mut fds, PollTimeout::from(POLL_INTERVAL_MS)), Ok(1..)) {
                     continue;
                 }
                 return seen;
             }
             Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => {
-                // What was lost may have been about the table.
+                // The lost notifications may have been about the table.
                 (seen.ruleset, seen.lost) = (true, true);
             }
             Err(_) => {
@@ -292,7 +296,8 @@ fn notified(socket: &Socket, table: &str, port: &AtomicU32) -> Seen {
     }
 }
 
-/// Reads the messages of one notification. Those that `port` has caused are no news.
+/// Reads the messages of one notification. Messages that `port` has caused are skipped, because the daemon's own writes
+/// are no change by another program.
 fn read(mut messages: &[u8], table: &str, port: u32, seen: &mut Seen) {
     while let Some(header) = messages.first_chunk::<HEADER>() {
         let [l0, l1, l2, l3, k0, k1, .., p0, p1, p2, p3] = *header;
@@ -306,7 +311,7 @@ fn read(mut messages: &[u8], table: &str, port: u32, seen: &mut Seen) {
             if kind & 0xff == NEW_GENERATION {
                 seen.ruleset = true;
             } else {
-                // Every other message names its table by its first attribute.
+                // The first attribute of every other message is the name of its table.
                 let name = message
                     .get(HEADERS..)
                     .and_then(|attributes| nat::find(attributes, 1));

@@ -1,4 +1,4 @@
-//! The interfaces and addresses of this network namespace, and every change of them (rtnetlink).
+//! Reads the interfaces and addresses of this network namespace and watches them for changes (rtnetlink).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,31 +23,31 @@ use tracing::warn;
 
 /// Multicast groups of rtnetlink (linux/rtnetlink.h): links, IPv4 addresses, IPv6 addresses.
 const GROUPS: u32 = 0x1 | 0x10 | 0x100;
-/// After a message, more are awaited for so long: a veth pair with addresses comes as a dozen.
+/// Wait after a message, because a veth pair with addresses causes a dozen.
 const DEBOUNCE: Duration = Duration::from_millis(5);
 
-/// What there is.
+/// Interfaces and addresses of the network namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Network {
-    /// Index of every interface by its name.
+    /// Index of every interface, by name.
     pub links: BTreeMap<String, u32>,
-    /// Index of every interface by its alternative names (`ip link property add altname`).
+    /// Index of every interface, by alternative name (`ip link property add altname`).
     pub alternatives: BTreeMap<String, u32>,
-    /// The bridge, VRF or bond that an interface is a port of.
+    /// Index of the bridge, VRF or bond of which an interface is a port.
     pub masters: BTreeMap<u32, u32>,
-    /// Those of them that are ports of a bridge.
+    /// Indices of ports of a bridge.
     pub bridge_ports: BTreeSet<u32>,
-    /// The interface that a VLAN, macvlan or ipvlan stands on.
+    /// Index of the interface below a VLAN, macvlan or ipvlan.
     pub lowers: BTreeMap<u32, u32>,
-    /// Indices of those that are set down.
+    /// Indices of interfaces that are down.
     pub down: BTreeSet<u32>,
     /// MTU of every interface by its index, bytes.
     pub mtus: BTreeMap<u32, u32>,
-    /// Addresses of this node, without loopback's own.
+    /// Addresses of this node, without loopback addresses.
     pub addresses: BTreeSet<IpAddr>,
 }
 
-/// Reads what there is now.
+/// Reads interfaces and addresses.
 pub(super) fn read() -> io::Result<Network> {
     let mut network = Network::default();
     dump(RouteNetlinkMessage::GetLink(LinkMessage::default()), |message| {
@@ -67,7 +67,7 @@ pub(super) fn read() -> io::Result<Network> {
 }
 
 impl Network {
-    /// The index of an interface by its name or an alternative one.
+    /// Returns the index of the interface with this name or alternative name.
     pub(super) fn ifindex(&self, name: &str) -> Option<u32> {
         self.links
             .get(name)
@@ -75,8 +75,8 @@ impl Network {
             .copied()
     }
 
-    /// The interfaces by which packets enter the node's stack after they passed one of `ports`: bridges and VRFs that these
-    /// are ports of, VLANs on them, and so on.
+    /// Returns the interfaces through which packets that entered by `ports` pass to the node's stack: bridges and VRFs
+    /// of these ports, VLANs on them, and so on.
     pub(super) fn above(&self, ports: &BTreeSet<u32>) -> BTreeSet<u32> {
         let mut all = ports.clone();
         loop {
@@ -133,7 +133,7 @@ impl Network {
                 _ => {}
             }
         }
-        // A veth names its peer in the same attribute.
+        // A veth has the index of its peer in the same attribute, so the kind decides.
         if let Some(lower) = lower
             && stands_on_another
             && !is_elsewhere
@@ -143,8 +143,8 @@ impl Network {
     }
 }
 
-/// What the kernel delivers here by its table of local routes: addresses, broadcast and anycast addresses, and prefixes
-/// of routes of type local.
+/// Returns the prefixes of the table of local routes: addresses, broadcast and anycast addresses, and routes of type
+/// local.
 pub(super) fn local_routes() -> BTreeSet<IpNet> {
     /// `RT_TABLE_LOCAL`.
     const LOCAL: u8 = 255;
@@ -175,18 +175,18 @@ pub(super) fn local_routes() -> BTreeSet<IpNet> {
             let prefix = IpNet::new(to.unwrap_or(any), route.header.destination_prefix_length);
             routes.extend(prefix.ok());
         });
-        // There is none of a family that is switched off.
+        // The kernel has no table of a family that is disabled.
         if let Err(error) = outcome
             && error.kind() != io::ErrorKind::NotFound
         {
-            warn!("reading local routes: {error}");
+            warn!(%error, "the local routes cannot be read");
         }
     }
     routes
 }
 
-/// On a point-to-point interface `Address` is the other end and `Local` is ours; elsewhere they are the same, and
-/// IPv6 has no `Local`.
+/// Returns the address of this node. On a point-to-point interface `Address` is the peer's and `Local` the node's. On
+/// others they are equal, and IPv6 has no `Local`.
 fn own_address(attributes: &[AddressAttribute]) -> Option<IpAddr> {
     let local = attributes.iter().find_map(|attribute| match attribute {
         AddressAttribute::Local(address) => Some(*address),
@@ -203,7 +203,7 @@ fn dump(request: RouteNetlinkMessage, mut each: impl FnMut(RouteNetlinkMessage))
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
-    // Of routes only those of the table that is asked for: a router has a million others.
+    // With strict checking the kernel dumps only the requested table; a router has a million other routes.
     if matches!(request, RouteNetlinkMessage::GetRoute(_)) {
         socket.set_netlink_get_strict_chk(true)?;
     }
@@ -221,7 +221,7 @@ fn dump(request: RouteNetlinkMessage, mut each: impl FnMut(RouteNetlinkMessage))
             let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
                 .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
             interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
-            // Messages are aligned to four bytes; the last one's padding may be missing.
+            // Messages are aligned to four bytes; the last one may lack its padding.
             let length = (message.header.length as usize)
                 .next_multiple_of(4)
                 .clamp(4, rest.len());
@@ -237,7 +237,7 @@ fn dump(request: RouteNetlinkMessage, mut each: impl FnMut(RouteNetlinkMessage))
     }
 }
 
-/// Reads what there is until a reading was not disturbed by a change.
+/// Repeats a dump until no change interrupts it (`NLM_F_DUMP_INTR`).
 fn read_whole() -> io::Result<Network> {
     loop {
         match read() {
@@ -247,22 +247,22 @@ fn read_whole() -> io::Result<Network> {
     }
 }
 
-/// Answers what there is, and from now on gives `changed` what there is whenever that is something else.
-/// Runs on a thread of its own until `changed` answers false.
+/// Returns the current interfaces and addresses, and starts a thread that passes every later state to `changed` until
+/// `changed` returns false.
 pub(super) fn watch(mut changed: impl FnMut(Network) -> bool + Send + 'static) -> io::Result<Network> {
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.bind(&SocketAddr::new(0, GROUPS))?;
-    // Told first, read then: what happens in between is told.
+    // The socket is bound before the first dump, so that no change is missed.
     let first = read_whole()?;
     let mut known = first.clone();
     thread::Builder::new().name("network".into()).spawn(move || {
         loop {
-            // What changed is not in the message but in the next dump: messages get lost when many come
-            // (ENOBUFS), a dump is whole.
+            // The content of a message is ignored: messages are lost when many arrive (ENOBUFS), but a dump is
+            // complete.
             if let Err(error) = socket.recv_from_full()
                 && error.raw_os_error() != Some(nix::errno::Errno::ENOBUFS as i32)
             {
-                warn!("watching interfaces: {error}");
+                warn!(%error, "notifications of interface changes cannot be received");
                 thread::sleep(Duration::from_secs(1));
             }
             thread::sleep(DEBOUNCE);
@@ -278,7 +278,7 @@ pub(super) fn watch(mut changed: impl FnMut(Network) -> bool + Send + 'static) -
                     }
                 }
                 Ok(_) => {}
-                Err(error) => warn!("reading interfaces: {error}"),
+                Err(error) => warn!(%error, "interfaces and addresses cannot be read"),
             }
         }
     })?;

@@ -1,4 +1,4 @@
-//! The policy files: what each says, what of it is in force, and its last good content on disk.
+//! The policy files: their content, which of it is in force, and the last good copies on disk.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,57 +24,57 @@ use super::{
 };
 use crate::control::api::{PolicyFile, PolicyFileState};
 
-/// A larger file is no policy somebody wrote.
+/// Largest policy file that is read, bytes.
 const MAX_FILE: u64 = 64 << 20;
 
-/// Files as the compiler is to have them, by name; `None`: gone.
+/// Content of files for the compiler, by name; `None` if the file was removed.
 pub(super) type Offers = BTreeMap<String, Option<FileContent>>;
 
-/// The files of the folder.
+/// The files of the policy folder.
 #[derive(Debug)]
 pub(super) struct PolicyFiles {
     dir: PathBuf,
-    /// Where the last good content of each file is kept.
+    /// Directory of the last good copies.
     good_dir: PathBuf,
     files: BTreeMap<String, File>,
-    /// Files that are gone, of which the compiler has not been told.
+    /// Removed files that the compiler still has.
     removed: BTreeSet<String>,
-    /// Why the folder could not be read last time.
+    /// Error of the last attempt to read the folder.
     folder_problem: Option<String>,
-    /// Nothing is known of the folder: it could not be read since the start, and nothing was kept of it.
+    /// Whether no policy is known: the folder could not be read since the start, and there are no copies.
     never_read: bool,
-    /// Files that were broken at the start, and of which nothing was kept.
+    /// Files that were broken at the start and have no good copy.
     lost: BTreeSet<String>,
-    /// What has happened since it was asked for last.
+    /// Events since the last [`Self::take_news`].
     news: Vec<News>,
 }
 
-/// What has become of a file.
+/// Event of a file.
 #[derive(Debug)]
 pub(super) struct News {
-    /// Its name within the folder.
+    /// Name of the file in the folder.
     pub file: String,
-    /// What it is.
+    /// What happened.
     pub event: Event,
-    /// The policies that it is about, by name.
+    /// Names of the policies in the file.
     pub policies: Arc<[String]>,
 }
 
-/// See [`News`].
+/// What happened to a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Event {
-    /// A file that was not there is to be in force.
+    /// A new file is to be in force.
     Applied,
-    /// Another content is to be in force.
+    /// A new content of a known file is to be in force.
     Changed,
-    /// Nothing of it is to be in force any more.
+    /// The file was removed.
     Removed,
-    /// Its content cannot be used.
+    /// The content has errors.
     Refused,
 }
 
 impl Event {
-    /// For the log.
+    /// Returns the name of the event in the log.
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Applied => "applied",
@@ -85,22 +85,23 @@ impl Event {
     }
 }
 
-/// One file.
+/// State of one file.
 #[derive(Debug, Default)]
 struct File {
-    /// What of it is in force.
+    /// Content that is in force.
     good: Option<Good>,
-    /// What is to be in force.
+    /// Content that is to be in force.
     candidate: Option<Candidate>,
-    /// Free of errors by itself, but not together with the others; tried again whenever something changes.
+    /// Content that has no errors but that the compiler refused together with the other files. It is offered again with
+    /// each change.
     rejected: Option<Arc<str>>,
-    /// What there is to say about its present content.
+    /// Diagnostics of the present content.
     diagnostics: Vec<Diagnostic>,
-    /// Why its present content cannot be in force together with the other files.
+    /// Why the compiler refused the present content.
     refusals: Vec<Diagnostic>,
-    /// Its present content cannot be used.
+    /// Whether the present content has errors or was refused.
     broken: bool,
-    /// What was refused is not to be offered with the first offers, but with later ones.
+    /// Whether `rejected` is left out of the first offers.
     postponed: bool,
 }
 
@@ -114,9 +115,9 @@ struct Good {
 struct Candidate {
     text: Arc<str>,
     policies: Arc<[String]>,
-    /// `None` once it has been offered.
+    /// Parsed content; `None` once it was offered to the compiler.
     content: Option<FileContent>,
-    /// Not what the file says now, but what was last good of it.
+    /// Whether this is the last good copy and not the present content.
     kept: bool,
 }
 
@@ -135,7 +136,7 @@ impl Candidate {
 }
 
 impl PolicyFiles {
-    /// Knows nothing yet.
+    /// Returns a state that knows no file.
     pub(super) fn new(dir: &Path, state_dir: &Path) -> Self {
         Self {
             dir: dir.to_owned(),
@@ -149,13 +150,13 @@ impl PolicyFiles {
         }
     }
 
-    /// What has happened since this was called last.
+    /// Returns the events since the last call.
     pub(super) fn take_news(&mut self) -> Vec<News> {
         std::mem::take(&mut self.news)
     }
 
-    /// Reads every file for the first time. For one that is broken the content that was last good counts, for a
-    /// folder that cannot be read those of all files.
+    /// Reads all files for the first time. The last good copy replaces the content of a broken file, and of all files
+    /// if the folder cannot be read.
     pub(super) fn load(&mut self) {
         match policy_file_names(&self.dir) {
             Ok(names) => {
@@ -190,8 +191,8 @@ impl PolicyFiles {
         }
     }
 
-    /// Policies that were there and cannot be had since the start, in words: of these it is not known what they
-    /// would deny.
+    /// Returns a text that names the policies that existed and cannot be read since the start; `None` without any. What
+    /// they would deny is unknown.
     pub(super) fn unknown(&self) -> Option<String> {
         if self.never_read {
             return self.folder_problem.clone();
@@ -211,7 +212,7 @@ impl PolicyFiles {
         })
     }
 
-    /// Reads what changed. Answers whether there is something to offer.
+    /// Reads changed files. Returns whether there is content for the compiler.
     pub(super) fn update(&mut self, changes: &Changes) -> bool {
         let mut names = changes.files.clone();
         if changes.rescan {
@@ -240,7 +241,7 @@ impl PolicyFiles {
                 .any(|candidate| candidate.content.is_some())
     }
 
-    /// An unreadable folder is not an empty one: what was in force stays.
+    /// Handles a folder that cannot be read: unlike with an empty folder, all policies stay in force.
     fn folder_failed(&mut self, problem: &io::Error) {
         let meaning = if self.never_read {
             "no policy is known, and none was kept: make the folder ([policy] dir)"
@@ -248,13 +249,13 @@ impl PolicyFiles {
             "the policies that were read last stay in force"
         };
         let text = format!("{}: {problem}; {meaning}", self.dir.display());
-        error!("{text}");
+        error!(dir = %self.dir.display(), error = %problem, "the policy folder cannot be read; {meaning}");
         self.folder_problem = Some(text);
     }
 
-    /// Decides at a start which of several files has a resource: the one that had it before, as its kept content
-    /// says, also if another one's name sorts first. Else a copy that was refused while the daemon ran would replace
-    /// the original at the next start.
+    /// Decides at a start which of several files owns a resource: the one whose last good copy has it, even if another
+    /// file comes first by name. Otherwise a duplicate that was refused while the daemon ran would replace the original
+    /// at the next start.
     fn keep_owners(&mut self) {
         let mut places: BTreeMap<ResourceName, Vec<(String, Location)>> = BTreeMap::new();
         for (file, candidate) in self
@@ -346,8 +347,10 @@ impl PolicyFiles {
             self.removed.remove(name);
             for diagnostic in &parsed.diagnostics {
                 match diagnostic.severity {
-                    Severity::Note => info!("{diagnostic}"),
-                    Severity::Warning | Severity::Error => warn!("{diagnostic}"),
+                    Severity::Note => info!(file = name, %diagnostic, "a policy file has a note"),
+                    Severity::Warning | Severity::Error => {
+                        warn!(file = name, %diagnostic, "a policy file has a warning")
+                    }
                 }
             }
             if !unchanged {
@@ -356,8 +359,8 @@ impl PolicyFiles {
         }
     }
 
-    /// A file that held policies and holds nothing now was truncated (an interrupted copy, a full disk, a power
-    /// failure), or is being written. It removes no policy: for that, the file is deleted or left with a comment.
+    /// Refuses the content of a file that had policies and is empty now. It was truncated (an interrupted copy, a full
+    /// disk, a power failure) or is being written. To remove policies, the file is deleted or a comment is left in it.
     fn unless_emptied(&self, name: &str, shown: &str, text: String) -> Result<String, Diagnostic> {
         let good = self.files.get(name).and_then(|file| file.good.as_ref());
         let before = match good {
@@ -383,30 +386,36 @@ impl PolicyFiles {
                 .map_or_else(|| [].into(), |good| Arc::clone(&good.policies)),
         });
         for diagnostic in file.diagnostics.iter().chain(&file.refusals) {
-            error!("{diagnostic}");
+            error!(file = name, %diagnostic, "a policy file has an error");
         }
         if file.good.is_some() || file.candidate.is_some() {
-            error!("{name}: broken; what it said before stays in force");
+            error!(
+                file = name,
+                "a policy file is broken; its last good content stays in force"
+            );
         } else {
-            error!("{name}: broken, and it never was good: NOTHING of this file is in force");
+            error!(
+                file = name,
+                "a policy file is broken and never was good; NOTHING of it is in force"
+            );
         }
     }
 
-    /// What was last good of a file.
+    /// Returns the last good copy of a file.
     fn kept(&self, name: &str) -> Option<Candidate> {
         let path = self.good_dir.join(name);
         if !path.exists() {
             return None;
         }
         let text = checked_file::read(&path)
-            .inspect_err(|problem| warn!("{}: {problem}", path.display()))
+            .inspect_err(|error| warn!(file = %path.display(), %error, "the last good copy of a policy file cannot be read"))
             .ok()?;
-        // Under the name of the file it was, so that rules are where people look for them.
+        // Parsed under the name of the original file, so that the locations of rules lead to it.
         let parsed = parse(&self.dir.join(name).display().to_string(), &text);
         if parsed.has_errors() {
             warn!(
-                "{}: this version cannot read what was good before",
-                path.display()
+                file = %path.display(),
+                "the last good copy of a policy file has errors in this version"
             );
             return None;
         }
@@ -416,7 +425,7 @@ impl PolicyFiles {
         })
     }
 
-    /// What the compiler is to take: everything that has changed, and what it did not take before.
+    /// Returns the content for the compiler: everything that has changed, and what the compiler refused before.
     pub(super) fn offers(&mut self) -> Offers {
         let mut offers = Offers::new();
         for name in std::mem::take(&mut self.removed) {
@@ -441,14 +450,14 @@ impl PolicyFiles {
         offers
     }
 
-    /// What was offered of a file, once more; `None`: it is gone.
+    /// Returns once more what was offered of a file; `None` if the file was removed.
     pub(super) fn offered(&self, name: &str) -> Option<FileContent> {
         let candidate = self.files.get(name)?.candidate.as_ref()?;
         let parsed = parse(&self.dir.join(name).display().to_string(), &candidate.text);
         Candidate::new(Arc::clone(&candidate.text), parsed).content
     }
 
-    /// The compiler has taken what was offered of a file.
+    /// Notes that the compiler has accepted the offer of a file.
     pub(super) fn accepted(&mut self, name: &str) {
         let Some(file) = self.files.get_mut(name) else {
             return;
@@ -474,15 +483,15 @@ impl PolicyFiles {
         }
     }
 
-    /// The compiler has not taken what was offered of a file, and says why. Answers what can be offered instead:
-    /// what was last good of it, if nothing of the file is in force.
+    /// Notes that the compiler has refused the offer of a file, and why. Returns what can be offered instead: the last
+    /// good copy, if nothing of the file is in force.
     pub(super) fn rejected(&mut self, name: &str, problems: Vec<Diagnostic>) -> Option<FileContent> {
         let kept = match self.files.get(name) {
             Some(file) if file.good.is_none() && !file.broken => self.kept(name),
             _ => None,
         };
         let Some(file) = self.files.get_mut(name) else {
-            // A removal that is refused: what the file said stays in force until it works.
+            // A refused removal is offered again; until then the policies of the file stay in force.
             self.removed.insert(name.to_owned());
             return None;
         };
@@ -501,8 +510,8 @@ impl PolicyFiles {
         instead
     }
 
-    /// What is to be kept for a restart that finds files broken: what is in force of each, and what is kept already
-    /// of those of which nothing is in force.
+    /// Returns the last good copies for a restart that finds files broken: the content in force of each file. A file
+    /// without content in force keeps the copy that it has.
     pub(super) fn to_keep(&self) -> PolicyTexts {
         let good = |file: &File| file.good.as_ref().map(|good| Arc::clone(&good.text));
         let there = self.files.iter().map(|(name, file)| (name.clone(), good(file)));
@@ -510,7 +519,7 @@ impl PolicyFiles {
         going.chain(there).collect()
     }
 
-    /// The files, for `status`.
+    /// Returns the state of each file, for `status`.
     pub(super) fn report(&self) -> Vec<PolicyFile> {
         let report = self.files.iter().map(|(name, file)| PolicyFile {
             file: name.clone(),
@@ -530,18 +539,18 @@ impl PolicyFiles {
         report.collect()
     }
 
-    /// The text of a file that is in force, which is not what the file says now if that is broken.
+    /// Returns the content of a file that is in force. If the file is broken, this is not its present content.
     pub(super) fn text_in_force(&self, name: &str) -> Option<Arc<str>> {
         let good = self.files.get(name)?.good.as_ref()?;
         Some(Arc::clone(&good.text))
     }
 
-    /// How messages name a file.
+    /// Returns the path of a file, as messages name it.
     pub(super) fn shown(&self, name: &str) -> String {
         self.dir.join(name).display().to_string()
     }
 
-    /// Why the folder could not be read last time.
+    /// Returns the error of the last attempt to read the folder.
     pub(super) fn folder_problem(&self) -> Option<&str> {
         self.folder_problem.as_deref()
     }
@@ -559,7 +568,7 @@ fn problem_of_file(file: &str, message: String) -> Diagnostic {
     }
 }
 
-/// A link whose target is missing is a broken file, not a removed one.
+/// Returns whether a file that cannot be opened is a link without a target. That is a broken file, not a removed one.
 fn is_dangling(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok()
 }
@@ -567,7 +576,7 @@ fn is_dangling(path: &Path) -> bool {
 fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
     let metadata = fs::metadata(path)?;
     if !metadata.is_file() {
-        // A pipe would block the reader for ever.
+        // Opening a pipe would block.
         return Err(io::Error::other("not a regular file"));
     }
     if metadata.len() > MAX_FILE {
@@ -622,7 +631,7 @@ mod tests {
         }
     }
 
-    /// The files with a compiler that takes every policy but those named `refused`.
+    /// The files with a compiler that accepts every policy but those named `refused`.
     struct Compiled {
         files: PolicyFiles,
         taken: BTreeMap<String, Vec<String>>,
@@ -736,7 +745,7 @@ mod tests {
         );
         files.update(&folder.write("b.yaml", &policy("b")));
         assert_eq!(files.files.unknown(), None);
-        // One that breaks while the daemon runs was never in force: nothing is lost by it.
+        // A new file that is broken was never in force, so nothing is lost.
         files.update(&folder.write("c.yaml", BROKEN));
         assert_eq!(files.files.unknown(), None);
     }
@@ -775,7 +784,7 @@ mod tests {
         assert!(files.update(&changed("a.yaml")));
         files.save().unwrap();
         assert_eq!(names(&files), ["b"]);
-        // Removed while nobody looked.
+        // Removed while no daemon ran.
         fs::remove_file(folder.dir.join("b.yaml")).unwrap();
         let mut files = folder.loaded();
         assert!(names(&files).is_empty());
@@ -812,7 +821,7 @@ mod tests {
         assert!(!files.update(&Changes::all()));
         assert_eq!(names(&files), ["a"]);
         assert!(files.files.folder_problem().is_some());
-        // Nor at the next start.
+        // The next start does not accept the emptied file either.
         let mut files = folder.loaded();
         assert_eq!(names(&files), ["a"]);
         fs::rename(&away, &folder.dir).unwrap();
@@ -822,7 +831,7 @@ mod tests {
             (vec!["a".to_owned()], None)
         );
         assert_eq!(state(&files, "a.yaml"), PolicyFileState::InForce);
-        // A node that never had policies is told that the folder is missing.
+        // On a node that never had policies a missing folder is reported.
         fs::remove_dir_all(&folder.dir).unwrap();
         fs::remove_dir_all(&folder.state).unwrap();
         let mut files = folder.files();
@@ -845,7 +854,7 @@ mod tests {
         assert_eq!(state(&files, "a.yaml"), PolicyFileState::LastGood);
         assert!(files.files.report()[0].diagnostics[0].contains("conflict"));
         files.save().unwrap();
-        // At the next start it is the kept content that counts.
+        // At the next start the last good copy is used.
         let mut files = folder.loaded();
         assert_eq!(names(&files), ["a"]);
         assert_eq!(state(&files, "a.yaml"), PolicyFileState::LastGood);
@@ -853,7 +862,7 @@ mod tests {
             files.files.offers().contains_key("a.yaml"),
             "it is not tried again"
         );
-        // Without any, the file is not in force.
+        // Without a copy nothing of the file is in force.
         fs::remove_dir_all(&folder.state).unwrap();
         let files = folder.loaded();
         assert!(names(&files).is_empty());
@@ -877,7 +886,7 @@ mod tests {
             files.update(&folder.write("a.yaml", damaged));
             assert_eq!(names(&files), ["a"], "{damaged:?}");
             assert_eq!(state(&files, "a.yaml"), PolicyFileState::LastGood, "{damaged:?}");
-            // Nor at a start.
+            // The next start does not accept the duplicate either.
             let files = folder.loaded();
             assert_eq!(names(&files), ["a"], "{damaged:?}");
             assert_eq!(state(&files, "a.yaml"), PolicyFileState::LastGood, "{damaged:?}");
@@ -890,7 +899,7 @@ mod tests {
         assert!(names(&files).is_empty());
         assert_eq!(state(&files, "a.yaml"), PolicyFileState::InForce);
         files.save().unwrap();
-        // An empty file where there was no policy is one without policies.
+        // An empty file that never had policies is accepted.
         files.update(&folder.write("b.yaml", ""));
         assert_eq!(state(&files, "b.yaml"), PolicyFileState::InForce);
     }
@@ -913,7 +922,7 @@ mod tests {
                 && report[0].diagnostics[0].contains("b.yaml:1:1 already"),
             "{report:?}"
         );
-        // Of two new ones the first by name.
+        // Of two new files with the same resource the first by name owns it.
         fs::remove_dir_all(&folder.state).unwrap();
         let files = folder.loaded();
         assert_eq!(files.taken.keys().collect::<Vec<_>>(), ["a.yaml"]);

@@ -15,29 +15,29 @@ use crate::{
     trusted_path::{UnsafePath, is_own, lock_dir, private_dir, walk},
 };
 
-/// What belongs to one daemon only, for as long as this value lives.
+/// What only one daemon can have at a time. It is released when this value is dropped.
 #[derive(Debug)]
 pub(crate) struct PrivateDirs {
-    /// The socket's path, which no other daemon listens at.
+    /// The right to listen at the path of the socket.
     pub socket: server::Claim,
-    /// Why nothing can be kept in the state directory.
+    /// Why the state directory cannot be used.
     pub state_problem: Option<String>,
     _pins: Option<Flock<File>>,
     _state: Option<Flock<File>>,
 }
 
-/// Takes the directories and the socket of a configuration. A state directory that cannot be made (its file system is
-/// full or read-only) is no reason to leave a node without a daemon.
+/// Takes the directories and the socket of a configuration. If the state directory cannot be made (its file system is
+/// full or read-only), the daemon runs without it.
 ///
 /// # Errors
-/// Another daemon has one of them, or another user could change what is in them.
+/// Another daemon has one of them, or another user could change their content.
 pub(super) fn take(node: &Node) -> anyhow::Result<PrivateDirs> {
     let (state, state_problem) = match private_dir(&node.state_dir, "[node] state_dir") {
         Ok(dir) => (Some(lock_dir(&dir, "state_dir")?), None),
         Err(UnsafePath::Failed(problem)) => (None, Some(problem)),
         Err(refusal) => return Err(refusal.into()),
     };
-    // Another file system than a bpffs is refused before anything is made on it.
+    // Checked first, so that no directory is made on another file system than bpffs.
     check_pin_dir(&node.pin_dir)?;
     let pins = private_dir(&node.pin_dir, "[node] pin_dir")?;
     let pins = lock_dir(&pins, "pin_dir")?;
@@ -49,11 +49,12 @@ pub(super) fn take(node: &Node) -> anyhow::Result<PrivateDirs> {
     })
 }
 
-/// The same for `palisade stop --detach` without a daemon: nothing is made that is not there.
+/// Takes the directories and the socket for `palisade stop --detach` without a daemon. Missing directories are not
+/// made.
 ///
 /// # Errors
-/// Those of [`take`]: in a pin directory of another user, what looks like a directory of pins may be a link to any other
-/// directory, whose files would be removed.
+/// Those of [`take`]. In a pin directory of another user, a link in place of a pin directory would make the command
+/// remove files elsewhere.
 pub(crate) fn take_for_detaching(node: &Node) -> anyhow::Result<PrivateDirs> {
     let lock = |dir: &Path, setting| dir.exists().then(|| lock_dir(dir, setting)).transpose();
     if node.pin_dir.exists() {
@@ -67,7 +68,8 @@ pub(crate) fn take_for_detaching(node: &Node) -> anyhow::Result<PrivateDirs> {
     })
 }
 
-/// Files that decide what is enforced, and that other users than root can change. That may be meant.
+/// Returns a text for each file that decides what is enforced and that another user than root can change. This is only
+/// a warning, because it may be intended.
 pub(super) fn writable_by_others(config: &Config) -> Vec<String> {
     let mut found = Vec::new();
     for path in [&config.path, &config.policy.dir] {
@@ -87,7 +89,7 @@ pub(super) fn writable_by_others(config: &Config) -> Vec<String> {
     found
 }
 
-/// What of a configuration a daemon on this machine would refuse, and what it would miss. Changes nothing.
+/// Returns why a daemon would refuse this configuration on this machine, and what would be missing. Changes nothing.
 pub(crate) fn check(config: &Config) -> (Vec<String>, Vec<String>) {
     let (mut refused, mut missing) = (Vec::new(), Vec::new());
     let node = &config.node;
@@ -123,7 +125,7 @@ pub(crate) fn check(config: &Config) -> (Vec<String>, Vec<String>) {
     }
     let interfaces = config.interfaces.iter().map(|interface| &interface.name);
     for name in interfaces.chain(config.endpoints.iter().map(|endpoint| &endpoint.interface)) {
-        // Not /sys/class/net, which may be another network namespace's.
+        // /sys/class/net can belong to another network namespace.
         if let Err(Errno::ENODEV) = nix::net::if_::if_nametoindex(name.as_str()) {
             missing.push(format!(
                 "interface {name}: is not there; it is guarded when it appears"

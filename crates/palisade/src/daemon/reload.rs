@@ -138,7 +138,10 @@ impl Control {
         let mut config = Config::load(&self.config.path).map_err(|errors| {
             let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
             let problem = format!("the configuration stays as it was: {}", lines.join("; "));
-            error!("{problem}");
+            error!(
+                error = lines.join("; "),
+                "the new configuration has errors; the running one stays in force"
+            );
             self.reload_problem = Some(problem.clone());
             problem
         })?;
@@ -147,7 +150,10 @@ impl Control {
         self.notes.clear();
         if !fixed.is_empty() {
             let note = format!("changed, but only used after a restart: {}", fixed.join(", "));
-            warn!("{note}");
+            warn!(
+                options = fixed.join(", "),
+                "changed options are only used after a restart"
+            );
             self.notes.push(note);
         }
         let (audit, enforcement) = (config.policy.audit, config.policy.enforcement);
@@ -174,7 +180,7 @@ impl Control {
         self.sweep.set(self.config.timeouts.sweep);
         self.write_datapath_config().map_err(|problem| chain(&problem))?;
         self.files.update(&Changes::all());
-        self.new_world(begun).map_err(|problem| chain(&problem))?;
+        self.update_inventory(begun).map_err(|problem| chain(&problem))?;
         self.attach();
         self.log_policies(&before, begun);
         info!(

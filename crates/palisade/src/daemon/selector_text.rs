@@ -1,9 +1,9 @@
-//! Peers of rules in words, as short as they can be written.
+//! Peers of rules as short texts.
 
 use ipnet::IpNet;
 use palisade_model::rule::{Entity, FqdnPattern, LabelSource, Peer, Requirement, Selector, Test};
 
-/// A peer: `k8s:app=web,tier in (a, b)`, `cidr:10.0.0.0/8 except 10.1.0.0/16`, `entity:world`, ...
+/// Returns a peer as text: `k8s:app=web,tier in (a, b)`, `cidr:10.0.0.0/8 except 10.1.0.0/16`, `entity:world`.
 pub(super) fn peer_text(peer: &Peer) -> String {
     match peer {
         Peer::Labels(selector) => selector_text(selector),

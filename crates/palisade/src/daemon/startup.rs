@@ -31,7 +31,7 @@ use tracing::{error, info, warn};
 
 use super::{
     control::{Control, End},
-    enforcer::{Enforcer, endpoint_names, world},
+    enforcer::{Enforcer, endpoint_names, inventory},
     events,
     fqdn::FqdnManager,
     handlers::Handlers,
@@ -71,9 +71,9 @@ pub(super) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()
     let socket = serve(&mut control, records, dirs.socket, sender)?;
     control.files.take_news(); // The next line counts them.
     info!(
-        "running: {} in force, ready in {:?}",
+        ready_after = ?started.elapsed(),
+        "the daemon runs with {} in force",
         count(control.policy_count(), "policy", "policies"),
-        started.elapsed()
     );
     notify(&[NotifyState::Ready]);
     feed_watchdog(Arc::clone(&control.activity), control.workers.heartbeats())
@@ -99,21 +99,21 @@ fn open(config: &Config, state_problem: Option<&str>) -> anyhow::Result<Opened> 
     let mut notes = Vec::new();
     if let Some(problem) = state_problem {
         let note = format!("[node] state_dir: {problem}: nothing is known of what was kept there");
-        error!("{note}");
+        error!(dir = %config.node.state_dir.display(), error = problem, "the state directory cannot be used");
         notes.push(note);
     }
     notes.extend(state.problem.clone());
     for problem in private_dirs::writable_by_others(config) {
-        warn!("{problem}");
+        warn!(%problem, "another user can change what is enforced");
         notes.push(problem);
     }
     let datapath = Arc::new(open_datapath(config)?);
     if !datapath.resized().is_empty() {
-        info!("maps of another size now: {}", datapath.resized().join(", "));
+        info!(maps = datapath.resized().join(", "), "maps are resized");
     }
     let enforcer = Enforcer::new(Compiler::new(&state.state.compiler), &datapath)?;
     if !datapath.is_fresh() {
-        info!("a node that is guarded already: what is attached goes on enforcing the last policy");
+        info!("found programs of a previous run; they enforce the last policy until the first update");
     }
     Ok(Opened {
         state,
@@ -186,11 +186,11 @@ fn fill(
     // A failure to send means that the daemon ends: then no answer is released any more.
     let request = move |request| drop(fqdn.send(Message::Fqdn(request)));
     let mut names = FqdnManager::new(cache, datapath.learned()?, Arc::clone(&datapath), request);
-    let endpoints = endpoint_names(&world(&config, &watched.network, &mut state.state)?);
+    let endpoints = endpoint_names(&inventory(&config, &watched.network, &mut state.state)?);
     // Learned names are a cache: without the journal connections to learned addresses fail, but the daemon starts.
     if let Err(problem) = names.remember(&config.node.state_dir, endpoints) {
         let note = format!("learned names are not remembered: {problem}");
-        error!("{note}");
+        error!(error = %problem, "the journal of learned names cannot be begun");
         notes.push(note);
     }
     let names = Arc::new(names);
@@ -226,7 +226,7 @@ fn fill(
         config,
     };
     control.write_datapath_config()?;
-    control.new_world(Instant::now())?;
+    control.update_inventory(Instant::now())?;
     if let Some(problem) = &control.enforcer.problem
         && control.datapath.is_fresh()
     {
@@ -245,13 +245,13 @@ fn attach(control: &mut Control) {
     control.attach();
     control.write_netfilter();
     for limited in control.limited_interfaces(&control.interfaces.report(&control.datapath)) {
-        warn!("{limited}");
+        warn!(%limited, "the MTU of an interface exceeds the longest punted frame");
     }
     // Maps of another version serve until every interface has the programs of this one.
     if !control.interfaces.has_failures()
         && let Err(problem) = control.datapath.retire_other_versions()
     {
-        warn!("removing maps of another version: {problem}");
+        warn!(error = %problem, "maps of another version cannot be removed");
     }
 }
 
@@ -300,7 +300,10 @@ fn shut_down(mut control: Control, socket: Socket, end: End) -> anyhow::Result<(
     notify(&[NotifyState::Stopping]);
     control.save();
     if let Err(problem) = control.state.keeper.flush() {
-        error!("{problem}: what has changed since it was written last is lost");
+        error!(
+            error = problem,
+            "the state cannot be written; changes since the last write are lost"
+        );
     }
     control.names.flush();
     control.workers.end();
@@ -313,7 +316,7 @@ fn shut_down(mut control: Control, socket: Socket, end: End) -> anyhow::Result<(
         let done = done.and(table);
         match &done {
             Ok(()) => info!("everything is detached"),
-            Err(problem) => error!("detaching: {problem}"),
+            Err(error) => error!(error, "not everything could be detached"),
         }
         reply.send(done.clone());
         if let Err(problem) = done {
@@ -322,7 +325,7 @@ fn shut_down(mut control: Control, socket: Socket, end: End) -> anyhow::Result<(
     } else {
         // No daemon will guard interfaces that are made from now on.
         control.netfilter.close_forwarding();
-        info!("ended; what is attached goes on enforcing the last policy");
+        info!("the daemon has ended; what is attached goes on enforcing the last policy");
     }
     socket.close();
     Ok(())
@@ -403,7 +406,7 @@ fn fqdn_config(config: &Config) -> palisade_fqdn::Config {
 /// Notifies systemd, if it started the daemon.
 fn notify(states: &[NotifyState<'_>]) {
     if let Err(problem) = sd_notify::notify(states) {
-        warn!("telling the service manager: {problem}");
+        warn!(error = %problem, "the service manager cannot be notified");
     }
 }
 

@@ -1,4 +1,4 @@
-//! What outlives the daemon: numbers that must not change, and settings made at run time.
+//! The state file: numbers that must not change over a restart, and settings made at run time.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,35 +14,35 @@ use super::{
     keeper::{Keeper, STATE},
 };
 
-/// The node's own endpoint. Always the same, so that it never has to be looked up.
+/// Endpoint number of the node.
 pub(super) const NODE: u16 = 1;
-/// The first number of a workload.
+/// First endpoint number of a workload.
 const FIRST_WORKLOAD: u16 = 2;
-/// Of the layout of the file.
+/// Version of the file's layout.
 const VERSION: u32 = 1;
 
-/// The state file's content.
+/// Content of the state file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct State<C> {
     version: u32,
-    /// Numbers of endpoints by `namespace/name`; also of endpoints that are gone, until the numbers are needed.
+    /// Endpoint numbers by `namespace/name`. A removed endpoint keeps its number until all numbers are used.
     pub endpoints: BTreeMap<String, u16>,
-    /// Endpoints in audit mode by `palisade endpoint config`.
+    /// Endpoints that `palisade endpoint config` has set to audit mode.
     pub audit: BTreeSet<String>,
-    /// What the policy compiler wants to have again: identities, rule numbers.
+    /// State of the policy compiler: identities, rule numbers.
     pub compiler: C,
 }
 
 /// The state and its file.
 #[derive(Debug)]
 pub(super) struct StateFile<C> {
-    /// What writes it, and all else that is kept.
+    /// Writes the state directory.
     pub keeper: Keeper,
-    /// As it was last given to the keeper.
+    /// State that was last given to `keeper`.
     given: Option<State<C>>,
-    /// As it is now.
+    /// Current state.
     pub state: State<C>,
-    /// What was not had of it at the start, and what that means.
+    /// Why the file could not be used at the start, and the consequence.
     pub problem: Option<String>,
 }
 
@@ -50,10 +50,11 @@ impl<C> StateFile<C>
 where
     C: Clone + Default + PartialEq + Serialize + for<'de> Deserialize<'de>,
 {
-    /// Reads the file. One that cannot be read or understood is put aside: numbers change then, and audit mode is off.
+    /// Reads the file. A file that cannot be read or parsed is renamed; then identities and endpoints get new numbers,
+    /// and audit mode is off.
     ///
     /// # Errors
-    /// No thread could be started.
+    /// The thread that writes the directory cannot be started.
     pub(super) fn load(dir: &Path) -> io::Result<Self> {
         let path = dir.join(STATE);
         let read = match fs::read(&path) {
@@ -74,7 +75,7 @@ where
                     "{}: {why}; {put}: identities have new numbers, endpoints that were set to audit mode are enforced",
                     path.display(),
                 );
-                error!("{text}");
+                error!(file = %path.display(), error = why, "the state file cannot be used");
                 problem = Some(text);
                 State::default()
             }
@@ -88,7 +89,7 @@ where
         })
     }
 
-    /// Has the file written if it would be another.
+    /// Writes the file if the state has changed since the last write.
     pub(super) fn save(&mut self) {
         if self.given.as_ref() == Some(&self.state) {
             return;
@@ -98,15 +99,17 @@ where
                 self.keeper.state(content);
                 self.given = Some(self.state.clone());
             }
-            Err(problem) => error!("{STATE}: {problem}"),
+            Err(error) => error!(file = STATE, %error, "the state cannot be serialised"),
         }
     }
 }
 
 fn understand<C: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<State<C>, String> {
-    // Before texts were sealed, the file was the JSON alone.
+    // Older versions wrote the JSON without the first line.
     let text = if checked_file::is_sealed(bytes) {
-        checked_file::unseal(bytes)?.as_bytes()
+        checked_file::unseal(bytes)
+            .map_err(|damaged| damaged.to_string())?
+            .as_bytes()
     } else {
         bytes
     };
@@ -118,14 +121,14 @@ fn understand<C: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<State<C>, St
 }
 
 impl<C> State<C> {
-    /// The number of an endpoint, the same one whenever it is asked. `configured` says which names must keep
-    /// theirs when all numbers are taken.
+    /// Returns the number of an endpoint; a new endpoint gets one. `configured` returns which endpoints keep their
+    /// numbers when all numbers are used. `None`: no number is free.
     pub(super) fn endpoint(&mut self, name: &str, configured: impl Fn(&str) -> bool) -> Option<u16> {
         if let Some(id) = self.endpoints.get(name) {
             return Some(*id);
         }
         let free = |taken: &BTreeMap<String, u16>| {
-            // The number after the last one given comes first: a number is used again as late as possible.
+            // Numbers are given in ascending order, so that a number is used again as late as possible.
             let taken: BTreeSet<u16> = taken.values().copied().collect();
             let after = taken.last().copied().unwrap_or(0).max(FIRST_WORKLOAD - 1);
             (after..u16::MAX)
@@ -134,7 +137,7 @@ impl<C> State<C> {
                 .find(|id| !taken.contains(id))
         };
         let id = free(&self.endpoints).or_else(|| {
-            warn!("every endpoint number was given once; those of endpoints that are gone are given again");
+            warn!("all endpoint numbers were used once; numbers of removed endpoints are used again");
             self.endpoints.retain(|name, _| configured(name));
             free(&self.endpoints)
         })?;

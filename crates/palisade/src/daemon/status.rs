@@ -31,7 +31,7 @@ use crate::{
 const NAT_CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
 impl Control {
-    /// What the punt link limits at interfaces whose packets may be longer than it takes, if anything is to be read.
+    /// Returns a text for each interface whose MTU exceeds the longest punted frame, if any traffic is inspected.
     pub(super) fn limited_interfaces(&self, interfaces: &[InterfaceStatus]) -> Vec<String> {
         if self.enforcer.compiler.snapshot().rulesets.is_empty() {
             return Vec::new();
@@ -51,7 +51,7 @@ impl Control {
             .collect()
     }
 
-    /// `palisade status`, as far as the control thread knows it.
+    /// Returns the part of the status that the control thread has.
     pub(super) fn status(&self) -> Status {
         let policy_files = self.files.report();
         let interfaces = self.interfaces.report(&self.datapath);
@@ -119,7 +119,7 @@ impl Control {
         }
     }
 
-    /// What an operator must know where this node translates addresses; none where it does not.
+    /// Returns a note for the operator if this node translates addresses.
     pub(super) fn translation_note(&self) -> Option<String> {
         let mut known = self.translations.borrow_mut();
         if known
@@ -140,7 +140,7 @@ impl Control {
 }
 
 impl Handlers {
-    /// Returns the status: what the control thread has, and what the maps and the threads have counted.
+    /// Returns the whole status: the part of the control thread, and the counters of maps and threads.
     pub(super) fn status(&self) -> Result<Status, String> {
         let mut status = self.look_up(ClientRequest::Status)?;
         let conntrack = self.datapath.conntrack().counts().map_err(map_error)?;
@@ -172,7 +172,7 @@ impl Handlers {
             })
             .collect();
         for map in &status.maps {
-            // The conntrack map may be full: the oldest flow makes room. The others refuse.
+            // A full conntrack map evicts flows; all other maps refuse new entries.
             if map.map != maps::CONNTRACK.to_lowercase() && map.entries * 10 > map.capacity * 9 {
                 let percent = (map.entries * 100).checked_div(map.capacity).unwrap_or(0);
                 let hint = limit_hint(&map.map);
@@ -181,7 +181,7 @@ impl Handlers {
                     .push(format!("map {} is {percent}% full{hint}", map.map));
             }
         }
-        // Not by the control thread: tables may be large.
+        // Computed here and not by the control thread, because the tables may be large.
         status.missing_inspectors = missing_inspectors(&self.shared.get().snapshot);
         let counters = self.datapath.counters();
         for (kind, _, budget) in counters.unsent_events().map_err(map_error)? {
@@ -217,7 +217,7 @@ impl Handlers {
             .server
             .get()
             .map_or(0, |counts| counts.slow.load(Ordering::Relaxed));
-        // What the nftables table drops has the reasons that the programs have for the same.
+        // The nftables table counts its drops by the same reasons as the programs.
         let mut counts = counters.reasons().map_err(map_error)?;
         for (reason, direction, more) in self.netfilter.counts() {
             match counts
@@ -247,7 +247,7 @@ impl Handlers {
     }
 }
 
-/// Kinds of inspection that policies want, with the policies.
+/// Returns the kinds of inspection that policies need and no inspector implements, each with its policies.
 fn missing_inspectors(snapshot: &Snapshot) -> Vec<MissingInspector> {
     let mut wanted: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
     for entry in snapshot.tables.values().flat_map(|table| table.entries.values()) {

@@ -1,4 +1,4 @@
-//! Removes dead connections now and then, on a thread of its own: a walk through a large map takes its time.
+//! Removes expired connections at intervals, on a thread of its own, because a walk through a large map takes long.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -23,10 +23,10 @@ use super::{
     view::{EventNames, Shared},
 };
 
-/// Ends of flows told of after one sweep; more would push everything else out of the ring.
+/// Most end events of one sweep. More would push all other flows out of the ring.
 const MAX_END_EVENTS: usize = 1_000;
 
-/// How often; can be changed while the sweeper runs.
+/// Interval between two sweeps. It can be changed while the sweeper runs.
 #[derive(Clone, Debug)]
 pub(super) struct Interval(Arc<AtomicU64>);
 
@@ -47,7 +47,7 @@ impl Interval {
     }
 }
 
-/// The addresses that live connections of endpoints go to.
+/// Returns the remote addresses of live egress connections, by endpoint.
 fn in_use(datapath: &Datapath, now: u64) -> Result<HashMap<u16, HashSet<IpAddr>>, MapError> {
     let mut in_use: HashMap<u16, HashSet<IpAddr>> = HashMap::new();
     for (key, entry) in datapath.conntrack().entries()? {
@@ -58,7 +58,7 @@ fn in_use(datapath: &Datapath, now: u64) -> Result<HashMap<u16, HashSet<IpAddr>>
     Ok(in_use)
 }
 
-/// Sweeps for ever.
+/// Starts the thread.
 pub(super) fn run(
     datapath: Arc<Datapath>,
     interval: Interval,
@@ -79,12 +79,14 @@ pub(super) fn run(
                         ring.push(Flow::from_event(&event, &names, offset));
                     }
                 }
-                Err(problem) => error!("sweeping dead connections: {problem}"),
+                Err(error) => error!(%error, "expired connections cannot be swept"),
             }
             match in_use(&datapath, now) {
                 Ok(in_use) => learned.sweep(&in_use),
-                // Nothing is forgotten that may be in use.
-                Err(problem) => error!("learned names are not swept: {problem}"),
+                // Without the addresses in use, no learned name may be removed.
+                Err(error) => {
+                    error!(%error, "learned names are not swept, because the connections cannot be read")
+                }
             }
         }
     })?;

@@ -1,4 +1,4 @@
-//! What is in force, for those who read: names for the numbers in events, maps explained for listings.
+//! The published state: names for the numbers in events, and texts for the content of maps.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -17,33 +17,33 @@ use palisade_model::{
 
 use super::fqdn::FqdnManager;
 
-/// The state that is in force.
+/// The state in force.
 #[derive(Debug, Default)]
 pub(super) struct View {
     /// Name of the node.
     pub node: Arc<str>,
-    /// What the maps hold.
+    /// Content of the maps.
     pub snapshot: Snapshot,
     /// Names of interfaces by index.
     pub interfaces: BTreeMap<u32, Arc<str>>,
-    /// What endpoints have learned.
+    /// Learned names of endpoints.
     pub learned: Option<Arc<FqdnManager>>,
     owners: HashMap<u16, Owner>,
     addresses: HashMap<IpAddr, Owner>,
 }
 
 impl View {
-    /// The view of a state.
+    /// Returns the view of a state.
     pub(super) fn new(
         node: &str,
         snapshot: Snapshot,
-        world: &Inventory,
+        inventory: &Inventory,
         links: &BTreeMap<String, u32>,
         learned: Option<Arc<FqdnManager>>,
     ) -> Self {
         let mut owners = HashMap::new();
         let mut addresses = HashMap::new();
-        for peer in &world.peers {
+        for peer in &inventory.peers {
             let owner = Owner {
                 name: peer.name.as_str().into(),
                 namespace: peer
@@ -66,7 +66,7 @@ impl View {
                 }
             }
         }
-        for endpoint in &world.endpoints {
+        for endpoint in &inventory.endpoints {
             let owner = Owner {
                 endpoint: endpoint.id,
                 identity: snapshot
@@ -94,7 +94,7 @@ impl View {
         }
     }
 
-    /// Labels of an identity, `source:key=value`.
+    /// Returns the labels of an identity as `source:key=value`.
     pub(super) fn labels(&self, identity: Identity) -> Vec<String> {
         let labels = self.snapshot.identities.get(&identity);
         labels.map_or_else(Vec::new, |labels| {
@@ -102,7 +102,7 @@ impl View {
         })
     }
 
-    /// What decided, in words.
+    /// Returns the text of a rule.
     pub(super) fn rule(&self, id: u32) -> String {
         self.snapshot
             .rules
@@ -111,31 +111,31 @@ impl View {
     }
 }
 
-/// The view that counts now. Readers take what is there and are not held up.
+/// The current view. Readers take a reference and never wait for a compilation.
 #[derive(Debug, Default)]
 pub(super) struct Shared(RwLock<Arc<View>>);
 
 impl Shared {
-    /// What is in force.
+    /// Returns the current view.
     pub(super) fn get(&self) -> Arc<View> {
         Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Replaces it.
+    /// Replaces the current view.
     pub(super) fn set(&self, view: View) {
         let view = Arc::new(view);
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = view;
     }
 }
 
-/// Names for the numbers in events, remembered while the view is the same.
+/// Names for the numbers in events, cached for one view.
 pub(super) struct EventNames {
     view: Arc<View>,
     labels: Mutex<HashMap<Identity, Arc<[Arc<str>]>>>,
     rules: Mutex<HashMap<u32, FlowRule>>,
 }
 
-/// Nothing that is done under these locks can panic half way.
+/// Locks. A poisoned lock is used, because no panic can leave these maps inconsistent.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -149,7 +149,7 @@ impl EventNames {
         }
     }
 
-    /// Whether this is the view that it has the names of.
+    /// Returns whether these are the names of this view.
     pub(super) fn is_of(&self, view: &Arc<View>) -> bool {
         Arc::ptr_eq(&self.view, view)
     }
@@ -199,7 +199,7 @@ impl FlowResolver for EventNames {
     }
 }
 
-/// The name of a policy's kind, as it is written in files.
+/// Returns the `kind` of a policy in its file.
 pub(super) const fn kind_name(kind: PolicyKind) -> &'static str {
     match kind {
         PolicyKind::Cnp => "CiliumNetworkPolicy",
@@ -247,7 +247,7 @@ fn flow_rule(rule: &RuleInfo) -> FlowRule {
     }
 }
 
-/// What each class of a class table means, in the form `80/TCP`, `8000-8999/UDP`, `ANY/SCTP`, `ICMP 8`.
+/// Returns the ports of each class of a class table, in the form `80/TCP`, `8000-8999/UDP`, `ANY/SCTP`, `ICMP 8`.
 pub(super) fn class_names(classes: &[Class]) -> HashMap<Class, Vec<String>> {
     let mut names: HashMap<Class, Vec<String>> = HashMap::new();
     names.insert(CLASS_ANY, vec!["ANY".to_owned()]);
@@ -308,7 +308,7 @@ pub(super) fn class_names(classes: &[Class]) -> HashMap<Class, Vec<String>> {
     names
 }
 
-/// Stretches of the same class: class, first, last.
+/// Returns the ranges of equal class: class, first, last.
 fn runs(class: impl Fn(u16) -> Class, last: u16) -> Vec<(Class, u16, u16)> {
     let mut runs: Vec<(Class, u16, u16)> = Vec::new();
     for at in 0..=last {
@@ -321,7 +321,7 @@ fn runs(class: impl Fn(u16) -> Class, last: u16) -> Vec<(Class, u16, u16)> {
     runs
 }
 
-/// A prefix of the trie as people write it.
+/// Returns a prefix of the trie in the notation of its family.
 pub(super) fn prefix_text(key: palisade_abi::PrefixKey) -> String {
     let address = IpAddr::from(key.addr);
     let length = match address {
@@ -367,7 +367,7 @@ mod tests {
         };
         assert_eq!(prefix_text(key("10.0.0.0", 104)), "10.0.0.0/8");
         assert_eq!(prefix_text(key("2001:db8::", 32)), "2001:db8::/32");
-        // The IPv6 prefix that all of mapped IPv4 is in.
+        // The IPv6 prefix that covers all IPv4-mapped addresses.
         assert_eq!(prefix_text(key("::", 0)), "::/0");
     }
 }

@@ -1,4 +1,4 @@
-//! Whether the daemon's threads still do their work, for `status` and for the service manager's watchdog.
+//! Detects threads that hang, for `status` and for the service manager's watchdog.
 
 use std::{
     fmt::Write as _,
@@ -14,35 +14,35 @@ use palisade_datapath::monotonic_coarse;
 use sd_notify::NotifyState;
 use tracing::{error, info, warn};
 
-/// A worker whose last sign of life is older than this hangs. It says that it lives twenty times a second, and the programs take
-/// it for dead after one second; the rest is for a machine that is overloaded.
+/// Age of the last heartbeat at which a worker is reported as hanging. Workers write one every 50 ms, and the programs
+/// stop punting after one second; the rest is tolerance for an overloaded machine.
 const WORKER_HANG_TIMEOUT: Duration = Duration::from_secs(10);
-/// Calls of the watchdog in each of its intervals: one late call does no harm.
+/// Notifications in each watchdog interval. With four, a late one does no harm.
 const NOTIFICATIONS_PER_INTERVAL: u32 = 4;
 
-/// What the control thread is at.
+/// What the control thread does, and since when; `None` while it waits for a message.
 #[derive(Debug, Default)]
 pub(super) struct ControlActivity(Mutex<Option<(Instant, &'static str)>>);
 
 impl ControlActivity {
-    /// It begins something.
+    /// Notes the beginning of a task.
     pub(super) fn begin(&self, what: &'static str) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), what));
     }
 
-    /// It waits for something to do.
+    /// Notes that the thread waits for a message.
     pub(super) fn rest(&self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// What it is at, and for how long.
+    /// Returns the current task and its duration.
     pub(super) fn busy(&self) -> Option<(Duration, &'static str)> {
         let busy = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
         busy.map(|(since, what)| (since.elapsed(), what))
     }
 }
 
-/// When each worker has said last that it lives: coarse monotonic clock, ns; 0: it does not.
+/// Time of the last heartbeat of each worker: coarse monotonic clock, ns; 0 while the worker does not run.
 #[derive(Debug)]
 pub(super) struct WorkerHeartbeats(Box<[AtomicU64]>);
 
@@ -52,15 +52,15 @@ impl WorkerHeartbeats {
         Self((0..workers).map(|_| AtomicU64::new(0)).collect())
     }
 
-    /// A worker lives, or does not (0).
+    /// Sets the last heartbeat of a worker; 0 when the worker has ended.
     pub(super) fn heartbeat(&self, number: usize, now: u64) {
         if let Some(last) = self.0.get(number) {
             last.store(now, Ordering::Relaxed);
         }
     }
 
-    /// Workers that live and have been silent for too long. One that has ended for a reason that is known is none of
-    /// them: it starts again by itself.
+    /// Returns the workers that run and have not written a heartbeat for [`WORKER_HANG_TIMEOUT`], with its age. A
+    /// worker that has ended is not among them, because it starts again by itself.
     pub(super) fn silent(&self, now: u64) -> Vec<(usize, Duration)> {
         let silent = self.0.iter().enumerate().filter_map(|(number, last)| {
             let last = last.load(Ordering::Relaxed);
@@ -71,7 +71,8 @@ impl WorkerHeartbeats {
     }
 }
 
-/// What hangs, in words; `None`: nothing does.
+/// Returns a text that names the hanging threads; `None` if there are none. `patience`: longest task of the control
+/// thread that is no hang.
 pub(super) fn hanging(
     activity: &ControlActivity,
     heartbeats: Option<&WorkerHeartbeats>,
@@ -94,8 +95,8 @@ pub(super) fn hanging(
     (!text.is_empty()).then_some(text)
 }
 
-/// Tells the service manager that the daemon lives, as often as it wants to be told (`WatchdogSec=`), for as long as
-/// nothing hangs. It ends and restarts a daemon that does not say so.
+/// Starts the thread that notifies the service manager's watchdog (`WatchdogSec=`) while no thread hangs. The service
+/// manager restarts a daemon that stops notifying.
 pub(super) fn feed_watchdog(
     activity: Arc<ControlActivity>,
     heartbeats: Option<Arc<WorkerHeartbeats>>,
@@ -110,15 +111,16 @@ pub(super) fn feed_watchdog(
             match &hangs {
                 None => {
                     if told.is_some() {
-                        info!("nothing hangs any more");
+                        info!("no thread hangs any more");
                     }
                     if let Err(problem) = sd_notify::notify(&[NotifyState::Watchdog]) {
-                        warn!("telling the service manager: {problem}");
+                        warn!(error = %problem, "the service manager cannot be notified");
                     }
                 }
                 Some(hangs) if told.is_none() => {
                     error!(
-                        "{hangs}: the service manager is not told that the daemon lives, and will restart it"
+                        threads = hangs,
+                        "a thread hangs; the watchdog is not notified, so the service manager will restart the daemon"
                     );
                 }
                 Some(_) => {}

@@ -1,4 +1,4 @@
-//! The folder of policies: which files changed, a batch at a time (inotify).
+//! Watches the policy folder (inotify) and reports changed files in batches.
 
 use std::{
     collections::BTreeSet,
@@ -16,12 +16,12 @@ use nix::{
 };
 use tracing::warn;
 
-/// Of two changes, the later one prolongs the wait only so many times.
+/// Most debounce periods from the first change of a batch to its report.
 const MAX_DEBOUNCE_PERIODS: u32 = 10;
-/// How often a folder that vanished is looked for.
+/// Interval at which a missing folder is looked up.
 const DIR_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Whether a file of this name is a policy file. Editors' temporary and backup files are not.
+/// Returns whether a file of this name is a policy file. Temporary and backup files of editors are not.
 pub(super) fn is_policy_file(name: &str) -> bool {
     let hidden = name.starts_with(['.', '#']);
     let extension = Path::new(name)
@@ -43,17 +43,17 @@ pub(crate) fn policy_file_names(dir: &Path) -> io::Result<BTreeSet<String>> {
     Ok(names)
 }
 
-/// What changed.
+/// Changes of the folder.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Changes {
-    /// Files by name.
+    /// Names of changed files.
     pub files: BTreeSet<String>,
-    /// Anything may have changed.
+    /// Whether any file may have changed.
     pub rescan: bool,
 }
 
 impl Changes {
-    /// Everything has to be read again.
+    /// Returns the change that has all files read again.
     pub(super) fn all() -> Self {
         Self {
             files: BTreeSet::new(),
@@ -66,7 +66,7 @@ impl Changes {
     }
 }
 
-/// Changes that wait for the folder to be quiet.
+/// Changes that are held until the folder is quiet.
 #[derive(Debug)]
 struct Batch {
     changes: Changes,
@@ -100,14 +100,14 @@ impl Batch {
         self.last = Some(now);
     }
 
-    /// How long to wait for more; `None`: for ever, there is nothing to tell.
+    /// Returns how long to wait for more changes; `None` if the batch is empty.
     fn wait(&self, now: Instant) -> Option<Duration> {
         let quiet = self.last? + self.debounce;
         let patience = self.first? + self.debounce * MAX_DEBOUNCE_PERIODS;
         Some(quiet.min(patience).saturating_duration_since(now))
     }
 
-    /// What there is to tell now.
+    /// Returns the changes if they are due.
     fn take(&mut self, now: Instant) -> Option<Changes> {
         let due = !self.changes.is_empty() && self.wait(now).is_some_and(|left| left.is_zero());
         due.then(|| {
@@ -118,7 +118,8 @@ impl Batch {
 }
 
 fn events_of_folder() -> AddWatchFlags {
-    // A file counts once its writer closed it or it was moved here whole. A link is whole when it is made.
+    // A file is complete when its writer closes it or when it is moved into the folder. A link is complete when it is
+    // made.
     AddWatchFlags::IN_CLOSE_WRITE
         | AddWatchFlags::IN_MOVED_TO
         | AddWatchFlags::IN_MOVED_FROM
@@ -131,20 +132,20 @@ fn events_of_folder() -> AddWatchFlags {
 
 fn note(batch: &mut Batch, dir: &Path, event: &InotifyEvent, now: Instant) {
     let Some(name) = &event.name else {
-        // The folder itself, or more than the kernel could keep (IN_Q_OVERFLOW).
+        // The folder itself has changed, or the kernel's queue has overflowed (IN_Q_OVERFLOW).
         batch.rescan(now);
         return;
     };
     let name = name.to_string_lossy();
     if !is_policy_file(&name) {
-        // A mounted volume changes by exchanging the link `..data`, through which all files go.
+        // A mounted ConfigMap is updated by replacing the link `..data`, through which all files are reached.
         if name.starts_with("..") {
             batch.rescan(now);
         }
         return;
     }
     if event.mask.contains(AddWatchFlags::IN_CREATE) {
-        // A new file is empty yet and will be told of when it is closed; a new link is complete.
+        // A new regular file is empty; its close event follows. A new link is complete.
         let link = fs::symlink_metadata(dir.join(&*name))
             .is_ok_and(|metadata| metadata.file_type().is_symlink() || metadata.nlink() > 1);
         if !link {
@@ -154,8 +155,8 @@ fn note(batch: &mut Batch, dir: &Path, event: &InotifyEvent, now: Instant) {
     batch.file(&name, now);
 }
 
-/// Tells `changed` of every change of the folder from now on, on a thread of its own, until it answers false.
-/// If the folder is not there, it is waited for.
+/// Starts a thread that passes the changes of the folder to `changed` until `changed` returns false. A missing folder
+/// is awaited.
 pub(super) fn watch(
     dir: PathBuf,
     debounce: Duration,
@@ -175,7 +176,7 @@ pub(super) fn watch(
             }
             let look_again = watched.is_none().then_some(DIR_POLL_INTERVAL);
             let wait = [batch.wait(now), look_again].into_iter().flatten().min();
-            // Rounded up: woken a moment too early, it would spin for the rest of the millisecond.
+            // Rounded up, because poll(2) with a timeout that is too short would spin for the rest of the millisecond.
             let timeout = wait.map_or(PollTimeout::NONE, |wait| {
                 PollTimeout::try_from(wait.as_micros().div_ceil(1_000)).unwrap_or(PollTimeout::MAX)
             });
@@ -183,17 +184,17 @@ pub(super) fn watch(
             if let Err(error) = poll(&mut fds, timeout)
                 && error != Errno::EINTR
             {
-                warn!("watching {}: {error}", dir.display());
+                warn!(dir = %dir.display(), %error, "changes of the policy folder cannot be received");
                 thread::sleep(DIR_POLL_INTERVAL);
             }
             let now = Instant::now();
-            // EAGAIN: no events yet.
+            // EAGAIN means that there are no events.
             for event in inotify.read_events().unwrap_or_default() {
                 note(&mut batch, &dir, &event, now);
                 let gone = AddWatchFlags::IN_IGNORED | AddWatchFlags::IN_MOVE_SELF;
                 if event.mask.intersects(gone) && watched == Some(event.wd) {
                     if event.mask.contains(AddWatchFlags::IN_MOVE_SELF) {
-                        // It is the folder of this name that counts, not the one that had it.
+                        // The folder at this path counts, not the one that was moved away.
                         let _ = inotify.rm_watch(event.wd);
                     }
                     watched = None;
@@ -253,7 +254,7 @@ mod tests {
             ["a.yaml", "b.yaml"]
         );
         assert_eq!(batch.wait(start), None);
-        // Somebody writes without a pause: told all the same after ten times the quiet.
+        // Continuous writes are reported after ten debounce periods.
         for n in 0..100 {
             batch.file("a.yaml", start + ms(n));
             let told = batch.take(start + ms(n)).is_some();
@@ -292,7 +293,7 @@ mod tests {
         let told = watched(dir.path());
         fs::write(dir.path().join("a.yaml"), "a").unwrap();
         assert_eq!(next(&told), files(&["a.yaml"]));
-        // As editors and deployments replace a file.
+        // Editors and deployment tools replace a file in this way.
         fs::write(dir.path().join(".a.yaml.tmp"), "b").unwrap();
         fs::rename(dir.path().join(".a.yaml.tmp"), dir.path().join("a.yaml")).unwrap();
         assert_eq!(next(&told), files(&["a.yaml"]));

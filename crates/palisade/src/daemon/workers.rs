@@ -1,4 +1,4 @@
-//! The punt link and the workers at its end.
+//! Starts the workers and the punt link, and keeps the punt link in order.
 
 use std::{
     collections::BTreeMap,
@@ -29,18 +29,18 @@ use crate::{
 
 use super::{network::Network, watchdog::WorkerHeartbeats};
 
-/// A worker that has not said for so long that it lives is taken for dead. It says so twenty times in that time.
+/// Age of a worker's heartbeat at which the programs stop punting to it. A worker writes 20 heartbeats in this time.
 const WORKER_TIMEOUT: Duration = Duration::from_secs(1);
-/// The sockets of all workers are there by then, or the daemon goes on without.
+/// Longest wait for the sockets of all workers at the start. The daemon runs without them.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
-/// More workers than that are only for those who ask for them.
+/// Most workers if `[worker] threads` is 0.
 const MAX_DEFAULT_WORKERS: usize = 8;
-/// What they read: a bit for each [`Inspector`].
+/// Inspectors of a worker, one bit for each [`Inspector`].
 pub(super) const INSPECTORS: u32 =
     1 << Inspector::Http as u32 | 1 << Inspector::Dns as u32 | 1 << Inspector::Tls as u32;
-/// Answers of one worker that may wait to be learned.
+/// Most DNS answers of one worker that wait for their commit.
 const MAX_QUEUED_COMMITS: usize = 1_024;
-/// Records that may wait to be read.
+/// Most records that wait to be read.
 const MAX_QUEUED_RECORDS: usize = 2_048;
 
 /// The workers, or why there are none.
@@ -50,35 +50,36 @@ pub(super) struct Workers {
     cookie: u64,
     mark: u32,
     running: Result<Running, String>,
-    /// Why the punt link cannot be put in order.
+    /// Why the punt link cannot be repaired.
     punt_link_problem: Option<String>,
 }
 
 #[derive(Debug)]
 struct Running {
     pool: Pool<Rules>,
-    /// The last one that there was; none before the first.
+    /// Last punt link that existed; `None` before the first.
     punt_link: Option<PuntLink>,
-    /// Whether sockets may be bound to the interface of the punt link's name: it may be an interface of another kind.
+    /// Whether workers may bind sockets to the interface with the punt link's name. It may be an interface of another
+    /// kind.
     usable: Arc<AtomicBool>,
     heartbeats: Arc<WorkerHeartbeats>,
     rules: Arc<Rules>,
     xdp: Vec<u32>,
 }
 
-/// What comes out of the workers beside packets.
+/// The queues that workers write to.
 #[derive(Debug)]
 pub(super) struct Output {
-    /// Answers to be learned.
+    /// DNS answers to be committed.
     pub lessons: CommitReceiver,
-    /// What was seen.
+    /// Records of inspected traffic.
     pub records: Receiver<TimedRecord>,
 }
 
 impl Workers {
-    /// Makes the punt link and starts the workers. Without them, nothing that must be read passes; all else does, so
-    /// the daemon goes on. `known`: addresses must be known by the server names that are asked for. `failed` is called
-    /// at each end of a worker.
+    /// Makes the punt link and starts the workers. If that fails, the daemon runs without workers: only traffic that
+    /// needs inspection is affected. `known`: index against which server names are checked. `failed` is called whenever
+    /// a worker ends.
     pub(super) fn start(
         config: &Config,
         datapath: &Datapath,
@@ -93,7 +94,8 @@ impl Workers {
             Err(problem) => {
                 let problem = format!("{problem:#}");
                 error!(
-                    "no workers: {problem}; what policies want read is {}",
+                    error = problem,
+                    "there are no workers; traffic that needs inspection is {}",
                     becomes(wanted.on_failure)
                 );
                 (Err(problem), None, None)
@@ -109,15 +111,16 @@ impl Workers {
         Ok((workers, output))
     }
 
-    /// Puts the punt link in order if it is what workers do not run for: it may have been deleted or set down, or could
-    /// not be made at the start. Workers try again by themselves. Answers whether the programs have to be told of another one.
+    /// Makes or repairs the punt link if workers do not run or its end at the node is down: it may have been deleted or
+    /// set down, or could not be made at the start. The workers retry by themselves. Returns whether the punt link is a
+    /// new one, so that the datapath configuration must be written.
     pub(super) fn repair(&mut self, datapath: &Datapath, network: &Network) -> bool {
         let Ok(running) = &mut self.running else {
             return false;
         };
         let counters = running.pool.counters();
         let all_run = counters.iter().all(|counters| counters.state() == State::Running);
-        // The workers do not see that the node's end is down.
+        // Workers cannot see that the end at the node is down.
         let is_down = |punt_link: PuntLink| network.down.contains(&punt_link.ifindex());
         if all_run && !running.punt_link.is_some_and(is_down) {
             return false;
@@ -127,7 +130,11 @@ impl Workers {
         if let Some(problem) = &problem
             && self.punt_link_problem.as_ref() != Some(problem)
         {
-            error!("the punt link of the workers: {problem}");
+            error!(
+                interface = self.wanted.interface,
+                error = problem,
+                "the punt link cannot be repaired"
+            );
         }
         self.punt_link_problem = problem;
         running.usable.store(found.is_ok(), Ordering::Release);
@@ -135,8 +142,11 @@ impl Workers {
         let name = &self.wanted.interface;
         match running.punt_link.replace(punt_link) {
             Some(former) if former.ifindex() == punt_link.ifindex() => return false,
-            Some(_) => info!("the punt link {name}0 was gone and is made again"),
-            None => info!("the punt link {name}0 is made"),
+            Some(_) => info!(
+                interface = format!("{name}0"),
+                "the punt link was gone and is made again"
+            ),
+            None => info!(interface = format!("{name}0"), "the punt link is made"),
         }
         true
     }
@@ -156,23 +166,24 @@ impl Workers {
         }
     }
 
-    /// What becomes of packets that no worker can read, from now on (once the programs are told).
+    /// Sets what happens to traffic that needs inspection while no worker runs. It takes effect with the next write of
+    /// the datapath configuration.
     pub(super) fn set_on_failure(&mut self, on_failure: OnFailure) {
         self.wanted.on_failure = on_failure;
     }
 
-    /// Gives the workers the application rules of a state that is going to be in force.
+    /// Gives the workers the rule sets of a state that is about to be in force.
     pub(super) fn set_rules(&mut self, sets: &BTreeMap<u32, Arc<RuleSet>>) {
         let Ok(running) = &mut self.running else { return };
         let rules = Rules::prepare(sets, Some(&running.rules));
         for problem in rules.problems() {
-            error!("application rules {}: {}", problem.ruleset, problem.error);
+            error!(ruleset = problem.ruleset, error = %problem.error, "a rule set cannot be prepared for the inspectors");
         }
         running.rules = Arc::new(rules);
         running.pool.set_rules(&running.rules);
     }
 
-    /// Tells the workers where XDP stands: packets that are sent in there must not carry the mark.
+    /// Tells the workers at which interfaces XDP runs: packets that are reinjected there must not carry the mark.
     pub(super) fn set_attached<'a>(&mut self, attached: impl Iterator<Item = &'a Attached>) {
         let Ok(running) = &mut self.running else { return };
         let is_xdp = |kind| matches!(kind, Some(HookKind::XdpNative | HookKind::XdpGeneric));
@@ -187,7 +198,7 @@ impl Workers {
         }
     }
 
-    /// When each worker has said last that it lives.
+    /// Returns the last heartbeats of the workers; `None` without workers.
     pub(super) fn heartbeats(&self) -> Option<Arc<WorkerHeartbeats>> {
         self.running
             .as_ref()
@@ -195,7 +206,7 @@ impl Workers {
             .map(|running| Arc::clone(&running.heartbeats))
     }
 
-    /// Has everything dropped that is held of endpoints that are no more.
+    /// Drops all held packets of removed endpoints.
     pub(super) fn forget_endpoints(&self, endpoints: &[u16]) {
         if let Ok(running) = &self.running
             && !endpoints.is_empty()
@@ -204,7 +215,7 @@ impl Workers {
         }
     }
 
-    /// What is missing for everything that must be read to be read.
+    /// Returns what prevents inspection; `None` if all workers run.
     pub(super) fn missing(&self) -> Option<String> {
         match &self.running {
             Ok(running) => {
@@ -230,7 +241,7 @@ impl Workers {
         }
     }
 
-    /// For `status`.
+    /// Returns the part of `status` about the workers.
     pub(super) fn report(&self) -> api::Workers {
         let mut report = api::Workers {
             mode: match self.wanted.mode {
@@ -273,7 +284,7 @@ impl Workers {
     }
 }
 
-/// What the engine of each worker is told.
+/// Returns the limits and options of the inspectors.
 fn limits(config: &Config) -> Limits {
     let Config { dns, http, tls, .. } = config;
     let milliseconds = |duration: Duration| duration.as_millis().try_into().unwrap_or(Millis::MAX);
@@ -308,8 +319,9 @@ fn start(
     let problem = found.as_ref().err().map(ToString::to_string);
     if let Some(problem) = &problem {
         error!(
-            "the punt link of the workers: {problem}; it is tried again each second, and what policies want read is {} \
-             meanwhile",
+            interface = wanted.interface,
+            error = problem,
+            "the punt link cannot be made; until a retry succeeds, traffic that needs inspection is {}",
             becomes(wanted.on_failure)
         );
     }
@@ -348,14 +360,18 @@ fn start(
     })
     .context("starting threads")?;
     if punt_link.is_none() {
-        // Nothing to wait for.
+        // Workers cannot run before there is a punt link.
     } else if pool.wait_until_running(READY_TIMEOUT) {
-        info!("{workers} workers at {}1", wanted.interface);
+        info!(
+            workers,
+            interface = format!("{}1", wanted.interface),
+            "the workers run"
+        );
     } else {
         let mut failures = pool.counters().iter().filter_map(|counters| counters.failure());
         match failures.next_back() {
             Some(error) => error!(%error, "not all workers run"),
-            None => error!("not all workers run: not ready in time"),
+            None => error!(timeout = ?READY_TIMEOUT, "not all workers run in time"),
         }
     }
     let running = Running {
@@ -369,7 +385,7 @@ fn start(
     Ok((running, Output { lessons, records }, problem))
 }
 
-/// The secrets of this start: the cookie of packets on the punt link, and the mark of reinjected ones.
+/// Returns new random secrets: the cookie of packets on the punt link, and the mark of reinjected packets.
 fn secrets() -> io::Result<(u64, u32)> {
     let mut random = File::open("/dev/urandom")?;
     let (mut cookie, mut mark) = ([0; 8], [0; 4]);
@@ -378,7 +394,7 @@ fn secrets() -> io::Result<(u64, u32)> {
     Ok((u64::from_ne_bytes(cookie).max(1), u32::from_ne_bytes(mark).max(1)))
 }
 
-/// What the workers have counted, and what they keep.
+/// Adds up the metrics of all workers.
 fn add_up(report: &mut api::Workers, numbers: impl Iterator<Item = (Metric, u64)>) {
     for (number, value) in numbers {
         let keeps = &mut report.keeps;
@@ -446,7 +462,7 @@ fn worker(number: usize, counters: &Counters) -> api::Worker {
     }
 }
 
-/// Makes the socket of a worker, and puts it where the programs find it.
+/// Returns the function that makes the socket of a worker and enters it in the socket map.
 fn socket_maker(
     wanted: &Wanted,
     socket_map: &Arc<palisade_datapath::SocketMap>,

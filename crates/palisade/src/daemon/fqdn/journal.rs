@@ -50,7 +50,7 @@ pub(super) struct Found {
     /// Lines that could not be read.
     pub broken: usize,
     /// Names of endpoints that are not the same any more.
-    pub sni_mismatches: usize,
+    pub orphaned: usize,
 }
 
 /// The file, for those who have something to be written.
@@ -96,9 +96,9 @@ pub(super) fn read(dir: &Path, endpoints: &BTreeMap<u16, String>) -> io::Result<
     }
     if found.broken > 0 {
         warn!(
-            "learned names: {} lines of {} cannot be read; what the others say counts",
-            found.broken,
-            path_of(dir).display()
+            file = %path_of(dir).display(),
+            lines = found.broken,
+            "lines of the journal of learned names cannot be read and are skipped"
         );
     }
     Ok(found)
@@ -122,7 +122,7 @@ fn read_file(file: File, endpoints: &BTreeMap<u16, String>, found: &mut Found) -
                     // A clock that was set back: as if it were now.
                     found.names.push((name, now.saturating_sub(at)));
                 } else {
-                    found.sni_mismatches += 1;
+                    found.orphaned += 1;
                 }
             }
             Err(_) => found.broken += 1,
@@ -265,7 +265,7 @@ impl Writing {
         );
         let mut told = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         if told.is_none() {
-            error!("{text}");
+            error!(file = %path.display(), error = %problem, "the journal of learned names cannot be written");
         }
         *told = Some(text);
     }
@@ -273,7 +273,7 @@ impl Writing {
     fn works(&self) {
         let mut told = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         if told.take().is_some() {
-            info!("{}: can be written again", path_of(&self.dir).display());
+            info!(file = %path_of(&self.dir).display(), "the journal of learned names can be written again");
         }
     }
 
@@ -468,7 +468,7 @@ mod tests {
         journal.flush();
         let now = [(2, "default/b".to_owned()), (3, "default/b".to_owned())].into();
         let found = read(dir.path(), &now).unwrap();
-        assert_eq!((names(&found), found.sni_mismatches), (vec!["b.test"], 1));
-        assert_eq!(read(dir.path(), &BTreeMap::new()).unwrap().sni_mismatches, 2);
+        assert_eq!((names(&found), found.orphaned), (vec!["b.test"], 1));
+        assert_eq!(read(dir.path(), &BTreeMap::new()).unwrap().orphaned, 2);
     }
 }

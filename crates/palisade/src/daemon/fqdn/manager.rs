@@ -240,7 +240,7 @@ impl FqdnManager {
     /// Brings back what was learned before a restart, and keeps what is learned from now on.
     pub(crate) fn remember(&mut self, dir: &Path, endpoints: BTreeMap<EndpointId, String>) -> io::Result<()> {
         let found = journal::read(dir, &endpoints).unwrap_or_else(|problem| {
-            error!("{}: what was learned cannot be read: {problem}", dir.display());
+            error!(dir = %dir.display(), error = %problem, "the journal of learned names cannot be read");
             Default::default()
         });
         let now = self.now();
@@ -249,7 +249,7 @@ impl FqdnManager {
             for (name, ago) in &found.names {
                 // No endpoint has selectors yet: nothing changes in the map by that.
                 if let Err(problem) = state.learned_map.cache.restore(name, *ago, now).map(drop) {
-                    error!("learned name {}: {problem}", name.name);
+                    error!(name = name.name, error = %problem, "a learned name cannot be restored");
                 }
             }
             state.endpoints.clone_from(&endpoints);
@@ -260,11 +260,11 @@ impl FqdnManager {
             let addresses = name.addresses.iter().map(|address| address.ip);
             self.known_as(name.endpoint, &name.name, addresses, Source::Restored);
         }
-        if !found.names.is_empty() || found.sni_mismatches > 0 {
+        if !found.names.is_empty() || found.orphaned > 0 {
             info!(
-                "{} learned names are remembered, {} belonged to endpoints that are gone",
-                all.len(),
-                found.sni_mismatches
+                names = all.len(),
+                of_removed_endpoints = found.orphaned,
+                "learned names are restored from the journal"
             );
         }
         self.journal = Some(Journal::begin(dir, endpoints, all)?);
@@ -417,7 +417,7 @@ impl FqdnManager {
             .settle(pending, since.is_some(), &view, &self.writer)
         {
             Outcome::Committed(proof) => {
-                trace!(number = proof.number(), endpoint, "committed");
+                trace!(number = proof.number(), endpoint, "a DNS answer is committed");
                 self.answers.committed.fetch_add(1, Ordering::Relaxed);
                 if denied {
                     state.rejudge.insert(endpoint);

@@ -6,5 +6,5 @@ mod manager;
 mod prefetch;
 
 pub(super) use learned_map::{IdentityResolver, LearnedMap, Transition};
-pub(super) use manager::{ControlRequest, FqdnManager, Policy};
+pub(super) use manager::{Change, ControlRequest, FqdnManager, Policy};
 pub(super) use prefetch::{Prefetch, Targets, node_servers};

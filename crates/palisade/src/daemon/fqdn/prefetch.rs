@@ -181,7 +181,7 @@ fn resolver_of(servers: &[SocketAddr]) -> Option<TokioResolver> {
     match builder.build() {
         Ok(resolver) => Some(resolver),
         Err(problem) => {
-            warn!("[dns] prefetch: {problem}");
+            warn!(error = %problem, "the resolver of [dns] prefetch cannot be made");
             None
         }
     }
@@ -197,7 +197,7 @@ async fn ask(resolver: TokioResolver, name: String) -> Asked {
     for (lookup, kind) in [(v4, rtype::A), (v6, rtype::AAAA)] {
         match lookup {
             Ok(lookup) => answers.extend(answer_of(&name, kind, lookup.answers())),
-            Err(problem) => debug!("[dns] prefetch: {name}: {problem}"),
+            Err(error) => debug!(name, %error, "a name cannot be resolved ahead"),
         }
     }
     Asked { name, answers }

@@ -112,15 +112,15 @@ impl Control {
         }
     }
 
-    /// Every endpoint, the node first.
+    /// Returns every endpoint, the node first.
     fn endpoints(&self) -> Vec<Endpoint> {
         self.endpoints_with(&self.interfaces.report(&self.datapath))
     }
 
-    /// The same, given the state of the interfaces.
+    /// Returns every endpoint, given the state of the interfaces.
     pub(in crate::daemon) fn endpoints_with(&self, interfaces: &[InterfaceStatus]) -> Vec<Endpoint> {
-        let world = self.enforcer.compiler.inventory();
-        let endpoints = world.endpoints.iter();
+        let inventory = self.enforcer.compiler.inventory();
+        let endpoints = inventory.endpoints.iter();
         endpoints
             .map(|endpoint| self.endpoint(endpoint, interfaces))
             .collect()
@@ -142,7 +142,7 @@ impl Control {
             let audit = endpoint.audit || self.config.policy.audit;
             match entry {
                 Some(entry) if entry.flags & entry_flags::UNENFORCED != 0 => "Disabled",
-                // As people know it: nothing is enforced, but what would be is reported.
+                // Cilium's wording: nothing is enforced, but would-be drops are reported.
                 _ if audit => "Disabled (Audit)",
                 _ => "Enabled",
             }
@@ -193,7 +193,7 @@ impl Control {
                     .push(full_name(endpoint));
             }
         }
-        /// The rules of a policy, by its file, kind and name.
+        /// Rules of a policy, by file, kind and name of the policy.
         type RulesByPolicy<'a> = BTreeMap<(&'a str, &'a str, &'a str), Vec<(&'a RulePlace, RuleSummary)>>;
         let mut rules: RulesByPolicy<'_> = BTreeMap::new();
         for (id, rule) in &*compiler.snapshot().rules {
@@ -227,7 +227,7 @@ impl Control {
                 if name.is_some_and(|name| name != qualified && name != policy.name) {
                     continue;
                 }
-                // What is in force, which is not what the file says if that is broken now.
+                // The content in force, which differs from the file if that is broken now.
                 let text = name.and_then(|_| self.files.text_in_force(file));
                 let resource = text.as_ref().and_then(|text| resource_of(text, policy));
                 let own = rules.get(&(&*policy.location.file, kind_name(policy.kind), qualified.as_str()));
@@ -290,7 +290,10 @@ impl Control {
         rows
     }
 
-    /// Sets audit mode of an endpoint.
+    /// Switches audit mode of an endpoint.
+    ///
+    /// # Errors
+    /// The state cannot be written. The option is in force, but lost at the next start.
     fn set_audit(&mut self, name: String, audit: bool) -> Result<(), String> {
         let begun = Instant::now();
         let changed = if audit {
@@ -299,7 +302,7 @@ impl Control {
             self.state.state.audit.remove(&name)
         };
         if changed {
-            self.new_world(begun).map_err(|problem| chain(&problem))?;
+            self.update_inventory(begun).map_err(|problem| chain(&problem))?;
             info!(
                 event = "audit",
                 endpoints = name,
@@ -309,7 +312,7 @@ impl Control {
                 "PolicyAuditMode was switched"
             );
         }
-        // Also if it was so already: an earlier attempt may not have been kept.
+        // Saved even if nothing has changed, because an earlier write may have failed.
         self.save();
         self.state.keeper.flush().map_err(|problem| {
             format!(
@@ -319,7 +322,7 @@ impl Control {
         })
     }
 
-    /// Returns the options of an endpoint, by their name: whether it is in audit mode.
+    /// Returns the options of an endpoint by name.
     fn audit_options(&self, name: &str) -> BTreeMap<String, bool> {
         [(
             "PolicyAuditMode".to_owned(),
@@ -340,7 +343,7 @@ fn peers_of(spec: &palisade_model::rule::Spec) -> impl Iterator<Item = &Peer> {
         })
 }
 
-/// Returns the resource of a policy in the text of its file, also one among the items of a list.
+/// Returns the resource of a policy in the text of its file; it may be an item of a list.
 fn resource_of(text: &str, policy: &Policy) -> Option<Value> {
     fn find<'v>(value: &'v Value, policy: &Policy) -> Option<&'v Value> {
         if let Some(items) = value["items"].as_array() {
@@ -365,7 +368,7 @@ fn resource_of(text: &str, policy: &Policy) -> Option<Value> {
         .cloned()
 }
 
-/// Returns a rule of a resource. A direction that a NetworkPolicy denies without a rule has none.
+/// Returns a rule in a resource. A NetworkPolicy that denies a direction without rules has none there.
 fn rule_at<'v>(resource: &'v Value, place: &RulePlace) -> Option<&'v Value> {
     let one = Some(&resource["spec"]).filter(|spec| spec.is_object());
     let several = resource["specs"].as_array().into_iter().flatten();
@@ -373,7 +376,7 @@ fn rule_at<'v>(resource: &'v Value, place: &RulePlace) -> Option<&'v Value> {
     spec.get(place.section.name())?.get(place.index as usize)
 }
 
-/// The document of a YAML text that a line is in; of other texts all.
+/// Returns the YAML document that contains a line; a text of another format is returned whole.
 fn document_at(text: &str, line: u32) -> &str {
     let is_separator = |line: &str| {
         ["---", "..."].iter().any(|marker| {
@@ -395,7 +398,7 @@ fn document_at(text: &str, line: u32) -> &str {
     &text[start..]
 }
 
-/// `namespace/name`; the node has no namespace.
+/// Returns `namespace/name`; the node has no namespace.
 fn full_name(endpoint: &WorldEndpoint) -> String {
     if endpoint.namespace.is_empty() {
         endpoint.name.clone()
@@ -476,7 +479,7 @@ spec: {podSelector: {}, policyTypes: [Ingress]}
             rule(web, 1, Section::EgressDeny, 0),
             is(r#"{"toCIDR": ["192.0.2.0/24"]}"#)
         );
-        // What is denied without a rule.
+        // The direction is denied without a rule.
         assert_eq!(rule(plain, 0, Section::Ingress, 0), None);
         assert_eq!(resource_of(text, plain).unwrap()["kind"], "NetworkPolicy");
         assert_eq!(resource_of("a: [", web), None);
