@@ -141,9 +141,9 @@ impl Control {
                     self.publish();
                     self.changed();
                 }
-                Message::Fqdn(ControlRequest::Rejudge) => {
-                    self.names.rearm(ControlRequest::Rejudge);
-                    let endpoints = self.names.take_rejudged();
+                Message::Fqdn(ControlRequest::Reevaluate) => {
+                    self.names.rearm(ControlRequest::Reevaluate);
+                    let endpoints = self.names.take_reevaluated();
                     self.enforcer.compiler.judge_again(endpoints);
                     self.enforce(Instant::now());
                 }

@@ -177,12 +177,12 @@ impl Enforcer {
     /// the old rules or the new ones. Returns whether anything changed. After a failure the last state is put back, and
     /// the next attempt starts from there.
     ///
-    /// `tell` gets the rule sets before a map refers to them.
+    /// `set_rules` gets the rule sets before a map refers to them.
     pub(super) fn enforce(
         &mut self,
         datapath: &Datapath,
         names: &FqdnManager,
-        mut tell: impl FnMut(&RuleSets),
+        mut set_rules: impl FnMut(&RuleSets),
     ) -> bool {
         let policy = self.names_policy();
         let endpoints = endpoint_names(self.compiler.inventory());
@@ -221,7 +221,7 @@ impl Enforcer {
         let wanted = self.compiler.snapshot().clone();
         let resolver = self::resolver(&wanted);
         let transition = change.plan(&resolver);
-        tell(&wanted.rulesets);
+        set_rules(&wanted.rulesets);
         match self.apply(datapath, &wanted, &transition) {
             Ok(changed) => {
                 self.problem = None;
@@ -308,16 +308,16 @@ impl Enforcer {
     }
 
     /// Makes the identities that pending DNS answers need. The cost depends on their number, not on the size of the
-    /// policies. `tell`: see [`Self::enforce`].
+    /// policies. `set_rules`: see [`Self::enforce`].
     pub(super) fn extend(
         &mut self,
         datapath: &Datapath,
         names: &FqdnManager,
-        mut tell: impl FnMut(&RuleSets),
+        mut set_rules: impl FnMut(&RuleSets),
     ) {
         names.rearm(ControlRequest::Identities);
         if self.problem.is_some() || self.good.is_none() {
-            self.enforce(datapath, names, tell);
+            self.enforce(datapath, names, set_rules);
             return;
         }
         let mut state = names.lock();
@@ -348,7 +348,7 @@ impl Enforcer {
         let outcome = match self.compiler.learned(&self.wanted) {
             Ok(update) => {
                 if update.rulesets {
-                    tell(&self.compiler.snapshot().rulesets);
+                    set_rules(&self.compiler.snapshot().rulesets);
                 }
                 datapath
                     .apply(&update.ops)

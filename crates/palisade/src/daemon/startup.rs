@@ -236,7 +236,7 @@ fn fill(
         return Ok((control, None));
     };
     // Before the first program can punt a DNS answer.
-    control.names.serve(output.lessons)?;
+    control.names.serve(output.commits)?;
     Ok((control, Some(output.records)))
 }
 

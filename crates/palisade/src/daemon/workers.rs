@@ -71,7 +71,7 @@ struct Running {
 #[derive(Debug)]
 pub(super) struct Output {
     /// DNS answers to be committed.
-    pub lessons: CommitReceiver,
+    pub commits: CommitReceiver,
     /// Records of inspected traffic.
     pub records: Receiver<TimedRecord>,
 }
@@ -330,7 +330,7 @@ fn start(
     let socket_map = Arc::new(datapath.socket_map().context("the maps of the workers")?);
     let rules = Arc::<Rules>::default();
     let heartbeats = Arc::new(WorkerHeartbeats::new(workers));
-    let (pool, lessons, records) = Pool::start(Setup {
+    let (pool, commits, records) = Pool::start(Setup {
         workers,
         mode: wanted.mode,
         cookie,
@@ -382,7 +382,7 @@ fn start(
         rules,
         xdp: Vec::new(),
     };
-    Ok((running, Output { lessons, records }, problem))
+    Ok((running, Output { commits, records }, problem))
 }
 
 /// Returns new random secrets: the cookie of packets on the punt link, and the mark of reinjected packets.

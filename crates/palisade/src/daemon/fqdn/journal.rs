@@ -1,6 +1,6 @@
-//! What was learned, on the disk. One file: everything as it was when the file was begun, and behind it what was
-//! learned since, line by line. A thread of its own writes it; each line is given to the kernel at once, so that it
-//! outlives the daemon however that ends, and brought to the disk now and then.
+//! Journal of learned names in the state directory. The file has all names at its beginning, followed by one line for
+//! each later change. A thread writes each line to the kernel at once, so that lines survive a crash of the daemon, and
+//! flushes the file at intervals.
 
 use std::{
     collections::BTreeMap,
@@ -21,39 +21,40 @@ use palisade_fqdn::SavedName;
 use serde::{Deserialize, Serialize};
 use tracing::{error, info, warn};
 
-/// The file is brought to the disk so often.
+/// Interval at which the file is flushed to the disk.
 const SYNC_INTERVAL: Duration = Duration::from_secs(5);
-/// A journal is begun anew when so much was appended, or as much as there was at its beginning, if that is more.
+/// Fewest appended bytes after which the journal is compacted. A journal that began with more than this is compacted
+/// when it has doubled.
 const MIN_COMPACTION_BYTES: u64 = 4 << 20;
-/// Between two attempts to write what could not be written.
+/// Interval between two attempts after a failed write.
 const RETRY_INTERVAL: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
-/// A disk answers by then.
+/// Longest time to wait for the disk.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(10);
-/// Orders that may wait for the disk.
+/// Most orders that wait for the thread.
 const MAX_QUEUED_WRITES: usize = 1_024;
 
-/// A line.
+/// One line of the file.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Line {
-    /// Names of endpoints by number: a number may have become another's since.
+    /// Names of endpoints by number. A number can belong to another endpoint at the next start.
     Endpoints(BTreeMap<u16, String>),
-    /// A name, and when that was, ms since 1970.
+    /// Time of writing, ms since 1970, and a learned name.
     Name(u64, SavedName),
 }
 
-/// What was found on the disk.
+/// Content of the journal at the start.
 #[derive(Debug, Default)]
 pub(super) struct Found {
-    /// Names, with how many milliseconds ago they were written. In their order.
+    /// Learned names in the order of the file, each with its age, ms.
     pub names: Vec<(SavedName, u64)>,
-    /// Lines that could not be read.
+    /// Number of lines that could not be read.
     pub broken: usize,
-    /// Names of endpoints that are not the same any more.
+    /// Number of names whose endpoint number belongs to another endpoint now, or to none.
     pub orphaned: usize,
 }
 
-/// The file, for those who have something to be written.
+/// Handle of the thread that writes the journal.
 #[derive(Clone, Debug)]
 pub(super) struct Journal {
     orders: SyncSender<Order>,
@@ -66,7 +67,7 @@ pub(super) struct Journal {
 enum Order {
     Append(u64, Vec<SavedName>),
     Begin(u64, BTreeMap<u16, String>, Vec<SavedName>),
-    /// Tell when everything before this is on the disk.
+    /// Send once everything before this order is on the disk.
     Flush(Sender<()>),
 }
 
@@ -74,7 +75,7 @@ fn path_of(dir: &Path) -> PathBuf {
     dir.join("names.journal")
 }
 
-/// The file before the last one, there only if that was not brought to the disk to its end.
+/// Returns the path of the previous file. It exists only if the current one was not completely written.
 fn old_path_of(dir: &Path) -> PathBuf {
     dir.join("names.journal.old")
 }
@@ -84,7 +85,7 @@ fn now() -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Reads what there is. `endpoints`: their names now.
+/// Reads the journal. `endpoints`: current names of endpoints by number.
 pub(super) fn read(dir: &Path, endpoints: &BTreeMap<u16, String>) -> io::Result<Found> {
     let mut found = Found::default();
     for path in [old_path_of(dir), path_of(dir)] {
@@ -119,7 +120,7 @@ fn read_file(file: File, endpoints: &BTreeMap<u16, String>, found: &mut Found) -
             Ok(Line::Name(at, name)) => {
                 let before = known.get(&name.endpoint);
                 if before.is_some() && before == endpoints.get(&name.endpoint) {
-                    // A clock that was set back: as if it were now.
+                    // After the clock was set back, a line may come from the future; its age counts as zero.
                     found.names.push((name, now.saturating_sub(at)));
                 } else {
                     found.orphaned += 1;
@@ -131,7 +132,7 @@ fn read_file(file: File, endpoints: &BTreeMap<u16, String>, found: &mut Found) -
 }
 
 impl Journal {
-    /// Begins with what there is now.
+    /// Starts the thread and a new file with these names.
     pub(super) fn begin(
         dir: &Path,
         endpoints: BTreeMap<u16, String>,
@@ -162,44 +163,44 @@ impl Journal {
         Ok(journal)
     }
 
-    /// Has names written behind the others.
+    /// Appends names.
     pub(super) fn append(&self, names: Vec<SavedName>) {
         if !names.is_empty() {
             self.order(Order::Append(now(), names));
         }
     }
 
-    /// Whether so much was appended that it should begin anew.
+    /// Returns whether the journal has grown so much that it should be compacted.
     pub(super) fn is_long(&self) -> bool {
         let begun = self.begun.load(Ordering::Relaxed);
         self.appended.load(Ordering::Relaxed) > MIN_COMPACTION_BYTES.max(begun)
     }
 
-    /// Begins anew, with what there is now.
-    pub(super) fn begin_anew(&self, endpoints: BTreeMap<u16, String>, all: Vec<SavedName>) {
+    /// Compacts the journal: replaces it by a new file with these names.
+    pub(super) fn compact(&self, endpoints: BTreeMap<u16, String>, all: Vec<SavedName>) {
         self.appended.store(0, Ordering::Relaxed);
         self.order(Order::Begin(now(), endpoints, all));
     }
 
-    /// Nobody waits for the disk. What has no room in the queue is left out, and everything is written anew once
-    /// there is room.
+    /// Sends an order without waiting for the disk. If the queue is full, the order is dropped, and the journal is
+    /// compacted as soon as possible, which also writes what was dropped.
     fn order(&self, order: Order) {
-        // The writer lives as long as somebody has this.
+        // The thread lives as long as this handle, so an error means a full queue.
         if self.orders.try_send(order).is_err() {
             self.appended.store(u64::MAX / 2, Ordering::Relaxed);
         }
     }
 
-    /// Waits until everything is on the disk, or the disk is in no state to be waited for.
+    /// Waits until everything is on the disk, at most [`FLUSH_DEADLINE`].
     pub(super) fn flush(&self) {
         let (done, wait) = mpsc::channel();
         if self.orders.try_send(Order::Flush(done)).is_ok() {
-            // An end without an answer: nothing is left to wait for.
+            // A disconnected channel means that the thread has ended, so there is nothing to wait for.
             let _ = wait.recv_timeout(FLUSH_DEADLINE);
         }
     }
 
-    /// Why what is learned now is not written, if it is not.
+    /// Returns the error of the last write if it failed.
     pub(super) fn problem(&self) -> Option<String> {
         self.problem
             .lock()
@@ -214,9 +215,9 @@ struct Writing {
     file: Option<BufWriter<File>>,
     appended: Arc<AtomicU64>,
     begun: Arc<AtomicU64>,
-    /// Since when something is not on the disk.
+    /// Time of the first write that is not flushed.
     unsynced: Option<Instant>,
-    /// When writing failed last.
+    /// Time of the last failed write.
     failed: Option<Instant>,
 }
 
@@ -224,7 +225,7 @@ impl Writing {
     fn serve(mut self, orders: &Receiver<Order>) {
         loop {
             if self.failed.is_some_and(|when| when.elapsed() >= RETRY_INTERVAL) {
-                // The next answer has everything written anew, what was lost meanwhile too.
+                // Makes the next order compact the journal, which also writes what was lost.
                 self.failed = None;
                 self.appended.store(u64::MAX / 2, Ordering::Relaxed);
             }
@@ -241,7 +242,7 @@ impl Writing {
                 Ok(Order::Begin(at, endpoints, all)) => self.begin(at, &endpoints, &all),
                 Ok(Order::Flush(done)) => {
                     let outcome = self.sync();
-                    // Whoever waited may have gone.
+                    // A receiver that timed out is gone.
                     let _ = done.send(());
                     outcome
                 }
@@ -313,7 +314,7 @@ impl Writing {
         length += bytes.len();
         file.write_all(&bytes)?;
         file.flush()?;
-        // What was written before stays readable until this is on the disk.
+        // The previous file stays readable until the new one is on the disk.
         if path.exists() {
             fs::rename(&path, &old)?;
         }
@@ -374,7 +375,7 @@ mod tests {
         let journal = Journal::begin(dir.path(), endpoints(), vec![name(2, "old.test")]).unwrap();
         journal.append(vec![name(2, "a.test"), name(3, "b.test")]);
         journal.append(vec![name(2, "c.test")]);
-        // Nothing was flushed: the writer alone has to bring it there.
+        // Without a flush, so only the thread itself writes the lines.
         let begun = Instant::now();
         while read(dir.path(), &endpoints()).unwrap().names.len() < 4
             && begun.elapsed() < Duration::from_secs(60)
@@ -384,7 +385,7 @@ mod tests {
         let found = read(dir.path(), &endpoints()).unwrap();
         assert_eq!(names(&found), ["old.test", "a.test", "b.test", "c.test"]);
         assert!(found.names.iter().all(|(_, ago)| *ago < 60_000));
-        journal.begin_anew(endpoints(), vec![name(2, "new.test")]);
+        journal.compact(endpoints(), vec![name(2, "new.test")]);
         journal.append(vec![name(2, "after.test")]);
         journal.flush();
         let found = read(dir.path(), &endpoints()).unwrap();
@@ -395,7 +396,7 @@ mod tests {
     #[test]
     fn a_journal_that_cannot_be_begun_is_begun_when_it_can_be() {
         let dir = tempfile::tempdir().unwrap();
-        // A directory stands where the file is to be made, which root cannot replace by a file either.
+        // A directory in place of the file makes the write fail for root too.
         let blocked = dir.path().join(".names.journal.tmp");
         fs::create_dir(&blocked).unwrap();
         let journal = Journal::begin(dir.path(), endpoints(), Vec::new()).unwrap();
@@ -411,10 +412,10 @@ mod tests {
             if until.saturating_duration_since(Instant::now()) < RETRY_INTERVAL * 27 {
                 let _ = fs::remove_dir(&blocked);
             }
-            // As answers are taken.
+            // Answers continue to arrive meanwhile.
             all.push(name(2, &format!("{}.test", all.len())));
             if journal.is_long() {
-                journal.begin_anew(endpoints(), all.clone());
+                journal.compact(endpoints(), all.clone());
             } else {
                 journal.append(all[all.len() - 1..].to_vec());
             }
@@ -447,7 +448,7 @@ mod tests {
         fs::write(&path, &bytes).unwrap();
         let found = read(dir.path(), &endpoints()).unwrap();
         assert_eq!((names(&found), found.broken), (vec!["b.test"], 1));
-        // A file that was not brought to its end: the one before it counts too.
+        // If the current file is incomplete, the previous one counts too.
         fs::write(old_path_of(dir.path()), &whole).unwrap();
         fs::write(&path, b"").unwrap();
         assert_eq!(

@@ -1,8 +1,8 @@
-//! What the endpoints have learned, and what of it the map of learned addresses holds.
+//! The addresses that endpoints have learned, and what of them the map of learned addresses holds.
 //!
-//! The cache says which selectors an address of an endpoint belongs to; the policy in force says which identity
-//! such an address has; the map holds that identity. Every change goes the same way: it is noted here, the entry it
-//! touches is out of step until it was written, and nothing that touches an unwritten entry is committed.
+//! The cache knows which selectors an address of an endpoint belongs to, the policy in force knows the identity of such
+//! an address, and the map holds that identity. A change is first noted here and makes its entry *unwritten*. Nothing
+//! that touches an unwritten entry is committed.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -16,21 +16,23 @@ use palisade_fqdn::{
 };
 use palisade_model::snapshot::Learned;
 
-/// What was committed may lack something that came to be implied meanwhile; under one lock that happens once.
+/// Most attempts to commit an answer. A policy change can add implied entries between write and commit; under one lock
+/// this happens at most once.
 const MAX_COMMIT_RETRIES: usize = 4;
 
-/// A set of selectors that an address belongs to, ascending.
+/// A set of selectors of an address, in ascending order.
 pub(super) type Set = Arc<[SelectorId]>;
 
-/// Who a learned address is, by a policy.
+/// Resolves learned addresses to identities by one policy.
 pub(crate) trait IdentityResolver {
-    /// The identity of an address that belongs to selectors (one at least). `None`: nobody has needed it yet.
+    /// Returns the identity of an address with these selectors (at least one); `None` if no identity was made for this
+    /// set yet.
     fn identity(&self, address: IpAddr, selectors: &[SelectorId]) -> Option<Identity>;
 }
 
-/// The map of learned addresses.
+/// Writes the map of learned addresses.
 pub(crate) trait Writer {
-    /// Adds or replaces entries. When it returns they are all in the map.
+    /// Adds or replaces entries. After success all of them are in the map.
     fn put(&self, entries: &[(LearnedKey, Identity)]) -> Result<(), String>;
     /// Removes entries.
     fn remove(&self, keys: &[LearnedKey]) -> Result<(), String>;
@@ -41,7 +43,7 @@ pub(crate) trait Writer {
 enum InMap {
     Nothing,
     Identity(Identity),
-    /// A write failed.
+    /// A write failed, so the entry may be there or not.
     Unknown,
 }
 
@@ -51,46 +53,46 @@ struct Entry {
     map: InMap,
 }
 
-/// What became of an answer.
+/// Result of settling an answer.
 #[derive(Debug)]
 pub(crate) enum Outcome {
-    /// The maps hold everything that it implies.
+    /// The maps hold all addresses of the answer.
     Committed(Committed),
-    /// It must not be released.
+    /// The answer must not be forwarded.
     Refused,
-    /// It implies an identity that the policy in force does not have yet.
+    /// The answer needs an identity that the policy in force does not have yet.
     Waits(Pending),
 }
 
-/// See the module.
+/// The cache of learned names and the state of the map. See the module.
 #[derive(Debug, Default)]
 pub(crate) struct LearnedMap {
-    /// FqdnManager and addresses. Whoever changes it gives the changes to [`Self::update`] or [`Self::settle`].
+    /// Names and addresses. Every change must be passed to [`Self::update`] or [`Self::settle`].
     pub cache: Cache,
     entries: HashMap<LearnedKey, Entry>,
-    /// Entries that the map is not known to hold as they should be.
+    /// Entries whose content in the map is not known to be as it should be.
     unwritten: HashSet<LearnedKey>,
-    /// Each set once: there are far fewer than addresses.
+    /// Interned sets: there are far fewer sets than addresses.
     sets: HashSet<Set>,
-    /// Writes that failed.
+    /// Number of failed writes.
     pub failures: u64,
-    /// Why the last one did.
+    /// Error of the last failed write.
     pub failure: Option<String>,
 }
 
-/// What has to happen to the entries of the map on the way from one policy to the next.
+/// Changes of the map from one policy to the next.
 #[derive(Debug, Default)]
 pub(crate) struct Transition {
-    /// What it holds.
+    /// Content of the map before.
     pub old: Learned,
-    /// What it is to hold.
+    /// Content of the map afterwards.
     pub new: Learned,
-    /// Nobody knows what it holds there, and it is to hold nothing.
+    /// Entries of unknown content that must be removed.
     purge: Vec<LearnedKey>,
 }
 
 impl LearnedMap {
-    /// A book whose map holds `found`, nothing of which is remembered yet.
+    /// Returns a state in which the map holds `found` and the cache is as given.
     pub(crate) fn new(cache: Cache, found: impl IntoIterator<Item = (LearnedKey, Identity)>) -> Self {
         let mut learned_map = Self {
             cache,
@@ -110,8 +112,8 @@ impl LearnedMap {
         learned_map
     }
 
-    /// Brings an answer to an end, or as far as it goes. `again`: it has waited. What it changes was noted when it
-    /// came, and something newer may have been noted since.
+    /// Writes the addresses of an answer and commits it if possible. `again`: this is a retry. The changes of a retried
+    /// answer were noted before, and newer ones may have been noted since.
     pub(crate) fn settle(
         &mut self,
         mut pending: Pending,
@@ -152,7 +154,7 @@ impl LearnedMap {
         Outcome::Refused
     }
 
-    /// Writes what comes from elsewhere than an answer. What cannot be written comes again with a sweep.
+    /// Writes changes that do not come from an answer. A later sweep repeats changes that cannot be written.
     pub(crate) fn update(&mut self, update: Update, resolver: &impl IdentityResolver, writer: &impl Writer) {
         self.note(update.changes());
         let keys: BTreeSet<LearnedKey> = keys_of(&update).collect();
@@ -162,7 +164,7 @@ impl LearnedMap {
         }
     }
 
-    /// Takes note of changes, without writing them.
+    /// Notes changes without writing them.
     pub(crate) fn note(&mut self, changes: &[Change]) {
         for change in changes {
             let key = key(change.endpoint, change.address);
@@ -180,7 +182,7 @@ impl LearnedMap {
                     selectors.remove(at);
                     self.intern(&selectors)
                 }
-                // Told again: the cache does not know that it was written. Neither has to.
+                // A repeated change: the cache was not told that it was written. There is nothing to do.
                 (ChangeKind::Live, Ok(_)) | (ChangeKind::Gone, Err(_)) => continue,
             };
             self.unwritten.insert(key);
@@ -234,7 +236,7 @@ impl LearnedMap {
                 }
             }
         }
-        // Also if the other failed: what makes room must not wait for it.
+        // Removals are tried even if the insertions failed, because they free space.
         if !removes.is_empty() {
             match writer.remove(&removes) {
                 Ok(()) => removes.iter().for_each(|key| self.is_in_map(key, InMap::Nothing)),
@@ -283,7 +285,8 @@ impl LearnedMap {
         }
     }
 
-    /// What of the book a policy has no identity for. `all`: also of what was in step with the policy before.
+    /// Returns the learned addresses for which a policy has no identity. `all`: also those that were written under the
+    /// previous policy.
     pub(crate) fn missing(
         &self,
         resolver: &impl IdentityResolver,
@@ -311,7 +314,7 @@ impl LearnedMap {
         missing
     }
 
-    /// Everything that an identity is needed for.
+    /// Returns all addresses that need an identity.
     pub(crate) fn in_use(&self) -> impl Iterator<Item = (EndpointId, IpAddr, &Set)> {
         self.entries
             .iter()
@@ -319,7 +322,7 @@ impl LearnedMap {
             .map(|(key, entry)| (key.endpoint as EndpointId, key.addr.into(), &entry.selectors))
     }
 
-    /// The way of the map to what another policy wants of it. `all`: the identities of what is in step may be others.
+    /// Returns the changes of the map for another policy. `all`: the identities of written entries may differ too.
     pub(crate) fn plan(&self, resolver: &impl IdentityResolver, all: bool) -> Transition {
         let mut transition = Transition::default();
         let mut others = BTreeSet::new();
@@ -343,7 +346,7 @@ impl LearnedMap {
                     transition.new.entries.insert(*key, identity);
                 }
                 Wanted::Nothing => {}
-                // Stays what it is.
+                // The entry keeps its identity until a new one is made.
                 Wanted::Unknown => {
                     if let InMap::Identity(identity) = entry.map {
                         transition.new.entries.insert(*key, identity);
@@ -356,7 +359,7 @@ impl LearnedMap {
         transition
     }
 
-    /// A way was gone to its end: the map holds what it was to.
+    /// Notes that the map holds the new state of a transition.
     pub(crate) fn committed(
         &mut self,
         transition: &Transition,
@@ -391,12 +394,12 @@ impl LearnedMap {
                 }
             }
         }
-        // A failure is noted and tried again.
+        // A failure leaves the entry unwritten, so that it is tried again.
         let _ = self.write(transition.purge.iter().copied(), resolver, writer);
         self.sets.retain(|set| Arc::strong_count(set) > 1);
     }
 
-    /// A way was not gone to its end: what it touches may be as it was, or not.
+    /// Notes that a transition was not completed: every entry that it changes becomes `Unknown`.
     pub(crate) fn aborted(&mut self, transition: &Transition) {
         let keys: BTreeSet<LearnedKey> = transition
             .old
@@ -415,18 +418,18 @@ impl LearnedMap {
     /// Retries the unwritten entries.
     pub(crate) fn retry(&mut self, resolver: &impl IdentityResolver, writer: &impl Writer) {
         let keys: Vec<LearnedKey> = self.unwritten.iter().copied().collect();
-        // A failure is noted and tried again.
+        // A failure leaves the entries unwritten.
         let _ = self.write(keys.into_iter(), resolver, writer);
     }
 
-    /// Takes note that an update is in the map, if all of it is.
+    /// Tells the cache that an update is in the map, if all of its entries are.
     pub(crate) fn written(&mut self, update: Update) {
         if !keys_of(&update).any(|key| self.unwritten.contains(&key)) {
             self.cache.written(update);
         }
     }
 
-    /// Addresses in the map.
+    /// Returns the number of addresses in the map.
     pub(crate) fn len(&self) -> usize {
         self.entries
             .values()
@@ -434,12 +437,12 @@ impl LearnedMap {
             .count()
     }
 
-    /// Addresses that the map is not known to hold as it should.
+    /// Returns the number of unwritten addresses.
     pub(crate) fn unwritten(&self) -> usize {
         self.unwritten.len()
     }
 
-    /// Identities by address, for those who explain.
+    /// Returns the identities in the map, by address.
     pub(crate) fn identities(&self) -> BTreeMap<LearnedKey, Identity> {
         let known = self.entries.iter().filter_map(|(key, entry)| match entry.map {
             InMap::Identity(identity) => Some((*key, identity)),
@@ -453,7 +456,7 @@ impl LearnedMap {
 enum Wanted {
     Nothing,
     Identity(Identity),
-    /// There is no identity for it yet.
+    /// No identity was made for the selectors yet.
     Unknown,
 }
 
@@ -464,7 +467,7 @@ fn keys_of(update: &Update) -> impl Iterator<Item = LearnedKey> + '_ {
         .map(|change| key(change.endpoint, change.address))
 }
 
-/// The key of an address in the map.
+/// Returns the key of an address in the map.
 pub(super) fn key(endpoint: EndpointId, address: IpAddr) -> LearnedKey {
     LearnedKey {
         addr: address.into(),

@@ -1,13 +1,13 @@
-//! Learned names: no answer is released before the maps hold everything that it implies.
+//! Learned names. A DNS answer is forwarded only when the maps hold all addresses in it.
 //!
 //! ```text
 //! workers ── CommitRequest ──> names thread: cache ─ changes ─> identities ─> LEARNED ─> commit ── CommitResult ──> workers
-//!                          │ an identity that nobody has needed yet         ▲
-//!                          └─> control thread: compile, plan, apply ────────┘
+//!                          │ an identity that was not made yet             ▲
+//!                          └─> control thread: compile, plan, apply ───────┘
 //! ```
 //!
-//! Everything is behind one lock. The names thread takes it for an answer, the control thread for the time from
-//! planning a change of the maps to its end, so that every answer finds either the policy before or the one after.
+//! One lock protects everything. The names thread holds it while it settles an answer, the control thread from the plan
+//! of a map change to its end, so that every answer meets either the old policy or the new one.
 
 #[cfg(test)]
 mod tests;
@@ -46,31 +46,31 @@ use super::{
 };
 use crate::config::with_option;
 
-/// Answers that are dealt with under one lock.
+/// Most answers that are settled under one lock.
 const MAX_BATCH: usize = 64;
-/// How long an answer may wait for an identity. Whoever holds the packet gives up at about that time too.
+/// Longest time that an answer waits for an identity. The worker that holds the packet gives up at about the same time.
 const IDENTITY_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often it is looked whether one has waited too long.
+/// Interval at which the names thread checks for answers that have waited too long.
 const TIMEOUT_CHECK_INTERVAL: Duration = Duration::from_millis(100);
-/// And how long the thread sleeps when nothing waits.
+/// Longest sleep of the names thread while no answer waits.
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Who a learned address is, by the policy in force.
+/// Resolver of the policy in force.
 pub(super) type View = Arc<dyn IdentityResolver + Send + Sync>;
 
-/// From where it is known that a name has an address.
+/// How an endpoint has learned an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// From an answer that the endpoint got.
+    /// From a DNS answer to the endpoint.
     Answer,
-    /// Asked ahead by this daemon.
+    /// From a query of this daemon.
     Prefetch,
-    /// From before a restart.
+    /// From the journal after a restart.
     Restored,
 }
 
 impl Source {
-    /// As listings say it.
+    /// Returns the name of the source in listings.
     pub(crate) const fn text(self) -> &'static str {
         match self {
             Self::Answer => "answer",
@@ -80,39 +80,39 @@ impl Source {
     }
 }
 
-/// What the names thread wants of the control thread.
+/// What the FQDN manager needs from the control thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ControlRequest {
-    /// Answers wait for identities that the policy in force does not have.
+    /// Identities for pending answers that the policy in force does not have.
     Identities,
-    /// Connections of endpoints have to be judged again: see [`FqdnManager::take_rejudged`].
-    Rejudge,
-    /// A sweep has ended: identities that no learned address has any more can be dropped.
+    /// A new evaluation of connections: see [`FqdnManager::take_reevaluated`].
+    Reevaluate,
+    /// The removal of identities that no learned address uses any more, after a sweep.
     Prune,
 }
 
-/// What the endpoints have learned. One for the daemon; all threads share it.
+/// The learned names of all endpoints, shared by all threads.
 pub(crate) struct FqdnManager {
     state: Mutex<State>,
     writer: Box<dyn Writer + Send + Sync>,
     on_request: Box<dyn Fn(ControlRequest) + Send + Sync>,
-    /// One of each kind on its way is enough.
+    /// Whether a request of each kind is on its way; a second one would be redundant.
     requested: [AtomicBool; 3],
     journal: Option<Journal>,
     known_as: RwLock<HashMap<(EndpointId, IpAddr), KnownAs>>,
     start: Instant,
     answers: Answers,
-    /// Of those who answer by what was committed before.
+    /// Epoch of the leases of committed answers.
     epoch: OnceLock<Epoch>,
 }
 
-/// Counts.
+/// Counters of answers.
 #[derive(Debug, Default)]
 struct Answers {
     committed: AtomicU64,
     refused: AtomicU64,
     waited: AtomicU64,
-    /// Refused because their endpoint has as many identities of learned addresses as it may.
+    /// Refused answers of endpoints that have too many sets of selectors.
     over_limit: AtomicU64,
 }
 
@@ -128,27 +128,27 @@ impl fmt::Debug for FqdnManager {
     }
 }
 
-/// What is behind the lock.
+/// What the lock protects.
 pub(crate) struct State {
     /// Names, addresses, and what of them is in the map.
     pub learned_map: LearnedMap,
-    /// By the policy in force.
+    /// Resolver of the policy in force.
     pub view: View,
     /// Selectors of the policy in force.
     selectors: BTreeMap<EndpointId, Arc<Selectors>>,
-    /// Selectors that a deny rule of the endpoint has.
+    /// Selectors in deny rules, by endpoint.
     denied: HashSet<(EndpointId, SelectorId)>,
     /// Names of endpoints by number.
     endpoints: BTreeMap<EndpointId, String>,
     waiting: Vec<Waiting>,
-    rejudge: BTreeSet<EndpointId>,
+    reevaluate: BTreeSet<EndpointId>,
 }
 
 /// An answer that waits for an identity.
 struct Waiting {
     since: Instant,
     pending: Pending,
-    /// `None`: asked ahead, nobody waits.
+    /// The worker's request; `None` for an answer to a query of this daemon.
     task: Option<CommitTask>,
 }
 
@@ -187,21 +187,21 @@ impl Writer for Box<dyn Writer + Send + Sync> {
     }
 }
 
-/// What the control thread knows of a policy's names.
+/// The part of a policy that concerns names.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Policy {
-    /// Selectors by endpoint; endpoints without any may be missing.
+    /// Selectors by endpoint. Endpoints without selectors may be missing.
     pub selectors: BTreeMap<EndpointId, Arc<Selectors>>,
-    /// Selectors that a deny rule of the endpoint has.
+    /// Selectors in deny rules, by endpoint.
     pub denied: HashSet<(EndpointId, SelectorId)>,
-    /// Special-purpose addresses that the policy of an endpoint with selectors lists.
+    /// Special-purpose addresses that the policy of an endpoint lists as prefixes.
     pub listed: BTreeMap<EndpointId, Arc<ListedPrefixes>>,
 }
 
-/// A change of the policy under way; see [`FqdnManager::change`].
+/// A policy change in progress; see [`FqdnManager::change`].
 pub(crate) struct Change<'a> {
     names: &'a FqdnManager,
-    /// What is locked.
+    /// The locked state.
     pub state: MutexGuard<'a, State>,
     updates: Vec<Update>,
     before: Policy,
@@ -209,7 +209,7 @@ pub(crate) struct Change<'a> {
 }
 
 impl FqdnManager {
-    /// What is remembered from before, with the map as `found`.
+    /// Returns a manager with the given cache, and `found` as the content of the map.
     pub(crate) fn new(
         cache: Cache,
         found: Vec<(LearnedKey, Identity)>,
@@ -224,7 +224,7 @@ impl FqdnManager {
                 denied: HashSet::new(),
                 endpoints: BTreeMap::new(),
                 waiting: Vec::new(),
-                rejudge: BTreeSet::new(),
+                reevaluate: BTreeSet::new(),
             }),
             writer: Box::new(writer),
             on_request: Box::new(on_request),
@@ -237,7 +237,10 @@ impl FqdnManager {
         }
     }
 
-    /// Brings back what was learned before a restart, and keeps what is learned from now on.
+    /// Restores the names of the journal and starts a new one.
+    ///
+    /// # Errors
+    /// The thread of the journal cannot be started.
     pub(crate) fn remember(&mut self, dir: &Path, endpoints: BTreeMap<EndpointId, String>) -> io::Result<()> {
         let found = journal::read(dir, &endpoints).unwrap_or_else(|problem| {
             error!(dir = %dir.display(), error = %problem, "the journal of learned names cannot be read");
@@ -247,7 +250,7 @@ impl FqdnManager {
         let all = {
             let mut state = self.lock();
             for (name, ago) in &found.names {
-                // No endpoint has selectors yet: nothing changes in the map by that.
+                // No endpoint has selectors yet, so restoring changes nothing in the map.
                 if let Err(problem) = state.learned_map.cache.restore(name, *ago, now).map(drop) {
                     error!(name = name.name, error = %problem, "a learned name cannot be restored");
                 }
@@ -271,12 +274,12 @@ impl FqdnManager {
         Ok(())
     }
 
-    /// The clock of the cache.
+    /// Returns the time of the cache's clock, ms since its start.
     pub(crate) fn now(&self) -> Millis {
         Millis::try_from(self.start.elapsed().as_millis()).unwrap_or(Millis::MAX)
     }
 
-    /// The lock.
+    /// Locks the state.
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -287,20 +290,20 @@ impl FqdnManager {
         }
     }
 
-    /// A wish is being looked after: what comes from now on is another one.
+    /// Allows the next request of this kind. Called when the control thread begins to handle one.
     pub(crate) fn rearm(&self, request: ControlRequest) {
         self.requested[request as usize].store(false, Ordering::Release);
     }
 
-    /// Answers the workers' questions until there is nobody left to ask.
-    pub(crate) fn serve(self: &Arc<Self>, lessons: CommitReceiver) -> io::Result<()> {
-        self.tell_epochs(lessons.epoch());
+    /// Starts the names thread. It settles the workers' requests until all workers have ended.
+    pub(crate) fn serve(self: &Arc<Self>, commits: CommitReceiver) -> io::Result<()> {
+        self.set_epoch(commits.epoch());
         let names = Arc::clone(self);
         thread::Builder::new().name("names".into()).spawn(move || {
             let mut batch = Vec::with_capacity(MAX_BATCH);
             let mut waiting = false;
             loop {
-                match lessons.wait(if waiting {
+                match commits.wait(if waiting {
                     TIMEOUT_CHECK_INTERVAL
                 } else {
                     IDLE_INTERVAL
@@ -309,7 +312,7 @@ impl FqdnManager {
                     Err(_) => return,
                 }
                 while batch.len() < MAX_BATCH
-                    && let Some(next) = lessons.next_waiting()
+                    && let Some(next) = commits.next_waiting()
                 {
                     batch.push(next);
                 }
@@ -319,20 +322,21 @@ impl FqdnManager {
         Ok(())
     }
 
-    /// Ends epochs of this from now on.
-    fn tell_epochs(&self, epoch: Epoch) {
-        // There is one queue of lessons in the life of a daemon.
+    /// Sets the epoch that [`Self::end_epoch`] ends.
+    fn set_epoch(&self, epoch: Epoch) {
+        // Called once, because a daemon has one commit queue.
         let _ = self.epoch.set(epoch);
     }
 
-    /// Something that was committed is about to be taken out of the map before its time, or may have been.
+    /// Ends all leases, because a committed address is about to leave the map before its lease ends, or may have left
+    /// it.
     fn end_epoch(&self) {
         if let Some(epoch) = self.epoch.get() {
             epoch.end();
         }
     }
 
-    /// Learns an answer, without writing anything yet.
+    /// Adds an answer to the cache without writing the map.
     fn learn(&self, state: &mut State, endpoint: EndpointId, answer: &Answer, now: Millis) -> Pending {
         let before = state.learned_map.cache.stats().evicted;
         let pending = state.learned_map.cache.learn(endpoint, answer, now);
@@ -342,7 +346,7 @@ impl FqdnManager {
         pending
     }
 
-    /// Commits a batch of answers. Returns whether some of them, or of earlier ones, are still pending.
+    /// Settles a batch of answers. Returns whether any answer is still pending.
     pub(crate) fn commit_answers(&self, batch: &mut Vec<CommitTask>) -> bool {
         let now = self.now();
         let mut lines = Vec::new();
@@ -351,7 +355,7 @@ impl FqdnManager {
         for task in batch.drain(..) {
             let endpoint = task.request.endpoint;
             let pending = self.learn(state, endpoint, &task.request.answer, now);
-            self.tell_name(
+            self.note_names(
                 &state.learned_map.cache,
                 endpoint,
                 &task.request.answer,
@@ -364,7 +368,7 @@ impl FqdnManager {
             self.give_up(state, given_up);
         }
         let waiting = !state.waiting.is_empty();
-        let rejudge = !state.rejudge.is_empty();
+        let reevaluate = !state.reevaluate.is_empty();
         let again = self.is_long().then(|| {
             (
                 state.endpoints.clone(),
@@ -375,12 +379,12 @@ impl FqdnManager {
         if waiting {
             self.request(ControlRequest::Identities);
         }
-        if rejudge {
-            self.request(ControlRequest::Rejudge);
+        if reevaluate {
+            self.request(ControlRequest::Reevaluate);
         }
         if let Some(journal) = &self.journal {
             match again {
-                Some((endpoints, all)) => journal.begin_anew(endpoints, all),
+                Some((endpoints, all)) => journal.compact(endpoints, all),
                 None => journal.append(lines),
             }
         }
@@ -391,7 +395,7 @@ impl FqdnManager {
         self.journal.as_ref().is_some_and(Journal::is_long)
     }
 
-    /// Takes an answer as far as it goes.
+    /// Settles an answer: commits it, refuses it, or lets it wait for an identity.
     fn finish(
         &self,
         state: &mut State,
@@ -420,7 +424,7 @@ impl FqdnManager {
                 trace!(number = proof.number(), endpoint, "a DNS answer is committed");
                 self.answers.committed.fetch_add(1, Ordering::Relaxed);
                 if denied {
-                    state.rejudge.insert(endpoint);
+                    state.reevaluate.insert(endpoint);
                 }
                 true
             }
@@ -433,8 +437,8 @@ impl FqdnManager {
                     self.answers.waited.fetch_add(1, Ordering::Relaxed);
                 }
                 if denied {
-                    // Once the maps have it, which the control thread sees to next.
-                    state.rejudge.insert(endpoint);
+                    // Evaluated once the maps hold the address, which the control thread does next.
+                    state.reevaluate.insert(endpoint);
                 }
                 state.waiting.push(Waiting {
                     since: since.unwrap_or_else(Instant::now),
@@ -449,7 +453,8 @@ impl FqdnManager {
         }
         if let Some(task) = task {
             let epoch = self.epoch.get().map(Epoch::now);
-            // Of one that has waited, something may have been taken out meanwhile, and learned again for less long.
+            // No lease for an answer that has waited: meanwhile an address may have been removed and learned again for
+            // a shorter time.
             let lease = epoch.zip(lease).filter(|_| committed && since.is_none());
             task.done(
                 committed,
@@ -458,7 +463,7 @@ impl FqdnManager {
         }
     }
 
-    /// Tries again what waits. Called when there may be identities for it.
+    /// Settles the pending answers again, after identities were made.
     fn finish_waiting(&self, state: &mut State) {
         let now = self.now();
         let mut lines = Vec::new();
@@ -477,32 +482,33 @@ impl FqdnManager {
         }
     }
 
-    /// Learns what the daemon itself asked for.
-    pub(crate) fn asked_ahead(&self, endpoints: &[EndpointId], answer: &Answer) {
+    /// Learns an answer to a query of this daemon.
+    pub(crate) fn learn_prefetched(&self, endpoints: &[EndpointId], answer: &Answer) {
         let now = self.now();
         let mut lines = Vec::new();
         let mut guard = self.lock();
         for endpoint in endpoints {
             let pending = self.learn(&mut guard, *endpoint, answer, now);
-            self.tell_name(&guard.learned_map.cache, *endpoint, answer, Source::Prefetch);
+            self.note_names(&guard.learned_map.cache, *endpoint, answer, Source::Prefetch);
             self.finish(&mut guard, pending, None, None, now, &mut lines);
         }
         let waiting = !guard.waiting.is_empty();
-        let rejudge = !guard.rejudge.is_empty();
+        let reevaluate = !guard.reevaluate.is_empty();
         drop(guard);
         if waiting {
             self.request(ControlRequest::Identities);
         }
-        if rejudge {
-            self.request(ControlRequest::Rejudge);
+        if reevaluate {
+            self.request(ControlRequest::Reevaluate);
         }
         if let Some(journal) = &self.journal {
             journal.append(lines);
         }
     }
 
-    /// Only of addresses that the cache has taken: its limits bound this too.
-    fn tell_name(&self, cache: &Cache, endpoint: EndpointId, answer: &Answer, source: Source) {
+    /// Notes by which name the addresses of an answer were learned. Only addresses that the cache has accepted, so that
+    /// its limits bound this memory too.
+    fn note_names(&self, cache: &Cache, endpoint: EndpointId, answer: &Answer, source: Source) {
         if let Some(question) = &answer.question
             && !answer.addresses.is_empty()
         {
@@ -512,7 +518,7 @@ impl FqdnManager {
         }
     }
 
-    /// For reports: by which name an endpoint learned an address last.
+    /// Notes by which name an endpoint has learned addresses last, for reports.
     fn known_as(
         &self,
         endpoint: EndpointId,
@@ -545,7 +551,7 @@ impl FqdnManager {
         }
     }
 
-    /// The name by which an endpoint learned an address last.
+    /// Returns the name by which an endpoint has learned an address last.
     pub(crate) fn names_of(&self, endpoint: EndpointId, address: IpAddr) -> Arc<[Arc<str>]> {
         let known = self.known_as.read().unwrap_or_else(PoisonError::into_inner);
         known
@@ -561,11 +567,12 @@ impl FqdnManager {
             .map_or(Source::Answer, |known| known.source)
     }
 
-    /// Removes what has expired and is not in use. `in_use`: every address that a live connection of an endpoint has.
+    /// Removes addresses that have expired and are not in use. `in_use`: remote addresses of live connections, by
+    /// endpoint.
     pub(crate) fn sweep(&self, in_use: &HashMap<EndpointId, HashSet<IpAddr>>) {
         let endpoints = self.lock().learned_map.cache.endpoints();
         for endpoint in endpoints {
-            // The lock for each: an answer does not wait for all of them.
+            // Locked for one endpoint at a time, so that an answer does not wait for the whole sweep.
             let mut guard = self.lock();
             let state = &mut *guard;
             let now = self.now();
@@ -599,7 +606,8 @@ impl FqdnManager {
         known.retain(|(endpoint, address), _| state.learned_map.cache.has(*endpoint, *address));
     }
 
-    /// Forgets names, in use or not; answers how many addresses. Their connections are judged again.
+    /// Removes the names that match `filter`, of one endpoint or of all, even if they are in use. Returns the number of
+    /// removed addresses. Connections to them are evaluated again.
     pub(crate) fn clean(&self, endpoint: Option<EndpointId>, filter: impl FnMut(&Name) -> bool) -> u64 {
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -607,31 +615,31 @@ impl FqdnManager {
         self.end_epoch();
         let update = state.learned_map.cache.clean(endpoint, filter);
         state
-            .rejudge
+            .reevaluate
             .extend(update.changes().iter().map(|change| change.endpoint));
         let view = Arc::clone(&state.view);
         state.learned_map.update(update, &view, &self.writer);
         let cleaned = state.learned_map.cache.stats().cleaned - before;
-        let rejudge = !state.rejudge.is_empty();
+        let reevaluate = !state.reevaluate.is_empty();
         self.forget_names(state);
         let all = state.learned_map.cache.save(self.now()).collect();
         let endpoints = state.endpoints.clone();
         drop(guard);
         if let Some(journal) = &self.journal {
-            journal.begin_anew(endpoints, all);
+            journal.compact(endpoints, all);
         }
-        if rejudge {
-            self.request(ControlRequest::Rejudge);
+        if reevaluate {
+            self.request(ControlRequest::Reevaluate);
         }
         cleaned
     }
 
-    /// The endpoints whose connections have to be judged again.
-    pub(crate) fn take_rejudged(&self) -> BTreeSet<EndpointId> {
-        std::mem::take(&mut self.lock().rejudge)
+    /// Returns the endpoints whose connections must be evaluated again, and empties the list.
+    pub(crate) fn take_reevaluated(&self) -> BTreeSet<EndpointId> {
+        std::mem::take(&mut self.lock().reevaluate)
     }
 
-    /// What is cached, with the source of each address.
+    /// Returns the cached names, with the source of each address.
     pub(crate) fn list(&self, endpoint: Option<EndpointId>) -> Vec<(CachedName, Vec<Source>)> {
         let list = self.lock().learned_map.cache.list(endpoint, self.now());
         let with_source = |name: CachedName| {
@@ -645,24 +653,24 @@ impl FqdnManager {
         list.into_iter().map(with_source).collect()
     }
 
-    /// The identities that addresses have in the map.
+    /// Returns the identities in the map, by address.
     pub(crate) fn identities(&self) -> BTreeMap<LearnedKey, Identity> {
         self.lock().learned_map.identities()
     }
 
-    /// Has everything on the disk.
+    /// Waits until the journal is on the disk.
     pub(crate) fn flush(&self) {
         if let Some(journal) = &self.journal {
             journal.flush();
         }
     }
 
-    /// Why what is learned now may not outlive a restart, if that is so.
+    /// Returns why learned names may not survive a restart.
     pub(crate) fn journal_problem(&self) -> Option<String> {
         self.journal.as_ref().and_then(Journal::problem)
     }
 
-    /// How much there is, and what became of answers.
+    /// Returns the counters.
     pub(crate) fn counts(&self) -> Counts {
         let state = self.lock();
         let memory = state.learned_map.cache.memory();
@@ -682,8 +690,8 @@ impl FqdnManager {
         }
     }
 
-    /// The policy in force has identities that it did not have. Endpoints that are `full` get no more: what they still
-    /// wait for is given up.
+    /// Takes the resolver of a policy with additional identities, and settles the pending answers. `full`: endpoints
+    /// that get no further identities; their pending answers are refused.
     pub(crate) fn extended(&self, state: &mut State, view: View, full: &BTreeSet<EndpointId>) {
         state.view = view;
         let view = Arc::clone(&state.view);
@@ -698,7 +706,7 @@ impl FqdnManager {
         }
     }
 
-    /// Withholds an answer that has waited in vain.
+    /// Refuses a pending answer.
     fn give_up(&self, state: &mut State, waiting: Waiting) {
         state.learned_map.cache.abort(waiting.pending);
         self.answers.refused.fetch_add(1, Ordering::Relaxed);
@@ -708,8 +716,8 @@ impl FqdnManager {
         self.end_epoch();
     }
 
-    /// Begins a change of what the maps hold: nothing is committed until it is brought to its end. `all`: the
-    /// identities of addresses may be others afterwards, not only what names they belong to.
+    /// Begins a policy change. No answer is committed until it is done or has failed. `all`: identities can change even
+    /// where the names of an address do not.
     pub(crate) fn change(
         &self,
         policy: &Policy,
@@ -721,7 +729,7 @@ impl FqdnManager {
         let before = Policy {
             selectors: state.selectors.clone(),
             denied: std::mem::take(&mut state.denied),
-            // What a policy that fails has had forgotten is learned again by the next answer.
+            // Addresses that a failed policy has removed are learned again from the next answer.
             listed: policy.listed.clone(),
         };
         let mut updates = Vec::new();
@@ -736,7 +744,7 @@ impl FqdnManager {
         if state.endpoints != *endpoints {
             state.endpoints.clone_from(endpoints);
             if let Some(journal) = &self.journal {
-                journal.begin_anew(
+                journal.compact(
                     endpoints.clone(),
                     state.learned_map.cache.save(self.now()).collect(),
                 );
@@ -762,7 +770,7 @@ impl State {
             .copied()
             .collect();
         for endpoint in endpoints {
-            // Before the selectors: special-purpose addresses that are not listed must not get one.
+            // Before the selectors, so that special-purpose addresses that are not listed do not get any.
             let listed = policy.listed.get(&endpoint).cloned().unwrap_or_default();
             let update = self.learned_map.cache.set_listed(endpoint, listed);
             if !update.changes().is_empty() {
@@ -788,17 +796,17 @@ impl State {
 }
 
 impl Change<'_> {
-    /// What of the learned addresses has no identity by the new policy.
+    /// Returns the learned addresses for which the new policy has no identity.
     pub(crate) fn missing(&self, resolver: &impl IdentityResolver) -> Vec<(EndpointId, IpAddr, Set)> {
         self.state.learned_map.missing(resolver, self.all)
     }
 
-    /// The way of the map.
+    /// Returns the changes of the map.
     pub(crate) fn plan(&self, resolver: &impl IdentityResolver) -> Transition {
         self.state.learned_map.plan(resolver, self.all)
     }
 
-    /// The maps hold everything.
+    /// Completes the change: the maps hold the new state.
     pub(crate) fn done(mut self, transition: &Transition, view: View) {
         let state = &mut *self.state;
         state.learned_map.committed(transition, &view, &self.names.writer);
@@ -809,10 +817,10 @@ impl Change<'_> {
         self.names.finish_waiting(state);
     }
 
-    /// The maps hold some of it: what the policy before said counts on.
+    /// Aborts the change: the maps hold a part of the new state, and the old policy stays in force.
     pub(crate) fn failed(&mut self, transition: &Transition) {
         self.state.learned_map.aborted(transition);
-        // What they said comes again with the next sweep.
+        // The next sweep repeats the changes of these updates.
         self.updates.clear();
         let before = self.before.clone();
         let mut updates = Vec::new();
@@ -822,7 +830,7 @@ impl Change<'_> {
     }
 }
 
-/// See [`FqdnManager::counts`].
+/// Counters of learned names and answers.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Counts {
     pub names: usize,

@@ -1,5 +1,5 @@
-//! Names that policies give in full, resolved ahead: a client that answers itself from a cache of its own asks
-//! nothing that could be learned from. The questions are the node's own.
+//! Resolves the names that policies give in full before clients ask. A client that has the answer in its own cache
+//! sends no query from which its addresses could be learned. The queries come from the node.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -26,34 +26,34 @@ use tracing::{debug, warn};
 
 use super::manager::FqdnManager;
 
-/// Questions under way at a time.
+/// Most queries in flight.
 const MAX_CONCURRENT_QUERIES: usize = 16;
-/// A name is not asked for more often, whatever its time to live.
+/// Shortest time between two queries for a name, whatever its TTL.
 const MIN_REFRESH_INTERVAL: Duration = Duration::from_secs(5);
-/// And at least so often: a cache of a day does not notice a move.
+/// Longest time between two queries for a name, because an address can change before a TTL of a day ends.
 const MAX_REFRESH_INTERVAL: Duration = Duration::from_secs(3_600);
-/// A name that could not be resolved is asked for again after this, then after twice as long, and so on.
+/// Delay after the first failed query for a name; it doubles with each further failure.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
-/// Up to this.
+/// Longest delay after failed queries.
 const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(300);
-/// The resolver gives up a question after so long.
+/// Time after which the resolver gives up a query.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// What is to be resolved.
+/// Names to resolve, and servers to query.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Targets {
-    /// Names, and for whom.
+    /// Names, each with the endpoints that learn its addresses.
     pub names: BTreeMap<String, BTreeSet<EndpointId>>,
-    /// Whom to ask.
+    /// DNS servers; without any, nothing is resolved.
     pub servers: Vec<SocketAddr>,
 }
 
-/// The thread that asks.
+/// Handle of the thread that resolves names.
 #[derive(Debug)]
 pub(crate) struct Prefetch(watch::Sender<Targets>);
 
 impl Prefetch {
-    /// Begins with nothing to do.
+    /// Starts the thread, without targets.
     pub(crate) fn start(names: &Arc<FqdnManager>) -> io::Result<Self> {
         let (sender, targets) = watch::channel(Targets::default());
         let names = Arc::downgrade(names);
@@ -66,7 +66,7 @@ impl Prefetch {
         Ok(Self(sender))
     }
 
-    /// From now on this.
+    /// Replaces the targets.
     pub(crate) fn set(&self, targets: Targets) {
         self.0.send_if_modified(|now| {
             let other = *now != targets;
@@ -76,7 +76,7 @@ impl Prefetch {
     }
 }
 
-/// The servers that the node itself asks.
+/// Returns the DNS servers of the node's own resolver configuration.
 pub(crate) fn node_servers(resolv_conf: &Path) -> Vec<SocketAddr> {
     let text = fs::read_to_string(resolv_conf).unwrap_or_default();
     let servers = text.lines().filter_map(|line| {
@@ -89,14 +89,14 @@ pub(crate) fn node_servers(resolv_conf: &Path) -> Vec<SocketAddr> {
     servers.map(|address| SocketAddr::new(address, 53)).collect()
 }
 
-/// One name.
+/// Schedule of one name.
 struct Plan {
     due: Instant,
     failures: u32,
     asking: bool,
 }
 
-/// What one round of questions came to.
+/// Answers of one round of queries for a name.
 struct Asked {
     name: String,
     answers: Vec<Answer>,
@@ -122,7 +122,7 @@ async fn run(mut targets: watch::Receiver<Targets>, names: &Weak<FqdnManager>) {
                 asking: false,
             });
         }
-        // Until the targets are others.
+        // Runs until the targets change.
         loop {
             let now = Instant::now();
             if let Some((_, resolver)) = &resolver {
@@ -174,7 +174,7 @@ fn resolver_of(servers: &[SocketAddr]) -> Option<TokioResolver> {
     let config = ResolverConfig::from_parts(None, Vec::new(), servers);
     let mut builder = Resolver::builder_with_config(config, TokioRuntimeProvider::default());
     let options: &mut ResolverOpts = builder.options_mut();
-    // Every question is asked: what has to be refreshed must not be answered from here.
+    // No cache, because a refresh must not be answered from it.
     options.cache_size = 0;
     options.use_hosts_file = ResolveHosts::Never;
     options.timeout = QUERY_TIMEOUT;
@@ -203,7 +203,7 @@ async fn ask(resolver: TokioResolver, name: String) -> Asked {
     Asked { name, answers }
 }
 
-/// The records as an answer that was read from the wire.
+/// Returns the records in the form of an answer that was parsed from a packet.
 fn answer_of(name: &str, kind: u16, records: &[hickory_resolver::proto::rr::Record]) -> Option<Answer> {
     let mut answer = Answer {
         question: Some(Question {
@@ -257,7 +257,7 @@ fn learned(names: &FqdnManager, wanted: &Targets, plans: &mut BTreeMap<String, P
     };
     let endpoints: Vec<EndpointId> = endpoints.iter().copied().collect();
     for answer in &asked.answers {
-        names.asked_ahead(&endpoints, answer);
+        names.learn_prefetched(&endpoints, answer);
     }
 }
 

@@ -1,4 +1,4 @@
-//! Random histories over a map that fails half-way: whatever is released must be in it.
+//! Random histories over a map whose writes fail half-way. Every address of a committed answer must be in the map.
 
 use std::{collections::BTreeSet, sync::PoisonError};
 
@@ -12,9 +12,9 @@ use super::*;
 
 const NAMES: [&str; 3] = ["a.test", "x.a.test", "b.test"];
 const PATTERNS: [&str; 3] = ["a.test", "*.a.test", "*.test"];
-/// Which of the names each of the patterns matches.
+/// Whether each pattern matches each name.
 const MATCHES: [[bool; 3]; 3] = [[true, false, false], [false, true, false], [true, false, true]];
-/// The selectors that each policy has.
+/// Selectors of each policy.
 const POLICIES: [&[u32]; 4] = [&[0, 1], &[1, 2], &[0, 1, 2], &[]];
 const ADDRESSES: usize = 4;
 
@@ -22,7 +22,7 @@ fn address(number: usize) -> IpAddr {
     [192, 0, 2, number as u8 + 1].into()
 }
 
-/// Identities are numbered by policy: generation × 8 + the selectors as bits.
+/// Resolver with identities of the form generation × 8 + selectors as bits.
 struct Fake {
     generation: u32,
     known: u8,
@@ -38,7 +38,7 @@ impl IdentityResolver for Fake {
 #[derive(Default)]
 struct Map {
     entries: BTreeMap<LearnedKey, Identity>,
-    /// Entries that can be written before a write fails.
+    /// Number of entries that can be written before a write fails.
     good_for: Option<usize>,
 }
 
@@ -66,7 +66,7 @@ impl FakeMap {
         }
     }
 
-    /// Goes a way, or only so many steps of it.
+    /// Applies a transition, or only its first `steps` entries.
     fn go(&self, transition: &Transition, steps: usize) {
         let mut map = self.lock();
         let gone = transition
@@ -120,13 +120,13 @@ enum Step {
     Clean {
         name: usize,
     },
-    /// Identities that answers wait for are made.
+    /// Makes the identities that answers wait for.
     Extend,
     Policy {
         policies: [usize; 2],
         known: u8,
     },
-    /// A change that fails after so many steps; what was there is put back, or only so many steps of that.
+    /// A policy change that fails after some steps. The old state is put back, completely or for some steps.
     FailedPolicy {
         policies: [usize; 2],
         after: usize,
@@ -194,17 +194,17 @@ proptest! {
     #[test]
     fn an_answer_is_released_only_if_the_map_holds_what_it_implies(steps in prop::collection::vec(step(), 0..60)) {
         let map = FakeMap::default();
-        // Somebody's before us, and nobody remembers it.
+        // An entry of a previous daemon that is not in the journal.
         map.lock().entries.insert(key(1, address(0)), 99_999);
         let found = map.lock().entries.clone().into_iter().collect();
         let config = Config { min_ttl: 0, ..Config::default() };
         let names = FqdnManager::new(Cache::new(config), found, map.clone(), |_| {});
         let endpoints: BTreeMap<u16, String> = [(1, "a".to_owned()), (2, "b".to_owned())].into();
         let (queue, questions) = commit_queue(256);
-        names.tell_epochs(questions.epoch());
+        names.set_epoch(questions.epoch());
         let mut committer = queue.committer(256, Arc::new(|| {}));
         let mut asked: Vec<(u16, usize, u8)> = Vec::new();
-        // What may be released again without being asked for.
+        // Leases: answers that may be forwarded again without a commit.
         let mut leases: Vec<(Lease, u64)> = Vec::new();
         let mut policies = [3, 3];
         let (mut generation, mut known) = (1, 0xff_u8);
@@ -236,7 +236,7 @@ proptest! {
                     map.lock().good_for = None;
                     let change = names.change(&policy_of(new), &endpoints, true);
                     generation += 1;
-                    // As the control thread does it: what is missing is made before anything is planned.
+                    // Like the control thread: missing identities are made before the transition is planned.
                     known = first;
                     if !change.missing(&Fake { generation, known }).is_empty() {
                         known = 0xff;
@@ -275,7 +275,7 @@ proptest! {
                     continue;
                 }
                 committed.push(learned.ticket);
-                // A quarter of an hour: nothing of that expires while this runs.
+                // Only leases of more than a quarter of an hour, which cannot expire while the test runs.
                 leases.extend(learned.lease.filter(|lease| lease.good_for > 900_000).map(|lease| (lease, learned.ticket)));
             }
             leases.retain(|(lease, _)| lease.epoch == committer.epoch());
@@ -294,7 +294,7 @@ proptest! {
                 }
             }
         }
-        // Nobody fails any more: the map holds what the cache says, all of it and nothing else.
+        // No write fails any more: the map must hold exactly what the cache implies.
         names.sweep(&HashMap::new());
         prop_assert_eq!(committer.open(), 0, "answers that nobody brings to an end");
         let mut wanted: BTreeMap<LearnedKey, BTreeSet<u32>> = BTreeMap::new();
@@ -349,7 +349,7 @@ fn what_was_learned_is_there_again_after_a_restart() {
     let before = map.lock().entries.clone();
     assert_eq!(before.len(), 2);
     names.flush();
-    // Not ended in order: nothing but what the journal has.
+    // The manager is leaked, as after a crash: only the journal survives.
     std::mem::forget(names);
     let stranger = key(1, address(3));
     map.lock().entries.insert(stranger, 9);
@@ -364,7 +364,7 @@ fn what_was_learned_is_there_again_after_a_restart() {
     assert_eq!(list[0].1, [Source::Restored, Source::Restored]);
     assert_eq!(names.clean(None, |_| true), 2);
     assert!(map.lock().entries.is_empty());
-    assert_eq!(names.take_rejudged(), [1].into());
+    assert_eq!(names.take_reevaluated(), [1].into());
 }
 
 #[test]
@@ -376,7 +376,7 @@ fn what_makes_room_for_others_ends_the_epoch() {
     };
     let names = FqdnManager::new(Cache::new(config), Vec::new(), map.clone(), |_| {});
     let (queue, questions) = commit_queue(8);
-    names.tell_epochs(questions.epoch());
+    names.set_epoch(questions.epoch());
     let mut committer = queue.committer(8, Arc::new(|| {}));
     let endpoints: BTreeMap<u16, String> = [(1, "a".to_owned())].into();
     let change = names.change(&policy_of([0, 3]), &endpoints, true);
