@@ -76,7 +76,7 @@ impl SniAddressIndex {
     fn entry(&self, endpoint: EndpointId, address: IpAddr, name: &[u8]) -> Entry {
         Entry {
             endpoint,
-            // A connection to ::ffff:192.0.2.1 leaves as one to 192.0.2.1 (RFC 4291, section 2.5.5.2).
+            // A connection to ::ffff:192.0.2.1 is sent as IPv4 to 192.0.2.1 (RFC 4291, section 2.5.5.2).
             address: address.to_canonical(),
             name: self.hashes.hash_one(name),
         }

@@ -26,7 +26,7 @@ pub enum ParseError {
     #[strum(serialize = "more than one question")]
     ManyQuestions,
     /// A query with an answer section, or with an authority section unless it requests an incremental zone transfer.
-    #[strum(serialize = "query with records that no query has")]
+    #[strum(serialize = "query with answer or authority records")]
     RecordsInQuery,
     /// More records than [`super::Limits::records`].
     #[strum(serialize = "too many records")]
@@ -63,7 +63,7 @@ pub enum ParseError {
     #[strum(serialize = "too many aliases")]
     TooManyAliases,
     /// A loop of CNAME records.
-    #[strum(serialize = "aliases in a circle")]
+    #[strum(serialize = "loop of aliases")]
     AliasLoop,
     /// A length prefix of DNS over TCP that is shorter than a DNS header.
     #[strum(serialize = "TCP length prefix shorter than a header")]

@@ -88,7 +88,7 @@ pub struct Question {
     pub class: u16,
 }
 
-/// The fixed part of an EDNS record (RFC 6891, 6.1.3).
+/// The fixed part of an EDNS record (RFC 6891, section 6.1.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Edns {
     /// Largest UDP payload that the sender accepts, bytes.

@@ -85,10 +85,10 @@ pub enum ParseError {
     BadExpect,
     /// A body that follows the final response to a request with `Expect`. The server may read the body as the next
     /// request.
-    #[strum(serialize = "body behind the final answer to Expect")]
+    #[strum(serialize = "body after the final response to Expect")]
     LateBody,
     /// A body in a request whose method has no body; many servers do not read such a body.
-    #[strum(serialize = "body of a method that has none")]
+    #[strum(serialize = "body of a method without a body")]
     UnexpectedBody,
     /// More fields than [`MAX_HEADERS`].
     #[strum(serialize = "too many headers")]
@@ -121,7 +121,7 @@ pub enum ParseError {
     #[strum(serialize = "malformed chunk size")]
     BadChunk,
     /// A trailer field that is malformed, or that frames or routes a message (RFC 9110, section 6.5.1).
-    #[strum(serialize = "trailer that may not be one")]
+    #[strum(serialize = "field that is not allowed in a trailer")]
     BadTrailer,
 }
 

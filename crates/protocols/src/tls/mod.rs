@@ -47,7 +47,7 @@ pub enum ParseError {
     #[strum(serialize = "handshake record without content")]
     EmptyRecord,
     /// A record of another type before the ClientHello is complete (RFC 8446, section 5.1).
-    #[strum(serialize = "record of another kind within the hello")]
+    #[strum(serialize = "record of another type within the hello")]
     Interleaved,
     /// A handshake message of another type where a hello is required.
     #[strum(serialize = "handshake message other than a hello")]
@@ -62,7 +62,7 @@ pub enum ParseError {
     #[strum(serialize = "malformed hello")]
     Malformed,
     /// A duplicate extension (RFC 8446, section 4.2).
-    #[strum(serialize = "extension twice")]
+    #[strum(serialize = "duplicate extension")]
     DuplicateExtension,
     /// More than one server name, or a name of an unknown type (RFC 6066, section 3).
     #[strum(serialize = "several server names")]
