@@ -1,25 +1,25 @@
-//! Compiles `xdp/` for the BPF target and leaves the object in `OUT_DIR`.
+//! Compiles `xdp/` for the BPF target and writes the object to `OUT_DIR`.
 //!
-//! The toolchain for that target is named by `PALISADE_BPF_TOOLCHAIN`; without it, the one that
-//! `scripts/setup` makes from Debian's packages.
+//! `PALISADE_BPF_TOOLCHAIN` names the toolchain for that target; the default is the one that `scripts/setup` builds
+//! from Debian's packages.
 #![allow(unsafe_code, reason = "environment variables of the build")]
 
 use anyhow::Context as _;
 
-/// The toolchain of `scripts/setup`: a stable compiler with a ready-made `core` for the BPF target.
+/// Toolchain of `scripts/setup`: a stable compiler with a prebuilt `core` for the BPF target.
 const DEBIAN_TOOLCHAIN: &str = "palisade-bpf";
 
 fn main() -> anyhow::Result<()> {
     println!("cargo:rerun-if-env-changed=PALISADE_BPF_TOOLCHAIN");
     let toolchain = std::env::var("PALISADE_BPF_TOOLCHAIN").unwrap_or_else(|_| DEBIAN_TOOLCHAIN.into());
-    // SAFETY: a build script has one thread here.
+    // SAFETY: this build script has one thread.
     unsafe {
         if toolchain == DEBIAN_TOOLCHAIN {
-            // aya-ebpf needs one unstable feature (BPF inline assembly); only that crate gets it. Not "1": that
-            // would switch on build-std, for which this toolchain has no sources.
+            // aya-ebpf needs an unstable feature (BPF inline assembly), which this enables for that crate only. With
+            // "1", aya-build would use build-std, for which this toolchain has no sources.
             std::env::set_var("RUSTC_BOOTSTRAP", "aya_ebpf");
         }
-        // Otherwise cargo repeats every "Compiling ..." line of the inner build as a warning at every build.
+        // Otherwise cargo repeats every "Compiling ..." line of the inner build as a warning of each build.
         std::env::set_var("CARGO_TERM_QUIET", "true");
     }
 
@@ -30,7 +30,7 @@ fn main() -> anyhow::Result<()> {
             env!("CARGO_MANIFEST_DIR")
         );
     }
-    // aya-build looks the package up from the current directory.
+    // aya-build searches the package in the current directory.
     std::env::set_current_dir(root).with_context(|| format!("the BPF programs are not at {root}"))?;
     aya_build::build_ebpf(
         [aya_build::Package { name: "palisade-xdp", root_dir: root, ..Default::default() }],

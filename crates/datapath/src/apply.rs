@@ -1,4 +1,4 @@
-//! Carries out the steps of a plan, in their order.
+//! Executes the operations of a plan, in order.
 
 use std::collections::HashSet;
 
@@ -7,36 +7,37 @@ use palisade_model::op::Op;
 
 use crate::{Datapath, MapError, shares::shares};
 
-/// A plan that was not carried out to its end. The steps before are done, and what was enforced stays enforced.
+/// Error of a plan that was executed only in part. The steps before the failed one are in the maps, and what was
+/// enforced before stays enforced.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
-    /// A map refused.
+    /// A map operation failed.
     #[error("step {step} of {steps} ({what}): {source}")]
     Map {
-        /// Number of the step, from 0.
+        /// Index of the failed step, from 0.
         step: usize,
-        /// Steps of the plan.
+        /// Number of steps of the plan.
         steps: usize,
-        /// What the step does.
+        /// Description of the step.
         what: &'static str,
-        /// Why it failed.
+        /// Cause.
         #[source]
         source: MapError,
     },
-    /// A step is about something that no map has.
+    /// A step names a class slot that the map does not have.
     #[error("step {step} of {steps}: there is no class slot {slot}")]
     NoSuchSlot {
-        /// Number of the step, from 0.
+        /// Index of the failed step, from 0.
         step: usize,
-        /// Steps of the plan.
+        /// Number of steps of the plan.
         steps: usize,
-        /// The slot.
+        /// Class slot.
         slot: u32,
     },
 }
 
 impl ApplyError {
-    /// Number of the step that failed, from 0.
+    /// Returns the index of the failed step, from 0.
     #[must_use]
     pub fn step(&self) -> usize {
         match self {
@@ -44,7 +45,7 @@ impl ApplyError {
         }
     }
 
-    /// Returns the map that has to be larger for the step to succeed, if that is the cause.
+    /// Returns the map that is too small for the step, if that is the cause.
     #[must_use]
     pub fn too_small(&self) -> Option<&str> {
         match self {
@@ -55,11 +56,11 @@ impl ApplyError {
 }
 
 impl Datapath {
-    /// Carries out a plan. Steps of one kind that follow each other (addresses, prefixes) go to the kernel
-    /// together, in their order.
+    /// Executes a plan. Consecutive steps of one kind (addresses, prefixes) go to the kernel in one batch, in their
+    /// order.
     ///
     /// # Errors
-    /// Stops at the first step that fails.
+    /// [`ApplyError`] of the first step that fails; later steps are not executed.
     pub fn apply(&self, ops: &[Op]) -> Result<(), ApplyError> {
         let switches = ops.iter().any(|op| matches!(op, Op::EndpointPut(..)));
         if switches {
@@ -89,8 +90,8 @@ impl Datapath {
         Ok(())
     }
 
-    /// Cuts the shares for the endpoints that have a policy, or get one by `ops`. With `leaving`, those that lose
-    /// theirs by `ops` have none any more.
+    /// Computes the shares of all endpoints that have a policy or get one by `ops`. Endpoints that lose their policy
+    /// by `ops` keep their share, unless `leaving` is set.
     fn share_out(&self, ops: &[Op], leaving: bool) {
         let mut endpoints = self.endpoints.with_policy();
         for op in ops {
@@ -107,8 +108,9 @@ impl Datapath {
         }
     }
 
-    /// The addresses that are no longer an endpoint's after these steps. A live flow is not asked again whose address
-    /// its source is, so flows of these end.
+    /// Returns endpoint and address of each address that leaves its endpoint by these steps. The flows of such an
+    /// address must be removed: for a flow that is in conntrack, the programs do not look up again which endpoint its
+    /// source address belongs to.
     fn moved(&self, ops: &[Op]) -> Result<HashSet<(u16, Addr)>, MapError> {
         let mut moved = HashSet::new();
         for op in ops {
@@ -219,7 +221,7 @@ impl Datapath {
     }
 }
 
-/// What `pick` takes of the beginning of `ops`, up to the first that it does not.
+/// Returns the items that `pick` accepts from the beginning of `ops`, up to the first rejected one.
 fn run<T>(ops: &[Op], pick: impl FnMut(&Op) -> Option<T>) -> Vec<T> {
     ops.iter().map_while(pick).collect()
 }

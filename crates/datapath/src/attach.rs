@@ -1,14 +1,14 @@
-//! Programs at interfaces.
+//! Attaching of programs to interfaces.
 //!
-//! XDP and tcx programs are held by links, pinned below `<pin_dir>/links/<ifindex>/`; another program takes a link
-//! over in one step (BPF_LINK_UPDATE). clsact has no links: its filters belong to the interface, and a directory in
-//! the same place remembers that they are ours. They are replaced in one step, too.
+//! XDP and tcx programs are attached by BPF links, pinned below `<pin_dir>/links/<ifindex>/`; BPF_LINK_UPDATE replaces
+//! the program of a link atomically. clsact filters belong to the interface and have no link. A directory in the place
+//! of the pin records that the filter is Palisade's; a filter, too, is replaced atomically.
 //!
 //! ```text
-//! links/7/xdp              link
-//! links/7/tcx_egress       link
-//! links/8/clsact_ingress/  a filter at interface 8
-//! links/8/clsact_qdisc/    the qdisc was made by us
+//! links/7/xdp              pinned link
+//! links/7/tcx_egress       pinned link
+//! links/8/clsact_ingress/  record of a filter at interface 8
+//! links/8/clsact_qdisc/    record that Palisade added the qdisc
 //! ```
 
 use std::{collections::BTreeMap, os::fd::AsFd as _};
@@ -32,37 +32,42 @@ use crate::{
 type Result<T> = std::result::Result<T, AttachError>;
 
 impl Datapath {
-    /// Guards an interface. If it is guarded already, by this process or one before, the programs are exchanged for
-    /// this process's without an instant in which there is none, and what is no longer asked for is removed after.
+    /// Attaches the programs to an interface. Programs that this or an earlier process has attached are replaced
+    /// atomically, so every packet meets a program; afterwards, programs at hooks that are no longer wanted are
+    /// detached.
     ///
-    /// The programs are told about the interface before they are there.
+    /// The interface table is written first, because a program drops packets of an interface that the table does not
+    /// have.
     ///
     /// # Errors
-    /// What was attached before stays attached; a hook that had nothing before has nothing after. (A program at one hook
-    /// alone would judge packets of flows whose other direction it never sees, and cut the node off.)
+    /// [`AttachError`]. Programs that were attached before stay attached. A hook without a program before has none
+    /// afterwards: with a program at one hook only, the other direction of each flow would be unknown to conntrack,
+    /// and the node would be cut off.
     pub fn attach(&self, wanted: &Attachment) -> Result<Attached> {
         let ifindex = wanted.ifindex;
         let device = find_device(ifindex)?.ok_or(AttachError::NoSuchInterface { ifindex })?;
         let dir = self.link_dir(ifindex);
         let before = attached_points(&dir, &device)?;
-        // A pin that is left now without a program here belongs to an interface of another network namespace.
+        // `attached_points` has unpinned links without an interface, so any other pin without a program here belongs
+        // to an interface of another network namespace.
         let foreign: Vec<AttachPoint> = AttachPoint::ALL
             .into_iter()
             .filter(|point| dir.join(point.file()).exists() && !before.contains(point))
             .collect();
         let slot_before = self.interfaces.get(&slot(ifindex))?.unwrap_or_default();
         self.attach_hooks(wanted, &device).inspect_err(|_| {
-            // What could not be removed stays, and is found again as half of an attachment.
+            // The error of the attachment is reported. A remainder is found as half an attachment by the next attempt.
             let _ = self.undo(&device, &before, &foreign, &slot_before);
         })
     }
 
-    /// Tells the programs of the interfaces that are present and not guarded: by index, with whether they are above the
-    /// interface of a workload ([`role::LINK`], else [`role::SEEN`]). `before` is what was told last; `None`: not known, the
-    /// whole table is read. Nothing that enters by an interface that the programs were not told of is forwarded.
+    /// Writes the interfaces without programs to the interface table, so that the programs forward packets that enter
+    /// by them: index and whether the interface is stacked on one of a workload ([`role::LINK`], else [`role::SEEN`]).
+    /// Packets that enter by an interface that is not in the table are not forwarded. `before` is the argument of the
+    /// last call; `None` compares with the whole table.
     ///
     /// # Errors
-    /// If the interface table cannot be read or written.
+    /// [`MapError`](crate::MapError) if the interface table cannot be read or written.
     pub fn set_others(
         &self,
         before: Option<&BTreeMap<u32, bool>>,
@@ -83,7 +88,8 @@ impl Datapath {
                 continue;
             }
             let told = self.interfaces.get(&slot(ifindex))?.unwrap_or_default();
-            // A guarded interface keeps its slot. What enters by the other one is then not forwarded.
+            // Two interfaces share a slot if their indexes differ by a multiple of 65536. The one with programs keeps
+            // the slot; packets that enter by the other are not forwarded.
             if is_guarded(&told) && (told.ifindex == ifindex || find_device(told.ifindex)?.is_some()) {
                 continue;
             }
@@ -153,7 +159,7 @@ impl Datapath {
         })
     }
 
-    /// Writes what the programs must know of the interface.
+    /// Writes the interface to the interface table.
     fn claim_slot(&self, wanted: &Attachment, device: &Device) -> Result<Interface> {
         let slot = slot(wanted.ifindex);
         let generic = wanted.xdp_mode == XdpMode::Generic
@@ -221,8 +227,8 @@ impl Datapath {
                     HookKind::XdpNative
                 });
             }
-            // Native and generic XDP exclude each other. Until the other one is there, tc judges; if it does not
-            // come, tc goes on.
+            // Native and generic XDP exclude each other, so XDP is detached for a moment. Until the other mode is
+            // attached, or if that fails, tc decides.
             self.attach_tc(device, Direction::Ingress, tc)?;
             bpf::link_detach(link.as_fd()).map_err(syscall)?;
             unpin(&path)?;
@@ -286,7 +292,8 @@ impl Datapath {
             }
             return bpf::link_update(link.as_fd(), program.fd()).map_err(syscall);
         }
-        // Before all others: a program that runs earlier could let packets pass that are never judged.
+        // Before all other programs of the hook: an earlier program could accept packets (TCX_PASS) without a verdict
+        // of Palisade.
         bpf::link_create(
             program.fd(),
             device.ifindex,
@@ -320,7 +327,7 @@ impl Datapath {
             .into_iter()
             .find(|filter| {
                 let other_kind = filter.priority == clsact::PRIORITY && filter.kind != "bpf";
-                other_kind || (filter.in_our_place() && filter.name != program.name)
+                other_kind || (filter.is_own_slot() && filter.name != program.name)
             });
         if let Some(filter) = foreign {
             return Err(AttachError::ForeignFilter {
@@ -330,7 +337,8 @@ impl Datapath {
                 direction,
             });
         }
-        // The record first: a filter without one would be forgotten, a record without a filter does no harm.
+        // The record is written first. A filter without a record would never be removed, a record without a filter
+        // does no harm.
         make_dir(&dir.join(AttachPoint::Clsact(direction).file())).map_err(Box::new)?;
         clsact::set_filter(device.ifindex, direction, program.fd(), program.name).map_err(syscall)
     }

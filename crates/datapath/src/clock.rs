@@ -1,4 +1,4 @@
-//! The clocks of the programs, and what time it is for people.
+//! Monotonic clocks of the programs, and their conversion to wall-clock time.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -7,27 +7,27 @@ fn read(clock: libc::clockid_t) -> u64 {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    // SAFETY: the struct is valid for the call. The clocks used here exist on every Linux, so it cannot fail.
+    // SAFETY: the struct is valid for the call. It cannot fail, since every Linux has these clocks.
     unsafe { libc::clock_gettime(clock, &mut time) };
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
-/// Now on the coarse monotonic clock, ns: the clock of conntrack entries (`bpf_ktime_get_coarse_ns`).
+/// Returns the coarse monotonic time, ns: the clock of conntrack entries (`bpf_ktime_get_coarse_ns`).
 #[must_use]
 pub fn monotonic_coarse() -> u64 {
     read(libc::CLOCK_MONOTONIC_COARSE)
 }
 
-/// The difference between the monotonic and the wall clock at one moment.
+/// Difference between the monotonic and the wall clock at one moment.
 ///
-/// To be renewed now and then: the wall clock may be set, the monotonic one stands still while the machine sleeps.
+/// To be renewed periodically: the wall clock can be set, and the monotonic clock stops while the machine sleeps.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     wall_at_zero: u128,
 }
 
 impl Clock {
-    /// The difference now.
+    /// Returns the current difference.
     #[must_use]
     pub fn now() -> Self {
         let monotonic = u128::from(read(libc::CLOCK_MONOTONIC));
@@ -39,7 +39,7 @@ impl Clock {
         }
     }
 
-    /// The wall-clock time of a monotonic one (coarse or not).
+    /// Converts a monotonic time (coarse or not), ns, to wall-clock time.
     #[must_use]
     pub fn wall(&self, monotonic: u64) -> SystemTime {
         let nanos = self.wall_at_zero + u128::from(monotonic);

@@ -1,4 +1,4 @@
-//! The connections: listed, swept of what is dead, filled with what was there before us.
+//! Access to the conntrack table: listing, sweeping and seeding.
 
 use palisade_abi::{Counter, CtEntry, CtKey, counter_slot};
 
@@ -9,7 +9,7 @@ use crate::{
     shares::{ProtectedCounts, Shares},
 };
 
-/// Works on the connections.
+/// Conntrack table of the programs.
 #[derive(Debug)]
 pub struct Conntrack<'a> {
     map: &'a Map<CtKey, CtEntry>,
@@ -20,42 +20,43 @@ pub struct Conntrack<'a> {
 /// A flow that was removed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Ended {
-    /// Who with whom.
+    /// Addresses, ports, protocol and endpoint.
     pub key: CtKey,
-    /// As it was last seen. [`palisade_abi::ct_flags::CLOSED`]: its end has been reported.
+    /// Last state. With [`palisade_abi::ct_flags::CLOSED`] set, the programs have already reported the end.
     pub entry: CtEntry,
 }
 
-/// What a sweep did.
+/// Result of a sweep.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Sweep {
-    /// The flows that were removed.
+    /// Removed flows.
     pub ended: Vec<Ended>,
-    /// Flows that are still there.
+    /// Number of remaining flows.
     pub present: u64,
 }
 
-/// How full the map is, and what became of its entries.
+/// Numbers of entries of the conntrack map.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct ConntrackCounts {
-    /// Made by the programs since the maps were made.
+    /// Entries that the programs have created since the maps were created.
     pub made: u64,
-    /// Made from the kernel's own tables.
+    /// Entries that were created from the kernel's own tables.
     pub seeded: u64,
-    /// Removed by sweeps.
+    /// Entries that sweeps have removed.
     pub swept: u64,
-    /// In the map.
+    /// Entries in the map.
     pub present: u64,
-    /// Removed to make room: by a newer flow of the same share, or by the kernel. Approximate while traffic flows.
+    /// Entries that a newer flow of the same share, or the LRU of the kernel, has replaced. Approximate while traffic
+    /// flows.
     pub evicted: u64,
-    /// In use by both ends, so that no other flow takes their place.
+    /// Protected flows: both ends use them, and no new flow evicts them.
     pub protected: u64,
-    /// Size of the map.
+    /// Capacity of the map, entries.
     pub max_entries: u64,
 }
 
 impl Datapath {
-    /// The connections.
+    /// Returns the conntrack table.
     #[must_use]
     pub fn conntrack(&self) -> Conntrack<'_> {
         Conntrack {
@@ -65,8 +66,9 @@ impl Datapath {
         }
     }
 
-    /// After the map was made anew with another size: takes over what programs of before wrote to the old one in the
-    /// meantime. Called whenever an interface has got its new programs.
+    /// Copies entries from the conntrack map of another size that this one replaced. Programs that were attached
+    /// before write to the old map until their interface has been attached anew, so this is called after each
+    /// attachment.
     pub(crate) fn follow_old_conntrack(&self) -> Result<(), MapError> {
         if let Some(old) = &self.old_conntrack {
             let now = crate::monotonic_coarse();
@@ -81,34 +83,34 @@ impl Datapath {
 }
 
 impl Conntrack<'_> {
-    /// All entries, the dead ones as well, in no order.
+    /// Returns all entries, expired ones included, in no order.
     ///
     /// # Errors
-    /// If the map cannot be read.
+    /// [`MapError`] if the map cannot be read.
     pub fn entries(&self) -> Result<Vec<(CtKey, CtEntry)>, MapError> {
         self.map.entries()
     }
 
-    /// One entry.
+    /// Returns the entry of a key.
     ///
     /// # Errors
-    /// If the map cannot be read.
+    /// [`MapError`] if the map cannot be read.
     pub fn get(&self, key: &CtKey) -> Result<Option<CtEntry>, MapError> {
         self.map.get(key)
     }
 
-    /// Removes what is dead at `now` (of [`crate::monotonic_coarse`]).
+    /// Removes flows that have expired at `now`, a time of [`crate::monotonic_coarse`].
     ///
     /// # Errors
-    /// If the map cannot be read or refuses.
+    /// [`MapError`] if the map cannot be read or written.
     pub fn sweep(&self, now: u64) -> Result<Sweep, MapError> {
         self.remove_if(|_, entry| entry.expires <= now)
     }
 
-    /// Removes the flows that `dead` says: of an endpoint that is gone, say.
+    /// Removes the flows for which `dead` returns true, for example those of a removed endpoint.
     ///
     /// # Errors
-    /// If the map cannot be read or refuses.
+    /// [`MapError`] if the map cannot be read or written.
     pub fn remove_if(&self, dead: impl Fn(&CtKey, &CtEntry) -> bool) -> Result<Sweep, MapError> {
         let mut sweep = Sweep::default();
         let mut keys = Vec::new();
@@ -129,8 +131,8 @@ impl Conntrack<'_> {
             if dead(&key, &entry) {
                 sweep.ended.push(Ended { key, entry });
             } else {
-                // A packet came in between and the flow lives again. What the programs may have made meanwhile
-                // is newer than this.
+                // A packet has refreshed the flow since the walk, so the entry is put back. If a program has created
+                // an entry meanwhile, that one is newer and stays.
                 self.map.insert_new(&key, &entry)?;
                 protected.add(&key, &entry);
                 sweep.present += 1;
@@ -141,10 +143,10 @@ impl Conntrack<'_> {
         Ok(sweep)
     }
 
-    /// Adds flows that were there before the programs, where there is no entry yet; answers how many.
+    /// Adds seeded flows whose keys have no entry yet. Returns how many were added.
     ///
     /// # Errors
-    /// If the map refuses.
+    /// [`MapError`] if the map cannot be written.
     pub fn seed(&self, flows: &[(CtKey, CtEntry)]) -> Result<usize, MapError> {
         let mut seeded = 0;
         for (key, entry) in flows {
@@ -152,23 +154,23 @@ impl Conntrack<'_> {
             entry.protected = u8::from(self.shares.protect(key, &entry));
             seeded += usize::from(self.map.insert_new(key, &entry)?);
         }
-        // Of those that were there already, a place was taken too many.
+        // `protect` also counted the flows that already had an entry. A walk corrects the counts.
         self.remove_if(|_, _| false)?;
         self.add(counter_slot::CONNTRACK_SEEDED, seeded as u64)?;
         Ok(seeded)
     }
 
-    /// Endpoints that have used up their share of one direction and the pool: what they open beyond gives way to newer
-    /// flows of theirs.
+    /// Returns the endpoints that have used up their share of one direction while the pool is empty. New flows of such
+    /// an endpoint are not protected and are evicted by newer ones.
     #[must_use]
     pub fn exhausted(&self) -> Vec<u16> {
         self.shares.exhausted().into_iter().collect()
     }
 
-    /// How full the map is. Walks it.
+    /// Returns the numbers of entries. Walks the map.
     ///
     /// # Errors
-    /// If a map cannot be read.
+    /// [`MapError`] if a map cannot be read.
     pub fn counts(&self) -> Result<ConntrackCounts, MapError> {
         let made = self.counter(counter_slot::CONNTRACK_CREATED)?.packets;
         let seeded = self.counter(counter_slot::CONNTRACK_SEEDED)?.packets;

@@ -1,4 +1,4 @@
-//! The counters of the programs, summed over the CPUs.
+//! Counters of the programs, summed over the CPUs.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use palisade_abi::{Counter, DIRECTIONS, Direction, EventKind, RateBudget, Reason
 
 use crate::{Datapath, MapError, maps::PerCpuArray};
 
-/// Reads counters.
+/// Counters of the programs.
 #[derive(Debug)]
 pub struct Counters<'a> {
     counters: &'a PerCpuArray<Counter>,
@@ -14,17 +14,17 @@ pub struct Counters<'a> {
     budgets: &'a PerCpuArray<RateBudget>,
 }
 
-/// Events that were not sent.
+/// Numbers of events that the programs did not send.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct EventBudget {
-    /// For want of tokens (rate limit).
+    /// Events beyond the rate limit.
     pub suppressed: u64,
-    /// Because the ring was full.
+    /// Events for which the ring had no space.
     pub lost: u64,
 }
 
 impl Datapath {
-    /// The counters.
+    /// Returns the counters.
     #[must_use]
     pub fn counters(&self) -> Counters<'_> {
         Counters {
@@ -36,10 +36,10 @@ impl Datapath {
 }
 
 impl Counters<'_> {
-    /// Packets and bytes by reason and direction, those that are not zero.
+    /// Returns packets and bytes by reason and direction, without zero counters.
     ///
     /// # Errors
-    /// If the map cannot be read.
+    /// [`MapError`] if the map cannot be read.
     pub fn reasons(&self) -> Result<Vec<(Reason, Direction, Counter)>, MapError> {
         let mut found = Vec::new();
         self.counters.for_each(|slot, values| {
@@ -56,10 +56,10 @@ impl Counters<'_> {
         Ok(found)
     }
 
-    /// Packets and bytes of one rule. Rules beyond the size of the map have none of their own.
+    /// Returns packets and bytes of one rule; zero for a rule beyond the capacity of the map.
     ///
     /// # Errors
-    /// If the map cannot be read.
+    /// [`MapError`] if the map cannot be read.
     pub fn rule(&self, rule: u32) -> Result<Counter, MapError> {
         if rule >= self.rules.len() {
             return Ok(Counter::default());
@@ -67,10 +67,11 @@ impl Counters<'_> {
         Ok(sum(&mut self.rules.get(rule)?.into_iter()))
     }
 
-    /// Packets and bytes of all rules that are not zero. Rule 0: those beyond the size of the map.
+    /// Returns packets and bytes of all rules, without zero counters. Rule 0 stands for all rules beyond the capacity
+    /// of the map.
     ///
     /// # Errors
-    /// If the map cannot be read.
+    /// [`MapError`] if the map cannot be read.
     pub fn rules(&self) -> Result<BTreeMap<u32, Counter>, MapError> {
         let mut found = BTreeMap::new();
         self.rules.for_each(|rule, values| {
@@ -82,10 +83,10 @@ impl Counters<'_> {
         Ok(found)
     }
 
-    /// Sets the counters of rules to zero: their numbers are given to other rules.
+    /// Sets the counters of rules to zero, since their numbers are given to other rules.
     ///
     /// # Errors
-    /// If the map refuses.
+    /// [`MapError`] if the map cannot be written.
     pub fn reset_rules(&self, rules: impl IntoIterator<Item = u32>) -> Result<(), MapError> {
         for rule in rules {
             if rule < self.rules.len() {
@@ -95,10 +96,10 @@ impl Counters<'_> {
         Ok(())
     }
 
-    /// Events that were not sent, by kind and reason, those that are not zero.
+    /// Returns the numbers of events that were not sent, by kind and reason, without zero counters.
     ///
     /// # Errors
-    /// If the map cannot be read.
+    /// [`MapError`] if the map cannot be read.
     pub fn unsent_events(&self) -> Result<Vec<(EventKind, Reason, EventBudget)>, MapError> {
         const KINDS: [EventKind; 3] = [EventKind::PolicyVerdict, EventKind::Drop, EventKind::Trace];
         let mut found = Vec::new();

@@ -1,4 +1,4 @@
-//! What is in the maps, read back: after a restart the next plan starts from this.
+//! Contents of the maps. After a restart the next plan starts from them.
 
 use std::collections::BTreeMap;
 
@@ -9,41 +9,41 @@ use palisade_abi::{
 
 use crate::{Datapath, MapError};
 
-/// The content of every map that user space writes.
+/// Contents of every map that user space writes.
 #[derive(Clone, Debug, Default)]
 pub struct Dump {
-    /// The policy table.
+    /// Entries of all policy tables.
     pub policy: Vec<(PolicyKey, PolicyEntry)>,
-    /// Full-length addresses.
+    /// Entries of the ipcache for full-length addresses.
     pub addresses: Vec<(Addr, IpcacheEntry)>,
-    /// Prefixes.
+    /// Entries of the ipcache for prefixes.
     pub prefixes: Vec<(PrefixKey, IpcacheEntry)>,
-    /// The class of every slot, [`palisade_abi::CLASS_SLOTS`] of them.
+    /// Port class of each of the [`palisade_abi::CLASS_SLOTS`] slots.
     pub classes: Vec<Class>,
-    /// Endpoints that are not all zero.
+    /// States of endpoints, without states of zeros.
     pub endpoints: BTreeMap<u16, EndpointState>,
-    /// Guarded interfaces.
+    /// Entries of the interface table.
     pub interfaces: Vec<Interface>,
-    /// What the programs are told.
+    /// Configuration of the programs.
     pub config: Option<Config>,
 }
 
-/// How full a map is.
+/// Fill level of a map.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Fill {
-    /// Its name, of [`palisade_abi::maps`].
+    /// Name, one of [`palisade_abi::maps`].
     pub map: &'static str,
-    /// Entries in it.
+    /// Number of entries.
     pub entries: u64,
-    /// Entries that it can have.
+    /// Capacity, entries.
     pub max_entries: u64,
 }
 
 impl Datapath {
-    /// How full the maps are that refuse entries when they are full. Walks them.
+    /// Returns the fill levels of the maps that reject entries when they are full. Walks these maps.
     ///
     /// # Errors
-    /// If a map cannot be read.
+    /// [`MapError`] if the map cannot be read.
     pub fn fill_levels(&self) -> Result<Vec<Fill>, MapError> {
         let level = |map, entries: usize, max_entries: u32| Fill {
             map,
@@ -62,10 +62,10 @@ impl Datapath {
         ])
     }
 
-    /// Reads everything back.
+    /// Reads all maps that user space writes.
     ///
     /// # Errors
-    /// If a map cannot be read.
+    /// [`MapError`] if the map cannot be read.
     pub fn dump(&self) -> Result<Dump, MapError> {
         Ok(Dump {
             policy: self.policy_entries()?,
@@ -78,31 +78,31 @@ impl Datapath {
         })
     }
 
-    /// The policy table, in no order.
+    /// Returns the entries of all policy tables, in no order.
     ///
     /// # Errors
-    /// If the map cannot be read.
+    /// [`MapError`] if the map cannot be read.
     pub fn policy_entries(&self) -> Result<Vec<(PolicyKey, PolicyEntry)>, MapError> {
         self.policy.entries()
     }
 
-    /// Full-length addresses, in no order.
+    /// Returns the ipcache entries of full-length addresses, in no order.
     ///
     /// # Errors
-    /// If the map cannot be read.
+    /// [`MapError`] if the map cannot be read.
     pub fn addresses(&self) -> Result<Vec<(Addr, IpcacheEntry)>, MapError> {
         self.ipcache.entries()
     }
 
-    /// Prefixes, in no order.
+    /// Returns the ipcache entries of prefixes, in no order.
     ///
     /// # Errors
-    /// If the map cannot be read.
+    /// [`MapError`] if the map cannot be read.
     pub fn prefixes(&self) -> Result<Vec<(PrefixKey, IpcacheEntry)>, MapError> {
         self.prefixes.entries()
     }
 
-    /// Endpoints that are not all zero.
+    /// Returns the states of endpoints, without states of zeros.
     #[must_use]
     pub fn endpoint_states(&self) -> BTreeMap<u16, EndpointState> {
         (0..=u16::MAX)
@@ -112,10 +112,10 @@ impl Datapath {
             .collect()
     }
 
-    /// What the programs are told of interfaces, guarded or not, by their slots.
+    /// Returns the entries of the interface table, with and without programs, by slot.
     ///
     /// # Errors
-    /// If the map cannot be read.
+    /// [`MapError`] if the map cannot be read.
     pub fn interfaces(&self) -> Result<Vec<Interface>, MapError> {
         let mut interfaces = Vec::new();
         self.interfaces.for_each(|_, interface| {

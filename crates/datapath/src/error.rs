@@ -1,4 +1,4 @@
-//! Errors of opening the data path.
+//! Errors of [`Datapath::open`](crate::Datapath::open).
 
 use std::{io, path::PathBuf};
 
@@ -9,7 +9,7 @@ use crate::{
     sys::{SyscallError, kernel_release},
 };
 
-/// Why the data path could not be opened.
+/// Error of opening the data path.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The pin directory is not on a bpffs.
@@ -21,7 +21,7 @@ pub enum OpenError {
         /// The pin directory.
         path: PathBuf,
     },
-    /// bpffs takes no dots in names.
+    /// The path is relative, or has a dot, which bpffs refuses in names.
     #[error(
         "{path}: [node] pin_dir must be absolute and its parts must not contain a dot, which bpffs refuses"
     )]
@@ -29,61 +29,61 @@ pub enum OpenError {
         /// The pin directory.
         path: PathBuf,
     },
-    /// A directory could not be made or read.
+    /// A directory could not be created or read.
     #[error("{path}: {source}")]
     Io {
-        /// Which one.
+        /// Directory or pin.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         #[source]
         source: io::Error,
     },
-    /// Not allowed to use BPF.
+    /// The process lacks the capabilities for BPF.
     #[error("{source}; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON")]
     NotPermitted {
-        /// The call that was refused.
+        /// Refused system call.
         #[source]
         source: SyscallError,
     },
-    /// A size that no map can have.
+    /// A configured size is not possible for the map.
     #[error("{map} map of size {value}: {why}")]
     BadLimit {
-        /// The map, in lower case.
+        /// Name of the map, in lower case.
         map: String,
-        /// The size that was asked for.
+        /// Configured size, entries or bytes.
         value: u32,
-        /// What is wrong with it.
+        /// What is wrong with the size.
         why: &'static str,
     },
-    /// A pinned map cannot be that of this program.
+    /// A pinned map has another layout than the map of the BPF object.
     #[error(
         "{path}: pinned map has {found}, this program wants {wanted}; it was made by another build: run \
-         `palisade stop --detach` and start again (connections under way are then judged anew)"
+         `palisade stop --detach` and start again (policies are then evaluated again for open connections)"
     )]
     Layout {
-        /// The pin.
+        /// Path of the pin.
         path: PathBuf,
         /// Type, sizes and flags of the pinned map.
         found: String,
-        /// Those of the object.
+        /// Type, sizes and flags of the map in the BPF object.
         wanted: String,
     },
-    /// A map is to become smaller than what is in it.
+    /// A resized map would not hold the entries of the present map.
     #[error(
-        "{map} map of {limit} entries: the map of the running node holds {present}, and must not become smaller than that"
+        "{map} map of {limit} entries: the map of the running node holds {present} entries, and the new size must not be smaller"
     )]
     TooSmall {
-        /// The map, in lower case.
+        /// Name of the map, in lower case.
         map: String,
-        /// The size that was asked for.
+        /// Configured size, entries or bytes.
         limit: u32,
-        /// Entries in the map.
+        /// Number of entries in the present map.
         present: usize,
     },
-    /// The object does not have what it should.
+    /// A map or program is missing in the BPF object.
     #[error("the BPF object has no {what}: it was built from other sources than this program")]
     Missing {
-        /// Which map or program.
+        /// Name of the map or program.
         what: String,
     },
     /// A system call failed.
@@ -92,23 +92,23 @@ pub enum OpenError {
     /// A map operation failed.
     #[error(transparent)]
     Map(#[from] MapError),
-    /// The object could not be read.
+    /// The BPF object could not be parsed.
     #[error("the BPF object cannot be read: {0}")]
     Parse(#[from] aya_obj::ParseError),
-    /// The object could not be loaded.
+    /// The BPF object could not be loaded.
     #[error("the BPF object cannot be loaded: {0}")]
     Load(#[from] aya::EbpfError),
-    /// A program was refused.
+    /// The kernel refused a program.
     #[error("program {program}: the kernel refused it{}: {}", program_hint(), refusal(.error))]
     Program {
-        /// Which one.
+        /// Name of the program.
         program: &'static str,
-        /// What the verifier says, all of it.
+        /// Error of the load, with the complete verifier log.
         error: Box<ProgramError>,
     },
 }
 
-/// What a refusal of maps and programs may come from.
+/// Returns a hint for the error text if the kernel is older than the required release.
 fn kernel_hint() -> String {
     let release = kernel_release();
     if is_too_old(&release) {
@@ -118,7 +118,7 @@ fn kernel_hint() -> String {
     }
 }
 
-/// Which kernel refuses a program, and which are known to take it.
+/// Returns the release of the running kernel and the tested releases, for the error text.
 fn program_hint() -> String {
     let release = kernel_release();
     if is_too_old(&release) {
@@ -128,7 +128,8 @@ fn program_hint() -> String {
     }
 }
 
-/// Why a program was refused: the verifier's reason stands at the end of its log, which may have a million lines.
+/// Returns the error of the load with the last lines of the verifier log. The reason stands at its end, and the log
+/// may have a million lines.
 fn refusal(error: &ProgramError) -> String {
     const LINES: usize = 12;
     let ProgramError::LoadError {
@@ -146,11 +147,11 @@ fn refusal(error: &ProgramError) -> String {
     )
 }
 
-/// Releases on which these programs have been run (docs/OPERATION.md, "Limits").
+/// Kernel releases on which the programs have been tested (docs/OPERATION.md, "Limits").
 const TESTED: &str = "6.1, 6.12, 6.16 and 6.18";
 
 impl OpenError {
-    /// Returns the map that has to be larger than asked for, if that is the cause.
+    /// Returns the map whose configured size is too small, if that is the cause.
     #[must_use]
     pub fn too_small(&self) -> Option<&str> {
         match self {
@@ -160,7 +161,7 @@ impl OpenError {
         }
     }
 
-    /// The verifier's log, all of it, if the verifier refused a program. It may have many megabytes.
+    /// Returns the complete verifier log, up to several MB, if the verifier refused a program.
     #[must_use]
     pub fn verifier_log(&self) -> Option<String> {
         match self {

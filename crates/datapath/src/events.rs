@@ -1,4 +1,4 @@
-//! The event ring.
+//! Reader of the event ring.
 
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -8,17 +8,17 @@ use zerocopy::FromBytes as _;
 
 use crate::{Datapath, MapError, SyscallError, sys::bpf};
 
-/// Reads the events that the programs send. Only one reader may exist: what one has read, no other sees.
+/// Reads the events of the programs. Only one reader may exist, since reading consumes events.
 pub struct EventReader {
     ring: RingBuf<MapData>,
     malformed: u64,
 }
 
 impl Datapath {
-    /// A reader of the event ring. Its descriptor can be polled for reading.
+    /// Returns a reader of the event ring. Its descriptor can be polled for readability.
     ///
     /// # Errors
-    /// If the ring cannot be mapped.
+    /// [`MapError`] if the ring cannot be memory-mapped.
     pub fn events(&self) -> Result<EventReader, MapError> {
         let failed = |e: AyaMapError| {
             let source = SyscallError::new("mapping the ring", std::io::Error::other(e));
@@ -38,12 +38,12 @@ impl Datapath {
 }
 
 impl EventReader {
-    /// Gives up to `limit` events to `each`; answers how many there were. Fewer than `limit`: the ring is empty.
+    /// Calls `each` for up to `limit` events. Returns their number; less than `limit` means that the ring is empty.
     pub fn drain(&mut self, limit: usize, mut each: impl FnMut(&Event)) -> usize {
         let mut count = 0;
         while count < limit {
             let Some(record) = self.ring.next() else { break };
-            // Records begin at a multiple of 8, and so does an event: no copy.
+            // No copy: records of the ring are aligned to 8 bytes, as an event requires.
             match Event::ref_from_prefix(&record) {
                 Ok((event, _)) => each(event),
                 Err(_) => self.malformed += 1,
@@ -53,7 +53,7 @@ impl EventReader {
         count
     }
 
-    /// Records that were too short to be an event.
+    /// Returns the number of records that were too short for an event.
     #[must_use]
     pub fn malformed(&self) -> u64 {
         self.malformed

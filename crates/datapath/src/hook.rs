@@ -1,6 +1,6 @@
-//! Hooks of interfaces: what is to be attached, what is attached, and the errors of attaching.
+//! Types of attachments: the wanted and the actual programs of an interface, and the errors of attaching.
 
-use std::{fmt, io, path::PathBuf};
+use std::{io, path::PathBuf};
 
 use palisade_abi::{Direction, ETHER_TYPES, Interface, role};
 
@@ -12,12 +12,12 @@ use crate::{
     },
 };
 
-/// What an interface is to the node.
+/// Role of an interface.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Role {
-    /// A NIC of the node.
+    /// NIC of the node.
     Host,
-    /// The host side of a workload's veth.
+    /// Host side of a workload's veth pair.
     Endpoint,
 }
 
@@ -30,10 +30,10 @@ impl Role {
     }
 }
 
-/// Where packets that enter are judged.
+/// Hook for packets that enter by the interface.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum Hook {
-    /// At a NIC native XDP, or tc if the driver has none; at an endpoint tc, which keeps super-frames.
+    /// At a NIC native XDP, or tc if the driver has no XDP; at an endpoint tc, where GSO packets are not split.
     #[default]
     Auto,
     /// XDP.
@@ -42,55 +42,56 @@ pub enum Hook {
     Tc,
 }
 
-/// Which XDP.
+/// Mode of XDP.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum XdpMode {
-    /// In the driver.
+    /// Native XDP, in the driver.
     #[default]
     Native,
-    /// In the driver, or generic if the driver refuses.
+    /// Native XDP, or generic XDP if the driver refuses the program.
     NativeOrGeneric,
-    /// Generic ("skb"): works everywhere, slow.
+    /// Generic XDP ("skb"): every driver has it, but it is slow.
     Generic,
 }
 
-/// Which tc.
+/// Kind of tc hook.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum TcMode {
-    /// tcx if the kernel has it (6.6), else clsact.
+    /// tcx if the kernel has it (since 6.6), else clsact.
     #[default]
     Auto,
     /// tcx.
     Tcx,
-    /// A filter of the clsact qdisc.
+    /// Filter of the clsact qdisc.
     Clsact,
 }
 
-/// An interface to be guarded.
+/// Wanted programs of an interface.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Attachment {
-    /// Its index, in the network namespace of the calling thread.
+    /// Interface index in the network namespace of the calling thread.
     pub ifindex: u32,
-    /// What it is to the node.
+    /// Role of the interface.
     pub role: Role,
-    /// The endpoint behind it; of a NIC: the node's own.
+    /// Endpoint behind the interface; for a NIC the endpoint of the node.
     pub endpoint: u16,
-    /// Where packets that enter are judged.
+    /// Hook for packets that enter.
     pub ingress: Hook,
-    /// Which XDP, if it is XDP.
+    /// Mode of XDP, if the ingress hook is XDP.
     pub xdp_mode: XdpMode,
-    /// Which tc.
+    /// Kind of tc hook.
     pub tc: TcMode,
-    /// The bridge or VRF that it is a port of; 0: none.
+    /// Index of the bridge or VRF whose port the interface is; 0 if none.
     pub link: u32,
-    /// EtherTypes that pass unjudged; see [`Interface::ether_types`].
+    /// EtherTypes that pass without policy evaluation; see [`Interface::ether_types`].
     pub ether_types: [u16; ETHER_TYPES],
 }
 
-/// What a program is attached by.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+/// Actual hook of a program.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, strum::Display)]
+#[strum(serialize_all = "kebab-case")]
 pub enum HookKind {
-    /// XDP in the driver.
+    /// Native XDP.
     XdpNative,
     /// Generic XDP.
     XdpGeneric,
@@ -100,85 +101,74 @@ pub enum HookKind {
     Clsact,
 }
 
-impl fmt::Display for HookKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::XdpNative => "xdp-native",
-            Self::XdpGeneric => "xdp-generic",
-            Self::Tcx => "tcx",
-            Self::Clsact => "clsact",
-        })
-    }
-}
-
-/// A guarded interface, as it is.
+/// Actual programs of an interface.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Attached {
-    /// Its index.
+    /// Interface index.
     pub ifindex: u32,
-    /// Its name.
+    /// Interface name.
     pub name: String,
-    /// What the programs are told about it; role none if nothing.
+    /// Entry of the interface table; its role is [`role::NONE`] if there is none.
     pub interface: Interface,
-    /// What judges packets that enter; none: nothing does.
+    /// Hook for packets that enter; `None` if no program is attached.
     pub ingress: Option<HookKind>,
-    /// What judges packets that leave; none: nothing does.
+    /// Hook for packets that leave; `None` if no program is attached.
     pub egress: Option<HookKind>,
-    /// Why it is not what was asked for first.
+    /// Reason why another hook than the preferred one is used.
     pub note: Option<String>,
 }
 
-/// Why an interface could not be guarded.
+/// Error of attaching or detaching.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
-    /// There is no such interface in this network namespace.
+    /// The interface does not exist in this network namespace.
     #[error("no interface with index {ifindex} in this network namespace")]
     NoSuchInterface {
-        /// The index.
+        /// Interface index.
         ifindex: u32,
     },
-    /// The interface table has one slot for two interfaces.
+    /// The interface table has the same slot for two interfaces.
     #[error(
-        "{name}: its index {ifindex} and {other}, which is guarded, have the same slot (they differ by a multiple of \
-         65536); create {name} anew to give it another index"
+        "{name}: its index {ifindex} and the index {other} of another interface with programs have the same slot (they \
+         differ by a multiple of 65536); create {name} anew to give it another index"
     )]
     SlotCollision {
-        /// The interface.
+        /// Interface name.
         name: String,
-        /// Its index.
+        /// Interface index.
         ifindex: u32,
-        /// The guarded one.
+        /// Index of the interface that has the slot.
         other: u32,
     },
-    /// Somebody else's XDP program is there.
+    /// An XDP program that Palisade has not attached is at the interface.
     #[error(
         "{name}: another XDP program (id {prog_id}, `{prog_name}`) is attached; remove it (`ip link set dev {name} \
          xdp off`, or end the program that holds it), or set `ingress = \"tc\"` for this interface"
     )]
     ForeignXdp {
-        /// The interface.
+        /// Interface name.
         name: String,
-        /// Number of the program.
+        /// Id of the program.
         prog_id: u32,
-        /// Its name, if it could be read.
+        /// Name of the program, empty if it cannot be read.
         prog_name: String,
     },
-    /// The driver does not take the program.
+    /// The driver refuses native XDP.
     #[error(
         "{name}: the driver refuses native XDP ({source}); set `ingress = \"tc\"` or `xdp_mode = \"skb\"` for \
          this interface{}", mtu_hint(.source)
     )]
     NativeRefused {
-        /// The interface.
+        /// Interface name.
         name: String,
-        /// What the kernel answered.
+        /// Refused system call.
         #[source]
         source: SyscallError,
     },
     /// The kernel has no tcx.
     #[error("{name}: this kernel has no tcx (it needs 6.6); set `tc = \"auto\"` or `\"clsact\"`")]
     NoTcx {
-        /// The interface.
+        /// Interface name.
         name: String,
     },
     /// The pin belongs to an interface of another network namespace.
@@ -187,48 +177,46 @@ pub enum AttachError {
          its own"
     )]
     PinnedElsewhere {
-        /// The pin.
+        /// Path of the pin.
         path: PathBuf,
     },
-    /// A qdisc without an egress hook stands where clsact should.
-    #[error(
-        "{name}: an `ingress` qdisc is in the way of clsact; remove it with `tc qdisc del dev {name} ingress`"
-    )]
+    /// The interface has an `ingress` qdisc, which has no egress hook and excludes clsact.
+    #[error("{name}: an `ingress` qdisc excludes clsact; remove it with `tc qdisc del dev {name} ingress`")]
     IngressQdisc {
-        /// The interface.
+        /// Interface name.
         name: String,
     },
-    /// A filter of somebody else stands where ours should.
-    #[error("{name}: {kind} filter `{filter}` has priority 1 at {direction:?}; give it a later one")]
+    /// A filter that Palisade has not attached has the priority or handle of the one to attach.
+    #[error("{name}: {kind} filter `{filter}` has priority 1 at {direction:?}; give it a higher number")]
     ForeignFilter {
-        /// The interface.
+        /// Interface name.
         name: String,
-        /// Kind of the filter.
+        /// Kind of the filter, such as `flower`.
         kind: String,
-        /// Its name.
+        /// Name of the filter.
         filter: String,
-        /// The hook.
+        /// Direction of the hook.
         direction: Direction,
     },
     /// A system call failed.
     #[error("{name}: {source}")]
     Syscall {
-        /// The interface.
+        /// Interface name.
         name: String,
-        /// Which call, and why.
+        /// Failed system call.
         #[source]
         source: SyscallError,
     },
     /// A pin could not be read or removed.
     #[error("{path}: {source}")]
     Io {
-        /// The pin or its directory.
+        /// Path of the pin or its directory.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         #[source]
         source: io::Error,
     },
-    /// The interface table refused.
+    /// The interface table could not be read or written.
     #[error(transparent)]
     Map(#[from] MapError),
     /// The pin directory could not be used.
@@ -246,7 +234,7 @@ fn mtu_hint(source: &SyscallError) -> &'static str {
     }
 }
 
-/// Where in the kernel a program of ours can be. The order is that of removal.
+/// Attach point of a program, in the order of removal.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum AttachPoint {
     Xdp,
@@ -288,12 +276,12 @@ pub(crate) fn tcx_type(direction: Direction) -> AttachType {
     }
 }
 
-/// Whether programs of ours judge by this entry.
+/// Returns whether the entry is of an interface with programs.
 pub(crate) fn is_guarded(interface: &Interface) -> bool {
     matches!(interface.role, role::HOST | role::ENDPOINT)
 }
 
-/// The programs' slot of an interface.
+/// Returns the slot of an interface in the interface table.
 pub(crate) fn slot(ifindex: u32) -> u32 {
     ifindex & 0xffff
 }

@@ -1,14 +1,14 @@
-//! Addresses that endpoints have learned by name.
+//! Map of learned addresses.
 
 use palisade_abi::{Identity, LearnedKey};
 
 use crate::{Datapath, MapError};
 
 impl Datapath {
-    /// Learned addresses, in no order.
+    /// Returns the learned addresses, in no order.
     ///
     /// # Errors
-    /// If the map cannot be read.
+    /// [`MapError`] if the map cannot be read.
     pub fn learned(&self) -> Result<Vec<(LearnedKey, Identity)>, MapError> {
         self.learned.entries()
     }
@@ -16,19 +16,19 @@ impl Datapath {
     /// Adds or replaces learned addresses. All of them are in the map when this returns.
     ///
     /// # Errors
-    /// If the map refuses; some may be in it then.
+    /// [`MapError`] if the map cannot be written; some of the addresses may be in it then.
     pub fn put_learned(&self, entries: &[(LearnedKey, Identity)]) -> Result<(), MapError> {
-        // The usual answer has one address: a batch call has more to set up.
+        // Most DNS answers have one address, for which a single update is faster than a batch.
         if let [(key, identity)] = entries {
             return self.learned.insert(key, identity);
         }
         self.learned.insert_all(entries)
     }
 
-    /// Removes learned addresses; those that are not there are no error.
+    /// Removes learned addresses. Keys without an entry are ignored.
     ///
     /// # Errors
-    /// If the map refuses; some may be gone then.
+    /// [`MapError`] if the map cannot be written; some of the addresses may be removed then.
     pub fn remove_learned(&self, keys: &[LearnedKey]) -> Result<(), MapError> {
         self.learned.remove_all(keys)
     }

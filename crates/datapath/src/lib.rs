@@ -1,18 +1,17 @@
-//! Loads and attaches the BPF programs and owns every map. The only crate that knows aya.
+//! Loads and attaches the BPF programs, and owns their maps and the nftables table. The only crate that uses aya.
 //!
 //! ```text
 //! <pin_dir>/v1/POLICY, CONNTRACK, ...      maps, of one version of palisade_abi
-//! <pin_dir>/links/<ifindex>/xdp, ...       what holds the programs at an interface
-//! nftables: table inet <name>               what no program sees
+//! <pin_dir>/links/<ifindex>/xdp, ...       links of the programs at an interface
+//! nftables: table inet <name>              rules for packets that no program sees
 //! ```
 //!
-//! What is attached keeps enforcing when the process ends, by whatever end. A later [`Datapath::open`] finds the
-//! maps again, and [`Datapath::attach`] puts its own programs in the place of the old ones without an instant in
-//! which there is none.
+//! Attached programs stay attached when the process ends or crashes. A later [`Datapath::open`] opens the pinned maps,
+//! and [`Datapath::attach`] replaces the programs atomically.
 //!
-//! One process at a time may hold a pin directory; the daemon guards that by a lock on its run file. Network
-//! interfaces are those of the network namespace of the calling thread; bpffs belongs to the mount namespace, so
-//! daemons of several network namespaces need a `pin_dir` each.
+//! Only one process at a time may use a pin directory; the daemon holds a lock on its run file. Network interfaces are
+//! those of the network namespace of the calling thread. bpffs belongs to the mount namespace, so daemons of several
+//! network namespaces need a `pin_dir` each.
 //!
 //! Depends on `palisade-abi` and, for plans, on `palisade-model`. Start at [`Datapath::open`], [`Datapath::apply`] and
 //! [`Datapath::attach`].

@@ -1,8 +1,8 @@
-//! A table of nf_tables for what no program sees: an interface that no program stands at, and where a packet ends that was
-//! translated or routed by mark after the programs judged it.
+//! nftables table for packets that no program sees: those of a configured interface without programs, and those that
+//! DNAT, TPROXY or a mark directs to the node after the programs have evaluated them.
 //!
-//! The table has no owner in the kernel's sense (`NFT_TABLE_F_OWNER`), so it outlives the process, like everything that is
-//! attached. It is replaced as a whole in one transaction: a packet meets the old rules or the new ones.
+//! The table has no owner socket (`NFT_TABLE_F_OWNER`), so it stays when the process ends, like the attached programs.
+//! It is replaced as a whole in one transaction: a packet meets the old rules or the new ones.
 
 use std::{
     collections::BTreeSet,
@@ -21,14 +21,14 @@ use crate::sys::{
     },
 };
 
-/// `NF_IP_PRI_RAW`: before connections are tracked.
+/// `NF_IP_PRI_RAW`: before nf_conntrack.
 const RAW: i32 = -300;
-/// Behind the filters and translations of others (`NF_IP_PRI_CONNTRACK_HELPER`): what a load balancer takes out of the
-/// input hook never comes here.
+/// `NF_IP_PRI_CONNTRACK_HELPER`: after filters and NAT of other programs. A packet that a load balancer takes at the
+/// input hook does not reach this priority.
 const LATE: i32 = 300;
-/// Interface index of the loopback in every network namespace (`LOOPBACK_IFINDEX`).
+/// Interface index of the loopback (`LOOPBACK_IFINDEX`), the same in every network namespace.
 const LOOPBACK: u32 = 1;
-/// nft refuses longer comments.
+/// Longest comment that `nft` accepts, bytes.
 const LONGEST_NOTE: usize = 120;
 
 /// Comments of rules.
@@ -38,7 +38,7 @@ const UNGUARDED: &str = "219: configured and not guarded";
 const UNGUARDED_IN: &str = "unguarded_in";
 const UNGUARDED_OUT: &str = "unguarded_out";
 const TRANSLATED: &str = "translated";
-/// The counters, and what the programs call the same.
+/// Counters of the table, with the reason and direction that the programs use for the same drop.
 const COUNTERS: [(&str, Reason, Direction); 3] = [
     (UNGUARDED_IN, Reason::Unguarded, Direction::Ingress),
     (UNGUARDED_OUT, Reason::Unguarded, Direction::Egress),
@@ -53,65 +53,70 @@ const ENDPOINTS_V6: &str = "endpoints6";
 const OWN_V4: &str = "own4";
 const OWN_V6: &str = "own6";
 
-/// What the table is to do.
+/// Contents of the table.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Rules {
-    /// Interfaces at which programs judge packets, and those above them (bridges, VRFs, VLANs), by index.
+    /// Indexes of the interfaces with programs, and of those stacked on them (bridges, VRFs, VLANs).
     pub judged: BTreeSet<u32>,
-    /// Of these, the interfaces of workloads and what is above them.
+    /// Those of them that are interfaces of workloads or stacked on one.
     pub workloads: BTreeSet<u32>,
-    /// Names of interfaces where nothing passes unless their index is in `judged`.
+    /// Names of configured interfaces: no packet passes them unless their index is in `judged`.
     pub names: BTreeSet<String>,
-    /// Addresses of workloads: no packet from them enters the node by an interface that is not in `workloads`.
+    /// Addresses of workloads: a packet with such a source is accepted by the node only from an interface in
+    /// `workloads`.
     pub endpoints: BTreeSet<IpAddr>,
-    /// What the programs take for the node itself: addresses, broadcast addresses, local routes.
+    /// Destinations that the programs treat as the node: addresses, broadcast addresses and local routes.
     pub own: BTreeSet<IpNet>,
-    /// Packets may be forwarded that pass no guarded interface: close that too. Every forwarded packet pays for it.
+    /// Whether forwarded packets must be checked, because some may pass no interface with programs. The check costs
+    /// every forwarded packet a lookup.
     pub forwards: bool,
-    /// The node's ingress policy is enforced: what is delivered to the node without having been judged by it is dropped.
+    /// Whether the node's ingress policy is enforced. Then packets that are delivered to the node without its
+    /// evaluation are dropped.
     pub is_enforced: bool,
-    /// The node translates addresses. Only then may a rule ask for connections: such a rule has the kernel track them.
+    /// Whether the node has NAT rules. Only then a rule may load conntrack state, since such a rule makes the kernel
+    /// track all connections.
     pub has_nat: bool,
-    /// Some interface of `names` is, or was, a port of a bridge, where another family of tables sees the packets.
+    /// Whether an interface of `names` is, or was, a port of a bridge. Bridged frames meet only tables of the bridge
+    /// family.
     pub has_bridge: bool,
 }
 
 impl Rules {
-    /// Whether there is nothing to do: no table is needed.
+    /// Returns whether no table is needed.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.names.is_empty() && self.endpoints.is_empty() && !self.is_enforced
     }
 
-    /// Returns whether forwarded packets meet the table.
+    /// Returns whether the table has a chain for forwarded packets.
     fn closes_forwarding(&self) -> bool {
         self.forwards && !self.endpoints.is_empty()
     }
 }
 
-/// Why the table is not as it should be.
+/// Error of reading or writing the table.
 #[derive(Debug, thiserror::Error)]
 pub enum NetfilterError {
-    /// The kernel refused.
+    /// A request to the kernel failed.
     #[error(transparent)]
     Syscall(#[from] SyscallError),
-    /// There is a table of this name that another program has made.
+    /// A table of this name exists that another program or daemon has created.
     #[error(
-        "the nftables table '{family} {name}' exists and is not of this daemon ({note}): delete it, or give this daemon \
+        "the nftables table '{family} {name}' exists and another program or daemon has created it ({note}): delete it, or give this daemon \
          another [worker] interface, by which the table is named"
     )]
     Foreign {
-        /// inet or bridge.
+        /// Family of the table, inet or bridge.
         family: &'static str,
-        /// The table.
+        /// Name of the table.
         name: String,
-        /// Its comment.
+        /// Comment of the table.
         note: String,
     },
 }
 
 impl NetfilterError {
-    /// Whether the kernel has no nf_tables at all.
+    /// Returns whether the kernel has no nf_tables.
     #[must_use]
     pub fn is_unsupported(&self) -> bool {
         let Self::Syscall(error) = self else { return false };
@@ -122,7 +127,7 @@ impl NetfilterError {
     }
 }
 
-/// What a kernel may lack without the rest being useless.
+/// Parts of the table that need optional kernel features. The rest works without them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Part {
     Base,
@@ -132,7 +137,7 @@ enum Part {
 }
 
 impl Part {
-    /// What is open without it.
+    /// Returns what is not enforced without this part.
     const fn lack(self) -> &'static str {
         match self {
             Self::Base => "",
@@ -151,12 +156,12 @@ impl Part {
     }
 }
 
-/// Tables by family and name.
+/// Family and name of tables.
 type Tables = Vec<(Family, String)>;
-/// A request and what it is about.
+/// Part, description and message of one request.
 type Step = (Part, String, Request);
 
-/// The table of one daemon in the network namespace of the thread that opened it.
+/// nftables table of one daemon, in the network namespace of the thread that opened it.
 pub struct Netfilter {
     name: String,
     owner: String,
@@ -173,11 +178,11 @@ impl std::fmt::Debug for Netfilter {
 }
 
 impl Netfilter {
-    /// `name`: of the table. `owner` says to whom the table belongs and stands in its comment; a table with another
-    /// comment is never touched.
+    /// Opens a socket for the table `name`. `owner` identifies the daemon and is the comment of the table; a table
+    /// with another comment is never changed.
     ///
     /// # Errors
-    /// If the kernel has no netlink for netfilter.
+    /// [`NetfilterError::Syscall`] if the kernel has no netlink for netfilter.
     pub fn open(name: &str, owner: &str) -> Result<Self, NetfilterError> {
         let socket = Socket::open(libc::NETLINK_NETFILTER)?;
         socket.bind()?;
@@ -188,19 +193,19 @@ impl Netfilter {
         })
     }
 
-    /// The number of the socket that changes are made by: notifications of the kernel name it.
+    /// Returns the port id of the socket. Notifications of the kernel have it for changes by this process.
     ///
     /// # Errors
-    /// If the kernel does not say it.
+    /// [`NetfilterError::Syscall`] if getsockname fails.
     pub fn port(&self) -> Result<u32, NetfilterError> {
         Ok(self.socket.port()?)
     }
 
-    /// Makes the table hold exactly these rules, in one transaction. Counters go on. Answers what the kernel cannot do, in
-    /// words.
+    /// Replaces the contents of the table in one transaction; counters keep their values. Returns a text for each part
+    /// that the kernel does not support.
     ///
     /// # Errors
-    /// If the kernel refuses, or if a table of this name belongs to another.
+    /// [`NetfilterError`] if the kernel refuses, or if another daemon or program has created the table.
     pub fn write(&mut self, rules: &Rules) -> Result<Vec<String>, NetfilterError> {
         if rules.is_empty() {
             self.remove()?;
@@ -225,10 +230,10 @@ impl Netfilter {
         }
     }
 
-    /// Packets that the rules have dropped, by the programs' reason for the same; those that are not zero.
+    /// Returns the dropped packets by reason and direction, without zero counters.
     ///
     /// # Errors
-    /// If the kernel refuses.
+    /// [`NetfilterError::Syscall`] if the kernel refuses.
     pub fn counts(&mut self) -> Result<Vec<(Reason, Direction, Counter)>, NetfilterError> {
         let (found, _) = self.tables()?;
         let counts = self.count(&found)?;
@@ -240,10 +245,10 @@ impl Netfilter {
             .collect())
     }
 
-    /// Removes the table. No error if there is none, or if the one of this name belongs to another.
+    /// Removes the table. It is no error if there is none, or if another daemon or program has created it.
     ///
     /// # Errors
-    /// If the kernel refuses.
+    /// [`NetfilterError::Syscall`] if the kernel refuses.
     pub fn remove(&mut self) -> Result<(), NetfilterError> {
         let (found, _) = self.tables()?;
         let steps: Vec<Request> = found
@@ -266,8 +271,8 @@ impl Netfilter {
         }
     }
 
-    /// The tables of this daemon, also those that it made under another name; and what to say if the table of this name
-    /// belongs to another.
+    /// Returns the tables of this daemon, also those under earlier names, and an error if the table of this name
+    /// belongs to another daemon or program.
     fn tables(&mut self) -> Result<(Tables, Option<NetfilterError>), NetfilterError> {
         let mut tables = Vec::new();
         let call = "listing the nftables tables";
@@ -282,7 +287,7 @@ impl Netfilter {
                 let name = find(attributes, nft::TABLE)
                     .map(netlink::text)
                     .unwrap_or_default();
-                // A type, a length, the text and a zero byte.
+                // The comment follows one byte of type and one of length, and ends with a zero byte.
                 let note = find(attributes, TABLE_USERDATA)
                     .and_then(|userdata| userdata.get(2..))
                     .map(netlink::text)
@@ -309,7 +314,7 @@ impl Netfilter {
         Ok((own, foreign))
     }
 
-    /// The counters of all these tables, in the order of [`COUNTERS`].
+    /// Returns the sums of the counters of these tables, in the order of [`COUNTERS`].
     fn count(&mut self, tables: &[(Family, String)]) -> Result<[Counter; 3], NetfilterError> {
         let mut counts = [Counter::default(); 3];
         for (family, name) in tables {
@@ -339,7 +344,8 @@ impl Netfilter {
     }
 }
 
-/// Sends the steps without the parts that the kernel refuses; answers which these are. An error comes with what it is about.
+/// Sends the steps, again without a part that the kernel refuses. Returns the refused parts. An error comes with the
+/// description of its step.
 fn send_what_is_taken(
     steps: impl Fn() -> Vec<Step>,
     mut send: impl FnMut(Vec<Request>) -> Result<(), (Option<usize>, SyscallError)>,
@@ -362,7 +368,7 @@ fn send_what_is_taken(
     }
 }
 
-/// Everything that makes the table from whatever there is.
+/// Returns the steps that replace the tables `found` by a table of these rules and counter values.
 fn steps(
     name: &str,
     owner: &str,
@@ -413,7 +419,7 @@ fn steps(
         ("forward", Hook::Forward),
         ("output", Hook::Output),
     ] {
-        // Every packet pays for a hook, also where no rule matches. Only workloads have a policy for what is forwarded.
+        // A chain costs every packet, even if no rule matches. Only workloads have a policy for forwarded packets.
         if hook != Hook::Forward || rules.closes_forwarding() {
             add(Part::Base, "a chain", inet.chain(chain, hook, LATE));
         }
@@ -456,7 +462,7 @@ fn steps(
     steps
 }
 
-/// The rules of IP: part, chain, expressions, comment.
+/// Returns the rules of the inet table: part, chain, expressions, comment.
 fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'static str)> {
     use Expression::{
         Accept, And, Compare, Connection as Load, Count, DestinationType, Drop, In, Meta as Of, Network,
@@ -541,7 +547,8 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
             OWN_V6,
         ),
     ] {
-        // The programs ask the routing table without a mark, and for them the packet was one that is sent on.
+        // TPROXY or routing by mark turned the packet to the node: the programs do not know the mark at their hook,
+        // and took the packet for a forwarded one.
         let mut expressions = vec![
             Of(Meta::Mark),
             Compare(Comparison::NotEqual, vec![0; 4]),
@@ -550,8 +557,8 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
         ];
         expressions.extend_from_slice(family);
         expressions.extend([destination, NotIn(own), DestinationType]);
-        // The set may be older than an address; the kernel's table never is. RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST,
-        // RTN_MULTICAST.
+        // The set of own addresses may be outdated, the routing table of the kernel is not. 2 to 5: RTN_LOCAL,
+        // RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST.
         expressions
             .extend((2..=5_u32).map(|kind| Compare(Comparison::NotEqual, kind.to_ne_bytes().to_vec())));
         expressions.extend([Count(TRANSLATED), Drop]);
@@ -571,7 +578,7 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
         (Connection::Destination6, OWN_V6),
     ] {
         let expressions = vec![
-            // What answers a connection of the node comes the other way.
+            // Only the original direction: replies to connections of the node have a translated destination, too.
             Load(Connection::Direction),
             Compare(Comparison::Equal, vec![0]),
             Load(Connection::Status),
@@ -589,7 +596,7 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
     all
 }
 
-/// Drops frames between the ports of a bridge, where one of them is a configured interface that is not guarded.
+/// Returns rules that drop frames between ports of a bridge if one port is a configured interface without programs.
 fn bridge_rules() -> Vec<(&'static str, Vec<Expression>, &'static str)> {
     use Expression::{Accept, Count, Drop, In, Meta as Of};
     let mut all = Vec::new();
@@ -603,13 +610,14 @@ fn bridge_rules() -> Vec<(&'static str, Vec<Expression>, &'static str)> {
     all
 }
 
-/// Drops packets that enter or leave by a configured interface that is not guarded: those that the node receives or sends,
-/// and, with `forwards`, those that it forwards. What enters by a guarded interface and would leave by another one is the
-/// programs' (`xdp/src/link.rs`), so a forwarded packet pays for one lookup.
+/// Returns rules that drop packets which enter or leave by a configured interface without programs: those that the
+/// node receives or sends and, with `forwards`, those that it forwards. For a packet that enters by an interface with
+/// programs, the programs check the output interface (`xdp/src/link.rs`), so such a packet costs one lookup here.
 fn unguarded_rules(forwards: bool) -> Vec<(&'static str, Vec<Expression>, &'static str)> {
     use Expression::{Accept, Compare, Count, Drop, In, Meta as Of, Network, NotIn, Transport};
-    // Solicitations and advertisements that did not come through a router (RFC 4861, section 7.1). ARP does not pass these
-    // hooks; without either, the first packets of a new interface would wait for a second.
+    // Accepts neighbour solicitations and advertisements with hop limit 255, which no router has forwarded (RFC 4861,
+    // section 7.1). Otherwise the first packets of a new interface would wait a second for the next solicitation. ARP
+    // does not pass these hooks.
     let discovery = |index: Meta, own: bool| {
         let mut expressions = vec![
             Of(Meta::Family),
@@ -678,7 +686,7 @@ fn unguarded_rules(forwards: bool) -> Vec<(&'static str, Vec<Expression>, &'stat
     all
 }
 
-/// The comment of a daemon's table. Of long places the end is what tells them apart.
+/// Returns the comment of a daemon's table. A long path is shortened at its beginning, since the ends of paths differ.
 fn note(owner: &str) -> String {
     let mut from = owner.len().saturating_sub(LONGEST_NOTE);
     while !owner.is_char_boundary(from) {
@@ -687,7 +695,7 @@ fn note(owner: &str) -> String {
     owner[from..].to_owned()
 }
 
-/// Name and numbers of a counter, from a message about an object.
+/// Parses name and values of a counter object.
 fn counter(payload: &[u8]) -> Option<(String, Counter)> {
     let attributes = payload.get(4..)?;
     let name = netlink::text(find(attributes, OBJECT_NAME)?);
@@ -732,11 +740,11 @@ fn split(addresses: &BTreeSet<IpAddr>) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
     (v4, v6)
 }
 
-/// First key, and the first one behind it; none: the range goes to the end.
+/// First key of a range, and the first key after it; `None` if the range has no end.
 type Range = (Vec<u8>, Option<Vec<u8>>);
 
-/// The prefixes of each family as ranges that do not meet, with the groups that the node takes itself: the programs judge
-/// what goes to 224.0.0.0/3 (multicast, broadcast) or ff00::/8 as ingress of the node.
+/// Returns the prefixes of each family as disjoint ranges, together with the groups that the programs evaluate as
+/// ingress of the node: 224.0.0.0/3 (multicast, broadcast) and ff00::/8.
 fn ranges(prefixes: &BTreeSet<IpNet>) -> (Vec<Range>, Vec<Range>) {
     let mut v4 = vec![(
         u128::from(Ipv4Addr::new(224, 0, 0, 0).to_bits()),
@@ -763,7 +771,7 @@ fn ranges(prefixes: &BTreeSet<IpNet>) -> (Vec<Range>, Vec<Range>) {
     (v4.collect(), v6.collect())
 }
 
-/// Ranges (first, last), joined where they overlap or touch.
+/// Returns the ranges (first, last) with overlapping and adjacent ones merged.
 fn merged(mut ranges: Vec<(u128, u128)>) -> Vec<(u128, u128)> {
     ranges.sort_unstable();
     let mut all: Vec<(u128, u128)> = Vec::new();
@@ -781,7 +789,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_that_overlap_or_touch_are_one() {
+    fn overlapping_and_adjacent_ranges_are_merged() {
         assert_eq!(
             merged(vec![(5, 6), (1, 2), (3, 3), (9, u128::MAX), (10, 11)]),
             [(1, 3), (5, 6), (9, u128::MAX)]
@@ -805,14 +813,14 @@ mod tests {
     }
 
     #[test]
-    fn a_comment_keeps_the_end_of_a_long_place() {
+    fn a_comment_keeps_the_end_of_a_long_path() {
         assert_eq!(note("palisade"), "palisade");
         let long = format!("palisade {}", "é".repeat(100));
         assert!(note(&long).len() <= LONGEST_NOTE && long.ends_with(&note(&long)));
     }
 
     #[test]
-    fn the_table_is_written_without_what_the_kernel_lacks() {
+    fn parts_that_the_kernel_lacks_are_left_out() {
         let rules = Rules {
             is_enforced: true,
             has_nat: true,
@@ -851,7 +859,7 @@ mod tests {
     }
 
     #[test]
-    fn forwarded_packets_meet_the_table_only_where_endpoints_need_it() {
+    fn there_is_a_forward_chain_only_for_endpoints() {
         let chains = |forwards, endpoints: &[IpAddr]| {
             let rules = Rules {
                 forwards,
@@ -872,7 +880,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_asks_for_connections_where_nothing_is_translated() {
+    fn without_nat_no_rule_loads_conntrack_state() {
         let mut rules = Rules {
             is_enforced: true,
             endpoints: [IpAddr::from([10, 0, 0, 1])].into(),

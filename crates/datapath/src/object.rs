@@ -1,4 +1,4 @@
-//! The BPF object, compiled by `build.rs` from `xdp/`.
+//! BPF object, compiled by `build.rs` from `xdp/`.
 
-/// The BPF object with every program and map, aligned as an ELF reader wants it.
+/// BPF object with all programs and maps, aligned as its ELF reader requires.
 pub const OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/palisade"));

@@ -26,7 +26,7 @@ use crate::{
 
 type Result<T> = std::result::Result<T, OpenError>;
 
-/// The maps and programs of a node, open.
+/// Maps and programs of a node.
 #[derive(Debug)]
 pub struct Datapath {
     pub(crate) pin_dir: PathBuf,
@@ -46,7 +46,8 @@ pub struct Datapath {
     config: Map<u32, Config>,
     pub(crate) workers: RawMap,
     pub(crate) sockets: RawMap,
-    /// The conntrack map that programs attached before this one still write to, when its size was changed.
+    /// Conntrack map of another size that [`Datapath::open`] has replaced. Programs that were attached before write to
+    /// it until their interface is attached anew.
     pub(crate) old_conntrack: Option<Map<CtKey, CtEntry>>,
     pub(crate) shares: Shares,
     pub(crate) sizes: Sizes,
@@ -55,13 +56,14 @@ pub struct Datapath {
 }
 
 impl Datapath {
-    /// Finds or makes the maps, and loads the programs. Attaches nothing and changes nothing that is attached.
+    /// Opens the pinned maps or creates them, and loads the programs. Attached programs and their maps are not
+    /// changed.
     ///
-    /// A pinned map of the right layout but another size is made anew and its content copied; what is attached
-    /// goes on with the old one until [`Self::attach`].
+    /// A pinned map with the right layout but another size is replaced by a copy of the new size. Programs that are
+    /// attached use the old map until [`Self::attach`].
     ///
     /// # Errors
-    /// What is attached stays as it is.
+    /// [`OpenError`]. Attached programs stay attached.
     pub fn open(options: &Options) -> Result<Self> {
         check_limits(&options.limits)?;
         check_pin_dir(&options.pin_dir)?;
@@ -88,7 +90,7 @@ impl Datapath {
                 History::Found => fresh = false,
                 History::Resized(old) => {
                     fresh = false;
-                    // The slots go with the maps that they are for.
+                    // Not reported: the sizes of the slot maps follow from those of the maps that they index.
                     if !matches!(name.as_str(), names::FLOW_SLOTS | names::FRAGMENT_SLOTS) {
                         resized.push(name.clone());
                     }
@@ -139,41 +141,41 @@ impl Datapath {
             fresh,
             resized,
         };
-        // Sizes may have changed since the maps were made.
+        // The sizes of the maps may have changed since the shares were computed.
         let endpoints = datapath.endpoints.with_policy();
         datapath.shares.cut(&shares::shares(&endpoints, datapath.sizes));
         Ok(datapath)
     }
 
-    /// Whether no map was found: nothing was attached by this version before, or everything was detached.
+    /// Returns whether no pinned map existed: this version has attached no program before, or everything was detached.
     #[must_use]
     pub fn is_fresh(&self) -> bool {
         self.fresh
     }
 
-    /// Maps that were made anew because their sizes in the configuration changed.
+    /// Returns the maps that were created anew because their configured size has changed.
     #[must_use]
     pub fn resized(&self) -> &[String] {
         &self.resized
     }
 
-    /// Tells the programs their timeouts, limits and fixed identities.
+    /// Writes the timeouts, limits and fixed identities of the programs.
     ///
     /// # Errors
-    /// If the map refuses.
+    /// [`MapError`] if the map cannot be written.
     pub fn set_config(&self, config: &Config) -> std::result::Result<(), MapError> {
         self.config.insert(&0, config)
     }
 
-    /// What the programs are told; all zero before the first [`Self::set_config`].
+    /// Returns the configuration of the programs, all zero before the first [`Self::set_config`].
     ///
     /// # Errors
-    /// If the map cannot be read.
+    /// [`MapError`] if the map cannot be read.
     pub fn config(&self) -> std::result::Result<Option<Config>, MapError> {
         self.config.get(&0)
     }
 
-    /// Instructions that the verifier walked for each program; empty before Linux 5.16.
+    /// Returns the number of instructions that the verifier processed for each program; empty before Linux 5.16.
     #[must_use]
     pub fn verified_instructions(&self) -> Vec<(&'static str, u32)> {
         let Programs {
@@ -191,7 +193,7 @@ impl Datapath {
             .collect()
     }
 
-    /// The file descriptor of a program by its name in [`palisade_abi::programs`], for test runs.
+    /// Returns the file descriptor of a program by its name in [`palisade_abi::programs`], for BPF_PROG_TEST_RUN.
     #[must_use]
     pub fn program(&self, name: &str) -> Option<BorrowedFd<'_>> {
         let Programs {
@@ -209,11 +211,11 @@ impl Datapath {
             .map(Program::fd)
     }
 
-    /// Removes the maps of other versions of the layout. To be called once every interface has been attached by
-    /// this version.
+    /// Removes the pinned maps of other versions of `palisade_abi`. To be called after every interface has been
+    /// attached by this version, since older programs use those maps.
     ///
     /// # Errors
-    /// If a directory cannot be read or removed.
+    /// [`OpenError::Io`] if a directory cannot be read or removed.
     pub fn retire_other_versions(&self) -> Result<()> {
         let own = version_dir(&self.pin_dir);
         for dir in version_dirs(&self.pin_dir)? {
@@ -225,8 +227,8 @@ impl Datapath {
     }
 }
 
-/// Before Linux 5.11 maps count against this limit, which is 64 kB by default. Later it has no effect; a refusal
-/// shows when a map is made.
+/// Raises RLIMIT_MEMLOCK, against which maps count on kernels before 5.11; its default is 64 kB. An error is ignored,
+/// since the creation of a map reports it.
 fn lift_memlock() {
     let limit = libc::rlimit {
         rlim_cur: libc::RLIM_INFINITY,
@@ -236,7 +238,7 @@ fn lift_memlock() {
     unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit) };
 }
 
-/// A map as it should be.
+/// Wanted type, sizes and flags of a map.
 struct Wanted {
     name: String,
     map_type: u32,
@@ -246,7 +248,7 @@ struct Wanted {
     flags: u32,
 }
 
-/// Where a map came from.
+/// Origin of a map.
 enum History {
     Made,
     Found,
@@ -256,7 +258,8 @@ enum History {
 impl Wanted {
     fn new(name: &str, definition: &aya_obj::Map, limits: &Limits) -> Self {
         let map_type = definition.map_type();
-        // The definition of a ring names the record for programs; the kernel wants no sizes.
+        // The definition of a ring buffer in the object has the size of a record, for the programs; the kernel
+        // requires zero.
         let sized = map_type != map_type::RINGBUF;
         Self {
             name: name.to_owned(),
@@ -293,7 +296,7 @@ impl Wanted {
         }
         let map = self.create()?;
         self.migrate(&pinned, &map)?;
-        // The new map takes the name in one step; nobody can open half a set.
+        // Rename replaces the pin atomically, so that another process opens a complete set of maps.
         let staged = dir.join(format!("{}_new", self.name));
         let io = |source| OpenError::Io {
             path: staged.clone(),
@@ -321,7 +324,7 @@ impl Wanted {
         Ok(RawMap::new(&self.name, fd)?)
     }
 
-    /// Copies what fits. What must not be lost, and does not fit, is an error.
+    /// Copies the elements that fit. Returns [`OpenError::TooSmall`] if a policy or address map would lose elements.
     fn migrate(&self, from: &RawMap, to: &RawMap) -> Result<()> {
         if self.map_type == map_type::RINGBUF {
             return Ok(());

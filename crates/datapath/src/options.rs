@@ -1,4 +1,4 @@
-//! Sizes of the maps and where they are pinned.
+//! Options of [`Datapath::open`](crate::Datapath::open).
 
 use std::path::PathBuf;
 
@@ -6,10 +6,11 @@ use palisade_abi::maps as names;
 
 use crate::OpenError;
 
-/// Where and how large.
+/// Location and sizes of the maps.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Directory on a bpffs, `/sys/fs/bpf/palisade` by default; made if it is not there. No part may contain a dot.
+    /// Directory on a bpffs, `/sys/fs/bpf/palisade` by default; created if it does not exist. Its name must not
+    /// contain a dot.
     pub pin_dir: PathBuf,
     /// Sizes of the maps.
     pub limits: Limits,
@@ -24,12 +25,12 @@ impl Default for Options {
     }
 }
 
-/// Sizes of the maps, in entries where nothing else is said.
+/// Sizes of the maps, in entries unless noted otherwise.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Limits {
-    /// Connections. About 250 bytes each, allocated at once.
+    /// Flows in conntrack. Each takes about 250 bytes; the memory is preallocated.
     pub conntrack_entries: u32,
-    /// Fragmented datagrams under way.
+    /// Fragmented datagrams that are tracked at the same time.
     pub fragment_entries: u32,
     /// Entries of all policy tables together.
     pub policy_entries: u32,
@@ -37,11 +38,11 @@ pub struct Limits {
     pub ipcache_entries: u32,
     /// Prefixes with an identity.
     pub prefix_entries: u32,
-    /// Addresses that endpoints have learned by name.
+    /// Learned addresses of all endpoints together.
     pub learned_entries: u32,
-    /// Rules that have a counter of their own.
+    /// Rules with a counter of their own.
     pub rules: u32,
-    /// Bytes of the event ring: a power of two, at least a page.
+    /// Size of the event ring, bytes: a power of two, at least a page.
     pub event_ring_bytes: u32,
 }
 
@@ -65,7 +66,7 @@ impl Limits {
         Some(match map {
             names::CONNTRACK => self.conntrack_entries,
             names::FRAGMENTS => self.fragment_entries,
-            // Half of what they are for: see `shares`.
+            // One slot for every second entry of the map that the slots index; see `shares`.
             names::FLOW_SLOTS => (self.conntrack_entries / 2).max(1),
             names::FRAGMENT_SLOTS => (self.fragment_entries / 2).max(1),
             names::POLICY => self.policy_entries,
@@ -95,17 +96,21 @@ pub(crate) fn check_limits(limits: &Limits) -> Result<(), OpenError> {
     ] {
         let value = limits.of(map).unwrap_or(1);
         if value == 0 {
-            return bad(map, value, "a map has at least one entry");
+            return bad(map, value, "it must have at least one entry");
         }
         if value > 1 << 28 {
-            return bad(map, value, "at most 268435456");
+            return bad(map, value, "the largest size is 268435456");
         }
     }
     let ring = limits.event_ring_bytes;
-    // SAFETY: no pointers.
+    // SAFETY: sysconf takes no pointers.
     let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     if !ring.is_power_of_two() || i64::from(ring) < page {
-        return bad(names::EVENTS, ring, "a power of two of at least a page (4096)");
+        return bad(
+            names::EVENTS,
+            ring,
+            "a power of two of at least a page (4096) is needed",
+        );
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The pin directory and its entries on a bpffs.
+//! Pin directory on a bpffs, and its entries.
 
 use std::{
     fs, io,
@@ -16,12 +16,12 @@ type Result<T> = std::result::Result<T, OpenError>;
 /// Magic number of a bpffs (`BPF_FS_MAGIC`).
 const BPF_FS_MAGIC: libc::c_long = 0xcafe_4a11;
 
-/// Where the maps of this version are pinned.
+/// Returns the directory of the maps of this version of `palisade_abi`.
 pub(crate) fn version_dir(pin_dir: &Path) -> PathBuf {
     pin_dir.join(format!("v{}", palisade_abi::VERSION))
 }
 
-/// Every directory `v<number>` of a pin directory.
+/// Returns every directory `v<number>` of a pin directory.
 pub(crate) fn version_dirs(pin_dir: &Path) -> Result<Vec<PathBuf>> {
     let io = |source| OpenError::Io {
         path: pin_dir.to_owned(),
@@ -69,16 +69,16 @@ pub(crate) fn make_dir(path: &Path) -> Result<()> {
         })
 }
 
-/// The part of a path that exists.
+/// Returns the longest ancestor of a path that exists.
 fn existing(path: &Path) -> &Path {
     path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"))
 }
 
-/// Whether a path, or what of it exists, is on a bpffs.
+/// Returns whether a path, or its longest existing ancestor, is on a bpffs.
 pub(crate) fn is_on_bpffs(path: &Path) -> io::Result<bool> {
     use std::os::unix::ffi::OsStrExt as _;
     let c_path = std::ffi::CString::new(existing(path).as_os_str().as_bytes())?;
-    // SAFETY: all zero is a value of the plain struct.
+    // SAFETY: all zero is a valid value of the plain struct.
     let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: both pointers are valid for the call.
     if unsafe { libc::statfs(c_path.as_ptr(), &mut stat) } < 0 {
@@ -87,12 +87,12 @@ pub(crate) fn is_on_bpffs(path: &Path) -> io::Result<bool> {
     Ok(stat.f_type as libc::c_long == BPF_FS_MAGIC)
 }
 
-/// Whether pins can be made in a directory, which need not be there yet.
+/// Checks that a directory, which need not exist yet, can hold pins.
 ///
 /// # Errors
-/// It is not on a bpffs, or its name is one that bpffs refuses.
+/// [`OpenError::NotBpffs`] if it is not on a bpffs, [`OpenError::BadPinDir`] if it is relative or its name has a dot.
 pub fn check_pin_dir(pin_dir: &Path) -> Result<()> {
-    // Dots are refused in what is made on the bpffs; the mount itself may be anywhere.
+    // bpffs refuses dots only in names that are created on it; its mount point may have them.
     let dots = |p: &Path| p.to_str().is_none_or(|p| p.contains('.'));
     let to_be_made = pin_dir.strip_prefix(existing(pin_dir)).unwrap_or(pin_dir);
     if !pin_dir.is_absolute() || dots(to_be_made) {
@@ -116,7 +116,8 @@ pub(crate) fn links_dir(pin_dir: &Path) -> PathBuf {
     pin_dir.join("links")
 }
 
-/// The link that is pinned at a path, if it still holds an interface. One whose interface is gone is unpinned.
+/// Returns the link that is pinned at a path, if it is attached to the interface. Unpins a link whose interface is
+/// gone.
 pub(crate) fn pinned_link(
     path: &Path,
     ifindex: u32,
@@ -130,7 +131,7 @@ pub(crate) fn pinned_link(
     };
     let info = bpf::link_info(link.as_fd()).map_err(syscall)?;
     if info.ifindex != ifindex {
-        // The kernel shows index 0 once the interface is gone (or somebody detached the link by force).
+        // The kernel reports index 0 after the interface was deleted or the link was detached (BPF_LINK_DETACH).
         unpin(path)?;
         return Ok(None);
     }

@@ -1,4 +1,4 @@
-//! What of Palisade is attached to an interface, as the kernel reports it.
+//! Actual attachments, as the kernel reports them.
 
 use std::{fs, io, path::Path};
 
@@ -14,10 +14,10 @@ use crate::{
 type Result<T> = std::result::Result<T, AttachError>;
 
 impl Datapath {
-    /// What is guarded, as the kernel has it now.
+    /// Returns the interfaces with programs, as the kernel reports them.
     ///
     /// # Errors
-    /// If a pin or an interface cannot be read.
+    /// [`AttachError`] if a pin or an interface cannot be read.
     pub fn attachments(&self) -> Result<Vec<Attached>> {
         let mut attached = Vec::new();
         for ifindex in guarded(&self.pin_dir)? {
@@ -59,7 +59,7 @@ impl Datapath {
     }
 }
 
-/// The points of an interface where programs of ours are.
+/// Returns the attach points of an interface that have a program of Palisade.
 pub(crate) fn attached_points(dir: &Path, device: &Device) -> Result<Vec<AttachPoint>> {
     let mut points = Vec::new();
     for point in AttachPoint::ALL {
@@ -70,7 +70,7 @@ pub(crate) fn attached_points(dir: &Path, device: &Device) -> Result<Vec<AttachP
     Ok(points)
 }
 
-/// The interfaces that a pin directory has records of.
+/// Returns the indexes of the interfaces of which a pin directory has records.
 pub(crate) fn guarded(pin_dir: &Path) -> Result<Vec<u32>> {
     let dir = links_dir(pin_dir);
     let failed = |source| AttachError::Io {
@@ -94,7 +94,7 @@ pub(crate) fn guarded(pin_dir: &Path) -> Result<Vec<u32>> {
     Ok(found)
 }
 
-/// What of ours is at a place of an interface.
+/// Returns how the program of Palisade at an attach point is attached; `None` if there is no such program.
 fn present(dir: &Path, device: &Device, point: AttachPoint) -> Result<Option<HookKind>> {
     let path = dir.join(point.file());
     let syscall = |source| AttachError::Syscall {
@@ -138,7 +138,7 @@ pub(crate) fn our_filter(device: &Device, direction: Direction) -> Result<bool> 
     })?;
     Ok(filters
         .iter()
-        .any(|filter| filter.in_our_place() && filter.name == name))
+        .any(|filter| filter.is_own_slot() && filter.name == name))
 }
 
 pub(crate) fn on_tcx(

@@ -1,4 +1,4 @@
-//! The programs of the BPF object, loaded into the kernel.
+//! Loading of the programs of the BPF object.
 
 use std::{
     collections::BTreeMap,
@@ -16,7 +16,7 @@ use crate::{OpenError, maps::RawMap, object::OBJECT, sys::bpf};
 
 type Result<T> = std::result::Result<T, OpenError>;
 
-/// A loaded program.
+/// Loaded program.
 #[derive(Debug)]
 pub(crate) struct Program {
     pub name: &'static str,
@@ -30,7 +30,7 @@ impl Program {
     }
 }
 
-/// The programs.
+/// All loaded programs.
 #[derive(Debug)]
 pub(crate) struct Programs {
     pub xdp: Program,
@@ -50,7 +50,7 @@ pub(crate) fn load_programs(map_dir: &Path, maps: &BTreeMap<String, RawMap>) -> 
             .map_max_entries(name, map.info.max_entries);
     }
     let mut ebpf = loader.load(OBJECT)?;
-    // Most of the time goes to the verifier, which works on one thread for each program.
+    // One thread for each program: most of the time is spent in the verifier, which is single-threaded per program.
     let mut loaded = BTreeMap::new();
     std::thread::scope(|scope| {
         let threads: Vec<_> = ebpf

@@ -1,9 +1,11 @@
-//! The punt link: the veth pair on which packets go to the workers and come back.
+//! The punt link: the veth pair on which packets are punted to the workers and reinjected.
 //!
-//! `<name>0` is the node's end: the programs redirect what is to be read to it, and `palisade_reinject` at its ingress
-//! takes what comes back. `<name>1` is the workers' end, with `palisade_punt` and one AF_XDP socket for each
-//! queue. At the egress of both, `palisade_punt_filter` drops what sockets of this machine send. The pair and the links (below `<pin_dir>/punt_link/`) outlive the daemon like everything else:
-//! without workers what must be read is dropped by the programs, which then see no sign of life.
+//! `<name>0` is the node's end. The programs redirect punted packets to it, and `palisade_reinject` at its ingress
+//! takes the packets that workers send. `<name>1` is the workers' end, with `palisade_punt` and one AF_XDP socket for
+//! each queue. At the egress of both ends, `palisade_punt_filter` drops what sockets of this machine send.
+//!
+//! The pair and its links (pinned below `<pin_dir>/punt_link/`) stay when the daemon ends. The programs drop packets
+//! that need inspection while no worker writes heartbeats.
 
 use std::{
     fs, io,
@@ -36,14 +38,14 @@ const REINJECT_PIN: &str = "tcx_ingress";
 const NODE_FILTER_PIN: &str = "tcx_egress_node";
 const WORKER_FILTER_PIN: &str = "tcx_egress_worker";
 
-/// The punt link of a node, ready for sockets.
+/// Punt link of a node, ready for AF_XDP sockets.
 #[derive(Clone, Copy, Debug)]
 pub struct PuntLink {
     ifindex: u32,
     workers: u32,
 }
 
-/// Where workers leave their sockets and signs of life, whether there is a punt link or not.
+/// Maps in which workers register their sockets and write their heartbeats. They exist also without a punt link.
 #[derive(Debug)]
 pub struct SocketMap {
     sockets: std::os::fd::OwnedFd,
@@ -51,13 +53,13 @@ pub struct SocketMap {
 }
 
 impl PuntLink {
-    /// Index of the node's end.
+    /// Returns the interface index of the node's end.
     #[must_use]
     pub fn ifindex(&self) -> u32 {
         self.ifindex
     }
 
-    /// Queues, one for each worker.
+    /// Returns the number of queues, one for each worker.
     #[must_use]
     pub fn workers(&self) -> u32 {
         self.workers
@@ -65,10 +67,10 @@ impl PuntLink {
 }
 
 impl SocketMap {
-    /// Gives a queue its AF_XDP socket. One that is closed leaves by itself.
+    /// Registers the AF_XDP socket of a queue. The kernel removes it from the map when it is closed.
     ///
     /// # Errors
-    /// If it is no socket of that queue of the workers' end.
+    /// [`MapError`] if the socket is not bound to that queue of the workers' end.
     pub fn insert_socket(&self, queue: u32, socket: BorrowedFd<'_>) -> std::result::Result<(), MapError> {
         bpf::update(
             self.sockets.as_fd(),
@@ -82,17 +84,17 @@ impl SocketMap {
         })
     }
 
-    /// Says that the worker of a queue lives. `now`: coarse monotonic clock, ns.
+    /// Writes the heartbeat of the worker of a queue. `now`: coarse monotonic time, ns.
     pub fn heartbeat(&self, queue: u32, now: u64) {
         self.heartbeats.heartbeat(queue, now);
     }
 }
 
 impl Datapath {
-    /// Where workers leave their sockets and signs of life.
+    /// Returns the maps for sockets and heartbeats of the workers.
     ///
     /// # Errors
-    /// If a map cannot be had once more.
+    /// [`MapError`] if a descriptor cannot be duplicated or a map not be memory-mapped.
     pub fn socket_map(&self) -> std::result::Result<SocketMap, MapError> {
         let sockets = bpf::duplicate(&self.sockets.fd).map_err(|source| MapError::Syscall {
             map: "xsks".to_owned(),
@@ -104,11 +106,11 @@ impl Datapath {
         })
     }
 
-    /// Finds or makes the punt link with one queue for each worker, and attaches its programs. What a former daemon
-    /// left is used again if it has as many queues.
+    /// Creates the punt link with one queue for each worker and attaches its programs. The link of an earlier daemon
+    /// is used if it has the same number of queues.
     ///
     /// # Errors
-    /// If the pair cannot be made or the programs not be attached.
+    /// [`AttachError`] if the pair cannot be created or a program not be attached.
     pub fn punt_link(&self, name: &str, workers: u32) -> Result<PuntLink> {
         let workers = workers.clamp(1, MAX_WORKERS as u32);
         let [node_end, worker_end] = [format!("{name}0"), format!("{name}1")];
@@ -131,7 +133,7 @@ impl Datapath {
                     return Err(AttachError::Syscall {
                         name: foreign.name.clone(),
                         source: SyscallError::new(
-                            "an interface of this name is no punt link; set [worker] interface to another name",
+                            "an interface of this name exists and is not a veth; set [worker] interface to another name",
                             io::Error::from_raw_os_error(libc::EEXIST),
                         ),
                     });
@@ -160,7 +162,7 @@ impl Datapath {
         for end in [&node, &worker] {
             set_quiet(end).map_err(failed)?;
         }
-        // Guarded before it is up.
+        // The programs are attached before the link is up, so no other packet enters it.
         self.attach_punt_link(&node, &worker)?;
         for end in [&node, &worker] {
             set_up(end.ifindex).map_err(failed)?;
@@ -182,7 +184,7 @@ impl Datapath {
                     name,
                     source: SyscallError::new(
                         format!(
-                            "Linux {} panics with the first packet that a worker sends back (fixed in 6.17.11 and \
+                            "Linux {} panics with the first packet that a worker reinjects (fixed in 6.17.11 and \
                              6.18), and the XDP program that prevents it cannot be attached: {}",
                             release.trim(),
                             source.call
@@ -205,10 +207,10 @@ impl Datapath {
     }
 }
 
-/// Whether Linux of this release panics when a frame that AF_XDP has sent reaches tc or IP with its destructor: 6.16.8
-/// to 6.17.10. (Upstream commit 30f241fcf52a, in 6.17 and 6.16.8, has the destructor read `skb->cb`; commit
-/// 0ebc27a4c67d, in 6.18 and 6.17.11, mends it. 6.16 ended with 6.16.12.) Distributions that always say 6.17.0 count as
-/// affected, which costs a copy of each packet that comes back.
+/// Returns whether Linux of this release panics when a frame from an AF_XDP socket reaches tc or IP with its
+/// destructor: 6.16.8 to 6.17.10. Upstream commit 30f241fcf52a, in 6.17 and 6.16.8, has the destructor read `skb->cb`;
+/// commit 0ebc27a4c67d, in 6.18 and 6.17.11, fixes that; 6.16 ended with 6.16.12. Distribution kernels that always
+/// report 6.17.0 count as affected, which costs a copy of each reinjected packet.
 fn panics_after_reinjection(release: &str) -> bool {
     let mut numbers = release
         .split(|c: char| !c.is_ascii_digit())
@@ -218,7 +220,7 @@ fn panics_after_reinjection(release: &str) -> bool {
     ((6, 16, 8)..=(6, 17, 10)).contains(&version)
 }
 
-/// Puts native XDP at an end of the punt link, or in the place of what a former daemon left there.
+/// Attaches a native XDP program to an end of the punt link, or replaces the program of an earlier daemon.
 fn place_xdp(path: &Path, end: &Link, program: &Program) -> Result<()> {
     let failed = refused(end);
     match pinned_link(path, end.ifindex)? {
@@ -234,8 +236,8 @@ fn place_xdp(path: &Path, end: &Link, program: &Program) -> Result<()> {
     }
 }
 
-/// Puts a program at a tc hook of an end of the punt link, or in the place of what a former daemon left there. A filter
-/// of clsact has no pin.
+/// Attaches a program to a tc hook of an end of the punt link, or replaces the program of an earlier daemon. A clsact
+/// filter has no pin.
 fn place_tc(path: &Path, end: &Link, direction: Direction, program: &Program) -> Result<()> {
     let failed = refused(end);
     let device = find_device(end.ifindex)?.ok_or(AttachError::NoSuchInterface { ifindex: end.ifindex })?;
@@ -271,7 +273,7 @@ fn punt_link_dir(pin_dir: &Path) -> PathBuf {
     pin_dir.join("punt_link")
 }
 
-/// Removes the pair with its programs, and the pins.
+/// Removes the veth pair with its programs, and the pins.
 pub(crate) fn remove_punt_link(pin_dir: &Path) -> Result<()> {
     let dir = punt_link_dir(pin_dir);
     if !dir.is_dir() {
@@ -295,7 +297,8 @@ pub(crate) fn remove_punt_link(pin_dir: &Path) -> Result<()> {
         let info = bpf::link_info(link.as_fd()).map_err(failed)?;
         bpf::link_detach(link.as_fd()).map_err(failed)?;
         unpin(&path)?;
-        // The end of another network namespace's punt link may have the same index: the program tells.
+        // An interface of another network namespace may have the same index. It is not the end of this punt link if it
+        // still has an XDP program after the link was detached.
         if file == XDP_PIN
             && let Some(device) = find_device(info.ifindex)?
             && device.xdp.is_none()

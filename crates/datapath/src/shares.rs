@@ -1,4 +1,5 @@
-//! Cuts the conntrack and fragment maps into shares, one for each endpoint and direction (`palisade_abi::Share`).
+//! Division of the conntrack and fragment maps into shares, one for each endpoint and direction
+//! (`palisade_abi::Share`).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,11 +13,12 @@ use crate::{
     maps::{RawMap, Shared, check_layout},
 };
 
-/// The free nodes of an LRU map that one CPU keeps for itself (`LOCAL_FREE_TARGET` in kernel/bpf/bpf_lru_list.c). The
-/// kernel evicts when fewer than these are left in common, so the shares leave as many free for each CPU and once more.
+/// Free nodes that an LRU map keeps for each CPU (`LOCAL_FREE_TARGET` in kernel/bpf/bpf_lru_list.c). The kernel evicts
+/// when the common list has fewer than these, so the shares leave that many unused for each CPU and once more for the
+/// common list.
 const FREE_PER_CPU: u32 = 128;
 
-/// What is shared out, in entries.
+/// Sizes of the maps that are divided, entries.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Sizes {
     /// Size of CONNTRACK.
@@ -25,20 +27,20 @@ pub struct Sizes {
     pub flow_table: u32,
     /// Size of FRAGMENT_SLOTS.
     pub fragment_table: u32,
-    /// CPUs that there may be.
+    /// Number of possible CPUs.
     pub cpus: u32,
 }
 
-/// Index of a share in SHARES.
+/// Returns the index of a share in SHARES.
 #[must_use]
 pub fn share_slot(endpoint: u16, direction: usize) -> u32 {
     u32::from(endpoint) * 2 + direction as u32
 }
 
-/// The shares of these endpoints, and the pool at slot 0.
+/// Returns the shares of these endpoints, and the pool at slot 0.
 ///
-/// New flows have half of the map. Of the rest (less what the kernel wants free) one half is
-/// guaranteed in equal parts, the other is the pool, lent in the order of arrival.
+/// New flows can use half of the map. The rest, without the nodes that the kernel needs free, is for protected flows:
+/// one half is guaranteed in equal parts, the other half is the pool, from which every share can borrow.
 #[must_use]
 pub fn shares(endpoints: &BTreeSet<u16>, sizes: Sizes) -> BTreeMap<u32, Share> {
     let free = (sizes.flows / 16)
@@ -62,7 +64,7 @@ pub fn shares(endpoints: &BTreeSet<u16>, sizes: Sizes) -> BTreeMap<u32, Share> {
         .flat_map(|&endpoint| [0, 1].map(|direction| share_slot(endpoint, direction)));
     for (slot, position) in slots.zip(0_u32..) {
         let share = Share {
-            // With more shares than slots some have the same one.
+            // If there are more shares than slots, several shares use the same slot.
             flows: position.wrapping_mul(flow_slots) % sizes.flow_table.max(1),
             flow_slots,
             fragments: position.wrapping_mul(fragment_slots) % sizes.fragment_table.max(1),
@@ -75,7 +77,7 @@ pub fn shares(endpoints: &BTreeSet<u16>, sizes: Sizes) -> BTreeMap<u32, Share> {
     shares
 }
 
-/// The protected flows of a walk through the map, by share.
+/// Numbers of protected flows that a walk through the map has found, by share.
 #[derive(Debug, Default)]
 pub(crate) struct ProtectedCounts(BTreeMap<u32, i64>);
 
@@ -91,14 +93,14 @@ fn slot_of(key: &CtKey, entry: &CtEntry) -> u32 {
     share_slot(key.endpoint, usize::from(entry.flags & ct_flags::INGRESS == 0))
 }
 
-/// SHARES, memory-mapped.
+/// All shares: the map SHARES, memory-mapped.
 #[derive(Debug)]
 pub(crate) struct Shares {
     memory: Shared,
     count: u32,
 }
 
-/// Numbers of the fields of a [`Share`].
+/// Indexes of the 32-bit fields of a [`Share`].
 mod field {
     pub(super) const FLOWS: usize = 0;
     pub(super) const FLOW_SLOTS: usize = 1;
@@ -130,11 +132,12 @@ impl Shares {
         i64::from(self.at(slot, field::GUARANTEED).load(Ordering::Relaxed))
     }
 
-    /// Cuts the shares anew. What is counted stays. An endpoint that has none any more can open no flow.
+    /// Writes the sizes of all shares; counts stay. An endpoint without a share can open no flow.
     pub(crate) fn cut(&self, shares: &BTreeMap<u32, Share>) {
         for slot in 0..self.count {
             let share = shares.get(&slot).copied().unwrap_or_default();
-            // Most slots are of no endpoint and have never been written: pages that are only read take no memory.
+            // Only changed fields are written: most slots belong to no endpoint, and pages that are never written take
+            // no memory.
             for (field, value) in [
                 (field::FLOWS, share.flows),
                 (field::FRAGMENTS, share.fragments),
@@ -150,7 +153,7 @@ impl Shares {
         }
     }
 
-    /// Endpoints that can open flows.
+    /// Returns the endpoints that have a share.
     pub(crate) fn present(&self) -> BTreeSet<u16> {
         (1..self.count)
             .filter(|&slot| self.at(slot, field::FLOW_SLOTS).load(Ordering::Relaxed) != 0)
@@ -158,7 +161,7 @@ impl Shares {
             .collect()
     }
 
-    /// Protects a seeded flow. Returns whether its share or the pool had room.
+    /// Counts a seeded flow as protected. Returns whether its share or the pool had space for it.
     pub(crate) fn protect(&self, key: &CtKey, entry: &CtEntry) -> bool {
         let slot = slot_of(key, entry);
         if self.at(slot, field::FLOW_SLOTS).load(Ordering::Relaxed) == 0 {
@@ -180,8 +183,9 @@ impl Shares {
         self.protected_at(slot).load(Ordering::Relaxed) as i64
     }
 
-    /// Sets the counts right after a walk. Flows that are deleted by user space, and additions that two CPUs make for
-    /// one flow, are settled so. What the programs count during the walk may be counted twice until the next one.
+    /// Corrects the counts after a walk, for flows that user space has deleted and for flows that two CPUs have
+    /// counted. A flow that the programs count during the walk may be counted twice until the next walk. `before`: the
+    /// counts at the start of the walk.
     pub(crate) fn correct(&self, before: &BTreeMap<u32, i64>, protected: &ProtectedCounts) {
         let slots: BTreeSet<u32> = before.keys().chain(protected.0.keys()).copied().collect();
         for slot in slots.into_iter().filter(|&slot| slot != 0 && slot < self.count) {
@@ -200,7 +204,7 @@ impl Shares {
             .fetch_add((is - was) as u64, Ordering::Relaxed);
     }
 
-    /// All counts, those that are not zero.
+    /// Returns the number of protected flows of each share, without zeros.
     pub(crate) fn counts(&self) -> BTreeMap<u32, i64> {
         (1..self.count)
             .map(|slot| (slot, self.protected(slot)))
@@ -208,7 +212,7 @@ impl Shares {
             .collect()
     }
 
-    /// Endpoints whose flows of a direction have all that they are guaranteed, when the pool is used up.
+    /// Returns the endpoints that have used up the guaranteed part of a share while the pool is used up.
     pub(crate) fn exhausted(&self) -> BTreeSet<u16> {
         let used_up = |slot| {
             self.protected(slot) as i32 >= self.at(slot, field::GUARANTEED).load(Ordering::Relaxed) as i32

@@ -1,4 +1,4 @@
-//! What this kernel and its interfaces can do, for `palisade status`.
+//! Features of the kernel and of drivers, for `palisade status`.
 
 use std::path::Path;
 
@@ -10,32 +10,32 @@ use crate::{
     },
 };
 
-/// What the kernel has.
+/// Features of the kernel.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Support {
-    /// Its release.
+    /// Kernel release.
     pub kernel: String,
     /// Whether the pin directory is on a bpffs.
     pub bpffs: bool,
-    /// Whether it has tcx (else programs are attached by clsact). None: not allowed to ask.
+    /// Whether the kernel has tcx; if not, programs are attached by clsact. `None` if the query is not permitted.
     pub tcx: Option<bool>,
 }
 
-/// Whether the driver of an interface takes XDP programs.
+/// XDP support of the driver of an interface.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum XdpSupport {
-    /// It does.
+    /// Native XDP.
     Native,
-    /// It does not; there is the generic way only.
+    /// Generic XDP only.
     Generic,
-    /// The kernel does not tell (before 6.3): to be tried.
+    /// Kernels before 6.3 do not report XDP features; an attachment shows whether native XDP works.
     Unknown,
 }
 
-/// Asks the kernel.
+/// Returns the features of the kernel.
 #[must_use]
 pub fn support(pin_dir: &Path) -> Support {
-    // The loopback interface: number 1 in every network namespace.
+    // Interface index of the loopback, 1 in every network namespace.
     const LOOPBACK: u32 = 1;
     Support {
         kernel: kernel_release(),
@@ -44,7 +44,7 @@ pub fn support(pin_dir: &Path) -> Support {
     }
 }
 
-/// Asks for the XDP features of an interface, by the netdev family of generic netlink.
+/// Returns the XDP support of an interface, as the netdev family of generic netlink reports it.
 #[must_use]
 pub fn xdp_support(ifindex: u32) -> XdpSupport {
     match xdp_features(ifindex) {

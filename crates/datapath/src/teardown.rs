@@ -1,4 +1,4 @@
-//! Programs are detached, and pins, filters and qdiscs of Palisade are removed.
+//! Removal of programs, pins, filters and qdiscs.
 
 use std::{
     os::fd::AsFd as _,
@@ -18,14 +18,14 @@ use crate::{
 
 type Result<T> = std::result::Result<T, AttachError>;
 
-/// The directory that says that the clsact qdisc was made by us.
+/// Directory that records that Palisade added the clsact qdisc.
 pub(crate) const QDISC_FILE: &str = "clsact_qdisc";
 
 impl Datapath {
-    /// Stops guarding an interface. No error if it is not guarded or no longer exists.
+    /// Detaches the programs of an interface. It is no error if there are none or the interface does not exist.
     ///
     /// # Errors
-    /// If something could not be removed.
+    /// [`AttachError`] if a program, pin or filter cannot be removed.
     pub fn detach(&self, ifindex: u32) -> Result<()> {
         detach_interface(&self.link_dir(ifindex), ifindex)?;
         if self
@@ -38,19 +38,18 @@ impl Datapath {
         Ok(())
     }
 
-    /// Stops guarding everything and removes every pin: nothing is left of Palisade in the kernel once this value is
-    /// dropped.
+    /// Detaches all programs and removes every pin. The kernel frees the maps when this value is dropped.
     ///
     /// # Errors
-    /// If something could not be removed; what could be is.
+    /// The first [`AttachError`]; the removal continues after an error.
     pub fn detach_all(self) -> Result<()> {
         detach_all(&self.pin_dir)
     }
 
-    /// Removes what is left of interfaces that no longer exist; answers their indexes.
+    /// Removes the records of interfaces that no longer exist. Returns their indexes.
     ///
     /// # Errors
-    /// If something could not be removed.
+    /// [`AttachError`] if a record cannot be removed.
     pub fn forget_dead(&self) -> Result<Vec<u32>> {
         let mut dead = Vec::new();
         for ifindex in guarded(&self.pin_dir)? {
@@ -74,7 +73,7 @@ impl Datapath {
         Ok(dead)
     }
 
-    /// Takes back what a failed attachment has left.
+    /// Undoes a failed attachment.
     pub(crate) fn undo(
         &self,
         device: &Device,
@@ -84,7 +83,8 @@ impl Datapath {
     ) -> Result<()> {
         let dir = self.link_dir(device.ifindex);
         for point in AttachPoint::ALL {
-            // A hook may have been handed over from one kind of program to another: then the new one stays.
+            // A direction that had a program before keeps one, also if it is at another attach point now (XDP, tcx or
+            // clsact).
             let judged_before = before.iter().any(|b| b.direction() == point.direction());
             if !judged_before && !foreign.contains(&point) {
                 remove(&dir, device.ifindex, Some(device), point)?;
@@ -111,11 +111,11 @@ impl Datapath {
     }
 }
 
-/// Stops guarding every interface that a pin directory knows, and removes the directory with its maps. Needs no maps
-/// and no programs, so it works whatever version made them.
+/// Detaches the programs of every interface of which a pin directory has records, and removes the directory with its
+/// maps. Opens no maps, so it works for maps of every version.
 ///
 /// # Errors
-/// The first thing that could not be removed, after everything else was.
+/// The first [`AttachError`]; the removal continues after an error.
 pub fn detach_all(pin_dir: &Path) -> Result<()> {
     let mut outcome = Ok(());
     let mut note = |result: Result<()>| {
@@ -148,13 +148,13 @@ fn detach_interface(dir: &Path, ifindex: u32) -> Result<()> {
     remove_empty(dir)
 }
 
-/// Removes what of ours is at a point. `device` is none if the interface is gone.
+/// Removes the program of Palisade at an attach point. `device` is `None` if the interface is gone.
 pub(crate) fn remove(dir: &Path, ifindex: u32, device: Option<&Device>, point: AttachPoint) -> Result<()> {
     let path = dir.join(point.file());
     match point {
         AttachPoint::Xdp | AttachPoint::Tcx(_) => {
             if let Some((link, _)) = pinned_link(&path, ifindex)? {
-                // At once, and not when the last process that has it open ends.
+                // Unpinning alone detaches only after every process has closed the link.
                 bpf::link_detach(link.as_fd()).map_err(|source| AttachError::Syscall {
                     name: path.display().to_string(),
                     source,
@@ -180,7 +180,7 @@ pub(crate) fn remove(dir: &Path, ifindex: u32, device: Option<&Device>, point: A
     Ok(())
 }
 
-/// Removes the clsact qdisc if we made it and nobody uses it.
+/// Removes the clsact qdisc if Palisade added it and it has no filters.
 pub(crate) fn remove_qdisc(dir: &Path, ifindex: u32, device: Option<&Device>) -> Result<()> {
     let path = dir.join(QDISC_FILE);
     if !path.is_dir() {

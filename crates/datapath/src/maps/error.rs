@@ -2,49 +2,49 @@
 
 use crate::sys::SyscallError;
 
-/// An operation on a map that failed.
+/// Error of a map operation.
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
-    /// No room for another entry.
+    /// The map has no space for another entry.
     #[error("{map} map full: {present} of {max_entries} entries")]
     Full {
-        /// The map, in lower case.
+        /// Name of the map, in lower case.
         map: String,
-        /// Entries in it.
+        /// Number of entries.
         present: usize,
-        /// Its size.
+        /// Capacity, entries.
         max_entries: u32,
     },
-    /// The kernel refused.
+    /// The system call failed.
     #[error("{map} map: {source}")]
     Syscall {
-        /// The map.
+        /// Name of the map, in lower case.
         map: String,
-        /// What it said.
+        /// Failed system call.
         #[source]
         source: SyscallError,
     },
-    /// The object and this code do not agree about a map.
+    /// Key or value of the map has another size than the type of this program.
     #[error(
         "{map} map has keys of {key_size} and values of {value_size} bytes, this program wants {want_key} and \
          {want_value}: the BPF object and the daemon are of different versions"
     )]
     Layout {
-        /// The map.
+        /// Name of the map, in lower case.
         map: String,
-        /// Its size of keys.
+        /// Key size of the map, bytes.
         key_size: u32,
-        /// Its size of values.
+        /// Value size of the map, bytes.
         value_size: u32,
-        /// What the type has.
+        /// Size of the key type, bytes.
         want_key: usize,
-        /// What the type has.
+        /// Size of the value type, bytes.
         want_value: usize,
     },
 }
 
 impl MapError {
-    /// Returns the map that has to be larger for the operation to succeed, if that is the cause.
+    /// Returns the map that is too small for the operation, if that is the cause.
     #[must_use]
     pub fn too_small(&self) -> Option<&str> {
         match self {

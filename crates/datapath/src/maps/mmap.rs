@@ -18,29 +18,30 @@ use crate::sys::SyscallError;
 
 type Result<T> = std::result::Result<T, MapError>;
 
-/// What the memory of a map may be seen as: every bit pattern is a value, and others may write it meanwhile.
+/// Atomic types as which map memory may be accessed. Every bit pattern is a valid value, and other threads and
+/// programs may write concurrently.
 pub(crate) trait Atomic {}
 impl Atomic for AtomicU16 {}
 impl Atomic for AtomicU32 {}
 impl Atomic for AtomicU64 {}
 
-/// A map's memory, shared with the programs.
+/// Memory of an array map, shared with the programs.
 #[derive(Debug)]
 pub(crate) struct Shared {
     base: NonNull<u8>,
     length: usize,
 }
 
-// SAFETY: the memory is only touched through atomics.
+// SAFETY: the memory is accessed only through atomics.
 unsafe impl Send for Shared {}
-// SAFETY: as above.
+// SAFETY: the memory is accessed only through atomics.
 unsafe impl Sync for Shared {}
 
 impl Shared {
     pub(crate) fn new(raw: &RawMap) -> Result<Self> {
         // The kernel rounds an element up to 8 bytes.
         let length = (raw.info.value_size as usize).next_multiple_of(8) * raw.info.max_entries as usize;
-        // SAFETY: a new mapping at an address of the kernel's choice.
+        // SAFETY: a new mapping at an address that the kernel chooses; no memory of this process is replaced.
         let base = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -67,11 +68,11 @@ impl Shared {
         })
     }
 
-    /// The atomic of type `A` at a byte offset.
+    /// Returns the atomic at a byte offset. Panics if the offset is outside of the map or not aligned.
     pub(crate) fn at<A: Atomic>(&self, offset: usize) -> &A {
         assert!(offset + size_of::<A>() <= self.length && offset.is_multiple_of(align_of::<A>()));
-        // SAFETY: inside the mapping and aligned (the mapping begins at a page); callers use atomics only, for
-        // which every bit pattern is a value, and everybody else (programs) writes whole words.
+        // SAFETY: inside the mapping and aligned, since the mapping begins at a page boundary. This process accesses
+        // the memory only through atomics, for which every bit pattern is valid, and the programs write aligned words.
         unsafe { self.base.add(offset).cast::<A>().as_ref() }
     }
 }
@@ -83,7 +84,7 @@ impl Drop for Shared {
     }
 }
 
-/// WORKERS, memory-mapped.
+/// Heartbeats of the workers: the map WORKERS, memory-mapped.
 #[derive(Debug)]
 pub(crate) struct Heartbeats {
     memory: Shared,
@@ -99,7 +100,7 @@ impl Heartbeats {
         })
     }
 
-    /// Nothing for a queue that the map has no slot for.
+    /// Stores the time of a heartbeat, ns; does nothing for a queue without a slot.
     pub(crate) fn heartbeat(&self, queue: u32, now: u64) {
         if queue < self.count {
             self.memory
@@ -109,7 +110,7 @@ impl Heartbeats {
     }
 }
 
-/// ENDPOINTS, memory-mapped.
+/// States of the endpoints: the map ENDPOINTS, memory-mapped.
 #[derive(Debug)]
 pub(crate) struct Endpoints {
     raw: RawMap,
@@ -125,7 +126,8 @@ impl Endpoints {
         })
     }
 
-    /// Policy and revision change by one store, after the identity and flags: whoever sees the new policy sees the identity too.
+    /// Stores a state. Policy and revision change by one store, after identity and flags, so a program that reads the
+    /// new policy reads the new identity too.
     pub(crate) fn set(&self, endpoint: u16, state: EndpointState) {
         let offset = usize::from(endpoint) * size_of::<EndpointState>();
         self.memory
@@ -160,7 +162,7 @@ impl Endpoints {
         self.raw.info.max_entries
     }
 
-    /// The endpoints that have a policy.
+    /// Returns the endpoints that have a policy.
     pub(crate) fn with_policy(&self) -> BTreeSet<u16> {
         (0..=u16::MAX)
             .filter(|&endpoint| u32::from(endpoint) < self.len() && self.get(endpoint).policy != 0)
@@ -168,13 +170,13 @@ impl Endpoints {
     }
 }
 
-/// The first eight bytes of an [`EndpointState`] as one word in memory order.
+/// Returns the first eight bytes of an [`EndpointState`], in memory order, as one word.
 fn policy_word(policy: u32, revision: u32) -> u64 {
     let ([p0, p1, p2, p3], [r0, r1, r2, r3]) = (policy.to_ne_bytes(), revision.to_ne_bytes());
     u64::from_ne_bytes([p0, p1, p2, p3, r0, r1, r2, r3])
 }
 
-/// CLASSES, memory-mapped.
+/// Port classes: the map CLASSES, memory-mapped.
 #[derive(Debug)]
 pub(crate) struct Classes {
     memory: Shared,
@@ -188,7 +190,7 @@ impl Classes {
         })
     }
 
-    /// False if there is no such slot.
+    /// Stores the class of a slot. Returns whether the slot exists.
     pub(crate) fn set(&self, slot: u32, class: Class) -> bool {
         let slot = slot as usize;
         if slot >= CLASS_SLOTS {

@@ -1,6 +1,6 @@
-//! Access to the maps: by bytes where sizes are known at run time only, by type everywhere else.
+//! Access to the maps: by bytes where key and value sizes are known only at run time, typed everywhere else.
 //!
-//! Sizes are checked once, when a map is opened; after that a buffer of the wrong size cannot be made.
+//! Sizes are compared once, when a map is opened. The safety of the system calls depends on it.
 
 mod error;
 mod mmap;

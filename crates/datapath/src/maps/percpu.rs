@@ -12,7 +12,7 @@ use crate::sys::bpf;
 
 type Result<T> = std::result::Result<T, MapError>;
 
-/// An array with a value per CPU.
+/// Array with one value for each CPU.
 #[derive(Debug)]
 pub(crate) struct PerCpuArray<V> {
     raw: RawMap,
@@ -32,7 +32,7 @@ impl<V: FromBytes + IntoBytes + Immutable + Copy> PerCpuArray<V> {
         self.raw.info.max_entries
     }
 
-    /// The values of all CPUs at an index; none beyond the end.
+    /// Returns the values of all CPUs at an index; empty beyond the end of the array.
     pub(crate) fn get(&self, index: u32) -> Result<Vec<V>> {
         let mut bytes = vec![0; self.raw.value_stride];
         let found =
@@ -44,7 +44,7 @@ impl<V: FromBytes + IntoBytes + Immutable + Copy> PerCpuArray<V> {
         })
     }
 
-    /// Puts `value` on the first CPU and zero on the others. Only for slots that no program writes.
+    /// Stores `value` for the first CPU and zero for the others. Only for slots that no program writes.
     pub(crate) fn set(&self, index: u32, value: &V) -> Result<()> {
         let mut bytes = vec![0; self.raw.value_stride];
         bytes[..size_of::<V>()].copy_from_slice(value.as_bytes());
@@ -53,7 +53,7 @@ impl<V: FromBytes + IntoBytes + Immutable + Copy> PerCpuArray<V> {
             .map_err(|e| self.raw.error(e))
     }
 
-    /// Walks all slots.
+    /// Calls `each` for all slots.
     pub(crate) fn for_each(&self, mut each: impl FnMut(u32, &mut dyn Iterator<Item = V>)) -> Result<()> {
         self.raw.for_each(|key, value| {
             if let Ok(index) = u32::read_from_bytes(key) {

@@ -1,4 +1,4 @@
-//! Maps by bytes, with the kernel's batch operations where it has them.
+//! Access to maps by bytes, with batch operations where the kernel has them.
 
 use std::{
     os::fd::{AsFd as _, OwnedFd},
@@ -14,17 +14,17 @@ use crate::sys::{
 
 type Result<T> = std::result::Result<T, MapError>;
 
-/// Elements per batch call: large enough that the call's cost vanishes, small enough that a bucket lock or the
-/// copies of keys and values do not matter.
+/// Elements per batch call: enough to make the cost of the system call negligible, few enough to bound the copies and
+/// the time in which the kernel holds a bucket lock.
 pub(crate) const BATCH: usize = 4096;
 
-/// A map whose sizes are known at run time.
+/// Map whose key and value sizes are known only at run time.
 #[derive(Debug)]
 pub(crate) struct RawMap {
     pub fd: OwnedFd,
     pub name: String,
     pub info: bpf::MapInfo,
-    /// Bytes of a value as the system call moves it: per-CPU maps have one value per possible CPU, each rounded up to 8.
+    /// Size of a value in system calls, bytes: per-CPU maps have one value per possible CPU, each rounded up to 8.
     pub value_stride: usize,
     pub(super) batches: AtomicBool,
 }
@@ -50,9 +50,9 @@ impl RawMap {
         self.info.key_size as usize
     }
 
-    /// Puts the map's name to an error; a refusal for want of room becomes [`MapError::Full`].
+    /// Adds the name of the map to an error. E2BIG and ENOSPC become [`MapError::Full`].
     pub(crate) fn error(&self, source: SyscallError) -> MapError {
-        // Hash and LRU maps and tries: E2BIG, ENOSPC.
+        // A full hash map returns E2BIG, a full LPM trie ENOSPC. An array returns E2BIG for an index beyond its end.
         if matches!(source.errno(), libc::E2BIG | libc::ENOSPC) && self.info.map_type != map_type::ARRAY {
             return MapError::Full {
                 map: self.name.to_lowercase(),
@@ -79,8 +79,8 @@ impl RawMap {
         flags: u64,
     ) -> std::result::Result<(), SyscallError> {
         debug_assert_eq!((key.len(), value.len()), (self.key_size(), self.value_stride));
-        // Without preallocation an element comes from a per-CPU cache that is refilled asynchronously (ENOMEM), and
-        // a bucket may be locked by a program on this CPU (EBUSY): both pass in no time.
+        // Both errors are transient: without preallocation, elements come from a per-CPU cache that is refilled
+        // asynchronously (ENOMEM), and a program on this CPU may hold the bucket lock (EBUSY).
         let mut tries = 0;
         loop {
             match bpf::update(self.fd.as_fd(), key, value, flags) {
@@ -93,7 +93,8 @@ impl RawMap {
         }
     }
 
-    /// Writes elements that lie one after another; answers how many were written before the error.
+    /// Writes elements from contiguous keys and values. An error comes with the number of elements that were written
+    /// before it.
     pub(crate) fn update_all(
         &self,
         keys: &[u8],
@@ -129,7 +130,7 @@ impl RawMap {
         Ok(())
     }
 
-    /// Deletes keys that lie one after another; those that do not exist are no error.
+    /// Deletes contiguous keys. Keys without an element are ignored.
     pub(crate) fn delete_all(&self, keys: &[u8]) -> std::result::Result<(), SyscallError> {
         let k = self.key_size();
         let total = keys.len() / k;
@@ -156,7 +157,7 @@ impl RawMap {
         Ok(())
     }
 
-    /// Walks all elements. While others write, an element may be missed or seen twice.
+    /// Calls `each` for all elements. During concurrent writes an element may be missed or visited twice.
     pub(crate) fn for_each(&self, mut each: impl FnMut(&[u8], &[u8])) -> Result<()> {
         if self.batches.load(Ordering::Relaxed) && self.walk_by_batches(&mut each)? {
             return Ok(());
@@ -164,10 +165,11 @@ impl RawMap {
         self.walk_by_keys(&mut each)
     }
 
-    /// False if the kernel has no batches for this map; then nothing was given to `each`.
+    /// Walks the map by batch lookups. Returns false, without a call of `each`, if the kernel has no batch operation
+    /// for this map type.
     fn walk_by_batches(&self, each: &mut impl FnMut(&[u8], &[u8])) -> Result<bool> {
         let (k, v) = (self.key_size(), self.value_stride);
-        // The cursor of a hash map is a bucket number, that of others is a key.
+        // Batch lookups of hash maps continue at a bucket number (4 bytes), those of other maps at a key.
         let mut cursor = vec![0_u8; k.max(8)];
         let mut next = vec![0_u8; k.max(8)];
         let mut first = true;
@@ -186,7 +188,7 @@ impl RawMap {
             let end = match outcome.error {
                 None => false,
                 Some(e) if e.errno() == libc::ENOENT => true,
-                // One bucket alone holds more than fits.
+                // One bucket has more elements than fit into the buffers.
                 Some(e) if e.errno() == libc::ENOSPC => {
                     size *= 2;
                     keys.resize(size * k, 0);

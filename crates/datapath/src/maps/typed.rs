@@ -15,7 +15,7 @@ use crate::sys::bpf;
 
 type Result<T> = std::result::Result<T, MapError>;
 
-/// A map with typed keys and values.
+/// Map with typed keys and values.
 #[derive(Debug)]
 pub(crate) struct Map<K, V> {
     raw: RawMap,
@@ -39,7 +39,7 @@ where
         self.raw.info.max_entries
     }
 
-    /// Entries in the map. Walks it.
+    /// Returns the number of entries. Walks the map.
     pub(crate) fn count(&self) -> Result<usize> {
         self.raw.count()
     }
@@ -51,7 +51,7 @@ where
         Ok(found.then_some(value))
     }
 
-    /// Reads and deletes in one step, so that nothing that was written in between is lost unseen.
+    /// Reads and deletes an entry in one step, so that no concurrent update between the two is lost.
     pub(crate) fn take(&self, key: &K) -> Result<Option<V>> {
         let mut value = V::new_zeroed();
         let found = bpf::lookup_and_delete(self.fd(), key.as_bytes(), value.as_mut_bytes())
@@ -65,7 +65,7 @@ where
             .map_err(|e| self.raw.error(e))
     }
 
-    /// Writes only where there is nothing; says whether it did.
+    /// Inserts an entry unless the key exists. Returns whether the entry was inserted.
     pub(crate) fn insert_new(&self, key: &K, value: &V) -> Result<bool> {
         match self
             .raw
@@ -105,7 +105,7 @@ where
 
     pub(crate) fn for_each(&self, mut each: impl FnMut(K, V)) -> Result<()> {
         self.raw.for_each(|key, value| {
-            // The sizes were checked when the map was opened.
+            // Never fails: the sizes were compared when the map was opened.
             if let (Ok(key), Ok(value)) = (K::read_from_bytes(key), V::read_from_bytes(value)) {
                 each(key, value);
             }
@@ -139,7 +139,7 @@ mod tests {
         let mut read = map.entries().unwrap();
         read.sort_unstable();
         assert_eq!(read, entries);
-        // Every third, and some that are not there.
+        // Every third key, and keys without an element.
         let gone: Vec<_> = (0..15_000_u32).step_by(3).collect();
         map.remove_all(&gone).unwrap();
         let mut read = map.entries().unwrap();

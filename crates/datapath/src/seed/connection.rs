@@ -1,4 +1,4 @@
-//! TCP connections of the kernel's tables.
+//! TCP connections as the kernel's tables describe them.
 
 use std::{io, path::PathBuf};
 
@@ -9,15 +9,15 @@ use palisade_abi::{
 
 use crate::SyscallError;
 
-/// The connections could not be read.
+/// Error of reading the connections of the kernel.
 #[derive(Debug, thiserror::Error)]
 pub enum SeedError {
     /// A network namespace could not be entered.
     #[error("{path}: cannot enter the network namespace: {source}")]
     Netns {
-        /// Where it is mounted.
+        /// Path of the namespace.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         #[source]
         source: io::Error,
     },
@@ -26,43 +26,43 @@ pub enum SeedError {
     Syscall(#[from] SyscallError),
 }
 
-/// One end of a connection.
+/// End of a connection.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct End {
-    /// Its address.
+    /// Address.
     pub addr: Addr,
-    /// Its port.
+    /// Port.
     pub port: u16,
 }
 
-/// A TCP connection of the kernel's tables.
+/// TCP connection of a kernel table.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Connection {
-    /// Who opened it.
+    /// End that sent the first SYN.
     pub opener: End,
-    /// Whom.
+    /// The other end.
     pub responder: End,
-    /// What TCP has done so far.
+    /// State of the connection.
     pub progress: Progress,
 }
 
-/// How far a connection is.
+/// State of a TCP connection.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Progress {
-    /// One side has sent.
+    /// Only the opener has sent packets.
     Opening,
-    /// Both sides have sent.
+    /// Both ends have sent packets.
     Established,
     /// The opener has sent FIN.
     OpenerClosed,
     /// The responder has sent FIN.
     ResponderClosed,
-    /// Both have sent FIN.
+    /// Both ends have sent FIN.
     Closed,
 }
 
 impl Progress {
-    /// The TCP flags that the opener and the responder must have sent.
+    /// Returns the TCP flags that opener and responder have sent in this state.
     pub(super) fn tcp_flags(self) -> (u8, u8) {
         match self {
             Self::Opening => (SYN, 0),
@@ -74,7 +74,8 @@ impl Progress {
     }
 }
 
-/// A connection whose tuples (source, destination) are given for both directions.
+/// Returns the connection as the opener and, if NAT translates it, as the responder sees it. A tuple is (source,
+/// destination).
 pub(super) fn both_views(
     progress: Progress,
     original: (End, End),

@@ -1,4 +1,5 @@
-//! nf_conntrack by ctnetlink, where the kernel has no `/proc/net/nf_conntrack`.
+//! nf_conntrack by ctnetlink, for kernels without `/proc/net/nf_conntrack`. Hand-written: `netlink-packet-route` does
+//! not cover nfnetlink.
 
 use palisade_abi::{Addr, protocol};
 
@@ -11,7 +12,7 @@ const IPCTNL_MSG_CT_GET: u16 = 1;
 
 pub(super) fn tracked() -> Result<Vec<Connection>, SeedError> {
     let mut found = Vec::new();
-    // struct nfgenmsg: any family, version 0.
+    // struct nfgenmsg: AF_UNSPEC, version 0.
     let request = Request::new(NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET, 0).fixed(&[0; 4]);
     let answer = Socket::open(libc::NETLINK_NETFILTER).and_then(|mut socket| {
         socket.query(
@@ -33,7 +34,7 @@ pub(super) fn tracked() -> Result<Vec<Connection>, SeedError> {
         )
     });
     match answer {
-        // Neither nf_conntrack nor its netlink side is in this kernel: it tracks nothing.
+        // The kernel has no nf_conntrack or no ctnetlink, so no connection is found.
         Err(e)
             if matches!(
                 e.errno(),
@@ -46,7 +47,7 @@ pub(super) fn tracked() -> Result<Vec<Connection>, SeedError> {
     }
 }
 
-/// The attributes of a conntrack message (`enum ctattr_type`).
+/// Parses the attributes of a conntrack message (`enum ctattr_type`).
 fn parse_ctnetlink(attributes: &[u8]) -> Option<[Option<Connection>; 2]> {
     const CTA_TUPLE_ORIG: u16 = 1;
     const CTA_TUPLE_REPLY: u16 = 2;
@@ -118,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn ctnetlink_messages() {
+    fn parses_ctnetlink_messages() {
         let tuple = |request: Request, kind, src: [u8; 4], dst: [u8; 4], sport: u16, dport: u16| {
             request.nested(kind, |t| {
                 t.nested(1, |ip| ip.attr(1, &src).attr(2, &dst)).nested(2, |p| {
@@ -140,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_that_tracks_nothing_or_not_by_netlink_is_no_error() {
+    fn a_kernel_without_ctnetlink_is_no_error() {
         tracked().unwrap();
     }
 }

@@ -1,4 +1,4 @@
-//! Conntrack entries of connections.
+//! Conntrack entries for seeded connections.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -6,21 +6,22 @@ use palisade_abi::{Addr, Config, CtEntry, CtKey, ct_flags, protocol};
 
 use super::connection::{Connection, Progress};
 
-/// The endpoints of this node by their addresses, and which of them is the node.
+/// Addresses of the endpoints of this node.
 #[derive(Clone, Debug, Default)]
 pub struct LocalEndpoints {
-    /// Address -> endpoint id.
+    /// Endpoint id by address.
     pub addresses: BTreeMap<Addr, u16>,
-    /// The node's own endpoint.
+    /// Endpoint id of the node itself.
     pub host: u16,
 }
 
-/// The endpoints that a table of connections is evidence for.
+/// Endpoints for which a table of connections is trusted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Scope {
-    /// Every endpoint of this node: nf_conntrack of the node's namespace, which sees the packets themselves.
+    /// Every endpoint of this node, for nf_conntrack of the namespace of the node: it records packets, not claims of a
+    /// workload.
     Node,
-    /// One endpoint: the sockets of its own namespace.
+    /// One endpoint, for the sockets of its own namespace.
     Endpoint(u16),
 }
 
@@ -33,8 +34,8 @@ impl Scope {
     }
 }
 
-/// Returns the conntrack entries of TCP connections: one for each end that is an endpoint in the scope of the table
-/// that the connection stands in. Where two connections give the same key, the first counts.
+/// Returns one conntrack entry for each end of a connection that is an endpoint in the scope of the table. If two
+/// connections have the same key, the first one is used.
 #[must_use]
 pub fn seeds(
     connections: &[(Scope, Connection)],
@@ -53,7 +54,7 @@ pub fn seeds(
             endpoints.addresses.get(&responder.addr),
         );
         if of_opener.is_some() && of_opener == of_responder {
-            // An endpoint with itself: no interface sees that.
+            // Both ends are the same endpoint, so no interface sees the packets.
             continue;
         }
         for (endpoint, other, local, remote, ingress) in [
@@ -176,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn the_end_that_is_an_endpoint_gets_an_entry_in_the_flows_direction() {
+    fn the_end_that_is_an_endpoint_has_an_entry_in_the_direction_of_the_flow() {
         let known = endpoints(&[("10.0.0.1", 1)]);
         let out = seeds(
             &[node(tcp("10.0.0.1:40000", "192.0.2.7:443"))],
@@ -211,25 +212,25 @@ mod tests {
     }
 
     #[test]
-    fn sockets_of_a_namespace_speak_for_the_endpoint_of_that_namespace_alone() {
+    fn sockets_of_a_namespace_seed_only_the_endpoint_of_that_namespace() {
         let known = endpoints(&[("10.0.0.1", 1), ("10.0.1.10", 7), ("10.0.2.10", 8)]);
-        // Root of endpoint 7 has given 10.0.2.10, the address of endpoint 8, to its own loopback.
+        // Root in endpoint 7 has assigned 10.0.2.10, the address of endpoint 8, to its loopback.
         let forged = tcp("10.0.2.10:1000", "192.0.2.9:443");
         assert!(seeds(&[(Scope::Endpoint(7), forged)], &known, &config(), 0).is_empty());
         assert_eq!(
             seeds(&[(Scope::Endpoint(8), forged)], &known, &config(), 0).len(),
             1
         );
-        // A connection between both counts for the endpoint whose namespace it was found in.
+        // A connection between both is used only for the endpoint of whose namespace the table is.
         let both = tcp("10.0.2.10:1000", "10.0.1.10:80");
         let out = seeds(&[(Scope::Endpoint(7), both)], &known, &config(), 0);
         assert_eq!(out.iter().map(|(key, _)| key.endpoint).collect::<Vec<_>>(), [7]);
-        // The node's sockets say nothing about workloads.
+        // The sockets of the node are not used for workloads.
         assert!(seeds(&[(Scope::Endpoint(1), forged)], &known, &config(), 0).is_empty());
     }
 
     #[test]
-    fn two_endpoints_have_an_entry_each() {
+    fn a_connection_between_two_endpoints_has_two_entries() {
         let known = endpoints(&[("10.0.0.1", 1), ("10.0.1.10", 7), ("fd00::1", 8)]);
         let out = seeds(
             &[node(tcp("10.0.1.10:1000", "10.0.0.1:80"))],
@@ -250,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn strangers_and_the_node_with_itself_get_none_and_the_first_of_two_counts() {
+    fn other_hosts_and_loops_get_no_entry_and_the_first_duplicate_is_used() {
         let known = endpoints(&[("10.0.0.1", 1), ("10.0.0.2", 1)]);
         assert!(seeds(&[node(tcp("10.9.0.1:1", "10.9.0.2:2"))], &known, &config(), 0).is_empty());
         assert!(seeds(&[node(tcp("10.0.0.1:1", "10.0.0.2:2"))], &known, &config(), 0).is_empty());

@@ -1,26 +1,27 @@
-//! The connections that were there before Palisade, from the kernel's own tables, so that they live on.
+//! Connections that existed before Palisade, from the kernel's own tables. They are seeded into conntrack so that they
+//! continue.
 //!
-//! | source | knows | who opened |
+//! | source | contents | opener of a connection |
 //! |---|---|---|
-//! | nf_conntrack (`/proc` or ctnetlink) | what the node sends, receives and forwards, where a firewall or NAT rule has switched it on | told |
-//! | sockets of a network namespace (`inet_diag`) | TCP connections and connected UDP sockets of that namespace | the other end, if something listens on the local port; else this end |
+//! | nf_conntrack (`/proc` or ctnetlink) | what the node sends, receives and forwards, if a firewall or NAT rule has enabled connection tracking | known |
+//! | sockets of a network namespace (`inet_diag`) | TCP connections of that namespace | the peer, if a socket listens on the local port; else the local end |
 //!
-//! The sockets of the node's own namespace know the flows of the node's endpoint. The flows of a workload are known
-//! if nf_conntrack sees them, or if the configuration names the workload's namespace ([`connections_of_netns`]).
-//! A flow that no table knows is judged by its first packet, whichever direction that has.
+//! The sockets of the node's own namespace cover the flows of the node's endpoint. Flows of a workload are found in
+//! nf_conntrack, or in the workload's namespace if the configuration names it ([`connections_of_netns`]). For any
+//! other flow the next packet, whatever its direction, opens a new entry.
 //!
-//! A socket list is no proof: root of a workload, and for UDP any user, can make one that names foreign addresses or
-//! that lets a flow look as if the other end had opened it. Therefore
+//! A list of sockets is not trustworthy: root in a workload can create sockets with foreign addresses, or such that
+//! the peer seems to have opened a flow; for UDP any user can do this. Therefore
 //!
-//! - a table speaks only for the endpoints in its [`Scope`]: the sockets of a namespace for the endpoint that lives in
-//!   that namespace, and for no other endpoint, whatever addresses its sockets have;
-//! - only TCP is seeded. UDP and SCTP packets do not show who opened a flow, so a seeded entry would be the only
-//!   evidence for its direction. Without an entry such a flow goes on if the policy allows the direction of its next
-//!   packet;
-//! - the daemon seeds once, before it attaches the first program to the first interface (`daemon::guard`).
+//! - a table is used only for the endpoints in its [`Scope`]: the sockets of a namespace only for the endpoint of that
+//!   namespace, whatever addresses the sockets have;
+//! - only TCP is seeded. UDP and SCTP packets do not show which side opened a flow, so a seeded entry would be the
+//!   only evidence of its direction. Without an entry such a flow continues if the policy allows the direction of its
+//!   next packet;
+//! - the daemon seeds only once, before it attaches the first program to the first interface (`daemon::guard`).
 //!
-//! A seeded entry has revision 0, which no endpoint has: its first packet has *the flow* judged, in the direction in
-//! which it was opened. What the policy allows lives, what it denies is cut.
+//! A seeded entry has revision 0, which no endpoint has. The first packet therefore makes the programs evaluate the
+//! policy of the flow in the direction in which it was opened, and the flow continues or is dropped.
 
 mod connection;
 mod ctnetlink;
@@ -33,11 +34,11 @@ use std::{fs::File, io, os::fd::AsRawFd as _, path::Path};
 pub use connection::{Connection, End, Progress, SeedError};
 pub use entries::{LocalEndpoints, Scope, seeds};
 
-/// Returns the connections that the kernel knows of in the calling thread's network namespace, the node's: those of
-/// nf_conntrack first, for every endpoint, then the sockets, for the endpoint `node` alone.
+/// Returns the connections of the calling thread's network namespace, that of the node: first those of nf_conntrack,
+/// for every endpoint, then the sockets, for the endpoint `node` only.
 ///
 /// # Errors
-/// If a table is there and cannot be read.
+/// [`SeedError`] if an existing table cannot be read.
 pub fn connections(node: u16) -> Result<Vec<(Scope, Connection)>, SeedError> {
     let tracked = tracked()?.into_iter().map(|connection| (Scope::Node, connection));
     let sockets = sock_diag::sockets()?
@@ -46,18 +47,18 @@ pub fn connections(node: u16) -> Result<Vec<(Scope, Connection)>, SeedError> {
     Ok(tracked.chain(sockets).collect())
 }
 
-/// Returns the connections that the kernel knows of in the network namespace (`/run/netns/NAME`, `/proc/PID/ns/net`)
-/// of the endpoint with the number `endpoint`, for that endpoint alone.
+/// Returns the connections of the network namespace (`/run/netns/NAME`, `/proc/PID/ns/net`) of `endpoint`, for that
+/// endpoint only.
 ///
 /// # Errors
-/// If the namespace cannot be entered, or a table is there and cannot be read.
+/// [`SeedError`] if the namespace cannot be entered or an existing table cannot be read.
 pub fn connections_of_netns(path: &Path, endpoint: u16) -> Result<Vec<(Scope, Connection)>, SeedError> {
     let failed = |source| SeedError::Netns {
         path: path.to_owned(),
         source,
     };
     let namespace = File::open(path).map_err(failed)?;
-    // In a thread of its own, which ends in there: no way back has to be found.
+    // A thread of its own enters the namespace and ends there, so this thread need not change back.
     let inside = std::thread::Builder::new()
         .name("seed-netns".into())
         .spawn(move || {
@@ -79,7 +80,7 @@ pub fn connections_of_netns(path: &Path, endpoint: u16) -> Result<Vec<(Scope, Co
 }
 
 fn tracked() -> Result<Vec<Connection>, SeedError> {
-    // Of the calling thread: /proc/net is of the process's first thread.
+    // Not /proc/net, which shows the namespace of the first thread of the process.
     match std::fs::read_to_string("/proc/thread-self/net/nf_conntrack") {
         Ok(text) => Ok(text
             .lines()

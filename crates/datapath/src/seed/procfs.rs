@@ -1,4 +1,4 @@
-//! nf_conntrack by `/proc/net/nf_conntrack`.
+//! Parser of `/proc/net/nf_conntrack`.
 
 use std::net::IpAddr;
 
@@ -6,8 +6,8 @@ use palisade_abi::protocol;
 
 use super::connection::{Connection, End, Progress, both_views};
 
-/// One line of `/proc/net/nf_conntrack`: the connection as its opener sees it and, where addresses are translated, as
-/// its responder does.
+/// Parses one line of `/proc/net/nf_conntrack`. Returns the connection as the opener and, if NAT translates it, as the
+/// responder sees it.
 pub(super) fn parse_tracked(line: &str) -> Option<[Option<Connection>; 2]> {
     let mut words = line.split_ascii_whitespace().skip(3);
     let protocol: u8 = words.next()?.parse().ok()?;
@@ -44,7 +44,7 @@ pub(super) fn parse_tracked(line: &str) -> Option<[Option<Connection>; 2]> {
 fn tcp_progress(state: &str) -> Option<Progress> {
     Some(match state {
         "SYN_SENT" | "SYN_SENT2" => Progress::Opening,
-        // Which side closed first is not told.
+        // The state does not show which end closed first.
         "SYN_RECV" | "ESTABLISHED" | "FIN_WAIT" | "CLOSE_WAIT" => Progress::Established,
         "LAST_ACK" | "TIME_WAIT" => Progress::Closed,
         _ => return None,

@@ -1,4 +1,4 @@
-//! TCP sockets of a network namespace by `inet_diag`.
+//! TCP sockets of a network namespace, by `inet_diag`.
 
 use std::collections::HashSet;
 
@@ -20,7 +20,7 @@ mod socket_state {
     pub(super) const CLOSING: u8 = 11;
 }
 
-/// A socket as `inet_diag` shows it.
+/// Socket as `inet_diag` reports it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct InetSocket {
     state: u8,
@@ -32,7 +32,7 @@ pub(super) fn sockets() -> Result<Vec<Connection>, SeedError> {
     const SOCK_DIAG_BY_FAMILY: u16 = 20;
     let mut found = Vec::new();
     for family in [libc::AF_INET, libc::AF_INET6] {
-        // struct inet_diag_req_v2: every state, any address.
+        // struct inet_diag_req_v2: all states, all addresses.
         let mut request = [0_u8; 56];
         request[0] = family as u8;
         request[1] = protocol::TCP;
@@ -59,7 +59,7 @@ pub(super) fn sockets() -> Result<Vec<Connection>, SeedError> {
     Ok(of_sockets(&found))
 }
 
-/// `struct inet_diag_msg`.
+/// Parses a `struct inet_diag_msg`.
 fn parse_socket(payload: &[u8]) -> Option<InetSocket> {
     let v4 = i32::from(*payload.first()?) == libc::AF_INET;
     let addr = |offset: usize| -> Option<Addr> {
@@ -89,7 +89,7 @@ fn parse_socket(payload: &[u8]) -> Option<InetSocket> {
     })
 }
 
-/// The connections among sockets. The other end opened those whose local port somebody listens on.
+/// Returns the connections of these sockets. The peer is taken for the opener if a socket listens on the local port.
 fn of_sockets(sockets: &[InetSocket]) -> Vec<Connection> {
     let listeners: HashSet<End> = sockets
         .iter()
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn the_end_that_listens_was_called() {
+    fn the_peer_of_a_listening_port_is_the_opener() {
         let socket = |state, local, remote| InetSocket {
             state,
             local: end(local),
@@ -179,11 +179,11 @@ mod tests {
                 (5000, 80, Progress::Established),
                 (5001, 443, Progress::OpenerClosed),
                 (6000, 80, Progress::Established),
-                // Nothing listens on IPv6 port 80: 0.0.0.0 is IPv4 only.
+                // No socket listens on IPv6 port 80: 0.0.0.0 is IPv4 only.
                 (80, 5002, Progress::OpenerClosed),
             ]
         );
-        // A socket that serves IPv4 as mapped addresses is the same end as an IPv4 one.
+        // An IPv4-mapped IPv6 address is the same end as the IPv4 address.
         assert!(found[1].responder.addr.is_v4());
     }
 }

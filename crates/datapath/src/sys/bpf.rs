@@ -1,5 +1,5 @@
-//! bpf(2). Attributes are spelled out as far as they are used; the kernel takes a shorter attribute than its own
-//! and reads the rest as zero.
+//! bpf(2). Attributes are declared up to the last field in use; the kernel treats the missing rest of an attribute as
+//! zero.
 
 use std::{
     ffi::CString,
@@ -47,7 +47,7 @@ pub(crate) mod map_type {
     pub(crate) const LPM_TRIE: u32 = 11;
     pub(crate) const RINGBUF: u32 = 27;
 
-    /// The name that people know.
+    /// Returns the name of a map type without its prefix `BPF_MAP_TYPE_`.
     pub(crate) fn name(map_type: u32) -> String {
         match map_type {
             HASH => "HASH".into(),
@@ -61,18 +61,18 @@ pub(crate) mod map_type {
     }
 }
 
-/// Update only if the key does not exist.
+/// Update flag: fail with EEXIST if the key exists.
 pub(crate) const BPF_NOEXIST: u64 = 1;
-/// `BPF_F_BEFORE`: without a relative program, before all others.
+/// `BPF_F_BEFORE` without a relative program: run before all programs of the hook.
 pub(crate) const BPF_F_BEFORE: u32 = 1 << 3;
-/// Native XDP.
+/// Attach flag: native XDP.
 pub(crate) const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
-/// Generic XDP.
+/// Attach flag: generic XDP.
 pub(crate) const XDP_FLAGS_SKB_MODE: u32 = 1 << 1;
-/// The kernel's own ENOTSUPP, which libc does not name.
+/// ENOTSUPP of the kernel, which is not a POSIX error and is missing in libc.
 pub(crate) const ENOTSUPP: i32 = 524;
 
-/// What a program can be attached to by a link (`enum bpf_attach_type`).
+/// Attach type of a link (`enum bpf_attach_type`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u32)]
 pub(crate) enum AttachType {
@@ -170,7 +170,7 @@ struct LinkUpdate {
     old_prog_fd: u32,
 }
 
-/// The beginning of `struct bpf_map_info`.
+/// First fields of `struct bpf_map_info`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub(crate) struct MapInfo {
@@ -183,7 +183,7 @@ pub(crate) struct MapInfo {
     pub name: [u8; 16],
 }
 
-/// The beginning of `struct bpf_link_info`; for XDP and tcx, `ifindex` is 0 when the device is gone.
+/// First fields of `struct bpf_link_info`. For XDP and tcx, `ifindex` is 0 after the device was deleted.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub(crate) struct LinkInfo {
@@ -195,7 +195,7 @@ pub(crate) struct LinkInfo {
     pub attach_type: u32,
 }
 
-/// The beginning of `struct bpf_prog_info`.
+/// First fields of `struct bpf_prog_info`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 struct ProgInfo {
@@ -212,14 +212,16 @@ struct ProgInfo {
 }
 
 fn raw(fd: BorrowedFd<'_>) -> u32 {
-    // A file descriptor is never negative.
+    // No truncation: a file descriptor is never negative.
     fd.as_raw_fd() as u32
 }
 
+/// Calls bpf(2).
+///
 /// # Safety
 /// Every pointer in `attr` must be valid for what the command reads or writes through it.
 unsafe fn bpf<A>(command: libc::c_int, attr: &mut A) -> io::Result<libc::c_long> {
-    // SAFETY: `attr` is a live object of the size given; pointers inside are the caller's promise.
+    // SAFETY: `attr` is a live object of the given size; the caller guarantees the pointers in it.
     let answer = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<A>()) };
     if answer < 0 {
         Err(io::Error::last_os_error())
@@ -228,12 +230,14 @@ unsafe fn bpf<A>(command: libc::c_int, attr: &mut A) -> io::Result<libc::c_long>
     }
 }
 
+/// Calls bpf(2) with a command that returns a new file descriptor.
+///
 /// # Safety
-/// As [`bpf`]; the command must be one that returns a new file descriptor.
+/// As for [`bpf`]; the command must be one that returns a new file descriptor.
 unsafe fn bpf_fd<A>(command: libc::c_int, attr: &mut A) -> io::Result<OwnedFd> {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller guarantees the pointers in `attr`.
     let fd = unsafe { bpf(command, attr) }?;
-    // SAFETY: the command returned a file descriptor that nobody else owns.
+    // SAFETY: the command returned a new file descriptor, which no other value owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
@@ -242,7 +246,7 @@ fn c_path(path: &Path) -> io::Result<CString> {
         .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "the path contains a zero byte"))
 }
 
-/// A new map. Names longer than 15 bytes are cut.
+/// Creates a map. The name is truncated to 15 bytes.
 pub(crate) fn map_create(
     name: &str,
     map_type: u32,
@@ -284,7 +288,7 @@ pub(crate) fn pin(fd: BorrowedFd<'_>, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Opens what is pinned; `None` if there is nothing.
+/// Opens a pinned map, program or link; `None` if the path does not exist.
 pub(crate) fn get_pinned(path: &Path) -> Result<Option<OwnedFd>> {
     let call = || format!("BPF_OBJ_GET of {}", path.display());
     let c_path = c_path(path).map_err(|e| SyscallError::new(call(), e))?;
@@ -332,9 +336,10 @@ fn elem(map: BorrowedFd<'_>, key: &[u8], value: u64, flags: u64) -> Elem {
     }
 }
 
-/// Reads one element into `value`; false if the key does not exist.
+/// Reads one element into `value`. Returns whether the key exists.
 ///
-/// `key` and `value` must have the map's sizes (per-CPU: all CPUs' values); [`crate::maps`] sees to it.
+/// `key` and `value` must have the sizes of the map, for per-CPU maps those of all CPUs together; [`crate::maps`]
+/// checks them.
 pub(crate) fn lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> Result<bool> {
     let mut attr = elem(map, key, value.as_mut_ptr() as u64, 0);
     // SAFETY: both buffers have the map's sizes.
@@ -344,7 +349,7 @@ pub(crate) fn lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> Resul
     )
 }
 
-/// Reads one element and deletes it in one step; false if the key does not exist.
+/// Reads and deletes one element in one step. Returns whether the key existed.
 pub(crate) fn lookup_and_delete(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> Result<bool> {
     let mut attr = elem(map, key, value.as_mut_ptr() as u64, 0);
     // SAFETY: both buffers have the map's sizes.
@@ -362,7 +367,7 @@ pub(crate) fn update(map: BorrowedFd<'_>, key: &[u8], value: &[u8], flags: u64) 
     Ok(())
 }
 
-/// Deletes one element; false if the key did not exist.
+/// Deletes one element. Returns whether the key existed.
 pub(crate) fn delete(map: BorrowedFd<'_>, key: &[u8]) -> Result<bool> {
     let mut attr = elem(map, key, 0, 0);
     // SAFETY: the key has the map's size, and the kernel only reads it.
@@ -372,7 +377,7 @@ pub(crate) fn delete(map: BorrowedFd<'_>, key: &[u8]) -> Result<bool> {
     )
 }
 
-/// The key after `key` (the first one if there is none); false at the end.
+/// Writes the key after `key`, or the first one, to `next`. Returns false at the end of the map.
 pub(crate) fn next_key(map: BorrowedFd<'_>, key: Option<&[u8]>, next: &mut [u8]) -> Result<bool> {
     let mut attr = Elem {
         map_fd: raw(map),
@@ -396,25 +401,25 @@ fn found(answer: io::Result<libc::c_long>, call: &str) -> Result<bool> {
     }
 }
 
-/// What one batch call did.
+/// Result of a batch call.
 #[derive(Debug)]
 pub(crate) struct BatchOutcome {
-    /// Elements done.
+    /// Number of processed elements.
     pub done: usize,
-    /// Why it did not do more.
+    /// Error that ended the batch.
     pub error: Option<SyscallError>,
 }
 
 fn batch(command: libc::c_int, call: &str, attr: &mut Batch) -> BatchOutcome {
     let asked = attr.count;
-    // SAFETY: the callers below pass buffers of `count` keys and values.
+    // SAFETY: the callers below pass buffers for `count` keys and values.
     let error = unsafe { bpf(command, attr) }.err();
     let done = match error.as_ref().map(|e| e.raw_os_error().unwrap_or(0)) {
-        // A look-up writes the count before anything else, and ends with one of these two.
+        // A lookup always writes the count. It ends with success, ENOENT at the end of the map, or ENOSPC.
         None => attr.count,
         Some(libc::ENOENT | libc::ENOSPC) if command == cmd::MAP_LOOKUP_BATCH => attr.count,
-        // An update or deletion that failed at an element wrote the count, which is then less than what was
-        // asked. Refused before the first element, it wrote nothing.
+        // An update or deletion that fails at an element writes the count of the elements before. One that is refused
+        // as a whole writes nothing, so the count is still the requested one.
         Some(_) if attr.count < asked => attr.count,
         Some(_) => 0,
     };
@@ -424,7 +429,7 @@ fn batch(command: libc::c_int, call: &str, attr: &mut Batch) -> BatchOutcome {
     }
 }
 
-/// Writes `count` elements that lie one after another in `keys` and `values`.
+/// Writes `count` elements from contiguous keys and values.
 pub(crate) fn update_batch(map: BorrowedFd<'_>, keys: &[u8], values: &[u8], count: u32) -> BatchOutcome {
     let mut attr = Batch {
         in_batch: 0,
@@ -439,7 +444,7 @@ pub(crate) fn update_batch(map: BorrowedFd<'_>, keys: &[u8], values: &[u8], coun
     batch(cmd::MAP_UPDATE_BATCH, "BPF_MAP_UPDATE_BATCH", &mut attr)
 }
 
-/// Deletes `count` elements; stops at the first key that does not exist.
+/// Deletes `count` contiguous keys. Stops at the first key that does not exist.
 pub(crate) fn delete_batch(map: BorrowedFd<'_>, keys: &[u8], count: u32) -> BatchOutcome {
     let mut attr = Batch {
         in_batch: 0,
@@ -454,8 +459,8 @@ pub(crate) fn delete_batch(map: BorrowedFd<'_>, keys: &[u8], count: u32) -> Batc
     batch(cmd::MAP_DELETE_BATCH, "BPF_MAP_DELETE_BATCH", &mut attr)
 }
 
-/// Reads up to `count` elements from where `cursor` says (`None`: the beginning) and writes where it stopped
-/// to `next`. At the end of the map the outcome's error is ENOENT, with what was still read.
+/// Reads up to `count` elements from the position `cursor` (`None`: the beginning) and writes the next position to
+/// `next`. At the end of the map the error is ENOENT, and the elements read before it are valid.
 pub(crate) fn lookup_batch(
     map: BorrowedFd<'_>,
     cursor: Option<&[u8]>,
@@ -477,7 +482,8 @@ pub(crate) fn lookup_batch(
     batch(cmd::MAP_LOOKUP_BATCH, "BPF_MAP_LOOKUP_BATCH", &mut attr)
 }
 
-/// Attaches a program to an interface by a link: detached when its last reference (pin) goes.
+/// Attaches a program to an interface by a link. The program is detached when the last reference to the link,
+/// descriptor or pin, is gone.
 pub(crate) fn link_create(
     prog: BorrowedFd<'_>,
     ifindex: u32,
@@ -502,7 +508,7 @@ pub(crate) fn link_create(
     })
 }
 
-/// Puts another program in the place of a link's own, at once.
+/// Replaces the program of a link atomically.
 pub(crate) fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> Result<()> {
     let mut attr = LinkUpdate {
         link_fd: raw(link),
@@ -515,7 +521,7 @@ pub(crate) fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> Result<
     Ok(())
 }
 
-/// Detaches a link while others still hold it.
+/// Detaches the program of a link, even if other processes or pins hold the link.
 pub(crate) fn link_detach(link: BorrowedFd<'_>) -> Result<()> {
     let mut link_fd = raw(link);
     // SAFETY: the attribute is the descriptor alone.
@@ -523,8 +529,8 @@ pub(crate) fn link_detach(link: BorrowedFd<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The numbers of the links on a tcx hook (0: attached without a link), in the order in which their programs run.
-/// EINVAL: the kernel has no tcx.
+/// Returns the ids of the links at a tcx hook in the order in which their programs run; 0 for a program without a
+/// link. The error is EINVAL if the kernel has no tcx.
 pub(crate) fn tcx_query(ifindex: u32, attach_type: AttachType) -> Result<Vec<u32>> {
     let mut prog_ids = [0_u32; 64];
     let mut link_ids = [0_u32; 64];
@@ -541,10 +547,10 @@ pub(crate) fn tcx_query(ifindex: u32, attach_type: AttachType) -> Result<Vec<u32
         link_attach_flags: 0,
         revision: 0,
     };
-    // SAFETY: both arrays have `count` elements. A hook takes at most 63 programs (BPF_MPROG_MAX is 64).
+    // SAFETY: both arrays have `count` elements. A hook has at most 63 programs (BPF_MPROG_MAX is 64).
     match unsafe { bpf(cmd::PROG_QUERY, &mut attr) } {
         Ok(_) => {}
-        // Nothing was ever attached.
+        // No program was ever attached to the hook.
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(Vec::new()),
         Err(e) => {
             let call = format!("BPF_PROG_QUERY of {attach_type:?} at interface {ifindex}");
@@ -554,7 +560,7 @@ pub(crate) fn tcx_query(ifindex: u32, attach_type: AttachType) -> Result<Vec<u32
     Ok(link_ids[..(attr.count as usize).min(link_ids.len())].to_vec())
 }
 
-/// Whether the kernel has tcx.
+/// Returns whether the kernel has tcx.
 pub(crate) fn has_tcx(ifindex: u32) -> Result<bool> {
     match tcx_query(ifindex, AttachType::TcxIngress) {
         Ok(_) => Ok(true),
@@ -563,7 +569,7 @@ pub(crate) fn has_tcx(ifindex: u32) -> Result<bool> {
     }
 }
 
-/// The name of a program by its number; `None` if it is gone.
+/// Returns the name of a program by its id; `None` if the program is gone or the query not permitted.
 pub(crate) fn program_name(id: u32) -> Option<String> {
     let mut attr = [id, 0, 0];
     // SAFETY: no pointers in the attribute; the command returns a descriptor.
@@ -573,7 +579,7 @@ pub(crate) fn program_name(id: u32) -> Option<String> {
     Some(String::from_utf8_lossy(&info.name[..end]).into_owned())
 }
 
-/// A second descriptor of the same object.
+/// Duplicates a descriptor.
 pub(crate) fn duplicate(fd: &impl AsFd) -> Result<OwnedFd> {
     fd.as_fd()
         .try_clone_to_owned()

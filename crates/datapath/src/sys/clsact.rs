@@ -1,4 +1,4 @@
-//! The clsact qdisc and its BPF filters, by rtnetlink: the tc hooks of kernels without tcx.
+//! clsact qdisc and its BPF filters, by rtnetlink: the tc hooks of kernels without tcx.
 
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
@@ -11,9 +11,9 @@ use super::{
 
 type Result<T> = std::result::Result<T, SyscallError>;
 
-/// The first priority there is: nothing runs before it.
+/// Lowest priority number: no filter runs before it.
 pub(crate) const PRIORITY: u16 = 1;
-/// Handle of our filter among those of the priority ("PAL").
+/// Handle of the filter of Palisade at its priority ("PAL").
 pub(crate) const HANDLE: u32 = 0x50_41_4c;
 
 const CLSACT_PARENT: u32 = 0xffff_fff1;
@@ -29,20 +29,20 @@ const TCA_BPF_FLAGS: u16 = 8;
 const TCA_BPF_ID: u16 = 11;
 const TCA_BPF_FLAG_ACT_DIRECT: u32 = 1;
 
-/// A filter at one of the two hooks.
+/// Filter at one of the two hooks.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Filter {
     pub priority: u16,
     pub handle: u32,
     pub kind: String,
-    /// Name and number of the program, of BPF filters.
+    /// Name and id of the program of a BPF filter; empty and 0 for other kinds.
     pub name: String,
     pub prog_id: u32,
 }
 
 impl Filter {
-    /// Whether it stands where ours stands.
-    pub(crate) fn in_our_place(&self) -> bool {
+    /// Returns whether the filter has the priority and handle of the filter of Palisade.
+    pub(crate) fn is_own_slot(&self) -> bool {
         self.priority == PRIORITY && self.handle == HANDLE
     }
 }
@@ -54,7 +54,7 @@ fn parent(direction: Direction) -> u32 {
     }
 }
 
-/// `struct tcmsg`.
+/// Returns a `struct tcmsg`.
 fn tcmsg(ifindex: u32, handle: u32, parent: u32, info: u32) -> [u8; 20] {
     let mut bytes = [0; 20];
     for (at, word) in [(4, ifindex), (8, handle), (12, parent), (16, info)] {
@@ -63,7 +63,7 @@ fn tcmsg(ifindex: u32, handle: u32, parent: u32, info: u32) -> [u8; 20] {
     bytes
 }
 
-/// Priority and protocol (every one) of our filter.
+/// Returns priority and protocol (ETH_P_ALL) of the filter of Palisade, as in `tcm_info`.
 fn filter_info() -> u32 {
     u32::from(PRIORITY) << 16 | u32::from((libc::ETH_P_ALL as u16).to_be())
 }
@@ -74,7 +74,7 @@ fn c_string(text: &str) -> Vec<u8> {
     bytes
 }
 
-/// The kind of the qdisc that holds ingress filters: `clsact`, or `ingress`, which has no egress hook.
+/// Returns the kind of the qdisc that holds ingress filters: `clsact`, or `ingress`, which has no egress hook.
 pub(crate) fn qdisc(ifindex: u32) -> Result<Option<String>> {
     let mut kind = None;
     Socket::open(libc::NETLINK_ROUTE)?.query(
@@ -103,8 +103,8 @@ pub(crate) fn add_qdisc(ifindex: u32) -> Result<()> {
         .map_err(|error| missing(error, "clsact qdisc", "sch_ingress", "CONFIG_NET_SCH_INGRESS"))
 }
 
-/// Says which feature a kernel lacks that does not know a kind of qdisc or filter: it answers ENOENT, after it has
-/// tried to load the module.
+/// Adds the missing feature to an ENOENT error. The kernel returns it for an unknown kind of qdisc or filter, after it
+/// has tried to load the module.
 fn missing(error: SyscallError, feature: &str, module: &str, option: &str) -> SyscallError {
     if error.errno() != libc::ENOENT {
         return error;
@@ -124,8 +124,8 @@ pub(crate) fn delete_qdisc(ifindex: u32) -> Result<()> {
     Socket::open(libc::NETLINK_ROUTE)?.execute(request, "RTM_DELQDISC of clsact")
 }
 
-/// Sets our filter. One that is there already is replaced in place: cls_bpf exchanges it in its list under RCU, so
-/// that every packet meets the old or the new program.
+/// Adds the filter of Palisade, or replaces its program. cls_bpf replaces the program under RCU, so every packet meets
+/// the old or the new one.
 pub(crate) fn set_filter(ifindex: u32, direction: Direction, prog: BorrowedFd<'_>, name: &str) -> Result<()> {
     let request = Request::new(libc::RTM_NEWTFILTER, libc::NLM_F_CREATE | libc::NLM_F_REPLACE)
         .fixed(&tcmsg(ifindex, HANDLE, parent(direction), filter_info()))
@@ -148,7 +148,7 @@ pub(crate) fn delete_filter(ifindex: u32, direction: Direction) -> Result<()> {
     Socket::open(libc::NETLINK_ROUTE)?.execute(request, "RTM_DELTFILTER of a clsact filter")
 }
 
-/// The filters at a hook.
+/// Returns the filters at a hook.
 pub(crate) fn filters(ifindex: u32, direction: Direction) -> Result<Vec<Filter>> {
     let mut filters = Vec::new();
     let answer = Socket::open(libc::NETLINK_ROUTE)?.query(
@@ -162,13 +162,13 @@ pub(crate) fn filters(ifindex: u32, direction: Direction) -> Result<Vec<Filter>>
         },
     );
     match answer {
-        // No qdisc: no filters.
+        // Without a qdisc there are no filters.
         Err(e) if matches!(e.errno(), libc::EINVAL | libc::ENOENT) => Ok(Vec::new()),
         other => other.map(|()| filters),
     }
 }
 
-/// A filter; `None` for the message that stands for the priority itself (handle 0).
+/// Parses a filter. Returns `None` for the message that stands for the priority itself (handle 0).
 fn parse(payload: &[u8]) -> Option<Filter> {
     let handle = u32_at(payload, 8)?;
     let info = u32_at(payload, 16)?;
@@ -193,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kernel_without_clsact_is_told_by_module_and_option() {
+    fn the_error_of_a_kernel_without_clsact_names_module_and_option() {
         let refused =
             |errno| SyscallError::new("RTM_NEWQDISC of clsact", io::Error::from_raw_os_error(errno));
         let told = missing(

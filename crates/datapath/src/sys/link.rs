@@ -24,25 +24,25 @@ const VETH_INFO_PEER: u16 = 1;
 const XDP_ATTACHED_NONE: u8 = 0;
 const XDP_ATTACHED_SKB: u8 = 2;
 
-/// An interface of the calling thread's network namespace.
+/// Interface of the network namespace of the calling thread, with its XDP program.
 #[derive(Clone, Debug)]
 pub(crate) struct Device {
     pub ifindex: u32,
     pub name: String,
     /// Whether frames begin with an Ethernet header.
     pub ethernet: bool,
-    /// The XDP program on it.
+    /// Attached XDP program.
     pub xdp: Option<XdpOnDevice>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct XdpOnDevice {
-    /// 0 if there are several (native and offloaded).
+    /// Id of the program; 0 if there are several (native and offloaded).
     pub prog_id: u32,
     pub generic: bool,
 }
 
-/// Looks an interface up; `None` if there is none of that index.
+/// Returns an interface by its index; `None` if it does not exist.
 pub(crate) fn device(ifindex: u32) -> Result<Option<Device>> {
     let mut info = [0_u8; 16];
     info[4..8].copy_from_slice(&ifindex.to_ne_bytes());
@@ -86,7 +86,7 @@ fn parse(payload: &[u8]) -> Option<Device> {
     })
 }
 
-/// What rtnetlink says of an end.
+/// Interface that is or may be an end of the punt link.
 #[derive(Debug)]
 pub(crate) struct Link {
     pub(crate) ifindex: u32,
@@ -119,7 +119,7 @@ fn c_string(text: &str) -> Vec<u8> {
 }
 
 pub(crate) fn link(name: &str) -> Result<Option<Link>> {
-    ask(
+    query(
         Request::new(libc::RTM_GETLINK, 0)
             .fixed(&ifinfo(0, 0, 0))
             .attr(IFLA_IFNAME, &c_string(name)),
@@ -128,13 +128,13 @@ pub(crate) fn link(name: &str) -> Result<Option<Link>> {
 }
 
 pub(crate) fn link_by_index(ifindex: u32) -> Result<Option<Link>> {
-    ask(
+    query(
         Request::new(libc::RTM_GETLINK, 0).fixed(&ifinfo(ifindex, 0, 0)),
         &format!("RTM_GETLINK of interface {ifindex}"),
     )
 }
 
-fn ask(request: Request, call: &str) -> Result<Option<Link>> {
+fn query(request: Request, call: &str) -> Result<Option<Link>> {
     let mut found = None;
     let answer = Socket::open(libc::NETLINK_ROUTE)?.query(request, 0, call, &mut |kind, payload| {
         if kind != libc::RTM_NEWLINK {
@@ -183,8 +183,8 @@ pub(crate) fn create(node_end: &str, worker_end: &str, queues: u32, mtu: u32) ->
         .map_err(without_veth)
 }
 
-/// Names what the kernel lacks if that is why a veth pair cannot be made: a kind of interface that it does not know, after
-/// it has tried to load the module.
+/// Adds the missing feature to an EOPNOTSUPP error. The kernel returns it for an unknown kind of interface, after it
+/// has tried to load the module.
 fn without_veth(error: SyscallError) -> SyscallError {
     if error.errno() != libc::EOPNOTSUPP {
         return error;
@@ -199,8 +199,8 @@ fn without_veth(error: SyscallError) -> SyscallError {
     }
 }
 
-/// No IPv6 and no ARP: no protocol of this machine sends on the punt link. Without IPv6 there are no reports of multicast
-/// groups either, which a node that forwards IPv6 otherwise sends from every interface (ff02::2; RFC 3810).
+/// Disables IPv6 and ARP, so that no protocol of this machine sends on the punt link. With IPv6, a node that forwards
+/// IPv6 would send multicast listener reports for ff02::2 (RFC 3810) from it.
 pub(crate) fn set_quiet(end: &Link) -> Result<()> {
     let call = format!("RTM_NEWLINK of interface {}", end.ifindex);
     let mut socket = Socket::open(libc::NETLINK_ROUTE)?;
@@ -212,11 +212,11 @@ pub(crate) fn set_quiet(end: &Link) -> Result<()> {
             })
         });
     match socket.execute(quiet, &call) {
-        // A kernel without IPv6, or with it switched off.
+        // The kernel has no IPv6, or it is disabled.
         Err(e) if matches!(e.errno(), libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL) => {}
         other => other?,
     }
-    // Where it cannot be written (no IPv6; /proc/sys is read-only), `palisade_punt_filter` drops what IPv6 sends.
+    // If the file cannot be written (no IPv6, read-only /proc/sys), `palisade_punt_filter` drops what IPv6 sends.
     let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", end.name), "1");
     let flags = libc::IFF_NOARP as u32;
     socket.execute(
@@ -237,7 +237,7 @@ pub(crate) fn delete(ifindex: u32) -> Result<()> {
     let request = Request::new(libc::RTM_DELLINK, 0).fixed(&ifinfo(ifindex, 0, 0));
     match Socket::open(libc::NETLINK_ROUTE)?.execute(request, &format!("RTM_DELLINK of interface {ifindex}"))
     {
-        // Gone with its other end.
+        // The kernel has deleted it together with its peer.
         Err(e) if e.errno() == libc::ENODEV => Ok(()),
         other => other,
     }
@@ -248,7 +248,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kernel_without_veth_is_named_with_what_it_lacks() {
+    fn the_error_of_a_kernel_without_veth_names_the_missing_module() {
         let error = |errno| {
             without_veth(SyscallError {
                 call: "RTM_NEWLINK of palisade0 and palisade1".into(),

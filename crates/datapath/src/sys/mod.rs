@@ -1,4 +1,4 @@
-//! The system calls that aya has no words for: bpf(2) beyond loading, and netlink.
+//! System calls that aya does not wrap: bpf(2) beyond loading, and netlink.
 
 pub(crate) mod bpf;
 pub(crate) mod clsact;
@@ -8,13 +8,13 @@ pub(crate) mod nft;
 
 use std::io;
 
-/// A system call that failed.
+/// Failed system call.
 #[derive(Debug, thiserror::Error)]
 #[error("{call}: {io_error}")]
 pub struct SyscallError {
-    /// The call, with its command and what it was about.
+    /// Name of the call, with its command and object.
     pub call: String,
-    /// What the kernel answered.
+    /// Error of the kernel.
     #[source]
     pub io_error: io::Error,
 }
@@ -34,14 +34,14 @@ impl SyscallError {
         }
     }
 
-    /// The error number, 0 if the error is not one of the kernel's.
+    /// Returns the error number, 0 if the error is not one of the kernel.
     #[must_use]
     pub fn errno(&self) -> i32 {
         self.io_error.raw_os_error().unwrap_or(0)
     }
 }
 
-/// The release of the running kernel.
+/// Returns the release of the running kernel; empty without /proc.
 pub(crate) fn kernel_release() -> String {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     release.trim().to_owned()

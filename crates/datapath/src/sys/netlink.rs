@@ -14,16 +14,16 @@ use super::SyscallError;
 type Result<T> = std::result::Result<T, SyscallError>;
 
 const HEADER: usize = size_of::<libc::nlmsghdr>();
-/// Attribute types carry two flag bits on top.
+/// Mask of an attribute type without NLA_F_NESTED and NLA_F_NET_BYTEORDER.
 const TYPE_MASK: u16 = 0x3fff;
 
-/// A request under construction.
+/// Request under construction.
 pub(crate) struct Request {
     bytes: Vec<u8>,
 }
 
 impl Request {
-    /// `kind` is the message type; NLM_F_REQUEST is added to `flags`.
+    /// Returns a request of message type `kind`; NLM_F_REQUEST is added to `flags`.
     pub(crate) fn new(kind: u16, flags: i32) -> Self {
         let mut bytes = vec![0; HEADER];
         bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
@@ -31,7 +31,7 @@ impl Request {
         Self { bytes }
     }
 
-    /// Appends the fixed part that follows the header.
+    /// Appends the fixed part of the message, which follows the header.
     pub(crate) fn fixed(mut self, bytes: &[u8]) -> Self {
         self.bytes.extend_from_slice(bytes);
         self.pad();
@@ -57,7 +57,7 @@ impl Request {
         self
     }
 
-    /// What follows the header so far.
+    /// Returns the bytes after the header.
     #[cfg(test)]
     pub(crate) fn payload(&self) -> &[u8] {
         &self.bytes[HEADER..]
@@ -75,8 +75,8 @@ impl Request {
     }
 }
 
-/// The attributes of a message or of a nested attribute: (type without flags, value).
-/// Ends at the first attribute whose length does not fit.
+/// Iterator over the attributes of a message or of a nested attribute: (type without flags, value). Ends at the first
+/// attribute whose length does not fit.
 pub(crate) struct Attributes<'a>(pub &'a [u8]);
 
 impl<'a> Iterator for Attributes<'a> {
@@ -91,34 +91,34 @@ impl<'a> Iterator for Attributes<'a> {
     }
 }
 
-/// The value of the first attribute of a type.
+/// Returns the value of the first attribute of a type.
 pub(crate) fn find(attributes: &[u8], kind: u16) -> Option<&[u8]> {
     Attributes(attributes)
         .find(|&(k, _)| k == kind)
         .map(|(_, value)| value)
 }
 
-/// Two bytes in machine order.
+/// Returns two bytes in host order.
 pub(crate) fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
     Some(u16::from_ne_bytes(
         bytes.get(offset..offset + 2)?.try_into().ok()?,
     ))
 }
 
-/// Four bytes in machine order.
+/// Returns four bytes in host order.
 pub(crate) fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(
         bytes.get(offset..offset + 4)?.try_into().ok()?,
     ))
 }
 
-/// A string that may end with a zero byte.
+/// Returns a string up to its first zero byte.
 pub(crate) fn text(value: &[u8]) -> String {
     let end = value.iter().position(|&b| b == 0).unwrap_or(value.len());
     String::from_utf8_lossy(&value[..end]).into_owned()
 }
 
-/// A netlink socket of one protocol.
+/// Netlink socket of one protocol.
 pub(crate) struct Socket {
     fd: OwnedFd,
     sequence: u32,
@@ -126,14 +126,14 @@ pub(crate) struct Socket {
 
 impl Socket {
     pub(crate) fn open(protocol: libc::c_int) -> Result<Self> {
-        // SAFETY: no pointers.
+        // SAFETY: socket takes no pointers.
         let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) };
         if fd < 0 {
             return Err(SyscallError::last(format!(
                 "socket(AF_NETLINK, protocol {protocol})"
             )));
         }
-        // SAFETY: just opened, owned by nobody else.
+        // SAFETY: just opened, and no other value owns it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         let timeout = libc::timeval {
             tv_sec: 10,
@@ -155,12 +155,12 @@ impl Socket {
         Ok(Self { fd, sequence: 0 })
     }
 
-    /// Sends a request and waits for the kernel's acknowledgement; `call` names it in errors.
+    /// Sends a request and waits for the kernel's acknowledgement. `call` names the request in errors.
     pub(crate) fn execute(&mut self, request: Request, call: &str) -> Result<()> {
         self.exchange(request, libc::NLM_F_ACK, call, &mut |_, _| {})
     }
 
-    /// Sends a request that is answered by messages; each is given as (type, bytes after the header).
+    /// Sends a request and calls `each` with type and payload of each message of the answer.
     pub(crate) fn query(
         &mut self,
         request: Request,
@@ -171,12 +171,12 @@ impl Socket {
         self.exchange(request, flags, call, each)
     }
 
-    /// The number of this socket, by which notifications name the cause of a change.
+    /// Returns the port id of the socket, which notifications have for its changes.
     pub(crate) fn port(&self) -> Result<u32> {
-        // SAFETY: zero is a value of every field.
+        // SAFETY: zero is a valid value of every field.
         let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
         let mut length = size_of_val(&address) as libc::socklen_t;
-        // SAFETY: both are valid for writing, and `length` says how long the first is.
+        // SAFETY: both are valid for writing, and `length` is the size of the address.
         let answer =
             unsafe { libc::getsockname(self.fd.as_raw_fd(), (&raw mut address).cast(), &raw mut length) };
         if answer < 0 {
@@ -185,9 +185,9 @@ impl Socket {
         Ok(address.nl_pid)
     }
 
-    /// Gives the socket its number before anything is sent.
+    /// Binds the socket to a port id before the first request.
     pub(crate) fn bind(&self) -> Result<()> {
-        // SAFETY: zero is a value of every field, and means "any number" and "no groups".
+        // SAFETY: zero is a valid value of every field: port id 0 lets the kernel choose, and no groups.
         let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
         address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
         let length = size_of_val(&address) as libc::socklen_t;
@@ -199,8 +199,8 @@ impl Socket {
         Ok(())
     }
 
-    /// Sends requests that the kernel takes all or not at all (nfnetlink), and waits for its answer. An error comes with the
-    /// number of the request that it is about; none: it is about all.
+    /// Sends requests as one nfnetlink transaction and waits for the answer. An error comes with the index of the
+    /// failed request; `None` if it concerns the transaction.
     pub(crate) fn batch(
         &mut self,
         requests: Vec<Request>,
@@ -210,13 +210,13 @@ impl Socket {
         const BEGIN: u16 = 0x10;
         const END: u16 = 0x11;
         let [high, low] = subsystem.to_be_bytes();
-        // struct nfgenmsg; the last field names the subsystem.
+        // struct nfgenmsg with the subsystem as resource id.
         let limit = |kind| Request::new(kind, 0).fixed(&[0, 0, high, low]);
         let first = self.sequence + 1;
         let count = requests.len();
         let mut bytes = limit(BEGIN).finish(first);
         for (number, mut request) in requests.into_iter().enumerate() {
-            // The end of a batch is acknowledged by new kernels only (6.10).
+            // NLM_F_ACK on the last request, since only kernels from 6.10 on acknowledge the end of a batch.
             if number + 1 == count {
                 let flags = u16_at(&request.bytes, 6).unwrap_or(0) | libc::NLM_F_ACK as u16;
                 request.bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
@@ -265,7 +265,7 @@ impl Socket {
         }
     }
 
-    /// A request has to fit into the socket's send buffer as a whole.
+    /// Enlarges the send buffer of the socket, since a transaction must fit into it as a whole.
     fn make_room(&self, length: usize) -> Result<()> {
         const USUAL: usize = 64 << 10;
         if length <= USUAL {
@@ -306,7 +306,7 @@ impl Socket {
         if sent < 0 {
             return Err(SyscallError::last(call));
         }
-        // A dump may come in parts of up to 32 kB.
+        // The kernel sends a dump in messages of up to 32 kB.
         let mut buffer = vec![0_u8; 65_536];
         loop {
             // SAFETY: the buffer is valid for its length.
@@ -334,7 +334,7 @@ impl Socket {
                     continue;
                 }
                 match i32::from(kind) {
-                    // The end of a dump carries an error code as well.
+                    // NLMSG_DONE has an error code like NLMSG_ERROR.
                     libc::NLMSG_DONE | libc::NLMSG_ERROR => {
                         let code = u32_at(payload, 0).unwrap_or(0) as i32;
                         return if code == 0 {
@@ -358,7 +358,7 @@ impl Socket {
     }
 }
 
-/// A message.
+/// Parsed message.
 struct Message<'a> {
     kind: u16,
     flags: u16,
@@ -366,7 +366,7 @@ struct Message<'a> {
     payload: &'a [u8],
 }
 
-/// The first message of a datagram, and what comes after it.
+/// Returns the first message of a datagram, and the rest of the datagram.
 fn split(bytes: &[u8]) -> Option<(Message<'_>, &[u8])> {
     let length = u32_at(bytes, 0)? as usize;
     let message = Message {

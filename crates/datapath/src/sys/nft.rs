@@ -1,5 +1,5 @@
-//! Messages of nf_tables (linux/netfilter/nf_tables.h), made from a few words for what a table holds. Nothing is sent
-//! here.
+//! Messages of nf_tables (linux/netfilter/nf_tables.h) for tables, chains, sets, counters and rules. Hand-written:
+//! `netlink-packet-route` does not cover nfnetlink.
 
 use super::netlink::Request;
 
@@ -16,7 +16,7 @@ const NEW_ELEMENT: u16 = 12;
 const NEW_OBJECT: u16 = 18;
 const GET_OBJECT: u16 = 19;
 
-/// The first attribute of every message names the table.
+/// Attribute 1 of every message: the name of the table.
 pub(crate) const TABLE: u16 = 1;
 /// `NFTA_TABLE_USERDATA`.
 pub(crate) const TABLE_USERDATA: u16 = 6;
@@ -29,11 +29,11 @@ pub(crate) const COUNTER_PACKETS: u16 = 2;
 
 const OBJECT_COUNTER: u32 = 1;
 const LIST_ELEMENT: u16 = 1;
-/// `NFT_REG_VERDICT`, `NFT_REG_1`: 16 bytes, enough for all that is compared here.
+/// `NFT_REG_VERDICT`, and `NFT_REG_1`, whose 16 bytes hold the longest compared value.
 const VERDICT_REGISTER: u32 = 0;
 const REGISTER: u32 = 1;
 
-/// Elements of a set in one message: the length of their list has 16 bits.
+/// Most elements of a set in one message. The length field of a netlink attribute has 16 bits.
 const ELEMENTS: usize = 256;
 
 /// Address family of a table (linux/netfilter.h).
@@ -41,11 +41,11 @@ const ELEMENTS: usize = 256;
 pub(crate) enum Family {
     /// IPv4 and IPv6.
     Inet = 1,
-    /// What a bridge takes at its ports.
+    /// Frames of a bridge.
     Bridge = 7,
 }
 
-/// A hook (`enum nf_inet_hooks`; those of bridges have the same numbers).
+/// Hook (`enum nf_inet_hooks`; the hooks of bridges have the same numbers).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Hook {
     Prerouting = 0,
@@ -55,7 +55,7 @@ pub(crate) enum Hook {
     Postrouting = 4,
 }
 
-/// What the keys of a set are, with the number by which nft prints them.
+/// Key type of a set, with the number that nft uses for it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum KeyType {
     Ipv4 = 7,
@@ -72,7 +72,7 @@ impl KeyType {
         }
     }
 
-    /// `BYTEORDER_HOST_ENDIAN` or `BYTEORDER_BIG_ENDIAN` of nft, which prints keys by it.
+    /// Returns `BYTEORDER_HOST_ENDIAN` or `BYTEORDER_BIG_ENDIAN` of nft, the byte order in which nft prints keys.
     const fn byte_order(self) -> u32 {
         match self {
             Self::InterfaceIndex | Self::InterfaceName => 1,
@@ -81,32 +81,32 @@ impl KeyType {
     }
 }
 
-/// What an expression loads or compares. There is one register.
+/// Expression of a rule. All expressions use one register.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Expression {
-    /// Loads a property of the packet in the kernel.
+    /// Loads packet metadata into the register.
     Meta(Meta),
-    /// Loads bytes of the network header.
+    /// Loads bytes of the network header into the register.
     Network { offset: u32, length: u32 },
-    /// Loads bytes of the transport header.
+    /// Loads bytes of the transport header into the register.
     Transport { offset: u32, length: u32 },
-    /// Loads a property of the connection that the kernel tracks.
+    /// Loads a property of the nf_conntrack entry into the register.
     Connection(Connection),
-    /// Loads what the destination is by the kernel's table of local addresses (`RTN_*`).
+    /// Loads the type of the destination address (`RTN_*`) from the routing table into the register.
     DestinationType,
-    /// Keeps these bits.
+    /// Keeps these bits of the register.
     And(u32),
-    /// Goes on if the register compares so.
+    /// Continues if the comparison of the register is true.
     Compare(Comparison, Vec<u8>),
-    /// Goes on if the set has the register.
+    /// Continues if the set contains the register.
     In(&'static str),
-    /// Goes on if the set does not have the register.
+    /// Continues if the set does not contain the register.
     NotIn(&'static str),
-    /// Counts in an object of the table.
+    /// Adds the packet to a counter of the table.
     Count(&'static str),
-    /// Ends the chain; the packet goes on.
+    /// Accepts the packet in this chain.
     Accept,
-    /// Ends the packet.
+    /// Drops the packet.
     Drop,
 }
 
@@ -125,11 +125,11 @@ pub(crate) enum Meta {
 /// `enum nft_ct_keys`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Connection {
-    /// 0: the packet goes the way of the first one.
+    /// Direction of the packet: 0 for the original direction, 1 for the reply.
     Direction = 1,
-    /// `IPS_*` of linux/netfilter/nf_conntrack_common.h.
+    /// Status bits (`IPS_*` of linux/netfilter/nf_conntrack_common.h).
     Status = 2,
-    /// Destination of the first packet, as it came.
+    /// Destination of the original direction, before NAT.
     Destination4 = 20,
     Destination6 = 22,
 }
@@ -144,7 +144,7 @@ pub(crate) enum Comparison {
 }
 
 impl Family {
-    /// As nft writes it.
+    /// Returns the name of the family in nft syntax.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Inet => "inet",
@@ -161,12 +161,12 @@ impl Family {
     }
 }
 
-/// Asks for all tables of all families; to be sent as a dump.
+/// Returns a request for all tables of all families, to be sent as a dump.
 pub(crate) fn get_tables() -> Request {
     Request::new(SUBSYSTEM << 8 | GET_TABLE, 0).fixed(&[0; 4])
 }
 
-/// A table by its family and name.
+/// Table, identified by family and name.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Table<'a> {
     pub family: Family,
@@ -175,13 +175,13 @@ pub(crate) struct Table<'a> {
 
 impl Table<'_> {
     fn message(self, kind: u16, flags: i32) -> Request {
-        // struct nfgenmsg: family, version, number of a resource.
+        // struct nfgenmsg: family, version, resource id.
         Request::new(SUBSYSTEM << 8 | kind, flags)
             .fixed(&[self.family as u8, 0, 0, 0])
             .attr(TABLE, &text(self.name))
     }
 
-    /// Makes the table if there is none. `note`: what nft shows as its comment.
+    /// Returns a request that creates the table unless it exists. `note` is its comment in nft.
     pub(crate) fn make(self, note: Option<&str>) -> Request {
         let message = self.message(NEW_TABLE, libc::NLM_F_CREATE);
         match note {
@@ -190,17 +190,17 @@ impl Table<'_> {
         }
     }
 
-    /// Deletes the table with everything in it.
+    /// Returns a request that deletes the table with its contents.
     pub(crate) fn delete(self) -> Request {
         self.message(DELETE_TABLE, 0)
     }
 
-    /// Asks for all counters; to be sent as a dump.
+    /// Returns a request for all counters of the table, to be sent as a dump.
     pub(crate) fn get_counters(self) -> Request {
         self.message(GET_OBJECT, 0).attr(3, &word(OBJECT_COUNTER))
     }
 
-    /// A chain at a hook, whose packets pass at its end.
+    /// Returns a request that creates a base chain with the policy accept.
     pub(crate) fn chain(self, name: &str, hook: Hook, priority: i32) -> Request {
         self.message(NEW_CHAIN, libc::NLM_F_CREATE)
             .attr(3, &text(name))
@@ -213,7 +213,7 @@ impl Table<'_> {
             .attr(7, &text("filter"))
     }
 
-    /// A counter that begins with these numbers.
+    /// Returns a request that creates a counter with initial values.
     pub(crate) fn counter(self, name: &str, packets: u64, bytes: u64) -> Request {
         self.message(NEW_OBJECT, libc::NLM_F_CREATE)
             .attr(OBJECT_NAME, &text(name))
@@ -224,7 +224,7 @@ impl Table<'_> {
             })
     }
 
-    /// A set of single keys.
+    /// Returns requests that create a set of single keys.
     pub(crate) fn set(self, name: &str, keys: KeyType, id: u32, elements: &[Vec<u8>]) -> Vec<Request> {
         let count = u32::try_from(elements.len()).unwrap_or(u32::MAX);
         let mut messages = vec![self.new_set(name, keys, id, 0, count)];
@@ -235,7 +235,8 @@ impl Table<'_> {
         messages
     }
 
-    /// A set of ranges: the first key of each, and the first one behind it; none: it goes to the end. They must not meet.
+    /// Returns requests that create a set of disjoint ranges: the first key of each, and the first key after it;
+    /// `None` if the range has no end.
     pub(crate) fn ranges(
         self,
         name: &str,
@@ -257,9 +258,9 @@ impl Table<'_> {
         messages
     }
 
-    /// `size` 0: not said.
+    /// Returns a request that creates a set of up to `size` elements; 0 for no limit.
     fn new_set(self, name: &str, keys: KeyType, id: u32, flags: u32, size: u32) -> Request {
-        // A type, a length and a value for nft: in which byte order it prints the keys.
+        // User data for nft (type, length, value): the byte order in which it prints the keys.
         let mut userdata = vec![0, 4];
         userdata.extend_from_slice(&keys.byte_order().to_ne_bytes());
         let message = self
@@ -272,7 +273,7 @@ impl Table<'_> {
         let message = if size == 0 {
             message
         } else {
-            // With a size the kernel takes a table that does not grow, whose look-up is cheaper.
+            // With a size limit the kernel uses a hash table of fixed size, whose lookup is cheaper.
             message.nested(9, |about| about.attr(1, &word(size)))
         };
         message.attr(13, &userdata)
@@ -299,7 +300,7 @@ impl Table<'_> {
             })
     }
 
-    /// A rule at the end of a chain. `note`: what nft shows as its comment.
+    /// Returns a request that appends a rule to a chain. `note` is its comment in nft.
     pub(crate) fn rule(self, chain: &str, expressions: &[Expression], note: &str) -> Request {
         let message = self
             .message(NEW_RULE, libc::NLM_F_CREATE | libc::NLM_F_APPEND)
@@ -383,7 +384,7 @@ fn encode(to: Request, expression: &Expression) -> Request {
     }
 }
 
-/// What nft takes for a comment of a table or a rule: type 0, length, text.
+/// Returns a comment of a table or rule as nft encodes it: type 0, length, text.
 fn comment(note: &str) -> Vec<u8> {
     let note = text(note);
     let mut bytes = vec![0, u8::try_from(note.len()).unwrap_or(u8::MAX)];
@@ -397,7 +398,8 @@ fn text(value: &str) -> Vec<u8> {
     bytes
 }
 
-/// Numbers of nf_tables are big-endian, wherever they are not compared with a register.
+/// Returns a number in big-endian order, which nf_tables uses for all numbers but those that are compared with a
+/// register.
 const fn word(value: u32) -> [u8; 4] {
     value.to_be_bytes()
 }
