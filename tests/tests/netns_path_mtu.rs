@@ -358,7 +358,7 @@ fn forged_icmp_errors_reach_no_end_and_change_nothing() {
     let records = daemon.cli(&["observe", "--last", "4000"]).expect("records");
     let records: Vec<_> = records
         .lines()
-        .filter(|line| line.contains("not under way"))
+        .filter(|line| line.contains("not in flight"))
         .collect();
     println!("{}", records.join("\n"));
     assert!((1..200).contains(&records.len()), "{}", records.len());

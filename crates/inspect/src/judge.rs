@@ -70,7 +70,7 @@ fn dns_name(rules: &Rules, name: &str) -> Result<u32, Denial> {
     let rules = rules.dns(SET).ok_or(Denial::NoRule)?;
     let name: Name = name
         .parse()
-        .map_err(|_| refused("no name that a query can hold", "no client can send it".into()))?;
+        .map_err(|_| refused("not a valid DNS name", "no client can send it".into()))?;
     rules.judge(&name).ok_or(Denial::NoRule)
 }
 

@@ -309,7 +309,7 @@ impl<'a> TlsStream<'a> {
         match self.flow.client.next(&mut input) {
             Ok(ClientStep::More) if end => {
                 // A FIN of the client before its hello is complete.
-                self.refuse(Reason::AppMalformed, "the end within a hello or a record", cx)
+                self.refuse(Reason::AppMalformed, "stream ends within a hello or a record", cx)
             }
             Ok(ClientStep::More) => {
                 self.flow.fed = bytes.len();

@@ -1,5 +1,5 @@
-//! Reading allocates nothing once the tables have grown: DNS queries, answers, replies, fragments, segments; HTTP
-//! requests and answers, and judging them.
+//! Inspection allocates nothing once the tables have grown: for DNS queries, answers, responses, fragments and segments,
+//! for HTTP requests and responses, and for judging them.
 #![allow(unsafe_code, reason = "a counting allocator")]
 
 mod common;
@@ -31,12 +31,12 @@ thread_local! {
     static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
 }
 
-// SAFETY: every call goes on to the system's allocator unchanged; counting touches a thread-local without a
+// SAFETY: each call is passed to the system's allocator unchanged. The counter is a thread-local without a
 // destructor, which allocates nothing.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: the caller's promises are those that the system's allocator wants.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc`, which is passed to the system's allocator.
         unsafe { System.alloc(layout) }
     }
 
@@ -85,7 +85,7 @@ impl Sink<u32> for Counts {
     }
 }
 
-/// Frames and the slots they are read for; after each, what is to be learned is.
+/// Handles frames with their slots. After each, all commit requests succeed.
 fn run(engine: &mut Engine<u32>, sink: &mut Counts, now: u64, frames: &[(PuntRequest, Vec<u8>)]) {
     for (slot, frame) in frames {
         let mut packet = Packet::default();
@@ -115,7 +115,7 @@ fn run(engine: &mut Engine<u32>, sink: &mut Counts, now: u64, frames: &[(PuntReq
 }
 
 #[test]
-fn nothing_in_the_steady_state() {
+fn dns_allocates_nothing_in_the_steady_state() {
     let mut engine = Engine::new(&Limits::default());
     engine.set_rules(Arc::new(rules()));
     let mut sink = Counts::default();
@@ -139,7 +139,7 @@ fn nothing_in_the_steady_state() {
             (asks(1), to_server(4001, &query(8, "x.wild.test", A)).frame()),
         ];
         frames.extend(cut(&long, id).map(|frame| (is_told(1), frame)));
-        // a query and its answer in a connection, each acknowledging the one before
+        // A query and its answer on a connection, each acknowledging the other side's bytes.
         let asked = framed(&[query(id, "allowed.test", A)]);
         let told = framed(&[address(id, "allowed.test")]);
         let (at, back) = (1 + round * asked.len() as u32, 1 + round * told.len() as u32);
@@ -174,9 +174,9 @@ fn nothing_in_the_steady_state() {
     assert_eq!(allocated, 0);
 }
 
-/// A connection that is kept open: a request in one packet, one in two, an answer with a body, one in chunks.
+/// A connection that stays open: a request in one packet, one in two, a response with a body, one in chunks.
 #[test]
-fn nothing_for_http_requests_on_an_open_connection() {
+fn http_requests_on_an_open_connection_allocate_nothing() {
     const SET: u32 = 3;
     let rule = |path: &str| Alternative {
         rule: 21,
@@ -237,7 +237,7 @@ fn nothing_for_http_requests_on_an_open_connection() {
 }
 
 #[test]
-fn nothing_to_judge_requests() {
+fn judging_requests_allocates_nothing() {
     let alternatives = (0..300_u32)
         .map(|rule| Alternative {
             rule,

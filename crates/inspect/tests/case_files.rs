@@ -16,7 +16,7 @@ fn all_pass(file: &str, text: &str, count: usize) {
 fn what_an_inspector_refuses_is_denied_whatever_the_rules_say() {
     let text = include_str!("../../../tests/cases/refused-requests.yaml");
     all_pass("refused-requests.yaml", text, 14);
-    // The rules alone would let these pass.
+    // The rules alone would allow these requests.
     let Report { failed, .. } = run("refused-requests.yaml", text, &Plain);
     assert_eq!(failed, 6);
 }

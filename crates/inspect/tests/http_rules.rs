@@ -1,4 +1,4 @@
-//! HTTP rules in the form that traffic is judged by, against the naive form of `palisade_policy::l7`.
+//! Prepared HTTP rules, compared with the naive matcher of `palisade_policy::l7`.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -13,7 +13,7 @@ use palisade_policy::l7;
 use palisade_protocols::http1::{HeaderBuffer, PathError, Request};
 use proptest::{collection::vec, option, prelude::*, sample::select};
 
-/// Sets of rules, numbered from 0, whose rules are numbered from 100.
+/// Prepares rule sets with numbers from 0 on. Their rules have numbers from 100 on.
 fn prepare(sets: Vec<Vec<Matcher>>) -> (Rules, BTreeMap<u32, Arc<RuleSet>>) {
     let sets: BTreeMap<u32, Arc<RuleSet>> = (0..)
         .zip(sets)
@@ -96,7 +96,7 @@ fn the_first_rule_that_matches_decides() {
 }
 
 #[test]
-fn no_path_gets_around_the_rules() {
+fn no_form_of_a_path_bypasses_the_rules() {
     let rules = allowing(vec![path("/public/.*")]);
     for target in [
         "/public/../secret",
@@ -113,7 +113,7 @@ fn no_path_gets_around_the_rules() {
     }
     let escape = judge(&rules, &get("/public/%zz", ""), Paths::Both);
     assert_eq!(escape, Err(HttpDenial::Path(PathError::BadEscape)));
-    // What is not UTF-8 may be anything.
+    // A path that is not UTF-8 matches no expression.
     let other = judge(&rules, &get("/public/%c0%ae%c0%ae/x", ""), Paths::Both);
     assert_eq!(other, Err(HttpDenial::NoRule));
     assert_eq!(
@@ -133,7 +133,7 @@ fn no_path_gets_around_the_rules() {
 }
 
 #[test]
-fn a_mismatch_that_is_only_to_be_logged_is_told() {
+fn a_mismatch_with_log_is_reported() {
     let wanted = HeaderMatch {
         name: "X-A".into(),
         value: Some("1".into()),
@@ -158,7 +158,7 @@ fn a_mismatch_that_is_only_to_be_logged_is_told() {
 }
 
 #[test]
-fn what_lets_everything_pass_is_known() {
+fn the_rule_that_allows_everything_is_found() {
     let http = Matcher::Http(path("/a"));
     let (rules, _) = prepare(vec![
         vec![http, Matcher::Everything],
@@ -173,7 +173,7 @@ fn what_lets_everything_pass_is_known() {
     let request = get("/a", "");
     let mut room = HeaderBuffer::new();
     let request = Request::parse(request.as_bytes(), &mut room).unwrap();
-    // Rules of other protocols allow no request.
+    // Rules of other protocols do not allow any request.
     let other = rules.http(1).unwrap();
     assert_eq!(
         other.judge(&request, Paths::Raw, &mut HttpScratch::default()),
@@ -276,7 +276,7 @@ fn heads() -> impl Strategy<Value = String> {
     })
 }
 
-/// The facts of a case file.
+/// Returns the request of a case file.
 fn facts(request: &Request<'_>) -> request::Request {
     let text = |value: &[u8]| String::from_utf8(value.to_vec()).unwrap();
     request::Request {
@@ -298,7 +298,7 @@ fn facts(request: &Request<'_>) -> request::Request {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(100))]
 
-    /// With one memory for all, as a worker has it.
+    /// With the same buffers for all requests, as in a worker.
     #[test]
     fn both_forms_say_the_same(
         sets in vec(vec(matchers(), 0..8), 1..24),

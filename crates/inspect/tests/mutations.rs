@@ -9,10 +9,10 @@ use std::{
 #[path = "../../../tests/fuzz/harness/inspect.rs"]
 mod body;
 
-/// For how long.
+/// Duration of the mutations.
 const TIME: Duration = Duration::from_secs(5);
 
-/// xorshift64*: what it makes only has to differ.
+/// A pseudo-random generator (xorshift64*).
 struct Random(u64);
 
 impl Random {
@@ -24,7 +24,7 @@ impl Random {
     }
 }
 
-/// Cuts a history into its records.
+/// Splits a history into its records.
 fn records(mut history: &[u8]) -> Vec<Vec<u8>> {
     let mut records = vec![];
     while let Some(&[_, length0, length1]) = history.first_chunk() {
@@ -37,7 +37,7 @@ fn records(mut history: &[u8]) -> Vec<Vec<u8>> {
 }
 
 #[test]
-fn the_corpus_and_what_is_like_it() {
+fn the_corpus_and_mutations_of_it() {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/corpus/inspect");
     let mut paths: Vec<_> = fs::read_dir(corpus)
         .unwrap()
@@ -58,7 +58,7 @@ fn the_corpus_and_what_is_like_it() {
     let started = Instant::now();
     let mut runs = 0_u64;
     while started.elapsed() < TIME {
-        // records of several histories, some of them changed
+        // Records of several histories, some of them changed.
         let mut history = vec![];
         for _ in 0..=random.below(12) {
             let from = &histories[random.below(histories.len())];

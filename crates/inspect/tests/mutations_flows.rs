@@ -8,7 +8,7 @@ mod body;
 mod mutate;
 
 #[test]
-fn whole_flows_and_what_is_like_them() {
+fn whole_flows_and_mutations_of_them() {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/corpus/flows");
     mutate::run(&corpus, body::run);
 }

@@ -299,7 +299,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         }
         let message = match first_message(bytes, Limits::QUERY.message) {
             Ok(Some(message)) => message,
-            Ok(None) if end => return self.refuse("the end within a message", cx),
+            Ok(None) if end => return self.refuse("stream ends within a message", cx),
             // Some clients send the length in a segment of its own and wait for its acknowledgement.
             Ok(None) if bytes.len() <= PREFIX => return Action::ForwardUnjudged(bytes.len()),
             Ok(None) => return Action::NeedMore,
@@ -423,7 +423,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
             let message = match first_message(unjudged, Limits::ANSWER.message) {
                 Ok(Some(message)) => message,
                 Ok(None) if end && !unjudged.is_empty() => {
-                    return self.refuse("the end within a message", cx);
+                    return self.refuse("stream ends within a message", cx);
                 }
                 Ok(None) => match self.begin(unjudged, cx) {
                     Some(n) => return Action::Forward(n),

@@ -261,7 +261,7 @@ impl HttpStream<'_> {
                     Err(refusal) => self.malformed(refusal, 0, cx),
                 }
             }
-            Ok(None) if end => self.abort(Reason::AppMalformed, "the end within a request", cx),
+            Ok(None) if end => self.abort(Reason::AppMalformed, "stream ends within a request", cx),
             Ok(None) => Action::NeedMore,
             Err(refusal) => self.malformed(refusal, 0, cx),
         }
@@ -488,7 +488,7 @@ impl HttpStream<'_> {
                     Err(refusal) => self.bad_answer(refusal, cx),
                 }
             }
-            Ok(None) if end => self.abort(Reason::AppMalformed, "the end within an answer", cx),
+            Ok(None) if end => self.abort(Reason::AppMalformed, "stream ends within a response", cx),
             Ok(None) => Action::NeedMore,
             Err(refusal) => self.bad_answer(refusal, cx),
         }

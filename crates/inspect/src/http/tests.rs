@@ -1,4 +1,4 @@
-//! Tests of HTTP exchanges: requests and answers as byte streams, without TCP.
+//! Tests of HTTP inspection through the engine, with a client and a server that exchange segments.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -38,18 +38,18 @@ fn set(matchers: Vec<Matcher>) -> Arc<RuleSet> {
     })
 }
 
-/// A client, a server, and the engine between them. Each side acknowledges what has reached it.
+/// A client, a server, and the engine between them. Each side acknowledges the bytes that reach it.
 struct Talk {
     engine: Engine<Vec<u8>>,
     out: Out,
     now: Millis,
     ruleset: u32,
     flags: u8,
-    /// Sequence numbers of what is sent next.
+    /// Next sequence number of the client and of the server.
     sent: [u32; 2],
-    /// What has reached the other side, in order.
+    /// Bytes that have reached the other side.
     got: [Vec<u8>; 2],
-    /// The end has reached it.
+    /// Whether the FIN has reached the other side.
     closed: [bool; 2],
     reset: bool,
 }
@@ -62,7 +62,7 @@ impl Talk {
     fn with(limits: &Limits) -> Self {
         let allowed = set(vec![
             rule("GET|HEAD|POST|CONNECT", "/public/.*"),
-            // it has no path that a rule could look at
+            // The request has no path that a rule could match.
             Matcher::Http(HttpRule {
                 method: Some("CONNECT".into()),
                 ..HttpRule::default()
@@ -107,11 +107,11 @@ impl Talk {
         self.deliver();
     }
 
-    /// Takes in what has reached the receivers.
+    /// Delivers the forwarded and built packets to their receivers.
     fn deliver(&mut self) {
         let made = std::mem::take(&mut self.out.emitted);
         let released = std::mem::take(&mut self.out.released);
-        // Made and released packets are noted apart: a receiver puts them into their order.
+        // Built and forwarded packets are in separate lists: the receiver sorts them.
         let mut segs: Vec<Seg> = made.into_iter().map(|(seg, _)| seg).chain(released).collect();
         segs.sort_by_key(|seg| seg.seq.wrapping_sub(1));
         for seg in segs {
@@ -143,16 +143,16 @@ impl Talk {
 
     fn server(&mut self, data: &[u8]) {
         self.put(Side::Server, ACK, data);
-        // the client says that it has it
+        // The client acknowledges the response.
         self.put(Side::Client, ACK, b"");
     }
 
-    /// What has reached the server.
+    /// Returns the bytes that have reached the server.
     fn at_server(&self) -> &str {
         std::str::from_utf8(&self.got[0]).unwrap()
     }
 
-    /// What has reached the client.
+    /// Returns the bytes that have reached the client.
     fn at_client(&self) -> &str {
         std::str::from_utf8(&self.got[1]).unwrap()
     }
@@ -165,7 +165,7 @@ fn get(path: &str) -> String {
 const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi";
 
 #[test]
-fn an_allowed_request_goes_on_and_its_answer_comes_back() {
+fn an_allowed_request_and_its_response_are_forwarded() {
     let mut talk = Talk::new();
     talk.client(get("/public/a?token=1").as_bytes());
     assert_eq!(talk.at_server(), get("/public/a?token=1"));
@@ -186,7 +186,7 @@ fn an_allowed_request_goes_on_and_its_answer_comes_back() {
 }
 
 #[test]
-fn a_denied_request_is_answered_and_nothing_of_it_goes_on() {
+fn a_denied_request_gets_a_response_and_is_not_forwarded() {
     let mut talk = Talk::new();
     talk.client(get("/public/a").as_bytes());
     talk.server(OK.as_bytes());
@@ -208,7 +208,7 @@ fn a_denied_request_is_answered_and_nothing_of_it_goes_on() {
 }
 
 #[test]
-fn pipelined_requests_are_answered_in_their_order() {
+fn pipelined_requests_get_responses_in_order() {
     let mut talk = Talk::new();
     let stream = [
         get("/public/1"),
@@ -219,7 +219,7 @@ fn pipelined_requests_are_answered_in_their_order() {
     .concat();
     talk.client(stream.as_bytes());
     let fine = [get("/public/1"), get("/public/2")].concat();
-    // what is refused is not delivered with what is not
+    // A denied request is not delivered together with an allowed one.
     assert_eq!(talk.at_server(), fine);
     talk.tick(10);
     talk.server(OK.as_bytes());
@@ -233,7 +233,7 @@ fn pipelined_requests_are_answered_in_their_order() {
 }
 
 #[test]
-fn paths_are_judged_as_a_server_would_resolve_them() {
+fn paths_are_matched_as_sent_and_as_resolved() {
     for path in [
         "/public/../secret",
         "/public/%2e%2e/secret",
@@ -259,7 +259,7 @@ fn paths_are_judged_as_a_server_would_resolve_them() {
 }
 
 #[test]
-fn what_is_ambiguous_is_a_bad_request() {
+fn an_ambiguous_request_gets_400() {
     for head in [
         "GET /public/a HTTP/1.1\nHost: a\n\n",
         "GET /public/a HTTP/1.1\r\nHost: a\r\n x: y\r\n\r\n",
@@ -285,7 +285,7 @@ fn what_is_ambiguous_is_a_bad_request() {
 }
 
 #[test]
-fn other_protocols_are_cut() {
+fn other_protocols_are_reset() {
     for (bytes, reason) in [
         (&b"\x16\x03\x01\x02\x00\x01"[..], Reason::AppMalformed),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Reason::AppHttp2),
@@ -299,7 +299,7 @@ fn other_protocols_are_cut() {
 }
 
 #[test]
-fn bodies_are_followed_and_what_is_behind_them_is_judged() {
+fn bodies_are_followed_and_the_next_request_is_judged() {
     for (head, body) in [
         (
             "Content-Length: 30",
@@ -340,7 +340,7 @@ fn a_bad_chunk_ends_the_request() {
 }
 
 #[test]
-fn long_bodies_are_left_to_the_programs() {
+fn long_bodies_are_offload_windows() {
     let mut talk = Talk::new();
     let head = b"POST /public/a HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n";
     talk.client(head);
@@ -352,7 +352,7 @@ fn long_bodies_are_left_to_the_programs() {
     assert_eq!(command.op, 0);
     assert_eq!(command.windows[1].wrapping_sub(command.windows[0]), 1_000_000);
     assert_eq!(command.windows[2..], [0, 0]);
-    // behind it, everything is read again
+    // The bytes behind the body are inspected again.
     talk.sent[0] += 999_000;
     talk.got[0].resize(head.len() + 1_000_000, b'x');
     talk.client(get("/secret").as_bytes());
@@ -362,7 +362,7 @@ fn long_bodies_are_left_to_the_programs() {
 }
 
 #[test]
-fn answers_end_as_their_heads_say() {
+fn responses_end_where_their_heads_say() {
     let head = |method: &str| format!("{method} /public/a HTTP/1.1\r\nHost: a\r\n\r\n");
     for (method, answer) in [
         ("HEAD", "HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"),
@@ -395,7 +395,7 @@ fn answers_end_as_their_heads_say() {
 }
 
 #[test]
-fn an_answer_that_nobody_asked_for_is_cut() {
+fn an_unsolicited_response_resets_the_connection() {
     let mut talk = Talk::new();
     talk.server(OK.as_bytes());
     assert!(talk.reset);
@@ -409,14 +409,14 @@ fn an_answer_that_nobody_asked_for_is_cut() {
 }
 
 #[test]
-fn other_protocols_are_let_in_when_they_were_asked_for() {
+fn a_requested_protocol_switch_becomes_a_tunnel() {
     let upgrade = |to: &str| {
         format!("GET /public/ws HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: {to}\r\n\r\n")
     };
     let switch = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: WebSocket\r\n\r\n";
     let mut talk = Talk::new();
     talk.client(upgrade("websocket").as_bytes());
-    // not before the server agrees
+    // Nothing is forwarded before the server agrees.
     talk.client(b"\x81\x01x");
     assert_eq!(talk.at_server(), upgrade("websocket"));
     talk.server(switch.as_bytes());
@@ -428,14 +428,14 @@ fn other_protocols_are_let_in_when_they_were_asked_for() {
     assert!(out.commands.iter().any(|command| command.op == 1));
     talk.client(b"anything");
     assert!(talk.got[0].ends_with(b"anything"));
-    // the same rules go on, others do not
+    // The tunnel continues under the same rule set, and ends under another one.
     talk.tick(10);
     assert_eq!(talk.engine.stats().http.tcp.offloaded_flows, 1);
     talk.client(b"more");
     assert!(talk.got[0].ends_with(b"more") && !talk.reset);
     talk.ruleset = OTHER;
     talk.client(b"again");
-    // The server says what it waits for.
+    // The server answers the probe.
     talk.put(Side::Server, ACK, b"");
     assert!(talk.reset && !talk.got[0].ends_with(b"again"));
 
@@ -446,7 +446,7 @@ fn other_protocols_are_let_in_when_they_were_asked_for() {
         assert!(talk.reset, "{request}");
         assert_eq!(talk.at_client(), "");
     }
-    // a server that does not want to goes on with HTTP
+    // A server that declines the upgrade continues with HTTP.
     let mut talk = Talk::new();
     talk.client([upgrade("h2c"), get("/secret")].concat().as_bytes());
     talk.server(OK.as_bytes());
@@ -460,7 +460,7 @@ fn other_protocols_are_let_in_when_they_were_asked_for() {
 }
 
 #[test]
-fn a_101_goes_over_to_what_was_asked_for_and_may_be_passed_only() {
+fn a_101_may_only_switch_to_a_requested_and_permitted_protocol() {
     let request = |fields: &str| format!("GET /public/ws HTTP/1.1\r\nHost: a\r\n{fields}\r\n");
     let switch = |fields: &str| format!("HTTP/1.1 101 Switching Protocols\r\n{fields}\r\n");
     let both = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: websocket\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n";
@@ -491,7 +491,7 @@ fn a_101_goes_over_to_what_was_asked_for_and_may_be_passed_only() {
             "Upgrade: TLS/1.2, HTTP/1.1\r\n",
             false,
         ),
-        // nothing was asked for without the option in Connection
+        // Upgrade without the option in Connection requests nothing.
         ("Upgrade: websocket\r\n", "Upgrade: websocket\r\n", false),
         (
             "Connection: keep-alive\r\nUpgrade: websocket\r\n",
@@ -507,7 +507,7 @@ fn a_101_goes_over_to_what_was_asked_for_and_may_be_passed_only() {
         let mut talk = Talk::new();
         talk.client(request(asked).as_bytes());
         assert_eq!(talk.at_server(), request(asked));
-        // what follows waits for the answer, whatever was asked for
+        // The bytes behind wait for the response, whichever protocol was requested.
         talk.client(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
         assert_eq!(talk.at_server(), request(asked), "{asked}");
         talk.server(switch(answered).as_bytes());
@@ -519,7 +519,7 @@ fn a_101_goes_over_to_what_was_asked_for_and_may_be_passed_only() {
     talk.client(b"GET /public/ws HTTP/1.0\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n");
     talk.server(switch("Upgrade: websocket\r\n").as_bytes());
     assert!(talk.reset);
-    // what a server could go over to is no switch
+    // A server that lists protocols without 101 does not switch.
     for status in ["426 Upgrade Required", "200 OK"] {
         let answer =
             format!("HTTP/1.1 {status}\r\nConnection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 0\r\n\r\n");
@@ -533,8 +533,8 @@ fn a_101_goes_over_to_what_was_asked_for_and_may_be_passed_only() {
 }
 
 #[test]
-fn what_a_server_sends_behind_an_answer_is_no_answer_to_an_upgrade() {
-    // The body that a faulty server sends to HEAD looks like an answer; the client has chosen it.
+fn bytes_behind_a_response_do_not_answer_an_upgrade() {
+    // The body that a faulty server sends to HEAD looks like a response; the client has chosen its content.
     let upgrade = "GET /public/ws HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
     for next in [upgrade, "CONNECT b:443 HTTP/1.1\r\nHost: b:443\r\n\r\n"] {
         let mut talk = Talk::new();
@@ -548,7 +548,7 @@ fn what_a_server_sends_behind_an_answer_is_no_answer_to_an_upgrade() {
         talk.client(get("/secret").as_bytes());
         talk.tick(10);
         assert!(talk.reset && !talk.at_server().contains("secret"));
-        // after an answer as its head says it goes on
+        // After a response with the announced length the connection continues.
         let mut talk = Talk::new();
         talk.client(head.as_bytes());
         talk.client(next.as_bytes());
@@ -558,7 +558,7 @@ fn what_a_server_sends_behind_an_answer_is_no_answer_to_an_upgrade() {
 }
 
 #[test]
-fn a_body_that_many_servers_do_not_read_needs_a_rule_that_names_it() {
+fn an_unexpected_body_needs_a_rule_that_names_its_framing() {
     let smuggled = get("/secret");
     let request = |method: &str, path: &str| {
         let length = smuggled.len();
@@ -570,7 +570,7 @@ fn a_body_that_many_servers_do_not_read_needs_a_rule_that_names_it() {
         assert_eq!(talk.at_server(), "", "{method}");
         assert!(talk.at_client().starts_with("HTTP/1.1 400"), "{method}");
         assert_eq!(talk.take().records.last().unwrap().reason, Reason::AppMalformed);
-        // reported in audit mode, and followed
+        // Audit mode records the body and follows it.
         let mut talk = Talk::new();
         talk.flags = palisade_abi::punt_flags::AUDIT;
         talk.client(request(method, "/public/a").as_bytes());
@@ -593,7 +593,7 @@ fn a_body_that_many_servers_do_not_read_needs_a_rule_that_names_it() {
     let empty = "GET /public/a HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n";
     talk.client(empty.as_bytes());
     assert_eq!(talk.at_server(), empty);
-    // by the option
+    // Allowed by the option.
     let allow = Limits {
         http: HttpLimits {
             get_bodies: GetBodies::Allow,
@@ -604,7 +604,7 @@ fn a_body_that_many_servers_do_not_read_needs_a_rule_that_names_it() {
     let mut talk = Talk::with(&allow);
     talk.client(request("GET", "/public/a").as_bytes());
     assert_eq!(talk.at_server(), request("GET", "/public/a"));
-    // by a rule: any that allows the request, not just the first
+    // Allowed by any rule that allows the request, not only by the first.
     let named = Matcher::Http(HttpRule {
         method: Some("GET".into()),
         path: Some("/public/_search".into()),
@@ -640,7 +640,7 @@ fn a_body_behind_the_final_answer_to_expect_is_refused() {
     talk.client(get("/secret").as_bytes());
     assert_eq!(talk.at_server(), head);
     assert!(talk.at_client().contains("HTTP/1.1 400"));
-    // a body that was asked for, or that the client has begun, goes on
+    // A body that the server has asked for, or that the client has begun, is forwarded.
     for interim in ["HTTP/1.1 100 Continue\r\n\r\n", ""] {
         let mut talk = Talk::new();
         talk.client(head.as_bytes());
@@ -657,7 +657,7 @@ fn a_body_behind_the_final_answer_to_expect_is_refused() {
 }
 
 #[test]
-fn what_is_too_long_is_answered_with_its_own_status() {
+fn too_long_requests_get_414_and_431() {
     let long = "a".repeat(20_000);
     let many = "X: y\r\n".repeat(6_000);
     for (text, status) in [
@@ -683,7 +683,7 @@ fn what_is_too_long_is_answered_with_its_own_status() {
 }
 
 #[test]
-fn a_header_that_a_rule_names_must_not_come_in_disguise() {
+fn a_disguised_copy_of_a_matched_header_denies_the_request() {
     let role = Matcher::Http(HttpRule {
         headers: vec![("X-Role".into(), Some("reader".into()))],
         ..HttpRule::default()
@@ -703,7 +703,7 @@ fn a_header_that_a_rule_names_must_not_come_in_disguise() {
     }
 }
 
-/// A head, the body of an upload with the given number of bytes, and a request behind it that no rule allows.
+/// Returns a head, the body of an upload with this length, and a request behind it that no rule allows.
 fn upload(length: usize) -> (String, Vec<u8>, String) {
     let head = format!("POST /public/up HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n");
     (
@@ -714,7 +714,7 @@ fn upload(length: usize) -> (String, Vec<u8>, String) {
 }
 
 #[test]
-fn what_is_allowed_is_delivered_before_what_shares_its_packet_is_refused() {
+fn allowed_bytes_are_delivered_before_a_refusal_in_the_same_packet() {
     for answers_early in [false, true] {
         for behind in [
             get("/secret"),
@@ -737,7 +737,7 @@ fn what_is_allowed_is_delivered_before_what_shares_its_packet_is_refused() {
                 !talk.at_client().contains("HTTP/1.1 40"),
                 "not before it is delivered"
             );
-            // the packet that was made here is lost: the sender sends its own again
+            // The built packet is lost: the sender retransmits its own.
             talk.got[0].truncate(whole.len() - 10);
             talk.sent[0] -= last.len() as u32;
             talk.client(&last);
@@ -767,7 +767,7 @@ fn the_end_of_a_window_is_delivered_when_a_refused_request_shares_its_packet() {
         if answers_early {
             talk.server(OK.as_bytes());
         }
-        // all but the last bytes stay with the programs
+        // All but the last bytes are in an offload window.
         talk.got[0].extend_from_slice(&body[1000..999_000]);
         talk.sent[0] += 998_000;
         talk.client(&[&body[999_000..], behind.as_bytes()].concat());
@@ -785,7 +785,7 @@ fn the_end_of_a_window_is_delivered_when_a_refused_request_shares_its_packet() {
 }
 
 #[test]
-fn what_is_allowed_goes_before_a_reset_that_shares_its_packet() {
+fn allowed_bytes_are_sent_before_a_reset_in_the_same_packet() {
     let (head, body, _) = upload(30);
     let mut talk = Talk::new();
     talk.client(&[head.as_bytes(), &body[..20]].concat());
@@ -794,7 +794,7 @@ fn what_is_allowed_goes_before_a_reset_that_shares_its_packet() {
 }
 
 #[test]
-fn where_two_policies_read_nothing_is_made_and_nothing_waits_for_ever() {
+fn with_two_inspectors_no_packet_is_built_and_the_deadline_holds() {
     let (head, body, behind) = upload(30);
     let mut talk = Talk::new();
     talk.flags = palisade_abi::punt_flags::SHARED;
@@ -806,7 +806,7 @@ fn where_two_policies_read_nothing_is_made_and_nothing_waits_for_ever() {
 }
 
 #[test]
-fn audit_lets_go_on_and_says_so() {
+fn audit_mode_forwards_and_records() {
     let mut talk = Talk::new();
     talk.flags = palisade_abi::punt_flags::AUDIT;
     talk.client(get("/secret").as_bytes());
@@ -817,7 +817,7 @@ fn audit_lets_go_on_and_says_so() {
         (Verdict::Audit, Reason::AppDenied)
     );
     talk.server(OK.as_bytes());
-    // what cannot be read goes on unread, until audit mode ends
+    // A malformed stream is offloaded until audit mode ends.
     talk.client(b"GET /x HTTP/1.1\n\n");
     assert!(talk.at_server().ends_with("\n\n"));
     talk.tick(10);
@@ -844,7 +844,7 @@ fn the_next_request_is_judged_by_the_new_rules() {
 }
 
 #[test]
-fn a_head_that_does_not_end_is_cut_in_time() {
+fn an_incomplete_head_ends_at_the_deadline() {
     let mut talk = Talk::new();
     for at in 0..31 {
         talk.tick(at * 1000);
@@ -863,7 +863,7 @@ fn a_head_that_does_not_end_is_cut_in_time() {
 }
 
 #[test]
-fn a_long_poll_behind_which_a_request_is_refused_is_not_cut() {
+fn a_refused_request_waits_for_a_long_poll_without_a_deadline() {
     let mut talk = Talk::new();
     talk.client(get("/public/poll").as_bytes());
     talk.client(get("/secret").as_bytes());
@@ -874,7 +874,7 @@ fn a_long_poll_behind_which_a_request_is_refused_is_not_cut() {
 }
 
 #[test]
-fn a_client_that_goes_on_sending_after_a_refusal_is_let_talk_for_a_while() {
+fn a_client_that_sends_on_after_a_refusal_is_reset_after_a_limit() {
     let mut talk = Talk::new();
     talk.client(b"POST /secret HTTP/1.1\r\nHost: a\r\nContent-Length: 5000000\r\n\r\n");
     assert!(talk.at_client().contains("403"));
@@ -887,7 +887,7 @@ fn a_client_that_goes_on_sending_after_a_refusal_is_let_talk_for_a_while() {
     assert_eq!(talk.at_server(), "");
 }
 
-/// A message of a stream, and whether it is let through.
+/// Returns a message, and whether it is allowed.
 fn message() -> impl Strategy<Value = (Vec<u8>, bool)> {
     prop_oneof![
         4 => "[a-z]{0,9}".prop_map(|name| (get(&format!("/public/{name}")).into_bytes(), true)),
@@ -913,7 +913,7 @@ fn message() -> impl Strategy<Value = (Vec<u8>, bool)> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
-    /// However a stream of requests is cut, what reaches the server is what the rules let through.
+    /// However a stream of requests is segmented, the server gets exactly the allowed requests.
     #[test]
     fn the_server_gets_what_is_allowed_however_it_is_cut(
         messages in prop::collection::vec(message(), 1..6),
@@ -944,7 +944,7 @@ proptest! {
         prop_assert!(!talk.reset);
     }
 
-    /// Whatever both sides say, nothing panics and every packet comes back.
+    /// For random streams of both sides nothing panics, and the sink gets every frame back.
     #[test]
     fn nothing_panics(
         moves in prop::collection::vec((any::<bool>(), prop::collection::vec(any::<u8>(), 0..60), 0_u8..8, 0_u64..200), 0..30),

@@ -294,7 +294,7 @@ mod tests {
 
     /// For random options: the result has only known options, is the same after a second rewrite, and keeps the checksum valid.
     #[test]
-    fn random_options_become_understood_ones() {
+    fn random_options_become_known_ones() {
         let mut random = 0x9e37_79b9_7f4a_7c15u64;
         let mut next = || {
             random ^= random << 13;

@@ -51,7 +51,7 @@ struct Share {
 }
 
 /// Detail of the record of an ICMP error that is dropped.
-const NOT_UNDER_WAY: &str = "ICMP error about a TCP segment that is not under way";
+const NOT_IN_FLIGHT: &str = "ICMP error about a TCP segment that is not in flight";
 
 /// Connection to which a packet belongs.
 enum Place {
@@ -692,7 +692,7 @@ impl<F, T: Offloadable> Connections<F, T> {
     ) {
         self.shared.stats.icmp_unrelated += 1;
         let (reason, detail) = if is_known {
-            (Reason::UnrelatedIcmp, NOT_UNDER_WAY)
+            (Reason::UnrelatedIcmp, NOT_IN_FLIGHT)
         } else {
             (Reason::TcpMidstream, Reason::TcpMidstream.text())
         };

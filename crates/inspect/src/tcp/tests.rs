@@ -1,4 +1,4 @@
-//! Tests of the TCP reader with a reader that lets a given number of bytes pass.
+//! Tests of TCP inspection with an inspector of simple length-prefixed messages.
 
 mod errors;
 
@@ -21,7 +21,7 @@ pub(crate) use palisade_abi::tcp_flags::{ACK, FIN, RST, SYN, URG};
 const CLIENT_ISN: u32 = 0xffff_ff00;
 const SERVER_ISN: u32 = 0x7fff_fff0;
 
-/// A segment as its sender means it.
+/// A segment that a test sends, or one that the table has forwarded or built.
 #[derive(Clone, Debug)]
 pub(crate) struct Seg {
     pub(crate) from: Side,
@@ -31,7 +31,7 @@ pub(crate) struct Seg {
     window: u16,
     options: Vec<u8>,
     pub(crate) data: Vec<u8>,
-    /// The client's address, but for its last byte, which is 1.
+    /// First three bytes of the client's address. The last byte is 1.
     peer: [u8; 3],
 }
 
@@ -49,7 +49,7 @@ impl Seg {
         }
     }
 
-    /// As a frame between 10.0.0.1:1000 and 10.0.0.2:80. Its checksums are not looked at.
+    /// Returns the frame between PEER.1:1000 and 10.0.0.2:80. Its checksums are not checked.
     fn frame(&self) -> Vec<u8> {
         let mut f = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 8, 0];
         let [x, y, z] = self.peer;
@@ -76,14 +76,14 @@ impl Seg {
         f
     }
 
-    /// Shows it as a carried packet: towards the endpoint is what the client sends, or the server if the slot's
-    /// flags have INGRESS.
+    /// Calls `f` with the segment as a punted packet. Packets of the client go to the endpoint; with INGRESS in the slot's
+    /// flags, those of the server do.
     pub(crate) fn view(&self, slot: PuntRequest, f: impl FnOnce(&PacketView<'_>, Vec<u8>)) {
         let frame = self.frame();
         let mut packet = Packet::default();
         decode(&frame[..], Start::Ethernet { tags_removed: 0 }, &mut packet).unwrap();
         let answers = self.from == Side::Server;
-        // The programs make an entry for a SYN, unless the test says which connection is meant.
+        // The BPF programs make a conntrack entry for a SYN, unless the test gives the serial of one.
         let is_new = !answers && self.flags & (SYN | ACK) == SYN && slot.serial == 0;
         let slot = PuntRequest {
             endpoint: if slot.endpoint == 0 { 7 } else { slot.endpoint },
@@ -138,12 +138,12 @@ impl Seg {
 #[derive(Default)]
 pub(crate) struct Out {
     pub(crate) released: Vec<Seg>,
-    /// ICMP errors that go on.
+    /// Number of forwarded ICMP errors.
     errors: usize,
     pub(crate) discarded: Vec<Reason>,
     pub(crate) emitted: Vec<(Seg, Route)>,
     pub(crate) commands: Vec<FlowCommand>,
-    /// Those without a packet.
+    /// Flow commands without a packet.
     told: Vec<FlowCommand>,
     pub(crate) records: Vec<Record>,
 }
@@ -167,7 +167,7 @@ impl Sink<Vec<u8>> for Out {
         self.discarded.push(reason);
     }
     fn emit(&mut self, frame: &[u8], route: Route) {
-        // What is made here has right sums.
+        // Built packets must have valid checksums.
         let sum = |bytes: &[u8], start: u32| {
             let mut sum = start;
             for pair in bytes.chunks(2) {
@@ -191,8 +191,8 @@ impl Sink<Vec<u8>> for Out {
     }
 }
 
-/// Messages with their length before them. One that begins with `X` is refused, `A` is answered, `O` ends the
-/// reading, `S` says that the following bytes (a number of 16 bits) are not to be read, `L` that they belong to it.
+/// Inspector of messages with their length in front. A message that begins with `X` is denied, `A` gets a response, `O`
+/// offloads the connection, `S` bypasses the following bytes (a number of 16 bits), `L` makes them part of the message.
 #[derive(Default)]
 struct Messages;
 
@@ -270,7 +270,7 @@ impl Bench {
         }
     }
 
-    /// One that has shaken hands.
+    /// Returns a table with one connection after its handshake.
     fn open() -> Self {
         let mut bench = Self::new(TcpLimits::default());
         bench.handshake();
@@ -295,7 +295,7 @@ impl Bench {
         self.put_as(seg, 0, 0);
     }
 
-    /// A packet of an entry with this serial, if it is not 0, that the packet has not made; of this endpoint.
+    /// Handles a segment of this endpoint. With a serial other than 0 it belongs to a conntrack entry that it has not made.
     fn put_as(&mut self, seg: &Seg, serial: u32, endpoint: u16) {
         let (table, out, now) = (&mut self.table, &mut self.out, self.now);
         let slot = PuntRequest {
@@ -313,7 +313,7 @@ impl Bench {
         self.check();
     }
 
-    /// What is counted is what there is.
+    /// Checks that the gauges are plausible.
     fn check(&self) {
         let stats = self.table.stats();
         assert!(stats.frames < 10_000 && stats.bytes < 1 << 30);
@@ -340,7 +340,7 @@ fn resident() -> usize {
     pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
 }
 
-/// A SYN from the client with this number.
+/// Returns a SYN of the client with this number.
 fn syn_of(peer: u32) -> Seg {
     let [_, x, y, z] = peer.to_be_bytes();
     Seg {
@@ -390,7 +390,7 @@ fn a_packet_waits_until_all_its_bytes_are_judged() {
 }
 
 #[test]
-fn what_is_refused_resets_both_sides() {
+fn a_denied_message_resets_both_ends() {
     let mut bench = Bench::open();
     bench.put(&client(0, b"\x02ok\x03Xyz"));
     let out = bench.take();
@@ -418,7 +418,7 @@ fn what_is_refused_resets_both_sides() {
         "what the server expects next"
     );
     assert_eq!((on.hook, on.back), (punt_hook::TC_INGRESS, false));
-    // what comes later is refused, too
+    // Later segments are refused too.
     bench.put(&client(7, b"\x01a"));
     let out = bench.take();
     assert_eq!((out.released.len(), out.emitted.len()), (0, 1));
@@ -426,7 +426,7 @@ fn what_is_refused_resets_both_sides() {
 }
 
 #[test]
-fn retransmissions_say_the_same_or_nothing() {
+fn a_retransmission_with_other_bytes_is_dropped() {
     let mut bench = Bench::open();
     bench.put(&client(0, b"\x03ab"));
     bench.put(&client(0, b"\x03ab"));
@@ -435,7 +435,7 @@ fn retransmissions_say_the_same_or_nothing() {
     assert_eq!(bench.take().discarded, [Reason::TcpOverlap]);
     bench.put(&client(3, b"c"));
     assert_eq!(bench.take().released.len(), 2);
-    // released, not acknowledged: compared
+    // Forwarded and not acknowledged: the bytes are compared.
     bench.put(&client(1, b"abc"));
     bench.put(&client(0, b"\x03Xbc"));
     bench.put(&client(2, b"bX\x01d"));
@@ -444,8 +444,8 @@ fn retransmissions_say_the_same_or_nothing() {
         (out.released.len(), &out.discarded[..]),
         (1, &[Reason::TcpOverlap; 2][..])
     );
-    // acknowledged: nobody compares it any more, so it does not go on; the sender is told how far it has come, what is
-    // new behind it included
+    // Acknowledged bytes are not compared any more and not forwarded. The sender gets an acknowledgement, also for the new
+    // bytes behind them.
     bench.put(&server(4));
     bench.take();
     for (at, data, next) in [(0, &b"\x03Xbc"[..], 5), (2, b"zz\x01d", 7)] {
@@ -464,13 +464,13 @@ fn retransmissions_say_the_same_or_nothing() {
     }
     bench.put(&server(6));
     bench.take();
-    // whether the receiver is still there, only it can say
+    // A keepalive probe is forwarded, because only the receiver can answer it.
     bench.put(&client(5, b"?"));
     assert_eq!(bench.take().released.len(), 1);
 }
 
 #[test]
-fn nobody_sends_out_of_the_window_or_what_is_read_in_two_ways() {
+fn out_of_window_and_ambiguous_segments_are_dropped() {
     let mut bench = Bench::open();
     let mut far = client(70_000, b"a");
     bench.put(&far);
@@ -489,7 +489,7 @@ fn nobody_sends_out_of_the_window_or_what_is_read_in_two_ways() {
     let mut bad = client(0, b"\x01a");
     bad.options = vec![2, 0, 0, 0];
     bench.put(&bad);
-    // a selective acknowledgement of what was never sent
+    // A selective acknowledgement of bytes that were never sent.
     let mut sack = client(0, b"");
     sack.options = [
         &[1, 1, 5, 10][..],
@@ -499,7 +499,7 @@ fn nobody_sends_out_of_the_window_or_what_is_read_in_two_ways() {
     .concat();
     bench.put(&sack);
     assert_eq!(bench.take().discarded, [Reason::TcpInvalid; 4]);
-    // after the end there is nothing
+    // Bytes behind the FIN are dropped.
     let mut end = client(0, b"\x01a");
     end.flags |= FIN;
     bench.put(&end);
@@ -511,7 +511,7 @@ fn nobody_sends_out_of_the_window_or_what_is_read_in_two_ways() {
 }
 
 #[test]
-fn resets_name_the_byte_that_is_expected() {
+fn a_reset_is_forwarded_only_with_the_expected_sequence_number() {
     let mut bench = Bench::open();
     bench.put(&client(0, b"\x01a"));
     bench.put(&client(2, b"\x01"));
@@ -521,7 +521,7 @@ fn resets_name_the_byte_that_is_expected() {
     assert_eq!(bench.take().discarded, [Reason::TcpOutOfWindow]);
     bench.put(&rst(2));
     assert_eq!(bench.take().released.len(), 1);
-    // behind what is held: the receiver gets one that it believes
+    // A reset behind held bytes: the receiver gets one that it accepts.
     bench.put(&rst(3));
     let out = bench.take();
     assert_eq!(out.discarded, [Reason::TcpHeld; 2]);
@@ -531,10 +531,10 @@ fn resets_name_the_byte_that_is_expected() {
 }
 
 #[test]
-fn connections_are_seen_from_their_start_or_cut() {
+fn a_connection_without_a_seen_handshake_is_reset() {
     let mut bench = Bench::new(TcpLimits::default());
     bench.put(&client(0, b"\x01a"));
-    // The server is asked what it waits for, in the client's place.
+    // The server gets a probe in the client's place.
     let out = bench.take();
     assert_eq!(out.discarded, [Reason::TcpMidstream]);
     let [(ask, on)] = &out.emitted[..] else {
@@ -543,7 +543,7 @@ fn connections_are_seen_from_their_start_or_cut() {
     assert_eq!((ask.from, ask.flags, ask.data.len()), (Side::Client, ACK, 0));
     assert_eq!(ask.seq, CLIENT_ISN);
     assert!(!on.back && out.commands.is_empty());
-    // It has had more than what the client repeats.
+    // The server has received more than the client retransmits.
     bench.put(&server(2));
     let out = bench.take();
     assert_eq!(out.discarded, [Reason::TcpMidstream]);
@@ -554,13 +554,13 @@ fn connections_are_seen_from_their_start_or_cut() {
     let (to_client, on) = &out.emitted[1];
     assert_eq!((to_client.from, on.back), (Side::Server, false));
     assert_eq!(to_client.seq, SERVER_ISN.wrapping_add(1));
-    // An end without the connection answers by a reset, which the other end believes.
+    // An end without the connection answers with a reset, which the other end accepts.
     bench.put(&client(0, b"\x01a"));
     bench.put(&Seg::new(Side::Server, RST, SERVER_ISN.wrapping_add(1), 0, b""));
     let out = bench.take();
     assert_eq!((out.released.len(), out.emitted.len()), (1, 1));
     assert_eq!(out.released[0].seq, SERVER_ISN.wrapping_add(1));
-    // But a reset with a payload does not pass.
+    // But a reset with a payload is dropped.
     bench.put(&Seg::new(
         Side::Server,
         RST,
@@ -569,11 +569,11 @@ fn connections_are_seen_from_their_start_or_cut() {
         b"secret",
     ));
     assert_eq!(bench.take().released.len(), 0);
-    // refused by the server
+    // The server refuses the connection.
     bench.put(&Seg::new(Side::Client, SYN, 7, 0, b""));
     bench.put(&Seg::new(Side::Server, RST | ACK, 0, 8, b""));
     assert_eq!(bench.take().released.len(), 2);
-    // and again, by the same ports
+    // The client connects again with the same ports.
     bench.put(&Seg::new(Side::Client, SYN, 900, 0, b""));
     bench.put(&Seg::new(Side::Server, SYN | ACK, 5, 8, b""));
     bench.put(&Seg::new(Side::Server, SYN | ACK, 5, 901, b""));
@@ -582,17 +582,17 @@ fn connections_are_seen_from_their_start_or_cut() {
         (out.released.len(), &out.discarded[..]),
         (2, &[Reason::TcpInvalid][..])
     );
-    // data in a SYN
+    // Data in a SYN is dropped.
     bench.put(&Seg::new(Side::Client, SYN, 900, 0, b"\x01a"));
     assert_eq!(bench.take().discarded, [Reason::TcpInvalid]);
 }
 
-/// Two ends that have any numbers of each other, of which some packets got lost: both are reset with the number that
-/// each waits for, whoever sends first.
+/// For two ends with any sequence numbers and lost packets: both get a reset with the number that they expect, whichever
+/// end sends first.
 #[test]
-fn both_ends_of_a_connection_that_is_not_known_are_reset_so_that_they_believe_it() {
+fn both_ends_of_an_unknown_connection_get_an_acceptable_reset() {
     for first in [Side::Client, Side::Server] {
-        // Bytes that have been sent by each, and that the other has of them.
+        // Number of bytes that each end has sent, and number of them that the other has received.
         for (sent, has) in [
             ([5, 9], [5, 9]),
             ([5, 9], [3, 9]),
@@ -605,7 +605,7 @@ fn both_ends_of_a_connection_that_is_not_known_are_reset_so_that_they_believe_it
             let mut alive = [true, true];
             let has = |side: Side| has[side as usize];
             let acks = |side: Side| seq(side.other(), has(side.other()));
-            // What it believes that the other has not.
+            // Returns a segment with all bytes that `side` has sent: the end does not know that the other one has them.
             let repeats = |side: Side| {
                 let data = vec![1; sent[side as usize] as usize];
                 Seg::new(side, ACK, seq(side, 0), acks(side), &data)
@@ -635,7 +635,7 @@ fn both_ends_of_a_connection_that_is_not_known_are_reset_so_that_they_believe_it
                     } else if got.seq.wrapping_sub(next) as i32 != 0 && got.flags & RST == 0
                         || (got.seq.wrapping_sub(next) as i32) > 0
                     {
-                        // Not acceptable, or a reset to be challenged.
+                        // The segment is not acceptable, or a reset that causes a challenge ACK.
                         sent_packets.push(Seg::new(side, ACK, seq(side, sent[side as usize]), next, b""));
                     }
                 }
@@ -645,16 +645,16 @@ fn both_ends_of_a_connection_that_is_not_known_are_reset_so_that_they_believe_it
     }
 }
 
-/// A path that takes packets of some size only, and does not say so.
+/// A path with a small MTU and no ICMP errors.
 #[test]
-fn what_is_delivered_from_here_gets_smaller_until_it_arrives() {
+fn lost_packets_on_behalf_are_sent_again_in_smaller_packets() {
     for limit in [1_440, 1_300, 1_232, 1_220, 900, 536] {
         let mut bench = Bench::open();
         let message = vec![b'm'; 250];
         let stream: Vec<u8> = std::iter::repeat_n([&[250], &message[..]].concat(), 40)
             .flatten()
             .collect();
-        // All but the end of the last message: held, acknowledged here.
+        // All but the end of the last message is held and acknowledged on behalf of the server.
         let held = stream.len() - 10;
         for (n, part) in stream[..held].chunks(1_400).enumerate() {
             bench.put(&client(n as u32 * 1_400, part));
@@ -689,7 +689,7 @@ fn what_is_delivered_from_here_gets_smaller_until_it_arrives() {
 }
 
 #[test]
-fn what_never_arrives_ends_the_connection_and_the_record_says_why() {
+fn bytes_that_never_arrive_end_the_connection_with_a_record() {
     let mut bench = Bench::open();
     bench.put(&client(0, &[&[255][..], &[b'm'; 255]].concat()[..200]));
     bench.tick(20);
@@ -715,13 +715,13 @@ fn what_never_arrives_ends_the_connection_and_the_record_says_why() {
         (record.reason, detail),
         (
             Reason::InspectDeadline,
-            "What was acknowledged for the receiver does not reach it"
+            "Bytes acknowledged on behalf of the receiver cannot be delivered"
         )
     );
 }
 
 #[test]
-fn dropped_packets_have_records_and_cannot_fill_them() {
+fn records_of_dropped_packets_are_rate_limited() {
     let mut bench = Bench::open();
     bench.put(&client(0, b"\x04ab"));
     for _ in 0..1_000 {
@@ -733,13 +733,13 @@ fn dropped_packets_have_records_and_cannot_fill_them() {
         panic!("{:?}", out.records)
     };
     assert_eq!((record.reason, record.source.1), (Reason::TcpOverlap, 1_000));
-    // Another reason is told at once, and the same one later.
+    // Another reason is recorded at once, the same one after a second.
     bench.put(&client(90_000, b"zz"));
     bench.now += 1_000;
     bench.put(&client(90_000, b"zz"));
     let reasons: Vec<_> = bench.take().records.iter().map(|record| record.reason).collect();
     assert_eq!(reasons, [Reason::TcpOutOfWindow; 2]);
-    // A SYN+ACK of another server's connection, while the connection is open.
+    // A SYN+ACK that answers no SYN, while the connection is open.
     let stray = Seg::new(Side::Server, SYN | ACK, 1, 900, b"");
     for _ in 0..2 {
         bench.put(&stray);
@@ -750,7 +750,7 @@ fn dropped_packets_have_records_and_cannot_fill_them() {
     assert_eq!(out.discarded, [Reason::TcpInvalid; 3]);
     let reasons: Vec<_> = out.records.iter().map(|record| record.reason).collect();
     assert_eq!(reasons, [Reason::TcpInvalid; 2]);
-    // Packets of connections that are not known.
+    // Packets of unknown connections.
     let mut bench = Bench::new(TcpLimits::default());
     for n in 0..1_000 {
         bench.put(&client(n, b"x"));
@@ -760,7 +760,7 @@ fn dropped_packets_have_records_and_cannot_fill_them() {
 }
 
 #[test]
-fn both_may_open() {
+fn simultaneous_open_is_allowed() {
     let mut bench = Bench::new(TcpLimits::default());
     bench.put(&Seg::new(Side::Client, SYN, CLIENT_ISN, 0, b""));
     bench.put(&Seg::new(Side::Server, SYN, SERVER_ISN, 0, b""));
@@ -773,7 +773,7 @@ fn both_may_open() {
 }
 
 #[test]
-fn an_answer_comes_after_what_the_server_said_and_until_it_is_taken() {
+fn a_response_follows_the_servers_bytes_and_is_retransmitted_until_acknowledged() {
     let mut bench = Bench::open();
     bench.put(&client(0, b"\x02hi"));
     let mut hello = server(3);
@@ -811,7 +811,7 @@ fn an_answer_comes_after_what_the_server_said_and_until_it_is_taken() {
     assert_eq!(out.emitted[0].0.seq, SERVER_ISN.wrapping_add(6));
     assert_eq!(out.emitted[0].0.ack, CLIENT_ISN.wrapping_add(7));
     assert_eq!(out.discarded, [Reason::AppDenied]);
-    // half of it is lost
+    // Half of the response is lost.
     ack.ack = ack.ack.wrapping_add(536);
     bench.put(&ack);
     bench.tick(300);
@@ -825,7 +825,7 @@ fn an_answer_comes_after_what_the_server_said_and_until_it_is_taken() {
         (out.emitted[1].0.from, out.emitted[1].0.flags & FIN),
         (Side::Client, FIN)
     );
-    // the server closes too
+    // The server closes too.
     let mut end = server(4);
     (end.seq, end.flags) = (end.seq.wrapping_add(5), ACK | FIN);
     bench.put(&end);
@@ -853,7 +853,7 @@ fn an_answer_comes_after_what_the_server_said_and_until_it_is_taken() {
 }
 
 #[test]
-fn what_needs_no_reading_is_left_to_the_programs() {
+fn an_offloaded_connection_stays_in_the_programs() {
     let mut bench = Bench::open();
     bench.put(&client(2, b"x"));
     bench.put(&client(0, b"\x01O"));
@@ -869,7 +869,7 @@ fn what_needs_no_reading_is_left_to_the_programs() {
 }
 
 #[test]
-fn stretches_that_need_no_reading_go_by_and_what_is_behind_is_read() {
+fn bypassed_bytes_are_forwarded_and_later_ones_are_inspected() {
     let mut bench = Bench::new(TcpLimits {
         window: 10_000,
         ..TcpLimits::default()
@@ -900,7 +900,7 @@ fn stretches_that_need_no_reading_go_by_and_what_is_behind_is_read() {
 }
 
 #[test]
-fn nothing_waits_for_ever_and_what_is_held_is_bounded() {
+fn held_packets_have_a_deadline_and_a_limit() {
     let limits = TcpLimits {
         frames_per_direction: 3,
         bytes_per_direction: 100,
@@ -910,7 +910,7 @@ fn nothing_waits_for_ever_and_what_is_held_is_bounded() {
     let mut bench = Bench::new(limits);
     bench.handshake();
     for at in 0..4 {
-        // with gaps, so that nothing of it can be acknowledged
+        // The segments have gaps between them, so that no byte can be acknowledged.
         bench.put(&client(2 * at + 1, b"\xff"));
     }
     bench.put(&client(50, &[1; 60]));
@@ -926,9 +926,9 @@ fn nothing_waits_for_ever_and_what_is_held_is_bounded() {
     assert_eq!(bench.table.stats().connections, 0);
 }
 
-/// A sender that waits for the acknowledgement of what it has sent gets it, and what was acknowledged is delivered.
+/// A sender that waits for an acknowledgement gets one, and the acknowledged bytes are delivered.
 #[test]
-fn what_is_held_is_acknowledged_and_then_delivered() {
+fn held_bytes_are_acknowledged_on_behalf_and_then_delivered() {
     let mut bench = Bench::open();
     bench.put(&client(0, b"\x04ab"));
     assert_eq!(bench.table.deadline(), Some(10));
@@ -946,12 +946,12 @@ fn what_is_held_is_acknowledged_and_then_delivered() {
         (SERVER_ISN.wrapping_add(1), CLIENT_ISN.wrapping_add(4))
     );
     assert_eq!(bench.table.stats().frames, 0, "the packet is not needed any more");
-    // it comes again if the acknowledgement got lost
+    // The sender retransmits if the acknowledgement is lost.
     bench.put(&client(0, b"\x04ab"));
     let out = bench.take();
     assert_eq!(out.emitted[0].0.ack, CLIENT_ISN.wrapping_add(4));
     assert!(out.released.is_empty());
-    // the rest comes: both go on
+    // The rest arrives: both messages are forwarded.
     bench.put(&client(3, b"cd"));
     let out = bench.take();
     let [(made, _)] = &out.emitted[..] else {
@@ -962,14 +962,14 @@ fn what_is_held_is_acknowledged_and_then_delivered() {
         (Side::Client, CLIENT_ISN.wrapping_add(1), &b"\x04ab"[..])
     );
     assert_eq!(out.released[0].data, b"cd");
-    // the first is lost on the way: sent again until it is there
+    // The first packet is lost: the worker retransmits it until it is acknowledged.
     bench.tick(bench.table.deadline().unwrap());
     assert_eq!(bench.take().emitted[0].0.data, b"\x04ab");
     bench.put(&server(5));
     assert_eq!(bench.table.stats().bytes, 0);
     bench.tick(5_000);
     assert!(bench.take().emitted.is_empty());
-    // the same, and nothing goes on of what is refused
+    // The same with a denied message: none of its bytes is forwarded.
     bench.put(&client(5, b"\x04X"));
     bench.tick(5_010);
     assert_eq!(bench.take().emitted.len(), 1);
@@ -990,7 +990,7 @@ fn stamped(seg: Seg, value: u32, echo: u32) -> Seg {
 }
 
 #[test]
-fn what_is_made_here_is_no_older_than_what_the_receiver_may_have_taken() {
+fn built_packets_carry_the_latest_timestamp() {
     let mut bench = Bench::new(TcpLimits::default());
     bench.put(&stamped(Seg::new(Side::Client, SYN, CLIENT_ISN, 0, b""), 90, 0));
     let syn_ack = Seg::new(
@@ -1003,11 +1003,12 @@ fn what_is_made_here_is_no_older_than_what_the_receiver_may_have_taken() {
     bench.put(&stamped(syn_ack, 5000, 90));
     bench.put(&stamped(client(0, b""), 95, 5000));
     bench.take();
-    // Two messages go on. No acknowledgement has been seen, but the server may have taken both, and their timestamps.
+    // Two messages are forwarded. The server may have accepted both, with their timestamps, although it has not
+    // acknowledged them.
     bench.put(&stamped(client(0, b"\x02ab"), 100, 5000));
     bench.put(&stamped(client(3, b"\x02cd"), 110, 5000));
     assert_eq!(bench.take().released.len(), 2);
-    // A part of a message is acknowledged here, and delivered from here once the rest has come.
+    // A part of a message is acknowledged on behalf of the server, and delivered once the rest has arrived.
     bench.put(&stamped(client(6, b"\x05e"), 120, 5000));
     bench.tick(20);
     bench.put(&stamped(client(8, b"fghi"), 130, 5000));
@@ -1027,7 +1028,7 @@ fn what_is_made_here_is_no_older_than_what_the_receiver_may_have_taken() {
 }
 
 #[test]
-fn a_receiver_that_takes_nothing_ends_it() {
+fn a_receiver_that_acknowledges_nothing_ends_the_connection() {
     let mut bench = Bench::open();
     bench.put(&client(0, b"\x04ab"));
     bench.tick(10);
@@ -1046,9 +1047,9 @@ fn a_receiver_that_takes_nothing_ends_it() {
     );
 }
 
-/// Many small packets are no reason to give up: their bytes are kept, not they.
+/// Many small packets do not exceed the limit of held frames: they are acknowledged, and only their bytes are kept.
 #[test]
-fn small_packets_are_taken_over_when_they_are_many() {
+fn many_small_held_packets_are_acknowledged_before_the_timer() {
     let mut bench = Bench::new(TcpLimits {
         frames_per_direction: 8,
         ..TcpLimits::default()
@@ -1072,9 +1073,9 @@ fn small_packets_are_taken_over_when_they_are_many() {
     assert_eq!(got.stream(), message);
 }
 
-/// A sender that has not heard what the receiver has begins again, and adds to it.
+/// A sender that has lost acknowledgements retransmits acknowledged bytes together with new ones.
 #[test]
-fn what_is_new_behind_what_the_receiver_has_goes_on() {
+fn new_bytes_behind_acknowledged_ones_are_delivered() {
     let mut bench = Bench::open();
     let stream = b"\x02ab\x02cd\x03efg";
     bench.put(&client(0, &stream[..3]));
@@ -1094,14 +1095,14 @@ fn what_is_new_behind_what_the_receiver_has_goes_on() {
     bench.put(&client(0, stream));
     let out = bench.take();
     assert!(out.emitted.iter().any(|(seg, _)| seg.data == stream[6..]));
-    // with something else in place of what is not acknowledged
+    // Other bytes in the place of unacknowledged ones.
     bench.put(&client(0, b"\x02ab\x02cX\x03efg"));
     assert_eq!(bench.take().discarded, [Reason::TcpOverlap]);
 }
 
-/// A connection that is not read any more is judged again when its rules change, and only then.
+/// An offloaded connection is judged again when its rules change, and only then.
 #[test]
-fn what_is_not_read_any_more_is_remembered_within_limits() {
+fn offloaded_connections_are_remembered_within_a_limit() {
     let mut bench = Bench::new(TcpLimits {
         offloaded_flows: 1,
         ..TcpLimits::default()
@@ -1118,16 +1119,17 @@ fn what_is_not_read_any_more_is_remembered_within_limits() {
     bench.put(&client(2, b"x"));
     let out = bench.take();
     assert_eq!((out.released.len(), out.commands.len()), (1, 1));
-    // other ports take its place
+    // Connections with other ports take its place in the table.
     bench.handshake();
     assert_eq!(bench.table.stats().offloaded_flows, 0);
 }
 
-/// The same ports again, by a SYN that the programs know no end before: the server decides whether it begins another
-/// connection, and with its answer the programs learn that nothing of the old one holds for the new one.
+/// The same ports again, before the end of the old connection was seen: the server decides whether the SYN opens a new one.
+/// With the SYN+ACK the BPF programs learn that no decision about the old connection holds for the new one.
 #[test]
-fn a_connection_in_the_place_of_another_is_read_from_its_start() {
-    // Left to the programs and forgotten; left to them and still owed something; with a window; waiting for its rest.
+fn a_connection_that_replaces_another_is_inspected_from_its_start() {
+    // An old connection that is offloaded; offloaded with undelivered bytes; with an offload window; with an incomplete
+    // message.
     for (first, offloaded) in [
         (&b"\x01O"[..], true),
         (b"\x03S\x4e\x20", false),
@@ -1142,7 +1144,7 @@ fn a_connection_in_the_place_of_another_is_read_from_its_start() {
         bench.tick(1);
         bench.take();
         for isn in [CLIENT_ISN, 5000] {
-            // Data in a SYN, or urgent data, is no way in.
+            // A SYN with data or urgent data opens no connection.
             let syn = Seg::new(Side::Client, SYN, isn, 0, b"");
             for odd in [
                 Seg {
@@ -1161,7 +1163,7 @@ fn a_connection_in_the_place_of_another_is_read_from_its_start() {
             bench.put_as(&syn, 99, 0);
             let out = bench.take();
             assert_eq!((out.released.len(), out.commands.len()), (2, 0));
-            // Until the server has answered the old one goes on.
+            // Until the server answers, the old connection continues.
             bench.put_as(&client(first.len() as u32, b"x"), 99, 0);
             let out = bench.take();
             assert!(
@@ -1170,7 +1172,7 @@ fn a_connection_in_the_place_of_another_is_read_from_its_start() {
                 out.commands
             );
             assert_eq!(out.commands.len(), usize::from(offloaded));
-            // Answers to something else.
+            // SYN+ACKs that do not acknowledge the new SYN.
             for ack in [isn, isn.wrapping_add(2)] {
                 bench.put_as(&Seg::new(Side::Server, SYN | ACK, 777, ack, b""), 99, 0);
                 assert_eq!(bench.take().discarded, [Reason::TcpInvalid]);
@@ -1181,7 +1183,7 @@ fn a_connection_in_the_place_of_another_is_read_from_its_start() {
         let answer = Seg::new(Side::Server, SYN | ACK, 777, 5001, b"");
         let mut serial = 0;
         for _ in 0..2 {
-            // Again if it gets lost.
+            // The SYN+ACK is retransmitted.
             bench.put_as(&answer, 99, 0);
             let out = bench.take();
             assert_eq!((out.released.len(), out.commands.len()), (1, 1));
@@ -1192,7 +1194,7 @@ fn a_connection_in_the_place_of_another_is_read_from_its_start() {
         }
         assert_eq!(bench.table.stats().replaced, 1);
         assert_eq!(bench.table.stats().offloaded_flows, 0);
-        // What was under way of the old one is not in its place.
+        // Segments of the old connection are out of the window of the new one.
         bench.put_as(&client(2, b"x"), 99, 0);
         assert_eq!(bench.take().released.len(), 0);
         let data = |at: u32, data: &[u8]| Seg::new(Side::Client, ACK, 5001 + at, 778, data);
@@ -1210,9 +1212,9 @@ fn a_connection_in_the_place_of_another_is_read_from_its_start() {
     }
 }
 
-/// The entry is older than what the worker remembers: it began anew, or has forgotten.
+/// The conntrack entry is older than the state of the worker, which has restarted or has evicted the connection.
 #[test]
-fn what_was_decided_before_the_worker_began_does_not_hold_for_a_new_connection() {
+fn a_decision_of_an_earlier_worker_does_not_hold_for_a_new_connection() {
     let mut bench = Bench::new(TcpLimits::default());
     bench.put_as(&Seg::new(Side::Client, SYN, CLIENT_ISN, 0, b""), 41, 0);
     assert_eq!(bench.take().commands.len(), 0);
@@ -1223,7 +1225,7 @@ fn what_was_decided_before_the_worker_began_does_not_hold_for_a_new_connection()
         (out.commands[0].op, out.commands[0].serial),
         (flow_op::REPLACE, 41)
     );
-    // The answer to a SYN that is not known here causes no reset: the SYN comes again.
+    // A SYN+ACK to an unknown SYN causes no reset, so that the client retransmits its SYN.
     bench.forget();
     bench.put_as(&Seg::new(Side::Server, SYN | ACK, SERVER_ISN, isn, b""), 41, 0);
     let out = bench.take();
@@ -1233,16 +1235,16 @@ fn what_was_decided_before_the_worker_began_does_not_hold_for_a_new_connection()
     );
 }
 
-/// A client that has lost its connection opens it again by the same ports (RFC 5961, 4; RFC 9293, 3.10.7.4).
+/// A client that has lost its connection connects again with the same ports (RFC 5961, 4; RFC 9293, 3.10.7.4).
 #[test]
-fn a_server_that_still_has_the_connection_says_so_and_the_client_resets_it() {
+fn a_challenge_ack_of_the_server_lets_the_client_reset_the_old_connection() {
     let mut bench = Bench::open();
     bench.put(&client(0, b"\x01a"));
     bench.put(&server(2));
     bench.take();
     let syn = Seg::new(Side::Client, SYN, 900_000, 0, b"");
     bench.put_as(&syn, 99, 0);
-    // the challenge
+    // The challenge ACK.
     bench.put(&server(2));
     let reset = |at: u32| Seg::new(Side::Client, RST, CLIENT_ISN.wrapping_add(1 + at), 0, b"");
     bench.put(&reset(70_000));
@@ -1251,14 +1253,14 @@ fn a_server_that_still_has_the_connection_says_so_and_the_client_resets_it() {
     let out = bench.take();
     assert_eq!((out.released.len(), out.commands.len()), (3, 1));
     assert_eq!((out.commands[0].op, out.commands[0].serial), (flow_op::CLOSE, 99));
-    // The programs begin another entry for the SYN when it comes again.
+    // The BPF programs make a new conntrack entry for the retransmitted SYN.
     bench.put(&syn);
     let answer = Seg::new(Side::Server, SYN | ACK, 77, 900_001, b"");
     bench.put(&answer);
     bench.put(&Seg::new(Side::Client, ACK, 900_001, 78, b"\x02Xa"));
     let out = bench.take();
     assert_eq!((out.released.len(), out.discarded), (2, vec![Reason::AppDenied]));
-    // A server that has forgotten it refuses, or answers at once.
+    // A server without the connection refuses, or accepts at once.
     let mut bench = Bench::open();
     bench.put_as(&syn, 99, 0);
     bench.put(&Seg::new(Side::Server, RST | ACK, 0, 900_001, b""));
@@ -1270,8 +1272,8 @@ fn a_server_that_still_has_the_connection_says_so_and_the_client_resets_it() {
 }
 
 #[test]
-fn the_end_of_a_connection_is_told_once_it_is_sure() {
-    // Both have closed, and know it.
+fn the_end_of_a_connection_is_reported_once_it_is_certain() {
+    // Both ends have closed, and have acknowledged the FIN of the other.
     let mut bench = Bench::open();
     let mut end = client(0, b"");
     end.flags |= FIN;
@@ -1285,13 +1287,13 @@ fn the_end_of_a_connection_is_told_once_it_is_sure() {
     bench.put(&last);
     let out = bench.take();
     assert_eq!((out.released.len(), out.commands[0].op), (1, flow_op::CLOSE));
-    // A reset that may be a challenged one: with bytes under way it is not known what the receiver waits for.
+    // With bytes in flight, the receiver may answer a reset with a challenge ACK.
     let mut bench = Bench::open();
     bench.put(&client(0, b"\x01a"));
     bench.put(&Seg::new(Side::Client, RST, CLIENT_ISN.wrapping_add(1), 0, b""));
     let out = bench.take();
     assert_eq!((out.released.len(), out.commands.len()), (2, 0));
-    // The connection goes on; without that it is forgotten soon.
+    // The connection continues. Without a further segment its idle timeout is short.
     bench.put(&server(2));
     bench.tick(61_000);
     assert_eq!(bench.table.stats().connections, 1);
@@ -1302,14 +1304,14 @@ fn the_end_of_a_connection_is_told_once_it_is_sure() {
 }
 
 #[test]
-fn a_flood_of_syns_takes_nothing_from_anybody_else() {
+fn a_syn_flood_takes_no_room_from_other_endpoints() {
     let mut bench = Bench::new(TcpLimits::default());
     let before = resident();
     let mut served = 0;
     for n in 0..200_000 {
         bench.put_as(&syn_of(n), 0, 7);
         if n % 1000 == 999 {
-            // The connection of another endpoint needs a while.
+            // The handshake of another endpoint is slow.
             let (syn, peer) = (syn_of(0x00ff_0000 + n), syn_of(0x00ff_0000 + n).peer);
             bench.put_as(&syn, 0, 8);
             for n in 0..100 {
@@ -1343,14 +1345,14 @@ fn a_flood_of_syns_takes_nothing_from_anybody_else() {
         stats.half_open
     );
     assert!(grown < 64 << 20, "{grown} bytes");
-    // They are gone soon.
+    // The half-open connections are removed after their idle timeout.
     bench.tick(10_001);
     assert_eq!(bench.table.stats().half_open, 0);
     assert_eq!(bench.table.stats().connections, 200);
 }
 
 #[test]
-fn answered_syns_are_half_open_too_and_late_answers_are_waited_for() {
+fn answered_syns_are_half_open_until_the_clients_ack() {
     let mut bench = Bench::new(TcpLimits {
         half_open: 100,
         ..TcpLimits::default()
@@ -1365,7 +1367,7 @@ fn answered_syns_are_half_open_too_and_late_answers_are_waited_for() {
         bench.put_as(&answer, 99, 7);
     }
     assert_eq!(bench.table.stats().connections, 100);
-    // A server that is silent for a minute: each SYN that is sent again is known.
+    // The server does not answer for a minute: each retransmitted SYN belongs to the connection.
     let mut bench = Bench::new(TcpLimits::default());
     let syn = Seg::new(Side::Client, SYN, CLIENT_ISN, 0, b"");
     for at in [0, 1, 3, 7, 15, 31, 63] {
@@ -1382,7 +1384,7 @@ fn answered_syns_are_half_open_too_and_late_answers_are_waited_for() {
 }
 
 #[test]
-fn no_endpoint_takes_all_connections() {
+fn one_endpoint_cannot_use_all_connections() {
     let mut bench = Bench::new(TcpLimits {
         connections: 64,
         ..TcpLimits::default()
@@ -1415,8 +1417,7 @@ fn no_endpoint_takes_all_connections() {
     assert!(shares[1] >= 12 && shares[2] >= 3 && shares[3] >= 1, "{shares:?}");
 }
 
-/// Half-open connections may be more than there is room for when they open: each is counted when its handshake
-/// completes, not only when its SYN comes.
+/// There may be more half-open connections than may open. So the limit is checked again when a handshake completes.
 #[test]
 fn half_open_connections_that_complete_stay_within_the_limit() {
     const HALF_OPEN: u32 = 200;
@@ -1425,7 +1426,7 @@ fn half_open_connections_that_complete_stay_within_the_limit() {
             connections_per_endpoint: 10,
             ..TcpLimits::default()
         },
-        // Of what is left for the others an endpoint gets three times as much.
+        // An endpoint gets three times as many as are left for the others.
         TcpLimits {
             connections: 13,
             ..TcpLimits::default()
@@ -1463,7 +1464,7 @@ fn half_open_connections_that_complete_stay_within_the_limit() {
         assert!(!out.records.is_empty());
         let stats = bench.table.stats();
         assert_eq!((stats.limited, stats.half_open), (190, 190));
-        // Its data is not let through either, and an open connection goes on.
+        // Its data is dropped too, and an open connection continues.
         complete(&mut bench, 199, b"\x01a");
         complete(&mut bench, 0, b"\x01a");
         let out = bench.take();
@@ -1471,14 +1472,14 @@ fn half_open_connections_that_complete_stay_within_the_limit() {
             (out.discarded, out.released.len()),
             (vec![Reason::InspectLimit], 1)
         );
-        // A reset of a connection that may not open ends it.
+        // A reset of a connection beyond the limit removes it.
         let reset = Seg {
             peer: syn_of(198).peer,
             ..Seg::new(Side::Client, RST, 2, 0, b"")
         };
         bench.put_as(&reset, 99, 7);
         assert_eq!(bench.take().released.len(), 1);
-        // Once one has ended another one may open.
+        // Once one connection has ended, another one may open.
         let cut = Seg {
             peer: syn_of(0).peer,
             ..Seg::new(Side::Client, ACK, 4, 10, b"\x01X")
@@ -1500,9 +1501,9 @@ fn half_open_connections_that_complete_stay_within_the_limit() {
     }
 }
 
-/// In audit mode a connection for which there is no room goes on, unread and reported.
+/// In audit mode a connection beyond the limit is offloaded and recorded.
 #[test]
-fn in_audit_mode_what_would_open_beyond_the_limit_goes_on_unread() {
+fn audit_mode_offloads_connections_beyond_the_limit() {
     let mut bench = Bench::new(TcpLimits {
         connections_per_endpoint: 1,
         ..TcpLimits::default()
@@ -1539,9 +1540,9 @@ fn in_audit_mode_what_would_open_beyond_the_limit_goes_on_unread() {
     );
 }
 
-/// A SYN that is refused leaves the SYN that waits for the server's answer in its place.
+/// A refused SYN does not replace a candidate that waits for the server.
 #[test]
-fn a_syn_that_is_refused_leaves_the_one_that_waits() {
+fn a_refused_syn_does_not_affect_a_waiting_candidate() {
     let mut bench = Bench::new(TcpLimits {
         connections: 8,
         ..TcpLimits::default()
@@ -1564,10 +1565,10 @@ fn a_syn_that_is_refused_leaves_the_one_that_waits() {
     };
     bench.put_as(&syn(5000, b""), 99, 7);
     assert_eq!(bench.take().discarded, []);
-    // Refused for what it is: data in a SYN.
+    // A SYN with data is refused.
     bench.put_as(&syn(6000, b"x"), 99, 7);
     assert_eq!(bench.take().discarded, [Reason::TcpInvalid]);
-    // Refused for want of room: others have taken what was left.
+    // A SYN is refused because other connections have used the rest of the limit.
     for n in 100..102 {
         open(&mut bench, n, 8);
     }
@@ -1584,10 +1585,10 @@ fn a_syn_that_is_refused_leaves_the_one_that_waits() {
     assert_eq!(out.commands[0].op, flow_op::REPLACE);
 }
 
-/// What a receiver makes of the packets that reach it.
+/// A receiver that reassembles the packets which reach it.
 struct Receiver {
     bytes: BTreeMap<u32, u8>,
-    /// What comes later counts, else what came first.
+    /// Whether later bytes overwrite earlier ones; if not, the first ones are kept.
     last_wins: bool,
 }
 
@@ -1597,7 +1598,7 @@ impl Receiver {
         let next = self.next();
         for (i, byte) in seg.data.iter().enumerate() {
             let at = at.wrapping_add(i as u32);
-            // What was acknowledged is never changed.
+            // Acknowledged bytes never change.
             if at < next || at > 1 << 30 {
                 continue;
             }
@@ -1618,7 +1619,7 @@ impl Receiver {
     }
 }
 
-/// How far a stream is let go: behind its last whole message that is not refused. And whether one is.
+/// Returns the end of the last whole message before a denied one, and whether there is a denied one.
 fn allowed(stream: &[u8]) -> (usize, bool) {
     let mut at = 0;
     while let Some(&length) = stream.get(at) {
@@ -1655,8 +1656,8 @@ fn messages() -> impl Strategy<Value = Vec<u8>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
-    /// For any segmentation, order, duplication and loss the verdict is the same, and the receiver gets what was let
-    /// through, byte for byte.
+    /// For any segmentation, order, duplication and loss the verdict is the same, and the receiver gets exactly the
+    /// forwarded bytes.
     #[test]
     fn the_verdict_does_not_depend_on_how_bytes_come(
         stream in messages(),
@@ -1668,7 +1669,7 @@ proptest! {
         let mut bench = Bench::open();
         let mut receiver = Receiver { bytes: BTreeMap::new(), last_wins };
         let mut acknowledged = 0;
-        // What the sender was told has come: it does not send that again.
+        // Position up to which the sender has an acknowledgement: it does not retransmit these bytes.
         let mut proxy_acked = 0;
         let mut send = |bench: &mut Bench, receiver: &mut Receiver, from: usize, to: usize, lost: bool, acks: bool| {
             let from = from.max(proxy_acked);
@@ -1701,9 +1702,9 @@ proptest! {
             let from = index.index(stream.len());
             send(&mut bench, &mut receiver, from, (from + length).min(stream.len()), luck < 3, acks);
         }
-        // The sender sends again what was not acknowledged, until it gets no further.
+        // The sender retransmits unacknowledged bytes until nothing more is acknowledged.
         for _ in 0..5 {
-            // Clocks of lost packets run out.
+            // Retransmission timers of lost packets expire.
             if let Some(due) = bench.table.deadline().filter(|due| *due < bench.now + 10_000) {
                 bench.tick(due);
             }
@@ -1726,7 +1727,7 @@ proptest! {
         }
     }
 
-    /// Whatever a sender says at the same place, no receiver gets what is refused.
+    /// Whatever bytes a sender puts at the same position, no receiver gets a denied message.
     #[test]
     fn no_receiver_gets_what_is_refused(
         streams in prop::collection::vec(messages(), 2..4),

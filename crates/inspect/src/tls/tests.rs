@@ -1,4 +1,4 @@
-//! Tests of the TLS reader: hellos in records and segments of every size.
+//! Tests of TLS inspection: hellos in records and segments of every size.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -27,7 +27,7 @@ fn record(kind: u8, data: &[u8]) -> Vec<u8> {
     [&[kind, 3, 1][..], &vector16(data)].concat()
 }
 
-/// A hello, in records of at most so many bytes.
+/// Returns a hello in records of at most this length.
 fn hello(name: Option<&str>, cut: usize) -> Vec<u8> {
     let mut body = vec![3, 3];
     body.extend([7; 32]);
@@ -45,7 +45,7 @@ fn hello(name: Option<&str>, cut: usize) -> Vec<u8> {
     message.chunks(cut).flat_map(|part| record(22, part)).collect()
 }
 
-/// A ServerHello; `again`: that asks for another hello.
+/// Returns a ServerHello. `again`: it is a HelloRetryRequest.
 fn server_hello(again: bool) -> Vec<u8> {
     let mut body = vec![3, 3];
     if again {
@@ -110,7 +110,7 @@ impl Talk {
         let ack = if flags & ACK == 0 {
             0
         } else {
-            // What has been let go; the others do not acknowledge what was held.
+            // Acknowledges the forwarded bytes; held ones are not acknowledged.
             self.sent[side.other() as usize]
         };
         let seg = Seg::new(side, flags, seq, ack, data);
@@ -148,7 +148,7 @@ fn is_cut(out: &Out) -> bool {
 }
 
 #[test]
-fn a_name_that_is_allowed_goes_on_and_is_no_longer_read_once_the_server_has_answered() {
+fn an_allowed_hello_is_forwarded_and_offloaded_after_the_servers_answer() {
     let mut talk = Talk::new(false);
     let out = talk.client(&hello(Some("A.test."), 10_000));
     assert_eq!((out.released.len(), out.commands.len()), (1, 0));
@@ -171,7 +171,7 @@ fn a_name_that_is_allowed_goes_on_and_is_no_longer_read_once_the_server_has_answ
 }
 
 #[test]
-fn other_names_none_and_other_protocols_are_cut() {
+fn other_names_missing_names_and_other_protocols_are_reset() {
     for bytes in [
         hello(Some("x.test"), 10_000),
         hello(Some("x.y.b.test"), 10_000),
@@ -189,7 +189,7 @@ fn other_names_none_and_other_protocols_are_cut() {
     let mut talk = Talk::new(true);
     let out = talk.client(&hello(None, 10_000));
     assert_eq!((out.released.len(), out.records[0].rule), (1, 13));
-    // a server that speaks first
+    // A server that sends first.
     let mut talk = Talk::new(true);
     assert!(is_cut(&talk.server(b"220 hello\r\n")));
 }
@@ -210,7 +210,7 @@ fn a_second_hello_is_judged_like_the_first() {
 }
 
 #[test]
-fn audit_lets_it_go_on_and_says_so() {
+fn audit_mode_offloads_and_records() {
     let mut talk = Talk::new(false);
     talk.flags = punt_flags::AUDIT;
     let out = talk.client(&hello(Some("x.test"), 10_000));
@@ -221,7 +221,7 @@ fn audit_lets_it_go_on_and_says_so() {
     );
 }
 
-/// Endpoint 7 has learned 10.0.0.2, where all connections of these tests go, by the names `c.b.test` and `x.test`.
+/// Returns an index in which endpoint 7 has learned 10.0.0.2, the server of all tests, by the names `c.b.test` and `x.test`.
 fn learned() -> Arc<SniAddressIndex> {
     let known = Arc::<SniAddressIndex>::default();
     let mut cache = Cache::new(Config::default()).with_sni_index(Arc::clone(&known));
@@ -252,18 +252,18 @@ fn learned() -> Arc<SniAddressIndex> {
 }
 
 #[test]
-fn who_connects_must_have_learned_the_address_by_the_name() {
+fn a_client_must_have_learned_the_address_by_the_server_name() {
     let talk = |everything, flags| {
         let mut talk = Talk::start(everything, flags);
         talk.engine.verify_server_names(learned());
         talk
     };
     let egress = punt_flags::INGRESS;
-    // The name is allowed, and the address was learned by it.
+    // The name is allowed, and the endpoint has learned the address by it.
     let mut known = talk(false, egress);
     let out = known.client(&hello(Some("C.B.test."), 10_000));
     assert_eq!((out.released.len(), out.records[0].rule), (1, 12));
-    // By another name, or by another endpoint.
+    // The address was learned by another name, or by another endpoint.
     for bytes in [
         hello(Some("a.test"), 10_000),
         hello(Some("d.b.test"), 10_000),
@@ -285,18 +285,18 @@ fn who_connects_must_have_learned_the_address_by_the_name() {
             (1, 0)
         );
     }
-    // A name that no rule allows is denied for that.
+    // A name that no rule allows is denied for that reason.
     let mut other = talk(false, egress);
     let out = other.client(&hello(Some("x.test"), 10_000));
     assert_eq!(out.records[0].reason, Reason::AppDenied);
-    // Where anybody may be reached, it does not matter; nor of those who come to the endpoint.
+    // The address does not matter if every name is allowed, or if the endpoint is the server.
     let mut anybody = talk(true, egress);
     let out = anybody.client(&hello(Some("a.test"), 10_000));
     assert_eq!((out.released.len(), out.records[0].rule), (1, 13));
     let mut ingress = talk(false, 0);
     let out = ingress.client(&hello(Some("a.test"), 10_000));
     assert_eq!((out.released.len(), out.records[0].rule), (1, 11));
-    // Audit mode says so.
+    // Audit mode records the mismatch.
     let mut audited = talk(false, egress | punt_flags::AUDIT);
     let out = audited.client(&hello(Some("a.test"), 10_000));
     assert_eq!((out.released.len(), out.commands.len()), (1, 1));
@@ -307,11 +307,11 @@ fn who_connects_must_have_learned_the_address_by_the_name() {
 }
 
 #[test]
-fn a_hello_that_does_not_end_is_cut_in_time() {
+fn an_incomplete_hello_ends_at_the_deadline() {
     let mut talk = Talk::new(false);
     let bytes = hello(Some("a.test"), 10_000);
     assert!(talk.client(&bytes[..40]).released.is_empty());
-    // what has come is acknowledged, so that a client that waits for that goes on
+    // The bytes are acknowledged on behalf of the server, in case the client waits for that.
     talk.engine.tick(10, &mut talk.out);
     assert!(!is_cut(&talk.take()));
     let due = talk.engine.deadline().unwrap();
@@ -324,7 +324,7 @@ fn a_hello_that_does_not_end_is_cut_in_time() {
 
 proptest! {
     #[test]
-    fn however_a_hello_is_cut_it_is_judged_by_its_name(
+    fn the_verdict_of_a_hello_does_not_depend_on_segmentation(
         fine in any::<bool>(),
         records in 1_usize..200,
         packets in prop::collection::vec(1_usize..60, 1..40),

@@ -1,4 +1,4 @@
-//! An engine, packets for it, and a sink that remembers what it was told.
+//! An engine, packets for it, and a sink that stores all effects.
 #![allow(dead_code, reason = "not every test uses all of it")]
 
 use std::{
@@ -19,35 +19,35 @@ use palisade_model::{
 use palisade_packet::{Packet, Start, decode};
 
 pub const IFINDEX: u32 = 7;
-/// Its rules: `allowed.test` by rule 41, `*.wild.test` by rule 42.
+/// Number of a rule set that allows `allowed.test` by rule 41 and `*.wild.test` by rule 42.
 pub const NAMES: u32 = 5;
-/// The rule that has flows read.
+/// Number of the rule that requires the inspection.
 pub const ASKING: u32 = 9;
-/// Its rules: everything by rule 51.
+/// Number of a rule set that allows everything by rule 51.
 pub const EVERYTHING: u32 = 6;
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Fate {
     Released,
-    /// Acknowledged to its sender; its bytes go on in others.
+    /// The packet was consumed: its bytes are delivered in built packets.
     Absorbed,
     Discarded(Reason),
 }
 
 #[derive(Default)]
 pub struct Fake {
-    /// What became of each handle.
+    /// Verdict of each handle.
     pub fates: HashMap<usize, Fate>,
-    /// Handles in the order of their release.
+    /// Handles in the order in which they were forwarded.
     pub released: Vec<usize>,
     pub emitted: Vec<(Vec<u8>, Route)>,
     pub records: Vec<Record>,
     pub learns: VecDeque<CommitRequest>,
-    /// So many more can be learned.
+    /// Number of commit requests that the sink still accepts.
     pub room: Option<usize>,
-    /// Answers that taught nothing new.
+    /// Refreshes that the sink has accepted.
     pub refreshes: Vec<CommitRequest>,
-    /// So many of them are taken.
+    /// Number of refreshes that the sink still accepts.
     pub refreshes_room: usize,
     pub epoch: u64,
     /// The last `REPLACE` command: the serial of the conntrack entry, and the serial that the entry gets.
@@ -136,7 +136,7 @@ impl World {
         }
     }
 
-    /// Gives the engine a frame; its handle is the number of the frame.
+    /// Hands a frame to the engine. Its handle is the number of the frame.
     pub fn send(&mut self, slot: &PuntRequest, frame: &[u8]) -> usize {
         let handle = self.sent;
         self.sent += 1;
@@ -162,7 +162,7 @@ impl World {
         handle
     }
 
-    /// Says what became of the oldest question to learn.
+    /// Reports the result of the oldest commit request.
     pub fn committed(&mut self, committed: bool) {
         let learn = self.sink.learns.pop_front().expect("something to learn");
         self.learned_one(learn, committed);
@@ -190,13 +190,13 @@ impl World {
         self.sink.records.last().expect("a record")
     }
 
-    /// Verdict, reason and rule of the last record.
+    /// Returns the verdict, reason and rule of the last record.
     pub fn verdict(&self) -> (Verdict, Reason, u32) {
         let last = self.last();
         (last.verdict, last.reason, last.rule)
     }
 
-    /// What was wrong with the last packet.
+    /// Returns the detail of the last record.
     pub fn detail(&self) -> &'static str {
         match self.last().what {
             What::Unreadable { detail } => detail,
@@ -204,7 +204,7 @@ impl World {
         }
     }
 
-    /// Ends it: every handle must have come back once.
+    /// Ends the engine. Each handle must have come back exactly once.
     pub fn end(mut self) {
         self.engine.drain(&mut self.sink);
         assert_eq!(self.sink.fates.len(), self.sent);
@@ -261,22 +261,22 @@ pub fn slot(endpoint: u16, flags: u8) -> PuntRequest {
     }
 }
 
-/// The endpoint asks somebody.
+/// Returns the slot of a query of the endpoint.
 pub fn asks(endpoint: u16) -> PuntRequest {
     slot(endpoint, 0)
 }
 
-/// Somebody answers the endpoint.
+/// Returns the slot of an answer to the endpoint.
 pub fn is_told(endpoint: u16) -> PuntRequest {
     slot(endpoint, punt_flags::INGRESS | punt_flags::REPLY)
 }
 
-/// Somebody asks the endpoint.
+/// Returns the slot of a query to the endpoint.
 pub fn is_asked(endpoint: u16) -> PuntRequest {
     slot(endpoint, punt_flags::INGRESS)
 }
 
-/// The endpoint answers somebody.
+/// Returns the slot of an answer of the endpoint.
 pub fn tells(endpoint: u16) -> PuntRequest {
     slot(endpoint, punt_flags::REPLY)
 }
@@ -288,7 +288,7 @@ pub fn audit(slot: PuntRequest) -> PuntRequest {
     }
 }
 
-/// A datagram to be.
+/// A datagram to be built.
 #[derive(Clone, Debug)]
 pub struct Udp {
     pub source: (IpAddr, u16),
@@ -300,7 +300,7 @@ pub struct Udp {
 pub const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 pub const SERVER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
-/// From a client to its server, IPv4.
+/// Returns a datagram from a client to its server over IPv4.
 pub fn to_server(port: u16, payload: &[u8]) -> Udp {
     Udp {
         source: ([10, 0, 0, 1].into(), port),
@@ -310,7 +310,7 @@ pub fn to_server(port: u16, payload: &[u8]) -> Udp {
     }
 }
 
-/// Back.
+/// Returns a datagram of the opposite direction.
 pub fn to_client(port: u16, payload: &[u8]) -> Udp {
     to_server(port, payload).turned(payload)
 }
@@ -373,7 +373,7 @@ impl Udp {
         frame
     }
 
-    /// The frame around a part of the datagram. `fragment`: offset in bytes, whether more follows, identification.
+    /// Returns the frame of a part of the datagram. `fragment`: offset in bytes, more-fragments flag, identification.
     pub fn around(&self, bytes: &[u8], fragment: Option<(usize, bool, u16)>) -> Vec<u8> {
         let mut frame = self.link();
         match (self.source.0, self.destination.0) {
@@ -417,7 +417,7 @@ impl Udp {
     }
 }
 
-/// The checksum as its definition has it: 16-bit words, end-around carry.
+/// Returns the Internet checksum by its definition: 16-bit words, end-around carry.
 pub fn naive_sum(parts: &[&[u8]]) -> u16 {
     let bytes = parts.concat();
     let mut sum = 0_u32;
@@ -429,7 +429,7 @@ pub fn naive_sum(parts: &[&[u8]]) -> u16 {
     !(sum as u16)
 }
 
-/// Of a datagram with its checksum in it: 0 if that is right.
+/// Returns the checksum over a datagram that contains one: 0 if that is valid.
 pub fn udp_sum(source: IpAddr, destination: IpAddr, udp: &[u8]) -> u16 {
     let bytes = |ip: IpAddr| match ip {
         IpAddr::V4(v4) => v4.octets().to_vec(),
@@ -439,7 +439,7 @@ pub fn udp_sum(source: IpAddr, destination: IpAddr, udp: &[u8]) -> u16 {
     naive_sum(&[&bytes(source), &bytes(destination), &[0, 17], &length, udp])
 }
 
-/// A name on the wire.
+/// Returns a name in wire format.
 pub fn wire(name: &str) -> Vec<u8> {
     let mut wire = vec![];
     for label in name.split('.').filter(|label| !label.is_empty()) {
@@ -465,7 +465,7 @@ pub fn query(id: u16, name: &str, kind: u16) -> Vec<u8> {
     message
 }
 
-/// An answer with records: owner, type, TTL, data.
+/// Returns an answer with records: owner, type, TTL, data.
 pub fn answer(id: u16, name: &str, kind: u16, rcode: u8, records: &[(&str, u16, u32, &[u8])]) -> Vec<u8> {
     let mut message = query(id, name, kind);
     message[2] = 0x81;
@@ -482,7 +482,7 @@ pub fn answer(id: u16, name: &str, kind: u16, rcode: u8, records: &[(&str, u16, 
     message
 }
 
-/// An answer with one address.
+/// Returns an answer with one address.
 pub fn address(id: u16, name: &str) -> Vec<u8> {
     answer(id, name, A, 0, &[(name, A, 60, &[192, 0, 2, 1])])
 }
@@ -490,7 +490,7 @@ pub fn address(id: u16, name: &str) -> Vec<u8> {
 #[allow(unused_imports, reason = "not every test uses all of them")]
 pub use palisade_abi::tcp_flags::{ACK, FIN, RST, SYN, URG};
 
-/// A segment to be.
+/// A segment to be built.
 pub fn segment(addresses: &Udp, sequence: u32, acknowledgment: u32, flags: u8, payload: &[u8]) -> Vec<u8> {
     let mut tcp = vec![];
     tcp.extend(addresses.source.1.to_be_bytes());
@@ -509,7 +509,7 @@ pub fn segment(addresses: &Udp, sequence: u32, acknowledgment: u32, flags: u8, p
     frame
 }
 
-/// Messages as they stand in a stream.
+/// Returns messages with their lengths in front.
 pub fn framed(messages: &[Vec<u8>]) -> Vec<u8> {
     let mut stream = vec![];
     for message in messages {

@@ -47,7 +47,7 @@ fn an_allowed_query_passes_and_is_reported_with_its_rule() {
     world.end();
 }
 
-/// What a reply must be like: everything turned round, sums right. Gives its response code.
+/// Checks a response: addresses and ports swapped, valid checksums. Returns its response code.
 fn check_reply(world: &World, asked: &Udp, id: u16) -> u16 {
     let (frame, route) = world.sink.emitted.last().expect("a reply");
     assert_eq!(
@@ -85,7 +85,7 @@ fn check_reply(world: &World, asked: &Udp, id: u16) -> u16 {
 }
 
 #[test]
-fn a_denied_query_is_answered_and_goes_no_further() {
+fn a_denied_query_gets_a_response_and_is_dropped() {
     for (denial, rcode) in [(Denial::Refused, 5), (Denial::NxDomain, 3)] {
         let mut world = World::new(&Limits {
             dns: DnsLimits {
@@ -94,7 +94,7 @@ fn a_denied_query_is_answered_and_goes_no_further() {
             },
             ..Limits::default()
         });
-        // an odd and an even length
+        // Names with an odd and an even length.
         for name in ["denied.test", "denied2.test"] {
             for v6 in [false, true] {
                 for vlan in [None, Some(12)] {
@@ -112,7 +112,7 @@ fn a_denied_query_is_answered_and_goes_no_further() {
         }
         let stats = world.engine.stats().dns;
         assert_eq!((stats.queries, stats.denied, stats.replies), (8, 8, 8));
-        // it was not asked, so it is not answered by anybody else
+        // The denied query is not open, so an answer to it is unsolicited.
         let frame = tell(&mut world, &address(7, "denied.test"));
         assert_eq!(world.fate(frame), Some(&Fate::Discarded(Reason::DnsUnsolicited)));
         world.end();
@@ -120,7 +120,7 @@ fn a_denied_query_is_answered_and_goes_no_further() {
 }
 
 #[test]
-fn nothing_is_sent_to_groups_or_to_nobody() {
+fn no_response_goes_to_multicast_or_unspecified_addresses() {
     let mut world = world();
     let denied = query(7, "denied.test", A);
     let to_group = Udp {
@@ -179,7 +179,7 @@ fn malformed_queries_are_refused_by_kind() {
         assert_eq!(stats.malformed.iter().sum::<u64>(), 1);
         match rcode {
             Some(4) => {
-                // the opcode is echoed, which is no answer for our own reader
+                // The opcode is echoed, so the response is no valid answer for the parser.
                 let (frame, _) = &world.sink.emitted[0];
                 assert_eq!(frame[42 + 2] >> 3 & 15, 5);
                 assert_eq!(frame[42 + 3] & 15, 4);
@@ -192,7 +192,7 @@ fn malformed_queries_are_refused_by_kind() {
 }
 
 #[test]
-fn an_answer_goes_on_only_when_its_addresses_are_committed() {
+fn an_answer_is_forwarded_once_its_addresses_are_committed() {
     let mut world = world();
     ask(&mut world, 7, "allowed.test");
     world.wait(12);
@@ -256,7 +256,7 @@ fn an_answer_goes_on_only_when_its_addresses_are_committed() {
 }
 
 #[test]
-fn an_answer_that_is_not_committed_never_goes_on() {
+fn an_answer_whose_commit_fails_is_dropped() {
     let mut world = world();
     ask(&mut world, 7, "allowed.test");
     let refused = tell(&mut world, &address(7, "allowed.test"));
@@ -266,7 +266,7 @@ fn an_answer_that_is_not_committed_never_goes_on() {
         Some(&Fate::Discarded(Reason::DnsUncommitted))
     );
     assert_eq!(world.verdict(), (DROPPED, Reason::DnsUncommitted, 41));
-    // nobody says anything
+    // No result arrives.
     ask(&mut world, 8, "allowed.test");
     let overdue = tell(&mut world, &address(8, "allowed.test"));
     world.wait(1999);
@@ -276,9 +276,9 @@ fn an_answer_that_is_not_committed_never_goes_on() {
         world.fate(overdue),
         Some(&Fate::Discarded(Reason::DnsUncommitted))
     );
-    // too late
+    // The result arrives too late.
     world.committed(true);
-    // the queue is full
+    // The queue of requests is full.
     world.sink.room = Some(0);
     ask(&mut world, 9, "allowed.test");
     let full = tell(&mut world, &address(9, "allowed.test"));
@@ -289,7 +289,7 @@ fn an_answer_that_is_not_committed_never_goes_on() {
 }
 
 #[test]
-fn an_answer_that_teaches_nothing_new_goes_on_at_once() {
+fn an_answer_with_committed_addresses_is_not_held() {
     let mut world = world();
     world.sink.refreshes_room = 2;
     world.sink.epoch = 3;
@@ -310,7 +310,7 @@ fn an_answer_that_teaches_nothing_new_goes_on_at_once() {
     let learn = world.sink.learns.pop_front().unwrap();
     world.learned_for(learn, true, lease(3));
     assert_eq!(world.fate(first), Some(&Fate::Released));
-    // Again: it goes on, its record is written, and whoever keeps the time is told.
+    // The same answer again: it is forwarded and recorded, and its lease is refreshed.
     let records = world.sink.records.len();
     let again = told(&mut world);
     assert_eq!(world.fate(again), Some(&Fate::Released));
@@ -320,19 +320,19 @@ fn an_answer_that_teaches_nothing_new_goes_on_at_once() {
     let refresh = world.sink.refreshes.pop().unwrap();
     assert_eq!(refresh.answer.addresses.len(), 1);
     world.learned_for(refresh, true, lease(3));
-    // Nobody can be told: then it waits.
+    // The refresh cannot be sent: the answer is held.
     world.sink.refreshes_room = 0;
     let full = told(&mut world);
     assert_eq!(world.fate(full), None);
     world.sink.refreshes_room = 2;
     let learn = world.sink.learns.pop_front().unwrap();
     world.learned_for(learn, true, None);
-    // Something was taken out of the maps: it has to be learned anew.
+    // The epoch has changed: the answer must be committed again.
     world.sink.epoch = 4;
     let after = told(&mut world);
     assert_eq!(world.fate(after), None);
     let learn = world.sink.learns.pop_front().unwrap();
-    // Its lease is of the epoch before: something else was taken out meanwhile.
+    // The lease is of the previous epoch.
     world.learned_for(learn, true, lease(3));
     let stale = told(&mut world);
     assert_eq!(world.fate(stale), None);
@@ -340,7 +340,7 @@ fn an_answer_that_teaches_nothing_new_goes_on_at_once() {
     world.learned_for(learn, true, lease(4));
     let fresh = told(&mut world);
     assert_eq!(world.fate(fresh), Some(&Fate::Released));
-    // Its time is over.
+    // The lease is over.
     world.wait(60_000);
     let late = told(&mut world);
     assert_eq!(world.fate(late), None);
@@ -370,7 +370,7 @@ fn hints_and_both_families_are_learned() {
 }
 
 #[test]
-fn answers_without_addresses_go_on_at_once() {
+fn answers_without_addresses_are_not_held() {
     let mut world = world();
     let mut truncated = answer(3, "allowed.test", A, 0, &[]);
     truncated[2] |= 2;
@@ -389,9 +389,9 @@ fn answers_without_addresses_go_on_at_once() {
     world.end();
 }
 
-/// musl, c-ares and Go take such addresses, and would connect to what is denied.
+/// musl, c-ares and Go accept such addresses, and would connect to them without success.
 #[test]
-fn an_address_of_another_owner_is_learned_before_the_answer_goes_on() {
+fn an_address_of_another_owner_is_committed_before_the_answer_is_forwarded() {
     for (kind, data) in [
         (A, &[192, 0, 2, 4][..]),
         (AAAA, &[0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]),
@@ -411,9 +411,9 @@ fn an_address_of_another_owner_is_learned_before_the_answer_goes_on() {
     }
 }
 
-/// A resolver that is told REFUSED does not go on with its search list (musl); NXDOMAIN is what it would have heard.
+/// After REFUSED a stub resolver does not try the rest of its search list (musl). Without the firewall it would get NXDOMAIN.
 #[test]
-fn a_name_that_only_a_search_list_has_made_does_not_exist() {
+fn a_denied_name_from_a_search_list_gets_nxdomain() {
     for (name, rcode) in [
         ("allowed.test.corp.example", 3),
         ("allowed.test.svc.cluster.local", 3),
@@ -431,7 +431,7 @@ fn a_name_that_only_a_search_list_has_made_does_not_exist() {
 }
 
 #[test]
-fn answers_that_nobody_asked_for_are_dropped() {
+fn unsolicited_answers_are_dropped() {
     let mut world = world();
     let kinds = |world: &World| {
         let unsolicited = world.engine.stats().dns.unsolicited;
@@ -456,11 +456,11 @@ fn answers_that_nobody_asked_for_are_dropped() {
         ..to_client(4000, &address(7, "allowed.test"))
     };
     world.send(&is_told(1), &elsewhere.frame());
-    // another endpoint's
+    // A question of another endpoint.
     world.send(&is_told(2), &to_client(4000, &address(7, "allowed.test")).frame());
     assert_eq!(kinds(&world), (6, 0));
     assert!(world.sink.learns.is_empty());
-    // the right one, and again
+    // The right answer, and a duplicate.
     tell(&mut world, &address(7, "allowed.test"));
     let again = tell(&mut world, &address(7, "allowed.test"));
     assert_eq!(world.fate(again), Some(&Fate::Discarded(Reason::DnsUnsolicited)));
@@ -495,7 +495,7 @@ fn malformed_answers_are_dropped_and_their_question_stays_open() {
 }
 
 #[test]
-fn the_endpoint_s_own_server_is_judged_and_learns_nothing() {
+fn queries_to_the_endpoints_own_server_are_judged_and_teach_nothing() {
     let mut world = world();
     let ask =
         |world: &mut World, name| world.send(&is_asked(3), &to_server(4000, &query(7, name, A)).frame());
@@ -516,7 +516,7 @@ fn the_endpoint_s_own_server_is_judged_and_learns_nothing() {
 }
 
 #[test]
-fn a_plain_allow_still_reads_and_learns() {
+fn a_rule_that_allows_everything_still_learns() {
     let mut world = world();
     let everything = |slot: PuntRequest| PuntRequest {
         ruleset: EVERYTHING,
@@ -539,7 +539,7 @@ fn a_plain_allow_still_reads_and_learns() {
 }
 
 #[test]
-fn rules_that_are_not_known_let_nothing_pass() {
+fn an_unknown_rule_set_denies_everything() {
     let mut world = world();
     let unknown = |slot: PuntRequest| PuntRequest { ruleset: 77, ..slot };
     assert!(!world.engine.knows(77) && world.engine.knows(NAMES));
@@ -552,7 +552,7 @@ fn rules_that_are_not_known_let_nothing_pass() {
 }
 
 #[test]
-fn what_has_no_reader_is_dropped() {
+fn packets_without_an_inspector_are_dropped() {
     let mut world = world();
     let ask = to_server(4000, &query(7, "allowed.test", A));
     let http = PuntRequest {
@@ -571,7 +571,7 @@ fn what_has_no_reader_is_dropped() {
 }
 
 #[test]
-fn audit_mode_lets_pass_what_it_reports() {
+fn audit_mode_forwards_what_it_records() {
     let mut world = World::new(&Limits {
         dns: DnsLimits {
             held_per_endpoint: 1,
@@ -597,7 +597,7 @@ fn audit_mode_lets_pass_what_it_reports() {
         |world: &mut World, message: &[u8]| world.send(&audit(is_told(1)), &to_client(4000, message).frame());
     let denied = ask(&mut world, &query(7, "denied.test", A));
     check(&world, denied, Reason::AppDenied);
-    // its answer is learned like any other
+    // The addresses of its answer are learned.
     let held = tell(&mut world, &address(7, "denied.test"));
     assert_eq!(world.fate(held), None);
     ask(&mut world, &query(8, "allowed.test", A));
@@ -622,7 +622,7 @@ fn audit_mode_lets_pass_what_it_reports() {
     assert_eq!(world.fate(overdue), Some(&Fate::Released));
     assert_eq!(world.verdict(), (Verdict::Audit, Reason::DnsUncommitted, 41));
     assert!(world.sink.emitted.is_empty());
-    // an endpoint that is gone has no mode
+    // A removed endpoint has no audit mode.
     let held = tell(&mut world, &address(21, "allowed.test"));
     world.engine.forget_endpoint(1, &mut world.sink);
     assert_eq!(world.fate(held), Some(&Fate::Discarded(Reason::DnsUncommitted)));
@@ -673,7 +673,7 @@ fn limits_hold_for_all_and_for_each_endpoint() {
     assert_eq!(world.fate(fourth), limited);
     let stats = world.engine.stats().dns;
     assert_eq!((stats.too_many, stats.not_held, stats.held), (2, 2, 3));
-    // one goes, one comes
+    // One answer is dropped, so another one can be held.
     world.committed(true);
     let next = tell(&mut world, 2, 2);
     assert_eq!(world.fate(next), None);
@@ -681,7 +681,7 @@ fn limits_hold_for_all_and_for_each_endpoint() {
 }
 
 #[test]
-fn what_is_held_of_an_endpoint_that_is_gone_is_dropped() {
+fn held_answers_of_a_removed_endpoint_are_dropped() {
     let mut world = world();
     let mut frames = vec![];
     for endpoint in [1, 2] {
@@ -700,7 +700,7 @@ fn what_is_held_of_an_endpoint_that_is_gone_is_dropped() {
         Some(&Fate::Discarded(Reason::DnsUncommitted))
     );
     assert_eq!(world.fate(frames[1]), None);
-    // the commit of the dead one's answer releases nothing
+    // The result for an answer of the removed endpoint forwards nothing.
     world.committed(true);
     assert_eq!(world.fate(frames[1]), None);
     world.committed(true);
@@ -714,10 +714,10 @@ fn what_is_held_of_an_endpoint_that_is_gone_is_dropped() {
 }
 
 #[test]
-fn trailing_bytes_of_the_packet_are_not_the_message_s() {
+fn padding_is_not_part_of_the_message() {
     let mut world = world();
     let udp = to_server(4000, &query(7, "allowed.test", A));
-    // padding behind the packet, and bytes behind the datagram but within the packet
+    // Padding behind the packet, and bytes behind the datagram but within the packet.
     let padded = [udp.frame(), vec![0; 9]].concat();
     let within = udp.around(&[udp.datagram(), vec![1; 9]].concat(), None);
     for frame in [padded, within] {

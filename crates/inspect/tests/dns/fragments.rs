@@ -12,7 +12,7 @@ const INCOMPLETE: Fate = Fate::Discarded(Reason::FragmentsIncomplete);
 const INVALID: Fate = Fate::Discarded(Reason::InvalidFragment);
 const LIMIT: Fate = Fate::Discarded(Reason::InspectLimit);
 
-/// The frames of a datagram that is cut at these places.
+/// Returns the frames of a datagram that is fragmented at these offsets.
 fn cut(udp: &Udp, id: u16, cuts: &[usize]) -> Vec<Vec<u8>> {
     let bytes = udp.datagram();
     let mut from = 0;
@@ -24,7 +24,7 @@ fn cut(udp: &Udp, id: u16, cuts: &[usize]) -> Vec<Vec<u8>> {
     frames
 }
 
-/// An answer of many addresses.
+/// Returns an answer with many addresses.
 fn long_answer(id: u16) -> Vec<u8> {
     let addresses: Vec<[u8; 4]> = (0..100).map(|n| [192, 0, 2, n]).collect();
     let records: Vec<_> = addresses
@@ -45,7 +45,7 @@ fn ask(world: &mut World, id: u16) {
 }
 
 #[test]
-fn an_answer_in_fragments_is_held_until_it_is_committed() {
+fn a_fragmented_answer_is_held_until_its_commit() {
     for v6 in [false, true] {
         let mut world = world();
         ask(&mut world, 7);
@@ -65,7 +65,7 @@ fn an_answer_in_fragments_is_held_until_it_is_committed() {
         world.sink.released.clear();
         world.committed(true);
         assert_eq!(world.sink.released, sent);
-        // the ports are those of the first fragment
+        // The ports are those of the first fragment.
         assert_eq!((world.last().source.1, world.last().destination.1), (53, 4000));
         assert_eq!(world.verdict(), (Verdict::Forwarded, Reason::Allowed, 41));
         let stats = world.engine.stats().fragments;
@@ -75,7 +75,7 @@ fn an_answer_in_fragments_is_held_until_it_is_committed() {
 }
 
 #[test]
-fn a_query_in_fragments_is_judged_whole() {
+fn a_fragmented_query_is_judged_as_a_whole() {
     let mut world = world();
     for (name, fate) in [
         ("a-name-that-is-long.wild.test", Fate::Released),
@@ -105,7 +105,7 @@ fn headers_behind_the_fragment_header_are_part_of_the_datagram() {
     let mut world = world();
     let asked = to_server(4000, &query(7, "allowed.test", A)).v6();
     let mut frames = cut(&asked, 5, &[16]);
-    // destination options of 8 bytes between fragment header and UDP
+    // Destination options of 8 bytes between the fragment header and UDP.
     let at = 14 + 40 + 8;
     frames[0].splice(at..at, [17, 0, 1, 4, 0, 0, 0, 0]);
     frames[0][14 + 40] = 60;
@@ -119,7 +119,7 @@ fn headers_behind_the_fragment_header_are_part_of_the_datagram() {
 }
 
 #[test]
-fn what_does_not_come_whole_in_time_goes_nowhere() {
+fn an_incomplete_datagram_is_dropped_at_its_timeout() {
     let mut world = world();
     ask(&mut world, 7);
     let frames = cut(&to_client(4000, &long_answer(7)), 99, &[1200]);
@@ -136,7 +136,7 @@ fn what_does_not_come_whole_in_time_goes_nowhere() {
     let second = world.send(&is_told(1), &frames[1]);
     assert_eq!(world.fate(second), None);
     assert_eq!(world.engine.stats().fragments.incomplete, 1);
-    // audit mode
+    // In audit mode.
     let audited = world.send(&audit(is_told(2)), &frames[0]);
     world.wait(5000);
     assert_eq!(world.fate(second), Some(&INCOMPLETE));
@@ -146,21 +146,21 @@ fn what_does_not_come_whole_in_time_goes_nowhere() {
 }
 
 #[test]
-fn one_overlap_spoils_the_datagram_and_what_still_comes_of_it() {
+fn an_overlap_drops_the_datagram_and_later_fragments() {
     let answer = to_client(4000, &long_answer(7));
     let bytes = answer.datagram();
     let part = |from: usize, to: usize| answer.around(&bytes[from..to], Some((from, to < bytes.len(), 9)));
     let end = bytes.len();
     for overlapping in [
-        // the same bytes, but not the same fragment
+        // The same bytes, but not the same fragment.
         part(1192, 2400),
         part(800, 1200),
         part(0, 8),
-        // a second end, and bytes behind the end
+        // A second last fragment, and bytes behind the end.
         answer.around(&bytes[2400..2800], Some((2400, false, 9))),
         answer.around(&bytes[..8], Some((end.next_multiple_of(8), true, 9))),
         answer.around(&[1; 8], Some((2400, true, 9))),
-        // the same fragment with other bytes
+        // The same fragment with other bytes.
         answer.around(&[1; 1200], Some((0, true, 9))),
         answer.around(&[1; 8], Some((end / 8 * 8, false, 9))),
     ] {
@@ -176,7 +176,7 @@ fn one_overlap_spoils_the_datagram_and_what_still_comes_of_it() {
         }
         let stats = world.engine.stats().fragments;
         assert_eq!((stats.contradicting, stats.complete), (1, 0));
-        // forgotten with time
+        // After the timeout the identification can be used again.
         world.wait(5000);
         assert_eq!(world.engine.stats().fragments.held, 0);
         world.end();
@@ -184,7 +184,7 @@ fn one_overlap_spoils_the_datagram_and_what_still_comes_of_it() {
 }
 
 #[test]
-fn a_fragment_that_comes_twice_is_taken_once() {
+fn a_duplicate_fragment_is_dropped() {
     let mut world = world();
     ask(&mut world, 7);
     let frames = cut(&to_client(4000, &long_answer(7)), 99, &[1200]);
@@ -200,7 +200,7 @@ fn a_fragment_that_comes_twice_is_taken_once() {
 }
 
 #[test]
-fn checksum_and_length_are_those_of_the_whole() {
+fn checksum_and_length_are_checked_over_the_datagram() {
     let asked = to_server(4000, &query(7, "a-name-that-is-long.wild.test", A));
     let change = |udp: &Udp, at: usize, bytes: &[u8]| {
         let mut frames = cut(udp, 5, &[16]);
@@ -213,10 +213,10 @@ fn checksum_and_length_are_those_of_the_whole() {
     for (frames, fate) in [
         (change(&asked, 6, &[0xde, 0xad]), bad.clone()),
         (change(&v6, 6, &[0xde, 0xad]), bad.clone()),
-        // none: IPv4 may, IPv6 may not
+        // Without a checksum: allowed over IPv4, not over IPv6.
         (change(&asked, 6, &[0, 0]), Fate::Released),
         (change(&v6, 6, &[0, 0]), bad),
-        // longer than what came
+        // The length field exceeds the datagram.
         (change(&asked, 4, &[1, 0]), Fate::Discarded(Reason::AppMalformed)),
     ] {
         let mut world = world();
@@ -262,14 +262,14 @@ fn limits_hold() {
         let sent = send(&mut world, endpoint, id);
         assert_eq!(world.fate(sent), fate, "{id}");
     }
-    // bytes: 3600 are held
+    // The limit of bytes: 3,600 are held.
     let bytes = datagram.datagram();
     let more = datagram.around(&bytes[1200..1608], Some((1200, true, 1)));
     let sent = world.send(&is_told(1), &more);
     assert_eq!(world.fate(sent), Some(&LIMIT));
-    // with it went its datagram
+    // The rest of its datagram was dropped with it.
     assert_eq!(world.fate(0), Some(&LIMIT));
-    // frames: two are held, there may be five
+    // The limit of frames: two of five are held.
     for (number, at) in [1200, 1208, 1216, 1224].into_iter().enumerate() {
         let more = datagram.around(&bytes[at..at + 8], Some((at, true, 2)));
         let sent = world.send(&is_told(1), &more);
@@ -286,7 +286,7 @@ fn limits_hold() {
     world.end();
 }
 
-/// What a fragment says, and who says it.
+/// A fragment and its sender.
 #[derive(Clone, Debug)]
 struct Piece {
     id: u16,
@@ -296,7 +296,7 @@ struct Piece {
     more: bool,
 }
 
-/// What the reassembler must do, byte by byte.
+/// A naive model of the reassembler, byte by byte.
 #[derive(Default)]
 struct Model {
     datagrams: BTreeMap<(u16, u16), Naive>,
@@ -311,7 +311,7 @@ struct Naive {
 }
 
 impl Model {
-    /// Gives what happens to which handles; a whole datagram is released if it is `right`.
+    /// Returns the verdicts of handles. A complete datagram is forwarded if it is `right`.
     fn take(&mut self, piece: &Piece, handle: usize, right: &[u8]) -> Vec<(usize, Fate)> {
         let key = (piece.endpoint, piece.id);
         let naive = self.datagrams.entry(key).or_default();
@@ -395,7 +395,7 @@ proptest! {
             let to = (from + length * 8).min(bytes.len() / 8 * 8);
             let mut stray = piece(from, to, !last);
             if changed {
-                // different bits, so that two changes do not make up for each other in the sum
+                // Different bits, so that two changes do not cancel out in the checksum.
                 *stray.bytes.last_mut().unwrap() ^= 1 << number;
             }
             pieces.push(stray);
@@ -405,7 +405,7 @@ proptest! {
         for (index, id, endpoint) in order {
             let piece = Piece { id, endpoint, ..index.get(&pieces).clone() };
             if piece.from == 0 && !piece.more {
-                // a whole packet, no fragment
+                // A whole packet is no fragment.
                 continue;
             }
             let frame = asked.around(&piece.bytes, Some((piece.from, piece.more, id)));
@@ -416,7 +416,7 @@ proptest! {
             prop_assert_eq!(world.sink.fates.len() - before, expected.len(), "{:?}", piece);
             for (handle, fate) in expected {
                 let same = world.fate(handle) == Some(&fate)
-                    // a first fragment whose length or sum was changed fails for that instead
+                    // A first fragment with a changed length or checksum is dropped for that reason instead.
                     || matches!((world.fate(handle), &fate), (Some(Fate::Discarded(_)), Fate::Discarded(Reason::BadChecksum)));
                 prop_assert!(same, "{:?} instead of {:?}", world.fate(handle), fate);
             }

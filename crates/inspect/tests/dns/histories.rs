@@ -1,4 +1,4 @@
-//! Random histories of several clients against a naive model: what passes, what is dropped, why, and when.
+//! Random histories of several clients against a naive model of verdicts, reasons and times.
 
 use std::collections::BTreeMap;
 
@@ -42,7 +42,7 @@ enum Step {
     },
 }
 
-/// Endpoint (3: the one who is asked), port, id, name.
+/// Endpoint (3 is the resolver), port, ID, name.
 type Who = (u16, u16, u16, usize);
 
 #[derive(Clone, Copy, Debug)]
@@ -77,7 +77,7 @@ fn step() -> impl Strategy<Value = Step> {
 #[derive(Default)]
 struct Model {
     open: BTreeMap<Who, Millis>,
-    /// Handle of the packet, endpoint, since, audit; by ticket.
+    /// Handle, endpoint, time and audit mode of each held answer, by ticket.
     held: BTreeMap<u64, (usize, u16, Millis, bool)>,
 }
 
@@ -105,7 +105,7 @@ impl Model {
         Fate::Released
     }
 
-    /// None: it is to be learned.
+    /// None if the answer is held for its commit.
     fn answer(&mut self, who: Who, kind: AnswerKind, full: bool, now: Millis) -> Result<Fate, ()> {
         if matches!(kind, AnswerKind::Garbage) {
             return Ok(Fate::Discarded(Reason::AppMalformed));
@@ -148,7 +148,7 @@ fn run(steps: Vec<Step>) -> Result<(), TestCaseError> {
         ..Limits::default()
     });
     let mut model = Model::default();
-    // what was asked to be learned and has not come back
+    // Open commit requests.
     let mut out: Vec<CommitRequest> = vec![];
     let mut committed_before_release = vec![];
     for step in steps {

@@ -1,4 +1,4 @@
-//! DNS over UDP through the engine: what becomes of each packet, and why.
+//! DNS through the engine: the verdict and reason of each packet.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -28,7 +28,7 @@ fn the_first_alternative_that_matches_decides() {
 }
 
 #[test]
-fn what_did_not_change_is_not_prepared_again() {
+fn an_unchanged_rule_set_is_not_prepared_again() {
     let mut sets = BTreeMap::from([(1, rule_set(&[(10, "a.test")])), (2, rule_set(&[(20, "b.test")]))]);
     let before = Rules::prepare(&sets, None);
     sets.insert(1, rule_set(&[(10, "a.test")]));
@@ -42,7 +42,7 @@ fn what_did_not_change_is_not_prepared_again() {
 }
 
 #[test]
-fn a_pattern_that_cannot_be_prepared_matches_nothing_and_is_told() {
+fn an_invalid_pattern_matches_nothing_and_is_reported() {
     let sets = BTreeMap::from([(1, rule_set(&[(10, "a..*"), (11, "b.test"), (12, "..")]))]);
     let rules = Rules::prepare(&sets, None);
     assert_eq!(rules.problems().len(), 2);

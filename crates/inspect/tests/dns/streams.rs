@@ -7,24 +7,24 @@ use proptest::prelude::*;
 
 use crate::common::*;
 
-/// Initial sequence numbers: both wrap soon.
+/// Initial sequence numbers, shortly before they wrap around.
 const CLIENT: u32 = u32::MAX - 9;
 const RESOLVER: u32 = u32::MAX - 29;
 
-/// The limits of connections.
+/// Returns the limits of connections.
 fn tcp(change: impl FnOnce(&mut TcpLimits)) -> Limits {
     let mut limits = Limits::default();
     change(&mut limits.dns.tcp);
     limits
 }
 
-/// A segment that the engine made.
+/// A segment that the engine has built.
 #[derive(Clone, PartialEq, Eq, Debug)]
 struct Made {
     to_client: bool,
-    /// Bytes behind the first one of the side that it seems to come from.
+    /// Offset of the segment in the stream of its apparent sender.
     at: u32,
-    /// The same of what it acknowledges.
+    /// Acknowledged offset in the other stream.
     acknowledges: Option<u32>,
     flags: u8,
     payload: Vec<u8>,
@@ -35,7 +35,7 @@ struct Connection {
     world: World,
     v6: bool,
     slots: [PuntRequest; 2],
-    /// The programs have a conntrack entry: no later packet of the client makes one.
+    /// Whether a conntrack entry exists, so that no packet of the client makes one.
     is_tracked: bool,
 }
 
@@ -73,7 +73,7 @@ impl Connection {
         if self.v6 { addresses.v6() } else { addresses }
     }
 
-    /// From the client, so many bytes behind its first one.
+    /// Sends a segment of the client at this offset.
     fn client(&mut self, at: i64, flags: u8, payload: &[u8]) -> usize {
         self.client_acknowledges(at, 0, flags, payload)
     }
@@ -91,7 +91,7 @@ impl Connection {
         self.send(&slot, &frame)
     }
 
-    /// Sends a frame, and executes a `REPLACE` command as the programs do: the entry gets another serial.
+    /// Sends a frame. Executes a `REPLACE` command like the BPF programs: the entry gets another serial.
     fn send(&mut self, slot: &PuntRequest, frame: &[u8]) -> usize {
         let handle = self.world.send(slot, frame);
         if let Some((before, serial)) = self.world.sink.replaced.take() {
@@ -103,7 +103,7 @@ impl Connection {
         handle
     }
 
-    /// From the resolver; acknowledges nothing but the SYN.
+    /// Sends a segment of the resolver that acknowledges only the SYN.
     fn resolver(&mut self, at: i64, flags: u8, payload: &[u8]) -> usize {
         self.resolver_acknowledges(at, 0, flags, payload)
     }
@@ -117,7 +117,7 @@ impl Connection {
         self.send(&slot, &frame)
     }
 
-    /// An allowed query and an acknowledgment of it; gives its length in the stream.
+    /// Sends an allowed query and an acknowledgement of it. Returns its length in the stream.
     fn asked(&mut self, id: u16) -> i64 {
         let query = framed(&[query(id, "allowed.test", A)]);
         let handle = self.client(0, ACK, &query);
@@ -125,7 +125,7 @@ impl Connection {
         query.len() as i64
     }
 
-    /// What was made since the last time.
+    /// Returns the segments that were built since the last call.
     fn made(&mut self) -> Vec<Made> {
         let emitted = std::mem::take(&mut self.world.sink.emitted);
         emitted.iter().map(|(frame, _)| self.read(frame)).collect()
@@ -145,7 +145,7 @@ impl Connection {
         assert_eq!((packet.destination, packet.destination_port), (to.0.into(), to.1));
         assert_eq!(frame[..6], to_mac);
         let tcp = &frame[usize::from(packet.transport_offset)..];
-        // the sum, with TCP's number in the place of UDP's
+        // The checksum with the protocol number of TCP.
         let sum = udp_sum(from.0, to.0, tcp);
         let expected = naive_sum(&[
             &(!sum).to_be_bytes(),
@@ -168,8 +168,7 @@ impl Connection {
         }
     }
 
-    /// The last two packets that were made: a reset to the client and one to the resolver, with these bytes between
-    /// their first and what they name.
+    /// Checks that the last two built packets are resets to the client and to the resolver, at these offsets.
     fn resets(&mut self, from_resolver: u32, from_client: u32) {
         let made = self.made();
         let [to_client, to_resolver] = made.last_chunk().expect("two resets");
@@ -178,8 +177,9 @@ impl Connection {
         assert!(to_client.flags & to_resolver.flags & RST != 0);
     }
 
-    /// What was made is an answer to the client, its end, and the end to the resolver. These are the bytes before
-    /// the answer, what it acknowledges, and the bytes before the end to the resolver. Gives the messages, framed.
+    /// Checks that the built packets are a response with a FIN to the client, and a FIN to the resolver. The arguments are
+    /// the offset of the response, its acknowledged offset, and the offset of the FIN to the resolver. Returns the
+    /// messages.
     fn answered(&mut self, at: u32, acknowledges: u32, sent: u32) -> Vec<u8> {
         let made = self.made();
         let [to_client, to_resolver] = &made[..] else {
@@ -206,7 +206,7 @@ impl Connection {
     }
 }
 
-/// The slot of the packet that makes the conntrack entry.
+/// Returns the slot of the packet that makes the conntrack entry.
 fn new(slot: PuntRequest) -> PuntRequest {
     PuntRequest {
         flags: slot.flags | punt_flags::NEW,
@@ -214,7 +214,7 @@ fn new(slot: PuntRequest) -> PuntRequest {
     }
 }
 
-/// The three packets of a handshake of another connection, by its endpoint and the client's port.
+/// Returns the three packets of the handshake of another connection.
 struct Other(u16, u16);
 
 impl Other {
@@ -241,7 +241,7 @@ impl Other {
         it.fate(handle).expect("a handshake is not held").clone()
     }
 
-    /// Opens the connection. Gives what became of the SYN; the rest is sent if it was released.
+    /// Opens the connection. Returns the verdict of the SYN. The handshake continues if the SYN was forwarded.
     fn open(&self, it: &mut Connection) -> Fate {
         let fate = self.syn(it);
         if fate == Fate::Released {
@@ -251,16 +251,16 @@ impl Other {
     }
 }
 
-/// A message that answers this one with a code and nothing else, as it stands in a stream.
+/// Returns a response to a message with this code and no records, with its length in front.
 fn refusal(query: &[u8], rcode: u8) -> Vec<u8> {
     let mut reply = query.to_vec();
-    // an answer, RD as it was, RA
+    // QR, RD of the query, RA.
     (reply[2], reply[3]) = (0x81, 0x80 | rcode);
     framed(&[reply])
 }
 
 #[test]
-fn a_query_and_its_answer() {
+fn a_query_and_its_answer_are_forwarded() {
     for v6 in [false, true] {
         let mut it = Connection::with(&Limits::default(), v6, [asks(1), is_told(1)]);
         let asked = it.asked(7);
@@ -269,7 +269,7 @@ fn a_query_and_its_answer() {
         let answer = framed(&[address(7, "allowed.test")]);
         let told = it.resolver_acknowledges(0, asked as u32, ACK, &answer);
         assert_eq!(it.fate(told), None);
-        // what comes behind it waits with it
+        // Later answers wait for the held one.
         let fin = it.resolver(answer.len() as i64, FIN | ACK, &[]);
         assert_eq!(it.fate(fin), None);
         it.world.sink.released.clear();
@@ -279,7 +279,7 @@ fn a_query_and_its_answer() {
         let last = it.client_acknowledges(asked, answer.len() as u32 + 1, FIN | ACK, &[]);
         assert_eq!(it.fate(last), Some(&Fate::Released));
         it.resolver_acknowledges(answer.len() as i64 + 1, asked as u32 + 1, ACK, &[]);
-        // another connection between the same
+        // Another connection between the same addresses.
         it.greet();
         it.asked(8);
         let stats = it.tcp();
@@ -290,7 +290,7 @@ fn a_query_and_its_answer() {
 }
 
 #[test]
-fn a_denied_query_is_answered_and_ends_the_connection() {
+fn a_denied_query_gets_a_response_and_ends_the_connection() {
     for v6 in [false, true] {
         let mut it = Connection::with(&Limits::default(), v6, [asks(1), is_told(1)]);
         let denied = query(8, "denied.test", A);
@@ -304,7 +304,7 @@ fn a_denied_query_is_answered_and_ends_the_connection() {
         assert_eq!(it.world.verdict(), (Verdict::Dropped, Reason::AppDenied, ASKING));
         let reply = it.answered(0, length, 0);
         assert_eq!(reply, refusal(&denied, 5));
-        // nothing passes any more; both end in peace
+        // Nothing is forwarded any more, and both ends close in order.
         let from_resolver = it.resolver(0, ACK, &framed(&[address(8, "denied.test")]));
         assert_eq!(it.fate(from_resolver), Some(&fate));
         let end = length.wrapping_add(1);
@@ -318,7 +318,7 @@ fn a_denied_query_is_answered_and_ends_the_connection() {
             (stats.replies, stats.denied, stats.tcp.answered, stats.tcp.cut),
             (1, 1, 1, 0)
         );
-        // the client may come again
+        // The client may connect again.
         it.greet();
         it.asked(9);
         it.world.end();
@@ -326,7 +326,7 @@ fn a_denied_query_is_answered_and_ends_the_connection() {
 }
 
 #[test]
-fn an_answer_of_ones_own_comes_behind_those_to_earlier_queries() {
+fn a_response_follows_the_answers_to_earlier_queries() {
     let mut it = Connection::new();
     let both = framed(&[query(1, "allowed.test", A), query(2, "x.wild.test", A)]);
     it.client(0, ACK, &both);
@@ -335,7 +335,7 @@ fn an_answer_of_ones_own_comes_behind_those_to_earlier_queries() {
     let at = both.len();
     let held = it.client(at as i64, ACK, &refused);
     assert_eq!(it.world.verdict(), (Verdict::Dropped, Reason::AppDenied, ASKING));
-    // what is behind it is answered with it, up to the first that could go
+    // Denied queries behind it get responses too, up to the first allowed one.
     let also = query(4, "also-denied.test", A);
     let rest = framed(&[
         also.clone(),
@@ -367,8 +367,8 @@ fn an_answer_of_ones_own_comes_behind_those_to_earlier_queries() {
 }
 
 #[test]
-fn nobody_waits_for_ever_behind_others() {
-    // the resolver does not answer, or ends
+fn a_response_behind_unanswered_queries_has_a_deadline() {
+    // The resolver does not answer, or closes the connection.
     for ends in [false, true] {
         let mut it = Connection::new();
         let asked = it.asked(1);
@@ -394,7 +394,7 @@ fn nobody_waits_for_ever_behind_others() {
 }
 
 #[test]
-fn what_is_no_query_is_answered_so_or_cut() {
+fn a_malformed_query_gets_a_response_or_a_reset() {
     let mut two = query(7, "allowed.test", A);
     two[5] = 2;
     two.extend(&query(7, "allowed.test", A)[12..]);
@@ -409,7 +409,7 @@ fn what_is_no_query_is_answered_so_or_cut() {
         assert_eq!(it.answered(0, bytes.len() as u32, 0), framed(&[reply]));
         it.world.end();
     }
-    // an answer, and one that ends too early: they are not worth one
+    // An answer, and a truncated query: they get no response.
     let query = query(7, "allowed.test", A);
     for message in [address(7, "allowed.test"), query[..query.len() - 1].to_vec()] {
         let mut it = Connection::new();
@@ -422,7 +422,7 @@ fn what_is_no_query_is_answered_so_or_cut() {
 }
 
 #[test]
-fn the_denial_is_a_choice() {
+fn the_denial_is_configurable() {
     let limits = Limits {
         dns: DnsLimits {
             denial: Denial::NxDomain,
@@ -439,7 +439,7 @@ fn the_denial_is_a_choice() {
 }
 
 #[test]
-fn both_families_are_refused_at_once() {
+fn denied_queries_for_both_families_get_responses_together() {
     let mut it = Connection::new();
     let (v4, v6) = (query(1, "denied.test", A), query(2, "denied.test", AAAA));
     let bytes = framed(&[v4.clone(), v6.clone()]);
@@ -448,7 +448,7 @@ fn both_families_are_refused_at_once() {
     assert_eq!(it.answered(0, bytes.len() as u32, 0), both);
     assert_eq!(it.world.engine.stats().dns.replies, 2);
     it.world.end();
-    // not for ever
+    // Only up to a limit.
     let mut it = Connection::new();
     let many: Vec<_> = (0..1000).map(|id| query(id, "d.test", A)).collect();
     it.client(0, ACK, &framed(&many));
@@ -458,7 +458,7 @@ fn both_families_are_refused_at_once() {
 }
 
 #[test]
-fn of_several_queries_in_one_segment_those_before_a_denied_one_go_on() {
+fn queries_before_a_denied_one_in_the_same_segment_are_forwarded() {
     let mut it = Connection::new();
     let both = framed(&[query(1, "allowed.test", A), query(2, "x.wild.test", A)]);
     let passes = it.client(0, ACK, &both);
@@ -467,7 +467,7 @@ fn of_several_queries_in_one_segment_those_before_a_denied_one_go_on() {
     let denied = query(4, "denied.test", A);
     let mixed = framed(&[query(3, "allowed.test", A), denied.clone()]);
     let asked = framed(&[query(3, "allowed.test", A)]);
-    // also if the denied one is cut
+    // Also if the denied query is incomplete.
     for cut in [mixed.len(), mixed.len() - 7] {
         let mut it = Connection::new();
         let held = it.client(0, ACK, &mixed[..cut]);
@@ -500,7 +500,7 @@ fn of_several_queries_in_one_segment_those_before_a_denied_one_go_on() {
     }
 }
 
-/// Two policies have it read.
+/// Returns a slot with a second policy that inspects the same packets.
 fn shared(slot: PuntRequest) -> PuntRequest {
     PuntRequest {
         flags: slot.flags | punt_flags::SHARED,
@@ -508,7 +508,7 @@ fn shared(slot: PuntRequest) -> PuntRequest {
     }
 }
 
-/// What the other policy's reader makes is not seen here, but what follows from it is.
+/// Packets that the other policy's inspector builds are not seen here, but the packets that they cause are.
 #[test]
 fn the_other_policy_may_end_the_connection() {
     for is_shared in [false, true] {
@@ -531,20 +531,20 @@ fn the_other_policy_may_end_the_connection() {
 }
 
 #[test]
-fn where_no_packets_may_be_made_a_segment_passes_whole_or_not() {
+fn with_two_inspectors_a_segment_is_forwarded_whole_or_dropped() {
     let slots = [shared(asks(1)), shared(is_told(1))];
     let mut it = Connection::with(&Limits::default(), false, slots);
     let denied = query(4, "denied.test", A);
     let mixed = framed(&[query(3, "allowed.test", A), denied.clone()]);
     let refused = it.client(0, ACK, &mixed);
     assert_eq!(it.fate(refused), Some(&Fate::Discarded(Reason::AppDenied)));
-    // nobody has been asked, so there is nothing to wait for
+    // No query was forwarded, so no answer is awaited.
     assert_eq!(it.answered(0, mixed.len() as u32, 0), refusal(&denied, 5));
     it.world.end();
 }
 
 #[test]
-fn of_a_query_only_its_length_goes_ahead() {
+fn only_the_length_of_a_query_is_forwarded_early() {
     let mut it = Connection::new();
     let query = framed(&[query(7, "allowed.test", A)]);
     let length = it.client(0, ACK, &query[..2]);
@@ -561,7 +561,7 @@ fn of_a_query_only_its_length_goes_ahead() {
 }
 
 #[test]
-fn a_long_answer_goes_on_but_for_its_end() {
+fn the_end_of_a_long_answer_is_held() {
     let mut it = Connection::new();
     it.asked(7);
     let addresses: Vec<[u8; 4]> = (0..1000_u32).map(u32::to_be_bytes).collect();
@@ -588,7 +588,7 @@ fn a_long_answer_goes_on_but_for_its_end() {
 }
 
 #[test]
-fn an_answer_that_may_not_pass_ends_the_connection() {
+fn a_refused_answer_resets_the_connection() {
     let uncommitted = |it: &mut Connection| it.world.committed(false);
     let overdue = |it: &mut Connection| it.world.wait(2000);
     for settle in [&uncommitted as &dyn Fn(&mut Connection), &overdue] {
@@ -616,7 +616,7 @@ fn an_answer_that_may_not_pass_ends_the_connection() {
 }
 
 #[test]
-fn answers_out_of_their_order_wait_for_each_other() {
+fn answers_are_forwarded_in_stream_order() {
     let mut it = Connection::new();
     it.client(
         0,
@@ -636,7 +636,7 @@ fn answers_out_of_their_order_wait_for_each_other() {
 }
 
 #[test]
-fn what_is_said_again_must_be_the_same() {
+fn retransmissions_must_carry_the_same_bytes() {
     let mut it = Connection::new();
     let asked = it.asked(7);
     let said = framed(&[query(7, "allowed.test", A)]);
@@ -646,30 +646,30 @@ fn what_is_said_again_must_be_the_same() {
     assert_eq!(it.fate(again), Some(&Fate::Released));
     let differs = it.client(0, ACK, &other);
     assert_eq!(it.fate(differs), Some(&Fate::Discarded(Reason::TcpOverlap)));
-    // a part again, and what follows
+    // A part of the bytes again, and new ones.
     let denied = framed(&[query(8, "denied.test", A)]);
     let over = it.client(asked - 3, ACK, &[&other[other.len() - 3..], &denied].concat());
     assert_eq!(it.fate(over), Some(&Fate::Discarded(Reason::TcpOverlap)));
-    // what comes early waits, and is what is said
+    // Bytes that arrive early are held, and count as the first copy.
     let early = it.client(asked + 5, ACK, &denied[5..10]);
     assert_eq!(it.fate(early), None);
     let changed = it.client(asked + 4, ACK, &[denied[4], denied[5] ^ 1]);
     assert_eq!(it.fate(changed), Some(&Fate::Discarded(Reason::TcpOverlap)));
-    // nor if the resolver claims to have it
+    // Nor if the resolver claims to have the bytes.
     it.resolver_acknowledges(0, asked as u32, ACK, &[]);
     for at in [0, -5] {
         let emitted = it.made().len();
         let acknowledged = it.client(at, ACK, &other);
         assert_eq!(emitted, 0);
         assert_eq!(it.fate(acknowledged), Some(&Fate::Discarded(Reason::TcpHeld)));
-        // who did not hear that is told again
+        // A sender that has lost the acknowledgement gets another one.
         let made = it.made();
         assert_eq!(
             (made[0].to_client, made[0].acknowledges),
             (true, Some(asked as u32))
         );
     }
-    // what waits is not said again
+    // A retransmission of held bytes is dropped.
     let part = it.client(asked, ACK, &denied[..5]);
     let part_again = it.client(asked, ACK, &denied[..5]);
     assert_eq!(it.fate(part), None);
@@ -680,10 +680,10 @@ fn what_is_said_again_must_be_the_same() {
 }
 
 #[test]
-fn what_is_long_gone_is_not_passed_again() {
+fn old_retransmissions_are_not_forwarded() {
     let mut it = Connection::new();
     let mut at = 0;
-    // more than what may be on its way
+    // More bytes than may be in flight.
     for id in 0..2500 {
         let query = framed(&[query(id, "allowed.test", A)]);
         let handle = it.client(at, ACK, &query);
@@ -701,11 +701,11 @@ fn what_is_long_gone_is_not_passed_again() {
 }
 
 #[test]
-fn a_message_that_nobody_completes_ends_the_connection() {
+fn an_incomplete_message_ends_the_connection() {
     let mut it = Connection::new();
     let query = framed(&[query(7, "allowed.test", A)]);
     let part = it.client(0, ACK, &query[..9]);
-    // acknowledged, since the client may wait for that; nothing goes on
+    // The bytes are acknowledged, since the client may wait for that. None is forwarded.
     it.world.wait(10);
     assert_eq!(it.fate(part), Some(&Fate::Absorbed));
     let made = it.made();
@@ -718,7 +718,7 @@ fn a_message_that_nobody_completes_ends_the_connection() {
     it.cut(Reason::InspectDeadline);
     it.resets(0, 0);
     it.world.end();
-    // a FIN in the middle, a length that no message has, and one that is too long
+    // A FIN within a message, a length that is too short, and one that is too long.
     for (payload, flags) in [
         (&query[..9], FIN | ACK),
         (&[0, 11][..], ACK),
@@ -733,13 +733,13 @@ fn a_message_that_nobody_completes_ends_the_connection() {
 }
 
 #[test]
-fn connections_that_were_not_seen_from_their_start_begin_anew() {
+fn connections_without_a_seen_handshake_are_reset() {
     let mut it = Connection::new();
     it.world.engine.forget_endpoint(1, &mut it.world.sink);
     let asked = framed(&[query(7, "allowed.test", A)]);
     let handle = it.client(5, ACK, &asked);
     assert_eq!(it.fate(handle), Some(&Fate::Discarded(Reason::TcpMidstream)));
-    // The resolver is asked for what it waits for, by a segment in front of that.
+    // The resolver gets a probe with a sequence number below its window.
     let made = it.made();
     let [ask] = &made[..] else { panic!("{made:?}") };
     assert_eq!((ask.to_client, ask.at, ask.acknowledges), (false, 4, Some(0)));
@@ -751,15 +751,15 @@ fn connections_that_were_not_seen_from_their_start_begin_anew() {
     let ends: Vec<_> = made.iter().map(|made| (made.to_client, made.at)).collect();
     assert_eq!(ends, [(false, 7), (true, 0), (true, 1)]);
     assert!(made.iter().all(|made| made.flags & RST != 0));
-    // A reset is not answered; it goes on, as what it says comes from an end that knows.
+    // A reset gets no answer. It is forwarded, because it comes from an end that knows the sequence number.
     let reset = it.client(5, RST, &[]);
     assert_eq!(it.fate(reset), Some(&Fate::Released));
     assert!(it.made().is_empty());
-    // nothing happens for long
+    // No packet arrives for longer than the idle timeout.
     it.greet();
     it.world.wait(120_000);
     assert_eq!(it.tcp().connections, 0);
-    // another connection, by its serial
+    // Another connection, by its serial.
     it.greet();
     it.slots[0].serial = 100;
     let stranger = it.client(0, ACK, &asked);
@@ -768,7 +768,7 @@ fn connections_that_were_not_seen_from_their_start_begin_anew() {
 }
 
 #[test]
-fn what_receivers_could_read_differently_is_dropped() {
+fn ambiguous_segments_are_dropped() {
     let mut it = Connection::new();
     let asked = framed(&[query(7, "allowed.test", A)]);
     let invalid = Some(&Fate::Discarded(Reason::TcpInvalid));
@@ -777,8 +777,7 @@ fn what_receivers_could_read_differently_is_dropped() {
         assert!(records.iter().all(|record| record.verdict == Verdict::Dropped));
         records.iter().map(|record| record.reason).collect::<Vec<_>>()
     };
-    // Another SYN goes on as a candidate for the place of the connection. Data in one does not, whether or not the SYN
-    // itself has gone on.
+    // Another SYN is forwarded as a candidate. A SYN with data is dropped, whether or not the SYN itself was forwarded before.
     let opened = it.tcp().opened;
     let syn = it.client(8, SYN, &[]);
     assert_eq!(it.fate(syn), Some(&Fate::Released));
@@ -787,7 +786,7 @@ fn what_receivers_could_read_differently_is_dropped() {
     assert_eq!(reported(&mut it), [Reason::TcpInvalid]);
     let stats = it.tcp();
     assert_eq!((stats.opened, stats.half_open), (opened + 1, 1));
-    // The connection that is open has the record of that SYN, and one a second for each reason.
+    // The record of that SYN counts for the open connection: one per second and reason.
     it.world.wait(1_000);
     // A SYN+ACK that acknowledges neither SYN, or acknowledges the first with another sequence number; a SYN that
     // acknowledges nothing.
@@ -797,7 +796,7 @@ fn what_receivers_could_read_differently_is_dropped() {
     for handle in [neither, of_another, without] {
         assert_eq!(it.fate(handle), invalid);
     }
-    // One record a second for each reason.
+    // One record per second and reason.
     assert_eq!(reported(&mut it), [Reason::TcpInvalid]);
     it.world.wait(1_000);
     let again = it.resolver(8, SYN | ACK, &[]);
@@ -805,7 +804,7 @@ fn what_receivers_could_read_differently_is_dropped() {
     assert_eq!(reported(&mut it), [Reason::TcpInvalid]);
     let with_data = it.client(-1, SYN, &asked);
     assert_eq!(it.fate(with_data), invalid);
-    // The connection is as it was: the same handshake again is released, and so is what follows it.
+    // The connection is unchanged: the same handshake again is forwarded, and so are the segments behind it.
     assert_eq!((it.tcp().connections, it.tcp().replaced), (1, 0));
     assert_eq!(it.slots[0].serial, 99);
     it.greet();
@@ -827,13 +826,13 @@ fn a_syn_on_an_open_connection_takes_its_place_once_the_resolver_acknowledges_it
         let mut it = Connection::with(&Limits::default(), v6, [asks(1), is_told(1)]);
         let syn = it.client(8, SYN, &[]);
         assert_eq!(it.fate(syn), Some(&Fate::Released));
-        // Until then packets belong to the open connection, on which the resolver has not sent what the candidate's
-        // data acknowledges.
+        // Until then packets belong to the open connection, on which the resolver has not sent the bytes that the
+        // candidate's data acknowledges.
         it.asked(7);
         let early = it.client_acknowledges(9, 501, ACK, &framed(&[query(8, "denied.test", A)]));
         assert_eq!(it.fate(early), Some(&Fate::Discarded(Reason::TcpOutOfWindow)));
         assert_eq!((it.tcp().connections, it.tcp().replaced), (1, 0));
-        // One too few, one too many, and the number itself.
+        // An acknowledgement number that is one too low, one too high, and the right one.
         for (acknowledged, fate) in [
             (8, Fate::Discarded(Reason::TcpInvalid)),
             (10, Fate::Discarded(Reason::TcpInvalid)),
@@ -845,7 +844,7 @@ fn a_syn_on_an_open_connection_takes_its_place_once_the_resolver_acknowledges_it
         }
         assert_eq!((it.tcp().connections, it.tcp().replaced), (1, 1));
         assert_ne!(it.slots[0].serial, 99);
-        // It is read from its first byte.
+        // The new connection is inspected from its first byte.
         let ack = it.client_acknowledges(9, 501, ACK, &[]);
         assert_eq!(it.fate(ack), Some(&Fate::Released));
         let denied = framed(&[query(8, "denied.test", A)]);
@@ -856,7 +855,7 @@ fn a_syn_on_an_open_connection_takes_its_place_once_the_resolver_acknowledges_it
 }
 
 #[test]
-fn only_a_reset_that_is_believed_goes_on() {
+fn only_an_acceptable_reset_is_forwarded() {
     let mut it = Connection::new();
     let asked = it.asked(7);
     let told = it.resolver(0, ACK, &framed(&[address(7, "allowed.test")]));
@@ -865,14 +864,14 @@ fn only_a_reset_that_is_believed_goes_on() {
     assert_eq!((it.fate(wild), it.fate(told)), (out_of_window, None));
     let right = it.client(asked, RST, &[]);
     assert_eq!(it.fate(right), Some(&Fate::Released));
-    // what is held still goes on only if it may
+    // Held bytes are still forwarded only if they are allowed.
     it.world.committed(false);
     assert_eq!(it.fate(told), Some(&Fate::Discarded(Reason::DnsUncommitted)));
-    // the same ports again
+    // The same ports again.
     it.greet();
     it.asked(8);
     it.world.end();
-    // behind what is held: the resolver would not believe it
+    // A reset behind held bytes: the resolver would not accept it.
     let mut it = Connection::new();
     let part = it.client(0, ACK, &[0, 30, 1, 2]);
     let reset = it.client(4, RST, &[]);
@@ -893,7 +892,7 @@ fn limits_hold() {
         limits.frames_per_direction = 3;
     });
     let limit = Some(&Fate::Discarded(Reason::InspectLimit));
-    // two policies have them read: nothing is acknowledged here
+    // With two inspectors nothing is acknowledged on behalf of the resolver.
     let mut it = Connection::with(&limits, false, [shared(asks(1)), shared(is_told(1))]);
     let refused = Fate::Discarded(Reason::InspectLimit);
     for (endpoint, fate) in [(1, &refused), (2, &Fate::Released), (3, &refused)] {
@@ -904,7 +903,7 @@ fn limits_hold() {
         }
     }
     assert_eq!((it.tcp().connections, it.tcp().limited), (2, 2));
-    // who goes makes room
+    // A removed connection makes room.
     it.world.engine.forget_endpoint(2, &mut it.world.sink);
     assert_eq!(Other(3, 4001).open(&mut it), Fate::Released);
     assert_eq!(Other(2, 4001).open(&mut it), refused);
@@ -919,7 +918,7 @@ fn limits_hold() {
     let handle = it.client(0, ACK, &long[..101]);
     assert_eq!(it.fate(handle), limit);
     assert_eq!(it.tcp().limited, 1);
-    // not held because of another limit: the connection ends
+    // An answer beyond the limit of held answers ends the connection.
     let mut it = Connection::with(
         &Limits {
             dns: DnsLimits {
@@ -938,7 +937,8 @@ fn limits_hold() {
     it.world.end();
 }
 
-/// Of eight, endpoint 1 has one. An endpoint with six has no less than three times the one that is left then.
+/// Of eight connections endpoint 1 has one. Another endpoint may have six: then one is left, and three times one is less
+/// than six.
 #[test]
 fn an_endpoint_gets_at_most_three_times_the_connections_that_are_left() {
     let limits = tcp(|limits| limits.connections = 8);
@@ -949,7 +949,7 @@ fn an_endpoint_gets_at_most_three_times_the_connections_that_are_left() {
     }
     assert_eq!(Other(2, 4007).open(&mut it), refused);
     assert_eq!(Other(3, 4001).open(&mut it), Fate::Released);
-    // None is left.
+    // No connection is left.
     assert_eq!(Other(4, 4001).open(&mut it), refused);
     let stats = it.tcp();
     assert_eq!((stats.connections, stats.half_open, stats.limited), (8, 0, 2));
@@ -965,7 +965,7 @@ fn half_open_connections_have_a_limit_of_their_own() {
         limits.half_open = 3;
     });
     let mut it = Connection::with(&limits, false, [asks(1), is_told(1)]);
-    // More than the endpoint may have open.
+    // More connections than the endpoint may have open.
     for port in 4001..=4003 {
         assert_eq!(Other(2, port).syn(&mut it), Fate::Released, "{port}");
     }
@@ -974,7 +974,7 @@ fn half_open_connections_have_a_limit_of_their_own() {
         (stats.connections, stats.half_open, stats.half_open_evicted),
         (4, 3, 0)
     );
-    // One more takes the place of the oldest of the endpoint that has most.
+    // One more evicts the oldest of the endpoint that has most.
     assert_eq!(Other(3, 4001).syn(&mut it), Fate::Released);
     let stats = it.tcp();
     assert_eq!(
@@ -986,7 +986,7 @@ fn half_open_connections_have_a_limit_of_their_own() {
     for other in [Other(2, 4002), Other(2, 4003), Other(3, 4001)] {
         assert_eq!(other.syn_ack(&mut it), Fate::Released);
     }
-    // With the SYN+ACK acknowledged a connection counts among the open ones.
+    // With the SYN+ACK acknowledged a connection counts as open.
     assert_eq!(Other(3, 4001).ack(&mut it), Fate::Released);
     assert_eq!(it.tcp().half_open, 2);
     assert_eq!(
@@ -994,7 +994,7 @@ fn half_open_connections_have_a_limit_of_their_own() {
         Fate::Discarded(Reason::InspectLimit),
         "endpoint 3 has the one that it may have"
     );
-    // Those that nothing is seen of are forgotten, the open ones are not.
+    // Idle half-open connections are removed, open ones are not.
     it.world.wait(9_999);
     assert_eq!(it.tcp().half_open, 2);
     it.world.wait(1);
@@ -1003,7 +1003,7 @@ fn half_open_connections_have_a_limit_of_their_own() {
     it.world.end();
 }
 
-/// A message of a zone transfer with so many records.
+/// Returns a message of a zone transfer with this number of records.
 fn zone(id: u16, kind: u16, records: u16, with_question: bool) -> Vec<u8> {
     let mut message = query(id, "allowed.test", kind);
     message[2] = 0x84;
@@ -1019,12 +1019,12 @@ fn zone(id: u16, kind: u16, records: u16, with_question: bool) -> Vec<u8> {
 }
 
 #[test]
-fn all_messages_of_a_zone_transfer_go_on_and_teach_nothing() {
+fn all_messages_of_a_zone_transfer_are_forwarded_and_none_is_learned() {
     for kind in [251, 252] {
         let mut it = Connection::new();
         let asked = framed(&[query(7, "allowed.test", kind), query(8, "allowed.test", A)]);
         it.client(0, ACK, &asked);
-        // more records than an answer may have, without a question from the second message on; then the answer
+        // More records than an answer may have, without a question from the second message on; then the answer.
         let stream = framed(&[
             zone(7, kind, 2100, true),
             zone(7, kind, 9, false),
@@ -1046,7 +1046,7 @@ fn all_messages_of_a_zone_transfer_go_on_and_teach_nothing() {
         assert_eq!(it.fate(rest), Some(&Fate::Released));
         let stats = it.world.engine.stats().dns;
         assert_eq!((stats.transferred, stats.answers, stats.committed), (4, 2, 1));
-        // two questions, the first message, and the answer
+        // Two questions, the first message, and the answer.
         assert_eq!(it.world.sink.records.len(), 4);
         assert!(it.world.sink.records.iter().all(|record| record.rule == 41));
         it.world.end();
@@ -1054,7 +1054,7 @@ fn all_messages_of_a_zone_transfer_go_on_and_teach_nothing() {
 }
 
 #[test]
-fn what_belongs_to_no_transfer_ends_the_connection() {
+fn a_message_of_no_transfer_resets_the_connection() {
     for message in [
         zone(8, 252, 1, true),
         zone(8, 252, 1, false),
@@ -1072,12 +1072,12 @@ fn what_belongs_to_no_transfer_ends_the_connection() {
         assert_eq!(it.tcp().cut, 1);
         it.world.end();
     }
-    // nor without a question
+    // Nor without a question.
     let mut it = Connection::new();
     let unsolicited = it.resolver(0, ACK, &framed(&[zone(7, 252, 1, true)]));
     assert!(matches!(it.fate(unsolicited), Some(Fate::Discarded(_))));
     it.world.end();
-    // a zone that may not be asked for
+    // A zone that no rule allows.
     let mut it = Connection::new();
     let denied = query(7, "denied.test", 252);
     let bytes = framed(std::slice::from_ref(&denied));
@@ -1087,7 +1087,7 @@ fn what_belongs_to_no_transfer_ends_the_connection() {
 }
 
 #[test]
-fn many_transfers_may_follow_each_other_and_not_be_open_at_once() {
+fn the_number_of_open_transfers_is_limited() {
     let mut it = Connection::new();
     let (mut at, mut back) = (0, 0);
     for id in 0..100 {
@@ -1114,7 +1114,7 @@ fn many_transfers_may_follow_each_other_and_not_be_open_at_once() {
 }
 
 #[test]
-fn audit_mode_lets_pass_what_it_reports() {
+fn audit_mode_forwards_what_it_records() {
     let mut it = Connection::with(&Limits::default(), false, [audit(asks(1)), audit(is_told(1))]);
     let denied = framed(&[query(7, "denied.test", A)]);
     let asked = it.client(0, ACK, &denied);
@@ -1124,7 +1124,7 @@ fn audit_mode_lets_pass_what_it_reports() {
     assert_eq!(it.fate(told), None);
     it.world.committed(false);
     assert_eq!(it.fate(told), Some(&Fate::Released));
-    // no message at all: from here on nothing is read
+    // The bytes are no message: the connection is offloaded.
     let garbage = it.client(denied.len() as i64, ACK, &[0, 0, 0]);
     assert_eq!(it.fate(garbage), Some(&Fate::Released));
     assert_eq!(it.world.verdict(), (Verdict::Audit, Reason::AppMalformed, ASKING));
@@ -1132,7 +1132,7 @@ fn audit_mode_lets_pass_what_it_reports() {
     let unread = it.client(9999, ACK, &denied);
     assert_eq!(it.fate(unread), Some(&Fate::Released));
     assert_eq!(it.world.sink.records.len(), records);
-    // not seen from its start: reported once
+    // A connection without a seen handshake is recorded once.
     it.slots[0].serial = 55;
     for _ in 0..2 {
         let unknown = it.client(77, ACK, &denied);
@@ -1142,7 +1142,7 @@ fn audit_mode_lets_pass_what_it_reports() {
     assert_eq!(it.world.last().reason, Reason::TcpMidstream);
     assert!(it.world.sink.emitted.is_empty());
     it.world.end();
-    // what nobody completes goes on, unread
+    // An incomplete message is forwarded and the connection offloaded at the deadline.
     let mut it = Connection::with(&Limits::default(), false, [audit(asks(1)), audit(is_told(1))]);
     let part = it.client(0, ACK, &denied[..9]);
     it.world.wait(10);
@@ -1158,7 +1158,7 @@ fn audit_mode_lets_pass_what_it_reports() {
     assert_eq!(it.fate(unread), Some(&Fate::Released));
     assert_eq!(it.tcp().cut, 0);
     it.world.end();
-    // nor does a limit hold them up
+    // A limit does not stop them either.
     let limits = tcp(|limits| limits.connections = 0);
     let mut it = Connection::with(&limits, false, [audit(asks(1)), audit(is_told(1))]);
     assert_eq!(it.world.verdict(), (Verdict::Audit, Reason::InspectLimit, ASKING));
@@ -1167,7 +1167,7 @@ fn audit_mode_lets_pass_what_it_reports() {
     it.world.end();
 }
 
-/// What a receiver makes of segments: the first to say a byte is believed, in order.
+/// A receiver that reassembles segments and keeps the first copy of each byte.
 #[derive(Default)]
 struct Receiver {
     bytes: Vec<u8>,
@@ -1194,23 +1194,23 @@ enum Sender {
     Resolver,
 }
 
-/// A client and a resolver that answers what it is asked.
+/// A client, and a resolver that answers its queries.
 #[derive(Default)]
 struct Talk {
-    /// Handles of segments, who sent them, and what stands where in them.
+    /// Sender, offset and bytes of each segment, by its handle.
     sent: Vec<(usize, Sender, usize, Vec<u8>)>,
     at_client: Receiver,
     at_resolver: Receiver,
-    /// The client has been told that so much of what it sent is there.
+    /// Offset up to which the client's bytes are acknowledged to it.
     client_acknowledged: usize,
-    /// The resolver has answered so many queries.
+    /// Number of queries that the resolver has answered.
     answers: usize,
-    /// What it has said.
+    /// Bytes that the resolver has sent.
     told: Vec<u8>,
 }
 
 impl Talk {
-    /// Everything that is on its way comes where it goes, and what follows from that.
+    /// Delivers all packets in flight, and those that they cause.
     fn settle(&mut self, it: &mut Connection, messages: &[Vec<u8>], size: usize, waits: bool) {
         if waits {
             it.world.wait(10);
@@ -1279,8 +1279,8 @@ impl Talk {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(500))]
 
-    /// Whatever is sent, in whatever pieces and order, lost, and said differently again, and whatever the resolver claims
-    /// to have: it gets what policy allows, byte for byte, and of a denied query nothing but its length.
+    /// For random segments in any order, with losses and contradicting retransmissions, and any acknowledgement of the
+    /// resolver: it gets exactly the allowed bytes, and of a denied query at most the length.
     #[test]
     fn the_resolver_gets_what_is_allowed_and_nothing_else(
         names in prop::collection::vec(prop::sample::select(vec!["allowed.test", "x.wild.test", "denied.test"]), 1..5),
@@ -1295,7 +1295,7 @@ proptest! {
         let mut receiver = Receiver::default();
         let mut sent = vec![];
         let mut next = 0;
-        // random pieces, then everything in order until it is through, from what is acknowledged on
+        // Random pieces first. Then all bytes from the acknowledged offset on, in order, until nothing is left.
         let in_order = (0..2 * stream.len().div_ceil(20)).map(|number| (number * 20 % (stream.len().div_ceil(20) * 20), 20, false, false, number % 3 == 0));
         let random = pieces.iter().map(|(at, length, changed, follows, lost)| {
             (if *follows { usize::MAX } else { at.index(stream.len()) }, *length, *changed, *lost, *lost && *follows)
@@ -1309,7 +1309,7 @@ proptest! {
             }
             let mut payload = stream[at..end].to_vec();
             if changed && at < next {
-                // only what was said before is changed: else it is what is said
+                // Only bytes that were sent before are changed. Changed new bytes would be the first copy.
                 payload[0] ^= 0x20;
             }
             let handle = it.client(at as i64, ACK, &payload);
@@ -1323,7 +1323,7 @@ proptest! {
             sent.push((handle, at, payload));
             let released: Vec<_> = it.world.sink.released.drain(..).collect();
             for handle in released {
-                // lost: a released segment does not arrive
+                // Loss: a forwarded segment does not arrive.
                 if !lost && let Some((_, at, payload)) = sent.iter().find(|(known, ..)| *known == handle) {
                     receiver.take(*at, payload);
                 }
@@ -1338,7 +1338,7 @@ proptest! {
             prop_assert!(got <= allowed + 2 * usize::from(denied.is_some()), "{} bytes", got);
             it.resolver_acknowledges(0, if lies { stream.len() } else { got } as u32, ACK, &[]);
         }
-        // what was acknowledged here and lost behind it is sent again
+        // Lost bytes that were acknowledged on behalf of the resolver are retransmitted.
         for wait in [300, 600, 1200, 2400] {
             it.world.wait(wait);
             for made in it.made() {
@@ -1350,18 +1350,18 @@ proptest! {
         }
         prop_assert_eq!(&receiver.bytes, &stream[..receiver.bytes.len()]);
         if denied.is_none() {
-            // who claims to have what was lost does not get it again
+            // A resolver that has acknowledged lost bytes does not get them again.
             prop_assert!(receiver.bytes.len() == stream.len() || lies);
         } else {
-            // nobody answers the queries before it
+            // The queries before it get no answer.
             it.world.wait(10_000);
             prop_assert_eq!(it.tcp().answered + it.tcp().cut, 1);
         }
         it.world.end();
     }
 
-    /// However the bytes of both sides are cut, and in whatever order they come: the client gets the answers to the
-    /// queries that have reached the resolver, and behind them one to the first that may not.
+    /// For any segmentation and order of both streams the client gets the answers to the queries that have reached the
+    /// resolver, and behind them a response to the first denied one.
     #[test]
     fn the_client_gets_answers_and_then_a_refusal(
         names in prop::collection::vec(prop::sample::select(vec!["allowed.test", "x.wild.test", "denied.test"]), 1..6),
@@ -1375,7 +1375,7 @@ proptest! {
         let mut it = Connection::new();
         let mut talk = Talk::default();
         let (mut sizes, mut swaps, mut waits) = (sizes.iter().cycle(), swaps.iter().cycle(), waits.iter().cycle());
-        // the first time perhaps in another order, then from what is acknowledged on until nothing comes of it
+        // Perhaps in another order first, then from the acknowledged offset on until nothing changes.
         for round in 0..40 {
             let mut pieces = vec![];
             let mut at = talk.client_acknowledged;
@@ -1420,7 +1420,7 @@ proptest! {
         }
         let told = talk.told.len();
         prop_assert_eq!(&talk.at_client.bytes[..told], &talk.told);
-        // those behind the first are answered with it if they have come by then
+        // Denied queries behind the first get responses with it if they have arrived by then.
         let answered = (usize::from(denied.is_some())..=refusals.len())
             .any(|count| talk.at_client.bytes[told..] == refusals[..count].concat());
         prop_assert!(answered);
@@ -1429,8 +1429,8 @@ proptest! {
 }
 
 impl Connection {
-    /// An ICMP error of a router about a segment of the client, or of the resolver; quoted as the programs punt it, but
-    /// for `cut` bytes.
+    /// Returns an ICMP error of a router about a segment of the client or the resolver, in the form in which the BPF
+    /// programs punt it, without the last `cut` bytes.
     fn error(&mut self, of_client: bool, at: i64, kind: [u8; 2], second: u32, cut: usize) -> usize {
         let (own, addresses) = if of_client {
             (CLIENT, self.addresses())
@@ -1470,14 +1470,14 @@ impl Connection {
         frame.extend([kind[0], kind[1], 0, 0]);
         frame.extend(second.to_be_bytes());
         frame.extend(quote);
-        // It goes where the other end's packets go.
+        // The error has the direction of the other end's packets.
         let slot = self.slots[usize::from(of_client)];
         self.send(&slot, &frame)
     }
 }
 
 #[test]
-fn errors_about_connections_are_compared_with_what_is_under_way() {
+fn errors_are_compared_with_the_bytes_in_flight() {
     let forged = Some(&Fate::Discarded(Reason::UnrelatedIcmp));
     for (v6, slots) in [false, true]
         .into_iter()
@@ -1506,10 +1506,10 @@ fn errors_about_connections_are_compared_with_what_is_under_way() {
         }
         assert_eq!(it.world.verdict().0, Verdict::Dropped);
         assert_eq!((it.tcp().icmp_errors, it.tcp().icmp_unrelated), (30, 15));
-        // No such error is punted.
+        // Such an error is not punted.
         let short = it.error(true, 0, kinds[0], 0, 1);
         assert_eq!(it.fate(short), forged);
-        // The connection has not suffered.
+        // The connection is unchanged.
         let denied = framed(&[query(8, "denied.test", A)]);
         let handle = it.client(sent, ACK, &denied);
         assert_eq!(it.fate(handle), None, "the first query waits for its answer");

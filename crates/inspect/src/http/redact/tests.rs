@@ -1,4 +1,4 @@
-//! Tests of what records show of URLs and fields.
+//! Tests of the redaction of URLs and header fields.
 
 use super::*;
 
@@ -17,7 +17,7 @@ fn fields_of(fields: &[(&str, &[u8])], chosen: &[&str]) -> String {
 }
 
 #[test]
-fn what_is_no_secret_is_written_as_it_is() {
+fn texts_without_secrets_are_unchanged() {
     for path in [
         "",
         "*",
@@ -34,7 +34,7 @@ fn what_is_no_secret_is_written_as_it_is() {
 }
 
 #[test]
-fn values_of_secret_parameters_are_left_out() {
+fn values_of_secret_parameters_are_redacted() {
     for name in [
         "token",
         "TOKEN",
@@ -85,7 +85,7 @@ fn values_of_secret_parameters_are_left_out() {
 }
 
 #[test]
-fn the_end_of_a_secret_is_where_every_reader_has_it() {
+fn a_secret_ends_where_every_parser_ends_it() {
     assert_eq!(url_of("/p?token=ab;cd=e?f/g#h&x=1"), "/p?token=[redacted]&x=1");
     assert_eq!(url_of("/p?a=1;token=ab&x=1"), "/p?a=1;token=[redacted]&x=1");
     assert_eq!(url_of("/p?token=a%26b=c&x=1"), "/p?token=[redacted]&x=1");
@@ -113,7 +113,7 @@ fn urls_in_parameters() {
 }
 
 #[test]
-fn nothing_but_visible_ascii_is_written() {
+fn only_visible_ascii_is_written() {
     assert_eq!(url_of("/\x1b[2J\r\n\u{9b}é x"), "/%1B[2J%0D%0A%C2%9B%C3%A9%20x");
     let fields: &[(&str, &[u8])] = &[("a", b"\x1b[2J\t\\x\xff\xc2\x9b\r\nb: c")];
     assert_eq!(
@@ -169,7 +169,7 @@ fn chosen_fields() {
 }
 
 #[test]
-fn what_does_not_fit_is_cut() {
+fn long_texts_are_truncated() {
     let mut text = Text::default();
     url(
         "h",

@@ -17,7 +17,7 @@ use crate::{Sink, record::Verdict};
 /// Maximum number of packets in flight when lost bytes are sent again.
 const AGAIN: u64 = 8;
 /// Detail of the record when the receiver acknowledges none of the retransmissions.
-const UNDELIVERED: &str = "What was acknowledged for the receiver does not reach it";
+const UNDELIVERED: &str = "Bytes acknowledged on behalf of the receiver cannot be delivered";
 
 impl<F> Connection<F> {
     /// Acknowledges the held bytes of one side. Their frames are not needed any more: the bytes are kept and are delivered in

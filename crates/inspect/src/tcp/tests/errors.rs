@@ -6,11 +6,11 @@ use crate::{
     tcp::{half::Half, quote::QuotedSegment},
 };
 
-/// What becomes of an error.
+/// Verdict of an error.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Fate {
     Passed,
-    /// It was for this end.
+    /// The error was consumed.
     Taken,
     Dropped(Reason),
 }
@@ -19,7 +19,7 @@ use Fate::{Dropped, Passed, Taken};
 
 const FORGED: Fate = Dropped(Reason::UnrelatedIcmp);
 
-/// An ICMP error of a router to the end that has sent a segment with this sequence number.
+/// An ICMP error of a router to the sender of a segment with this sequence number.
 #[derive(Clone, Copy)]
 struct Error {
     to: Side,
@@ -29,7 +29,7 @@ struct Error {
     seq: u32,
 }
 
-/// "Fragmentation needed".
+/// Returns an error "fragmentation needed".
 fn too_big(to: Side, mtu: u16, seq: u32) -> Error {
     Error {
         to,
@@ -40,7 +40,7 @@ fn too_big(to: Side, mtu: u16, seq: u32) -> Error {
     }
 }
 
-/// "Port unreachable", which ends a connection that is not open yet (RFC 1122, 4.2.3.9).
+/// Returns an error "port unreachable", which ends a connection in SYN-SENT (RFC 1122, 4.2.3.9).
 fn hard(to: Side, seq: u32) -> Error {
     Error {
         code: 3,
@@ -48,7 +48,7 @@ fn hard(to: Side, seq: u32) -> Error {
     }
 }
 
-/// Sequence number of a byte of the client's stream, of one of the server's.
+/// Returns the sequence number of a byte of the client's stream.
 fn c(at: u32) -> u32 {
     CLIENT_ISN.wrapping_add(1).wrapping_add(at)
 }
@@ -58,7 +58,7 @@ fn s(at: u32) -> u32 {
 }
 
 impl Error {
-    /// As the programs punt it.
+    /// Returns the frame of the error, in the form in which the BPF programs punt it.
     fn frame(&self) -> Vec<u8> {
         let quoted = Seg::new(self.to, ACK, self.seq, 0, &[7; 1_400]).frame();
         let mut f = quoted[..14].to_vec();
@@ -73,7 +73,7 @@ impl Error {
 }
 
 impl Bench {
-    /// One that has shaken hands, with segments of up to 1,460 bytes.
+    /// Returns a table with one connection whose MSS is 1,460 bytes.
     fn open_large() -> Self {
         let mut bench = Self::new(TcpLimits::default());
         let with_mss = |seg: Seg| Seg {
@@ -97,7 +97,7 @@ impl Bench {
         self.error_as(error, PuntRequest::default())
     }
 
-    /// Gives it an error of an entry with this serial, if it is not 0, and these flags.
+    /// Handles an error. `slot` may have a serial other than 0, and flags.
     fn error_as(&mut self, error: Error, slot: PuntRequest) -> Fate {
         let frame = error.frame();
         let mut packet = Packet::default();
@@ -140,12 +140,12 @@ impl Bench {
         }
     }
 
-    /// A message of so many bytes, of which all but the last ten are acknowledged here. Then these come, and it goes on.
+    /// Sends a message of this length. All but its last ten bytes are acknowledged on behalf of the server before these arrive.
     fn deliver(&mut self, length: usize) {
         self.deliver_with(length, b"");
     }
 
-    /// The same, with something behind it in the packet that brings the end.
+    /// As `owed`, with further bytes in the packet that completes the message.
     fn deliver_with(&mut self, length: usize, behind: &[u8]) {
         let message = [
             &[3, b'L', ((length - 4) >> 8) as u8, (length - 4) as u8][..],
@@ -162,7 +162,7 @@ impl Bench {
         assert_eq!(self.out.released.len(), 1, "the client's own packet");
     }
 
-    /// Where the client's data that was made here begins, and how long it is.
+    /// Returns the position and length of the built packets of the client.
     fn made(&mut self) -> Vec<(u32, usize)> {
         let made = self.take().emitted;
         made.iter()
@@ -174,12 +174,12 @@ impl Bench {
 }
 
 #[test]
-fn an_error_counts_only_if_it_quotes_what_is_under_way() {
+fn an_error_counts_only_if_it_quotes_bytes_in_flight() {
     let mut bench = Bench::open();
     bench.put(&client(0, b"\x03abc"));
     bench.put(&client(4, b"\x05ab"));
     assert_eq!(bench.out.released.len(), 1, "the second one is held");
-    // Of the client: bytes 0 to 3 are under way; a bare acknowledgement has number 4.
+    // Bytes 0 to 3 of the client are in flight. A bare acknowledgement has number 4.
     for (at, fate) in [
         (0, Passed),
         (3, Passed),
@@ -194,7 +194,7 @@ fn an_error_counts_only_if_it_quotes_what_is_under_way() {
         assert_eq!(bench.error(hard(Side::Client, c(at))), fate, "{at}");
         assert_eq!(bench.error(too_big(Side::Client, 1_300, c(at))), fate, "{at}");
     }
-    // Of the server nothing is.
+    // No byte of the server is in flight.
     for (at, fate) in [
         (0, Passed),
         (1, FORGED),
@@ -213,7 +213,7 @@ fn an_error_counts_only_if_it_quotes_what_is_under_way() {
     for (at, fate) in [(0, Passed), (4, Passed), (5, Passed), (6, FORGED)] {
         assert_eq!(bench.error(hard(Side::Server, s(at))), fate, "{at}");
     }
-    // None of them has ended anything.
+    // No error has ended the connection.
     bench.put(&client(7, b"cde"));
     assert_eq!(bench.table.stats().cut, 0);
     assert_eq!(bench.take().released.len(), 5);
@@ -266,7 +266,7 @@ fn forged_errors_fill_neither_records_nor_memory() {
         "a router is not the other end"
     );
     assert!(out.emitted.is_empty());
-    // About connections that are not known: as many as of any packets.
+    // Errors about unknown connections have the same rate limit as packets.
     let mut bench = Bench::new(TcpLimits::default());
     for n in 0..1_000 {
         let fate = bench.error(hard(Side::Client, n));
@@ -276,9 +276,9 @@ fn forged_errors_fill_neither_records_nor_memory() {
     assert_eq!(bench.table.stats().connections, 0);
 }
 
-/// The path takes smaller packets and says so: what was acknowledged here arrives without a timer.
+/// A router reports a smaller MTU: the acknowledged bytes arrive without a retransmission timeout.
 #[test]
-fn what_is_delivered_from_here_gets_smaller_when_a_router_says_so() {
+fn packet_too_big_lowers_the_size_of_delivered_packets() {
     for mtu in [1_479, 1_420, 1_280, 900, 576] {
         let mut bench = Bench::open_large();
         bench.deliver(20_000);
@@ -311,30 +311,30 @@ fn what_is_delivered_from_here_gets_smaller_when_a_router_says_so() {
     }
 }
 
-/// Both ends may have bytes on a path that got narrower.
+/// Both the worker and the client have bytes in flight on a path whose MTU is lowered.
 #[test]
-fn the_sender_hears_of_what_is_its_own_to_send_again() {
+fn the_sender_gets_errors_about_bytes_that_it_must_retransmit() {
     let mut bench = Bench::open_large();
     bench.deliver(6_000);
     let first = bench.made();
     assert_eq!(first[..2], [(0, 1_440), (1_440, 1_440)]);
-    // The last packet is the client's own.
+    // The client itself has sent the last packet.
     assert_eq!(bench.error(too_big(Side::Client, 1_400, c(5_990))), Passed);
     let again = bench.made();
     assert_eq!(again[..2], [(0, 1_360), (1_360, 1_360)]);
     assert_eq!(again.iter().map(|made| made.1).sum::<usize>(), 5_990);
-    // The others are about the same link, or were forged for a wider one.
+    // Further errors are about the same link, or claim a larger MTU.
     for mtu in [1_400, 1_401, 1_500, 65_535] {
         assert_eq!(bench.error(too_big(Side::Client, mtu, c(1_440))), Taken);
     }
     assert!(bench.made().is_empty());
-    // A narrower one behind it.
+    // A link with a smaller MTU behind it.
     assert_eq!(bench.error(too_big(Side::Client, 1_300, c(1_360))), Taken);
     assert_eq!(bench.made()[0], (0, 1_260));
-    // Errors of other kinds are the end's affair, whose bytes they are.
+    // Errors of other kinds go to the sender.
     assert_eq!(bench.error(hard(Side::Client, c(1_360))), Passed);
     assert_eq!(bench.table.stats().icmp_narrowed, 2);
-    // The clock of the loss goes on from there.
+    // The retransmission timer continues.
     bench.tick(bench.now + 249);
     assert!(bench.made().is_empty());
     bench.tick(bench.now + 1);
@@ -343,7 +343,7 @@ fn the_sender_hears_of_what_is_its_own_to_send_again() {
 }
 
 #[test]
-fn no_claim_makes_packets_smaller_than_every_link_takes_or_has_them_sent_for_ever() {
+fn forged_mtus_are_bounded_in_size_and_number() {
     for mtu in [1, 68, 575, 576] {
         let mut bench = Bench::open_large();
         bench.deliver(6_000);
@@ -353,7 +353,7 @@ fn no_claim_makes_packets_smaller_than_every_link_takes_or_has_them_sent_for_eve
         assert_eq!(bench.error(too_big(Side::Client, mtu, c(0))), Taken);
         assert!(bench.made().is_empty());
     }
-    // A router that does not say how much its link takes (RFC 1191, 5).
+    // A router that reports no MTU (RFC 1191, 5).
     let mut bench = Bench::open_large();
     bench.deliver(6_000);
     bench.take();
@@ -363,7 +363,7 @@ fn no_claim_makes_packets_smaller_than_every_link_takes_or_has_them_sent_for_eve
     }
     assert_eq!(bench.error(too_big(Side::Client, 0, c(0))), Taken);
     assert!(bench.made().is_empty());
-    // A byte less each time.
+    // The MTU is one byte smaller each time.
     let mut bench = Bench::open_large();
     bench.deliver(20_000);
     bench.take();
@@ -387,7 +387,7 @@ fn no_claim_makes_packets_smaller_than_every_link_takes_or_has_them_sent_for_eve
     assert_eq!(half(u32::MAX), (false, 1_440));
 }
 
-/// A connection that is opening: its end decides what an error means.
+/// In SYN-SENT the end decides what an error means.
 #[test]
 fn errors_about_a_syn_pass_and_forged_ones_do_not() {
     let mut bench = Bench::new(TcpLimits::default());
@@ -396,11 +396,11 @@ fn errors_about_a_syn_pass_and_forged_ones_do_not() {
     for at in [1, 2, 60_000, 1 << 31] {
         assert_eq!(bench.error(hard(Side::Client, c(at))), FORGED);
     }
-    // The server has said nothing yet.
+    // The server has not sent any segment.
     for seq in [0, SERVER_ISN, s(0)] {
         assert_eq!(bench.error(hard(Side::Server, seq)), FORGED);
     }
-    // It is not longer there for that.
+    // The error does not extend the idle timeout.
     bench.now = 9_000;
     assert_eq!(bench.error(hard(Side::Client, CLIENT_ISN)), Passed);
     bench.tick(10_001);
@@ -409,7 +409,7 @@ fn errors_about_a_syn_pass_and_forged_ones_do_not() {
         bench.error(hard(Side::Client, CLIENT_ISN)),
         Dropped(Reason::TcpMidstream)
     );
-    // One in the place of another: its SYN may be answered by an error, too.
+    // A candidate: its SYN may be answered by an error too.
     let mut bench = Bench::open();
     let other = Seg::new(Side::Client, SYN, 5_000, 0, b"");
     bench.put_as(&other, 99, 7);
@@ -419,7 +419,7 @@ fn errors_about_a_syn_pass_and_forged_ones_do_not() {
 }
 
 #[test]
-fn errors_pass_where_nothing_is_read_any_more_and_in_audit_mode() {
+fn errors_about_offloaded_connections_and_in_audit_mode_pass() {
     let mut bench = Bench::open();
     bench.put(&client(0, b"\x02Ox"));
     assert_eq!(bench.take().commands.last().map(|c| c.op), Some(flow_op::OFFLOAD));
@@ -427,14 +427,14 @@ fn errors_pass_where_nothing_is_read_any_more_and_in_audit_mode() {
         assert_eq!(bench.error(hard(Side::Client, seq)), Passed);
         assert_eq!(bench.error(too_big(Side::Client, 1_300, seq)), Passed);
     }
-    // Of another connection.
+    // An error about another connection.
     let other = PuntRequest {
         serial: 98,
         ..PuntRequest::default()
     };
     let unknown = Dropped(Reason::TcpMidstream);
     assert_eq!(bench.error_as(hard(Side::Client, c(0)), other), unknown);
-    // What is owed is delivered first, in packets that fit.
+    // Acknowledged bytes are delivered first, in smaller packets.
     let mut bench = Bench::open_large();
     bench.deliver_with(6_000, b"\x01O");
     assert!(bench.out.commands.is_empty(), "it is not offloaded yet");
@@ -461,8 +461,8 @@ fn errors_pass_where_nothing_is_read_any_more_and_in_audit_mode() {
 }
 
 #[test]
-fn what_was_made_in_the_place_of_an_end_is_no_affair_of_that_end() {
-    // An answer of 800 bytes and the end, in the server's place.
+fn errors_about_built_packets_do_not_reach_the_apparent_sender() {
+    // A response of 800 bytes and a FIN in the server's place.
     let mut bench = Bench::open_large();
     bench.put(&client(0, b"\x02Ab"));
     let answer: Vec<_> = bench.take().emitted;
