@@ -26,6 +26,18 @@ pub struct Diagnostic {
     pub message: String,
 }
 
+impl Diagnostic {
+    /// Returns an error at a place.
+    #[must_use]
+    pub const fn error(location: Location, message: String) -> Self {
+        Self {
+            severity: Severity::Error,
+            location,
+            message,
+        }
+    }
+}
+
 impl fmt::Display for Diagnostic {
     /// `FILE:LINE:COL: message` for an error; the others say what they are before the message.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -7,6 +7,7 @@
 use std::{fmt, sync::Arc};
 
 use ipnet::IpNet;
+use palisade_abi::Direction;
 
 /// Where something was written. Lines and columns count from 1; 0 where it is not known.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
@@ -88,6 +89,71 @@ pub struct Spec {
     pub description: String,
     /// Where the spec starts.
     pub location: Location,
+}
+
+impl Spec {
+    /// Returns the rules of a section, in the order in which they are written; none if the section is absent.
+    #[must_use]
+    pub fn rules(&self, section: Section) -> &[Rule] {
+        match section {
+            Section::Ingress => &self.ingress,
+            Section::IngressDeny => &self.ingress_deny,
+            Section::Egress => &self.egress,
+            Section::EgressDeny => &self.egress_deny,
+        }
+        .as_deref()
+        .unwrap_or_default()
+    }
+}
+
+/// Which section of a spec a rule stands in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[allow(missing_docs, reason = "the names are the language's own")]
+pub enum Section {
+    Ingress,
+    IngressDeny,
+    Egress,
+    EgressDeny,
+}
+
+impl Section {
+    /// All sections, in the order of their numbers.
+    pub const ALL: [Self; 4] = [Self::Ingress, Self::IngressDeny, Self::Egress, Self::EgressDeny];
+
+    /// Returns the sections of a direction: the one that allows, then the one that denies.
+    #[must_use]
+    pub const fn of(direction: Direction) -> [Self; 2] {
+        match direction {
+            Direction::Ingress => [Self::Ingress, Self::IngressDeny],
+            Direction::Egress => [Self::Egress, Self::EgressDeny],
+        }
+    }
+
+    /// The direction it is about.
+    #[must_use]
+    pub const fn direction(self) -> Direction {
+        match self {
+            Self::Ingress | Self::IngressDeny => Direction::Ingress,
+            Self::Egress | Self::EgressDeny => Direction::Egress,
+        }
+    }
+
+    /// Whether its rules deny.
+    #[must_use]
+    pub const fn denies(self) -> bool {
+        matches!(self, Self::IngressDeny | Self::EgressDeny)
+    }
+
+    /// As it is written in a policy.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::IngressDeny => "ingressDeny",
+            Self::Egress => "egress",
+            Self::EgressDeny => "egressDeny",
+        }
+    }
 }
 
 /// Whom a spec is about.

@@ -16,7 +16,7 @@ use crate::{
     diagnostic::Diagnostic,
     labels::Labels,
     learned_identities::{LearnedIdentities, SelectorList},
-    rule::{FqdnPattern, HttpRule, KafkaRule, Listener, Location, PolicyKind, TlsContext},
+    rule::{FqdnPattern, HttpRule, KafkaRule, Listener, Location, PolicyKind, Section, TlsContext},
 };
 
 /// The state of the node: what the maps hold once a plan has been carried out.
@@ -229,44 +229,6 @@ pub fn differing<'a>(
             }
         }
     })
-}
-
-/// Which section of a spec a rule stands in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[allow(missing_docs, reason = "the names are the language's own")]
-pub enum Section {
-    Ingress,
-    IngressDeny,
-    Egress,
-    EgressDeny,
-}
-
-impl Section {
-    /// The direction it is about.
-    #[must_use]
-    pub const fn direction(self) -> Direction {
-        match self {
-            Self::Ingress | Self::IngressDeny => Direction::Ingress,
-            Self::Egress | Self::EgressDeny => Direction::Egress,
-        }
-    }
-
-    /// Whether its rules deny.
-    #[must_use]
-    pub const fn denies(self) -> bool {
-        matches!(self, Self::IngressDeny | Self::EgressDeny)
-    }
-
-    /// As it is written in a policy.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Ingress => "ingress",
-            Self::IngressDeny => "ingressDeny",
-            Self::Egress => "egress",
-            Self::EgressDeny => "egressDeny",
-        }
-    }
 }
 
 /// A place in a policy: what a rule id stands for if it stands for a rule.

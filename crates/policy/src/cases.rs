@@ -18,8 +18,8 @@ use palisade_model::{
 use serde::Deserialize;
 
 use crate::{
+    compile::possible_conflicts,
     compile::{Changes, Compiler, CompilerState, FileContent},
-    conflict::possible_conflicts,
     l7::decide,
     parse::{parse_rules_json, yaml_to_json},
 };

@@ -19,11 +19,8 @@
 pub mod cases;
 pub mod classes;
 pub mod compile;
-mod conflict;
 pub mod identity;
 pub mod l7;
 pub mod parse;
 pub mod plan;
-mod select;
-mod table;
 pub mod trace;

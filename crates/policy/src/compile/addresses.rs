@@ -1,7 +1,7 @@
 //! Who exists, and who has which address.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     net::{IpAddr, Ipv6Addr},
     sync::Arc,
 };
@@ -11,59 +11,14 @@ use palisade_abi::{Addr, Identity, IpcacheEntry, PrefixKey, identity};
 use palisade_model::{
     diagnostic::Diagnostic,
     identity::{cidr_label, prefix_labels},
-    inventory::Inventory,
     labels::Labels,
     rule::Location,
 };
 
-use super::{Compiler, NamedPortOwners, Progress, UnitPeers, problem};
-use crate::select::ResolvedSelector;
-
-/// Prefixes and addresses that the world names.
-#[derive(Clone, Debug, Default)]
-pub(super) struct NamedPrefixes {
-    pub(super) all: HashSet<IpNet>,
-    /// Those of labelled peers that are not part of the world.
-    pub(super) labelled: HashSet<IpNet>,
-    /// Family (is IPv6) and length of those.
-    pub(super) lengths: BTreeSet<(bool, u8)>,
-}
-
-impl NamedPrefixes {
-    pub(super) fn of(inventory: &Inventory) -> Self {
-        let peers = |chosen: fn(&Labels) -> bool| {
-            inventory
-                .peers
-                .iter()
-                .filter(move |peer| chosen(&peer.labels))
-                .flat_map(|peer| peer.prefixes.iter().map(IpNet::trunc))
-        };
-        let addresses = inventory
-            .endpoints
-            .iter()
-            .flat_map(|endpoint| &endpoint.addresses);
-        let labelled: HashSet<IpNet> = peers(|labels| !is_world(labels)).collect();
-        Self {
-            all: peers(|_| true)
-                .chain(addresses.map(|address| IpNet::from(*address)))
-                .collect(),
-            lengths: labelled
-                .iter()
-                .map(|prefix| (matches!(prefix, IpNet::V6(_)), prefix.prefix_len()))
-                .collect(),
-            labelled,
-        }
-    }
-
-    /// An address of a labelled peer is the peer, however narrow a prefix a policy mentions.
-    pub(super) fn shadows(&self, prefix: IpNet) -> bool {
-        let v6 = matches!(prefix, IpNet::V6(_));
-        self.lengths
-            .iter()
-            .filter(|(family, length)| *family == v6 && *length <= prefix.prefix_len())
-            .any(|(_, length)| shorten(prefix, *length).is_some_and(|wider| self.labelled.contains(&wider)))
-    }
-}
+use super::{
+    changes::Progress, compiler::Compiler, named_ports::NamedPortOwners, named_prefixes::is_world,
+    select::ResolvedSelector, spec::UnitPeers,
+};
 
 impl Compiler {
     /// Who exists, who has which address; what peers mean if that has changed.
@@ -93,7 +48,7 @@ impl Compiler {
             }
             let number = identities
                 .number(labels, &|number| in_use.contains(&number))
-                .map_err(|error| vec![problem(Location::default(), error.to_string())])?;
+                .map_err(|error| vec![Diagnostic::error(Location::default(), error.to_string())])?;
             Ok(number)
         };
         let mut put = |prefix: IpNet, entry: IpcacheEntry| match full_length(prefix) {
@@ -232,7 +187,7 @@ impl Compiler {
             let identity = self
                 .identities
                 .number(&labels, &|number| known.contains_key(&number))
-                .map_err(|error| vec![problem(Location::default(), error.to_string())])?;
+                .map_err(|error| vec![Diagnostic::error(Location::default(), error.to_string())])?;
             let identities = Arc::make_mut(&mut self.snapshot.identities);
             if step > 0 {
                 identities.insert(identity, labels.clone());
@@ -333,12 +288,6 @@ impl Compiler {
     }
 }
 
-fn is_world(labels: &Labels) -> bool {
-    ["world", "world-ipv4", "world-ipv6"]
-        .iter()
-        .any(|key| labels.has_reserved(key))
-}
-
 /// Where IPv4 addresses are among the IPv6 ones (RFC 4291, 2.5.5.2).
 const V4_MAPPED: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0, 0), 96);
 
@@ -352,10 +301,6 @@ const fn entry(identity: Identity, endpoint: u16) -> IpcacheEntry {
 
 fn full_length(prefix: IpNet) -> Option<Addr> {
     (prefix.prefix_len() == prefix.max_prefix_len()).then(|| Addr::from(prefix.addr()))
-}
-
-fn shorten(prefix: IpNet, length: u8) -> Option<IpNet> {
-    IpNet::new(prefix.addr(), length).ok().map(|net| net.trunc())
 }
 
 /// A prefix as the trie has it.

@@ -4,7 +4,7 @@
 //! send to. So they have rows in the egress tables of those endpoints and nowhere else, however many there are.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     sync::Arc,
 };
 
@@ -14,13 +14,18 @@ use palisade_model::{
     identity::is_combined,
     inventory::Enforcement,
     labels::Labels,
-    learned_identities::{LearnedIdentities, LearnedSet, SelectorList, SelectorNumber, Sets, learnable},
+    learned_identities::{LearnedIdentities, LearnedSet, SelectorNumber, Sets, learnable},
     op::Op,
-    rule::{FqdnPattern, Label, Location},
+    rule::Location,
     snapshot::TableKey,
 };
 
-use super::{Compiler, Progress, problem, subject::Subject};
+use super::{
+    changes::Progress,
+    compiler::Compiler,
+    learned_index::{LearnedIdentity, LearnedRows, text},
+    subject::Subject,
+};
 use crate::plan::plan;
 
 /// What [`Compiler::learned`] came to.
@@ -33,143 +38,6 @@ pub struct LearnedUpdate {
     pub ops: Vec<Op>,
     /// Whether there are new sets of application rules, which whoever inspects has to know before `ops` are carried out.
     pub rulesets: bool,
-}
-
-/// An identity of learned addresses.
-#[derive(Debug, PartialEq)]
-pub(crate) struct LearnedIdentity {
-    pub(crate) base: Identity,
-    pub(crate) selectors: Arc<[SelectorNumber]>,
-    pub(crate) labels: Labels,
-}
-
-/// Selectors and the identities that come of them.
-#[derive(Clone, Debug, Default)]
-pub(super) struct LearnedNames {
-    /// Selector by its text.
-    numbers: HashMap<String, SelectorNumber>,
-    last: SelectorNumber,
-    patterns: BTreeMap<SelectorNumber, FqdnPattern>,
-    /// Who uses a selector.
-    users: BTreeMap<SelectorNumber, BTreeSet<usize>>,
-    /// What was asked for beyond the standing sets.
-    wanted: BTreeSet<LearnedSet>,
-    /// Every set there is.
-    sets: BTreeMap<LearnedSet, Identity>,
-    /// What the numbers stand for; without those that ordinary identities have too.
-    identities: BTreeMap<Identity, Arc<LearnedIdentity>>,
-    by_selector: HashMap<SelectorNumber, BTreeSet<Identity>>,
-    /// The selectors and the wanted sets that `sets` were made for.
-    made_for: Option<(BTreeSet<SelectorNumber>, [Identity; 2])>,
-    wanted_changed: bool,
-    /// Identities, ordinary ones or learned ones, have changed since the snapshot was made.
-    pub(super) changed: bool,
-}
-
-fn text(pattern: &FqdnPattern) -> &str {
-    match pattern {
-        FqdnPattern::Name(text) | FqdnPattern::Pattern(text) => text,
-    }
-}
-
-impl LearnedNames {
-    /// The number of a selector, a new one if nobody uses it yet.
-    pub(super) fn selector(&mut self, pattern: &FqdnPattern) -> SelectorNumber {
-        if let Some(number) = self.numbers.get(text(pattern)) {
-            return *number;
-        }
-        self.last += 1;
-        self.numbers.insert(text(pattern).to_owned(), self.last);
-        self.patterns.insert(self.last, pattern.clone());
-        self.last
-    }
-
-    pub(super) fn selector_of(&self, text: &str) -> Option<SelectorNumber> {
-        self.numbers.get(text).copied()
-    }
-
-    pub(super) fn identities(&self) -> &BTreeMap<Identity, Arc<LearnedIdentity>> {
-        &self.identities
-    }
-
-    /// Whether any of these identities is the base of a set or has the number of one.
-    fn concerned(&self, moved: &BTreeSet<Identity>) -> bool {
-        let bases = |set: &LearnedSet| moved.contains(&set.base);
-        !moved.is_empty()
-            && (self.wanted.iter().any(bases)
-                || self
-                    .sets
-                    .iter()
-                    .any(|(set, number)| bases(set) || moved.contains(number)))
-    }
-
-    fn labels(&self, base: &Labels, selectors: &[SelectorNumber]) -> Option<Labels> {
-        let names: Option<Vec<Label>> = selectors
-            .iter()
-            .map(|number| {
-                Some(Label {
-                    source: "fqdn".into(),
-                    key: text(self.patterns.get(number)?).to_owned(),
-                    value: String::new(),
-                })
-            })
-            .collect();
-        Some(Labels::new(base.iter().cloned().chain(names?)))
-    }
-
-    /// The subjects are made anew: nobody has said yet which selectors it uses.
-    pub(super) fn forget_users(&mut self) {
-        self.users.clear();
-        self.made_for = None;
-    }
-
-    fn put(&mut self, set: LearnedSet, number: Identity, labels: Labels, ordinary: bool) {
-        if !ordinary {
-            for selector in &*set.selectors {
-                self.by_selector.entry(*selector).or_default().insert(number);
-            }
-            let identity = LearnedIdentity {
-                base: set.base,
-                selectors: Arc::clone(&set.selectors),
-                labels,
-            };
-            self.identities.insert(number, Arc::new(identity));
-        }
-        self.sets.insert(set, number);
-    }
-}
-
-/// The learned identities that one subject can meet.
-#[derive(Clone, Debug, Default)]
-pub(super) struct SubjectNames {
-    pub(super) selectors: BTreeSet<SelectorNumber>,
-    /// The same as snapshots have it.
-    pub(super) list: Option<SelectorList>,
-    pub(super) rows: LearnedRows,
-    /// Whether the endpoints learn, as the table's policy id has it.
-    pub(super) learns: bool,
-}
-
-/// Learned identities, findable by what rules ask for.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct LearnedRows {
-    pub(crate) identities: BTreeMap<Identity, Arc<LearnedIdentity>>,
-    pub(crate) by_base: BTreeMap<Identity, Vec<Identity>>,
-    pub(crate) by_selector: HashMap<SelectorNumber, Vec<Identity>>,
-    /// The texts of the selectors: a label selector can ask for them too.
-    pub(crate) texts: HashSet<String>,
-}
-
-impl LearnedRows {
-    fn add(&mut self, number: Identity, identity: &Arc<LearnedIdentity>) {
-        if self.identities.insert(number, Arc::clone(identity)).is_some() {
-            return;
-        }
-        self.by_base.entry(identity.base).or_default().push(number);
-        for selector in &*identity.selectors {
-            self.by_selector.entry(*selector).or_default().push(number);
-        }
-    }
 }
 
 impl Compiler {
@@ -291,7 +159,7 @@ impl Compiler {
             .number(&labels, &|number| {
                 known.contains_key(&number) || learned.contains_key(&number)
             })
-            .map_err(|error| vec![problem(Location::default(), error.to_string())])?;
+            .map_err(|error| vec![Diagnostic::error(Location::default(), error.to_string())])?;
         Ok(Some((number, labels)))
     }
 

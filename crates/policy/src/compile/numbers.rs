@@ -6,9 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use palisade_model::snapshot::{RuleInfo, RuleSet};
-
-use crate::table::RuleSets;
+use palisade_model::snapshot::{RuleInfo, RuleKey, RuleSet};
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct RuleIds {
@@ -41,8 +39,8 @@ pub(super) struct RuleSetIds {
     pub(super) sets: Arc<BTreeMap<u32, Arc<RuleSet>>>,
 }
 
-impl RuleSets for RuleSetIds {
-    fn number(&mut self, set: RuleSet) -> u32 {
+impl RuleSetIds {
+    pub(super) fn number(&mut self, set: RuleSet) -> u32 {
         if let Some(&id) = self.numbers.get(&set) {
             return id;
         }
@@ -51,9 +49,7 @@ impl RuleSets for RuleSetIds {
         self.numbers.insert(set, id);
         id
     }
-}
 
-impl RuleSetIds {
     /// The number that is made of a set, or the next one that nobody has; never 0.
     fn free_id(&self, set: &RuleSet) -> u32 {
         let mut hasher = Fnv::default();
@@ -85,5 +81,14 @@ impl Hasher for Fnv {
         for byte in bytes {
             self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
         }
+    }
+}
+
+pub(super) fn plain(key: RuleKey) -> RuleInfo {
+    RuleInfo {
+        id: 0,
+        key,
+        location: None,
+        description: String::new(),
     }
 }

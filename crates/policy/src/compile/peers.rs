@@ -8,7 +8,7 @@ use std::{
 use palisade_abi::Identity;
 use palisade_model::rule::{CidrGroup, Peer};
 
-use crate::select::{IdentityIndex, ResolvedSelector};
+use super::select::{IdentityIndex, ResolvedSelector};
 
 /// The identities that each distinct peer means.
 #[derive(Clone, Debug, Default)]

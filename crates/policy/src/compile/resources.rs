@@ -3,62 +3,16 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fmt,
     sync::Arc,
 };
 
-use palisade_model::{
-    diagnostic::Diagnostic,
-    rule::{Location, PolicyKind},
+use palisade_model::{diagnostic::Diagnostic, rule::Location};
+
+use super::{
+    compiler::Compiler,
+    resource_name::{ResourceName, already_there},
+    spec::FileContent,
 };
-
-use super::{Compiler, FileContent, problem};
-
-/// What may be there only once: a kind of resource with its namespace and name.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ResourceName {
-    kind: &'static str,
-    name: String,
-}
-
-impl fmt::Display for ResourceName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.kind, self.name)
-    }
-}
-
-impl FileContent {
-    /// The resources of the file with their places. Bare rules of case files have no names.
-    pub fn resources(&self) -> impl Iterator<Item = (ResourceName, &Location)> {
-        let policies = self.policies.iter().filter_map(|policy| {
-            let kind = match policy.kind {
-                PolicyKind::Cnp => "CiliumNetworkPolicy",
-                PolicyKind::Ccnp => "CiliumClusterwideNetworkPolicy",
-                PolicyKind::Knp => "NetworkPolicy",
-                PolicyKind::Raw => return None,
-            };
-            let name = policy.qualified_name();
-            Some((ResourceName { kind, name }, &policy.location))
-        });
-        let groups = self.cidr_groups.iter().map(|group| {
-            let name = group.name.clone();
-            let kind = "CiliumCIDRGroup";
-            (ResourceName { kind, name }, &group.location)
-        });
-        policies.chain(groups)
-    }
-}
-
-/// The error about a resource that another file has already.
-#[must_use]
-pub fn already_there(name: &ResourceName, location: &Location, first: &Location) -> Diagnostic {
-    problem(
-        location.clone(),
-        format!(
-            "{name} is in {first} already, and stays as it is there; delete one of the two, or rename it"
-        ),
-    )
-}
 
 impl Compiler {
     /// Errors about resources of changed files that other files have. The file that has had the resource so far keeps

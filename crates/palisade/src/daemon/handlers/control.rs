@@ -409,7 +409,7 @@ fn full_name(endpoint: &WorldEndpoint) -> String {
 
 #[cfg(test)]
 mod tests {
-    use palisade_model::snapshot::Section;
+    use palisade_model::rule::Section;
     use palisade_policy::parse::parse;
 
     use super::*;

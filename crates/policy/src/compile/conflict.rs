@@ -9,23 +9,19 @@ use palisade_abi::{Direction, protocol};
 use palisade_model::{
     diagnostic::Diagnostic,
     rule::{
-        Entity, L4Protocol, LabelSource, Location, Peer, Peers, Policy, PortSpec, Ports, Requirement, Spec,
-        Subject as SpecSubject, Test,
+        Entity, L4Protocol, LabelSource, Location, Peer, Peers, Policy, PortSpec, Ports, Requirement,
+        Section, Spec, Subject as SpecSubject, Test,
     },
 };
 
-use crate::{
-    compile::{problem, section_rules, sections_of},
-    select::ResolvedSelector,
-    table::L7Policy,
-};
+use super::{l7_policy::L7Policy, select::ResolvedSelector};
 
 /// Ports as they are written, one protocol of them, and a peer (`None`: everybody): what L7 rules are merged by.
 type Spot<'a> = (Port<'a>, L4Protocol, Option<Cow<'a, Peer>>);
 
 /// A port as it is written, without its protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Port<'a> {
+pub(super) enum Port<'a> {
     Range(u16, u16),
     Named(&'a str),
     Icmp(u8),
@@ -33,16 +29,16 @@ pub(crate) enum Port<'a> {
 
 /// Finds what [`L7Policy::conflict`] finds, over several specs.
 #[derive(Default)]
-pub(crate) struct ConflictFinder<'a> {
+pub(super) struct ConflictFinder<'a> {
     seen: HashMap<Spot<'a>, Vec<(L7Policy, String, &'a Location)>>,
     denied: HashSet<Spot<'a>>,
     errors: Vec<Diagnostic>,
 }
 
 impl<'a> ConflictFinder<'a> {
-    pub(crate) fn add(&mut self, policy: &str, spec: &'a Spec, direction: Direction) {
-        for section in sections_of(direction) {
-            for rule in section_rules(spec, section) {
+    pub(super) fn add(&mut self, policy: &str, spec: &'a Spec, direction: Direction) {
+        for section in Section::of(direction) {
+            for rule in spec.rules(section) {
                 let Ports::OneOf(entries) = &rule.ports else {
                     continue;
                 };
@@ -89,7 +85,7 @@ impl<'a> ConflictFinder<'a> {
         let seen = self.seen.entry(key).or_default();
         for (other, other_policy, other_location) in seen.iter() {
             if let Some(what) = l7.conflict(other) {
-                self.errors.push(problem(
+                self.errors.push(Diagnostic::error(
                     location.clone(),
                     format!(
                         "policy {policy} and policy {other_policy} ({other_location}) disagree about the same peer and \
@@ -104,7 +100,7 @@ impl<'a> ConflictFinder<'a> {
         }
     }
 
-    pub(crate) fn finish(self) -> Result<(), Vec<Diagnostic>> {
+    pub(super) fn finish(self) -> Result<(), Vec<Diagnostic>> {
         if self.errors.is_empty() {
             Ok(())
         } else {

@@ -1,327 +1,32 @@
 //! One subject's rules to its table: precedence resolved, so that the first key found is the verdict.
 
-use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    sync::Arc,
-};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use palisade_abi::{
     CLASS_ANY, Class, Decision, Direction, Identity, Inspector, MatchKind, PolicyEntry, entry_flags, identity,
 };
-use palisade_model::{
-    learned_identities::SelectorNumber,
-    rule::{FqdnPattern, L7, L7Rules, Listener, TlsContext},
-    snapshot::{Alternative, Matcher, RuleSet, TableKey},
+use palisade_model::snapshot::{Alternative, Matcher, RuleSet, TableKey};
+
+use super::{
+    l7_policy::L7Policy,
+    learned_index::LearnedRows,
+    numbers::RuleSetIds,
+    table_rule::{DefaultVerdict, Member, Members, TablePorts, TableRule},
 };
-
-use crate::{
-    classes::PortSet,
-    compile::{LearnedIdentity, LearnedRows},
-    select::ResolvedSelector,
-};
-
-/// What is read on a port, ready to be merged.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct L7Policy {
-    /// What the traffic is read as.
-    pub(crate) kind: Inspector,
-    /// Of several kinds the one with the lower number wins.
-    priority: u8,
-    /// What passes.
-    matchers: Vec<Matcher>,
-    /// `serverNames` beside rules of another protocol.
-    server_names: Vec<FqdnPattern>,
-    terminating_tls: Option<TlsContext>,
-    originating_tls: Option<TlsContext>,
-    listener: Option<Listener>,
-}
-
-impl L7Policy {
-    /// What an entry of toPorts asks for. Whether requests that no rule matches pass is not decided here but by the
-    /// default of the endpoint and direction ([`merge`]): a policy without default deny takes nothing away where
-    /// everything is allowed by default, and its rules restrict where anything else denies by default.
-    pub(crate) fn of(l7: &L7) -> Option<Self> {
-        if l7.is_none() {
-            return None;
-        }
-        let names = || l7.server_names.iter().cloned().map(Matcher::ServerName);
-        let (kind, mut matchers): (Inspector, Vec<Matcher>) = match &l7.rules {
-            L7Rules::Http(rules) => (
-                Inspector::Http,
-                rules.iter().cloned().map(Matcher::Http).collect(),
-            ),
-            L7Rules::Kafka(rules) => (
-                Inspector::Kafka,
-                rules.iter().cloned().map(Matcher::Kafka).collect(),
-            ),
-            L7Rules::Dns(rules) => (Inspector::Dns, rules.iter().cloned().map(Matcher::Dns).collect()),
-            L7Rules::Generic { parser, rules } => (
-                Inspector::Listener,
-                rules
-                    .iter()
-                    .map(|rule| Matcher::Generic {
-                        parser: parser.clone(),
-                        rule: rule.clone(),
-                    })
-                    .collect(),
-            ),
-            L7Rules::None => (Inspector::Tls, names().collect()),
-        };
-        let alone = l7.rules == L7Rules::None;
-        if matchers.is_empty() {
-            matchers.push(Matcher::Everything);
-        }
-        let mut priority = match kind {
-            Inspector::Http => 101,
-            Inspector::Kafka => 106,
-            Inspector::Tls | Inspector::TlsTerminate => 116,
-            Inspector::Dns => 121,
-            Inspector::None | Inspector::Listener => 111,
-        };
-        let mut kind = kind;
-        if let Some(listener) = &l7.listener {
-            kind = Inspector::Listener;
-            priority = if listener.priority == 0 {
-                126
-            } else {
-                listener.priority
-            };
-        }
-        Some(Self {
-            kind,
-            priority,
-            matchers,
-            server_names: if alone {
-                Vec::new()
-            } else {
-                l7.server_names.clone()
-            },
-            terminating_tls: l7.terminating_tls.clone(),
-            originating_tls: l7.originating_tls.clone(),
-            listener: l7.listener.clone(),
-        })
-    }
-
-    /// What of a rule's reading cannot be combined with another's on the same peer and port, in words.
-    pub(crate) fn conflict(&self, other: &Self) -> Option<String> {
-        let name = |l7: &Self| palisade_model::snapshot::inspector_name(l7.kind as u8);
-        // Server names can stand beside rules about what is inside, if that can be seen.
-        let names = |l7: &Self| {
-            let names = l7
-                .matchers
-                .iter()
-                .any(|matcher| matches!(matcher, Matcher::ServerName(_)));
-            names || !l7.server_names.is_empty()
-        };
-        let can_join = |outer: &Self, inner: &Self| {
-            outer.kind == Inspector::Tls
-                && matches!(inner.kind, Inspector::Http | Inspector::Kafka)
-                && (outer.terminating_tls.is_some()
-                    || inner.terminating_tls.is_some()
-                    || !(names(outer) || names(inner)))
-        };
-        if self.kind != other.kind && !can_join(self, other) && !can_join(other, self) {
-            return Some(format!("{} and {} cannot both be read", name(self), name(other)));
-        }
-        if let (Some(a), Some(b)) = (&self.listener, &other.listener)
-            && self.priority == other.priority
-            && (&a.kind, &a.resource, &a.name) != (&b.kind, &b.resource, &b.name)
-        {
-            return Some(format!(
-                "listeners {} and {} have the same priority",
-                a.name, b.name
-            ));
-        }
-        if let (Matcher::Generic { parser: a, .. }, Matcher::Generic { parser: b, .. }) =
-            (self.matchers.first()?, other.matchers.first()?)
-            && a != b
-        {
-            return Some(format!("{a} and {b} cannot both be read"));
-        }
-        let differ = |a: &Option<TlsContext>, b: &Option<TlsContext>| a.is_some() && b.is_some() && a != b;
-        if differ(&self.terminating_tls, &other.terminating_tls) {
-            return Some("two different terminatingTLS".into());
-        }
-        if differ(&self.originating_tls, &other.originating_tls) {
-            return Some("two different originatingTLS".into());
-        }
-        None
-    }
-}
-
-/// Whom a rule is about, looked up.
-#[derive(Clone, Debug)]
-pub(crate) enum Members {
-    /// Everybody, known or not.
-    Everybody,
-    /// Whom one of its peers means.
-    Of(Vec<Member>),
-}
-
-impl Members {
-    /// Those of the members that are among some identities.
-    pub(crate) fn among(&self, identities: &Arc<BTreeSet<Identity>>) -> Self {
-        Self::Of(match self {
-            Self::Everybody => vec![Member {
-                peer: Member::EVERYBODY,
-                members: Arc::clone(identities),
-                learned: Learned::Base,
-            }],
-            Self::Of(peers) => peers
-                .iter()
-                .map(|peer| Member {
-                    peer: peer.peer,
-                    members: Arc::new(peer.members.intersection(identities).copied().collect()),
-                    learned: Learned::Base,
-                })
-                .filter(|peer| !peer.members.is_empty())
-                .collect(),
-        })
-    }
-
-    /// The members without some identities. Of everybody these cannot be taken away, see [`TableRule::except`].
-    pub(crate) fn without(&self, identities: &BTreeSet<Identity>) -> Self {
-        match self {
-            Self::Everybody => Self::Everybody,
-            Self::Of(peers) => Self::Of(
-                peers
-                    .iter()
-                    .map(|peer| Member {
-                        members: Arc::new(peer.members.difference(identities).copied().collect()),
-                        ..peer.clone()
-                    })
-                    .collect(),
-            ),
-        }
-    }
-}
-
-/// A peer of a rule, looked up.
-#[derive(Clone, Debug)]
-pub(crate) struct Member {
-    /// Names the peer, so that equal peers can be recognised.
-    pub(crate) peer: u32,
-    /// The ordinary identities that it means.
-    pub(crate) members: Arc<BTreeSet<Identity>>,
-    /// Which identities of learned addresses it means.
-    pub(crate) learned: Learned,
-}
-
-/// Which identities of learned addresses a peer means.
-#[derive(Clone, Debug)]
-pub(crate) enum Learned {
-    /// Those whose base it means.
-    Base,
-    /// Those of a selector, and those whose base it means.
-    Selector(SelectorNumber),
-    /// Those that meet the requirements of a label selector; they may ask for names.
-    Labels(Arc<ResolvedSelector>),
-}
-
-impl Member {
-    pub(crate) fn means(&self, identity: &LearnedIdentity) -> bool {
-        match &self.learned {
-            Learned::Base => self.members.contains(&identity.base),
-            Learned::Selector(selector) => {
-                identity.selectors.binary_search(selector).is_ok() || self.members.contains(&identity.base)
-            }
-            Learned::Labels(resolved) => resolved.matches(&identity.labels),
-        }
-    }
-
-    /// Who of everybody has a port of some name: stands for everybody where peers are compared.
-    pub(crate) const EVERYBODY: u32 = u32::MAX - 1;
-
-    /// The same for all that a subject can meet.
-    fn name_learned(&self, rows: &LearnedRows, mut name: impl FnMut(Identity)) {
-        let mut by_base = || {
-            for (base, identities) in &rows.by_base {
-                if self.members.contains(base) {
-                    identities.iter().for_each(|identity| name(*identity));
-                }
-            }
-        };
-        match &self.learned {
-            Learned::Base => by_base(),
-            Learned::Selector(selector) => {
-                by_base();
-                let identities = rows.by_selector.get(selector).into_iter().flatten();
-                identities.for_each(|identity| name(*identity));
-            }
-            Learned::Labels(resolved) if !resolved.asks_for(|key| rows.texts.contains(key)) => by_base(),
-            Learned::Labels(resolved) => {
-                for (number, identity) in &rows.identities {
-                    if resolved.matches(&identity.labels) {
-                        name(*number);
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// A rule (of one direction) with everything looked up.
-#[derive(Clone, Debug)]
-pub(crate) struct TableRule {
-    pub(crate) id: u32,
-    pub(crate) denies: bool,
-    /// The policy is in audit mode.
-    pub(crate) audit: bool,
-    pub(crate) auth_required: bool,
-    pub(crate) members: Members,
-    /// Of everybody, those that the rule is not about: peers with a port of the name that the rule asks for under
-    /// another number, for which there is a rule of its own.
-    pub(crate) except: Option<Arc<BTreeSet<Identity>>>,
-    pub(crate) ports: Vec<TablePorts>,
-}
-
-impl TableRule {
-    /// Whether the rule is not about an identity although it is about everybody.
-    pub(crate) fn excepts(&self, identity: Identity) -> bool {
-        self.except
-            .as_ref()
-            .is_some_and(|except| except.contains(&identity))
-    }
-}
-
-/// Some ports of a rule.
-#[derive(Clone, Debug)]
-pub(crate) struct TablePorts {
-    pub(crate) set: PortSet,
-    /// `None`: whatever the class.
-    pub(crate) classes: Option<Arc<[Class]>>,
-    pub(crate) l7: Option<Arc<L7Policy>>,
-}
-
-/// What holds where no rule matches.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct DefaultVerdict {
-    pub(crate) allow: bool,
-    /// Nothing is enforced in this direction.
-    pub(crate) unenforced: bool,
-    /// The id that names the cause.
-    pub(crate) rule: u32,
-    /// All policies that cause the denial are in audit mode.
-    pub(crate) audit: bool,
-}
-
-/// Gives a number to a rule set.
-pub(crate) trait RuleSets {
-    fn number(&mut self, set: RuleSet) -> u32;
-}
+use crate::classes::PortSet;
 
 /// The entries of one direction.
-pub(crate) struct Builder<'a> {
-    pub(crate) direction: Direction,
-    pub(crate) rules: &'a [&'a TableRule],
+pub(super) struct Builder<'a> {
+    pub(super) direction: Direction,
+    pub(super) rules: &'a [&'a TableRule],
     /// Towards whom entries are made, beside those towards everybody; `None`: towards whom a rule names.
-    pub(crate) rows: Option<&'a BTreeSet<Identity>>,
+    pub(super) rows: Option<&'a BTreeSet<Identity>>,
     /// The learned identities that the subject can meet; none where it cannot (ingress).
-    pub(crate) learned: Option<&'a LearnedRows>,
-    pub(crate) default_verdict: DefaultVerdict,
+    pub(super) learned: Option<&'a LearnedRows>,
+    pub(super) default_verdict: DefaultVerdict,
     /// Whether denials pass and are reported, whoever causes them.
-    pub(crate) audit: bool,
-    pub(crate) rulesets: &'a mut dyn RuleSets,
+    pub(super) audit: bool,
+    pub(super) rulesets: &'a mut RuleSetIds,
 }
 
 /// One way a packet can match: a rule and one of its port sets.
@@ -356,7 +61,7 @@ impl<'a> Row<'a> {
 }
 
 impl Builder<'_> {
-    pub(crate) fn build(mut self, into: &mut Vec<(TableKey, PolicyEntry)>) {
+    pub(super) fn build(mut self, into: &mut Vec<(TableKey, PolicyEntry)>) {
         let direction = self.direction as u8;
         let mut put = |identity, class, entry| {
             into.push((

@@ -18,7 +18,7 @@ const CLUSTER_LABEL: (&str, &str, &str) = ("k8s", "io.cilium.k8s.policy.cluster"
 
 /// A peer with its groups of prefixes looked up.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum ResolvedSelector {
+pub(super) enum ResolvedSelector {
     Everybody,
     Labels(Selector),
     Nodes(Selector),
@@ -28,7 +28,7 @@ pub(crate) enum ResolvedSelector {
 }
 
 impl ResolvedSelector {
-    pub(crate) fn of(peer: &Peer, groups: &[&CidrGroup]) -> Self {
+    pub(super) fn of(peer: &Peer, groups: &[&CidrGroup]) -> Self {
         let expand = |group: &CidrGroup, except: &[IpNet]| -> Vec<CidrRule> {
             let cidrs = group.cidrs.iter();
             cidrs
@@ -60,7 +60,7 @@ impl ResolvedSelector {
     }
 
     /// The prefixes it mentions, excluded ones too.
-    pub(crate) fn prefixes(&self) -> impl Iterator<Item = IpNet> + '_ {
+    pub(super) fn prefixes(&self) -> impl Iterator<Item = IpNet> + '_ {
         let rules = match self {
             Self::Cidrs(rules) => rules.as_slice(),
             _ => &[],
@@ -71,7 +71,7 @@ impl ResolvedSelector {
     }
 
     /// Whether it has a requirement about a key for which `known` says so.
-    pub(crate) fn asks_for(&self, known: impl Fn(&str) -> bool) -> bool {
+    pub(super) fn asks_for(&self, known: impl Fn(&str) -> bool) -> bool {
         match self {
             Self::Labels(selector) | Self::Nodes(selector) => selector
                 .requirements
@@ -82,7 +82,7 @@ impl ResolvedSelector {
     }
 
     /// Whether it means an identity with these labels.
-    pub(crate) fn matches(&self, labels: &Labels) -> bool {
+    pub(super) fn matches(&self, labels: &Labels) -> bool {
         match self {
             Self::Everybody => true,
             Self::Labels(selector) => selector.matches(labels),
@@ -176,7 +176,7 @@ fn is_labelled(labels: &Labels) -> bool {
 
 /// The identities that exist, findable by what selectors ask for.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct IdentityIndex {
+pub(super) struct IdentityIndex {
     labels: BTreeMap<Identity, Labels>,
     by_label: HashMap<String, HashMap<String, BTreeSet<Identity>>>,
     /// Family (is IPv6), first address and length of `cidr` labels.
@@ -184,11 +184,11 @@ pub(crate) struct IdentityIndex {
 }
 
 impl IdentityIndex {
-    pub(crate) fn labels(&self) -> &BTreeMap<Identity, Labels> {
+    pub(super) fn labels(&self) -> &BTreeMap<Identity, Labels> {
         &self.labels
     }
 
-    pub(crate) fn add(&mut self, identity: Identity, labels: Labels) {
+    pub(super) fn add(&mut self, identity: Identity, labels: Labels) {
         for label in labels.iter() {
             self.by_label
                 .entry(label.key.clone())
@@ -204,7 +204,7 @@ impl IdentityIndex {
         self.labels.insert(identity, labels);
     }
 
-    pub(crate) fn remove(&mut self, identity: Identity) {
+    pub(super) fn remove(&mut self, identity: Identity) {
         let Some(labels) = self.labels.remove(&identity) else {
             return;
         };
@@ -228,7 +228,7 @@ impl IdentityIndex {
     }
 
     /// The identities that a peer means. ([`ResolvedSelector::Everybody`]: those there are.)
-    pub(crate) fn select(&self, resolved: &ResolvedSelector) -> BTreeSet<Identity> {
+    pub(super) fn select(&self, resolved: &ResolvedSelector) -> BTreeSet<Identity> {
         let candidates: Option<BTreeSet<Identity>> = match resolved {
             ResolvedSelector::Labels(selector) => self.candidates(selector),
             ResolvedSelector::Nodes(_) => Some(

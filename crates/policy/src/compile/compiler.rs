@@ -1,0 +1,263 @@
+//! The state of the compiler, and what can be asked of it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use ipnet::IpNet;
+use palisade_abi::{Direction, Identity};
+use palisade_model::{
+    diagnostic::Diagnostic,
+    inventory::{Enforcement, Inventory},
+    rule::{Location, Peer, Policy},
+    snapshot::{Snapshot, inspector_name},
+};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    learned_index::LearnedNames,
+    named_ports::NamedPortOwners,
+    named_prefixes::NamedPrefixes,
+    numbers::{RuleIds, RuleSetIds},
+    peers::PeerCache,
+    resource_name::ResourceName,
+    select::{IdentityIndex, ResolvedSelector},
+    spec::{CompiledSpec, FileContent, SpecKey},
+    subject::Subject,
+    table_rule::Members,
+};
+use crate::{
+    classes::Classes,
+    identity::{Allocator, AllocatorState},
+};
+
+/// What has to be kept over a restart, so that numbers mean the same afterwards.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CompilerState {
+    /// Identity numbers.
+    pub identities: AllocatorState,
+    /// Rule ids by what they stand for.
+    pub rules: BTreeMap<String, u32>,
+    /// Policy ids below this one have been used.
+    pub next_policy: u32,
+    /// The last revision that has been used.
+    pub revision: u32,
+}
+
+/// Turns policies and a world into [`Snapshot`]s.
+#[derive(Clone, Debug, Default)]
+pub struct Compiler {
+    pub(super) inventory: Inventory,
+    pub(super) files: BTreeMap<String, Arc<FileContent>>,
+    /// In which file each resource is, and where.
+    pub(super) owners: HashMap<ResourceName, (Arc<str>, Location)>,
+    pub(super) identities: Allocator,
+    pub(super) rule_ids: RuleIds,
+    pub(super) rulesets: RuleSetIds,
+    pub(super) classes: Classes,
+    pub(super) identity_index: IdentityIndex,
+    /// Prefixes that policies mention, and how often.
+    pub(super) prefixes: BTreeMap<IpNet, u32>,
+    pub(super) peers: PeerCache,
+    /// Prefixes and addresses that the world names.
+    pub(super) named: NamedPrefixes,
+    pub(super) specs: BTreeMap<SpecKey, Arc<CompiledSpec>>,
+    pub(super) names: LearnedNames,
+    pub(super) subjects: Vec<Subject>,
+    /// Ports by name over all endpoints and peers, with the identities of those that have them.
+    pub(super) named_ports: NamedPortOwners,
+    pub(super) next_policy: u32,
+    /// What regular expressions cost that have been asked for.
+    pub(super) expressions: HashMap<String, usize>,
+    pub(super) snapshot: Snapshot,
+}
+
+impl Compiler {
+    /// A compiler without policies or a world.
+    #[must_use]
+    pub fn new(state: &CompilerState) -> Self {
+        Self {
+            identities: Allocator::from_state(&state.identities),
+            rule_ids: RuleIds {
+                numbers: state.rules.iter().map(|(key, id)| (key.clone(), *id)).collect(),
+                last: state.rules.values().copied().max().unwrap_or(0),
+                ..RuleIds::default()
+            },
+            next_policy: state.next_policy.max(1),
+            snapshot: Snapshot {
+                revision: state.revision,
+                ..Snapshot::default()
+            },
+            ..Self::default()
+        }
+    }
+
+    /// What has to be kept for [`Self::new`].
+    #[must_use]
+    pub fn state(&self) -> CompilerState {
+        CompilerState {
+            identities: self.identities.state(),
+            rules: self
+                .rule_ids
+                .numbers
+                .iter()
+                .map(|(key, id)| (key.clone(), *id))
+                .collect(),
+            next_policy: self.next_policy,
+            revision: self.snapshot.revision,
+        }
+    }
+
+    /// Keeps away from the policy ids and revisions that are in the kernel already (after a restart).
+    pub fn avoid(&mut self, found: &Snapshot) {
+        let policies = found.tables.keys().copied();
+        let in_use = found.endpoints.values().map(|state| state.policy);
+        self.next_policy = policies
+            .chain(in_use)
+            .max()
+            .map_or(self.next_policy, |last| {
+                self.next_policy.max(last.wrapping_add(1))
+            })
+            .max(1);
+        let in_tables = found
+            .tables
+            .values()
+            .flat_map(|table| table.entries.keys().map(|key| key.identity));
+        let learned = found.learned.entries.values().copied();
+        self.identities.avoid(in_tables.chain(learned));
+        let revisions = found.endpoints.values().map(|state| state.revision);
+        self.snapshot.revision = revisions.max().unwrap_or(0).max(self.snapshot.revision);
+    }
+
+    /// Has the connections of endpoints judged again: the next plan raises their revisions.
+    pub fn judge_again(&mut self, endpoints: impl IntoIterator<Item = u16>) {
+        // Two at a time: a plan may need one in between.
+        let revision = self.snapshot.revision.wrapping_add(2);
+        for endpoint in endpoints {
+            if let Some(state) = self.snapshot.endpoints.get_mut(&endpoint) {
+                state.revision = revision;
+                self.snapshot.revision = revision;
+            }
+        }
+    }
+
+    /// The result of the last update.
+    #[must_use]
+    pub fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// The world of the last update.
+    #[must_use]
+    pub fn inventory(&self) -> &Inventory {
+        &self.inventory
+    }
+
+    /// The policies in use, file by file.
+    pub fn files(&self) -> impl Iterator<Item = (&str, &FileContent)> {
+        self.files
+            .iter()
+            .map(|(name, content)| (name.as_str(), &**content))
+    }
+
+    /// For each distinct peer of the policies: how it is written, how many rules use it, whom it means. A name means
+    /// the identities of the addresses that have been learned by it.
+    pub fn selectors(&self) -> impl Iterator<Item = (&Peer, u32, BTreeSet<Identity>)> {
+        self.peers.slots.iter().flatten().map(|slot| {
+            let mut members = (*slot.members).clone();
+            if let ResolvedSelector::Fqdn(text) = &*slot.resolved
+                && let Some(selector) = self.names.selector_of(text)
+            {
+                let learned = self.names.identities().iter();
+                members.extend(
+                    learned
+                        .filter(|(_, identity)| identity.selectors.binary_search(&selector).is_ok())
+                        .map(|(number, _)| *number),
+                );
+            }
+            (&slot.peer, slot.users, members)
+        })
+    }
+
+    /// The policies that select an endpoint, with whether they have rules for ingress and egress.
+    #[must_use]
+    pub fn policies_of(&self, endpoint: u16) -> Vec<&Policy> {
+        let subject = self
+            .subjects
+            .iter()
+            .find(|subject| subject.endpoints.iter().any(|(id, _)| *id == endpoint));
+        let Some(subject) = subject else {
+            return Vec::new();
+        };
+        let mut policies: Vec<&Policy> = Vec::new();
+        for (_, selecting) in subject.selecting() {
+            let policy = selecting.unit.policy();
+            if policies.last().is_none_or(|last| !std::ptr::eq(*last, policy)) {
+                policies.push(policy);
+            }
+        }
+        policies
+    }
+
+    /// What there is to say about the policies that select an endpoint, for one direction: names of ports without
+    /// effect, groups that do not exist.
+    pub fn remarks_of(&self, endpoint: u16, direction: Direction) -> impl Iterator<Item = &Diagnostic> {
+        self.subjects
+            .iter()
+            .filter(move |subject| subject.endpoints.iter().any(|(id, _)| *id == endpoint))
+            .flat_map(Subject::selecting)
+            .flat_map(move |(_, selecting)| &selecting.remarks[direction as usize])
+    }
+
+    /// The rules that match a packet of an endpoint, whatever they come to together, each with what it says by itself.
+    #[must_use]
+    pub fn matching_rules(
+        &self,
+        endpoint: u16,
+        direction: Direction,
+        other: Identity,
+        protocol: u8,
+        port: u16,
+    ) -> Vec<(u32, String)> {
+        let subject = self
+            .subjects
+            .iter()
+            .position(|subject| subject.endpoints.iter().any(|(id, _)| *id == endpoint));
+        let Some(at) = subject.filter(|_| self.inventory.options.enforcement != Enforcement::Never) else {
+            return Vec::new();
+        };
+        let learned = self.names.identities().get(&other);
+        let mut found = Vec::new();
+        for rule in self.subjects[at]
+            .selecting()
+            .flat_map(|(_, selecting)| &selecting.rules[direction as usize])
+        {
+            let named = match &rule.members {
+                Members::Everybody => !rule.excepts(other),
+                Members::Of(peers) => match &learned {
+                    Some(identity) => peers.iter().any(|peer| peer.means(identity)),
+                    None => peers.iter().any(|peer| peer.members.contains(&other)),
+                },
+            };
+            let ports = rule
+                .ports
+                .iter()
+                .filter(|ports| ports.set.contains(protocol, Some(port)));
+            for ports in ports.filter(|_| named) {
+                let effect = match &ports.l7 {
+                    _ if rule.denies => "deny".to_owned(),
+                    _ if rule.auth_required => "authenticate".to_owned(),
+                    Some(l7) => {
+                        format!("inspect {}", inspector_name(l7.kind as u8))
+                    }
+                    None => "allow".to_owned(),
+                };
+                if !found.contains(&(rule.id, effect.clone())) {
+                    found.push((rule.id, effect));
+                }
+            }
+        }
+        found
+    }
+}

@@ -1,0 +1,159 @@
+//! Ports of rules to port sets, with names looked up.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    sync::Arc,
+};
+
+use palisade_abi::{Direction, Identity, protocol};
+use palisade_model::{
+    inventory::NamedPorts,
+    rule::{L4Protocol, PolicyKind, PortSpec, Ports, Section},
+};
+
+use super::{compiler::Compiler, named_ports::Numbers, spec::CompiledSpec};
+use crate::classes::PortSet;
+
+/// What a port of a rule comes to.
+#[derive(Default)]
+pub(super) struct Resolved {
+    /// Towards every peer.
+    pub(super) sets: Vec<PortSet>,
+    /// For names that peers number differently, by protocol.
+    pub(super) apart: Vec<NumberedDistinctPorts>,
+}
+
+/// What a name of a port comes to where peers number it differently.
+pub(super) struct NumberedDistinctPorts {
+    /// Towards peers that have it, by their number.
+    pub(super) own: Vec<(PortSet, Arc<BTreeSet<Identity>>)>,
+    /// Those peers.
+    pub(super) owners: Arc<BTreeSet<Identity>>,
+    /// Towards all other peers.
+    pub(super) others: Vec<PortSet>,
+}
+
+impl NumberedDistinctPorts {
+    fn sets(&self) -> impl Iterator<Item = PortSet> {
+        self.own
+            .iter()
+            .map(|(set, _)| *set)
+            .chain(self.others.iter().copied())
+    }
+}
+
+impl Compiler {
+    /// The port sets that the rules of a spec use.
+    pub(super) fn port_sets(&self, unit: &CompiledSpec, own: &NamedPorts) -> Vec<PortSet> {
+        let mut sets: HashSet<PortSet> = HashSet::new();
+        for section in Section::ALL {
+            for rule in unit.spec().rules(section) {
+                let Ports::OneOf(entries) = &rule.ports else {
+                    continue;
+                };
+                for spec in entries.iter().flat_map(|entry| &entry.ports) {
+                    let resolved = self.resolve(spec, section, unit.policy().kind, own);
+                    let apart = resolved.apart.iter().flat_map(NumberedDistinctPorts::sets);
+                    sets.extend(resolved.sets.iter().copied().chain(apart));
+                }
+            }
+        }
+        sets.into_iter().collect()
+    }
+
+    /// A port of a rule with its name looked up: for ingress among the subject's own, for egress among those of the
+    /// peers.
+    ///
+    /// Bare rules of case files are those of the original: there an allow by a name that peers number differently means
+    /// nothing.
+    pub(super) fn resolve(
+        &self,
+        spec: &PortSpec,
+        section: Section,
+        kind: PolicyKind,
+        own: &NamedPorts,
+    ) -> Resolved {
+        let protocols = |wanted: L4Protocol| -> Vec<u8> {
+            match wanted {
+                L4Protocol::Any => vec![protocol::TCP, protocol::UDP, protocol::SCTP],
+                L4Protocol::Tcp => vec![protocol::TCP],
+                L4Protocol::Udp => vec![protocol::UDP],
+                L4Protocol::Sctp => vec![protocol::SCTP],
+                L4Protocol::Other(number) => vec![number],
+            }
+        };
+        let range = |protocol: u8, first: u16, last: u16| {
+            let with_ports = matches!(protocol, protocol::TCP | protocol::UDP | protocol::SCTP);
+            if (first == 0 && last == u16::MAX) || !with_ports {
+                PortSet::Protocol(protocol)
+            } else {
+                PortSet::Range {
+                    protocol,
+                    first,
+                    last,
+                }
+            }
+        };
+        let sets = match spec {
+            PortSpec::Range {
+                protocol,
+                first,
+                last,
+            } => protocols(*protocol)
+                .into_iter()
+                .map(|protocol| range(protocol, *first, *last))
+                .collect(),
+            PortSpec::Icmp { v6, kind } => vec![PortSet::Range {
+                protocol: if *v6 { protocol::ICMPV6 } else { protocol::ICMP },
+                first: u16::from(*kind),
+                last: u16::from(*kind),
+            }],
+            PortSpec::Named { protocol, name, last } if section.direction() == Direction::Ingress => {
+                let port = own.get(name).filter(|port| port.port != 0);
+                protocols(*protocol)
+                    .into_iter()
+                    .filter_map(|protocol| {
+                        let port = port.filter(|port| port.protocol == 0 || port.protocol == protocol)?;
+                        Some(range(protocol, port.port, port.port.max(*last)))
+                    })
+                    .collect()
+            }
+            PortSpec::Named { protocol, name, last } => {
+                let mut resolved = Resolved::default();
+                for protocol in protocols(*protocol) {
+                    let set = |port: u16| range(protocol, port, port.max(*last));
+                    match self.named_ports.numbers(name, protocol) {
+                        Numbers::Unknown => {}
+                        Numbers::Agreed(port) => resolved.sets.push(set(port)),
+                        Numbers::Own { .. } if kind == PolicyKind::Raw && !section.denies() => {}
+                        Numbers::Own {
+                            by_number,
+                            several,
+                            owners,
+                        } => {
+                            let mut own: Vec<_> = by_number
+                                .into_iter()
+                                .map(|(port, owners)| (set(port), owners))
+                                .collect();
+                            // Of peers that cannot be told apart an allow must not open a number that one of them
+                            // does not mean. A denial may not leave out a number: it takes all that come into question.
+                            let mut others = Vec::new();
+                            if section.denies() {
+                                own.extend(several.into_iter().map(|(port, owners)| (set(port), owners)));
+                                others = own.iter().map(|(set, _)| *set).collect();
+                                others.sort_unstable();
+                                others.dedup();
+                            }
+                            resolved.apart.push(NumberedDistinctPorts { own, owners, others });
+                        }
+                    }
+                }
+                return resolved;
+            }
+        };
+        Resolved {
+            sets,
+            apart: Vec::new(),
+        }
+    }
+}

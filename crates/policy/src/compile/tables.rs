@@ -1,0 +1,391 @@
+//! The tables of subjects: the rows that a change touches are built anew, and the others stay.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use palisade_abi::{Class, Direction, Identity, PolicyEntry, identity};
+use palisade_model::{
+    diagnostic::Diagnostic,
+    inventory::Enforcement,
+    rule::{Entity, Location},
+    snapshot::{RuleKey, Snapshot, Table, TableKey, differing},
+};
+
+use super::{
+    changes::Progress,
+    compiler::Compiler,
+    conflict::ConflictFinder,
+    numbers::plain,
+    precedence::Builder,
+    select::ResolvedSelector,
+    spec::SpecKey,
+    subject::DirtyRows,
+    table_rule::{DefaultVerdict, Learned, Member, Members, TablePorts, TableRule},
+};
+use crate::classes::PortSet;
+
+/// What the regular expressions of all policies that select an endpoint may cost together, in states: they are matched
+/// as one automaton, with which an endpoint could take memory and time from all others.
+const MAX_ENDPOINT_EXPRESSIONS: usize = 1_000_000;
+impl Compiler {
+    /// Compiles the dirty subjects, and those whose port classes change with them, and makes the snapshot.
+    pub(super) fn compile(
+        &mut self,
+        mut progress: Progress,
+        before: Snapshot,
+    ) -> Result<(), Vec<Diagnostic>> {
+        let mut errors: Vec<Diagnostic> = Vec::new();
+        self.hold_port_sets(&progress.dirty);
+        let mut touched: BTreeMap<usize, DirtyRows> = BTreeMap::new();
+        match self.classes.refresh() {
+            Ok(protocols) if protocols.is_empty() => {}
+            Ok(protocols) => self.follow_classes(&protocols, &mut progress.dirty, &mut touched),
+            Err(error) => errors.push(Diagnostic::error(Location::default(), error.to_string())),
+        }
+        let learned = self.refresh_learned(&mut progress)?;
+        for (at, identities) in learned {
+            touched
+                .entry(at)
+                .or_insert_with(|| DirtyRows::Only(BTreeSet::new()))
+                .add_identities(identities.into_iter());
+        }
+        for at in &progress.dirty {
+            let rows = touched
+                .remove(at)
+                .unwrap_or_else(|| DirtyRows::Only(BTreeSet::new()));
+            match self.compile_subject(*at, rows, &progress.moved) {
+                Ok(table) => {
+                    let subject = &mut self.subjects[*at];
+                    // Who begins to look at names (or ends) does so at once with the table made for that.
+                    let learns = !subject.names.selectors.is_empty();
+                    let anew = subject.policy == 0 || subject.names.learns != learns;
+                    subject.names.learns = learns;
+                    if anew || *subject.table != table {
+                        if anew || !small_step(&subject.table, &table) {
+                            subject.policy = self.next_policy;
+                            self.next_policy = self.next_policy.wrapping_add(1).max(1);
+                        }
+                        subject.plain = table.plain();
+                        subject.table = Arc::new(table);
+                    }
+                }
+                Err(mut conflicts) => errors.append(&mut conflicts),
+            }
+        }
+        if !errors.is_empty() {
+            errors.sort_by(|a, b| (&a.location, &a.message).cmp(&(&b.location, &b.message)));
+            errors.dedup();
+            return Err(errors);
+        }
+        self.finish(before);
+        Ok(())
+    }
+
+    /// The port sets of specs that are new to a subject are held, those of specs that are gone released.
+    pub(super) fn hold_port_sets(&mut self, dirty: &BTreeSet<usize>) {
+        for at in dirty {
+            let subject = &self.subjects[*at];
+            let new: Vec<(SpecKey, Vec<PortSet>)> = subject
+                .selecting()
+                .filter(|(_, selecting)| selecting.stale)
+                .map(|(key, selecting)| (key.clone(), self.port_sets(&selecting.unit, &subject.named_ports)))
+                .collect();
+            let subject = &mut self.subjects[*at];
+            for (key, sets) in new {
+                self.classes.retain(&sets);
+                if let Some(selecting) = subject.specs.get_mut(&key) {
+                    self.classes
+                        .release(&std::mem::replace(&mut selecting.sets, sets));
+                }
+            }
+            for selecting in &mut subject.retired {
+                self.classes.release(&std::mem::take(&mut selecting.sets));
+            }
+        }
+    }
+
+    /// Gives the rules their new classes where slots have changed.
+    pub(super) fn follow_classes(
+        &mut self,
+        protocols: &[u8],
+        dirty: &mut BTreeSet<usize>,
+        touched: &mut BTreeMap<usize, DirtyRows>,
+    ) {
+        let mut known: HashMap<PortSet, Option<Arc<[Class]>>> = HashMap::new();
+        for (at, subject) in self.subjects.iter_mut().enumerate() {
+            for selecting in subject.specs.values_mut().filter(|selecting| !selecting.stale) {
+                let concerned = selecting.sets.iter().any(|set| match set {
+                    PortSet::All => false,
+                    PortSet::Protocol(protocol) | PortSet::Range { protocol, .. } => {
+                        protocols.contains(protocol)
+                    }
+                });
+                if !concerned {
+                    continue;
+                }
+                let mut changed = false;
+                for ports in selecting
+                    .rules
+                    .iter_mut()
+                    .flatten()
+                    .flat_map(|rule| &mut rule.ports)
+                {
+                    let classes = known
+                        .entry(ports.set)
+                        .or_insert_with(|| self.classes.of(ports.set));
+                    if ports.classes != *classes {
+                        ports.classes = classes.clone();
+                        changed = true;
+                    }
+                }
+                if changed {
+                    dirty.insert(at);
+                    touched
+                        .entry(at)
+                        .or_insert_with(|| DirtyRows::Only(BTreeSet::new()))
+                        .add(&selecting.rules);
+                }
+            }
+        }
+    }
+
+    /// The table of a subject. Of a table that is there, only the rows that a change touches are made anew.
+    pub(super) fn compile_subject(
+        &mut self,
+        at: usize,
+        mut touched: DirtyRows,
+        moved: &BTreeSet<Identity>,
+    ) -> Result<Table, Vec<Diagnostic>> {
+        // A requirement of one spec is one of all of them. Few have any, so all is made anew where one has.
+        let subject = &mut self.subjects[at];
+        if subject.renew_required() {
+            for selecting in subject.specs.values_mut() {
+                selecting.stale = true;
+            }
+            touched = DirtyRows::Everything;
+        }
+        if let Some(error) = self.too_many_expressions(at) {
+            self.subjects[at].default_verdict = [None, None];
+            return Err(vec![error]);
+        }
+        // Specs that are new, or whose peers mean others now: towards whom they meant and whom they mean.
+        let subject = &self.subjects[at];
+        let mut made = Vec::new();
+        let mut classes = HashMap::new();
+        let remade = subject
+            .selecting()
+            .filter(|(_, selecting)| selecting.stale || selecting.regrouped);
+        for (key, selecting) in remade {
+            let mut remarks: [Vec<Diagnostic>; 2] = Default::default();
+            let rules = palisade_abi::DIRECTIONS.map(|direction| {
+                let remarks = &mut remarks[direction as usize];
+                self.table_rules(subject, key, selecting, direction, &mut classes, remarks)
+            });
+            if selecting.stale {
+                touched.add(&rules);
+                touched.add(&selecting.rules);
+            } else {
+                touched.add_identities(moved.iter().copied());
+            }
+            made.push((key.clone(), rules, remarks));
+        }
+        let subject = &mut self.subjects[at];
+        for (key, rules, remarks) in made {
+            if let Some(selecting) = subject.specs.get_mut(&key) {
+                selecting.stale = false;
+                selecting.regrouped = false;
+                selecting.rules = rules;
+                selecting.remarks = remarks;
+            }
+        }
+        for selecting in subject.retired.drain(..) {
+            touched.add(&selecting.rules);
+        }
+
+        // Where nothing is enforced nothing is read either.
+        let enforced = self.inventory.options.enforcement != Enforcement::Never;
+        if enforced && subject.specs.values().any(|selecting| selecting.unit.reads) {
+            let mut errors = Vec::new();
+            for direction in palisade_abi::DIRECTIONS {
+                let mut finder = ConflictFinder::default();
+                for (key, selecting) in self.subjects[at].selecting() {
+                    finder.add(&key.policy, selecting.unit.spec(), direction);
+                }
+                if let Err(mut conflicts) = finder.finish() {
+                    errors.append(&mut conflicts);
+                }
+            }
+            if !errors.is_empty() {
+                // The next table is made from the ground up.
+                self.subjects[at].default_verdict = [None, None];
+                return Err(errors);
+            }
+        }
+
+        let default_verdict = palisade_abi::DIRECTIONS.map(|direction| self.default_verdict(at, direction));
+        let subject = &self.subjects[at];
+        if subject.default_verdict != default_verdict.map(Some) {
+            touched = DirtyRows::Everything;
+        }
+        let rows = match &touched {
+            DirtyRows::Everything => None,
+            DirtyRows::Only(identities) => Some(identities),
+        };
+        let mut entries = Vec::new();
+        for direction in palisade_abi::DIRECTIONS {
+            self.build(
+                at,
+                direction,
+                default_verdict[direction as usize],
+                rows,
+                &mut entries,
+            );
+        }
+        let subject = &self.subjects[at];
+        let table = match rows {
+            None => {
+                entries.sort_unstable_by_key(|(key, _)| *key);
+                Table {
+                    entries: entries.into_iter().collect(),
+                }
+            }
+            Some(identities) => {
+                let mut table = (*subject.table).clone();
+                for identity in identities.iter().chain([&identity::ANY]) {
+                    for direction in palisade_abi::DIRECTIONS {
+                        let old: Vec<TableKey> = table
+                            .row(direction as u8, *identity)
+                            .map(|(key, _)| *key)
+                            .collect();
+                        for key in old {
+                            table.entries.remove(&key);
+                        }
+                    }
+                }
+                table.entries.extend(entries);
+                table
+            }
+        };
+        self.subjects[at].default_verdict = default_verdict.map(Some);
+        Ok(table)
+    }
+
+    /// The error about expressions that cost too much together, at a spec that is new to the subject if one is.
+    fn too_many_expressions(&self, at: usize) -> Option<Diagnostic> {
+        let subject = &self.subjects[at];
+        let units = || {
+            subject
+                .selecting()
+                .filter(|(_, selecting)| selecting.unit.expressions > 0)
+        };
+        let sum = units().fold(0usize, |sum, (_, selecting)| {
+            sum.saturating_add(selecting.unit.expressions)
+        });
+        if sum <= MAX_ENDPOINT_EXPRESSIONS {
+            return None;
+        }
+        let (key, selecting) =
+            units().max_by_key(|(_, selecting)| (selecting.stale, selecting.unit.expressions))?;
+        let endpoint = subject.endpoints.first().map(|(id, _)| *id);
+        let endpoint = self
+            .inventory
+            .endpoints
+            .iter()
+            .find(|known| Some(known.id) == endpoint);
+        Some(Diagnostic::error(
+            selecting.unit.spec().location.clone(),
+            format!(
+                "policy {}: the regular expressions of the policies that select endpoint {} are too large together: they \
+                 need about {sum} states, of at most {MAX_ENDPOINT_EXPRESSIONS}",
+                key.policy,
+                endpoint.map_or("", |endpoint| endpoint.name.as_str()),
+            ),
+        ))
+    }
+
+    /// The entries of one direction: all of them, or those of some rows and those towards everybody.
+    pub(super) fn build(
+        &mut self,
+        at: usize,
+        direction: Direction,
+        default_verdict: DefaultVerdict,
+        rows: Option<&BTreeSet<Identity>>,
+        entries: &mut Vec<(TableKey, PolicyEntry)>,
+    ) {
+        let options = self.inventory.options;
+        let egress = direction == Direction::Egress;
+        let localhost =
+            (!egress && options.allow_localhost && !self.subjects[at].node && !default_verdict.unenforced)
+                .then(|| self.localhost());
+        let subject = &self.subjects[at];
+        let mut rules: Vec<&TableRule> = Vec::new();
+        if options.enforcement != Enforcement::Never {
+            rules.extend(
+                subject
+                    .specs
+                    .values()
+                    .flat_map(|selecting| &selecting.rules[direction as usize]),
+            );
+        }
+        rules.extend(&localhost);
+        Builder {
+            direction,
+            rules: &rules,
+            rows,
+            learned: egress.then_some(&subject.names.rows),
+            default_verdict,
+            audit: options.audit || subject.audit,
+            rulesets: &mut self.rulesets,
+        }
+        .build(entries);
+    }
+
+    /// The rule by which the node may always reach its workloads.
+    fn localhost(&mut self) -> TableRule {
+        TableRule {
+            id: self.rule_ids.number("", plain(RuleKey::LocalhostAlways)),
+            denies: false,
+            audit: false,
+            auth_required: false,
+            members: Members::Of(vec![Member {
+                peer: u32::MAX,
+                members: Arc::new(
+                    self.identity_index
+                        .select(&ResolvedSelector::Entity(Entity::Host)),
+                ),
+                learned: Learned::Base,
+            }]),
+            except: None,
+            ports: vec![TablePorts {
+                set: PortSet::All,
+                classes: None,
+                l7: None,
+            }],
+        }
+    }
+}
+
+/// Whether the difference is better written into the live table, entry by entry, than as a table of its own: it
+/// is small, and the table is large. Each packet finds one verdict, the old or the new one, either way (see
+/// `plan`); a table of its own makes them change all at once.
+pub(super) fn small_step(old: &Table, new: &Table) -> bool {
+    const LARGE: usize = 2048;
+    let size = old.entries.len().max(new.entries.len());
+    let known = |key: &TableKey| {
+        palisade_abi::DIRECTIONS
+            .iter()
+            .any(|direction| old.row(*direction as u8, key.identity).next().is_some())
+    };
+    let mut changed = 0usize;
+    let mut only_new_identities = true;
+    let mut note = |key: &TableKey, in_old: bool| {
+        changed += 1;
+        only_new_identities &= !in_old && changed < 64 && !known(key);
+    };
+    for (key, before, _) in differing(&old.entries, &new.entries) {
+        note(key, before.is_some());
+    }
+    only_new_identities || (size >= LARGE && changed <= size / 8)
+}
