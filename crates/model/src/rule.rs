@@ -190,7 +190,7 @@ pub enum Peers {
     Any,
     /// The empty rule `{}`, an empty list, or members that cannot be resolved here: nobody.
     /// (The section counts for default deny all the same.)
-    Nobody,
+    None,
     /// Whoever one of them matches.
     OneOf(Vec<Peer>),
 }

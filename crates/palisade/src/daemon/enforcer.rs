@@ -511,7 +511,7 @@ fn listed_prefixes(compiler: &Compiler, endpoint: EndpointId) -> Vec<IpNet> {
         .flat_map(|spec| spec.egress.as_deref().unwrap_or_default())
         .filter_map(|rule| match &rule.peers {
             Peers::OneOf(peers) => Some(peers),
-            Peers::Any | Peers::Nobody => None,
+            Peers::Any | Peers::None => None,
         })
         .flatten()
         .filter_map(|peer| match peer {
@@ -530,7 +530,7 @@ fn denied_patterns(compiler: &Compiler, endpoint: EndpointId) -> Vec<&FqdnPatter
         .flat_map(|spec| spec.egress_deny.as_deref().unwrap_or_default())
         .filter_map(|rule| match &rule.peers {
             Peers::OneOf(peers) => Some(peers),
-            Peers::Any | Peers::Nobody => None,
+            Peers::Any | Peers::None => None,
         })
         .flatten()
         .filter_map(|peer| match peer {

@@ -247,7 +247,7 @@ impl Compiler {
         let mut changed: HashSet<u32> = HashSet::new();
         for (number, slot) in self.peers.slots.iter_mut().enumerate() {
             let Some(slot) = slot else { continue };
-            if matches!(*slot.resolved, ResolvedSelector::Everybody) {
+            if matches!(*slot.resolved, ResolvedSelector::Any) {
                 continue;
             }
             let left: Vec<Identity> = gone

@@ -234,7 +234,7 @@ impl Compiler {
             .flat_map(|(_, selecting)| &selecting.rules[direction as usize])
         {
             let named = match &rule.members {
-                Members::Everybody => !rule.excepts(other),
+                Members::Any => !rule.excepts(other),
                 Members::Of(peers) => match &learned {
                     Some(identity) => peers.iter().any(|peer| peer.means(identity)),
                     None => peers.iter().any(|peer| peer.members.contains(&other)),

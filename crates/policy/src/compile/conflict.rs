@@ -46,9 +46,9 @@ impl<'a> ConflictFinder<'a> {
                     continue;
                 }
                 // Everybody is one peer, in whatever way it is written and whoever is named beside.
-                let everybody = |peer: &Peer| ResolvedSelector::of(peer, &[]) == ResolvedSelector::Everybody;
+                let everybody = |peer: &Peer| ResolvedSelector::of(peer, &[]) == ResolvedSelector::Any;
                 let peers: Vec<Option<Cow<'_, Peer>>> = match &rule.peers {
-                    Peers::Nobody => continue,
+                    Peers::None => continue,
                     Peers::Any => vec![None],
                     Peers::OneOf(peers) if peers.iter().any(everybody) => vec![None],
                     Peers::OneOf(peers) => peers.iter().flat_map(parts).map(Some).collect(),

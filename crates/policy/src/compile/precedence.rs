@@ -1,4 +1,25 @@
-//! One subject's rules to its table: precedence resolved, so that the first key found is the verdict.
+//! Precedence: of all rules that match a packet, the one table entry that decides.
+//!
+//! The order is that of Cilium 1.19. Of the rules that match a packet:
+//!
+//! 1. A deny wins over every allow: `DenyExplicit` ([`Builder::decide`]).
+//! 2. An allow that requires authentication wins over other allows: `AuthRequired` ([`Builder::decide_allows`]).
+//! 3. An allow with application rules wins over plain allows: `Inspect` ([`Builder::inspect`]). One protocol is
+//!    inspected, the one with the lowest priority number. The application rules of all matching allows are merged
+//!    ([`merge`]); a plain allow among them adds "every request passes".
+//! 4. Any other allow: `Allow`.
+//! 5. No rule: the default verdict of the direction ([`Builder::default_entry`]).
+//!
+//! If several rules decide alike, the entry names the one with the narrowest ports, then the one that names its peers,
+//! then the first.
+//!
+//! Audit mode is Palisade's own. A policy in audit mode must not drop what the enforced policies allow, so steps 1 to 3
+//! set the `AUDIT` flag if only policies in audit mode decide that way and the packet passes without them.
+//!
+//! The programs look up four keys and take the first that exists: (identity, class), (identity, any class),
+//! (any identity, class), (any identity, any class). An entry therefore hides all entries behind it. So each entry is
+//! decided over the rules of its own key and of all keys behind it, and an entry that equals what the programs would
+//! find without it is left out.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -15,24 +36,24 @@ use super::{
 };
 use crate::classes::PortSet;
 
-/// The entries of one direction.
+/// Input for the entries of one direction of a subject.
 pub(super) struct Builder<'a> {
     pub(super) direction: Direction,
     pub(super) rules: &'a [&'a TableRule],
-    /// Towards whom entries are made, beside those towards everybody; `None`: towards whom a rule names.
+    /// Identities to make entries for, beside the entries for any identity; `None`: all that a rule names.
     pub(super) rows: Option<&'a BTreeSet<Identity>>,
-    /// The learned identities that the subject can meet; none where it cannot (ingress).
+    /// Learned identities that the subject can meet; `None` for ingress.
     pub(super) learned: Option<&'a LearnedRows>,
     pub(super) default_verdict: DefaultVerdict,
-    /// Whether denials pass and are reported, whoever causes them.
+    /// Whether the subject or the node is in audit mode, so that every denial passes and is reported.
     pub(super) audit: bool,
     pub(super) rulesets: &'a mut RuleSetIds,
 }
 
-/// One way a packet can match: a rule and one of its port sets.
+/// A rule that matches a packet, and the ports of the rule by which it matches.
 type Hit<'a> = (&'a TableRule, &'a TablePorts);
 
-/// The verdicts towards everybody or towards one group of identities, by class.
+/// The rules for any identity, or for one group of identities, by class.
 #[derive(Default)]
 struct Row<'a> {
     every_class: Vec<Hit<'a>>,
@@ -42,13 +63,12 @@ struct Row<'a> {
 impl<'a> Row<'a> {
     fn add(&mut self, rule: &'a TableRule) {
         for ports in &rule.ports {
-            match &ports.classes {
-                None => self.every_class.push((rule, ports)),
-                Some(classes) => {
-                    for class in classes.iter() {
-                        self.by_class.entry(*class).or_default().push((rule, ports));
-                    }
-                }
+            let Some(classes) = &ports.classes else {
+                self.every_class.push((rule, ports));
+                continue;
+            };
+            for class in classes.iter() {
+                self.by_class.entry(*class).or_default().push((rule, ports));
             }
         }
     }
@@ -60,49 +80,112 @@ impl<'a> Row<'a> {
     }
 }
 
-impl Builder<'_> {
+/// The rules and entries for any identity.
+struct Wildcard<'a> {
+    row: Row<'a>,
+    /// Entry for any class.
+    every_class: PolicyEntry,
+    /// Entries by class. Those that equal `every_class` are not in the table.
+    by_class: BTreeMap<Class, PolicyEntry>,
+    /// Whether a rule excepts identities.
+    has_exceptions: bool,
+}
+
+impl Wildcard<'_> {
+    /// Returns the classes for which an identity may need an entry of its own. `row`: the rules that name the identity;
+    /// `every_class`: its entry for any class, if there is one.
+    fn classes_to_decide(
+        &self,
+        row: &Row<'_>,
+        every_class: Option<PolicyEntry>,
+        identity: Identity,
+    ) -> Vec<Class> {
+        let is_new = |class: &&Class| !row.by_class.contains_key(class);
+        let mut classes: Vec<Class> = row.by_class.keys().copied().collect();
+        match every_class.map(|entry| (Decision::from_u8(entry.decision), entry.flags)) {
+            // Without an entry for any class, the lookup goes on to the entries for any identity.
+            None => {}
+            // No rule can take precedence over an enforced denial.
+            Some((Decision::DenyExplicit, flags)) if flags & entry_flags::AUDIT == 0 => {}
+            // A plain allow changes nothing where any identity is allowed anyway.
+            Some((Decision::Allow, _)) => {
+                let decided = self.by_class.iter();
+                let restricted = decided.filter(|(_, entry)| entry.decision != Decision::Allow as u8);
+                classes.extend(restricted.map(|(class, _)| class).filter(is_new));
+            }
+            Some(_) => classes.extend(self.by_class.keys().filter(is_new)),
+        }
+        if self.has_exceptions {
+            let rules = self.row.by_class.iter();
+            let excepted = rules.filter(|(_, hits)| hits.iter().any(|(rule, _)| rule.excepts(identity)));
+            classes.extend(excepted.map(|(class, _)| *class));
+            classes.sort_unstable();
+            classes.dedup();
+        }
+        classes
+    }
+}
+
+impl<'a> Builder<'a> {
+    /// Appends the entries of the direction to `into`.
     pub(super) fn build(mut self, into: &mut Vec<(TableKey, PolicyEntry)>) {
         let direction = self.direction as u8;
         let mut put = |identity, class, entry| {
-            into.push((
-                TableKey {
-                    direction,
-                    identity,
-                    class,
-                },
-                entry,
-            ));
+            let key = TableKey {
+                direction,
+                identity,
+                class,
+            };
+            into.push((key, entry));
         };
-        let rules = self.rules;
-
-        // Towards everybody.
-        let mut everybody = Row::default();
-        for rule in rules
-            .iter()
-            .filter(|rule| matches!(rule.members, Members::Everybody))
-        {
-            everybody.add(rule);
-        }
-        let default = self.decide(&everybody.every_class.to_vec());
-        put(identity::ANY, CLASS_ANY, default);
-        let mut wild: BTreeMap<Class, PolicyEntry> = BTreeMap::new();
-        // Classes whose verdict towards everybody a plain allow towards somebody would not settle.
-        let mut delicate: Vec<Class> = Vec::new();
-        for class in everybody.by_class.keys().copied() {
-            let hits: Vec<Hit<'_>> = everybody.at(class).copied().collect();
-            let entry = self.decide(&hits);
-            if entry.decision != Decision::Allow as u8 {
-                delicate.push(class);
-            }
-            wild.insert(class, entry);
-            if entry != default {
-                put(identity::ANY, class, entry);
+        let wildcard = self.wildcard();
+        put(identity::ANY, CLASS_ANY, wildcard.every_class);
+        for (class, entry) in &wildcard.by_class {
+            if *entry != wildcard.every_class {
+                put(identity::ANY, *class, *entry);
             }
         }
+        for (rules, identities) in self.groups() {
+            // The same rules name all identities of a group, so the same rules except them.
+            let Some(first) = identities.first().copied() else {
+                continue;
+            };
+            let entries = self.identity_row(&wildcard, &rules, first);
+            for identity in identities {
+                for (class, entry) in &entries {
+                    put(identity, *class, *entry);
+                }
+            }
+        }
+    }
 
-        // Towards those that rules name; those that the same rules name have the same verdicts.
+    /// Decides the entries for any identity.
+    fn wildcard(&mut self) -> Wildcard<'a> {
+        let mut row = Row::default();
+        let rules = self.rules.iter();
+        for rule in rules.filter(|rule| matches!(rule.members, Members::Any)) {
+            row.add(rule);
+        }
+        let every_class = self.decide(&row.every_class.clone());
+        let mut by_class = BTreeMap::new();
+        for class in row.by_class.keys().copied() {
+            let hits: Vec<Hit<'_>> = row.at(class).copied().collect();
+            by_class.insert(class, self.decide(&hits));
+        }
+        let mut hits = row.by_class.values().flatten();
+        Wildcard {
+            every_class,
+            by_class,
+            has_exceptions: hits.any(|(rule, _)| rule.except.is_some()),
+            row,
+        }
+    }
+
+    /// Returns the identities that rules name, grouped by the rules that name them (indices in `rules`): identities of a
+    /// group have the same entries.
+    fn groups(&self) -> Vec<(Vec<u32>, Vec<Identity>)> {
         let mut named: HashMap<Identity, Vec<u32>> = HashMap::new();
-        for (number, rule) in rules.iter().enumerate() {
+        for (number, rule) in self.rules.iter().enumerate() {
             let Members::Of(peers) = &rule.members else {
                 continue;
             };
@@ -115,26 +198,9 @@ impl Builder<'_> {
                     list.push(number as u32);
                 }
             };
-            for peer in peers {
-                match (self.rows, self.learned) {
-                    (None, learned) => {
-                        peer.members.iter().for_each(|identity| name(*identity));
-                        if let Some(learned) = learned {
-                            peer.name_learned(learned, &mut name);
-                        }
-                    }
-                    (Some(rows), learned) => {
-                        for identity in rows {
-                            let learned = learned.and_then(|learned| learned.identities.get(identity));
-                            if peer.members.contains(identity)
-                                || learned.is_some_and(|learned| peer.means(learned))
-                            {
-                                name(*identity);
-                            }
-                        }
-                    }
-                }
-            }
+            peers
+                .iter()
+                .for_each(|peer| self.name_identities(peer, &mut name));
         }
         let mut groups: HashMap<Vec<u32>, Vec<Identity>> = HashMap::new();
         for (identity, list) in named {
@@ -142,89 +208,70 @@ impl Builder<'_> {
         }
         let mut groups: Vec<(Vec<u32>, Vec<Identity>)> = groups.into_iter().collect();
         groups.sort_unstable();
+        groups
+    }
 
-        let with_exceptions = everybody
-            .by_class
-            .values()
-            .flatten()
-            .any(|(rule, _)| rule.except.is_some());
-        for (list, identities) in groups {
-            // Peers of one group are named by the same rules, so the same rules except them.
-            let Some(first) = identities.first().copied() else {
-                continue;
-            };
-            let counts = |hit: &&Hit<'_>| !with_exceptions || !hit.0.excepts(first);
-            let mut row = Row::default();
-            for number in &list {
-                row.add(rules[*number as usize]);
+    /// Calls `name` with each identity of `peer` that needs entries; it may do so more than once.
+    fn name_identities(&self, peer: &Member, mut name: impl FnMut(Identity)) {
+        let Some(rows) = self.rows else {
+            peer.members.iter().for_each(|identity| name(*identity));
+            if let Some(learned) = self.learned {
+                peer.name_learned(learned, &mut name);
             }
-            let mut entries: Vec<(Class, PolicyEntry)> = Vec::new();
-            let any_class = if row.every_class.is_empty() {
-                None
-            } else {
-                let hits: Vec<Hit<'_>> = everybody
-                    .every_class
-                    .iter()
-                    .filter(counts)
-                    .chain(&row.every_class)
-                    .copied()
-                    .collect();
-                let entry = self.decide(&hits);
-                entries.push((CLASS_ANY, entry));
-                Some(entry)
-            };
-            let everywhere = |class: &Class| row.by_class.contains_key(class);
-            let mut classes: Vec<Class> = row.by_class.keys().copied().collect();
-            match any_class.map(|entry| Decision::from_u8(entry.decision)) {
-                // Without an entry for every class, the classes that only rules about everybody name fall through.
-                None => {}
-                // Final, unless a denial in audit mode hides another.
-                Some(Decision::DenyExplicit)
-                    if any_class.is_some_and(|entry| entry.flags & entry_flags::AUDIT == 0) => {}
-                Some(Decision::Allow) => classes.extend(delicate.iter().filter(|class| !everywhere(class))),
-                Some(_) => classes.extend(everybody.by_class.keys().filter(|class| !everywhere(class))),
-            }
-            if with_exceptions {
-                let excepted = everybody
-                    .by_class
-                    .iter()
-                    .filter(|(_, hits)| hits.iter().any(|(rule, _)| rule.excepts(first)));
-                classes.extend(excepted.map(|(class, _)| *class));
-                classes.sort_unstable();
-                classes.dedup();
-            }
-            for class in classes {
-                let hits: Vec<Hit<'_>> = everybody
-                    .at(class)
-                    .filter(counts)
-                    .chain(row.at(class))
-                    .copied()
-                    .collect();
-                let entry = self.decide(&hits);
-                let default_verdict = any_class.or_else(|| wild.get(&class).copied()).unwrap_or(default);
-                if entry != default_verdict {
-                    entries.push((class, entry));
-                }
-            }
-            for identity in identities {
-                for (class, entry) in &entries {
-                    put(identity, *class, *entry);
-                }
+            return;
+        };
+        for identity in rows {
+            let learned = self.learned.and_then(|learned| learned.identities.get(identity));
+            if peer.members.contains(identity) || learned.is_some_and(|learned| peer.means(learned)) {
+                name(*identity);
             }
         }
     }
 
-    /// The verdict on a packet that exactly these rules match.
+    /// Decides the entries of one identity that the rules with the indices `rules` name.
+    fn identity_row(
+        &mut self,
+        wildcard: &Wildcard<'a>,
+        rules: &[u32],
+        identity: Identity,
+    ) -> Vec<(Class, PolicyEntry)> {
+        let counts = |hit: &&Hit<'_>| !wildcard.has_exceptions || !hit.0.excepts(identity);
+        let mut row = Row::default();
+        for number in rules {
+            row.add(self.rules[*number as usize]);
+        }
+        let every_class = (!row.every_class.is_empty()).then(|| {
+            let wild = wildcard.row.every_class.iter().filter(counts);
+            let hits: Vec<Hit<'_>> = wild.chain(&row.every_class).copied().collect();
+            self.decide(&hits)
+        });
+        let mut entries: Vec<(Class, PolicyEntry)> = Vec::new();
+        entries.extend(every_class.map(|entry| (CLASS_ANY, entry)));
+        for class in wildcard.classes_to_decide(&row, every_class, identity) {
+            let wild = wildcard.row.at(class).filter(counts);
+            let hits: Vec<Hit<'_>> = wild.chain(row.at(class)).copied().collect();
+            let entry = self.decide(&hits);
+            let found_without = every_class
+                .or_else(|| wildcard.by_class.get(&class).copied())
+                .unwrap_or(wildcard.every_class);
+            if entry != found_without {
+                entries.push((class, entry));
+            }
+        }
+        entries
+    }
+
+    /// Returns the entry for packets that exactly these rules match.
     fn decide(&mut self, hits: &[Hit<'_>]) -> PolicyEntry {
         let denials = || hits.iter().filter(|(rule, _)| rule.denies);
         if let Some(hit) = narrowest(denials().filter(|(rule, _)| !rule.audit)) {
             return self.entry(Decision::DenyExplicit, hit, false);
         }
-        let rest = self.decide_without_denials(hits);
+        let rest = self.decide_allows(hits);
         let Some(hit) = narrowest(denials()) else {
             return rest;
         };
-        // Only policies in audit mode deny it. What it would come to without them decides what happens.
+        // Only policies in audit mode deny. The packet is reported as theirs if it passes without them.
         let would_pass = rest.flags & entry_flags::AUDIT != 0 || rest.decision == Decision::Allow as u8;
         if would_pass {
             self.entry(Decision::DenyExplicit, hit, true)
@@ -233,35 +280,48 @@ impl Builder<'_> {
         }
     }
 
-    fn decide_without_denials(&mut self, hits: &[Hit<'_>]) -> PolicyEntry {
+    /// Returns the entry for packets that exactly these rules match, as if none of the rules denied.
+    fn decide_allows(&mut self, hits: &[Hit<'_>]) -> PolicyEntry {
         let allows = || hits.iter().filter(|(rule, _)| !rule.denies);
-        if let Some(hit) = narrowest(allows().filter(|(rule, _)| rule.auth_required && !rule.audit)) {
+        let authenticating = || allows().filter(|(rule, _)| rule.auth_required);
+        if let Some(hit) = narrowest(authenticating().filter(|(rule, _)| !rule.audit)) {
             return self.entry(Decision::AuthRequired, hit, false);
         }
-        if let Some(hit) = narrowest(allows().filter(|(rule, _)| rule.auth_required)) {
+        if let Some(hit) = narrowest(authenticating()) {
             return self.entry(Decision::AuthRequired, hit, true);
         }
+        if let Some(entry) = self.inspect(hits) {
+            return entry;
+        }
+        match narrowest(allows()) {
+            Some(hit) => self.entry(Decision::Allow, hit, false),
+            None => self.default_entry(),
+        }
+    }
+
+    /// Returns an `Inspect` entry if an allow has application rules.
+    fn inspect(&mut self, hits: &[Hit<'_>]) -> Option<PolicyEntry> {
+        let allows = || hits.iter().filter(|(rule, _)| !rule.denies);
         let best = allows()
             .filter_map(|(_, ports)| ports.l7.as_deref())
-            .min_by_key(|l7| l7.priority);
-        if let Some(best) = best {
-            let same =
-                |(_, ports): &&Hit<'_>| ports.l7.as_deref().is_some_and(|l7| l7.priority == best.priority);
-            if let Some(hit) = narrowest(allows().filter(same)) {
-                // What the application rules do not allow comes to what no rule allows, unless it is only policies
-                // in audit mode that have it read at all.
-                let only_audited = self.would_pass_unread(hits);
-                let audit = only_audited || (self.default_verdict.audit && !self.default_verdict.allow);
-                let (inspector, set) = merge(hits, best, self.default_verdict, only_audited);
-                let mut entry = self.entry(Decision::Inspect, hit, audit);
-                entry.inspector = inspector as u8;
-                entry.ruleset = self.rulesets.number(set);
-                return entry;
-            }
-        }
-        if let Some(hit) = narrowest(allows()) {
-            return self.entry(Decision::Allow, hit, false);
-        }
+            .min_by_key(|l7| l7.priority)?;
+        let hit = narrowest(allows().filter(|(_, ports)| {
+            let l7 = ports.l7.as_deref();
+            l7.is_some_and(|l7| l7.priority == best.priority)
+        }))?;
+        // A request that no application rule allows gets the default verdict. It is only reported if nothing but
+        // policies in audit mode has the traffic inspected.
+        let only_audited = self.would_pass_uninspected(hits);
+        let audit = only_audited || (self.default_verdict.audit && !self.default_verdict.allow);
+        let (inspector, set) = merge(hits, best, self.default_verdict, only_audited);
+        let mut entry = self.entry(Decision::Inspect, hit, audit);
+        entry.inspector = inspector as u8;
+        entry.ruleset = self.rulesets.number(set);
+        Some(entry)
+    }
+
+    /// Returns the entry for packets that no rule matches.
+    fn default_entry(&self) -> PolicyEntry {
         let DefaultVerdict {
             allow,
             unenforced,
@@ -285,8 +345,8 @@ impl Builder<'_> {
         }
     }
 
-    /// Whether, without the policies in audit mode, nothing would be read and everything allowed.
-    fn would_pass_unread(&self, hits: &[Hit<'_>]) -> bool {
+    /// Returns whether, without the policies in audit mode, the packet passes and is not inspected.
+    fn would_pass_uninspected(&self, hits: &[Hit<'_>]) -> bool {
         let enforced = || hits.iter().filter(|(rule, _)| !rule.denies && !rule.audit);
         enforced().all(|(_, ports)| ports.l7.is_none())
             && (self.default_verdict.allow || enforced().next().is_some())
@@ -294,7 +354,7 @@ impl Builder<'_> {
 
     fn entry(&self, decision: Decision, (rule, ports): &Hit<'_>, audit: bool) -> PolicyEntry {
         let may_deny = decision != Decision::Allow;
-        let everybody = matches!(rule.members, Members::Everybody);
+        let everybody = matches!(rule.members, Members::Any);
         let match_kind = match (everybody, ports.set) {
             (true, PortSet::All) => MatchKind::All,
             (true, PortSet::Protocol(_)) => MatchKind::ProtoOnly,
@@ -409,11 +469,11 @@ fn named_elsewhere(hits: &[Hit<'_>], rule: &TableRule, ports: &TablePorts, by_au
             && (by_audited || !other.audit)
             && other_ports.set == ports.set
             && match (&other.members, &rule.members) {
-                (Members::Everybody, Members::Everybody) => true,
+                (Members::Any, Members::Any) => true,
                 (Members::Of(a), Members::Of(b)) => {
                     a.iter().any(|one| b.iter().any(|other| other.peer == one.peer))
                 }
-                (Members::Everybody, Members::Of(some)) | (Members::Of(some), Members::Everybody) => {
+                (Members::Any, Members::Of(some)) | (Members::Of(some), Members::Any) => {
                     some.iter().any(|member| member.peer == Member::EVERYBODY)
                 }
             }

@@ -8,46 +8,56 @@ use std::{
 use palisade_abi::{Class, Direction, Identity};
 use palisade_model::{
     diagnostic::{Diagnostic, Severity},
-    rule::{Location, Peer, PortSpec, Ports, Section},
+    rule::{Location, Peer, PortSpec, Ports, Rule, Section, Selector},
 };
 
 use super::{
     compiler::Compiler,
     l7_policy::L7Policy,
     peers::PeerSlot,
+    ports::Resolved,
     select::ResolvedSelector,
-    spec::{SpecKey, UnitPeers},
-    subject::{AppliedSpec, Subject},
+    spec::{CompiledSpec, SpecKey, UnitPeers, UnitRule},
+    subject::Subject,
     table_rule::{Learned, Member, Members, TablePorts, TableRule},
 };
 use crate::classes::PortSet;
 
-/// The part of a rule about a name of a port that peers number differently, towards some of them.
+/// Ports of a rule, split by the members towards which they apply.
+#[derive(Default)]
+struct RulePorts {
+    /// Towards all members of the rule.
+    common: Vec<TablePorts>,
+    /// Port names that peers number differently: each number applies only towards some members.
+    distinct: Vec<DistinctPorts>,
+}
+
+/// A port by name, towards the members that give the name one number.
 struct DistinctPorts {
     members: Members,
     except: Option<Arc<BTreeSet<Identity>>>,
     ports: TablePorts,
 }
 
+/// What resolving the rules of one spec and direction needs and leaves behind.
+pub(super) struct RuleContext<'a> {
+    pub(super) subject: &'a Subject,
+    pub(super) key: &'a SpecKey,
+    pub(super) direction: Direction,
+    /// Classes of port sets, shared by all specs of the subject.
+    pub(super) classes: &'a mut HashMap<PortSet, Option<Arc<[Class]>>>,
+    pub(super) remarks: &'a mut Vec<Diagnostic>,
+}
+
 impl Compiler {
-    /// The rules of one spec and direction, in their order, with everything looked up.
-    pub(super) fn table_rules(
-        &self,
-        subject: &Subject,
-        key: &SpecKey,
-        selecting: &AppliedSpec,
-        direction: Direction,
-        classes: &mut HashMap<PortSet, Option<Arc<[Class]>>>,
-        remarks: &mut Vec<Diagnostic>,
-    ) -> Vec<TableRule> {
-        let unit = &selecting.unit;
-        let spec = unit.spec();
+    /// Returns the rules of one spec and direction, in their order, with peers and ports resolved.
+    pub(super) fn table_rules(&self, unit: &CompiledSpec, cx: &mut RuleContext<'_>) -> Vec<TableRule> {
         let mut rules = Vec::new();
-        for section in Section::of(direction) {
-            let looked_up = &unit.sections[section as usize];
-            for (rule, looked_up) in spec.rules(section).iter().zip(looked_up) {
+        for section in Section::of(cx.direction) {
+            let compiled = &unit.sections[section as usize];
+            for (rule, compiled) in unit.spec().rules(section).iter().zip(compiled) {
                 if rule.auth_required && !section.denies() {
-                    remarks.push(Diagnostic {
+                    cx.remarks.push(Diagnostic {
                         severity: Severity::Warning,
                         location: rule.location.clone(),
                         message: "authentication is required, and nobody can authenticate yet: \
@@ -55,175 +65,172 @@ impl Compiler {
                             .into(),
                     });
                 }
-                let members = match &looked_up.peers {
-                    UnitPeers::Nobody => continue,
-                    UnitPeers::Everybody => Members::Everybody,
-                    UnitPeers::OneOf(peers) => {
-                        let slots = peers
-                            .iter()
-                            .filter_map(|number| Some((*number, self.peers.slot(*number)?)));
-                        let mut members = Vec::with_capacity(peers.len());
-                        let mut everybody = false;
-                        let required = &subject.required[section as usize];
-                        for (number, slot) in slots {
-                            if let Peer::Labels(selector) = &slot.peer
-                                && !required.requirements.is_empty()
-                            {
-                                let mut narrowed = selector.clone();
-                                narrowed
-                                    .requirements
-                                    .extend(required.requirements.iter().cloned());
-                                let resolved = ResolvedSelector::of(&Peer::Labels(narrowed), &[]);
-                                members.push(Member {
-                                    peer: number,
-                                    members: Arc::new(self.identity_index.select(&resolved)),
-                                    learned: Learned::Labels(Arc::new(resolved)),
-                                });
-                                continue;
-                            }
-                            everybody |= matches!(*slot.resolved, ResolvedSelector::Everybody);
-                            remarks.extend(self.missing_group(slot, &rule.location));
-                            let selector = match &*slot.resolved {
-                                ResolvedSelector::Fqdn(text) => self.names.selector_of(text),
-                                _ => None,
-                            };
-                            let learned = match (&*slot.resolved, selector) {
-                                (_, Some(selector)) => Learned::Selector(selector),
-                                (ResolvedSelector::Labels(_) | ResolvedSelector::Nodes(_), _) => {
-                                    Learned::Labels(Arc::clone(&slot.resolved))
-                                }
-                                _ => Learned::Base,
-                            };
-                            members.push(Member {
-                                peer: number,
-                                members: Arc::clone(&slot.members),
-                                learned,
-                            });
-                        }
-                        if everybody {
-                            Members::Everybody
-                        } else {
-                            Members::Of(members)
-                        }
-                    }
+                let Some(members) = self.rule_members(rule, compiled, section, cx) else {
+                    continue;
                 };
-                // Rules of their own for names that peers number differently.
-                let mut apart: Vec<DistinctPorts> = Vec::new();
-                let mut ports = Vec::new();
-                match &rule.ports {
-                    Ports::Any => ports.push(TablePorts {
-                        set: PortSet::All,
-                        classes: None,
-                        l7: None,
-                    }),
-                    Ports::OneOf(list) => {
-                        for entry in list {
-                            let l7 = L7Policy::of(&entry.l7).map(Arc::new);
-                            for port in &entry.ports {
-                                let resolved =
-                                    self.resolve(port, section, unit.policy().kind, &subject.named_ports);
-                                let mut made = |set: PortSet| TablePorts {
-                                    set,
-                                    classes: classes
-                                        .entry(set)
-                                        .or_insert_with(|| self.classes.of(set))
-                                        .clone(),
-                                    l7: l7.clone(),
-                                };
-                                let mut has_effect = !resolved.sets.is_empty();
-                                ports.extend(resolved.sets.iter().map(|set| made(*set)));
-                                for name in &resolved.apart {
-                                    for (set, owners) in &name.own {
-                                        let members = members.among(owners);
-                                        if !matches!(&members, Members::Of(peers) if peers.is_empty()) {
-                                            has_effect = true;
-                                            apart.push(DistinctPorts {
-                                                members,
-                                                except: None,
-                                                ports: made(*set),
-                                            });
-                                        }
-                                    }
-                                    for set in &name.others {
-                                        has_effect = true;
-                                        let except = matches!(members, Members::Everybody)
-                                            .then(|| Arc::clone(&name.owners));
-                                        apart.push(DistinctPorts {
-                                            members: members.without(&name.owners),
-                                            except,
-                                            ports: made(*set),
-                                        });
-                                    }
-                                }
-                                if !has_effect && let PortSpec::Named { name, .. } = port {
-                                    remarks.push(self.unresolved(
-                                        name,
-                                        direction,
-                                        key,
-                                        &entry.location,
-                                        subject,
-                                    ));
-                                }
-                            }
-                        }
-                    }
-                }
-                rules.push(TableRule {
-                    id: looked_up.id,
+                let RulePorts { common, distinct } = self.rule_ports(rule, &members, unit, section, cx);
+                let table_rule = |members, except, ports| TableRule {
+                    id: compiled.id,
                     denies: section.denies(),
                     audit: unit.audit,
                     auth_required: rule.auth_required,
                     members,
-                    except: None,
+                    except,
                     ports,
-                });
-                rules.extend(apart.into_iter().map(
-                    |DistinctPorts {
-                         members,
-                         except,
-                         ports,
-                     }| TableRule {
-                        id: looked_up.id,
-                        denies: section.denies(),
-                        audit: unit.audit,
-                        auth_required: rule.auth_required,
-                        members,
-                        except,
-                        ports: vec![ports],
-                    },
-                ));
+                };
+                rules.push(table_rule(members, None, common));
+                rules.extend(
+                    distinct
+                        .into_iter()
+                        .map(|part| table_rule(part.members, part.except, vec![part.ports])),
+                );
             }
         }
         rules
     }
 
-    /// A remark about a group of prefixes by name that does not exist, or is empty.
-    pub(super) fn missing_group(&self, slot: &PeerSlot, location: &Location) -> Option<Diagnostic> {
-        match (&slot.peer, &*slot.resolved) {
-            (Peer::CidrGroup { name, .. }, ResolvedSelector::Cidrs(rules)) if rules.is_empty() => {
-                Some(Diagnostic {
-                    severity: Severity::Warning,
-                    location: location.clone(),
-                    message: format!(
-                        "there is no CiliumCIDRGroup {name} with prefixes; the reference means nobody"
-                    ),
-                })
+    /// Returns the members of a rule; `None` if the rule selects no peer at all.
+    fn rule_members(
+        &self,
+        rule: &Rule,
+        compiled: &UnitRule,
+        section: Section,
+        cx: &mut RuleContext<'_>,
+    ) -> Option<Members> {
+        let peers = match &compiled.peers {
+            UnitPeers::None => return None,
+            UnitPeers::Any => return Some(Members::Any),
+            UnitPeers::OneOf(peers) => peers,
+        };
+        let required = &cx.subject.required[section as usize];
+        let mut members = Vec::with_capacity(peers.len());
+        let mut any = false;
+        for number in peers {
+            let Some(slot) = self.peers.slot(*number) else {
+                continue;
+            };
+            if let Peer::Labels(selector) = &slot.peer
+                && !required.requirements.is_empty()
+            {
+                members.push(self.narrowed_member(*number, selector, required));
+                continue;
             }
-            _ => None,
+            any |= matches!(*slot.resolved, ResolvedSelector::Any);
+            cx.remarks.extend(missing_group(slot, &rule.location));
+            members.push(Member {
+                peer: *number,
+                members: Arc::clone(&slot.members),
+                learned: self.learned_of(slot),
+            });
+        }
+        Some(if any { Members::Any } else { Members::Of(members) })
+    }
+
+    /// Returns the member of a label selector that `fromRequires` or `toRequires` of the subject's specs narrows.
+    fn narrowed_member(&self, peer: u32, selector: &Selector, required: &Selector) -> Member {
+        let requirements = selector.requirements.iter().chain(&required.requirements);
+        let narrowed = Selector {
+            requirements: requirements.cloned().collect(),
+        };
+        let resolved = ResolvedSelector::of(&Peer::Labels(narrowed), &[]);
+        Member {
+            peer,
+            members: Arc::new(self.identity_index.select(&resolved)),
+            learned: Learned::Labels(Arc::new(resolved)),
         }
     }
 
-    pub(super) fn unresolved(
+    /// Returns which learned identities a peer selects.
+    fn learned_of(&self, slot: &PeerSlot) -> Learned {
+        match &*slot.resolved {
+            ResolvedSelector::Fqdn(text) => match self.names.selector_of(text) {
+                Some(selector) => Learned::Selector(selector),
+                None => Learned::Base,
+            },
+            ResolvedSelector::Labels(_) | ResolvedSelector::Nodes(_) => {
+                Learned::Labels(Arc::clone(&slot.resolved))
+            }
+            _ => Learned::Base,
+        }
+    }
+
+    /// Returns the ports of a rule with their classes and application rules.
+    fn rule_ports(
         &self,
-        name: &str,
-        direction: Direction,
-        key: &SpecKey,
-        location: &Location,
-        subject: &Subject,
-    ) -> Diagnostic {
-        let whom = match direction {
+        rule: &Rule,
+        members: &Members,
+        unit: &CompiledSpec,
+        section: Section,
+        cx: &mut RuleContext<'_>,
+    ) -> RulePorts {
+        let mut out = RulePorts::default();
+        let Ports::OneOf(entries) = &rule.ports else {
+            out.common.push(TablePorts {
+                set: PortSet::All,
+                classes: None,
+                l7: None,
+            });
+            return out;
+        };
+        for entry in entries {
+            let l7 = L7Policy::of(&entry.l7).map(Arc::new);
+            for port in &entry.ports {
+                let resolved = self.resolve(port, section, unit.policy().kind, &cx.subject.named_ports);
+                let has_effect = self.add_ports(&resolved, l7.as_ref(), members, cx.classes, &mut out);
+                if !has_effect && let PortSpec::Named { name, .. } = port {
+                    cx.remarks.push(self.unresolved(name, &entry.location, cx));
+                }
+            }
+        }
+        out
+    }
+
+    /// Adds one resolved port to `out`. Returns whether the port matches anything.
+    fn add_ports(
+        &self,
+        resolved: &Resolved,
+        l7: Option<&Arc<L7Policy>>,
+        members: &Members,
+        classes: &mut HashMap<PortSet, Option<Arc<[Class]>>>,
+        out: &mut RulePorts,
+    ) -> bool {
+        let mut made = |set: PortSet| TablePorts {
+            set,
+            classes: classes.entry(set).or_insert_with(|| self.classes.of(set)).clone(),
+            l7: l7.cloned(),
+        };
+        let mut has_effect = !resolved.sets.is_empty();
+        out.common.extend(resolved.sets.iter().map(|set| made(*set)));
+        for name in &resolved.apart {
+            for (set, owners) in &name.own {
+                let members = members.among(owners);
+                if matches!(&members, Members::Of(peers) if peers.is_empty()) {
+                    continue;
+                }
+                has_effect = true;
+                out.distinct.push(DistinctPorts {
+                    members,
+                    except: None,
+                    ports: made(*set),
+                });
+            }
+            for set in &name.others {
+                has_effect = true;
+                out.distinct.push(DistinctPorts {
+                    members: members.without(&name.owners),
+                    except: matches!(members, Members::Any).then(|| Arc::clone(&name.owners)),
+                    ports: made(*set),
+                });
+            }
+        }
+        has_effect
+    }
+
+    /// Returns the warning about a port name that no peer of the rule has.
+    fn unresolved(&self, name: &str, location: &Location, cx: &RuleContext<'_>) -> Diagnostic {
+        let whom = match cx.direction {
             Direction::Ingress => {
-                let endpoint = subject.endpoints.first().map(|(id, _)| *id);
+                let endpoint = cx.subject.endpoints.first().map(|(id, _)| *id);
                 let endpoint = self.inventory.endpoints.iter().find(|e| Some(e.id) == endpoint);
                 let endpoint = endpoint.map_or("", |endpoint| endpoint.name.as_str());
                 format!("endpoint {endpoint} has no port of that name and protocol")
@@ -238,7 +245,23 @@ impl Compiler {
         Diagnostic {
             severity: Severity::Warning,
             location: location.clone(),
-            message: format!("policy {}: port {name:?} has no effect: {whom}", key.policy),
+            message: format!("policy {}: port {name:?} has no effect: {whom}", cx.key.policy),
         }
+    }
+}
+
+/// A remark about a group of prefixes by name that does not exist, or is empty.
+fn missing_group(slot: &PeerSlot, location: &Location) -> Option<Diagnostic> {
+    match (&slot.peer, &*slot.resolved) {
+        (Peer::CidrGroup { name, .. }, ResolvedSelector::Cidrs(rules)) if rules.is_empty() => {
+            Some(Diagnostic {
+                severity: Severity::Warning,
+                location: location.clone(),
+                message: format!(
+                    "there is no CiliumCIDRGroup {name} with prefixes; the reference means nobody"
+                ),
+            })
+        }
+        _ => None,
     }
 }

@@ -19,7 +19,7 @@ const CLUSTER_LABEL: (&str, &str, &str) = ("k8s", "io.cilium.k8s.policy.cluster"
 /// A peer with its groups of prefixes looked up.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum ResolvedSelector {
-    Everybody,
+    Any,
     Labels(Selector),
     Nodes(Selector),
     Entity(Entity),
@@ -39,10 +39,10 @@ impl ResolvedSelector {
                 .collect()
         };
         match peer {
-            Peer::Labels(selector) if selector.requirements.is_empty() => Self::Everybody,
+            Peer::Labels(selector) if selector.requirements.is_empty() => Self::Any,
             Peer::Labels(selector) => Self::Labels(selector.clone()),
             Peer::Nodes(selector) => Self::Nodes(selector.clone()),
-            Peer::Entity(Entity::All) => Self::Everybody,
+            Peer::Entity(Entity::All) => Self::Any,
             Peer::Entity(entity) => Self::Entity(*entity),
             Peer::Cidr(rule) => Self::Cidrs(vec![rule.clone()]),
             Peer::CidrGroup { name, except } => {
@@ -84,7 +84,7 @@ impl ResolvedSelector {
     /// Whether it means an identity with these labels.
     pub(super) fn matches(&self, labels: &Labels) -> bool {
         match self {
-            Self::Everybody => true,
+            Self::Any => true,
             Self::Labels(selector) => selector.matches(labels),
             Self::Nodes(selector) => {
                 (labels.has_reserved("remote-node") || labels.has_reserved("host"))
@@ -227,7 +227,7 @@ impl IdentityIndex {
         }
     }
 
-    /// The identities that a peer means. ([`ResolvedSelector::Everybody`]: those there are.)
+    /// The identities that a peer means. ([`ResolvedSelector::Any`]: those there are.)
     pub(super) fn select(&self, resolved: &ResolvedSelector) -> BTreeSet<Identity> {
         let candidates: Option<BTreeSet<Identity>> = match resolved {
             ResolvedSelector::Labels(selector) => self.candidates(selector),
@@ -240,7 +240,7 @@ impl IdentityIndex {
             ResolvedSelector::Cidrs(rules) => {
                 Some(rules.iter().flat_map(|rule| self.inside(rule.cidr)).collect())
             }
-            ResolvedSelector::Everybody | ResolvedSelector::Entity(_) | ResolvedSelector::Fqdn(_) => None,
+            ResolvedSelector::Any | ResolvedSelector::Entity(_) | ResolvedSelector::Fqdn(_) => None,
         };
         let matches = |identity: &Identity| {
             self.labels

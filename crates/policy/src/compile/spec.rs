@@ -68,8 +68,8 @@ pub(super) struct UnitRule {
 
 #[derive(Clone, Debug)]
 pub(super) enum UnitPeers {
-    Everybody,
-    Nobody,
+    Any,
+    None,
     OneOf(Vec<u32>),
 }
 

@@ -103,7 +103,7 @@ impl DirtyRows {
     pub(super) fn add(&mut self, rules: &[Vec<TableRule>; 2]) {
         for rule in rules.iter().flatten() {
             match &rule.members {
-                Members::Everybody => *self = Self::Everything,
+                Members::Any => *self = Self::Everything,
                 Members::Of(peers) => {
                     for peer in peers {
                         self.add_identities(peer.members.iter().copied());

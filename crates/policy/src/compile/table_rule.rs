@@ -16,7 +16,7 @@ use crate::classes::PortSet;
 #[derive(Clone, Debug)]
 pub(super) enum Members {
     /// Everybody, known or not.
-    Everybody,
+    Any,
     /// Whom one of its peers means.
     Of(Vec<Member>),
 }
@@ -25,7 +25,7 @@ impl Members {
     /// Those of the members that are among some identities.
     pub(super) fn among(&self, identities: &Arc<BTreeSet<Identity>>) -> Self {
         Self::Of(match self {
-            Self::Everybody => vec![Member {
+            Self::Any => vec![Member {
                 peer: Member::EVERYBODY,
                 members: Arc::clone(identities),
                 learned: Learned::Base,
@@ -45,7 +45,7 @@ impl Members {
     /// The members without some identities. Of everybody these cannot be taken away, see [`TableRule::except`].
     pub(super) fn without(&self, identities: &BTreeSet<Identity>) -> Self {
         match self {
-            Self::Everybody => Self::Everybody,
+            Self::Any => Self::Any,
             Self::Of(peers) => Self::Of(
                 peers
                     .iter()

@@ -19,6 +19,7 @@ use super::{
     conflict::ConflictFinder,
     numbers::plain,
     precedence::Builder,
+    rules::RuleContext,
     select::ResolvedSelector,
     spec::SpecKey,
     subject::DirtyRows,
@@ -180,8 +181,14 @@ impl Compiler {
         for (key, selecting) in remade {
             let mut remarks: [Vec<Diagnostic>; 2] = Default::default();
             let rules = palisade_abi::DIRECTIONS.map(|direction| {
-                let remarks = &mut remarks[direction as usize];
-                self.table_rules(subject, key, selecting, direction, &mut classes, remarks)
+                let mut cx = RuleContext {
+                    subject,
+                    key,
+                    direction,
+                    classes: &mut classes,
+                    remarks: &mut remarks[direction as usize],
+                };
+                self.table_rules(&selecting.unit, &mut cx)
             });
             if selecting.stale {
                 touched.add(&rules);

@@ -314,8 +314,8 @@ impl Compiler {
                             },
                         );
                         let peers = match &rule.peers {
-                            Peers::Any => UnitPeers::Everybody,
-                            Peers::Nobody => UnitPeers::Nobody,
+                            Peers::Any => UnitPeers::Any,
+                            Peers::None => UnitPeers::None,
                             Peers::OneOf(peers) => {
                                 let numbers: Vec<u32> = peers
                                     .iter()
@@ -347,7 +347,7 @@ impl Compiler {
                 .flat_map(|section| spec.rules(*section))
                 .filter_map(|rule| match &rule.peers {
                     Peers::OneOf(peers) => Some(peers),
-                    Peers::Any | Peers::Nobody => None,
+                    Peers::Any | Peers::None => None,
                 })
                 .flatten()
                 .filter_map(|peer| match peer {

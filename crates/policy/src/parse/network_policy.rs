@@ -83,7 +83,7 @@ fn section(object: &Object<'_>, name: &'static str, concerned: bool, rules: Vec<
                 .field(name)
                 .map_or_else(|| object.at.location(), |at| at.location());
             Some(vec![Rule {
-                peers: Peers::Nobody,
+                peers: Peers::None,
                 ports: Ports::Any,
                 requires: Vec::new(),
                 auth_required: false,

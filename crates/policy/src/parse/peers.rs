@@ -172,7 +172,7 @@ impl<'o> Members<'o> {
     fn finish(self) -> Option<Peers> {
         match (self.any, self.empty || self.peers.is_empty()) {
             (false, _) => None,
-            (true, true) => Some(Peers::Nobody),
+            (true, true) => Some(Peers::None),
             (true, false) => Some(Peers::OneOf(self.peers)),
         }
     }

@@ -67,7 +67,7 @@ pub(super) fn read(at: At<'_>, section: Section<'_>) -> Option<Rule> {
         Some(peers) => peers,
         // Ports alone are about everybody; a rule that says nothing is about nobody.
         None if has_ports => Peers::Any,
-        None => Peers::Nobody,
+        None => Peers::None,
     };
     Some(Rule {
         peers,

@@ -353,7 +353,7 @@ impl<'a> Naive<'a> {
     ) -> std::vec::IntoIter<Option<&'r L7>> {
         let peer = match &rule.peers {
             Peers::Any => true,
-            Peers::Nobody => false,
+            Peers::None => false,
             Peers::OneOf(peers) => peers.iter().any(|peer| {
                 self.peer_matches(peer, other)
                     && (!matches!(peer, Peer::Labels(_))

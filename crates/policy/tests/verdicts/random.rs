@@ -276,7 +276,7 @@ fn rule(tape: &mut Tape<'_>, location: &Location, allows: bool) -> Rule {
     };
     let peers = match tape.pick(8) {
         0 | 1 => Peers::Any,
-        2 => Peers::Nobody,
+        2 => Peers::None,
         _ => Peers::OneOf((0..=tape.pick(2)).map(|_| peer(tape)).collect()),
     };
     Rule {

@@ -339,7 +339,7 @@ fn peers_of(spec: &palisade_model::rule::Spec) -> impl Iterator<Item = &Peer> {
         .flatten()
         .flat_map(|rule| match &rule.peers {
             palisade_model::rule::Peers::OneOf(peers) => peers.as_slice(),
-            palisade_model::rule::Peers::Any | palisade_model::rule::Peers::Nobody => &[],
+            palisade_model::rule::Peers::Any | palisade_model::rule::Peers::None => &[],
         })
 }
 

@@ -156,24 +156,24 @@ fn a_clusterwide_policy_is_not_scoped_but_its_peers_are_in_some_namespace() {
 #[test]
 fn empty_forms_of_peers() {
     let peers = |rule: &str| egress(rule).peers;
-    assert_eq!(peers("{}"), Peers::Nobody);
-    assert_eq!(peers("{toPorts: []}"), Peers::Nobody);
-    assert_eq!(peers("{toPorts: null, icmps: []}"), Peers::Nobody);
-    assert_eq!(peers("{toEndpoints: []}"), Peers::Nobody);
+    assert_eq!(peers("{}"), Peers::None);
+    assert_eq!(peers("{toPorts: []}"), Peers::None);
+    assert_eq!(peers("{toPorts: null, icmps: []}"), Peers::None);
+    assert_eq!(peers("{toEndpoints: []}"), Peers::None);
     assert_eq!(
         peers("{toFQDNs: [], toPorts: [{ports: [{port: '1'}]}]}"),
-        Peers::Nobody
+        Peers::None
     );
     assert_eq!(
         peers("{toEndpoints: [{}], toCIDR: []}"),
-        Peers::Nobody,
+        Peers::None,
         "an empty list cancels its siblings"
     );
     assert_eq!(
         peers("{toServices: [{k8sService: {serviceName: a}}]}"),
-        Peers::Nobody
+        Peers::None
     );
-    assert_eq!(peers("{toGroups: [{aws: {region: a}}]}"), Peers::Nobody);
+    assert_eq!(peers("{toGroups: [{aws: {region: a}}]}"), Peers::None);
     assert_eq!(
         peers("{toEndpoints: null, toEntities: [all]}"),
         Peers::OneOf(vec![Peer::Entity(Entity::All)])
@@ -221,7 +221,7 @@ fn sections() {
     assert_eq!((spec.ingress_deny, spec.egress), (None, None));
     assert_eq!(
         spec.egress_deny.map(|rules| rules[0].peers.clone()),
-        Some(Peers::Nobody)
+        Some(Peers::None)
     );
     assert_eq!(
         (spec.default_deny_ingress, spec.default_deny_egress),

@@ -22,7 +22,7 @@ fn assert_denies_all(section: Option<&Vec<Rule>>) {
     let Some(
         [
             Rule {
-                peers: Peers::Nobody,
+                peers: Peers::None,
                 ports: Ports::Any,
                 auth_required: false,
                 ..
