@@ -26,19 +26,20 @@ Exit codes:
 #[derive(Debug, Parser)]
 #[command(name = "palisade", version, about, after_help = EXIT_CODES, propagate_version = true)]
 pub(crate) struct Cli {
-    /// What to do.
+    /// Command to run.
     #[command(subcommand)]
     pub command: Command,
-    /// The configuration.
+    /// Path of the configuration.
     #[arg(long, global = true, value_name = "FILE", default_value = config::DEFAULT_PATH, env = "PALISADE_CONFIG")]
     pub config: PathBuf,
-    /// The daemon's control socket; by default the one of the configuration.
+    /// Path of the daemon's control socket; by default that of the configuration.
     #[arg(long, global = true, value_name = "PATH", env = "PALISADE_SOCKET")]
     pub socket: Option<PathBuf>,
 }
 
 impl Cli {
-    /// Whether the configuration was named, by `--config` or the environment, and is not merely the usual one.
+    /// Returns whether `--config` or the environment names the configuration, so that it is not merely the default
+    /// path.
     pub(crate) fn names_config(&self) -> bool {
         let mut arguments = std::env::args_os();
         std::env::var_os("PALISADE_CONFIG").is_some()
@@ -48,32 +49,32 @@ impl Cli {
     }
 }
 
-/// How a listing is written.
+/// Format of a listing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Default)]
 pub(crate) enum Output {
-    /// For people.
+    /// Table for reading.
     #[default]
     Table,
-    /// For programs.
+    /// JSON for programs.
     Json,
 }
 
-/// How policies are written.
+/// Format of policies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Default)]
 pub(crate) enum PolicyOutput {
-    /// For people.
+    /// Table for reading.
     #[default]
     Table,
-    /// For programs.
+    /// JSON for programs.
     Json,
-    /// One policy as it was written: the text that is in force.
+    /// YAML of one policy in force.
     Yaml,
 }
 
 /// `-o` of the listings.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct OutputArgs {
-    /// How it is written.
+    /// Output format.
     #[arg(short, long, value_enum, default_value_t)]
     pub output: Output,
 }
@@ -81,7 +82,7 @@ pub(crate) struct OutputArgs {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Run the daemon: fill the maps, attach, watch policies and interfaces.
+    /// Run the daemon: fill the maps, attach the programs, watch policies and interfaces.
     #[command(after_help = "Examples:
   palisade run
   palisade run --config ./palisade.toml --check-config
@@ -89,11 +90,11 @@ pub(crate) enum Command {
 Signals: TERM and INT end the daemon, what it attached keeps enforcing; HUP reads the configuration again.
 Log: to stderr; PALISADE_LOG=debug for more.")]
     Run {
-        /// Only say what is wrong with the configuration.
+        /// Only check the configuration and print its errors.
         #[arg(long)]
         check_config: bool,
     },
-    /// Show what is attached, enforced, full, lost and wrong.
+    /// Show what is attached and enforced, how full the maps are, and all problems.
     #[command(
         after_help = "Without --wait the exit code is 0 whenever the daemon answers, also if it is NOT READY.
 
@@ -103,23 +104,23 @@ Examples:
   palisade status --wait 0s || echo not ready"
     )]
     Status {
-        /// Return when everything is attached and enforced; exit 1 if it is not by then, and say what is missing.
+        /// Wait until everything is attached and enforced. After this time exit with 1 and print what is missing.
         #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
         wait: Option<Duration>,
         #[command(flatten)]
         output: OutputArgs,
     },
-    /// Have the daemon read the configuration and all policies again. If the configuration has errors, nothing changes.
+    /// Make the daemon read the configuration and all policies again. A configuration with errors changes nothing.
     #[command(
         after_help = "The same as SIGHUP, but says what is wrong. What only a restart changes is named by `palisade status`."
     )]
     Reload,
-    /// End the daemon. What it attached keeps enforcing unless --detach is given.
+    /// End the daemon. What it attached goes on enforcing unless --detach is given.
     #[command(after_help = "Examples:
   palisade stop             the last policy stays enforced
   palisade stop --detach    nothing is left in the kernel; works also if the daemon is dead")]
     Stop {
-        /// Detach all programs and remove all maps: nothing is enforced any more.
+        /// Detach all programs and remove all maps, so that nothing is enforced any more.
         #[arg(long)]
         detach: bool,
     },
@@ -132,10 +133,10 @@ Examples:
     /// Security identities.
     #[command(subcommand)]
     Identity(IdentityCommand),
-    /// What was learned of names.
+    /// Learned names.
     #[command(subcommand)]
     Fqdn(FqdnCommand),
-    /// What the BPF maps hold.
+    /// Content of the BPF maps.
     #[command(subcommand)]
     Bpf(BpfCommand),
     /// Show flows.
@@ -147,16 +148,16 @@ Examples:
 
 Filters of one kind are alternatives, filters of different kinds must all match; --not reverses the next one.")]
     Observe(ObserveArgs),
-    /// Show events as they come: one line for each that the programs send.
+    /// Show each event of the programs as it arrives, one per line.
     #[command(after_help = "Examples:
   palisade monitor --type drop
   palisade monitor --type drop,policy-verdict --related-to default/frontend")]
     Monitor {
-        /// Only these: drop, policy-verdict, trace, l7.
+        /// Only events of these types: drop, policy-verdict, trace, l7.
         #[arg(short = 't', long = "type", value_name = "TYPE", value_delimiter = ',',
               value_parser = ["drop", "policy-verdict", "trace", "l7"])]
         types: Vec<String>,
-        /// Only of an endpoint: number or name.
+        /// Only events of this endpoint: number or name.
         #[arg(long, value_name = "ENDPOINT")]
         related_to: Option<String>,
         #[command(flatten)]
@@ -164,19 +165,19 @@ Filters of one kind are alternatives, filters of different kinds must all match;
     },
 }
 
-/// Flags of `palisade observe`. The filters are those of [`palisade_flowlog::filter::FLAGS`], in the order in which
-/// they were given.
+/// Flags of `palisade observe`. The filters are those of [`palisade_flowlog::filter::FLAGS`], in the order of the
+/// command line.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ObserveArgs {
     /// Filters and their values.
     pub filters: Vec<(String, String)>,
-    /// Go on with what comes.
+    /// Whether to continue with flows that arrive later.
     pub follow: bool,
-    /// The last so many.
+    /// Number of most recent flows to show.
     pub last: Option<usize>,
-    /// All there are.
+    /// Whether to show all flows in the ring.
     pub all: bool,
-    /// How they are written.
+    /// Printer of the chosen format.
     pub printer: Printer,
 }
 
@@ -302,15 +303,14 @@ Prints FILE:LINE:COL: MESSAGE for each error, warning and note, and exits 1 if t
 what the policies come to for the endpoints and peers of this configuration: port names and nodeSelectors without
 effect, groups of prefixes that do not exist.")]
     Validate {
-        /// Files, folders of which every *.yaml, *.yml and *.json is checked (subfolders are not read), or - for the
-        /// standard input.
+        /// Files, folders (each *.yaml, *.yml and *.json is checked, without subfolders), or - for the standard input.
         #[arg(required = true, value_name = "PATH")]
         paths: Vec<PathBuf>,
-        /// Only errors.
+        /// Print only errors.
         #[arg(short, long)]
         quiet: bool,
     },
-    /// Run case files: unit tests for policies. Needs neither daemon nor root.
+    /// Run case files, which are unit tests for policies. Needs neither daemon nor root.
     #[command(after_help = "Examples:
   palisade policy test cases.jsonl
   palisade policy test tests/cases/*.yaml
@@ -340,7 +340,8 @@ deciding rule, then `N passed, M failed`, and exits 1 if a check failed.")]
         #[arg(required = true, value_name = "CASES")]
         paths: Vec<PathBuf>,
     },
-    /// Explain what would happen to a packet, and by which rules. Asks the daemon, or, with policy files named, works off-line.
+    /// Explain the verdict on a packet and the rules that decide. Asks the daemon, or works off-line on the given
+    /// policy files.
     #[command(after_help = "Examples:
   palisade policy trace --from default/frontend --to default/backend --port 8080
   palisade policy trace --from world-ipv4 --to host --port 22
@@ -356,16 +357,16 @@ An end is an endpoint or a peer by name, an endpoint's number, an address, or a 
 (host, world-ipv4, world-ipv6, remote-node, ...).
 Exits 0 if the packet would pass (also by audit mode, or once it was inspected), 1 if it would be dropped.")]
     Trace(Box<TraceArgs>),
-    /// List the policies in force; one by name with its rules and their counters.
+    /// List the policies in force, or show one policy with its rules and counters.
     Get {
         /// `namespace/name`, or the name of a cluster-wide policy.
         name: Option<String>,
-        /// Format; with a name yaml is the text of the policy that is in force, also if its file is broken now, and json
-        /// has the same as a resource and rule by rule.
+        /// Format. For one policy, yaml is the text in force, even if the file is broken now, and json has the same
+        /// resource and its rules.
         #[arg(short, long, value_enum, default_value_t)]
         output: PolicyOutput,
     },
-    /// List the selectors of the policies, and whom they select.
+    /// List the selectors of the policies and the identities that they select.
     Selectors {
         #[command(flatten)]
         output: OutputArgs,
@@ -375,10 +376,10 @@ Exits 0 if the packet would pass (also by audit mode, or once it was inspected),
 /// Flags of `palisade policy trace`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct TraceArgs {
-    /// Who sends.
+    /// Source of the packet.
     #[arg(long, visible_alias = "src", value_name = "END")]
     pub from: String,
-    /// Who receives.
+    /// Destination of the packet.
     #[arg(
         long,
         visible_alias = "dst",
@@ -386,21 +387,19 @@ pub(crate) struct TraceArgs {
         required_unless_present = "to_fqdn"
     )]
     pub to: Option<String>,
-    /// The sender has learned the receiver by this name; --to can say which address it has.
+    /// Name by which the source has learned the destination; --to can give its address.
     #[arg(long, value_name = "NAME")]
     pub to_fqdn: Option<String>,
-    /// The packet asks DNS for this name (without --port and --protocol: 53/udp).
+    /// Name that the packet queries in DNS (without --port and --protocol: 53/udp).
     #[arg(long, value_name = "NAME", conflicts_with_all = ["http", "sni"])]
     pub dns: Option<String>,
-    /// The connection carries this HTTP request: 'GET /x' or 'GET http://host/x' (without --port and --protocol:
-    /// 80/tcp).
+    /// HTTP request on the connection: 'GET /x' or 'GET http://host/x' (without --port and --protocol: 80/tcp).
     #[arg(long, value_name = "REQUEST", conflicts_with = "sni")]
     pub http: Option<String>,
-    /// A header of that request.
+    /// A header of the HTTP request.
     #[arg(long = "header", value_name = "NAME: VALUE", requires = "http")]
     pub headers: Vec<String>,
-    /// The connection begins with a TLS hello for this server name; '' for none (without --port and --protocol:
-    /// 443/tcp).
+    /// Server name in the TLS ClientHello; '' for a ClientHello without one (without --port and --protocol: 443/tcp).
     #[arg(long, value_name = "NAME")]
     pub sni: Option<String>,
     /// tcp, udp, sctp, icmp, icmpv6, or a number.
@@ -409,7 +408,7 @@ pub(crate) struct TraceArgs {
     /// Destination port, with or without protocol (8080, 53/udp); for ICMP the type.
     #[arg(long, visible_alias = "dport", value_name = "PORT[/PROTOCOL]")]
     pub port: Option<String>,
-    /// Work off-line: with these policy files or folders, and the endpoints and peers of --config.
+    /// Work off-line with these policy files or folders, and the endpoints and peers of --config.
     #[arg(long, value_name = "PATH", num_args = 1..)]
     pub policies: Vec<PathBuf>,
     #[command(flatten)]
@@ -431,7 +430,7 @@ pub(crate) enum EndpointCommand {
         #[command(flatten)]
         output: OutputArgs,
     },
-    /// Show or set options of an endpoint. They are kept over a restart.
+    /// Show or set options of an endpoint. They survive a restart.
     #[command(after_help = "Examples:
   palisade endpoint config 2
   palisade endpoint config default/frontend PolicyAuditMode=Enabled
@@ -459,7 +458,7 @@ pub(crate) enum IdentityCommand {
     },
     /// Show one identity.
     Get {
-        /// Its number, or the name of a reserved one (host, world-ipv4, ...).
+        /// Number, or name of a reserved identity (host, world-ipv4, ...).
         identity: String,
         #[command(flatten)]
         output: OutputArgs,
@@ -469,7 +468,7 @@ pub(crate) enum IdentityCommand {
 /// `palisade fqdn`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum FqdnCommand {
-    /// The names that endpoints were answered, with their addresses.
+    /// Names that endpoints have resolved, with their addresses.
     #[command(subcommand)]
     Cache(FqdnCacheCommand),
 }
@@ -479,25 +478,26 @@ pub(crate) enum FqdnCommand {
 pub(crate) enum FqdnCacheCommand {
     /// List names and addresses.
     List {
-        /// Only of this endpoint (number, name or address).
+        /// Only names of this endpoint (number, name or address).
         #[arg(long, short)]
         endpoint: Option<String>,
         #[command(flatten)]
         output: OutputArgs,
     },
-    /// Forget names, in use or not: what is reached by them has to be asked for again, and connections are judged again.
+    /// Remove learned names, even if they are in use. Clients must resolve them again, and their connections are
+    /// evaluated again.
     #[command(after_help = "Examples:
   palisade fqdn cache clean
   palisade fqdn cache clean --endpoint default/frontend --name www.example.com
   palisade fqdn cache clean --pattern '*.example.com'")]
     Clean {
-        /// Only of this endpoint (number, name or address).
+        /// Only names of this endpoint (number, name or address).
         #[arg(long, short)]
         endpoint: Option<String>,
         /// Only this name.
         #[arg(long)]
         name: Option<String>,
-        /// Only names that match this pattern, as matchPattern has it.
+        /// Only names that match this pattern, in the syntax of matchPattern.
         #[arg(long, conflicts_with = "name")]
         pattern: Option<String>,
     },
@@ -534,7 +534,7 @@ pub(crate) enum BpfPolicyCommand {
 pub(crate) enum BpfCtCommand {
     /// List all connections.
     List {
-        /// There is one table for all endpoints: `global` says so.
+        /// Accepted for compatibility with Cilium; there is one table for all endpoints.
         #[arg(value_parser = ["global"], hide = true)]
         scope: Option<String>,
         #[command(flatten)]
@@ -614,7 +614,8 @@ mod tests {
         assert!(observe(&["-o", "xml"]).is_err());
     }
 
-    /// Returns the commands that a text names: in backquotes, at the start of a line, or as a path of the installed binary.
+    /// Returns the commands that a text names: in backquotes, at the start of a line, or as a path of the installed
+    /// binary.
     fn named_commands(text: &str) -> Vec<&str> {
         let mut found: Vec<&str> = text
             .lines()
@@ -629,7 +630,8 @@ mod tests {
         found
     }
 
-    /// Checks subcommands and flags of a command line as documents write it: `[...]` is optional, `...` repeats.
+    /// Checks the subcommands and flags of a command line in the notation of documents: `[...]` is optional, `...`
+    /// repeats.
     fn check(line: &str) -> Result<(), String> {
         let root = Cli::command();
         let mut command = &root;
@@ -695,7 +697,7 @@ mod tests {
         for path in texts {
             let text = std::fs::read_to_string(&path).unwrap();
             let text = text.split("#[cfg(test)]").next().unwrap_or_default();
-            // A string that goes on in the next line.
+            // Joins string literals that continue on the next line.
             let text: String = text.split("\\\n").map(str::trim_start).collect();
             for line in named_commands(&text) {
                 commands += 1;

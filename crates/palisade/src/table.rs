@@ -1,4 +1,4 @@
-//! Tables for people: columns as wide as their widest cell, two spaces between them.
+//! Text tables: columns as wide as their widest cell, separated by two spaces.
 
 /// A table under construction. A cell may have several lines.
 #[derive(Debug)]

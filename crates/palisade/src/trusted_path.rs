@@ -1,6 +1,6 @@
-//! Paths whose entries no user but root can exchange, and locks on them. A user that can rename an entry of a directory on
-//! the way to a file decides what the daemon finds there: an unprivileged user that made the pin directory first could
-//! unlink the pins that hold the programs at their interfaces.
+//! Paths whose entries no user but root can replace, and locks on them. A user that can rename an entry of a directory
+//! above a file controls what the daemon opens: an unprivileged user that made the pin directory first could unlink the
+//! pins that hold the programs at their interfaces.
 
 use std::{
     collections::VecDeque,
@@ -21,19 +21,19 @@ use nix::{
     unistd::geteuid,
 };
 
-/// A daemon that was just told to end may hold its locks for a moment still.
+/// Longest wait for a lock that a daemon holds while it ends.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
-/// Links that are followed on the way to a directory, as the kernel does (path_resolution(7): 40).
+/// Most links that are followed in a path, as in the kernel (path_resolution(7)).
 const MAX_LINKS: usize = 40;
-/// Directories below each other that are looked into. The deepest that a daemon makes is two below.
+/// Deepest level of directories that is checked. The daemon makes at most two.
 const MAX_DEPTH: usize = 8;
 
-/// Why a directory is not used.
+/// Why a path is not used.
 #[derive(Debug)]
 pub(crate) enum UnsafePath {
-    /// Another user than root could change what is in it.
+    /// Another user than root could replace or change its entries.
     Untrusted(String),
-    /// It is not there and cannot be made, or cannot be read.
+    /// It does not exist and cannot be made, or cannot be read.
     Failed(String),
 }
 
@@ -46,11 +46,11 @@ impl fmt::Display for UnsafePath {
 
 impl std::error::Error for UnsafePath {}
 
-/// Makes a directory that only root can read or write, or finds it so: mode 0700 from it downwards, everything in it
-/// root's, and no directory on the way to it that another user could exchange. Returns its path without links.
+/// Returns the path of a directory without links, after making it if it is missing. Every directory from there down
+/// gets mode 0700, everything in it must be root's, and no other user may be able to replace a directory above it.
 ///
 /// # Errors
-/// See [`UnsafePath`]. `setting` is what the message says to change.
+/// See [`UnsafePath`]. `setting` is the option that the message names.
 pub(crate) fn private_dir(path: &Path, setting: &str) -> Result<PathBuf, UnsafePath> {
     let found = walk(path)?;
     if !found.missing.as_os_str().is_empty() {
@@ -60,7 +60,7 @@ pub(crate) fn private_dir(path: &Path, setting: &str) -> Result<PathBuf, UnsafeP
             .mode(0o700)
             .create(&whole)
             .map_err(|error| failed(&whole, &error))?;
-        // With the way looked at once more: the directory may have been made by another at the same time.
+        // Walked again, because another process may have made the directory at the same time.
         let again = walk(&whole)?;
         return private(again.there, setting);
     }
@@ -83,26 +83,26 @@ fn private(dir: PathBuf, setting: &str) -> Result<PathBuf, UnsafePath> {
             metadata.uid()
         )));
     }
-    tighten(&dir, &metadata)?;
-    look_into(&dir, setting, 0)?;
+    restrict_mode(&dir, &metadata)?;
+    check_entries(&dir, setting, 0)?;
     Ok(dir)
 }
 
-/// Takes the rights of others away. What others made before that is found by [`look_into`] afterwards.
-fn tighten(dir: &Path, metadata: &Metadata) -> Result<(), UnsafePath> {
+/// Removes the rights of group and others. Entries that others made before are found by [`check_entries`] afterwards.
+fn restrict_mode(dir: &Path, metadata: &Metadata) -> Result<(), UnsafePath> {
     if metadata.mode() & 0o077 == 0 {
         return Ok(());
     }
     match fs::set_permissions(dir, Permissions::from_mode(0o700)) {
         Ok(()) => Ok(()),
-        // Not writable by others: it stays as it is on a file system that is read-only.
+        // Without write permission for others, a read-only file system is accepted.
         Err(_) if metadata.mode() & 0o022 == 0 => Ok(()),
         Err(error) => Err(failed(dir, &error)),
     }
 }
 
-/// Everything in the directory must be root's.
-fn look_into(dir: &Path, setting: &str, depth: usize) -> Result<(), UnsafePath> {
+/// Checks that everything in the directory is root's.
+fn check_entries(dir: &Path, setting: &str, depth: usize) -> Result<(), UnsafePath> {
     if depth > MAX_DEPTH {
         return Err(UnsafePath::Untrusted(format!(
             "{}: directories in directories, which Palisade does not make: remove it, or set another {setting}",
@@ -124,8 +124,8 @@ fn look_into(dir: &Path, setting: &str, depth: usize) -> Result<(), UnsafePath> 
             )));
         }
         if metadata.is_dir() {
-            tighten(&path, &metadata)?;
-            look_into(&path, setting, depth + 1)?;
+            restrict_mode(&path, &metadata)?;
+            check_entries(&path, setting, depth + 1)?;
         } else if metadata.is_file() && metadata.mode() & 0o022 != 0 {
             return Err(UnsafePath::Untrusted(format!(
                 "{} can be written by other users than root (mode {:04o}): remove it, or set another {setting}",
@@ -137,7 +137,7 @@ fn look_into(dir: &Path, setting: &str, depth: usize) -> Result<(), UnsafePath> 
     Ok(())
 }
 
-/// The directory that is to hold the socket: made if it is missing, open to be passed through by others.
+/// Returns the directory of the socket without links, after making it if it is missing. Other users may search it.
 ///
 /// # Errors
 /// See [`UnsafePath`].
@@ -152,21 +152,21 @@ pub(crate) fn socket_dir(dir: &Path) -> Result<PathBuf, UnsafePath> {
             .map_err(|error| failed(&whole, &error))?;
     }
     let metadata = fs::symlink_metadata(&whole).map_err(|error| failed(&whole, &error))?;
-    on_the_way(&whole, &metadata)?;
+    check_ancestor(&whole, &metadata)?;
     Ok(whole)
 }
 
-/// How far a path leads.
+/// The existing and the missing part of a path.
 #[derive(Debug)]
 pub(crate) struct Found {
-    /// What is there of it, without links.
+    /// Longest existing part, without links.
     pub there: PathBuf,
-    /// What is not.
+    /// The missing rest.
     pub missing: PathBuf,
 }
 
-/// Follows a path as the kernel does, and fails if a user other than root could exchange a directory or a link on the
-/// way. What the path names itself is only looked up.
+/// Resolves a path like the kernel. Fails if a user other than root could replace a directory or a link above the last
+/// component, which itself is not checked.
 pub(crate) fn walk(path: &Path) -> Result<Found, UnsafePath> {
     let mut here = PathBuf::from("/");
     let mut rest: VecDeque<OsString> = parts(path).collect();
@@ -179,7 +179,7 @@ pub(crate) fn walk(path: &Path) -> Result<Found, UnsafePath> {
             });
         };
         let metadata = fs::symlink_metadata(&here).map_err(|error| failed(&here, &error))?;
-        on_the_way(&here, &metadata)?;
+        check_ancestor(&here, &metadata)?;
         if next == ".." {
             here.pop();
             continue;
@@ -228,9 +228,9 @@ fn parts(path: &Path) -> impl Iterator<Item = OsString> + '_ {
     })
 }
 
-/// A directory whose entries another user could exchange leads nowhere safe. In a directory with the sticky bit only
-/// the owner of an entry, or of the directory, may rename or remove it (unlink(2): EPERM).
-fn on_the_way(dir: &Path, metadata: &Metadata) -> Result<(), UnsafePath> {
+/// Checks that no other user can replace the entries of a directory. In a directory with the sticky bit only the owner
+/// of an entry or of the directory can rename or remove it (unlink(2): EPERM).
+fn check_ancestor(dir: &Path, metadata: &Metadata) -> Result<(), UnsafePath> {
     let (mode, sticky) = (metadata.mode(), metadata.mode() & 0o1000 != 0);
     if !is_own(metadata) {
         return Err(UnsafePath::Untrusted(format!(
@@ -252,7 +252,7 @@ fn on_the_way(dir: &Path, metadata: &Metadata) -> Result<(), UnsafePath> {
     Ok(())
 }
 
-/// Whether a file is root's, or the user's that this process runs as.
+/// Returns whether a file is owned by root or by the user of this process.
 pub(crate) fn is_own(metadata: &Metadata) -> bool {
     metadata.uid() == 0 || metadata.uid() == geteuid().as_raw()
 }
@@ -266,8 +266,7 @@ fn failed(path: &Path, error: &io::Error) -> UnsafePath {
     UnsafePath::Failed(format!("{}: {error}{fix}", path.display()))
 }
 
-/// Locks a directory. The lock is of the directory itself, so it needs no file, which a full or read-only file system
-/// could not have, and which bpffs never has.
+/// Locks a directory itself, because a full or read-only file system cannot have a lock file, and bpffs never can.
 pub(crate) fn lock_dir(path: &Path, setting: &str) -> anyhow::Result<Flock<File>> {
     loop {
         let dir = OpenOptions::new()
@@ -280,7 +279,7 @@ pub(crate) fn lock_dir(path: &Path, setting: &str) -> anyhow::Result<Flock<File>
         let named = fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino()));
         match (locked, named) {
             (Ok(locked), Ok(named)) if locked == named => return Ok(lock),
-            // The daemon that ended in this moment has removed it (`palisade stop --detach`).
+            // A daemon that has just ended has removed the directory (`palisade stop --detach`).
             _ => DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
@@ -290,7 +289,7 @@ pub(crate) fn lock_dir(path: &Path, setting: &str) -> anyhow::Result<Flock<File>
     }
 }
 
-/// Locks a file that is open, waiting for a moment if another daemon is just ending.
+/// Locks an open file. Waits a moment for a daemon that is ending.
 pub(crate) fn lock_file(mut file: File, path: &Path, setting: &str) -> anyhow::Result<Flock<File>> {
     let until = Instant::now() + LOCK_TIMEOUT;
     loop {
@@ -372,7 +371,7 @@ mod tests {
         fs::set_permissions(&file, Permissions::from_mode(0o666)).unwrap();
         assert!(refused(&dir).contains("0666"));
         fs::remove_file(&file).unwrap();
-        // On the way: only with the sticky bit is a directory that others write a safe one.
+        // In the path: a directory that others can write is safe only with the sticky bit.
         fs::set_permissions(root.path(), Permissions::from_mode(0o777)).unwrap();
         assert!(refused(&dir).contains("0777"));
         fs::set_permissions(root.path(), Permissions::from_mode(0o1777)).unwrap();

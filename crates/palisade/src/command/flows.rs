@@ -18,12 +18,12 @@ use crate::{
     },
 };
 
-/// So many are shown if nobody says how many.
+/// Flows shown without `--last`.
 const DEFAULT_COUNT: usize = 20;
 
-/// `palisade observe`.
+/// Runs `palisade observe`.
 pub(super) fn observe(socket: &Path, args: &ObserveArgs) -> anyhow::Result<u8> {
-    // The daemon builds the filters; here they are only checked, so that what is wrong is said without it.
+    // The daemon builds the filters. They are built here too, so that errors are reported without a daemon.
     let mut builder = FilterBuilder::new(Timestamp::from_system_time(SystemTime::now()));
     for (flag, value) in &args.filters {
         builder.flag(flag, value)?;
@@ -44,14 +44,14 @@ pub(super) fn observe(socket: &Path, args: &ObserveArgs) -> anyhow::Result<u8> {
     stream(socket, request, |flow| args.printer.flow(flow))
 }
 
-/// `palisade monitor`.
+/// Runs `palisade monitor`.
 pub(super) fn monitor(
     socket: &Path,
     types: &[String],
     related_to: Option<&str>,
     output: Output,
 ) -> anyhow::Result<u8> {
-    // Without this check a name that no endpoint has would be waited for without end.
+    // Without this check the command would wait for flows of an endpoint that does not exist.
     for endpoint in related_to.iter().flat_map(|list| list.split(',')) {
         let request = Request::EndpointGet {
             endpoint: endpoint.trim().to_owned(),

@@ -1,4 +1,4 @@
-//! The listings.
+//! Commands that list what the daemon has.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,10 +21,10 @@ use crate::{
     table::Table,
 };
 
-/// The options of an endpoint.
+/// Options of an endpoint.
 pub(super) const OPTIONS: [&str; 1] = ["PolicyAuditMode"];
 
-/// How many endpoints of a policy a row of the list names.
+/// Most endpoints that a row of the policy list names.
 const ENDPOINTS_SHOWN: usize = 3;
 
 pub(super) fn policies(socket: &Path, name: Option<&str>, output: PolicyOutput) -> anyhow::Result<u8> {
@@ -36,7 +36,7 @@ pub(super) fn policies(socket: &Path, name: Option<&str>, output: PolicyOutput) 
     let output = match output {
         PolicyOutput::Table => Output::Table,
         PolicyOutput::Json => {
-            // The resource says the same to programs.
+            // In JSON the text is left out, because the resource has the same content.
             for policy in &mut answer {
                 policy.text = None;
             }
@@ -172,7 +172,7 @@ pub(super) fn endpoints(socket: &Path, output: Output) -> anyhow::Result<u8> {
     })
 }
 
-/// As `endpoint list` and `status` show them.
+/// Returns the table of `endpoint list` and `status`.
 pub(super) fn endpoint_table(endpoints: &[Endpoint]) -> Table {
     let mut table = Table::new(&[
         "ENDPOINT",
@@ -286,7 +286,7 @@ pub(super) fn identities(socket: &Path, output: Output) -> anyhow::Result<u8> {
     })
 }
 
-/// By number, or a reserved one by name: `host`, `reserved:world-ipv4`.
+/// Prints an identity by number, or a reserved one by name: `host`, `reserved:world-ipv4`.
 pub(super) fn identity(socket: &Path, identity: &str, output: Output) -> anyhow::Result<u8> {
     let number = match identity.parse::<u32>() {
         Ok(number) => number,
@@ -340,7 +340,7 @@ fn policy_rows(rows: &[PolicyRow]) -> Table {
         "RULE PACKETS",
         "DECIDED BY",
     ]);
-    // A rule has one counter for all its entries: it stands in the first of its rows.
+    // A rule has one counter for all its entries, which is shown in the first of its rows.
     let mut counted = BTreeSet::new();
     for row in rows {
         let first = counted.insert(row.rule);
@@ -424,7 +424,7 @@ fn list_or(list: &[String], nothing: &str) -> String {
     }
 }
 
-/// The first few, and how many more there are.
+/// Returns the first names of a list and the number of the others.
 fn some_of(list: &[String]) -> String {
     match list.len().checked_sub(ENDPOINTS_SHOWN) {
         None | Some(0) => list_or(list, "-"),
@@ -443,7 +443,8 @@ fn lines<T: ToString>(list: &[T]) -> String {
 mod tests {
     use super::*;
 
-    /// The programs count by rule, not by entry: repeated in each row the number would say that each port was used.
+    /// The programs count by rule, not by entry. Repeated in each row the counter would suggest that each port was
+    /// used.
     #[test]
     fn the_counter_of_a_rule_stands_in_one_of_its_rows() {
         let row = |rule: u32, ports: &str, packets: u64| PolicyRow {

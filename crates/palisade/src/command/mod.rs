@@ -1,4 +1,4 @@
-//! What the commands do.
+//! Dispatch of the commands.
 
 mod flows;
 mod inspect;
@@ -27,14 +27,14 @@ use crate::{
 };
 use output::{EXIT_FAILED, EXIT_NO, EXIT_NO_DAEMON, EXIT_OK, load_config};
 
-/// Does what the command line says.
+/// Runs the command of the command line and returns its exit code.
 pub(crate) fn execute(cli: Cli) -> ExitCode {
     let outcome = dispatch(&cli).and_then(|code| {
         io::stdout().flush()?;
         Ok(code)
     });
     let code = outcome.unwrap_or_else(|error| {
-        // Whoever read the output wants no more of it (`| head`).
+        // A closed pipe is no error: the reader (`| head`) needs no more output.
         if error
             .downcast_ref::<io::Error>()
             .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
@@ -52,7 +52,7 @@ pub(crate) fn execute(cli: Cli) -> ExitCode {
 
 fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
     let asked = match &cli.command {
-        // These read the file themselves, or need none.
+        // These commands read the configuration themselves, or need none.
         Command::Run { .. }
         | Command::Policy(
             PolicyCommand::Validate { .. } | PolicyCommand::Test { .. } | PolicyCommand::Trace(_),
@@ -131,21 +131,21 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
     }
 }
 
-/// The socket of the running daemon: as asked for, as configured, or the usual one.
+/// Returns the socket of the daemon: that of the command line, of the configuration, or the default.
 fn socket(cli: &Cli) -> anyhow::Result<PathBuf> {
     if let Some(socket) = &cli.socket {
         return Ok(socket.clone());
     }
     let text = match fs::read_to_string(&cli.config) {
         Ok(text) => text,
-        // Without a configuration of its own a command asks the daemon that has none either.
+        // Without a configuration both daemon and command use the default socket.
         Err(_) if cli.config == Path::new(config::DEFAULT_PATH) => String::new(),
         Err(error) => bail!(
             "{}: {error}; --config names the daemon to ask",
             cli.config.display()
         ),
     };
-    // A configuration that was broken since the daemon read it must not keep anybody from asking it.
+    // Only the path is read, so that a file that is broken now does not prevent commands to the running daemon.
     Ok(Config::node_path(&text, "socket").unwrap_or_else(|| config::DEFAULT_SOCKET.into()))
 }
 

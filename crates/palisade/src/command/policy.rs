@@ -1,4 +1,4 @@
-//! Commands about policies that need no daemon.
+//! Commands about policy files, most of which need no daemon.
 
 use std::{
     collections::BTreeMap,
@@ -29,7 +29,7 @@ use crate::{
     daemon::{self, policy_file_names},
 };
 
-/// `palisade policy validate`. With a configuration also what the policies come to for its endpoints and peers.
+/// Runs `palisade policy validate`. With a configuration the policies are also compiled for its endpoints and peers.
 pub(super) fn validate(paths: &[PathBuf], quiet: bool, config: Option<&Path>) -> anyhow::Result<u8> {
     let config = match config.map(load_config) {
         Some(None) => return Ok(EXIT_NO),
@@ -96,7 +96,7 @@ pub(super) fn validate(paths: &[PathBuf], quiet: bool, config: Option<&Path>) ->
     Ok(if errors == 0 { EXIT_OK } else { EXIT_NO })
 }
 
-/// `palisade policy test`.
+/// Runs `palisade policy test`.
 pub(super) fn test(paths: &[PathBuf]) -> anyhow::Result<u8> {
     let mut out = io::stdout().lock();
     let mut total = Report::default();
@@ -121,7 +121,7 @@ pub(super) fn test(paths: &[PathBuf]) -> anyhow::Result<u8> {
     Ok(if total.failed == 0 { EXIT_OK } else { EXIT_NO })
 }
 
-/// The packet that is asked about.
+/// Returns the description of the packet on the command line.
 pub(super) fn trace_request(args: &TraceArgs) -> anyhow::Result<TraceRequest> {
     let usual = match (&args.dns, &args.http, &args.sni) {
         _ if args.protocol.is_some() => None,
@@ -147,7 +147,7 @@ pub(super) fn trace_request(args: &TraceArgs) -> anyhow::Result<TraceRequest> {
     })
 }
 
-/// What `--protocol` and `--port` say. Without a protocol it is TCP.
+/// Returns protocol and port of `--protocol` and `--port`; TCP without a protocol.
 fn protocol_and_port(protocol: Option<&str>, port: Option<&str>) -> anyhow::Result<(u8, u16)> {
     let (port, with_port) = match port.map(|port| port.split_once('/').unwrap_or((port, ""))) {
         None => (None, None),
@@ -176,7 +176,7 @@ fn protocol_and_port(protocol: Option<&str>, port: Option<&str>) -> anyhow::Resu
     Ok((protocol, port))
 }
 
-/// The request of `--http` and `--header`.
+/// Returns the request of `--http` and `--header`.
 pub(super) fn http_request(line: &str, headers: &[String]) -> anyhow::Result<TraceHttp> {
     let wrong =
         || format!("--http '{line}': write METHOD and path or URL, like 'GET /x' or 'GET http://host/x'");
@@ -212,7 +212,7 @@ pub(super) fn http_request(line: &str, headers: &[String]) -> anyhow::Result<Tra
         host.clone_into(&mut request.host);
         if path.is_empty() { "/" } else { path }.clone_into(&mut request.path);
     } else if method == "CONNECT" {
-        // It names a host and has no path.
+        // The target is only a host, so the path is empty.
         target.clone_into(&mut request.host);
     } else if target.starts_with('/') || target == "*" {
         target.clone_into(&mut request.path);
@@ -237,7 +237,7 @@ pub(super) fn http_request(line: &str, headers: &[String]) -> anyhow::Result<Tra
     Ok(request)
 }
 
-/// `palisade policy trace`.
+/// Runs `palisade policy trace`.
 pub(super) fn trace(
     config: &Path,
     socket: &Path,
@@ -285,13 +285,13 @@ fn plural(count: usize, what: &str) -> String {
     }
 }
 
-/// What was found below the paths of a command line.
+/// Policy files that were found by the paths of a command line.
 #[derive(Debug, Default)]
 struct Sources {
     files: Vec<(PathBuf, Parsed)>,
-    /// Paths below which there is nothing that could be read.
+    /// Paths without a readable policy file.
     problems: Vec<String>,
-    /// What was passed over.
+    /// Files that were skipped.
     notes: Vec<String>,
 }
 
@@ -328,7 +328,7 @@ impl Sources {
         }
         for name in names {
             let file = path.join(name);
-            // A folder that is named like a file is a broken policy file, as for the daemon.
+            // A directory that is named like a policy file is a broken policy file, as in the daemon.
             self.add(file.clone(), fs::read(file));
         }
         let folders = fs::read_dir(path)
@@ -352,8 +352,8 @@ impl Sources {
     }
 }
 
-/// Reads and parses files, the policy files of folders, and for `-` what comes from the standard input. What cannot be
-/// read does not keep the others from being read.
+/// Reads and parses files, the policy files of folders, and for `-` the standard input. A path that cannot be read does
+/// not prevent the others.
 fn read(paths: &[PathBuf]) -> Sources {
     let mut sources = Sources::default();
     for path in paths {
@@ -381,8 +381,7 @@ fn contents(files: &[(PathBuf, Parsed)]) -> Vec<(PathBuf, FileContent)> {
         .collect()
 }
 
-/// Errors about resources that several files have: the daemon takes the first one that it reads, and refuses the other
-/// files.
+/// Returns an error for each resource that several files have. The daemon takes the first file and refuses the others.
 fn doubles(files: &[(PathBuf, FileContent)]) -> Vec<Diagnostic> {
     let mut seen: BTreeMap<ResourceName, &Location> = BTreeMap::new();
     let mut found = Vec::new();

@@ -1,4 +1,4 @@
-//! `palisade run`, `status` and `stop`.
+//! `palisade run`, `status`, `reload` and `stop`.
 
 use std::{
     collections::BTreeMap,
@@ -33,20 +33,20 @@ use crate::{
     text::count,
 };
 
-/// With more policy files than that only those are listed of which there is something to say.
+/// Most policy files that `status` lists completely; with more, only files with something to report are listed.
 const MAX_FILES_SHOWN: usize = 50;
-/// Between two questions whether everything is ready.
+/// Interval between two requests of `status --wait`.
 const STATUS_POLL_INTERVAL: Duration = Duration::from_millis(50);
-/// The daemon has ended by then, or will not.
+/// Longest wait for the end of the daemon.
 const STOP_DEADLINE: Duration = Duration::from_secs(60);
 
-/// `palisade run`.
+/// Runs `palisade run`.
 pub(super) fn run(path: &Path) -> anyhow::Result<u8> {
     let level = std::env::var("PALISADE_LOG")
         .ok()
         .and_then(|level| level.parse().ok());
     let level: Level = level.unwrap_or(Level::INFO);
-    // Libraries have less to say.
+    // No debug messages of libraries.
     let targets = Targets::new()
         .with_target("palisade", level)
         .with_default(level.min(Level::INFO));
@@ -69,7 +69,7 @@ pub(super) fn run(path: &Path) -> anyhow::Result<u8> {
     Ok(EXIT_OK)
 }
 
-/// The configuration, or the last good one if its file is broken, with what `status` says of that then.
+/// Returns the configuration, or its last good copy with a text for `status` if the file is broken.
 fn config_to_run(path: &Path) -> Option<(Config, Option<String>)> {
     let errors = match Config::load(path) {
         Ok(config) => return Some((config, None)),
@@ -103,7 +103,7 @@ fn config_to_run(path: &Path) -> Option<(Config, Option<String>)> {
     }
 }
 
-/// `palisade status`.
+/// Runs `palisade status`.
 pub(super) fn status(
     config: &Path,
     socket: &Path,
@@ -119,7 +119,7 @@ pub(super) fn status(
     outcome
 }
 
-/// What a daemon that is not there has left attached.
+/// Returns a text about the programs that a daemon has left attached.
 fn enforced_without_daemon(config: &Path) -> String {
     let text = fs::read_to_string(config).unwrap_or_default();
     let pins = Config::node_path(&text, "pin_dir").unwrap_or_else(|| DEFAULT_PIN_DIR.into());
@@ -159,7 +159,7 @@ fn status_of(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::R
                 }
                 return Ok(EXIT_NO);
             }
-            // The daemon may be about to start, or to come to itself.
+            // The daemon may be starting, or recovering from a hang.
             Err(ClientError::NotRunning { .. } | ClientError::Broken(_) | ClientError::Hangs { .. })
             | Err(ClientError::Refused(_))
                 if !late => {}
@@ -170,9 +170,9 @@ fn status_of(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::R
     }
 }
 
-/// `palisade reload`.
+/// Runs `palisade reload`.
 pub(super) fn reload(config: &Path, socket: &Path) -> anyhow::Result<u8> {
-    // The daemon reads the file it was started with; if this is it, errors are better shown one a line.
+    // Usually this is the file that the daemon reads. Its errors are shown here, one per line.
     if config.exists() && load_config(config).is_none() {
         return Ok(EXIT_NO);
     }
@@ -191,7 +191,7 @@ pub(super) fn reload(config: &Path, socket: &Path) -> anyhow::Result<u8> {
     }
 }
 
-/// `palisade stop`.
+/// Runs `palisade stop`.
 pub(super) fn stop(config: &Path, socket: &Path, detach: bool) -> anyhow::Result<u8> {
     match Client::send(socket, &Request::Stop { detach }) {
         Ok(client) => {
@@ -219,7 +219,7 @@ pub(super) fn stop(config: &Path, socket: &Path, detach: bool) -> anyhow::Result
     }
 }
 
-/// Its last act is to remove the socket.
+/// Waits until the socket is gone, which the daemon removes last.
 fn daemon_ended(socket: &Path) -> anyhow::Result<u8> {
     let until = Instant::now() + STOP_DEADLINE;
     while socket.exists() {
@@ -233,7 +233,7 @@ fn daemon_ended(socket: &Path) -> anyhow::Result<u8> {
 }
 
 fn detach_without_daemon(config: &crate::config::Config) -> anyhow::Result<u8> {
-    // Held until the end, so that no daemon starts in the middle of it.
+    // Held until the end, so that no daemon can start meanwhile.
     let _dirs = daemon::take_for_detaching(&config.node)?;
     let pins = &config.node.pin_dir;
     let table = daemon::NetfilterTable::new(config)
@@ -412,7 +412,7 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
     section(out, "Drops", &table, "none")
 }
 
-/// `12.3 MB`.
+/// Returns a size as `12.3 MB`.
 fn bytes_text(bytes: u64) -> String {
     const UNITS: [(u64, &str); 3] = [(1_000_000_000, "GB"), (1_000_000, "MB"), (1_000, "kB")];
     let unit = UNITS.iter().find(|(size, _)| bytes >= *size);
@@ -422,14 +422,14 @@ fn bytes_text(bytes: u64) -> String {
     )
 }
 
-/// ` (123 B an address)`; nothing if there are none.
+/// Returns ` (123 B an address)`; empty for a count of zero.
 fn each_text(bytes: u64, count: u64, what: &str) -> String {
     bytes
         .checked_div(count)
         .map_or_else(String::new, |each| format!(" ({} {what})", bytes_text(each)))
 }
 
-/// What workers have counted of what they read: a line for each group, without what never happened.
+/// Prints the inspection metrics of all workers: one line per group, without metrics that are zero.
 fn inspection(out: &mut dyn Write, workers: &Workers) -> io::Result<()> {
     let keeps = &workers.keeps;
     writeln!(
@@ -465,7 +465,7 @@ fn section(out: &mut dyn Write, title: &str, table: &Table, nothing: &str) -> io
     Ok(())
 }
 
-/// The threads that read packets.
+/// Prints the state of the workers.
 fn workers(out: &mut dyn Write, workers: &Workers) -> io::Result<()> {
     if let Some(problem) = &workers.problem {
         writeln!(out, "\nNo workers: {problem}")?;

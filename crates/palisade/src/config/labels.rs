@@ -6,16 +6,16 @@ use palisade_model::{labels, rule::Label};
 
 use super::reader::{At, Section};
 
-/// The label that says in which namespace an endpoint is.
+/// Label with the namespace of an endpoint.
 pub(super) const NAMESPACE_LABEL: &str = "io.kubernetes.pod.namespace";
-/// What the labels of an endpoint's namespace start with among its own.
+/// Prefix of the labels that an endpoint has from its namespace.
 const NAMESPACE_LABEL_PREFIX: &str = "io.cilium.k8s.namespace.labels.";
-/// The label that every Kubernetes namespace has: its name.
+/// Label of every Kubernetes namespace with its name.
 const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
-/// Sources that are Palisade's own to give.
+/// Label sources that only Palisade assigns.
 const RESERVED_SOURCES: [&str; 5] = ["reserved", "cidr", "cidrgroup", "fqdn", "any"];
 
-/// The labels of each `[[namespace]]`, beside its name.
+/// Returns the labels of each `[[namespace]]`, without the label of its name.
 pub(super) fn namespaces(sections: Vec<Section<'_, '_>>) -> HashMap<String, Vec<Label>> {
     let mut namespaces = HashMap::new();
     for section in sections {
@@ -31,7 +31,7 @@ pub(super) fn namespaces(sections: Vec<Section<'_, '_>>) -> HashMap<String, Vec<
     namespaces
 }
 
-/// A name that may stand in `namespace/name` and in a label's value.
+/// Returns a name that is valid in `namespace/name` and as the value of a label.
 pub(super) fn dns_name(section: &Section<'_, '_>, key: &'static str, example: &str) -> Option<At<String>> {
     let at = section.required_string(key, example)?;
     if valid_name(&at.value) {
@@ -64,7 +64,7 @@ pub(super) fn namespace_of(section: &Section<'_, '_>) -> Option<String> {
     Some(at.value)
 }
 
-/// `labels`, as they were written.
+/// Returns the `labels` of a section.
 pub(super) fn own_labels(section: &Section<'_, '_>) -> Vec<Label> {
     let mut list = Vec::new();
     for (name, value) in section.strings("labels") {
@@ -89,7 +89,7 @@ pub(super) fn own_labels(section: &Section<'_, '_>) -> Vec<Label> {
     list
 }
 
-/// The labels that being in a namespace means.
+/// Returns the labels that an endpoint has from its namespace.
 pub(super) fn namespace_labels(namespace: &str, namespaces: &HashMap<String, Vec<Label>>) -> Vec<Label> {
     let k8s = |key: String, value: &str| Label {
         source: "k8s".into(),

@@ -1,13 +1,12 @@
-//! Names the `[limits]` option in errors about a map that is too small.
-//!
-//! `palisade-datapath` knows maps and no configuration: its errors name the map, and the option is added here.
+//! Adds the `[limits]` option to errors about a map that is too small. `palisade-datapath` knows maps and no
+//! configuration, so its errors name only the map.
 
 use std::fmt::Display;
 
 use palisade_abi::maps;
 use palisade_datapath::{ApplyError, MapError, OpenError};
 
-/// An error that a larger map can be the remedy for.
+/// An error that a larger map may solve.
 pub(crate) trait SizeError: Display {
     /// Returns the map that is too small, if that is the cause.
     fn too_small(&self) -> Option<&str>;
@@ -37,7 +36,7 @@ pub(super) fn limit_option(map: &str) -> Option<&'static str> {
         maps::CONNTRACK => "conntrack",
         maps::FRAGMENTS => "fragments",
         maps::POLICY => "policy",
-        // Addresses and prefixes are sized together.
+        // One option sizes the maps of addresses and of prefixes.
         maps::IPCACHE | maps::PREFIXES => "ipcache",
         maps::LEARNED => "learned",
         maps::RULES => "rules",

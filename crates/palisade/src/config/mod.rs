@@ -21,6 +21,9 @@ use toml::de::DeTable;
 
 impl Config {
     /// Reads and validates a file.
+    ///
+    /// # Errors
+    /// All errors of the file, in the order of their places.
     pub(crate) fn load(path: &Path) -> Result<Self, Vec<ConfigError>> {
         let text = fs::read_to_string(path).map_err(|error| {
             let hint = if error.kind() == std::io::ErrorKind::NotFound {
@@ -36,8 +39,8 @@ impl Config {
             }]
         })?;
         if palisade_policy::parse::is_blank(&text) {
-            // What a power failure leaves of a file that was just written. It would be a valid configuration that
-            // guards nothing.
+            // A power failure can leave a newly written file empty. Accepted as a configuration, it would guard
+            // nothing.
             return Err(vec![ConfigError {
                 file: path.display().to_string(),
                 line: 0,
@@ -51,7 +54,7 @@ impl Config {
         Self::parse(path, &text)
     }
 
-    /// A path of `[node]` in a text that may be wrong elsewhere, as far as it can be read.
+    /// Returns a path option of `[node]` in a text that may have errors elsewhere.
     pub(crate) fn node_path(text: &str, key: &str) -> Option<PathBuf> {
         let (table, _) = DeTable::parse_recoverable(text);
         let node = table.get_ref().get("node")?.get_ref().as_table()?;
@@ -59,7 +62,11 @@ impl Config {
         path.is_absolute().then_some(path)
     }
 
-    /// Validates a text; `path` is how messages name it and what a relative policy folder is relative to.
+    /// Validates a text. `path` is the file that errors name, and its directory is the base of a relative policy
+    /// folder.
+    ///
+    /// # Errors
+    /// All errors of the text, in the order of their places.
     pub(crate) fn parse(path: &Path, text: &str) -> Result<Self, Vec<ConfigError>> {
         let file = path.display().to_string();
         let reader = Reader::new(&file, text);

@@ -1,4 +1,4 @@
-//! Everything that the configuration says, as the daemon uses it.
+//! The content of the configuration, validated and with defaults.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -18,21 +18,21 @@ use palisade_model::{
 use palisade_protocols::http1;
 use palisade_worker::Mode;
 
-/// Where the configuration is looked for if nobody says where.
+/// Path of the configuration without `--config`.
 pub(crate) const DEFAULT_PATH: &str = "/etc/palisade/palisade.toml";
-/// Where links and maps are pinned.
+/// Directory of pinned links and maps.
 pub(crate) const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/palisade";
-/// Where what outlives the daemon is kept.
+/// Directory of everything that survives the daemon.
 pub(crate) const DEFAULT_STATE_DIR: &str = "/var/lib/palisade";
-/// Where the daemon listens for the command line.
+/// Path of the control socket.
 pub(crate) const DEFAULT_SOCKET: &str = "/run/palisade/palisade.sock";
 
-/// Everything the configuration says, validated, defaults filled in.
+/// The whole configuration.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Config {
-    /// The file it was read from.
+    /// Path of the file.
     pub path: PathBuf,
-    /// What the file said.
+    /// Text of the file.
     pub text: Arc<str>,
     /// `[node]`.
     pub node: Node,
@@ -61,187 +61,187 @@ pub(crate) struct Config {
 /// `[node]`: this machine.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Node {
-    /// How flows and reports name it.
+    /// Name of the node in flows and reports.
     pub name: String,
-    /// The node's labels, without `reserved:host`.
+    /// Labels of the node, without `reserved:host`.
     pub labels: Vec<Label>,
-    /// Addresses of the node beside those its interfaces have.
+    /// Addresses of the node besides those of its interfaces.
     pub addresses: Vec<IpAddr>,
-    /// Where links and maps are pinned.
+    /// Directory of pinned links and maps.
     pub pin_dir: PathBuf,
-    /// Where identities, rule ids and the last good policies are kept.
+    /// Directory of identities, rule numbers and last good policies.
     pub state_dir: PathBuf,
-    /// The control socket.
+    /// Path of the control socket.
     pub socket: PathBuf,
-    /// What becomes of traffic whose policies cannot be had.
+    /// What happens to traffic while policies cannot be read.
     pub on_failure: WithoutPolicies,
 }
 
-/// What becomes of traffic when policies that were there cannot be had at a start.
+/// What happens to traffic if existing policies cannot be read at a start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WithoutPolicies {
-    /// What the other policies allow passes; without any, everything does.
+    /// The readable policies are enforced; without any, everything passes.
     Open,
-    /// Only what the other policies allow passes: every direction of every endpoint is denied by default.
+    /// Every direction of every endpoint is denied by default, so only what the readable policies allow passes.
     Closed,
 }
 
 /// `[policy]`.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Policy {
-    /// The folder with the policy files.
+    /// Folder of the policy files.
     pub dir: PathBuf,
     /// When a direction of an endpoint is denied by default.
     pub enforcement: Enforcement,
-    /// What would be dropped passes and is reported, everywhere.
+    /// Whether all drops are only reported and everything passes.
     pub audit: bool,
-    /// The node may always reach its workloads.
+    /// Whether the node may always connect to its workloads.
     pub allow_localhost: bool,
-    /// How long the folder must be quiet before a change is read.
+    /// Time without a change of the folder after which changes are read.
     pub debounce: Duration,
 }
 
-/// `[limits]`: sizes of maps, and what may be used up.
+/// `[limits]`: sizes of maps and rates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Limits {
-    /// Connections.
+    /// Connections of the conntrack map.
     pub conntrack: u32,
-    /// Entries of all policy tables together.
+    /// Entries of all policy tables.
     pub policy: u32,
-    /// Full-length addresses, and as many shorter prefixes.
+    /// Addresses, and the same number of shorter prefixes.
     pub ipcache: u32,
     /// Addresses that endpoints have learned by name.
     pub learned: u32,
-    /// Rules with counters of their own.
+    /// Rules with a counter.
     pub rules: u32,
-    /// Datagrams in fragments.
+    /// Fragmented datagrams.
     pub fragments: u32,
-    /// Events of one kind and reason that one CPU may send in a second.
+    /// Events per second of one kind and reason on one CPU.
     pub events_per_second: u32,
     /// Flows kept for `observe`.
     pub flows: u32,
 }
 
-/// `[timeouts]`.
+/// `[timeouts]`: lifetimes of conntrack entries and intervals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Timeouts {
-    /// TCP connection of which only one side has been heard.
+    /// TCP connection with packets of only one side.
     pub tcp_opening: Duration,
-    /// TCP connection in use.
+    /// Established TCP connection.
     pub tcp_established: Duration,
     /// TCP connection that was reset or closed by both sides.
     pub tcp_closing: Duration,
-    /// UDP flow, and every other protocol with ports.
+    /// UDP flow, and flow of any other protocol with ports.
     pub udp: Duration,
-    /// ICMP echo and protocols without ports.
+    /// ICMP echo, and flow of a protocol without ports.
     pub other: Duration,
     /// Ports of a fragmented datagram.
     pub fragment: Duration,
-    /// A flow in use is reported at most this often; zero: never.
+    /// Shortest time between two reports of an active flow; zero for no reports.
     pub trace_interval: Duration,
-    /// How often dead connections are swept out.
+    /// Interval between two sweeps of expired connections.
     pub sweep: Duration,
 }
 
-/// `[dns]`: names that policies decide by.
+/// `[dns]`: policies on names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Dns {
-    /// The least time that an answer's addresses can be reached.
+    /// Shortest lifetime of learned addresses, whatever their TTL.
     pub min_ttl: Duration,
-    /// The longest time that an answer can ask for.
+    /// Longest lifetime of learned addresses, whatever their TTL.
     pub max_ttl: Duration,
-    /// Addresses of one name that an endpoint keeps.
+    /// Most addresses of one name per endpoint.
     pub addresses_per_name: u32,
-    /// Addresses that an endpoint keeps.
+    /// Most addresses per endpoint.
     pub addresses_per_endpoint: u32,
-    /// A selector that matches an alias on the way to the addresses counts too.
+    /// Whether a selector that matches a CNAME of the answer counts too.
     pub follow_cname: bool,
-    /// What a question gets that no rule allows.
+    /// Response to a query that no rule allows.
     pub deny_answer: DenyAnswer,
-    /// Names that policies give in full are resolved ahead.
+    /// Whether names that policies give in full are resolved before clients ask.
     pub prefetch: bool,
-    /// Whom to ask for that; empty: the node's own servers.
+    /// DNS servers for `prefetch`; empty for the node's own.
     pub servers: Vec<SocketAddr>,
-    /// Special-purpose addresses (RFC 6890) in answers are not learned.
+    /// Whether special-purpose addresses (RFC 6890) in answers are not learned.
     pub refuse_special: bool,
-    /// Except for those in these prefixes.
+    /// Special-purpose prefixes that are learned nevertheless.
     pub allow_special: Vec<IpNet>,
 }
 
-/// What a question gets that no rule allows.
+/// Response to a query that no rule allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DenyAnswer {
     /// REFUSED.
     Refused,
-    /// NXDOMAIN, for clients that go on with the next name of their search list only then.
+    /// NXDOMAIN, for clients that try the next name of their search list only then.
     NxDomain,
 }
 
-/// `[http]`: requests that policies decide by.
+/// `[http]`: policies on HTTP requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Http {
-    /// In which form the path of a request is judged.
+    /// Forms of the path that rules match.
     pub paths: Paths,
-    /// What becomes of a GET with a body.
+    /// What happens to a GET with a body.
     pub get_bodies: GetBodies,
-    /// A head must be whole by then.
+    /// Time within which a request head must be complete.
     pub header_timeout: Duration,
-    /// What a head may be at most.
+    /// Largest head and line.
     pub head: http1::Limits,
-    /// Names of the fields that flows show, in lower case.
+    /// Names of the header fields that flows show, in lower case.
     pub record_headers: Vec<String>,
 }
 
-/// `[tls]`: server names that policies decide by.
+/// `[tls]`: policies on server names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Tls {
-    /// What becomes of a hello that carries an encrypted one.
+    /// What happens to a ClientHello with an encrypted ClientHello in it.
     pub ech: Ech,
-    /// A hello must be whole by then.
+    /// Time within which a ClientHello must be complete.
     pub hello_timeout: Duration,
-    /// The address that is connected to must have been learned for the server name.
+    /// Whether the destination address must have been learned for the server name.
     pub verify_sni_address: bool,
 }
 
-/// `[worker]`: the threads that read what policies want read.
+/// `[worker]`: the threads that inspect packets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Worker {
-    /// How many; 0: one for each CPU, eight at most.
+    /// Number of workers; 0 for one per CPU, at most eight.
     pub threads: usize,
-    /// How they wait for packets.
+    /// How workers wait for packets.
     pub mode: Mode,
-    /// What becomes of packets that no worker can read.
+    /// What happens to packets that no worker can inspect.
     pub on_failure: OnFailure,
     /// Frames of each worker's socket.
     pub frames: u32,
-    /// What the names of the punt link's two ends start with.
+    /// Name of the punt link without the digit of its end.
     pub interface: String,
 }
 
-/// What becomes of packets that must be read and cannot be, because no worker lives.
+/// What happens to packets that need inspection while no worker runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum OnFailure {
-    /// They are dropped.
+    /// The packets are dropped.
     Drop,
-    /// They pass unread.
+    /// The packets pass without inspection (fail open).
     Pass,
 }
 
 /// How the programs are attached to an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Attachment {
-    /// Which hook stands at ingress.
+    /// Hook at ingress.
     pub ingress: IngressHook,
     /// Mode of XDP.
     pub xdp_mode: XdpMode,
-    /// How tc programs are attached.
+    /// Kind of tc attachment.
     pub tc: TcHook,
 }
 
-/// Which hook stands at ingress.
+/// Hook at ingress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum IngressHook {
-    /// What is faster for the role.
+    /// The faster one for the role of the interface.
     Auto,
     /// XDP.
     Xdp,
@@ -249,23 +249,23 @@ pub(crate) enum IngressHook {
     Tc,
 }
 
-/// Mode of XDP. Never chosen silently: what the driver cannot do is an error.
+/// Mode of XDP. The daemon never falls back silently: an unsupported mode is an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum XdpMode {
     /// In the driver.
     Native,
-    /// In the driver, or generic if the driver has none; which it is gets reported.
+    /// In the driver, or generic if the driver has no XDP; `status` reports which.
     Auto,
-    /// Generic, after the kernel has made its packet buffer.
+    /// Generic: after the kernel has allocated its packet buffer.
     Skb,
 }
 
-/// How tc programs are attached.
+/// Kind of tc attachment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TcHook {
-    /// tcx where the kernel has it, else clsact.
+    /// tcx if the kernel has it, otherwise clsact.
     Auto,
-    /// tcx (from Linux 6.6).
+    /// tcx (since Linux 6.6).
     Tcx,
     /// A clsact queueing discipline with a filter.
     Clsact,
@@ -274,9 +274,9 @@ pub(crate) enum TcHook {
 /// `[[interface]]`: a NIC of this node.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Interface {
-    /// Its name.
+    /// Name of the interface.
     pub name: String,
-    /// EtherTypes of frames that pass unjudged; 0: none.
+    /// EtherTypes of frames that pass without a verdict; 0 for unused slots.
     pub ether_types: [u16; ETHER_TYPES],
     /// How the programs are attached.
     pub attachment: Attachment,
@@ -285,43 +285,43 @@ pub(crate) struct Interface {
 /// `[[endpoint]]`: a workload behind the host side of a veth.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Endpoint {
-    /// Its name.
+    /// Name of the endpoint.
     pub name: String,
-    /// Its namespace.
+    /// Namespace of the endpoint.
     pub namespace: String,
-    /// The host side of its veth.
+    /// Host side of the veth.
     pub interface: String,
-    /// Its addresses.
+    /// Addresses of the endpoint.
     pub addresses: Vec<IpAddr>,
-    /// All its labels, those of its namespace too.
+    /// Labels of the endpoint, including those of its namespace.
     pub labels: Labels,
-    /// Names of its ports.
+    /// Ports by name.
     pub named_ports: NamedPorts,
-    /// The network namespace of the workload, from which connections are seeded.
+    /// Network namespace of the workload, whose connections are seeded.
     pub netns: Option<PathBuf>,
     /// How the programs are attached.
     pub attachment: Attachment,
 }
 
 impl Endpoint {
-    /// `namespace/name`: how reports name it, and what its id is kept under.
+    /// Returns `namespace/name`, which reports show and by which the number is kept.
     pub(crate) fn qualified_name(&self) -> String {
         format!("{}/{}", self.namespace, self.name)
     }
 }
 
-/// `[[peer]]`: somebody who is not on this node.
+/// `[[peer]]`: a workload or network outside of this node.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Peer {
-    /// Its name.
+    /// Name of the peer.
     pub name: String,
-    /// Its addresses and prefixes.
+    /// Addresses and prefixes of the peer.
     pub addresses: Vec<IpNet>,
-    /// Its labels, those of the entity or the namespace too.
+    /// Labels of the peer, including those of its entity or namespace.
     pub labels: Labels,
 }
 
-/// Returns the value of `[policy] enforcement` as it is written in the configuration.
+/// Returns the value of `[policy] enforcement` in the configuration's spelling.
 pub(crate) const fn enforcement_name(enforcement: Enforcement) -> &'static str {
     match enforcement {
         Enforcement::Default => "default",

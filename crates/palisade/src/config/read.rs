@@ -30,9 +30,9 @@ use super::{
     reader::{At, Reader, Section},
 };
 
-/// What passes a NIC where nothing else is configured, besides the link-local control group: the time protocol that a NIC's
-/// clock is set by (IEEE 1588), and the authentication that opens a switch port (IEEE 802.1X sends it to single addresses
-/// too). Neither carries packets of others.
+/// EtherTypes that pass a NIC by default, besides the link-local control group: PTP (IEEE 1588), which sets a NIC's
+/// clock, and EAPOL (IEEE 802.1X), which opens a switch port and may be sent to unicast addresses. Neither carries
+/// packets of other protocols.
 const DEFAULT_ETHER_TYPES: [u16; 2] = [0x88f7, 0x888e];
 
 pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Config {
@@ -80,7 +80,7 @@ pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Con
     config
 }
 
-/// What may be there only once.
+/// Names and addresses that may occur only once, each with its owner.
 #[derive(Default)]
 struct Taken {
     interfaces: HashMap<String, String>,
@@ -261,7 +261,7 @@ fn allow_special(section: &Section<'_, '_>) -> Vec<IpNet> {
 }
 
 fn http(section: Section<'_, '_>) -> Http {
-    // Heads are held whole; what is kept of one direction of a connection is twice that.
+    // A head is held completely, and a direction of a connection buffers twice this much.
     const MAX_HEAD_BYTES: u64 = 128 << 10;
     let forms = [("both", Paths::Both), ("raw", Paths::Raw)];
     let bodies = [("refuse", GetBodies::Refuse), ("allow", GetBodies::Allow)];
@@ -288,7 +288,7 @@ fn http(section: Section<'_, '_>) -> Http {
     http
 }
 
-/// `record_headers`. A record has a few hundred bytes for them.
+/// Returns `record_headers`. A record has a few hundred bytes for them.
 fn record_headers(section: &Section<'_, '_>) -> Vec<String> {
     const MAX_NAMES: usize = 16;
     const DEFAULT: [&str; 3] = ["content-type", "user-agent", "x-request-id"];
@@ -326,7 +326,7 @@ fn tls(section: Section<'_, '_>) -> Tls {
     tls
 }
 
-/// How long somebody may take to say what they want.
+/// Returns the time within which a client must complete its request head or ClientHello.
 fn handshake(section: &Section<'_, '_>, key: &'static str, default: u64) -> Duration {
     section
         .duration(key, Duration::from_millis(100)..Duration::from_secs(3_600))
@@ -363,7 +363,7 @@ fn worker(section: Section<'_, '_>) -> Worker {
     ];
     let failures = [("drop", OnFailure::Drop), ("pass", OnFailure::Pass)];
     let threads = section.integer("threads", 0..MAX_WORKERS as u64 + 1);
-    // The rings of a socket have such sizes.
+    // The rings of an AF_XDP socket have a power of two of descriptors.
     let frames = section.integer("frames", 256..(1 << 17) + 1).filter(|frames| {
         let fits = frames.is_power_of_two();
         if !fits {
@@ -372,7 +372,7 @@ fn worker(section: Section<'_, '_>) -> Worker {
         fits
     });
     let interface = section.string("interface").map(|at| {
-        // One byte is left for the number of the end.
+        // One byte is reserved for the digit of the end.
         if at.value.len() > 14 || !is_interface_name(&at.value) {
             section.error_at(
                 at.offset,
@@ -457,7 +457,8 @@ fn interface(section: Section<'_, '_>, taken: &mut Taken) -> Option<Interface> {
     })
 }
 
-/// The kernel's rule for names of interfaces: 1 to 15 bytes, no slash, no white space, not a dot or two.
+/// Returns an interface name by the kernel's rule (`dev_valid_name`): 1 to 15 bytes, no slash, colon or white space,
+/// not a dot or two.
 fn interface_name(section: &Section<'_, '_>, key: &'static str, example: &str) -> Option<At<String>> {
     let at = section.required_string(key, example)?;
     let name = &at.value;
@@ -478,7 +479,7 @@ fn is_interface_name(name: &str) -> bool {
         && !name.chars().any(|c| c == '/' || c == ':' || c.is_whitespace())
 }
 
-/// `addresses` of an endpoint or of the node; each once, IPv4 as IPv4.
+/// Returns the `addresses` of an endpoint or of the node, without duplicates, IPv4-mapped ones as IPv4.
 fn unique_addresses(section: &Section<'_, '_>) -> Vec<At<IpAddr>> {
     let mut list: Vec<At<IpAddr>> = Vec::new();
     for mut at in section.addresses("addresses").unwrap_or_default() {
@@ -537,7 +538,7 @@ fn endpoint(
         if at.value.contains('/') {
             PathBuf::from(at.value)
         } else {
-            // Where iproute2 keeps namespaces that have a name.
+            // iproute2 keeps named namespaces there.
             Path::new("/run/netns").join(at.value)
         }
     });
@@ -555,7 +556,7 @@ fn endpoint(
     })
 }
 
-/// `8080/TCP`; without a protocol it is TCP, as in a container's ports.
+/// Parses `8080/TCP`; TCP without a protocol, as in a container's ports.
 fn named_port(text: &str) -> Result<NamedPort, String> {
     let (port, protocol) = text.split_once('/').unwrap_or((text, "TCP"));
     let protocol = match protocol.to_ascii_uppercase().as_str() {
@@ -608,7 +609,7 @@ fn peer(
     let own = own_labels(&section);
     let mut all = Vec::new();
     match entity {
-        // Nodes and the like are in no namespace.
+        // Nodes and other entities have no namespace.
         Some(entity) => {
             if namespace.is_some() {
                 section.error("an entity is in no namespace: leave out one of entity and namespace");

@@ -1,5 +1,5 @@
-//! TOML with positions: every value that is asked for is checked, every key that nobody asked for is an error,
-//! and all errors are found, not only the first.
+//! TOML with positions. Every value that is looked up is checked, every key that is not looked up is an error, and all
+//! errors are reported, not only the first.
 
 use std::{
     cell::RefCell,
@@ -18,16 +18,16 @@ use palisade_flowlog::duration;
 
 use super::suggest::suggestion;
 
-/// Something wrong at a place of the configuration.
+/// An error at a place of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ConfigError {
-    /// The file as it was named.
+    /// Path of the file.
     pub file: String,
-    /// Line, from 1; 0: the file as a whole.
+    /// Line, from 1; 0 for the whole file.
     pub line: usize,
     /// Column in characters, from 1.
     pub column: usize,
-    /// What, and what to write instead.
+    /// What is wrong, and what to write instead.
     pub message: String,
 }
 
@@ -62,7 +62,7 @@ const ETHER_TYPE_NAMES: &[(&str, u16)] = &[
     ("roce", 0x8915),
 ];
 
-/// A text under reading, with the errors found in it so far.
+/// The text, with the errors found so far.
 pub(super) struct Reader<'a> {
     file: &'a str,
     text: &'a str,
@@ -96,7 +96,7 @@ impl<'a> Reader<'a> {
         self.errors.borrow_mut().push((offset, error));
     }
 
-    /// All errors, in the order of the text.
+    /// Returns all errors, in the order of the text.
     pub(super) fn into_errors(self) -> Vec<ConfigError> {
         let mut errors = self.errors.into_inner();
         errors.sort_by_key(|(offset, _)| *offset);
@@ -104,25 +104,25 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// A value that knows where it stands.
+/// A value with its byte offset in the text.
 #[derive(Clone, Debug)]
 pub(super) struct At<T> {
     pub value: T,
     pub offset: usize,
 }
 
-/// One table of the text. Dropping it without [`Section::finish`] would leave unknown keys unreported.
+/// One table of the text. Without [`Section::finish`] its unknown keys would not be reported.
 pub(super) struct Section<'r, 'a> {
     reader: &'r Reader<'a>,
     name: String,
-    /// `None` for a section that is not written: every value has its default.
+    /// `None` for a table that the text does not have: every value has its default.
     table: Option<&'r DeTable<'r>>,
     span: Range<usize>,
     asked: RefCell<Vec<&'static str>>,
 }
 
 impl<'r, 'a> Section<'r, 'a> {
-    /// The whole text.
+    /// Returns the whole text as a section.
     pub(super) fn root(reader: &'r Reader<'a>, table: &'r DeTable<'r>) -> Self {
         Self {
             reader,
@@ -166,7 +166,7 @@ impl<'r, 'a> Section<'r, 'a> {
         );
     }
 
-    /// A table; an absent one reads as empty.
+    /// Returns a table; a missing one reads as empty.
     pub(super) fn table(&self, key: &'static str) -> Section<'r, 'a> {
         let found = self.get(key).and_then(|(value, span)| match value {
             DeValue::Table(table) => Some((table, span)),
@@ -185,7 +185,7 @@ impl<'r, 'a> Section<'r, 'a> {
         }
     }
 
-    /// An array of tables; an absent one reads as empty.
+    /// Returns an array of tables; a missing one reads as empty.
     pub(super) fn tables(&self, key: &'static str) -> Vec<Section<'r, 'a>> {
         let Some((value, span)) = self.get(key) else {
             return Vec::new();
@@ -213,7 +213,7 @@ impl<'r, 'a> Section<'r, 'a> {
             .collect()
     }
 
-    /// A string that must be there and not be empty.
+    /// Returns a string that must exist and not be empty.
     pub(super) fn required_string(&self, key: &'static str, example: &str) -> Option<At<String>> {
         let present = self.table.is_some_and(|table| table.contains_key(key));
         match self.string(key) {
@@ -232,7 +232,7 @@ impl<'r, 'a> Section<'r, 'a> {
         }
     }
 
-    /// A string.
+    /// Returns a string.
     pub(super) fn string(&self, key: &'static str) -> Option<At<String>> {
         let (value, span) = self.get(key)?;
         if let DeValue::String(text) = value {
@@ -245,7 +245,7 @@ impl<'r, 'a> Section<'r, 'a> {
         None
     }
 
-    /// true or false.
+    /// Returns a boolean.
     pub(super) fn boolean(&self, key: &'static str) -> Option<bool> {
         let (value, span) = self.get(key)?;
         if let DeValue::Boolean(boolean) = value {
@@ -255,7 +255,7 @@ impl<'r, 'a> Section<'r, 'a> {
         None
     }
 
-    /// A whole number within bounds.
+    /// Returns an integer within bounds.
     pub(super) fn integer(&self, key: &'static str, bounds: Range<u64>) -> Option<u64> {
         let (value, span) = self.get(key)?;
         let DeValue::Integer(integer) = value else {
@@ -278,7 +278,7 @@ impl<'r, 'a> Section<'r, 'a> {
         number
     }
 
-    /// A duration within bounds.
+    /// Returns a duration within bounds.
     pub(super) fn duration(&self, key: &'static str, bounds: Range<Duration>) -> Option<Duration> {
         let at = self.string(key)?;
         match duration::parse(&at.value) {
@@ -299,7 +299,7 @@ impl<'r, 'a> Section<'r, 'a> {
         None
     }
 
-    /// An absolute path.
+    /// Returns an absolute path.
     pub(super) fn absolute_path(&self, key: &'static str) -> Option<PathBuf> {
         let at = self.string(key)?;
         let path = PathBuf::from(&at.value);
@@ -311,7 +311,7 @@ impl<'r, 'a> Section<'r, 'a> {
         None
     }
 
-    /// One of several words.
+    /// Returns the value of one of several words.
     pub(super) fn choice<T: Copy>(&self, key: &'static str, choices: &[(&'static str, T)]) -> Option<T> {
         let at = self.string(key)?;
         if let Some((_, value)) = choices.iter().find(|(name, _)| *name == at.value) {
@@ -331,7 +331,7 @@ impl<'r, 'a> Section<'r, 'a> {
         None
     }
 
-    /// A list of strings, each turned into something by `read`, which says what is wrong with it.
+    /// Returns a list of strings, each parsed by `read`, whose errors are noted.
     fn list<T>(
         &self,
         key: &'static str,
@@ -359,7 +359,7 @@ impl<'r, 'a> Section<'r, 'a> {
         Some(list)
     }
 
-    /// A list of IP addresses.
+    /// Returns a list of IP addresses.
     pub(super) fn addresses(&self, key: &'static str) -> Option<Vec<At<IpAddr>>> {
         self.list(
             key,
@@ -367,7 +367,7 @@ impl<'r, 'a> Section<'r, 'a> {
             |text| {
                 let bare = text.parse::<IpAddr>();
                 let address = bare.or_else(|error| match text.parse::<IpNet>() {
-                    // A full-length prefix is an address; anything shorter would be several endpoints.
+                    // A full-length prefix is an address. A shorter one would be several addresses.
                     Ok(net) if net.prefix_len() == net.max_prefix_len() => Ok(net.addr()),
                     Ok(_) => Err(format!("'{text}' is a prefix; an address is wanted")),
                     Err(_) => Err(format!("'{text}' is no IP address ({error})")),
@@ -380,7 +380,7 @@ impl<'r, 'a> Section<'r, 'a> {
         )
     }
 
-    /// A list of IP addresses, each with a port if it is not the usual one.
+    /// Returns a list of IP addresses, each with a port if that is not `port`.
     pub(super) fn servers(&self, key: &'static str, port: u16) -> Option<Vec<At<SocketAddr>>> {
         self.list(
             key,
@@ -395,7 +395,7 @@ impl<'r, 'a> Section<'r, 'a> {
         )
     }
 
-    /// A list of names of header fields (RFC 9110, 5.1), in lower case.
+    /// Returns a list of header field names (RFC 9110, section 5.1), in lower case.
     pub(super) fn header_names(&self, key: &'static str) -> Option<Vec<At<String>>> {
         const LONGEST: usize = 64;
         let is_token = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
@@ -410,7 +410,7 @@ impl<'r, 'a> Section<'r, 'a> {
         })
     }
 
-    /// A list of EtherTypes: names or numbers.
+    /// Returns a list of EtherTypes: names or numbers.
     pub(super) fn ether_types(&self, key: &'static str) -> Option<Vec<At<u16>>> {
         let wanted = "a list of EtherTypes by name or number: [\"ptp\", \"0x8863\"]";
         self.list(key, wanted, |text| {
@@ -424,7 +424,7 @@ impl<'r, 'a> Section<'r, 'a> {
                 None => text.parse(),
             };
             match number {
-                // What is judged as a packet, or is what stands before a packet.
+                // These frames are parsed as packets, or have a tag before a packet.
                 Ok(0x0800 | 0x86dd | 0x0806 | 0x8100 | 0x88a8) => Err(format!(
                     "'{text}' is IPv4, IPv6, ARP or a VLAN tag: policies decide on these, never a list"
                 )),
@@ -441,7 +441,7 @@ impl<'r, 'a> Section<'r, 'a> {
         })
     }
 
-    /// A list of prefixes; an address is the prefix of full length.
+    /// Returns a list of prefixes; an address is a prefix of full length.
     pub(super) fn prefixes(&self, key: &'static str) -> Option<Vec<At<IpNet>>> {
         self.list(
             key,
@@ -464,7 +464,7 @@ impl<'r, 'a> Section<'r, 'a> {
         )
     }
 
-    /// A table of strings, in the order of the text.
+    /// Returns a table of strings, in the order of the text.
     pub(super) fn strings(&self, key: &'static str) -> Vec<(At<String>, At<String>)> {
         let Some((value, span)) = self.get(key) else {
             return Vec::new();
@@ -494,7 +494,7 @@ impl<'r, 'a> Section<'r, 'a> {
         list
     }
 
-    /// Reports what nobody asked for.
+    /// Reports the keys that were not looked up.
     pub(super) fn finish(self) {
         let asked = self.asked.into_inner();
         for key in self.table.into_iter().flat_map(|table| table.keys()) {

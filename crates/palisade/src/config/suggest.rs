@@ -1,6 +1,6 @@
-//! "Did you mean": the nearest of the words that would have been right.
+//! "Did you mean": the known word nearest to an unknown one.
 
-/// `; did you mean 'WORD'?`, or nothing if no word is near.
+/// Returns `; did you mean 'WORD'?`; empty if no word is near.
 pub(super) fn suggestion<'a>(wrong: &str, words: impl IntoIterator<Item = &'a str>) -> String {
     let near = (wrong.chars().count() / 3).max(1) + 1;
     words
@@ -11,7 +11,7 @@ pub(super) fn suggestion<'a>(wrong: &str, words: impl IntoIterator<Item = &'a st
         .map_or_else(String::new, |(_, word)| format!("; did you mean '{word}'?"))
 }
 
-/// Insertions, deletions, replacements and swaps of neighbours (optimal string alignment).
+/// Returns the number of insertions, deletions, replacements and swaps of neighbours (optimal string alignment).
 fn distance(a: &str, b: &str) -> usize {
     let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
     let mut rows: Vec<Vec<usize>> = vec![(0..=b.len()).collect()];

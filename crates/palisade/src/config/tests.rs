@@ -412,7 +412,7 @@ fn hinted_keys(text: &str) -> Vec<(String, String)> {
         "endpoint",
         "peer",
     ];
-    // Words of a sentence about the section itself.
+    // Words that follow a section name in a sentence about the section itself.
     const NO_KEYS: [&str; 2] = ["needs", "is"];
     let mut found = Vec::new();
     for section in SECTIONS {
@@ -432,7 +432,7 @@ fn hinted_keys(text: &str) -> Vec<(String, String)> {
     found
 }
 
-/// Whether the configuration has such a key, whatever its type is.
+/// Returns whether the configuration has such a key, whatever its type.
 fn is_known(section: &str, key: &str) -> bool {
     let list = matches!(section, "namespace" | "interface" | "endpoint" | "peer");
     let head = if list {
@@ -504,7 +504,7 @@ fn the_option_behind_a_map_exists_and_sets_its_size() {
             format!("; raise [limits] {option}")
         );
     }
-    // The ring has no option: no error may name one.
+    // No option sizes the event ring, so no error may name one.
     assert_eq!(limit_hint(maps::EVENTS), "");
 }
 
@@ -570,7 +570,7 @@ fn ether_types_are_names_and_numbers_and_none_that_policies_decide_on() {
             .filter(|number| *number != 0)
             .collect::<Vec<u16>>()
     };
-    // Without the key: time synchronisation and port authentication.
+    // The default: time synchronisation and port authentication.
     assert_eq!(types(""), [0x88f7, 0x888e]);
     assert_eq!(types("allow_ethertypes = []"), [0_u16; 0]);
     assert_eq!(

@@ -1,4 +1,4 @@
-//! What can be asked, and the shapes of the answers (which are also what `-o json` prints).
+//! Requests and answers of the control socket. The answers are also what `-o json` prints.
 
 use std::collections::BTreeMap;
 
@@ -9,90 +9,91 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) enum Request {
-    /// Nothing: whether anything is answered at all.
+    /// Checks that the daemon answers.
     Ping,
-    /// [`Status`].
+    /// Returns the [`Status`].
     Status,
-    /// Ends the daemon; with `detach` everything that it attached goes too.
+    /// Ends the daemon; with `detach` everything that it attached is removed.
     Stop { detach: bool },
-    /// The configuration is read again.
+    /// Reads the configuration and the policies again.
     Reload,
-    /// [`PolicySummary`] of one policy or of all.
+    /// Returns the [`PolicySummary`] of one policy or of all.
     PolicyGet { name: Option<String> },
-    /// [`SelectorRow`]s.
+    /// Returns the [`SelectorRow`]s.
     PolicySelectors,
-    /// [`TraceAnswer`].
+    /// Returns a [`TraceAnswer`].
     PolicyTrace(TraceRequest),
-    /// [`Endpoint`]s.
+    /// Returns all [`Endpoint`]s.
     EndpointList,
-    /// An [`Endpoint`], by number, name or address.
+    /// Returns an [`Endpoint`], by number, name or address.
     EndpointGet { endpoint: String },
-    /// Sets options of an endpoint; answers all of them by name.
+    /// Sets options of an endpoint. Returns all of its options by name.
     EndpointConfig {
         endpoint: String,
         options: BTreeMap<String, bool>,
     },
-    /// [`IdentityRow`]s.
+    /// Returns the [`IdentityRow`]s.
     IdentityList,
-    /// An [`IdentityRow`].
+    /// Returns an [`IdentityRow`].
     IdentityGet { identity: u32 },
-    /// [`PolicyRow`]s of an endpoint.
+    /// Returns the [`PolicyRow`]s of an endpoint.
     BpfPolicyGet { endpoint: String },
-    /// [`ConnectionRow`]s.
+    /// Returns the [`ConnectionRow`]s.
     BpfCtList,
-    /// [`IpcacheRow`]s.
+    /// Returns the [`IpcacheRow`]s.
     BpfIpcacheList,
-    /// [`FqdnRow`]s, of one endpoint or of all.
+    /// Returns the [`FqdnRow`]s of one endpoint or of all.
     FqdnCacheList { endpoint: Option<String> },
-    /// Forgets names: of one endpoint or of all, one name, those of a pattern or all. Answers how many addresses.
+    /// Removes learned names: of one endpoint or of all, one name, those that match a pattern, or all. Returns the
+    /// number of removed addresses.
     FqdnCacheClean {
         endpoint: Option<String>,
         name: Option<String>,
         pattern: Option<String>,
     },
-    /// A stream of [`Answer::Flow`].
+    /// Streams [`Answer::Flow`]s.
     Observe(ObserveRequest),
 }
 
-/// Which flows, and how many.
+/// Selection of flows.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct ObserveRequest {
-    /// Flags of `palisade observe` and their values, in their order.
+    /// Flags of `palisade observe` with their values, in the order of the command line.
     pub filters: Vec<(String, String)>,
-    /// Go on with what comes.
+    /// Whether to continue with flows that arrive later.
     pub follow: bool,
-    /// The last so many that pass; `None`: all there are.
+    /// Most recent flows to send of those that match; `None` for all.
     pub last: Option<usize>,
 }
 
-/// One packet described by hand.
+/// Description of one packet.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct TraceRequest {
-    /// Who sends: endpoint, peer, address, or a reserved identity.
+    /// Source: endpoint, peer, address, or a reserved identity.
     pub from: String,
-    /// Who receives; with `to_fqdn` its address, or nothing.
+    /// Destination. With `to_fqdn` its address, or empty.
     pub to: String,
-    /// The sender has learned the receiver by this name.
+    /// Name by which the source has learned the destination.
     #[serde(default)]
     pub to_fqdn: Option<String>,
-    /// The packet asks DNS for this name.
+    /// Name that the packet queries in DNS.
     #[serde(default)]
     pub dns: Option<String>,
-    /// The connection carries this HTTP request.
+    /// HTTP request on the connection.
     #[serde(default)]
     pub http: Option<TraceHttp>,
-    /// The connection begins with a TLS hello for this server name; empty: without one.
+    /// Server name in the TLS ClientHello; empty for a ClientHello without one.
     #[serde(default)]
     pub tls: Option<String>,
     /// IP protocol number.
     pub protocol: u8,
-    /// Destination port, or the ICMP type; 0 where the protocol has none.
+    /// Destination port, or ICMP type; 0 for protocols without either.
     pub port: u16,
 }
 
-/// An HTTP request described by hand.
+/// Description of an HTTP request.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct TraceHttp {
@@ -100,128 +101,128 @@ pub(crate) struct TraceHttp {
     pub method: String,
     /// Path with query.
     pub path: String,
-    /// Host, with its port if one is given; empty: none.
+    /// Host, perhaps with a port; empty for a request without one.
     pub host: String,
     /// Header fields.
     pub headers: Vec<(String, String)>,
-    /// HTTP/1.0; else HTTP/1.1.
+    /// Whether the version is HTTP/1.0 instead of HTTP/1.1.
     #[serde(default)]
     pub is_http10: bool,
 }
 
-/// A line of the daemon's answer.
+/// A line of an answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Answer {
     /// The answer, or the end of a stream.
     Ok(serde_json::Value),
-    /// Nothing was done.
+    /// The request failed and changed nothing.
     Error(String),
     /// One flow of a stream.
     Flow(Box<Flow>),
-    /// So many flows were overwritten before this client could read them.
+    /// Number of flows that were overwritten before this client could read them.
     Lost(u64),
-    /// The stream goes on, there is just nothing to send.
+    /// The stream continues, but there is no flow to send.
     Alive,
 }
 
-/// What `palisade status` shows.
+/// Answer of `palisade status`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Status {
-    /// Of the daemon.
+    /// Version of the daemon.
     pub version: String,
     /// Name of the node.
     pub node: String,
-    /// Of the daemon.
+    /// Process id of the daemon.
     pub pid: u32,
-    /// Since when the daemon runs, seconds.
+    /// Time since the start of the daemon, s.
     pub uptime: u64,
-    /// Everything is attached and enforced.
+    /// Whether everything is attached and enforced.
     pub ready: bool,
-    /// What is missing for that.
+    /// What is not attached or enforced.
     pub missing: Vec<String>,
-    /// What an operator should look at, though what can be enforced is enforced.
+    /// Problems that do not affect what is enforced.
     pub warnings: Vec<String>,
-    /// `[policy] enforcement`.
+    /// Value of `[policy] enforcement`.
     pub enforcement: String,
-    /// `[policy] audit`.
+    /// Value of `[policy] audit`.
     pub audit: bool,
-    /// Counts the changes that were put in force.
+    /// Number of changes that were put in force.
     pub revision: u64,
-    /// How long the last of them took, from reading the files to the last map entry, ms.
+    /// Duration of the last change, from reading the files to the last map entry, ms.
     pub last_change_ms: f64,
     /// Guarded interfaces.
     pub interfaces: Vec<InterfaceStatus>,
     /// Endpoints of this node.
     pub endpoints: Vec<Endpoint>,
-    /// The folder of policies.
+    /// Path of the policy folder.
     pub policy_dir: String,
-    /// Its files.
+    /// Files of the policy folder.
     pub policy_files: Vec<PolicyFile>,
-    /// Kinds of inspection that policies want and nobody does yet.
+    /// Kinds of inspection that policies need and no inspector implements.
     pub missing_inspectors: Vec<MissingInspector>,
-    /// Fill levels.
+    /// Fill levels of the maps.
     pub maps: Vec<MapFill>,
-    /// The threads that read packets.
+    /// The workers.
     pub workers: Workers,
-    /// Connections.
+    /// Counters of the conntrack map.
     pub conntrack: ConntrackStatus,
-    /// Events.
+    /// Counters of events.
     pub events: EventStatus,
     /// Learned names.
     #[serde(default)]
     pub names: NamesStatus,
-    /// Drops since the maps were made.
+    /// Dropped packets since the maps were made.
     pub drops: Vec<DropCount>,
 }
 
-/// An interface that is to be guarded.
+/// Attachment of a configured interface.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct InterfaceStatus {
-    /// Its name.
+    /// Name of the interface.
     pub name: String,
-    /// Its index, 0 if it is not there.
+    /// Index of the interface; 0 if it does not exist.
     pub ifindex: u32,
-    /// host or endpoint.
+    /// `host` or `endpoint`.
     pub role: String,
-    /// Number of the endpoint behind it.
+    /// Number of the endpoint behind the interface.
     pub endpoint: u16,
-    /// What stands at ingress, as it was got: `xdp (native)`, `xdp (skb)`, `tcx`, `clsact`.
+    /// Hook at ingress: `xdp (native)`, `xdp (skb)`, `tcx`, `clsact`.
     pub ingress: Option<String>,
-    /// What stands at egress.
+    /// Hook at egress.
     pub egress: Option<String>,
-    /// Why it is not guarded as was asked for first.
+    /// Why the interface is not attached by the first choice.
     pub note: Option<String>,
-    /// Why it is not guarded.
+    /// Why the interface is not guarded.
     pub problem: Option<String>,
 }
 
 /// An endpoint of this node.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Endpoint {
-    /// Its number.
+    /// Number of the endpoint.
     pub id: u16,
     /// `namespace/name`.
     pub name: String,
-    /// Its identity.
+    /// Identity of the endpoint.
     pub identity: u32,
     /// Labels of the identity.
     pub labels: Vec<String>,
-    /// Its addresses.
+    /// Addresses of the endpoint.
     pub addresses: Vec<String>,
-    /// Its interface; none for the node.
+    /// Interface of a workload; `None` for the node.
     pub interface: Option<String>,
-    /// Enabled, Disabled, or either with (Audit).
+    /// `Enabled`, `Disabled`, or `Disabled (Audit)`.
     pub ingress_enforcement: String,
-    /// The same for egress.
+    /// Enforcement at egress, with the same values.
     pub egress_enforcement: String,
-    /// The table that judges it.
+    /// Number of the policy table.
     pub policy: u32,
-    /// Of its policy.
+    /// Revision of the policy.
     pub revision: u32,
-    /// Policies that select it.
+    /// Names of the policies that select the endpoint.
     pub policies: Vec<String>,
-    /// ready, or what it waits for.
+    /// `ready`, or what the endpoint waits for.
     pub state: String,
     /// Options by name.
     pub options: BTreeMap<String, bool>,
@@ -230,105 +231,105 @@ pub(crate) struct Endpoint {
 /// A file of the policy folder.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct PolicyFile {
-    /// Its name within the folder.
+    /// Name of the file in the folder.
     pub file: String,
-    /// Whether what is in force is what the file says now.
+    /// Whether the present content is in force.
     pub state: PolicyFileState,
-    /// Policies of it in force.
+    /// Number of its policies in force.
     pub policies: usize,
-    /// `FILE:LINE:COL: message`.
+    /// Diagnostics of the form `FILE:LINE:COL: message`.
     pub diagnostics: Vec<String>,
 }
 
-/// How what a file says and what is in force go together.
+/// Whether the present content of a file is in force.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum PolicyFileState {
-    /// The same.
+    /// The present content is in force.
     #[default]
     InForce,
-    /// The file is broken; what it said before is in force.
+    /// The file is broken; its last good content is in force.
     LastGood,
-    /// The file is broken and never was good: nothing of it is in force.
+    /// The file is broken and never was good; nothing of it is in force.
     Unused,
 }
 
-/// A kind of inspection that policies want and nobody does.
+/// A kind of inspection that policies need and no inspector implements.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct MissingInspector {
-    /// http, dns, tls, kafka, listener, tls-terminate.
+    /// Kind: http, dns, tls, kafka, listener, tls-terminate.
     pub inspector: String,
-    /// The policies.
+    /// Names of the policies.
     pub policies: Vec<String>,
 }
 
-/// How full a map is.
+/// Fill level of a map.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct MapFill {
-    /// Its name.
+    /// Name of the map.
     pub map: String,
-    /// Entries in it.
+    /// Number of entries.
     pub entries: u64,
-    /// Entries it can have.
+    /// Largest number of entries.
     pub capacity: u64,
 }
 
-/// The threads that read packets.
+/// State of all workers.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Workers {
-    /// The punt link's end at the node; empty if there is no punt link.
+    /// Interface at the node's end of the punt link; empty without workers.
     pub punt_link: String,
-    /// poll, spin, busy-poll.
+    /// `poll`, `spin` or `busy-poll`.
     pub mode: String,
-    /// What becomes of packets that no worker can read: drop or pass.
+    /// What happens to packets that no worker can inspect: `drop` or `pass`.
     pub on_failure: String,
-    /// Why there are none.
+    /// Why there are no workers.
     pub problem: Option<String>,
-    /// Each of them.
+    /// State of each worker.
     pub workers: Vec<Worker>,
-    /// What they have counted of what they read, all together: numbers by name, for `dns`, `http.tcp`, ...
+    /// Sums of the inspection metrics of all workers: by group (`dns`, `http.tcp`) and name.
     #[serde(default)]
     pub inspection: BTreeMap<String, BTreeMap<String, u64>>,
-    /// What they keep for that now, all together.
+    /// Sums of the inspection state of all workers.
     #[serde(default)]
     pub keeps: Keeps,
 }
 
-/// What workers keep to read traffic.
+/// State that workers hold for inspection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Keeps {
-    /// Connections that are read.
+    /// Number of inspected connections.
     pub connections: u64,
-    /// Connections that are not read any more, and are judged again if their rules change.
+    /// Number of offloaded connections, which are evaluated again if their rules change.
     pub remembered: u64,
-    /// Bytes of streams that receivers have not acknowledged yet.
+    /// Bytes of streams that receivers have not acknowledged.
     pub bytes: u64,
-    /// Packets that wait for a verdict.
+    /// Number of packets that wait for a verdict.
     pub packets: u64,
 }
 
-/// A thread that reads packets.
+/// State of a worker.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Worker {
-    /// Its number, which is that of its queue.
+    /// Number of the worker and of its queue.
     pub number: usize,
-    /// starting, running, down, ended.
+    /// `starting`, `running`, `down` or `ended`.
     pub state: String,
-    /// Why it is down.
+    /// Why the worker is down.
     pub problem: Option<String>,
-    /// Times that it was started again.
+    /// Number of restarts.
     pub restarts: u64,
-    /// Packets that came in.
+    /// Number of received packets.
     pub packets_in: u64,
-    /// Bytes of them.
+    /// Bytes of received packets.
     pub bytes_in: u64,
-    /// Packets that went on.
+    /// Number of reinjected packets.
     pub packets_out: u64,
-    /// Bytes of them.
+    /// Bytes of reinjected packets.
     pub bytes_out: u64,
-    /// Packets that it made and sent: refusals, resets, acknowledgements, redelivered bytes.
+    /// Packets that the worker generated and sent: refusals, resets, acknowledgements, redelivered bytes.
     pub generated: u64,
-    /// Packets that it made and could not send for want of a frame or of room in the transmit ring.
+    /// Generated packets that were not sent, for lack of a frame or of space in the TX ring.
     pub generated_lost: u64,
     /// Packets whose bytes were delivered in generated packets.
     #[serde(default)]
@@ -340,151 +341,151 @@ pub(crate) struct Worker {
     pub handoff_out: u64,
     /// Packets that other workers handed off to this one.
     pub handoff_in: u64,
-    /// Packets that wait for a verdict.
+    /// Number of packets that wait for a verdict.
     pub held: u64,
-    /// Frames of its socket.
+    /// Number of frames of the socket.
     pub frames: u64,
-    /// Flows that it knows.
+    /// Number of tracked flows.
     pub flows: u64,
-    /// Records that were lost because nobody took them.
+    /// Records that were lost because the queue was full.
     pub records_lost: u64,
-    /// Times that it slept.
+    /// Number of times that the worker slept.
     pub sleeps: u64,
-    /// What it dropped.
+    /// Dropped packets by reason.
     pub drops: Vec<WorkerDrops>,
-    /// What the rings of its sockets have lost.
+    /// Packets that the rings of the socket have lost.
     pub ring: WorkerRing,
 }
 
-/// Packets that a worker dropped for a reason.
+/// Packets that a worker dropped for one reason.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct WorkerDrops {
-    /// The reason's number.
+    /// Number of the reason.
     pub reason: u8,
-    /// The reason in words.
+    /// Text of the reason.
     pub text: String,
-    /// How many.
+    /// Number of packets.
     pub packets: u64,
 }
 
-/// What the rings of a worker's sockets have lost.
+/// Packets that the rings of a worker's sockets have lost (`struct xdp_statistics`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct WorkerRing {
-    /// Dropped for another reason than a full ring.
+    /// Packets dropped for another reason than a full ring.
     pub rx_dropped: u64,
-    /// Dropped because the receive ring was full.
+    /// Packets dropped because the RX ring was full.
     pub rx_ring_full: u64,
-    /// Dropped because there was no frame for them.
+    /// Packets dropped because the fill ring was empty.
     pub rx_fill_ring_empty: u64,
-    /// Descriptors that were not valid.
+    /// Number of invalid descriptors.
     pub invalid: u64,
 }
 
-/// Connections.
+/// Counters of the conntrack map.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ConntrackStatus {
-    /// In the map.
+    /// Number of entries.
     pub entries: u64,
-    /// The map can have.
+    /// Largest number of entries.
     pub capacity: u64,
-    /// Made by packets.
+    /// Entries made by packets.
     pub made: u64,
-    /// Made from the kernel's own tables when Palisade was first attached.
+    /// Entries made from the kernel's own tables when Palisade was first attached.
     pub seeded: u64,
-    /// Taken out because they were dead.
+    /// Expired entries that the sweep has removed.
     pub swept: u64,
-    /// Pushed out by newer flows of the same endpoint and direction, or by the kernel because the map was full.
+    /// Entries evicted by newer flows of the same endpoint and direction, or by the kernel because the map was full.
     pub evicted: u64,
-    /// In use by both ends: newer flows do not push these out.
+    /// Flows in use by both ends, which newer flows do not evict.
     #[serde(default)]
     pub protected: u64,
 }
 
-/// Events.
+/// Counters of events.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct EventStatus {
-    /// Read by this daemon.
+    /// Events that this daemon has read.
     pub read: u64,
-    /// Not sent: rate limit.
+    /// Events suppressed by the rate limit.
     pub suppressed: u64,
-    /// Not sent: the ring was full.
+    /// Events lost because the ring was full.
     pub lost: u64,
-    /// Clients of `observe` that were cut off because they did not read.
+    /// Clients of `observe` that were disconnected because they did not read.
     pub slow_clients: u64,
 }
 
-/// Learned names.
+/// Counters of learned names.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct NamesStatus {
-    /// Names that are known, each endpoint's for itself.
+    /// Number of names, counted for each endpoint.
     pub names: usize,
-    /// Addresses of names.
+    /// Number of addresses of names.
     pub addresses: usize,
-    /// Addresses in the map.
+    /// Number of addresses in the map.
     pub in_map: usize,
-    /// Addresses that the map does not hold as it should.
+    /// Number of addresses whose entry in the map is not known to be right.
     pub unwritten: usize,
-    /// Bytes that the names take.
+    /// Memory of the names, bytes.
     pub bytes: usize,
-    /// Answers that were released.
+    /// Number of committed answers.
     pub committed: u64,
-    /// Answers that were not, because the maps do not hold what they imply.
+    /// Number of withheld answers, because the maps do not hold their addresses.
     pub refused: u64,
-    /// Answers that had to wait for an identity.
+    /// Number of answers that waited for an identity.
     pub waited: u64,
-    /// Addresses that a limit has pushed out.
+    /// Number of addresses evicted by a limit.
     pub evicted: u64,
-    /// Addresses that were not learned: the limit is reached, and all are in use.
+    /// Number of addresses that were not learned, because the limit is reached and all addresses are in use.
     pub over_limit: u64,
     /// Special-purpose addresses that were not learned.
     #[serde(default)]
     pub special: u64,
-    /// Answers that were withheld because their endpoint has as many combinations of names as it may.
+    /// Number of withheld answers of endpoints that have too many combinations of names.
     #[serde(default)]
     pub identities_over_limit: u64,
-    /// Addresses that expired unused.
+    /// Number of addresses that expired unused.
     pub expired: u64,
-    /// Writes that failed.
+    /// Number of failed writes to the map.
     pub failures: u64,
-    /// Why the last one did, if it did.
+    /// Error of the last failed write.
     pub failure: Option<String>,
 }
 
 /// An address that an endpoint has learned.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct FqdnRow {
-    /// The endpoint's number.
+    /// Number of the endpoint.
     pub endpoint: u16,
-    /// The endpoint's name.
+    /// Name of the endpoint.
     pub endpoint_name: String,
-    /// The name that was asked for.
+    /// Name that was resolved.
     pub name: String,
-    /// The address.
+    /// Address of the name.
     pub address: String,
-    /// Selectors of the endpoint's policies that the name matches.
+    /// Selectors of the endpoint's policies that match the name.
     pub selectors: Vec<String>,
-    /// The identity that the address has for the endpoint; 0: none by name.
+    /// Identity of the address for the endpoint; 0 if no name gives it one.
     pub identity: u32,
-    /// Seconds until it expires; 0: it has.
+    /// Remaining lifetime, s; 0 if the address has expired.
     pub ttl: u64,
-    /// live, or expired-in-use, or expired (goes with one of the next sweeps).
+    /// `live`, `expired-in-use`, or `expired` (removed by one of the next sweeps).
     pub state: String,
-    /// answer, prefetch or restored.
+    /// `answer`, `prefetch` or `restored`.
     pub source: String,
 }
 
-/// Packets dropped for a reason.
+/// Packets dropped for one reason in one direction.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct DropCount {
-    /// The reason's number.
+    /// Number of the reason.
     pub reason: u8,
-    /// The reason in words.
+    /// Text of the reason.
     pub text: String,
-    /// ingress or egress.
+    /// `ingress` or `egress`.
     pub direction: String,
-    /// How many.
+    /// Number of packets.
     pub packets: u64,
-    /// How long together.
+    /// Bytes of these packets.
     pub bytes: u64,
 }
 
@@ -493,23 +494,23 @@ pub(crate) struct DropCount {
 pub(crate) struct PolicySummary {
     /// `namespace/name`.
     pub name: String,
-    /// The resource's kind.
+    /// Kind of the resource.
     pub kind: String,
-    /// Where it is written.
+    /// Location in the policy files: `FILE:LINE:COL`.
     pub location: String,
-    /// Only reported, not enforced.
+    /// Whether the policy is only reported and not enforced.
     pub audit: bool,
-    /// Endpoints of this node that it selects, by name.
+    /// Names of the endpoints of this node that the policy selects.
     pub endpoints: Vec<String>,
-    /// Its rules.
+    /// Rules of the policy.
     pub rules: Vec<RuleSummary>,
-    /// Its document as it is in force, if the policy was asked for by name.
+    /// YAML document in force, if the policy was requested by name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
-    /// The same resource as the YAML reader reads it: `kind`, `metadata`, `spec`.
+    /// The same resource as JSON: `kind`, `metadata`, `spec`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resource: Option<serde_json::Value>,
-    /// The file is broken now: it does not say what is in force any more.
+    /// Whether the file is broken now, so that its present content is not in force.
     #[serde(default)]
     pub file_broken: bool,
 }
@@ -517,126 +518,126 @@ pub(crate) struct PolicySummary {
 /// A rule of a policy.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct RuleSummary {
-    /// Its number in the maps; 0 if no table has it.
+    /// Number of the rule in the maps; 0 if no table has it.
     pub id: u32,
-    /// In words.
+    /// Text of the rule.
     pub rule: String,
-    /// The rule itself, if the policy was asked for by name: the entry of `ingress`, `egressDeny`, ...
+    /// The rule itself, if the policy was requested by name: its entry of `ingress`, `egressDeny` and so on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spec: Option<serde_json::Value>,
-    /// Packets that it decided.
+    /// Number of packets that the rule has decided.
     pub packets: u64,
-    /// Their length together.
+    /// Bytes of these packets.
     pub bytes: u64,
 }
 
 /// A selector of a policy.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct SelectorRow {
-    /// As it would be written.
+    /// Text of the selector.
     pub selector: String,
-    /// The policies that have it.
+    /// Names of the policies with this selector.
     pub policies: Vec<String>,
-    /// How many rules have it.
+    /// Number of rules with this selector.
     pub users: usize,
-    /// Whom it selects.
+    /// Identities that it selects.
     pub identities: Vec<u32>,
 }
 
-/// What would happen to a packet.
+/// Verdict on a described packet.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct TraceAnswer {
-    /// Whether it would arrive.
+    /// Whether the packet would arrive.
     pub passes: bool,
-    /// How that comes, in words.
+    /// Explanation as text.
     pub text: String,
-    /// The same for programs.
+    /// Explanation for programs.
     pub trace: serde_json::Value,
 }
 
 /// An identity.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct IdentityRow {
-    /// Its number.
+    /// Number of the identity.
     pub id: u32,
-    /// Its labels.
+    /// Labels of the identity.
     pub labels: Vec<String>,
 }
 
 /// An entry of a policy table.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct PolicyRow {
-    /// Allow, Deny, Inspect, Auth.
+    /// `Allow`, `Deny`, `Inspect` or `Auth`.
     pub policy: String,
-    /// Ingress or Egress.
+    /// `Ingress` or `Egress`.
     pub direction: String,
-    /// Of the other end; 0: anybody.
+    /// Identity of the peer; 0 for any.
     pub identity: u32,
-    /// Labels of the other end; ANY for anybody.
+    /// Labels of the peer; `ANY` for any.
     pub labels: Vec<String>,
-    /// `80/TCP`, `8000-8999/TCP`, `ANY`, ...
+    /// Ports: `80/TCP`, `8000-8999/TCP`, `ANY`.
     pub ports: Vec<String>,
-    /// Who reads the traffic; none if nobody does.
+    /// Inspector of the traffic.
     pub inspector: Option<String>,
-    /// Whether the ends have to authenticate.
+    /// Whether the ends must authenticate.
     pub auth: bool,
-    /// Dropped only in name: audit mode.
+    /// Whether the drop is only reported (audit mode).
     pub audit: bool,
-    /// The deciding rule's number.
+    /// Number of the deciding rule.
     pub rule: u32,
-    /// The deciding rule in words.
+    /// Text of the deciding rule.
     pub decided_by: String,
-    /// Bytes that the rule decided, all its entries together.
+    /// Bytes that the rule has decided, over all its entries.
     pub bytes: u64,
-    /// Packets that the rule decided, all its entries together.
+    /// Packets that the rule has decided, over all its entries.
     pub packets: u64,
 }
 
-/// A connection.
+/// A conntrack entry.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct ConnectionRow {
-    /// TCP, UDP, ...
+    /// Protocol: `TCP`, `UDP` and so on.
     pub protocol: String,
-    /// IN: the other end opened it. OUT: the endpoint did.
+    /// `IN` if the peer opened the connection, `OUT` if the endpoint did.
     pub direction: String,
-    /// Who opened it, with port where there is one.
+    /// Address that opened the connection, with port if the protocol has one.
     pub source: String,
-    /// Whom, with port where there is one.
+    /// Address to which it was opened, with port if the protocol has one.
     pub destination: String,
-    /// The endpoint, by number.
+    /// Number of the endpoint.
     pub endpoint: u16,
-    /// Seconds from now on; negative: dead, not swept yet.
+    /// Time to expiry, s; negative if it has expired and was not swept yet.
     pub expires: i64,
-    /// From the side that opened it.
+    /// Packets of the original direction.
     pub forward_packets: u64,
-    /// From the side that opened it.
+    /// Bytes of the original direction.
     pub forward_bytes: u64,
-    /// From the other side.
+    /// Packets of the reply direction.
     pub reply_packets: u64,
-    /// From the other side.
+    /// Bytes of the reply direction.
     pub reply_bytes: u64,
-    /// TCP flags seen from the side that opened it.
+    /// TCP flags seen in the original direction.
     pub forward_tcp: u8,
-    /// TCP flags seen from the other side.
+    /// TCP flags seen in the reply direction.
     pub reply_tcp: u8,
-    /// Of the other end.
+    /// Identity of the peer.
     pub identity: u32,
-    /// Of the policy under which it was judged.
+    /// Revision of the policy at the last evaluation.
     pub revision: u32,
-    /// The rule that let it through.
+    /// Number of the rule that allows the connection.
     pub rule: u32,
-    /// Audit, Replied, Seeded, Midstream, Closed.
+    /// `Audit`, `Replied`, `Seeded`, `Midstream`, `Closed`.
     pub flags: Vec<String>,
 }
 
-/// Who an address is.
+/// Identity of a prefix.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct IpcacheRow {
-    /// Prefix.
+    /// The prefix.
     pub prefix: String,
-    /// Its identity.
+    /// Identity of the prefix.
     pub identity: u32,
-    /// The endpoint of this node that has it; 0: none.
+    /// Number of the endpoint of this node with this address; 0 if there is none.
     pub endpoint: u16,
     /// Labels of the identity.
     pub labels: Vec<String>,

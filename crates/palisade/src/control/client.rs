@@ -1,4 +1,4 @@
-//! The command line's side of the control socket.
+//! Client of the control socket.
 
 use std::{
     io::{self, BufRead as _, BufReader, Write as _},
@@ -25,58 +25,57 @@ use super::{
     api::{Answer, Request},
 };
 
-/// The daemon accepts a connection and a request by then, and sends each line of an answer that needs nothing but
-/// what it knows.
+/// Longest wait for the connection and for each line of an answer that takes no change.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
-/// What changes something may have to wait for the control thread, which gives up itself after a minute.
+/// Longest wait for the answer to a change; the daemon itself gives up after a minute.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(70);
-/// The least that a daemon that lives is given.
+/// Shortest wait for a daemon, whatever the caller's limit is.
 const MIN_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Why there is no answer.
+/// Error of a request.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ClientError {
-    /// Nobody listens.
+    /// No process listens at the socket.
     #[error(
         "the daemon is not running ({socket}: {error}); start it with `systemctl start palisade` or `palisade run`"
     )]
     NotRunning {
-        /// The socket.
+        /// Path of the socket.
         socket: PathBuf,
-        /// What connecting gave.
+        /// Error of connect(2).
         error: io::Error,
     },
-    /// The socket is not for this user.
+    /// This user may not connect to the socket.
     #[error("{socket}: {error}; the daemon answers only root: use sudo")]
     NotPermitted {
-        /// The socket.
+        /// Path of the socket.
         socket: PathBuf,
-        /// What connecting gave.
+        /// Error of connect(2).
         error: io::Error,
     },
     /// A process of another user listens at the socket.
     #[error("{socket}: belongs to a process of user {uid}, not to a daemon of root: remove it")]
     NotRoot {
-        /// The socket.
+        /// Path of the socket.
         socket: PathBuf,
-        /// The user.
+        /// User of the process.
         uid: u32,
     },
-    /// The daemon is there and does not answer.
+    /// The daemon accepts connections and does not answer.
     #[error(
         "the daemon (process {pid}) has not answered for {:.1} s: it hangs, is stopped, or the node is overloaded. What \
          it attached goes on enforcing the last policy. `systemctl restart palisade` starts it anew", waited.as_secs_f64()
     )]
     Hangs {
-        /// The daemon's process, as the socket names it.
+        /// Process id of the daemon, from the socket's credentials.
         pid: i32,
-        /// How long it was waited.
+        /// Time that the client has waited.
         waited: Duration,
     },
-    /// The connection broke, or what came is not the protocol.
+    /// The connection was closed, or the answer violates the protocol.
     #[error("the daemon's answer cannot be read: {0}")]
     Broken(io::Error),
-    /// The daemon says what is wrong with the request.
+    /// The daemon has refused the request, for this reason.
     #[error("{0}")]
     Refused(String),
 }
@@ -86,7 +85,7 @@ pub(crate) enum ClientError {
 pub(crate) struct Client {
     reader: BufReader<UnixStream>,
     pid: i32,
-    /// How long to wait for each line.
+    /// Longest wait for each line.
     patience: Duration,
 }
 
@@ -98,9 +97,9 @@ impl Client {
             Request::Stop { .. } | Request::Reload | Request::EndpointConfig { .. }
         );
         if changes {
-            // Whether anything is answered at all is known sooner.
+            // A ping first, because a hanging daemon is then reported sooner than by the timeout of a change.
             match ask_within::<serde_json::Value>(socket, &Request::Ping, READ_TIMEOUT) {
-                // A daemon of an older version does not know the question, and so answers too.
+                // A daemon of an older version refuses the unknown request, which is an answer too.
                 Ok(_) | Err(ClientError::Refused(_)) => {}
                 Err(error) => return Err(error),
             }
@@ -119,7 +118,7 @@ impl Client {
             let (socket, error) = (path.to_owned(), io::Error::from(error));
             match error.kind() {
                 io::ErrorKind::PermissionDenied => ClientError::NotPermitted { socket, error },
-                // The queue of connections is full and stays so.
+                // The listener's queue stays full.
                 io::ErrorKind::WouldBlock => ClientError::Hangs {
                     pid: 0,
                     waited: begun.elapsed(),
@@ -135,12 +134,12 @@ impl Client {
             None,
         )
         .map_err(failed)?;
-        // Also how long connecting waits for room in the queue (unix(7), socket(7): SO_SNDTIMEO).
+        // SO_SNDTIMEO also limits how long connect(2) waits for the listener's queue (unix(7), socket(7)).
         let send =
             TimeVal::milliseconds(i64::try_from(patience.min(READ_TIMEOUT).as_millis()).unwrap_or(10_000));
         setsockopt(&socket, SendTimeout, &send).map_err(failed)?;
         connect(socket.as_raw_fd(), &address).map_err(failed)?;
-        // What root is told here must come from root: the socket may stand where others can make one.
+        // Root must not trust answers of another user's process, which could have made the socket.
         let peer = getsockopt(&socket, PeerCredentials).map_err(failed)?;
         if peer.uid() != 0 && peer.uid() != geteuid().as_raw() {
             return Err(ClientError::NotRoot {
@@ -173,7 +172,7 @@ impl Client {
         }
     }
 
-    /// The next line; `None` once the daemon has closed the connection.
+    /// Returns the next line; `None` once the daemon has closed the connection.
     pub(crate) fn next(&mut self) -> Result<Option<Answer>, ClientError> {
         loop {
             let line = self.line()?;
@@ -188,7 +187,7 @@ impl Client {
         }
     }
 
-    /// A line, within the patience as a whole unless bytes keep coming.
+    /// Returns a line. The timeout starts again with each piece that arrives.
     fn line(&mut self) -> Result<Vec<u8>, ClientError> {
         let mut line = Vec::new();
         loop {
@@ -213,7 +212,7 @@ impl Client {
         }
     }
 
-    /// The answer to a request that has one.
+    /// Returns the answer to a request that has exactly one.
     pub(crate) fn answer<T: DeserializeOwned>(mut self) -> Result<T, ClientError> {
         match self.next()? {
             Some(Answer::Ok(value)) => {
@@ -228,12 +227,12 @@ impl Client {
     }
 }
 
-/// One request, one answer.
+/// Sends a request and returns its answer.
 pub(crate) fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> Result<T, ClientError> {
     Client::send(socket, request)?.answer()
 }
 
-/// The same, with a limit to the time in which the answer must come.
+/// Sends a request and returns its answer, which must arrive within `patience`.
 pub(crate) fn ask_within<T: DeserializeOwned>(
     socket: &Path,
     request: &Request,

@@ -1,4 +1,4 @@
-//! Between the command line and the daemon: a unix socket, one request a connection, JSON lines both ways.
+//! Protocol between command line and daemon: a unix socket, one request per connection, JSON lines both ways.
 //!
 //! ```text
 //! -> {"command":"endpoint-get","endpoint":"default/web"}
@@ -13,9 +13,9 @@ pub(crate) mod api;
 pub(crate) mod client;
 pub(crate) mod server;
 
-/// The longest line that either side takes. A listing is one line: a table of a million entries has to fit.
+/// Longest line of an answer, bytes. A listing is one line, and a table of a million entries must fit.
 pub(crate) const MAX_ANSWER: usize = 1 << 30;
-/// The longest request: filters and trace descriptions are short.
+/// Longest request, bytes. Filters and packet descriptions are short.
 pub(crate) const MAX_REQUEST: usize = 64 * 1024;
-/// Longest time between two lines to a following client: without flows, the line only says that the daemon lives.
+/// Longest time between two lines to a following client. Without flows an `Alive` line is sent.
 pub(crate) const ALIVE_INTERVAL: Duration = Duration::from_secs(2);

@@ -1,4 +1,4 @@
-//! The daemon's side of the control socket: root only, a bounded number of clients, each with a deadline.
+//! Server of the control socket: answers only root, a bounded number of clients, each within deadlines.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -37,56 +37,55 @@ use super::{
     api::{Answer, Request},
 };
 
-/// Clients at the same time. One thread each.
+/// Most clients at the same time. Each has a thread.
 const MAX_CLIENTS: usize = 64;
-/// A client must have sent its request by then.
+/// Time within which a client must send its whole request.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
-/// So much is sent at a time.
+/// Bytes that are sent at a time.
 const WRITE_CHUNK_BYTES: usize = 64 * 1024;
-/// A client must take a piece of what it is sent by then.
+/// Time within which a client must read each chunk.
 const WRITE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Everything that a client asked for must be done and taken by then, unless it follows.
+/// Time for the whole answer, unless the client follows flows.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(180);
-/// Clients that follow, at the same time: the others keep places for themselves.
+/// Most clients that follow flows; the remaining connections stay free for other requests.
 const MAX_FOLLOWERS: usize = MAX_CLIENTS - 16;
 
-/// Clients that follow flows would keep the daemon from ending.
+/// Longest wait for clients at the end of the daemon, because following clients do not end by themselves.
 const CLOSE_GRACE_PERIOD: Duration = Duration::from_millis(300);
 
 /// Writes the lines of an answer.
 pub(crate) trait Sink {
     /// Sends a line now.
     fn send(&mut self, answer: &Answer) -> io::Result<()>;
-    /// Puts a line into the buffer; it goes out with the next [`Sink::send`] or [`Sink::flush`], or when the
-    /// buffer is full.
+    /// Appends a line to the buffer, which is sent by the next [`Sink::send`] or [`Sink::flush`], or when it is full.
     fn queue(&mut self, answer: &Answer) -> io::Result<()>;
-    /// Sends what is in the buffer.
+    /// Sends the buffer.
     fn flush(&mut self) -> io::Result<()>;
-    /// Whether the client has gone.
+    /// Returns whether the client has disconnected.
     fn closed(&self) -> bool;
-    /// From now on the answer has no end. Whether there is a place for another client that follows.
+    /// Marks the answer as a stream without an end. Returns whether the limit on following clients allows one more.
     fn follow(&mut self) -> bool;
 }
 
-/// Answers requests. Called on a thread of the client's own.
+/// Answers requests, each on the thread of its client.
 pub(crate) trait Handler: Send + Sync + 'static {
-    /// Answers by at least one line.
+    /// Answers a request by at least one line.
     fn handle(&self, request: Request, sink: &mut dyn Sink) -> io::Result<()>;
 }
 
-/// What the server did so far.
+/// Counters of the server.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
     clients: AtomicUsize,
     followers: AtomicUsize,
-    /// Clients cut off because they did not read.
+    /// Clients that were disconnected because they did not read.
     pub slow: AtomicU64,
-    /// Clients turned away because there were too many.
+    /// Clients that were refused because there were too many.
     pub refused: AtomicU64,
 }
 
-/// The right to listen at a path: no other daemon has it while this value lives.
+/// The exclusive right to listen at a path, until the value is dropped.
 #[derive(Debug)]
 pub(crate) struct Claim {
     path: PathBuf,
@@ -96,7 +95,7 @@ pub(crate) struct Claim {
 /// Takes the right to listen at a path, and makes its directory.
 ///
 /// # Errors
-/// Another daemon has it, or a process listens there; another user could exchange the socket.
+/// Another daemon has it, a process listens there, or another user could replace the socket.
 pub(crate) fn claim(path: &Path) -> anyhow::Result<Claim> {
     let shown = || format!("[node] socket {}", path.display());
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
@@ -126,7 +125,7 @@ pub(crate) fn claim(path: &Path) -> anyhow::Result<Claim> {
         Ok(metadata) if !metadata.file_type().is_socket() => {
             bail!("{}: is there already and is not a socket", shown());
         }
-        // A daemon of a version that knows no lock.
+        // A daemon of a version without the lock.
         Ok(_) if is_alive(&path) => {
             bail!(
                 "{}: a process listens there already; end it with `palisade stop`",
@@ -139,7 +138,7 @@ pub(crate) fn claim(path: &Path) -> anyhow::Result<Claim> {
     Ok(Claim { path, _lock: lock })
 }
 
-/// Whether a process listens at a socket. Does not wait for a process that accepts no connections.
+/// Returns whether a process listens at a socket. Does not wait if the process accepts no connections.
 fn is_alive(path: &Path) -> bool {
     let connected = socket(
         AddressFamily::Unix,
@@ -148,22 +147,23 @@ fn is_alive(path: &Path) -> bool {
         None,
     )
     .and_then(|socket| connect(socket.as_raw_fd(), &UnixAddr::new(path)?));
-    // EAGAIN: a listener whose queue is full (unix(7)). Only ECONNREFUSED says that there is none.
+    // EAGAIN means a listener with a full queue (unix(7)). Only ECONNREFUSED means that there is none.
     !matches!(connected, Err(Errno::ECONNREFUSED | Errno::ENOENT))
 }
 
-/// Removes the socket when it goes.
+/// The listening socket. It is removed when the value is dropped.
 #[derive(Debug)]
 pub(crate) struct Socket {
     claim: Claim,
-    /// Device and inode of the socket that was made.
+    /// Device and inode of the socket.
     made: (u64, u64),
-    /// What the server did so far.
+    /// Counters of the server.
     pub counts: Arc<Counts>,
 }
 
 impl Socket {
-    /// Gives clients a moment to get their last answer (their threads end with the process), and removes the socket.
+    /// Waits a moment for clients to read their last answer, because their threads end with the process. Then removes
+    /// the socket.
     pub(crate) fn close(self) {
         let until = Instant::now() + CLOSE_GRACE_PERIOD;
         while self.counts.clients.load(Ordering::SeqCst) > 0 && Instant::now() < until {
@@ -174,7 +174,7 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // A socket that another process has put in its place since is not this one's to remove.
+        // A socket that another process has put in its place must stay.
         let there = fs::symlink_metadata(&self.claim.path);
         if there.is_ok_and(|there| (there.dev(), there.ino()) == self.made) {
             let _ = fs::remove_file(&self.claim.path);
@@ -182,10 +182,10 @@ impl Drop for Socket {
     }
 }
 
-/// Listens, and serves on threads of its own from now on.
+/// Listens at the path and starts the thread that accepts clients.
 pub(crate) fn listen(claim: Claim, handler: Arc<impl Handler>) -> io::Result<Socket> {
-    // Bound under a name that nobody knows, made private, and only then put in its place: there is no moment
-    // in which others may connect.
+    // The socket is bound under a temporary name, made private and then renamed, so that no other user can ever
+    // connect.
     let private = claim.path.with_extension(format!("{}", std::process::id()));
     let _ = fs::remove_file(&private);
     let listener = UnixListener::bind(&private)?;
@@ -204,7 +204,7 @@ pub(crate) fn listen(claim: Claim, handler: Arc<impl Handler>) -> io::Result<Soc
                 Ok(stream) => accept(stream, &handler, &counts),
                 Err(error) => {
                     warn!(%error, "a client cannot be accepted");
-                    // Out of file descriptors, most likely: trying at once would only spin.
+                    // Probably no free file descriptor: retrying at once would only burn CPU.
                     thread::sleep(Duration::from_millis(100));
                 }
             }
@@ -214,7 +214,7 @@ pub(crate) fn listen(claim: Claim, handler: Arc<impl Handler>) -> io::Result<Soc
 }
 
 fn accept<H: Handler>(stream: UnixStream, handler: &Arc<H>, counts: &Arc<Counts>) {
-    // The file's mode keeps others out; the kernel's word for who it is counts all the same.
+    // A second check besides the file's mode: the user id of the peer as the kernel reports it.
     let root = getsockopt(&stream, PeerCredentials).is_ok_and(|credentials| credentials.uid() == 0);
     if !root {
         refuse(stream, "only root may talk to the daemon");
@@ -245,7 +245,7 @@ fn accept<H: Handler>(stream: UnixStream, handler: &Arc<H>, counts: &Arc<Counts>
 fn refuse(stream: UnixStream, why: &str) {
     let mut line = serde_json::to_vec(&Answer::Error(why.to_owned())).unwrap_or_default();
     line.push(b'\n');
-    // Best effort: whoever is turned away may have gone.
+    // A refused client may have disconnected.
     let _ = write_all(&stream, &line, Duration::from_millis(100), None);
 }
 
@@ -277,7 +277,7 @@ enum Line {
     Closed,
 }
 
-/// One line, within the deadline as a whole: a byte now and then does not prolong it.
+/// Reads one line. The deadline is for the whole line, so that single bytes do not prolong it.
 fn read_request(stream: &UnixStream) -> io::Result<Line> {
     let deadline = Instant::now() + REQUEST_DEADLINE;
     let mut line = Vec::new();
@@ -305,8 +305,8 @@ fn read_request(stream: &UnixStream) -> io::Result<Line> {
     }
 }
 
-/// Writes all of it, a piece at a time, each within the deadline as a whole: a client that takes a byte now and
-/// then is slow all the same.
+/// Writes all bytes in chunks. The deadline is for a whole chunk, so that a client that reads single bytes counts as
+/// slow.
 fn write_all(
     mut stream: &UnixStream,
     bytes: &[u8],
@@ -337,7 +337,7 @@ fn write_all(
 struct StreamSink<'a> {
     stream: UnixStream,
     buffer: Vec<u8>,
-    /// The whole answer must be taken by then; `None`: the client follows.
+    /// Deadline of the whole answer; `None` if the client follows flows.
     until: Option<Instant>,
     counts: &'a Counts,
 }
@@ -385,7 +385,7 @@ impl Sink for StreamSink<'_> {
     }
 
     fn closed(&self) -> bool {
-        // A client has nothing more to say: anything it sends now is the end of the stream.
+        // Clients send nothing after their request, so any readable data or an end of file means a disconnect.
         let nothing = recv(
             self.stream.as_raw_fd(),
             &mut [0; 1],
@@ -402,7 +402,7 @@ mod tests {
     use super::*;
     use crate::control::client::{self, Client, ClientError};
 
-    /// What needs no more than a turn on a processor is done by then, whatever else the machine does.
+    /// Limit for steps that need only CPU time, on a machine under load.
     const LONG: Duration = Duration::from_secs(60);
 
     struct Echo(Mutex<Vec<Request>>);
@@ -534,7 +534,7 @@ mod tests {
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
         assert_eq!(answer, "");
-        // Cut off by the deadline, not before.
+        // Disconnected by the deadline, not before.
         assert!(begun.elapsed() >= REQUEST_DEADLINE);
         let until = Instant::now() + LONG;
         while socket.counts.slow.load(Ordering::Relaxed) == 0 {
@@ -560,7 +560,7 @@ mod tests {
         client::ask::<serde_json::Value>(&path, &Request::Status).unwrap();
         drop(socket);
 
-        // A listener that takes no lock, with room in its queue and without.
+        // A listener without the lock, with space in its queue and without.
         let listener = UnixListener::bind(&path).unwrap();
         for _ in 0..3 {
             let error = claim(&path).unwrap_err().to_string();
