@@ -9,7 +9,7 @@ use palisade_abi::programs;
 use program::{NIC, World};
 
 /// What a program may cost the verifier, of the 1,000,000 instructions it walks at the most. Far above what they do
-/// cost (docs/ARCHITECTURE.md, "Verifier"), and far below what takes a second to load.
+/// cost (docs/VERIFIER.md), and far below what takes a second to load.
 const BOUND: u32 = 100_000;
 
 #[test]

@@ -157,7 +157,7 @@ impl Options {
     #[inline(never)]
     fn step<B: Bytes + ?Sized>(&mut self, bytes: &B, end: u32) -> Result<(), Reason> {
         let offset = u32::from(self.offset);
-        // With the byte before: the verifier does not follow a comparison of one byte (ARCHITECTURE, "Verifier").
+        // With the byte before: the verifier does not follow a comparison of one byte (docs/VERIFIER.md).
         let kind = take::<2, B>(bytes, offset - 1, end, Reason::InvalidIpv4)?[1];
         let length = match kind {
             option::END => end - offset,
