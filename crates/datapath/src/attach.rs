@@ -1,8 +1,8 @@
 //! Attaching of programs to interfaces.
 //!
 //! XDP and tcx programs are attached by BPF links, pinned below `<pin_dir>/links/<ifindex>/`; BPF_LINK_UPDATE replaces
-//! the program of a link atomically. clsact filters belong to the interface and have no link. A directory in the place
-//! of the pin records that the filter is Palisade's; a filter, too, is replaced atomically.
+//! the program of a link atomically. clsact filters have no link: they belong to the interface, and an empty directory
+//! at the path of the pin records that Palisade added the filter. A filter is replaced atomically, too.
 //!
 //! ```text
 //! links/7/xdp              pinned link
@@ -56,7 +56,7 @@ impl Datapath {
             .collect();
         let slot_before = self.interfaces.get(&slot(ifindex))?.unwrap_or_default();
         self.attach_hooks(wanted, &device).inspect_err(|_| {
-            // The error of the attachment is reported. A remainder is found as half an attachment by the next attempt.
+            // An error of the undo is ignored: the next attempt finds the remaining programs.
             let _ = self.undo(&device, &before, &foreign, &slot_before);
         })
     }

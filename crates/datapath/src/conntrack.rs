@@ -160,8 +160,8 @@ impl Conntrack<'_> {
         Ok(seeded)
     }
 
-    /// Returns the endpoints that have used up their share of one direction while the pool is empty. New flows of such
-    /// an endpoint are not protected and are evicted by newer ones.
+    /// Returns the endpoints that have used up their share of one direction while the pool is used up, too. New flows
+    /// of such an endpoint are not protected, and newer ones evict them.
     #[must_use]
     pub fn exhausted(&self) -> Vec<u16> {
         self.shares.exhausted().into_iter().collect()

@@ -58,7 +58,7 @@ const OWN_V6: &str = "own6";
 pub struct Rules {
     /// Indexes of the interfaces with programs, and of those stacked on them (bridges, VRFs, VLANs).
     pub judged: BTreeSet<u32>,
-    /// Those of them that are interfaces of workloads or stacked on one.
+    /// Interfaces of `judged` that belong to workloads or are stacked on such an interface.
     pub workloads: BTreeSet<u32>,
     /// Names of configured interfaces: no packet passes them unless their index is in `judged`.
     pub names: BTreeSet<String>,
@@ -70,8 +70,8 @@ pub struct Rules {
     /// Whether forwarded packets must be checked, because some may pass no interface with programs. The check costs
     /// every forwarded packet a lookup.
     pub forwards: bool,
-    /// Whether the node's ingress policy is enforced. Then packets that are delivered to the node without its
-    /// evaluation are dropped.
+    /// Whether the node's ingress policy is enforced. If it is, packets that reach the node without having been
+    /// evaluated against that policy are dropped.
     pub is_enforced: bool,
     /// Whether the node has NAT rules. Only then a rule may load conntrack state, since such a rule makes the kernel
     /// track all connections.
@@ -193,7 +193,7 @@ impl Netfilter {
         })
     }
 
-    /// Returns the port id of the socket. Notifications of the kernel have it for changes by this process.
+    /// Returns the port id of the socket. In notifications of the kernel it identifies changes by this process.
     ///
     /// # Errors
     /// [`NetfilterError::Syscall`] if getsockname fails.
@@ -547,8 +547,8 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
             OWN_V6,
         ),
     ] {
-        // TPROXY or routing by mark turned the packet to the node: the programs do not know the mark at their hook,
-        // and took the packet for a forwarded one.
+        // The programs look up routes without the mark. They evaluated this packet as a forwarded one, but TPROXY or
+        // routing by mark delivers it to the node.
         let mut expressions = vec![
             Of(Meta::Mark),
             Compare(Comparison::NotEqual, vec![0; 4]),

@@ -4,8 +4,8 @@
 //! takes the packets that workers send. `<name>1` is the workers' end, with `palisade_punt` and one AF_XDP socket for
 //! each queue. At the egress of both ends, `palisade_punt_filter` drops what sockets of this machine send.
 //!
-//! The pair and its links (pinned below `<pin_dir>/punt_link/`) stay when the daemon ends. The programs drop packets
-//! that need inspection while no worker writes heartbeats.
+//! The pair and its links (pinned below `<pin_dir>/punt_link/`) stay when the daemon ends. While no worker writes
+//! heartbeats, the programs drop packets that need inspection, or forward them if fail open is configured.
 
 use std::{
     fs, io,
@@ -162,7 +162,7 @@ impl Datapath {
         for end in [&node, &worker] {
             set_quiet(end).map_err(failed)?;
         }
-        // The programs are attached before the link is up, so no other packet enters it.
+        // The programs are attached before the link is up, so that it never accepts a packet without them.
         self.attach_punt_link(&node, &worker)?;
         for end in [&node, &worker] {
             set_up(end.ifindex).map_err(failed)?;

@@ -83,8 +83,8 @@ impl Datapath {
     ) -> Result<()> {
         let dir = self.link_dir(device.ifindex);
         for point in AttachPoint::ALL {
-            // A direction that had a program before keeps one, also if it is at another attach point now (XDP, tcx or
-            // clsact).
+            // A direction that had a program before keeps one, even if the program has moved to another attach point
+            // (XDP, tcx or clsact).
             let judged_before = before.iter().any(|b| b.direction() == point.direction());
             if !judged_before && !foreign.contains(&point) {
                 remove(&dir, device.ifindex, Some(device), point)?;

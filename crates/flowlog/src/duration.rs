@@ -1,8 +1,8 @@
-//! Durations as an operator writes them: `500ms`, `10s`, `1h30m`, `1.5h`. The one grammar of configuration, flow
-//! filters and command line.
+//! Parser and formatter of durations such as `500ms`, `10s`, `1h30m` and `1.5h`. Configuration, flow filters and
+//! command line share this grammar.
 //!
 //! Hand-written: `jiff` and `humantime` also accept spaces, signs, weeks and unit names such as `minutes`, and their
-//! errors name no example.
+//! error texts contain no example.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ const UNITS: [(&str, u64); 5] = [
     ("ms", 1_000_000),
 ];
 
-/// Most digits after a decimal point that count. The product with the ns of a day fits in 128 bits.
+/// Number of decimal places that are evaluated. Their product with the ns of a day fits in 128 bits.
 const FRACTION_DIGITS: usize = 18;
 
 /// Error for a text that is not a duration.
@@ -28,12 +28,12 @@ pub enum DurationError {
     TooLong(String),
 }
 
-/// Parses one or more numbers, each with a unit (`d`, `h`, `m`, `s`, `ms`) and perhaps a fraction, without spaces.
-/// Anything below a nanosecond is cut off.
+/// Parses one or more numbers, each with a unit (`d`, `h`, `m`, `s`, `ms`) and optional decimal places, without
+/// spaces. Fractions of a nanosecond are truncated.
 ///
 /// # Errors
-/// [`DurationError::Malformed`] if the text does not follow this grammar, [`DurationError::TooLong`] if the sum of its
-/// parts exceeds [`Duration::MAX`].
+/// [`DurationError::Malformed`] if the text does not follow this grammar, [`DurationError::TooLong`] if the duration
+/// exceeds [`Duration::MAX`].
 pub fn parse(text: &str) -> Result<Duration, DurationError> {
     let malformed = || DurationError::Malformed(text.to_owned());
     let too_long = || DurationError::TooLong(text.to_owned());
@@ -59,7 +59,7 @@ pub fn parse(text: &str) -> Result<Duration, DurationError> {
         if whole.is_empty() || fraction.is_some_and(str::is_empty) {
             return Err(malformed());
         }
-        // Only digits are left, so a failure means that the number does not fit.
+        // The text consists of digits, so parsing fails only if the number exceeds 64 bits.
         let whole: u64 = whole.parse().map_err(|_| too_long())?;
         total = total
             .saturating_add(u128::from(whole) * u128::from(*ns))
@@ -70,7 +70,7 @@ pub fn parse(text: &str) -> Result<Duration, DurationError> {
     Ok(Duration::new(seconds, (total % 1_000_000_000) as u32))
 }
 
-/// Returns the ns of `0.digits` of a unit of `ns`.
+/// Returns the decimal places `digits` of a unit of `ns`, in ns.
 fn part(digits: &str, ns: u64) -> u128 {
     let mut numerator: u128 = 0;
     let mut denominator: u128 = 1;
@@ -94,7 +94,7 @@ pub fn format(duration: Duration) -> String {
     let mut written = 0;
     for (unit, ns) in UNITS {
         let count = rest / u128::from(ns);
-        // Milliseconds after seconds or longer units have no use for a reader.
+        // Milliseconds are negligible beside a larger unit.
         if count > 0 && !(unit == "ms" && written > 0) && written < 2 {
             text += &format!("{count}{unit}");
             written += 1;

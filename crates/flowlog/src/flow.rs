@@ -1,6 +1,6 @@
-//! The flow record. Names, enumerations and their numbers are those of the public flow API (`flow.proto`) in its
-//! JSON form: proto field names, nothing that has its default value, 64-bit integers as strings. What that API
-//! has no field for is under `palisade`.
+//! The flow record. Names, enumerations and their numbers are those of the public flow API (`flow.proto`) in its JSON
+//! form: proto field names, no fields with default values, 64-bit integers as strings. Fields that the API does not
+//! have are under `palisade`.
 
 use std::{borrow::Cow, fmt, net::IpAddr, sync::Arc};
 
@@ -10,7 +10,7 @@ use strum::{AsRefStr, EnumString, VariantArray};
 
 use crate::Timestamp;
 
-/// What happened to the packet.
+/// Verdict on a packet.
 #[derive(
     Clone,
     Copy,
@@ -28,24 +28,24 @@ use crate::Timestamp;
 #[strum(ascii_case_insensitive, serialize_all = "SCREAMING_SNAKE_CASE")]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum Verdict {
-    /// Not known.
+    /// Unknown verdict.
     #[default]
     #[strum(serialize = "VERDICT_UNKNOWN")]
     #[serde(rename = "VERDICT_UNKNOWN")]
     Unknown = 0,
-    /// Passed.
+    /// Forwarded.
     Forwarded = 1,
     /// Dropped.
     Dropped = 2,
     /// An error in processing.
     Error = 3,
-    /// Passed because of audit mode only.
+    /// Forwarded only because of audit mode.
     Audit = 4,
-    /// Sent to an inspector.
+    /// Punted to an inspector.
     Redirected = 5,
-    /// Seen, no verdict yet.
+    /// Reported by a trace, without a verdict.
     Traced = 6,
-    /// Address translated.
+    /// Translated by NAT.
     Translated = 7,
 }
 
@@ -53,34 +53,34 @@ pub enum Verdict {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum FlowType {
-    /// About packets.
+    /// Record of a packet.
     #[default]
     #[serde(rename = "L3_L4")]
     L3L4 = 1,
-    /// About what was read of application traffic.
+    /// Record of an application message.
     L7 = 2,
 }
 
-/// Which side of an application's exchange a record is about.
+/// Direction of an application message.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum L7Type {
-    /// Not known.
+    /// Unknown direction.
     #[default]
     #[serde(rename = "UNKNOWN_L7_TYPE")]
     Unknown = 0,
-    /// What was asked.
+    /// Request or query.
     Request = 1,
-    /// What was answered.
+    /// Response.
     Response = 2,
 }
 
-/// Direction of the connection, as the endpoint sees it whose policy was asked.
+/// Direction of the connection, seen from the endpoint whose policy decided.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize, AsRefStr)]
 #[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum TrafficDirection {
-    /// Not known.
+    /// Unknown direction.
     #[default]
     #[strum(serialize = "TRAFFIC_DIRECTION_UNKNOWN")]
     #[serde(rename = "TRAFFIC_DIRECTION_UNKNOWN")]
@@ -91,7 +91,7 @@ pub enum TrafficDirection {
     Egress = 2,
 }
 
-/// Where a packet was seen, and where it goes next.
+/// Point where a packet was observed, named after its next hop.
 #[derive(
     Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize, AsRefStr, VariantArray,
 )]
@@ -102,18 +102,18 @@ pub enum TracePoint {
     #[default]
     #[serde(rename = "UNKNOWN_POINT")]
     Unknown = 0,
-    /// To the node itself.
+    /// Towards the node itself.
     ToHost = 2,
-    /// From a workload into the node's network stack.
+    /// From a workload towards the network stack of the node.
     ToStack = 3,
-    /// From the node out of a NIC.
+    /// From the node towards a NIC.
     ToNetwork = 11,
-    /// To a workload.
+    /// Towards a workload.
     ToEndpoint = 101,
 }
 
 impl TracePoint {
-    /// The number in an event's `sub_type`, where "to an endpoint" is 0.
+    /// Returns the number for an event's `sub_type`, where Hubble uses 0 for `TO_ENDPOINT`.
     #[must_use]
     pub const fn sub_type(self) -> i32 {
         match self {
@@ -127,7 +127,7 @@ impl TracePoint {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum IpVersion {
-    /// No IP.
+    /// Not an IP packet.
     #[default]
     #[serde(rename = "IP_NOT_USED")]
     NotUsed = 0,
@@ -139,8 +139,8 @@ pub enum IpVersion {
     V6 = 2,
 }
 
-/// Why a packet was dropped, by its number; 0: it was not. The JSON form has the API's name, or the number where
-/// the API has no name for it (which is how JSON shows any enumeration value that is not known).
+/// Number of a drop reason; 0 if the packet was not dropped. In JSON it is the name in the API, or the number if the
+/// API has no name for it, as protobuf writes unknown enumeration values.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct DropReason(pub u8);
 
@@ -162,7 +162,7 @@ const DROP_REASON_NAMES: &[(Reason, &str)] = &[
 ];
 
 impl DropReason {
-    /// The API's name of it, if it has one.
+    /// Returns the name in the API, if there is one.
     #[must_use]
     pub fn name(self) -> Option<&'static str> {
         DROP_REASON_NAMES
@@ -171,7 +171,7 @@ impl DropReason {
             .map(|(_, name)| *name)
     }
 
-    /// What people read.
+    /// Returns the text of the reason, or the number if it is unknown.
     #[must_use]
     pub fn text(self) -> Cow<'static, str> {
         match Reason::from_u8(self.0) {
@@ -180,7 +180,7 @@ impl DropReason {
         }
     }
 
-    /// By number, by the API's name, or by the text people read.
+    /// Parses a number, a name of the API, or the text of a reason.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
         if let Ok(number) = name.parse() {
@@ -230,55 +230,55 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
-/// Numbers of [`EventType::kind`].
+/// Values of [`EventType::kind`].
 pub mod event_type {
-    /// A drop; the sub-type is the reason.
+    /// Drop; the sub-type is the reason.
     pub const DROP: i32 = 1;
-    /// A trace; the sub-type is the trace point.
+    /// Trace; the sub-type is the trace point.
     pub const TRACE: i32 = 4;
-    /// A policy verdict.
+    /// Policy verdict.
     pub const POLICY_VERDICT: i32 = 5;
-    /// A record of application traffic.
+    /// Record of an application message.
     pub const ACCESS_LOG: i32 = 129;
 }
 
-/// What a program saw of one packet, and what became of it.
+/// Flow record: one packet or application message, and its verdict.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Flow {
-    /// When.
+    /// Time of the packet or message.
     pub time: Timestamp,
-    /// What became of it.
+    /// Verdict.
     pub verdict: Verdict,
-    /// The reason's number, if dropped.
+    /// Number of the drop reason; 0 if not dropped.
     #[serde(skip_serializing_if = "is_default")]
     pub drop_reason: u32,
-    /// Link layer, where the interface has one.
+    /// Link layer addresses, if the interface has them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ethernet: Option<Ethernet>,
     /// Network layer; absent for frames that are not IP.
     #[serde(rename = "IP", skip_serializing_if = "Option::is_none")]
     pub ip: Option<Ip>,
-    /// Transport, where it is one of those the API knows and its header was there.
+    /// Transport layer; absent if the API has no type for the protocol or the packet has no transport header.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub l4: Option<Layer4>,
-    /// Who sent the packet.
+    /// Sender of the packet.
     pub source: Endpoint,
-    /// To whom.
+    /// Receiver of the packet.
     pub destination: Endpoint,
-    /// Names that the endpoint whose policy was asked got the source's address for.
+    /// Names for which the endpoint whose policy decided has resolved the source address.
     #[serde(skip_serializing_if = "is_slice_empty")]
     pub source_names: Arc<[Arc<str>]>,
-    /// Names that it got the destination's address for.
+    /// Names for which the endpoint whose policy decided has resolved the destination address.
     #[serde(skip_serializing_if = "is_slice_empty")]
     pub destination_names: Arc<[Arc<str>]>,
-    /// What was read of application traffic.
+    /// Application message.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub l7: Option<Box<Layer7>>,
     /// Kind of record.
     #[serde(rename = "Type")]
     pub flow_type: FlowType,
-    /// The node that saw it.
+    /// Name of the node that recorded the flow.
     #[serde(skip_serializing_if = "is_empty")]
     pub node_name: Arc<str>,
     /// Kind of event.
@@ -286,36 +286,37 @@ pub struct Flow {
     /// Direction of the connection.
     #[serde(skip_serializing_if = "is_default")]
     pub traffic_direction: TrafficDirection,
-    /// How specific the deciding rule was ([`palisade_abi::MatchKind`]); of policy verdicts.
+    /// Kind of match of the deciding rule ([`palisade_abi::MatchKind`]), for policy verdicts.
     #[serde(skip_serializing_if = "is_default")]
     pub policy_match_type: u32,
-    /// Where it was seen; of traces.
+    /// Trace point, for traces.
     #[serde(skip_serializing_if = "is_default")]
     pub trace_observation_point: TracePoint,
-    /// Why it was dropped.
+    /// Drop reason.
     #[serde(skip_serializing_if = "is_default")]
     pub drop_reason_desc: DropReason,
-    /// Whether the packet answers the connection; absent if that is not known.
+    /// Whether the packet is of the reply direction; absent if the direction is unknown.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub is_reply: Option<bool>,
-    /// Where it was seen.
+    /// Interface at which the packet was observed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub interface: Option<NetworkInterface>,
-    /// The policy that let it leave the source.
+    /// Policies that allowed the packet at the egress of the source.
     #[serde(skip_serializing_if = "is_slice_empty")]
     pub egress_allowed_by: Arc<[Policy]>,
-    /// The policy that let it reach the destination.
+    /// Policies that allowed the packet at the ingress of the destination.
     #[serde(skip_serializing_if = "is_slice_empty")]
     pub ingress_allowed_by: Arc<[Policy]>,
-    /// The policies that did not let it leave the source: by a deny rule, or as the causes of the default deny.
+    /// Policies that denied the packet at the egress of the source: by a deny rule, or because they cause the default
+    /// deny.
     #[serde(skip_serializing_if = "is_slice_empty")]
     pub egress_denied_by: Arc<[Policy]>,
-    /// The policies that did not let it reach the destination.
+    /// Policies that denied the packet at the ingress of the destination.
     #[serde(skip_serializing_if = "is_slice_empty")]
     pub ingress_denied_by: Arc<[Policy]>,
-    /// What the API has no field for.
+    /// Fields that the API does not have.
     pub palisade: Extra,
-    /// The packet in words.
+    /// Summary of the packet or message as text.
     #[serde(rename = "Summary", skip_serializing_if = "String::is_empty")]
     pub summary: String,
 }
@@ -324,89 +325,89 @@ fn is_empty(text: &str) -> bool {
     text.is_empty()
 }
 
-/// What Palisade knows and the flow API has no field for.
+/// Fields that the flow API does not have.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Extra {
-    /// The verdict's reason in words.
+    /// Text of the reason of the verdict.
     #[serde(skip_serializing_if = "is_empty")]
     pub reason: Cow<'static, str>,
-    /// What decided.
+    /// Rule that decided.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rule: Option<Rule>,
-    /// Would have been dropped, but for audit mode.
+    /// Whether the packet would have been dropped without audit mode.
     #[serde(skip_serializing_if = "is_default")]
     pub audit: bool,
-    /// IP protocol number; 0 if it is not known.
+    /// IP protocol number; 0 if unknown.
     #[serde(skip_serializing_if = "is_default")]
     pub protocol: u8,
     /// EtherType of a frame that is not IP.
     #[serde(skip_serializing_if = "is_default")]
     pub ether_type: u16,
-    /// From the network header on, bytes.
+    /// Length from the network header on, bytes.
     #[serde(skip_serializing_if = "is_default")]
     pub length: u32,
-    /// A fragment whose ports are not known.
+    /// Whether the packet is a fragment without a transport header.
     #[serde(skip_serializing_if = "is_default")]
     pub fragment: bool,
-    /// An ICMP error about another flow.
+    /// Whether the packet is an ICMP error about another flow.
     #[serde(skip_serializing_if = "is_default")]
     pub related: bool,
-    /// A TLS ClientHello, of which the flow API has no type.
+    /// TLS ClientHello, for which the flow API has no type.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<Box<Tls>>,
-    /// Length of the body of an HTTP answer, where its head says it.
+    /// Content length of an HTTP response, bytes, if its header has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub body_length: Option<u64>,
-    /// How far the flow is; of traces.
+    /// Progress of the flow, for traces.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
 }
 
-/// The rule that decided, or the default.
+/// Rule that decided, or the default deny.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Rule {
-    /// Its number in the policy table.
+    /// Number of the rule in the policy table.
     pub id: u32,
-    /// What decided, in words.
+    /// Description of the rule.
     #[serde(skip_serializing_if = "is_empty")]
     pub text: Arc<str>,
-    /// `FILE:LINE` where it is written.
+    /// `FILE:LINE` of the rule.
     #[serde(skip_serializing_if = "is_empty")]
     pub location: Arc<str>,
-    /// No rule names it: the policies make everything denied that nothing allows.
+    /// Whether the default deny decided: no rule allows the packet.
     #[serde(skip_serializing_if = "is_default")]
     pub default_deny: bool,
-    /// The policies, as [`Policy::qualified_name`]; empty if no policy had a say.
+    /// Policies of the decision, as [`Policy::qualified_name`]; empty if no policy applies.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub policies: Vec<Arc<str>>,
 }
 
-/// How far a flow is, and what it has carried.
+/// Progress of a flow: its packets and bytes so far.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Progress {
-    /// Which moment.
+    /// Occasion of the report.
     pub at: Moment,
-    /// Packets from the side that opened it.
+    /// Packets of the original direction.
     pub forward_packets: u64,
-    /// Bytes from the side that opened it.
+    /// Bytes of the original direction.
     pub forward_bytes: u64,
-    /// Packets from the other side.
+    /// Packets of the reply direction.
     pub reply_packets: u64,
-    /// Bytes from the other side.
+    /// Bytes of the reply direction.
     pub reply_bytes: u64,
 }
 
-/// A moment of a flow.
+/// Occasion of a progress report.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Moment {
-    /// It begins.
+    /// First packet of the flow.
     Start,
-    /// It goes on.
+    /// Periodic report of an active flow.
     Interval,
-    /// It ended.
+    /// End of the flow.
     End,
 }
 
@@ -420,7 +421,7 @@ pub struct Ethernet {
     pub destination: Mac,
 }
 
-/// A MAC address, written `02:00:5e:00:53:01`.
+/// MAC address, written `02:00:5e:00:53:01`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Mac(pub [u8; 6]);
 
@@ -500,7 +501,7 @@ pub enum Layer4 {
         #[serde(default, skip_serializing_if = "is_default")]
         code: u8,
     },
-    /// ICMP for IPv6.
+    /// ICMPv6.
     #[serde(rename = "ICMPv6")]
     Icmpv6 {
         /// Type.
@@ -523,7 +524,7 @@ pub enum Layer4 {
 }
 
 impl Layer4 {
-    /// Source and destination port, where the protocol has ports.
+    /// Returns source and destination port, if the protocol has ports.
     #[must_use]
     pub const fn ports(self) -> Option<(u16, u16)> {
         match self {
@@ -550,7 +551,7 @@ impl Layer4 {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct TcpFlags(pub u8);
 
-/// Flag bits, in the order in which flow clients list them.
+/// Flag bits and names, in the order of Hubble.
 const TCP_FLAG_NAMES: [(u8, &str); 8] = [
     (0x02, "SYN"),
     (0x10, "ACK"),
@@ -563,7 +564,7 @@ const TCP_FLAG_NAMES: [(u8, &str); 8] = [
 ];
 
 impl TcpFlags {
-    /// Names of the flags that are set.
+    /// Returns the names of the set flags.
     pub fn names(self) -> impl Iterator<Item = &'static str> {
         TCP_FLAG_NAMES
             .iter()
@@ -571,7 +572,7 @@ impl TcpFlags {
             .map(|(_, name)| *name)
     }
 
-    /// The bit of a flag's name, whatever its case.
+    /// Returns the bit of a flag by its name, case-insensitively.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
         TCP_FLAG_NAMES
@@ -598,47 +599,47 @@ impl<'de> Deserialize<'de> for TcpFlags {
     }
 }
 
-/// What was read of application traffic.
+/// Application message.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Layer7 {
-    /// Question or answer.
+    /// Request or response.
     #[serde(rename = "type", skip_serializing_if = "is_default")]
     pub kind: L7Type,
-    /// From the question to this answer, ns; of answers.
+    /// Time from the request to this response, ns; 0 for requests.
     #[serde(with = "u64_text", skip_serializing_if = "is_default")]
     pub latency_ns: u64,
-    /// A DNS message. Absent, as every other protocol: nothing could be read, or it is one that the API does not
-    /// know ([`Extra::tls`]).
+    /// DNS message. This field and `http` are absent if the message could not be parsed, or if the API does not have
+    /// its protocol ([`Extra::tls`]).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dns: Option<Dns>,
-    /// An HTTP message.
+    /// HTTP message.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub http: Option<Http>,
 }
 
-/// An HTTP message.
+/// HTTP message.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Http {
-    /// Status code; of answers.
+    /// Status code, for responses.
     #[serde(skip_serializing_if = "is_default")]
     pub code: u32,
-    /// Method; of an answer, that of the request.
+    /// Method; for a response that of the request.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub method: String,
-    /// URL, without secrets and without what is no visible ASCII; of an answer, that of the request.
+    /// URL, without secrets and with visible ASCII characters only; for a response that of the request.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub url: String,
-    /// `HTTP/1.1`.
+    /// Protocol version, such as `HTTP/1.1`.
     #[serde(skip_serializing_if = "is_empty")]
     pub protocol: Cow<'static, str>,
-    /// The fields that are to be shown, without secrets.
+    /// Configured header fields, without secrets.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub headers: Vec<HttpHeader>,
 }
 
-/// A field of an HTTP message.
+/// Header field of an HTTP message.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct HttpHeader {
@@ -648,47 +649,47 @@ pub struct HttpHeader {
     pub value: String,
 }
 
-/// A TLS ClientHello.
+/// TLS ClientHello.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Tls {
-    /// The server name, in lower case and without its last dot; absent if the hello has none.
+    /// Server name (SNI), in lower case and without a final dot; absent if the ClientHello has none.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub server_name: String,
-    /// The highest version that is offered: `TLS 1.3`.
+    /// Highest offered version, such as `TLS 1.3`.
     #[serde(skip_serializing_if = "is_empty")]
     pub version: Cow<'static, str>,
-    /// The hello hides another one (ECH); the name is the outer one.
+    /// Whether the ClientHello has an encrypted one inside (ECH); the server name is the outer one.
     #[serde(skip_serializing_if = "is_default")]
     pub ech: bool,
 }
 
-/// A DNS message.
+/// DNS message.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Dns {
-    /// The name that is asked for, with its last dot.
+    /// Name of the question, with its final dot.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub query: String,
-    /// Addresses of the answer, the first of them.
+    /// First addresses of the answer.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub ips: Vec<IpAddr>,
-    /// Lowest time to live of the answer, s.
+    /// Lowest TTL of the answer, s.
     #[serde(skip_serializing_if = "is_default")]
     pub ttl: u32,
-    /// Where the aliases of the name lead.
+    /// Targets of the CNAME records.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub cnames: Vec<String>,
-    /// Who saw it: `proxy`, what flow clients call everything that stands in the way and reads.
+    /// Source of the record: `proxy`, which is what the API calls an inspector.
     #[serde(skip_serializing_if = "is_empty")]
     pub observation_source: Cow<'static, str>,
     /// Response code.
     #[serde(skip_serializing_if = "is_default")]
     pub rcode: u32,
-    /// Types that are asked for.
+    /// Types of the question.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub qtypes: Vec<Cow<'static, str>>,
-    /// Types of the records that were answered.
+    /// Types of the records of the answer.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rrtypes: Vec<Cow<'static, str>>,
 }
@@ -697,10 +698,10 @@ pub struct Dns {
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Endpoint {
-    /// The endpoint of this node, 0 if it is none.
+    /// Number of the endpoint of this node; 0 for a peer.
     #[serde(rename = "ID", skip_serializing_if = "is_default")]
     pub id: u32,
-    /// Numeric identity, 0 if it was not looked up.
+    /// Numeric identity; 0 if it was not looked up.
     #[serde(skip_serializing_if = "is_default")]
     pub identity: u32,
     /// Namespace.
@@ -718,7 +719,7 @@ fn is_slice_empty<T>(slice: &[T]) -> bool {
     slice.is_empty()
 }
 
-/// The name of a reserved identity.
+/// Returns the name of a reserved identity.
 #[must_use]
 pub const fn reserved_name(number: u32) -> Option<&'static str> {
     Some(match number {
@@ -749,18 +750,18 @@ pub struct EventType {
     pub sub_type: i32,
 }
 
-/// A network interface.
+/// Network interface.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct NetworkInterface {
     /// Index.
     pub index: u32,
-    /// Name, if it is known.
+    /// Name, if known.
     #[serde(skip_serializing_if = "is_empty")]
     pub name: Arc<str>,
 }
 
-/// A policy that decided.
+/// Policy that decided.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Policy {
@@ -772,16 +773,16 @@ pub struct Policy {
     /// Labels of the policy itself.
     #[serde(skip_serializing_if = "is_slice_empty")]
     pub labels: Arc<[Arc<str>]>,
-    /// The state of the policies in which it decided.
+    /// Revision of the policies with which it decided.
     #[serde(with = "u64_text", skip_serializing_if = "is_default")]
     pub revision: u64,
-    /// `CiliumNetworkPolicy`, `NetworkPolicy`, ...
+    /// Kind of resource, such as `CiliumNetworkPolicy` or `NetworkPolicy`.
     #[serde(skip_serializing_if = "is_empty")]
     pub kind: Arc<str>,
 }
 
 impl Policy {
-    /// `namespace/name`, or the name alone.
+    /// Returns `namespace/name`, or only the name if there is no namespace.
     #[must_use]
     pub fn qualified_name(&self) -> Arc<str> {
         if self.namespace.is_empty() {
@@ -792,7 +793,7 @@ impl Policy {
     }
 }
 
-/// 64-bit integers are strings in the JSON form of protobuf, since JavaScript's numbers do not hold them.
+/// 64-bit integers are strings in the JSON form of protobuf, because JavaScript numbers have 53 bits.
 mod u64_text {
     use serde::{Deserialize, Deserializer, Serializer, de};
 

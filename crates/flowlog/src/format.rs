@@ -1,4 +1,4 @@
-//! Flows as text and as JSON.
+//! Output of flows as text and as JSON.
 
 use std::{fmt::Write as _, net::IpAddr};
 
@@ -12,46 +12,46 @@ use crate::{
     },
 };
 
-/// How flows are written.
+/// Output format of flows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Format {
-    /// A line for each.
+    /// One line per flow.
     #[default]
     Compact,
-    /// A block of `KEY: value` lines for each.
+    /// One block of `KEY: value` lines per flow.
     Dict,
-    /// A JSON object a line, with `flow`, `node_name` and `time`.
+    /// One JSON object per line, with `flow`, `node_name` and `time`.
     Json,
 }
 
-/// A flow as the flow API answers it: the flow, and beside it who saw it and when.
+/// Response of the flow API: a flow with the name of the node and the time.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Response<F> {
     /// The flow.
     pub flow: F,
-    /// The node that saw it.
+    /// Name of the node that recorded the flow.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub node_name: String,
-    /// When.
+    /// Time of the flow.
     pub time: Timestamp,
 }
 
-/// Writes flows, one after the other.
+/// Formatter of flows.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Printer {
-    /// How.
+    /// Output format.
     pub format: Format,
-    /// With ANSI colours.
+    /// Whether to use ANSI colours.
     pub colour: bool,
-    /// With the node's name.
+    /// Whether to write the name of the node.
     pub node: bool,
-    /// With what decided: policy, rule, and where it is written.
+    /// Whether to write the deciding policy and rule with their location.
     pub rules: bool,
-    /// Addresses only, no names.
+    /// Whether to write addresses instead of names.
     pub numeric: bool,
 }
 
-/// ANSI colours by what they are for.
+/// ANSI colours by purpose.
 #[derive(Clone, Copy)]
 enum Paint {
     Host,
@@ -76,7 +76,7 @@ impl Paint {
 }
 
 impl Printer {
-    /// A flow as text, each line with its end.
+    /// Returns a flow as text; each line ends with a newline.
     #[must_use]
     pub fn flow(&self, flow: &Flow) -> String {
         match self.format {
@@ -220,7 +220,7 @@ impl Printer {
     }
 }
 
-/// What a flow is called after its ends: a trace point, the text of a drop, or a verdict and how it came about.
+/// Returns the word after the two ends: a trace point, the text of a drop reason, or the verdict with its origin.
 fn type_text(flow: &Flow) -> String {
     match flow.event_type {
         EventType {
@@ -249,7 +249,8 @@ fn type_text(flow: &Flow) -> String {
     }
 }
 
-/// `dns-request proxy`, `dns-response proxy`, `http-request`, `tls-request`; `l7-request` where nothing could be read.
+/// Returns `dns-request proxy`, `dns-response proxy`, `http-request` or `tls-request`; `l7-request` if the message
+/// could not be parsed.
 fn l7_text(flow: &Flow) -> String {
     let Some(l7) = &flow.l7 else {
         return "l7".into();
@@ -281,7 +282,7 @@ fn match_text(number: u32) -> String {
     known.map_or_else(|| format!("unknown ({number})"), |text| (*text).into())
 }
 
-/// What decided, as it is appended to a line: `[policy shop/web ingress rule 2, shop.yaml:12]`.
+/// Returns the deciding policy and rule as the end of a line: `[policy shop/web ingress rule 2, shop.yaml:12]`.
 fn why(flow: &Flow) -> Option<String> {
     let rule = flow.palisade.rule.as_ref()?;
     let unknown = || format!("rule {}", rule.id);
@@ -298,7 +299,7 @@ fn why(flow: &Flow) -> Option<String> {
     Some(format!("[{text}{place}]"))
 }
 
-/// A flow as one line of JSON, with `flow`, `node_name` and `time`.
+/// Returns a flow as one line of JSON, with `flow`, `node_name` and `time`.
 #[must_use]
 pub fn json(flow: &Flow) -> String {
     let response = Response {
@@ -306,13 +307,13 @@ pub fn json(flow: &Flow) -> String {
         node_name: flow.node_name.to_string(),
         time: flow.time,
     };
-    // Only a map key that is no string, or an I/O error, can fail here; there is neither.
+    // Never fails: serde_json fails only for I/O errors and for map keys that are not strings.
     let mut line = serde_json::to_string(&response).unwrap_or_default();
     line.push('\n');
     line
 }
 
-/// A flow as a line of `monitor`, which tells of packets rather than of workloads: numbers, addresses.
+/// Returns a flow as a line of `monitor`, with numbers and addresses instead of names.
 #[must_use]
 pub fn monitor(flow: &Flow) -> String {
     let identity = |end: &Endpoint| match reserved_name(end.identity) {
@@ -398,15 +399,15 @@ pub fn monitor(flow: &Flow) -> String {
 }
 
 impl Flow {
-    /// Whether the endpoint whose policy was asked sent the packet: the flow is its egress and no reply, or a reply
-    /// to its ingress.
+    /// Returns whether the endpoint whose policy decided sent the packet: an original packet of its egress, or a reply
+    /// of its ingress.
     fn source_is_local(&self) -> bool {
         let egress = self.traffic_direction == TrafficDirection::Egress;
         egress != (self.is_reply == Some(true))
     }
 }
 
-/// `10.0.1.10:4711 -> 10.0.1.20:80 tcp SYN`.
+/// Returns `10.0.1.10:4711 -> 10.0.1.20:80 tcp SYN`.
 fn packet_text(flow: &Flow) -> String {
     let numeric = Printer {
         numeric: true,

@@ -1,9 +1,10 @@
-//! Seeing: flow records made from the events of the BPF programs and the records of the inspectors, a ring of recent
-//! ones, filters, text and JSON.
+//! Flow records, made from the events of the BPF programs and the records of the inspectors: a ring of recent records,
+//! filters, text and JSON.
 //!
-//! Pure: no I/O, no clock. The daemon implements [`FlowResolver`], makes flows with [`Flow::from_event`] and keeps them in a
-//! [`Ring`], which makes those of records ([`Flow::from_record`]) when somebody looks; a reader takes a [`Cursor`], a
-//! [`Filters`] (built from flags by [`FilterBuilder`]) and a [`format::Format`].
+//! The crate does no I/O and reads no clock. The daemon implements [`FlowResolver`], makes flows with
+//! [`Flow::from_event`] and keeps them in a [`Ring`]. The ring makes flows of inspectors' records
+//! ([`Flow::from_record`]) only when they are read. A reader uses a [`Cursor`], [`Filters`] (made from flags by
+//! [`FilterBuilder`]) and a [`format::Format`].
 //!
 //! Depends on `palisade-abi` (events) and `palisade-inspect` (records). Start at [`Flow`].
 #![forbid(unsafe_code)]

@@ -1,5 +1,5 @@
-//! Flows in the order of their times. Events of the programs and records of the workers come to the ring by different
-//! threads, so that one may come some milliseconds after another that it was the cause of.
+//! Sorting of flows by time. Events of the programs and records of the workers reach the ring by different threads, so
+//! a flow can arrive some milliseconds after a later one that it caused.
 
 use std::{
     cmp::{Ordering, Reverse},
@@ -10,10 +10,10 @@ use std::{
 
 use crate::Flow;
 
-/// A flow that waits for older ones.
+/// Delayed flow.
 struct Waiting {
     flow: Arc<Flow>,
-    /// Of flows of the same time, that which came first goes first.
+    /// Order of arrival, which decides between flows of the same time.
     number: u64,
     came: Instant,
 }
@@ -44,7 +44,7 @@ impl Ord for Waiting {
     }
 }
 
-/// Holds each flow back for a while, and gives them out oldest first.
+/// Queue that delays each flow for a time and returns the oldest first.
 pub struct Ordered {
     waiting: BinaryHeap<Reverse<Waiting>>,
     window: Duration,
@@ -53,7 +53,8 @@ pub struct Ordered {
 }
 
 impl Ordered {
-    /// Holds a flow back for `window`, and at most `most` of them: then the oldest goes at once.
+    /// Returns a queue that delays flows for `window`. If it has more than `most` flows, the oldest one is due at
+    /// once.
     #[must_use]
     pub const fn new(window: Duration, most: usize) -> Self {
         Self {
@@ -64,7 +65,7 @@ impl Ordered {
         }
     }
 
-    /// Takes a flow that came at `now`.
+    /// Adds a flow that arrives at `now`.
     pub fn push(&mut self, flow: Arc<Flow>, now: Instant) {
         self.number += 1;
         self.waiting.push(Reverse(Waiting {
@@ -74,8 +75,8 @@ impl Ordered {
         }));
     }
 
-    /// The oldest flow, if it has been held back long enough. By when it came, so that a clock that was set holds back
-    /// nothing.
+    /// Returns the oldest flow if its delay has passed. The delay counts from the arrival, so a wall clock that was
+    /// set back does not extend it.
     pub fn due(&mut self, now: Instant) -> Option<Arc<Flow>> {
         let Reverse(oldest) = self.waiting.peek()?;
         let is_due = self.waiting.len() > self.most || now.duration_since(oldest.came) >= self.window;
@@ -84,7 +85,7 @@ impl Ordered {
             .map(|Reverse(waiting)| waiting.flow)
     }
 
-    /// Whether nothing is held back.
+    /// Returns whether the queue is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.waiting.is_empty()

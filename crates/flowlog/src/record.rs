@@ -1,4 +1,4 @@
-//! From a record of what an inspector read to a flow record.
+//! Conversion of the records of inspectors to flow records.
 
 use std::{borrow::Cow, fmt::Write as _, net::IpAddr};
 
@@ -15,11 +15,11 @@ use crate::{
     resolve::{end, rule_of},
 };
 
-/// What flow clients call the one who read it.
+/// Value of `observation_source` for inspectors in the flow API.
 const OBSERVER: &str = "proxy";
 
 impl Flow {
-    /// The flow record of something that was read at `time`.
+    /// Returns the flow record of an inspector's record. `time`: time of the record.
     #[must_use]
     pub fn from_record(record: &Record, names: &(impl FlowResolver + ?Sized), time: Timestamp) -> Self {
         let verdict = match record.verdict {
@@ -31,7 +31,7 @@ impl Flow {
         let drop_reason = DropReason(if dropped { record.reason as u8 } else { 0 });
         let (source, source_port) = record.source;
         let (destination, destination_port) = record.destination;
-        // The connection is the endpoint's ingress if a question comes to it, or its answer leaves it.
+        // The connection is ingress of the endpoint if a request arrives at it or a response leaves it.
         let ingress = record.ingress != record.reply;
         let own = names.endpoint(record.endpoint);
         let (own_source, own_destination) = if record.ingress { (None, own) } else { (own, None) };
@@ -120,7 +120,7 @@ impl Flow {
     }
 }
 
-/// What was read, in the fields that there are for it, and in the words of flow clients.
+/// Application message in the fields and words of the flow API.
 #[derive(Default)]
 struct Read {
     dns: Option<Dns>,
@@ -260,7 +260,7 @@ fn http(status: u16, method: &Word, version: u8, url: &Text, headers: &Text) -> 
         method: text(method.bytes()),
         url: text(url.bytes()),
         protocol: Cow::Borrowed(if version == 0 { "HTTP/1.0" } else { "HTTP/1.1" }),
-        // One that was cut before its value says nothing.
+        // A field that was truncated before its value is left out.
         headers: text(headers.bytes())
             .lines()
             .filter_map(|line| line.split_once(": "))
@@ -276,7 +276,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// A version of TLS as people write it.
+/// Returns the usual name of a TLS version.
 fn tls_version(version: u16) -> Cow<'static, str> {
     Cow::Borrowed(match version {
         0x0301 => "TLS 1.0",
@@ -287,7 +287,7 @@ fn tls_version(version: u16) -> Cow<'static, str> {
     })
 }
 
-/// `DNS Answer "192.0.2.1" TTL: 30 CNAMEs: "a.example." (Proxy www.example. A)`.
+/// Returns `DNS Answer "192.0.2.1" TTL: 30 CNAMEs: "a.example." (Proxy www.example. A)`.
 fn answer_text(dns: &Dns) -> String {
     let mut text = String::from("DNS Answer ");
     let quoted = |text: &mut String, list: &mut dyn Iterator<Item = String>| {
@@ -310,7 +310,7 @@ fn answer_text(dns: &Dns) -> String {
     text
 }
 
-/// Response codes in the words of flow clients (RFC 1035, RFC 2136, RFC 6891).
+/// Returns the name that Hubble uses for a response code (RFC 1035, RFC 2136, RFC 6891).
 fn rcode_text(rcode: u32) -> Cow<'static, str> {
     Cow::Borrowed(match rcode {
         0 => "No Error",
@@ -329,7 +329,7 @@ fn rcode_text(rcode: u32) -> Cow<'static, str> {
     })
 }
 
-/// A type by its name, or as RFC 3597 writes one that has none.
+/// Returns the name of a record type, or `TYPEn` (RFC 3597, section 5) if it has none.
 fn type_name(number: u16) -> Cow<'static, str> {
     rtype::name(number).map_or_else(|| Cow::Owned(format!("TYPE{number}")), Cow::Borrowed)
 }

@@ -1,4 +1,4 @@
-//! From an event of the BPF programs to a flow record: numbers become names.
+//! Conversion of events of the BPF programs to flow records: numbers are resolved to names.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -13,58 +13,58 @@ use crate::{
     },
 };
 
-/// Who has an address: an endpoint of this node (the node itself too), or a peer that has a name.
+/// Owner of an address: an endpoint of this node, the node itself included, or a named peer.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Owner {
-    /// The endpoint of this node; 0: a peer.
+    /// Number of the endpoint of this node; 0 for a peer.
     pub endpoint: u16,
-    /// Its identity.
+    /// Identity.
     pub identity: u32,
-    /// Its namespace, empty if it has none.
+    /// Namespace; empty if there is none.
     pub namespace: Arc<str>,
-    /// Its name.
+    /// Name.
     pub name: Arc<str>,
 }
 
-/// What is known of a rule by its number in the policy table.
+/// Description of a rule.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct RuleInfo {
-    /// The policy it stands in, or those that cause the default deny; empty if no policy had a say.
+    /// Policy of the rule, or the policies that cause the default deny; empty if no policy applies.
     pub policies: Arc<[Policy]>,
-    /// What decided, in words, without the place: `policy shop/web ingress rule 2`.
+    /// Text of the rule without its location: `policy shop/web ingress rule 2`.
     pub text: Arc<str>,
-    /// `FILE:LINE`, empty if it is written nowhere.
+    /// `FILE:LINE` of the rule; empty if it is not in a file.
     pub location: Arc<str>,
-    /// It stands for "no rule allows it".
+    /// Whether this is the default deny.
     pub default_deny: bool,
 }
 
-/// What the daemon knows about the numbers in an event. Called for every event: answers should be clones of
-/// shared strings, not made anew.
+/// Resolves the numbers in an event. Called for every event, so implementations should return clones of shared strings
+/// instead of new ones.
 pub trait FlowResolver {
-    /// Name of this node.
+    /// Returns the name of this node.
     fn node(&self) -> Arc<str>;
-    /// Labels of an identity, `source:key=value`, sorted.
+    /// Returns the labels of an identity, `source:key=value`, sorted.
     fn labels(&self, identity: u32) -> Option<Arc<[Arc<str>]>>;
-    /// An endpoint of this node by its number.
+    /// Returns an endpoint of this node by its number.
     fn endpoint(&self, id: u16) -> Option<Owner>;
-    /// Who has exactly this address.
+    /// Returns the owner of exactly this address.
     fn address(&self, address: IpAddr) -> Option<Owner>;
-    /// A rule by its number. Rules that were replaced a moment ago should still be known: events lag behind.
+    /// Returns a rule by its number. Rules that were replaced recently should still be found, since events arrive
+    /// later than policy changes.
     fn rule(&self, id: u32) -> Option<RuleInfo>;
-    /// Name of an interface.
+    /// Returns the name of an interface.
     fn interface(&self, ifindex: u32) -> Option<Arc<str>>;
-    /// The names for which an endpoint of this node was answered an address.
+    /// Returns the names for which an endpoint of this node has resolved an address.
     fn dns_names(&self, _endpoint: u16, _address: IpAddr) -> Arc<[Arc<str>]> {
         Arc::default()
     }
 }
 
 impl Flow {
-    /// The record of an event.
+    /// Returns the flow record of an event.
     ///
-    /// `clock_offset` is what has to be added to the monotonic clock, in which events are stamped, to have the
-    /// time since 1970, in ns.
+    /// `clock_offset`: difference between the time since 1970 and the monotonic clock of the event, ns.
     #[must_use]
     pub fn from_event(event: &Event, names: &(impl FlowResolver + ?Sized), clock_offset: i64) -> Self {
         let flag = |bit| event.flags & bit != 0;
@@ -179,7 +179,7 @@ impl Flow {
         flow
     }
 
-    /// Puts the policies that decided where the API has them.
+    /// Stores the policies that decided in the field of their direction and verdict.
     pub(crate) fn decided_by(&mut self, policies: Arc<[Policy]>, denied: bool) {
         let egress = self.traffic_direction == TrafficDirection::Egress;
         let list = match (egress, denied) {
@@ -191,7 +191,7 @@ impl Flow {
         *list = policies;
     }
 
-    /// Names the end that is not the endpoint, as the endpoint has asked for it. `from_endpoint`: the endpoint sends
+    /// Adds the names for which the endpoint has resolved the address of the peer. `from_endpoint`: the endpoint sent
     /// the packet.
     pub(crate) fn name_remote_end(
         &mut self,
@@ -219,7 +219,7 @@ pub(crate) fn rule_of(id: u32, info: &RuleInfo) -> Rule {
     }
 }
 
-/// An unknown kind is shown as what it can least be taken for by mistake: a trace names no verdict of a rule.
+/// Returns the kind of an event. An unknown kind becomes a trace, which shows no verdict.
 const fn kind_of(kind: u8) -> EventKind {
     match kind {
         k if k == EventKind::PolicyVerdict as u8 => EventKind::PolicyVerdict,
@@ -239,8 +239,8 @@ pub(crate) fn end(
     let owner = endpoint
         .or_else(|| is_ip.then(|| names.address(address.into())).flatten())
         .unwrap_or_default();
-    // What the program saw counts, also where the address has another owner by now. Where it looked nobody up,
-    // only the endpoint whose interface this is can be named for certain.
+    // The identity that the program looked up is shown even if the address has another owner by now. If the program
+    // looked up none, only the endpoint of the interface is certain.
     let identity = match seen_identity {
         0 if by_endpoint => owner.identity,
         seen => seen,
@@ -331,7 +331,7 @@ fn ether_type_text(number: u16) -> String {
     }
 }
 
-/// A protocol by the name that flow clients and IANA use.
+/// Returns the name of a protocol as Hubble and IANA write it.
 fn protocol_text(number: u8) -> String {
     match number {
         protocol::TCP => "TCP",
@@ -351,7 +351,8 @@ fn protocol_text(number: u8) -> String {
     .into()
 }
 
-/// Type and code in the words of flow clients: `EchoRequest`, `DestinationUnreachable(Port)` (RFC 792).
+/// Returns the name that Hubble uses for type and code of ICMP: `EchoRequest`, `DestinationUnreachable(Port)` (RFC
+/// 792).
 fn icmpv4_text(kind: u8, code: u8) -> String {
     const UNREACHABLE: [&str; 16] = [
         "Net",
@@ -391,7 +392,7 @@ fn icmpv4_text(kind: u8, code: u8) -> String {
     with_code(name, codes, code)
 }
 
-/// The same for IPv6 (RFC 4443, RFC 4861, RFC 3810).
+/// Returns the name that Hubble uses for type and code of ICMPv6 (RFC 4443, RFC 4861, RFC 3810).
 fn icmpv6_text(kind: u8, code: u8) -> String {
     const UNREACHABLE: [&str; 7] = [
         "NoRouteToDst",

@@ -1,12 +1,11 @@
-//! The flows that were seen last. One writer, any number of readers, each at its own pace.
+//! Ring of the most recent flows, with one writer at a time and any number of readers.
 //!
-//! Every flow has a number. The flow with number *n* lives in slot *n mod capacity* until flow *n + capacity*
-//! takes its place; a reader who comes later learns how many flows it has missed. A slot is locked only to copy or
-//! to replace one pointer, never while a flow is filtered, formatted or sent: the writer does not wait for a
-//! reader's work, however slow that is.
+//! Every flow has a number. The flow with number *n* is in slot *n mod capacity* until flow *n + capacity* overwrites
+//! it; a late reader gets the number of flows that it missed. A slot is locked only to copy or replace one pointer,
+//! not while a flow is filtered, formatted or sent, so a slow reader does not delay the writer.
 //!
-//! Of what inspectors read there may be far more than anybody looks at. So the ring takes their records as they are,
-//! and a flow, with all its texts, is made of one when somebody wants to see it ([`Ring::push_record`]).
+//! Inspectors may produce many more records than are ever read. The ring stores the records, and makes a flow with its
+//! texts only when a reader needs it ([`Ring::push_record`]).
 
 use std::{
     sync::{
@@ -20,10 +19,10 @@ use palisade_inspect::record::Record;
 
 use crate::{Filters, Flow, FlowResolver, Timestamp};
 
-/// What knows the names that a record's numbers stand for.
+/// Resolver of the numbers in records.
 pub type Resolver = Arc<dyn FlowResolver + Send + Sync>;
 
-/// A record that nobody has looked at, or its flow if somebody has.
+/// Record of an inspector, and its flow after the first read.
 struct Unseen {
     record: Record,
     time: Timestamp,
@@ -65,40 +64,40 @@ struct Slot {
     seen: Option<Seen>,
 }
 
-/// A bounded ring of flows.
+/// Bounded ring of flows.
 pub struct Ring {
     slots: Box<[Mutex<Slot>]>,
-    /// Number of the next flow: all before it are written.
+    /// Number of the next flow; all flows before it are in their slots or overwritten.
     next: AtomicU64,
-    /// Writers take turns.
+    /// Serializes writers.
     writing: Mutex<()>,
     sleepers: AtomicUsize,
     sleep: Mutex<()>,
     awake: Condvar,
 }
 
-/// What a cursor finds.
+/// Result of a read.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Next {
     /// The next flow.
     Flow(Arc<Flow>),
-    /// So many flows were overwritten before they could be read here.
+    /// Number of flows that were overwritten before this reader read them.
     Lost(u64),
 }
 
-/// A place in the ring. Reads on from there.
+/// Position of a reader in the ring.
 pub struct Cursor {
     ring: Arc<Ring>,
     at: u64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing that is done under these locks can panic half way.
+    // A poisoned lock protects consistent data: no code under these locks panics halfway through a change.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Ring {
-    /// An empty ring that holds `capacity` flows, at least one.
+    /// Returns an empty ring for `capacity` flows, at least one.
     #[must_use]
     pub fn new(capacity: usize) -> Arc<Self> {
         let slot = |_| {
@@ -117,37 +116,37 @@ impl Ring {
         })
     }
 
-    /// How many flows it can hold.
+    /// Returns the capacity, flows.
     #[must_use]
     pub fn capacity(&self) -> usize {
         self.slots.len()
     }
 
-    /// How many flows were ever written.
+    /// Returns how many flows were ever written.
     #[must_use]
     pub fn seen(&self) -> u64 {
         self.next.load(Ordering::SeqCst)
     }
 
-    /// How many flows it holds.
+    /// Returns how many flows are in the ring.
     #[must_use]
     pub fn len(&self) -> usize {
         usize::try_from(self.seen()).map_or(self.capacity(), |seen| seen.min(self.capacity()))
     }
 
-    /// Whether nothing was ever written.
+    /// Returns whether no flow was ever written.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.seen() == 0
     }
 
-    /// Adds a flow; the oldest one makes room for it. Returns its number.
+    /// Adds a flow; a full ring overwrites the oldest one. Returns the number of the new flow.
     pub fn push(&self, flow: Flow) -> u64 {
         self.put(Seen::Flow(Arc::new(flow)))
     }
 
-    /// Adds what an inspector read at `time`, of which a flow is made when it is looked at: by the names that `names`
-    /// knows then, or, if they are about to change, at [`Ring::settle`].
+    /// Adds a record of an inspector. The flow is made at the first read, with the names that `names` returns then, or
+    /// in [`Ring::settle`] before these names change. Returns the number of the flow.
     pub fn push_record(&self, record: &Record, names: &Resolver, time: Timestamp) -> u64 {
         self.put(Seen::Record(Arc::new(Unseen {
             record: *record,
@@ -157,8 +156,8 @@ impl Ring {
         })))
     }
 
-    /// Makes a flow of each record before `until` that nobody has looked at, and lets go of what knows the names. For
-    /// the time when there is nothing else to do, and before the names change.
+    /// Makes the flow of each record before `until` that was not read yet, and releases its resolver. To be called
+    /// when the daemon is idle, and before names change.
     pub fn settle(&self, until: Timestamp) {
         for slot in &self.slots {
             let (number, seen) = {
@@ -189,8 +188,8 @@ impl Ring {
         self.next.store(number + 1, Ordering::SeqCst);
         drop(turn);
         drop(before); // frees the old flow with no lock held
-        // A reader counts itself in before it looks at `next` for the last time: either it sees the flow, or it is
-        // seen here.
+        // A reader increments `sleepers` before it checks `next` for the last time. So either the reader sees this
+        // flow, or this load sees the reader.
         if self.sleepers.load(Ordering::SeqCst) > 0 {
             drop(lock(&self.sleep));
             self.awake.notify_all();
@@ -198,19 +197,19 @@ impl Ring {
         number
     }
 
-    /// From the oldest flow there is.
+    /// Returns a cursor at the oldest flow.
     #[must_use]
     pub fn oldest(self: &Arc<Self>) -> Cursor {
         self.cursor(self.first())
     }
 
-    /// From the next flow to come.
+    /// Returns a cursor after the newest flow.
     #[must_use]
     pub fn follow(self: &Arc<Self>) -> Cursor {
         self.cursor(self.seen())
     }
 
-    /// From the first flow that is not older than `time`.
+    /// Returns a cursor at the first flow that is not older than `time`.
     #[must_use]
     pub fn since(self: &Arc<Self>, time: Timestamp) -> Cursor {
         let mut cursor = self.oldest();
@@ -223,7 +222,7 @@ impl Ring {
         cursor
     }
 
-    /// The last `count` flows that pass the filters, oldest first, and a cursor that goes on where they end.
+    /// Returns the last `count` flows that pass the filters, oldest first, and a cursor after the newest flow.
     #[must_use]
     pub fn last(self: &Arc<Self>, count: usize, filters: &Filters) -> (Vec<Arc<Flow>>, Cursor) {
         let end = self.seen();
@@ -248,7 +247,7 @@ impl Ring {
     }
 
     fn slot(&self, number: u64) -> &Mutex<Slot> {
-        // The remainder is less than the length, which is a usize.
+        // No truncation: the remainder is less than the number of slots, a usize.
         &self.slots[(number % self.slots.len() as u64) as usize]
     }
 
@@ -267,7 +266,7 @@ impl Ring {
 }
 
 impl Cursor {
-    /// What comes next; `None` if there is nothing yet.
+    /// Returns the next flow or the number of lost ones; `None` if there is no newer flow.
     pub fn read(&mut self) -> Option<Next> {
         loop {
             let end = self.ring.seen();
@@ -284,11 +283,11 @@ impl Cursor {
                 self.at += 1;
                 return Some(Next::Flow(flow));
             }
-            // Overwritten since `first` was read.
+            // The flow was overwritten after `first` was read; try again from the new first flow.
         }
     }
 
-    /// Waits until there is something, at most for `timeout`. Whether there is.
+    /// Waits for a flow after the cursor, at most for `timeout`. Returns whether there is one.
     pub fn wait(&self, timeout: Duration) -> bool {
         let ready = |ring: &Ring| ring.seen() > self.at;
         if ready(&self.ring) {

@@ -43,7 +43,7 @@ impl Timestamp {
     }
 
     fn calendar(self) -> jiff::Timestamp {
-        // Never fails: jiff's range, the years -9999 to 9999, contains every i64 of nanoseconds.
+        // The default is never used: the range of jiff, years -9999 to 9999, contains every i64 of nanoseconds.
         jiff::Timestamp::from_nanosecond(self.0.into()).unwrap_or_default()
     }
 }
@@ -66,7 +66,7 @@ impl FromStr for Timestamp {
     type Err = ParseTimeError;
 
     fn from_str(s: &str) -> Result<Self, ParseTimeError> {
-        // A date has 10 characters. `Date` also parses a time without an offset, which is not RFC 3339.
+        // A date has 10 characters. `Date` would also accept a time without an offset, which is not RFC 3339.
         let time = if s.len() == 10 {
             let date: jiff::civil::Date = s.parse().map_err(|_| ParseTimeError)?;
             let midnight =

@@ -18,8 +18,8 @@ use crate::sys::SyscallError;
 
 type Result<T> = std::result::Result<T, MapError>;
 
-/// Atomic types as which map memory may be accessed. Every bit pattern is a valid value, and other threads and
-/// programs may write concurrently.
+/// Atomic types for access to map memory. Every bit pattern is a valid value, and other threads and programs may write
+/// concurrently.
 pub(crate) trait Atomic {}
 impl Atomic for AtomicU16 {}
 impl Atomic for AtomicU32 {}

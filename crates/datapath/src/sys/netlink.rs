@@ -1,8 +1,8 @@
-//! Netlink requests, answers and sockets. Every length of an answer is checked. A socket belongs to the network namespace of
-//! the thread that opens it.
+//! Netlink requests, answers and sockets. Every length in an answer is checked. A socket belongs to the network
+//! namespace of the thread that opens it.
 //!
-//! Hand-written: `netlink-packet-route` covers only rtnetlink. nftables, ctnetlink, `sock_diag` and generic netlink need this
-//! code anyway, so with the library for links and tc this crate would have two netlink stacks.
+//! Hand-written: `netlink-packet-route` covers only rtnetlink. nftables, ctnetlink, `sock_diag` and generic netlink
+//! need this code anyway, so with the library for links and tc this crate would have two netlink stacks.
 
 use std::{
     io,
@@ -171,7 +171,7 @@ impl Socket {
         self.exchange(request, flags, call, each)
     }
 
-    /// Returns the port id of the socket, which notifications have for its changes.
+    /// Returns the port id of the socket. In notifications of the kernel it identifies changes by this socket.
     pub(crate) fn port(&self) -> Result<u32> {
         // SAFETY: zero is a valid value of every field.
         let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };

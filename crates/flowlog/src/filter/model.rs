@@ -1,4 +1,4 @@
-//! What filters consist of. They travel from the client to the daemon as JSON.
+//! Types of filters. A client sends filters to the daemon as JSON.
 
 use ipnet::IpNet;
 use regex::Regex;

@@ -1,4 +1,4 @@
-//! Filters from the flags of a command line, and every syntax of their values.
+//! Construction of filters from command-line flags, and parsers of their values.
 
 use std::{borrow::Cow, net::IpAddr};
 
@@ -46,7 +46,7 @@ pub enum FilterError {
     NotReversible(String),
 }
 
-/// Error for a value: what is wrong, and a valid example. A text, since a user reads it and no code tells cases apart.
+/// What is wrong with a value, and a valid example. A text instead of variants, since only a user reads it.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct ValueError(Cow<'static, str>);
@@ -504,5 +504,6 @@ impl<const IGNORE_CASE: bool> Pattern<IGNORE_CASE> {
     }
 }
 
-/// Size limit of a compiled pattern, bytes. Every client of the control socket can send one, and the daemon compiles it.
+/// Size limit of a compiled pattern, bytes. Every client of the control socket can send a pattern, and the daemon
+/// compiles it.
 const PATTERN_SIZE: usize = 1 << 20;
