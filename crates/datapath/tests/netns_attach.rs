@@ -9,7 +9,7 @@ use palisade_abi::{Decision, role};
 use palisade_datapath::{AttachError, Attachment, Hook, HookKind, Role, TcMode, XdpMode, XdpSupport};
 
 #[test]
-fn every_mode_is_what_it_says_and_goes_without_a_trace() {
+fn every_mode_attaches_as_named_and_detaches_completely() {
     let world = World::new();
     let datapath = world.open_with(CASES[0].0, Decision::Allow);
     let ifindex = world.ifindex();
@@ -70,7 +70,7 @@ fn every_mode_is_what_it_says_and_goes_without_a_trace() {
 }
 
 #[test]
-fn the_programs_of_a_process_that_is_gone_are_still_there() {
+fn programs_stay_attached_after_their_process_has_ended() {
     let world = World::new();
     let datapath = world.open_with(Role::Endpoint, Decision::Allow);
     // XDP by link, clsact without.
@@ -121,7 +121,7 @@ fn replacing_programs_loses_no_packet() {
 }
 
 #[test]
-fn two_interfaces_in_one_slot_are_an_error() {
+fn two_interfaces_with_one_slot_are_an_error() {
     let world = World::new();
     world
         .node
@@ -159,7 +159,7 @@ fn two_interfaces_in_one_slot_are_an_error() {
 }
 
 #[test]
-fn interfaces_that_are_gone_are_forgotten() {
+fn records_of_deleted_interfaces_are_removed() {
     let world = World::new();
     let datapath = world.open();
     world.node.ip("link add a0 type veth peer name a1").unwrap();
@@ -191,7 +191,7 @@ fn interfaces_that_are_gone_are_forgotten() {
 }
 
 #[test]
-fn another_ones_xdp_program_is_named_and_left_alone() {
+fn a_foreign_xdp_program_is_named_and_stays() {
     let world = World::new();
     let beside = world.beside();
     let theirs = beside.open_with(Role::Host, Decision::Allow);
@@ -220,7 +220,7 @@ fn another_ones_xdp_program_is_named_and_left_alone() {
 }
 
 #[test]
-fn a_pin_of_another_namespace_is_not_taken_over() {
+fn a_pin_of_another_namespace_is_refused() {
     let here = World::new();
     let datapath = here.open();
     let index = "link add same index 4321 type veth peer name other";
@@ -238,7 +238,7 @@ fn a_pin_of_another_namespace_is_not_taken_over() {
 }
 
 #[test]
-fn somebody_elses_clsact_things_stay() {
+fn foreign_clsact_qdiscs_and_filters_stay() {
     let world = World::new();
     let datapath = world.open_with(Role::Endpoint, Decision::Allow);
     let tc = |args: &str| {
@@ -278,7 +278,7 @@ fn somebody_elses_clsact_things_stay() {
 }
 
 #[test]
-fn detach_all_leaves_nothing_and_needs_no_maps() {
+fn detach_all_removes_everything_and_needs_no_maps() {
     let world = World::new();
     let datapath = world.open_with(Role::Endpoint, Decision::Deny);
     datapath.attach(&attachment(&world, &CASES[3])).unwrap();
@@ -294,7 +294,7 @@ fn detach_all_leaves_nothing_and_needs_no_maps() {
 }
 
 #[test]
-fn what_the_kernel_and_the_interface_can_do() {
+fn support_of_kernel_and_interface_is_reported() {
     let world = World::new();
     let support = palisade_datapath::support(&world.options.pin_dir);
     assert!(support.bpffs);
@@ -314,7 +314,7 @@ fn what_the_kernel_and_the_interface_can_do() {
 }
 
 #[test]
-fn a_driver_without_xdp_is_told_and_tc_takes_over_if_nothing_was_insisted_on() {
+fn a_driver_without_xdp_is_reported_and_tc_is_used_in_auto_mode() {
     let world = World::new();
     let datapath = world.open();
     // The loopback interface, number 1 of every namespace, has generic XDP only.
@@ -348,7 +348,7 @@ fn a_driver_without_xdp_is_told_and_tc_takes_over_if_nothing_was_insisted_on() {
 }
 
 #[test]
-fn an_interface_is_guarded_whole_or_not_at_all() {
+fn an_interface_has_programs_at_both_hooks_or_none() {
     let world = World::new();
     let datapath = world.open_with(Role::Host, Decision::Deny);
     let hooks = [

@@ -44,7 +44,7 @@ fn ct_key(n: u16) -> CtKey {
 }
 
 #[test]
-fn a_plan_is_read_back_as_it_was_written() {
+fn a_dump_after_a_plan_equals_the_plan() {
     let world = World::new();
     let datapath = world.open();
     assert!(datapath.is_fresh());
@@ -110,7 +110,7 @@ fn a_plan_is_read_back_as_it_was_written() {
 }
 
 #[test]
-fn a_step_that_fails_is_named_and_those_before_it_are_done() {
+fn a_failed_step_is_named_and_earlier_steps_are_done() {
     let world = World::new();
     let datapath = world.open();
     let plan = [
@@ -140,7 +140,7 @@ fn a_step_that_fails_is_named_and_those_before_it_are_done() {
 }
 
 #[test]
-fn stores_into_mapped_memory_are_what_the_kernel_reads() {
+fn stores_to_mapped_memory_are_visible_to_the_kernel() {
     let world = World::new();
     let datapath = world.open();
     let state = EndpointState {
@@ -162,7 +162,7 @@ fn stores_into_mapped_memory_are_what_the_kernel_reads() {
 }
 
 #[test]
-fn changed_sizes_keep_what_is_in_the_maps() {
+fn resized_maps_keep_their_entries() {
     let mut world = World::new();
     let datapath = world.open();
     datapath
@@ -227,7 +227,7 @@ fn changed_sizes_keep_what_is_in_the_maps() {
 }
 
 #[test]
-fn a_map_of_another_layout_is_refused_with_the_fix() {
+fn a_map_of_another_layout_is_refused_with_a_remedy() {
     let world = World::new();
     drop(world.open());
     let maps = world.options.pin_dir.join(format!("v{}", palisade_abi::VERSION));
@@ -239,7 +239,7 @@ fn a_map_of_another_layout_is_refused_with_the_fix() {
 }
 
 #[test]
-fn a_directory_that_is_no_bpffs_is_refused() {
+fn a_pin_dir_outside_a_bpffs_is_refused() {
     let options = Options {
         pin_dir: "/tmp/palisade-none".into(),
         ..Options::default()
@@ -251,7 +251,7 @@ fn a_directory_that_is_no_bpffs_is_refused() {
 }
 
 #[test]
-fn the_sweep_takes_the_dead_and_counts() {
+fn a_sweep_removes_expired_flows_and_counts_them() {
     let world = World::new();
     let datapath = world.open();
     let now = monotonic_coarse();
@@ -289,7 +289,7 @@ fn the_sweep_takes_the_dead_and_counts() {
 }
 
 #[test]
-fn a_full_conntrack_map_shows_what_was_evicted() {
+fn a_full_conntrack_map_counts_evictions() {
     let world = World::new();
     let datapath = world.open();
     let alive = CtEntry {
@@ -305,7 +305,7 @@ fn a_full_conntrack_map_shows_what_was_evicted() {
 }
 
 #[test]
-fn flows_of_an_address_end_when_it_is_given_to_another_endpoint() {
+fn flows_of_an_address_end_when_the_address_moves_to_another_endpoint() {
     let world = World::new();
     let datapath = world.open();
     let info = |endpoint| IpcacheEntry {
@@ -393,7 +393,7 @@ fn every_endpoint_with_a_policy_has_a_share() {
 
 /// The daemon may keep it in one thread and read counters in another.
 #[test]
-fn the_data_path_may_move_between_threads() {
+fn the_datapath_is_send_and_sync() {
     fn shared<T: Send + Sync>() {}
     fn moved<T: Send>() {}
     shared::<Datapath>();
@@ -401,7 +401,7 @@ fn the_data_path_may_move_between_threads() {
 }
 
 #[test]
-fn maps_of_other_versions_go_when_they_are_no_longer_needed() {
+fn maps_of_other_versions_are_removed_on_request() {
     let world = World::new();
     let datapath = world.open();
     let own = world.options.pin_dir.join(format!("v{}", palisade_abi::VERSION));

@@ -105,7 +105,7 @@ fn namespace() -> Ns {
 }
 
 #[test]
-fn nft_reads_the_table_as_one_that_it_has_written_itself() {
+fn nft_lists_and_restores_the_table() {
     let (own, other) = (namespace(), namespace());
     other.nft(SCRIPT).unwrap();
     let lacking = own.enter(|| Netfilter::open("palisade", "palisade, pins in /p")?.write(&rules()));
@@ -125,7 +125,7 @@ fn nft_reads_the_table_as_one_that_it_has_written_itself() {
 }
 
 #[test]
-fn the_table_is_replaced_and_removed_and_no_other_is_touched() {
+fn the_table_is_replaced_and_removed_and_other_tables_stay() {
     let ns = namespace();
     ns.nft("table inet operator {\n chain c { type filter hook input priority 0; }\n}")
         .unwrap();
@@ -188,7 +188,7 @@ fn the_table_is_replaced_and_removed_and_no_other_is_touched() {
 }
 
 #[test]
-fn counters_go_on_when_the_table_is_replaced() {
+fn counters_survive_a_replacement_of_the_table() {
     let ns = namespace();
     // Group reports of a new interface would be counted at any time.
     ns.sysctl("ipv6/conf/all/disable_ipv6", "1").unwrap();

@@ -12,7 +12,7 @@ use palisade_datapath::{Scope, connections, connections_of_netns, seeds};
 const WORKLOAD: u16 = 9;
 
 #[test]
-fn sockets_of_the_node_and_of_a_workload() {
+fn sockets_of_the_node_and_of_a_workload_are_seeded() {
     let world = World::new();
     let live = Live::new(&world);
     let resolver = UdpSocket::bind("10.0.0.1:0").unwrap();
@@ -52,7 +52,7 @@ fn sockets_of_the_node_and_of_a_workload() {
 }
 
 #[test]
-fn what_the_kernel_tracks() {
+fn entries_of_nf_conntrack_are_seeded() {
     let world = World::new();
     world
         .node

@@ -36,7 +36,7 @@ fn replacing_programs_leaks_no_packet() {
 
 /// The first packet that a program judges by a policy that was switched on by one store.
 #[test]
-fn a_store_switches_what_the_program_does() {
+fn one_store_switches_the_policy_of_an_endpoint() {
     let world = World::new();
     let datapath = world.open_with(Role::Host, Decision::Allow);
     datapath
@@ -103,7 +103,7 @@ fn flows_that_the_kernel_evicts_are_counted() {
 /// Two connections that are there before the programs. The policy allows what the node opened and denies what the
 /// other end opened: the one lives, the other is cut, whichever end sends first.
 #[test]
-fn a_seeded_connection_lives_if_its_direction_is_allowed() {
+fn a_seeded_connection_continues_if_its_direction_is_allowed() {
     for node_sends_first in [true, false] {
         let world = World::new();
         let mut live = Live::new(&world);

@@ -47,7 +47,7 @@ fn seconds_left(entry: &CtEntry) -> u64 {
 }
 
 #[test]
-fn a_connection_from_begin_to_end() {
+fn a_connection_passes_through_all_states() {
     let mut world = server();
     assert_eq!(to_server(&mut world, SYN).reason, Reason::Allowed);
     assert_eq!(seconds_left(&flow(&world)), 60);
@@ -78,7 +78,7 @@ fn a_connection_from_begin_to_end() {
 }
 
 #[test]
-fn a_simultaneous_close() {
+fn a_simultaneous_close_shortens_the_timeout() {
     let mut world = server();
     to_server(&mut world, SYN);
     from_server(&mut world, SYN | ACK);
@@ -92,7 +92,7 @@ fn a_simultaneous_close() {
 }
 
 #[test]
-fn a_reset_shortens_the_timeout_and_a_forged_one_not_for_long() {
+fn a_reset_shortens_the_timeout_until_the_next_valid_packet() {
     let mut world = server();
     to_server(&mut world, SYN);
     from_server(&mut world, SYN | ACK);
@@ -108,7 +108,7 @@ fn a_reset_shortens_the_timeout_and_a_forged_one_not_for_long() {
 }
 
 #[test]
-fn ports_are_used_again() {
+fn reused_ports_are_a_new_flow() {
     let mut world = server();
     to_server(&mut world, SYN);
     from_server(&mut world, RST | ACK);
@@ -131,7 +131,7 @@ fn entry_denied(rule: u32) -> PolicyEntry {
 }
 
 #[test]
-fn a_repeated_syn_is_no_new_connection() {
+fn a_retransmitted_syn_is_no_new_flow() {
     let mut world = server();
     to_server(&mut world, SYN);
     assert_eq!(to_server(&mut world, SYN).reason, Reason::Established);
@@ -143,7 +143,7 @@ fn a_repeated_syn_is_no_new_connection() {
 }
 
 #[test]
-fn a_syn_of_the_answering_side_is_judged_for_itself() {
+fn a_syn_of_the_responder_is_evaluated_as_a_new_flow() {
     let mut world = server();
     to_server(&mut world, SYN);
     from_server(&mut world, SYN | ACK);
@@ -158,7 +158,7 @@ fn a_syn_of_the_answering_side_is_judged_for_itself() {
 }
 
 #[test]
-fn both_sides_open_at_once() {
+fn a_simultaneous_open_is_one_flow() {
     let mut world = server();
     to_server(&mut world, SYN);
     assert_eq!(from_server(&mut world, SYN).reason, Reason::Established);
@@ -171,7 +171,7 @@ fn both_sides_open_at_once() {
 
 /// The source of a SYN may be forged; so may that of an acknowledgment which comes before there is an answer.
 #[test]
-fn a_connection_is_established_once_its_opener_acknowledges_the_answer() {
+fn a_connection_is_established_when_its_opener_acknowledges_the_syn_ack() {
     let mut world = server();
     to_server(&mut world, SYN);
     to_server(&mut world, ACK);
@@ -185,7 +185,7 @@ fn a_connection_is_established_once_its_opener_acknowledges_the_answer() {
 }
 
 #[test]
-fn the_answer_to_a_syn_begins_no_flow() {
+fn a_syn_ack_opens_no_flow() {
     for (client, server) in [(WORLD_V4, HOST_V4), (WORLD_V6, HOST_V6)] {
         let (client, server) = ((client, 4000), (server, 80));
         let mut world = World::new(NIC, HOST);
@@ -214,7 +214,7 @@ fn the_answer_to_a_syn_begins_no_flow() {
 }
 
 #[test]
-fn packets_without_a_flow() {
+fn tcp_packets_without_a_flow_are_evaluated() {
     let mut world = server();
     // In mid-stream where a rule allows it: a flow that was forgotten goes on.
     assert_eq!(to_server(&mut world, ACK).reason, Reason::Allowed);
@@ -235,7 +235,7 @@ fn packets_without_a_flow() {
 }
 
 #[test]
-fn what_is_over_is_over() {
+fn an_expired_flow_is_not_used() {
     let mut world = server();
     to_server(&mut world, SYN);
     let mut entry = flow(&world);
@@ -246,7 +246,7 @@ fn what_is_over_is_over() {
 }
 
 #[test]
-fn flows_without_states() {
+fn flows_of_other_protocols_have_timeouts() {
     for (client, server) in [(WORLD_V4, HOST_V4), (WORLD_V6, HOST_V6)] {
         let mut world = World::new(NIC, HOST);
         world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
@@ -323,7 +323,7 @@ fn flows_without_states() {
 }
 
 #[test]
-fn a_new_policy_judges_live_flows_in_their_own_direction() {
+fn a_new_policy_is_evaluated_for_live_flows_in_their_original_direction() {
     for changed in ["rule", "deny", "audit"] {
         let mut world = server();
         to_server(&mut world, SYN);
@@ -374,7 +374,7 @@ fn a_new_policy_judges_live_flows_in_their_own_direction() {
 }
 
 #[test]
-fn a_flow_in_use_is_reported_at_intervals() {
+fn an_active_flow_is_reported_at_intervals() {
     let mut world = server();
     world.config(|config| config.trace_interval = 1_000_000_000);
     to_server(&mut world, SYN);
@@ -393,7 +393,7 @@ fn a_flow_in_use_is_reported_at_intervals() {
 }
 
 #[test]
-fn a_full_table_forgets_and_never_lets_through() {
+fn a_full_table_evicts_flows_and_denies_as_before() {
     let mut world = server();
     let room = 64;
     let mut world_small = World::with_conntrack(NIC, HOST, room);

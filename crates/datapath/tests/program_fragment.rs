@@ -56,7 +56,7 @@ fn later_fragments_take_the_ports_of_the_first() {
 }
 
 #[test]
-fn a_first_fragment_is_forgotten() {
+fn a_first_fragment_expires() {
     let mut world = server();
     world.config(|config| config.fragment = 0);
     let first = fragment(WORLD_V4, HOST_V4, 17, 1, 0, true, &udp_start(80));
@@ -84,7 +84,7 @@ fn a_fragment_without_its_first_passes_by_rules_for_every_port() {
 }
 
 #[test]
-fn fragments_that_hide_or_overlap_headers() {
+fn fragments_that_hide_or_overlap_headers_are_dropped() {
     for (client, server_addr) in FAMILIES {
         let mut world = server();
         let mut cases = vec![
@@ -134,7 +134,7 @@ fn fragments_that_hide_or_overlap_headers() {
 }
 
 #[test]
-fn a_second_first_fragment_is_judged_too() {
+fn every_first_fragment_is_evaluated() {
     let mut world = server();
     let first = |port| fragment(WORLD_V4, HOST_V4, 17, 1, 0, true, &udp_start(port));
     let later = fragment(WORLD_V4, HOST_V4, 17, 1, 3, false, &[2; 16]);
@@ -169,7 +169,7 @@ fn fragments_of_ipv6_need_not_name_the_same_protocol() {
 }
 
 #[test]
-fn a_fragmented_echo() {
+fn a_fragmented_echo_is_one_flow() {
     let mut world = World::new(NIC, HOST);
     world.rule(HOST, INGRESS, identity::ANY, 6, entry(Decision::Allow, 7));
     let mut message = vec![8, 0, 0, 0, 0, 9, 0, 1];
@@ -186,7 +186,7 @@ fn a_fragmented_echo() {
 }
 
 #[test]
-fn errors_about_flows_are_related() {
+fn icmp_errors_about_flows_are_related() {
     for (client, server_addr) in FAMILIES {
         let router = if client.contains(':') {
             "2001:db8:9::1"
@@ -255,7 +255,7 @@ fn errors_about_flows_are_related() {
 }
 
 #[test]
-fn errors_are_no_longer_than_routers_make_them() {
+fn icmp_errors_longer_than_routers_send_are_dropped() {
     for ((client, server_addr), longest) in FAMILIES.into_iter().zip([576, 1280]) {
         for hook in ENTRIES {
             let mut world = server();
@@ -277,7 +277,7 @@ fn errors_are_no_longer_than_routers_make_them() {
 }
 
 #[test]
-fn errors_quote_packets_with_options_extensions_and_echoes() {
+fn icmp_errors_may_quote_options_extensions_and_echoes() {
     let mut world = server();
     world.rule(HOST, EGRESS, identity::ANY, 6, entry(Decision::Allow, 8));
     // IPv4 options.
@@ -310,7 +310,7 @@ fn errors_quote_packets_with_options_extensions_and_echoes() {
 }
 
 #[test]
-fn other_messages_are_judged_by_their_type() {
+fn other_icmp_messages_are_evaluated_by_type() {
     let mut world = World::new(NIC, HOST);
     world.classes(&[
         (class_slot(1, 13), 5),
@@ -345,7 +345,7 @@ fn other_messages_are_judged_by_their_type() {
 }
 
 #[test]
-fn errors_at_a_workloads_interface() {
+fn icmp_errors_at_an_interface_of_a_workload() {
     for (a, outside, router) in [(A_V4, WORLD_V4, "203.0.113.9"), (A_V6, WORLD_V6, "2001:db8:9::1")] {
         let mut world = World::new(WORKLOAD, A);
         world.rule(A, EGRESS, identity::ANY, 5, entry(Decision::Allow, 7));

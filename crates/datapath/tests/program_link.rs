@@ -36,7 +36,7 @@ fn other_link() -> u32 {
 }
 
 #[test]
-fn neighbour_discovery_that_the_node_would_forward_is_judged_by_the_policy() {
+fn forwarded_neighbour_discovery_is_evaluated_by_the_policy() {
     let mut world = World::new(WORKLOAD, A);
     other_link();
     let long = [neighbour(135, A_V6, HOST_V6, HOST_V6)[62..].to_vec(), vec![0; 64]].concat();
@@ -84,7 +84,7 @@ fn neighbour_discovery_that_the_node_would_forward_is_judged_by_the_policy() {
 }
 
 #[test]
-fn group_messages_of_a_workload_are_no_longer_than_their_type() {
+fn multicast_reports_of_a_workload_have_bounded_length() {
     let mut world = World::new(WORKLOAD, A);
     let igmp = |source, body: &[u8]| raw(source, "224.0.0.22", 2, 1, body);
     let report = [0x22, 0, 0, 0, 0, 0, 0, 1, 4, 0, 0, 0, 224, 1, 2, 3];
@@ -111,7 +111,7 @@ fn group_messages_of_a_workload_are_no_longer_than_their_type() {
 }
 
 #[test]
-fn a_workload_names_only_its_own_addresses_to_its_neighbours() {
+fn a_workload_advertises_only_its_own_addresses() {
     let mut world = World::new(WORKLOAD, A);
     world.set_address("fe80::77", HOST, identity::HOST);
     // Also where nothing is enforced.
@@ -186,7 +186,7 @@ fn a_workload_names_only_its_own_addresses_to_its_neighbours() {
 }
 
 #[test]
-fn a_workload_gets_only_what_is_for_it_and_never_answers_for_another() {
+fn a_workload_receives_only_its_own_packets_and_answers_for_no_other() {
     for (v6, a, b, outside) in [(false, A_V4, B_V4, WORLD_V4), (true, A_V6, B_V6, WORLD_V6)] {
         let mut world = World::new(WORKLOAD, A);
         for direction in [INGRESS, EGRESS] {
@@ -231,7 +231,7 @@ fn a_workload_gets_only_what_is_for_it_and_never_answers_for_another() {
 }
 
 #[test]
-fn a_link_local_address_is_another_on_each_link() {
+fn link_local_addresses_are_distinct_on_each_link() {
     let mut world = World::new(NIC, HOST);
     // The node has it on one link; on the NIC's link it is a router's.
     world.set_address("fe80::1", HOST, identity::HOST);
@@ -263,7 +263,7 @@ fn a_link_local_address_is_another_on_each_link() {
 }
 
 #[test]
-fn what_did_not_pass_a_guarded_interface_is_not_forwarded() {
+fn packets_from_interfaces_without_programs_are_not_forwarded() {
     for (a, b, outside) in [(A_V4, B_V4, WORLD_V4), (A_V6, B_V6, WORLD_V6)] {
         let mut world = World::new(NIC, HOST);
         world.set_interface(&interface(8, NIC, HOST));
@@ -321,7 +321,7 @@ fn what_did_not_pass_a_guarded_interface_is_not_forwarded() {
 }
 
 #[test]
-fn what_would_reach_a_workload_by_an_interface_that_is_not_guarded_is_not_forwarded() {
+fn packets_to_workloads_by_interfaces_without_programs_are_not_forwarded() {
     let mut world = World::new(NIC, HOST);
     let out = other_link();
     ip("route add 10.0.1.10/32 dev out0");
@@ -349,7 +349,7 @@ fn what_would_reach_a_workload_by_an_interface_that_is_not_guarded_is_not_forwar
 }
 
 #[test]
-fn frames_that_are_not_ip_pass_where_nothing_is_enforced_or_the_configuration_names_them() {
+fn frames_other_than_ip_pass_without_enforcement_or_by_configuration() {
     const PPPOE: u16 = 0x8863;
     let mut world = World::new(NIC, HOST);
     let frames = [
@@ -419,7 +419,7 @@ fn frames_that_are_not_ip_pass_where_nothing_is_enforced_or_the_configuration_na
 }
 
 #[test]
-fn what_was_translated_to_the_node_behind_its_policy_is_not_answered() {
+fn replies_to_packets_that_nat_directed_to_the_node_are_dropped() {
     for (vip, a, outside, untold) in [
         ("203.0.113.77", A_V4, WORLD_V4, "10.0.0.99"),
         ("2001:db8:9::77", A_V6, WORLD_V6, "fd00::99"),

@@ -13,7 +13,7 @@ use program::{NIC, World};
 const BOUND: u32 = 100_000;
 
 #[test]
-fn the_verifier_walks_few_instructions() {
+fn the_verifier_processes_few_instructions() {
     let verified = World::new(NIC, 1).verified();
     for name in [programs::XDP_INGRESS, programs::TC_INGRESS, programs::TC_EGRESS] {
         let count = verified
@@ -174,7 +174,7 @@ fn deepest(functions: &[Function], from: usize) -> (u32, Vec<usize>) {
 }
 
 #[test]
-fn no_chain_of_calls_takes_more_stack_than_the_oldest_kernel_gives() {
+fn no_call_chain_exceeds_the_stack_of_the_oldest_kernel() {
     let functions = functions(palisade_datapath::OBJECT);
     for name in [
         programs::XDP_INGRESS,

@@ -62,7 +62,7 @@ fn carried(got: &Outcome, frame: &[u8]) -> PuntHeader {
 }
 
 #[test]
-fn what_stands_before_a_carried_packet() {
+fn a_punted_packet_has_a_punt_header() {
     for (hook, expected) in [
         (Hook::Xdp, punt_hook::XDP_INGRESS),
         (Hook::TcIn, punt_hook::TC_INGRESS),
@@ -104,7 +104,7 @@ fn what_stands_before_a_carried_packet() {
 }
 
 #[test]
-fn both_policies_ask() {
+fn a_packet_is_punted_for_both_policies() {
     let mut world = reading(WORKLOAD, A);
     let question = udp((A_V4, 4000), (HOST_V4, 80), b"question");
     let first = carried(&world.run(Hook::TcIn, &question), &question);
@@ -121,7 +121,7 @@ fn both_policies_ask() {
 }
 
 #[test]
-fn without_a_worker_nothing_passes_unless_that_is_wanted() {
+fn without_a_worker_packets_are_dropped_unless_fail_open() {
     let question = udp(CLIENT, SERVER, b"question");
     for hook in ENTRIES {
         let mut world = reading(NIC, HOST);
@@ -143,7 +143,7 @@ fn without_a_worker_nothing_passes_unless_that_is_wanted() {
 }
 
 #[test]
-fn what_cannot_be_carried() {
+fn packets_that_cannot_be_punted_are_dropped() {
     for hook in ENTRIES {
         let mut world = reading(NIC, HOST);
         // What belongs to no flow.
@@ -162,7 +162,7 @@ fn what_cannot_be_carried() {
 
 /// Both ways the longest frame fits the punt link's MTU with all that stands around it.
 #[test]
-fn the_longest_frame_is_carried_there_and_back() {
+fn the_longest_frame_is_punted_and_reinjected() {
     const LONGEST: usize = MAX_PUNT_FRAME as usize;
     // veth takes its MTU and an Ethernet header.
     let room = palisade_abi::PUNT_MTU as usize + 14;
@@ -203,7 +203,7 @@ fn the_longest_frame_is_carried_there_and_back() {
 
 /// What a socket of the node sends must not take a place in the queues to and from the workers.
 #[test]
-fn at_the_egress_of_the_punt_link_only_what_the_programs_redirect_passes() {
+fn at_the_egress_of_the_punt_link_only_redirected_packets_pass() {
     const UNSPEC: u32 = 0xffff_ffff;
     let mut world = reading(NIC, HOST);
     let frame = udp(CLIENT, SERVER, b"question");
@@ -223,7 +223,7 @@ fn at_the_egress_of_the_punt_link_only_what_the_programs_redirect_passes() {
 }
 
 #[test]
-fn audit_reads_and_does_not_deny() {
+fn audit_mode_inspects_and_does_not_deny() {
     let mut world = reading(NIC, HOST);
     let audited = PolicyEntry {
         flags: entry_flags::AUDIT,
@@ -246,7 +246,7 @@ fn audit_reads_and_does_not_deny() {
 }
 
 #[test]
-fn a_new_policy_changes_whether_a_live_flow_is_read() {
+fn a_new_policy_changes_whether_a_live_flow_is_inspected() {
     let mut world = reading(NIC, HOST);
     world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
     let question = udp(CLIENT, SERVER, b"question");
@@ -262,7 +262,7 @@ fn a_new_policy_changes_whether_a_live_flow_is_read() {
 }
 
 #[test]
-fn a_window_needs_no_reading() {
+fn an_offload_window_passes_without_inspection() {
     let flow_key = key(HOST, 6, SERVER, CLIENT);
     // Every frame of these tests has sequence number 1000.
     let mut world = reading(NIC, HOST);
@@ -305,7 +305,7 @@ fn a_window_needs_no_reading() {
 }
 
 #[test]
-fn what_comes_back_is_not_judged_again() {
+fn reinjected_packets_are_not_evaluated_again() {
     let mut world = reading(NIC, HOST);
     world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Deny, 9));
     let frame = udp(CLIENT, SERVER, b"question");
@@ -404,7 +404,7 @@ fn released(packet: &[u8], path: u8, command: Option<&FlowCommand>) -> Vec<u8> {
 }
 
 #[test]
-fn a_command_that_agrees_with_its_flow_is_obeyed() {
+fn a_flow_command_that_matches_its_flow_is_executed() {
     for mut flow in read_connections(inspected(11, 21)) {
         // The window: what lies in it is not read, what does not is.
         let longer = segment(flow.client, flow.server, ACK, &[7; 101]);
@@ -449,7 +449,7 @@ fn a_command_that_agrees_with_its_flow_is_obeyed() {
 type Change = fn(&mut FlowCommand);
 
 #[test]
-fn a_command_that_does_not_agree_with_its_flow_is_ignored() {
+fn a_flow_command_that_does_not_match_its_flow_is_ignored() {
     let audited = PolicyEntry {
         flags: entry_flags::AUDIT,
         ..inspected(11, 21)
@@ -509,7 +509,7 @@ fn a_reset_counts_whatever_the_rules() {
 /// The worker has decided by the rules that a packet came with; by the time that its command arrives the flow has been
 /// judged by others.
 #[test]
-fn a_command_by_rules_that_have_changed_meanwhile_is_ignored() {
+fn a_flow_command_of_an_old_rule_set_is_ignored() {
     let audited = PolicyEntry {
         flags: entry_flags::AUDIT,
         ..inspected(12, 21)
@@ -545,7 +545,7 @@ fn a_command_by_rules_that_have_changed_meanwhile_is_ignored() {
 /// The same race on two CPUs: the command has been compared with the old rules, the new ones come in, and only then is
 /// the entry changed. What it looks like afterwards is put into the map.
 #[test]
-fn a_command_that_comes_in_between_does_not_count() {
+fn a_decision_for_another_rule_set_or_serial_is_not_used() {
     for mut flow in read_connections(inspected(11, 21)) {
         let now = flow.flow();
         let old = (21, 0);
@@ -584,7 +584,7 @@ fn a_command_that_comes_in_between_does_not_count() {
 }
 
 #[test]
-fn a_packet_goes_on_whether_its_command_holds_or_not() {
+fn a_packet_is_forwarded_whether_its_command_is_valid_or_not() {
     for mut flow in read_connections(inspected(11, 21)) {
         for (way, stale) in [(reinject_path::INGRESS, true), (reinject_path::EGRESS, false)] {
             let mut command = flow.command(flow_op::OFFLOAD);
@@ -598,7 +598,7 @@ fn a_packet_goes_on_whether_its_command_holds_or_not() {
 }
 
 #[test]
-fn a_command_of_somebody_else_is_foreign() {
+fn a_flow_command_with_a_wrong_cookie_is_foreign() {
     for mut flow in read_connections(inspected(11, 21)) {
         let command = flow.command(flow_op::OFFLOAD);
         let ours = released(&[0; 14], reinject_path::NONE, Some(&command));
@@ -648,7 +648,7 @@ fn expire(world: &World, key: &CtKey) {
 }
 
 #[test]
-fn what_a_packet_says_of_the_state_counts_once_it_was_verified() {
+fn tcp_state_changes_only_by_verified_packets() {
     for (client, server) in FAMILIES {
         let (client, server) = ((client, 4000), (server, 80));
         let mut world = one_way();
@@ -693,7 +693,7 @@ fn what_a_packet_says_of_the_state_counts_once_it_was_verified() {
 }
 
 #[test]
-fn a_flow_that_died_is_not_made_again_in_the_other_direction() {
+fn an_expired_flow_is_not_created_again_in_the_other_direction() {
     for (client, server) in FAMILIES {
         let (client, server) = ((client, 4000), (server, 80));
         let mut world = one_way();
@@ -737,7 +737,7 @@ fn a_flow_that_died_is_not_made_again_in_the_other_direction() {
 }
 
 #[test]
-fn a_datagram_that_comes_first_does_not_choose_who_has_asked() {
+fn an_unsolicited_datagram_does_not_choose_the_direction() {
     for (resolver, own) in FAMILIES {
         let (resolver, own) = ((resolver, 80), (own, 5000));
         // The node's questions to port 80 are read; what others send it is allowed.
@@ -780,7 +780,7 @@ fn a_datagram_that_comes_first_does_not_choose_who_has_asked() {
 }
 
 #[test]
-fn a_flow_seen_in_mid_stream_is_read_once_a_rule_wants_its_other_direction_read() {
+fn a_flow_seen_in_mid_stream_is_inspected_for_rules_of_both_directions() {
     for seeded in [0, ct_flags::SEEDED] {
         for (client, server) in FAMILIES {
             let (client, server) = ((client, 4000), (server, 80));
@@ -804,7 +804,7 @@ fn a_flow_seen_in_mid_stream_is_read_once_a_rule_wants_its_other_direction_read(
 
 /// A SYN is forged in the other end's name, and the workload then "answers" with a SYN of its own.
 #[test]
-fn a_forged_syn_does_not_choose_who_has_opened() {
+fn a_forged_syn_does_not_choose_the_opener() {
     for (other, own) in FAMILIES {
         let (other, own) = ((other, 80), (own, 5000));
         let mut world = reading(NIC, HOST);
@@ -834,7 +834,7 @@ fn a_forged_syn_does_not_choose_who_has_opened() {
 }
 
 #[test]
-fn another_connection_by_the_same_ports_is_read_whatever_was_decided() {
+fn a_new_connection_on_offloaded_ports_is_inspected() {
     for decided in [flow_op::OFFLOAD, flow_op::WINDOWS] {
         for mut flow in read_connections(inspected(11, 21)) {
             let (client, server) = (flow.client, flow.server);
@@ -883,7 +883,7 @@ fn another_connection_by_the_same_ports_is_read_whatever_was_decided() {
 }
 
 #[test]
-fn a_packet_brings_the_orders_of_both_policies() {
+fn a_packet_carries_the_flow_commands_of_both_policies() {
     let mut world = reading(WORKLOAD, A);
     let (client, server) = ((A_V4, 4000), (HOST_V4, 80));
     let syn = tcp(client, server, SYN);
@@ -930,7 +930,7 @@ fn sum(parts: &[&[u8]]) -> u16 {
 }
 
 #[test]
-fn an_error_about_a_flow_that_is_read_carries_what_it_must_quote_and_nothing_else() {
+fn an_icmp_error_about_an_inspected_flow_is_cut_to_its_quote() {
     for (client, server, router) in [
         (WORLD_V4, HOST_V4, "203.0.113.9"),
         (WORLD_V6, HOST_V6, "2001:db8:9::1"),
@@ -1010,7 +1010,7 @@ fn an_error_about_a_flow_that_is_read_carries_what_it_must_quote_and_nothing_els
 }
 
 #[test]
-fn a_workload_sends_no_data_in_errors_about_a_flow_that_is_read() {
+fn a_workload_sends_no_data_in_icmp_errors_about_an_inspected_flow() {
     for (a, outside) in [(A_V4, WORLD_V4), (A_V6, WORLD_V6)] {
         let mut world = reading(WORKLOAD, A);
         let question = udp((a, 4000), (outside, 80), b"question");
@@ -1071,7 +1071,7 @@ fn router_of(client: (&str, u16)) -> &'static str {
 }
 
 #[test]
-fn an_error_about_a_connection_that_is_read_goes_to_the_worker_of_that_connection() {
+fn an_icmp_error_goes_to_the_worker_of_its_connection() {
     for mut flow in read_connections(inspected(11, 21)) {
         let (client, server) = (flow.client, flow.server);
         let data = flow.run(&flow.data.clone());
@@ -1104,7 +1104,7 @@ fn an_error_about_a_connection_that_is_read_goes_to_the_worker_of_that_connectio
 }
 
 #[test]
-fn an_error_about_a_connection_is_read_as_long_as_the_connection_is() {
+fn icmp_errors_are_inspected_as_long_as_their_connection() {
     for mut flow in read_connections(inspected(11, 21)) {
         let (client, server) = (flow.client, flow.server);
         let error = error_about(router_of(client), &segment(server, client, ACK, &[7; 400]));
@@ -1140,7 +1140,7 @@ fn an_error_about_a_connection_is_read_as_long_as_the_connection_is() {
 }
 
 #[test]
-fn an_error_that_cannot_be_read_is_dropped() {
+fn an_unreadable_icmp_error_is_dropped() {
     for mut flow in read_connections(inspected(11, 21)) {
         let quoted = segment(flow.server, flow.client, ACK, &[7; 400]);
         let error = error_about(router_of(flow.client), &quoted);
@@ -1169,7 +1169,7 @@ fn an_error_that_cannot_be_read_is_dropped() {
 
 /// Between a workload and the node both policies read it; a workload's errors are read like all others.
 #[test]
-fn both_policies_ask_for_an_error_about_what_both_read() {
+fn an_icmp_error_is_punted_for_both_policies() {
     for (a, host, outside) in [(A_V4, HOST_V4, WORLD_V4), (A_V6, HOST_V6, WORLD_V6)] {
         let mut world = reading(WORKLOAD, A);
         let (client, server) = ((a, 4000), (host, 80));

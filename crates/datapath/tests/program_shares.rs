@@ -69,7 +69,7 @@ fn floods(world: &mut World, local: &str, remote: &str) {
 }
 
 #[test]
-fn a_flood_of_one_workload_leaves_its_own_and_every_others_connections_alone() {
+fn a_flood_of_one_workload_evicts_no_protected_flow() {
     for [_, a, b, outside] in FAMILIES {
         let mut world = open();
         let mut own = Vec::new();
@@ -97,7 +97,7 @@ fn a_flood_of_one_workload_leaves_its_own_and_every_others_connections_alone() {
 }
 
 #[test]
-fn a_flood_towards_an_endpoint_leaves_what_it_opens_itself_alone() {
+fn a_flood_towards_an_endpoint_does_not_evict_its_own_flows() {
     for [_, a, _, outside] in FAMILIES {
         let mut world = open();
         let flow = connect(&mut world, A, a, outside, 60_000);
@@ -122,7 +122,7 @@ fn a_flood_towards_an_endpoint_leaves_what_it_opens_itself_alone() {
 }
 
 #[test]
-fn a_flood_of_the_node_by_its_nic_takes_from_nobody() {
+fn a_flood_of_the_node_by_its_nic_evicts_no_other_flow() {
     for [host, a, _, outside] in FAMILIES {
         for hook in ENTRIES {
             let mut world = open();
@@ -154,7 +154,7 @@ fn a_flood_of_the_node_by_its_nic_takes_from_nobody() {
 }
 
 #[test]
-fn connections_that_end_give_their_place_back() {
+fn closed_connections_release_their_share() {
     for [_, a, _, outside] in FAMILIES {
         let mut world = open();
         let before = world.share(A, EGRESS);
@@ -185,7 +185,7 @@ fn connections_that_end_give_their_place_back() {
 }
 
 #[test]
-fn flows_without_a_handshake_are_kept_once_they_have_gone_on_for_a_while() {
+fn flows_without_a_handshake_are_protected_after_a_while() {
     for [_, a, _, outside] in FAMILIES {
         let mut world = open();
         let (from, to) = ((a, 60_000), (outside, 80));
@@ -232,7 +232,7 @@ fn udp_start(port: u16) -> Vec<u8> {
 }
 
 #[test]
-fn fragments_of_one_workload_leave_those_of_others_alone() {
+fn fragments_of_one_workload_do_not_evict_those_of_others() {
     for [_, a, b, outside] in FAMILIES {
         let mut world = open();
         world.interface(WORKLOAD, B, 0);
@@ -256,7 +256,7 @@ fn fragments_of_one_workload_leave_those_of_others_alone() {
 }
 
 #[test]
-fn a_first_fragment_that_no_rule_has_judged_is_not_remembered() {
+fn an_unevaluated_first_fragment_is_not_stored() {
     for [_, a, b, outside] in FAMILIES {
         let mut world = open();
         for source in [b, outside] {

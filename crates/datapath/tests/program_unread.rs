@@ -365,7 +365,7 @@ impl Play<'_> {
 }
 
 #[test]
-fn nothing_passes_unread_that_no_order_for_this_connection_covers() {
+fn nothing_passes_uninspected_without_a_flow_command_for_this_connection() {
     let mut scenes = Vec::new();
     for (host, world) in [(HOST_V4, WORLD_V4), (HOST_V6, WORLD_V6)] {
         scenes.push(Scene {

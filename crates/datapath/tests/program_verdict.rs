@@ -21,7 +21,7 @@ fn addresses(v6: bool) -> [&'static str; 5] {
 }
 
 #[test]
-fn maps_of_zeros_let_nothing_pass() {
+fn empty_maps_deny_everything() {
     let mut world = World::new(0, 0);
     for hook in [Hook::Xdp, Hook::TcIn, Hook::TcOut] {
         let got = world.run(hook, &tcp((WORLD_V4, 4000), (HOST_V4, 80), SYN));
@@ -60,7 +60,7 @@ fn a_configuration_of_zeros_tracks_and_reports_nothing() {
 }
 
 #[test]
-fn malformed_packets_have_reasons_of_their_own() {
+fn malformed_packets_have_their_own_reasons() {
     let mut world = World::new(NIC, HOST);
     let good = tcp((WORLD_V4, 4000), (HOST_V4, 80), SYN);
     let good6 = tcp((WORLD_V6, 4000), (HOST_V6, 80), SYN);
@@ -236,7 +236,7 @@ fn headers_are_found_behind_tags_options_and_extensions() {
 }
 
 #[test]
-fn what_linux_delivers_as_a_protocol_is_one_whatever_stands_in_it() {
+fn a_protocol_that_linux_delivers_is_evaluated_as_that_protocol() {
     let mut world = World::new(NIC, HOST);
     world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
     let datagram = &udp((WORLD_V6, 4000), (HOST_V6, 80), &[0; 4])[54..];
@@ -254,7 +254,7 @@ fn what_linux_delivers_as_a_protocol_is_one_whatever_stands_in_it() {
 }
 
 #[test]
-fn link_control_passes_by_rule() {
+fn link_control_frames_pass_by_rule() {
     let lldp = frame([1, 0x80, 0xc2, 0, 0, 0x0e], 0x88cc);
     let cases = [
         ("ARP", arp(1, "0.0.0.0", A_V4), true, true),
@@ -339,7 +339,7 @@ fn link_control_passes_by_rule() {
 }
 
 #[test]
-fn sources_are_checked() {
+fn source_addresses_are_checked() {
     let mut world = World::new(NIC, HOST);
     for v6 in [false, true] {
         let [host, a, b, outside, _] = addresses(v6);
@@ -467,7 +467,7 @@ fn a_rule_beyond_the_counters_counts_at_zero() {
 }
 
 #[test]
-fn the_node_is_judged_at_its_nic() {
+fn the_policy_of_the_node_is_evaluated_at_its_nic() {
     for v6 in [false, true] {
         let [host, a, _, outside, _] = addresses(v6);
         for hook in ENTRIES {
@@ -515,7 +515,7 @@ fn the_node_is_judged_at_its_nic() {
 }
 
 #[test]
-fn what_leaves_by_a_nic_is_the_nodes_or_forwarded() {
+fn a_packet_that_leaves_by_a_nic_is_of_the_node_or_forwarded() {
     for v6 in [false, true] {
         let [host, a, _, outside, _] = addresses(v6);
         let mut world = World::new(NIC, HOST);
@@ -536,7 +536,7 @@ fn what_leaves_by_a_nic_is_the_nodes_or_forwarded() {
 }
 
 #[test]
-fn a_workload_is_judged_at_its_interface() {
+fn the_policy_of_a_workload_is_evaluated_at_its_interface() {
     for v6 in [false, true] {
         let [_, a, b, outside, _] = addresses(v6);
         for hook in ENTRIES {
@@ -581,7 +581,7 @@ fn a_workload_is_judged_at_its_interface() {
 }
 
 #[test]
-fn between_a_workload_and_the_node_both_are_asked() {
+fn between_a_workload_and_the_node_both_policies_are_evaluated() {
     for v6 in [false, true] {
         let [host, a, ..] = addresses(v6);
         for hook in ENTRIES {
@@ -628,7 +628,7 @@ fn between_a_workload_and_the_node_both_are_asked() {
 }
 
 #[test]
-fn a_node_without_a_policy_is_closed_to_its_workloads() {
+fn a_workload_does_not_reach_a_node_without_a_policy() {
     let mut world = World::new(WORKLOAD, A);
     world.rule(A, EGRESS, identity::HOST, 5, entry(Decision::Allow, 7));
     world.state(HOST, 0, 1, identity::HOST);
@@ -641,7 +641,7 @@ fn a_node_without_a_policy_is_closed_to_its_workloads() {
 }
 
 #[test]
-fn an_address_of_the_node_that_nobody_named_is_the_node() {
+fn an_unconfigured_address_of_the_node_is_the_node() {
     let mut world = World::new(WORKLOAD, A);
     world.rule(A, EGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
     for hook in ENTRIES {
@@ -658,7 +658,7 @@ fn an_address_of_the_node_that_nobody_named_is_the_node() {
 }
 
 #[test]
-fn a_device_without_ethernet() {
+fn a_device_without_ethernet_is_evaluated_from_the_ip_header() {
     let mut world = World::new(NIC, HOST);
     world.interface(NIC, HOST, interface_flags::LAYER3);
     world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
@@ -674,7 +674,7 @@ fn a_device_without_ethernet() {
 }
 
 #[test]
-fn a_frame_of_several_buffers() {
+fn a_frame_of_several_buffers_is_evaluated() {
     let mut world = World::new(NIC, HOST);
     world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
     for (source, destination, header) in [(WORLD_V4, HOST_V4, 20), (WORLD_V6, HOST_V6, 40)] {
@@ -694,7 +694,7 @@ fn a_frame_of_several_buffers() {
 }
 
 #[test]
-fn events_have_a_budget() {
+fn events_are_rate_limited() {
     let mut world = World::new(NIC, HOST);
     world.config(|config| config.events_per_second = 3);
     let mut drops = 0;
