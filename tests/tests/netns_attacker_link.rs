@@ -377,7 +377,7 @@ spec:
     let note = note.unwrap_or_else(|| panic!("{said}"));
     for part in [
         "nat chains with rules (1)",
-        "an incoming packet is judged by its addresses and ports before DNAT",
+        "policies see the addresses and ports of an incoming packet before DNAT",
         "`policy trace` does not know the rules",
     ] {
         assert!(note.contains(part), "{part}: {said}");

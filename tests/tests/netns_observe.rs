@@ -418,7 +418,7 @@ fn inspected_traffic_is_shown_and_counted() {
     let text = daemon.cli(&["status"]).expect("status");
     for part in [
         "  http: denied 1, requests 3, responses 2\n",
-        "Reading: ",
+        "Inspection: ",
         "hellos 2",
     ] {
         assert!(text.contains(part), "{part}\n{text}");

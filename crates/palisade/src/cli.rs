@@ -112,7 +112,7 @@ Examples:
     },
     /// Make the daemon read the configuration and all policies again. A configuration with errors changes nothing.
     #[command(
-        after_help = "The same as SIGHUP, but says what is wrong. What only a restart changes is named by `palisade status`."
+        after_help = "The same as SIGHUP, but prints errors. `palisade status` names changed options that need a restart."
     )]
     Reload,
     /// End the daemon. What it attached goes on enforcing unless --detach is given.
@@ -559,7 +559,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_definition_is_consistent() {
+    fn the_command_definition_is_consistent() {
         Cli::command().debug_assert();
     }
 
@@ -684,7 +684,7 @@ mod tests {
     }
 
     #[test]
-    fn every_command_that_a_text_names_exists() {
+    fn every_command_that_a_document_names_exists() {
         check("stop [--detach]").unwrap();
         check("policy trace --from A --to B --port 80 -o json").unwrap();
         assert!(check("stop --detch").is_err() && check("polcy get").is_err() && check("stop -x").is_err());

@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_are_aligned_and_cells_may_have_lines() {
+    fn columns_are_aligned_with_multi_line_cells() {
         let mut table = Table::new(&["ID", "LABELS", "STATUS"]);
         table.row(["7".into(), "k8s:app=a\nk8s:b".into(), "ready".into()]);
         table.row(["1234".into(), String::new(), "ready".into()]);

@@ -77,8 +77,8 @@ fn private(dir: PathBuf, setting: &str) -> Result<PathBuf, UnsafePath> {
     }
     if !is_own(&metadata) {
         return Err(UnsafePath::Untrusted(format!(
-            "{} belongs to user {}, who could remove or exchange what Palisade keeps there: remove it, or set \
-             {setting} to a directory of root",
+            "{} belongs to user {}, which could remove or replace its entries: remove it, or set {setting} to a directory of \
+             root",
             dir.display(),
             metadata.uid()
         )));
@@ -105,7 +105,7 @@ fn restrict_mode(dir: &Path, metadata: &Metadata) -> Result<(), UnsafePath> {
 fn check_entries(dir: &Path, setting: &str, depth: usize) -> Result<(), UnsafePath> {
     if depth > MAX_DEPTH {
         return Err(UnsafePath::Untrusted(format!(
-            "{}: directories in directories, which Palisade does not make: remove it, or set another {setting}",
+            "{}: directories nested deeper than Palisade makes them: remove it, or set another {setting}",
             dir.display()
         )));
     }
@@ -193,7 +193,7 @@ pub(crate) fn walk(path: &Path) -> Result<Found, UnsafePath> {
                 }
                 if !is_own(&metadata) {
                     return Err(UnsafePath::Untrusted(format!(
-                        "{}: a link of user {}, who can point it elsewhere: remove it",
+                        "{}: a link of user {}, which can point it elsewhere: remove it",
                         path.display(),
                         metadata.uid()
                     )));
@@ -234,7 +234,7 @@ fn check_ancestor(dir: &Path, metadata: &Metadata) -> Result<(), UnsafePath> {
     let (mode, sticky) = (metadata.mode(), metadata.mode() & 0o1000 != 0);
     if !is_own(metadata) {
         return Err(UnsafePath::Untrusted(format!(
-            "{} belongs to user {}, who could exchange what is in it: a directory of root is needed",
+            "{} belongs to user {}, which could replace its entries: a directory of root is needed",
             dir.display(),
             metadata.uid()
         )));
@@ -242,7 +242,7 @@ fn check_ancestor(dir: &Path, metadata: &Metadata) -> Result<(), UnsafePath> {
     let by_group = mode & 0o020 != 0 && metadata.gid() != 0;
     if !sticky && (by_group || mode & 0o002 != 0) {
         return Err(UnsafePath::Untrusted(format!(
-            "{} can be written by other users than root (mode {:04o}): they could exchange what is in it; \
+            "{} can be written by other users than root (mode {:04o}): they could replace its entries; \
              `chmod go-w {}`",
             dir.display(),
             mode & 0o7777,
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_is_made_for_root_only_with_those_above_it() {
+    fn a_new_directory_and_its_parents_are_private() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("a/b");
         assert_eq!(private_dir(&dir, "x").unwrap(), fs::canonicalize(&dir).unwrap());
@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn rights_of_others_are_taken_away_from_a_directory_and_from_those_below_it() {
+    fn existing_directories_become_private() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("state");
         fs::create_dir_all(dir.join("policies")).unwrap();
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn what_another_user_owns_or_can_write_is_refused_wherever_it_is() {
+    fn entries_of_another_user_are_refused_at_every_level() {
         if !geteuid().is_root() {
             return;
         }
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn links_are_followed_if_they_are_root_s_and_refused_if_another_can_point_them_elsewhere() {
+    fn only_links_of_root_are_followed() {
         let root = tempfile::tempdir().unwrap();
         let (real, link) = (root.path().join("real"), root.path().join("link"));
         fs::create_dir(&real).unwrap();
@@ -396,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_one_daemon_for_a_directory() {
+    fn a_directory_is_locked_by_one_daemon() {
         let root = tempfile::tempdir().unwrap();
         let first = lock_dir(root.path(), "state_dir").unwrap();
         let error = lock_dir(root.path(), "state_dir").unwrap_err().to_string();

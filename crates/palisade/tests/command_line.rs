@@ -1,4 +1,4 @@
-//! Commands that need neither daemon nor root, as a person types them.
+//! Commands that need neither daemon nor root, run as an operator types them.
 
 use std::{
     fs,
@@ -53,7 +53,7 @@ fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
 }
 
 #[test]
-fn validate_names_every_error_with_its_place() {
+fn validate_reports_each_error_with_its_location() {
     let broken = WEB
         .replace("fromEndpoints", "fromEndpoint")
         .replace("'80'", "'99999'");
@@ -80,11 +80,11 @@ fn validate_names_every_error_with_its_place() {
 }
 
 #[test]
-fn validate_reads_all_that_can_be_read() {
+fn validate_continues_after_unreadable_paths() {
     let dir = folder(&[("web.yaml", WEB), ("copy.yaml", WEB)]);
     std::fs::write(dir.path().join("a.yaml"), b"a: \xff\n").unwrap();
     std::fs::create_dir(dir.path().join("more")).unwrap();
-    // A file that is not UTF-8 is one error among others, and a resource that two files have another.
+    // A file that is not UTF-8 is one error, and a resource in two files another.
     let (code, out, _) = texts(&palisade(
         dir.path(),
         &["policy", "validate", ".", "missing.yaml"],
@@ -178,7 +178,7 @@ spec:
 ";
 
 #[test]
-fn trace_judges_requests_and_server_names() {
+fn trace_decides_requests_and_server_names() {
     let dir = folder(&[("web.yaml", READ), ("p.toml", CONFIG)]);
     let trace = |args: &[&str]| {
         let ends = [
@@ -249,7 +249,7 @@ fn trace_judges_requests_and_server_names() {
         assert_eq!(code, Some(expected), "{text}\n{out}{error}");
         assert!(out.contains(text), "{text}\n{out}");
     }
-    // The path is judged as the configuration says.
+    // The path is normalised as the configuration says.
     let dotted = ["--http", "GET /public/../a", "--header", "X-Team: blue"];
     assert_eq!(trace(&dotted).0, Some(1));
     let raw = format!("[http]\npath_normalization = \"raw\"\n{CONFIG}");
@@ -274,7 +274,7 @@ fn trace_judges_requests_and_server_names() {
 }
 
 #[test]
-fn validate_says_what_is_not_read() {
+fn validate_reports_skipped_files() {
     let kafka = READ.replace(
         "{http: [{method: GET, path: '/public/.*', headers: ['X-Team: blue']}, {host: 'health[.]test'}]}",
         "{kafka: [{topic: a}]}",
@@ -314,7 +314,7 @@ fn a_configuration_is_checked_without_running_it() {
 }
 
 #[test]
-fn without_a_daemon_listings_say_how_to_start_one() {
+fn listings_without_a_daemon_name_the_start_command() {
     let dir = folder(&[]);
     for args in [&["status"][..], &["endpoint", "list"], &["observe"], &["stop"]] {
         let args = [args, &["--socket", "palisade.sock"]].concat();

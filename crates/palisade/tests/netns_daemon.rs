@@ -1,4 +1,4 @@
-//! The daemon's life on a node of network namespaces: start, reload, crash, restart, broken files, detach.
+//! The life of the daemon on a node of network namespaces: start, reload, crash, restart, broken files, detach.
 
 use std::{fs, net::SocketAddr, process::Command, time::Duration};
 
@@ -13,7 +13,7 @@ use palisade_testbed::{
 use serde_json::Value;
 
 const SHORT: Duration = Duration::from_millis(400);
-/// What the daemon does by itself is done by then, whatever else the machine does.
+/// Longest wait for anything that the daemon does, on a machine under load.
 const LONG: Duration = Duration::from_secs(60);
 
 fn policy(from: &str, port: u16) -> String {
@@ -24,7 +24,7 @@ fn policy(from: &str, port: u16) -> String {
     )
 }
 
-/// Workloads `client` and `web`, the latter with echo servers at two ports.
+/// Workloads `client` and `web`; `web` has echo servers at two ports.
 struct Node {
     topology: Topology,
     _echo: Echo,
@@ -50,7 +50,7 @@ impl Node {
         probe::connect(&self.topology.get("client").ns, self.at(port, family), SHORT)
     }
 
-    /// Port 80 is reached and 81 is not, or the other way round.
+    /// Checks that only port `open` of 80 and 81 is reachable.
     fn only(&self, open: u16, when: &str) {
         for family in [Family::V4, Family::V6] {
             let shut = if open == 80 { 81 } else { 80 };
@@ -74,7 +74,7 @@ fn file<'a>(status: &'a Value, name: &str) -> &'a Value {
 }
 
 #[test]
-fn a_policy_is_enforced_from_the_start_over_a_crash_and_a_broken_file_until_detached() {
+fn a_policy_is_enforced_through_crash_and_broken_file_until_detached() {
     let node = Node::new();
     let mut daemon = Daemon::start(
         &node.topology,
@@ -91,7 +91,7 @@ fn a_policy_is_enforced_from_the_start_over_a_crash_and_a_broken_file_until_deta
         );
     }
 
-    // Another policy: enforced within moments, without a restart.
+    // Another policy is enforced without a restart.
     let revision = status["revision"].as_u64().unwrap();
     daemon.write("web.yaml", &policy("client", 81)).unwrap();
     daemon
@@ -101,7 +101,7 @@ fn a_policy_is_enforced_from_the_start_over_a_crash_and_a_broken_file_until_deta
         .unwrap();
     node.only(81, "changed");
 
-    // A broken file changes nothing, and is told of with its place.
+    // A broken file changes nothing and is reported with its location.
     daemon
         .write(
             "web.yaml",
@@ -118,7 +118,7 @@ fn a_policy_is_enforced_from_the_start_over_a_crash_and_a_broken_file_until_deta
     assert_eq!(status["ready"], true, "{status:#}");
     node.only(81, "broken");
 
-    // Killed: what is attached goes on. A connection that is open stays open, also over the restart.
+    // After SIGKILL the programs go on enforcing, and an open connection stays open, also over the restart.
     let mut open = probe::open(
         &node.topology.get("client").ns,
         None,
@@ -134,12 +134,12 @@ fn a_policy_is_enforced_from_the_start_over_a_crash_and_a_broken_file_until_deta
     assert_eq!(probe::exchange(&mut open, SHORT), Outcome::Open);
     assert_eq!(file(&daemon.status().unwrap(), "web.yaml")["state"], "last-good");
 
-    // Ended in order: the same.
+    // The same after SIGTERM.
     daemon.terminate().unwrap();
     node.only(81, "ended");
     daemon.restart().unwrap();
 
-    // A removed file is no policy any more.
+    // The policies of a removed file are removed.
     fs::remove_file(daemon.policies().join("web.yaml")).unwrap();
     wait_until("nothing is enforced", LONG, || {
         node.reach(80, Family::V4) == Outcome::Open
@@ -157,7 +157,7 @@ fn a_policy_is_enforced_from_the_start_over_a_crash_and_a_broken_file_until_deta
 }
 
 #[test]
-fn a_dead_daemon_can_be_detached_and_a_second_one_is_refused() {
+fn detach_works_without_a_daemon_and_a_second_daemon_is_refused() {
     let node = Node::new();
     let mut daemon = Daemon::start(
         &node.topology,
@@ -172,7 +172,7 @@ fn a_dead_daemon_can_be_detached_and_a_second_one_is_refused() {
 
     daemon.kill9().unwrap();
     assert_eq!(node.reach(80, Family::V4), Outcome::TimedOut);
-    // Without a daemon nobody answers, and the exit code says so.
+    // Without a daemon the exit code is 3.
     let out = daemon.try_cli(&["endpoint", "list"]).unwrap();
     assert_eq!(out.status.code(), Some(3));
     daemon.detach().unwrap();
@@ -181,7 +181,7 @@ fn a_dead_daemon_can_be_detached_and_a_second_one_is_refused() {
 }
 
 #[test]
-fn an_interface_that_appears_later_is_guarded_and_audit_mode_is_kept() {
+fn a_late_interface_is_guarded_and_audit_mode_survives_a_restart() {
     let mut node = Node::new();
     node.topology
         .declare(WorkloadSpec::new("late").label("app", "late"))
@@ -250,7 +250,7 @@ fn an_interface_that_appears_later_is_guarded_and_audit_mode_is_kept() {
 }
 
 #[test]
-fn the_configuration_is_read_again_when_asked_and_a_broken_one_changes_nothing() {
+fn a_reload_applies_a_valid_configuration_and_no_broken_one() {
     let node = Node::new();
     let mut daemon = Daemon::start(
         &node.topology,
@@ -288,7 +288,7 @@ fn the_configuration_is_read_again_when_asked_and_a_broken_one_changes_nothing()
     daemon.detach().unwrap();
 }
 
-/// Lines of the log with all of these words.
+/// Returns the log lines with all of these words.
 fn logged(daemon: &Daemon, words: &[&str]) -> Vec<String> {
     let log = daemon.log();
     let lines = log
@@ -298,7 +298,7 @@ fn logged(daemon: &Daemon, words: &[&str]) -> Vec<String> {
 }
 
 #[test]
-fn each_change_of_what_is_enforced_is_one_line_of_the_log() {
+fn each_change_of_enforcement_is_one_log_line() {
     let mut node = Node::new();
     let settings = Settings {
         tables: "[limits]\npolicy = 64\n".to_owned(),
@@ -333,7 +333,7 @@ fn each_change_of_what_is_enforced_is_one_line_of_the_log() {
     one(&[&["event=\"changed\"", "web.yaml", "default/web"], &fields[..]].concat());
     daemon.write("web.yaml", "kind: [\n").unwrap();
     one(&["event=\"refused\"", "web.yaml"]);
-    // More entries than the policy map takes: what was in force stays.
+    // More entries than the policy map can hold: the last policy stays in force.
     let ports: Vec<String> = (0..40)
         .map(|n| format!("{{port: \"{}\", protocol: TCP}}", 1_000 + 2 * n))
         .collect();
@@ -368,7 +368,7 @@ fn each_change_of_what_is_enforced_is_one_line_of_the_log() {
     node.topology.plug("client").unwrap();
     let came = ["event=\"interface-guarded\"", "veth-client"];
     wait_until("it is guarded again", LONG, || logged(&daemon, &came).len() == 2).unwrap();
-    // What a reload changes for everybody, and what it cannot change.
+    // Changes that a reload applies to all endpoints, and one that needs a restart.
     let text = fs::read_to_string(daemon.config()).unwrap();
     let text = text.replace("audit = false", "audit = true");
     let text = text.replace("policy = 64", "policy = 64\nrules = 128");
@@ -393,7 +393,7 @@ fn each_change_of_what_is_enforced_is_one_line_of_the_log() {
 }
 
 #[test]
-fn what_goes_on_without_the_daemon_is_said() {
+fn status_without_a_daemon_reports_what_is_enforced() {
     let node = Node::new();
     let mut daemon = Daemon::start(
         &node.topology,
@@ -416,7 +416,7 @@ fn what_goes_on_without_the_daemon_is_said() {
     let out = daemon.try_cli(&["status"]).unwrap();
     let said = String::from_utf8_lossy(&out.stderr).into_owned();
     assert!(said.contains("nothing is enforced"), "{said}");
-    // Many files are summed up.
+    // With many files `status` shows only a sum.
     let many: Vec<(String, String)> = (0..60)
         .map(|n| {
             (
@@ -445,7 +445,7 @@ fn what_goes_on_without_the_daemon_is_said() {
 }
 
 #[test]
-fn signals_during_the_start_are_obeyed_once_everything_is_set_up() {
+fn signals_during_the_start_are_handled_after_it() {
     let node = Node::new();
     let mut daemon = Daemon::prepare(
         &node.topology,
@@ -456,7 +456,7 @@ fn signals_during_the_start_are_obeyed_once_everything_is_set_up() {
     for (signal, goes_on) in [("-HUP", true), ("-TERM", false)] {
         daemon.spawn().unwrap();
         let pid = daemon.pid().unwrap().to_string();
-        // Its state directory is what it makes first once it hears signals.
+        // The daemon handles signals before it makes its state directory.
         let made = daemon.config().with_file_name("state").join("state.json");
         wait_until("it has begun", LONG, || {
             fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("palisade"))

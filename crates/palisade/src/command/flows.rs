@@ -94,14 +94,16 @@ fn stream(
             }
             Some(Answer::Lost(count)) => {
                 out.flush()?;
-                eprintln!("palisade: {count} flows were overwritten before they could be shown");
+                eprintln!("palisade: {count} flows were overwritten before this command could read them");
             }
             Some(Answer::Ok(_) | Answer::Alive) => return Ok(EXIT_OK),
             Some(Answer::Error(message)) => bail!(message),
             None if follow => {
-                bail!("the daemon has ended, or this command did not read fast enough and was cut off")
+                bail!(
+                    "the daemon has ended, or has disconnected this command because it did not read fast enough"
+                )
             }
-            None => bail!("the daemon cut the answer off"),
+            None => bail!("the daemon closed the connection before the end of the answer"),
         }
     }
 }

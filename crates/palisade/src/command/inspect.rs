@@ -61,7 +61,7 @@ pub(super) fn policies(socket: &Path, name: Option<&str>, output: PolicyOutput) 
                 if policy.file_broken {
                     writeln!(
                         out,
-                        "            the file is BROKEN now; what it said before is in force (-o yaml shows it)"
+                        "            the file is BROKEN now; its last good content is in force (-o yaml shows it)"
                     )?;
                 }
                 writeln!(
@@ -161,7 +161,7 @@ pub(super) fn clean_names(
         pattern,
     };
     let cleaned: u64 = ask(socket, &request)?;
-    println!("{cleaned} addresses were forgotten");
+    println!("{cleaned} addresses were removed");
     Ok(EXIT_OK)
 }
 
@@ -446,7 +446,7 @@ mod tests {
     /// The programs count by rule, not by entry. Repeated in each row the counter would suggest that each port was
     /// used.
     #[test]
-    fn the_counter_of_a_rule_stands_in_one_of_its_rows() {
+    fn a_rule_counter_is_shown_in_one_row() {
         let row = |rule: u32, ports: &str, packets: u64| PolicyRow {
             policy: "Allow".into(),
             direction: "Ingress".into(),

@@ -467,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn words_are_counted() {
+    fn nouns_follow_their_number() {
         assert_eq!(plural(1, "policy"), "1 policy");
         assert_eq!(plural(2, "policy"), "2 policies");
         assert_eq!(plural(0, "file"), "0 files");

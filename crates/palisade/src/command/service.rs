@@ -58,9 +58,7 @@ pub(super) fn run(path: &Path) -> anyhow::Result<u8> {
         .with(lines.with_filter(targets))
         .init();
     if !geteuid().is_root() {
-        bail!(
-            "the daemon loads BPF programs and attaches them, which takes root: use sudo or the systemd unit"
-        );
+        bail!("the daemon must run as root to load and attach BPF programs: use sudo or the systemd unit");
     }
     let Some((config, replaced)) = config_to_run(path) else {
         return Ok(EXIT_NO);
@@ -133,7 +131,7 @@ fn enforced_without_daemon(config: &Path) -> String {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             format!("nothing is pinned in {shown}: nothing is enforced")
         }
-        Err(error) => format!("whether its last policy is still enforced cannot be seen: {shown}: {error}"),
+        Err(error) => format!("whether its last policy is still enforced is unknown: {shown}: {error}"),
     }
 }
 
@@ -224,7 +222,7 @@ fn daemon_ended(socket: &Path) -> anyhow::Result<u8> {
     let until = Instant::now() + STOP_DEADLINE;
     while socket.exists() {
         if Instant::now() >= until {
-            eprintln!("palisade: the daemon has agreed to end but is still there");
+            eprintln!("palisade: the daemon has accepted the request to end but still runs");
             return Ok(EXIT_FAILED);
         }
         thread::sleep(Duration::from_millis(10));
@@ -331,7 +329,7 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
     for file in status.policy_files.iter().filter(|file| !summed || !quiet(file)) {
         let state = match file.state {
             PolicyFileState::InForce => "in force",
-            PolicyFileState::LastGood => "BROKEN: what it said before is in force",
+            PolicyFileState::LastGood => "BROKEN: its last good content is in force",
             PolicyFileState::Unused => "BROKEN: nothing of it is in force",
         };
         let mut cell = state.to_owned();
@@ -349,7 +347,7 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
     if !status.missing_inspectors.is_empty() {
         writeln!(
             out,
-            "\nInspectors that policies want and that do not exist yet (the traffic is dropped):"
+            "\nInspectors that policies need and that do not exist (their traffic is dropped):"
         )?;
         for missing in &status.missing_inspectors {
             writeln!(out, "  {}: {}", missing.inspector, missing.policies.join(", "))?;
@@ -386,8 +384,8 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
     let names = &status.names;
     writeln!(
         out,
-        "Names:       {} learned with {} addresses, {} in the map, {} of memory{}; {} answers released, {} withheld; \
-         {} addresses expired, {} pushed out, {} over the limit, {} not learned: special",
+        "Names:       {} learned with {} addresses, {} in the map, {} of memory{}; {} answers committed, {} withheld; \
+         {} addresses expired, {} evicted, {} over the limit, {} special ones refused",
         names.names,
         names.addresses,
         names.in_map,
@@ -434,7 +432,7 @@ fn inspection(out: &mut dyn Write, workers: &Workers) -> io::Result<()> {
     let keeps = &workers.keeps;
     writeln!(
         out,
-        "\nReading:     {} connections, {} left to the kernel and remembered; {} packets wait; {} kept{}",
+        "\nInspection:  {} connections, {} offloaded; {} packets held; {} buffered{}",
         keeps.connections,
         keeps.remembered,
         keeps.packets,
@@ -531,7 +529,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_read_at_a_glance() {
+    fn sizes_have_units() {
         assert_eq!(bytes_text(0), "0 B");
         assert_eq!(bytes_text(999), "999 B");
         assert_eq!(bytes_text(1_050), "1.0 kB");
@@ -542,7 +540,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_read_is_shown_without_what_never_happened() {
+    fn metrics_that_are_zero_are_not_shown() {
         let numbers = |list: &[(&str, u64)]| {
             list.iter()
                 .map(|(name, value)| ((*name).to_owned(), *value))
@@ -569,7 +567,7 @@ mod tests {
         inspection(&mut out, &workers).unwrap();
         assert_eq!(
             String::from_utf8(out).unwrap(),
-            "\nReading:     2 connections, 1 left to the kernel and remembered; 5 packets wait; 4.0 kB kept (2.0 kB a \
+            "\nInspection:  2 connections, 1 offloaded; 5 packets held; 4.0 kB buffered (2.0 kB a \
              connection)\n  http: denied 2, requests 12\n  tls.tcp: out of window 3\n"
         );
     }

@@ -46,8 +46,7 @@ impl Config {
                 line: 0,
                 column: 0,
                 message:
-                    "is empty, and so would have nothing guarded; start from the config/palisade.toml that \
-                          comes with Palisade"
+                    "is empty and would guard nothing; start from the config/palisade.toml that comes with Palisade"
                         .to_owned(),
             }]);
         }

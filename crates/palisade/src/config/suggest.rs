@@ -36,7 +36,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_nearest_word_is_suggested_and_a_far_one_is_not() {
+    fn only_a_near_word_is_suggested() {
         let words = ["enforcement", "audit", "dir"];
         assert_eq!(suggestion("enforcment", words), "; did you mean 'enforcement'?");
         assert_eq!(suggestion("aduit", words), "; did you mean 'audit'?");
@@ -44,7 +44,7 @@ mod tests {
     }
 
     #[test]
-    fn a_swap_counts_once() {
+    fn swapped_neighbours_count_as_one_edit() {
         assert_eq!(distance("ab", "ba"), 1);
         assert_eq!(distance("", "abc"), 3);
         assert_eq!(distance("netns", "netns"), 0);

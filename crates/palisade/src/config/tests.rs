@@ -84,7 +84,7 @@ labels = { role = "worker" }
 "#;
 
 #[test]
-fn everything_is_read() {
+fn every_option_is_parsed() {
     let config = parsed(FULL);
     assert_eq!(config.node.name, "node1");
     assert_eq!(
@@ -164,7 +164,7 @@ fn everything_is_read() {
 }
 
 #[test]
-fn a_damaged_file_is_no_configuration() {
+fn damaged_and_empty_files_are_refused() {
     let good = "[node]\nname = \"n\"\n";
     for (text, line) in [
         (format!("{good}\0[policy]\naudit = true\n"), 3),
@@ -373,7 +373,7 @@ fn every_wrong_value_is_named_with_its_place() {
 }
 
 #[test]
-fn what_may_be_there_only_once_is_there_only_once() {
+fn duplicate_names_addresses_and_interfaces_are_refused() {
     let endpoint = |name: &str, interface: &str, address: &str| {
         format!("[[endpoint]]\nname = \"{name}\"\ninterface = \"{interface}\"\naddresses = [\"{address}\"]\n")
     };
@@ -448,7 +448,7 @@ fn is_known(section: &str, key: &str) -> bool {
 }
 
 #[test]
-fn every_option_that_a_text_names_exists() {
+fn every_option_that_a_document_names_exists() {
     assert!(is_known("limits", "policy") && !is_known("limits", "policy_entries"));
     assert_eq!(
         hinted_keys("raise [limits] policy; [[endpoint]] needs a name; [[interface]] mtu=1"),
@@ -484,7 +484,7 @@ fn every_option_that_a_text_names_exists() {
 }
 
 #[test]
-fn the_option_behind_a_map_exists_and_sets_its_size() {
+fn each_limits_option_sets_the_size_of_its_map() {
     use palisade_abi::maps;
     let default = parsed("").limits;
     for map in [
@@ -545,7 +545,7 @@ fn code_blocks(document: &str, language: &str) -> Vec<String> {
 }
 
 #[test]
-fn what_the_readme_has_one_write_is_valid() {
+fn configurations_in_the_documents_are_valid() {
     let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../README.md");
     let readme = fs::read_to_string(readme).unwrap();
     let configurations = code_blocks(&readme, "toml");

@@ -86,7 +86,7 @@ pub(crate) struct Client {
     reader: BufReader<UnixStream>,
     pid: i32,
     /// Longest wait for each line.
-    patience: Duration,
+    timeout: Duration,
 }
 
 impl Client {
@@ -111,9 +111,9 @@ impl Client {
         )
     }
 
-    fn send_within(path: &Path, request: &Request, patience: Duration) -> Result<Self, ClientError> {
+    fn send_within(path: &Path, request: &Request, timeout: Duration) -> Result<Self, ClientError> {
         let begun = Instant::now();
-        let patience = patience.max(MIN_TIMEOUT);
+        let timeout = timeout.max(MIN_TIMEOUT);
         let failed = |error: Errno| {
             let (socket, error) = (path.to_owned(), io::Error::from(error));
             match error.kind() {
@@ -136,7 +136,7 @@ impl Client {
         .map_err(failed)?;
         // SO_SNDTIMEO also limits how long connect(2) waits for the listener's queue (unix(7), socket(7)).
         let send =
-            TimeVal::milliseconds(i64::try_from(patience.min(READ_TIMEOUT).as_millis()).unwrap_or(10_000));
+            TimeVal::milliseconds(i64::try_from(timeout.min(READ_TIMEOUT).as_millis()).unwrap_or(10_000));
         setsockopt(&socket, SendTimeout, &send).map_err(failed)?;
         connect(socket.as_raw_fd(), &address).map_err(failed)?;
         // Root must not trust answers of another user's process, which could have made the socket.
@@ -150,7 +150,7 @@ impl Client {
         let client = Self {
             reader: BufReader::new(UnixStream::from(socket)),
             pid: peer.pid(),
-            patience,
+            timeout,
         };
         let mut line = serde_json::to_vec(request).map_err(|error| ClientError::Broken(error.into()))?;
         line.push(b'\n');
@@ -192,7 +192,7 @@ impl Client {
         let mut line = Vec::new();
         loop {
             let begun = Instant::now();
-            let set = self.reader.get_ref().set_read_timeout(Some(self.patience));
+            let set = self.reader.get_ref().set_read_timeout(Some(self.timeout));
             let read = set.and_then(|()| {
                 loop {
                     match self.reader.fill_buf() {
@@ -232,11 +232,11 @@ pub(crate) fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> Resu
     Client::send(socket, request)?.answer()
 }
 
-/// Sends a request and returns its answer, which must arrive within `patience`.
+/// Sends a request and returns its answer, which must arrive within `timeout`.
 pub(crate) fn ask_within<T: DeserializeOwned>(
     socket: &Path,
     request: &Request,
-    patience: Duration,
+    timeout: Duration,
 ) -> Result<T, ClientError> {
-    Client::send_within(socket, request, patience.min(READ_TIMEOUT))?.answer()
+    Client::send_within(socket, request, timeout.min(READ_TIMEOUT))?.answer()
 }

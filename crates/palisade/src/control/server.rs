@@ -440,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_is_answered_and_the_socket_is_private() {
+    fn a_request_is_answered_on_a_private_socket() {
         let (_dir, path, handler, socket) = server();
         let answer: serde_json::Value = client::ask(&path, &Request::IdentityGet { identity: 7 }).unwrap();
         assert_eq!(answer["answer"], 42);
@@ -453,7 +453,7 @@ mod tests {
     }
 
     #[test]
-    fn garbage_and_endless_lines_are_refused_and_the_server_goes_on() {
+    fn malformed_requests_are_refused_and_the_server_continues() {
         let (_dir, path, handler, _socket) = server();
         let too_long = vec![b'x'; MAX_REQUEST * 2];
         for (hostile, wanted) in [
@@ -493,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn more_clients_than_allowed_are_turned_away() {
+    fn clients_beyond_the_limit_are_refused() {
         let (_dir, path, _handler, socket) = server();
         let idle: Vec<UnixStream> = (0..MAX_CLIENTS)
             .map(|_| UnixStream::connect(&path).unwrap())
@@ -513,7 +513,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_does_not_read_is_cut_off_and_counted() {
+    fn a_client_that_does_not_read_is_disconnected_and_counted() {
         let (_dir, path, _handler, socket) = server();
         let client = Client::send(&path, &Request::Observe(Default::default())).unwrap();
         let until = Instant::now() + WRITE_DEADLINE + LONG;
@@ -525,7 +525,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_says_nothing_is_cut_off() {
+    fn a_silent_client_is_disconnected() {
         let (_dir, path, _handler, socket) = server();
         let begun = Instant::now();
         let mut stream = UnixStream::connect(&path).unwrap();
@@ -553,7 +553,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_is_alive_is_never_taken_and_a_dead_one_is() {
+    fn only_a_dead_socket_is_replaced() {
         let (_dir, path, _handler, socket) = server();
         let error = claim(&path).unwrap_err().to_string();
         assert!(error.contains("another palisade daemon"), "{error}");
@@ -573,7 +573,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_another_process_has_put_there_is_not_removed() {
+    fn the_socket_of_another_process_is_not_removed() {
         let (_dir, path, _handler, socket) = server();
         fs::remove_file(&path).unwrap();
         let _other = UnixListener::bind(&path).unwrap();

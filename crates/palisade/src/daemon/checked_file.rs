@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_kept_whole_is_read_and_nothing_else() {
+    fn only_undamaged_files_are_read() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.yaml");
         for text in ["", "kind: x\n", "no newline"] {

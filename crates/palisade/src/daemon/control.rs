@@ -105,7 +105,7 @@ impl Control {
                 self.save();
             }
             self.activity.rest();
-            let message = match messages.recv_timeout(self.patience()) {
+            let message = match messages.recv_timeout(self.timeout()) {
                 Ok(message) => message,
                 Err(RecvTimeoutError::Timeout) => {
                     self.activity.begin("looking after everything");
@@ -166,7 +166,7 @@ impl Control {
     }
 
     /// Returns how long to wait for the next message.
-    fn patience(&self) -> Duration {
+    fn timeout(&self) -> Duration {
         let save = self.unsaved.map(|(first, last)| {
             let quiet = SAVE_DEBOUNCE.saturating_sub(last.elapsed());
             quiet.min(SAVE_MAX_DELAY.saturating_sub(first.elapsed()))

@@ -657,7 +657,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_node_has_what_its_interfaces_have_and_no_workload() {
+    fn the_node_has_its_interface_addresses_but_not_those_of_workloads() {
         let text = "[node]\nname = \"n1\"\naddresses = [\"192.0.2.9\"]\nlabels = { zone = \"a\" }\n\
                     [[endpoint]]\nname = \"web\"\ninterface = \"v\"\naddresses = [\"10.0.0.2\"]\n";
         let config = Config::parse(Path::new("/x"), text).unwrap();

@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn the_opener_is_the_source() {
+    fn the_end_that_opened_a_flow_is_its_source() {
         let event = ended(&flow(ct_flags::INGRESS), 1).unwrap();
         assert_eq!((event.source_port, event.destination_port), (4711, 53));
         assert_eq!((event.source_identity, event.destination_identity), (300, 0));
@@ -224,12 +224,12 @@ mod tests {
     }
 
     #[test]
-    fn an_end_is_told_once() {
+    fn a_reported_end_is_not_repeated() {
         assert!(ended(&flow(ct_flags::CLOSED), 1).is_none());
     }
 
     #[test]
-    fn the_offset_leads_from_the_monotonic_clock_to_now() {
+    fn the_clock_offset_yields_the_wall_clock() {
         let monotonic = i64::try_from(palisade_datapath::monotonic_coarse()).unwrap();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
         let off = i128::from(monotonic + clock_offset()) - i128::try_from(now).unwrap();

@@ -47,7 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_new_content_is_there_and_nothing_else() {
+    fn a_write_replaces_the_file_and_leaves_no_temporary_one() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state.json");
         write_atomic(&path, b"one").unwrap();

@@ -365,7 +365,9 @@ impl Interfaces {
                     status.problem = match now {
                         Ok(now) if now.is_some_and(is_whole) => None,
                         Ok(_) => Some("its programs were removed by another process".to_owned()),
-                        Err(problem) => Some(format!("what is attached cannot be read: {problem}")),
+                        Err(problem) => Some(format!(
+                            "the attachments cannot be read from the kernel: {problem}"
+                        )),
                     };
                     status.ingress = attached.ingress.map(hook_name);
                     status.egress = attached.egress.map(hook_name);

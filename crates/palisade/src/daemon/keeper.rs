@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn policies_are_kept_replaced_left_alone_and_removed() {
+    fn copies_of_policies_are_written_replaced_and_removed() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("policies");
         let mut written = HashMap::new();
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_written_is_told_and_written_when_it_can_be() {
+    fn a_failed_write_is_reported_and_retried() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("state");
         // A directory in place of the file makes the write fail for root too.

@@ -95,7 +95,7 @@ mod tests {
     const GOOD: &str = "[node]\nname = \"n\"\n[[interface]]\nname = \"eth0\"\nrole = \"host\"\n";
 
     #[test]
-    fn the_last_good_configuration_is_found_by_what_can_be_read_of_the_broken_one() {
+    fn the_last_good_configuration_is_found_despite_a_broken_file() {
         let root = tempfile::tempdir().unwrap();
         let (path, dir) = (root.path().join("palisade.toml"), root.path().join("state"));
         fs::create_dir(&dir).unwrap();

@@ -162,7 +162,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_attribute_is_found_behind_others_and_never_beyond_the_message() {
+    fn an_attribute_is_found_only_within_the_message() {
         let message = [
             0, 0, 0, 0, 5, 0, 3, 0, b'x', 0, 0, 0, 8, 0, 7, 0, b'n', b'a', b't', 0,
         ];

@@ -40,7 +40,7 @@ const HEADER: usize = 16;
 const HEADERS: usize = HEADER + 4;
 
 /// Consequence of a missing table, for log and `status`.
-const OPEN_WITHOUT_TABLE: &str = "open without it: one-way datagrams that DNAT, TPROXY or routing by mark turns to the node, and the \
+const OPEN_WITHOUT_TABLE: &str = "open without it: one-way datagrams that DNAT, TPROXY or routing by mark redirects to the node, and the \
                     node's own sockets towards interfaces that are configured and not guarded";
 
 /// Name and owner of this daemon's table.
@@ -132,9 +132,8 @@ impl Keeper {
                 } else {
                     ""
                 };
-                let text = format!(
-                    "the nftables table is not as it should be: {problem}{hint}; {OPEN_WITHOUT_TABLE}"
-                );
+                let text =
+                    format!("the nftables table cannot be written: {problem}{hint}; {OPEN_WITHOUT_TABLE}");
                 if self.problem.as_ref() != Some(&text) {
                     error!(table = self.place.name, error = %problem, "the nftables table cannot be written{hint}");
                 }
@@ -352,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn only_changes_of_this_table_by_others_touch_it() {
+    fn only_other_programs_changes_of_this_table_are_reported() {
         let generation = |port| message(NEW_GENERATION, port, &[0; 4]);
         let (nothing, touched) = (
             Seen::default(),

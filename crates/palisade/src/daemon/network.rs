@@ -292,7 +292,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_loopback_interface_is_found_and_its_addresses_are_not_the_nodes() {
+    fn loopback_addresses_do_not_belong_to_the_node() {
         let network = read_whole().unwrap();
         let lo = network.links.get("lo");
         assert!(lo.is_some_and(|lo| network.mtus[lo] >= 1_280), "{network:?}");
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn what_stands_above_a_port_is_found_through_bridges_and_vlans() {
+    fn upper_interfaces_are_found_through_bridges_and_vlans() {
         let network = Network {
             // Port 5 of bridge 10, VLAN 11 on the bridge, in VRF 12; VLAN 20 on the NIC 2.
             masters: [(5, 10), (6, 10), (11, 12)].into(),
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn the_nodes_side_of_a_point_to_point_link_counts() {
+    fn the_local_address_of_a_point_to_point_link_is_the_nodes() {
         let v4 = |n| IpAddr::from(Ipv4Addr::new(192, 0, 2, n));
         let both = [AddressAttribute::Address(v4(2)), AddressAttribute::Local(v4(1))];
         assert_eq!(own_address(&both), Some(v4(1)));

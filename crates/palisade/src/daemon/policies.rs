@@ -244,9 +244,9 @@ impl PolicyFiles {
     /// Handles a folder that cannot be read: unlike with an empty folder, all policies stay in force.
     fn folder_failed(&mut self, problem: &io::Error) {
         let meaning = if self.never_read {
-            "no policy is known, and none was kept: make the folder ([policy] dir)"
+            "no policy is known and there are no copies; make the folder ([policy] dir)"
         } else {
-            "the policies that were read last stay in force"
+            "the last policies stay in force"
         };
         let text = format!("{}: {problem}; {meaning}", self.dir.display());
         error!(dir = %self.dir.display(), error = %problem, "the policy folder cannot be read; {meaning}");
@@ -707,7 +707,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_file_leaves_its_last_good_content_also_over_a_restart() {
+    fn a_broken_file_keeps_its_last_good_content_over_a_restart() {
         let folder = folder();
         folder.write("a.yaml", &policy("a"));
         let mut files = folder.loaded();
@@ -729,7 +729,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_never_was_good_is_reported_and_the_others_count() {
+    fn a_file_that_never_was_good_does_not_affect_others() {
         let folder = folder();
         folder.write("a.yaml", &policy("a"));
         folder.write("b.yaml", BROKEN);
@@ -751,7 +751,7 @@ mod tests {
     }
 
     #[test]
-    fn a_last_good_copy_that_is_not_whole_is_not_used_and_named() {
+    fn a_damaged_last_good_copy_is_reported_and_not_used() {
         let folder = folder();
         folder.write("a.yaml", &policy("a"));
         let mut files = folder.loaded();
@@ -774,7 +774,7 @@ mod tests {
     }
 
     #[test]
-    fn a_removed_file_is_gone_for_good() {
+    fn a_removed_file_does_not_come_back_after_a_restart() {
         let folder = folder();
         folder.write("a.yaml", &policy("a"));
         folder.write("b.yaml", &policy("b"));
@@ -797,7 +797,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_changes_when_a_file_is_written_as_it_was() {
+    fn rewriting_the_same_content_changes_nothing() {
         let folder = folder();
         let change = folder.write("a.yaml", &policy("a"));
         let mut files = folder.loaded();
@@ -811,7 +811,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_cannot_be_read_is_not_an_empty_one() {
+    fn an_unreadable_folder_keeps_its_policies() {
         let folder = folder();
         folder.write("a.yaml", &policy("a"));
         let mut files = folder.loaded();
@@ -844,7 +844,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_compiler_refuses_does_not_replace_what_is_in_force_and_is_tried_again() {
+    fn a_refused_file_keeps_its_old_policies_and_is_tried_again() {
         let folder = folder();
         folder.write("a.yaml", &policy("a"));
         let mut files = folder.loaded();
@@ -870,7 +870,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_was_emptied_takes_no_policy_away() {
+    fn an_emptied_file_removes_no_policy() {
         let folder = folder();
         folder.write("a.yaml", &policy("a"));
         let mut files = folder.loaded();
@@ -905,7 +905,7 @@ mod tests {
     }
 
     #[test]
-    fn at_a_start_a_resource_stays_in_the_file_that_had_it() {
+    fn a_resource_stays_in_its_file_over_a_restart() {
         let folder = folder();
         folder.write("b.yaml", &policy("p"));
         let mut files = folder.loaded();
@@ -930,7 +930,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_taken_after_all_is_not_broken_any_more() {
+    fn a_file_is_not_broken_once_the_compiler_accepts_it() {
         let folder = folder();
         folder.write("a.yaml", &policy("refused"));
         let mut files = folder.loaded();
@@ -943,7 +943,7 @@ mod tests {
     }
 
     #[test]
-    fn links_that_lead_nowhere_and_folders_are_broken_files() {
+    fn dangling_links_and_directories_are_broken_files() {
         let folder = folder();
         std::os::unix::fs::symlink("nowhere", folder.dir.join("a.yaml")).unwrap();
         fs::create_dir(folder.dir.join("b.yaml")).unwrap();

@@ -82,7 +82,7 @@ pub(super) fn writable_by_others(config: &Config) -> Vec<String> {
             _ => continue,
         };
         found.push(format!(
-            "{} {whose}, who so decides what is enforced",
+            "{} {whose}: another user than root can change what is enforced",
             path.display()
         ));
     }

@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn selectors_read_like_selectors() {
+    fn selectors_have_the_syntax_of_kubernetes() {
         let requirement = |source: Option<&str>, key: &str, test| Requirement {
             source: source.map_or(LabelSource::Any, |source| LabelSource::Named(source.into())),
             key: key.into(),

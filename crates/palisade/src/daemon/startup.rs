@@ -98,7 +98,7 @@ fn open(config: &Config, state_problem: Option<&str>) -> anyhow::Result<Opened> 
         .context("the thread that writes the state")?;
     let mut notes = Vec::new();
     if let Some(problem) = state_problem {
-        let note = format!("[node] state_dir: {problem}: nothing is known of what was kept there");
+        let note = format!("[node] state_dir: {problem}: the state of earlier runs is not available");
         error!(dir = %config.node.state_dir.display(), error = problem, "the state directory cannot be used");
         notes.push(note);
     }
@@ -189,7 +189,7 @@ fn fill(
     let endpoints = endpoint_names(&inventory(&config, &watched.network, &mut state.state)?);
     // Learned names are a cache: without the journal connections to learned addresses fail, but the daemon starts.
     if let Err(problem) = names.remember(&config.node.state_dir, endpoints) {
-        let note = format!("learned names are not remembered: {problem}");
+        let note = format!("learned names will not survive a restart: {problem}");
         error!(error = %problem, "the journal of learned names cannot be begun");
         notes.push(note);
     }
@@ -415,7 +415,7 @@ mod tests {
     use super::keep_verifier_log;
 
     #[test]
-    fn the_verifiers_log_is_kept_and_the_message_says_where() {
+    fn the_error_names_the_file_of_the_verifier_log() {
         let dir = tempfile::tempdir().unwrap();
         let said = keep_verifier_log(dir.path(), "R1 invalid mem access\n");
         let path = dir.path().join("verifier.log");

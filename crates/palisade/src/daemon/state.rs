@@ -68,11 +68,11 @@ where
             Err(why) => {
                 let aside = path.with_extension("json.broken");
                 let put = match fs::rename(&path, &aside) {
-                    Ok(()) => format!("put aside as {}", aside.display()),
-                    Err(error) => format!("it cannot be put aside either ({error})"),
+                    Ok(()) => format!("renamed to {}", aside.display()),
+                    Err(error) => format!("it cannot be renamed either ({error})"),
                 };
                 let text = format!(
-                    "{}: {why}; {put}: identities have new numbers, endpoints that were set to audit mode are enforced",
+                    "{}: {why}; {put}: identities and endpoints get new numbers, and endpoints in audit mode are enforced",
                     path.display(),
                 );
                 error!(file = %path.display(), error = why, "the state file cannot be used");
@@ -153,7 +153,7 @@ mod tests {
     type Numbers = BTreeMap<String, u32>;
 
     #[test]
-    fn everything_is_there_again_after_a_restart() {
+    fn the_state_survives_a_restart() {
         let dir = tempfile::tempdir().unwrap();
         let mut file = StateFile::<Numbers>::load(dir.path()).unwrap();
         assert_eq!(file.state.endpoint("default/a", |_| true), Some(2));
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unchanged_state_is_not_written_again() {
+    fn an_unchanged_state_is_not_written() {
         let dir = tempfile::tempdir().unwrap();
         let mut file = StateFile::<Numbers>::load(dir.path()).unwrap();
         file.save();
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_that_cannot_be_understood_is_put_aside() {
+    fn an_unreadable_state_file_is_renamed() {
         let dir = tempfile::tempdir().unwrap();
         for text in [
             "{\"version\":1,\"endp",
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_of_endpoints_that_are_gone_are_given_again_only_in_need() {
+    fn endpoint_numbers_are_reused_only_when_all_are_used() {
         let mut state = State::<Numbers>::default();
         let all = FIRST_WORKLOAD..=u16::MAX;
         state.endpoints = all.map(|n| (format!("x/{n}"), n)).collect();

@@ -43,9 +43,9 @@ impl Control {
             .filter(|(_, mtu)| mtu + 14 > MAX_PUNT_FRAME)
             .map(|(name, mtu)| {
                 format!(
-                    "interface {name}: its MTU of {mtu} is more than the workers are given ({MAX_PUNT_FRAME} bytes \
-                     a frame): connections that are read agree on segments of {MAX_PUNT_MSS} bytes; what is longer \
-                     and must be read is dropped (232)"
+                    "interface {name}: its MTU of {mtu} exceeds the longest punted frame ({MAX_PUNT_FRAME} bytes): inspected \
+                     connections use segments of at most {MAX_PUNT_MSS} bytes, and longer packets that need \
+                     inspection are dropped (232)"
                 )
             })
             .collect()
@@ -69,14 +69,14 @@ impl Control {
         warnings.extend(self.start_notes.iter().cloned());
         if let Some(problem) = self.state.keeper.problem() {
             warnings.push(format!(
-                "{problem}: what has changed since is NOT KEPT and is lost at the next start; it is tried again"
+                "{problem}: changes since then are NOT KEPT and are lost at the next start; the write is retried"
             ));
         }
         warnings.extend(self.names.journal_problem());
         if let Some(problem) = self.files.unknown() {
             let meaning = match (self.closed, self.config.policy.enforcement) {
-                (true, Enforcement::Default) => "closed: whatever no policy allows is denied",
-                _ => "open: whatever no other policy denies passes",
+                (true, Enforcement::Default) => "closed: everything that no policy allows is denied",
+                _ => "open: everything that no other policy denies passes",
             };
             missing.push(format!("{problem}; [node] on_failure = {meaning}"));
         }
@@ -88,7 +88,10 @@ impl Control {
             match file.state {
                 PolicyFileState::InForce => {}
                 PolicyFileState::LastGood => {
-                    warnings.push(format!("{}: broken; what it said before is in force", file.file));
+                    warnings.push(format!(
+                        "{}: broken; its last good content is in force",
+                        file.file
+                    ));
                 }
                 PolicyFileState::Unused => {
                     missing.push(format!("{}: broken; nothing of it is in force", file.file));
@@ -131,8 +134,8 @@ impl Control {
         let (_, found) = known.as_ref()?;
         (!found.is_empty()).then(|| {
             format!(
-                "this node translates or redirects ({}): an incoming packet is judged by its addresses and ports before DNAT, \
-                 an outgoing one by those after SNAT; `policy trace` does not know the rules",
+                "this node translates or redirects ({}): policies see the addresses and ports of an incoming packet before DNAT, \
+                 of an outgoing one after SNAT; `policy trace` does not know these rules",
                 found.join("; ")
             )
         })
@@ -157,8 +160,8 @@ impl Handlers {
         if !exhausted.is_empty() {
             let names: Vec<String> = exhausted.iter().map(ToString::to_string).collect();
             status.warnings.push(format!(
-                "endpoints {} have as many connections as the conntrack map has room for: further ones give way to \
-                 newer ones of the same endpoint; raise [limits] conntrack",
+                "endpoints {} use their whole share of the conntrack map: a new connection evicts an older one of the same \
+                 endpoint; raise [limits] conntrack",
                 names.join(", ")
             ));
         }
@@ -209,7 +212,7 @@ impl Handlers {
         };
         if let Some(problem) = names.failure {
             status.warnings.push(format!(
-                "learned addresses cannot be written, and their answers are withheld: {problem}"
+                "learned addresses cannot be written, so DNS answers with them are withheld: {problem}"
             ));
         }
         status.events.read = self.events.load(Ordering::Relaxed);

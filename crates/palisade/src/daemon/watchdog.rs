@@ -71,17 +71,17 @@ impl WorkerHeartbeats {
     }
 }
 
-/// Returns a text that names the hanging threads; `None` if there are none. `patience`: longest task of the control
+/// Returns a text that names the hanging threads; `None` if there are none. `timeout`: longest task of the control
 /// thread that is no hang.
 pub(super) fn hanging(
     activity: &ControlActivity,
     heartbeats: Option<&WorkerHeartbeats>,
-    patience: Duration,
+    timeout: Duration,
     now: u64,
 ) -> Option<String> {
     let mut text = String::new();
     if let Some((since, what)) = activity.busy()
-        && since > patience
+        && since > timeout
     {
         let _ = write!(text, "the control thread has been busy for {since:.0?} ({what})");
     }
@@ -90,7 +90,10 @@ pub(super) fn hanging(
         .unwrap_or_default()
     {
         let comma = if text.is_empty() { "" } else { "; " };
-        let _ = write!(text, "{comma}worker {number} has been silent for {since:.0?}");
+        let _ = write!(
+            text,
+            "{comma}worker {number} has written no heartbeat for {since:.0?}"
+        );
     }
     (!text.is_empty()).then_some(text)
 }
@@ -137,10 +140,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_hangs_is_named_and_what_only_works_or_has_ended_is_not() {
+    fn only_hanging_threads_are_reported() {
         let second = Duration::from_secs(1).as_nanos() as u64;
         let (activity, heartbeats) = (ControlActivity::default(), WorkerHeartbeats::new(3));
-        let hangs = |patience, now| hanging(&activity, Some(&heartbeats), patience, now);
+        let hangs = |timeout, now| hanging(&activity, Some(&heartbeats), timeout, now);
         let now = 1_000 * second;
         heartbeats.heartbeat(0, now);
         heartbeats.heartbeat(1, now - 30 * second);

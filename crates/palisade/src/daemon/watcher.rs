@@ -103,8 +103,8 @@ impl Batch {
     /// Returns how long to wait for more changes; `None` if the batch is empty.
     fn wait(&self, now: Instant) -> Option<Duration> {
         let quiet = self.last? + self.debounce;
-        let patience = self.first? + self.debounce * MAX_DEBOUNCE_PERIODS;
-        Some(quiet.min(patience).saturating_duration_since(now))
+        let timeout = self.first? + self.debounce * MAX_DEBOUNCE_PERIODS;
+        Some(quiet.min(timeout).saturating_duration_since(now))
     }
 
     /// Returns the changes if they are due.
@@ -217,7 +217,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_editors_leave_behind_is_no_policy() {
+    fn temporary_files_of_editors_are_no_policies() {
         for name in ["web.yaml", "a.b.yml", "x.json"] {
             assert!(is_policy_file(name), "{name}");
         }
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_waits_for_quiet_but_not_for_ever() {
+    fn a_batch_waits_for_quiet_within_a_limit() {
         let ms = Duration::from_millis;
         let start = Instant::now();
         let mut batch = Batch::new(ms(5));
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn writing_renaming_linking_and_removing_are_told() {
+    fn writes_renames_links_and_removals_are_reported() {
         let dir = tempfile::tempdir().unwrap();
         let told = watched(dir.path());
         fs::write(dir.path().join("a.yaml"), "a").unwrap();
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_counts_when_it_is_closed_not_when_it_is_made() {
+    fn a_file_is_reported_when_it_is_closed() {
         let dir = tempfile::tempdir().unwrap();
         let told = watched(dir.path());
         let file = fs::File::create(dir.path().join("a.yaml")).unwrap();
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_is_exchanged_is_watched_again() {
+    fn a_replaced_folder_is_watched_again() {
         let parent = tempfile::tempdir().unwrap();
         let dir = parent.path().join("policies.d");
         fs::create_dir(&dir).unwrap();

@@ -231,7 +231,7 @@ impl Workers {
                 };
                 if let Some((number, since)) = running.heartbeats.silent(monotonic_coarse()).first() {
                     return Some(format!(
-                        "worker {number} has been silent for {since:.0?}: it hangs, and what it reads is {}",
+                        "worker {number} has written no heartbeat for {since:.0?}: it hangs, and its traffic is {}",
                         becomes(self.wanted.on_failure)
                     ));
                 }
@@ -413,7 +413,7 @@ fn add_up(report: &mut api::Workers, numbers: impl Iterator<Item = (Metric, u64)
 const fn becomes(on_failure: OnFailure) -> &'static str {
     match on_failure {
         OnFailure::Drop => "dropped",
-        OnFailure::Pass => "passed unread",
+        OnFailure::Pass => "passed without inspection",
     }
 }
 
@@ -497,7 +497,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_workers_count_is_added_up() {
+    fn worker_metrics_are_added_up() {
         let tcp = TcpStats {
             opened: 5,
             connections: 2,

@@ -235,9 +235,9 @@ impl Writing {
             let again = self
                 .failed
                 .map(|when| RETRY_INTERVAL.saturating_sub(when.elapsed()));
-            let patience = [sync, again].into_iter().flatten().min();
-            let patience = patience.unwrap_or(Duration::from_secs(3_600));
-            let outcome = match orders.recv_timeout(patience) {
+            let timeout = [sync, again].into_iter().flatten().min();
+            let timeout = timeout.unwrap_or(Duration::from_secs(3_600));
+            let outcome = match orders.recv_timeout(timeout) {
                 Ok(Order::Append(at, names)) => self.append(at, &names),
                 Ok(Order::Begin(at, endpoints, all)) => self.begin(at, &endpoints, &all),
                 Ok(Order::Flush(done)) => {
@@ -261,7 +261,7 @@ impl Writing {
         self.failed = Some(Instant::now());
         let path = path_of(&self.dir);
         let text = format!(
-            "{}: {problem}: what is learned now may not outlive a restart",
+            "{}: {problem}: newly learned names may not survive a restart",
             path.display()
         );
         let mut told = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
@@ -369,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_appended_is_there_again_without_an_end_in_order() {
+    fn appended_names_survive_a_crash() {
         let dir = tempfile::tempdir().unwrap();
         assert!(read(dir.path(), &endpoints()).unwrap().names.is_empty());
         let journal = Journal::begin(dir.path(), endpoints(), vec![name(2, "old.test")]).unwrap();
@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn a_journal_that_cannot_be_begun_is_begun_when_it_can_be() {
+    fn the_journal_is_written_once_the_disk_allows_it() {
         let dir = tempfile::tempdir().unwrap();
         // A directory in place of the file makes the write fail for root too.
         let blocked = dir.path().join(".names.journal.tmp");
@@ -426,7 +426,7 @@ mod tests {
     }
 
     #[test]
-    fn the_good_part_of_a_broken_file_counts() {
+    fn the_readable_lines_of_a_broken_journal_are_used() {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::begin(
             dir.path(),
@@ -458,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_that_is_another_endpoint_now_inherits_nothing() {
+    fn a_reused_endpoint_number_inherits_no_names() {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::begin(
             dir.path(),

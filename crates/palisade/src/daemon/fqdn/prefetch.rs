@@ -266,7 +266,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_nodes_servers_are_those_of_its_resolver() {
+    fn the_nodes_servers_are_read_from_resolv_conf() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("resolv.conf");
         let text = "# x\nsearch a.test\nnameserver 192.0.2.1\n nameserver  2001:db8::1 \nnameserver x\noptions ndots:5\n";

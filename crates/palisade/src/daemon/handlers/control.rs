@@ -415,7 +415,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_policy_is_shown_as_its_document() {
+    fn a_policy_is_shown_as_its_yaml_document() {
         let text = "# first\na: 1\n---\nb: 2\n--- \n# third\nc: 3\n...\n";
         assert_eq!(document_at(text, 2), "# first\na: 1\n");
         assert_eq!(document_at(text, 4), "b: 2\n");

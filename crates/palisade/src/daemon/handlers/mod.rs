@@ -190,12 +190,12 @@ impl Handlers {
                 sink.queue(&api::Answer::Flow(Box::new((*flow).clone())))?;
             }
             sink.flush()?;
-            let patience = if ordered.is_empty() {
+            let timeout = if ordered.is_empty() {
                 FOLLOW_POLL_INTERVAL
             } else {
                 REORDER_WINDOW
             };
-            if !cursor.wait(patience) && sink.closed() {
+            if !cursor.wait(timeout) && sink.closed() {
                 return Ok(());
             }
             if said.elapsed() >= ALIVE_INTERVAL {

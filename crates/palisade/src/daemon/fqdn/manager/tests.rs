@@ -314,7 +314,7 @@ proptest! {
 }
 
 #[test]
-fn what_was_learned_is_there_again_after_a_restart() {
+fn learned_names_survive_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let endpoints: BTreeMap<u16, String> = [(1, "a".to_owned())].into();
     let map = FakeMap::default();
@@ -368,7 +368,7 @@ fn what_was_learned_is_there_again_after_a_restart() {
 }
 
 #[test]
-fn what_makes_room_for_others_ends_the_epoch() {
+fn eviction_ends_the_epoch() {
     let map = FakeMap::default();
     let config = Config {
         addresses_per_name: 1,
