@@ -287,12 +287,15 @@ pub const MIXES: &[(&str, Mix)] = &[
         hidden(c, s, |p| p.flags(flags::PSH))
     }),
     ("good ones without any flag", |c, s| hidden(c, s, |p| p.flags(0))),
-    ("good ones with a signature that nobody agreed on", |c, s| {
-        let mut md5 = vec![19, 18];
-        md5.extend_from_slice(&[7; 16]);
-        md5.extend_from_slice(&[1, 1]);
-        hidden(c, s, |p| p.options(&md5))
-    }),
+    (
+        "good segments with a signature that was not negotiated",
+        |c, s| {
+            let mut md5 = vec![19, 18];
+            md5.extend_from_slice(&[7; 16]);
+            md5.extend_from_slice(&[1, 1]);
+            hidden(c, s, |p| p.options(&md5))
+        },
+    ),
     ("good ones with an option of a wrong length", |c, s| {
         hidden(c, s, |p| p.options(&[2, 40, 0, 0]))
     }),

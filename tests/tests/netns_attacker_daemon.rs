@@ -344,7 +344,9 @@ fn a_full_or_read_only_state_directory_does_not_leave_a_booting_node_open() {
         boot(&mut daemon);
         world.expect(&daemon, ONLY_FRONT);
         let status = daemon
-            .wait_status("it is told", |status| lines(status, "warnings").contains(what))
+            .wait_status("status reports it", |status| {
+                lines(status, "warnings").contains(what)
+            })
             .expect("status");
         for file in ["state.json", "names.journal"] {
             let path = format!("{state}/{file}: {what}");
@@ -426,7 +428,7 @@ fn without_a_readable_policy_on_failure_opens_or_closes_the_node() {
         fs::remove_dir(&policies).expect("folder");
         daemon.spawn().expect("spawn");
         let status = daemon
-            .wait_status("it is told", |status| {
+            .wait_status("status reports it", |status| {
                 lines(status, "missing").contains("[node] on_failure")
             })
             .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.log()));
@@ -458,7 +460,7 @@ fn a_lost_policy_closes_the_node_only_if_configured() {
         set_node(&daemon, setting);
         daemon.spawn().expect("spawn");
         daemon
-            .wait_status("it is told", |status| {
+            .wait_status("status reports it", |status| {
                 lines(status, "missing").contains("db.yaml: broken since")
             })
             .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.log()));

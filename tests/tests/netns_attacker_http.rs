@@ -314,7 +314,7 @@ fn every_request_that_a_server_parses_was_inspected() {
         let path = request.split(' ').nth(1).unwrap_or_default();
         assert!(
             path.contains("/allowed/") && judged.iter().any(|url| url.ends_with(path)),
-            "{request} was not judged: {judged:?}\n{}",
+            "{request} was not inspected: {judged:?}\n{}",
             daemon.report()
         );
     }

@@ -90,7 +90,7 @@ fn flood(world: &World, from: &str, to: &str, family: Family, port: u16) {
 fn a_flood_from_a_workload_evicts_no_idle_connection() {
     let world = world();
     let daemon = world
-        .daemon(settings(), &[("nobody-in.yaml", POLICY)])
+        .daemon(settings(), &[("deny-ingress.yaml", POLICY)])
         .expect("daemon");
     for family in FAMILIES {
         let db = |port| world.at("db", family, port);
@@ -119,7 +119,7 @@ fn a_flood_from_a_workload_evicts_no_idle_connection() {
 fn a_flood_to_a_workload_and_the_node_evicts_no_idle_connection() {
     let world = world();
     let daemon = world
-        .daemon(settings(), &[("nobody-in.yaml", POLICY)])
+        .daemon(settings(), &[("deny-ingress.yaml", POLICY)])
         .expect("daemon");
     for family in FAMILIES {
         let mut pairs = [
@@ -143,7 +143,7 @@ fn a_flood_to_a_workload_and_the_node_evicts_no_idle_connection() {
 fn protected_flows_survive_a_restart_and_a_resized_map() {
     let world = world();
     let mut daemon = world
-        .daemon(settings(), &[("nobody-in.yaml", POLICY)])
+        .daemon(settings(), &[("deny-ingress.yaml", POLICY)])
         .expect("daemon");
     let mut pairs =
         FAMILIES.map(|family| Pair::open(world.ns("back"), world.ns("db"), world.at("db", family, 0)));

@@ -372,10 +372,14 @@ fn multipath_and_signature_options_in_a_later_segment_are_refused() {
     }
     let daemon = world.daemon.as_ref().expect("daemon");
     daemon
-        .wait_flows(&["--verdict", "DROPPED"], "the reason is told", |flows| {
-            let text = format!("{flows:?}");
-            text.contains("MPTCP option") && text.contains("signature option")
-        })
+        .wait_flows(
+            &["--verdict", "DROPPED"],
+            "the reason is in the flow log",
+            |flows| {
+                let text = format!("{flows:?}");
+                text.contains("MPTCP option") && text.contains("signature option")
+            },
+        )
         .expect("flows");
 }
 

@@ -95,7 +95,7 @@ fn a_request_is_forwarded_only_if_both_endpoints_allow_it() {
                     "--from-label",
                     "reserved:host",
                 ],
-                "refused requests name who refuses them",
+                "refused requests name the policy that refuses them",
                 |flows| flows.iter().any(|flow| flow.to_string().contains(policy)),
             )
             .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));

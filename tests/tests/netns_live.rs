@@ -215,12 +215,12 @@ spec:
         std::thread::sleep(Duration::from_millis(50));
         assert!(
             !traffic.tcp.moves(1, CLOSED),
-            "TCP goes on against the policy\n{}",
+            "TCP passes against the policy\n{}",
             daemon.report()
         );
         assert!(
             !traffic.udp.moves(1, CLOSED),
-            "UDP goes on against the policy\n{}",
+            "UDP passes against the policy\n{}",
             daemon.report()
         );
         assert!(traffic.from_outside.moves(10, OPEN), "others are not touched");

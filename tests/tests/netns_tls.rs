@@ -230,7 +230,7 @@ fn every_form_of_server_name_from_openssl() {
             });
         }
     });
-    assert!(web.seen().is_empty(), "nobody asked for a page");
+    assert!(web.seen().is_empty(), "no page was requested");
     drop(daemon);
     for (version, args) in [("TLSv1.2", ["-tls1_2"]), ("TLSv1.3", ["-tls1_3"])] {
         let shook = s_client(&apps, apps.at("internet", Family::V4, HTTPS), &args);

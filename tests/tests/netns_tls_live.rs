@@ -96,7 +96,7 @@ fn a_changed_server_name_rule_resets_only_denied_connections() {
     for secret in &b {
         assert!(
             secret.is_cut(OPEN),
-            "{} goes on\n{}",
+            "{} continues\n{}",
             secret.local,
             daemon.report()
         );
@@ -121,7 +121,7 @@ fn a_changed_server_name_rule_resets_only_denied_connections() {
         thread::sleep(Duration::from_millis(300));
         assert!(
             secret.rounds() <= rounds + 2,
-            "{} goes on\n{}",
+            "{} continues\n{}",
             secret.local,
             daemon.report()
         );
@@ -202,7 +202,7 @@ fn kill9_and_restart_keep_connections_and_pass_no_denied_name() {
         thread::sleep(Duration::from_millis(1200));
         assert!(
             !gets(&shared, Family::V4, "a.example"),
-            "a hello has passed unread"
+            "a hello has passed without inspection"
         );
         daemon.restart().expect("restart");
         for secret in &live {
@@ -224,7 +224,7 @@ fn kill9_and_restart_keep_connections_and_pass_no_denied_name() {
     for secret in &live {
         assert!(
             secret.is_cut(OPEN),
-            "{} goes on\n{}",
+            "{} continues\n{}",
             secret.local,
             daemon.report()
         );
@@ -250,7 +250,7 @@ fn a_new_server_name_policy_resets_connections_whose_hello_was_not_inspected() {
     for secret in &live {
         assert!(
             secret.is_cut(OPEN),
-            "{} goes on\n{}",
+            "{} continues\n{}",
             secret.local,
             daemon.report()
         );

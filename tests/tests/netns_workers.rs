@@ -295,12 +295,16 @@ fn without_a_punt_link_packets_that_need_inspection_drop_and_status_says_why() {
             assert_eq!(question(&busy.apps, family, name), None);
         }
     }
-    assert_eq!(busy.resolver.asked().len(), asked, "questions pass unread");
+    assert_eq!(
+        busy.resolver.asked().len(),
+        asked,
+        "queries pass without inspection"
+    );
     let log = busy.daemon.log();
     let said = log
         .matches("an interface of this name exists and is not a veth")
         .count();
-    assert_eq!(said, 1, "told once: {log}");
+    assert_eq!(said, 1, "logged once: {log}");
     assert!(log.lines().count() < 60, "{log}");
     busy.survives("the name is free", false, || {
         busy.ip(&format!("link del {node_end}\n"))
@@ -334,13 +338,13 @@ fn a_missing_punt_link_is_made_once_its_name_is_free() {
                 assert_eq!(question(&busy.apps, family, name), None, "{taken}");
             }
         }
-        assert_eq!(busy.resolver.asked().len(), 0, "questions pass unread");
+        assert_eq!(busy.resolver.asked().len(), 0, "queries pass without inspection");
         assert!(counted(&busy.status(), NO_WORKER) > 0, "{:#}", busy.status());
         let log = busy.daemon.log();
         let said = log
             .matches("an interface of this name exists and is not a veth")
             .count();
-        assert_eq!(said, 1, "told once: {log}");
+        assert_eq!(said, 1, "logged once: {log}");
         busy.survives("the name is free", false, || {
             busy.ip(&format!("link del {taken}\n"))
         });

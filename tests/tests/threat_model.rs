@@ -42,7 +42,7 @@ fn problems(document: &str, read: impl Fn(&str) -> Option<String>) -> Vec<String
                 say(format!("the evidence {prose:?} is not in backticks"));
             }
             if spans == 0 && prose != "-" {
-                say("no evidence, and no \"-\" in its place".to_owned());
+                say("no evidence and no \"-\"".to_owned());
             }
             for span in code_spans(cell).filter(|span| !span.contains(".rs::")) {
                 say(format!("`{span}` does not name a file and a test function"));

@@ -72,7 +72,7 @@ pub struct Done {
 }
 
 /// A forwarded packet by its handle, or a frame that the engine made.
-#[allow(dead_code, reason = "who only counts what comes back does not look at it")]
+#[allow(dead_code, reason = "some users only count handles")]
 pub enum Passed {
     Packet(usize),
     Made(Vec<u8>),
