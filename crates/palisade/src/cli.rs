@@ -94,7 +94,7 @@ Log: to stderr; PALISADE_LOG=debug for more.")]
         #[arg(long)]
         check_config: bool,
     },
-    /// Show what is attached and enforced, how full the maps are, and all problems.
+    /// Show attachments, enforcement, fill levels of the maps, and problems.
     #[command(
         after_help = "Without --wait the exit code is 0 whenever the daemon answers, also if it is NOT READY.
 
@@ -104,7 +104,8 @@ Examples:
   palisade status --wait 0s || echo not ready"
     )]
     Status {
-        /// Wait until everything is attached and enforced. After this time exit with 1 and print what is missing.
+        /// Wait until all programs are attached and all policies enforced. After this time print the missing parts and
+        /// exit with 1.
         #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
         wait: Option<Duration>,
         #[command(flatten)]
@@ -115,7 +116,7 @@ Examples:
         after_help = "The same as SIGHUP, but prints errors. `palisade status` names changed options that need a restart."
     )]
     Reload,
-    /// End the daemon. What it attached goes on enforcing unless --detach is given.
+    /// End the daemon. Its programs go on enforcing the last policy unless --detach is given.
     #[command(after_help = "Examples:
   palisade stop             the last policy stays enforced
   palisade stop --detach    nothing is left in the kernel; works also if the daemon is dead")]

@@ -33,7 +33,7 @@ const MAX_DEPTH: usize = 8;
 pub(crate) enum UnsafePath {
     /// Another user than root could replace or change its entries.
     Untrusted(String),
-    /// It does not exist and cannot be made, or cannot be read.
+    /// The path does not exist and cannot be made, or cannot be read.
     Failed(String),
 }
 
@@ -266,7 +266,8 @@ fn failed(path: &Path, error: &io::Error) -> UnsafePath {
     UnsafePath::Failed(format!("{}: {error}{fix}", path.display()))
 }
 
-/// Locks a directory itself, because a full or read-only file system cannot have a lock file, and bpffs never can.
+/// Locks the directory itself and not a file in it: a full or read-only file system cannot have a lock file, and bpffs
+/// never can.
 pub(crate) fn lock_dir(path: &Path, setting: &str) -> anyhow::Result<Flock<File>> {
     loop {
         let dir = OpenOptions::new()
@@ -279,7 +280,7 @@ pub(crate) fn lock_dir(path: &Path, setting: &str) -> anyhow::Result<Flock<File>
         let named = fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino()));
         match (locked, named) {
             (Ok(locked), Ok(named)) if locked == named => return Ok(lock),
-            // A daemon that has just ended has removed the directory (`palisade stop --detach`).
+            // `palisade stop --detach` of the previous daemon has just removed the directory.
             _ => DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)

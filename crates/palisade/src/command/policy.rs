@@ -352,8 +352,8 @@ impl Sources {
     }
 }
 
-/// Reads and parses files, the policy files of folders, and for `-` the standard input. A path that cannot be read does
-/// not prevent the others.
+/// Reads and parses files, the policy files of folders, and for `-` the standard input. After a path that cannot be
+/// read, the other paths are still read.
 fn read(paths: &[PathBuf]) -> Sources {
     let mut sources = Sources::default();
     for path in paths {

@@ -82,7 +82,8 @@ pub(crate) struct Node {
 pub(crate) enum WithoutPolicies {
     /// The readable policies are enforced; without any, everything passes.
     Open,
-    /// Every direction of every endpoint is denied by default, so only what the readable policies allow passes.
+    /// Every direction of every endpoint is denied by default. Packets pass only if a policy that can be read allows
+    /// them.
     Closed,
 }
 
@@ -304,7 +305,7 @@ pub(crate) struct Endpoint {
 }
 
 impl Endpoint {
-    /// Returns `namespace/name`, which reports show and by which the number is kept.
+    /// Returns `namespace/name`: the name in reports, and the key of the endpoint number in the state file.
     pub(crate) fn qualified_name(&self) -> String {
         format!("{}/{}", self.namespace, self.name)
     }

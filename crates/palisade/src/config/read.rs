@@ -261,7 +261,7 @@ fn allow_special(section: &Section<'_, '_>) -> Vec<IpNet> {
 }
 
 fn http(section: Section<'_, '_>) -> Http {
-    // A head is held completely, and a direction of a connection buffers twice this much.
+    // Request heads are buffered completely, and a connection buffers up to twice this size per direction.
     const MAX_HEAD_BYTES: u64 = 128 << 10;
     let forms = [("both", Paths::Both), ("raw", Paths::Raw)];
     let bodies = [("refuse", GetBodies::Refuse), ("allow", GetBodies::Allow)];

@@ -331,7 +331,7 @@ impl<'r, 'a> Section<'r, 'a> {
         None
     }
 
-    /// Returns a list of strings, each parsed by `read`, whose errors are noted.
+    /// Returns a list of strings, each parsed by `read`. An error of `read` is reported at the string.
     fn list<T>(
         &self,
         key: &'static str,

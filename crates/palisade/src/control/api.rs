@@ -63,7 +63,7 @@ pub(crate) struct ObserveRequest {
     pub filters: Vec<(String, String)>,
     /// Whether to continue with flows that arrive later.
     pub follow: bool,
-    /// Most recent flows to send of those that match; `None` for all.
+    /// Number of most recent matching flows to send; `None` for all.
     pub last: Option<usize>,
 }
 
@@ -423,7 +423,7 @@ pub(crate) struct NamesStatus {
     pub addresses: usize,
     /// Number of addresses in the map.
     pub in_map: usize,
-    /// Number of addresses whose entry in the map is not known to be right.
+    /// Number of addresses whose map entry is missing, outdated, or unknown after a failed write.
     pub unwritten: usize,
     /// Memory of the names, bytes.
     pub bytes: usize,

@@ -25,7 +25,7 @@ use super::{
     api::{Answer, Request},
 };
 
-/// Longest wait for the connection and for each line of an answer that takes no change.
+/// Longest wait for a connection, and for each line of the answer to a request that changes nothing.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest wait for the answer to a change; the daemon itself gives up after a minute.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(70);

@@ -174,7 +174,7 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // A socket that another process has put in its place must stay.
+        // If another process has bound a new socket at this path, that socket must stay.
         let there = fs::symlink_metadata(&self.claim.path);
         if there.is_ok_and(|there| (there.dev(), there.ino()) == self.made) {
             let _ = fs::remove_file(&self.claim.path);

@@ -25,7 +25,7 @@ pub(super) fn seal(text: &str) -> String {
     header(text) + text
 }
 
-/// Error of a file whose content differs from what was written to it.
+/// A file has other content than the daemon wrote to it.
 #[derive(Debug, thiserror::Error)]
 #[error("it is not what was written to it (truncated or changed)")]
 pub(super) struct Damaged;
@@ -42,7 +42,7 @@ pub(super) fn unseal(content: &[u8]) -> Result<&str, Damaged> {
     }
 }
 
-/// Returns whether a file begins with such a first line, whatever the line says.
+/// Returns whether a file begins like a sealed one. Length and CRC-32 may still be wrong.
 pub(super) fn is_sealed(content: &[u8]) -> bool {
     content.starts_with(MAGIC.as_bytes())
 }

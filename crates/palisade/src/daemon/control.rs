@@ -228,7 +228,7 @@ impl Control {
         self.changed();
     }
 
-    /// Logs one line for each changed file: the audit trail of what was put in force and when.
+    /// Logs one line for each changed policy file. These lines are the audit trail of policy changes.
     pub(super) fn log_policies(&mut self, before: &BTreeMap<u16, EndpointState>, begun: Instant) {
         let news = self.files.take_news();
         if news.is_empty() {
@@ -385,7 +385,7 @@ impl Control {
         prefetch.set(targets);
     }
 
-    /// Returns the endpoints that the published view has and the compiler has no more.
+    /// Returns the endpoints of the published view that the compiler no longer has.
     fn gone_endpoints(&self) -> Vec<u16> {
         let view = self.shared.get();
         let wanted = &self.enforcer.compiler.snapshot().endpoints;

@@ -35,8 +35,8 @@ use crate::config::{Config, with_option};
 /// Rule sets by number.
 pub(super) type RuleSets = BTreeMap<u32, Arc<RuleSet>>;
 
-/// Most sets of selectors that the learned addresses of one endpoint may have, beyond single selectors on the world
-/// identity.
+/// Most distinct sets of selectors that the learned addresses of one endpoint may have. An address of the world with a
+/// single selector does not count.
 const MAX_SETS_PER_ENDPOINT: usize = 256;
 
 /// The compiler, and which of its results the maps hold.
@@ -52,7 +52,7 @@ pub(super) struct Enforcer {
     wanted: BTreeSet<LearnedSet>,
     /// The sets of `wanted`, by endpoint.
     granted: HashMap<EndpointId, HashSet<LearnedSet>>,
-    /// Compiled selectors, by the address of the list from which they were compiled.
+    /// Compiled selectors, keyed by the memory address of their source list.
     compiled: HashMap<usize, (SelectorList, Arc<Selectors>)>,
     /// Why the maps do not hold the compiler's state.
     pub problem: Option<String>,
@@ -81,8 +81,8 @@ impl Enforcer {
         })
     }
 
-    /// Compiles a new inventory and all new policy files. If the compiler refuses the whole, each file is tried alone,
-    /// so that one bad file does not keep out the others.
+    /// Compiles a new inventory and all new policy files. If the compiler refuses them together, each file is tried
+    /// alone, so that one bad file does not keep out the others.
     pub(super) fn compile(&mut self, inventory: Option<Inventory>, files: &mut PolicyFiles) {
         let offers = files.offers();
         let names: Vec<String> = offers.keys().cloned().collect();
@@ -244,8 +244,8 @@ impl Enforcer {
         }
     }
 
-    /// Puts back the last state that the maps held as a whole. If that fails too, the next attempt starts from what the
-    /// maps hold.
+    /// Puts back the last complete state of the maps. If that fails too, the next attempt starts from the actual
+    /// content of the maps.
     fn roll_back(&mut self, datapath: &Datapath, mut change: Change<'_>) {
         let Some(good) = self.good.clone() else { return };
         let resolver = resolver(&good);
@@ -502,7 +502,7 @@ pub(super) fn endpoint_names(inventory: &Inventory) -> BTreeMap<EndpointId, Stri
         .collect()
 }
 
-/// Returns the prefixes that egress rules of an endpoint allow by name of the prefix (`toCIDR`, `toCIDRSet`).
+/// Returns the prefixes in `toCIDR` and `toCIDRSet` of the egress rules of an endpoint.
 fn listed_prefixes(compiler: &Compiler, endpoint: EndpointId) -> Vec<IpNet> {
     let policies = compiler.policies_of(endpoint);
     let prefixes: BTreeSet<IpNet> = policies

@@ -73,8 +73,8 @@ pub(super) fn read(
 
 /// Starts the thread that moves records of workers into the flow ring. The thread ends with the workers.
 ///
-/// The ring turns a record into a flow when a client reads it. This thread does it for the others: when the view
-/// changes, with the names of the old view; when no record arrives; and at intervals, because names of addresses
+/// The ring converts a record to a flow when a client reads it. This thread converts the remaining records: when the
+/// view changes, with the names of the old view; when no record arrives; and at intervals, because names of addresses
 /// expire.
 pub(super) fn records(
     records: Receiver<TimedRecord>,

@@ -42,7 +42,7 @@ pub(super) struct Interfaces {
     outcomes: BTreeMap<String, Outcome>,
     /// Index of each interface at the last check; absent if the interface did not exist.
     present: BTreeMap<String, u32>,
-    /// Whether existing connections of the kernel were seeded, or must not be seeded any more.
+    /// Whether seeding is over: the existing connections were seeded, or must not be seeded any more.
     seeded: bool,
     /// The list of unguarded interfaces that the programs have; `None` before the first write.
     others: Option<BTreeMap<u32, bool>>,
@@ -53,7 +53,7 @@ pub(super) struct Interfaces {
 }
 
 impl Interfaces {
-    /// Takes over the interfaces of the configuration. The endpoints have their numbers already.
+    /// Takes over the interfaces of the configuration. Called after the endpoints have received their numbers.
     pub(super) fn configure<C>(&mut self, config: &Config, state: &State<C>) {
         self.wanted.clear();
         for interface in &config.interfaces {

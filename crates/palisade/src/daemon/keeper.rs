@@ -86,7 +86,7 @@ impl Keeper {
         let _ = self.orders.send(Order::Config(text));
     }
 
-    /// Writes the last good policy files, and removes the copies that are not named.
+    /// Writes the last good policy files, and removes the copies of files that `texts` does not have.
     pub(super) fn policies(&self, texts: PolicyTexts) {
         let _ = self.orders.send(Order::Policies(texts));
     }

@@ -12,7 +12,7 @@ use crate::{
     trusted_path::private_dir,
 };
 
-/// Start of the first line, followed by the path of the file that the copy is of.
+/// Start of the first line; the path of the copied file follows.
 const COPY_PREFIX: &str = "# last good content of ";
 
 /// Returns the content of the copy of a configuration.

@@ -31,7 +31,7 @@ pub(super) enum Message {
 }
 
 impl Message {
-    /// Returns what the control thread does when it handles this message, for reports of a busy or hanging thread.
+    /// Returns the task of the control thread for this message, for reports of a busy or hanging thread.
     pub(super) const fn task(&self) -> &'static str {
         match self {
             Self::Policies(_) => "putting changed policies in force",
@@ -53,7 +53,7 @@ impl Message {
 pub(super) enum ClientRequest {
     /// The part of the status that the control thread has.
     Status(Reply<Status>),
-    /// Reads the configuration and the policies again. The answer is what changes only after a restart.
+    /// Reads the configuration and the policies again. The answer lists the changed options that need a restart.
     Reload(Reply<Vec<String>>),
     /// One policy, or all.
     Policies {

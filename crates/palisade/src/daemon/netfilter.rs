@@ -142,7 +142,8 @@ impl Keeper {
         }
     }
 
-    /// Closes forwarding between unguarded interfaces, because no daemon will guard new ones from now on.
+    /// Closes forwarding between unguarded interfaces. Called at the end of the daemon, because no daemon will guard
+    /// interfaces that appear later.
     pub(super) fn close_forwarding(&mut self) {
         if let Some(rules) = self.written.clone() {
             self.write(Rules {
@@ -188,15 +189,15 @@ impl Keeper {
     }
 
     /// Starts a thread that watches nftables until `changed` returns false. `changed` gets whether another program has
-    /// touched the table, and whether this node translates addresses. Returns the latter for now.
+    /// touched the table, and whether this node translates addresses. Returns whether it translates addresses now.
     pub(super) fn watch(&self, mut changed: impl FnMut(Change) -> bool + Send + 'static) -> io::Result<bool> {
         // The socket is bound before the first dump, so that no change is missed. Without nf_tables there are no
         // notifications, and the thread polls.
         let socket = Socket::new(NETLINK_NETFILTER).and_then(|mut socket| {
             socket.bind(&SocketAddr::new(0, GROUP))?;
             socket.set_non_blocking(true)?;
-            // A rule set is replaced as a whole, with one notification per rule. Lost notifications make the daemon
-            // write the table again without need.
+            // A rule set is replaced as a whole, with one notification per rule. After lost notifications the daemon
+            // writes its table again, so a large buffer avoids needless writes.
             let _ = setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER_BYTES);
             Ok(socket)
         });

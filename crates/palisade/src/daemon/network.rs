@@ -23,7 +23,7 @@ use tracing::warn;
 
 /// Multicast groups of rtnetlink (linux/rtnetlink.h): links, IPv4 addresses, IPv6 addresses.
 const GROUPS: u32 = 0x1 | 0x10 | 0x100;
-/// Wait after a message, because a veth pair with addresses causes a dozen.
+/// Wait after a message, because a veth pair with addresses causes a dozen messages.
 const DEBOUNCE: Duration = Duration::from_millis(5);
 
 /// Interfaces and addresses of the network namespace.
@@ -133,7 +133,7 @@ impl Network {
                 _ => {}
             }
         }
-        // A veth has the index of its peer in the same attribute, so the kind decides.
+        // A veth has the index of its peer in the same attribute, so only kinds with a lower interface count.
         if let Some(lower) = lower
             && stands_on_another
             && !is_elsewhere

@@ -253,9 +253,9 @@ impl PolicyFiles {
         self.folder_problem = Some(text);
     }
 
-    /// Decides at a start which of several files owns a resource: the one whose last good copy has it, even if another
-    /// file comes first by name. Otherwise a duplicate that was refused while the daemon ran would replace the original
-    /// at the next start.
+    /// Decides at a start which of several files owns a resource: the file whose last good copy has the resource, even
+    /// if another file comes first by name. Otherwise a duplicate that was refused while the daemon ran would replace
+    /// the original at the next start.
     fn keep_owners(&mut self) {
         let mut places: BTreeMap<ResourceName, Vec<(String, Location)>> = BTreeMap::new();
         for (file, candidate) in self
@@ -359,8 +359,9 @@ impl PolicyFiles {
         }
     }
 
-    /// Refuses the content of a file that had policies and is empty now. It was truncated (an interrupted copy, a full
-    /// disk, a power failure) or is being written. To remove policies, the file is deleted or a comment is left in it.
+    /// Refuses the content of a file that had policies and is empty now. Such a file was truncated (an interrupted
+    /// copy, a full disk, a power failure) or is being written. To remove policies, an operator deletes the file or
+    /// leaves a comment in it.
     fn unless_emptied(&self, name: &str, shown: &str, text: String) -> Result<String, Diagnostic> {
         let good = self.files.get(name).and_then(|file| file.good.as_ref());
         let before = match good {
@@ -425,7 +426,7 @@ impl PolicyFiles {
         })
     }
 
-    /// Returns the content for the compiler: everything that has changed, and what the compiler refused before.
+    /// Returns the content for the compiler: changed files, and files that the compiler has refused before.
     pub(super) fn offers(&mut self) -> Offers {
         let mut offers = Offers::new();
         for name in std::mem::take(&mut self.removed) {
@@ -450,7 +451,7 @@ impl PolicyFiles {
         offers
     }
 
-    /// Returns once more what was offered of a file; `None` if the file was removed.
+    /// Returns the last offer of a file once more; `None` if the file was removed.
     pub(super) fn offered(&self, name: &str) -> Option<FileContent> {
         let candidate = self.files.get(name)?.candidate.as_ref()?;
         let parsed = parse(&self.dir.join(name).display().to_string(), &candidate.text);
@@ -483,8 +484,8 @@ impl PolicyFiles {
         }
     }
 
-    /// Notes that the compiler has refused the offer of a file, and why. Returns what can be offered instead: the last
-    /// good copy, if nothing of the file is in force.
+    /// Notes that the compiler has refused the offer of a file, with the errors. If nothing of the file is in force,
+    /// returns its last good copy as a new offer.
     pub(super) fn rejected(&mut self, name: &str, problems: Vec<Diagnostic>) -> Option<FileContent> {
         let kept = match self.files.get(name) {
             Some(file) if file.good.is_none() && !file.broken => self.kept(name),
@@ -510,8 +511,8 @@ impl PolicyFiles {
         instead
     }
 
-    /// Returns the last good copies for a restart that finds files broken: the content in force of each file. A file
-    /// without content in force keeps the copy that it has.
+    /// Returns the texts to keep for a restart that finds files broken: the content in force of each file; `None` for a
+    /// file without content in force, whose copy on the disk stays.
     pub(super) fn to_keep(&self) -> PolicyTexts {
         let good = |file: &File| file.good.as_ref().map(|good| Arc::clone(&good.text));
         let there = self.files.iter().map(|(name, file)| (name.clone(), good(file)));
@@ -539,7 +540,7 @@ impl PolicyFiles {
         report.collect()
     }
 
-    /// Returns the content of a file that is in force. If the file is broken, this is not its present content.
+    /// Returns the content in force of a file. A broken file has another content now.
     pub(super) fn text_in_force(&self, name: &str) -> Option<Arc<str>> {
         let good = self.files.get(name)?.good.as_ref()?;
         Some(Arc::clone(&good.text))

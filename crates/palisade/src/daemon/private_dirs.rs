@@ -1,4 +1,4 @@
-//! The directories, the socket and the locks that a daemon must have for itself.
+//! Takes the directories, the socket and the locks that only one daemon can have.
 
 use std::{
     fs::{self, File},
@@ -68,8 +68,8 @@ pub(crate) fn take_for_detaching(node: &Node) -> anyhow::Result<PrivateDirs> {
     })
 }
 
-/// Returns a text for each file that decides what is enforced and that another user than root can change. This is only
-/// a warning, because it may be intended.
+/// Returns a warning for the configuration file and for the policy folder, if another user than root can change them.
+/// An operator may intend that, so it is no error.
 pub(super) fn writable_by_others(config: &Config) -> Vec<String> {
     let mut found = Vec::new();
     for path in [&config.path, &config.policy.dir] {
@@ -89,7 +89,8 @@ pub(super) fn writable_by_others(config: &Config) -> Vec<String> {
     found
 }
 
-/// Returns why a daemon would refuse this configuration on this machine, and what would be missing. Changes nothing.
+/// Returns the reasons for which a daemon would refuse this configuration on this machine, and warnings about missing
+/// files and interfaces. Changes nothing.
 pub(crate) fn check(config: &Config) -> (Vec<String>, Vec<String>) {
     let (mut refused, mut missing) = (Vec::new(), Vec::new());
     let node = &config.node;

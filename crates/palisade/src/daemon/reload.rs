@@ -1,4 +1,4 @@
-//! `palisade reload`: which options a running daemon takes over, and which only a restart does.
+//! `palisade reload`: a table says which options a reload applies and which need a restart.
 
 use std::time::Instant;
 
@@ -30,8 +30,8 @@ macro_rules! restart {
     };
 }
 
-/// Section, option and effect of every option. A restart takes whatever sizes maps, opens files and sockets, or is copied
-/// into the inspectors when the workers start.
+/// Section, name and effect of every option. Options that size maps, name files and sockets, or are copied into the
+/// inspectors when the workers start, need a restart.
 const RULES: &[(&str, &str, Effect)] = &[
     ("node", "name", Effect::Reload),
     ("node", "labels", Effect::Reload),
@@ -129,10 +129,10 @@ fn keep_running_values(running: &Config, new: &mut Config) -> Vec<String> {
 }
 
 impl Control {
-    /// Reads the configuration and the policies again. Returns what changes only after a restart.
+    /// Reads the configuration and the policies again. Returns the changed options that need a restart.
     ///
     /// # Errors
-    /// The configuration has errors, then nothing changes; or the new one could not be put in force.
+    /// The configuration has errors, and nothing has changed; or the new configuration could not be put in force.
     pub(super) fn reload(&mut self) -> Result<Vec<String>, String> {
         let begun = Instant::now();
         let mut config = Config::load(&self.config.path).map_err(|errors| {

@@ -1,9 +1,10 @@
-//! The life of the daemon, phase by phase: [`open`] what outlives a process, [`watch`] what the policies depend on,
-//! [`fill`] the maps, [`attach`] the programs, [`serve`] clients, handle messages, [`shut_down`].
+//! The phases of the daemon: [`open`] takes over state file and maps of the previous process, [`watch`] reads and
+//! watches policies, interfaces and nftables, [`fill`] writes the maps, [`attach`] attaches the programs, [`serve`]
+//! starts the remaining threads; then the control thread handles messages until [`shut_down`].
 //!
-//! The order keeps two invariants. Whatever changes after its source was read arrives as a message, so each source is
-//! watched before it is read. And no packet meets a map that is not filled, or an inspector that does not run, so workers
-//! start before the maps name an inspector, and programs are attached last.
+//! The order keeps two invariants. No change is missed: each source is watched before it is read, and a later change
+//! arrives as a message. No packet meets a half-filled map or an inspector that does not run: workers start before the
+//! maps refer to inspectors, and the programs are attached last.
 
 use std::{
     cell::RefCell,
@@ -53,14 +54,15 @@ use crate::{
     text::count,
 };
 
-/// Runs the daemon until it is told to end. `replaced`: why `config` is the last good copy and not the file itself.
+/// Runs the daemon until a signal or a client ends it. `replaced`: why `config` is the last good copy and not the file
+/// itself.
 ///
 /// # Errors
 /// A phase of the start failed, or not everything could be detached at the end.
 pub(super) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     let started = Instant::now();
     let (sender, messages) = mpsc::channel();
-    // First of all, so that a signal during the start is handled after it.
+    // Installed first, so that a signal during the start is queued and handled after it.
     forward_signals(sender.clone())?;
     let dirs = private_dirs::take(&config.node)?;
     let opened = open(&config, dirs.state_problem.as_deref())?;
@@ -84,7 +86,7 @@ pub(super) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()
     shut_down(control, socket, end)
 }
 
-/// What an earlier process has left: the state file and the pinned maps.
+/// State file and pinned maps of the previous process.
 struct Opened {
     state: StateFile<CompilerState>,
     datapath: Arc<Datapath>,
@@ -123,7 +125,7 @@ fn open(config: &Config, state_problem: Option<&str>) -> anyhow::Result<Opened> 
     })
 }
 
-/// The sources of what is enforced. Each of them sends a message when it changes.
+/// Policies, interfaces and nftables. A thread watches each of them and sends a message when it changes.
 struct Watched {
     files: PolicyFiles,
     network: Network,
@@ -158,8 +160,8 @@ fn watch(config: &Config, sender: &Sender<Message>) -> anyhow::Result<Watched> {
     })
 }
 
-/// Starts the FQDN manager and the workers, and writes all maps. Returns the control thread's data, and the records of the
-/// workers if there are workers.
+/// Starts the FQDN manager and the workers, and writes all maps. Returns the data of the control thread, and the
+/// receiver of the workers' records, if there are workers.
 fn fill(
     config: Config,
     opened: Opened,
@@ -183,7 +185,7 @@ fn fill(
         None => cache,
     };
     let fqdn = sender.clone();
-    // A failure to send means that the daemon ends: then no answer is released any more.
+    // Sending fails only while the daemon ends. No answer is forwarded then.
     let request = move |request| drop(fqdn.send(Message::Fqdn(request)));
     let mut names = FqdnManager::new(cache, datapath.learned()?, Arc::clone(&datapath), request);
     let endpoints = endpoint_names(&inventory(&config, &watched.network, &mut state.state)?);
@@ -295,7 +297,7 @@ fn serve(
     Ok(socket)
 }
 
-/// Writes the state and ends the workers. What is attached stays, unless a client has asked for its removal.
+/// Writes the state and ends the workers. The programs stay attached, unless a client has requested to detach them.
 fn shut_down(mut control: Control, socket: Socket, end: End) -> anyhow::Result<()> {
     notify(&[NotifyState::Stopping]);
     control.save();
@@ -362,7 +364,7 @@ fn open_datapath(config: &Config) -> anyhow::Result<Datapath> {
         Ok(datapath) => return Ok(datapath),
         Err(error) => error,
     };
-    // The error has only the end of the log; a report of the problem needs all of it.
+    // The error contains only the end of the log, but a bug report needs all of it.
     let Some(log) = error.verifier_log() else {
         return Err(anyhow::anyhow!(with_option(&error)));
     };

@@ -50,7 +50,7 @@ impl<C> StateFile<C>
 where
     C: Clone + Default + PartialEq + Serialize + for<'de> Deserialize<'de>,
 {
-    /// Reads the file. A file that cannot be read or parsed is renamed; then identities and endpoints get new numbers,
+    /// Reads the file. A file that cannot be read or parsed is renamed. Then identities and endpoints get new numbers,
     /// and audit mode is off.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! `palisade status`: what the control thread has, and what the maps and the other threads have counted.
+//! `palisade status`: state of the control thread, and counters of the maps and of the other threads.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -20,7 +20,7 @@ const WORKER_HANG_TIMEOUT: Duration = Duration::from_secs(10);
 /// Notifications in each watchdog interval. With four, a late one does no harm.
 const NOTIFICATIONS_PER_INTERVAL: u32 = 4;
 
-/// What the control thread does, and since when; `None` while it waits for a message.
+/// Task of the control thread and its start; `None` while the thread waits for a message.
 #[derive(Debug, Default)]
 pub(super) struct ControlActivity(Mutex<Option<(Instant, &'static str)>>);
 
@@ -59,8 +59,8 @@ impl WorkerHeartbeats {
         }
     }
 
-    /// Returns the workers that run and have not written a heartbeat for [`WORKER_HANG_TIMEOUT`], with its age. A
-    /// worker that has ended is not among them, because it starts again by itself.
+    /// Returns the workers that run and have written no heartbeat for [`WORKER_HANG_TIMEOUT`], each with the age of its
+    /// last heartbeat. Ended workers are left out, because they start again by themselves.
     pub(super) fn silent(&self, now: u64) -> Vec<(usize, Duration)> {
         let silent = self.0.iter().enumerate().filter_map(|(number, last)| {
             let last = last.load(Ordering::Relaxed);
@@ -71,8 +71,8 @@ impl WorkerHeartbeats {
     }
 }
 
-/// Returns a text that names the hanging threads; `None` if there are none. `timeout`: longest task of the control
-/// thread that is no hang.
+/// Returns a text that names the hanging threads; `None` if there are none. `timeout`: duration from which a task of
+/// the control thread counts as a hang.
 pub(super) fn hanging(
     activity: &ControlActivity,
     heartbeats: Option<&WorkerHeartbeats>,

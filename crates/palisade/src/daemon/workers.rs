@@ -31,7 +31,7 @@ use super::{network::Network, watchdog::WorkerHeartbeats};
 
 /// Age of a worker's heartbeat at which the programs stop punting to it. A worker writes 20 heartbeats in this time.
 const WORKER_TIMEOUT: Duration = Duration::from_secs(1);
-/// Longest wait for the sockets of all workers at the start. The daemon runs without them.
+/// Longest wait for the sockets of all workers at the start. After this time the daemon goes on starting without them.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most workers if `[worker] threads` is 0.
 const MAX_DEFAULT_WORKERS: usize = 8;
@@ -59,8 +59,8 @@ struct Running {
     pool: Pool<Rules>,
     /// Last punt link that existed; `None` before the first.
     punt_link: Option<PuntLink>,
-    /// Whether workers may bind sockets to the interface with the punt link's name. It may be an interface of another
-    /// kind.
+    /// Whether workers may bind sockets to the interface with the punt link's name. False if that interface is of
+    /// another kind.
     usable: Arc<AtomicBool>,
     heartbeats: Arc<WorkerHeartbeats>,
     rules: Arc<Rules>,
@@ -111,9 +111,9 @@ impl Workers {
         Ok((workers, output))
     }
 
-    /// Makes or repairs the punt link if workers do not run or its end at the node is down: it may have been deleted or
-    /// set down, or could not be made at the start. The workers retry by themselves. Returns whether the punt link is a
-    /// new one, so that the datapath configuration must be written.
+    /// Makes or repairs the punt link if a worker does not run or the end at the node is down. The link may have been
+    /// deleted or set down, or could not be made at the start. The workers retry by themselves. Returns whether the
+    /// punt link is a new one, so that the datapath configuration must be written.
     pub(super) fn repair(&mut self, datapath: &Datapath, network: &Network) -> bool {
         let Ok(running) = &mut self.running else {
             return false;
@@ -183,7 +183,7 @@ impl Workers {
         running.pool.set_rules(&running.rules);
     }
 
-    /// Tells the workers at which interfaces XDP runs: packets that are reinjected there must not carry the mark.
+    /// Gives the workers the interfaces with XDP programs. Packets that are reinjected there must not carry the mark.
     pub(super) fn set_attached<'a>(&mut self, attached: impl Iterator<Item = &'a Attached>) {
         let Ok(running) = &mut self.running else { return };
         let is_xdp = |kind| matches!(kind, Some(HookKind::XdpNative | HookKind::XdpGeneric));

@@ -182,8 +182,8 @@ impl Journal {
         self.order(Order::Begin(now(), endpoints, all));
     }
 
-    /// Sends an order without waiting for the disk. If the queue is full, the order is dropped, and the journal is
-    /// compacted as soon as possible, which also writes what was dropped.
+    /// Sends an order without waiting for the disk. If the queue is full, the order is dropped and the journal is
+    /// marked for compaction, which also writes the dropped names.
     fn order(&self, order: Order) {
         // The thread lives as long as this handle, so an error means a full queue.
         if self.orders.try_send(order).is_err() {
@@ -225,7 +225,7 @@ impl Writing {
     fn serve(mut self, orders: &Receiver<Order>) {
         loop {
             if self.failed.is_some_and(|when| when.elapsed() >= RETRY_INTERVAL) {
-                // Makes the next order compact the journal, which also writes what was lost.
+                // Marks the journal for compaction, which also writes the names of failed writes.
                 self.failed = None;
                 self.appended.store(u64::MAX / 2, Ordering::Relaxed);
             }

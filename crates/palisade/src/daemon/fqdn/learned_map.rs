@@ -1,8 +1,8 @@
-//! The addresses that endpoints have learned, and what of them the map of learned addresses holds.
+//! The addresses that endpoints have learned, and the content of the map of learned addresses.
 //!
 //! The cache knows which selectors an address of an endpoint belongs to, the policy in force knows the identity of such
-//! an address, and the map holds that identity. A change is first noted here and makes its entry *unwritten*. Nothing
-//! that touches an unwritten entry is committed.
+//! an address, and the map holds that identity. A change is first noted here and makes its entry *unwritten*. No answer
+//! is committed while one of its entries is unwritten.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -16,8 +16,8 @@ use palisade_fqdn::{
 };
 use palisade_model::snapshot::Learned;
 
-/// Most attempts to commit an answer. A policy change can add implied entries between write and commit; under one lock
-/// this happens at most once.
+/// Most attempts to commit an answer. An attempt fails if the answer has come to imply further entries since its
+/// entries were written. Under one lock that happens at most once.
 const MAX_COMMIT_RETRIES: usize = 4;
 
 /// A set of selectors of an address, in ascending order.
@@ -70,7 +70,7 @@ pub(crate) struct LearnedMap {
     /// Names and addresses. Every change must be passed to [`Self::update`] or [`Self::settle`].
     pub cache: Cache,
     entries: HashMap<LearnedKey, Entry>,
-    /// Entries whose content in the map is not known to be as it should be.
+    /// Entries whose map content is missing, outdated, or unknown after a failed write.
     unwritten: HashSet<LearnedKey>,
     /// Interned sets: there are far fewer sets than addresses.
     sets: HashSet<Set>,
@@ -92,7 +92,7 @@ pub(crate) struct Transition {
 }
 
 impl LearnedMap {
-    /// Returns a state in which the map holds `found` and the cache is as given.
+    /// Returns the state of a map that holds `found`, with the given cache.
     pub(crate) fn new(cache: Cache, found: impl IntoIterator<Item = (LearnedKey, Identity)>) -> Self {
         let mut learned_map = Self {
             cache,
@@ -182,7 +182,8 @@ impl LearnedMap {
                     selectors.remove(at);
                     self.intern(&selectors)
                 }
-                // A repeated change: the cache was not told that it was written. There is nothing to do.
+                // A repeated change. The cache repeats a change until it is told that the map holds it, so there is
+                // nothing to note.
                 (ChangeKind::Live, Ok(_)) | (ChangeKind::Gone, Err(_)) => continue,
             };
             self.unwritten.insert(key);
@@ -205,7 +206,7 @@ impl LearnedMap {
         set
     }
 
-    /// Writes those of the entries that are unwritten and have an identity.
+    /// Writes the unwritten entries among `keys`, as far as they have an identity.
     fn write(
         &mut self,
         keys: impl Iterator<Item = LearnedKey>,
@@ -322,7 +323,8 @@ impl LearnedMap {
             .map(|(key, entry)| (key.endpoint as EndpointId, key.addr.into(), &entry.selectors))
     }
 
-    /// Returns the changes of the map for another policy. `all`: the identities of written entries may differ too.
+    /// Returns the changes that make the map conform to another policy. `all`: includes written entries, whose
+    /// identities may differ under that policy.
     pub(crate) fn plan(&self, resolver: &impl IdentityResolver, all: bool) -> Transition {
         let mut transition = Transition::default();
         let mut others = BTreeSet::new();
@@ -422,7 +424,7 @@ impl LearnedMap {
         let _ = self.write(keys.into_iter(), resolver, writer);
     }
 
-    /// Tells the cache that an update is in the map, if all of its entries are.
+    /// Marks an update in the cache as written, if the map holds all of its entries.
     pub(crate) fn written(&mut self, update: Update) {
         if !keys_of(&update).any(|key| self.unwritten.contains(&key)) {
             self.cache.written(update);

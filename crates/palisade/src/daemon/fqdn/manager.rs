@@ -437,7 +437,8 @@ impl FqdnManager {
                     self.answers.waited.fetch_add(1, Ordering::Relaxed);
                 }
                 if denied {
-                    // Evaluated once the maps hold the address, which the control thread does next.
+                    // The control thread writes the address next and then evaluates the connections of the endpoint
+                    // again.
                     state.reevaluate.insert(endpoint);
                 }
                 state.waiting.push(Waiting {
@@ -770,7 +771,7 @@ impl State {
             .copied()
             .collect();
         for endpoint in endpoints {
-            // Before the selectors, so that special-purpose addresses that are not listed do not get any.
+            // Set before the selectors, so that special-purpose addresses that are not listed get no selector.
             let listed = policy.listed.get(&endpoint).cloned().unwrap_or_default();
             let update = self.learned_map.cache.set_listed(endpoint, listed);
             if !update.changes().is_empty() {

@@ -227,7 +227,7 @@ impl Control {
                 if name.is_some_and(|name| name != qualified && name != policy.name) {
                     continue;
                 }
-                // The content in force, which differs from the file if that is broken now.
+                // The text in force. A file that is broken now has another content.
                 let text = name.and_then(|_| self.files.text_in_force(file));
                 let resource = text.as_ref().and_then(|text| resource_of(text, policy));
                 let own = rules.get(&(&*policy.location.file, kind_name(policy.kind), qualified.as_str()));

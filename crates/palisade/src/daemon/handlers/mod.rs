@@ -1,5 +1,5 @@
-//! Requests of clients. `maps` answers what the published view and the maps hold, `control` what only the control thread
-//! can answer; this module decides which of the two it is.
+//! Requests of clients. Module `maps` answers from the published view and the maps, module `control` on the control
+//! thread. This module dispatches each request to one of the two.
 
 mod control;
 mod maps;
@@ -37,9 +37,9 @@ use crate::{
 
 /// Time for a change by the control thread. A compilation of thousands of policies takes seconds.
 const CHANGE_DEADLINE: Duration = Duration::from_secs(60);
-/// Time for a lookup by the control thread. After that the client is told what keeps the thread busy.
+/// Time for a lookup by the control thread. After this time the error names the task that keeps the thread busy.
 const LOOKUP_DEADLINE: Duration = Duration::from_secs(5);
-/// Interval at which the end of a following client is noticed when no flow arrives.
+/// Interval of the check whether a following client has disconnected, while no flow arrives.
 const FOLLOW_POLL_INTERVAL: Duration = Duration::from_millis(250);
 /// Time within which followed flows are put in order. A record of a worker reaches the ring later than an event of the
 /// programs, by at most a tick of the coarse clock plus the scheduling delay of the threads.
