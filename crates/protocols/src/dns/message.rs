@@ -582,6 +582,8 @@ impl<'a> Reader<'a> {
         }
     }
 
+    // Inlined, as is `name`, so that the 255 bytes of a name are built in place and not copied.
+    #[inline(always)]
     fn question(&mut self) -> Result<Question, ParseError> {
         let name = self.name()?;
         let [t0, t1, c0, c1] = self.take()?;
@@ -608,6 +610,7 @@ impl<'a> Reader<'a> {
 
     /// Reads a name and follows its compression pointers. Each pointer must point before the start of the labels that
     /// led to it (RFC 1035, section 4.1.4: "a prior occurrence"), so there are no loops.
+    #[inline(always)]
     fn name(&mut self) -> Result<Name, ParseError> {
         let mut builder = NameBuilder::new();
         let mut at = self.at;

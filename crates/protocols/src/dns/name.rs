@@ -244,8 +244,9 @@ impl NameBuilder {
         if end >= MAX_NAME {
             return Err(NameError::TooLong);
         }
-        let target = self.wire.get_mut(self.len..end).ok_or(NameError::TooLong)?;
-        let (length, bytes) = target.split_first_mut().ok_or(NameError::TooLong)?;
+        let Some([length, bytes @ ..]) = self.wire.get_mut(self.len..end) else {
+            return Err(NameError::TooLong);
+        };
         *length = label.len() as u8;
         bytes.copy_from_slice(label);
         bytes.make_ascii_lowercase();

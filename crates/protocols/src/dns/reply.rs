@@ -49,9 +49,11 @@ pub fn reply(query: &[u8], rcode: Rcode, out: &mut [u8]) -> Result<usize, ParseE
     let header: [u8; HEADER_LEN] = [id0, id1, flags0, flags1, 0, questions, 0, 0, 0, 0, 0, additionals];
     let opt = opt.as_slice().as_flattened();
     let len = header.len() + question.len() + opt.len();
-    let target = out.get_mut(..len).ok_or(ParseError::TooLong)?;
-    for (to, from) in target.iter_mut().zip(header.iter().chain(question).chain(opt)) {
-        *to = *from;
+    let mut rest = out.get_mut(..len).ok_or(ParseError::TooLong)?;
+    for part in [&header, question, opt] {
+        let (target, tail) = rest.split_at_mut_checked(part.len()).ok_or(ParseError::TooLong)?;
+        target.copy_from_slice(part);
+        rest = tail;
     }
     Ok(len)
 }
