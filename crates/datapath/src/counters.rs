@@ -83,19 +83,6 @@ impl Counters<'_> {
         Ok(found)
     }
 
-    /// Sets the counters of rules to zero, since their numbers are given to other rules.
-    ///
-    /// # Errors
-    /// [`MapError`] if the map cannot be written.
-    pub fn reset_rules(&self, rules: impl IntoIterator<Item = u32>) -> Result<(), MapError> {
-        for rule in rules {
-            if rule < self.rules.len() {
-                self.rules.set(rule, &Counter::default())?;
-            }
-        }
-        Ok(())
-    }
-
     /// Returns the numbers of events that were not sent, by kind and reason, without zero counters.
     ///
     /// # Errors

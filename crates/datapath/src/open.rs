@@ -175,24 +175,6 @@ impl Datapath {
         self.config.get(&0)
     }
 
-    /// Returns the number of instructions that the verifier processed for each program; empty before Linux 5.16.
-    #[must_use]
-    pub fn verified_instructions(&self) -> Vec<(&'static str, u32)> {
-        let Programs {
-            xdp,
-            tc_ingress,
-            tc_egress,
-            punt,
-            reinject,
-            punt_filter,
-            pass,
-        } = &self.programs;
-        [xdp, tc_ingress, tc_egress, punt, reinject, punt_filter, pass]
-            .into_iter()
-            .filter_map(|p| Some((p.name, p.instructions?)))
-            .collect()
-    }
-
     /// Returns the file descriptor of a program by its name in [`palisade_abi::programs`], for BPF_PROG_TEST_RUN.
     #[must_use]
     pub fn program(&self, name: &str) -> Option<BorrowedFd<'_>> {

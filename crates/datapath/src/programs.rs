@@ -21,7 +21,6 @@ type Result<T> = std::result::Result<T, OpenError>;
 pub(crate) struct Program {
     pub name: &'static str,
     pub fd: OwnedFd,
-    pub instructions: Option<u32>,
 }
 
 impl Program {
@@ -106,14 +105,6 @@ fn load_program(name: &'static str, program: &mut aya::programs::Program) -> Res
         let classifier: &mut SchedClassifier = program.try_into().map_err(refused)?;
         classifier.load().map_err(refused)?;
     }
-    let instructions = program
-        .info()
-        .ok()
-        .and_then(|info| info.verified_instruction_count());
     let fd = bpf::duplicate(program.fd().map_err(refused)?)?;
-    Ok(Program {
-        name,
-        fd,
-        instructions,
-    })
+    Ok(Program { name, fd })
 }

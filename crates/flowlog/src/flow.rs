@@ -231,15 +231,15 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 }
 
 /// Values of [`EventType::kind`].
-pub mod event_type {
+pub(crate) mod event_type {
     /// Drop; the sub-type is the reason.
-    pub const DROP: i32 = 1;
+    pub(crate) const DROP: i32 = 1;
     /// Trace; the sub-type is the trace point.
-    pub const TRACE: i32 = 4;
+    pub(crate) const TRACE: i32 = 4;
     /// Policy verdict.
-    pub const POLICY_VERDICT: i32 = 5;
+    pub(crate) const POLICY_VERDICT: i32 = 5;
     /// Record of an application message.
-    pub const ACCESS_LOG: i32 = 129;
+    pub(crate) const ACCESS_LOG: i32 = 129;
 }
 
 /// Flow record: one packet or application message, and its verdict.
@@ -720,8 +720,7 @@ fn is_slice_empty<T>(slice: &[T]) -> bool {
 }
 
 /// Returns the name of a reserved identity.
-#[must_use]
-pub const fn reserved_name(number: u32) -> Option<&'static str> {
+pub(crate) const fn reserved_name(number: u32) -> Option<&'static str> {
     Some(match number {
         0 => "unknown",
         identity::HOST => "host",
@@ -742,7 +741,7 @@ pub const fn reserved_name(number: u32) -> Option<&'static str> {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct EventType {
-    /// One of [`event_type`].
+    /// Number of the event type.
     #[serde(rename = "type")]
     pub kind: i32,
     /// Drop reason or trace point.

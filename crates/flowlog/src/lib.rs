@@ -13,7 +13,7 @@
 
 pub mod duration;
 pub mod filter;
-pub mod flow;
+mod flow;
 pub mod format;
 mod order;
 mod record;
@@ -22,7 +22,7 @@ mod ring;
 mod time;
 
 pub use filter::{FilterBuilder, FilterError, Filters, FlowFilter};
-pub use flow::Flow;
+pub use flow::{Flow, Policy, TrafficDirection};
 pub use order::Ordered;
 pub use resolve::{FlowResolver, Owner, RuleInfo};
 pub use ring::{Cursor, Next, Resolver, Ring};

@@ -87,7 +87,7 @@ pub struct FlowFilter {
     pub(super) node_name: Vec<String>,
     /// Name in the question of a DNS message.
     pub(super) dns_query: Vec<QueryPattern>,
-    /// Status of an HTTP answer.
+    /// Status of an HTTP response.
     pub(super) http_status_code: Vec<StatusFilter>,
     /// Method of an HTTP request.
     pub(super) http_method: Vec<String>,
@@ -171,7 +171,7 @@ pub(super) struct EndpointName {
 /// Event type, optionally with a sub-type.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(super) struct EventTypeFilter {
-    /// One of [`event_type`].
+    /// Number of the event type.
     pub(super) kind: i32,
     /// Drop reason or trace point.
     pub(super) sub_type: Option<i32>,

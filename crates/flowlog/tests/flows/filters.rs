@@ -1,4 +1,4 @@
-//! Filters: each flag by a flow that passes and one that does not, and how flags add up.
+//! Filters: for each flag a flow that passes and one that does not, and the combination of flags.
 
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ fn passes(flow: &Flow, flags: &[(&str, &str)]) -> bool {
         .matches(flow)
 }
 
-/// Which of the flows of [`samples`] pass, in their order, as letters.
+/// Returns the letters of the flows of [`samples`] that pass, in their order.
 fn passing(flags: &[(&str, &str)]) -> String {
     samples()
         .iter()
@@ -97,7 +97,7 @@ fn samples() -> Vec<(char, Flow)> {
 }
 
 #[test]
-fn every_flag() {
+fn every_flag_matches_its_flows() {
     for (flag, value, expected) in [
         ("ip", "10.0.1.20", "vt"),
         ("ip", "10.0.0.0/8", "vtdnu"),
@@ -203,18 +203,18 @@ fn every_flag_is_listed() {
 }
 
 #[test]
-fn flags_add_up() {
+fn flags_combine_by_or_and_and_not() {
     assert_eq!(passing(&[]), "vtdnu6l");
-    // The same flag again: or. Another flag: and.
+    // The same flag twice means or, different flags mean and.
     assert_eq!(passing(&[("verdict", "audit"), ("verdict", "forwarded")]), "vtu");
     assert_eq!(passing(&[("verdict", "forwarded"), ("type", "trace")]), "t");
     assert_eq!(passing(&[("label", "app=web"), ("label", "app=database")]), "vtu");
-    // Either side, each by itself: the client's address with the server's port.
+    // Flags without a side are independent: the address of the client with the port of the server.
     assert_eq!(passing(&[("ip", "10.0.1.10"), ("port", "80")]), "vtdn");
     assert_eq!(passing(&[("ip", "10.0.1.10"), ("from-port", "80")]), "t");
     assert_eq!(passing(&[("ip", "10.0.1.20"), ("from-ip", "10.0.1.10")]), "v");
     assert_eq!(passing(&[("from-ip", "10.0.1.10"), ("to-ip", "10.0.1.20")]), "v");
-    // --not is about the one flag after it; several each take something away.
+    // --not reverses only the next flag; each of several removes flows.
     assert_eq!(
         passing(&[("not", ""), ("type", "drop"), ("from-ip", "10.0.1.10")]),
         "vnu"
@@ -230,7 +230,7 @@ fn flags_add_up() {
 }
 
 #[test]
-fn errors_say_what_would_be_right() {
+fn errors_name_a_valid_value() {
     for (flag, value, hint) in [
         ("ip", "10.0.0.0/33", "10.0.0.0/8"),
         ("ip", "localhost", "not an address"),
@@ -277,7 +277,7 @@ fn errors_say_what_would_be_right() {
 }
 
 #[test]
-fn relative_times() {
+fn relative_times_are_before_now() {
     let second = 1_000_000_000;
     for (text, seconds) in [
         ("30s", 30),
@@ -293,7 +293,7 @@ fn relative_times() {
 }
 
 #[test]
-fn filters_travel_as_json() {
+fn filters_survive_json() {
     let sent = filters(&[
         ("ip", "10.0.0.0/8"),
         ("label", "k8s:app in (a,b),!x"),
@@ -310,7 +310,7 @@ fn filters_travel_as_json() {
 }
 
 #[test]
-fn selectors() {
+fn selectors_match_labels() {
     let labels: Vec<Arc<str>> = ["k8s:app=web", "k8s:env=", "cidr:10.0.0.0/8", "reserved:host"]
         .into_iter()
         .map(Arc::from)
@@ -347,15 +347,15 @@ fn selectors() {
 }
 
 proptest! {
-    /// What a user types, or a client sends, is never more than an error.
+    /// Any text from a user or client gives a value or an error, never a panic.
     #[test]
-    fn no_value_is_too_odd(flag in 0..FLAGS.len(), value in "\\PC{0,24}") {
+    fn every_value_parses_or_is_an_error(flag in 0..FLAGS.len(), value in "\\PC{0,24}") {
         let mut builder = FilterBuilder::new(Timestamp(0));
         let _ = builder.flag(FLAGS[flag].name, &value);
     }
 
     #[test]
-    fn no_selector_is_too_odd(text in "[a-z:=!,() ]{0,24}") {
+    fn every_selector_parses_or_is_an_error(text in "[a-z:=!,() ]{0,24}") {
         if let Ok(selector) = LabelSelector::parse(&text) {
             let _ = selector.matches(&["k8s:a=b", "c"]);
         }

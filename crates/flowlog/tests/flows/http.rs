@@ -1,4 +1,4 @@
-//! Requests and answers of HTTP, as people and programs see them.
+//! Text and JSON of HTTP requests and responses.
 
 use std::fmt::Write as _;
 
@@ -18,7 +18,7 @@ fn text(text: &str) -> Text {
     into
 }
 
-/// client:54006 asks web:80, and web's policy allows it.
+/// Request from client:54006 to web:80, allowed by the policy of web.
 fn request() -> Record {
     Record {
         endpoint: 12,
@@ -43,7 +43,7 @@ fn request() -> Record {
     }
 }
 
-/// Its answer.
+/// Response to [`request`].
 fn response() -> Record {
     Record {
         ingress: false,
@@ -173,7 +173,7 @@ fn json_has_the_names_of_the_flow_api() {
                 "method": "GET",
                 "url": "http://web.shop/a%20list?x=1&token=[redacted]",
                 "protocol": "HTTP/1.1",
-                // what was cut before its value is not there
+                // A header field that was truncated before its value is left out.
                 "headers": [{"key": "content-type", "value": "text/html"}],
             },
         })
@@ -198,8 +198,8 @@ fn json_has_the_names_of_the_flow_api() {
 }
 
 #[test]
-fn filters_tell_them_apart() {
-    // q: the request, a: its answer, d: the one that was denied, n: not found, e: an error, v: a verdict about packets
+fn filters_distinguish_the_records() {
+    // q: the request, a: its response, d: a denied request, n: not found, e: an error, v: a policy verdict
     let with = |status| {
         flow(&Record {
             what: answered(status, None),

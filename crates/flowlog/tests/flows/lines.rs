@@ -1,4 +1,4 @@
-//! What people and programs read, letter by letter.
+//! Exact output of all formats.
 
 use crate::world::{CLIENT, DATABASE, UNENFORCED, WEB, address, denied, event, flow};
 use palisade_abi::{Event, EventKind, MatchKind, Reason, TracePoint, event_flags, identity, protocol};
@@ -50,7 +50,7 @@ fn policy_verdicts_and_drops() {
 }
 
 #[test]
-fn traces_point_both_ways() {
+fn traces_show_the_direction_of_the_connection() {
     let forward = Event {
         kind: EventKind::Trace as u8,
         trace_point: TracePoint::Start as u8,
@@ -60,7 +60,7 @@ fn traces_point_both_ways() {
         compact(&forward),
         "Apr 28 01:04:16.656: default/internal-client:54006 (ID:23217) -> shop/web:80 (ID:17513) to-endpoint FORWARDED (TCP Flags: SYN)\n"
     );
-    // The answer of a server: its sides are swapped, so that a connection reads the same both ways.
+    // A reply of the server is shown with its ends swapped, so that a connection looks the same in both directions.
     let reply = Event {
         source: address("10.0.1.20"),
         destination: address("10.0.1.10"),
@@ -161,7 +161,7 @@ fn other_protocols() {
 }
 
 #[test]
-fn the_rule_is_named_when_asked() {
+fn the_rule_is_written_on_request() {
     let with_rules = Printer {
         rules: true,
         ..Printer::default()
@@ -275,7 +275,7 @@ fn json_of_drops_and_traces() {
     assert_eq!(flow_of(&drop, "palisade")["rule"]["default_deny"], true);
     assert_eq!(flow_of(&drop, "is_reply"), serde_json::Value::Null);
 
-    // A reason that the flow API has no name for is its number.
+    // A reason without a name in the flow API is written as its number.
     let own = Event {
         reason: Reason::NoTlsInspector as u8,
         ..denied(EventKind::Drop)
@@ -301,7 +301,7 @@ fn json_of_drops_and_traces() {
 }
 
 #[test]
-fn json_is_read_back() {
+fn json_round_trip() {
     for event in [event(), denied(EventKind::PolicyVerdict), denied(EventKind::Drop)] {
         let flow = flow(&event);
         let response: Response<Flow> = serde_json::from_str(&json(&flow)).expect("JSON");
@@ -349,7 +349,7 @@ fn monitor_lines() {
 }
 
 #[test]
-fn an_event_with_nonsense_in_it_is_still_shown() {
+fn an_event_with_unknown_values_is_shown() {
     let unknown = (1..=u8::MAX)
         .find(|number| Reason::from_u8(*number).is_none())
         .expect("a number that is no reason");

@@ -1,4 +1,4 @@
-//! What the crate does, seen from outside.
+//! Tests of the public interface of the crate.
 
 mod filters;
 mod http;

@@ -1,9 +1,8 @@
-//! What inspectors read, as people and programs see it.
+//! Text and JSON of the records of inspectors.
 
 use palisade_abi::{Addr, EventKind, Reason, identity, protocol};
 use palisade_flowlog::{
-    FilterBuilder, Flow, Timestamp,
-    flow::TrafficDirection,
+    FilterBuilder, Flow, Timestamp, TrafficDirection,
     format::{Format, Printer, Response, json, monitor},
 };
 use palisade_inspect::record::{Record, Text, Verdict, What};
@@ -11,7 +10,7 @@ use serde_json::Value;
 
 use crate::world::{ALLOW_DNS, OFFSET, WEB, World, address, denied, event, passing};
 
-/// client:60700 asks web:53 for `ifconfig.me`, A.
+/// Query from client:60700 to web:53 for `ifconfig.me`, A.
 fn query() -> Record {
     Record {
         endpoint: 11,
@@ -33,7 +32,7 @@ fn query() -> Record {
     }
 }
 
-/// Its answer.
+/// Response to [`query`].
 fn answer() -> Record {
     Record {
         ingress: true,
@@ -84,7 +83,7 @@ fn compact(record: &Record) -> String {
 }
 
 #[test]
-fn lines_of_questions_and_answers() {
+fn lines_of_queries_and_responses() {
     const START: &str = "Apr 28 01:04:16.656: default/internal-client:60700 (ID:23217)";
     assert_eq!(
         compact(&query()),
@@ -110,7 +109,7 @@ fn lines_of_questions_and_answers() {
 }
 
 #[test]
-fn words_of_answers() {
+fn texts_of_responses() {
     let said = |what: What| flow(&Record { what, ..answer() }).summary;
     assert_eq!(
         said(answer_with(0, &["192.0.2.1", "2001:db8::1"], "edge.example")),
@@ -133,7 +132,7 @@ fn words_of_answers() {
 }
 
 #[test]
-fn what_cannot_be_read_is_shown_all_the_same() {
+fn unparsable_messages_are_shown() {
     let broken = Record {
         verdict: Verdict::Dropped,
         reason: Reason::AppMalformed,
@@ -198,7 +197,7 @@ fn json_has_the_names_of_the_flow_api() {
 
 #[test]
 fn the_direction_is_that_of_the_connection() {
-    // the same exchange, as the policy of the DNS server's ingress saw it
+    // The same messages, as the ingress policy of the DNS server records them.
     let at_server = |record: Record| Record {
         endpoint: 12,
         ingress: !record.ingress,
@@ -220,7 +219,7 @@ fn the_direction_is_that_of_the_connection() {
 }
 
 #[test]
-fn an_address_is_shown_by_the_name_that_was_asked_for() {
+fn addresses_have_their_resolved_names() {
     let to_world = palisade_abi::Event {
         destination: address("34.117.118.44"),
         destination_identity: identity::WORLD,
@@ -239,7 +238,7 @@ fn an_address_is_shown_by_the_name_that_was_asked_for() {
         value["flow"]["destination_names"],
         serde_json::json!(["ifconfig.me", "other.example"])
     );
-    // another endpoint has not asked
+    // Another endpoint has not resolved the name.
     let of_another = palisade_abi::Event {
         endpoint: 12,
         ..to_world
@@ -252,8 +251,8 @@ fn an_address_is_shown_by_the_name_that_was_asked_for() {
 }
 
 #[test]
-fn filters_tell_them_apart() {
-    // q: the question, a: its answer, r: the one that was refused, v: a verdict about packets, n: to a learned address
+fn filters_distinguish_the_records() {
+    // q: the query, a: its response, r: a refused query, v: a policy verdict, n: to a learned address
     let named = palisade_abi::Event {
         destination: address("34.117.118.44"),
         ..denied(EventKind::Drop)

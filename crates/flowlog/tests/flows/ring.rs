@@ -1,4 +1,4 @@
-//! The ring against a plain list, and under several threads.
+//! The ring compared with a plain list, and used by several threads.
 
 use std::{
     collections::VecDeque,
@@ -19,14 +19,14 @@ use palisade_flowlog::{
 use palisade_inspect::record::{Record, Verdict, What};
 use proptest::prelude::*;
 
-/// A flow that is known by its time.
+/// Returns a flow that its time identifies.
 fn numbered(number: u64) -> Flow {
     let mut flow = flow(&event());
     flow.time = Timestamp(number as i64);
     flow
 }
 
-/// Something that an inspector said about the web server.
+/// Returns a record of an inspector about the web server.
 fn record() -> Record {
     Record {
         endpoint: 11,
@@ -48,7 +48,7 @@ fn record() -> Record {
 proptest! {
     #[test]
     fn flows_are_followed_in_the_order_of_their_times(late in prop::collection::vec(0..40_u64, 1..60)) {
-        // One flow a millisecond comes, and each says that it happened up to 40 ms before.
+        // One flow arrives per millisecond, with a time up to 40 ms in the past.
         let window = Duration::from_millis(50);
         let begin = Instant::now();
         let mut ordered = Ordered::new(window, 100);
@@ -70,7 +70,7 @@ proptest! {
 }
 
 #[test]
-fn what_is_held_back_is_bounded_and_keeps_its_order() {
+fn delayed_flows_are_bounded_and_ordered() {
     let mut ordered = Ordered::new(Duration::from_secs(1), 2);
     let now = Instant::now();
     for time in [5, 5, 3] {
@@ -78,7 +78,7 @@ fn what_is_held_back_is_bounded_and_keeps_its_order() {
     }
     assert_eq!(ordered.due(now).map(|flow| number(&flow)), Some(3));
     assert!(ordered.due(now).is_none());
-    // a clock that was set back holds nothing back for longer than the window
+    // A clock that was set back delays flows no longer than the window.
     let later = now + Duration::from_secs(1);
     assert!(ordered.due(later).is_some() && ordered.due(later).is_some() && ordered.is_empty());
 }
@@ -121,7 +121,7 @@ fn step() -> impl Strategy<Value = Step> {
 
 proptest! {
     #[test]
-    fn behaves_as_a_list_that_forgets(capacity in 1..12_usize, steps in prop::collection::vec(step(), 0..40)) {
+    fn behaves_as_a_bounded_list(capacity in 1..12_usize, steps in prop::collection::vec(step(), 0..40)) {
         let ring = Ring::new(capacity);
         let names: Resolver = Arc::new(World);
         let mut model = VecDeque::new();
@@ -171,7 +171,7 @@ proptest! {
 }
 
 #[test]
-fn last_counts_what_passes_the_filters() {
+fn last_counts_flows_that_pass_the_filters() {
     let ring = Ring::new(100);
     for n in 0..50 {
         let mut flow = numbered(n);
@@ -190,14 +190,14 @@ fn last_counts_what_passes_the_filters() {
 }
 
 #[test]
-fn the_writer_does_not_wait_for_a_reader() {
+fn a_slow_reader_does_not_block_the_writer() {
     let ring = Ring::new(4);
     ring.push(numbered(0));
     let mut slow = ring.oldest();
     let Some(Next::Flow(held)) = slow.read() else {
         panic!("there is a flow")
     };
-    // The reader keeps what it has read, and reads no further, while the writer goes round many times.
+    // The reader keeps a flow and reads no further, while the writer overwrites the ring many times.
     for n in 1..=100 {
         ring.push(numbered(n));
     }
@@ -207,7 +207,7 @@ fn the_writer_does_not_wait_for_a_reader() {
 }
 
 #[test]
-fn a_sleeper_is_woken() {
+fn a_waiting_reader_is_woken() {
     let ring = Ring::new(4);
     let cursor = ring.follow();
     let begin = Instant::now();
@@ -266,7 +266,7 @@ fn readers_see_every_flow_once_or_as_lost() {
     });
 }
 
-/// Knows one name, which changes.
+/// Resolver with one name, which changes.
 struct Renamed {
     name: Mutex<&'static str>,
     asked: AtomicUsize,
@@ -300,7 +300,7 @@ impl FlowResolver for Renamed {
 }
 
 #[test]
-fn a_flow_is_made_of_a_record_once_and_by_the_names_of_its_time() {
+fn a_record_becomes_a_flow_once_with_the_names_of_its_time() {
     let names = Arc::new(Renamed {
         name: Mutex::new("before"),
         asked: AtomicUsize::new(0),

@@ -1,4 +1,4 @@
-//! TLS hellos, as people and programs see them.
+//! Text and JSON of TLS ClientHellos.
 
 use palisade_abi::{Reason, protocol};
 use palisade_flowlog::{
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::world::{ALLOW_WEB, DATABASE, OFFSET, World, address, event, passing};
 
-/// client:54006 says hello to db-1:443.
+/// ClientHello from client:54006 to db-1:443.
 fn hello(name: &str, version: u16, ech: bool) -> Record {
     Record {
         endpoint: 11,
@@ -92,7 +92,7 @@ fn json_has_a_member_of_its_own() {
 }
 
 #[test]
-fn filters_tell_them_apart() {
+fn filters_distinguish_the_records() {
     let flows = [
         ('a', flow(&hello("api.example.com", 0x0304, false))),
         ('w', flow(&denied(hello("www.example.com", 0x0304, false)))),

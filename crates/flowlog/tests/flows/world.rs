@@ -1,11 +1,9 @@
-//! A small world for the tests: a client, a web server, a database beyond this node, and the node.
+//! Endpoints and events of the tests: a client, a web server, a database on another node, and the node.
 
 use std::{net::IpAddr, sync::Arc};
 
 use palisade_abi::{Addr, Event, EventKind, MatchKind, Reason, event_flags, identity, protocol};
-use palisade_flowlog::{
-    FilterBuilder, Filters, Flow, FlowResolver, Owner, RuleInfo, Timestamp, flow::Policy,
-};
+use palisade_flowlog::{FilterBuilder, Filters, Flow, FlowResolver, Owner, Policy, RuleInfo, Timestamp};
 
 pub const CLIENT: u32 = 23217;
 pub const WEB: u32 = 17513;
@@ -16,7 +14,7 @@ pub const DEFAULT_DENY: u32 = 8;
 pub const UNENFORCED: u32 = 9;
 pub const ALLOW_DNS: u32 = 10;
 
-/// 2026-04-28T01:04:16.656Z, as the monotonic clock's offset.
+/// Offset of the monotonic clock: 2026-04-28T01:04:16.656Z.
 pub const OFFSET: i64 = 1_777_338_256_656_000_000;
 
 pub struct World;
@@ -117,7 +115,7 @@ impl FlowResolver for World {
     }
 }
 
-/// The first packet of client -> web:80, let through by the web server's policy.
+/// First packet from client to web:80, allowed by the policy of the web server.
 pub fn event() -> Event {
     Event {
         time: 0,
@@ -149,7 +147,7 @@ pub fn event() -> Event {
     }
 }
 
-/// Client -> world, not allowed by the client's egress policy.
+/// Packet from client to world, denied by the egress policy of the client.
 pub fn denied(kind: EventKind) -> Event {
     Event {
         destination: address("151.101.3.5"),
@@ -173,7 +171,7 @@ pub fn flow(event: &Event) -> Flow {
     Flow::from_event(event, &World, OFFSET)
 }
 
-/// Which of some flows pass the filters that flags make, once these have travelled to the daemon.
+/// Returns the letters of the flows that pass the filters of these flags, after the filters were sent as JSON.
 pub fn passing(flows: &[(char, Flow)], flags: &[(&str, &str)]) -> String {
     let mut builder = FilterBuilder::new(Timestamp(OFFSET));
     for (flag, value) in flags {

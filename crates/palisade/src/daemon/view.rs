@@ -8,7 +8,7 @@ use std::{
 
 use ipnet::IpNet;
 use palisade_abi::{CLASS_ANY, CLASS_SLOTS, Class, Identity, protocol};
-use palisade_flowlog::{FlowResolver, Owner, RuleInfo as FlowRule, flow::Policy as FlowPolicy};
+use palisade_flowlog::{FlowResolver, Owner, Policy as FlowPolicy, RuleInfo as FlowRule};
 use palisade_model::{
     inventory::Inventory,
     rule::PolicyKind,
