@@ -2,7 +2,8 @@
 
 use palisade_abi::Reason;
 
-use crate::{Bytes, Packet, take};
+use crate::bytes::{Bytes, take};
+use crate::packet::Packet;
 
 /// IPv4.
 pub const ETHER_TYPE_IPV4: u16 = 0x0800;

@@ -3,7 +3,7 @@
 
 use palisade_abi::{Reason, protocol};
 
-use crate::{Packet, flags};
+use crate::packet::{Packet, flags};
 
 /// Takes note of a fragment.
 ///

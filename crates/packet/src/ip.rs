@@ -3,7 +3,12 @@
 
 use palisade_abi::{Addr, Reason};
 
-use crate::{Bytes, MAX_EXTENSIONS, MAX_HEADERS, Packet, flags, fragment, take, transport};
+use crate::bytes::{Bytes, MAX_HEADERS, take};
+use crate::packet::{Packet, flags};
+use crate::{fragment, transport};
+
+/// Most IPv6 extension headers in one packet.
+pub const MAX_EXTENSIONS: u32 = 8;
 
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;

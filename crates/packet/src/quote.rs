@@ -2,7 +2,10 @@
 
 use palisade_abi::{Addr, Reason, protocol};
 
-use crate::{Bytes, MAX_EXTENSIONS, Packet, flags, icmp, icmpv6, ip, is_icmp, take};
+use crate::bytes::{Bytes, take};
+use crate::ip::{self, MAX_EXTENSIONS};
+use crate::packet::{Packet, flags, is_icmp};
+use crate::transport::{icmp, icmpv6};
 
 /// Longest ICMP error, from the network header on (RFC 1812, 4.3.2.3).
 const MAX_ERROR_V4: u32 = 576;

@@ -2,7 +2,8 @@
 
 use palisade_abi::{Reason, protocol, tcp_flags};
 
-use crate::{Bytes, Packet, flags, is_icmp, take};
+use crate::bytes::{Bytes, take};
+use crate::packet::{Packet, flags, is_icmp};
 
 /// ICMP types (RFC 792).
 pub mod icmp {
