@@ -153,7 +153,7 @@ impl Loaded {
             .map_max_entries(maps::FLOW_SLOTS, FLOWS / 2)
             .map_max_entries(maps::FRAGMENTS, FRAGMENTS)
             .map_max_entries(maps::FRAGMENT_SLOTS, FRAGMENTS / 2)
-            .load(palisade_datapath::OBJECT)
+            .load(palisade_datapath::BENCH_OBJECT)
             .context("loading the BPF object")?;
         for (name, program) in ebpf.programs_mut() {
             match program {

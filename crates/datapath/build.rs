@@ -1,4 +1,5 @@
-//! Compiles `xdp/` for the BPF target and writes the object to `OUT_DIR`.
+//! Compiles `xdp/` for the BPF target: `OUT_DIR/palisade`, and with the feature `bench-object` also
+//! `OUT_DIR/palisade-bench`, which has the benchmark's programs too.
 //!
 //! `PALISADE_BPF_TOOLCHAIN` names the toolchain for that target; the default is the one that `scripts/setup` builds
 //! from Debian's packages.
@@ -32,9 +33,20 @@ fn main() -> anyhow::Result<()> {
     }
     // aya-build searches the package in the current directory.
     std::env::set_current_dir(root).with_context(|| format!("the BPF programs are not at {root}"))?;
+    if std::env::var_os("CARGO_FEATURE_BENCH_OBJECT").is_some() {
+        build(root, &toolchain, &["bench"])?;
+        let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").context("OUT_DIR is not set")?);
+        std::fs::rename(out.join("palisade"), out.join("palisade-bench"))
+            .context("the benchmark's object")?;
+    }
+    build(root, &toolchain, &[])
+}
+
+/// Writes the object to `OUT_DIR/palisade`.
+fn build(root: &str, toolchain: &str, features: &[&str]) -> anyhow::Result<()> {
     aya_build::build_ebpf(
-        [aya_build::Package { name: "palisade-xdp", root_dir: root, ..Default::default() }],
-        aya_build::Toolchain::Custom(&toolchain),
+        [aya_build::Package { name: "palisade-xdp", root_dir: root, features, ..Default::default() }],
+        aya_build::Toolchain::Custom(toolchain),
     )
     .with_context(|| {
         format!("building the BPF programs with the rustup toolchain `{toolchain}`: run scripts/setup, or name another in PALISADE_BPF_TOOLCHAIN")

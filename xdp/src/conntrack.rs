@@ -1,77 +1,79 @@
-//! Connections. One entry for both directions of a flow, for each endpoint whose policy lets it through.
+//! Conntrack: the flows that the policy of an endpoint has allowed. One entry holds both directions of a flow.
 //!
-//! Entries are changed in place without atomics: when two CPUs handle one flow a count may get lost, and the
-//! last one's time and flags stay. Nothing that a verdict depends on is written so, but the TCP flags, and a
-//! connection whose end was overlooked by that dies of its timeout.
+//! Programs change entries in place without atomics ([`Entry`]). When two CPUs handle packets of one flow, a count may be
+//! lost and the last writer's time and flags stay. Of these fields only the TCP flags influence a verdict: a lost FIN or RST
+//! leaves the entry alive until its timeout.
 
 use core::sync::atomic::{Ordering, compiler_fence};
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_coarse_ns};
 use palisade_abi::{
-    Config, CtEntry, CtKey, EventKind, Reason, TracePoint, ct_flags, event_flags, protocol, tcp_flags,
+    Addr, Config, CtEntry, CtKey, Reason, TracePoint, ct_flags, event_flags, protocol, tcp_flags,
 };
 use palisade_packet::{Packet, flags};
 
+use crate::calls::Calls;
 use crate::counters;
-use crate::ctx::Context;
+use crate::entry::Entry;
 use crate::event;
 use crate::maps::{CLOCK, CONFIG, CONNTRACK};
 use crate::packet_context::PacketContext;
 use crate::share;
 
-/// A flow without a handshake is protected once the other side has answered and it has lasted this long, ns. A question
-/// and its answer take less.
+/// Age from which a flow without a handshake is protected if it has been answered, ns. A single query and its answer take
+/// less.
 const SETTLES_AFTER: u64 = 2_000_000_000;
 
-/// The flags that say something about a connection's state.
+/// The TCP flags that change the state of a connection.
 pub const STATE_FLAGS: u8 = tcp_flags::FIN | tcp_flags::SYN | tcp_flags::RST | tcp_flags::ACK;
 
-/// The clock of all timeouts: the coarse monotonic clock, which advances with the tick. Asking the kernel for it
-/// costs 13 of the 100 ns that a packet of a known flow takes, so each CPU asks once a jiffy. It may lag by a tick.
+/// Returns the coarse monotonic clock, ns: the clock of all timeouts. It advances with the tick. Each CPU reads it once per
+/// jiffy, because the helper takes 13 of the 100 ns that a packet of a known flow costs; the result may lag by a tick.
 #[inline(always)]
 pub fn now() -> u64 {
-    // SAFETY: takes and changes nothing.
+    // SAFETY: the helper has no parameters and changes nothing.
     let jiffy = unsafe { bpf_jiffies64() };
     let clock = CLOCK.get_ptr_mut(0);
     if let Some(clock) = clock {
-        // SAFETY: a map value of this CPU, which lives as long as the map.
-        let clock = unsafe { &*clock };
-        if clock.jiffy == jiffy {
-            return clock.time;
+        // SAFETY: a value of a per-CPU map, which lives as long as the map; only the programs of this CPU use it.
+        let (time, read_in) = unsafe { ((*clock).time, (*clock).jiffy) };
+        if read_in == jiffy {
+            return time;
         }
     }
-    // SAFETY: as above.
-    unsafe {
-        let now = bpf_ktime_get_coarse_ns();
-        if let Some(clock) = clock {
+    // SAFETY: the helper has no parameters and changes nothing.
+    let now = unsafe { bpf_ktime_get_coarse_ns() };
+    if let Some(clock) = clock {
+        // SAFETY: a value of a per-CPU map, which lives as long as the map; only the programs of this CPU use it.
+        unsafe {
             (*clock).time = now;
             (*clock).jiffy = jiffy;
         }
-        now
     }
+    now
 }
 
-/// One end of a flow in each role, as a packet or a quoted packet names them.
+/// Source and destination of a packet, or of the packet that an ICMP error quotes.
 #[derive(Clone, Copy)]
 pub struct Ends<'a> {
-    /// Addresses.
-    pub source: &'a palisade_abi::Addr,
-    /// Addresses.
-    pub destination: &'a palisade_abi::Addr,
-    /// Ports.
+    /// Source address.
+    pub source: &'a Addr,
+    /// Destination address.
+    pub destination: &'a Addr,
+    /// Source port.
     pub source_port: u16,
-    /// Ports.
+    /// Destination port.
     pub destination_port: u16,
     /// ICMP echo identifier.
     pub echo_id: u16,
     /// IP protocol.
     pub protocol: u8,
-    /// `palisade_packet::flags`.
+    /// [`palisade_packet::flags`].
     pub flags: u8,
 }
 
-/// Writes the key of a packet that goes to (`ingress`) or comes from `endpoint`.
+/// Writes the key of the flow of a packet that goes to `endpoint` (`ingress`) or comes from it.
 #[inline(always)]
 pub fn write_key(key: &mut CtKey, endpoint: u32, ingress: bool, ends: Ends<'_>) {
     key.endpoint = endpoint as u16;
@@ -81,12 +83,12 @@ pub fn write_key(key: &mut CtKey, endpoint: u32, ingress: bool, ends: Ends<'_>) 
         _ => (0, 0),
     };
     if ends.flags & (flags::ECHO_REQUEST | flags::ECHO_REPLY) != 0 {
-        // The second port says who asked: 0 the endpoint, 1 the other end.
-        let asked_by_other = u16::from((ends.flags & flags::ECHO_REQUEST != 0) == ingress);
+        // The remote port tells the requester: 0 the endpoint, 1 the peer.
+        let by_peer = u16::from((ends.flags & flags::ECHO_REQUEST != 0) == ingress);
         (source_port, destination_port) = if ingress {
-            (asked_by_other, ends.echo_id)
+            (by_peer, ends.echo_id)
         } else {
-            (ends.echo_id, asked_by_other)
+            (ends.echo_id, by_peer)
         };
     }
     if ingress {
@@ -102,7 +104,7 @@ pub fn write_key(key: &mut CtKey, endpoint: u32, ingress: bool, ends: Ends<'_>) 
     }
 }
 
-/// The ends of a packet.
+/// Returns the ends of a packet.
 #[inline(always)]
 pub fn ends(packet: &Packet) -> Ends<'_> {
     Ends {
@@ -116,11 +118,11 @@ pub fn ends(packet: &Packet) -> Ends<'_> {
     }
 }
 
-/// Returns the entry of a key, dead or alive; null without one.
+/// Returns the entry of a key, live or expired; null if there is none.
 ///
-/// The key is copied to the stack of a function of its own. [`PacketContext`] is memory of a global function's parameter, and
-/// the verifier of Linux 6.1 takes a map key from the stack, a packet or a map value only. The copy would take 40 bytes
-/// of every caller's stack, and the longest chain of calls leaves no room for them.
+/// The function copies the key to its own stack. [`PacketContext`] is memory of a global function's parameter, and the
+/// verifier of Linux 6.1 accepts a map key only from the stack, a packet or a map value. Inlined, the copy would take 40
+/// bytes of each caller's stack, and the deepest chain of calls has no room for them.
 #[inline(never)]
 fn lookup(key: &CtKey) -> *mut CtEntry {
     let key = *key;
@@ -132,63 +134,66 @@ fn lookup(key: &CtKey) -> *mut CtEntry {
 
 /// Returns the live entry of a key.
 #[inline(always)]
-pub fn find(key: &CtKey, now: u64) -> Option<&'static mut CtEntry> {
-    live(lookup(key), now)
+pub fn find(key: &CtKey, now: u64) -> Option<Entry> {
+    // SAFETY: null, or a value of the map that the running program has just looked up.
+    live(unsafe { Entry::new(lookup(key)) }, now)
 }
 
-/// The same for a key that is on the stack of the program's main function, where no verifier wants a copy of it. A call
-/// less: a known flow's packet takes few calls, and where the kernel makes returns safe from speculation (SRSO,
-/// retbleed) each costs some nanoseconds.
+/// Returns the live entry of a key that is on the stack of a program's main function, where no copy is needed. It saves a
+/// call on the path of a known flow: where the kernel protects returns from speculation (SRSO, retbleed), each call costs
+/// some nanoseconds.
 #[inline(always)]
-pub fn find_in_place(key: &CtKey, now: u64) -> Option<&'static mut CtEntry> {
-    live(CONNTRACK.get_ptr_mut(key)?, now)
+pub fn find_in_place(key: &CtKey, now: u64) -> Option<Entry> {
+    live(entry(key), now)
+}
+
+/// Returns the entry of a key that is on the stack or in a map value, live or expired.
+#[inline(always)]
+pub fn entry(key: &CtKey) -> Option<Entry> {
+    // SAFETY: a value of the map that the running program has just looked up.
+    unsafe { Entry::new(CONNTRACK.get_ptr_mut(key)?) }
 }
 
 #[inline(always)]
-fn live(entry: *mut CtEntry, now: u64) -> Option<&'static mut CtEntry> {
-    if entry.is_null() {
-        return None;
+fn live(entry: Option<Entry>, now: u64) -> Option<Entry> {
+    match entry {
+        Some(entry) if entry.expires() > now => Some(entry),
+        _ => None,
     }
-    // SAFETY: a value of an LRU map stays readable and writable while the program runs (RCU); if it is given to
-    // another key meanwhile, what is written is overwritten or is a wrong count of a new entry.
-    let entry = unsafe { &mut *entry };
-    if entry.expires > now { Some(entry) } else { None }
 }
 
-/// Whether a packet with the entry's direction `ingress` answers the flow.
+/// Returns whether a packet with the direction `ingress` is in the reply direction of the flow.
 #[inline(always)]
-pub fn is_reply(entry: &CtEntry, ingress: bool) -> bool {
-    (entry.flags & ct_flags::INGRESS != 0) != ingress
+pub fn is_reply(entry: Entry, ingress: bool) -> bool {
+    (entry.flags() & ct_flags::INGRESS != 0) != ingress
 }
 
-/// Whether a connection has been reset, or closed by both sides.
+/// Returns whether a connection was reset, or closed by both ends.
 #[inline(always)]
 fn is_closing(forward: u8, reply: u8) -> bool {
     (forward | reply) & tcp_flags::RST != 0 || forward & reply & tcp_flags::FIN != 0
 }
 
-/// Whether the packet begins another connection than the one of the entry it hits.
+/// Returns whether the packet opens another connection than that of the entry with the same addresses and ports.
 ///
-/// A bare SYN on a connection that is over re-uses its ports. A bare SYN of the answering side is a connection
-/// in the other direction, unless both sides open at the same time (RFC 9293, 3.5, figure 7: see [`crosses`]).
+/// A bare SYN after the end of a connection reuses its ports. A bare SYN in the reply direction opens a connection in the
+/// opposite direction, unless it is a simultaneous open (RFC 9293, section 3.5, figure 7; see [`is_simultaneous_open`]).
 ///
-/// A connection that is read is over when its inspector says so, and until then each SYN goes to the inspector:
-/// otherwise a forged reset and a forged SYN, both with wrong checksums, would replace the entry of a live connection.
+/// An inspected connection ends when its inspector says so ([`CtEntry::over`]); until then each SYN goes to the inspector.
+/// Otherwise a forged RST and a forged SYN, both with wrong checksums, would replace the entry of a live connection.
 #[inline(always)]
-pub fn begins_another(entry: &CtEntry, packet: &Packet, ingress: bool) -> bool {
+pub fn begins_another(entry: Entry, packet: &Packet, ingress: bool) -> bool {
     if !is_bare_syn(packet) {
         return false;
     }
-    if entry.inspector != 0 {
-        return entry.over != 0;
+    if entry.inspector() != 0 {
+        return entry.over() != 0;
     }
-    if is_closing(entry.forward_tcp, entry.reply_tcp) {
-        return true;
-    }
-    is_reply(entry, ingress) && (entry.forward_tcp | entry.reply_tcp) & tcp_flags::ACK != 0
+    let (forward, reply) = (entry.forward_tcp(), entry.reply_tcp());
+    is_closing(forward, reply) || (is_reply(entry, ingress) && (forward | reply) & tcp_flags::ACK != 0)
 }
 
-/// Whether the packet opens a connection.
+/// Returns whether the packet opens a TCP connection: SYN without ACK.
 #[inline(always)]
 pub fn is_bare_syn(packet: &Packet) -> bool {
     packet.protocol == protocol::TCP
@@ -196,29 +201,28 @@ pub fn is_bare_syn(packet: &Packet) -> bool {
         && !packet.is(flags::FRAGMENT_LATER)
 }
 
-/// Whether the packet is the SYN of the side that is to answer, where nothing has been acknowledged and nothing is
-/// read: both sides open at the same time, or the first SYN was forged in the name of the other end.
+/// Returns whether the packet is a SYN of the answering side of a flow without an inspector: a simultaneous open, or the
+/// first SYN was forged with the peer's address.
 #[inline(always)]
-pub fn crosses(entry: &CtEntry, packet: &Packet, ingress: bool) -> bool {
-    is_bare_syn(packet) && entry.inspector == 0 && is_reply(entry, ingress)
+pub fn is_simultaneous_open(entry: Entry, packet: &Packet, ingress: bool) -> bool {
+    is_bare_syn(packet) && entry.inspector() == 0 && is_reply(entry, ingress)
 }
 
-/// Whether the inspector of the flow, if it has one, needs to see the packet, as far as the program can say without
-/// looking at windows. A SYN always: it may be the begin of another connection by the same ports, for which nothing has
-/// been decided.
+/// Returns whether the flow has an inspector that may need the packet; offload windows are checked later. An inspector needs
+/// each SYN, even of an offloaded flow: it may open another connection with the same ports, which has no verdict yet.
 #[inline(always)]
-pub fn is_inspected(entry: &CtEntry, packet: &Packet) -> bool {
-    entry.inspector != 0
-        && (!entry.is_unread()
+pub fn is_inspected(entry: Entry, packet: &Packet) -> bool {
+    entry.inspector() != 0
+        && (!entry.is_offloaded()
             || (packet.protocol == protocol::TCP && packet.tcp_flags & tcp_flags::SYN != 0))
 }
 
-/// How long a flow in this state lives without a packet.
+/// Returns the idle timeout of a flow, ns. `closing`: the connection was reset, or closed by both ends.
 #[inline(always)]
-fn timeout(config: &Config, protocol: u8, flow_flags: u8, forward_tcp: u8, reply_tcp: u8) -> u64 {
+fn timeout(config: &Config, protocol: u8, flow_flags: u8, forward_tcp: u8, closing: bool) -> u64 {
     match protocol {
-        protocol::TCP if is_closing(forward_tcp, reply_tcp) => config.tcp_closing,
-        // An answered SYN proves nothing: its source may be forged. The opener's acknowledgment does.
+        protocol::TCP if closing => config.tcp_closing,
+        // A SYN+ACK alone proves nothing, because the source of the SYN may be forged. The opener's ACK does.
         protocol::TCP if flow_flags & ct_flags::REPLIED != 0 && forward_tcp & tcp_flags::ACK != 0 => {
             config.tcp_established
         }
@@ -228,8 +232,8 @@ fn timeout(config: &Config, protocol: u8, flow_flags: u8, forward_tcp: u8, reply
     }
 }
 
-/// Whether both ends use the flow, so that it is worth more than a new one. TCP: the opener has acknowledged what the
-/// other side said; a SYN is answered also if it is forged. What has no handshake: it has been answered and goes on.
+/// Returns whether both ends use the flow, so that no new flow may evict it. TCP: the opener has acknowledged the SYN+ACK;
+/// a forged SYN is answered too. Other protocols: the flow has been answered and is older than [`SETTLES_AFTER`].
 #[inline(always)]
 fn is_settled(protocol: u8, flow_flags: u8, forward_tcp: u8, reply_tcp: u8, age: u64) -> bool {
     if flow_flags & ct_flags::REPLIED == 0 {
@@ -242,160 +246,159 @@ fn is_settled(protocol: u8, flow_flags: u8, forward_tcp: u8, reply_tcp: u8, age:
     }
 }
 
-/// Protects the flow if both ends use it by now, and ends the protection of a flow that is closing.
-#[inline(never)]
-fn set_protected(frame: &PacketContext, entry: &mut CtEntry) -> u32 {
-    let age = frame.now.saturating_sub(entry.created);
+/// Protects the flow if both ends use it, and ends the protection of a flow that is closing.
+#[inline(always)]
+pub fn set_protected(frame: &PacketContext, entry: Entry) {
+    let age = frame.now.saturating_sub(entry.created());
     let protocol = frame.packet.protocol;
-    let settled = is_settled(protocol, entry.flags, entry.forward_tcp, entry.reply_tcp, age);
-    if settled != (entry.protected != 0) {
+    let settled = is_settled(
+        protocol,
+        entry.flags(),
+        entry.forward_tcp(),
+        entry.reply_tcp(),
+        age,
+    );
+    if settled != (entry.protected() != 0) {
         share::set_protected(&frame.key, entry, u32::from(settled));
     }
-    0
 }
 
-/// Has a flow give up the place of one that both ends use.
+/// Ends the protection of a flow; the flow takes a slot of its share instead.
 #[inline(always)]
-pub fn unprotect(key: &CtKey, entry: &mut CtEntry) {
-    if entry.protected != 0 {
+pub fn unprotect(key: &CtKey, entry: Entry) {
+    if entry.protected() != 0 {
         share::set_protected(key, entry, 0);
     }
 }
 
-/// Notes that a connection that is read is over.
+/// Marks an inspected connection as over.
 #[inline(always)]
-pub fn close(key: &CtKey, entry: &mut CtEntry) {
+pub fn close(key: &CtKey, entry: Entry) {
     if let Some(config) = CONFIG.get(0) {
-        entry.forward_tcp |= tcp_flags::RST;
-        entry.over = 1;
+        entry.set_forward_tcp(entry.forward_tcp() | tcp_flags::RST);
+        entry.set_over(1);
         unprotect(key, entry);
         let expires = now() + config.tcp_closing;
-        if expires < entry.expires {
-            entry.expires = expires;
+        if expires < entry.expires() {
+            entry.set_expires(expires);
         }
     }
 }
 
-/// Notes that the opener of a connection that is read has acknowledged the answer.
+/// Marks an inspected connection as established: the opener has acknowledged the SYN+ACK.
 #[inline(always)]
-pub fn opened(entry: &mut CtEntry) {
+pub fn opened(entry: Entry) {
+    let (forward, reply) = (entry.forward_tcp(), entry.reply_tcp());
     if let Some(config) = CONFIG.get(0)
-        && !is_closing(entry.forward_tcp, entry.reply_tcp)
+        && !is_closing(forward, reply)
     {
-        entry.forward_tcp |= tcp_flags::SYN | tcp_flags::ACK;
-        entry.reply_tcp |= tcp_flags::SYN | tcp_flags::ACK;
-        entry.flags |= ct_flags::REPLIED;
-        entry.expires = now() + config.tcp_established;
+        entry.set_forward_tcp(forward | tcp_flags::SYN | tcp_flags::ACK);
+        entry.set_reply_tcp(reply | tcp_flags::SYN | tcp_flags::ACK);
+        entry.set_flags(entry.flags() | ct_flags::REPLIED);
+        entry.set_expires(now() + config.tcp_established);
     }
 }
 
-/// Gives an entry to another connection by the same ports, whose SYN has just been answered.
+/// Gives an entry to a new connection with the same addresses and ports, whose SYN has been answered.
 #[inline(always)]
-pub fn replace(key: &CtKey, entry: &mut CtEntry, serial: u32) {
+pub fn replace(key: &CtKey, entry: Entry, serial: u32) {
     if let Some(config) = CONFIG.get(0) {
-        // First of all: what was decided for the old one holds only together with its serial.
-        // SAFETY: an aligned field of the entry; other CPUs read it meanwhile, hence volatile: one store.
-        unsafe { core::ptr::write_volatile(&raw mut entry.serial, serial) };
-        entry.decided = 0;
-        entry.over = 0;
-        entry.forward_tcp = tcp_flags::SYN;
-        entry.reply_tcp = tcp_flags::SYN | tcp_flags::ACK;
-        entry.flags &= !(ct_flags::MIDSTREAM | ct_flags::SEEDED | ct_flags::CLOSED);
-        entry.expires = now() + config.tcp_opening;
-        // Half open, it has the place of a new flow.
+        // The serial changes before everything else: what was decided for the old connection holds only with its serial.
+        entry.set_serial(serial);
+        entry.set_decided(0);
+        entry.set_over(0);
+        entry.set_forward_tcp(tcp_flags::SYN);
+        entry.set_reply_tcp(tcp_flags::SYN | tcp_flags::ACK);
+        entry.set_flags(entry.flags() & !(ct_flags::MIDSTREAM | ct_flags::SEEDED | ct_flags::CLOSED));
+        entry.set_expires(now() + config.tcp_opening);
+        // A half-open connection counts as a new flow.
         unprotect(key, entry);
     }
 }
 
-/// Notes a packet of a flow that is let through. `is_read`: its inspector sees it. Then it says nothing about the state
-/// of the connection here: only the inspector knows whether the receiver would take it.
+/// Updates the entry for a packet that passes. `is_inspected`: the flow's inspector sees the packet. Its TCP flags then do
+/// not change the entry: only the inspector knows whether the receiver accepts the segment.
 #[inline(always)]
-pub fn note<C: Context>(ctx: C, frame: &mut PacketContext, entry: &mut CtEntry, is_inspected: bool) {
+pub fn note<C: Calls>(ctx: C, frame: &mut PacketContext, entry: Entry, is_inspected: bool) {
     let Some(config) = CONFIG.get(0) else { return };
     let packet = &frame.packet;
-    let reply = is_reply(entry, frame.is_ingress());
-    let mut flow_flags = entry.flags;
+    let old_flags = entry.flags();
+    let reply = (old_flags & ct_flags::INGRESS != 0) != frame.is_ingress();
+    let mut flow_flags = old_flags;
+    let (mut forward_tcp, mut reply_tcp) = (entry.forward_tcp(), entry.reply_tcp());
+    let has_state = packet.protocol == protocol::TCP && !is_inspected && !packet.is(flags::FRAGMENT_LATER);
+    entry.count(reply, packet.length);
+    let mut seen = packet.tcp_flags & STATE_FLAGS;
+    // An end that sends without RST has not reset the connection: an RST seen before was forged. So a forged RST shortens the
+    // timeout until the next packet, and a real one until the entry expires.
     if reply {
         flow_flags |= ct_flags::REPLIED;
-        entry.reply_packets += 1;
-        entry.reply_bytes += u64::from(packet.length);
-    } else {
-        entry.forward_packets += 1;
-        entry.forward_bytes += u64::from(packet.length);
-    }
-    let (mut forward_tcp, mut reply_tcp) = (entry.forward_tcp, entry.reply_tcp);
-    if packet.protocol == protocol::TCP && !is_inspected && !packet.is(flags::FRAGMENT_LATER) {
-        // A side that goes on sending has not reset the connection: somebody else claimed that it had. So a
-        // forged reset shortens a timeout until the next packet, and a real one until the entry is gone.
-        let mut seen = packet.tcp_flags & STATE_FLAGS;
-        if reply {
+        if has_state {
             reply_tcp = (reply_tcp & !tcp_flags::RST) | seen;
-            entry.reply_tcp = reply_tcp;
-        } else {
-            // What acknowledges an answer that has not come opens nothing.
+            entry.set_reply_tcp(reply_tcp);
+        }
+    } else {
+        if has_state {
+            // An ACK before any reply acknowledges nothing and does not complete the handshake.
             if forward_tcp & tcp_flags::SYN != 0 && reply_tcp == 0 {
                 seen &= !tcp_flags::ACK;
             }
             forward_tcp = (forward_tcp & !tcp_flags::RST) | seen;
-            entry.forward_tcp = forward_tcp;
+            entry.set_forward_tcp(forward_tcp);
         }
     }
-    let ended = flow_flags & ct_flags::CLOSED == 0 && is_closing(forward_tcp, reply_tcp);
-    if ended {
+    let closing = is_closing(forward_tcp, reply_tcp);
+    if closing && flow_flags & ct_flags::CLOSED == 0 {
         flow_flags |= ct_flags::CLOSED;
+        entry.set_flags(flow_flags);
+        entry.set_expires(frame.now + timeout(config, packet.protocol, flow_flags, forward_tcp, true));
+        ctx.set_protected(frame, entry);
+        return ctx.trace(frame, entry, TracePoint::End);
     }
-    if flow_flags != entry.flags {
-        entry.flags = flow_flags;
+    if flow_flags != old_flags {
+        entry.set_flags(flow_flags);
     }
-    entry.expires = frame.now + timeout(config, packet.protocol, flow_flags, forward_tcp, reply_tcp);
-    if ended || (entry.protected == 0 && flow_flags & ct_flags::REPLIED != 0) {
-        set_protected(frame, entry);
+    entry.set_expires(frame.now + timeout(config, packet.protocol, flow_flags, forward_tcp, closing));
+    if flow_flags & ct_flags::REPLIED != 0 && entry.protected() == 0 {
+        ctx.set_protected(frame, entry);
     }
     let interval = config.trace_interval;
-    if ended || (interval != 0 && frame.now.saturating_sub(entry.reported) >= interval) {
-        entry.reported = frame.now;
-        trace(
-            ctx,
-            frame,
-            entry,
-            if ended {
-                TracePoint::End
-            } else {
-                TracePoint::Interval
-            },
-        );
+    if interval != 0 && frame.now.saturating_sub(entry.reported()) >= interval {
+        ctx.trace(frame, entry, TracePoint::Interval);
     }
 }
 
 /// Reports a flow.
 #[inline(always)]
-fn trace<C: Context>(ctx: C, frame: &mut PacketContext, entry: &CtEntry, point: TracePoint) {
-    frame.rule = entry.rule;
-    frame.match_kind = entry.match_kind;
-    frame.remote_identity = entry.remote_identity;
+pub fn trace<C: Calls>(ctx: C, frame: &mut PacketContext, entry: Entry, point: u32) {
+    entry.set_reported(frame.now);
+    frame.rule = entry.rule();
+    frame.match_kind = entry.match_kind();
+    frame.remote_identity = entry.remote_identity();
     frame.event_flags = direction_flags(entry, frame.is_ingress());
     frame.set(Reason::Established);
-    ctx.send(frame, event::what(EventKind::Trace, point), entry);
+    ctx.send(frame, event::what_trace(point), entry.as_ptr());
 }
 
-/// The event flags that an entry gives a packet.
+/// Returns the event flags of a packet that belongs to a flow.
 #[inline(always)]
-pub fn direction_flags(entry: &CtEntry, ingress: bool) -> u8 {
+pub fn direction_flags(entry: Entry, ingress: bool) -> u8 {
+    let flow_flags = entry.flags();
     let mut out = 0;
-    if is_reply(entry, ingress) {
+    if (flow_flags & ct_flags::INGRESS != 0) != ingress {
         out |= event_flags::REPLY;
     }
-    if entry.flags & ct_flags::INGRESS == 0 {
+    if flow_flags & ct_flags::INGRESS == 0 {
         out |= event_flags::FLOW_EGRESS;
     }
-    if entry.flags & ct_flags::AUDIT != 0 {
+    if flow_flags & ct_flags::AUDIT != 0 {
         out |= event_flags::AUDIT;
     }
     out
 }
 
-/// Takes a slot for the flow whose first packet is `frame`'s, and gives it its serial. Returns 0 if there is none. A
-/// function beside [`insert`] and not in it for the stack that both take.
+/// Takes a slot of the share for a new flow and draws its serial. Returns 0 if the endpoint has no share. Not part of
+/// [`insert`]: the stack has no room for both in one frame.
 #[inline(always)]
 pub fn claim_slot(frame: &mut PacketContext) -> u32 {
     frame.serial = share::random();
@@ -403,14 +406,14 @@ pub fn claim_slot(frame: &mut PacketContext) -> u32 {
     share::claim_slot(&frame.key, egress, frame.now, frame.serial)
 }
 
-/// Makes the entry of a flow that has a slot. The verdict changes only if the map takes nothing.
+/// Creates the entry of a flow that has a slot. Sets the verdict only if the map rejects the entry.
 #[inline(never)]
 pub fn insert(frame: &mut PacketContext) {
     let Some(config) = CONFIG.get(0) else {
         return frame.set(Reason::CtInsertionFailed);
     };
     let packet = &frame.packet;
-    // No answer has been seen, and a reset begins nothing.
+    // The flow is unanswered, and a reset creates no flow.
     let lifetime = match packet.protocol {
         protocol::TCP => config.tcp_opening,
         protocol::UDP | protocol::SCTP => config.udp,
@@ -428,8 +431,8 @@ pub fn insert(frame: &mut PacketContext) {
         remote_identity: frame.remote_identity,
         ..CtEntry::default()
     };
-    // Half of the fields at a time: LLVM loads all of them first and spills them, and the longest chain of calls leaves no
-    // room for that many on the stack (`no_chain_of_calls_takes_more_stack_than_the_oldest_kernel_gives`).
+    // The fence splits the initialization: LLVM would load all fields first and spill them, and the deepest chain of calls
+    // has no stack left for that (`no_chain_of_calls_takes_more_stack_than_the_oldest_kernel_gives`).
     compiler_fence(Ordering::SeqCst);
     entry.ifindex = frame.ifindex;
     entry.flags = frame.flow_flags;
@@ -439,9 +442,9 @@ pub fn insert(frame: &mut PacketContext) {
     entry.ruleset = frame.ruleset;
     entry.inspector = frame.inspector;
     entry.punt_flags = frame.punt_flags;
-    // On the stack, as in `lookup`.
+    // The verifier of Linux 6.1 accepts the key from the stack, not from the packet context; see `lookup`.
     let key = frame.key;
-    // What takes the place of a flow that is over adds nothing to the map.
+    // An entry that replaces an expired one does not add to the map, so it is not counted.
     if CONNTRACK.insert(&key, &entry, u64::from(BPF_NOEXIST)).is_ok() {
         counters::conntrack_created();
     } else {
@@ -452,18 +455,17 @@ pub fn insert(frame: &mut PacketContext) {
     }
 }
 
-/// The entry of a key is about to be overwritten. The key is on the stack of the caller.
+/// Ends the protection of an entry that is about to be overwritten. The key is on the stack of the caller.
 #[inline(never)]
 fn release_protection(key: &CtKey) -> u32 {
-    if let Some(old) = CONNTRACK.get_ptr_mut(key) {
-        // SAFETY: see `find`.
-        share::release_protection(key, unsafe { &mut *old });
+    if let Some(old) = entry(key) {
+        share::release_protection(key, old);
     }
     0
 }
 
-/// Counts a packet of a flow to the flow's rule.
+/// Counts a packet of a flow at the flow's rule.
 #[inline(always)]
-pub fn count(entry: &CtEntry, packet: &Packet) {
-    counters::rule(entry.rule, packet.length);
+pub fn count(entry: Entry, packet: &Packet) {
+    counters::rule(entry.rule(), packet.length);
 }

@@ -1,11 +1,11 @@
-//! Counters. All are per CPU and plain: a program is not interrupted by another of its CPU (softirqs are off
-//! while it runs), and where it can be (PREEMPT_RT) a lost count does no harm.
+//! Counters. They are per CPU and not atomic: softirqs are off while a program runs, so no other program of the same CPU
+//! interrupts it. On PREEMPT_RT one can; a lost count does no harm.
 
-use palisade_abi::{Counter, counter_slot};
+use palisade_abi::{Counter, Direction, Reason, counter_slot};
 
 use crate::maps::{COUNTERS, RULES};
 
-/// Counts a packet by reason and direction.
+/// Counts a packet by the reason of its verdict and its direction.
 #[inline(always)]
 pub fn reason(reason: u32, direction: u32, bytes: u32) {
     if let Some(counter) = COUNTERS.get_ptr_mut((reason << 1) | direction) {
@@ -13,7 +13,7 @@ pub fn reason(reason: u32, direction: u32, bytes: u32) {
     }
 }
 
-/// Counts a packet to the rule that decided it; to rule 0 if the map has no room for the rule.
+/// Counts a packet at the rule that decided it; at rule 0 if the rule's number exceeds the map.
 #[inline(always)]
 pub fn rule(rule: u32, bytes: u32) {
     if let Some(counter) = RULES.get_ptr_mut(rule) {
@@ -31,7 +31,7 @@ pub fn conntrack_created() {
     }
 }
 
-/// Counts an entry that gave way to a newer flow.
+/// Counts an entry that was deleted for a newer flow.
 #[inline(always)]
 pub fn conntrack_evicted() {
     if let Some(counter) = COUNTERS.get_ptr_mut(counter_slot::CONNTRACK_EVICTED) {
@@ -39,9 +39,15 @@ pub fn conntrack_evicted() {
     }
 }
 
+/// Counts a drop on the punt link.
+#[inline(always)]
+pub fn punt_drop(reason: Reason, length: u32) {
+    self::reason(reason as u32, Direction::Ingress as u32, length);
+}
+
 #[inline(always)]
 fn add(counter: *mut Counter, bytes: u32) {
-    // SAFETY: a map value of this CPU, which lives as long as the map.
+    // SAFETY: a value of a per-CPU map, which lives as long as the map; only the programs of this CPU write it.
     unsafe {
         (*counter).packets += 1;
         (*counter).bytes += u64::from(bytes);

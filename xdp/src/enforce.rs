@@ -3,17 +3,19 @@
 //! Depends on `conntrack`, `identity`, `link` and `policy` for the single steps. Start at [`enforce_endpoint`].
 
 use palisade_abi::{
-    Addr, CtEntry, Decision, Direction, EndpointState, EventKind, Reason, TracePoint, class_slot,
+    Addr, Decision, Direction, EndpointState, EventKind, Reason, TracePoint, class_slot,
     class_slot_unknown_port, ct_flags, endpoint_flags, entry_flags, event_flags, protocol, punt_flags, role,
     tcp_flags,
 };
 use palisade_packet::{Bytes as _, Quote, decode_quote, flags, icmp, icmpv6};
 
+use crate::calls::Calls;
 use crate::conntrack::{self, Ends};
 use crate::counters;
-use crate::ctx::Context;
-use crate::error;
+use crate::entry::Entry;
 use crate::event;
+use crate::hook::Hook;
+use crate::icmp_error;
 use crate::identity::{self, IpcacheHit};
 use crate::link;
 use crate::maps::ENDPOINTS;
@@ -21,16 +23,16 @@ use crate::packet_context::{PacketContext, hook_point, opposite};
 use crate::policy;
 use crate::punt;
 
-/// Gives the verdict on a packet by the policy of `frame.endpoint`: steps 3 to 8 of the pipeline. A packet of a known flow
-/// ends at step 4. `IN_PLACE`: `frame` is on the stack of the program's main function.
+/// Gives the verdict on a packet by the policy of `frame.endpoint`: steps 3 to 8 of the pipeline. For a packet of a live flow,
+/// step 4 gives it. `IN_PLACE`: `frame` is on the stack of the program's main function.
 #[inline(always)]
-pub fn enforce_endpoint<C: Context, const IN_PLACE: bool>(ctx: C, frame: &mut PacketContext) {
+pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, frame: &mut PacketContext) {
     let Some(state) = ENDPOINTS.get_ptr(frame.endpoint & 0xffff) else {
         return frame.set(Reason::NoPolicy);
     };
     (frame.policy, frame.revision) = policy_of(state);
-    // SAFETY: a map value; user space may write it meanwhile, hence volatile. LEARNS may follow the policy a moment later;
-    // until then the endpoint has learned no address.
+    // SAFETY: an aligned word of a map value, which lives as long as the map; volatile because user space may write it. User
+    // space may set LEARNS after the policy; until then the endpoint has no learned addresses.
     frame.learns =
         unsafe { core::ptr::read_volatile(&raw const (*state).flags) } as u8 & endpoint_flags::LEARNS as u8;
     frame.event_flags = event_flags::REPLY_UNKNOWN;
@@ -44,19 +46,19 @@ pub fn enforce_endpoint<C: Context, const IN_PLACE: bool>(ctx: C, frame: &mut Pa
             && let Some(entry) = conntrack::find(&frame.key, frame.now)
         {
             if recheck_flow(ctx, frame, entry) {
-                if entry.inspector != 0 && !entry.is_unread() {
-                    if error::cut(ctx, frame) != 0 {
+                if entry.inspector() != 0 && !entry.is_offloaded() {
+                    if icmp_error::cut(ctx, frame) != 0 {
                         return frame.set(Reason::UnrelatedIcmp);
                     }
-                    // The worker knows which sequence numbers are under way, and has to hear that packets which it
-                    // made are too big. A DNS datagram has no such number, and no packet is made in its place: an error
-                    // about one quotes nothing that the worker could check but the ports, which are the flow's.
+                    // The worker compares the quoted sequence number with the segments in flight, and must learn that a
+                    // segment it generated is too big. An error about a DNS datagram quotes only the ports of the flow:
+                    // the worker has nothing to check.
                     if frame.key.protocol == protocol::TCP {
                         punt::request_punt_of_flow(ctx, frame, entry);
                     }
                 }
                 conntrack::count(entry, &frame.packet);
-                frame.flow_flags = entry.flags;
+                frame.flow_flags = entry.flags();
                 frame.set(Reason::Related);
             }
             return;
@@ -78,15 +80,16 @@ pub fn enforce_endpoint<C: Context, const IN_PLACE: bool>(ctx: C, frame: &mut Pa
         };
         if let Some(entry) = entry
             && !conntrack::begins_another(entry, &frame.packet, ingress)
-            && !(conntrack::crosses(entry, &frame.packet, ingress) && would_be_inspected(frame, ingress))
+            && !(conntrack::is_simultaneous_open(entry, &frame.packet, ingress)
+                && would_be_inspected(frame, ingress))
         {
             if !recheck_flow(ctx, frame, entry) {
                 return;
             }
-            // The peer of the flow is not the node; see `is_translated`.
+            // A packet that this machine generated for a flow whose peer is not the node: see `is_translated`.
             if frame.hook_point == hook_point::TO_WORKLOAD
                 && ctx.is_local()
-                && entry.flags & ct_flags::REMOTE_IS_HOST == 0
+                && entry.flags() & ct_flags::REMOTE_IS_HOST == 0
                 && is_translated(ctx, frame)
             {
                 return frame.set(Reason::Translated);
@@ -94,7 +97,7 @@ pub fn enforce_endpoint<C: Context, const IN_PLACE: bool>(ctx: C, frame: &mut Pa
             let is_inspected = conntrack::is_inspected(entry, &frame.packet);
             conntrack::note(ctx, frame, entry, is_inspected);
             conntrack::count(entry, &frame.packet);
-            frame.flow_flags = entry.flags;
+            frame.flow_flags = entry.flags();
             if is_inspected {
                 punt::request_punt_of_flow(ctx, frame, entry);
             }
@@ -107,16 +110,16 @@ pub fn enforce_endpoint<C: Context, const IN_PLACE: bool>(ctx: C, frame: &mut Pa
 /// Returns whether a live entry still allows its flow; sets the verdict otherwise. An entry of an older revision is
 /// evaluated by the policy in force.
 #[inline(always)]
-fn recheck_flow<C: Context>(ctx: C, frame: &mut PacketContext, entry: &mut CtEntry) -> bool {
-    // Another connection by the same ports is judged by what is known now of the other end.
-    let opens = entry.inspector != 0 && conntrack::is_bare_syn(&frame.packet);
-    if entry.revision != frame.revision || opens {
+fn recheck_flow<C: Calls>(ctx: C, frame: &mut PacketContext, entry: Entry) -> bool {
+    // A new connection with the same addresses and ports: the peer's identity may have changed.
+    let opens = entry.inspector() != 0 && conntrack::is_bare_syn(&frame.packet);
+    if entry.revision() != frame.revision || opens {
         ctx.reevaluate_flow(frame, entry);
         if frame.is_dropped() {
             return false;
         }
     }
-    if entry.flags & ct_flags::REMOTE_IS_LOCAL == 0 {
+    if entry.flags() & ct_flags::REMOTE_IS_LOCAL == 0 {
         return true;
     }
     if frame.hook_point == hook_point::NIC_IN {
@@ -198,15 +201,14 @@ fn direction_is_uncertain(flow_protocol: u8, is_opened_by_syn: bool) -> bool {
     }
 }
 
-/// Whether the policy that `frame` is judged by says nothing in the given direction that [`probe_direction`] would have to
-/// find out. User space changes policy and flags one after the other: flags that were read while the policy was the one
-/// of `frame` are flags that hold for it.
+/// Returns whether [`probe_direction`] would find nothing in the given direction of the policy of `frame`. User space writes the
+/// policy and the flags one after the other: the flags are valid only if the policy is still that of `frame` afterwards.
 #[inline(always)]
 fn is_plain(frame: &PacketContext, ingress: u32) -> bool {
     let Some(state) = ENDPOINTS.get_ptr(frame.endpoint & 0xffff) else {
         return false;
     };
-    // SAFETY: a map value; user space may write it meanwhile, hence volatile.
+    // SAFETY: an aligned word of a map value, which lives as long as the map; volatile because user space may write it.
     let flags = unsafe { core::ptr::read_volatile(&raw const (*state).flags) };
     let (policy, revision) = policy_of(state);
     let plain = if ingress != 0 {
@@ -217,10 +219,10 @@ fn is_plain(frame: &PacketContext, ingress: u32) -> bool {
     flags & plain != 0 && policy == frame.policy && revision == frame.revision
 }
 
-/// Policy and revision of an endpoint: stored by one 8-byte store, and so they are read.
+/// Returns policy and revision of an endpoint, read by one load: user space writes both by one 8-byte store.
 #[inline(always)]
 fn policy_of(state: *const EndpointState) -> (u32, u32) {
-    // SAFETY: a map value of 16 bytes, aligned to 8; user space may write it meanwhile, hence volatile.
+    // SAFETY: a map value of 16 bytes, aligned to 8, which lives as long as the map; volatile because user space may write it.
     let word = unsafe { core::ptr::read_volatile(state.cast::<u64>()) }.to_ne_bytes();
     (
         u32::from_ne_bytes([word[0], word[1], word[2], word[3]]),
@@ -228,30 +230,30 @@ fn policy_of(state: *const EndpointState) -> (u32, u32) {
     )
 }
 
-/// Whether a packet that leaves with the address of a workload was judged at the workload's interface: it entered by a
-/// guarded one, where its source address was checked, or by what is above such a one.
+/// Returns whether a packet with the source address of a workload entered the node by a guarded interface of a workload, where
+/// its source address was checked, or by an interface above one (bridge, VRF, VLAN).
 #[inline(always)]
-fn left_its_workload<C: Context>(ctx: C) -> bool {
+fn left_its_workload<H: Hook>(ctx: H) -> bool {
     matches!(link::role_of(ctx.entered_by()), role::ENDPOINT | role::LINK)
 }
 
-/// Whether a packet that is sent on to the address of a workload goes where it is judged: to an interface that is guarded,
-/// or what is above such a one. What the kernel takes itself, or refuses, goes nowhere.
+/// Returns whether the kernel forwards a packet for a workload's address only to a guarded interface or to an interface above
+/// one. A packet that the kernel delivers locally or refuses leaves by no interface.
 #[inline(always)]
-fn reaches_its_workload<C: Context>(ctx: C, frame: &PacketContext) -> bool {
+fn reaches_its_workload<H: Hook>(ctx: H, frame: &PacketContext) -> bool {
     match identity::route(ctx, frame) {
         0 | identity::NOWHERE => true,
-        way => matches!(link::role_of(way), role::ENDPOINT | role::LINK | role::HOST),
+        ifindex => matches!(link::role_of(ifindex), role::ENDPOINT | role::LINK | role::HOST),
     }
 }
 
-/// Whether this machine made the packet with a source address that it does not have: the answer to a packet that was judged
-/// as one that is sent on, and was then translated (DNAT) or redirected (TPROXY, routing by fwmark) to the node. These
-/// happen behind the hooks at which a packet enters, so the node's policy was never asked. Nothing of such a flow is
-/// answered, unless the node's policy lets everything in anyway. A reset is the kernel's own: a filter of the node rejects
-/// what it does not send on.
+/// Returns whether this machine generated the packet with a source address that it does not have.
+///
+/// Such a packet answers one that the programs took for forwarded and that was then translated (DNAT) or redirected (TPROXY,
+/// routing by fwmark) to the node, behind the ingress hooks. The node's policy has not allowed that flow, so the answer is
+/// dropped if the node's ingress is enforced. A reset passes: the node's own netfilter rules reject forwarded packets by one.
 #[inline(always)]
-fn is_translated<C: Context>(ctx: C, frame: &PacketContext) -> bool {
+fn is_translated<H: Hook>(ctx: H, frame: &PacketContext) -> bool {
     let source = &frame.packet.source;
     ctx.is_local()
         && frame.packet.tcp_flags & tcp_flags::RST == 0
@@ -261,14 +263,15 @@ fn is_translated<C: Context>(ctx: C, frame: &PacketContext) -> bool {
         && identity::route_back(ctx, frame) != 0
 }
 
-/// An ICMP message that is neither echo nor error: judged by its type, packet by packet.
+/// Returns whether the packet is an ICMP message other than echo or error. Such messages have no flow: the policy decides about
+/// each by its type.
 #[inline(always)]
 fn is_plain_icmp(frame: &PacketContext) -> bool {
     matches!(frame.packet.protocol, protocol::ICMP | protocol::ICMPV6)
         && !frame.packet.is(flags::ECHO_REQUEST | flags::ECHO_REPLY)
 }
 
-/// The slot of the class table for a packet that opens a flow.
+/// Returns the slot of the class table for a packet that opens a flow.
 #[inline(always)]
 fn slot(frame: &PacketContext) -> u32 {
     let packet = &frame.packet;
@@ -281,7 +284,7 @@ fn slot(frame: &PacketContext) -> u32 {
 
 /// Gives the verdict on a packet that belongs to no live flow, and creates the conntrack entry: steps 3 and 5 to 8.
 #[inline(always)]
-pub fn admit_new_flow<C: Context>(ctx: C, frame: &mut PacketContext) {
+pub fn admit_new_flow<C: Calls>(ctx: C, frame: &mut PacketContext) {
     // Step 3: addresses.
     if !check_addresses(ctx, frame) {
         return;
@@ -300,8 +303,8 @@ pub fn admit_new_flow<C: Context>(ctx: C, frame: &mut PacketContext) {
     };
     // Step 6: class of protocol and port.
     let slot = slot(frame);
-    // A packet that opens no connection does not show which end opened the flow: an attacker that sends the first one
-    // would choose the direction by which the whole flow is judged.
+    // Only a bare SYN shows which end opened the flow. Otherwise an attacker that sends the first packet would choose the
+    // direction whose rules apply to the flow.
     frame.opposite = opposite::NONE;
     if frame.stateful
         && direction_is_uncertain(frame.packet.protocol, conntrack::is_bare_syn(&frame.packet))
@@ -360,9 +363,9 @@ pub fn admit_new_flow<C: Context>(ctx: C, frame: &mut PacketContext) {
         if frame.is_dropped() {
             return;
         }
-        // Sent from here and not from `insert`, where the entry takes a third of the stack.
+        // Not sent by `insert`, whose entry takes a third of the stack.
         let start = event::what(EventKind::Trace, TracePoint::Start);
-        ctx.send(frame, start, core::ptr::null());
+        ctx.send(frame, start, core::ptr::null_mut());
         if frame.inspector != 0 {
             let opens = !is_tcp || tcp_flags == tcp_flags::SYN;
             let midstream = if opens { 0 } else { punt_flags::MIDSTREAM };
@@ -374,7 +377,7 @@ pub fn admit_new_flow<C: Context>(ctx: C, frame: &mut PacketContext) {
     ctx.send(
         frame,
         event::what(EventKind::PolicyVerdict, TracePoint::None),
-        core::ptr::null(),
+        core::ptr::null_mut(),
     );
 }
 
@@ -404,9 +407,9 @@ fn reverse_flow(frame: &mut PacketContext, ingress: u32) -> u32 {
 
 /// Step 3: returns whether the source address is valid and the packet concerns the endpoint; sets the verdict otherwise.
 /// Writes the ipcache entry of the peer into `frame`.
-// Not inlined: its spilled registers would stay on the stack while `insert` runs, of which Linux 6.1 has no more.
+// Not inlined: its spilled registers would take stack space while `insert` runs, and Linux 6.1 has none left.
 #[inline(never)]
-fn check_addresses<C: Context>(ctx: C, frame: &mut PacketContext) -> bool {
+fn check_addresses<H: Hook>(ctx: H, frame: &mut PacketContext) -> bool {
     const LOCAL: u8 = ct_flags::REMOTE_IS_LOCAL;
     const HOST: u8 = ct_flags::REMOTE_IS_HOST;
     let mut source = identity::exact_here(&frame.packet.source);
@@ -485,8 +488,7 @@ fn check_addresses<C: Context>(ctx: C, frame: &mut PacketContext) -> bool {
                     frame.set(Reason::NotTheEndpoints);
                     return false;
                 }
-                // An entry of such a flow would have a local address that is not the endpoint's, and let the endpoint
-                // send from it.
+                // A conntrack entry would have a group as the local address and let the endpoint use it as a source.
                 frame.stateful = false;
             }
             let guarded = if from != 0 && !from_host {
@@ -515,12 +517,12 @@ fn check_addresses<C: Context>(ctx: C, frame: &mut PacketContext) -> bool {
     true
 }
 
-/// An address of fe80::/10 is unique on its link only (RFC 4007, 6). The ipcache has those of the node on all its links and
-/// cannot say which one a packet means. A packet that entered by a NIC, or was made elsewhere than on this machine, comes
-/// from no link-local address of the node, and one that leaves by a NIC goes to none.
+/// Discards ipcache entries of link-local addresses that belong to another link. An address of fe80::/10 is unique on its link
+/// only (RFC 4007, section 6), and the ipcache holds the node's on all links. So a packet that entered by a NIC, or that this
+/// machine did not generate, has no link-local source of the node, and a packet that leaves by a NIC has no such destination.
 #[inline(always)]
-fn forget_other_links<C: Context>(
-    ctx: C,
+fn forget_other_links<H: Hook>(
+    ctx: H,
     frame: &PacketContext,
     source: &mut IpcacheHit,
     destination: &mut IpcacheHit,
@@ -542,10 +544,10 @@ fn forget_other_links<C: Context>(
     }
 }
 
-/// Whether a packet towards a workload goes to a group or is a broadcast: by its address, or, where only the subnet knows
-/// its broadcast address, by the frame's.
+/// Returns whether a packet towards a workload is a multicast or broadcast. The destination MAC address shows a subnet's directed
+/// broadcast, whose IP address only the subnet's prefix length tells.
 #[inline(always)]
-fn is_to_group<C: Context>(ctx: C, frame: &PacketContext, to: u32) -> bool {
+fn is_to_group<H: Hook>(ctx: H, frame: &PacketContext, to: u32) -> bool {
     let to_addr = frame.packet.destination.0;
     if frame.packet.is(flags::IPV6) {
         return to_addr[0].to_ne_bytes()[0] == 0xff;
@@ -563,13 +565,13 @@ fn is_to_group<C: Context>(ctx: C, frame: &PacketContext, to: u32) -> bool {
     }
 }
 
-/// Judges a live flow by a policy that is not the one it was let through by: the flow in its own direction,
-/// whatever direction this packet has. A denied flow keeps its entry, so that it stays denied both ways until
-/// it is over: without one the answering side's next packet would be judged as a flow of its own.
+/// Evaluates a live flow by a policy newer than the one that allowed it, in the direction of the flow, whatever direction the
+/// packet has. A denied flow keeps its entry and stays denied in both directions until it expires: without the entry, the next
+/// packet of the reply direction would open a flow of its own.
 #[inline(always)]
-pub fn reevaluate_flow<C: Context>(ctx: C, frame: &mut PacketContext, entry: &mut CtEntry) {
+pub fn reevaluate_flow<C: Calls>(ctx: C, frame: &mut PacketContext, entry: Entry) {
     let known = known_remote(frame);
-    // The configuration may have given the address to another endpoint meanwhile.
+    // A new configuration may have assigned the address to another endpoint.
     if matches!(
         frame.hook_point,
         hook_point::FROM_WORKLOAD | hook_point::TO_WORKLOAD
@@ -579,7 +581,8 @@ pub fn reevaluate_flow<C: Context>(ctx: C, frame: &mut PacketContext, entry: &mu
             return frame.set(Reason::InvalidSourceIp);
         }
     }
-    let mut flow_flags = entry.flags & !(ct_flags::AUDIT | ct_flags::REMOTE_IS_LOCAL);
+    let old_flags = entry.flags();
+    let mut flow_flags = old_flags & !(ct_flags::AUDIT | ct_flags::REMOTE_IS_LOCAL);
     let ingress = u32::from(flow_flags & ct_flags::INGRESS != 0);
     frame.opposite = opposite::NONE;
     let by_syn = flow_flags & (ct_flags::MIDSTREAM | ct_flags::SEEDED) == 0;
@@ -587,7 +590,7 @@ pub fn reevaluate_flow<C: Context>(ctx: C, frame: &mut PacketContext, entry: &mu
         probe_direction(frame, known.into(), ingress ^ 1);
     }
     lookup_direction(frame, known.into(), ingress);
-    // See `turn`.
+    // As in `reverse_flow`.
     if frame.opposite != opposite::NONE && frame.reason == Reason::Allowed as u8 && frame.inspector == 0 {
         if frame.key.protocol != protocol::TCP {
             if frame.opposite == opposite::INSPECTED {
@@ -596,7 +599,7 @@ pub fn reevaluate_flow<C: Context>(ctx: C, frame: &mut PacketContext, entry: &mu
         } else if frame.opposite == opposite::INSPECTED {
             frame.clear_decision();
             lookup_direction(frame, known.into(), ingress ^ 1);
-            // Shares are counted by direction.
+            // The flow counts in the share of its direction, which changes.
             conntrack::unprotect(&frame.key, entry);
             flow_flags = (flow_flags ^ ct_flags::INGRESS) | ct_flags::MIDSTREAM;
         } else {
@@ -612,64 +615,65 @@ pub fn reevaluate_flow<C: Context>(ctx: C, frame: &mut PacketContext, entry: &mu
     if known.endpoint() != 0 && known.endpoint() == identity::host_endpoint() {
         flow_flags |= ct_flags::REMOTE_IS_HOST;
     }
-    let changed = entry.rule != frame.rule || (entry.flags ^ flow_flags) & ct_flags::AUDIT != 0;
-    entry.rule = frame.rule;
-    entry.match_kind = frame.match_kind;
-    entry.remote_identity = frame.remote_identity;
-    if entry.ruleset != frame.ruleset || entry.punt_flags != frame.punt_flags {
-        // Other rules have other windows.
-        punt::set_windows(entry, [0; 4]);
-        entry.decided = 0;
-        entry.over = 0;
-        entry.inspector = frame.inspector;
-    } else if entry.ruleset == 0 {
-        entry.inspector = frame.inspector;
+    let changed = entry.rule() != frame.rule || (old_flags ^ flow_flags) & ct_flags::AUDIT != 0;
+    entry.set_rule(frame.rule);
+    entry.set_match_kind(frame.match_kind);
+    entry.set_remote_identity(frame.remote_identity);
+    let old_ruleset = entry.ruleset();
+    if old_ruleset != frame.ruleset || entry.punt_flags() != frame.punt_flags {
+        // Windows and offload were decided by other rules.
+        entry.set_windows([0; 4]);
+        entry.set_decided(0);
+        entry.set_over(0);
+        entry.set_inspector(frame.inspector);
+    } else if old_ruleset == 0 {
+        entry.set_inspector(frame.inspector);
     }
-    // Else its inspector has read it by these very rules: what it has left to the kernel stays here.
-    if entry.ruleset != 0 && frame.ruleset == 0 && !frame.is_dropped() {
-        // What passes from now on is not read. If it is to be read again, it is another flow to who reads it.
-        entry.serial = entry.serial.wrapping_add(1);
+    // Otherwise the rules are the same, and what the inspector has offloaded stays offloaded.
+    if old_ruleset != 0 && frame.ruleset == 0 && !frame.is_dropped() {
+        // Inspection ends here. The new serial makes a later inspection of the flow start from scratch.
+        entry.set_serial(entry.serial().wrapping_add(1));
     }
-    entry.ruleset = frame.ruleset;
-    entry.punt_flags = frame.punt_flags;
-    entry.flags = flow_flags;
+    entry.set_ruleset(frame.ruleset);
+    entry.set_punt_flags(frame.punt_flags);
+    entry.set_flags(flow_flags);
     frame.event_flags = conntrack::direction_flags(entry, frame.is_ingress());
     if frame.is_dropped() {
         counters::rule(frame.rule, frame.packet.length);
-        // No endpoint has this one: the next packet is judged again.
-        entry.revision = 0;
+        // No endpoint has revision 0: the next packet evaluates the flow again.
+        entry.set_revision(0);
     } else {
-        entry.revision = frame.revision;
+        entry.set_revision(frame.revision);
     }
     if changed {
         let what = event::what(EventKind::PolicyVerdict, TracePoint::None);
-        ctx.send(frame, what, core::ptr::null());
+        ctx.send(frame, what, core::ptr::null_mut());
     }
 }
 
-/// Decodes what an ICMP error quotes; returns 0 if that is a packet whose flow can be known. A function of its own for
-/// the stack it takes.
+/// Decodes the packet that an ICMP error quotes; returns 0 if its flow can be known. Not inlined, to free its stack before the
+/// lookup.
 #[inline(never)]
-fn read_quote<C: Context>(ctx: C, frame: &PacketContext, quote: &mut Quote) -> u32 {
-    // Errors are few: made readable always rather than when it turns out to be needed.
+fn read_quote<H: Hook>(ctx: H, frame: &PacketContext, quote: &mut Quote) -> u32 {
+    // ICMP errors are rare, so the headers are pulled without trying first.
     ctx.pull_headers();
     u32::from(decode_quote(&ctx.bytes(true), &frame.packet, quote).is_err())
 }
 
-/// Writes the key of the flow that an ICMP error quotes a packet of: [`Reason::Related`], if that flow lives. Else the
-/// verdict is set. (The flow is looked up by the caller: with the quote on the stack there is no room for what follows.)
+/// Writes the key of the flow that an ICMP error quotes, and sets [`Reason::Related`]; sets the reason of the drop if the error
+/// is invalid. The caller looks the flow up: the stack has no room for the lookup beside the quote.
 #[inline(always)]
-pub fn match_icmp_error<C: Context>(ctx: C, frame: &mut PacketContext) {
+pub fn match_icmp_error<H: Hook>(ctx: H, frame: &mut PacketContext) {
     let mut quote = Quote::default();
     frame.set(Reason::UnrelatedIcmp);
     if read_quote(ctx, frame, &mut quote) != 0 {
         return;
     }
-    // An error goes to who sent the packet (RFC 1122, 3.2.2; RFC 4443, 2.2).
+    // An error goes to the sender of the quoted packet (RFC 1122, section 3.2.2; RFC 4443, section 2.2).
     if quote.source != frame.packet.destination {
         return;
     }
-    // A spoofed error is no better than another spoofed packet.
+    // The source of an error is checked like that of any packet (step 3).
     let source = identity::exact(&frame.packet.source).endpoint();
     match frame.hook_point {
         hook_point::NIC_IN if source != 0 && !identity::is_link_local(&frame.packet.source) => {
@@ -688,7 +692,7 @@ pub fn match_icmp_error<C: Context>(ctx: C, frame: &mut PacketContext) {
         }
         _ => {}
     }
-    // The quoted packet went the other way.
+    // The quoted packet has the opposite direction.
     let ends = Ends {
         source: &quote.source,
         destination: &quote.destination,

@@ -1,36 +1,42 @@
-//! Events: what happened, into the ring, within a budget.
+//! Events to user space: written to the ring buffer, limited by a token bucket for each kind of event and reason.
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
-use palisade_abi::{CtEntry, Event, EventKind, TracePoint, budget_slot, event_flags};
+use palisade_abi::{Event, EventKind, TracePoint, budget_slot, event_flags};
 use palisade_packet::{Bytes, flags};
 
-use crate::ctx::Context;
+use crate::entry::Entry;
+use crate::hook::Hook;
 use crate::maps::{BUDGETS, CONFIG, ENDPOINTS, EVENTS};
 use crate::packet_context::PacketContext;
 
 const SECOND: u64 = 1_000_000_000;
 
-/// Kind and trace point of an event in one word.
+/// Returns kind and trace point of an event in one word.
 #[inline(always)]
 pub const fn what(kind: EventKind, point: TracePoint) -> u32 {
     (kind as u32) << 8 | point as u32
 }
 
-/// The budget of an event about `frame`.
+/// Returns [`what`] of a trace event, by the number of its trace point.
+#[inline(always)]
+pub const fn what_trace(point: u32) -> u32 {
+    (EventKind::Trace as u32) << 8 | point
+}
+
+/// Returns the slot of an event's budget.
 #[inline(always)]
 fn slot(frame: &PacketContext, what: u32) -> u32 {
     budget_slot(what >> 8, frame.reason)
 }
 
-/// Takes a token from the budget of this kind and reason. A bucket is filled once a second. Asked before [`send`] is
-/// called: in a flood nearly no event is sent, and the call is what it would cost.
+/// Takes a token from the budget of this kind and reason; returns whether there was one. A bucket is refilled once a second.
 #[inline(always)]
 pub fn may_send(frame: &PacketContext, what: u32) -> bool {
     let (slot, now) = (slot(frame, what), frame.now);
     let (Some(budget), Some(config)) = (BUDGETS.get_ptr_mut(slot), CONFIG.get(0)) else {
         return false;
     };
-    // SAFETY: a map value of this CPU, which lives as long as the map.
+    // SAFETY: a value of a per-CPU map, which lives as long as the map; only the programs of this CPU write it.
     unsafe {
         if now.saturating_sub((*budget).filled_at) >= SECOND {
             (*budget).filled_at = now;
@@ -45,19 +51,19 @@ pub fn may_send(frame: &PacketContext, what: u32) -> bool {
     true
 }
 
-/// Sends an event about `frame`, for which there is budget. `flow` gives a trace its numbers.
+/// Writes an event about a packet to the ring buffer. `flow`: the entry whose counters a trace reports.
 #[inline(always)]
-pub fn send<C: Context>(ctx: C, frame: &PacketContext, what: u32, flow: Option<&CtEntry>) {
+pub fn send<H: Hook>(ctx: H, frame: &PacketContext, what: u32, flow: Option<Entry>) {
     let kind = what >> 8;
     let Some(mut record) = EVENTS.reserve_untyped::<Event>(0) else {
         if let Some(budget) = BUDGETS.get_ptr_mut(slot(frame, what)) {
-            // SAFETY: a map value of this CPU, which lives as long as the map.
+            // SAFETY: a value of a per-CPU map, which lives as long as the map; only the programs of this CPU write it.
             unsafe { (*budget).lost += 1 };
         }
         return;
     };
     let packet = &frame.packet;
-    // The endpoint that is asked has no identity in the ipcache lookups of the packet path: it has it here.
+    // The packet path looks up the peer's identity only; the endpoint's own is in its state.
     let own_identity = match ENDPOINTS.get(frame.endpoint & 0xffff) {
         Some(state) => state.identity,
         None => 0,
@@ -73,8 +79,8 @@ pub fn send<C: Context>(ctx: C, frame: &PacketContext, what: u32, flow: Option<&
         event_flags |= event_flags::EGRESS;
     }
     let event = record.as_mut_ptr();
-    // SAFETY: `event` is a reserved record of exactly this type. Every field is written: the ring's memory holds
-    // what was there before.
+    // SAFETY: `event` points to a reserved record of this type. Every field is written, because the ring's memory holds an
+    // older record.
     unsafe {
         (*event).time = bpf_ktime_get_ns();
         (*event).source = packet.source;
@@ -114,10 +120,10 @@ pub fn send<C: Context>(ctx: C, frame: &PacketContext, what: u32, flow: Option<&
             (*event).source_mac = [mac[6], mac[7], mac[8], mac[9], mac[10], mac[11]];
         }
         if let Some(flow) = flow {
-            (*event).forward_packets = flow.forward_packets;
-            (*event).forward_bytes = flow.forward_bytes;
-            (*event).reply_packets = flow.reply_packets;
-            (*event).reply_bytes = flow.reply_bytes;
+            (*event).forward_packets = flow.forward_packets();
+            (*event).forward_bytes = flow.forward_bytes();
+            (*event).reply_packets = flow.reply_packets();
+            (*event).reply_bytes = flow.reply_bytes();
         } else if what as u8 == TracePoint::Start as u8 {
             (*event).forward_packets = 1;
             (*event).forward_bytes = u64::from(packet.length);

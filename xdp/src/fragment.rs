@@ -1,4 +1,4 @@
-//! Fragments: the later ones take the ports of the first.
+//! Fragments: later fragments get the ports of the first fragment.
 
 use palisade_abi::{FragmentKey, FragmentPorts, ID_SLOTS, Reason, protocol};
 use palisade_packet::{flags, icmp_kind};
@@ -7,10 +7,10 @@ use crate::maps::{CONFIG, FRAGMENTS, INTERFACES};
 use crate::packet_context::PacketContext;
 use crate::share;
 
-/// IPv6 fragment header: stands for "whatever the datagram's protocol is".
+/// Number of the IPv6 fragment header. The protocol in the key of an IPv6 datagram: its fragments may name different ones.
 const IPV6_FRAGMENT: u32 = 44;
 
-/// The datagram of a fragment, at the interface and hook where the program stands.
+/// Returns the key of a fragment's datagram, which contains interface and hook.
 #[inline(always)]
 fn key(frame: &PacketContext) -> FragmentKey {
     let packet = &frame.packet;
@@ -27,15 +27,15 @@ fn key(frame: &PacketContext) -> FragmentKey {
     }
 }
 
-/// Remembers the ports of a first fragment that was judged by rules. The later fragments of a denied datagram are then
-/// denied by the same rule. What has a spoofed source, is malformed or is only forwarded leaves nothing here.
+/// Stores the ports of a first fragment that a rule has allowed or denied, so that the same rule decides about the later
+/// fragments. A first fragment that is malformed, forwarded, or has a spoofed source is not stored.
 #[inline(never)]
 pub fn remember(frame: &mut PacketContext) -> u32 {
     let judged = !frame.is_dropped() || frame.rule != 0;
     if !judged || frame.reason == Reason::Forwarded as u8 {
         return 0;
     }
-    // Where the node's policy was asked too, the endpoint is the node by now.
+    // Not `frame.endpoint`: that is the node if the node's policy was looked up too.
     let Some(interface) = INTERFACES.get(frame.ifindex & (ID_SLOTS as u32 - 1)) else {
         return 0;
     };
@@ -59,19 +59,19 @@ pub fn remember(frame: &mut PacketContext) -> u32 {
         zero: [0; 2],
     };
     if share::claim_fragment_slot(&key, u32::from(interface.endpoint), ports.expires) != 0 {
-        // Where the map takes nothing the later fragments have no ports.
+        // If the map rejects the element, the later fragments have no ports and only rules for all ports apply.
         let _ = FRAGMENTS.insert(&key, &ports, 0);
     }
     0
 }
 
-/// Gives a later fragment the ports of the first.
+/// Sets the ports of a later fragment to those of the first fragment.
 #[inline(never)]
 pub fn resolve(frame: &mut PacketContext) -> u32 {
     let key = key(frame);
     let packet = &mut frame.packet;
     let ipv6 = packet.is(flags::IPV6);
-    // SAFETY: entries are replaced, never changed in place; what is needed is copied at once.
+    // SAFETY: a hash map replaces elements and never changes one in place; the fields are copied at once.
     match unsafe { FRAGMENTS.get(&key) } {
         Some(ports) if ports.expires > frame.now => {
             packet.protocol = ports.protocol;
@@ -80,7 +80,7 @@ pub fn resolve(frame: &mut PacketContext) -> u32 {
             if matches!(ports.protocol, protocol::ICMP | protocol::ICMPV6) {
                 packet.destination_port = 0;
                 packet.echo_id = ports.destination;
-                // An error's quote is in the first fragment only: the later ones are judged by type.
+                // Only the first fragment holds an error's quote: the later ones get a verdict by ICMP type.
                 packet.flags |= icmp_kind(ipv6, ports.source as u8) & !flags::ICMP_ERROR;
             } else {
                 packet.destination_port = ports.destination;

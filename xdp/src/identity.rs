@@ -1,4 +1,4 @@
-//! Who an address is, and whether an address is this node's.
+//! Identity of an address: exact ipcache entry, learned address, longest prefix, world. Routing table lookups.
 
 use aya_ebpf::bindings::bpf_fib_lookup;
 use aya_ebpf::btf_maps::lpm_trie::Key;
@@ -6,16 +6,16 @@ use palisade_abi::identity::FIRST_LOCAL;
 use palisade_abi::{Addr, IpcacheEntry, LearnedKey, protocol};
 use palisade_packet::flags;
 
-use crate::ctx::Context;
+use crate::hook::Hook;
 use crate::maps::{CONFIG, IPCACHE, LEARNED, PREFIXES};
 use crate::packet_context::PacketContext;
 
-/// What the ipcache knows of an address.
+/// The ipcache entry of an address: identity and endpoint in one word.
 #[derive(Clone, Copy)]
 pub struct IpcacheHit(u64);
 
 impl IpcacheHit {
-    /// Of an address that it does not know.
+    /// The address has no entry.
     pub const NONE: Self = Self(0);
 
     #[inline(always)]
@@ -23,20 +23,20 @@ impl IpcacheHit {
         Self((u64::from(entry.endpoint) << 32) | u64::from(entry.identity))
     }
 
-    /// The endpoint of this node that owns it; 0 if none does.
+    /// Returns the endpoint of this node that has the address; 0 if none has.
     #[inline(always)]
     pub fn endpoint(self) -> u32 {
         (self.0 >> 32) as u32
     }
 
-    /// Its identity; 0 if the ipcache does not know it.
+    /// Returns the identity of the address; 0 if the address has no entry.
     #[inline(always)]
     pub fn identity(self) -> u32 {
         self.0 as u32
     }
 }
 
-/// The node's own endpoint; 0 if nobody said which it is.
+/// Returns the node's own endpoint; 0 before user space has configured one.
 #[inline(always)]
 pub fn host_endpoint() -> u32 {
     match CONFIG.get(0) {
@@ -45,32 +45,32 @@ pub fn host_endpoint() -> u32 {
     }
 }
 
-/// The exact address.
+/// Returns the exact ipcache entry of an address.
 #[inline(always)]
 pub fn exact(addr: &Addr) -> IpcacheHit {
     IpcacheHit(exact_word(addr))
 }
 
-// Returns one word: an aggregate would come back through memory, which the verifier follows less well.
+// Returns one word: LLVM returns an aggregate through memory, which the verifier tracks less precisely.
 #[inline(never)]
 fn exact_word(addr: &Addr) -> u64 {
     exact_here(addr).0
 }
 
-/// [`exact`] without a call, where the stack has room for the key.
+/// Inlined form of [`exact`], for callers whose stack has room for the key.
 #[inline(always)]
 pub fn exact_here(addr: &Addr) -> IpcacheHit {
-    // On the stack: the verifier of Linux 6.1 takes no map key from the memory of a global function's parameter.
+    // A copy on the stack: the verifier of Linux 6.1 rejects a map key in the memory of a global function's parameter.
     let key = *addr;
-    // SAFETY: user space replaces an element, it never changes one in place; the copy is taken at once.
+    // SAFETY: a hash map replaces elements and never changes one in place; the value is copied at once.
     match unsafe { IPCACHE.get(&key) } {
         Some(entry) => IpcacheHit::new(entry),
         None => IpcacheHit::NONE,
     }
 }
 
-/// The identity of the other end of a flow that `endpoint` opens: what it has learned by a name goes before prefixes,
-/// but not before what has labels of its own.
+/// Returns the identity of the peer of a flow that `endpoint` opens. A learned address takes precedence over prefixes, but not
+/// over a peer that has labels of its own. `known`: the exact ipcache entry.
 #[inline(never)]
 pub fn learned(addr: &Addr, known: u64, endpoint: u32) -> u32 {
     let exact = IpcacheHit(known).identity();
@@ -79,7 +79,7 @@ pub fn learned(addr: &Addr, known: u64, endpoint: u32) -> u32 {
             addr: *addr,
             endpoint,
         };
-        // SAFETY: user space replaces an element, it never changes one in place; the copy is taken at once.
+        // SAFETY: a hash map replaces elements and never changes one in place; the value is copied at once.
         if let Some(identity) = unsafe { LEARNED.get(&key) } {
             return *identity;
         }
@@ -87,7 +87,8 @@ pub fn learned(addr: &Addr, known: u64, endpoint: u32) -> u32 {
     identity(addr, known)
 }
 
-/// The identity of an address whose exact entry is `known`: that, or the longest prefix, or the world.
+/// Returns the identity of an address whose exact ipcache entry is `known`: that entry's, else the longest prefix's, else the
+/// world.
 #[inline(always)]
 pub fn identity(addr: &Addr, known: u64) -> u32 {
     match IpcacheHit(known).identity() {
@@ -118,39 +119,40 @@ impl From<IpcacheHit> for u64 {
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 
-/// See [`route`].
+/// Result of [`route`]: the kernel would refuse to forward the packet.
 pub const NOWHERE: u32 = u32::MAX;
 
-/// Whether an address is unique on its link only (RFC 4291, 2.5.6). IPv4 has no such scope in Linux: an address of
-/// 169.254.0.0/16 is the node's on every link.
+/// Returns whether an address is unique on its link only (RFC 4291, section 2.5.6). Linux has no such scope for IPv4: an
+/// address of 169.254.0.0/16 belongs to the node on all links.
 #[inline(always)]
 pub fn is_link_local(addr: &Addr) -> bool {
     addr.0[0] & u32::from_ne_bytes([0xff, 0xc0, 0, 0]) == u32::from_ne_bytes([0xfe, 0x80, 0, 0])
 }
 
-/// Whether the kernel would send the packet on rather than take it itself. Multicast and broadcast it takes.
+/// Returns whether the kernel would forward the packet rather than deliver it locally. It delivers multicast and broadcast.
 ///
-/// The ipcache knows the addresses of the node that the configuration and the daemon know; the routing table
-/// knows all, also one that appeared a moment ago. Anything but a clear answer counts as "takes it".
+/// The ipcache holds the node's addresses that the daemon knows; the routing table also has an address that was added a moment
+/// ago. An unclear result counts as local delivery.
 #[inline(always)]
-pub fn is_forwarded<C: Context>(ctx: C, frame: &PacketContext) -> bool {
+pub fn is_forwarded<H: Hook>(ctx: H, frame: &PacketContext) -> bool {
     route(ctx, frame) != 0
 }
 
-/// The interface by which the kernel would send the packet on; [`NOWHERE`] if it would refuse to; 0 if it takes it itself.
+/// Returns the index of the interface by which the kernel would forward the packet; [`NOWHERE`] if it would refuse to; 0 if it
+/// delivers the packet locally.
 #[inline(always)]
-pub fn route<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
+pub fn route<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     ask_route(ctx, frame, false)
 }
 
-/// The same for a packet that goes back to the source of this one.
+/// Returns the same as [`route`] for a packet to the source of this one.
 #[inline(always)]
-pub fn route_back<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
+pub fn route_back<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     ask_route(ctx, frame, true)
 }
 
 #[inline(never)]
-fn ask_route<C: Context>(ctx: C, frame: &PacketContext, back: bool) -> u32 {
+fn ask_route<H: Hook>(ctx: H, frame: &PacketContext, back: bool) -> u32 {
     let packet = &frame.packet;
     let (from, to) = if back {
         (&packet.destination, &packet.source)
@@ -162,12 +164,12 @@ fn ask_route<C: Context>(ctx: C, frame: &PacketContext, back: bool) -> u32 {
     if if ipv6 { first == 0xff } else { first >= 224 } {
         return 0;
     }
-    // SAFETY: the parameter block is plain integers and arrays of them, for which zero is a value.
+    // SAFETY: the parameter block consists of integers and arrays of integers, for which zero is a valid value.
     let mut question: bpf_fib_lookup = unsafe { core::mem::zeroed() };
     question.family = if ipv6 { AF_INET6 } else { AF_INET };
     question.l4_protocol = packet.protocol;
     question.ifindex = frame.ifindex;
-    // `ip rule` may choose by ports. Of a fragment the kernel does not know them here.
+    // `ip rule` may select by ports. The kernel does not know the ports of a fragment.
     if matches!(packet.protocol, protocol::TCP | protocol::UDP | protocol::SCTP)
         && !packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER)
     {
@@ -185,8 +187,8 @@ fn ask_route<C: Context>(ctx: C, frame: &PacketContext, back: bool) -> u32 {
         question.__bindgen_anon_3.ipv4_src = from.0[3];
         question.__bindgen_anon_4.ipv4_dst = to.0[3];
     }
-    // BPF_FIB_LKUP_RET_*: 0 a route, 1 to 3 the kernel refuses, 4 for this machine, 5 forwarding is off,
-    // 6 an encapsulating route, 7 a route whose neighbour is not resolved, 8 too long for the next link.
+    // BPF_FIB_LKUP_RET_*: 0 route found, 1 to 3 refused, 4 local delivery, 5 forwarding off, 6 encapsulating route,
+    // 7 neighbour not resolved, 8 packet exceeds the MTU of the next link.
     match ctx.route(&mut question) {
         0 | 7 if question.ifindex != 0 => question.ifindex,
         0..=3 | 6..=8 => NOWHERE,

@@ -1,76 +1,46 @@
-//! What a link needs to work: passes by rule, whatever the policies say. And frames that are not IP.
+//! Step 2, link control: messages that a link needs to work pass whatever the policies say. Also frames that are not IP.
 //!
-//! The rule is for messages that stay on the link: their hop limit is one that no router lets through, their
-//! destination is one that the node does not forward, they are no longer than their type is, and they name no address
-//! that belongs to another endpoint. Every other message is judged like any packet, or dropped if it names such an
-//! address.
+//! A message passes only if it stays on the link: its hop limit shows that no router forwarded it, the node does not forward
+//! its destination, and it is no longer than its type requires. A message that names an address of another endpoint as its
+//! sender's is dropped. The policy decides about every other message.
 
-use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use palisade_abi::{
     Addr, CLASS_ANY, Decision, ETHER_TYPE_LLC, EventKind, ID_SLOTS, Interface, PolicyKey, Reason, TracePoint,
     entry_flags, event_flags, identity as identities, interface_flags, protocol, role,
 };
 use palisade_packet::{Bytes, ETHER_TYPE_ARP, Packet, flags, icmpv6};
 
-use crate::ctx::{Context, Linear, Skb, Xdp};
+use crate::calls::Calls;
 use crate::event;
+use crate::hook::{Hook, Linear};
 use crate::identity;
 use crate::maps::{ENDPOINTS, INTERFACES, POLICY};
 use crate::packet_context::{PacketContext, hook_point};
 
-/// An ARP packet of Ethernet and IPv4 in the shortest frame, 60 bytes without checksum, and two VLAN tags.
+/// Largest ARP packet, bytes: the payload of the shortest Ethernet frame, and room for two VLAN tags.
 const MAX_ARP: u32 = 46 + 8;
-/// IPv6 header.
+/// Length of an IPv6 header, bytes.
 const IPV6: u32 = 40;
-/// IPv4 header with the Router Alert option, which IGMP has (RFC 3376, 4).
+/// Length of an IPv4 header with the Router Alert option, as IGMP uses it (RFC 3376, section 4), bytes.
 const IPV4_ALERT: u32 = 24;
-/// IPv6 header and a hop-by-hop header with Router Alert, which MLD has (RFC 3810, 5).
+/// Length of an IPv6 header and a hop-by-hop header with Router Alert, as MLD uses them (RFC 3810, section 5), bytes.
 const IPV6_ALERT: u32 = 48;
 
-/// The verdict is left to the policy. ([`Reason::Allowed`], as it stands before anything was judged.)
-const JUDGE: u32 = Reason::Allowed as u32;
+/// The policy decides; [`Reason::Allowed`] is also the reason before any verdict.
+const BY_POLICY: u32 = Reason::Allowed as u32;
 const PASS: u32 = Reason::LinkControl as u32;
 const SPOOFED: u32 = Reason::InvalidSourceIp as u32;
 
-/// [`judge`] as a global function, see `ctx.rs`.
-pub trait Judge {
-    /// Judges a frame that is not IP, an IGMP or an ICMPv6 message, as far as the link is concerned.
-    fn link(self, frame: &mut PacketContext);
-}
-
-macro_rules! global_function {
-    ($context:ident, $raw:ty, $name:ident) => {
-        #[unsafe(no_mangle)]
-        #[inline(never)]
-        extern "C" fn $name(ctx: *mut $raw, frame: *mut PacketContext) -> u32 {
-            // SAFETY: the caller below passes a reference; the verifier wants the comparison with null.
-            let Some(frame) = (unsafe { frame.as_mut() }) else {
-                return 0;
-            };
-            judge($context(ctx), frame);
-            0
-        }
-
-        impl Judge for $context {
-            #[inline(always)]
-            fn link(self, frame: &mut PacketContext) {
-                $name(self.0, frame);
-            }
-        }
-    };
-}
-
-global_function!(Xdp, xdp_md, xdp_link);
-global_function!(Skb, __sk_buff, tc_link);
-
+/// Gives the verdict on a frame that is not IP, an IGMP or an ICMPv6 message if link control decides it. The reason stays 0 if
+/// the policy decides.
 #[inline(always)]
-fn judge<C: Context>(ctx: C, frame: &mut PacketContext) {
+pub fn check<C: Calls>(ctx: C, frame: &mut PacketContext) {
     let packet = &frame.packet;
     let reason = if packet.is(flags::NOT_IP) {
         not_ip(ctx, frame)
     } else if packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER) {
-        // Neighbour discovery in fragments is not accepted (RFC 6980).
-        JUDGE
+        // Receivers ignore fragmented neighbour discovery (RFC 6980).
+        BY_POLICY
     } else if packet.protocol == protocol::IGMP {
         igmp(ctx, frame)
     } else {
@@ -82,7 +52,7 @@ fn judge<C: Context>(ctx: C, frame: &mut PacketContext) {
         ctx.send(
             frame,
             event::what(EventKind::PolicyVerdict, TracePoint::None),
-            core::ptr::null(),
+            core::ptr::null_mut(),
         );
     }
 }
@@ -92,7 +62,7 @@ fn is_nic(frame: &PacketContext) -> bool {
     frame.hook_point == hook_point::NIC_IN || frame.hook_point == hook_point::NIC_OUT
 }
 
-/// The interface that a frame is at.
+/// Returns the state of an interface.
 #[inline(always)]
 fn interface(ifindex: u32) -> Option<&'static Interface> {
     match INTERFACES.get(ifindex & (ID_SLOTS as u32 - 1)) {
@@ -101,7 +71,8 @@ fn interface(ifindex: u32) -> Option<&'static Interface> {
     }
 }
 
-/// The role of an interface; none if the daemon has not looked at it, or is only attaching its programs.
+/// Returns the role of an interface; [`role::NONE`] if the daemon does not know the interface yet, or is still attaching its
+/// programs.
 #[inline(always)]
 pub fn role_of(ifindex: u32) -> u8 {
     match interface(ifindex) {
@@ -110,9 +81,9 @@ pub fn role_of(ifindex: u32) -> u8 {
     }
 }
 
-/// `N` bytes, made readable if they are not.
+/// Returns `N` bytes at `at`; makes them readable if they are not.
 #[inline(always)]
-fn read<C: Context, const N: usize>(ctx: C, at: u32) -> Option<[u8; N]> {
+fn read<H: Hook, const N: usize>(ctx: H, at: u32) -> Option<[u8; N]> {
     if let Some(found) = ctx.bytes(false).array::<N>(at) {
         return Some(*found);
     }
@@ -122,17 +93,17 @@ fn read<C: Context, const N: usize>(ctx: C, at: u32) -> Option<[u8; N]> {
     ctx.bytes(false).array::<N>(at).copied()
 }
 
-/// The word at `at` of a header, in memory order.
+/// Returns the word at `at` of a header, in memory order.
 #[inline(always)]
 fn word<const N: usize>(header: &[u8; N], at: usize) -> u32 {
     <Linear as Bytes>::word(header, at)
 }
 
-/// Whether a frame passes that is not IP: ARP; on a NIC the link-local control group 01:80:C2:00:00:0x (spanning tree,
-/// LACP, LLDP, 802.1X; IEEE 802.1Q, table 8-1) and what the configuration names; and everything where no policy enforces
-/// the direction.
+/// Returns the reason for a frame that is not IP. ARP passes; on a NIC also the link-local control group 01:80:C2:00:00:0x
+/// (spanning tree, LACP, LLDP, 802.1X; IEEE 802.1Q, table 8-1) and the EtherTypes of the configuration. Any other frame passes
+/// only if no policy enforces the direction.
 #[inline(always)]
-fn not_ip<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
+fn not_ip<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     if frame.layer3 == 0 {
         if frame.packet.ether_type == ETHER_TYPE_ARP {
             return arp(ctx, frame);
@@ -145,7 +116,7 @@ fn not_ip<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
 }
 
 #[inline(always)]
-fn is_control_group<C: Context>(ctx: C) -> bool {
+fn is_control_group<H: Hook>(ctx: H) -> bool {
     match ctx.bytes(false).array::<6>(0) {
         Some(to) => matches!(to, [0x01, 0x80, 0xc2, 0, 0, last] if last & 0xf0 == 0),
         None => false,
@@ -157,7 +128,7 @@ fn is_configured(frame: &PacketContext) -> bool {
     let Some(interface) = interface(frame.ifindex) else {
         return false;
     };
-    // IEEE 802.3, 3.2.6: less than 1,536 is a length.
+    // A value below 1,536 is a length and no EtherType (IEEE 802.3, section 3.2.6).
     let ether_type = if frame.packet.ether_type < 1536 {
         ETHER_TYPE_LLC
     } else {
@@ -170,36 +141,36 @@ fn is_configured(frame: &PacketContext) -> bool {
     found
 }
 
-/// A frame that has neither address nor port: what the policy says of every peer and port decides. On a workload's
-/// interface the other end may be the node, so the node's policy must let it pass too.
+/// Returns the reason for a frame without address and port: the policy's entry for any peer and any port decides. At a
+/// workload's interface the peer may be the node, so the node's policy must allow the frame too.
 #[inline(always)]
 fn unenforced(frame: &PacketContext) -> u32 {
-    let own = otherwise(frame.endpoint, u32::from(frame.direction));
+    let own = default_reason(frame.endpoint, u32::from(frame.direction));
     let host = identity::host_endpoint();
     let node = if is_nic(frame) || host == 0 {
-        JUDGE
+        BY_POLICY
     } else {
-        otherwise(host, u32::from(frame.direction ^ 1))
+        default_reason(host, u32::from(frame.direction ^ 1))
     };
-    // What passes is 0 or Audited; the larger number is the stricter.
+    // Reasons that pass are 0 and Audited; the larger number is the stricter one.
     if own > node { own } else { node }
 }
 
-/// Whether the policy of an endpoint denies, of one direction, what no rule allows.
+/// Returns whether the policy of an endpoint denies a direction by default.
 #[inline(always)]
 pub fn is_enforced(endpoint: u32, direction: u32) -> bool {
-    otherwise(endpoint, direction) == Reason::UnsupportedL3 as u32
+    default_reason(endpoint, direction) == Reason::UnsupportedL3 as u32
 }
 
-/// What becomes of a packet of every peer and port: [`Reason::Allowed`] if nothing is enforced, [`Reason::Audited`] if the
-/// policy only reports, else [`Reason::UnsupportedL3`].
+/// Returns the verdict of the entry for any peer and any port: [`Reason::Allowed`] if the direction is not enforced,
+/// [`Reason::Audited`] in audit mode, otherwise [`Reason::UnsupportedL3`].
 #[inline(never)]
-fn otherwise(endpoint: u32, direction: u32) -> u32 {
+fn default_reason(endpoint: u32, direction: u32) -> u32 {
     let denied = Reason::UnsupportedL3 as u32;
     let Some(state) = ENDPOINTS.get_ptr(endpoint & 0xffff) else {
         return denied;
     };
-    // SAFETY: an aligned word of a map value; user space may write it meanwhile, hence volatile.
+    // SAFETY: an aligned word of a map value, which lives as long as the map; volatile because user space may write it.
     let policy = unsafe { core::ptr::read_volatile(&raw const (*state).policy) };
     let key = PolicyKey {
         policy,
@@ -208,7 +179,7 @@ fn otherwise(endpoint: u32, direction: u32) -> u32 {
         direction: direction as u8,
         zero: 0,
     };
-    // SAFETY: entries are replaced, never changed in place.
+    // SAFETY: a hash map replaces elements and never changes one in place.
     let Some(entry) = (unsafe { POLICY.get(&key) }) else {
         return denied;
     };
@@ -223,13 +194,14 @@ fn otherwise(endpoint: u32, direction: u32) -> u32 {
     }
 }
 
-/// Whether the sender of a message may name an address as its own.
+/// Returns whether a message may name `addr` as the address of its sender.
 ///
-/// From a workload: one of the endpoint, or a link-local one that the node does not have. From a NIC: any that no workload
-/// has; the node's own pass, so that the kernel sees address conflicts (RFC 5227, RFC 4862, 5.4). Towards a workload and
-/// out of a NIC: what the node itself says (also for others: proxy ARP), and what was checked at a guarded interface.
+/// From a workload: an address of its endpoint, or a link-local address that the node does not have. From a NIC: any address
+/// that no workload has; the node's own pass, so that the kernel sees address conflicts (RFC 5227; RFC 4862, section 5.4).
+/// Towards a workload and out of a NIC: any address if the node generated the message (proxy ARP), or if the message entered
+/// by a guarded interface, where it was checked.
 #[inline(always)]
-fn may_name<C: Context>(ctx: C, frame: &PacketContext, addr: &Addr) -> bool {
+fn may_name<H: Hook>(ctx: H, frame: &PacketContext, addr: &Addr) -> bool {
     let owner = identity::exact(addr).endpoint();
     match frame.hook_point {
         hook_point::FROM_WORKLOAD if owner == 0 => identity::is_link_local(addr),
@@ -243,10 +215,10 @@ fn may_name<C: Context>(ctx: C, frame: &PacketContext, addr: &Addr) -> bool {
     }
 }
 
-/// RFC 826. At a workload only requests and replies for IPv4 over Ethernet, whose sender is the workload or has no
-/// address yet (RFC 5227, 2.1.1).
+/// Returns the reason for an ARP packet (RFC 826). At a workload only requests and replies for IPv4 over Ethernet pass whose
+/// sender is the workload, or has no address yet (RFC 5227, section 2.1.1).
 #[inline(always)]
-fn arp<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
+fn arp<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     const ETHERNET_IPV4: [u8; 6] = [0, 1, 8, 0, 6, 4];
     let is_workload = !is_nic(frame);
     let malformed = if is_workload {
@@ -254,7 +226,7 @@ fn arp<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
     } else {
         PASS
     };
-    let Some(header) = read::<C, 28>(ctx, u32::from(frame.packet.network_offset)) else {
+    let Some(header) = read::<H, 28>(ctx, u32::from(frame.packet.network_offset)) else {
         return malformed;
     };
     if header[..6] != ETHERNET_IPV4 {
@@ -283,26 +255,25 @@ fn arp<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
     PASS
 }
 
-/// Whether the frame comes from this hardware address, which is no group's: else a switch would deliver what is sent to
-/// it to others too.
+/// Returns whether `mac` is the frame's source address and no group address. A switch would flood frames to a group address.
 #[inline(always)]
-fn is_source_mac<C: Context>(ctx: C, mac: [u8; 6]) -> bool {
+fn is_source_mac<H: Hook>(ctx: H, mac: [u8; 6]) -> bool {
     match ctx.bytes(false).array::<12>(0) {
         Some(header) => header[6..12] == mac && mac[0] & 1 == 0,
         None => false,
     }
 }
 
-/// RFC 3376, 4: sent with a TTL of 1; and to a group, which is not routed here. (A packet to one address that had a TTL
-/// of 2 on the way has one of 1 when it is sent on.)
+/// Returns the reason for an IGMP message, which has a TTL of 1 (RFC 3376, section 4). Only messages to a group pass: a unicast
+/// packet that a router forwarded may also arrive with a TTL of 1.
 #[inline(always)]
-fn igmp<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
+fn igmp<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     let packet = &frame.packet;
     if packet.is(flags::IPV6)
         || packet.hop_limit != 1
         || packet.destination.0[3].to_ne_bytes()[0] & 0xf0 != 224
     {
-        return JUDGE;
+        return BY_POLICY;
     }
     if packet.source != Addr::from_v4([0; 4]) && !may_name(ctx, frame, &packet.source) {
         return SPOOFED;
@@ -310,49 +281,50 @@ fn igmp<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
     if is_nic(frame) {
         return PASS;
     }
-    let Some(header) = read::<C, 8>(ctx, u32::from(packet.transport_offset)) else {
-        return JUDGE;
+    let Some(header) = read::<H, 8>(ctx, u32::from(packet.transport_offset)) else {
+        return BY_POLICY;
     };
-    // A query without sources, reports and leaves of versions 1 and 2, a report of version 3 with two sources a group.
+    // Longest query without sources, report or leave of versions 1 and 2, report of version 3 with two sources per group.
     let longest = match header[0] {
         0x11 => 12,
         0x12 | 0x16 | 0x17 => 8,
         0x22 => 8 + 16 * u32::from(u16::from_be_bytes([header[6], header[7]])),
-        _ => return JUDGE,
+        _ => return BY_POLICY,
     };
     if headers(packet) <= IPV4_ALERT && packet.length <= headers(packet) + longest {
         PASS
     } else {
-        JUDGE
+        BY_POLICY
     }
 }
 
-/// Bytes before the transport header.
+/// Returns the length of the network headers, bytes.
 #[inline(always)]
 fn headers(packet: &Packet) -> u32 {
     u32::from(packet.transport_offset).wrapping_sub(u32::from(packet.network_offset))
 }
 
 #[inline(always)]
-fn icmpv6<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
+fn icmpv6<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     match frame.packet.source_port as u8 {
         icmpv6::NEIGHBOUR_SOLICITATION | icmpv6::NEIGHBOUR_ADVERTISEMENT | icmpv6::ROUTER_SOLICITATION => {
             discovery(ctx, frame)
         }
-        // Only a router of the NIC's link may tell this node where to send.
+        // Only routers on a NIC's link configure this node; a workload's advertisement would redirect its traffic.
         icmpv6::ROUTER_ADVERTISEMENT if frame.hook_point == hook_point::NIC_IN => discovery(ctx, frame),
         icmpv6::LISTENER_QUERY..=icmpv6::LISTENER_DONE | icmpv6::LISTENER_REPORT_V2 => listener(ctx, frame),
-        _ => JUDGE,
+        _ => BY_POLICY,
     }
 }
 
-/// MLD: hop limit 1, to a group, from a link-local source address or none yet (RFC 2710, 3; RFC 3590).
+/// Returns the reason for an MLD message: hop limit 1, to a group, from a link-local or unspecified source (RFC 2710, section 3;
+/// RFC 3590).
 #[inline(always)]
-fn listener<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
+fn listener<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     let packet = &frame.packet;
     let is_link_source = identity::is_link_local(&packet.source) || packet.source == Addr::UNSPECIFIED;
     if packet.hop_limit != 1 || packet.destination.0[0].to_ne_bytes()[0] != 0xff || !is_link_source {
-        return JUDGE;
+        return BY_POLICY;
     }
     if packet.source != Addr::UNSPECIFIED && !may_name(ctx, frame, &packet.source) {
         return SPOOFED;
@@ -360,11 +332,10 @@ fn listener<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
     if is_nic(frame) {
         return PASS;
     }
-    let Some(header) = read::<C, 8>(ctx, u32::from(packet.transport_offset)) else {
-        return JUDGE;
+    let Some(header) = read::<H, 8>(ctx, u32::from(packet.transport_offset)) else {
+        return BY_POLICY;
     };
-    // A query of version 2 without sources is the longest of the first; a report has 20 bytes a group, and here room for
-    // two sources.
+    // Longest query (version 2 without sources), and longest report: 20 bytes per group and two sources.
     let longest = match header[0] {
         icmpv6::LISTENER_QUERY => 28,
         icmpv6::LISTENER_REPORT_V2 => 8 + 52 * u32::from(u16::from_be_bytes([header[6], header[7]])),
@@ -373,17 +344,17 @@ fn listener<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
     if headers(packet) <= IPV6_ALERT && packet.length <= headers(packet) + longest {
         PASS
     } else {
-        JUDGE
+        BY_POLICY
     }
 }
 
-/// Neighbour discovery (RFC 4861). Receivers take it with hop limit 255 and code 0 only, and a packet that was forwarded
-/// has a smaller one.
+/// Returns the reason for a neighbour discovery message (RFC 4861). Receivers accept hop limit 255 and code 0 only; a forwarded
+/// packet has a smaller hop limit.
 #[inline(always)]
-fn discovery<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
+fn discovery<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     let packet = &frame.packet;
     if packet.hop_limit != 255 || packet.destination_port != 0 {
-        return JUDGE;
+        return BY_POLICY;
     }
     let kind = packet.source_port as u8;
     let is_solicitation = kind == icmpv6::NEIGHBOUR_SOLICITATION;
@@ -400,7 +371,7 @@ fn discovery<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
         if length < 24 {
             return Reason::InvalidPacket as u32;
         }
-        let Some(target) = read::<C, 16>(ctx, at + 8) else {
+        let Some(target) = read::<H, 16>(ctx, at + 8) else {
             return Reason::PullFailed as u32;
         };
         let target = Addr([
@@ -409,17 +380,17 @@ fn discovery<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
             word(&target, 8),
             word(&target, 12),
         ]);
-        // An advertisement says who has the target; a solicitation without a source address, who is about to
-        // (RFC 4862, 5.4). Any other solicitation asks.
+        // An advertisement claims the target; a solicitation without a source address is about to claim it (duplicate address
+        // detection, RFC 4862, section 5.4). Any other solicitation only asks for the target.
         if (is_advertisement || !has_source) && !may_name(ctx, frame, &target) {
             return SPOOFED;
         }
     }
     if !is_nic(frame) {
-        // The option with the sender's hardware address; in a solicitation also a nonce (RFC 7527).
+        // One link-layer address option; in a solicitation also a nonce (RFC 7527).
         let room = if is_solicitation { 16 } else { 8 };
         if headers(packet) != IPV6 || length > options + room {
-            return JUDGE;
+            return BY_POLICY;
         }
     }
     if frame.hook_point == hook_point::FROM_WORKLOAD {
@@ -429,16 +400,21 @@ fn discovery<C: Context>(ctx: C, frame: &PacketContext) -> u32 {
             return SPOOFED;
         }
     }
-    if stays_on_link(ctx, frame) { PASS } else { JUDGE }
+    if stays_on_link(ctx, frame) {
+        PASS
+    } else {
+        BY_POLICY
+    }
 }
 
-/// Whether the option at `at` is a link-layer address (types 1 and 2, RFC 4861, 4.6.1) and not the frame's source.
+/// Returns whether the option at `at` is a link-layer address (types 1 and 2; RFC 4861, section 4.6.1) that differs from the
+/// frame's source.
 #[inline(always)]
-fn names_another_mac<C: Context>(ctx: C, at: u32, present: bool) -> bool {
+fn names_another_mac<H: Hook>(ctx: H, at: u32, present: bool) -> bool {
     if !present {
         return false;
     }
-    let Some(option) = read::<C, 8>(ctx, at) else {
+    let Some(option) = read::<H, 8>(ctx, at) else {
         return true;
     };
     matches!(option[0], 1 | 2)
@@ -448,10 +424,10 @@ fn names_another_mac<C: Context>(ctx: C, at: u32, present: bool) -> bool {
         )
 }
 
-/// Whether the node does not send the packet on to another link: link-local destinations, those of ff02::/16, and what the
-/// routing table delivers here or to this very link.
+/// Returns whether the node does not forward the packet to another link: the destination is link-local or in ff02::/16, or the
+/// routing table delivers it locally or to the same link.
 #[inline(always)]
-fn stays_on_link<C: Context>(ctx: C, frame: &PacketContext) -> bool {
+fn stays_on_link<H: Hook>(ctx: H, frame: &PacketContext) -> bool {
     let to = &frame.packet.destination;
     let first = to.0[0].to_ne_bytes();
     if first[0] == 0xff {

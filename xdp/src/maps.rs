@@ -1,5 +1,4 @@
-//! The maps, under the names of `palisade_abi::maps`. Sizes are what an object has that nobody configured;
-//! the loader sets those that depend on the node.
+//! The maps, under the names of `palisade_abi::maps`. The loader overrides sizes that depend on the node's configuration.
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, XskMap};
@@ -25,7 +24,7 @@ pub static IPCACHE: HashMap<Addr, IpcacheEntry, 262_144, NO_PREALLOC> = HashMap:
 #[btf_map]
 pub static PREFIXES: LpmTrie<Addr, IpcacheEntry, 262_144> = LpmTrie::new();
 
-/// Identities of addresses that endpoints have learned by name.
+/// Identities of learned addresses.
 #[btf_map]
 pub static LEARNED: HashMap<LearnedKey, u32, 262_144, NO_PREALLOC> = HashMap::new();
 
@@ -41,7 +40,7 @@ pub static CONNTRACK: LruHashMap<CtKey, CtEntry, 262_144> = LruHashMap::new();
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, 8_192> = LruHashMap::new();
 
-/// What the flows and fragments of each endpoint may take of the two maps above.
+/// Share of each endpoint in CONNTRACK and FRAGMENTS.
 #[btf_map]
 pub static SHARES: Array<Share, SHARE_SLOTS, MMAPABLE> = Array::new();
 

@@ -1,4 +1,4 @@
-//! The policy table.
+//! Lookup in the policy table.
 
 use palisade_abi::{
     CLASS_ANY, CLASS_SLOTS, Decision, Inspector, PolicyEntry, PolicyKey, Reason, entry_flags, identity,
@@ -8,7 +8,7 @@ use palisade_abi::{
 use crate::maps::{CLASSES, CONFIG, POLICY};
 use crate::packet_context::PacketContext;
 
-/// The class of a slot.
+/// Returns the port class of a slot.
 #[inline(always)]
 fn class(slot: u32) -> u16 {
     match CLASSES.get(0) {
@@ -17,8 +17,8 @@ fn class(slot: u32) -> u16 {
     }
 }
 
-/// Judges `frame` by its policy: (identity, class), (identity, any), (any, class), (any, any). The verdict and
-/// what decided it are written into `frame`.
+/// Looks up the policy table of the endpoint: (identity, class), (identity, any), (any, class), (any, any). Writes the verdict
+/// and the fields of the deciding entry into `frame`.
 #[inline(never)]
 pub fn lookup(frame: &mut PacketContext, identity: u32, slot: u32, direction: u32) {
     frame.remote_identity = identity;
@@ -56,31 +56,31 @@ pub fn lookup(frame: &mut PacketContext, identity: u32, slot: u32, direction: u3
     frame.set(reason);
 }
 
-/// The entry that decides. Changes the key on its way.
+/// Returns the deciding entry. Overwrites the key.
 #[inline(always)]
 fn find(key: &mut PolicyKey) -> Option<&'static PolicyEntry> {
     let class = key.class;
-    // SAFETY: entries are replaced, never changed in place; and so below.
+    // SAFETY: a hash map replaces elements and never changes one in place.
     if let Some(entry) = unsafe { POLICY.get(&*key) } {
         return Some(entry);
     }
     key.class = CLASS_ANY;
-    // SAFETY: see above.
+    // SAFETY: a hash map replaces elements and never changes one in place.
     if let Some(entry) = unsafe { POLICY.get(&*key) } {
         return Some(entry);
     }
     key.identity = identity::ANY;
     key.class = class;
-    // SAFETY: see above.
+    // SAFETY: a hash map replaces elements and never changes one in place.
     if let Some(entry) = unsafe { POLICY.get(&*key) } {
         return Some(entry);
     }
     key.class = CLASS_ANY;
-    // SAFETY: see above.
+    // SAFETY: a hash map replaces elements and never changes one in place.
     unsafe { POLICY.get(&*key) }
 }
 
-/// Whether there is a reader of this number.
+/// Returns whether the workers have an inspector of this number.
 #[inline(always)]
 fn has_inspector(inspector: u8) -> bool {
     match CONFIG.get(0) {
@@ -89,7 +89,7 @@ fn has_inspector(inspector: u8) -> bool {
     }
 }
 
-/// What an entry does with a packet that nobody is to read.
+/// Returns the reason of the verdict by an entry that has no inspector at work.
 #[inline(always)]
 fn reason(entry: &PolicyEntry) -> Reason {
     let decision = Decision::from_u8(entry.decision);

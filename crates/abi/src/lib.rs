@@ -148,4 +148,14 @@ pub mod programs {
     pub const PUNT_FILTER: &str = "palisade_punt_filter";
     /// XDP at the node's end of the punt link, on kernels that need a copy of what workers send.
     pub const PASS: &str = "palisade_pass";
+    /// All of them.
+    pub const ALL: [&str; 7] = [
+        XDP_INGRESS,
+        TC_INGRESS,
+        TC_EGRESS,
+        PUNT,
+        REINJECT,
+        PUNT_FILTER,
+        PASS,
+    ];
 }

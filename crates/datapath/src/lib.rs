@@ -56,6 +56,8 @@ pub use events::EventReader;
 pub use hook::{AttachError, Attached, Attachment, Hook, HookKind, Role, TcMode, XdpMode};
 pub use maps::MapError;
 pub use netfilter::{Netfilter, NetfilterError, Rules};
+#[cfg(feature = "bench-object")]
+pub use object::BENCH_OBJECT;
 pub use object::OBJECT;
 pub use open::Datapath;
 pub use options::{Limits, Options};

@@ -2,3 +2,7 @@
 
 /// BPF object with all programs and maps, aligned as its ELF reader requires.
 pub const OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/palisade"));
+
+/// [`OBJECT`] and the programs of the benchmark (`xdp/src/bench.rs`).
+#[cfg(feature = "bench-object")]
+pub const BENCH_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/palisade-bench"));

@@ -1,5 +1,5 @@
 //! What an established flow costs, against a program that only decodes and looks up. Figures need a quiet machine:
-//! `cargo test -p palisade-datapath --test program_cost -- --ignored --nocapture`.
+//! `cargo test -p palisade-datapath --features bench-object --test program_cost -- --ignored --nocapture`.
 
 mod program;
 
@@ -17,7 +17,7 @@ fn median(mut times: Vec<u32>) -> u32 {
 #[ignore = "measures"]
 fn an_established_flow_against_the_baseline() {
     for (client, server) in [(WORLD_V4, HOST_V4), (WORLD_V6, HOST_V6)] {
-        let mut world = World::new(NIC, HOST);
+        let mut world = World::of(palisade_datapath::BENCH_OBJECT, NIC, HOST, 1024);
         world.rule(
             HOST,
             Direction::Ingress,

@@ -25,6 +25,19 @@ fn the_verifier_processes_few_instructions() {
     }
 }
 
+#[test]
+fn the_shipped_object_has_the_programs_of_the_abi_and_no_other() {
+    let mut names: Vec<String> = World::new(NIC, 1)
+        .verified()
+        .into_iter()
+        .map(|(name, _)| name)
+        .collect();
+    names.sort();
+    let mut expected = programs::ALL.map(String::from);
+    expected.sort();
+    assert_eq!(names, expected);
+}
+
 /// What Linux gives a chain of calls, bytes (`MAX_BPF_STACK`).
 const STACK: u32 = 512;
 /// To what a frame is rounded up, bytes. Linux 6.1, the oldest supported, rounds to the 32 of its interpreter; newer
@@ -176,15 +189,7 @@ fn deepest(functions: &[Function], from: usize) -> (u32, Vec<usize>) {
 #[test]
 fn no_call_chain_exceeds_the_stack_of_the_oldest_kernel() {
     let functions = functions(palisade_datapath::OBJECT);
-    for name in [
-        programs::XDP_INGRESS,
-        programs::TC_INGRESS,
-        programs::TC_EGRESS,
-        programs::PUNT,
-        programs::REINJECT,
-        programs::PUNT_FILTER,
-        programs::PASS,
-    ] {
+    for name in programs::ALL {
         let program = functions
             .iter()
             .position(|function| function.name == name)

@@ -1,0 +1,42 @@
+//! Programs for the benchmark: what a verdict costs at least. Only in the object that `bench/` loads; never attached.
+
+use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
+use aya_ebpf::macros::{classifier, xdp};
+use aya_ebpf::programs::{TcContext, XdpContext};
+
+use crate::calls::Calls;
+use crate::conntrack;
+use crate::hook::{Skb, Xdp};
+use crate::packet_context::PacketContext;
+
+/// Decodes the packet and looks up one connection, in XDP.
+#[xdp(frags)]
+pub fn bench_baseline(ctx: XdpContext) -> u32 {
+    if is_known(Xdp(ctx.ctx)) {
+        xdp_action::XDP_PASS
+    } else {
+        xdp_action::XDP_DROP
+    }
+}
+
+/// Decodes the packet and looks up one connection, in tc.
+#[classifier]
+pub fn bench_baseline_tc(ctx: TcContext) -> i32 {
+    if is_known(Skb(ctx.skb.skb)) {
+        TC_ACT_UNSPEC
+    } else {
+        TC_ACT_SHOT
+    }
+}
+
+/// Returns whether the packet belongs to a connection of endpoint 1.
+#[inline(always)]
+fn is_known<C: Calls>(ctx: C) -> bool {
+    let mut frame = PacketContext::new(ctx.ifindex());
+    ctx.decode(&mut frame);
+    if frame.reason != 0 {
+        return false;
+    }
+    conntrack::write_key(&mut frame.key, 1, true, conntrack::ends(&frame.packet));
+    conntrack::find_in_place(&frame.key, 0).is_some()
+}

@@ -1,0 +1,34 @@
+//! The steps of the pipeline that are calls of global functions. `subprog.rs` implements them; what a step does stands in the
+//! module that its comment names.
+//!
+//! The trait lets a step call a later step without its module: the call names a global function, which names the module.
+
+use palisade_abi::{CtEntry, TracePoint};
+
+use crate::entry::Entry;
+use crate::hook::Hook;
+use crate::packet_context::PacketContext;
+
+/// The pipeline's steps, for the programs of one hook.
+pub trait Calls: Hook {
+    /// Calls `pipeline::decode_frame`.
+    fn decode(self, frame: &mut PacketContext);
+    /// Calls `link::check`.
+    fn link(self, frame: &mut PacketContext);
+    /// Calls `enforce::enforce_endpoint`.
+    fn enforce_endpoint(self, frame: &mut PacketContext);
+    /// Calls `enforce::admit_new_flow`.
+    fn admit_new_flow(self, frame: &mut PacketContext);
+    /// Calls `enforce::reevaluate_flow`.
+    fn reevaluate_flow(self, frame: &mut PacketContext, entry: Entry);
+    /// Calls `enforce::match_icmp_error`.
+    fn match_icmp_error(self, frame: &mut PacketContext);
+    /// Calls `conntrack::set_protected`.
+    fn set_protected(self, frame: &PacketContext, entry: Entry);
+    /// Calls `conntrack::trace`.
+    fn trace(self, frame: &mut PacketContext, entry: Entry, point: TracePoint);
+    /// Calls `punt::punt`.
+    fn punt(self, frame: &mut PacketContext);
+    /// Calls `event::send` if the budget allows it. `flow`: null, or the entry whose counters a trace reports.
+    fn send(self, frame: &PacketContext, what: u32, flow: *mut CtEntry);
+}

@@ -1,0 +1,108 @@
+//! What differs between XDP and tc: access to the packet and to the fields of the program's context.
+//!
+//! Start at [`Hook`]. `xdp.rs` and `tc.rs` implement it.
+
+mod tc;
+mod xdp;
+
+use aya_ebpf::bindings::bpf_fib_lookup;
+use palisade_abi::{PuntHeader, Reason};
+use palisade_packet::{Bytes, MAX_HEADERS};
+
+pub use tc::Skb;
+pub use xdp::Xdp;
+
+/// Mask of an offset into the headers.
+const OFFSET_MASK: u32 = 2 * MAX_HEADERS - 1;
+const _: () = assert!(MAX_HEADERS.is_power_of_two());
+
+/// [`Reason`] number of a failed [`Hook::push`] that has no more specific cause.
+const FAILED: u32 = Reason::PuntFailed as u32;
+
+/// The part of a frame that the program can read by direct packet access.
+pub struct Linear {
+    start: usize,
+    end: usize,
+    len: u32,
+}
+
+impl Bytes for Linear {
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        self.len
+    }
+
+    #[inline(always)]
+    fn array<const N: usize>(&self, offset: u32) -> Option<&[u8; N]> {
+        // The verifier requires a bound on the offset before it is added to a packet pointer.
+        if offset > MAX_HEADERS {
+            return None;
+        }
+        // The mask repeats the bound on the register that is added to the pointer. LLVM compares one register with
+        // MAX_HEADERS and adds a copy that was filled from the stack; the verifier of Linux 6.1 does not carry the bound
+        // over to the copy, assumes an offset of up to 65535, and then ignores the comparison with the packet's end.
+        // `black_box` keeps LLVM from removing the mask.
+        let at = self.start + (core::hint::black_box(offset) & OFFSET_MASK) as usize;
+        if at + N > self.end {
+            return None;
+        }
+        // SAFETY: the comparison above shows that the N bytes at `at` are within the packet, and the verifier checks it
+        // again. Any bytes are a valid array, and nothing writes the packet while the program reads it.
+        Some(unsafe { &*(at as *const [u8; N]) })
+    }
+
+    /// Reads two halves: a frame starts at an even address, and every header has an even length. Otherwise LLVM would read
+    /// each byte. Its feature `allows-misaligned-mem-access` also writes misaligned words to the stack, which the verifier
+    /// refuses.
+    #[inline(always)]
+    fn word<const N: usize>(header: &[u8; N], at: usize) -> u32 {
+        assert!(at + 4 <= N);
+        // SAFETY: the assertion, which is decided at compile time, keeps the four bytes within the array; callers pass an
+        // even `at`, so both halves are aligned.
+        let [low, high] = unsafe { *header.as_ptr().add(at).cast::<[u16; 2]>() };
+        let (low, high) = (low.to_ne_bytes(), high.to_ne_bytes());
+        u32::from_ne_bytes([low[0], low[1], high[0], high[1]])
+    }
+}
+
+/// Reads a packet pointer from the context. The read is volatile: otherwise LLVM reads the field in the caller and passes it
+/// as a 32-bit number, on which the verifier rejects pointer arithmetic.
+///
+/// # Safety
+/// `at` is a field of the context of the running program.
+#[inline(always)]
+unsafe fn field(at: *const u32) -> usize {
+    // SAFETY: the caller passes a field of the running program's context, which is readable.
+    unsafe { core::ptr::read_volatile(at) as usize }
+}
+
+/// The context of a program, and the packet that it runs on.
+pub trait Hook: Copy {
+    /// Returns the readable part of the frame. `full`: its length is that of the whole frame, which costs a helper call in
+    /// XDP.
+    fn bytes(self, full: bool) -> Linear;
+    /// Returns the index of the interface that the program runs on.
+    fn ifindex(self) -> u32;
+    /// Returns whether this machine generated the packet; false if the packet was received.
+    fn is_local(self) -> bool;
+    /// Returns the index of the interface by which the packet entered the node; 0 if this machine generated it. Only tc
+    /// egress knows it.
+    fn entered_by(self) -> u32;
+    /// Returns the number of VLAN tags that the kernel keeps beside the frame.
+    fn tags_removed(self) -> u32;
+    /// Makes more of the frame readable, or its full length known. Returns whether that changed anything.
+    fn pull_headers(self) -> bool;
+    /// Calls the helper `bpf_fib_lookup`.
+    fn route(self, question: &mut bpf_fib_lookup) -> i64;
+    /// Copies bytes of the frame into `into`. Returns whether the frame has them.
+    fn load<const N: usize>(self, at: u32, into: &mut [u32; N]) -> bool;
+    /// Overwrites `length` bytes of the frame with the first bytes of `from`. Returns whether the frame has them.
+    fn store<const N: usize>(self, at: u32, from: &mut [u32; N], length: u32) -> bool;
+    /// Truncates the frame to `length` bytes. Returns whether that worked.
+    fn cut(self, length: u32) -> bool;
+    /// Writes `header` in front of the packet and redirects the packet to the interface `punt_link`. Returns 0, or the
+    /// number of the [`Reason`] for the failure. `header` points to the [`PuntHeader`] of this CPU.
+    fn push(self, header: *mut PuntHeader, queue: u32, punt_link: u32) -> u32;
+    /// Returns the number of the hook in [`palisade_abi::punt_hook`].
+    fn number(self, egress: bool) -> u8;
+}

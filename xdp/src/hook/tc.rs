@@ -1,0 +1,153 @@
+//! tc programs.
+
+use aya_ebpf::bindings::{__sk_buff, BPF_F_RECOMPUTE_CSUM, TC_ACT_REDIRECT, bpf_fib_lookup};
+use aya_ebpf::helpers::generated::{
+    bpf_fib_lookup as fib_lookup, bpf_redirect, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_load_bytes,
+    bpf_skb_pull_data, bpf_skb_store_bytes, bpf_skb_vlan_pop,
+};
+use palisade_abi::{MAX_PUNT_FRAME, MAX_SEGMENT_HEADERS, PuntHeader, Reason, punt_hook};
+use palisade_packet::MAX_HEADERS;
+
+use super::{FAILED, Hook, Linear, field};
+
+/// Context of a tc program.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct Skb(pub *mut __sk_buff);
+
+impl Hook for Skb {
+    #[inline(always)]
+    fn bytes(self, _: bool) -> Linear {
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs.
+        unsafe {
+            let skb = self.0;
+            Linear {
+                start: field(&raw const (*skb).data),
+                end: field(&raw const (*skb).data_end),
+                len: (*skb).len,
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn ifindex(self) -> u32 {
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs.
+        unsafe { (*self.0).ifindex }
+    }
+
+    #[inline(always)]
+    fn is_local(self) -> bool {
+        self.entered_by() == 0
+    }
+
+    #[inline(always)]
+    fn entered_by(self) -> u32 {
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs.
+        unsafe { (*self.0).ingress_ifindex }
+    }
+
+    #[inline(always)]
+    fn tags_removed(self) -> u32 {
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs.
+        unsafe { (*self.0).vlan_present }
+    }
+
+    /// The headers may lie in page fragments of the socket buffer instead of its linear part.
+    #[inline(always)]
+    fn pull_headers(self) -> bool {
+        let bytes = self.bytes(false);
+        let wanted = if bytes.len > MAX_HEADERS {
+            MAX_HEADERS
+        } else {
+            bytes.len
+        };
+        if bytes.end - bytes.start >= wanted as usize {
+            return false;
+        }
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs.
+        unsafe { bpf_skb_pull_data(self.0, wanted) == 0 }
+    }
+
+    #[inline(always)]
+    fn route(self, question: &mut bpf_fib_lookup) -> i64 {
+        let size = size_of::<bpf_fib_lookup>() as i32;
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. The size is
+        // that of the parameter block.
+        unsafe { fib_lookup(self.0.cast(), question, size, 0) }
+    }
+
+    #[inline(always)]
+    fn load<const N: usize>(self, at: u32, into: &mut [u32; N]) -> bool {
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. The
+        // helper fills the array or fails.
+        unsafe { bpf_skb_load_bytes(self.0.cast(), at, into.as_mut_ptr().cast(), 4 * N as u32) == 0 }
+    }
+
+    #[inline(always)]
+    fn store<const N: usize>(self, at: u32, from: &mut [u32; N], length: u32) -> bool {
+        let flags = u64::from(BPF_F_RECOMPUTE_CSUM);
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. Callers
+        // pass a constant `length` of at most the size of the array.
+        unsafe { bpf_skb_store_bytes(self.0, at, from.as_mut_ptr().cast(), length, flags) == 0 }
+    }
+
+    #[inline(always)]
+    fn cut(self, length: u32) -> bool {
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs.
+        unsafe { bpf_skb_change_tail(self.0, length, 0) == 0 }
+    }
+
+    /// `bpf_skb_change_head` makes room in front of the Ethernet header. If the packet is segmented later, each segment gets a
+    /// copy of the header.
+    #[inline(always)]
+    fn push(self, header: *mut PuntHeader, queue: u32, punt_link: u32) -> u32 {
+        const LENGTH: u32 = size_of::<PuntHeader>() as u32;
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. `header` is a
+        // map value of `LENGTH` bytes that only this CPU uses.
+        unsafe {
+            let skb = self.0;
+            // A super-frame (GSO) is segmented when veth transmits it to the punt link.
+            let gso = (*skb).gso_size;
+            let longest = if gso == 0 {
+                (*skb).len
+            } else {
+                gso + MAX_SEGMENT_HEADERS
+            };
+            if longest > MAX_PUNT_FRAME {
+                return Reason::PuntUnsupported as u32;
+            }
+            if (*skb).vlan_present != 0 {
+                (*header).vlan = (*skb).vlan_tci as u16;
+                (*header).vlan_protocol = u16::from_be((*skb).vlan_proto as u16);
+                if bpf_skb_vlan_pop(skb) != 0 {
+                    return FAILED;
+                }
+                // A frame with two tags: the kernel has moved the inner one beside the frame, and the header holds one
+                // tag only.
+                if core::ptr::read_volatile(&raw const (*skb).vlan_present) != 0 {
+                    return Reason::PuntUnsupported as u32;
+                }
+            }
+            if bpf_skb_change_head(skb, LENGTH, 0) != 0
+                || bpf_skb_store_bytes(skb, 0, header.cast(), LENGTH, 0) != 0
+            {
+                return FAILED;
+            }
+            // `queue_mapping` is 1-based: the kernel transmits on queue `queue_mapping - 1`.
+            (*skb).queue_mapping = queue + 1;
+            if bpf_redirect(punt_link, 0) != i64::from(TC_ACT_REDIRECT) {
+                return FAILED;
+            }
+            0
+        }
+    }
+
+    #[inline(always)]
+    fn number(self, egress: bool) -> u8 {
+        if egress {
+            punt_hook::TC_EGRESS
+        } else {
+            punt_hook::TC_INGRESS
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Offload windows: sequence numbers of a flow that its inspector has declared to need no inspection.
+
+use palisade_abi::{CtEntry, protocol, tcp_flags};
+use palisade_packet::{Bytes, flags};
+
+use crate::conntrack;
+use crate::entry::Entry;
+use crate::hook::Hook;
+use crate::packet_context::PacketContext;
+
+/// Sets [`PacketContext::must_punt`] if the flow's inspector needs the packet. Two policies may inspect a packet, and both
+/// requests stay in the punt header: a packet that one flow's window covers may lie outside the other's.
+#[inline(never)]
+pub fn check_window<H: Hook>(ctx: H, frame: &mut PacketContext, entry: Entry) -> u32 {
+    if !is_in_window(ctx, frame, entry) {
+        frame.must_punt = true;
+    }
+    0
+}
+
+/// Returns whether the packet needs no inspection: a segment whose bytes all lie in the window of its direction, or an
+/// acknowledgment without data while the other direction has a window.
+#[inline(always)]
+fn is_in_window<H: Hook>(ctx: H, frame: &PacketContext, entry: Entry) -> bool {
+    const STATE: u8 = tcp_flags::ACK | tcp_flags::SYN | tcp_flags::FIN | tcp_flags::RST | tcp_flags::URG;
+    let packet = &frame.packet;
+    if packet.protocol != protocol::TCP
+        || packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER)
+        || packet.tcp_flags & STATE != tcp_flags::ACK
+    {
+        return false;
+    }
+    let reply = conntrack::is_reply(entry, frame.is_ingress());
+    let (from, to) = entry.window(reply);
+    let (other_from, other_to) = entry.window(!reply);
+    if from == to && other_from == other_to {
+        return false;
+    }
+    // The windows hold only together with the command that set them for this connection and these rules.
+    let windows = if reply {
+        [other_from, other_to, from, to]
+    } else {
+        [from, to, other_from, other_to]
+    };
+    if entry.decided() != CtEntry::windowed(entry.serial(), entry.ruleset(), entry.punt_flags(), windows) {
+        return false;
+    }
+    let bytes = ctx.bytes(false);
+    let Some(header) = bytes.array::<14>(u32::from(packet.transport_offset)) else {
+        return false;
+    };
+    let headers = u32::from(packet.transport_offset)
+        .wrapping_sub(u32::from(packet.network_offset))
+        .wrapping_add(u32::from(header[12] >> 4) * 4);
+    if headers > packet.length {
+        return false;
+    }
+    let payload = packet.length - headers;
+    if payload == 0 {
+        // The inspector needs the acknowledgment of the window's last byte: the receiver then has all of the window.
+        let acked = u32::from_be_bytes([header[8], header[9], header[10], header[11]]);
+        let room = other_to.wrapping_sub(other_from);
+        return room < 1 << 31 && acked.wrapping_sub(other_from) < room;
+    }
+    let room = to.wrapping_sub(from);
+    let at = u32::from_be_bytes([header[4], header[5], header[6], header[7]]).wrapping_sub(from);
+    room < 1 << 31 && at < room && payload <= room - at
+}

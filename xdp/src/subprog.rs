@@ -1,0 +1,161 @@
+//! The global functions of the programs, made by one macro for XDP and for tc.
+//!
+//! The verifier takes a function with C linkage once, by the types of its parameters; it walks any other function again for
+//! each path that calls it. A global function gets memory whose content is unknown and which may be null, and returns a
+//! number.
+
+use aya_ebpf::bindings::{__sk_buff, xdp_md};
+use palisade_abi::{CtEntry, TracePoint};
+
+use crate::calls::Calls;
+use crate::entry::Entry;
+use crate::hook::{Skb, Xdp};
+use crate::packet_context::PacketContext;
+use crate::{conntrack, enforce, event, link, pipeline, punt};
+
+/// Defines the global functions of one hook and implements [`Calls`] by calls of them.
+macro_rules! global_functions {
+    ($hook:ident, $raw:ty, $decode:ident, $link:ident, $enforce_endpoint:ident, $admit_new_flow:ident,
+     $reevaluate_flow:ident, $match_icmp_error:ident, $trace:ident, $punt:ident, $send:ident) => {
+        global_functions!(@step $hook, $raw, $decode, pipeline::decode_frame);
+        global_functions!(@step $hook, $raw, $link, link::check);
+        global_functions!(@step $hook, $raw, $enforce_endpoint, enforce::enforce_endpoint::<$hook, false>);
+        global_functions!(@step $hook, $raw, $admit_new_flow, enforce::admit_new_flow);
+        global_functions!(@step $hook, $raw, $match_icmp_error, enforce::match_icmp_error);
+        global_functions!(@step $hook, $raw, $punt, punt::punt);
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $reevaluate_flow(ctx: *mut $raw, frame: *mut PacketContext, entry: *mut CtEntry) -> u32 {
+            // SAFETY: `Calls::reevaluate_flow` passes a reference to the packet context and a pointer to a map value. The
+            // verifier requires the comparisons with null.
+            let (Some(frame), Some(entry)) = (unsafe { (frame.as_mut(), Entry::new(entry)) }) else {
+                return 0;
+            };
+            enforce::reevaluate_flow($hook(ctx), frame, entry);
+            0
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $trace(ctx: *mut $raw, frame: *mut PacketContext, entry: *mut CtEntry, point: u32) -> u32 {
+            // SAFETY: `Calls::trace` passes a reference to the packet context and a pointer to a map value. The verifier
+            // requires the comparisons with null.
+            let (Some(frame), Some(entry)) = (unsafe { (frame.as_mut(), Entry::new(entry)) }) else {
+                return 0;
+            };
+            conntrack::trace($hook(ctx), frame, entry, point);
+            0
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $send(ctx: *mut $raw, frame: *const PacketContext, what: u32, flow: *mut CtEntry) -> u32 {
+            // SAFETY: `Calls::send` passes a reference. The verifier requires the comparison with null.
+            let Some(frame) = (unsafe { frame.as_ref() }) else {
+                return 0;
+            };
+            // SAFETY: `Calls::send` passes null or a pointer to a map value.
+            event::send($hook(ctx), frame, what, unsafe { Entry::new(flow) });
+            0
+        }
+
+        impl Calls for $hook {
+            #[inline(always)]
+            fn decode(self, frame: &mut PacketContext) {
+                $decode(self.0, frame);
+            }
+            #[inline(always)]
+            fn link(self, frame: &mut PacketContext) {
+                $link(self.0, frame);
+            }
+            #[inline(always)]
+            fn enforce_endpoint(self, frame: &mut PacketContext) {
+                $enforce_endpoint(self.0, frame);
+            }
+            #[inline(always)]
+            fn admit_new_flow(self, frame: &mut PacketContext) {
+                $admit_new_flow(self.0, frame);
+            }
+            #[inline(always)]
+            fn reevaluate_flow(self, frame: &mut PacketContext, entry: Entry) {
+                $reevaluate_flow(self.0, frame, entry.as_ptr());
+            }
+            #[inline(always)]
+            fn match_icmp_error(self, frame: &mut PacketContext) {
+                $match_icmp_error(self.0, frame);
+            }
+            #[inline(always)]
+            fn set_protected(self, frame: &PacketContext, entry: Entry) {
+                set_protected(frame, entry.as_ptr());
+            }
+            #[inline(always)]
+            fn trace(self, frame: &mut PacketContext, entry: Entry, point: TracePoint) {
+                $trace(self.0, frame, entry.as_ptr(), point as u32);
+            }
+            #[inline(always)]
+            fn punt(self, frame: &mut PacketContext) {
+                $punt(self.0, frame);
+            }
+            #[inline(always)]
+            fn send(self, frame: &PacketContext, what: u32, flow: *mut CtEntry) {
+                // Before the call: in a flood the budget suppresses nearly every event, and the call would be the cost.
+                if event::may_send(frame, what) {
+                    $send(self.0, frame, what, flow);
+                }
+            }
+        }
+    };
+    (@step $hook:ident, $raw:ty, $name:ident, $step:expr) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $name(ctx: *mut $raw, frame: *mut PacketContext) -> u32 {
+            // SAFETY: the methods of `Calls` pass a reference. The verifier requires the comparison with null.
+            let Some(frame) = (unsafe { frame.as_mut() }) else {
+                return 0;
+            };
+            $step($hook(ctx), frame);
+            0
+        }
+    };
+}
+
+/// The global function of `conntrack::set_protected`, the same for both hooks.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn set_protected(frame: *const PacketContext, entry: *mut CtEntry) -> u32 {
+    // SAFETY: `Calls::set_protected` passes a reference to the packet context and a pointer to a map value. The verifier requires
+    // the comparisons with null.
+    let (Some(frame), Some(entry)) = (unsafe { (frame.as_ref(), Entry::new(entry)) }) else {
+        return 0;
+    };
+    conntrack::set_protected(frame, entry);
+    0
+}
+
+global_functions!(
+    Xdp,
+    xdp_md,
+    xdp_decode,
+    xdp_link,
+    xdp_enforce_endpoint,
+    xdp_admit_new_flow,
+    xdp_reevaluate_flow,
+    xdp_match_icmp_error,
+    xdp_trace,
+    xdp_punt,
+    xdp_send
+);
+global_functions!(
+    Skb,
+    __sk_buff,
+    tc_decode,
+    tc_link,
+    tc_enforce_endpoint,
+    tc_admit_new_flow,
+    tc_reevaluate_flow,
+    tc_match_icmp_error,
+    tc_trace,
+    tc_punt,
+    tc_send
+);
