@@ -1,7 +1,7 @@
-//! The steps of the pipeline that are calls of global functions. `subprog.rs` implements them; what a step does stands in the
-//! module that its comment names.
+//! The steps of the pipeline that are calls of global functions. `subprog.rs` implements [`Calls`]; the comment of each
+//! method names the function that does the work.
 //!
-//! The trait lets a step call a later step without its module: the call names a global function, which names the module.
+//! With the trait, the module of a step does not depend on the modules of later steps.
 
 use palisade_abi::{CtEntry, TracePoint};
 

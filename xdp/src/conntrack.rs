@@ -1,8 +1,8 @@
 //! Conntrack: the flows that the policy of an endpoint has allowed. One entry holds both directions of a flow.
 //!
-//! Programs change entries in place without atomics ([`Entry`]). When two CPUs handle packets of one flow, a count may be
-//! lost and the last writer's time and flags stay. Of these fields only the TCP flags influence a verdict: a lost FIN or RST
-//! leaves the entry alive until its timeout.
+//! Programs change entries in place without atomics ([`Entry`]). When two CPUs handle packets of one flow, a count may
+//! be lost and the last writer's time and flags stay. Of these fields only the TCP flags influence a verdict: a lost
+//! FIN or RST leaves the entry alive until its timeout.
 
 use core::sync::atomic::{Ordering, compiler_fence};
 
@@ -21,15 +21,15 @@ use crate::maps::{CLOCK, CONFIG, CONNTRACK};
 use crate::packet_context::PacketContext;
 use crate::share;
 
-/// Age from which a flow without a handshake is protected if it has been answered, ns. A single query and its answer take
-/// less.
+/// Age from which an answered flow without a handshake is protected, ns. A single query and its answer take less time.
 const SETTLES_AFTER: u64 = 2_000_000_000;
 
 /// The TCP flags that change the state of a connection.
 pub const STATE_FLAGS: u8 = tcp_flags::FIN | tcp_flags::SYN | tcp_flags::RST | tcp_flags::ACK;
 
-/// Returns the coarse monotonic clock, ns: the clock of all timeouts. It advances with the tick. Each CPU reads it once per
-/// jiffy, because the helper takes 13 of the 100 ns that a packet of a known flow costs; the result may lag by a tick.
+/// Returns the coarse monotonic clock, ns: the clock of all timeouts. It advances with the tick. Each CPU reads it once
+/// per jiffy, because the helper takes 13 of the 100 ns that a packet of a known flow costs; the result may lag by a
+/// tick.
 #[inline(always)]
 pub fn now() -> u64 {
     // SAFETY: the helper has no parameters and changes nothing.
@@ -121,8 +121,8 @@ pub fn ends(packet: &Packet) -> Ends<'_> {
 /// Returns the entry of a key, live or expired; null if there is none.
 ///
 /// The function copies the key to its own stack. [`PacketContext`] is memory of a global function's parameter, and the
-/// verifier of Linux 6.1 accepts a map key only from the stack, a packet or a map value. Inlined, the copy would take 40
-/// bytes of each caller's stack, and the deepest chain of calls has no room for them.
+/// verifier of Linux 6.1 accepts a map key only from the stack, a packet or a map value. Inlined, the copy would take
+/// 40 bytes of each caller's stack, and the deepest chain of calls has no room for them.
 #[inline(never)]
 fn lookup(key: &CtKey) -> *mut CtEntry {
     let key = *key;
@@ -139,9 +139,9 @@ pub fn find(key: &CtKey, now: u64) -> Option<Entry> {
     live(unsafe { Entry::new(lookup(key)) }, now)
 }
 
-/// Returns the live entry of a key that is on the stack of a program's main function, where no copy is needed. It saves a
-/// call on the path of a known flow: where the kernel protects returns from speculation (SRSO, retbleed), each call costs
-/// some nanoseconds.
+/// Returns the live entry of a key that is on the stack of a program's main function, where no copy is needed. It saves
+/// a call on the path of a known flow: where the kernel protects returns from speculation (SRSO, retbleed), each call
+/// costs some nanoseconds.
 #[inline(always)]
 pub fn find_in_place(key: &CtKey, now: u64) -> Option<Entry> {
     live(entry(key), now)
@@ -176,11 +176,13 @@ fn is_closing(forward: u8, reply: u8) -> bool {
 
 /// Returns whether the packet opens another connection than that of the entry with the same addresses and ports.
 ///
-/// A bare SYN after the end of a connection reuses its ports. A bare SYN in the reply direction opens a connection in the
-/// opposite direction, unless it is a simultaneous open (RFC 9293, section 3.5, figure 7; see [`is_simultaneous_open`]).
+/// A bare SYN after the end of a connection reuses its ports. A bare SYN in the reply direction opens a connection in
+/// the opposite direction, unless it is a simultaneous open (RFC 9293, section 3.5, figure 7; see
+/// [`is_simultaneous_open`]).
 ///
-/// An inspected connection ends when its inspector says so ([`CtEntry::over`]); until then each SYN goes to the inspector.
-/// Otherwise a forged RST and a forged SYN, both with wrong checksums, would replace the entry of a live connection.
+/// An inspected connection ends when its inspector says so ([`CtEntry::over`]); until then each SYN goes to the
+/// inspector. Otherwise a forged RST and a forged SYN, both with wrong checksums, would replace the entry of a live
+/// connection.
 #[inline(always)]
 pub fn begins_another(entry: Entry, packet: &Packet, ingress: bool) -> bool {
     if !is_bare_syn(packet) {
@@ -201,15 +203,16 @@ pub fn is_bare_syn(packet: &Packet) -> bool {
         && !packet.is(flags::FRAGMENT_LATER)
 }
 
-/// Returns whether the packet is a SYN of the answering side of a flow without an inspector: a simultaneous open, or the
-/// first SYN was forged with the peer's address.
+/// Returns whether the packet is a SYN of the answering side of a flow without an inspector: a simultaneous open, or
+/// the first SYN was forged with the peer's address.
 #[inline(always)]
 pub fn is_simultaneous_open(entry: Entry, packet: &Packet, ingress: bool) -> bool {
     is_bare_syn(packet) && entry.inspector() == 0 && is_reply(entry, ingress)
 }
 
-/// Returns whether the flow has an inspector that may need the packet; offload windows are checked later. An inspector needs
-/// each SYN, even of an offloaded flow: it may open another connection with the same ports, which has no verdict yet.
+/// Returns whether the flow has an inspector that may need the packet; offload windows are checked later. An inspector
+/// needs each SYN, even of an offloaded flow: it may open another connection with the same ports, which has no verdict
+/// yet.
 #[inline(always)]
 pub fn is_inspected(entry: Entry, packet: &Packet) -> bool {
     entry.inspector() != 0
@@ -232,8 +235,9 @@ fn timeout(config: &Config, protocol: u8, flow_flags: u8, forward_tcp: u8, closi
     }
 }
 
-/// Returns whether both ends use the flow, so that no new flow may evict it. TCP: the opener has acknowledged the SYN+ACK;
-/// a forged SYN is answered too. Other protocols: the flow has been answered and is older than [`SETTLES_AFTER`].
+/// Returns whether both ends use the flow, so that no new flow may evict it. TCP: the opener has acknowledged the
+/// SYN+ACK; a forged SYN is answered too. Other protocols: the flow has been answered and is older than
+/// [`SETTLES_AFTER`].
 #[inline(always)]
 fn is_settled(protocol: u8, flow_flags: u8, forward_tcp: u8, reply_tcp: u8, age: u64) -> bool {
     if flow_flags & ct_flags::REPLIED == 0 {
@@ -263,7 +267,7 @@ pub fn set_protected(frame: &PacketContext, entry: Entry) {
     }
 }
 
-/// Ends the protection of a flow; the flow takes a slot of its share instead.
+/// Ends the protection of a flow and gives the flow a slot of its share instead.
 #[inline(always)]
 pub fn unprotect(key: &CtKey, entry: Entry) {
     if entry.protected() != 0 {
@@ -303,7 +307,8 @@ pub fn opened(entry: Entry) {
 #[inline(always)]
 pub fn replace(key: &CtKey, entry: Entry, serial: u32) {
     if let Some(config) = CONFIG.get(0) {
-        // The serial changes before everything else: what was decided for the old connection holds only with its serial.
+        // The serial changes before everything else: what was decided for the old connection holds only with its
+        // serial.
         entry.set_serial(serial);
         entry.set_decided(0);
         entry.set_over(0);
@@ -316,8 +321,8 @@ pub fn replace(key: &CtKey, entry: Entry, serial: u32) {
     }
 }
 
-/// Updates the entry for a packet that passes. `is_inspected`: the flow's inspector sees the packet. Its TCP flags then do
-/// not change the entry: only the inspector knows whether the receiver accepts the segment.
+/// Updates the entry for a packet that passes. `is_inspected`: the flow's inspector sees the packet. Its TCP flags then
+/// do not change the entry: only the inspector knows whether the receiver accepts the segment.
 #[inline(always)]
 pub fn note<C: Calls>(ctx: C, frame: &mut PacketContext, entry: Entry, is_inspected: bool) {
     let Some(config) = CONFIG.get(0) else { return };
@@ -329,8 +334,8 @@ pub fn note<C: Calls>(ctx: C, frame: &mut PacketContext, entry: Entry, is_inspec
     let has_state = packet.protocol == protocol::TCP && !is_inspected && !packet.is(flags::FRAGMENT_LATER);
     entry.count(reply, packet.length);
     let mut seen = packet.tcp_flags & STATE_FLAGS;
-    // An end that sends without RST has not reset the connection: an RST seen before was forged. So a forged RST shortens the
-    // timeout until the next packet, and a real one until the entry expires.
+    // An end that sends without RST has not reset the connection: an RST seen before was forged. So a forged RST
+    // shortens the timeout until the next packet, and a real one until the entry expires.
     if reply {
         flow_flags |= ct_flags::REPLIED;
         if has_state {
@@ -431,8 +436,8 @@ pub fn insert(frame: &mut PacketContext) {
         remote_identity: frame.remote_identity,
         ..CtEntry::default()
     };
-    // The fence splits the initialization: LLVM would load all fields first and spill them, and the deepest chain of calls
-    // has no stack left for that (`no_chain_of_calls_takes_more_stack_than_the_oldest_kernel_gives`).
+    // The fence splits the initialization: LLVM would load all fields first and spill them, and the deepest chain of
+    // calls has no stack left for that (`no_chain_of_calls_takes_more_stack_than_the_oldest_kernel_gives`).
     compiler_fence(Ordering::SeqCst);
     entry.ifindex = frame.ifindex;
     entry.flags = frame.flow_flags;

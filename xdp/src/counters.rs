@@ -1,5 +1,5 @@
-//! Counters. They are per CPU and not atomic: softirqs are off while a program runs, so no other program of the same CPU
-//! interrupts it. On PREEMPT_RT one can; a lost count does no harm.
+//! Counters. They are per CPU and not atomic: softirqs are off while a program runs, so no other program of the same
+//! CPU interrupts it. On PREEMPT_RT one can; a lost count does no harm.
 
 use palisade_abi::{Counter, Direction, Reason, counter_slot};
 

@@ -1,6 +1,6 @@
 //! The verdict for one endpoint, the same for XDP and tc, both roles and both directions.
 //!
-//! Depends on `conntrack`, `identity`, `link` and `policy` for the single steps. Start at [`enforce_endpoint`].
+//! Depends on `conntrack`, `identity`, `link` and `policy` for its steps. Start at [`enforce_endpoint`].
 
 use palisade_abi::{
     Addr, Decision, Direction, EndpointState, EventKind, Reason, TracePoint, class_slot,
@@ -23,16 +23,16 @@ use crate::packet_context::{PacketContext, hook_point, opposite};
 use crate::policy;
 use crate::punt;
 
-/// Gives the verdict on a packet by the policy of `frame.endpoint`: steps 3 to 8 of the pipeline. For a packet of a live flow,
-/// step 4 gives it. `IN_PLACE`: `frame` is on the stack of the program's main function.
+/// Gives the verdict on a packet by the policy of `frame.endpoint`: steps 3 to 8 of the pipeline. For a packet of a
+/// live flow, step 4 gives it. `IN_PLACE`: `frame` is on the stack of the program's main function.
 #[inline(always)]
 pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, frame: &mut PacketContext) {
     let Some(state) = ENDPOINTS.get_ptr(frame.endpoint & 0xffff) else {
         return frame.set(Reason::NoPolicy);
     };
     (frame.policy, frame.revision) = policy_of(state);
-    // SAFETY: an aligned word of a map value, which lives as long as the map; volatile because user space may write it. User
-    // space may set LEARNS after the policy; until then the endpoint has no learned addresses.
+    // SAFETY: an aligned word of a map value, which lives as long as the map; volatile because user space may write it.
+    // User space may set LEARNS after the policy; until then the endpoint has no learned addresses.
     frame.learns =
         unsafe { core::ptr::read_volatile(&raw const (*state).flags) } as u8 & endpoint_flags::LEARNS as u8;
     frame.event_flags = event_flags::REPLY_UNKNOWN;
@@ -86,7 +86,7 @@ pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, frame: &mut Pack
             if !recheck_flow(ctx, frame, entry) {
                 return;
             }
-            // A packet that this machine generated for a flow whose peer is not the node: see `is_translated`.
+            // This machine generated the packet, and the peer is not the node: the packet may answer a translated one.
             if frame.hook_point == hook_point::TO_WORKLOAD
                 && ctx.is_local()
                 && entry.flags() & ct_flags::REMOTE_IS_HOST == 0
@@ -153,8 +153,8 @@ fn known_remote(frame: &PacketContext) -> IpcacheHit {
     identity::exact(&frame.key.remote)
 }
 
-/// Looks up the policy for the flow `frame.key` as one that was opened in the given direction. `known`: the ipcache entry
-/// of the peer.
+/// Looks up the policy for the flow `frame.key` as one that was opened in the given direction. `known`: the ipcache
+/// entry of the peer.
 #[inline(never)]
 fn lookup_direction(frame: &mut PacketContext, known: u64, ingress: u32) -> u32 {
     let identity = if frame.learns != 0 && ingress == 0 {
@@ -201,8 +201,9 @@ fn direction_is_uncertain(flow_protocol: u8, is_opened_by_syn: bool) -> bool {
     }
 }
 
-/// Returns whether [`probe_direction`] would find nothing in the given direction of the policy of `frame`. User space writes the
-/// policy and the flags one after the other: the flags are valid only if the policy is still that of `frame` afterwards.
+/// Returns whether the policy of `frame` neither inspects nor denies explicitly in the given direction, so that
+/// [`probe_direction`] is not needed. User space writes the policy and the flags one after the other: the flags are
+/// valid only if the policy is still that of `frame` afterwards.
 #[inline(always)]
 fn is_plain(frame: &PacketContext, ingress: u32) -> bool {
     let Some(state) = ENDPOINTS.get_ptr(frame.endpoint & 0xffff) else {
@@ -222,7 +223,8 @@ fn is_plain(frame: &PacketContext, ingress: u32) -> bool {
 /// Returns policy and revision of an endpoint, read by one load: user space writes both by one 8-byte store.
 #[inline(always)]
 fn policy_of(state: *const EndpointState) -> (u32, u32) {
-    // SAFETY: a map value of 16 bytes, aligned to 8, which lives as long as the map; volatile because user space may write it.
+    // SAFETY: a map value of 16 bytes, aligned to 8, which lives as long as the map; volatile because user space may
+    // write it.
     let word = unsafe { core::ptr::read_volatile(state.cast::<u64>()) }.to_ne_bytes();
     (
         u32::from_ne_bytes([word[0], word[1], word[2], word[3]]),
@@ -230,15 +232,15 @@ fn policy_of(state: *const EndpointState) -> (u32, u32) {
     )
 }
 
-/// Returns whether a packet with the source address of a workload entered the node by a guarded interface of a workload, where
-/// its source address was checked, or by an interface above one (bridge, VRF, VLAN).
+/// Returns whether a packet with the source address of a workload entered the node by a guarded interface of a
+/// workload, where its source address was checked, or by an interface above one (bridge, VRF, VLAN).
 #[inline(always)]
 fn left_its_workload<H: Hook>(ctx: H) -> bool {
     matches!(link::role_of(ctx.entered_by()), role::ENDPOINT | role::LINK)
 }
 
-/// Returns whether the kernel forwards a packet for a workload's address only to a guarded interface or to an interface above
-/// one. A packet that the kernel delivers locally or refuses leaves by no interface.
+/// Returns whether the kernel forwards a packet for a workload's address only to a guarded interface or to an interface
+/// above one. A packet that the kernel delivers locally or refuses leaves by no interface.
 #[inline(always)]
 fn reaches_its_workload<H: Hook>(ctx: H, frame: &PacketContext) -> bool {
     match identity::route(ctx, frame) {
@@ -249,9 +251,10 @@ fn reaches_its_workload<H: Hook>(ctx: H, frame: &PacketContext) -> bool {
 
 /// Returns whether this machine generated the packet with a source address that it does not have.
 ///
-/// Such a packet answers one that the programs took for forwarded and that was then translated (DNAT) or redirected (TPROXY,
-/// routing by fwmark) to the node, behind the ingress hooks. The node's policy has not allowed that flow, so the answer is
-/// dropped if the node's ingress is enforced. A reset passes: the node's own netfilter rules reject forwarded packets by one.
+/// Such a packet answers one that the programs took for forwarded and that was then translated (DNAT) or redirected
+/// (TPROXY, routing by fwmark) to the node, behind the ingress hooks. The node's policy has not allowed that flow, so
+/// the answer is dropped if the node's ingress is enforced. A reset passes: the node's own netfilter rules reject
+/// forwarded packets by one.
 #[inline(always)]
 fn is_translated<H: Hook>(ctx: H, frame: &PacketContext) -> bool {
     let source = &frame.packet.source;
@@ -263,8 +266,8 @@ fn is_translated<H: Hook>(ctx: H, frame: &PacketContext) -> bool {
         && identity::route_back(ctx, frame) != 0
 }
 
-/// Returns whether the packet is an ICMP message other than echo or error. Such messages have no flow: the policy decides about
-/// each by its type.
+/// Returns whether the packet is an ICMP message other than echo or error. Such messages have no flow: the policy
+/// decides about each by its type.
 #[inline(always)]
 fn is_plain_icmp(frame: &PacketContext) -> bool {
     matches!(frame.packet.protocol, protocol::ICMP | protocol::ICMPV6)
@@ -303,8 +306,8 @@ pub fn admit_new_flow<C: Calls>(ctx: C, frame: &mut PacketContext) {
     };
     // Step 6: class of protocol and port.
     let slot = slot(frame);
-    // Only a bare SYN shows which end opened the flow. Otherwise an attacker that sends the first packet would choose the
-    // direction whose rules apply to the flow.
+    // Only a bare SYN shows which end opened the flow. Otherwise an attacker that sends the first packet would choose
+    // the direction whose rules apply to the flow.
     frame.opposite = opposite::NONE;
     if frame.stateful
         && direction_is_uncertain(frame.packet.protocol, conntrack::is_bare_syn(&frame.packet))
@@ -344,8 +347,8 @@ pub fn admit_new_flow<C: Calls>(ctx: C, frame: &mut PacketContext) {
     if frame.rule != 0 {
         counters::rule(frame.rule, packet.length);
     }
-    // Neither a SYN+ACK nor a reset creates a flow. Where both directions are allowed without inspection, a SYN+ACK whose
-    // SYN took another route passes by itself.
+    // Neither a SYN+ACK nor a reset creates a flow. Where both directions are allowed without inspection, a SYN+ACK
+    // whose SYN took another route passes by itself.
     let answers = tcp_flags & tcp_flags::RST != 0 || tcp_flags == tcp_flags::SYN | tcp_flags::ACK;
     let begins = frame.stateful && !packet.is(flags::ECHO_REPLY) && !(is_tcp && answers);
     // A packet without a flow cannot be inspected.
@@ -363,7 +366,7 @@ pub fn admit_new_flow<C: Calls>(ctx: C, frame: &mut PacketContext) {
         if frame.is_dropped() {
             return;
         }
-        // Not sent by `insert`, whose entry takes a third of the stack.
+        // Sent here and not by `insert`: the entry on its stack leaves no room for the call.
         let start = event::what(EventKind::Trace, TracePoint::Start);
         ctx.send(frame, start, core::ptr::null_mut());
         if frame.inspector != 0 {
@@ -381,10 +384,10 @@ pub fn admit_new_flow<C: Calls>(ctx: C, frame: &mut PacketContext) {
     );
 }
 
-/// Handles a packet that opens no connection, that its own direction allows without inspection, and whose opposite direction
-/// needs inspection or is denied by a deny rule. TCP in mid-stream becomes a flow of the opposite direction: its inspector
-/// has not seen it from its start and resets both ends. Everything else is dropped. A default deny of the opposite direction
-/// does not count: it applies to every packet that a client sends.
+/// Handles a packet that opens no connection, that its own direction allows without inspection, and whose opposite
+/// direction needs inspection or is denied by a deny rule. TCP in mid-stream becomes a flow of the opposite direction:
+/// its inspector has not seen it from its start and resets both ends. Everything else is dropped. A default deny of the
+/// opposite direction does not count: it applies to every packet that a client sends.
 #[inline(never)]
 fn reverse_flow(frame: &mut PacketContext, ingress: u32) -> u32 {
     let packet = &frame.packet;
@@ -405,8 +408,8 @@ fn reverse_flow(frame: &mut PacketContext, ingress: u32) -> u32 {
     0
 }
 
-/// Step 3: returns whether the source address is valid and the packet concerns the endpoint; sets the verdict otherwise.
-/// Writes the ipcache entry of the peer into `frame`.
+/// Step 3: returns whether the source address is valid and the packet concerns the endpoint; sets the verdict
+/// otherwise. Writes the ipcache entry of the peer into `frame`.
 // Not inlined: its spilled registers would take stack space while `insert` runs, and Linux 6.1 has none left.
 #[inline(never)]
 fn check_addresses<H: Hook>(ctx: H, frame: &mut PacketContext) -> bool {
@@ -488,7 +491,8 @@ fn check_addresses<H: Hook>(ctx: H, frame: &mut PacketContext) -> bool {
                     frame.set(Reason::NotTheEndpoints);
                     return false;
                 }
-                // A conntrack entry would have a group as the local address and let the endpoint use it as a source.
+                // An entry of this flow would have a group as its local address, and the endpoint could use the group
+                // as a source address.
                 frame.stateful = false;
             }
             let guarded = if from != 0 && !from_host {
@@ -517,9 +521,10 @@ fn check_addresses<H: Hook>(ctx: H, frame: &mut PacketContext) -> bool {
     true
 }
 
-/// Discards ipcache entries of link-local addresses that belong to another link. An address of fe80::/10 is unique on its link
-/// only (RFC 4007, section 6), and the ipcache holds the node's on all links. So a packet that entered by a NIC, or that this
-/// machine did not generate, has no link-local source of the node, and a packet that leaves by a NIC has no such destination.
+/// Discards ipcache entries of link-local addresses that belong to another link. An address of fe80::/10 is unique on
+/// its link only (RFC 4007, section 6), and the ipcache holds the node's on all links. So a packet that entered by a
+/// NIC, or that this machine did not generate, has no link-local source of the node, and a packet that leaves by a NIC
+/// has no such destination.
 #[inline(always)]
 fn forget_other_links<H: Hook>(
     ctx: H,
@@ -544,8 +549,8 @@ fn forget_other_links<H: Hook>(
     }
 }
 
-/// Returns whether a packet towards a workload is a multicast or broadcast. The destination MAC address shows a subnet's directed
-/// broadcast, whose IP address only the subnet's prefix length tells.
+/// Returns whether a packet towards a workload is a multicast or broadcast. The destination MAC address shows a
+/// subnet's directed broadcast, whose IP address only the subnet's prefix length tells.
 #[inline(always)]
 fn is_to_group<H: Hook>(ctx: H, frame: &PacketContext, to: u32) -> bool {
     let to_addr = frame.packet.destination.0;
@@ -565,9 +570,9 @@ fn is_to_group<H: Hook>(ctx: H, frame: &PacketContext, to: u32) -> bool {
     }
 }
 
-/// Evaluates a live flow by a policy newer than the one that allowed it, in the direction of the flow, whatever direction the
-/// packet has. A denied flow keeps its entry and stays denied in both directions until it expires: without the entry, the next
-/// packet of the reply direction would open a flow of its own.
+/// Evaluates a live flow by a policy newer than the one that allowed it, in the direction of the flow, whatever
+/// direction the packet has. A denied flow keeps its entry and stays denied in both directions until it expires:
+/// without the entry, the next packet of the reply direction would open a flow of its own.
 #[inline(always)]
 pub fn reevaluate_flow<C: Calls>(ctx: C, frame: &mut PacketContext, entry: Entry) {
     let known = known_remote(frame);
@@ -651,8 +656,8 @@ pub fn reevaluate_flow<C: Calls>(ctx: C, frame: &mut PacketContext, entry: Entry
     }
 }
 
-/// Decodes the packet that an ICMP error quotes; returns 0 if its flow can be known. Not inlined, to free its stack before the
-/// lookup.
+/// Decodes the packet that an ICMP error quotes; returns 0 if its flow can be known. Not inlined, to free its stack
+/// before the lookup.
 #[inline(never)]
 fn read_quote<H: Hook>(ctx: H, frame: &PacketContext, quote: &mut Quote) -> u32 {
     // ICMP errors are rare, so the headers are pulled without trying first.
@@ -660,8 +665,8 @@ fn read_quote<H: Hook>(ctx: H, frame: &PacketContext, quote: &mut Quote) -> u32 
     u32::from(decode_quote(&ctx.bytes(true), &frame.packet, quote).is_err())
 }
 
-/// Writes the key of the flow that an ICMP error quotes, and sets [`Reason::Related`]; sets the reason of the drop if the error
-/// is invalid. The caller looks the flow up: the stack has no room for the lookup beside the quote.
+/// Writes the key of the flow that an ICMP error quotes, and sets [`Reason::Related`]; sets the reason of the drop if
+/// the error is invalid. The caller looks the flow up: the stack has no room for the lookup beside the quote.
 #[inline(always)]
 pub fn match_icmp_error<H: Hook>(ctx: H, frame: &mut PacketContext) {
     let mut quote = Quote::default();

@@ -6,9 +6,9 @@ use palisade_abi::CtEntry;
 
 /// A value of the CONNTRACK map.
 ///
-/// Programs on two CPUs may handle packets of one flow at once, so a reference would alias. Each access reads or writes one
-/// field by one volatile load or store. A read-modify-write is not atomic: the update of the other CPU may be lost. Counters
-/// and times tolerate that; what an inspector has decided is protected by [`CtEntry::decided`].
+/// Programs on two CPUs may handle packets of one flow at once, so a reference would alias. Each access reads or writes
+/// one field by one volatile load or store. A read-modify-write is not atomic: the update of the other CPU may be lost.
+/// Counters and times tolerate that; what an inspector has decided is protected by [`CtEntry::decided`].
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 pub struct Entry(NonNull<CtEntry>);
@@ -19,16 +19,16 @@ macro_rules! fields {
             #[doc = concat!("Returns [`CtEntry::", stringify!($field), "`].")]
             #[inline(always)]
             pub fn $field(self) -> $type {
-                // SAFETY: `Entry::new` got a pointer to a map value, which stays readable while the program runs. The field
-                // is aligned; volatile because other CPUs may write it.
+                // SAFETY: `Entry::new` got a pointer to a map value, which stays readable while the program runs. The
+                // field is aligned; volatile because other CPUs may write it.
                 unsafe { core::ptr::read_volatile(&raw const (*self.as_ptr()).$field) }
             }
 
             #[doc = concat!("Sets [`CtEntry::", stringify!($field), "`].")]
             #[inline(always)]
             pub fn $set(self, value: $type) {
-                // SAFETY: `Entry::new` got a pointer to a map value, which stays writable while the program runs. The field
-                // is aligned and any bytes are a valid value; volatile because other CPUs may read it.
+                // SAFETY: `Entry::new` got a pointer to a map value, which stays writable while the program runs. The
+                // field is aligned and any bytes are a valid value; volatile because other CPUs may read it.
                 unsafe { core::ptr::write_volatile(&raw mut (*self.as_ptr()).$field, value) }
             }
         )*
@@ -41,8 +41,8 @@ macro_rules! read_only_fields {
             #[doc = concat!("Returns [`CtEntry::", stringify!($field), "`].")]
             #[inline(always)]
             pub fn $field(self) -> $type {
-                // SAFETY: `Entry::new` got a pointer to a map value, which stays readable while the program runs. The field
-                // is aligned; volatile because the kernel may give the element to another flow meanwhile.
+                // SAFETY: `Entry::new` got a pointer to a map value, which stays readable while the program runs. The
+                // field is aligned; volatile because the kernel may give the element to another flow meanwhile.
                 unsafe { core::ptr::read_volatile(&raw const (*self.as_ptr()).$field) }
             }
         )*
@@ -54,11 +54,12 @@ impl Entry {
     ///
     /// # Safety
     /// `at` is null or a value of the CONNTRACK map that the running program looked up. Such a value stays readable and
-    /// writable until the program ends (RCU). If the kernel gives the element to another flow meanwhile, reads return values
-    /// of that flow and writes change its counters; [`CtEntry::serial`] tells the two apart.
+    /// writable until the program ends (RCU). If the kernel gives the element to another flow meanwhile, reads return
+    /// values of that flow and writes change its counters; [`CtEntry::serial`] tells the two apart.
     #[inline(always)]
     pub unsafe fn new(at: *mut CtEntry) -> Option<Self> {
-        // No branch: `Option<NonNull>` is a pointer, and LLVM would duplicate all code between a branch here and the next one.
+        // No branch: `Option<NonNull>` is a pointer, and LLVM would duplicate all code between a branch here and the
+        // next one.
         NonNull::new(at).map(Self)
     }
 
@@ -99,8 +100,8 @@ impl Entry {
     #[inline(always)]
     pub fn count(self, reply: bool, length: u32) {
         let entry = self.as_ptr();
-        // SAFETY: `Entry::new` got a pointer to a map value, which stays readable and writable while the program runs. The fields
-        // are aligned; volatile because other CPUs may access them.
+        // SAFETY: `Entry::new` got a pointer to a map value, which stays readable and writable while the program runs.
+        // The fields are aligned; volatile because other CPUs may access them.
         unsafe {
             let (packets, bytes) = if reply {
                 (&raw mut (*entry).reply_packets, &raw mut (*entry).reply_bytes)
@@ -121,9 +122,9 @@ impl Entry {
     /// Returns the offload window of a direction: its first sequence number, and the first behind it.
     #[inline(always)]
     pub fn window(self, reply: bool) -> (u32, u32) {
-        // SAFETY: `Entry::new` got a pointer to a map value, which stays readable while the program runs. Both bounds lie
-        // together at a multiple of eight bytes: one load never sees one old and one new bound. Volatile because other
-        // CPUs may write them.
+        // SAFETY: `Entry::new` got a pointer to a map value, which stays readable while the program runs. Both bounds
+        // lie together at a multiple of eight bytes: one load never sees one old and one new bound. Volatile because
+        // other CPUs may write them.
         let word = unsafe {
             let at = &raw const (*self.as_ptr()).windows[if reply { 2 } else { 0 }];
             core::ptr::read_volatile(at.cast::<u64>())
@@ -141,9 +142,9 @@ impl Entry {
         for at in [0, 2] {
             let (from, to) = (windows[at].to_ne_bytes(), windows[at + 1].to_ne_bytes());
             let word = u64::from_ne_bytes([from[0], from[1], from[2], from[3], to[0], to[1], to[2], to[3]]);
-            // SAFETY: `Entry::new` got a pointer to a map value, which stays writable while the program runs. Both bounds
-            // lie together at a multiple of eight bytes, so one store changes both. Volatile because other CPUs may read
-            // them.
+            // SAFETY: `Entry::new` got a pointer to a map value, which stays writable while the program runs. Both
+            // bounds lie together at a multiple of eight bytes, so one store changes both. Volatile because other CPUs
+            // may read them.
             unsafe { core::ptr::write_volatile((&raw mut (*self.as_ptr()).windows[at]).cast::<u64>(), word) };
         }
     }

@@ -29,7 +29,8 @@ fn slot(frame: &PacketContext, what: u32) -> u32 {
     budget_slot(what >> 8, frame.reason)
 }
 
-/// Takes a token from the budget of this kind and reason; returns whether there was one. A bucket is refilled once a second.
+/// Takes a token from the budget of this kind and reason; returns whether there was one. A bucket is refilled once a
+/// second.
 #[inline(always)]
 pub fn may_send(frame: &PacketContext, what: u32) -> bool {
     let (slot, now) = (slot(frame, what), frame.now);
@@ -79,8 +80,8 @@ pub fn send<H: Hook>(ctx: H, frame: &PacketContext, what: u32, flow: Option<Entr
         event_flags |= event_flags::EGRESS;
     }
     let event = record.as_mut_ptr();
-    // SAFETY: `event` points to a reserved record of this type. Every field is written, because the ring's memory holds an
-    // older record.
+    // SAFETY: `event` points to a reserved record of this type. Every field is written, because the ring's memory holds
+    // an older record.
     unsafe {
         (*event).time = bpf_ktime_get_ns();
         (*event).source = packet.source;

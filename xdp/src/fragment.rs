@@ -7,7 +7,8 @@ use crate::maps::{CONFIG, FRAGMENTS, INTERFACES};
 use crate::packet_context::PacketContext;
 use crate::share;
 
-/// Number of the IPv6 fragment header. The protocol in the key of an IPv6 datagram: its fragments may name different ones.
+/// The IPv6 fragment header. Its number is the protocol in the key of an IPv6 datagram, whose fragments may name
+/// different next headers.
 const IPV6_FRAGMENT: u32 = 44;
 
 /// Returns the key of a fragment's datagram, which contains interface and hook.
@@ -27,8 +28,8 @@ fn key(frame: &PacketContext) -> FragmentKey {
     }
 }
 
-/// Stores the ports of a first fragment that a rule has allowed or denied, so that the same rule decides about the later
-/// fragments. A first fragment that is malformed, forwarded, or has a spoofed source is not stored.
+/// Stores the ports of a first fragment that a rule has allowed or denied, so that the same rule decides about the
+/// later fragments. A first fragment that is malformed, forwarded, or has a spoofed source is not stored.
 #[inline(never)]
 pub fn remember(frame: &mut PacketContext) -> u32 {
     let judged = !frame.is_dropped() || frame.rule != 0;

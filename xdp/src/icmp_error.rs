@@ -1,9 +1,9 @@
 //! ICMP errors about inspected flows.
 //!
-//! The sender of an error chooses what it quotes, so an error could carry data past the inspector: up to 576 bytes, or 1,280
-//! over IPv6. [`cut`] truncates it to the quote that RFC 792 requires, the network header and eight bytes. For TCP and UDP
-//! these are the ports, which are compared with the flow, and the sequence number, or length and checksum. Path MTU discovery
-//! needs no more. The worker compares the TCP sequence number (`inspect::tcp::quote`).
+//! The sender of an error chooses what it quotes, so an error could carry data past the inspector: up to 576 bytes, or
+//! 1,280 over IPv6. [`cut`] truncates it to the quote that RFC 792 requires, the network header and eight bytes. For
+//! TCP and UDP these are the ports, which are compared with the flow, and the sequence number, or length and checksum.
+//! Path MTU discovery needs no more. The worker compares the TCP sequence number (`inspect::tcp::quote`).
 
 use aya_ebpf::helpers::generated::bpf_csum_diff;
 use palisade_abi::protocol;
@@ -35,8 +35,8 @@ fn sum(words: *mut u32, length: u32, seed: u32) -> u64 {
     sum as u64 & 0xffff_ffff
 }
 
-/// Truncates an ICMP error that quotes a packet of the flow `frame.key`. Returns 0 if that worked. Returns 1 for a fragment,
-/// and if the quoted header has options or extension headers.
+/// Truncates an ICMP error that quotes a packet of the flow `frame.key`. Returns 0 if that worked. Returns 1 for a
+/// fragment, and if the quoted header has options or extension headers.
 #[inline(never)]
 pub fn cut<H: Hook>(ctx: H, frame: &mut PacketContext) -> u32 {
     let network = u32::from(frame.packet.network_offset);
@@ -90,8 +90,8 @@ pub fn cut<H: Hook>(ctx: H, frame: &mut PacketContext) -> u32 {
     rewrite::<H, 9>(ctx, frame, transport)
 }
 
-/// Clears all bits of the message at `transport` that its type does not define, and sets its checksum. `WORDS`: length of the
-/// message in words of 32 bits.
+/// Clears all bits of the message at `transport` that its type does not define, and sets its checksum. `WORDS`: length
+/// of the message in words of 32 bits.
 #[inline(always)]
 fn rewrite<H: Hook, const WORDS: usize>(ctx: H, frame: &mut PacketContext, transport: u32) -> u32 {
     let length = 4 * WORDS as u32;

@@ -69,8 +69,8 @@ pub fn exact_here(addr: &Addr) -> IpcacheHit {
     }
 }
 
-/// Returns the identity of the peer of a flow that `endpoint` opens. A learned address takes precedence over prefixes, but not
-/// over a peer that has labels of its own. `known`: the exact ipcache entry.
+/// Returns the identity of the peer of a flow that `endpoint` opens. A learned address takes precedence over prefixes,
+/// but not over a peer that has labels of its own. `known`: the exact ipcache entry.
 #[inline(never)]
 pub fn learned(addr: &Addr, known: u64, endpoint: u32) -> u32 {
     let exact = IpcacheHit(known).identity();
@@ -87,8 +87,8 @@ pub fn learned(addr: &Addr, known: u64, endpoint: u32) -> u32 {
     identity(addr, known)
 }
 
-/// Returns the identity of an address whose exact ipcache entry is `known`: that entry's, else the longest prefix's, else the
-/// world.
+/// Returns the identity of an address whose exact ipcache entry is `known`: that entry's, else the longest prefix's,
+/// else the world.
 #[inline(always)]
 pub fn identity(addr: &Addr, known: u64) -> u32 {
     match IpcacheHit(known).identity() {
@@ -122,24 +122,25 @@ const AF_INET6: u8 = 10;
 /// Result of [`route`]: the kernel would refuse to forward the packet.
 pub const NOWHERE: u32 = u32::MAX;
 
-/// Returns whether an address is unique on its link only (RFC 4291, section 2.5.6). Linux has no such scope for IPv4: an
-/// address of 169.254.0.0/16 belongs to the node on all links.
+/// Returns whether an address is unique on its link only (RFC 4291, section 2.5.6). Linux has no such scope for IPv4:
+/// an address of 169.254.0.0/16 belongs to the node on all links.
 #[inline(always)]
 pub fn is_link_local(addr: &Addr) -> bool {
     addr.0[0] & u32::from_ne_bytes([0xff, 0xc0, 0, 0]) == u32::from_ne_bytes([0xfe, 0x80, 0, 0])
 }
 
-/// Returns whether the kernel would forward the packet rather than deliver it locally. It delivers multicast and broadcast.
+/// Returns whether the kernel would forward the packet rather than deliver it locally. It delivers multicast and
+/// broadcast.
 ///
-/// The ipcache holds the node's addresses that the daemon knows; the routing table also has an address that was added a moment
-/// ago. An unclear result counts as local delivery.
+/// The ipcache holds the node's addresses that the daemon knows; the routing table also has an address that was added a
+/// moment ago. An unclear result counts as local delivery.
 #[inline(always)]
 pub fn is_forwarded<H: Hook>(ctx: H, frame: &PacketContext) -> bool {
     route(ctx, frame) != 0
 }
 
-/// Returns the index of the interface by which the kernel would forward the packet; [`NOWHERE`] if it would refuse to; 0 if it
-/// delivers the packet locally.
+/// Returns the index of the interface by which the kernel would forward the packet; [`NOWHERE`] if it would refuse to;
+/// 0 if it delivers the packet locally.
 #[inline(always)]
 pub fn route<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     ask_route(ctx, frame, false)

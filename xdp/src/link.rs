@@ -1,8 +1,9 @@
-//! Step 2, link control: messages that a link needs to work pass whatever the policies say. Also frames that are not IP.
+//! Step 2, link control: messages that a link needs to work pass whatever the policies say. Also frames that are not
+//! IP.
 //!
-//! A message passes only if it stays on the link: its hop limit shows that no router forwarded it, the node does not forward
-//! its destination, and it is no longer than its type requires. A message that names an address of another endpoint as its
-//! sender's is dropped. The policy decides about every other message.
+//! A message passes only if it stays on the link: its hop limit shows that no router has forwarded it, the node does
+//! not forward packets to its destination, and it is no longer than its type requires. A message that names an address
+//! of another endpoint as its sender's is dropped. The policy decides about every other message.
 
 use palisade_abi::{
     Addr, CLASS_ANY, Decision, ETHER_TYPE_LLC, EventKind, ID_SLOTS, Interface, PolicyKey, Reason, TracePoint,
@@ -31,8 +32,8 @@ const BY_POLICY: u32 = Reason::Allowed as u32;
 const PASS: u32 = Reason::LinkControl as u32;
 const SPOOFED: u32 = Reason::InvalidSourceIp as u32;
 
-/// Gives the verdict on a frame that is not IP, an IGMP or an ICMPv6 message if link control decides it. The reason stays 0 if
-/// the policy decides.
+/// Gives the verdict on a frame that is not IP, an IGMP or an ICMPv6 message if link control decides it. The reason
+/// stays 0 if the policy decides.
 #[inline(always)]
 pub fn check<C: Calls>(ctx: C, frame: &mut PacketContext) {
     let packet = &frame.packet;
@@ -71,8 +72,8 @@ fn interface(ifindex: u32) -> Option<&'static Interface> {
     }
 }
 
-/// Returns the role of an interface; [`role::NONE`] if the daemon does not know the interface yet, or is still attaching its
-/// programs.
+/// Returns the role of an interface; [`role::NONE`] if the daemon does not know the interface yet, or is still
+/// attaching its programs.
 #[inline(always)]
 pub fn role_of(ifindex: u32) -> u8 {
     match interface(ifindex) {
@@ -99,9 +100,9 @@ fn word<const N: usize>(header: &[u8; N], at: usize) -> u32 {
     <Linear as Bytes>::word(header, at)
 }
 
-/// Returns the reason for a frame that is not IP. ARP passes; on a NIC also the link-local control group 01:80:C2:00:00:0x
-/// (spanning tree, LACP, LLDP, 802.1X; IEEE 802.1Q, table 8-1) and the EtherTypes of the configuration. Any other frame passes
-/// only if no policy enforces the direction.
+/// Returns the reason for a frame that is not IP. ARP passes; on a NIC also the link-local control group
+/// 01:80:C2:00:00:0x (spanning tree, LACP, LLDP, 802.1X; IEEE 802.1Q, table 8-1) and the EtherTypes of the
+/// configuration. Any other frame passes only if no policy enforces the direction.
 #[inline(always)]
 fn not_ip<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     if frame.layer3 == 0 {
@@ -196,10 +197,10 @@ fn default_reason(endpoint: u32, direction: u32) -> u32 {
 
 /// Returns whether a message may name `addr` as the address of its sender.
 ///
-/// From a workload: an address of its endpoint, or a link-local address that the node does not have. From a NIC: any address
-/// that no workload has; the node's own pass, so that the kernel sees address conflicts (RFC 5227; RFC 4862, section 5.4).
-/// Towards a workload and out of a NIC: any address if the node generated the message (proxy ARP), or if the message entered
-/// by a guarded interface, where it was checked.
+/// From a workload: an address of its endpoint, or a link-local address that the node does not have. From a NIC: any
+/// address that no workload has; the node's own pass, so that the kernel sees address conflicts (RFC 5227; RFC 4862,
+/// section 5.4). Towards a workload and out of a NIC: any address if the node generated the message (proxy ARP), or if
+/// the message entered by a guarded interface, where it was checked.
 #[inline(always)]
 fn may_name<H: Hook>(ctx: H, frame: &PacketContext, addr: &Addr) -> bool {
     let owner = identity::exact(addr).endpoint();
@@ -215,8 +216,8 @@ fn may_name<H: Hook>(ctx: H, frame: &PacketContext, addr: &Addr) -> bool {
     }
 }
 
-/// Returns the reason for an ARP packet (RFC 826). At a workload only requests and replies for IPv4 over Ethernet pass whose
-/// sender is the workload, or has no address yet (RFC 5227, section 2.1.1).
+/// Returns the reason for an ARP packet (RFC 826). At a workload only requests and replies for IPv4 over Ethernet pass
+/// whose sender is the workload, or has no address yet (RFC 5227, section 2.1.1).
 #[inline(always)]
 fn arp<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     const ETHERNET_IPV4: [u8; 6] = [0, 1, 8, 0, 6, 4];
@@ -255,7 +256,8 @@ fn arp<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     PASS
 }
 
-/// Returns whether `mac` is the frame's source address and no group address. A switch would flood frames to a group address.
+/// Returns whether `mac` is the frame's source address and no group address. A switch would flood frames to a group
+/// address.
 #[inline(always)]
 fn is_source_mac<H: Hook>(ctx: H, mac: [u8; 6]) -> bool {
     match ctx.bytes(false).array::<12>(0) {
@@ -264,8 +266,8 @@ fn is_source_mac<H: Hook>(ctx: H, mac: [u8; 6]) -> bool {
     }
 }
 
-/// Returns the reason for an IGMP message, which has a TTL of 1 (RFC 3376, section 4). Only messages to a group pass: a unicast
-/// packet that a router forwarded may also arrive with a TTL of 1.
+/// Returns the reason for an IGMP message, which has a TTL of 1 (RFC 3376, section 4). Only messages to a group pass: a
+/// unicast packet that a router forwarded may also arrive with a TTL of 1.
 #[inline(always)]
 fn igmp<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     let packet = &frame.packet;
@@ -284,7 +286,8 @@ fn igmp<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     let Some(header) = read::<H, 8>(ctx, u32::from(packet.transport_offset)) else {
         return BY_POLICY;
     };
-    // Longest query without sources, report or leave of versions 1 and 2, report of version 3 with two sources per group.
+    // Maximum length: a query without sources, a report or leave of version 1 or 2, a report of version 3 with two
+    // sources per group.
     let longest = match header[0] {
         0x11 => 12,
         0x12 | 0x16 | 0x17 => 8,
@@ -317,8 +320,8 @@ fn icmpv6<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     }
 }
 
-/// Returns the reason for an MLD message: hop limit 1, to a group, from a link-local or unspecified source (RFC 2710, section 3;
-/// RFC 3590).
+/// Returns the reason for an MLD message: hop limit 1, to a group, from a link-local or unspecified source (RFC 2710,
+/// section 3; RFC 3590).
 #[inline(always)]
 fn listener<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     let packet = &frame.packet;
@@ -335,7 +338,8 @@ fn listener<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     let Some(header) = read::<H, 8>(ctx, u32::from(packet.transport_offset)) else {
         return BY_POLICY;
     };
-    // Longest query (version 2 without sources), and longest report: 20 bytes per group and two sources.
+    // Maximum length: a query of version 2 without sources, a report of version 2 with two sources per group, a message
+    // of version 1.
     let longest = match header[0] {
         icmpv6::LISTENER_QUERY => 28,
         icmpv6::LISTENER_REPORT_V2 => 8 + 52 * u32::from(u16::from_be_bytes([header[6], header[7]])),
@@ -348,8 +352,8 @@ fn listener<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     }
 }
 
-/// Returns the reason for a neighbour discovery message (RFC 4861). Receivers accept hop limit 255 and code 0 only; a forwarded
-/// packet has a smaller hop limit.
+/// Returns the reason for a neighbour discovery message (RFC 4861). Receivers accept hop limit 255 and code 0 only; a
+/// forwarded packet has a smaller hop limit.
 #[inline(always)]
 fn discovery<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     let packet = &frame.packet;
@@ -380,8 +384,8 @@ fn discovery<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
             word(&target, 8),
             word(&target, 12),
         ]);
-        // An advertisement claims the target; a solicitation without a source address is about to claim it (duplicate address
-        // detection, RFC 4862, section 5.4). Any other solicitation only asks for the target.
+        // An advertisement claims the target; a solicitation without a source address is about to claim it (duplicate
+        // address detection, RFC 4862, section 5.4). Any other solicitation only asks for the target.
         if (is_advertisement || !has_source) && !may_name(ctx, frame, &target) {
             return SPOOFED;
         }
@@ -407,8 +411,8 @@ fn discovery<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     }
 }
 
-/// Returns whether the option at `at` is a link-layer address (types 1 and 2; RFC 4861, section 4.6.1) that differs from the
-/// frame's source.
+/// Returns whether the option at `at` is a link-layer address (types 1 and 2; RFC 4861, section 4.6.1) that differs
+/// from the frame's source.
 #[inline(always)]
 fn names_another_mac<H: Hook>(ctx: H, at: u32, present: bool) -> bool {
     if !present {
@@ -424,8 +428,8 @@ fn names_another_mac<H: Hook>(ctx: H, at: u32, present: bool) -> bool {
         )
 }
 
-/// Returns whether the node does not forward the packet to another link: the destination is link-local or in ff02::/16, or the
-/// routing table delivers it locally or to the same link.
+/// Returns whether the node does not forward the packet to another link: the destination is link-local or in ff02::/16,
+/// or the routing table delivers it locally or to the same link.
 #[inline(always)]
 fn stays_on_link<H: Hook>(ctx: H, frame: &PacketContext) -> bool {
     let to = &frame.packet.destination;

@@ -1,7 +1,7 @@
 //! The BPF programs: their entry points. Built for the BPF target by `crates/datapath/build.rs`.
 //!
-//! Depends on `palisade-abi` and `palisade-packet`. Start at [`palisade_xdp`]; `pipeline.rs` holds the eight steps of the
-//! verdict (docs/ARCHITECTURE.md, "The verdict function"), `enforce.rs` the verdict for one endpoint.
+//! Depends on `palisade-abi` and `palisade-packet`. Start at [`palisade_xdp`]; `pipeline.rs` holds the eight steps of
+//! the verdict (docs/ARCHITECTURE.md, "The verdict function"), `enforce.rs` the verdict for one endpoint.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![allow(
     clippy::needless_borrows_for_generic_args,
@@ -92,9 +92,10 @@ pub fn palisade_punt_filter(ctx: TcContext) -> i32 {
 
 /// XDP, ingress of the node's end of the punt link, attached only on kernels that need it.
 ///
-/// Linux 6.16.8 to 6.17.10 keep in `skb->cb` what the destructor of an AF_XDP frame reads; tc and the IP layer overwrite it,
-/// and the kernel panics (caused by commit 30f241fcf52a, fixed by 0ebc27a4c67d). With this program, veth copies an AF_XDP
-/// frame, which has no headroom, into a buffer of its own and frees the original before tc sees the copy.
+/// Linux 6.16.8 to 6.17.10 keep in `skb->cb` what the destructor of an AF_XDP frame reads; tc and the IP layer
+/// overwrite it, and the kernel panics (caused by commit 30f241fcf52a, fixed by 0ebc27a4c67d). With this program, veth
+/// copies an AF_XDP frame, which has no headroom, into a buffer of its own and frees the original before tc sees the
+/// copy.
 #[xdp(frags)]
 pub fn palisade_pass(_: XdpContext) -> u32 {
     xdp_action::XDP_PASS

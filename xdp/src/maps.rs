@@ -1,4 +1,5 @@
-//! The maps, under the names of `palisade_abi::maps`. The loader overrides sizes that depend on the node's configuration.
+//! The maps, under the names of `palisade_abi::maps`. The loader overrides sizes that depend on the node's
+//! configuration.
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, XskMap};

@@ -8,8 +8,8 @@ use crate::entry::Entry;
 use crate::hook::Hook;
 use crate::packet_context::PacketContext;
 
-/// Sets [`PacketContext::must_punt`] if the flow's inspector needs the packet. Two policies may inspect a packet, and both
-/// requests stay in the punt header: a packet that one flow's window covers may lie outside the other's.
+/// Sets [`PacketContext::must_punt`] if the flow's inspector needs the packet. Two policies may inspect a packet, and
+/// both requests stay in the punt header: a packet that one flow's window covers may lie outside the other's.
 #[inline(never)]
 pub fn check_window<H: Hook>(ctx: H, frame: &mut PacketContext, entry: Entry) -> u32 {
     if !is_in_window(ctx, frame, entry) {
@@ -36,7 +36,7 @@ fn is_in_window<H: Hook>(ctx: H, frame: &PacketContext, entry: Entry) -> bool {
     if from == to && other_from == other_to {
         return false;
     }
-    // The windows hold only together with the command that set them for this connection and these rules.
+    // The windows are valid only if the last command set exactly these for this connection and these rules.
     let windows = if reply {
         [other_from, other_to, from, to]
     } else {

@@ -1,11 +1,12 @@
 //! The state of one packet on its way through the programs.
 //!
-//! Every function of the pipeline gets a [`PacketContext`], reads what earlier steps wrote into it, and writes its own result.
+//! Every function of the pipeline gets a [`PacketContext`], reads what earlier steps wrote into it, and writes its own
+//! result.
 
 use palisade_abi::{CtKey, Decision, MatchKind, Reason};
 use palisade_packet::Packet;
 
-/// Where a packet is seen: the role of the interface, the hook, and the endpoint whose policy is looked up.
+/// Place of a program: the role of the interface, the hook, and the endpoint whose policy is looked up.
 pub mod hook_point {
     /// Ingress of a NIC.
     pub const NIC_IN: u8 = 0;
@@ -21,9 +22,9 @@ pub mod hook_point {
 
 /// The state of one packet in the pipeline.
 ///
-/// Functions store their results in these fields and do not return them. The verifier tracks a returned constant and walks
-/// all code behind the call once for each value; of a byte that is stored at an offset which is no multiple of eight it
-/// forgets the value.
+/// Functions store their results in these fields and do not return them. The verifier tracks a returned constant, and
+/// walks all code behind the call once for each value. It forgets the value of a byte stored at an offset that is no
+/// multiple of eight.
 #[repr(C)]
 pub struct PacketContext {
     /// The decoded headers.
@@ -86,21 +87,21 @@ pub struct PacketContext {
     pub punt_requests: u8,
     /// Whether one of these policies needs this packet: it lies in no offload window.
     pub must_punt: bool,
-    /// The endpoint has learned addresses by name.
+    /// Not 0: the endpoint's policy selects peers by DNS name, so learned addresses are looked up.
     pub learns: u8,
     /// [`palisade_abi::punt_flags::AUDIT`] if the flow's application rules only audit.
     pub punt_flags: u8,
-    /// What the policy says of the same flow in the opposite direction: see [`opposite`].
+    /// [`opposite`]: result of the lookup of the same flow in the opposite direction.
     pub opposite: u8,
     /// The packet creates a flow of which it is in the reply direction.
     pub reversed: bool,
 }
 
-/// What a policy says of a flow in the direction that is not the packet's.
+/// Results of a policy lookup in the direction opposite to the packet's.
 pub mod opposite {
     /// Allowed, denied by default, or not looked up.
     pub const NONE: u8 = 0;
-    /// It would be inspected.
+    /// The flow would be inspected.
     pub const INSPECTED: u8 = 1;
     /// A deny rule matches.
     pub const DENIED: u8 = 2;

@@ -65,8 +65,8 @@ pub fn process<C: Calls>(ctx: C, egress: bool) -> Action {
     Action::Drop
 }
 
-/// Finds the interface, its endpoint and the direction, and applies the policies of up to two endpoints: the interface's
-/// and, at a workload's interface, the node's.
+/// Finds the interface, its endpoint and the direction, and applies the policies of up to two endpoints: the
+/// interface's and, at a workload's interface, the node's.
 #[inline(always)]
 fn classify<C: Calls>(ctx: C, frame: &mut PacketContext, egress: u32) {
     let egress = egress != 0;

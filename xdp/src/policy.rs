@@ -17,8 +17,8 @@ fn class(slot: u32) -> u16 {
     }
 }
 
-/// Looks up the policy table of the endpoint: (identity, class), (identity, any), (any, class), (any, any). Writes the verdict
-/// and the fields of the deciding entry into `frame`.
+/// Looks up the policy table of the endpoint: (identity, class), (identity, any), (any, class), (any, any). Writes the
+/// verdict and the fields of the deciding entry into `frame`.
 #[inline(never)]
 pub fn lookup(frame: &mut PacketContext, identity: u32, slot: u32, direction: u32) {
     frame.remote_identity = identity;

@@ -1,5 +1,5 @@
-//! Punts packets to the workers: the punt header in front of a packet, the redirect to the punt link, and the programs at
-//! both ends of the link (`palisade_abi::punt`).
+//! Punts packets to the workers: the punt header in front of a packet, the redirect to the punt link, and the programs
+//! at both ends of the link (`palisade_abi::punt`).
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
 use palisade_abi::{Addr, CtKey, PuntRequest, Reason, config_flags, ct_flags, punt_flags};
@@ -53,8 +53,8 @@ pub fn request_punt(frame: &mut PacketContext, flags: u8) -> u32 {
         inspector: frame.inspector,
         flags,
     };
-    // SAFETY: a value of a per-CPU map, which lives as long as the map. Only the programs of this CPU use it, and a program
-    // is not interrupted by another of its CPU (softirqs are off).
+    // SAFETY: a value of a per-CPU map, which lives as long as the map. Only the programs of this CPU use it, and a
+    // program is not interrupted by another of its CPU (softirqs are off).
     unsafe {
         if frame.punt_requests == 0 {
             (*header).slots[0] = request;
@@ -67,7 +67,8 @@ pub fn request_punt(frame: &mut PacketContext, flags: u8) -> u32 {
     0
 }
 
-/// Mixes a word into a hash: the multiplication carries differences to the upper bits, the shift brings them down again.
+/// Mixes a word into a hash: the multiplication carries differences to the upper bits, the shift brings them down
+/// again.
 #[inline(always)]
 fn mix(hash: u32, word: u32) -> u32 {
     let product = (hash ^ word).wrapping_mul(0x9e37_79b1);
@@ -81,8 +82,9 @@ fn hash_end(seed: u32, addr: &Addr, port: u16) -> u32 {
     mix(mix(mix(mix(mix(seed, a), b), c), d), u32::from(port))
 }
 
-/// Returns the hash that chooses the worker of a flow. It is symmetric in both ends, so both directions of a flow, and the
-/// flows of both endpoints at one interface, go to one worker. It is seeded with the cookie: a peer cannot choose a worker.
+/// Returns the hash that chooses the worker of a flow. It is symmetric in both ends, so both directions of a flow, and
+/// the flows of both endpoints at one interface, go to one worker. It is seeded with the cookie: a peer cannot choose a
+/// worker.
 #[inline(always)]
 fn hash(key: &CtKey) -> u32 {
     let seed = match CONFIG.get(0) {
@@ -94,8 +96,8 @@ fn hash(key: &CtKey) -> u32 {
     mix(local.wrapping_add(remote), u32::from(key.protocol))
 }
 
-/// Redirects a packet to the worker of its flow. If that fails, sets the reason of the drop, or [`Reason::FailedOpen`] if the
-/// configuration lets the packet pass without inspection.
+/// Redirects a packet to the worker of its flow. If that fails, sets the reason of the drop, or [`Reason::FailedOpen`]
+/// if the configuration lets the packet pass without inspection.
 #[inline(always)]
 pub fn punt<H: Hook>(ctx: H, frame: &mut PacketContext) {
     let (Some(config), Some(header)) = (CONFIG.get(0), PUNT.get_ptr_mut(0)) else {
@@ -122,8 +124,8 @@ pub fn punt<H: Hook>(ctx: H, frame: &mut PacketContext) {
             Reason::NoWorker
         });
     }
-    // SAFETY: a value of a per-CPU map, which lives as long as the map. Only the programs of this CPU use it, and a program
-    // is not interrupted by another of its CPU (softirqs are off).
+    // SAFETY: a value of a per-CPU map, which lives as long as the map. Only the programs of this CPU use it, and a
+    // program is not interrupted by another of its CPU (softirqs are off).
     unsafe {
         (*header).cookie = config.cookie;
         (*header).ifindex = frame.ifindex;
@@ -155,9 +157,9 @@ fn has_cookie(bytes: &Linear) -> bool {
     }
 }
 
-/// Drops frames that a socket of this machine sends to an end of the punt link, before they take places in the queue of the
-/// other end. The tc egress hook sees neither XDP redirects nor AF_XDP transmission (`dev_direct_xmit`); a frame that a tc
-/// program redirects begins with the cookie.
+/// Drops frames that a socket of this machine sends to an end of the punt link, before they take places in the queue of
+/// the other end. The tc egress hook sees neither XDP redirects nor AF_XDP transmission (`dev_direct_xmit`); a frame
+/// that a tc program redirects begins with the cookie.
 #[inline(always)]
 pub fn only_punted(ctx: Skb) -> i32 {
     let bytes = ctx.bytes(false);

@@ -41,13 +41,13 @@ impl Plain for FlowCommand {}
 #[inline(always)]
 fn load<T: Plain>(ctx: Skb, at: u32, into: &mut T) -> bool {
     let size = size_of::<T>() as u32;
-    // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. The helper fills
-    // `size` bytes of a type for which any bytes are a valid value, or fails.
+    // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. The helper
+    // fills `size` bytes of a type for which any bytes are a valid value, or fails.
     unsafe { bpf_skb_load_bytes(ctx.0.cast(), at, core::ptr::from_mut(into).cast(), size) == 0 }
 }
 
-/// Applies the commands of a reinjected frame, removes them and the trailer, and redirects the packet to the hook that the
-/// trailer names. Drops frames without the cookie.
+/// Applies the commands of a reinjected frame, removes them and the trailer, and redirects the packet to the hook that
+/// the trailer names. Drops frames without the cookie.
 #[inline(always)]
 pub fn reinject(ctx: Skb) -> i32 {
     const TRAILER: u32 = size_of::<ReinjectTrailer>() as u32;
@@ -143,7 +143,8 @@ fn apply_command(command: &FlowCommand) -> u32 {
     }
     // Windows and offload come with data, so the handshake is complete.
     conntrack::opened(entry);
-    // `decided` is a hash of the connection and its rules: if another CPU changes the entry now, the command has no effect.
+    // `decided` is a hash of the connection and its rules: if another CPU changes the entry now, the command has no
+    // effect.
     let (serial, ruleset, flags) = (command.serial, command.ruleset, command.punt_flags as u8);
     entry.set_decided(if command.op == flow_op::OFFLOAD {
         CtEntry::offload(serial, ruleset, flags)

@@ -1,14 +1,14 @@
 //! Shares of the conntrack and fragment maps: the flows of one endpoint evict no flows of another.
 //!
-//! A new flow takes a slot of its endpoint and direction; the flow that held the slot is deleted unless it is protected. A
-//! flow is protected once both ends use it. It then counts against the endpoint's budget of protected flows until it closes.
-//! If the budget is used up, the flow keeps its slot instead. So a flood, even one of complete handshakes, evicts only new
-//! flows of the same endpoint and direction.
+//! A new flow takes a slot of its endpoint and direction; the flow that held the slot is deleted unless it is
+//! protected. A flow is protected once both ends use it. It then counts against the endpoint's budget of protected
+//! flows until it closes. If the budget is used up, the flow keeps its slot instead. So a flood, even one of complete
+//! handshakes, evicts only new flows of the same endpoint and direction.
 //!
-//! The slot is that of the oldest flow among [`SHARE_WAYS`] slots at a random place. This approximates "the oldest of all"
-//! without a cursor that all CPUs share, and without atomic additions, which the BPF target of Rust lacks. The counts of
-//! protected flows are plain additions: if two CPUs change one at the same instant, it is off by one until the next sweep
-//! counts again. The map has room for more such errors than ten seconds can cause (`datapath::shares`).
+//! The slot is that of the oldest flow among [`SHARE_WAYS`] slots at a random place. This approximates "the oldest of
+//! all" without a cursor that all CPUs share, and without atomic additions, which the BPF target of Rust lacks. The
+//! counts of protected flows are plain additions: if two CPUs change one at the same instant, it is off by one until
+//! the next sweep counts again. The map has room for more such errors than ten seconds can cause (`datapath::shares`).
 
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use palisade_abi::{CtKey, FlowSlot, FragmentKey, SHARE_SLOTS, SHARE_WAYS, Share, ct_flags};
@@ -39,23 +39,23 @@ pub fn random() -> u32 {
     unsafe { bpf_get_prandom_u32() }
 }
 
-/// Returns the first of [`SHARE_WAYS`] adjacent slots among `slots`, chosen by a random number. A remainder of fewer slots
-/// at the end is not used.
+/// Returns the first of [`SHARE_WAYS`] adjacent slots among `slots`, chosen by a random number. A remainder of fewer
+/// slots at the end is not used.
 #[inline(always)]
 fn place(slots: u32, random: u32) -> u32 {
     let sets = slots / SHARE_WAYS;
     ((u64::from(random) * u64::from(sets)) >> 32) as u32 * SHARE_WAYS
 }
 
-/// Takes a slot at a random place for a flow whose entry is made afterwards. Deletes the flow that held the slot unless that
-/// flow is protected. Returns 0 if the endpoint has no share.
+/// Takes a slot at a random place for a flow whose entry is made afterwards. Deletes the flow that held the slot unless
+/// that flow is protected. Returns 0 if the endpoint has no share.
 #[inline(never)]
 pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32 {
     let Some(share) = share(u32::from(key.endpoint), direction) else {
         return 0;
     };
-    // SAFETY: a map value, which lives as long as the map; volatile because user space may write the fields, each by one
-    // store.
+    // SAFETY: a map value, which lives as long as the map; volatile because user space may write the fields, each by
+    // one store.
     let (first, slots) = unsafe {
         (
             core::ptr::read_volatile(&raw const (*share).flows),
@@ -66,13 +66,13 @@ pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32
         return 0;
     }
     let first = first.wrapping_add(place(slots, random));
-    // During an upgrade the old programs may have a smaller map than the shares are cut for. The flow then has no slot and
-    // lives until its timeout.
+    // During an upgrade the old programs may have a smaller map than the shares are cut for. The flow then has no slot
+    // and lives until its timeout.
     let Some(mut oldest) = FLOW_SLOTS.get_ptr_mut(first) else {
         return 1;
     };
-    // Each time is read once: if another CPU takes a slot meanwhile, the time that was read does not match the new flow, and
-    // the new flow is not deleted.
+    // Each time is read once: if another CPU takes a slot meanwhile, the time that was read does not match the new
+    // flow, and the new flow is not deleted.
     let mut oldest_at = created_at(oldest);
     let (mut second, mut second_at) = (oldest, u64::MAX);
     for way in 1..SHARE_WAYS {
@@ -90,7 +90,8 @@ pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32
             }
         }
     }
-    // Of two live flows the one that was used last stays: the oldest may belong to a resolver that has just reused its port.
+    // Of two live flows the one that was used last stays: the oldest may belong to a resolver that has just reused its
+    // port.
     let (mut slot, mut holder) = (oldest, holder(oldest, oldest_at));
     if let Some(flow) = holder
         && second_at != u64::MAX
@@ -101,13 +102,13 @@ pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32
             (slot, holder) = (second, other);
         }
     }
-    // SAFETY: a map value, which lives as long as the map; the kernel only reads the key. If another CPU writes it meanwhile,
-    // the helper finds no flow or deletes the new one, which is judged again.
+    // SAFETY: a map value, which lives as long as the map; the kernel only reads the key. If another CPU writes it
+    // meanwhile, the helper finds no flow or deletes the new one, which is judged again.
     if holder.is_some() && CONNTRACK.remove(unsafe { &(*slot).key }).is_ok() {
         counters::conntrack_evicted();
     }
-    // SAFETY: a map value, which lives as long as the map; volatile because other CPUs may access it. If two CPUs take the
-    // slot at the same instant, one of the two flows has no slot and lives until its timeout.
+    // SAFETY: a map value, which lives as long as the map; volatile because other CPUs may access it. If two CPUs take
+    // the slot at the same instant, one of the two flows has no slot and lives until its timeout.
     unsafe {
         core::ptr::write_volatile(&raw mut (*slot).key, *key);
         core::ptr::write_volatile(&raw mut (*slot).created, created);
@@ -118,7 +119,8 @@ pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32
 /// Returns the time of creation of the flow in a slot, ns; 0 if the slot was never used.
 #[inline(always)]
 fn created_at(slot: *mut FlowSlot) -> u64 {
-    // SAFETY: callers pass a map value, which lives as long as the map; volatile because other CPUs may write the field.
+    // SAFETY: callers pass a map value, which lives as long as the map; volatile because other CPUs may write the
+    // field.
     unsafe { core::ptr::read_volatile(&raw const (*slot).created) }
 }
 
@@ -126,19 +128,21 @@ fn created_at(slot: *mut FlowSlot) -> u64 {
 /// protected.
 #[inline(always)]
 fn holder(slot: *mut FlowSlot, created: u64) -> Option<Entry> {
-    // SAFETY: callers pass a map value, which lives as long as the map; volatile because other CPUs may write the field.
+    // SAFETY: callers pass a map value, which lives as long as the map; volatile because other CPUs may write the
+    // field.
     if unsafe { core::ptr::read_volatile(&raw const (*slot).key.endpoint) } == 0 {
         return None;
     }
-    // SAFETY: a map value, which lives as long as the map; the kernel only reads the key. If another CPU writes it meanwhile,
-    // the entry that is found has another time of creation.
+    // SAFETY: a map value, which lives as long as the map; the kernel only reads the key. If another CPU writes it
+    // meanwhile, the entry that is found has another time of creation.
     let entry = CONNTRACK.get_ptr_mut(unsafe { &(*slot).key })?;
     // SAFETY: a value of the map that the running program has just looked up.
     let entry = unsafe { Entry::new(entry) }?;
     (entry.created() == created && entry.protected() == 0).then_some(entry)
 }
 
-/// Protects a flow that both ends use (`settled`), or ends its protection. If the budget is used up, protecting has no effect.
+/// Protects a flow that both ends use (`settled`), or ends its protection. If the budget is used up, protecting has no
+/// effect.
 #[inline(never)]
 pub fn set_protected(key: &CtKey, entry: Entry, settled: u32) -> u32 {
     if settled != 0 {
@@ -156,7 +160,8 @@ fn protect(key: &CtKey, entry: Entry) {
     let (Some(share), Some(pool)) = (share, SHARES.get_ptr_mut(POOL)) else {
         return;
     };
-    // SAFETY: map values, which live as long as the map. Other CPUs may change the counts meanwhile: see the module comment.
+    // SAFETY: map values, which live as long as the map. Other CPUs may change the counts meanwhile: see the module
+    // comment.
     unsafe {
         if (*share).protected >= i64::from((*share).guaranteed) {
             if (*pool).protected >= i64::from((*pool).guaranteed) {
@@ -180,7 +185,8 @@ pub fn release_protection(key: &CtKey, entry: Entry) {
     let (Some(share), Some(pool)) = (share, SHARES.get_ptr_mut(POOL)) else {
         return;
     };
-    // SAFETY: map values, which live as long as the map. Other CPUs may change the counts meanwhile: see the module comment.
+    // SAFETY: map values, which live as long as the map. Other CPUs may change the counts meanwhile: see the module
+    // comment.
     unsafe {
         if (*share).protected > i64::from((*share).guaranteed) {
             (*pool).protected -= 1;
@@ -189,15 +195,15 @@ pub fn release_protection(key: &CtKey, entry: Entry) {
     }
 }
 
-/// Takes a slot for a fragmented datagram at an interface of `endpoint`, before its entry is made. Deletes the datagram that
-/// held the slot. Returns 0 if the endpoint has no share.
+/// Takes a slot for a fragmented datagram at an interface of `endpoint`, before its entry is made. Deletes the datagram
+/// that held the slot. Returns 0 if the endpoint has no share.
 #[inline(never)]
 pub fn claim_fragment_slot(key: &FragmentKey, endpoint: u32, expires: u64) -> u32 {
     let Some(share) = share(endpoint, key.hook & 1) else {
         return 0;
     };
-    // SAFETY: a map value, which lives as long as the map; volatile because user space may write the fields, each by one
-    // store.
+    // SAFETY: a map value, which lives as long as the map; volatile because user space may write the fields, each by
+    // one store.
     let (first, slots) = unsafe {
         (
             core::ptr::read_volatile(&raw const (*share).fragments),
@@ -235,8 +241,8 @@ pub fn claim_fragment_slot(key: &FragmentKey, endpoint: u32, expires: u64) -> u3
             let _ = FRAGMENTS.remove(old_key);
         }
     }
-    // SAFETY: a map value, which lives as long as the map; volatile because other CPUs may access it. If two CPUs take the
-    // slot at the same instant, one of the two datagrams has no slot and lives until its timeout.
+    // SAFETY: a map value, which lives as long as the map; volatile because other CPUs may access it. If two CPUs take
+    // the slot at the same instant, one of the two datagrams has no slot and lives until its timeout.
     unsafe {
         core::ptr::write_volatile(&raw mut (*slot).key, *key);
         core::ptr::write_volatile(&raw mut (*slot).expires, expires);

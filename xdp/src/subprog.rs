@@ -1,8 +1,8 @@
 //! The global functions of the programs, made by one macro for XDP and for tc.
 //!
-//! The verifier takes a function with C linkage once, by the types of its parameters; it walks any other function again for
-//! each path that calls it. A global function gets memory whose content is unknown and which may be null, and returns a
-//! number.
+//! The verifier takes a function with C linkage once, by the types of its parameters; it walks any other function again
+//! for each path that calls it. A global function gets memory whose content is unknown and which may be null, and
+//! returns a number.
 
 use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use palisade_abi::{CtEntry, TracePoint};
@@ -27,8 +27,8 @@ macro_rules! global_functions {
         #[unsafe(no_mangle)]
         #[inline(never)]
         extern "C" fn $reevaluate_flow(ctx: *mut $raw, frame: *mut PacketContext, entry: *mut CtEntry) -> u32 {
-            // SAFETY: `Calls::reevaluate_flow` passes a reference to the packet context and a pointer to a map value. The
-            // verifier requires the comparisons with null.
+            // SAFETY: `Calls::reevaluate_flow` passes a reference to the packet context and a pointer to a map value.
+            // The verifier requires the comparisons with null.
             let (Some(frame), Some(entry)) = (unsafe { (frame.as_mut(), Entry::new(entry)) }) else {
                 return 0;
             };
@@ -39,8 +39,8 @@ macro_rules! global_functions {
         #[unsafe(no_mangle)]
         #[inline(never)]
         extern "C" fn $trace(ctx: *mut $raw, frame: *mut PacketContext, entry: *mut CtEntry, point: u32) -> u32 {
-            // SAFETY: `Calls::trace` passes a reference to the packet context and a pointer to a map value. The verifier
-            // requires the comparisons with null.
+            // SAFETY: `Calls::trace` passes a reference to the packet context and a pointer to a map value. The
+            // verifier requires the comparisons with null.
             let (Some(frame), Some(entry)) = (unsafe { (frame.as_mut(), Entry::new(entry)) }) else {
                 return 0;
             };
@@ -124,8 +124,8 @@ macro_rules! global_functions {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn set_protected(frame: *const PacketContext, entry: *mut CtEntry) -> u32 {
-    // SAFETY: `Calls::set_protected` passes a reference to the packet context and a pointer to a map value. The verifier requires
-    // the comparisons with null.
+    // SAFETY: `Calls::set_protected` passes a reference to the packet context and a pointer to a map value. The
+    // verifier requires the comparisons with null.
     let (Some(frame), Some(entry)) = (unsafe { (frame.as_ref(), Entry::new(entry)) }) else {
         return 0;
     };

@@ -1,26 +1,26 @@
-//! Port classes: every (protocol, port) that no rule tells apart from another has the same class, so that a
-//! rule about a range of 40,000 ports is one table entry.
+//! Port classes. All (protocol, port) pairs that no rule distinguishes have one class, so a rule for a range of 40,000
+//! ports is one entry of the policy table.
 
-/// A port class. 0 is [`CLASS_ANY`]; ids are given out once and keep their meaning while a policy uses them.
+/// Number of a port class; 0 is [`CLASS_ANY`]. A number keeps its meaning while a policy uses it.
 pub type Class = u16;
 
-/// In a policy key: "whatever the protocol and the port". No packet has this class.
+/// Wildcard of a policy key: any protocol and any port. No packet has this class.
 pub const CLASS_ANY: Class = 0;
 
-/// What a slot of the class map holds before the first policy is written: matches only [`CLASS_ANY`] entries.
+/// Class of all slots before the first policy is written. It matches only entries with [`CLASS_ANY`].
 pub const CLASS_UNKNOWN: Class = 0;
 
-/// The first class that the compiler gives out.
+/// The first class that the compiler assigns.
 pub const FIRST_DYNAMIC_CLASS: Class = 1;
 
-/// Slots for each protocol with ports: the 65,536 ports, and one for "the port cannot be known"
-/// (a fragment whose first fragment was not seen), which only rules about every port of the protocol cover.
+/// Slots for each protocol with ports: 65,536 ports, and one slot for an unknown port (a later fragment whose first
+/// fragment was not seen). Only rules for all ports of the protocol match an unknown port.
 pub const PORT_SLOTS: usize = 65_537;
-/// Slots for ICMP types, each for ICMP and ICMPv6; and one for "type unknown" (a later fragment).
+/// Slots for each of ICMP and ICMPv6: 256 types, and one slot for an unknown type (a later fragment).
 pub const ICMP_SLOTS: usize = 257;
-/// Slots for protocols by number.
+/// Slots for protocols without ports, by number.
 pub const PROTOCOL_SLOTS: usize = 256;
-/// Length of the class table.
+/// Number of slots of the class table.
 pub const CLASS_SLOTS: usize = 3 * PORT_SLOTS + 2 * ICMP_SLOTS + PROTOCOL_SLOTS + 1;
 
 const UDP_BASE: u32 = PORT_SLOTS as u32;
@@ -29,8 +29,8 @@ const ICMP_BASE: u32 = 3 * PORT_SLOTS as u32;
 const ICMPV6_BASE: u32 = ICMP_BASE + ICMP_SLOTS as u32;
 const PROTOCOL_BASE: u32 = ICMPV6_BASE + ICMP_SLOTS as u32;
 
-/// The slot of the class table for a protocol and a destination port (for ICMP: the type; else ignored).
-/// Always less than [`CLASS_SLOTS`].
+/// Returns the slot of the class table for a protocol and a destination port (ICMP: the type; ignored for other
+/// protocols). Always less than [`CLASS_SLOTS`].
 #[inline(always)]
 #[must_use]
 pub const fn class_slot(protocol: u8, port: u16) -> u32 {
@@ -44,7 +44,7 @@ pub const fn class_slot(protocol: u8, port: u16) -> u32 {
     }
 }
 
-/// The slot for a packet of `protocol` whose port or type cannot be known.
+/// Returns the slot of the class table for a packet of `protocol` whose port or type is unknown.
 #[inline(always)]
 #[must_use]
 pub const fn class_slot_unknown_port(protocol: u8) -> u32 {

@@ -1,29 +1,29 @@
-//! Conntrack: key and entry of a flow, shares, slots, fragments.
+//! Conntrack: key and entry of a flow, shares of the map, fragmented datagrams.
 //!
-//! Start at [`CtKey`] (one key for both directions of a flow) and [`CtEntry`]. `xdp/src/conntrack.rs` writes the entries,
-//! `palisade-datapath` lists, seeds and sweeps them.
+//! Start at [`CtKey`] (one key for both directions of a flow) and [`CtEntry`]. `xdp/src/conntrack.rs` writes the
+//! entries, `palisade-datapath` lists, seeds and sweeps them.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::Addr;
 
-/// Key of a connection as one endpoint sees it. The same for both directions: local is the endpoint's side.
+/// Key of a flow as one endpoint sees it, the same for both directions: "local" is the endpoint.
 ///
-/// A connection between two endpoints of this node has two entries, one for each endpoint's policy.
-/// ICMP echo: `local_port` is the echo identifier, `remote_port` is 0 if the endpoint asked, 1 if the other
-/// end did (so that a request never passes as the answer to another). Protocols without ports: both 0.
+/// A flow between two endpoints of this node has two entries, one for each endpoint's policy. ICMP echo: `local_port`
+/// is the echo identifier; `remote_port` is 0 if the endpoint sent the request and 1 if the peer did, so a request
+/// never passes as a reply. Both ports are 0 for protocols without ports.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct CtKey {
     /// The endpoint's address.
     pub local: Addr,
-    /// The other end's address.
+    /// The peer's address.
     pub remote: Addr,
     /// The endpoint's port (machine order).
     pub local_port: u16,
-    /// The other end's port (machine order).
+    /// The peer's port (machine order).
     pub remote_port: u16,
-    /// The endpoint.
+    /// Number of the endpoint.
     pub endpoint: u16,
     /// IP protocol number.
     pub protocol: u8,
@@ -33,83 +33,84 @@ pub struct CtKey {
 
 /// Flags of a [`CtEntry`].
 pub mod ct_flags {
-    /// The other end opened the flow: it is ingress for the endpoint.
+    /// The peer opened the flow: it is ingress for the endpoint.
     pub const INGRESS: u8 = 1;
-    /// Passes only because of audit mode.
+    /// The flow passes only because of audit mode.
     pub const AUDIT: u8 = 2;
-    /// A packet of the other direction has been seen.
+    /// A packet of the reply direction has passed.
     pub const REPLIED: u8 = 4;
-    /// Made from the kernel's own tables when Palisade first attached, not from a packet.
+    /// Seeded: made from the kernel's own tables when Palisade was first attached, not from a packet.
     pub const SEEDED: u8 = 8;
-    /// The other end is this node itself: on an endpoint's interface the node's policy is asked too.
+    /// The peer is this node: at a workload's interface the node's policy is looked up too.
     pub const REMOTE_IS_HOST: u8 = 16;
-    /// The other end is an endpoint of this node (or the node): never valid on a NIC.
+    /// The peer is an endpoint of this node, or the node: packets from such a peer never arrive by a NIC.
     pub const REMOTE_IS_LOCAL: u8 = 32;
-    /// First seen in mid-stream (TCP without SYN).
+    /// The first packet was not a SYN (TCP in mid-stream).
     pub const MIDSTREAM: u8 = 64;
-    /// The end of the flow has been reported.
+    /// A trace event has reported the end of the flow.
     pub const CLOSED: u8 = 128;
 }
 
-/// State of a TCP connection, from the flags both sides sent.
+/// State of one direction of a TCP connection: the flags that its sender has sent, or-ed.
 pub type TcpState = u8;
 
-/// A connection.
+/// A conntrack entry: one flow of one endpoint.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct CtEntry {
-    /// Dead after this time, ns of the coarse monotonic clock.
+    /// Time when the entry expires, ns of the coarse monotonic clock.
     pub expires: u64,
-    /// When it was made, same clock.
+    /// Time when the entry was made, same clock.
     pub created: u64,
-    /// When it was last reported, same clock.
+    /// Time of the last trace event, same clock.
     pub reported: u64,
-    /// From the side that opened it.
+    /// Packets of the original direction.
     pub forward_packets: u64,
-    /// From the side that opened it, from the network header on.
+    /// Bytes of the original direction, from the network header on.
     pub forward_bytes: u64,
-    /// From the other side.
+    /// Packets of the reply direction.
     pub reply_packets: u64,
-    /// From the other side.
+    /// Bytes of the reply direction, from the network header on.
     pub reply_bytes: u64,
-    /// [`crate::EndpointState::revision`] under which it was judged.
+    /// [`crate::EndpointState::revision`] of the policy that allowed the flow.
     pub revision: u32,
-    /// The rule that let it through.
+    /// Number of the rule that allowed the flow.
     pub rule: u32,
-    /// Identity of the other end when it was judged.
+    /// Identity of the peer when the policy was looked up.
     pub remote_identity: u32,
-    /// Interface on which it was first seen.
+    /// Index of the interface of the first packet.
     pub ifindex: u32,
     /// [`ct_flags`].
     pub flags: u8,
-    /// TCP flags seen from the side that opened it, or-ed (FIN 1, SYN 2, RST 4, ACK 16).
+    /// [`crate::tcp_flags`] of the original direction, or-ed.
     pub forward_tcp: u8,
-    /// TCP flags seen from the other side, or-ed.
+    /// [`crate::tcp_flags`] of the reply direction, or-ed.
     pub reply_tcp: u8,
     /// [`crate::MatchKind`] of the rule.
     pub match_kind: u8,
-    /// Random: tells this connection from another one with the same key.
+    /// Random number that distinguishes this connection from another one with the same key.
     pub serial: u32,
-    /// The set of application rules, if an inspector reads the flow.
+    /// Number of the rule set, if the flow is inspected; otherwise 0.
     pub ruleset: u32,
-    /// [`crate::Inspector`] that reads the flow; 0: nobody does.
+    /// [`crate::Inspector`] of the flow; 0: not inspected.
     pub inspector: u8,
-    /// [`crate::punt_flags::AUDIT`] if what the application rules deny passes.
+    /// [`crate::punt_flags::AUDIT`] if the application rules only audit.
     pub punt_flags: u8,
-    /// Not 0: the inspector has seen the connection end. What a packet of a flow that is read says about its end does
-    /// not count before: its checksum and its place in the stream are known to the inspector only.
+    /// Not 0: the inspector has verified the end of the connection. The programs ignore FIN and RST of an inspected
+    /// connection, because only the inspector checks checksum and sequence number.
     pub over: u8,
-    /// Not 0: the flow is in use by both ends and counts in [`Share::protected`]; no new flow evicts it.
+    /// Not 0: both ends use the flow, it counts in [`Share::protected`], and no new flow evicts it.
     pub protected: u8,
-    /// TCP sequence numbers that need no reading: from the side that opened it [0, 1), from the other side [2, 3).
-    /// Equal: none.
+    /// Offload windows, TCP sequence numbers: of the original direction from the first number to before the second, of
+    /// the reply direction from the third to before the fourth. Equal bounds: no window.
     pub windows: [u32; 4],
-    /// What the inspector has decided last, for which connection, and by which rules: [`CtEntry::offload`] or
-    /// [`CtEntry::windowed`].
+    /// Hash of the inspector's last decision, and of the connection and rules that it holds for: [`CtEntry::offload`]
+    /// or [`CtEntry::windowed`].
     pub decided: u64,
 }
 
-/// One round of the hash of an order: a multiplication carries upwards, the shift brings the upper bits down.
+/// Mixes a word into the hash of a command: the multiplication carries differences to the upper bits, the shift brings
+/// them down again.
 #[inline(always)]
 const fn mix(hash: u64, word: u64) -> u64 {
     let product = (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -117,19 +118,19 @@ const fn mix(hash: u64, word: u64) -> u64 {
 }
 
 impl CtEntry {
-    /// Returns what [`Self::decided`] holds after an order that nothing of the connection needs reading any more.
+    /// Returns the value of [`Self::decided`] after an OFFLOAD command.
     ///
-    /// An order counts only while all that it was made for still stands in the entry: the connection (`serial`), the
-    /// rules and their flags, and, for windows, the windows. So an order that comes in the very moment in which another
-    /// CPU gives the entry other rules, another connection, or (the map recycles its entries at once) another flow
-    /// changes nothing, whichever of the two writes first.
+    /// A command has effect only while the entry has the connection (`serial`), the rules, their flags, and the windows
+    /// that the command was made for. Another CPU may write other rules, another connection, or (LRU maps recycle
+    /// elements at once) another flow to the entry at the same time. The command then has no effect, whichever CPU
+    /// writes first.
     #[inline(always)]
     #[must_use]
     pub const fn offload(serial: u32, ruleset: u32, punt_flags: u8) -> u64 {
         mix(mix(1, serial as u64 | (ruleset as u64) << 32), punt_flags as u64) | 1
     }
 
-    /// Returns what [`Self::decided`] holds after an order that what lies in these windows needs no reading.
+    /// Returns the value of [`Self::decided`] after a WINDOWS command with these windows.
     #[inline(always)]
     #[must_use]
     pub const fn windowed(serial: u32, ruleset: u32, punt_flags: u8, windows: [u32; 4]) -> u64 {
@@ -147,44 +148,43 @@ impl CtEntry {
     }
 }
 
-/// The part of the conntrack and fragment maps that the flows of one endpoint and direction may take. Slot
-/// `endpoint * 2 + direction` of SHARES. Slot 0 is the pool: what of the map is left when every share has what it is
-/// guaranteed.
+/// The part of the conntrack and fragment maps that the flows of one endpoint and direction may use: slot
+/// `endpoint * 2 + direction` of SHARES. Slot 0 is the pool: the protected flows beyond the guarantees of all shares.
 ///
-/// The first five fields are written by user space only.
+/// Only user space writes the first five fields.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Share {
-    /// First slot in FLOW_SLOTS.
+    /// Index of the first slot in FLOW_SLOTS.
     pub flows: u32,
-    /// Slots in FLOW_SLOTS. 0: no flow of this endpoint and direction can begin.
+    /// Number of slots in FLOW_SLOTS. 0: no flow of this endpoint and direction can begin.
     pub flow_slots: u32,
-    /// First slot in FRAGMENT_SLOTS.
+    /// Index of the first slot in FRAGMENT_SLOTS.
     pub fragments: u32,
-    /// Slots in FRAGMENT_SLOTS.
+    /// Number of slots in FRAGMENT_SLOTS.
     pub fragment_slots: u32,
-    /// Kept flows that need nothing of the pool. Of the pool: its size.
+    /// Number of protected flows that do not count against the pool. In the pool's slot: its size.
     pub guaranteed: u32,
     /// Zero.
     pub zero: u32,
-    /// Number of protected flows. Of the pool: protected flows beyond what their shares are guaranteed. May be below zero
-    /// for a moment.
+    /// Number of protected flows. In the pool's slot: protected flows beyond the guarantees of their shares. Briefly
+    /// negative if two CPUs change it at once.
     pub protected: i64,
 }
 
 /// Slots of the SHARES map: endpoint × direction.
 pub const SHARE_SLOTS: usize = 2 * crate::ID_SLOTS;
 
-/// Slots of FLOW_SLOTS and FRAGMENT_SLOTS among which a new flow or datagram takes that of the oldest.
+/// Number of adjacent slots of FLOW_SLOTS or FRAGMENT_SLOTS among which a new flow or datagram takes the oldest one's.
 pub const SHARE_WAYS: u32 = 4;
 
-/// Slot of FLOW_SLOTS: a flow that is evicted when its slot is taken again, unless it is protected by then.
+/// Slot of FLOW_SLOTS. When a new flow takes the slot, its flow is evicted unless it is protected.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct FlowSlot {
-    /// The flow. Endpoint 0: none.
+    /// Key of the flow. Endpoint 0: the slot is free.
     pub key: CtKey,
-    /// [`CtEntry::created`]: tells it from a later flow with the same key.
+    /// [`CtEntry::created`] of the flow: distinguishes it from a later flow with the same key.
     pub created: u64,
 }
 
@@ -192,15 +192,15 @@ pub struct FlowSlot {
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct FragmentSlot {
-    /// The datagram. Hook 0: none.
+    /// Key of the datagram. Hook 0: the slot is free.
     pub key: FragmentKey,
     /// Zero.
     pub zero: u32,
-    /// [`FragmentPorts::expires`]: tells it from a later datagram with the same key.
+    /// [`FragmentPorts::expires`] of the datagram: distinguishes it from a later datagram with the same key.
     pub expires: u64,
 }
 
-/// Key of a fragmented datagram whose first fragment has been seen (RFC 791, 3.2; RFC 8200, 4.5).
+/// Key of a fragmented datagram whose first fragment has been seen (RFC 791, section 3.2; RFC 8200, section 4.5).
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct FragmentKey {
@@ -208,12 +208,13 @@ pub struct FragmentKey {
     pub source: Addr,
     /// Destination address.
     pub destination: Addr,
-    /// Identification, IPv4 in the low 16 bits.
+    /// Identification field; IPv4: in the low 16 bits.
     pub id: u32,
-    /// Interface and hook it was seen at: `ifindex << 1 | egress`, so that nobody speaks for another interface.
+    /// Interface and hook of the first fragment: `ifindex << 1 | egress`. A fragment at one interface cannot set the
+    /// ports of a datagram at another one.
     pub hook: u32,
-    /// IP protocol. IPv6: 44, the fragment header itself, since the fragments of one datagram may name different
-    /// protocols and only the first one's counts (RFC 8200, 4.5).
+    /// IP protocol. IPv6: 44, the fragment header itself, because the fragments of one datagram may name different next
+    /// headers and only that of the first counts (RFC 8200, section 4.5).
     pub protocol: u32,
 }
 
@@ -221,7 +222,7 @@ pub struct FragmentKey {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct FragmentPorts {
-    /// Forgotten after this time, ns of the coarse monotonic clock.
+    /// Time when the entry expires, ns of the coarse monotonic clock.
     pub expires: u64,
     /// Source port (ICMP: the type), machine order.
     pub source: u16,

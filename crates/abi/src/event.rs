@@ -1,20 +1,20 @@
-//! The record that the programs write to the event ring, and its enumerations. `palisade-flowlog` turns an [`Event`] into a
-//! flow record.
+//! The record that the programs write to the event ring, and its enumerations. `palisade-flowlog` converts an [`Event`]
+//! to a flow record.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::Addr;
 use crate::reason::REASONS;
 
-/// What an event tells.
+/// Kind of an event.
 #[repr(u8)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum EventKind {
-    /// A flow's first packet (or its first under a new policy) was judged.
+    /// A policy allowed or denied the first packet of a flow, or its first packet under a new policy.
     PolicyVerdict = 0,
     /// A packet was dropped.
     Drop = 1,
-    /// A flow began, goes on, or ended.
+    /// A flow began, is still in use, or ended.
     Trace = 2,
 }
 
@@ -34,57 +34,57 @@ pub const fn budget_of(slot: u32) -> (u32, u8) {
     (slot / REASONS as u32, (slot % REASONS as u32) as u8)
 }
 
-/// How specific the deciding rule was. The names are those of the flow API.
+/// Specificity of the deciding rule. The names are those of Hubble's flow API.
 #[repr(u8)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum MatchKind {
-    /// Nothing matched (default deny), or nothing is enforced.
+    /// No rule matched (default deny), or no policy enforces the direction.
     None = 0,
-    /// Peer, any port.
+    /// The peer, any port.
     L3Only = 1,
-    /// Peer and port.
+    /// The peer and the port.
     L3L4 = 2,
-    /// Any peer, a port.
+    /// Any peer, the port.
     L4Only = 3,
     /// Any peer, any port.
     All = 4,
-    /// Peer and protocol, any port of it.
+    /// The peer and the protocol, any port.
     L3Proto = 5,
-    /// Any peer, protocol, any port of it.
+    /// Any peer, the protocol, any port.
     ProtoOnly = 6,
 }
 
-/// Which moment of a flow a trace event tells of, and where.
+/// The moment in a flow's life that a trace event reports.
 #[repr(u8)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum TracePoint {
-    /// Not a trace.
+    /// The event is no trace.
     None = 0,
-    /// Begins; towards an endpoint.
+    /// The first packet has passed.
     Start = 1,
-    /// Goes on.
+    /// The flow is in use; reported once per interval.
     Interval = 2,
-    /// Ended (reset, or closed by both sides).
+    /// The flow was reset, or closed by both ends.
     End = 3,
 }
 
 /// Flags of an [`Event`].
 pub mod event_flags {
-    /// The packet is of the direction that answers the flow.
+    /// The packet is of the reply direction.
     pub const REPLY: u8 = 1;
-    /// Would have been dropped, but for audit mode.
+    /// The packet passed only because of audit mode.
     pub const AUDIT: u8 = 2;
-    /// Addresses are IPv6.
+    /// The addresses are IPv6.
     pub const IPV6: u8 = 4;
-    /// The packet *leaves* the endpoint (egress); else it goes to it.
+    /// The packet leaves the endpoint (egress); otherwise it goes to the endpoint.
     pub const EGRESS: u8 = 8;
-    /// Whether it answers a flow is not known (a verdict at a flow's first packet, a drop before conntrack).
+    /// The direction is not known: original or reply (a verdict on a flow's first packet, a drop before conntrack).
     pub const REPLY_UNKNOWN: u8 = 16;
-    /// A related ICMP error.
+    /// The packet is an ICMP error about a live flow.
     pub const RELATED: u8 = 32;
-    /// Ports are not known (a later fragment).
+    /// The ports are not known (a later fragment).
     pub const FRAGMENT: u8 = 64;
-    /// The verdict was on the flow's direction being egress for the endpoint.
+    /// The flow is egress for the endpoint.
     pub const FLOW_EGRESS: u8 = 128;
 }
 
@@ -92,7 +92,7 @@ pub mod event_flags {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Event {
-    /// ns of the monotonic clock (not the coarse one).
+    /// Time of the event, ns of the monotonic clock (not the coarse one).
     pub time: u64,
     /// Source address of the packet.
     pub source: Addr,
@@ -106,13 +106,13 @@ pub struct Event {
     pub source_identity: u32,
     /// Identity of the destination, 0 if it was not looked up.
     pub destination_identity: u32,
-    /// Deciding rule, 0 if none was reached.
+    /// Number of the deciding rule, 0 if the policy was not looked up.
     pub rule: u32,
-    /// Interface.
+    /// Index of the interface.
     pub ifindex: u32,
     /// Length of the packet from the network header on, bytes.
     pub length: u32,
-    /// The endpoint whose policy was asked; 0 if none.
+    /// The endpoint whose policy was looked up; 0 if none was.
     pub endpoint: u16,
     /// [`EventKind`].
     pub kind: u8,
@@ -136,12 +136,12 @@ pub struct Event {
     pub source_mac: [u8; 6],
     /// Destination MAC address.
     pub destination_mac: [u8; 6],
-    /// Of the flow so far, this packet included (traces only).
+    /// Packets of the original direction so far, this one included (traces only).
     pub forward_packets: u64,
-    /// Of the flow so far (traces only).
+    /// Bytes of the original direction so far (traces only).
     pub forward_bytes: u64,
-    /// Of the flow so far (traces only).
+    /// Packets of the reply direction so far (traces only).
     pub reply_packets: u64,
-    /// Of the flow so far (traces only).
+    /// Bytes of the reply direction so far (traces only).
     pub reply_bytes: u64,
 }

@@ -1,5 +1,5 @@
-//! Arrays that user space writes and the programs read: guarded interfaces, state of endpoints, the programs'
-//! configuration; and the counters that the programs write.
+//! Values of the arrays: guarded interfaces, states of endpoints and the programs' configuration, which user space
+//! writes; counters, budgets and clock, which the programs write.
 //!
 //! Start at [`Interface`], [`EndpointState`] and [`Config`].
 
@@ -7,79 +7,81 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Roles of a guarded interface.
 pub mod role {
-    /// Not guarded. A program that finds this drops ([`crate::Reason::NoInterface`]).
+    /// Not guarded. A program at such an interface drops every packet ([`crate::Reason::NoInterface`]).
     pub const NONE: u8 = 0;
-    /// A NIC of this node: what enters is for the node or forwarded; what leaves likewise.
-    pub const HOST: u8 = 1;
-    /// The host side of a workload's veth: what enters comes *from* the endpoint, what leaves goes *to* it.
-    pub const ENDPOINT: u8 = 2;
-    /// Not guarded, above a guarded interface of a workload: its bridge or VRF, a VLAN on it. What a workload sends enters
-    /// the node's stack by this interface after it was judged at the guarded one.
-    pub const LINK: u8 = 3;
-    /// Present, and named by no configuration: packets that enter by it may be forwarded, but not with the address of a
-    /// workload. An interface without any role has not been looked at by the daemon yet: nothing that enters by it is
+    /// A NIC of this node: packets that enter are for the node or forwarded, packets that leave are the node's or
     /// forwarded.
+    pub const HOST: u8 = 1;
+    /// The host side of a workload's veth: packets that enter come *from* the endpoint, packets that leave go *to* it.
+    pub const ENDPOINT: u8 = 2;
+    /// Not guarded, above a guarded interface of a workload: its bridge or VRF, or a VLAN on it. A workload's packets
+    /// enter the node's stack by this interface after they had their verdict at the guarded one.
+    pub const LINK: u8 = 3;
+    /// Known to the daemon but not configured: packets that enter by it may be forwarded, but not with a workload's
+    /// address. An interface without a role is not known to the daemon yet: no packet that enters by it is forwarded.
     pub const SEEN: u8 = 4;
 }
 
-/// EtherTypes of one interface that pass by configuration.
+/// Number of EtherTypes that the configuration of one interface can allow.
 pub const ETHER_TYPES: usize = 16;
-/// Stands for every frame with an IEEE 802.3 length and an LLC header instead of an EtherType.
+/// Pseudo EtherType of all frames with an IEEE 802.3 length and an LLC header instead of an EtherType.
 pub const ETHER_TYPE_LLC: u16 = 1;
 
 /// Flags of an [`Interface`].
 pub mod interface_flags {
-    /// Frames carry no Ethernet header (a tunnel or another layer-3 device).
+    /// Frames have no Ethernet header (a tunnel or another layer-3 device).
     pub const LAYER3: u8 = 1;
-    /// Its XDP program runs in generic mode, where a packet that comes back would meet it again, for ever.
+    /// The XDP program runs in generic mode, where it would process a reinjected packet again and punt it in a loop.
     pub const XDP_GENERIC: u8 = 2;
-    /// Its programs are being attached: what enters by it may not have been judged yet.
+    /// The daemon is still attaching the programs: packets that enter may have no verdict yet.
     pub const PENDING: u8 = 4;
 }
 
-/// A guarded interface. Lives at slot `ifindex & 0xffff`; another ifindex in the slot means "not ours".
+/// State of an interface, at slot `ifindex & 0xffff`. If the slot has another `ifindex`, the interface has no state.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Interface {
     /// The interface's index.
     pub ifindex: u32,
-    /// The endpoint behind it (role endpoint) or the node's own endpoint (role host).
+    /// The endpoint behind the interface (role endpoint), or the node's own endpoint (role host).
     pub endpoint: u16,
     /// [`role`].
     pub role: u8,
     /// [`interface_flags`].
     pub flags: u8,
-    /// The interface that holds the addresses of the link: the bridge or VRF that `ifindex` is a port of, else `ifindex`.
+    /// Index of the interface that has the addresses of the link: the bridge or VRF of which `ifindex` is a port,
+    /// otherwise `ifindex`.
     pub link: u32,
-    /// EtherTypes that pass unjudged (role host): machine order, [`ETHER_TYPE_LLC`], or 0 for none.
+    /// EtherTypes that pass without a policy lookup (role host): machine order, [`ETHER_TYPE_LLC`], or 0 for an unused
+    /// slot.
     pub ether_types: [u16; ETHER_TYPES],
 }
 
 /// Flags of an [`EndpointState`].
 pub mod endpoint_flags {
-    /// Its policy names peers by DNS names: addresses it has learned are looked up.
+    /// The policy selects peers by DNS name, so learned addresses are looked up.
     pub const LEARNS: u32 = 1;
-    /// No entry of its ingress table has anything read, and none denies by name: what that table says of a flow that was
-    /// opened the other way need not be asked. Holds for the policy that stands beside it only.
+    /// The ingress table has no entry that inspects or denies by a deny rule: it need not be looked up for a flow in
+    /// the egress direction. Holds only for the policy in the same value.
     pub const PLAIN_INGRESS: u32 = 2;
-    /// The same of its egress table.
+    /// The same for the egress table and flows in the ingress direction.
     pub const PLAIN_EGRESS: u32 = PLAIN_INGRESS << 1;
 }
 
 /// Flags of a [`Config`].
 pub mod config_flags {
-    /// What cannot be carried because no worker lives passes unread instead of being dropped.
+    /// Fail open: while no worker runs, packets that need inspection pass without it and are not dropped.
     pub const FAIL_OPEN: u32 = 1;
 }
 
-/// What changes about an endpoint while traffic flows. Written by one 8-byte store for the first two fields
-/// (through the memory-mapped array), so that no packet sees a policy with another policy's revision.
+/// The state of an endpoint that changes while traffic flows. User space writes the first two fields by one 8-byte
+/// store to the memory-mapped array, so no packet sees a policy with another policy's revision.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct EndpointState {
-    /// The policy table that judges it. 0: none yet, everything is dropped ([`crate::Reason::NoPolicy`]).
+    /// Number of the policy table. 0: none yet, every packet is dropped ([`crate::Reason::NoPolicy`]).
     pub policy: u32,
-    /// Changes with every change of its policy or of any identity; conntrack entries of another are judged again.
+    /// Revision: changes with the policy and with any identity. Flows with another revision are evaluated again.
     pub revision: u32,
     /// The endpoint's own identity.
     pub identity: u32,
@@ -87,27 +89,27 @@ pub struct EndpointState {
     pub flags: u32,
 }
 
-/// Packets and bytes.
+/// Counter of packets and bytes.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Counter {
-    /// Packets (a super-frame counts once).
+    /// Packets; a super-frame (GSO) counts once.
     pub packets: u64,
     /// Bytes, from the network header on.
     pub bytes: u64,
 }
 
-/// Token bucket of one CPU for one kind of event.
+/// Token bucket of one CPU for events of one kind and reason.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct RateBudget {
-    /// When the bucket was last filled, ns of the coarse monotonic clock.
+    /// Time when the bucket was last refilled, ns of the coarse monotonic clock.
     pub filled_at: u64,
-    /// Events that may still be sent in this period.
+    /// Number of events that may still be sent in this second.
     pub tokens: u64,
-    /// Events that were not sent since the maps were made, for want of tokens.
+    /// Events suppressed for lack of tokens, since the maps were made.
     pub suppressed: u64,
-    /// Events that were not sent because the ring was full.
+    /// Events lost because the ring buffer was full, since the maps were made.
     pub lost: u64,
 }
 
@@ -121,47 +123,48 @@ pub struct Clock {
     pub jiffy: u64,
 }
 
-/// What the programs are told at run time. Times in ns.
+/// Configuration of the programs. Times in ns.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Config {
-    /// TCP connection of which only one side has been heard.
+    /// Idle timeout of a half-open TCP connection.
     pub tcp_opening: u64,
-    /// TCP connection in use.
+    /// Idle timeout of an established TCP connection.
     pub tcp_established: u64,
-    /// TCP connection that was reset or closed by both sides.
+    /// Idle timeout of a TCP connection that was reset, or closed by both ends.
     pub tcp_closing: u64,
-    /// UDP flow, and every other protocol with ports.
+    /// Idle timeout of a UDP or SCTP flow.
     pub udp: u64,
-    /// ICMP echo and protocols without ports.
+    /// Idle timeout of ICMP echo and of protocols without ports.
     pub other: u64,
-    /// Ports of a fragmented datagram.
+    /// Lifetime of the ports of a fragmented datagram.
     pub fragment: u64,
-    /// A flow in use is reported at most this often; 0: never.
+    /// Interval between trace events of a flow in use; 0: none are sent.
     pub trace_interval: u64,
-    /// Events of one kind and reason that one CPU may send in a second.
+    /// Number of events of one kind and reason that one CPU may send per second.
     pub events_per_second: u64,
-    /// The node's own endpoint id.
+    /// Number of the node's own endpoint.
     pub host_endpoint: u32,
-    /// What an address is that neither the ipcache nor the trie knows, IPv4.
+    /// Identity of an IPv4 address that neither the ipcache nor the prefix trie has.
     pub world_ipv4: u32,
-    /// The same for IPv6.
+    /// Identity of an IPv6 address that neither the ipcache nor the prefix trie has.
     pub world_ipv6: u32,
-    /// Entries in the RULES map.
+    /// Number of entries of the RULES map.
     pub rules: u32,
-    /// What proves that a packet on the punt link is ours; another one after each start.
+    /// Secret that marks frames of programs and workers on the punt link; drawn at each start of the daemon.
     pub cookie: u64,
-    /// A worker that has not said for so long that it lives is taken for dead.
+    /// Age of the last heartbeat from which a worker counts as dead.
     pub worker_timeout: u64,
-    /// The node's end of the punt link; 0: nothing is carried.
+    /// Index of the node's end of the punt link; 0: no packet is punted.
     pub punt_ifindex: u32,
-    /// Workers, which is queues of the punt link.
+    /// Number of workers, which is the number of queues of the punt link.
     pub workers: u32,
-    /// Mark of packets that come back to an interface where a tc program of ours stands. Never 0.
+    /// Mark of packets that are reinjected at an interface with a tc program, so that the program lets them pass. Never
+    /// 0.
     pub mark: u32,
     /// [`config_flags`].
     pub flags: u32,
-    /// The readers that there are: bit n for the [`crate::Inspector`] with number n. What others should read is
+    /// Available inspectors: bit n for the [`crate::Inspector`] with number n. A flow that needs another inspector is
     /// dropped.
     pub inspectors: u32,
     /// Zero.

@@ -1,11 +1,11 @@
-//! Addresses as map keys, and the values of the ipcache and the prefix trie. No dependencies.
+//! Addresses as map keys, and the keys and values of the ipcache, the prefix trie and the learned addresses.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// An IP address as 16 bytes in network order; IPv4 as the IPv4-mapped `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2).
 ///
-/// Four words instead of sixteen bytes, so that the programs compare and copy it in registers. Each word
-/// holds four bytes of the address *in memory order* (network order), whatever the machine's own order.
+/// Four words instead of sixteen bytes: the programs compare and copy words in registers. Each word holds four bytes of
+/// the address in memory order (network order), whatever the byte order of the machine.
 #[repr(C)]
 #[derive(
     Clone,
@@ -25,10 +25,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub struct Addr(pub [u32; 4]);
 
 impl Addr {
-    /// The unspecified address `::` (also the state of a field that is not used).
+    /// The unspecified address `::`, also the value of an unused field.
     pub const UNSPECIFIED: Self = Self([0; 4]);
 
-    /// From 16 bytes in network order.
+    /// Makes an address from 16 bytes in network order.
     #[inline(always)]
     #[must_use]
     pub const fn from_bytes(b: [u8; 16]) -> Self {
@@ -40,21 +40,21 @@ impl Addr {
         ])
     }
 
-    /// From the four bytes of an IPv4 address in network order.
+    /// Makes an address from the four bytes of an IPv4 address in network order.
     #[inline(always)]
     #[must_use]
     pub const fn from_v4(b: [u8; 4]) -> Self {
         Self::from_v4_word(u32::from_ne_bytes(b))
     }
 
-    /// From the word that holds an IPv4 address in memory order.
+    /// Makes an address from the word of an IPv4 address in memory order.
     #[inline(always)]
     #[must_use]
     pub const fn from_v4_word(word: u32) -> Self {
         Self([0, 0, u32::from_ne_bytes([0, 0, 0xff, 0xff]), word])
     }
 
-    /// The 16 bytes in network order.
+    /// Returns the 16 bytes in network order.
     #[inline(always)]
     #[must_use]
     pub const fn bytes(self) -> [u8; 16] {
@@ -81,7 +81,7 @@ impl Addr {
         Self::from_bytes(kept.to_be_bytes())
     }
 
-    /// Whether this is an IPv4-mapped address.
+    /// Returns whether this is an IPv4-mapped address.
     #[inline(always)]
     #[must_use]
     pub const fn is_v4(self) -> bool {
@@ -109,25 +109,25 @@ impl From<Addr> for core::net::IpAddr {
     }
 }
 
-/// Key of the prefix trie. `length` counts from the first bit of the 16-byte address: an IPv4 prefix /n is 96 + n.
+/// Key of the prefix trie.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct PrefixKey {
-    /// Bits that count, 0 to 128 (machine order, as the kernel wants it).
+    /// Prefix length, bits of the 16-byte address (machine order): an IPv4 prefix /n has 96 + n.
     pub length: u32,
-    /// The prefix; bits past `length` are zero.
+    /// Address of the prefix; bits behind `length` are zero.
     pub addr: Addr,
 }
 
-/// Who an address is. Value of the ipcache and of the prefix trie.
+/// Value of the ipcache and of the prefix trie: identity and endpoint of an address.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct IpcacheEntry {
-    /// Numeric identity, see [`crate::identity`].
+    /// Identity, see [`crate::identity`].
     pub identity: u32,
-    /// The endpoint on this node that owns the address, 0 if none does. The node itself is an endpoint too.
+    /// The endpoint of this node that has the address, 0 if none has. The node itself is an endpoint too.
     pub endpoint: u16,
-    /// None defined yet; zero.
+    /// Flags; none are defined, zero.
     pub flags: u16,
 }
 

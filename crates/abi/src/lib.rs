@@ -1,13 +1,13 @@
-//! What the BPF programs (`xdp/`) and user space agree on.
+//! Interface between the BPF programs (`xdp/`) and user space.
 //!
-//! Everything here is plain data with a fixed layout: map keys and values, event records, verdicts and
-//! reasons. No behaviour beyond constructors. The layouts derive `zerocopy` traits, so a hidden padding
-//! byte (which the verifier would refuse to read and a hash map would compare) does not compile.
+//! Plain data with fixed layouts: map keys and values, event records, verdicts and reasons. The layouts derive
+//! `zerocopy` traits, so a type with hidden padding does not compile: the verifier refuses to read padding on the
+//! stack, and a hash map compares it.
 //!
-//! [`VERSION`] changes whenever a layout or a meaning does; pinned maps of another version are never reused.
+//! [`VERSION`] changes with every layout and meaning; pinned maps of another version are never reused.
 //!
-//! Depends on no other crate of Palisade. Start at [`PolicyKey`], [`CtKey`] and [`Reason`]; [`maps`] lists the maps with
-//! their keys and values.
+//! Depends on no other crate of Palisade. Start at [`PolicyKey`], [`CtKey`] and [`Reason`]; [`maps`] lists the maps
+//! with their keys and values.
 #![no_std]
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -46,7 +46,7 @@ pub use punt::{
 };
 pub use reason::{COUNTER_SLOTS, Reason, counter_slot};
 
-/// Version of every layout in this crate. Part of the pin directory's name.
+/// Version of the layouts in this crate; part of the pin directory's name.
 pub const VERSION: u32 = 5;
 
 /// Slots of the arrays that are indexed by an endpoint id or by the low 16 bits of an interface index.
@@ -68,7 +68,7 @@ pub mod tcp_flags {
     pub const URG: u8 = 32;
 }
 
-/// IP protocol numbers (IANA) that the programs treat by name.
+/// IP protocol numbers (IANA).
 pub mod protocol {
     /// Internet Control Message Protocol, RFC 792.
     pub const ICMP: u8 = 1;
@@ -92,14 +92,14 @@ pub mod maps {
     pub const ENDPOINTS: &str = "ENDPOINTS";
     /// `HASH` [`crate::Addr`] -> [`crate::IpcacheEntry`]: full-length addresses.
     pub const IPCACHE: &str = "IPCACHE";
-    /// `LPM_TRIE` [`crate::PrefixKey`] -> [`crate::IpcacheEntry`]: everything shorter.
+    /// `LPM_TRIE` [`crate::PrefixKey`] -> [`crate::IpcacheEntry`]: prefixes.
     pub const PREFIXES: &str = "PREFIXES";
     /// `ARRAY[1]`, memory-mapped: [`crate::CLASS_SLOTS`] × `u16`, see [`crate::class_slot`].
     pub const CLASSES: &str = "CLASSES";
     /// `HASH` [`crate::PolicyKey`] -> [`crate::PolicyEntry`].
     pub const POLICY: &str = "POLICY";
-    /// `LRU_HASH` [`crate::CtKey`] -> [`crate::CtEntry`]. The shares are so cut that it is never full. An entry that
-    /// the programs make (for a new key) counts at [`crate::counter_slot::CONNTRACK_CREATED`].
+    /// `LRU_HASH` [`crate::CtKey`] -> [`crate::CtEntry`]. The sizes of the shares keep it from being full.
+    /// [`crate::counter_slot::CONNTRACK_CREATED`] counts the entries that the programs add.
     pub const CONNTRACK: &str = "CONNTRACK";
     /// `ARRAY[SHARE_SLOTS]`, memory-mapped, endpoint × 2 + direction -> [`crate::Share`].
     pub const SHARES: &str = "SHARES";
@@ -117,16 +117,16 @@ pub mod maps {
     pub const CLOCK: &str = "CLOCK";
     /// `PERCPU_ARRAY[COUNTER_SLOTS]` reason × 2 + direction -> [`crate::Counter`]; and [`crate::counter_slot`].
     pub const COUNTERS: &str = "COUNTERS";
-    /// `PERCPU_ARRAY` rule id -> [`crate::Counter`]; ids beyond its size count at 0.
+    /// `PERCPU_ARRAY` rule number -> [`crate::Counter`]; rules with larger numbers than the array has count at 0.
     pub const RULES: &str = "RULES";
     /// `ARRAY[1]` [`crate::Config`].
     pub const CONFIG: &str = "CONFIG";
-    /// `HASH` [`crate::LearnedKey`] -> `u32`: the identity that an address has for an endpoint that learned it by name.
+    /// `HASH` [`crate::LearnedKey`] -> `u32`: identity of a learned address.
     pub const LEARNED: &str = "LEARNED";
-    /// `ARRAY[MAX_WORKERS]`, memory-mapped, queue -> `u64`: when the worker of the queue last said that it lives, ns of
-    /// the coarse monotonic clock.
+    /// `ARRAY[MAX_WORKERS]`, memory-mapped, queue -> `u64`: last heartbeat of the queue's worker, ns of the coarse
+    /// monotonic clock.
     pub const WORKERS: &str = "WORKERS";
-    /// `PERCPU_ARRAY[1]` [`crate::PuntHeader`]: where a program writes what it puts in front of a packet.
+    /// `PERCPU_ARRAY[1]` [`crate::PuntHeader`]: the header of the packet that the CPU's program processes.
     pub const PUNT: &str = "PUNT";
     /// `XSKMAP[MAX_WORKERS]` queue of the punt link -> socket.
     pub const XSKS: &str = "XSKS";
@@ -140,15 +140,15 @@ pub mod programs {
     pub const TC_INGRESS: &str = "palisade_in";
     /// tc classifier (tcx or clsact), egress of an interface of either role.
     pub const TC_EGRESS: &str = "palisade_out";
-    /// XDP at the workers' end of the punt link: packets to the sockets.
+    /// XDP at the workers' end of the punt link: redirects packets to the sockets.
     pub const PUNT: &str = "palisade_punt";
-    /// tc, ingress of the node's end of the punt link: packets that come back from the workers.
+    /// tc, ingress of the node's end of the punt link: reinjects packets from the workers.
     pub const REINJECT: &str = "palisade_reinject";
-    /// tc, egress of both ends of the punt link: nothing but what the programs redirect there.
+    /// tc, egress of both ends of the punt link: drops frames that the programs have not punted.
     pub const PUNT_FILTER: &str = "palisade_punt_filter";
-    /// XDP at the node's end of the punt link, on kernels that need a copy of what workers send.
+    /// XDP at the node's end of the punt link, on kernels where veth must copy the workers' frames.
     pub const PASS: &str = "palisade_pass";
-    /// All of them.
+    /// All programs of the object.
     pub const ALL: [&str; 7] = [
         XDP_INGRESS,
         TC_INGRESS,

@@ -1,4 +1,4 @@
-//! The policy table: identities, key and entry. [`PolicyKey`] states the order of the lookups; `xdp/src/policy.rs` makes them.
+//! The policy table: identities, key and entry. [`PolicyKey`] defines the order of the lookups in `xdp/src/policy.rs`.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -7,16 +7,16 @@ use crate::Class;
 /// A numeric security identity.
 pub type Identity = u32;
 
-/// The numbers that have a fixed meaning, and the ranges of the others.
+/// Reserved identities, and the ranges of the others.
 pub mod identity {
     use super::Identity;
-    /// In a policy key: any identity. As the identity of an address: not known.
+    /// In a policy key: any identity. Of an address: unknown.
     pub const ANY: Identity = 0;
     /// The node itself.
     pub const HOST: Identity = 1;
-    /// Everything outside, either family.
+    /// The world, both address families.
     pub const WORLD: Identity = 2;
-    /// A workload that nobody manages.
+    /// A workload that is not managed (Cilium's `unmanaged`).
     pub const UNMANAGED: Identity = 3;
     /// The node's health endpoint.
     pub const HEALTH: Identity = 4;
@@ -28,17 +28,17 @@ pub mod identity {
     pub const KUBE_APISERVER: Identity = 7;
     /// An ingress proxy.
     pub const INGRESS: Identity = 8;
-    /// The IPv4 part of the world, in dual stack.
+    /// The world's IPv4 addresses, in dual stack.
     pub const WORLD_IPV4: Identity = 9;
-    /// The IPv6 part of the world, in dual stack.
+    /// The world's IPv6 addresses, in dual stack.
     pub const WORLD_IPV6: Identity = 10;
-    /// First identity given to a set of labels.
+    /// First identity of a label set.
     pub const FIRST_LABELS: Identity = 256;
-    /// Last identity given to a set of labels.
+    /// Last identity of a label set.
     pub const LAST_LABELS: Identity = 65_535;
-    /// First identity given to a prefix or a learned name, local to this node.
+    /// First identity of a prefix or a set of learned selectors; these are local to the node.
     pub const FIRST_LOCAL: Identity = (1 << 24) + 1;
-    /// Last identity given to a prefix or a learned name.
+    /// Last identity of a prefix or a set of learned selectors.
     pub const LAST_LOCAL: Identity = (1 << 25) - 1;
 }
 
@@ -57,20 +57,19 @@ pub const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
 
 /// Key of the policy table.
 ///
-/// A packet is judged by the first key that exists, in this order:
-/// (identity, class), (identity, any class), (any identity, class), (any identity, any class).
-/// The compiler has resolved precedence so that the first hit is the verdict; the last key exists for every
-/// policy id and direction. If none exists the packet is dropped ([`crate::Reason::NoPolicy`]).
+/// The first key that exists decides, in this order: (identity, class), (identity, any class), (any identity, class),
+/// (any identity, any class). The compiler has resolved precedence, so the first hit is the verdict. The last key
+/// exists for each policy and direction; if no key exists, the packet is dropped ([`crate::Reason::NoPolicy`]).
 #[repr(C)]
 #[derive(
     Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
 pub struct PolicyKey {
-    /// The policy: one compiled table, shared by the endpoints it is the same for. Never 0.
+    /// Number of the policy table, which endpoints with equal tables share. Never 0.
     pub policy: u32,
-    /// Identity of the other end; [`identity::ANY`] for every one.
+    /// Identity of the peer; [`identity::ANY`] for any.
     pub identity: Identity,
-    /// Class of protocol and destination port; [`crate::CLASS_ANY`] for every one.
+    /// Class of protocol and destination port; [`crate::CLASS_ANY`] for any.
     pub class: Class,
     /// [`Direction`] of the flow.
     pub direction: u8,
@@ -78,24 +77,24 @@ pub struct PolicyKey {
     pub zero: u8,
 }
 
-/// What is to be done with a flow.
+/// Decision of a policy table entry about a flow.
 #[repr(u8)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum Decision {
-    /// Dropped, because nothing allows it (reason 133).
+    /// Drop: no rule allows the flow (reason 133).
     Deny = 0,
-    /// Dropped, because a deny rule names it (reason 181).
+    /// Drop: a deny rule matches (reason 181).
     DenyExplicit = 1,
-    /// Let through.
+    /// Pass.
     Allow = 2,
-    /// Let through once user space has read it, by [`PolicyEntry::inspector`] and [`PolicyEntry::ruleset`].
+    /// Punt to a worker, which inspects the flow by [`PolicyEntry::inspector`] and [`PolicyEntry::ruleset`].
     Inspect = 3,
-    /// Dropped until the ends have authenticated (reason 189).
+    /// Drop: the rule requires authentication (reason 189).
     AuthRequired = 4,
 }
 
 impl Decision {
-    /// From its number; an unknown number is a denial.
+    /// Returns the decision of this number; [`Self::Deny`] for an unknown number.
     #[inline(always)]
     #[must_use]
     pub const fn from_u8(n: u8) -> Self {
@@ -109,13 +108,13 @@ impl Decision {
     }
 }
 
-/// Which reader a flow goes to.
+/// The inspector of a flow.
 #[repr(u8)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum Inspector {
     /// Not inspected.
     None = 0,
-    /// HTTP/1 (and HTTP/2 when an inspector for it exists).
+    /// HTTP/1.
     Http = 1,
     /// DNS.
     Dns = 2,
@@ -123,7 +122,7 @@ pub enum Inspector {
     Tls = 3,
     /// Kafka.
     Kafka = 4,
-    /// A redirect to a listener of somebody else's proxy.
+    /// Redirect to a listener of an external proxy; not implemented.
     Listener = 5,
     /// TLS termination.
     TlsTerminate = 6,
@@ -131,9 +130,9 @@ pub enum Inspector {
 
 /// Flags of a [`PolicyEntry`].
 pub mod entry_flags {
-    /// What would be dropped by this entry passes, and is reported as AUDIT.
+    /// Audit mode: a packet that this entry denies passes and is reported as AUDIT.
     pub const AUDIT: u8 = 1;
-    /// The entry stands for "no policy enforces this direction".
+    /// No policy enforces this direction; the entry allows all peers and ports.
     pub const UNENFORCED: u8 = 2;
 }
 
@@ -145,12 +144,12 @@ pub struct PolicyEntry {
     pub decision: u8,
     /// [`entry_flags`].
     pub flags: u8,
-    /// [`Inspector`], when the decision is [`Decision::Inspect`].
+    /// [`Inspector`], if the decision is [`Decision::Inspect`].
     pub inspector: u8,
-    /// How specific the rule was that decided: a [`crate::MatchKind`].
+    /// [`crate::MatchKind`]: specificity of the deciding rule.
     pub match_kind: u8,
-    /// The deciding rule or default-deny. Never 0.
+    /// Number of the deciding rule, or of the default deny. Never 0.
     pub rule: u32,
-    /// The set of application rules, when the decision is [`Decision::Inspect`]; else 0.
+    /// Number of the rule set, if the decision is [`Decision::Inspect`]; otherwise 0.
     pub ruleset: u32,
 }

@@ -1,10 +1,10 @@
-//! What programs and workers put around a packet that is punted and reinjected.
+//! Header and trailer of punted and reinjected packets, and the commands of workers to the programs.
 //!
 //! A packet that needs inspection goes over the punt link, a veth pair of Palisade's own: `<name>0` and `<name>1`. The
-//! programs put a [`PuntHeader`] in front of the packet and redirect it to `<name>0`; at `<name>1` an XDP program redirects
-//! it into the AF_XDP socket of its queue. The worker sends the packet from the same socket with a [`ReinjectTrailer`]
-//! behind it; the program at the ingress of `<name>0` removes the trailer and redirects the packet to the hook that punted
-//! it.
+//! programs put a [`PuntHeader`] in front of the packet and redirect it to `<name>0`; at `<name>1` an XDP program
+//! redirects it into the AF_XDP socket of its queue. The worker sends the packet from the same socket with a
+//! [`ReinjectTrailer`] behind it; the program at the ingress of `<name>0` removes the trailer and redirects the packet
+//! to the hook that punted it.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -22,18 +22,18 @@ pub mod punt_flags {
     pub const MIDSTREAM: u8 = 8;
     /// This packet created the flow.
     pub const NEW: u8 = 16;
-    /// Set by the worker: a second policy inspects the packet too. It would not see a packet that the worker generates in
-    /// its place.
+    /// Set by the worker: a second policy inspects the packet too. It would not see a packet that the worker generates
+    /// in its place.
     pub const SHARED: u8 = 32;
 }
 
 /// The hook that punted a packet. The packet is reinjected at the same hook of the same interface.
 pub mod punt_hook {
-    /// XDP at the ingress of the interface: goes on into the local stack.
+    /// XDP at the ingress of the interface. The reinjected packet enters the local stack.
     pub const XDP_INGRESS: u8 = 1;
-    /// tc at the ingress of the interface: goes on into the local stack.
+    /// tc at the ingress of the interface. The reinjected packet enters the local stack.
     pub const TC_INGRESS: u8 = 2;
-    /// tc at the egress of the interface: goes on out of it.
+    /// tc at the egress of the interface. The reinjected packet leaves by the interface.
     pub const TC_EGRESS: u8 = 3;
 }
 
@@ -43,13 +43,13 @@ pub mod punt_hook {
 pub struct PuntRequest {
     /// Number of the rule that decided the flow.
     pub rule: u32,
-    /// The set of application rules.
+    /// Number of the rule set.
     pub ruleset: u32,
     /// Identity of the peer.
     pub remote_identity: u32,
     /// The endpoint's revision.
     pub revision: u32,
-    /// [`crate::CtEntry::serial`]: tells a connection from the next one with the same addresses and ports.
+    /// [`crate::CtEntry::serial`]: distinguishes a connection from the next one with the same addresses and ports.
     pub serial: u32,
     /// The endpoint whose policy requests inspection; 0: no request.
     pub endpoint: u16,
@@ -63,11 +63,11 @@ pub struct PuntRequest {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct PuntHeader {
-    /// [`crate::Config::cookie`], which only programs and workers know: tells punted packets from other frames.
+    /// [`crate::Config::cookie`], which only programs and workers know: distinguishes punted packets from other frames.
     pub cookie: u64,
     /// Index of the interface where the packet was punted.
     pub ifindex: u32,
-    /// The same for both directions of a flow as one endpoint sees it; chooses the worker (`hash % workers`).
+    /// Hash of the flow, the same for both directions; chooses the worker (`hash % workers`).
     pub hash: u32,
     /// VLAN tag that the kernel kept beside the frame (TCI), if `vlan_protocol` is not 0.
     pub vlan: u16,
@@ -77,24 +77,24 @@ pub struct PuntHeader {
     pub hook: u8,
     /// Zero.
     pub zero: [u8; 3],
-    /// The requests: first of the interface's endpoint, then of the node, in the order in which their policies decide.
+    /// The requests, in the order in which the policies decide: the interface's endpoint, then the node.
     pub slots: [PuntRequest; 2],
 }
 
-/// Where a reinjected packet goes on, from the interface that its [`ReinjectTrailer`] names.
+/// Path of a reinjected packet at the interface that its [`ReinjectTrailer`] names.
 pub mod reinject_path {
-    /// Into the local stack, as received on the interface.
+    /// The packet enters the local stack as if received on the interface.
     pub const INGRESS: u8 = 1;
-    /// Out of the interface.
+    /// The packet leaves by the interface.
     pub const EGRESS: u8 = 2;
-    /// Nowhere: the frame only brings commands.
+    /// The frame only brings commands; it is dropped afterwards.
     pub const NONE: u8 = 3;
 }
 
 /// Flags of a [`ReinjectTrailer`].
 pub mod reinject_flags {
-    /// The tc program of that direction at the interface lets the packet pass by [`crate::Config::mark`]. Not set where
-    /// the ingress hook is XDP: no tc program would take the mark off again.
+    /// Set [`crate::Config::mark`], by which the tc program of that direction at the interface lets the packet pass.
+    /// Not set if the ingress hook is XDP: no tc program would remove the mark.
     pub const MARK: u8 = 1;
     /// A [`super::FlowCommand`] stands before the trailer.
     pub const COMMAND: u8 = 2;
@@ -124,13 +124,13 @@ pub mod flow_op {
     pub const WINDOWS: u32 = 0;
     /// Offload the flow: neither direction needs inspection any more. The windows are ignored.
     pub const OFFLOAD: u32 = 1;
-    /// The connection is over: it was closed or reset in packets that the inspector has verified, or by the inspector.
+    /// The connection is over: the inspector has verified its close or reset, or has reset it.
     pub const CLOSE: u32 = 2;
     /// The opener has acknowledged the answering side's SYN.
     pub const OPENED: u32 = 3;
     /// A new connection with the same addresses and ports replaces the one that the entry was made for. Nothing decided
-    /// for the old one holds for it, and its serial is the first number of the windows. A packet that brings this command
-    /// is reinjected only if the command was applied.
+    /// for the old one holds for it, and its serial is the first number of the windows. A packet that brings this
+    /// command is reinjected only if the command was applied.
     pub const REPLACE: u32 = 4;
 }
 
@@ -140,16 +140,16 @@ pub mod flow_op {
 pub struct FlowCommand {
     /// The flow.
     pub key: CtKey,
-    /// Only if the entry still has this [`crate::CtEntry::serial`].
+    /// [`crate::CtEntry::serial`] of the connection. The command is ignored if the entry has another serial.
     pub serial: u32,
     /// [`flow_op`].
     pub op: u32,
-    /// The rule set by which the flow was inspected, with its flags ([`punt_flags::AUDIT`] or 0). The command is ignored
-    /// if another rule set is in force for the flow by now.
+    /// The rule set by which the flow was inspected, with its flags ([`punt_flags::AUDIT`] or 0). The command is
+    /// ignored if another rule set is in force for the flow by now.
     pub ruleset: u32,
-    /// See `ruleset`.
+    /// Flags of the rule set; see `ruleset`.
     pub punt_flags: u32,
-    /// See [`crate::CtEntry::windows`].
+    /// [`crate::CtEntry::windows`] to set.
     pub windows: [u32; 4],
 }
 
@@ -164,8 +164,8 @@ const ETHERNET: u32 = 14;
 pub const MAX_TRAILER: u32 = (size_of::<ReinjectTrailer>() + 2 * size_of::<FlowCommand>()) as u32;
 
 /// Longest frame that can be punted, bytes from its Ethernet header on. A veth drops longer frames than its MTU allows
-/// without a counter of ours (`is_skb_forwardable`), so the frame must fit with the header when it is punted, and with the
-/// trailer when it is reinjected.
+/// without a counter of Palisade (`is_skb_forwardable`), so the frame must fit with the header when it is punted, and
+/// with the trailer when it is reinjected.
 pub const MAX_PUNT_FRAME: u32 = PUNT_MTU + ETHERNET - MAX_TRAILER;
 
 const _: () = assert!(MAX_PUNT_FRAME + size_of::<PuntHeader>() as u32 <= PUNT_MTU + ETHERNET);

@@ -1,8 +1,7 @@
-//! Verdict reasons: why a packet was let through or dropped. Depends on nothing.
+//! Reasons of verdicts: why a packet passed or was dropped.
 //!
-//! Reasons below 130 let the packet pass. From 130 to 205 a number has the meaning and the text that it has in Cilium
-//! 1.19 (`bpf/lib/drop_reasons.h`, Hubble's `DropReason`); a case that Cilium does not have gets a number of Palisade's own,
-//! 210 to 252.
+//! Packets with a reason below 130 pass. Numbers from 130 to 205 have the meaning and the text of Cilium 1.19
+//! (`bpf/lib/drop_reasons.h`, Hubble's `DropReason`). Numbers from 210 to 252 are Palisade's own.
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $name:ident = $number:literal, $text:literal;)*) => {
@@ -14,16 +13,16 @@ macro_rules! reasons {
         }
 
         impl Reason {
-            /// All of them, by number.
+            /// All reasons, by number.
             pub const ALL: &[Self] = &[$(Self::$name,)*];
 
-            /// From its number.
+            /// Returns the reason of this number.
             #[must_use]
             pub const fn from_u8(n: u8) -> Option<Self> {
                 match n { $($number => Some(Self::$name),)* _ => None }
             }
 
-            /// The text that people and flow clients read.
+            /// Returns the text for operators and Hubble clients.
             #[must_use]
             pub const fn text(self) -> &'static str {
                 match self { $(Self::$name => $text,)* }
@@ -33,135 +32,136 @@ macro_rules! reasons {
 }
 
 reasons! {
-    /// Let through by a rule, or because nothing is enforced.
+    /// Passed: a rule allows it, or no policy enforces the direction.
     Allowed = 0, "Allowed";
-    /// Let through: an established flow, either direction.
+    /// Passed: a packet of a live flow, in either direction.
     Established = 1, "Established";
-    /// Let through: an ICMP error about an established flow.
+    /// Passed: an ICMP error about a live flow.
     Related = 2, "Related";
-    /// Let through: ARP, neighbour discovery, multicast listener reports, link control.
+    /// Passed: ARP, neighbour discovery, multicast listener reports, link control.
     LinkControl = 3, "Link control";
-    /// Let through by audit mode.
+    /// Passed by audit mode.
     Audited = 4, "Audited";
-    /// Let through: forwarded by this node, not for it; judged at the endpoint's interface if it has one.
+    /// Passed: forwarded by this node. If it goes to an endpoint, the verdict is given at the endpoint's interface.
     Forwarded = 5, "Forwarded";
-    /// Let through unread, because no worker lives and the operator wants it so.
+    /// Passed without inspection: no worker runs, and the configuration says fail open.
     FailedOpen = 6, "Failed open: not inspected";
 
-    /// The source address is not one the sender may use.
+    /// The sender may not use this source address.
     InvalidSourceIp = 132, "Invalid source ip";
-    /// Nothing allows it.
+    /// Default deny: no rule allows the packet.
     PolicyDenied = 133, "Policy denied";
-    /// An ARP or neighbour discovery message that is cut short, longer than its type, or otherwise malformed.
+    /// An ARP or neighbour discovery message that is truncated, longer than its type allows, or otherwise malformed.
     InvalidPacket = 134, "Invalid packet";
     /// A TCP or UDP header with a value that no sender produces: data offset, flags, length.
     CtInvalidHeader = 135, "CT: Truncated or invalid header";
     /// ICMPv6 in an IPv4 packet, or ICMP in an IPv6 packet.
     UnknownL4 = 137, "CT: Unknown L4 protocol";
-    /// Neither IPv4, IPv6 nor one of the few link protocols that pass.
+    /// Neither IPv4, IPv6 nor an allowed link protocol.
     UnsupportedL3 = 139, "Unsupported L3 protocol";
-    /// The conntrack map took no entry.
+    /// The conntrack map rejected the entry.
     CtInsertionFailed = 155, "CT: Map insertion failed";
-    /// IPv6 extension headers that are not accepted: too many or too long, out of order, of an unknown routing type, or a
-    /// routing header with segments left.
+    /// IPv6 extension headers that are not accepted: too many or too long, out of order, of an unknown routing type, or
+    /// a routing header with segments left.
     InvalidIpv6Extension = 156, "Invalid IPv6 extension header";
-    /// A later fragment, its first fragment was not seen, and no rule covers every port.
+    /// A later fragment whose first fragment was not seen, and no rule allows all ports.
     FragmentNotFound = 175, "First logical datagram fragment not found";
-    /// A deny rule names it.
+    /// A deny rule matches.
     PolicyDeniedByDenylist = 181, "Policy denied by denylist";
     /// The rule requires authentication, which Palisade does not implement.
     AuthRequired = 189, "Authentication required";
 
-    /// The program runs on an interface that nobody configured.
+    /// The program runs on an interface that is not configured.
     NoInterface = 210, "Interface not configured";
     /// The endpoint has no policy table yet.
     NoPolicy = 211, "No policy loaded";
-    /// The policy wants the flow inspected as HTTP, and there is no inspector for it.
+    /// The policy requires HTTP inspection, which is not available.
     NoHttpInspector = 212, "No inspector: HTTP";
-    /// The policy wants the flow inspected as DNS, and there is no inspector for it.
+    /// The policy requires DNS inspection, which is not available.
     NoDnsInspector = 213, "No inspector: DNS";
-    /// The policy wants the flow inspected as TLS, and there is no inspector for it.
+    /// The policy requires TLS inspection, which is not available.
     NoTlsInspector = 214, "No inspector: TLS";
-    /// The policy wants the flow inspected as Kafka, and there is no inspector for it.
+    /// The policy requires Kafka inspection, which is not available.
     NoKafkaInspector = 215, "No inspector: Kafka";
-    /// The policy sends the flow to a listener, and there is none.
+    /// The policy redirects the flow to a listener, which is not implemented.
     NoListener = 216, "No listener";
-    /// The policy wants TLS terminated, and nothing does that.
+    /// The policy requires TLS termination, which is not implemented.
     NoTlsTermination = 217, "No inspector: TLS termination";
-    /// Towards a workload, and to an address that is not the workload's.
+    /// The packet goes to a workload's interface, but not to an address of the workload.
     NotTheEndpoints = 218, "Destination is not the endpoint's";
-    /// It entered, or would leave, by an interface that is not guarded: a workload's address, or an interface that the
-    /// daemon has not looked at yet.
+    /// A packet with a workload's address entered, or would leave, by an interface that is not guarded; or a packet
+    /// entered by an interface that the daemon does not know yet.
     Unguarded = 219, "Interface not guarded";
-    /// IPv4 header: bad version, length, total length or options; a source route.
+    /// IPv4 header with an invalid version, length, total length or option, or with a source route.
     InvalidIpv4 = 220, "Invalid IPv4 header";
-    /// IPv6 header: bad version or payload length.
+    /// IPv6 header with an invalid version or payload length.
     InvalidIpv6 = 221, "Invalid IPv6 header";
-    /// Transport header cut short.
+    /// The transport header is truncated.
     TruncatedL4 = 222, "Truncated transport header";
     /// More than two VLAN tags.
     TooManyVlans = 223, "Too many VLAN tags";
-    /// Ethernet header cut short.
+    /// The Ethernet header is truncated.
     TruncatedL2 = 224, "Truncated Ethernet header";
-    /// Network header cut short.
+    /// The network header is truncated.
     TruncatedL3 = 225, "Truncated network header";
-    /// An ICMP error that quotes no flow of the endpoint, where no rule allows its type; or, about a connection that is
-    /// read, one that quotes no segment that is under way.
+    /// An ICMP error that quotes no live flow of the endpoint, and no rule allows its type; or an error about an
+    /// inspected connection that quotes no segment in flight.
     UnrelatedIcmp = 226, "ICMP error for no known flow";
-    /// A reply-direction packet that no state of the connection explains.
+    /// A packet that the state of the connection does not allow, such as a SYN+ACK without a SYN.
     CtInvalidState = 227, "CT: Invalid state";
-    /// The packet's headers could not be made readable.
+    /// The kernel could not make the packet's headers readable.
     PullFailed = 228, "Packet data not accessible";
-    /// The node made it and its source address is not the node's: an answer to what was translated (DNAT) or redirected
-    /// (TPROXY) to the node behind its policy.
+    /// The node generated the packet with a source address that it does not have: a reply to a packet that DNAT or
+    /// TPROXY turned to the node without a verdict of the node's policy.
     Translated = 229, "Source is not the node's (DNAT or TPROXY)";
-    /// It must be read, and no worker lives that could.
+    /// The packet needs inspection, and no worker runs.
     NoWorker = 230, "No worker";
-    /// A packet that must be read could not be put on the punt link, or not be sent on when it came back.
+    /// The punt or the reinjection of a packet failed.
     PuntFailed = 231, "Punt failed";
-    /// A packet that must be read has a length, VLAN tags or a device that the punt link does not take.
+    /// The packet cannot be punted because of its length, its VLAN tags or its device.
     PuntUnsupported = 232, "Cannot be punted";
-    /// A frame on the punt link that nobody carried.
+    /// A frame on the punt link that neither a program nor a worker has sent.
     PuntForeign = 233, "Foreign frame on the punt link";
-    /// The worker has more to read than it can.
+    /// The worker is overloaded.
     WorkerOverload = 234, "Worker overloaded";
-    /// The worker does not know the set of application rules.
+    /// The worker does not know the rule set.
     UnknownRuleset = 235, "Unknown application rules";
-    /// The transport checksum is wrong; the receiver would drop it.
+    /// The transport checksum is wrong, so the receiver would discard the packet.
     BadChecksum = 236, "Invalid L4 checksum";
-    /// Fragments of a packet that must be read whole did not all come.
+    /// A packet that needs inspection was not reassembled in time: fragments are missing.
     FragmentsIncomplete = 237, "Fragments incomplete";
     /// A limit of the inspection is reached.
     InspectLimit = 238, "Inspection limit reached";
     /// No verdict was possible in time, or the receiver did not acknowledge in time what Palisade delivers to it.
     InspectDeadline = 239, "No verdict in time";
-    /// The application rules do not allow it.
+    /// The application rules do not allow the request.
     AppDenied = 240, "Denied by application rules";
-    /// Not what the rules say that it is, or malformed.
+    /// The data is malformed, or not of the protocol that the rules name.
     AppMalformed = 241, "Malformed application data";
-    /// A DNS answer that no query asked for.
+    /// A DNS answer without an open question.
     DnsUnsolicited = 242, "Unsolicited DNS answer";
-    /// A DNS answer whose addresses could not be made reachable.
+    /// A DNS answer whose addresses could not be written to the maps.
     DnsUncommitted = 243, "DNS answer not committed";
     /// A TCP segment whose sequence or acknowledgement number is not acceptable (RFC 9293, 3.10.7.4).
     TcpOutOfWindow = 244, "TCP segment out of window";
-    /// A TCP retransmission that says something else.
+    /// A TCP retransmission with other data than the first transmission.
     TcpOverlap = 245, "TCP retransmission differs";
-    /// A TCP segment that receivers could read differently.
+    /// A TCP segment that receivers could interpret differently.
     TcpInvalid = 246, "Ambiguous TCP segment";
-    /// A TCP connection that the inspector does not know: older than the inspection, or forgotten (limits, restart, a change of
-    /// rules or endpoints).
+    /// A TCP connection that the inspector does not know: it began before inspection did, or its state was discarded
+    /// (limits, restart, change of rules or endpoints).
     TcpMidstream = 247, "TCP connection not known to the inspector";
-    /// The application protocol has no reader yet.
+    /// No inspector exists for the application protocol.
     AppUnsupported = 248, "Application protocol not supported";
-    /// A TCP segment that is not needed: its bytes are held for a verdict or delivered in packets made by the worker, or a
-    /// reset made by the worker goes in its place.
+    /// A TCP segment that the worker replaces: it holds the bytes for a verdict, delivers them in segments of its own,
+    /// or resets the connection.
     TcpHeld = 249, "TCP segment replaced by a held or generated one";
-    /// The preface of HTTP/2 where HTTP/1 is read: its requests cannot be judged.
+    /// The connection preface of HTTP/2, for which there is no inspector.
     AppHttp2 = 250, "HTTP/2 not supported";
-    /// The address was not learned for the server name that TLS asks for.
+    /// The TLS client requests a server name for which the address was not learned.
     SniAddress = 251, "Address not learned for the server name";
-    /// A fragment that hides or overlaps its transport header, or overlaps another fragment (RFC 1858, RFC 3128, RFC 5722).
+    /// A fragment that hides or overlaps its transport header, or overlaps another fragment (RFC 1858, RFC 3128, RFC
+    /// 5722).
     InvalidFragment = 252, "Invalid fragment: cut or overlapped header or data";
 }
 

@@ -2,8 +2,8 @@
 
 use palisade_abi::Reason;
 
-/// How far into a frame headers may reach, bytes. A longer chain of IPv6 extension headers is malformed, and a packet that an
-/// ICMP error quotes beyond it belongs to no flow.
+/// How far into a frame headers may reach, bytes. A longer chain of IPv6 extension headers is malformed, and a packet
+/// that an ICMP error quotes beyond it belongs to no flow.
 pub const MAX_HEADERS: u32 = 1024;
 
 /// The bytes of a frame.

@@ -1,16 +1,17 @@
-//! The Internet checksum (RFC 1071), for user space: the BPF programs leave checksums to the kernel's helpers.
+//! The Internet checksum (RFC 1071), for user space. The BPF programs use the kernel's helpers instead.
 
 use palisade_abi::Addr;
 
 /// A ones' complement sum.
 ///
-/// Words are added as they lie in memory, which needs no byte swap for each of them: the byte order of a ones'
-/// complement sum is that of its words (RFC 1071, section 2 (B)), so [`Sum::fold`] swaps once.
+/// The sum adds words in memory order, without a byte swap for each word. A ones' complement sum has the byte order of
+/// its words (RFC 1071, section 2 (B)), so one swap in [`Sum::fold`] suffices.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Sum(u64);
 
 impl Sum {
-    /// Adds bytes. Each piece but the last must have an even length; an odd last byte is padded with a zero.
+    /// Adds bytes. If several slices are added, all but the last must have an even length. An odd last byte is padded
+    /// with zero.
     #[must_use]
     #[expect(
         clippy::should_implement_trait,
@@ -19,7 +20,7 @@ impl Sum {
     pub fn add(mut self, bytes: &[u8]) -> Self {
         let (words, rest) = bytes.as_chunks::<4>();
         for word in words {
-            // A u64 has room for 2^32 of these words; no packet is that long.
+            // A u64 cannot overflow before 2^32 such words, and no packet is that long.
             self.0 += u64::from(u32::from_ne_bytes(*word));
         }
         let mut last = [0; 4];
@@ -32,7 +33,7 @@ impl Sum {
 
     /// Returns the sum of a transport's pseudo header (RFC 768; RFC 9293, section 3.1; RFC 8200, section 8.1).
     ///
-    /// IPv4-mapped addresses give the sum of the IPv4 pseudo header: the `ffff` of the mapping is zero in ones'
+    /// For IPv4-mapped addresses it is the sum of the IPv4 pseudo header: the `ffff` of the mapping is zero in ones'
     /// complement.
     #[must_use]
     pub fn pseudo(source: Addr, destination: Addr, protocol: u8, length: usize) -> Self {
@@ -42,7 +43,8 @@ impl Sum {
             .add_pseudo_tail(protocol, length)
     }
 
-    /// Adds what follows the addresses in a pseudo header: the transport's length and the protocol number.
+    /// Adds the fields of a pseudo header behind the addresses: the length of the transport segment and the protocol
+    /// number.
     #[must_use]
     pub fn add_pseudo_tail(self, protocol: u8, length: usize) -> Self {
         let mut tail = [0; 8];
@@ -51,8 +53,8 @@ impl Sum {
         self.add(&tail)
     }
 
-    /// Returns the sum folded to sixteen bits, in host byte order. Over bytes that include a valid checksum it is
-    /// `0xffff`.
+    /// Returns the sum folded to sixteen bits, in host byte order. The result is `0xffff` if the bytes include a valid
+    /// checksum.
     #[must_use]
     pub const fn fold(self) -> u16 {
         let mut sum = self.0;

@@ -16,7 +16,7 @@ const ETHER_TYPE_VLAN: u16 = 0x8100;
 /// Service VLAN tag, IEEE 802.1ad.
 const ETHER_TYPE_SERVICE_VLAN: u16 = 0x88a8;
 
-/// Most VLAN tags of a frame.
+/// Maximum number of VLAN tags in a frame.
 const MAX_TAGS: u32 = 2;
 
 /// Finds the EtherType and the network header.
@@ -30,7 +30,7 @@ pub(crate) fn decode<B: Bytes + ?Sized>(
     let mut ether_type = u16::from_be_bytes([header[12], header[13]]);
     let mut offset = 14;
     let mut tags_left = MAX_TAGS.saturating_sub(tags_removed);
-    // Counted, although what is left of the tags bounds it already: so the verifier sees the bound.
+    // `tags_left` bounds the loop already; the counter shows the verifier the bound.
     for _ in 0..=MAX_TAGS {
         if !matches!(ether_type, ETHER_TYPE_VLAN | ETHER_TYPE_SERVICE_VLAN) {
             break;

@@ -1,13 +1,12 @@
-//! Fragments. A first fragment must hold the whole transport header (RFC 1858, RFC 7112), and a later one
-//! must not reach into it (RFC 3128): then nobody can change what was judged.
+//! Fragments. A first fragment must hold the whole transport header (RFC 1858, RFC 7112), and a later fragment must not
+//! reach into it (RFC 3128). Otherwise a later fragment could overwrite the ports that the verdict was based on.
 
 use palisade_abi::{Reason, protocol};
 
 use crate::packet::{Packet, flags};
 
-/// Takes note of a fragment.
-///
-/// `offset` is in bytes, `payload` is the length of what the fragment carries.
+/// Writes the fields of a fragment into `packet`. `offset`: fragment offset, bytes. `payload`: length of the fragment's
+/// payload, bytes.
 #[inline(always)]
 pub(crate) fn note(
     packet: &mut Packet,
@@ -18,8 +17,8 @@ pub(crate) fn note(
     payload: u32,
 ) -> Result<(), Reason> {
     packet.fragment_id = id;
-    // All but the last carry a multiple of eight bytes (RFC 791, 3.2; RFC 8200, 4.5). No datagram is longer
-    // than 65,535 bytes, so no fragment ends behind that.
+    // The payload of each fragment but the last is a multiple of eight bytes (RFC 791, section 3.2; RFC 8200, section
+    // 4.5). A datagram has at most 65,535 bytes, so no fragment may end beyond.
     if payload == 0 || (more && !payload.is_multiple_of(8)) || offset + payload > 65_535 {
         packet.flags |= if offset == 0 {
             flags::FRAGMENT_FIRST
@@ -39,7 +38,7 @@ pub(crate) fn note(
     Ok(())
 }
 
-/// The least a transport header is long.
+/// Returns the minimum length of a transport header, bytes.
 #[inline(always)]
 const fn transport_header(protocol: u8) -> u32 {
     match protocol {

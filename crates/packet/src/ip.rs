@@ -1,5 +1,5 @@
-//! IPv4 with options, IPv6 with extension headers. Refuses what could lead a packet to another address than the one that
-//! is judged (source routes), and headers in forms that receivers read differently.
+//! IPv4 with options, IPv6 with extension headers. Rejects source routes, which send the packet to another address than
+//! the one that the policy has checked, and headers that receivers could interpret differently.
 
 use palisade_abi::{Addr, Reason};
 
@@ -7,7 +7,7 @@ use crate::bytes::{Bytes, MAX_HEADERS, take};
 use crate::packet::{Packet, flags};
 use crate::{fragment, transport};
 
-/// Most IPv6 extension headers in one packet.
+/// Maximum number of IPv6 extension headers in one packet.
 pub const MAX_EXTENSIONS: u32 = 8;
 
 const HOP_BY_HOP: u8 = 0;
@@ -16,17 +16,18 @@ const FRAGMENT: u8 = 44;
 const AUTHENTICATION: u8 = 51;
 const DESTINATION: u8 = 60;
 
-/// Routing headers: source route (deprecated, RFC 5095), mobility (RFC 6275), RPL (RFC 6554), segments (RFC 8754).
+/// Accepted types of routing headers: source route (deprecated by RFC 5095), mobility (RFC 6275), RPL (RFC 6554),
+/// segment routing (RFC 8754).
 const ROUTING_TYPES: [u8; 4] = [0, 2, 3, 4];
 
-/// IPv4 options (RFC 791, 3.1).
+/// IPv4 options (RFC 791, section 3.1).
 mod option {
     pub(super) const END: u8 = 0;
     pub(super) const NO_OPERATION: u8 = 1;
     pub(super) const LOOSE_SOURCE_ROUTE: u8 = 131;
     pub(super) const STRICT_SOURCE_ROUTE: u8 = 137;
-    /// Most options in a header. There is room for forty of one byte, but what is sent is one or two, filled up to a
-    /// multiple of four.
+    /// Maximum number of options in a header. A header could hold forty options of one byte; real ones hold one or two,
+    /// and padding to a multiple of four bytes.
     pub(super) const MAX: u32 = 12;
 }
 
@@ -113,8 +114,8 @@ pub(crate) fn decode_v6<B: Bytes + ?Sized>(bytes: &B, packet: &mut Packet) -> Re
     if header[0] >> 4 != 6 || total > available {
         return Err(Reason::InvalidIpv6);
     }
-    // An IPv4-mapped address never stands in a header on the wire (RFC 4291, 2.5.5.2; RFC 6890). Here it would
-    // be taken for the IPv4 address.
+    // An IPv4-mapped address is not valid in a header on the wire (RFC 4291, section 2.5.5.2; RFC 6890). The maps would
+    // treat it as the IPv4 address.
     if packet.source.is_v4() || packet.destination.is_v4() {
         return Err(Reason::InvalidIpv6);
     }
@@ -126,8 +127,8 @@ pub(crate) fn decode_v6<B: Bytes + ?Sized>(bytes: &B, packet: &mut Packet) -> Re
     transport::decode(bytes, packet)
 }
 
-/// The length that a header states. A super-frame of more than 65,535 bytes (BIG TCP) cannot state it and says
-/// 0; every other header means what it says.
+/// Returns the length of the packet by its header's length field. A super-frame of more than 65,535 bytes (BIG TCP) has
+/// 0 in the field, and its length is the frame's.
 #[inline(always)]
 fn stated_length(stated: u32, available: u32) -> u32 {
     if stated == 0 && available > 65_535 {
@@ -137,9 +138,9 @@ fn stated_length(stated: u32, available: u32) -> u32 {
     }
 }
 
-/// Whether a next-header value is an extension header that is followed: those that Linux follows
-/// (`ipv6_ext_hdr`). The registry of IANA also lists mobility (135), HIP (139) and shim6 (140), which Linux delivers
-/// as protocols of their own: what stands behind them is payload and no transport header.
+/// Returns whether a next-header value is an extension header that the decoder follows: those that Linux follows
+/// (`ipv6_ext_hdr`). IANA's registry also lists mobility (135), HIP (139) and shim6 (140). Linux delivers these as
+/// protocols of their own, so no transport header follows them.
 #[inline(always)]
 pub(crate) const fn is_extension(next: u8) -> bool {
     matches!(
@@ -148,21 +149,22 @@ pub(crate) const fn is_extension(next: u8) -> bool {
     )
 }
 
-/// A walk along the options of an IPv4 header. Its state is in memory and each step is a call, as in [`Chain`].
+/// Position in the options of an IPv4 header. The state is in memory and each step is a call, as in [`Chain`].
 #[repr(C, align(8))]
 struct Options {
     zero: u16,
-    /// Where the next option starts.
+    /// Offset of the next option in the frame, bytes.
     offset: u16,
 }
 
 impl Options {
-    /// Passes the option at `offset`, of a header that ends at `end`. A source route sends the packet to another
-    /// address than the destination that is judged. Options that do not fit are dropped by Linux too.
+    /// Skips the option at `offset` in a header that ends at `end`. Rejects a source route, which sends the packet to
+    /// another address than the destination that the policy has checked, and an option that exceeds the header, as
+    /// Linux does.
     #[inline(never)]
     fn step<B: Bytes + ?Sized>(&mut self, bytes: &B, end: u32) -> Result<(), Reason> {
         let offset = u32::from(self.offset);
-        // With the byte before: the verifier does not follow a comparison of one byte (docs/VERIFIER.md).
+        // Reads the byte before too: the verifier does not learn from a comparison with one byte (docs/VERIFIER.md).
         let kind = take::<2, B>(bytes, offset - 1, end, Reason::InvalidIpv4)?[1];
         let length = match kind {
             option::END => end - offset,
@@ -181,24 +183,24 @@ impl Options {
     }
 }
 
-/// A walk along extension headers.
+/// Position in a chain of extension headers.
 ///
-/// Its state is in memory, and each step is a call: the verifier then takes every step for itself, where it would
-/// otherwise follow every sequence of headers to its end. (It forgets values that are not at a multiple of eight
-/// when they are stored; hence the first field.)
+/// The state is in memory and each step is a call, so the verifier checks each step by itself; otherwise it would
+/// follow every sequence of headers to its end. The verifier forgets a value that is stored at an offset which is no
+/// multiple of eight; the first field makes the offsets so.
 #[repr(C, align(8))]
 #[derive(Default)]
 pub(crate) struct Chain {
     zero: u16,
-    /// Where the next header starts.
+    /// Offset of the next header in the frame, bytes.
     pub offset: u16,
-    /// What it is.
+    /// Type of the next header.
     pub next: u8,
-    /// How many fragment headers have been passed.
+    /// Number of fragment headers so far.
     pub fragments: u8,
-    /// Offset in bytes and more-fragments bit of the fragment header, 0 without one.
+    /// Fragment offset, bytes, and in bit 0 the more-fragments flag; 0 without a fragment header.
     pub fragment: u16,
-    /// Its identification.
+    /// Identification field of the fragment header.
     pub id: u32,
 }
 
@@ -212,19 +214,19 @@ impl Chain {
         }
     }
 
-    /// Offset in bytes of the fragment; 0 of a first or only one.
+    /// Returns the fragment offset, bytes; 0 for a first fragment and for a whole packet.
     #[inline(always)]
     pub(crate) const fn fragment_offset(&self) -> u32 {
         (self.fragment & 0xfff8) as u32
     }
 
-    /// Whether further fragments follow.
+    /// Returns whether more fragments follow.
     #[inline(always)]
     const fn more(&self) -> bool {
         self.fragment & 1 != 0
     }
 
-    /// Passes the header at `offset`, the `position`th of a packet that ends at `end`.
+    /// Skips the header at `offset` in a packet that ends at `end`. `position`: number of headers before it.
     #[inline(never)]
     pub(crate) fn step<B: Bytes + ?Sized>(
         &mut self,
@@ -237,7 +239,7 @@ impl Chain {
             return Err(Reason::InvalidIpv6Extension);
         }
         let kind = self.next;
-        // Hop-by-hop options come first or not at all (RFC 8200, 4.1).
+        // Only the first extension header may be hop-by-hop options (RFC 8200, section 4.1).
         if kind == HOP_BY_HOP && position != 0 {
             return Err(Reason::InvalidIpv6Extension);
         }
@@ -247,9 +249,9 @@ impl Chain {
             AUTHENTICATION => (u32::from(header[1]) + 2) * 4,
             _ => (u32::from(header[1]) + 1) * 8,
         };
-        // With segments left the packet goes on to another address than the destination that is judged (RFC 8200,
-        // 4.4; RFC 5095 for type 0). What a receiver makes of a type that it knows and this decoder does not is
-        // open.
+        // With segments left, the next node sends the packet to another address than the destination that the policy
+        // has checked (RFC 8200, section 4.4; RFC 5095 for type 0). A receiver may do the same for a type that is
+        // unknown here.
         if kind == ROUTING && (header[3] != 0 || !ROUTING_TYPES.contains(&header[2])) {
             return Err(Reason::InvalidIpv6Extension);
         }
@@ -277,14 +279,14 @@ fn extensions<B: Bytes + ?Sized>(bytes: &B, packet: &mut Packet) -> Result<(), R
             break;
         }
         if let Err(reason) = chain.step(bytes, end, position) {
-            // A first fragment has all headers (RFC 7112).
+            // A first fragment must hold all headers (RFC 7112).
             let cut = reason == Reason::TruncatedL3 && chain.more();
             return Err(if cut { Reason::InvalidFragment } else { reason });
         }
     }
     packet.protocol = chain.next;
     packet.transport_offset = chain.offset;
-    // Offset 0 and no more to come: a whole packet with a fragment header (RFC 6946).
+    // Fragment offset 0 without more fragments is an atomic fragment: a whole packet (RFC 6946).
     if chain.fragment != 0 {
         let payload = end - u32::from(chain.offset);
         fragment::note(

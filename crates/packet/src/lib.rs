@@ -1,10 +1,11 @@
-//! The packet decoder: Ethernet, up to two VLAN tags, IPv4 with options, IPv6 with extension headers, and the fields of TCP,
-//! UDP, SCTP, ICMP and ICMPv6 that a verdict depends on.
+//! The packet decoder: Ethernet, up to two VLAN tags, IPv4 with options, IPv6 with extension headers, and the fields of
+//! TCP, UDP, SCTP, ICMP and ICMPv6 that a verdict depends on.
 //!
-//! The BPF programs and user space share this source: tests in user space test the code that runs in the kernel. The decoder
-//! reads bytes through [`Bytes`], copies and allocates nothing, and bounds every loop.
+//! The BPF programs and user space share this source: tests in user space test the code that runs in the kernel. The
+//! decoder reads bytes through [`Bytes`], copies and allocates nothing, and bounds every loop.
 //!
-//! A packet that the firewall and its receiver could interpret differently is malformed, even if some receivers accept it.
+//! A packet that the firewall and its receiver could interpret differently is malformed, even if some receivers accept
+//! it.
 //!
 //! Depends on `palisade-abi`. Start at [`decode`], which fills a [`Packet`].
 #![no_std]
@@ -50,8 +51,8 @@ pub enum Start {
 /// After an error, `packet` holds the fields that were decoded before it, for the event.
 ///
 /// # Errors
-/// The reason why the packet is malformed. [`Reason::PullFailed`]: the frame has bytes that are not readable in place; the
-/// caller makes the first [`MAX_HEADERS`] bytes readable and tries again.
+/// The reason why the packet is malformed. [`Reason::PullFailed`]: the frame has bytes that are not readable in place;
+/// the caller makes the first [`MAX_HEADERS`] bytes readable and tries again.
 #[inline(always)]
 pub fn decode<B: Bytes + ?Sized>(bytes: &B, start: Start, packet: &mut Packet) -> Result<(), Reason> {
     match start {

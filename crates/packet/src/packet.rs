@@ -28,11 +28,11 @@ pub struct Packet {
     pub source: Addr,
     /// Destination address.
     pub destination: Addr,
-    /// Source port, machine order; ICMP: the type; else 0.
+    /// Source port, machine order; ICMP: the type; otherwise 0.
     pub source_port: u16,
-    /// Destination port, machine order; ICMP: the code; else 0.
+    /// Destination port, machine order; ICMP: the code; otherwise 0.
     pub destination_port: u16,
-    /// ICMP echo: the identifier.
+    /// Identifier of an ICMP echo message.
     pub echo_id: u16,
     /// EtherType behind VLAN tags; below 1536 it is an IEEE 802.3 length.
     pub ether_type: u16,
@@ -69,7 +69,7 @@ impl Packet {
     }
 }
 
-/// Returns whether `p` is the ICMP of the packet's own address family.
+/// Returns whether protocol `p` is the ICMP of the address family: ICMPv6 over IPv6, ICMP over IPv4.
 #[inline(always)]
 pub(crate) const fn is_icmp(p: u8, ipv6: bool) -> bool {
     if ipv6 {

@@ -1,4 +1,4 @@
-//! The packet that an ICMP error quotes: enough of it to find its flow.
+//! The packet that an ICMP error quotes: the fields that identify its flow.
 
 use palisade_abi::{Addr, Reason, protocol};
 
@@ -7,16 +7,16 @@ use crate::ip::{self, MAX_EXTENSIONS};
 use crate::packet::{Packet, flags, is_icmp};
 use crate::transport::{icmp, icmpv6};
 
-/// Longest ICMP error, from the network header on (RFC 1812, 4.3.2.3).
+/// Maximum length of an ICMP error, from the network header on, bytes (RFC 1812, section 4.3.2.3).
 const MAX_ERROR_V4: u32 = 576;
-/// Longest ICMPv6 error, from the network header on (RFC 4443, 2.4).
+/// Maximum length of an ICMPv6 error, from the network header on, bytes (RFC 4443, section 2.4).
 const MAX_ERROR_V6: u32 = 1280;
 
-/// The packet that an ICMP error is about, as far as it is quoted (RFC 792; RFC 4443, 3).
+/// The quoted part of the packet that an ICMP error reports (RFC 792; RFC 4443, section 3).
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Quote {
-    /// Source address: who is told of the error.
+    /// Source address, to which the error is sent.
     pub source: Addr,
     /// Destination address.
     pub destination: Addr,
@@ -24,7 +24,7 @@ pub struct Quote {
     pub source_port: u16,
     /// Destination port; 0 if the protocol has none.
     pub destination_port: u16,
-    /// ICMP echo: the identifier.
+    /// Identifier of an ICMP echo message.
     pub echo_id: u16,
     /// IP protocol.
     pub protocol: u8,
@@ -32,11 +32,12 @@ pub struct Quote {
     pub flags: u8,
 }
 
-/// Decodes what an ICMP error quotes into `quote`, which must be [`Quote::default`].
+/// Decodes the packet that an ICMP error quotes into `quote`, which must be [`Quote::default`].
 ///
 /// # Errors
-/// [`Reason::UnrelatedIcmp`] if what is quoted belongs to no flow that could be known: cut short before its
-/// ports, a later fragment, an ICMP message that is not echo; or if the error is longer than any is. [`Reason::PullFailed`] as in [`crate::decode`].
+/// [`Reason::UnrelatedIcmp`] if the error is longer than the maximum, or if the quoted packet identifies no flow:
+/// truncated before its ports, a later fragment, or an ICMP message other than echo. [`Reason::PullFailed`] as in
+/// [`crate::decode`].
 #[inline(always)]
 pub fn decode_quote<B: Bytes + ?Sized>(bytes: &B, packet: &Packet, quote: &mut Quote) -> Result<(), Reason> {
     let short = Reason::UnrelatedIcmp;
@@ -86,7 +87,7 @@ pub fn decode_quote<B: Bytes + ?Sized>(bytes: &B, packet: &Packet, quote: &mut Q
     }
     match quote.protocol {
         protocol::TCP | protocol::UDP | protocol::SCTP => {
-            // Every error quotes eight bytes at the least (RFC 792), and Linux ignores one that does not.
+            // An error quotes at least eight bytes of the transport header (RFC 792). Linux ignores a shorter quote.
             let b = take::<8, B>(bytes, offset, end, short)?;
             quote.source_port = u16::from_be_bytes([b[0], b[1]]);
             quote.destination_port = u16::from_be_bytes([b[2], b[3]]);

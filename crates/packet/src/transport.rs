@@ -21,11 +21,11 @@ pub mod icmp {
 
 /// ICMPv6 types (RFC 4443, RFC 4861, RFC 2710, RFC 3810).
 pub mod icmpv6 {
-    /// Destination unreachable: the first of the errors.
+    /// Destination unreachable, the lowest type of an error.
     pub const UNREACHABLE: u8 = 1;
     /// Packet too big.
     pub const PACKET_TOO_BIG: u8 = 2;
-    /// Parameter problem: the last of the errors.
+    /// Parameter problem, the highest type of an error.
     pub const PARAMETER_PROBLEM: u8 = 4;
     /// Echo request.
     pub const ECHO_REQUEST: u8 = 128;
@@ -47,8 +47,8 @@ pub mod icmpv6 {
     pub const LISTENER_REPORT_V2: u8 = 143;
 }
 
-/// Whether a connection ever sends this combination of TCP flags (RFC 9293, 3.5 and 3.10; PSH, URG and the
-/// congestion flags say nothing about state).
+/// Returns whether a TCP implementation sends this combination of flags (RFC 9293, sections 3.5 and 3.10). PSH, URG and
+/// the congestion flags do not matter.
 #[inline(always)]
 #[must_use]
 pub const fn valid_tcp_flags(set: u8) -> bool {
@@ -61,7 +61,7 @@ pub const fn valid_tcp_flags(set: u8) -> bool {
     VALID >> (set & (tcp_flags::FIN | tcp_flags::SYN | tcp_flags::RST | tcp_flags::ACK)) & 1 != 0
 }
 
-/// Reads the transport header, unless this is a later fragment.
+/// Decodes the transport header; a later fragment has none.
 #[inline(always)]
 pub(crate) fn decode<B: Bytes + ?Sized>(bytes: &B, packet: &mut Packet) -> Result<(), Reason> {
     let ipv6 = packet.is(flags::IPV6);
@@ -99,8 +99,8 @@ pub(crate) fn decode<B: Bytes + ?Sized>(bytes: &B, packet: &mut Packet) -> Resul
             let header = take::<8, B>(bytes, offset, end, short)?;
             ports(packet, [header[0], header[1], header[2], header[3]]);
             let length = u32::from(u16::from_be_bytes([header[4], header[5]]));
-            // Zero is the length of a datagram too long to state it (RFC 2675); a first fragment states that of
-            // the whole datagram.
+            // Length 0: the datagram is too long for the field (RFC 2675). In a first fragment the field is the length
+            // of the whole datagram.
             if length < 8 && !(length == 0 && end - offset > 65_535) {
                 return Err(Reason::CtInvalidHeader);
             }
@@ -130,8 +130,8 @@ fn ports(packet: &mut Packet, b: [u8; 4]) {
     packet.destination_port = u16::from_be_bytes([b[2], b[3]]);
 }
 
-/// The [`flags`] of an ICMP or ICMPv6 message by its type. Redirects and source quench are no errors here: they change what a
-/// host does, so a rule must allow them (RFC 6633, RFC 4861, 8.1).
+/// Returns the [`flags`] of an ICMP or ICMPv6 message by its type. Redirect and source quench do not count as errors:
+/// they change the behaviour of a host, so a rule must allow them (RFC 6633; RFC 4861, section 8.1).
 #[inline(always)]
 #[must_use]
 pub const fn icmp_kind(ipv6: bool, kind: u8) -> u8 {

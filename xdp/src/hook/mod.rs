@@ -1,4 +1,4 @@
-//! What differs between XDP and tc: access to the packet and to the fields of the program's context.
+//! Access to the packet and to the program's context, which differs between XDP and tc.
 //!
 //! Start at [`Hook`]. `xdp.rs` and `tc.rs` implement it.
 
@@ -39,9 +39,9 @@ impl Bytes for Linear {
             return None;
         }
         // The mask repeats the bound on the register that is added to the pointer. LLVM compares one register with
-        // MAX_HEADERS and adds a copy that was filled from the stack; the verifier of Linux 6.1 does not carry the bound
-        // over to the copy, assumes an offset of up to 65535, and then ignores the comparison with the packet's end.
-        // `black_box` keeps LLVM from removing the mask.
+        // MAX_HEADERS and adds a copy that was filled from the stack; the verifier of Linux 6.1 does not carry the
+        // bound over to the copy, assumes an offset of up to 65535, and then ignores the comparison with the packet's
+        // end. `black_box` keeps LLVM from removing the mask.
         let at = self.start + (core::hint::black_box(offset) & OFFSET_MASK) as usize;
         if at + N > self.end {
             return None;
@@ -51,22 +51,22 @@ impl Bytes for Linear {
         Some(unsafe { &*(at as *const [u8; N]) })
     }
 
-    /// Reads two halves: a frame starts at an even address, and every header has an even length. Otherwise LLVM would read
-    /// each byte. Its feature `allows-misaligned-mem-access` also writes misaligned words to the stack, which the verifier
-    /// refuses.
+    /// Reads two halves: a frame starts at an even address, and every header has an even length. Otherwise LLVM would
+    /// read each byte. Its feature `allows-misaligned-mem-access` also writes misaligned words to the stack, which the
+    /// verifier refuses.
     #[inline(always)]
     fn word<const N: usize>(header: &[u8; N], at: usize) -> u32 {
         assert!(at + 4 <= N);
-        // SAFETY: the assertion, which is decided at compile time, keeps the four bytes within the array; callers pass an
-        // even `at`, so both halves are aligned.
+        // SAFETY: the assertion, which is decided at compile time, keeps the four bytes within the array; callers pass
+        // an even `at`, so both halves are aligned.
         let [low, high] = unsafe { *header.as_ptr().add(at).cast::<[u16; 2]>() };
         let (low, high) = (low.to_ne_bytes(), high.to_ne_bytes());
         u32::from_ne_bytes([low[0], low[1], high[0], high[1]])
     }
 }
 
-/// Reads a packet pointer from the context. The read is volatile: otherwise LLVM reads the field in the caller and passes it
-/// as a 32-bit number, on which the verifier rejects pointer arithmetic.
+/// Reads a packet pointer from the context. The read is volatile: otherwise LLVM reads the field in the caller and
+/// passes it as a 32-bit number, on which the verifier rejects pointer arithmetic.
 ///
 /// # Safety
 /// `at` is a field of the context of the running program.
@@ -78,8 +78,8 @@ unsafe fn field(at: *const u32) -> usize {
 
 /// The context of a program, and the packet that it runs on.
 pub trait Hook: Copy {
-    /// Returns the readable part of the frame. `full`: its length is that of the whole frame, which costs a helper call in
-    /// XDP.
+    /// Returns the readable part of the frame. `full`: its length is that of the whole frame, which costs a helper call
+    /// in XDP.
     fn bytes(self, full: bool) -> Linear;
     /// Returns the index of the interface that the program runs on.
     fn ifindex(self) -> u32;

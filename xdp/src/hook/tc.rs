@@ -71,8 +71,8 @@ impl Hook for Skb {
     #[inline(always)]
     fn route(self, question: &mut bpf_fib_lookup) -> i64 {
         let size = size_of::<bpf_fib_lookup>() as i32;
-        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. The size is
-        // that of the parameter block.
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. The size
+        // is that of the parameter block.
         unsafe { fib_lookup(self.0.cast(), question, size, 0) }
     }
 
@@ -97,13 +97,13 @@ impl Hook for Skb {
         unsafe { bpf_skb_change_tail(self.0, length, 0) == 0 }
     }
 
-    /// `bpf_skb_change_head` makes room in front of the Ethernet header. If the packet is segmented later, each segment gets a
-    /// copy of the header.
+    /// `bpf_skb_change_head` makes room in front of the Ethernet header. If the packet is segmented later, each segment
+    /// gets a copy of the header.
     #[inline(always)]
     fn push(self, header: *mut PuntHeader, queue: u32, punt_link: u32) -> u32 {
         const LENGTH: u32 = size_of::<PuntHeader>() as u32;
-        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. `header` is a
-        // map value of `LENGTH` bytes that only this CPU uses.
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. `header`
+        // is a map value of `LENGTH` bytes that only this CPU uses.
         unsafe {
             let skb = self.0;
             // A super-frame (GSO) is segmented when veth transmits it to the punt link.
@@ -122,8 +122,8 @@ impl Hook for Skb {
                 if bpf_skb_vlan_pop(skb) != 0 {
                     return FAILED;
                 }
-                // A frame with two tags: the kernel has moved the inner one beside the frame, and the header holds one
-                // tag only.
+                // The frame had two tags: the kernel has moved the inner tag beside the frame, and the punt header
+                // holds one tag only.
                 if core::ptr::read_volatile(&raw const (*skb).vlan_present) != 0 {
                     return Reason::PuntUnsupported as u32;
                 }
