@@ -33,11 +33,11 @@ pub fn bench_baseline_tc(ctx: TcContext) -> i32 {
 /// Returns whether the packet belongs to a connection of endpoint 1.
 #[inline(always)]
 fn is_known<C: Calls>(ctx: C) -> bool {
-    let mut frame = PacketContext::new(ctx.ifindex());
-    ctx.decode(&mut frame);
-    if frame.reason != 0 {
+    let mut pkt = PacketContext::new(ctx.ifindex());
+    ctx.decode(&mut pkt);
+    if pkt.reason != 0 {
         return false;
     }
-    conntrack::write_key(&mut frame.key, 1, true, conntrack::ends(&frame.packet));
-    conntrack::find_in_place(&frame.key, 0).is_some()
+    conntrack::write_key(&mut pkt.key, 1, true, conntrack::ends(&pkt.headers));
+    conntrack::find_in_place(&pkt.key, 0).is_some()
 }

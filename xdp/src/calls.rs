@@ -12,23 +12,23 @@ use crate::packet_context::PacketContext;
 /// The pipeline's steps, for the programs of one hook.
 pub trait Calls: Hook {
     /// Calls `pipeline::decode_frame`.
-    fn decode(self, frame: &mut PacketContext);
+    fn decode(self, pkt: &mut PacketContext);
     /// Calls `link::check`.
-    fn link(self, frame: &mut PacketContext);
+    fn link(self, pkt: &mut PacketContext);
     /// Calls `enforce::enforce_endpoint`.
-    fn enforce_endpoint(self, frame: &mut PacketContext);
+    fn enforce_endpoint(self, pkt: &mut PacketContext);
     /// Calls `enforce::admit_new_flow`.
-    fn admit_new_flow(self, frame: &mut PacketContext);
+    fn admit_new_flow(self, pkt: &mut PacketContext);
     /// Calls `enforce::reevaluate_flow`.
-    fn reevaluate_flow(self, frame: &mut PacketContext, entry: Entry);
+    fn reevaluate_flow(self, pkt: &mut PacketContext, entry: Entry);
     /// Calls `enforce::match_icmp_error`.
-    fn match_icmp_error(self, frame: &mut PacketContext);
+    fn match_icmp_error(self, pkt: &mut PacketContext);
     /// Calls `conntrack::set_protected`.
-    fn set_protected(self, frame: &PacketContext, entry: Entry);
+    fn set_protected(self, pkt: &PacketContext, entry: Entry);
     /// Calls `conntrack::trace`.
-    fn trace(self, frame: &mut PacketContext, entry: Entry, point: TracePoint);
+    fn trace(self, pkt: &mut PacketContext, entry: Entry, point: TracePoint);
     /// Calls `punt::punt`.
-    fn punt(self, frame: &mut PacketContext);
+    fn punt(self, pkt: &mut PacketContext);
     /// Calls `event::send` if the budget allows it. `flow`: null, or the entry whose counters a trace reports.
-    fn send(self, frame: &PacketContext, what: u32, flow: *mut CtEntry);
+    fn send(self, pkt: &PacketContext, what: u32, flow: *mut CtEntry);
 }

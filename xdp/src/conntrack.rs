@@ -252,9 +252,9 @@ fn is_settled(protocol: u8, flow_flags: u8, forward_tcp: u8, reply_tcp: u8, age:
 
 /// Protects the flow if both ends use it, and ends the protection of a flow that is closing.
 #[inline(always)]
-pub fn set_protected(frame: &PacketContext, entry: Entry) {
-    let age = frame.now.saturating_sub(entry.created());
-    let protocol = frame.packet.protocol;
+pub fn set_protected(pkt: &PacketContext, entry: Entry) {
+    let age = pkt.now.saturating_sub(entry.created());
+    let protocol = pkt.headers.protocol;
     let settled = is_settled(
         protocol,
         entry.flags(),
@@ -263,7 +263,7 @@ pub fn set_protected(frame: &PacketContext, entry: Entry) {
         age,
     );
     if settled != (entry.protected() != 0) {
-        share::set_protected(&frame.key, entry, u32::from(settled));
+        share::set_protected(&pkt.key, entry, u32::from(settled));
     }
 }
 
@@ -324,11 +324,11 @@ pub fn replace(key: &CtKey, entry: Entry, serial: u32) {
 /// Updates the entry for a packet that passes. `is_inspected`: the flow's inspector sees the packet. Its TCP flags then
 /// do not change the entry: only the inspector knows whether the receiver accepts the segment.
 #[inline(always)]
-pub fn note<C: Calls>(ctx: C, frame: &mut PacketContext, entry: Entry, is_inspected: bool) {
+pub fn note<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry, is_inspected: bool) {
     let Some(config) = CONFIG.get(0) else { return };
-    let packet = &frame.packet;
+    let packet = &pkt.headers;
     let old_flags = entry.flags();
-    let reply = (old_flags & ct_flags::INGRESS != 0) != frame.is_ingress();
+    let reply = (old_flags & ct_flags::INGRESS != 0) != pkt.is_ingress();
     let mut flow_flags = old_flags;
     let (mut forward_tcp, mut reply_tcp) = (entry.forward_tcp(), entry.reply_tcp());
     let has_state = packet.protocol == protocol::TCP && !is_inspected && !packet.is(flags::FRAGMENT_LATER);
@@ -356,33 +356,33 @@ pub fn note<C: Calls>(ctx: C, frame: &mut PacketContext, entry: Entry, is_inspec
     if closing && flow_flags & ct_flags::CLOSED == 0 {
         flow_flags |= ct_flags::CLOSED;
         entry.set_flags(flow_flags);
-        entry.set_expires(frame.now + timeout(config, packet.protocol, flow_flags, forward_tcp, true));
-        ctx.set_protected(frame, entry);
-        return ctx.trace(frame, entry, TracePoint::End);
+        entry.set_expires(pkt.now + timeout(config, packet.protocol, flow_flags, forward_tcp, true));
+        ctx.set_protected(pkt, entry);
+        return ctx.trace(pkt, entry, TracePoint::End);
     }
     if flow_flags != old_flags {
         entry.set_flags(flow_flags);
     }
-    entry.set_expires(frame.now + timeout(config, packet.protocol, flow_flags, forward_tcp, closing));
+    entry.set_expires(pkt.now + timeout(config, packet.protocol, flow_flags, forward_tcp, closing));
     if flow_flags & ct_flags::REPLIED != 0 && entry.protected() == 0 {
-        ctx.set_protected(frame, entry);
+        ctx.set_protected(pkt, entry);
     }
     let interval = config.trace_interval;
-    if interval != 0 && frame.now.saturating_sub(entry.reported()) >= interval {
-        ctx.trace(frame, entry, TracePoint::Interval);
+    if interval != 0 && pkt.now.saturating_sub(entry.reported()) >= interval {
+        ctx.trace(pkt, entry, TracePoint::Interval);
     }
 }
 
 /// Reports a flow.
 #[inline(always)]
-pub fn trace<C: Calls>(ctx: C, frame: &mut PacketContext, entry: Entry, point: u32) {
-    entry.set_reported(frame.now);
-    frame.rule = entry.rule();
-    frame.match_kind = entry.match_kind();
-    frame.remote_identity = entry.remote_identity();
-    frame.event_flags = direction_flags(entry, frame.is_ingress());
-    frame.set(Reason::Established);
-    ctx.send(frame, event::what_trace(point), entry.as_ptr());
+pub fn trace<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry, point: u32) {
+    entry.set_reported(pkt.now);
+    pkt.rule = entry.rule();
+    pkt.match_kind = entry.match_kind();
+    pkt.remote_identity = entry.remote_identity();
+    pkt.event_flags = direction_flags(entry, pkt.is_ingress());
+    pkt.set(Reason::Established);
+    ctx.send(pkt, event::what_trace(point), entry.as_ptr());
 }
 
 /// Returns the event flags of a packet that belongs to a flow.
@@ -405,57 +405,57 @@ pub fn direction_flags(entry: Entry, ingress: bool) -> u8 {
 /// Takes a slot of the share for a new flow and draws its serial. Returns 0 if the endpoint has no share. Not part of
 /// [`insert`]: the stack has no room for both in one frame.
 #[inline(always)]
-pub fn claim_slot(frame: &mut PacketContext) -> u32 {
-    frame.serial = share::random();
-    let egress = u32::from(frame.flow_flags & ct_flags::INGRESS == 0);
-    share::claim_slot(&frame.key, egress, frame.now, frame.serial)
+pub fn claim_slot(pkt: &mut PacketContext) -> u32 {
+    pkt.serial = share::random();
+    let egress = u32::from(pkt.flow_flags & ct_flags::INGRESS == 0);
+    share::claim_slot(&pkt.key, egress, pkt.now, pkt.serial)
 }
 
 /// Creates the entry of a flow that has a slot. Sets the verdict only if the map rejects the entry.
 #[inline(never)]
-pub fn insert(frame: &mut PacketContext) {
+pub fn insert(pkt: &mut PacketContext) {
     let Some(config) = CONFIG.get(0) else {
-        return frame.set(Reason::CtInsertionFailed);
+        return pkt.set(Reason::CtInsertionFailed);
     };
-    let packet = &frame.packet;
+    let packet = &pkt.headers;
     // The flow is unanswered, and a reset creates no flow.
     let lifetime = match packet.protocol {
         protocol::TCP => config.tcp_opening,
         protocol::UDP | protocol::SCTP => config.udp,
         _ => config.other,
     };
-    let now = frame.now;
+    let now = pkt.now;
     let mut entry = CtEntry {
         expires: now + lifetime,
         created: now,
         reported: now,
         forward_packets: 1,
         forward_bytes: u64::from(packet.length),
-        revision: frame.revision,
-        rule: frame.rule,
-        remote_identity: frame.remote_identity,
+        revision: pkt.revision,
+        rule: pkt.rule,
+        remote_identity: pkt.remote_identity,
         ..CtEntry::default()
     };
     // The fence splits the initialization: LLVM would load all fields first and spill them, and the deepest chain of
     // calls has no stack left for that (`no_chain_of_calls_takes_more_stack_than_the_oldest_kernel_gives`).
     compiler_fence(Ordering::SeqCst);
-    entry.ifindex = frame.ifindex;
-    entry.flags = frame.flow_flags;
-    entry.forward_tcp = frame.packet.tcp_flags & STATE_FLAGS;
-    entry.match_kind = frame.match_kind;
-    entry.serial = frame.serial;
-    entry.ruleset = frame.ruleset;
-    entry.inspector = frame.inspector;
-    entry.punt_flags = frame.punt_flags;
+    entry.ifindex = pkt.ifindex;
+    entry.flags = pkt.flow_flags;
+    entry.forward_tcp = pkt.headers.tcp_flags & STATE_FLAGS;
+    entry.match_kind = pkt.match_kind;
+    entry.serial = pkt.serial;
+    entry.ruleset = pkt.ruleset;
+    entry.inspector = pkt.inspector;
+    entry.punt_flags = pkt.punt_flags;
     // The verifier of Linux 6.1 accepts the key from the stack, not from the packet context; see `lookup`.
-    let key = frame.key;
+    let key = pkt.key;
     // An entry that replaces an expired one does not add to the map, so it is not counted.
     if CONNTRACK.insert(&key, &entry, u64::from(BPF_NOEXIST)).is_ok() {
         counters::conntrack_created();
     } else {
         release_protection(&key);
         if CONNTRACK.insert(&key, &entry, 0).is_err() {
-            frame.set(Reason::CtInsertionFailed);
+            pkt.set(Reason::CtInsertionFailed);
         }
     }
 }

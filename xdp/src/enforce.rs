@@ -23,111 +23,106 @@ use crate::packet_context::{PacketContext, hook_point, opposite};
 use crate::policy;
 use crate::punt;
 
-/// Gives the verdict on a packet by the policy of `frame.endpoint`: steps 3 to 8 of the pipeline. For a packet of a
-/// live flow, step 4 gives it. `IN_PLACE`: `frame` is on the stack of the program's main function.
+/// Gives the verdict on a packet by the policy of `pkt.endpoint`: steps 3 to 8 of the pipeline. For a packet of a
+/// live flow, step 4 gives it. `IN_PLACE`: `pkt` is on the stack of the program's main function.
 #[inline(always)]
-pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, frame: &mut PacketContext) {
-    let Some(state) = ENDPOINTS.get_ptr(frame.endpoint & 0xffff) else {
-        return frame.set(Reason::NoPolicy);
+pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, pkt: &mut PacketContext) {
+    let Some(state) = ENDPOINTS.get_ptr(pkt.endpoint & 0xffff) else {
+        return pkt.set(Reason::NoPolicy);
     };
-    (frame.policy, frame.revision) = policy_of(state);
+    (pkt.policy, pkt.revision) = policy_of(state);
     // SAFETY: an aligned word of a map value, which lives as long as the map; volatile because user space may write it.
     // User space may set LEARNS after the policy; until then the endpoint has no learned addresses.
-    frame.learns =
+    pkt.learns =
         unsafe { core::ptr::read_volatile(&raw const (*state).flags) } as u8 & endpoint_flags::LEARNS as u8;
-    frame.event_flags = event_flags::REPLY_UNKNOWN;
-    frame.stateful = !frame.ports_unknown && !is_plain_icmp(frame);
-    if frame.packet.is(flags::ICMP_ERROR) {
-        ctx.match_icmp_error(frame);
-        if frame.is_dropped() && frame.reason != Reason::UnrelatedIcmp as u8 {
+    pkt.event_flags = event_flags::REPLY_UNKNOWN;
+    pkt.stateful = !pkt.ports_unknown && !is_plain_icmp(pkt);
+    if pkt.headers.is(flags::ICMP_ERROR) {
+        ctx.match_icmp_error(pkt);
+        if pkt.is_dropped() && pkt.reason != Reason::UnrelatedIcmp as u8 {
             return;
         }
-        if frame.reason == Reason::Related as u8
-            && let Some(entry) = conntrack::find(&frame.key, frame.now)
+        if pkt.reason == Reason::Related as u8
+            && let Some(entry) = conntrack::find(&pkt.key, pkt.now)
         {
-            if recheck_flow(ctx, frame, entry) {
+            if recheck_flow(ctx, pkt, entry) {
                 if entry.inspector() != 0 && !entry.is_offloaded() {
-                    if icmp_error::cut(ctx, frame) != 0 {
-                        return frame.set(Reason::UnrelatedIcmp);
+                    if icmp_error::cut(ctx, pkt) != 0 {
+                        return pkt.set(Reason::UnrelatedIcmp);
                     }
                     // The worker compares the quoted sequence number with the segments in flight, and must learn that a
                     // segment it generated is too big. An error about a DNS datagram quotes only the ports of the flow:
                     // the worker has nothing to check.
-                    if frame.key.protocol == protocol::TCP {
-                        punt::request_punt_of_flow(ctx, frame, entry);
+                    if pkt.key.protocol == protocol::TCP {
+                        punt::request_punt_of_flow(ctx, pkt, entry);
                     }
                 }
-                conntrack::count(entry, &frame.packet);
-                frame.flow_flags = entry.flags();
-                frame.set(Reason::Related);
+                conntrack::count(entry, &pkt.headers);
+                pkt.flow_flags = entry.flags();
+                pkt.set(Reason::Related);
             }
             return;
         }
     }
     // Step 4: conntrack. The key holds the endpoint's address, so a known flow has passed step 3.
-    if frame.stateful {
-        let ingress = frame.is_ingress();
-        conntrack::write_key(
-            &mut frame.key,
-            frame.endpoint,
-            ingress,
-            conntrack::ends(&frame.packet),
-        );
+    if pkt.stateful {
+        let ingress = pkt.is_ingress();
+        conntrack::write_key(&mut pkt.key, pkt.endpoint, ingress, conntrack::ends(&pkt.headers));
         let entry = if IN_PLACE {
-            conntrack::find_in_place(&frame.key, frame.now)
+            conntrack::find_in_place(&pkt.key, pkt.now)
         } else {
-            conntrack::find(&frame.key, frame.now)
+            conntrack::find(&pkt.key, pkt.now)
         };
         if let Some(entry) = entry
-            && !conntrack::begins_another(entry, &frame.packet, ingress)
-            && !(conntrack::is_simultaneous_open(entry, &frame.packet, ingress)
-                && would_be_inspected(frame, ingress))
+            && !conntrack::begins_another(entry, &pkt.headers, ingress)
+            && !(conntrack::is_simultaneous_open(entry, &pkt.headers, ingress)
+                && would_be_inspected(pkt, ingress))
         {
-            if !recheck_flow(ctx, frame, entry) {
+            if !recheck_flow(ctx, pkt, entry) {
                 return;
             }
             // This machine generated the packet, and the peer is not the node: the packet may answer a translated one.
-            if frame.hook_point == hook_point::TO_WORKLOAD
+            if pkt.hook_point == hook_point::TO_WORKLOAD
                 && ctx.is_local()
                 && entry.flags() & ct_flags::REMOTE_IS_HOST == 0
-                && is_translated(ctx, frame)
+                && is_translated(ctx, pkt)
             {
-                return frame.set(Reason::Translated);
+                return pkt.set(Reason::Translated);
             }
-            let is_inspected = conntrack::is_inspected(entry, &frame.packet);
-            conntrack::note(ctx, frame, entry, is_inspected);
-            conntrack::count(entry, &frame.packet);
-            frame.flow_flags = entry.flags();
+            let is_inspected = conntrack::is_inspected(entry, &pkt.headers);
+            conntrack::note(ctx, pkt, entry, is_inspected);
+            conntrack::count(entry, &pkt.headers);
+            pkt.flow_flags = entry.flags();
             if is_inspected {
-                punt::request_punt_of_flow(ctx, frame, entry);
+                punt::request_punt_of_flow(ctx, pkt, entry);
             }
-            return frame.set(Reason::Established);
+            return pkt.set(Reason::Established);
         }
     }
-    ctx.admit_new_flow(frame);
+    ctx.admit_new_flow(pkt);
 }
 
 /// Returns whether a live entry still allows its flow; sets the verdict otherwise. An entry of an older revision is
 /// evaluated by the policy in force.
 #[inline(always)]
-fn recheck_flow<C: Calls>(ctx: C, frame: &mut PacketContext, entry: Entry) -> bool {
+fn recheck_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) -> bool {
     // A new connection with the same addresses and ports: the peer's identity may have changed.
-    let opens = entry.inspector() != 0 && conntrack::is_bare_syn(&frame.packet);
-    if entry.revision() != frame.revision || opens {
-        ctx.reevaluate_flow(frame, entry);
-        if frame.is_dropped() {
+    let opens = entry.inspector() != 0 && conntrack::is_bare_syn(&pkt.headers);
+    if entry.revision() != pkt.revision || opens {
+        ctx.reevaluate_flow(pkt, entry);
+        if pkt.is_dropped() {
             return false;
         }
     }
     if entry.flags() & ct_flags::REMOTE_IS_LOCAL == 0 {
         return true;
     }
-    if frame.hook_point == hook_point::NIC_IN {
-        frame.set(Reason::InvalidSourceIp);
+    if pkt.hook_point == hook_point::NIC_IN {
+        pkt.set(Reason::InvalidSourceIp);
         return false;
     }
-    if frame.hook_point == hook_point::TO_WORKLOAD && !ctx.is_local() && !left_its_workload(ctx) {
-        frame.set(Reason::Unguarded);
+    if pkt.hook_point == hook_point::TO_WORKLOAD && !ctx.is_local() && !left_its_workload(ctx) {
+        pkt.set(Reason::Unguarded);
         return false;
     }
     true
@@ -135,34 +130,34 @@ fn recheck_flow<C: Calls>(ctx: C, frame: &mut PacketContext, entry: Entry) -> bo
 
 /// Returns whether the SYN of the answering side, taken by itself, opens a connection that needs inspection.
 #[inline(always)]
-fn would_be_inspected(frame: &mut PacketContext, ingress: bool) -> bool {
-    let known = known_remote(frame);
-    probe_direction(frame, known.into(), u32::from(ingress));
-    frame.opposite == opposite::INSPECTED
+fn would_be_inspected(pkt: &mut PacketContext, ingress: bool) -> bool {
+    let known = known_remote(pkt);
+    probe_direction(pkt, known.into(), u32::from(ingress));
+    pkt.opposite == opposite::INSPECTED
 }
 
-/// Returns the ipcache entry of the peer of the flow `frame.key`.
+/// Returns the ipcache entry of the peer of the flow `pkt.key`.
 #[inline(always)]
-fn known_remote(frame: &PacketContext) -> IpcacheHit {
+fn known_remote(pkt: &PacketContext) -> IpcacheHit {
     // See `forget_other_links`.
-    if identity::is_link_local(&frame.key.remote)
-        && (frame.hook_point == hook_point::NIC_IN || frame.hook_point == hook_point::NIC_OUT)
+    if identity::is_link_local(&pkt.key.remote)
+        && (pkt.hook_point == hook_point::NIC_IN || pkt.hook_point == hook_point::NIC_OUT)
     {
         return IpcacheHit::NONE;
     }
-    identity::exact(&frame.key.remote)
+    identity::exact(&pkt.key.remote)
 }
 
-/// Looks up the policy for the flow `frame.key` as one that was opened in the given direction. `known`: the ipcache
+/// Looks up the policy for the flow `pkt.key` as one that was opened in the given direction. `known`: the ipcache
 /// entry of the peer.
 #[inline(never)]
-fn lookup_direction(frame: &mut PacketContext, known: u64, ingress: u32) -> u32 {
-    let identity = if frame.learns != 0 && ingress == 0 {
-        identity::learned(&frame.key.remote, known, frame.endpoint)
+fn lookup_direction(pkt: &mut PacketContext, known: u64, ingress: u32) -> u32 {
+    let identity = if pkt.learns != 0 && ingress == 0 {
+        identity::learned(&pkt.key.remote, known, pkt.endpoint)
     } else {
-        identity::identity(&frame.key.remote, known)
+        identity::identity(&pkt.key.remote, known)
     };
-    let key = &frame.key;
+    let key = &pkt.key;
     let port = match key.protocol {
         protocol::ICMP => u16::from(icmp::ECHO_REQUEST),
         protocol::ICMPV6 => u16::from(icmpv6::ECHO_REQUEST),
@@ -170,25 +165,24 @@ fn lookup_direction(frame: &mut PacketContext, known: u64, ingress: u32) -> u32 
         _ => key.remote_port,
     };
     let slot = class_slot(key.protocol, port);
-    policy::lookup(frame, identity, slot, u32::from(ingress == 0));
+    policy::lookup(pkt, identity, slot, u32::from(ingress == 0));
     0
 }
 
-/// Looks up the flow `frame.key` in the given direction and stores only `frame.opposite`.
+/// Looks up the flow `pkt.key` in the given direction and stores only `pkt.opposite`.
 #[inline(never)]
-fn probe_direction(frame: &mut PacketContext, known: u64, ingress: u32) -> u32 {
-    frame.clear_decision();
-    lookup_direction(frame, known, ingress);
-    frame.opposite =
-        if frame.decision == Decision::Inspect as u8 && frame.entry_flags & entry_flags::AUDIT == 0 {
-            opposite::INSPECTED
-        } else if frame.reason == Reason::PolicyDeniedByDenylist as u8 {
-            opposite::DENIED
-        } else {
-            opposite::NONE
-        };
-    frame.clear_decision();
-    frame.set(Reason::Allowed);
+fn probe_direction(pkt: &mut PacketContext, known: u64, ingress: u32) -> u32 {
+    pkt.clear_decision();
+    lookup_direction(pkt, known, ingress);
+    pkt.opposite = if pkt.decision == Decision::Inspect as u8 && pkt.entry_flags & entry_flags::AUDIT == 0 {
+        opposite::INSPECTED
+    } else if pkt.reason == Reason::PolicyDeniedByDenylist as u8 {
+        opposite::DENIED
+    } else {
+        opposite::NONE
+    };
+    pkt.clear_decision();
+    pkt.set(Reason::Allowed);
     0
 }
 
@@ -201,12 +195,12 @@ fn direction_is_uncertain(flow_protocol: u8, is_opened_by_syn: bool) -> bool {
     }
 }
 
-/// Returns whether the policy of `frame` neither inspects nor denies explicitly in the given direction, so that
+/// Returns whether the policy of `pkt` neither inspects nor denies explicitly in the given direction, so that
 /// [`probe_direction`] is not needed. User space writes the policy and the flags one after the other: the flags are
-/// valid only if the policy is still that of `frame` afterwards.
+/// valid only if the policy is still that of `pkt` afterwards.
 #[inline(always)]
-fn is_plain(frame: &PacketContext, ingress: u32) -> bool {
-    let Some(state) = ENDPOINTS.get_ptr(frame.endpoint & 0xffff) else {
+fn is_plain(pkt: &PacketContext, ingress: u32) -> bool {
+    let Some(state) = ENDPOINTS.get_ptr(pkt.endpoint & 0xffff) else {
         return false;
     };
     // SAFETY: an aligned word of a map value, which lives as long as the map; volatile because user space may write it.
@@ -217,7 +211,7 @@ fn is_plain(frame: &PacketContext, ingress: u32) -> bool {
     } else {
         endpoint_flags::PLAIN_EGRESS
     };
-    flags & plain != 0 && policy == frame.policy && revision == frame.revision
+    flags & plain != 0 && policy == pkt.policy && revision == pkt.revision
 }
 
 /// Returns policy and revision of an endpoint, read by one load: user space writes both by one 8-byte store.
@@ -242,8 +236,8 @@ fn left_its_workload<H: Hook>(ctx: H) -> bool {
 /// Returns whether the kernel forwards a packet for a workload's address only to a guarded interface or to an interface
 /// above one. A packet that the kernel delivers locally or refuses leaves by no interface.
 #[inline(always)]
-fn reaches_its_workload<H: Hook>(ctx: H, frame: &PacketContext) -> bool {
-    match identity::route(ctx, frame) {
+fn reaches_its_workload<H: Hook>(ctx: H, pkt: &PacketContext) -> bool {
+    match identity::route(ctx, pkt) {
         0 | identity::NOWHERE => true,
         ifindex => matches!(link::role_of(ifindex), role::ENDPOINT | role::LINK | role::HOST),
     }
@@ -256,30 +250,30 @@ fn reaches_its_workload<H: Hook>(ctx: H, frame: &PacketContext) -> bool {
 /// the answer is dropped if the node's ingress is enforced. A reset passes: the node's own netfilter rules reject
 /// forwarded packets by one.
 #[inline(always)]
-fn is_translated<H: Hook>(ctx: H, frame: &PacketContext) -> bool {
-    let source = &frame.packet.source;
+fn is_translated<H: Hook>(ctx: H, pkt: &PacketContext) -> bool {
+    let source = &pkt.headers.source;
     ctx.is_local()
-        && frame.packet.tcp_flags & tcp_flags::RST == 0
+        && pkt.headers.tcp_flags & tcp_flags::RST == 0
         && *source != Addr::UNSPECIFIED
         && *source != Addr::from_v4([0; 4])
         && link::is_enforced(identity::host_endpoint(), Direction::Ingress as u32)
-        && identity::route_back(ctx, frame) != 0
+        && identity::route_back(ctx, pkt) != 0
 }
 
 /// Returns whether the packet is an ICMP message other than echo or error. Such messages have no flow: the policy
 /// decides about each by its type.
 #[inline(always)]
-fn is_plain_icmp(frame: &PacketContext) -> bool {
-    matches!(frame.packet.protocol, protocol::ICMP | protocol::ICMPV6)
-        && !frame.packet.is(flags::ECHO_REQUEST | flags::ECHO_REPLY)
+fn is_plain_icmp(pkt: &PacketContext) -> bool {
+    matches!(pkt.headers.protocol, protocol::ICMP | protocol::ICMPV6)
+        && !pkt.headers.is(flags::ECHO_REQUEST | flags::ECHO_REPLY)
 }
 
 /// Returns the slot of the class table for a packet that opens a flow.
 #[inline(always)]
-fn slot(frame: &PacketContext) -> u32 {
-    let packet = &frame.packet;
+fn slot(pkt: &PacketContext) -> u32 {
+    let packet = &pkt.headers;
     match packet.protocol {
-        p if frame.ports_unknown => class_slot_unknown_port(p),
+        p if pkt.ports_unknown => class_slot_unknown_port(p),
         p @ (protocol::ICMP | protocol::ICMPV6) => class_slot(p, packet.source_port),
         p => class_slot(p, packet.destination_port),
     }
@@ -287,98 +281,98 @@ fn slot(frame: &PacketContext) -> u32 {
 
 /// Gives the verdict on a packet that belongs to no live flow, and creates the conntrack entry: steps 3 and 5 to 8.
 #[inline(always)]
-pub fn admit_new_flow<C: Calls>(ctx: C, frame: &mut PacketContext) {
+pub fn admit_new_flow<C: Calls>(ctx: C, pkt: &mut PacketContext) {
     // Step 3: addresses.
-    if !check_addresses(ctx, frame) {
+    if !check_addresses(ctx, pkt) {
         return;
     }
     // Step 5: identity of the peer.
-    let ingress = frame.is_ingress();
+    let ingress = pkt.is_ingress();
     let other = if ingress {
-        &frame.packet.source
+        &pkt.headers.source
     } else {
-        &frame.packet.destination
+        &pkt.headers.destination
     };
-    let identity = if frame.learns != 0 && !ingress {
-        identity::learned(other, frame.ipcache_hit, frame.endpoint)
+    let identity = if pkt.learns != 0 && !ingress {
+        identity::learned(other, pkt.ipcache_hit, pkt.endpoint)
     } else {
-        identity::identity(other, frame.ipcache_hit)
+        identity::identity(other, pkt.ipcache_hit)
     };
     // Step 6: class of protocol and port.
-    let slot = slot(frame);
+    let slot = slot(pkt);
     // Only a bare SYN shows which end opened the flow. Otherwise an attacker that sends the first packet would choose
     // the direction whose rules apply to the flow.
-    frame.opposite = opposite::NONE;
-    if frame.stateful
-        && direction_is_uncertain(frame.packet.protocol, conntrack::is_bare_syn(&frame.packet))
-        && !is_plain(frame, u32::from(!ingress))
+    pkt.opposite = opposite::NONE;
+    if pkt.stateful
+        && direction_is_uncertain(pkt.headers.protocol, conntrack::is_bare_syn(&pkt.headers))
+        && !is_plain(pkt, u32::from(!ingress))
     {
-        probe_direction(frame, frame.ipcache_hit, u32::from(!ingress));
+        probe_direction(pkt, pkt.ipcache_hit, u32::from(!ingress));
     }
     // Step 7: policy table.
-    policy::lookup(frame, identity, slot, u32::from(frame.direction));
-    if frame.opposite != opposite::NONE && frame.reason == Reason::Allowed as u8 && frame.inspector == 0 {
-        reverse_flow(frame, u32::from(!ingress));
+    policy::lookup(pkt, identity, slot, u32::from(pkt.direction));
+    if pkt.opposite != opposite::NONE && pkt.reason == Reason::Allowed as u8 && pkt.inspector == 0 {
+        reverse_flow(pkt, u32::from(!ingress));
     }
-    let packet = &frame.packet;
+    let packet = &pkt.headers;
     let tcp_flags = packet.tcp_flags & (tcp_flags::SYN | tcp_flags::RST | tcp_flags::ACK);
     let is_tcp = packet.protocol == protocol::TCP;
     // Default deny: report the more specific cause, if there is one.
-    if frame.reason == Reason::PolicyDenied as u8 {
-        if frame.ports_unknown {
-            frame.set(Reason::FragmentNotFound);
+    if pkt.reason == Reason::PolicyDenied as u8 {
+        if pkt.ports_unknown {
+            pkt.set(Reason::FragmentNotFound);
         } else if packet.is(flags::ICMP_ERROR) {
-            frame.set(Reason::UnrelatedIcmp);
+            pkt.set(Reason::UnrelatedIcmp);
         } else if is_tcp && tcp_flags == tcp_flags::SYN | tcp_flags::ACK {
-            frame.set(Reason::CtInvalidState);
+            pkt.set(Reason::CtInvalidState);
         }
     }
     // Step 8: allowed, denied, or inspect.
-    let packet = &frame.packet;
-    if ingress == frame.reversed {
-        frame.event_flags |= event_flags::FLOW_EGRESS;
+    let packet = &pkt.headers;
+    if ingress == pkt.reversed {
+        pkt.event_flags |= event_flags::FLOW_EGRESS;
     } else {
-        frame.flow_flags |= ct_flags::INGRESS;
+        pkt.flow_flags |= ct_flags::INGRESS;
     }
-    if frame.reason == Reason::Audited as u8 {
-        frame.event_flags |= event_flags::AUDIT;
-        frame.flow_flags |= ct_flags::AUDIT;
+    if pkt.reason == Reason::Audited as u8 {
+        pkt.event_flags |= event_flags::AUDIT;
+        pkt.flow_flags |= ct_flags::AUDIT;
     }
-    if frame.rule != 0 {
-        counters::rule(frame.rule, packet.length);
+    if pkt.rule != 0 {
+        counters::rule(pkt.rule, packet.length);
     }
     // Neither a SYN+ACK nor a reset creates a flow. Where both directions are allowed without inspection, a SYN+ACK
     // whose SYN took another route passes by itself.
     let answers = tcp_flags & tcp_flags::RST != 0 || tcp_flags == tcp_flags::SYN | tcp_flags::ACK;
-    let begins = frame.stateful && !packet.is(flags::ECHO_REPLY) && !(is_tcp && answers);
+    let begins = pkt.stateful && !packet.is(flags::ECHO_REPLY) && !(is_tcp && answers);
     // A packet without a flow cannot be inspected.
-    if !begins && frame.inspector != 0 && !frame.is_dropped() {
-        frame.set(Reason::CtInvalidState);
+    if !begins && pkt.inspector != 0 && !pkt.is_dropped() {
+        pkt.set(Reason::CtInvalidState);
     }
-    if begins && !frame.is_dropped() {
-        if is_tcp && frame.packet.tcp_flags & conntrack::STATE_FLAGS != tcp_flags::SYN {
-            frame.flow_flags |= ct_flags::MIDSTREAM;
+    if begins && !pkt.is_dropped() {
+        if is_tcp && pkt.headers.tcp_flags & conntrack::STATE_FLAGS != tcp_flags::SYN {
+            pkt.flow_flags |= ct_flags::MIDSTREAM;
         }
-        if conntrack::claim_slot(frame) == 0 {
-            return frame.set(Reason::CtInsertionFailed);
+        if conntrack::claim_slot(pkt) == 0 {
+            return pkt.set(Reason::CtInsertionFailed);
         }
-        conntrack::insert(frame);
-        if frame.is_dropped() {
+        conntrack::insert(pkt);
+        if pkt.is_dropped() {
             return;
         }
         // Sent here and not by `insert`: the entry on its stack leaves no room for the call.
         let start = event::what(EventKind::Trace, TracePoint::Start);
-        ctx.send(frame, start, core::ptr::null_mut());
-        if frame.inspector != 0 {
+        ctx.send(pkt, start, core::ptr::null_mut());
+        if pkt.inspector != 0 {
             let opens = !is_tcp || tcp_flags == tcp_flags::SYN;
             let midstream = if opens { 0 } else { punt_flags::MIDSTREAM };
-            let reply = if frame.reversed { punt_flags::REPLY } else { 0 };
-            frame.must_punt = true;
-            punt::request_punt(frame, punt_flags::NEW | midstream | reply);
+            let reply = if pkt.reversed { punt_flags::REPLY } else { 0 };
+            pkt.must_punt = true;
+            punt::request_punt(pkt, punt_flags::NEW | midstream | reply);
         }
     }
     ctx.send(
-        frame,
+        pkt,
         event::what(EventKind::PolicyVerdict, TracePoint::None),
         core::ptr::null_mut(),
     );
@@ -389,55 +383,55 @@ pub fn admit_new_flow<C: Calls>(ctx: C, frame: &mut PacketContext) {
 /// its inspector has not seen it from its start and resets both ends. Everything else is dropped. A default deny of the
 /// opposite direction does not count: it applies to every packet that a client sends.
 #[inline(never)]
-fn reverse_flow(frame: &mut PacketContext, ingress: u32) -> u32 {
-    let packet = &frame.packet;
+fn reverse_flow(pkt: &mut PacketContext, ingress: u32) -> u32 {
+    let packet = &pkt.headers;
     let is_tcp = packet.protocol == protocol::TCP;
-    if !is_tcp && frame.opposite != opposite::INSPECTED {
+    if !is_tcp && pkt.opposite != opposite::INSPECTED {
         return 0;
     }
     if is_tcp
-        && frame.opposite == opposite::INSPECTED
+        && pkt.opposite == opposite::INSPECTED
         && packet.tcp_flags & (tcp_flags::SYN | tcp_flags::RST) == 0
     {
-        frame.clear_decision();
-        lookup_direction(frame, frame.ipcache_hit, ingress);
-        frame.reversed = true;
+        pkt.clear_decision();
+        lookup_direction(pkt, pkt.ipcache_hit, ingress);
+        pkt.reversed = true;
         return 0;
     }
-    frame.set(Reason::CtInvalidState);
+    pkt.set(Reason::CtInvalidState);
     0
 }
 
 /// Step 3: returns whether the source address is valid and the packet concerns the endpoint; sets the verdict
-/// otherwise. Writes the ipcache entry of the peer into `frame`.
+/// otherwise. Writes the ipcache entry of the peer into `pkt`.
 // Not inlined: its spilled registers would take stack space while `insert` runs, and Linux 6.1 has none left.
 #[inline(never)]
-fn check_addresses<H: Hook>(ctx: H, frame: &mut PacketContext) -> bool {
+fn check_addresses<H: Hook>(ctx: H, pkt: &mut PacketContext) -> bool {
     const LOCAL: u8 = ct_flags::REMOTE_IS_LOCAL;
     const HOST: u8 = ct_flags::REMOTE_IS_HOST;
-    let mut source = identity::exact_here(&frame.packet.source);
-    let mut destination = identity::exact_here(&frame.packet.destination);
-    forget_other_links(ctx, frame, &mut source, &mut destination);
+    let mut source = identity::exact_here(&pkt.headers.source);
+    let mut destination = identity::exact_here(&pkt.headers.destination);
+    forget_other_links(ctx, pkt, &mut source, &mut destination);
     let from = source.endpoint();
     let to = destination.endpoint();
     let host = identity::host_endpoint();
     let from_host = from != 0 && from == host;
     let to_host = to != 0 && to == host;
-    frame.ipcache_hit = if frame.is_ingress() {
+    pkt.ipcache_hit = if pkt.is_ingress() {
         source.into()
     } else {
         destination.into()
     };
-    match frame.hook_point {
+    match pkt.hook_point {
         hook_point::NIC_IN => {
-            frame.flow_flags = 0;
+            pkt.flow_flags = 0;
             if from != 0 {
-                frame.set(Reason::InvalidSourceIp);
+                pkt.set(Reason::InvalidSourceIp);
                 return false;
             }
-            if !to_host && (to != 0 || identity::is_forwarded(ctx, frame)) {
-                let guarded = to == 0 || reaches_its_workload(ctx, frame);
-                frame.set(if guarded {
+            if !to_host && (to != 0 || identity::is_forwarded(ctx, pkt)) {
+                let guarded = to == 0 || reaches_its_workload(ctx, pkt);
+                pkt.set(if guarded {
                     Reason::Forwarded
                 } else {
                     Reason::Unguarded
@@ -453,47 +447,47 @@ fn check_addresses<H: Hook>(ctx: H, frame: &mut PacketContext) -> bool {
                     link::role_of(ctx.entered_by()) != role::NONE
                 };
                 if !guarded {
-                    frame.set(Reason::Unguarded);
+                    pkt.set(Reason::Unguarded);
                     return false;
                 }
                 if !from_host {
-                    frame.set(Reason::Forwarded);
+                    pkt.set(Reason::Forwarded);
                     return false;
                 }
-            } else if !from_host && is_translated(ctx, frame) {
-                frame.set(Reason::Translated);
+            } else if !from_host && is_translated(ctx, pkt) {
+                pkt.set(Reason::Translated);
                 return false;
             }
-            frame.flow_flags = if to != 0 { LOCAL } else { 0 };
+            pkt.flow_flags = if to != 0 { LOCAL } else { 0 };
         }
         hook_point::FROM_WORKLOAD => {
-            if from == 0 || from != frame.endpoint {
-                frame.set(Reason::InvalidSourceIp);
+            if from == 0 || from != pkt.endpoint {
+                pkt.set(Reason::InvalidSourceIp);
                 return false;
             }
-            frame.flow_flags = if to_host {
+            pkt.flow_flags = if to_host {
                 HOST | LOCAL
             } else if to != 0 {
-                if !reaches_its_workload(ctx, frame) {
-                    frame.set(Reason::Unguarded);
+                if !reaches_its_workload(ctx, pkt) {
+                    pkt.set(Reason::Unguarded);
                     return false;
                 }
                 LOCAL
-            } else if identity::is_forwarded(ctx, frame) {
+            } else if identity::is_forwarded(ctx, pkt) {
                 0
             } else {
                 HOST
             };
         }
         hook_point::TO_WORKLOAD => {
-            if to != frame.endpoint && !(to == 0 && identity::is_link_local(&frame.packet.destination)) {
-                if !is_to_group(ctx, frame, to) {
-                    frame.set(Reason::NotTheEndpoints);
+            if to != pkt.endpoint && !(to == 0 && identity::is_link_local(&pkt.headers.destination)) {
+                if !is_to_group(ctx, pkt, to) {
+                    pkt.set(Reason::NotTheEndpoints);
                     return false;
                 }
                 // An entry of this flow would have a group as its local address, and the endpoint could use the group
                 // as a source address.
-                frame.stateful = false;
+                pkt.stateful = false;
             }
             let guarded = if from != 0 && !from_host {
                 left_its_workload(ctx)
@@ -501,14 +495,14 @@ fn check_addresses<H: Hook>(ctx: H, frame: &mut PacketContext) -> bool {
                 link::role_of(ctx.entered_by()) != role::NONE
             };
             if !ctx.is_local() && !guarded {
-                frame.set(Reason::Unguarded);
+                pkt.set(Reason::Unguarded);
                 return false;
             }
-            if !from_host && is_translated(ctx, frame) {
-                frame.set(Reason::Translated);
+            if !from_host && is_translated(ctx, pkt) {
+                pkt.set(Reason::Translated);
                 return false;
             }
-            frame.flow_flags = if from_host || (from == 0 && ctx.is_local()) {
+            pkt.flow_flags = if from_host || (from == 0 && ctx.is_local()) {
                 HOST | LOCAL
             } else if from != 0 {
                 LOCAL
@@ -516,7 +510,7 @@ fn check_addresses<H: Hook>(ctx: H, frame: &mut PacketContext) -> bool {
                 0
             };
         }
-        _ => frame.flow_flags = LOCAL,
+        _ => pkt.flow_flags = LOCAL,
     }
     true
 }
@@ -528,12 +522,12 @@ fn check_addresses<H: Hook>(ctx: H, frame: &mut PacketContext) -> bool {
 #[inline(always)]
 fn forget_other_links<H: Hook>(
     ctx: H,
-    frame: &PacketContext,
+    pkt: &PacketContext,
     source: &mut IpcacheHit,
     destination: &mut IpcacheHit,
 ) {
-    let packet = &frame.packet;
-    match frame.hook_point {
+    let packet = &pkt.headers;
+    match pkt.hook_point {
         hook_point::NIC_IN if identity::is_link_local(&packet.source) => *source = IpcacheHit::NONE,
         hook_point::NIC_OUT if identity::is_link_local(&packet.destination) => {
             *destination = IpcacheHit::NONE
@@ -552,16 +546,16 @@ fn forget_other_links<H: Hook>(
 /// Returns whether a packet towards a workload is a multicast or broadcast. The destination MAC address shows a
 /// subnet's directed broadcast, whose IP address only the subnet's prefix length tells.
 #[inline(always)]
-fn is_to_group<H: Hook>(ctx: H, frame: &PacketContext, to: u32) -> bool {
-    let to_addr = frame.packet.destination.0;
-    if frame.packet.is(flags::IPV6) {
+fn is_to_group<H: Hook>(ctx: H, pkt: &PacketContext, to: u32) -> bool {
+    let to_addr = pkt.headers.destination.0;
+    if pkt.headers.is(flags::IPV6) {
         return to_addr[0].to_ne_bytes()[0] == 0xff;
     }
     let first = to_addr[3].to_ne_bytes()[0];
     if first & 0xf0 == 224 || to_addr[3] == u32::MAX {
         return true;
     }
-    if to != 0 || frame.layer3 != 0 {
+    if to != 0 || pkt.layer3 != 0 {
         return false;
     }
     match ctx.bytes(false).array::<6>(0) {
@@ -574,115 +568,115 @@ fn is_to_group<H: Hook>(ctx: H, frame: &PacketContext, to: u32) -> bool {
 /// direction the packet has. A denied flow keeps its entry and stays denied in both directions until it expires:
 /// without the entry, the next packet of the reply direction would open a flow of its own.
 #[inline(always)]
-pub fn reevaluate_flow<C: Calls>(ctx: C, frame: &mut PacketContext, entry: Entry) {
-    let known = known_remote(frame);
+pub fn reevaluate_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) {
+    let known = known_remote(pkt);
     // A new configuration may have assigned the address to another endpoint.
     if matches!(
-        frame.hook_point,
+        pkt.hook_point,
         hook_point::FROM_WORKLOAD | hook_point::TO_WORKLOAD
     ) {
-        let owner = identity::exact(&frame.key.local).endpoint();
-        if owner != frame.endpoint && !(owner == 0 && identity::is_link_local(&frame.key.local)) {
-            return frame.set(Reason::InvalidSourceIp);
+        let owner = identity::exact(&pkt.key.local).endpoint();
+        if owner != pkt.endpoint && !(owner == 0 && identity::is_link_local(&pkt.key.local)) {
+            return pkt.set(Reason::InvalidSourceIp);
         }
     }
     let old_flags = entry.flags();
     let mut flow_flags = old_flags & !(ct_flags::AUDIT | ct_flags::REMOTE_IS_LOCAL);
     let ingress = u32::from(flow_flags & ct_flags::INGRESS != 0);
-    frame.opposite = opposite::NONE;
+    pkt.opposite = opposite::NONE;
     let by_syn = flow_flags & (ct_flags::MIDSTREAM | ct_flags::SEEDED) == 0;
-    if direction_is_uncertain(frame.key.protocol, by_syn) && !is_plain(frame, ingress ^ 1) {
-        probe_direction(frame, known.into(), ingress ^ 1);
+    if direction_is_uncertain(pkt.key.protocol, by_syn) && !is_plain(pkt, ingress ^ 1) {
+        probe_direction(pkt, known.into(), ingress ^ 1);
     }
-    lookup_direction(frame, known.into(), ingress);
+    lookup_direction(pkt, known.into(), ingress);
     // As in `reverse_flow`.
-    if frame.opposite != opposite::NONE && frame.reason == Reason::Allowed as u8 && frame.inspector == 0 {
-        if frame.key.protocol != protocol::TCP {
-            if frame.opposite == opposite::INSPECTED {
-                frame.set(Reason::CtInvalidState);
+    if pkt.opposite != opposite::NONE && pkt.reason == Reason::Allowed as u8 && pkt.inspector == 0 {
+        if pkt.key.protocol != protocol::TCP {
+            if pkt.opposite == opposite::INSPECTED {
+                pkt.set(Reason::CtInvalidState);
             }
-        } else if frame.opposite == opposite::INSPECTED {
-            frame.clear_decision();
-            lookup_direction(frame, known.into(), ingress ^ 1);
+        } else if pkt.opposite == opposite::INSPECTED {
+            pkt.clear_decision();
+            lookup_direction(pkt, known.into(), ingress ^ 1);
             // The flow counts in the share of its direction, which changes.
-            conntrack::unprotect(&frame.key, entry);
+            conntrack::unprotect(&pkt.key, entry);
             flow_flags = (flow_flags ^ ct_flags::INGRESS) | ct_flags::MIDSTREAM;
         } else {
-            frame.set(Reason::CtInvalidState);
+            pkt.set(Reason::CtInvalidState);
         }
     }
-    if frame.reason == Reason::Audited as u8 {
+    if pkt.reason == Reason::Audited as u8 {
         flow_flags |= ct_flags::AUDIT;
     }
-    if known.endpoint() != 0 || frame.hook_point == hook_point::NODE {
+    if known.endpoint() != 0 || pkt.hook_point == hook_point::NODE {
         flow_flags |= ct_flags::REMOTE_IS_LOCAL;
     }
     if known.endpoint() != 0 && known.endpoint() == identity::host_endpoint() {
         flow_flags |= ct_flags::REMOTE_IS_HOST;
     }
-    let changed = entry.rule() != frame.rule || (old_flags ^ flow_flags) & ct_flags::AUDIT != 0;
-    entry.set_rule(frame.rule);
-    entry.set_match_kind(frame.match_kind);
-    entry.set_remote_identity(frame.remote_identity);
+    let changed = entry.rule() != pkt.rule || (old_flags ^ flow_flags) & ct_flags::AUDIT != 0;
+    entry.set_rule(pkt.rule);
+    entry.set_match_kind(pkt.match_kind);
+    entry.set_remote_identity(pkt.remote_identity);
     let old_ruleset = entry.ruleset();
-    if old_ruleset != frame.ruleset || entry.punt_flags() != frame.punt_flags {
+    if old_ruleset != pkt.ruleset || entry.punt_flags() != pkt.punt_flags {
         // Windows and offload were decided by other rules.
         entry.set_windows([0; 4]);
         entry.set_decided(0);
         entry.set_over(0);
-        entry.set_inspector(frame.inspector);
+        entry.set_inspector(pkt.inspector);
     } else if old_ruleset == 0 {
-        entry.set_inspector(frame.inspector);
+        entry.set_inspector(pkt.inspector);
     }
     // Otherwise the rules are the same, and what the inspector has offloaded stays offloaded.
-    if old_ruleset != 0 && frame.ruleset == 0 && !frame.is_dropped() {
+    if old_ruleset != 0 && pkt.ruleset == 0 && !pkt.is_dropped() {
         // Inspection ends here. The new serial makes a later inspection of the flow start from scratch.
         entry.set_serial(entry.serial().wrapping_add(1));
     }
-    entry.set_ruleset(frame.ruleset);
-    entry.set_punt_flags(frame.punt_flags);
+    entry.set_ruleset(pkt.ruleset);
+    entry.set_punt_flags(pkt.punt_flags);
     entry.set_flags(flow_flags);
-    frame.event_flags = conntrack::direction_flags(entry, frame.is_ingress());
-    if frame.is_dropped() {
-        counters::rule(frame.rule, frame.packet.length);
+    pkt.event_flags = conntrack::direction_flags(entry, pkt.is_ingress());
+    if pkt.is_dropped() {
+        counters::rule(pkt.rule, pkt.headers.length);
         // No endpoint has revision 0: the next packet evaluates the flow again.
         entry.set_revision(0);
     } else {
-        entry.set_revision(frame.revision);
+        entry.set_revision(pkt.revision);
     }
     if changed {
         let what = event::what(EventKind::PolicyVerdict, TracePoint::None);
-        ctx.send(frame, what, core::ptr::null_mut());
+        ctx.send(pkt, what, core::ptr::null_mut());
     }
 }
 
 /// Decodes the packet that an ICMP error quotes; returns 0 if its flow can be known. Not inlined, to free its stack
 /// before the lookup.
 #[inline(never)]
-fn read_quote<H: Hook>(ctx: H, frame: &PacketContext, quote: &mut Quote) -> u32 {
+fn read_quote<H: Hook>(ctx: H, pkt: &PacketContext, quote: &mut Quote) -> u32 {
     // ICMP errors are rare, so the headers are pulled without trying first.
     ctx.pull_headers();
-    u32::from(decode_quote(&ctx.bytes(true), &frame.packet, quote).is_err())
+    u32::from(decode_quote(&ctx.bytes(true), &pkt.headers, quote).is_err())
 }
 
 /// Writes the key of the flow that an ICMP error quotes, and sets [`Reason::Related`]; sets the reason of the drop if
 /// the error is invalid. The caller looks the flow up: the stack has no room for the lookup beside the quote.
 #[inline(always)]
-pub fn match_icmp_error<H: Hook>(ctx: H, frame: &mut PacketContext) {
+pub fn match_icmp_error<H: Hook>(ctx: H, pkt: &mut PacketContext) {
     let mut quote = Quote::default();
-    frame.set(Reason::UnrelatedIcmp);
-    if read_quote(ctx, frame, &mut quote) != 0 {
+    pkt.set(Reason::UnrelatedIcmp);
+    if read_quote(ctx, pkt, &mut quote) != 0 {
         return;
     }
     // An error goes to the sender of the quoted packet (RFC 1122, section 3.2.2; RFC 4443, section 2.2).
-    if quote.source != frame.packet.destination {
+    if quote.source != pkt.headers.destination {
         return;
     }
     // The source of an error is checked like that of any packet (step 3).
-    let source = identity::exact(&frame.packet.source).endpoint();
-    match frame.hook_point {
-        hook_point::NIC_IN if source != 0 && !identity::is_link_local(&frame.packet.source) => {
-            return frame.set(Reason::InvalidSourceIp);
+    let source = identity::exact(&pkt.headers.source).endpoint();
+    match pkt.hook_point {
+        hook_point::NIC_IN if source != 0 && !identity::is_link_local(&pkt.headers.source) => {
+            return pkt.set(Reason::InvalidSourceIp);
         }
         hook_point::TO_WORKLOAD
             if source != 0
@@ -690,10 +684,10 @@ pub fn match_icmp_error<H: Hook>(ctx: H, frame: &mut PacketContext) {
                 && !ctx.is_local()
                 && !left_its_workload(ctx) =>
         {
-            return frame.set(Reason::Unguarded);
+            return pkt.set(Reason::Unguarded);
         }
-        hook_point::FROM_WORKLOAD if source == 0 || source != frame.endpoint => {
-            return frame.set(Reason::InvalidSourceIp);
+        hook_point::FROM_WORKLOAD if source == 0 || source != pkt.endpoint => {
+            return pkt.set(Reason::InvalidSourceIp);
         }
         _ => {}
     }
@@ -707,7 +701,7 @@ pub fn match_icmp_error<H: Hook>(ctx: H, frame: &mut PacketContext) {
         protocol: quote.protocol,
         flags: quote.flags,
     };
-    let quoted_ingress = !frame.is_ingress();
-    conntrack::write_key(&mut frame.key, frame.endpoint, quoted_ingress, ends);
-    frame.set(Reason::Related);
+    let quoted_ingress = !pkt.is_ingress();
+    conntrack::write_key(&mut pkt.key, pkt.endpoint, quoted_ingress, ends);
+    pkt.set(Reason::Related);
 }

@@ -25,15 +25,15 @@ pub const fn what_trace(point: u32) -> u32 {
 
 /// Returns the slot of an event's budget.
 #[inline(always)]
-fn slot(frame: &PacketContext, what: u32) -> u32 {
-    budget_slot(what >> 8, frame.reason)
+fn slot(pkt: &PacketContext, what: u32) -> u32 {
+    budget_slot(what >> 8, pkt.reason)
 }
 
 /// Takes a token from the budget of this kind and reason; returns whether there was one. A bucket is refilled once a
 /// second.
 #[inline(always)]
-pub fn may_send(frame: &PacketContext, what: u32) -> bool {
-    let (slot, now) = (slot(frame, what), frame.now);
+pub fn may_send(pkt: &PacketContext, what: u32) -> bool {
+    let (slot, now) = (slot(pkt, what), pkt.now);
     let (Some(budget), Some(config)) = (BUDGETS.get_ptr_mut(slot), CONFIG.get(0)) else {
         return false;
     };
@@ -54,29 +54,29 @@ pub fn may_send(frame: &PacketContext, what: u32) -> bool {
 
 /// Writes an event about a packet to the ring buffer. `flow`: the entry whose counters a trace reports.
 #[inline(always)]
-pub fn send<H: Hook>(ctx: H, frame: &PacketContext, what: u32, flow: Option<Entry>) {
+pub fn send<H: Hook>(ctx: H, pkt: &PacketContext, what: u32, flow: Option<Entry>) {
     let kind = what >> 8;
     let Some(mut record) = EVENTS.reserve_untyped::<Event>(0) else {
-        if let Some(budget) = BUDGETS.get_ptr_mut(slot(frame, what)) {
+        if let Some(budget) = BUDGETS.get_ptr_mut(slot(pkt, what)) {
             // SAFETY: a value of a per-CPU map, which lives as long as the map; only the programs of this CPU write it.
             unsafe { (*budget).lost += 1 };
         }
         return;
     };
-    let packet = &frame.packet;
+    let packet = &pkt.headers;
     // The packet path looks up the peer's identity only; the endpoint's own is in its state.
-    let own_identity = match ENDPOINTS.get(frame.endpoint & 0xffff) {
+    let own_identity = match ENDPOINTS.get(pkt.endpoint & 0xffff) {
         Some(state) => state.identity,
         None => 0,
     };
-    let mut event_flags = frame.event_flags;
+    let mut event_flags = pkt.event_flags;
     if packet.is(flags::IPV6) {
         event_flags |= event_flags::IPV6;
     }
-    if frame.ports_unknown {
+    if pkt.ports_unknown {
         event_flags |= event_flags::FRAGMENT;
     }
-    if !frame.is_ingress() {
+    if !pkt.is_ingress() {
         event_flags |= event_flags::EGRESS;
     }
     let event = record.as_mut_ptr();
@@ -88,25 +88,25 @@ pub fn send<H: Hook>(ctx: H, frame: &PacketContext, what: u32, flow: Option<Entr
         (*event).destination = packet.destination;
         (*event).source_port = packet.source_port;
         (*event).destination_port = packet.destination_port;
-        if frame.is_ingress() {
-            (*event).source_identity = frame.remote_identity;
+        if pkt.is_ingress() {
+            (*event).source_identity = pkt.remote_identity;
             (*event).destination_identity = own_identity;
         } else {
             (*event).source_identity = own_identity;
-            (*event).destination_identity = frame.remote_identity;
+            (*event).destination_identity = pkt.remote_identity;
         }
-        (*event).rule = frame.rule;
-        (*event).ifindex = frame.ifindex;
+        (*event).rule = pkt.rule;
+        (*event).ifindex = pkt.ifindex;
         (*event).length = packet.length;
-        (*event).endpoint = frame.endpoint as u16;
+        (*event).endpoint = pkt.endpoint as u16;
         (*event).kind = kind as u8;
-        (*event).reason = frame.reason;
+        (*event).reason = pkt.reason;
         (*event).flags = event_flags;
         (*event).protocol = packet.protocol;
         (*event).tcp_flags = packet.tcp_flags;
-        (*event).match_kind = frame.match_kind;
+        (*event).match_kind = pkt.match_kind;
         (*event).trace_point = what as u8;
-        (*event).decision = frame.decision;
+        (*event).decision = pkt.decision;
         (*event).ether_type = if packet.is(flags::NOT_IP) {
             packet.ether_type
         } else {
@@ -114,7 +114,7 @@ pub fn send<H: Hook>(ctx: H, frame: &PacketContext, what: u32, flow: Option<Entr
         };
         (*event).source_mac = [0; 6];
         (*event).destination_mac = [0; 6];
-        if frame.layer3 == 0
+        if pkt.layer3 == 0
             && let Some(mac) = ctx.bytes(false).array::<12>(0)
         {
             (*event).destination_mac = [mac[0], mac[1], mac[2], mac[3], mac[4], mac[5]];

@@ -13,13 +13,13 @@ const IPV6_FRAGMENT: u32 = 44;
 
 /// Returns the key of a fragment's datagram, which contains interface and hook.
 #[inline(always)]
-fn key(frame: &PacketContext) -> FragmentKey {
-    let packet = &frame.packet;
+fn key(pkt: &PacketContext) -> FragmentKey {
+    let packet = &pkt.headers;
     FragmentKey {
         source: packet.source,
         destination: packet.destination,
         id: packet.fragment_id,
-        hook: (frame.ifindex << 1) | u32::from(frame.egress),
+        hook: (pkt.ifindex << 1) | u32::from(pkt.egress),
         protocol: if packet.is(flags::IPV6) {
             IPV6_FRAGMENT
         } else {
@@ -31,24 +31,24 @@ fn key(frame: &PacketContext) -> FragmentKey {
 /// Stores the ports of a first fragment that a rule has allowed or denied, so that the same rule decides about the
 /// later fragments. A first fragment that is malformed, forwarded, or has a spoofed source is not stored.
 #[inline(never)]
-pub fn remember(frame: &mut PacketContext) -> u32 {
-    let judged = !frame.is_dropped() || frame.rule != 0;
-    if !judged || frame.reason == Reason::Forwarded as u8 {
+pub fn remember(pkt: &mut PacketContext) -> u32 {
+    let judged = !pkt.is_dropped() || pkt.rule != 0;
+    if !judged || pkt.reason == Reason::Forwarded as u8 {
         return 0;
     }
-    // Not `frame.endpoint`: that is the node if the node's policy was looked up too.
-    let Some(interface) = INTERFACES.get(frame.ifindex & (ID_SLOTS as u32 - 1)) else {
+    // Not `pkt.endpoint`: that is the node if the node's policy was looked up too.
+    let Some(interface) = INTERFACES.get(pkt.ifindex & (ID_SLOTS as u32 - 1)) else {
         return 0;
     };
-    let key = key(frame);
-    let packet = &frame.packet;
+    let key = key(pkt);
+    let packet = &pkt.headers;
     let lifetime = match CONFIG.get(0) {
         Some(config) => config.fragment,
         None => 0,
     };
     let is_icmp = matches!(packet.protocol, protocol::ICMP | protocol::ICMPV6);
     let ports = FragmentPorts {
-        expires: frame.now + lifetime,
+        expires: pkt.now + lifetime,
         source: packet.source_port,
         destination: if is_icmp {
             packet.echo_id
@@ -68,13 +68,13 @@ pub fn remember(frame: &mut PacketContext) -> u32 {
 
 /// Sets the ports of a later fragment to those of the first fragment.
 #[inline(never)]
-pub fn resolve(frame: &mut PacketContext) -> u32 {
-    let key = key(frame);
-    let packet = &mut frame.packet;
+pub fn resolve(pkt: &mut PacketContext) -> u32 {
+    let key = key(pkt);
+    let packet = &mut pkt.headers;
     let ipv6 = packet.is(flags::IPV6);
     // SAFETY: a hash map replaces elements and never changes one in place; the fields are copied at once.
     match unsafe { FRAGMENTS.get(&key) } {
-        Some(ports) if ports.expires > frame.now => {
+        Some(ports) if ports.expires > pkt.now => {
             packet.protocol = ports.protocol;
             packet.tcp_flags = ports.tcp_flags;
             packet.source_port = ports.source;
@@ -87,7 +87,7 @@ pub fn resolve(frame: &mut PacketContext) -> u32 {
                 packet.destination_port = ports.destination;
             }
         }
-        _ => frame.ports_unknown = true,
+        _ => pkt.ports_unknown = true,
     }
     0
 }

@@ -35,13 +35,13 @@ fn sum(words: *mut u32, length: u32, seed: u32) -> u64 {
     sum as u64 & 0xffff_ffff
 }
 
-/// Truncates an ICMP error that quotes a packet of the flow `frame.key`. Returns 0 if that worked. Returns 1 for a
+/// Truncates an ICMP error that quotes a packet of the flow `pkt.key`. Returns 0 if that worked. Returns 1 for a
 /// fragment, and if the quoted header has options or extension headers.
 #[inline(never)]
-pub fn cut<H: Hook>(ctx: H, frame: &mut PacketContext) -> u32 {
-    let network = u32::from(frame.packet.network_offset);
-    let transport = u32::from(frame.packet.transport_offset);
-    let ipv6 = frame.packet.is(flags::IPV6);
+pub fn cut<H: Hook>(ctx: H, pkt: &mut PacketContext) -> u32 {
+    let network = u32::from(pkt.headers.network_offset);
+    let transport = u32::from(pkt.headers.transport_offset);
+    let ipv6 = pkt.headers.is(flags::IPV6);
     let quoted_header = if ipv6 { 40 } else { 20 };
     // IPv4: the word with the length of the quoted header. IPv6: the word with its next header.
     let mut word = [0_u32; 1];
@@ -50,29 +50,29 @@ pub fn cut<H: Hook>(ctx: H, frame: &mut PacketContext) -> u32 {
     }
     let bytes = word[0].to_ne_bytes();
     let plain = if ipv6 {
-        bytes[2] == frame.key.protocol
+        bytes[2] == pkt.key.protocol
     } else {
         bytes[0] == 0x45
     };
-    if frame.packet.is(flags::FRAGMENT_FIRST) || !plain {
+    if pkt.headers.is(flags::FRAGMENT_FIRST) || !plain {
         return 1;
     }
     let message = HEADER + quoted_header + HEADER;
     let length = transport - network + message;
-    if frame.packet.length < length {
+    if pkt.headers.length < length {
         return 1;
     }
-    let before = frame.packet.length;
+    let before = pkt.headers.length;
     if !ctx.cut(network + length) {
         return 1;
     }
-    frame.packet.length = length;
+    pkt.headers.length = length;
     if ipv6 {
         let mut stated = [u32::from(((length - 40) as u16).to_be())];
         if !ctx.store(network + 4, &mut stated, 2) {
             return 1;
         }
-        return rewrite::<H, 14>(ctx, frame, transport);
+        return rewrite::<H, 14>(ctx, pkt, transport);
     }
     let mut header = [0_u32; 3];
     if !ctx.load(network, &mut header) {
@@ -87,20 +87,20 @@ pub fn cut<H: Hook>(ctx: H, frame: &mut PacketContext) -> u32 {
     if !ctx.store(network + 2, &mut stated, 2) || !ctx.store(network + 10, &mut checksum, 2) {
         return 1;
     }
-    rewrite::<H, 9>(ctx, frame, transport)
+    rewrite::<H, 9>(ctx, pkt, transport)
 }
 
 /// Clears all bits of the message at `transport` that its type does not define, and sets its checksum. `WORDS`: length
 /// of the message in words of 32 bits.
 #[inline(always)]
-fn rewrite<H: Hook, const WORDS: usize>(ctx: H, frame: &mut PacketContext, transport: u32) -> u32 {
+fn rewrite<H: Hook, const WORDS: usize>(ctx: H, pkt: &mut PacketContext, transport: u32) -> u32 {
     let length = 4 * WORDS as u32;
     let mut message = [0_u32; WORDS];
     if !ctx.load(transport, &mut message) {
         return 1;
     }
-    let ipv6 = frame.packet.is(flags::IPV6);
-    let (kind, code) = (frame.packet.source_port as u8, frame.packet.destination_port);
+    let ipv6 = pkt.headers.is(flags::IPV6);
+    let (kind, code) = (pkt.headers.source_port as u8, pkt.headers.destination_port);
     // The second word holds an MTU or a pointer, or it is unused (RFC 792, RFC 4443). The length field of RFC 4884 is
     // cleared, because it describes bytes that were cut off.
     let used = match kind {
@@ -114,7 +114,7 @@ fn rewrite<H: Hook, const WORDS: usize>(ctx: H, frame: &mut PacketContext, trans
     let mut total = sum(message.as_mut_ptr(), length, 0);
     if ipv6 {
         // The pseudo header (RFC 8200, section 8.1). `source` and `destination` are adjacent fields.
-        let addresses = (&raw mut frame.packet.source).cast::<u32>();
+        let addresses = (&raw mut pkt.headers.source).cast::<u32>();
         total += sum(addresses, 16, 0) + sum(addresses.wrapping_add(4), 16, 0);
         total += u64::from(length.to_be()) + u64::from(u32::from(protocol::ICMPV6).to_be());
     }

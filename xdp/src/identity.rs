@@ -135,26 +135,26 @@ pub fn is_link_local(addr: &Addr) -> bool {
 /// The ipcache holds the node's addresses that the daemon knows; the routing table also has an address that was added a
 /// moment ago. An unclear result counts as local delivery.
 #[inline(always)]
-pub fn is_forwarded<H: Hook>(ctx: H, frame: &PacketContext) -> bool {
-    route(ctx, frame) != 0
+pub fn is_forwarded<H: Hook>(ctx: H, pkt: &PacketContext) -> bool {
+    route(ctx, pkt) != 0
 }
 
 /// Returns the index of the interface by which the kernel would forward the packet; [`NOWHERE`] if it would refuse to;
 /// 0 if it delivers the packet locally.
 #[inline(always)]
-pub fn route<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
-    ask_route(ctx, frame, false)
+pub fn route<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
+    ask_route(ctx, pkt, false)
 }
 
 /// Returns the same as [`route`] for a packet to the source of this one.
 #[inline(always)]
-pub fn route_back<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
-    ask_route(ctx, frame, true)
+pub fn route_back<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
+    ask_route(ctx, pkt, true)
 }
 
 #[inline(never)]
-fn ask_route<H: Hook>(ctx: H, frame: &PacketContext, back: bool) -> u32 {
-    let packet = &frame.packet;
+fn ask_route<H: Hook>(ctx: H, pkt: &PacketContext, back: bool) -> u32 {
+    let packet = &pkt.headers;
     let (from, to) = if back {
         (&packet.destination, &packet.source)
     } else {
@@ -169,7 +169,7 @@ fn ask_route<H: Hook>(ctx: H, frame: &PacketContext, back: bool) -> u32 {
     let mut question: bpf_fib_lookup = unsafe { core::mem::zeroed() };
     question.family = if ipv6 { AF_INET6 } else { AF_INET };
     question.l4_protocol = packet.protocol;
-    question.ifindex = frame.ifindex;
+    question.ifindex = pkt.ifindex;
     // `ip rule` may select by ports. The kernel does not know the ports of a fragment.
     if matches!(packet.protocol, protocol::TCP | protocol::UDP | protocol::SCTP)
         && !packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER)

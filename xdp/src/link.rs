@@ -35,23 +35,23 @@ const SPOOFED: u32 = Reason::InvalidSourceIp as u32;
 /// Gives the verdict on a frame that is not IP, an IGMP or an ICMPv6 message if link control decides it. The reason
 /// stays 0 if the policy decides.
 #[inline(always)]
-pub fn check<C: Calls>(ctx: C, frame: &mut PacketContext) {
-    let packet = &frame.packet;
+pub fn check<C: Calls>(ctx: C, pkt: &mut PacketContext) {
+    let packet = &pkt.headers;
     let reason = if packet.is(flags::NOT_IP) {
-        not_ip(ctx, frame)
+        not_ip(ctx, pkt)
     } else if packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER) {
         // Receivers ignore fragmented neighbour discovery (RFC 6980).
         BY_POLICY
     } else if packet.protocol == protocol::IGMP {
-        igmp(ctx, frame)
+        igmp(ctx, pkt)
     } else {
-        icmpv6(ctx, frame)
+        icmpv6(ctx, pkt)
     };
-    frame.reason = reason as u8;
-    if frame.reason == Reason::Audited as u8 {
-        frame.event_flags = event_flags::REPLY_UNKNOWN | event_flags::AUDIT;
+    pkt.reason = reason as u8;
+    if pkt.reason == Reason::Audited as u8 {
+        pkt.event_flags = event_flags::REPLY_UNKNOWN | event_flags::AUDIT;
         ctx.send(
-            frame,
+            pkt,
             event::what(EventKind::PolicyVerdict, TracePoint::None),
             core::ptr::null_mut(),
         );
@@ -59,8 +59,8 @@ pub fn check<C: Calls>(ctx: C, frame: &mut PacketContext) {
 }
 
 #[inline(always)]
-fn is_nic(frame: &PacketContext) -> bool {
-    frame.hook_point == hook_point::NIC_IN || frame.hook_point == hook_point::NIC_OUT
+fn is_nic(pkt: &PacketContext) -> bool {
+    pkt.hook_point == hook_point::NIC_IN || pkt.hook_point == hook_point::NIC_OUT
 }
 
 /// Returns the state of an interface.
@@ -104,16 +104,16 @@ fn word<const N: usize>(header: &[u8; N], at: usize) -> u32 {
 /// 01:80:C2:00:00:0x (spanning tree, LACP, LLDP, 802.1X; IEEE 802.1Q, table 8-1) and the EtherTypes of the
 /// configuration. Any other frame passes only if no policy enforces the direction.
 #[inline(always)]
-fn not_ip<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
-    if frame.layer3 == 0 {
-        if frame.packet.ether_type == ETHER_TYPE_ARP {
-            return arp(ctx, frame);
+fn not_ip<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
+    if pkt.layer3 == 0 {
+        if pkt.headers.ether_type == ETHER_TYPE_ARP {
+            return arp(ctx, pkt);
         }
-        if is_nic(frame) && (is_control_group(ctx) || is_configured(frame)) {
+        if is_nic(pkt) && (is_control_group(ctx) || is_configured(pkt)) {
             return PASS;
         }
     }
-    unenforced(frame)
+    unenforced(pkt)
 }
 
 #[inline(always)]
@@ -125,15 +125,15 @@ fn is_control_group<H: Hook>(ctx: H) -> bool {
 }
 
 #[inline(always)]
-fn is_configured(frame: &PacketContext) -> bool {
-    let Some(interface) = interface(frame.ifindex) else {
+fn is_configured(pkt: &PacketContext) -> bool {
+    let Some(interface) = interface(pkt.ifindex) else {
         return false;
     };
     // A value below 1,536 is a length and no EtherType (IEEE 802.3, section 3.2.6).
-    let ether_type = if frame.packet.ether_type < 1536 {
+    let ether_type = if pkt.headers.ether_type < 1536 {
         ETHER_TYPE_LLC
     } else {
-        frame.packet.ether_type
+        pkt.headers.ether_type
     };
     let mut found = false;
     for allowed in interface.ether_types {
@@ -145,13 +145,13 @@ fn is_configured(frame: &PacketContext) -> bool {
 /// Returns the reason for a frame without address and port: the policy's entry for any peer and any port decides. At a
 /// workload's interface the peer may be the node, so the node's policy must allow the frame too.
 #[inline(always)]
-fn unenforced(frame: &PacketContext) -> u32 {
-    let own = default_reason(frame.endpoint, u32::from(frame.direction));
+fn unenforced(pkt: &PacketContext) -> u32 {
+    let own = default_reason(pkt.endpoint, u32::from(pkt.direction));
     let host = identity::host_endpoint();
-    let node = if is_nic(frame) || host == 0 {
+    let node = if is_nic(pkt) || host == 0 {
         BY_POLICY
     } else {
-        default_reason(host, u32::from(frame.direction ^ 1))
+        default_reason(host, u32::from(pkt.direction ^ 1))
     };
     // Reasons that pass are 0 and Audited; the larger number is the stricter one.
     if own > node { own } else { node }
@@ -202,11 +202,11 @@ fn default_reason(endpoint: u32, direction: u32) -> u32 {
 /// section 5.4). Towards a workload and out of a NIC: any address if the node generated the message (proxy ARP), or if
 /// the message entered by a guarded interface, where it was checked.
 #[inline(always)]
-fn may_name<H: Hook>(ctx: H, frame: &PacketContext, addr: &Addr) -> bool {
+fn may_name<H: Hook>(ctx: H, pkt: &PacketContext, addr: &Addr) -> bool {
     let owner = identity::exact(addr).endpoint();
-    match frame.hook_point {
+    match pkt.hook_point {
         hook_point::FROM_WORKLOAD if owner == 0 => identity::is_link_local(addr),
-        hook_point::FROM_WORKLOAD => owner == frame.endpoint,
+        hook_point::FROM_WORKLOAD => owner == pkt.endpoint,
         hook_point::NIC_IN => owner == 0 || owner == identity::host_endpoint(),
         _ => {
             ctx.is_local()
@@ -219,15 +219,15 @@ fn may_name<H: Hook>(ctx: H, frame: &PacketContext, addr: &Addr) -> bool {
 /// Returns the reason for an ARP packet (RFC 826). At a workload only requests and replies for IPv4 over Ethernet pass
 /// whose sender is the workload, or has no address yet (RFC 5227, section 2.1.1).
 #[inline(always)]
-fn arp<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
+fn arp<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     const ETHERNET_IPV4: [u8; 6] = [0, 1, 8, 0, 6, 4];
-    let is_workload = !is_nic(frame);
+    let is_workload = !is_nic(pkt);
     let malformed = if is_workload {
         Reason::InvalidPacket as u32
     } else {
         PASS
     };
-    let Some(header) = read::<H, 28>(ctx, u32::from(frame.packet.network_offset)) else {
+    let Some(header) = read::<H, 28>(ctx, u32::from(pkt.headers.network_offset)) else {
         return malformed;
     };
     if header[..6] != ETHERNET_IPV4 {
@@ -236,10 +236,10 @@ fn arp<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     let sender = Addr::from_v4_word(word(&header, 14));
     if is_workload {
         let is_known = header[6] == 0 && matches!(header[7], 1 | 2);
-        if !is_known || frame.packet.length > MAX_ARP {
+        if !is_known || pkt.headers.length > MAX_ARP {
             return malformed;
         }
-        if frame.hook_point == hook_point::FROM_WORKLOAD
+        if pkt.hook_point == hook_point::FROM_WORKLOAD
             && !is_source_mac(
                 ctx,
                 [
@@ -250,7 +250,7 @@ fn arp<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
             return SPOOFED;
         }
     }
-    if sender != Addr::from_v4([0; 4]) && !may_name(ctx, frame, &sender) {
+    if sender != Addr::from_v4([0; 4]) && !may_name(ctx, pkt, &sender) {
         return SPOOFED;
     }
     PASS
@@ -269,18 +269,18 @@ fn is_source_mac<H: Hook>(ctx: H, mac: [u8; 6]) -> bool {
 /// Returns the reason for an IGMP message, which has a TTL of 1 (RFC 3376, section 4). Only messages to a group pass: a
 /// unicast packet that a router forwarded may also arrive with a TTL of 1.
 #[inline(always)]
-fn igmp<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
-    let packet = &frame.packet;
+fn igmp<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
+    let packet = &pkt.headers;
     if packet.is(flags::IPV6)
         || packet.hop_limit != 1
         || packet.destination.0[3].to_ne_bytes()[0] & 0xf0 != 224
     {
         return BY_POLICY;
     }
-    if packet.source != Addr::from_v4([0; 4]) && !may_name(ctx, frame, &packet.source) {
+    if packet.source != Addr::from_v4([0; 4]) && !may_name(ctx, pkt, &packet.source) {
         return SPOOFED;
     }
-    if is_nic(frame) {
+    if is_nic(pkt) {
         return PASS;
     }
     let Some(header) = read::<H, 8>(ctx, u32::from(packet.transport_offset)) else {
@@ -308,14 +308,14 @@ fn headers(packet: &Packet) -> u32 {
 }
 
 #[inline(always)]
-fn icmpv6<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
-    match frame.packet.source_port as u8 {
+fn icmpv6<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
+    match pkt.headers.source_port as u8 {
         icmpv6::NEIGHBOUR_SOLICITATION | icmpv6::NEIGHBOUR_ADVERTISEMENT | icmpv6::ROUTER_SOLICITATION => {
-            discovery(ctx, frame)
+            discovery(ctx, pkt)
         }
         // Only routers on a NIC's link configure this node; a workload's advertisement would redirect its traffic.
-        icmpv6::ROUTER_ADVERTISEMENT if frame.hook_point == hook_point::NIC_IN => discovery(ctx, frame),
-        icmpv6::LISTENER_QUERY..=icmpv6::LISTENER_DONE | icmpv6::LISTENER_REPORT_V2 => listener(ctx, frame),
+        icmpv6::ROUTER_ADVERTISEMENT if pkt.hook_point == hook_point::NIC_IN => discovery(ctx, pkt),
+        icmpv6::LISTENER_QUERY..=icmpv6::LISTENER_DONE | icmpv6::LISTENER_REPORT_V2 => listener(ctx, pkt),
         _ => BY_POLICY,
     }
 }
@@ -323,16 +323,16 @@ fn icmpv6<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
 /// Returns the reason for an MLD message: hop limit 1, to a group, from a link-local or unspecified source (RFC 2710,
 /// section 3; RFC 3590).
 #[inline(always)]
-fn listener<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
-    let packet = &frame.packet;
+fn listener<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
+    let packet = &pkt.headers;
     let is_link_source = identity::is_link_local(&packet.source) || packet.source == Addr::UNSPECIFIED;
     if packet.hop_limit != 1 || packet.destination.0[0].to_ne_bytes()[0] != 0xff || !is_link_source {
         return BY_POLICY;
     }
-    if packet.source != Addr::UNSPECIFIED && !may_name(ctx, frame, &packet.source) {
+    if packet.source != Addr::UNSPECIFIED && !may_name(ctx, pkt, &packet.source) {
         return SPOOFED;
     }
-    if is_nic(frame) {
+    if is_nic(pkt) {
         return PASS;
     }
     let Some(header) = read::<H, 8>(ctx, u32::from(packet.transport_offset)) else {
@@ -355,8 +355,8 @@ fn listener<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
 /// Returns the reason for a neighbour discovery message (RFC 4861). Receivers accept hop limit 255 and code 0 only; a
 /// forwarded packet has a smaller hop limit.
 #[inline(always)]
-fn discovery<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
-    let packet = &frame.packet;
+fn discovery<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
+    let packet = &pkt.headers;
     if packet.hop_limit != 255 || packet.destination_port != 0 {
         return BY_POLICY;
     }
@@ -366,7 +366,7 @@ fn discovery<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
     let at = u32::from(packet.transport_offset);
     let length = packet.length.wrapping_sub(headers(packet));
     let has_source = packet.source != Addr::UNSPECIFIED;
-    if has_source && !may_name(ctx, frame, &packet.source) {
+    if has_source && !may_name(ctx, pkt, &packet.source) {
         return SPOOFED;
     }
     let mut options = 8;
@@ -386,29 +386,25 @@ fn discovery<H: Hook>(ctx: H, frame: &PacketContext) -> u32 {
         ]);
         // An advertisement claims the target; a solicitation without a source address is about to claim it (duplicate
         // address detection, RFC 4862, section 5.4). Any other solicitation only asks for the target.
-        if (is_advertisement || !has_source) && !may_name(ctx, frame, &target) {
+        if (is_advertisement || !has_source) && !may_name(ctx, pkt, &target) {
             return SPOOFED;
         }
     }
-    if !is_nic(frame) {
+    if !is_nic(pkt) {
         // One link-layer address option; in a solicitation also a nonce (RFC 7527).
         let room = if is_solicitation { 16 } else { 8 };
         if headers(packet) != IPV6 || length > options + room {
             return BY_POLICY;
         }
     }
-    if frame.hook_point == hook_point::FROM_WORKLOAD {
+    if pkt.hook_point == hook_point::FROM_WORKLOAD {
         let first = names_another_mac(ctx, at + options, length >= options + 8);
         let second = names_another_mac(ctx, at + options + 8, length >= options + 16);
         if first || second {
             return SPOOFED;
         }
     }
-    if stays_on_link(ctx, frame) {
-        PASS
-    } else {
-        BY_POLICY
-    }
+    if stays_on_link(ctx, pkt) { PASS } else { BY_POLICY }
 }
 
 /// Returns whether the option at `at` is a link-layer address (types 1 and 2; RFC 4861, section 4.6.1) that differs
@@ -431,8 +427,8 @@ fn names_another_mac<H: Hook>(ctx: H, at: u32, present: bool) -> bool {
 /// Returns whether the node does not forward the packet to another link: the destination is link-local or in ff02::/16,
 /// or the routing table delivers it locally or to the same link.
 #[inline(always)]
-fn stays_on_link<H: Hook>(ctx: H, frame: &PacketContext) -> bool {
-    let to = &frame.packet.destination;
+fn stays_on_link<H: Hook>(ctx: H, pkt: &PacketContext) -> bool {
+    let to = &pkt.headers.destination;
     let first = to.0[0].to_ne_bytes();
     if first[0] == 0xff {
         return first[1] & 0x0f == 2;
@@ -441,19 +437,18 @@ fn stays_on_link<H: Hook>(ctx: H, frame: &PacketContext) -> bool {
         return true;
     }
     let owner = identity::exact(to).endpoint();
-    match frame.hook_point {
+    match pkt.hook_point {
         hook_point::NIC_OUT => ctx.is_local(),
-        hook_point::TO_WORKLOAD => owner == frame.endpoint,
+        hook_point::TO_WORKLOAD => owner == pkt.endpoint,
         _ if owner != 0 && owner == identity::host_endpoint() => true,
         hook_point::NIC_IN if owner != 0 => false,
         _ => {
-            let link = match interface(frame.ifindex) {
+            let link = match interface(pkt.ifindex) {
                 Some(interface) => interface.link,
                 None => 0,
             };
-            let way = identity::route(ctx, frame);
-            way == 0
-                || (frame.hook_point == hook_point::FROM_WORKLOAD && (way == frame.ifindex || way == link))
+            let way = identity::route(ctx, pkt);
+            way == 0 || (pkt.hook_point == hook_point::FROM_WORKLOAD && (way == pkt.ifindex || way == link))
         }
     }
 }

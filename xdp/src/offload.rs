@@ -11,9 +11,9 @@ use crate::packet_context::PacketContext;
 /// Sets [`PacketContext::must_punt`] if the flow's inspector needs the packet. Two policies may inspect a packet, and
 /// both requests stay in the punt header: a packet that one flow's window covers may lie outside the other's.
 #[inline(never)]
-pub fn check_window<H: Hook>(ctx: H, frame: &mut PacketContext, entry: Entry) -> u32 {
-    if !is_in_window(ctx, frame, entry) {
-        frame.must_punt = true;
+pub fn check_window<H: Hook>(ctx: H, pkt: &mut PacketContext, entry: Entry) -> u32 {
+    if !is_in_window(ctx, pkt, entry) {
+        pkt.must_punt = true;
     }
     0
 }
@@ -21,16 +21,16 @@ pub fn check_window<H: Hook>(ctx: H, frame: &mut PacketContext, entry: Entry) ->
 /// Returns whether the packet needs no inspection: a segment whose bytes all lie in the window of its direction, or an
 /// acknowledgment without data while the other direction has a window.
 #[inline(always)]
-fn is_in_window<H: Hook>(ctx: H, frame: &PacketContext, entry: Entry) -> bool {
+fn is_in_window<H: Hook>(ctx: H, pkt: &PacketContext, entry: Entry) -> bool {
     const STATE: u8 = tcp_flags::ACK | tcp_flags::SYN | tcp_flags::FIN | tcp_flags::RST | tcp_flags::URG;
-    let packet = &frame.packet;
+    let packet = &pkt.headers;
     if packet.protocol != protocol::TCP
         || packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER)
         || packet.tcp_flags & STATE != tcp_flags::ACK
     {
         return false;
     }
-    let reply = conntrack::is_reply(entry, frame.is_ingress());
+    let reply = conntrack::is_reply(entry, pkt.is_ingress());
     let (from, to) = entry.window(reply);
     let (other_from, other_to) = entry.window(!reply);
     if from == to && other_from == other_to {

@@ -28,7 +28,7 @@ pub mod hook_point {
 #[repr(C)]
 pub struct PacketContext {
     /// The decoded headers.
-    pub packet: Packet,
+    pub headers: Packet,
     /// Key of the flow, as the endpoint whose policy is looked up sees it.
     pub key: CtKey,
     /// Coarse monotonic clock, ns.
@@ -111,7 +111,7 @@ impl PacketContext {
     #[inline(always)]
     pub fn new(ifindex: u32) -> Self {
         Self {
-            packet: Packet::default(),
+            headers: Packet::default(),
             key: CtKey::default(),
             now: 0,
             ipcache_hit: 0,

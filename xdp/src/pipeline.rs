@@ -34,31 +34,31 @@ pub enum Action {
 /// Gives the verdict on a packet, counts it by its reason, and reports a drop.
 #[inline(always)]
 pub fn process<C: Calls>(ctx: C, egress: bool) -> Action {
-    let mut frame = PacketContext::new(ctx.ifindex());
-    frame.now = conntrack::now();
-    frame.direction = u8::from(egress);
-    frame.egress = u8::from(egress);
-    classify(ctx, &mut frame, u32::from(egress));
-    if frame.packet.is(flags::FRAGMENT_FIRST) {
-        fragment::remember(&mut frame);
+    let mut pkt = PacketContext::new(ctx.ifindex());
+    pkt.now = conntrack::now();
+    pkt.direction = u8::from(egress);
+    pkt.egress = u8::from(egress);
+    classify(ctx, &mut pkt, u32::from(egress));
+    if pkt.headers.is(flags::FRAGMENT_FIRST) {
+        fragment::remember(&mut pkt);
     }
     let mut action = Action::Pass;
-    if frame.must_punt && !frame.is_dropped() {
-        ctx.punt(&mut frame);
-        if frame.reason != Reason::FailedOpen as u8 {
+    if pkt.must_punt && !pkt.is_dropped() {
+        ctx.punt(&mut pkt);
+        if pkt.reason != Reason::FailedOpen as u8 {
             action = Action::Punt;
         }
     }
     counters::reason(
-        u32::from(frame.reason),
-        u32::from(frame.direction & 1),
-        frame.packet.length,
+        u32::from(pkt.reason),
+        u32::from(pkt.direction & 1),
+        pkt.headers.length,
     );
-    if !frame.is_dropped() {
+    if !pkt.is_dropped() {
         return action;
     }
     ctx.send(
-        &frame,
+        &pkt,
         event::what(EventKind::Drop, TracePoint::None),
         core::ptr::null_mut(),
     );
@@ -68,79 +68,78 @@ pub fn process<C: Calls>(ctx: C, egress: bool) -> Action {
 /// Finds the interface, its endpoint and the direction, and applies the policies of up to two endpoints: the
 /// interface's and, at a workload's interface, the node's.
 #[inline(always)]
-fn classify<C: Calls>(ctx: C, frame: &mut PacketContext, egress: u32) {
+fn classify<C: Calls>(ctx: C, pkt: &mut PacketContext, egress: u32) {
     let egress = egress != 0;
-    let interface = match INTERFACES.get(frame.ifindex & (ID_SLOTS as u32 - 1)) {
+    let interface = match INTERFACES.get(pkt.ifindex & (ID_SLOTS as u32 - 1)) {
         Some(interface)
-            if interface.ifindex == frame.ifindex
-                && matches!(interface.role, role::HOST | role::ENDPOINT) =>
+            if interface.ifindex == pkt.ifindex && matches!(interface.role, role::HOST | role::ENDPOINT) =>
         {
             interface
         }
-        _ => return frame.set(Reason::NoInterface),
+        _ => return pkt.set(Reason::NoInterface),
     };
     let is_workload = interface.role == role::ENDPOINT;
-    frame.endpoint = u32::from(interface.endpoint);
-    frame.layer3 = interface.flags & interface_flags::LAYER3;
-    frame.generic = interface.flags & interface_flags::XDP_GENERIC;
+    pkt.endpoint = u32::from(interface.endpoint);
+    pkt.layer3 = interface.flags & interface_flags::LAYER3;
+    pkt.generic = interface.flags & interface_flags::XDP_GENERIC;
     // The interface is the host side of the workload's veth: ingress of the interface is egress of the workload.
-    frame.direction = u8::from(is_workload != egress);
-    frame.hook_point = match (is_workload, egress) {
+    pkt.direction = u8::from(is_workload != egress);
+    pkt.hook_point = match (is_workload, egress) {
         (false, false) => hook_point::NIC_IN,
         (false, true) => hook_point::NIC_OUT,
         (true, false) => hook_point::FROM_WORKLOAD,
         (true, true) => hook_point::TO_WORKLOAD,
     };
     // Step 1: parse. The headers may lie outside the linear part of the frame: pull them in and decode once more.
-    ctx.decode(frame);
-    if frame.reason != 0 {
+    ctx.decode(pkt);
+    if pkt.reason != 0 {
         if ctx.pull_headers() {
-            frame.full_length = true;
-            ctx.decode(frame);
+            pkt.full_length = true;
+            ctx.decode(pkt);
         }
-        if frame.reason != 0 {
+        if pkt.reason != 0 {
             return;
         }
     }
     // Step 2: link control.
-    if frame.packet.is(flags::NOT_IP) {
-        return ctx.link(frame);
+    if pkt.headers.is(flags::NOT_IP) {
+        return ctx.link(pkt);
     }
-    if matches!(frame.packet.protocol, protocol::ICMPV6 | protocol::IGMP) {
-        ctx.link(frame);
-        if frame.reason != 0 {
+    if matches!(pkt.headers.protocol, protocol::ICMPV6 | protocol::IGMP) {
+        ctx.link(pkt);
+        if pkt.reason != 0 {
             return;
         }
     }
-    if frame.packet.is(flags::FRAGMENT_LATER) {
-        fragment::resolve(frame);
+    if pkt.headers.is(flags::FRAGMENT_LATER) {
+        fragment::resolve(pkt);
     }
     // Steps 3 to 8 for the endpoint of the interface, inlined because every packet takes this path.
-    enforce::enforce_endpoint::<C, true>(ctx, frame);
-    if frame.is_dropped() || !is_workload || frame.flow_flags & ct_flags::REMOTE_IS_HOST == 0 {
+    enforce::enforce_endpoint::<C, true>(ctx, pkt);
+    if pkt.is_dropped() || !is_workload || pkt.flow_flags & ct_flags::REMOTE_IS_HOST == 0 {
         return;
     }
     // Steps 3 to 8 once more: the peer is the node, so egress of the workload is ingress of the node and vice versa.
-    frame.endpoint = identity::host_endpoint();
-    frame.direction ^= 1;
-    frame.hook_point = hook_point::NODE;
-    frame.clear_decision();
-    ctx.enforce_endpoint(frame);
+    pkt.endpoint = identity::host_endpoint();
+    pkt.direction ^= 1;
+    pkt.hook_point = hook_point::NODE;
+    pkt.clear_decision();
+    ctx.enforce_endpoint(pkt);
 }
 
 /// Step 1: decodes the frame. The reason is 0 afterwards if the frame is well-formed.
 #[inline(always)]
-pub fn decode_frame<H: Hook>(ctx: H, frame: &mut PacketContext) {
-    frame.packet = Packet::default();
-    let start = if frame.layer3 != 0 {
+pub fn decode_frame<H: Hook>(ctx: H, pkt: &mut PacketContext) {
+    pkt.headers = Packet::default();
+    let start = if pkt.layer3 != 0 {
         Start::Network
     } else {
         Start::Ethernet {
             tags_removed: ctx.tags_removed(),
         }
     };
-    match decode(&ctx.bytes(frame.full_length), start, &mut frame.packet) {
-        Ok(()) => frame.reason = 0,
-        Err(reason) => frame.set(reason),
+    match decode(&ctx.bytes(pkt.full_length), start, &mut pkt.headers) {
+        Ok(()) => pkt.reason = 0,
+        Err(reason) => pkt.set(reason),
     }
 }

@@ -18,12 +18,12 @@ fn class(slot: u32) -> u16 {
 }
 
 /// Looks up the policy table of the endpoint: (identity, class), (identity, any), (any, class), (any, any). Writes the
-/// verdict and the fields of the deciding entry into `frame`.
+/// verdict and the fields of the deciding entry into `pkt`.
 #[inline(never)]
-pub fn lookup(frame: &mut PacketContext, identity: u32, slot: u32, direction: u32) {
-    frame.remote_identity = identity;
-    frame.set(Reason::NoPolicy);
-    let policy = frame.policy;
+pub fn lookup(pkt: &mut PacketContext, identity: u32, slot: u32, direction: u32) {
+    pkt.remote_identity = identity;
+    pkt.set(Reason::NoPolicy);
+    let policy = pkt.policy;
     if policy == 0 {
         return;
     }
@@ -37,23 +37,23 @@ pub fn lookup(frame: &mut PacketContext, identity: u32, slot: u32, direction: u3
         zero: 0,
     };
     let Some(entry) = find(&mut key) else { return };
-    frame.rule = entry.rule;
-    frame.decision = entry.decision;
-    frame.match_kind = entry.match_kind;
-    frame.entry_flags = entry.flags;
-    frame.inspector = 0;
-    frame.ruleset = 0;
-    frame.punt_flags = 0;
+    pkt.rule = entry.rule;
+    pkt.decision = entry.decision;
+    pkt.match_kind = entry.match_kind;
+    pkt.entry_flags = entry.flags;
+    pkt.inspector = 0;
+    pkt.ruleset = 0;
+    pkt.punt_flags = 0;
     if entry.decision == Decision::Inspect as u8 && has_inspector(entry.inspector) {
-        frame.inspector = entry.inspector;
-        frame.ruleset = entry.ruleset;
+        pkt.inspector = entry.inspector;
+        pkt.ruleset = entry.ruleset;
         if entry.flags & entry_flags::AUDIT != 0 {
-            frame.punt_flags = punt_flags::AUDIT;
+            pkt.punt_flags = punt_flags::AUDIT;
         }
-        return frame.set(Reason::Allowed);
+        return pkt.set(Reason::Allowed);
     }
     let reason = reason(entry);
-    frame.set(reason);
+    pkt.set(reason);
 }
 
 /// Returns the deciding entry. Overwrites the key.

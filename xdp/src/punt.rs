@@ -15,55 +15,55 @@ use crate::packet_context::PacketContext;
 
 /// Requests a punt of a packet that belongs to a live flow with an inspector.
 #[inline(always)]
-pub fn request_punt_of_flow<H: Hook>(ctx: H, frame: &mut PacketContext, entry: Entry) {
-    offload::check_window(ctx, frame, entry);
+pub fn request_punt_of_flow<H: Hook>(ctx: H, pkt: &mut PacketContext, entry: Entry) {
+    offload::check_window(ctx, pkt, entry);
     let mut flags = 0;
-    if conntrack::is_reply(entry, frame.is_ingress()) {
+    if conntrack::is_reply(entry, pkt.is_ingress()) {
         flags |= punt_flags::REPLY;
     }
     if entry.flags() & ct_flags::MIDSTREAM != 0 {
         flags |= punt_flags::MIDSTREAM;
     }
-    frame.rule = entry.rule();
-    frame.ruleset = entry.ruleset();
-    frame.remote_identity = entry.remote_identity();
-    frame.serial = entry.serial();
-    frame.inspector = entry.inspector();
-    frame.punt_flags = entry.punt_flags();
-    request_punt(frame, flags);
+    pkt.rule = entry.rule();
+    pkt.ruleset = entry.ruleset();
+    pkt.remote_identity = entry.remote_identity();
+    pkt.serial = entry.serial();
+    pkt.inspector = entry.inspector();
+    pkt.punt_flags = entry.punt_flags();
+    request_punt(pkt, flags);
 }
 
 /// Writes the request of one policy into the punt header of this CPU.
 #[inline(never)]
-pub fn request_punt(frame: &mut PacketContext, flags: u8) -> u32 {
+pub fn request_punt(pkt: &mut PacketContext, flags: u8) -> u32 {
     let Some(header) = PUNT.get_ptr_mut(0) else {
         return 0;
     };
-    let mut flags = flags | frame.punt_flags;
-    if frame.is_ingress() {
+    let mut flags = flags | pkt.punt_flags;
+    if pkt.is_ingress() {
         flags |= punt_flags::INGRESS;
     }
     let request = PuntRequest {
-        rule: frame.rule,
-        ruleset: frame.ruleset,
-        remote_identity: frame.remote_identity,
-        revision: frame.revision,
-        serial: frame.serial,
-        endpoint: frame.endpoint as u16,
-        inspector: frame.inspector,
+        rule: pkt.rule,
+        ruleset: pkt.ruleset,
+        remote_identity: pkt.remote_identity,
+        revision: pkt.revision,
+        serial: pkt.serial,
+        endpoint: pkt.endpoint as u16,
+        inspector: pkt.inspector,
         flags,
     };
     // SAFETY: a value of a per-CPU map, which lives as long as the map. Only the programs of this CPU use it, and a
     // program is not interrupted by another of its CPU (softirqs are off).
     unsafe {
-        if frame.punt_requests == 0 {
+        if pkt.punt_requests == 0 {
             (*header).slots[0] = request;
-            frame.hash = hash(&frame.key);
+            pkt.hash = hash(&pkt.key);
         } else {
             (*header).slots[1] = request;
         }
     }
-    frame.punt_requests += 1;
+    pkt.punt_requests += 1;
     0
 }
 
@@ -99,17 +99,17 @@ fn hash(key: &CtKey) -> u32 {
 /// Redirects a packet to the worker of its flow. If that fails, sets the reason of the drop, or [`Reason::FailedOpen`]
 /// if the configuration lets the packet pass without inspection.
 #[inline(always)]
-pub fn punt<H: Hook>(ctx: H, frame: &mut PacketContext) {
+pub fn punt<H: Hook>(ctx: H, pkt: &mut PacketContext) {
     let (Some(config), Some(header)) = (CONFIG.get(0), PUNT.get_ptr_mut(0)) else {
-        return frame.set(Reason::PuntFailed);
+        return pkt.set(Reason::PuntFailed);
     };
-    if frame.layer3 != 0 || frame.generic != 0 {
-        return frame.set(Reason::PuntUnsupported);
+    if pkt.layer3 != 0 || pkt.generic != 0 {
+        return pkt.set(Reason::PuntUnsupported);
     }
     let queue = if config.workers == 0 {
         0
     } else {
-        frame.hash % config.workers
+        pkt.hash % config.workers
     };
     let heartbeat = match WORKERS.get_ptr(queue) {
         // SAFETY: an aligned word of a map, which lives as long as the map; volatile because the worker writes it.
@@ -117,8 +117,8 @@ pub fn punt<H: Hook>(ctx: H, frame: &mut PacketContext) {
         None => 0,
     };
     // Saturating: the worker may have read a later clock than this CPU has cached.
-    if config.punt_ifindex == 0 || frame.now.saturating_sub(heartbeat) > config.worker_timeout {
-        return frame.set(if config.flags & config_flags::FAIL_OPEN != 0 {
+    if config.punt_ifindex == 0 || pkt.now.saturating_sub(heartbeat) > config.worker_timeout {
+        return pkt.set(if config.flags & config_flags::FAIL_OPEN != 0 {
             Reason::FailedOpen
         } else {
             Reason::NoWorker
@@ -128,19 +128,19 @@ pub fn punt<H: Hook>(ctx: H, frame: &mut PacketContext) {
     // program is not interrupted by another of its CPU (softirqs are off).
     unsafe {
         (*header).cookie = config.cookie;
-        (*header).ifindex = frame.ifindex;
-        (*header).hash = frame.hash;
+        (*header).ifindex = pkt.ifindex;
+        (*header).hash = pkt.hash;
         (*header).vlan = 0;
         (*header).vlan_protocol = 0;
-        (*header).hook = ctx.number(frame.egress != 0);
+        (*header).hook = ctx.number(pkt.egress != 0);
         (*header).zero = [0; 3];
-        if frame.punt_requests < 2 {
+        if pkt.punt_requests < 2 {
             (*header).slots[1] = PuntRequest::default();
         }
     }
     let failed = ctx.push(header, queue, config.punt_ifindex);
     if failed != 0 {
-        frame.reason = failed as u8;
+        pkt.reason = failed as u8;
     }
 }
 

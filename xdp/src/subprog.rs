@@ -26,82 +26,82 @@ macro_rules! global_functions {
 
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $reevaluate_flow(ctx: *mut $raw, frame: *mut PacketContext, entry: *mut CtEntry) -> u32 {
+        extern "C" fn $reevaluate_flow(ctx: *mut $raw, pkt: *mut PacketContext, entry: *mut CtEntry) -> u32 {
             // SAFETY: `Calls::reevaluate_flow` passes a reference to the packet context and a pointer to a map value.
             // The verifier requires the comparisons with null.
-            let (Some(frame), Some(entry)) = (unsafe { (frame.as_mut(), Entry::new(entry)) }) else {
+            let (Some(pkt), Some(entry)) = (unsafe { (pkt.as_mut(), Entry::new(entry)) }) else {
                 return 0;
             };
-            enforce::reevaluate_flow($hook(ctx), frame, entry);
+            enforce::reevaluate_flow($hook(ctx), pkt, entry);
             0
         }
 
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $trace(ctx: *mut $raw, frame: *mut PacketContext, entry: *mut CtEntry, point: u32) -> u32 {
+        extern "C" fn $trace(ctx: *mut $raw, pkt: *mut PacketContext, entry: *mut CtEntry, point: u32) -> u32 {
             // SAFETY: `Calls::trace` passes a reference to the packet context and a pointer to a map value. The
             // verifier requires the comparisons with null.
-            let (Some(frame), Some(entry)) = (unsafe { (frame.as_mut(), Entry::new(entry)) }) else {
+            let (Some(pkt), Some(entry)) = (unsafe { (pkt.as_mut(), Entry::new(entry)) }) else {
                 return 0;
             };
-            conntrack::trace($hook(ctx), frame, entry, point);
+            conntrack::trace($hook(ctx), pkt, entry, point);
             0
         }
 
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $send(ctx: *mut $raw, frame: *const PacketContext, what: u32, flow: *mut CtEntry) -> u32 {
+        extern "C" fn $send(ctx: *mut $raw, pkt: *const PacketContext, what: u32, flow: *mut CtEntry) -> u32 {
             // SAFETY: `Calls::send` passes a reference. The verifier requires the comparison with null.
-            let Some(frame) = (unsafe { frame.as_ref() }) else {
+            let Some(pkt) = (unsafe { pkt.as_ref() }) else {
                 return 0;
             };
             // SAFETY: `Calls::send` passes null or a pointer to a map value.
-            event::send($hook(ctx), frame, what, unsafe { Entry::new(flow) });
+            event::send($hook(ctx), pkt, what, unsafe { Entry::new(flow) });
             0
         }
 
         impl Calls for $hook {
             #[inline(always)]
-            fn decode(self, frame: &mut PacketContext) {
-                $decode(self.0, frame);
+            fn decode(self, pkt: &mut PacketContext) {
+                $decode(self.0, pkt);
             }
             #[inline(always)]
-            fn link(self, frame: &mut PacketContext) {
-                $link(self.0, frame);
+            fn link(self, pkt: &mut PacketContext) {
+                $link(self.0, pkt);
             }
             #[inline(always)]
-            fn enforce_endpoint(self, frame: &mut PacketContext) {
-                $enforce_endpoint(self.0, frame);
+            fn enforce_endpoint(self, pkt: &mut PacketContext) {
+                $enforce_endpoint(self.0, pkt);
             }
             #[inline(always)]
-            fn admit_new_flow(self, frame: &mut PacketContext) {
-                $admit_new_flow(self.0, frame);
+            fn admit_new_flow(self, pkt: &mut PacketContext) {
+                $admit_new_flow(self.0, pkt);
             }
             #[inline(always)]
-            fn reevaluate_flow(self, frame: &mut PacketContext, entry: Entry) {
-                $reevaluate_flow(self.0, frame, entry.as_ptr());
+            fn reevaluate_flow(self, pkt: &mut PacketContext, entry: Entry) {
+                $reevaluate_flow(self.0, pkt, entry.as_ptr());
             }
             #[inline(always)]
-            fn match_icmp_error(self, frame: &mut PacketContext) {
-                $match_icmp_error(self.0, frame);
+            fn match_icmp_error(self, pkt: &mut PacketContext) {
+                $match_icmp_error(self.0, pkt);
             }
             #[inline(always)]
-            fn set_protected(self, frame: &PacketContext, entry: Entry) {
-                set_protected(frame, entry.as_ptr());
+            fn set_protected(self, pkt: &PacketContext, entry: Entry) {
+                set_protected(pkt, entry.as_ptr());
             }
             #[inline(always)]
-            fn trace(self, frame: &mut PacketContext, entry: Entry, point: TracePoint) {
-                $trace(self.0, frame, entry.as_ptr(), point as u32);
+            fn trace(self, pkt: &mut PacketContext, entry: Entry, point: TracePoint) {
+                $trace(self.0, pkt, entry.as_ptr(), point as u32);
             }
             #[inline(always)]
-            fn punt(self, frame: &mut PacketContext) {
-                $punt(self.0, frame);
+            fn punt(self, pkt: &mut PacketContext) {
+                $punt(self.0, pkt);
             }
             #[inline(always)]
-            fn send(self, frame: &PacketContext, what: u32, flow: *mut CtEntry) {
+            fn send(self, pkt: &PacketContext, what: u32, flow: *mut CtEntry) {
                 // Before the call: in a flood the budget suppresses nearly every event, and the call would be the cost.
-                if event::may_send(frame, what) {
-                    $send(self.0, frame, what, flow);
+                if event::may_send(pkt, what) {
+                    $send(self.0, pkt, what, flow);
                 }
             }
         }
@@ -109,12 +109,12 @@ macro_rules! global_functions {
     (@step $hook:ident, $raw:ty, $name:ident, $step:expr) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $name(ctx: *mut $raw, frame: *mut PacketContext) -> u32 {
+        extern "C" fn $name(ctx: *mut $raw, pkt: *mut PacketContext) -> u32 {
             // SAFETY: the methods of `Calls` pass a reference. The verifier requires the comparison with null.
-            let Some(frame) = (unsafe { frame.as_mut() }) else {
+            let Some(pkt) = (unsafe { pkt.as_mut() }) else {
                 return 0;
             };
-            $step($hook(ctx), frame);
+            $step($hook(ctx), pkt);
             0
         }
     };
@@ -123,13 +123,13 @@ macro_rules! global_functions {
 /// The global function of `conntrack::set_protected`, the same for both hooks.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn set_protected(frame: *const PacketContext, entry: *mut CtEntry) -> u32 {
+extern "C" fn set_protected(pkt: *const PacketContext, entry: *mut CtEntry) -> u32 {
     // SAFETY: `Calls::set_protected` passes a reference to the packet context and a pointer to a map value. The
     // verifier requires the comparisons with null.
-    let (Some(frame), Some(entry)) = (unsafe { (frame.as_ref(), Entry::new(entry)) }) else {
+    let (Some(pkt), Some(entry)) = (unsafe { (pkt.as_ref(), Entry::new(entry)) }) else {
         return 0;
     };
-    conntrack::set_protected(frame, entry);
+    conntrack::set_protected(pkt, entry);
     0
 }
 
