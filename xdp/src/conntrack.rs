@@ -437,7 +437,7 @@ pub fn insert(pkt: &mut PacketContext) {
         ..CtEntry::default()
     };
     // The fence splits the initialization: LLVM would load all fields first and spill them, and the deepest chain of
-    // calls has no stack left for that (`no_chain_of_calls_takes_more_stack_than_the_oldest_kernel_gives`).
+    // calls has no stack left for that (`no_call_chain_exceeds_the_stack_of_the_oldest_kernel`).
     compiler_fence(Ordering::SeqCst);
     entry.ifindex = pkt.ifindex;
     entry.flags = pkt.flow_flags;

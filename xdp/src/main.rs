@@ -1,7 +1,7 @@
 //! The BPF programs: their entry points. Built for the BPF target by `crates/datapath/build.rs`.
 //!
 //! Depends on `palisade-abi` and `palisade-packet`. Start at [`palisade_xdp`]; `pipeline.rs` holds the eight steps of
-//! the verdict (docs/ARCHITECTURE.md, "The verdict function"), `enforce.rs` the verdict for one endpoint.
+//! the verdict (docs/ARCHITECTURE.md, "The packet path"), `enforce.rs` the verdict for one endpoint.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![allow(
     clippy::needless_borrows_for_generic_args,
