@@ -66,7 +66,10 @@ pub fn resolved(path: &str, out: &mut Vec<u8>) -> Result<(), PathError> {
 /// Decodes percent-encoding in place. Returns whether there was any. `strict`: every percent sign must begin an escape.
 fn decode(bytes: &mut Vec<u8>, strict: bool) -> Result<bool, PathError> {
     let digit = |byte: Option<&u8>| byte.and_then(|byte| char::from(*byte).to_digit(16));
-    let (mut from, mut to) = (0, 0);
+    let Some(first) = bytes.iter().position(|byte| *byte == b'%') else {
+        return Ok(false);
+    };
+    let (mut from, mut to) = (first, first);
     let mut decoded = false;
     while let Some(&raw) = bytes.get(from) {
         let mut byte = raw;
@@ -109,11 +112,10 @@ fn resolve(path: &mut Vec<u8>) {
             from += 1;
         }
         let begin = from;
-        while path.get(from).is_some_and(|byte| *byte != b'/') {
-            from += 1;
-        }
+        let rest = path.get(begin..).unwrap_or_default();
+        let segment = rest.split(|byte| *byte == b'/').next().unwrap_or_default();
+        from += segment.len();
         let is_last = from == path.len();
-        let segment = path.get(begin..from).unwrap_or_default();
         let name = segment.split(|byte| *byte == b';').next().unwrap_or_default();
         match name {
             b"." => {
