@@ -378,7 +378,7 @@ spec:
     for part in [
         "nat chains with rules (1)",
         "policies see the addresses and ports of an incoming packet before DNAT",
-        "`policy trace` does not know the rules",
+        "`policy trace` does not know these rules",
     ] {
         assert!(note.contains(part), "{part}: {said}");
     }

@@ -514,7 +514,7 @@ fn the_nftables_table_is_restored_and_detach_removes_it_and_no_other() {
         .expect("foreign");
     let warns = |status: &serde_json::Value, wanted: bool| {
         let warnings = status["warnings"].to_string();
-        warnings.contains("not of this daemon") == wanted
+        warnings.contains("another program or daemon has created it") == wanted
     };
     daemon
         .wait_status("the foreign table is said", |status| warns(status, true))
