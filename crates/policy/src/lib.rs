@@ -23,4 +23,5 @@ pub mod identity;
 pub mod l7;
 pub mod parse;
 pub mod plan;
+pub mod suggest;
 pub mod trace;

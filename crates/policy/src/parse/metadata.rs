@@ -3,8 +3,9 @@
 use super::{
     name_syntax::{is_dns_subdomain, is_namespace},
     node::quoted,
-    reader::{At, Object, suggestion},
+    reader::{At, Object},
 };
+use crate::suggest::nearest;
 
 /// What Palisade needs to know of it.
 pub(super) struct Metadata<'a> {
@@ -100,7 +101,7 @@ fn annotations(at: At<'_>) -> bool {
                     quoted(other)
                 )),
             }
-        } else if key.starts_with(ANNOTATIONS) || suggestion(key, [AUDIT]).is_some() {
+        } else if key.starts_with(ANNOTATIONS) || nearest(key, [AUDIT]).is_some() {
             object.error_at_key(
                 key,
                 format!("unknown annotation {}, did you mean \"{AUDIT}\"?", quoted(key)),

@@ -13,16 +13,19 @@
 
 mod cidr;
 mod cidr_group;
+mod fqdn;
 mod l7;
 mod metadata;
 mod name_syntax;
 mod network_policy;
 mod node;
+mod parsed;
 mod peers;
 mod ports;
 mod reader;
 mod resource;
 mod rules;
+mod section;
 mod selector;
 mod spec;
 #[cfg(test)]
@@ -33,34 +36,11 @@ pub(crate) use l7::kafka_api_key;
 use node::Node;
 use palisade_model::{
     diagnostic::{Diagnostic, Severity},
-    rule::{CidrGroup, Policy, PolicyKind},
+    rule::{Policy, PolicyKind},
 };
+pub use parsed::Parsed;
 use reader::{At, Context};
 use resource::Resources;
-
-/// What was read from a file.
-///
-/// A resource with an error is not among the policies; whether the others are used is the caller's decision
-/// (a file with an error must not replace a good one).
-#[derive(Clone, Debug, Default)]
-pub struct Parsed {
-    /// The policies without errors, in their order.
-    pub policies: Vec<Policy>,
-    /// The `CiliumCIDRGroup`s without errors, in their order.
-    pub cidr_groups: Vec<CidrGroup>,
-    /// Everything there is to say, in the order of the text.
-    pub diagnostics: Vec<Diagnostic>,
-}
-
-impl Parsed {
-    /// Whether something in it is wrong.
-    #[must_use]
-    pub fn has_errors(&self) -> bool {
-        self.diagnostics
-            .iter()
-            .any(|diagnostic| diagnostic.severity == Severity::Error)
-    }
-}
 
 /// The text of a file, or what is wrong with its bytes: policies are UTF-8.
 ///

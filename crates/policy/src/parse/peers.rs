@@ -4,10 +4,10 @@ use palisade_model::rule::{CidrRule, Entity, Peer, Peers, Selector};
 
 use super::{
     cidr::{cidr_set_entry, net_or_address},
-    l7::fqdn_selector,
+    fqdn::fqdn_selector,
     node::quoted,
     reader::{At, List, Object, hint},
-    rules::{Direction, Section},
+    section::{Direction, Section},
     selector::{self, Keys},
 };
 

@@ -6,9 +6,10 @@ use super::{
     l7,
     name_syntax::{is_service_name, port_number},
     node::{Value, quoted},
-    reader::{At, Object, hint, suggestion},
-    rules::Section,
+    reader::{At, Object, hint},
+    section::Section,
 };
+use crate::suggest::nearest;
 
 /// The IP protocols of icmps.
 const ICMP: u8 = 1;
@@ -453,7 +454,7 @@ fn icmp_type(at: At<'_>, v6: bool) -> Option<u8> {
             if v6 { "IPv4" } else { "IPv6" }
         )
     } else {
-        match suggestion(text, types.iter().map(|(name, _)| *name)) {
+        match nearest(text, types.iter().map(|(name, _)| *name)) {
             Some(name) => format!(", did you mean \"{name}\"?"),
             None => "; a type is a number from 0 to 255 or a name like EchoRequest".into(),
         }

@@ -16,6 +16,7 @@ use palisade_model::{
 use palisade_protocols::http1::re2;
 
 use super::node::{Entry, Node, Position, Value, quoted};
+use crate::suggest::nearest;
 
 /// Bound on the cost of all regular expressions of one policy, in states ([`re2::cost`]).
 pub(super) const MAX_POLICY_COST: usize = 250_000;
@@ -521,7 +522,7 @@ impl<'a> Object<'a> {
         {
             all_known = false;
             let mut message = format!("unknown field {}", quoted(&entry.key));
-            match suggestion(&entry.key, known.iter().copied()) {
+            match nearest(&entry.key, known.iter().copied()) {
                 Some(name) => message.push_str(&format!(", did you mean \"{name}\"?")),
                 None if !known.is_empty() => {
                     let mut names = known.to_vec();
@@ -537,47 +538,12 @@ impl<'a> Object<'a> {
     }
 }
 
-/// Which of the names somebody may have meant: one that differs in case only, or by few letters.
-pub(super) fn suggestion<'n>(written: &str, names: impl IntoIterator<Item = &'n str>) -> Option<&'n str> {
-    let written = written.to_lowercase();
-    // Nobody means a short name with something long; and the distance costs length × length.
-    if written.chars().count() > 64 {
-        return None;
-    }
-    names
-        .into_iter()
-        .map(|name| (distance(&written, &name.to_lowercase()), name))
-        .filter(|(distance, name)| *distance <= (name.len() / 3).clamp(1, 4))
-        .min()
-        .map(|(_, name)| name)
-}
-
 /// ", did you mean X?", or what there is to choose from.
 pub(super) fn hint(written: &str, names: &[&str]) -> String {
-    match suggestion(written, names.iter().copied()) {
+    match nearest(written, names.iter().copied()) {
         Some(name) => format!(", did you mean \"{name}\"?"),
         None => format!("; known: {}", names.join(", ")),
     }
-}
-
-/// How many letters to insert, remove, replace, or swap with their neighbour.
-fn distance(a: &str, b: &str) -> usize {
-    let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
-    let mut before_last: Vec<usize> = Vec::new();
-    let mut last: Vec<usize> = (0..=b.len()).collect();
-    for i in 1..=a.len() {
-        let mut row = vec![i];
-        for j in 1..=b.len() {
-            let replaced = last[j - 1] + usize::from(a[i - 1] != b[j - 1]);
-            let mut best = replaced.min(last[j] + 1).min(row[j - 1] + 1);
-            if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
-                best = best.min(before_last[j - 2] + 1);
-            }
-            row.push(best);
-        }
-        before_last = std::mem::replace(&mut last, row);
-    }
-    last.last().copied().unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -5,13 +5,15 @@ use std::collections::HashMap;
 use palisade_model::rule::{CidrGroup, Location, Policy, PolicyKind, Spec};
 
 use super::{
-    Parsed, cidr_group,
+    cidr_group,
     metadata::{self, Metadata},
     network_policy,
     node::quoted,
-    reader::{At, Context, Object, suggestion},
+    parsed::Parsed,
+    reader::{At, Context, Object},
     spec,
 };
+use crate::suggest::nearest;
 
 /// The kinds that are read, with their groups and versions.
 const KINDS: [(&str, &str, &[&str]); 4] = [
@@ -241,11 +243,11 @@ fn skipped(object: &Object<'_>, kind: &str, api_version: &str) {
     let ours = api_version.is_empty()
         || KINDS
             .iter()
-            .any(|(_, own, _)| belongs(api_version, own) || suggestion(group, [*own]).is_some())
+            .any(|(_, own, _)| belongs(api_version, own) || nearest(group, [*own]).is_some())
         || api_version.starts_with("cilium/")
         // No other API group has kinds of this name.
         || kind.starts_with("Cilium") && KINDS.iter().any(|(name, _, _)| *name == kind);
-    let meant = suggestion(kind, KINDS.map(|(name, _, _)| name)).filter(|_| ours);
+    let meant = nearest(kind, KINDS.map(|(name, _, _)| name)).filter(|_| ours);
     if let Some(name) = meant {
         let (_, group, versions) = KINDS
             .iter()

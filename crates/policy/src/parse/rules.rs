@@ -3,27 +3,12 @@
 use palisade_model::rule::{Peers, Ports, Rule};
 
 use super::{
+    node::quoted,
     peers,
     ports::{icmp_rule, port_rule},
     reader::{At, hint},
-    selector::Scope,
+    section::Section,
 };
-use crate::parse::node::quoted;
-
-/// Which way a section looks.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Direction {
-    Ingress,
-    Egress,
-}
-
-/// The section that something stands in.
-#[derive(Clone, Copy)]
-pub(super) struct Section<'a> {
-    pub direction: Direction,
-    pub deny: bool,
-    pub scope: Scope<'a>,
-}
 
 /// One rule of ingress, ingressDeny, egress or egressDeny.
 pub(super) fn read(at: At<'_>, section: Section<'_>) -> Option<Rule> {

@@ -4,7 +4,8 @@ use palisade_model::rule::{PolicyKind, Rule, Spec, Subject};
 
 use super::{
     reader::{At, Object},
-    rules::{self, Direction, Section},
+    rules,
+    section::{Direction, Section},
     selector::{self, Keys, Scope},
 };
 

@@ -1,0 +1,18 @@
+//! The section of a spec that a parser function is in.
+
+use super::selector::Scope;
+
+/// Which way a section looks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Direction {
+    Ingress,
+    Egress,
+}
+
+/// The section that something stands in.
+#[derive(Clone, Copy)]
+pub(super) struct Section<'a> {
+    pub direction: Direction,
+    pub deny: bool,
+    pub scope: Scope<'a>,
+}

@@ -1,0 +1,27 @@
+//! "Did you mean": the name that an unknown word resembles, for policies and for the configuration.
+
+/// Longest word to look a suggestion up for, in characters: the distance takes time by the product of the lengths.
+const MAX_WORD: usize = 64;
+
+/// Returns the name that `written` resembles most: one that differs in case only, or by few letters (inserted, removed,
+/// replaced, or swapped with their neighbour).
+///
+/// ```
+/// use palisade_policy::suggest::nearest;
+///
+/// assert_eq!(nearest("ingres", ["ingress", "egress"]), Some("ingress"));
+/// assert_eq!(nearest("colour", ["ingress", "egress"]), None);
+/// ```
+#[must_use]
+pub fn nearest<'n>(written: &str, names: impl IntoIterator<Item = &'n str>) -> Option<&'n str> {
+    let written = written.to_lowercase();
+    if written.chars().count() > MAX_WORD {
+        return None;
+    }
+    names
+        .into_iter()
+        .map(|name| (strsim::osa_distance(&written, &name.to_lowercase()), name))
+        .filter(|(distance, name)| *distance <= (name.len() / 3).clamp(1, 4))
+        .min()
+        .map(|(_, name)| name)
+}
