@@ -1,28 +1,28 @@
-//! What there is to say about a file: errors, warnings, notes, each with its place.
+//! Errors, warnings and notes about a policy file, each with its place.
 
 use std::fmt;
 
 use crate::rule::Location;
 
-/// How bad it is.
+/// Severity of a diagnostic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Severity {
-    /// The file cannot be used.
+    /// The file is rejected.
     Error,
-    /// The file can be used, but something in it does not do what one may expect.
+    /// The file is accepted, but a part of it probably does not do what its author expects.
     Warning,
-    /// Worth knowing, nothing to do about it.
+    /// Information that needs no action.
     Note,
 }
 
-/// One remark about a place in a file.
+/// One message about a place in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Diagnostic {
-    /// How bad it is.
+    /// Severity of the message.
     pub severity: Severity,
-    /// Where.
+    /// Place in the file.
     pub location: Location,
-    /// What, and where it can be said, what to write instead.
+    /// The problem and, if known, the remedy.
     pub message: String,
 }
 
@@ -39,7 +39,7 @@ impl Diagnostic {
 }
 
 impl fmt::Display for Diagnostic {
-    /// `FILE:LINE:COL: message` for an error; the others say what they are before the message.
+    /// Writes `FILE:LINE:COL: message`. Warnings and notes have their severity before the message.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match self.severity {
             Severity::Error => "",
@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_milder_kinds_are_named() {
+    fn only_warnings_and_notes_name_their_severity() {
         let at = |severity| Diagnostic {
             severity,
             location: Location {

@@ -1,4 +1,4 @@
-//! The labels that identities consist of: prefixes, entities, learned selectors.
+//! Label sets of identities: prefixes, entities, learned selectors.
 
 use ipnet::IpNet;
 
@@ -8,8 +8,8 @@ use crate::{
     rule::Label,
 };
 
-/// Returns whether labels are those of a learned address other than one selector on the bare world: of several selectors,
-/// or of one on a prefix that a policy names.
+/// Returns whether the labels are of a combined learned identity: of several `toFQDNs` selectors, or of one selector
+/// on a prefix that a policy names. One selector on the world is not combined.
 #[must_use]
 pub fn is_combined(labels: &Labels) -> bool {
     let names = labels.iter().filter(|label| label.source == "fqdn").count();
@@ -20,7 +20,7 @@ pub fn is_combined(labels: &Labels) -> bool {
                 .any(|label| label.source != "fqdn" && label.source != "reserved"))
 }
 
-/// The label of a prefix: `cidr:10.0.0.0/8`.
+/// Returns the label of a prefix, such as `cidr:10.0.0.0/8`.
 #[must_use]
 pub fn cidr_label(prefix: IpNet) -> Label {
     Label {
@@ -30,7 +30,7 @@ pub fn cidr_label(prefix: IpNet) -> Label {
     }
 }
 
-/// The prefix of a `cidr` label. The dashed form of IPv6 (`2001-db8--0/32`) is understood too.
+/// Returns the prefix of a `cidr` label; `None` for other labels. IPv6 may have dashes for colons (`2001-db8--0/32`).
 #[must_use]
 pub fn cidr_of(label: &Label) -> Option<IpNet> {
     if label.source != "cidr" {
@@ -43,7 +43,7 @@ pub fn cidr_of(label: &Label) -> Option<IpNet> {
         .ok()
 }
 
-/// The labels of an address that is only known by its longest prefix among those that policies mention.
+/// Returns the labels of an address that only a prefix of a policy identifies: the world and the prefix.
 #[must_use]
 pub fn prefix_labels(prefix: IpNet, options: &Options) -> Labels {
     let v6 = matches!(prefix, IpNet::V6(_));
@@ -59,7 +59,7 @@ pub fn prefix_labels(prefix: IpNet, options: &Options) -> Labels {
     )
 }
 
-/// The labels of an entity that a peer of the configuration can be.
+/// Returns the labels of a peer that the configuration declares as an entity.
 #[must_use]
 pub fn entity_labels(name: &str) -> Labels {
     Labels::new([reserved(name)])

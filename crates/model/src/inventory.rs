@@ -1,4 +1,4 @@
-//! What a node knows besides its policies: who is here, who is elsewhere, and how strictly to enforce.
+//! The inventory of a node: its endpoints, its peers, and how strictly to enforce policies.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -6,10 +6,10 @@ use ipnet::IpNet;
 
 use crate::labels::{Labels, reserved};
 
-/// When an endpoint's traffic is denied by default.
+/// When traffic of an endpoint is denied by default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Enforcement {
-    /// As soon as a policy selects it, for the directions the policy has.
+    /// In each direction for which a policy that selects the endpoint has rules.
     #[default]
     Default,
     /// Always.
@@ -18,16 +18,16 @@ pub enum Enforcement {
     Never,
 }
 
-/// The switches that hold for the whole node.
+/// Settings of the whole node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
     /// Enforcement mode.
     pub enforcement: Enforcement,
-    /// Whether the node may reach its workloads without a rule (an explicit deny still holds).
+    /// Whether the node may always reach its workloads. An explicit deny still applies.
     pub allow_localhost: bool,
-    /// Whether the IPv4 and the IPv6 world are told apart.
+    /// Whether IPv4 and IPv6 addresses of the world have different identities.
     pub dual_stack: bool,
-    /// Whether everything that would be dropped passes, and is reported.
+    /// Whether the node is in audit mode: packets that policies deny pass and are reported.
     pub audit: bool,
 }
 
@@ -42,71 +42,73 @@ impl Default for Options {
     }
 }
 
-/// Protocol (IP number; 0: any) and port of a named port.
+/// Protocol and number of a named port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NamedPort {
-    /// IP protocol number, 0 if the name holds for every protocol.
+    /// IP protocol number; 0 if the name applies to every protocol.
     pub protocol: u8,
-    /// The port.
+    /// Port number.
     pub port: u16,
 }
 
-/// Ports by name, the names in lower case.
+/// Named ports, by name in lower case.
 pub type NamedPorts = BTreeMap<String, NamedPort>;
 
-/// Something on this node that policies are enforced for: a workload, or the node itself (label `reserved:host`).
+/// An endpoint of this node: a workload, or the node itself (label `reserved:host`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
-    /// Number of the endpoint on this node, never 0.
+    /// Endpoint number on this node; never 0.
     pub id: u16,
-    /// Name, as people and flows say it.
+    /// Name, for reports.
     pub name: String,
     /// Namespace; empty for the node.
     pub namespace: String,
-    /// All labels, the namespace's among them.
+    /// All labels, those of the namespace included.
     pub labels: Labels,
-    /// Its own ports by name.
+    /// Named ports of the endpoint.
     pub named_ports: NamedPorts,
-    /// Its addresses.
+    /// Addresses of the endpoint.
     pub addresses: Vec<IpAddr>,
-    /// Whether what would be dropped for it passes, and is reported.
+    /// Whether the endpoint is in audit mode: packets that policies deny pass and are reported.
     pub audit: bool,
 }
 
 impl Endpoint {
-    /// Whether it is the node itself.
+    /// Returns whether the endpoint is the node itself.
     #[must_use]
     pub fn is_node(&self) -> bool {
         self.labels.has_reserved("host")
     }
 }
 
-/// A labelled host or prefix that is not on this node; another node; an entity.
+/// A labelled host or prefix outside this node, another node, or an entity.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
-    /// Name, as people and flows say it.
+    /// Name, for reports.
     pub name: String,
     /// All labels.
     pub labels: Labels,
-    /// Its ports by name.
+    /// Named ports of the peer.
     pub named_ports: NamedPorts,
-    /// Its prefixes (a single address is a full-length prefix). None: only known by name (case files).
+    /// Prefixes of the peer; a single address is a full-length prefix. Empty in case files, where a peer may be known
+    /// by name only.
     pub prefixes: Vec<IpNet>,
 }
 
-/// Everything a node knows besides its policies.
+/// The configured state of a node, policies excluded.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Inventory {
-    /// The switches.
+    /// Settings of the node.
     pub options: Options,
-    /// What is on this node, the node itself among them.
+    /// Endpoints, the node itself included.
     pub endpoints: Vec<Endpoint>,
-    /// What is elsewhere.
+    /// Peers.
     pub peers: Vec<Peer>,
 }
 
 impl Options {
-    /// The labels of an address that nobody knows: `reserved:world`, or the family's own in dual stack.
+    /// Returns the labels of an address that nothing identifies: `reserved:world`, or `world-ipv4` and `world-ipv6` in
+    /// dual stack.
     #[must_use]
     pub fn world_labels(&self, v6: bool) -> Labels {
         Labels::new([reserved(match (self.dual_stack, v6) {

@@ -1,4 +1,4 @@
-//! Sets of labels, and what selectors say about them.
+//! Label sets, and how selectors match them.
 
 use std::{fmt, sync::Arc};
 
@@ -6,12 +6,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::rule::{Label, LabelSource, Requirement, Selector, Test};
 
-/// A set of labels, sorted; cheap to copy.
+/// A sorted set of labels. Cloning is cheap.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Labels(Arc<[Label]>);
 
 impl Labels {
-    /// From labels in any order; of two with the same source and key the later one counts.
+    /// Creates a set from labels in any order. Of two labels with the same source and key, the later one is kept.
     #[must_use]
     pub fn new(labels: impl IntoIterator<Item = Label>) -> Self {
         let mut sorted: Vec<Label> = Vec::new();
@@ -24,30 +24,30 @@ impl Labels {
         Self(sorted.into())
     }
 
-    /// One label of the `reserved` source.
+    /// Creates a set of one label of the `reserved` source.
     #[must_use]
     pub fn reserved(key: &str) -> Self {
         Self::new([reserved(key)])
     }
 
-    /// The labels in order of source and key.
+    /// Returns the labels, sorted by source and key.
     pub fn iter(&self) -> impl Iterator<Item = &Label> {
         self.0.iter()
     }
 
-    /// Whether there is none.
+    /// Returns whether the set is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Whether there is a label of this source and key, whatever its value.
+    /// Returns whether the set has a label of this source and key, with any value.
     #[must_use]
     pub fn has(&self, source: &str, key: &str) -> bool {
         self.get(source, key).is_some()
     }
 
-    /// The value of a label by source and key.
+    /// Returns the value of the label with this source and key.
     #[must_use]
     pub fn get(&self, source: &str, key: &str) -> Option<&str> {
         self.0
@@ -56,7 +56,7 @@ impl Labels {
             .map(|at| self.0[at].value.as_str())
     }
 
-    /// Whether it has `reserved:KEY`.
+    /// Returns whether the set has the label `reserved:KEY`.
     #[must_use]
     pub fn has_reserved(&self, key: &str) -> bool {
         self.has("reserved", key)
@@ -88,7 +88,7 @@ impl<'de> Deserialize<'de> for Labels {
     }
 }
 
-/// A label of the `reserved` source.
+/// Returns a label of the `reserved` source.
 #[must_use]
 pub fn reserved(key: &str) -> Label {
     Label {
@@ -98,14 +98,14 @@ pub fn reserved(key: &str) -> Label {
     }
 }
 
-/// Reads `source:key=value`. Without a source it is `k8s`; without a value the value is empty.
+/// Parses `source:key=value`. The default source is `k8s`, the default value is empty.
 ///
-/// A colon ends the source only before the first `=` and `/`, dots and the like in keys are left alone.
+/// Only a colon before the first `=` ends the source; a value may contain colons.
 #[must_use]
 pub fn parse_label(text: &str) -> Label {
     let (name, value) = text.split_once('=').unwrap_or((text, ""));
     let (source, key) = match name.split_once(':') {
-        // `fqdn:*.example.com`, `cidr:...` and the ordinary ones; an empty source is k8s.
+        // Only the first colon ends the source, as in `cidr:2001:db8::/32`. An empty source means `k8s`.
         Some((source, key)) if !source.is_empty() => (source, key),
         Some((_, key)) => ("k8s", key),
         None => match name.strip_prefix('$') {
@@ -121,7 +121,7 @@ pub fn parse_label(text: &str) -> Label {
 }
 
 impl Selector {
-    /// Whether every requirement holds of the labels.
+    /// Returns whether the labels meet every requirement.
     #[must_use]
     pub fn matches(&self, labels: &Labels) -> bool {
         self.requirements
@@ -131,9 +131,9 @@ impl Selector {
 }
 
 impl Requirement {
-    /// Whether it holds of the labels.
+    /// Returns whether the labels meet the requirement.
     ///
-    /// With the source `any` the first label of that key (in order of the sources) is the one that counts.
+    /// If the source is `any`, the first label with the key decides (labels are sorted by source).
     #[must_use]
     pub fn holds(&self, labels: &Labels) -> bool {
         let value = match &self.source {
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_are_read_with_and_without_source() {
+    fn labels_parse_with_and_without_source() {
         assert_eq!(parse_label("k8s:app=a").to_string(), "k8s:app=a");
         assert_eq!(parse_label("app=a").to_string(), "k8s:app=a");
         assert_eq!(parse_label("reserved:host").to_string(), "reserved:host");
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn requirements_hold_as_the_language_says() {
+    fn requirements_match_by_operator_and_source() {
         let on = labels(&["k8s:app=a", "container:tier=x"]);
         let k8s = || LabelSource::Named("k8s".into());
         assert!(holds(LabelSource::Any, "tier", Test::In(vec!["x".into()]), &on));

@@ -1,8 +1,9 @@
-//! Who an address is that was learned by name.
+//! Identities of addresses that endpoints learned by name.
 //!
-//! Every `toFQDNs` selector has a number. An address that an endpoint learned through some of them has the labels that
-//! it has anyway (those of the world, or of the longest prefix that a policy mentions) and a label for each of the
-//! selectors; such a set of labels has an identity, with its rows in the tables of the endpoints that use them all.
+//! Every `toFQDNs` selector has a number. An address that an endpoint learned through some selectors has the labels
+//! that it would have anyway (those of the world, or of the longest prefix that a policy names) and one label for each
+//! of the selectors. Each such label set has an identity, with rows in the tables of the endpoints that use all of
+//! these selectors.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -14,23 +15,23 @@ use palisade_abi::{Addr, Identity, IpcacheEntry, PrefixKey, identity};
 
 use crate::rule::FqdnPattern;
 
-/// Number of a `toFQDNs` selector. The same as long as a rule uses it; never given away again.
+/// Number of a `toFQDNs` selector. It is stable while a rule uses the selector, and never reused.
 pub type SelectorNumber = u32;
 
 /// The selectors that the egress rules of an endpoint use, by number.
 pub type SelectorList = Arc<[(SelectorNumber, FqdnPattern)]>;
 
-/// What there is to know of a learned address.
+/// What determines the identity of a learned address.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LearnedSet {
-    /// What it is without names.
+    /// Identity of the address without learned names.
     pub base: Identity,
-    /// The selectors whose names it was learned by, ascending, at least one.
+    /// Selectors that the learned names match, ascending; at least one.
     pub selectors: Arc<[SelectorNumber]>,
 }
 
-/// Whether a name can add to what an address is. Addresses of endpoints, of the node and of labelled peers are who
-/// they are, by whatever name.
+/// Returns whether learned names can change an identity. Addresses of endpoints, of the node and of labelled peers
+/// keep their identity, whatever names resolve to them.
 #[must_use]
 pub const fn learnable(base: Identity) -> bool {
     matches!(
@@ -39,31 +40,32 @@ pub const fn learnable(base: Identity) -> bool {
     ) || base >= identity::FIRST_LOCAL
 }
 
-/// Identities of sets: by base, then by selectors.
+/// Identities of learned sets: by base, then by selectors.
 pub type Sets = HashMap<Identity, HashMap<Arc<[SelectorNumber]>, Identity>>;
 
-/// What is needed to tell who a learned address is. Cheap to copy, and made to be asked by another thread; it changes
-/// with the [`Snapshot`](crate::snapshot::Snapshot) that it belongs to.
+/// The data to find the identity of a learned address. Cloning is cheap, so another thread can have a copy. It belongs
+/// to one [`Snapshot`](crate::snapshot::Snapshot).
 #[derive(Clone, Debug, Default)]
 pub struct LearnedIdentities {
     /// Full-length addresses, as in the snapshot.
     pub addresses: Arc<HashMap<Addr, IpcacheEntry>>,
     /// Shorter prefixes, as in the snapshot.
     pub prefixes: Arc<HashMap<PrefixKey, IpcacheEntry>>,
-    /// The lengths that prefixes have, the longest first.
+    /// Lengths of the prefixes, bits, the longest first.
     pub lengths: Arc<[u32]>,
     /// Identities of addresses that no prefix contains: IPv4, IPv6.
     pub worlds: [Identity; 2],
-    /// The selectors that somebody uses.
+    /// Selectors that at least one rule uses.
     pub selectors: Arc<BTreeSet<SelectorNumber>>,
-    /// Sets that are always there.
+    /// Sets that always have an identity: one selector, on the world.
     pub standing: Arc<Sets>,
-    /// Sets that were asked for.
+    /// Other sets, which have an identity because the daemon requested them.
     pub wanted: Arc<Sets>,
 }
 
 impl LearnedIdentities {
-    /// Who an address is without names: the exact address, else the longest prefix, else the world.
+    /// Returns the identity of an address without learned names: by the exact address, else by the longest prefix,
+    /// else the world.
     #[must_use]
     pub fn base(&self, address: IpAddr) -> Identity {
         let addr = Addr::from(address);
@@ -82,16 +84,16 @@ impl LearnedIdentities {
         }
     }
 
-    /// Who an address is that was learned through these selectors (ascending). `None`: nobody has asked for such an
-    /// identity yet; [`Self::set`] says what to ask the compiler for.
+    /// Returns the identity of an address that was learned through these selectors (ascending). `None` if the
+    /// combination has no identity yet; [`Self::set`] returns what to request from the compiler.
     ///
-    /// Selectors that nobody uses count for nothing. An address that no name can add to is who it is.
+    /// Selectors that no rule uses are ignored. An address whose identity names cannot change keeps its identity.
     #[must_use]
     pub fn identity(&self, address: IpAddr, selectors: &[SelectorNumber]) -> Option<Identity> {
         self.identity_on(self.base(address), selectors)
     }
 
-    /// The same for an address that nothing else is known of (IPv4).
+    /// Returns the same as [`Self::identity`] for an IPv4 address of the world.
     #[must_use]
     pub fn identity_in_world(&self, selectors: &[SelectorNumber]) -> Option<Identity> {
         self.identity_on(self.worlds[0], selectors)
@@ -115,13 +117,13 @@ impl LearnedIdentities {
         })
     }
 
-    /// The set that says all about an address; none if no name can add to it.
+    /// Returns the learned set of an address; `None` if names cannot change its identity.
     #[must_use]
     pub fn set(&self, address: IpAddr, selectors: &[SelectorNumber]) -> Option<LearnedSet> {
         self.set_on(self.base(address), selectors)
     }
 
-    /// The same for an address that nothing else is known of (IPv4).
+    /// Returns the same as [`Self::set`] for an IPv4 address of the world.
     #[must_use]
     pub fn set_in_world(&self, selectors: &[SelectorNumber]) -> Option<LearnedSet> {
         self.set_on(self.worlds[0], selectors)
@@ -135,7 +137,7 @@ impl LearnedIdentities {
         })
     }
 
-    /// The identity of a set, if it has one.
+    /// Returns the identity of a set, if it has one.
     #[must_use]
     pub fn identity_of_set(&self, set: &LearnedSet) -> Option<Identity> {
         let find = |sets: &Sets| sets.get(&set.base)?.get(&set.selectors).copied();

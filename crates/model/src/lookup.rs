@@ -1,4 +1,4 @@
-//! What the programs find in a [`Snapshot`]: the same lookups in the same order.
+//! The lookups of the BPF programs, over a [`Snapshot`].
 
 use std::net::IpAddr;
 
@@ -9,7 +9,7 @@ use palisade_abi::{
 use crate::snapshot::Snapshot;
 
 impl Snapshot {
-    /// Who an address is: the exact address, else the longest prefix, else the world.
+    /// Returns the ipcache entry of an address: by the exact address, else by the longest prefix, else the world.
     #[must_use]
     pub fn identity_of(&self, address: IpAddr) -> IpcacheEntry {
         let key = Addr::from(address);
@@ -23,7 +23,7 @@ impl Snapshot {
         })
     }
 
-    /// The entry that an address finds; none if no prefix knows it.
+    /// Returns the ipcache entry of an address; `None` if no prefix contains the address.
     #[must_use]
     pub fn ipcache(&self, address: Addr) -> Option<IpcacheEntry> {
         self.addresses
@@ -32,7 +32,7 @@ impl Snapshot {
             .or_else(|| self.longest_prefix(address, 128))
     }
 
-    /// The entry of the longest prefix that an address is in, among those of at most `longest` bits.
+    /// Returns the entry of the longest prefix that contains the address and has at most `longest` bits.
     #[must_use]
     pub fn longest_prefix(&self, address: Addr, longest: u32) -> Option<IpcacheEntry> {
         if self.prefixes.is_empty() {
@@ -48,8 +48,8 @@ impl Snapshot {
         })
     }
 
-    /// The verdict on the first packet of a flow, seen from an endpoint. `port`: destination port, or type of ICMP;
-    /// `None` if it cannot be known (a later fragment).
+    /// Returns the policy table entry that decides the first packet of a flow of an endpoint. `port` is the
+    /// destination port or the ICMP type; `None` for a later fragment, whose port is unknown.
     #[must_use]
     pub fn judge(
         &self,

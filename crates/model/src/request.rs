@@ -6,21 +6,21 @@ use palisade_abi::Inspector;
 
 use crate::snapshot::RuleSet;
 
-/// What is known of a request.
+/// A request of an application protocol; at most one field is set.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Request {
-    /// An HTTP request.
+    /// HTTP request.
     pub http: Option<HttpRequest>,
-    /// The name that a DNS query asks for.
+    /// Name that a DNS query asks for.
     pub dns: Option<String>,
-    /// The server name of a TLS ClientHello.
+    /// Server name of a TLS ClientHello.
     pub tls: Option<String>,
-    /// A Kafka request.
+    /// Kafka request.
     pub kafka: Option<KafkaRequest>,
 }
 
 impl Request {
-    /// The [`Inspector`] that reads such a request.
+    /// Returns the [`Inspector`] of the request's protocol.
     #[must_use]
     pub const fn inspector(&self) -> u8 {
         let inspector = match self {
@@ -33,7 +33,7 @@ impl Request {
         inspector as u8
     }
 
-    /// Whether nothing is known.
+    /// Returns whether no request is described.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
@@ -51,7 +51,7 @@ pub struct HttpRequest {
     pub host: String,
     /// Header fields.
     pub headers: Vec<(String, String)>,
-    /// HTTP/1.0; else HTTP/1.1.
+    /// Whether the request is HTTP/1.0 instead of HTTP/1.1.
     pub is_http10: bool,
 }
 
@@ -64,58 +64,58 @@ pub struct KafkaRequest {
     pub api_version: Option<i16>,
     /// Client id.
     pub client_id: Option<String>,
-    /// Topics that it is about; each must be allowed.
+    /// Topics of the request; each must be allowed.
     pub topics: Vec<String>,
 }
 
-/// In which form the path of a request is judged.
+/// Forms of a path that rules are matched against.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Paths {
-    /// As sent, and as a server would resolve it: a rule must allow both.
+    /// The path as sent and the path as a server would resolve it: rules must allow both.
     #[default]
     Both,
-    /// As sent only.
+    /// Only the path as sent.
     Raw,
 }
 
-/// What becomes of a request whose method has no body for many servers (GET, HEAD, DELETE, TRACE, OPTIONS, CONNECT), and
-/// which has one.
+/// Handling of requests that have a body although their method usually has none (GET, HEAD, DELETE, TRACE, OPTIONS,
+/// CONNECT). Many servers ignore such a body, and its bytes could be taken for another request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum GetBodies {
-    /// Refused, unless a rule that allows the request names `Content-Length` or `Transfer-Encoding`.
+    /// Denied, unless the rule that allows the request names `Content-Length` or `Transfer-Encoding`.
     #[default]
     Refuse,
-    /// Judged like any other.
+    /// Judged like requests of other methods.
     Allow,
 }
 
-/// What the configuration says about the judgement of HTTP requests.
+/// Options of the configuration for HTTP requests.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct HttpOptions {
-    /// In which form a path is judged.
+    /// Forms of a path that rules are matched against.
     pub paths: Paths,
     /// Whether a GET may have a body.
     pub get_bodies: GetBodies,
 }
 
-/// Why a described request does not pass.
+/// Why a described request is denied.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Denial {
-    /// No rule allows it.
+    /// No rule allows the request.
     NoRule,
-    /// Whatever the rules say: it is malformed, or two receivers could read it differently.
+    /// The request is malformed or ambiguous, so the inspector refuses it whatever the rules say.
     Refused {
-        /// What is wrong with it.
+        /// Reason of the refusal.
         why: &'static str,
-        /// What its sender sees.
+        /// Effect that the client sees.
         becomes: String,
     },
 }
 
 /// Judges described requests by the application rules of an entry, as the inspector of the traffic does.
 pub trait Judge {
-    /// Returns the rule of `set` that allows the request, or why it is denied; `None` if no inspector reads such
-    /// traffic. The request is of the protocol that `set` reads.
+    /// Returns the rule of `set` that allows the request, or why the request is denied; `None` if no inspector reads
+    /// the protocol. The request has the protocol that `set` reads.
     fn judge(
         &self,
         set: &Arc<RuleSet>,

@@ -1,18 +1,18 @@
-//! A policy after it has been read and validated: what the parser makes and the compiler takes.
+//! Policies after parsing and validation: the output of the parser and the input of the compiler.
 //!
-//! Everything that the language lets people write in several ways has one form here: labels have a source,
-//! namespaces have been put into the selectors, prefixes are masked, ports are ranges, groups of prefixes that
-//! are known by name only stay names (they are resolved against the `CiliumCIDRGroup`s of the same world).
+//! Each meaning has one form here. Labels have a source, namespaces are requirements of selectors, prefixes are
+//! masked, ports are ranges. References to groups of prefixes stay references; the compiler resolves them against the
+//! `CiliumCIDRGroup`s of the node.
 
 use std::{fmt, sync::Arc};
 
 use ipnet::IpNet;
 use palisade_abi::Direction;
 
-/// Where something was written. Lines and columns count from 1; 0 where it is not known.
+/// A place in a file. Lines and columns count from 1; 0 if unknown.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Location {
-    /// The file as it was named, or `<input>`.
+    /// File name, or `<input>`.
     pub file: Arc<str>,
     /// Line, from 1.
     pub line: u32,
@@ -26,38 +26,39 @@ impl fmt::Display for Location {
     }
 }
 
-/// The kind of resource a policy was written as.
+/// Kind of the resource that defines a policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PolicyKind {
-    /// `CiliumNetworkPolicy`: of one namespace.
+    /// `CiliumNetworkPolicy`: applies to one namespace.
     Cnp,
-    /// `CiliumClusterwideNetworkPolicy`: not scoped; may select the node.
+    /// `CiliumClusterwideNetworkPolicy`: applies to all namespaces, and may select the node.
     Ccnp,
     /// Kubernetes `NetworkPolicy`.
     Knp,
-    /// A bare rule of a case file: no scoping at all.
+    /// A bare rule of a case file, which no namespace scopes.
     Raw,
 }
 
-/// One resource.
+/// A policy resource.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Policy {
-    /// As what it was written.
+    /// Kind of the resource.
     pub kind: PolicyKind,
-    /// `metadata.name`; `rules[N]` for raw rules.
+    /// `metadata.name`; `rules[N]` for bare rules.
     pub name: String,
-    /// The namespace of a CNP or NetworkPolicy (`default` if the resource names none); none for the others.
+    /// Namespace of a CNP or NetworkPolicy (`default` if the resource names none); `None` for other kinds.
     pub namespace: Option<String>,
-    /// Palisade's own: annotation `palisade.io/audit: "true"`. What this policy's rules would drop passes, and is reported.
+    /// Whether the policy is in audit mode (Palisade's annotation `palisade.io/audit: "true"`): packets that its rules
+    /// deny pass and are reported.
     pub audit: bool,
-    /// `spec` gives one, `specs` several.
+    /// The one `spec`, or all `specs`.
     pub specs: Vec<Spec>,
-    /// Where the document starts.
+    /// Start of the document.
     pub location: Location,
 }
 
 impl Policy {
-    /// `namespace/name`, or `name` where there is no namespace: how people and reports name it.
+    /// Returns `namespace/name`, or `name` for a policy without namespace, as reports show it.
     #[must_use]
     pub fn qualified_name(&self) -> String {
         match &self.namespace {
@@ -67,19 +68,19 @@ impl Policy {
     }
 }
 
-/// One `spec`: who it is about, and its sections.
+/// One `spec`: the selected endpoints, and the rules.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Spec {
-    /// Who it selects.
+    /// Endpoints that the spec selects.
     pub subject: Subject,
-    /// Ingress rules that allow, in the order they were written. `None`: the section is absent, null or empty.
-    /// (A direction that a NetworkPolicy denies without any rule has one rule here, for nobody.)
+    /// `ingress` rules, in the order of the file. `None` if the section is absent, null or empty. If a NetworkPolicy
+    /// denies the direction without any rule, the section has one rule that matches no peer.
     pub ingress: Option<Vec<Rule>>,
-    /// Ingress rules that deny.
+    /// `ingressDeny` rules.
     pub ingress_deny: Option<Vec<Rule>>,
-    /// Egress rules that allow.
+    /// `egress` rules.
     pub egress: Option<Vec<Rule>>,
-    /// Egress rules that deny.
+    /// `egressDeny` rules.
     pub egress_deny: Option<Vec<Rule>>,
     /// `enableDefaultDeny.ingress`.
     pub default_deny_ingress: Option<bool>,
@@ -87,12 +88,12 @@ pub struct Spec {
     pub default_deny_egress: Option<bool>,
     /// `description`.
     pub description: String,
-    /// Where the spec starts.
+    /// Start of the spec.
     pub location: Location,
 }
 
 impl Spec {
-    /// Returns the rules of a section, in the order in which they are written; none if the section is absent.
+    /// Returns the rules of a section, in the order of the file; an empty slice if the section is absent.
     #[must_use]
     pub fn rules(&self, section: Section) -> &[Rule] {
         match section {
@@ -106,7 +107,7 @@ impl Spec {
     }
 }
 
-/// Which section of a spec a rule stands in.
+/// Section of a spec.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[allow(missing_docs, reason = "the names are the language's own")]
 pub enum Section {
@@ -120,7 +121,7 @@ impl Section {
     /// All sections, in the order of their numbers.
     pub const ALL: [Self; 4] = [Self::Ingress, Self::IngressDeny, Self::Egress, Self::EgressDeny];
 
-    /// Returns the sections of a direction: the one that allows, then the one that denies.
+    /// Returns the two sections of a direction: first the one that allows, then the one that denies.
     #[must_use]
     pub const fn of(direction: Direction) -> [Self; 2] {
         match direction {
@@ -129,7 +130,7 @@ impl Section {
         }
     }
 
-    /// The direction it is about.
+    /// Returns the direction of the section.
     #[must_use]
     pub const fn direction(self) -> Direction {
         match self {
@@ -138,13 +139,13 @@ impl Section {
         }
     }
 
-    /// Whether its rules deny.
+    /// Returns whether rules of the section deny.
     #[must_use]
     pub const fn denies(self) -> bool {
         matches!(self, Self::IngressDeny | Self::EgressDeny)
     }
 
-    /// As it is written in a policy.
+    /// Returns the name of the section in policies.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -156,84 +157,83 @@ impl Section {
     }
 }
 
-/// Whom a spec is about.
+/// The endpoints that a spec selects.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Subject {
-    /// Endpoints with these labels (never the node).
+    /// Workloads with these labels; never the node.
     Endpoints(Selector),
-    /// The node, if its labels match.
+    /// The node, if it has these labels.
     Node(Selector),
 }
 
-/// One rule of a section.
-///
-/// Semantics: a peer matches if `peers` says so; a packet matches if `ports` says so; both must.
+/// One rule of a section. A packet matches the rule if its peer matches `peers` and its protocol and port match
+/// `ports`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rule {
-    /// Whom it is about.
+    /// Peers of the rule.
     pub peers: Peers,
-    /// What traffic it is about.
+    /// Protocols and ports of the rule.
     pub ports: Ports,
-    /// fromRequires / toRequires: every selector of endpoints in this section of every policy of the subject must
-    /// match these too. Lets nobody in by itself.
+    /// `fromRequires` or `toRequires`: requirements that every endpoint selector of this section must meet as well, in
+    /// all specs that select the same endpoint. They allow no peer by themselves.
     pub requires: Vec<Selector>,
-    /// `authentication.mode: required`.
+    /// Whether `authentication.mode` is `required`.
     pub auth_required: bool,
-    /// Where it starts.
+    /// Start of the rule.
     pub location: Location,
 }
 
-/// The L3 members of a rule, after the empty forms have been resolved.
+/// Peers of a rule, with the empty forms resolved.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Peers {
-    /// No L3 member, but the rule has toPorts or icmps: every peer.
+    /// Every peer: the rule has `toPorts` or `icmps`, but names no peer.
     Any,
-    /// The empty rule `{}`, an empty list, or members that cannot be resolved here: nobody.
-    /// (The section counts for default deny all the same.)
+    /// No peer: the rule is `{}`, has an empty list of peers, or only peers that cannot be resolved here. The section
+    /// still causes default deny.
     None,
-    /// Whoever one of them matches.
+    /// Peers that one of the list members selects.
     OneOf(Vec<Peer>),
 }
 
-/// One L3 member.
+/// One member of a list of peers.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Peer {
-    /// fromEndpoints / toEndpoints, namespace scoping already put in.
+    /// `fromEndpoints` or `toEndpoints`; the namespace is a requirement of the selector.
     Labels(Selector),
-    /// fromNodes / toNodes: nodes (identities with `reserved:remote-node`, or the node itself) with these labels.
+    /// `fromNodes` or `toNodes`: identities of nodes (`reserved:remote-node`, or the node itself) with these labels.
     Nodes(Selector),
-    /// fromEntities / toEntities.
+    /// `fromEntities` or `toEntities`.
     Entity(Entity),
-    /// fromCIDR / toCIDR, fromCIDRSet / toCIDRSet with `cidr`, ipBlock.
+    /// `fromCIDR`, `toCIDR`, an entry of `fromCIDRSet` or `toCIDRSet` with `cidr`, or `ipBlock`.
     Cidr(CidrRule),
-    /// fromCIDRSet / toCIDRSet with `cidrGroupRef`: by name.
+    /// An entry of `fromCIDRSet` or `toCIDRSet` with `cidrGroupRef`.
     CidrGroup {
         /// `metadata.name` of the `CiliumCIDRGroup`.
         name: String,
         /// `except` of the entry.
         except: Vec<IpNet>,
     },
-    /// fromCIDRSet / toCIDRSet with `cidrGroupSelector`: by the labels of the group.
+    /// An entry of `fromCIDRSet` or `toCIDRSet` with `cidrGroupSelector`.
     CidrGroupSelector {
-        /// Over the labels of `CiliumCIDRGroup` resources.
+        /// Selector over the labels of `CiliumCIDRGroup` resources.
         selector: Selector,
         /// `except` of the entry.
         except: Vec<IpNet>,
     },
-    /// toFQDNs.
+    /// `toFQDNs`.
     Fqdn(FqdnPattern),
 }
 
-/// A prefix with holes.
+/// A prefix without some of its parts.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CidrRule {
-    /// The prefix, host bits masked.
+    /// The prefix, with host bits masked.
     pub cidr: IpNet,
-    /// Parts of it that do not match (not a denial).
+    /// Parts of the prefix that do not match. The rule does not deny them.
     pub except: Vec<IpNet>,
 }
 
-/// The entities of the language.
+/// The entities of the policy language.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[allow(missing_docs, reason = "the names are the language's own")]
 pub enum Entity {
@@ -252,69 +252,72 @@ pub enum Entity {
     None,
 }
 
-/// A DNS name or pattern of toFQDNs or of a dns rule. Lower case, without the trailing dot.
+/// A DNS name or pattern of `toFQDNs` or of a dns rule, in lower case and without the trailing dot.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum FqdnPattern {
     /// `matchName`.
     Name(String),
-    /// `matchPattern`, as written (lower case): `*` within a label, `**.` one or more labels, `*` alone everything.
+    /// `matchPattern`, in lower case. `*` matches characters within a label, `**.` one or more labels, `*` alone every
+    /// name.
     Pattern(String),
 }
 
-/// The L4 members of a rule.
+/// Protocols and ports of a rule.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Ports {
-    /// No restriction: every protocol, ICMP included (no toPorts, null, or an empty list, and no icmps).
+    /// Every protocol, ICMP included: the rule has neither `toPorts` nor `icmps`, or they are null or empty.
     Any,
-    /// Whatever one of them matches. Empty: nothing (`toPorts: [{}]` alone).
+    /// Packets that one of the entries matches. An empty list (`toPorts: [{}]` alone) matches no packet.
     OneOf(Vec<PortRule>),
 }
 
-/// One entry of toPorts or icmps: some ports, and what is to be read on them.
+/// One entry of `toPorts` or `icmps`: ports, and the application rules on them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PortRule {
-    /// The protocols and ports. Empty: the entry allows nothing.
+    /// Protocols and ports; an empty list allows nothing.
     pub ports: Vec<PortSpec>,
-    /// Application rules; `L7::default()` for plain L4.
+    /// Application rules; `L7::default()` if the entry has none.
     pub l7: L7,
-    /// Where it starts.
+    /// Start of the entry.
     pub location: Location,
 }
 
-/// Protocol and ports.
+/// A protocol with its ports.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PortSpec {
-    /// Numeric: first to last port, inclusive. `0..=65535` is the wildcard (port 0 has become that, a reversed range its first port).
+    /// A range of port numbers. `0..=65535` is every port; the parser turns port 0 into it, and a reversed range into
+    /// its first port.
     Range {
-        /// Which protocol.
+        /// Protocol of the ports.
         protocol: L4Protocol,
         /// First port.
         first: u16,
         /// Last port, inclusive; not less than `first`.
         last: u16,
     },
-    /// By name; resolved per endpoint.
+    /// A port by name, which is resolved for each endpoint.
     Named {
-        /// Which protocol; [`L4Protocol::Any`] takes the port's own.
+        /// Protocol of the port; [`L4Protocol::Any`] means the protocol of the named port.
         protocol: L4Protocol,
-        /// The name, lower case.
+        /// Name of the port, in lower case.
         name: String,
-        /// The end of a range that begins at the port of that name; there is none if it is not above (as 0 is not).
+        /// Last port of a range that begins at the named port. If it is not above the named port (0 never is), only
+        /// the named port matches.
         last: u16,
     },
-    /// `icmps`: one type of one family.
+    /// One ICMP type, of `icmps`.
     Icmp {
-        /// ICMPv6; else ICMP.
+        /// Whether the protocol is ICMPv6 instead of ICMP.
         v6: bool,
-        /// The type.
+        /// ICMP type.
         kind: u8,
     },
 }
 
-/// A protocol of a port rule.
+/// Protocol of a port rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum L4Protocol {
-    /// TCP, UDP and SCTP (never ICMP).
+    /// TCP, UDP and SCTP, but not ICMP.
     Any,
     /// TCP.
     Tcp,
@@ -322,16 +325,17 @@ pub enum L4Protocol {
     Udp,
     /// SCTP.
     Sctp,
-    /// One of the other protocols of the language by its IP number (ICMP, ICMPv6, VRRP 112, IGMP 2, ...): every packet of it.
+    /// Another protocol of the policy language, by IP protocol number (ICMP, ICMPv6, VRRP 112, IGMP 2, ...), with all
+    /// its packets.
     Other(u8),
 }
 
-/// Application rules of one toPorts entry.
+/// Application rules of one `toPorts` entry.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct L7 {
-    /// What is to be read, if anything.
+    /// `rules`.
     pub rules: L7Rules,
-    /// `serverNames`; empty: not asked for.
+    /// `serverNames`; an empty list does not restrict names.
     pub server_names: Vec<FqdnPattern>,
     /// `terminatingTLS`.
     pub terminating_tls: Option<TlsContext>,
@@ -342,17 +346,17 @@ pub struct L7 {
 }
 
 impl L7 {
-    /// Whether nothing above L4 is asked for.
+    /// Returns whether the entry has no application rules.
     #[must_use]
     pub fn is_none(&self) -> bool {
         *self == Self::default()
     }
 }
 
-/// The `rules` member of toPorts. An empty list of rules is the same as none; only a parser by name needs no rules.
+/// The `rules` member of a `toPorts` entry. An empty list of rules counts as no rules, except for a parser by name.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub enum L7Rules {
-    /// None.
+    /// No rules.
     #[default]
     None,
     /// `http`.
@@ -361,49 +365,49 @@ pub enum L7Rules {
     Dns(Vec<FqdnPattern>),
     /// `kafka`.
     Kafka(Vec<KafkaRule>),
-    /// `l7proto` / `l7`: a parser by name, with key/value rules.
+    /// `l7proto` and `l7`: a parser by name, with key/value rules.
     Generic {
-        /// The parser.
+        /// Name of the parser.
         parser: String,
-        /// The rules.
+        /// Rules: keys and values.
         rules: Vec<Vec<(String, String)>>,
     },
 }
 
-/// One http rule. All members that are there must match.
+/// One http rule. A request must match all members that are set.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
 pub struct HttpRule {
-    /// Full-match regular expression over path and query.
+    /// Regular expression over path and query, which must match as a whole.
     pub path: Option<String>,
-    /// Full-match regular expression.
+    /// Regular expression over the method, which must match as a whole.
     pub method: Option<String>,
-    /// Full-match regular expression.
+    /// Regular expression over the host, which must match as a whole.
     pub host: Option<String>,
-    /// `headers`: name, and the exact value (`None`: present).
+    /// `headers`: name and exact value; `None` requires only that the header is present.
     pub headers: Vec<(String, Option<String>)>,
     /// `headerMatches`.
     pub header_matches: Vec<HeaderMatch>,
 }
 
-/// One entry of headerMatches.
+/// One entry of `headerMatches`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct HeaderMatch {
     /// Header name.
     pub name: String,
-    /// Expected value (`None` with `secret`: not resolved here).
+    /// Expected value; `None` if the entry has a secret, which Palisade does not resolve.
     pub value: Option<String>,
     /// `namespace/name` of a secret.
     pub secret: Option<String>,
-    /// What to do on a mismatch.
+    /// Action if the header has another value.
     pub mismatch: MismatchAction,
 }
 
-/// `mismatch` of headerMatches.
+/// `mismatch` of an entry of `headerMatches`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum MismatchAction {
     /// The rule does not match (the default).
     Fail,
-    /// Match all the same, and say so.
+    /// The rule matches, and the mismatch is reported.
     Log,
     /// Append the header.
     Add,
@@ -416,22 +420,22 @@ pub enum MismatchAction {
 /// One kafka rule.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
 pub struct KafkaRule {
-    /// API keys; empty: all. (`role: produce` and `consume` have been expanded.)
+    /// API keys; an empty list allows all. The parser expands `role: produce` and `role: consume`.
     pub api_keys: Vec<i16>,
-    /// API version; none: all.
+    /// API version; `None` allows all.
     pub api_version: Option<i16>,
-    /// Client id; none: all.
+    /// Client id; `None` allows all.
     pub client_id: Option<String>,
-    /// Topic; none: all.
+    /// Topic; `None` allows all.
     pub topic: Option<String>,
 }
 
-/// terminatingTLS / originatingTLS.
+/// `terminatingTLS` or `originatingTLS`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct TlsContext {
     /// `namespace/name` of the secret.
     pub secret: String,
-    /// `trustedCA`, `certificate`, `privateKey` as written.
+    /// Key of the trusted CA in the secret (`trustedCA`).
     pub trusted_ca: String,
     /// Key of the certificate in the secret.
     pub certificate: String,
@@ -439,16 +443,16 @@ pub struct TlsContext {
     pub private_key: String,
 }
 
-/// listener.
+/// `listener`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Listener {
-    /// Kind of the resource (CiliumEnvoyConfig, CiliumClusterwideEnvoyConfig).
+    /// Kind of the resource (`CiliumEnvoyConfig` or `CiliumClusterwideEnvoyConfig`).
     pub kind: String,
-    /// Its name.
+    /// Name of the resource.
     pub resource: String,
-    /// The listener's name.
+    /// Name of the listener.
     pub name: String,
-    /// Priority, 0 if not given.
+    /// Priority; 0 if the policy sets none.
     pub priority: u8,
 }
 
@@ -457,36 +461,36 @@ pub struct Listener {
 pub struct CidrGroup {
     /// `metadata.name`.
     pub name: String,
-    /// `metadata.labels`, source `cidrgroup`.
+    /// `metadata.labels`; their source is `cidrgroup`.
     pub labels: Vec<(String, String)>,
     /// `spec.externalCIDRs`, masked.
     pub cidrs: Vec<IpNet>,
-    /// Where the document starts.
+    /// Start of the document.
     pub location: Location,
 }
 
-/// A label selector: a conjunction. Empty: everything.
+/// A label selector. An empty one selects every label set.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Selector {
-    /// All must hold.
+    /// Requirements, all of which must be met.
     pub requirements: Vec<Requirement>,
 }
 
 /// One requirement of a selector.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Requirement {
-    /// The label's source; `any` matches every source.
+    /// Source of the label.
     pub source: LabelSource,
-    /// The label's key, without source.
+    /// Key of the label, without source.
     pub key: String,
-    /// What must hold of it.
+    /// Test of the label.
     pub test: Test,
 }
 
-/// The operator of a requirement with its values.
+/// Operator of a requirement, with its values.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Test {
-    /// The label exists and has one of the values (matchLabels: one value).
+    /// The label exists and has one of the values (`matchLabels`: one value).
     In(Vec<String>),
     /// The label does not exist, or has none of the values.
     NotIn(Vec<String>),
@@ -496,10 +500,10 @@ pub enum Test {
     DoesNotExist,
 }
 
-/// Where a label comes from.
+/// Source of a label in a selector.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum LabelSource {
-    /// In a selector: any source.
+    /// Any source.
     Any,
     /// A source by name: `k8s`, `reserved`, `container`, `cni`, `cidr`, `cidrgroup`, `node`, `fqdn`, `unspec`, ...
     Named(String),
@@ -512,7 +516,7 @@ pub struct Label {
     pub source: String,
     /// Key.
     pub key: String,
-    /// Value, may be empty.
+    /// Value; may be empty.
     pub value: String,
 }
 

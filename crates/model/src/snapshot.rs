@@ -1,4 +1,4 @@
-//! What a compilation comes to: everything the BPF maps are to hold, and what the numbers in them mean.
+//! The output of the compiler: the content of the BPF maps, and the meaning of the numbers in them.
 
 use std::{
     cmp::Ordering,
@@ -19,7 +19,7 @@ use crate::{
     rule::{FqdnPattern, HttpRule, KafkaRule, Listener, Location, PolicyKind, Section, TlsContext},
 };
 
-/// The state of the node: what the maps hold once a plan has been carried out.
+/// The desired content of the maps, after the plan that leads to it.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     /// Every identity in use, by number.
@@ -28,55 +28,56 @@ pub struct Snapshot {
     pub addresses: Arc<HashMap<Addr, IpcacheEntry>>,
     /// Shorter prefixes (the trie).
     pub prefixes: Arc<HashMap<PrefixKey, IpcacheEntry>>,
-    /// The class of every slot; [`palisade_abi::CLASS_SLOTS`] of them.
+    /// Class of every slot; there are [`palisade_abi::CLASS_SLOTS`].
     pub classes: Arc<Vec<Class>>,
-    /// The compiled tables by policy id.
+    /// Compiled tables by policy id.
     pub tables: BTreeMap<u32, Arc<Table>>,
-    /// The state of every endpoint (the node among them) by its id.
+    /// State of every endpoint, the node included, by endpoint number.
     pub endpoints: BTreeMap<u16, EndpointState>,
-    /// What rule ids stand for. Ids of rules that are gone may linger, so that late events can still be named.
+    /// Meaning of rule ids. Ids of removed rules stay for a while, so that late events still have a rule name.
     pub rules: Arc<BTreeMap<u32, Arc<RuleInfo>>>,
-    /// Application rules by the id that [`PolicyEntry::ruleset`] holds.
+    /// Application rules by the id in [`PolicyEntry::ruleset`].
     pub rulesets: Arc<BTreeMap<u32, Arc<RuleSet>>>,
-    /// What an address is that no prefix knows, IPv4.
+    /// Identity of IPv4 addresses that no prefix contains.
     pub world_ipv4: Identity,
-    /// The same for IPv6.
+    /// Identity of IPv6 addresses that no prefix contains.
     pub world_ipv6: Identity,
-    /// The `toFQDNs` selectors that the egress rules of an endpoint use; endpoints without any are not listed.
+    /// `toFQDNs` selectors in the egress rules of each endpoint; endpoints without selectors are absent.
     pub fqdn: BTreeMap<u16, SelectorList>,
-    /// Who learned addresses are.
+    /// Identities of learned addresses.
     pub names: LearnedIdentities,
-    /// Learned addresses, where a plan has to look at them. The compiler leaves it empty.
+    /// Learned addresses that a plan must consider. The compiler leaves the field empty; the daemon fills it.
     pub learned: Learned,
-    /// The highest revision that an endpoint has or had. The number before it is free.
+    /// Highest revision that an endpoint has or had. The revision before it is free for a plan.
     pub revision: u32,
-    /// What there is to say about the policies as a whole: ports nobody has, conflicts, services nobody resolves.
+    /// Warnings about the policies as a whole, such as port names that no endpoint has.
     pub diagnostics: Vec<Diagnostic>,
 }
 
-/// What the maps hold, read back after a restart.
+/// Content of the maps, read back after a restart.
 #[derive(Clone, Debug, Default)]
 pub struct MapContents {
     /// The ipcache map.
     pub addresses: HashMap<Addr, IpcacheEntry>,
     /// The prefix trie.
     pub prefixes: HashMap<PrefixKey, IpcacheEntry>,
-    /// The class of every slot.
+    /// Class of every slot.
     pub classes: Vec<Class>,
     /// The policy map.
     pub policy: Vec<(PolicyKey, PolicyEntry)>,
-    /// The endpoints that have a state.
+    /// Endpoints that have a state.
     pub endpoints: Vec<(u16, EndpointState)>,
-    /// The identity of unknown addresses, IPv4.
+    /// Identity of unknown IPv4 addresses.
     pub world_ipv4: Identity,
-    /// The same for IPv6.
+    /// Identity of unknown IPv6 addresses.
     pub world_ipv6: Identity,
 }
 
 impl Snapshot {
-    /// The state of maps that were read back: what to plan from after a restart. The
-    /// compiler must avoid its numbers (`Compiler::avoid`) before the first update: then new tables have policy ids and
-    /// revisions of their own, and the old tables enforce until each endpoint is switched.
+    /// Creates a snapshot from maps that were read back, as the start of the first plan after a restart.
+    ///
+    /// Before the first update the compiler must avoid the numbers in it (`Compiler::avoid`). Then new tables have
+    /// policy ids and revisions of their own, and the old tables enforce until each endpoint is switched.
     #[must_use]
     pub fn from_maps(contents: MapContents) -> Self {
         let mut tables: BTreeMap<u32, Table> = BTreeMap::new();
@@ -103,29 +104,29 @@ impl Snapshot {
     }
 }
 
-/// What endpoints have learned by names (the LEARNED map): only what differs between the two states of a plan has to
-/// be listed.
+/// Addresses that endpoints have learned by name (the LEARNED map). Only entries that differ between the two snapshots
+/// of a plan need to be listed.
 #[derive(Clone, Debug, Default)]
 pub struct Learned {
-    /// Address of an endpoint -> its identity.
+    /// Identity of each learned address of an endpoint.
     pub entries: BTreeMap<LearnedKey, Identity>,
-    /// Identities that learned addresses have which are not listed.
+    /// Identities of learned addresses that are not listed in `entries`.
     pub others: BTreeSet<Identity>,
 }
 
 /// A key of a [`Table`]: a [`PolicyKey`] without the policy id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TableKey {
-    /// 0 ingress, 1 egress, as [`Direction`].
+    /// Direction, as a number of [`Direction`].
     pub direction: u8,
-    /// Identity of the other end, [`identity::ANY`] for every one.
+    /// Identity of the peer; [`identity::ANY`] for any.
     pub identity: Identity,
-    /// Class of protocol and port, [`CLASS_ANY`] for every one.
+    /// Class of protocol and port; [`CLASS_ANY`] for any.
     pub class: Class,
 }
 
 impl TableKey {
-    /// The key as the map has it.
+    /// Returns the key of the policy map.
     #[must_use]
     pub const fn with_policy(self, policy: u32) -> PolicyKey {
         PolicyKey {
@@ -148,15 +149,15 @@ impl From<PolicyKey> for TableKey {
     }
 }
 
-/// The verdicts of one subject, or of several that cannot be told apart.
+/// Policy table of one subject, or of several subjects with equal tables.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Table {
-    /// Sorted by direction, identity, class, so that an identity's entries are neighbours.
+    /// Entries sorted by direction, identity and class, so that the entries of one identity are adjacent.
     pub entries: BTreeMap<TableKey, PolicyEntry>,
 }
 
 impl Table {
-    /// The [`endpoint_flags`] of the directions in which no entry has anything read or denies by name.
+    /// Returns the [`endpoint_flags`] of the directions in which no entry inspects or denies explicitly.
     #[must_use]
     pub fn plain(&self) -> u32 {
         let mut plain = endpoint_flags::PLAIN_INGRESS | endpoint_flags::PLAIN_EGRESS;
@@ -171,7 +172,7 @@ impl Table {
         plain
     }
 
-    /// The entries of one direction and identity.
+    /// Returns the entries of one direction and identity.
     pub fn row(&self, direction: u8, identity: Identity) -> impl Iterator<Item = (&TableKey, &PolicyEntry)> {
         let key = |class| TableKey {
             direction,
@@ -181,8 +182,8 @@ impl Table {
         self.entries.range(key(CLASS_ANY)..=key(Class::MAX))
     }
 
-    /// What the programs find: the first key that exists of (identity, class), (identity, any), (any, class),
-    /// (any, any).
+    /// Returns the entry that the programs find: the first that exists of (identity, class), (identity, any class),
+    /// (any identity, class), (any identity, any class).
     #[must_use]
     pub fn lookup(&self, direction: Direction, identity: Identity, class: Class) -> Option<&PolicyEntry> {
         let direction = direction as u8;
@@ -203,7 +204,7 @@ impl Table {
     }
 }
 
-/// The keys whose entries differ, in their order, with the entry of each side. One walk along both.
+/// Returns the keys whose entries differ, in ascending order, with the entry of each side.
 pub fn differing<'a>(
     old: &'a BTreeMap<TableKey, PolicyEntry>,
     new: &'a BTreeMap<TableKey, PolicyEntry>,
@@ -231,76 +232,76 @@ pub fn differing<'a>(
     })
 }
 
-/// A place in a policy: what a rule id stands for if it stands for a rule.
+/// A rule's place among the policies.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RulePlace {
-    /// What kind of resource.
+    /// Kind of the resource.
     pub kind: PolicyKind,
     /// `namespace/name` of the policy.
     pub policy: Arc<str>,
-    /// Which of its specs, from 0.
+    /// Index of the spec in the policy, from 0.
     pub spec: u32,
-    /// Which section.
+    /// Section of the spec.
     pub section: Section,
-    /// Which rule of the section, from 0.
+    /// Index of the rule in the section, from 0.
     pub index: u32,
 }
 
-/// What a rule id stands for.
+/// Meaning of a rule id.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum RuleKey {
     /// A rule of a policy.
     Rule(RulePlace),
-    /// Denied because a policy has a section for the direction and nothing allows the packet.
+    /// Denied: a policy has rules for the direction, and no rule allows the packet.
     DefaultDeny {
-        /// The direction, as [`Direction`].
+        /// The direction, as a number of [`Direction`].
         direction: u8,
-        /// `namespace/name` of the policy that causes it, the first by name.
+        /// `namespace/name` of the policy that causes the default deny; of several, the first by name.
         policy: Arc<str>,
-        /// How many others cause it too.
+        /// Number of other policies that cause it too.
         others: u32,
     },
-    /// Allowed because the policies of the direction say `enableDefaultDeny: false`.
+    /// Allowed: the policies of the direction have `enableDefaultDeny: false`.
     DefaultAllow {
-        /// The direction, as [`Direction`].
+        /// The direction, as a number of [`Direction`].
         direction: u8,
-        /// `namespace/name` of a policy that says so (the first by name).
+        /// `namespace/name` of such a policy; of several, the first by name.
         policy: Arc<str>,
     },
-    /// Denied because enforcement is `always` and nothing allows the packet.
+    /// Denied: enforcement is `always`, and no rule allows the packet.
     AlwaysEnforced {
-        /// The direction, as [`Direction`].
+        /// The direction, as a number of [`Direction`].
         direction: u8,
     },
-    /// Allowed because no policy enforces the direction, or enforcement is `never`.
+    /// Allowed: no policy enforces the direction, or enforcement is `never`.
     NotEnforced {
-        /// The direction, as [`Direction`].
+        /// The direction, as a number of [`Direction`].
         direction: u8,
     },
-    /// Allowed because the node may always reach its workloads (`allow_localhost = "always"`).
+    /// Allowed: the node may always reach its workloads (`allow_localhost = "always"`).
     LocalhostAlways,
-    /// Denied because the endpoint's labels are not known yet.
+    /// Denied: the labels of the endpoint are not known yet.
     InitEndpoint {
-        /// The direction, as [`Direction`].
+        /// The direction, as a number of [`Direction`].
         direction: u8,
     },
 }
 
-/// A rule id explained.
+/// Description of a rule id.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RuleInfo {
-    /// The id; never 0.
+    /// Rule id; never 0.
     pub id: u32,
-    /// What it stands for.
+    /// Meaning of the id.
     pub key: RuleKey,
-    /// Where the rule, or the policy, is written; for the first policy of a default-deny.
+    /// Place of the rule or policy in its file; for a default deny, of the first policy that causes it.
     pub location: Option<Location>,
-    /// `description` of the spec, if it has one.
+    /// `description` of the spec; empty if it has none.
     pub description: String,
 }
 
 impl fmt::Display for RuleInfo {
-    /// `policy default/web ingress rule 2 (web.yaml:12:5)`, or in words what decided if no rule did.
+    /// Writes `policy default/web ingress rule 2 (web.yaml:12)`, or the cause in words if no rule decided.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let direction = |d: u8| {
             if d == Direction::Ingress as u8 {
@@ -350,15 +351,16 @@ impl fmt::Display for RuleInfo {
     }
 }
 
-/// The application rules of an `inspect` entry: a request passes if one of them matches.
+/// Application rules of an `inspect` entry. A request passes if one of the alternatives matches.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
 pub struct RuleSet {
-    /// What the traffic is read as ([`inspector_name`]); an [`Inspector`]. Differs from the entry's inspector where
-    /// TLS has to be terminated first.
+    /// Protocol that the inspector reads, as a number of [`Inspector`]. It differs from the entry's inspector if TLS
+    /// must be terminated first.
     pub reads: u8,
-    /// The alternatives, each with the rule it came from.
+    /// Alternatives, each with the rule that it comes from.
     pub alternatives: Vec<Alternative>,
-    /// Where rules of another protocol stand beside `serverNames`: one of these must match too (none: not asked for).
+    /// `serverNames` beside rules of another protocol: one of them must match as well. An empty list does not restrict
+    /// names.
     pub server_names: Vec<FqdnPattern>,
     /// `terminatingTLS` of the entry.
     pub terminating_tls: Option<TlsContext>,
@@ -368,38 +370,39 @@ pub struct RuleSet {
     pub listener: Option<Listener>,
 }
 
-/// One way to pass.
+/// One alternative of a rule set.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Alternative {
-    /// The rule it came from.
+    /// Id of the rule that the alternative comes from.
     pub rule: u32,
-    /// What a request must be like.
+    /// Condition that a request must meet.
     pub matcher: Matcher,
 }
 
-/// What a request must be like.
+/// Condition that a request must meet.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Matcher {
-    /// Everything passes (and is read all the same): a plain allow beside application rules, or an empty list.
+    /// Matches every request: from a plain allow beside application rules, or from an empty list of rules. The traffic
+    /// is still inspected.
     Everything,
     /// An http rule.
     Http(HttpRule),
-    /// A name that may be asked for.
+    /// A name that DNS queries may ask for.
     Dns(FqdnPattern),
     /// A server name of TLS.
     ServerName(FqdnPattern),
     /// A kafka rule.
     Kafka(KafkaRule),
-    /// A rule of another parser, by its name.
+    /// A rule of another parser.
     Generic {
-        /// The parser.
+        /// Name of the parser.
         parser: String,
         /// Keys and values.
         rule: Vec<(String, String)>,
     },
 }
 
-/// The name of an inspector in reports and case files.
+/// Returns the name of an inspector in reports and case files.
 #[must_use]
 pub const fn inspector_name(inspector: u8) -> &'static str {
     const HTTP: u8 = Inspector::Http as u8;
