@@ -1,17 +1,63 @@
-//! Policies as people write them, to the table of verdicts that the BPF programs look up.
+//! Policies from YAML to the policy tables that the BPF programs look up.
 //!
 //! ```text
 //! YAML ── parse ──> rule::Policy ── compile ──> Snapshot ── plan ──> Op… ── datapath ──> BPF maps
-//!         (FILE:LINE:COL errors)    (selectors, identities, (an order in which
-//!                                    precedence)             no packet notices)
+//!         (FILE:LINE:COL errors)    (selectors, identities, (in an order in which each packet
+//!                                    precedence)             meets the old or the new rules)
 //! ```
 //!
-//! Pure: no I/O, no maps, no clock. The same compiler answers `palisade policy test` and fills the maps.
+//! Pure: no I/O, no BPF maps, no clock. `palisade policy test` and the daemon use the same compiler.
 //!
 //! Depends on `palisade-model`, which holds the types at both ends, and on `palisade-protocols` for the paths and
-//! regular expressions of HTTP rules. Start at [`compile::Compiler`]: its input are the
-//! [`rule`](palisade_model::rule) types that [`parse`] makes, its output is a
-//! [`Snapshot`](palisade_model::snapshot::Snapshot). [`plan::plan`] leads from one snapshot to the next.
+//! regular expressions of HTTP rules. Start at [`compile::Compiler`]: its input is the [`rule`](palisade_model::rule)
+//! types that [`parse`] returns, its output is a [`Snapshot`](palisade_model::snapshot::Snapshot). [`plan::plan`] leads
+//! from one snapshot to the next.
+//!
+//! ```
+//! use palisade_abi::{Decision, Direction};
+//! use palisade_model::inventory::{Endpoint, Inventory};
+//! use palisade_model::labels::{Labels, parse_label};
+//! use palisade_policy::compile::{Changes, Compiler, CompilerState, FileContent};
+//! use palisade_policy::parse::parse;
+//!
+//! let text = "
+//! apiVersion: cilium.io/v2
+//! kind: CiliumNetworkPolicy
+//! metadata: {name: web}
+//! spec:
+//!   endpointSelector: {matchLabels: {app: web}}
+//!   ingress:
+//!   - toPorts: [{ports: [{port: \"80\", protocol: TCP}]}]
+//! ";
+//! let parsed = parse("web.yaml", text);
+//! assert!(!parsed.has_errors());
+//! let file = FileContent { policies: parsed.policies, cidr_groups: parsed.cidr_groups };
+//! let web = Endpoint {
+//!     id: 7,
+//!     name: "web-1".into(),
+//!     namespace: "default".into(),
+//!     labels: Labels::new(["app=web", "io.kubernetes.pod.namespace=default"].map(parse_label)),
+//!     named_ports: Default::default(),
+//!     addresses: vec!["10.0.1.7".parse()?],
+//!     audit: false,
+//! };
+//!
+//! let mut compiler = Compiler::new(&CompilerState::default());
+//! let snapshot = compiler
+//!     .update(Changes {
+//!         inventory: Some(Inventory { endpoints: vec![web], ..Inventory::default() }),
+//!         files: [("web.yaml".to_owned(), Some(file))].into(),
+//!     })
+//!     .expect("the policies do not conflict");
+//! let client = snapshot.identity_of("192.0.2.1".parse()?).identity;
+//! let decision = |port| {
+//!     let entry = snapshot.judge(7, Direction::Ingress, client, palisade_abi::protocol::TCP, Some(port));
+//!     entry.map(|entry| Decision::from_u8(entry.decision))
+//! };
+//! assert_eq!(decision(80), Some(Decision::Allow));
+//! assert_eq!(decision(22), Some(Decision::Deny));
+//! # Ok::<(), std::net::AddrParseError>(())
+//! ```
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![warn(unreachable_pub)]

@@ -1,0 +1,134 @@
+//! Policy tables that change, and the writes from one content of a table to another.
+
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    sync::Arc,
+};
+
+use palisade_abi::{Class, Identity, PolicyEntry, PolicyKey, identity};
+use palisade_model::{
+    op::Op,
+    snapshot::{Snapshot, Table, TableKey, differing},
+};
+
+/// Tables that endpoints leave or enter, and tables that change in place.
+pub(super) struct TableChanges<'a> {
+    pub(super) old: BTreeSet<u32>,
+    pub(super) new: BTreeSet<u32>,
+    pub(super) old_tables: Vec<&'a Table>,
+    pub(super) new_tables: Vec<&'a Table>,
+}
+
+pub(super) fn table_changes<'a>(old: &'a Snapshot, new: &'a Snapshot) -> TableChanges<'a> {
+    let same = |id: &u32| match (old.tables.get(id), new.tables.get(id)) {
+        (Some(a), Some(b)) => Arc::ptr_eq(a, b) || a == b,
+        _ => false,
+    };
+    let mut olds: BTreeSet<u32> = old.tables.keys().copied().filter(|id| !same(id)).collect();
+    let mut news: BTreeSet<u32> = new.tables.keys().copied().filter(|id| !same(id)).collect();
+    for (id, state) in &new.endpoints {
+        if let Some(before) = old.endpoints.get(id)
+            && before.policy != state.policy
+        {
+            olds.insert(before.policy);
+            news.insert(state.policy);
+        }
+    }
+    TableChanges {
+        old_tables: olds
+            .iter()
+            .filter_map(|id| old.tables.get(id))
+            .map(|table| &**table)
+            .collect(),
+        new_tables: news
+            .iter()
+            .filter_map(|id| new.tables.get(id))
+            .map(|table| &**table)
+            .collect(),
+        old: olds,
+        new: news,
+    }
+}
+
+/// Returns the entries of a table in which numbers are copied: each second number of a pair gets the entries of the
+/// first.
+pub(super) fn extend<'a>(
+    table: &'a Table,
+    identities: &[(Identity, Identity)],
+    classes: &[(Class, Class)],
+) -> Cow<'a, BTreeMap<TableKey, PolicyEntry>> {
+    if identities.is_empty() && classes.is_empty() {
+        return Cow::Borrowed(&table.entries);
+    }
+    let mut extended = table.clone();
+    for (from, to) in identities {
+        for direction in palisade_abi::DIRECTIONS {
+            let stale: Vec<TableKey> = extended.row(direction as u8, *to).map(|(key, _)| *key).collect();
+            for key in stale {
+                extended.entries.remove(&key);
+            }
+            // From the table before any copy, as `from` may itself be replaced by a copy.
+            for (key, entry) in table.row(direction as u8, *from) {
+                extended.entries.insert(
+                    TableKey {
+                        identity: *to,
+                        ..*key
+                    },
+                    *entry,
+                );
+            }
+        }
+    }
+    if !classes.is_empty() {
+        let source = extended.entries.clone();
+        let targets: HashSet<Class> = classes.iter().map(|(_, to)| *to).collect();
+        extended.entries.retain(|key, _| !targets.contains(&key.class));
+        let mut copies: HashMap<Class, Vec<Class>> = HashMap::new();
+        for (from, to) in classes {
+            copies.entry(*from).or_default().push(*to);
+        }
+        for (key, entry) in source {
+            for to in copies.get(&key.class).into_iter().flatten() {
+                extended.entries.insert(TableKey { class: *to, ..key }, entry);
+            }
+        }
+    }
+    Cow::Owned(extended.entries)
+}
+
+/// Appends the writes from one content of a table to another. A packet's verdict changes at most once.
+pub(super) fn difference(
+    policy: u32,
+    old: &BTreeMap<TableKey, PolicyEntry>,
+    new: &BTreeMap<TableKey, PolicyEntry>,
+    ops: &mut Vec<Op>,
+) {
+    if std::ptr::eq(old, new) {
+        return;
+    }
+    // Number of fixed fields of a key, in the order of the lookup.
+    let level = |key: &TableKey| {
+        2 * usize::from(key.identity != identity::ANY) + usize::from(key.class != palisade_abi::CLASS_ANY)
+    };
+    let mut puts: [Vec<(PolicyKey, PolicyEntry)>; 4] = Default::default();
+    let mut deletes: [Vec<PolicyKey>; 4] = Default::default();
+    for (key, _, wanted) in differing(old, new) {
+        match wanted {
+            Some(entry) => puts[level(key)].push((key.with_policy(policy), *entry)),
+            None => deletes[level(key)].push(key.with_policy(policy)),
+        }
+    }
+    ops.extend(
+        puts.into_iter()
+            .rev()
+            .filter(|list| !list.is_empty())
+            .map(Op::PolicyPut),
+    );
+    ops.extend(
+        deletes
+            .into_iter()
+            .filter(|list| !list.is_empty())
+            .map(Op::PolicyDelete),
+    );
+}
