@@ -94,7 +94,9 @@ impl Path {
 /// Runs the measure.
 pub fn measure(effort: Effort) -> Result<Measure> {
     let (rounds, seconds) = effort.pick((5, 1), (11, 2));
-    progress(format_args!("bulk: {rounds} rounds of {seconds} s, both ways"));
+    progress(format_args!(
+        "bulk: {rounds} rounds of {seconds} s, both directions"
+    ));
     let (open, guarded) = (Path::new(false)?, Path::new(true)?);
     let columns = [
         "direction",
@@ -144,7 +146,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
         name: "bulk",
         title: "TCP bulk through an endpoint interface",
         method: format!(
-            "iperf3, one connection, {rounds} runs of {seconds} s each way, between the network behind the NIC and a workload; the two nodes in turn."
+            "iperf3, one connection, {rounds} runs of {seconds} s in each direction, between the network behind the NIC and a workload; the two nodes in turn."
         ),
         goals,
         tables: vec![table, costs],

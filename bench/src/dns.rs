@@ -163,7 +163,7 @@ impl Path {
 pub fn throughput(effort: Effort) -> Result<Measure> {
     let (rounds, seconds) = effort.pick((3, 1), (9, 2));
     progress(format_args!(
-        "dns: {rounds} rounds of {seconds} s, and as many of latency, {} ways",
+        "dns: {rounds} rounds of {seconds} s, and as many of latency, {} variants",
         Between::ALL.len()
     ));
     let queries: Vec<String> = (0..NAMES).map(|n| format!("h{n}.bench.example A")).collect();
@@ -250,7 +250,7 @@ pub fn throughput(effort: Effort) -> Result<Measure> {
         name: "dns",
         title: "DNS through policy",
         method: format!(
-            "dnsperf in a workload asks knot behind the NIC for {NAMES} names, each with an address of its own; {rounds} rounds of {seconds} s for each figure, the ways in turn. unbound runs on the node, with one thread; \"forwards\": it may keep nothing, so it asks knot for each question as Palisade lets each pass."
+            "dnsperf in a workload queries knot behind the NIC for {NAMES} names, each with an address of its own; {rounds} rounds of {seconds} s for each figure, the variants in turn. unbound runs on the node, with one thread; \"forwards\": it may cache nothing, so it queries knot each time, as queries that Palisade passes reach knot each time."
         ),
         goals,
         tables: vec![table],
@@ -407,11 +407,11 @@ pub fn committed(effort: Effort) -> Result<Measure> {
         "10,000 selectors",
         "10,000 selectors, 100,000 addresses",
     ];
-    let mut ways = [None, Some(10), Some(10_000), Some(10_000)]
+    let mut variants = [None, Some(10), Some(10_000), Some(10_000)]
         .into_iter()
         .map(Asking::new)
         .collect::<Result<Vec<_>>>()?;
-    let full = &mut ways[3];
+    let full = &mut variants[3];
     let before = full.memory()?;
     while full.next < LEARNED {
         full.ask(AT_ONCE)?;
@@ -419,15 +419,15 @@ pub fn committed(effort: Effort) -> Result<Measure> {
     let each = (full.memory()? - before) / full.next as f64;
     let mut samples = [const { Samples::new() }; 4];
     for _ in 0..rounds {
-        for (way, samples) in ways.iter_mut().zip(&mut samples) {
+        for (variant, samples) in variants.iter_mut().zip(&mut samples) {
             for _ in 0..questions {
-                samples.push(way.ask(1)?);
+                samples.push(variant.ask(1)?);
             }
         }
     }
     let mut table = Table::new(
         "From the server's sending of an answer to its arrival at the client, µs",
-        &["way", "median", "p99", "longest"],
+        &["variant", "median", "p99", "longest"],
     );
     for (name, samples) in names.iter().zip(&samples) {
         table.row(
@@ -438,7 +438,7 @@ pub fn committed(effort: Effort) -> Result<Measure> {
     let p99 = |n: usize| samples[n].quantile(0.99);
     Ok(Measure {
         name: "committed",
-        title: "From an answer to its release",
+        title: "From an answer to its forwarding",
         method: format!(
             "A client sends one query after the other, each for a new name with an address of its own. The time is from the sending of the answer to its arrival at the client: two veths, punt, inspection, learning, writes of the maps, and reinjection. {rounds} rounds of {questions}, the variants in turn."
         ),

@@ -238,7 +238,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
     let [mut ahead, mut ahead_of_conntrack] = [f64::INFINITY; 2];
     for &n in sizes {
         progress(format_args!(
-            "forward: {n} rules, {rounds} rounds of {} ways",
+            "forward: {n} rules, {rounds} rounds of {} variants",
             paths.len()
         ));
         for path in &mut paths {
@@ -296,7 +296,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
         name: "forward",
         title: "Packets a second through namespaces",
         method: format!(
-            "{FLOWS} UDP flows of 60-byte frames from a packet socket behind the node's NIC, forwarded by the node to a workload, which counts them. All of it runs in the sender's thread, so packets by the thread's processor time are the whole cost of a packet: making it, two veths, forwarding, and the filter. Each way has a node of its own; {rounds} rounds of {} ms take them in turn. The rule that matches is the last of N; Palisade judges by N policies, each a file. Samples, as parts of plain forwarding in their round, lie within {:.0} % of their medians (half the distance of the quartiles, worst case).",
+            "{FLOWS} UDP flows of 60-byte frames from a packet socket behind the node's NIC, forwarded by the node to a workload, which counts them. All of it runs in the sender's thread, so packets per CPU time of the thread are the whole cost of a packet: making it, two veths, forwarding, and the filter. Each variant has a node of its own; {rounds} rounds of {} ms take them in turn. The matching rule is the last of N; Palisade has N policies, each a file. Samples, as parts of plain forwarding in their round, lie within {:.0} % of their medians (half the distance of the quartiles, worst case).",
             duration.as_millis(),
             spread * 100.0
         ),

@@ -79,19 +79,19 @@ fn table(caption: &str, what: &str) -> Table {
 pub fn requests(effort: Effort) -> Result<Measure> {
     let (count, seconds) = effort.pick((3, 1), (9, 3));
     let mut notes = Vec::new();
-    let mut ways = vec![Between::Nothing, Between::Palisade];
+    let mut variants = vec![Between::Nothing, Between::Palisade];
     match web::envoy() {
-        Ok(_) => ways.push(Between::Envoy),
+        Ok(_) => variants.push(Between::Envoy),
         Err(problem) => notes.push(format!(
             "**Envoy was not measured**: it is not to be had here ({problem:#})."
         )),
     }
-    ways.push(Between::Haproxy);
+    variants.push(Between::Haproxy);
     progress(format_args!(
-        "http: {count} rounds of {seconds} s, connections kept and new, {} ways",
-        ways.len()
+        "http: {count} rounds of {seconds} s, persistent and new connections, {} variants",
+        variants.len()
     ));
-    let paths = ways
+    let paths = variants
         .iter()
         .map(|between| Path::new(*between, PATTERNS, 1 << 20).with_context(|| between.name()))
         .collect::<Result<Vec<_>>>()?;
@@ -104,15 +104,15 @@ pub fn requests(effort: Effort) -> Result<Measure> {
         table("A new connection for each request", "requests/s"),
     ];
     for (table, figures) in tables.iter_mut().zip([&kept, &new]) {
-        for (way, of) in ways.iter().zip(figures) {
-            of.row(table, way.name(), &figures[0]);
+        for (variant, of) in variants.iter().zip(figures) {
+            of.row(table, variant.name(), &figures[0]);
         }
     }
     let mut goals = Vec::new();
     let ours = &kept[1];
-    for (way, other) in ways.iter().zip(&kept).skip(2) {
+    for (variant, other) in variants.iter().zip(&kept).skip(2) {
         goals.push(Goal::at_least(
-            format!("HTTP keep-alive requests/s, Palisade against {}", way.name()),
+            format!("HTTP keep-alive requests/s, Palisade against {}", variant.name()),
             1.0,
             ours.rate.against(&other.rate).median(),
             " ×",
@@ -132,13 +132,13 @@ pub fn requests(effort: Effort) -> Result<Measure> {
         ours.rate.against(&kept[0].rate).median(),
         " ×",
     ));
-    for (way, other) in ways.iter().zip(&new).skip(2) {
+    for (variant, other) in variants.iter().zip(&new).skip(2) {
         let what = format!(
             "new HTTP connections/s with one request each, Palisade against {}",
-            way.name()
+            variant.name()
         );
         let ratio = new[1].rate.against(&other.rate).median();
-        goals.push(if *way == Between::Envoy {
+        goals.push(if *variant == Between::Envoy {
             Goal::at_least(what, 1.0, ratio, " ×")
         } else {
             Goal::reported(what, format!("{} ×", number(ratio)))
@@ -152,7 +152,7 @@ pub fn requests(effort: Effort) -> Result<Measure> {
         name: "http",
         title: "HTTP through policy",
         method: format!(
-            "wrk behind the NIC, with {CONNECTIONS} connections, asks nginx in a workload. {PATTERNS} patterns of paths, the last of which matches, stand in a policy for the server's interface (Palisade), in an RBAC filter (Envoy) and in a list of `path_reg` (haproxy); both proxies run on the node, as many threads as they take by themselves, and keep their connections to the server. Each way answers an allowed path and refuses another before it is measured. {count} rounds of {seconds} s, the ways in turn."
+            "wrk behind the NIC, with {CONNECTIONS} connections, requests from nginx in a workload. {PATTERNS} patterns of paths, the last of which matches, are in a policy for the server's interface (Palisade), in an RBAC filter (Envoy) and in a list of `path_reg` (haproxy); both proxies run on the node with their default number of threads, and keep their connections to the server open. Each variant passes an allowed path and refuses another before it is measured. {count} rounds of {seconds} s, the variants in turn."
         ),
         goals,
         tables: tables.into(),
@@ -165,7 +165,7 @@ pub fn requests(effort: Effort) -> Result<Measure> {
 pub fn bodies(effort: Effort) -> Result<Measure> {
     let (count, blob) = effort.pick((5, 256 << 20), (11, 1 << 30));
     progress(format_args!(
-        "http-bulk: {count} rounds of {} MiB, both ways",
+        "http-bulk: {count} rounds of {} MiB, both directions",
         blob >> 20
     ));
     let paths = [Between::Nothing, Between::Palisade]
@@ -177,11 +177,11 @@ pub fn bodies(effort: Effort) -> Result<Measure> {
         &["direction", "no firewall", "Palisade", "against none", "spread"],
     );
     let mut goals = Vec::new();
-    let ways = [
+    let variants = [
         ("download", Path::download as fn(&Path) -> Result<f64>),
         ("upload", Path::upload),
     ];
-    for (name, transfer) in ways {
+    for (name, transfer) in variants {
         let [mut none, mut ours] = [const { Samples::new() }; 2];
         for round in 0..=count {
             let speeds = [transfer(&paths[0])?, transfer(&paths[1])?];
@@ -258,7 +258,7 @@ pub fn rules(effort: Effort) -> Result<Measure> {
 /// Measures new TLS connections.
 pub fn tls(effort: Effort) -> Result<Measure> {
     let (count, seconds) = effort.pick((5, 1), (11, 3));
-    progress(format_args!("tls: {count} rounds of {seconds} s, 2 ways"));
+    progress(format_args!("tls: {count} rounds of {seconds} s, 2 variants"));
     let paths = [Between::Nothing, Between::Palisade]
         .map(|between| Path::new(between, PATTERNS, 1 << 20).with_context(|| between.name()))
         .into_iter()

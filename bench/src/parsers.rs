@@ -348,7 +348,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
     let rounds = effort.pick(15, 51);
     let mut works = works();
     progress(format_args!(
-        "parsers: {rounds} rounds of {} ways, then their instructions",
+        "parsers: {rounds} rounds of {} variants, then their instructions",
         works.len()
     ));
     let mut samples = vec![Samples::new(); works.len()];

@@ -69,23 +69,23 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The program that receives the frames.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Way {
+enum Receiver {
     /// The bare forwarder.
     Bare,
     /// A worker whose engine forwards everything.
-    Carries,
+    Forwards,
     /// A worker with the daemon's engine, which inspects DNS.
-    Reads,
+    Inspects,
 }
 
-impl Way {
-    const ALL: [Self; 3] = [Self::Bare, Self::Carries, Self::Reads];
+impl Receiver {
+    const ALL: [Self; 3] = [Self::Bare, Self::Forwards, Self::Inspects];
 
     const fn name(self) -> &'static str {
         match self {
             Self::Bare => "bare forwarder",
-            Self::Carries => "worker, forwards",
-            Self::Reads => "worker, inspects DNS",
+            Self::Forwards => "worker, forwards",
+            Self::Inspects => "worker, inspects DNS",
         }
     }
 }
@@ -347,7 +347,7 @@ fn forward(mut socket: Socket, stop: &AtomicBool) -> io::Result<()> {
 }
 
 impl BareForwarder {
-    fn new(way: Way, mode: Mode) -> Result<Self> {
+    fn new(receiver: Receiver, mode: Mode) -> Result<Self> {
         let mut forwarder = Self {
             veth: Veth::new()?,
             used: Used::default(),
@@ -369,8 +369,8 @@ impl BareForwarder {
                 Ok(socket)
             }
         };
-        match way {
-            Way::Bare => {
+        match receiver {
+            Receiver::Bare => {
                 let stop = Arc::clone(&forwarder.stop);
                 forwarder.threads.push(thread::spawn(move || {
                     if let Err(problem) = enter().and_then(|socket| forward(socket, &stop)) {
@@ -378,8 +378,8 @@ impl BareForwarder {
                     }
                 }));
             }
-            Way::Carries => start(mode, enter, |_| Open, (), &mut forwarder)?,
-            Way::Reads => {
+            Receiver::Forwards => start(mode, enter, |_| Open, (), &mut forwarder)?,
+            Receiver::Inspects => {
                 let engine = |_| Engine::<Handle>::new(&Limits::default());
                 start(mode, enter, engine, rules(), &mut forwarder)?;
             }
@@ -424,8 +424,8 @@ struct Figures {
 }
 
 impl Figures {
-    fn take(&mut self, way: Way, mode: Mode, frames: &[Vec<u8>], duration: Duration) -> Result<()> {
-        let forwarder = BareForwarder::new(way, mode)?;
+    fn take(&mut self, receiver: Receiver, mode: Mode, frames: &[Vec<u8>], duration: Duration) -> Result<()> {
+        let forwarder = BareForwarder::new(receiver, mode)?;
         forwarder.veth.drive(frames, duration / 10)?;
         let used = forwarder.used.read()?;
         let (sent, back, took) = forwarder.veth.drive(frames, duration)?;
@@ -433,13 +433,13 @@ impl Figures {
         ensure!(
             back * 2 > sent,
             "{}: of {sent} frames {back} came back{}",
-            way.name(),
+            receiver.name(),
             forwarder.report()
         );
         if back < sent {
             progress(format_args!(
                 "{}: {} of {sent} frames were lost{}",
-                way.name(),
+                receiver.name(),
                 sent - back,
                 forwarder.report()
             ));
@@ -465,16 +465,16 @@ pub fn measure(effort: Effort) -> Result<Measure> {
         ],
     );
     progress(format_args!(
-        "punt: {rounds} rounds of {} ms, {} ways, {} modes",
+        "punt: {rounds} rounds of {} ms, {} receivers, {} modes",
         duration.as_millis(),
-        Way::ALL.len(),
+        Receiver::ALL.len(),
         modes.len()
     ));
     let frames = frames();
     let mut table = Table::new(
         "Frames a second that come back, and frames for a second of the processor of the thread at the socket",
         &[
-            "mode, way",
+            "mode, receiver",
             "frames/s",
             "against bare",
             "spread",
@@ -485,17 +485,17 @@ pub fn measure(effort: Effort) -> Result<Measure> {
     );
     let mut goals = Vec::new();
     for &(mode, name) in modes {
-        let mut figures: [Figures; Way::ALL.len()] = std::array::from_fn(|_| Figures::default());
+        let mut figures: [Figures; Receiver::ALL.len()] = std::array::from_fn(|_| Figures::default());
         for _ in 0..rounds {
-            for (way, figures) in Way::ALL.into_iter().zip(&mut figures) {
-                figures.take(way, mode, &frames, duration)?;
+            for (receiver, figures) in Receiver::ALL.into_iter().zip(&mut figures) {
+                figures.take(receiver, mode, &frames, duration)?;
             }
         }
         let [bare, ..] = &figures;
-        for (way, of) in Way::ALL.into_iter().zip(&figures) {
+        for (receiver, of) in Receiver::ALL.into_iter().zip(&figures) {
             let against = of.rate.against(&bare.rate);
             table.row(
-                format!("{name}, {}", way.name()),
+                format!("{name}, {}", receiver.name()),
                 &[
                     of.rate.median(),
                     against.median(),
@@ -505,18 +505,18 @@ pub fn measure(effort: Effort) -> Result<Measure> {
                     of.lost as f64,
                 ],
             );
-            if way == Way::Bare {
+            if receiver == Receiver::Bare {
                 continue;
             }
             let what = format!(
                 "packets/s, {} in {name} mode, against a bare AF_XDP forwarder",
-                way.name()
+                receiver.name()
             );
             goals.push(Goal::at_least(what, 0.8, against.median(), " ×"));
             goals.push(Goal::at_most(
                 format!(
                     "frames lost at that rate, {} in {name} mode, of {}",
-                    way.name(),
+                    receiver.name(),
                     of.sent
                 ),
                 0.0,
@@ -529,7 +529,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
         name: "punt",
         title: "Packets per second of a worker",
         method: format!(
-            "A worker and a bare AF_XDP forwarder (receive, send back, flush) at the same end of the same veth pair, behind the same XDP program, with the same socket, get the same frames: DNS queries and answers of {FLOWS} flows. At most {UNDER_WAY} frames are under way; what has not come back 200 ms after the end is lost. {rounds} rounds of {} ms take the ways in turn, each with a fresh socket.",
+            "A worker and a bare AF_XDP forwarder (receive, send back, flush) at the same end of the same veth pair, behind the same XDP program, with the same socket, get the same frames: DNS queries and answers of {FLOWS} flows. At most {UNDER_WAY} frames are under receiver; what has not come back 200 ms after the end is lost. {rounds} rounds of {} ms take the ways in turn, each with a fresh socket.",
             duration.as_millis()
         ),
         goals,
