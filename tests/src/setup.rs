@@ -90,7 +90,7 @@ pub fn client_only_with(apps: &Apps, settings: &Settings, ports: &[u16], rules: 
 /// If the daemon does not enforce them.
 #[must_use]
 #[track_caller]
-pub fn on_all_ways(apps: &Apps, hooks: Hooks, ports: &[u16], rules: &str) -> Daemon {
+pub fn on_all_pairs(apps: &Apps, hooks: Hooks, ports: &[u16], rules: &str) -> Daemon {
     let settings = Settings {
         hooks,
         ..Settings::default()

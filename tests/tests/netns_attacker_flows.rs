@@ -28,7 +28,7 @@ const PORT: u16 = 443;
 const PATHS: &str = "      rules:\n        http: [{path: /good.*}, {path: /good.*, method: POST}]\n";
 const NAMES: &str = "      serverNames: [good.example]\n";
 /// Out of a workload, into one, and into the node.
-const WAYS: [(&str, &str); 3] = [
+const PAIRS: [(&str, &str); 3] = [
     ("client", "internet"),
     ("internet", "server"),
     ("internet", "node"),
@@ -71,7 +71,7 @@ fn a_connection_that_reuses_the_ports_of_an_offloaded_one_is_inspected() {
     let daemon = apps
         .daemon(&Settings::default(), &borrowed(&policies(&[PORT], NAMES)))
         .expect("daemon");
-    for (from, to) in WAYS {
+    for (from, to) in PAIRS {
         let (_, recorder) = recorders.iter().find(|(name, _)| *name == to).expect("recorder");
         for family in FAMILIES {
             let (source, to) = (apps.source(from, to, family), apps.at(to, family, PORT));
@@ -123,7 +123,7 @@ fn a_connection_that_reuses_the_ports_of_an_offload_window_is_inspected() {
     let daemon = apps
         .daemon(&Settings::default(), &borrowed(&policies(&[PORT], PATHS)))
         .expect("daemon");
-    for (from, to) in WAYS {
+    for (from, to) in PAIRS {
         let (_, recorder) = recorders.iter().find(|(name, _)| *name == to).expect("recorder");
         for family in FAMILIES {
             let (source, to) = (apps.source(from, to, family), apps.at(to, family, PORT));
@@ -280,7 +280,7 @@ fn ports_can_be_reused_when_one_end_has_lost_the_connection() {
         .expect("daemon");
     let mut port = 33_000;
     for server_forgets in [false, true] {
-        for (from, to) in WAYS {
+        for (from, to) in PAIRS {
             for family in FAMILIES {
                 let at = apps.at(to, family, PORT);
                 port += 1;

@@ -34,7 +34,7 @@ const NAMES: &str = "      serverNames: [good.example]\n";
 const QUERIES: &str = "      rules:\n        dns: [{matchPattern: \"*.example\"}]\n";
 
 /// Out of a workload and into one, into the node and out of it, and where two policies inspect one packet.
-const WAYS: &[(&str, &str)] = &[
+const PAIRS: &[(&str, &str)] = &[
     ("client", "internet"),
     ("internet", "server"),
     ("internet", "node"),
@@ -249,7 +249,7 @@ fn without_http_rules_the_remapped_request_arrives() {
 fn a_denied_request_mapped_by_mptcp_after_an_allowed_one_does_not_arrive() {
     let world = World::guarded(PATHS);
     for family in FAMILIES {
-        for (from, to) in WAYS {
+        for (from, to) in PAIRS {
             let heard = remap(&world, from, to, family);
             let text = String::from_utf8_lossy(&heard);
             assert!(
@@ -265,7 +265,7 @@ fn a_denied_request_mapped_by_mptcp_after_an_allowed_one_does_not_arrive() {
 fn an_mptcp_client_and_an_mptcp_server_fall_back_to_tcp() {
     let world = World::guarded(PATHS);
     for family in FAMILIES {
-        for (from, to) in WAYS {
+        for (from, to) in PAIRS {
             let at = world.apps.at(to, family, PORT);
             let mut stream: TcpStream = world
                 .apps
@@ -301,7 +301,7 @@ fn neither_end_sees_options_that_change_what_a_segment_means() {
     ]
     .concat();
     for family in FAMILIES {
-        for (from, to) in WAYS {
+        for (from, to) in PAIRS {
             let own = world.open(from, to, family, &odd);
             let options = |kind| own.syn_ack.option(kind);
             assert!(options(2).is_some() && options(4).is_some(), "{:?}", own.syn_ack);
@@ -326,7 +326,7 @@ fn mptcp_is_disabled_on_inspected_connections() {
     for world in [World::guarded(NAMES), World::guarded_where(QUERIES, egress)] {
         let is_dns = world.policies == 2;
         for family in FAMILIES {
-            for (from, to) in WAYS.iter().filter(|(from, _)| !is_dns || *from != "internet") {
+            for (from, to) in PAIRS.iter().filter(|(from, _)| !is_dns || *from != "internet") {
                 let syn = [option::mss(1_400), option::mp_capable(&[], None)].concat();
                 let own = world.open(from, to, family, &syn);
                 assert_eq!(own.syn_ack.option(MPTCP), None, "{from} -> {to} {family:?}");
@@ -348,7 +348,7 @@ fn mptcp_is_disabled_on_inspected_connections() {
 fn multipath_and_signature_options_in_a_later_segment_are_refused() {
     let world = World::guarded(PATHS);
     for family in FAMILIES {
-        for (from, to) in WAYS {
+        for (from, to) in PAIRS {
             let own = world.open(from, to, family, &option::mss(1_400));
             let public = request("GET", "/public");
             for bad in [
@@ -395,7 +395,7 @@ fn data_in_a_syn_is_not_accepted_with_any_fast_open_cookie() {
             .expect("fast open");
     }
     for family in FAMILIES {
-        for (from, to) in WAYS {
+        for (from, to) in PAIRS {
             for cookie in [
                 option::fast_open(&[]),
                 option::fast_open(&[7; 8]),

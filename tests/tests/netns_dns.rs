@@ -127,7 +127,7 @@ fn client_only(names: &Names) -> Daemon {
 
 /// Every path of a query and its answer: out of a workload and into it, out of the node and into it, and between guarded
 /// endpoints.
-fn all_ways(hooks: Hooks) {
+fn all_pairs(hooks: Hooks) {
     let names = names();
     let settings = Settings {
         hooks,
@@ -197,17 +197,17 @@ fn all_ways(hooks: Hooks) {
 
 #[test]
 fn all_paths_with_tcx_and_xdp_at_the_nic() {
-    all_ways(XDP_AT_THE_NIC);
+    all_pairs(XDP_AT_THE_NIC);
 }
 
 #[test]
 fn all_paths_with_tcx_at_every_interface() {
-    all_ways(TCX);
+    all_pairs(TCX);
 }
 
 #[test]
 fn all_paths_with_xdp_and_clsact() {
-    all_ways(XDP_AND_CLSACT);
+    all_pairs(XDP_AND_CLSACT);
 }
 
 #[test]

@@ -11,6 +11,7 @@ use std::{
 };
 
 use palisade_testbed::{
+    Daemon,
     daemon::Hooks,
     output, probe,
     recorder::{End, Heard, Recorder},
@@ -19,9 +20,9 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    fixtures::apps::{Apps, WAYS, answers_requests, apps, has_default_offloads, packets_read},
+    fixtures::apps::{Apps, PAIRS, answers_requests, apps, has_default_offloads, packets_read},
     fixtures::dns::counted,
-    setup::{TCX, XDP_AND_CLSACT, XDP_AT_THE_NIC, client_only, client_only_with, on_all_ways, tables, webs},
+    setup::{TCX, XDP_AND_CLSACT, XDP_AT_THE_NIC, client_only, client_only_with, on_all_pairs, tables, webs},
 };
 
 const WEB: u16 = 80;
@@ -72,13 +73,13 @@ fn recorder(apps: &Apps) -> Recorder {
     .expect("recorder")
 }
 
-fn all_ways(hooks: Hooks) {
+fn all_pairs(hooks: Hooks) {
     let apps = apps();
     let names = ["server", "node", "internet"];
     let servers = webs(&apps, names, &[WEB], &[]);
-    let daemon = on_all_ways(&apps, hooks, PORTS, RULES);
+    let daemon = on_all_pairs(&apps, hooks, PORTS, RULES);
     for family in FAMILIES {
-        for (from, to) in WAYS {
+        for (from, to) in PAIRS {
             let at = apps.at(to, family, WEB);
             for path in ["/allowed", "/allowed/x?y=z", "/query?a=17"] {
                 let got = get(&apps, from, at, &[], path);
@@ -132,61 +133,101 @@ fn all_ways(hooks: Hooks) {
 
 #[test]
 fn all_paths_with_tcx_and_xdp_at_the_nic() {
-    all_ways(XDP_AT_THE_NIC);
+    all_pairs(XDP_AT_THE_NIC);
 }
 
 #[test]
 fn all_paths_with_tcx_at_every_interface() {
-    all_ways(TCX);
+    all_pairs(TCX);
 }
 
 #[test]
 fn all_paths_with_xdp_and_clsact() {
-    all_ways(XDP_AND_CLSACT);
+    all_pairs(XDP_AND_CLSACT);
+}
+
+/// A client under [`RULES`] and a server that reports what it received.
+struct Messages {
+    // Dropped in this order: the daemon ends before the namespaces are removed.
+    daemon: Daemon,
+    peer: Peer,
+    apps: Apps,
+}
+
+impl Messages {
+    fn new() -> Self {
+        let apps = apps();
+        let peer = peer(&apps);
+        let daemon = client_only(&apps, PORTS, RULES);
+        Self { daemon, peer, apps }
+    }
+
+    fn get(&self, to: SocketAddr, args: &[&str], path: &str) -> Curl {
+        get(&self.apps, "client", to, args, path)
+    }
+
+    #[track_caller]
+    fn expect(&self, what: &str, got: &Curl, good: bool) {
+        assert!(good, "{what}: {got:?}\n{}", self.daemon.report());
+    }
+
+    #[track_caller]
+    fn expect_denied(&self, what: &str, got: &Curl) {
+        self.expect(what, got, got.status == 403 && got.body == DENIED);
+    }
+
+    /// Asserts that the server has received allowed requests only.
+    #[track_caller]
+    fn expect_no_denied_request(&self) {
+        for request in self.peer.requests() {
+            let path = request["path"].as_str().unwrap_or_default();
+            assert!(path.starts_with("/allowed"), "{request}");
+        }
+    }
 }
 
 #[test]
-fn every_kind_of_message_passes() {
-    let apps = apps();
-    let peer = peer(&apps);
-    let _caddy = Caddy::start(apps.ns("internet"), "caddy", CADDY, 8443, &apps.certificate).expect("caddy");
-    let daemon = client_only(&apps, PORTS, RULES);
-    let body = apps.topology.dir().join("body");
+fn request_bodies_of_every_framing_pass() {
+    let messages = Messages::new();
+    let body = messages.apps.topology.dir().join("body");
     random_file(&body, 300_000).expect("file");
     let sum = sha256(&body).expect("sum");
-    let from_body = format!("@{}", body.display());
-    let file = body.display().to_string();
-    let client = apps.ns("client");
+    let (from_body, file) = (format!("@{}", body.display()), body.display().to_string());
+    let cases = [
+        ("length", &["-H", "Expect:", "--data-binary", &from_body][..]),
+        (
+            "expectation",
+            &["-H", "Expect: 100-continue", "--data-binary", &from_body],
+        ),
+        (
+            "chunks",
+            &["-H", "Transfer-Encoding: chunked", "-H", "Expect:", "-T", &file],
+        ),
+        (
+            "chunks, expectation",
+            &["-H", "Transfer-Encoding: chunked", "-T", &file],
+        ),
+    ];
     for family in FAMILIES {
-        let at = apps.at("internet", family, PEER);
-        let expect = |what: &str, got: &Curl, good: bool| {
-            assert!(good, "{what} {family:?}: {got:?}\n{}", daemon.report());
-        };
-        // Request bodies, with a length and chunked, with and without Expect.
-        for (what, args) in [
-            ("length", &["-H", "Expect:", "--data-binary", &from_body][..]),
-            (
-                "expectation",
-                &["-H", "Expect: 100-continue", "--data-binary", &from_body],
-            ),
-            (
-                "chunks",
-                &["-H", "Transfer-Encoding: chunked", "-H", "Expect:", "-T", &file],
-            ),
-            (
-                "chunks, expectation",
-                &["-H", "Transfer-Encoding: chunked", "-T", &file],
-            ),
-        ] {
-            let got = get(&apps, "client", at, args, "/allowed/up");
-            expect(what, &got, got.status == 200 && got.body.contains(&sum));
-            let got = get(&apps, "client", at, args, "/denied/up");
-            expect(what, &got, got.status == 403 && got.body == DENIED);
+        let at = messages.apps.at("internet", family, PEER);
+        for (what, args) in cases {
+            let got = messages.get(at, args, "/allowed/up");
+            messages.expect(what, &got, got.status == 200 && got.body.contains(&sum));
+            messages.expect_denied(what, &messages.get(at, args, "/denied/up"));
         }
-        // Response bodies.
-        let got = get(&apps, "client", at, &["-i"], "/allowed/chunked?40,3000");
+    }
+    messages.expect_no_denied_request();
+}
+
+#[test]
+fn responses_of_every_framing_pass() {
+    let messages = Messages::new();
+    let client = messages.apps.ns("client");
+    for family in FAMILIES {
+        let at = messages.apps.at("internet", family, PEER);
+        let got = messages.get(at, &["-i"], "/allowed/chunked?40,3000");
         let chunks = got.body.matches("AAA").count() > 900 && got.body.contains("X-Sum: ");
-        expect("chunks down", &got, got.status == 200 && chunks);
+        messages.expect("chunks", &got, got.status == 200 && chunks);
         for (path, status, body) in [
             ("/allowed/nothing", 204, ""),
             ("/allowed/same", 304, ""),
@@ -197,7 +238,7 @@ fn every_kind_of_message_passes() {
             // Twice where the connection persists, so that the parser must find the next message.
             let url = url(at, path);
             let got = curl(client, &[&url, &url], OPEN).expect("curl");
-            expect(
+            messages.expect(
                 path,
                 &got,
                 got.code == 0 && got.status == status && got.body == body.repeat(2),
@@ -206,48 +247,40 @@ fn every_kind_of_message_passes() {
         // A response to HEAD has no body, whatever its head says.
         let (head, plain) = (url(at, "/allowed/head"), url(at, "/allowed/plain"));
         let got = curl(client, &["-I", &head, "--next", "-sS", &plain], OPEN).expect("curl");
-        expect(
-            "HEAD",
-            &got,
-            got.code == 0 && got.body.contains("\"GET\", \"path\": \"/allowed/plain\""),
-        );
-        let got = get(&apps, "client", at, &["-I"], "/denied/head");
-        expect("HEAD", &got, got.code == 0 && got.status == 403);
-        // HTTP/1.0, with and without keep-alive.
-        for args in [&["-0"][..], &["-0", "-H", "Connection: keep-alive"]] {
-            let got = get(&apps, "client", at, args, "/allowed/old");
-            expect("HTTP/1.0", &got, got.status == 200);
-            let got = get(&apps, "client", at, args, "/denied/old");
-            expect("HTTP/1.0", &got, got.status == 403 && got.body == DENIED);
+        let next = got.body.contains("\"GET\", \"path\": \"/allowed/plain\"");
+        messages.expect("HEAD", &got, got.code == 0 && next);
+        let got = messages.get(at, &["-I"], "/denied/head");
+        messages.expect("HEAD, denied", &got, got.code == 0 && got.status == 403);
+    }
+    messages.expect_no_denied_request();
+}
+
+#[test]
+fn http_1_0_an_unaccepted_upgrade_and_another_server() {
+    let messages = Messages::new();
+    let certificate = &messages.apps.certificate;
+    let _caddy =
+        Caddy::start(messages.apps.ns("internet"), "caddy", CADDY, 8443, certificate).expect("caddy");
+    for family in FAMILIES {
+        let at = messages.apps.at("internet", family, PEER);
+        for (what, args) in [
+            ("HTTP/1.0", &["-0"][..]),
+            ("HTTP/1.0, keep-alive", &["-0", "-H", "Connection: keep-alive"]),
+        ] {
+            let got = messages.get(at, args, "/allowed/old");
+            messages.expect(what, &got, got.status == 200);
+            messages.expect_denied(what, &messages.get(at, args, "/denied/old"));
         }
         // The server does not accept the upgrade to HTTP/2.
-        let got = get(&apps, "client", at, &["--http2"], "/allowed/offer");
-        expect("h2c", &got, got.status == 200);
-        let got = get(
-            &apps,
-            "client",
-            apps.at("internet", family, CADDY),
-            &[],
-            "/allowed",
-        );
-        expect(
-            "caddy",
-            &got,
-            got.status == 200 && got.body == "hello from caddy\n",
-        );
-        let got = get(
-            &apps,
-            "client",
-            apps.at("internet", family, CADDY),
-            &[],
-            "/denied",
-        );
-        expect("caddy", &got, got.status == 403 && got.body == DENIED);
+        let got = messages.get(at, &["--http2"], "/allowed/offer");
+        messages.expect("h2c", &got, got.status == 200);
+        let caddy = messages.apps.at("internet", family, CADDY);
+        let got = messages.get(caddy, &[], "/allowed");
+        let hello = got.status == 200 && got.body == "hello from caddy\n";
+        messages.expect("caddy", &got, hello);
+        messages.expect_denied("caddy", &messages.get(caddy, &[], "/denied"));
     }
-    for request in peer.requests() {
-        let path = request["path"].as_str().unwrap_or_default();
-        assert!(path.starts_with("/allowed"), "{request}");
-    }
+    messages.expect_no_denied_request();
 }
 
 #[test]
@@ -982,7 +1015,7 @@ fn large_bodies_are_offloaded() {
     let up = apps.topology.dir().join("up");
     random_file(&up, SIZE).expect("file");
     let sum_up = sha256(&up).expect("sum");
-    let daemon = on_all_ways(&apps, Hooks::default(), PORTS, RULES);
+    let daemon = on_all_pairs(&apps, Hooks::default(), PORTS, RULES);
     for (from, to, web, family) in [
         ("client", "internet", &servers[0], Family::V4),
         ("internet", "node", &servers[1], Family::V6),

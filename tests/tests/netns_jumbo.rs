@@ -10,8 +10,8 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    fixtures::apps::{Apps, WAYS, apps},
-    setup::{on_all_ways, webs},
+    fixtures::apps::{Apps, PAIRS, apps},
+    setup::{on_all_pairs, webs},
 };
 
 const RULES: &str = "      rules:\n        http: [{path: /files/.*}]\n";
@@ -44,7 +44,7 @@ fn jumbo_frames(hooks: Hooks) {
     for web in &webs {
         std::fs::copy(&body, web.files().join("down")).expect("copy");
     }
-    let daemon = on_all_ways(&apps, hooks, &[PORT], RULES);
+    let daemon = on_all_pairs(&apps, hooks, &[PORT], RULES);
     let status = daemon.status().expect("status");
     let limited = status["warnings"].to_string();
     for interface in ["veth-client", "veth-server", NIC] {
@@ -55,7 +55,7 @@ fn jumbo_frames(hooks: Hooks) {
     }
     assert!(daemon.log().contains("its MTU of 9000"), "{}", daemon.log());
     let from_body = body.display().to_string();
-    for (from, to) in WAYS {
+    for (from, to) in PAIRS {
         let web = &webs[servers.iter().position(|name| name == to).expect("server")];
         for family in FAMILIES {
             let url = |path: &str| format!("http://{}{path}", apps.at(to, family, PORT));
@@ -86,8 +86,8 @@ fn the_longest_punted_frame_is_reinjected_with_a_flow_command() {
     let apps = with_jumbo_frames();
     let servers = ["internet", "server", "node"];
     let _webs = webs(&apps, servers, &[PORT], &[]);
-    let daemon = on_all_ways(&apps, Hooks::default(), &[PORT], RULES);
-    for (from, to) in WAYS {
+    let daemon = on_all_pairs(&apps, Hooks::default(), &[PORT], RULES);
+    for (from, to) in PAIRS {
         for family in FAMILIES {
             let (source, at) = (apps.source(from, to, family), apps.at(to, family, PORT));
             let mut client = RawTcp::connect(apps.ns(from), source, at).expect("connection");
@@ -108,7 +108,7 @@ fn the_longest_punted_frame_is_reinjected_with_a_flow_command() {
     daemon
         .wait_status("orders for the rest of the bodies", |status| {
             let windows = &status["workers"]["inspection"]["http.tcp"]["windows"];
-            windows.as_u64() >= Some((WAYS.len() * FAMILIES.len()) as u64)
+            windows.as_u64() >= Some((PAIRS.len() * FAMILIES.len()) as u64)
         })
         .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
 }

@@ -2,16 +2,10 @@
 //! workloads, the node and the world, at each pair of hooks.
 
 use palisade_testbed::daemon::{Hooks, Settings};
-use palisade_tests::{World, cases, run_cases};
+use palisade_tests::{World, cases, run_cases, setup::XDP_AT_THE_NIC};
 
-/// tcx at the workloads, XDP at the NIC.
-const TCX: Hooks = Hooks {
-    endpoint: "tc",
-    host: "xdp",
-    tc: "tcx",
-};
 /// XDP and clsact at the workloads, clsact at the NIC.
-const CLSACT: Hooks = Hooks {
+const CLSACT_AT_THE_NIC: Hooks = Hooks {
     endpoint: "xdp",
     host: "tc",
     tc: "clsact",
@@ -42,16 +36,16 @@ macro_rules! groups {
 }
 
 groups! {
-    peers_by_tcx: "peers", TCX;
-    peers_by_xdp_and_clsact: "peers", CLSACT;
-    ports_by_tcx: "ports", TCX;
-    ports_by_xdp_and_clsact: "ports", CLSACT;
-    deny_by_tcx: "deny", TCX;
-    deny_by_xdp_and_clsact: "deny", CLSACT;
-    kubernetes_by_tcx: "kubernetes", TCX;
-    kubernetes_by_xdp_and_clsact: "kubernetes", CLSACT;
-    host_by_xdp: "host", TCX;
-    host_by_clsact: "host", CLSACT;
+    peers_with_xdp_at_the_nic: "peers", XDP_AT_THE_NIC;
+    peers_with_clsact_at_the_nic: "peers", CLSACT_AT_THE_NIC;
+    ports_with_xdp_at_the_nic: "ports", XDP_AT_THE_NIC;
+    ports_with_clsact_at_the_nic: "ports", CLSACT_AT_THE_NIC;
+    deny_with_xdp_at_the_nic: "deny", XDP_AT_THE_NIC;
+    deny_with_clsact_at_the_nic: "deny", CLSACT_AT_THE_NIC;
+    kubernetes_with_xdp_at_the_nic: "kubernetes", XDP_AT_THE_NIC;
+    kubernetes_with_clsact_at_the_nic: "kubernetes", CLSACT_AT_THE_NIC;
+    host_with_xdp_at_the_nic: "host", XDP_AT_THE_NIC;
+    host_with_clsact_at_the_nic: "host", CLSACT_AT_THE_NIC;
 }
 
 #[test]

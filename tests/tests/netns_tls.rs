@@ -21,10 +21,10 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    fixtures::apps::{Apps, WAYS, apps, has_default_offloads, packets_read, tracked},
+    fixtures::apps::{Apps, PAIRS, apps, has_default_offloads, packets_read, tracked},
     fixtures::dns::counted,
     opaque_tls,
-    setup::{TCX, XDP_AND_CLSACT, XDP_AT_THE_NIC, client_only, client_only_with, on_all_ways, tables, webs},
+    setup::{TCX, XDP_AND_CLSACT, XDP_AT_THE_NIC, client_only, client_only_with, on_all_pairs, tables, webs},
 };
 
 const HTTPS: u16 = 443;
@@ -57,13 +57,13 @@ fn is_reset(apps: &Apps, daemon: &Daemon, from: &str, to: (&str, Family), name: 
     );
 }
 
-fn all_ways(hooks: Hooks) {
+fn all_pairs(hooks: Hooks) {
     let apps = apps();
     let names = ["server", "node", "internet"];
     let servers = webs(&apps, names, &[], &[HTTPS]);
-    let daemon = on_all_ways(&apps, hooks, &[HTTPS], RULES);
+    let daemon = on_all_pairs(&apps, hooks, &[HTTPS], RULES);
     for family in FAMILIES {
-        for (from, to) in WAYS {
+        for (from, to) in PAIRS {
             for name in ["www.allowed.example", "a.wild.example", "a.b.deep.example"] {
                 answers(&apps, &daemon, from, (to, family), name);
             }
@@ -88,17 +88,17 @@ fn all_ways(hooks: Hooks) {
 
 #[test]
 fn all_paths_with_tcx_and_xdp_at_the_nic() {
-    all_ways(XDP_AT_THE_NIC);
+    all_pairs(XDP_AT_THE_NIC);
 }
 
 #[test]
 fn all_paths_with_tcx_at_every_interface() {
-    all_ways(TCX);
+    all_pairs(TCX);
 }
 
 #[test]
 fn all_paths_with_xdp_and_clsact() {
-    all_ways(XDP_AND_CLSACT);
+    all_pairs(XDP_AND_CLSACT);
 }
 
 /// Connects from `client` to the internet with openssl.
@@ -112,99 +112,119 @@ fn s_client(apps: &Apps, to: SocketAddr, args: &[&str]) -> Handshake {
     Handshake::of(&output_with_input(&mut command, b"Q\n", OPEN).expect("openssl"))
 }
 
+/// Placeholders for lists of protocols, which make a hello long: about as long as one with post-quantum keys, of several
+/// segments, and longer than the inspector accepts.
+const POST_QUANTUM: &str = "1400";
+const LONG: &str = "12000";
+const LONGER: &str = "40000";
+
+/// Hellos that [`RULES`] allow: what they are, and arguments of `openssl s_client`.
+const ALLOWED: &[(&str, &[&str])] = &[
+    ("as it is", &["-servername", "www.allowed.example"]),
+    ("in capitals", &["-servername", "WWW.ALLOWED.Example"]),
+    ("with a dot behind it", &["-servername", "www.allowed.example."]),
+    ("TLS 1.2", &["-servername", "www.allowed.example", "-tls1_2"]),
+    ("TLS 1.3", &["-servername", "www.allowed.example", "-tls1_3"]),
+    ("one label", &["-servername", "x-1_y.wild.example"]),
+    ("many labels", &["-servername", "a.b.c.d.e.f.deep.example"]),
+    (
+        "in small records",
+        &["-servername", "www.allowed.example", "-max_send_frag", "512"],
+    ),
+    (
+        "as long as with post-quantum keys",
+        &["-servername", "www.allowed.example", "-alpn", POST_QUANTUM],
+    ),
+    ("long", &["-servername", "www.allowed.example", "-alpn", LONG]),
+    (
+        "long, in small records",
+        &[
+            "-servername",
+            "www.allowed.example",
+            "-alpn",
+            LONG,
+            "-max_send_frag",
+            "512",
+        ],
+    ),
+    (
+        "with a ticket extension, a status request and few ciphers",
+        &[
+            "-servername",
+            "www.allowed.example",
+            "-status",
+            "-cipher",
+            "ECDHE-ECDSA-AES128-GCM-SHA256",
+        ],
+    ),
+];
+
+/// Hellos that [`RULES`] deny.
+const REFUSED: &[(&str, &[&str])] = &[
+    ("another name", &["-servername", "evil.example"]),
+    ("another name in capitals", &["-servername", "EVIL.EXAMPLE"]),
+    (
+        "another name with a dot behind it",
+        &["-servername", "evil.example."],
+    ),
+    ("no name", &["-noservername"]),
+    ("no name, TLS 1.2", &["-noservername", "-tls1_2"]),
+    ("an address", &["-servername", "198.51.100.2"]),
+    ("an address of IPv6", &["-servername", "2001:db8:f::2"]),
+    ("one label more", &["-servername", "a.b.wild.example"]),
+    ("one label less", &["-servername", "deep.example"]),
+    (
+        "the name within another",
+        &["-servername", "www.allowed.example.evil.example"],
+    ),
+    (
+        "the name as the end of another",
+        &["-servername", "xwww.allowed.example"],
+    ),
+    ("two dots", &["-servername", "www..allowed.example"]),
+    ("a dot in front", &["-servername", ".allowed.example"]),
+    (
+        "longer than what is read",
+        &["-servername", "www.allowed.example", "-alpn", LONGER],
+    ),
+    (
+        "another name in small records",
+        &[
+            "-servername",
+            "evil.example",
+            "-alpn",
+            LONG,
+            "-max_send_frag",
+            "512",
+        ],
+    ),
+];
+
+/// Connects from `client` to the internet with openssl, with a list of protocols for each placeholder.
+fn s_client_with_list(apps: &Apps, to: SocketAddr, args: &[&str]) -> Handshake {
+    let list = |bytes: usize| vec!["x".repeat(200); bytes / 201].join(",") + ",http/1.1";
+    let args: Vec<String> = args
+        .iter()
+        .map(|arg| match *arg {
+            POST_QUANTUM | LONG | LONGER => list(arg.parse().expect("a length")),
+            arg => arg.to_owned(),
+        })
+        .collect();
+    s_client(apps, to, &args.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
 #[test]
 fn every_form_of_server_name_from_openssl() {
     let apps = apps();
     let [web] = webs(&apps, ["internet"], &[], &[HTTPS]);
     let daemon = client_only(&apps, &[HTTPS], RULES);
-    // A list of protocols makes a hello long.
-    let list = |bytes: usize| vec!["x".repeat(200); bytes / 201].join(",") + ",http/1.1";
-    let (post_quantum, long, longer) = (list(1_400), list(12_000), list(40_000));
-    let good: &[(&str, &[&str])] = &[
-        ("as it is", &["-servername", "www.allowed.example"]),
-        ("in capitals", &["-servername", "WWW.ALLOWED.Example"]),
-        ("with a dot behind it", &["-servername", "www.allowed.example."]),
-        ("TLS 1.2", &["-servername", "www.allowed.example", "-tls1_2"]),
-        ("TLS 1.3", &["-servername", "www.allowed.example", "-tls1_3"]),
-        ("one label", &["-servername", "x-1_y.wild.example"]),
-        ("many labels", &["-servername", "a.b.c.d.e.f.deep.example"]),
-        (
-            "in small records",
-            &["-servername", "www.allowed.example", "-max_send_frag", "512"],
-        ),
-        (
-            "as long as with post-quantum keys",
-            &["-servername", "www.allowed.example", "-alpn", &post_quantum],
-        ),
-        ("long", &["-servername", "www.allowed.example", "-alpn", &long]),
-        (
-            "long, in small records",
-            &[
-                "-servername",
-                "www.allowed.example",
-                "-alpn",
-                &long,
-                "-max_send_frag",
-                "512",
-            ],
-        ),
-        (
-            "with a ticket extension, a status request and few ciphers",
-            &[
-                "-servername",
-                "www.allowed.example",
-                "-status",
-                "-cipher",
-                "ECDHE-ECDSA-AES128-GCM-SHA256",
-            ],
-        ),
-    ];
-    let bad: &[(&str, &[&str])] = &[
-        ("another name", &["-servername", "evil.example"]),
-        ("another name in capitals", &["-servername", "EVIL.EXAMPLE"]),
-        (
-            "another name with a dot behind it",
-            &["-servername", "evil.example."],
-        ),
-        ("no name", &["-noservername"]),
-        ("no name, TLS 1.2", &["-noservername", "-tls1_2"]),
-        ("an address", &["-servername", "198.51.100.2"]),
-        ("an address of IPv6", &["-servername", "2001:db8:f::2"]),
-        ("one label more", &["-servername", "a.b.wild.example"]),
-        ("one label less", &["-servername", "deep.example"]),
-        (
-            "the name within another",
-            &["-servername", "www.allowed.example.evil.example"],
-        ),
-        (
-            "the name as the end of another",
-            &["-servername", "xwww.allowed.example"],
-        ),
-        ("two dots", &["-servername", "www..allowed.example"]),
-        ("a dot in front", &["-servername", ".allowed.example"]),
-        (
-            "longer than what is read",
-            &["-servername", "www.allowed.example", "-alpn", &longer],
-        ),
-        (
-            "another name in small records",
-            &[
-                "-servername",
-                "evil.example",
-                "-alpn",
-                &long,
-                "-max_send_frag",
-                "512",
-            ],
-        ),
-    ];
     thread::scope(|scope| {
         for family in FAMILIES {
             let (apps, daemon) = (&apps, &daemon);
             scope.spawn(move || {
                 let to = apps.at("internet", family, HTTPS);
-                for (what, args) in good {
-                    let shook = s_client(apps, to, args);
+                for (what, args) in ALLOWED {
+                    let shook = s_client_with_list(apps, to, args);
                     assert!(
                         shook.version.starts_with("TLSv1."),
                         "{what} {family:?}: {}\n{}",
@@ -212,8 +232,8 @@ fn every_form_of_server_name_from_openssl() {
                         daemon.report()
                     );
                 }
-                for (what, args) in bad {
-                    let shook = s_client(apps, to, args);
+                for (what, args) in REFUSED {
+                    let shook = s_client_with_list(apps, to, args);
                     assert!(
                         shook.version.is_empty() && !shook.text.contains("Server certificate"),
                         "{what} {family:?}: {}\n{}",
@@ -577,7 +597,7 @@ fn large_transfers_are_offloaded() {
     }
     let up = apps.topology.dir().join("up");
     random_file(&up, SIZE).expect("file");
-    let daemon = on_all_ways(&apps, Hooks::default(), &[HTTPS], RULES);
+    let daemon = on_all_pairs(&apps, Hooks::default(), &[HTTPS], RULES);
     let sum_up = sha256(&up).expect("sum");
     for (from, to, web, family) in [
         ("client", "internet", &servers[0], Family::V4),
