@@ -22,8 +22,8 @@ use crate::{
 /// Limits on the cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Shortest lifetime of an address, ms. It exceeds the time to live of an answer if that is lower, because the client
-    /// connects after the answer even if its time to live is 0.
+    /// Shortest lifetime of an address, ms. It exceeds the time to live of an answer if that is lower, because the
+    /// client connects after the answer even if its time to live is 0.
     pub min_ttl: Millis,
     /// Longest lifetime of an address, ms, even if the answer has a longer time to live.
     pub max_ttl: Millis,
@@ -31,9 +31,9 @@ pub struct Config {
     pub addresses_per_name: usize,
     /// Most addresses of all names together per endpoint.
     pub addresses_per_endpoint: usize,
-    /// Most addresses of all names of all endpoints together. At the limit, unused addresses of the endpoint with the most
-    /// addresses are evicted. Addresses in use are evicted only if that endpoint has more than an equal share and the
-    /// learning endpoint has less.
+    /// Most addresses of all names of all endpoints together. At the limit, unused addresses of the endpoint with the
+    /// most addresses are evicted. Addresses in use are evicted only if that endpoint has more than an equal share and
+    /// the learning endpoint has less.
     pub addresses_total: usize,
     /// Whether addresses are learned for the aliases in the CNAME chain as well as for the queried name.
     pub aliases: bool,
@@ -86,9 +86,10 @@ pub struct Cache {
     endpoints: HashMap<EndpointId, Endpoint>,
     /// Number of (name, address) pairs of all endpoints: the sum of [`Endpoint::pairs`].
     total: usize,
-    /// Number of answers learned so far; numbers the next one.
+    /// Number of answers learned so far, which is the number of the last answer.
     learnings: u64,
-    /// Number of transitions of triples between live and gone so far; numbers the next one.
+    /// Number of transitions of (endpoint, selector, address) triples between live and gone so far. It is the number of
+    /// the last transition.
     turns: u64,
     stats: Stats,
     sni_index: Option<Arc<SniAddressIndex>>,
@@ -193,7 +194,8 @@ impl Cache {
         pending
     }
 
-    /// Removes the special-purpose addresses that are listed neither in the configuration nor in a rule of the endpoint.
+    /// Removes the special-purpose addresses that are listed neither in the configuration nor in a rule of the
+    /// endpoint.
     fn refuse_special(
         &mut self,
         endpoint: EndpointId,
@@ -223,8 +225,8 @@ impl Cache {
         self.stats.special += (before - addresses.len()) as u64;
     }
 
-    /// Evicts addresses if the limit on all endpoints requires it, and appends the removals to `changes`. Returns the number
-    /// of addresses that `endpoint` may add, at most `wanted`.
+    /// Evicts addresses if the limit on all endpoints requires it, and appends the removals to `changes`. Returns the
+    /// number of addresses that `endpoint` may add, at most `wanted`.
     fn make_room(&mut self, endpoint: EndpointId, wanted: usize, changes: &mut Vec<Change>) -> usize {
         /// Number of additional addresses to evict at a time, because finding the largest endpoint takes a scan of all
         /// endpoints.
@@ -280,8 +282,8 @@ impl Cache {
         limit.saturating_sub(self.total).min(wanted)
     }
 
-    /// Records that the changes of an answer have been written to the maps. Returns a [`Committed`] if the maps now hold
-    /// all addresses of the answer under the current policy.
+    /// Records that the changes of an answer have been written to the maps. Returns a [`Committed`] if the maps now
+    /// hold all addresses of the answer under the current policy.
     ///
     /// # Errors
     /// [`Uncommitted`] if the answer must not be forwarded, or not yet.
@@ -320,8 +322,8 @@ impl Cache {
         }
     }
 
-    /// Aborts an answer that will not be forwarded. Removes the addresses that no other answer has given; the next sweep
-    /// returns the resulting changes.
+    /// Aborts an answer that will not be forwarded. Removes the addresses that no other answer has given; the next
+    /// sweep returns the resulting changes.
     pub fn abort(&mut self, pending: Pending) {
         self.stats.aborted += 1;
         let Some(state) = self.endpoints.get_mut(&pending.endpoint) else {
@@ -364,8 +366,8 @@ impl Cache {
         self.update(endpoint, |state, sink| state.set_selectors(Some(selectors), sink))
     }
 
-    /// Sets the special-purpose addresses that the policy of an endpoint lists. Removes learned special-purpose addresses
-    /// that are no longer listed, even if they are in use.
+    /// Sets the special-purpose addresses that the policy of an endpoint lists. Removes learned special-purpose
+    /// addresses that are no longer listed, even if they are in use.
     pub fn set_listed(&mut self, endpoint: EndpointId, listed: Arc<ListedPrefixes>) -> Update {
         let Special::Refuse(except) = self.config.special.clone() else {
             return Update::default();
@@ -400,8 +402,8 @@ impl Cache {
         update
     }
 
-    /// Marks addresses as used by connections of an endpoint. Between two sweeps the caller must pass all such addresses,
-    /// because [`Cache::sweep`] treats the others as unused.
+    /// Marks addresses as used by connections of an endpoint. Between two sweeps the caller must pass all such
+    /// addresses, because [`Cache::sweep`] treats the others as unused.
     pub fn mark_in_use(&mut self, endpoint: EndpointId, addresses: impl IntoIterator<Item = IpAddr>) {
         if let Some(state) = self.endpoints.get_mut(&endpoint) {
             addresses

@@ -31,8 +31,9 @@ pub struct Change {
 
 /// Changes that have another cause than an answer: expiry, a policy, an operator.
 ///
-/// The caller writes all changes, those of answers included, in the order in which the cache has returned them, and then
-/// calls [`crate::Cache::written`]. If a write fails, the caller drops the update; the next sweep repeats its changes.
+/// The caller writes all changes, those of answers included, in the order in which the cache has returned them, and
+/// then calls [`crate::Cache::written`]. If a write fails, the caller drops the update; the next sweep repeats its
+/// changes.
 #[derive(Debug, Default)]
 #[must_use = "the maps do not hold what the cache says until these changes are written"]
 pub struct Update {
@@ -49,8 +50,8 @@ impl Update {
 
 /// An answer whose addresses were learned, and which must not be forwarded yet.
 ///
-/// The caller writes the changes, in the order in which the cache has returned them, and calls [`crate::Cache::commit`];
-/// or it calls [`crate::Cache::abort`] and drops the answer.
+/// The caller writes the changes, in the order in which the cache has returned them, and calls
+/// [`crate::Cache::commit`]; or it calls [`crate::Cache::abort`] and drops the answer.
 #[derive(Debug)]
 #[must_use = "an answer must be committed before it is forwarded"]
 pub struct Pending {
@@ -94,8 +95,8 @@ impl Pending {
         self.refused
     }
 
-    /// Returns the time that all addresses of the answer are kept after it was learned, ms; `None` if it has no addresses
-    /// or some were not learned.
+    /// Returns the time that all addresses of the answer are kept after it was learned, ms; `None` if it has no
+    /// addresses or some were not learned.
     #[must_use]
     pub fn lease(&self) -> Option<Millis> {
         (self.refused == 0 && !self.pairs.is_empty()).then_some(self.lease)

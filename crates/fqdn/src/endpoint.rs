@@ -41,8 +41,8 @@ pub(crate) struct Endpoint {
     pub(crate) pairs: usize,
     /// Number of the current round. Each sweep ends a round.
     round: u64,
-    /// Whether the limit was reached while all addresses were in use, and no address has been removed since. Saves the
-    /// search for a victim.
+    /// Whether the limit was reached while all addresses were in use, and no address has been removed since. The search
+    /// for an unused address is skipped then.
     exhausted: bool,
 }
 
@@ -81,7 +81,7 @@ pub(crate) struct AddressEntry {
     pub(crate) triples: Vec<LearnedTriple>,
 }
 
-/// A selector of an address: with the endpoint and the address, the triple that the maps hold.
+/// A selector of an address. Endpoint, selector and address are a triple that the maps hold.
 #[derive(Debug)]
 pub(crate) struct LearnedTriple {
     selector: SelectorId,
@@ -235,8 +235,8 @@ impl Endpoint {
         self.drop_name_if_empty(&key);
     }
 
-    /// Extends the lifetime of a known pair, and repeats its changes that are not confirmed. Returns whether the pair is
-    /// known.
+    /// Extends the lifetime of a known pair, and repeats its changes that are not confirmed. Returns whether the pair
+    /// is known.
     fn refresh(
         &mut self,
         key: &Arc<[u8]>,
@@ -305,8 +305,8 @@ impl Endpoint {
         true
     }
 
-    /// Evicts up to `count` pairs whose address no connection uses, starting with the name that was learned longest ago.
-    /// Returns the number of evicted pairs.
+    /// Evicts up to `count` pairs whose address no connection uses, starting with the name that was learned longest
+    /// ago. Returns the number of evicted pairs.
     pub(crate) fn evict(&mut self, count: usize, sink: &mut Sink<'_>) -> usize {
         self.take(count, |state, pair| !state.in_use(pair.address), sink)
     }
@@ -448,8 +448,8 @@ impl Endpoint {
         self.ages.insert(age, key.clone());
     }
 
-    /// Ends a round: removes the pairs that have been expired and unused for [`IDLE_SWEEPS`], and repeats the changes that
-    /// are not confirmed.
+    /// Ends a round: removes the pairs that have been expired and unused for [`IDLE_SWEEPS`] sweeps, and repeats the
+    /// changes that are not confirmed.
     pub(crate) fn sweep(&mut self, now: Millis, sink: &mut Sink<'_>) {
         let round = self.round;
         let mut dead = Vec::new();
@@ -496,8 +496,8 @@ impl Endpoint {
         }
     }
 
-    /// Replaces the selectors. Additions precede removals, so that an address that the old and the new policy allow remains
-    /// reachable.
+    /// Replaces the selectors. Additions precede removals, so that an address that the old and the new policy allow
+    /// remains reachable.
     pub(crate) fn set_selectors(&mut self, selectors: Option<Arc<Selectors>>, sink: &mut Sink<'_>) {
         let mut old = Vec::new();
         for (key, name) in &mut self.names {
@@ -543,8 +543,8 @@ impl Endpoint {
         self.selectors = selectors;
     }
 
-    /// Removes the names for which `filter` returns true, even if connections use their addresses. Returns the number of
-    /// removed pairs.
+    /// Removes the names for which `filter` returns true, even if connections use their addresses. Returns the number
+    /// of removed pairs.
     pub(crate) fn clean(&mut self, mut filter: impl FnMut(&Name) -> bool, sink: &mut Sink<'_>) -> usize {
         let before = self.pairs;
         let keys: Vec<_> = self
@@ -599,8 +599,8 @@ impl Endpoint {
         }
     }
 
-    /// Returns whether the maps hold all triples of a pair, and repeats the changes that are not confirmed. Returns `None`
-    /// if the pair was removed.
+    /// Returns whether the maps hold all triples of a pair, and repeats the changes that are not confirmed. Returns
+    /// `None` if the pair was removed.
     pub(crate) fn check(&mut self, key: &Arc<[u8]>, address: IpAddr, sink: &mut Sink<'_>) -> Option<bool> {
         let name = self.names.get(key)?;
         name.pairs.iter().find(|pair| pair.address == address)?;
@@ -620,7 +620,8 @@ impl AddressEntry {
             .binary_search_by_key(&selector, |triple| triple.selector)
     }
 
-    /// Returns whether the maps hold the address for all of `selectors`, and repeats the changes that are not confirmed.
+    /// Returns whether the maps hold the address for all of `selectors`, and repeats the changes that are not
+    /// confirmed.
     fn complete(&mut self, address: IpAddr, selectors: &[SelectorId], sink: &mut Sink<'_>) -> bool {
         let mut complete = true;
         for &selector in selectors {
@@ -638,7 +639,7 @@ impl AddressEntry {
     /// Counts one more name of the address that matches the selector.
     fn acquire(&mut self, address: IpAddr, selector: SelectorId, sink: &mut Sink<'_>) {
         let at = self.find(selector).unwrap_or_else(|at| {
-            // Most addresses have one selector, so do not reserve room for four.
+            // Most addresses have one selector, but `Vec` would reserve room for four.
             if self.triples.is_empty() {
                 self.triples.reserve_exact(1);
             }

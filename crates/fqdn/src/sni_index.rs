@@ -1,5 +1,6 @@
-//! An index of (endpoint, address, name) triples that workers read while the cache changes. A worker uses it to check that
-//! the address of a TLS connection was learned for the server name in its ClientHello (`[tls] verify_sni_address`).
+//! An index of (endpoint, address, name) triples that workers read while the cache changes. A worker uses it to check
+//! that the address of a TLS connection was learned for the server name in its ClientHello (`[tls]
+//! verify_sni_address`).
 
 use std::{
     hash::{BuildHasher as _, RandomState},
@@ -12,8 +13,8 @@ use palisade_protocols::dns::Name;
 
 use crate::EndpointId;
 
-/// The (endpoint, address, name) triples of a [`crate::Cache`], for other threads. The index always has the same triples
-/// as the cache, so the limits of the cache bound the index too.
+/// The (endpoint, address, name) triples of a [`crate::Cache`], for other threads. The index always has the same
+/// triples as the cache, so the limits of the cache bound the index too.
 ///
 /// A lookup waits at most for one insertion or removal in the same shard.
 #[derive(Debug)]

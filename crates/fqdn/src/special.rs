@@ -16,8 +16,8 @@ pub enum Special {
     /// Special-purpose addresses are learned like all others.
     #[default]
     Learn,
-    /// Special-purpose addresses are learned only if they are in one of these prefixes, or in a prefix that a rule of the
-    /// endpoint lists ([`crate::Cache::set_listed`]).
+    /// Special-purpose addresses are learned only if they are in one of these prefixes, or in a prefix that a rule of
+    /// the endpoint lists ([`crate::Cache::set_listed`]).
     Refuse(Vec<IpNet>),
 }
 
@@ -26,8 +26,8 @@ pub enum Special {
 pub struct ListedPrefixes {
     /// Prefixes in egress rules of the endpoint.
     pub prefixes: Vec<IpNet>,
-    /// Selectors of egressDeny rules. Addresses of names that match one of them are always learned, because a rule cannot
-    /// deny an address that was not learned for its name.
+    /// Selectors of egressDeny rules. Addresses of names that match one of them are always learned, because a rule
+    /// cannot deny an address that was not learned for its name.
     pub denied: Vec<SelectorId>,
 }
 
@@ -66,9 +66,9 @@ const IPV4: &[Ipv4Net] = &[
     v4(240, 0, 0, 4),
 ];
 
-/// The corresponding blocks for IPv6, multicast (RFC 4291, section 2.7), and the deprecated site-local prefix (RFC 3879),
-/// which some stacks still route. `::/96` contains the unspecified address, the loopback address and the IPv4-compatible
-/// addresses (RFC 4291, section 2.5.5.1).
+/// The corresponding blocks for IPv6, multicast (RFC 4291, section 2.7), and the deprecated site-local prefix (RFC
+/// 3879), which some stacks still route. `::/96` contains the unspecified address, the loopback address and the
+/// IPv4-compatible addresses (RFC 4291, section 2.5.5.1).
 const IPV6: &[Ipv6Net] = &[
     v6(0, 0, 0, 96),
     v6(0x64, 0xff9b, 1, 48),

@@ -238,7 +238,8 @@ impl<T: Copy> Tracker<T> {
         self.expire(now);
         let key = Key { flow, id: answer.id };
         let Some(question) = &answer.question else {
-            // Some error responses omit the question. They have no records, and close the newest question with their id.
+            // Some error responses omit the question. They have no records, and close the newest question with their
+            // id.
             let newest = self.chain(key).next().filter(|_| answer.rcode != 0);
             return newest
                 .and_then(|at| self.close(at))

@@ -44,7 +44,7 @@ fn ip(index: usize) -> IpAddr {
 
 #[derive(Clone, Debug)]
 enum Step {
-    CommitRequest {
+    Learn {
         endpoint: EndpointId,
         name: usize,
         alias: Option<usize>,
@@ -81,7 +81,7 @@ fn step() -> impl Strategy<Value = Step> {
     let name = 0..NAMES.len();
     prop_oneof![
         8 => (endpoint.clone(), name.clone(), prop::option::of(name.clone()), 1..128_u8, 0..4_u32)
-            .prop_map(|(endpoint, name, alias, addresses, ttl)| Step::CommitRequest { endpoint, name, alias, addresses, ttl }),
+            .prop_map(|(endpoint, name, alias, addresses, ttl)| Step::Learn { endpoint, name, alias, addresses, ttl }),
         10 => Just(Step::Write),
         1 => (0..4_usize).prop_map(|written| Step::Fail { written }),
         2 => (1..2500_u64).prop_map(Step::Wait),
@@ -326,7 +326,7 @@ impl World {
     fn step(&mut self, step: &Step) -> Result<(), TestCaseError> {
         let Self { cache, model, .. } = self;
         match *step {
-            Step::CommitRequest {
+            Step::Learn {
                 endpoint,
                 name,
                 alias,

@@ -1,4 +1,5 @@
-//! Queries the BPF programs attached to an interface from the kernel, because older versions of bpftool do not know tcx.
+//! Queries the BPF programs attached to an interface from the kernel, because older versions of bpftool do not know
+//! tcx.
 
 use std::io;
 

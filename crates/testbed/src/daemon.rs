@@ -89,7 +89,8 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Writes the configuration and the policies (`(file name, contents)`), starts the daemon and waits until it enforces.
+    /// Writes the configuration and the policies (`(file name, contents)`), starts the daemon and waits until it
+    /// enforces.
     pub fn start(topology: &Topology, settings: &Settings, policies: &[(&str, &str)]) -> Result<Self> {
         let mut daemon = Self::prepare(topology, settings, policies)?;
         daemon.spawn()?;
@@ -208,8 +209,8 @@ impl Daemon {
         self.process.as_ref().map(Process::pid)
     }
 
-    /// Sets a command through which the daemon is started. The daemon's command line is appended to its arguments, and the
-    /// command must end with `exec` of that command line.
+    /// Sets a command through which the daemon is started. The daemon's command line is appended to its arguments, and
+    /// the command must end with `exec` of that command line.
     pub fn start_through(&mut self, command: Vec<String>) {
         self.through = command;
     }
@@ -480,8 +481,8 @@ impl Drop for Daemon {
     }
 }
 
-/// Returns the path of the `palisade` binary: `PALISADE_BIN`, or the one in the target directory of the running test. Builds
-/// the latter if it does not exist.
+/// Returns the path of the `palisade` binary: `PALISADE_BIN`, or the one in the target directory of the running test.
+/// Builds the latter if it does not exist.
 fn binary() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("PALISADE_BIN") {
         return Ok(path.into());

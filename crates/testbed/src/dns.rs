@@ -728,8 +728,8 @@ fn between<'a>(text: &'a str, before: &str, after: &str) -> &'a str {
     rest.split_once(after).map_or(rest, |(part, _)| part)
 }
 
-/// Sends a datagram from a new port or a given one, and returns all datagrams that the port receives within `wait`, from any
-/// sender.
+/// Sends a datagram from a new port or a given one, and returns all datagrams that the port receives within `wait`,
+/// from any sender.
 pub fn ask(
     ns: &Ns,
     source: SocketAddr,
@@ -766,8 +766,8 @@ pub fn rcode(message: &[u8]) -> Option<u8> {
     message.get(3).map(|byte| byte & 15)
 }
 
-/// Returns a command that runs in the namespace with `conf` mounted as its `/etc/resolv.conf`, in a mount namespace of its
-/// own.
+/// Returns a command that runs in the namespace with `conf` mounted as its `/etc/resolv.conf`, in a mount namespace of
+/// its own.
 pub fn resolving(ns: &Ns, program: &str, conf: &Path) -> Result<Command> {
     let c_path = |path: &Path| CString::new(path.as_os_str().as_bytes()).context("a path with a zero byte");
     let (from, to) = (c_path(conf)?, c_path(Path::new("/etc/resolv.conf"))?);

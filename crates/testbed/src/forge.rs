@@ -1,12 +1,12 @@
 //! Forged packets: TCP segments, UDP datagrams and ICMP messages with any field, on the link of a namespace.
 //!
 //! A [`Wire`] is a packet socket on one interface. Its frames bypass netfilter, routing and neighbour lookup of its
-//! namespace, so they can have any IP and MAC addresses. tc and the other end of the link treat them as ordinary frames.
-//! [`Wire::wait`] returns the packets that arrive on the link.
+//! namespace, so they can have any IP and MAC addresses. tc and the other end of the link treat them as ordinary
+//! frames. [`Wire::wait`] returns the packets that arrive on the link.
 //!
-//! The kernel of the namespace receives these packets too, and resets connections that it does not know if the destination
-//! is one of its addresses. To prevent that, use a local port of [`PORTS`] after [`prepare`](crate::rawtcp::prepare), or an
-//! address that the namespace does not have.
+//! The kernel of the namespace receives these packets too, and resets connections that it does not know if the
+//! destination is one of its addresses. To prevent that, use a local port of [`PORTS`] after
+//! [`prepare`](crate::rawtcp::prepare), or an address that the namespace does not have.
 
 use std::{
     io,
@@ -220,8 +220,8 @@ pub mod option {
         any(19, &digest)
     }
 
-    /// Returns an MP_CAPABLE option of version 1 without checksums, with HMAC-SHA256 (RFC 8684, section 3.1). The SYN has no
-    /// key; the third packet has the keys of both ends and the length of its payload.
+    /// Returns an MP_CAPABLE option of version 1 without checksums, with HMAC-SHA256 (RFC 8684, section 3.1). The SYN
+    /// has no key; the third packet has the keys of both ends and the length of its payload.
     #[must_use]
     pub fn mp_capable(keys: &[[u8; 8]], length: Option<u16>) -> Vec<u8> {
         let mut data = vec![0x01, 0x01];
@@ -231,8 +231,8 @@ pub mod option {
     }
 
     /// Returns a DSS option without checksum (RFC 8684, section 3.3). It maps `length` bytes from byte `subflow` of the
-    /// subflow (1 is the first byte after the SYN) to `data_seq` of the connection, and acknowledges `data_ack`. Numbers have
-    /// eight bytes if `wide` is set, otherwise four.
+    /// subflow (1 is the first byte after the SYN) to `data_seq` of the connection, and acknowledges `data_ack`.
+    /// Numbers have eight bytes if `wide` is set, otherwise four.
     #[must_use]
     pub fn dss(data_ack: Option<u64>, data_seq: u64, subflow: u32, length: u16, wide: bool) -> Vec<u8> {
         let number = |number: u64| {
@@ -283,8 +283,8 @@ pub fn icmp(from: IpAddr, to: IpAddr, kind: u8, code: u8, body: &[u8], sum: Chec
     message
 }
 
-/// Returns an ICMP "fragmentation needed" (RFC 1191) or an ICMPv6 "packet too big" message (RFC 8201) about the IP packet
-/// `quoted`, depending on the family of the addresses.
+/// Returns an ICMP "fragmentation needed" (RFC 1191) or an ICMPv6 "packet too big" message (RFC 8201) about the IP
+/// packet `quoted`, depending on the family of the addresses.
 #[must_use]
 pub fn too_big(from: IpAddr, to: IpAddr, mtu: u16, quoted: &[u8]) -> Vec<u8> {
     let quoted = &quoted[..quoted.len().min(1_200)];
@@ -422,8 +422,8 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// Opens a packet socket on `interface` of `ns`. Its frames are sent to the MAC address of `gateway`, an IP address on
-    /// the link.
+    /// Opens a packet socket on `interface` of `ns`. Its frames are sent to the MAC address of `gateway`, an IP address
+    /// on the link.
     ///
     /// # Errors
     /// The interface does not exist, or the MAC address of `gateway` cannot be resolved.

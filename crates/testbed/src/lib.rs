@@ -1,8 +1,8 @@
 //! Network namespaces, veth pairs, real servers and clients for tests, benches and the demo.
 //!
 //! A testbed does not change the machine's own interfaces, routes or firewall. Everything is in namespaces whose names
-//! contain the pid of the process that made them (`pal-<pid>-<n>-<label>`). Dropping a testbed removes its namespaces, also
-//! after a panic. If the process was killed, the next process that starts a testbed removes them.
+//! contain the pid of the process that made them (`pal-<pid>-<n>-<label>`). Dropping a testbed removes its namespaces,
+//! also after a panic. If the process was killed, the next process that starts a testbed removes them.
 //!
 //! ```text
 //!   workload ns            node ns                         internet ns

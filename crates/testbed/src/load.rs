@@ -221,7 +221,8 @@ impl TcpLoad {
                 let _ = self.stream.shutdown(Shutdown::Both);
             }
             if Instant::now() > deadline + Duration::from_secs(1) {
-                // The server's thread still waits for a peer that was cut off. Leave the thread to the end of the process.
+                // The server's thread still waits for a peer that was cut off. Leave the thread to the end of the
+                // process.
                 self.threads.clear();
                 break;
             }
@@ -457,8 +458,8 @@ pub struct Leak {
 }
 
 impl Leak {
-    /// Sends a datagram and a SYN from `source` in `from` to `to` every `pace`. The receiver's interface is `interface` in
-    /// `receiver`; no socket needs to listen there.
+    /// Sends a datagram and a SYN from `source` in `from` to `to` every `pace`. The receiver's interface is `interface`
+    /// in `receiver`; no socket needs to listen there.
     pub fn start(
         from: &Ns,
         source: IpAddr,

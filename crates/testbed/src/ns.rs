@@ -51,8 +51,8 @@ pub fn pin_dir() -> PathBuf {
     Path::new(BPFFS).join(format!("{PIN_PREFIX}{}-{}", std::process::id(), serial()))
 }
 
-/// A network namespace. Clones refer to the same namespace. Dropping the last clone kills the processes in the namespace and
-/// removes it.
+/// A network namespace. Clones refer to the same namespace. Dropping the last clone kills the processes in the
+/// namespace and removes it.
 #[derive(Clone, Debug)]
 pub struct Ns(Arc<Inner>);
 
@@ -116,9 +116,9 @@ impl Ns {
         setns(&self.0.file, CloneFlags::CLONE_NEWNET).with_context(|| format!("setns {}", self.name()))
     }
 
-    /// Returns a command that runs in the network namespace, but with the machine's mounts (`ip netns exec` would hide the BPF
-    /// file system). The kernel kills its process when the *thread* that spawned it ends. It does not receive the
-    /// terminal's Ctrl-C.
+    /// Returns a command that runs in the network namespace, but with the machine's mounts (`ip netns exec` would hide
+    /// the BPF file system). The kernel kills its process when the *thread* that spawned it ends. It does not receive
+    /// the terminal's Ctrl-C.
     #[must_use]
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new(program);
@@ -126,8 +126,8 @@ impl Ns {
         let keep = self.0.clone();
         let parent = Pid::this();
         command.process_group(0);
-        // SAFETY: between fork and exec the closure only makes system calls; it neither allocates nor locks. `keep` makes the
-        // descriptor outlive the command.
+        // SAFETY: between fork and exec the closure only makes system calls; it neither allocates nor locks. `keep`
+        // makes the descriptor outlive the command.
         unsafe {
             command.pre_exec(move || {
                 let _open = &keep.file;
@@ -149,7 +149,8 @@ impl Ns {
         .map(drop)
     }
 
-    /// Runs a program to its end in the namespace and returns its standard output. An exit status other than 0 is an error.
+    /// Runs a program to its end in the namespace and returns its standard output. An exit status other than 0 is an
+    /// error.
     pub fn run(&self, program: &str, args: &[&str]) -> Result<String> {
         tool(self.command(program).args(args), b"").with_context(|| format!("in {}", self.name()))
     }
@@ -186,8 +187,8 @@ impl Drop for Inner {
     }
 }
 
-/// Makes the kernel kill the calling process when its parent ends. Fails if the parent has ended already. For use between
-/// fork and exec.
+/// Makes the kernel kill the calling process when its parent ends. Fails if the parent has ended already. For use
+/// between fork and exec.
 pub(crate) fn die_with(parent: Pid) -> io::Result<()> {
     // SAFETY: PR_SET_PDEATHSIG takes a signal number and touches no memory.
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
@@ -199,7 +200,8 @@ pub(crate) fn die_with(parent: Pid) -> io::Result<()> {
     Ok(())
 }
 
-/// Runs a tool with `input` as its standard input and returns its standard output. An exit status other than 0 is an error.
+/// Runs a tool with `input` as its standard input and returns its standard output. An exit status other than 0 is an
+/// error.
 pub(crate) fn tool(command: &mut Command, input: &[u8]) -> Result<String> {
     let out = crate::process::output_with_input(command, input, TOOL_TIMEOUT)?;
     ensure!(
@@ -246,8 +248,8 @@ pub fn sweep() {
     remove_where(|pid| kill(pid, None) == Err(Errno::ESRCH));
 }
 
-/// Removes all namespaces, pins and temporary directories of this process, even if they are in use. For a process that ends
-/// without running its destructors.
+/// Removes all namespaces, pins and temporary directories of this process, even if they are in use. For a process that
+/// ends without running its destructors.
 pub fn remove_own() {
     remove_where(|pid| pid == Pid::this());
 }

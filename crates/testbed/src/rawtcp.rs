@@ -1,8 +1,8 @@
 //! A TCP client in user space that can send any segment.
 //!
-//! No kernel socket has its ports, so the kernel of its namespace would send resets; an nftables rule in the namespace drops
-//! them ([`prepare`]). The client sends through a raw socket, so that routing, tc and offloads apply as for other programs.
-//! It receives the packets that reach the network stack of the namespace, that is, after all hooks.
+//! No kernel socket has its ports, so the kernel of its namespace would send resets; an nftables rule in the namespace
+//! drops them ([`prepare`]). The client sends through a raw socket, so that routing, tc and offloads apply as for other
+//! programs. It receives the packets that reach the network stack of the namespace, that is, after all hooks.
 
 use std::{
     io,
@@ -180,7 +180,8 @@ pub fn prepare(ns: &Ns) -> Result<()> {
 }
 
 impl RawTcp {
-    /// Creates a client at `source` for a connection to `to` without sending a packet. The namespace must be [`prepare`]d.
+    /// Creates a client at `source` for a connection to `to` without sending a packet. The namespace must be
+    /// [`prepare`]d.
     pub fn new(ns: &Ns, source: IpAddr, to: SocketAddr) -> Result<Self> {
         let port = FIRST_PORT + (serial() % u32::from(LAST_PORT - FIRST_PORT)) as u16;
         let local = SocketAddr::new(source, port);
@@ -281,7 +282,8 @@ impl RawTcp {
         self.acked
     }
 
-    /// Returns whether a valid reset has arrived: its sequence number is the next expected one, or the connection is not open.
+    /// Returns whether a valid reset has arrived: its sequence number is the next expected one, or the connection is
+    /// not open.
     #[must_use]
     pub fn is_reset(&self) -> bool {
         self.reset
@@ -423,7 +425,8 @@ impl RawTcp {
         packet
     }
 
-    /// Sends segments, and retransmits those that are not acknowledged, until all bytes before offset `end` are acknowledged.
+    /// Sends segments, and retransmits those that are not acknowledged, until all bytes before offset `end` are
+    /// acknowledged.
     pub fn deliver(&mut self, segments: &[Segment], end: i64, timeout: Duration) -> Result<Delivered> {
         let deadline = Instant::now() + timeout;
         loop {
@@ -613,7 +616,8 @@ fn sockets(local: SocketAddr, remote: SocketAddr) -> io::Result<(Socket, Socket)
     // Receive only packets to this address. Each client has a raw socket of its own, which receives a copy.
     inward.bind(&SocketAddr::new(local.ip(), 0).into())?;
     inward.connect(&SocketAddr::new(remote.ip(), 0).into())?;
-    // The socket receives the packets of all clients at this address. If this fails, some may be lost and retransmitted.
+    // The socket receives the packets of all clients at this address. If this fails, some may be lost and
+    // retransmitted.
     let _ = inward.set_recv_buffer_size(4 << 20);
     Ok((out, inward))
 }

@@ -262,7 +262,8 @@ impl Iperf3 {
         let mut command = ns.command("iperf3");
         command.args(["-s", "--forceflush", "-p", &port.to_string()]);
         let process = Process::spawn("iperf3", command, dir.path())?;
-        // iperf3 serves one client at a time, so a connection to check that it listens would block the first real client.
+        // iperf3 serves one client at a time, so a connection to check that it listens would block the first real
+        // client.
         wait_until("iperf3 listens", START, || process.log().contains("listening"))?;
         Ok(Self {
             _process: process,

@@ -268,8 +268,8 @@ impl Topology {
         Ok(())
     }
 
-    /// Waits until each namespace has resolved the MAC address of its router. On a new interface IPv6 may take a second for
-    /// that (RETRANS_TIMER of RFC 4861).
+    /// Waits until each namespace has resolved the MAC address of its router. On a new interface IPv6 may take a second
+    /// for that (RETRANS_TIMER of RFC 4861).
     pub fn meet(&self) -> Result<()> {
         let links = self
             .workloads
@@ -305,8 +305,8 @@ impl Topology {
         Ok(self)
     }
 
-    /// Enables the kernel's conntrack on the node, as a stateful firewall or NAT does. In a new namespace it is off until an
-    /// nftables rule uses it.
+    /// Enables the kernel's conntrack on the node, as a stateful firewall or NAT does. In a new namespace it is off
+    /// until an nftables rule uses it.
     pub fn track_connections(&self) -> Result<()> {
         self.node.nft(
             "table inet tracking {\n\

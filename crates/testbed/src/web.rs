@@ -41,8 +41,8 @@ pub struct Seen {
 }
 
 impl Web {
-    /// Starts nginx on these ports, IPv4 and IPv6. It responds with `hello from NAME`, and to `/empty` with 204. Files below
-    /// `/files/` can be read, and written with PUT.
+    /// Starts nginx on these ports, IPv4 and IPv6. It responds with `hello from NAME`, and to `/empty` with 204. Files
+    /// below `/files/` can be read, and written with PUT.
     pub fn start(
         ns: &Ns,
         name: &str,
@@ -422,8 +422,8 @@ impl Talk {
         self.stream.write_all(bytes)
     }
 
-    /// Receives until `done` returns true for the received bytes, the other end closes, or `timeout` ends. Returns all received
-    /// bytes.
+    /// Receives until `done` returns true for the received bytes, the other end closes, or `timeout` ends. Returns all
+    /// received bytes.
     pub fn hear(&mut self, timeout: Duration, done: impl Fn(&[u8]) -> bool) -> io::Result<&[u8]> {
         let deadline = Instant::now() + timeout;
         let mut buffer = [0; 1 << 14];

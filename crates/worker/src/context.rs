@@ -22,8 +22,8 @@ pub(crate) struct WorkerControl<R> {
     pub rules: Arc<R>,
     /// Interfaces with an XDP program at ingress, by index.
     pub xdp: Arc<[u32]>,
-    /// Endpoints that were deleted since the worker last read the settings. The worker drops their state and empties the
-    /// list.
+    /// Endpoints that were deleted since the worker last read the settings. The worker drops their state and empties
+    /// the list.
     pub gone: Vec<u16>,
 }
 

@@ -1,5 +1,5 @@
-//! Fair shedding: chooses the packets to drop when more packets arrive than the worker can inspect. A flood loses packets
-//! before small flows do. Depends on nothing else in this crate; start at [`Fair::halve`].
+//! Fair shedding: chooses the packets to drop when more packets arrive than the worker can inspect. A flood loses
+//! packets before small flows do. Depends on nothing else in this crate; start at [`Fair::halve`].
 
 /// Number of counters. The hash of a flow selects its counter.
 const BUCKETS: usize = 256;

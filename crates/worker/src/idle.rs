@@ -107,9 +107,9 @@ impl Idle {
     /// Spins until there is work, the budget is used up, or other threads have had the CPU [`MAX_YIELDS`] times.
     /// Returns whether there is work.
     ///
-    /// The thread that runs after a yield is often the one that sends the packets that the worker waits for, so the worker
-    /// yields more than once. After that it sleeps instead of waiting in the run queue: the kernel wakes a sleeping thread
-    /// on any idle CPU, but leaves a runnable thread on its CPU.
+    /// The thread that runs after a yield is often the one that sends the packets that the worker waits for, so the
+    /// worker yields more than once. After that it sleeps instead of waiting in the run queue: the kernel wakes a
+    /// sleeping thread on any idle CPU, but leaves a runnable thread on its CPU.
     fn spin<H: Host>(&self, host: &mut H, since: Duration) -> bool {
         let mut yields = 0;
         loop {

@@ -1,5 +1,5 @@
-//! All workers of a node. [`Pool`] starts their threads, connects them, and is the interface of the control plane to the
-//! workers. Start at [`Pool::start`].
+//! All workers of a node. [`Pool`] starts their threads, connects them, and is the interface of the control plane to
+//! the workers. Start at [`Pool::start`].
 
 use std::{
     fmt, io,
@@ -40,8 +40,8 @@ pub struct Setup<P, E: Inspect> {
     pub clock: fn() -> u64,
     /// Largest packet that one worker can hand off to another, bytes.
     pub max_handoff: usize,
-    /// Callback that makes the socket of a worker and returns it with its number of frames. Called on the worker's thread
-    /// at each start.
+    /// Callback that makes the socket of a worker and returns it with its number of frames. Called on the worker's
+    /// thread at each start.
     pub port: Arc<dyn Fn(usize) -> io::Result<(P, usize)> + Send + Sync>,
     /// Callback that makes the inspectors of a worker. Called on the worker's thread at each start.
     pub engine: Arc<dyn Fn(usize) -> E + Send + Sync>,

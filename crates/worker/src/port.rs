@@ -49,8 +49,8 @@ pub trait Port {
     /// Frees a frame.
     fn free(&mut self, frame: Self::Frame);
 
-    /// Puts a frame into the transmit ring; the packet is `length` bytes from offset `start` of [`Port::buffer_mut`]. The
-    /// kernel sends it with the next [`Port::flush`] at the latest.
+    /// Puts a frame into the transmit ring; the packet is `length` bytes from offset `start` of [`Port::buffer_mut`].
+    /// The kernel sends it with the next [`Port::flush`] at the latest.
     ///
     /// # Errors
     /// The transmit ring is full. Returns the frame.
@@ -71,7 +71,8 @@ pub trait Port {
         Ok(())
     }
 
-    /// Checks that the interface is up. A worker that only waits for packets would not notice that its interface is gone.
+    /// Checks that the interface is up. A worker that only waits for packets would not notice that its interface is
+    /// gone.
     ///
     /// # Errors
     /// The interface is down or gone.

@@ -1,4 +1,5 @@
-//! The loop of a worker. [`Worker::turn`] does all pending work once; [`Worker::run`] repeats turns and waits in between.
+//! The loop of a worker. [`Worker::turn`] does all pending work once; [`Worker::run`] repeats turns and waits in
+//! between.
 //!
 //! The parts of a turn are in `rx.rs`, `inspection.rs` and `tx.rs`; the waiting strategy is in `idle.rs`.
 
@@ -35,8 +36,8 @@ const STATISTICS_INTERVAL: u64 = 1_000_000_000;
 /// The mio token of the socket.
 const SOCKET: Token = Token(0);
 
-/// A worker with its socket and its engine. A restart makes a new `Worker`; the state that survives a restart is borrowed
-/// from the [`WorkerContext`].
+/// A worker with its socket and its engine. A restart makes a new `Worker`; the state that survives a restart is
+/// borrowed from the [`WorkerContext`].
 pub(crate) struct Worker<'a, P: Port, E: Inspect> {
     number: usize,
     clock: fn() -> u64,

@@ -188,8 +188,8 @@ impl<'a, F> Rx<'a, F> {
     }
 }
 
-/// Copies a packet into a free frame of this worker's socket. Returns `None` if no frame is free, or the packet is larger
-/// than a frame.
+/// Copies a packet into a free frame of this worker's socket. Returns `None` if no frame is free, or the packet is
+/// larger than a frame.
 fn copy_to_frame<P: Port>(port: &mut P, bytes: &[u8]) -> Option<P::Frame> {
     let mut frame = port.alloc()?;
     let Some(buffer) = port.buffer_mut(&mut frame).get_mut(..bytes.len()) else {

@@ -1,4 +1,5 @@
-//! The thread of a worker: makes its socket and its engine, runs the worker, and restarts it with a back-off if it fails.
+//! The thread of a worker: makes its socket and its engine, runs the worker, and restarts it with a back-off if it
+//! fails.
 //!
 //! Start at [`supervise`].
 

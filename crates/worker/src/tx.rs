@@ -53,7 +53,8 @@ impl Tx {
         }
     }
 
-    /// Sends a packet that an inspector has made. `packet` is `None` if its bytes are missing; it is then counted as lost.
+    /// Sends a packet that an inspector has made. `packet` is `None` if its bytes are missing; it is then counted as
+    /// lost.
     pub(crate) fn emit<P: Port>(&self, port: &mut P, packet: Option<&[u8]>, route: Route) {
         if packet.is_some_and(|packet| self.try_emit(port, packet, route)) {
             self.counters.generated.add(1);
@@ -117,7 +118,8 @@ impl Tx {
     ) -> bool {
         let buffer = port.buffer_mut(&mut frame);
         if buffer.len() - start < length + header::MAX_TRAILER_BYTES && start > 0 {
-            // The trailer does not fit behind the packet. The punt header in front has been parsed and can be overwritten.
+            // The trailer does not fit behind the packet. The punt header in front has been parsed and can be
+            // overwritten.
             buffer.copy_within(start..start + length, 0);
             start = 0;
         }

@@ -392,7 +392,8 @@ fn a_sleeping_worker_publishes_heartbeats() {
     let (first_sleep, first, started) = (sleeps(), published(), Instant::now());
     until("heartbeats", || published() >= first + 20);
     let (slept, beats) = (sleeps() - first_sleep, published() - first);
-    // No upper bound on the time, because the machine may be busy. An idle worker sleeps once for each heartbeat, 50 ms.
+    // No upper bound on the time, because the machine may be busy. An idle worker sleeps once for each heartbeat, 50
+    // ms.
     assert!(
         (beats / 2..=beats * 2).contains(&slept) && started.elapsed() > Duration::from_millis(100),
         "{slept} sleeps, {beats} heartbeats, {:?}",

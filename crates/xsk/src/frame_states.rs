@@ -41,8 +41,8 @@ impl Counts {
     }
 }
 
-/// The states of all frames, and a stack of the free frames. The frame that was freed last is reused first, because it is
-/// most likely still in the CPU's cache.
+/// The states of all frames, and a stack of the free frames. The frame that was freed last is reused first, because it
+/// is most likely still in the CPU's cache.
 #[derive(Debug)]
 pub(crate) struct FrameStates {
     states: Box<[Cell<FrameState>]>,

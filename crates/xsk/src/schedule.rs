@@ -12,8 +12,8 @@ pub fn set_sched_slice(slice: Duration) -> io::Result<()> {
     // SAFETY: the structure consists of integers, for which all zeros is a valid value.
     let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
     let size = size_of::<libc::sched_attr>() as u32;
-    // Read the attributes first, so that the call below keeps the policy and the nice value. SAFETY: the kernel writes at most `size`
-    // bytes into `attributes`, which has that size. Thread 0 is the calling thread.
+    // Read the attributes first, so that the call below keeps the policy and the nice value. SAFETY: the kernel writes
+    // at most `size` bytes into `attributes`, which has that size. Thread 0 is the calling thread.
     if unsafe {
         libc::syscall(
             libc::SYS_sched_getattr,

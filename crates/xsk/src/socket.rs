@@ -190,8 +190,8 @@ pub struct Statistics {
     pub tx_invalid: u64,
     /// Times that the kernel found the transmit ring empty, which is not a loss.
     pub tx_ring_empty: u64,
-    /// Descriptors in the receive and completion rings whose frame the kernel did not own. Other values than 0 indicate a
-    /// driver bug.
+    /// Descriptors in the receive and completion rings whose frame the kernel did not own. Other values than 0 indicate
+    /// a driver bug.
     pub unexpected: u64,
 }
 

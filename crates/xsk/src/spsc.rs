@@ -4,8 +4,8 @@
 //! Slots are allocated once and used in place, so a packet is copied once and never moved. The ends cannot be cloned
 //! and their methods take `&mut self`, so the type system guarantees a single writer and a single reader.
 //!
-//! The queues of `crossbeam` and `rtrb` move values in and out, but a packet slot must be filled and read in place. Also,
-//! this ring is model-checked with loom (`tests/loom.rs`), which requires loom's atomics in the implementation.
+//! The queues of `crossbeam` and `rtrb` move values in and out, but a packet slot must be filled and read in place.
+//! Also, this ring is model-checked with loom (`tests/loom.rs`), which requires loom's atomics in the implementation.
 
 #[cfg(loom)]
 use loom::{

@@ -134,8 +134,8 @@ impl Query {
             pointers: limits.pointers,
         };
         let question = reader.question()?;
-        // The query of an incremental zone transfer names the client's version of the zone in the authority section (RFC
-        // 1995, section 3).
+        // The query of an incremental zone transfer names the client's version of the zone in the authority section
+        // (RFC 1995, section 3).
         if header.answers > 0 || header.authorities > 0 && question.rtype != rtype::IXFR {
             return Err(ParseError::RecordsInQuery);
         }
@@ -225,8 +225,8 @@ pub struct Answer {
     pub flags: Flags,
     /// Response code, with the upper bits of EDNS.
     pub rcode: u16,
-    /// The question, if the answer repeats it. Servers omit it in some error responses; an answer without a question but
-    /// with records is refused.
+    /// The question, if the answer repeats it. Servers omit it in some error responses; an answer without a question
+    /// but with records is refused.
     pub question: Option<Question>,
     /// The targets of the CNAME chain that starts at the queried name, in order.
     pub aliases: Vec<Name>,

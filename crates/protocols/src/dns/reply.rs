@@ -29,7 +29,8 @@ pub fn reply(query: &[u8], rcode: Rcode, out: &mut [u8]) -> Result<usize, ParseE
         return Err(ParseError::WrongDirection);
     }
     let parsed = Query::parse(query, &Limits::QUERY).ok();
-    // The name of a question has no compression pointer: no name precedes it. So the question has its uncompressed length.
+    // The name of a question has no compression pointer: no name precedes it. So the question has its uncompressed
+    // length.
     let question = parsed
         .as_ref()
         .and_then(|parsed| query.get(HEADER_LEN..HEADER_LEN + parsed.question.name.wire().len() + 4))

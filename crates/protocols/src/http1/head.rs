@@ -143,7 +143,8 @@ impl Head {
 /// A field name reduced to its letters and digits in lower case, for comparison with names that some servers confuse.
 ///
 /// CGI, WSGI, Rack and PHP replace `-` by `_`; some implementations replace every byte that is not a letter or a digit,
-/// and gateways reverse that. So `Transfer_Encoding`, `Transfer.Encoding` and `Transfer-Encoding` become the same field.
+/// and gateways reverse that. So `Transfer_Encoding`, `Transfer.Encoding` and `Transfer-Encoding` become the same
+/// field.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Folded {
     bytes: [u8; 24],

@@ -101,9 +101,9 @@ impl<'a> Headers<'a> {
         Ok(Self(parsed))
     }
 
-    /// Returns whether servers could disagree about this field. One cause is another field that becomes the same variable
-    /// in CGI and similar interfaces (`X_Role` and `X-Role`). The other is a `Connection` field that names this field, so
-    /// that a proxy removes it (RFC 9110, section 7.6.1).
+    /// Returns whether servers could disagree about this field. One cause is another field that becomes the same
+    /// variable in CGI and similar interfaces (`X_Role` and `X-Role`). The other is a `Connection` field that names
+    /// this field, so that a proxy removes it (RFC 9110, section 7.6.1).
     #[must_use]
     pub fn is_doubtful(&self, name: &str) -> bool {
         fn folded(name: &str) -> impl Iterator<Item = u8> {
@@ -126,7 +126,8 @@ impl<'a> Headers<'a> {
         })
     }
 
-    /// Returns the elements of a comma-separated field, from all of its lines, without empty elements (RFC 9110, section
+    /// Returns the elements of a comma-separated field, from all of its lines, without empty elements (RFC 9110,
+    /// section
     /// 5.6.1).
     pub fn elements(&self, name: &str) -> impl Iterator<Item = &'a [u8]> {
         self.values(name)
@@ -224,8 +225,9 @@ impl<'a> Request<'a> {
             (_, Some(_)) => return Err(ParseError::SeveralHosts),
             (Some(host), None) => {
                 let host = str::from_utf8(host).map_err(|_| ParseError::BadHost)?;
-                // Host is empty if the target URI has no authority (RFC 9110, section 7.2). Some clients (h2load) send an
-                // IPv6 address without the brackets of RFC 3986, section 3.2.2; rules are matched against it as sent.
+                // Host is empty if the target URI has no authority (RFC 9110, section 7.2). Some clients (h2load) send
+                // an IPv6 address without the brackets of RFC 3986, section 3.2.2; rules are matched against it as
+                // sent.
                 let is_bare_address = host.parse::<std::net::Ipv6Addr>().is_ok();
                 if !host.is_empty() && !is_bare_address && !is_authority(host) {
                     return Err(ParseError::BadHost);
@@ -274,8 +276,8 @@ impl<'a> Request<'a> {
         self.headers.values("upgrade").next().is_some()
     }
 
-    /// Returns whether the request has a body although RFC 9110, section 9.3, defines none for its method. Many servers do
-    /// not read such a body and parse it as the next request.
+    /// Returns whether the request has a body although RFC 9110, section 9.3, defines none for its method. Many servers
+    /// do not read such a body and parse it as the next request.
     #[must_use]
     pub fn has_unexpected_body(&self) -> bool {
         const WITHOUT: [&str; 6] = ["GET", "HEAD", "DELETE", "TRACE", "OPTIONS", "CONNECT"];
@@ -351,7 +353,8 @@ impl<'a> Response<'a> {
         })
     }
 
-    /// Returns whether this is an interim response, which another response to the same request follows (RFC 9110, section
+    /// Returns whether this is an interim response, which another response to the same request follows (RFC 9110,
+    /// section
     /// 15.2). No further response follows a 101.
     #[must_use]
     pub fn is_interim(&self) -> bool {

@@ -77,7 +77,8 @@ pub enum ParseError {
     /// A field name such as `Transfer_Encoding`, which some servers read as a field that frames or routes the message.
     #[strum(serialize = "header name that some servers read as a framing header")]
     DisguisedName,
-    /// A `Connection` field that names a field that frames or routes the message, which makes a proxy remove that field.
+    /// A `Connection` field that names a field that frames or routes the message, which makes a proxy remove that
+    /// field.
     #[strum(serialize = "Connection names a framing header")]
     BadConnection,
     /// An Expect other than `100-continue` (RFC 9110, section 10.1.1).

@@ -98,8 +98,8 @@ fn decode(bytes: &mut Vec<u8>, strict: bool) -> Result<bool, PathError> {
     Ok(decoded)
 }
 
-/// Removes repeated slashes and dot segments in place (RFC 3986, section 5.2.4). A path that does not begin with a slash
-/// (`*`, empty) is unchanged.
+/// Removes repeated slashes and dot segments in place (RFC 3986, section 5.2.4). A path that does not begin with a
+/// slash (`*`, empty) is unchanged.
 fn resolve(path: &mut Vec<u8>) {
     if path.first() != Some(&b'/') {
         return;

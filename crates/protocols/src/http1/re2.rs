@@ -1,8 +1,9 @@
 //! Regular expressions of HTTP rules.
 //!
-//! Cilium's HTTP rules have the syntax of RE2. The `regex` crate has nearly the same syntax, but gives some parts another
-//! meaning, so this module translates them. In RE2, classes such as `\d` are ASCII, `&&` and `[` have no special meaning
-//! within a class, `\<` is `<`, a `{` that begins no repetition is a literal, and a repetition of a repetition is an error.
+//! Cilium's HTTP rules have the syntax of RE2. The `regex` crate has nearly the same syntax, but gives some parts
+//! another meaning, so this module translates them. In RE2, classes such as `\d` are ASCII, `&&` and `[` have no
+//! special meaning within a class, `\<` is `<`, a `{` that begins no repetition is a literal, and a repetition of a
+//! repetition is an error.
 
 use regex::bytes::{Regex, RegexBuilder};
 use regex_syntax::{
@@ -20,8 +21,8 @@ const MAX_LENGTH: usize = 8 << 10;
 /// Greatest cost of one expression, see [`cost`].
 pub const MAX_COST: usize = 40_000;
 
-/// Estimates the cost of parsing an expression without parsing it. Unicode classes cost most, and `(?i)` multiplies their
-/// cost.
+/// Estimates the cost of parsing an expression without parsing it. Unicode classes cost most, and `(?i)` multiplies
+/// their cost.
 fn cost_of_reading(pattern: &str) -> usize {
     let folds = pattern.contains("(?") && pattern.contains('i');
     let classes = pattern.matches(r"\p").count() + pattern.matches(r"\P").count();
@@ -29,8 +30,8 @@ fn cost_of_reading(pattern: &str) -> usize {
     cost * if folds { 8 } else { 1 }
 }
 
-/// Returns the cost to compile and match an expression: the approximate number of states of its automaton. Estimates the
-/// cost without compiling, because compiling `\pL{1000}` takes milliseconds and megabytes.
+/// Returns the cost to compile and match an expression: the approximate number of states of its automaton. Estimates
+/// the cost without compiling, because compiling `\pL{1000}` takes milliseconds and megabytes.
 ///
 /// # Errors
 /// The expression is not valid RE2 syntax, or its cost exceeds [`MAX_COST`]. Returns the text for the operator.
@@ -61,8 +62,8 @@ pub fn cost(pattern: &str) -> Result<usize, String> {
     }
 }
 
-/// Returns the approximate number of states of an expression. The depth of the recursion is that of the groups, which the
-/// parser limits.
+/// Returns the approximate number of states of an expression. The depth of the recursion is that of the groups, which
+/// the parser limits.
 fn states(hir: &Hir) -> usize {
     match hir.kind() {
         HirKind::Empty | HirKind::Look(_) => 1,

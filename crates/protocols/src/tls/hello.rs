@@ -12,8 +12,8 @@ pub struct ClientHello {
     pub version: u16,
     /// The server name.
     pub server_name: ServerName,
-    /// Whether the hello has an encrypted inner hello (ECH), so that `server_name` is the outer name. A GREASE extension
-    /// looks the same (RFC 9849, section 6.2).
+    /// Whether the hello has an encrypted inner hello (ECH), so that `server_name` is the outer name. A GREASE
+    /// extension looks the same (RFC 9849, section 6.2).
     pub ech: bool,
     /// Whether the client sends early data (0-RTT, RFC 8446, section 4.2.10).
     pub early_data: bool,

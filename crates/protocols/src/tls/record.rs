@@ -56,7 +56,8 @@ impl Records {
                 *slot = *byte;
                 self.have += 1;
                 *input = rest;
-                // Refuse a stream that is not TLS at its first wrong byte: its client may never send the rest of a header.
+                // Refuse a stream that is not TLS at its first wrong byte: its client may never send the rest of a
+                // header.
                 match self.header.get(..self.have).unwrap_or_default() {
                     [first, ..] if first & 0x80 != 0 => return Err(ParseError::Ssl2),
                     [CHANGE_CIPHER_SPEC..=APPLICATION_DATA] => {}
@@ -261,8 +262,8 @@ impl ServerReader {
         };
         let again = body.get(2..34) == Some(&RETRY_RANDOM[..]);
         let version = server_version(body);
-        // A server sends nothing behind a HelloRetryRequest in its record. Whether such bytes were parsed would depend on
-        // the segmentation of the stream, so they are refused.
+        // A server sends nothing behind a HelloRetryRequest in its record. Whether such bytes were parsed would depend
+        // on the segmentation of the stream, so they are refused.
         if again && (self.held.len() > length || !piece.last) {
             return Err(ParseError::Trailing);
         }

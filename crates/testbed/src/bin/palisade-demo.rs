@@ -1,5 +1,5 @@
-//! The program of `scripts/demo`: runs real programs in network namespaces under the policies of `config/examples`, and shows
-//! which connections are allowed and which rule decided.
+//! The program of `scripts/demo`: runs real programs in network namespaces under the policies of `config/examples`, and
+//! shows which connections are allowed and which rule decided.
 
 use std::{
     fs,
@@ -177,7 +177,8 @@ fn clean_up_on_signals() -> Result<()> {
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         set.add(signal);
     }
-    // Block the signals before other threads start, which inherit the mask, so that only the thread below receives them.
+    // Block the signals before other threads start, which inherit the mask, so that only the thread below receives
+    // them.
     set.thread_block()?;
     thread::spawn(move || {
         if let Ok(signal) = set.wait() {
