@@ -18,6 +18,8 @@ use crate::{
     record::{Record, Verdict, What},
 };
 
+/// Number of the IPv6 fragment header.
+const FRAGMENT_HEADER: u8 = 44;
 /// Maximum number of fragments of one datagram: 64 KiB in fragments of 1,024 bytes.
 const PIECES: usize = 64;
 
@@ -79,6 +81,25 @@ struct Key {
     id: u32,
     source: Addr,
     destination: Addr,
+}
+
+impl Key {
+    fn of(view: &PacketView<'_>) -> Self {
+        let packet = view.packet;
+        Self {
+            endpoint: view.slot.endpoint,
+            ifindex: view.ifindex,
+            hook: view.hook,
+            protocol: if packet.is(flags::IPV6) {
+                FRAGMENT_HEADER
+            } else {
+                packet.protocol
+            },
+            id: packet.fragment_id,
+            source: packet.source,
+            destination: packet.destination,
+        }
+    }
 }
 
 /// Position of a fragment's payload in its frame and in its datagram, bytes.
@@ -225,28 +246,11 @@ impl<F> Reassembler<F> {
         let Some(position) = position(view) else {
             return Err((frame, Reason::InvalidFragment));
         };
-        let key = Key {
-            endpoint: view.slot.endpoint,
-            ifindex: view.ifindex,
-            hook: view.hook,
-            protocol: if view.packet.is(flags::IPV6) {
-                44
-            } else {
-                view.packet.protocol
-            },
-            id: view.packet.fragment_id,
-            source: view.packet.source,
-            destination: view.packet.destination,
-        };
-        let number = match self.numbers.get(&key) {
-            Some(&number) => number,
-            None => match self.begin(cx.now, view, key, cx.spare) {
-                Some(number) => number,
-                None => {
-                    self.stats.limited += 1;
-                    return Err((frame, Reason::InspectLimit));
-                }
-            },
+        let key = Key::of(view);
+        let known = self.numbers.get(&key).copied();
+        let Some(number) = known.or_else(|| self.begin(cx.now, view, key, cx.spare)) else {
+            self.stats.limited += 1;
+            return Err((frame, Reason::InspectLimit));
         };
         let Some(datagram) = self.datagrams.get_mut(number) else {
             return Err((frame, Reason::InvalidFragment));
@@ -290,26 +294,25 @@ impl<F> Reassembler<F> {
                 transport: view.transport.saturating_sub(position.from),
             });
         }
-        if datagram.total != Some(datagram.have) {
+        if datagram.total != Some(datagram.have) || datagram.first.is_none() {
             return Ok(None);
         }
-        let Some(Datagram {
-            first: Some(first),
-            frames,
-            buffers,
-            ..
-        }) = self.end(number)
-        else {
-            return Ok(None);
-        };
+        Ok(self.complete(number))
+    }
+
+    /// Removes a complete datagram and returns it.
+    fn complete(&mut self, number: u64) -> Option<Whole<F>> {
+        let datagram = self.datagrams.remove(number)?;
+        self.forget_key(&datagram);
         self.stats.complete += 1;
-        Ok(Some(Whole {
-            frames,
+        let first = datagram.first?;
+        Some(Whole {
+            frames: datagram.frames,
             packet: first.packet,
             slot: first.slot,
-            buffers,
+            buffers: datagram.buffers,
             transport: first.transport,
-        }))
+        })
     }
 
     /// Takes back the buffers of a datagram. Its frames must have been taken out before.
@@ -352,12 +355,6 @@ impl<F> Reassembler<F> {
         self.numbers.insert(key, number);
         *self.by_endpoint.entry(key.endpoint).or_default() += 1;
         Some(number)
-    }
-
-    fn end(&mut self, number: u64) -> Option<Datagram<F>> {
-        let datagram = self.datagrams.remove(number)?;
-        self.forget_key(&datagram);
-        Some(datagram)
     }
 
     fn forget_key(&mut self, datagram: &Datagram<F>) {
@@ -497,8 +494,6 @@ impl<F> Datagram<F> {
 
 /// Returns the position of a fragment; none if its header is malformed or the datagram would exceed 65,535 bytes.
 fn position(view: &PacketView<'_>) -> Option<Position> {
-    /// Number of the IPv6 fragment header.
-    const FRAGMENT: u8 = 44;
     /// Number of the authentication header. Its length is in units of 4 bytes (RFC 4302, 2.2), not 8.
     const AUTHENTICATION: u8 = 51;
     let header = view.frame.get(view.network..)?;
@@ -508,7 +503,7 @@ fn position(view: &PacketView<'_>) -> Option<Position> {
         let mut at = 40;
         // The decoder has accepted this chain of extension headers.
         for _ in 0..palisade_packet::MAX_EXTENSIONS {
-            if next == FRAGMENT {
+            if next == FRAGMENT_HEADER {
                 break;
             }
             let [following, length] = *header.get(at..)?.first_chunk()?;
@@ -520,7 +515,7 @@ fn position(view: &PacketView<'_>) -> Option<Position> {
             next = following;
         }
         let fragment: &[u8; 8] = header.get(at..)?.first_chunk()?;
-        if next != FRAGMENT {
+        if next != FRAGMENT_HEADER {
             return None;
         }
         let word = u16::from_be_bytes([fragment[2], fragment[3]]);

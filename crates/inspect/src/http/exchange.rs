@@ -185,6 +185,28 @@ impl Flow {
         usize::from(self.current.is_some()) + self.behind.len()
     }
 
+    /// Adds a forwarded request.
+    fn begin(&mut self, request: &Request<'_>, may_switch: bool, url: Text, now: Millis) {
+        self.client = Place::of(request.body);
+        self.announced = if request.expects_continue() && !self.client.is_between_messages() {
+            Announced::Waits
+        } else {
+            Announced::No
+        };
+        let mut upgrades = Vec::new();
+        for name in request.upgrades().filter(|name| may_become(name)) {
+            upgrades.push(b',');
+            upgrades.extend(name.iter().map(u8::to_ascii_lowercase));
+        }
+        self.push(Exchange {
+            url,
+            method: Word::from(request.method.as_bytes()),
+            since: now,
+            may_switch,
+            upgrades,
+        });
+    }
+
     fn push(&mut self, exchange: Exchange) {
         if self.current.is_none() {
             self.current = Some(exchange);
@@ -284,35 +306,12 @@ impl HttpStream<'_> {
         self.flow.begun = true;
         let mut url = Text::default();
         redact::url(request.host, request.path, &mut url);
-        let mut headers = Text::default();
-        redact::headers(request.headers.iter(), &self.limits.record_headers, &mut headers);
-        let method = Word::from(request.method.as_bytes());
         let Some(rules) = cx.rules.http(self.slot.ruleset) else {
             return self.abort(Reason::UnknownRuleset, Reason::UnknownRuleset.text(), cx);
         };
         let verdict = rules.judge(request, self.limits.paths, self.scratch);
         let audit = self.is_audit();
-        if let Some(about) = &self.flow.about {
-            let what = What::HttpRequest {
-                method,
-                version: request.version,
-                url,
-                headers,
-                mismatch: verdict.is_ok_and(|verdict| verdict.log),
-            };
-            let record = Record::about(about, what);
-            cx.sink.record(&match verdict {
-                Ok(verdict) => Record {
-                    rule: verdict.rule,
-                    ..record
-                },
-                Err(_) => Record {
-                    verdict: if audit { Verdict::Audit } else { Verdict::Dropped },
-                    reason: Reason::AppDenied,
-                    ..record
-                },
-            });
-        }
+        self.report_request(request, verdict, url, cx);
         if let Err(HttpDenial::NoRule | HttpDenial::Path(_)) = verdict {
             self.stats.denied += 1;
             if !audit {
@@ -338,25 +337,46 @@ impl HttpStream<'_> {
                 cx,
             );
         }
-        self.flow.client = Place::of(request.body);
-        self.flow.announced = if request.expects_continue() && !self.flow.client.is_between_messages() {
-            Announced::Waits
-        } else {
-            Announced::No
-        };
-        let mut upgrades = Vec::new();
-        for name in request.upgrades().filter(|name| may_become(name)) {
-            upgrades.push(b',');
-            upgrades.extend(name.iter().map(u8::to_ascii_lowercase));
-        }
-        self.flow.push(Exchange {
-            url,
-            method,
-            since: cx.now,
-            may_switch,
-            upgrades,
-        });
+        self.flow.begin(request, may_switch, url, cx.now);
         Action::Forward(length)
+    }
+
+    /// Records a request with its verdict.
+    fn report_request<F, S: Sink<F>>(
+        &self,
+        request: &Request<'_>,
+        verdict: Result<HttpVerdict, HttpDenial>,
+        url: Text,
+        cx: &mut Cx<'_, F, S>,
+    ) {
+        let Some(about) = &self.flow.about else {
+            return;
+        };
+        let mut headers = Text::default();
+        redact::headers(request.headers.iter(), &self.limits.record_headers, &mut headers);
+        let what = What::HttpRequest {
+            method: Word::from(request.method.as_bytes()),
+            version: request.version,
+            url,
+            headers,
+            mismatch: verdict.is_ok_and(|verdict| verdict.log),
+        };
+        let record = Record::about(about, what);
+        cx.sink.record(&match verdict {
+            Ok(verdict) => Record {
+                rule: verdict.rule,
+                ..record
+            },
+            Err(_) => Record {
+                verdict: if self.is_audit() {
+                    Verdict::Audit
+                } else {
+                    Verdict::Dropped
+                },
+                reason: Reason::AppDenied,
+                ..record
+            },
+        });
     }
 
     /// Responds in the server's place, once all requests before the refused one are answered.

@@ -196,33 +196,8 @@ impl HttpRules {
         let Some(caches) = caches_of(self.id, caches, uses) else {
             return Err(HttpDenial::NoRule);
         };
-        let facts = Facts { request, path: None };
-        let host = facts.host().map_or(&b""[..], str::as_bytes);
-        self.method
-            .patterns
-            .matching(request.method.as_bytes(), &mut caches.method, &mut matched.method);
-        // A missing host matches no expression, not even one that matches the empty text.
-        matched.host.clear();
-        if !host.is_empty() {
-            self.host
-                .patterns
-                .matching(host, &mut caches.host, &mut matched.host);
-            // Hosts are case-insensitive (RFC 9110, 4.2.3). An expression like `[^a].*` matches `A.test`, which the server reads
-            // as `a.test`. So a host with upper-case letters must match case-insensitively too.
-            if host.iter().any(u8::is_ascii_uppercase) && !matched.host.is_empty() {
-                self.folded_host
-                    .matching(host, &mut caches.folded_host, &mut matched.folded_host);
-                let folded = &matched.folded_host;
-                matched.host.retain(|number| folded.binary_search(number).is_ok());
-            }
-        }
-        matched.path.clear();
         let sent = request.path.as_bytes();
-        if !sent.is_empty() {
-            self.path
-                .patterns
-                .matching(sent, &mut caches.path, &mut matched.path);
-        }
+        self.match_parts(request, caches, matched);
         let facts = Facts {
             request,
             path: (!sent.is_empty()).then_some(sent),
@@ -259,6 +234,36 @@ impl HttpRules {
                 verdict.takes_bodies &= !bodies || self.takes_bodies(&facts, matched);
                 Ok(verdict)
             }
+        }
+    }
+
+    /// Matches the method, the host and the path as sent.
+    fn match_parts(&self, request: &Request<'_>, caches: &mut SetCaches, matched: &mut Matched) {
+        self.method
+            .patterns
+            .matching(request.method.as_bytes(), &mut caches.method, &mut matched.method);
+        // A missing host or path matches no expression, not even one that matches the empty text.
+        matched.host.clear();
+        let host = request.host.as_bytes();
+        if !host.is_empty() {
+            self.host
+                .patterns
+                .matching(host, &mut caches.host, &mut matched.host);
+            // Hosts are case-insensitive (RFC 9110, 4.2.3). An expression like `[^a].*` matches `A.test`, which the server reads
+            // as `a.test`. So a host with upper-case letters must match case-insensitively too.
+            if host.iter().any(u8::is_ascii_uppercase) && !matched.host.is_empty() {
+                self.folded_host
+                    .matching(host, &mut caches.folded_host, &mut matched.folded_host);
+                let folded = &matched.folded_host;
+                matched.host.retain(|number| folded.binary_search(number).is_ok());
+            }
+        }
+        matched.path.clear();
+        let path = request.path.as_bytes();
+        if !path.is_empty() {
+            self.path
+                .patterns
+                .matching(path, &mut caches.path, &mut matched.path);
         }
     }
 

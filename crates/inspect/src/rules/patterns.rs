@@ -112,18 +112,7 @@ impl Patterns {
         if run.is_empty() {
             return patterns;
         }
-        // The common automaton is smaller than the sum, because it has one start state.
-        let dfa = compile(&run, 2 * TOGETHER).and_then(|nfa| {
-            let config = DFA::config()
-                .match_kind(MatchKind::All)
-                .cache_capacity(CACHE)
-                .skip_cache_capacity_check(true);
-            DFA::builder()
-                .configure(config)
-                .build_from_nfa(nfa)
-                .map_err(|error| error.to_string())
-        });
-        match dfa {
+        match build(&run) {
             Ok(dfa) => patterns.automaton = Some(Automaton { dfa, parts }),
             Err(error) => problem("(all expressions together)", error),
         }
@@ -193,6 +182,18 @@ fn parse(expression: &str) -> Result<Hir, String> {
     // Texts may be invalid UTF-8, as for `regex::bytes`.
     let mut parser = ParserBuilder::new().utf8(false).build();
     parser.parse(&translated).map_err(|error| error.to_string())
+}
+
+/// Builds the common automaton of all expressions. It is smaller than the sum of theirs, because it has one start state.
+fn build(expressions: &[Hir]) -> Result<DFA, String> {
+    let config = DFA::config()
+        .match_kind(MatchKind::All)
+        .cache_capacity(CACHE)
+        .skip_cache_capacity_check(true);
+    DFA::builder()
+        .configure(config)
+        .build_from_nfa(compile(expressions, 2 * TOGETHER)?)
+        .map_err(|error| error.to_string())
 }
 
 fn compile(expressions: &[Hir], size: usize) -> Result<NFA, String> {

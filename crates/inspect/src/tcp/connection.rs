@@ -389,6 +389,7 @@ impl<F> Connection<F> {
             cx.sink.discard(frame, Reason::TcpInvalid);
             return;
         };
+        let segment = &segment;
         let arrived = Arrived { side, view, segment };
         if matches!(self.phase, Phase::Responded(_)) {
             self.receive_after_response(&arrived, frame, cx);

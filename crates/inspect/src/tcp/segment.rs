@@ -115,7 +115,7 @@ impl Options {
 pub(super) struct Arrived<'a, 'p> {
     pub(super) side: Side,
     pub(super) view: &'a PacketView<'p>,
-    pub(super) segment: Segment<'p>,
+    pub(super) segment: &'a Segment<'p>,
 }
 
 /// Headers below TCP and route of the packets of one direction.
@@ -226,13 +226,14 @@ impl Link {
             timestamp[4..8].copy_from_slice(&value.to_be_bytes());
             timestamp[8..].copy_from_slice(&echo.to_be_bytes());
         }
+        let timestamp = timestamp.get(..options).unwrap_or(&timestamp);
         let sum = Sum::pseudo(source, destination, protocol::TCP, usize::from(length))
             .add(&header)
-            .add(&timestamp)
+            .add(timestamp)
             .add(segment.payload);
         header[16..18].copy_from_slice(&(!sum.fold()).to_be_bytes());
         out.extend_from_slice(&header);
-        out.extend_from_slice(timestamp.get(..options).unwrap_or(&timestamp));
+        out.extend_from_slice(timestamp);
         out.extend_from_slice(segment.payload);
     }
 }

@@ -172,16 +172,10 @@ impl<F, T: Offloadable> Connections<F, T> {
             Place::New(slot) => {
                 // A SYN that is refused must not affect the existing connection.
                 if self.is_full(&key) {
-                    self.shared.stats.limited += 1;
-                    self.refuse(view, frame, Reason::InspectLimit, cx);
+                    self.refuse_beyond_limit(view, frame, cx);
                     return;
                 }
-                if slot == Slot::Current {
-                    self.forget_with_candidate(key, cx);
-                } else {
-                    self.remove(Key(key, Slot::Candidate));
-                }
-                self.insert(Key(key, slot), Connection::new(key, view), make(), cx);
+                self.begin(Key(key, slot), view, make(), cx);
                 slot
             }
             Place::OffloadedFlow => {
@@ -202,17 +196,11 @@ impl<F, T: Offloadable> Connections<F, T> {
             }
         };
         if slot == Slot::Current && self.is_opened_beyond_limit(&key, view) {
-            self.shared.stats.limited += 1;
-            match self.entries.get_mut(&key) {
-                Some(entry) if is_audit(view) => {
-                    let cx = &mut self.shared.context(cx);
-                    entry.connection.pass_unread(Reason::InspectLimit, cx);
-                }
-                _ => {
-                    self.refuse(view, frame, Reason::InspectLimit, cx);
-                    return;
-                }
+            if !is_audit(view) {
+                self.refuse_beyond_limit(view, frame, cx);
+                return;
             }
+            self.offload_beyond_limit(&key, cx);
         }
         let all = match slot {
             Slot::Candidate => &mut self.candidates,
@@ -239,6 +227,32 @@ impl<F, T: Offloadable> Connections<F, T> {
             share.open += 1;
             self.half_open -= 1;
             self.open += 1;
+        }
+    }
+
+    /// Begins a connection, in the place of an existing one with the same key.
+    fn begin<S: Sink<F>>(&mut self, key: Key, view: &PacketView<'_>, inspector: T, cx: &mut Cx<'_, F, S>) {
+        match key.1 {
+            Slot::Current => self.forget_with_candidate(key.0, cx),
+            Slot::Candidate => {
+                self.remove(key);
+            }
+        }
+        self.insert(key, Connection::new(key.0, view), inspector, cx);
+    }
+
+    /// Drops a packet of a connection that must not open, because there are too many.
+    fn refuse_beyond_limit<S: Sink<F>>(&mut self, view: &PacketView<'_>, frame: F, cx: &mut Cx<'_, F, S>) {
+        self.shared.stats.limited += 1;
+        self.refuse(view, frame, Reason::InspectLimit, cx);
+    }
+
+    /// Offloads a connection that must not open, because audit mode is on.
+    fn offload_beyond_limit<S: Sink<F>>(&mut self, key: &CtKey, cx: &mut Cx<'_, F, S>) {
+        self.shared.stats.limited += 1;
+        if let Some(entry) = self.entries.get_mut(key) {
+            let cx = &mut self.shared.context(cx);
+            entry.connection.pass_unread(Reason::InspectLimit, cx);
         }
     }
 
@@ -306,7 +320,8 @@ impl<F, T: Offloadable> Connections<F, T> {
             return Place::Known(Slot::Current);
         }
         self.remove_outdated(key, serial, of_current, cx);
-        let (side, segment) = (Side::of(view.slot), Segment::read(view));
+        let side = Side::of(view.slot);
+        let segment = Segment::read(view);
         if let Some(segment) = segment
             && side == Side::Server
             && (segment.is_syn() || segment.is_rst())

@@ -27,7 +27,7 @@ impl<F> Connection<F> {
         frame: F,
         cx: &mut TcpCx<'_, F, S>,
     ) -> Result<(), (Reason, F)> {
-        let (side, segment) = (arrived.side, &arrived.segment);
+        let (side, segment) = (arrived.side, arrived.segment);
         // Data in a SYN (RFC 7413) would have to be judged before the connection exists. The client retransmits it behind
         // the handshake if the server does not acknowledge it.
         if !segment.payload.is_empty() || segment.is_fin() || segment.is_rst() {

@@ -87,6 +87,7 @@ impl<F> Connection<F> {
     }
 
     /// Checks the sequence number, the acknowledgement and the timestamp of a segment.
+    #[inline(always)]
     fn check(&mut self, arrived: &Arrived<'_, '_>) -> Result<Checked, Reason> {
         let at = self.check_sequence(arrived)?;
         let Some(acked) = self.check_ack(arrived)? else {
@@ -98,9 +99,10 @@ impl<F> Connection<F> {
 
     /// "First, check sequence number": a segment is acceptable if it lies in the window that the receiver has offered, or at
     /// most one window below. One byte beyond the window is a zero-window probe (RFC 9293, 3.8.6.1).
+    #[inline]
     fn check_sequence(&self, arrived: &Arrived<'_, '_>) -> Result<Extent, Reason> {
         let (own, other) = (&self.halves[arrived.side], &self.halves[arrived.side.other()]);
-        let segment = &arrived.segment;
+        let segment = arrived.segment;
         // In the synchronized states every segment carries an ACK; one without is dropped.
         if own.isn.is_none() || other.isn.is_none() || !segment.is_ack() {
             return Err(Reason::TcpInvalid);
@@ -118,9 +120,10 @@ impl<F> Connection<F> {
     /// window below what it has acknowledged before (RFC 5961, 5.2). The same holds for selective acknowledgements.
     ///
     /// Returns none if the segment acknowledges bytes that another policy's inspector has sent.
+    #[inline]
     fn check_ack(&self, arrived: &Arrived<'_, '_>) -> Result<Option<Position>, Reason> {
         let other = &self.halves[arrived.side.other()];
-        let segment = &arrived.segment;
+        let segment = arrived.segment;
         let acked = other.position(segment.ack);
         if acked > other.sent && self.is_shared && segment.payload.is_empty() {
             return Ok(None);
@@ -137,9 +140,10 @@ impl<F> Connection<F> {
 
     /// Protection against wrapped sequences (RFC 7323, 5.3): if both ends have agreed on timestamps, a segment without one
     /// or with an old one is dropped.
+    #[inline]
     fn check_timestamp(&mut self, arrived: &Arrived<'_, '_>, start: Position) -> Result<(), Reason> {
         let is_agreed = self.has_timestamps();
-        let segment = &arrived.segment;
+        let segment = arrived.segment;
         if is_agreed && segment.options.timestamp.is_none() {
             return Err(Reason::TcpInvalid);
         }
@@ -151,6 +155,7 @@ impl<F> Connection<F> {
 
     /// "Fifth, check the ACK field", continued: SND.UNA and the send window of the other end are updated. The window is
     /// scaled if both SYNs carried that option (RFC 7323, 2.3).
+    #[inline]
     fn take_ack(&mut self, arrived: &Arrived<'_, '_>, acked: Position) {
         let is_scaled = self.halves.both().iter().all(|half| half.scale.is_some());
         let (own, other) = self.halves.pair_mut(arrived.side);
@@ -181,7 +186,7 @@ impl<F> Connection<F> {
         frame: F,
         cx: &mut TcpCx<'_, F, S>,
     ) -> Result<bool, (Reason, F)> {
-        let (side, segment) = (arrived.side, &arrived.segment);
+        let (side, segment) = (arrived.side, arrived.segment);
         let progress = matches!(self.phase, Phase::Responding(_));
         cx.shared.stats.retransmitted += 1;
         let own = &mut self.halves[side];
@@ -220,7 +225,7 @@ impl<F> Connection<F> {
         frame: F,
         cx: &mut TcpCx<'_, F, S>,
     ) -> Result<bool, (Reason, F)> {
-        let (side, segment) = (arrived.side, &arrived.segment);
+        let (side, segment) = (arrived.side, arrived.segment);
         let own = &mut self.halves[side];
         let waits = at.behind > own.forward_limit();
         let (limits, stats) = (&cx.shared.limits, &cx.shared.stats);

@@ -24,7 +24,7 @@ impl<F> Connection<F> {
         frame: F,
         cx: &mut TcpCx<'_, F, S>,
     ) -> Result<(), (Reason, F)> {
-        let (side, segment) = (arrived.side, &arrived.segment);
+        let (side, segment) = (arrived.side, arrived.segment);
         let (own, other) = (&self.halves[side], &self.halves[side.other()]);
         if own.isn.is_none() {
             // In SYN-SENT a reset counts only if it acknowledges the SYN (RFC 9293, 3.10.7.3).

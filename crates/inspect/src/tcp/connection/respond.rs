@@ -154,7 +154,7 @@ impl<F> Connection<F> {
         response: &mut Response,
         cx: &mut TcpCx<'_, F, S>,
     ) -> bool {
-        let (side, segment) = (arrived.side, &arrived.segment);
+        let (side, segment) = (arrived.side, arrived.segment);
         if segment.is_rst() {
             return true;
         }
@@ -204,7 +204,7 @@ impl<F> Connection<F> {
         response: &mut Response,
         cx: &mut TcpCx<'_, F, S>,
     ) {
-        let (side, segment) = (arrived.side, &arrived.segment);
+        let (side, segment) = (arrived.side, arrived.segment);
         let closing = &mut response.other;
         if segment.is_rst() || segment.is_syn() {
             closing.done |= segment.is_rst();
