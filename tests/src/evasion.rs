@@ -93,7 +93,7 @@ impl Streams {
 
 /// The path on which streams are sent.
 #[derive(Debug)]
-pub struct Field<'a> {
+pub struct AttackPath<'a> {
     /// Namespace of the client, [`palisade_testbed::rawtcp::prepare`]d.
     pub ns: &'a Ns,
     /// Source address of the client.
@@ -235,7 +235,7 @@ pub const CUTS: &[(&str, Cut)] = &[
 type Mix = fn(&mut RawTcp, &Streams) -> Result<()>;
 
 /// Sends the segments, then waits for a moment.
-fn play(client: &mut RawTcp, segments: &[Segment]) -> Result<()> {
+fn send_all(client: &mut RawTcp, segments: &[Segment]) -> Result<()> {
     for segment in segments {
         client.send(segment)?;
     }
@@ -247,12 +247,12 @@ fn play(client: &mut RawTcp, segments: &[Segment]) -> Result<()> {
 fn hidden(client: &mut RawTcp, streams: &Streams, hide: impl Fn(Segment) -> Segment) -> Result<()> {
     let (good, bad, middle) = (&streams.good, &streams.bad, streams.from);
     // The whole stream at once.
-    play(client, &[hide(Segment::data(0, good)), Segment::data(0, bad)])?;
+    send_all(client, &[hide(Segment::data(0, good)), Segment::data(0, bad)])?;
     if client.is_reset() {
         return Ok(());
     }
     // Only the bytes that differ.
-    play(
+    send_all(
         client,
         &[
             Segment::data(0, &good[..middle]),
@@ -269,8 +269,8 @@ pub const MIXES: &[(&str, Mix)] = &[
         hidden(c, s, |p| p.ttl(1))
     }),
     ("bad ones that die on the way, then good ones", |c, s| {
-        play(c, &[Segment::data(0, &s.bad).ttl(1)])?;
-        play(c, &[Segment::data(0, &s.good)])
+        send_all(c, &[Segment::data(0, &s.bad).ttl(1)])?;
+        send_all(c, &[Segment::data(0, &s.good)])
     }),
     ("good ones with a wrong checksum, then bad ones", |c, s| {
         hidden(c, s, Segment::bad_checksum)
@@ -307,9 +307,9 @@ pub const MIXES: &[(&str, Mix)] = &[
     ("a byte more that is urgent", |c, s| {
         let at = s.from;
         let more = [&s.good[..at], b"#", &s.good[at..]].concat();
-        play(c, &[Segment::data(0, &more).urgent(at as u16 + 1)])?;
+        send_all(c, &[Segment::data(0, &more).urgent(at as u16 + 1)])?;
         let urgent = Segment::data(at as i64, b"#").urgent(1);
-        play(
+        send_all(
             c,
             &[
                 Segment::data(0, &s.good[..at]),
@@ -320,7 +320,7 @@ pub const MIXES: &[(&str, Mix)] = &[
     }),
     ("a bad end first, then a good whole", |c, s| {
         let at = s.from;
-        play(
+        send_all(
             c,
             &[
                 Segment::data(at as i64, &s.bad[at..]),
@@ -331,7 +331,7 @@ pub const MIXES: &[(&str, Mix)] = &[
     }),
     ("a good end first, then a bad whole", |c, s| {
         let at = s.from;
-        play(
+        send_all(
             c,
             &[
                 Segment::data(at as i64, &s.good[at..]),
@@ -349,7 +349,7 @@ pub const MIXES: &[(&str, Mix)] = &[
                 all.extend([good.clone(), bad.clone(), good]);
             }
         }
-        play(c, &all)
+        send_all(c, &all)
     }),
     ("bad pieces in the gaps of good ones", |c, s| {
         let mut all = Vec::new();
@@ -360,11 +360,11 @@ pub const MIXES: &[(&str, Mix)] = &[
         }
         all.push(Segment::data(0, &s.bad));
         all.extend(pieces(0, &s.bad, 4));
-        play(c, &all)
+        send_all(c, &all)
     }),
     ("overlaps that reach over the edges", |c, s| {
         let (from, to) = (s.from, s.to);
-        play(
+        send_all(
             c,
             &[
                 Segment::data(0, &s.good[..from]),
@@ -377,15 +377,15 @@ pub const MIXES: &[(&str, Mix)] = &[
     }),
     ("a reset that dies on the way, then bad ones", |c, s| {
         let reset = Segment::data(0, b"").flags(flags::RST).ttl(1);
-        play(c, &[reset.clone(), Segment::data(0, &s.bad)])?;
-        play(
+        send_all(c, &[reset.clone(), Segment::data(0, &s.bad)])?;
+        send_all(
             c,
             &[reset.flags(flags::RST | flags::ACK), Segment::data(0, &s.bad)],
         )
     }),
     ("a reset beside the window, then bad ones", |c, s| {
         for at in [-5, 1, 5_000, 0x1000_0000] {
-            play(
+            send_all(
                 c,
                 &[Segment::data(at, b"").flags(flags::RST), Segment::data(0, &s.bad)],
             )?;
@@ -394,12 +394,12 @@ pub const MIXES: &[(&str, Mix)] = &[
     }),
     ("an end that dies on the way, then bad ones", |c, s| {
         let end = Segment::data(0, b"").flags(flags::ACK | flags::FIN).ttl(1);
-        play(c, &[end, Segment::data(0, &s.bad)])?;
-        play(c, &[Segment::data(1, &s.bad)])
+        send_all(c, &[end, Segment::data(0, &s.bad)])?;
+        send_all(c, &[Segment::data(1, &s.bad)])
     }),
     ("another opening that dies on the way, then bad ones", |c, s| {
         for at in [-1, 500_000, -600_000] {
-            play(
+            send_all(
                 c,
                 &[
                     Segment::data(at, b"").flags(flags::SYN).ttl(1),
@@ -410,7 +410,7 @@ pub const MIXES: &[(&str, Mix)] = &[
         Ok(())
     }),
     ("another opening within the window, then bad ones", |c, s| {
-        play(
+        send_all(
             c,
             &[
                 Segment::data(0, b"").flags(flags::SYN),
@@ -422,7 +422,7 @@ pub const MIXES: &[(&str, Mix)] = &[
     ("fragments: a good datagram, overlapped by a bad one", |c, s| {
         let good = Segment::data(0, &s.good).fragments(48);
         let bad = Segment::data(0, &s.bad).fragments(48);
-        play(
+        send_all(
             c,
             &[
                 good.clone().ttl(1),
@@ -435,20 +435,20 @@ pub const MIXES: &[(&str, Mix)] = &[
     }),
     ("good ones, then bad ones behind them", |c, s| {
         let at = s.good.len() as i64;
-        play(c, &[Segment::data(0, &s.good), Segment::data(at, &s.bad)])
+        send_all(c, &[Segment::data(0, &s.good), Segment::data(at, &s.bad)])
     }),
     ("good and bad in one segment", |c, s| {
-        play(c, &[Segment::data(0, &[&s.good[..], &s.bad].concat())])
+        send_all(c, &[Segment::data(0, &[&s.good[..], &s.bad].concat())])
     }),
     ("good ones, then bad ones at the same place", |c, s| {
-        play(c, &[Segment::data(0, &s.good)])?;
-        play(c, &[Segment::data(0, &s.bad)])?;
+        send_all(c, &[Segment::data(0, &s.good)])?;
+        send_all(c, &[Segment::data(0, &s.bad)])?;
         let mut all = pieces(0, &s.bad, 10);
         all.reverse();
-        play(c, &all)
+        send_all(c, &all)
     }),
     ("good ones that die on the way, then the bad rest late", |c, s| {
-        play(
+        send_all(
             c,
             &[
                 Segment::data(0, &s.good[..s.from]),
@@ -456,13 +456,13 @@ pub const MIXES: &[(&str, Mix)] = &[
             ],
         )?;
         c.listen(Duration::from_millis(700), RawTcp::is_reset)?;
-        play(c, &[Segment::data(s.from as i64, &s.bad[s.from..])])?;
+        send_all(c, &[Segment::data(s.from as i64, &s.bad[s.from..])])?;
         c.listen(Duration::from_millis(700), RawTcp::is_reset)?;
-        play(c, &[Segment::data(s.from as i64, &s.bad[s.from..])])
+        send_all(c, &[Segment::data(s.from as i64, &s.bad[s.from..])])
     }),
 ];
 
-impl Field<'_> {
+impl AttackPath<'_> {
     fn connect(&self) -> Result<RawTcp> {
         RawTcp::connect(self.ns, self.source, self.to)
     }

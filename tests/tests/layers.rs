@@ -23,7 +23,7 @@ fn dependencies() -> HashMap<String, BTreeSet<String>> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     let output = Command::new(cargo)
         .args(["metadata", "--format-version", "1", "--locked", "--offline"])
-        // Without it cargo wants the packages of all platforms, which are not downloaded.
+        // Without the platform cargo needs the packages of all platforms, which may not be downloaded.
         .args([
             "--filter-platform",
             &format!("{}-unknown-linux-gnu", std::env::consts::ARCH),

@@ -18,7 +18,7 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    evasion::{Field, Streams},
+    evasion::{AttackPath, Streams},
     fixtures::apps::{Apps, OK, answers_requests, apps, borrowed, packets_read, policies},
 };
 
@@ -113,7 +113,7 @@ fn lengths() -> (Streams, Answers) {
     (streams, answers_requests)
 }
 
-struct Arena {
+struct Setup {
     // Dropped in this order: the daemon ends before the namespaces are removed.
     daemon: Daemon,
     recorders: Vec<(&'static str, Recorder)>,
@@ -121,7 +121,7 @@ struct Arena {
     streams: Streams,
 }
 
-impl Arena {
+impl Setup {
     fn new(rules: &str, (streams, answers): (Streams, Answers)) -> Self {
         let apps = apps();
         let recorders = ["server", "node", "internet"]
@@ -142,9 +142,9 @@ impl Arena {
         }
     }
 
-    fn field(&self, from: &str, to: &str, family: Family) -> Field<'_> {
+    fn path(&self, from: &str, to: &str, family: Family) -> AttackPath<'_> {
         let recorder = self.recorders.iter().find(|(name, _)| *name == to);
-        Field {
+        AttackPath {
             ns: self.apps.ns(from),
             source: self.apps.source(from, to, family),
             to: self.apps.at(to, family, PORT),
@@ -153,13 +153,13 @@ impl Arena {
         }
     }
 
-    /// Runs `game` on several paths at the same time, in both families. Returns the failures.
-    fn outcome(&self, ways: &[(&str, &str)], game: fn(&Field<'_>) -> Vec<String>) -> Vec<String> {
+    /// Runs `attack` on several paths at the same time, in both families. Returns the failures.
+    fn outcome(&self, pairs: &[(&str, &str)], attack: fn(&AttackPath<'_>) -> Vec<String>) -> Vec<String> {
         thread::scope(|scope| {
-            let threads: Vec<_> = ways
+            let threads: Vec<_> = pairs
                 .iter()
                 .flat_map(|(from, to)| FAMILIES.map(|family| (*from, *to, family)))
-                .map(|(from, to, family)| scope.spawn(move || game(&self.field(from, to, family))))
+                .map(|(from, to, family)| scope.spawn(move || attack(&self.path(from, to, family))))
                 .collect();
             threads
                 .into_iter()
@@ -169,8 +169,8 @@ impl Arena {
     }
 
     #[track_caller]
-    fn play(&self, ways: &[(&str, &str)], game: fn(&Field<'_>) -> Vec<String>) {
-        let failures = self.outcome(ways, game);
+    fn run(&self, pairs: &[(&str, &str)], attack: fn(&AttackPath<'_>) -> Vec<String>) {
+        let failures = self.outcome(pairs, attack);
         assert!(
             failures.is_empty(),
             "{} failures\n{}\n{}",
@@ -191,63 +191,63 @@ const FOUR: &[(&str, &str)] = &[
 
 #[test]
 fn a_hello_in_any_segmentation_gets_the_same_verdict() {
-    Arena::new(NAMES, hellos()).play(FOUR, |field| field.cuts());
+    Setup::new(NAMES, hellos()).run(FOUR, |path| path.cuts());
 }
 
 #[test]
 fn a_hello_split_at_any_byte_gets_the_same_verdict() {
-    Arena::new(NAMES, hellos()).play(&[("client", "internet"), ("internet", "node")], |field| {
-        field.splits()
+    Setup::new(NAMES, hellos()).run(&[("client", "internet"), ("internet", "node")], |path| {
+        path.splits()
     });
 }
 
 #[test]
 fn overlapping_segments_cannot_smuggle_a_denied_hello() {
-    Arena::new(NAMES, hellos()).play(FOUR, |field| field.mixes());
+    Setup::new(NAMES, hellos()).run(FOUR, |path| path.mixes());
 }
 
 #[test]
 fn a_second_hello_in_any_segmentation_gets_the_same_verdict() {
-    let arena = Arena::new(NAMES, second_hellos());
-    arena.play(FOUR, |field| field.cuts());
-    arena.play(FOUR, |field| field.mixes());
+    let setup = Setup::new(NAMES, second_hellos());
+    setup.run(FOUR, |path| path.cuts());
+    setup.run(FOUR, |path| path.mixes());
 }
 
 #[test]
 fn a_request_in_any_segmentation_gets_the_same_verdict() {
-    let arena = Arena::new(PATHS, requests());
-    arena.play(FOUR, |field| field.cuts());
-    arena.play(&FOUR[1..3], |field| field.splits());
+    let setup = Setup::new(PATHS, requests());
+    setup.run(FOUR, |path| path.cuts());
+    setup.run(&FOUR[1..3], |path| path.splits());
 }
 
 #[test]
 fn overlapping_segments_cannot_smuggle_a_denied_first_request() {
-    Arena::new(PATHS, requests()).play(FOUR, |field| field.mixes());
+    Setup::new(PATHS, requests()).run(FOUR, |path| path.mixes());
 }
 
 #[test]
 fn a_second_request_in_any_segmentation_gets_the_same_verdict() {
-    let arena = Arena::new(PATHS, second_requests());
-    arena.play(FOUR, |field| field.cuts());
-    arena.play(&FOUR[..1], |field| field.splits());
+    let setup = Setup::new(PATHS, second_requests());
+    setup.run(FOUR, |path| path.cuts());
+    setup.run(&FOUR[..1], |path| path.splits());
 }
 
 #[test]
 fn overlapping_segments_cannot_smuggle_a_denied_request() {
-    Arena::new(PATHS, second_requests()).play(FOUR, |field| field.mixes());
+    Setup::new(PATHS, second_requests()).run(FOUR, |path| path.mixes());
 }
 
 #[test]
 fn overlapping_content_lengths_cannot_smuggle_a_request() {
-    let arena = Arena::new(PATHS, lengths());
-    arena.play(FOUR, |field| field.cuts());
-    arena.play(FOUR, |field| field.mixes());
+    let setup = Setup::new(PATHS, lengths());
+    setup.run(FOUR, |path| path.cuts());
+    setup.run(FOUR, |path| path.mixes());
 }
 
 #[test]
 fn without_rules_overlapping_segments_deliver_both_hellos() {
     // Otherwise the other tests would prove nothing.
-    let failures = Arena::new("", hellos()).outcome(&FOUR[..1], |field| field.mixes());
+    let failures = Setup::new("", hellos()).outcome(&FOUR[..1], |path| path.mixes());
     assert!(
         failures.len() > 60,
         "{} of them\n{}",
@@ -258,22 +258,22 @@ fn without_rules_overlapping_segments_deliver_both_hellos() {
 
 #[test]
 fn bytes_after_a_hello_are_offloaded_and_arrive_complete() {
-    let arena = Arena::new(NAMES, hellos());
+    let setup = Setup::new(NAMES, hellos());
     let data: Vec<u8> = (0..120_000_u32).map(|n| (n / 3) as u8).collect();
     for (from, to) in FOUR {
         for family in FAMILIES {
-            let field = arena.field(from, to, family);
-            let mut client = RawTcp::connect(field.ns, field.source, field.to).expect("connection");
-            let hello = &arena.streams.good;
+            let path = setup.path(from, to, family);
+            let mut client = RawTcp::connect(path.ns, path.source, path.to).expect("connection");
+            let hello = &setup.streams.good;
             let at = hello.len() as i64;
             let outcome = client.deliver_pieces(0, hello, 50, OPEN).expect("hello");
             assert_eq!(outcome, Delivered::Whole);
-            let answered = client.listen(OPEN, |c| c.received() == arena.streams.answer);
-            assert!(answered.expect("answer"), "{}", arena.daemon.report());
+            let answered = client.listen(OPEN, |c| c.received() == setup.streams.answer);
+            assert!(answered.expect("answer"), "{}", setup.daemon.report());
             // With this acknowledgement the flow is offloaded.
             client.send(&Segment::data(at, b"")).expect("acknowledgement");
             thread::sleep(Duration::from_millis(50));
-            let before = packets_read(&arena.daemon).expect("status");
+            let before = packets_read(&setup.daemon).expect("status");
             let mut all = pieces(at, &data, 1_400);
             // Some of the segments fragmented, and some reordered.
             for segment in all.iter_mut().step_by(9) {
@@ -288,10 +288,10 @@ fn bytes_after_a_hello_are_offloaded_and_arrive_complete() {
                 outcome,
                 Delivered::Whole,
                 "{from} -> {to}\n{}",
-                arena.daemon.report()
+                setup.daemon.report()
             );
             let whole = [hello, &data[..]].concat();
-            let heard = field
+            let heard = path
                 .recorder
                 .wait(client.local(), "all is there", OPEN, |h| {
                     h.bytes.len() >= whole.len()
@@ -305,11 +305,11 @@ fn bytes_after_a_hello_are_offloaded_and_arrive_complete() {
                 heard.len(),
                 whole.len()
             );
-            let read = packets_read(&arena.daemon).expect("status") - before;
+            let read = packets_read(&setup.daemon).expect("status") - before;
             assert!(
                 read <= 4,
                 "{from} -> {to}: {read} packets\n{}",
-                arena.daemon.report()
+                setup.daemon.report()
             );
         }
     }

@@ -218,7 +218,7 @@ fn retry() -> Vec<u8> {
 }
 
 /// A connection through the engine.
-struct Game {
+struct Session {
     engine: Engine<usize>,
     done: Done,
     now: u64,
@@ -235,7 +235,7 @@ struct Game {
     forwarded: usize,
 }
 
-impl Game {
+impl Session {
     fn send(&mut self, segment: &Segment<'_>) {
         let mut frame = segment.frame();
         // The worker normalises options before inspection.
@@ -372,7 +372,7 @@ pub fn run(input: &[u8]) {
         return;
     };
     let (one, two, slots) = streams(said, denied);
-    let mut game = Game {
+    let mut session = Session {
         engine: Engine::new(&Limits::default()),
         done: Done::default(),
         now: 0,
@@ -390,9 +390,9 @@ pub fn run(input: &[u8]) {
         lost: 0,
         forwarded: 0,
     };
-    prepare(&mut game.engine);
+    prepare(&mut session.engine);
     for (client, flags) in [(true, SYN), (false, SYN | ACK), (true, ACK)] {
-        game.send(&Segment {
+        session.send(&Segment {
             client,
             flags,
             at: if flags & SYN == 0 { 0 } else { -1 },
@@ -407,10 +407,10 @@ pub fn run(input: &[u8]) {
     }
     while let Some((&[what, at, length, more], after)) = rest.split_first_chunk() {
         rest = after;
-        if game.done.offloaded {
+        if session.done.offloaded {
             break;
         }
-        let ack = ISN[1].wrapping_add(1 + game.said as u32);
+        let ack = ISN[1].wrapping_add(1 + session.said as u32);
         let stream = if what & 1 == 0 { &one } else { &two };
         let from = usize::from(at) * stream.len() / 256;
         let to = (from + 1 + usize::from(length)).min(stream.len());
@@ -436,51 +436,51 @@ pub fn run(input: &[u8]) {
             // An error about a segment in flight, or close to one, or about any number.
             6 => {
                 let (client, wild) = (what & 1 == 0, what >> 5 == 7);
-                let near = if client { game.forwarded } else { game.said };
+                let near = if client { session.forwarded } else { session.said };
                 let seq =
                     ISN[usize::from(!client)].wrapping_add((near as u32).wrapping_sub(u32::from(at) % 64));
                 let kind = [[3, 4], [3, 4], [3, 3], [11, 0], [12, 0]][usize::from(more % 5)];
                 let seq = if wild { seq.wrapping_mul(0x0101_0101) } else { seq };
-                game.error(client, seq, kind, u16::from(length) * 8);
+                session.error(client, seq, kind, u16::from(length) * 8);
             }
             // A part of either stream.
             0..=5 => {
                 if more & 1 != 0 && to == stream.len() {
                     segment.flags |= FIN;
                 }
-                game.send(&segment);
+                session.send(&segment);
             }
             // The same, lost after the engine.
             7 => {
-                game.lost = 1 + more % 3;
-                game.send(&segment);
+                session.lost = 1 + more % 3;
+                session.send(&segment);
             }
             // A segment that receivers discard.
             8 => {
                 segment.flags = [0, ACK | URG, ACK | SYN, ACK | SYN | FIN, FIN, SYN][usize::from(more % 6)];
-                game.send(&segment);
+                session.send(&segment);
             }
             9 => {
                 segment.ack = ack.wrapping_add(u32::from(more) << 16 | 1);
-                game.send(&segment);
+                session.send(&segment);
             }
             10 => {
                 segment.flags = if more & 1 == 0 { RST } else { RST | ACK };
                 segment.data = b"";
-                game.send(&segment);
+                session.send(&segment);
             }
             // The receiver may acknowledge bytes that were lost.
-            11 => game.server(b"", more & 1 != 0),
-            12 => game.server(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", false),
-            13 => game.server(&retry(), false),
+            11 => session.server(b"", more & 1 != 0),
+            12 => session.server(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", false),
+            13 => session.server(&retry(), false),
             14 => {
                 // The client acknowledges the server's bytes.
                 segment.data = b"";
-                game.send(&segment);
+                session.send(&segment);
             }
-            _ => game.tick(if more & 1 == 0 { 15 } else { u64::from(more) * 100 }),
+            _ => session.tick(if more & 1 == 0 { 15 } else { u64::from(more) * 100 }),
         }
     }
-    game.engine.drain(&mut game.done);
-    assert_eq!(game.done.returned.len(), game.given);
+    session.engine.drain(&mut session.done);
+    assert_eq!(session.done.returned.len(), session.given);
 }
