@@ -1,5 +1,5 @@
-//! From an answer to its changes and its release, with 10 and 10,000 selectors and up to 100,000 learned addresses;
-//! sweeps over them; open questions.
+//! Time to learn and commit an answer, with 10 and 10,000 selectors and up to 100,000 learned addresses; time of
+//! sweeps, and of open questions.
 
 use std::{hint::black_box, net::IpAddr, sync::Arc};
 
@@ -28,7 +28,7 @@ fn answer(host: u32) -> Answer {
     }
 }
 
-/// A cache with so many selectors and learned addresses; every name matches one selector.
+/// Returns a cache with this number of selectors and learned addresses. Each name matches one selector.
 fn filled(selectors: u32, addresses: u32) -> Cache {
     let patterns: Vec<_> = (0..selectors)
         .map(|i| {

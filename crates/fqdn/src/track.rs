@@ -455,7 +455,7 @@ mod tests {
             tracker.answered(flow(1, 4000), &a, 25),
             Err(Unsolicited::Duplicate)
         );
-        // asked again it may be answered again
+        // A repeated question may be answered again.
         tracker
             .asked(flow(1, 4000), 7, &question("a.test"), "again", 30)
             .unwrap();
@@ -507,7 +507,7 @@ mod tests {
             tracker.asked(flow(1, 4000), 9, &question("a.test"), (), 0),
             Err(Unsolicited::EndpointFull)
         );
-        // the same question again takes no more room
+        // A retransmitted query takes no additional slot.
         tracker
             .asked(flow(1, 4000), 3, &question("a.test"), (), 0)
             .unwrap();
@@ -558,7 +558,7 @@ mod tests {
     }
 
     proptest! {
-        /// Against a list that is searched from one end to the other.
+        /// Compares the tracker with a list that is searched linearly.
         #[test]
         fn random_histories(steps in prop::collection::vec(
             (any::<bool>(), 0..3_u16, 0..3_u16, 0..3_u16, 0..3_usize, 0..400_u64), 0..200,

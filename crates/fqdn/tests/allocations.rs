@@ -1,5 +1,5 @@
-//! The path of a question through parser, patterns and tracker allocates nothing once its tables have grown; nor
-//! does reading an answer.
+//! Parsing a question, matching it against patterns, tracking it and parsing its answer allocate nothing once the
+//! tables have grown.
 #![allow(unsafe_code, reason = "a counting allocator")]
 
 use std::{
@@ -20,19 +20,19 @@ thread_local! {
     static BYTES: Cell<isize> = const { Cell::new(0) };
 }
 
-// SAFETY: every call goes on to the system's allocator unchanged; counting touches a thread-local without a
-// destructor, which allocates nothing.
+// SAFETY: all calls are passed on to the system allocator unchanged. Counting accesses a thread-local without a
+// destructor, which does not allocate.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.set(ALLOCATIONS.get() + 1);
         BYTES.set(BYTES.get() + layout.size() as isize);
-        // SAFETY: the caller's promises are those that the system's allocator wants.
+        // SAFETY: the caller upholds the contract of this method, which is that of the system allocator.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
         BYTES.set(BYTES.get() - layout.size() as isize);
-        // SAFETY: the block is from `alloc` above, which is the system's.
+        // SAFETY: the block was allocated by `alloc` above, that is, by the system allocator.
         unsafe { System.dealloc(block, layout) }
     }
 }
@@ -129,7 +129,7 @@ fn the_reported_memory_matches_the_allocations() {
     }
     let asked_for = (BYTES.get() - before) as usize;
     let memory = cache.memory();
-    // the report adds what the allocator itself takes for each block
+    // The report includes the overhead of the allocator for each block.
     let range = asked_for..asked_for * 5 / 4;
     assert!(range.contains(&memory.bytes), "{memory:?}, asked for {asked_for}");
 }

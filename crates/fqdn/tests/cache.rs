@@ -1,4 +1,4 @@
-//! The cache, case by case: what is learned from an answer, how long it lives, what a restart keeps.
+//! The cache, case by case: learned addresses, their lifetime, limits, and restarts.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -92,7 +92,7 @@ fn release(cache: &mut Cache, pending: Pending) {
     assert_eq!(cache.commit(pending).unwrap().number(), number);
 }
 
-/// Learns and commits; what changed.
+/// Learns and commits an answer. Returns the changes.
 fn learn(cache: &mut Cache, endpoint: EndpointId, answer: &Answer, now: Millis) -> Vec<Flat> {
     let pending = cache.learn(endpoint, answer, now);
     let changes = flat(pending.changes());
@@ -126,9 +126,9 @@ fn addresses_are_learned_per_endpoint() {
             live(1, 2, "2001:db8::1"),
         ]
     );
-    // told again: nothing changes
+    // The same answer again changes nothing.
     assert_eq!(learn(&mut cache, 1, &a, 10), []);
-    // the other endpoint has not asked; when it does, it has its own
+    // The other endpoint learns the address only by an answer of its own.
     assert_eq!(
         learn(&mut cache, 2, &answer("a.test", 60, &["192.0.2.1"]), 10),
         [live(2, 1, "192.0.2.1")]
@@ -194,7 +194,7 @@ fn an_expired_address_is_removed_after_two_sweeps_without_use() {
         assert_eq!(sweep(&mut cache, now), expected);
     }
     assert_eq!(sweep(&mut cache, 70_000), []);
-    // seen in use once more: counting starts again
+    // The address is in use once more, so its count of unused sweeps starts again.
     cache.mark_in_use(1, [ip("192.0.2.1")]);
     assert_eq!(sweep(&mut cache, 70_001), []);
     assert_eq!(sweep(&mut cache, 70_002), []);
@@ -218,7 +218,7 @@ fn an_address_of_two_names_remains_until_both_are_removed() {
         [live(1, 2, "192.0.2.1")]
     );
     assert_eq!(sweep(&mut cache, 60_000), []);
-    // x.a.test and z.test go; y.a.test keeps selector 1
+    // x.a.test and z.test are removed; y.a.test keeps selector 1.
     assert_eq!(sweep(&mut cache, 60_001), [gone(1, 2, "192.0.2.1")]);
     assert_eq!(sweep(&mut cache, 90_000), []);
     assert_eq!(sweep(&mut cache, 90_001), [gone(1, 1, "192.0.2.1")]);
@@ -236,7 +236,7 @@ fn aliases_are_learned_only_if_configured() {
         a.aliases = vec!["lb.cdn.test".parse().unwrap(), "edge.cdn.test".parse().unwrap()];
         let mut expected = vec![live(1, 1, "192.0.2.1")];
         if aliases {
-            // one change for each of the two names that match
+            // There is one change for each of the two names that match.
             expected.extend([live(1, 2, "192.0.2.1"), live(1, 2, "192.0.2.1")]);
         }
         assert_eq!(learn(&mut cache, 1, &a, 0), expected);
@@ -260,7 +260,7 @@ fn the_limit_of_a_name_evicts_the_oldest_unused_address() {
     assert_eq!((pending.refused(), pending.changes().len()), (1, 0));
     release(&mut cache, pending);
     assert_eq!((cache.stats().evicted, cache.stats().refused), (1, 1));
-    // an answer larger than the limit does not push itself out
+    // An answer larger than the limit does not evict its own addresses.
     let pending = cache.learn(
         1,
         &answer("b.test", 60, &["192.0.2.5", "192.0.2.6", "192.0.2.7"]),
@@ -292,7 +292,7 @@ fn the_limit_of_an_endpoint_does_not_touch_others() {
         release(&mut cache, pending);
     }
     assert_eq!(cache.list(Some(1), 5).len(), 2);
-    // two sweeps later they are no longer in use
+    // After two sweeps the addresses are no longer in use.
     sweep(&mut cache, 6);
     sweep(&mut cache, 7);
     assert_eq!(
@@ -310,7 +310,7 @@ fn an_answer_waits_for_the_changes_of_a_new_policy() {
         flat(update.changes()),
         [gone(1, 1, "192.0.2.1"), live(1, 2, "192.0.2.1")]
     );
-    // the policy's changes are not in the maps yet
+    // The changes of the policy are not in the maps yet.
     let Err(Uncommitted::Missing(pending)) = cache.commit(pending) else {
         panic!("released too early")
     };
@@ -327,7 +327,7 @@ fn an_answer_waits_for_the_same_changes_of_another_answer() {
     let second = cache.learn(1, &a, 1);
     assert_eq!(flat(second.changes()), [live(1, 1, "192.0.2.1")]);
     cache.abort(first);
-    // the second still stands by what it told
+    // The second answer can still be committed.
     release(&mut cache, second);
     assert_eq!(learn(&mut cache, 1, &a, 2), []);
 }
@@ -349,7 +349,7 @@ fn changes_that_were_not_written_are_repeated() {
     let pending = cache.learn(1, &answer("a.test", 60, &["192.0.2.1"]), 0);
     assert_eq!(pending.changes().len(), 1);
     cache.abort(pending);
-    // whether the change reached the maps is not known
+    // It is unknown whether the change was written.
     assert_eq!(sweep(&mut cache, 1), [gone(1, 1, "192.0.2.1")]);
     assert_eq!(sweep(&mut cache, 2), []);
 }
@@ -363,7 +363,7 @@ fn learned_addresses_survive_a_restart() {
         .save(1000)
         .map(|saved| serde_json::to_string(&saved).unwrap())
         .collect();
-    // learned after the last save: in the journal only
+    // This name was learned after the last save, so only the journal has it.
     let pending = cache.learn(1, &answer("c.test", 60, &["192.0.2.3", "192.0.2.4"]), 1000);
     lines.extend(
         cache
@@ -373,7 +373,7 @@ fn learned_addresses_survive_a_restart() {
     );
     release(&mut cache, pending);
 
-    // another clock, 40 seconds later
+    // The clock after the restart is another one; 40 s have passed.
     let mut cache = Cache::new(Config::default());
     for line in &lines {
         let saved: SavedName = serde_json::from_str(line).unwrap();
@@ -435,7 +435,7 @@ fn wildcards_over_thousands_of_hosts() {
     assert_eq!(cache.memory().triples, 0);
 }
 
-/// Learns `count` addresses of a name of their own each; returns how many were refused.
+/// Learns `count` addresses, each of a name of its own. Returns the number of refused addresses.
 fn fill(cache: &mut Cache, endpoint: EndpointId, count: u32, now: Millis) -> usize {
     let mut refused = 0;
     for n in 0..count {
@@ -471,7 +471,7 @@ fn the_largest_endpoint_loses_addresses_to_the_others() {
         fill(&mut cache, endpoint, 2000, 0);
     }
     assert!(cache.memory().addresses <= 3000);
-    // The fourth endpoint gets its equal share, from the endpoints that have most.
+    // The fourth endpoint gets an equal share, taken from the endpoints with the most addresses.
     assert_eq!(fill(&mut cache, 4, 750, 1), 0);
     assert_eq!(held(&cache, 4).len(), 750);
     assert!(cache.memory().addresses <= 3000);
@@ -479,7 +479,7 @@ fn the_largest_endpoint_loses_addresses_to_the_others() {
         let held = held(&cache, endpoint).len();
         assert!(held >= 650, "{endpoint}: {held}");
     }
-    // Answers that only repeat what is known push nothing out.
+    // Answers with known addresses evict nothing.
     let before = cache.stats().evicted;
     assert_eq!(fill(&mut cache, 4, 750, 2), 0);
     assert_eq!(cache.stats().evicted, before);
@@ -501,7 +501,7 @@ fn only_an_endpoint_above_its_share_loses_addresses_in_use() {
     assert_eq!(held(&cache, 2).len(), 400);
     let all = held(&cache, 2);
     cache.mark_in_use(2, all);
-    // Endpoint 1 has still more than half; it gets nothing from endpoint 2, however much it learns.
+    // Endpoint 1 still has more than half, so its answers do not evict addresses of endpoint 2.
     fill(&mut cache, 1, 2000, 2);
     assert_eq!(held(&cache, 2).len(), 400);
     assert!(cache.memory().addresses <= 1000);
@@ -528,13 +528,13 @@ fn special_purpose_addresses_are_learned_only_if_listed() {
     ];
     assert_eq!(learn(&mut cache, 1, &answer("a.test", 60, &special), 0), []);
     assert_eq!(cache.stats().special, special.len() as u64);
-    // Of a mixture the others are learned.
+    // The other addresses of an answer are learned.
     let mixed = answer("a.test", 60, &["8.8.8.8", "10.20.0.1", "10.21.0.1"]);
     assert_eq!(
         learn(&mut cache, 1, &mixed, 0),
         [live(1, 1, "10.20.0.1"), live(1, 1, "8.8.8.8")]
     );
-    // A rule of the endpoint lists one; a name that is denied is learned with all its addresses.
+    // A rule of the endpoint lists one address. A denied name is learned with all its addresses.
     let listed = ListedPrefixes {
         prefixes: vec!["192.168.1.0/24".parse().unwrap(), "0.0.0.0/0".parse().unwrap()],
         denied: vec![SelectorId(2)],
@@ -549,7 +549,7 @@ fn special_purpose_addresses_are_learned_only_if_listed() {
         learn(&mut cache, 1, &answer("bad.test", 60, &["127.0.0.1"]), 0),
         [live(1, 1, "127.0.0.1"), live(1, 2, "127.0.0.1")]
     );
-    // What is not listed any more goes.
+    // Addresses that are no longer listed are removed.
     let update = cache.set_listed(1, Arc::default());
     assert_eq!(
         done(&mut cache, update),

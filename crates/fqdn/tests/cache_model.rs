@@ -1,5 +1,5 @@
-//! The cache against a naive model, over random histories: answers in flight, writes that fail half-way, sweeps,
-//! policies, limits. The maps are a set; whatever is released must be in it.
+//! The cache compared with a naive model over random histories: pending answers, writes that fail half-way, sweeps,
+//! policies, limits. The maps are a set, which must contain all addresses of each released answer.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet, VecDeque},
@@ -104,12 +104,12 @@ struct SniAddressIndex {
     idle: u8,
 }
 
-/// A list of what is known, searched from one end to the other.
+/// A model of the cache: a list that is searched linearly.
 #[derive(Default)]
 struct Model {
     known: Vec<SniAddressIndex>,
     policies: BTreeMap<EndpointId, BTreeSet<usize>>,
-    /// Last learning of a name that taught something, and its place among the names of that learning.
+    /// Number of the last answer that added or refreshed an address of the name, and the position of the name in it.
     ages: BTreeMap<(EndpointId, usize), (u64, usize)>,
     /// Sweeps since an address was marked.
     marked: BTreeMap<(EndpointId, IpAddr), u32>,
@@ -232,7 +232,7 @@ impl InFlight {
 struct World {
     config: Config,
     cache: Cache,
-    /// What other threads see.
+    /// The index for other threads.
     looked: Arc<Looked>,
     model: Model,
     maps: HashSet<(EndpointId, SelectorId, IpAddr)>,
@@ -313,7 +313,7 @@ impl World {
             }
             Err(Uncommitted::Missing(pending)) => {
                 prop_assert!(!pending.changes().is_empty());
-                // handed out anew: it takes its turn again
+                // The changes were returned again, so they are appended to the writes.
                 self.queue.push_back(InFlight::Answer(pending, endpoint, taught));
             }
             Err(Uncommitted::Superseded) => {
@@ -440,7 +440,7 @@ impl World {
                 model.policies.insert(endpoint, chosen);
                 let update = cache.set_selectors(endpoint, Arc::new(selectors));
                 let after = both(model);
-                // what the old and the new policy allow is never taken away in between
+                // An address that the old and the new policy allow is never removed in between.
                 for change in update
                     .changes()
                     .iter()
@@ -527,7 +527,7 @@ proptest! {
         for step in &steps {
             world.step(step)?;
         }
-        // once everything is written and swept, the maps hold exactly what is known
+        // After all writes and sweeps the maps hold exactly the addresses of the cache.
         for round in 0..2 {
             for _ in 0..200 {
                 world.write()?;
@@ -540,7 +540,7 @@ proptest! {
             }
         }
         prop_assert_eq!(&world.maps, &world.model.live());
-        // and nothing stays behind
+        // No entry remains after everything is removed.
         for endpoint in 0..ENDPOINTS {
             world.step(&Step::RemoveEndpoint { endpoint })?;
         }

@@ -1,4 +1,4 @@
-//! DNS messages: the parser against hickory-proto on valid ones, hostile ones, and what is made of refused ones.
+//! DNS messages: valid ones compared with hickory-proto, malformed ones, and responses to refused queries.
 
 use std::{net::IpAddr, str::FromStr};
 
@@ -123,7 +123,7 @@ fn only_records_of_the_queried_name_and_its_aliases_count() {
     assert_eq!(answer.question.unwrap().name, name("www.shop.test"));
 }
 
-/// musl, c-ares and Go take them, and would connect to what was not learned.
+/// musl, c-ares and Go use these addresses. If they were not learned, connections to them would be dropped.
 #[test]
 fn addresses_of_another_owner_count_if_the_name_has_none() {
     let strays = || vec![a("real.test.", 9, "192.0.2.1"), a("real.test.", 7, "2001:db8::1")];
@@ -209,7 +209,7 @@ fn response_codes_include_the_upper_bits_of_edns() {
     assert_eq!((answer.rcode, answer.ttl), (3, None));
 }
 
-/// Header with counts, then whatever.
+/// Returns a message with these record counts and these bytes behind the header.
 fn raw(flags: u16, counts: [u16; 4], body: &[u8]) -> Vec<u8> {
     let mut message = vec![0, 7];
     message.extend(flags.to_be_bytes());
@@ -330,7 +330,7 @@ fn malformed_queries_are_refused() {
             "{message:x?}"
         );
     }
-    // an incremental transfer does carry an authority section
+    // The query of an incremental zone transfer has an authority section.
     let ixfr = b"\x01x\x04test\x00\x00\xfb\x00\x01";
     let message = raw(
         0,
@@ -389,7 +389,7 @@ fn malformed_answers_are_refused() {
             vec![https(b"\x00\x01\x00\x00\x04\x00\x04abcd\x00\x01\x00\x00")],
             ParseError::BadSvcParams,
         ),
-        // the parameter reaches into the next record
+        // The parameter ends in the next record.
         (
             vec![https(b"\x00\x01\x00\x00\x04\x00\x08abcd"), https(b"\x00\x01\x00")],
             ParseError::BadSvcParams,
@@ -448,10 +448,10 @@ fn chains_of_aliases_are_limited() {
     assert_eq!(chain(17).unwrap_err(), ParseError::TooManyAliases);
 }
 
-/// A chain of pointers to pointers, and two thousand records that each follow all of it.
+/// A chain of compression pointers, and 2,000 records whose names each follow the whole chain.
 #[test]
 fn a_compression_bomb_is_refused_early() {
-    // a TXT record's data is never read as a name, but pointers may lead into it
+    // The data of a TXT record is not parsed as a name, but pointers may point into it.
     let start = 12 + QUESTION.len() + 12;
     let mut pointers = vec![1, b'x', 0];
     for i in 0..4000_usize {
@@ -498,7 +498,7 @@ fn replies_echo_the_question_and_answer_edns() {
             assert!(made.metadata.recursion_desired && made.metadata.checking_disabled);
             assert!(made.metadata.recursion_available && !made.metadata.authoritative);
             assert_eq!(made.queries, message.queries);
-            // the case of the question is kept, byte for byte
+            // The question is echoed with its case.
             assert_eq!(out[12..12 + 21], query[12..12 + 21]);
             assert_eq!(made.edns.map(|edns| edns.flags().dnssec_ok), edns.then_some(true));
             assert_eq!(
@@ -587,7 +587,7 @@ fn the_head_of_an_answer_parses_without_the_rest() {
 // --- against hickory ---
 
 fn owner() -> impl Strategy<Value = String> {
-    // few names, so that chains and shared owners happen
+    // There are few names, so that chains and shared owners occur.
     prop::sample::select(vec![
         "a.test.",
         "b.test.",
@@ -631,7 +631,7 @@ fn labels(name: &Name) -> LabelList {
     name.labels().map(<[u8]>::to_vec).collect()
 }
 
-/// What hickory's reading of the message says of the asked name: names of the chain, addresses.
+/// Returns the CNAME chain and the addresses of the queried name, derived from the message as hickory parses it.
 fn by_hickory(message: &Message) -> Option<(Vec<LabelList>, Vec<Told>)> {
     let class_in = |record: &&Record| record.dns_class == DNSClass::IN;
     let mut chain = vec![lower(&message.queries[0].name)];
@@ -653,7 +653,7 @@ fn by_hickory(message: &Message) -> Option<(Vec<LabelList>, Vec<Told>)> {
         }
     }
     let of_chain = addresses_by_hickory(message, |record| chain.contains(&lower(&record.name)));
-    // What nothing of the chain has, a question for addresses gets from every owner.
+    // If no name of the chain has an address, a question for addresses gets those of all owners.
     let asked = u16::from(message.queries[0].query_type);
     let is_address = |record: &Record| matches!(&record.data, RData::A(_) | RData::AAAA(_));
     let addresses = if of_chain.is_empty() && [1, 28, 255].contains(&asked) {
@@ -733,7 +733,7 @@ proptest! {
     fn valid_queries_parse_as_in_hickory(
         asked in owner(), kind in any::<u16>(), id in any::<u16>(), edns in any::<bool>(), rd in any::<bool>(),
     ) {
-        // hickory reads OPT, TSIG and the class bits of mDNS its own way in a question
+        // hickory treats OPT, TSIG and the class bits of mDNS in a question in another way.
         prop_assume!(![rtype::OPT, rtype::TSIG].contains(&kind));
         let mut message = question(&asked, RecordType::from(kind));
         message.metadata.id = id;
@@ -773,8 +773,8 @@ proptest! {
     }
 }
 
-/// A bounded run of random changes to the fuzzing corpus: nothing panics, and what both readers take they read
-/// alike. Deterministic: a failure shows again.
+/// Random changes to the fuzzing corpus with a fixed seed: no message causes a panic, and messages that both parsers
+/// accept have the same contents in both.
 #[test]
 fn mutated_messages_never_panic_and_never_differ() {
     let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/corpus/dns");
@@ -815,7 +815,7 @@ fn mutated_messages_never_panic_and_never_differ() {
         }
         let mut out = [0; 512];
         if let Ok(len) = reply(&bytes, Rcode::Refused, &mut out) {
-            // the opcode is the query's
+            // The response has the opcode of the query.
             let made = Answer::parse(&out[..len], &Limits::ANSWER);
             assert!(matches!(made, Ok(_) | Err(ParseError::Opcode)), "{bytes:x?}");
         }

@@ -1,4 +1,4 @@
-//! The demo does what it says, and leaves nothing behind.
+//! The demo shows the expected outcomes, and leaves nothing behind.
 
 use std::{
     fs,
@@ -18,7 +18,7 @@ fn demo() -> Command {
     Command::new(env!("CARGO_BIN_EXE_palisade-demo"))
 }
 
-/// What a process has left in the places where a testbed puts things.
+/// Returns the names of namespaces, pin directories and temporary directories of a process.
 fn left_of(pid: u32) -> Vec<String> {
     let temporary = std::env::temp_dir();
     let places = [
@@ -76,7 +76,7 @@ fn nothing_is_left_after_ctrl_c() {
         })
         .expect("namespaces");
         thread::sleep(Duration::from_millis(pause));
-        // it may have ended by itself by now, on a fast machine
+        // The demo may have ended by now.
         let _ = kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT);
         let status = child.wait().expect("end");
         assert!(matches!(status.code(), Some(130 | 0)), "{status}");

@@ -1,4 +1,4 @@
-//! The DNS servers and clients of the testbed, without Palisade between them: what tests build on must tell the truth.
+//! The DNS servers and clients of the testbed without Palisade, to show that tests can rely on them.
 
 use std::{fs, net::SocketAddr, time::Duration};
 
@@ -54,7 +54,7 @@ fn dns_servers_answer_dig_over_udp_and_tcp() {
                 assert_eq!(dug.answers, ["192.0.2.1"], "{name}: {}", dug.text);
                 assert_eq!(dug.tcp, transport == "+tcp", "{name}: {}", dug.text);
                 let dug = dig(client, address, &["alias.example", "AAAA", transport]).expect("dig");
-                // unbound does not follow aliases among its local data
+                // unbound does not follow aliases in its local data.
                 let expected = &["www.example.", "2001:db8::1"][..if name == "unbound" { 1 } else { 2 }];
                 assert_eq!(dug.answers, expected, "{name}: {}", dug.text);
                 let dug = dig(client, address, &["nobody.example", "A", transport]).expect("dig");
@@ -151,7 +151,7 @@ fn a_scripted_server_sends_its_script() {
         assert!(start.elapsed() >= Duration::from_millis(200));
         assert_eq!(server.asked_for("slow.example"), 1 + family as usize);
     }
-    // nobody asked
+    // This datagram is unsolicited.
     for family in FAMILIES {
         let from = SocketAddr::new(t.addr("server", family), 5300);
         let to = SocketAddr::new(t.addr("client", family), 4242);

@@ -1,4 +1,4 @@
-//! Forged packets reach the other end as they were written, and its answers come back.
+//! Forged packets reach the other end unchanged, and its responses are received.
 
 use std::{
     io::Read,
@@ -103,7 +103,7 @@ fn datagrams_and_icmp_messages_can_have_any_address_and_mac() {
             (&b"right"[..], SocketAddr::new(spoofed, 4000))
         );
 
-        // An echo request from the own address is answered.
+        // The node answers an echo request from the namespace's own address.
         let (request, reply) = if family == Family::V4 { (8, 0) } else { (128, 129) };
         let message = forge::icmp(own, node, request, 0, &[0, 1, 0, 1, 9, 9], Checksum::Right);
         wire.icmp(own, node, &message).expect("echo");
@@ -114,7 +114,7 @@ fn datagrams_and_icmp_messages_can_have_any_address_and_mac() {
         });
         assert!(answered.is_some());
 
-        // A frame with another source MAC arrives with it.
+        // A frame with another source MAC address arrives unchanged.
         let seen = Capture::start(&t.node, "veth-front").expect("capture");
         let segment = Tcp::new(20_200, 9).flags(flags::SYN).seq(1).bytes(own, node);
         let packet = forge::ip(own, node, protocol::TCP, 9, &segment);

@@ -1,4 +1,4 @@
-//! The testbed itself: what tests build on must tell the truth.
+//! The testbed itself, to show that tests can rely on it.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -163,7 +163,7 @@ fn loads_count_lost_and_received_data() {
         assert!(tcp.whole() && tcp.sent >= 50, "{tcp:?}");
         assert_eq!((udp.lost(), udp.duplicated, udp.changed), (0, 0, 0), "{udp:?}");
     }
-    // one datagram of twenty is dropped: the count must show it, or the tests that rely on it prove nothing
+    // One datagram of twenty is dropped. If the count did not show that, tests that rely on it would prove nothing.
     t.node
         .nft(
             "table inet f { chain c { type filter hook forward priority 0; udp dport 7002 numgen inc mod 20 0 drop; \
@@ -177,7 +177,7 @@ fn loads_count_lost_and_received_data() {
     let (tcp, udp) = (tcp.finish(LONG), udp.finish());
     assert!(udp.lost() >= 5 && udp.lost() <= udp.sent / 20 + 1, "{udp:?}");
     assert!(tcp.whole() && tcp.retransmitted > 0, "{tcp:?}");
-    // a connection that is cut stops moving, and finish() comes back all the same
+    // A blocked connection transfers nothing, and `finish` returns nevertheless.
     let tcp = TcpLoad::start(front, back, at(7003), Duration::from_millis(1)).expect("tcp load");
     assert!(tcp.moves(10, LONG));
     t.node
@@ -294,7 +294,7 @@ fn nothing_is_left_after_a_panic_or_a_killed_process() {
     assert!(panicked.join().is_err());
     assert!(!exists(&name));
 
-    // a namespace of a process that is no more: `true` has had this pid, and is gone
+    // A namespace of a process that has ended: `true` had this pid.
     let mut dead = Command::new("true").spawn().expect("true");
     let dead_pid = dead.id();
     dead.wait().expect("true");
@@ -326,7 +326,7 @@ fn a_child_is_killed_when_its_thread_ends() {
             .expect("thread")
     });
     wait_until("sleep is gone", LONG, || {
-        std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|s| s.contains(") Z ")) // nobody waits for it
+        std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|s| s.contains(") Z ")) // A zombie.
     })
     .expect("killed");
     let back = SocketAddr::new([127, 0, 0, 1].into(), 1);

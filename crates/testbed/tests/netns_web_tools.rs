@@ -1,5 +1,5 @@
-//! Web servers, their clients, and the client that writes its own segments, without Palisade between them: what tests
-//! build on must tell the truth.
+//! Web servers and clients, and the client that writes its own segments, without Palisade, to show that tests can rely
+//! on them.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -55,7 +55,7 @@ fn forged_segments_arrive_unchanged() {
                 RawTcp::connect
             };
             let mut raw = open(client, from, to).expect("connection");
-            // backwards, in fragments, and beside what no receiver takes
+            // Backwards, in fragments, and together with segments that receivers discard.
             let mut all = vec![
                 Segment::data(0, b"###").bad_checksum(),
                 Segment::data(0, b"###").ttl(1),
@@ -81,7 +81,7 @@ fn forged_segments_arrive_unchanged() {
             );
             let heard = server.wait(raw.local(), "all of it", SOON, |h| h.bytes.len() >= data.len());
             assert_eq!(heard.expect("bytes").bytes, data, "{what} {family:?}");
-            // it comes back, and is acknowledged
+            // The echo comes back and is acknowledged.
             assert!(raw.listen(SOON, |raw| raw.received() == data).expect("raw"));
             raw.send(&Segment::data(end, b"").flags(flags::ACK | flags::FIN))
                 .expect("raw");
@@ -89,7 +89,7 @@ fn forged_segments_arrive_unchanged() {
             let heard = server.wait(raw.local(), "its end", SOON, |h| h.end == End::Finished);
             heard.expect("end");
         }
-        // a reset is heard by either side
+        // Each end receives the reset of the other.
         let mut raw = RawTcp::connect(client, from, to).expect("connection");
         raw.send(&Segment::data(0, b"").flags(flags::RST)).expect("raw");
         server
@@ -99,7 +99,7 @@ fn forged_segments_arrive_unchanged() {
             raw.deliver(&[Segment::data(0, b"late")], 4, SOON).expect("raw"),
             Delivered::Reset
         );
-        // numbers that wrap
+        // Sequence numbers that wrap around.
         let mut raw = RawTcp::new(client, from, to).expect("raw");
         raw.set_isn(0_u32.wrapping_sub(5));
         raw.open().expect("connection");
@@ -127,7 +127,7 @@ fn openssl_accepts_the_hellos() {
             Hello::to("www.example").padded(2_000).in_records(100),
         ] {
             let mut talk = Talk::open(t.ns("client"), at, SOON).expect("connection");
-            // it lacks what a server needs to go on, so that is what the server says; not that it is malformed
+            // The hello lacks extensions that the server needs. The server reports that, and not a malformed hello.
             let hello = hello.with(10, &[0, 2, 0, 0x1d]).with(13, &[0, 2, 4, 3]).bytes();
             talk.say(&hello).expect("hello");
             let _ = talk.hear(SOON, |heard| heard.len() >= 7);
@@ -200,7 +200,7 @@ fn web_servers_and_clients_work() {
                 "{counted:?}"
             );
         }
-        // nobody speaks HTTP/2 here
+        // The servers do not speak HTTP/2.
         let counted = h2load(client, &["-n", "4", &url]).expect("h2load");
         assert_eq!(counted.answered, 0, "{counted:?}");
     }

@@ -508,7 +508,7 @@ mod tests {
         );
     }
 
-    /// The language by regular expressions, as its definition has it.
+    /// Returns the regular expression that defines the meaning of a pattern.
     fn regex(pattern: &str) -> regex::Regex {
         let (deep, rest) = match pattern.strip_prefix("**.") {
             Some(rest) => ("([-a-zA-Z0-9_]+\\.)+", rest),

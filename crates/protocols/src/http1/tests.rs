@@ -1,4 +1,4 @@
-//! Tests of heads, bodies and what is refused.
+//! Tests of heads, bodies, paths and refused streams.
 
 use proptest::prelude::*;
 
@@ -8,8 +8,8 @@ fn find(stream: &[u8]) -> Result<Option<usize>, ParseError> {
     Head::default().find(stream, &Limits::default())
 }
 
-/// Finds and reads a request that is the whole of `text`.
-/// HeaderBuffer that lives as long as what a test looks at.
+/// Finds and parses a request that is all of `text`.
+/// Returns a buffer that lives until the end of the test process.
 fn room<'a>() -> &'a mut HeaderBuffer<'a> {
     Box::leak(Box::default())
 }
@@ -273,7 +273,7 @@ fn paths_are_resolved_as_servers_resolve_them() {
     }
 }
 
-/// What is left of a chunked body without its framing, and how many bytes it took, if it ends.
+/// Returns the content of a chunked body, and the length of the body if it is complete.
 fn unchunk(stream: &[u8], cut: usize) -> Result<(Vec<u8>, Option<usize>), ParseError> {
     unchunk_by(Chunks::default(), stream, cut)
 }
@@ -322,7 +322,7 @@ fn chunk_extensions_pass_if_their_end_is_unambiguous() {
     let long = |n: usize| [b"1;".to_vec(), vec![b'a'; n], b"\r\nx\r\n0\r\n\r\n".to_vec()].concat();
     assert!(unchunk(&long(1_000), 7).is_ok());
     assert_eq!(unchunk(&long(1_100), 7), Err(ParseError::BadChunk));
-    // A server may write what it likes, but for what ends a line.
+    // A server may send any bytes except those that end a line.
     for line in [
         "1 \r\n",
         "1 ; a = b\r\n",
@@ -401,7 +401,7 @@ fn names_that_some_servers_read_as_framing_fields_are_refused() {
     ] {
         assert!(with(&format!("{name}: x")).is_ok(), "{name}");
     }
-    // A proxy takes out what Connection names.
+    // A proxy removes the fields that Connection names.
     for name in ["Content-Length", "close, transfer-encoding", "Host", "expect"] {
         assert_eq!(
             with(&format!("Connection: {name}")).unwrap_err(),

@@ -199,7 +199,7 @@ fn bytes_behind_or_records_within_a_hello_are_refused() {
     assert_eq!(first(&record(22, &trailing)), Err(ParseError::Trailing));
     let twice = [hello.clone(), hello.clone()].concat();
     assert_eq!(first(&record(22, &twice)), Err(ParseError::Trailing));
-    // The record says that there is more, which has not come.
+    // The record has more bytes, which have not arrived.
     let mut promised = record(22, &trailing);
     promised.pop();
     assert_eq!(first(&promised), Err(ParseError::Trailing));
@@ -257,11 +257,11 @@ fn the_server_reader_detects_whether_another_hello_follows() {
     assert_eq!(read(&record(23, &[1])), Err(ParseError::NotHello));
     assert_eq!(read(b"HTTP/1.1 400"), Err(ParseError::NotTls));
     assert_eq!(read(&answer[..20]), Ok(ServerStep::More));
-    // Certificate and the rest may stand in the same record.
+    // Certificate and further messages may be in the same record.
     let mut flight = server_hello([1; 32], &[]);
     flight.extend(message(11, &[0; 500]));
     assert_eq!(read(&record(22, &flight)), Ok(ServerStep::Answered(0x0303)));
-    // Behind a question for another hello nothing may, however the stream is cut.
+    // Bytes behind a HelloRetryRequest are refused, however the stream is segmented.
     let mut more = server_hello(record::RETRY_RANDOM, &tls13);
     let length = more.len();
     more.extend(server_hello([1; 32], &tls13));
@@ -281,8 +281,8 @@ fn the_server_reader_detects_whether_another_hello_follows() {
     assert_eq!(reader.next(&mut input), Ok(ServerStep::Answered(0x0304)));
 }
 
-/// All that a reader says of a stream that comes in pieces. What needs no judgement counts once in a row: it is told
-/// piece by piece.
+/// Returns the steps of a reader for a stream in pieces. Consecutive `Other` steps count as one, because there is one
+/// per piece.
 fn steps(stream: &[u8], cuts: &[usize]) -> Vec<Result<ClientStep, ParseError>> {
     let mut reader = ClientReader::default();
     let mut out = Vec::new();
