@@ -1,8 +1,8 @@
-//! The queues between the workers and the thread that writes learned addresses to the maps. [`CommitRequest`]s go to that
-//! thread, [`CommitResult`]s return.
+//! The queues between the workers and the thread that writes learned addresses to the maps. [`CommitRequest`]s go to
+//! that thread, [`CommitResult`]s return.
 //!
-//! All workers share one queue of requests. Each worker has its own queue of results. Both are bounded, and no sender blocks:
-//! a worker has at most as many requests open as its queue of results can hold.
+//! All workers share one queue of requests. Each worker has its own queue of results. Both are bounded, and no sender
+//! blocks: a worker has at most as many requests open as its queue of results can hold.
 //!
 //! Depends on `crossbeam-channel`. Start at [`commit_queue`].
 
@@ -90,8 +90,8 @@ pub struct CommitReceiver {
     epoch: Epoch,
 }
 
-/// A counter that ends all leases. The FQDN manager raises it when a learned address leaves the maps before its lease ends;
-/// workers compare it with the epoch of a lease.
+/// A counter that ends all leases. The FQDN manager raises it when a learned address leaves the maps before its lease
+/// ends; workers compare it with the epoch of a lease.
 #[derive(Clone, Debug, Default)]
 pub struct Epoch(Arc<AtomicU64>);
 

@@ -1,7 +1,7 @@
 //! Entry point of the crate: one [`Engine`] for each worker.
 //!
-//! [`Engine::packet`] dispatches a packet by form, inspector and protocol: fragments to `fragments` first, DNS datagrams to
-//! `dns`, TCP to the connection tables of `dns::stream`, `http` and `tls`.
+//! [`Engine::packet`] dispatches a packet by form, inspector and protocol: fragments to `fragments` first, DNS
+//! datagrams to `dns`, TCP to the connection tables of `dns::stream`, `http` and `tls`.
 
 use std::sync::Arc;
 
@@ -187,7 +187,7 @@ impl<F> Engine<F> {
     }
 
     fn forget(&mut self, endpoint: Option<u16>, sink: &mut impl Sink<F>) {
-        // No timer starts here, so the time is of no account.
+        // No timer starts here, so the time does not matter.
         let (mut cx, inspectors) = self.parts(0, sink);
         let cx = &mut cx;
         inspectors.dns.forget(endpoint, cx);

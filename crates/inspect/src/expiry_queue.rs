@@ -1,5 +1,5 @@
-//! A queue of values that expire in the order in which they were added, with access by number. Used for fragments and for
-//! held DNS answers. The question tracker of `palisade-fqdn` does not use it: its slots are also linked by key.
+//! A queue of values that expire in the order in which they were added, with access by number. Used for fragments and
+//! for held DNS answers. The question tracker of `palisade-fqdn` does not use it: its slots are also linked by key.
 
 use crate::Millis;
 

@@ -1,8 +1,8 @@
-//! Reassembly of fragmented datagrams (RFC 791, 3.2; RFC 8200, 4.5). Fragments are held until the datagram is complete and
-//! judged. Then all of them are forwarded unchanged, or all are dropped.
+//! Reassembly of fragmented datagrams (RFC 791, 3.2; RFC 8200, 4.5). Fragments are held until the datagram is
+//! complete and judged. Then all of them are forwarded unchanged, or all are dropped.
 //!
-//! If fragments overlap, receivers may reassemble different datagrams. So the whole datagram is dropped, and every further
-//! fragment of it (RFC 5722). An exact duplicate of a fragment is no overlap.
+//! If fragments overlap, receivers may reassemble different datagrams. So the whole datagram is dropped, and every
+//! further fragment of it (RFC 5722). An exact duplicate of a fragment is no overlap.
 
 use foldhash::{HashMap, HashMapExt as _};
 
@@ -280,7 +280,7 @@ impl<F> Reassembler<F> {
                 } else {
                     self.stats.contradicting += 1;
                 }
-                self.spoil(number, reason, cx);
+                self.invalidate(number, reason, cx);
                 return Err((frame, reason));
             }
         }
@@ -370,7 +370,7 @@ impl<F> Reassembler<F> {
     }
 
     /// Drops the held fragments of a datagram, and marks the datagram so that later fragments are dropped too.
-    fn spoil<S: Sink<F>>(&mut self, number: u64, reason: Reason, cx: &mut Cx<'_, F, S>) {
+    fn invalidate<S: Sink<F>>(&mut self, number: u64, reason: Reason, cx: &mut Cx<'_, F, S>) {
         let Some(datagram) = self.datagrams.get_mut(number) else {
             return;
         };
@@ -381,7 +381,7 @@ impl<F> Reassembler<F> {
         self.bytes -= buffers.bytes.len();
         self.fragments -= frames.len();
         self.recycle_buffers(buffers);
-        let_go(frames, audit, reason, cx);
+        drop_fragments(frames, audit, reason, cx);
     }
 
     /// Drops the datagrams whose timeout is over.
@@ -390,11 +390,11 @@ impl<F> Reassembler<F> {
             return;
         };
         while let Some(datagram) = self.datagrams.pop_since(limit) {
-            self.give_up(datagram, cx);
+            self.expire(datagram, cx);
         }
     }
 
-    fn give_up<S: Sink<F>>(&mut self, datagram: Datagram<F>, cx: &mut Cx<'_, F, S>) {
+    fn expire<S: Sink<F>>(&mut self, datagram: Datagram<F>, cx: &mut Cx<'_, F, S>) {
         self.forget_key(&datagram);
         if datagram.broken.is_some() {
             return;
@@ -411,7 +411,7 @@ impl<F> Reassembler<F> {
             ..datagram.record
         });
         self.recycle_buffers(datagram.buffers);
-        let_go(datagram.frames, datagram.audit, reason, cx);
+        drop_fragments(datagram.frames, datagram.audit, reason, cx);
     }
 
     pub(crate) fn deadline(&self) -> Option<Millis> {
@@ -427,13 +427,13 @@ impl<F> Reassembler<F> {
             .pop_if(|datagram| endpoint.is_none_or(|endpoint| datagram.key.endpoint == endpoint))
         {
             datagram.audit = false;
-            self.give_up(datagram, cx);
+            self.expire(datagram, cx);
         }
     }
 }
 
 /// Drops the fragments of a datagram, or forwards them in audit mode.
-fn let_go<F, S: Sink<F>>(mut frames: Vec<F>, audit: bool, reason: Reason, cx: &mut Cx<'_, F, S>) {
+fn drop_fragments<F, S: Sink<F>>(mut frames: Vec<F>, audit: bool, reason: Reason, cx: &mut Cx<'_, F, S>) {
     for frame in frames.drain(..) {
         if audit {
             cx.sink.release(frame);

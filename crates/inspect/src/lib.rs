@@ -1,9 +1,9 @@
 //! Inspects application traffic and decides: hold, forward, drop, respond. Sans-IO: no sockets, no clock of its own.
 //!
-//! The worker gives [`Engine::packet`] each punted packet together with a handle `F` on its frame. The engine either returns
-//! the handle to the [`Sink`] at once (forward or drop), or keeps it until the verdict is known. Held frames are bounded in
-//! number, bytes and time. The sink also receives packets that the engine builds, commit requests for DNS answers, and
-//! records.
+//! The worker gives [`Engine::packet`] each punted packet together with a handle `F` on its frame. The engine either
+//! returns the handle to the [`Sink`] at once (forward or drop), or keeps it until the verdict is known. Held frames
+//! are bounded in number, bytes and time. The sink also receives packets that the engine builds, commit requests for
+//! DNS answers, and records.
 //!
 //! Depends on `palisade-packet`, `palisade-protocols`, `palisade-fqdn` and `palisade-model` (rule sets). Start at
 //! [`Engine::packet`]. [`Rules`] is the prepared form of the rule sets, [`Sink`] is the trait that a caller implements.

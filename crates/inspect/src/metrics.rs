@@ -1,4 +1,5 @@
-//! Enumerates the counters and gauges of an engine, so that callers can store, add and show them without knowing each field.
+//! Enumerates the counters and gauges of an engine, so that callers can store, add and show them without knowing each
+//! field.
 
 use palisade_fqdn::Unsolicited;
 use palisade_protocols::{dns, http1, tls};
@@ -16,8 +17,8 @@ pub struct Metric {
     pub now: bool,
 }
 
-/// Visits the fields of a struct. Each field must be in one of the lists, so that a new one is not forgotten: `so far` are
-/// counters, `now` gauges, and fields `by hand` are visited by other code.
+/// Visits the fields of a struct. Each field must be in one of the lists, so that a new one is not forgotten: `so
+/// far` are counters, `now` gauges, and fields `by hand` are visited by other code.
 macro_rules! metrics {
     ($f:expr, $group:literal, $stats:expr => $type:ident {
         so far: $($name:ident)*;

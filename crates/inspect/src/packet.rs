@@ -31,6 +31,7 @@ pub struct Route {
     pub ifindex: u32,
     /// Hook of the packet that caused this one: [`palisade_abi::punt_hook`].
     pub hook: u8,
-    /// Whether the built packet goes to the sender of the packet that caused it. If not, it takes the path of that packet.
+    /// Whether the built packet goes to the sender of the packet that caused it. If not, it takes the path of that
+    /// packet.
     pub back: bool,
 }

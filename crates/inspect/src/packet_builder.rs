@@ -15,8 +15,8 @@ const UDP_HEADER: usize = 8;
 /// Offset of the checksum in an IPv4 header, bytes.
 const IPV4_CHECKSUM: usize = 10;
 
-/// Builds the datagram that answers the one in `view`: addresses and ports swapped. Returns false if the datagram must not be
-/// answered, because an address is multicast, broadcast or unspecified.
+/// Builds the datagram that answers the one in `view`: addresses and ports swapped. Returns false if the datagram
+/// must not be answered, because an address is multicast, broadcast or unspecified.
 pub(crate) fn datagram_back(view: &PacketView<'_>, payload: &[u8], out: &mut Vec<u8>) -> bool {
     let packet = view.packet;
     let Some(([to, from], rest)) = view

@@ -148,7 +148,8 @@ pub struct Record {
     pub verdict: Verdict,
     /// Reason of a drop; also in audit mode.
     pub reason: Reason,
-    /// Number of the deciding rule: the rule of the application rule that matched, else the rule that required the inspection.
+    /// Number of the deciding rule: the rule of the application rule that matched, else the rule that required the
+    /// inspection.
     pub rule: u32,
     /// Time from the request to this answer, ms; none in other records.
     pub latency: Option<u32>,
@@ -186,8 +187,8 @@ impl About {
         }
     }
 
-    /// Returns the endpoint and the address to which it connects, from a packet of the client; none if the endpoint is the
-    /// server.
+    /// Returns the endpoint and the address to which it connects, from a packet of the client; none if the endpoint
+    /// is the server.
     pub(crate) fn reaches(&self) -> Option<(u16, IpAddr)> {
         (!self.ingress).then(|| (self.endpoint, self.destination.0.into()))
     }
@@ -224,8 +225,8 @@ impl Record {
         }
     }
 
-    /// Returns the record of a packet that is forwarded, with the rule that required the inspection. That rule is also the
-    /// deciding one if no application rule matches, because it denies everything else.
+    /// Returns the record of a packet that is forwarded, with the rule that required the inspection. That rule is
+    /// also the deciding one if no application rule matches, because it denies everything else.
     #[must_use]
     pub fn of(view: &PacketView<'_>, what: What) -> Self {
         Self::about(&About::of(view), what)

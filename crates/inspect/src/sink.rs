@@ -1,5 +1,5 @@
-//! The interface through which an engine returns frames to its caller, and sends packets, flow commands, commit requests and
-//! records.
+//! The interface through which an engine returns frames to its caller, and sends packets, flow commands, commit
+//! requests and records.
 
 use palisade_abi::{FlowCommand, Reason};
 
@@ -13,8 +13,8 @@ pub trait Sink<F> {
     fn release_with(&mut self, frame: F, command: &FlowCommand);
     /// Sends a flow command to the BPF programs without a packet.
     fn command(&mut self, _command: &FlowCommand) {}
-    /// Consumes a packet whose bytes the engine has acknowledged to the sender and delivers itself, or an ICMP error about
-    /// packets that the engine has built.
+    /// Consumes a packet whose bytes the engine has acknowledged to the sender and delivers itself, or an ICMP error
+    /// about packets that the engine has built.
     fn absorb(&mut self, frame: F) {
         self.discard(frame, Reason::TcpHeld);
     }
@@ -27,7 +27,8 @@ pub trait Sink<F> {
     /// # Errors
     /// Returns the request if the queue is full. No result follows then.
     fn commit(&mut self, learn: CommitRequest) -> Result<(), CommitRequest>;
-    /// Refreshes the lease of an answer whose addresses are in the maps already. The result returns the box of the answer.
+    /// Refreshes the lease of an answer whose addresses are in the maps already. The result returns the box of the
+    /// answer.
     ///
     /// # Errors
     /// Returns the request if the queue is full. No result follows then.

@@ -1,5 +1,5 @@
-//! TLS: a connection is forwarded if a rule allows its server name. It is offloaded once the server has answered so that no
-//! second ClientHello can follow.
+//! TLS: a connection is forwarded if a rule allows its server name. It is offloaded once the server has answered so
+//! that no second ClientHello can follow.
 
 use std::sync::Arc;
 
@@ -206,8 +206,8 @@ fn is_audit(slot: &PuntRequest) -> bool {
     slot.flags & punt_flags::AUDIT != 0
 }
 
-/// Returns the rule that allows a hello, or the reason of its denial. `known`: whether the endpoint has learned the address by
-/// the server name.
+/// Returns the rule that allows a hello, or the reason of its denial. `known`: whether the endpoint has learned the
+/// address by the server name.
 fn judge(hello: &ClientHello, rules: &Rules, ruleset: u32, ech: Ech, known: bool) -> Result<u32, Reason> {
     let rules = rules.tls(ruleset).ok_or(Reason::UnknownRuleset)?;
     if hello.ech && ech == Ech::Deny {
@@ -221,10 +221,10 @@ pub(crate) fn judge_name(name: &ServerName, rules: &TlsRules, known: bool) -> Re
     match name {
         // A rule that allows every server name allows the address too, so a false name gains nothing.
         ServerName::Name(name) if !known && rules.judge(name).is_some() => {
-            rules.anyone().ok_or(Reason::SniAddress)
+            rules.allow_all().ok_or(Reason::SniAddress)
         }
         ServerName::Name(name) => rules.judge(name).ok_or(Reason::AppDenied),
-        ServerName::Missing | ServerName::Address(_) => rules.anyone().ok_or(Reason::AppDenied),
+        ServerName::Missing | ServerName::Address(_) => rules.allow_all().ok_or(Reason::AppDenied),
     }
 }
 
@@ -370,8 +370,8 @@ impl<'a> TlsStream<'a> {
         }
     }
 
-    /// Returns whether the endpoint has learned the address of the server by the server name. True if the endpoint is the
-    /// server, because nothing is learned about its clients.
+    /// Returns whether the endpoint has learned the address of the server by the server name. True if the endpoint is
+    /// the server, because nothing is learned about its clients.
     fn is_known(&self, hello: &ClientHello) -> bool {
         let (Some(names), ServerName::Name(name)) = (self.names, &hello.server_name) else {
             return true;

@@ -1,5 +1,5 @@
-//! Inspection allocates nothing once the tables have grown: for DNS queries, answers, responses, fragments and segments,
-//! for HTTP requests and responses, and for judging them.
+//! Inspection allocates nothing once the tables have grown: for DNS queries, answers, responses, fragments and
+//! segments, for HTTP requests and responses, and for judging them.
 #![allow(unsafe_code, reason = "a counting allocator")]
 
 mod common;

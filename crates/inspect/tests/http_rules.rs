@@ -92,7 +92,7 @@ fn the_first_rule_that_matches_decides() {
         judge(&rules, &get("/c", ""), Paths::Both),
         Err(HttpDenial::NoRule)
     );
-    assert_eq!(rules.http(0).unwrap().anyone(), None);
+    assert_eq!(rules.http(0).unwrap().allow_all(), None);
 }
 
 #[test]
@@ -167,7 +167,7 @@ fn the_rule_that_allows_everything_is_found() {
             Matcher::ServerName(FqdnPattern::Pattern("*".into())),
         ],
     ]);
-    assert_eq!(rules.http(0).unwrap().anyone(), Some(101));
+    assert_eq!(rules.http(0).unwrap().allow_all(), Some(101));
     assert_eq!(judge(&rules, &get("/a", ""), Paths::Both), passes(100));
     assert_eq!(judge(&rules, &get("/%zz", ""), Paths::Both), passes(101));
     let request = get("/a", "");

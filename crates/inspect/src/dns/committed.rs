@@ -1,7 +1,7 @@
 //! The fast path for DNS answers whose addresses are in the maps already.
 //!
-//! Most answers repeat an earlier one. Without this table each of them would be held until the FQDN manager, another thread,
-//! has confirmed its addresses again.
+//! Most answers repeat an earlier one. Without this table each of them would be held until the FQDN manager, another
+//! thread, has confirmed its addresses again.
 
 use std::{
     hash::{BuildHasher as _, Hash as _, Hasher as _},
@@ -13,11 +13,11 @@ use palisade_protocols::dns::{Answer, Name};
 
 use crate::{Lease, Millis};
 
-/// Maximum number of entries: an address of a name for one endpoint. A full table is cleared. Then each answer is committed
-/// once more.
+/// Maximum number of entries: an address of a name for one endpoint. A full table is cleared. Then each answer is
+/// committed once more.
 const MAX_ENTRIES: usize = 16_384;
-/// Time before the end of a lease at which an entry expires here, ms: the refresh must reach the FQDN manager before the entry
-/// expires there.
+/// Time before the end of a lease at which an entry expires here, ms: the refresh must reach the FQDN manager before
+/// the entry expires there.
 const MARGIN: Millis = 5_000;
 
 #[derive(Clone, Copy, Debug)]
@@ -26,8 +26,8 @@ struct LeaseEnd {
     epoch: u64,
 }
 
-/// Answers whose addresses are in the maps, as keyed 64-bit hashes. After a hash collision an answer is forwarded without a
-/// commit: the client cannot reach its addresses (fails closed).
+/// Answers whose addresses are in the maps, as keyed 64-bit hashes. After a hash collision an answer is forwarded
+/// without a commit: the client cannot reach its addresses (fails closed).
 #[derive(Debug)]
 pub(super) struct CommittedAnswers {
     hashes: RandomState,

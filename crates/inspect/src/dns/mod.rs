@@ -1,8 +1,8 @@
-//! DNS: queries are judged by name, answers must belong to an open question, and their addresses are in the maps before they
-//! are forwarded.
+//! DNS: queries are judged by name, answers must belong to an open question, and their addresses are in the maps
+//! before they are forwarded.
 //!
-//! `query` and `answer` judge messages. This module holds answers until their addresses are committed. `stream` does the same
-//! for messages over TCP.
+//! `query` and `answer` judge messages. This module holds answers until their addresses are committed. `stream` does
+//! the same for messages over TCP.
 
 use std::{collections::HashMap, net::SocketAddr};
 
@@ -235,8 +235,8 @@ impl<F> Dns<F> {
             .map(|since| since.saturating_add(self.limits.deadline))
     }
 
-    /// Drops the held answers of an endpoint, or all, also in audit mode: an endpoint that was removed has no policy that
-    /// could let them pass.
+    /// Drops the held answers of an endpoint, or all, also in audit mode: an endpoint that was removed has no policy
+    /// that could let them pass.
     pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, cx: &mut Cx<'_, F, S>) {
         if let Some(endpoint) = endpoint {
             self.tracker.remove_endpoint(endpoint);

@@ -1,9 +1,10 @@
-//! DNS over TCP (RFC 7766): the inspector of one connection. A query is forwarded once it is judged, an answer once it
-//! belongs to a question and its addresses are committed. A query that is denied gets a response, which ends the connection.
-//! An answer that is dropped resets the connection.
+//! DNS over TCP (RFC 7766): the inspector of one connection. A query is forwarded once it is judged, an answer once
+//! it belongs to a question and its addresses are committed. A query that is denied gets a response, which ends the
+//! connection. An answer that is dropped resets the connection.
 //!
-//! All messages of a zone transfer (RFC 5936, RFC 1995) are forwarded: every message with the ID of the question, until the
-//! connection ends. A transfer is a copy for a secondary server, not a lookup, so its addresses are not learned.
+//! All messages of a zone transfer (RFC 5936, RFC 1995) are forwarded: every message with the ID of the question,
+//! until the connection ends. A transfer is a copy for a secondary server, not a lookup, so its addresses are not
+//! learned.
 
 use std::collections::VecDeque;
 
@@ -63,9 +64,9 @@ struct Flow {
 
 /// Denied queries.
 struct Refused {
-    /// Reason of the first one.
+    /// Reason of the first denied query.
     reason: Reason,
-    /// The responses.
+    /// Responses to the denied queries.
     replies: Vec<u8>,
     /// Number of judged bytes, from the beginning of the first denied query.
     judged: usize,
@@ -99,8 +100,8 @@ impl Flow {
         }
     }
 
-    /// Returns the transfer to which a message belongs. An ordinary question may have the same ID; its answer repeats the
-    /// question, which tells them apart.
+    /// Returns the transfer to which a message belongs. An ordinary question may have the same ID; its answer repeats
+    /// the question, which tells them apart.
     fn transfer(&mut self, head: &Head) -> Option<&mut Transfer> {
         self.transfers.iter_mut().find(|transfer| {
             transfer.id == head.id && head.question.as_ref().is_none_or(|q| *q == transfer.question)
@@ -140,8 +141,8 @@ struct DnsStream<'a, 'v, F> {
     flow: &'a mut Flow,
     dns: &'a mut Dns<F>,
     key: CtKey,
-    /// The packet that has arrived; none if the call is for the result of a commit. A message is judged when the packet that
-    /// completes it arrives.
+    /// The packet that has arrived; none if the call is for the result of a commit. A message is judged when the
+    /// packet that completes it arrives.
     packet: Option<&'a PacketView<'v>>,
 }
 
@@ -268,8 +269,8 @@ impl<F> StreamInspector<F> for DnsStream<'_, '_, F> {
 }
 
 impl<'a, 'v, F> DnsStream<'a, 'v, F> {
-    /// Records a stream that is no sequence of messages, and aborts the connection. Audit mode offloads the connection: the next
-    /// message cannot be found.
+    /// Records a stream that is no sequence of messages, and aborts the connection. Audit mode offloads the
+    /// connection: the next message cannot be found.
     fn refuse<S: Sink<F>>(&mut self, detail: &'static str, cx: &mut Cx<'_, F, S>) -> Action {
         const REASON: Reason = Reason::AppMalformed;
         let Some(view) = self.packet else {
@@ -328,8 +329,8 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         }
     }
 
-    /// Responds to the denied queries once all queries before them are answered. Denied queries that follow directly get a
-    /// response too, so that a client which asks for A and AAAA at once gets both.
+    /// Responds to the denied queries once all queries before them are answered. Denied queries that follow directly
+    /// get a response too, so that a client which asks for A and AAAA at once gets both.
     fn respond<S: Sink<F>>(&mut self, bytes: &[u8], cx: &mut Cx<'_, F, S>) -> Action {
         let packet = self.packet_of(Side::Client);
         let flow = &mut *self.flow;
@@ -355,8 +356,8 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
                 refused.judged += PREFIX + message.len();
             }
         }
-        // Queries in the same packet before the denied one are forwarded in a built packet, once they are acknowledged on
-        // behalf of the resolver. With a second policy that never happens.
+        // Queries in the same packet before the denied one are forwarded in a built packet, once they are
+        // acknowledged on behalf of the resolver. With a second policy that never happens.
         let comes_late = !flow.leaving.is_empty() && !flow.is_shared;
         if comes_late || flow.answered < flow.sent {
             return Action::NeedMore;
@@ -403,8 +404,8 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
     fn server<S: Sink<F>>(&mut self, bytes: &[u8], end: bool, cx: &mut Cx<'_, F, S>) -> Action {
         let flow = &mut *self.flow;
         if bytes.is_empty() {
-            // The server has closed the connection before it has answered the queries that precede the denied one, so the
-            // response would never be due.
+            // The server has closed the connection before it has answered the queries that precede the denied one, so
+            // the response would never be due.
             return match &flow.refused {
                 Some(refused) => Action::Abort(refused.reason),
                 None => Action::Forward(0),
@@ -446,8 +447,8 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         if flow.forwarded > before {
             return Action::Forward((flow.forwarded - before) as usize);
         }
-        // A server may send the end of a long answer only after its beginning is acknowledged. The beginning is of no use to
-        // the client: a message without its end is incomplete.
+        // A server may send the end of a long answer only after its beginning is acknowledged. The beginning is of no
+        // use to the client: a message without its end is incomplete.
         let last = flow
             .answers
             .front()
@@ -455,7 +456,8 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         Action::ForwardUnjudged(last.unwrap_or(bytes.len()))
     }
 
-    /// Judges a message of the server. Returns false if the call is not for a packet of the server: then the message waits.
+    /// Judges a message of the server. Returns false if the call is not for a packet of the server: then the message
+    /// waits.
     ///
     /// # Errors
     /// Returns the reason if the connection must be aborted.
@@ -487,8 +489,8 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         Ok(true)
     }
 
-    /// Forwards the beginning of a transfer message before its end has arrived, if no message before it waits. Returns the
-    /// number of bytes; none if the message is not of a transfer.
+    /// Forwards the beginning of a transfer message before its end has arrived, if no message before it waits.
+    /// Returns the number of bytes; none if the message is not of a transfer.
     fn begin<S: Sink<F>>(&mut self, bytes: &[u8], cx: &mut Cx<'_, F, S>) -> Option<usize> {
         let view = self.packet_of(Side::Server)?;
         let (prefix, message) = bytes.split_first_chunk::<PREFIX>()?;
@@ -504,8 +506,8 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         Some(bytes.len())
     }
 
-    /// Counts a message, or the beginning of one, as part of a transfer. Returns whether it is the first of its transfer; none if
-    /// it belongs to no transfer.
+    /// Counts a message, or the beginning of one, as part of a transfer. Returns whether it is the first of its
+    /// transfer; none if it belongs to no transfer.
     fn transferred<S: Sink<F>>(
         &mut self,
         view: &PacketView<'_>,

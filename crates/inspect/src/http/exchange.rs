@@ -64,8 +64,8 @@ impl Place {
         matches!(self, Self::Head(_))
     }
 
-    /// Handles bytes behind a head. Returns the action, and whether the message ends with it. The content of a body is not
-    /// inspected, but all of its framing is.
+    /// Handles bytes behind a head. Returns the action, and whether the message ends with it. The content of a body
+    /// is not inspected, but all of its framing is.
     fn follow(&mut self, bytes: &[u8]) -> Result<(Action, bool), ParseError> {
         match mem::take(self) {
             Self::Body(n) => Ok((Action::Bypass(n), true)),
@@ -161,8 +161,8 @@ pub(super) struct Left {
 }
 
 impl Left {
-    /// Judges an offloaded connection again. A tunnel has no further request that new rules could judge, so it ends when its
-    /// rule set changes.
+    /// Judges an offloaded connection again. A tunnel has no further request that new rules could judge, so it ends
+    /// when its rule set changes.
     pub(super) fn may_go_on(self, slot: &PuntRequest) -> Result<(), Reason> {
         let audit = slot.flags & punt_flags::AUDIT != 0;
         if audit || (self.ruleset == slot.ruleset && !self.audit) {
@@ -259,7 +259,8 @@ impl HttpStream<'_> {
             return Action::Forward(0);
         }
         if !self.flow.client.is_between_messages() {
-            // A server may ignore a body after its final response. Some servers then parse the body as the next request.
+            // A server may ignore a body after its final response. Some servers then parse the body as the next
+            // request.
             if mem::take(&mut self.flow.announced) == Announced::Late {
                 return self.malformed(ParseError::LateBody, 0, cx);
             }
@@ -297,8 +298,9 @@ impl HttpStream<'_> {
         cx: &mut Cx<'_, F, S>,
     ) -> Action {
         let may_switch = request.may_upgrade() || request.method == "CONNECT";
-        // A 101 or 200 to this request offloads the connection. So no earlier request may be open: a faulty server may send more
-        // than one response to it (for example a body to HEAD), which must not be taken for the response to this one.
+        // A 101 or 200 to this request offloads the connection. So no earlier request may be open: a faulty server
+        // may send more than one response to it (for example a body to HEAD), which must not be taken for the
+        // response to this one.
         if may_switch && self.flow.pending() > 0 {
             return Action::AwaitPeer;
         }
@@ -584,8 +586,8 @@ impl HttpStream<'_> {
         Action::Forward(length)
     }
 
-    /// Handles a response without a request. Only 408 is forwarded: servers send it when they have waited too long for a request,
-    /// and close the connection (RFC 9110, 15.5.9).
+    /// Handles a response without a request. Only 408 is forwarded: servers send it when they have waited too long
+    /// for a request, and close the connection (RFC 9110, 15.5.9).
     fn unsolicited<F, S: Sink<F>>(
         &mut self,
         response: &Response<'_>,
@@ -617,8 +619,8 @@ pub(crate) fn has_refused_body(
     !takes_bodies && request.has_unexpected_body()
 }
 
-/// Returns the status of the response to a malformed request; none if the connection is reset, because the client does not
-/// speak HTTP/1. `begun`: whether the client has sent a well-formed request before.
+/// Returns the status of the response to a malformed request; none if the connection is reset, because the client
+/// does not speak HTTP/1. `begun`: whether the client has sent a well-formed request before.
 pub(crate) fn status_of(refusal: ParseError, begun: bool) -> Option<u16> {
     match refusal {
         ParseError::Http2 => None,
@@ -630,8 +632,8 @@ pub(crate) fn status_of(refusal: ParseError, begun: bool) -> Option<u16> {
     }
 }
 
-/// Returns whether a connection may switch to a protocol (RFC 9110, 7.8: a name, perhaps with a version). HTTP/2, and HTTP
-/// inside TLS (RFC 2817), would carry requests that are not inspected.
+/// Returns whether a connection may switch to a protocol (RFC 9110, 7.8: a name, perhaps with a version). HTTP/2, and
+/// HTTP inside TLS (RFC 2817), would carry requests that are not inspected.
 fn may_become(protocol: &[u8]) -> bool {
     let name = protocol.to_ascii_lowercase();
     ![&b"h2"[..], b"h3", b"http", b"tls", b"ssl"]

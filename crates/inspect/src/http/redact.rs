@@ -1,7 +1,7 @@
 //! URLs and header fields in records: one line of visible ASCII, without secrets.
 //!
-//! Records go to logs and terminals. So bytes of a peer that are not visible ASCII are escaped, and the value of a parameter
-//! or field whose name suggests a secret is redacted. A name that is in doubt counts as that of a secret.
+//! Records go to logs and terminals. So bytes of a peer that are not visible ASCII are escaped, and the value of a
+//! parameter or field whose name suggests a secret is redacted. A name that is in doubt counts as that of a secret.
 
 use std::fmt::Write as _;
 
@@ -119,9 +119,10 @@ fn visible(bytes: &[u8], form: Form, out: &mut Text) {
 
 /// Writes a URL from its path on, or a value that may have URLs or parameters in it.
 ///
-/// Parameters begin after `?`, `&` and `;` (also in a path: `/a;jsessionid=1`), in fields also at the beginning and after a
-/// comma. Percent-encoded delimiters count too, because a URL may be the parameter of another one. A secret value ends only at
-/// a delimiter that every parser takes for the end. A user and password before a host are redacted too.
+/// Parameters begin after `?`, `&` and `;` (also in a path: `/a;jsessionid=1`), in fields also at the beginning and
+/// after a comma. Percent-encoded delimiters count too, because a URL may be the parameter of another one. A secret
+/// value ends only at a delimiter that every parser takes for the end. A user and password before a host are redacted
+/// too.
 fn without_secrets(bytes: &[u8], form: Form, out: &mut Text) {
     // Offset of the first byte that is not written.
     let mut from = 0;

@@ -120,8 +120,8 @@ pub enum HttpDenial {
 }
 
 impl HttpRules {
-    /// Prepares the HTTP rules of a rule set. `problem` gets each expression that cannot be compiled, and the error. Such an
-    /// expression matches nothing.
+    /// Prepares the HTTP rules of a rule set. `problem` gets each expression that cannot be compiled, and the error.
+    /// Such an expression matches nothing.
     pub(super) fn prepare(set: &RuleSet, mut problem: impl FnMut(&str, String)) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let mut rules = Self {
@@ -249,8 +249,8 @@ impl HttpRules {
             self.host
                 .patterns
                 .matching(host, &mut caches.host, &mut matched.host);
-            // Hosts are case-insensitive (RFC 9110, 4.2.3). An expression like `[^a].*` matches `A.test`, which the server reads
-            // as `a.test`. So a host with upper-case letters must match case-insensitively too.
+            // Hosts are case-insensitive (RFC 9110, 4.2.3). An expression like `[^a].*` matches `A.test`, which the
+            // server reads as `a.test`. So a host with upper-case letters must match case-insensitively too.
             if host.iter().any(u8::is_ascii_uppercase) && !matched.host.is_empty() {
                 self.folded_host
                     .matching(host, &mut caches.folded_host, &mut matched.folded_host);
@@ -275,7 +275,7 @@ impl HttpRules {
 
     /// Returns the rule that allows every request.
     #[must_use]
-    pub fn anyone(&self) -> Option<u32> {
+    pub fn allow_all(&self) -> Option<u32> {
         let place = self.everything?;
         self.alternatives
             .get(place as usize)
@@ -339,8 +339,9 @@ impl Alternative {
 }
 
 impl HeaderTest {
-    /// Returns whether the header has the wanted value. All fields with this name must have it, because a server may use another
-    /// field than the one that was judged. For the same reason no field may have a name that some servers treat as the same.
+    /// Returns whether the header has the wanted value. All fields with this name must have it, because a server may
+    /// use another field than the one that was judged. For the same reason no field may have a name that some servers
+    /// treat as the same.
     fn holds(&self, facts: &Facts<'_>) -> bool {
         let is_wanted = |value: &[u8]| match &self.wanted {
             Wanted::Present => true,
@@ -377,9 +378,9 @@ impl<'a> Facts<'a> {
     }
 }
 
-/// Returns whether requests that a rule allows may have a body with every method. That is so if the rule names a framing
-/// header, and so is meant for requests with a body, or if it allows every request: then a request that is smuggled in a body
-/// is allowed too.
+/// Returns whether requests that a rule allows may have a body with every method. That is so if the rule names a
+/// framing header, and so is meant for requests with a body, or if it allows every request: then a request that is
+/// smuggled in a body is allowed too.
 fn takes_bodies(rule: &HttpRule) -> bool {
     let mut names = rule
         .headers

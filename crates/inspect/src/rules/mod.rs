@@ -149,7 +149,7 @@ impl TlsRules {
 
     /// Returns the rule that allows every connection, also one without a server name.
     #[must_use]
-    pub fn anyone(&self) -> Option<u32> {
+    pub fn allow_all(&self) -> Option<u32> {
         self.0.everything.map(|(_, rule)| rule)
     }
 }

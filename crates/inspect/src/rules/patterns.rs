@@ -24,8 +24,8 @@ const LITERALS: usize = 64;
 
 /// Expressions, numbered in the order in which they were given.
 ///
-/// An expression that matches only a few texts (`GET|HEAD`, `/healthz`) is expanded to them, and looked up in a hash table. All
-/// others are compiled to one automaton, which reads a text once for all of them.
+/// An expression that matches only a few texts (`GET|HEAD`, `/healthz`) is expanded to them, and looked up in a hash
+/// table. All others are compiled to one automaton, which reads a text once for all of them.
 #[derive(Debug, Default)]
 pub(super) struct Patterns {
     exact: HashMap<Box<[u8]>, Vec<u32>>,
@@ -44,8 +44,8 @@ struct Automaton {
 struct Part {
     /// Number of the expression.
     number: u32,
-    /// Suffix behind that part. The most common expressions are like `/api/.*`. Without their suffix the automaton stops early,
-    /// and stays small for many of them.
+    /// Suffix behind that part. The most common expressions are like `/api/.*`. Without their suffix the automaton
+    /// stops early, and stays small for many of them.
     rest: Rest,
 }
 
@@ -64,7 +64,8 @@ enum Rest {
 pub(super) struct DfaCache(Option<Cache>);
 
 impl Patterns {
-    /// Compiles expressions. `problem` gets each one that cannot be compiled, and the error. Such an expression matches nothing.
+    /// Compiles expressions. `problem` gets each one that cannot be compiled, and the error. Such an expression
+    /// matches nothing.
     pub(super) fn new<'a>(
         expressions: impl IntoIterator<Item = &'a str>,
         mut problem: impl FnMut(&str, String),
@@ -119,7 +120,8 @@ impl Patterns {
         patterns
     }
 
-    /// Writes the numbers of the expressions that match the whole `text` to `out`, in ascending order. Clears `out` first.
+    /// Writes the numbers of the expressions that match the whole `text` to `out`, in ascending order. Clears `out`
+    /// first.
     pub(super) fn matching(&self, text: &[u8], cache: &mut DfaCache, out: &mut Vec<u32>) {
         out.clear();
         if let Some(numbers) = self.exact.get(text) {
@@ -184,7 +186,8 @@ fn parse(expression: &str) -> Result<Hir, String> {
     parser.parse(&translated).map_err(|error| error.to_string())
 }
 
-/// Builds the common automaton of all expressions. It is smaller than the sum of theirs, because it has one start state.
+/// Builds the common automaton of all expressions. It is smaller than the sum of theirs, because it has one start
+/// state.
 fn build(expressions: &[Hir]) -> Result<DFA, String> {
     let config = DFA::config()
         .match_kind(MatchKind::All)
@@ -224,8 +227,8 @@ fn texts_of(expression: &Hir) -> Option<Vec<Box<[u8]>>> {
     Some(texts.iter().map(|text| text.as_bytes().into()).collect())
 }
 
-/// Splits the suffix `.*` off an expression. The rest must be a few literal texts, so that it matches at a few positions of a
-/// text at most.
+/// Splits the suffix `.*` off an expression. The rest must be a few literal texts, so that it matches at a few
+/// positions of a text at most.
 fn split(expression: Hir) -> (Hir, Rest) {
     let HirKind::Concat(parts) = expression.kind() else {
         return (expression, Rest::None);

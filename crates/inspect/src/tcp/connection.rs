@@ -1,9 +1,9 @@
 //! One TCP connection: RFC 9293, 3.10.7, as far as a firewall between the ends has to follow it.
 //!
-//! Start at `Connection::packet`. `receive` checks a segment against the state of both ends (`open` and `reset` for SYN and
-//! RST) and stores its payload in the [`Half`] of its sender. `inspection` shows the stored bytes to the [`StreamInspector`]
-//! and forwards what is judged. `ack_on_behalf` delivers bytes that were acknowledged to the sender, `respond` answers in the
-//! server's place, `icmp` takes ICMP errors.
+//! Start at `Connection::packet`. `receive` checks a segment against the state of both ends (`open` and `reset` for
+//! SYN and RST) and stores its payload in the [`Half`] of its sender. `inspection` shows the stored bytes to the
+//! [`StreamInspector`] and forwards what is judged. `ack_on_behalf` delivers bytes that were acknowledged to the
+//! sender, `respond` answers in the server's place, `icmp` takes ICMP errors.
 
 mod ack_on_behalf;
 mod icmp;
@@ -45,8 +45,9 @@ pub(crate) struct Connection<F> {
     slot: PuntRequest,
     /// Serial of the conntrack entry, or the serial that the entry gets when this connection replaces the previous one.
     serial: u32,
-    /// Serial that a previous connection with the same ports has left in the conntrack entry. The command that goes with the
-    /// SYN+ACK replaces that serial, so that no offload decision for the previous connection holds for this one.
+    /// Serial that a previous connection with the same ports has left in the conntrack entry. The command that goes
+    /// with the SYN+ACK replaces that serial, so that no offload decision for the previous connection holds for this
+    /// one.
     before: Option<u32>,
     /// Whether the conntrack entry has `serial`.
     is_known: bool,
@@ -55,8 +56,8 @@ pub(crate) struct Connection<F> {
     /// Notification of the BPF programs that the connection has ended.
     closed: Announcement,
     about: About,
-    /// Whether a second policy inspects the same packets. The second inspector does not see packets that are built here, so
-    /// none may be built in the place of a sender.
+    /// Whether a second policy inspects the same packets. The second inspector does not see packets that are built
+    /// here, so none may be built in the place of a sender.
     is_shared: bool,
     /// Whether audit mode is on: a connection that would be aborted is offloaded instead.
     is_audit: bool,
@@ -116,8 +117,8 @@ impl<F> Connection<F> {
         self.serial
     }
 
-    /// Returns whether a packet with this serial can belong to the connection. The serial of the previous connection counts
-    /// too: until the entry is replaced, only sequence numbers tell the two apart.
+    /// Returns whether a packet with this serial can belong to the connection. The serial of the previous connection
+    /// counts too: until the entry is replaced, only sequence numbers tell the two apart.
     pub(super) fn is_of(&self, serial: u32) -> bool {
         serial == self.serial || self.before == Some(serial)
     }
@@ -418,8 +419,8 @@ impl<F> Connection<F> {
             let acked = other.position(segment.ack).min(other.proxy_acked);
             other.acknowledge(acked, 0);
         }
-        // The rules have changed since the offload. The new rules judge the sender's retransmission, once all acknowledged
-        // bytes are delivered and the connection is no longer in this table.
+        // The rules have changed since the offload. The new rules judge the sender's retransmission, once all
+        // acknowledged bytes are delivered and the connection is no longer in this table.
         if (view.slot.ruleset, view.slot.flags & punt_flags::AUDIT)
             != (self.slot.ruleset, self.slot.flags & punt_flags::AUDIT)
         {

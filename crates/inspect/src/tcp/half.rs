@@ -1,4 +1,5 @@
-//! One direction of a connection: which bytes of the sender have arrived, are judged, were forwarded and are acknowledged.
+//! One direction of a connection: which bytes of the sender have arrived, are judged, were forwarded and are
+//! acknowledged.
 
 use std::collections::VecDeque;
 
@@ -19,8 +20,8 @@ const SMALLER: u16 = 1_220;
 /// Payload after further losses over IPv4, bytes: it fits what every host must accept (RFC 1122, 3.3.2).
 const SMALLEST_IPV4: u16 = 536;
 
-/// Minimum size of a built packet from the network header on, bytes, whatever MTU an ICMP error claims (RFC 1122, 3.3.2; RFC
-/// 8200, 5).
+/// Minimum size of a built packet from the network header on, bytes, whatever MTU an ICMP error claims (RFC 1122,
+/// 3.3.2; RFC 8200, 5).
 const FLOOR_IPV4: u32 = 576;
 const FLOOR_IPV6: u32 = 1_280;
 /// Size of the headers of a built packet without TCP options, bytes.
@@ -28,8 +29,8 @@ const HEADERS_IPV4: u32 = 40;
 const HEADERS_IPV6: u32 = 60;
 /// Sizes to try if the router reports no MTU, bytes (RFC 1191, 7.1).
 const PLATEAUS: [u32; 2] = [1_492, 1_006];
-/// Maximum number of ICMP errors that lower the size of packets to one end. Each error causes retransmissions, so forged
-/// ones must be bounded. A path has fewer links with different MTUs.
+/// Maximum number of ICMP errors that lower the size of packets to one end. Each error causes retransmissions, so
+/// forged ones must be bounded. A path has fewer links with different MTUs.
 const NARROWINGS: u8 = 8;
 
 /// Minimum distance below the acknowledged position at which retransmissions are accepted, bytes.
@@ -180,9 +181,9 @@ pub(super) struct Half<F> {
     pub(super) has_timestamps: bool,
     /// TS.Recent of the receiver: greatest timestamp of a segment that the receiver expected next (RFC 7323, 4.3).
     pub(super) recent: u32,
-    /// Greatest timestamp of all accepted segments. Packets that are built in the sender's place carry it: the receiver may
-    /// have accepted that segment, and drops segments with an older timestamp (RFC 7323, 5.3). `recent` lags behind by the
-    /// segments in flight.
+    /// Greatest timestamp of all accepted segments. Packets that are built in the sender's place carry it: the
+    /// receiver may have accepted that segment, and drops segments with an older timestamp (RFC 7323, 5.3). `recent`
+    /// lags behind by the segments in flight.
     pub(super) latest: u32,
     /// Window field of the sender's last segment.
     pub(super) window: u16,
@@ -212,7 +213,7 @@ pub(super) struct Half<F> {
     /// Time since which the first unjudged byte waits, ms.
     pub(super) since: Option<Millis>,
     /// Whether the inspector waits for the other side, so that no deadline runs.
-    pub(super) is_patient: bool,
+    pub(super) awaits_peer: bool,
     /// Right edge of the receiver's window.
     pub(super) edge: Position,
     /// Maximum window that the receiver has offered, bytes.
@@ -252,7 +253,7 @@ impl<F> Half<F> {
             lost: START,
             resent: START,
             since: None,
-            is_patient: false,
+            awaits_peer: false,
             edge: FIRST,
             widest: OLD,
             fin: None,
@@ -302,8 +303,8 @@ impl<F> Half<F> {
         }
     }
 
-    /// Compares the bytes of a segment with those that have arrived before, and keeps new ones until they are acknowledged
-    /// and judged.
+    /// Compares the bytes of a segment with those that have arrived before, and keeps new ones until they are
+    /// acknowledged and judged.
     pub(super) fn take(&mut self, start: Position, data: &[u8]) -> Arrival {
         let end = start + data.len() as u64;
         let mut last = None;
@@ -458,7 +459,7 @@ impl<F> Half<F> {
             .into_iter()
             .flatten()
             .min()
-            .filter(|_| !self.is_patient)
+            .filter(|_| !self.awaits_peer)
     }
 
     /// Returns the time of the next timeout of this direction, ms.
@@ -512,8 +513,8 @@ impl<F> Half<F> {
         self.forget();
     }
 
-    /// Marks the next `n` bytes as judged and does not compare retransmissions of them. Returns false if they are compared,
-    /// because too many skipped ranges are not acknowledged.
+    /// Marks the next `n` bytes as judged and does not compare retransmissions of them. Returns false if they are
+    /// compared, because too many skipped ranges are not acknowledged.
     pub(super) fn skip(&mut self, n: u64) -> bool {
         if self.pieces.len() >= MAX_PIECES {
             self.pass(n);

@@ -12,27 +12,27 @@ pub(crate) enum Action {
     NeedMore,
     /// As `NeedMore`, but no deadline runs, because the other side has to send first.
     AwaitPeer,
-    /// The first bytes, this many, are forwarded but stay unjudged and are shown again. For messages that can be judged only as
-    /// a whole: their end is held.
+    /// The first bytes, this many, are forwarded but stay unjudged and are shown again. For messages that can be
+    /// judged only as a whole: their end is held.
     ForwardUnjudged(usize),
     /// The first bytes, this many, are judged and forwarded.
     Forward(usize),
-    /// The next bytes, this many, are forwarded without inspection, and retransmissions of them are not compared. The number
-    /// may exceed the bytes that have arrived.
+    /// The next bytes, this many, are forwarded without inspection, and retransmissions of them are not compared. The
+    /// number may exceed the bytes that have arrived.
     Bypass(u64),
     /// From now on neither side is inspected.
     Offload,
     /// No further byte is forwarded. Both ends are reset.
     Abort(Reason),
-    /// No further byte of this side is forwarded. This side gets these bytes and a FIN, as if from the other side and behind
-    /// the bytes that the other side has sent so far. The other side gets a FIN too.
+    /// No further byte of this side is forwarded. This side gets these bytes and a FIN, as if from the other side and
+    /// behind the bytes that the other side has sent so far. The other side gets a FIN too.
     Respond(Reason, Vec<u8>),
 }
 
 /// State that an inspector keeps for a connection while the connection is inspected.
 pub(crate) trait Offloadable {
-    /// State that is kept after the offload, to judge the connection again if its rules change. The default stands for a
-    /// connection that audit mode let pass without inspection.
+    /// State that is kept after the offload, to judge the connection again if its rules change. The default stands
+    /// for a connection that audit mode let pass without inspection.
     type OffloadVerdict: Default;
     /// Takes that state out.
     fn remember(&mut self) -> Self::OffloadVerdict;

@@ -1,10 +1,11 @@
 //! TCP options of inspected connections.
 //!
-//! An option can change how the receiver interprets a segment. MPTCP (RFC 8684) maps the payload to a position other than the
-//! sequence number, fast open (RFC 7413) accepts data before the handshake, a signature (RFC 2385, RFC 5925) decides whether
-//! the segment is accepted at all. The inspection knows none of these. So only options that it understands are forwarded, and
-//! every other option is overwritten with NOPs. This disables an extension that both ends must negotiate, because no end sees
-//! the option of the other in the handshake (RFC 8684, 3.7: both fall back to plain TCP).
+//! An option can change how the receiver interprets a segment. MPTCP (RFC 8684) maps the payload to a position other
+//! than the sequence number, fast open (RFC 7413) accepts data before the handshake, a signature (RFC 2385, RFC 5925)
+//! decides whether the segment is accepted at all. The inspection knows none of these. So only options that it
+//! understands are forwarded, and every other option is overwritten with NOPs. This disables an extension that both
+//! ends must negotiate, because no end sees the option of the other in the handshake (RFC 8684, 3.7: both fall back
+//! to plain TCP).
 
 use palisade_abi::tcp_flags;
 
@@ -49,13 +50,13 @@ impl OptionProblem {
     }
 }
 
-/// Rewrites the options of a segment so that only options remain that the inspection understands, and updates the checksum
-/// (RFC 1624). Returns whether the segment has changed.
+/// Rewrites the options of a segment so that only options remain that the inspection understands, and updates the
+/// checksum (RFC 1624). Returns whether the segment has changed.
 ///
-/// `segment` begins with the TCP header and contains all of it. Its checksum must be valid, and stays valid. A SYN keeps MSS,
-/// window scale, SACK permitted, SACK and timestamps, any other segment SACK and timestamps. Of a repeated option the first
-/// one is kept, because receivers differ in which one they use. Bytes behind the end of the list become zero. An MSS above
-/// `mss_clamp` is lowered to it.
+/// `segment` begins with the TCP header and contains all of it. Its checksum must be valid, and stays valid. A SYN
+/// keeps MSS, window scale, SACK permitted, SACK and timestamps, any other segment SACK and timestamps. Of a repeated
+/// option the first one is kept, because receivers differ in which one they use. Bytes behind the end of the list
+/// become zero. An MSS above `mss_clamp` is lowered to it.
 ///
 /// # Errors
 /// [`OptionProblem`] if the segment must be dropped. The segment is unchanged then.
@@ -292,7 +293,8 @@ mod tests {
         }
     }
 
-    /// For random options: the result has only known options, is the same after a second rewrite, and keeps the checksum valid.
+    /// For random options: the result has only known options, is the same after a second rewrite, and keeps the
+    /// checksum valid.
     #[test]
     fn random_options_become_known_ones() {
         let mut random = 0x9e37_79b9_7f4a_7c15u64;

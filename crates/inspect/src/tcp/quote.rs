@@ -2,7 +2,8 @@
 //!
 //! ICMP has no authentication, so an error counts only if it quotes a sequence number that was sent and is not
 //! acknowledged (RFC 5927, 4.1): an attacker that does not see the connection has to guess that number. The programs
-//! have compared addresses and ports with the flow, and have cut the error to the quoted network header and eight bytes.
+//! have compared addresses and ports with the flow, and have cut the error to the quoted network header and eight
+//! bytes.
 
 use palisade_abi::{CtKey, protocol, punt_flags};
 use palisade_packet::{Quote, decode_quote, flags, icmp, icmpv6};
@@ -40,8 +41,8 @@ pub(crate) struct QuotedSegment {
 }
 
 impl QuotedSegment {
-    /// Returns the segment that an ICMP error quotes; none if the quoted packet is not TCP, or has IP options or extension
-    /// headers. The BPF programs punt no such errors.
+    /// Returns the segment that an ICMP error quotes; none if the quoted packet is not TCP, or has IP options or
+    /// extension headers. The BPF programs punt no such errors.
     pub(crate) fn read(view: &PacketView<'_>) -> Option<Self> {
         let PacketView { packet, frame, .. } = view;
         let is_ipv6 = packet.is(flags::IPV6);

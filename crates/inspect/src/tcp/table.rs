@@ -1,4 +1,5 @@
-//! The TCP connections of one inspector: finds the connection of a packet, adds new ones, enforces limits and deadlines.
+//! The TCP connections of one inspector: finds the connection of a packet, adds new ones, enforces limits and
+//! deadlines.
 //!
 //! Start at `Connections::packet`.
 
@@ -81,8 +82,8 @@ enum Slot {
 /// The connections of one inspector. `T` is the state that the inspector keeps for each connection.
 pub(crate) struct Connections<F, T: Offloadable> {
     entries: HashMap<CtKey, Box<Entry<F, T>>>,
-    /// Connections whose SYN arrived while another connection with the same ports was known. Only the server knows whether
-    /// that one has ended: a candidate replaces it when the server acknowledges the candidate's SYN.
+    /// Connections whose SYN arrived while another connection with the same ports was known. Only the server knows
+    /// whether that one has ended: a candidate replaces it when the server acknowledges the candidate's SYN.
     candidates: HashMap<CtKey, Box<Entry<F, T>>>,
     shares: HashMap<u16, Share>,
     open: usize,
@@ -90,7 +91,8 @@ pub(crate) struct Connections<F, T: Offloadable> {
     /// Number of the last half-open connection. Numbers order them by age.
     number: u64,
     offloaded_flows: HashMap<CtKey, OffloadedFlow<T::OffloadVerdict>>,
-    /// Keys and serials of `offloaded_flows`, the oldest first. Entries of removed flows stay until they are the oldest.
+    /// Keys and serials of `offloaded_flows`, the oldest first. Entries of removed flows stay until they are the
+    /// oldest.
     oldest_first: VecDeque<(CtKey, u32)>,
     /// Deadline of each connection.
     due: BTreeSet<(Millis, Key)>,
@@ -155,8 +157,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// Handles a packet. `make` returns the state of a new connection; `inspector` returns an inspector for this call; `recall`
-    /// judges an offloaded connection again and returns the reason if it must end.
+    /// Handles a packet. `make` returns the state of a new connection; `inspector` returns an inspector for this
+    /// call; `recall` judges an offloaded connection again and returns the reason if it must end.
     pub(crate) fn packet<'t, S: Sink<F>, R: StreamInspector<F>>(
         &'t mut self,
         view: &PacketView<'_>,
@@ -360,8 +362,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// Removes the connections of a key that the serial of a packet proves outdated, because the BPF programs have made a new
-    /// conntrack entry since. Moves a connection that is over to the offloaded ones.
+    /// Removes the connections of a key that the serial of a packet proves outdated, because the BPF programs have
+    /// made a new conntrack entry since. Moves a connection that is over to the offloaded ones.
     fn remove_outdated<S: Sink<F>>(
         &mut self,
         key: CtKey,
@@ -386,7 +388,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// Returns whether a SYN+ACK or RST of the server answers the SYN of the candidate, and not that of the current connection.
+    /// Returns whether a SYN+ACK or RST of the server answers the SYN of the candidate, and not that of the current
+    /// connection.
     fn is_answer_to_candidate(&self, key: &CtKey, serial: u32, segment: &Segment<'_>) -> bool {
         let current = self.entries.get(key).map(|entry| &entry.connection);
         self.candidates.get(key).is_some_and(|candidate| {
@@ -419,8 +422,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         Place::New(Slot::Candidate)
     }
 
-    /// Returns whether the limits forbid one more open connection of the endpoint. An open connection with the same key does
-    /// not count, because the new one replaces it.
+    /// Returns whether the limits forbid one more open connection of the endpoint. An open connection with the same
+    /// key does not count, because the new one replaces it.
     fn is_full(&self, key: &CtKey) -> bool {
         let replaces = self
             .entries
@@ -435,9 +438,9 @@ impl<F, T: Offloadable> Connections<F, T> {
         others >= limits.connections_per_endpoint.min(left.saturating_mul(3))
     }
 
-    /// Returns whether a packet completes a handshake while the limits forbid one more open connection. The limit is checked
-    /// here again because half-open connections do not count against it: SYNs with forged sources must take no room from open
-    /// connections.
+    /// Returns whether a packet completes a handshake while the limits forbid one more open connection. The limit is
+    /// checked here again because half-open connections do not count against it: SYNs with forged sources must take
+    /// no room from open connections.
     fn is_opened_beyond_limit(&self, key: &CtKey, view: &PacketView<'_>) -> bool {
         self.entries.get(key).is_some_and(|entry| {
             entry.half_open.is_some()
@@ -446,7 +449,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         }) && self.is_full(key)
     }
 
-    /// Adds a new connection. Evicts the oldest half-open connection of the endpoint that has most, if there are too many.
+    /// Adds a new connection. Evicts the oldest half-open connection of the endpoint that has most, if there are too
+    /// many.
     fn insert<S: Sink<F>>(
         &mut self,
         key: Key,
@@ -621,13 +625,13 @@ impl<F, T: Offloadable> Connections<F, T> {
         };
         self.shared.stats.midstream += 1;
         if segment.is_syn() && !is_audit(view) {
-            // The half-open connection of this SYN+ACK was evicted, or lost with its worker. The server gets no reset, so that
-            // the client's retransmitted SYN can open the connection.
+            // The half-open connection of this SYN+ACK was evicted, or lost with its worker. The server gets no
+            // reset, so that the client's retransmitted SYN can open the connection.
             cx.sink.discard(frame, Reason::TcpMidstream);
             return;
         }
-        // The reset of an end that has no such connection, perhaps in answer to the probe of [`Connection::reset_unknown`].
-        // Its sequence number is the one that the other end waits for.
+        // The reset of an end that has no such connection, perhaps in answer to the probe of
+        // [`Connection::reset_unknown`]. Its sequence number is the one that the other end waits for.
         if segment.is_rst() && segment.payload.is_empty() {
             cx.sink.release(frame);
             return;
@@ -641,8 +645,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// Handles an ICMP error that quotes a segment of a connection: forwards, consumes or drops it ([`Quoted`]). The error is
-    /// no packet of the connection, so it resets no idle timeout.
+    /// Handles an ICMP error that quotes a segment of a connection: forwards, consumes or drops it ([`Quoted`]). The
+    /// error is no packet of the connection, so it resets no idle timeout.
     pub(crate) fn error<S: Sink<F>>(
         &mut self,
         view: &PacketView<'_>,
@@ -714,8 +718,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         let is_audit = is_audit(view);
         if self.may_report(key, reason, cx) {
             let record = Record::of(view, What::Unreadable { detail });
-            // The punt request has the identity of the connection's peer. If a router has sent the error, that is not the
-            // identity of the error's source.
+            // The punt request has the identity of the connection's peer. If a router has sent the error, that is not
+            // the identity of the error's source.
             let is_of_peer = [view.packet.source, view.packet.destination].contains(&key.remote);
             cx.sink.record(&Record {
                 verdict: verdict(is_audit),

@@ -76,8 +76,8 @@ impl Seg {
         f
     }
 
-    /// Calls `f` with the segment as a punted packet. Packets of the client go to the endpoint; with INGRESS in the slot's
-    /// flags, those of the server do.
+    /// Calls `f` with the segment as a punted packet. Packets of the client go to the endpoint; with INGRESS in the
+    /// slot's flags, those of the server do.
     pub(crate) fn view(&self, slot: PuntRequest, f: impl FnOnce(&PacketView<'_>, Vec<u8>)) {
         let frame = self.frame();
         let mut packet = Packet::default();
@@ -144,7 +144,7 @@ pub(crate) struct Out {
     pub(crate) emitted: Vec<(Seg, Route)>,
     pub(crate) commands: Vec<FlowCommand>,
     /// Flow commands without a packet.
-    told: Vec<FlowCommand>,
+    bare_commands: Vec<FlowCommand>,
     pub(crate) records: Vec<Record>,
 }
 
@@ -161,7 +161,7 @@ impl Sink<Vec<u8>> for Out {
         self.release(frame);
     }
     fn command(&mut self, command: &FlowCommand) {
-        self.told.push(*command);
+        self.bare_commands.push(*command);
     }
     fn discard(&mut self, _: Vec<u8>, reason: Reason) {
         self.discarded.push(reason);
@@ -295,7 +295,8 @@ impl Bench {
         self.put_as(seg, 0, 0);
     }
 
-    /// Handles a segment of this endpoint. With a serial other than 0 it belongs to a conntrack entry that it has not made.
+    /// Handles a segment of this endpoint. With a serial other than 0 it belongs to a conntrack entry that it has not
+    /// made.
     fn put_as(&mut self, seg: &Seg, serial: u32, endpoint: u16) {
         let (table, out, now) = (&mut self.table, &mut self.out, self.now);
         let slot = PuntRequest {
@@ -444,8 +445,8 @@ fn a_retransmission_with_other_bytes_is_dropped() {
         (out.released.len(), &out.discarded[..]),
         (1, &[Reason::TcpOverlap; 2][..])
     );
-    // Acknowledged bytes are not compared any more and not forwarded. The sender gets an acknowledgement, also for the new
-    // bytes behind them.
+    // Acknowledged bytes are not compared any more and not forwarded. The sender gets an acknowledgement, also for
+    // the new bytes behind them.
     bench.put(&server(4));
     bench.take();
     for (at, data, next) in [(0, &b"\x03Xbc"[..], 5), (2, b"zz\x01d", 7)] {
@@ -587,8 +588,8 @@ fn a_connection_without_a_seen_handshake_is_reset() {
     assert_eq!(bench.take().discarded, [Reason::TcpInvalid]);
 }
 
-/// For two ends with any sequence numbers and lost packets: both get a reset with the number that they expect, whichever
-/// end sends first.
+/// For two ends with any sequence numbers and lost packets: both get a reset with the number that they expect,
+/// whichever end sends first.
 #[test]
 fn both_ends_of_an_unknown_connection_get_an_acceptable_reset() {
     for first in [Side::Client, Side::Server] {
@@ -891,7 +892,7 @@ fn bypassed_bytes_are_forwarded_and_later_ones_are_inspected() {
     assert_eq!(
         (out.released.len(), bench.table.stats().frames),
         (2, 1),
-        "its content is nobody's concern, what follows is"
+        "the bypassed bytes are not judged, the later ones are"
     );
     bench.put(&client(1, b"Z\x4e\x20"));
     assert_eq!(bench.take().released.len(), 1, "skipped with the rest");
@@ -1124,8 +1125,8 @@ fn offloaded_connections_are_remembered_within_a_limit() {
     assert_eq!(bench.table.stats().offloaded_flows, 0);
 }
 
-/// The same ports again, before the end of the old connection was seen: the server decides whether the SYN opens a new one.
-/// With the SYN+ACK the BPF programs learn that no decision about the old connection holds for the new one.
+/// The same ports again, before the end of the old connection was seen: the server decides whether the SYN opens a
+/// new one. With the SYN+ACK the BPF programs learn that no decision about the old connection holds for the new one.
 #[test]
 fn a_connection_that_replaces_another_is_inspected_from_its_start() {
     // An old connection that is offloaded; offloaded with undelivered bytes; with an offload window; with an incomplete
@@ -1208,7 +1209,10 @@ fn a_connection_that_replaces_another_is_inspected_from_its_start() {
         bench.put_as(&data(0, b"\x02Xy"), serial, 0);
         let out = bench.take();
         assert_eq!(out.discarded, [Reason::AppDenied]);
-        assert_eq!((out.told[0].op, out.told[0].serial), (flow_op::CLOSE, serial));
+        assert_eq!(
+            (out.bare_commands[0].op, out.bare_commands[0].serial),
+            (flow_op::CLOSE, serial)
+        );
     }
 }
 

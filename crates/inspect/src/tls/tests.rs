@@ -221,7 +221,8 @@ fn audit_mode_offloads_and_records() {
     );
 }
 
-/// Returns an index in which endpoint 7 has learned 10.0.0.2, the server of all tests, by the names `c.b.test` and `x.test`.
+/// Returns an index in which endpoint 7 has learned 10.0.0.2, the server of all tests, by the names `c.b.test` and
+/// `x.test`.
 fn learned() -> Arc<SniAddressIndex> {
     let known = Arc::<SniAddressIndex>::default();
     let mut cache = Cache::new(Config::default()).with_sni_index(Arc::clone(&known));

@@ -411,7 +411,8 @@ fn an_address_of_another_owner_is_committed_before_the_answer_is_forwarded() {
     }
 }
 
-/// After REFUSED a stub resolver does not try the rest of its search list (musl). Without the firewall it would get NXDOMAIN.
+/// After REFUSED a stub resolver does not try the rest of its search list (musl). Without the firewall it would get
+/// NXDOMAIN.
 #[test]
 fn a_denied_name_from_a_search_list_gets_nxdomain() {
     for (name, rcode) in [

@@ -177,9 +177,9 @@ impl Connection {
         assert!(to_client.flags & to_resolver.flags & RST != 0);
     }
 
-    /// Checks that the built packets are a response with a FIN to the client, and a FIN to the resolver. The arguments are
-    /// the offset of the response, its acknowledged offset, and the offset of the FIN to the resolver. Returns the
-    /// messages.
+    /// Checks that the built packets are a response with a FIN to the client, and a FIN to the resolver. The
+    /// arguments are the offset of the response, its acknowledged offset, and the offset of the FIN to the resolver.
+    /// Returns the messages.
     fn answered(&mut self, at: u32, acknowledges: u32, sent: u32) -> Vec<u8> {
         let made = self.made();
         let [to_client, to_resolver] = &made[..] else {
@@ -777,7 +777,8 @@ fn ambiguous_segments_are_dropped() {
         assert!(records.iter().all(|record| record.verdict == Verdict::Dropped));
         records.iter().map(|record| record.reason).collect::<Vec<_>>()
     };
-    // Another SYN is forwarded as a candidate. A SYN with data is dropped, whether or not the SYN itself was forwarded before.
+    // Another SYN is forwarded as a candidate. A SYN with data is dropped, whether or not the SYN itself was
+    // forwarded before.
     let opened = it.tcp().opened;
     let syn = it.client(8, SYN, &[]);
     assert_eq!(it.fate(syn), Some(&Fate::Released));
@@ -937,8 +938,8 @@ fn limits_hold() {
     it.world.end();
 }
 
-/// Of eight connections endpoint 1 has one. Another endpoint may have six: then one is left, and three times one is less
-/// than six.
+/// Of eight connections endpoint 1 has one. Another endpoint may have six: then one is left, and three times one is
+/// less than six.
 #[test]
 fn an_endpoint_gets_at_most_three_times_the_connections_that_are_left() {
     let limits = tcp(|limits| limits.connections = 8);

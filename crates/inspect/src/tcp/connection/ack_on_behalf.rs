@@ -20,8 +20,8 @@ const AGAIN: u64 = 8;
 const UNDELIVERED: &str = "Bytes acknowledged on behalf of the receiver cannot be delivered";
 
 impl<F> Connection<F> {
-    /// Acknowledges the held bytes of one side. Their frames are not needed any more: the bytes are kept and are delivered in
-    /// built packets.
+    /// Acknowledges the held bytes of one side. Their frames are not needed any more: the bytes are kept and are
+    /// delivered in built packets.
     pub(super) fn ack_on_behalf<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
         let half = &mut self.halves[side];
         half.ack_at = None;
@@ -33,7 +33,7 @@ impl<F> Connection<F> {
             cx.sink.absorb(held.frame);
         }
         self.acknowledge(side, cx);
-        // The first of the bytes may be judged already.
+        // The first bytes may be judged already.
         self.deliver(side, cx);
     }
 
@@ -134,8 +134,8 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Retransmits acknowledged bytes of `side` after a timeout. From the second timeout on the packets are smaller, since a
-    /// link may drop large packets without an ICMP error (RFC 2923, 2.1).
+    /// Retransmits acknowledged bytes of `side` after a timeout. From the second timeout on the packets are smaller,
+    /// since a link may drop large packets without an ICMP error (RFC 2923, 2.1).
     pub(super) fn retransmit<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
         let Some((_, tries)) = self.halves[side].again.filter(|(at, _)| *at <= cx.now) else {
             return;
@@ -156,8 +156,8 @@ impl<F> Connection<F> {
         self.halves[side].again = is_sent.then(|| (cx.now + (FIRST_TRY << (tries + 1)), tries + 1));
     }
 
-    /// Retransmits bytes that may be lost, at most [`AGAIN`] packets ahead of the receiver's acknowledgement. Returns whether
-    /// anything was sent.
+    /// Retransmits bytes that may be lost, at most [`AGAIN`] packets ahead of the receiver's acknowledgement. Returns
+    /// whether anything was sent.
     pub(super) fn recover<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) -> bool {
         let half = &self.halves[side];
         let start = half.acked.max(START + 1);

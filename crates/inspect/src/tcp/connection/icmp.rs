@@ -11,7 +11,8 @@ use super::{
 use crate::Sink;
 
 impl<F> Connection<F> {
-    /// Returns SND.NXT of the sender of the quoted segment, as the receiver sees it: built packets count, held ones do not.
+    /// Returns SND.NXT of the sender of the quoted segment, as the receiver sees it: built packets count, held ones
+    /// do not.
     fn sent_by(&self, quoted: &QuotedSegment) -> Position {
         match &self.phase {
             // The packets of an offloaded connection are not punted, so SND.NXT is unknown.
@@ -21,11 +22,11 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Handles an ICMP error. No error ends the connection here: in a synchronized state all errors are soft (RFC 5927, 5.2),
-    /// and in any other state the end to which the error is addressed decides.
+    /// Handles an ICMP error. No error ends the connection here: in a synchronized state all errors are soft (RFC
+    /// 5927, 5.2), and in any other state the end to which the error is addressed decides.
     ///
-    /// A segment without data has SND.NXT as its sequence number. An error about such a segment is forwarded, as Linux accepts
-    /// it (`tcp_v4_err`), but lowers no size, because no link is too small for it.
+    /// A segment without data has SND.NXT as its sequence number. An error about such a segment is forwarded, as
+    /// Linux accepts it (`tcp_v4_err`), but lowers no size, because no link is too small for it.
     pub(in crate::tcp) fn quoted<S: Sink<F>>(
         &mut self,
         quoted: &QuotedSegment,
@@ -39,8 +40,8 @@ impl<F> Connection<F> {
         }
         // The sender needs the MTU of a link only if it has to retransmit the quoted byte itself.
         let is_theirs = at >= half.proxy_acked || quoted.mtu.is_none();
-        // An error lowers the size only if the quoted byte is in flight. Of an offloaded connection that is known only for
-        // bytes that the worker has sent itself.
+        // An error lowers the size only if the quoted byte is in flight. Of an offloaded connection that is known
+        // only for bytes that the worker has sent itself.
         let counted = match self.phase {
             Phase::Aborted(_) => 0,
             Phase::Offloaded => half.sent,

@@ -52,8 +52,8 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Removes offload windows before their sequence numbers wrap around (2^32 bytes). The command is repeated, in case the
-    /// packet that carries it is lost.
+    /// Removes offload windows before their sequence numbers wrap around (2^32 bytes). The command is repeated, in
+    /// case the packet that carries it is lost.
     fn remove_old_windows(&mut self) {
         for side in Side::BOTH {
             if let Some(end) = self.window_ends[side]
@@ -87,9 +87,9 @@ impl<F> Connection<F> {
             }
             rest => Action::Bypass(rest),
         };
-        // Of a connection with two inspectors, the judged part of a packet is not forwarded by itself. The other side may
-        // wait for that part, so the deadline must run.
-        half.is_patient = matches!(action, Action::AwaitPeer) && !(self.is_shared && half.part().is_some());
+        // Of a connection with two inspectors, the judged part of a packet is not forwarded by itself. The other side
+        // may wait for that part, so the deadline must run.
+        half.awaits_peer = matches!(action, Action::AwaitPeer) && !(self.is_shared && half.part().is_some());
         match action {
             Action::NeedMore | Action::AwaitPeer => false,
             Action::ForwardUnjudged(n) => {
@@ -131,8 +131,8 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Marks the next `n` bytes of one side as judged, of which `available` have arrived. Sets an offload window if that is
-    /// worth it.
+    /// Marks the next `n` bytes of one side as judged, of which `available` have arrived. Sets an offload window if
+    /// that is worth it.
     fn skip(&mut self, side: Side, n: u64, available: u64, shared: &Shared) {
         let half = &mut self.halves[side];
         // Bytes that were acknowledged on behalf of the receiver must be kept until they are delivered.
@@ -170,8 +170,9 @@ impl<F> Connection<F> {
             self.release(held.frame, cx);
         }
         let half = &self.halves[side];
-        // In all other cases the rest of the packet is about to arrive, or is soon acknowledged on behalf of the receiver.
-        if half.is_patient || !half.is_contiguous() {
+        // In all other cases the rest of the packet is about to arrive, or is soon acknowledged on behalf of the
+        // receiver.
+        if half.awaits_peer || !half.is_contiguous() {
             self.split(side, cx);
         }
     }
@@ -184,8 +185,8 @@ impl<F> Connection<F> {
             self.deliver(side, cx);
         }
         let is_drained = self.is_drained();
-        // The last packet carries the command, so that packets which the BPF programs forward from then on do not overtake
-        // the held ones.
+        // The last packet carries the command, so that packets which the BPF programs forward from then on do not
+        // overtake the held ones.
         let mut rest = self.halves.client.held.len() + self.halves.server.held.len();
         for side in Side::BOTH {
             while let Some(held) = self.halves[side].held.pop_front() {

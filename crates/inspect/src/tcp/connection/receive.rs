@@ -1,8 +1,8 @@
 //! A segment arrives: RFC 9293, 3.10.7.4, in the order of the RFC. SYN and RST have their own files.
 //!
-//! A segment is checked against what its receiver has acknowledged and offered. Where receivers differ, the strictest one
-//! counts: a segment that is dropped is retransmitted, but one that is wrongly accepted could carry bytes that the receiver
-//! does not take.
+//! A segment is checked against what its receiver has acknowledged and offered. Where receivers differ, the strictest
+//! one counts: a segment that is dropped is retransmitted, but one that is wrongly accepted could carry bytes that
+//! the receiver does not take.
 
 use palisade_abi::Reason;
 
@@ -62,8 +62,9 @@ impl<F> Connection<F> {
         let (at, acked) = match self.check(arrived) {
             Ok(Checked::Acceptable(at, acked)) => (at, acked),
             Ok(Checked::AcksOtherInspector) => {
-                // The inspector of the other policy has responded in the server's place and needs the acknowledgement. The
-                // server drops a segment that acknowledges more than it has sent, so forwarding this one is harmless.
+                // The inspector of the other policy has responded in the server's place and needs the
+                // acknowledgement. The server drops a segment that acknowledges more than it has sent, so forwarding
+                // this one is harmless.
                 self.is_reset = true;
                 self.release(frame, cx);
                 return Ok(false);
@@ -97,8 +98,8 @@ impl<F> Connection<F> {
         Ok(Checked::Acceptable(at, acked))
     }
 
-    /// "First, check sequence number": a segment is acceptable if it lies in the window that the receiver has offered, or at
-    /// most one window below. One byte beyond the window is a zero-window probe (RFC 9293, 3.8.6.1).
+    /// "First, check sequence number": a segment is acceptable if it lies in the window that the receiver has
+    /// offered, or at most one window below. One byte beyond the window is a zero-window probe (RFC 9293, 3.8.6.1).
     #[inline]
     fn check_sequence(&self, arrived: &Arrived<'_, '_>) -> Result<Extent, Reason> {
         let (own, other) = (&self.halves[arrived.side], &self.halves[arrived.side.other()]);
@@ -116,8 +117,9 @@ impl<F> Connection<F> {
         Ok(Extent { start, end, behind })
     }
 
-    /// "Fifth, check the ACK field": the segment must not acknowledge more than the other end has sent, nor less than one
-    /// window below what it has acknowledged before (RFC 5961, 5.2). The same holds for selective acknowledgements.
+    /// "Fifth, check the ACK field": the segment must not acknowledge more than the other end has sent, nor less than
+    /// one window below what it has acknowledged before (RFC 5961, 5.2). The same holds for selective
+    /// acknowledgements.
     ///
     /// Returns none if the segment acknowledges bytes that another policy's inspector has sent.
     #[inline]
@@ -138,8 +140,8 @@ impl<F> Connection<F> {
         Ok(Some(acked))
     }
 
-    /// Protection against wrapped sequences (RFC 7323, 5.3): if both ends have agreed on timestamps, a segment without one
-    /// or with an old one is dropped.
+    /// Protection against wrapped sequences (RFC 7323, 5.3): if both ends have agreed on timestamps, a segment
+    /// without one or with an old one is dropped.
     #[inline]
     fn check_timestamp(&mut self, arrived: &Arrived<'_, '_>, start: Position) -> Result<(), Reason> {
         let is_agreed = self.has_timestamps();
@@ -166,8 +168,8 @@ impl<F> Connection<F> {
         self.note_state();
     }
 
-    /// "Eighth, check the FIN bit": returns whether the segment has bytes behind the FIN, or a FIN at another position or
-    /// before bytes that have arrived.
+    /// "Eighth, check the FIN bit": returns whether the segment has bytes behind the FIN, or a FIN at another
+    /// position or before bytes that have arrived.
     fn contradicts_fin(&self, arrived: &Arrived<'_, '_>, at: Extent) -> bool {
         let own = &self.halves[arrived.side];
         let has_fin = arrived.segment.is_fin();
@@ -176,9 +178,10 @@ impl<F> Connection<F> {
             || (has_fin && own.highest > at.end)
     }
 
-    /// Handles a segment that begins with bytes that the receiver has acknowledged. A receiver that has acknowledged bytes
-    /// ignores them here, unless it has lied to get bytes that no inspector has seen. So the segment is not forwarded: the
-    /// sender gets the acknowledgement, and new bytes behind the acknowledged ones are delivered in built packets.
+    /// Handles a segment that begins with bytes that the receiver has acknowledged. A receiver that has acknowledged
+    /// bytes ignores them here, unless it has lied to get bytes that no inspector has seen. So the segment is not
+    /// forwarded: the sender gets the acknowledgement, and new bytes behind the acknowledged ones are delivered in
+    /// built packets.
     fn on_retransmission<S: Sink<F>>(
         &mut self,
         arrived: &Arrived<'_, '_>,
@@ -216,8 +219,8 @@ impl<F> Connection<F> {
         Ok(true)
     }
 
-    /// "Seventh, process the segment text": stores the bytes and compares them with an earlier copy. The packet is forwarded
-    /// if all of its bytes may be, else held.
+    /// "Seventh, process the segment text": stores the bytes and compares them with an earlier copy. The packet is
+    /// forwarded if all of its bytes may be, else held.
     fn accept_data<S: Sink<F>>(
         &mut self,
         arrived: &Arrived<'_, '_>,
@@ -265,8 +268,8 @@ impl<F> Connection<F> {
         Ok(true)
     }
 
-    /// Forwards the judged bytes at the beginning of a segment that has to wait, in a built packet. Bytes that are kept are
-    /// forwarded by [`Connection::split`] instead, and here only again if the sender retransmits them.
+    /// Forwards the judged bytes at the beginning of a segment that has to wait, in a built packet. Bytes that are
+    /// kept are forwarded by [`Connection::split`] instead, and here only again if the sender retransmits them.
     fn send_judged_part<S: Sink<F>>(
         &mut self,
         side: Side,
@@ -284,8 +287,8 @@ impl<F> Connection<F> {
         self.send_part(side, at.start, payload.get(..length).unwrap_or(payload), cx);
     }
 
-    /// Drops a segment that [`Connection::receive`] has refused. A retransmission of held bytes is no loss, since the first
-    /// copy is held, so it makes no record.
+    /// Drops a segment that [`Connection::receive`] has refused. A retransmission of held bytes is no loss, since the
+    /// first copy is held, so it makes no record.
     pub(super) fn reject<S: Sink<F>>(
         &mut self,
         arrived: &Arrived<'_, '_>,

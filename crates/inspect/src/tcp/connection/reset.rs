@@ -1,4 +1,5 @@
-//! RST: resets that arrive (RFC 9293, 3.10.7.4, "second, check the RST bit"; RFC 5961, 3.2), and resets that are built here.
+//! RST: resets that arrive (RFC 9293, 3.10.7.4, "second, check the RST bit"; RFC 5961, 3.2), and resets that are
+//! built here.
 
 use palisade_abi::{Reason, flow_op};
 
@@ -41,8 +42,8 @@ impl<F> Connection<F> {
         let position = own.position(segment.seq);
         if (own.acked..=own.sent).contains(&position) {
             self.is_reset = true;
-            // With bytes in flight the receiver may wait for another sequence number and answer with a challenge ACK (RFC
-            // 5961, 3.2). Then the connection continues, so its end is not reported.
+            // With bytes in flight the receiver may wait for another sequence number and answer with a challenge ACK
+            // (RFC 5961, 3.2). Then the connection continues, so its end is not reported.
             if own.acked == own.sent && self.closed == Announcement::No {
                 self.closed = Announcement::Next;
             }
@@ -111,15 +112,16 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Resets a connection of which only the packet of `view` is known, at both ends. Returns whether that is done: false if
-    /// the receiver of the packet is probed first.
+    /// Resets a connection of which only the packet of `view` is known, at both ends. Returns whether that is done:
+    /// false if the receiver of the packet is probed first.
     ///
-    /// A reset counts only if its sequence number is exactly the one that its receiver waits for (RFC 5961, 3.2). For the
-    /// sender of the packet that is the acknowledgement number of the packet. The number that the receiver waits for is not
-    /// known, because the packet may be a retransmission. So if the packet occupies sequence space, the receiver gets an
-    /// empty segment with a sequence number below its window, and answers with an acknowledgement (RFC 9293, 3.10.7.4), or
-    /// with a reset if it has no such connection. The acknowledgement is punted here too. It occupies no sequence space and
-    /// has both numbers. A lost probe does no harm, because the sender retransmits its packet.
+    /// A reset counts only if its sequence number is exactly the one that its receiver waits for (RFC 5961, 3.2). For
+    /// the sender of the packet that is the acknowledgement number of the packet. The number that the receiver waits
+    /// for is not known, because the packet may be a retransmission. So if the packet occupies sequence space, the
+    /// receiver gets an empty segment with a sequence number below its window, and answers with an acknowledgement
+    /// (RFC 9293, 3.10.7.4), or with a reset if it has no such connection. The acknowledgement is punted here too. It
+    /// occupies no sequence space and has both numbers. A lost probe does no harm, because the sender retransmits its
+    /// packet.
     pub(in crate::tcp) fn reset_unknown<S: Sink<F>>(view: &PacketView<'_>, cx: &mut TcpCx<'_, F, S>) -> bool {
         let (Some(link), Some(segment)) = (Link::of(view), Segment::read(view)) else {
             return true;
@@ -138,7 +140,8 @@ impl<F> Connection<F> {
             return false;
         }
         Self::refuse(view, cx);
-        // An empty segment may be a keepalive probe, whose sequence number is one below the expected one (RFC 9293, 3.8.4).
+        // An empty segment may be a keepalive probe, whose sequence number is one below the expected one (RFC 9293,
+        // 3.8.4).
         for more in 0..=u32::from(is_plain_ack) {
             let reset = OutSegment {
                 seq: segment.seq.wrapping_add(more),

@@ -22,7 +22,8 @@ impl<F> Connection<F> {
             if before.acked < before.sent || before.judged > before.next {
                 return;
             }
-            // The judged bytes of the receiver are delivered first, because nothing is retransmitted after the response.
+            // The judged bytes of the receiver are delivered first, because nothing is retransmitted after the
+            // response.
             let own = &self.halves[response.to];
             if own.acked < own.sent {
                 return;
@@ -123,7 +124,8 @@ impl<F> Connection<F> {
         self.emit(to, &segment, cx);
     }
 
-    /// Handles a packet of a connection whose response was sent. Everything is acknowledged, so that both ends close in order.
+    /// Handles a packet of a connection whose response was sent. Everything is acknowledged, so that both ends close
+    /// in order.
     pub(super) fn receive_after_response<S: Sink<F>>(
         &mut self,
         arrived: &Arrived<'_, '_>,

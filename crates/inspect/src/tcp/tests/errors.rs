@@ -140,7 +140,8 @@ impl Bench {
         }
     }
 
-    /// Sends a message of this length. All but its last ten bytes are acknowledged on behalf of the server before these arrive.
+    /// Sends a message of this length. All but its last ten bytes are acknowledged on behalf of the server before
+    /// these arrive.
     fn deliver(&mut self, length: usize) {
         self.deliver_with(length, b"");
     }
@@ -259,7 +260,11 @@ fn forged_errors_fill_neither_records_nor_memory() {
         bench.error_as(error, slot);
         bench.out.records[0].remote_identity
     };
-    assert_eq!(identity(hard(Side::Client, 1)), 1_234, "it goes to the other end");
+    assert_eq!(
+        identity(hard(Side::Client, 1)),
+        1_234,
+        "the error goes to the peer"
+    );
     assert_eq!(
         identity(hard(Side::Server, 1)),
         0,
